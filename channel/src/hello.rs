@@ -1,0 +1,469 @@
+//! Hello: the first bytes of every stream on the well-known port, both ways (format 1, frozen).
+//!
+//! ```text
+//! dialer ── open {service, versions, features, epoch, nonce} ──▶ listener
+//!        ◀─ accept {chosen version, features} ─ or ─ refuse {status, text} ──
+//!        ◀═══════════════ the service's bytes ═══════════════▶
+//! ```
+//!
+//! | off | size | field | notes |
+//! |---|---|---|---|
+//! | 0 | 8 | magic `41 44 49 54 0D 0A 1A 0A` | text protocols and foreign listeners are recognised by it |
+//! | 8 | 1 | hello format = 1 | |
+//! | 9 | 1 | kind: 1 open, 2 accept, 3 refuse | |
+//! | 10 | 2 | tail length, at most 1024 | service name and TLVs |
+//! | 12 | 2 | version min | accept: the chosen one |
+//! | 14 | 2 | version max | accept: the chosen one |
+//! | 16 | 8 | features offered, or the chosen subset | |
+//! | 24 | 8 | epoch: the host's; a guest echoes the last one it saw, 0 = none | |
+//! | 32 | 16 | boot nonce of the sender | |
+//! | 48 | 2 | status of a refusal | |
+//! | 50 | 1 | service name length, at most 64 | |
+//! | 51 | 1 | lane | |
+//! | 52 | 4 | deadline, ms, 0 = none | |
+//! | 56 | 8 | reserved, zero | |
+//! | 64 | … | service name, then TLVs {type u16, len u16, value}; type bit 15 = critical | |
+//!
+//! All fields little-endian. [`Prefix::parse`] reads the fixed 64 bytes and tells how long the tail is, so a reader
+//! never takes a byte that belongs to the service.
+
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::name::{NameError, ServiceName};
+
+/// The well-known port of both sides.
+pub const PORT: u32 = 741;
+/// The protocol version that this build speaks.
+pub const VERSION: u16 = 1;
+/// Bytes before the tail.
+pub const PREFIX_LEN: usize = 64;
+/// Most bytes of the tail.
+pub const TAIL_MAX: usize = 1024;
+/// Most bytes of explanation in a refusal.
+pub const TEXT_MAX: usize = 512;
+
+const MAGIC: [u8; 8] = *b"ADIT\r\n\x1a\n";
+const FORMAT: u8 = 1;
+const TLV_TEXT: u16 = 1;
+const TLV_ERRNO: u16 = 2;
+const TLV_CRITICAL: u16 = 0x8000;
+
+/// Why bytes are not a hello. Always the peer's fault.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HelloError {
+    /// Something else listens or dials there.
+    #[error("peer does not speak adit: it began with {found:02x?} ({guess})")]
+    Foreign {
+        /// The first eight bytes.
+        found: [u8; 8],
+        /// What it looks like.
+        guess: &'static str,
+    },
+    /// The frozen format has another number.
+    #[error("hello format {found}, only {FORMAT} is known")]
+    Format {
+        /// What was sent.
+        found: u8,
+    },
+    /// A field has a value that it may not have.
+    #[error("hello field {field} is {value}, limit {limit}")]
+    Field {
+        /// Which field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// Its limit.
+        limit: u64,
+    },
+    /// The tail is cut or has bytes that belong to nothing.
+    #[error("hello tail of {len} bytes is malformed at {at}")]
+    Tail {
+        /// Bytes of the tail.
+        len: usize,
+        /// Where reading failed.
+        at: usize,
+    },
+    /// A critical TLV that this build does not know.
+    #[error("hello needs extension {tlv:#06x}, which this version does not know")]
+    Critical {
+        /// Its type.
+        tlv: u16,
+    },
+    /// The service name is no name.
+    #[error("hello names no valid service")]
+    Service(#[from] NameError),
+}
+
+/// Why a dial was refused by the other side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Status {
+    /// No common version.
+    Version = 1,
+    /// No such service there.
+    UnknownService = 2,
+    /// The service's policy says no.
+    Denied = 3,
+    /// The local port behind the service could not be reached.
+    DialFailed = 4,
+    /// A limit is reached; try again later.
+    Busy = 5,
+    /// The peer is another VM than the dialer meant.
+    WrongVm = 6,
+}
+
+impl Status {
+    fn parse(raw: u16) -> Result<Self, HelloError> {
+        Ok(match raw {
+            1 => Self::Version,
+            2 => Self::UnknownService,
+            3 => Self::Denied,
+            4 => Self::DialFailed,
+            5 => Self::Busy,
+            6 => Self::WrongVm,
+            _ => return Err(HelloError::Field { field: "status", value: raw.into(), limit: 6 }),
+        })
+    }
+}
+
+/// Fields that every hello has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Common {
+    /// Feature bits: offered in open, chosen in accept.
+    pub features: u64,
+    /// The host's epoch; a guest echoes the last one it saw.
+    pub epoch: u64,
+    /// Drawn once a boot (or process) of the sender.
+    pub boot_nonce: [u8; 16],
+}
+
+/// The dialer's hello.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Open {
+    /// Features, epoch, nonce.
+    pub common: Common,
+    /// Lowest version that the dialer speaks.
+    pub version_min: u16,
+    /// Highest version that the dialer speaks.
+    pub version_max: u16,
+    /// What is asked for.
+    pub service: ServiceName,
+    /// 0 control, 1 bulk.
+    pub lane: u8,
+    /// Milliseconds that the dialer will wait for the answer, 0 = no limit.
+    pub deadline_ms: u32,
+}
+
+impl Open {
+    /// Asks for a service with this build's version.
+    pub fn new(service: ServiceName, common: Common) -> Self {
+        Self { common, version_min: VERSION, version_max: VERSION, service, lane: 1, deadline_ms: 0 }
+    }
+}
+
+/// The listener's yes. The service's bytes follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Accept {
+    /// Features, epoch, nonce.
+    pub common: Common,
+    /// The version both will speak.
+    pub version: u16,
+}
+
+/// The listener's no. The stream ends after it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refuse {
+    /// Features, epoch, nonce.
+    pub common: Common,
+    /// The class of the reason.
+    pub status: Status,
+    /// errno of a failed dial, 0 = none.
+    pub errno: u16,
+    /// For people; at most [`TEXT_MAX`] bytes are sent.
+    pub text: String,
+}
+
+/// Any hello.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Hello {
+    /// From the dialer.
+    Open(Open),
+    /// From the listener.
+    Accept(Accept),
+    /// From the listener.
+    Refuse(Refuse),
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Raw {
+    magic: [u8; 8],
+    format: u8,
+    kind: u8,
+    tail_len: U16,
+    version_min: U16,
+    version_max: U16,
+    features: U64,
+    epoch: U64,
+    boot_nonce: [u8; 16],
+    status: U16,
+    name_len: u8,
+    lane: u8,
+    deadline_ms: U32,
+    reserved: U64,
+}
+const _: () = assert!(size_of::<Raw>() == PREFIX_LEN);
+
+/// The fixed part, checked; [`Prefix::finish`] takes the tail.
+pub struct Prefix(Raw);
+
+impl Prefix {
+    /// Checks the first 64 bytes.
+    ///
+    /// # Errors
+    /// Foreign bytes, an unknown format, a field out of range.
+    pub fn parse(bytes: &[u8; PREFIX_LEN]) -> Result<Self, HelloError> {
+        let raw = Raw::read_from_bytes(bytes).map_err(|_| HelloError::Tail { len: 0, at: 0 })?;
+        if raw.magic != MAGIC {
+            return Err(HelloError::Foreign { found: raw.magic, guess: guess(&raw.magic) });
+        }
+        if raw.format != FORMAT {
+            return Err(HelloError::Format { found: raw.format });
+        }
+        let field = |field, value: u64, limit: u64| match value > limit {
+            true => Err(HelloError::Field { field, value, limit }),
+            false => Ok(()),
+        };
+        field("tail length", raw.tail_len.get().into(), TAIL_MAX as u64)?;
+        field("service name length", raw.name_len.into(), ServiceName::MAX as u64)?;
+        field("service name length", raw.name_len.into(), raw.tail_len.get().into())?;
+        field("lane", raw.lane.into(), 1)?;
+        field("reserved", raw.reserved.get(), 0)?;
+        field("version min", raw.version_min.get().into(), raw.version_max.get().into())?;
+        match raw.kind {
+            1..=3 => Ok(Self(raw)),
+            kind => Err(HelloError::Field { field: "kind", value: kind.into(), limit: 3 }),
+        }
+    }
+
+    /// Bytes that follow the prefix.
+    pub fn tail_len(&self) -> usize {
+        self.0.tail_len.get().into()
+    }
+
+    /// Checks the tail and returns the hello.
+    ///
+    /// # Errors
+    /// A tail of another length or shape, an unknown critical extension, a bad name or status.
+    pub fn finish(self, tail: &[u8]) -> Result<Hello, HelloError> {
+        let raw = self.0;
+        let malformed = |at| HelloError::Tail { len: tail.len(), at };
+        if tail.len() != usize::from(raw.tail_len.get()) {
+            return Err(malformed(tail.len()));
+        }
+        let (name, mut rest) = tail.split_at_checked(raw.name_len.into()).ok_or(malformed(0))?;
+        let (mut text, mut errno) = (String::new(), 0);
+        while !rest.is_empty() {
+            let at = tail.len() - rest.len();
+            let (head, after) = rest.split_at_checked(4).ok_or(malformed(at))?;
+            let tlv = u16::from_le_bytes([head[0], head[1]]);
+            let (value, after) =
+                after.split_at_checked(u16::from_le_bytes([head[2], head[3]]).into()).ok_or(malformed(at))?;
+            match (tlv & !TLV_CRITICAL, value) {
+                (TLV_TEXT, _) => text = String::from_utf8_lossy(value).into_owned(),
+                (TLV_ERRNO, &[a, b]) => errno = u16::from_le_bytes([a, b]),
+                _ if tlv & TLV_CRITICAL != 0 => return Err(HelloError::Critical { tlv }),
+                _ => {}
+            }
+            rest = after;
+        }
+        let common = Common { features: raw.features.get(), epoch: raw.epoch.get(), boot_nonce: raw.boot_nonce };
+        Ok(match raw.kind {
+            1 => Hello::Open(Open {
+                common,
+                version_min: raw.version_min.get(),
+                version_max: raw.version_max.get(),
+                service: std::str::from_utf8(name).map_err(|e| malformed(e.valid_up_to()))?.parse()?,
+                lane: raw.lane,
+                deadline_ms: raw.deadline_ms.get(),
+            }),
+            2 => Hello::Accept(Accept { common, version: raw.version_max.get() }),
+            _ => Hello::Refuse(Refuse { common, status: Status::parse(raw.status.get())?, errno, text }),
+        })
+    }
+}
+
+fn guess(first: &[u8; 8]) -> &'static str {
+    match first {
+        b if b.starts_with(b"SSH-") => "an SSH server",
+        b if b.starts_with(b"HTTP/") => "an HTTP server",
+        b if b.starts_with(b"GET ") || b.starts_with(b"POST ") => "an HTTP client",
+        b if b.starts_with(b"CONNECT ") => "a hybrid-vsock client",
+        b if b[0] == 0x16 && b[1] == 3 => "TLS",
+        _ => "another product owns this port",
+    }
+}
+
+impl Hello {
+    /// Encodes prefix and tail.
+    pub fn encode(&self) -> Vec<u8> {
+        let (mut kind, mut name, mut lane, mut deadline, mut status) = (2, "", 0, 0, 0);
+        let (mut versions, mut tail) = ((VERSION, VERSION), Vec::new());
+        let common = match self {
+            Self::Open(o) => {
+                (kind, name, lane, deadline) = (1, o.service.as_str(), o.lane, o.deadline_ms);
+                versions = (o.version_min, o.version_max);
+                &o.common
+            }
+            Self::Accept(a) => {
+                versions = (a.version, a.version);
+                &a.common
+            }
+            Self::Refuse(r) => {
+                (kind, status) = (3, r.status as u16);
+                let mut end = r.text.len().min(TEXT_MAX);
+                while !r.text.is_char_boundary(end) {
+                    end -= 1;
+                }
+                tlv(&mut tail, TLV_TEXT, &r.text.as_bytes()[..end]);
+                if r.errno != 0 {
+                    tlv(&mut tail, TLV_ERRNO, &r.errno.to_le_bytes());
+                }
+                &r.common
+            }
+        };
+        let raw = Raw {
+            magic: MAGIC,
+            format: FORMAT,
+            kind,
+            // Both fit: a name has at most 64 bytes, a text at most TEXT_MAX.
+            tail_len: U16::new((name.len() + tail.len()) as u16),
+            version_min: U16::new(versions.0),
+            version_max: U16::new(versions.1),
+            features: U64::new(common.features),
+            epoch: U64::new(common.epoch),
+            boot_nonce: common.boot_nonce,
+            status: U16::new(status),
+            name_len: name.len() as u8,
+            lane,
+            deadline_ms: U32::new(deadline),
+            reserved: U64::ZERO,
+        };
+        [raw.as_bytes(), name.as_bytes(), &tail].concat()
+    }
+}
+
+fn tlv(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    out.extend_from_slice(&kind.to_le_bytes());
+    out.extend_from_slice(&(value.len() as u16).to_le_bytes());
+    out.extend_from_slice(value);
+}
+
+/// The version that both ranges hold, if any: what an accept answers.
+pub fn choose_version(open: &Open) -> Option<u16> {
+    (open.version_min..=open.version_max).contains(&VERSION).then_some(VERSION)
+}
+
+/// Reads one hello from a blocking stream, and not one byte more.
+///
+/// # Errors
+/// The stream fails or ends (`UnexpectedEof`), or the bytes are no hello (`InvalidData`, with a [`HelloError`] inside).
+pub fn read(from: &mut impl std::io::Read) -> std::io::Result<Hello> {
+    let mut prefix = [0; PREFIX_LEN];
+    from.read_exact(&mut prefix)?;
+    let prefix = Prefix::parse(&prefix).map_err(invalid)?;
+    let mut tail = [0; TAIL_MAX];
+    let tail = &mut tail[..prefix.tail_len()];
+    from.read_exact(tail)?;
+    prefix.finish(tail).map_err(invalid)
+}
+
+/// As [`read`], from a tokio stream.
+///
+/// # Errors
+/// As [`read`].
+#[cfg(feature = "tokio")]
+pub async fn read_async(from: &mut (impl tokio::io::AsyncRead + Unpin)) -> std::io::Result<Hello> {
+    use tokio::io::AsyncReadExt;
+    let mut prefix = [0; PREFIX_LEN];
+    from.read_exact(&mut prefix).await?;
+    let prefix = Prefix::parse(&prefix).map_err(invalid)?;
+    let mut tail = vec![0; prefix.tail_len()];
+    from.read_exact(&mut tail).await?;
+    prefix.finish(&tail).map_err(invalid)
+}
+
+fn invalid(e: HelloError) -> std::io::Error {
+    std::io::Error::new(std::io::ErrorKind::InvalidData, e)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(bytes: &[u8]) -> Result<Hello, HelloError> {
+        let (head, tail) = bytes.split_first_chunk().unwrap();
+        Prefix::parse(head)?.finish(tail)
+    }
+
+    fn open() -> Hello {
+        let common = Common { features: 0x0102, epoch: 7, boot_nonce: [0xab; 16] };
+        Hello::Open(Open { deadline_ms: 5000, ..Open::new("tcp:80".parse().unwrap(), common) })
+    }
+
+    #[test]
+    fn open_has_golden_bytes() {
+        let bytes = open().encode();
+        let want = "414449540d0a1a0a0101060001000100020100000000000007000000000000\
+                    00abababababababababababababababab0000060188130000000000000000\
+                    00007463703a3830"
+            .replace(char::is_whitespace, "");
+        assert_eq!(bytes.iter().map(|b| format!("{b:02x}")).collect::<String>(), want);
+        assert_eq!(parse(&bytes), Ok(open()));
+    }
+
+    #[test]
+    fn accept_and_refuse_round_trip() {
+        let common = Common { boot_nonce: [1; 16], ..Common::default() };
+        for h in [
+            Hello::Accept(Accept { common, version: 1 }),
+            Hello::Refuse(Refuse { common, status: Status::DialFailed, errno: 111, text: "connection refused".into() }),
+        ] {
+            assert_eq!(parse(&h.encode()), Ok(h));
+        }
+    }
+
+    #[test]
+    fn foreign_listeners_are_named() {
+        let mut bytes = [b' '; PREFIX_LEN];
+        bytes[..8].copy_from_slice(b"SSH-2.0-");
+        assert!(matches!(Prefix::parse(&bytes), Err(HelloError::Foreign { guess: "an SSH server", .. })));
+    }
+
+    #[test]
+    fn every_flipped_byte_is_a_hello_or_an_error() {
+        let good = open().encode();
+        for at in 0..good.len() {
+            for bit in 0..8 {
+                let mut bytes = good.clone();
+                bytes[at] ^= 1 << bit;
+                let _ = parse(&bytes); // must not panic
+            }
+        }
+        for cut in PREFIX_LEN..good.len() {
+            assert!(parse(&good[..cut]).is_err());
+        }
+    }
+
+    #[test]
+    fn unknown_critical_extension_is_refused_and_others_skipped() {
+        let mut bytes = open().encode();
+        bytes.extend_from_slice(&[0x33, 0x00, 1, 0, 9]);
+        bytes[10] += 5;
+        assert_eq!(parse(&bytes), Ok(open()));
+        let at = bytes.len() - 4;
+        bytes[at] = 0x80;
+        assert!(matches!(parse(&bytes), Err(HelloError::Critical { .. })));
+    }
+}

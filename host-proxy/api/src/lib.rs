@@ -1,0 +1,217 @@
+//! The JSON types of `aditd`'s API, shared with the command line. Unknown fields in answers are ignored by readers,
+//! so fields may be added; none changes its meaning.
+//!
+//! HTTP/1.1 on a Unix socket (`RUN/aditd.sock`, 0600):
+//!
+//! | method and path | body → answer |
+//! |---|---|
+//! | `GET /v1/vms` | → `Vec<Vm>` |
+//! | `POST /v1/vms` | `NewVm` → `Vm`; 409 for a taken name or CID |
+//! | `GET /v1/vms/{name}` | → `Vm` |
+//! | `DELETE /v1/vms/{name}` | ends its port process |
+//! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 |
+//! | `POST /v1/goals` | `NewGoal` → `Goal` (on disk when answered) |
+//! | `GET /v1/goals/{goal_id}` | → `Goal` |
+//! | `GET /v1/tasks?vm=&goal=&state=` | → `Vec<Task>` |
+//! | `GET /v1/tasks/{task_id}` | → `Task` |
+//! | `GET /v1/tasks/{task_id}/output?stream=stdout` | raw bytes (head, a line that says what is missing, tail) |
+//! | `GET /v1/events?goal=` | `application/x-ndjson` of `TaskEvent`: first the present state, then changes; ends when every task of `goal` is terminal |
+//! | `POST /v1/shutdown?ports=true` | stops aditd, with `ports=true` the port processes too |
+//! | `GET /metrics`, `/healthz`, `/readyz` | |
+//!
+//! Errors: status and `ErrorBody`.
+#![forbid(unsafe_code)]
+
+use adit_tasks::wire::Outcome;
+use serde::{Deserialize, Serialize};
+
+/// Version of these types, in every top-level answer.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// State of a VM's channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// The port process does not run (yet).
+    Down,
+    /// The port process waits for a VMM or for the guest's driver.
+    Waiting,
+    /// The guest's driver runs; no agent has spoken yet.
+    Up,
+    /// The agent is connected.
+    Ready,
+}
+
+/// One VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vm {
+    /// Name and id.
+    pub name: String,
+    /// Its CID.
+    pub cid: u64,
+    /// How its channel stands.
+    pub state: VmState,
+    /// Version that the agent told; none before it spoke.
+    pub agent: Option<String>,
+    /// Kernel release that the agent told.
+    pub kernel: Option<String>,
+    /// Id that the image was enrolled with, if it is not this VM's: a fault.
+    pub enrolled_as: Option<String>,
+    /// Milliseconds since the agent was last heard; none if never.
+    pub last_seen_ms: Option<u64>,
+    /// Counts sessions.
+    pub epoch: u64,
+    /// Streams open now.
+    pub streams: u32,
+    /// Tasks that are not terminal.
+    pub queued: u32,
+    /// Guest TCP ports that may be reached.
+    pub allow: Vec<u16>,
+    /// Plain AF_VSOCK ports that may be reached as `VM:vsock-PORT`.
+    pub allow_vsock: Vec<u32>,
+    /// Process id of its port process.
+    pub port_pid: Option<u32>,
+    /// Where the VMM connects.
+    pub vhost_socket: String,
+    /// The last fault of its transport, if any.
+    pub fault: Option<String>,
+}
+
+/// Registers a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewVm {
+    /// Name and id.
+    pub name: String,
+    /// CID, 3 or more.
+    pub cid: u64,
+    /// Guest TCP ports that may be reached.
+    #[serde(default)]
+    pub allow: Vec<u16>,
+    /// Plain AF_VSOCK ports that may be reached.
+    #[serde(default)]
+    pub allow_vsock: Vec<u32>,
+}
+
+/// Hands a signed goal over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewGoal {
+    /// The DSSE envelope, exactly as signed: JSON text.
+    pub envelope: String,
+    /// VMs to queue it for; empty: its audience.
+    #[serde(default)]
+    pub to: Vec<String>,
+    /// Queue it even for a VM that its audience does not name; the guest decides (it will refuse).
+    #[serde(default)]
+    pub relay_unchecked: bool,
+}
+
+/// A goal as the host knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Goal {
+    /// From its payload.
+    pub goal_id: String,
+    /// sha256 of the payload, hex.
+    pub digest: String,
+    /// RFC 3339.
+    pub accepted_at: String,
+    /// Its tasks, in order of VM and step.
+    pub tasks: Vec<Task>,
+}
+
+/// State of a task on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TaskState {
+    /// Waits in the queue of its VM.
+    Queued,
+    /// Handed to the guest.
+    Leased,
+    /// The guest said that it began.
+    Started,
+    /// Terminal: success.
+    Done,
+    /// Terminal: ran and failed.
+    Failed,
+    /// Terminal: killed at its deadline.
+    TimedOut,
+    /// Terminal: cut off, not run again.
+    Interrupted,
+    /// Terminal: the guest would not run it.
+    Refused,
+    /// Terminal: an earlier step did not succeed.
+    Skipped,
+    /// Terminal: its goal's `not_after` passed before it began.
+    Expired,
+}
+
+impl TaskState {
+    /// True for a state that never changes again.
+    pub fn is_terminal(self) -> bool {
+        !matches!(self, Self::Queued | Self::Leased | Self::Started)
+    }
+}
+
+impl From<Outcome> for TaskState {
+    fn from(o: Outcome) -> Self {
+        match o {
+            Outcome::Done => Self::Done,
+            Outcome::Failed => Self::Failed,
+            Outcome::TimedOut => Self::TimedOut,
+            Outcome::Interrupted => Self::Interrupted,
+            Outcome::Refused => Self::Refused,
+        }
+    }
+}
+
+/// One task: one attempt of one step for one VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    /// 32 hex digits.
+    pub task_id: String,
+    /// Goal that ordered it.
+    pub goal_id: String,
+    /// VM that runs it.
+    pub vm: String,
+    /// Step of the goal.
+    pub step: String,
+    /// 1 for the first.
+    pub attempt: u32,
+    /// Where it stands.
+    pub state: TaskState,
+    /// Exit status of what ran.
+    pub exit: Option<i32>,
+    /// Why it ended so.
+    pub reason: String,
+    /// RFC 3339; when it was queued.
+    pub queued_at: String,
+    /// RFC 3339 by the guest's clock.
+    pub started_at: Option<String>,
+    /// RFC 3339 by the guest's clock.
+    pub ended_at: Option<String>,
+    /// Bytes written to stdout and stderr.
+    pub output_bytes: (u64, u64),
+    /// The first bytes of stdout as text, at most 200, for lists.
+    pub output_preview: String,
+}
+
+/// A change of a task.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskEvent {
+    /// Counts changes on this host.
+    pub seq: u64,
+    /// The task as it is now.
+    pub task: Task,
+}
+
+/// What comes with every status of 400 and above.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// Stable word, kebab-case: `unknown-vm`, `taken`, `bad-goal`, …
+    pub code: String,
+    /// What failed and why.
+    pub message: String,
+    /// What to do next; may be empty.
+    pub help: String,
+}

@@ -1,0 +1,138 @@
+//! Messages of the `tasks` service, between the guest's agent (dialer) and the host (listener).
+//!
+//! Each is the postcard body of one frame (`adit_channel::frame`, version 1 of its kind). The guest dials, so it pulls:
+//! the host only ever answers.
+//!
+//! ```text
+//! guest                                   host
+//!   Facts ────────────────────────────────▶   agent is ready
+//!   Pull{known digests} ──────────────────▶   held until there is a task: no polling, no timer
+//!   ◀──────────────────────────────── Task
+//!   Started{task_id} ─────────────────────▶   advisory: journaled already
+//!   Report ───────────────────────────────▶   sent again on every connection until acknowledged
+//!   ◀─────────────────────────── ReportAck    the host has it on disk; the guest may forget the result
+//!   Pull …
+//! ```
+//! A task carries no content of its own: goal envelope, step and attempt; the guest derives the rest.
+
+use serde::{Deserialize, Serialize};
+
+/// Name of the service.
+pub const SERVICE: &str = "tasks";
+
+/// Frame kinds. The number is wire format.
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum WireKind {
+    Facts = 1,
+    Pull = 2,
+    Task = 3,
+    Started = 4,
+    Report = 5,
+    ReportAck = 6,
+}
+
+/// 16 bytes that name one attempt of one step for one VM: see `task_id`.
+pub type TaskId = [u8; 16];
+
+/// What the agent says of its guest. Shown, never trusted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Facts {
+    /// Version of the agent.
+    pub agent_version: String,
+    /// Kernel release.
+    pub kernel: String,
+    /// Distribution name and version, from os-release.
+    pub os: String,
+    /// The id that the image was enrolled with; a mismatch with the channel's VM is shown as a fault.
+    pub vm_id: String,
+    /// Trust anchors in the image; with none it runs no task.
+    pub anchors: u16,
+    /// Drawn once a boot.
+    pub boot_nonce: [u8; 16],
+}
+
+/// Asks for one task and waits for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pull {
+    /// The last epoch of the host that the guest saw; 0 = none.
+    pub epoch: u64,
+}
+
+/// One task.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    /// As the host derived it; the guest derives it anew and refuses a mismatch.
+    pub task_id: TaskId,
+    /// The signed goal: the exact bytes of the DSSE envelope, at most 256 KiB.
+    pub envelope: Vec<u8>,
+    /// Which step of it.
+    pub step_id: String,
+    /// 1 for the first.
+    pub attempt: u32,
+}
+
+/// The journal has `started` on disk; the effect is about to begin.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Started {
+    /// Which task.
+    pub task_id: TaskId,
+}
+
+/// Terminal state as the guest reports it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Ran and ended with a success code.
+    Done,
+    /// Ran and ended otherwise, or could not be run.
+    Failed,
+    /// Ran longer than it may; its whole process tree was killed.
+    TimedOut,
+    /// The agent or the guest ended in the middle; it is not run again unless its step is idempotent.
+    Interrupted,
+    /// The guest would not run it: signature, audience, sequence, time, policy. Nothing was done.
+    Refused,
+}
+
+/// A captured output stream: the first and the last bytes where it was longer than the cap.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Captured {
+    /// Bytes from the start.
+    pub head: Vec<u8>,
+    /// Bytes from the end, if the middle was dropped.
+    pub tail: Vec<u8>,
+    /// All bytes that were written.
+    pub total: u64,
+}
+
+/// The result of a task. Kept by the guest until acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Which task.
+    pub task_id: TaskId,
+    /// Terminal state.
+    pub outcome: Outcome,
+    /// Exit status (128+N for a signal); none if nothing ran.
+    pub exit: Option<i32>,
+    /// Why, for people: empty when `Done`; for `Refused` begins with a stable code such as `wrong-target:`.
+    pub reason: String,
+    /// Unix time in ms by the guest's clock; 0 if it did not start.
+    pub started_ms: u64,
+    /// Unix time in ms by the guest's clock.
+    pub ended_ms: u64,
+    /// Standard output.
+    pub stdout: Captured,
+    /// Standard error.
+    pub stderr: Captured,
+    /// Boot in which it ended.
+    pub boot_nonce: [u8; 16],
+}
+
+/// The report is on the host's disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReportAck {
+    /// Which task.
+    pub task_id: TaskId,
+}
