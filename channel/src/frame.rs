@@ -115,14 +115,25 @@ impl Header {
     /// A length over `max` (or [`LEN_MAX`]) or unknown flags; nothing was allocated.
     pub fn parse(bytes: &[u8; HEADER_LEN], max: u32) -> Result<Self, FrameError> {
         let raw: Raw = zerocopy::transmute!(*bytes);
-        let (len, kind, flags, max) = (raw.len.get(), raw.kind.get(), raw.flags.get(), max.min(LEN_MAX));
+        let (len, kind, flags, max) = (
+            raw.len.get(),
+            raw.kind.get(),
+            raw.flags.get(),
+            max.min(LEN_MAX),
+        );
         if len > max {
             return Err(FrameError::TooLong { kind, len, max });
         }
         if flags & !FLAGS_KNOWN != 0 {
             return Err(FrameError::Flags { flags });
         }
-        Ok(Self { len, kind, version: raw.version.get(), id: raw.id.get(), flags })
+        Ok(Self {
+            len,
+            kind,
+            version: raw.version.get(),
+            id: raw.id.get(),
+            flags,
+        })
     }
 
     /// Decodes the body that belongs to this header.
@@ -130,11 +141,16 @@ impl Header {
     /// # Errors
     /// The body is not a `T`, or has bytes behind it.
     pub fn decode<T: DeserializeOwned>(&self, body: &[u8]) -> Result<T, FrameError> {
-        let (value, rest) =
-            postcard::take_from_bytes(body).map_err(|source| FrameError::Body { kind: self.kind, source })?;
+        let (value, rest) = postcard::take_from_bytes(body).map_err(|source| FrameError::Body {
+            kind: self.kind,
+            source,
+        })?;
         match rest.len() {
             0 => Ok(value),
-            extra => Err(FrameError::Trailing { kind: self.kind, extra }),
+            extra => Err(FrameError::Trailing {
+                kind: self.kind,
+                extra,
+            }),
         }
     }
 }
@@ -143,15 +159,31 @@ impl Header {
 ///
 /// # Errors
 /// The body does not serialise, or is longer than [`LEN_MAX`].
-pub fn encode<T: Serialize>(kind: u16, version: u16, id: u32, flags: u32, body: &T) -> Result<Vec<u8>, FrameError> {
-    let mut out = postcard::to_extend(body, vec![0; HEADER_LEN]).map_err(|source| FrameError::Encode { kind, source })?;
+pub fn encode<T: Serialize>(
+    kind: u16,
+    version: u16,
+    id: u32,
+    flags: u32,
+    body: &T,
+) -> Result<Vec<u8>, FrameError> {
+    let mut out = postcard::to_extend(body, vec![0; HEADER_LEN])
+        .map_err(|source| FrameError::Encode { kind, source })?;
     let len = out.len() - HEADER_LEN;
-    let len = u32::try_from(len).ok().filter(|&l| l <= LEN_MAX).ok_or(FrameError::TooLong {
-        kind,
-        len: u32::try_from(len).unwrap_or(u32::MAX),
-        max: LEN_MAX,
-    })?;
-    let raw = Raw { len: len.into(), kind: kind.into(), version: version.into(), id: id.into(), flags: flags.into() };
+    let len = u32::try_from(len)
+        .ok()
+        .filter(|&l| l <= LEN_MAX)
+        .ok_or(FrameError::TooLong {
+            kind,
+            len: u32::try_from(len).unwrap_or(u32::MAX),
+            max: LEN_MAX,
+        })?;
+    let raw = Raw {
+        len: len.into(),
+        kind: kind.into(),
+        version: version.into(),
+        id: id.into(),
+        flags: flags.into(),
+    };
     out[..HEADER_LEN].copy_from_slice(raw.as_bytes());
     Ok(out)
 }
@@ -214,7 +246,12 @@ mod tests {
     #[test]
     fn frame_has_golden_bytes_and_round_trips() {
         let bytes = encode(3, 1, 9, LAST, &(5u8, "ab")).unwrap();
-        assert_eq!(bytes, [4, 0, 0, 0, 3, 0, 1, 0, 9, 0, 0, 0, 1, 0, 0, 0, 5, 2, b'a', b'b']);
+        assert_eq!(
+            bytes,
+            [
+                4, 0, 0, 0, 3, 0, 1, 0, 9, 0, 0, 0, 1, 0, 0, 0, 5, 2, b'a', b'b'
+            ]
+        );
         let (h, body) = read(&mut &bytes[..], LEN_MAX).unwrap().unwrap();
         assert_eq!(h.decode::<(u8, String)>(&body).unwrap(), (5, "ab".into()));
         assert!(read(&mut &[][..], LEN_MAX).unwrap().is_none());
@@ -224,13 +261,25 @@ mod tests {
     fn length_is_checked_before_anything_is_allocated() {
         let mut head = [0; HEADER_LEN];
         head[..4].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert!(matches!(Header::parse(&head, u32::MAX), Err(FrameError::TooLong { max: LEN_MAX, .. })));
+        assert!(matches!(
+            Header::parse(&head, u32::MAX),
+            Err(FrameError::TooLong { max: LEN_MAX, .. })
+        ));
     }
 
     #[test]
     fn bytes_behind_the_body_are_refused() {
-        let h = Header { len: 2, kind: 1, version: 1, id: 0, flags: 0 };
-        assert!(matches!(h.decode::<u8>(&[1, 2]), Err(FrameError::Trailing { extra: 1, .. })));
+        let h = Header {
+            len: 2,
+            kind: 1,
+            version: 1,
+            id: 0,
+            flags: 0,
+        };
+        assert!(matches!(
+            h.decode::<u8>(&[1, 2]),
+            Err(FrameError::Trailing { extra: 1, .. })
+        ));
     }
 
     #[test]

@@ -122,7 +122,13 @@ impl Status {
             4 => Self::DialFailed,
             5 => Self::Busy,
             6 => Self::WrongVm,
-            _ => return Err(HelloError::Field { field: "status", value: raw.into(), limit: 6 }),
+            _ => {
+                return Err(HelloError::Field {
+                    field: "status",
+                    value: raw.into(),
+                    limit: 6,
+                });
+            }
         })
     }
 }
@@ -158,7 +164,14 @@ pub struct Open {
 impl Open {
     /// Asks for a service with this build's version.
     pub fn new(service: ServiceName, common: Common) -> Self {
-        Self { common, version_min: VERSION, version_max: VERSION, service, lane: 1, deadline_ms: 0 }
+        Self {
+            common,
+            version_min: VERSION,
+            version_max: VERSION,
+            service,
+            lane: 1,
+            deadline_ms: 0,
+        }
     }
 }
 
@@ -226,24 +239,47 @@ impl Prefix {
     pub fn parse(bytes: &[u8; PREFIX_LEN]) -> Result<Self, HelloError> {
         let raw = Raw::read_from_bytes(bytes).map_err(|_| HelloError::Tail { len: 0, at: 0 })?;
         if raw.magic != MAGIC {
-            return Err(HelloError::Foreign { found: raw.magic, guess: guess(&raw.magic) });
+            return Err(HelloError::Foreign {
+                found: raw.magic,
+                guess: guess(&raw.magic),
+            });
         }
         if raw.format != FORMAT {
             return Err(HelloError::Format { found: raw.format });
         }
         let field = |field, value: u64, limit: u64| match value > limit {
-            true => Err(HelloError::Field { field, value, limit }),
+            true => Err(HelloError::Field {
+                field,
+                value,
+                limit,
+            }),
             false => Ok(()),
         };
         field("tail length", raw.tail_len.get().into(), TAIL_MAX as u64)?;
-        field("service name length", raw.name_len.into(), ServiceName::MAX as u64)?;
-        field("service name length", raw.name_len.into(), raw.tail_len.get().into())?;
+        field(
+            "service name length",
+            raw.name_len.into(),
+            ServiceName::MAX as u64,
+        )?;
+        field(
+            "service name length",
+            raw.name_len.into(),
+            raw.tail_len.get().into(),
+        )?;
         field("lane", raw.lane.into(), 1)?;
         field("reserved", raw.reserved.get(), 0)?;
-        field("version min", raw.version_min.get().into(), raw.version_max.get().into())?;
+        field(
+            "version min",
+            raw.version_min.get().into(),
+            raw.version_max.get().into(),
+        )?;
         match raw.kind {
             1..=3 => Ok(Self(raw)),
-            kind => Err(HelloError::Field { field: "kind", value: kind.into(), limit: 3 }),
+            kind => Err(HelloError::Field {
+                field: "kind",
+                value: kind.into(),
+                limit: 3,
+            }),
         }
     }
 
@@ -258,18 +294,24 @@ impl Prefix {
     /// A tail of another length or shape, an unknown critical extension, a bad name or status.
     pub fn finish(self, tail: &[u8]) -> Result<Hello, HelloError> {
         let raw = self.0;
-        let malformed = |at| HelloError::Tail { len: tail.len(), at };
+        let malformed = |at| HelloError::Tail {
+            len: tail.len(),
+            at,
+        };
         if tail.len() != usize::from(raw.tail_len.get()) {
             return Err(malformed(tail.len()));
         }
-        let (name, mut rest) = tail.split_at_checked(raw.name_len.into()).ok_or(malformed(0))?;
+        let (name, mut rest) = tail
+            .split_at_checked(raw.name_len.into())
+            .ok_or(malformed(0))?;
         let (mut text, mut errno) = (String::new(), 0);
         while !rest.is_empty() {
             let at = tail.len() - rest.len();
             let (head, after) = rest.split_at_checked(4).ok_or(malformed(at))?;
             let tlv = u16::from_le_bytes([head[0], head[1]]);
-            let (value, after) =
-                after.split_at_checked(u16::from_le_bytes([head[2], head[3]]).into()).ok_or(malformed(at))?;
+            let (value, after) = after
+                .split_at_checked(u16::from_le_bytes([head[2], head[3]]).into())
+                .ok_or(malformed(at))?;
             match (tlv & !TLV_CRITICAL, value) {
                 (TLV_TEXT, _) => text = String::from_utf8_lossy(value).into_owned(),
                 (TLV_ERRNO, &[a, b]) => errno = u16::from_le_bytes([a, b]),
@@ -278,18 +320,32 @@ impl Prefix {
             }
             rest = after;
         }
-        let common = Common { features: raw.features.get(), epoch: raw.epoch.get(), boot_nonce: raw.boot_nonce };
+        let common = Common {
+            features: raw.features.get(),
+            epoch: raw.epoch.get(),
+            boot_nonce: raw.boot_nonce,
+        };
         Ok(match raw.kind {
             1 => Hello::Open(Open {
                 common,
                 version_min: raw.version_min.get(),
                 version_max: raw.version_max.get(),
-                service: std::str::from_utf8(name).map_err(|e| malformed(e.valid_up_to()))?.parse()?,
+                service: std::str::from_utf8(name)
+                    .map_err(|e| malformed(e.valid_up_to()))?
+                    .parse()?,
                 lane: raw.lane,
                 deadline_ms: raw.deadline_ms.get(),
             }),
-            2 => Hello::Accept(Accept { common, version: raw.version_max.get() }),
-            _ => Hello::Refuse(Refuse { common, status: Status::parse(raw.status.get())?, errno, text }),
+            2 => Hello::Accept(Accept {
+                common,
+                version: raw.version_max.get(),
+            }),
+            _ => Hello::Refuse(Refuse {
+                common,
+                status: Status::parse(raw.status.get())?,
+                errno,
+                text,
+            }),
         })
     }
 }
@@ -362,7 +418,9 @@ fn tlv(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
 
 /// The version that both ranges hold, if any: what an accept answers.
 pub fn choose_version(open: &Open) -> Option<u16> {
-    (open.version_min..=open.version_max).contains(&VERSION).then_some(VERSION)
+    (open.version_min..=open.version_max)
+        .contains(&VERSION)
+        .then_some(VERSION)
 }
 
 /// Reads one hello from a blocking stream, and not one byte more.
@@ -408,8 +466,15 @@ mod tests {
     }
 
     fn open() -> Hello {
-        let common = Common { features: 0x0102, epoch: 7, boot_nonce: [0xab; 16] };
-        Hello::Open(Open { deadline_ms: 5000, ..Open::new("tcp:80".parse().unwrap(), common) })
+        let common = Common {
+            features: 0x0102,
+            epoch: 7,
+            boot_nonce: [0xab; 16],
+        };
+        Hello::Open(Open {
+            deadline_ms: 5000,
+            ..Open::new("tcp:80".parse().unwrap(), common)
+        })
     }
 
     #[test]
@@ -419,16 +484,27 @@ mod tests {
                     00abababababababababababababababab0000060188130000000000000000\
                     00007463703a3830"
             .replace(char::is_whitespace, "");
-        assert_eq!(bytes.iter().map(|b| format!("{b:02x}")).collect::<String>(), want);
+        assert_eq!(
+            bytes.iter().map(|b| format!("{b:02x}")).collect::<String>(),
+            want
+        );
         assert_eq!(parse(&bytes), Ok(open()));
     }
 
     #[test]
     fn accept_and_refuse_round_trip() {
-        let common = Common { boot_nonce: [1; 16], ..Common::default() };
+        let common = Common {
+            boot_nonce: [1; 16],
+            ..Common::default()
+        };
         for h in [
             Hello::Accept(Accept { common, version: 1 }),
-            Hello::Refuse(Refuse { common, status: Status::DialFailed, errno: 111, text: "connection refused".into() }),
+            Hello::Refuse(Refuse {
+                common,
+                status: Status::DialFailed,
+                errno: 111,
+                text: "connection refused".into(),
+            }),
         ] {
             assert_eq!(parse(&h.encode()), Ok(h));
         }
@@ -438,7 +514,13 @@ mod tests {
     fn foreign_listeners_are_named() {
         let mut bytes = [b' '; PREFIX_LEN];
         bytes[..8].copy_from_slice(b"SSH-2.0-");
-        assert!(matches!(Prefix::parse(&bytes), Err(HelloError::Foreign { guess: "an SSH server", .. })));
+        assert!(matches!(
+            Prefix::parse(&bytes),
+            Err(HelloError::Foreign {
+                guess: "an SSH server",
+                ..
+            })
+        ));
     }
 
     #[test]

@@ -3,6 +3,20 @@
 
 #[cfg(feature = "device")]
 pub mod carrier;
+#[cfg(feature = "device")]
+pub mod device;
+#[cfg(feature = "device")]
+pub mod dial;
 pub mod frame;
 pub mod hello;
 pub mod name;
+#[cfg(feature = "device")]
+pub mod port;
+#[cfg(feature = "device")]
+pub mod shard;
+#[cfg(feature = "device")]
+pub mod sink;
+#[cfg(feature = "device")]
+pub mod stream;
+#[cfg(feature = "vhost-user")]
+pub mod vhost_user;

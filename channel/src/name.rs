@@ -43,11 +43,18 @@ impl FromStr for ServiceName {
             return Err(NameError::Empty);
         }
         if s.len() > Self::MAX {
-            return Err(NameError::TooLong { len: s.len(), max: Self::MAX });
+            return Err(NameError::TooLong {
+                len: s.len(),
+                max: Self::MAX,
+            });
         }
         let ok = |b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b':' | b'.' | b'_' | b'-');
         match s.bytes().enumerate().find(|&(_, b)| !ok(b)) {
-            Some((at, byte)) => Err(NameError::BadByte { byte, at, alphabet: "a-z 0-9 : . _ -" }),
+            Some((at, byte)) => Err(NameError::BadByte {
+                byte,
+                at,
+                alphabet: "a-z 0-9 : . _ -",
+            }),
             None => Ok(Self(s.to_owned())),
         }
     }
@@ -98,8 +105,21 @@ mod tests {
     #[test]
     fn tcp_service_has_one_spelling() {
         assert_eq!(ServiceName::tcp(80).tcp_port(), Some(80));
-        for bad in ["tcp:080", "tcp:+80", "tcp:0", "tcp:65536", "tcp:", "tcp:80 ", "udp:80", "tcp:-1"] {
-            assert_eq!(bad.parse::<ServiceName>().ok().and_then(|s| s.tcp_port()), None, "{bad}");
+        for bad in [
+            "tcp:080",
+            "tcp:+80",
+            "tcp:0",
+            "tcp:65536",
+            "tcp:",
+            "tcp:80 ",
+            "udp:80",
+            "tcp:-1",
+        ] {
+            assert_eq!(
+                bad.parse::<ServiceName>().ok().and_then(|s| s.tcp_port()),
+                None,
+                "{bad}"
+            );
         }
     }
 }

@@ -1,122 +1,263 @@
-//! JOINT (signatures are agreed; bodies and private parts are the engine author's).
-#![allow(missing_docs, clippy::todo, unused_variables)]
-use crate::{Kind, PacketHeader};
+//! The machine: its parts, its getters, and what every input ends in (`settle`, `end`, `drain`).
+//!
+//! ```text
+//!  connect ──► Requested ── RESPONSE ──────────┐        RST, timeout, violation, reset(), session change
+//!                                              ▼        lead from every state to Ended(reason)
+//!  REQUEST ──► Offered ─── answer(Accept) ──► Open
+//!                                              │ each side ends its sending when it likes (SHUTDOWN)
+//!                                              ▼
+//!                 peer shut both, or RST when finished, or 8 s after we shut both
+//!                                              │
+//!                      bytes delivered, not yet consumed? ── yes ──► Draining ── consumed ──┐
+//!                                              │ no                                         │
+//!                                              ▼                                            ▼
+//!                                            Ended ── Closed told and RST sent ──► Free ◄─ Ended
+//! ```
+//!
+//! Ending in order, as Linux does it: a SHUTDOWN with both flags is answered with RST. When both sides have ended their
+//! sending, whoever notices says the full SHUTDOWN. An RST after the peer ended its sending loses nothing: what it
+//! sent was delivered, and the stream drains (R57). An RST at any other time ends the stream at once.
 
-/// Nanoseconds on a monotonic clock, supplied by the caller.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Tick(pub u64);
+use alloc::vec::Vec;
 
-/// Names a stream for ever: a stale id is harmless.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct StreamId { slot: u32, generation: u32 }
-impl StreamId {
-    /// Index into a dense table of at most `EngineConfig::max_streams` entries.
-    pub fn slot(self) -> u32 { self.slot }
-    pub fn generation(self) -> u32 { self.generation }
+use crate::credit::Pool;
+use crate::ports::{EPHEMERAL_MAX, EPHEMERAL_MIN, PortAllocator};
+use crate::rst::{Rst, RstSet};
+use crate::stream::{PROBE_FIRST_NS, Phase, Stream, owe, tell};
+use crate::table::{ListId, Table};
+use crate::timers::{NEVER, Timers};
+use crate::{EngineConfig, Kind, Op, PacketHeader, ResetReason, StreamId, Tick, Violation};
+
+/// Most streams that a configuration can ask for.
+pub const STREAMS_MAX: u32 = 1 << 16;
+/// Most ports that can be listened on.
+pub const LISTEN_MAX: u32 = 1024;
+
+/// Connection engine of one peer: streams between ports, with credit, half-close and reset.
+///
+/// It holds no payload, reads no clock, does no IO, and never panics on what a peer sends. Memory is bounded by
+/// `max_streams` (a few hundred bytes each), [`LISTEN_MAX`] and [`RST_MAX`](crate::RST_MAX); what the shell has to hold
+/// for it, by `pool_bytes`.
+///
+/// Four families of methods:
+/// - *getters*: `streams`, `ports`, `lent`;
+/// - *inputs* `handle_packet`, `handle_timeout`, `handle_session`: the world did something. Time goes in here;
+/// - *commands* `listen`, `connect`, `answer`, `offer`, `consumed`, `shutdown`, `reset`: the shell wants something. A stale
+///   [`StreamId`] is ignored;
+/// - *outputs*: after any of these poll, in this order, `poll_event` until `None`, `poll_transmit` until `None` or until
+///   there is no slot, then `poll_timeout`.
+///
+/// Between a `poll_transmit` that asks for a body and its `commit_body` only `offer` may be called; with nothing to commit
+/// the shell says `offer(s, 0)` and polls again.
+pub struct Engine {
+    pub(crate) cfg: EngineConfig,
+    pub(crate) attached: bool,
+    /// Latest time seen.
+    pub(crate) now: Tick,
+    pub(crate) table: Table,
+    pub(crate) pool: Pool,
+    pub(crate) timers: Timers,
+    pub(crate) rst: RstSet,
+    pub(crate) ephemeral: PortAllocator,
+    /// Ports listened on, sorted.
+    pub(crate) listening: Vec<u32>,
+    /// Streams that the caller knows and was not told `Closed` of.
+    pub(crate) known: usize,
+    /// Data packets of lane control sent since the last one of lane bulk.
+    pub(crate) control_run: u32,
 }
 
-/// What a peer did that virtio forbids. Carries evidence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Violation { UnknownOp { op: u16 }, UnknownKind { kind: u16 }, LengthMismatch { header: u32, body: u32 }, CreditExceeded { len: u32, window: u32 }, FwdCntAhead { fwd_cnt: u32, tx_cnt: u32 }, BadFlags { flags: u32 }, Unexpected { op: u16 }, RstOverflow }
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ResetReason { Peer, Refused, Timeout, Credit, Protocol(Violation), Epoch, CarrierFault, Local }
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Lane { Control, Bulk }
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum How { Receive, Send, Both }
-
-#[derive(Clone, Copy, Debug)]
-pub struct EngineConfig {
-    /// Streams at a time, both directions together (default 1,024).
-    pub max_streams: u32,
-    /// Bytes of receive window that all streams of this VM share (default 8 MiB).
-    pub pool_bytes: u64,
-    /// Window a stream starts with (default 8 KiB) and may grow to by use (default 256 KiB).
-    pub initial_window: u32,
-    pub max_window: u32,
-    /// ns until an unanswered request ends in `Timeout` (default 2 s), and until a shut-down stream is reset (default 8 s).
-    pub connect_timeout: u64,
-    pub shutdown_timeout: u64,
-    /// Bytes a stream may send in its turn (deficit round robin; default 4,096... the engine author's choice).
-    pub quantum: u32,
-    /// A newer Linux guest resets a stream that holds more than buf_alloc / this many bytes packets (0 = no limit; default 576).
-    pub packet_overhead: u32,
-}
-impl Default for EngineConfig { fn default() -> Self { todo!() } }
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SessionChange { Attached { epoch: u64 }, Lost(ResetReason) }
-
-/// What to do with the body of the packet just handled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use]
-pub enum Disposition {
-    /// Nothing to deliver: drop the packet.
-    Consume,
-    /// Move `len` bytes to the stream's sink (or hold them: they are inside its window).
-    Deliver { stream: StreamId, len: u32 },
-    /// Dropped, count it; the channel goes on.
-    Ignore(Violation),
-    /// The whole channel must be torn down.
-    Tear(Violation),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// The peer asks for `local_port` (one that `listen` named); `answer` it.
-    Incoming { stream: StreamId, local_port: u32, peer_port: u32 },
-    Connected { stream: StreamId },
-    /// Credit came back to a stream that had offered bytes and none to send them with (advisory).
-    Writable { stream: StreamId },
-    /// The peer will send no more (Send), receive no more (Receive), or both.
-    PeerShutdown { stream: StreamId, how: How },
-    /// The stream is gone; its id is stale from now on. `None`: both directions ended in order.
-    Closed { stream: StreamId, reason: Option<ResetReason> },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer { Accept, Refuse }
-
-/// A packet to send. With `body`, read up to `len` bytes from the stream's sink into the slot, then call `commit_body`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Transmit { pub header: PacketHeader, pub lane: Lane, pub body: Option<(StreamId, u32)> }
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ListenError { TableFull { max: u32 } }
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ConnectError { TableFull { max: u32 }, NoCredit, NoPort, NoSession }
-
-pub struct Engine {}
 impl Engine {
-    pub fn new(cfg: EngineConfig, seed: u64) -> Self { todo!() }
+    /// Creates an engine without a session. The seed decides which ephemeral port comes first.
+    pub fn new(cfg: EngineConfig, seed: u64) -> Self {
+        let cfg = cfg.sane();
+        Self {
+            attached: false,
+            now: Tick(0),
+            table: Table::new(cfg.max_streams),
+            pool: Pool::new(cfg.pool_bytes, cfg.initial_window),
+            timers: Timers::default(),
+            rst: RstSet::new(),
+            ephemeral: PortAllocator::new(EPHEMERAL_MIN, EPHEMERAL_MAX, seed),
+            listening: Vec::new(),
+            known: 0,
+            control_run: 0,
+            cfg,
+        }
+    }
+
     // ---- getters
-    pub fn streams(&self) -> usize { todo!() }
-    pub fn ports(&self, s: StreamId) -> Option<(u32, u32)> { todo!() }
-    // ---- inputs
-    pub fn handle_packet(&mut self, now: Tick, h: &PacketHeader, body_len: u32) -> Disposition { todo!() }
-    pub fn handle_timeout(&mut self, now: Tick) { todo!() }
-    pub fn handle_session(&mut self, now: Tick, change: SessionChange) { todo!() }
-    // ---- commands
-    pub fn listen(&mut self, port: u32, kind: Kind) -> Result<(), ListenError> { todo!() }
-    pub fn connect(&mut self, now: Tick, peer_port: u32, kind: Kind, lane: Lane) -> Result<StreamId, ConnectError> { todo!() }
-    pub fn answer(&mut self, now: Tick, s: StreamId, a: Answer) { todo!() }
-    /// The sink holds this many bytes to send (u32::MAX: some, not known how many; 0: none).
-    pub fn offer(&mut self, s: StreamId, readable: u32) { todo!() }
-    /// The sink took `n` delivered bytes: fwd_cnt, window growth, credit update.
-    pub fn consumed(&mut self, now: Tick, s: StreamId, n: u32) { todo!() }
-    pub fn shutdown(&mut self, now: Tick, s: StreamId, how: How) { todo!() }
-    pub fn reset(&mut self, now: Tick, s: StreamId, why: ResetReason) { todo!() }
-    // ---- outputs: poll_event until None, then poll_transmit until None, then poll_timeout
-    #[must_use] pub fn poll_event(&mut self) -> Option<Event> { todo!() }
-    /// Next packet for a slot that takes `capacity` payload bytes. With a body, nothing is sent until `commit_body`.
-    #[must_use] pub fn poll_transmit(&mut self, now: Tick, capacity: u32) -> Option<Transmit> { todo!() }
-    /// `n` (1..=len) bytes were put into the slot: accounts for them and returns the final header. With `n == 0`
-    /// (the sink had nothing after all) call `offer(s, 0)` instead and give the slot back.
-    pub fn commit_body(&mut self, now: Tick, s: StreamId, n: u32) -> PacketHeader { todo!() }
-    /// True while `poll_transmit` would return something for a large enough slot.
-    #[must_use] pub fn wants_transmit(&self) -> bool { todo!() }
-    #[must_use] pub fn poll_timeout(&self) -> Option<Tick> { todo!() }
+
+    /// Returns how many streams the caller knows of and was not told `Closed` of.
+    pub fn streams(&self) -> usize {
+        self.known
+    }
+
+    /// Returns a stream's (local port, peer port); `None` if the id is stale.
+    pub fn ports(&self, s: StreamId) -> Option<(u32, u32)> {
+        let s = &self.table[self.table.get(s)?];
+        Some((s.local_port, s.peer_port))
+    }
+
+    /// Returns the bytes of window lent to streams: at most `pool_bytes`.
+    pub fn lent(&self) -> u64 {
+        self.pool.lent()
+    }
+
+    // ---- what inputs and commands have in common
+
+    pub(crate) fn see(&mut self, now: Tick) {
+        self.now = self.now.max(now);
+    }
+
+    pub(crate) fn after(&self, ns: u64) -> u64 {
+        // One less than "never", however long.
+        self.now.0.saturating_add(ns).min(NEVER - 1)
+    }
+
+    /// Takes slot, pair and window for a new stream. None if there is no slot or no credit.
+    pub(crate) fn open(&mut self, stream: Stream) -> Option<u32> {
+        let slots_left = self.table.left().checked_sub(1)?;
+        let window = self.pool.open(slots_left)?;
+        let rx = crate::credit::RxWindow::new(window);
+        let deadline = self.after(self.cfg.connect_timeout);
+        let Some(slot) = self.table.insert(Stream {
+            rx,
+            deadline,
+            ..stream
+        }) else {
+            self.pool.close(window);
+            return None;
+        };
+        if slot as usize >= self.timers.len() {
+            self.timers.grow();
+        }
+        self.settle(slot);
+        Some(slot)
+    }
+
+    /// Brings lists and timers in line with a stream that changed. Every input and command ends here; O(1), or O(log n)
+    /// if a deadline changed.
+    pub(crate) fn settle(&mut self, slot: u32) {
+        let probe_at = self.after(PROBE_FIRST_NS);
+        let overhead = self.cfg.packet_overhead;
+        let s = &mut self.table[slot];
+        let wants = s.phase == Phase::Open && s.offered > 0 && s.may_send();
+        let sendable = wants && s.tx.budget(overhead) > 0;
+        if wants && !sendable {
+            if !s.blocked {
+                (s.blocked, s.probe_at, s.probe_after) = (true, probe_at, PROBE_FIRST_NS);
+            }
+        } else if s.blocked {
+            (s.blocked, s.probe_at) = (false, NEVER);
+            s.owed &= !owe::CREDIT_REQUEST;
+            s.events |= if sendable { tell::WRITABLE } else { 0 };
+        }
+        if s.live() {
+            let due = s.shut_due() != 0;
+            s.owed = s.owed & !owe::SHUTDOWN | if due { owe::SHUTDOWN } else { 0 };
+        }
+        if !wants {
+            s.deficit = 0;
+        }
+        let (data, owed, events) = (ListId::data(s.lane), s.owed != 0, s.events != 0);
+        let at = s.deadline.min(s.probe_at);
+        self.table.set(data, slot, sendable);
+        self.table.set(ListId::Owed, slot, owed);
+        self.table.set(ListId::Events, slot, events);
+        self.timers.set(slot, at);
+    }
+
+    /// Ends a stream now. With `rst` the peer is told, and the pair stays taken until that is sent.
+    pub(crate) fn end(&mut self, slot: u32, reason: Option<ResetReason>, rst: bool) {
+        let s = &mut self.table[slot];
+        if matches!(s.phase, Phase::Free | Phase::Ended(_)) {
+            return;
+        }
+        // The peer does not know of a request that was never sent.
+        let rst = rst && s.owed & owe::REQUEST == 0;
+        s.phase = Phase::Ended(reason);
+        s.owed = if rst { owe::RST } else { 0 };
+        s.offered = 0;
+        (s.deadline, s.probe_at, s.blocked) = (NEVER, NEVER, false);
+        s.events = if s.announced {
+            s.events & !tell::WRITABLE | tell::CLOSED
+        } else {
+            0
+        };
+        let window = s.rx.window();
+        let known = s.announced;
+        self.pool.close(window);
+        if !known {
+            self.table.retire_id(slot);
+        }
+        if !rst {
+            self.table.unmap(slot);
+        }
+        self.settle(slot);
+        self.free_if_done(slot);
+    }
+
+    /// Ends a stream on the wire, and for the caller once its sink has taken what was delivered.
+    pub(crate) fn drain(&mut self, slot: u32, reason: Option<ResetReason>, rst: bool) {
+        let s = &mut self.table[slot];
+        if s.rx.held() == 0 || !s.announced {
+            return self.end(slot, reason, rst);
+        }
+        s.phase = Phase::Draining(reason);
+        s.owed = if rst { owe::RST } else { 0 };
+        s.offered = 0;
+        s.deadline = NEVER;
+        if !rst {
+            self.table.unmap(slot);
+        }
+        self.settle(slot);
+    }
+
+    /// Frees the slot of an ended stream of which nobody waits to hear any more.
+    pub(crate) fn free_if_done(&mut self, slot: u32) {
+        let s = &self.table[slot];
+        if matches!(s.phase, Phase::Ended(_)) && s.owed == 0 && s.events == 0 {
+            self.table.free(slot);
+        }
+    }
+
+    /// The peer broke a rule on a stream: ends it and tells the peer.
+    pub(crate) fn fault(&mut self, slot: u32, v: Violation) -> crate::Disposition {
+        let reason = match v {
+            Violation::CreditExceeded { .. } => ResetReason::Credit,
+            v => ResetReason::Protocol(v),
+        };
+        self.end(slot, Some(reason), true);
+        crate::Disposition::Ignore(v)
+    }
+
+    /// Owes a reset to a pair that is no stream.
+    pub(crate) fn refuse(&mut self, h: &PacketHeader) -> crate::Disposition {
+        let rst = Rst {
+            local_port: h.dst_port,
+            peer_port: h.src_port,
+            kind: h.kind,
+        };
+        if self.rst.insert(self.now, rst) {
+            crate::Disposition::Consume
+        } else {
+            crate::Disposition::Ignore(Violation::RstOverflow)
+        }
+    }
+
+    /// Makes the header of a packet of a stream, with its present credit.
+    pub(crate) fn header(s: &Stream, op: Op, len: u32, flags: u32) -> PacketHeader {
+        let (buf_alloc, fwd_cnt) = s.rx.peek();
+        PacketHeader {
+            src_port: s.local_port,
+            dst_port: s.peer_port,
+            len,
+            kind: Kind::Stream as u16,
+            op: op as u16,
+            flags,
+            buf_alloc,
+            fwd_cnt,
+        }
+    }
 }

@@ -1,0 +1,83 @@
+//! Guest memory of the harness and where the driver's things lie in it.
+//!
+//! | guest address | what |
+//! |---|---|
+//! | 0x1_0000 + q * 0x1_0000 | queue q: descriptors +0, available ring +0x8000, used ring +0xa000 |
+//! | 0x10_0000 | indirect tables, 1 KiB (64 descriptors) for each head of the TX queue |
+//! | 0x20_0000 | packet headers, 64 bytes for each head, RX then TX |
+//! | 0x40_0000 | RX pages, 4 KiB for each head |
+//! | 0x100_0000 | TX payload, 64 KiB for each head |
+
+use std::fs::File;
+use std::sync::Arc;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+/// Guest memory, as `channel` takes it.
+pub type VmMemory = GuestMemoryMmap<()>;
+
+/// Largest queue for which the layout has room.
+pub const QUEUE_MAX: u16 = 256;
+/// Bytes of guest memory that the layout needs.
+pub const MEMORY_BYTES: usize = 0x200_0000;
+/// Payload bytes of one TX packet at most.
+pub const PAYLOAD_MAX: usize = 64 * 1024;
+/// Bytes of a page that RX buffers are made of.
+pub const PAGE_BYTES: usize = 4096;
+/// Descriptors of one indirect table at most.
+pub const INDIRECT_MAX: usize = 64;
+
+/// Makes zeroed guest memory of this process.
+///
+/// # Panics
+/// When there is no memory to be had.
+pub fn anonymous() -> Arc<VmMemory> {
+    let ranges = [(GuestAddress(0), MEMORY_BYTES)];
+    Arc::new(VmMemory::from_ranges(&ranges).expect("guest memory"))
+}
+
+/// Makes guest memory in a memfd that cannot shrink, as QEMU does; the file goes to a vhost-user backend.
+///
+/// # Panics
+/// When there is no memory to be had.
+pub fn memfd() -> (Arc<VmMemory>, File) {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create(c"guest", flags).expect("memfd"));
+    file.set_len(MEMORY_BYTES as u64).expect("memfd size");
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).expect("seals");
+    let offset = FileOffset::new(file.try_clone().expect("descriptor"), 0);
+    let ranges = [(GuestAddress(0), MEMORY_BYTES, Some(offset))];
+    let mem = VmMemory::from_ranges_with_files(ranges).expect("guest memory");
+    (Arc::new(mem), file)
+}
+
+/// Addresses of the three parts of queue `index`: descriptors, available ring, used ring.
+pub fn queue_addrs(index: u16) -> [u64; 3] {
+    let base = 0x1_0000 * (1 + u64::from(index));
+    [base, base + 0x8000, base + 0xa000]
+}
+
+/// Address of the indirect table of TX head `head`.
+pub fn indirect_table(head: u16) -> u64 {
+    0x10_0000 + 16 * INDIRECT_MAX as u64 * u64::from(head)
+}
+
+/// Address of the header of head `head` of queue `index`.
+pub fn header(index: u16, head: u16) -> u64 {
+    0x20_0000 + 64 * (u64::from(index) * u64::from(QUEUE_MAX) + u64::from(head))
+}
+
+/// Address of the RX page of head `head`.
+pub fn rx_page(head: u16) -> u64 {
+    0x40_0000 + PAGE_BYTES as u64 * u64::from(head)
+}
+
+/// Address of the TX payload of head `head`.
+pub fn tx_payload(head: u16) -> u64 {
+    0x100_0000 + PAYLOAD_MAX as u64 * u64::from(head)
+}
+
+const _: () = assert!(0x100_0000 + PAYLOAD_MAX * QUEUE_MAX as usize <= MEMORY_BYTES);

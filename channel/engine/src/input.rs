@@ -1,0 +1,282 @@
+//! `handle_*`: packets, time, session changes. A packet is parsed, looked up, checked and only then applied.
+
+use crate::stream::{BOTH, PROBE_FIRST_NS, PROBE_MAX_NS, Phase, Stream, owe, tell};
+use crate::{
+    Disposition, Engine, Kind, Op, PacketHeader, ResetReason, SHUTDOWN_RCV, SHUTDOWN_SEND,
+    SessionChange, Tick, Violation,
+};
+
+impl Engine {
+    /// Handles a packet from the peer; `body_len` is what really follows its header.
+    pub fn handle_packet(&mut self, now: Tick, h: &PacketHeader, body_len: u32) -> Disposition {
+        self.see(now);
+        let unexpected = Violation::Unexpected { op: h.op };
+        if !self.attached {
+            return Disposition::Ignore(unexpected);
+        }
+        let found = self.table.find(h.dst_port, h.src_port);
+        let op = match check(h) {
+            Ok(op) => op,
+            Err(v) => return self.on_nonsense(found, h, v),
+        };
+        match (op, found) {
+            (Op::Rst, None) => Disposition::Consume,
+            (Op::Rst, Some(slot)) => self.on_rst(slot, h),
+            (Op::Request, found) => self.on_request(found, h),
+            (_, None) => self.refuse(h),
+            (_, Some(slot)) if !self.table[slot].live() => Disposition::Consume,
+            (op, Some(slot)) => self.on_stream(slot, op, h, body_len),
+        }
+    }
+
+    /// Unknown operation, type or flags: a reset to the pair (and the end of its stream), but never for a reset.
+    fn on_nonsense(&mut self, found: Option<u32>, h: &PacketHeader, v: Violation) -> Disposition {
+        if h.op == Op::Rst as u16 {
+            return Disposition::Ignore(v);
+        }
+        match found {
+            Some(slot) if self.table[slot].live() => self.fault(slot, v),
+            Some(_) => Disposition::Ignore(v),
+            None => match self.refuse(h) {
+                Disposition::Consume => Disposition::Ignore(v),
+                overflow => overflow,
+            },
+        }
+    }
+
+    fn on_rst(&mut self, slot: u32, h: &PacketHeader) -> Disposition {
+        let s = &self.table[slot];
+        // It names bytes that this stream never sent: late, from the stream that had the pair before (R45).
+        if s.live() && !s.tx.plausible(h.fwd_cnt) {
+            let tx_cnt = s.tx.in_flight() as u32;
+            return Disposition::Ignore(Violation::FwdCntAhead {
+                fwd_cnt: h.fwd_cnt,
+                tx_cnt,
+            });
+        }
+        match s.phase {
+            // The request is still with us, so the reset is for something before it.
+            Phase::Requested if s.owed & owe::REQUEST != 0 => {}
+            Phase::Requested => self.end(slot, Some(ResetReason::Refused), false),
+            Phase::Open if s.finished() => self.drain(slot, None, false),
+            Phase::Open if s.peer_shut & SHUTDOWN_SEND != 0 => {
+                self.drain(slot, Some(ResetReason::Peer), false)
+            }
+            Phase::Offered | Phase::Open => self.end(slot, Some(ResetReason::Peer), false),
+            // Both reset at a time: ours is not sent any more.
+            Phase::Draining(_) | Phase::Ended(_) => self.withdraw_rst(slot),
+            Phase::Free => {}
+        }
+        Disposition::Consume
+    }
+
+    /// Lets go of a pair whose stream is over but for the RST that it owes.
+    fn withdraw_rst(&mut self, slot: u32) {
+        self.table[slot].owed = 0;
+        self.table.unmap(slot);
+        self.settle(slot);
+        self.free_if_done(slot);
+    }
+
+    fn on_request(&mut self, found: Option<u32>, h: &PacketHeader) -> Disposition {
+        let unexpected = Violation::Unexpected { op: h.op };
+        match found.map(|slot| (slot, self.table[slot].phase)) {
+            // Said twice: the first is as good.
+            Some((_, Phase::Offered)) => return Disposition::Ignore(unexpected),
+            Some((slot, Phase::Requested | Phase::Open)) => return self.fault(slot, unexpected),
+            // The peer is done with the former stream of the pair; our reset would kill the new one (R45).
+            Some((slot, _)) => self.withdraw_rst(slot),
+            None => self.rst.cancel(h.dst_port, h.src_port),
+        }
+        if self.listening.binary_search(&h.dst_port).is_err() {
+            return self.refuse(h);
+        }
+        let mut tx = Stream::FREE.tx;
+        if let Err(v) = tx.update(h.buf_alloc, h.fwd_cnt) {
+            return self.on_nonsense(None, h, v);
+        }
+        let stream = Stream {
+            phase: Phase::Offered,
+            local_port: h.dst_port,
+            peer_port: h.src_port,
+            tx,
+            events: tell::INCOMING,
+            ..Stream::FREE
+        };
+        match self.open(stream) {
+            Some(_) => Disposition::Consume,
+            None => self.refuse(h),
+        }
+    }
+
+    fn on_stream(&mut self, slot: u32, op: Op, h: &PacketHeader, body_len: u32) -> Disposition {
+        let probe_at = self.after(PROBE_FIRST_NS);
+        let s = &mut self.table[slot];
+        match s.tx.update(h.buf_alloc, h.fwd_cnt) {
+            Ok(true) if s.blocked => (s.probe_at, s.probe_after) = (probe_at, PROBE_FIRST_NS),
+            Ok(_) => {}
+            Err(v) => return self.fault(slot, v),
+        }
+        let disposition = match (op, s.phase) {
+            (Op::Response, Phase::Requested) if s.owed & owe::REQUEST == 0 => {
+                self.on_response(slot);
+                Disposition::Consume
+            }
+            (Op::Rw, Phase::Open) if s.peer_shut & SHUTDOWN_SEND == 0 => {
+                return self.on_data(slot, h.len, body_len);
+            }
+            (Op::Shutdown, Phase::Open | Phase::Offered) => {
+                self.on_shutdown(slot, h.flags);
+                Disposition::Consume
+            }
+            // Linux tells of a changed buffer size in any state.
+            (Op::CreditUpdate, _) => Disposition::Consume,
+            (Op::CreditRequest, phase) => {
+                if phase == Phase::Open {
+                    s.owed |= owe::CREDIT_UPDATE;
+                }
+                Disposition::Consume
+            }
+            _ => return self.fault(slot, Violation::Unexpected { op: h.op }),
+        };
+        self.settle(slot);
+        disposition
+    }
+
+    fn on_response(&mut self, slot: u32) {
+        let shutdown_at = self.after(self.cfg.shutdown_timeout);
+        let s = &mut self.table[slot];
+        s.phase = Phase::Open;
+        s.events |= tell::CONNECTED;
+        s.deadline = if s.local_shut == BOTH {
+            shutdown_at
+        } else {
+            crate::timers::NEVER
+        };
+    }
+
+    fn on_data(&mut self, slot: u32, len: u32, body_len: u32) -> Disposition {
+        if len > body_len {
+            return self.fault(
+                slot,
+                Violation::LengthMismatch {
+                    header: len,
+                    body: body_len,
+                },
+            );
+        }
+        let s = &mut self.table[slot];
+        if let Err(v) = s.rx.receive(len) {
+            return self.fault(slot, v);
+        }
+        let discard = s.discard;
+        if discard {
+            s.rx.take(len);
+            self.owe_credit(slot);
+        }
+        self.settle(slot);
+        if discard || len == 0 {
+            return Disposition::Consume;
+        }
+        Disposition::Deliver {
+            stream: self.table.id(slot),
+            len,
+        }
+    }
+
+    /// Owes a credit update if the peer should hear of what was taken.
+    pub(crate) fn owe_credit(&mut self, slot: u32) {
+        let s = &mut self.table[slot];
+        // After its SHUTDOWN the peer sends nothing that it would need credit for.
+        if s.phase == Phase::Open && s.peer_shut & SHUTDOWN_SEND == 0 && s.rx.update_due() {
+            s.owed |= owe::CREDIT_UPDATE;
+        }
+    }
+
+    /// The flags of all SHUTDOWN packets add up.
+    fn on_shutdown(&mut self, slot: u32, flags: u32) {
+        let s = &mut self.table[slot];
+        let news = flags & !s.peer_shut;
+        s.peer_shut |= flags;
+        if news & SHUTDOWN_RCV != 0 {
+            s.offered = 0;
+            s.events |= tell::PEER_RCV;
+        }
+        if news & SHUTDOWN_SEND != 0 {
+            s.events |= tell::PEER_SEND;
+        }
+        if s.peer_shut != BOTH {
+            return;
+        }
+        match s.phase {
+            // It hung up before it was answered.
+            Phase::Offered => self.end(slot, Some(ResetReason::Peer), true),
+            _ => self.drain(slot, None, true),
+        }
+    }
+
+    /// Lets every deadline up to `now` pass.
+    pub fn handle_timeout(&mut self, now: Tick) {
+        self.see(now);
+        while let Some((at, slot)) = self.timers.first() {
+            if at > self.now.0 {
+                return;
+            }
+            self.on_deadline(slot);
+        }
+    }
+
+    fn on_deadline(&mut self, slot: u32) {
+        let now = self.now.0;
+        let s = &mut self.table[slot];
+        if s.deadline <= now {
+            return match s.phase {
+                // Both sides have said everything; only the peer's RST is missing.
+                Phase::Open if s.finished() && s.peer_shut & SHUTDOWN_SEND != 0 => {
+                    self.drain(slot, None, true)
+                }
+                _ => self.end(slot, Some(ResetReason::Timeout), true),
+            };
+        }
+        s.owed |= owe::CREDIT_REQUEST;
+        s.probe_after = s.probe_after.saturating_mul(2).min(PROBE_MAX_NS);
+        s.probe_at = now.saturating_add(s.probe_after);
+        self.settle(slot);
+    }
+
+    /// A session began or ended: every stream of the old one ends, and nothing of it is sent any more.
+    pub fn handle_session(&mut self, now: Tick, change: SessionChange) {
+        self.see(now);
+        let (attached, reason) = match change {
+            SessionChange::Attached { .. } => (true, ResetReason::Epoch),
+            SessionChange::Lost(reason) => (false, reason),
+        };
+        self.attached = attached;
+        self.rst.clear();
+        for slot in 0..self.table.len() {
+            match self.table[slot].phase {
+                Phase::Free => {}
+                Phase::Ended(_) => self.withdraw_rst(slot),
+                _ => self.end(slot, Some(reason), false),
+            }
+        }
+    }
+}
+
+/// Checks what can be checked without knowing the stream.
+fn check(h: &PacketHeader) -> Result<Op, Violation> {
+    if Kind::parse(h.kind).is_none() {
+        return Err(Violation::UnknownKind { kind: h.kind });
+    }
+    let op = Op::parse(h.op).ok_or(Violation::UnknownOp { op: h.op })?;
+    let known = match op {
+        Op::Shutdown => BOTH,
+        // A carrier of ours may put a reason there.
+        Op::Rst => u32::MAX,
+        _ => 0,
+    };
+    if h.flags & !known != 0 {
+        return Err(Violation::BadFlags { flags: h.flags });
+    }
+    Ok(op)
+}

@@ -1,0 +1,227 @@
+//! `poll_*`: events, packets, the next deadline; and who sends next.
+//!
+//! Order of packets: what streams owe (answers, credit, shutdown, reset), resets to pairs that are no stream, then data.
+//! All of the first two are bounded by what is open, so data always gets its turn.
+//!
+//! Data: deficit round robin in each lane, one packet a turn. While others wait, a turn is worth `quantum` bytes, and what
+//! a small slot left of it is kept for the next turn (no more than one quantum); a stream alone fills its slots. Lane
+//! control goes first, but after [`CONTROL_RUN_MAX`] of its packets in a row a waiting bulk packet goes.
+
+use crate::stream::{BOTH, Phase, owe, tell};
+use crate::table::ListId;
+use crate::{
+    Engine, Event, How, Kind, Lane, Op, PacketHeader, SHUTDOWN_SEND, StreamId, Tick, Transmit,
+};
+
+/// Data packets of lane control that may go in a row while bulk waits.
+pub(crate) const CONTROL_RUN_MAX: u32 = 16;
+
+impl Engine {
+    /// Returns the next event.
+    #[must_use]
+    pub fn poll_event(&mut self) -> Option<Event> {
+        let slot = self.table.first(ListId::Events)?;
+        let stream = self.table.id(slot);
+        let s = &mut self.table[slot];
+        let shut = s.events & (tell::PEER_RCV | tell::PEER_SEND);
+        let (told, event) = if s.events & tell::INCOMING != 0 {
+            let (local_port, peer_port) = (s.local_port, s.peer_port);
+            s.announced = true;
+            self.known += 1;
+            (
+                tell::INCOMING,
+                Event::Incoming {
+                    stream,
+                    local_port,
+                    peer_port,
+                },
+            )
+        } else if s.events & tell::CONNECTED != 0 {
+            (tell::CONNECTED, Event::Connected { stream })
+        } else if s.events & tell::WRITABLE != 0 {
+            (tell::WRITABLE, Event::Writable { stream })
+        } else if shut != 0 {
+            let how = match shut {
+                tell::PEER_RCV => How::Receive,
+                tell::PEER_SEND => How::Send,
+                _ => How::Both,
+            };
+            (shut, Event::PeerShutdown { stream, how })
+        } else {
+            let reason = match s.phase {
+                Phase::Ended(reason) => reason,
+                _ => None,
+            };
+            self.known = self.known.saturating_sub(1);
+            self.table.retire_id(slot);
+            (tell::CLOSED, Event::Closed { stream, reason })
+        };
+        let s = &mut self.table[slot];
+        s.events &= !told;
+        if s.events == 0 {
+            self.table.set(ListId::Events, slot, false);
+            self.free_if_done(slot);
+        }
+        Some(event)
+    }
+
+    /// Returns true while `poll_transmit` would return something for a large enough slot.
+    #[must_use]
+    pub fn wants_transmit(&self) -> bool {
+        let lists = [ListId::Owed, ListId::DataControl, ListId::DataBulk];
+        self.attached && (!self.rst.is_empty() || lists.iter().any(|&l| !self.table.is_empty(l)))
+    }
+
+    /// Returns the next packet for a slot that takes `capacity` payload bytes. One without a body counts as sent; with a
+    /// body, nothing is sent until `commit_body`.
+    #[must_use]
+    pub fn poll_transmit(&mut self, now: Tick, capacity: u32) -> Option<Transmit> {
+        self.see(now);
+        if !self.attached {
+            return None;
+        }
+        if let Some(slot) = self.table.first(ListId::Owed) {
+            return Some(self.pay(slot));
+        }
+        if let Some(rst) = self.rst.pop() {
+            let header = PacketHeader {
+                src_port: rst.local_port,
+                dst_port: rst.peer_port,
+                kind: rst.kind,
+                op: Op::Rst as u16,
+                ..PacketHeader::default()
+            };
+            return Some(Transmit {
+                header,
+                lane: Lane::Control,
+                body: None,
+            });
+        }
+        let lane = self.next_lane();
+        let slot = self.table.first(ListId::data(lane))?;
+        let s = &self.table[slot];
+        let len =
+            s.tx.budget(self.cfg.packet_overhead)
+                .min(s.offered)
+                .min(capacity)
+                .min(self.turn(slot));
+        if len == 0 {
+            return None;
+        }
+        let header = Self::header(s, Op::Rw, len, 0);
+        Some(Transmit {
+            header,
+            lane,
+            body: Some((self.table.id(slot), len)),
+        })
+    }
+
+    fn next_lane(&self) -> Lane {
+        let empty = |lane| self.table.is_empty(ListId::data(lane));
+        if empty(Lane::Control) || (self.control_run >= CONTROL_RUN_MAX && !empty(Lane::Bulk)) {
+            Lane::Bulk
+        } else {
+            Lane::Control
+        }
+    }
+
+    /// Returns the bytes that a stream may send in its turn.
+    fn turn(&self, slot: u32) -> u32 {
+        let s = &self.table[slot];
+        if self.table.crowded(ListId::data(s.lane)) {
+            s.deficit.saturating_add(self.cfg.quantum)
+        } else {
+            u32::MAX
+        }
+    }
+
+    /// Sends one of the control packets that a stream owes; the most urgent of all is the one that ends it.
+    fn pay(&mut self, slot: u32) -> Transmit {
+        let shutdown_at = self.after(self.cfg.shutdown_timeout);
+        let s = &mut self.table[slot];
+        let mut flags = 0;
+        let (paid, op) = match s.owed {
+            owed if owed & owe::RST != 0 => (u8::MAX, Op::Rst),
+            owed if owed & owe::REQUEST != 0 => (owe::REQUEST, Op::Request),
+            // A response tells the credit too.
+            owed if owed & owe::RESPONSE != 0 => (owe::RESPONSE | owe::CREDIT_UPDATE, Op::Response),
+            owed if owed & owe::CREDIT_UPDATE != 0 => (owe::CREDIT_UPDATE, Op::CreditUpdate),
+            owed if owed & owe::CREDIT_REQUEST != 0 => (owe::CREDIT_REQUEST, Op::CreditRequest),
+            _ => {
+                flags = s.shut_due();
+                s.local_shut |= flags;
+                s.told_shut |= flags;
+                if s.told_shut == BOTH && s.deadline == crate::timers::NEVER {
+                    s.deadline = shutdown_at;
+                }
+                (owe::SHUTDOWN, Op::Shutdown)
+            }
+        };
+        s.owed &= !paid;
+        let header = Self::header(s, op, 0, flags);
+        s.rx.tell();
+        let lane = s.lane;
+        if op == Op::Rst {
+            self.table.unmap(slot);
+        }
+        self.settle(slot);
+        self.table.rotate(ListId::Owed);
+        self.free_if_done(slot);
+        Transmit {
+            header,
+            lane,
+            body: None,
+        }
+    }
+
+    /// Accounts for `n` (1..=len) bytes that were put into the slot, and returns the final header. With `n == 0` (the
+    /// sink had nothing after all) call `offer(s, 0)` instead and give the slot back.
+    ///
+    /// For a stream that cannot send (the caller did more than `offer` in between) the header is an RST from port 0 to
+    /// port 0, which no peer answers.
+    pub fn commit_body(&mut self, now: Tick, s: StreamId, n: u32) -> PacketHeader {
+        self.see(now);
+        let slot = self.table.get(s).filter(|&slot| {
+            let s = &self.table[slot];
+            s.phase == Phase::Open && s.told_shut & SHUTDOWN_SEND == 0
+        });
+        let Some(slot) = slot else {
+            return PacketHeader {
+                kind: Kind::Stream as u16,
+                op: Op::Rst as u16,
+                ..PacketHeader::default()
+            };
+        };
+        let turn = self.turn(slot);
+        let (quantum, overhead) = (self.cfg.quantum, self.cfg.packet_overhead);
+        let s = &mut self.table[slot];
+        let header = Self::header(s, Op::Rw, n, 0);
+        s.rx.tell();
+        s.tx.send(n, overhead);
+        if s.offered != u32::MAX {
+            s.offered = s.offered.saturating_sub(n);
+        }
+        s.deficit = if turn == u32::MAX {
+            0
+        } else {
+            turn.saturating_sub(n).min(quantum)
+        };
+        s.owed &= !owe::CREDIT_UPDATE;
+        let lane = s.lane;
+        self.control_run = match lane {
+            Lane::Control => self.control_run.saturating_add(1),
+            Lane::Bulk => 0,
+        };
+        if self.table.first(ListId::data(lane)) == Some(slot) {
+            self.table.rotate(ListId::data(lane));
+        }
+        self.settle(slot);
+        header
+    }
+
+    /// Returns when `handle_timeout` is due.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Tick> {
+        self.timers.first().map(|(at, _)| Tick(at))
+    }
+}

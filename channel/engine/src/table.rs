@@ -1,0 +1,278 @@
+//! The slab of streams, the map from port pair to slot, and intrusive lists of the slots that have something to do.
+//!
+//! A slot is in a list or not: lists cannot grow beyond the slab, and joining or leaving one costs O(1) and allocates
+//! nothing. The map is a `BTreeMap`: O(log n) whatever ports a hostile peer chooses, with the last hit in front of it.
+
+use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
+use core::ops::{Index, IndexMut};
+
+use crate::stream::{Phase, Stream};
+use crate::{Lane, StreamId};
+
+const NIL: u32 = u32::MAX;
+
+/// What a slot can be listed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ListId {
+    /// Events owed to the caller.
+    Events = 0,
+    /// Control packets owed to the peer.
+    Owed = 1,
+    /// Bytes to send and credit for them, lane control.
+    DataControl = 2,
+    /// The same, lane bulk.
+    DataBulk = 3,
+}
+const LISTS: usize = 4;
+/// A stream has one lane, so both data lists share a link.
+const LINKS: usize = 3;
+
+impl ListId {
+    pub(crate) fn data(lane: Lane) -> Self {
+        match lane {
+            Lane::Control => Self::DataControl,
+            Lane::Bulk => Self::DataBulk,
+        }
+    }
+
+    fn link(self) -> usize {
+        (self as usize).min(LINKS - 1)
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Link {
+    prev: u32,
+    next: u32,
+    on: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Ends {
+    head: u32,
+    tail: u32,
+}
+
+struct Slot {
+    stream: Stream,
+    links: [Link; LINKS],
+}
+
+/// Slab, map and lists.
+pub(crate) struct Table {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    map: BTreeMap<u64, u32>,
+    last_hit: (u64, u32),
+    lists: [Ends; LISTS],
+    max: u32,
+}
+
+impl Index<u32> for Table {
+    type Output = Stream;
+    fn index(&self, slot: u32) -> &Stream {
+        &self.slots[slot as usize].stream
+    }
+}
+
+impl IndexMut<u32> for Table {
+    fn index_mut(&mut self, slot: u32) -> &mut Stream {
+        &mut self.slots[slot as usize].stream
+    }
+}
+
+fn key(local_port: u32, peer_port: u32) -> u64 {
+    u64::from(local_port) << 32 | u64::from(peer_port)
+}
+
+impl Table {
+    pub(crate) fn new(max: u32) -> Self {
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+            map: BTreeMap::new(),
+            last_hit: (0, NIL),
+            lists: [Ends {
+                head: NIL,
+                tail: NIL,
+            }; LISTS],
+            max,
+        }
+    }
+
+    /// Returns how many slots were ever used: slots are 0..this.
+    pub(crate) fn len(&self) -> u32 {
+        self.slots.len() as u32
+    }
+
+    /// Returns how many slots are in use.
+    pub(crate) fn used(&self) -> u32 {
+        (self.slots.len() - self.free.len()) as u32
+    }
+
+    /// Returns how many more streams there may be.
+    pub(crate) fn left(&self) -> u32 {
+        self.max - self.used()
+    }
+
+    /// Finds the slot of a port pair.
+    pub(crate) fn find(&mut self, local_port: u32, peer_port: u32) -> Option<u32> {
+        let key = key(local_port, peer_port);
+        if self.last_hit.0 == key && self.last_hit.1 != NIL {
+            return Some(self.last_hit.1);
+        }
+        let slot = *self.map.get(&key)?;
+        self.last_hit = (key, slot);
+        Some(slot)
+    }
+
+    /// Returns true if the pair is some stream's.
+    pub(crate) fn contains(&self, local_port: u32, peer_port: u32) -> bool {
+        self.map.contains_key(&key(local_port, peer_port))
+    }
+
+    /// Takes a slot for a stream, which keeps the generation of the slot, and maps its pair to it. None if full.
+    pub(crate) fn insert(&mut self, stream: Stream) -> Option<u32> {
+        let slot = match self.free.pop() {
+            Some(slot) => slot,
+            None if self.len() < self.max => {
+                let link = Link {
+                    prev: NIL,
+                    next: NIL,
+                    on: false,
+                };
+                self.slots.push(Slot {
+                    stream: Stream::FREE,
+                    links: [link; LINKS],
+                });
+                // So that freeing never allocates.
+                self.free.reserve(self.slots.len());
+                self.len() - 1
+            }
+            None => return None,
+        };
+        let generation = self[slot].generation;
+        self.map
+            .insert(key(stream.local_port, stream.peer_port), slot);
+        self[slot] = Stream {
+            generation,
+            mapped: true,
+            ..stream
+        };
+        Some(slot)
+    }
+
+    /// Takes the pair away from a slot: packets for it no longer lead here.
+    pub(crate) fn unmap(&mut self, slot: u32) {
+        let s = &mut self[slot];
+        if core::mem::take(&mut s.mapped) {
+            let key = key(s.local_port, s.peer_port);
+            self.map.remove(&key);
+            self.last_hit = (0, NIL);
+        }
+    }
+
+    /// Frees a slot that is in no list.
+    pub(crate) fn free(&mut self, slot: u32) {
+        self.unmap(slot);
+        let generation = self[slot].generation;
+        self[slot] = Stream {
+            generation,
+            ..Stream::FREE
+        };
+        self.free.push(slot);
+    }
+
+    /// Returns the name of the stream in a slot.
+    pub(crate) fn id(&self, slot: u32) -> StreamId {
+        StreamId {
+            slot,
+            generation: self[slot].generation,
+        }
+    }
+
+    /// Returns the slot of a name that is not stale.
+    pub(crate) fn get(&self, id: StreamId) -> Option<u32> {
+        let s = &self.slots.get(id.slot as usize)?.stream;
+        (s.generation == id.generation && s.phase != Phase::Free).then_some(id.slot)
+    }
+
+    /// Makes the present name of a slot stale.
+    pub(crate) fn retire_id(&mut self, slot: u32) {
+        let s = &mut self[slot];
+        s.generation = s.generation.wrapping_add(1);
+    }
+
+    pub(crate) fn first(&self, list: ListId) -> Option<u32> {
+        let head = self.lists[list as usize].head;
+        (head != NIL).then_some(head)
+    }
+
+    pub(crate) fn is_empty(&self, list: ListId) -> bool {
+        self.first(list).is_none()
+    }
+
+    /// Lists a slot (at the end, if it is not there yet) or takes it off.
+    pub(crate) fn set(&mut self, list: ListId, slot: u32, on: bool) {
+        match (self.link(list, slot).on, on) {
+            (false, true) => self.push(list, slot),
+            (true, false) => self.remove(list, slot),
+            _ => {}
+        }
+    }
+
+    /// Moves the first of a list to its end.
+    pub(crate) fn rotate(&mut self, list: ListId) {
+        if let Some(slot) = self.first(list) {
+            self.remove(list, slot);
+            self.push(list, slot);
+        }
+    }
+
+    /// Returns true if the list has more than one member.
+    pub(crate) fn crowded(&self, list: ListId) -> bool {
+        let ends = self.lists[list as usize];
+        ends.head != ends.tail
+    }
+
+    fn link(&mut self, list: ListId, slot: u32) -> &mut Link {
+        &mut self.slots[slot as usize].links[list.link()]
+    }
+
+    fn push(&mut self, list: ListId, slot: u32) {
+        let tail = self.lists[list as usize].tail;
+        *self.link(list, slot) = Link {
+            prev: tail,
+            next: NIL,
+            on: true,
+        };
+        if tail == NIL {
+            self.lists[list as usize].head = slot;
+        } else {
+            self.link(list, tail).next = slot;
+        }
+        self.lists[list as usize].tail = slot;
+    }
+
+    fn remove(&mut self, list: ListId, slot: u32) {
+        let Link { prev, next, .. } = core::mem::replace(
+            self.link(list, slot),
+            Link {
+                prev: NIL,
+                next: NIL,
+                on: false,
+            },
+        );
+        if prev == NIL {
+            self.lists[list as usize].head = next;
+        } else {
+            self.link(list, prev).next = next;
+        }
+        if next == NIL {
+            self.lists[list as usize].tail = prev;
+        } else {
+            self.link(list, next).prev = prev;
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! One split virtqueue (virtio 1.3 §2.7) as a burst sees it: heads out of the available ring, used elements in, and
+//! **one** store of the used index a burst.
+//!
+//! `virtio_queue::Queue` holds and checks the configuration; its `add_used` publishes the index with every chain,
+//! and its iterator ends silently on a broken chain, so what runs per packet stands here and in `chain.rs`.
+//!
+//! Rules:
+//! - Both our indices are private; the guest's are read once, checked, and kept (`seen_avail`).
+//! - Used elements are plain stores; the index that covers them is stored `Release` in [`Ring::publish`], and only
+//!   after a SeqCst fence is it asked whether the driver wants to hear of it: SYNC(used) pairs with the driver's
+//!   "store used_event, full barrier, load used index".
+//! - [`Ring::enable_notify`] stores where we stopped, fences, and looks again: SYNC(avail) pairs with the driver's
+//!   "store avail index, full barrier, load avail_event".
+
+use std::num::Wrapping;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
+
+use super::ActivateError;
+use crate::carrier::CarrierFault;
+
+/// Largest queue that the device takes, descriptors.
+pub const QUEUE_MAX: u16 = 1024;
+
+const RING_HEADER: u64 = 4;
+const AVAIL_ELEMENT: u64 = 2;
+const USED_ELEMENT: u64 = 8;
+
+/// A virtqueue in use.
+#[derive(Debug)]
+pub(crate) struct Ring {
+    size: u16,
+    desc: GuestAddress,
+    avail: GuestAddress,
+    used: GuestAddress,
+    event_idx: bool,
+    indirect: bool,
+    next_avail: Wrapping<u16>,
+    /// The available index as last read and checked: heads before it are there to take.
+    seen_avail: Wrapping<u16>,
+    next_used: Wrapping<u16>,
+    published_used: Wrapping<u16>,
+    /// Notifications from the driver are switched off (without EVENT_IDX only).
+    quiet: bool,
+}
+
+impl Ring {
+    /// Takes over a queue that the bus has configured, from where it stands.
+    pub(crate) fn new<M: GuestMemory>(
+        index: u16,
+        queue: &Queue,
+        mem: &M,
+        event_idx: bool,
+        indirect: bool,
+    ) -> Result<Self, ActivateError> {
+        let size = queue.size();
+        if size == 0 || !size.is_power_of_two() || size > QUEUE_MAX {
+            return Err(ActivateError::QueueSize {
+                queue: index,
+                size,
+                max: QUEUE_MAX,
+            });
+        }
+        // An address of 0 is one that was never set (or set misaligned, which `Queue` ignores).
+        let (avail, used) = (queue.avail_ring(), queue.used_ring());
+        if avail == 0 || used == 0 || !queue.is_valid(mem) {
+            return Err(ActivateError::QueueAddress {
+                queue: index,
+                desc: queue.desc_table(),
+                avail,
+                used,
+            });
+        }
+        Ok(Self {
+            size,
+            desc: GuestAddress(queue.desc_table()),
+            avail: GuestAddress(avail),
+            used: GuestAddress(used),
+            event_idx,
+            indirect,
+            next_avail: Wrapping(queue.next_avail()),
+            seen_avail: Wrapping(queue.next_avail()),
+            next_used: Wrapping(queue.next_used()),
+            published_used: Wrapping(queue.next_used()),
+            quiet: false,
+        })
+    }
+
+    /// Tells whether the three parts still lie in `mem`.
+    pub(crate) fn lies_in<M: GuestMemory>(&self, mem: &M) -> bool {
+        use vm_memory::Permissions::{Read, Write};
+        let n = usize::from(self.size);
+        mem.check_range(self.desc, 16 * n, Read)
+            && mem.check_range(self.avail, 6 + 2 * n, Read)
+            && mem.check_range(self.used, 6 + 8 * n, Write)
+    }
+
+    /// The error that says that it does not.
+    pub(crate) fn not_in_memory(&self, queue: u16) -> ActivateError {
+        ActivateError::QueueAddress {
+            queue,
+            desc: self.desc.0,
+            avail: self.avail.0,
+            used: self.used.0,
+        }
+    }
+
+    pub(crate) fn size(&self) -> u16 {
+        self.size
+    }
+
+    pub(crate) fn desc_table(&self) -> GuestAddress {
+        self.desc
+    }
+
+    pub(crate) fn indirect(&self) -> bool {
+        self.indirect
+    }
+
+    /// Position in the available ring: what a vhost-user frontend calls the base.
+    pub(crate) fn base(&self) -> u16 {
+        self.next_avail.0
+    }
+
+    /// Returns the head of the next chain without taking it.
+    pub(crate) fn peek<M: GuestMemory>(&mut self, mem: &M) -> Result<Option<u16>, CarrierFault> {
+        if self.next_avail == self.seen_avail {
+            // SYNC(avail): pairs with the driver's release store of the index.
+            let idx = Wrapping(self.load(mem, self.avail, 2, Ordering::Acquire)?);
+            let pending = (idx - self.next_avail).0;
+            if pending > self.size {
+                return Err(CarrierFault {
+                    what: "available index is ahead of the queue size",
+                    value: u64::from(pending),
+                    limit: u64::from(self.size),
+                });
+            }
+            self.seen_avail = idx;
+            if pending == 0 {
+                return Ok(None);
+            }
+        }
+        let slot = u64::from(self.next_avail.0 % self.size);
+        let head = self.load(
+            mem,
+            self.avail,
+            RING_HEADER + slot * AVAIL_ELEMENT,
+            Ordering::Relaxed,
+        )?;
+        if head >= self.size {
+            // There is no id under which such a chain could be given back.
+            return Err(CarrierFault {
+                what: "head of a chain is outside the descriptor table",
+                value: u64::from(head),
+                limit: u64::from(self.size) - 1,
+            });
+        }
+        Ok(Some(head))
+    }
+
+    /// Takes the chain that `peek` showed.
+    pub(crate) fn advance(&mut self) {
+        self.next_avail += 1;
+    }
+
+    /// Writes a used element; the driver sees it after `publish`.
+    pub(crate) fn push_used<M: GuestMemory>(
+        &mut self,
+        mem: &M,
+        head: u16,
+        len: u32,
+    ) -> Result<(), CarrierFault> {
+        let slot = u64::from(self.next_used.0 % self.size);
+        let addr = at(self.used, RING_HEADER + slot * USED_ELEMENT)?;
+        // struct virtq_used_elem { le32 id; le32 len; }
+        let element = u64::from(len) << 32 | u64::from(head);
+        mem.write_obj(element.to_le(), addr)
+            .map_err(|e| memory_fault("used ring", addr, &e))?;
+        self.next_used += 1;
+        Ok(())
+    }
+
+    /// Shows the driver all used elements since the last call. Returns true if it must be notified.
+    pub(crate) fn publish<M: GuestMemory>(&mut self, mem: &M) -> Result<bool, CarrierFault> {
+        let (old, new) = (self.published_used, self.next_used);
+        if old == new {
+            return Ok(false);
+        }
+        self.store(mem, self.used, 2, new.0, Ordering::Release)?;
+        self.published_used = new;
+        // SYNC(used): the index is out before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        if self.event_idx {
+            let offset = RING_HEADER + u64::from(self.size) * AVAIL_ELEMENT;
+            let event = Wrapping(self.load(mem, self.avail, offset, Ordering::Relaxed)?);
+            // virtio 1.3 §2.7.7: the driver is told when the index passes its event.
+            Ok(new - event - Wrapping(1) < new - old)
+        } else {
+            let flags = self.load(mem, self.avail, 0, Ordering::Relaxed)?;
+            Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        }
+    }
+
+    /// Asks for a kick with the next chain. Returns true if one is there already.
+    pub(crate) fn enable_notify<M: GuestMemory>(&mut self, mem: &M) -> Result<bool, CarrierFault> {
+        if self.event_idx {
+            let offset = RING_HEADER + u64::from(self.size) * USED_ELEMENT;
+            self.store(mem, self.used, offset, self.next_avail.0, Ordering::Relaxed)?;
+        } else {
+            self.store(mem, self.used, 0, 0, Ordering::Relaxed)?;
+            self.quiet = false;
+        }
+        // SYNC(avail): the wish is out before the index is read again.
+        fence(Ordering::SeqCst);
+        let idx = self.load(mem, self.avail, 2, Ordering::Relaxed)?;
+        Ok(idx != self.next_avail.0)
+    }
+
+    /// Tells the driver that kicks are not needed. With EVENT_IDX one kick an `enable_notify` is all there is.
+    pub(crate) fn disable_notify<M: GuestMemory>(&mut self, mem: &M) -> Result<(), CarrierFault> {
+        if !self.event_idx && !self.quiet {
+            let flag = VRING_USED_F_NO_NOTIFY as u16;
+            self.store(mem, self.used, 0, flag, Ordering::Relaxed)?;
+            self.quiet = true;
+        }
+        Ok(())
+    }
+
+    fn load<M: GuestMemory>(
+        &self,
+        mem: &M,
+        base: GuestAddress,
+        offset: u64,
+        order: Ordering,
+    ) -> Result<u16, CarrierFault> {
+        let addr = at(base, offset)?;
+        mem.load(addr, order)
+            .map(u16::from_le)
+            .map_err(|e| memory_fault("available ring", addr, &e))
+    }
+
+    fn store<M: GuestMemory>(
+        &self,
+        mem: &M,
+        base: GuestAddress,
+        offset: u64,
+        value: u16,
+        order: Ordering,
+    ) -> Result<(), CarrierFault> {
+        let addr = at(base, offset)?;
+        mem.store(value.to_le(), addr, order)
+            .map_err(|e| memory_fault("used ring", addr, &e))
+    }
+}
+
+fn at(base: GuestAddress, offset: u64) -> Result<GuestAddress, CarrierFault> {
+    base.0
+        .checked_add(offset)
+        .map(GuestAddress)
+        .ok_or(CarrierFault {
+            what: "ring address wraps",
+            value: base.0,
+            limit: u64::MAX - offset,
+        })
+}
+
+/// A ring that lay in guest memory when it was set up no longer does.
+fn memory_fault(what: &'static str, addr: GuestAddress, e: &GuestMemoryError) -> CarrierFault {
+    tracing::debug!(addr = addr.0, error = %e, "{what} is not accessible");
+    CarrierFault {
+        what,
+        value: addr.0,
+        limit: 0,
+    }
+}

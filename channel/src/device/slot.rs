@@ -1,0 +1,191 @@
+//! What a burst hands out: [`GuestPacket`] (a chain of the TX queue) and [`GuestSlot`] (a chain of the RX queue).
+//!
+//! Both borrow the device and the burst's memory snapshot, so neither can outlive the burst, and neither can leak a
+//! descriptor: a packet gives its chain back when it is dropped, a slot takes its chain only when it is committed.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use adit_engine::PacketHeader;
+use vm_memory::{GuestMemory, GuestMemoryError};
+
+use super::chain::{Cursor, Seg};
+use super::packet::{HEADER_BYTES, HOST_CID, WireHeader};
+use super::ring::Ring;
+use super::{Counters, GuestCid, iovec};
+use crate::carrier::{CarrierFault, RxPacket, TxSlot};
+
+/// The parts of the device that a packet or slot borrows.
+pub(super) struct Lent<'a, M> {
+    pub(super) mem: &'a M,
+    pub(super) ring: &'a mut Ring,
+    pub(super) segs: &'a [Seg],
+    pub(super) counters: &'a mut Counters,
+    /// Where a fault is kept that is found where none can be returned.
+    pub(super) fault: &'a mut Option<CarrierFault>,
+}
+
+impl<M: GuestMemory> Lent<'_, M> {
+    fn give_back(&mut self, head: u16, len: u32) {
+        if let Err(fault) = self.ring.push_used(self.mem, head, len) {
+            self.fault.get_or_insert(fault);
+        }
+    }
+}
+
+/// A packet from the guest, in the buffers that the guest's driver posted.
+pub struct GuestPacket<'a, M: GuestMemory> {
+    lent: Lent<'a, M>,
+    head: u16,
+    header: PacketHeader,
+    cursor: Cursor,
+    remaining: u32,
+}
+
+impl<'a, M: GuestMemory> GuestPacket<'a, M> {
+    /// `cursor` stands behind the header, with `remaining` bytes to come.
+    pub(super) fn new(
+        lent: Lent<'a, M>,
+        head: u16,
+        header: PacketHeader,
+        cursor: Cursor,
+        remaining: u32,
+    ) -> Self {
+        Self {
+            lent,
+            head,
+            header,
+            cursor,
+            remaining,
+        }
+    }
+
+    fn moved(&mut self, n: usize) {
+        // At most `remaining` was asked for.
+        self.remaining -= n as u32;
+        self.lent.counters.bytes_copied += n as u64;
+    }
+}
+
+impl<M: GuestMemory> RxPacket for GuestPacket<'_, M> {
+    fn header(&self) -> &PacketHeader {
+        &self.header
+    }
+
+    fn remaining(&self) -> u32 {
+        self.remaining
+    }
+
+    fn read(&mut self, dst: &mut [u8]) -> Result<usize, CarrierFault> {
+        let want = dst.len().min(self.remaining as usize);
+        let n = self
+            .cursor
+            .copy_out(self.lent.mem, self.lent.segs, &mut dst[..want])
+            .map_err(|e| payload_fault(&e))?;
+        self.moved(n);
+        Ok(n)
+    }
+
+    fn write_to(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize> {
+        let max = max.min(self.remaining) as usize;
+        let n = iovec::write_to(self.lent.mem, self.lent.segs, &mut self.cursor, fd, max)?;
+        self.moved(n);
+        Ok(n)
+    }
+}
+
+impl<M: GuestMemory> Drop for GuestPacket<'_, M> {
+    fn drop(&mut self) {
+        // The device wrote nothing into a chain that the driver sent.
+        self.lent.give_back(self.head, 0);
+    }
+}
+
+/// Buffers towards the guest.
+pub struct GuestSlot<'a, M: GuestMemory> {
+    lent: Lent<'a, M>,
+    head: u16,
+    guest_cid: GuestCid,
+    cursor: Cursor,
+    capacity: u32,
+    written: u32,
+}
+
+impl<'a, M: GuestMemory> GuestSlot<'a, M> {
+    /// `segs` hold the header and then `capacity` bytes or more.
+    pub(super) fn new(lent: Lent<'a, M>, head: u16, guest_cid: GuestCid, capacity: u32) -> Self {
+        let mut cursor = Cursor::default();
+        cursor.advance(lent.segs, HEADER_BYTES);
+        Self {
+            lent,
+            head,
+            guest_cid,
+            cursor,
+            capacity,
+            written: 0,
+        }
+    }
+
+    fn moved(&mut self, n: usize) {
+        // At most `capacity - written` was asked for.
+        self.written += n as u32;
+        self.lent.counters.bytes_copied += n as u64;
+    }
+}
+
+impl<M: GuestMemory> TxSlot for GuestSlot<'_, M> {
+    fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    fn write(&mut self, src: &[u8]) -> Result<usize, CarrierFault> {
+        let want = src.len().min((self.capacity - self.written) as usize);
+        let n = self
+            .cursor
+            .copy_in(self.lent.mem, self.lent.segs, &src[..want])
+            .map_err(|e| payload_fault(&e))?;
+        self.moved(n);
+        Ok(n)
+    }
+
+    fn read_from(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize> {
+        let max = max.min(self.capacity - self.written) as usize;
+        if max == 0 {
+            // 0 would say end of file.
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "no room in the slot",
+            ));
+        }
+        let n = iovec::read_from(self.lent.mem, self.lent.segs, &mut self.cursor, fd, max)?;
+        self.moved(n);
+        Ok(n)
+    }
+
+    fn commit(mut self, h: &PacketHeader) {
+        // The guest is never told of more bytes than were written: behind them lies what the buffer held before.
+        let h = PacketHeader {
+            len: self.written,
+            ..*h
+        };
+        let wire = WireHeader::new(HOST_CID, self.guest_cid.get(), &h).to_bytes();
+        let lent = &mut self.lent;
+        if let Err(e) = Cursor::default().copy_in(lent.mem, lent.segs, &wire) {
+            lent.fault.get_or_insert(payload_fault(&e));
+            return;
+        }
+        lent.ring.advance();
+        lent.counters.packets_to_guest += 1;
+        lent.give_back(self.head, HEADER_BYTES as u32 + self.written);
+    }
+}
+
+/// A buffer that `walk` found in guest memory is not there in the same snapshot.
+fn payload_fault(e: &GuestMemoryError) -> CarrierFault {
+    tracing::debug!(error = %e, "buffer is not accessible");
+    CarrierFault {
+        what: "buffer is not accessible any more",
+        value: 0,
+        limit: 0,
+    }
+}

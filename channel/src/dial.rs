@@ -1,0 +1,276 @@
+//! The dialler's half of the hello: `open` out, then `accept` or `refuse` in, byte by byte if need be.
+//!
+//! ```text
+//! Requesting ── connected ──► Hello ── accept ──► done: what follows belongs to the service
+//!      │                        ├──── refuse ───► failed, with the agent's status and errno
+//!      └─ refused, timeout ─►   └──── other ────► failed, with what the bytes look like
+//! ```
+//! Rules: the reader never takes a byte behind the hello; foreign bytes are recognised from the first that differs
+//! (a foreign listener may send a short banner and then wait for ever); one deadline for all of it.
+
+use adit_engine::{ConnectError, ResetReason, Tick};
+
+use crate::hello::{self, Accept, Hello, HelloError, Open, PREFIX_LEN, Prefix, Refuse, TAIL_MAX};
+
+/// Where a dial goes and how long it may take.
+#[derive(Clone, Debug)]
+pub struct DialRequest {
+    /// vsock port inside the guest.
+    pub port: u32,
+    /// Sent first, and answered before the dial is done; `None` for a plain listener.
+    pub hello: Option<Open>,
+    /// For request, response and hello together.
+    pub deadline: Option<Tick>,
+}
+
+/// Why a dial failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DialError {
+    /// No guest driver is up.
+    #[error("guest has no running vsock driver")]
+    NoSession,
+    /// Nobody listens there.
+    #[error("nobody listens on that port of the guest")]
+    Refused,
+    /// No answer in time.
+    #[error("guest did not answer in time")]
+    Timeout,
+    /// The stream ended before the answer.
+    #[error("guest ended the stream before it answered")]
+    Reset,
+    /// The answer is no hello.
+    #[error("guest answered something else than a hello")]
+    Foreign(#[source] HelloError),
+    /// The agent said no.
+    #[error("guest refused: {}", .0.text.escape_debug())]
+    HelloRefused(Refuse),
+    /// The agent accepted a version or feature that was not offered.
+    #[error("guest chose version {version} and features {features:#x}, which were not offered")]
+    NotOffered {
+        /// What it chose.
+        version: u16,
+        /// What it chose.
+        features: u64,
+    },
+    /// A limit is reached here.
+    #[error("too many streams are open")]
+    Busy,
+    /// The shard that owned the stream is gone, or the dial was given up.
+    #[error("dial was given up")]
+    Cancelled,
+}
+
+impl From<ConnectError> for DialError {
+    fn from(e: ConnectError) -> Self {
+        match e {
+            ConnectError::NoSession => Self::NoSession,
+            ConnectError::TableFull { .. } | ConnectError::NoCredit | ConnectError::NoPort => {
+                Self::Busy
+            }
+        }
+    }
+}
+
+impl DialError {
+    /// What an engine's reason means to a dial that is not done.
+    pub(crate) fn from_reason(reason: Option<ResetReason>) -> Self {
+        match reason {
+            Some(ResetReason::Refused) => Self::Refused,
+            Some(ResetReason::Timeout) => Self::Timeout,
+            Some(ResetReason::Epoch | ResetReason::CarrierFault) => Self::NoSession,
+            Some(ResetReason::Local) => Self::Cancelled,
+            Some(ResetReason::Peer | ResetReason::Credit | ResetReason::Protocol(_)) | None => {
+                Self::Reset
+            }
+        }
+    }
+}
+
+/// A dial that is not done.
+#[derive(Debug)]
+pub(crate) struct Dial {
+    pub(crate) deadline: Option<Tick>,
+    open: Option<Open>,
+    answer: Vec<u8>,
+}
+
+impl Dial {
+    pub(crate) fn new(request: DialRequest) -> Self {
+        Self {
+            deadline: request.deadline,
+            open: request.hello,
+            answer: Vec::new(),
+        }
+    }
+
+    /// The bytes to send once the stream is connected; `None` = there is no hello, the dial is done.
+    pub(crate) fn open(&self) -> Option<Vec<u8>> {
+        Some(Hello::Open(self.open.clone()?).encode())
+    }
+
+    /// Bytes of the answer still to come, as far as is known; never more than belong to it.
+    pub(crate) fn wants(&self) -> usize {
+        let Some(prefix) = self.answer.first_chunk::<PREFIX_LEN>() else {
+            return PREFIX_LEN - self.answer.len();
+        };
+        let tail = Prefix::parse(prefix).map_or(0, |p| p.tail_len().min(TAIL_MAX));
+        PREFIX_LEN + tail - self.answer.len()
+    }
+
+    /// Takes the next bytes, at most [`wants`](Self::wants) of them. `None` = more are needed.
+    pub(crate) fn push(&mut self, bytes: &[u8]) -> Option<Result<Accept, DialError>> {
+        self.answer.extend_from_slice(bytes);
+        if self.answer.len() < PREFIX_LEN {
+            return foreign_start(&self.answer).map(|e| Err(DialError::Foreign(e)));
+        }
+        let (head, tail) = self.answer.split_first_chunk::<PREFIX_LEN>()?;
+        let prefix = match Prefix::parse(head) {
+            Ok(prefix) if tail.len() < prefix.tail_len() => return None,
+            Ok(prefix) => prefix,
+            Err(e) => return Some(Err(DialError::Foreign(e))),
+        };
+        Some(match prefix.finish(tail) {
+            Ok(Hello::Accept(accept)) => self.check(accept),
+            Ok(Hello::Refuse(refuse)) => Err(DialError::HelloRefused(refuse)),
+            Ok(Hello::Open(_)) => Err(DialError::Foreign(HelloError::Field {
+                field: "kind",
+                value: 1,
+                limit: 3,
+            })),
+            Err(e) => Err(DialError::Foreign(e)),
+        })
+    }
+
+    fn check(&self, accept: Accept) -> Result<Accept, DialError> {
+        let offered = self.open.as_ref().is_some_and(|open| {
+            (open.version_min..=open.version_max).contains(&accept.version)
+                && accept.common.features & !open.common.features == 0
+        });
+        if offered {
+            return Ok(accept);
+        }
+        let (version, features) = (accept.version, accept.common.features);
+        Err(DialError::NotOffered { version, features })
+    }
+}
+
+/// Tells whether the first bytes of an answer rule a hello out already.
+fn foreign_start(start: &[u8]) -> Option<HelloError> {
+    const MAGIC_LEN: usize = 8;
+    let magic = Hello::Accept(Accept {
+        common: hello::Common::default(),
+        version: hello::VERSION,
+    })
+    .encode();
+    let n = start.len().min(MAGIC_LEN);
+    if start[..n] == magic[..n] {
+        return None;
+    }
+    let mut padded = [0; PREFIX_LEN];
+    padded[..start.len()].copy_from_slice(start);
+    Prefix::parse(&padded).err()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hello::{Common, Status};
+
+    fn dial() -> Dial {
+        Dial::new(DialRequest {
+            port: hello::PORT,
+            hello: Some(Open::new("tcp:80".parse().unwrap(), Common::default())),
+            deadline: None,
+        })
+    }
+
+    /// Feeds as the port does: never more than is wanted. Returns the outcome and what was left.
+    fn feed<'a>(
+        d: &mut Dial,
+        mut bytes: &'a [u8],
+        step: usize,
+    ) -> (Option<Result<Accept, DialError>>, &'a [u8]) {
+        while !bytes.is_empty() {
+            let n = d.wants().min(step).min(bytes.len());
+            let (now, rest) = bytes.split_at(n);
+            bytes = rest;
+            if let Some(outcome) = d.push(now) {
+                return (Some(outcome), bytes);
+            }
+        }
+        (None, bytes)
+    }
+
+    #[test]
+    fn answer_in_any_pieces_leaves_the_services_bytes() {
+        let accept = Accept {
+            common: Common::default(),
+            version: 1,
+        };
+        let mut bytes = Hello::Accept(accept).encode();
+        bytes.extend_from_slice(b"HTTP/1.1 200 OK");
+        for step in [1, 2, 63, 64, 65, 500] {
+            assert_eq!(
+                feed(&mut dial(), &bytes, step),
+                (Some(Ok(accept)), &b"HTTP/1.1 200 OK"[..])
+            );
+        }
+        let refuse = Refuse {
+            common: Common::default(),
+            status: Status::DialFailed,
+            errno: 111,
+            text: "no".into(),
+        };
+        let bytes = Hello::Refuse(refuse.clone()).encode();
+        for step in [1, 7, 500] {
+            assert_eq!(
+                feed(&mut dial(), &bytes, step).0,
+                Some(Err(DialError::HelloRefused(refuse.clone())))
+            );
+        }
+    }
+
+    #[test]
+    fn short_foreign_banner_is_recognised_at_once() {
+        let (outcome, _) = feed(&mut dial(), b"SSH-2.0-OpenSSH_9.2\r\n", 500);
+        assert!(matches!(
+            outcome,
+            Some(Err(DialError::Foreign(HelloError::Foreign {
+                guess: "an SSH server",
+                ..
+            })))
+        ));
+        assert!(matches!(
+            feed(&mut dial(), b"AX", 1).0,
+            Some(Err(DialError::Foreign(_)))
+        ));
+        assert_eq!(feed(&mut dial(), b"ADIT\r\n", 500).0, None);
+    }
+
+    #[test]
+    fn chosen_features_must_have_been_offered() {
+        let common = Common {
+            features: 1,
+            ..Common::default()
+        };
+        let bytes = Hello::Accept(Accept { common, version: 1 }).encode();
+        assert!(matches!(
+            feed(&mut dial(), &bytes, 500).0,
+            Some(Err(DialError::NotOffered { features: 1, .. }))
+        ));
+    }
+
+    #[test]
+    fn every_flipped_byte_ends_or_waits() {
+        let good = Hello::Accept(Accept {
+            common: Common::default(),
+            version: 1,
+        })
+        .encode();
+        for at in 0..good.len() {
+            let mut bytes = good.clone();
+            bytes[at] ^= 0xff;
+            let _ = feed(&mut dial(), &bytes, 5); // must not panic
+        }
+    }
+}

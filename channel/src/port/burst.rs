@@ -1,0 +1,232 @@
+//! One burst: what came from the guest to the sinks, events, what the sinks have to the guest.
+
+use adit_engine::{Disposition, How, ResetReason, StreamId, Tick, Transmit};
+
+use super::entry::{Fill, Undelivered};
+use super::{Budget, Port, Turn};
+use crate::carrier::{Armed, Carrier, CarrierFault, Interest, RxPacket, TxSlot};
+
+/// How a direction's part of a burst ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// Nothing more to move.
+    Drained,
+    /// The budget is used up.
+    Budget,
+    /// There was no slot.
+    NoSlot,
+}
+
+enum Sent {
+    /// Something went into a slot.
+    Packet(u64),
+    /// Nothing fits or nothing is there.
+    Nothing,
+    /// There was no slot.
+    NoSlot,
+}
+
+impl<C: Carrier> Port<C> {
+    /// Moves what there is to move, within a budget.
+    pub fn poll(&mut self, now: Tick, budget: Budget) -> Turn {
+        self.counters.polls += 1;
+        self.carrier.begin();
+        if self.engine.poll_timeout().is_some_and(|t| t <= now) {
+            self.engine.handle_timeout(now);
+        }
+        self.expire_dials(now);
+        let ends = self.receive(now, budget).and_then(|rx| {
+            self.handle_events(now);
+            let mut tx = self.transmit(now, budget)?;
+            // Sending may end streams, and ending streams may leave something to send.
+            while self.handle_events(now) && tx == End::Drained {
+                tx = self.transmit(now, budget)?;
+            }
+            Ok((rx, tx))
+        });
+        let again = match ends {
+            Ok((End::Budget, _) | (_, End::Budget)) => {
+                self.carrier.flush();
+                true
+            }
+            Ok((_, tx)) => {
+                self.carrier.flush();
+                let interest = Interest {
+                    rx: true,
+                    tx: tx == End::NoSlot,
+                };
+                self.carrier.arm(interest) == Armed::WorkAppeared
+            }
+            Err(fault) => {
+                self.carrier.flush();
+                self.carrier_fault(now, &fault);
+                self.handle_events(now);
+                false
+            }
+        };
+        for local in self.wakes.drain(..) {
+            local.notify();
+        }
+        if again {
+            return Turn::Again;
+        }
+        let dial = self.deadlines.first_key_value().map(|((t, _), _)| *t);
+        let deadline = [self.engine.poll_timeout(), dial]
+            .into_iter()
+            .flatten()
+            .min();
+        Turn::Idle { deadline }
+    }
+
+    fn receive(&mut self, now: Tick, budget: Budget) -> Result<End, CarrierFault> {
+        let mut bytes = 0;
+        for _ in 0..budget.packets {
+            if bytes >= budget.bytes {
+                return Ok(End::Budget);
+            }
+            let Some(mut packet) = self.carrier.rx()? else {
+                return Ok(End::Drained);
+            };
+            let (header, body) = (*packet.header(), packet.remaining());
+            self.counters.packets_from_guest += 1;
+            match self.engine.handle_packet(now, &header, body) {
+                Disposition::Consume => {}
+                Disposition::Ignore(violation) => {
+                    self.counters.violations += 1;
+                    tracing::debug!(%violation, "packet dropped");
+                }
+                Disposition::Tear(violation) => {
+                    self.counters.violations += 1;
+                    tracing::debug!(%violation, "channel torn down");
+                    return Err(CarrierFault {
+                        what: "guest broke the protocol beyond one stream; packet's op",
+                        value: u64::from(header.op),
+                        limit: 7,
+                    });
+                }
+                Disposition::Deliver { stream, len } => {
+                    bytes += u64::from(len);
+                    self.counters.bytes_from_guest += u64::from(len);
+                    let slot = stream.slot();
+                    let entries = &mut self.entries;
+                    let entry = entries.get_mut(slot as usize).and_then(Option::as_mut);
+                    let Some(entry) = entry.filter(|e| e.id == stream) else {
+                        // The engine delivers to no stream that it has not told of.
+                        drop(packet);
+                        self.engine.reset(now, stream, ResetReason::Local);
+                        continue;
+                    };
+                    let copied = &mut self.counters.bytes_copied;
+                    match entry.deliver(&mut packet, len, copied) {
+                        Ok(0) => {}
+                        Ok(n) => self.engine.consumed(now, stream, n),
+                        Err(Undelivered::Carrier(fault)) => return Err(fault),
+                        Err(Undelivered::Sink(e)) => {
+                            tracing::debug!(error = %e, "sink failed");
+                            self.counters.sink_failures += 1;
+                            self.engine.reset(now, stream, ResetReason::Local);
+                        }
+                    }
+                    drop(packet);
+                    self.delivered(now, slot);
+                }
+            }
+        }
+        Ok(End::Budget)
+    }
+
+    /// After a delivery: a hello goes on, a service or an application may have something to say.
+    fn delivered(&mut self, now: Tick, slot: u32) {
+        let Some(Some(entry)) = self.entries.get(slot as usize) else {
+            return;
+        };
+        if matches!(entry.phase, super::Phase::Hello(_)) {
+            self.read_hello(now, slot);
+        } else if entry.fd().is_none() {
+            self.settle(now, slot);
+        }
+    }
+
+    fn transmit(&mut self, now: Tick, budget: Budget) -> Result<End, CarrierFault> {
+        let mut bytes = 0;
+        for _ in 0..budget.packets {
+            if !self.engine.wants_transmit() {
+                return Ok(End::Drained);
+            }
+            if bytes >= budget.bytes {
+                return Ok(End::Budget);
+            }
+            match self.send_one(now)? {
+                Sent::Packet(n) => {
+                    bytes += n;
+                    self.counters.bytes_to_guest += n;
+                    self.counters.packets_to_guest += 1;
+                }
+                // Not `NoSlot`: that a slot is there would be told at once, for ever.
+                Sent::Nothing => return Ok(End::Drained),
+                Sent::NoSlot => return Ok(End::NoSlot),
+            }
+        }
+        Ok(End::Budget)
+    }
+
+    /// Puts one packet into a slot: the next whose sink really has what it offered.
+    fn send_one(&mut self, now: Tick) -> Result<Sent, CarrierFault> {
+        let caps = self.carrier.caps();
+        let lane = adit_engine::Lane::Bulk;
+        let Some(mut slot) = self.carrier.tx(lane, caps.max_payload)? else {
+            return Ok(Sent::NoSlot);
+        };
+        let capacity = slot.capacity().min(caps.max_payload);
+        while let Some(Transmit { header, body, .. }) = self.engine.poll_transmit(now, capacity) {
+            let Some((stream, len)) = body else {
+                slot.commit(&header);
+                return Ok(Sent::Packet(0));
+            };
+            let entries = &mut self.entries;
+            let entry = entries
+                .get_mut(stream.slot() as usize)
+                .and_then(Option::as_mut);
+            let Some(entry) = entry.filter(|e| e.id == stream) else {
+                self.engine.offer(stream, 0);
+                continue;
+            };
+            let filled = entry.fill(&mut slot, len, &mut self.counters.bytes_copied)?;
+            match filled {
+                Fill::Bytes(n) => {
+                    let header = self.engine.commit_body(now, stream, n);
+                    slot.commit(&header);
+                    self.settle(now, stream.slot());
+                    return Ok(Sent::Packet(u64::from(n)));
+                }
+                Fill::Empty => self.engine.offer(stream, 0),
+                Fill::End => {
+                    entry.sink_done = true;
+                    self.engine.offer(stream, 0);
+                    self.engine.shutdown(now, stream, How::Send);
+                }
+                Fill::Broken(e) => {
+                    tracing::debug!(error = %e, "sink failed");
+                    self.counters.sink_failures += 1;
+                    self.engine.offer(stream, 0);
+                    self.engine.reset(now, stream, ResetReason::Local);
+                }
+            }
+        }
+        Ok(Sent::Nothing)
+    }
+
+    fn expire_dials(&mut self, now: Tick) {
+        while let Some((&(deadline, slot), &stream)) = self.deadlines.first_key_value()
+            && deadline <= now
+        {
+            self.deadlines.remove(&(deadline, slot));
+            self.give_up(now, stream);
+        }
+    }
+
+    fn give_up(&mut self, now: Tick, stream: StreamId) {
+        self.fail_dial(stream, crate::dial::DialError::Timeout);
+        self.engine.reset(now, stream, ResetReason::Timeout);
+    }
+}

@@ -1,0 +1,299 @@
+//! What happens to a stream between its packets: dials, hellos, ends, and sinks that outlive their streams.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use adit_engine::{Event, How, ResetReason, StreamId, Tick};
+
+use super::entry::{self, Entry, Phase};
+use super::watch::Token;
+use super::{LINGER_BYTES_MAX, LINGER_MAX, Linger, Notice, Port};
+use crate::carrier::Carrier;
+use crate::dial::DialError;
+use crate::hello::Accept;
+use crate::sink::Sink;
+
+impl<C: Carrier> Port<C> {
+    /// Handles the engine's events. Returns true if there were any.
+    pub(super) fn handle_events(&mut self, now: Tick) -> bool {
+        let mut any = false;
+        while let Some(event) = self.engine.poll_event() {
+            any = true;
+            self.handle_event(now, event);
+        }
+        any
+    }
+
+    fn handle_event(&mut self, now: Tick, event: Event) {
+        match event {
+            Event::Incoming {
+                stream,
+                local_port,
+                peer_port,
+            } => {
+                self.insert(Entry::new(stream, Phase::Asked));
+                self.notices.push_back(Notice::Incoming {
+                    stream,
+                    local_port,
+                    peer_port,
+                });
+            }
+            Event::Connected { stream } => self.connected(now, stream),
+            Event::Writable { stream } => self.settle(now, stream.slot()),
+            Event::PeerShutdown { stream, how } => self.peer_shutdown(now, stream, how),
+            Event::Closed { stream, reason } => self.closed(stream, reason),
+        }
+    }
+
+    fn connected(&mut self, now: Tick, stream: StreamId) {
+        let Some(entry) = self.entry(stream) else {
+            return;
+        };
+        let phase = std::mem::replace(&mut entry.phase, Phase::Open);
+        let Phase::Requesting(dial) = phase else {
+            entry.phase = phase;
+            return;
+        };
+        match dial.open() {
+            Some(hello) => {
+                entry.out.extend(hello);
+                entry.phase = Phase::Hello(dial);
+                self.settle(now, stream.slot());
+                // A foreign listener may have spoken first.
+                self.read_hello(now, stream.slot());
+            }
+            None => {
+                self.deadlines.retain(|_, waiting| *waiting != stream);
+                self.dialed(now, stream, None);
+            }
+        }
+    }
+
+    /// Reads the answer to our hello out of what is held; the rest stays held for the sink.
+    pub(super) fn read_hello(&mut self, now: Tick, slot: u32) {
+        let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
+            return;
+        };
+        let stream = entry.id;
+        let mut taken = 0;
+        let outcome = loop {
+            let Phase::Hello(dial) = &mut entry.phase else {
+                return;
+            };
+            if entry.held.is_empty() {
+                break None;
+            }
+            let n = dial.wants().min(entry.held.len());
+            let bytes: Vec<u8> = entry.held.drain(..n).collect();
+            taken += n;
+            if let Some(outcome) = dial.push(&bytes) {
+                break Some(outcome);
+            }
+        };
+        // At most a hello's length.
+        self.engine.consumed(now, stream, taken as u32);
+        match outcome {
+            None => {}
+            Some(Ok(accept)) => {
+                if let Some(entry) = self.entry(stream) {
+                    entry.phase = Phase::Open;
+                }
+                self.deadlines.retain(|_, waiting| *waiting != stream);
+                self.dialed(now, stream, Some(accept));
+            }
+            Some(Err(error)) => {
+                self.fail_dial(stream, error);
+                self.engine.reset(now, stream, ResetReason::Local);
+            }
+        }
+    }
+
+    fn dialed(&mut self, now: Tick, stream: StreamId, accept: Option<Accept>) {
+        let Some(entry) = self.entry(stream) else {
+            return;
+        };
+        match entry.sink.take() {
+            Some(sink) => {
+                if let Sink::Local(end) = &sink {
+                    end.0.lock().accept = accept;
+                }
+                self.set_sink(now, stream, sink);
+            }
+            None => self.notices.push_back(Notice::Dialed { stream, accept }),
+        }
+    }
+
+    /// Tells whoever dialled that it failed. The stream itself is ended by the caller, and tells nobody any more.
+    pub(super) fn fail_dial(&mut self, stream: StreamId, error: DialError) {
+        let Some(entry) = self.entry(stream) else {
+            return;
+        };
+        if !matches!(entry.phase, Phase::Requesting(_) | Phase::Hello(_)) {
+            return;
+        }
+        let sink = entry.sink.take();
+        self.entries[stream.slot() as usize] = None;
+        self.deadlines.retain(|_, waiting| *waiting != stream);
+        match sink {
+            Some(Sink::Local(end)) => end.close(None, error),
+            Some(Sink::Fd(fd)) => entry::abort(fd),
+            Some(Sink::Inline(_)) => {}
+            None => self.notices.push_back(Notice::DialFailed { stream, error }),
+        }
+    }
+
+    fn peer_shutdown(&mut self, now: Tick, stream: StreamId, how: How) {
+        let Some(entry) = self.entry(stream) else {
+            return;
+        };
+        if matches!(how, How::Send | How::Both) {
+            entry.peer_done = true;
+            if matches!(entry.phase, Phase::Hello(_)) {
+                // It ended without a word.
+                self.fail_dial(stream, DialError::Reset);
+                self.engine.reset(now, stream, ResetReason::Local);
+                return;
+            }
+        }
+        if matches!(how, How::Receive | How::Both) {
+            // The engine sends nothing any more, whatever the sink has; our end of this direction is said, too.
+            entry.readable = false;
+            entry.sink_done = true;
+            entry.out.clear();
+            if let Some(Sink::Local(end)) = &entry.sink {
+                let mut state = end.0.lock();
+                state.peer_deaf = true;
+                state.to_guest.clear();
+                entry.wake = true;
+            }
+            self.engine.shutdown(now, stream, How::Send);
+        }
+        self.settle(now, stream.slot());
+    }
+
+    fn closed(&mut self, stream: StreamId, reason: Option<ResetReason>) {
+        if self.entry(stream).is_none() {
+            return; // a dial that failed: told already
+        }
+        self.fail_dial(stream, DialError::from_reason(reason));
+        let Some(mut entry) = self
+            .entries
+            .get_mut(stream.slot() as usize)
+            .filter(|e| e.as_ref().is_some_and(|e| e.id == stream))
+            .and_then(Option::take)
+        else {
+            return;
+        };
+        // A peer that closed waits for us only so long, then resets: its bytes are complete all the same.
+        let complete = reason.is_none()
+            || entry.peer_done && matches!(reason, Some(ResetReason::Peer | ResetReason::Timeout));
+        match entry.sink.take() {
+            Some(Sink::Fd(fd)) => {
+                self.watch.remove(fd.as_fd());
+                if complete {
+                    self.linger(fd, std::mem::take(&mut entry.held));
+                } else {
+                    entry::abort(fd);
+                }
+            }
+            Some(Sink::Local(end)) => {
+                if complete {
+                    let mut state = end.0.lock();
+                    state.to_app.append(&mut entry.held);
+                    state.peer_done = true;
+                }
+                let reason = if complete { None } else { reason };
+                end.close(reason, DialError::Reset);
+            }
+            Some(Sink::Inline(_)) | None => {}
+        }
+        self.notices.push_back(Notice::Closed { stream, reason });
+    }
+
+    /// Keeps a socket until it took what is held for it. An unfinished one is reset rather than cut short.
+    fn linger(&mut self, fd: OwnedFd, held: VecDeque<u8>) {
+        if held.is_empty() {
+            return entry::finish(fd);
+        }
+        let waiting = self.lingering.iter().flatten();
+        let (count, bytes) = waiting.fold((0, 0), |(n, b), l| (n + 1, b + l.held.len()));
+        if count >= LINGER_MAX || bytes + held.len() > LINGER_BYTES_MAX {
+            return entry::abort(fd);
+        }
+        let free = self.lingering.iter().position(Option::is_none);
+        let index = free.unwrap_or(self.lingering.len());
+        if let Err(e) = self.watch.add_edge(fd.as_fd(), Token::Linger(index as u32)) {
+            tracing::warn!(error = %e, "cannot watch a sink");
+            return entry::abort(fd);
+        }
+        if free.is_none() {
+            self.lingering.push(None);
+        }
+        self.lingering[index] = Some(Linger { fd, held });
+    }
+
+    pub(super) fn linger_ready(&mut self, index: usize) {
+        let Some(Some(linger)) = self.lingering.get_mut(index) else {
+            return;
+        };
+        let done = match entry::write_held(linger.fd.as_fd(), &mut linger.held) {
+            Ok(_) => linger.held.is_empty(),
+            Err(_) => true,
+        };
+        if done && let Some(linger) = self.lingering[index].take() {
+            self.watch.remove(linger.fd.as_fd());
+            entry::finish(linger.fd);
+            while self.lingering.last().is_some_and(Option::is_none) {
+                self.lingering.pop();
+            }
+        }
+    }
+
+    /// Gives a sink what is held for it.
+    pub(super) fn drain_held(&mut self, now: Tick, slot: u32) {
+        let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
+            return;
+        };
+        let id = entry.id;
+        match entry.flush(&mut self.counters.bytes_copied) {
+            Ok(0) => {}
+            Ok(n) => self.engine.consumed(now, id, n),
+            Err(e) => {
+                tracing::debug!(error = %e, "sink failed");
+                self.counters.sink_failures += 1;
+                self.engine.reset(now, id, ResetReason::Local);
+            }
+        }
+    }
+
+    /// Brings the engine's picture of a sink, and the sink's of the stream, up to date.
+    pub(super) fn settle(&mut self, now: Tick, slot: u32) {
+        let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
+            return;
+        };
+        let id = entry.id;
+        entry.tell_done();
+        if entry.service_reset {
+            self.engine.reset(now, id, ResetReason::Local);
+            return;
+        }
+        self.engine.offer(id, entry.offered());
+        if entry.at_end() {
+            entry.sink_done = true;
+            self.engine.shutdown(now, id, How::Send);
+        }
+        if std::mem::take(&mut entry.wake)
+            && let Some(Sink::Local(end)) = &entry.sink
+        {
+            let local = &end.0;
+            if !self
+                .wakes
+                .last()
+                .is_some_and(|last| Arc::ptr_eq(last, local))
+            {
+                self.wakes.push(local.clone());
+            }
+        }
+    }
+}

@@ -1,0 +1,503 @@
+//! A port: one engine, one carrier and the sinks of their streams. It moves every payload byte once.
+//!
+//! ```text
+//!            carrier.begin
+//!  rx ─ handle_packet ─ Deliver ──► sink (writev) ─ consumed      bounded by `Budget`, never by a missing TX slot
+//!            events ──► sinks, notices
+//!  tx slot ─ poll_transmit ─ body ◄── sink (readv) ─ commit_body
+//!            carrier.flush, arm ──► Again | Idle{deadline}
+//! ```
+//!
+//! Rules:
+//! - RX always drains: a sink that is not read is limited by its stream's credit, never by a packet left in the queue,
+//!   so one stopped reader stops nobody else.
+//! - A sink is watched edge-triggered: after `WouldBlock` nothing is tried again before the next edge.
+//! - Everything that can grow is bounded by the engine's stream table and its credit pool, and by the `*_MAX` here.
+//!
+//! A port is driven by a [`Shard`](crate::shard::Shard), which owns the epoll set that its descriptors are in.
+
+mod burst;
+mod entry;
+mod lifecycle;
+#[cfg(test)]
+mod tests;
+pub(crate) mod watch;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use adit_engine::{
+    Answer, Engine, EngineConfig, How, Kind, Lane, ListenError, ResetReason, SessionChange,
+    StreamId, Tick,
+};
+use nix::sys::epoll::EpollFlags;
+
+use crate::carrier::{Carrier, CarrierFault};
+use crate::dial::{Dial, DialError, DialRequest};
+use crate::hello::Accept;
+use crate::sink::{Local, ServiceEvent, Sink};
+use entry::{Entry, Phase};
+use watch::{Token, Watch};
+
+/// Sinks that outlive their streams at a time.
+pub const LINGER_MAX: usize = 256;
+/// Bytes held for those in all.
+pub const LINGER_BYTES_MAX: usize = 1 << 20;
+
+/// How much one `poll` may do before others get their turn.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// Packets each way.
+    pub packets: u32,
+    /// Payload bytes each way.
+    pub bytes: u64,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self {
+            packets: 256,
+            bytes: 1 << 20,
+        }
+    }
+}
+
+/// What a `poll` leaves behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Turn {
+    /// There is more to do.
+    Again,
+    /// Nothing until a descriptor is ready, or until the deadline.
+    Idle {
+        /// When to poll at the latest.
+        deadline: Option<Tick>,
+    },
+}
+
+/// What the owner of a port is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// The guest asks for a port that is listened on: [`Port::accept`] or [`Port::refuse`] it.
+    Incoming {
+        /// The new stream.
+        stream: StreamId,
+        /// The port asked for.
+        local_port: u32,
+        /// The guest's own port.
+        peer_port: u32,
+    },
+    /// A dial without a sink is done: [`Port::attach`] one. What the guest sends is held meanwhile.
+    Dialed {
+        /// The stream that `dial` returned.
+        stream: StreamId,
+        /// The agent's answer; `None` for a plain port.
+        accept: Option<Accept>,
+    },
+    /// A dial without a sink failed.
+    DialFailed {
+        /// The stream that `dial` returned; stale now.
+        stream: StreamId,
+        /// Why.
+        error: DialError,
+    },
+    /// A stream that was open (or asked for by the guest) is gone.
+    Closed {
+        /// Which; stale now.
+        stream: StreamId,
+        /// Why, if not in order.
+        reason: Option<ResetReason>,
+    },
+    /// The session began or ended.
+    Session {
+        /// The epoch of the session that began; `None`: it ended.
+        epoch: Option<u64>,
+    },
+}
+
+/// What a port did since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PortCounters {
+    /// Packets from the guest.
+    pub packets_from_guest: u64,
+    /// Packets to the guest.
+    pub packets_to_guest: u64,
+    /// Payload bytes from the guest.
+    pub bytes_from_guest: u64,
+    /// Payload bytes to the guest.
+    pub bytes_to_guest: u64,
+    /// Payload bytes that went through memory of this process (none, for a tunnel that keeps up).
+    pub bytes_copied: u64,
+    /// Packets that broke the protocol and were dropped.
+    pub violations: u64,
+    /// Sinks that failed.
+    pub sink_failures: u64,
+    /// Transport faults: the session was torn down.
+    pub faults: u64,
+    /// Calls of `poll`.
+    pub polls: u64,
+}
+
+/// One VM's channel.
+pub struct Port<C: Carrier> {
+    engine: Engine,
+    carrier: C,
+    watch: Watch,
+    wakers: Vec<OwnedFd>,
+    entries: Vec<Option<Entry>>,
+    /// When dials end, soonest first.
+    deadlines: BTreeMap<(Tick, u32), StreamId>,
+    lingering: Vec<Option<Linger>>,
+    notices: VecDeque<Notice>,
+    /// Local ends to wake at the end of the burst.
+    wakes: Vec<Arc<Local>>,
+    epoch: Option<u64>,
+    last_fault: String,
+    counters: PortCounters,
+}
+
+/// A sink whose stream ended in order before the sink took everything.
+struct Linger {
+    fd: OwnedFd,
+    held: VecDeque<u8>,
+}
+
+impl<C: Carrier> Port<C> {
+    /// Makes a port in an epoll set.
+    pub(crate) fn new(
+        carrier: C,
+        config: EngineConfig,
+        seed: u64,
+        watch: Watch,
+    ) -> io::Result<Self> {
+        let packet_overhead = carrier.caps().packet_overhead;
+        let config = EngineConfig {
+            packet_overhead,
+            ..config
+        };
+        let mut port = Self {
+            engine: Engine::new(config, seed),
+            carrier,
+            watch,
+            wakers: Vec::new(),
+            entries: Vec::new(),
+            deadlines: BTreeMap::new(),
+            lingering: Vec::new(),
+            notices: VecDeque::new(),
+            wakes: Vec::new(),
+            epoch: None,
+            last_fault: String::new(),
+            counters: PortCounters::default(),
+        };
+        port.watch_wakers()?;
+        Ok(port)
+    }
+
+    // ---- getters
+
+    /// Returns the carrier.
+    pub fn carrier(&self) -> &C {
+        &self.carrier
+    }
+
+    /// Returns the counters.
+    pub fn counters(&self) -> PortCounters {
+        self.counters
+    }
+
+    /// Streams open now, in either direction, also those not answered yet.
+    pub fn streams(&self) -> usize {
+        self.engine.streams()
+    }
+
+    /// Epoch of the session that is on.
+    pub fn epoch(&self) -> Option<u64> {
+        self.epoch
+    }
+
+    /// The last transport fault, for people; empty if none.
+    pub fn last_fault(&self) -> &str {
+        &self.last_fault
+    }
+
+    /// Takes the next notice.
+    #[must_use]
+    pub fn poll_notice(&mut self) -> Option<Notice> {
+        self.notices.pop_front()
+    }
+
+    // ---- commands; each is followed by a `poll`
+
+    /// Takes requests of the guest for a port.
+    ///
+    /// # Errors
+    /// Too many ports.
+    pub fn listen(&mut self, port: u32) -> Result<(), ListenError> {
+        self.engine.listen(port, Kind::Stream)
+    }
+
+    /// Dials a port of the guest. With a sink, nobody is told when it is done; without, a [`Notice`] tells.
+    ///
+    /// # Errors
+    /// There is no session, or a limit is reached. The sink is dropped.
+    pub fn dial(
+        &mut self,
+        now: Tick,
+        request: DialRequest,
+        sink: Option<Sink>,
+    ) -> Result<StreamId, DialError> {
+        // The slot that the engine lends next may be one whose end was not heard yet.
+        self.handle_events(now);
+        let stream = self
+            .engine
+            .connect(now, request.port, Kind::Stream, Lane::Bulk)?;
+        if let Some(deadline) = request.deadline {
+            self.deadlines.insert((deadline, stream.slot()), stream);
+        }
+        let mut entry = Entry::new(stream, Phase::Requesting(Box::new(Dial::new(request))));
+        entry.sink = sink;
+        self.insert(entry);
+        Ok(stream)
+    }
+
+    /// Accepts a stream that the guest asked for. Without a sink it holds what comes until [`attach`](Self::attach).
+    pub fn accept(&mut self, now: Tick, stream: StreamId, sink: Option<Sink>) {
+        let Some(entry) = self.entry(stream) else {
+            return;
+        };
+        if !matches!(entry.phase, Phase::Asked) {
+            return;
+        }
+        entry.phase = Phase::Open;
+        self.engine.answer(now, stream, Answer::Accept);
+        if let Some(sink) = sink {
+            self.attach(now, stream, sink, &[]);
+        }
+    }
+
+    /// Refuses a stream that the guest asked for.
+    pub fn refuse(&mut self, now: Tick, stream: StreamId) {
+        if self
+            .entry(stream)
+            .is_some_and(|e| matches!(e.phase, Phase::Asked))
+        {
+            self.engine.answer(now, stream, Answer::Refuse);
+        }
+    }
+
+    /// Gives an open stream its sink, in place of the one it had; `prefix` goes to the guest ahead of the sink's bytes.
+    /// Returns false (and drops the sink) if the stream is gone or not open.
+    pub fn attach(&mut self, now: Tick, stream: StreamId, sink: Sink, prefix: &[u8]) -> bool {
+        let Some(entry) = self.entry(stream) else {
+            return false;
+        };
+        if !matches!(entry.phase, Phase::Open) {
+            return false;
+        }
+        let old = entry.sink.take();
+        if let Some(Sink::Local(end)) = &old {
+            // Neither way may lose a byte: what the application has not read goes ahead of what is held.
+            let mut state = end.0.lock();
+            let mut held = std::mem::take(&mut state.to_app);
+            held.append(&mut entry.held);
+            entry.held = held;
+            entry.out.append(&mut state.to_guest);
+            entry.told_done = false;
+        }
+        entry.out.extend(prefix);
+        if matches!(old, Some(Sink::Fd(_))) {
+            self.unwatch_sink(&old);
+        }
+        self.set_sink(now, stream, sink)
+    }
+
+    /// Shuts down directions of a stream.
+    pub fn shutdown(&mut self, now: Tick, stream: StreamId, how: How) {
+        self.engine.shutdown(now, stream, how);
+    }
+
+    /// Ends a stream at once.
+    pub fn reset(&mut self, now: Tick, stream: StreamId, why: ResetReason) {
+        self.engine.reset(now, stream, why);
+    }
+
+    /// The application's side of a local sink changed.
+    pub(crate) fn local_changed(&mut self, now: Tick, stream: StreamId) {
+        let Some(entry) = self.entry(stream) else {
+            return;
+        };
+        let mut deaf = false;
+        if let Some(Sink::Local(end)) = &entry.sink {
+            let mut state = end.0.lock();
+            state.kicked = false;
+            deaf = state.recv_done;
+        }
+        self.drain_held(now, stream.slot());
+        if deaf {
+            self.engine.shutdown(now, stream, How::Receive);
+        }
+        self.settle(now, stream.slot());
+    }
+
+    // ---- inputs
+
+    /// A descriptor of this port became ready.
+    pub(crate) fn ready(&mut self, now: Tick, token: Token, flags: EpollFlags) {
+        match token {
+            Token::Waker(id) => self.woken(now, id),
+            Token::Sink { slot, generation } => self.sink_ready(now, slot, generation, flags),
+            Token::Linger(index) => self.linger_ready(index as usize),
+            Token::Commands | Token::Extra(_) => {}
+        }
+    }
+
+    fn woken(&mut self, now: Tick, id: u32) {
+        let woken = self.carrier.woken(id);
+        if woken.wakers_changed {
+            if let Err(e) = self.watch_wakers() {
+                // Without wakers the channel would hang silently.
+                self.fault(now, &format!("cannot watch the carrier's descriptors: {e}"));
+            }
+        }
+        if let Some(change) = woken.session {
+            self.session(now, change);
+        }
+    }
+
+    fn session(&mut self, now: Tick, change: SessionChange) {
+        self.epoch = match change {
+            SessionChange::Attached { epoch } => Some(epoch),
+            SessionChange::Lost(_) => None,
+        };
+        self.engine.handle_session(now, change);
+        self.notices
+            .push_back(Notice::Session { epoch: self.epoch });
+    }
+
+    fn fault(&mut self, now: Tick, what: &str) {
+        self.counters.faults += 1;
+        what.clone_into(&mut self.last_fault);
+        tracing::warn!(fault = %what.escape_debug(), faults = self.counters.faults, "transport torn down");
+        self.carrier.tear();
+        self.session(now, SessionChange::Lost(ResetReason::CarrierFault));
+    }
+
+    fn carrier_fault(&mut self, now: Tick, fault: &CarrierFault) {
+        self.fault(now, &fault.to_string());
+    }
+
+    fn watch_wakers(&mut self) -> io::Result<()> {
+        for fd in self.wakers.drain(..) {
+            self.watch.remove(fd.as_fd());
+        }
+        // Duplicates: what is registered can be taken out again whatever the carrier did to its own.
+        let mut fds = Vec::new();
+        self.carrier
+            .wakers(&mut |fd, id| fds.push((fd.try_clone_to_owned(), id)));
+        for (fd, id) in fds {
+            let fd = fd?;
+            self.watch.add_level(fd.as_fd(), Token::Waker(id))?;
+            self.wakers.push(fd);
+        }
+        Ok(())
+    }
+
+    fn sink_ready(&mut self, now: Tick, slot: u32, generation: u32, flags: EpollFlags) {
+        let Some(entry) = self.entries.get_mut(slot as usize).and_then(Option::as_mut) else {
+            return;
+        };
+        let id = entry.id;
+        if Token::sink(id) != (Token::Sink { slot, generation }) {
+            return; // an event of the slot's last stream
+        }
+        if flags.contains(EpollFlags::EPOLLERR) {
+            self.counters.sink_failures += 1;
+            self.engine.reset(now, id, ResetReason::Local);
+            return;
+        }
+        if flags.intersects(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP) {
+            entry.hung_up = true;
+        }
+        if flags.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP) {
+            entry.readable = true;
+        }
+        if flags.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLHUP) {
+            self.drain_held(now, slot);
+        }
+        self.settle(now, slot);
+    }
+
+    // ---- entries
+
+    fn entry(&mut self, stream: StreamId) -> Option<&mut Entry> {
+        self.entries
+            .get_mut(stream.slot() as usize)?
+            .as_mut()
+            .filter(|e| e.id == stream)
+    }
+
+    fn insert(&mut self, entry: Entry) {
+        // The engine's table bounds the slot.
+        let slot = entry.id.slot() as usize;
+        if self.entries.len() <= slot {
+            self.entries.resize_with(slot + 1, || None);
+        }
+        self.entries[slot] = Some(entry);
+    }
+
+    /// Puts a sink in its place and gives it what is held.
+    fn set_sink(&mut self, now: Tick, stream: StreamId, sink: Sink) -> bool {
+        if let Sink::Fd(fd) = &sink
+            && let Err(e) = self.watch.add_edge(fd.as_fd(), Token::sink(stream))
+        {
+            tracing::warn!(error = %e, "cannot watch a sink");
+            self.counters.sink_failures += 1;
+            self.engine.reset(now, stream, ResetReason::Local);
+            return false;
+        }
+        let Some(entry) = self.entry(stream) else {
+            return false;
+        };
+        if let Sink::Local(end) = &sink {
+            end.0.lock().open = true;
+            entry.wake = true;
+        }
+        entry.sink = Some(sink);
+        // The first edge tells; trying at once saves a round for a client that has sent already.
+        entry.readable = true;
+        entry.service_event(ServiceEvent::Opened);
+        self.drain_held(now, stream.slot());
+        self.settle(now, stream.slot());
+        true
+    }
+
+    fn unwatch_sink(&self, sink: &Option<Sink>) {
+        if let Some(Sink::Fd(fd)) = sink {
+            self.watch.remove(fd.as_fd());
+        }
+    }
+}
+
+impl<C: Carrier> Drop for Port<C> {
+    fn drop(&mut self) {
+        for fd in &self.wakers {
+            self.watch.remove(fd.as_fd());
+        }
+        let entries = self.entries.drain(..).flatten();
+        for sink in entries.filter_map(|entry| entry.sink) {
+            match sink {
+                Sink::Local(end) => {
+                    end.fail(DialError::Cancelled);
+                }
+                Sink::Fd(fd) => {
+                    self.watch.remove(fd.as_fd());
+                    entry::abort(fd);
+                }
+                Sink::Inline(_) => {}
+            }
+        }
+    }
+}

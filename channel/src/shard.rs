@@ -1,0 +1,451 @@
+//! A shard: one epoll set, and the ports whose descriptors are in it. No lock and no other thread in the data path.
+//!
+//! ```text
+//! other threads ── Handle (queue + eventfd) ──► Shard ── poll, by turns ──► Port, Port, …
+//!                                                 │ epoll: kicks, sinks, commands, the owner's own descriptors
+//! owner ◄── next(): Notice, Ready ────────────────┘
+//! ```
+//! - The owner calls [`Shard::turn`] from a loop of its own (a thread, a VMM's event loop that watches the shard's
+//!   descriptor, a port process), or gives the loop away with [`Shard::spawn`].
+//! - A port has a budget a turn; ports take turns.
+//! - There is no tick: the epoll timeout is the nearest deadline of any port, and none when nothing is pending.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use adit_engine::{EngineConfig, ResetReason, StreamId, Tick};
+use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::carrier::Carrier;
+use crate::dial::{DialError, DialRequest};
+use crate::port::watch::{Token, Watch};
+use crate::port::{Budget, Notice, Port, Turn};
+use crate::sink::{LocalEnd, Sink};
+use crate::stream::{Accepting, Incoming};
+
+/// Ports of one shard at most.
+pub const PORTS_MAX: usize = 4095;
+/// Events taken from the kernel at a time.
+const EVENTS: usize = 64;
+
+/// A port's place in its shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PortIndex(pub(crate) u16);
+
+/// What the owner of a shard is told by [`Shard::poll_news`].
+#[derive(Debug)]
+pub enum News {
+    /// A descriptor that was given to [`Shard::watch`] is readable or hung up.
+    Ready {
+        /// Its key.
+        key: u32,
+    },
+    /// Something happened on a port.
+    Notice(PortIndex, Notice),
+}
+
+/// What other threads ask of a shard.
+pub(crate) enum Command {
+    Dial(u16, DialRequest, LocalEnd),
+    Listen(u16, u32, Arc<Accepting>),
+    Accept(u16, StreamId, LocalEnd),
+    Refuse(u16, StreamId),
+    Changed(u16, StreamId),
+    Reset(u16, StreamId, ResetReason),
+    Attach(u16, StreamId, Sink),
+    Stop,
+}
+
+/// The way into a shard from other threads.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    /// `None`: the shard is gone.
+    commands: Mutex<Option<Vec<Command>>>,
+    event: EventFd,
+    start: Instant,
+}
+
+impl std::fmt::Debug for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Command")
+    }
+}
+
+impl Inbox {
+    /// Returns false if the shard is gone; the command is dropped.
+    pub(crate) fn send(&self, command: Command) -> bool {
+        let mut commands = self.lock();
+        let Some(queue) = commands.as_mut() else {
+            return false;
+        };
+        queue.push(command);
+        let first = queue.len() == 1;
+        drop(commands);
+        if first {
+            // It fails only when it is readable already.
+            let _ = self.event.write(1);
+        }
+        true
+    }
+
+    fn take(&self) -> Vec<Command> {
+        self.lock().as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<Command>>> {
+        self.commands.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The shard's clock.
+    pub(crate) fn tick(&self, at: Instant) -> Tick {
+        let ns = at.saturating_duration_since(self.start).as_nanos();
+        Tick(u64::try_from(ns).unwrap_or(u64::MAX))
+    }
+}
+
+/// Speaks to one port of a shard from any thread.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) port: u16,
+}
+
+/// Ports on one epoll set.
+pub struct Shard<C: Carrier> {
+    watch: Watch,
+    inbox: Arc<Inbox>,
+    ports: Vec<Port<C>>,
+    /// Ports to poll: an event came, a command was given, or there is more to do.
+    dirty: Vec<bool>,
+    deadlines: Vec<Option<Tick>>,
+    listeners: BTreeMap<(u16, u32), Arc<Accepting>>,
+    news: VecDeque<News>,
+    budget: Budget,
+    stopped: bool,
+    wakeups: u64,
+}
+
+impl<C: Carrier> Shard<C> {
+    /// Makes a shard without ports.
+    ///
+    /// # Errors
+    /// There is no descriptor to be had.
+    pub fn new() -> io::Result<Self> {
+        let watch = Watch::new()?;
+        let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        watch.add_level(event.as_fd(), Token::Commands)?;
+        Ok(Self {
+            watch,
+            inbox: Arc::new(Inbox {
+                commands: Mutex::new(Some(Vec::new())),
+                event,
+                start: Instant::now(),
+            }),
+            ports: Vec::new(),
+            dirty: Vec::new(),
+            deadlines: Vec::new(),
+            listeners: BTreeMap::new(),
+            news: VecDeque::new(),
+            budget: Budget::default(),
+            stopped: false,
+            wakeups: 0,
+        })
+    }
+
+    /// Adds a port. The seed should be unpredictable for the guest.
+    ///
+    /// # Errors
+    /// Too many ports, or the carrier's descriptors cannot be watched.
+    pub fn add(&mut self, carrier: C, config: EngineConfig, seed: u64) -> io::Result<PortIndex> {
+        let index = u16::try_from(self.ports.len())
+            .ok()
+            .filter(|&i| usize::from(i) < PORTS_MAX)
+            .ok_or_else(|| io::Error::other(format!("a shard has at most {PORTS_MAX} ports")))?;
+        let port = Port::new(carrier, config, seed, self.watch.of_port(index))?;
+        self.ports.push(port);
+        self.dirty.push(true);
+        self.deadlines.push(None);
+        Ok(PortIndex(index))
+    }
+
+    /// Returns a port, to read from it.
+    pub fn port(&self, index: PortIndex) -> &Port<C> {
+        &self.ports[usize::from(index.0)]
+    }
+
+    /// Returns a port, to command it: the next turn polls it.
+    pub fn port_mut(&mut self, index: PortIndex) -> &mut Port<C> {
+        self.dirty[usize::from(index.0)] = true;
+        &mut self.ports[usize::from(index.0)]
+    }
+
+    /// Returns what other threads use to speak to a port.
+    pub fn handle(&self, index: PortIndex) -> Handle {
+        Handle {
+            inbox: self.inbox.clone(),
+            port: index.0,
+        }
+    }
+
+    /// The time on the shard's clock.
+    pub fn now(&self) -> Tick {
+        self.inbox.tick(Instant::now())
+    }
+
+    /// How often the shard came out of the kernel.
+    pub fn wakeups(&self) -> u64 {
+        self.wakeups
+    }
+
+    /// Tells whether a handle has asked the shard to stop.
+    pub fn stopped(&self) -> bool {
+        self.stopped
+    }
+
+    /// Watches a descriptor of the owner, level-triggered, for reading.
+    ///
+    /// # Errors
+    /// It cannot be watched.
+    pub fn watch(&self, fd: BorrowedFd<'_>, key: u32) -> io::Result<()> {
+        self.watch.add_level(fd, Token::Extra(key))
+    }
+
+    /// Ends [`watch`](Self::watch); to be called before the descriptor is closed.
+    pub fn unwatch(&self, fd: BorrowedFd<'_>) {
+        self.watch.remove(fd);
+    }
+
+    /// Takes the next news for the owner.
+    #[must_use]
+    pub fn poll_news(&mut self) -> Option<News> {
+        self.news.pop_front()
+    }
+
+    /// Waits, at most `timeout`, then handles what came, until there is news or nothing more to do now.
+    ///
+    /// # Errors
+    /// The kernel refuses to wait: the shard is of no use.
+    pub fn turn(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        // Commands of the owner since the last turn come first.
+        self.poll_ports();
+        let timeout = match self.news.is_empty() {
+            true => self.timeout(timeout),
+            false => EpollTimeout::ZERO,
+        };
+        let mut events = [EpollEvent::empty(); EVENTS];
+        let n = match self.watch.epoll().wait(&mut events, timeout) {
+            Ok(n) => n,
+            Err(nix::errno::Errno::EINTR) => 0,
+            Err(e) => return Err(e.into()),
+        };
+        self.wakeups += 1;
+        let now = self.now();
+        for event in &events[..n] {
+            let (port, token) = Token::unpack(event.data());
+            self.ready(now, port, token, event.events());
+        }
+        self.poll_ports();
+        Ok(())
+    }
+
+    fn ready(&mut self, now: Tick, port: u16, token: Token, flags: EpollFlags) {
+        match token {
+            Token::Commands => {
+                let _ = self.inbox.event.read();
+                for command in self.inbox.take() {
+                    self.command(now, command);
+                }
+            }
+            Token::Extra(key) => self.news.push_back(News::Ready { key }),
+            Token::Waker(_) | Token::Sink { .. } | Token::Linger(_) => {
+                if let Some(p) = self.ports.get_mut(usize::from(port)) {
+                    p.ready(now, token, flags);
+                    self.dirty[usize::from(port)] = true;
+                }
+            }
+        }
+    }
+
+    /// The epoll timeout: rounded up, so that a deadline has passed when it ends.
+    fn timeout(&self, limit: Option<Duration>) -> EpollTimeout {
+        if self.dirty.contains(&true) {
+            return EpollTimeout::ZERO;
+        }
+        let now = self.now();
+        let deadline = self.deadlines.iter().flatten().min();
+        let until = deadline.map(|t| Duration::from_nanos(t.0.saturating_sub(now.0)));
+        match [until, limit].into_iter().flatten().min() {
+            None => EpollTimeout::NONE,
+            Some(wait) => {
+                let ms = wait.as_nanos().div_ceil(1_000_000);
+                EpollTimeout::try_from(i32::try_from(ms).unwrap_or(i32::MAX))
+                    .unwrap_or(EpollTimeout::MAX)
+            }
+        }
+    }
+
+    fn poll_ports(&mut self) {
+        let now = self.now();
+        for (i, port) in self.ports.iter_mut().enumerate() {
+            if !self.dirty[i] && self.deadlines[i].is_none_or(|t| t > now) {
+                continue;
+            }
+            match port.poll(now, self.budget) {
+                Turn::Again => self.dirty[i] = true,
+                Turn::Idle { deadline } => {
+                    self.dirty[i] = false;
+                    self.deadlines[i] = deadline;
+                }
+            }
+            while let Some(notice) = port.poll_notice() {
+                // At most 4,095 ports.
+                let index = i as u16;
+                let asked = match &notice {
+                    Notice::Incoming { local_port, .. } => {
+                        self.listeners.get(&(index, *local_port))
+                    }
+                    _ => None,
+                };
+                let (
+                    Some(accepting),
+                    Notice::Incoming {
+                        stream,
+                        local_port,
+                        peer_port,
+                    },
+                ) = (asked, &notice)
+                else {
+                    self.news.push_back(News::Notice(PortIndex(index), notice));
+                    continue;
+                };
+                let handle = Handle {
+                    inbox: self.inbox.clone(),
+                    port: index,
+                };
+                let incoming = Incoming::new(handle, *stream, *local_port, *peer_port);
+                if !accepting.offer(incoming) {
+                    port.refuse(now, *stream);
+                    self.dirty[i] = true;
+                }
+            }
+        }
+    }
+
+    fn command(&mut self, now: Tick, command: Command) {
+        match command {
+            Command::Dial(p, request, end) => {
+                let mut state = end.0.lock();
+                if state.abandoned {
+                    return;
+                }
+                match self
+                    .port_mut(PortIndex(p))
+                    .dial(now, request, Some(Sink::Local(end.clone())))
+                {
+                    Ok(stream) => state.stream = Some(stream),
+                    Err(e) => {
+                        drop(state);
+                        end.fail(e);
+                    }
+                }
+            }
+            Command::Listen(p, at, accepting) => {
+                let listened = self.port_mut(PortIndex(p)).listen(at);
+                accepting.listening(listened);
+                self.listeners.insert((p, at), accepting);
+            }
+            Command::Accept(p, stream, end) => {
+                self.port_mut(PortIndex(p))
+                    .accept(now, stream, Some(Sink::Local(end.clone())));
+                if !end.0.lock().open {
+                    end.fail(DialError::Reset);
+                }
+            }
+            Command::Refuse(p, stream) => self.port_mut(PortIndex(p)).refuse(now, stream),
+            Command::Changed(p, stream) => self.port_mut(PortIndex(p)).local_changed(now, stream),
+            Command::Reset(p, stream, why) => self.port_mut(PortIndex(p)).reset(now, stream, why),
+            Command::Attach(p, stream, sink) => {
+                self.port_mut(PortIndex(p)).attach(now, stream, sink, &[]);
+            }
+            Command::Stop => self.stopped = true,
+        }
+    }
+}
+
+impl<C: Carrier> AsFd for Shard<C> {
+    /// Readable when a turn has something to do: for a VMM's own event loop, which also honours deadlines.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.watch.as_fd()
+    }
+}
+
+impl<C: Carrier> Drop for Shard<C> {
+    fn drop(&mut self) {
+        let commands = self.inbox.lock().take();
+        for command in commands.into_iter().flatten() {
+            if let Command::Listen(_, _, accepting) = &command {
+                accepting.close();
+            }
+            if let Command::Dial(_, _, end) | Command::Accept(_, _, end) = command {
+                end.fail(DialError::Cancelled);
+            }
+        }
+        for accepting in self.listeners.values() {
+            accepting.close();
+        }
+    }
+}
+
+/// A shard on a thread of its own. Dropped = stopped.
+#[derive(Debug)]
+pub struct ShardThread {
+    inbox: Arc<Inbox>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl<C: Carrier + Send + 'static> Shard<C> {
+    /// Runs the shard on a thread. News for an owner are dropped, and what the guest asks for without a listener is
+    /// refused: speak to it through handles.
+    ///
+    /// # Errors
+    /// There is no thread to be had.
+    pub fn spawn(mut self, name: &str) -> io::Result<ShardThread> {
+        let inbox = self.inbox.clone();
+        let run = move || {
+            while !self.stopped {
+                if let Err(e) = self.turn(None) {
+                    tracing::error!(error = %e, "shard ends");
+                    return;
+                }
+                while let Some(news) = self.poll_news() {
+                    if let News::Notice(port, Notice::Incoming { stream, .. }) = news {
+                        let now = self.now();
+                        self.port_mut(port).refuse(now, stream);
+                    }
+                }
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name(name.chars().take(15).collect())
+            .spawn(run)?;
+        Ok(ShardThread {
+            inbox,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for ShardThread {
+    fn drop(&mut self) {
+        self.inbox.send(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            // It panicked: nothing is left to clean up.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Where a stream's bytes go on the host: a socket, the application's end in this process, or a service inline.
+//!
+//! | sink | thread | copies in user space | used for |
+//! |---|---|---|---|
+//! | `Fd` | shard | 0 (the kernel copies between guest memory and socket) | tunnels |
+//! | `Local` | the application's | 1 each way | `Stream` |
+//! | `Inline` | shard | 1 each way | services that need latency |
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+use std::time::Instant;
+
+use adit_engine::{ResetReason, StreamId};
+
+use crate::dial::DialError;
+use crate::hello::Accept;
+
+/// Bytes that a local end holds each way at most.
+pub const LOCAL_MAX: usize = 64 << 10;
+/// Bytes that an inline service may have waiting for the guest at most.
+pub const INLINE_MAX: usize = 256 << 10;
+
+/// The host's end of a stream.
+pub enum Sink {
+    /// A stream socket. It need not be nonblocking.
+    Fd(OwnedFd),
+    /// The application's end in this process.
+    Local(LocalEnd),
+    /// A service that runs on the shard's thread.
+    Inline(Box<dyn Service>),
+}
+
+impl std::fmt::Debug for Sink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Fd(fd) => f.debug_tuple("Fd").field(fd).finish(),
+            Self::Local(_) => f.write_str("Local"),
+            Self::Inline(_) => f.write_str("Inline"),
+        }
+    }
+}
+
+/// What happens on a stream that a service serves.
+#[derive(Debug)]
+pub enum ServiceEvent<'a> {
+    /// The stream is open.
+    Opened,
+    /// Bytes from the guest. What is not taken ([`StreamIo::take`]) comes again, with more behind it.
+    Data(&'a [u8]),
+    /// Output has drained.
+    Writable,
+    /// The guest sends no more.
+    PeerDone,
+}
+
+/// A service that runs on the shard's thread: it must not block.
+pub trait Service: Send {
+    /// Handles one event.
+    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>);
+}
+
+/// What a service may do to its stream.
+pub struct StreamIo<'a> {
+    pub(crate) out: &'a mut VecDeque<u8>,
+    pub(crate) taken: usize,
+    pub(crate) done: bool,
+    pub(crate) reset: bool,
+}
+
+impl StreamIo<'_> {
+    /// Bytes that `write` takes now.
+    pub fn room(&self) -> usize {
+        INLINE_MAX.saturating_sub(self.out.len())
+    }
+
+    /// Queues bytes for the guest; returns how many were taken.
+    pub fn write(&mut self, bytes: &[u8]) -> usize {
+        let n = bytes.len().min(self.room());
+        self.out.extend(&bytes[..n]);
+        n
+    }
+
+    /// Takes `n` bytes of the data shown.
+    pub fn take(&mut self, n: usize) {
+        self.taken += n;
+    }
+
+    /// Sends no more after what was written.
+    pub fn finish(&mut self) {
+        self.done = true;
+    }
+
+    /// Ends the stream at once.
+    pub fn reset(&mut self) {
+        self.reset = true;
+    }
+}
+
+/// The shard's handle on a stream of this process; the application holds a [`Stream`](crate::stream::Stream).
+#[derive(Clone, Default)]
+pub struct LocalEnd(pub(crate) Arc<Local>);
+
+impl LocalEnd {
+    /// Tells the application that its stream is gone, or never came.
+    pub(crate) fn close(&self, reason: Option<ResetReason>, error: DialError) {
+        {
+            let mut state = self.0.lock();
+            state.closed = true;
+            state.reason = reason;
+            if !state.open {
+                state.failure.get_or_insert(error);
+            }
+        }
+        self.0.notify();
+    }
+
+    /// Tells the application that it gets no stream.
+    pub(crate) fn fail(&self, error: DialError) {
+        self.close(Some(ResetReason::Local), error);
+    }
+}
+
+/// What the shard and the application share of one stream.
+#[derive(Default)]
+pub(crate) struct Local {
+    state: Mutex<LocalState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+pub(crate) struct LocalState {
+    /// Which stream of the port it is, once there is one.
+    pub(crate) stream: Option<StreamId>,
+    /// The application gave it up before that.
+    pub(crate) abandoned: bool,
+    /// The stream is open: dialled or accepted.
+    pub(crate) open: bool,
+    pub(crate) accept: Option<Accept>,
+    /// The dial failed.
+    pub(crate) failure: Option<DialError>,
+    /// The stream is gone.
+    pub(crate) closed: bool,
+    pub(crate) reason: Option<ResetReason>,
+    pub(crate) to_app: VecDeque<u8>,
+    pub(crate) to_guest: VecDeque<u8>,
+    /// The guest sends no more (behind `to_app`).
+    pub(crate) peer_done: bool,
+    /// The guest receives no more.
+    pub(crate) peer_deaf: bool,
+    /// The application sends no more (behind `to_guest`).
+    pub(crate) send_done: bool,
+    /// The application reads no more.
+    pub(crate) recv_done: bool,
+    /// Bytes are held for the application that `to_app` had no room for.
+    pub(crate) starved: bool,
+    /// The shard has been told of the last change and has not looked yet.
+    pub(crate) kicked: bool,
+    pub(crate) read_waker: Option<Waker>,
+    pub(crate) write_waker: Option<Waker>,
+}
+
+impl Local {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, LocalState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a change, at most until `deadline`. Returns false when that passed.
+    pub(crate) fn wait<'a>(
+        &'a self,
+        guard: MutexGuard<'a, LocalState>,
+        deadline: Option<Instant>,
+    ) -> (MutexGuard<'a, LocalState>, bool) {
+        let Some(deadline) = deadline else {
+            return (
+                self.changed
+                    .wait(guard)
+                    .unwrap_or_else(PoisonError::into_inner),
+                true,
+            );
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return (guard, false);
+        }
+        let (guard, _) = self
+            .changed
+            .wait_timeout(guard, left)
+            .unwrap_or_else(PoisonError::into_inner);
+        (guard, true)
+    }
+
+    /// Tells the application that something changed: once a burst.
+    pub(crate) fn notify(&self) {
+        let (read, write) = {
+            let mut state = self.lock();
+            (state.read_waker.take(), state.write_waker.take())
+        };
+        self.changed.notify_all();
+        for waker in [read, write].into_iter().flatten() {
+            waker.wake();
+        }
+    }
+}
+
+impl LocalState {
+    /// Bytes that the application's side takes now.
+    pub(crate) fn room(&self) -> usize {
+        if self.recv_done {
+            usize::MAX // thrown away
+        } else {
+            LOCAL_MAX.saturating_sub(self.to_app.len())
+        }
+    }
+
+    /// Gives bytes to the application; the caller has asked for `room`.
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
+        if !self.recv_done {
+            self.to_app.extend(bytes);
+        }
+    }
+}

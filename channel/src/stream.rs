@@ -1,0 +1,569 @@
+//! What an application in the shard's process uses: `Dialer`, `Stream`, `Listener`.
+//!
+//! - Blocking by default; with the `tokio` feature the same `Stream` is `AsyncRead + AsyncWrite`.
+//! - A stream dropped before both directions ended is reset; after [`Stream::shutdown`] of the sending direction what
+//!   was written still arrives.
+//! - A stream that was reset says so once everything before it was read: a short end is never silent.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use adit_engine::{How, ListenError, ResetReason, StreamId};
+
+use crate::dial::{DialError, DialRequest};
+use crate::hello::{Accept, Open};
+use crate::shard::{Command, Handle};
+use crate::sink::{LOCAL_MAX, Local, LocalEnd, LocalState, Sink};
+
+/// Streams that wait in a listener at most; more are refused.
+pub const BACKLOG_MAX: usize = 128;
+
+/// What a dial asks for.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// vsock port inside the guest.
+    pub port: u32,
+    /// The hello to send first; `None` for a plain listener.
+    pub hello: Option<Open>,
+}
+
+/// Dials a guest from any thread.
+#[derive(Clone, Debug)]
+pub struct Dialer {
+    handle: Handle,
+}
+
+impl Handle {
+    /// Returns a dialler for this port.
+    pub fn dialer(&self) -> Dialer {
+        Dialer {
+            handle: self.clone(),
+        }
+    }
+}
+
+impl Dialer {
+    /// Dials, and waits for the answer of the guest (and, with a hello, of its agent).
+    ///
+    /// # Errors
+    /// As [`DialError`] says.
+    pub fn dial(&self, target: &Target, timeout: Duration) -> Result<Stream, DialError> {
+        let stream = self.start(target, timeout);
+        let mut state = stream.local().lock();
+        // The shard keeps the deadline.
+        while !state.settled() {
+            state = stream.local().wait(state, None).0;
+        }
+        let failure = state.failure.clone();
+        drop(state);
+        failure.map_or(Ok(stream), Err)
+    }
+
+    /// As [`dial`](Self::dial), for a task. Dropped = given up.
+    ///
+    /// # Errors
+    /// As [`DialError`] says.
+    #[cfg(feature = "tokio")]
+    pub async fn dial_async(
+        &self,
+        target: &Target,
+        timeout: Duration,
+    ) -> Result<Stream, DialError> {
+        let stream = self.start(target, timeout);
+        let failure = std::future::poll_fn(|cx| {
+            let mut state = stream.local().lock();
+            if state.settled() {
+                return std::task::Poll::Ready(state.failure.clone());
+            }
+            state.read_waker = Some(cx.waker().clone());
+            std::task::Poll::Pending
+        })
+        .await;
+        failure.map_or(Ok(stream), Err)
+    }
+
+    fn start(&self, target: &Target, timeout: Duration) -> Stream {
+        let inbox = &self.handle.inbox;
+        let stream = Stream::new(self.handle.clone());
+        let request = DialRequest {
+            port: target.port,
+            hello: target.hello.clone(),
+            deadline: Some(inbox.tick(Instant::now() + timeout)),
+        };
+        let command = Command::Dial(self.handle.port, request, stream.end.clone());
+        if !inbox.send(command) {
+            stream.end.fail(DialError::Cancelled);
+        }
+        stream
+    }
+}
+
+impl LocalState {
+    /// The dial is answered, one way or the other.
+    fn settled(&self) -> bool {
+        self.open || self.closed || self.failure.is_some()
+    }
+
+    fn reset_error(&self) -> io::Error {
+        let why = match self.reason {
+            Some(reason) => reason.to_string(),
+            None => "closed".into(),
+        };
+        io::Error::new(io::ErrorKind::ConnectionReset, why)
+    }
+
+    /// Takes bytes for the application: `None` = not yet, 0 = the end.
+    fn take(&mut self, dst: &mut [u8]) -> Option<io::Result<usize>> {
+        if !self.to_app.is_empty() {
+            let n = dst.len().min(self.to_app.len());
+            for (to, from) in dst.iter_mut().zip(self.to_app.drain(..n)) {
+                *to = from;
+            }
+            if self.to_app.is_empty() {
+                self.to_app.shrink_to(LOCAL_MAX / 16);
+            }
+            return Some(Ok(n));
+        }
+        if self.peer_done || self.recv_done {
+            return Some(Ok(0));
+        }
+        self.closed.then(|| Err(self.reset_error()))
+    }
+
+    /// Takes bytes for the guest: `None` = no room.
+    fn put(&mut self, src: &[u8]) -> Option<io::Result<usize>> {
+        if self.send_done || self.peer_deaf || self.closed {
+            let broken = || Err(io::ErrorKind::BrokenPipe.into());
+            return Some(match self.reason {
+                Some(_) => Err(self.reset_error()),
+                None => broken(),
+            });
+        }
+        let n = src.len().min(LOCAL_MAX.saturating_sub(self.to_guest.len()));
+        if n == 0 && !src.is_empty() {
+            return None;
+        }
+        self.to_guest.extend(&src[..n]);
+        Some(Ok(n))
+    }
+}
+
+/// One end of a stream to or from the guest.
+pub struct Stream {
+    handle: Handle,
+    end: LocalEnd,
+    deadline: Mutex<Option<Instant>>,
+    finished: bool,
+}
+
+impl std::fmt::Debug for Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stream").finish_non_exhaustive()
+    }
+}
+
+impl Stream {
+    fn new(handle: Handle) -> Self {
+        Self {
+            handle,
+            end: LocalEnd::default(),
+            deadline: Mutex::default(),
+            finished: false,
+        }
+    }
+
+    fn local(&self) -> &Arc<Local> {
+        &self.end.0
+    }
+
+    /// The agent's answer to the hello, if there was one.
+    pub fn accepted(&self) -> Option<Accept> {
+        self.local().lock().accept
+    }
+
+    /// Why the stream ended early; `None` while it is open, and when it ended in order.
+    pub fn reason(&self) -> Option<ResetReason> {
+        self.local().lock().reason
+    }
+
+    /// Blocking reads and writes fail with `TimedOut` after this time.
+    pub fn set_deadline(&self, deadline: Option<Instant>) {
+        *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
+    }
+
+    /// Ends one direction or both; what was written before is sent.
+    ///
+    /// # Errors
+    /// The stream is gone.
+    pub fn shutdown(&self, how: How) -> io::Result<()> {
+        let mut state = self.local().lock();
+        if state.closed && state.reason.is_some() {
+            return Err(state.reset_error());
+        }
+        state.send_done |= matches!(how, How::Send | How::Both);
+        if matches!(how, How::Receive | How::Both) {
+            state.recv_done = true;
+            state.to_app.clear();
+        }
+        self.changed(state);
+        Ok(())
+    }
+
+    /// Ends the stream at once; the guest sees a reset.
+    pub fn reset(mut self, why: ResetReason) {
+        self.finished = true;
+        self.send_reset(why);
+    }
+
+    /// Hands the stream over to a socket: from now on the shard moves bytes between the two, without this process's
+    /// threads. Nothing that is under way is lost.
+    pub fn splice(mut self, fd: OwnedFd) {
+        let stream = self.local().lock().stream;
+        if let Some(stream) = stream {
+            self.finished = true;
+            let (port, sink) = (self.handle.port, Sink::Fd(fd));
+            self.handle.inbox.send(Command::Attach(port, stream, sink));
+        }
+    }
+
+    /// Tells the shard, unless it has been told and has not looked yet.
+    fn changed(&self, mut state: MutexGuard<'_, LocalState>) {
+        let Some(stream) = state.stream.filter(|_| !state.kicked && !state.closed) else {
+            return;
+        };
+        state.kicked = true;
+        drop(state);
+        self.handle
+            .inbox
+            .send(Command::Changed(self.handle.port, stream));
+    }
+
+    fn send_reset(&self, why: ResetReason) {
+        let mut state = self.local().lock();
+        // A dial that has no stream yet is given up when it gets one.
+        state.abandoned = true;
+        if let Some(stream) = state.stream.filter(|_| !state.closed) {
+            drop(state);
+            self.handle
+                .inbox
+                .send(Command::Reset(self.handle.port, stream, why));
+        }
+    }
+
+    fn read_now(&self, dst: &mut [u8]) -> Result<io::Result<usize>, MutexGuard<'_, LocalState>> {
+        let mut state = self.local().lock();
+        match state.take(dst) {
+            Some(taken) => {
+                if std::mem::take(&mut state.starved) {
+                    self.changed(state);
+                }
+                Ok(taken)
+            }
+            None => Err(state),
+        }
+    }
+
+    fn write_now(&self, src: &[u8]) -> Result<io::Result<usize>, MutexGuard<'_, LocalState>> {
+        let mut state = self.local().lock();
+        match state.put(src) {
+            Some(put) => {
+                if put.is_ok() {
+                    self.changed(state);
+                }
+                Ok(put)
+            }
+            None => Err(state),
+        }
+    }
+
+    fn wait(&self, state: MutexGuard<'_, LocalState>) -> io::Result<()> {
+        let deadline = *self.deadline.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.local().wait(state, deadline) {
+            (_, true) => Ok(()),
+            (_, false) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+}
+
+impl Read for &Stream {
+    fn read(&mut self, dst: &mut [u8]) -> io::Result<usize> {
+        if dst.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            match self.read_now(dst) {
+                Ok(done) => return done,
+                Err(state) => self.wait(state)?,
+            }
+        }
+    }
+}
+
+impl Write for &Stream {
+    fn write(&mut self, src: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.write_now(src) {
+                Ok(done) => return done,
+                Err(state) => self.wait(state)?,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, dst: &mut [u8]) -> io::Result<usize> {
+        (&*self).read(dst)
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, src: &[u8]) -> io::Result<usize> {
+        (&*self).write(src)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        let mut state = self.local().lock();
+        if state.send_done && state.open {
+            // In order: what was written arrives, and what comes from now on goes nowhere.
+            state.recv_done = true;
+            state.to_app.clear();
+            return self.changed(state);
+        }
+        drop(state);
+        self.send_reset(ResetReason::Local);
+    }
+}
+
+#[cfg(feature = "tokio")]
+mod for_tokio {
+    use std::io;
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    use adit_engine::How;
+    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+    use super::Stream;
+
+    impl AsyncRead for Stream {
+        fn poll_read(
+            self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            let dst = buf.initialize_unfilled();
+            if dst.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            match self.read_now(dst) {
+                Ok(done) => Poll::Ready(done.map(|n| buf.advance(n))),
+                Err(mut state) => {
+                    state.read_waker = Some(cx.waker().clone());
+                    Poll::Pending
+                }
+            }
+        }
+    }
+
+    impl AsyncWrite for Stream {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            src: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            match self.write_now(src) {
+                Ok(done) => Poll::Ready(done),
+                Err(mut state) => {
+                    state.write_waker = Some(cx.waker().clone());
+                    Poll::Pending
+                }
+            }
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Stream::shutdown(&self, How::Send))
+        }
+    }
+}
+
+/// A listener's queue, as the shard sees it.
+#[derive(Debug, Default)]
+pub(crate) struct Accepting {
+    state: Mutex<AcceptState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct AcceptState {
+    listening: Option<Result<(), ListenError>>,
+    waiting: VecDeque<Incoming>,
+    closed: bool,
+}
+
+impl Accepting {
+    fn lock(&self) -> MutexGuard<'_, AcceptState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, AcceptState>) -> MutexGuard<'a, AcceptState> {
+        self.changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn listening(&self, result: Result<(), ListenError>) {
+        self.lock().listening = Some(result);
+        self.changed.notify_all();
+    }
+
+    /// Gives a stream to whoever accepts; false = nobody will.
+    pub(crate) fn offer(&self, incoming: Incoming) -> bool {
+        let mut state = self.lock();
+        if state.closed || state.waiting.len() >= BACKLOG_MAX {
+            drop(state);
+            incoming.forget();
+            return false;
+        }
+        state.waiting.push_back(incoming);
+        self.changed.notify_one();
+        true
+    }
+
+    pub(crate) fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        self.changed.notify_all();
+        drop(waiting);
+    }
+}
+
+/// Accepts what the guest dials on one host port. Dropped = closed: the guest is refused from then on.
+#[derive(Debug)]
+pub struct Listener(Arc<Accepting>);
+
+impl Handle {
+    /// Listens on a host port for what the guest dials.
+    ///
+    /// # Errors
+    /// Too many ports, or the shard is gone.
+    pub fn listen(&self, port: u32) -> io::Result<Listener> {
+        let accepting = Arc::new(Accepting::default());
+        let gone = || io::Error::from(io::ErrorKind::NotConnected);
+        let command = Command::Listen(self.port, port, accepting.clone());
+        if !self.inbox.send(command) {
+            return Err(gone());
+        }
+        let mut state = accepting.lock();
+        while state.listening.is_none() && !state.closed {
+            state = accepting.wait(state);
+        }
+        let listening = state.listening;
+        drop(state);
+        listening.ok_or_else(gone)?.map_err(io::Error::other)?;
+        Ok(Listener(accepting))
+    }
+}
+
+impl Listener {
+    /// Waits for the next stream.
+    ///
+    /// # Errors
+    /// The shard is gone.
+    pub fn accept(&self) -> io::Result<Incoming> {
+        let mut state = self.0.lock();
+        loop {
+            if let Some(incoming) = state.waiting.pop_front() {
+                return Ok(incoming);
+            }
+            if state.closed {
+                return Err(io::ErrorKind::NotConnected.into());
+            }
+            state = self.0.wait(state);
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// A stream that the guest asked for. Dropped = refused.
+#[derive(Debug)]
+pub struct Incoming {
+    /// `None`: answered.
+    handle: Option<Handle>,
+    stream: StreamId,
+    local_port: u32,
+    peer_port: u32,
+}
+
+impl Incoming {
+    pub(crate) fn new(handle: Handle, stream: StreamId, local_port: u32, peer_port: u32) -> Self {
+        Self {
+            handle: Some(handle),
+            stream,
+            local_port,
+            peer_port,
+        }
+    }
+
+    fn forget(mut self) {
+        self.handle = None;
+    }
+
+    /// The host's port and the guest's own.
+    pub fn ports(&self) -> (u32, u32) {
+        (self.local_port, self.peer_port)
+    }
+
+    /// Takes the stream. If the guest gave up meanwhile, the stream says so at the first read.
+    ///
+    /// # Errors
+    /// The shard is gone.
+    pub fn accept(mut self) -> io::Result<Stream> {
+        let gone = || io::Error::from(io::ErrorKind::NotConnected);
+        let handle = self.handle.take().ok_or_else(gone)?;
+        let stream = Stream::new(handle);
+        stream.local().lock().stream = Some(self.stream);
+        let command = Command::Accept(stream.handle.port, self.stream, stream.end.clone());
+        match stream.handle.inbox.send(command) {
+            true => Ok(stream),
+            false => Err(gone()),
+        }
+    }
+
+    /// Refuses it.
+    pub fn refuse(self) {}
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        if let Some(handle) = self.handle.take() {
+            handle.inbox.send(Command::Refuse(handle.port, self.stream));
+        }
+    }
+}

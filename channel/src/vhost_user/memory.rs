@@ -1,0 +1,207 @@
+//! The memory table of a frontend: checked, mapped, and turned from its addresses to the guest's.
+//!
+//! | rule | broken means |
+//! |---|---|
+//! | 1..=32 regions, as many descriptors | refused by crate `vhost` |
+//! | nothing wraps: gpa, user address, offset, each + size | refused |
+//! | regions overlap neither in guest nor in user addresses | refused |
+//! | offset + size lies within the file | refused, else a touch is SIGBUS |
+//! | the file cannot shrink (F_SEAL_SHRINK), unless the VM's policy says otherwise | refused |
+//!
+//! A refused table changes nothing; descriptors are closed with the values that own them.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::stat::{SFlag, fstat};
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+
+/// Guest memory as mapped from the frontend's descriptors.
+pub type VmMemory = GuestMemoryMmap<()>;
+
+/// Which descriptors a frontend may hand over as guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryPolicy {
+    /// Memfds that are sealed against shrinking only (QEMU's memory-backend-memfd does so by default).
+    SealedMemfd,
+    /// Any file, e.g. on hugetlbfs. Whoever can truncate it can end the process that maps it (SIGBUS).
+    AnyFile,
+}
+
+/// A memory table was refused: the frontend's fault.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TableError {
+    #[error("{regions} regions with {files} descriptors")]
+    Count { regions: usize, files: usize },
+    #[error("region {index}: {what} {start:#x} + {size:#x} wraps, or the size is 0")]
+    Wraps {
+        index: usize,
+        what: &'static str,
+        start: u64,
+        size: u64,
+    },
+    #[error("regions overlap in {what} addresses at {at:#x}")]
+    Overlap { what: &'static str, at: u64 },
+    #[error("region {index}: not a regular file or memfd")]
+    NotAFile { index: usize },
+    #[error("region {index}: ends at {end:#x} of a file of {file_bytes:#x} bytes")]
+    PastEnd {
+        index: usize,
+        end: u64,
+        file_bytes: u64,
+    },
+    #[error(
+        "region {index}: memory is not a memfd sealed against shrinking; use memory-backend-memfd with seal=on, or allow any file for this VM"
+    )]
+    NotSealed { index: usize },
+    #[error("region {index}: cannot be mapped: {reason}")]
+    Map { index: usize, reason: String },
+}
+
+/// A region in the frontend's address space.
+#[derive(Clone, Copy, Debug)]
+struct UserRegion {
+    user: u64,
+    gpa: u64,
+    size: u64,
+}
+
+/// A mapped memory table.
+#[derive(Debug)]
+pub(super) struct MemTable {
+    mem: Arc<VmMemory>,
+    regions: Vec<UserRegion>,
+}
+
+impl MemTable {
+    /// Checks and maps.
+    pub(super) fn map(
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        policy: MemoryPolicy,
+    ) -> Result<Self, TableError> {
+        if regions.is_empty() || regions.len() != files.len() {
+            return Err(TableError::Count {
+                regions: regions.len(),
+                files: files.len(),
+            });
+        }
+        let mut user_regions = Vec::with_capacity(regions.len());
+        for (index, region) in regions.iter().enumerate() {
+            user_regions.push(check_ranges(index, region)?);
+        }
+        check_overlap("guest", user_regions.iter().map(|r| (r.gpa, r.size)))?;
+        check_overlap("user", user_regions.iter().map(|r| (r.user, r.size)))?;
+
+        let mut mapped = Vec::with_capacity(regions.len());
+        for (index, (region, file)) in regions.iter().zip(files).enumerate() {
+            check_file(index, region, &file, policy)?;
+            let failed = |reason: String| TableError::Map { index, reason };
+            let mmap = region
+                .mmap_region(file)
+                .map_err(|e| failed(e.to_string()))?;
+            let gpa = GuestAddress(region.guest_phys_addr);
+            mapped.push(
+                GuestRegionMmap::new(mmap, gpa)
+                    .ok_or_else(|| failed("address wraps".to_owned()))?,
+            );
+        }
+        mapped.sort_by_key(GuestMemoryRegion::start_addr);
+        let mem = VmMemory::from_regions(mapped).map_err(|e| TableError::Map {
+            index: 0,
+            reason: e.to_string(),
+        })?;
+        Ok(Self {
+            mem: Arc::new(mem),
+            regions: user_regions,
+        })
+    }
+
+    pub(super) fn memory(&self) -> &Arc<VmMemory> {
+        &self.mem
+    }
+
+    /// Returns the guest address of a frontend's address.
+    pub(super) fn translate(&self, user: u64) -> Option<u64> {
+        self.regions.iter().find_map(|r| {
+            let offset = user.checked_sub(r.user)?;
+            (offset < r.size).then(|| r.gpa + offset)
+        })
+    }
+}
+
+fn check_ranges(index: usize, region: &VhostUserMemoryRegion) -> Result<UserRegion, TableError> {
+    let size = region.memory_size;
+    let starts = [
+        ("guest address", region.guest_phys_addr),
+        ("user address", region.user_addr),
+        ("file offset", region.mmap_offset),
+    ];
+    for (what, start) in starts {
+        if size == 0 || start.checked_add(size).is_none() || usize::try_from(size).is_err() {
+            return Err(TableError::Wraps {
+                index,
+                what,
+                start,
+                size,
+            });
+        }
+    }
+    Ok(UserRegion {
+        user: region.user_addr,
+        gpa: region.guest_phys_addr,
+        size,
+    })
+}
+
+fn check_overlap(
+    what: &'static str,
+    ranges: impl Iterator<Item = (u64, u64)>,
+) -> Result<(), TableError> {
+    let mut ranges: Vec<_> = ranges.collect();
+    ranges.sort_unstable();
+    for pair in ranges.windows(2) {
+        let (start, size) = pair[0];
+        let (next, _) = pair[1];
+        if start + size > next {
+            return Err(TableError::Overlap { what, at: next });
+        }
+    }
+    Ok(())
+}
+
+fn check_file(
+    index: usize,
+    region: &VhostUserMemoryRegion,
+    file: &File,
+    policy: MemoryPolicy,
+) -> Result<(), TableError> {
+    let stat = fstat(file.as_fd()).map_err(|e| TableError::Map {
+        index,
+        reason: e.to_string(),
+    })?;
+    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
+        return Err(TableError::NotAFile { index });
+    }
+    let end = region.mmap_offset + region.memory_size;
+    let file_bytes = u64::try_from(stat.st_size).unwrap_or(0);
+    if end > file_bytes {
+        return Err(TableError::PastEnd {
+            index,
+            end,
+            file_bytes,
+        });
+    }
+    if policy == MemoryPolicy::SealedMemfd {
+        let seals = fcntl(file, FcntlArg::F_GET_SEALS)
+            .map(SealFlag::from_bits_truncate)
+            .unwrap_or(SealFlag::empty());
+        if !seals.contains(SealFlag::F_SEAL_SHRINK) {
+            return Err(TableError::NotSealed { index });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,244 @@
+//! The device behind a vhost-user socket, for QEMU and any other frontend of that protocol.
+//!
+//! ```text
+//! frontend ══ socket ══► thread "vu-NAME": BackendReqHandler ─ Command ─► channel + eventfd ─► shard: VhostUserCarrier
+//!    │                   (blocks; maps memory, checks)       ◄─ answer ─                       (owns the device)
+//!    └═════ kick eventfds ═════════════════════════════════════════════════════════════════════════►┘
+//! ```
+//!
+//! - Reading the socket blocks, and a frontend may stop in the middle of a message, so each VM has a small thread
+//!   for it that shares nothing with the data path. It keeps what the frontend said, checks it, and posts a
+//!   [`Command`](command::Command) when the device must change; the shard applies it between two bursts.
+//! - The session begins when both rings are started (SET_VRING_KICK) and enabled, in whatever order the messages
+//!   came; the first burst looks at the rings before it sleeps, so a kick that came too early is not lost.
+//! - It ends when a ring is stopped or disabled, or the frontend goes. GET_VRING_BASE is answered by the shard, so
+//!   nothing is completed after it. QEMU stops the rings when the guest's driver resets the device.
+//! - One frontend at a time; when it goes, the next one is accepted.
+//!
+//! Source: QEMU docs/interop/vhost-user.rst. Feature by feature: CONFIG (QEMU insists: guest_cid), MQ (tells that
+//! there are two queues), REPLY_ACK (crate `vhost` does it). The event queue stays with the frontend.
+
+mod command;
+mod handler;
+mod memory;
+mod thread;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+
+use adit_engine::{Lane, ResetReason, SessionChange};
+
+use crate::carrier::{Armed, Carrier, CarrierCaps, CarrierFault, Interest, Woken};
+use crate::device::{
+    ActivateError, Counters, GuestCid, QUEUE_MAX, RX_QUEUE, TX_QUEUE, VsockDevice, drain,
+};
+use command::{Calls, Command, Start};
+pub use memory::{MemoryPolicy, VmMemory};
+use thread::Frontend;
+
+/// Guest memory of a device behind a socket. A new table is a new value, which the shard swaps in between bursts.
+pub type VmMemoryRef = Arc<VmMemory>;
+
+type Device = VsockDevice<VmMemoryRef>;
+
+/// Waker id of the command channel; 0 and 1 are the kicks.
+const WAKER_COMMANDS: u32 = 2;
+
+/// Commands that wait for the shard at most: each asks for an answer, except call and kick changes.
+const COMMANDS_MAX: usize = 64;
+
+/// How a VM's device is reached.
+#[derive(Debug)]
+pub struct VhostUserConfig {
+    /// Bound socket that the frontend connects to.
+    pub listener: UnixListener,
+    /// CID of the guest.
+    pub guest_cid: GuestCid,
+    /// Largest queue to accept: a power of two, at most [`QUEUE_MAX`].
+    pub queue_max: u16,
+    /// Epoch of the first session; each further one counts up.
+    pub first_epoch: u64,
+    /// Which memory the frontend may hand over.
+    pub memory: MemoryPolicy,
+    /// Name of the VM, for the thread's name and for log lines.
+    pub name: String,
+}
+
+impl VhostUserConfig {
+    /// Makes a configuration with the usual limits.
+    pub fn new(listener: UnixListener, guest_cid: GuestCid, name: impl Into<String>) -> Self {
+        Self {
+            listener,
+            guest_cid,
+            queue_max: QUEUE_MAX,
+            first_epoch: 1,
+            memory: MemoryPolicy::SealedMemfd,
+            name: name.into(),
+        }
+    }
+}
+
+/// A virtio-vsock device behind a vhost-user socket, as a carrier.
+pub struct VhostUserCarrier {
+    device: Device,
+    calls: Arc<Calls>,
+    commands: Receiver<Command>,
+    epoch: u64,
+    attached: bool,
+    /// Kick descriptors that the device no longer uses. They stay open until the next burst begins, so that the
+    /// shard can take them out of its epoll set: the frontend holds duplicates, so closing them would not.
+    retired: Vec<OwnedFd>,
+    // Last: its drop ends the thread, which must find the command channel closed.
+    frontend: Frontend,
+}
+
+impl VhostUserCarrier {
+    /// Starts listening.
+    ///
+    /// # Errors
+    /// `queue_max` is no power of two in 1..=[`QUEUE_MAX`], or there is no thread or descriptor to be had.
+    pub fn new(config: VhostUserConfig) -> io::Result<Self> {
+        if !config.queue_max.is_power_of_two() || config.queue_max > QUEUE_MAX {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "queue_max {} is not a power of two in 1..={QUEUE_MAX}",
+                    config.queue_max
+                ),
+            ));
+        }
+        let (sender, commands) = mpsc::sync_channel(COMMANDS_MAX);
+        let (guest_cid, epoch) = (config.guest_cid, config.first_epoch);
+        Ok(Self {
+            device: VsockDevice::new(guest_cid),
+            calls: Arc::default(),
+            commands,
+            epoch,
+            attached: false,
+            retired: Vec::new(),
+            frontend: Frontend::spawn(config, sender)?,
+        })
+    }
+
+    /// Returns the device's counters.
+    pub fn counters(&self) -> Counters {
+        self.device.counters()
+    }
+
+    /// Tells whether a session is on.
+    pub fn is_attached(&self) -> bool {
+        self.attached
+    }
+
+    fn apply(&mut self, command: Command, woken: &mut Woken) {
+        match command {
+            Command::Start(start, answer) => {
+                let result = self.start(*start);
+                if result.is_ok() {
+                    self.attached = true;
+                    let epoch = self.epoch;
+                    self.epoch += 1;
+                    woken.session = Some(SessionChange::Attached { epoch });
+                    woken.wakers_changed = true;
+                }
+                answer.give(result);
+            }
+            Command::Stop(reason, answer) => {
+                answer.give(self.stop(reason, woken));
+            }
+            Command::Memory(mem, answer) => answer.give(self.device.set_memory(mem)),
+            Command::Call(queue, call) => self.calls.replace(queue, call),
+            Command::Kick(queue, kick) => {
+                self.retired.extend(self.device.set_kick(queue, Some(kick)));
+                woken.wakers_changed = true;
+            }
+        }
+    }
+
+    fn start(&mut self, start: Start) -> Result<(), ActivateError> {
+        let [rx, tx] = start.calls;
+        self.calls.replace(RX_QUEUE, rx);
+        self.calls.replace(TX_QUEUE, tx);
+        // Offered features only: the thread has checked that.
+        if self.device.ack_features(start.features).is_err() {
+            return Err(ActivateError::Active);
+        }
+        self.device
+            .activate(start.mem, start.queues, self.calls.clone())
+    }
+
+    fn stop(&mut self, reason: ResetReason, woken: &mut Woken) -> [u16; 2] {
+        let stopped = self.device.reset();
+        self.retired.extend(stopped.kicks.into_iter().flatten());
+        self.calls.clear();
+        woken.wakers_changed = true;
+        if std::mem::take(&mut self.attached) {
+            woken.session = Some(SessionChange::Lost(reason));
+        }
+        stopped.bases
+    }
+}
+
+impl Carrier for VhostUserCarrier {
+    type Rx<'a> = <Device as Carrier>::Rx<'a>;
+    type Tx<'a> = <Device as Carrier>::Tx<'a>;
+
+    fn caps(&self) -> CarrierCaps {
+        self.device.caps()
+    }
+
+    fn begin(&mut self) {
+        self.retired.clear();
+        self.device.begin();
+    }
+
+    fn rx(&mut self) -> Result<Option<Self::Rx<'_>>, CarrierFault> {
+        self.device.rx()
+    }
+
+    fn tx(&mut self, lane: Lane, want: u32) -> Result<Option<Self::Tx<'_>>, CarrierFault> {
+        self.device.tx(lane, want)
+    }
+
+    fn flush(&mut self) {
+        self.device.flush();
+    }
+
+    fn arm(&mut self, interest: Interest) -> Armed {
+        self.device.arm(interest)
+    }
+
+    fn tear(&mut self) {
+        // Whoever tears knows that the session is over.
+        self.attached = false;
+        self.device.tear();
+    }
+
+    fn wakers(&self, visit: &mut dyn FnMut(BorrowedFd<'_>, u32)) {
+        visit(self.frontend.waker().as_fd(), WAKER_COMMANDS);
+        self.device.wakers(visit);
+    }
+
+    fn woken(&mut self, id: u32) -> Woken {
+        if id != WAKER_COMMANDS {
+            return self.device.woken(id);
+        }
+        drain(self.frontend.waker().as_fd());
+        let mut woken = Woken::default();
+        while let Ok(command) = self.commands.try_recv() {
+            self.apply(command, &mut woken);
+            if woken.session.is_some() {
+                // One change a call: the next command may be the next change.
+                self.frontend.wake();
+                break;
+            }
+        }
+        woken
+    }
+}
+
+#[cfg(test)]
+mod tests;

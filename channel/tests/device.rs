@@ -1,0 +1,480 @@
+//! The device with a well-behaved driver: shapes of chains (R30), bursts, notifications, descriptors, dirty pages.
+
+mod common;
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use adit_benches::{Driver, DriverConfig, RxShape, memory};
+use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, TxSlot};
+use adit_channel::device::{
+    FEATURES, HEADER_BYTES, HOST_CID, PAYLOAD_MAX, RX_QUEUE, TX_QUEUE, VsockDevice,
+};
+use adit_engine::Lane;
+use common::{CID, Rig, Signals, cid, pattern, rw, scatter, wire_bytes};
+use proptest::prelude::*;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+/// Posts `bytes` (header and payload) as buffers of the given lengths.
+fn post(rig: &mut Rig, bytes: &[u8], lengths: &[usize], indirect: bool) {
+    let head = rig.driver.tx.next_head().expect("room");
+    let buffers = scatter(memory::tx_payload(head), bytes.len(), lengths);
+    let mut at = 0;
+    for b in &buffers {
+        let len = b.len as usize;
+        rig.driver.write(b.addr, &bytes[at..at + len]);
+        at += len;
+    }
+    let tx = &mut rig.driver.tx;
+    let added = if indirect {
+        tx.add_indirect(&buffers, false)
+    } else {
+        tx.add(&buffers, false)
+    };
+    added.expect("room");
+    tx.publish();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn r30_any_shape_from_the_guest_gives_the_same_bytes(
+        len in 0usize..40_000,
+        lengths in prop::collection::vec(1usize..3000, 0..60),
+        indirect: bool,
+        to_fd: bool,
+    ) {
+        let mut rig = Rig::new();
+        let payload = pattern(len, 7);
+        post(&mut rig, &wire_bytes(&rw(1), &payload), &lengths, indirect);
+        let got = if to_fd {
+            take_through_fd(&mut rig)
+        } else {
+            rig.receive().expect("no fault").remove(0).1
+        };
+        prop_assert_eq!(got, payload);
+        prop_assert_eq!(rig.driver.reap_tx(), 1);
+    }
+
+    #[test]
+    fn r30_any_shape_towards_the_guest_gives_the_same_bytes(
+        len in 0usize..20_000,
+        lengths in prop::collection::vec(1usize..3000, 0..60),
+        step in 1usize..5000,
+        from_fd: bool,
+    ) {
+        let driver = Driver::empty(memory::anonymous(), cid(), DriverConfig::LINUX_6_1);
+        let mut rig = Rig::on(driver, FEATURES);
+        let total = HEADER_BYTES + len;
+        let buffers = scatter(memory::rx_page(0), total, &lengths);
+        rig.driver.rx.add(&buffers, true).expect("room");
+        rig.driver.rx.publish();
+        let payload = pattern(len, 9);
+        let (mut near, far) = UnixStream::pair().expect("socketpair");
+        if from_fd {
+            near.write_all(&payload).expect("fits the socket's buffer");
+        }
+        rig.device.begin();
+        let mut slot = rig.device.tx(Lane::Bulk, 1).expect("no fault").expect("a slot");
+        prop_assert_eq!(slot.capacity() as usize, len);
+        let mut done = 0;
+        while done < len {
+            done += if from_fd {
+                slot.read_from(far.as_fd(), step as u32).expect("readable")
+            } else {
+                slot.write(&payload[done..len.min(done + step)]).expect("fits")
+            };
+        }
+        slot.commit(&rw(1));
+        rig.device.flush();
+        prop_assert_eq!(rig.driver.rx.pop_used(), Some((0, total as u32)));
+        let mut bytes = Vec::new();
+        for b in &buffers {
+            let mut piece = vec![0; b.len as usize];
+            rig.driver.memory().read_slice(&mut piece, GuestAddress(b.addr)).expect("memory");
+            bytes.extend(piece);
+        }
+        let mut header = rw(1);
+        header.len = len as u32;
+        let wire = adit_channel::device::WireHeader::new(HOST_CID, CID, &header);
+        prop_assert_eq!(&bytes[..HEADER_BYTES], &wire.to_bytes()[..]);
+        prop_assert_eq!(&bytes[HEADER_BYTES..], &payload[..]);
+    }
+}
+
+fn take_through_fd(rig: &mut Rig) -> Vec<u8> {
+    let (near, mut far) = UnixStream::pair().expect("socketpair");
+    rig.device.begin();
+    let mut packet = rig.device.rx().expect("no fault").expect("a packet");
+    let want = packet.remaining() as usize;
+    let mut got = Vec::new();
+    while packet.remaining() > 0 {
+        packet.write_to(near.as_fd(), 7777).expect("room");
+        let mut chunk = vec![0; 7777];
+        let n = far.read(&mut chunk).expect("bytes");
+        got.extend_from_slice(&chunk[..n]);
+    }
+    while got.len() < want {
+        let mut chunk = vec![0; 7777];
+        let n = far.read(&mut chunk).expect("bytes");
+        got.extend_from_slice(&chunk[..n]);
+    }
+    drop(packet);
+    rig.device.flush();
+    got
+}
+
+#[test]
+fn r30_payload_in_1_to_17_pieces_and_in_single_bytes() {
+    let mut rig = Rig::new();
+    for pieces in 1..=17usize {
+        let payload = pattern(PAYLOAD_MAX as usize, pieces as u8);
+        let piece = payload.len().div_ceil(pieces);
+        assert!(rig.driver.send(&rw(1), &payload, piece));
+        rig.driver.tx.publish();
+        let packets = rig.receive().expect("no fault");
+        assert_eq!(packets[0].1, payload, "{pieces} pieces");
+        rig.driver.reap_tx();
+    }
+    // 44 + 84 descriptors of one byte: all that the queue has.
+    let payload = pattern(84, 5);
+    post(&mut rig, &wire_bytes(&rw(1), &payload), &[1; 128], false);
+    assert_eq!(rig.receive().expect("no fault")[0].1, payload);
+}
+
+#[test]
+fn both_kernels_receive_what_the_host_sends() {
+    for (rx, capacity) in [(RxShape::HeaderAndPage, 4096), (RxShape::OnePage, 4052)] {
+        let mut rig = Rig::with(DriverConfig {
+            rx,
+            ..DriverConfig::LINUX_6_1
+        });
+        rig.device.begin();
+        let slot = rig
+            .device
+            .tx(Lane::Bulk, 65536)
+            .expect("ok")
+            .expect("a slot");
+        assert_eq!(slot.capacity(), capacity);
+        drop(slot);
+        let mut payload = Vec::new();
+        // More packets than the queue has buffers.
+        for i in 0..300usize {
+            let sent = pattern(i * 13 % (capacity as usize + 1), i as u8);
+            assert!(rig.send(&rw(i as u32), &sent).expect("no fault"));
+            let wire = rig.driver.receive(&mut payload).expect("a packet");
+            assert_eq!((wire.src_cid(), wire.dst_cid()), (HOST_CID, CID));
+            assert_eq!(wire.header().src_port, i as u32);
+            assert_eq!(wire.header().len as usize, sent.len());
+            assert_eq!(payload, sent);
+            rig.driver.rx.publish();
+        }
+    }
+}
+
+#[test]
+fn used_index_is_published_once_a_burst_and_in_order() {
+    let mut rig = Rig::new();
+    for i in 0..10 {
+        assert!(rig.driver.send(&rw(i), b"x", 1));
+    }
+    rig.driver.tx.publish();
+    rig.device.begin();
+    for i in 0..10 {
+        let packet = rig.device.rx().expect("no fault").expect("a packet");
+        assert_eq!(packet.header().src_port, i);
+        drop(packet);
+        assert_eq!(rig.driver.tx.used_idx(), 0, "before the flush");
+    }
+    rig.device.flush();
+    assert_eq!(rig.driver.tx.used_idx(), 10);
+    assert_eq!(rig.signals.count(TX_QUEUE), 1);
+    assert_eq!(rig.driver.reap_tx(), 10);
+    rig.device.flush();
+    assert_eq!(
+        rig.signals.count(TX_QUEUE),
+        1,
+        "nothing new, no notification"
+    );
+}
+
+#[test]
+fn a_slot_that_is_not_committed_is_given_again() {
+    let mut rig = Rig::new();
+    rig.device.begin();
+    for _ in 0..3 {
+        let mut slot = rig.device.tx(Lane::Bulk, 10).expect("ok").expect("a slot");
+        slot.write(b"never seen").expect("fits");
+    }
+    rig.device.flush();
+    assert_eq!(rig.driver.rx.used_idx(), 0);
+    assert!(rig.send(&rw(1), b"seen").expect("no fault"));
+    let mut payload = Vec::new();
+    rig.driver.receive(&mut payload).expect("a packet");
+    assert_eq!(payload, b"seen");
+}
+
+#[test]
+fn tx_is_taken_while_rx_is_full() {
+    let mut rig = Rig::new();
+    while rig.send(&rw(1), b"fill").expect("no fault") {}
+    for _ in 0..1000 {
+        rig.assert_works();
+    }
+    assert!(!rig.send(&rw(1), b"still full").expect("no fault"));
+}
+
+#[test]
+fn event_idx_suppresses_notifications_the_driver_did_not_ask_for() {
+    let mut rig = Rig::new();
+    rig.driver.tx.set_used_event(5);
+    for i in 0..8 {
+        rig.driver.send(&rw(i), b"x", 1);
+        rig.driver.tx.publish();
+        rig.receive().expect("no fault");
+        // used_event 5: told when the index goes from 5 to 6.
+        assert_eq!(rig.signals.count(TX_QUEUE), u64::from(i >= 5), "packet {i}");
+    }
+    // A burst that jumps over the event tells too.
+    rig.driver.tx.set_used_event(10);
+    for i in 0..5 {
+        rig.driver.send(&rw(i), b"x", 1);
+    }
+    rig.driver.tx.publish();
+    rig.receive().expect("no fault");
+    assert_eq!(rig.signals.count(TX_QUEUE), 2);
+}
+
+#[test]
+fn notifications_follow_the_flag_without_event_idx() {
+    let config = DriverConfig {
+        event_idx: false,
+        ..DriverConfig::LINUX_6_1
+    };
+    let features = FEATURES & !(1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX);
+    let driver = Driver::new(memory::anonymous(), cid(), config);
+    let mut rig = Rig::on(driver, features);
+    rig.driver.tx.disable_callback();
+    rig.assert_works();
+    assert_eq!(rig.signals.count(TX_QUEUE), 0);
+    rig.driver.tx.enable_callback();
+    rig.assert_works();
+    assert_eq!(rig.signals.count(TX_QUEUE), 1);
+    // Kicks: off in a burst, on when armed.
+    let rx_only = Interest {
+        rx: true,
+        tx: false,
+    };
+    rig.device.begin();
+    rig.driver.send(&rw(1), b"x", 1);
+    assert!(!rig.driver.tx.publish(), "busy: no kick");
+    while rig.device.rx().expect("no fault").is_some() {}
+    rig.device.flush();
+    assert_eq!(rig.device.arm(rx_only), Armed::Sleep);
+    rig.driver.send(&rw(1), b"x", 1);
+    assert!(rig.driver.tx.publish(), "asleep: a kick");
+}
+
+#[test]
+fn arm_looks_again_and_then_asks_for_one_kick() {
+    let mut rig = Rig::new();
+    let rx_only = Interest {
+        rx: true,
+        tx: false,
+    };
+    rig.driver.send(&rw(1), b"x", 1);
+    rig.driver.tx.publish();
+    assert_eq!(rig.device.arm(rx_only), Armed::WorkAppeared);
+    assert_eq!(rig.receive().expect("no fault").len(), 1);
+    assert_eq!(rig.device.arm(rx_only), Armed::Sleep);
+    rig.driver.send(&rw(1), b"x", 1);
+    assert!(rig.driver.tx.publish(), "the first packet kicks");
+    for _ in 0..10 {
+        rig.driver.send(&rw(1), b"x", 1);
+        assert!(!rig.driver.tx.publish(), "the others need not");
+    }
+    assert_eq!(rig.receive().expect("no fault").len(), 11);
+}
+
+#[test]
+fn rx_buffers_kick_only_when_they_are_waited_for() {
+    let mut rig = Rig::new();
+    let mut payload = Vec::new();
+    let rx_only = Interest {
+        rx: true,
+        tx: false,
+    };
+    let both = Interest { rx: true, tx: true };
+    assert_eq!(
+        rig.device.arm(both),
+        Armed::WorkAppeared,
+        "buffers are there"
+    );
+    assert_eq!(rig.device.arm(rx_only), Armed::Sleep);
+    while rig.send(&rw(1), b"fill").expect("no fault") {}
+    assert_eq!(rig.device.arm(rx_only), Armed::Sleep);
+    rig.driver.receive(&mut payload).expect("a packet");
+    assert!(!rig.driver.rx.publish(), "nobody waits");
+    assert!(rig.send(&rw(1), b"fill").expect("no fault"));
+    assert_eq!(rig.device.arm(both), Armed::Sleep);
+    rig.driver.receive(&mut payload).expect("a packet");
+    assert!(rig.driver.rx.publish(), "the device waits");
+    assert_eq!(
+        rig.signals.count(RX_QUEUE),
+        1,
+        "used_event 0 was passed once"
+    );
+}
+
+#[test]
+fn indices_wrap() {
+    let mut rig = Rig::new();
+    for round in 0..70_000u32 {
+        assert!(rig.driver.send(&rw(round), b"", 1));
+        rig.driver.tx.publish();
+        rig.device.begin();
+        let packet = rig.device.rx().expect("no fault").expect("a packet");
+        assert_eq!(packet.header().src_port, round);
+        drop(packet);
+        assert_eq!(
+            rig.device.arm(Interest {
+                rx: true,
+                tx: false
+            }),
+            Armed::Sleep
+        );
+        assert_eq!(rig.driver.reap_tx(), 1);
+    }
+}
+
+#[test]
+fn a_full_or_closed_descriptor_is_an_error_and_keeps_the_rest() {
+    let mut rig = Rig::new();
+    let (near, far) = UnixStream::pair().expect("socketpair");
+    let payload = pattern(PAYLOAD_MAX as usize, 1);
+    let mut written = 0;
+    let mut full = false;
+    // The socket is in blocking mode: the device must not block on it all the same.
+    while !full {
+        rig.driver.send(&rw(1), &payload, 4096);
+        rig.driver.tx.publish();
+        rig.device.begin();
+        let mut packet = rig.device.rx().expect("no fault").expect("a packet");
+        while packet.remaining() > 0 {
+            let before = packet.remaining();
+            match packet.write_to(near.as_fd(), u32::MAX) {
+                Ok(n) => {
+                    written += n;
+                    assert_eq!(packet.remaining() as usize, before as usize - n);
+                }
+                Err(e) => {
+                    assert_eq!(e.kind(), ErrorKind::WouldBlock);
+                    assert_eq!(packet.remaining(), before);
+                    full = true;
+                    break;
+                }
+            }
+        }
+        drop(packet);
+        rig.device.flush();
+        rig.driver.reap_tx();
+    }
+    assert_eq!(rig.device.counters().bytes_copied, written as u64);
+    drop(far);
+    rig.driver.send(&rw(1), b"nobody reads", 100);
+    rig.driver.tx.publish();
+    rig.device.begin();
+    let mut packet = rig.device.rx().expect("no fault").expect("a packet");
+    let error = packet.write_to(near.as_fd(), u32::MAX).expect_err("closed");
+    assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+}
+
+#[test]
+fn pipes_work_and_end_of_file_is_zero() {
+    let mut rig = Rig::new();
+    let (reader, writer) = nix::unistd::pipe().expect("pipe");
+    rig.driver.send(&rw(1), b"through a pipe", 3);
+    rig.driver.tx.publish();
+    rig.device.begin();
+    let mut packet = rig.device.rx().expect("no fault").expect("a packet");
+    assert_eq!(packet.write_to(writer.as_fd(), 7).expect("room"), 7);
+    assert_eq!(packet.write_to(writer.as_fd(), 100).expect("room"), 7);
+    drop(packet);
+    drop(writer);
+    let mut slot = rig.device.tx(Lane::Bulk, 100).expect("ok").expect("a slot");
+    assert_eq!(slot.read_from(reader.as_fd(), 100).expect("bytes"), 14);
+    assert_eq!(slot.read_from(reader.as_fd(), 100).expect("the end"), 0);
+    slot.commit(&rw(2));
+    rig.device.flush();
+    let mut payload = Vec::new();
+    rig.driver.receive(&mut payload).expect("a packet");
+    assert_eq!(payload, b"through a pipe");
+}
+
+#[test]
+fn every_write_to_guest_memory_is_marked_dirty() {
+    type Tracked = GuestMemoryMmap<AtomicBitmap>;
+    let ranges = [(GuestAddress(0), memory::MEMORY_BYTES)];
+    let tracked = Arc::new(Tracked::from_ranges(&ranges).expect("memory"));
+    let shared = memory::anonymous();
+    let config = DriverConfig {
+        rx: RxShape::OnePage,
+        ..DriverConfig::LINUX_6_1
+    };
+    let driver = Driver::new(shared.clone(), cid(), config);
+    // The driver's rings, copied into memory that tracks writes; then forget those writes.
+    let mut image = vec![0; memory::MEMORY_BYTES];
+    shared
+        .read_slice(&mut image, GuestAddress(0))
+        .expect("memory");
+    tracked
+        .write_slice(&image, GuestAddress(0))
+        .expect("memory");
+    let region = tracked.iter().next().expect("a region");
+    region.get_mmap().bitmap().reset();
+
+    let mut device = VsockDevice::<Arc<Tracked>>::new(cid());
+    device.ack_features(FEATURES).expect("offered");
+    let signals = Arc::new(Signals::default());
+    device
+        .activate(tracked.clone(), driver.queues(), signals)
+        .expect("usable");
+    let (mut near, far) = UnixStream::pair().expect("socketpair");
+    near.write_all(&[7; 3000]).expect("room");
+    device.begin();
+    let mut slot = device.tx(Lane::Bulk, 3000).expect("ok").expect("a slot");
+    let n = slot.read_from(far.as_fd(), 3000).expect("bytes");
+    slot.commit(&rw(1));
+    device.flush();
+    let dirty = |addr: u64| region.bitmap().dirty_at(addr as usize);
+    let page = memory::rx_page(0);
+    for offset in [0, 43, 44, 43 + n as u64] {
+        assert!(dirty(page + offset), "payload at {offset}");
+    }
+    let [desc, avail, used] = memory::queue_addrs(RX_QUEUE);
+    assert!(dirty(used + 2) && dirty(used + 4));
+    assert!(!dirty(desc) && !dirty(avail) && !dirty(page + 4096));
+}
+
+#[test]
+fn memory_is_replaced_between_bursts() {
+    let mut rig = Rig::new();
+    rig.assert_works();
+    let copy = memory::anonymous();
+    let mut image = vec![0; memory::MEMORY_BYTES];
+    let old = rig.driver.memory().clone();
+    old.read_slice(&mut image, GuestAddress(0)).expect("memory");
+    copy.write_slice(&image, GuestAddress(0)).expect("memory");
+    rig.device.set_memory(copy).expect("rings lie in it");
+    drop(old);
+    let held = Arc::strong_count(rig.driver.memory());
+    assert_eq!(held, 3, "the driver and its two queues only");
+    let small = Arc::new(
+        adit_benches::VmMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory"),
+    );
+    assert!(rig.device.set_memory(small).is_err());
+}

@@ -1,0 +1,141 @@
+//! HTTP/1.1 to `aditd` over its Unix socket, one connection a request.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use adit_api::ErrorBody;
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::{Method, Request, Response};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::Failure;
+
+/// Most bytes of one answer that is read whole.
+const ANSWER_MAX: usize = 64 << 20;
+
+/// Where aditd listens.
+pub struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    pub fn new(socket: &Path) -> Self {
+        Self { socket: socket.to_owned() }
+    }
+
+    /// GETs JSON.
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        decode(&self.bytes(Method::GET, path, None).await?)
+    }
+
+    /// GETs raw bytes.
+    pub async fn get_bytes(&self, path: &str) -> Result<Bytes, Failure> {
+        self.bytes(Method::GET, path, None).await
+    }
+
+    /// POSTs JSON and reads JSON.
+    pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Failure> {
+        let body = serde_json::to_vec(body).map_err(|e| Failure::new("internal", e.to_string()))?;
+        decode(&self.bytes(Method::POST, path, Some(body)).await?)
+    }
+
+    /// DELETEs.
+    pub async fn delete(&self, path: &str) -> Result<(), Failure> {
+        self.bytes(Method::DELETE, path, None).await.map(drop)
+    }
+
+    /// GETs a body that comes bit by bit.
+    pub async fn stream(&self, path: &str) -> Result<Lines, Failure> {
+        Ok(Lines { body: self.send(Method::GET, path, None).await?.into_body(), buffer: Vec::new() })
+    }
+
+    async fn bytes(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Bytes, Failure> {
+        let answer = self.send(method, path, body).await?;
+        let body = Limited::new(answer.into_body(), ANSWER_MAX).collect().await;
+        Ok(body.map_err(|e| Failure::new("cut-off", format!("aditd's answer was cut off: {e}")))?.to_bytes())
+    }
+
+    async fn send(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Response<Incoming>, Failure> {
+        let stream = tokio::net::UnixStream::connect(&self.socket).await.map_err(|e| self.unreachable(&e))?;
+        let broken = |e: hyper::Error| Failure::new("cut-off", format!("aditd did not answer: {e}"));
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "aditd")
+            .header("content-type", "application/json")
+            .body(Full::new(Bytes::from(body.unwrap_or_default())))
+            .map_err(|e| Failure::new("usage", format!("`{path}` is no request path: {e}")))?;
+        let answer = sender.send_request(request).await.map_err(broken)?;
+        if answer.status().is_success() {
+            return Ok(answer);
+        }
+        let status = answer.status();
+        let body = Limited::new(answer.into_body(), ANSWER_MAX).collect().await;
+        let body = body.map(|b| b.to_bytes()).unwrap_or_default();
+        Err(match serde_json::from_slice::<ErrorBody>(&body) {
+            Ok(e) => {
+                let code = if status == 408 { "timeout" } else { e.code.as_str() };
+                Failure::new(code, e.message).help(e.help)
+            }
+            Err(_) => Failure::new("http", format!("aditd answered {status}")),
+        })
+    }
+
+    fn unreachable(&self, e: &io::Error) -> Failure {
+        let socket = self.socket.display();
+        let help = match e.kind() {
+            io::ErrorKind::NotFound => {
+                "start it with `aditd run` (or `systemctl start aditd`), or name its socket with --socket or ADIT_SOCKET"
+            }
+            io::ErrorKind::ConnectionRefused => {
+                "the socket is left over from an aditd that ended: start it again with `aditd run`"
+            }
+            io::ErrorKind::PermissionDenied => "run as the user that aditd runs as (the socket is 0600)",
+            _ => "check that aditd runs",
+        };
+        Failure::new("unreachable", format!("cannot reach aditd at {socket}: {e}")).help(help)
+    }
+}
+
+/// A body read line by line.
+pub struct Lines {
+    body: Incoming,
+    buffer: Vec<u8>,
+}
+
+impl Lines {
+    /// Returns the next line as JSON, or `None` at the end.
+    pub async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, Failure> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|&b| b == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return decode(&line).map(Some);
+            }
+            if self.buffer.len() > ANSWER_MAX {
+                return Err(Failure::new("cut-off", "aditd sent a line without end"));
+            }
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(Ok(frame)) => self.buffer.extend_from_slice(frame.data_ref().map_or(&[][..], |d| d)),
+                Some(Err(e)) => {
+                    return Err(Failure::new("cut-off", format!("aditd went away: {e}"))
+                        .help("what was accepted is on its disk: run the command again"));
+                }
+            }
+        }
+    }
+}
+
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
+    serde_json::from_slice(bytes).map_err(|e| {
+        Failure::new("bad-answer", format!("aditd's answer is not understood: {e}"))
+            .help("adit and aditd should be of one version: compare `adit version` and `aditd --version`")
+    })
+}

@@ -1,0 +1,173 @@
+//! `adit vm …` and `adit wait`.
+
+use std::time::Duration;
+
+use adit_api::{NewVm, Vm, VmState};
+use clap::{Args, Subcommand, ValueEnum};
+
+use crate::client::Client;
+use crate::error::Failure;
+use crate::output::{self, Format, ago, duration};
+
+#[derive(Subcommand)]
+pub enum VmCommand {
+    /// List the VMs
+    #[command(visible_alias = "list")]
+    Ls,
+    /// Show one VM
+    Show {
+        /// Its name
+        name: String,
+    },
+    /// Add a VM; it is kept over restarts of aditd
+    Add {
+        /// Its name: a-z, 0-9 and inner '-'
+        name: String,
+        /// Its CID, 3 or more, on one VM only
+        #[arg(long)]
+        cid: u64,
+        /// Guest TCP ports that may be reached
+        #[arg(long, value_delimiter = ',', value_name = "PORT,…")]
+        allow: Vec<u16>,
+        /// Plain AF_VSOCK ports that may be reached, as host vsock-PORT.NAME
+        #[arg(long, value_delimiter = ',', value_name = "PORT,…")]
+        allow_vsock: Vec<u32>,
+    },
+    /// Remove a VM: its channel and its tunnels end
+    Rm {
+        /// Its name
+        name: String,
+    },
+}
+
+/// What to wait for.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum For {
+    /// The agent is connected
+    Agent,
+}
+
+#[derive(Args)]
+pub struct Wait {
+    /// Name of the VM
+    vm: String,
+    /// What to wait for
+    #[arg(long = "for", value_enum, default_value = "agent")]
+    condition: For,
+    /// Give up after this long (exit status 124)
+    #[arg(long, value_parser = duration, default_value = "60s")]
+    timeout: Duration,
+}
+
+pub async fn run(command: &VmCommand, client: &Client, format: Format) -> Result<(), Failure> {
+    match command {
+        VmCommand::Ls => {
+            let vms: Vec<Vm> = client.get("/v1/vms").await?;
+            match format {
+                Format::Json => output::json(&vms)?,
+                Format::Table => list(&vms),
+            }
+        }
+        VmCommand::Show { name } => show(&client.get(&path(name)?).await?, format)?,
+        VmCommand::Add { name, cid, allow, allow_vsock } => {
+            let new =
+                NewVm { name: name.clone(), cid: *cid, allow: allow.clone(), allow_vsock: allow_vsock.clone() };
+            show(&client.post("/v1/vms", &new).await?, format)?;
+        }
+        VmCommand::Rm { name } => {
+            client.delete(&path(name)?).await?;
+            if format == Format::Table {
+                println!("{name} removed");
+            }
+        }
+    }
+    Ok(())
+}
+
+pub async fn wait(wait: &Wait, client: &Client, format: Format) -> Result<(), Failure> {
+    let For::Agent = wait.condition;
+    let url = format!("{}/wait?for=agent&timeout_ms={}", path(&wait.vm)?, wait.timeout.as_millis());
+    let vm: Vm = client.get(&url).await?;
+    match format {
+        Format::Json => output::json(&vm),
+        Format::Table => {
+            println!("{} is ready: agent {}", vm.name, vm.agent.as_deref().unwrap_or("-"));
+            Ok(())
+        }
+    }
+}
+
+/// A name that is no name never becomes part of a path.
+fn path(name: &str) -> Result<String, Failure> {
+    let id: adit_tasks::VmId = name.parse().map_err(|e| {
+        Failure::new("unknown-vm", format!("`{name}` names no VM: {e}")).help("`adit vm ls` lists the names")
+    })?;
+    Ok(format!("/v1/vms/{id}"))
+}
+
+fn state(vm: &Vm) -> &'static str {
+    match vm.state {
+        VmState::Down => "down",
+        VmState::Waiting => "waiting",
+        VmState::Up => "up",
+        VmState::Ready => "ready",
+    }
+}
+
+fn list(vms: &[Vm]) {
+    if vms.is_empty() {
+        println!("no VMs: add one with `adit vm add NAME --cid N --allow 80`, or in aditd.toml");
+        return;
+    }
+    let dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".into());
+    let rows: Vec<_> = vms
+        .iter()
+        .map(|vm| {
+            [
+                vm.name.clone(),
+                vm.cid.to_string(),
+                state(vm).into(),
+                dash(&vm.agent),
+                dash(&vm.kernel),
+                ago(vm.last_seen_ms),
+                vm.queued.to_string(),
+                vm.streams.to_string(),
+            ]
+        })
+        .collect();
+    output::table(["VM", "CID", "STATE", "AGENT", "KERNEL", "LAST-SEEN", "QUEUE", "STREAMS"], &rows);
+}
+
+fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
+    if format == Format::Json {
+        return output::json(vm);
+    }
+    let ports = |list: String| if list.is_empty() { "none".to_owned() } else { list };
+    let mut rows = vec![
+        ["name", &vm.name].map(str::to_owned),
+        ["state", state(vm)].map(str::to_owned),
+        ["cid".into(), vm.cid.to_string()],
+        ["agent".into(), vm.agent.clone().unwrap_or_else(|| "has not spoken".into())],
+        ["last seen".into(), ago(vm.last_seen_ms)],
+        ["session".into(), vm.epoch.to_string()],
+        ["streams".into(), vm.streams.to_string()],
+        ["tasks queued".into(), vm.queued.to_string()],
+        ["allowed ports".into(), ports(join(&vm.allow))],
+        ["allowed vsock".into(), ports(join(&vm.allow_vsock))],
+        ["vhost-user".into(), vm.vhost_socket.clone()],
+    ];
+    rows.extend(vm.kernel.iter().map(|k| ["kernel".into(), k.clone()]));
+    rows.extend(vm.port_pid.iter().map(|p| ["port process".into(), p.to_string()]));
+    rows.extend(vm.fault.iter().map(|f| ["fault".into(), f.clone()]));
+    rows.extend(
+        vm.enrolled_as.iter().map(|id| ["fault".into(), format!("the image is enrolled as `{id}`: rebuild it")]),
+    );
+    for [key, value] in rows {
+        println!("{key:<14} {}", output::escape(&value));
+    }
+    Ok(())
+}
+
+fn join(ports: &[impl ToString]) -> String {
+    ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,229 @@
+//! `/etc/adit-guest/adit-guest.toml`: what this guest is, whom it trusts, what it lets the host reach.
+//!
+//! ```toml
+//! vm_id = "web-1"                          # required; the audience of goals is checked against it
+//! trust_dir = "/etc/adit-guest/trust"      # one public key a file, *.pub; none = no task is run
+//! state_dir = "/var/lib/adit-guest"        # the journal
+//! allow_ports = [80, 22]                   # local TCP ports that the host may reach; default none
+//!
+//! [script]
+//! enabled = true
+//!
+//! [file]
+//! enabled = true
+//! roots = ["/etc", "/opt", "/srv", "/tmp", "/var"]
+//! ```
+//! The default roots keep the file executor away from programs and boot files (`/usr`, `/bin`, `/boot`, `/root`); the
+//! agent's own configuration and state are refused under any root. A key that is not known is an error that names file,
+//! line and key: a misspelt limit must not silently be no limit.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use adit_tasks::VmId;
+use serde::Deserialize;
+
+/// Where the configuration is if nobody says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/adit-guest/adit-guest.toml";
+/// Most ports that may be listed.
+const PORTS_MAX: usize = 256;
+
+/// Why a configuration cannot be used. The fault of whoever wrote it.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("{}: cannot be read", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Not TOML, an unknown key, or a value of the wrong type.
+    #[error("{}:{line}: {}{message}", path.display(), key.as_ref().map(|k| format!("key `{k}`: ")).unwrap_or_default())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// The key at fault, if one is.
+        key: Option<String>,
+        /// What the parser says.
+        message: String,
+    },
+    /// A value that has the right type and cannot be used.
+    #[error("{}:{line}: key `{key}`: {message}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// The key at fault.
+        key: &'static str,
+        /// Why.
+        message: String,
+    },
+}
+
+/// The whole file.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The id that the image was enrolled with.
+    pub vm_id: VmId,
+    /// Directory of public keys.
+    #[serde(default = "default_trust_dir")]
+    pub trust_dir: PathBuf,
+    /// Directory of the journal.
+    #[serde(default = "default_state_dir")]
+    pub state_dir: PathBuf,
+    /// Local TCP ports that the host may reach.
+    #[serde(default)]
+    pub allow_ports: Vec<u16>,
+    /// The script executor.
+    #[serde(default)]
+    pub script: ScriptConfig,
+    /// The file executor.
+    #[serde(default)]
+    pub file: FileConfig,
+}
+
+/// `[script]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScriptConfig {
+    /// Whether scripts may run at all.
+    pub enabled: bool,
+}
+
+/// `[file]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FileConfig {
+    /// Whether files may be written at all.
+    pub enabled: bool,
+    /// Directories under which they may be written.
+    pub roots: Vec<PathBuf>,
+}
+
+impl Default for ScriptConfig {
+    fn default() -> Self {
+        Self { enabled: true }
+    }
+}
+
+impl Default for FileConfig {
+    fn default() -> Self {
+        Self { enabled: true, roots: ["/etc", "/opt", "/srv", "/tmp", "/var"].map(PathBuf::from).into() }
+    }
+}
+
+fn default_trust_dir() -> PathBuf {
+    "/etc/adit-guest/trust".into()
+}
+
+fn default_state_dir() -> PathBuf {
+    "/var/lib/adit-guest".into()
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// It cannot be read, or something in it is wrong; says where.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        Self::parse(path, &text)
+    }
+
+    /// Checks the text of a file; `path` is for messages only.
+    ///
+    /// # Errors
+    /// Something in it is wrong; says where.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|e| {
+            let at = e.span().map_or(0, |s| s.start);
+            ConfigError::Parse {
+                path: path.into(),
+                line: line_of(text, at),
+                key: key_at(text, at),
+                message: e.message().replace('\n', " "),
+            }
+        })?;
+        let value = |key: &'static str, message: String| ConfigError::Value {
+            path: path.into(),
+            line: text.lines().position(|l| l.trim_start().starts_with(key)).map_or(1, |i| i + 1),
+            key,
+            message,
+        };
+        let absolute = |key, dir: &Path| match dir.is_absolute() {
+            true => Ok(()),
+            false => Err(value(key, format!("{} is not an absolute path", dir.display()))),
+        };
+        absolute("trust_dir", &config.trust_dir)?;
+        absolute("state_dir", &config.state_dir)?;
+        config.file.roots.iter().try_for_each(|r| absolute("roots", r))?;
+        if config.allow_ports.len() > PORTS_MAX {
+            return Err(value("allow_ports", format!("at most {PORTS_MAX} ports may be listed")));
+        }
+        if config.allow_ports.contains(&0) {
+            return Err(value("allow_ports", "0 is not a port".into()));
+        }
+        Ok(config)
+    }
+}
+
+fn line_of(text: &str, at: usize) -> usize {
+    text.bytes().take(at).filter(|&b| b == b'\n').count() + 1
+}
+
+/// The key that an error at this offset is about: the line's own, wherever in the line the error is.
+fn key_at(text: &str, at: usize) -> Option<String> {
+    let line = text.lines().nth(line_of(text, at) - 1)?;
+    let (key, _) = line.split_once('=')?;
+    let key = key.trim();
+    (!key.is_empty() && !key.starts_with('#')).then(|| key.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(Path::new("/etc/adit-guest/adit-guest.toml"), text)
+    }
+
+    #[test]
+    fn one_line_is_enough_and_allows_nothing() {
+        let c = parse("vm_id = \"web-1\"\n").unwrap();
+        assert!(c.allow_ports.is_empty());
+        assert_eq!(c.state_dir, Path::new("/var/lib/adit-guest"));
+        assert!(!c.file.roots.contains(&PathBuf::from("/")));
+    }
+
+    #[test]
+    fn an_unknown_key_names_file_line_and_key() {
+        for (text, line, key) in [
+            ("vm_id = \"a\"\nalow_ports = [80]\n", 2, "alow_ports"),
+            ("vm_id = \"a\"\n[script]\nenabled = true\n\nshell = true\n", 5, "shell"),
+            ("vm_id = \"a\"\nallow_ports = [80, 70000]\n", 2, "allow_ports"),
+            ("vm_id = \"Web\"\n", 1, "vm_id"),
+        ] {
+            let e = parse(text).unwrap_err();
+            let ConfigError::Parse { line: at, key: Some(found), .. } = &e else { panic!("{e}") };
+            assert_eq!((*at, found.as_str()), (line, key), "{e}");
+            assert!(e.to_string().starts_with(&format!("/etc/adit-guest/adit-guest.toml:{line}: key `{key}`: ")), "{e}");
+        }
+    }
+
+    #[test]
+    fn values_that_cannot_be_used_are_refused() {
+        for text in
+            ["", "vm_id = \"a\"\nallow_ports = [0]\n", "vm_id = \"a\"\nstate_dir = \"var\"\n", "vm_id = \"a\"\n[file]\nroots = [\"etc\"]\n"]
+        {
+            assert!(parse(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! A connected stream socket of any family (AF_VSOCK, TCP, Unix), so that relay and hello know nothing of families.
+//!
+//! `MSG_NOSIGNAL` throughout: a peer that went away is an error value, never a signal.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use nix::sys::socket::{self, MsgFlags, Shutdown, sockopt};
+use nix::sys::time::TimeVal;
+
+/// One connected stream.
+#[derive(Debug)]
+pub struct Conn(OwnedFd);
+
+impl Conn {
+    /// Ends our direction; the peer's goes on.
+    ///
+    /// # Errors
+    /// The stream is gone already.
+    pub fn shutdown_write(&self) -> io::Result<()> {
+        Ok(socket::shutdown(self.0.as_raw_fd(), Shutdown::Write)?)
+    }
+
+    /// Limits how long a blocking read or write may take; `None` waits for ever.
+    ///
+    /// # Errors
+    /// The kernel refuses the option.
+    pub fn set_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
+        let value = TimeVal::from(libc_timeval(limit.unwrap_or_default()));
+        socket::setsockopt(&self.0, sockopt::ReceiveTimeout, &value)?;
+        Ok(socket::setsockopt(&self.0, sockopt::SendTimeout, &value)?)
+    }
+
+    /// Makes reads and writes return `WouldBlock` instead of waiting.
+    ///
+    /// # Errors
+    /// The kernel refuses the flag.
+    pub fn set_nonblocking(&self) -> io::Result<()> {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        let flags = OFlag::from_bits_truncate(fcntl(&self.0, FcntlArg::F_GETFL)?);
+        fcntl(&self.0, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        Ok(())
+    }
+
+    /// Makes closing tell the peer "reset" instead of "end", where the family can (TCP).
+    pub fn reset_on_close(&self) {
+        let _ = socket::setsockopt(&self.0, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
+    }
+}
+
+fn libc_timeval(d: Duration) -> libc::timeval {
+    // Callers pass seconds; both fields fit.
+    libc::timeval { tv_sec: d.as_secs() as libc::time_t, tv_usec: d.subsec_micros().into() }
+}
+
+impl From<OwnedFd> for Conn {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+}
+
+impl AsFd for Conn {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Read for &Conn {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        Ok(socket::recv(self.0.as_raw_fd(), buf, MsgFlags::empty())?)
+    }
+}
+
+impl Write for &Conn {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        Ok(socket::send(self.0.as_raw_fd(), buf, MsgFlags::MSG_NOSIGNAL)?)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,196 @@
+//! Copies between two streams both ways until both directions have ended.
+//!
+//! ```text
+//!            ┌── dir 0: buf 64 KiB ──▶
+//!   a (host) │                        b (local port)
+//!            ◀── dir 1: buf 64 KiB ──┘
+//! ```
+//! - Each direction ends alone: an end of file is passed on as a shutdown *after* everything before it was written.
+//! - A read error ends that direction the hard way: what was read is still delivered, then both sides are cut.
+//! - A write error stops that direction only; the other one is read to its end first, because a server that refuses a
+//!   body has usually sent the reason why.
+//! - One thread, no timer: it sleeps in `poll` and asks only for what it can act on, so that a full buffer or a hang-up
+//!   that nothing can be done about costs no wake-up.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::conn::Conn;
+
+/// Bytes in flight a direction.
+pub const BUF_BYTES: usize = 64 * 1024;
+
+/// What went through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// Bytes from `a` to `b`.
+    pub a_to_b: u64,
+    /// Bytes from `b` to `a`.
+    pub b_to_a: u64,
+    /// Whether it ended by an error instead of two ends of file.
+    pub aborted: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Open,
+    Ended,
+    Failed,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sink {
+    Open,
+    Shut,
+    Failed,
+}
+
+/// One direction.
+struct Dir {
+    buf: Vec<u8>,
+    start: usize,
+    end: usize,
+    source: Source,
+    sink: Sink,
+    readable: bool,
+    writable: bool,
+    moved: u64,
+}
+
+impl Dir {
+    fn new() -> Self {
+        Self {
+            buf: vec![0; BUF_BYTES],
+            start: 0,
+            end: 0,
+            source: Source::Open,
+            sink: Sink::Open,
+            readable: false,
+            writable: true,
+            moved: 0,
+        }
+    }
+
+    fn pending(&self) -> bool {
+        self.start < self.end
+    }
+
+    fn wants_read(&self) -> bool {
+        self.source == Source::Open && self.sink == Sink::Open && self.end < self.buf.len()
+    }
+
+    fn wants_write(&self) -> bool {
+        self.pending() && self.sink == Sink::Open
+    }
+
+    fn finished(&self) -> bool {
+        self.sink != Sink::Open
+    }
+
+    /// Moves what can be moved now; true if anything changed.
+    fn pump(&mut self, mut from: &Conn, mut to: &Conn) -> bool {
+        let mut progress = false;
+        if self.wants_read() && self.readable {
+            match from.read(&mut self.buf[self.end..]) {
+                Ok(0) => (self.source, progress) = (Source::Ended, true),
+                Ok(n) => (self.end, progress) = (self.end + n, true),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => self.readable = false,
+                Err(e) if e.kind() == ErrorKind::Interrupted => progress = true,
+                Err(_) => (self.source, progress) = (Source::Failed, true),
+            }
+        }
+        if self.wants_write() && self.writable {
+            match to.write(&self.buf[self.start..self.end]) {
+                Ok(n) => {
+                    self.start += n;
+                    self.moved += n as u64;
+                    progress = true;
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => self.writable = false,
+                Err(e) if e.kind() == ErrorKind::Interrupted => progress = true,
+                Err(_) => (self.sink, progress) = (Sink::Failed, true),
+            }
+            if !self.pending() {
+                (self.start, self.end) = (0, 0);
+            }
+        }
+        if self.source == Source::Ended && !self.pending() && self.sink == Sink::Open {
+            self.sink = if to.shutdown_write().is_ok() { Sink::Shut } else { Sink::Failed };
+            progress = true;
+        }
+        progress
+    }
+}
+
+/// Relays until both directions have ended; closes nothing (the caller drops the streams).
+///
+/// # Errors
+/// Only if the streams cannot be polled at all.
+pub fn relay(a: &Conn, b: &Conn) -> io::Result<Moved> {
+    a.set_nonblocking()?;
+    b.set_nonblocking()?;
+    let mut dirs = [Dir::new(), Dir::new()];
+    loop {
+        let [ab, ba] = &mut dirs;
+        let progress = ab.pump(a, b) | ba.pump(b, a);
+        let failed = dirs.iter().any(|d| d.source == Source::Failed && (!d.pending() || d.finished()));
+        if failed || dirs.iter().all(Dir::finished) {
+            let aborted = failed || dirs.iter().any(|d| d.sink == Sink::Failed);
+            if aborted {
+                a.reset_on_close();
+                b.reset_on_close();
+            }
+            return Ok(Moved { a_to_b: dirs[0].moved, b_to_a: dirs[1].moved, aborted });
+        }
+        if !progress {
+            wait(a, b, &mut dirs)?;
+        }
+    }
+}
+
+/// Sleeps until one of the streams can go on.
+fn wait(a: &Conn, b: &Conn, dirs: &mut [Dir; 2]) -> io::Result<()> {
+    let interest = |read: &Dir, write: &Dir| {
+        let mut want = PollFlags::empty();
+        want.set(PollFlags::POLLIN, read.wants_read());
+        want.set(PollFlags::POLLOUT, write.wants_write());
+        // With nothing to do on a stream that has ended its direction, only its death is news, and only while
+        // something may still have to be written to it.
+        let watch = !want.is_empty() || (read.source == Source::Ended && !write.finished());
+        watch.then_some(want)
+    };
+    let wants = [interest(&dirs[0], &dirs[1]), interest(&dirs[1], &dirs[0])];
+    let mut fds = Vec::with_capacity(2);
+    let mut who = Vec::with_capacity(2);
+    for (i, (conn, want)) in [a, b].into_iter().zip(wants).enumerate() {
+        if let Some(want) = want {
+            fds.push(PollFd::new(conn.as_fd(), want));
+            who.push((i, want));
+        }
+    }
+    match poll(&mut fds, PollTimeout::NONE) {
+        Ok(_) | Err(Errno::EINTR) => {}
+        Err(e) => return Err(e.into()),
+    }
+    let gone = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
+    for (fd, (i, want)) in fds.iter().zip(who) {
+        let got = fd.revents().unwrap_or(PollFlags::POLLNVAL);
+        if got.intersects(PollFlags::POLLIN | gone) {
+            dirs[i].readable = true;
+        }
+        if got.intersects(PollFlags::POLLOUT | gone) {
+            dirs[1 - i].writable = true;
+        }
+        if want.is_empty() && got.intersects(gone) {
+            // Nobody is left to write to; the other direction of this stream has ended already.
+            dirs[1 - i].sink = Sink::Failed;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,201 @@
+//! The listener: streams from the host to allowed local TCP ports.
+//!
+//! `hello open {service tcp:PORT}` → policy → dial 127.0.0.1, then ::1 → `accept` or `refuse {why}` → relay. The answer
+//! carries the result of the local dial, so the host can tell "not allowed" from "nobody listens" from "busy".
+
+use std::io::{self, ErrorKind, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use adit_channel::hello::{self, Accept, Common, Hello, Open, Refuse, Status};
+
+use crate::conn::Conn;
+use crate::log;
+use crate::relay;
+use crate::transport::{self, Transport};
+
+/// Most streams at a time; more are refused as busy.
+pub const CONNS_MAX: usize = 512;
+/// How long the host may take for its hello, and for taking our answer.
+const HELLO_LIMIT: Duration = Duration::from_secs(10);
+/// How long a local dial may take if the host names no shorter deadline.
+const DIAL_LIMIT: Duration = Duration::from_secs(5);
+/// Stack of a stream's thread: its buffers are on the heap.
+const STACK_BYTES: usize = 128 * 1024;
+
+/// What the agent says of itself in every hello.
+#[derive(Debug)]
+pub struct Identity {
+    /// Drawn once a boot.
+    pub boot_nonce: [u8; 16],
+    /// The last epoch of the host that was seen.
+    pub epoch: AtomicU64,
+}
+
+impl Identity {
+    /// Fields of a hello that we send.
+    pub fn common(&self) -> Common {
+        Common { features: 0, epoch: self.epoch.load(Ordering::Relaxed), boot_nonce: self.boot_nonce }
+    }
+
+    /// Remembers the host's epoch.
+    pub fn saw(&self, peer: &Common) {
+        if peer.epoch != 0 {
+            self.epoch.store(peer.epoch, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Serves the host's streams.
+pub struct Server {
+    ports: Vec<u16>,
+    identity: Arc<Identity>,
+    active: AtomicUsize,
+}
+
+/// Counts a stream for as long as it lives.
+struct Slot(Arc<Server>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Why a stream is refused.
+struct Refusal {
+    status: Status,
+    errno: u16,
+    text: String,
+}
+
+impl Refusal {
+    fn new(status: Status, text: impl Into<String>) -> Self {
+        Self { status, errno: 0, text: text.into() }
+    }
+}
+
+impl Server {
+    /// Serves these local TCP ports and no others.
+    pub fn new(ports: Vec<u16>, identity: Arc<Identity>) -> Arc<Self> {
+        Arc::new(Self { ports, identity, active: AtomicUsize::new(0) })
+    }
+
+    /// Accepts until the listener is gone.
+    ///
+    /// # Errors
+    /// The listener failed for good.
+    pub fn run(self: &Arc<Self>, transport: &dyn Transport, listener: &OwnedFd) -> io::Result<()> {
+        loop {
+            match transport::accept(listener) {
+                Ok(conn) if transport.is_host(&conn) => self.admit(conn),
+                Ok(_) => log::event("stream-refused", &[("why", &"peer is not the host")]),
+                Err(e) if short_of_resources(&e) => {
+                    log::event("accept-failed", &[("error", &e)]);
+                    // Only streams that end free what is short; asking again at once would spin.
+                    thread::sleep(Duration::from_millis(100));
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    fn admit(self: &Arc<Self>, conn: Conn) {
+        if self.active.fetch_add(1, Ordering::Relaxed) >= CONNS_MAX {
+            self.active.fetch_sub(1, Ordering::Relaxed);
+            return self.refuse(&conn, Refusal::new(Status::Busy, format!("{CONNS_MAX} streams are open")));
+        }
+        let slot = Slot(self.clone());
+        let started = thread::Builder::new().stack_size(STACK_BYTES).spawn(move || slot.0.serve(conn));
+        if let Err(e) = started {
+            log::event("stream-refused", &[("why", &e)]);
+        }
+    }
+
+    fn serve(&self, conn: Conn) {
+        let _ = conn.set_timeout(Some(HELLO_LIMIT));
+        let open = match hello::read(&mut &conn) {
+            Ok(Hello::Open(open)) => open,
+            Ok(_) => return log::event("hello-refused", &[("error", &"not an open")]),
+            Err(e) if e.kind() == ErrorKind::UnexpectedEof => return,
+            Err(e) => return log::event("hello-refused", &[("error", &e)]),
+        };
+        self.identity.saw(&open.common);
+        match self.connect(&open) {
+            Ok((version, local)) => {
+                let accept = Hello::Accept(Accept { common: self.identity.common(), version });
+                if (&conn).write_all(&accept.encode()).is_err() {
+                    return local.reset_on_close();
+                }
+                if let Err(e) = relay::relay(&conn, &local) {
+                    log::event("relay-failed", &[("service", &open.service), ("error", &e)]);
+                }
+            }
+            Err(refusal) => {
+                let status = format!("{:?}", refusal.status);
+                let fields: [(&str, &dyn std::fmt::Display); 3] =
+                    [("service", &open.service), ("status", &status), ("why", &refusal.text)];
+                log::event("stream-refused", &fields);
+                self.refuse(&conn, refusal);
+            }
+        }
+    }
+
+    fn refuse(&self, mut conn: &Conn, Refusal { status, errno, text }: Refusal) {
+        let hello = Hello::Refuse(Refuse { common: self.identity.common(), status, errno, text });
+        let _ = conn.write_all(&hello.encode());
+        let _ = conn.shutdown_write();
+    }
+
+    fn connect(&self, open: &Open) -> Result<(u16, Conn), Refusal> {
+        let version = hello::choose_version(open)
+            .ok_or_else(|| Refusal::new(Status::Version, format!("only version {} is spoken", hello::VERSION)))?;
+        let port = tcp_port(open.service.as_str())
+            .ok_or_else(|| Refusal::new(Status::UnknownService, "this agent serves tcp:PORT"))?;
+        if !self.ports.contains(&port) {
+            return Err(Refusal::new(Status::Denied, format!("port {port} is not in the guest's allow_ports")));
+        }
+        let limit = match open.deadline_ms {
+            0 => DIAL_LIMIT,
+            ms => DIAL_LIMIT.min(Duration::from_millis(ms.into())),
+        };
+        dial(port, limit).map(|local| (version, local)).map_err(|e| Refusal {
+            status: Status::DialFailed,
+            errno: errno_of(&e),
+            text: format!("127.0.0.1:{port}: {e}"),
+        })
+    }
+}
+
+/// `tcp:PORT` in its one spelling.
+fn tcp_port(service: &str) -> Option<u16> {
+    let digits = service.strip_prefix("tcp:")?;
+    let port: u16 = digits.parse().ok()?;
+    (port != 0 && digits == port.to_string()).then_some(port)
+}
+
+fn dial(port: u16, limit: Duration) -> io::Result<Conn> {
+    let to = |ip: IpAddr| TcpStream::connect_timeout(&SocketAddr::new(ip, port), limit);
+    // The error of 127.0.0.1 is the telling one: ::1 may not exist at all.
+    let tcp = to(Ipv4Addr::LOCALHOST.into()).or_else(|e| to(Ipv6Addr::LOCALHOST.into()).map_err(|_| e))?;
+    let _ = tcp.set_nodelay(true);
+    Ok(OwnedFd::from(tcp).into())
+}
+
+fn errno_of(e: &io::Error) -> u16 {
+    match e.kind() {
+        ErrorKind::TimedOut => libc::ETIMEDOUT as u16,
+        _ => e.raw_os_error().and_then(|n| u16::try_from(n).ok()).unwrap_or(0),
+    }
+}
+
+fn short_of_resources(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS))
+}
+
+#[cfg(test)]
+mod tests;

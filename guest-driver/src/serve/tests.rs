@@ -1,0 +1,133 @@
+//! Hello and relay end to end: a real listener, real local TCP servers, the host's end played by the test.
+
+use std::io::Read;
+use std::net::{Shutdown, TcpListener};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use super::*;
+use crate::transport::UnixDir;
+
+fn start(ports: Vec<u16>) -> (tempfile::TempDir, Arc<Server>) {
+    let dir = tempfile::tempdir().unwrap();
+    let identity = Arc::new(Identity { boot_nonce: [5; 16], epoch: AtomicU64::new(0) });
+    let server = Server::new(ports, identity);
+    let transport = UnixDir(dir.path().into());
+    let listener = transport.listen().unwrap();
+    let run = server.clone();
+    thread::spawn(move || run.run(&transport, &listener));
+    (dir, server)
+}
+
+fn open(dir: &Path, service: &str) -> (Hello, UnixStream) {
+    let mut s = UnixStream::connect(dir.join("guest.sock")).unwrap();
+    let common = Common { features: 0, epoch: 9, boot_nonce: [1; 16] };
+    s.write_all(&Hello::Open(Open::new(service.parse().unwrap(), common)).encode()).unwrap();
+    (hello::read(&mut s).unwrap(), s)
+}
+
+fn echo_server() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for tcp in listener.incoming() {
+            let tcp = tcp.unwrap();
+            let _ = io::copy(&mut &tcp, &mut &tcp);
+            let _ = tcp.shutdown(Shutdown::Write);
+        }
+    });
+    port
+}
+
+#[test]
+fn an_allowed_port_is_relayed_and_the_epoch_is_echoed() {
+    let port = echo_server();
+    let (dir, _) = start(vec![port]);
+    let (answer, mut s) = open(dir.path(), &format!("tcp:{port}"));
+    let Hello::Accept(accept) = answer else { panic!("{answer:?}") };
+    assert_eq!((accept.common.epoch, accept.common.boot_nonce, accept.version), (9, [5; 16], hello::VERSION));
+    s.write_all(b"over the channel").unwrap();
+    s.shutdown(Shutdown::Write).unwrap();
+    let mut got = String::new();
+    s.read_to_string(&mut got).unwrap();
+    assert_eq!(got, "over the channel");
+}
+
+#[test]
+fn refusals_name_their_class() {
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (dir, _) = start(vec![closed]);
+    let refusal = |service: &str| match open(dir.path(), service).0 {
+        Hello::Refuse(r) => (r.status, i32::from(r.errno)),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(refusal(&format!("tcp:{closed}")), (Status::DialFailed, libc::ECONNREFUSED));
+    assert_eq!(refusal("tcp:1"), (Status::Denied, 0));
+    for unknown in ["ssh", "tcp:", "tcp:0", "tcp:080", "tcp:65536", "tcp:-1", "udp:53"] {
+        assert_eq!(refusal(unknown), (Status::UnknownService, 0), "{unknown}");
+    }
+}
+
+#[test]
+fn a_version_nobody_speaks_is_refused() {
+    let (dir, _) = start(vec![80]);
+    let mut s = UnixStream::connect(dir.path().join("guest.sock")).unwrap();
+    let open = Open { version_min: 7, version_max: 9, ..Open::new("tcp:80".parse().unwrap(), Common::default()) };
+    s.write_all(&Hello::Open(open).encode()).unwrap();
+    assert!(matches!(hello::read(&mut s).unwrap(), Hello::Refuse(Refuse { status: Status::Version, .. })));
+}
+
+#[test]
+fn foreign_bytes_end_the_stream_and_nothing_else() {
+    let port = echo_server();
+    let (dir, _) = start(vec![port]);
+    for hostile in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"", &[0xff; 4096], b"ADIT\r\n\x1a\n\x01"] {
+        let mut s = UnixStream::connect(dir.path().join("guest.sock")).unwrap();
+        let _ = s.write_all(hostile);
+        let _ = s.shutdown(Shutdown::Write);
+        let mut got = Vec::new();
+        let _ = s.read_to_end(&mut got);
+        assert!(got.is_empty());
+    }
+    assert!(matches!(open(dir.path(), &format!("tcp:{port}")).0, Hello::Accept(_)));
+}
+
+#[test]
+fn two_thousand_connections_in_succession_leave_no_slot_behind() {
+    let port = echo_server();
+    let (dir, server) = start(vec![port]);
+    for i in 0..2000u32 {
+        let (answer, mut s) = open(dir.path(), &format!("tcp:{port}"));
+        assert!(matches!(answer, Hello::Accept(_)), "{i}: {answer:?}");
+        s.write_all(&i.to_le_bytes()).unwrap();
+        s.shutdown(Shutdown::Write).unwrap();
+        let mut got = Vec::new();
+        s.read_to_end(&mut got).unwrap();
+        assert_eq!(got, i.to_le_bytes());
+    }
+    while server.active.load(Ordering::Relaxed) != 0 {
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn streams_over_the_limit_are_refused_as_busy_until_one_ends() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let service = format!("tcp:{}", listener.local_addr().unwrap().port());
+    thread::spawn(move || listener.incoming().map(Result::unwrap).collect::<Vec<_>>());
+    let (dir, server) = start(vec![service[4..].parse().unwrap()]);
+    let held: Vec<_> = (0..CONNS_MAX)
+        .map(|_| match open(dir.path(), &service) {
+            (Hello::Accept(_), s) => s,
+            (other, _) => panic!("{other:?}"),
+        })
+        .collect();
+    let mut s = UnixStream::connect(dir.path().join("guest.sock")).unwrap();
+    assert!(matches!(hello::read(&mut s).unwrap(), Hello::Refuse(Refuse { status: Status::Busy, .. })));
+    drop(held);
+    // The servers behind keep their ends open: the host's hang-up alone frees the slots.
+    while server.active.load(Ordering::Relaxed) != 0 {
+        thread::yield_now();
+    }
+    assert!(matches!(open(dir.path(), &service).0, Hello::Accept(_)));
+}

@@ -1,0 +1,100 @@
+//! The few system calls that nix and std do not wrap safely: accept4 with an owned descriptor, pidfds, and what a child
+//! does between fork and exec.
+//!
+//! `unsafe` is allowed here because a raw descriptor or pid must be taken over exactly where the kernel hands it out,
+//! and because code between fork and exec has rules that the type system does not know.
+#![allow(unsafe_code)]
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command};
+
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use nix::sys::socket::{SockFlag, accept4};
+use nix::sys::stat::Mode;
+use nix::unistd::{Gid, Pid, Uid};
+
+/// Accepts one stream, close-on-exec.
+pub fn accept(listener: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
+    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
+    // SAFETY: accept4 succeeded, so `fd` is a fresh descriptor that nothing else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Opens a descriptor that means this process and no later one with the same number.
+pub fn pidfd_open(pid: Pid) -> nix::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes a pid and flags by value and touches no memory of ours.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
+    // SAFETY: the call succeeded, so `fd` is a fresh descriptor (close-on-exec by definition) that nothing else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Sends a signal to the process that a pidfd means.
+pub fn pidfd_kill(pidfd: BorrowedFd<'_>, signal: Signal) -> nix::Result<()> {
+    let no_info = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: the descriptor is live for the call; a null siginfo is allowed and means "as kill does".
+    let done = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as i32, no_info, 0) };
+    Errno::result(done).map(drop)
+}
+
+/// What a child is given before its program starts. Everything is made ready before the fork.
+pub struct ChildSetup {
+    /// `cgroup.procs` of the task's cgroup, open for writing.
+    pub cgroup: Option<OwnedFd>,
+    /// Groups, gid and uid to become; none = stay who we are.
+    pub user: Option<(Vec<Gid>, Gid, Uid)>,
+    /// Working directory, entered as that user.
+    pub cwd: CString,
+}
+
+/// Starts a program in its own session with default signals, umask 022, no inherited descriptors and the given user.
+///
+/// # Errors
+/// Any step before or at exec; nothing runs then.
+pub fn spawn(command: &mut Command, setup: ChildSetup) -> io::Result<Child> {
+    let enter = move || -> io::Result<()> {
+        nix::unistd::setsid()?;
+        if let Some(procs) = &setup.cgroup {
+            nix::unistd::write(procs, b"0")?;
+        }
+        close_inherited();
+        default_signals();
+        nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
+        if let Some((groups, gid, uid)) = &setup.user {
+            nix::unistd::setgroups(groups)?;
+            nix::unistd::setgid(*gid)?;
+            nix::unistd::setuid(*uid)?;
+        }
+        nix::unistd::chdir(setup.cwd.as_c_str())?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure makes only async-signal-safe system calls: it neither allocates (paths
+    // are C strings, groups a ready vector) nor takes a lock.
+    unsafe { command.pre_exec(enter) }.spawn()
+}
+
+/// Marks every descriptor above 2 close-on-exec: those that whoever started the agent left open.
+fn close_inherited() {
+    const CLOSE_RANGE_CLOEXEC: libc::c_uint = 4;
+    // SAFETY: close_range with CLOEXEC closes nothing now and touches no memory.
+    let done = unsafe { libc::syscall(libc::SYS_close_range, 3 as libc::c_uint, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) };
+    if done == 0 {
+        return;
+    }
+    // Before Linux 5.11. What is above 1024 was opened by us, and so has the flag already.
+    for fd in 3..1024 {
+        // SAFETY: F_SETFD on a number that is no descriptor fails with EBADF and does nothing.
+        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
+}
+
+/// Undoes what a shell or nohup left ignored; std resets only the mask and SIGPIPE.
+fn default_signals() {
+    for signal in 1..=31 {
+        // SAFETY: SIG_DFL installs no code of ours; KILL and STOP fail with EINVAL and stay as they are.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+}

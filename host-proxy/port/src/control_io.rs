@@ -1,0 +1,429 @@
+//! Control frames on a `SOCK_SEQPACKET` Unix socket: one packet, one frame, at most one descriptor.
+//!
+//! Both sides use it: the port process from its epoll loop, `aditd` inside `AsyncFd::try_io` (on a nonblocking
+//! socket every function here returns `WouldBlock` as the socket does). Nothing is queued or buffered.
+//!
+//! Rules:
+//! - A packet that was cut (`MSG_TRUNC`), a frame with bytes behind it, an unknown kind without `IGNORABLE`, and a
+//!   descriptor with a kind that has none are errors; the connection is of no use after one. Every descriptor that
+//!   came with a refused packet is closed.
+//! - Received descriptors are close-on-exec from the start.
+#![allow(unsafe_code)] // turns the descriptor numbers that the kernel installed into `OwnedFd`
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use adit_channel::frame::{self, FrameError, HEADER_LEN, Header, IGNORABLE};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
+
+use crate::control::{
+    Attach, Cancel, ControlKind, Dial, DialFailed, Dialed, Incoming, PACKET_MAX, Quit, Status,
+};
+
+/// Version of every control kind so far.
+const VERSION: u16 = 1;
+/// What the kernel attaches to one packet at most (SCM_MAX_FD): with room for all, none is lost unseen.
+const SCM_FDS_MAX: usize = 253;
+const SCM_SPACE: usize = 24 + 4 * SCM_FDS_MAX;
+
+/// One control frame, either direction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// To the port process.
+    Dial(Dial),
+    /// To the port process, with one descriptor.
+    Attach(Attach),
+    /// To the port process.
+    Cancel(Cancel),
+    /// To the port process.
+    Quit(Quit),
+    /// To `aditd`.
+    Status(Status),
+    /// To `aditd`.
+    Dialed(Dialed),
+    /// To `aditd`.
+    DialFailed(DialFailed),
+    /// To `aditd`, with one descriptor.
+    Incoming(Incoming),
+}
+
+/// Why a packet is no control frame. The sender's fault, except `Io`.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The socket failed. `WouldBlock` is among them.
+    #[error("control socket failed")]
+    Io(#[from] io::Error),
+    /// The packet is longer than a control packet may be.
+    #[error("control packet is longer than {PACKET_MAX} bytes")]
+    TooLong,
+    /// The packet is shorter than its frame, or than a header.
+    #[error("control packet of {len} bytes is cut")]
+    Cut {
+        /// Bytes received.
+        len: usize,
+    },
+    /// Header or body are malformed, or the kind is unknown.
+    #[error("control frame is malformed")]
+    Frame(#[from] FrameError),
+    /// Another number of descriptors than the kind has.
+    #[error("control frame of kind {kind} came with {found} descriptors, it has {expected}")]
+    Descriptors {
+        /// The frame's kind.
+        kind: u16,
+        /// How many came.
+        found: usize,
+        /// How many belong to it.
+        expected: usize,
+    },
+}
+
+impl ControlError {
+    /// Tells that nothing was there to receive, or no room to send.
+    pub fn would_block(&self) -> bool {
+        matches!(self, Self::Io(e) if e.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
+impl Message {
+    /// Its number on the wire.
+    pub fn kind(&self) -> ControlKind {
+        match self {
+            Self::Dial(_) => ControlKind::Dial,
+            Self::Attach(_) => ControlKind::Attach,
+            Self::Cancel(_) => ControlKind::Cancel,
+            Self::Quit(_) => ControlKind::Quit,
+            Self::Status(_) => ControlKind::Status,
+            Self::Dialed(_) => ControlKind::Dialed,
+            Self::DialFailed(_) => ControlKind::DialFailed,
+            Self::Incoming(_) => ControlKind::Incoming,
+        }
+    }
+
+    /// Descriptors that go with it.
+    fn descriptors(&self) -> usize {
+        usize::from(matches!(self, Self::Attach(_) | Self::Incoming(_)))
+    }
+
+    /// Encodes frame header and body.
+    ///
+    /// # Errors
+    /// The packet would be longer than [`PACKET_MAX`].
+    pub fn encode(&self) -> Result<Vec<u8>, ControlError> {
+        let kind = self.kind() as u16;
+        let bytes = match self {
+            Self::Dial(m) => frame::encode(kind, VERSION, 0, 0, m),
+            Self::Attach(m) => frame::encode(kind, VERSION, 0, 0, m),
+            Self::Cancel(m) => frame::encode(kind, VERSION, 0, 0, m),
+            Self::Quit(m) => frame::encode(kind, VERSION, 0, 0, m),
+            Self::Status(m) => frame::encode(kind, VERSION, 0, 0, m),
+            Self::Dialed(m) => frame::encode(kind, VERSION, 0, 0, m),
+            Self::DialFailed(m) => frame::encode(kind, VERSION, 0, 0, m),
+            Self::Incoming(m) => frame::encode(kind, VERSION, 0, 0, m),
+        }?;
+        if bytes.len() > PACKET_MAX {
+            return Err(ControlError::TooLong);
+        }
+        Ok(bytes)
+    }
+
+    /// Decodes one packet; `None` for a kind that may be skipped.
+    ///
+    /// # Errors
+    /// As [`ControlError`] says.
+    pub fn decode(packet: &[u8]) -> Result<Option<Self>, ControlError> {
+        let len = packet.len();
+        let (head, body) = packet
+            .split_first_chunk::<HEADER_LEN>()
+            .ok_or(ControlError::Cut { len })?;
+        let header = Header::parse(head, (PACKET_MAX - HEADER_LEN) as u32)?;
+        let want = header.len as usize;
+        if body.len() < want {
+            return Err(ControlError::Cut { len });
+        }
+        if body.len() > want {
+            let (kind, extra) = (header.kind, body.len() - want);
+            return Err(FrameError::Trailing { kind, extra }.into());
+        }
+        let known = |k: ControlKind| header.kind == k as u16 && header.version == VERSION;
+        Ok(Some(if known(ControlKind::Dial) {
+            Self::Dial(header.decode(body)?)
+        } else if known(ControlKind::Attach) {
+            Self::Attach(header.decode(body)?)
+        } else if known(ControlKind::Cancel) {
+            Self::Cancel(header.decode(body)?)
+        } else if known(ControlKind::Quit) {
+            Self::Quit(header.decode(body)?)
+        } else if known(ControlKind::Status) {
+            Self::Status(header.decode(body)?)
+        } else if known(ControlKind::Dialed) {
+            Self::Dialed(header.decode(body)?)
+        } else if known(ControlKind::DialFailed) {
+            Self::DialFailed(header.decode(body)?)
+        } else if known(ControlKind::Incoming) {
+            Self::Incoming(header.decode(body)?)
+        } else if header.flags & IGNORABLE != 0 {
+            return Ok(None);
+        } else {
+            let (kind, version) = (header.kind, header.version);
+            return Err(FrameError::Unknown { kind, version }.into());
+        }))
+    }
+}
+
+/// Sends one frame with the descriptor that belongs to it. The caller's descriptor stays open.
+///
+/// # Errors
+/// The socket fails or is full (`WouldBlock`), the frame is too long, or `fd` does not fit the kind.
+pub fn send(
+    sock: impl AsFd,
+    message: &Message,
+    fd: Option<BorrowedFd<'_>>,
+) -> Result<(), ControlError> {
+    let (found, expected) = (usize::from(fd.is_some()), message.descriptors());
+    if found != expected {
+        let kind = message.kind() as u16;
+        return Err(ControlError::Descriptors {
+            kind,
+            found,
+            expected,
+        });
+    }
+    let bytes = message.encode()?;
+    let raw = fd.map(|fd| [fd.as_raw_fd()]);
+    let rights = raw.as_ref().map(|raw| ControlMessage::ScmRights(raw));
+    loop {
+        let sent = sendmsg::<UnixAddr>(
+            sock.as_fd().as_raw_fd(),
+            &[IoSlice::new(&bytes)],
+            rights.as_slice(),
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        );
+        match sent {
+            // A packet goes whole or not at all.
+            Ok(_) => return Ok(()),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(io::Error::from(e).into()),
+        }
+    }
+}
+
+/// Receives the next frame and its descriptor. `None` at the end: the other side is gone.
+///
+/// # Errors
+/// The socket fails or is empty (`WouldBlock`), or the packet is not one of ours: close the connection.
+pub fn receive(sock: impl AsFd) -> Result<Option<(Message, Option<OwnedFd>)>, ControlError> {
+    let mut packet = vec![0; PACKET_MAX];
+    loop {
+        let (len, mut fds) = match receive_packet(sock.as_fd(), &mut packet) {
+            Err(ControlError::Io(e)) if e.kind() == io::ErrorKind::Interrupted => continue,
+            received => received?,
+        };
+        if len == 0 && fds.is_empty() {
+            return Ok(None);
+        }
+        let Some(message) = Message::decode(&packet[..len])? else {
+            continue;
+        };
+        let (kind, found, expected) = (message.kind() as u16, fds.len(), message.descriptors());
+        if found != expected {
+            return Err(ControlError::Descriptors {
+                kind,
+                found,
+                expected,
+            });
+        }
+        return Ok(Some((message, fds.pop())));
+    }
+}
+
+fn receive_packet(
+    sock: BorrowedFd<'_>,
+    packet: &mut [u8],
+) -> Result<(usize, Vec<OwnedFd>), ControlError> {
+    let mut space = vec![0u8; SCM_SPACE];
+    let mut iov = [IoSliceMut::new(packet)];
+    let msg = recvmsg::<UnixAddr>(
+        sock.as_raw_fd(),
+        &mut iov,
+        Some(&mut space),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )
+    .map_err(io::Error::from)?;
+    let mut fds = Vec::new();
+    for control in msg.cmsgs().map_err(io::Error::from)? {
+        if let ControlMessageOwned::ScmRights(raw) = control {
+            // SAFETY: the kernel has just installed these descriptors for this call; nothing else knows them.
+            fds.extend(
+                raw.into_iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+            );
+        }
+    }
+    if msg.flags.contains(MsgFlags::MSG_TRUNC) {
+        return Err(ControlError::TooLong);
+    }
+    Ok((msg.bytes, fds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::{PREFIX_MAX, Target};
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap()
+    }
+
+    fn raw_send(sock: &OwnedFd, bytes: &[u8], fds: &[i32]) {
+        let rights = ControlMessage::ScmRights(fds);
+        let rights = if fds.is_empty() {
+            &[][..]
+        } else {
+            std::slice::from_ref(&rights)
+        };
+        let iov = [IoSlice::new(bytes)];
+        sendmsg::<UnixAddr>(sock.as_raw_fd(), &iov, rights, MsgFlags::empty(), None).unwrap();
+    }
+
+    fn open_fds() -> usize {
+        std::fs::read_dir("/proc/self/fd").unwrap().count()
+    }
+
+    #[test]
+    fn every_kind_crosses_the_socket() {
+        let (a, b) = pair();
+        let failed = DialFailed {
+            id: 4,
+            error: crate::control::DialError::Timeout,
+            status: 0,
+            errno: 0,
+            text: "x".into(),
+        };
+        let status = Status {
+            vm: "web-1".into(),
+            cid: 3,
+            pid: 1,
+            session: true,
+            epoch: 2,
+            streams: 1,
+            bytes: (5, 6),
+            faults: 0,
+            last_fault: String::new(),
+        };
+        let dial = |to| {
+            Message::Dial(Dial {
+                id: 1,
+                to,
+                deadline_ms: 5,
+            })
+        };
+        for m in [
+            dial(Target::VsockPort(22)),
+            dial(Target::Service("tcp:80".parse().unwrap())),
+            Message::Attach(Attach {
+                id: 1,
+                prefix: vec![7; PREFIX_MAX],
+            }),
+            Message::Cancel(Cancel { id: 3 }),
+            Message::Quit(Quit {}),
+            Message::Status(status),
+            Message::Dialed(Dialed {
+                id: 1,
+                boot_nonce: [9; 16],
+            }),
+            Message::DialFailed(failed),
+            Message::Incoming(Incoming {
+                port: 741,
+                peer_port: 5,
+            }),
+        ] {
+            let fd = (m.descriptors() == 1).then_some(a.as_fd());
+            send(&a, &m, fd).unwrap();
+            let (got, fd) = receive(&b).unwrap().unwrap();
+            assert_eq!((got, fd.is_some()), (m.clone(), m.descriptors() == 1));
+        }
+        assert!(receive(&b).unwrap_err().would_block());
+        drop(a);
+        assert!(receive(&b).unwrap().is_none());
+    }
+
+    #[test]
+    fn dial_has_golden_bytes() {
+        let to = Target::Service("tcp:80".parse().unwrap());
+        let bytes = Message::Dial(Dial {
+            id: 7,
+            to,
+            deadline_ms: 5000,
+        })
+        .encode()
+        .unwrap();
+        assert_eq!(
+            bytes[..16],
+            [11, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+        );
+        assert_eq!(
+            bytes[16..],
+            [7, 0, 6, b't', b'c', b'p', b':', b'8', b'0', 0x88, 0x27]
+        );
+    }
+
+    #[test]
+    fn unknown_kinds_are_errors_unless_ignorable() {
+        let (a, b) = pair();
+        raw_send(&a, &frame::encode(99, 1, 0, IGNORABLE, &1u8).unwrap(), &[]);
+        send(&a, &Message::Quit(Quit {}), None).unwrap();
+        assert_eq!(receive(&b).unwrap().unwrap().0, Message::Quit(Quit {}));
+        raw_send(&a, &frame::encode(99, 1, 0, 0, &1u8).unwrap(), &[]);
+        assert!(matches!(
+            receive(&b),
+            Err(ControlError::Frame(FrameError::Unknown { kind: 99, .. }))
+        ));
+    }
+
+    #[test]
+    fn cut_long_and_trailing_packets_are_errors() {
+        let (a, b) = pair();
+        let good = Message::Cancel(Cancel { id: 300 }).encode().unwrap();
+        for cut in 1..good.len() {
+            raw_send(&a, &good[..cut], &[]);
+            assert!(
+                matches!(receive(&b), Err(ControlError::Cut { .. })),
+                "{cut}"
+            );
+        }
+        raw_send(&a, &[&good[..], &[0]].concat(), &[]);
+        assert!(matches!(
+            receive(&b),
+            Err(ControlError::Frame(FrameError::Trailing { .. }))
+        ));
+        raw_send(&a, &vec![0; PACKET_MAX + 1], &[]);
+        assert!(matches!(receive(&b), Err(ControlError::TooLong)));
+    }
+
+    #[test]
+    fn descriptors_that_do_not_belong_are_closed() {
+        let (a, b) = pair();
+        let raw = a.as_raw_fd();
+        let quit = Message::Quit(Quit {}).encode().unwrap();
+        let attach = Message::Attach(Attach {
+            id: 1,
+            prefix: vec![],
+        })
+        .encode()
+        .unwrap();
+        for (bytes, fds) in [
+            (&quit, &[raw; 1][..]),
+            (&attach, &[]),
+            (&attach, &[raw; 2]),
+            (&attach, &[raw; 200]),
+        ] {
+            raw_send(&a, bytes, fds);
+            assert!(matches!(receive(&b), Err(ControlError::Descriptors { .. })));
+        }
+        // Other tests of this process open descriptors too, but not hundreds.
+        assert!(open_fds() < 150);
+    }
+}
