@@ -89,7 +89,6 @@ impl DialError {
 /// A dial that is not done.
 #[derive(Debug)]
 pub(crate) struct Dial {
-    pub(crate) deadline: Option<Tick>,
     open: Option<Open>,
     answer: Vec<u8>,
 }
@@ -97,7 +96,6 @@ pub(crate) struct Dial {
 impl Dial {
     pub(crate) fn new(request: DialRequest) -> Self {
         Self {
-            deadline: request.deadline,
             open: request.hello,
             answer: Vec::new(),
         }

@@ -40,7 +40,7 @@ pub struct PortIndex(pub(crate) u16);
 /// What the owner of a shard is told by [`Shard::poll_news`].
 #[derive(Debug)]
 pub enum News {
-    /// A descriptor that was given to [`Shard::watch`] is readable or hung up.
+    /// A descriptor that was given to [`Shard::watch`] is readable, hung up, or (if asked for) writable.
     Ready {
         /// Its key.
         key: u32,
@@ -213,6 +213,14 @@ impl<C: Carrier> Shard<C> {
     /// It cannot be watched.
     pub fn watch(&self, fd: BorrowedFd<'_>, key: u32) -> io::Result<()> {
         self.watch.add_level(fd, Token::Extra(key))
+    }
+
+    /// Also watches it for room to write, or no longer.
+    ///
+    /// # Errors
+    /// It is not being watched.
+    pub fn watch_writable(&self, fd: BorrowedFd<'_>, key: u32, on: bool) -> io::Result<()> {
+        self.watch.set_writable(fd, Token::Extra(key), on)
     }
 
     /// Ends [`watch`](Self::watch); to be called before the descriptor is closed.

@@ -1,1 +1,28 @@
-//! placeholder
+//! `adit-guest`: the agent inside a VM image.
+//!
+//! ```text
+//!   host ══ AF_VSOCK 741 ══▶ serve ── policy ──▶ relay ══ TCP ══▶ 127.0.0.1:PORT
+//!   host ◀══ AF_VSOCK 741 ══ client ── runner ──▶ verify ▸ journal ▸ exec::{script, file} ▸ journal
+//! ```
+//! Two threads when idle, both blocked in one system call: the listener in `accept`, the client in `read`. Each stream
+//! has a thread of its own while it lives. There is no runtime and no timer.
+//!
+//! What it never does: run anything that no trust anchor of the image has signed, pass an argument through a shell,
+//! follow a symbolic link when it writes a file, start a task id twice.
+
+pub mod client;
+pub mod config;
+pub mod conn;
+pub mod crash;
+pub mod exec;
+pub mod facts;
+pub mod install;
+pub mod journal;
+pub mod log;
+pub mod relay;
+pub mod run;
+pub mod runner;
+pub mod serve;
+mod sys;
+pub mod transport;
+pub mod verify;

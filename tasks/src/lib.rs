@@ -1,7 +1,59 @@
-//! Goals, plans, tasks, reports and their signatures: pure, shared by host and guest.
+//! Goals, plans, tasks, reports and their signatures: pure (no clock, no IO), shared by host and guest.
+//!
+//! ```text
+//!  draft (YAML, a person) ─ into_payload ─► goal JSON ─ dsse::sign ─► envelope ─► host: plan, queue
+//!                                                                        │
+//!                            guest: admit = verify, audience, time, sequence, step ─► Admitted ─► Report
+//! ```
+//! | module | what |
+//! |---|---|
+//! | `goal` | what a manager signs, strictly parsed |
+//! | `draft` | what a person writes (feature `yaml`) |
+//! | `dsse`, `key` | envelopes and signatures; keys and trust anchors |
+//! | `plan` | goal and VM → tasks with derived ids |
+//! | `admit` | what a guest checks before it does anything |
+//! | `wire` | messages of the `tasks` service |
 #![forbid(unsafe_code)]
 
-pub mod wire;
+pub mod admit;
+#[cfg(feature = "yaml")]
+pub mod draft;
+pub mod dsse;
+pub mod goal;
+pub mod key;
+pub mod plan;
 mod vm_id;
+pub mod wire;
 
+pub use admit::{Admitted, Denial, admit};
+pub use goal::{Goal, Step};
+pub use key::{KeyId, PublicKey, TrustStore};
+pub use plan::{PlannedTask, plan, task_id};
 pub use vm_id::{VmId, VmIdError};
+
+/// Lower-case hex.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut out, b| {
+        // Writing to a String cannot fail.
+        let _ = write!(out, "{b:02x}");
+        out
+    })
+}
+
+/// The bytes of lower-case hex of exactly this length.
+pub fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let digit = |b: u8| match b {
+        b'0'..=b'9' => Some(b - b'0'),
+        b'a'..=b'f' => Some(b - b'a' + 10),
+        _ => None,
+    };
+    let mut out = [0; N];
+    if text.len() != 2 * N {
+        return None;
+    }
+    for (byte, pair) in out.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+        *byte = digit(pair[0])? << 4 | digit(pair[1])?;
+    }
+    Some(out)
+}

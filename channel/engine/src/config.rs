@@ -3,7 +3,8 @@
 /// Limits and times of one engine. All of them bound what one VM can take from the host.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineConfig {
-    /// Streams at a time, both directions together (default 1,024; at most [`STREAMS_MAX`](crate::STREAMS_MAX)).
+    /// Streams at a time, both directions together (default 1,024; at most [`STREAMS_MAX`](crate::STREAMS_MAX)). The last
+    /// eighth is for streams that we open: no process behind the peer can keep us from reaching it.
     pub max_streams: u32,
     /// Bytes of receive window that all streams of this VM share (default 8 MiB): the sum of all windows never exceeds
     /// it, so it bounds what the shell may have to hold.

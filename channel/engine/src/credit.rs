@@ -37,11 +37,6 @@ impl TxCredit {
         self.sent - self.taken
     }
 
-    /// Returns true if the peer is not known to have something that it has not taken.
-    pub(crate) fn drained(&self) -> bool {
-        self.in_flight() == 0
-    }
-
     /// Applies the credit fields of a packet; true if the peer took something or its window changed.
     pub(crate) fn update(&mut self, buf_alloc: u32, fwd_cnt: u32) -> Result<bool, Violation> {
         let ahead = fwd_cnt.wrapping_sub(self.taken as u32);
@@ -62,11 +57,11 @@ impl TxCredit {
         })
     }
 
-    /// Returns true if `fwd_cnt` can be this stream's at all: a late packet of the pair's former stream may show that
-    /// it is late.
-    pub(crate) fn plausible(&self, fwd_cnt: u32) -> bool {
+    /// Checks that `fwd_cnt` can be this stream's at all: a late packet of the pair's former stream may show that it
+    /// is late.
+    pub(crate) fn plausible(&self, fwd_cnt: u32) -> Result<(), Violation> {
         let mut copy = *self;
-        copy.update(self.buf_alloc, fwd_cnt).is_ok()
+        copy.update(self.buf_alloc, fwd_cnt).map(|_| ())
     }
 
     /// Returns how many bytes may be sent now: 0 while the peer holds as many packets as it can.

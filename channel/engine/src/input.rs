@@ -47,12 +47,10 @@ impl Engine {
     fn on_rst(&mut self, slot: u32, h: &PacketHeader) -> Disposition {
         let s = &self.table[slot];
         // It names bytes that this stream never sent: late, from the stream that had the pair before (R45).
-        if s.live() && !s.tx.plausible(h.fwd_cnt) {
-            let tx_cnt = s.tx.in_flight() as u32;
-            return Disposition::Ignore(Violation::FwdCntAhead {
-                fwd_cnt: h.fwd_cnt,
-                tx_cnt,
-            });
+        if s.live()
+            && let Err(v) = s.tx.plausible(h.fwd_cnt)
+        {
+            return Disposition::Ignore(v);
         }
         match s.phase {
             // The request is still with us, so the reset is for something before it.
@@ -89,6 +87,9 @@ impl Engine {
             None => self.rst.cancel(h.dst_port, h.src_port),
         }
         if self.listening.binary_search(&h.dst_port).is_err() {
+            return self.refuse(h);
+        }
+        if self.table.left() <= self.cfg.max_streams / 8 {
             return self.refuse(h);
         }
         let mut tx = Stream::FREE.tx;

@@ -165,7 +165,9 @@ impl Engine {
             self.table.unmap(slot);
         }
         self.settle(slot);
-        self.table.rotate(ListId::Owed);
+        if self.table.first(ListId::Owed) == Some(slot) {
+            self.table.rotate(ListId::Owed);
+        }
         self.free_if_done(slot);
         Transmit {
             header,

@@ -356,11 +356,11 @@ impl<C: Carrier> Port<C> {
 
     fn woken(&mut self, now: Tick, id: u32) {
         let woken = self.carrier.woken(id);
-        if woken.wakers_changed {
-            if let Err(e) = self.watch_wakers() {
-                // Without wakers the channel would hang silently.
-                self.fault(now, &format!("cannot watch the carrier's descriptors: {e}"));
-            }
+        if woken.wakers_changed
+            && let Err(e) = self.watch_wakers()
+        {
+            // Without wakers the channel would hang silently.
+            self.fault(now, &format!("cannot watch the carrier's descriptors: {e}"));
         }
         if let Some(change) = woken.session {
             self.session(now, change);

@@ -116,6 +116,19 @@ impl Watch {
         Ok(self.epoll.add(fd, event)?)
     }
 
+    /// Turns waiting for room to write on or off for a level-triggered descriptor.
+    pub(crate) fn set_writable(
+        &self,
+        fd: BorrowedFd<'_>,
+        token: Token,
+        on: bool,
+    ) -> io::Result<()> {
+        let mut flags = EpollFlags::EPOLLIN;
+        flags.set(EpollFlags::EPOLLOUT, on);
+        let mut event = EpollEvent::new(flags, token.pack(self.port));
+        Ok(self.epoll.modify(fd, &mut event)?)
+    }
+
     /// Takes a descriptor out of the set.
     pub(crate) fn remove(&self, fd: BorrowedFd<'_>) {
         // It fails only for one that is not in it.

@@ -1,6 +1,20 @@
 //! A VM's port process: device, engine and that VM's tunnels. Parses no HTTP; `aditd` maps no guest memory.
 //!
-//! Without the `shell` feature this is the control protocol only, which is what `aditd` links.
+//! | module | what |
+//! |---|---|
+//! | `control`, `control_io` | how `aditd` and a port process speak: all that there is without the `shell` feature |
+//! | `process` | the loop: control frames, notices of the port, status |
+//! | `place` | the VM's directory: lock, sockets |
+//! | `sandbox` | landlock and seccomp |
+//! | `log` | lines to stderr, limited and escaped |
 
 pub mod control;
 pub mod control_io;
+#[cfg(feature = "shell")]
+pub mod log;
+#[cfg(feature = "shell")]
+pub mod place;
+#[cfg(feature = "shell")]
+pub mod process;
+#[cfg(feature = "shell")]
+pub mod sandbox;

@@ -1,0 +1,300 @@
+//! How streams end: in order, by deadline, with the session.
+
+use super::*;
+use crate::{ConnectError, How, SHUTDOWN_RCV, SHUTDOWN_SEND};
+
+fn closed(stream: StreamId) -> Event {
+    Event::Closed {
+        stream,
+        reason: None,
+    }
+}
+
+#[test]
+fn r49_peer_ends_its_sending_and_gets_a_mebibyte_back() {
+    let mut r = Rig::new(EngineConfig::default());
+    let s = r.open(9);
+    assert_eq!(r.shut(9, SHUTDOWN_SEND), Disposition::Consume);
+    assert_eq!(
+        r.events(),
+        [Event::PeerShutdown {
+            stream: s,
+            how: How::Send
+        }]
+    );
+    let mut sent = 0;
+    while sent < 1 << 20 {
+        r.e.offer(s, (1 << 20) - sent);
+        sent += r.sent().iter().map(|h| h.len).sum::<u32>();
+        r.credit(9, 256 << 10, sent);
+    }
+    r.events();
+    r.e.shutdown(r.now, s, How::Send);
+    // Both have ended their sending: the full SHUTDOWN asks for the RST.
+    let last = r.sent();
+    assert_eq!(
+        (last.len(), last[0].op, last[0].flags),
+        (1, Op::Shutdown as u16, 3)
+    );
+    assert_eq!(r.op(Op::Rst, 9), Disposition::Consume);
+    assert_eq!(r.events(), [closed(s)]);
+    r.empty();
+}
+
+#[test]
+fn r49_we_end_our_sending_and_get_a_mebibyte_back() {
+    let mut r = Rig::new(EngineConfig::default());
+    let s = r.open(9);
+    r.e.shutdown(r.now, s, How::Send);
+    let h = r.sent();
+    assert_eq!((h.len(), h[0].flags), (1, SHUTDOWN_SEND));
+    assert_eq!(
+        r.e.poll_timeout(),
+        None,
+        "a half-closed stream may live for ever"
+    );
+    for _ in 0..1024 {
+        assert_eq!(
+            r.data(9, 1024),
+            Disposition::Deliver {
+                stream: s,
+                len: 1024
+            }
+        );
+        r.e.consumed(r.now, s, 1024);
+        r.sent();
+    }
+    r.shut(9, 3);
+    assert_eq!(
+        r.events(),
+        [
+            Event::PeerShutdown {
+                stream: s,
+                how: How::Both
+            },
+            closed(s)
+        ]
+    );
+    assert_eq!(r.ops(), [(Op::Rst, 9)]);
+    r.empty();
+}
+
+#[test]
+fn r57_send_then_close_loses_nothing_to_a_slow_sink() {
+    for by_rst in [false, true] {
+        let mut r = Rig::new(EngineConfig::default());
+        let s = r.open(9);
+        assert_eq!(
+            r.data(9, 5000),
+            Disposition::Deliver {
+                stream: s,
+                len: 5000
+            }
+        );
+        r.shut(9, if by_rst { SHUTDOWN_SEND } else { 3 });
+        if by_rst {
+            r.e.shutdown(r.now, s, How::Send);
+            r.sent();
+            r.op(Op::Rst, 9);
+        }
+        assert_eq!(r.events().len(), 1, "the shutdown, not the end");
+        let ops = r.ops();
+        assert_eq!(ops.len(), usize::from(!by_rst), "answered at once: {ops:?}");
+        // The peer may use the pair again while the sink drains.
+        let new = r.open(9);
+        r.e.consumed(r.now, s, 4999);
+        assert!(r.events().is_empty());
+        r.e.consumed(r.now, s, u32::MAX);
+        assert_eq!(r.events(), [closed(s)]);
+        assert_eq!(r.e.ports(new), Some((SERVICE, 9)));
+    }
+}
+
+#[test]
+fn r57_reset_after_half_close_drains_first_and_tells_why() {
+    let mut r = Rig::new(EngineConfig::default());
+    let s = r.open(9);
+    let _ = r.data(9, 100);
+    r.shut(9, SHUTDOWN_SEND);
+    r.op(Op::Rst, 9);
+    assert_eq!(r.events().len(), 1);
+    r.e.consumed(r.now, s, 100);
+    assert_eq!(
+        r.events(),
+        [Event::Closed {
+            stream: s,
+            reason: Some(ResetReason::Peer)
+        }]
+    );
+    r.empty();
+}
+
+#[test]
+fn r57_shutdown_waits_for_what_was_offered() {
+    let mut r = Rig::new(EngineConfig::default());
+    let s = r.open(9);
+    r.credit(9, 100, 0);
+    r.e.offer(s, u32::MAX);
+    r.e.shutdown(r.now, s, How::Send);
+    assert_eq!(r.ops(), [(Op::Rw, 9)]);
+    r.credit(9, 100, 100);
+    let t = r.e.poll_transmit(r.now, 4096).unwrap();
+    assert_eq!(t.body, Some((s, 100)));
+    // The sink turns out to be empty.
+    r.e.offer(s, 0);
+    assert_eq!(r.ops(), [(Op::Shutdown, 9)]);
+    r.e.offer(s, 50);
+    assert!(r.sent().is_empty(), "nothing after the end");
+}
+
+#[test]
+fn shut_down_stream_is_reset_at_its_deadline() {
+    let mut r = Rig::new(EngineConfig::default());
+    let s = r.open(9);
+    r.e.shutdown(r.now, s, How::Both);
+    assert_eq!(r.sent()[0].flags, 3);
+    assert_eq!(
+        r.data(9, 100),
+        Disposition::Consume,
+        "dropped, and its credit comes back"
+    );
+    r.wait();
+    assert_eq!(r.now.0, 8_000 * MS);
+    r.ended(s, 9, ResetReason::Timeout);
+    // The same where the peer had said everything: in order, only its RST is missing.
+    let s = r.open(9);
+    r.shut(9, SHUTDOWN_SEND);
+    r.e.shutdown(r.now, s, How::Send);
+    r.sent();
+    r.events();
+    r.wait();
+    assert_eq!(r.events(), [closed(s)]);
+    assert_eq!(r.ops(), [(Op::Rst, 9)]);
+    r.empty();
+}
+
+#[test]
+fn shutdown_flags_of_the_peer_add_up() {
+    let mut r = Rig::new(EngineConfig::default());
+    let s = r.open(9);
+    r.e.offer(s, 10);
+    r.shut(9, SHUTDOWN_RCV);
+    assert_eq!(
+        r.events(),
+        [Event::PeerShutdown {
+            stream: s,
+            how: How::Receive
+        }]
+    );
+    r.e.offer(s, 10);
+    assert!(r.sent().is_empty(), "it wants no more");
+    assert_eq!(r.data(9, 10), Disposition::Deliver { stream: s, len: 10 });
+    r.e.consumed(r.now, s, 10);
+    r.shut(9, SHUTDOWN_SEND);
+    assert_eq!(
+        r.events(),
+        [
+            Event::PeerShutdown {
+                stream: s,
+                how: How::Send
+            },
+            closed(s)
+        ]
+    );
+    assert_eq!(r.ops(), [(Op::Rst, 9)]);
+    r.empty();
+}
+
+#[test]
+fn connect_is_answered_refused_or_times_out() {
+    let mut r = Rig::new(EngineConfig::default());
+    r.dial(80, Lane::Bulk);
+    let s = r.e.connect(r.now, 81, Kind::Stream, Lane::Bulk).unwrap();
+    let (local, _) = r.e.ports(s).unwrap();
+    // A reset before the request went out is for something else.
+    r.handle(Rig::packet(Op::Rst, 81, local));
+    assert_eq!(r.ops(), [(Op::Request, 81)]);
+    r.handle(Rig::packet(Op::Rst, 81, local));
+    assert_eq!(
+        r.events(),
+        [Event::Closed {
+            stream: s,
+            reason: Some(ResetReason::Refused)
+        }]
+    );
+    assert!(r.sent().is_empty());
+    let s = r.e.connect(r.now, 81, Kind::Stream, Lane::Bulk).unwrap();
+    r.sent();
+    r.wait();
+    assert_eq!(r.now.0, 2_000 * MS);
+    assert_eq!(
+        r.events(),
+        [Event::Closed {
+            stream: s,
+            reason: Some(ResetReason::Timeout)
+        }]
+    );
+    assert_eq!(r.ops(), [(Op::Rst, 81)]);
+    // Given up before the peer heard of it: nothing is sent.
+    let s = r.e.connect(r.now, 81, Kind::Stream, Lane::Bulk).unwrap();
+    r.e.reset(r.now, s, ResetReason::Local);
+    assert!(r.sent().is_empty());
+}
+
+#[test]
+fn session_change_ends_every_stream_once() {
+    for (change, reason) in [
+        (SessionChange::Attached { epoch: 2 }, ResetReason::Epoch),
+        (
+            SessionChange::Lost(ResetReason::CarrierFault),
+            ResetReason::CarrierFault,
+        ),
+    ] {
+        let mut r = Rig::new(EngineConfig::default());
+        let open = r.open(1);
+        let draining = r.open(2);
+        let _ = r.data(2, 100);
+        r.shut(2, 3);
+        r.events();
+        assert_eq!(r.ops(), [(Op::Rst, 2)]);
+        let reset = r.open(3);
+        r.e.reset(r.now, reset, ResetReason::Local);
+        r.op(Op::Request, 4);
+        let asked = r.e.connect(r.now, 5, Kind::Stream, Lane::Bulk).unwrap();
+        r.op(Op::Rw, 6);
+        r.e.handle_session(r.now, change);
+        let mut ends = r.events();
+        ends.sort_by_key(|e| match e {
+            Event::Closed { stream, .. } => stream.slot(),
+            e => panic!("{e:?}"),
+        });
+        let end = |stream, reason| Event::Closed {
+            stream,
+            reason: Some(reason),
+        };
+        assert_eq!(
+            ends,
+            [
+                end(open, reason),
+                end(draining, reason),
+                end(reset, ResetReason::Local),
+                end(asked, reason)
+            ]
+        );
+        assert!(
+            r.sent().is_empty(),
+            "the new session has never heard of them"
+        );
+        r.empty();
+        if change == SessionChange::Lost(reason) {
+            assert_eq!(
+                r.op(Op::Request, 9),
+                Disposition::Ignore(unexpected(Op::Request))
+            );
+            let refused = r.e.connect(r.now, 1, Kind::Stream, Lane::Bulk);
+            assert_eq!(refused, Err(ConnectError::NoSession));
+        } else {
+            r.open(9);
+        }
+    }
+}

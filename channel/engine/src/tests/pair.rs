@@ -1,0 +1,401 @@
+//! Two engines in virtual time over a carrier with bounded slots of random sizes and seeded delays. An oracle knows every
+//! byte of every stream; the shells of both sides are as small as a shell can be. One seed replays a run.
+
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::vec::Vec;
+
+use super::*;
+use crate::How;
+
+/// Byte `at` of what `side` sends on the stream `pair`.
+fn byte(pair: (u32, u32), side: usize, at: u64) -> u8 {
+    let x = u64::from(pair.0)
+        ^ (u64::from(pair.1) << 7)
+        ^ ((side as u64) << 3)
+        ^ at.wrapping_mul(0x9e37_79b9);
+    (x ^ (x >> 13)) as u8
+}
+
+/// One end of one stream, as its shell sees it. `pair` is (port of side 0, port of side 1).
+struct End {
+    stream: StreamId,
+    pair: (u32, u32),
+    open: bool,
+    to_send: u64,
+    sent: u64,
+    received: u64,
+    held: u32,
+    eof_out: bool,
+    closed: Option<Option<ResetReason>>,
+}
+
+struct Side {
+    e: Engine,
+    ends: BTreeMap<u32, End>,
+    done: Vec<End>,
+    wire: VecDeque<(u64, PacketHeader, Vec<u8>)>,
+}
+
+struct World {
+    rng: Rng,
+    now: Tick,
+    sides: [Side; 2],
+    slots: usize,
+    capacity: u64,
+    delay: u64,
+    to_open: u32,
+    resets: bool,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut rng = Rng(seed);
+        let mut side = |n| {
+            let most = if rng.one_in(2) { 50 } else { 5000 };
+            let initial = 1 + rng.below(most) as u32;
+            let cfg = EngineConfig {
+                max_streams: 64,
+                pool_bytes: 30_000 + rng.below(100_000),
+                initial_window: initial,
+                max_window: initial * (1 + rng.below(16) as u32),
+                quantum: 1 + rng.below(2000) as u32,
+                packet_overhead: [0, 7, 576][rng.below(3) as usize],
+                // Nothing of these runs is to end by a deadline: what hangs is a fault of the engine.
+                connect_timeout: u64::MAX,
+                shutdown_timeout: u64::MAX,
+            };
+            let mut e = Engine::new(cfg, seed ^ n);
+            e.listen(SERVICE, Kind::Stream).unwrap();
+            e.handle_session(Tick(0), SessionChange::Attached { epoch: seed });
+            Side {
+                e,
+                ends: BTreeMap::new(),
+                done: Vec::new(),
+                wire: VecDeque::new(),
+            }
+        };
+        let sides = [side(0), side(1)];
+        Self {
+            now: Tick(0),
+            sides,
+            slots: 1 + rng.below(20) as usize,
+            capacity: 1 + rng.below(3000),
+            delay: 1 + rng.below(10 * MS),
+            to_open: 1 + rng.below(20) as u32,
+            resets: rng.one_in(3),
+            rng,
+        }
+    }
+
+    fn enter(&mut self, side: usize, stream: StreamId, ports: (u32, u32), open: bool) {
+        let pair = if side == 0 { ports } else { (ports.1, ports.0) };
+        let limit = if self.rng.one_in(8) { 40_000 } else { 3000 };
+        let to_send = self.rng.below(limit);
+        let end = End {
+            stream,
+            pair,
+            open,
+            to_send,
+            sent: 0,
+            received: 0,
+            held: 0,
+            eof_out: false,
+            closed: None,
+        };
+        assert!(
+            self.sides[side].ends.insert(stream.slot(), end).is_none(),
+            "slot given twice"
+        );
+    }
+
+    fn connect(&mut self) {
+        let side = self.rng.below(2) as usize;
+        let lane = if self.rng.one_in(3) {
+            Lane::Control
+        } else {
+            Lane::Bulk
+        };
+        let e = &mut self.sides[side].e;
+        if let Ok(s) = e.connect(self.now, SERVICE, Kind::Stream, lane) {
+            let ports = e.ports(s).unwrap();
+            self.to_open -= 1;
+            self.enter(side, s, ports, false);
+        }
+    }
+
+    fn events(&mut self, side: usize) {
+        while let Some(event) = self.sides[side].e.poll_event() {
+            match event {
+                Event::Incoming {
+                    stream,
+                    local_port,
+                    peer_port,
+                } => {
+                    self.enter(side, stream, (local_port, peer_port), true);
+                    self.sides[side].e.answer(self.now, stream, Answer::Accept);
+                    self.offer(side, stream.slot());
+                }
+                Event::Connected { stream } => {
+                    let end = self.sides[side].ends.get_mut(&stream.slot()).unwrap();
+                    assert_eq!(end.stream, stream);
+                    end.open = true;
+                    self.offer(side, stream.slot());
+                }
+                Event::Closed { stream, reason } => {
+                    let mut end = self.sides[side]
+                        .ends
+                        .remove(&stream.slot())
+                        .expect("closed once");
+                    assert_eq!(end.stream, stream);
+                    assert!(
+                        reason.is_some() || end.held == 0,
+                        "ended in order before the sink had it all"
+                    );
+                    end.closed = Some(reason);
+                    self.sides[side].done.push(end);
+                }
+                Event::Writable { .. } | Event::PeerShutdown { .. } => {}
+            }
+        }
+    }
+
+    /// The sink tells what it has; at its end it shuts down.
+    fn offer(&mut self, side: usize, slot: u32) {
+        let vague = self.rng.one_in(3);
+        let Side { e, ends, .. } = &mut self.sides[side];
+        let Some(end) = ends.get_mut(&slot).filter(|end| end.open && !end.eof_out) else {
+            return;
+        };
+        let left = (end.to_send - end.sent) as u32;
+        e.offer(end.stream, if vague { u32::MAX } else { left });
+        if left == 0 {
+            e.offer(end.stream, 0);
+            e.shutdown(self.now, end.stream, How::Send);
+            end.eof_out = true;
+        }
+    }
+
+    fn transmit(&mut self, side: usize) -> bool {
+        if self.sides[side].wire.len() >= self.slots {
+            return false;
+        }
+        let capacity = 1 + self.rng.below(self.capacity) as u32;
+        let Side { e, ends, wire, .. } = &mut self.sides[side];
+        let Some(t) = e.poll_transmit(self.now, capacity) else {
+            return false;
+        };
+        assert!(e.wants_transmit() || t.body.is_none());
+        let (header, body) = match t.body {
+            None => (t.header, Vec::new()),
+            Some((s, len)) => {
+                assert!(len > 0 && len <= capacity);
+                let end = ends.get_mut(&s.slot()).expect("known");
+                let left = end.to_send - end.sent;
+                if left == 0 {
+                    e.offer(s, 0);
+                    self.offer(side, s.slot());
+                    return true;
+                }
+                let n = 1 + self.rng.below(u64::from(len).min(left));
+                let body: Vec<u8> = (end.sent..end.sent + n)
+                    .map(|at| byte(end.pair, side, at))
+                    .collect();
+                end.sent += n;
+                (e.commit_body(self.now, s, n as u32), body)
+            }
+        };
+        let at = wire
+            .back()
+            .map_or(0, |p| p.0)
+            .max(self.now.0 + self.rng.below(self.delay));
+        wire.push_back((at, header, body));
+        if let Some((s, _)) = t.body {
+            self.offer(side, s.slot());
+        }
+        true
+    }
+
+    fn receive(&mut self, side: usize) -> bool {
+        match self.sides[1 - side].wire.front() {
+            Some(p) if p.0 <= self.now.0 => {}
+            _ => return false,
+        }
+        let (_, h, body) = self.sides[1 - side].wire.pop_front().unwrap();
+        let Side { e, ends, .. } = &mut self.sides[side];
+        match e.handle_packet(self.now, &h, body.len() as u32) {
+            Disposition::Consume => {}
+            Disposition::Deliver { stream, len } => {
+                assert_eq!(len as usize, body.len());
+                let end = ends.get_mut(&stream.slot()).expect("known");
+                for (i, &b) in body.iter().enumerate() {
+                    assert_eq!(
+                        b,
+                        byte(end.pair, 1 - side, end.received + i as u64),
+                        "byte out of place"
+                    );
+                }
+                end.received += u64::from(len);
+                end.held += len;
+            }
+            other => panic!("an honest peer was told {other:?} for {h:?}"),
+        }
+        true
+    }
+
+    fn consume(&mut self, side: usize) -> bool {
+        let Side { e, ends, .. } = &mut self.sides[side];
+        let holding: Vec<u32> = ends
+            .iter()
+            .filter(|(_, end)| end.held > 0)
+            .map(|(&s, _)| s)
+            .collect();
+        if holding.is_empty() {
+            return false;
+        }
+        let end = ends
+            .get_mut(&holding[self.rng.below(holding.len() as u64) as usize])
+            .unwrap();
+        let n = 1 + self.rng.below(u64::from(end.held)) as u32;
+        end.held -= n;
+        e.consumed(self.now, end.stream, n);
+        true
+    }
+
+    fn reset_one(&mut self, side: usize) {
+        let Side { e, ends, .. } = &mut self.sides[side];
+        let nth = self.rng.below(ends.len().max(1) as u64) as usize;
+        if let Some(end) = ends.values().nth(nth) {
+            e.reset(self.now, end.stream, ResetReason::Local);
+        }
+    }
+
+    /// One thing happens; false if nothing can until time passes.
+    fn step(&mut self) -> bool {
+        let side = self.rng.below(2) as usize;
+        if self.to_open > 0 && self.rng.one_in(10) {
+            self.connect();
+        }
+        if self.resets && self.rng.one_in(500) {
+            self.reset_one(side);
+        }
+        let first = self.rng.below(3);
+        let mut did = false;
+        for i in 0..6 {
+            let side = (side + i as usize) % 2;
+            did = match (first + i) % 3 {
+                0 => self.transmit(side),
+                1 => self.receive(side),
+                _ => self.consume(side),
+            };
+            self.events(side);
+            if did {
+                break;
+            }
+        }
+        did
+    }
+
+    /// The next arrival or deadline.
+    fn pass_time(&mut self) -> bool {
+        let arrival = self
+            .sides
+            .iter()
+            .filter_map(|s| s.wire.front())
+            .map(|p| p.0)
+            .min();
+        // Deadlines that lie for ever away are none.
+        let timer = self
+            .sides
+            .iter()
+            .filter_map(|s| s.e.poll_timeout())
+            .map(|t| t.0)
+            .min();
+        let timer = timer.filter(|&t| t < u64::MAX / 2);
+        let Some(at) = arrival.into_iter().chain(timer).min() else {
+            return false;
+        };
+        self.now = self.now.max(Tick(at));
+        for side in &mut self.sides {
+            side.e.handle_timeout(self.now);
+        }
+        true
+    }
+
+    /// Returns how many streams ended in order, and the bytes they carried.
+    fn run(mut self, seed: u64) -> (u64, u64) {
+        for _ in 0..2_000_000u32 {
+            if !self.step() && !self.pass_time() && self.to_open == 0 {
+                self.check(seed);
+                let ends = self
+                    .sides
+                    .iter()
+                    .flat_map(|s| &s.done)
+                    .filter(|end| end.closed == Some(None));
+                return ends.fold((0, 0), |(n, bytes), end| (n + 1, bytes + end.received));
+            }
+        }
+        panic!("seed {seed}: no end in sight");
+    }
+
+    fn check(&self, seed: u64) {
+        for (i, side) in self.sides.iter().enumerate() {
+            let left: Vec<_> = side
+                .ends
+                .values()
+                .map(|end| (end.pair, end.sent, end.to_send, end.held))
+                .collect();
+            assert!(left.is_empty(), "seed {seed}: side {i} hangs with {left:?}");
+            let e = &side.e;
+            assert_eq!(
+                (e.streams(), e.lent(), e.table.used()),
+                (0, 0, 0),
+                "seed {seed}"
+            );
+            assert!(
+                !e.wants_transmit() && e.poll_timeout().is_none(),
+                "seed {seed}"
+            );
+        }
+        let other: BTreeMap<_, _> = self.sides[1]
+            .done
+            .iter()
+            .map(|end| (end.pair, end))
+            .collect();
+        for a in &self.sides[0].done {
+            let Some(b) = other.get(&a.pair) else {
+                assert!(
+                    a.closed.unwrap().is_some(),
+                    "seed {seed}: {:?} ended in order alone",
+                    a.pair
+                );
+                continue;
+            };
+            for (from, to) in [(a, *b), (*b, a)] {
+                assert!(to.received <= from.sent);
+                if to.closed == Some(None) {
+                    assert_eq!(
+                        to.received, from.to_send,
+                        "seed {seed}: {:?} ended short, in silence",
+                        a.pair
+                    );
+                }
+                if !self.resets {
+                    assert_eq!(from.closed, Some(None), "seed {seed}: {:?}", a.pair);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn r57_every_byte_arrives_or_the_stream_says_why() {
+    let (mut ends, mut bytes) = (0, 0);
+    for seed in 0..300 {
+        let (n, b) = World::new(seed).run(seed);
+        (ends, bytes) = (ends + n, bytes + b);
+    }
+    assert!(
+        ends > 3000 && bytes > 5 << 20,
+        "{ends} ends, {bytes} bytes: the runs do too little"
+    );
+}

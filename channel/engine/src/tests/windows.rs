@@ -1,0 +1,172 @@
+//! Windows of ours: lent from the pool, grown by use, told in time; and the peer's limit on packets.
+
+use super::*;
+use crate::{ConnectError, credit::WINDOW_FLOOR};
+
+/// The peer sends all it may, the sink takes it; returns the window told last.
+fn stream_through(r: &mut Rig, port: u32, s: StreamId, bytes: u64) -> u32 {
+    let (mut told, mut fwd, mut sent) = (EngineConfig::default().initial_window, 0u32, 0u32);
+    let mut total = 0u64;
+    while total < bytes {
+        let n = (told - sent.wrapping_sub(fwd)).min(4096);
+        assert!(n > 0, "stalled after {total}");
+        assert!(matches!(r.data(port, n), Disposition::Deliver { .. }));
+        sent = sent.wrapping_add(n);
+        total += u64::from(n);
+        // The sink is scheduled once the window is full.
+        if sent.wrapping_sub(fwd) == told {
+            r.e.consumed(r.now, s, u32::MAX);
+        }
+        for h in r.sent() {
+            (told, fwd) = (h.buf_alloc, h.fwd_cnt);
+        }
+    }
+    told
+}
+
+#[test]
+fn window_grows_by_use_and_comes_back() {
+    let cfg = EngineConfig::default();
+    let mut r = Rig::new(cfg);
+    let s = r.open(9);
+    assert_eq!(r.e.lent(), u64::from(cfg.initial_window));
+    assert_eq!(stream_through(&mut r, 9, s, 4 << 20), cfg.max_window);
+    assert_eq!(r.e.lent(), u64::from(cfg.max_window));
+    r.op(Op::Rst, 9);
+    r.events();
+    r.empty();
+}
+
+#[test]
+fn small_messages_do_not_grow_a_window() {
+    let cfg = EngineConfig::default();
+    let mut r = Rig::new(cfg);
+    let s = r.open(9);
+    for _ in 0..10_000 {
+        let _ = r.data(9, 64);
+        r.e.consumed(r.now, s, 64);
+        r.sent();
+    }
+    assert_eq!(r.e.lent(), u64::from(cfg.initial_window));
+}
+
+#[test]
+fn pool_bounds_the_sum_and_leaves_newcomers_a_floor() {
+    let cfg = EngineConfig {
+        max_streams: 64,
+        pool_bytes: 1 << 20,
+        ..EngineConfig::default()
+    };
+    let mut r = Rig::new(cfg);
+    for port in 0..8 {
+        let s = r.open(port);
+        stream_through(&mut r, port, s, 2 << 20);
+        assert!(r.e.lent() <= cfg.pool_bytes * 3 / 4);
+    }
+    for port in 8..56 {
+        r.open(port);
+        assert!(r.e.lent() <= cfg.pool_bytes);
+    }
+    // A pool that is too small even for floors says so, to both sides.
+    let cfg = EngineConfig {
+        pool_bytes: u64::from(WINDOW_FLOOR) * 2,
+        ..cfg
+    };
+    let mut r = Rig::new(cfg);
+    r.open(1);
+    r.open(2);
+    assert_eq!(
+        r.e.connect(r.now, 1, Kind::Stream, Lane::Bulk),
+        Err(ConnectError::NoCredit)
+    );
+    r.op(Op::Request, 3);
+    assert_eq!(r.ops(), [(Op::Rst, 3)]);
+}
+
+#[test]
+fn r54_credit_is_told_before_the_peer_stalls_and_not_for_every_packet() {
+    for window in [1, 2, 3, 5, 64, 8192] {
+        let cfg = EngineConfig {
+            initial_window: window,
+            max_window: window,
+            ..EngineConfig::default()
+        };
+        let mut r = Rig::new(cfg);
+        let s = r.open(9);
+        let (mut in_view, mut updates) = (0, 0u32);
+        for _ in 0..10_000 {
+            assert!(in_view < window, "stalled with window {window}");
+            let n = 1.max(window / 64);
+            let _ = r.data(9, n.min(window - in_view));
+            in_view += n.min(window - in_view);
+            r.e.consumed(r.now, s, n);
+            let told = r.sent();
+            updates += told.len() as u32;
+            if !told.is_empty() {
+                in_view = 0;
+            }
+        }
+        if window >= 64 {
+            assert!(
+                updates <= 10_000 / 30,
+                "{updates} updates with window {window}"
+            );
+        }
+    }
+}
+
+#[test]
+fn packets_in_flight_stay_below_the_peers_limit() {
+    let cfg = EngineConfig::default();
+    let limit = (256 << 10) / cfg.packet_overhead as usize;
+    let mut r = Rig::new(cfg);
+    let s = r.open(9);
+    let (mut sizes, mut rng) = (Vec::new(), Rng(3));
+    let (mut sent, mut taken, mut fwd) = (0usize, 0usize, 0u32);
+    let mut fullest = 0;
+    for _ in 0..20_000 {
+        r.e.offer(s, u32::MAX);
+        if let Some(t) = r.e.poll_transmit(r.now, 1 + rng.below(64) as u32) {
+            let n = match t.body {
+                Some((s, len)) => r.e.commit_body(r.now, s, len).len,
+                None => continue,
+            };
+            sizes.push(n);
+            sent += 1;
+            fullest = fullest.max(sent - taken);
+            assert!(
+                (sent - taken) as u32 * 576 <= 256 << 10,
+                "{} packets",
+                sent - taken
+            );
+        } else {
+            assert!(
+                sent - taken > limit - limit / 8 - 1,
+                "stopped early, at {}",
+                sent - taken
+            );
+            for _ in 0..=rng.below((sent - taken) as u64) {
+                if taken < sent {
+                    fwd = fwd.wrapping_add(sizes[taken]);
+                    taken += 1;
+                }
+            }
+            // A Linux that keeps quiet about small packets is asked.
+            r.wait();
+            assert_eq!(r.ops(), [(Op::CreditRequest, 9)]);
+            r.credit(9, 256 << 10, fwd);
+            // A group counts until its last packet is taken.
+            if sent - taken > limit - limit / 4 {
+                fwd = sizes.iter().fold(0, |a: u32, &n| a.wrapping_add(n));
+                taken = sent;
+                r.credit(9, 256 << 10, fwd);
+            }
+        }
+    }
+    assert!(fullest >= limit - limit / 8, "{fullest} of {limit}");
+}
+
+#[test]
+fn idle_stream_is_small() {
+    assert!(size_of::<crate::stream::Stream>() + 3 * 12 + 16 + 3 * 16 < 512);
+}

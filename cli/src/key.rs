@@ -1,0 +1,107 @@
+//! `adit key …`: keys that goals are signed with. They are made and kept where the manager is, never on a host or guest.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use adit_tasks::PublicKey;
+use adit_tasks::key::{format_private, parse_private};
+use clap::Subcommand;
+use ed25519_dalek::SigningKey;
+use zeroize::Zeroizing;
+
+use crate::error::Failure;
+use crate::output::{self, Format};
+
+#[derive(Subcommand)]
+pub enum KeyCommand {
+    /// Make a key: FILE is private (0600), FILE.pub goes into VM images
+    New {
+        /// Where the private key goes
+        file: PathBuf,
+        /// Called so in lists; default: the file's name
+        #[arg(long)]
+        comment: Option<String>,
+        /// Replace a key that is there
+        #[arg(long)]
+        force: bool,
+    },
+    /// Print the public line of a key
+    Show {
+        /// The private key
+        file: PathBuf,
+    },
+}
+
+pub fn run(command: &KeyCommand, format: Format) -> Result<(), Failure> {
+    match command {
+        KeyCommand::New { file, comment, force } => new(file, comment.as_deref(), *force, format),
+        KeyCommand::Show { file } => show(&PublicKey::of(&read(file)?, &stem(file)), format),
+    }
+}
+
+/// Reads a private key.
+pub fn read(file: &Path) -> Result<SigningKey, Failure> {
+    let shown = file.display();
+    let text = fs::read_to_string(file).map(Zeroizing::new).map_err(|e| {
+        Failure::io(&format!("cannot read key {shown}"), &e).help(format!("make one with `adit key new {shown}`"))
+    })?;
+    parse_private(&text).map_err(|e| {
+        Failure::new("bad-key", format!("{shown}: {e}")).help("--sign takes the private key, not the .pub file")
+    })
+}
+
+fn stem(file: &Path) -> String {
+    file.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn show(key: &PublicKey, format: Format) -> Result<(), Failure> {
+    match format {
+        Format::Json => output::json(&serde_json::json!({ "id": key.id().to_string(), "public": key.to_string() })),
+        Format::Table => {
+            println!("{key}");
+            Ok(())
+        }
+    }
+}
+
+fn new(file: &Path, comment: Option<&str>, force: bool, format: Format) -> Result<(), Failure> {
+    let mut seed = Zeroizing::new([0; 32]);
+    getrandom::fill(seed.as_mut()).map_err(|e| Failure::new("io", format!("no randomness to be had: {e}")))?;
+    let key = SigningKey::from_bytes(&seed);
+    let public = PublicKey::of(&key, comment.unwrap_or(&stem(file)));
+    write(file, 0o600, &Zeroizing::new(format_private(&key)), force)?;
+    let mut public_file = file.as_os_str().to_owned();
+    public_file.push(".pub");
+    write(Path::new(&public_file), 0o644, &format!("{public}\n"), true)?;
+    show(&public, format)?;
+    if format == Format::Table {
+        let public_file = Path::new(&public_file).display();
+        eprintln!("private key in {} (keep it), public key in {public_file}", file.display());
+        eprintln!("put it into an image: adit-guest install --root DIR --init systemd --vm-id NAME --trust {public_file}");
+    }
+    Ok(())
+}
+
+/// Creates a file with its final mode, so that a key is at no time readable by others.
+fn write(file: &Path, mode: u32, text: &str, force: bool) -> Result<(), Failure> {
+    let shown = file.display();
+    if force {
+        match fs::remove_file(file) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(Failure::io(&format!("cannot replace {shown}"), &e));
+            }
+            _ => {}
+        }
+    }
+    let created = OpenOptions::new().write(true).create_new(true).mode(mode).open(file);
+    created.and_then(|mut f| f.write_all(text.as_bytes()).and_then(|()| f.sync_all())).map_err(|e| {
+        let help = match e.kind() {
+            io::ErrorKind::AlreadyExists => "a key that is lost cannot be made again: choose another name, or --force",
+            io::ErrorKind::NotFound => "make the directory first",
+            _ => "",
+        };
+        Failure::io(&format!("cannot write {shown}"), &e).help(help)
+    })
+}

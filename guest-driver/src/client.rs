@@ -1,0 +1,183 @@
+//! The agent's end of the `tasks` service: dial, say who we are, resend what was not acknowledged, pull.
+//!
+//! Connected and idle it sits in one blocking read: no timer, no wake-up. A stream that fails is dialled again after a
+//! jittered delay that doubles up to [`BACKOFF_MAX`]; everything that matters across that is in the journal.
+
+use std::io::{self, ErrorKind, Write};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use adit_channel::frame::{self, Header};
+use adit_channel::hello::{self, Hello, Open};
+use adit_tasks::wire::{Facts, Pull, Report, ReportAck, SERVICE, Started, Task, WireKind};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::conn::Conn;
+use crate::crash::{self, Point};
+use crate::runner::{Runner, hex};
+use crate::serve::Identity;
+use crate::transport::Transport;
+use crate::{facts, log};
+
+/// First delay before dialling again.
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+/// Longest delay before dialling again.
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// How long the host may take to answer the hello, and to take our bytes while it does.
+const HELLO_LIMIT: Duration = Duration::from_secs(10);
+/// Version of every kind of message.
+const VERSION: u16 = 1;
+/// Longest body from the host: an envelope of 256 KiB and the fields around it.
+const BODY_MAX: u32 = 264 * 1024;
+
+/// Pulls and runs tasks for ever.
+pub struct Client {
+    transport: Arc<dyn Transport>,
+    identity: Arc<Identity>,
+    runner: Runner,
+    last_id: u32,
+}
+
+impl Client {
+    /// Works through this transport with this runner.
+    pub fn new(transport: Arc<dyn Transport>, identity: Arc<Identity>, runner: Runner) -> Self {
+        Self { transport, identity, runner, last_id: 0 }
+    }
+
+    /// Dials, works until the stream fails, and dials again.
+    pub fn run(mut self) -> ! {
+        let (mut delay, mut last) = (BACKOFF_MIN, String::new());
+        loop {
+            let error = match self.dial() {
+                Ok(conn) => {
+                    (delay, last) = (BACKOFF_MIN, String::new());
+                    log::event("connected", &[("service", &SERVICE)]);
+                    self.session(&conn).unwrap_or_else(|e| e)
+                }
+                Err(e) => e,
+            };
+            // One line for as long as nothing changes, however often it is tried.
+            let text = error.to_string();
+            if text != last {
+                log::event("disconnected", &[("service", &SERVICE), ("error", &text)]);
+                last = text;
+            }
+            thread::sleep(jittered(delay));
+            delay = (delay * 2).min(BACKOFF_MAX);
+        }
+    }
+
+    fn dial(&self) -> io::Result<Conn> {
+        let conn = self.transport.dial_host()?;
+        conn.set_timeout(Some(HELLO_LIMIT))?;
+        let service = SERVICE.parse().map_err(io::Error::other)?;
+        let open = Open { lane: 0, ..Open::new(service, self.identity.common()) };
+        (&conn).write_all(&Hello::Open(open).encode())?;
+        match hello::read(&mut &conn)? {
+            Hello::Accept(accept) => {
+                self.identity.saw(&accept.common);
+                conn.set_timeout(None)?;
+                Ok(conn)
+            }
+            Hello::Refuse(r) => Err(io::Error::other(format!("host refused ({:?}): {}", r.status, r.text))),
+            Hello::Open(_) => Err(invalid("host answered with an open")),
+        }
+    }
+
+    /// One connection's work. It ends only by failing; the inner error is the clean end.
+    fn session(&mut self, conn: &Conn) -> io::Result<io::Error> {
+        let facts = Facts {
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            kernel: facts::kernel(),
+            os: facts::os(),
+            vm_id: self.runner.vm_id().to_string(),
+            anchors: self.runner.anchors(),
+            boot_nonce: self.identity.boot_nonce,
+        };
+        self.send(conn, WireKind::Facts, &facts)?;
+        for report in self.runner.unacknowledged() {
+            self.deliver(conn, &report)?;
+        }
+        loop {
+            let epoch = self.identity.common().epoch;
+            let id = self.send(conn, WireKind::Pull, &Pull { epoch })?;
+            let Some(task) = self.receive::<Task>(conn, WireKind::Task, id)? else {
+                return Ok(io::Error::new(ErrorKind::UnexpectedEof, "host ended the stream"));
+            };
+            let mut announce = None;
+            let report = self.runner.handle(&task, |started: &Started| {
+                announce = Some(encode(WireKind::Started, 0, started).and_then(|b| (&*conn).write_all(&b)));
+            });
+            // What failed in announcing fails in reporting too, and there it is handled.
+            drop(announce);
+            self.deliver(conn, &report)?;
+        }
+    }
+
+    /// Sends a report and waits until the host has it on disk.
+    fn deliver(&mut self, conn: &Conn, report: &Report) -> io::Result<()> {
+        let id = self.send(conn, WireKind::Report, report)?;
+        crash::at(Point::Sent);
+        let ack: ReportAck = self
+            .receive(conn, WireKind::ReportAck, id)?
+            .ok_or_else(|| io::Error::new(ErrorKind::UnexpectedEof, "host ended the stream before its acknowledgement"))?;
+        if ack.task_id != report.task_id {
+            return Err(invalid("host acknowledged another task than it was sent"));
+        }
+        crash::at(Point::Acked);
+        log::event("acknowledged", &[("task", &hex(&ack.task_id))]);
+        self.runner.acknowledged(&ack.task_id);
+        Ok(())
+    }
+
+    fn send<T: Serialize>(&mut self, mut conn: &Conn, kind: WireKind, body: &T) -> io::Result<u32> {
+        self.last_id = self.last_id.wrapping_add(1).max(1);
+        conn.write_all(&encode(kind, self.last_id, body)?)?;
+        Ok(self.last_id)
+    }
+
+    fn receive<T: DeserializeOwned>(&self, conn: &Conn, kind: WireKind, id: u32) -> io::Result<Option<T>> {
+        loop {
+            let Some((header, body)) = frame::read(&mut &*conn, BODY_MAX)? else { return Ok(None) };
+            if header.kind == kind as u16 && header.version == VERSION {
+                if header.id != id {
+                    return Err(invalid(&format!("answer to {} where {id} was asked", header.id)));
+                }
+                return header.decode(&body).map(Some).map_err(|e| io::Error::new(ErrorKind::InvalidData, e));
+            }
+            if header.flags & frame::IGNORABLE == 0 {
+                let Header { kind, version, .. } = header;
+                return Err(invalid(&format!("unexpected frame of kind {kind} version {version}")));
+            }
+        }
+    }
+}
+
+fn encode<T: Serialize>(kind: WireKind, id: u32, body: &T) -> io::Result<Vec<u8>> {
+    frame::encode(kind as u16, VERSION, id, 0, body).map_err(|e| io::Error::new(ErrorKind::InvalidData, e))
+}
+
+fn invalid(what: &str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, what.to_owned())
+}
+
+/// Between half and all of a delay, so that the guests of a restarted host do not come back in step.
+fn jittered(delay: Duration) -> Duration {
+    let part = getrandom::u32().unwrap_or(0) % 1024;
+    delay / 2 + delay / 2 * part / 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn delays_stay_between_half_and_whole() {
+        for _ in 0..1000 {
+            let d = jittered(BACKOFF_MAX);
+            assert!(d >= BACKOFF_MAX / 2 && d <= BACKOFF_MAX);
+        }
+    }
+}

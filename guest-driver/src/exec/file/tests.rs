@@ -1,0 +1,124 @@
+//! The table of paths that must not be written (R89), and what a good write leaves.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+use adit_tasks::wire::Outcome;
+
+use super::*;
+
+fn step(path: &Path) -> FileStep {
+    FileStep { path: path.into(), content: b"new".to_vec(), mode: 0o640, owner: None, group: None }
+}
+
+fn room() -> (tempfile::TempDir, PathBuf, FilePolicy) {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    fs::create_dir_all(root.join("sub")).unwrap();
+    fs::create_dir_all(root.join("agent")).unwrap();
+    fs::create_dir(dir.path().join("outside")).unwrap();
+    fs::write(dir.path().join("outside/canary"), "old").unwrap();
+    let policy = FilePolicy { roots: vec![root.clone()], protected: vec![root.join("agent")] };
+    (dir, root, policy)
+}
+
+#[test]
+fn a_file_is_written_with_its_mode_and_then_left_alone() {
+    let (_dir, root, policy) = room();
+    let path = root.join("sub/f");
+    let said = |e: Executed| String::from_utf8(e.stdout.head).unwrap();
+    assert!(said(write(&step(&path), &policy)).ends_with(": written, 3 bytes\n"));
+    let first = fs::metadata(&path).unwrap();
+    assert_eq!(first.permissions().mode() & 0o7777, 0o640);
+    assert!(said(write(&step(&path), &policy)).ends_with(": unchanged\n"));
+    assert_eq!(fs::metadata(&path).unwrap().ino(), first.ino());
+    let wider = FileStep { mode: 0o4755, ..step(&path) };
+    assert_eq!(write(&wider, &policy).outcome, Outcome::Done);
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o4755);
+    assert_eq!(fs::read_dir(root.join("sub")).unwrap().count(), 1, "a temporary file is left");
+}
+
+#[test]
+fn r89_every_way_out_of_the_root_is_denied_and_nothing_is_written() {
+    let (dir, root, policy) = room();
+    let outside = dir.path().join("outside");
+    symlink(&outside, root.join("link")).unwrap();
+    symlink("../outside", root.join("sub/up")).unwrap();
+    symlink(outside.join("canary"), root.join("final")).unwrap();
+    symlink("/proc/self/root/tmp", root.join("magic")).unwrap();
+    let at = |p: &str| PathBuf::from(format!("{}{p}", root.display()));
+    for path in [
+        at("/../outside/canary"),
+        at("/sub/../../outside/canary"),
+        at("/./f"),
+        at("//f"),
+        at("/sub/"),
+        at("/f\0x"),
+        at("/link/canary"),
+        at("/link/new"),
+        at("/sub/up/canary"),
+        at("/final"),
+        at("/magic/f"),
+        at("/agent/journal.redb"),
+        at("/sub"),
+        at(""),
+        at("evil"),
+        outside.join("canary"),
+        "/etc/passwd".into(),
+        "root/f".into(),
+        "".into(),
+    ] {
+        let got = write(&step(&path), &policy);
+        assert_eq!(got.outcome, Outcome::Refused, "{path:?}: {}", got.reason);
+        assert!(got.reason.starts_with("path-denied: "), "{}", got.reason);
+    }
+    assert_eq!(fs::read_to_string(outside.join("canary")).unwrap(), "old");
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
+    assert_eq!(fs::read_dir(root.join("sub")).unwrap().count(), 1);
+}
+
+#[test]
+fn r90_a_directory_swapped_for_a_link_never_leads_outside() {
+    let (dir, root, policy) = room();
+    let outside = dir.path().join("outside");
+    let (real, spare) = (root.join("race"), root.join("spare"));
+    fs::create_dir(&real).unwrap();
+    symlink(&outside, &spare).unwrap();
+    let swaps = std::thread::spawn({
+        let (real, spare, hold) = (real.clone(), spare.clone(), root.join("hold"));
+        move || {
+            for _ in 0..20_000 {
+                fs::rename(&real, &hold).unwrap();
+                fs::rename(&spare, &real).unwrap();
+                fs::rename(&hold, &spare).unwrap();
+            }
+        }
+    });
+    let mut denied = 0;
+    while !swaps.is_finished() {
+        denied += u32::from(write(&step(&real.join("canary")), &policy).outcome == Outcome::Refused);
+    }
+    swaps.join().unwrap();
+    assert!(denied > 0, "the race was never met");
+    assert_eq!(fs::read_to_string(outside.join("canary")).unwrap(), "old");
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
+}
+
+#[test]
+fn a_planted_temporary_file_is_replaced_not_opened() {
+    let (dir, root, policy) = room();
+    let temp = format!(".adit-{:x}.tmp", u64::from_be_bytes(digest8("f")));
+    symlink(dir.path().join("outside/canary"), root.join(&temp)).unwrap();
+    assert_eq!(write(&step(&root.join("f")), &policy).outcome, Outcome::Done);
+    assert_eq!(fs::read_to_string(dir.path().join("outside/canary")).unwrap(), "old");
+}
+
+#[test]
+fn a_missing_directory_or_owner_fails_by_name() {
+    let (_dir, root, policy) = room();
+    let got = write(&step(&root.join("no/f")), &policy);
+    assert!(got.outcome == Outcome::Failed && got.reason.contains("/no"), "{}", got.reason);
+    let got = write(&FileStep { owner: Some("no-such-user".into()), ..step(&root.join("f")) }, &policy);
+    assert!(got.outcome == Outcome::Failed && got.reason.contains("no-such-user"), "{}", got.reason);
+    assert!(!root.join("f").exists());
+}

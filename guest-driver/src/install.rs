@@ -1,0 +1,286 @@
+//! `adit-guest install`: puts agent, service, configuration and trust anchor into an image's root.
+//!
+//! Every file is written beside its place and renamed, and only if it differs, so that installing twice changes
+//! nothing and a cut installation leaves no half file. An existing configuration is replaced: the command line says
+//! what the image is to be.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use adit_tasks::VmId;
+
+/// Where the agent goes.
+const BINARY: &str = "usr/sbin/adit-guest";
+const CONFIG: &str = "etc/adit-guest/adit-guest.toml";
+const TRUST_DIR: &str = "etc/adit-guest/trust";
+
+/// The image's init system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Init {
+    /// A unit, enabled for multi-user.target.
+    Systemd,
+    /// A supervised service in runlevel default.
+    Openrc,
+    /// `/etc/init.d/S50adit-guest`, which supervises by itself.
+    Busybox,
+}
+
+/// What to install.
+#[derive(Clone, Debug)]
+pub struct Install<'a> {
+    /// The image's root directory.
+    pub root: &'a Path,
+    /// Its init system.
+    pub init: Init,
+    /// The id that the image is enrolled with.
+    pub vm_id: &'a VmId,
+    /// Public key file of the manager.
+    pub trust: Option<&'a Path>,
+    /// Local TCP ports that the host may reach.
+    pub ports: &'a [u16],
+    /// The agent's binary.
+    pub binary: &'a Path,
+}
+
+/// Why it could not be installed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {what} {}", path.display())]
+pub struct InstallError {
+    what: &'static str,
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+fn at<'p>(what: &'static str, path: &'p Path) -> impl Fn(io::Error) -> InstallError + 'p {
+    move |source| InstallError { what, path: path.to_owned(), source }
+}
+
+/// Installs, and returns one line a file for people.
+///
+/// # Errors
+/// Something cannot be read or written; what was written before is complete and harmless.
+pub fn install(what: &Install<'_>) -> Result<Vec<String>, InstallError> {
+    let root = what.root;
+    fs::read_dir(root).map_err(at("use root", root))?;
+    let mut said = Vec::new();
+    let mut put = |path: &str, content: &[u8], mode: u32| -> Result<(), InstallError> {
+        let full = root.join(path);
+        let changed = place(&full, content, mode).map_err(at("write", &full))?;
+        said.push(format!("{} /{path}", if changed { "wrote " } else { "keeps " }));
+        Ok(())
+    };
+    let binary = fs::read(what.binary).map_err(at("read binary", what.binary))?;
+    let key = what.trust.map(|file| Ok((file, fs::read(file).map_err(at("read key", file))?))).transpose()?;
+    put(BINARY, &binary, 0o755)?;
+    put(CONFIG, config(what).as_bytes(), 0o600)?;
+    if let Some((file, key)) = &key {
+        let stem = file.file_stem().and_then(|s| s.to_str()).unwrap_or("manager");
+        put(&format!("{TRUST_DIR}/{stem}.pub"), key, 0o600)?;
+    }
+    let mut link = None;
+    match what.init {
+        Init::Systemd => {
+            put("etc/systemd/system/adit-guest.service", SYSTEMD.as_bytes(), 0o644)?;
+            link = Some(("etc/systemd/system/multi-user.target.wants/adit-guest.service", "../adit-guest.service"));
+        }
+        Init::Openrc => {
+            put("etc/init.d/adit-guest", OPENRC.as_bytes(), 0o755)?;
+            link = Some(("etc/runlevels/default/adit-guest", "/etc/init.d/adit-guest"));
+        }
+        Init::Busybox => put("etc/init.d/S50adit-guest", BUSYBOX.as_bytes(), 0o755)?,
+    }
+    if let Some((path, target)) = link {
+        let full = root.join(path);
+        let changed = place_link(&full, target).map_err(at("link", &full))?;
+        said.push(format!("{} /{path} -> {target}", if changed { "wrote " } else { "keeps " }));
+    }
+    if key.is_none() {
+        said.push("no --trust: this image has no trust anchor of ours; its agent serves ports and runs no task".into());
+    }
+    Ok(said)
+}
+
+fn config(what: &Install<'_>) -> String {
+    let ports = what.ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
+    format!(
+        "# Written by `adit-guest install`.\n\
+         vm_id = \"{}\"\ntrust_dir = \"/{TRUST_DIR}\"\nstate_dir = \"/var/lib/adit-guest\"\nallow_ports = [{ports}]\n",
+        what.vm_id
+    )
+}
+
+/// Writes a file unless it is there already; true if it changed.
+fn place(path: &Path, content: &[u8], mode: u32) -> io::Result<bool> {
+    let meta = fs::symlink_metadata(path);
+    let same_mode = meta.is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o7777 == mode);
+    if same_mode && fs::read(path)? == content {
+        return Ok(false);
+    }
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    let private = path.to_string_lossy().contains("/etc/adit-guest/");
+    fs::DirBuilder::new().recursive(true).mode(if private { 0o700 } else { 0o755 }).create(dir)?;
+    let temp = dir.join(format!(".adit-install-{}.tmp", std::process::id()));
+    let written = (|| {
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temp)?;
+        file.write_all(content)?;
+        file.set_permissions(fs::Permissions::from_mode(mode))?;
+        file.sync_all()?;
+        fs::rename(&temp, path)?;
+        fs::File::open(dir)?.sync_all()
+    })();
+    if written.is_err() {
+        let _ = fs::remove_file(&temp);
+    }
+    written.map(|()| true)
+}
+
+fn place_link(path: &Path, target: &str) -> io::Result<bool> {
+    if fs::read_link(path).is_ok_and(|t| t == Path::new(target)) {
+        return Ok(false);
+    }
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(dir)?;
+    let temp = dir.join(format!(".adit-install-{}.tmp", std::process::id()));
+    symlink(target, &temp)?;
+    fs::rename(&temp, path)?;
+    Ok(true)
+}
+
+/// Tasks configure the system, so the file system stays writable; what no executor needs is taken away.
+const SYSTEMD: &str = "\
+[Unit]
+Description=adit guest agent
+After=local-fs.target
+ConditionVirtualization=vm
+
+[Service]
+ExecStartPre=-/sbin/modprobe -q vmw_vsock_virtio_transport
+ExecStart=/usr/sbin/adit-guest run
+Restart=always
+RestartSec=1
+Delegate=yes
+KillMode=control-group
+TimeoutStopSec=10
+StateDirectory=adit-guest
+StateDirectoryMode=0700
+UMask=0022
+OOMScoreAdjust=-500
+TasksMax=4096
+LimitCORE=0
+LockPersonality=yes
+RestrictRealtime=yes
+ProtectClock=yes
+ProtectKernelLogs=yes
+
+[Install]
+WantedBy=multi-user.target
+";
+
+const OPENRC: &str = "\
+#!/sbin/openrc-run
+description=\"adit guest agent\"
+supervisor=supervise-daemon
+command=/usr/sbin/adit-guest
+command_args=run
+respawn_delay=1
+respawn_max=0
+output_log=/var/log/adit-guest.log
+error_log=/var/log/adit-guest.log
+
+depend() {
+	need localmount
+	after modules
+}
+
+start_pre() {
+	modprobe -q vmw_vsock_virtio_transport || true
+}
+";
+
+/// The supervising loop is a child of init; `stop` ends the loop first, so that it starts nothing new.
+const BUSYBOX: &str = "\
+#!/bin/sh
+# adit guest agent: start | stop | restart. Starts it again a second after it ended, whatever ended it.
+PIDFILE=/run/adit-guest.pid
+case \"$1\" in
+start)
+	mkdir -p /run
+	if [ -f $PIDFILE ] && kill -0 \"$(cat $PIDFILE)\" 2>/dev/null; then exit 0; fi
+	modprobe -q vmw_vsock_virtio_transport 2>/dev/null
+	(
+		agent=
+		trap 'kill $agent 2>/dev/null; exit 0' TERM
+		while :; do
+			/usr/sbin/adit-guest run </dev/null &
+			agent=$!
+			wait $agent
+			sleep 1
+		done
+	) &
+	echo $! >$PIDFILE
+	;;
+stop)
+	if [ -f $PIDFILE ]; then kill \"$(cat $PIDFILE)\" 2>/dev/null; rm -f $PIDFILE; fi
+	;;
+restart)
+	\"$0\" stop
+	\"$0\" start
+	;;
+*)
+	echo \"usage: $0 start|stop|restart\" >&2
+	exit 2
+	;;
+esac
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn install_into(root: &Path, init: Init, trust: Option<&Path>) -> Vec<String> {
+        let vm_id = "web-1".parse().unwrap();
+        let binary = root.join("the-binary");
+        fs::write(&binary, "ELF").unwrap();
+        install(&Install { root, init, vm_id: &vm_id, trust, ports: &[80, 22], binary: &binary }).unwrap()
+    }
+
+    #[test]
+    fn each_init_gets_its_files_and_a_second_run_changes_nothing() {
+        for (init, file) in [
+            (Init::Systemd, "etc/systemd/system/multi-user.target.wants/adit-guest.service"),
+            (Init::Openrc, "etc/runlevels/default/adit-guest"),
+            (Init::Busybox, "etc/init.d/S50adit-guest"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let key = dir.path().join("manager.pub");
+            fs::write(&key, "key").unwrap();
+            let said = install_into(dir.path(), init, Some(&key));
+            assert!(said.iter().all(|l| l.starts_with("wrote ")), "{said:?}");
+            assert!(fs::symlink_metadata(dir.path().join(file)).is_ok(), "{file}");
+            let path = dir.path().join(CONFIG);
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+            let config = Config::load(&path).unwrap();
+            assert_eq!((config.vm_id.as_str(), config.allow_ports), ("web-1", vec![80, 22]));
+            assert_eq!(fs::read(dir.path().join(TRUST_DIR).join("manager.pub")).unwrap(), b"key");
+            let said = install_into(dir.path(), init, Some(&key));
+            assert!(said.iter().all(|l| l.starts_with("keeps ")), "{said:?}");
+        }
+    }
+
+    #[test]
+    fn without_a_key_it_says_that_no_task_will_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let said = install_into(dir.path(), Init::Busybox, None);
+        assert!(said.last().unwrap().contains("runs no task"));
+    }
+
+    #[test]
+    fn the_busybox_script_is_valid_shell() {
+        let out = std::process::Command::new("sh").args(["-n", "-c", BUSYBOX]).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+}

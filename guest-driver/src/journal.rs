@@ -1,0 +1,345 @@
+//! The journal: what this guest has accepted, begun and finished, on disk before it matters.
+//!
+//! ```text
+//! received ──▶ started ──▶ result ──▶ acked
+//!    │            └ agent or guest ended here ─▶ result (interrupted)
+//!    └ agent ended here: nothing ran; the host hands it out again
+//! ```
+//! Every arrow is one transaction with an fsync. An id that was `started` is never started again. Of every signing key
+//! the highest sequence is kept for ever; a finished task of a *lower* sequence cannot be admitted again, so only such
+//! entries are dropped when the journal is full. If none can be, the next task is refused: `journal-full`.
+//!
+//! A damaged file must not take the agent down with it: [`check`] reads everything once in a process of its own.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use adit_tasks::wire::{Outcome, Report, TaskId};
+use redb::{Builder, Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use serde::{Deserialize, Serialize};
+
+/// Most tasks that are remembered.
+pub const JOURNAL_MAX: u64 = 4096;
+/// Most keys whose sequence is remembered; a key is named by a trust anchor, so an image has few.
+const KEYS_MAX: u64 = 256;
+/// Bytes of pages held in memory.
+const CACHE_BYTES: usize = 128 * 1024;
+const FILE: &str = "journal.redb";
+
+const TASKS: TableDefinition<&[u8; 16], &[u8]> = TableDefinition::new("tasks-v1");
+/// Order of arrival, for resending and for dropping.
+const ORDER: TableDefinition<u64, &[u8; 16]> = TableDefinition::new("order-v1");
+const FLOORS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("floors-v1");
+
+/// Why the journal could not be used. The resource's fault.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// Too many tasks that may not be forgotten.
+    #[error("journal-full: {JOURNAL_MAX} tasks are remembered and none may be forgotten")]
+    Full,
+    /// The disk is full.
+    #[error("no-space: the journal cannot be written")]
+    NoSpace(#[source] redb::Error),
+    /// The file is no journal or is damaged.
+    #[error("journal-corrupt: {0}")]
+    Corrupt(String),
+    /// Anything else: a read-only file system, another agent, an I/O error.
+    #[error("journal-unavailable: {0}")]
+    Unavailable(String),
+}
+
+impl From<redb::Error> for JournalError {
+    fn from(e: redb::Error) -> Self {
+        match &e {
+            redb::Error::Io(io) if matches!(io.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => Self::NoSpace(e),
+            redb::Error::Io(io) if io.kind() == io::ErrorKind::InvalidData => Self::Corrupt(e.to_string()),
+            redb::Error::Corrupted(_) | redb::Error::UpgradeRequired(_) => Self::Corrupt(e.to_string()),
+            _ => Self::Unavailable(e.to_string()),
+        }
+    }
+}
+
+/// Which goal of which key a task belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The signing key's id.
+    pub key: Vec<u8>,
+    /// The goal's sequence under that key.
+    pub seq: u64,
+    /// The goal's digest.
+    pub digest: [u8; 32],
+}
+
+/// The highest goal that was accepted of one key.
+pub type Floor = (u64, [u8; 32]);
+
+/// How far a task is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Phase {
+    /// Accepted; nothing was done.
+    Received,
+    /// The effect was about to begin.
+    Started {
+        /// When, by the guest's clock.
+        at_ms: u64,
+    },
+    /// Ended; the host has not acknowledged it.
+    Result(Box<Report>),
+    /// Ended, and the host has it.
+    Acked(Outcome),
+}
+
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    order: u64,
+    key: Vec<u8>,
+    seq: u64,
+    phase: Phase,
+}
+
+/// The open journal. After a failed write it is opened anew on the next call.
+pub struct Journal {
+    path: PathBuf,
+    db: Option<Database>,
+}
+
+type Result<T, E = JournalError> = std::result::Result<T, E>;
+
+/// Turns any of redb's errors into one.
+fn any<E: Into<redb::Error>>(e: E) -> redb::Error {
+    e.into()
+}
+
+fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+    postcard::to_stdvec(value).map_err(|e| JournalError::Unavailable(e.to_string()))
+}
+
+fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
+    postcard::from_bytes(bytes).map_err(|e| JournalError::Corrupt(e.to_string()))
+}
+
+impl Journal {
+    /// Opens or makes the journal in a directory of mode 0700.
+    ///
+    /// # Errors
+    /// The directory cannot be used, or the file is damaged.
+    pub fn open(dir: &Path) -> Result<Self> {
+        use std::os::unix::fs::DirBuilderExt;
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        made.map_err(|e| JournalError::from(redb::Error::Io(e)))?;
+        let mut journal = Self { path: dir.join(FILE), db: None };
+        journal.db()?;
+        // The file's own name must survive a crash too.
+        std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(|e| JournalError::from(redb::Error::Io(e)))?;
+        Ok(journal)
+    }
+
+    fn db(&mut self) -> Result<&Database> {
+        if self.db.is_none() {
+            let db = Builder::new().set_cache_size(CACHE_BYTES).create(&self.path).map_err(any)?;
+            let tx = db.begin_write().map_err(any)?;
+            tx.open_table(TASKS).map_err(any)?;
+            tx.open_table(ORDER).map_err(any)?;
+            tx.open_table(FLOORS).map_err(any)?;
+            tx.commit().map_err(any)?;
+            self.db = Some(db);
+        }
+        self.db.as_ref().ok_or_else(|| JournalError::Unavailable("not open".into()))
+    }
+
+    /// Runs one operation; a failure of the storage below closes the file, so that the next call starts clean.
+    fn with<T>(&mut self, operation: impl FnOnce(&Database) -> Result<T>) -> Result<T> {
+        let done = self.db().and_then(operation);
+        if matches!(done, Err(JournalError::NoSpace(_) | JournalError::Unavailable(_))) {
+            self.db = None;
+        }
+        done
+    }
+
+    /// How far a task is, if it is known.
+    ///
+    /// # Errors
+    /// The journal cannot be read.
+    pub fn phase(&mut self, id: &TaskId) -> Result<Option<Phase>> {
+        self.with(|db| {
+            let tx = db.begin_read().map_err(any)?;
+            let tasks = tx.open_table(TASKS).map_err(any)?;
+            let entry = tasks.get(id).map_err(any)?;
+            entry.map(|e| decode::<Entry>(e.value()).map(|e| e.phase)).transpose()
+        })
+    }
+
+    /// The highest goal accepted of a key.
+    ///
+    /// # Errors
+    /// The journal cannot be read.
+    pub fn floor(&mut self, key: &[u8]) -> Result<Option<Floor>> {
+        self.with(|db| {
+            let tx = db.begin_read().map_err(any)?;
+            let floors = tx.open_table(FLOORS).map_err(any)?;
+            let floor = floors.get(key).map_err(any)?;
+            floor.map(|f| decode(f.value())).transpose()
+        })
+    }
+
+    /// Records that a task was accepted and raises its key's floor; a task that is known already stays as it is.
+    ///
+    /// # Errors
+    /// Full, or it cannot be written; nothing has changed then.
+    pub fn received(&mut self, id: &TaskId, origin: &Origin) -> Result<()> {
+        self.with(|db| {
+            let tx = db.begin_write().map_err(any)?;
+            {
+                let mut tasks = tx.open_table(TASKS).map_err(any)?;
+                let mut order = tx.open_table(ORDER).map_err(any)?;
+                let mut floors = tx.open_table(FLOORS).map_err(any)?;
+                let known = tasks.get(id).map_err(any)?.is_some();
+                let floor = floors.get(origin.key.as_slice()).map_err(any)?.map(|f| decode::<Floor>(f.value()));
+                let floor = floor.transpose()?;
+                if floor.is_none() && floors.len().map_err(any)? >= KEYS_MAX {
+                    return Err(JournalError::Full);
+                }
+                if floor.is_none_or(|(seq, _)| seq < origin.seq) {
+                    let value = encode(&(origin.seq, origin.digest))?;
+                    floors.insert(origin.key.as_slice(), value.as_slice()).map_err(any)?;
+                }
+                if !known {
+                    if tasks.len().map_err(any)? >= JOURNAL_MAX {
+                        make_room(&mut tasks, &mut order, &floors)?;
+                    }
+                    let next = order.last().map_err(any)?.map_or(0, |(k, _)| k.value() + 1);
+                    let entry =
+                        Entry { order: next, key: origin.key.clone(), seq: origin.seq, phase: Phase::Received };
+                    tasks.insert(id, encode(&entry)?.as_slice()).map_err(any)?;
+                    order.insert(next, id).map_err(any)?;
+                }
+            }
+            Ok(tx.commit().map_err(any)?)
+        })
+    }
+
+    /// Records that the effect is about to begin.
+    ///
+    /// # Errors
+    /// The task is not in `received`, or it cannot be written.
+    pub fn started(&mut self, id: &TaskId, at_ms: u64) -> Result<()> {
+        self.advance(id, |phase| (*phase == Phase::Received).then_some(Phase::Started { at_ms }))
+    }
+
+    /// Records how it ended.
+    ///
+    /// # Errors
+    /// The task has not begun, or it cannot be written.
+    pub fn result(&mut self, report: &Report) -> Result<()> {
+        self.advance(&report.task_id, |phase| match phase {
+            Phase::Received | Phase::Started { .. } => Some(Phase::Result(Box::new(report.clone()))),
+            _ => None,
+        })
+    }
+
+    /// Records that the host has the result, and forgets its output. An id that is not known is none of ours.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn acked(&mut self, id: &TaskId) -> Result<()> {
+        match self.phase(id)? {
+            Some(Phase::Result(_)) => self.advance(id, |phase| match phase {
+                Phase::Result(report) => Some(Phase::Acked(report.outcome)),
+                _ => None,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn advance(&mut self, id: &TaskId, next: impl FnOnce(&Phase) -> Option<Phase>) -> Result<()> {
+        self.with(|db| {
+            let tx = db.begin_write().map_err(any)?;
+            {
+                let mut tasks = tx.open_table(TASKS).map_err(any)?;
+                let entry = tasks.get(id).map_err(any)?.map(|e| decode::<Entry>(e.value())).transpose()?;
+                let mut entry = entry.ok_or_else(|| JournalError::Corrupt("a running task is not in it".into()))?;
+                entry.phase = next(&entry.phase)
+                    .ok_or_else(|| JournalError::Corrupt(format!("a running task is already {:?}", entry.phase)))?;
+                tasks.insert(id, encode(&entry)?.as_slice()).map_err(any)?;
+            }
+            Ok(tx.commit().map_err(any)?)
+        })
+    }
+
+    /// Tasks that have begun and not ended, with when they began: after a start of the agent, the interrupted ones.
+    ///
+    /// # Errors
+    /// The journal cannot be read.
+    pub fn unfinished(&mut self) -> Result<Vec<(TaskId, u64)>> {
+        self.collect(|id, phase| match phase {
+            Phase::Started { at_ms } => Some((id, at_ms)),
+            _ => None,
+        })
+    }
+
+    /// Results that the host has not acknowledged, oldest first.
+    ///
+    /// # Errors
+    /// The journal cannot be read.
+    pub fn unacknowledged(&mut self) -> Result<Vec<Report>> {
+        self.collect(|_, phase| match phase {
+            Phase::Result(report) => Some(*report),
+            _ => None,
+        })
+    }
+
+    fn collect<T>(&mut self, pick: impl Fn(TaskId, Phase) -> Option<T>) -> Result<Vec<T>> {
+        self.with(|db| {
+            let tx = db.begin_read().map_err(any)?;
+            let tasks = tx.open_table(TASKS).map_err(any)?;
+            let order = tx.open_table(ORDER).map_err(any)?;
+            let mut found = Vec::new();
+            for row in order.iter().map_err(any)? {
+                let id = *row.map_err(any)?.1.value();
+                let Some(entry) = tasks.get(&id).map_err(any)? else {
+                    return Err(JournalError::Corrupt("an ordered task is missing".into()));
+                };
+                found.extend(pick(id, decode::<Entry>(entry.value())?.phase));
+            }
+            Ok(found)
+        })
+    }
+}
+
+/// Drops the oldest task that can never be admitted again.
+fn make_room(
+    tasks: &mut redb::Table<'_, &[u8; 16], &[u8]>,
+    order: &mut redb::Table<'_, u64, &[u8; 16]>,
+    floors: &redb::Table<'_, &[u8], &[u8]>,
+) -> Result<()> {
+    let mut oldest = None;
+    for row in order.iter().map_err(any)? {
+        let (at, id) = row.map_err(any)?;
+        let Some(entry) = tasks.get(id.value()).map_err(any)? else { continue };
+        let entry: Entry = decode(entry.value())?;
+        let over = matches!(entry.phase, Phase::Acked(_) | Phase::Received);
+        let floor = floors.get(entry.key.as_slice()).map_err(any)?.map(|f| decode::<Floor>(f.value())).transpose()?;
+        if over && floor.is_some_and(|(seq, _)| entry.seq < seq) {
+            oldest = Some((at.value(), *id.value()));
+            break;
+        }
+    }
+    let (at, id) = oldest.ok_or(JournalError::Full)?;
+    order.remove(at).map_err(any)?;
+    tasks.remove(&id).map_err(any)?;
+    Ok(())
+}
+
+/// Reads everything in the journal of a directory once. Run in a process of its own: a damaged page may panic inside
+/// the database, and that must end only the check.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check(dir: &Path) -> Result<()> {
+    let mut journal = Journal::open(dir)?;
+    journal.collect(|_, _| None::<()>)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

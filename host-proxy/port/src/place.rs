@@ -1,0 +1,189 @@
+//! The VM's directory: made private, locked by the process that serves it, and the two sockets in it.
+//!
+//! The lock is what keeps two processes apart; a socket file that is there while the lock was free is stale.
+
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
+};
+use nix::sys::stat::{Mode, umask};
+
+use crate::control::{CONTROL_SOCKET, VHOST_SOCKET};
+
+/// Why the directory cannot be used. The caller's fault, or the machine's.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaceError {
+    /// Another process serves it.
+    #[error("already running: another port process serves {}", .0.display())]
+    AlreadyRunning(PathBuf),
+    /// A path is longer than a socket's may be.
+    #[error("path of {len} bytes is too long for a socket (at most {max}): {}; use a shorter run directory", .path.display())]
+    PathTooLong {
+        /// The path.
+        path: PathBuf,
+        /// Its length.
+        len: usize,
+        /// What a socket's path may have.
+        max: usize,
+    },
+    /// The file system says no.
+    #[error("cannot {what} {}", .path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The VM's directory, ours until this is dropped.
+#[derive(Debug)]
+pub struct Place {
+    /// Where the VMM connects.
+    pub vhost: UnixListener,
+    /// Where `aditd` connects; nonblocking.
+    pub control: OwnedFd,
+    /// Held for as long as the process lives.
+    pub lock: Flock<File>,
+}
+
+/// Bytes of a socket's path at most (`sun_path` less the NUL).
+const PATH_MAX: usize = 107;
+
+impl Place {
+    /// Makes and locks the directory, and binds the sockets.
+    ///
+    /// # Errors
+    /// As [`PlaceError`] says.
+    pub fn take(dir: &Path) -> Result<Self, PlaceError> {
+        let failed = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source: io::Error| PlaceError::Io { what, path, source }
+        };
+        // Sockets are as private as their directory.
+        umask(Mode::from_bits_truncate(0o077));
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(failed("create", dir))?;
+        std::fs::set_permissions(dir, Permissions::from_mode(0o700))
+            .map_err(failed("make private", dir))?;
+        let path = dir.join("lock");
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(failed("create", &path))?;
+        let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => lock,
+            Err((_, Errno::EWOULDBLOCK)) => {
+                return Err(PlaceError::AlreadyRunning(dir.to_owned()));
+            }
+            Err((_, e)) => return Err(failed("lock", &path)(e.into())),
+        };
+        let path = free_path(dir, VHOST_SOCKET)?;
+        let vhost = UnixListener::bind(&path).map_err(failed("bind", &path))?;
+        let path = free_path(dir, CONTROL_SOCKET)?;
+        let control = bind_control(&path).map_err(failed("bind", &path))?;
+        Ok(Self {
+            vhost,
+            control,
+            lock,
+        })
+    }
+}
+
+/// Clears a stale socket away.
+fn free_path(dir: &Path, name: &str) -> Result<PathBuf, PlaceError> {
+    let path = dir.join(name);
+    let len = path.as_os_str().len();
+    if len > PATH_MAX {
+        return Err(PlaceError::PathTooLong {
+            path,
+            len,
+            max: PATH_MAX,
+        });
+    }
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(PlaceError::Io {
+            what: "remove the stale socket",
+            path,
+            source: e,
+        }),
+        _ => Ok(path),
+    }
+}
+
+fn seqpacket(flags: SockFlag) -> nix::Result<OwnedFd> {
+    let flags = flags | SockFlag::SOCK_CLOEXEC;
+    socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
+}
+
+fn bind_control(path: &Path) -> io::Result<OwnedFd> {
+    let sock = seqpacket(SockFlag::SOCK_NONBLOCK)?;
+    bind(sock.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&sock, Backlog::new(8)?)?;
+    Ok(sock)
+}
+
+/// Connects to a port process's control socket.
+///
+/// # Errors
+/// Nothing listens there (`ConnectionRefused`), or there is no socket (`NotFound`).
+pub fn connect_control(dir: &Path) -> io::Result<OwnedFd> {
+    let sock = seqpacket(SockFlag::empty())?;
+    connect(sock.as_raw_fd(), &UnixAddr::new(&dir.join(CONTROL_SOCKET))?)?;
+    Ok(sock)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stale_sockets_are_replaced_and_a_live_place_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("web-1");
+        let first = Place::take(&at).unwrap();
+        assert_eq!(
+            std::fs::metadata(&at).unwrap().permissions().mode() & 0o777,
+            0o700
+        );
+        assert!(matches!(
+            Place::take(&at),
+            Err(PlaceError::AlreadyRunning(_))
+        ));
+        connect_control(&at).unwrap();
+        drop(first); // the socket files stay behind, as after a kill
+        assert_eq!(
+            connect_control(&at).unwrap_err().kind(),
+            io::ErrorKind::ConnectionRefused
+        );
+        let _second = Place::take(&at).unwrap();
+        connect_control(&at).unwrap();
+    }
+
+    #[test]
+    fn a_path_too_long_for_a_socket_is_said_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("x".repeat(100));
+        assert!(matches!(
+            Place::take(&at),
+            Err(PlaceError::PathTooLong { .. })
+        ));
+    }
+}

@@ -1,0 +1,498 @@
+//! The loop of a port process: one shard with one port, and `aditd` on the other end of the control socket.
+//!
+//! ```text
+//! Dial ─► asked ─ Dialed ─► waiting ─ Attach ─► a tunnel: knows aditd no more
+//!           └── DialFailed     └─ Cancel, or aditd gone ─► reset
+//! ```
+//! Rules:
+//! - `aditd` may go and return: tunnels live on, what was dialled and not attached is reset, and what the guest dials
+//!   meanwhile is refused (it tries again).
+//! - A newer connection replaces the older one. A frame that breaks the protocol costs the connection, not the VM.
+//! - Frames that the socket does not take wait in an outbox of at most [`OUTBOX_MAX`]; one more costs the connection.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+use adit_channel::carrier::Carrier;
+use adit_channel::dial::{self, DialRequest};
+use adit_channel::hello::{self, Common, Open};
+use adit_channel::port::Notice;
+use adit_channel::shard::{News, PortIndex, Shard};
+use adit_channel::sink::Sink;
+use adit_engine::{EngineConfig, ResetReason, StreamId, Tick};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, accept4, socketpair};
+
+use crate::control::{
+    Attach, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Incoming, PREFIX_MAX, Status, Target,
+};
+use crate::control_io::{ControlError, Message, receive, send};
+
+/// Frames that wait for `aditd` at most.
+pub const OUTBOX_MAX: usize = 4 * DIALS_MAX;
+/// Frames taken from `aditd` in one turn.
+const FRAMES_A_TURN: usize = 64;
+
+const KEY_LISTENER: u32 = 1;
+const KEY_CONTROL: u32 = 2;
+const KEY_STOP: u32 = 3;
+
+/// What a port process is told at start.
+#[derive(Debug)]
+pub struct Options {
+    /// The VM's name.
+    pub vm: String,
+    /// The VM's CID.
+    pub cid: u64,
+    /// Host ports that the guest may dial.
+    pub serve_ports: Vec<u32>,
+    /// Unpredictable for the guest.
+    pub seed: u64,
+    /// Drawn once a process.
+    pub boot_nonce: [u8; 16],
+}
+
+/// A port process.
+pub struct Process<C: Carrier> {
+    options: Options,
+    shard: Shard<C>,
+    port: PortIndex,
+    listener: OwnedFd,
+    stop: OwnedFd,
+    aditd: Option<Aditd>,
+    said: Option<Status>,
+    last_epoch: u64,
+    done: bool,
+}
+
+/// The connection to `aditd` and what lives only as long as it.
+struct Aditd {
+    sock: OwnedFd,
+    outbox: VecDeque<(Message, Option<OwnedFd>)>,
+    blocked: bool,
+    by_id: HashMap<u64, StreamId>,
+    by_stream: HashMap<StreamId, u64>,
+}
+
+impl Aditd {
+    fn forget(&mut self, stream: StreamId) -> Option<u64> {
+        let id = self.by_stream.remove(&stream)?;
+        self.by_id.remove(&id);
+        Some(id)
+    }
+}
+
+impl<C: Carrier> Process<C> {
+    /// Makes the process around a carrier. `control` is the bound control socket; it ends when `stop` is readable.
+    ///
+    /// # Errors
+    /// A descriptor cannot be watched, or there are too many ports to serve.
+    pub fn new(options: Options, carrier: C, control: OwnedFd, stop: OwnedFd) -> io::Result<Self> {
+        let mut shard = Shard::new()?;
+        let port = shard.add(carrier, EngineConfig::default(), options.seed)?;
+        for &at in &options.serve_ports {
+            shard.port_mut(port).listen(at).map_err(io::Error::other)?;
+        }
+        shard.watch(control.as_fd(), KEY_LISTENER)?;
+        shard.watch(stop.as_fd(), KEY_STOP)?;
+        Ok(Self {
+            options,
+            shard,
+            port,
+            listener: control,
+            stop,
+            aditd: None,
+            said: None,
+            last_epoch: 0,
+            done: false,
+        })
+    }
+
+    /// Runs until told to quit.
+    ///
+    /// # Errors
+    /// The kernel refuses to wait.
+    pub fn run(&mut self) -> io::Result<()> {
+        while !self.done {
+            self.turn(None)?;
+        }
+        Ok(())
+    }
+
+    /// Waits once and handles what came.
+    ///
+    /// # Errors
+    /// The kernel refuses to wait.
+    pub fn turn(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.shard.turn(timeout)?;
+        while let Some(news) = self.shard.poll_news() {
+            match news {
+                News::Ready { key: KEY_LISTENER } => self.accept(),
+                News::Ready { key: KEY_CONTROL } => self.control_ready(),
+                News::Ready { .. } => {
+                    tracing::info!("told to stop");
+                    self.shard.unwatch(self.stop.as_fd());
+                    self.done = true;
+                }
+                News::Notice(_, notice) => self.notice(notice),
+            }
+        }
+        self.say_status();
+        Ok(())
+    }
+
+    // ---- the connection
+
+    fn accept(&mut self) {
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let sock = match accept4(self.listener.as_raw_fd(), flags) {
+            Ok(fd) => own(fd),
+            Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => return,
+            Err(e) => {
+                tracing::warn!(error = %e, "cannot accept a control connection");
+                return;
+            }
+        };
+        self.disconnect("replaced by a newer connection");
+        if let Err(e) = self.shard.watch(sock.as_fd(), KEY_CONTROL) {
+            tracing::warn!(error = %e, "cannot watch a control connection");
+            return;
+        }
+        tracing::info!("aditd connected");
+        self.said = None;
+        self.aditd = Some(Aditd {
+            sock,
+            outbox: VecDeque::new(),
+            blocked: false,
+            by_id: HashMap::new(),
+            by_stream: HashMap::new(),
+        });
+    }
+
+    fn disconnect(&mut self, why: &str) {
+        let Some(aditd) = self.aditd.take() else {
+            return;
+        };
+        tracing::info!(why, unattached = aditd.by_id.len(), "aditd disconnected");
+        self.shard.unwatch(aditd.sock.as_fd());
+        let now = self.shard.now();
+        for stream in aditd.by_id.into_values() {
+            self.shard
+                .port_mut(self.port)
+                .reset(now, stream, ResetReason::Local);
+        }
+    }
+
+    fn control_ready(&mut self) {
+        self.flush();
+        for _ in 0..FRAMES_A_TURN {
+            let Some(aditd) = &self.aditd else {
+                return;
+            };
+            match receive(&aditd.sock) {
+                Ok(Some((message, fd))) => {
+                    if let Err(why) = self.message(message, fd) {
+                        return self.disconnect(why);
+                    }
+                }
+                Ok(None) => return self.disconnect("it closed the connection"),
+                Err(e) if e.would_block() => return,
+                Err(e) => return self.disconnect(&chain(&e)),
+            }
+        }
+    }
+
+    fn say(&mut self, message: Message, fd: Option<OwnedFd>) {
+        let Some(aditd) = &mut self.aditd else {
+            return;
+        };
+        if aditd.outbox.len() >= OUTBOX_MAX {
+            return self.disconnect("it does not read");
+        }
+        aditd.outbox.push_back((message, fd));
+        if !aditd.blocked {
+            self.flush();
+        }
+    }
+
+    fn flush(&mut self) {
+        let Some(aditd) = &mut self.aditd else {
+            return;
+        };
+        let failed = loop {
+            let Some((message, fd)) = aditd.outbox.front() else {
+                break None;
+            };
+            match send(&aditd.sock, message, fd.as_ref().map(AsFd::as_fd)) {
+                Ok(()) => drop(aditd.outbox.pop_front()),
+                Err(e) if e.would_block() => break None,
+                Err(ControlError::Io(e)) => break Some(e.to_string()),
+                Err(e) => {
+                    // Ours to blame, and of no use to repeat.
+                    tracing::error!(error = %chain(&e), "frame not sent");
+                    aditd.outbox.pop_front();
+                }
+            }
+        };
+        let blocked = !aditd.outbox.is_empty();
+        if blocked != aditd.blocked {
+            aditd.blocked = blocked;
+            let watched = self
+                .shard
+                .watch_writable(aditd.sock.as_fd(), KEY_CONTROL, blocked);
+            if let Err(e) = watched {
+                return self.disconnect(&e.to_string());
+            }
+        }
+        if let Some(why) = failed {
+            self.disconnect(&why);
+        }
+    }
+
+    // ---- what aditd says
+
+    fn message(&mut self, message: Message, fd: Option<OwnedFd>) -> Result<(), &'static str> {
+        match message {
+            Message::Dial(dial) => self.dial(dial),
+            Message::Attach(attach) => self.attach(attach, fd),
+            Message::Cancel(cancel) => {
+                let aditd = self.aditd.as_mut();
+                let stream = aditd.and_then(|a| a.by_id.get(&cancel.id).copied());
+                if let Some(stream) = stream {
+                    self.forget(stream);
+                    self.reset(stream);
+                }
+                Ok(())
+            }
+            Message::Quit(_) => {
+                tracing::info!("told to quit");
+                self.done = true;
+                Ok(())
+            }
+            Message::Status(_)
+            | Message::Dialed(_)
+            | Message::DialFailed(_)
+            | Message::Incoming(_) => Err("it sent a frame that only a port process sends"),
+        }
+    }
+
+    fn dial(&mut self, dial: Dial) -> Result<(), &'static str> {
+        let Some(aditd) = &self.aditd else {
+            return Ok(());
+        };
+        if aditd.by_id.contains_key(&dial.id) {
+            return Err("it used a dial's id twice");
+        }
+        let now = self.shard.now();
+        let request = self.request(&dial, now);
+        let dialled = match aditd.by_id.len() {
+            DIALS_MAX.. => Err(dial::DialError::Busy),
+            _ => self.shard.port_mut(self.port).dial(now, request, None),
+        };
+        match dialled {
+            Ok(stream) => {
+                if let Some(aditd) = &mut self.aditd {
+                    aditd.by_id.insert(dial.id, stream);
+                    aditd.by_stream.insert(stream, dial.id);
+                }
+            }
+            Err(e) => self.say(Message::DialFailed(failed(dial.id, &e)), None),
+        }
+        Ok(())
+    }
+
+    fn request(&self, dial: &Dial, now: Tick) -> DialRequest {
+        let deadline = now
+            .0
+            .saturating_add(u64::from(dial.deadline_ms) * 1_000_000);
+        let (port, hello) = match &dial.to {
+            Target::VsockPort(port) => (*port, None),
+            Target::Service(service) => {
+                let common = Common {
+                    features: 0,
+                    epoch: self.last_epoch,
+                    boot_nonce: self.options.boot_nonce,
+                };
+                let deadline_ms = dial.deadline_ms;
+                let open = Open {
+                    deadline_ms,
+                    ..Open::new(service.clone(), common)
+                };
+                (hello::PORT, Some(open))
+            }
+        };
+        DialRequest {
+            port,
+            hello,
+            deadline: Some(Tick(deadline)),
+        }
+    }
+
+    fn attach(&mut self, attach: Attach, fd: Option<OwnedFd>) -> Result<(), &'static str> {
+        if attach.prefix.len() > PREFIX_MAX {
+            return Err("it attached with a prefix that is too long");
+        }
+        let aditd = self.aditd.as_ref();
+        let stream = aditd.and_then(|a| a.by_id.get(&attach.id).copied());
+        let (Some(fd), Some(stream)) = (fd, stream) else {
+            // The guest ended the stream meanwhile: the socket closes.
+            return Ok(());
+        };
+        let now = self.shard.now();
+        let port = self.shard.port_mut(self.port);
+        if !port.attach(now, stream, Sink::Fd(fd), &attach.prefix) {
+            self.reset(stream);
+        }
+        self.forget(stream);
+        Ok(())
+    }
+
+    fn forget(&mut self, stream: StreamId) -> Option<u64> {
+        self.aditd.as_mut()?.forget(stream)
+    }
+
+    fn reset(&mut self, stream: StreamId) {
+        let now = self.shard.now();
+        let port = self.shard.port_mut(self.port);
+        port.reset(now, stream, ResetReason::Local);
+    }
+
+    // ---- what the port says
+
+    fn notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Incoming {
+                stream,
+                local_port,
+                peer_port,
+            } => self.incoming(stream, local_port, peer_port),
+            Notice::Dialed { stream, accept } => {
+                let aditd = self.aditd.as_ref();
+                match aditd.and_then(|a| a.by_stream.get(&stream).copied()) {
+                    Some(id) => {
+                        let boot_nonce = accept.map_or([0; 16], |a| a.common.boot_nonce);
+                        self.say(Message::Dialed(Dialed { id, boot_nonce }), None);
+                    }
+                    None => self.reset(stream),
+                }
+            }
+            Notice::DialFailed { stream, error } => {
+                if let Some(id) = self.forget(stream) {
+                    self.say(Message::DialFailed(failed(id, &error)), None);
+                }
+            }
+            Notice::Closed { stream, .. } => drop(self.forget(stream)),
+            Notice::Session { epoch } => {
+                tracing::info!(
+                    epoch,
+                    "session {}",
+                    if epoch.is_some() { "on" } else { "off" }
+                );
+                self.last_epoch = epoch.unwrap_or(self.last_epoch);
+            }
+        }
+    }
+
+    fn incoming(&mut self, stream: StreamId, port: u32, peer_port: u32) {
+        let now = self.shard.now();
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let pair = match self.aditd {
+            Some(_) => socketpair(AddressFamily::Unix, SockType::Stream, None, flags),
+            None => return self.shard.port_mut(self.port).refuse(now, stream),
+        };
+        match pair {
+            Ok((ours, theirs)) => {
+                let sink = Some(Sink::Fd(ours));
+                self.shard.port_mut(self.port).accept(now, stream, sink);
+                self.say(
+                    Message::Incoming(Incoming { port, peer_port }),
+                    Some(theirs),
+                );
+            }
+            Err(e) => {
+                tracing::warn!(error = %e, "guest's dial refused");
+                self.shard.port_mut(self.port).refuse(now, stream);
+            }
+        }
+    }
+
+    /// Tells `aditd` how the channel stands, if that changed: once a turn, and only when nothing else waits.
+    fn say_status(&mut self) {
+        let port = self.shard.port(self.port);
+        let Some(aditd) = &self.aditd else {
+            return;
+        };
+        if !aditd.outbox.is_empty() {
+            return;
+        }
+        let counters = port.counters();
+        let status = Status {
+            vm: self.options.vm.clone(),
+            cid: self.options.cid,
+            pid: std::process::id(),
+            session: port.epoch().is_some(),
+            epoch: self.last_epoch,
+            // The table has far fewer.
+            streams: port.streams() as u32,
+            bytes: (counters.bytes_to_guest, counters.bytes_from_guest),
+            faults: counters.faults,
+            last_fault: port.last_fault().to_owned(),
+        };
+        let unchanged = self.said.as_ref().is_some_and(|said| {
+            let bytes = said.bytes;
+            Status {
+                bytes,
+                ..status.clone()
+            } == *said
+        });
+        if !unchanged {
+            self.said = Some(status.clone());
+            self.say(Message::Status(status), None);
+        }
+    }
+}
+
+fn failed(id: u64, error: &dial::DialError) -> DialFailed {
+    let (mut status, mut errno) = (0, 0);
+    let class = match error {
+        dial::DialError::NoSession => DialError::NoSession,
+        dial::DialError::Refused => DialError::Refused,
+        dial::DialError::Timeout => DialError::Timeout,
+        dial::DialError::Reset | dial::DialError::Cancelled => DialError::Reset,
+        dial::DialError::Foreign(_) | dial::DialError::NotOffered { .. } => DialError::Foreign,
+        dial::DialError::HelloRefused(refuse) => {
+            (status, errno) = (refuse.status as u16, refuse.errno);
+            DialError::HelloRefused
+        }
+        dial::DialError::Busy => DialError::Busy,
+    };
+    let text = match error {
+        dial::DialError::HelloRefused(refuse) => refuse.text.clone(),
+        other => chain(other),
+    };
+    DialFailed {
+        id,
+        error: class,
+        status,
+        errno,
+        text,
+    }
+}
+
+/// An error and its causes in one line.
+fn chain(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut source = e.source();
+    while let Some(e) = source {
+        text += &format!(": {e}");
+        source = e.source();
+    }
+    text
+}
+
+#[allow(unsafe_code)] // nix returns a number here
+fn own(fd: i32) -> OwnedFd {
+    // SAFETY: `accept4` has just returned this descriptor; nothing else knows it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}

@@ -1,0 +1,153 @@
+//! What a guest checks before it does anything with a task, in this order: a trust anchor, the envelope's form, the
+//! signature, the goal's form, audience, time, sequence, step, attempt, task id. Pure: journal and clock are handed in.
+//!
+//! Sequence rule: the goals of one key are run in the order of `key_seq`. One lower than the highest that was admitted,
+//! or the same with other content, is a replay. So a goal that arrives late is refused rather than run out of order.
+
+use crate::dsse::{Envelope, VerifyError};
+use crate::key::{KeyId, TrustStore};
+use crate::plan::task_id;
+use crate::wire::{Outcome, Task};
+use crate::{Goal, Step, VmId};
+
+/// The last goal that was admitted from a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LastGoal {
+    /// Its `key_seq`.
+    pub key_seq: u64,
+    /// Its digest.
+    pub digest: [u8; 32],
+}
+
+/// What the guest's journal knows.
+pub trait History {
+    /// The last goal admitted from a key.
+    fn last_goal(&self, key: &KeyId) -> Option<LastGoal>;
+    /// How a task ended here, if it did.
+    fn outcome(&self, task: &crate::wire::TaskId) -> Option<Outcome>;
+}
+
+/// A task that may run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admitted {
+    /// Who ordered it.
+    pub key: KeyId,
+    /// To be remembered as the last goal of the key, before anything runs.
+    pub last: LastGoal,
+    /// What there is to do.
+    pub step: Step,
+}
+
+/// Why a task is refused. Nothing was done.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{code}: {text}")]
+pub struct Denial {
+    /// Stable word.
+    pub code: &'static str,
+    /// For people.
+    pub text: String,
+}
+
+fn deny<T>(code: &'static str, text: impl Into<String>) -> Result<T, Denial> {
+    Err(Denial {
+        code,
+        text: text.into(),
+    })
+}
+
+/// Decides whether a task may run here and now.
+///
+/// # Errors
+/// A [`Denial`] with one of the codes `no-trust-anchor`, `bad-envelope`, `untrusted-key`, `bad-signature`, `bad-goal`,
+/// `wrong-target`, `not-yet-valid`, `expired`, `replay`, `unknown-step`, `attempt`, `task-id-mismatch`.
+pub fn admit(
+    task: &Task,
+    trust: &TrustStore,
+    me: &VmId,
+    now_unix_ms: i64,
+    history: &dyn History,
+) -> Result<Admitted, Denial> {
+    if trust.is_empty() {
+        return deny("no-trust-anchor", VerifyError::NoAnchor.to_string());
+    }
+    let envelope = Envelope::parse(&task.envelope).or_else(|e| deny("bad-envelope", e.to_string()))?;
+    let verified = envelope.verify(trust).or_else(|e| {
+        let code = match e {
+            VerifyError::NoAnchor => "no-trust-anchor",
+            VerifyError::UntrustedKey { .. } => "untrusted-key",
+            VerifyError::BadSignature { .. } => "bad-signature",
+        };
+        deny(code, e.to_string())
+    })?;
+    let goal = Goal::from_verified(&verified).or_else(|e| deny("bad-goal", e.to_string()))?;
+    if !goal.audience.vms.contains(me) {
+        let vms: Vec<&str> = goal.audience.vms.iter().take(4).map(VmId::as_str).collect();
+        return deny(
+            "wrong-target",
+            format!("the goal is for {}, this guest is {me}", vms.join(", ")),
+        );
+    }
+    if now_unix_ms < goal.not_before.as_millisecond() {
+        return deny("not-yet-valid", format!("valid from {}", goal.not_before));
+    }
+    if now_unix_ms > goal.not_after.as_millisecond() {
+        return deny("expired", format!("was valid until {}", goal.not_after));
+    }
+    let (key, digest) = (verified.key(), verified.digest());
+    let last = LastGoal {
+        key_seq: goal.key_seq,
+        digest,
+    };
+    if let Some(seen) = history.last_goal(&key) {
+        if last.key_seq < seen.key_seq {
+            return deny(
+                "replay",
+                format!("sequence {} of key {key}, {} was seen", last.key_seq, seen.key_seq),
+            );
+        }
+        if last.key_seq == seen.key_seq && last.digest != seen.digest {
+            return deny(
+                "replay",
+                format!("sequence {} of key {key} was another goal", last.key_seq),
+            );
+        }
+    }
+    let Some(step) = goal.step(&task.step_id) else {
+        return deny("unknown-step", format!("the goal has no step `{}`", task.step_id.escape_debug()));
+    };
+    check_attempt(task, step, &digest, me, history)?;
+    if task.task_id != task_id(&digest, me, &step.id, task.attempt) {
+        return deny("task-id-mismatch", "the id is not that of goal, VM, step and attempt");
+    }
+    Ok(Admitted {
+        key,
+        last,
+        step: step.clone(),
+    })
+}
+
+/// A further attempt is the guest's own to allow: the host's word alone would let it run a step as often as it likes.
+fn check_attempt(
+    task: &Task,
+    step: &Step,
+    digest: &[u8; 32],
+    me: &VmId,
+    history: &dyn History,
+) -> Result<(), Denial> {
+    let Some(before) = task.attempt.checked_sub(1) else {
+        return deny("attempt", "attempts count from 1");
+    };
+    if before == 0 {
+        return Ok(());
+    }
+    if !step.idempotent {
+        return deny("attempt", format!("step `{}` is not idempotent", step.id));
+    }
+    match history.outcome(&task_id(digest, me, &step.id, before)) {
+        Some(Outcome::Interrupted) => Ok(()),
+        _ => deny("attempt", format!("attempt {before} was not interrupted here")),
+    }
+}
+
+#[cfg(test)]
+mod tests;

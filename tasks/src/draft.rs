@@ -1,0 +1,203 @@
+//! Drafts: what a person writes, in YAML or JSON. Who it is for, when, and its number are filled in at signing.
+//!
+//! ```yaml
+//! valid_for: 24h
+//! steps:
+//!   - id: hello
+//!     script: {interpreter: /bin/sh, script: "echo hello from $(hostname)\n"}
+//!   - id: motd
+//!     idempotent: true
+//!     file: {path: /etc/motd, content: "managed\n", mode: "0644"}
+//! ```
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::goal::{Audience, Goal, GoalError, PLANNER, Step, check_steps};
+use crate::VmId;
+
+/// Why a file is no draft. Names file, line, column and key.
+#[derive(Debug, thiserror::Error)]
+pub enum DraftError {
+    /// Not YAML, an unknown or duplicate key, or a value of the wrong type.
+    #[error("{file}:{line}:{column}: {message}")]
+    Parse {
+        /// The file.
+        file: String,
+        /// From 1; 0 if the parser does not say.
+        line: u64,
+        /// From 1; 0 if the parser does not say.
+        column: u64,
+        /// What the parser says.
+        message: String,
+    },
+    /// A value that has the right type and cannot be used.
+    #[error("{file}:{line}: {source}")]
+    Value {
+        /// The file.
+        file: String,
+        /// Line of the step that it is in, from 1.
+        line: usize,
+        /// What is wrong.
+        #[source]
+        source: GoalError,
+    },
+}
+
+/// A draft.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Draft {
+    /// How long it may be begun after signing: `30m`, `24h`, `7d`.
+    #[serde(default = "day")]
+    pub valid_for: String,
+    /// What is to be done, in order.
+    pub steps: Vec<Step>,
+}
+
+fn day() -> String {
+    "24h".into()
+}
+
+/// What is filled in at signing.
+#[derive(Clone, Debug)]
+pub struct Inputs {
+    /// A new UUID, version 7.
+    pub goal_id: Uuid,
+    /// Higher than that of every goal signed with this key before.
+    pub key_seq: u64,
+    /// Whom it is for.
+    pub vms: Vec<VmId>,
+    /// When it is signed.
+    pub now: Timestamp,
+}
+
+/// Guests whose clock is a little behind still take a goal that was signed just now.
+const CLOCK_SKEW_S: i64 = 300;
+
+impl Draft {
+    /// Parses a draft; `file` is for messages.
+    ///
+    /// # Errors
+    /// It is none; says where and why.
+    pub fn parse(text: &str, file: &str) -> Result<Self, DraftError> {
+        let options = serde_saphyr::options! { duplicate_keys: serde_saphyr::options::DuplicateKeyPolicy::Error };
+        let draft: Self = serde_saphyr::from_str_with_options(text, options).map_err(|e| {
+            let e = e.without_snippet();
+            let at = e.location();
+            DraftError::Parse {
+                file: file.into(),
+                line: at.map_or(0, |l| l.line()),
+                column: at.map_or(0, |l| l.column()),
+                message: e.to_string().replace('\n', " "),
+            }
+        })?;
+        let value = |source: GoalError| DraftError::Value {
+            file: file.into(),
+            line: line_of(text, &source),
+            source,
+        };
+        check_steps(&draft.steps).map_err(value)?;
+        draft.seconds().map_err(value)?;
+        Ok(draft)
+    }
+
+    /// Makes the payload to sign.
+    ///
+    /// # Errors
+    /// The result is no goal: no or too many VMs, a time out of range.
+    pub fn into_payload(self, inputs: Inputs) -> Result<Vec<u8>, GoalError> {
+        let range = |e: jiff::Error| GoalError::Value {
+            key: "valid_for".into(),
+            why: e.to_string(),
+        };
+        let shift = |s: i64| inputs.now.checked_add(jiff::SignedDuration::from_secs(s)).map_err(range);
+        let goal = Goal {
+            goal_id: inputs.goal_id,
+            key_seq: inputs.key_seq,
+            audience: Audience { vms: inputs.vms },
+            not_before: shift(-CLOCK_SKEW_S)?,
+            not_after: shift(self.seconds()?)?,
+            min_planner: PLANNER,
+            steps: self.steps,
+        };
+        let payload = serde_json::to_vec(&goal).map_err(GoalError::Json)?;
+        // What is signed is what every reader will accept.
+        Goal::parse_unverified(&payload)?;
+        Ok(payload)
+    }
+
+    fn seconds(&self) -> Result<i64, GoalError> {
+        let bad = || GoalError::Value {
+            key: "valid_for".into(),
+            why: format!("`{}` is no duration: write 30m, 24h or 7d", self.valid_for.escape_debug()),
+        };
+        let (number, unit) = self
+            .valid_for
+            .split_at_checked(self.valid_for.len().saturating_sub(1))
+            .ok_or_else(bad)?;
+        let n: i64 = number.parse().ok().filter(|&n| n > 0).ok_or_else(bad)?;
+        let factor = match unit {
+            "s" => 1,
+            "m" => 60,
+            "h" => 3600,
+            "d" => 86_400,
+            _ => return Err(bad()),
+        };
+        n.checked_mul(factor).ok_or_else(bad)
+    }
+}
+
+/// The line of the n-th `id:` for an error in `steps[n]`, of the key itself for others.
+fn line_of(text: &str, e: &GoalError) -> usize {
+    let GoalError::Value { key, .. } = e else { return 1 };
+    let nth = key.strip_prefix("steps[").and_then(|k| k.split(']').next()).and_then(|n| n.parse::<usize>().ok());
+    let found = match nth {
+        Some(n) => {
+            let is_id = |l: &str| l.trim_start().trim_start_matches("- ").trim_start_matches('{').starts_with("id:");
+            text.lines().enumerate().filter(|(_, l)| is_id(l)).nth(n).map(|(at, _)| at)
+        }
+        None => text.lines().position(|l| l.starts_with(key.as_str())),
+    };
+    found.map_or(1, |at| at + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "valid_for: 2h\nsteps:\n  - id: hello\n    script:\n      interpreter: /bin/sh\n      script: |\n        echo hi\n  - id: motd\n    file: {path: /etc/motd, content: hi}\n";
+
+    #[test]
+    fn yaml_becomes_a_goal_that_every_reader_accepts() {
+        let now: Timestamp = "2026-11-20T22:00:00Z".parse().unwrap();
+        let inputs = Inputs { goal_id: Uuid::nil(), key_seq: 9, vms: vec!["web-1".parse().unwrap()], now };
+        let payload = Draft::parse(GOOD, "g.yaml").unwrap().into_payload(inputs).unwrap();
+        let goal = Goal::parse_unverified(&payload).unwrap();
+        assert_eq!(goal.not_after.to_string(), "2026-11-21T00:00:00Z");
+        assert_eq!(goal.steps[0].script.as_ref().unwrap().script, "echo hi\n");
+    }
+
+    #[test]
+    fn mistakes_name_file_line_and_key() {
+        for (from, to, line, says) in [
+            ("interpreter:", "interpeter:", 5, "interpeter"),
+            ("    file:", "    id: x\n    file:", 9, "id"),
+            ("valid_for: 2h", "valid_fr: 2h", 1, "valid_fr"),
+        ] {
+            let e = Draft::parse(&GOOD.replacen(from, to, 1), "g.yaml").unwrap_err();
+            let DraftError::Parse { line: at, message, .. } = &e else { panic!("{e}") };
+            assert!(message.contains(says), "{e}");
+            assert_eq!(*at, line, "{e}");
+        }
+        for (from, to, line, key) in [
+            ("/bin/sh", "sh", 3, "steps[0].script.interpreter"),
+            ("/etc/motd", "etc", 8, "steps[1].file.path"),
+            ("2h", "2 hours", 1, "valid_for"),
+        ] {
+            let e = Draft::parse(&GOOD.replacen(from, to, 1), "g.yaml").unwrap_err();
+            assert!(e.to_string().starts_with(&format!("g.yaml:{line}: `{key}`")), "{e}");
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! DSSE envelopes: exact bytes are signed, and nothing of them is parsed before a signature of a trusted key holds.
+//!
+//! ```text
+//! {"payload": BASE64(payload), "payloadType": "application/vnd.adit.goal.v1+json",
+//!  "signatures": [{"keyid": HEX(16), "sig": BASE64(64)}]}
+//! signed: "DSSEv1" SP len(type) SP type SP len(payload) SP payload
+//! ```
+//! [`Envelope`] is what came; [`Verified`] is the only way from there to a goal in the guest. The host, which has no
+//! manager's key, plans from the unverified payload: its plan decides what is queued, never what is run.
+//!
+//! Unknown and duplicate keys, other types, trailing bytes and non-canonical base64 are refused (R83, R87).
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use ed25519_dalek::{Signature, Signer, SigningKey};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::key::{KeyId, PublicKey, TrustStore, key_id};
+
+/// The type of a goal's envelope.
+pub const GOAL_TYPE: &str = "application/vnd.adit.goal.v1+json";
+/// Most bytes of an envelope.
+pub const ENVELOPE_MAX: usize = 256 << 10;
+/// Most signatures of an envelope.
+pub const SIGNATURES_MAX: usize = 8;
+
+/// Why bytes are no envelope: the fault of whoever sent them.
+#[derive(Debug, thiserror::Error)]
+pub enum EnvelopeError {
+    /// More bytes than [`ENVELOPE_MAX`].
+    #[error("envelope of {len} bytes, at most {ENVELOPE_MAX} are allowed")]
+    TooLong {
+        /// Bytes given.
+        len: usize,
+    },
+    /// Not the JSON that it should be; says line and column.
+    #[error("envelope is malformed: {0}")]
+    Json(#[source] serde_json::Error),
+    /// A type that this build does not know.
+    #[error("envelope has type `{0}`, only {GOAL_TYPE} is known")]
+    Type(String),
+    /// A field is not (canonical) base64 or hex of the right length.
+    #[error("envelope field `{field}` is not well encoded")]
+    Encoding {
+        /// Which.
+        field: &'static str,
+    },
+    /// None, or more than [`SIGNATURES_MAX`].
+    #[error("envelope has {count} signatures, 1 to {SIGNATURES_MAX} are allowed")]
+    Signatures {
+        /// How many.
+        count: usize,
+    },
+}
+
+/// Why an envelope is not believed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VerifyError {
+    /// The guest trusts nobody.
+    #[error("no trust anchor is installed in this guest")]
+    NoAnchor,
+    /// None of the signers is trusted.
+    #[error("signed by {found}, which is not trusted here")]
+    UntrustedKey {
+        /// The first signer.
+        found: KeyId,
+    },
+    /// A trusted key is named, and its signature does not hold.
+    #[error("signature of key {key} does not hold: the goal was changed after signing, or never signed")]
+    BadSignature {
+        /// The key named.
+        key: KeyId,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawEnvelope {
+    payload: String,
+    #[serde(rename = "payloadType")]
+    payload_type: String,
+    signatures: Vec<RawSignature>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawSignature {
+    keyid: String,
+    sig: String,
+}
+
+/// A well-formed envelope. Nobody has vouched for its payload yet.
+#[derive(Clone, Debug)]
+pub struct Envelope {
+    payload: Vec<u8>,
+    signatures: Vec<(KeyId, Signature)>,
+}
+
+/// A payload that a trusted key has signed.
+#[derive(Clone, Debug)]
+pub struct Verified {
+    payload: Vec<u8>,
+    key: KeyId,
+}
+
+impl Envelope {
+    /// Parses an envelope; the payload is not looked into.
+    ///
+    /// # Errors
+    /// It is too long, malformed, of another type, or has no signature.
+    pub fn parse(bytes: &[u8]) -> Result<Self, EnvelopeError> {
+        if bytes.len() > ENVELOPE_MAX {
+            return Err(EnvelopeError::TooLong { len: bytes.len() });
+        }
+        let raw: RawEnvelope = serde_json::from_slice(bytes).map_err(EnvelopeError::Json)?;
+        if raw.payload_type != GOAL_TYPE {
+            let shown = raw.payload_type.escape_debug().take(64).collect();
+            return Err(EnvelopeError::Type(shown));
+        }
+        let count = raw.signatures.len();
+        if count == 0 || count > SIGNATURES_MAX {
+            return Err(EnvelopeError::Signatures { count });
+        }
+        let payload = BASE64
+            .decode(&raw.payload)
+            .map_err(|_| EnvelopeError::Encoding { field: "payload" })?;
+        let signatures = raw
+            .signatures
+            .iter()
+            .map(signature)
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            payload,
+            signatures,
+        })
+    }
+
+    /// The payload, which nobody has vouched for: to plan from on the host, never to act on.
+    pub fn unverified_payload(&self) -> &[u8] {
+        &self.payload
+    }
+
+    /// sha256 of the payload.
+    pub fn digest(&self) -> [u8; 32] {
+        Sha256::digest(&self.payload).into()
+    }
+
+    /// Checks the signatures against the trusted keys, strictly (no malleable, no small-order signature).
+    ///
+    /// # Errors
+    /// No trusted key has signed exactly this payload.
+    pub fn verify(self, trust: &TrustStore) -> Result<Verified, VerifyError> {
+        if trust.is_empty() {
+            return Err(VerifyError::NoAnchor);
+        }
+        let signed = pae(&self.payload);
+        let mut failed = None;
+        for (id, signature) in &self.signatures {
+            let Some(key) = trust.get(id) else { continue };
+            if key.verifying().verify_strict(&signed, signature).is_ok() {
+                return Ok(Verified {
+                    payload: self.payload,
+                    key: *id,
+                });
+            }
+            failed = Some(*id);
+        }
+        Err(match (failed, self.signatures.first()) {
+            (Some(key), _) => VerifyError::BadSignature { key },
+            (None, Some(&(found, _))) => VerifyError::UntrustedKey { found },
+            (None, None) => VerifyError::NoAnchor,
+        })
+    }
+}
+
+impl Verified {
+    /// The signed bytes.
+    pub fn payload(&self) -> &[u8] {
+        &self.payload
+    }
+
+    /// Who signed them.
+    pub fn key(&self) -> KeyId {
+        self.key
+    }
+
+    /// sha256 of the payload.
+    pub fn digest(&self) -> [u8; 32] {
+        Sha256::digest(&self.payload).into()
+    }
+}
+
+/// Signs a payload; returns the envelope's JSON text.
+pub fn sign(payload: &[u8], key: &SigningKey) -> String {
+    let raw = RawEnvelope {
+        payload: BASE64.encode(payload),
+        payload_type: GOAL_TYPE.into(),
+        signatures: vec![RawSignature {
+            keyid: PublicKey::of(key, "").id().to_string(),
+            sig: BASE64.encode(key.sign(&pae(payload)).to_bytes()),
+        }],
+    };
+    // Strings and a list of strings always serialise.
+    serde_json::to_string(&raw).unwrap_or_default()
+}
+
+fn signature(raw: &RawSignature) -> Result<(KeyId, Signature), EnvelopeError> {
+    let keyid = EnvelopeError::Encoding { field: "keyid" };
+    let sig = || EnvelopeError::Encoding { field: "sig" };
+    let id = crate::unhex(&raw.keyid).ok_or(keyid)?;
+    let bytes = BASE64.decode(&raw.sig).map_err(|_| sig())?;
+    let bytes: [u8; 64] = bytes.try_into().map_err(|_| sig())?;
+    Ok((KeyId(id), Signature::from_bytes(&bytes)))
+}
+
+/// Pre-authentication encoding: type and payload cannot be shifted into each other.
+fn pae(payload: &[u8]) -> Vec<u8> {
+    let head = format!("DSSEv1 {} {GOAL_TYPE} {} ", GOAL_TYPE.len(), payload.len());
+    [head.as_bytes(), payload].concat()
+}
+
+/// Id of the key that a private key belongs to.
+pub fn id_of(key: &SigningKey) -> KeyId {
+    key_id(&key.verifying_key())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key() -> SigningKey {
+        SigningKey::from_bytes(&[7; 32])
+    }
+
+    fn trust() -> TrustStore {
+        let mut t = TrustStore::default();
+        t.add(PublicKey::of(&key(), "")).unwrap();
+        t
+    }
+
+    #[test]
+    fn signed_payload_comes_back_and_only_then() {
+        let text = sign(b"{}", &key());
+        let v = Envelope::parse(text.as_bytes()).unwrap().verify(&trust());
+        assert_eq!(v.unwrap().payload(), b"{}");
+        let stranger = sign(b"{}", &SigningKey::from_bytes(&[8; 32]));
+        let e = Envelope::parse(stranger.as_bytes()).unwrap();
+        assert!(matches!(
+            e.clone().verify(&trust()),
+            Err(VerifyError::UntrustedKey { .. })
+        ));
+        assert_eq!(
+            e.verify(&TrustStore::default()).unwrap_err(),
+            VerifyError::NoAnchor
+        );
+    }
+
+    #[test]
+    fn envelope_has_golden_bytes() {
+        assert_eq!(pae(b"hi"), b"DSSEv1 33 application/vnd.adit.goal.v1+json 2 hi");
+        assert!(sign(b"hi", &key()).starts_with(
+            r#"{"payload":"aGk=","payloadType":"application/vnd.adit.goal.v1+json","signatures":[{"keyid":""#
+        ));
+    }
+
+    #[test]
+    fn r83_missing_or_mangled_signatures_are_refused_before_the_body_is_parsed() {
+        let good = sign(b"not even json", &key());
+        let v: serde_json::Value = serde_json::from_str(&good).unwrap();
+        let with = |f: &dyn Fn(&mut serde_json::Value)| {
+            let mut v = v.clone();
+            f(&mut v);
+            v.to_string()
+        };
+        let sig = v["signatures"][0]["sig"].as_str().unwrap().to_owned();
+        let table = [
+            with(&|v| drop(v.as_object_mut().unwrap().remove("signatures"))),
+            with(&|v| v["signatures"] = serde_json::json!([])),
+            with(&|v| v["signatures"] = serde_json::json!(null)),
+            with(&|v| v["signatures"] = serde_json::json!("x")),
+            with(&|v| v["signatures"][0]["sig"] = serde_json::json!("")),
+            with(&|v| v["signatures"][0]["sig"] = serde_json::json!(null)),
+            with(&|v| v["signatures"][0]["sig"] = serde_json::json!(7)),
+            with(&|v| v["signatures"][0]["sig"] = serde_json::json!(sig[..40])),
+            with(&|v| v["signatures"][0]["alg"] = serde_json::json!("none")),
+            with(&|v| v["payloadType"] = serde_json::json!("application/json")),
+            good.clone() + " {}",
+            good.replacen("{\"payload\"", "{\"payload\":\"\",\"payload\"", 1),
+        ];
+        for text in &table {
+            assert!(Envelope::parse(text.as_bytes()).is_err(), "{text}");
+        }
+        let zeros = with(&|v| v["signatures"][0]["sig"] = BASE64.encode([0; 64]).into());
+        let e = Envelope::parse(zeros.as_bytes()).unwrap().verify(&trust());
+        assert!(matches!(e, Err(VerifyError::BadSignature { .. })));
+    }
+
+    #[test]
+    fn r83_each_flipped_byte_is_refused() {
+        let good = sign(b"{\"a\":1}", &key());
+        for at in 0..good.len() {
+            for bit in 0..8 {
+                let mut bytes = good.clone().into_bytes();
+                bytes[at] ^= 1 << bit;
+                let accepted = Envelope::parse(&bytes).is_ok_and(|e| e.verify(&trust()).is_ok());
+                assert!(!accepted, "byte {at} bit {bit}");
+            }
+        }
+    }
+}

@@ -1,0 +1,451 @@
+//! Goals: what a manager signs. JSON only, parsed strictly: an unknown or duplicate key anywhere is an error with line
+//! and column, because two readers that skip different things would see two goals (R87).
+//!
+//! ```json
+//! {"goal_id": "0198…", "key_seq": 1763675000000000, "audience": {"vms": ["web-1"]},
+//!  "not_before": "2026-11-20T22:00:00Z", "not_after": "2026-11-21T22:00:00Z", "min_planner": 1,
+//!  "steps": [{"id": "hello", "script": {"interpreter": "/bin/sh", "script": "echo hi\n"}},
+//!            {"id": "motd", "file": {"path": "/etc/motd", "content": "hi\n"}}]}
+//! ```
+//! `key_seq` grows with every goal of a key; a guest refuses one that is lower than it has seen (see `admit`).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use jiff::Timestamp;
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use uuid::Uuid;
+
+use crate::VmId;
+use crate::dsse::Verified;
+
+/// The planner that this build has.
+pub const PLANNER: u16 = 1;
+/// Most steps of a goal.
+pub const STEPS_MAX: usize = 64;
+/// Most VMs that a goal names.
+pub const AUDIENCE_MAX: usize = 4096;
+/// Most arguments of a script.
+pub const ARGS_MAX: usize = 256;
+/// Most environment variables of a script.
+pub const ENV_MAX: usize = 256;
+/// Longest that a script may run, seconds.
+pub const TIMEOUT_MAX_S: u32 = 86_400;
+/// Most bytes kept of each output stream.
+pub const OUTPUT_CAP_MAX: u32 = 256 << 10;
+
+/// Why text is no goal: the fault of whoever wrote it.
+#[derive(Debug, thiserror::Error)]
+pub enum GoalError {
+    /// Not the JSON that it should be; says line, column and key.
+    #[error("{0}")]
+    Json(#[source] serde_json::Error),
+    /// A value that has the right type and cannot be used.
+    #[error("`{key}`: {why}")]
+    Value {
+        /// Path of the key, for example `steps[2].file.path`.
+        key: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Made for a newer planner.
+    #[error("goal needs planner {needs}, this one is {PLANNER}: update adit")]
+    Planner {
+        /// What it needs.
+        needs: u16,
+    },
+}
+
+/// A goal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Goal {
+    /// Names it.
+    pub goal_id: Uuid,
+    /// Counts the goals of its key.
+    pub key_seq: u64,
+    /// Whom it is for.
+    pub audience: Audience,
+    /// Not to be begun before.
+    pub not_before: Timestamp,
+    /// Not to be begun after.
+    pub not_after: Timestamp,
+    /// Lowest planner that understands it.
+    pub min_planner: u16,
+    /// What is to be done, in order.
+    pub steps: Vec<Step>,
+}
+
+/// Whom a goal is for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Audience {
+    /// Ids of VMs.
+    pub vms: Vec<VmId>,
+}
+
+/// One step: exactly one of `script` and `file`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Step {
+    /// Names it within its goal: `[a-z0-9_-]`, 1 to 64 bytes.
+    pub id: String,
+    /// Run a program.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub script: Option<Script>,
+    /// Write a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<FileStep>,
+    /// May be run again after it was cut off.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub idempotent: bool,
+    /// Later steps run even if this one does not succeed.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub continue_on_error: bool,
+}
+
+/// A checked step's work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work<'a> {
+    /// Run a program.
+    Script(&'a Script),
+    /// Write a file.
+    File(&'a FileStep),
+}
+
+impl Step {
+    /// What there is to do; `None` cannot happen in a goal that was parsed.
+    pub fn work(&self) -> Option<Work<'_>> {
+        match (&self.script, &self.file) {
+            (Some(s), None) => Some(Work::Script(s)),
+            (None, Some(f)) => Some(Work::File(f)),
+            _ => None,
+        }
+    }
+}
+
+/// A program to run: `interpreter SCRIPT-FILE args…`, never through a shell of ours. The text is handed over as a
+/// temporary file that only the user it runs as can read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Script {
+    /// Absolute path of the program that reads the text.
+    pub interpreter: String,
+    /// The text.
+    pub script: String,
+    /// Arguments, each handed over byte for byte.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub args: Vec<String>,
+    /// The whole environment besides PATH, HOME, USER and LANG.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "unique_map")]
+    pub env: BTreeMap<String, String>,
+    /// Working directory.
+    #[serde(default = "root_dir")]
+    pub cwd: String,
+    /// User that it runs as.
+    #[serde(default = "root_user")]
+    pub run_as: String,
+    /// Seconds until the whole process tree is killed.
+    #[serde(default = "timeout_s")]
+    pub timeout_s: u32,
+    /// Exit statuses that mean success.
+    #[serde(default = "success_codes")]
+    pub success_codes: Vec<i32>,
+    /// Bytes kept of each output stream: the first half and the last half.
+    #[serde(default = "output_cap")]
+    pub output_cap: u32,
+}
+
+/// A file to write: whole, atomically.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileStep {
+    /// Absolute path under a root that the guest allows; no symbolic link on the way is followed.
+    pub path: String,
+    /// Content as text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+    /// Content as base64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content_base64: Option<String>,
+    /// Mode as octal text.
+    #[serde(default = "mode")]
+    pub mode: String,
+    /// Owner by name or number.
+    #[serde(default = "root_user")]
+    pub owner: String,
+    /// Group by name or number.
+    #[serde(default = "root_user")]
+    pub group: String,
+}
+
+impl FileStep {
+    /// The bytes to write; `None` cannot happen in a goal that was parsed.
+    pub fn bytes(&self) -> Option<Vec<u8>> {
+        use base64::Engine as _;
+        match (&self.content, &self.content_base64) {
+            (Some(text), None) => Some(text.clone().into_bytes()),
+            (None, Some(b)) => base64::engine::general_purpose::STANDARD.decode(b).ok(),
+            _ => None,
+        }
+    }
+
+    /// The mode bits; `None` cannot happen in a goal that was parsed.
+    pub fn mode_bits(&self) -> Option<u32> {
+        u32::from_str_radix(&self.mode, 8)
+            .ok()
+            .filter(|&m| m <= 0o7777 && (3..=4).contains(&self.mode.len()) && !self.mode.starts_with('+'))
+    }
+}
+
+fn is_false(b: &bool) -> bool {
+    !*b
+}
+fn root_dir() -> String {
+    "/".into()
+}
+fn root_user() -> String {
+    "root".into()
+}
+fn timeout_s() -> u32 {
+    60
+}
+fn success_codes() -> Vec<i32> {
+    vec![0]
+}
+fn output_cap() -> u32 {
+    64 << 10
+}
+fn mode() -> String {
+    "0644".into()
+}
+
+impl Goal {
+    /// Parses the payload that a trusted key has signed.
+    ///
+    /// # Errors
+    /// It is no goal.
+    pub fn from_verified(v: &Verified) -> Result<Self, GoalError> {
+        Self::parse_unverified(v.payload())
+    }
+
+    /// Parses a payload that nobody has vouched for: to plan from on the host, never to act on.
+    ///
+    /// # Errors
+    /// It is no goal.
+    pub fn parse_unverified(payload: &[u8]) -> Result<Self, GoalError> {
+        let goal: Self = serde_json::from_slice(payload).map_err(GoalError::Json)?;
+        if goal.min_planner > PLANNER {
+            return Err(GoalError::Planner {
+                needs: goal.min_planner,
+            });
+        }
+        goal.check()?;
+        Ok(goal)
+    }
+
+    /// The step of this id.
+    pub fn step(&self, id: &str) -> Option<&Step> {
+        self.steps.iter().find(|s| s.id == id)
+    }
+
+    fn check(&self) -> Result<(), GoalError> {
+        let vms = &self.audience.vms;
+        if vms.is_empty() || vms.len() > AUDIENCE_MAX {
+            return bad("audience.vms", format!("{} VMs, 1 to {AUDIENCE_MAX} are allowed", vms.len()));
+        }
+        if self.not_after <= self.not_before {
+            return bad("not_after", "must be later than not_before");
+        }
+        check_steps(&self.steps)
+    }
+}
+
+/// Checks what types cannot say.
+pub(crate) fn check_steps(steps: &[Step]) -> Result<(), GoalError> {
+    if steps.is_empty() || steps.len() > STEPS_MAX {
+        return bad("steps", format!("{} steps, 1 to {STEPS_MAX} are allowed", steps.len()));
+    }
+    let mut ids = BTreeSet::new();
+    for (i, step) in steps.iter().enumerate() {
+        let at = |key: &str| format!("steps[{i}].{key}");
+        let id_ok = |b: u8| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-');
+        if step.id.is_empty() || step.id.len() > 64 || !step.id.bytes().all(id_ok) {
+            return bad(&at("id"), "must be 1 to 64 of a-z, 0-9, _ and -");
+        }
+        if !ids.insert(&step.id) {
+            return bad(&at("id"), format!("`{}` is taken by an earlier step", step.id));
+        }
+        match step.work() {
+            Some(Work::Script(s)) => check_script(s, &at)?,
+            Some(Work::File(f)) => check_file(f, &at)?,
+            None => return bad(&at(&step.id), "must have exactly one of `script` and `file`"),
+        }
+    }
+    Ok(())
+}
+
+fn check_script(s: &Script, at: &dyn Fn(&str) -> String) -> Result<(), GoalError> {
+    let at = |key: &str| at(&format!("script.{key}"));
+    absolute(&s.interpreter, &at("interpreter"))?;
+    absolute(&s.cwd, &at("cwd"))?;
+    no_nul(&s.run_as, &at("run_as"))?;
+    if s.args.len() > ARGS_MAX {
+        return bad(&at("args"), format!("at most {ARGS_MAX} are allowed"));
+    }
+    s.args.iter().try_for_each(|a| no_nul(a, &at("args")))?;
+    if s.env.len() > ENV_MAX {
+        return bad(&at("env"), format!("at most {ENV_MAX} are allowed"));
+    }
+    for (name, value) in &s.env {
+        no_nul(value, &at("env"))?;
+        let first_ok = name.bytes().next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
+        if !first_ok || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
+            return bad(&at("env"), format!("`{}` is no variable name", name.escape_debug()));
+        }
+    }
+    if s.timeout_s == 0 || s.timeout_s > TIMEOUT_MAX_S {
+        return bad(&at("timeout_s"), format!("must be 1 to {TIMEOUT_MAX_S}"));
+    }
+    if s.output_cap > OUTPUT_CAP_MAX {
+        return bad(&at("output_cap"), format!("must be at most {OUTPUT_CAP_MAX}"));
+    }
+    Ok(())
+}
+
+fn check_file(f: &FileStep, at: &dyn Fn(&str) -> String) -> Result<(), GoalError> {
+    let at = |key: &str| at(&format!("file.{key}"));
+    absolute(&f.path, &at("path"))?;
+    no_nul(&f.owner, &at("owner"))?;
+    no_nul(&f.group, &at("group"))?;
+    if f.path.split('/').any(|part| part == ".." || part == ".") {
+        return bad(&at("path"), "must not have `.` or `..` in it");
+    }
+    if f.mode_bits().is_none() {
+        return bad(&at("mode"), "must be octal, such as \"0644\"");
+    }
+    if f.bytes().is_none() {
+        return bad(&at("content"), "must have exactly one of `content` and `content_base64`");
+    }
+    Ok(())
+}
+
+fn absolute(path: &str, key: &str) -> Result<(), GoalError> {
+    no_nul(path, key)?;
+    match path.starts_with('/') {
+        true => Ok(()),
+        false => bad(key, "must be an absolute path"),
+    }
+}
+
+fn no_nul(text: &str, key: &str) -> Result<(), GoalError> {
+    match text.contains('\0') {
+        true => bad(key, "must not have a NUL byte"),
+        false => Ok(()),
+    }
+}
+
+fn bad<T>(key: &str, why: impl Into<String>) -> Result<T, GoalError> {
+    Err(GoalError::Value {
+        key: key.into(),
+        why: why.into(),
+    })
+}
+
+/// A map in which no key comes twice (serde's own keeps the last).
+fn unique_map<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, String>, D::Error> {
+    struct Unique;
+    impl<'de> Visitor<'de> for Unique {
+        type Value = BTreeMap<String, String>;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a map of text to text")
+        }
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut out = BTreeMap::new();
+            while let Some((key, value)) = map.next_entry::<String, String>()? {
+                if out.len() > ENV_MAX {
+                    return Err(A::Error::custom(format!("more than {ENV_MAX} entries")));
+                }
+                if out.contains_key(&key) {
+                    return Err(A::Error::custom(format!("duplicate key `{}`", key.escape_debug())));
+                }
+                out.insert(key, value);
+            }
+            Ok(out)
+        }
+    }
+    d.deserialize_map(Unique)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) const GOOD: &str = r#"{
+ "goal_id": "01937b5e-0000-7000-8000-000000000001", "key_seq": 5,
+ "audience": {"vms": ["web-1"]},
+ "not_before": "2026-11-20T22:00:00Z", "not_after": "2026-11-21T22:00:00Z", "min_planner": 1,
+ "steps": [{"id": "hello", "script": {"interpreter": "/bin/sh", "script": "echo hi\n", "env": {"A": "1"}}},
+           {"id": "motd", "idempotent": true, "file": {"path": "/etc/motd", "content": "hi\n"}}]}"#;
+
+    fn parse(text: &str) -> Result<Goal, GoalError> {
+        Goal::parse_unverified(text.as_bytes())
+    }
+
+    #[test]
+    fn defaults_are_filled_in_and_the_goal_round_trips() {
+        let goal = parse(GOOD).unwrap();
+        let script = goal.steps[0].script.as_ref().unwrap();
+        assert_eq!((script.timeout_s, script.run_as.as_str()), (60, "root"));
+        assert_eq!(goal.steps[1].file.as_ref().unwrap().mode_bits(), Some(0o644));
+        assert_eq!(parse(&serde_json::to_string(&goal).unwrap()).unwrap(), goal);
+    }
+
+    #[test]
+    fn r87_unknown_and_duplicate_keys_are_refused_at_every_level() {
+        for (from, to) in [
+            ("\"key_seq\": 5", "\"key_seq\": 5, \"key_seq\": 6"),
+            ("\"key_seq\": 5", "\"key_seq\": 5, \"keyseq\": 6"),
+            ("{\"vms\": [\"web-1\"]}", "{\"vms\": [\"web-1\"], \"vms\": [\"web-2\"]}"),
+            ("{\"vms\": [\"web-1\"]}", "{\"vms\": [\"web-1\"], \"labels\": []}"),
+            ("\"id\": \"hello\"", "\"id\": \"hello\", \"id\": \"x\""),
+            ("\"id\": \"hello\"", "\"id\": \"hello\", \"when\": 1"),
+            ("{\"A\": \"1\"}", "{\"A\": \"1\", \"A\": \"2\"}"),
+            ("\"path\": \"/etc/motd\"", "\"path\": \"/etc/motd\", \"path\": \"/etc/shadow\""),
+            ("\"path\": \"/etc/motd\"", "\"path\": \"/etc/motd\", \"modes\": \"0\""),
+            ("]}", "]} {}"),
+        ] {
+            assert!(GOOD.contains(from));
+            let e = parse(&GOOD.replacen(from, to, 1));
+            let Err(GoalError::Json(e)) = e else { panic!("{to}: {e:?}") };
+            assert!(e.line() > 0 && e.column() > 0, "{to}: {e}");
+        }
+    }
+
+    #[test]
+    fn values_that_cannot_be_used_name_their_key() {
+        for (from, to, key) in [
+            ("[\"web-1\"]", "[]", "audience.vms"),
+            ("2026-11-21", "2026-11-19", "not_after"),
+            ("/bin/sh", "sh", "steps[0].script.interpreter"),
+            ("\"id\": \"motd\"", "\"id\": \"hello\"", "steps[1].id"),
+            ("\"id\": \"motd\"", "\"id\": \"Motd\"", "steps[1].id"),
+            ("/etc/motd", "/etc/../motd", "steps[1].file.path"),
+            ("/etc/motd", "etc/motd", "steps[1].file.path"),
+            ("/etc/motd", "/etc/motd\\u0000", "steps[1].file.path"),
+            ("\"content\": \"hi\\n\"", "\"mode\": \"0644\"", "steps[1].file.content"),
+            ("\"content\"", "\"mode\": \"9\", \"content\"", "steps[1].file.mode"),
+            ("\"env\": {\"A\"", "\"env\": {\"A=B\"", "steps[0].script.env"),
+        ] {
+            let e = parse(&GOOD.replacen(from, to, 1));
+            assert!(matches!(&e, Err(GoalError::Value { key: k, .. }) if k == key), "{to}: {e:?}");
+        }
+    }
+
+    #[test]
+    fn a_newer_goal_says_so() {
+        let e = parse(&GOOD.replacen("\"min_planner\": 1", "\"min_planner\": 2", 1));
+        assert!(matches!(e, Err(GoalError::Planner { needs: 2 })));
+    }
+}

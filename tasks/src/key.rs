@@ -1,0 +1,253 @@
+//! Keys: ed25519, their text forms, and the set of those that a guest trusts.
+//!
+//! | what | text |
+//! |---|---|
+//! | public | `adit-ed25519 BASE64(32 bytes) comment` on one line: a trust anchor |
+//! | private | `ADIT-PRIVATE-KEY-1`, newline, `BASE64(32 bytes of seed)`, newline: a file of mode 0600 |
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use ed25519_dalek::{SigningKey, VerifyingKey};
+use sha2::{Digest, Sha256};
+
+const PUBLIC_TAG: &str = "adit-ed25519";
+const PRIVATE_TAG: &str = "ADIT-PRIVATE-KEY-1";
+/// Most anchors that a guest has.
+pub const ANCHORS_MAX: usize = 64;
+
+/// Why text is no key.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KeyError {
+    /// The first word is another.
+    #[error("not an adit key: expected a line that begins with `{expected}`")]
+    Tag {
+        /// What it should begin with.
+        expected: &'static str,
+    },
+    /// Not base64 of 32 bytes.
+    #[error("key is not base64 of 32 bytes")]
+    Base64,
+    /// 32 bytes that are no point of the curve, or one of small order, which "verifies" for many messages.
+    #[error("key is not a strong ed25519 point")]
+    Weak,
+    /// More anchors than [`ANCHORS_MAX`].
+    #[error("{count} trust anchors, at most {ANCHORS_MAX} are allowed")]
+    TooMany {
+        /// How many were given.
+        count: usize,
+    },
+    /// A line of a trust file is wrong.
+    #[error("line {line}: {source}")]
+    Line {
+        /// From 1.
+        line: usize,
+        /// What is wrong.
+        #[source]
+        source: Box<KeyError>,
+    },
+}
+
+/// First 16 bytes of the sha256 of a public key: what an envelope names its signer by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct KeyId(pub [u8; 16]);
+
+impl fmt::Display for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&crate::hex(&self.0))
+    }
+}
+
+/// A manager's public key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PublicKey {
+    key: VerifyingKey,
+    comment: String,
+}
+
+impl PublicKey {
+    /// The public half of a private key.
+    pub fn of(private: &SigningKey, comment: &str) -> Self {
+        let comment = comment.chars().filter(|c| !c.is_control()).take(64).collect();
+        Self {
+            key: private.verifying_key(),
+            comment,
+        }
+    }
+
+    /// Parses one line.
+    ///
+    /// # Errors
+    /// It is no key of this kind, or a weak one.
+    pub fn parse(line: &str) -> Result<Self, KeyError> {
+        let mut words = line.trim().splitn(3, ' ');
+        if words.next() != Some(PUBLIC_TAG) {
+            return Err(KeyError::Tag {
+                expected: PUBLIC_TAG,
+            });
+        }
+        let bytes = decode(words.next().unwrap_or_default())?;
+        let key = VerifyingKey::from_bytes(&bytes).map_err(|_| KeyError::Weak)?;
+        if key.is_weak() {
+            return Err(KeyError::Weak);
+        }
+        Ok(Self {
+            key,
+            comment: words.next().unwrap_or_default().to_owned(),
+        })
+    }
+
+    /// How envelopes name it.
+    pub fn id(&self) -> KeyId {
+        key_id(&self.key)
+    }
+
+    /// What its owner calls it.
+    pub fn comment(&self) -> &str {
+        &self.comment
+    }
+
+    pub(crate) fn verifying(&self) -> &VerifyingKey {
+        &self.key
+    }
+}
+
+impl fmt::Display for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let key = BASE64.encode(self.key.as_bytes());
+        let line = format!("{PUBLIC_TAG} {key} {}", self.comment);
+        f.write_str(line.trim_end())
+    }
+}
+
+pub(crate) fn key_id(key: &VerifyingKey) -> KeyId {
+    let digest: [u8; 32] = Sha256::digest(key.as_bytes()).into();
+    let mut id = [0; 16];
+    id.copy_from_slice(&digest[..16]);
+    KeyId(id)
+}
+
+fn decode(text: &str) -> Result<[u8; 32], KeyError> {
+    let bytes = BASE64.decode(text).map_err(|_| KeyError::Base64)?;
+    bytes.try_into().map_err(|_| KeyError::Base64)
+}
+
+/// Writes the text of a private key file.
+pub fn format_private(key: &SigningKey) -> String {
+    format!("{PRIVATE_TAG}\n{}\n", BASE64.encode(key.to_bytes()))
+}
+
+/// Parses the text of a private key file.
+///
+/// # Errors
+/// It is none.
+pub fn parse_private(text: &str) -> Result<SigningKey, KeyError> {
+    let rest = text.strip_prefix(PRIVATE_TAG).ok_or(KeyError::Tag {
+        expected: PRIVATE_TAG,
+    })?;
+    Ok(SigningKey::from_bytes(&decode(rest.trim())?))
+}
+
+/// The keys whose goals are run.
+#[derive(Clone, Debug, Default)]
+pub struct TrustStore {
+    keys: BTreeMap<KeyId, PublicKey>,
+}
+
+impl TrustStore {
+    /// Adds the keys of a file: one a line, empty lines and lines with `#` are skipped.
+    ///
+    /// # Errors
+    /// A line is no key, or there are too many.
+    pub fn add_text(&mut self, text: &str) -> Result<(), KeyError> {
+        for (at, line) in text.lines().enumerate() {
+            let line = line.trim();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            let key = PublicKey::parse(line).map_err(|source| KeyError::Line {
+                line: at + 1,
+                source: Box::new(source),
+            })?;
+            self.add(key)?;
+        }
+        Ok(())
+    }
+
+    /// Adds a key.
+    ///
+    /// # Errors
+    /// There are too many.
+    pub fn add(&mut self, key: PublicKey) -> Result<(), KeyError> {
+        self.keys.insert(key.id(), key);
+        match self.keys.len() {
+            count if count > ANCHORS_MAX => Err(KeyError::TooMany { count }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Number of keys.
+    pub fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// True if no key is trusted: then no task runs.
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    pub(crate) fn get(&self, id: &KeyId) -> Option<&PublicKey> {
+        self.keys.get(id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_forms_round_trip() {
+        let private = SigningKey::from_bytes(&[7; 32]);
+        let public = PublicKey::of(&private, "fleet\u{1b} 2027");
+        let line = public.to_string();
+        assert_eq!(
+            line,
+            "adit-ed25519 6kpsY+KcUgq+9VB7Ey7F+ZVHdq6+vnuSQh7qaRRG0iw= fleet 2027"
+        );
+        assert_eq!(PublicKey::parse(&line), Ok(public));
+        assert_eq!(
+            parse_private(&format_private(&private)).map(|k| k.to_bytes()),
+            Ok([7; 32])
+        );
+    }
+
+    #[test]
+    fn r86_small_order_keys_are_refused() {
+        // The identity, and points of order 2, 4 and 8, canonical and not.
+        for hex in [
+            "0100000000000000000000000000000000000000000000000000000000000000",
+            "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+            "0000000000000000000000000000000000000000000000000000000000000000",
+            "0000000000000000000000000000000000000000000000000000000000000080",
+            "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+            "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        ] {
+            let bytes: Vec<u8> = (0..32)
+                .map(|i| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).unwrap())
+                .collect();
+            let line = format!("{PUBLIC_TAG} {}", BASE64.encode(bytes));
+            assert_eq!(PublicKey::parse(&line), Err(KeyError::Weak), "{hex}");
+        }
+    }
+
+    #[test]
+    fn a_bad_line_is_named() {
+        let good = PublicKey::of(&SigningKey::from_bytes(&[7; 32]), "a").to_string();
+        let mut store = TrustStore::default();
+        let e = store.add_text(&format!("# anchors\n\n{good}\nssh-ed25519 AAAA\n"));
+        assert!(matches!(e, Err(KeyError::Line { line: 4, .. })));
+        assert_eq!(store.len(), 1);
+    }
+}
