@@ -1,7 +1,7 @@
 //! The agent's end of the `tasks` service: dial, say who we are, resend what was not acknowledged, pull.
 //!
 //! Connected and idle it sits in one blocking read: no timer, no wake-up. A stream that fails is dialled again after a
-//! jittered delay that doubles up to [`BACKOFF_MAX`]; everything that matters across that is in the journal.
+//! jittered delay that doubles up to five seconds; everything that matters across that is in the journal.
 
 use std::io::{self, ErrorKind, Write};
 use std::sync::Arc;
@@ -10,13 +10,14 @@ use std::time::Duration;
 
 use adit_channel::frame::{self, Header};
 use adit_channel::hello::{self, Hello, Open};
+use adit_tasks::hex;
 use adit_tasks::wire::{Facts, Pull, Report, ReportAck, SERVICE, Started, Task, WireKind};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::conn::Conn;
 use crate::crash::{self, Point};
-use crate::runner::{Runner, hex};
+use crate::runner::Runner;
 use crate::serve::Identity;
 use crate::transport::Transport;
 use crate::{facts, log};
@@ -43,7 +44,12 @@ pub struct Client {
 impl Client {
     /// Works through this transport with this runner.
     pub fn new(transport: Arc<dyn Transport>, identity: Arc<Identity>, runner: Runner) -> Self {
-        Self { transport, identity, runner, last_id: 0 }
+        Self {
+            transport,
+            identity,
+            runner,
+            last_id: 0,
+        }
     }
 
     /// Dials, works until the stream fails, and dials again.
@@ -73,7 +79,10 @@ impl Client {
         let conn = self.transport.dial_host()?;
         conn.set_timeout(Some(HELLO_LIMIT))?;
         let service = SERVICE.parse().map_err(io::Error::other)?;
-        let open = Open { lane: 0, ..Open::new(service, self.identity.common()) };
+        let open = Open {
+            lane: 0,
+            ..Open::new(service, self.identity.common())
+        };
         (&conn).write_all(&Hello::Open(open).encode())?;
         match hello::read(&mut &conn)? {
             Hello::Accept(accept) => {
@@ -81,7 +90,10 @@ impl Client {
                 conn.set_timeout(None)?;
                 Ok(conn)
             }
-            Hello::Refuse(r) => Err(io::Error::other(format!("host refused ({:?}): {}", r.status, r.text))),
+            Hello::Refuse(r) => Err(io::Error::other(format!(
+                "host refused ({:?}): {}",
+                r.status, r.text
+            ))),
             Hello::Open(_) => Err(invalid("host answered with an open")),
         }
     }
@@ -104,11 +116,16 @@ impl Client {
             let epoch = self.identity.common().epoch;
             let id = self.send(conn, WireKind::Pull, &Pull { epoch })?;
             let Some(task) = self.receive::<Task>(conn, WireKind::Task, id)? else {
-                return Ok(io::Error::new(ErrorKind::UnexpectedEof, "host ended the stream"));
+                return Ok(io::Error::new(
+                    ErrorKind::UnexpectedEof,
+                    "host ended the stream",
+                ));
             };
             let mut announce = None;
             let report = self.runner.handle(&task, |started: &Started| {
-                announce = Some(encode(WireKind::Started, 0, started).and_then(|b| (&*conn).write_all(&b)));
+                announce = Some(
+                    encode(WireKind::Started, 0, started).and_then(|b| (&*conn).write_all(&b)),
+                );
             });
             // What failed in announcing fails in reporting too, and there it is handled.
             drop(announce);
@@ -122,7 +139,12 @@ impl Client {
         crash::at(Point::Sent);
         let ack: ReportAck = self
             .receive(conn, WireKind::ReportAck, id)?
-            .ok_or_else(|| io::Error::new(ErrorKind::UnexpectedEof, "host ended the stream before its acknowledgement"))?;
+            .ok_or_else(|| {
+                io::Error::new(
+                    ErrorKind::UnexpectedEof,
+                    "host ended the stream before its acknowledgement",
+                )
+            })?;
         if ack.task_id != report.task_id {
             return Err(invalid("host acknowledged another task than it was sent"));
         }
@@ -138,25 +160,41 @@ impl Client {
         Ok(self.last_id)
     }
 
-    fn receive<T: DeserializeOwned>(&self, conn: &Conn, kind: WireKind, id: u32) -> io::Result<Option<T>> {
+    fn receive<T: DeserializeOwned>(
+        &self,
+        conn: &Conn,
+        kind: WireKind,
+        id: u32,
+    ) -> io::Result<Option<T>> {
         loop {
-            let Some((header, body)) = frame::read(&mut &*conn, BODY_MAX)? else { return Ok(None) };
+            let Some((header, body)) = frame::read(&mut &*conn, BODY_MAX)? else {
+                return Ok(None);
+            };
             if header.kind == kind as u16 && header.version == VERSION {
                 if header.id != id {
-                    return Err(invalid(&format!("answer to {} where {id} was asked", header.id)));
+                    return Err(invalid(&format!(
+                        "answer to {} where {id} was asked",
+                        header.id
+                    )));
                 }
-                return header.decode(&body).map(Some).map_err(|e| io::Error::new(ErrorKind::InvalidData, e));
+                return header
+                    .decode(&body)
+                    .map(Some)
+                    .map_err(|e| io::Error::new(ErrorKind::InvalidData, e));
             }
             if header.flags & frame::IGNORABLE == 0 {
                 let Header { kind, version, .. } = header;
-                return Err(invalid(&format!("unexpected frame of kind {kind} version {version}")));
+                return Err(invalid(&format!(
+                    "unexpected frame of kind {kind} version {version}"
+                )));
             }
         }
     }
 }
 
 fn encode<T: Serialize>(kind: WireKind, id: u32, body: &T) -> io::Result<Vec<u8>> {
-    frame::encode(kind as u16, VERSION, id, 0, body).map_err(|e| io::Error::new(ErrorKind::InvalidData, e))
+    frame::encode(kind as u16, VERSION, id, 0, body)
+        .map_err(|e| io::Error::new(ErrorKind::InvalidData, e))
 }
 
 fn invalid(what: &str) -> io::Error {

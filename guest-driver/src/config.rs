@@ -4,6 +4,7 @@
 //! vm_id = "web-1"                          # required; the audience of goals is checked against it
 //! trust_dir = "/etc/adit-guest/trust"      # one public key a file, *.pub; none = no task is run
 //! state_dir = "/var/lib/adit-guest"        # the journal
+//! run_dir = "/run/adit-guest"              # texts of running scripts; should be a tmpfs
 //! allow_ports = [80, 22]                   # local TCP ports that the host may reach; default none
 //!
 //! [script]
@@ -79,6 +80,9 @@ pub struct Config {
     /// Directory of the journal.
     #[serde(default = "default_state_dir")]
     pub state_dir: PathBuf,
+    /// Directory of the texts of running scripts.
+    #[serde(default = "default_run_dir")]
+    pub run_dir: PathBuf,
     /// Local TCP ports that the host may reach.
     #[serde(default)]
     pub allow_ports: Vec<u16>,
@@ -116,7 +120,12 @@ impl Default for ScriptConfig {
 
 impl Default for FileConfig {
     fn default() -> Self {
-        Self { enabled: true, roots: ["/etc", "/opt", "/srv", "/tmp", "/var"].map(PathBuf::from).into() }
+        Self {
+            enabled: true,
+            roots: ["/etc", "/opt", "/srv", "/tmp", "/var"]
+                .map(PathBuf::from)
+                .into(),
+        }
     }
 }
 
@@ -128,13 +137,20 @@ fn default_state_dir() -> PathBuf {
     "/var/lib/adit-guest".into()
 }
 
+fn default_run_dir() -> PathBuf {
+    "/run/adit-guest".into()
+}
+
 impl Config {
     /// Reads and checks a file.
     ///
     /// # Errors
     /// It cannot be read, or something in it is wrong; says where.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.into(),
+            source,
+        })?;
         Self::parse(path, &text)
     }
 
@@ -154,19 +170,33 @@ impl Config {
         })?;
         let value = |key: &'static str, message: String| ConfigError::Value {
             path: path.into(),
-            line: text.lines().position(|l| l.trim_start().starts_with(key)).map_or(1, |i| i + 1),
+            line: text
+                .lines()
+                .position(|l| l.trim_start().starts_with(key))
+                .map_or(1, |i| i + 1),
             key,
             message,
         };
         let absolute = |key, dir: &Path| match dir.is_absolute() {
             true => Ok(()),
-            false => Err(value(key, format!("{} is not an absolute path", dir.display()))),
+            false => Err(value(
+                key,
+                format!("{} is not an absolute path", dir.display()),
+            )),
         };
         absolute("trust_dir", &config.trust_dir)?;
         absolute("state_dir", &config.state_dir)?;
-        config.file.roots.iter().try_for_each(|r| absolute("roots", r))?;
+        absolute("run_dir", &config.run_dir)?;
+        config
+            .file
+            .roots
+            .iter()
+            .try_for_each(|r| absolute("roots", r))?;
         if config.allow_ports.len() > PORTS_MAX {
-            return Err(value("allow_ports", format!("at most {PORTS_MAX} ports may be listed")));
+            return Err(value(
+                "allow_ports",
+                format!("at most {PORTS_MAX} ports may be listed"),
+            ));
         }
         if config.allow_ports.contains(&0) {
             return Err(value("allow_ports", "0 is not a port".into()));
@@ -207,22 +237,45 @@ mod tests {
     fn an_unknown_key_names_file_line_and_key() {
         for (text, line, key) in [
             ("vm_id = \"a\"\nalow_ports = [80]\n", 2, "alow_ports"),
-            ("vm_id = \"a\"\n[script]\nenabled = true\n\nshell = true\n", 5, "shell"),
-            ("vm_id = \"a\"\nallow_ports = [80, 70000]\n", 2, "allow_ports"),
+            (
+                "vm_id = \"a\"\n[script]\nenabled = true\n\nshell = true\n",
+                5,
+                "shell",
+            ),
+            (
+                "vm_id = \"a\"\nallow_ports = [80, 70000]\n",
+                2,
+                "allow_ports",
+            ),
             ("vm_id = \"Web\"\n", 1, "vm_id"),
         ] {
             let e = parse(text).unwrap_err();
-            let ConfigError::Parse { line: at, key: Some(found), .. } = &e else { panic!("{e}") };
+            let ConfigError::Parse {
+                line: at,
+                key: Some(found),
+                ..
+            } = &e
+            else {
+                panic!("{e}")
+            };
             assert_eq!((*at, found.as_str()), (line, key), "{e}");
-            assert!(e.to_string().starts_with(&format!("/etc/adit-guest/adit-guest.toml:{line}: key `{key}`: ")), "{e}");
+            assert!(
+                e.to_string().starts_with(&format!(
+                    "/etc/adit-guest/adit-guest.toml:{line}: key `{key}`: "
+                )),
+                "{e}"
+            );
         }
     }
 
     #[test]
     fn values_that_cannot_be_used_are_refused() {
-        for text in
-            ["", "vm_id = \"a\"\nallow_ports = [0]\n", "vm_id = \"a\"\nstate_dir = \"var\"\n", "vm_id = \"a\"\n[file]\nroots = [\"etc\"]\n"]
-        {
+        for text in [
+            "",
+            "vm_id = \"a\"\nallow_ports = [0]\n",
+            "vm_id = \"a\"\nstate_dir = \"var\"\n",
+            "vm_id = \"a\"\n[file]\nroots = [\"etc\"]\n",
+        ] {
             assert!(parse(text).is_err(), "{text}");
         }
     }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::socket::{self, MsgFlags, Shutdown, sockopt};
-use nix::sys::time::TimeVal;
+use nix::sys::time::{TimeVal, TimeValLike};
 
 /// One connected stream.
 #[derive(Debug)]
@@ -27,7 +27,9 @@ impl Conn {
     /// # Errors
     /// The kernel refuses the option.
     pub fn set_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
-        let value = TimeVal::from(libc_timeval(limit.unwrap_or_default()));
+        let value = TimeVal::milliseconds(
+            i64::try_from(limit.unwrap_or_default().as_millis()).unwrap_or(i64::MAX),
+        );
         socket::setsockopt(&self.0, sockopt::ReceiveTimeout, &value)?;
         Ok(socket::setsockopt(&self.0, sockopt::SendTimeout, &value)?)
     }
@@ -45,13 +47,15 @@ impl Conn {
 
     /// Makes closing tell the peer "reset" instead of "end", where the family can (TCP).
     pub fn reset_on_close(&self) {
-        let _ = socket::setsockopt(&self.0, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
+        let _ = socket::setsockopt(
+            &self.0,
+            sockopt::Linger,
+            &libc::linger {
+                l_onoff: 1,
+                l_linger: 0,
+            },
+        );
     }
-}
-
-fn libc_timeval(d: Duration) -> libc::timeval {
-    // Callers pass seconds; both fields fit.
-    libc::timeval { tv_sec: d.as_secs() as libc::time_t, tv_usec: d.subsec_micros().into() }
 }
 
 impl From<OwnedFd> for Conn {
@@ -74,7 +78,11 @@ impl Read for &Conn {
 
 impl Write for &Conn {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        Ok(socket::send(self.0.as_raw_fd(), buf, MsgFlags::MSG_NOSIGNAL)?)
+        Ok(socket::send(
+            self.0.as_raw_fd(),
+            buf,
+            MsgFlags::MSG_NOSIGNAL,
+        )?)
     }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())

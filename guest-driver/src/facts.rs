@@ -8,7 +8,11 @@ const FACT_MAX: usize = 128;
 /// Drawn by the kernel once a boot; zero where /proc is not mounted.
 pub fn boot_nonce() -> [u8; 16] {
     let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let hex: Vec<u8> = text.bytes().filter_map(|b| (b as char).to_digit(16)).map(|d| d as u8).collect();
+    let hex: Vec<u8> = text
+        .bytes()
+        .filter_map(|b| (b as char).to_digit(16))
+        .map(|d| d as u8)
+        .collect();
     let mut nonce = [0; 16];
     for (out, pair) in nonce.iter_mut().zip(hex.chunks_exact(2)) {
         *out = pair[0] << 4 | pair[1];
@@ -23,7 +27,9 @@ pub fn kernel() -> String {
 
 /// Distribution name and version.
 pub fn os() -> String {
-    let text = ["/etc/os-release", "/usr/lib/os-release"].iter().find_map(|p| fs::read_to_string(p).ok());
+    let text = ["/etc/os-release", "/usr/lib/os-release"]
+        .iter()
+        .find_map(|p| fs::read_to_string(p).ok());
     cut(&pretty_name(&text.unwrap_or_default()))
 }
 
@@ -34,12 +40,18 @@ pub fn now_ms() -> u64 {
 }
 
 fn pretty_name(os_release: &str) -> String {
-    let value = os_release.lines().find_map(|l| l.strip_prefix("PRETTY_NAME="));
+    let value = os_release
+        .lines()
+        .find_map(|l| l.strip_prefix("PRETTY_NAME="));
     value.map_or_else(|| "Linux".into(), |v| v.trim_matches(['"', '\'']).into())
 }
 
 fn cut(s: &str) -> String {
-    s.trim().chars().filter(|c| !c.is_control()).take(FACT_MAX).collect()
+    s.trim()
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(FACT_MAX)
+        .collect()
 }
 
 #[cfg(test)]
@@ -54,7 +66,17 @@ mod tests {
 
     #[test]
     fn a_hostile_os_release_yields_one_short_line() {
-        assert_eq!(pretty_name("ID=x\nPRETTY_NAME=\"Debian GNU/Linux 12\"\n"), "Debian GNU/Linux 12");
-        assert_eq!(cut(&pretty_name(&format!("PRETTY_NAME={}\x1b[2J", "a".repeat(500)))).len(), FACT_MAX);
+        assert_eq!(
+            pretty_name("ID=x\nPRETTY_NAME=\"Debian GNU/Linux 12\"\n"),
+            "Debian GNU/Linux 12"
+        );
+        assert_eq!(
+            cut(&pretty_name(&format!(
+                "PRETTY_NAME={}\x1b[2J",
+                "a".repeat(500)
+            )))
+            .len(),
+            FACT_MAX
+        );
     }
 }

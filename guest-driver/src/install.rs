@@ -55,7 +55,11 @@ pub struct InstallError {
 }
 
 fn at<'p>(what: &'static str, path: &'p Path) -> impl Fn(io::Error) -> InstallError + 'p {
-    move |source| InstallError { what, path: path.to_owned(), source }
+    move |source| InstallError {
+        what,
+        path: path.to_owned(),
+        source,
+    }
 }
 
 /// Installs, and returns one line a file for people.
@@ -69,22 +73,38 @@ pub fn install(what: &Install<'_>) -> Result<Vec<String>, InstallError> {
     let mut put = |path: &str, content: &[u8], mode: u32| -> Result<(), InstallError> {
         let full = root.join(path);
         let changed = place(&full, content, mode).map_err(at("write", &full))?;
-        said.push(format!("{} /{path}", if changed { "wrote " } else { "keeps " }));
+        said.push(format!(
+            "{} /{path}",
+            if changed { "wrote " } else { "keeps " }
+        ));
         Ok(())
     };
     let binary = fs::read(what.binary).map_err(at("read binary", what.binary))?;
-    let key = what.trust.map(|file| Ok((file, fs::read(file).map_err(at("read key", file))?))).transpose()?;
+    let key = what
+        .trust
+        .map(|file| Ok((file, fs::read(file).map_err(at("read key", file))?)))
+        .transpose()?;
     put(BINARY, &binary, 0o755)?;
     put(CONFIG, config(what).as_bytes(), 0o600)?;
     if let Some((file, key)) = &key {
-        let stem = file.file_stem().and_then(|s| s.to_str()).unwrap_or("manager");
+        let stem = file
+            .file_stem()
+            .and_then(|s| s.to_str())
+            .unwrap_or("manager");
         put(&format!("{TRUST_DIR}/{stem}.pub"), key, 0o600)?;
     }
     let mut link = None;
     match what.init {
         Init::Systemd => {
-            put("etc/systemd/system/adit-guest.service", SYSTEMD.as_bytes(), 0o644)?;
-            link = Some(("etc/systemd/system/multi-user.target.wants/adit-guest.service", "../adit-guest.service"));
+            put(
+                "etc/systemd/system/adit-guest.service",
+                SYSTEMD.as_bytes(),
+                0o644,
+            )?;
+            link = Some((
+                "etc/systemd/system/multi-user.target.wants/adit-guest.service",
+                "../adit-guest.service",
+            ));
         }
         Init::Openrc => {
             put("etc/init.d/adit-guest", OPENRC.as_bytes(), 0o755)?;
@@ -95,7 +115,10 @@ pub fn install(what: &Install<'_>) -> Result<Vec<String>, InstallError> {
     if let Some((path, target)) = link {
         let full = root.join(path);
         let changed = place_link(&full, target).map_err(at("link", &full))?;
-        said.push(format!("{} /{path} -> {target}", if changed { "wrote " } else { "keeps " }));
+        said.push(format!(
+            "{} /{path} -> {target}",
+            if changed { "wrote " } else { "keeps " }
+        ));
     }
     if key.is_none() {
         said.push("no --trust: this image has no trust anchor of ours; its agent serves ports and runs no task".into());
@@ -104,7 +127,12 @@ pub fn install(what: &Install<'_>) -> Result<Vec<String>, InstallError> {
 }
 
 fn config(what: &Install<'_>) -> String {
-    let ports = what.ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
+    let ports = what
+        .ports
+        .iter()
+        .map(u16::to_string)
+        .collect::<Vec<_>>()
+        .join(", ");
     format!(
         "# Written by `adit-guest install`.\n\
          vm_id = \"{}\"\ntrust_dir = \"/{TRUST_DIR}\"\nstate_dir = \"/var/lib/adit-guest\"\nallow_ports = [{ports}]\n",
@@ -121,10 +149,17 @@ fn place(path: &Path, content: &[u8], mode: u32) -> io::Result<bool> {
     }
     let dir = path.parent().unwrap_or(Path::new("/"));
     let private = path.to_string_lossy().contains("/etc/adit-guest/");
-    fs::DirBuilder::new().recursive(true).mode(if private { 0o700 } else { 0o755 }).create(dir)?;
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(if private { 0o700 } else { 0o755 })
+        .create(dir)?;
     let temp = dir.join(format!(".adit-install-{}.tmp", std::process::id()));
     let written = (|| {
-        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temp)?;
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(mode)
+            .open(&temp)?;
         file.write_all(content)?;
         file.set_permissions(fs::Permissions::from_mode(mode))?;
         file.sync_all()?;
@@ -208,7 +243,7 @@ PIDFILE=/run/adit-guest.pid
 case \"$1\" in
 start)
 	mkdir -p /run
-	if [ -f $PIDFILE ] && kill -0 \"$(cat $PIDFILE)\" 2>/dev/null; then exit 0; fi
+	if grep -q S50 \"/proc/$(cat $PIDFILE 2>/dev/null)/cmdline\" 2>/dev/null; then exit 0; fi
 	modprobe -q vmw_vsock_virtio_transport 2>/dev/null
 	(
 		agent=
@@ -223,7 +258,8 @@ start)
 	echo $! >$PIDFILE
 	;;
 stop)
-	if [ -f $PIDFILE ]; then kill \"$(cat $PIDFILE)\" 2>/dev/null; rm -f $PIDFILE; fi
+	if grep -q S50 \"/proc/$(cat $PIDFILE 2>/dev/null)/cmdline\" 2>/dev/null; then kill \"$(cat $PIDFILE)\"; fi
+	rm -f $PIDFILE
 	;;
 restart)
 	\"$0\" stop
@@ -245,13 +281,24 @@ mod tests {
         let vm_id = "web-1".parse().unwrap();
         let binary = root.join("the-binary");
         fs::write(&binary, "ELF").unwrap();
-        install(&Install { root, init, vm_id: &vm_id, trust, ports: &[80, 22], binary: &binary }).unwrap()
+        install(&Install {
+            root,
+            init,
+            vm_id: &vm_id,
+            trust,
+            ports: &[80, 22],
+            binary: &binary,
+        })
+        .unwrap()
     }
 
     #[test]
     fn each_init_gets_its_files_and_a_second_run_changes_nothing() {
         for (init, file) in [
-            (Init::Systemd, "etc/systemd/system/multi-user.target.wants/adit-guest.service"),
+            (
+                Init::Systemd,
+                "etc/systemd/system/multi-user.target.wants/adit-guest.service",
+            ),
             (Init::Openrc, "etc/runlevels/default/adit-guest"),
             (Init::Busybox, "etc/init.d/S50adit-guest"),
         ] {
@@ -260,12 +307,24 @@ mod tests {
             fs::write(&key, "key").unwrap();
             let said = install_into(dir.path(), init, Some(&key));
             assert!(said.iter().all(|l| l.starts_with("wrote ")), "{said:?}");
-            assert!(fs::symlink_metadata(dir.path().join(file)).is_ok(), "{file}");
+            assert!(
+                fs::symlink_metadata(dir.path().join(file)).is_ok(),
+                "{file}"
+            );
             let path = dir.path().join(CONFIG);
-            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+            assert_eq!(
+                fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+                0o600
+            );
             let config = Config::load(&path).unwrap();
-            assert_eq!((config.vm_id.as_str(), config.allow_ports), ("web-1", vec![80, 22]));
-            assert_eq!(fs::read(dir.path().join(TRUST_DIR).join("manager.pub")).unwrap(), b"key");
+            assert_eq!(
+                (config.vm_id.as_str(), config.allow_ports),
+                ("web-1", vec![80, 22])
+            );
+            assert_eq!(
+                fs::read(dir.path().join(TRUST_DIR).join("manager.pub")).unwrap(),
+                b"key"
+            );
             let said = install_into(dir.path(), init, Some(&key));
             assert!(said.iter().all(|l| l.starts_with("keeps ")), "{said:?}");
         }
@@ -278,9 +337,72 @@ mod tests {
         assert!(said.last().unwrap().contains("runs no task"));
     }
 
+    /// The script as installed, with a program in the agent's place that tells its pid through a fifo.
+    #[test]
+    fn the_busybox_script_starts_the_agent_again_after_a_kill_and_stops_it() {
+        let _alone = crate::exec::alone();
+        use std::io::{BufRead, BufReader};
+        use std::process::{Command, Stdio};
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let script = BUSYBOX
+            .replace("/usr/sbin/adit-guest run", &at("agent"))
+            .replace("/run/adit-guest.pid", &at("pid"));
+        place(Path::new(&at("S50")), script.as_bytes(), 0o755).unwrap();
+        assert!(
+            Command::new("mkfifo")
+                .arg(at("fifo"))
+                .status()
+                .unwrap()
+                .success()
+        );
+        let agent = format!("#!/bin/sh\necho $$ >{}\nexec sleep 1000\n", at("fifo"));
+        place(Path::new(&at("agent")), agent.as_bytes(), 0o755).unwrap();
+        let run = |verb: &str| {
+            let mut command = Command::new(at("S50"));
+            assert!(
+                command
+                    .arg(verb)
+                    .stdout(Stdio::null())
+                    .stderr(Stdio::null())
+                    .status()
+                    .unwrap()
+                    .success()
+            );
+        };
+        let next_pid = || {
+            let mut line = String::new();
+            BufReader::new(fs::File::open(at("fifo")).unwrap())
+                .read_line(&mut line)
+                .unwrap();
+            line.trim().parse::<i32>().unwrap()
+        };
+        run("start");
+        let first = next_pid();
+        run("start");
+        crate::exec::proc::kill(crate::exec::proc::read(first).unwrap().id).unwrap();
+        let second = next_pid();
+        assert_ne!(first, second);
+        let id = crate::exec::proc::read(second).unwrap().id;
+        run("stop");
+        let alive = || crate::exec::proc::read(second).is_some_and(|p| p.id == id && !p.zombie);
+        while alive() {
+            std::thread::yield_now();
+        }
+        assert!(!fs::exists(at("pid")).unwrap());
+    }
+
     #[test]
     fn the_busybox_script_is_valid_shell() {
-        let out = std::process::Command::new("sh").args(["-n", "-c", BUSYBOX]).output().unwrap();
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        let _alone = crate::exec::alone();
+        let out = std::process::Command::new("sh")
+            .args(["-n", "-c", BUSYBOX])
+            .output()
+            .unwrap();
+        assert!(
+            out.status.success(),
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
     }
 }

@@ -15,7 +15,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use adit_tasks::wire::{Outcome, Report, TaskId};
-use redb::{Builder, Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use redb::{
+    Builder, Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition,
+};
 use serde::{Deserialize, Serialize};
 
 /// Most tasks that are remembered.
@@ -51,9 +53,17 @@ pub enum JournalError {
 impl From<redb::Error> for JournalError {
     fn from(e: redb::Error) -> Self {
         match &e {
-            redb::Error::Io(io) if matches!(io.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => Self::NoSpace(e),
-            redb::Error::Io(io) if io.kind() == io::ErrorKind::InvalidData => Self::Corrupt(e.to_string()),
-            redb::Error::Corrupted(_) | redb::Error::UpgradeRequired(_) => Self::Corrupt(e.to_string()),
+            redb::Error::Io(io)
+                if matches!(io.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) =>
+            {
+                Self::NoSpace(e)
+            }
+            redb::Error::Io(io) if io.kind() == io::ErrorKind::InvalidData => {
+                Self::Corrupt(e.to_string())
+            }
+            redb::Error::Corrupted(_) | redb::Error::UpgradeRequired(_) => {
+                Self::Corrupt(e.to_string())
+            }
             _ => Self::Unavailable(e.to_string()),
         }
     }
@@ -125,18 +135,29 @@ impl Journal {
     /// The directory cannot be used, or the file is damaged.
     pub fn open(dir: &Path) -> Result<Self> {
         use std::os::unix::fs::DirBuilderExt;
-        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        let made = std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir);
         made.map_err(|e| JournalError::from(redb::Error::Io(e)))?;
-        let mut journal = Self { path: dir.join(FILE), db: None };
+        let mut journal = Self {
+            path: dir.join(FILE),
+            db: None,
+        };
         journal.db()?;
         // The file's own name must survive a crash too.
-        std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(|e| JournalError::from(redb::Error::Io(e)))?;
+        std::fs::File::open(dir)
+            .and_then(|d| d.sync_all())
+            .map_err(|e| JournalError::from(redb::Error::Io(e)))?;
         Ok(journal)
     }
 
     fn db(&mut self) -> Result<&Database> {
         if self.db.is_none() {
-            let db = Builder::new().set_cache_size(CACHE_BYTES).create(&self.path).map_err(any)?;
+            let db = Builder::new()
+                .set_cache_size(CACHE_BYTES)
+                .create(&self.path)
+                .map_err(any)?;
             let tx = db.begin_write().map_err(any)?;
             tx.open_table(TASKS).map_err(any)?;
             tx.open_table(ORDER).map_err(any)?;
@@ -144,13 +165,18 @@ impl Journal {
             tx.commit().map_err(any)?;
             self.db = Some(db);
         }
-        self.db.as_ref().ok_or_else(|| JournalError::Unavailable("not open".into()))
+        self.db
+            .as_ref()
+            .ok_or_else(|| JournalError::Unavailable("not open".into()))
     }
 
     /// Runs one operation; a failure of the storage below closes the file, so that the next call starts clean.
     fn with<T>(&mut self, operation: impl FnOnce(&Database) -> Result<T>) -> Result<T> {
         let done = self.db().and_then(operation);
-        if matches!(done, Err(JournalError::NoSpace(_) | JournalError::Unavailable(_))) {
+        if matches!(
+            done,
+            Err(JournalError::NoSpace(_) | JournalError::Unavailable(_))
+        ) {
             self.db = None;
         }
         done
@@ -165,7 +191,9 @@ impl Journal {
             let tx = db.begin_read().map_err(any)?;
             let tasks = tx.open_table(TASKS).map_err(any)?;
             let entry = tasks.get(id).map_err(any)?;
-            entry.map(|e| decode::<Entry>(e.value()).map(|e| e.phase)).transpose()
+            entry
+                .map(|e| decode::<Entry>(e.value()).map(|e| e.phase))
+                .transpose()
         })
     }
 
@@ -194,22 +222,31 @@ impl Journal {
                 let mut order = tx.open_table(ORDER).map_err(any)?;
                 let mut floors = tx.open_table(FLOORS).map_err(any)?;
                 let known = tasks.get(id).map_err(any)?.is_some();
-                let floor = floors.get(origin.key.as_slice()).map_err(any)?.map(|f| decode::<Floor>(f.value()));
+                let floor = floors
+                    .get(origin.key.as_slice())
+                    .map_err(any)?
+                    .map(|f| decode::<Floor>(f.value()));
                 let floor = floor.transpose()?;
                 if floor.is_none() && floors.len().map_err(any)? >= KEYS_MAX {
                     return Err(JournalError::Full);
                 }
                 if floor.is_none_or(|(seq, _)| seq < origin.seq) {
                     let value = encode(&(origin.seq, origin.digest))?;
-                    floors.insert(origin.key.as_slice(), value.as_slice()).map_err(any)?;
+                    floors
+                        .insert(origin.key.as_slice(), value.as_slice())
+                        .map_err(any)?;
                 }
                 if !known {
                     if tasks.len().map_err(any)? >= JOURNAL_MAX {
                         make_room(&mut tasks, &mut order, &floors)?;
                     }
                     let next = order.last().map_err(any)?.map_or(0, |(k, _)| k.value() + 1);
-                    let entry =
-                        Entry { order: next, key: origin.key.clone(), seq: origin.seq, phase: Phase::Received };
+                    let entry = Entry {
+                        order: next,
+                        key: origin.key.clone(),
+                        seq: origin.seq,
+                        phase: Phase::Received,
+                    };
                     tasks.insert(id, encode(&entry)?.as_slice()).map_err(any)?;
                     order.insert(next, id).map_err(any)?;
                 }
@@ -223,7 +260,9 @@ impl Journal {
     /// # Errors
     /// The task is not in `received`, or it cannot be written.
     pub fn started(&mut self, id: &TaskId, at_ms: u64) -> Result<()> {
-        self.advance(id, |phase| (*phase == Phase::Received).then_some(Phase::Started { at_ms }))
+        self.advance(id, |phase| {
+            (*phase == Phase::Received).then_some(Phase::Started { at_ms })
+        })
     }
 
     /// Records how it ended.
@@ -232,7 +271,9 @@ impl Journal {
     /// The task has not begun, or it cannot be written.
     pub fn result(&mut self, report: &Report) -> Result<()> {
         self.advance(&report.task_id, |phase| match phase {
-            Phase::Received | Phase::Started { .. } => Some(Phase::Result(Box::new(report.clone()))),
+            Phase::Received | Phase::Started { .. } => {
+                Some(Phase::Result(Box::new(report.clone())))
+            }
             _ => None,
         })
     }
@@ -256,10 +297,16 @@ impl Journal {
             let tx = db.begin_write().map_err(any)?;
             {
                 let mut tasks = tx.open_table(TASKS).map_err(any)?;
-                let entry = tasks.get(id).map_err(any)?.map(|e| decode::<Entry>(e.value())).transpose()?;
-                let mut entry = entry.ok_or_else(|| JournalError::Corrupt("a running task is not in it".into()))?;
-                entry.phase = next(&entry.phase)
-                    .ok_or_else(|| JournalError::Corrupt(format!("a running task is already {:?}", entry.phase)))?;
+                let entry = tasks
+                    .get(id)
+                    .map_err(any)?
+                    .map(|e| decode::<Entry>(e.value()))
+                    .transpose()?;
+                let mut entry = entry
+                    .ok_or_else(|| JournalError::Corrupt("a running task is not in it".into()))?;
+                entry.phase = next(&entry.phase).ok_or_else(|| {
+                    JournalError::Corrupt(format!("a running task is already {:?}", entry.phase))
+                })?;
                 tasks.insert(id, encode(&entry)?.as_slice()).map_err(any)?;
             }
             Ok(tx.commit().map_err(any)?)
@@ -315,10 +362,16 @@ fn make_room(
     let mut oldest = None;
     for row in order.iter().map_err(any)? {
         let (at, id) = row.map_err(any)?;
-        let Some(entry) = tasks.get(id.value()).map_err(any)? else { continue };
+        let Some(entry) = tasks.get(id.value()).map_err(any)? else {
+            continue;
+        };
         let entry: Entry = decode(entry.value())?;
         let over = matches!(entry.phase, Phase::Acked(_) | Phase::Received);
-        let floor = floors.get(entry.key.as_slice()).map_err(any)?.map(|f| decode::<Floor>(f.value())).transpose()?;
+        let floor = floors
+            .get(entry.key.as_slice())
+            .map_err(any)?
+            .map(|f| decode::<Floor>(f.value()))
+            .transpose()?;
         if over && floor.is_some_and(|(seq, _)| entry.seq < seq) {
             oldest = Some((at.value(), *id.value()));
             break;

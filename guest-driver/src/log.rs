@@ -47,7 +47,13 @@ mod tests {
 
     #[test]
     fn a_value_cannot_forge_a_second_line_or_a_terminal_sequence() {
-        let line = format_line("refused", &[("why", &"a\nadit-guest: ready \x1b[2J\u{202e}"), ("vm", &"web-1")]);
+        let line = format_line(
+            "refused",
+            &[
+                ("why", &"a\nadit-guest: ready \x1b[2J\u{202e}"),
+                ("vm", &"web-1"),
+            ],
+        );
         assert_eq!(line.matches('\n').count(), 1);
         assert!(line.is_ascii() && !line.contains('\x1b'), "{line}");
         assert!(line.ends_with(" vm=web-1\n"));

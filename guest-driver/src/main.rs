@@ -82,10 +82,18 @@ fn main() -> ExitCode {
         #[cfg(not(feature = "test-util"))]
         Cmd::Run { config } => agent(config, Arc::new(Vsock)),
         #[cfg(feature = "test-util")]
-        Cmd::Run { config, test_transport } => test_transport_or_vsock(test_transport).and_then(|t| agent(config, t)),
-        Cmd::Install { root, init, vm_id, trust, allow_port, binary } => {
-            into_image(root, init, vm_id, trust, allow_port, binary)
-        }
+        Cmd::Run {
+            config,
+            test_transport,
+        } => test_transport_or_vsock(test_transport).and_then(|t| agent(config, t)),
+        Cmd::Install {
+            root,
+            init,
+            vm_id,
+            trust,
+            allow_port,
+            binary,
+        } => into_image(root, init, vm_id, trust, allow_port, binary),
         Cmd::Status { config } => status(config),
         Cmd::Version => {
             println!("adit-guest {}", env!("CARGO_PKG_VERSION"));
@@ -111,9 +119,11 @@ fn test_transport_or_vsock(arg: Option<String>) -> anyhow::Result<Arc<dyn Transp
     use adit_guest_driver::transport::UnixDir;
     Ok(match arg {
         None => Arc::new(Vsock),
-        Some(arg) => {
-            Arc::new(UnixDir(arg.strip_prefix("unix:").context("--test-transport takes unix:DIR")?.into()))
-        }
+        Some(arg) => Arc::new(UnixDir(
+            arg.strip_prefix("unix:")
+                .context("--test-transport takes unix:DIR")?
+                .into(),
+        )),
     })
 }
 
@@ -127,7 +137,8 @@ fn into_image(
 ) -> anyhow::Result<()> {
     let binary = match binary {
         Some(path) => path,
-        None => std::env::current_exe().context("cannot find the agent's own binary; name one with --binary")?,
+        None => std::env::current_exe()
+            .context("cannot find the agent's own binary; name one with --binary")?,
     };
     if let Some(file) = &trust {
         Verifier::check_key(file)?;
@@ -137,8 +148,14 @@ fn into_image(
         InitArg::Openrc => Init::Openrc,
         InitArg::Busybox => Init::Busybox,
     };
-    let what =
-        Install { root: &root, init, vm_id: &vm_id, trust: trust.as_deref(), ports: &ports, binary: &binary };
+    let what = Install {
+        root: &root,
+        init,
+        vm_id: &vm_id,
+        trust: trust.as_deref(),
+        ports: &ports,
+        binary: &binary,
+    };
     for line in install(&what)? {
         println!("{line}");
     }
@@ -151,10 +168,31 @@ fn status(path: PathBuf) -> anyhow::Result<()> {
     let running = std::fs::exists(config.state_dir.join("journal.redb")).unwrap_or(false);
     println!("config   {}", path.display());
     println!("vm       {}", config.vm_id);
-    println!("anchors  {anchors}{}", if anchors == 0 { " (no task will be run)" } else { "" });
+    println!(
+        "anchors  {anchors}{}",
+        if anchors == 0 {
+            " (no task will be run)"
+        } else {
+            ""
+        }
+    );
     println!("ports    {:?}", config.allow_ports);
-    println!("scripts  {}", if config.script.enabled { "on" } else { "off" });
-    println!("files    {}", if config.file.enabled { format!("under {:?}", config.file.roots) } else { "off".into() });
-    println!("journal  {}{}", config.state_dir.display(), if running { "" } else { " (not made yet)" });
+    println!(
+        "scripts  {}",
+        if config.script.enabled { "on" } else { "off" }
+    );
+    println!(
+        "files    {}",
+        if config.file.enabled {
+            format!("under {:?}", config.file.roots)
+        } else {
+            "off".into()
+        }
+    );
+    println!(
+        "journal  {}{}",
+        config.state_dir.display(),
+        if running { "" } else { " (not made yet)" }
+    );
     Ok(())
 }

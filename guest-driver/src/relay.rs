@@ -118,7 +118,11 @@ impl Dir {
             }
         }
         if self.source == Source::Ended && !self.pending() && self.sink == Sink::Open {
-            self.sink = if to.shutdown_write().is_ok() { Sink::Shut } else { Sink::Failed };
+            self.sink = if to.shutdown_write().is_ok() {
+                Sink::Shut
+            } else {
+                Sink::Failed
+            };
             progress = true;
         }
         progress
@@ -136,14 +140,20 @@ pub fn relay(a: &Conn, b: &Conn) -> io::Result<Moved> {
     loop {
         let [ab, ba] = &mut dirs;
         let progress = ab.pump(a, b) | ba.pump(b, a);
-        let failed = dirs.iter().any(|d| d.source == Source::Failed && (!d.pending() || d.finished()));
+        let failed = dirs
+            .iter()
+            .any(|d| d.source == Source::Failed && (!d.pending() || d.finished()));
         if failed || dirs.iter().all(Dir::finished) {
             let aborted = failed || dirs.iter().any(|d| d.sink == Sink::Failed);
             if aborted {
                 a.reset_on_close();
                 b.reset_on_close();
             }
-            return Ok(Moved { a_to_b: dirs[0].moved, b_to_a: dirs[1].moved, aborted });
+            return Ok(Moved {
+                a_to_b: dirs[0].moved,
+                b_to_a: dirs[1].moved,
+                aborted,
+            });
         }
         if !progress {
             wait(a, b, &mut dirs)?;

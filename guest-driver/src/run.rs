@@ -52,33 +52,66 @@ pub enum RunError {
 pub fn run(config_path: &Path, transport: Arc<dyn Transport>) -> Result<(), RunError> {
     let config = Config::load(config_path)?;
     let system = |what| move |source: std::io::Error| RunError::System { what, source };
-    let listener = transport.listen().map_err(|source| RunError::Listen { hint: listen_hint(&source), source })?;
+    let listener = transport.listen().map_err(|source| RunError::Listen {
+        hint: listen_hint(&source),
+        source,
+    })?;
     let become_reaper = nix::sys::prctl::set_child_subreaper(true);
     become_reaper.map_err(|e| system("become the reaper of tasks' orphans")(e.into()))?;
     // Optional: without one the tree is followed by parenthood.
     let _ = cgroup::mount_if_absent();
     let verifier = Verifier::load(&config);
-    let identity = Arc::new(Identity { boot_nonce: facts::boot_nonce(), epoch: AtomicU64::new(0) });
-    let own = [config_path, &config.trust_dir, &config.state_dir].map(Path::to_owned).into();
+    let identity = Arc::new(Identity {
+        boot_nonce: facts::boot_nonce(),
+        epoch: AtomicU64::new(0),
+    });
+    let own = [
+        config_path,
+        &config.trust_dir,
+        &config.state_dir,
+        &config.run_dir,
+    ]
+    .map(Path::to_owned)
+    .into();
     let (vm_id, anchors) = (config.vm_id.clone(), verifier.anchors());
+    crate::exec::script::prepare(&config.run_dir).map_err(system("make run_dir usable"))?;
     let journal = open_journal(&config.state_dir);
     if let Err(e) = &journal {
-        log::event("journal-failed", &[("error", e), ("effect", &"every task is refused; ports are served")]);
+        log::event(
+            "journal-failed",
+            &[
+                ("error", e),
+                ("effect", &"every task is refused; ports are served"),
+            ],
+        );
     }
     let runner = Runner::new(&config, own, verifier, journal, identity.boot_nonce);
     let client = Client::new(transport.clone(), identity.clone(), runner);
-    let client = thread::Builder::new().name("client".into()).stack_size(CLIENT_STACK_BYTES).spawn(|| client.run());
+    let client = thread::Builder::new()
+        .name("client".into())
+        .stack_size(CLIENT_STACK_BYTES)
+        .spawn(|| client.run());
     client.map_err(system("start the client's thread"))?;
     log::event("ready", &[("vm", &vm_id), ("anchors", &anchors)]);
     if anchors == 0 {
-        log::event("no-trust-anchor", &[("effect", &"no task will be run"), ("dir", &config.trust_dir.display())]);
+        log::event(
+            "no-trust-anchor",
+            &[
+                ("effect", &"no task will be run"),
+                ("dir", &config.trust_dir.display()),
+            ],
+        );
     }
-    Server::new(config.allow_ports, identity).run(&*transport, &listener).map_err(system("go on accepting streams"))
+    Server::new(config.allow_ports, identity)
+        .run(&*transport, &listener)
+        .map_err(system("go on accepting streams"))
 }
 
 fn listen_hint(e: &std::io::Error) -> &'static str {
     match e.raw_os_error() {
-        Some(libc::EAFNOSUPPORT | libc::ENODEV) => "this kernel has no vsock; load vmw_vsock_virtio_transport",
+        Some(libc::EAFNOSUPPORT | libc::ENODEV) => {
+            "this kernel has no vsock; load vmw_vsock_virtio_transport"
+        }
         Some(libc::EADDRINUSE) => "another agent or program has it",
         Some(libc::EACCES | libc::EPERM) => "a port below 1024 needs root or CAP_NET_BIND_SERVICE",
         _ => "see the cause",
@@ -88,17 +121,30 @@ fn listen_hint(e: &std::io::Error) -> &'static str {
 /// Opens the journal if a process of its own could read all of it: a damaged page may panic inside the database, and
 /// that must not take the ports down.
 fn open_journal(dir: &Path) -> Result<Journal, JournalError> {
-    let check = Command::new("/proc/self/exe").arg("journal-check").arg(dir).stdin(Stdio::null()).output();
+    let check = Command::new("/proc/self/exe")
+        .arg("journal-check")
+        .arg(dir)
+        .stdin(Stdio::null())
+        .output();
     match check {
         Ok(out) if out.status.success() => Journal::open(dir),
         Ok(out) => {
             let said = String::from_utf8_lossy(&out.stderr);
-            let last = said.lines().last().unwrap_or_default().trim_start_matches("adit-guest: ");
-            let known = ["journal-", "no-space"].iter().any(|code| last.starts_with(code));
+            let last = said
+                .lines()
+                .last()
+                .unwrap_or_default()
+                .trim_start_matches("adit-guest: ");
+            let known = ["journal-", "no-space"]
+                .iter()
+                .any(|code| last.starts_with(code));
             // What it says itself when it can; its panic otherwise.
             match known {
                 true => Journal::open(dir).and(Err(JournalError::Unavailable(last.to_owned()))),
-                false => Err(JournalError::Corrupt(format!("reading it ended with {}: {last}", out.status))),
+                false => Err(JournalError::Corrupt(format!(
+                    "reading it ended with {}: {last}",
+                    out.status
+                ))),
             }
         }
         Err(e) => Err(JournalError::Unavailable(format!("cannot check it: {e}"))),

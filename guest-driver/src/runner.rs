@@ -6,18 +6,18 @@
 //! else: received ▸ started ▸ effect ▸ result          (▸ = on disk before the next)
 //! ```
 
-use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use adit_tasks::VmId;
-use adit_tasks::wire::{Captured, Outcome, Report, Started, Task, TaskId};
+use adit_tasks::goal::Work;
+use adit_tasks::wire::{Outcome, Report, Started, Task, TaskId};
+use adit_tasks::{Step, VmId, hex};
 
 use crate::config::Config;
 use crate::crash::{self, Point};
 use crate::exec::file::FilePolicy;
 use crate::exec::{Executed, cgroup, file, script, tree};
-use crate::journal::{Journal, JournalError, Phase};
-use crate::verify::{Effect, Verifier};
+use crate::journal::{Journal, JournalError, Origin, Phase};
+use crate::verify::Verifier;
 use crate::{facts, log};
 
 /// Runs what it is told by those whom the image trusts.
@@ -27,18 +27,10 @@ pub struct Runner {
     script_enabled: bool,
     file_enabled: bool,
     file_policy: FilePolicy,
-    cgroups: Option<PathBuf>,
+    scripts: script::Place,
     boot_nonce: [u8; 16],
     /// A result that the journal could not take: delivered from memory while this process lives.
     unsaved: Option<Report>,
-}
-
-/// A task id as people see it.
-pub fn hex(id: &TaskId) -> String {
-    id.iter().fold(String::with_capacity(32), |mut s, b| {
-        let _ = write!(s, "{b:02x}");
-        s
-    })
 }
 
 impl Runner {
@@ -55,8 +47,14 @@ impl Runner {
             journal,
             script_enabled: config.script.enabled,
             file_enabled: config.file.enabled,
-            file_policy: FilePolicy { roots: config.file.roots.clone(), protected: own_paths },
-            cgroups: cgroup::base(),
+            file_policy: FilePolicy {
+                roots: config.file.roots.clone(),
+                protected: own_paths,
+            },
+            scripts: script::Place {
+                cgroups: cgroup::base(),
+                dir: config.run_dir.clone(),
+            },
             boot_nonce,
             unsaved: None,
         };
@@ -68,16 +66,21 @@ impl Runner {
     }
 
     fn end_interrupted(&mut self) -> Result<(), JournalError> {
-        let Ok(journal) = &mut self.journal else { return Ok(()) };
+        let Ok(journal) = &mut self.journal else {
+            return Ok(());
+        };
         for (id, started_ms) in journal.unfinished()? {
             let name = hex(&id);
-            let dead = tree::kill_orphans(&name, self.cgroups.as_deref());
+            let dead = tree::kill_orphans(&name, self.scripts.cgroups.as_deref());
             let mut reason = "the agent or the guest ended while it ran".to_owned();
             if !dead {
                 reason.push_str("; some of its processes could not be killed");
             }
             log::event("interrupted", &[("task", &name)]);
-            let interrupted = Executed { outcome: Outcome::Interrupted, ..Executed::failed(reason) };
+            let interrupted = Executed {
+                outcome: Outcome::Interrupted,
+                ..Executed::failed(reason)
+            };
             journal.result(&report(id, interrupted, started_ms, self.boot_nonce))?;
         }
         Ok(())
@@ -95,7 +98,10 @@ impl Runner {
 
     /// Reports that the host has not acknowledged, oldest first.
     pub fn unacknowledged(&mut self) -> Vec<Report> {
-        let stored = self.journal.as_mut().map_or(Ok(Vec::new()), |j| j.unacknowledged());
+        let stored = self
+            .journal
+            .as_mut()
+            .map_or(Ok(Vec::new()), |j| j.unacknowledged());
         let mut reports = stored.unwrap_or_else(|e| {
             log::event("journal-failed", &[("error", &e)]);
             Vec::new()
@@ -122,11 +128,17 @@ impl Runner {
     pub fn handle(&mut self, task: &Task, announce: impl FnOnce(&Started)) -> Report {
         let name = hex(&task.task_id);
         if let Some(known) = self.known(&task.task_id) {
-            log::event("known", &[("task", &name), ("outcome", &format!("{:?}", known.outcome))]);
+            log::event(
+                "known",
+                &[
+                    ("task", &name),
+                    ("outcome", &format!("{:?}", known.outcome)),
+                ],
+            );
             return known;
         }
-        let effect = match self.accept(task) {
-            Ok(effect) => effect,
+        let step = match self.accept(task) {
+            Ok(step) => step,
             Err(why) => {
                 log::event("refused", &[("task", &name), ("why", &why)]);
                 return report(task.task_id, Executed::refused(why), 0, self.boot_nonce);
@@ -134,14 +146,31 @@ impl Runner {
         };
         crash::at(Point::Started);
         let started_ms = facts::now_ms();
-        log::event("started", &[("task", &name), ("step", &task.step_id), ("attempt", &task.attempt)]);
-        announce(&Started { task_id: task.task_id });
-        let executed = match effect {
-            Effect::Script(script) => script::run(&script, &name, self.cgroups.as_deref()),
-            Effect::File(step) => file::write(&step, &self.file_policy),
+        log::event(
+            "started",
+            &[
+                ("task", &name),
+                ("step", &task.step_id),
+                ("attempt", &task.attempt),
+            ],
+        );
+        announce(&Started {
+            task_id: task.task_id,
+        });
+        let executed = match step.work() {
+            Some(Work::Script(script)) => script::run(script, &name, &self.scripts),
+            Some(Work::File(file)) => file::write(file, &self.file_policy),
+            None => Executed::failed("the step says nothing that this agent can do"),
         };
         let report = report(task.task_id, executed, started_ms, self.boot_nonce);
-        log::event("ended", &[("task", &name), ("outcome", &format!("{:?}", report.outcome)), ("why", &report.reason)]);
+        log::event(
+            "ended",
+            &[
+                ("task", &name),
+                ("outcome", &format!("{:?}", report.outcome)),
+                ("why", &report.reason),
+            ],
+        );
         if let Ok(journal) = &mut self.journal
             && let Err(e) = journal.result(&report)
         {
@@ -161,51 +190,84 @@ impl Runner {
             Phase::Received => None,
             Phase::Result(report) => Some(*report),
             Phase::Acked(outcome) => {
-                let executed = Executed { outcome, ..Executed::failed("acknowledged before; its output is gone") };
+                let executed = Executed {
+                    outcome,
+                    ..Executed::failed("acknowledged before; its output is gone")
+                };
                 Some(report(*id, executed, 0, self.boot_nonce))
             }
             Phase::Started { at_ms } => {
                 let executed = Executed::failed("begun before; its result could not be stored");
-                let executed = Executed { outcome: Outcome::Interrupted, ..executed };
+                let executed = Executed {
+                    outcome: Outcome::Interrupted,
+                    ..executed
+                };
                 Some(report(*id, executed, at_ms, self.boot_nonce))
             }
         }
     }
 
     /// Verifies a task and takes it up to `started`; the error begins with a stable code.
-    fn accept(&mut self, task: &Task) -> Result<Effect, String> {
+    fn accept(&mut self, task: &Task) -> Result<Step, String> {
         if self.verifier.anchors() == 0 {
-            return Err("no-trust-anchor: this image trusts no key; it was installed without --trust".into());
+            return Err(
+                "no-trust-anchor: this image trusts no key; it was installed without --trust"
+                    .into(),
+            );
         }
         let journal = self.journal.as_mut().map_err(|e| e.to_string())?;
-        let verified = self.verifier.verify(task, |key| journal.floor(key))?;
-        match &verified.effect {
-            Effect::Script(_) if !self.script_enabled => {
-                return Err("policy: scripts are switched off in this guest ([script] enabled = false)".into());
+        let admitted = self.verifier.verify(task, journal)?;
+        match admitted.step.work() {
+            Some(Work::Script(_)) if !self.script_enabled => {
+                return Err(
+                    "policy: scripts are switched off in this guest ([script] enabled = false)"
+                        .into(),
+                );
             }
-            Effect::File(_) if !self.file_enabled => {
-                return Err("policy: files are switched off in this guest ([file] enabled = false)".into());
+            Some(Work::File(_)) if !self.file_enabled => {
+                return Err(
+                    "policy: files are switched off in this guest ([file] enabled = false)".into(),
+                );
             }
             _ => {}
         }
+        let origin = Origin {
+            key: admitted.key.0.into(),
+            seq: admitted.last.key_seq,
+            digest: admitted.last.digest,
+        };
         crash::at(Point::Received);
-        journal.received(&task.task_id, &verified.origin).map_err(|e| e.to_string())?;
+        journal
+            .received(&task.task_id, &origin)
+            .map_err(|e| e.to_string())?;
         crash::at(Point::Stored);
-        journal.started(&task.task_id, facts::now_ms()).map_err(|e| e.to_string())?;
-        Ok(verified.effect)
+        journal
+            .started(&task.task_id, facts::now_ms())
+            .map_err(|e| e.to_string())?;
+        Ok(admitted.step)
     }
 }
 
 fn report(task_id: TaskId, executed: Executed, started_ms: u64, boot_nonce: [u8; 16]) -> Report {
-    let Executed { outcome, exit, mut reason, stdout, stderr } = executed;
+    let Executed {
+        outcome,
+        exit,
+        mut reason,
+        stdout,
+        stderr,
+    } = executed;
     if outcome == Outcome::Done {
         reason.clear();
     }
-    debug_assert!(fits(&stdout) && fits(&stderr));
-    Report { task_id, outcome, exit, reason, started_ms, ended_ms: facts::now_ms(), stdout, stderr, boot_nonce }
-}
-
-/// Two streams of this size fit a frame with room to spare.
-fn fits(c: &Captured) -> bool {
-    c.head.len() + c.tail.len() <= 256 * 1024
+    Report {
+        task_id,
+        outcome,
+        exit,
+        reason,
+        started_ms,
+        ended_ms: facts::now_ms(),
+        stdout,
+        stderr,
+        boot_nonce,
+    }
 }

@@ -39,7 +39,11 @@ pub struct Identity {
 impl Identity {
     /// Fields of a hello that we send.
     pub fn common(&self) -> Common {
-        Common { features: 0, epoch: self.epoch.load(Ordering::Relaxed), boot_nonce: self.boot_nonce }
+        Common {
+            features: 0,
+            epoch: self.epoch.load(Ordering::Relaxed),
+            boot_nonce: self.boot_nonce,
+        }
     }
 
     /// Remembers the host's epoch.
@@ -75,14 +79,22 @@ struct Refusal {
 
 impl Refusal {
     fn new(status: Status, text: impl Into<String>) -> Self {
-        Self { status, errno: 0, text: text.into() }
+        Self {
+            status,
+            errno: 0,
+            text: text.into(),
+        }
     }
 }
 
 impl Server {
     /// Serves these local TCP ports and no others.
     pub fn new(ports: Vec<u16>, identity: Arc<Identity>) -> Arc<Self> {
-        Arc::new(Self { ports, identity, active: AtomicUsize::new(0) })
+        Arc::new(Self {
+            ports,
+            identity,
+            active: AtomicUsize::new(0),
+        })
     }
 
     /// Accepts until the listener is gone.
@@ -107,10 +119,15 @@ impl Server {
     fn admit(self: &Arc<Self>, conn: Conn) {
         if self.active.fetch_add(1, Ordering::Relaxed) >= CONNS_MAX {
             self.active.fetch_sub(1, Ordering::Relaxed);
-            return self.refuse(&conn, Refusal::new(Status::Busy, format!("{CONNS_MAX} streams are open")));
+            return self.refuse(
+                &conn,
+                Refusal::new(Status::Busy, format!("{CONNS_MAX} streams are open")),
+            );
         }
         let slot = Slot(self.clone());
-        let started = thread::Builder::new().stack_size(STACK_BYTES).spawn(move || slot.0.serve(conn));
+        let started = thread::Builder::new()
+            .stack_size(STACK_BYTES)
+            .spawn(move || slot.0.serve(conn));
         if let Err(e) = started {
             log::event("stream-refused", &[("why", &e)]);
         }
@@ -127,7 +144,10 @@ impl Server {
         self.identity.saw(&open.common);
         match self.connect(&open) {
             Ok((version, local)) => {
-                let accept = Hello::Accept(Accept { common: self.identity.common(), version });
+                let accept = Hello::Accept(Accept {
+                    common: self.identity.common(),
+                    version,
+                });
                 if (&conn).write_all(&accept.encode()).is_err() {
                     return local.reset_on_close();
                 }
@@ -137,37 +157,62 @@ impl Server {
             }
             Err(refusal) => {
                 let status = format!("{:?}", refusal.status);
-                let fields: [(&str, &dyn std::fmt::Display); 3] =
-                    [("service", &open.service), ("status", &status), ("why", &refusal.text)];
+                let fields: [(&str, &dyn std::fmt::Display); 3] = [
+                    ("service", &open.service),
+                    ("status", &status),
+                    ("why", &refusal.text),
+                ];
                 log::event("stream-refused", &fields);
                 self.refuse(&conn, refusal);
             }
         }
     }
 
-    fn refuse(&self, mut conn: &Conn, Refusal { status, errno, text }: Refusal) {
-        let hello = Hello::Refuse(Refuse { common: self.identity.common(), status, errno, text });
+    fn refuse(
+        &self,
+        mut conn: &Conn,
+        Refusal {
+            status,
+            errno,
+            text,
+        }: Refusal,
+    ) {
+        let hello = Hello::Refuse(Refuse {
+            common: self.identity.common(),
+            status,
+            errno,
+            text,
+        });
         let _ = conn.write_all(&hello.encode());
         let _ = conn.shutdown_write();
     }
 
     fn connect(&self, open: &Open) -> Result<(u16, Conn), Refusal> {
-        let version = hello::choose_version(open)
-            .ok_or_else(|| Refusal::new(Status::Version, format!("only version {} is spoken", hello::VERSION)))?;
+        let version = hello::choose_version(open).ok_or_else(|| {
+            Refusal::new(
+                Status::Version,
+                format!("only version {} is spoken", hello::VERSION),
+            )
+        })?;
         let port = tcp_port(open.service.as_str())
             .ok_or_else(|| Refusal::new(Status::UnknownService, "this agent serves tcp:PORT"))?;
         if !self.ports.contains(&port) {
-            return Err(Refusal::new(Status::Denied, format!("port {port} is not in the guest's allow_ports")));
+            return Err(Refusal::new(
+                Status::Denied,
+                format!("port {port} is not in the guest's allow_ports"),
+            ));
         }
         let limit = match open.deadline_ms {
             0 => DIAL_LIMIT,
             ms => DIAL_LIMIT.min(Duration::from_millis(ms.into())),
         };
-        dial(port, limit).map(|local| (version, local)).map_err(|e| Refusal {
-            status: Status::DialFailed,
-            errno: errno_of(&e),
-            text: format!("127.0.0.1:{port}: {e}"),
-        })
+        dial(port, limit)
+            .map(|local| (version, local))
+            .map_err(|e| Refusal {
+                status: Status::DialFailed,
+                errno: errno_of(&e),
+                text: format!("127.0.0.1:{port}: {e}"),
+            })
     }
 }
 
@@ -181,7 +226,8 @@ fn tcp_port(service: &str) -> Option<u16> {
 fn dial(port: u16, limit: Duration) -> io::Result<Conn> {
     let to = |ip: IpAddr| TcpStream::connect_timeout(&SocketAddr::new(ip, port), limit);
     // The error of 127.0.0.1 is the telling one: ::1 may not exist at all.
-    let tcp = to(Ipv4Addr::LOCALHOST.into()).or_else(|e| to(Ipv6Addr::LOCALHOST.into()).map_err(|_| e))?;
+    let tcp = to(Ipv4Addr::LOCALHOST.into())
+        .or_else(|e| to(Ipv6Addr::LOCALHOST.into()).map_err(|_| e))?;
     let _ = tcp.set_nodelay(true);
     Ok(OwnedFd::from(tcp).into())
 }
@@ -189,12 +235,18 @@ fn dial(port: u16, limit: Duration) -> io::Result<Conn> {
 fn errno_of(e: &io::Error) -> u16 {
     match e.kind() {
         ErrorKind::TimedOut => libc::ETIMEDOUT as u16,
-        _ => e.raw_os_error().and_then(|n| u16::try_from(n).ok()).unwrap_or(0),
+        _ => e
+            .raw_os_error()
+            .and_then(|n| u16::try_from(n).ok())
+            .unwrap_or(0),
     }
 }
 
 fn short_of_resources(e: &io::Error) -> bool {
-    matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS))
+    matches!(
+        e.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)
+    )
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! How the agent reaches its host, and how the host reaches it.
 //!
-//! In a guest both are AF_VSOCK on port [`PORT`](adit_channel::hello::PORT):
+//! In a guest both are AF_VSOCK on port [`PORT`]:
 //! - only CID 2, the host, is served; a process of this guest that dials by loopback is turned away;
 //! - the agent dials from a *privileged* source port, which a process without `CAP_NET_BIND_SERVICE` cannot bind, so
 //!   the host can tell the agent from an unprivileged process of the same guest. The same right is needed to listen.
@@ -58,7 +58,12 @@ pub struct Vsock;
 
 impl Vsock {
     fn socket() -> nix::Result<OwnedFd> {
-        socket::socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+        socket::socket(
+            AddressFamily::Vsock,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )
     }
 }
 
@@ -71,7 +76,8 @@ impl Transport for Vsock {
     }
 
     fn is_host(&self, conn: &Conn) -> bool {
-        socket::getpeername::<VsockAddr>(conn.as_fd().as_raw_fd()).is_ok_and(|peer| peer.cid() == HOST_CID)
+        socket::getpeername::<VsockAddr>(conn.as_fd().as_raw_fd())
+            .is_ok_and(|peer| peer.cid() == HOST_CID)
     }
 
     fn dial_host(&self) -> io::Result<Conn> {
@@ -79,12 +85,14 @@ impl Transport for Vsock {
         // A random start: the peer may still hold the last port in its closing state.
         let span = SOURCE_PORTS.end() - SOURCE_PORTS.start() + 1;
         let first = getrandom::u32().unwrap_or(0) % span;
-        let bound = (0..span).map(|i| SOURCE_PORTS.start() + (first + i) % span).find_map(|port| {
-            match socket::bind(fd.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, port)) {
-                Err(Errno::EADDRINUSE) => None,
-                other => Some(other),
-            }
-        });
+        let bound = (0..span)
+            .map(|i| SOURCE_PORTS.start() + (first + i) % span)
+            .find_map(|port| {
+                match socket::bind(fd.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, port)) {
+                    Err(Errno::EADDRINUSE) => None,
+                    other => Some(other),
+                }
+            });
         bound.unwrap_or(Err(Errno::EADDRINUSE))?;
         socket::connect(fd.as_raw_fd(), &VsockAddr::new(HOST_CID, PORT))?;
         Ok(fd.into())
@@ -109,6 +117,9 @@ impl Transport for UnixDir {
     }
 
     fn dial_host(&self) -> io::Result<Conn> {
-        Ok(OwnedFd::from(std::os::unix::net::UnixStream::connect(self.0.join("host.sock"))?).into())
+        Ok(OwnedFd::from(std::os::unix::net::UnixStream::connect(
+            self.0.join("host.sock"),
+        )?)
+        .into())
     }
 }

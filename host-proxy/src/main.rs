@@ -1,2 +1,114 @@
-//! placeholder
-fn main() {}
+//! `aditd`: the host's daemon. `aditd run` serves, `aditd check-config` checks a file.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use adit_host_proxy::config::{Config, DEFAULT_PATH};
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+const EXAMPLE: &str = "\
+A configuration:
+  [proxy]
+  listen = \"127.0.0.1:7080\"
+  [[vm]]
+  name = \"web-1\"
+  cid = 3
+  allow = [80, 22]
+
+Then:
+  aditd check-config /etc/adit/aditd.toml
+  aditd run
+  curl -x http://127.0.0.1:7080 http://web-1/
+
+The VMM of web-1 connects to /run/adit/vm/web-1/vhost.sock (vhost-user-vsock).
+Tunnels live in a port process for each VM and outlive aditd.";
+
+/// Carries management traffic and signed tasks to VMs by name.
+#[derive(Parser)]
+#[command(version, after_help = EXAMPLE)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve until SIGTERM
+    Run {
+        /// Configuration
+        #[arg(long, default_value = DEFAULT_PATH, value_name = "FILE")]
+        config: PathBuf,
+        /// The port process's program; default: adit-port beside this one
+        #[arg(long, env = "ADIT_PORT_BIN", value_name = "FILE")]
+        port_bin: Option<PathBuf>,
+        /// Log lines as JSON
+        #[arg(long)]
+        log_json: bool,
+    },
+    /// Check a configuration and say what it means
+    CheckConfig {
+        /// Configuration
+        #[arg(default_value = DEFAULT_PATH)]
+        file: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Args::parse().command {
+        Command::CheckConfig { file } => check(&file),
+        Command::Run {
+            config,
+            port_bin,
+            log_json,
+        } => {
+            start_log(log_json);
+            run(&config, port_bin)
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("aditd: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start_log(json: bool) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    if json {
+        log.json().init();
+    } else {
+        log.with_ansi(false).init();
+    }
+}
+
+fn check(file: &std::path::Path) -> anyhow::Result<()> {
+    let config = Config::load(file)?;
+    println!(
+        "{}: ok, {} VMs, proxy on {}",
+        file.display(),
+        config.vm.len(),
+        config.proxy.listen
+    );
+    Ok(())
+}
+
+fn run(file: &std::path::Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
+    let config = Config::load(file)?;
+    let beside = || Ok::<_, std::io::Error>(std::env::current_exe()?.with_file_name("adit-port"));
+    let port_bin = port_bin.map_or_else(beside, Ok)?;
+    anyhow::ensure!(
+        port_bin.exists(),
+        "{} is not there: install adit-port, or set --port-bin",
+        port_bin.display()
+    );
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(adit_host_proxy::run(config, port_bin))
+}

@@ -2,34 +2,42 @@
 
 use adit_tasks::wire::Captured;
 
-/// Bytes kept from the start.
-pub const HEAD_MAX: usize = 64 * 1024;
-/// Bytes kept from the end.
-pub const TAIL_MAX: usize = 64 * 1024;
-
 /// One stream being captured.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Capture {
+    /// Most bytes of the head, and of the tail.
+    half: usize,
     head: Vec<u8>,
-    /// The last bytes behind the head: trimmed to [`TAIL_MAX`] whenever it has twice as many.
+    /// The last bytes behind the head: trimmed whenever it has twice as many as it may.
     tail: Vec<u8>,
     total: u64,
 }
 
 impl Capture {
+    /// Keeps at most `cap` bytes: the first half and the last half.
+    pub fn new(cap: usize) -> Self {
+        Self {
+            half: cap / 2,
+            head: Vec::new(),
+            tail: Vec::new(),
+            total: 0,
+        }
+    }
+
     /// Takes what the child wrote.
     pub fn push(&mut self, bytes: &[u8]) {
         self.total += bytes.len() as u64;
-        let (head, rest) = bytes.split_at(bytes.len().min(HEAD_MAX - self.head.len()));
+        let (head, rest) = bytes.split_at(bytes.len().min(self.half - self.head.len()));
         self.head.extend_from_slice(head);
-        self.tail.extend_from_slice(&rest[rest.len().saturating_sub(TAIL_MAX)..]);
-        if self.tail.len() >= 2 * TAIL_MAX {
+        self.tail
+            .extend_from_slice(&rest[rest.len().saturating_sub(self.half)..]);
+        if self.tail.len() > 2 * self.half {
             self.trim();
         }
     }
 
     fn trim(&mut self) {
-        self.tail.drain(..self.tail.len().saturating_sub(TAIL_MAX));
+        self.tail.drain(..self.tail.len().saturating_sub(self.half));
     }
 
     /// What is reported: all of it, or head and tail of it.
@@ -38,7 +46,11 @@ impl Capture {
         if self.total == (self.head.len() + self.tail.len()) as u64 {
             self.head.append(&mut self.tail);
         }
-        Captured { head: self.head, tail: self.tail, total: self.total }
+        Captured {
+            head: self.head,
+            tail: self.tail,
+            total: self.total,
+        }
     }
 }
 
@@ -46,9 +58,12 @@ impl Capture {
 mod tests {
     use super::*;
 
+    const HEAD_MAX: usize = 32 * 1024;
+    const TAIL_MAX: usize = HEAD_MAX;
+
     fn captured(len: usize, split: usize) -> (Vec<u8>, Captured) {
         let all: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
-        let mut c = Capture::default();
+        let mut c = Capture::new(HEAD_MAX + TAIL_MAX);
         all.chunks(split).for_each(|p| c.push(p));
         assert!(c.head.capacity() + c.tail.capacity() <= 8 * (HEAD_MAX + TAIL_MAX));
         (all, c.finish())
@@ -67,7 +82,10 @@ mod tests {
         for split in [1000, 65_536, 10_000_000] {
             let (all, got) = captured(3_000_000, split);
             assert_eq!(got.total, 3_000_000);
-            assert!(got.head == all[..HEAD_MAX] && got.tail == all[all.len() - TAIL_MAX..], "{split}");
+            assert!(
+                got.head == all[..HEAD_MAX] && got.tail == all[all.len() - TAIL_MAX..],
+                "{split}"
+            );
         }
     }
 }

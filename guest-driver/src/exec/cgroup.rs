@@ -22,7 +22,10 @@ pub fn base() -> Option<PathBuf> {
     let own = fs::read_to_string("/proc/self/cgroup").ok()?;
     let path = own.lines().find_map(|l| l.strip_prefix("0::/"))?;
     // An agent that was itself started from within a task must not nest below it.
-    let path = path.split('/').take_while(|p| !p.starts_with(PREFIX)).collect::<PathBuf>();
+    let path = path
+        .split('/')
+        .take_while(|p| !p.starts_with(PREFIX))
+        .collect::<PathBuf>();
     let base = mount_point(&mounts)?.join(path);
     base.is_dir().then_some(base)
 }
@@ -30,7 +33,13 @@ pub fn base() -> Option<PathBuf> {
 /// Mount point of the first cgroup2 file system: `id parent dev root MOUNT options … - cgroup2 …`.
 fn mount_point(mountinfo: &str) -> Option<PathBuf> {
     let of = |l: &str| l.split(' ').nth(4).map(PathBuf::from);
-    mountinfo.lines().find(|l| l.split_once(" - ").is_some_and(|(_, r)| r.starts_with("cgroup2 "))).and_then(of)
+    mountinfo
+        .lines()
+        .find(|l| {
+            l.split_once(" - ")
+                .is_some_and(|(_, r)| r.starts_with("cgroup2 "))
+        })
+        .and_then(of)
 }
 
 /// Mounts cgroup2 where an image without an init system of its own left the place empty.
@@ -41,7 +50,13 @@ pub fn mount_if_absent() -> io::Result<()> {
     }
     use nix::mount::{MsFlags, mount};
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    Ok(mount(Some("cgroup2"), place, Some("cgroup2"), flags, None::<&str>)?)
+    Ok(mount(
+        Some("cgroup2"),
+        place,
+        Some("cgroup2"),
+        flags,
+        None::<&str>,
+    )?)
 }
 
 /// One task's cgroup.
@@ -64,15 +79,26 @@ impl Cgroup {
 
     /// Where a child writes itself in.
     pub fn procs(&self) -> Option<OwnedFd> {
-        Some(OpenOptions::new().write(true).open(self.0.join("cgroup.procs")).ok()?.into())
+        Some(
+            OpenOptions::new()
+                .write(true)
+                .open(self.0.join("cgroup.procs"))
+                .ok()?
+                .into(),
+        )
     }
 
     /// Kills everything in it and waits until it is empty; false if something outlived `until`.
     pub fn kill(&self, until: Instant) -> bool {
-        let Ok(events) = File::open(self.0.join("cgroup.events")) else { return true };
+        let Ok(events) = File::open(self.0.join("cgroup.events")) else {
+            return true;
+        };
         loop {
             if fs::write(self.0.join("cgroup.kill"), "1").is_err() {
-                self.members().iter().filter_map(|&pid| proc::read(pid)).for_each(|p| drop(proc::kill(p.id)));
+                self.members()
+                    .iter()
+                    .filter_map(|&pid| proc::read(pid))
+                    .for_each(|p| drop(proc::kill(p.id)));
             }
             if !self.populated() {
                 return true;
@@ -82,8 +108,12 @@ impl Cgroup {
                 return false;
             }
             // The kernel raises POLLPRI when `populated` changes; the limit is for kernels without cgroup.kill.
-            let limit = PollTimeout::from(u8::try_from(left.as_millis()).unwrap_or(100).clamp(1, 100));
-            let _ = poll(&mut [PollFd::new(events.as_fd(), PollFlags::POLLPRI)], limit);
+            let limit =
+                PollTimeout::from(u8::try_from(left.as_millis()).unwrap_or(100).clamp(1, 100));
+            let _ = poll(
+                &mut [PollFd::new(events.as_fd(), PollFlags::POLLPRI)],
+                limit,
+            );
         }
     }
 
@@ -101,7 +131,10 @@ impl Cgroup {
         let left = self.members();
         if let (false, Some(parent)) = (left.is_empty(), self.0.parent()) {
             for pid in &left {
-                if let Ok(mut f) = OpenOptions::new().write(true).open(parent.join("cgroup.procs")) {
+                if let Ok(mut f) = OpenOptions::new()
+                    .write(true)
+                    .open(parent.join("cgroup.procs"))
+                {
                     let _ = write!(f, "{pid}");
                 }
             }

@@ -16,22 +16,9 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstatat};
 use nix::unistd::{Gid, Group, Uid, UnlinkatFlags, User, fchown, fsync, unlinkat};
 use sha2::{Digest, Sha256};
 
-use super::Executed;
+use adit_tasks::goal::FileStep;
 
-/// What to write.
-#[derive(Clone, Debug)]
-pub struct FileStep {
-    /// Absolute path.
-    pub path: PathBuf,
-    /// The whole content.
-    pub content: Vec<u8>,
-    /// Permission bits.
-    pub mode: u32,
-    /// Owner by name; none = the agent's own user.
-    pub owner: Option<String>,
-    /// Group by name; none = the owner's.
-    pub group: Option<String>,
-}
+use super::Executed;
 
 /// Where this guest lets files be written.
 #[derive(Clone, Debug, Default)]
@@ -54,7 +41,9 @@ enum FileError {
 fn failed(what: &str, path: &Path, e: impl Into<io::Error>) -> FileError {
     let e = e.into();
     match e.raw_os_error() {
-        Some(libc::ENOSPC | libc::EDQUOT) => FileError::Failed(format!("no-space: {what} {}: {e}", path.display())),
+        Some(libc::ENOSPC | libc::EDQUOT) => {
+            FileError::Failed(format!("no-space: {what} {}: {e}", path.display()))
+        }
         _ => FileError::Failed(format!("{what} {}: {e}", path.display())),
     }
 }
@@ -62,34 +51,44 @@ fn failed(what: &str, path: &Path, e: impl Into<io::Error>) -> FileError {
 /// Writes it, or says why not; an unchanged file is not written again.
 pub fn write(step: &FileStep, policy: &FilePolicy) -> Executed {
     match place(step, policy) {
-        Ok(true) => Executed::done(format!("{}: written, {} bytes\n", step.path.display(), step.content.len())),
-        Ok(false) => Executed::done(format!("{}: unchanged\n", step.path.display())),
+        Ok(true) => Executed::done(format!("{}: written\n", step.path)),
+        Ok(false) => Executed::done(format!("{}: unchanged\n", step.path)),
         Err(FileError::Denied(why)) => Executed::refused(format!("path-denied: {why}")),
         Err(FileError::Failed(why)) => Executed::failed(why),
     }
 }
 
 fn place(step: &FileStep, policy: &FilePolicy) -> Result<bool, FileError> {
-    let target = resolve(&step.path, policy)?;
+    let path = Path::new(&step.path);
+    let unusable = |what| FileError::Failed(format!("{what} of {} cannot be used", step.path));
+    let content = step.bytes().ok_or_else(|| unusable("content"))?;
+    let mode = Mode::from_bits_truncate(step.mode_bits().ok_or_else(|| unusable("mode"))?);
+    let target = resolve(path, policy)?;
     let dir = open_dir(&target)?;
     let (uid, gid) = owner(step)?;
-    let mode = Mode::from_bits_truncate(step.mode & 0o7777);
     match fstatat(&dir, target.name, AtFlags::AT_SYMLINK_NOFOLLOW) {
         Err(Errno::ENOENT) => {}
-        Err(e) => return Err(failed("cannot stat", &step.path, e)),
+        Err(e) => return Err(failed("cannot stat", path, e)),
         Ok(stat) if kind(&stat) == SFlag::S_IFREG => {
-            if same(&dir, target.name, &stat, step, (uid, gid, mode)) {
+            if same(&dir, target.name, &stat, &content, (uid, gid, mode)) {
                 return Ok(false);
             }
         }
-        Ok(_) => return Err(FileError::Denied(format!("{} is not a regular file", step.path.display()))),
+        Ok(_) => {
+            return Err(FileError::Denied(format!(
+                "{} is not a regular file",
+                step.path
+            )));
+        }
     }
     let temp = format!(".adit-{:x}.tmp", u64::from_be_bytes(digest8(target.name)));
-    let written = replace(&dir, &temp, target.name, &step.content, (uid, gid, mode));
+    let written = replace(&dir, &temp, target.name, &content, (uid, gid, mode));
     if written.is_err() {
         let _ = unlinkat(&dir, temp.as_str(), UnlinkatFlags::NoRemoveDir);
     }
-    written.map(|()| true).map_err(|e| failed("cannot write", &step.path, e))
+    written
+        .map(|()| true)
+        .map_err(|e| failed("cannot write", path, e))
 }
 
 fn kind(stat: &FileStat) -> SFlag {
@@ -122,69 +121,105 @@ fn resolve<'p>(path: &'p Path, policy: &'p FilePolicy) -> Result<Target<'p>, Fil
     if spelled.next() != Some("") || spelled.any(|c| matches!(c, "" | "." | "..")) {
         return Err(denied("is not a plain absolute path"));
     }
-    let root = policy.roots.iter().filter(|r| path.starts_with(r) && path != r.as_path()).max_by_key(|r| r.components().count());
+    let root = policy
+        .roots
+        .iter()
+        .filter(|r| path.starts_with(r) && path != r.as_path())
+        .max_by_key(|r| r.components().count());
     let root = root.ok_or_else(|| denied("is under none of this guest's file.roots"))?;
     if policy.protected.iter().any(|p| path.starts_with(p)) {
         return Err(denied("belongs to the agent"));
     }
-    let below = path.strip_prefix(root).map_err(|_| denied("is not under its root"))?;
-    let Some(Component::Normal(name)) = below.components().next_back() else { return Err(denied("names no file")) };
+    let below = path
+        .strip_prefix(root)
+        .map_err(|_| denied("is not under its root"))?;
+    let Some(Component::Normal(name)) = below.components().next_back() else {
+        return Err(denied("names no file"));
+    };
     let name = name.to_str().ok_or_else(|| denied("is not UTF-8"))?;
-    Ok(Target { root, parent: below.parent().unwrap_or(Path::new("")).into(), name })
+    Ok(Target {
+        root,
+        parent: below.parent().unwrap_or(Path::new("")).into(),
+        name,
+    })
 }
 
 fn open_dir(target: &Target<'_>) -> Result<OwnedFd, FileError> {
     let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-    let root = open(target.root, flags, Mode::empty()).map_err(|e| failed("cannot open root", target.root, e))?;
-    let below = if target.parent.as_os_str().is_empty() { Path::new(".") } else { &target.parent };
+    let root = open(target.root, flags, Mode::empty())
+        .map_err(|e| failed("cannot open root", target.root, e))?;
+    let below = if target.parent.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        &target.parent
+    };
     let how = OpenHow::new().flags(flags).resolve(
-        ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS,
+        ResolveFlag::RESOLVE_BENEATH
+            | ResolveFlag::RESOLVE_NO_SYMLINKS
+            | ResolveFlag::RESOLVE_NO_MAGICLINKS,
     );
     let full = target.root.join(&target.parent);
     openat2(&root, below, how).map_err(|e| match e {
-        Errno::ELOOP | Errno::EXDEV => FileError::Denied(format!("{} leads through a symbolic link", full.display())),
+        Errno::ELOOP | Errno::EXDEV => {
+            FileError::Denied(format!("{} leads through a symbolic link", full.display()))
+        }
         // A link in place of the last directory is ENOTDIR or ELOOP, depending on the kernel's order of checks.
         Errno::ENOTDIR => FileError::Denied(format!("{} is not a directory", full.display())),
         e => failed("cannot open directory", &full, e),
     })
 }
 
+/// Owner and group, each a name or a number.
 fn owner(step: &FileStep) -> Result<(Uid, Gid), FileError> {
-    let unknown = |what: &str, name: &str| FileError::Failed(format!("{what} {name:?} is not known in this guest"));
-    let (uid, mut gid) = match &step.owner {
-        None => (Uid::effective(), Gid::effective()),
-        Some(name) => match User::from_name(name) {
-            Ok(Some(user)) => (user.uid, user.gid),
-            _ => return Err(unknown("owner", name)),
-        },
+    let unknown = |what: &str, name: &str| {
+        FileError::Failed(format!("{what} {name:?} is not known in this guest"))
     };
-    if let Some(name) = &step.group {
-        gid = match Group::from_name(name) {
-            Ok(Some(group)) => group.gid,
-            _ => return Err(unknown("group", name)),
-        };
-    }
+    let uid = match (step.owner.parse(), User::from_name(&step.owner)) {
+        (Ok(number), _) => Uid::from_raw(number),
+        (_, Ok(Some(user))) => user.uid,
+        _ => return Err(unknown("owner", &step.owner)),
+    };
+    let gid = match (step.group.parse(), Group::from_name(&step.group)) {
+        (Ok(number), _) => Gid::from_raw(number),
+        (_, Ok(Some(group))) => group.gid,
+        _ => return Err(unknown("group", &step.group)),
+    };
     Ok((uid, gid))
 }
 
-fn same(dir: &OwnedFd, name: &str, stat: &FileStat, step: &FileStep, want: (Uid, Gid, Mode)) -> bool {
+fn same(
+    dir: &OwnedFd,
+    name: &str,
+    stat: &FileStat,
+    content: &[u8],
+    want: (Uid, Gid, Mode),
+) -> bool {
     let (uid, gid, mode) = want;
     if (stat.st_uid, stat.st_gid) != (uid.as_raw(), gid.as_raw())
         || stat.st_mode & 0o7777 != mode.bits()
-        || u64::try_from(stat.st_size) != Ok(step.content.len() as u64)
+        || u64::try_from(stat.st_size) != Ok(content.len() as u64)
     {
         return false;
     }
     let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    let Ok(fd) = openat(dir, name, flags, Mode::empty()) else { return false };
+    let Ok(fd) = openat(dir, name, flags, Mode::empty()) else {
+        return false;
+    };
     let mut found = Vec::new();
-    let limit = step.content.len() as u64 + 1;
-    File::from(fd).take(limit).read_to_end(&mut found).is_ok() && found == step.content
+    let limit = content.len() as u64 + 1;
+    File::from(fd).take(limit).read_to_end(&mut found).is_ok() && found == content
 }
 
-fn replace(dir: &OwnedFd, temp: &str, name: &str, content: &[u8], want: (Uid, Gid, Mode)) -> io::Result<()> {
+fn replace(
+    dir: &OwnedFd,
+    temp: &str,
+    name: &str,
+    content: &[u8],
+    want: (Uid, Gid, Mode),
+) -> io::Result<()> {
     let (uid, gid, mode) = want;
-    let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let flags =
+        OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let create = || openat(dir, temp, flags, Mode::S_IRUSR | Mode::S_IWUSR);
     let fd = create().or_else(|e| match e {
         // Left by a write that was cut short. Whoever else put it there gains nothing: it is removed, not opened.

@@ -38,8 +38,12 @@ pub fn read(pid: i32) -> Option<Proc> {
 
 /// Reads the whole table.
 pub fn table() -> HashMap<i32, Proc> {
-    let Ok(dir) = fs::read_dir("/proc") else { return HashMap::new() };
-    let pids = dir.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    let Ok(dir) = fs::read_dir("/proc") else {
+        return HashMap::new();
+    };
+    let pids = dir
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
     pids.filter_map(|pid| Some((pid, read(pid)?))).collect()
 }
 
@@ -50,7 +54,10 @@ fn parse_stat(pid: i32, stat: &[u8]) -> Option<Proc> {
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
     let number = |i: usize| fields.get(i)?.parse::<i32>().ok();
     Some(Proc {
-        id: ProcId { pid, start: fields.get(19)?.parse().ok()? },
+        id: ProcId {
+            pid,
+            start: fields.get(19)?.parse().ok()?,
+        },
         parent: number(1)?,
         session: number(3)?,
         zombie: matches!(*fields.first()?, "Z" | "X"),
@@ -74,7 +81,18 @@ mod tests {
     fn a_hostile_command_name_does_not_shift_the_fields() {
         let stat = b"42 (a) R 1 (b) S 7 8 9 0 -1 4 0 0 0 0 0 0 0 0 20 0 1 0 12345 0 0";
         let p = parse_stat(42, stat).unwrap();
-        assert_eq!((p.id, p.parent, p.session, p.zombie), (ProcId { pid: 42, start: 12345 }, 7, 9, false));
+        assert_eq!(
+            (p.id, p.parent, p.session, p.zombie),
+            (
+                ProcId {
+                    pid: 42,
+                    start: 12345
+                },
+                7,
+                9,
+                false
+            )
+        );
         assert!(parse_stat(42, b"42 (x) S 1").is_none());
     }
 

@@ -1,24 +1,25 @@
 //! The script executor: one program with an argument vector, never a shell line.
 //!
-//! - The child gets exactly: the declared environment plus `PATH` and `ADIT_TASK_ID`, standard input from the step or
-//!   /dev/null, two pipes, umask 022, default signals, its own session, the declared user and directory (R92, R97).
+//! - The text is a file that only its user can read: `INTERPRETER FILE ARGS…`.
+//! - The child gets exactly: the declared environment plus `PATH`, `HOME`, `USER`, `LANG` and `ADIT_TASK_ID`, /dev/null
+//!   as standard input, two pipes, umask 022, default signals, its own session, the declared user and directory (R92, R97).
 //! - The agent reads both pipes until the child has ended and never waits for a pipe that a survivor holds open (R93, R95).
 //! - At the timeout: SIGTERM to the process group, a second later SIGKILL to the whole tree, session or not (R95).
 //! - When the script ends by itself, what is left in its session is killed; a daemon that made its own session stays.
 
-use std::collections::BTreeMap;
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use adit_tasks::goal::Script;
 use adit_tasks::wire::Outcome;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Gid, Pid, Uid, User, getgrouplist};
@@ -36,32 +37,59 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 /// Most bytes read from a pipe after the child has ended: what a full pipe can hold, and then no more.
 const DRAIN_MAX: usize = 1 << 20;
 
-/// What to run.
-#[derive(Clone, Debug)]
-pub struct Script {
-    /// Absolute path of the program.
-    pub program: PathBuf,
-    /// Its arguments, byte for byte.
-    pub args: Vec<String>,
-    /// Standard input; none = /dev/null.
-    pub stdin: Option<Vec<u8>>,
-    /// The declared environment.
-    pub env: BTreeMap<String, String>,
-    /// Working directory; none = `/`.
-    pub cwd: Option<PathBuf>,
-    /// Name of the user to run as; none = the agent's own.
-    pub user: Option<String>,
-    /// How long it may run.
-    pub timeout: Duration,
+/// Where scripts run.
+#[derive(Clone, Debug, Default)]
+pub struct Place {
+    /// Directory in which cgroups can be made, if anywhere.
+    pub cgroups: Option<PathBuf>,
+    /// Directory of the texts, see [`prepare`].
+    pub dir: PathBuf,
 }
 
-/// Runs it to its end or its timeout. `task` is the task's id in hex, `base` where cgroups can be made.
-pub fn run(script: &Script, task: &str, base: Option<&Path>) -> Executed {
-    let tree = Tree::new(task, base);
-    let executed = match start(script, task, &tree) {
-        Ok(child) => supervise(child, script.timeout, &tree),
+/// Makes the directory of the texts, and removes those that an earlier agent left. Everybody may pass through it and
+/// nobody list it; each text can be read only by the user that its script runs as.
+///
+/// # Errors
+/// It cannot be made, or is somebody else's.
+pub fn prepare(dir: &Path) -> io::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o711)
+        .create(dir)?;
+    let meta = fs::symlink_metadata(dir)?;
+    if !meta.is_dir() || meta.uid() != Uid::effective().as_raw() || meta.mode() & 0o022 != 0 {
+        return Err(io::Error::other(format!(
+            "{} is not a directory of our own",
+            dir.display()
+        )));
+    }
+    for entry in fs::read_dir(dir)?
+        .flatten()
+        .filter(|e| e.path().extension().is_some_and(|x| x == "script"))
+    {
+        fs::remove_file(entry.path())?;
+    }
+    Ok(())
+}
+
+/// Runs it to its end or its timeout. `task` is the task's id in hex.
+pub fn run(script: &Script, task: &str, place: &Place) -> Executed {
+    run_for(
+        script,
+        task,
+        place,
+        Duration::from_secs(script.timeout_s.into()),
+    )
+}
+
+fn run_for(script: &Script, task: &str, place: &Place, timeout: Duration) -> Executed {
+    let tree = Tree::new(task, place.cgroups.as_deref());
+    let text = place.dir.join(format!("{task}.script"));
+    let executed = match start(script, task, &text, &tree) {
+        Ok(child) => supervise(child, script, timeout, &tree),
         Err(why) => Executed::failed(why),
     };
+    let _ = fs::remove_file(&text);
     let daemons = tree.release();
     if daemons > 0 {
         log::event("daemons-left", &[("task", &task), ("count", &daemons)]);
@@ -77,59 +105,94 @@ struct Running {
     err: Pipe,
 }
 
-fn start(script: &Script, task: &str, tree: &Tree) -> Result<Running, String> {
-    let user = script.user.as_deref().map(credentials).transpose()?;
-    let cwd = script.cwd.as_deref().unwrap_or(Path::new("/"));
+fn start(script: &Script, task: &str, text: &Path, tree: &Tree) -> Result<Running, String> {
+    let user =
+        User::from_name(&script.run_as).map_err(|e| format!("user {:?}: {e}", script.run_as))?;
+    let user = user.ok_or_else(|| format!("user {:?} is not in /etc/passwd", script.run_as))?;
+    write_text(text, &script.script, &user).map_err(|e| match e.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT) => format!("no-space: {}: {e}", text.display()),
+        _ => format!("cannot hand over the script as {}: {e}", text.display()),
+    })?;
     let setup = sys::ChildSetup {
         cgroup: tree.procs(),
-        user,
-        cwd: CString::new(cwd.as_os_str().as_encoded_bytes()).map_err(|_| "cwd has a NUL byte".to_owned())?,
+        user: credentials(&user)?,
+        cwd: CString::new(script.cwd.as_str()).map_err(|_| "cwd has a NUL byte".to_owned())?,
     };
-    let mut command = Command::new(&script.program);
-    command.args(&script.args).env_clear().env("PATH", DEFAULT_PATH).envs(&script.env).env(MARKER, task);
-    command.stdin(stdin(script.stdin.as_deref()).map_err(|e| format!("standard input: {e}"))?);
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut command = Command::new(&script.interpreter);
+    command.arg(text).args(&script.args).env_clear();
+    command
+        .env("PATH", DEFAULT_PATH)
+        .env("HOME", &user.dir)
+        .env("USER", &user.name)
+        .env("LANG", "C.UTF-8");
+    command.envs(&script.env).env(MARKER, task);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let child = sys::spawn(&mut command, setup).map_err(|e| explain(script, &e))?;
     crash::at(Point::Spawned);
-    Running::new(child).map_err(|e| format!("cannot watch the child: {e}"))
+    Running::new(child, script.output_cap as usize)
+        .map_err(|e| format!("cannot watch the child: {e}"))
+}
+
+/// The text as a new file that only its reader can read.
+fn write_text(path: &Path, text: &str, user: &User) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o400)
+        .open(path)?;
+    file.write_all(text.as_bytes())?;
+    if user.uid != Uid::effective() {
+        nix::unistd::fchown(&file, Some(user.uid), Some(user.gid))?;
+    }
+    Ok(())
 }
 
 /// Names the likely culprit of a failed start: the error number alone does not say which step it was.
 fn explain(script: &Script, e: &io::Error) -> String {
-    let program = script.program.display();
-    match (e.kind(), &script.cwd) {
-        (_, Some(cwd)) if !cwd.is_dir() => format!("cannot start {program}: cwd {} is no directory", cwd.display()),
-        (ErrorKind::NotFound, _) if !script.program.exists() => format!("cannot start {program}: no such program"),
+    let program = &script.interpreter;
+    if !Path::new(&script.cwd).is_dir() {
+        return format!("cannot start {program}: cwd {} is no directory", script.cwd);
+    }
+    match e.kind() {
+        ErrorKind::NotFound if !Path::new(program).exists() => {
+            format!("cannot start {program}: no such program")
+        }
         _ => format!("cannot start {program}: {e}"),
     }
 }
 
-fn credentials(name: &str) -> Result<(Vec<Gid>, Gid, Uid), String> {
-    let user = User::from_name(name).map_err(|e| format!("user {name:?}: {e}"))?;
-    let user = user.ok_or_else(|| format!("user {name:?} is not in /etc/passwd"))?;
-    let c_name = CString::new(name).map_err(|_| "user has a NUL byte".to_owned())?;
-    let groups = getgrouplist(&c_name, user.gid).map_err(|e| format!("groups of {name:?}: {e}"))?;
-    Ok((groups, user.gid, user.uid))
-}
-
-/// Text in a memory file: unlike a pipe it needs nobody to feed it.
-fn stdin(text: Option<&[u8]>) -> io::Result<Stdio> {
-    let Some(text) = text else { return Ok(Stdio::null()) };
-    let mut file = File::from(memfd_create(c"stdin", MFdFlags::MFD_CLOEXEC)?);
-    file.write_all(text)?;
-    io::Seek::rewind(&mut file)?;
-    Ok(file.into())
+/// Groups, gid and uid to become; none if the agent is that user already and has no right to change its groups.
+fn credentials(user: &User) -> Result<Option<(Vec<Gid>, Gid, Uid)>, String> {
+    if user.uid == Uid::effective() && !user.uid.is_root() {
+        return Ok(None);
+    }
+    let name = CString::new(user.name.as_str()).map_err(|_| "user has a NUL byte".to_owned())?;
+    let groups =
+        getgrouplist(&name, user.gid).map_err(|e| format!("groups of {:?}: {e}", user.name))?;
+    Ok(Some((groups, user.gid, user.uid)))
 }
 
 impl Running {
-    fn new(mut child: Child) -> io::Result<Self> {
+    fn new(mut child: Child, cap: usize) -> io::Result<Self> {
         let pid = child.id() as i32;
         // Not reaped before `waitid` below, so the number cannot be another process's.
         let pidfd = sys::pidfd_open(Pid::from_raw(pid)).inspect_err(|_| {
             let _ = child.kill();
             let _ = child.wait();
         })?;
-        Ok(Self { pid, pidfd, out: Pipe::new(child.stdout.take())?, err: Pipe::new(child.stderr.take())? })
+        let (out, err) = (
+            Pipe::new(child.stdout.take(), cap)?,
+            Pipe::new(child.stderr.take(), cap)?,
+        );
+        Ok(Self {
+            pid,
+            pidfd,
+            out,
+            err,
+        })
     }
 
     /// Reads output until the child has ended (true) or the time is up (false).
@@ -158,7 +221,12 @@ impl Running {
         let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
         let mut fds = vec![PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
         let pipes = [&self.out, &self.err];
-        fds.extend(pipes.iter().filter_map(|p| p.file.as_ref()).map(|f| PollFd::new(f.as_fd(), PollFlags::POLLIN)));
+        fds.extend(
+            pipes
+                .iter()
+                .filter_map(|p| p.file.as_ref())
+                .map(|f| PollFd::new(f.as_fd(), PollFlags::POLLIN)),
+        );
         if poll(&mut fds, limit).is_err() {
             return [false; 3];
         }
@@ -176,12 +244,15 @@ struct Pipe {
 }
 
 impl Pipe {
-    fn new(end: Option<impl Into<OwnedFd>>) -> io::Result<Self> {
+    fn new(end: Option<impl Into<OwnedFd>>, cap: usize) -> io::Result<Self> {
         let file = end.map(|e| File::from(e.into()));
         if let Some(f) = &file {
             fcntl(f, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         }
-        Ok(Self { file, capture: Capture::default() })
+        Ok(Self {
+            file,
+            capture: Capture::new(cap),
+        })
     }
 
     /// Reads once; zero if there is nothing now or for ever.
@@ -210,7 +281,7 @@ impl Pipe {
     }
 }
 
-fn supervise(mut child: Running, timeout: Duration, tree: &Tree) -> Executed {
+fn supervise(mut child: Running, script: &Script, timeout: Duration, tree: &Tree) -> Executed {
     let mut buf = vec![0; 64 * 1024];
     let in_time = child.until_end(Instant::now() + timeout, &mut buf);
     let clean = if in_time {
@@ -225,9 +296,20 @@ fn supervise(mut child: Running, timeout: Duration, tree: &Tree) -> Executed {
     let status = exit_status(&child.pidfd);
     crash::at(Point::ChildDone);
     let (outcome, mut reason) = match (in_time, status) {
-        (false, _) => (Outcome::TimedOut, format!("killed after {} ms, the step's timeout", timeout.as_millis())),
-        (true, Some(0)) => (Outcome::Done, String::new()),
-        (true, Some(code)) if code > 128 => (Outcome::Failed, format!("exit status {code} (signal {})", code - 128)),
+        (false, _) => (
+            Outcome::TimedOut,
+            format!(
+                "killed after {} ms, the step's timeout",
+                timeout.as_millis()
+            ),
+        ),
+        (true, Some(code)) if script.success_codes.contains(&code) => {
+            (Outcome::Done, String::new())
+        }
+        (true, Some(code)) if code > 128 => (
+            Outcome::Failed,
+            format!("exit status {code} (signal {})", code - 128),
+        ),
         (true, Some(code)) => (Outcome::Failed, format!("exit status {code}")),
         (true, None) => (Outcome::Failed, "the child's status is lost".into()),
     };
@@ -235,13 +317,22 @@ fn supervise(mut child: Running, timeout: Duration, tree: &Tree) -> Executed {
         reason.push_str("; some of its processes could not be killed");
     }
     let (stdout, stderr) = (child.out.capture.finish(), child.err.capture.finish());
-    Executed { outcome, exit: status, reason, stdout, stderr }
+    Executed {
+        outcome,
+        exit: status,
+        reason,
+        stdout,
+        stderr,
+    }
 }
 
 /// Reaps the child: its code, or 128 + the signal. None if it is not dead (an uninterruptible wait).
 fn exit_status(pidfd: &OwnedFd) -> Option<i32> {
     loop {
-        match waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
+        match waitid(
+            Id::PIDFd(pidfd.as_fd()),
+            WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG,
+        ) {
             Ok(WaitStatus::Exited(_, code)) => return Some(code),
             Ok(WaitStatus::Signaled(_, signal, _)) => return Some(128 + signal as i32),
             Err(nix::errno::Errno::EINTR) => {}

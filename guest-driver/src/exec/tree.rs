@@ -7,10 +7,10 @@
 //! processes that bear it are what is left to find them by.
 
 use std::collections::{HashMap, HashSet};
+use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
-use std::fs;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{WaitPidFlag, waitpid};
@@ -37,7 +37,10 @@ impl Tree {
     pub fn new(task: &str, base: Option<&Path>) -> Self {
         let table = proc::table();
         let spared = descendants(&table, &HashSet::new()).map(|p| p.id).collect();
-        Self { cgroup: base.and_then(|b| Cgroup::create(b, task)), spared }
+        Self {
+            cgroup: base.and_then(|b| Cgroup::create(b, task)),
+            spared,
+        }
     }
 
     /// Where the child enters the task's cgroup.
@@ -50,13 +53,24 @@ impl Tree {
         let until = Instant::now() + KILL_LIMIT;
         let in_cgroup = self.cgroup.as_ref().is_none_or(|c| c.kill(until));
         // Also with a cgroup: a privileged child can move itself out of it.
-        in_cgroup & kill_until(until, || descendants(&proc::table(), &self.spared).map(|p| p.id).collect())
+        in_cgroup
+            & kill_until(until, || {
+                descendants(&proc::table(), &self.spared)
+                    .map(|p| p.id)
+                    .collect()
+            })
     }
 
     /// Kills what is left in the script's own session after the script ended by itself: background jobs. A daemon,
     /// which has a session of its own, is left running.
     pub fn end_session(&self, session: i32) -> bool {
-        let members = || proc::table().values().filter(|p| p.session == session && !p.zombie).map(|p| p.id).collect();
+        let members = || {
+            proc::table()
+                .values()
+                .filter(|p| p.session == session && !p.zombie)
+                .map(|p| p.id)
+                .collect()
+        };
         kill_until(Instant::now() + KILL_LIMIT, members)
     }
 
@@ -64,7 +78,10 @@ impl Tree {
     pub fn release(self) -> usize {
         let me = std::process::id() as i32;
         let table = proc::table();
-        for p in table.values().filter(|p| p.zombie && p.parent == me && !self.spared.contains(&p.id)) {
+        for p in table
+            .values()
+            .filter(|p| p.zombie && p.parent == me && !self.spared.contains(&p.id))
+        {
             let _ = waitpid(Pid::from_raw(p.id.pid), Some(WaitPidFlag::WNOHANG));
         }
         let ours = descendants(&table, &self.spared).count();
@@ -91,15 +108,28 @@ fn marked(task: &str) -> Vec<ProcId> {
     };
     let table = proc::table();
     let live = || table.values().filter(|p| !p.zombie);
-    let found: HashSet<i32> = live().filter(|p| bears(p.id.pid)).map(|p| p.id.pid).collect();
+    let found: HashSet<i32> = live()
+        .filter(|p| bears(p.id.pid))
+        .map(|p| p.id.pid)
+        .collect();
     // Only sessions that the task made itself: their leader bears the marker or is gone.
     let led = |s: i32| found.contains(&s) || !table.contains_key(&s);
-    let sessions: HashSet<i32> = found.iter().map(|pid| table[pid].session).filter(|&s| s > 0 && led(s)).collect();
-    live().filter(|p| found.contains(&p.id.pid) || sessions.contains(&p.session)).map(|p| p.id).collect()
+    let sessions: HashSet<i32> = found
+        .iter()
+        .map(|pid| table[pid].session)
+        .filter(|&s| s > 0 && led(s))
+        .collect();
+    live()
+        .filter(|p| found.contains(&p.id.pid) || sessions.contains(&p.session))
+        .map(|p| p.id)
+        .collect()
 }
 
 /// Live descendants of this process that neither are spared nor descend from a spared one.
-fn descendants<'t>(table: &'t HashMap<i32, Proc>, spared: &HashSet<ProcId>) -> impl Iterator<Item = &'t Proc> {
+fn descendants<'t>(
+    table: &'t HashMap<i32, Proc>,
+    spared: &HashSet<ProcId>,
+) -> impl Iterator<Item = &'t Proc> {
     let me = std::process::id() as i32;
     let mut ours = Vec::new();
     for p in table.values().filter(|p| !p.zombie && p.id.pid != me) {
@@ -137,7 +167,10 @@ fn kill_until(until: Instant, members: impl Fn() -> Vec<ProcId>) -> bool {
             return false;
         }
         let dying: Vec<OwnedFd> = found.into_iter().filter_map(proc::kill).collect();
-        let mut fds: Vec<PollFd> = dying.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
+        let mut fds: Vec<PollFd> = dying
+            .iter()
+            .map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN))
+            .collect();
         let limit = PollTimeout::from(u8::try_from(left.as_millis()).unwrap_or(50).clamp(1, 50));
         let _ = poll(&mut fds, limit);
     }

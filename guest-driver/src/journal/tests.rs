@@ -9,7 +9,11 @@ fn id(n: u64) -> TaskId {
 }
 
 fn origin(seq: u64) -> Origin {
-    Origin { key: b"k".to_vec(), seq, digest: [seq as u8; 32] }
+    Origin {
+        key: b"k".to_vec(),
+        seq,
+        digest: [seq as u8; 32],
+    }
 }
 
 fn report(n: u64, outcome: Outcome) -> Report {
@@ -37,12 +41,18 @@ fn a_task_passes_each_phase_once_and_survives_reopening() {
     open().received(&id(1), &origin(7)).unwrap();
     assert_eq!(open().unfinished().unwrap(), [(id(1), 5)]);
     open().result(&report(1, Outcome::Done)).unwrap();
-    assert!(open().result(&report(1, Outcome::Failed)).is_err(), "two results");
+    assert!(
+        open().result(&report(1, Outcome::Failed)).is_err(),
+        "two results"
+    );
     assert_eq!(open().unacknowledged().unwrap(), [report(1, Outcome::Done)]);
     open().acked(&id(1)).unwrap();
     open().acked(&id(1)).unwrap();
     open().acked(&id(99)).unwrap();
-    assert_eq!(open().phase(&id(1)).unwrap(), Some(Phase::Acked(Outcome::Done)));
+    assert_eq!(
+        open().phase(&id(1)).unwrap(),
+        Some(Phase::Acked(Outcome::Done))
+    );
     assert!(open().unacknowledged().unwrap().is_empty());
     assert_eq!(open().floor(b"k").unwrap(), Some((7, [7; 32])));
 }
@@ -70,34 +80,55 @@ fn r85_only_what_the_floor_refuses_is_ever_dropped() {
                 let mut order = tx.open_table(ORDER).map_err(any)?;
                 for n in 0..JOURNAL_MAX {
                     let phase = Phase::Acked(Outcome::Done);
-                    let entry = Entry { order: n, key: b"k".to_vec(), seq: 5, phase };
-                    tasks.insert(&id(n), encode(&entry)?.as_slice()).map_err(any)?;
+                    let entry = Entry {
+                        order: n,
+                        key: b"k".to_vec(),
+                        seq: 5,
+                        phase,
+                    };
+                    tasks
+                        .insert(&id(n), encode(&entry)?.as_slice())
+                        .map_err(any)?;
                     order.insert(n, &id(n)).map_err(any)?;
                 }
                 let mut floors = tx.open_table(FLOORS).map_err(any)?;
-                floors.insert(b"k".as_slice(), encode(&(5u64, [5u8; 32]))?.as_slice()).map_err(any)?;
+                floors
+                    .insert(b"k".as_slice(), encode(&(5u64, [5u8; 32]))?.as_slice())
+                    .map_err(any)?;
             }
             Ok(tx.commit().map_err(any)?)
         })
         .unwrap();
-    assert!(matches!(journal.received(&id(JOURNAL_MAX), &origin(5)), Err(JournalError::Full)));
+    assert!(matches!(
+        journal.received(&id(JOURNAL_MAX), &origin(5)),
+        Err(JournalError::Full)
+    ));
     assert_eq!(journal.phase(&id(JOURNAL_MAX)).unwrap(), None);
     // A newer goal makes the older ones refusable, and so droppable, oldest first.
     journal.received(&id(JOURNAL_MAX), &origin(6)).unwrap();
     assert_eq!(journal.phase(&id(0)).unwrap(), None);
-    assert_eq!(journal.phase(&id(1)).unwrap(), Some(Phase::Acked(Outcome::Done)));
+    assert_eq!(
+        journal.phase(&id(1)).unwrap(),
+        Some(Phase::Acked(Outcome::Done))
+    );
 }
 
 #[test]
 fn r100_a_file_that_is_no_journal_is_named_as_corrupt() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join(FILE), vec![0xa5; 8192]).unwrap();
-    assert!(matches!(Journal::open(dir.path()), Err(JournalError::Corrupt(_))));
+    assert!(matches!(
+        Journal::open(dir.path()),
+        Err(JournalError::Corrupt(_))
+    ));
 }
 
 #[test]
 fn r100_a_place_that_cannot_be_a_directory_is_unavailable() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("f"), "").unwrap();
-    assert!(matches!(Journal::open(&dir.path().join("f")), Err(JournalError::Unavailable(_))));
+    assert!(matches!(
+        Journal::open(&dir.path().join("f")),
+        Err(JournalError::Unavailable(_))
+    ));
 }

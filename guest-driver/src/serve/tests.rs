@@ -10,7 +10,10 @@ use crate::transport::UnixDir;
 
 fn start(ports: Vec<u16>) -> (tempfile::TempDir, Arc<Server>) {
     let dir = tempfile::tempdir().unwrap();
-    let identity = Arc::new(Identity { boot_nonce: [5; 16], epoch: AtomicU64::new(0) });
+    let identity = Arc::new(Identity {
+        boot_nonce: [5; 16],
+        epoch: AtomicU64::new(0),
+    });
     let server = Server::new(ports, identity);
     let transport = UnixDir(dir.path().into());
     let listener = transport.listen().unwrap();
@@ -21,8 +24,13 @@ fn start(ports: Vec<u16>) -> (tempfile::TempDir, Arc<Server>) {
 
 fn open(dir: &Path, service: &str) -> (Hello, UnixStream) {
     let mut s = UnixStream::connect(dir.join("guest.sock")).unwrap();
-    let common = Common { features: 0, epoch: 9, boot_nonce: [1; 16] };
-    s.write_all(&Hello::Open(Open::new(service.parse().unwrap(), common)).encode()).unwrap();
+    let common = Common {
+        features: 0,
+        epoch: 9,
+        boot_nonce: [1; 16],
+    };
+    s.write_all(&Hello::Open(Open::new(service.parse().unwrap(), common)).encode())
+        .unwrap();
     (hello::read(&mut s).unwrap(), s)
 }
 
@@ -44,8 +52,17 @@ fn an_allowed_port_is_relayed_and_the_epoch_is_echoed() {
     let port = echo_server();
     let (dir, _) = start(vec![port]);
     let (answer, mut s) = open(dir.path(), &format!("tcp:{port}"));
-    let Hello::Accept(accept) = answer else { panic!("{answer:?}") };
-    assert_eq!((accept.common.epoch, accept.common.boot_nonce, accept.version), (9, [5; 16], hello::VERSION));
+    let Hello::Accept(accept) = answer else {
+        panic!("{answer:?}")
+    };
+    assert_eq!(
+        (
+            accept.common.epoch,
+            accept.common.boot_nonce,
+            accept.version
+        ),
+        (9, [5; 16], hello::VERSION)
+    );
     s.write_all(b"over the channel").unwrap();
     s.shutdown(Shutdown::Write).unwrap();
     let mut got = String::new();
@@ -55,15 +72,30 @@ fn an_allowed_port_is_relayed_and_the_epoch_is_echoed() {
 
 #[test]
 fn refusals_name_their_class() {
-    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let closed = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
     let (dir, _) = start(vec![closed]);
     let refusal = |service: &str| match open(dir.path(), service).0 {
         Hello::Refuse(r) => (r.status, i32::from(r.errno)),
         other => panic!("{other:?}"),
     };
-    assert_eq!(refusal(&format!("tcp:{closed}")), (Status::DialFailed, libc::ECONNREFUSED));
+    assert_eq!(
+        refusal(&format!("tcp:{closed}")),
+        (Status::DialFailed, libc::ECONNREFUSED)
+    );
     assert_eq!(refusal("tcp:1"), (Status::Denied, 0));
-    for unknown in ["ssh", "tcp:", "tcp:0", "tcp:080", "tcp:65536", "tcp:-1", "udp:53"] {
+    for unknown in [
+        "ssh",
+        "tcp:",
+        "tcp:0",
+        "tcp:080",
+        "tcp:65536",
+        "tcp:-1",
+        "udp:53",
+    ] {
         assert_eq!(refusal(unknown), (Status::UnknownService, 0), "{unknown}");
     }
 }
@@ -72,16 +104,31 @@ fn refusals_name_their_class() {
 fn a_version_nobody_speaks_is_refused() {
     let (dir, _) = start(vec![80]);
     let mut s = UnixStream::connect(dir.path().join("guest.sock")).unwrap();
-    let open = Open { version_min: 7, version_max: 9, ..Open::new("tcp:80".parse().unwrap(), Common::default()) };
+    let open = Open {
+        version_min: 7,
+        version_max: 9,
+        ..Open::new("tcp:80".parse().unwrap(), Common::default())
+    };
     s.write_all(&Hello::Open(open).encode()).unwrap();
-    assert!(matches!(hello::read(&mut s).unwrap(), Hello::Refuse(Refuse { status: Status::Version, .. })));
+    assert!(matches!(
+        hello::read(&mut s).unwrap(),
+        Hello::Refuse(Refuse {
+            status: Status::Version,
+            ..
+        })
+    ));
 }
 
 #[test]
 fn foreign_bytes_end_the_stream_and_nothing_else() {
     let port = echo_server();
     let (dir, _) = start(vec![port]);
-    for hostile in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"", &[0xff; 4096], b"ADIT\r\n\x1a\n\x01"] {
+    for hostile in [
+        &b"GET / HTTP/1.1\r\n\r\n"[..],
+        b"",
+        &[0xff; 4096],
+        b"ADIT\r\n\x1a\n\x01",
+    ] {
         let mut s = UnixStream::connect(dir.path().join("guest.sock")).unwrap();
         let _ = s.write_all(hostile);
         let _ = s.shutdown(Shutdown::Write);
@@ -89,7 +136,10 @@ fn foreign_bytes_end_the_stream_and_nothing_else() {
         let _ = s.read_to_end(&mut got);
         assert!(got.is_empty());
     }
-    assert!(matches!(open(dir.path(), &format!("tcp:{port}")).0, Hello::Accept(_)));
+    assert!(matches!(
+        open(dir.path(), &format!("tcp:{port}")).0,
+        Hello::Accept(_)
+    ));
 }
 
 #[test]
@@ -123,7 +173,13 @@ fn streams_over_the_limit_are_refused_as_busy_until_one_ends() {
         })
         .collect();
     let mut s = UnixStream::connect(dir.path().join("guest.sock")).unwrap();
-    assert!(matches!(hello::read(&mut s).unwrap(), Hello::Refuse(Refuse { status: Status::Busy, .. })));
+    assert!(matches!(
+        hello::read(&mut s).unwrap(),
+        Hello::Refuse(Refuse {
+            status: Status::Busy,
+            ..
+        })
+    ));
     drop(held);
     // The servers behind keep their ends open: the host's hang-up alone frees the slots.
     while server.active.load(Ordering::Relaxed) != 0 {

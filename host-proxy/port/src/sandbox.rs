@@ -122,6 +122,10 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_brk,
         libc::SYS_membarrier,
         libc::SYS_getrandom,
+        // What a thread does while it starts: the frontend's thread may still be at it.
+        libc::SYS_rseq,
+        libc::SYS_set_robust_list,
+        libc::SYS_sched_getaffinity,
         // Ends.
         libc::SYS_exit,
         libc::SYS_exit_group,

@@ -399,11 +399,11 @@ fn r47_full_table_refuses_and_recovers() {
 #[test]
 fn r47_a_peer_that_takes_every_place_can_still_be_reached() {
     let mut r = Rig::new(EngineConfig::default());
-    let admitted = (0..65_536).filter(|&port| {
+    for port in 0..65_536 {
         r.op(Op::Request, port);
-        r.sent().is_empty()
-    });
-    assert_eq!(admitted.count(), 896);
+        r.sent();
+    }
+    assert_eq!(r.e.table.used(), 896);
     assert!(r.e.connect(r.now, 1, Kind::Stream, Lane::Bulk).is_ok());
 }
 

@@ -137,3 +137,18 @@ fn owed_packets_go_ahead_of_data_and_poll_without_commit_changes_nothing() {
     r.op(Op::CreditRequest, 1);
     assert_eq!(r.ops(), [(Op::CreditUpdate, 1), (Op::Rw, 1)]);
 }
+
+#[test]
+fn what_a_small_slot_left_of_a_turn_is_kept_for_the_next() {
+    let mut r = Rig::new(cfg());
+    let (a, b) = (r.open(1), r.open(2));
+    r.e.offer(a, u32::MAX);
+    r.e.offer(b, u32::MAX);
+    let mut fwd = [0u32; 3];
+    let quantum = cfg().quantum;
+    assert_eq!(send_one(&mut r, 100, &mut fwd), (a, 100));
+    assert_eq!(send_one(&mut r, 65_536, &mut fwd), (b, quantum));
+    assert_eq!(send_one(&mut r, 65_536, &mut fwd), (a, 2 * quantum - 100));
+    assert_eq!(send_one(&mut r, 65_536, &mut fwd), (b, quantum));
+    assert_eq!(send_one(&mut r, 65_536, &mut fwd), (a, quantum));
+}

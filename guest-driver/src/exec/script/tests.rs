@@ -1,27 +1,34 @@
 //! Real children: exact arguments, floods, trees that hide. One at a time: the tree is "everything below this process".
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use super::*;
-use crate::exec::cgroup;
+use crate::exec::{alone, cgroup};
 
-static ALONE: Mutex<()> = Mutex::new(());
-
-fn alone() -> MutexGuard<'static, ()> {
-    nix::sys::prctl::set_child_subreaper(true).unwrap();
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+fn script(text: &str) -> Script {
+    let me = User::from_uid(Uid::effective()).unwrap().unwrap();
+    let of = serde_json::json!({"interpreter": "/bin/sh", "script": text, "run_as": me.name, "output_cap": 131_072});
+    serde_json::from_value(of).unwrap()
 }
 
-fn sh(text: &str, timeout_ms: u64) -> Script {
-    Script {
-        program: "/bin/sh".into(),
-        args: vec!["-c".into(), text.into()],
-        stdin: None,
-        env: BTreeMap::new(),
-        cwd: None,
-        user: None,
-        timeout: Duration::from_millis(timeout_ms),
-    }
+/// Runs in a directory of its own.
+fn exec(script: &Script, task: &str, cgroups: Option<PathBuf>, timeout_ms: u64) -> Executed {
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(
+        dir.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o711),
+    )
+    .unwrap();
+    let place = Place {
+        cgroups,
+        dir: dir.path().join("run"),
+    };
+    prepare(&place.dir).unwrap();
+    let got = run_for(script, task, &place, Duration::from_millis(timeout_ms));
+    assert_eq!(
+        fs::read_dir(&place.dir).unwrap().count(),
+        0,
+        "the text is left behind"
+    );
+    got
 }
 
 fn text(c: &adit_tasks::wire::Captured) -> String {
@@ -31,30 +38,41 @@ fn text(c: &adit_tasks::wire::Captured) -> String {
 #[test]
 fn r92_arguments_reach_the_program_byte_for_byte() {
     let _alone = alone();
-    let hostile = ["; echo x", "`id`", "$(id)", "a\nb", "-n", "'\"\\", "*", "&&", "é\u{7f}", ""];
-    let mut script = sh("", 30_000);
-    script.program = "/usr/bin/printf".into();
-    script.args = ["%s\\036"].into_iter().chain(hostile).map(str::to_owned).collect();
-    let got = run(&script, "92", None);
+    let hostile = [
+        "; echo x", "`id`", "$(id)", "a\nb", "-n", "'\"\\", "*", "&&", "é\u{7f}", "",
+    ];
+    let mut script = script("printf '%s\\036' \"$@\"");
+    script.args = hostile.map(str::to_owned).into();
+    let got = exec(&script, "92", None, 30_000);
     assert_eq!(got.outcome, Outcome::Done, "{}", got.reason);
-    assert_eq!(text(&got.stdout), hostile.map(|h| format!("{h}\x1e")).concat());
+    assert_eq!(
+        text(&got.stdout),
+        hostile.map(|h| format!("{h}\x1e")).concat()
+    );
 }
 
 #[test]
 fn r97_the_child_gets_only_what_is_declared() {
     let _alone = alone();
-    let mut script = sh("env; umask; pwd; ls /proc/self/fd | tr '\\n' ' '; cat", 30_000);
+    let mut script = script("env; umask; pwd; ls /proc/self/fd | tr '\\n' ' '; cat");
     script.env = [("A".to_owned(), "1 2".to_owned())].into();
-    script.cwd = Some("/tmp".into());
-    script.stdin = Some(b"from stdin".to_vec());
-    let got = run(&script, "97", None);
+    script.cwd = "/tmp".into();
+    let got = exec(&script, "97", None, 30_000);
     let out = text(&got.stdout);
-    let env: Vec<&str> = out.lines().filter(|l| l.contains('=')).filter(|l| !l.starts_with("PWD=")).collect();
-    let mut env: Vec<&str> = env.into_iter().filter(|l| !l.starts_with("SHLVL=") && !l.starts_with("_=")).collect();
+    let env: Vec<&str> = out
+        .lines()
+        .filter(|l| l.contains('='))
+        .filter(|l| !l.starts_with("PWD="))
+        .collect();
+    let mut env: Vec<&str> = env
+        .into_iter()
+        .filter(|l| !l.starts_with("SHLVL=") && !l.starts_with("_="))
+        .collect();
     env.sort_unstable();
-    assert_eq!(env, ["A=1 2", "ADIT_TASK_ID=97", &format!("PATH={DEFAULT_PATH}")]);
-    // Descriptor 3 is ls's own view of the directory.
-    assert!(out.ends_with("0022\n/tmp\n0 1 2 3 from stdin"), "{out}");
+    let keys: Vec<&str> = env.iter().map(|l| l.split_once('=').unwrap().0).collect();
+    assert_eq!(keys, ["A", "ADIT_TASK_ID", "HOME", "LANG", "PATH", "USER"]);
+    // Descriptor 3 is ls's own view of the directory; standard input is empty.
+    assert!(out.ends_with("0022\n/tmp\n0 1 2 3 "), "{out}");
 }
 
 #[test]
@@ -63,20 +81,27 @@ fn run_as_changes_user_and_groups() {
     if !Uid::effective().is_root() {
         return eprintln!("skipped: needs root to become another user");
     }
-    let mut script = sh("id -u; id -G; cat /etc/shadow", 30_000);
-    script.user = Some("nobody".into());
-    let got = run(&script, "98", None);
-    assert_eq!((text(&got.stdout).as_str(), got.outcome), ("65534\n65534\n", Outcome::Failed));
-    script.user = Some("no-such-user".into());
-    assert!(run(&script, "98", None).reason.contains("no-such-user"));
+    let mut script = script("id -u; id -G; cat /etc/shadow");
+    script.run_as = "nobody".into();
+    let got = exec(&script, "98", None, 30_000);
+    assert_eq!(
+        (text(&got.stdout).as_str(), got.outcome),
+        ("65534\n65534\n", Outcome::Failed)
+    );
+    script.run_as = "no-such-user".into();
+    assert!(
+        exec(&script, "98", None, 30_000)
+            .reason
+            .contains("no-such-user")
+    );
 }
 
 #[test]
 fn a_program_that_is_not_there_fails_with_its_name() {
     let _alone = alone();
-    let mut script = sh("", 30_000);
-    script.program = "/no/such/program".into();
-    let got = run(&script, "1", None);
+    let mut script = script("");
+    script.interpreter = "/no/such/program".into();
+    let got = exec(&script, "1", None, 30_000);
     assert_eq!((got.outcome, got.exit), (Outcome::Failed, None));
     assert!(got.reason.contains("/no/such/program"));
 }
@@ -84,9 +109,15 @@ fn a_program_that_is_not_there_fails_with_its_name() {
 #[test]
 fn exit_codes_and_signals_are_told_apart() {
     let _alone = alone();
-    let code = |s: &str| run(&sh(s, 30_000), "2", None);
-    assert_eq!((code("exit 0").outcome, code("exit 0").exit), (Outcome::Done, Some(0)));
-    assert_eq!((code("exit 3").outcome, code("exit 3").exit), (Outcome::Failed, Some(3)));
+    let code = |s: &str| exec(&script(s), "2", None, 30_000);
+    assert_eq!(
+        (code("exit 0").outcome, code("exit 0").exit),
+        (Outcome::Done, Some(0))
+    );
+    assert_eq!(
+        (code("exit 3").outcome, code("exit 3").exit),
+        (Outcome::Failed, Some(3))
+    );
     assert_eq!(code("kill -9 $$").exit, Some(137));
 }
 
@@ -94,14 +125,25 @@ fn exit_codes_and_signals_are_told_apart() {
 fn r93_a_flood_is_capped_and_never_blocks_the_child() {
     let _alone = alone();
     for (what, least) in [("yes", 1 << 20), ("cat /dev/zero", 1 << 20)] {
-        let got = run(&sh(what, 500), "93", None);
+        let got = exec(&script(what), "93", None, 500);
         assert_eq!(got.outcome, Outcome::TimedOut);
         assert!(got.stdout.total > least, "{what}: {}", got.stdout.total);
-        assert_eq!((got.stdout.head.len(), got.stdout.tail.len()), (65536, 65536));
+        assert_eq!(
+            (got.stdout.head.len(), got.stdout.tail.len()),
+            (65536, 65536)
+        );
     }
     // One line of 64 MiB to each stream, no newline: all of it is taken, the child ends by itself.
-    let got = run(&sh("head -c 67108864 /dev/zero; head -c 67108864 /dev/zero >&2", 60_000), "93", None);
-    assert_eq!((got.outcome, got.stdout.total, got.stderr.total), (Outcome::Done, 1 << 26, 1 << 26));
+    let got = exec(
+        &script("head -c 67108864 /dev/zero; head -c 67108864 /dev/zero >&2"),
+        "93",
+        None,
+        60_000,
+    );
+    assert_eq!(
+        (got.outcome, got.stdout.total, got.stderr.total),
+        (Outcome::Done, 1 << 26, 1 << 26)
+    );
 }
 
 /// Fifty processes that ignore TERM, half of them in sessions of their own, a double fork, all holding the pipe.
@@ -114,14 +156,20 @@ fn living(marker: &str) -> usize {
         let env = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
         env.split(|&b| b == 0).any(|v| v == want.as_bytes())
     };
-    super::super::proc::table().values().filter(|p| !p.zombie && bears(p.id.pid)).count()
+    super::super::proc::table()
+        .values()
+        .filter(|p| !p.zombie && bears(p.id.pid))
+        .count()
 }
 
 #[test]
 fn r95_nothing_of_the_tree_outlives_the_timeout_without_a_cgroup() {
     let _alone = alone();
-    let got = run(&sh(TREE, 1500), "9500", None);
-    assert_eq!((got.outcome, text(&got.stdout).as_str()), (Outcome::TimedOut, "up\n"));
+    let got = exec(&script(TREE), "9500", None, 1500);
+    assert_eq!(
+        (got.outcome, text(&got.stdout).as_str()),
+        (Outcome::TimedOut, "up\n")
+    );
     assert_eq!(living("9500"), 0);
     assert!(!got.reason.contains("could not"), "{}", got.reason);
 }
@@ -129,24 +177,41 @@ fn r95_nothing_of_the_tree_outlives_the_timeout_without_a_cgroup() {
 #[test]
 fn r95_nothing_of_the_tree_outlives_the_timeout_with_a_cgroup() {
     let _alone = alone();
-    let Some(base) = cgroup::base() else { return eprintln!("skipped: no cgroup2 here") };
+    let Some(base) = cgroup::base() else {
+        return eprintln!("skipped: no cgroup2 here");
+    };
     let task = format!("95{}", std::process::id());
-    let Some(probe) = cgroup::Cgroup::create(&base, &task) else { return eprintln!("skipped: cgroup2 is read-only") };
+    let Some(probe) = cgroup::Cgroup::create(&base, &task) else {
+        return eprintln!("skipped: cgroup2 is read-only");
+    };
     probe.release();
-    let got = run(&sh(TREE, 1500), &task, Some(&base));
-    assert_eq!((got.outcome, text(&got.stdout).as_str()), (Outcome::TimedOut, "up\n"));
+    let got = exec(&script(TREE), &task, Some(base.clone()), 1500);
+    assert_eq!(
+        (got.outcome, text(&got.stdout).as_str()),
+        (Outcome::TimedOut, "up\n")
+    );
     assert_eq!(living(&task), 0);
-    assert!(cgroup::Cgroup::find(&base, &task).is_none(), "cgroup left behind");
+    assert!(
+        cgroup::Cgroup::find(&base, &task).is_none(),
+        "cgroup left behind"
+    );
 }
+
+/// Starts a daemon that holds the pipe, and ends once the daemon has a session of its own.
+const DAEMON: &str =
+    "f=$(mktemp -u); mkfifo $f; setsid sh -c 'echo up >$0; exec sleep 1000' $f & cat $f; rm $f";
 
 #[test]
 fn r95_a_result_does_not_wait_for_a_pipe_that_a_daemon_holds() {
     let _alone = alone();
-    let got = run(&sh("setsid sleep 1000 & echo started $!", 30_000), "9501", None);
+    let got = exec(&script(DAEMON), "9501", None, 30_000);
     assert_eq!(got.outcome, Outcome::Done);
     // The daemon was to stay; a later task's timeout spares it.
     assert_eq!(living("9501"), 1);
-    assert_eq!(run(&sh("sleep 1000", 200), "9502", None).outcome, Outcome::TimedOut);
+    assert_eq!(
+        exec(&script("sleep 1000"), "9502", None, 200).outcome,
+        Outcome::TimedOut
+    );
     assert_eq!((living("9501"), living("9502")), (1, 0));
     assert!(super::super::tree::kill_orphans("9501", None));
     assert_eq!(living("9501"), 0);
@@ -155,6 +220,11 @@ fn r95_a_result_does_not_wait_for_a_pipe_that_a_daemon_holds() {
 #[test]
 fn background_jobs_end_with_their_script() {
     let _alone = alone();
-    let got = run(&sh("sleep 1000 & sleep 1000 & exit 0", 30_000), "9503", None);
+    let got = exec(
+        &script("sleep 1000 & sleep 1000 & exit 0"),
+        "9503",
+        None,
+        30_000,
+    );
     assert_eq!((got.outcome, living("9503")), (Outcome::Done, 0));
 }

@@ -1,0 +1,174 @@
+//! What this image trusts, and the check of a task against it.
+//!
+//! Trust anchors are the keys in `trust_dir/*.pub`. A file that others than its owner may write, or that belongs to
+//! neither root nor the agent's user, is no anchor; nor is one with a malformed line. Both are said and skipped, so that
+//! a mistake leaves less trust, never more.
+
+use std::cell::{Cell, RefCell};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use adit_tasks::admit::{History, LastGoal};
+use adit_tasks::key::KeyError;
+use adit_tasks::wire::{Outcome, Task, TaskId};
+use adit_tasks::{Admitted, KeyId, TrustStore, VmId, admit};
+
+use crate::config::Config;
+use crate::journal::{Journal, JournalError, Phase};
+use crate::{facts, log};
+
+/// Longest key file.
+const KEY_FILE_MAX: u64 = 64 * 1024;
+
+/// Why a key file is no trust anchor. The fault of whoever made the image.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {why}", file.display())]
+pub struct KeyFileError {
+    file: PathBuf,
+    why: Why,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Why {
+    #[error("cannot be read: {0}")]
+    Read(std::io::Error),
+    #[error("{0}")]
+    Key(KeyError),
+    #[error("holds no key; make one with `adit key new`")]
+    Empty,
+    #[error("uid {uid} with mode {mode:04o} lets others than root write it")]
+    Writable { uid: u32, mode: u32 },
+    #[error("{len} bytes, at most {KEY_FILE_MAX} are read")]
+    TooLong { len: u64 },
+}
+
+/// Checks tasks.
+pub struct Verifier {
+    trust: TrustStore,
+    vm_id: VmId,
+}
+
+impl Verifier {
+    /// Reads the anchors of the image.
+    pub fn load(config: &Config) -> Self {
+        let mut trust = TrustStore::default();
+        let entries = fs::read_dir(&config.trust_dir)
+            .map(|d| d.flatten().map(|e| e.path()).collect::<Vec<_>>());
+        let mut files = entries.unwrap_or_default();
+        files.retain(|p| p.extension().is_some_and(|e| e == "pub"));
+        files.sort();
+        for file in files {
+            if let Err(e) = add_file(&mut trust, &file) {
+                log::event("anchor-skipped", &[("error", &e)]);
+            }
+        }
+        Self {
+            trust,
+            vm_id: config.vm_id.clone(),
+        }
+    }
+
+    /// Checks a key file before it is put into an image.
+    ///
+    /// # Errors
+    /// It holds no usable key.
+    pub fn check_key(file: &Path) -> Result<(), KeyFileError> {
+        let of = |why| KeyFileError {
+            file: file.to_owned(),
+            why,
+        };
+        let text = fs::read_to_string(file).map_err(|e| of(Why::Read(e)))?;
+        let mut trust = TrustStore::default();
+        trust.add_text(&text).map_err(|e| of(Why::Key(e)))?;
+        if trust.is_empty() {
+            Err(of(Why::Empty))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The id that this image was enrolled with.
+    pub fn vm_id(&self) -> &VmId {
+        &self.vm_id
+    }
+
+    /// How many keys are trusted.
+    pub fn anchors(&self) -> u16 {
+        u16::try_from(self.trust.len()).unwrap_or(u16::MAX)
+    }
+
+    /// Decides whether a task may run here and now.
+    ///
+    /// # Errors
+    /// Why not; begins with a stable code.
+    pub fn verify(&self, task: &Task, journal: &mut Journal) -> Result<Admitted, String> {
+        let now = i64::try_from(facts::now_ms()).unwrap_or(i64::MAX);
+        let past = Past {
+            journal: RefCell::new(journal),
+            failed: Cell::new(None),
+        };
+        let admitted = admit(task, &self.trust, &self.vm_id, now, &past);
+        match past.failed.take() {
+            // What could not be read might have said no.
+            Some(e) => Err(e.to_string()),
+            None => admitted.map_err(|denial| denial.to_string()),
+        }
+    }
+}
+
+fn add_file(trust: &mut TrustStore, file: &Path) -> Result<(), KeyFileError> {
+    let of = |why| KeyFileError {
+        file: file.to_owned(),
+        why,
+    };
+    let meta = fs::metadata(file).map_err(|e| of(Why::Read(e)))?;
+    let owner_ok = meta.uid() == 0 || meta.uid() == nix::unistd::geteuid().as_raw();
+    if !owner_ok || meta.mode() & 0o022 != 0 {
+        return Err(of(Why::Writable {
+            uid: meta.uid(),
+            mode: meta.mode() & 0o7777,
+        }));
+    }
+    if meta.len() > KEY_FILE_MAX {
+        return Err(of(Why::TooLong { len: meta.len() }));
+    }
+    // All of a file or nothing of it.
+    let mut with = trust.clone();
+    let text = fs::read_to_string(file).map_err(|e| of(Why::Read(e)))?;
+    with.add_text(&text).map_err(|e| of(Why::Key(e)))?;
+    *trust = with;
+    Ok(())
+}
+
+/// The journal as `admit` asks it.
+struct Past<'j> {
+    journal: RefCell<&'j mut Journal>,
+    failed: Cell<Option<JournalError>>,
+}
+
+impl Past<'_> {
+    fn ask<T>(&self, answer: Result<Option<T>, JournalError>) -> Option<T> {
+        answer.unwrap_or_else(|e| {
+            self.failed.set(Some(e));
+            None
+        })
+    }
+}
+
+impl History for Past<'_> {
+    fn last_goal(&self, key: &KeyId) -> Option<LastGoal> {
+        let floor = self.journal.borrow_mut().floor(&key.0);
+        self.ask(floor)
+            .map(|(key_seq, digest)| LastGoal { key_seq, digest })
+    }
+
+    fn outcome(&self, task: &TaskId) -> Option<Outcome> {
+        let phase = self.journal.borrow_mut().phase(task);
+        match self.ask(phase)? {
+            Phase::Result(report) => Some(report.outcome),
+            Phase::Acked(outcome) => Some(outcome),
+            Phase::Received | Phase::Started { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! The host's end of the `tasks` service, and an agent under test in a directory of its own.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use adit_channel::frame;
+use adit_channel::hello::{self, Accept, Common, Hello};
+use adit_tasks::wire::{Facts, Outcome, Pull, Report, ReportAck, Started, Task, WireKind};
+use adit_tasks::{PublicKey, VmId, task_id};
+use ed25519_dalek::SigningKey;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// Nothing here takes this long unless it hangs.
+const HANG: Duration = Duration::from_secs(60);
+
+pub struct Host {
+    pub dir: tempfile::TempDir,
+    listener: UnixListener,
+    agent: Option<Child>,
+    pub key: SigningKey,
+}
+
+pub enum Said {
+    Pull(u32),
+    Started,
+    Report(u32, Report),
+}
+
+impl Host {
+    pub fn new() -> Self {
+        let host = Self::without_anchor();
+        let line = PublicKey::of(&host.key, "test").to_string();
+        fs::write(host.path("trust/manager.pub"), line).unwrap();
+        host
+    }
+
+    pub fn without_anchor() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        // Scripts of other users pass through to their text.
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
+        for sub in ["trust", "root"] {
+            fs::create_dir(dir.path().join(sub)).unwrap();
+        }
+        let listener = UnixListener::bind(dir.path().join("host.sock")).unwrap();
+        let at = |p: &str| dir.path().join(p).to_str().unwrap().to_owned();
+        let config = format!(
+            "vm_id = \"web-1\"\ntrust_dir = \"{}\"\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n[file]\nroots = [\"{}\"]\n",
+            at("trust"),
+            at("state"),
+            at("run"),
+            at("root")
+        );
+        fs::write(dir.path().join("adit-guest.toml"), config).unwrap();
+        Self {
+            dir,
+            listener,
+            agent: None,
+            key: SigningKey::from_bytes(&[7; 32]),
+        }
+    }
+
+    pub fn path(&self, below: &str) -> PathBuf {
+        self.dir.path().join(below)
+    }
+
+    /// Starts the agent; with a kill point it ends there by itself.
+    pub fn start(&mut self, crash_at: Option<&str>) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_adit-guest"));
+        command
+            .args(["run", "--config"])
+            .arg(self.path("adit-guest.toml"));
+        command
+            .arg("--test-transport")
+            .arg(format!("unix:{}", self.dir.path().display()));
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.path("log"))
+            .unwrap();
+        command
+            .stdin(Stdio::null())
+            .stderr(log)
+            .env_remove("ADIT_TEST_CRASH_AT");
+        command.envs(crash_at.map(|p| ("ADIT_TEST_CRASH_AT", p)));
+        self.agent = Some(command.spawn().unwrap());
+    }
+
+    /// SIGKILL, as a power cut.
+    pub fn kill(&mut self) {
+        if let Some(mut agent) = self.agent.take() {
+            let _ = agent.kill();
+            agent.wait().unwrap();
+        }
+    }
+
+    /// Waits until the agent has ended at its kill point.
+    pub fn wait_for_crash(&mut self) {
+        use std::os::unix::process::ExitStatusExt;
+        let status = self.agent.take().unwrap().wait().unwrap();
+        assert_eq!(status.signal(), Some(9), "{status}: {}", self.log());
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    /// Takes the agent's next stream.
+    pub fn accept(&self) -> (Session, Facts) {
+        let (mut stream, _) = self.listener.accept().unwrap();
+        stream.set_read_timeout(Some(HANG)).unwrap();
+        let Hello::Open(open) = hello::read(&mut stream).unwrap() else {
+            panic!("not an open")
+        };
+        assert_eq!(open.service.as_str(), "tasks");
+        let accept = Accept {
+            common: Common {
+                epoch: 3,
+                ..Common::default()
+            },
+            version: 1,
+        };
+        stream.write_all(&Hello::Accept(accept).encode()).unwrap();
+        let (header, body) = frame::read(&mut stream, frame::LEN_MAX).unwrap().unwrap();
+        assert_eq!(header.kind, WireKind::Facts as u16);
+        (Session(stream), header.decode(&body).unwrap())
+    }
+
+    /// Signs a goal for this VM with these steps.
+    pub fn goal(&self, key_seq: u64, steps: Value) -> Vec<u8> {
+        self.sign(&goal(key_seq, "web-1", steps))
+    }
+
+    pub fn sign(&self, goal: &Value) -> Vec<u8> {
+        adit_tasks::dsse::sign(&serde_json::to_vec(goal).unwrap(), &self.key).into_bytes()
+    }
+
+    /// Hands out one task on a fresh agent's stream and takes its report.
+    pub fn run(&mut self, task: &Task) -> Report {
+        self.start(None);
+        let (mut session, _) = self.accept();
+        let report = session.run(task);
+        self.kill();
+        report
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+pub struct Session(UnixStream);
+
+impl Session {
+    /// The agent's next message; none if it is gone.
+    pub fn next(&mut self) -> io::Result<Option<Said>> {
+        let Some((header, body)) = frame::read(&mut self.0, frame::LEN_MAX)? else {
+            return Ok(None);
+        };
+        Ok(Some(match header.kind {
+            k if k == WireKind::Pull as u16 => {
+                assert_eq!(header.decode::<Pull>(&body).unwrap().epoch, 3);
+                Said::Pull(header.id)
+            }
+            k if k == WireKind::Started as u16 => {
+                header.decode::<Started>(&body).unwrap();
+                Said::Started
+            }
+            k if k == WireKind::Report as u16 => {
+                Said::Report(header.id, header.decode(&body).unwrap())
+            }
+            k => panic!("kind {k}"),
+        }))
+    }
+
+    fn send<T: Serialize>(&mut self, kind: WireKind, id: u32, body: &T) {
+        // A write to an agent that is dead shows at the next read.
+        let _ = self
+            .0
+            .write_all(&frame::encode(kind as u16, 1, id, 0, body).unwrap());
+    }
+
+    pub fn task(&mut self, id: u32, task: &Task) {
+        self.send(WireKind::Task, id, task);
+    }
+
+    pub fn ack(&mut self, id: u32, report: &Report) {
+        self.send(
+            WireKind::ReportAck,
+            id,
+            &ReportAck {
+                task_id: report.task_id,
+            },
+        );
+    }
+
+    /// Answers the next pull with this task and acknowledges its report.
+    pub fn run(&mut self, task: &Task) -> Report {
+        let mut handed_out = false;
+        loop {
+            match self.next().unwrap().expect("the agent is gone") {
+                Said::Pull(id) if !handed_out => {
+                    handed_out = true;
+                    self.task(id, task);
+                }
+                Said::Pull(_) => panic!("pulled again without a report"),
+                Said::Started => {}
+                Said::Report(id, report) => {
+                    self.ack(id, &report);
+                    if report.task_id == task.task_id && handed_out {
+                        return report;
+                    }
+                }
+            }
+        }
+    }
+}
+
+pub fn goal(key_seq: u64, vm: &str, steps: Value) -> Value {
+    json!({
+        "goal_id": "01990000-0000-7000-8000-000000000001", "key_seq": key_seq, "audience": {"vms": [vm]},
+        "not_before": "2020-01-01T00:00:00Z", "not_after": "2120-01-01T00:00:00Z", "min_planner": 1, "steps": steps
+    })
+}
+
+pub fn task(envelope: Vec<u8>, step: &str, attempt: u32) -> Task {
+    let digest = adit_tasks::dsse::Envelope::parse(&envelope)
+        .unwrap()
+        .digest();
+    let vm: VmId = "web-1".parse().unwrap();
+    Task {
+        task_id: task_id(&digest, &vm, step, attempt),
+        envelope,
+        step_id: step.into(),
+        attempt,
+    }
+}
+
+/// A step that leaves one line in a file each time it is begun.
+pub fn counting(file: &Path, then: &str) -> Value {
+    json!({"id": "count", "script": {"interpreter": "/bin/sh", "script": format!("echo x >>\"$1\"\n{then}"), "args": [file]}})
+}
+
+pub fn lines(file: &Path) -> usize {
+    fs::read_to_string(file).unwrap_or_default().lines().count()
+}
+
+pub fn refused(report: &Report, code: &str) {
+    assert_eq!(report.outcome, Outcome::Refused, "{}", report.reason);
+    assert!(
+        report.reason.starts_with(&format!("{code}: ")),
+        "{code}: {}",
+        report.reason
+    );
+}

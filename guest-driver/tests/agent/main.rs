@@ -1,0 +1,7 @@
+//! The real agent binary against a host that this test plays: real signatures, real journal, real children, kill points.
+//!
+//! Only the carrier is another: Unix sockets in a directory stand for AF_VSOCK, which this machine may not have.
+
+mod delivery;
+mod host;
+mod trust;

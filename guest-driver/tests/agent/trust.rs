@@ -1,0 +1,184 @@
+//! What the agent refuses, and that a refusal does nothing.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+
+use adit_tasks::wire::{Outcome, Task};
+use ed25519_dalek::SigningKey;
+use serde_json::{Value, json};
+
+use crate::host::*;
+
+#[test]
+fn without_an_anchor_it_says_so_and_runs_nothing() {
+    let mut host = Host::without_anchor();
+    let file = host.path("count");
+    let task = task(host.goal(1, json!([counting(&file, "")])), "count", 1);
+    host.start(None);
+    let (mut session, facts) = host.accept();
+    assert_eq!((facts.anchors, facts.vm_id.as_str()), (0, "web-1"));
+    refused(&session.run(&task), "no-trust-anchor");
+    assert_eq!(lines(&file), 0);
+    assert!(
+        host.log()
+            .contains("adit-guest: ready vm=web-1 anchors=0\n")
+    );
+}
+
+#[test]
+fn an_anchor_that_others_may_write_is_none() {
+    use std::os::unix::fs::PermissionsExt;
+    let mut host = Host::new();
+    fs::set_permissions(
+        host.path("trust/manager.pub"),
+        fs::Permissions::from_mode(0o666),
+    )
+    .unwrap();
+    host.start(None);
+    assert_eq!(host.accept().1.anchors, 0);
+}
+
+#[test]
+fn r83_a_missing_or_damaged_signature_is_refused_and_nothing_runs() {
+    let mut host = Host::new();
+    let file = host.path("count");
+    let good = task(host.goal(1, json!([counting(&file, "")])), "count", 1);
+    host.start(None);
+    let (mut session, _) = host.accept();
+    let mut try_one = |envelope: Vec<u8>, what: &str| {
+        let report = session.run(&Task {
+            envelope,
+            ..good.clone()
+        });
+        assert_eq!(
+            report.outcome,
+            Outcome::Refused,
+            "{what}: {}",
+            report.reason
+        );
+        let code = report.reason.split(':').next().unwrap();
+        assert!(
+            [
+                "bad-envelope",
+                "untrusted-key",
+                "bad-signature",
+                "task-id-mismatch"
+            ]
+            .contains(&code),
+            "{what}: {}",
+            report.reason
+        );
+    };
+    let text: Value = serde_json::from_slice(&good.envelope).unwrap();
+    let sig = text["signatures"][0].clone();
+    for signatures in [
+        json!(null),
+        json!([]),
+        json!("none"),
+        json!({}),
+        json!([null]),
+        json!([{}]),
+        json!([{"keyid": sig["keyid"], "sig": ""}]),
+        json!([{"keyid": sig["keyid"], "sig": null}]),
+        json!([{"keyid": sig["keyid"], "sig": 7}]),
+        json!([{"keyid": sig["keyid"], "sig": "AAAA"}]),
+        json!([{"keyid": "", "sig": sig["sig"]}]),
+        json!([{"keyid": sig["keyid"], "sig": sig["sig"], "alg": "none"}]),
+    ] {
+        let mut bad = text.clone();
+        bad["signatures"] = signatures.clone();
+        try_one(serde_json::to_vec(&bad).unwrap(), &signatures.to_string());
+    }
+    let mut without = text.clone();
+    without.as_object_mut().unwrap().remove("signatures");
+    try_one(serde_json::to_vec(&without).unwrap(), "no signatures");
+    for cut in [0, 1, good.envelope.len() / 2, good.envelope.len() - 1] {
+        try_one(good.envelope[..cut].to_vec(), "cut");
+    }
+    for at in 0..good.envelope.len() {
+        let mut bad = good.envelope.clone();
+        bad[at] ^= 1;
+        try_one(bad, &format!("byte {at} flipped"));
+    }
+    assert_eq!(lines(&file), 0);
+    assert_eq!(session.run(&good).outcome, Outcome::Done);
+}
+
+#[test]
+fn r84_another_vm_key_or_time_is_refused() {
+    let mut host = Host::new();
+    let file = host.path("count");
+    let steps = json!([counting(&file, "")]);
+    let stranger = SigningKey::from_bytes(&[8; 32]);
+    let payload = serde_json::to_vec(&goal(1, "web-1", steps.clone())).unwrap();
+    let foreign = adit_tasks::dsse::sign(&payload, &stranger).into_bytes();
+    let mut late = goal(1, "web-1", steps.clone());
+    late["not_after"] = json!("2021-01-01T00:00:00Z");
+    let mut early = goal(1, "web-1", steps.clone());
+    early["not_before"] = json!("2119-01-01T00:00:00Z");
+    let cases = [
+        (host.sign(&goal(1, "web-2", steps)), "wrong-target"),
+        (foreign, "untrusted-key"),
+        (host.sign(&late), "expired"),
+        (host.sign(&early), "not-yet-valid"),
+    ];
+    host.start(None);
+    let (mut session, _) = host.accept();
+    for (envelope, code) in cases {
+        refused(&session.run(&task(envelope, "count", 1)), code);
+    }
+    assert_eq!(lines(&file), 0);
+}
+
+#[test]
+fn r85_replays_are_refused_across_restarts_and_a_known_id_is_never_run_again() {
+    let mut host = Host::new();
+    let (first, second) = (host.path("first"), host.path("second"));
+    let five = task(host.goal(5, json!([counting(&first, "")])), "count", 1);
+    let five_other = task(host.goal(5, json!([counting(&second, "")])), "count", 1);
+    let four = task(host.goal(4, json!([counting(&second, "")])), "count", 1);
+    assert_eq!(host.run(&five).outcome, Outcome::Done);
+    refused(&host.run(&four), "replay");
+    refused(&host.run(&five_other), "replay");
+    // The same id again, and the same id with another body.
+    assert_eq!(host.run(&five).outcome, Outcome::Done);
+    assert_eq!(
+        host.run(&Task {
+            envelope: five_other.envelope,
+            ..five
+        })
+        .outcome,
+        Outcome::Done
+    );
+    assert_eq!((lines(&first), lines(&second)), (1, 0));
+}
+
+#[test]
+fn r89_a_signed_path_outside_of_the_guests_roots_is_denied() {
+    let mut host = Host::new();
+    let root = host.path("root");
+    symlink(host.dir.path(), root.join("link")).unwrap();
+    let root = root.to_str().unwrap();
+    let paths = [
+        "/etc/adit-r89".to_owned(),
+        format!("{root}/link/escaped"),
+        host.path("trust/new.pub").to_str().unwrap().into(),
+    ];
+    let file = |id: usize, path: &str| json!({"id": format!("f{id}"), "file": {"path": path, "content": "x", "owner": "0", "group": "0"}});
+    let mut steps: Vec<Value> = paths.iter().enumerate().map(|(i, p)| file(i, p)).collect();
+    steps.push(file(9, &format!("{root}/fine")));
+    let envelope = host.goal(1, json!(steps));
+    host.start(None);
+    let (mut session, _) = host.accept();
+    for i in 0..paths.len() {
+        refused(
+            &session.run(&task(envelope.clone(), &format!("f{i}"), 1)),
+            "path-denied",
+        );
+    }
+    if nix::unistd::geteuid().is_root() {
+        assert_eq!(session.run(&task(envelope, "f9", 1)).outcome, Outcome::Done);
+        assert_eq!(fs::read_to_string(format!("{root}/fine")).unwrap(), "x");
+    }
+    assert!(!host.path("escaped").exists() && !host.path("trust/new.pub").exists());
+}

@@ -1,0 +1,452 @@
+//! The real `adit-port` binary: started, spoken to over its control socket, with a guest in software behind its
+//! vhost-user socket, and its sandbox on.
+
+mod guest;
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use adit_channel::dial::DialRequest;
+use adit_channel::hello::{self, Accept, Common, Hello};
+use adit_channel::port::Notice;
+use adit_channel::sink::Sink;
+use adit_port::control::{
+    Attach, Cancel, Dial, DialError, Incoming, Quit, Status, Target, VHOST_SOCKET,
+};
+use adit_port::control_io::{Message, receive, send};
+use adit_port::place::connect_control;
+use guest::Guest;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+const CID: u64 = 5;
+
+/// A running port process. Dropped = killed, by its own id.
+struct Running {
+    child: Child,
+    _run: tempfile::TempDir,
+    dir: PathBuf,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn command(dir: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_adit-port"));
+    command.args([
+        "--name",
+        "web-1",
+        "--cid",
+        "5",
+        "--log-level",
+        "debug",
+        "--dir",
+    ]);
+    command.arg(dir);
+    command
+}
+
+impl Running {
+    fn start() -> Self {
+        let run = tempfile::tempdir().unwrap();
+        let dir = run.path().join("web-1");
+        let child = command(&dir).spawn().unwrap();
+        Self {
+            child,
+            _run: run,
+            dir,
+        }
+    }
+
+    fn connect(&mut self) -> Aditd {
+        let end = Instant::now() + Duration::from_secs(30);
+        loop {
+            if let Ok(sock) = connect_control(&self.dir) {
+                return Aditd(sock);
+            }
+            assert!(self.child.try_wait().unwrap().is_none(), "it ended");
+            assert!(Instant::now() < end, "it does not listen");
+            std::thread::yield_now();
+        }
+    }
+
+    fn status(&self, key: &str) -> u64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let text = std::fs::read_to_string(path).unwrap();
+        let line = text.lines().find_map(|l| l.strip_prefix(key)).unwrap();
+        let digits = line.trim_start_matches(':').split_whitespace().next();
+        digits.unwrap().parse().unwrap()
+    }
+
+    fn ended(&mut self) -> std::process::ExitStatus {
+        self.child.wait().unwrap()
+    }
+
+    fn boot(&self, listen: &[u32]) -> Guest {
+        Guest::boot(&self.dir.join(VHOST_SOCKET), CID, listen)
+    }
+}
+
+/// The other end of the control socket.
+struct Aditd(OwnedFd);
+
+impl Aditd {
+    fn say(&self, message: Message, fd: Option<&UnixStream>) {
+        send(&self.0, &message, fd.map(AsFd::as_fd)).unwrap();
+    }
+
+    fn ready(&self) -> bool {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
+    }
+
+    /// The next frame that is no status; `None` = nothing now.
+    fn heard(&self) -> Option<(Message, Option<OwnedFd>)> {
+        while self.ready() {
+            match receive(&self.0).unwrap().expect("connection") {
+                (Message::Status(_), _) => {}
+                other => return Some(other),
+            }
+        }
+        None
+    }
+
+    fn wait_status(&self, want: impl Fn(&Status) -> bool) -> Status {
+        loop {
+            if let (Message::Status(status), _) = receive(&self.0).unwrap().expect("connection")
+                && want(&status)
+            {
+                return status;
+            }
+        }
+    }
+
+    fn dial(&self, id: u64, to: Target) {
+        let deadline_ms = 5000;
+        let dial = Dial {
+            id,
+            to,
+            deadline_ms,
+        };
+        self.say(Message::Dial(dial), None);
+    }
+
+    fn attach(&self, id: u64, prefix: &[u8]) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let prefix = prefix.to_vec();
+        self.say(Message::Attach(Attach { id, prefix }), Some(&theirs));
+        ours.set_nonblocking(true).unwrap();
+        ours
+    }
+}
+
+fn socket() -> (UnixStream, Sink) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    (ours, Sink::Fd(theirs.into()))
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len as u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect()
+}
+
+/// Moves `data` from one socket to the other while the guest runs.
+fn carry(guest: &mut Guest, to: &UnixStream, from: &UnixStream, data: &[u8]) {
+    let (mut sent, mut got) = (0, Vec::new());
+    guest.until(|_| {
+        sent += { to }.write(&data[sent..]).unwrap_or(0);
+        let mut buf = [0; 9001];
+        while let Ok(n @ 1..) = { from }.read(&mut buf) {
+            got.extend_from_slice(&buf[..n]);
+        }
+        (got.len() >= data.len()).then_some(())
+    });
+    assert!(got == data);
+}
+
+fn read_end(guest: &mut Guest, from: &UnixStream) -> Vec<u8> {
+    let mut got = Vec::new();
+    guest.until(|_| {
+        let mut buf = [0; 4096];
+        match { from }.read(&mut buf) {
+            Ok(0) => return Some(()),
+            Ok(n) => got.extend_from_slice(&buf[..n]),
+            Err(e) => assert_eq!(e.kind(), io::ErrorKind::WouldBlock),
+        }
+        None
+    });
+    got
+}
+
+/// Dials a plain port and attaches a socket on each side.
+fn tunnel(aditd: &Aditd, guest: &mut Guest, id: u64) -> (UnixStream, UnixStream) {
+    aditd.dial(id, Target::VsockPort(22));
+    let (far, sink) = socket();
+    guest.accept(sink);
+    let (message, _) = guest.until(|_| aditd.heard());
+    assert!(matches!(message, Message::Dialed(d) if d.id == id));
+    (aditd.attach(id, b""), far)
+}
+
+#[test]
+fn starts_in_its_sandbox_and_tells_its_status() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let status = aditd.wait_status(|_| true);
+    assert_eq!(
+        (status.vm.as_str(), status.cid, status.session),
+        ("web-1", CID, false)
+    );
+    assert_eq!(status.pid, running.child.id());
+    assert_eq!(running.status("Seccomp"), 2);
+    assert_eq!(running.status("NoNewPrivs"), 1);
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", status.pid)).unwrap();
+    let files = limits.lines().find(|l| l.starts_with("Max open files"));
+    let files: Vec<&str> = files.unwrap().split_whitespace().collect();
+    assert_eq!(files[3], files[4]);
+    let rss = running.status("RssAnon");
+    println!("RssAnon idle: {rss} KiB");
+    let limit = if cfg!(debug_assertions) { 4096 } else { 2048 };
+    assert!(rss <= limit, "{rss} KiB");
+}
+
+#[test]
+fn a_second_process_in_the_same_place_is_refused_and_a_killed_one_is_replaced() {
+    let mut running = Running::start();
+    running.connect();
+    let second = command(&running.dir)
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert!(!second.status.success());
+    let text = String::from_utf8(second.stderr).unwrap();
+    assert!(text.contains("already running"), "{text}");
+    running.child.kill().unwrap();
+    running.child.wait().unwrap();
+    running.child = command(&running.dir).spawn().unwrap();
+    running.connect().wait_status(|_| true);
+}
+
+#[test]
+fn quit_and_sigterm_end_it_in_order() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    aditd.wait_status(|_| true);
+    aditd.say(Message::Quit(Quit {}), None);
+    assert!(running.ended().success());
+    let mut running = Running::start();
+    running.connect().wait_status(|_| true);
+    let pid = nix::unistd::Pid::from_raw(running.child.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(running.ended().success());
+}
+
+#[test]
+fn a_dial_without_a_guest_fails_at_once() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    aditd.dial(1, Target::Service("tcp:80".parse().unwrap()));
+    let failed = loop {
+        if let (Message::DialFailed(failed), _) = receive(&aditd.0).unwrap().unwrap() {
+            break failed;
+        }
+    };
+    assert_eq!((failed.id, failed.error), (1, DialError::NoSession));
+}
+
+#[test]
+fn a_frame_that_breaks_the_protocol_costs_the_connection_only() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    aditd.wait_status(|_| true);
+    nix::unistd::write(&aditd.0, b"not a frame at all").unwrap();
+    while receive(&aditd.0).unwrap().is_some() {}
+    running.connect().wait_status(|_| true);
+}
+
+#[test]
+fn r49_a_tunnel_carries_bytes_and_half_closes_both_ways_and_outlives_aditd() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let mut guest = running.boot(&[22]);
+    aditd.wait_status(|s| s.session);
+    let (near, far) = tunnel(&aditd, &mut guest, 1);
+    let data = pattern(1 << 20);
+    carry(&mut guest, &near, &far, &data);
+    carry(&mut guest, &far, &near, &data);
+    // aditd dies; another one comes; the tunnel knows neither.
+    drop(aditd);
+    let aditd = running.connect();
+    let status = guest.until(|_| {
+        let (message, _) = receive(&aditd.0).unwrap()?;
+        match message {
+            Message::Status(status) if status.streams == 1 => Some(status),
+            _ => None,
+        }
+    });
+    assert!(status.bytes.0 >= 1 << 20 && status.bytes.1 >= 1 << 20);
+    near.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(read_end(&mut guest, &far), b"");
+    carry(&mut guest, &far, &near, &data);
+    drop(far);
+    assert_eq!(read_end(&mut guest, &near), b"");
+    let (near, far) = tunnel(&aditd, &mut guest, 1);
+    carry(&mut guest, &near, &far, b"again");
+}
+
+#[test]
+fn r55_a_stopped_reader_does_not_stop_other_tunnels() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let mut guest = running.boot(&[22]);
+    aditd.wait_status(|s| s.session);
+    let (stuck, unread) = tunnel(&aditd, &mut guest, 1);
+    let (near, far) = tunnel(&aditd, &mut guest, 2);
+    let data = pattern(1 << 20);
+    // Both ways: nobody reads `stuck`, nobody reads `unread`.
+    for (id, end) in [(3, &stuck), (4, &unread)] {
+        let mut quiet = 0;
+        guest.until(|_| {
+            quiet = match { end }.write(&data) {
+                Ok(_) => 0,
+                Err(_) => quiet + 1,
+            };
+            (quiet > 50).then_some(())
+        });
+        carry(&mut guest, &near, &far, &data);
+        carry(&mut guest, &far, &near, &data);
+        let (near, far) = tunnel(&aditd, &mut guest, id);
+        carry(&mut guest, &far, &near, &data);
+    }
+}
+
+#[test]
+fn a_service_is_reached_through_its_hello() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let mut guest = running.boot(&[hello::PORT]);
+    aditd.wait_status(|s| s.session);
+    aditd.dial(9, Target::Service("tcp:80".parse().unwrap()));
+    let (far, sink) = socket();
+    guest.accept(sink);
+    let mut asked = Vec::new();
+    let open = guest.until(|_| {
+        let mut buf = [0; 256];
+        let n = { &far }.read(&mut buf).unwrap_or(0);
+        asked.extend_from_slice(&buf[..n]);
+        hello::read(&mut &asked[..]).ok()
+    });
+    assert!(matches!(open, Hello::Open(o) if o.service.as_str() == "tcp:80"));
+    let common = Common {
+        boot_nonce: [3; 16],
+        ..Common::default()
+    };
+    let accept = Hello::Accept(Accept { common, version: 1 }).encode();
+    { &far }.write_all(&accept).unwrap();
+    { &far }.write_all(b"banner").unwrap();
+    let (message, _) = guest.until(|_| aditd.heard());
+    assert!(matches!(message, Message::Dialed(d) if d.boot_nonce == [3; 16]));
+    let near = aditd.attach(9, b"GET / ");
+    near.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(read_end(&mut guest, &far), b"GET / ");
+    drop(far);
+    assert_eq!(read_end(&mut guest, &near), b"banner");
+}
+
+#[test]
+fn what_aditd_left_unattached_is_reset() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let mut guest = running.boot(&[22]);
+    aditd.wait_status(|s| s.session);
+    for cancelled in [true, false] {
+        aditd.dial(1, Target::VsockPort(22));
+        let (far, sink) = socket();
+        guest.accept(sink);
+        guest.until(|_| aditd.heard());
+        match cancelled {
+            true => aditd.say(Message::Cancel(Cancel { id: 1 }), None),
+            // A newer connection replaces this one.
+            false => drop(running.connect()),
+        }
+        guest.until(|g| {
+            let at = g.heard.iter().position(|n| {
+                matches!(
+                    n,
+                    Notice::Closed {
+                        reason: Some(_),
+                        ..
+                    }
+                )
+            })?;
+            g.heard.remove(at);
+            Some(())
+        });
+        drop(far);
+    }
+}
+
+#[test]
+fn the_guests_dial_reaches_aditd_and_is_refused_without_one() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let mut guest = running.boot(&[]);
+    aditd.wait_status(|s| s.session);
+    guest.until(|g| g.shard.port(g.port).epoch());
+    let dial = |guest: &mut Guest, port| {
+        let request = DialRequest {
+            port,
+            hello: None,
+            deadline: None,
+        };
+        let now = guest.shard.now();
+        let (end, sink) = socket();
+        let port = guest.shard.port_mut(guest.port);
+        (port.dial(now, request, Some(sink)).unwrap(), end)
+    };
+    let (_, end) = dial(&mut guest, hello::PORT);
+    let (message, fd) = guest.until(|_| aditd.heard());
+    let Message::Incoming(Incoming { port, .. }) = message else {
+        panic!("{message:?}");
+    };
+    assert_eq!(port, hello::PORT);
+    let served = UnixStream::from(fd.unwrap());
+    served.set_nonblocking(true).unwrap();
+    let data = pattern(300_000);
+    carry(&mut guest, &end, &served, &data);
+    carry(&mut guest, &served, &end, &data);
+    // A port that is not served, and the served one without aditd.
+    let (_, other) = dial(&mut guest, 80);
+    assert_eq!(read_end(&mut guest, &other), b"");
+    drop(aditd);
+    let (_, end) = dial(&mut guest, hello::PORT);
+    assert_eq!(read_end(&mut guest, &end), b"");
+}
+
+#[test]
+fn an_idle_process_does_not_wake() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let mut guest = running.boot(&[22]);
+    aditd.wait_status(|s| s.session);
+    let (near, far) = tunnel(&aditd, &mut guest, 1);
+    carry(&mut guest, &near, &far, b"x");
+    // What the last bytes caused (a credit update, a status) is over after a quiet moment of the guest.
+    for _ in 0..50 {
+        guest.shard.turn(Some(Duration::from_millis(1))).unwrap();
+    }
+    let before = running.status("voluntary_ctxt_switches");
+    for _ in 0..200 {
+        guest.shard.turn(Some(Duration::from_millis(1))).unwrap();
+    }
+    assert_eq!(running.status("voluntary_ctxt_switches"), before);
+}

@@ -1,0 +1,287 @@
+//! The `tasks` service: the host's end of `adit_tasks::wire`. The VM is the one whose port process the stream came from;
+//! nothing that the agent says about itself changes that.
+//!
+//! The agent pulls and is then held until a task is queued: no polling on either side. A reader task takes its frames, so
+//! that a pull that waits notices the end of the connection at once.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_channel::hello::{self, Accept, Common, Hello, Refuse, Status};
+use adit_channel::{frame, hello::Open};
+use adit_port::control::Incoming;
+use adit_tasks::wire::{self, Facts, Pull, Report, ReportAck, Started, WireKind};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::mpsc;
+
+use crate::queue::{self, QueueError};
+use crate::registry::VmEntry;
+use crate::state::State;
+
+/// Ports below need CAP_NET_BIND_SERVICE in the guest: who dials from one is no unprivileged process (R59).
+const PRIVILEGED: u32 = 1024;
+/// How long a guest may take for its hello.
+const HELLO_LIMIT: Duration = Duration::from_secs(5);
+/// Most bytes of a frame from an agent: a report with two full outputs.
+const FRAME_MAX: u32 = frame::LEN_MAX;
+/// Frames read ahead.
+const AHEAD_MAX: usize = 4;
+/// Version of every message of this service.
+const VERSION: u16 = 1;
+
+/// Serves one stream that the guest dialled.
+pub async fn serve(state: Arc<State>, vm: Arc<VmEntry>, incoming: Incoming, fd: OwnedFd) {
+    let name = vm.config.name.clone();
+    match session(&state, &vm, &incoming, fd).await {
+        Ok(()) => tracing::info!(vm = %name, "agent has gone"),
+        Err(e) => tracing::warn!(vm = %name, error = %e, "agent connection ended"),
+    }
+}
+
+async fn session(
+    state: &Arc<State>,
+    vm: &Arc<VmEntry>,
+    incoming: &Incoming,
+    fd: OwnedFd,
+) -> io::Result<()> {
+    let stream = std::os::unix::net::UnixStream::from(fd);
+    stream.set_nonblocking(true)?;
+    let mut stream = UnixStream::from_std(stream)?;
+    let open = match tokio::time::timeout(HELLO_LIMIT, hello::read_async(&mut stream)).await {
+        Ok(Ok(Hello::Open(open))) => open,
+        Ok(Ok(_)) => return Err(io::Error::other("the guest's hello is no open")),
+        Ok(Err(e)) => return Err(e),
+        Err(_) => return Err(io::ErrorKind::TimedOut.into()),
+    };
+    let common = Common {
+        features: 0,
+        epoch: vm.epoch(),
+        boot_nonce: state.boot_nonce,
+    };
+    if let Err((status, text)) = check(&open, incoming.peer_port) {
+        tracing::warn!(vm = %vm.config.name, service = %open.service, from = incoming.peer_port, text, "guest's stream refused");
+        let refuse = Refuse {
+            common,
+            status,
+            errno: 0,
+            text: text.into(),
+        };
+        return stream.write_all(&Hello::Refuse(refuse).encode()).await;
+    }
+    stream
+        .write_all(
+            &Hello::Accept(Accept {
+                common,
+                version: hello::VERSION,
+            })
+            .encode(),
+        )
+        .await?;
+    let (reader, writer) = stream.into_split();
+    let token = vm.agent_connected();
+    let result = tokio::select! {
+        result = converse(state, vm, reader, writer) => result,
+        () = token.cancelled() => Err(io::Error::other("replaced by a newer connection")),
+        () = vm.removed.cancelled() => Ok(()),
+    };
+    vm.agent_gone(&token);
+    result
+}
+
+fn check(open: &Open, peer_port: u32) -> Result<(), (Status, &'static str)> {
+    if hello::choose_version(open).is_none() {
+        return Err((Status::Version, "no common version"));
+    }
+    if open.service.as_str() != wire::SERVICE {
+        return Err((Status::UnknownService, "the host serves `tasks` here"));
+    }
+    if peer_port >= PRIVILEGED {
+        return Err((Status::Denied, "the agent dials from a port below 1024"));
+    }
+    Ok(())
+}
+
+type Frame = (frame::Header, Vec<u8>);
+
+async fn read_frames(mut reader: OwnedReadHalf, to: mpsc::Sender<io::Result<Frame>>) {
+    loop {
+        let next = match frame::read_async(&mut reader, FRAME_MAX).await {
+            Ok(Some(next)) => Ok(next),
+            Ok(None) => return,
+            Err(e) => Err(e),
+        };
+        let last = next.is_err();
+        if to.send(next).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+async fn converse(
+    state: &Arc<State>,
+    vm: &Arc<VmEntry>,
+    reader: OwnedReadHalf,
+    mut writer: OwnedWriteHalf,
+) -> io::Result<()> {
+    let (to, mut frames) = mpsc::channel(AHEAD_MAX);
+    let reading = tokio::spawn(read_frames(reader, to));
+    // The id of the pull that waits.
+    let mut pulling: Option<u32> = None;
+    let result = loop {
+        // Registered before the queue is looked at, so that a task queued in between is not missed.
+        let queued = vm.queued.notified();
+        tokio::pin!(queued);
+        queued.as_mut().enable();
+        if let Some(id) = pulling {
+            match hand_out(state, vm, id, &mut writer).await {
+                Ok(true) => pulling = None,
+                Ok(false) => {}
+                Err(e) => break Err(e),
+            }
+        }
+        tokio::select! {
+            next = frames.recv() => match next {
+                None => break Ok(()),
+                Some(Err(e)) => break Err(e),
+                Some(Ok((header, body))) => match handle(state, vm, &header, &body, &mut writer).await {
+                    Ok(pull) => pulling = pull.or(pulling),
+                    Err(e) => break Err(e),
+                },
+            },
+            () = &mut queued, if pulling.is_some() => {}
+        }
+    };
+    reading.abort();
+    result
+}
+
+/// Sends the VM's next task, if there is one. It is leased on disk before it is sent.
+async fn hand_out(
+    state: &Arc<State>,
+    vm: &Arc<VmEntry>,
+    pull: u32,
+    writer: &mut OwnedWriteHalf,
+) -> io::Result<bool> {
+    let name = vm.config.name.to_string();
+    let leased = state
+        .db
+        .run(move |c| queue::lease(c, &name))
+        .await
+        .map_err(io::Error::other)?;
+    let Some(handout) = leased else {
+        return Ok(false);
+    };
+    state.publish([handout.task]);
+    let task = wire::Task {
+        task_id: handout.task_id,
+        envelope: handout.envelope,
+        step_id: handout.step,
+        attempt: handout.attempt,
+    };
+    send(writer, WireKind::Task, pull, &task).await?;
+    Ok(true)
+}
+
+/// Handles one frame. Returns the id of a pull.
+async fn handle(
+    state: &Arc<State>,
+    vm: &Arc<VmEntry>,
+    header: &frame::Header,
+    body: &[u8],
+    writer: &mut OwnedWriteHalf,
+) -> io::Result<Option<u32>> {
+    let bad = |e: frame::FrameError| io::Error::new(io::ErrorKind::InvalidData, e);
+    let is = |kind: WireKind| header.kind == kind as u16 && header.version == VERSION;
+    vm.agent_seen(None);
+    if is(WireKind::Facts) {
+        let facts: Facts = header.decode(body).map_err(bad)?;
+        let facts = bounded(facts);
+        tracing::info!(vm = %vm.config.name, agent = facts.agent_version, anchors = facts.anchors, "agent ready");
+        vm.agent_seen(Some(facts));
+    } else if is(WireKind::Pull) {
+        let _: Pull = header.decode(body).map_err(bad)?;
+        return Ok(Some(header.id));
+    } else if is(WireKind::Started) {
+        let started: Started = header.decode(body).map_err(bad)?;
+        let name = vm.config.name.to_string();
+        let now = state.now_ms();
+        let changed = state
+            .db
+            .run(move |c| queue::started(c, &name, &started.task_id, now))
+            .await;
+        state.publish(changed.map_err(io::Error::other)?);
+    } else if is(WireKind::Report) {
+        let report: Report = header.decode(body).map_err(bad)?;
+        let task_id = report.task_id;
+        if take_report(state, vm, report).await? {
+            send(
+                writer,
+                WireKind::ReportAck,
+                header.id,
+                &ReportAck { task_id },
+            )
+            .await?;
+        }
+    } else if header.flags & frame::IGNORABLE == 0 {
+        return Err(bad(frame::FrameError::Unknown {
+            kind: header.kind,
+            version: header.version,
+        }));
+    }
+    Ok(None)
+}
+
+/// Persists a report. Returns whether to acknowledge it: it is on disk, or it can never be of use here.
+async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> io::Result<bool> {
+    let name = vm.config.name.to_string();
+    let (now, id) = (state.now_ms(), adit_tasks::hex(&report.task_id));
+    let taken = state
+        .db
+        .run(move |c| queue::finish(c, &name, &report, now))
+        .await;
+    match taken {
+        Ok(changed) => {
+            state.count_ended(&changed);
+            state.publish(changed);
+            state.refresh_open_tasks(vm).await;
+            // An attempt that was cut off may have queued the next one.
+            vm.queued.notify_waiters();
+            Ok(true)
+        }
+        Err(QueueError::Unknown) => {
+            tracing::warn!(vm = %vm.config.name, task = id, "report for a task that is not this VM's");
+            Ok(true)
+        }
+        Err(QueueError::NotLeased) => {
+            tracing::warn!(vm = %vm.config.name, task = id, "report for a task that was not handed out");
+            Ok(false)
+        }
+        Err(e) => Err(io::Error::other(e)),
+    }
+}
+
+/// Texts of a guest are shown, so they are cut and have no control characters.
+fn bounded(facts: Facts) -> Facts {
+    let cut = |text: String| text.chars().filter(|c| !c.is_control()).take(128).collect();
+    Facts {
+        agent_version: cut(facts.agent_version),
+        kernel: cut(facts.kernel),
+        os: cut(facts.os),
+        vm_id: cut(facts.vm_id),
+        ..facts
+    }
+}
+
+async fn send(
+    writer: &mut OwnedWriteHalf,
+    kind: WireKind,
+    id: u32,
+    body: &impl serde::Serialize,
+) -> io::Result<()> {
+    let bytes = frame::encode(kind as u16, VERSION, id, 0, body).map_err(io::Error::other)?;
+    writer.write_all(&bytes).await
+}

@@ -1,0 +1,512 @@
+//! The JSON API on the Unix socket; `adit_api` lists the endpoints and has the types.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_api::{ErrorBody, Goal, NewGoal, NewVm, Task, TaskEvent, TaskState, Vm};
+use adit_tasks::wire::TaskId;
+use adit_tasks::{VmId, dsse, hex, unhex};
+use axum::body::{Body, Bytes};
+use axum::extract::{DefaultBodyLimit, Path, Query, State as Shared};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::Deserialize;
+use tokio::sync::broadcast::error::RecvError;
+
+use crate::config::VmConfig;
+use crate::queue::{self, Filter, QueueError};
+use crate::registry::{AddError, VmEntry};
+use crate::state::State;
+
+/// Most bytes of a request's body: an envelope inside JSON.
+const BODY_MAX: usize = 2 * dsse::ENVELOPE_MAX + 4096;
+/// Longest wait for a VM.
+const WAIT_MAX: Duration = Duration::from_secs(3600);
+
+type App = Arc<State>;
+type Answer<T> = Result<Json<T>, ApiError>;
+
+/// All endpoints.
+pub fn router(state: App) -> Router {
+    Router::new()
+        .route("/v1/vms", get(list_vms).post(add_vm))
+        .route("/v1/vms/{name}", get(show_vm).delete(remove_vm))
+        .route("/v1/vms/{name}/wait", get(wait_vm))
+        .route("/v1/goals", post(add_goal))
+        .route("/v1/goals/{id}", get(show_goal))
+        .route("/v1/tasks", get(list_tasks))
+        .route("/v1/tasks/{id}", get(show_task))
+        .route("/v1/tasks/{id}/output", get(task_output))
+        .route("/v1/events", get(events))
+        .route("/v1/shutdown", post(shutdown))
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .merge(observe(state.clone()))
+        .fallback(|| async {
+            ApiError::new(
+                StatusCode::NOT_FOUND,
+                "unknown-path",
+                "there is no such path",
+            )
+        })
+        .with_state(state)
+}
+
+/// What may also be had over TCP.
+pub fn observe(state: App) -> Router<App> {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(readyz))
+        .with_state(state)
+}
+
+/// A failed request.
+pub struct ApiError(StatusCode, ErrorBody);
+
+impl ApiError {
+    fn new(status: StatusCode, code: &str, message: impl ToString) -> Self {
+        Self(
+            status,
+            ErrorBody {
+                code: code.into(),
+                message: message.to_string(),
+                help: String::new(),
+            },
+        )
+    }
+
+    fn help(mut self, help: &str) -> Self {
+        self.1.help = help.into();
+        self
+    }
+
+    fn unknown_vm(name: &str) -> Self {
+        let name: String = name.chars().take(80).collect();
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "unknown-vm",
+            format!("no VM is named `{}`", name.escape_debug()),
+        )
+        .help("`adit vm ls` lists the names")
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        (self.0, Json(self.1)).into_response()
+    }
+}
+
+impl From<QueueError> for ApiError {
+    fn from(e: QueueError) -> Self {
+        use StatusCode as S;
+        match &e {
+            QueueError::GoalTaken { .. } => Self::new(S::CONFLICT, "goal-taken", e),
+            QueueError::Full { .. } => Self::new(S::TOO_MANY_REQUESTS, "queue-full", e)
+                .help("wait until its tasks are done (`adit task ls --vm …`), or raise [limits] queued_per_vm"),
+            QueueError::Unknown => Self::new(S::NOT_FOUND, "unknown-task", e).help("`adit task ls` lists them"),
+            QueueError::NotLeased => Self::new(S::CONFLICT, "not-leased", e),
+            QueueError::Db(db) => {
+                tracing::error!(error = %db, "database");
+                Self::new(S::INSUFFICIENT_STORAGE, "database", e)
+                    .help("nothing was accepted: check the disk of state_dir for space and errors, then try again")
+            }
+        }
+    }
+}
+
+// ---- VMs
+
+fn find(state: &State, name: &str) -> Result<Arc<VmEntry>, ApiError> {
+    let id: Option<VmId> = name.parse().ok();
+    id.and_then(|id| state.registry.get(&id))
+        .ok_or_else(|| ApiError::unknown_vm(name))
+}
+
+async fn list_vms(Shared(state): Shared<App>) -> Json<Vec<Vm>> {
+    Json(state.registry.all().iter().map(|vm| vm.show()).collect())
+}
+
+async fn show_vm(Shared(state): Shared<App>, Path(name): Path<String>) -> Answer<Vm> {
+    Ok(Json(find(&state, &name)?.show()))
+}
+
+async fn add_vm(Shared(state): Shared<App>, body: Bytes) -> Answer<Vm> {
+    let new: NewVm = parse(&body)?;
+    let bad = |key: &str, why: String| {
+        ApiError::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "bad-vm",
+            format!("`{key}`: {why}"),
+        )
+    };
+    let name: VmId = new
+        .name
+        .parse()
+        .map_err(|e: adit_tasks::VmIdError| bad("name", e.to_string()))?;
+    let config = VmConfig {
+        name,
+        cid: new.cid,
+        allow: new.allow,
+        allow_vsock: new.allow_vsock,
+    };
+    config.check().map_err(|(key, why)| bad(key, why))?;
+    let vm = crate::add_vm(&state, config.clone(), true).await?;
+    Ok(Json(vm.show()))
+}
+
+impl From<AddError> for ApiError {
+    fn from(e: AddError) -> Self {
+        let help = match e {
+            AddError::Full => "",
+            _ => "`adit vm ls` shows which names and CIDs are taken",
+        };
+        Self::new(StatusCode::CONFLICT, "taken", e).help(help)
+    }
+}
+
+async fn remove_vm(
+    Shared(state): Shared<App>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    let vm = find(&state, &name)?;
+    if state.config.vm.iter().any(|v| v.name == vm.config.name) {
+        return Err(ApiError::new(
+            StatusCode::CONFLICT,
+            "configured",
+            format!("`{name}` stands in aditd.toml"),
+        )
+        .help("take it out there and restart aditd"));
+    }
+    let key = vm.config.name.to_string();
+    state
+        .db
+        .run::<_, QueueError, _>(move |c| Ok(c.execute("DELETE FROM vms WHERE name = ?1", [key])?))
+        .await?;
+    state.registry.remove(&vm.config.name);
+    vm.removed.cancel();
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Deserialize)]
+struct WaitQuery {
+    #[serde(rename = "for")]
+    condition: String,
+    timeout_ms: u64,
+}
+
+async fn wait_vm(
+    Shared(state): Shared<App>,
+    Path(name): Path<String>,
+    Query(q): Query<WaitQuery>,
+) -> Answer<Vm> {
+    let vm = find(&state, &name)?;
+    if q.condition != "agent" {
+        return Err(ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "usage",
+            "`for` is `agent`",
+        ));
+    }
+    let mut changes = vm.watch();
+    let ready = async {
+        while !vm.ready() {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    let limit = Duration::from_millis(q.timeout_ms).min(WAIT_MAX);
+    if tokio::time::timeout(limit, ready).await.is_err() {
+        let state = vm.show().state;
+        let message = format!("`{name}` is not ready after {limit:?}: its channel is {state:?}");
+        let help = "down: see RUN/vm/NAME/port.log; waiting: no VMM or guest driver; up: adit-guest does not run in it";
+        return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "timeout", message).help(help));
+    }
+    Ok(Json(vm.show()))
+}
+
+// ---- goals and tasks
+
+async fn add_goal(Shared(state): Shared<App>, body: Bytes) -> Answer<Goal> {
+    let new: NewGoal = parse(&body)?;
+    let bad = |e: &dyn std::fmt::Display| {
+        ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "bad-goal", e.to_string())
+    };
+    let envelope = dsse::Envelope::parse(new.envelope.as_bytes()).map_err(|e| bad(&e))?;
+    let goal =
+        adit_tasks::Goal::parse_unverified(envelope.unverified_payload()).map_err(|e| bad(&e))?;
+    let vms = targets(&state, &new, &goal)?;
+    let (goal_id, digest) = (goal.goal_id.to_string(), envelope.digest());
+    let new = queue::NewGoal {
+        goal,
+        digest,
+        envelope: new.envelope.into_bytes(),
+        vms: vms.iter().map(|vm| vm.config.name.clone()).collect(),
+        now_ms: state.now_ms(),
+        max_queued: state.config.limits.queued_per_vm,
+    };
+    let (tasks, accepted_ms) = state
+        .db
+        .run::<_, QueueError, _>(move |c| {
+            let tasks = queue::add_goal(c, &new)?;
+            Ok((tasks, queue::goal(c, &new.goal.goal_id.to_string())?.1))
+        })
+        .await?;
+    state.publish(tasks.clone());
+    state.expiry.notify_one();
+    for vm in vms {
+        state.refresh_open_tasks(&vm).await;
+        vm.queued.notify_waiters();
+    }
+    Ok(Json(Goal {
+        goal_id,
+        digest: hex(&digest),
+        accepted_at: queue::rfc3339(accepted_ms),
+        tasks,
+    }))
+}
+
+/// The VMs that a goal is queued for: of its audience, unless the caller insists.
+fn targets(
+    state: &State,
+    new: &NewGoal,
+    goal: &adit_tasks::Goal,
+) -> Result<Vec<Arc<VmEntry>>, ApiError> {
+    let mut vms = Vec::new();
+    if new.to.is_empty() {
+        for id in &goal.audience.vms {
+            vms.push(find(state, id.as_str())?);
+        }
+        return Ok(vms);
+    }
+    for name in &new.to {
+        let vm = find(state, name)?;
+        if !goal.audience.vms.contains(&vm.config.name) && !new.relay_unchecked {
+            let message =
+                format!("the goal is not for `{name}`: its signed audience does not name it");
+            return Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "wrong-audience", message)
+                .help("sign it again with that VM in --to; --relay-unchecked queues it anyway, and the guest refuses it"));
+        }
+        vms.push(vm);
+    }
+    Ok(vms)
+}
+
+async fn show_goal(Shared(state): Shared<App>, Path(id): Path<String>) -> Answer<Goal> {
+    let goal_id = id.clone();
+    let ((digest, accepted_ms), tasks) = state
+        .db
+        .run::<_, QueueError, _>(move |c| {
+            Ok((
+                queue::goal(c, &id)?,
+                queue::tasks(
+                    c,
+                    &Filter {
+                        goal: Some(id),
+                        ..Filter::default()
+                    },
+                )?,
+            ))
+        })
+        .await?;
+    Ok(Json(Goal {
+        goal_id,
+        digest: hex(&digest),
+        accepted_at: queue::rfc3339(accepted_ms),
+        tasks,
+    }))
+}
+
+#[derive(Deserialize)]
+struct TaskQuery {
+    vm: Option<String>,
+    goal: Option<String>,
+    state: Option<String>,
+}
+
+async fn list_tasks(Shared(state): Shared<App>, Query(q): Query<TaskQuery>) -> Answer<Vec<Task>> {
+    let filter = Filter {
+        vm: q.vm,
+        goal: q.goal,
+        state: q.state,
+        open: false,
+    };
+    Ok(Json(state.db.run(move |c| queue::tasks(c, &filter)).await?))
+}
+
+fn task_id(text: &str) -> Result<TaskId, ApiError> {
+    unhex(text).ok_or_else(|| {
+        ApiError::new(
+            StatusCode::NOT_FOUND,
+            "unknown-task",
+            "a task id is 32 hex digits",
+        )
+    })
+}
+
+async fn show_task(Shared(state): Shared<App>, Path(id): Path<String>) -> Answer<Task> {
+    let id = task_id(&id)?;
+    Ok(Json(state.db.run(move |c| queue::task(c, &id)).await?))
+}
+
+#[derive(Deserialize)]
+struct OutputQuery {
+    #[serde(default)]
+    stream: Option<String>,
+}
+
+async fn task_output(
+    Shared(state): Shared<App>,
+    Path(id): Path<String>,
+    Query(q): Query<OutputQuery>,
+) -> Result<Vec<u8>, ApiError> {
+    let id = task_id(&id)?;
+    let stderr = match q.stream.as_deref() {
+        None | Some("stdout") => false,
+        Some("stderr") => true,
+        Some(_) => {
+            return Err(ApiError::new(
+                StatusCode::BAD_REQUEST,
+                "usage",
+                "`stream` is `stdout` or `stderr`",
+            ));
+        }
+    };
+    let out = state.db.run(move |c| queue::output(c, &id, stderr)).await?;
+    let kept = (out.head.len() + out.tail.len()) as u64;
+    let mut bytes = out.head;
+    if out.total > kept {
+        bytes.extend_from_slice(
+            format!("\n[adit: {} bytes left out]\n", out.total - kept).as_bytes(),
+        );
+    }
+    bytes.extend_from_slice(&out.tail);
+    Ok(bytes)
+}
+
+#[derive(Deserialize)]
+struct EventQuery {
+    goal: Option<String>,
+}
+
+/// Present state first, then changes, until nothing that was asked for can change any more.
+async fn events(
+    Shared(state): Shared<App>,
+    Query(q): Query<EventQuery>,
+) -> Result<Response, ApiError> {
+    // Before the query, so that no change falls in between.
+    let mut changes = state.subscribe();
+    let goal = q.goal;
+    let filter = Filter {
+        open: goal.is_none(),
+        goal: goal.clone(),
+        ..Filter::default()
+    };
+    let present = state.db.run(move |c| queue::tasks(c, &filter)).await?;
+    let (to, from) = tokio::sync::mpsc::channel::<Result<Bytes, std::convert::Infallible>>(64);
+    tokio::spawn(async move {
+        let mut open = std::collections::HashMap::new();
+        for task in present {
+            track(&mut open, &task);
+            if to.send(Ok(line(&state.event(task)))).await.is_err() {
+                return;
+            }
+        }
+        while !open.is_empty() {
+            let event = tokio::select! {
+                event = changes.recv() => event,
+                () = to.closed() => return,
+                () = state.stop.cancelled() => return,
+            };
+            match event {
+                Ok(event) if goal.as_ref().is_none_or(|g| *g == event.task.goal_id) => {
+                    track(&mut open, &event.task);
+                    if to.send(Ok(line(&event))).await.is_err() {
+                        return;
+                    }
+                }
+                Ok(_) => {}
+                // It read too slowly: the stream is cut, and it asks again.
+                Err(RecvError::Lagged(_) | RecvError::Closed) => return,
+            }
+        }
+    });
+    let body = Body::from_stream(futures_util::stream::unfold(from, |mut from| async {
+        from.recv().await.map(|item| (item, from))
+    }));
+    Ok(([("content-type", "application/x-ndjson")], body).into_response())
+}
+
+fn track(open: &mut std::collections::HashMap<String, TaskState>, task: &Task) {
+    if task.state.is_terminal() {
+        open.remove(&task.task_id);
+    } else {
+        open.insert(task.task_id.clone(), task.state);
+    }
+}
+
+fn line(event: &TaskEvent) -> Bytes {
+    let mut text = serde_json::to_vec(event).unwrap_or_default();
+    text.push(b'\n');
+    text.into()
+}
+
+// ---- the process
+
+#[derive(Deserialize)]
+struct ShutdownQuery {
+    #[serde(default)]
+    ports: bool,
+}
+
+async fn shutdown(Shared(state): Shared<App>, Query(q): Query<ShutdownQuery>) -> StatusCode {
+    if q.ports {
+        for vm in state.registry.all() {
+            vm.removed.cancel();
+        }
+        // Each supervisor passes the word on; a link that ends is the sign that its port process has gone.
+        let gone = async {
+            for vm in state.registry.all() {
+                let mut changes = vm.watch();
+                while vm.link().is_some() && changes.changed().await.is_ok() {}
+            }
+        };
+        let _ = tokio::time::timeout(Duration::from_secs(5), gone).await;
+    }
+    state.stop.cancel();
+    StatusCode::ACCEPTED
+}
+
+async fn metrics(Shared(state): Shared<App>) -> Response {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    (
+        [("content-type", kind)],
+        state.metrics.render(&state.registry),
+    )
+        .into_response()
+}
+
+async fn readyz(Shared(state): Shared<App>) -> Response {
+    let down: Vec<String> = state
+        .registry
+        .all()
+        .iter()
+        .filter(|vm| vm.link().is_none())
+        .map(|vm| vm.config.name.to_string())
+        .collect();
+    if down.is_empty() {
+        return "ready\n".into_response();
+    }
+    (
+        StatusCode::SERVICE_UNAVAILABLE,
+        format!("no port process: {}\n", down.join(", ")),
+    )
+        .into_response()
+}
+
+fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    serde_json::from_slice(body).map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, "bad-json", e))
+}

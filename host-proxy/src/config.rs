@@ -1,0 +1,299 @@
+//! `aditd.toml`: where things are, which VMs there are, what of them may be reached.
+//!
+//! ```toml
+//! run_dir = "/run/adit"             # sockets: aditd.sock, proxy.addr, vm/NAME/{vhost,ctl}.sock
+//! state_dir = "/var/lib/adit"       # the database
+//!
+//! [proxy]
+//! listen = "127.0.0.1:7080"         # port 0 = any; the address is written to RUN/proxy.addr
+//!
+//! [metrics]
+//! listen = "127.0.0.1:7081"         # optional; they are on the API socket too
+//!
+//! [[vm]]
+//! name = "web-1"
+//! cid = 3
+//! allow = [80, 22]                  # guest TCP ports
+//! allow_vsock = [5000]              # plain AF_VSOCK ports, reached as vsock-5000.web-1
+//! ```
+//! An unknown key is an error that names file, line and key: a misspelt limit must not silently be no limit.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use adit_tasks::VmId;
+use serde::Deserialize;
+
+/// Where the configuration is if nobody says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/adit/aditd.toml";
+/// Most VMs of a host.
+pub const VMS_MAX: usize = 4096;
+/// Most ports in a VM's allow-list.
+pub const ALLOW_MAX: usize = 1024;
+/// Lowest CID that a guest may have (virtio 1.3 §5.10.4).
+const CID_MIN: u64 = 3;
+/// Highest CID that a guest may have; the next one means "any".
+const CID_MAX: u64 = u32::MAX as u64 - 1;
+
+/// Why a configuration cannot be used. The fault of whoever wrote it.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Something in it is wrong.
+    #[error("{}:{line}: {}{message}", path.display(), key.as_ref().map(|k| format!("`{k}`: ")).unwrap_or_default())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// From 1.
+        line: usize,
+        /// The key at fault, if one is.
+        key: Option<String>,
+        /// What is wrong.
+        message: String,
+    },
+}
+
+/// The whole file.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Sockets and the VMs' directories.
+    pub run_dir: PathBuf,
+    /// The database.
+    pub state_dir: PathBuf,
+    /// The forward proxy.
+    pub proxy: Listen,
+    /// Metrics over TCP, if wanted.
+    pub metrics: Option<Listen>,
+    /// Limits.
+    pub limits: Limits,
+    /// The VMs that are always there.
+    pub vm: Vec<VmConfig>,
+}
+
+/// A TCP address to listen on.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Listen {
+    /// IP address and port.
+    pub listen: SocketAddr,
+}
+
+/// `[limits]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Tasks that wait for one VM at most.
+    pub queued_per_vm: u32,
+    /// Client connections of the proxy at most.
+    pub connections: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            queued_per_vm: 1024,
+            connections: 4096,
+        }
+    }
+}
+
+/// A VM.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Name and id.
+    pub name: VmId,
+    /// Its CID.
+    pub cid: u64,
+    /// Guest TCP ports that may be reached.
+    #[serde(default)]
+    pub allow: Vec<u16>,
+    /// Plain AF_VSOCK ports that may be reached.
+    #[serde(default)]
+    pub allow_vsock: Vec<u32>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            run_dir: "/run/adit".into(),
+            state_dir: "/var/lib/adit".into(),
+            proxy: Listen {
+                listen: SocketAddr::from(([127, 0, 0, 1], 7080)),
+            },
+            metrics: None,
+            limits: Limits::default(),
+            vm: Vec::new(),
+        }
+    }
+}
+
+impl VmConfig {
+    /// Checks what the types do not say.
+    ///
+    /// # Errors
+    /// The key at fault, and why.
+    pub fn check(&self) -> Result<(), (&'static str, String)> {
+        if !(CID_MIN..=CID_MAX).contains(&self.cid) {
+            return Err((
+                "cid",
+                format!("{} is reserved: use {CID_MIN} to {CID_MAX}", self.cid),
+            ));
+        }
+        if self.allow.len() > ALLOW_MAX || self.allow_vsock.len() > ALLOW_MAX {
+            return Err(("allow", format!("at most {ALLOW_MAX} ports may be listed")));
+        }
+        if self.allow.contains(&0) {
+            return Err(("allow", "0 is not a port".into()));
+        }
+        Ok(())
+    }
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// It cannot be read, or something in it is wrong; says where.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.into(),
+            source,
+        })?;
+        Self::parse(path, &text)
+    }
+
+    /// Checks the text of a file; `path` is for messages only.
+    ///
+    /// # Errors
+    /// Something in it is wrong; says where.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let error = |line, key: Option<String>, message| ConfigError::Value {
+            path: path.into(),
+            line,
+            key,
+            message,
+        };
+        let config: Self = toml::from_str(text).map_err(|e| {
+            let at = e.span().map_or(0, |s| s.start);
+            let line = text.bytes().take(at).filter(|&b| b == b'\n').count();
+            let key = text
+                .lines()
+                .nth(line)
+                .and_then(|l| l.split_once('='))
+                .map(|(k, _)| k.trim().to_owned());
+            error(line + 1, key, e.message().replace('\n', " "))
+        })?;
+        for dir in [&config.run_dir, &config.state_dir] {
+            if !dir.is_absolute() {
+                return Err(error(
+                    1,
+                    None,
+                    format!("{} is not an absolute path", dir.display()),
+                ));
+            }
+        }
+        if config.vm.len() > VMS_MAX {
+            return Err(error(
+                1,
+                Some("vm".into()),
+                format!("at most {VMS_MAX} VMs are allowed"),
+            ));
+        }
+        let (mut names, mut cids) = (BTreeMap::new(), BTreeMap::new());
+        for (nth, vm) in config.vm.iter().enumerate() {
+            let line = vm_line(text, nth);
+            vm.check()
+                .map_err(|(key, message)| error(line, Some(key.into()), message))?;
+            if names.insert(&vm.name, nth).is_some() {
+                return Err(error(
+                    line,
+                    Some("name".into()),
+                    format!("`{}` is taken by an earlier VM", vm.name),
+                ));
+            }
+            if let Some(other) = cids.insert(vm.cid, nth) {
+                let other = &config.vm[other].name;
+                return Err(error(
+                    line,
+                    Some("cid".into()),
+                    format!("{} of `{}` is taken by `{other}`", vm.cid, vm.name),
+                ));
+            }
+        }
+        Ok(config)
+    }
+
+    /// The API's socket.
+    pub fn api_socket(&self) -> PathBuf {
+        self.run_dir.join("aditd.sock")
+    }
+}
+
+/// Line of the n-th `[[vm]]`.
+fn vm_line(text: &str, nth: usize) -> usize {
+    let is_vm = |(_, l): &(usize, &str)| l.trim_start().starts_with("[[vm]]");
+    text.lines()
+        .enumerate()
+        .filter(is_vm)
+        .nth(nth)
+        .map_or(1, |(at, _)| at + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(Path::new("a.toml"), text)
+    }
+
+    #[test]
+    fn an_empty_file_is_a_configuration() {
+        assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn mistakes_name_file_line_and_key() {
+        let vm = "[[vm]]\nname = \"a\"\ncid = 3\n";
+        for (text, line, key) in [
+            (
+                "\n[proxy]\nlissten = \"127.0.0.1:1\"\n".to_owned(),
+                3,
+                "lissten",
+            ),
+            (format!("{vm}alow = [80]\n"), 4, "alow"),
+            (format!("{vm}allow = [70000]\n"), 4, "allow"),
+            ("[[vm]]\nname = \"A\"\ncid = 3\n".to_owned(), 2, "name"),
+            ("[[vm]]\nname = \"a\"\ncid = 2\n".to_owned(), 1, "cid"),
+            (format!("{vm}[[vm]]\nname = \"a\"\ncid = 4\n"), 4, "name"),
+            (format!("{vm}[[vm]]\nname = \"b\"\ncid = 3\n"), 4, "cid"),
+        ] {
+            let e = parse(&text).unwrap_err();
+            let ConfigError::Value {
+                line: at,
+                key: Some(k),
+                ..
+            } = &e
+            else {
+                panic!("{e}")
+            };
+            assert_eq!((*at, k.as_str()), (line, key), "{e}");
+            assert!(
+                e.to_string()
+                    .starts_with(&format!("a.toml:{line}: `{key}`: ")),
+                "{e}"
+            );
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! aditd's end of a VM's control socket: dials, attachments, status.
+//!
+//! One task a VM reads and writes the socket; everybody else holds a [`Link`], asks, and awaits the answer. A link ends
+//! when its port process or its connection does; what was asked and not answered ends with it.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use adit_port::control::{
+    Attach, Cancel, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Incoming, Quit, Status, Target,
+};
+use adit_port::control_io::{ControlError, Message, receive, send};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Frames to a port process that wait at most.
+const OUTBOX_MAX: usize = 2 * DIALS_MAX;
+
+type Waiting = HashMap<u64, oneshot::Sender<Result<Dialed, DialFailed>>>;
+
+/// A connected port process.
+#[derive(Debug)]
+pub struct Link {
+    outbox: mpsc::Sender<(Message, Option<OwnedFd>)>,
+    waiting: Mutex<Waiting>,
+    next_id: AtomicU64,
+    status: watch::Sender<Option<Status>>,
+}
+
+/// A dialled stream that has no other end yet. Dropped = given up.
+#[derive(Debug)]
+pub struct DialedStream {
+    link: Arc<Link>,
+    id: u64,
+    attached: bool,
+}
+
+impl Link {
+    /// Makes the link and the loop that drives it; `incoming` gets what the guest dials.
+    pub fn new() -> (Arc<Self>, Driver) {
+        let (outbox, inbox) = mpsc::channel(OUTBOX_MAX);
+        let link = Arc::new(Self {
+            outbox,
+            waiting: Mutex::default(),
+            next_id: AtomicU64::new(1),
+            status: watch::Sender::new(None),
+        });
+        (link.clone(), Driver { link, inbox })
+    }
+
+    /// What the port process said last.
+    pub fn status(&self) -> Option<Status> {
+        self.status.borrow().clone()
+    }
+
+    /// Wakes up when the port process says something new.
+    pub fn watch(&self) -> watch::Receiver<Option<Status>> {
+        self.status.subscribe()
+    }
+
+    /// Dials into the VM.
+    ///
+    /// # Errors
+    /// As the port process says; `NoSession` also if it has gone.
+    pub async fn dial(
+        self: &Arc<Self>,
+        to: Target,
+        deadline: Duration,
+    ) -> Result<DialedStream, DialFailed> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let failed = |error, text: &str| DialFailed {
+            id,
+            error,
+            status: 0,
+            errno: 0,
+            text: text.into(),
+        };
+        let (tell, told) = oneshot::channel();
+        {
+            let mut waiting = self.waiting();
+            if waiting.len() >= DIALS_MAX {
+                return Err(failed(
+                    DialError::Busy,
+                    "too many dials to this VM are under way",
+                ));
+            }
+            waiting.insert(id, tell);
+        }
+        // Cancels if this future is dropped before the answer.
+        let stream = DialedStream {
+            link: self.clone(),
+            id,
+            attached: false,
+        };
+        let deadline_ms = u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX);
+        let gone = || failed(DialError::NoSession, "the VM's port process has gone");
+        let message = Message::Dial(Dial {
+            id,
+            to,
+            deadline_ms,
+        });
+        self.outbox
+            .send((message, None))
+            .await
+            .map_err(|_| gone())?;
+        told.await.unwrap_or_else(|_| Err(gone())).map(|_| stream)
+    }
+
+    /// Ends the port process.
+    pub async fn quit(&self) {
+        let _ = self.outbox.send((Message::Quit(Quit {}), None)).await;
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DialedStream {
+    /// Makes a stream socket the other end; from now on it needs aditd no more.
+    ///
+    /// # Errors
+    /// The port process has gone.
+    pub async fn attach(mut self, fd: OwnedFd, prefix: Vec<u8>) -> Result<(), DialFailed> {
+        let message = Message::Attach(Attach {
+            id: self.id,
+            prefix,
+        });
+        let sent = self.link.outbox.send((message, Some(fd))).await;
+        self.attached = sent.is_ok();
+        sent.map_err(|_| DialFailed {
+            id: self.id,
+            error: DialError::NoSession,
+            status: 0,
+            errno: 0,
+            text: "the VM's port process has gone".into(),
+        })
+    }
+}
+
+impl Drop for DialedStream {
+    fn drop(&mut self) {
+        if self.attached {
+            return;
+        }
+        self.link.waiting().remove(&self.id);
+        // A full outbox means a port process that does not read: it is about to be given up with all its dials.
+        let _ = self
+            .link
+            .outbox
+            .try_send((Message::Cancel(Cancel { id: self.id }), None));
+    }
+}
+
+/// The loop of a link.
+pub struct Driver {
+    link: Arc<Link>,
+    inbox: mpsc::Receiver<(Message, Option<OwnedFd>)>,
+}
+
+impl Driver {
+    /// Runs until the port process closes the connection or breaks the protocol.
+    ///
+    /// # Errors
+    /// The socket failed, or a frame is none of ours.
+    pub async fn run(
+        mut self,
+        socket: OwnedFd,
+        mut on_status: impl FnMut(&Status),
+        mut on_incoming: impl FnMut(Incoming, OwnedFd),
+    ) -> Result<(), ControlError> {
+        // Only its readiness is tokio's: packets go through `control_io`, whatever the type of the socket.
+        let socket = UnixStream::from_std(socket.into())?;
+        let inbox = &mut self.inbox;
+        let link = &self.link;
+        let write = async {
+            while let Some((message, fd)) = inbox.recv().await {
+                let fd = fd.as_ref().map(AsFd::as_fd);
+                // Each packet is sent whole or not at all.
+                when_ready(&socket, Interest::WRITABLE, |sock| send(sock, &message, fd)).await?;
+            }
+            Ok(())
+        };
+        let read = async {
+            #[allow(clippy::redundant_closure)] // `receive` itself is not general over the borrow
+            while let Some((message, fd)) = when_ready(&socket, Interest::READABLE, |sock| receive(sock)).await?
+            {
+                match (message, fd) {
+                    (Message::Status(status), _) => {
+                        on_status(&status);
+                        link.status.send_replace(Some(status));
+                    }
+                    (Message::Incoming(incoming), Some(fd)) => on_incoming(incoming, fd),
+                    (message, _) => link.answer(message),
+                }
+            }
+            Ok(())
+        };
+        tokio::select! {
+            done = write => done,
+            done = read => done,
+        }
+    }
+}
+
+/// Repeats a call on a nonblocking socket until it does not block.
+async fn when_ready<T>(
+    socket: &UnixStream,
+    interest: Interest,
+    mut call: impl FnMut(BorrowedFd<'_>) -> Result<T, ControlError>,
+) -> Result<T, ControlError> {
+    loop {
+        socket.ready(interest).await?;
+        let tried = socket.try_io(interest, || match call(socket.as_fd()) {
+            Err(e) if e.would_block() => Err(io::ErrorKind::WouldBlock.into()),
+            result => Ok(result),
+        });
+        match tried {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            result => return result?,
+        }
+    }
+}
+
+impl Link {
+    fn answer(&self, message: Message) {
+        let (id, result) = match message {
+            Message::Dialed(d) => (d.id, Ok(d)),
+            Message::DialFailed(f) => (f.id, Err(f)),
+            other => return tracing::warn!(kind = ?other.kind(), "unexpected control frame"),
+        };
+        if let Some(tell) = self.waiting().remove(&id) {
+            let _ = tell.send(result);
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // Whoever waits learns that there will be no answer.
+        self.link.waiting().clear();
+        self.link.status.send_replace(None);
+    }
+}

@@ -1,0 +1,135 @@
+//! Absolute-form: `GET http://VM/path`. One dial a request; bodies are streamed, never gathered.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use adit_port::control::DialFailed;
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use hyper::header::{
+    CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION,
+    TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
+};
+use hyper::{Request, Response, StatusCode, Uri};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+
+use super::problem::{Body, Problem};
+use super::{authority, dial, internal, socket_pair};
+use crate::state::State;
+
+/// Port of `http://`.
+const HTTP: u16 = 80;
+const VIA_ADIT: HeaderValue = HeaderValue::from_static("1.1 adit");
+
+/// Carries one request to the VM that its target names.
+pub(super) async fn handle(
+    state: &Arc<State>,
+    mut request: Request<Incoming>,
+) -> Result<Response<Body>, Problem> {
+    let uri = request.uri().clone();
+    let bad = |detail: &str| Problem::new(StatusCode::BAD_REQUEST, "http_request_error", detail);
+    let named = match (uri.scheme_str(), uri.authority()) {
+        (Some("http"), Some(named)) => named.as_str(),
+        (Some(_), _) => {
+            return Err(bad(
+                "only http:// is carried in absolute-form: use CONNECT (curl does for https://)",
+            ));
+        }
+        (None, _) => {
+            return Err(bad(
+                "this is a forward proxy: ask for http://VM/path (curl -x) or use CONNECT",
+            ));
+        }
+    };
+    let to = authority::parse(named, Some(HTTP))?;
+    // The target decides, never the Host field (R65).
+    let host = HeaderValue::from_str(named).map_err(|_| bad("the authority is no header value"))?;
+    let stream = dial(state, &to).await?;
+    let (ours, theirs) = socket_pair().map_err(|e| internal("no socket", e))?;
+    ours.set_nonblocking(true)
+        .map_err(|e| internal("no socket", e))?;
+    let ours = UnixStream::from_std(ours).map_err(|e| internal("no socket", e))?;
+    stream
+        .attach(OwnedFd::from(theirs), Vec::new())
+        .await
+        .map_err(|e: DialFailed| Problem::of_dial(&to, &e))?;
+
+    let headers = request.headers_mut();
+    strip_hop_by_hop(headers);
+    headers.insert(HOST, host);
+    headers.append(VIA, VIA_ADIT);
+    let path = uri.path_and_query().map_or("/", |p| p.as_str());
+    *request.uri_mut() = path.parse::<Uri>().map_err(|_| bad("the path is none"))?;
+    *request.version_mut() = hyper::Version::HTTP_11;
+
+    let broken = |e: hyper::Error| {
+        let detail = format!("VM `{}` port {}: {e}", to.vm, to.port);
+        Problem::new(StatusCode::BAD_GATEWAY, "http_response_incomplete", detail)
+    };
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(ours))
+        .await
+        .map_err(broken)?;
+    tokio::spawn(async move {
+        if let Err(e) = connection.await {
+            tracing::debug!(error = %e, "connection to a guest ended");
+        }
+    });
+    let mut response = sender.send_request(request).await.map_err(broken)?;
+    strip_hop_by_hop(response.headers_mut());
+    response.headers_mut().append(VIA, VIA_ADIT);
+    Ok(response.map(BodyExt::boxed))
+}
+
+/// Takes out what concerns one connection only (RFC 9110 §7.6.1), and what is meant for this proxy.
+fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|v| v.to_str().ok())
+        .flat_map(|v| v.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in named {
+        headers.remove(name);
+    }
+    let own = ["proxy-connection", "keep-alive"].map(HeaderName::from_static);
+    let fields = [
+        CONNECTION,
+        TE,
+        TRAILER,
+        TRANSFER_ENCODING,
+        UPGRADE,
+        PROXY_AUTHORIZATION,
+        PROXY_AUTHENTICATE,
+    ];
+    for name in own.into_iter().chain(fields) {
+        headers.remove(name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hop_by_hop_fields_and_those_named_by_connection_are_taken_out() {
+        let mut h = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "close, X-Private"),
+            ("x-private", "1"),
+            ("proxy-authorization", "Basic x"),
+            ("te", "trailers"),
+            ("upgrade", "websocket"),
+            ("proxy-connection", "keep-alive"),
+            ("accept", "*/*"),
+        ] {
+            h.append(name, value.parse().unwrap());
+        }
+        strip_hop_by_hop(&mut h);
+        assert_eq!(
+            h.keys().map(HeaderName::as_str).collect::<Vec<_>>(),
+            ["accept"]
+        );
+    }
+}

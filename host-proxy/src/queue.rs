@@ -1,0 +1,471 @@
+//! The durable queue: goals, and one row a task. Functions over the connection; `db` commits them.
+//!
+//! ```text
+//! queued ─► leased ─► started ─► done | failed | timed_out | interrupted | refused
+//!    └─► expired (not_after passed)   └─► an earlier step did not succeed: skipped
+//! ```
+//! - The tasks of a VM are handed out one by one, in order of `key_seq`, step and attempt.
+//! - A lease does not end: a task that is not terminal is handed out again when the agent pulls again, and the guest's
+//!   journal answers for it.
+//! - The first terminal state stands.
+
+use adit_api::{Task, TaskState};
+use adit_tasks::wire::{Captured, Outcome, Report, TaskId};
+use adit_tasks::{Goal, VmId, hex, plan, task_id};
+use jiff::Timestamp;
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use crate::db::DbError;
+
+/// Version of the schema.
+pub const VERSION: i64 = 1;
+/// Attempts of an idempotent step at most.
+pub const ATTEMPTS_MAX: u32 = 3;
+/// Most bytes of a reason that are kept.
+const REASON_MAX: usize = 1024;
+/// Most bytes of captured output, head and tail, of one stream.
+const OUTPUT_MAX: usize = adit_tasks::goal::OUTPUT_CAP_MAX as usize;
+/// Bytes of stdout in lists.
+const PREVIEW_BYTES: usize = 200;
+
+/// The tables.
+pub const SCHEMA: &str = "
+CREATE TABLE vms (
+    name TEXT PRIMARY KEY, cid INTEGER NOT NULL UNIQUE, allow TEXT NOT NULL, allow_vsock TEXT NOT NULL
+) STRICT;
+CREATE TABLE goals (
+    digest BLOB PRIMARY KEY, goal_id TEXT NOT NULL UNIQUE, key_seq INTEGER NOT NULL, not_after_ms INTEGER NOT NULL,
+    envelope BLOB NOT NULL, accepted_ms INTEGER NOT NULL
+) STRICT;
+CREATE TABLE tasks (
+    task_id BLOB PRIMARY KEY, digest BLOB NOT NULL REFERENCES goals, vm TEXT NOT NULL, step TEXT NOT NULL,
+    step_no INTEGER NOT NULL, attempt INTEGER NOT NULL, idempotent INTEGER NOT NULL, continue_on_error INTEGER NOT NULL,
+    state TEXT NOT NULL, exit INTEGER, reason TEXT NOT NULL DEFAULT '', queued_ms INTEGER NOT NULL,
+    started_ms INTEGER, ended_ms INTEGER,
+    out_head BLOB NOT NULL DEFAULT x'', out_tail BLOB NOT NULL DEFAULT x'', out_total INTEGER NOT NULL DEFAULT 0,
+    err_head BLOB NOT NULL DEFAULT x'', err_tail BLOB NOT NULL DEFAULT x'', err_total INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE INDEX tasks_open ON tasks (vm, state);
+CREATE INDEX tasks_of_goal ON tasks (digest);
+";
+
+const OPEN: &str = "('queued', 'leased', 'started')";
+const TASK_COLUMNS: &str = "t.task_id, g.goal_id, t.vm, t.step, t.attempt, t.state, t.exit, t.reason, t.queued_ms, \
+     t.started_ms, t.ended_ms, t.out_total, t.err_total, substr(t.out_head, 1, 200)";
+
+/// Why a goal is not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// The same id with other content.
+    #[error("goal {goal_id} is known with other content")]
+    GoalTaken {
+        /// Its id.
+        goal_id: String,
+    },
+    /// Too many tasks wait already.
+    #[error("{vm} has {queued} tasks waiting, at most {max} are allowed")]
+    Full {
+        /// The VM.
+        vm: VmId,
+        /// How many wait.
+        queued: u32,
+        /// How many may.
+        max: u32,
+    },
+    /// No such task.
+    #[error("no such task or goal")]
+    Unknown,
+    /// A report for a task that was never handed to this VM.
+    #[error("the task was not handed to this VM")]
+    NotLeased,
+    /// The database says no.
+    #[error(transparent)]
+    Db(#[from] DbError),
+}
+
+impl From<rusqlite::Error> for QueueError {
+    fn from(e: rusqlite::Error) -> Self {
+        Self::Db(e.into())
+    }
+}
+
+/// A goal as `add_goal` takes it.
+pub struct NewGoal {
+    /// Parsed, not verified: the guest verifies.
+    pub goal: Goal,
+    /// sha256 of its payload.
+    pub digest: [u8; 32],
+    /// Exactly as signed.
+    pub envelope: Vec<u8>,
+    /// VMs to queue it for.
+    pub vms: Vec<VmId>,
+    /// Unix time.
+    pub now_ms: i64,
+    /// Tasks that may wait for one VM.
+    pub max_queued: u32,
+}
+
+/// Queues a goal's tasks. Again with the same bytes it changes nothing but adds VMs that were not named before.
+pub fn add_goal(c: &Connection, new: &NewGoal) -> Result<Vec<Task>, QueueError> {
+    let goal_id = new.goal.goal_id.to_string();
+    let known: Option<Vec<u8>> = c
+        .query_row(
+            "SELECT digest FROM goals WHERE goal_id = ?1",
+            [&goal_id],
+            |r| r.get(0),
+        )
+        .optional()?;
+    match known {
+        Some(digest) if digest != new.digest => return Err(QueueError::GoalTaken { goal_id }),
+        Some(_) => {}
+        None => {
+            c.execute(
+                "INSERT INTO goals VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+                params![
+                    new.digest,
+                    goal_id,
+                    // Order is kept: both are compared as signed, and a sequence beyond 2^63 is of no manager's.
+                    i64::try_from(new.goal.key_seq).unwrap_or(i64::MAX),
+                    new.goal.not_after.as_millisecond(),
+                    new.envelope,
+                    new.now_ms
+                ],
+            )?;
+        }
+    }
+    for vm in &new.vms {
+        let queued = queued(c, vm.as_str())?;
+        let tasks = plan(&new.goal, &new.digest, vm);
+        if queued as usize + tasks.len() > new.max_queued as usize {
+            return Err(QueueError::Full {
+                vm: vm.clone(),
+                queued,
+                max: new.max_queued,
+            });
+        }
+        for (step_no, t) in tasks.iter().enumerate() {
+            c.execute(
+                "INSERT OR IGNORE INTO tasks (task_id, digest, vm, step, step_no, attempt, idempotent, continue_on_error, \
+                 state, queued_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 'queued', ?9)",
+                params![
+                    t.task_id,
+                    new.digest,
+                    vm.as_str(),
+                    t.step_id,
+                    i64::try_from(step_no).unwrap_or(i64::MAX),
+                    t.attempt,
+                    t.idempotent,
+                    t.continue_on_error,
+                    new.now_ms
+                ],
+            )?;
+        }
+    }
+    tasks(
+        c,
+        &Filter {
+            goal: Some(goal_id),
+            ..Filter::default()
+        },
+    )
+}
+
+/// Number of a VM's tasks that are not terminal.
+pub fn queued(c: &Connection, vm: &str) -> Result<u32, QueueError> {
+    let sql = format!("SELECT count(*) FROM tasks WHERE vm = ?1 AND state IN {OPEN}");
+    Ok(c.query_row(&sql, [vm], |r| r.get(0))?)
+}
+
+/// What a guest is handed.
+pub struct Handout {
+    /// Derived id.
+    pub task_id: TaskId,
+    /// Exactly as signed.
+    pub envelope: Vec<u8>,
+    /// Step of the goal.
+    pub step: String,
+    /// 1 for the first.
+    pub attempt: u32,
+    /// The task after its state changed.
+    pub task: Task,
+}
+
+/// Leases the next task of a VM.
+pub fn lease(c: &Connection, vm: &str) -> Result<Option<Handout>, QueueError> {
+    let sql = format!(
+        "SELECT t.task_id, g.envelope, t.step, t.attempt FROM tasks t JOIN goals g USING (digest) \
+         WHERE t.vm = ?1 AND t.state IN {OPEN} ORDER BY g.key_seq, t.digest, t.step_no, t.attempt LIMIT 1"
+    );
+    let row = c
+        .query_row(&sql, [vm], |r| {
+            Ok((r.get::<_, TaskId>(0)?, r.get(1)?, r.get(2)?, r.get(3)?))
+        })
+        .optional()?;
+    let Some((id, envelope, step, attempt)) = row else {
+        return Ok(None);
+    };
+    c.execute(
+        "UPDATE tasks SET state = 'leased' WHERE task_id = ?1 AND state = 'queued'",
+        [id],
+    )?;
+    Ok(Some(Handout {
+        task_id: id,
+        envelope,
+        step,
+        attempt,
+        task: task(c, &id)?,
+    }))
+}
+
+/// The guest has begun a task.
+pub fn started(
+    c: &Connection,
+    vm: &str,
+    id: &TaskId,
+    now_ms: i64,
+) -> Result<Option<Task>, QueueError> {
+    let changed = c.execute(
+        "UPDATE tasks SET state = 'started', started_ms = ?3 WHERE task_id = ?1 AND vm = ?2 AND state = 'leased'",
+        params![id, vm, now_ms],
+    )?;
+    Ok(if changed == 0 {
+        None
+    } else {
+        Some(task(c, id)?)
+    })
+}
+
+/// Takes a report. Returns the tasks that changed; none if the task was terminal already.
+pub fn finish(
+    c: &Connection,
+    vm: &str,
+    report: &Report,
+    now_ms: i64,
+) -> Result<Vec<Task>, QueueError> {
+    let row = c
+        .query_row(
+            "SELECT state, digest, step, step_no, attempt, idempotent, continue_on_error FROM tasks \
+             WHERE task_id = ?1 AND vm = ?2",
+            params![report.task_id, vm],
+            |r| {
+                let state: String = r.get(0)?;
+                Ok((state, r.get::<_, [u8; 32]>(1)?, r.get::<_, String>(2)?, r.get::<_, i64>(3)?,
+                    r.get::<_, u32>(4)?, r.get::<_, bool>(5)?, r.get::<_, bool>(6)?))
+            },
+        )
+        .optional()?;
+    let (state, digest, step, step_no, attempt, idempotent, continue_on_error) =
+        row.ok_or(QueueError::Unknown)?;
+    match state.as_str() {
+        "leased" | "started" => {}
+        "queued" => return Err(QueueError::NotLeased),
+        _ => return Ok(Vec::new()),
+    }
+    store(c, report)?;
+    let mut changed = vec![report.task_id];
+    let again = report.outcome == Outcome::Interrupted && idempotent && attempt < ATTEMPTS_MAX;
+    if again {
+        let vm_id: VmId = vm.parse().map_err(|_| QueueError::Unknown)?;
+        let next = task_id(&digest, &vm_id, &step, attempt + 1);
+        c.execute(
+            "INSERT OR IGNORE INTO tasks (task_id, digest, vm, step, step_no, attempt, idempotent, continue_on_error, \
+             state, queued_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6, 1, ?7, 'queued', ?8)",
+            params![next, digest, vm, step, step_no, attempt + 1, continue_on_error, now_ms],
+        )?;
+        changed.push(next);
+    } else if report.outcome != Outcome::Done && !continue_on_error {
+        changed.extend(skip_after(c, &digest, vm, step_no, &step)?);
+    }
+    changed.iter().map(|id| task(c, id)).collect()
+}
+
+fn store(c: &Connection, report: &Report) -> Result<(), QueueError> {
+    let mut reason = report.reason.clone();
+    let mut end = reason.len().min(REASON_MAX);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    reason.truncate(end);
+    let cut = |bytes: &[u8]| bytes[..bytes.len().min(OUTPUT_MAX)].to_vec();
+    let total = |o: &Captured| i64::try_from(o.total).unwrap_or(i64::MAX);
+    let time = |ms: u64| i64::try_from(ms).ok().filter(|&ms| ms > 0);
+    c.execute(
+        "UPDATE tasks SET state = ?2, exit = ?3, reason = ?4, started_ms = ?5, ended_ms = ?6, out_head = ?7, out_tail = ?8, \
+         out_total = ?9, err_head = ?10, err_tail = ?11, err_total = ?12 WHERE task_id = ?1",
+        params![
+            report.task_id,
+            state_name(TaskState::from(report.outcome)),
+            report.exit,
+            reason,
+            time(report.started_ms),
+            time(report.ended_ms),
+            cut(&report.stdout.head),
+            cut(&report.stdout.tail),
+            total(&report.stdout),
+            cut(&report.stderr.head),
+            cut(&report.stderr.tail),
+            total(&report.stderr),
+        ],
+    )?;
+    Ok(())
+}
+
+/// Later steps of the goal on this VM will not run.
+fn skip_after(
+    c: &Connection,
+    digest: &[u8; 32],
+    vm: &str,
+    step_no: i64,
+    step: &str,
+) -> Result<Vec<TaskId>, QueueError> {
+    let sql = "UPDATE tasks SET state = 'skipped', reason = ?4 \
+               WHERE digest = ?1 AND vm = ?2 AND step_no > ?3 AND state = 'queued' RETURNING task_id";
+    let mut statement = c.prepare_cached(sql)?;
+    let reason = format!("step `{step}` did not succeed");
+    let ids = statement
+        .query_map(params![digest, vm, step_no, reason], |r| r.get(0))?
+        .collect::<Result<_, _>>()?;
+    Ok(ids)
+}
+
+/// Ends tasks that still wait after their goal's `not_after`. Returns them, and when the next one is due.
+pub fn expire(c: &Connection, now_ms: i64) -> Result<(Vec<Task>, Option<i64>), QueueError> {
+    let sql = "UPDATE tasks SET state = 'expired', reason = 'not_after passed before it was handed out' \
+               WHERE state = 'queued' AND digest IN (SELECT digest FROM goals WHERE not_after_ms < ?1) RETURNING task_id";
+    let ids: Vec<TaskId> = c
+        .prepare_cached(sql)?
+        .query_map([now_ms], |r| r.get(0))?
+        .collect::<Result<_, _>>()?;
+    let sql = "SELECT min(g.not_after_ms) FROM tasks t JOIN goals g USING (digest) WHERE t.state = 'queued'";
+    let next: Option<i64> = c.query_row(sql, [], |r| r.get(0))?;
+    Ok((
+        ids.iter().map(|id| task(c, id)).collect::<Result<_, _>>()?,
+        next,
+    ))
+}
+
+/// Which tasks to list.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Of this VM.
+    pub vm: Option<String>,
+    /// Of this goal.
+    pub goal: Option<String>,
+    /// In this state.
+    pub state: Option<String>,
+    /// Not terminal.
+    pub open: bool,
+}
+
+/// Lists tasks, the oldest goal first.
+pub fn tasks(c: &Connection, filter: &Filter) -> Result<Vec<Task>, QueueError> {
+    let open = if filter.open {
+        format!(" AND t.state IN {OPEN}")
+    } else {
+        String::new()
+    };
+    let sql = format!(
+        "SELECT {TASK_COLUMNS} FROM tasks t JOIN goals g USING (digest) WHERE (?1 IS NULL OR t.vm = ?1) \
+         AND (?2 IS NULL OR g.goal_id = ?2) AND (?3 IS NULL OR t.state = ?3){open} \
+         ORDER BY g.accepted_ms, g.key_seq, t.digest, t.vm, t.step_no, t.attempt"
+    );
+    let mut statement = c.prepare_cached(&sql)?;
+    let rows = statement.query_map(params![filter.vm, filter.goal, filter.state], row_to_task)?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+/// One task.
+pub fn task(c: &Connection, id: &TaskId) -> Result<Task, QueueError> {
+    let sql = format!(
+        "SELECT {TASK_COLUMNS} FROM tasks t JOIN goals g USING (digest) WHERE t.task_id = ?1"
+    );
+    c.prepare_cached(&sql)?
+        .query_row([id], row_to_task)
+        .optional()?
+        .ok_or(QueueError::Unknown)
+}
+
+/// Digest and time of acceptance of a goal.
+pub fn goal(c: &Connection, goal_id: &str) -> Result<([u8; 32], i64), QueueError> {
+    let sql = "SELECT digest, accepted_ms FROM goals WHERE goal_id = ?1";
+    c.query_row(sql, [goal_id], |r| Ok((r.get(0)?, r.get(1)?)))
+        .optional()?
+        .ok_or(QueueError::Unknown)
+}
+
+/// What a task wrote: head, tail, and how many bytes in all.
+pub fn output(c: &Connection, id: &TaskId, stderr: bool) -> Result<Captured, QueueError> {
+    let columns = if stderr {
+        "err_head, err_tail, err_total"
+    } else {
+        "out_head, out_tail, out_total"
+    };
+    let sql = format!("SELECT {columns} FROM tasks WHERE task_id = ?1");
+    let row = c.query_row(&sql, [id], |r| {
+        let total: i64 = r.get(2)?;
+        Ok(Captured {
+            head: r.get(0)?,
+            tail: r.get(1)?,
+            total: u64::try_from(total).unwrap_or(0),
+        })
+    });
+    row.optional()?.ok_or(QueueError::Unknown)
+}
+
+fn row_to_task(r: &Row<'_>) -> rusqlite::Result<Task> {
+    let state: String = r.get(5)?;
+    let count = |n: i64| u64::try_from(n).unwrap_or(0);
+    let preview: Vec<u8> = r.get(13)?;
+    let preview = &preview[..preview.len().min(PREVIEW_BYTES)];
+    Ok(Task {
+        task_id: hex(&r.get::<_, TaskId>(0)?),
+        goal_id: r.get(1)?,
+        vm: r.get(2)?,
+        step: r.get(3)?,
+        attempt: r.get(4)?,
+        state: parse_state(&state).ok_or(rusqlite::Error::InvalidQuery)?,
+        exit: r.get(6)?,
+        reason: r.get(7)?,
+        queued_at: rfc3339(r.get(8)?),
+        started_at: r.get::<_, Option<i64>>(9)?.map(rfc3339),
+        ended_at: r.get::<_, Option<i64>>(10)?.map(rfc3339),
+        output_bytes: (count(r.get(11)?), count(r.get(12)?)),
+        output_preview: String::from_utf8_lossy(preview).into_owned(),
+    })
+}
+
+/// Unix milliseconds as text.
+pub fn rfc3339(ms: i64) -> String {
+    Timestamp::from_millisecond(ms).map_or_else(|_| ms.to_string(), |t| t.to_string())
+}
+
+const STATES: [(TaskState, &str); 10] = [
+    (TaskState::Queued, "queued"),
+    (TaskState::Leased, "leased"),
+    (TaskState::Started, "started"),
+    (TaskState::Done, "done"),
+    (TaskState::Failed, "failed"),
+    (TaskState::TimedOut, "timed_out"),
+    (TaskState::Interrupted, "interrupted"),
+    (TaskState::Refused, "refused"),
+    (TaskState::Skipped, "skipped"),
+    (TaskState::Expired, "expired"),
+];
+
+/// A state's name in the database and in JSON.
+pub fn state_name(state: TaskState) -> &'static str {
+    STATES
+        .iter()
+        .find(|(s, _)| *s == state)
+        .map_or("queued", |(_, name)| name)
+}
+
+fn parse_state(text: &str) -> Option<TaskState> {
+    STATES
+        .iter()
+        .find(|(_, name)| *name == text)
+        .map(|(s, _)| *s)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,290 @@
+//! The VMs of this host: names, CIDs, what may be reached, and how each one's channel stands.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Instant;
+
+use adit_api::{Vm, VmState};
+use adit_port::control::VHOST_SOCKET;
+use adit_tasks::VmId;
+use adit_tasks::wire::Facts;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{VMS_MAX, VmConfig};
+use crate::ports::Link;
+
+/// Why a VM cannot be added.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AddError {
+    /// Another VM has the name.
+    #[error("a VM named `{0}` is there already")]
+    NameTaken(VmId),
+    /// Another VM has the CID.
+    #[error("CID {cid} is taken by `{by}`")]
+    CidTaken {
+        /// The CID.
+        cid: u64,
+        /// Who has it.
+        by: VmId,
+    },
+    /// [`VMS_MAX`] VMs.
+    #[error("there are {VMS_MAX} VMs already")]
+    Full,
+}
+
+/// What the agent said, and when.
+#[derive(Debug, Default)]
+struct AgentState {
+    facts: Option<Facts>,
+    seen: Option<Instant>,
+    connected: Option<CancellationToken>,
+}
+
+/// One VM.
+#[derive(Debug)]
+pub struct VmEntry {
+    /// What it was registered with.
+    pub config: VmConfig,
+    /// Its directory: sockets of its port process.
+    pub dir: PathBuf,
+    /// A task for it was queued.
+    pub queued: Notify,
+    /// It was removed: its supervisor ends.
+    pub removed: CancellationToken,
+    link: watch::Sender<Option<Arc<Link>>>,
+    agent: Mutex<AgentState>,
+    /// Changes whenever its state may have.
+    changed: watch::Sender<u64>,
+    open_tasks: AtomicU32,
+}
+
+impl VmEntry {
+    /// The port process, if one is connected.
+    pub fn link(&self) -> Option<Arc<Link>> {
+        self.link.borrow().clone()
+    }
+
+    /// Sets or clears the port process.
+    pub fn set_link(&self, link: Option<Arc<Link>>) {
+        self.link.send_replace(link);
+        self.touch();
+    }
+
+    /// Whether a VMM is connected and the guest's driver runs.
+    pub fn session(&self) -> bool {
+        self.link()
+            .and_then(|l| l.status())
+            .is_some_and(|s| s.session)
+    }
+
+    /// The session's number, 0 if there is none.
+    pub fn epoch(&self) -> u64 {
+        self.link().and_then(|l| l.status()).map_or(0, |s| s.epoch)
+    }
+
+    /// Tells waiters to look again.
+    pub fn touch(&self) {
+        self.changed.send_modify(|n| *n = n.wrapping_add(1));
+    }
+
+    /// Wakes up when the state may have changed.
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// An agent's connection begins: the older one is told to end.
+    pub fn agent_connected(&self) -> CancellationToken {
+        let token = CancellationToken::new();
+        let older = self.agent().connected.replace(token.clone());
+        if let Some(older) = older {
+            older.cancel();
+        }
+        token
+    }
+
+    /// An agent's connection has ended.
+    pub fn agent_gone(&self, token: &CancellationToken) {
+        token.cancel();
+        self.touch();
+    }
+
+    /// The agent has spoken.
+    pub fn agent_seen(&self, facts: Option<Facts>) {
+        let mut agent = self.agent();
+        agent.seen = Some(Instant::now());
+        if facts.is_some() {
+            agent.facts = facts;
+        }
+        drop(agent);
+        self.touch();
+    }
+
+    /// Whether an agent is connected and has said who it is.
+    pub fn ready(&self) -> bool {
+        let agent = self.agent();
+        agent.facts.is_some() && agent.connected.as_ref().is_some_and(|t| !t.is_cancelled())
+    }
+
+    /// Notes how many tasks are open.
+    pub fn set_open_tasks(&self, n: u32) {
+        self.open_tasks.store(n, Ordering::Relaxed);
+    }
+
+    /// The VM as the API shows it.
+    pub fn show(&self) -> Vm {
+        let status = self.link().and_then(|l| l.status());
+        let agent = self.agent();
+        let connected = agent.connected.as_ref().is_some_and(|t| !t.is_cancelled());
+        let state = match &status {
+            None => VmState::Down,
+            Some(s) if !s.session => VmState::Waiting,
+            Some(_) if connected && agent.facts.is_some() => VmState::Ready,
+            Some(_) => VmState::Up,
+        };
+        let age = |seen: Instant| u64::try_from(seen.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let facts = agent.facts.as_ref();
+        Vm {
+            name: self.config.name.to_string(),
+            cid: self.config.cid,
+            state,
+            agent: facts.map(|f| f.agent_version.clone()),
+            kernel: facts.map(|f| f.kernel.clone()),
+            enrolled_as: facts
+                .map(|f| f.vm_id.clone())
+                .filter(|id| id != self.config.name.as_str()),
+            // A connection that is open is heard from now.
+            last_seen_ms: agent.seen.map(|seen| if connected { 0 } else { age(seen) }),
+            epoch: status.as_ref().map_or(0, |s| s.epoch),
+            streams: status.as_ref().map_or(0, |s| s.streams),
+            queued: self.open_tasks.load(Ordering::Relaxed),
+            allow: self.config.allow.clone(),
+            allow_vsock: self.config.allow_vsock.clone(),
+            port_pid: status.as_ref().map(|s| s.pid),
+            vhost_socket: self.dir.join(VHOST_SOCKET).display().to_string(),
+            fault: status
+                .filter(|s| !s.last_fault.is_empty())
+                .map(|s| s.last_fault),
+        }
+    }
+
+    fn agent(&self) -> MutexGuard<'_, AgentState> {
+        self.agent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All VMs by name.
+#[derive(Debug)]
+pub struct Registry {
+    run_dir: PathBuf,
+    vms: RwLock<BTreeMap<VmId, Arc<VmEntry>>>,
+}
+
+impl Registry {
+    /// Makes an empty registry; VMs get directories under `run_dir`.
+    pub fn new(run_dir: &Path) -> Self {
+        Self {
+            run_dir: run_dir.to_owned(),
+            vms: RwLock::default(),
+        }
+    }
+
+    /// Adds a VM.
+    ///
+    /// # Errors
+    /// Its name or CID is taken, or there are too many.
+    pub fn add(&self, config: VmConfig) -> Result<Arc<VmEntry>, AddError> {
+        let mut vms = self.vms.write().unwrap_or_else(PoisonError::into_inner);
+        if vms.contains_key(&config.name) {
+            return Err(AddError::NameTaken(config.name));
+        }
+        if let Some(other) = vms.values().find(|v| v.config.cid == config.cid) {
+            return Err(AddError::CidTaken {
+                cid: config.cid,
+                by: other.config.name.clone(),
+            });
+        }
+        if vms.len() >= VMS_MAX {
+            return Err(AddError::Full);
+        }
+        let entry = Arc::new(VmEntry {
+            dir: self.run_dir.join("vm").join(config.name.as_str()),
+            config,
+            queued: Notify::new(),
+            removed: CancellationToken::new(),
+            link: watch::Sender::new(None),
+            agent: Mutex::default(),
+            changed: watch::Sender::new(0),
+            open_tasks: AtomicU32::new(0),
+        });
+        vms.insert(entry.config.name.clone(), entry.clone());
+        Ok(entry)
+    }
+
+    /// Takes a VM out.
+    pub fn remove(&self, name: &VmId) -> Option<Arc<VmEntry>> {
+        self.vms
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(name)
+    }
+
+    /// Finds a VM.
+    pub fn get(&self, name: &VmId) -> Option<Arc<VmEntry>> {
+        self.vms
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .cloned()
+    }
+
+    /// All VMs, by name.
+    pub fn all(&self) -> Vec<Arc<VmEntry>> {
+        self.vms
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vm(name: &str, cid: u64) -> VmConfig {
+        VmConfig {
+            name: name.parse().unwrap(),
+            cid,
+            allow: vec![],
+            allow_vsock: vec![],
+        }
+    }
+
+    #[test]
+    fn r61_a_taken_name_or_cid_is_refused() {
+        let r = Registry::new(Path::new("/run/adit"));
+        r.add(vm("a", 3)).unwrap();
+        assert!(matches!(r.add(vm("a", 4)), Err(AddError::NameTaken(_))));
+        assert!(matches!(
+            r.add(vm("b", 3)),
+            Err(AddError::CidTaken { cid: 3, .. })
+        ));
+        r.remove(&"a".parse().unwrap()).unwrap();
+        r.add(vm("b", 3)).unwrap();
+    }
+
+    #[test]
+    fn a_newer_agent_connection_ends_the_older() {
+        let r = Registry::new(Path::new("/run/adit"));
+        let e = r.add(vm("a", 3)).unwrap();
+        let first = e.agent_connected();
+        let second = e.agent_connected();
+        assert!(first.is_cancelled() && !second.is_cancelled());
+        e.agent_gone(&first);
+        assert!(!second.is_cancelled());
+    }
+}

@@ -1,0 +1,136 @@
+//! What the parts of aditd share.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use adit_api::{Task, TaskEvent};
+use jiff::Timestamp;
+use tokio::sync::{Notify, broadcast};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::db::Db;
+use crate::metrics::Metrics;
+use crate::queue;
+use crate::registry::{Registry, VmEntry};
+
+/// Events that a slow watcher may be behind; one more and it starts over.
+const EVENTS_BEHIND_MAX: usize = 1024;
+
+/// Shared by all tasks of the process.
+pub struct State {
+    /// As read at start.
+    pub config: Config,
+    /// The port process's program.
+    pub port_binary: PathBuf,
+    /// The VMs.
+    pub registry: Registry,
+    /// The database.
+    pub db: Db,
+    /// Counters.
+    pub metrics: Metrics,
+    /// Drawn once a process.
+    pub boot_nonce: [u8; 16],
+    /// Stops everything.
+    pub stop: CancellationToken,
+    /// What expires next may have changed.
+    pub expiry: Notify,
+    events: broadcast::Sender<TaskEvent>,
+    seq: AtomicU64,
+}
+
+impl State {
+    /// Puts the parts together.
+    pub fn new(config: Config, port_binary: PathBuf, db: Db, boot_nonce: [u8; 16]) -> Arc<Self> {
+        Arc::new(Self {
+            registry: Registry::new(&config.run_dir),
+            config,
+            port_binary,
+            db,
+            metrics: Metrics::default(),
+            boot_nonce,
+            stop: CancellationToken::new(),
+            expiry: Notify::new(),
+            events: broadcast::Sender::new(EVENTS_BEHIND_MAX),
+            seq: AtomicU64::new(1),
+        })
+    }
+
+    /// Unix time. The one place where aditd reads the wall clock.
+    pub fn now_ms(&self) -> i64 {
+        Timestamp::now().as_millisecond()
+    }
+
+    /// Tells watchers what changed.
+    pub fn publish(&self, tasks: impl IntoIterator<Item = Task>) {
+        for task in tasks {
+            // Nobody may be watching.
+            let _ = self.events.send(self.event(task));
+        }
+    }
+
+    /// Numbers a change.
+    pub fn event(&self, task: Task) -> TaskEvent {
+        TaskEvent {
+            seq: self.seq.fetch_add(1, Ordering::Relaxed),
+            task,
+        }
+    }
+
+    /// Follows changes from now on.
+    pub fn subscribe(&self) -> broadcast::Receiver<TaskEvent> {
+        self.events.subscribe()
+    }
+
+    /// Counts tasks that ended.
+    pub fn count_ended(&self, tasks: &[Task]) {
+        for task in tasks.iter().filter(|t| t.state.is_terminal()) {
+            self.metrics.task_ended(queue::state_name(task.state));
+        }
+    }
+
+    /// Brings the number of a VM's open tasks up to date.
+    pub async fn refresh_open_tasks(&self, vm: &Arc<VmEntry>) {
+        let name = vm.config.name.to_string();
+        if let Ok(n) = self.db.run(move |c| queue::queued(c, &name)).await {
+            vm.set_open_tasks(n);
+        }
+    }
+
+    /// Ends tasks whose goal's time is over, exactly when it is.
+    pub async fn expire_tasks(self: Arc<Self>) {
+        while !self.stop.is_cancelled() {
+            let changed = self.expiry.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let now = self.now_ms();
+            let next = match self.db.run(move |c| queue::expire(c, now)).await {
+                Ok((ended, next)) => {
+                    self.count_ended(&ended);
+                    self.publish(ended);
+                    next
+                }
+                Err(e) => {
+                    tracing::error!(error = %e, "cannot look for expired tasks");
+                    Some(now + 10_000)
+                }
+            };
+            let due = async {
+                match next {
+                    // A clock that is set is noticed within the hour.
+                    Some(at) => {
+                        let ms = u64::try_from(at - now + 1).unwrap_or(1).min(3_600_000);
+                        tokio::time::sleep(std::time::Duration::from_millis(ms)).await;
+                    }
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = &mut changed => {}
+                () = due => {}
+                () = self.stop.cancelled() => {}
+            }
+        }
+    }
+}
