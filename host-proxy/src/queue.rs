@@ -51,7 +51,7 @@ CREATE INDEX tasks_of_goal ON tasks (digest);
 
 const OPEN: &str = "('queued', 'leased', 'started')";
 const TASK_COLUMNS: &str = "t.task_id, g.goal_id, t.vm, t.step, t.attempt, t.state, t.exit, t.reason, t.queued_ms, \
-     t.started_ms, t.ended_ms, t.out_total, t.err_total, substr(t.out_head, 1, 200)";
+     t.started_ms, t.ended_ms, t.out_total, t.err_total, coalesce(substr(t.out_head, 1, 200), x'')";
 
 /// Why a goal is not taken.
 #[derive(Debug, thiserror::Error)]

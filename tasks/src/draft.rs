@@ -10,12 +10,15 @@
 //!     file: {path: /etc/motd, content: "managed\n", mode: "0644"}
 //! ```
 
+mod place;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::goal::{Audience, Goal, GoalError, PLANNER, Step, check_steps};
 use crate::VmId;
+use crate::object::shown;
 
 /// Why a file is no draft. Names file, line, column and key.
 #[derive(Debug, thiserror::Error)]
@@ -33,12 +36,14 @@ pub enum DraftError {
         message: String,
     },
     /// A value that has the right type and cannot be used.
-    #[error("{file}:{line}: {source}")]
+    #[error("{file}:{line}:{column}: {source}")]
     Value {
         /// The file.
         file: String,
-        /// Line of the step that it is in, from 1.
-        line: usize,
+        /// From 1.
+        line: u64,
+        /// From 1.
+        column: u64,
         /// What is wrong.
         #[source]
         source: GoalError,
@@ -83,20 +88,23 @@ impl Draft {
     /// It is none; says where and why.
     pub fn parse(text: &str, file: &str) -> Result<Self, DraftError> {
         let options = serde_saphyr::options! { duplicate_keys: serde_saphyr::options::DuplicateKeyPolicy::Error };
-        let draft: Self = serde_saphyr::from_str_with_options(text, options).map_err(|e| {
+        let parse = |e: serde_saphyr::Error| {
             let e = e.without_snippet();
             let at = e.location();
-            DraftError::Parse {
-                file: file.into(),
-                line: at.map_or(0, |l| l.line()),
-                column: at.map_or(0, |l| l.column()),
-                message: e.to_string().replace('\n', " "),
-            }
-        })?;
-        let value = |source: GoalError| DraftError::Value {
-            file: file.into(),
-            line: line_of(text, &source),
-            source,
+            let (line, column) = at.map_or((0, 0), |l| (l.line(), l.column()));
+            let message = e.to_string();
+            // The parser says the place again at its end.
+            let message = message.strip_suffix(&format!(" at line {line}, column {column}")).unwrap_or(&message);
+            DraftError::Parse { file: file.into(), line, column, message: shown(&message.replace('\n', " ")) }
+        };
+        let draft: Self = serde_saphyr::from_str_with_options(text, options.clone()).map_err(parse)?;
+        let value = |source: GoalError| {
+            let place = serde_saphyr::from_str_with_options::<place::Place>(text, options.clone());
+            let (line, column) = match (&source, place) {
+                (GoalError::Value { key, .. }, Ok(place)) => place.find(key),
+                _ => (1, 1),
+            };
+            DraftError::Value { file: file.into(), line, column, source }
         };
         check_steps(&draft.steps).map_err(value)?;
         draft.seconds().map_err(value)?;
@@ -149,20 +157,6 @@ impl Draft {
     }
 }
 
-/// The line of the n-th `id:` for an error in `steps[n]`, of the key itself for others.
-fn line_of(text: &str, e: &GoalError) -> usize {
-    let GoalError::Value { key, .. } = e else { return 1 };
-    let nth = key.strip_prefix("steps[").and_then(|k| k.split(']').next()).and_then(|n| n.parse::<usize>().ok());
-    let found = match nth {
-        Some(n) => {
-            let is_id = |l: &str| l.trim_start().trim_start_matches("- ").trim_start_matches('{').starts_with("id:");
-            text.lines().enumerate().filter(|(_, l)| is_id(l)).nth(n).map(|(at, _)| at)
-        }
-        None => text.lines().position(|l| l.starts_with(key.as_str())),
-    };
-    found.map_or(1, |at| at + 1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -191,13 +185,15 @@ mod tests {
             assert!(message.contains(says), "{e}");
             assert_eq!(*at, line, "{e}");
         }
-        for (from, to, line, key) in [
-            ("/bin/sh", "sh", 3, "steps[0].script.interpreter"),
-            ("/etc/motd", "etc", 8, "steps[1].file.path"),
-            ("2h", "2 hours", 1, "valid_for"),
+        for (from, to, at, key) in [
+            ("/bin/sh", "sh", "5:20", "steps[0].script.interpreter"),
+            ("/etc/motd", "etc", "9:18", "steps[1].file.path"),
+            ("content: hi", "mode: \"9\", content: hi", "9:35", "steps[1].file.mode"),
+            ("echo hi\n", "id: x\n  - id: hello\n    script: {interpreter: /bin/sh, script: x}\n", "8:9", "steps[1].id"),
+            ("2h", "2 hours", "1:12", "valid_for"),
         ] {
             let e = Draft::parse(&GOOD.replacen(from, to, 1), "g.yaml").unwrap_err();
-            assert!(e.to_string().starts_with(&format!("g.yaml:{line}: `{key}`")), "{e}");
+            assert!(e.to_string().starts_with(&format!("g.yaml:{at}: `{key}`")), "{e}");
         }
     }
 }

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::key::{KeyId, PublicKey, TrustStore, key_id};
+use crate::object::{self, Object};
 
 /// The type of a goal's envelope.
 pub const GOAL_TYPE: &str = "application/vnd.adit.goal.v1+json";
@@ -35,7 +36,7 @@ pub enum EnvelopeError {
         len: usize,
     },
     /// Not the JSON that it should be; says line and column.
-    #[error("envelope is malformed: {0}")]
+    #[error("envelope is malformed: {}", object::shown(.0))]
     Json(#[source] serde_json::Error),
     /// A type that this build does not know.
     #[error("envelope has type `{0}`, only {GOAL_TYPE} is known")]
@@ -80,6 +81,7 @@ struct RawEnvelope {
     payload: String,
     #[serde(rename = "payloadType")]
     payload_type: String,
+    #[serde(deserialize_with = "object::list")]
     signatures: Vec<RawSignature>,
 }
 
@@ -113,7 +115,7 @@ impl Envelope {
         if bytes.len() > ENVELOPE_MAX {
             return Err(EnvelopeError::TooLong { len: bytes.len() });
         }
-        let raw: RawEnvelope = serde_json::from_slice(bytes).map_err(EnvelopeError::Json)?;
+        let Object(raw): Object<RawEnvelope> = serde_json::from_slice(bytes).map_err(EnvelopeError::Json)?;
         if raw.payload_type != GOAL_TYPE {
             let shown = raw.payload_type.escape_debug().take(64).collect();
             return Err(EnvelopeError::Type(shown));
@@ -285,6 +287,11 @@ mod tests {
             with(&|v| v["signatures"][0]["sig"] = serde_json::json!(sig[..40])),
             with(&|v| v["signatures"][0]["alg"] = serde_json::json!("none")),
             with(&|v| v["payloadType"] = serde_json::json!("application/json")),
+            with(&|v| {
+                let s = v["signatures"][0].clone();
+                v["signatures"][0] = serde_json::json!([s["keyid"], s["sig"]]);
+            }),
+            with(&|v| *v = serde_json::json!([v["payload"], v["payloadType"], v["signatures"]])),
             good.clone() + " {}",
             good.replacen("{\"payload\"", "{\"payload\":\"\",\"payload\"", 1),
         ];

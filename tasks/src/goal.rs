@@ -19,6 +19,7 @@ use uuid::Uuid;
 
 use crate::VmId;
 use crate::dsse::Verified;
+use crate::object::{self, Object};
 
 /// The planner that this build has.
 pub const PLANNER: u16 = 1;
@@ -39,7 +40,7 @@ pub const OUTPUT_CAP_MAX: u32 = 256 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum GoalError {
     /// Not the JSON that it should be; says line, column and key.
-    #[error("{0}")]
+    #[error("{}", object::shown(.0))]
     Json(#[source] serde_json::Error),
     /// A value that has the right type and cannot be used.
     #[error("`{key}`: {why}")]
@@ -66,6 +67,7 @@ pub struct Goal {
     /// Counts the goals of its key.
     pub key_seq: u64,
     /// Whom it is for.
+    #[serde(deserialize_with = "object::one")]
     pub audience: Audience,
     /// Not to be begun before.
     pub not_before: Timestamp,
@@ -74,6 +76,7 @@ pub struct Goal {
     /// Lowest planner that understands it.
     pub min_planner: u16,
     /// What is to be done, in order.
+    #[serde(deserialize_with = "object::list")]
     pub steps: Vec<Step>,
 }
 
@@ -92,10 +95,10 @@ pub struct Step {
     /// Names it within its goal: `[a-z0-9_-]`, 1 to 64 bytes.
     pub id: String,
     /// Run a program.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "object::some")]
     pub script: Option<Script>,
     /// Write a file.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "object::some")]
     pub file: Option<FileStep>,
     /// May be run again after it was cut off.
     #[serde(default, skip_serializing_if = "is_false")]
@@ -235,7 +238,7 @@ impl Goal {
     /// # Errors
     /// It is no goal.
     pub fn parse_unverified(payload: &[u8]) -> Result<Self, GoalError> {
-        let goal: Self = serde_json::from_slice(payload).map_err(GoalError::Json)?;
+        let Object(goal): Object<Self> = serde_json::from_slice(payload).map_err(GoalError::Json)?;
         if goal.min_planner > PLANNER {
             return Err(GoalError::Planner {
                 needs: goal.min_planner,
@@ -254,6 +257,10 @@ impl Goal {
         let vms = &self.audience.vms;
         if vms.is_empty() || vms.len() > AUDIENCE_MAX {
             return bad("audience.vms", format!("{} VMs, 1 to {AUDIENCE_MAX} are allowed", vms.len()));
+        }
+        let mut named = BTreeSet::new();
+        if let Some(twice) = vms.iter().find(|vm| !named.insert(*vm)) {
+            return bad("audience.vms", format!("`{twice}` is named twice"));
         }
         if self.not_after <= self.not_before {
             return bad("not_after", "must be later than not_before");
@@ -280,7 +287,7 @@ pub(crate) fn check_steps(steps: &[Step]) -> Result<(), GoalError> {
         match step.work() {
             Some(Work::Script(s)) => check_script(s, &at)?,
             Some(Work::File(f)) => check_file(f, &at)?,
-            None => return bad(&at(&step.id), "must have exactly one of `script` and `file`"),
+            None => return bad(&format!("steps[{i}]"), "must have exactly one of `script` and `file`"),
         }
     }
     Ok(())
@@ -308,6 +315,9 @@ fn check_script(s: &Script, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
     if s.timeout_s == 0 || s.timeout_s > TIMEOUT_MAX_S {
         return bad(&at("timeout_s"), format!("must be 1 to {TIMEOUT_MAX_S}"));
     }
+    if s.success_codes.is_empty() || s.success_codes.len() > 256 {
+        return bad(&at("success_codes"), "1 to 256 are allowed");
+    }
     if s.output_cap > OUTPUT_CAP_MAX {
         return bad(&at("output_cap"), format!("must be at most {OUTPUT_CAP_MAX}"));
     }
@@ -322,11 +332,17 @@ fn check_file(f: &FileStep, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
     if f.path.split('/').any(|part| part == ".." || part == ".") {
         return bad(&at("path"), "must not have `.` or `..` in it");
     }
+    if f.path.ends_with('/') {
+        return bad(&at("path"), "must name a file, not a directory");
+    }
     if f.mode_bits().is_none() {
         return bad(&at("mode"), "must be octal, such as \"0644\"");
     }
-    if f.bytes().is_none() {
+    if f.content.is_some() == f.content_base64.is_some() {
         return bad(&at("content"), "must have exactly one of `content` and `content_base64`");
+    }
+    if f.bytes().is_none() {
+        return bad(&at("content_base64"), "is not (padded, canonical) base64");
     }
     Ok(())
 }
@@ -414,6 +430,9 @@ pub(crate) mod tests {
             ("{\"A\": \"1\"}", "{\"A\": \"1\", \"A\": \"2\"}"),
             ("\"path\": \"/etc/motd\"", "\"path\": \"/etc/motd\", \"path\": \"/etc/shadow\""),
             ("\"path\": \"/etc/motd\"", "\"path\": \"/etc/motd\", \"modes\": \"0\""),
+            ("{\"vms\": [\"web-1\"]}", "[[\"web-1\"]]"),
+            ("{\"path\": \"/etc/motd\", \"content\": \"hi\\n\"}", "[\"/etc/motd\", \"hi\"]"),
+            ("\"idempotent\": true", "\"script\": null"),
             ("]}", "]} {}"),
         ] {
             assert!(GOOD.contains(from));
@@ -427,6 +446,10 @@ pub(crate) mod tests {
     fn values_that_cannot_be_used_name_their_key() {
         for (from, to, key) in [
             ("[\"web-1\"]", "[]", "audience.vms"),
+            ("[\"web-1\"]", "[\"web-1\", \"web-1\"]", "audience.vms"),
+            ("/etc/motd", "/etc/", "steps[1].file.path"),
+            ("\"content\": \"hi\\n\"", "\"content_base64\": \"!\"", "steps[1].file.content_base64"),
+            ("\"env\": {", "\"success_codes\": [], \"env\": {", "steps[0].script.success_codes"),
             ("2026-11-21", "2026-11-19", "not_after"),
             ("/bin/sh", "sh", "steps[0].script.interpreter"),
             ("\"id\": \"motd\"", "\"id\": \"hello\"", "steps[1].id"),
@@ -441,6 +464,13 @@ pub(crate) mod tests {
             let e = parse(&GOOD.replacen(from, to, 1));
             assert!(matches!(&e, Err(GoalError::Value { key: k, .. }) if k == key), "{to}: {e:?}");
         }
+    }
+
+    #[test]
+    fn r72_an_error_carries_no_terminal_sequence_and_no_flood() {
+        let key = format!("\\u001b[2J{}", "A".repeat(200_000));
+        let e = parse(&GOOD.replacen("key_seq", &key, 1)).unwrap_err().to_string();
+        assert!(e.len() < 1024 && !e.chars().any(char::is_control), "{e:.80}");
     }
 
     #[test]

@@ -70,10 +70,9 @@ pub struct PublicKey {
 impl PublicKey {
     /// The public half of a private key.
     pub fn of(private: &SigningKey, comment: &str) -> Self {
-        let comment = comment.chars().filter(|c| !c.is_control()).take(64).collect();
         Self {
             key: private.verifying_key(),
-            comment,
+            comment: self::comment(comment),
         }
     }
 
@@ -90,12 +89,13 @@ impl PublicKey {
         }
         let bytes = decode(words.next().unwrap_or_default())?;
         let key = VerifyingKey::from_bytes(&bytes).map_err(|_| KeyError::Weak)?;
-        if key.is_weak() {
+        // A point has one encoding here: a second one would be the same key under another id.
+        if key.is_weak() || key.to_edwards().compress().as_bytes() != &bytes {
             return Err(KeyError::Weak);
         }
         Ok(Self {
             key,
-            comment: words.next().unwrap_or_default().to_owned(),
+            comment: comment(words.next().unwrap_or_default()),
         })
     }
 
@@ -127,6 +127,11 @@ pub(crate) fn key_id(key: &VerifyingKey) -> KeyId {
     let mut id = [0; 16];
     id.copy_from_slice(&digest[..16]);
     KeyId(id)
+}
+
+/// It is printed: no control characters, and not endless.
+fn comment(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(64).collect()
 }
 
 fn decode(text: &str) -> Result<[u8; 32], KeyError> {
@@ -240,6 +245,25 @@ mod tests {
             let line = format!("{PUBLIC_TAG} {}", BASE64.encode(bytes));
             assert_eq!(PublicKey::parse(&line), Err(KeyError::Weak), "{hex}");
         }
+    }
+
+    #[test]
+    fn r86_a_second_encoding_of_a_point_is_refused() {
+        for low in 0xed..=0xff_u8 {
+            for high in [0x7f, 0xff] {
+                let mut bytes = [0xff; 32];
+                (bytes[0], bytes[31]) = (low, high);
+                let line = format!("{PUBLIC_TAG} {}", BASE64.encode(bytes));
+                assert_eq!(PublicKey::parse(&line), Err(KeyError::Weak), "{low:#x} {high:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn r72_a_comment_keeps_no_control_character() {
+        let line = PublicKey::of(&SigningKey::from_bytes(&[7; 32]), "").to_string();
+        let key = PublicKey::parse(&format!("{line} a\u{1b}[2Jb")).unwrap();
+        assert_eq!(key.comment(), "a[2Jb");
     }
 
     #[test]

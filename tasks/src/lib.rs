@@ -21,6 +21,7 @@ pub mod draft;
 pub mod dsse;
 pub mod goal;
 pub mod key;
+mod object;
 pub mod plan;
 mod vm_id;
 pub mod wire;

@@ -1,1 +1,35 @@
-//! placeholder
+//! The harness for real guests: Debian's kernels in QEMU, with no network device, and the real binaries on the host.
+//!
+//! | module | what |
+//! |---|---|
+//! | `image` | kernel package, initramfs and state disk → something to boot |
+//! | `cpio` | the initramfs format |
+//! | `guest` | a QEMU process and its serial line |
+//! | `host` | aditd with its directories, and `adit` and `curl` beside it |
+//! | `connect` | a CONNECT client that keeps half-close |
+//! | `process` | children that end with us |
+#![forbid(unsafe_code)]
+
+pub mod connect;
+pub mod cpio;
+pub mod guest;
+pub mod host;
+pub mod image;
+pub mod process;
+
+use std::path::{Path, PathBuf};
+
+/// The workspace's root.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(PathBuf::new, Path::to_owned)
+}
+
+/// Where cargo builds.
+pub fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
+/// Static binaries for guests.
+pub fn guest_bin(name: &str) -> PathBuf {
+    target().join("x86_64-unknown-linux-musl/guest").join(name)
+}

@@ -1,2 +1,104 @@
-//! placeholder
-fn main() {}
+//! `adit-testguest`: what the test guest serves. One static binary; a thread a connection.
+//!
+//! - `http PORT NAME`: `/` is NAME's page; `/big?mb=N` is N MiB of the test pattern; `/slow?mb=N` the same at 8 MiB/s
+//! - `tcp-echo PORT`, `vsock-echo PORT`: send back what comes, end when it ends
+#![allow(unsafe_code)] // `accept` gives a bare descriptor number
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::thread;
+use std::time::Duration;
+
+use adit_tests::connect::pattern;
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
+
+fn main() -> anyhow::Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["http", port, name] => http(port.parse()?, name),
+        ["tcp-echo", port] => tcp_echo(port.parse()?),
+        ["vsock-echo", port] => vsock_echo(port.parse()?),
+        _ => anyhow::bail!("usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT"),
+    }
+}
+
+fn tcp_echo(port: u16) -> anyhow::Result<()> {
+    for stream in TcpListener::bind(("127.0.0.1", port))?.incoming() {
+        let stream = stream?;
+        thread::Builder::new().stack_size(128 << 10).spawn(move || {
+            let _ = echo(&stream, &stream);
+            let _ = stream.shutdown(Shutdown::Write);
+        })?;
+    }
+    Ok(())
+}
+
+fn vsock_echo(port: u32) -> anyhow::Result<()> {
+    let listener = socket::socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    socket::bind(listener.as_raw_fd(), &VsockAddr::new(u32::MAX, port))?;
+    socket::listen(&listener, Backlog::MAXCONN)?;
+    loop {
+        let fd = accept(&listener)?;
+        thread::Builder::new().stack_size(128 << 10).spawn(move || {
+            // Reads, writes and shutdown are the same on every stream socket.
+            let stream = std::os::unix::net::UnixStream::from(fd);
+            let _ = echo(&stream, &stream);
+            let _ = stream.shutdown(Shutdown::Write);
+        })?;
+    }
+}
+
+fn accept(listener: &OwnedFd) -> nix::Result<OwnedFd> {
+    let fd = socket::accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
+    // SAFETY: the kernel has just made it for us, and nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn echo(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
+    let mut buf = [0; 16 << 10];
+    loop {
+        match from.read(&mut buf)? {
+            0 => return Ok(()),
+            n => to.write_all(&buf[..n])?,
+        }
+    }
+}
+
+fn http(port: u16, name: &str) -> anyhow::Result<()> {
+    for stream in TcpListener::bind(("127.0.0.1", port))?.incoming() {
+        let (stream, name) = (stream?, name.to_owned());
+        thread::Builder::new().stack_size(128 << 10).spawn(move || {
+            let _ = answer(&stream, &name);
+        })?;
+    }
+    Ok(())
+}
+
+fn answer(mut stream: &TcpStream, name: &str) -> io::Result<()> {
+    let mut reader = BufReader::new(stream);
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    let path = line.split(' ').nth(1).unwrap_or("/").to_owned();
+    while line.trim_end() != "" {
+        line.clear();
+        reader.read_line(&mut line)?;
+    }
+    let mib = path.split("mb=").nth(1).and_then(|n| n.parse::<u64>().ok());
+    let Some(mib) = mib else {
+        let page = format!("this is {name}\n");
+        return write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{page}", page.len());
+    };
+    let len = mib << 20;
+    write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {len}\r\nConnection: close\r\n\r\n")?;
+    let mut at = 0;
+    while at < len {
+        let chunk: Vec<u8> = (at..len.min(at + (64 << 10))).map(pattern).collect();
+        stream.write_all(&chunk)?;
+        at += chunk.len() as u64;
+        if path.starts_with("/slow") {
+            thread::sleep(Duration::from_millis(8));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,201 @@
+//! A guest: one QEMU process without any network device, its serial line in a file.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+use crate::image::Image;
+use crate::process::{Reaped, bound, wait_for};
+
+/// How the guest's instructions are run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accel {
+    /// By the processor.
+    Kvm,
+    /// By QEMU.
+    Tcg,
+}
+
+impl Accel {
+    /// KVM where the processor shows it and /dev/kvm opens; a nested KVM without either boots no Linux.
+    pub fn detect() -> Self {
+        let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let flags = info.lines().find(|l| l.starts_with("flags")).unwrap_or_default();
+        let shown = flags.split_whitespace().any(|f| f == "vmx" || f == "svm");
+        let opens = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+        if shown && opens { Self::Kvm } else { Self::Tcg }
+    }
+
+    /// As QEMU and people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// Who the guest is and where its device goes.
+#[derive(Clone, Debug)]
+pub struct Identity<'a> {
+    /// Host name, and the agent's VM id.
+    pub name: &'a str,
+    /// The vhost-user socket of its port process.
+    pub vhost_socket: &'a Path,
+    /// The agent to install; `None`: a guest without it.
+    pub agent: Option<&'a Path>,
+    /// The manager's public key.
+    pub trust: Option<&'a Path>,
+    /// More shell text that the guest runs when it is up.
+    pub script: &'a str,
+}
+
+/// A running guest.
+#[derive(Debug)]
+pub struct Guest {
+    qemu: Reaped,
+    dir: PathBuf,
+    started: Instant,
+    boots: usize,
+    args: Vec<String>,
+}
+
+/// Memory of a guest, MiB.
+const MEMORY_MIB: u32 = 256;
+
+impl Guest {
+    /// Boots; files go to `dir`.
+    ///
+    /// # Errors
+    /// A file cannot be written, or QEMU or the agent's installer does not start.
+    pub fn boot(image: &Image, who: &Identity<'_>, dir: &Path) -> anyhow::Result<Self> {
+        fs::create_dir_all(dir)?;
+        let initrd = dir.join("initrd");
+        image.with_overlay(&overlay(who, dir)?, &initrd)?;
+        let disk = dir.join("state.ext4");
+        if !disk.exists() {
+            fs::copy(&image.disk, &disk)?;
+        }
+        let args = qemu_args(image, who, &initrd, &disk, &dir.join("serial.log"));
+        let qemu = start(&args, dir)?;
+        Ok(Self { qemu, dir: dir.to_owned(), started: Instant::now(), boots: 1, args })
+    }
+
+    /// Kills QEMU, as a power cut would, and boots again with the same disk.
+    ///
+    /// # Errors
+    /// QEMU does not start.
+    pub fn power_cycle(&mut self) -> anyhow::Result<()> {
+        self.qemu.kill()?;
+        self.qemu = start(&self.args, &self.dir)?;
+        self.started = Instant::now();
+        self.boots = 1;
+        Ok(())
+    }
+
+    /// Waits for the next "ready" on the serial line. Returns how long it took since QEMU's start.
+    ///
+    /// # Errors
+    /// It does not come, or QEMU ends; the end of the serial log is in the message.
+    pub fn wait_ready(&mut self, limit: Duration) -> anyhow::Result<Duration> {
+        let want = self.boots;
+        self.wait_serial(&format!("boot {want}"), limit, |log| log.matches("ADIT-READY").count() >= want)?;
+        self.boots += 1;
+        Ok(self.started.elapsed())
+    }
+
+    /// Waits until the serial log satisfies a condition.
+    ///
+    /// # Errors
+    /// As [`Guest::wait_ready`].
+    pub fn wait_serial(&mut self, what: &str, limit: Duration, ok: impl Fn(&str) -> bool) -> anyhow::Result<()> {
+        let found = wait_for(what, limit, || {
+            if ok(&self.serial()) {
+                return Ok(Some(()));
+            }
+            match self.qemu.0.try_wait()? {
+                Some(status) => bail!("QEMU ended: {status}"),
+                None => Ok(None),
+            }
+        });
+        found.with_context(|| format!("guest in {}:\n{}", self.dir.display(), self.said()))
+    }
+
+    /// The serial log so far.
+    pub fn serial(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.dir.join("serial.log")).unwrap_or_default()).into_owned()
+    }
+
+    /// Process id of QEMU.
+    pub fn pid(&self) -> u32 {
+        self.qemu.pid()
+    }
+
+    /// The end of the serial log and what QEMU wrote.
+    fn said(&self) -> String {
+        let (log, err) = (self.serial(), fs::read_to_string(self.dir.join("qemu.err")).unwrap_or_default());
+        let skip = log.lines().count().saturating_sub(20);
+        let noise = |l: &&str| !l.contains("TCG doesn't support requested feature");
+        log.lines().skip(skip).chain(err.lines().filter(noise)).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// The VM's own files: host name, agent, trust anchor.
+fn overlay(who: &Identity<'_>, dir: &Path) -> anyhow::Result<PathBuf> {
+    let root = dir.join("overlay");
+    fs::create_dir_all(root.join("etc"))?;
+    fs::write(root.join("etc/hostname"), format!("{}\n", who.name))?;
+    fs::write(root.join("etc/adit-test"), who.script)?;
+    if let Some(agent) = who.agent {
+        let mut install = std::process::Command::new(agent);
+        install.args(["install", "--init", "busybox", "--vm-id", who.name, "--allow-port", "80,7,81"]);
+        install.arg("--root").arg(&root);
+        if let Some(trust) = who.trust {
+            install.arg("--trust").arg(trust);
+        }
+        crate::process::output(&mut install)?;
+    }
+    Ok(root)
+}
+
+fn qemu_args(image: &Image, who: &Identity<'_>, initrd: &Path, disk: &Path, serial: &Path) -> Vec<String> {
+    let accel = Accel::detect();
+    let cpu = if accel == Accel::Kvm { "host" } else { "max" };
+    let accel = if accel == Accel::Kvm { "kvm" } else { "tcg,thread=multi" };
+    // Without a PIT the kernel now and then hangs in calibrating the TSC against an emulated timer: name its frequency.
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let mhz = info.lines().find_map(|l| l.strip_prefix("cpu MHz")).and_then(|l| l.split(':').nth(1));
+    let tsc = mhz.map_or(String::new(), |m| format!(" tsc_early_khz={} tsc=reliable", m.trim().replace('.', "")));
+    let memory = format!("{MEMORY_MIB}M");
+    [
+        "-accel", accel, "-cpu", cpu, "-smp", "1", "-m", &memory,
+        "-nodefaults", "-no-user-config", "-display", "none",
+        "-M", "microvm,pcie=on",
+        "-object", &format!("memory-backend-memfd,id=ram,size={memory},share=on"), "-machine", "memory-backend=ram",
+        "-serial", &format!("file:{}", serial.display()),
+        "-kernel", &image.vmlinux.display().to_string(), "-initrd", &initrd.display().to_string(),
+        "-append", &format!("console=ttyS0 quiet panic=1 reboot=t mitigations=off{tsc}"),
+        "-chardev", &format!("socket,id=vu,path={}", who.vhost_socket.display()),
+        "-device", "vhost-user-vsock-pci-non-transitional,chardev=vu",
+        "-drive", &format!("if=none,id=state,format=raw,file={}", disk.display()),
+        "-device", "virtio-blk-pci-non-transitional,drive=state",
+    ]
+    .map(str::to_owned)
+    .into()
+}
+
+fn start(args: &[String], dir: &Path) -> anyhow::Result<Reaped> {
+    let err = fs::File::create(dir.join("qemu.err"))?;
+    fs::write(dir.join("serial.log"), "")?;
+    let child = bound("qemu-system-x86_64")
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(err)
+        .spawn()
+        .context("cannot start qemu-system-x86_64: apt-get install qemu-system-x86")?;
+    Ok(Reaped(child))
+}

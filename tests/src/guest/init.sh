@@ -1,0 +1,16 @@
+#!/bin/busybox sh
+# First process of the test guest: file systems, modules, state disk; then busybox init runs /etc/rc.
+b=/bin/busybox
+$b mount -t proc proc /proc
+$b mount -t sysfs sys /sys
+$b mount -t devtmpfs dev /dev
+$b mount -t tmpfs run /run
+$b mount -t cgroup2 cgroup2 /sys/fs/cgroup
+$b --install -s /bin
+while read -r m; do
+    insmod /lib/adit/$m.ko || echo "ADIT-ERROR insmod $m"
+done < /lib/adit/modules
+if [ -b /dev/vda ]; then
+    mount -t ext4 /dev/vda /var/lib || echo "ADIT-ERROR no state disk"
+fi
+exec /bin/busybox init

@@ -1,0 +1,75 @@
+//! Children that end with us, whatever way we end.
+
+use std::io;
+use std::process::{Child, Command, Output};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+/// A command whose process the kernel kills when the thread that started it ends (`prctl(PR_SET_PDEATHSIG)`).
+pub fn bound(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command
+}
+
+/// Killed and reaped when dropped.
+#[derive(Debug)]
+pub struct Reaped(pub Child);
+
+impl Reaped {
+    /// Kills it now.
+    ///
+    /// # Errors
+    /// It cannot be killed.
+    pub fn kill(&mut self) -> io::Result<()> {
+        self.0.kill()?;
+        self.0.wait().map(drop)
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        // Gone already is fine.
+        let _ = self.kill();
+    }
+}
+
+/// Runs a command to its end; its output, or what it said when it failed.
+///
+/// # Errors
+/// It cannot be started, or its status is not 0.
+pub fn output(command: &mut Command) -> anyhow::Result<Output> {
+    let shown = format!("{command:?}");
+    let out = command.output().with_context(|| format!("cannot start {shown}"))?;
+    if !out.status.success() {
+        bail!("{shown}: {}\n{}", out.status, String::from_utf8_lossy(&out.stderr).trim());
+    }
+    Ok(out)
+}
+
+/// Asks again and again until there is an answer; the name is for the message.
+///
+/// # Errors
+/// There is none in time, or asking fails.
+pub fn wait_for<T>(
+    what: &str,
+    limit: Duration,
+    mut ask: impl FnMut() -> anyhow::Result<Option<T>>,
+) -> anyhow::Result<T> {
+    let begin = Instant::now();
+    loop {
+        if let Some(answer) = ask()? {
+            return Ok(answer);
+        }
+        if begin.elapsed() > limit {
+            bail!("{what}: not after {} s", limit.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

@@ -1,0 +1,211 @@
+//! Real guests of both kernels: what a tunnel, a task and a reboot do, end to end. One boot serves a test.
+//!
+//! These need the binaries and images that `cargo xtask test` builds; alone they say so and pass.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use adit_tests::connect::{connect, pattern};
+use adit_tests::guest::{Guest, Identity};
+use adit_tests::host::Host;
+use adit_tests::image::{Image, Kernel};
+
+const BOOT: Duration = Duration::from_secs(60);
+
+/// A host and one guest with the agent, ready.
+struct Setup {
+    guest: Guest,
+    host: Host,
+}
+
+/// `None`, with the reason printed, if there is nothing to boot.
+fn setup(kernel: Kernel) -> Option<Setup> {
+    let Some(bins) = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from) else {
+        println!("skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it");
+        return None;
+    };
+    let image = Image::build(kernel, &|what| println!("{what}")).unwrap();
+    let host = Host::start(&bins, &["web-1"]).unwrap();
+    host.wait_port("web-1").unwrap();
+    assert!(host.adit(&["key", "new", "fleet.key"]).unwrap().status.success());
+    let (socket, trust) = (host.vhost_socket("web-1"), host.dir().join("fleet.key.pub"));
+    let agent = adit_tests::guest_bin("adit-guest");
+    let who =
+        Identity { name: "web-1", vhost_socket: &socket, agent: Some(&agent), trust: Some(&trust), script: "" };
+    let mut guest = Guest::boot(&image, &who, &host.dir().join("web-1")).unwrap();
+    let took = guest.wait_ready(BOOT).unwrap();
+    println!("guest {} ready after {} ms", kernel.name(), took.as_millis());
+    let setup = Setup { guest, host };
+    setup.wait_agent();
+    Some(setup)
+}
+
+impl Setup {
+    fn wait_agent(&self) {
+        let out = self.host.adit(&["wait", "web-1", "--for", "agent", "--timeout", "30s"]).unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success(), "{said}\n{}\n{}", self.guest.serial(), self.host.log());
+    }
+
+    fn curl(&self, args: &[&str]) -> String {
+        let out = self.host.curl(args).unwrap();
+        String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr)
+    }
+
+    fn adit(&self, args: &[&str]) -> (i32, String) {
+        let out = self.host.adit(args).unwrap();
+        let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+        (out.status.code().unwrap_or(-1), text)
+    }
+}
+
+/// Sends `len` bytes in odd pieces and reads them back at the same time.
+fn echo(setup: &Setup, to: &str, len: u64) {
+    let stream = connect(setup.host.proxy(), to).unwrap();
+    let mut sender = stream.try_clone().unwrap();
+    let sending = std::thread::spawn(move || {
+        let (mut at, mut piece) = (0, 1);
+        while at < len {
+            let n = (len - at).min(piece);
+            let bytes: Vec<u8> = (at..at + n).map(pattern).collect();
+            sender.write_all(&bytes).unwrap();
+            at += n;
+            piece = piece * 3 % 100_003 + 1;
+        }
+        // Half-close: the echo of what is under way still comes.
+        sender.shutdown(Shutdown::Write).unwrap();
+    });
+    let (mut at, mut buf) = (0u64, vec![0; 70_001]);
+    let mut stream = stream;
+    loop {
+        let n = stream.read(&mut buf).unwrap();
+        if n == 0 {
+            break;
+        }
+        for (i, &b) in buf[..n].iter().enumerate() {
+            assert_eq!(b, pattern(at + i as u64), "{to}: byte {} of {len}", at + i as u64);
+        }
+        at += n as u64;
+    }
+    sending.join().unwrap();
+    assert_eq!(at, len, "{to}");
+}
+
+fn tunnels(kernel: Kernel) {
+    let Some(setup) = setup(kernel) else { return };
+    // By name, absolute-form and CONNECT.
+    assert!(setup.curl(&["http://web-1/"]).contains("this is web-1"));
+    assert!(setup.curl(&["-p", "http://web-1:80/"]).contains("this is web-1"));
+    for (url, status) in [
+        ("http://web-9/", "404"),
+        ("http://web-1:8080/", "403"),
+        ("http://web-1:81/", "502"),
+        ("http://Web-1/", "404"),
+        ("http://web-1:0/", "400"),
+    ] {
+        let said = setup.curl(&[url]);
+        assert!(said.starts_with(&format!("HTTP/1.1 {status}")), "{url}: {said}");
+        assert!(said.to_lowercase().contains("proxy-status: adit; error="), "{url}: {said}");
+    }
+    // With the agent (TCP in the guest), and a plain AF_VSOCK listener.
+    for to in ["web-1:7", "vsock-5000.web-1:5000"] {
+        for len in [1, 43, 4096, 65_536, 65_537, 1 << 20, 8 << 20] {
+            echo(&setup, to, len);
+        }
+    }
+    // One after the other, at once.
+    let hash = |n: u64| (n, n * 37 % 5000);
+    for n in 0..1000 {
+        let (_, len) = hash(n);
+        echo(&setup, if n % 2 == 0 { "web-1:7" } else { "vsock-5000.web-1:5000" }, len + 1);
+    }
+}
+
+const GOAL: &str = "steps:
+  - id: hello
+    script: {interpreter: /bin/sh, script: \"echo hello from $(hostname); exit 0\\n\"}
+  - id: file
+    file: {path: /etc/motd, content: \"managed\\n\"}
+  - id: fails
+    continue_on_error: true
+    script: {interpreter: /bin/sh, script: \"echo no >&2; exit 3\\n\"}
+  - id: once
+    script: {interpreter: /bin/sh, script: \"echo ran >> /var/lib/once; cat /etc/motd\\n\"}
+";
+
+fn tasks(kernel: Kernel) {
+    let Some(mut setup) = setup(kernel) else { return };
+    std::fs::write(setup.host.dir().join("goal.yaml"), GOAL).unwrap();
+    let (code, said) =
+        setup.adit(&["goal", "apply", "goal.yaml", "--sign", "fleet.key", "--to", "web-1", "--save", "signed.json"]);
+    assert_eq!(code, 0, "{said}");
+    let (code, said) = setup.adit(&["task", "watch", "--timeout", "30s"]);
+    let (_, list) = setup.adit(&["task", "ls"]);
+    assert!(code == 0 || code == 5, "{code} {said}\n{list}\n{}\n{}", setup.guest.serial(), setup.host.log());
+    for (step, state) in [("hello", "done"), ("file", "done"), ("fails", "failed"), ("once", "done")] {
+        let line = list.lines().find(|l| l.contains(&format!(" {step} "))).unwrap_or_default();
+        assert!(line.contains(state), "{step}: {list}\n{}", setup.guest.serial());
+    }
+    assert!(list.contains("hello from web-1"), "{list}");
+
+    // One byte changed after signing: the guest refuses.
+    let signed = std::fs::read_to_string(setup.host.dir().join("signed.json")).unwrap();
+    let mut value: serde_json::Value = serde_json::from_str(&signed).unwrap();
+    let payload = value["payload"].as_str().unwrap().to_owned();
+    // "hello from" is somewhere in the base64; the id must change too, or the host knows the goal already.
+    let changed = tamper(&payload);
+    value["payload"] = changed.into();
+    std::fs::write(setup.host.dir().join("tampered.json"), value.to_string()).unwrap();
+    let (code, said) = setup.adit(&["goal", "apply", "tampered.json"]);
+    assert_eq!(code, 0, "{said}");
+    setup.adit(&["task", "watch", "--timeout", "30s"]);
+    let (_, list) = setup.adit(&["task", "ls", "--state", "refused"]);
+    assert!(list.contains("bad-signature"), "{list}");
+
+    // A result that is not acknowledged, and a reboot: the step was run once.
+    setup.guest.power_cycle().unwrap();
+    setup.guest.wait_ready(BOOT).unwrap();
+    setup.wait_agent();
+    std::fs::write(
+        setup.host.dir().join("count.yaml"),
+        "steps: [{id: count, script: {interpreter: /bin/sh, script: \"wc -l < /var/lib/once\"}}]\n",
+    )
+    .unwrap();
+    setup.adit(&["goal", "apply", "count.yaml", "--sign", "fleet.key", "--to", "web-1"]);
+    setup.adit(&["task", "watch", "--timeout", "30s"]);
+    let (_, list) = setup.adit(&["task", "ls"]);
+    let line = list.lines().find(|l| l.contains(" count ")).unwrap_or_default();
+    assert!(line.contains("done") && line.trim_end().ends_with(" 1"), "{list}\n{}", setup.guest.serial());
+}
+
+/// Changes one byte of the goal's id inside the base64 of the payload.
+fn tamper(payload: &str) -> String {
+    // {"goal_id":"0198… : the id begins at byte 12; its last digit is at byte 47, in base64 group 15.
+    let at = 47 / 3 * 4;
+    let mut bytes = payload.as_bytes().to_vec();
+    // The group of bytes 45..48 holds three hex digits; '0'..'9' share their upper bits, so this stays a digit.
+    bytes[at + 3] = if bytes[at + 3] == b'w' { b'x' } else { b'w' };
+    String::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn tunnels_6_1() {
+    tunnels(Kernel::V6_1);
+}
+
+#[test]
+fn tunnels_6_12() {
+    tunnels(Kernel::V6_12);
+}
+
+#[test]
+fn tasks_6_1() {
+    tasks(Kernel::V6_1);
+}
+
+#[test]
+fn tasks_6_12() {
+    tasks(Kernel::V6_12);
+}
