@@ -24,7 +24,9 @@ pub struct Client {
 
 impl Client {
     pub fn new(socket: &Path) -> Self {
-        Self { socket: socket.to_owned() }
+        Self {
+            socket: socket.to_owned(),
+        }
     }
 
     /// GETs JSON.
@@ -38,7 +40,11 @@ impl Client {
     }
 
     /// POSTs JSON and reads JSON.
-    pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Failure> {
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Failure> {
         let body = serde_json::to_vec(body).map_err(|e| Failure::new("internal", e.to_string()))?;
         decode(&self.bytes(Method::POST, path, Some(body)).await?)
     }
@@ -50,20 +56,39 @@ impl Client {
 
     /// GETs a body that comes bit by bit.
     pub async fn stream(&self, path: &str) -> Result<Lines, Failure> {
-        Ok(Lines { body: self.send(Method::GET, path, None).await?.into_body(), buffer: Vec::new() })
+        Ok(Lines {
+            body: self.send(Method::GET, path, None).await?.into_body(),
+            buffer: Vec::new(),
+        })
     }
 
-    async fn bytes(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Bytes, Failure> {
+    async fn bytes(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> Result<Bytes, Failure> {
         let answer = self.send(method, path, body).await?;
         let body = Limited::new(answer.into_body(), ANSWER_MAX).collect().await;
-        Ok(body.map_err(|e| Failure::new("cut-off", format!("aditd's answer was cut off: {e}")))?.to_bytes())
+        Ok(body
+            .map_err(|e| Failure::new("cut-off", format!("aditd's answer was cut off: {e}")))?
+            .to_bytes())
     }
 
-    async fn send(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Response<Incoming>, Failure> {
-        let stream = tokio::net::UnixStream::connect(&self.socket).await.map_err(|e| self.unreachable(&e))?;
-        let broken = |e: hyper::Error| Failure::new("cut-off", format!("aditd did not answer: {e}"));
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> Result<Response<Incoming>, Failure> {
+        let stream = tokio::net::UnixStream::connect(&self.socket)
+            .await
+            .map_err(|e| self.unreachable(&e))?;
+        let broken =
+            |e: hyper::Error| Failure::new("cut-off", format!("aditd did not answer: {e}"));
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(broken)?;
         tokio::spawn(connection);
         let request = Request::builder()
             .method(method)
@@ -81,7 +106,11 @@ impl Client {
         let body = body.map(|b| b.to_bytes()).unwrap_or_default();
         Err(match serde_json::from_slice::<ErrorBody>(&body) {
             Ok(e) => {
-                let code = if status == 408 { "timeout" } else { e.code.as_str() };
+                let code = if status == 408 {
+                    "timeout"
+                } else {
+                    e.code.as_str()
+                };
                 Failure::new(code, e.message).help(e.help)
             }
             Err(_) => Failure::new("http", format!("aditd answered {status}")),
@@ -97,10 +126,16 @@ impl Client {
             io::ErrorKind::ConnectionRefused => {
                 "the socket is left over from an aditd that ended: start it again with `aditd run`"
             }
-            io::ErrorKind::PermissionDenied => "run as the user that aditd runs as (the socket is 0600)",
+            io::ErrorKind::PermissionDenied => {
+                "run as the user that aditd runs as (the socket is 0600)"
+            }
             _ => "check that aditd runs",
         };
-        Failure::new("unreachable", format!("cannot reach aditd at {socket}: {e}")).help(help)
+        Failure::new(
+            "unreachable",
+            format!("cannot reach aditd at {socket}: {e}"),
+        )
+        .help(help)
     }
 }
 
@@ -123,7 +158,9 @@ impl Lines {
             }
             match self.body.frame().await {
                 None => return Ok(None),
-                Some(Ok(frame)) => self.buffer.extend_from_slice(frame.data_ref().map_or(&[][..], |d| d)),
+                Some(Ok(frame)) => self
+                    .buffer
+                    .extend_from_slice(frame.data_ref().map_or(&[][..], |d| d)),
                 Some(Err(e)) => {
                     return Err(Failure::new("cut-off", format!("aditd went away: {e}"))
                         .help("what was accepted is on its disk: run the command again"));
@@ -135,7 +172,12 @@ impl Lines {
 
 fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
     serde_json::from_slice(bytes).map_err(|e| {
-        Failure::new("bad-answer", format!("aditd's answer is not understood: {e}"))
-            .help("adit and aditd should be of one version: compare `adit version` and `aditd --version`")
+        Failure::new(
+            "bad-answer",
+            format!("aditd's answer is not understood: {e}"),
+        )
+        .help(
+            "adit and aditd should be of one version: compare `adit version` and `aditd --version`",
+        )
     })
 }

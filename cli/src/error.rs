@@ -37,7 +37,12 @@ impl Failure {
             c if c.starts_with("unknown-") => NOT_FOUND,
             _ => 1,
         };
-        Self { code: code.to_owned(), message: message.into(), help: String::new(), exit }
+        Self {
+            code: code.to_owned(),
+            message: message.into(),
+            help: String::new(),
+            exit,
+        }
     }
 
     pub fn io(what: &str, e: &io::Error) -> Self {

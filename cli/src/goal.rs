@@ -67,9 +67,12 @@ pub async fn run(command: &GoalCommand, client: &Client, format: Format) -> Resu
     match command {
         GoalCommand::Apply(apply) => run_apply(apply, client, format).await,
         GoalCommand::Show { id } => {
-            let id: uuid::Uuid = id
-                .parse()
-                .map_err(|_| Failure::new("unknown-goal", format!("`{}` is no goal id", output::escape(id))))?;
+            let id: uuid::Uuid = id.parse().map_err(|_| {
+                Failure::new(
+                    "unknown-goal",
+                    format!("`{}` is no goal id", output::escape(id)),
+                )
+            })?;
             show(&client.get(&format!("/v1/goals/{id}")).await?, format)
         }
     }
@@ -92,12 +95,17 @@ async fn run_apply(apply: &Apply, client: &Client, format: Format) -> Result<(),
             .help("a goal that is not signed yet needs --sign KEY and --to VM,…")
     })?;
     if let Some(file) = &apply.save {
-        fs::write(file, &envelope).map_err(|e| Failure::io(&format!("cannot write {}", file.display()), &e))?;
+        fs::write(file, &envelope)
+            .map_err(|e| Failure::io(&format!("cannot write {}", file.display()), &e))?;
     }
     if apply.dry_run {
         return Ok(());
     }
-    let new = NewGoal { envelope, to: apply.to.clone(), relay_unchecked: apply.relay_unchecked };
+    let new = NewGoal {
+        envelope,
+        to: apply.to.clone(),
+        relay_unchecked: apply.relay_unchecked,
+    };
     let goal: Goal = client.post("/v1/goals", &new).await?;
     show(&goal, format)
 }
@@ -115,14 +123,22 @@ fn read(file: &PathBuf) -> Result<String, Failure> {
 /// The bytes to sign.
 fn payload(apply: &Apply, text: &str) -> Result<Vec<u8>, Failure> {
     if apply.to.is_empty() {
-        return Err(Failure::new("usage", "nobody is named that the goal is for").help("name VMs with --to web-1,web-2"));
+        return Err(
+            Failure::new("usage", "nobody is named that the goal is for")
+                .help("name VMs with --to web-1,web-2"),
+        );
     }
     let vms = apply.to.iter().map(|name| {
-        name.parse::<VmId>()
-            .map_err(|e| Failure::new("unknown-vm", format!("`{}` names no VM: {e}", output::escape(name))))
+        name.parse::<VmId>().map_err(|e| {
+            Failure::new(
+                "unknown-vm",
+                format!("`{}` names no VM: {e}", output::escape(name)),
+            )
+        })
     });
-    let draft = Draft::parse(text, &apply.file.display().to_string())
-        .map_err(|e| Failure::new("bad-goal", e.to_string()).help("`adit goal apply --help` shows a goal"))?;
+    let draft = Draft::parse(text, &apply.file.display().to_string()).map_err(|e| {
+        Failure::new("bad-goal", e.to_string()).help("`adit goal apply --help` shows a goal")
+    })?;
     let now = Timestamp::now();
     let inputs = Inputs {
         goal_id: uuid::Uuid::now_v7(),
@@ -140,7 +156,12 @@ fn show(goal: &Goal, format: Format) -> Result<(), Failure> {
     if format == Format::Json {
         return output::json(goal);
     }
-    println!("goal {} ({} tasks, sha256 {})", goal.goal_id, goal.tasks.len(), task::short(&goal.digest));
+    println!(
+        "goal {} ({} tasks, sha256 {})",
+        goal.goal_id,
+        goal.tasks.len(),
+        task::short(&goal.digest)
+    );
     task::list(&goal.tasks);
     Ok(())
 }

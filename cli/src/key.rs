@@ -36,7 +36,11 @@ pub enum KeyCommand {
 
 pub fn run(command: &KeyCommand, format: Format) -> Result<(), Failure> {
     match command {
-        KeyCommand::New { file, comment, force } => new(file, comment.as_deref(), *force, format),
+        KeyCommand::New {
+            file,
+            comment,
+            force,
+        } => new(file, comment.as_deref(), *force, format),
         KeyCommand::Show { file } => show(&PublicKey::of(&read(file)?, &stem(file)), format),
     }
 }
@@ -45,20 +49,27 @@ pub fn run(command: &KeyCommand, format: Format) -> Result<(), Failure> {
 pub fn read(file: &Path) -> Result<SigningKey, Failure> {
     let shown = file.display();
     let text = fs::read_to_string(file).map(Zeroizing::new).map_err(|e| {
-        Failure::io(&format!("cannot read key {shown}"), &e).help(format!("make one with `adit key new {shown}`"))
+        Failure::io(&format!("cannot read key {shown}"), &e)
+            .help(format!("make one with `adit key new {shown}`"))
     })?;
     parse_private(&text).map_err(|e| {
-        Failure::new("bad-key", format!("{shown}: {e}")).help("--sign takes the private key, not the .pub file")
+        Failure::new("bad-key", format!("{shown}: {e}"))
+            .help("--sign takes the private key, not the .pub file")
     })
 }
 
 fn stem(file: &Path) -> String {
-    file.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+    file.file_stem()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }
 
 fn show(key: &PublicKey, format: Format) -> Result<(), Failure> {
     match format {
-        Format::Json => output::json(&serde_json::json!({ "id": key.id().to_string(), "public": key.to_string() })),
+        Format::Json => output::json(
+            &serde_json::json!({ "id": key.id().to_string(), "public": key.to_string() }),
+        ),
         Format::Table => {
             println!("{key}");
             Ok(())
@@ -68,7 +79,8 @@ fn show(key: &PublicKey, format: Format) -> Result<(), Failure> {
 
 fn new(file: &Path, comment: Option<&str>, force: bool, format: Format) -> Result<(), Failure> {
     let mut seed = Zeroizing::new([0; 32]);
-    getrandom::fill(seed.as_mut()).map_err(|e| Failure::new("io", format!("no randomness to be had: {e}")))?;
+    getrandom::fill(seed.as_mut())
+        .map_err(|e| Failure::new("io", format!("no randomness to be had: {e}")))?;
     let key = SigningKey::from_bytes(&seed);
     let public = PublicKey::of(&key, comment.unwrap_or(&stem(file)));
     write(file, 0o600, &Zeroizing::new(format_private(&key)), force)?;
@@ -78,8 +90,13 @@ fn new(file: &Path, comment: Option<&str>, force: bool, format: Format) -> Resul
     show(&public, format)?;
     if format == Format::Table {
         let public_file = Path::new(&public_file).display();
-        eprintln!("private key in {} (keep it), public key in {public_file}", file.display());
-        eprintln!("put it into an image: adit-guest install --root DIR --init systemd --vm-id NAME --trust {public_file}");
+        eprintln!(
+            "private key in {} (keep it), public key in {public_file}",
+            file.display()
+        );
+        eprintln!(
+            "put it into an image: adit-guest install --root DIR --init systemd --vm-id NAME --trust {public_file}"
+        );
     }
     Ok(())
 }
@@ -95,13 +112,21 @@ fn write(file: &Path, mode: u32, text: &str, force: bool) -> Result<(), Failure>
             _ => {}
         }
     }
-    let created = OpenOptions::new().write(true).create_new(true).mode(mode).open(file);
-    created.and_then(|mut f| f.write_all(text.as_bytes()).and_then(|()| f.sync_all())).map_err(|e| {
-        let help = match e.kind() {
-            io::ErrorKind::AlreadyExists => "a key that is lost cannot be made again: choose another name, or --force",
-            io::ErrorKind::NotFound => "make the directory first",
-            _ => "",
-        };
-        Failure::io(&format!("cannot write {shown}"), &e).help(help)
-    })
+    let created = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(file);
+    created
+        .and_then(|mut f| f.write_all(text.as_bytes()).and_then(|()| f.sync_all()))
+        .map_err(|e| {
+            let help = match e.kind() {
+                io::ErrorKind::AlreadyExists => {
+                    "a key that is lost cannot be made again: choose another name, or --force"
+                }
+                io::ErrorKind::NotFound => "make the directory first",
+                _ => "",
+            };
+            Failure::io(&format!("cannot write {shown}"), &e).help(help)
+        })
 }

@@ -38,7 +38,13 @@ Exit status:
 #[command(name = "adit", version, after_help = EXAMPLES, disable_help_subcommand = true)]
 struct Cli {
     /// Socket of aditd
-    #[arg(long, env = "ADIT_SOCKET", default_value = "/run/adit/aditd.sock", global = true, value_name = "PATH")]
+    #[arg(
+        long,
+        env = "ADIT_SOCKET",
+        default_value = "/run/adit/aditd.sock",
+        global = true,
+        value_name = "PATH"
+    )]
     socket: PathBuf,
     /// How to print: a table for people, JSON for programs
     #[arg(short, long, value_enum, default_value_t = Format::Table, global = true)]
@@ -74,7 +80,10 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(e) => return error::report(&Failure::io("cannot start", &e), cli.output),
     };

@@ -18,16 +18,17 @@ pub enum Format {
 
 /// Replaces control characters (ESC, CR, …) and such as reorder text, so that foreign text stays text.
 pub fn escape(text: &str) -> String {
-    text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
-        let reorders = matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        if c.is_control() || reorders {
-            // Writing to a String cannot fail.
-            let _ = write!(out, "{}", c.escape_default());
-        } else {
-            out.push(c);
-        }
-        out
-    })
+    text.chars()
+        .fold(String::with_capacity(text.len()), |mut out, c| {
+            let reorders = matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+            if c.is_control() || reorders {
+                // Writing to a String cannot fail.
+                let _ = write!(out, "{}", c.escape_default());
+            } else {
+                out.push(c);
+            }
+            out
+        })
 }
 
 /// Prints bytes that a guest wrote: as they are into a pipe or file, escaped (but for newline and tab) on a terminal.
@@ -53,7 +54,10 @@ pub fn json(value: &impl Serialize) -> Result<(), Failure> {
 
 /// Prints rows under a heading, columns aligned, the last one unpadded.
 pub fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) {
-    let rows: Vec<[String; N]> = rows.iter().map(|row| row.each_ref().map(|cell| escape(cell))).collect();
+    let rows: Vec<[String; N]> = rows
+        .iter()
+        .map(|row| row.each_ref().map(|cell| escape(cell)))
+        .collect();
     let mut width = heading.map(|h| h.chars().count());
     for row in &rows {
         for (w, cell) in width.iter_mut().zip(row) {
@@ -64,7 +68,11 @@ pub fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) {
         let mut text = String::new();
         for (i, (cell, w)) in cells.iter().zip(width).enumerate() {
             // Writing to a String cannot fail.
-            let _ = if i + 1 == N { write!(text, "{cell}") } else { write!(text, "{cell:<w$}  ") };
+            let _ = if i + 1 == N {
+                write!(text, "{cell}")
+            } else {
+                write!(text, "{cell:<w$}  ")
+            };
         }
         println!("{}", text.trim_end());
     };
@@ -86,9 +94,13 @@ pub fn ago(ms: Option<u64>) -> String {
 
 /// Reads `30s`, `500ms`, `2m`, `1h` (or plain seconds).
 pub fn duration(text: &str) -> Result<std::time::Duration, String> {
-    let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let at = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(at);
-    let n: u64 = number.parse().map_err(|_| format!("`{text}` is no duration: write 500ms, 30s, 2m or 1h"))?;
+    let n: u64 = number
+        .parse()
+        .map_err(|_| format!("`{text}` is no duration: write 500ms, 30s, 2m or 1h"))?;
     let ms = match unit {
         "ms" => Some(n),
         "s" | "" => n.checked_mul(1000),
@@ -96,7 +108,8 @@ pub fn duration(text: &str) -> Result<std::time::Duration, String> {
         "h" => n.checked_mul(3_600_000),
         _ => return Err(format!("`{unit}` is no unit of time: write ms, s, m or h")),
     };
-    ms.map(std::time::Duration::from_millis).ok_or_else(|| format!("`{text}` is too long"))
+    ms.map(std::time::Duration::from_millis)
+        .ok_or_else(|| format!("`{text}` is too long"))
 }
 
 #[cfg(test)]
@@ -105,7 +118,10 @@ mod tests {
 
     #[test]
     fn r72_terminal_escapes_stay_text() {
-        assert_eq!(escape("a\x1b[2Jb\r\n\u{202e}"), "a\\u{1b}[2Jb\\r\\n\\u{202e}");
+        assert_eq!(
+            escape("a\x1b[2Jb\r\n\u{202e}"),
+            "a\\u{1b}[2Jb\\r\\n\\u{202e}"
+        );
         assert_eq!(escape("grün 日本"), "grün 日本");
     }
 
@@ -114,7 +130,14 @@ mod tests {
         assert_eq!(duration("500ms").unwrap().as_millis(), 500);
         assert_eq!(duration("2m").unwrap().as_secs(), 120);
         assert_eq!(duration("7").unwrap().as_secs(), 7);
-        for bad in ["", "s", "-1s", "1d", "99999999999999999999s", "18446744073709551615h"] {
+        for bad in [
+            "",
+            "s",
+            "-1s",
+            "1d",
+            "99999999999999999999s",
+            "18446744073709551615h",
+        ] {
             assert!(duration(bad).is_err(), "{bad}");
         }
     }

@@ -58,7 +58,11 @@ pub enum Stream {
     Stderr,
 }
 
-pub async fn run(command: &TaskCommand, client: &Client, format: Format) -> Result<ExitCode, Failure> {
+pub async fn run(
+    command: &TaskCommand,
+    client: &Client,
+    format: Format,
+) -> Result<ExitCode, Failure> {
     match command {
         TaskCommand::Ls { vm, goal, state } => {
             let tasks: Vec<Task> = client.get(&list_path(vm, goal, state)?).await?;
@@ -68,14 +72,18 @@ pub async fn run(command: &TaskCommand, client: &Client, format: Format) -> Resu
             }
         }
         TaskCommand::Show { id } => show(&resolve(client, id).await?, format)?,
-        TaskCommand::Watch { goal, timeout } => return watch(client, goal.as_deref(), *timeout, format).await,
+        TaskCommand::Watch { goal, timeout } => {
+            return watch(client, goal.as_deref(), *timeout, format).await;
+        }
         TaskCommand::Output { id, stream } => {
             let task = resolve(client, id).await?;
             let name = match stream {
                 Stream::Stdout => "stdout",
                 Stream::Stderr => "stderr",
             };
-            let bytes = client.get_bytes(&format!("/v1/tasks/{}/output?stream={name}", task.task_id)).await?;
+            let bytes = client
+                .get_bytes(&format!("/v1/tasks/{}/output?stream={name}", task.task_id))
+                .await?;
             output::foreign_bytes(&bytes).map_err(|e| Failure::io("cannot print", &e))?;
         }
     }
@@ -84,11 +92,19 @@ pub async fn run(command: &TaskCommand, client: &Client, format: Format) -> Resu
 
 /// Refuses what would not be one query value.
 fn word<'a>(what: &str, text: &'a str) -> Result<&'a str, Failure> {
-    let ok = !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
-    ok.then_some(text).ok_or_else(|| Failure::new("usage", format!("`{}` is no {what}", escape(text))))
+    let ok = !text.is_empty()
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+    ok.then_some(text)
+        .ok_or_else(|| Failure::new("usage", format!("`{}` is no {what}", escape(text))))
 }
 
-fn list_path(vm: &Option<String>, goal: &Option<String>, state: &Option<String>) -> Result<String, Failure> {
+fn list_path(
+    vm: &Option<String>,
+    goal: &Option<String>,
+    state: &Option<String>,
+) -> Result<String, Failure> {
     let mut query = Vec::new();
     for (key, value) in [("vm", vm), ("goal", goal), ("state", state)] {
         if let Some(value) = value {
@@ -108,8 +124,14 @@ async fn resolve(client: &Client, id: &str) -> Result<Task, Failure> {
     found.retain(|t| t.task_id.starts_with(id));
     match found.len() {
         1 => Ok(found.swap_remove(0)),
-        0 => Err(Failure::new("unknown-task", format!("no task begins with `{id}`")).help("`adit task ls` lists them")),
-        n => Err(Failure::new("ambiguous", format!("{n} tasks begin with `{id}`")).help("give more digits")),
+        0 => Err(
+            Failure::new("unknown-task", format!("no task begins with `{id}`"))
+                .help("`adit task ls` lists them"),
+        ),
+        n => Err(
+            Failure::new("ambiguous", format!("{n} tasks begin with `{id}`"))
+                .help("give more digits"),
+        ),
     }
 }
 
@@ -153,7 +175,10 @@ pub fn list(tasks: &[Task]) {
             ]
         })
         .collect();
-    output::table(["TASK", "VM", "STEP", "TRY", "STATE", "EXIT", "SAID"], &rows);
+    output::table(
+        ["TASK", "VM", "STEP", "TRY", "STATE", "EXIT", "SAID"],
+        &rows,
+    );
 }
 
 /// Why it ended so, or what it printed first.
@@ -161,7 +186,11 @@ fn said(t: &Task) -> String {
     if !t.reason.is_empty() {
         return t.reason.clone();
     }
-    t.output_preview.lines().next().unwrap_or_default().to_owned()
+    t.output_preview
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
 }
 
 fn show(t: &Task, format: Format) -> Result<(), Failure> {
@@ -181,7 +210,13 @@ fn show(t: &Task, format: Format) -> Result<(), Failure> {
         ("queued", t.queued_at.clone()),
         ("started", or_dash(&t.started_at)),
         ("ended", or_dash(&t.ended_at)),
-        ("output", format!("{} B stdout, {} B stderr", t.output_bytes.0, t.output_bytes.1)),
+        (
+            "output",
+            format!(
+                "{} B stdout, {} B stderr",
+                t.output_bytes.0, t.output_bytes.1
+            ),
+        ),
     ] {
         println!("{key:<8} {}", escape(&value));
     }
@@ -202,12 +237,16 @@ async fn watch(
     let all = follow(client, &path, format, &mut seen);
     match timeout {
         None => all.await?,
-        Some(limit) => tokio::time::timeout(limit, all)
-            .await
-            .map_err(|_| Failure::timeout(format!("tasks have not all ended within {limit:?}")))??,
+        Some(limit) => tokio::time::timeout(limit, all).await.map_err(|_| {
+            Failure::timeout(format!("tasks have not all ended within {limit:?}"))
+        })??,
     }
     let failed = seen.values().any(|&s| s != TaskState::Done);
-    Ok(if failed { ExitCode::from(TASK_FAILED) } else { ExitCode::SUCCESS })
+    Ok(if failed {
+        ExitCode::from(TASK_FAILED)
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 /// Prints changes until the stream ends, or (without a goal) until no task is left that may change.

@@ -69,9 +69,18 @@ pub async fn run(command: &VmCommand, client: &Client, format: Format) -> Result
             }
         }
         VmCommand::Show { name } => show(&client.get(&path(name)?).await?, format)?,
-        VmCommand::Add { name, cid, allow, allow_vsock } => {
-            let new =
-                NewVm { name: name.clone(), cid: *cid, allow: allow.clone(), allow_vsock: allow_vsock.clone() };
+        VmCommand::Add {
+            name,
+            cid,
+            allow,
+            allow_vsock,
+        } => {
+            let new = NewVm {
+                name: name.clone(),
+                cid: *cid,
+                allow: allow.clone(),
+                allow_vsock: allow_vsock.clone(),
+            };
             show(&client.post("/v1/vms", &new).await?, format)?;
         }
         VmCommand::Rm { name } => {
@@ -86,12 +95,20 @@ pub async fn run(command: &VmCommand, client: &Client, format: Format) -> Result
 
 pub async fn wait(wait: &Wait, client: &Client, format: Format) -> Result<(), Failure> {
     let For::Agent = wait.condition;
-    let url = format!("{}/wait?for=agent&timeout_ms={}", path(&wait.vm)?, wait.timeout.as_millis());
+    let url = format!(
+        "{}/wait?for=agent&timeout_ms={}",
+        path(&wait.vm)?,
+        wait.timeout.as_millis()
+    );
     let vm: Vm = client.get(&url).await?;
     match format {
         Format::Json => output::json(&vm),
         Format::Table => {
-            println!("{} is ready: agent {}", vm.name, vm.agent.as_deref().unwrap_or("-"));
+            println!(
+                "{} is ready: agent {}",
+                vm.name,
+                vm.agent.as_deref().unwrap_or("-")
+            );
             Ok(())
         }
     }
@@ -100,7 +117,8 @@ pub async fn wait(wait: &Wait, client: &Client, format: Format) -> Result<(), Fa
 /// A name that is no name never becomes part of a path.
 fn path(name: &str) -> Result<String, Failure> {
     let id: adit_tasks::VmId = name.parse().map_err(|e| {
-        Failure::new("unknown-vm", format!("`{name}` names no VM: {e}")).help("`adit vm ls` lists the names")
+        Failure::new("unknown-vm", format!("`{name}` names no VM: {e}"))
+            .help("`adit vm ls` lists the names")
     })?;
     Ok(format!("/v1/vms/{id}"))
 }
@@ -135,19 +153,40 @@ fn list(vms: &[Vm]) {
             ]
         })
         .collect();
-    output::table(["VM", "CID", "STATE", "AGENT", "KERNEL", "LAST-SEEN", "QUEUE", "STREAMS"], &rows);
+    output::table(
+        [
+            "VM",
+            "CID",
+            "STATE",
+            "AGENT",
+            "KERNEL",
+            "LAST-SEEN",
+            "QUEUE",
+            "STREAMS",
+        ],
+        &rows,
+    );
 }
 
 fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
     if format == Format::Json {
         return output::json(vm);
     }
-    let ports = |list: String| if list.is_empty() { "none".to_owned() } else { list };
+    let ports = |list: String| {
+        if list.is_empty() {
+            "none".to_owned()
+        } else {
+            list
+        }
+    };
     let mut rows = vec![
         ["name", &vm.name].map(str::to_owned),
         ["state", state(vm)].map(str::to_owned),
         ["cid".into(), vm.cid.to_string()],
-        ["agent".into(), vm.agent.clone().unwrap_or_else(|| "has not spoken".into())],
+        [
+            "agent".into(),
+            vm.agent.clone().unwrap_or_else(|| "has not spoken".into()),
+        ],
         ["last seen".into(), ago(vm.last_seen_ms)],
         ["session".into(), vm.epoch.to_string()],
         ["streams".into(), vm.streams.to_string()],
@@ -157,11 +196,18 @@ fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         ["vhost-user".into(), vm.vhost_socket.clone()],
     ];
     rows.extend(vm.kernel.iter().map(|k| ["kernel".into(), k.clone()]));
-    rows.extend(vm.port_pid.iter().map(|p| ["port process".into(), p.to_string()]));
-    rows.extend(vm.fault.iter().map(|f| ["fault".into(), f.clone()]));
     rows.extend(
-        vm.enrolled_as.iter().map(|id| ["fault".into(), format!("the image is enrolled as `{id}`: rebuild it")]),
+        vm.port_pid
+            .iter()
+            .map(|p| ["port process".into(), p.to_string()]),
     );
+    rows.extend(vm.fault.iter().map(|f| ["fault".into(), f.clone()]));
+    rows.extend(vm.enrolled_as.iter().map(|id| {
+        [
+            "fault".into(),
+            format!("the image is enrolled as `{id}`: rebuild it"),
+        ]
+    }));
     for [key, value] in rows {
         println!("{key:<14} {}", output::escape(&value));
     }
@@ -169,5 +215,9 @@ fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
 }
 
 fn join(ports: &[impl ToString]) -> String {
-    ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    ports
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
 }

@@ -22,14 +22,26 @@ fn a_key_is_private_and_not_overwritten() {
     let dir = tempfile::tempdir().unwrap();
     let out = adit(dir.path(), &["key", "new", "fleet.key"]);
     assert!(out.status.success(), "{}", text(&out.stderr));
-    let mode = std::fs::metadata(dir.path().join("fleet.key")).unwrap().permissions().mode();
+    let mode = std::fs::metadata(dir.path().join("fleet.key"))
+        .unwrap()
+        .permissions()
+        .mode();
     assert_eq!(mode & 0o777, 0o600);
     let public = std::fs::read_to_string(dir.path().join("fleet.key.pub")).unwrap();
     assert_eq!(text(&out.stdout), public);
     let private = std::fs::read(dir.path().join("fleet.key")).unwrap();
-    assert_eq!(adit(dir.path(), &["key", "new", "fleet.key"]).status.code(), Some(1));
-    assert_eq!(std::fs::read(dir.path().join("fleet.key")).unwrap(), private);
-    assert_eq!(text(&adit(dir.path(), &["key", "show", "fleet.key"]).stdout), public);
+    assert_eq!(
+        adit(dir.path(), &["key", "new", "fleet.key"]).status.code(),
+        Some(1)
+    );
+    assert_eq!(
+        std::fs::read(dir.path().join("fleet.key")).unwrap(),
+        private
+    );
+    assert_eq!(
+        text(&adit(dir.path(), &["key", "show", "fleet.key"]).stdout),
+        public
+    );
 }
 
 #[test]
@@ -41,14 +53,30 @@ fn a_goal_is_signed_and_saved_and_every_signature_holds() {
         "steps:\n  - id: a\n    script: {interpreter: /bin/sh, script: \"true\"}\n",
     )
     .unwrap();
-    let args = ["goal", "apply", "g.yaml", "--sign", "k", "--to", "web-1,web-2", "--save", "s.json", "--dry-run"];
+    let args = [
+        "goal",
+        "apply",
+        "g.yaml",
+        "--sign",
+        "k",
+        "--to",
+        "web-1,web-2",
+        "--save",
+        "s.json",
+        "--dry-run",
+    ];
     let out = adit(dir.path(), &args);
     assert!(out.status.success(), "{}", text(&out.stderr));
     assert!(text(&out.stdout).contains(r#""audience":{"vms":["web-1","web-2"]}"#));
     let mut trust = adit_tasks::TrustStore::default();
-    trust.add_text(&std::fs::read_to_string(dir.path().join("k.pub")).unwrap()).unwrap();
+    trust
+        .add_text(&std::fs::read_to_string(dir.path().join("k.pub")).unwrap())
+        .unwrap();
     let envelope = std::fs::read(dir.path().join("s.json")).unwrap();
-    let verified = adit_tasks::dsse::Envelope::parse(&envelope).unwrap().verify(&trust).unwrap();
+    let verified = adit_tasks::dsse::Envelope::parse(&envelope)
+        .unwrap()
+        .verify(&trust)
+        .unwrap();
     assert_eq!(text(verified.payload()).trim(), text(&out.stdout).trim());
 }
 
@@ -56,11 +84,21 @@ fn a_goal_is_signed_and_saved_and_every_signature_holds() {
 fn a_malformed_goal_names_file_line_and_key() {
     let dir = tempfile::tempdir().unwrap();
     adit(dir.path(), &["key", "new", "k"]);
-    std::fs::write(dir.path().join("g.yaml"), "steps:\n  - id: a\n    scrpt: {}\n").unwrap();
-    let out = adit(dir.path(), &["goal", "apply", "g.yaml", "--sign", "k", "--to", "web-1"]);
+    std::fs::write(
+        dir.path().join("g.yaml"),
+        "steps:\n  - id: a\n    scrpt: {}\n",
+    )
+    .unwrap();
+    let out = adit(
+        dir.path(),
+        &["goal", "apply", "g.yaml", "--sign", "k", "--to", "web-1"],
+    );
     let said = text(&out.stderr);
     assert_eq!(out.status.code(), Some(1));
-    assert!(said.contains("g.yaml:3") && said.contains("scrpt") && said.contains("help:"), "{said}");
+    assert!(
+        said.contains("g.yaml:3") && said.contains("scrpt") && said.contains("help:"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -69,7 +107,10 @@ fn without_aditd_it_says_what_to_start() {
     let out = adit(dir.path(), &["vm", "ls"]);
     let said = text(&out.stderr);
     assert_eq!(out.status.code(), Some(3), "{said}");
-    assert!(said.contains("none.sock") && said.contains("aditd run"), "{said}");
+    assert!(
+        said.contains("none.sock") && said.contains("aditd run"),
+        "{said}"
+    );
     let out = adit(dir.path(), &["vm", "show", "Web-1", "-o", "json"]);
     assert_eq!(out.status.code(), Some(4));
     assert!(text(&out.stderr).starts_with("{\"error\":{\"code\":\"unknown-vm\""));

@@ -188,7 +188,8 @@ impl Driver {
         };
         let read = async {
             #[allow(clippy::redundant_closure)] // `receive` itself is not general over the borrow
-            while let Some((message, fd)) = when_ready(&socket, Interest::READABLE, |sock| receive(sock)).await?
+            while let Some((message, fd)) =
+                when_ready(&socket, Interest::READABLE, |sock| receive(sock)).await?
             {
                 match (message, fd) {
                     (Message::Status(status), _) => {

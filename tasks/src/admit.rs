@@ -70,7 +70,8 @@ pub fn admit(
     if trust.is_empty() {
         return deny("no-trust-anchor", VerifyError::NoAnchor.to_string());
     }
-    let envelope = Envelope::parse(&task.envelope).or_else(|e| deny("bad-envelope", e.to_string()))?;
+    let envelope =
+        Envelope::parse(&task.envelope).or_else(|e| deny("bad-envelope", e.to_string()))?;
     let verified = envelope.verify(trust).or_else(|e| {
         let code = match e {
             VerifyError::NoAnchor => "no-trust-anchor",
@@ -102,7 +103,10 @@ pub fn admit(
         if last.key_seq < seen.key_seq {
             return deny(
                 "replay",
-                format!("sequence {} of key {key}, {} was seen", last.key_seq, seen.key_seq),
+                format!(
+                    "sequence {} of key {key}, {} was seen",
+                    last.key_seq, seen.key_seq
+                ),
             );
         }
         if last.key_seq == seen.key_seq && last.digest != seen.digest {
@@ -113,11 +117,17 @@ pub fn admit(
         }
     }
     let Some(step) = goal.step(&task.step_id) else {
-        return deny("unknown-step", format!("the goal has no step `{}`", task.step_id.escape_debug()));
+        return deny(
+            "unknown-step",
+            format!("the goal has no step `{}`", task.step_id.escape_debug()),
+        );
     };
     check_attempt(task, step, &digest, me, history)?;
     if task.task_id != task_id(&digest, me, &step.id, task.attempt) {
-        return deny("task-id-mismatch", "the id is not that of goal, VM, step and attempt");
+        return deny(
+            "task-id-mismatch",
+            "the id is not that of goal, VM, step and attempt",
+        );
     }
     Ok(Admitted {
         key,
@@ -145,7 +155,10 @@ fn check_attempt(
     }
     match history.outcome(&task_id(digest, me, &step.id, before)) {
         Some(Outcome::Interrupted) => Ok(()),
-        _ => deny("attempt", format!("attempt {before} was not interrupted here")),
+        _ => deny(
+            "attempt",
+            format!("attempt {before} was not interrupted here"),
+        ),
     }
 }
 

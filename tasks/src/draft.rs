@@ -16,8 +16,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::goal::{Audience, Goal, GoalError, PLANNER, Step, check_steps};
 use crate::VmId;
+use crate::goal::{Audience, Goal, GoalError, PLANNER, Step, check_steps};
 use crate::object::shown;
 
 /// Why a file is no draft. Names file, line, column and key.
@@ -94,17 +94,30 @@ impl Draft {
             let (line, column) = at.map_or((0, 0), |l| (l.line(), l.column()));
             let message = e.to_string();
             // The parser says the place again at its end.
-            let message = message.strip_suffix(&format!(" at line {line}, column {column}")).unwrap_or(&message);
-            DraftError::Parse { file: file.into(), line, column, message: shown(&message.replace('\n', " ")) }
+            let message = message
+                .strip_suffix(&format!(" at line {line}, column {column}"))
+                .unwrap_or(&message);
+            DraftError::Parse {
+                file: file.into(),
+                line,
+                column,
+                message: shown(&message.replace('\n', " ")),
+            }
         };
-        let draft: Self = serde_saphyr::from_str_with_options(text, options.clone()).map_err(parse)?;
+        let draft: Self =
+            serde_saphyr::from_str_with_options(text, options.clone()).map_err(parse)?;
         let value = |source: GoalError| {
             let place = serde_saphyr::from_str_with_options::<place::Place>(text, options.clone());
             let (line, column) = match (&source, place) {
                 (GoalError::Value { key, .. }, Ok(place)) => place.find(key),
                 _ => (1, 1),
             };
-            DraftError::Value { file: file.into(), line, column, source }
+            DraftError::Value {
+                file: file.into(),
+                line,
+                column,
+                source,
+            }
         };
         check_steps(&draft.steps).map_err(value)?;
         draft.seconds().map_err(value)?;
@@ -120,7 +133,12 @@ impl Draft {
             key: "valid_for".into(),
             why: e.to_string(),
         };
-        let shift = |s: i64| inputs.now.checked_add(jiff::SignedDuration::from_secs(s)).map_err(range);
+        let shift = |s: i64| {
+            inputs
+                .now
+                .checked_add(jiff::SignedDuration::from_secs(s))
+                .map_err(range)
+        };
         let goal = Goal {
             goal_id: inputs.goal_id,
             key_seq: inputs.key_seq,
@@ -139,7 +157,10 @@ impl Draft {
     fn seconds(&self) -> Result<i64, GoalError> {
         let bad = || GoalError::Value {
             key: "valid_for".into(),
-            why: format!("`{}` is no duration: write 30m, 24h or 7d", self.valid_for.escape_debug()),
+            why: format!(
+                "`{}` is no duration: write 30m, 24h or 7d",
+                self.valid_for.escape_debug()
+            ),
         };
         let (number, unit) = self
             .valid_for
@@ -166,8 +187,16 @@ mod tests {
     #[test]
     fn yaml_becomes_a_goal_that_every_reader_accepts() {
         let now: Timestamp = "2026-11-20T22:00:00Z".parse().unwrap();
-        let inputs = Inputs { goal_id: Uuid::nil(), key_seq: 9, vms: vec!["web-1".parse().unwrap()], now };
-        let payload = Draft::parse(GOOD, "g.yaml").unwrap().into_payload(inputs).unwrap();
+        let inputs = Inputs {
+            goal_id: Uuid::nil(),
+            key_seq: 9,
+            vms: vec!["web-1".parse().unwrap()],
+            now,
+        };
+        let payload = Draft::parse(GOOD, "g.yaml")
+            .unwrap()
+            .into_payload(inputs)
+            .unwrap();
         let goal = Goal::parse_unverified(&payload).unwrap();
         assert_eq!(goal.not_after.to_string(), "2026-11-21T00:00:00Z");
         assert_eq!(goal.steps[0].script.as_ref().unwrap().script, "echo hi\n");
@@ -181,19 +210,37 @@ mod tests {
             ("valid_for: 2h", "valid_fr: 2h", 1, "valid_fr"),
         ] {
             let e = Draft::parse(&GOOD.replacen(from, to, 1), "g.yaml").unwrap_err();
-            let DraftError::Parse { line: at, message, .. } = &e else { panic!("{e}") };
+            let DraftError::Parse {
+                line: at, message, ..
+            } = &e
+            else {
+                panic!("{e}")
+            };
             assert!(message.contains(says), "{e}");
             assert_eq!(*at, line, "{e}");
         }
         for (from, to, at, key) in [
             ("/bin/sh", "sh", "5:20", "steps[0].script.interpreter"),
             ("/etc/motd", "etc", "9:18", "steps[1].file.path"),
-            ("content: hi", "mode: \"9\", content: hi", "9:35", "steps[1].file.mode"),
-            ("echo hi\n", "id: x\n  - id: hello\n    script: {interpreter: /bin/sh, script: x}\n", "8:9", "steps[1].id"),
+            (
+                "content: hi",
+                "mode: \"9\", content: hi",
+                "9:35",
+                "steps[1].file.mode",
+            ),
+            (
+                "echo hi\n",
+                "id: x\n  - id: hello\n    script: {interpreter: /bin/sh, script: x}\n",
+                "8:9",
+                "steps[1].id",
+            ),
             ("2h", "2 hours", "1:12", "valid_for"),
         ] {
             let e = Draft::parse(&GOOD.replacen(from, to, 1), "g.yaml").unwrap_err();
-            assert!(e.to_string().starts_with(&format!("g.yaml:{at}: `{key}`")), "{e}");
+            assert!(
+                e.to_string().starts_with(&format!("g.yaml:{at}: `{key}`")),
+                "{e}"
+            );
         }
     }
 }

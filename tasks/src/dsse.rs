@@ -68,7 +68,9 @@ pub enum VerifyError {
         found: KeyId,
     },
     /// A trusted key is named, and its signature does not hold.
-    #[error("signature of key {key} does not hold: the goal was changed after signing, or never signed")]
+    #[error(
+        "signature of key {key} does not hold: the goal was changed after signing, or never signed"
+    )]
     BadSignature {
         /// The key named.
         key: KeyId,
@@ -115,7 +117,8 @@ impl Envelope {
         if bytes.len() > ENVELOPE_MAX {
             return Err(EnvelopeError::TooLong { len: bytes.len() });
         }
-        let Object(raw): Object<RawEnvelope> = serde_json::from_slice(bytes).map_err(EnvelopeError::Json)?;
+        let Object(raw): Object<RawEnvelope> =
+            serde_json::from_slice(bytes).map_err(EnvelopeError::Json)?;
         if raw.payload_type != GOAL_TYPE {
             let shown = raw.payload_type.escape_debug().take(64).collect();
             return Err(EnvelopeError::Type(shown));
@@ -260,7 +263,10 @@ mod tests {
 
     #[test]
     fn envelope_has_golden_bytes() {
-        assert_eq!(pae(b"hi"), b"DSSEv1 33 application/vnd.adit.goal.v1+json 2 hi");
+        assert_eq!(
+            pae(b"hi"),
+            b"DSSEv1 33 application/vnd.adit.goal.v1+json 2 hi"
+        );
         assert!(sign(b"hi", &key()).starts_with(
             r#"{"payload":"aGk=","payloadType":"application/vnd.adit.goal.v1+json","signatures":[{"keyid":""#
         ));

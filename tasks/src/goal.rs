@@ -95,10 +95,18 @@ pub struct Step {
     /// Names it within its goal: `[a-z0-9_-]`, 1 to 64 bytes.
     pub id: String,
     /// Run a program.
-    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "object::some")]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "object::some"
+    )]
     pub script: Option<Script>,
     /// Write a file.
-    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "object::some")]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "object::some"
+    )]
     pub file: Option<FileStep>,
     /// May be run again after it was cut off.
     #[serde(default, skip_serializing_if = "is_false")]
@@ -141,7 +149,11 @@ pub struct Script {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub args: Vec<String>,
     /// The whole environment besides PATH, HOME, USER and LANG.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "unique_map")]
+    #[serde(
+        default,
+        skip_serializing_if = "BTreeMap::is_empty",
+        deserialize_with = "unique_map"
+    )]
     pub env: BTreeMap<String, String>,
     /// Working directory.
     #[serde(default = "root_dir")]
@@ -196,9 +208,9 @@ impl FileStep {
 
     /// The mode bits; `None` cannot happen in a goal that was parsed.
     pub fn mode_bits(&self) -> Option<u32> {
-        u32::from_str_radix(&self.mode, 8)
-            .ok()
-            .filter(|&m| m <= 0o7777 && (3..=4).contains(&self.mode.len()) && !self.mode.starts_with('+'))
+        u32::from_str_radix(&self.mode, 8).ok().filter(|&m| {
+            m <= 0o7777 && (3..=4).contains(&self.mode.len()) && !self.mode.starts_with('+')
+        })
     }
 }
 
@@ -238,7 +250,8 @@ impl Goal {
     /// # Errors
     /// It is no goal.
     pub fn parse_unverified(payload: &[u8]) -> Result<Self, GoalError> {
-        let Object(goal): Object<Self> = serde_json::from_slice(payload).map_err(GoalError::Json)?;
+        let Object(goal): Object<Self> =
+            serde_json::from_slice(payload).map_err(GoalError::Json)?;
         if goal.min_planner > PLANNER {
             return Err(GoalError::Planner {
                 needs: goal.min_planner,
@@ -256,7 +269,10 @@ impl Goal {
     fn check(&self) -> Result<(), GoalError> {
         let vms = &self.audience.vms;
         if vms.is_empty() || vms.len() > AUDIENCE_MAX {
-            return bad("audience.vms", format!("{} VMs, 1 to {AUDIENCE_MAX} are allowed", vms.len()));
+            return bad(
+                "audience.vms",
+                format!("{} VMs, 1 to {AUDIENCE_MAX} are allowed", vms.len()),
+            );
         }
         let mut named = BTreeSet::new();
         if let Some(twice) = vms.iter().find(|vm| !named.insert(*vm)) {
@@ -272,7 +288,10 @@ impl Goal {
 /// Checks what types cannot say.
 pub(crate) fn check_steps(steps: &[Step]) -> Result<(), GoalError> {
     if steps.is_empty() || steps.len() > STEPS_MAX {
-        return bad("steps", format!("{} steps, 1 to {STEPS_MAX} are allowed", steps.len()));
+        return bad(
+            "steps",
+            format!("{} steps, 1 to {STEPS_MAX} are allowed", steps.len()),
+        );
     }
     let mut ids = BTreeSet::new();
     for (i, step) in steps.iter().enumerate() {
@@ -282,12 +301,20 @@ pub(crate) fn check_steps(steps: &[Step]) -> Result<(), GoalError> {
             return bad(&at("id"), "must be 1 to 64 of a-z, 0-9, _ and -");
         }
         if !ids.insert(&step.id) {
-            return bad(&at("id"), format!("`{}` is taken by an earlier step", step.id));
+            return bad(
+                &at("id"),
+                format!("`{}` is taken by an earlier step", step.id),
+            );
         }
         match step.work() {
             Some(Work::Script(s)) => check_script(s, &at)?,
             Some(Work::File(f)) => check_file(f, &at)?,
-            None => return bad(&format!("steps[{i}]"), "must have exactly one of `script` and `file`"),
+            None => {
+                return bad(
+                    &format!("steps[{i}]"),
+                    "must have exactly one of `script` and `file`",
+                );
+            }
         }
     }
     Ok(())
@@ -307,9 +334,15 @@ fn check_script(s: &Script, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
     }
     for (name, value) in &s.env {
         no_nul(value, &at("env"))?;
-        let first_ok = name.bytes().next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
+        let first_ok = name
+            .bytes()
+            .next()
+            .is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
         if !first_ok || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
-            return bad(&at("env"), format!("`{}` is no variable name", name.escape_debug()));
+            return bad(
+                &at("env"),
+                format!("`{}` is no variable name", name.escape_debug()),
+            );
         }
     }
     if s.timeout_s == 0 || s.timeout_s > TIMEOUT_MAX_S {
@@ -319,7 +352,10 @@ fn check_script(s: &Script, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
         return bad(&at("success_codes"), "1 to 256 are allowed");
     }
     if s.output_cap > OUTPUT_CAP_MAX {
-        return bad(&at("output_cap"), format!("must be at most {OUTPUT_CAP_MAX}"));
+        return bad(
+            &at("output_cap"),
+            format!("must be at most {OUTPUT_CAP_MAX}"),
+        );
     }
     Ok(())
 }
@@ -339,7 +375,10 @@ fn check_file(f: &FileStep, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
         return bad(&at("mode"), "must be octal, such as \"0644\"");
     }
     if f.content.is_some() == f.content_base64.is_some() {
-        return bad(&at("content"), "must have exactly one of `content` and `content_base64`");
+        return bad(
+            &at("content"),
+            "must have exactly one of `content` and `content_base64`",
+        );
     }
     if f.bytes().is_none() {
         return bad(&at("content_base64"), "is not (padded, canonical) base64");
@@ -384,7 +423,10 @@ fn unique_map<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, String
                     return Err(A::Error::custom(format!("more than {ENV_MAX} entries")));
                 }
                 if out.contains_key(&key) {
-                    return Err(A::Error::custom(format!("duplicate key `{}`", key.escape_debug())));
+                    return Err(A::Error::custom(format!(
+                        "duplicate key `{}`",
+                        key.escape_debug()
+                    )));
                 }
                 out.insert(key, value);
             }
@@ -414,7 +456,10 @@ pub(crate) mod tests {
         let goal = parse(GOOD).unwrap();
         let script = goal.steps[0].script.as_ref().unwrap();
         assert_eq!((script.timeout_s, script.run_as.as_str()), (60, "root"));
-        assert_eq!(goal.steps[1].file.as_ref().unwrap().mode_bits(), Some(0o644));
+        assert_eq!(
+            goal.steps[1].file.as_ref().unwrap().mode_bits(),
+            Some(0o644)
+        );
         assert_eq!(parse(&serde_json::to_string(&goal).unwrap()).unwrap(), goal);
     }
 
@@ -423,21 +468,38 @@ pub(crate) mod tests {
         for (from, to) in [
             ("\"key_seq\": 5", "\"key_seq\": 5, \"key_seq\": 6"),
             ("\"key_seq\": 5", "\"key_seq\": 5, \"keyseq\": 6"),
-            ("{\"vms\": [\"web-1\"]}", "{\"vms\": [\"web-1\"], \"vms\": [\"web-2\"]}"),
-            ("{\"vms\": [\"web-1\"]}", "{\"vms\": [\"web-1\"], \"labels\": []}"),
+            (
+                "{\"vms\": [\"web-1\"]}",
+                "{\"vms\": [\"web-1\"], \"vms\": [\"web-2\"]}",
+            ),
+            (
+                "{\"vms\": [\"web-1\"]}",
+                "{\"vms\": [\"web-1\"], \"labels\": []}",
+            ),
             ("\"id\": \"hello\"", "\"id\": \"hello\", \"id\": \"x\""),
             ("\"id\": \"hello\"", "\"id\": \"hello\", \"when\": 1"),
             ("{\"A\": \"1\"}", "{\"A\": \"1\", \"A\": \"2\"}"),
-            ("\"path\": \"/etc/motd\"", "\"path\": \"/etc/motd\", \"path\": \"/etc/shadow\""),
-            ("\"path\": \"/etc/motd\"", "\"path\": \"/etc/motd\", \"modes\": \"0\""),
+            (
+                "\"path\": \"/etc/motd\"",
+                "\"path\": \"/etc/motd\", \"path\": \"/etc/shadow\"",
+            ),
+            (
+                "\"path\": \"/etc/motd\"",
+                "\"path\": \"/etc/motd\", \"modes\": \"0\"",
+            ),
             ("{\"vms\": [\"web-1\"]}", "[[\"web-1\"]]"),
-            ("{\"path\": \"/etc/motd\", \"content\": \"hi\\n\"}", "[\"/etc/motd\", \"hi\"]"),
+            (
+                "{\"path\": \"/etc/motd\", \"content\": \"hi\\n\"}",
+                "[\"/etc/motd\", \"hi\"]",
+            ),
             ("\"idempotent\": true", "\"script\": null"),
             ("]}", "]} {}"),
         ] {
             assert!(GOOD.contains(from));
             let e = parse(&GOOD.replacen(from, to, 1));
-            let Err(GoalError::Json(e)) = e else { panic!("{to}: {e:?}") };
+            let Err(GoalError::Json(e)) = e else {
+                panic!("{to}: {e:?}")
+            };
             assert!(e.line() > 0 && e.column() > 0, "{to}: {e}");
         }
     }
@@ -448,8 +510,16 @@ pub(crate) mod tests {
             ("[\"web-1\"]", "[]", "audience.vms"),
             ("[\"web-1\"]", "[\"web-1\", \"web-1\"]", "audience.vms"),
             ("/etc/motd", "/etc/", "steps[1].file.path"),
-            ("\"content\": \"hi\\n\"", "\"content_base64\": \"!\"", "steps[1].file.content_base64"),
-            ("\"env\": {", "\"success_codes\": [], \"env\": {", "steps[0].script.success_codes"),
+            (
+                "\"content\": \"hi\\n\"",
+                "\"content_base64\": \"!\"",
+                "steps[1].file.content_base64",
+            ),
+            (
+                "\"env\": {",
+                "\"success_codes\": [], \"env\": {",
+                "steps[0].script.success_codes",
+            ),
             ("2026-11-21", "2026-11-19", "not_after"),
             ("/bin/sh", "sh", "steps[0].script.interpreter"),
             ("\"id\": \"motd\"", "\"id\": \"hello\"", "steps[1].id"),
@@ -457,20 +527,40 @@ pub(crate) mod tests {
             ("/etc/motd", "/etc/../motd", "steps[1].file.path"),
             ("/etc/motd", "etc/motd", "steps[1].file.path"),
             ("/etc/motd", "/etc/motd\\u0000", "steps[1].file.path"),
-            ("\"content\": \"hi\\n\"", "\"mode\": \"0644\"", "steps[1].file.content"),
-            ("\"content\"", "\"mode\": \"9\", \"content\"", "steps[1].file.mode"),
-            ("\"env\": {\"A\"", "\"env\": {\"A=B\"", "steps[0].script.env"),
+            (
+                "\"content\": \"hi\\n\"",
+                "\"mode\": \"0644\"",
+                "steps[1].file.content",
+            ),
+            (
+                "\"content\"",
+                "\"mode\": \"9\", \"content\"",
+                "steps[1].file.mode",
+            ),
+            (
+                "\"env\": {\"A\"",
+                "\"env\": {\"A=B\"",
+                "steps[0].script.env",
+            ),
         ] {
             let e = parse(&GOOD.replacen(from, to, 1));
-            assert!(matches!(&e, Err(GoalError::Value { key: k, .. }) if k == key), "{to}: {e:?}");
+            assert!(
+                matches!(&e, Err(GoalError::Value { key: k, .. }) if k == key),
+                "{to}: {e:?}"
+            );
         }
     }
 
     #[test]
     fn r72_an_error_carries_no_terminal_sequence_and_no_flood() {
         let key = format!("\\u001b[2J{}", "A".repeat(200_000));
-        let e = parse(&GOOD.replacen("key_seq", &key, 1)).unwrap_err().to_string();
-        assert!(e.len() < 1024 && !e.chars().any(char::is_control), "{e:.80}");
+        let e = parse(&GOOD.replacen("key_seq", &key, 1))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            e.len() < 1024 && !e.chars().any(char::is_control),
+            "{e:.80}"
+        );
     }
 
     #[test]

@@ -254,7 +254,11 @@ mod tests {
                 let mut bytes = [0xff; 32];
                 (bytes[0], bytes[31]) = (low, high);
                 let line = format!("{PUBLIC_TAG} {}", BASE64.encode(bytes));
-                assert_eq!(PublicKey::parse(&line), Err(KeyError::Weak), "{low:#x} {high:#x}");
+                assert_eq!(
+                    PublicKey::parse(&line),
+                    Err(KeyError::Weak),
+                    "{low:#x} {high:#x}"
+                );
             }
         }
     }

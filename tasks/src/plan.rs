@@ -77,7 +77,10 @@ mod tests {
     fn a_plan_has_the_steps_in_order() {
         let goal = Goal::parse_unverified(crate::goal::tests::GOOD.as_bytes()).unwrap();
         let tasks = plan(&goal, &[0; 32], &"web-1".parse().unwrap());
-        let steps: Vec<_> = tasks.iter().map(|t| (t.step_id.as_str(), t.attempt, t.idempotent)).collect();
+        let steps: Vec<_> = tasks
+            .iter()
+            .map(|t| (t.step_id.as_str(), t.attempt, t.idempotent))
+            .collect();
         assert_eq!(steps, [("hello", 1, false), ("motd", 1, true)]);
     }
 }

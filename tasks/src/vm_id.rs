@@ -93,7 +93,10 @@ mod tests {
             assert_eq!(good.parse::<VmId>().map(String::from).as_deref(), Ok(good));
         }
         let long = "x".repeat(1 << 20);
-        for bad in ["", "Web-1", "wéb", "web-1.", "web_1", "..", "a/b", "web\0", " web", "web ", "-a", "a-", "%41", "ａ", &long] {
+        for bad in [
+            "", "Web-1", "wéb", "web-1.", "web_1", "..", "a/b", "web\0", " web", "web ", "-a",
+            "a-", "%41", "ａ", &long,
+        ] {
             assert!(bad.parse::<VmId>().is_err(), "{bad:.40}");
         }
     }

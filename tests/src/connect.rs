@@ -26,8 +26,16 @@ pub fn connect(proxy: SocketAddr, to: &str) -> io::Result<TcpStream> {
         }
         head.push(byte[0]);
     }
-    let line = String::from_utf8_lossy(&head).lines().next().unwrap_or_default().to_owned();
-    if line.starts_with("HTTP/1.1 200") { Ok(stream) } else { Err(io::Error::other(line)) }
+    let line = String::from_utf8_lossy(&head)
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_owned();
+    if line.starts_with("HTTP/1.1 200") {
+        Ok(stream)
+    } else {
+        Err(io::Error::other(line))
+    }
 }
 
 /// The byte of the test pattern at an offset: no two pieces of it look alike.

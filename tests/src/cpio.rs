@@ -19,7 +19,11 @@ const MODE_LINK: u32 = 0o120_000;
 impl<W: Write> Writer<W> {
     /// Begins an archive.
     pub fn new(out: W) -> Self {
-        Self { out, written: 0, inode: 1 }
+        Self {
+            out,
+            written: 0,
+            inode: 1,
+        }
     }
 
     /// Adds a directory.

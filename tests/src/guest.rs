@@ -23,9 +23,16 @@ impl Accel {
     /// KVM where the processor shows it and /dev/kvm opens; a nested KVM without either boots no Linux.
     pub fn detect() -> Self {
         let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let flags = info.lines().find(|l| l.starts_with("flags")).unwrap_or_default();
+        let flags = info
+            .lines()
+            .find(|l| l.starts_with("flags"))
+            .unwrap_or_default();
         let shown = flags.split_whitespace().any(|f| f == "vmx" || f == "svm");
-        let opens = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+        let opens = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .is_ok();
         if shown && opens { Self::Kvm } else { Self::Tcg }
     }
 
@@ -81,7 +88,13 @@ impl Guest {
         }
         let args = qemu_args(image, who, &initrd, &disk, &dir.join("serial.log"));
         let qemu = start(&args, dir)?;
-        Ok(Self { qemu, dir: dir.to_owned(), started: Instant::now(), boots: 1, args })
+        Ok(Self {
+            qemu,
+            dir: dir.to_owned(),
+            started: Instant::now(),
+            boots: 1,
+            args,
+        })
     }
 
     /// Kills QEMU, as a power cut would, and boots again with the same disk.
@@ -102,7 +115,9 @@ impl Guest {
     /// It does not come, or QEMU ends; the end of the serial log is in the message.
     pub fn wait_ready(&mut self, limit: Duration) -> anyhow::Result<Duration> {
         let want = self.boots;
-        self.wait_serial(&format!("boot {want}"), limit, |log| log.matches("ADIT-READY").count() >= want)?;
+        self.wait_serial(&format!("boot {want}"), limit, |log| {
+            log.matches("ADIT-READY").count() >= want
+        })?;
         self.boots += 1;
         Ok(self.started.elapsed())
     }
@@ -111,7 +126,12 @@ impl Guest {
     ///
     /// # Errors
     /// As [`Guest::wait_ready`].
-    pub fn wait_serial(&mut self, what: &str, limit: Duration, ok: impl Fn(&str) -> bool) -> anyhow::Result<()> {
+    pub fn wait_serial(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        ok: impl Fn(&str) -> bool,
+    ) -> anyhow::Result<()> {
         let found = wait_for(what, limit, || {
             if ok(&self.serial()) {
                 return Ok(Some(()));
@@ -126,7 +146,8 @@ impl Guest {
 
     /// The serial log so far.
     pub fn serial(&self) -> String {
-        String::from_utf8_lossy(&fs::read(self.dir.join("serial.log")).unwrap_or_default()).into_owned()
+        String::from_utf8_lossy(&fs::read(self.dir.join("serial.log")).unwrap_or_default())
+            .into_owned()
     }
 
     /// Process id of QEMU.
@@ -136,10 +157,17 @@ impl Guest {
 
     /// The end of the serial log and what QEMU wrote.
     fn said(&self) -> String {
-        let (log, err) = (self.serial(), fs::read_to_string(self.dir.join("qemu.err")).unwrap_or_default());
+        let (log, err) = (
+            self.serial(),
+            fs::read_to_string(self.dir.join("qemu.err")).unwrap_or_default(),
+        );
         let skip = log.lines().count().saturating_sub(20);
         let noise = |l: &&str| !l.contains("TCG doesn't support requested feature");
-        log.lines().skip(skip).chain(err.lines().filter(noise)).collect::<Vec<_>>().join("\n")
+        log.lines()
+            .skip(skip)
+            .chain(err.lines().filter(noise))
+            .collect::<Vec<_>>()
+            .join("\n")
     }
 }
 
@@ -151,7 +179,15 @@ fn overlay(who: &Identity<'_>, dir: &Path) -> anyhow::Result<PathBuf> {
     fs::write(root.join("etc/adit-test"), who.script)?;
     if let Some(agent) = who.agent {
         let mut install = std::process::Command::new(agent);
-        install.args(["install", "--init", "busybox", "--vm-id", who.name, "--allow-port", "80,7,81"]);
+        install.args([
+            "install",
+            "--init",
+            "busybox",
+            "--vm-id",
+            who.name,
+            "--allow-port",
+            "80,7,81",
+        ]);
         install.arg("--root").arg(&root);
         if let Some(trust) = who.trust {
             install.arg("--trust").arg(trust);
@@ -161,27 +197,65 @@ fn overlay(who: &Identity<'_>, dir: &Path) -> anyhow::Result<PathBuf> {
     Ok(root)
 }
 
-fn qemu_args(image: &Image, who: &Identity<'_>, initrd: &Path, disk: &Path, serial: &Path) -> Vec<String> {
+fn qemu_args(
+    image: &Image,
+    who: &Identity<'_>,
+    initrd: &Path,
+    disk: &Path,
+    serial: &Path,
+) -> Vec<String> {
     let accel = Accel::detect();
     let cpu = if accel == Accel::Kvm { "host" } else { "max" };
-    let accel = if accel == Accel::Kvm { "kvm" } else { "tcg,thread=multi" };
+    let accel = if accel == Accel::Kvm {
+        "kvm"
+    } else {
+        "tcg,thread=multi"
+    };
     // Without a PIT the kernel now and then hangs in calibrating the TSC against an emulated timer: name its frequency.
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let mhz = info.lines().find_map(|l| l.strip_prefix("cpu MHz")).and_then(|l| l.split(':').nth(1));
-    let tsc = mhz.map_or(String::new(), |m| format!(" tsc_early_khz={} tsc=reliable", m.trim().replace('.', "")));
+    let mhz = info
+        .lines()
+        .find_map(|l| l.strip_prefix("cpu MHz"))
+        .and_then(|l| l.split(':').nth(1));
+    let tsc = mhz.map_or(String::new(), |m| {
+        format!(" tsc_early_khz={} tsc=reliable", m.trim().replace('.', ""))
+    });
     let memory = format!("{MEMORY_MIB}M");
     [
-        "-accel", accel, "-cpu", cpu, "-smp", "1", "-m", &memory,
-        "-nodefaults", "-no-user-config", "-display", "none",
-        "-M", "microvm,pcie=on",
-        "-object", &format!("memory-backend-memfd,id=ram,size={memory},share=on"), "-machine", "memory-backend=ram",
-        "-serial", &format!("file:{}", serial.display()),
-        "-kernel", &image.vmlinux.display().to_string(), "-initrd", &initrd.display().to_string(),
-        "-append", &format!("console=ttyS0 quiet panic=1 reboot=t mitigations=off{tsc}"),
-        "-chardev", &format!("socket,id=vu,path={}", who.vhost_socket.display()),
-        "-device", "vhost-user-vsock-pci-non-transitional,chardev=vu",
-        "-drive", &format!("if=none,id=state,format=raw,file={}", disk.display()),
-        "-device", "virtio-blk-pci-non-transitional,drive=state",
+        "-accel",
+        accel,
+        "-cpu",
+        cpu,
+        "-smp",
+        "1",
+        "-m",
+        &memory,
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-M",
+        "microvm,pcie=on",
+        "-object",
+        &format!("memory-backend-memfd,id=ram,size={memory},share=on"),
+        "-machine",
+        "memory-backend=ram",
+        "-serial",
+        &format!("file:{}", serial.display()),
+        "-kernel",
+        &image.vmlinux.display().to_string(),
+        "-initrd",
+        &initrd.display().to_string(),
+        "-append",
+        &format!("console=ttyS0 quiet panic=1 reboot=t mitigations=off{tsc}"),
+        "-chardev",
+        &format!("socket,id=vu,path={}", who.vhost_socket.display()),
+        "-device",
+        "vhost-user-vsock-pci-non-transitional,chardev=vu",
+        "-drive",
+        &format!("if=none,id=state,format=raw,file={}", disk.display()),
+        "-device",
+        "virtio-blk-pci-non-transitional,drive=state",
     ]
     .map(str::to_owned)
     .into()

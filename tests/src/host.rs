@@ -40,7 +40,12 @@ impl Host {
             ));
         }
         fs::write(dir.path().join("aditd.toml"), config)?;
-        let mut host = Self { aditd: None, bins: bins.to_owned(), dir, proxy: SocketAddr::from(([127, 0, 0, 1], 0)) };
+        let mut host = Self {
+            aditd: None,
+            bins: bins.to_owned(),
+            dir,
+            proxy: SocketAddr::from(([127, 0, 0, 1], 0)),
+        };
         host.launch()?;
         Ok(host)
     }
@@ -52,7 +57,10 @@ impl Host {
     pub fn launch(&mut self) -> anyhow::Result<()> {
         let address = self.dir.path().join("run/proxy.addr");
         let _ = fs::remove_file(&address);
-        let log = fs::OpenOptions::new().create(true).append(true).open(self.dir.path().join("aditd.log"))?;
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.dir.path().join("aditd.log"))?;
         let child = bound(self.bins.join("aditd"))
             .arg("run")
             .arg("--config")
@@ -63,7 +71,9 @@ impl Host {
             .spawn()
             .with_context(|| format!("cannot start aditd of {}", self.bins.display()))?;
         self.aditd = Some(Reaped(child));
-        let served = wait_for("aditd serves", START_LIMIT, || Ok(fs::read_to_string(&address).ok()));
+        let served = wait_for("aditd serves", START_LIMIT, || {
+            Ok(fs::read_to_string(&address).ok())
+        });
         let text = served.with_context(|| format!("aditd said:\n{}", self.log()))?;
         self.proxy = text.trim().parse()?;
         Ok(())
@@ -105,7 +115,9 @@ impl Host {
     /// They do not come.
     pub fn wait_port(&self, vm: &str) -> anyhow::Result<()> {
         let socket = self.vhost_socket(vm);
-        let waited = wait_for("port process", START_LIMIT, || Ok(socket.exists().then_some(())));
+        let waited = wait_for("port process", START_LIMIT, || {
+            Ok(socket.exists().then_some(()))
+        });
         waited.with_context(|| format!("aditd said:\n{}", self.log()))
     }
 
@@ -115,7 +127,10 @@ impl Host {
     /// It cannot be started.
     pub fn adit(&self, args: &[&str]) -> anyhow::Result<Output> {
         let mut command = Command::new(self.bins.join("adit"));
-        command.args(args).env("ADIT_SOCKET", self.dir.path().join("run/aditd.sock")).current_dir(self.dir.path());
+        command
+            .args(args)
+            .env("ADIT_SOCKET", self.dir.path().join("run/aditd.sock"))
+            .current_dir(self.dir.path());
         Ok(command.output()?)
     }
 
@@ -126,7 +141,9 @@ impl Host {
     pub fn curl(&self, args: &[&str]) -> anyhow::Result<Output> {
         let proxy = format!("http://{}", self.proxy);
         let mut command = Command::new("curl");
-        command.args(["-sS", "-i", "--max-time", "60", "-x", &proxy]).args(args);
+        command
+            .args(["-sS", "-i", "--max-time", "60", "-x", &proxy])
+            .args(args);
         Ok(command.output()?)
     }
 
@@ -137,7 +154,9 @@ impl Host {
     pub fn shut_down(&self) -> anyhow::Result<()> {
         let socket = self.dir.path().join("run/aditd.sock");
         let mut command = Command::new("curl");
-        command.args(["-sS", "-X", "POST", "--max-time", "10", "--unix-socket"]).arg(socket);
+        command
+            .args(["-sS", "-X", "POST", "--max-time", "10", "--unix-socket"])
+            .arg(socket);
         output(command.arg("http://aditd/v1/shutdown?ports=true")).map(drop)
     }
 }

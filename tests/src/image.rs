@@ -53,7 +53,9 @@ impl std::str::FromStr for Kernel {
         match s {
             "6.1" => Ok(Self::V6_1),
             "6.12" => Ok(Self::V6_12),
-            _ => Err(format!("`{s}` is no kernel that is known here: 6.1 or 6.12")),
+            _ => Err(format!(
+                "`{s}` is no kernel that is known here: 6.1 or 6.12"
+            )),
         }
     }
 }
@@ -90,7 +92,10 @@ impl Image {
         let vmlinux = tree.join("vmlinux");
         if !vmlinux.exists() {
             say("unpacking the kernel");
-            extract(&tree.join("boot").join(format!("vmlinuz-{release}")), &vmlinux)?;
+            extract(
+                &tree.join("boot").join(format!("vmlinuz-{release}")),
+                &vmlinux,
+            )?;
         }
         let initrd = base.join(format!("initrd-{}", kernel.name()));
         let newest = [crate::guest_bin("adit-testguest"), std::env::current_exe()?];
@@ -103,7 +108,12 @@ impl Image {
         if !disk.exists() {
             make_disk(&disk)?;
         }
-        Ok(Self { kernel, vmlinux, initrd, disk })
+        Ok(Self {
+            kernel,
+            vmlinux,
+            initrd,
+            disk,
+        })
     }
 
     /// Writes an initramfs with the files below `root` on top.
@@ -137,19 +147,32 @@ fn package(kernel: Kernel) -> anyhow::Result<String> {
     let depends = || -> anyhow::Result<Option<String>> {
         let out = output(Command::new("apt-cache").args(["depends", kernel.meta_package()]))?;
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
-        let line = text.lines().find_map(|l| l.trim().strip_prefix("Depends: linux-image-"));
+        let line = text
+            .lines()
+            .find_map(|l| l.trim().strip_prefix("Depends: linux-image-"));
         Ok(line.map(|rest| format!("linux-image-{rest}")))
     };
     if let Ok(Some(name)) = depends() {
         return Ok(name);
     }
     output(Command::new("apt-get").args(["-q", "update"]))?;
-    depends()?.ok_or_else(|| anyhow!("apt knows no {}: is bookworm-security among its sources?", kernel.meta_package()))
+    depends()?.ok_or_else(|| {
+        anyhow!(
+            "apt knows no {}: is bookworm-security among its sources?",
+            kernel.meta_package()
+        )
+    })
 }
 
 fn unpack(package: &str, cache: &Path, tree: &Path) -> anyhow::Result<()> {
     let dir = tempfile::tempdir_in(cache)?;
-    let download = || output(Command::new("apt-get").args(["-q", "download", package]).current_dir(dir.path()));
+    let download = || {
+        output(
+            Command::new("apt-get")
+                .args(["-q", "download", package])
+                .current_dir(dir.path()),
+        )
+    };
     if download().is_err() {
         output(Command::new("apt-get").args(["-q", "update"]))?;
         download()?;
@@ -174,17 +197,28 @@ fn unpack(package: &str, cache: &Path, tree: &Path) -> anyhow::Result<()> {
 /// The ELF image out of a bzImage (Linux Documentation/arch/x86/boot.rst: setup_sects, payload_offset, payload_length).
 fn extract(bzimage: &Path, to: &Path) -> anyhow::Result<()> {
     let bytes = fs::read(bzimage).with_context(|| format!("no {}", bzimage.display()))?;
-    let word = |at: usize| bytes.get(at..at + 4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize);
+    let word = |at: usize| {
+        bytes
+            .get(at..at + 4)
+            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize)
+    };
     let header = (bytes.get(0x1f1), word(0x248), word(0x24c));
-    let (Some(&sectors), Some(offset), Some(len)) = header else { bail!("{} is no bzImage", bzimage.display()) };
+    let (Some(&sectors), Some(offset), Some(len)) = header else {
+        bail!("{} is no bzImage", bzimage.display())
+    };
     let begin = (usize::from(sectors) + 1) * 512 + offset;
-    let payload = bytes.get(begin..begin + len).ok_or_else(|| anyhow!("{} is cut", bzimage.display()))?;
+    let payload = bytes
+        .get(begin..begin + len)
+        .ok_or_else(|| anyhow!("{} is cut", bzimage.display()))?;
     let tool = match payload {
         [0x02, 0x21, 0x4c, 0x18, ..] => "lz4",
         [0xfd, b'7', b'z', ..] => "xz",
         [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
         [0x1f, 0x8b, ..] => "gzip",
-        _ => bail!("{} is packed in a way that is not known here", bzimage.display()),
+        _ => bail!(
+            "{} is packed in a way that is not known here",
+            bzimage.display()
+        ),
     };
     // Behind the packed kernel stands its length, about which the tools complain.
     let elf = filter(tool, &["-dcq"], payload)?;
@@ -221,27 +255,61 @@ fn filter(program: &str, args: &[&str], input: &[u8]) -> anyhow::Result<Vec<u8>>
 fn make_disk(disk: &Path) -> anyhow::Result<()> {
     let part = disk.with_extension("part");
     fs::File::create(&part)?.set_len(DISK_MIB << 20)?;
-    let mke2fs = if Path::new("/usr/sbin/mke2fs").exists() { "/usr/sbin/mke2fs" } else { "/sbin/mke2fs" };
-    output(Command::new(mke2fs).args(["-F", "-q", "-t", "ext4", "-E", "lazy_itable_init=0"]).arg(&part))?;
+    let mke2fs = if Path::new("/usr/sbin/mke2fs").exists() {
+        "/usr/sbin/mke2fs"
+    } else {
+        "/sbin/mke2fs"
+    };
+    output(
+        Command::new(mke2fs)
+            .args(["-F", "-q", "-t", "ext4", "-E", "lazy_itable_init=0"])
+            .arg(&part),
+    )?;
     fs::rename(part, disk)?;
     Ok(())
 }
 
 fn initramfs(modules: &Path) -> anyhow::Result<Vec<u8>> {
     let mut archive = cpio::Writer::new(Vec::new());
-    for dir in ["bin", "sbin", "usr", "usr/sbin", "usr/bin", "dev", "proc", "sys", "tmp", "run", "etc", "etc/init.d", "root"] {
+    for dir in [
+        "bin",
+        "sbin",
+        "usr",
+        "usr/sbin",
+        "usr/bin",
+        "dev",
+        "proc",
+        "sys",
+        "tmp",
+        "run",
+        "etc",
+        "etc/init.d",
+        "root",
+    ] {
         archive.dir(dir)?;
     }
     for dir in ["var", "var/lib", "lib", "lib/adit", "mnt", "srv", "opt"] {
         archive.dir(dir)?;
     }
-    archive.file("bin/busybox", 0o755, &fs::read("/bin/busybox").or_else(|_| fs::read("/usr/bin/busybox"))?)?;
+    archive.file(
+        "bin/busybox",
+        0o755,
+        &fs::read("/bin/busybox").or_else(|_| fs::read("/usr/bin/busybox"))?,
+    )?;
     let testguest = crate::guest_bin("adit-testguest");
-    archive.file("bin/adit-testguest", 0o755, &fs::read(&testguest).with_context(|| format!("no {}", testguest.display()))?)?;
+    archive.file(
+        "bin/adit-testguest",
+        0o755,
+        &fs::read(&testguest).with_context(|| format!("no {}", testguest.display()))?,
+    )?;
     archive.file("init", 0o755, INIT.as_bytes())?;
     archive.file("etc/rc", 0o755, RC.as_bytes())?;
     archive.file("etc/inittab", 0o644, INITTAB.as_bytes())?;
-    archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n")?;
+    archive.file(
+        "etc/passwd",
+        0o644,
+        b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n",
+    )?;
     archive.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
     let mut order = String::new();
     for (name, bytes) in load_order(modules)? {
@@ -257,8 +325,10 @@ fn initramfs(modules: &Path) -> anyhow::Result<Vec<u8>> {
 fn load_order(dir: &Path) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
     let mut files = BTreeMap::new();
     find_modules(dir, &mut files)?;
-    let builtin: BTreeSet<String> =
-        fs::read_to_string(dir.join("modules.builtin"))?.lines().map(|l| module_name(Path::new(l))).collect();
+    let builtin: BTreeSet<String> = fs::read_to_string(dir.join("modules.builtin"))?
+        .lines()
+        .map(|l| module_name(Path::new(l)))
+        .collect();
     let mut order = Vec::new();
     let mut seen = BTreeSet::new();
     for name in MODULES.iter().chain(&FILE_SYSTEM) {
@@ -269,7 +339,10 @@ fn load_order(dir: &Path) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
 
 fn module_name(path: &Path) -> String {
     let file = path.file_name().unwrap_or_default().to_string_lossy();
-    file.split(".ko").next().unwrap_or_default().replace('-', "_")
+    file.split(".ko")
+        .next()
+        .unwrap_or_default()
+        .replace('-', "_")
 }
 
 fn find_modules(dir: &Path, files: &mut BTreeMap<String, PathBuf>) -> anyhow::Result<()> {
@@ -297,7 +370,11 @@ fn add_module(
     }
     let Some(path) = files.get(&name) else {
         // The file system's helpers differ between kernels; what is really missing shows at the mount.
-        return if FILE_SYSTEM.contains(&name.as_str()) { Ok(()) } else { Err(anyhow!("the kernel has no module {name}")) };
+        return if FILE_SYSTEM.contains(&name.as_str()) {
+            Ok(())
+        } else {
+            Err(anyhow!("the kernel has no module {name}"))
+        };
     };
     let packed = fs::read(path)?;
     let bytes = match path.extension().and_then(|e| e.to_str()) {
@@ -310,7 +387,10 @@ fn add_module(
     if let Some(at) = bytes.windows(key.len()).position(|w| w == key) {
         let rest = &bytes[at + key.len()..];
         let list = rest.split(|&b| b == 0).next().unwrap_or_default();
-        for dependency in String::from_utf8_lossy(list).split(',').filter(|d| !d.is_empty()) {
+        for dependency in String::from_utf8_lossy(list)
+            .split(',')
+            .filter(|d| !d.is_empty())
+        {
             add_module(dependency, files, builtin, seen, order)?;
         }
     }

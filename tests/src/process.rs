@@ -46,9 +46,15 @@ impl Drop for Reaped {
 /// It cannot be started, or its status is not 0.
 pub fn output(command: &mut Command) -> anyhow::Result<Output> {
     let shown = format!("{command:?}");
-    let out = command.output().with_context(|| format!("cannot start {shown}"))?;
+    let out = command
+        .output()
+        .with_context(|| format!("cannot start {shown}"))?;
     if !out.status.success() {
-        bail!("{shown}: {}\n{}", out.status, String::from_utf8_lossy(&out.stderr).trim());
+        bail!(
+            "{shown}: {}\n{}",
+            out.status,
+            String::from_utf8_lossy(&out.stderr).trim()
+        );
     }
     Ok(out)
 }

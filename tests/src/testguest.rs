@@ -19,33 +19,44 @@ fn main() -> anyhow::Result<()> {
         ["http", port, name] => http(port.parse()?, name),
         ["tcp-echo", port] => tcp_echo(port.parse()?),
         ["vsock-echo", port] => vsock_echo(port.parse()?),
-        _ => anyhow::bail!("usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT"),
+        _ => {
+            anyhow::bail!("usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT")
+        }
     }
 }
 
 fn tcp_echo(port: u16) -> anyhow::Result<()> {
     for stream in TcpListener::bind(("127.0.0.1", port))?.incoming() {
         let stream = stream?;
-        thread::Builder::new().stack_size(128 << 10).spawn(move || {
-            let _ = echo(&stream, &stream);
-            let _ = stream.shutdown(Shutdown::Write);
-        })?;
+        thread::Builder::new()
+            .stack_size(128 << 10)
+            .spawn(move || {
+                let _ = echo(&stream, &stream);
+                let _ = stream.shutdown(Shutdown::Write);
+            })?;
     }
     Ok(())
 }
 
 fn vsock_echo(port: u32) -> anyhow::Result<()> {
-    let listener = socket::socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let listener = socket::socket(
+        AddressFamily::Vsock,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
     socket::bind(listener.as_raw_fd(), &VsockAddr::new(u32::MAX, port))?;
     socket::listen(&listener, Backlog::MAXCONN)?;
     loop {
         let fd = accept(&listener)?;
-        thread::Builder::new().stack_size(128 << 10).spawn(move || {
-            // Reads, writes and shutdown are the same on every stream socket.
-            let stream = std::os::unix::net::UnixStream::from(fd);
-            let _ = echo(&stream, &stream);
-            let _ = stream.shutdown(Shutdown::Write);
-        })?;
+        thread::Builder::new()
+            .stack_size(128 << 10)
+            .spawn(move || {
+                // Reads, writes and shutdown are the same on every stream socket.
+                let stream = std::os::unix::net::UnixStream::from(fd);
+                let _ = echo(&stream, &stream);
+                let _ = stream.shutdown(Shutdown::Write);
+            })?;
     }
 }
 
@@ -68,9 +79,11 @@ fn echo(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
 fn http(port: u16, name: &str) -> anyhow::Result<()> {
     for stream in TcpListener::bind(("127.0.0.1", port))?.incoming() {
         let (stream, name) = (stream?, name.to_owned());
-        thread::Builder::new().stack_size(128 << 10).spawn(move || {
-            let _ = answer(&stream, &name);
-        })?;
+        thread::Builder::new()
+            .stack_size(128 << 10)
+            .spawn(move || {
+                let _ = answer(&stream, &name);
+            })?;
     }
     Ok(())
 }
@@ -87,10 +100,17 @@ fn answer(mut stream: &TcpStream, name: &str) -> io::Result<()> {
     let mib = path.split("mb=").nth(1).and_then(|n| n.parse::<u64>().ok());
     let Some(mib) = mib else {
         let page = format!("this is {name}\n");
-        return write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{page}", page.len());
+        return write!(
+            stream,
+            "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{page}",
+            page.len()
+        );
     };
     let len = mib << 20;
-    write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {len}\r\nConnection: close\r\n\r\n")?;
+    write!(
+        stream,
+        "HTTP/1.1 200 OK\r\nContent-Length: {len}\r\nConnection: close\r\n\r\n"
+    )?;
     let mut at = 0;
     while at < len {
         let chunk: Vec<u8> = (at..len.min(at + (64 << 10))).map(pattern).collect();

@@ -23,20 +23,36 @@ struct Setup {
 /// `None`, with the reason printed, if there is nothing to boot.
 fn setup(kernel: Kernel) -> Option<Setup> {
     let Some(bins) = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from) else {
-        println!("skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it");
+        println!(
+            "skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it"
+        );
         return None;
     };
     let image = Image::build(kernel, &|what| println!("{what}")).unwrap();
     let host = Host::start(&bins, &["web-1"]).unwrap();
     host.wait_port("web-1").unwrap();
-    assert!(host.adit(&["key", "new", "fleet.key"]).unwrap().status.success());
+    assert!(
+        host.adit(&["key", "new", "fleet.key"])
+            .unwrap()
+            .status
+            .success()
+    );
     let (socket, trust) = (host.vhost_socket("web-1"), host.dir().join("fleet.key.pub"));
     let agent = adit_tests::guest_bin("adit-guest");
-    let who =
-        Identity { name: "web-1", vhost_socket: &socket, agent: Some(&agent), trust: Some(&trust), script: "" };
+    let who = Identity {
+        name: "web-1",
+        vhost_socket: &socket,
+        agent: Some(&agent),
+        trust: Some(&trust),
+        script: "",
+    };
     let mut guest = Guest::boot(&image, &who, &host.dir().join("web-1")).unwrap();
     let took = guest.wait_ready(BOOT).unwrap();
-    println!("guest {} ready after {} ms", kernel.name(), took.as_millis());
+    println!(
+        "guest {} ready after {} ms",
+        kernel.name(),
+        took.as_millis()
+    );
     let setup = Setup { guest, host };
     setup.wait_agent();
     Some(setup)
@@ -44,9 +60,17 @@ fn setup(kernel: Kernel) -> Option<Setup> {
 
 impl Setup {
     fn wait_agent(&self) {
-        let out = self.host.adit(&["wait", "web-1", "--for", "agent", "--timeout", "30s"]).unwrap();
+        let out = self
+            .host
+            .adit(&["wait", "web-1", "--for", "agent", "--timeout", "30s"])
+            .unwrap();
         let said = String::from_utf8_lossy(&out.stderr);
-        assert!(out.status.success(), "{said}\n{}\n{}", self.guest.serial(), self.host.log());
+        assert!(
+            out.status.success(),
+            "{said}\n{}\n{}",
+            self.guest.serial(),
+            self.host.log()
+        );
     }
 
     fn curl(&self, args: &[&str]) -> String {
@@ -56,7 +80,8 @@ impl Setup {
 
     fn adit(&self, args: &[&str]) -> (i32, String) {
         let out = self.host.adit(args).unwrap();
-        let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+        let text = String::from_utf8_lossy(&out.stdout).into_owned()
+            + &String::from_utf8_lossy(&out.stderr);
         (out.status.code().unwrap_or(-1), text)
     }
 }
@@ -85,7 +110,12 @@ fn echo(setup: &Setup, to: &str, len: u64) {
             break;
         }
         for (i, &b) in buf[..n].iter().enumerate() {
-            assert_eq!(b, pattern(at + i as u64), "{to}: byte {} of {len}", at + i as u64);
+            assert_eq!(
+                b,
+                pattern(at + i as u64),
+                "{to}: byte {} of {len}",
+                at + i as u64
+            );
         }
         at += n as u64;
     }
@@ -97,7 +127,11 @@ fn tunnels(kernel: Kernel) {
     let Some(setup) = setup(kernel) else { return };
     // By name, absolute-form and CONNECT.
     assert!(setup.curl(&["http://web-1/"]).contains("this is web-1"));
-    assert!(setup.curl(&["-p", "http://web-1:80/"]).contains("this is web-1"));
+    assert!(
+        setup
+            .curl(&["-p", "http://web-1:80/"])
+            .contains("this is web-1")
+    );
     for (url, status) in [
         ("http://web-9/", "404"),
         ("http://web-1:8080/", "403"),
@@ -106,8 +140,14 @@ fn tunnels(kernel: Kernel) {
         ("http://web-1:0/", "400"),
     ] {
         let said = setup.curl(&[url]);
-        assert!(said.starts_with(&format!("HTTP/1.1 {status}")), "{url}: {said}");
-        assert!(said.to_lowercase().contains("proxy-status: adit; error="), "{url}: {said}");
+        assert!(
+            said.starts_with(&format!("HTTP/1.1 {status}")),
+            "{url}: {said}"
+        );
+        assert!(
+            said.to_lowercase().contains("proxy-status: adit; error="),
+            "{url}: {said}"
+        );
     }
     // With the agent (TCP in the guest), and a plain AF_VSOCK listener.
     for to in ["web-1:7", "vsock-5000.web-1:5000"] {
@@ -119,7 +159,15 @@ fn tunnels(kernel: Kernel) {
     let hash = |n: u64| (n, n * 37 % 5000);
     for n in 0..1000 {
         let (_, len) = hash(n);
-        echo(&setup, if n % 2 == 0 { "web-1:7" } else { "vsock-5000.web-1:5000" }, len + 1);
+        echo(
+            &setup,
+            if n % 2 == 0 {
+                "web-1:7"
+            } else {
+                "vsock-5000.web-1:5000"
+            },
+            len + 1,
+        );
     }
 }
 
@@ -132,21 +180,49 @@ const GOAL: &str = "steps:
     continue_on_error: true
     script: {interpreter: /bin/sh, script: \"echo no >&2; exit 3\\n\"}
   - id: once
-    script: {interpreter: /bin/sh, script: \"echo ran >> /var/lib/once; cat /etc/motd\\n\"}
+    script: {interpreter: /bin/sh, script: \"echo ran >> /var/lib/once; sync; cat /etc/motd\\n\"}
 ";
 
 fn tasks(kernel: Kernel) {
-    let Some(mut setup) = setup(kernel) else { return };
+    let Some(mut setup) = setup(kernel) else {
+        return;
+    };
     std::fs::write(setup.host.dir().join("goal.yaml"), GOAL).unwrap();
-    let (code, said) =
-        setup.adit(&["goal", "apply", "goal.yaml", "--sign", "fleet.key", "--to", "web-1", "--save", "signed.json"]);
+    let (code, said) = setup.adit(&[
+        "goal",
+        "apply",
+        "goal.yaml",
+        "--sign",
+        "fleet.key",
+        "--to",
+        "web-1",
+        "--save",
+        "signed.json",
+    ]);
     assert_eq!(code, 0, "{said}");
     let (code, said) = setup.adit(&["task", "watch", "--timeout", "30s"]);
     let (_, list) = setup.adit(&["task", "ls"]);
-    assert!(code == 0 || code == 5, "{code} {said}\n{list}\n{}\n{}", setup.guest.serial(), setup.host.log());
-    for (step, state) in [("hello", "done"), ("file", "done"), ("fails", "failed"), ("once", "done")] {
-        let line = list.lines().find(|l| l.contains(&format!(" {step} "))).unwrap_or_default();
-        assert!(line.contains(state), "{step}: {list}\n{}", setup.guest.serial());
+    assert!(
+        code == 0 || code == 5,
+        "{code} {said}\n{list}\n{}\n{}",
+        setup.guest.serial(),
+        setup.host.log()
+    );
+    for (step, state) in [
+        ("hello", "done"),
+        ("file", "done"),
+        ("fails", "failed"),
+        ("once", "done"),
+    ] {
+        let line = list
+            .lines()
+            .find(|l| l.contains(&format!(" {step} ")))
+            .unwrap_or_default();
+        assert!(
+            line.contains(state),
+            "{step}: {list}\n{}",
+            setup.guest.serial()
+        );
     }
     assert!(list.contains("hello from web-1"), "{list}");
 
@@ -173,11 +249,26 @@ fn tasks(kernel: Kernel) {
         "steps: [{id: count, script: {interpreter: /bin/sh, script: \"wc -l < /var/lib/once\"}}]\n",
     )
     .unwrap();
-    setup.adit(&["goal", "apply", "count.yaml", "--sign", "fleet.key", "--to", "web-1"]);
+    setup.adit(&[
+        "goal",
+        "apply",
+        "count.yaml",
+        "--sign",
+        "fleet.key",
+        "--to",
+        "web-1",
+    ]);
     setup.adit(&["task", "watch", "--timeout", "30s"]);
     let (_, list) = setup.adit(&["task", "ls"]);
-    let line = list.lines().find(|l| l.contains(" count ")).unwrap_or_default();
-    assert!(line.contains("done") && line.trim_end().ends_with(" 1"), "{list}\n{}", setup.guest.serial());
+    let line = list
+        .lines()
+        .find(|l| l.contains(" count "))
+        .unwrap_or_default();
+    assert!(
+        line.contains("done") && line.trim_end().ends_with(" 1"),
+        "{list}\n{}",
+        setup.guest.serial()
+    );
 }
 
 /// Changes one byte of the goal's id inside the base64 of the payload.

@@ -1,2 +1,74 @@
-//! placeholder
-fn main() {}
+//! `cargo xtask`: what a newcomer types. `demo` and `test` install what is missing, so that a fresh Debian 12 with a Rust
+//! toolchain needs nothing else.
+
+mod bench;
+mod demo;
+mod progress;
+mod setup;
+mod test;
+
+use std::process::ExitCode;
+
+use adit_tests::image::{Image, Kernel};
+use clap::{Parser, Subcommand};
+
+const EXAMPLES: &str = "\
+Examples:
+  cargo xtask demo                     # two VMs without a network, reached by name, signed work in both
+  cargo xtask demo --kernel 6.12 --keep
+  cargo xtask test                     # everything; prints a table of seconds
+  cargo xtask bench vsock --json";
+
+/// Shows, tests and measures adit.
+#[derive(Parser)]
+#[command(name = "cargo xtask", after_help = EXAMPLES)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Do the main job in front of you, with real VMs
+    Demo(demo::Options),
+    /// Pass every test; set up what is missing first
+    Test(test::Options),
+    /// Build what a guest boots
+    GuestImage {
+        /// 6.1 or 6.12
+        #[arg(long, default_value = "6.1")]
+        kernel: Kernel,
+    },
+    /// Measure beside a peer in the same run
+    Bench(bench::Options),
+}
+
+fn main() -> ExitCode {
+    let done = match Args::parse().command {
+        Command::Demo(options) => demo::run(&options),
+        Command::Test(options) => test::run(&options),
+        Command::GuestImage { kernel } => guest_image(kernel).map(|()| true),
+        Command::Bench(options) => bench::run(&options),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(e) => {
+            eprintln!("xtask: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn guest_image(kernel: Kernel) -> anyhow::Result<()> {
+    setup::run()?;
+    setup::guest_binaries()?;
+    let image = Image::build(kernel, &|what| progress::line(what))?;
+    println!(
+        "kernel  {}\ninitrd  {}\ndisk    {}",
+        image.vmlinux.display(),
+        image.initrd.display(),
+        image.disk.display()
+    );
+    Ok(())
+}

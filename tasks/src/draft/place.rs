@@ -28,7 +28,9 @@ impl Place {
         for part in path.split(['.', '[']) {
             let next = match &at.0.value {
                 Inner::Map(map) => map.get(part),
-                Inner::List(list) => part.strip_suffix(']').and_then(|n| list.get(n.parse::<usize>().ok()?)),
+                Inner::List(list) => part
+                    .strip_suffix(']')
+                    .and_then(|n| list.get(n.parse::<usize>().ok()?)),
                 Inner::Scalar => None,
             };
             match next {

@@ -1,0 +1,346 @@
+//! The steps, each with the commands that a user would type. A step returns its evidence, or says what was wrong.
+
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+
+use super::BOOT_LIMIT;
+use super::stage::{Stage, VMS, expect};
+
+/// A step.
+pub struct Step {
+    pub name: &'static str,
+    pub title: &'static str,
+    pub run: fn(&mut Stage) -> anyhow::Result<String>,
+}
+
+/// All of them, in order.
+pub const ALL: [Step; 9] = [
+    Step {
+        name: "vms",
+        title: "which VMs are there",
+        run: vms,
+    },
+    Step {
+        name: "by-name",
+        title: "stock curl reaches a server inside each, by name",
+        run: by_name,
+    },
+    Step {
+        name: "failures",
+        title: "failures are answers",
+        run: failures,
+    },
+    Step {
+        name: "goal",
+        title: "a signed goal runs in both",
+        run: goal,
+    },
+    Step {
+        name: "refused",
+        title: "what was not signed so, or not for this VM, the guest refuses",
+        run: refused,
+    },
+    Step {
+        name: "aditd-killed",
+        title: "aditd is killed in the middle of a task and of downloads",
+        run: aditd_killed,
+    },
+    Step {
+        name: "agent-killed",
+        title: "the agent is killed in the middle of a task",
+        run: agent_killed,
+    },
+    Step {
+        name: "guest-rebooted",
+        title: "a guest reboots in the middle of a task",
+        run: guest_rebooted,
+    },
+    Step {
+        name: "late-result",
+        title: "a result that nobody took arrives after a reboot",
+        run: late_result,
+    },
+];
+
+fn vms(stage: &mut Stage) -> anyhow::Result<String> {
+    let said = stage.adit(&["vm", "ls"])?.text;
+    let ready = said
+        .lines()
+        .filter(|l| VMS.iter().any(|vm| l.starts_with(vm)) && l.contains(" ready "))
+        .count();
+    ensure!(ready == VMS.len(), "{ready} VMs are ready:\n{said}");
+    Ok(said)
+}
+
+fn by_name(stage: &mut Stage) -> anyhow::Result<String> {
+    let mut pages = String::new();
+    for vm in VMS {
+        for how in [&[][..], &["-p"]] {
+            // For CONNECT curl adds the port by itself.
+            let said = stage.curl(&[how, &[&format!("http://{vm}/")]].concat())?;
+            expect(&said, &format!("this is {vm}"))?;
+            pages += said.lines().last().unwrap_or_default();
+            pages.push('\n');
+        }
+    }
+    Ok(pages)
+}
+
+fn failures(stage: &mut Stage) -> anyhow::Result<String> {
+    let mut evidence = String::new();
+    for (url, status, error) in [
+        ("http://nobody/", "404", "destination_not_found"),
+        ("http://web-1:8080/", "403", "http_request_denied"),
+        ("http://web-1:81/", "502", "connection_refused"),
+    ] {
+        let said = stage.curl(&[url])?;
+        ensure!(
+            said.starts_with(&format!("HTTP/1.1 {status}")),
+            "{url}: {said}"
+        );
+        expect(
+            &said.to_lowercase(),
+            &format!("proxy-status: adit; error={error}"),
+        )?;
+        evidence += &format!("{url}: {status} {error}\n");
+    }
+    Ok(evidence)
+}
+
+const GOAL: &str = "\
+steps:
+  - id: hello
+    script: {interpreter: /bin/sh, script: \"echo hello from $(hostname), kernel $(uname -r)\\n\"}
+  - id: motd
+    idempotent: true
+    file: {path: /etc/motd, content: \"managed by adit\\n\", mode: \"0644\"}
+  - id: fails
+    continue_on_error: true
+    script: {interpreter: /bin/sh, script: \"echo this one fails >&2; exit 3\\n\"}
+";
+
+fn goal(stage: &mut Stage) -> anyhow::Result<String> {
+    let id = stage.goal("goal.yaml", GOAL, "web-1,web-2", &["--save", "signed.json"])?;
+    let tasks = stage.finish(&id)?;
+    ensure!(tasks.len() == 6, "{tasks:?}");
+    for vm in VMS {
+        let of_vm: Vec<_> = tasks
+            .iter()
+            .filter(|t| t.vm == vm)
+            .map(|t| t.state.as_str())
+            .collect();
+        ensure!(of_vm == ["done", "done", "failed"], "{vm}: {of_vm:?}");
+        ensure!(
+            tasks
+                .iter()
+                .any(|t| t.vm == vm && t.output.contains(&format!("hello from {vm}"))),
+            "{tasks:?}"
+        );
+    }
+    Ok("6 tasks ended as they should; output and exit status came back".into())
+}
+
+fn refused(stage: &mut Stage) -> anyhow::Result<String> {
+    // One digit of the goal's id is changed in the signed file.
+    let file = stage.host.dir().join("signed.json");
+    let mut envelope: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&file)?)?;
+    let mut payload = envelope["payload"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned()
+        .into_bytes();
+    // Byte 47 of the payload is the last digit of the id; in base64 it is the last sign of its group of four.
+    let at = 47 / 3 * 4 + 3;
+    payload[at] = if payload[at] == b'w' { b'x' } else { b'w' };
+    envelope["payload"] = String::from_utf8(payload)?.into();
+    std::fs::write(stage.host.dir().join("tampered.json"), envelope.to_string())?;
+    let said = stage.adit(&["goal", "apply", "tampered.json", "--to", "web-1"])?;
+    let id = said
+        .text
+        .split_whitespace()
+        .nth(1)
+        .unwrap_or_default()
+        .to_owned();
+    let tasks = stage.finish(&id)?;
+    ensure!(
+        tasks[0].state == "refused" && tasks[0].reason.starts_with("bad-signature"),
+        "{tasks:?}"
+    );
+    let tampered = tasks[0].reason.clone();
+
+    let text = "steps: [{id: hi, script: {interpreter: /bin/sh, script: \"true\"}}]\n";
+    stage.goal(
+        "one.yaml",
+        text,
+        "web-1",
+        &["--save", "one.json", "--dry-run"],
+    )?;
+    let said = stage.adit(&["goal", "apply", "one.json", "--to", "web-2"])?;
+    ensure!(said.code == 1, "aditd says so at once: {}", said.text);
+    let said = stage.adit(&[
+        "goal",
+        "apply",
+        "one.json",
+        "--to",
+        "web-2",
+        "--relay-unchecked",
+    ])?;
+    let id = said
+        .text
+        .split_whitespace()
+        .nth(1)
+        .unwrap_or_default()
+        .to_owned();
+    let tasks = stage.finish(&id)?;
+    ensure!(
+        tasks[0].state == "refused" && tasks[0].reason.starts_with("wrong-target"),
+        "{tasks:?}"
+    );
+    Ok(format!("{tampered}\n{}", tasks[0].reason))
+}
+
+/// A step that notes on the guest's disk that it began, then goes on for a while.
+fn noted(name: &str, then: &str, idempotent: bool) -> String {
+    format!(
+        "steps:\n  - id: {name}\n    idempotent: {idempotent}\n    script:\n      interpreter: /bin/sh\n      script: |\n        \
+         echo begun >> /var/lib/{name}; sync\n        {then}\n"
+    )
+}
+
+/// How often a noted step has begun on a VM.
+fn begun(stage: &Stage, name: &str, vm: &str) -> anyhow::Result<String> {
+    let text = format!(
+        "steps: [{{id: count, script: {{interpreter: /bin/sh, script: \"wc -l < /var/lib/{name}\"}}}}]\n"
+    );
+    let id = stage.goal("count.yaml", &text, vm, &[])?;
+    let tasks = stage.finish(&id)?;
+    Ok(tasks[0].output.trim().to_owned())
+}
+
+fn aditd_killed(stage: &mut Stage) -> anyhow::Result<String> {
+    const BYTES: &str = "16777216";
+    let id = stage.goal(
+        "long.yaml",
+        &noted("long", "sleep 3; echo finished", false),
+        "web-1",
+        &[],
+    )?;
+    stage.wait_state(&id, "started")?;
+    let tunnel = stage.download(true, "http://web-2/slow?mb=16")?;
+    let relayed = stage.download(false, "http://web-2/slow?mb=16")?;
+    adit_tests::process::wait_for("both downloads", BOOT_LIMIT, || {
+        let vm = stage.adit_json(&["vm", "show", "web-2"])?;
+        // The agent's own stream, and two downloads.
+        Ok((vm["streams"].as_u64() >= Some(3)).then_some(()))
+    })?;
+    println!("$ kill -9 {}    # aditd", stage.host.pid());
+    stage.host.kill();
+    let killed = Instant::now();
+    let relayed = relayed.wait_with_output()?;
+    let noticed = killed.elapsed();
+    ensure!(
+        !relayed.status.success(),
+        "the download through aditd must end with an error"
+    );
+    ensure!(
+        noticed < Duration::from_secs(2),
+        "it ended only after {noticed:?}"
+    );
+    println!("$ aditd run &");
+    stage.host.launch()?;
+    let tunnel = tunnel.wait_with_output()?;
+    let size = String::from_utf8_lossy(&tunnel.stdout).into_owned();
+    ensure!(
+        tunnel.status.success() && size == BYTES,
+        "tunnel: {size} bytes, {}",
+        String::from_utf8_lossy(&tunnel.stderr)
+    );
+    for vm in VMS {
+        stage.wait_agent(vm)?;
+    }
+    let tasks = stage.finish(&id)?;
+    ensure!(tasks.len() == 1 && tasks[0].state == "done", "{tasks:?}");
+    let times = begun(stage, "long", "web-1")?;
+    ensure!(times == "1", "it began {times} times");
+    Ok(format!(
+        "the CONNECT download got all {size} bytes, the other one ended after {} ms, the task is done and began once",
+        noticed.as_millis()
+    ))
+}
+
+fn agent_killed(stage: &mut Stage) -> anyhow::Result<String> {
+    let kill = "kill -9 $(pidof adit-guest); sleep 30";
+    let id = stage.goal("cut.yaml", &noted("cut", kill, false), "web-1", &[])?;
+    let tasks = stage.finish(&id)?;
+    ensure!(
+        tasks.len() == 1 && tasks[0].state == "interrupted",
+        "{tasks:?}"
+    );
+    let times = begun(stage, "cut", "web-1")?;
+    ensure!(times == "1", "it began {times} times");
+    let once = "[ $(wc -l < /var/lib/again) -gt 1 ] || { kill -9 $(pidof adit-guest); sleep 30; }";
+    let id = stage.goal("again.yaml", &noted("again", once, true), "web-1", &[])?;
+    let tasks = stage.finish(&id)?;
+    let ends: Vec<_> = tasks
+        .iter()
+        .map(|t| (t.attempt, t.state.as_str()))
+        .collect();
+    ensure!(ends == [(1, "interrupted"), (2, "done")], "{tasks:?}");
+    let times = begun(stage, "again", "web-1")?;
+    ensure!(times == "2", "it began {times} times");
+    Ok("interrupted and not run again; the idempotent one was run again, and is done".into())
+}
+
+fn guest_rebooted(stage: &mut Stage) -> anyhow::Result<String> {
+    let id = stage.goal(
+        "boot.yaml",
+        &noted("boot", "reboot -f; sleep 30", false),
+        "web-2",
+        &[],
+    )?;
+    stage.guests[1].wait_ready(BOOT_LIMIT)?;
+    stage.wait_agent("web-2")?;
+    let tasks = stage.finish(&id)?;
+    ensure!(
+        tasks.len() == 1 && tasks[0].state == "interrupted",
+        "{tasks:?}"
+    );
+    let times = begun(stage, "boot", "web-2")?;
+    ensure!(times == "1", "it began {times} times");
+    Ok("interrupted, begun once; the VM is back with the same channel".into())
+}
+
+fn late_result(stage: &mut Stage) -> anyhow::Result<String> {
+    let id = stage.goal(
+        "late.yaml",
+        &noted("late", "sleep 1; echo finished", false),
+        "web-2",
+        &[],
+    )?;
+    stage.wait_state(&id, "started")?;
+    println!("$ kill -9 {}    # aditd", stage.host.pid());
+    stage.host.kill();
+    // The agent says on its console when the result is on its disk.
+    stage.guests[1].wait_serial("result on the guest's disk", BOOT_LIMIT, |log| {
+        let since = log.rfind("step=late").unwrap_or(log.len());
+        log[since..].contains("adit-guest: ended")
+    })?;
+    println!(
+        "$ kill -9 {}; qemu-system-x86_64 …    # web-2 is power-cycled",
+        stage.guests[1].pid()
+    );
+    stage.guests[1].power_cycle()?;
+    stage.guests[1].wait_ready(BOOT_LIMIT)?;
+    println!("$ aditd run &");
+    stage.host.launch()?;
+    stage.wait_agent("web-2")?;
+    let tasks = stage.finish(&id)?;
+    ensure!(
+        tasks.len() == 1 && tasks[0].state == "done" && tasks[0].output.contains("finished"),
+        "{tasks:?}"
+    );
+    let times = begun(stage, "late", "web-2")?;
+    ensure!(times == "1", "it began {times} times");
+    Ok("done, with its output, begun once".into())
+}

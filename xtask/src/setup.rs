@@ -1,0 +1,138 @@
+//! What a fresh machine lacks: Debian packages, Rust targets; and the binaries that the rest is about.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use adit_tests::process::output;
+use anyhow::{Context, bail};
+
+use crate::progress;
+
+/// Programs that are needed, and the packages that bring them.
+const PROGRAMS: [(&str, &str); 12] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("lz4", "lz4"),
+    ("xz", "xz-utils"),
+    ("zstd", "zstd"),
+    ("mke2fs", "e2fsprogs"),
+    ("curl", "curl"),
+    ("setpriv", "util-linux"),
+    ("cc", "gcc"),
+    ("apt-cache", "apt"),
+    ("dpkg", "dpkg"),
+    ("ssh", "openssh-client"),
+];
+/// Rust targets: guest binaries; the engine without an operating system.
+const TARGETS: [&str; 2] = ["x86_64-unknown-linux-musl", "x86_64-unknown-none"];
+
+/// Installs what is missing; not as root, says the one line that would.
+pub fn run() -> anyhow::Result<()> {
+    let missing: Vec<&str> = PROGRAMS
+        .iter()
+        .filter(|(p, _)| !on_path(p))
+        .map(|(_, package)| *package)
+        .collect();
+    if !missing.is_empty() {
+        let line = format!(
+            "apt-get install -y --no-install-recommends {}",
+            missing.join(" ")
+        );
+        if !nix::unistd::geteuid().is_root() {
+            bail!(
+                "missing: {}. Run this, then again:\n  sudo {line}",
+                missing.join(", ")
+            );
+        }
+        progress::during(&format!("installing {}", missing.join(", ")), || {
+            let apt = |args: &[&str]| {
+                let mut command = Command::new("apt-get");
+                output(
+                    command
+                        .env("DEBIAN_FRONTEND", "noninteractive")
+                        .arg("-q")
+                        .args(args),
+                )
+            };
+            apt(&["update"])?;
+            apt(&[&["install", "-y", "--no-install-recommends"], &missing[..]].concat())
+        })?;
+    }
+    if on_path("rustup") {
+        let installed = output(Command::new("rustup").args(["target", "list", "--installed"]))?;
+        let installed = String::from_utf8_lossy(&installed.stdout).into_owned();
+        for target in TARGETS
+            .iter()
+            .filter(|t| !installed.lines().any(|l| l == **t))
+        {
+            progress::during(&format!("adding Rust target {target}"), || {
+                output(Command::new("rustup").args(["target", "add", target]))
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn on_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .any(|dir| dir.join(program).exists())
+}
+
+/// cargo, quiet but for its errors.
+pub fn cargo(args: &[&str]) -> anyhow::Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command
+        .args(args)
+        .current_dir(adit_tests::root())
+        .stdin(Stdio::null());
+    let status = command.status().context("cannot start cargo")?;
+    if !status.success() {
+        bail!(
+            "cargo {} failed: run it by itself to see more",
+            args.join(" ")
+        );
+    }
+    Ok(())
+}
+
+/// Builds the static binaries for guests.
+pub fn guest_binaries() -> anyhow::Result<()> {
+    progress::during("building adit-guest for the image (static)", || {
+        cargo(&[
+            "build",
+            "--quiet",
+            "--profile",
+            "guest",
+            "--target",
+            TARGETS[0],
+            "-p",
+            "adit-guest-driver",
+            "-p",
+            "adit-tests",
+            "--bins",
+        ])
+    })
+}
+
+/// Builds aditd, adit-port and adit; returns where they are.
+pub fn host_binaries(release: bool) -> anyhow::Result<PathBuf> {
+    let mut args = vec![
+        "build",
+        "--quiet",
+        "-p",
+        "adit-host-proxy",
+        "-p",
+        "adit-port",
+        "-p",
+        "adit-cli",
+        "--bins",
+    ];
+    if release {
+        args.push("--release");
+    }
+    progress::during("building aditd, adit-port and adit", || cargo(&args))?;
+    Ok(adit_tests::target().join(Path::new(if release { "release" } else { "debug" })))
+}

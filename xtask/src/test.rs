@@ -1,0 +1,189 @@
+//! `cargo xtask test`: every check, in order of how soon it tells something, with a table of seconds at the end.
+
+use std::time::{Duration, Instant};
+
+use adit_tests::image::{Image, Kernel};
+
+use crate::{progress, setup};
+
+/// What to leave out.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Leave out the real guests
+    #[arg(long)]
+    no_guests: bool,
+}
+
+/// A step, the seconds that it should take at most on two cores, and how to do it.
+struct Step {
+    name: &'static str,
+    budget_s: u64,
+    run: fn() -> anyhow::Result<()>,
+}
+
+const CHECKS: [Step; 6] = [
+    Step {
+        name: "format",
+        budget_s: 10,
+        run: || setup::cargo(&["fmt", "--all", "--check"]),
+    },
+    Step {
+        name: "lint",
+        budget_s: 180,
+        run: || {
+            setup::cargo(&[
+                "clippy",
+                "--quiet",
+                "--workspace",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ])
+        },
+    },
+    Step {
+        name: "engine without an operating system",
+        budget_s: 15,
+        run: || {
+            setup::cargo(&[
+                "check",
+                "--quiet",
+                "-p",
+                "adit-engine",
+                "--target",
+                "x86_64-unknown-none",
+            ])
+        },
+    },
+    Step {
+        name: "documentation",
+        budget_s: 120,
+        run: documentation,
+    },
+    Step {
+        name: "tests",
+        budget_s: 300,
+        run: || setup::cargo(&["test", "--workspace"]),
+    },
+    Step {
+        name: "benches start",
+        budget_s: 120,
+        run: || setup::cargo(&["bench", "--quiet", "-p", "adit-benches", "--no-run"]),
+    },
+];
+
+const GUESTS: [Step; 3] = [
+    Step {
+        name: "guest binaries",
+        budget_s: 120,
+        run: setup::guest_binaries,
+    },
+    Step {
+        name: "guest images",
+        budget_s: 60,
+        run: images,
+    },
+    Step {
+        name: "real guests",
+        budget_s: 120,
+        run: guests,
+    },
+];
+
+pub fn run(options: &Options) -> anyhow::Result<bool> {
+    setup::run()?;
+    let steps: Vec<&Step> = if options.no_guests {
+        eprintln!("real guests are left out: --no-guests");
+        CHECKS.iter().collect()
+    } else {
+        CHECKS.iter().chain(&GUESTS).collect()
+    };
+    let mut table = Vec::new();
+    let mut failed = None;
+    for step in steps {
+        eprintln!("== {}", step.name);
+        let begin = Instant::now();
+        let result = (step.run)();
+        table.push((step, begin.elapsed(), result.is_ok()));
+        if let Err(e) = result {
+            failed = Some((step.name, e));
+            break;
+        }
+    }
+    print_table(&table);
+    match failed {
+        None => Ok(true),
+        Some((name, e)) => {
+            eprintln!("step `{name}`: {e:#}");
+            Ok(false)
+        }
+    }
+}
+
+fn print_table(table: &[(&Step, Duration, bool)]) {
+    eprintln!("\n{:<36} {:>8} {:>8}", "step", "budget s", "used s");
+    for (step, used, ok) in table {
+        let over = if used.as_secs() > step.budget_s {
+            "  over budget"
+        } else {
+            ""
+        };
+        let failed = if *ok { "" } else { "  FAILED" };
+        eprintln!(
+            "{:<36} {:>8} {:>8.1}{over}{failed}",
+            step.name,
+            step.budget_s,
+            used.as_secs_f64()
+        );
+    }
+}
+
+fn documentation() -> anyhow::Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = std::process::Command::new(cargo)
+        .args(["doc", "--quiet", "--workspace", "--no-deps"])
+        .env("RUSTDOCFLAGS", "-D warnings")
+        .current_dir(adit_tests::root())
+        .status()?;
+    anyhow::ensure!(
+        status.success(),
+        "cargo doc failed: RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps"
+    );
+    Ok(())
+}
+
+fn images() -> anyhow::Result<()> {
+    for kernel in [Kernel::V6_1, Kernel::V6_12] {
+        Image::build(kernel, &|what| {
+            progress::line(&format!("{}: {what}", kernel.name()))
+        })?;
+    }
+    Ok(())
+}
+
+fn guests() -> anyhow::Result<()> {
+    let bins = setup::host_binaries(false)?;
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    // One guest at a time: two emulated ones on two cores only wait for each other.
+    let status = std::process::Command::new(cargo)
+        .args([
+            "test",
+            "-p",
+            "adit-tests",
+            "--test",
+            "guest",
+            "--",
+            "--nocapture",
+            "--test-threads",
+            "1",
+        ])
+        .env("ADIT_TEST_BINS", bins)
+        .current_dir(adit_tests::root())
+        .status()?;
+    anyhow::ensure!(
+        status.success(),
+        "real guests: ADIT_TEST_BINS=target/debug cargo test -p adit-tests --test guest -- --nocapture --test-threads 1"
+    );
+    Ok(())
+}
