@@ -272,7 +272,8 @@ pub fn finish(
              state, queued_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6, 1, ?7, 'queued', ?8)",
             params![next, digest, vm, step, step_no, attempt + 1, continue_on_error, now_ms],
         )?;
-        changed.push(next);
+        // Ahead of the one that ended: at no time is nothing open for whoever watches the goal.
+        changed.insert(0, next);
     } else if report.outcome != Outcome::Done && !continue_on_error {
         changed.extend(skip_after(c, &digest, vm, step_no, &step)?);
     }

@@ -8,7 +8,7 @@
 //!
 //! - Reading the socket blocks, and a frontend may stop in the middle of a message, so each VM has a small thread
 //!   for it that shares nothing with the data path. It keeps what the frontend said, checks it, and posts a
-//!   [`Command`](command::Command) when the device must change; the shard applies it between two bursts.
+//!   `Command` when the device must change; the shard applies it between two bursts.
 //! - The session begins when both rings are started (SET_VRING_KICK) and enabled, in whatever order the messages
 //!   came; the first burst looks at the rings before it sleeps, so a kick that came too early is not lost.
 //! - It ends when a ring is stopped or disabled, or the frontend goes. GET_VRING_BASE is answered by the shard, so
