@@ -11,6 +11,8 @@
 //! - [`memory`]: guest memory, anonymous or in a sealed memfd, and where things lie in it.
 //! - [`queue`]: the driver's side of one split virtqueue, down to raw descriptors for hostile tests.
 //! - [`driver`]: both queues of a virtio-vsock driver.
+//! - [`session`]: the device as a carrier whose session begins.
+//! - [`report`]: how figures are printed.
 //! - [`stream`]: the guest's side of one connection: credit, fwd_cnt, half-close.
 //!
 //! What it is **not**: a model of the guest kernel's sockets. A real guest is booted in `tests/`.
@@ -19,6 +21,8 @@
 pub mod driver;
 pub mod memory;
 pub mod queue;
+pub mod report;
+pub mod session;
 pub mod stream;
 
 pub use driver::{Driver, DriverConfig, RxShape};

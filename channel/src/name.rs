@@ -1,4 +1,4 @@
-//! Service names, each with exactly one spelling (ATTACKS R62: case, Unicode, prefixes, NUL, length).
+//! Service names, each with exactly one spelling (no case, Unicode, prefix or NUL games).
 
 use std::fmt;
 use std::str::FromStr;

@@ -8,6 +8,7 @@
 //! | `host` | aditd with its directories, and `adit` and `curl` beside it |
 //! | `connect` | a CONNECT client that keeps half-close |
 //! | `process` | children that end with us |
+//! | `tamper` | a signed goal with one byte changed |
 #![forbid(unsafe_code)]
 
 pub mod connect;
@@ -16,6 +17,7 @@ pub mod guest;
 pub mod host;
 pub mod image;
 pub mod process;
+pub mod tamper;
 
 use std::path::{Path, PathBuf};
 

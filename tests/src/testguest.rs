@@ -2,6 +2,7 @@
 //!
 //! - `http PORT NAME`: `/` is NAME's page; `/big?mb=N` is N MiB of the test pattern; `/slow?mb=N` the same at 8 MiB/s
 //! - `tcp-echo PORT`, `vsock-echo PORT`: send back what comes, end when it ends
+//! - `dial-host N`: dial the host's well-known port N times in quick succession; each is answered with a refusal
 #![allow(unsafe_code)] // `accept` gives a bare descriptor number
 
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -10,6 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::thread;
 use std::time::Duration;
 
+use adit_channel::hello::{self, Common, Hello, Open, Status};
 use adit_tests::connect::pattern;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
 
@@ -19,6 +21,7 @@ fn main() -> anyhow::Result<()> {
         ["http", port, name] => http(port.parse()?, name),
         ["tcp-echo", port] => tcp_echo(port.parse()?),
         ["vsock-echo", port] => vsock_echo(port.parse()?),
+        ["dial-host", times] => dial_host(times.parse()?),
         _ => {
             anyhow::bail!("usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT")
         }
@@ -58,6 +61,28 @@ fn vsock_echo(port: u32) -> anyhow::Result<()> {
                 let _ = stream.shutdown(Shutdown::Write);
             })?;
     }
+}
+
+/// Each stream asks for a service that there is not: the whole way there and back, without a side effect.
+fn dial_host(times: u32) -> anyhow::Result<()> {
+    for n in 0..times {
+        let fd = socket::socket(
+            AddressFamily::Vsock,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )?;
+        socket::connect(fd.as_raw_fd(), &VsockAddr::new(2, hello::PORT))?;
+        let mut stream = std::os::unix::net::UnixStream::from(fd);
+        let open = Open::new("none".parse()?, Common::default());
+        stream.write_all(&Hello::Open(open).encode())?;
+        match hello::read(&mut stream)? {
+            Hello::Refuse(r) if r.status == Status::UnknownService => {}
+            other => anyhow::bail!("stream {n}: {other:?}"),
+        }
+    }
+    println!("{times} answers");
+    Ok(())
 }
 
 fn accept(listener: &OwnedFd) -> nix::Result<OwnedFd> {

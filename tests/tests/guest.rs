@@ -151,24 +151,82 @@ fn tunnels(kernel: Kernel) {
     }
     // With the agent (TCP in the guest), and a plain AF_VSOCK listener.
     for to in ["web-1:7", "vsock-5000.web-1:5000"] {
-        for len in [1, 43, 4096, 65_536, 65_537, 1 << 20, 8 << 20] {
+        for len in [1, 43, 4096, 65_536, 65_537, 1 << 20, 64 << 20] {
             echo(&setup, to, len);
         }
     }
-    // One after the other, at once.
-    let hash = |n: u64| (n, n * 37 % 5000);
-    for n in 0..1000 {
-        let (_, len) = hash(n);
-        echo(
-            &setup,
-            if n % 2 == 0 {
-                "web-1:7"
-            } else {
-                "vsock-5000.web-1:5000"
-            },
-            len + 1,
-        );
+    // In quick succession, one after the other: from the host, and from the guest.
+    for n in 0..2000 {
+        let to = if n % 2 == 0 {
+            "web-1:7"
+        } else {
+            "vsock-5000.web-1:5000"
+        };
+        echo(&setup, to, n * 37 % 5000 + 1);
     }
+    let goal = "steps: [{id: storm, script: {interpreter: /bin/sh, script: \"adit-testguest dial-host 2000\"}}]\n";
+    let list = run_goal(&setup, goal);
+    assert!(
+        list.contains("2000 answers"),
+        "{list}\n{}",
+        setup.host.log()
+    );
+}
+
+/// Signs, hands over and waits; returns the list of tasks.
+fn run_goal(setup: &Setup, goal: &str) -> String {
+    std::fs::write(setup.host.dir().join("run.yaml"), goal).unwrap();
+    let args = [
+        "goal",
+        "apply",
+        "run.yaml",
+        "--sign",
+        "fleet.key",
+        "--to",
+        "web-1",
+    ];
+    let (code, said) = setup.adit(&args);
+    assert_eq!(code, 0, "{said}");
+    setup.adit(&["task", "watch", "--timeout", "60s"]);
+    setup.adit(&["task", "ls"]).1
+}
+
+/// aditd is killed at random points while a tunnel is in use: the tunnel goes on, and what comes after works again.
+fn aditd_killed(kernel: Kernel) {
+    let Some(mut setup) = setup(kernel) else {
+        return;
+    };
+    let mut seed = u64::from(std::process::id());
+    println!("seed {seed}");
+    let mut tunnel = connect(setup.host.proxy(), "web-1:7").unwrap();
+    for round in 0..8u64 {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let before = seed >> 49;
+        let mut far = tunnel.try_clone().unwrap();
+        let sending = std::thread::spawn(move || {
+            let bytes: Vec<u8> = (0..1 << 20).map(pattern).collect();
+            far.write_all(&bytes).unwrap();
+        });
+        let mut got = vec![0; 1 << 20];
+        // So many bytes into the echo.
+        let (first, rest) = got.split_at_mut(usize::try_from(before).unwrap());
+        tunnel.read_exact(first).unwrap();
+        setup.host.kill();
+        tunnel.read_exact(rest).unwrap();
+        sending.join().unwrap();
+        assert!(
+            got.iter().enumerate().all(|(i, &b)| b == pattern(i as u64)),
+            "round {round}"
+        );
+        setup.host.launch().unwrap();
+        setup.wait_agent();
+        echo(&setup, "web-1:7", 100_000);
+    }
+    let list = run_goal(
+        &setup,
+        "steps: [{id: after, script: {interpreter: /bin/sh, script: \"echo alive\"}}]\n",
+    );
+    assert!(list.contains("alive"), "{list}");
 }
 
 const GOAL: &str = "steps:
@@ -226,15 +284,27 @@ fn tasks(kernel: Kernel) {
     }
     assert!(list.contains("hello from web-1"), "{list}");
 
+    let list = run_goal(
+        &setup,
+        "steps: [{id: size, script: {interpreter: /bin/sh, script: \"grep VmRSS /proc/$PPID/status\"}}]\n",
+    );
+    let line = list
+        .lines()
+        .find(|l| l.contains("VmRSS"))
+        .unwrap_or_default();
+    let kib = line
+        .split_whitespace()
+        .rev()
+        .nth(1)
+        .and_then(|n| n.parse::<u64>().ok());
+    println!("agent: {kib:?} KiB resident");
+    assert!(kib.is_some_and(|n| n < 4096), "{list}");
+
     // One byte changed after signing: the guest refuses.
     let signed = std::fs::read_to_string(setup.host.dir().join("signed.json")).unwrap();
-    let mut value: serde_json::Value = serde_json::from_str(&signed).unwrap();
-    let payload = value["payload"].as_str().unwrap().to_owned();
-    // "hello from" is somewhere in the base64; the id must change too, or the host knows the goal already.
-    let changed = tamper(&payload);
-    value["payload"] = changed.into();
-    std::fs::write(setup.host.dir().join("tampered.json"), value.to_string()).unwrap();
-    let (code, said) = setup.adit(&["goal", "apply", "tampered.json"]);
+    let tampered = adit_tests::tamper::tamper(&signed).unwrap();
+    std::fs::write(setup.host.dir().join("tampered.json"), tampered).unwrap();
+    let (code, said) = setup.adit(&["goal", "apply", "tampered.json", "--to", "web-1"]);
     assert_eq!(code, 0, "{said}");
     setup.adit(&["task", "watch", "--timeout", "30s"]);
     let (_, list) = setup.adit(&["task", "ls", "--state", "refused"]);
@@ -271,16 +341,6 @@ fn tasks(kernel: Kernel) {
     );
 }
 
-/// Changes one byte of the goal's id inside the base64 of the payload.
-fn tamper(payload: &str) -> String {
-    // {"goal_id":"0198… : the id begins at byte 12; its last digit is at byte 47, in base64 group 15.
-    let at = 47 / 3 * 4;
-    let mut bytes = payload.as_bytes().to_vec();
-    // The group of bytes 45..48 holds three hex digits; '0'..'9' share their upper bits, so this stays a digit.
-    bytes[at + 3] = if bytes[at + 3] == b'w' { b'x' } else { b'w' };
-    String::from_utf8(bytes).unwrap()
-}
-
 #[test]
 fn tunnels_6_1() {
     tunnels(Kernel::V6_1);
@@ -289,6 +349,16 @@ fn tunnels_6_1() {
 #[test]
 fn tunnels_6_12() {
     tunnels(Kernel::V6_12);
+}
+
+#[test]
+fn aditd_killed_6_1() {
+    aditd_killed(Kernel::V6_1);
+}
+
+#[test]
+fn aditd_killed_6_12() {
+    aditd_killed(Kernel::V6_12);
 }
 
 #[test]

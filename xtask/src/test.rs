@@ -21,7 +21,7 @@ struct Step {
     run: fn() -> anyhow::Result<()>,
 }
 
-const CHECKS: [Step; 6] = [
+const CHECKS: [Step; 7] = [
     Step {
         name: "format",
         budget_s: 10,
@@ -67,6 +67,11 @@ const CHECKS: [Step; 6] = [
         run: || setup::cargo(&["test", "--workspace"]),
     },
     Step {
+        name: "host processes",
+        budget_s: 60,
+        run: || with_binaries("host"),
+    },
+    Step {
         name: "benches start",
         budget_s: 120,
         run: || setup::cargo(&["bench", "--quiet", "-p", "adit-benches", "--no-run"]),
@@ -86,8 +91,8 @@ const GUESTS: [Step; 3] = [
     },
     Step {
         name: "real guests",
-        budget_s: 120,
-        run: guests,
+        budget_s: 240,
+        run: || with_binaries("guest"),
     },
 ];
 
@@ -162,28 +167,31 @@ fn images() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn guests() -> anyhow::Result<()> {
+/// Runs a file of tests that start the real binaries. One test at a time: two emulated guests on two cores only wait
+/// for each other.
+fn with_binaries(file: &str) -> anyhow::Result<()> {
     let bins = setup::host_binaries(false)?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    // One guest at a time: two emulated ones on two cores only wait for each other.
+    let args = [
+        "test",
+        "-p",
+        "adit-tests",
+        "--test",
+        file,
+        "--",
+        "--nocapture",
+        "--test-threads",
+        "1",
+    ];
     let status = std::process::Command::new(cargo)
-        .args([
-            "test",
-            "-p",
-            "adit-tests",
-            "--test",
-            "guest",
-            "--",
-            "--nocapture",
-            "--test-threads",
-            "1",
-        ])
+        .args(args)
         .env("ADIT_TEST_BINS", bins)
         .current_dir(adit_tests::root())
         .status()?;
     anyhow::ensure!(
         status.success(),
-        "real guests: ADIT_TEST_BINS=target/debug cargo test -p adit-tests --test guest -- --nocapture --test-threads 1"
+        "again: ADIT_TEST_BINS=$PWD/target/debug cargo {}",
+        args.join(" ")
     );
     Ok(())
 }

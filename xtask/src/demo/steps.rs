@@ -143,18 +143,9 @@ fn goal(stage: &mut Stage) -> anyhow::Result<String> {
 
 fn refused(stage: &mut Stage) -> anyhow::Result<String> {
     // One digit of the goal's id is changed in the signed file.
-    let file = stage.host.dir().join("signed.json");
-    let mut envelope: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&file)?)?;
-    let mut payload = envelope["payload"]
-        .as_str()
-        .unwrap_or_default()
-        .to_owned()
-        .into_bytes();
-    // Byte 47 of the payload is the last digit of the id; in base64 it is the last sign of its group of four.
-    let at = 47 / 3 * 4 + 3;
-    payload[at] = if payload[at] == b'w' { b'x' } else { b'w' };
-    envelope["payload"] = String::from_utf8(payload)?.into();
-    std::fs::write(stage.host.dir().join("tampered.json"), envelope.to_string())?;
+    let signed = std::fs::read_to_string(stage.host.dir().join("signed.json"))?;
+    let tampered = adit_tests::tamper::tamper(&signed)?;
+    std::fs::write(stage.host.dir().join("tampered.json"), tampered)?;
     let said = stage.adit(&["goal", "apply", "tampered.json", "--to", "web-1"])?;
     let id = said
         .text

@@ -1,0 +1,104 @@
+//! How a figure is printed: a line of a table for people, one JSON object a line for programs.
+
+use serde::Serialize;
+
+/// Which way is good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Better {
+    /// More is better.
+    Higher,
+    /// Less is better.
+    Lower,
+}
+
+/// A measured figure, beside its peer's in the same run where there is one.
+#[derive(Clone, Debug, Serialize)]
+pub struct Figure {
+    /// What was measured.
+    pub name: &'static str,
+    /// Of `ours` and `peer`.
+    pub unit: &'static str,
+    /// Median over the rounds.
+    pub ours: f64,
+    /// The peer's median over the same rounds.
+    pub peer: Option<f64>,
+    /// Who the peer is.
+    pub peer_name: Option<&'static str>,
+    /// `ours / peer`.
+    pub ratio: Option<f64>,
+    /// Which way is good.
+    pub better: Better,
+    /// Goal for the ratio.
+    pub must: Option<f64>,
+    /// What we aim for.
+    pub aim: Option<f64>,
+    /// Whether the goal is met.
+    pub met: Option<bool>,
+    /// Whether the aim is met.
+    pub aim_met: Option<bool>,
+    /// How many rounds the medians are of.
+    pub rounds: usize,
+}
+
+impl Figure {
+    /// A figure without a peer.
+    pub fn alone(name: &'static str, unit: &'static str, better: Better, rounds: &[f64]) -> Self {
+        Self {
+            name,
+            unit,
+            ours: median(rounds),
+            peer: None,
+            peer_name: None,
+            ratio: None,
+            better,
+            must: None,
+            aim: None,
+            met: None,
+            aim_met: None,
+            rounds: rounds.len(),
+        }
+    }
+
+    /// Puts the peer beside it, with goals for the ratio.
+    pub fn beside(mut self, peer: &'static str, rounds: &[f64], must: f64, aim: f64) -> Self {
+        let theirs = median(rounds);
+        let ratio = self.ours / theirs;
+        let reaches = |goal: f64| match self.better {
+            Better::Higher => ratio >= goal,
+            Better::Lower => ratio <= goal,
+        };
+        (self.met, self.aim_met) = (Some(reaches(must)), Some(reaches(aim)));
+        (self.peer, self.peer_name, self.ratio) = (Some(theirs), Some(peer), Some(ratio));
+        (self.must, self.aim) = (Some(must), Some(aim));
+        self
+    }
+
+    /// Prints it.
+    pub fn print(&self, json: bool) {
+        if json {
+            // Numbers and texts always serialise.
+            println!("{}", serde_json::to_string(self).unwrap_or_default());
+            return;
+        }
+        print!("{:<44} {:>12.1} {:<6}", self.name, self.ours, self.unit);
+        if let (Some(peer), Some(name), Some(ratio), Some(must)) =
+            (self.peer, self.peer_name, self.ratio, self.must)
+        {
+            let met = if self.met == Some(true) {
+                "met"
+            } else {
+                "MISSED"
+            };
+            print!(" {name} {peer:.1}, ratio {ratio:.2}, must {must:.2}: {met}");
+        }
+        println!("  ({} rounds)", self.rounds);
+    }
+}
+
+/// The middle value; 0 of none.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+}

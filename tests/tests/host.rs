@@ -1,0 +1,222 @@
+//! aditd and its port processes without a guest: what a person or a client can do wrong, and restarts.
+//!
+//! These need the binaries that `cargo xtask test` builds; alone they say so and pass.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::process::Command;
+
+use adit_tests::host::Host;
+
+fn start(vms: &[&str]) -> Option<(Host, PathBuf)> {
+    let Some(bins) = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from) else {
+        println!(
+            "skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it"
+        );
+        return None;
+    };
+    let host = Host::start(&bins, vms).unwrap();
+    vms.iter().for_each(|vm| host.wait_port(vm).unwrap());
+    Some((host, bins))
+}
+
+fn adit(host: &Host, args: &[&str]) -> (i32, String) {
+    let out = host.adit(args).unwrap();
+    let text =
+        String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    (out.status.code().unwrap_or(-1), text)
+}
+
+fn port_pids(host: &Host) -> Vec<u64> {
+    adit_tests::process::wait_for(
+        "both port processes",
+        std::time::Duration::from_secs(10),
+        || {
+            let (_, text) = adit(host, &["vm", "ls", "-o", "json"]);
+            let vms: serde_json::Value = serde_json::from_str(&text)?;
+            let pids: Vec<u64> = vms
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(|v| v["port_pid"].as_u64())
+                .collect();
+            Ok((pids.len() == 2).then_some(pids))
+        },
+    )
+    .unwrap()
+}
+
+#[test]
+fn a_killed_aditd_finds_its_port_processes_again() {
+    let Some((mut host, _)) = start(&["a", "b"]) else {
+        return;
+    };
+    let before = port_pids(&host);
+    for _ in 0..5 {
+        host.kill();
+        host.launch().unwrap();
+        assert_eq!(port_pids(&host), before);
+    }
+}
+
+#[test]
+fn a_second_aditd_a_busy_port_and_a_bad_file_say_what_to_do() {
+    let Some((host, bins)) = start(&["a"]) else {
+        return;
+    };
+    let run = |file: &str, text: &str| {
+        let path = host.dir().join(file);
+        std::fs::write(&path, text).unwrap();
+        let out = Command::new(bins.join("aditd"))
+            .args(["run", "--config"])
+            .arg(path)
+            .output()
+            .unwrap();
+        assert!(!out.status.success());
+        String::from_utf8_lossy(&out.stderr).into_owned()
+    };
+    let first = std::fs::read_to_string(host.dir().join("aditd.toml")).unwrap();
+    let said = run("again.toml", &first);
+    assert!(
+        said.contains("runs already") && said.contains(&host.pid().to_string()),
+        "{said}"
+    );
+    let dir = host.dir().display();
+    let dirs = format!("run_dir = \"{dir}/r2\"\nstate_dir = \"{dir}/s2\"\n");
+    let said = run(
+        "busy.toml",
+        &format!("{dirs}[proxy]\nlisten = \"{}\"\n", host.proxy()),
+    );
+    assert!(
+        said.contains("cannot listen") && said.contains("[proxy]"),
+        "{said}"
+    );
+    let said = run(
+        "bad.toml",
+        &format!("{dirs}[proxy]\nlissten = \"127.0.0.1:0\"\n"),
+    );
+    assert!(
+        said.contains("bad.toml:4") && said.contains("lissten"),
+        "{said}"
+    );
+}
+
+#[test]
+fn vms_are_added_kept_and_removed_and_taken_names_are_refused() {
+    let Some((mut host, _)) = start(&["a"]) else {
+        return;
+    };
+    assert_eq!(
+        adit(&host, &["vm", "add", "b", "--cid", "9", "--allow", "80"]).0,
+        0
+    );
+    for args in [
+        ["vm", "add", "b", "--cid", "10"],
+        ["vm", "add", "c", "--cid", "9"],
+        ["vm", "add", "c", "--cid", "3"],
+    ] {
+        let (code, said) = adit(&host, &args);
+        assert!(code == 1 && said.contains("error[taken]"), "{said}");
+    }
+    host.kill();
+    host.launch().unwrap();
+    assert_eq!(port_pids(&host).len(), 2);
+    let (code, said) = adit(&host, &["vm", "rm", "b"]);
+    assert_eq!(code, 0, "{said}");
+    assert_eq!(adit(&host, &["vm", "show", "b"]).0, 4);
+    let (code, said) = adit(&host, &["vm", "rm", "a"]);
+    assert!(code == 1 && said.contains("aditd.toml"), "{said}");
+}
+
+/// Sends bytes and reads until the proxy closes.
+fn talk(host: &Host, bytes: &[u8]) -> String {
+    let mut stream = TcpStream::connect(host.proxy()).unwrap();
+    stream
+        .set_read_timeout(Some(std::time::Duration::from_secs(30)))
+        .unwrap();
+    stream.write_all(bytes).unwrap();
+    let mut answer = Vec::new();
+    // A reset after the answer is as good an end as a close.
+    let _ = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[test]
+fn r66_what_follows_a_refused_connect_is_never_a_request() {
+    let Some((host, _)) = start(&["a"]) else {
+        return;
+    };
+    let smuggled = b"CONNECT nobody:80 HTTP/1.1\r\nHost: nobody:80\r\n\r\nGET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n";
+    let said = talk(&host, smuggled);
+    assert!(said.starts_with("HTTP/1.1 404"), "{said}");
+    assert_eq!(said.matches("HTTP/1.1 ").count(), 1, "{said}");
+}
+
+#[test]
+fn r64_ports_in_every_other_spelling_are_refused_on_the_wire() {
+    let Some((host, _)) = start(&["a"]) else {
+        return;
+    };
+    for authority in [
+        "a:0",
+        "a:65536",
+        "a:+80",
+        "a",
+        "a:080",
+        "A:80",
+        "a.:80",
+        "127.0.0.1:80",
+        "[::1]:80",
+        "a:8080",
+    ] {
+        let said = talk(
+            &host,
+            format!("CONNECT {authority} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes(),
+        );
+        let status = said.split(' ').nth(1).unwrap_or_default();
+        assert!(
+            ["400", "403", "404"].contains(&status),
+            "{authority}: {said}"
+        );
+    }
+}
+
+#[test]
+fn a_vm_without_a_guest_is_503_and_says_why() {
+    let Some((host, _)) = start(&["a"]) else {
+        return;
+    };
+    let said = talk(&host, b"GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n");
+    assert!(said.starts_with("HTTP/1.1 503"), "{said}");
+    assert!(
+        said.to_lowercase().contains("retry-after: 1") && said.contains("destination_unavailable"),
+        "{said}"
+    );
+    let (code, said) = adit(&host, &["wait", "a", "--timeout", "50ms"]);
+    assert!(code == 124 && said.contains("Waiting"), "{said}");
+}
+
+/// RssAnon of a process, KiB.
+fn anonymous_kib(pid: u64) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status
+        .lines()
+        .find_map(|l| l.strip_prefix("RssAnon:"))
+        .unwrap();
+    line.trim().trim_end_matches(" kB").trim().parse().unwrap()
+}
+
+#[test]
+fn idle_processes_are_small() {
+    let Some((host, _)) = start(&["a", "b"]) else {
+        return;
+    };
+    let aditd = anonymous_kib(host.pid().into());
+    assert!(aditd <= 32 << 10, "aditd: {aditd} KiB");
+    for pid in port_pids(&host) {
+        let port = anonymous_kib(pid);
+        println!("aditd {aditd} KiB, port process {port} KiB");
+        assert!(port <= 2 << 10, "port process: {port} KiB");
+    }
+}
