@@ -75,7 +75,6 @@ fn r19_bad_indirect_tables_are_given_back() {
         let at = GuestAddress(table + 16 * i);
         rig.driver.memory().write_obj(d, at).expect("table");
     };
-    entry(&rig, 0, Descriptor::new(a, HEADER + 1, 0, 0));
     for (what, len, flags) in [
         ("with NEXT", 16, INDIRECT | NEXT),
         ("size 0", 0, INDIRECT),
@@ -88,6 +87,9 @@ fn r19_bad_indirect_tables_are_given_back() {
         ),
         ("size 2^32 - 16", u32::MAX - 15, INDIRECT),
     ] {
+        // Its first entry is a good packet: only the table's own description is wrong.
+        rig.driver.write(a, &wire_bytes(&rw(1), b"x"));
+        entry(&rig, 0, Descriptor::new(a, HEADER + 1, 0, 0));
         assert_refused(&mut rig, what, &[(table, len, flags, 1), (a, 1, 0, 0)]);
     }
     assert_refused(&mut rig, "table in a hole", &[(1 << 40, 16, INDIRECT, 0)]);
@@ -442,6 +444,33 @@ fn r28_rx_buffers_too_small_for_a_header_are_given_back() {
         .map(|u| u.1)
         .collect();
     assert_eq!(lens, [0, 0, 44, 45]);
+}
+
+#[test]
+fn r28_rx_buffers_larger_than_a_packet_are_filled_to_64_kib() {
+    let driver = Driver::empty(memory::anonymous(), cid(), DriverConfig::LINUX_6_1);
+    let mut rig = Rig::on(driver, FEATURES);
+    let (addr, len) = (memory::tx_payload(0), 3 * PAYLOAD_MAX);
+    rig.driver
+        .rx
+        .add(&[Buffer { addr, len }], true)
+        .expect("room");
+    rig.driver.rx.publish();
+    rig.device.begin();
+    let mut slot = rig
+        .device
+        .tx(Lane::Bulk, 0)
+        .expect("no fault")
+        .expect("room");
+    assert_eq!(slot.capacity(), PAYLOAD_MAX);
+    let sent = slot
+        .write(&pattern(PAYLOAD_MAX as usize + 1, 1))
+        .expect("fits");
+    assert_eq!(sent, PAYLOAD_MAX as usize);
+    assert_eq!(slot.write(b"more").expect("full"), 0);
+    slot.commit(&rw(1));
+    rig.device.flush();
+    assert_eq!(rig.driver.rx.pop_used(), Some((0, HEADER + PAYLOAD_MAX)));
 }
 
 #[test]

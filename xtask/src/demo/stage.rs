@@ -146,16 +146,16 @@ impl Stage {
     /// Writes a goal and hands it over.
     pub fn goal(&self, file: &str, text: &str, to: &str, more: &[&str]) -> anyhow::Result<String> {
         std::fs::write(self.host.dir().join(file), text)?;
-        let args = ["goal", "apply", file, "--sign", "fleet.key", "--to", to];
-        let said = self.adit(&[&args, more].concat())?;
+        let args = ["apply", file, "--sign", "fleet.key", "--to", to];
+        self.apply(&[&args, more].concat())
+    }
+
+    /// Hands a goal over; returns its id (none after `--dry-run`).
+    pub fn apply(&self, args: &[&str]) -> anyhow::Result<String> {
+        let said = self.adit(&[&["goal"], args].concat())?;
         ensure!(said.code == 0, "{}", said.text);
-        let id = said
-            .text
-            .split_whitespace()
-            .nth(1)
-            .unwrap_or_default()
-            .to_owned();
-        Ok(id)
+        let id = said.text.split_whitespace().nth(1).unwrap_or_default();
+        Ok(id.to_owned())
     }
 
     /// Waits until all tasks of a goal have ended; returns them.

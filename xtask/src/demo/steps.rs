@@ -146,13 +146,7 @@ fn refused(stage: &mut Stage) -> anyhow::Result<String> {
     let signed = std::fs::read_to_string(stage.host.dir().join("signed.json"))?;
     let tampered = adit_tests::tamper::tamper(&signed)?;
     std::fs::write(stage.host.dir().join("tampered.json"), tampered)?;
-    let said = stage.adit(&["goal", "apply", "tampered.json", "--to", "web-1"])?;
-    let id = said
-        .text
-        .split_whitespace()
-        .nth(1)
-        .unwrap_or_default()
-        .to_owned();
+    let id = stage.apply(&["apply", "tampered.json", "--to", "web-1"])?;
     let tasks = stage.finish(&id)?;
     ensure!(
         tasks[0].state == "refused" && tasks[0].reason.starts_with("bad-signature"),
@@ -169,20 +163,7 @@ fn refused(stage: &mut Stage) -> anyhow::Result<String> {
     )?;
     let said = stage.adit(&["goal", "apply", "one.json", "--to", "web-2"])?;
     ensure!(said.code == 1, "aditd says so at once: {}", said.text);
-    let said = stage.adit(&[
-        "goal",
-        "apply",
-        "one.json",
-        "--to",
-        "web-2",
-        "--relay-unchecked",
-    ])?;
-    let id = said
-        .text
-        .split_whitespace()
-        .nth(1)
-        .unwrap_or_default()
-        .to_owned();
+    let id = stage.apply(&["apply", "one.json", "--to", "web-2", "--relay-unchecked"])?;
     let tasks = stage.finish(&id)?;
     ensure!(
         tasks[0].state == "refused" && tasks[0].reason.starts_with("wrong-target"),
