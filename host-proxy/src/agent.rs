@@ -33,8 +33,27 @@ const AHEAD_MAX: usize = 4;
 /// Version of every message of this service.
 const VERSION: u16 = 1;
 
+/// Takes one stream that the guest dialled, unless so many of its kind are open that it must end.
+pub fn accept(state: &Arc<State>, vm: &Arc<VmEntry>, incoming: Incoming, fd: OwnedFd) {
+    // Apart: what any process of the guest can open must not keep the agent out.
+    let slots = if incoming.peer_port < PRIVILEGED {
+        &vm.agent_streams
+    } else {
+        &vm.other_streams
+    };
+    let Ok(slot) = slots.clone().try_acquire_owned() else {
+        tracing::debug!(vm = %vm.config.name, from = incoming.peer_port, "guest's stream closed: too many are open");
+        return;
+    };
+    let (state, vm) = (state.clone(), vm.clone());
+    tokio::spawn(async move {
+        serve(state, vm, incoming, fd).await;
+        drop(slot);
+    });
+}
+
 /// Serves one stream that the guest dialled.
-pub async fn serve(state: Arc<State>, vm: Arc<VmEntry>, incoming: Incoming, fd: OwnedFd) {
+async fn serve(state: Arc<State>, vm: Arc<VmEntry>, incoming: Incoming, fd: OwnedFd) {
     let name = vm.config.name.clone();
     match session(&state, &vm, &incoming, fd).await {
         Ok(()) => tracing::info!(vm = %name, "agent has gone"),
@@ -166,16 +185,17 @@ async fn hand_out(
     pull: u32,
     writer: &mut OwnedWriteHalf,
 ) -> io::Result<bool> {
-    let name = vm.config.name.to_string();
+    let (name, now) = (vm.config.name.to_string(), state.now_ms());
     let leased = state
         .db
-        .run(move |c| queue::lease(c, &name))
+        .run(move |c| queue::lease(c, &name, now))
         .await
         .map_err(io::Error::other)?;
     let Some(handout) = leased else {
         return Ok(false);
     };
-    state.publish([handout.task]);
+    // A guest that asks again and again for the same task is no news.
+    state.publish(handout.task);
     let task = wire::Task {
         task_id: handout.task_id,
         envelope: handout.envelope,
@@ -248,8 +268,9 @@ async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> i
             state.count_ended(&changed);
             state.publish(changed);
             state.refresh_open_tasks(vm).await;
-            // An attempt that was cut off may have queued the next one.
+            // An attempt that was cut off may have queued the next one, which may wait until it expires.
             vm.queued.notify_waiters();
+            state.expiry.notify_one();
             Ok(true)
         }
         Err(QueueError::Unknown) => {

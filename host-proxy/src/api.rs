@@ -24,6 +24,8 @@ use crate::state::State;
 const BODY_MAX: usize = 2 * dsse::ENVELOPE_MAX + 4096;
 /// Longest wait for a VM.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
+/// How long a port process that was told to end may take.
+const PORT_END_LIMIT: Duration = Duration::from_secs(5);
 
 type App = Arc<State>;
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -185,9 +187,20 @@ async fn remove_vm(
         .db
         .run::<_, QueueError, _>(move |c| Ok(c.execute("DELETE FROM vms WHERE name = ?1", [key])?))
         .await?;
-    state.registry.remove(&vm.config.name);
     vm.removed.cancel();
+    port_gone(&vm).await;
+    // Only now is the name free: whoever takes it gets a port process of its own.
+    state.registry.remove(&vm.config.name);
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Waits until a removed VM's supervisor has told its port process to end and that has gone.
+async fn port_gone(vm: &VmEntry) {
+    let mut changes = vm.watch();
+    let gone = async { while !vm.unsupervised() && changes.changed().await.is_ok() {} };
+    if tokio::time::timeout(PORT_END_LIMIT, gone).await.is_err() {
+        tracing::warn!(vm = %vm.config.name, "its port process does not end");
+    }
 }
 
 #[derive(Deserialize)]
@@ -467,14 +480,10 @@ async fn shutdown(Shared(state): Shared<App>, Query(q): Query<ShutdownQuery>) ->
         for vm in state.registry.all() {
             vm.removed.cancel();
         }
-        // Each supervisor passes the word on; a link that ends is the sign that its port process has gone.
-        let gone = async {
-            for vm in state.registry.all() {
-                let mut changes = vm.watch();
-                while vm.link().is_some() && changes.changed().await.is_ok() {}
-            }
-        };
-        let _ = tokio::time::timeout(Duration::from_secs(5), gone).await;
+        // Each supervisor passes the word on, all at the same time.
+        for vm in state.registry.all() {
+            port_gone(&vm).await;
+        }
     }
     state.stop.cancel();
     StatusCode::ACCEPTED

@@ -43,7 +43,8 @@ pub enum DbError {
 
 /// Tells a job's owner after the commit.
 type Answer = Box<dyn FnOnce(Result<(), String>) + Send>;
-type Job = Box<dyn FnOnce(&Connection) -> Answer + Send>;
+/// Without a transaction to be in, a job is not run.
+type Job = Box<dyn FnOnce(Result<&Connection, String>) -> Answer + Send>;
 
 /// Handle to the database thread.
 #[derive(Clone)]
@@ -97,7 +98,10 @@ impl Db {
     {
         let (tell, told) = oneshot::channel();
         let job: Job = Box::new(move |connection| {
-            let result = in_savepoint(connection, job);
+            let result = match connection {
+                Ok(connection) => in_savepoint(connection, job),
+                Err(why) => Err(DbError::Commit(why).into()),
+            };
             Box::new(move |committed: Result<(), String>| {
                 let result = result
                     .and_then(|v| committed.map(|()| v).map_err(|e| DbError::Commit(e).into()));
@@ -138,18 +142,23 @@ fn in_savepoint<T, E: From<rusqlite::Error>>(
 
 fn run(connection: Connection, jobs: &Receiver<Job>) {
     while let Ok(first) = jobs.recv() {
-        let begun = connection.execute_batch("BEGIN IMMEDIATE");
-        let mut answers = vec![first(&connection)];
-        while answers.len() < BATCH_MAX {
-            let Ok(job) = jobs.try_recv() else { break };
-            answers.push(job(&connection));
+        if let Err(e) = connection.execute_batch("BEGIN IMMEDIATE") {
+            tracing::error!(error = %e, "no transaction to be had");
+            first(Err(e.to_string()))(Ok(()));
+            continue;
         }
-        let committed = begun
-            .and_then(|()| connection.execute_batch("COMMIT"))
+        let mut answers = vec![first(Ok(&connection))];
+        // After some errors SQLite has rolled back already. A job after that would be a transaction of its own, on disk
+        // although it is answered with an error: it waits for the next one.
+        while answers.len() < BATCH_MAX && !connection.is_autocommit() {
+            let Ok(job) = jobs.try_recv() else { break };
+            answers.push(job(Ok(&connection)));
+        }
+        let committed = connection
+            .execute_batch("COMMIT")
             .map_err(|e| e.to_string());
         if let Err(e) = &committed {
             tracing::error!(error = %e, "commit failed: nothing of it is acknowledged");
-            // After some errors SQLite has rolled back already.
             if !connection.is_autocommit()
                 && let Err(e) = connection.execute_batch("ROLLBACK")
             {

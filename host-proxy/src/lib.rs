@@ -74,10 +74,18 @@ pub async fn run(config: Config, port_binary: PathBuf) -> anyhow::Result<()> {
 
     load_vms(&state).await?;
     tracing::info!(proxy = %proxy.local_addr()?, api = %state.config.api_socket().display(), "serving");
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let status = format!(
+        "proxy on {}, {} VMs",
+        proxy.local_addr()?,
+        state.registry.all().len()
+    );
+    let _ = sd_notify::notify(&[
+        sd_notify::NotifyState::Ready,
+        sd_notify::NotifyState::Status(&status),
+    ]);
 
     let mut tasks = tokio::task::JoinSet::new();
-    tasks.spawn(proxy::serve(state.clone(), proxy));
+    let clients = tokio::spawn(proxy::serve(state.clone(), proxy));
     tasks.spawn(state.clone().expire_tasks());
     if let Some(listener) = metrics {
         let app = api::observe(state.clone()).with_state(state.clone());
@@ -93,7 +101,10 @@ pub async fn run(config: Config, port_binary: PathBuf) -> anyhow::Result<()> {
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     state.stop.cancel();
-    let _ = tokio::time::timeout(STOP_LIMIT, server).await;
+    let ended = async { drop(tokio::join!(server, clients)) };
+    if tokio::time::timeout(STOP_LIMIT, ended).await.is_err() {
+        tracing::info!("requests that are still under way are cut off");
+    }
     tasks.shutdown().await;
     let _ = std::fs::remove_file(state.config.api_socket());
     let _ = std::fs::remove_file(state.config.run_dir.join("proxy.addr"));
@@ -133,12 +144,7 @@ pub(crate) async fn add_vm(
     let (for_agents, of_vm) = (state.clone(), vm.clone());
     let on_incoming = move |incoming: adit_port::control::Incoming, fd| {
         if incoming.port == hello::PORT {
-            tokio::spawn(agent::serve(
-                for_agents.clone(),
-                of_vm.clone(),
-                incoming,
-                fd,
-            ));
+            agent::accept(&for_agents, &of_vm, incoming, fd);
         }
     };
     tokio::spawn(supervisor::supervise(

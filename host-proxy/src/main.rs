@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use adit_host_proxy::config::{Config, DEFAULT_PATH};
 use clap::{Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::stat::{Mode, umask};
 use tracing_subscriber::EnvFilter;
 
 const EXAMPLE: &str = "\
@@ -98,8 +100,22 @@ fn check(file: &std::path::Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What the process has from its parent and must not depend on.
+fn settle() {
+    // The database holds what guests are told to do and what they answered; sockets are as private.
+    umask(Mode::from_bits_truncate(0o077));
+    // A client is a descriptor or three; the customary 1,024 are fewer than clients and VMs may be.
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(e) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(error = %e, soft, "cannot raise the limit of open files");
+    }
+}
+
 fn run(file: &std::path::Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
     let config = Config::load(file)?;
+    settle();
     let beside = || Ok::<_, std::io::Error>(std::env::current_exe()?.with_file_name("adit-port"));
     let port_bin = port_bin.map_or_else(beside, Ok)?;
     anyhow::ensure!(

@@ -18,6 +18,8 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
+/// How long after a dial's own deadline a port process that says nothing is waited for.
+const ANSWER_GRACE: Duration = Duration::from_secs(5);
 /// Frames to a port process that wait at most.
 const OUTBOX_MAX: usize = 2 * DIALS_MAX;
 
@@ -104,11 +106,23 @@ impl Link {
             to,
             deadline_ms,
         });
-        self.outbox
-            .send((message, None))
+        let answer = async {
+            self.outbox
+                .send((message, None))
+                .await
+                .map_err(|_| gone())?;
+            told.await.unwrap_or_else(|_| Err(gone()))
+        };
+        let limit = deadline.saturating_add(ANSWER_GRACE);
+        tokio::time::timeout(limit, answer)
             .await
-            .map_err(|_| gone())?;
-        told.await.unwrap_or_else(|_| Err(gone())).map(|_| stream)
+            .unwrap_or_else(|_| {
+                Err(failed(
+                    DialError::Timeout,
+                    "the VM's port process does not answer",
+                ))
+            })
+            .map(|_| stream)
     }
 
     /// Ends the port process.

@@ -134,6 +134,11 @@ pub fn add_goal(c: &Connection, new: &NewGoal) -> Result<Vec<Task>, QueueError> 
         }
     }
     for vm in &new.vms {
+        // All steps of a goal are queued together: handed over again, nothing is added, so nothing can be too much.
+        let sql = "SELECT EXISTS (SELECT 1 FROM tasks WHERE digest = ?1 AND vm = ?2)";
+        if c.query_row(sql, params![new.digest, vm.as_str()], |r| r.get(0))? {
+            continue;
+        }
         let queued = queued(c, vm.as_str())?;
         let tasks = plan(&new.goal, &new.digest, vm);
         if queued as usize + tasks.len() > new.max_queued as usize {
@@ -186,25 +191,25 @@ pub struct Handout {
     pub step: String,
     /// 1 for the first.
     pub attempt: u32,
-    /// The task after its state changed.
-    pub task: Task,
+    /// The task, if its state changed.
+    pub task: Option<Task>,
 }
 
-/// Leases the next task of a VM.
-pub fn lease(c: &Connection, vm: &str) -> Result<Option<Handout>, QueueError> {
+/// Leases the next task of a VM. What waited beyond its goal's `not_after` is left to `expire`.
+pub fn lease(c: &Connection, vm: &str, now_ms: i64) -> Result<Option<Handout>, QueueError> {
     let sql = format!(
         "SELECT t.task_id, g.envelope, t.step, t.attempt FROM tasks t JOIN goals g USING (digest) \
-         WHERE t.vm = ?1 AND t.state IN {OPEN} ORDER BY g.key_seq, t.digest, t.step_no, t.attempt LIMIT 1"
+         WHERE t.vm = ?1 AND t.state IN {OPEN} AND NOT (t.state = 'queued' AND g.not_after_ms < ?2) ORDER BY g.key_seq, t.digest, t.step_no, t.attempt LIMIT 1"
     );
     let row = c
-        .query_row(&sql, [vm], |r| {
+        .query_row(&sql, params![vm, now_ms], |r| {
             Ok((r.get::<_, TaskId>(0)?, r.get(1)?, r.get(2)?, r.get(3)?))
         })
         .optional()?;
     let Some((id, envelope, step, attempt)) = row else {
         return Ok(None);
     };
-    c.execute(
+    let changed = c.execute(
         "UPDATE tasks SET state = 'leased' WHERE task_id = ?1 AND state = 'queued'",
         [id],
     )?;
@@ -213,7 +218,7 @@ pub fn lease(c: &Connection, vm: &str) -> Result<Option<Handout>, QueueError> {
         envelope,
         step,
         attempt,
-        task: task(c, &id)?,
+        task: (changed > 0).then(|| task(c, &id)).transpose()?,
     }))
 }
 

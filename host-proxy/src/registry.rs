@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
@@ -10,11 +10,16 @@ use adit_api::{Vm, VmState};
 use adit_port::control::VHOST_SOCKET;
 use adit_tasks::VmId;
 use adit_tasks::wire::Facts;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{VMS_MAX, VmConfig};
 use crate::ports::Link;
+
+/// Streams to the tasks service that one guest holds open at most: its agent's, and a few that replace each other.
+pub const AGENT_STREAMS_MAX: usize = 4;
+/// Streams from unprivileged ports of one guest that wait for their refusal at most.
+pub const OTHER_STREAMS_MAX: usize = 2;
 
 /// Why a VM cannot be added.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -54,6 +59,13 @@ pub struct VmEntry {
     pub queued: Notify,
     /// It was removed: its supervisor ends.
     pub removed: CancellationToken,
+    /// [`AGENT_STREAMS_MAX`].
+    pub agent_streams: Arc<Semaphore>,
+    /// [`OTHER_STREAMS_MAX`].
+    pub other_streams: Arc<Semaphore>,
+    /// Why there is no port process.
+    trouble: Mutex<Option<String>>,
+    supervised: AtomicBool,
     link: watch::Sender<Option<Arc<Link>>>,
     agent: Mutex<AgentState>,
     /// Changes whenever its state may have.
@@ -71,6 +83,35 @@ impl VmEntry {
     pub fn set_link(&self, link: Option<Arc<Link>>) {
         self.link.send_replace(link);
         self.touch();
+    }
+
+    /// Its supervisor ends, and with it whatever held the port process.
+    pub fn supervisor_ended(&self) {
+        self.supervised.store(false, Ordering::Release);
+        self.touch();
+    }
+
+    /// Whether nobody looks after it any more.
+    pub fn unsupervised(&self) -> bool {
+        !self.supervised.load(Ordering::Acquire)
+    }
+
+    /// Notes why there is no port process, or that there is one. Returns whether that is news.
+    pub fn set_trouble(&self, trouble: Option<String>) -> bool {
+        let mut noted = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        let news = *noted != trouble;
+        *noted = trouble;
+        drop(noted);
+        if news {
+            self.touch();
+        }
+        news
+    }
+
+    /// Why there is no port process, if there is none.
+    pub fn trouble(&self) -> Option<String> {
+        let trouble = self.trouble.lock();
+        trouble.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether a VMM is connected and the guest's driver runs.
@@ -165,8 +206,9 @@ impl VmEntry {
             port_pid: status.as_ref().map(|s| s.pid),
             vhost_socket: self.dir.join(VHOST_SOCKET).display().to_string(),
             fault: status
-                .filter(|s| !s.last_fault.is_empty())
-                .map(|s| s.last_fault),
+                .map(|s| s.last_fault)
+                .filter(|fault| !fault.is_empty())
+                .or_else(|| self.trouble()),
         }
     }
 
@@ -214,6 +256,10 @@ impl Registry {
             config,
             queued: Notify::new(),
             removed: CancellationToken::new(),
+            agent_streams: Arc::new(Semaphore::new(AGENT_STREAMS_MAX)),
+            other_streams: Arc::new(Semaphore::new(OTHER_STREAMS_MAX)),
+            trouble: Mutex::default(),
+            supervised: AtomicBool::new(true),
             link: watch::Sender::new(None),
             agent: Mutex::default(),
             changed: watch::Sender::new(0),

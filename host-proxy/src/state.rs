@@ -1,13 +1,16 @@
 //! What the parts of aditd share.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use adit_api::{Task, TaskEvent};
+use adit_tasks::VmId;
 use jiff::Timestamp;
 use tokio::sync::{Notify, broadcast};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::db::Db;
@@ -34,6 +37,8 @@ pub struct State {
     pub boot_nonce: [u8; 16],
     /// Stops everything.
     pub stop: CancellationToken,
+    /// Clients of the proxy: a stop waits for them.
+    pub clients: TaskTracker,
     /// What expires next may have changed.
     pub expiry: Notify,
     events: broadcast::Sender<TaskEvent>,
@@ -51,6 +56,7 @@ impl State {
             metrics: Metrics::default(),
             boot_nonce,
             stop: CancellationToken::new(),
+            clients: TaskTracker::new(),
             expiry: Notify::new(),
             events: broadcast::Sender::new(EVENTS_BEHIND_MAX),
             seq: AtomicU64::new(1),
@@ -108,7 +114,12 @@ impl State {
             let next = match self.db.run(move |c| queue::expire(c, now)).await {
                 Ok((ended, next)) => {
                     self.count_ended(&ended);
+                    let names: BTreeSet<VmId> =
+                        ended.iter().filter_map(|t| t.vm.parse().ok()).collect();
                     self.publish(ended);
+                    for vm in names.iter().filter_map(|name| self.registry.get(name)) {
+                        self.refresh_open_tasks(&vm).await;
+                    }
                     next
                 }
                 Err(e) => {

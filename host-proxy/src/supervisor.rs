@@ -13,12 +13,15 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use adit_port::control::{CONTROL_SOCKET, Incoming};
+use adit_port::control::{CONTROL_SOCKET, Incoming, Quit, Status};
+use adit_port::control_io::{Message, send};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use tokio::process::Command;
+use tokio_util::sync::CancellationToken;
 
 use crate::ports::Link;
 use crate::registry::VmEntry;
@@ -30,17 +33,20 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 /// A port process is looked for so often while it starts.
 const START_LOOK: Duration = Duration::from_millis(10);
 
-/// Follows a VM's port process until the VM is removed.
+/// Follows a VM's port process until the VM is removed, and ends it then.
 pub async fn supervise(vm: Arc<VmEntry>, binary: PathBuf, on_incoming: impl Fn(Incoming, OwnedFd)) {
     let mut wait = BACKOFF_MIN;
     while !vm.removed.is_cancelled() {
-        match reach(&vm, &binary).await {
-            Ok(socket) => {
-                wait = BACKOFF_MIN;
-                follow(&vm, socket, &on_incoming).await;
-            }
-            Err(e) => {
-                tracing::warn!(vm = %vm.config.name, error = %e, "no port process");
+        let ended = match reach(&vm, &binary).await {
+            Ok(socket) => follow(&vm, socket, &on_incoming).await,
+            Err(e) => Err(e.to_string()),
+        };
+        match ended {
+            Ok(()) => wait = BACKOFF_MIN,
+            Err(trouble) => {
+                if vm.set_trouble(Some(trouble.clone())) {
+                    tracing::error!(vm = %vm.config.name, error = trouble, "no port process");
+                }
                 wait = (wait * 2).min(BACKOFF_MAX);
             }
         }
@@ -49,31 +55,67 @@ pub async fn supervise(vm: Arc<VmEntry>, binary: PathBuf, on_incoming: impl Fn(I
             () = tokio::time::sleep(wait) => {}
         }
     }
+    // One that nobody was connected to, or that was not taken for this VM's, holds its directory.
+    if let Ok(socket) = dial(&vm.dir.join(CONTROL_SOCKET)) {
+        // It ends by itself, whatever else it is saying.
+        let _ = send(&socket, &Message::Quit(Quit {}), None);
+    }
+    vm.supervisor_ended();
 }
 
-async fn follow(vm: &Arc<VmEntry>, socket: OwnedFd, on_incoming: &impl Fn(Incoming, OwnedFd)) {
+/// Follows a port process until it goes, if it is this VM's; nothing is dialled and nobody let in before it said so.
+async fn follow(
+    vm: &Arc<VmEntry>,
+    socket: OwnedFd,
+    on_incoming: &impl Fn(Incoming, OwnedFd),
+) -> Result<(), String> {
     let (link, driver) = Link::new();
-    let on_status = |status: &adit_port::control::Status| {
+    let (known, wrong) = (AtomicBool::new(false), OnceLock::new());
+    let is_wrong = CancellationToken::new();
+    let mut statuses = link.watch();
+    let on_status = |status: &Status| {
         if (status.vm.as_str(), status.cid) != (vm.config.name.as_str(), vm.config.cid) {
-            tracing::error!(vm = %vm.config.name, found = %status.vm, cid = status.cid, "the port process is another VM's");
+            wrong.get_or_init(|| wrong_vm(vm, status));
+            is_wrong.cancel();
+        } else if !known.swap(true, Ordering::Relaxed) {
+            vm.set_trouble(None);
+            vm.set_link(Some(link.clone()));
         }
     };
-    vm.set_link(Some(link.clone()));
-    let mut statuses = link.watch();
-    let run = driver.run(socket, on_status, on_incoming);
-    let ended = async {
-        tokio::select! {
-            ended = run => ended,
-            () = async { while statuses.changed().await.is_ok() { vm.touch(); } std::future::pending().await } => Ok(()),
-            () = async { vm.removed.cancelled().await; link.quit().await; std::future::pending().await } => Ok(()),
+    let only_known = |incoming, fd| {
+        if known.load(Ordering::Relaxed) {
+            on_incoming(incoming, fd);
         }
-    }
-    .await;
+    };
+    let run = driver.run(socket, on_status, only_known);
+    let ended = tokio::select! {
+        ended = run => ended,
+        () = is_wrong.cancelled() => Ok(()),
+        () = async { while statuses.changed().await.is_ok() { vm.touch(); } std::future::pending().await } => Ok(()),
+        () = async { vm.removed.cancelled().await; link.quit().await; std::future::pending().await } => Ok(()),
+    };
     vm.set_link(None);
+    if let Some(why) = wrong.into_inner() {
+        return Err(why);
+    }
     match ended {
         Ok(()) => tracing::info!(vm = %vm.config.name, "port process has gone"),
         Err(e) => tracing::warn!(vm = %vm.config.name, error = %e, "control connection failed"),
     }
+    Ok(())
+}
+
+fn wrong_vm(vm: &VmEntry, status: &Status) -> String {
+    format!(
+        "process {} in {} serves `{}` with CID {}, and the VM is `{}` with CID {}: end its VMM and that process, or set its \
+         old CID again",
+        status.pid,
+        vm.dir.display(),
+        status.vm.escape_debug(),
+        status.cid,
+        vm.config.name,
+        vm.config.cid
+    )
 }
 
 /// Connects to the port process that is there, or to a new one.

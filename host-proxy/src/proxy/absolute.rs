@@ -10,6 +10,7 @@ use hyper::header::{
     CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION,
     TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
 };
+use hyper::http::uri::PathAndQuery;
 use hyper::{Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -59,8 +60,9 @@ pub(super) async fn handle(
     strip_hop_by_hop(headers);
     headers.insert(HOST, host);
     headers.append(VIA, VIA_ADIT);
-    let path = uri.path_and_query().map_or("/", |p| p.as_str());
-    *request.uri_mut() = path.parse::<Uri>().map_err(|_| bad("the path is none"))?;
+    // Not by way of its text: the path of `http://VM?q` is empty, and written as `/`.
+    let path = uri.path_and_query().cloned();
+    *request.uri_mut() = Uri::from(path.unwrap_or(PathAndQuery::from_static("/")));
     *request.version_mut() = hyper::Version::HTTP_11;
 
     let broken = |e: hyper::Error| {

@@ -77,6 +77,10 @@ pub fn parse(authority: &str, default_port: Option<u16>) -> Result<Destination, 
         .strip_prefix(VSOCK)
         .and_then(|rest| rest.split_once('.'))
     {
+        // Clients write a port behind any host; it chooses nothing here, and is still a port or refused.
+        if let Some(text) = port.filter(|text| canonical::<u16>(text).is_none()) {
+            return Err(AuthorityError::BadPort(shown(text)));
+        }
         let port =
             canonical::<u32>(number).ok_or_else(|| AuthorityError::BadPort(shown(number)))?;
         return Ok(Destination {

@@ -32,7 +32,7 @@ pub(super) async fn handle(
     let to = authority::parse(&named, None)?;
     let stream = dial(state, &to).await?;
     let upgrade = hyper::upgrade::on(&mut request);
-    tokio::spawn(async move {
+    state.clients.spawn(async move {
         if let Err(e) = hand_over(upgrade, stream).await {
             tracing::debug!(vm = %to.vm, error = %e, "tunnel not begun");
         }

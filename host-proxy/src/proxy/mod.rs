@@ -14,7 +14,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_port::control::Target;
+use adit_port::control::{PREFIX_MAX, Target};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -30,30 +30,31 @@ use problem::{Body, Problem};
 
 /// How long a client may take for its header.
 const HEADER_LIMIT: Duration = Duration::from_secs(10);
-/// Most bytes of a header.
-const HEADER_MAX: usize = 64 << 10;
+/// Most bytes of a header. hyper reads no further ahead, so what a client sends behind a CONNECT fits into `Attach`.
+const HEADER_MAX: usize = PREFIX_MAX;
 /// Most header fields.
 const FIELDS_MAX: usize = 100;
 /// How long the guest may take to accept a stream.
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
 
-/// Serves clients until told to stop.
+/// Serves clients until told to stop; returns when the requests that were under way have ended.
 pub async fn serve(state: Arc<State>, listener: TcpListener) {
     let slots = Arc::new(Semaphore::new(state.config.limits.connections));
     loop {
         // A slot first: what is not accepted waits in the kernel's backlog, bounded.
-        let Ok(slot) = slots.clone().acquire_owned().await else {
-            return;
+        let accept = async {
+            let slot = slots.clone().acquire_owned().await;
+            (slot, listener.accept().await)
         };
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = state.stop.cancelled() => return,
+        let (slot, accepted) = tokio::select! {
+            accepted = accept => accepted,
+            () = state.stop.cancelled() => break,
         };
         match accepted {
             Ok((client, _)) => {
-                let state = state.clone();
-                tokio::spawn(async move {
-                    connection(state, client).await;
+                let of_client = state.clone();
+                state.clients.spawn(async move {
+                    connection(of_client, client).await;
                     drop(slot);
                 });
             }
@@ -64,10 +65,14 @@ pub async fn serve(state: Arc<State>, listener: TcpListener) {
             }
         }
     }
+    drop(listener);
+    state.clients.close();
+    state.clients.wait().await;
 }
 
 async fn connection(state: Arc<State>, client: TcpStream) {
     let _ = client.set_nodelay(true);
+    let stop = state.stop.clone();
     let service = service_fn(|request: Request<Incoming>| {
         let state = state.clone();
         async move { Ok::<_, Infallible>(answer(&state, request).await) }
@@ -77,10 +82,19 @@ async fn connection(state: Arc<State>, client: TcpStream) {
         .header_read_timeout(HEADER_LIMIT)
         .max_buf_size(HEADER_MAX)
         .max_headers(FIELDS_MAX)
-        .half_close(true)
+        // Without half-close: a client that goes away while the guest thinks takes its stream along. A tunnel has left
+        // hyper before its half-closes matter.
         .serve_connection(TokioIo::new(client), service)
         .with_upgrades();
-    if let Err(e) = served.await {
+    tokio::pin!(served);
+    let ended = tokio::select! {
+        ended = served.as_mut() => ended,
+        () = stop.cancelled() => {
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
+    };
+    if let Err(e) = ended {
         tracing::debug!(error = %e, "client connection ended");
     }
 }

@@ -103,7 +103,8 @@ impl Problem {
 
     /// The answer.
     pub fn response(&self) -> Response<Body> {
-        let line = format!("{}\n", self.detail);
+        // Part of it may be a guest's, and the reader a terminal (R72).
+        let line: String = self.detail.chars().flat_map(shown).chain(['\n']).collect();
         let mut response = Response::new(Full::from(line).map_err(|never| match never {}).boxed());
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
@@ -134,6 +135,13 @@ impl From<AuthorityError> for Problem {
             e => Self::new(StatusCode::BAD_REQUEST, "http_request_error", e.to_string()),
         }
     }
+}
+
+/// A character as itself, or escaped where it would not be text.
+fn shown(c: char) -> impl Iterator<Item = char> {
+    let escaped = c.is_control().then(|| c.escape_default());
+    let itself = escaped.is_none().then_some(c);
+    escaped.into_iter().flatten().chain(itself)
 }
 
 /// `adit; error=TYPE; details="…"`: an sf-string has printable ASCII only (RFC 8941 §3.3.3).

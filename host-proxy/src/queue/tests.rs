@@ -62,9 +62,12 @@ fn tasks_are_handed_out_in_order_of_sequence_and_step_until_they_end() {
     add_goal(&c, &goal(2, 9)).unwrap();
     add_goal(&c, &goal(1, 5)).unwrap();
     let mut order = Vec::new();
-    while let Some(h) = lease(&c, "web-1").unwrap() {
+    while let Some(h) = lease(&c, "web-1", BEFORE).unwrap() {
         // A lost connection: the same task again.
-        assert_eq!(lease(&c, "web-1").unwrap().unwrap().task_id, h.task_id);
+        assert_eq!(
+            lease(&c, "web-1", BEFORE).unwrap().unwrap().task_id,
+            h.task_id
+        );
         order.push((h.envelope == goal(1, 5).envelope, h.step));
         finish(&c, "web-1", &report(h.task_id, Outcome::Done), 0).unwrap();
     }
@@ -76,7 +79,7 @@ fn tasks_are_handed_out_in_order_of_sequence_and_step_until_they_end() {
 fn a_failed_step_skips_the_later_ones() {
     let c = open();
     add_goal(&c, &goal(1, 5)).unwrap();
-    let first = lease(&c, "web-1").unwrap().unwrap();
+    let first = lease(&c, "web-1", BEFORE).unwrap().unwrap();
     let changed = finish(&c, "web-1", &report(first.task_id, Outcome::Failed), 0).unwrap();
     assert_eq!(changed.len(), 2);
     assert_eq!(
@@ -86,21 +89,21 @@ fn a_failed_step_skips_the_later_ones() {
             ("b".into(), 1, TaskState::Skipped)
         ]
     );
-    assert!(lease(&c, "web-1").unwrap().is_none());
+    assert!(lease(&c, "web-1", BEFORE).unwrap().is_none());
 }
 
 #[test]
 fn an_interrupted_idempotent_step_gets_another_attempt_at_most_three_in_all() {
     let c = open();
     add_goal(&c, &goal(1, 5)).unwrap();
-    let first = lease(&c, "web-1").unwrap().unwrap();
+    let first = lease(&c, "web-1", BEFORE).unwrap().unwrap();
     finish(&c, "web-1", &report(first.task_id, Outcome::Done), 0).unwrap();
     for attempt in 1..=ATTEMPTS_MAX {
-        let h = lease(&c, "web-1").unwrap().unwrap();
+        let h = lease(&c, "web-1", BEFORE).unwrap().unwrap();
         assert_eq!((h.step.as_str(), h.attempt), ("b", attempt));
         finish(&c, "web-1", &report(h.task_id, Outcome::Interrupted), 0).unwrap();
     }
-    assert!(lease(&c, "web-1").unwrap().is_none());
+    assert!(lease(&c, "web-1", BEFORE).unwrap().is_none());
     assert!(
         states(&c)[1..]
             .iter()
@@ -115,7 +118,7 @@ fn r104_first_terminal_state_wins_and_foreign_reports_are_dropped() {
     let id = task_id(&[1; 32], &"web-1".parse().unwrap(), "a", 1);
     let e = finish(&c, "web-1", &report(id, Outcome::Done), 0);
     assert!(matches!(e, Err(QueueError::NotLeased)), "{e:?}");
-    lease(&c, "web-1").unwrap();
+    lease(&c, "web-1", BEFORE).unwrap();
     let e = finish(&c, "web-2", &report(id, Outcome::Done), 0);
     assert!(matches!(e, Err(QueueError::Unknown)), "{e:?}");
     finish(&c, "web-1", &report(id, Outcome::Done), 0).unwrap();
@@ -161,16 +164,26 @@ fn r75_a_full_queue_refuses_and_names_its_limit() {
 fn what_waits_too_long_expires_and_what_was_handed_out_does_not() {
     let c = open();
     add_goal(&c, &goal(1, 5)).unwrap();
-    lease(&c, "web-1").unwrap();
+    lease(&c, "web-1", BEFORE).unwrap();
     let (none, next) = expire(&c, BEFORE).unwrap();
     assert!(none.is_empty() && next == Some(AFTER - 7_200_000));
+    // What was handed out is handed out again; had it waited, it would not be.
+    assert!(lease(&c, "web-1", AFTER).unwrap().is_some());
+    add_goal(&c, &goal(2, 4)).unwrap();
+    let next = lease(&c, "web-1", AFTER).unwrap().unwrap();
+    assert_eq!(next.envelope, goal(1, 5).envelope);
     let (ended, next) = expire(&c, AFTER).unwrap();
-    assert_eq!((ended.len(), next), (1, None));
+    assert_eq!((ended.len(), next), (3, None));
     assert_eq!(
-        states(&c),
+        states(&c)
+            .into_iter()
+            .map(|(_, _, s)| s)
+            .collect::<Vec<_>>(),
         [
-            ("a".into(), 1, TaskState::Leased),
-            ("b".into(), 1, TaskState::Expired)
+            TaskState::Expired,
+            TaskState::Expired,
+            TaskState::Leased,
+            TaskState::Expired
         ]
     );
 }
@@ -189,6 +202,66 @@ async fn an_answer_means_on_disk_and_a_failed_job_leaves_nothing() {
     assert!(added.is_ok() && failed.is_err());
     let other = Connection::open(&path).unwrap();
     assert_eq!(tasks(&other, &Filter::default()).unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn r76_a_full_disk_refuses_new_work_whole_and_keeps_the_old() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("aditd.db");
+    let db = Db::open(&path, SCHEMA, VERSION).unwrap();
+    db.run(|c| add_goal(c, &goal(1, 5))).await.unwrap();
+    // As many pages as there are now, and no more.
+    db.run::<_, QueueError, _>(|c| {
+        let pages: i64 = c.query_row("PRAGMA page_count", [], |r| r.get(0))?;
+        Ok(c.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(()))?)
+    })
+    .await
+    .unwrap();
+    // Together, so that they share transactions: what does not fit must not take along what was said yes to.
+    let mut large = goal(2, 6);
+    large.envelope = vec![b'x'; 256 << 10];
+    let (refused, small, refused_too) = tokio::join!(
+        db.run(move |c| add_goal(c, &large)),
+        db.run(|c| Ok::<_, QueueError>(lease(c, "web-1", BEFORE)?.map(|h| h.task_id))),
+        db.run(|c| {
+            let mut large = goal(3, 7);
+            large.envelope = vec![b'x'; 256 << 10];
+            add_goal(c, &large)
+        }),
+    );
+    assert!(refused.is_err() && refused_too.is_err());
+    let other = Connection::open(&path).unwrap();
+    let all = tasks(&other, &Filter::default()).unwrap();
+    assert_eq!(all.len(), 2);
+    let leased = all.iter().any(|t| t.state == TaskState::Leased);
+    assert_eq!(leased, small.is_ok());
+    // Space is there again: so is the queue.
+    db.run::<_, QueueError, _>(|c| {
+        Ok(c.query_row("PRAGMA max_page_count = 1000000", [], |_| Ok(()))?)
+    })
+    .await
+    .unwrap();
+    db.run(|c| add_goal(c, &goal(4, 8))).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_transaction_that_is_gone_takes_all_its_jobs_along() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("aditd.db");
+    let db = Db::open(&path, SCHEMA, VERSION).unwrap();
+    // After some errors SQLite ends the transaction by itself.
+    let (before, ends, after) = tokio::join!(
+        db.run(|c| add_goal(c, &goal(1, 5))),
+        db.run::<(), QueueError, _>(|c| Ok(c.execute_batch("ROLLBACK")?)),
+        db.run(|c| add_goal(c, &goal(2, 6))),
+    );
+    assert!(ends.is_err());
+    let known = tasks(&Connection::open(&path).unwrap(), &Filter::default()).unwrap();
+    let acked = 2 * [before.is_ok(), after.is_ok()]
+        .iter()
+        .filter(|ok| **ok)
+        .count();
+    assert_eq!(known.len(), acked);
 }
 
 #[test]

@@ -1,0 +1,392 @@
+//! A whole aditd in a directory of its own, and the other end of its control sockets: what a port process says, said by
+//! the test, so that it can also say what a hostile guest makes it say.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use adit_channel::frame::{self, Header};
+use adit_channel::hello::{Common, Hello, Open};
+use adit_port::control::{CONTROL_SOCKET, Dial, Dialed, Incoming, Status};
+use adit_port::control_io::{Message, receive, send};
+use adit_tasks::wire::{Facts, Outcome, Pull, Report, Task, TaskId, WireKind};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use serde_json::Value;
+
+/// Nothing here takes this long unless it hangs.
+pub const HANG: Duration = Duration::from_secs(30);
+
+/// aditd and the directory that it works in.
+pub struct Host {
+    dir: tempfile::TempDir,
+    aditd: Option<Child>,
+}
+
+/// The control socket of one VM.
+pub struct Port {
+    listener: UnixListener,
+    name: String,
+    cid: u64,
+}
+
+/// A connection of aditd to it.
+pub struct Control(OwnedFd);
+
+/// An answer of the API or of the proxy.
+pub struct Answer {
+    pub status: u16,
+    pub head: String,
+    pub body: String,
+}
+
+impl Host {
+    /// Makes the directory, and a socket for each VM; aditd is not started yet.
+    pub fn new(vms: &[(&str, u64)], more: &str) -> (Self, Vec<Port>) {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().display();
+        let mut config = format!(
+            "run_dir = \"{at}/run\"\nstate_dir = \"{at}/state\"\n{more}\n[proxy]\nlisten = \"127.0.0.1:0\"\n"
+        );
+        for (name, cid) in vms {
+            config.push_str(&format!(
+                "[[vm]]\nname = \"{name}\"\ncid = {cid}\nallow = [80]\n"
+            ));
+        }
+        fs::write(dir.path().join("aditd.toml"), config).unwrap();
+        let ports = vms
+            .iter()
+            .map(|(name, cid)| Port::new(dir.path(), name, *cid));
+        let ports = ports.collect();
+        (Self { dir, aditd: None }, ports)
+    }
+
+    /// Starts aditd and waits until it serves.
+    pub fn start(&mut self) {
+        self.start_with(20_000);
+    }
+
+    /// Starts aditd with so many descriptors to use.
+    pub fn start_with(&mut self, descriptors: u32) {
+        let _ = fs::remove_file(self.dir.path().join("run/proxy.addr"));
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.dir.path().join("log"))
+            .unwrap();
+        let mut command = Command::new("/bin/sh");
+        command
+            .arg("-c")
+            .arg(format!("ulimit -n {descriptors}; exec \"$@\""));
+        command.arg("sh").arg(env!("CARGO_BIN_EXE_aditd"));
+        command.args(["run", "--port-bin", "/bin/false", "--config"]);
+        command.arg(self.dir.path().join("aditd.toml"));
+        command.stdin(Stdio::null()).stderr(log);
+        self.aditd = Some(command.spawn().unwrap());
+        self.until("aditd serves", |h| {
+            h.dir.path().join("run/proxy.addr").exists().then_some(())
+        });
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(mut aditd) = self.aditd.take() {
+            let _ = aditd.kill();
+            aditd.wait().unwrap();
+        }
+    }
+
+    /// SIGTERM, without waiting.
+    pub fn terminate(&self) {
+        let pid = i32::try_from(self.aditd.as_ref().unwrap().id()).unwrap();
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(pid),
+            nix::sys::signal::Signal::SIGTERM,
+        )
+        .unwrap();
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn ended(&mut self) -> bool {
+        self.aditd.take().unwrap().wait().unwrap().success()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.aditd.as_ref().unwrap().id()
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+
+    /// Looks again and again until there is something.
+    pub fn until<T>(&self, what: &str, mut look: impl FnMut(&Self) -> Option<T>) -> T {
+        let begin = std::time::Instant::now();
+        loop {
+            if let Some(found) = look(self) {
+                return found;
+            }
+            assert!(
+                begin.elapsed() < HANG,
+                "{what}: not in time\n{}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    pub fn proxy(&self) -> TcpStream {
+        let address = fs::read_to_string(self.dir.path().join("run/proxy.addr")).unwrap();
+        let stream = TcpStream::connect(address.trim()).unwrap();
+        stream.set_read_timeout(Some(HANG)).unwrap();
+        stream
+    }
+
+    /// Asks the API. Fails as the connection does.
+    pub fn try_api(&self, method: &str, path: &str, body: &str) -> io::Result<Answer> {
+        let mut stream = UnixStream::connect(self.dir.path().join("run/aditd.sock"))?;
+        stream.set_read_timeout(Some(HANG))?;
+        let len = body.len();
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: {len}\r\n\r\n{body}"
+        )?;
+        let mut text = Vec::new();
+        stream.read_to_end(&mut text)?;
+        Answer::parse(&text)
+    }
+
+    pub fn api(&self, method: &str, path: &str, body: &str) -> Answer {
+        self.try_api(method, path, body).unwrap()
+    }
+
+    pub fn get(&self, path: &str) -> Value {
+        let answer = self.api("GET", path, "");
+        assert_eq!(answer.status, 200, "{path}: {}", answer.body);
+        serde_json::from_str(&answer.body).unwrap()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking() {
+            eprintln!("aditd said:\n{}", self.log());
+        }
+    }
+}
+
+impl Answer {
+    pub fn parse(bytes: &[u8]) -> io::Result<Self> {
+        let text = String::from_utf8_lossy(bytes);
+        let (head, body) = text
+            .split_once("\r\n\r\n")
+            .ok_or_else(|| io::Error::other(format!("no answer: {text:?}")))?;
+        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok());
+        Ok(Self {
+            status: status.ok_or_else(|| io::Error::other("no status"))?,
+            head: head.to_lowercase(),
+            body: body.to_owned(),
+        })
+    }
+}
+
+fn limit(sock: &OwnedFd) {
+    let limit = TimeVal::seconds(i64::try_from(HANG.as_secs()).unwrap());
+    setsockopt(sock, sockopt::ReceiveTimeout, &limit).unwrap();
+}
+
+impl Port {
+    fn new(dir: &Path, name: &str, cid: u64) -> Self {
+        let vm = dir.join("run/vm").join(name);
+        fs::create_dir_all(&vm).unwrap();
+        let listener = socket(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let path = vm.join(CONTROL_SOCKET);
+        bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        listen(&listener, Backlog::new(8).unwrap()).unwrap();
+        limit(&listener);
+        Self {
+            listener: listener.into(),
+            name: name.into(),
+            cid,
+        }
+    }
+
+    /// Takes aditd's connection and says who this is.
+    pub fn connected(&self) -> Control {
+        self.connected_as(self.cid)
+    }
+
+    /// As somebody else.
+    pub fn connected_as(&self, cid: u64) -> Control {
+        let (stream, _) = self.listener.accept().unwrap();
+        // Packets go through `control_io`, whatever the type of the socket.
+        let control = Control(stream.into());
+        limit(&control.0);
+        control.say(
+            &Message::Status(Status {
+                vm: self.name.clone(),
+                cid,
+                pid: std::process::id(),
+                session: true,
+                epoch: 1,
+                streams: 0,
+                bytes: (0, 0),
+                faults: 0,
+                last_fault: String::new(),
+            }),
+            None,
+        );
+        control
+    }
+}
+
+impl Control {
+    pub fn say(&self, message: &Message, fd: Option<&UnixStream>) {
+        send(&self.0, message, fd.map(AsFd::as_fd)).unwrap();
+    }
+
+    /// The next frame; none at the end.
+    pub fn hear(&self) -> Option<(Message, Option<OwnedFd>)> {
+        receive(&self.0).unwrap()
+    }
+
+    /// The next dial.
+    pub fn dial(&self) -> Dial {
+        loop {
+            match self.hear().unwrap().0 {
+                Message::Dial(dial) => return dial,
+                Message::Cancel(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Says that a dial reached the guest.
+    pub fn dialed(&self, id: u64) {
+        let boot_nonce = [1; 16];
+        self.say(&Message::Dialed(Dialed { id, boot_nonce }), None);
+    }
+
+    /// The socket that is attached next, with the bytes ahead of it.
+    pub fn attached(&self) -> (UnixStream, Vec<u8>) {
+        let Some((Message::Attach(attach), Some(fd))) = self.hear() else {
+            panic!("not an attach")
+        };
+        let stream = UnixStream::from(fd);
+        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(HANG)).unwrap();
+        (stream, attach.prefix)
+    }
+
+    /// The guest dials the tasks service from this port of its own.
+    pub fn incoming(&self, peer_port: u32) -> UnixStream {
+        let (guest, host) = UnixStream::pair().unwrap();
+        let port = adit_channel::hello::PORT;
+        self.say(
+            &Message::Incoming(Incoming { port, peer_port }),
+            Some(&host),
+        );
+        guest.set_read_timeout(Some(HANG)).unwrap();
+        guest
+    }
+
+    /// An agent that has been let in and has said who it is.
+    pub fn agent(&self) -> Agent {
+        let mut stream = self.incoming(700);
+        open(&mut stream, "tasks");
+        let Hello::Accept(_) = adit_channel::hello::read(&mut stream).unwrap() else {
+            panic!("refused")
+        };
+        let mut agent = Agent { stream };
+        agent.say(
+            WireKind::Facts,
+            0,
+            &Facts {
+                agent_version: "1".into(),
+                kernel: "6".into(),
+                os: "x".into(),
+                vm_id: "a".into(),
+                anchors: 1,
+                boot_nonce: [1; 16],
+            },
+        );
+        agent
+    }
+}
+
+/// Sends an opening hello.
+pub fn open(stream: &mut UnixStream, service: &str) {
+    let common = Common {
+        features: 0,
+        epoch: 1,
+        boot_nonce: [1; 16],
+    };
+    let open = Open::new(service.parse().unwrap(), common);
+    stream.write_all(&Hello::Open(open).encode()).unwrap();
+}
+
+/// The guest's end of the tasks service.
+pub struct Agent {
+    pub stream: UnixStream,
+}
+
+impl Agent {
+    pub fn say(&mut self, kind: WireKind, id: u32, body: &impl serde::Serialize) {
+        let bytes = frame::encode(kind as u16, 1, id, 0, body).unwrap();
+        self.stream.write_all(&bytes).unwrap();
+    }
+
+    fn hear(&mut self) -> (Header, Vec<u8>) {
+        frame::read(&mut self.stream, frame::LEN_MAX)
+            .unwrap()
+            .unwrap()
+    }
+
+    /// Asks for a task, and waits for it.
+    pub fn pull(&mut self) -> Task {
+        self.say(WireKind::Pull, 7, &Pull { epoch: 1 });
+        self.task()
+    }
+
+    /// Waits for a task that was asked for.
+    pub fn task(&mut self) -> Task {
+        let (header, body) = self.hear();
+        assert_eq!((header.kind, header.id), (WireKind::Task as u16, 7));
+        header.decode(&body).unwrap()
+    }
+
+    /// Reports and waits until that is on disk.
+    pub fn report(&mut self, task_id: TaskId, outcome: Outcome) {
+        self.say(WireKind::Report, 9, &report(task_id, outcome));
+        let (header, _) = self.hear();
+        assert_eq!((header.kind, header.id), (WireKind::ReportAck as u16, 9));
+    }
+}
+
+pub fn report(task_id: TaskId, outcome: Outcome) -> Report {
+    Report {
+        task_id,
+        outcome,
+        exit: Some(0),
+        reason: String::new(),
+        started_ms: 1,
+        ended_ms: 2,
+        stdout: Default::default(),
+        stderr: Default::default(),
+        boot_nonce: [1; 16],
+    }
+}

@@ -1,0 +1,6 @@
+//! The whole aditd, with the test at the other end of its control sockets.
+#![allow(missing_docs)]
+
+mod host;
+mod proxy;
+mod tasks;

@@ -1,0 +1,201 @@
+//! What a client and a port process see of the proxy.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+use adit_channel::hello;
+use adit_port::control::{DialError, DialFailed};
+use adit_port::control_io::Message;
+
+use crate::host::{Answer, Host};
+
+/// Reads until the end of a header.
+fn head(stream: &mut impl Read) -> String {
+    let (mut text, mut byte) = (Vec::new(), [0]);
+    while !text.ends_with(b"\r\n\r\n") {
+        stream.read_exact(&mut byte).unwrap();
+        text.push(byte[0]);
+    }
+    String::from_utf8(text).unwrap()
+}
+
+/// Waits for the end of a stream.
+fn drained(stream: &mut UnixStream) -> bool {
+    let mut rest = Vec::new();
+    match stream.read_to_end(&mut rest) {
+        Ok(_) => true,
+        Err(e) => e.kind() == std::io::ErrorKind::ConnectionReset,
+    }
+}
+
+#[test]
+fn a_tunnel_gets_what_was_sent_ahead_and_outlives_aditd() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let mut client = host.proxy();
+    client
+        .write_all(b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\nahead")
+        .unwrap();
+    control.dialed(control.dial().id);
+    let (mut guest, prefix) = control.attached();
+    assert_eq!(prefix, b"ahead");
+    assert!(head(&mut client).starts_with("HTTP/1.1 200 "));
+    host.kill();
+    client.write_all(b"up").unwrap();
+    let mut two = [0; 2];
+    guest.read_exact(&mut two).unwrap();
+    guest.write_all(b"down").unwrap();
+    let mut four = [0; 4];
+    client.read_exact(&mut four).unwrap();
+    assert_eq!((&two, &four), (b"up", b"down"));
+}
+
+#[test]
+fn absolute_form_is_the_guests_own_request_and_nothing_of_the_hop() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let mut client = host.proxy();
+    client
+        .write_all(
+            b"POST http://a?q=1 HTTP/1.1\r\nHost: evil\r\nConnection: close, X-Hop\r\nX-Hop: 1\r\n\
+              Proxy-Authorization: Basic eA==\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+        )
+        .unwrap();
+    control.dialed(control.dial().id);
+    let (mut guest, _) = control.attached();
+    let got = head(&mut guest).to_lowercase();
+    assert!(got.starts_with("post /?q=1 http/1.1\r\n"), "{got}");
+    assert!(
+        got.contains("host: a\r\n") && got.contains("via: 1.1 adit\r\n"),
+        "{got}"
+    );
+    for gone in ["evil", "x-hop", "authorization", "connection"] {
+        assert!(!got.contains(gone), "{got}");
+    }
+    let mut body = [0; 13];
+    guest.read_exact(&mut body).unwrap();
+    assert_eq!(&body, b"3\r\nabc\r\n0\r\n\r\n");
+    guest
+        .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nkeep-alive: 5\r\n\r\nok")
+        .unwrap();
+    let mut said = Vec::new();
+    client.read_to_end(&mut said).unwrap();
+    let answer = Answer::parse(&said).unwrap();
+    assert_eq!((answer.status, answer.body.as_str()), (200, "ok"));
+    assert!(!answer.head.contains("keep-alive"), "{}", answer.head);
+}
+
+#[test]
+fn r71_a_client_that_leaves_takes_its_stream_along() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let mut client = host.proxy();
+    client
+        .write_all(b"GET http://a/never HTTP/1.1\r\nHost: a\r\n\r\n")
+        .unwrap();
+    control.dialed(control.dial().id);
+    let (mut guest, _) = control.attached();
+    head(&mut guest);
+    // As curl --max-time does: the guest has not answered, and nobody waits for it any more.
+    drop(client);
+    assert!(drained(&mut guest), "the guest's stream goes on");
+}
+
+#[test]
+fn r71_a_client_that_leaves_during_a_dial_cancels_it() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let mut client = host.proxy();
+    client
+        .write_all(b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n")
+        .unwrap();
+    let dial = control.dial();
+    drop(client);
+    assert!(matches!(control.hear(), Some((Message::Cancel(c), _)) if c.id == dial.id));
+}
+
+#[test]
+fn r62_a_port_process_of_another_cid_is_not_this_vms() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let _control = ports[0].connected_as(4);
+    let vm = host.until("the fault is shown", |h| {
+        let vm = h.get("/v1/vms/a");
+        vm["fault"].as_str().map(str::to_owned)
+    });
+    assert!(vm.contains("CID 4") && vm.contains("CID 3"), "{vm}");
+    let mut client = host.proxy();
+    client
+        .write_all(b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n")
+        .unwrap();
+    assert!(head(&mut client).starts_with("HTTP/1.1 503 "));
+}
+
+#[test]
+fn r72_what_a_guest_says_reaches_the_terminal_as_text() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let mut client = host.proxy();
+    client
+        .write_all(b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n")
+        .unwrap();
+    let failed = DialFailed {
+        id: control.dial().id,
+        error: DialError::HelloRefused,
+        status: hello::Status::DialFailed as u16,
+        errno: 111,
+        text: "a\x1b[2Jb\r\nc".into(),
+    };
+    control.say(&Message::DialFailed(failed), None);
+    let mut said = Vec::new();
+    client.read_to_end(&mut said).unwrap();
+    let answer = Answer::parse(&said).unwrap();
+    assert_eq!(answer.status, 502);
+    let line = answer.body.strip_suffix('\n').unwrap();
+    assert!(!line.contains(char::is_control), "{line:?}");
+}
+
+#[test]
+fn r64_a_plain_port_takes_no_second_port_that_is_none() {
+    let (mut host, _ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    for port in ["0", "65536", "+80", "080"] {
+        let mut client = host.proxy();
+        write!(
+            client,
+            "CONNECT vsock-5000.a:{port} HTTP/1.1\r\nHost: a\r\n\r\n"
+        )
+        .unwrap();
+        assert!(head(&mut client).starts_with("HTTP/1.1 400 "), "{port}");
+    }
+}
+
+#[test]
+fn a_stop_lets_a_request_that_is_under_way_end() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let mut client = host.proxy();
+    client
+        .write_all(b"GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n")
+        .unwrap();
+    control.dialed(control.dial().id);
+    let (mut guest, _) = control.attached();
+    head(&mut guest);
+    host.terminate();
+    host.until("it stops", |h| {
+        h.log().contains("told to stop").then_some(())
+    });
+    guest
+        .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        .unwrap();
+    let mut said = Vec::new();
+    client.read_to_end(&mut said).unwrap();
+    assert_eq!(Answer::parse(&said).unwrap().body, "ok");
+    assert!(host.ended());
+}

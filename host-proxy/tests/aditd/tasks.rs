@@ -1,0 +1,238 @@
+//! Goals and agents: what was acknowledged is never lost, and one guest is no burden to the rest.
+
+use std::collections::BTreeSet;
+use std::io::Read;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use adit_channel::hello::{self, Hello};
+use adit_tasks::dsse;
+use adit_tasks::wire::{Outcome, Pull, WireKind};
+use ed25519_dalek::SigningKey;
+use serde_json::json;
+
+use crate::host::{Answer, Host, open, report};
+
+fn goal_id(n: u64) -> String {
+    format!("01937b5e-0000-7000-8000-{n:012x}")
+}
+
+/// A request body with a signed goal for VM `a`; two steps, the second idempotent.
+fn goal(n: u64, not_after: &str) -> String {
+    let step = |id: &str, idempotent: bool| json!({"id": id, "idempotent": idempotent, "script": {"interpreter": "/bin/sh", "script": "x"}});
+    let payload = json!({
+        "goal_id": goal_id(n), "key_seq": n + 1, "audience": {"vms": ["a"]}, "not_before": "2020-01-01T00:00:00Z",
+        "not_after": not_after, "min_planner": 1, "steps": [step("one", false), step("two", true)],
+    });
+    let envelope = dsse::sign(
+        payload.to_string().as_bytes(),
+        &SigningKey::from_bytes(&[7; 32]),
+    );
+    json!({ "envelope": envelope }).to_string()
+}
+
+const LATER: &str = "2100-01-01T00:00:00Z";
+
+fn apply(host: &Host, n: u64) -> Answer {
+    host.api("POST", "/v1/goals", &goal(n, LATER))
+}
+
+fn states(host: &Host) -> Vec<(String, u64, String)> {
+    let tasks = host.get("/v1/tasks");
+    let text = |v: &serde_json::Value| v.as_str().unwrap().to_owned();
+    let tasks = tasks.as_array().unwrap().iter();
+    tasks
+        .map(|t| {
+            (
+                text(&t["step"]),
+                t["attempt"].as_u64().unwrap(),
+                text(&t["state"]),
+            )
+        })
+        .collect()
+}
+
+fn state(step: &str, attempt: u64, state: &str) -> (String, u64, String) {
+    (step.into(), attempt, state.into())
+}
+
+#[test]
+fn a_task_is_pulled_reported_and_known_across_kills() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let mut agent = control.agent();
+    // The pull is there first, and is held.
+    agent.say(WireKind::Pull, 7, &Pull { epoch: 1 });
+    assert_eq!(apply(&host, 1).status, 200);
+    let one = agent.task();
+    assert_eq!((one.step_id.as_str(), one.attempt), ("one", 1));
+    host.kill();
+    host.start();
+    // Leased: the guest's journal answers for it, and here says done.
+    let mut agent = ports[0].connected().agent();
+    assert_eq!(agent.pull().task_id, one.task_id);
+    agent.report(one.task_id, Outcome::Done);
+    host.kill();
+    host.start();
+    let mut agent = ports[0].connected().agent();
+    let two = agent.pull();
+    agent.report(two.task_id, Outcome::Interrupted);
+    let again = agent.pull();
+    assert_eq!((again.step_id.as_str(), again.attempt), ("two", 2));
+    agent.report(again.task_id, Outcome::Done);
+    // A second report of the same changes nothing and is acknowledged, so that the guest may forget it.
+    agent.report(two.task_id, Outcome::Done);
+    let want = [
+        state("one", 1, "done"),
+        state("two", 1, "interrupted"),
+        state("two", 2, "done"),
+    ];
+    assert_eq!(states(&host), want);
+}
+
+#[test]
+fn r78_no_acknowledged_goal_is_lost_by_kills_at_any_time() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "[limits]\nqueued_per_vm = 1000000");
+    let (next, acked) = (AtomicU64::new(0), Mutex::new(BTreeSet::new()));
+    for round in 0..8u64 {
+        host.start();
+        let _control = ports[0].connected();
+        let before = acked.lock().unwrap().len();
+        let dead = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    while !dead.load(Ordering::Relaxed) {
+                        let n = next.fetch_add(1, Ordering::Relaxed);
+                        let answer = host.try_api("POST", "/v1/goals", &goal(n, LATER));
+                        if answer.is_ok_and(|a| a.status == 200) {
+                            acked.lock().unwrap().insert(goal_id(n));
+                        }
+                    }
+                });
+            }
+            // After some were acknowledged, in the middle of others.
+            while acked.lock().unwrap().len() < before + 5 + round as usize {
+                std::thread::yield_now();
+            }
+            let pid = i32::try_from(host.pid()).unwrap();
+            nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(pid),
+                nix::sys::signal::Signal::SIGKILL,
+            )
+            .unwrap();
+            dead.store(true, Ordering::Relaxed);
+        });
+        host.kill();
+    }
+    host.start();
+    let _control = ports[0].connected();
+    let tasks = host.get("/v1/tasks");
+    let known: BTreeSet<String> = tasks
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|t| t["goal_id"].as_str().unwrap().to_owned())
+        .collect();
+    let lost: Vec<_> = acked.lock().unwrap().difference(&known).cloned().collect();
+    assert!(lost.is_empty(), "{lost:?}");
+}
+
+#[test]
+fn a_goal_that_is_handed_over_again_gets_the_same_answer_though_the_queue_is_full() {
+    let (mut host, _ports) = Host::new(&[("a", 3)], "[limits]\nqueued_per_vm = 3");
+    host.start();
+    let first = apply(&host, 1);
+    assert_eq!(first.status, 200, "{}", first.body);
+    let again = apply(&host, 1);
+    assert_eq!((again.status, again.body), (200, first.body));
+    assert_eq!(apply(&host, 2).status, 429);
+}
+
+#[test]
+fn what_expires_no_longer_counts_as_queued() {
+    let (mut host, _ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let answer = host.api("POST", "/v1/goals", &goal(1, "2021-01-01T00:00:00Z"));
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    host.until("it has expired", |h| {
+        states(h).iter().all(|t| t.2 == "expired").then_some(())
+    });
+    host.until("nothing is queued", |h| {
+        (h.get("/v1/vms/a")["queued"] == 0).then_some(())
+    });
+}
+
+#[test]
+fn r59_an_unprivileged_process_or_another_service_is_refused() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    for (from, service, status) in [
+        (1024, "tasks", hello::Status::Denied),
+        (700, "tcp:80", hello::Status::UnknownService),
+    ] {
+        let mut guest = control.incoming(from);
+        open(&mut guest, service);
+        match hello::read(&mut guest).unwrap() {
+            Hello::Refuse(r) => assert_eq!(r.status, status),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_newer_agent_ends_the_older_one() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let mut older = control.agent();
+    let mut newer = control.agent();
+    assert_eq!(older.stream.read(&mut [0]).unwrap(), 0);
+    apply(&host, 1);
+    assert_eq!(newer.pull().step_id, "one");
+}
+
+#[test]
+fn r75_silent_streams_of_one_guest_leave_aditd_its_descriptors() {
+    let (mut host, ports) = Host::new(&[("a", 3), ("b", 4)], "");
+    host.start_with(128);
+    let (a, b) = (ports[0].connected(), ports[1].connected());
+    // Unprivileged, privileged; none says a word.
+    let mut silent: Vec<_> = (0..400u32)
+        .map(|n| a.incoming(if n % 2 == 0 { 5000 } else { 700 }))
+        .collect();
+    // The rest of the host does not notice: another VM's agent is let in and served.
+    let mut agent = b.agent();
+    agent.say(WireKind::Report, 9, &report([9; 16], Outcome::Done));
+    assert_eq!(host.api("GET", "/healthz", "").status, 200);
+    let mut open = 0;
+    for stream in &mut silent {
+        stream.set_nonblocking(true).unwrap();
+        match stream.read(&mut [0]) {
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => open += 1,
+            _ => {}
+        }
+    }
+    assert!(open <= 16, "{open} silent streams are held");
+}
+
+#[test]
+fn r104_reports_that_were_not_asked_for_change_nothing() {
+    let (mut host, ports) = Host::new(&[("a", 3), ("b", 4)], "");
+    host.start();
+    let mut a = ports[0].connected().agent();
+    let mut b = ports[1].connected().agent();
+    apply(&host, 1);
+    let task = a.pull();
+    // b answers for a's task: acknowledged, so that it goes away, and not believed.
+    b.report(task.task_id, Outcome::Done);
+    assert_eq!(states(&host)[0], state("one", 1, "leased"));
+    a.report(task.task_id, Outcome::Failed);
+    a.report(task.task_id, Outcome::Done);
+    assert_eq!(
+        states(&host),
+        [state("one", 1, "failed"), state("two", 1, "skipped")]
+    );
+}
