@@ -194,7 +194,9 @@ impl Server {
                 format!("only version {} is spoken", hello::VERSION),
             )
         })?;
-        let port = tcp_port(open.service.as_str())
+        let port = open
+            .service
+            .tcp_port()
             .ok_or_else(|| Refusal::new(Status::UnknownService, "this agent serves tcp:PORT"))?;
         if !self.ports.contains(&port) {
             return Err(Refusal::new(
@@ -214,13 +216,6 @@ impl Server {
                 text: format!("127.0.0.1:{port}: {e}"),
             })
     }
-}
-
-/// `tcp:PORT` in its one spelling.
-fn tcp_port(service: &str) -> Option<u16> {
-    let digits = service.strip_prefix("tcp:")?;
-    let port: u16 = digits.parse().ok()?;
-    (port != 0 && digits == port.to_string()).then_some(port)
 }
 
 fn dial(port: u16, limit: Duration) -> io::Result<Conn> {
