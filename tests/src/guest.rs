@@ -97,12 +97,20 @@ impl Guest {
         })
     }
 
-    /// Kills QEMU, as a power cut would, and boots again with the same disk.
+    /// Kills QEMU, as a power cut would.
+    ///
+    /// # Errors
+    /// It cannot be killed.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        Ok(self.qemu.kill()?)
+    }
+
+    /// Kills QEMU, if that has not been done, and boots again with the same disk.
     ///
     /// # Errors
     /// QEMU does not start.
     pub fn power_cycle(&mut self) -> anyhow::Result<()> {
-        self.qemu.kill()?;
+        self.kill()?;
         self.qemu = start(&self.args, &self.dir)?;
         self.started = Instant::now();
         self.boots = 1;

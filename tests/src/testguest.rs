@@ -2,12 +2,15 @@
 //!
 //! - `http PORT NAME`: `/` is NAME's page; `/big?mb=N` is N MiB of the test pattern; `/slow?mb=N` the same at 8 MiB/s
 //! - `tcp-echo PORT`, `vsock-echo PORT`: send back what comes, end when it ends
+//! - `dial-echo PORT FIRST`: dial the host: PORT echoes 1 B to 64 MiB in odd pieces, and many streams in quick succession;
+//!   on FIRST the host speaks and ends first, and gets all of it back afterwards. Says DIALS-OK
 //! - `dial-host N`: dial the host's well-known port N times in quick succession; each is answered with a refusal
 #![allow(unsafe_code)] // `accept` gives a bare descriptor number
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
@@ -21,9 +24,12 @@ fn main() -> anyhow::Result<()> {
         ["http", port, name] => http(port.parse()?, name),
         ["tcp-echo", port] => tcp_echo(port.parse()?),
         ["vsock-echo", port] => vsock_echo(port.parse()?),
+        ["dial-echo", port, first] => dial_echo(port.parse()?, first.parse()?),
         ["dial-host", times] => dial_host(times.parse()?),
         _ => {
-            anyhow::bail!("usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT")
+            anyhow::bail!(
+                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-host N"
+            )
         }
     }
 }
@@ -55,25 +61,78 @@ fn vsock_echo(port: u32) -> anyhow::Result<()> {
         thread::Builder::new()
             .stack_size(128 << 10)
             .spawn(move || {
-                // Reads, writes and shutdown are the same on every stream socket.
-                let stream = std::os::unix::net::UnixStream::from(fd);
+                let stream = UnixStream::from(fd);
                 let _ = echo(&stream, &stream);
                 let _ = stream.shutdown(Shutdown::Write);
             })?;
     }
 }
 
+/// A stream to the host. Reads, writes and shutdown are the same on every stream socket.
+fn dial(port: u32) -> nix::Result<UnixStream> {
+    let fd = socket::socket(
+        AddressFamily::Vsock,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    socket::connect(fd.as_raw_fd(), &VsockAddr::new(2, port))?;
+    Ok(UnixStream::from(fd))
+}
+
+fn dial_echo(port: u32, first: u32) -> anyhow::Result<()> {
+    for len in [1, 43, 4096, 65_536, 65_537, 1 << 20, 64 << 20] {
+        dial_one(port, len)?;
+    }
+    for n in 0..2000 {
+        dial_one(port, n * 37 % 5000 + 1)?;
+    }
+    let mut stream = dial(first)?;
+    let mut said = Vec::new();
+    // The host's half ends; ours is still good.
+    stream.read_to_end(&mut said)?;
+    stream.write_all(&said)?;
+    stream.shutdown(Shutdown::Write)?;
+    anyhow::ensure!(stream.read(&mut [0])? == 0, "a byte after the end");
+    println!("DIALS-OK");
+    Ok(())
+}
+
+fn dial_one(port: u32, len: u64) -> anyhow::Result<()> {
+    let mut stream = dial(port)?;
+    let mut sender = stream.try_clone()?;
+    let sending = thread::spawn(move || -> io::Result<()> {
+        let (mut at, mut piece) = (0, 1);
+        while at < len {
+            let n = (len - at).min(piece);
+            let bytes: Vec<u8> = (at..at + n).map(pattern).collect();
+            sender.write_all(&bytes)?;
+            at += n;
+            piece = piece * 3 % 100_003 + 1;
+        }
+        sender.shutdown(Shutdown::Write)
+    });
+    let (mut at, mut buf) = (0, vec![0; 70_001]);
+    loop {
+        let n = stream.read(&mut buf)?;
+        if n == 0 {
+            break;
+        }
+        let same = (at..).zip(&buf[..n]).all(|(i, &b)| b == pattern(i));
+        anyhow::ensure!(same, "bytes from {at} of {len} differ");
+        at += n as u64;
+    }
+    anyhow::ensure!(at == len, "{at} of {len} bytes came back");
+    match sending.join() {
+        Ok(sent) => Ok(sent?),
+        Err(_) => anyhow::bail!("sender panicked"),
+    }
+}
+
 /// Each stream asks for a service that there is not: the whole way there and back, without a side effect.
 fn dial_host(times: u32) -> anyhow::Result<()> {
     for n in 0..times {
-        let fd = socket::socket(
-            AddressFamily::Vsock,
-            SockType::Stream,
-            SockFlag::SOCK_CLOEXEC,
-            None,
-        )?;
-        socket::connect(fd.as_raw_fd(), &VsockAddr::new(2, hello::PORT))?;
-        let mut stream = std::os::unix::net::UnixStream::from(fd);
+        let mut stream = dial(hello::PORT)?;
         let open = Open::new("none".parse()?, Common::default());
         stream.write_all(&Hello::Open(open).encode())?;
         match hello::read(&mut stream)? {

@@ -12,6 +12,9 @@ use adit_tests::guest::{Guest, Identity};
 use adit_tests::host::Host;
 use adit_tests::image::{Image, Kernel};
 
+mod from_guest;
+mod restarts;
+
 const BOOT: Duration = Duration::from_secs(60);
 
 /// A host and one guest with the agent, ready.
@@ -20,14 +23,20 @@ struct Setup {
     host: Host,
 }
 
-/// `None`, with the reason printed, if there is nothing to boot.
-fn setup(kernel: Kernel) -> Option<Setup> {
-    let Some(bins) = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from) else {
+/// Where aditd, adit-port and adit are. `None`, with the reason printed, if there is nothing to boot.
+fn bins() -> Option<PathBuf> {
+    let bins = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from);
+    if bins.is_none() {
         println!(
             "skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it"
         );
-        return None;
-    };
+    }
+    bins
+}
+
+/// A guest whose start runs `script` too. `None` as [`bins`].
+fn setup(kernel: Kernel, script: &str) -> Option<Setup> {
+    let bins = bins()?;
     let image = Image::build(kernel, &|what| println!("{what}")).unwrap();
     let host = Host::start(&bins, &["web-1"]).unwrap();
     host.wait_port("web-1").unwrap();
@@ -44,7 +53,7 @@ fn setup(kernel: Kernel) -> Option<Setup> {
         vhost_socket: &socket,
         agent: Some(&agent),
         trust: Some(&trust),
-        script: "",
+        script,
     };
     let mut guest = Guest::boot(&image, &who, &host.dir().join("web-1")).unwrap();
     let took = guest.wait_ready(BOOT).unwrap();
@@ -124,7 +133,9 @@ fn echo(setup: &Setup, to: &str, len: u64) {
 }
 
 fn tunnels(kernel: Kernel) {
-    let Some(setup) = setup(kernel) else { return };
+    let Some(setup) = setup(kernel, "") else {
+        return;
+    };
     // By name, absolute-form and CONNECT.
     assert!(setup.curl(&["http://web-1/"]).contains("this is web-1"));
     assert!(
@@ -193,7 +204,7 @@ fn run_goal(setup: &Setup, goal: &str) -> String {
 
 /// aditd is killed at random points while a tunnel is in use: the tunnel goes on, and what comes after works again.
 fn aditd_killed(kernel: Kernel) {
-    let Some(mut setup) = setup(kernel) else {
+    let Some(mut setup) = setup(kernel, "") else {
         return;
     };
     let mut seed = u64::from(std::process::id());
@@ -229,6 +240,32 @@ fn aditd_killed(kernel: Kernel) {
     assert!(list.contains("alive"), "{list}");
 }
 
+/// Counts the context switches of the agent's threads over five seconds in which nobody speaks to it.
+const IDLE: &str = r#"(
+switches() { cat /proc/$(pidof adit-guest)/task/*/status | awk '/ctxt_switches/ { n += $2 } END { print n }'; }
+sleep 6; before=$(switches); sleep 5; after=$(switches)
+echo "IDLE-SWITCHES $((after - before)) of $before" > /dev/console
+) &
+"#;
+
+/// The idle agent is not woken, not even by a timer.
+fn idle(kernel: Kernel) {
+    let Some(mut setup) = setup(kernel, IDLE) else {
+        return;
+    };
+    setup
+        .guest
+        .wait_serial("idle count", BOOT, |log| log.contains("IDLE-SWITCHES"))
+        .unwrap();
+    let serial = setup.guest.serial();
+    let line = serial.lines().find(|l| l.contains("IDLE-SWITCHES"));
+    let words: Vec<&str> = line.unwrap_or_default().split_whitespace().collect();
+    assert!(
+        matches!(words[..], [_, "0", "of", before] if before != "0"),
+        "{line:?}"
+    );
+}
+
 const GOAL: &str = "steps:
   - id: hello
     script: {interpreter: /bin/sh, script: \"echo hello from $(hostname); exit 0\\n\"}
@@ -242,7 +279,7 @@ const GOAL: &str = "steps:
 ";
 
 fn tasks(kernel: Kernel) {
-    let Some(mut setup) = setup(kernel) else {
+    let Some(mut setup) = setup(kernel, "") else {
         return;
     };
     std::fs::write(setup.host.dir().join("goal.yaml"), GOAL).unwrap();
@@ -359,6 +396,11 @@ fn aditd_killed_6_1() {
 #[test]
 fn aditd_killed_6_12() {
     aditd_killed(Kernel::V6_12);
+}
+
+#[test]
+fn idle_6_1() {
+    idle(Kernel::V6_1);
 }
 
 #[test]

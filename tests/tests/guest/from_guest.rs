@@ -1,0 +1,132 @@
+//! Streams that the guest opens: byte-exact both ways, half-close from either end. The port process alone, as a VMM
+//! author would meet it: no aditd, no agent.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use adit_port::control::{CONTROL_SOCKET, VHOST_SOCKET};
+use adit_port::control_io::{self, Message};
+use adit_tests::connect::pattern;
+use adit_tests::guest::{Guest, Identity};
+use adit_tests::image::{Image, Kernel};
+use adit_tests::process::{Reaped, bound, wait_for};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use std::os::fd::{AsFd, AsRawFd};
+
+use crate::{BOOT, bins};
+
+/// The host echoes; the guest sends, half-closes, reads the rest.
+const ECHO: u32 = 7000;
+/// The host says all it has and half-closes first; the guest answers after the end.
+const HOST_FIRST: u32 = 7001;
+/// How long one stream may be silent.
+const SILENCE: Duration = Duration::from_secs(30);
+/// What the host says on [`HOST_FIRST`], bytes.
+const SAID: u64 = 1 << 20;
+
+/// Sends everything back; ends when the guest does.
+fn echo(stream: &UnixStream) -> std::io::Result<()> {
+    std::io::copy(&mut &*stream, &mut &*stream)?;
+    stream.shutdown(Shutdown::Write)
+}
+
+/// Ends its own half first, then counts what comes back.
+fn host_first(mut stream: &UnixStream) -> std::io::Result<()> {
+    let said: Vec<u8> = (0..SAID).map(pattern).collect();
+    stream.write_all(&said)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut back = Vec::new();
+    stream.read_to_end(&mut back)?;
+    assert!(
+        back == said,
+        "{} of {} bytes came back",
+        back.len(),
+        said.len()
+    );
+    Ok(())
+}
+
+fn serve(port: u32, fd: OwnedFd) {
+    let stream = UnixStream::from(fd);
+    for set in [UnixStream::set_read_timeout, UnixStream::set_write_timeout] {
+        set(&stream, Some(SILENCE)).unwrap();
+    }
+    stream.set_nonblocking(false).unwrap();
+    match port {
+        ECHO => echo(&stream).unwrap(),
+        HOST_FIRST => host_first(&stream).unwrap(),
+        other => panic!("guest dialled {other}, which is not served"),
+    }
+}
+
+/// Takes streams until the port process ends.
+fn accept(control: &OwnedFd) {
+    loop {
+        let mut fds = [PollFd::new(control.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::NONE).unwrap();
+        match control_io::receive(control) {
+            Ok(Some((Message::Incoming(incoming), Some(fd)))) => {
+                std::thread::spawn(move || serve(incoming.port, fd));
+            }
+            Ok(Some(_)) => {}
+            Err(e) if e.would_block() => {}
+            Ok(None) | Err(_) => return,
+        }
+    }
+}
+
+fn dials_of(kernel: Kernel) {
+    let Some(bins) = bins() else { return };
+    let image = Image::build(kernel, &|what| println!("{what}")).unwrap();
+    let dir = tempfile::Builder::new().prefix("adit-").tempdir().unwrap();
+    let place: PathBuf = dir.path().join("vm");
+    let port = bound(bins.join("adit-port"))
+        .args(["--name", "bare", "--cid", "9", "--dir"])
+        .arg(&place)
+        .args([
+            "--serve-port",
+            &ECHO.to_string(),
+            "--serve-port",
+            &HOST_FIRST.to_string(),
+        ])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let _port = Reaped(port);
+    let control = wait_for("control socket", SILENCE, || {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+        let at = UnixAddr::new(&place.join(CONTROL_SOCKET))?;
+        Ok(connect(fd.as_raw_fd(), &at).is_ok().then_some(fd))
+    })
+    .unwrap();
+    std::thread::spawn(move || accept(&control));
+
+    let who = Identity {
+        name: "bare",
+        vhost_socket: &place.join(VHOST_SOCKET),
+        agent: None,
+        trust: None,
+        script: &format!("adit-testguest dial-echo {ECHO} {HOST_FIRST} > /dev/console 2>&1 &\n"),
+    };
+    let mut guest = Guest::boot(&image, &who, &dir.path().join("guest")).unwrap();
+    guest
+        .wait_serial("guest's own dials", BOOT, |log| log.contains("DIALS-OK"))
+        .unwrap();
+}
+
+#[test]
+fn guest_dials_host_6_1() {
+    dials_of(Kernel::V6_1);
+}
+
+#[test]
+fn guest_dials_host_6_12() {
+    dials_of(Kernel::V6_12);
+}
