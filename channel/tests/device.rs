@@ -12,8 +12,9 @@ use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, TxSlot};
 use adit_channel::device::{
     FEATURES, HEADER_BYTES, HOST_CID, PAYLOAD_MAX, RX_QUEUE, TX_QUEUE, VsockDevice,
 };
-use adit_engine::Lane;
+use adit_engine::{Lane, ResetReason, SessionChange};
 use common::{CID, Rig, Signals, cid, pattern, rw, scatter, wire_bytes};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use proptest::prelude::*;
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -429,12 +430,13 @@ fn every_write_to_guest_memory_is_marked_dirty() {
     let region = tracked.iter().next().expect("a region");
     region.get_mmap().bitmap().reset();
 
-    let mut device = VsockDevice::<Arc<Tracked>>::new(cid());
+    let mut device = VsockDevice::<Arc<Tracked>>::new(cid(), 1).expect("a descriptor");
     device.ack_features(FEATURES).expect("offered");
     let signals = Arc::new(Signals::default());
     device
         .activate(tracked.clone(), driver.queues(), signals)
         .expect("usable");
+    assert!(device.take_session_change().is_some());
     let (mut near, far) = UnixStream::pair().expect("socketpair");
     near.write_all(&[7; 3000]).expect("room");
     device.begin();
@@ -468,4 +470,44 @@ fn memory_is_replaced_between_bursts() {
         adit_benches::VmMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory"),
     );
     assert!(rig.device.set_memory(small).is_err());
+}
+
+#[test]
+fn no_packet_of_a_session_before_the_shell_knows_of_it() {
+    let mut rig = Rig::new();
+    let stopped = rig.device.reset(ResetReason::Epoch);
+    assert_eq!(stopped.bases, [0, 0]);
+    rig.device.ack_features(FEATURES).expect("offered");
+    rig.device
+        .activate(
+            rig.driver.memory().clone(),
+            rig.driver.queues(),
+            rig.signals.clone(),
+        )
+        .expect("usable");
+    assert!(rig.driver.send(&rw(1), b"abc", 3));
+    rig.driver.tx.publish();
+    // The port has streams of session 1 still: what the new driver sent is not theirs.
+    assert!(rig.receive().expect("no fault").is_empty());
+    assert_eq!(
+        rig.device.arm(Interest {
+            rx: true,
+            tx: false
+        }),
+        Armed::Sleep
+    );
+    let mut told = None;
+    let mut ids = Vec::new();
+    rig.device.wakers(&mut |fd, id| {
+        let mut poll = [PollFd::new(fd, PollFlags::POLLIN)];
+        if nix::poll::poll(&mut poll, PollTimeout::ZERO) == Ok(1) {
+            ids.push(id);
+        }
+    });
+    for id in ids {
+        told = told.or(rig.device.woken(id).session);
+    }
+    // Lost and attached again since the shell last looked: the later one says both.
+    assert_eq!(told, Some(SessionChange::Attached { epoch: 2 }));
+    assert_eq!(rig.receive().expect("no fault").len(), 1);
 }

@@ -144,7 +144,7 @@ fn r20_nothing_changes_while_active() {
 
 #[test]
 fn r20_config_reads_stay_inside() {
-    let device = Device::new(cid());
+    let device = Device::new(cid(), 1).expect("a descriptor");
     for offset in [4, 7, 8, 9, u64::MAX] {
         let mut bytes = [0xaa; 16];
         device.read_config(offset, &mut bytes);
@@ -154,7 +154,7 @@ fn r20_config_reads_stay_inside() {
 
 #[test]
 fn r20_features_that_were_not_offered_are_refused() {
-    let mut device = Device::new(cid());
+    let mut device = Device::new(cid(), 1).expect("a descriptor");
     for bit in [1, 2, 26, 33, 34, 63] {
         let acked = FEATURES | 1 << bit;
         let unknown = 1 << bit;
@@ -243,7 +243,7 @@ fn r21_unusable_queues_refuse_activation() {
                 tx: tx.into(),
                 event: None,
             };
-            let mut device = Device::new(cid());
+            let mut device = Device::new(cid(), 1).expect("a descriptor");
             device.ack_features(FEATURES).expect("offered");
             let signals = Arc::new(Signals::default());
             let result = device.activate(driver.memory().clone(), queues, signals);
@@ -515,7 +515,7 @@ fn r34_reset_completes_nothing() {
     rig.driver.tx.publish();
     rig.device.begin();
     drop(rig.device.rx().expect("no fault").expect("a packet"));
-    let stopped = rig.device.reset();
+    let stopped = rig.device.reset(adit_engine::ResetReason::Epoch);
     assert_eq!(stopped.bases, [0, 1]);
     rig.device.flush();
     assert_eq!(rig.driver.tx.used_idx(), 0);

@@ -86,7 +86,7 @@ pub fn run(config_path: &Path, transport: Arc<dyn Transport>) -> Result<(), RunE
         );
     }
     let runner = Runner::new(&config, own, verifier, journal, identity.boot_nonce);
-    let client = Client::new(transport.clone(), identity.clone(), runner);
+    let client = Client::new(transport, identity.clone(), runner);
     let client = thread::Builder::new()
         .name("client".into())
         .stack_size(CLIENT_STACK_BYTES)
@@ -103,7 +103,7 @@ pub fn run(config_path: &Path, transport: Arc<dyn Transport>) -> Result<(), RunE
         );
     }
     Server::new(config.allow_ports, identity)
-        .run(&*transport, &listener)
+        .run(&*listener)
         .map_err(system("go on accepting streams"))
 }
 

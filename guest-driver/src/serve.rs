@@ -16,7 +16,7 @@ use adit_channel::hello::{self, Accept, Common, Hello, Open, Refuse, Status};
 use crate::conn::Conn;
 use crate::log;
 use crate::relay;
-use crate::transport::{self, Transport};
+use crate::transport::Listen;
 
 /// Most streams at a time; more are refused as busy.
 pub const CONNS_MAX: usize = 512;
@@ -101,11 +101,11 @@ impl Server {
     ///
     /// # Errors
     /// The listener failed for good.
-    pub fn run(self: &Arc<Self>, transport: &dyn Transport, listener: &OwnedFd) -> io::Result<()> {
+    pub fn run(self: &Arc<Self>, listener: &dyn Listen) -> io::Result<()> {
         loop {
-            match transport::accept(listener) {
-                Ok(conn) if transport.is_host(&conn) => self.admit(conn),
-                Ok(_) => log::event("stream-refused", &[("why", &"peer is not the host")]),
+            match listener.accept() {
+                Ok(Some(conn)) => self.admit(conn),
+                Ok(None) => log::event("stream-refused", &[("why", &"peer is not the host")]),
                 Err(e) if short_of_resources(&e) => {
                     log::event("accept-failed", &[("error", &e)]);
                     // Only streams that end free what is short; asking again at once would spin.

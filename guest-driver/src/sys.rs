@@ -13,16 +13,8 @@ use std::process::{Child, Command};
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
-use nix::sys::socket::{SockFlag, accept4};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Pid, Uid};
-
-/// Accepts one stream, close-on-exec.
-pub fn accept(listener: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
-    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
-    // SAFETY: accept4 succeeded, so `fd` is a fresh descriptor that nothing else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
 
 /// Opens a descriptor that means this process and no later one with the same number.
 pub fn pidfd_open(pid: Pid) -> nix::Result<OwnedFd> {

@@ -6,17 +6,17 @@
 //!   the host can tell the agent from an unprivileged process of the same guest. The same right is needed to listen.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use adit_channel::hello::PORT;
 use nix::errno::Errno;
-use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType};
+use vsock::{VsockAddr, VsockListener};
 
 use crate::conn::Conn;
-use crate::sys;
 
 /// The host's CID.
-const HOST_CID: u32 = libc::VMADDR_CID_HOST;
+const HOST_CID: u32 = vsock::VMADDR_CID_HOST;
 /// Source ports of the agent: below 1024, and not the listener's own.
 const SOURCE_PORTS: std::ops::RangeInclusive<u32> = 742..=1023;
 
@@ -26,10 +26,7 @@ pub trait Transport: Send + Sync {
     ///
     /// # Errors
     /// No such carrier in this kernel, or the port is taken.
-    fn listen(&self) -> io::Result<OwnedFd>;
-
-    /// Whether an accepted stream comes from the host.
-    fn is_host(&self, conn: &Conn) -> bool;
+    fn listen(&self) -> io::Result<Box<dyn Listen>>;
 
     /// Dials the host's well-known port.
     ///
@@ -38,16 +35,25 @@ pub trait Transport: Send + Sync {
     fn dial_host(&self) -> io::Result<Conn>;
 }
 
-/// Waits for one stream.
-///
-/// # Errors
-/// A resource is short (`EMFILE`, `ENOMEM`) or the listener is gone.
-pub fn accept(listener: &impl AsFd) -> io::Result<Conn> {
+/// Where the host's streams arrive.
+pub trait Listen: Send {
+    /// Waits for one stream; `None` = it came from somebody else than the host, and is closed.
+    ///
+    /// # Errors
+    /// A resource is short (`EMFILE`, `ENOMEM`) or the listener is gone.
+    fn accept(&self) -> io::Result<Option<Conn>>;
+}
+
+/// Asks again when a signal came in between, or the stream ended before it was taken.
+fn accepted<T>(mut accept: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
-        match sys::accept(listener.as_fd()) {
-            Ok(fd) => return Ok(fd.into()),
-            Err(Errno::EINTR | Errno::ECONNABORTED) => {}
-            Err(e) => return Err(e.into()),
+        match accept() {
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+                ) => {}
+            other => return other,
         }
     }
 }
@@ -56,39 +62,30 @@ pub fn accept(listener: &impl AsFd) -> io::Result<Conn> {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Vsock;
 
-impl Vsock {
-    fn socket() -> nix::Result<OwnedFd> {
-        socket::socket(
+impl Transport for Vsock {
+    fn listen(&self) -> io::Result<Box<dyn Listen>> {
+        let listener = VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, PORT)?;
+        // The library asks for a short queue; a full one resets dials that a burst of tunnels brings.
+        socket::listen(&listener, Backlog::MAXCONN)?;
+        Ok(Box::new(listener))
+    }
+
+    fn dial_host(&self) -> io::Result<Conn> {
+        // `VsockStream::connect` cannot bind the source port.
+        let fd = socket::socket(
             AddressFamily::Vsock,
             SockType::Stream,
             SockFlag::SOCK_CLOEXEC,
             None,
-        )
-    }
-}
-
-impl Transport for Vsock {
-    fn listen(&self) -> io::Result<OwnedFd> {
-        let fd = Self::socket()?;
-        socket::bind(fd.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, PORT))?;
-        socket::listen(&fd, Backlog::MAXCONN)?;
-        Ok(fd)
-    }
-
-    fn is_host(&self, conn: &Conn) -> bool {
-        socket::getpeername::<VsockAddr>(conn.as_fd().as_raw_fd())
-            .is_ok_and(|peer| peer.cid() == HOST_CID)
-    }
-
-    fn dial_host(&self) -> io::Result<Conn> {
-        let fd = Self::socket()?;
+        )?;
         // A random start: the peer may still hold the last port in its closing state.
         let span = SOURCE_PORTS.end() - SOURCE_PORTS.start() + 1;
         let first = getrandom::u32().unwrap_or(0) % span;
         let bound = (0..span)
             .map(|i| SOURCE_PORTS.start() + (first + i) % span)
             .find_map(|port| {
-                match socket::bind(fd.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, port)) {
+                let source = VsockAddr::new(vsock::VMADDR_CID_ANY, port);
+                match socket::bind(fd.as_raw_fd(), &source) {
                     Err(Errno::EADDRINUSE) => None,
                     other => Some(other),
                 }
@@ -99,6 +96,13 @@ impl Transport for Vsock {
     }
 }
 
+impl Listen for VsockListener {
+    fn accept(&self) -> io::Result<Option<Conn>> {
+        let (stream, peer) = accepted(|| Self::accept(self))?;
+        Ok((peer.cid() == HOST_CID).then(|| OwnedFd::from(stream).into()))
+    }
+}
+
 /// Unix sockets in one directory: `guest.sock` is ours, `host.sock` the host's. For tests on machines without vsock.
 #[cfg(any(test, feature = "test-util"))]
 #[derive(Clone, Debug)]
@@ -106,14 +110,10 @@ pub struct UnixDir(pub std::path::PathBuf);
 
 #[cfg(any(test, feature = "test-util"))]
 impl Transport for UnixDir {
-    fn listen(&self) -> io::Result<OwnedFd> {
+    fn listen(&self) -> io::Result<Box<dyn Listen>> {
         let path = self.0.join("guest.sock");
         let _ = std::fs::remove_file(&path);
-        Ok(std::os::unix::net::UnixListener::bind(path)?.into())
-    }
-
-    fn is_host(&self, _: &Conn) -> bool {
-        true
+        Ok(Box::new(std::os::unix::net::UnixListener::bind(path)?))
     }
 
     fn dial_host(&self) -> io::Result<Conn> {
@@ -121,5 +121,13 @@ impl Transport for UnixDir {
             self.0.join("host.sock"),
         )?)
         .into())
+    }
+}
+
+#[cfg(any(test, feature = "test-util"))]
+impl Listen for std::os::unix::net::UnixListener {
+    fn accept(&self) -> io::Result<Option<Conn>> {
+        let (stream, _) = accepted(|| Self::accept(self))?;
+        Ok(Some(OwnedFd::from(stream).into()))
     }
 }

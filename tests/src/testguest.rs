@@ -5,18 +5,15 @@
 //! - `dial-echo PORT FIRST`: dial the host: PORT echoes 1 B to 64 MiB in odd pieces, and many streams in quick succession;
 //!   on FIRST the host speaks and ends first, and gets all of it back afterwards. Says DIALS-OK
 //! - `dial-host N`: dial the host's well-known port N times in quick succession; each is answered with a refusal
-#![allow(unsafe_code)] // `accept` gives a bare descriptor number
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
 use adit_channel::hello::{self, Common, Hello, Open, Status};
 use adit_tests::connect::pattern;
-use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
+use vsock::{VsockListener, VsockStream};
 
 fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -48,36 +45,20 @@ fn tcp_echo(port: u16) -> anyhow::Result<()> {
 }
 
 fn vsock_echo(port: u32) -> anyhow::Result<()> {
-    let listener = socket::socket(
-        AddressFamily::Vsock,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
-    socket::bind(listener.as_raw_fd(), &VsockAddr::new(u32::MAX, port))?;
-    socket::listen(&listener, Backlog::MAXCONN)?;
-    loop {
-        let fd = accept(&listener)?;
+    for stream in VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, port)?.incoming() {
+        let stream = stream?;
         thread::Builder::new()
             .stack_size(128 << 10)
             .spawn(move || {
-                let stream = UnixStream::from(fd);
                 let _ = echo(&stream, &stream);
                 let _ = stream.shutdown(Shutdown::Write);
             })?;
     }
+    Ok(())
 }
 
-/// A stream to the host. Reads, writes and shutdown are the same on every stream socket.
-fn dial(port: u32) -> nix::Result<UnixStream> {
-    let fd = socket::socket(
-        AddressFamily::Vsock,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
-    socket::connect(fd.as_raw_fd(), &VsockAddr::new(2, port))?;
-    Ok(UnixStream::from(fd))
+fn dial(port: u32) -> io::Result<VsockStream> {
+    VsockStream::connect_with_cid_port(vsock::VMADDR_CID_HOST, port)
 }
 
 fn dial_echo(port: u32, first: u32) -> anyhow::Result<()> {
@@ -142,12 +123,6 @@ fn dial_host(times: u32) -> anyhow::Result<()> {
     }
     println!("{times} answers");
     Ok(())
-}
-
-fn accept(listener: &OwnedFd) -> nix::Result<OwnedFd> {
-    let fd = socket::accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
-    // SAFETY: the kernel has just made it for us, and nobody else knows its number.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn echo(mut from: impl Read, mut to: impl Write) -> io::Result<()> {

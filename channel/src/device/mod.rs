@@ -14,6 +14,10 @@
 //! Queue 0 carries packets to the guest (RX), queue 1 packets from it (TX), queue 2 events. The device implements
 //! [`Carrier`]: it knows packets and CIDs, and no streams.
 //!
+//! A session begins with `activate` and ends with `reset`. The device tells its shell by itself, through a waker of
+//! its own, so that the bus may call them from a vCPU's thread: no packet of a session is yielded before the shell
+//! was told of it, and none of the old one afterwards.
+//!
 //! What it does **not** do: parse ports, keep credit, or hold a descriptor over a burst. So a queue's position says
 //! everything about it, and a process that takes over resumes from the used index.
 
@@ -27,7 +31,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use adit_engine::Lane;
+use adit_engine::{Lane, ResetReason, SessionChange};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
@@ -58,6 +63,11 @@ const F_INDIRECT: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
 /// What the device offers.
 pub const FEATURES: u64 = F_VERSION_1 | F_EVENT_IDX | F_INDIRECT | VSOCK_F_STREAM;
+
+/// Waker of a session's begin and end; 0 and 1 are the kicks.
+const WAKER_SESSION: u32 = 2;
+/// Waker ids below this belong to the device.
+pub(crate) const WAKERS: u32 = 3;
 
 /// Truesize that newer Linux guests charge for a queued packet, bytes (`SKB_TRUESIZE(0)`).
 const PACKET_OVERHEAD: u32 = 576;
@@ -199,12 +209,25 @@ pub struct VsockDevice<M: GuestAddressSpace> {
     segs: Vec<Seg>,
     fault: Option<CarrierFault>,
     counters: Counters,
+    /// Epoch of the next session.
+    epoch: u64,
+    /// What the shell was not told yet; a later change makes an earlier one void.
+    change: Option<SessionChange>,
+    /// Readable while there is a change to tell.
+    changed: EventFd,
 }
 
 impl<M: GuestAddressSpace> VsockDevice<M> {
-    /// Makes the device of the guest `guest_cid`.
-    pub fn new(guest_cid: GuestCid) -> Self {
-        Self {
+    /// Makes the device of the guest `guest_cid`. Sessions are counted from `first_epoch` on.
+    ///
+    /// # Errors
+    /// There is no descriptor to be had.
+    pub fn new(guest_cid: GuestCid, first_epoch: u64) -> io::Result<Self> {
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        Ok(Self {
+            epoch: first_epoch,
+            change: None,
+            changed: EventFd::from_flags(flags)?,
             guest_cid,
             acked: 0,
             active: None,
@@ -212,7 +235,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             segs: Vec::new(),
             fault: None,
             counters: Counters::default(),
-        }
+        })
     }
 
     /// Returns the CID that the device tells its guest.
@@ -296,7 +319,21 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             signal,
             torn: false,
         });
+        let epoch = self.epoch;
+        self.epoch += 1;
+        self.tell(SessionChange::Attached { epoch });
         Ok(())
+    }
+
+    fn tell(&mut self, change: SessionChange) {
+        self.change = Some(change);
+        // Fails only when 2^64 - 2 changes are pending: it is readable.
+        let _ = self.changed.write(1);
+    }
+
+    /// Takes the change of session that the shell was not told yet; what `woken` does for the waker of the device.
+    pub fn take_session_change(&mut self) -> Option<SessionChange> {
+        self.change.take()
     }
 
     /// Tells whether the device is active (torn or not).
@@ -338,17 +375,23 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
     }
 
     /// Goes back to the state before negotiation; returns where the two queues stood. Nothing is completed any more.
-    pub fn reset(&mut self) -> Stopped {
+    /// The session's streams end for `reason`: [`ResetReason::Epoch`] where the guest's driver reset the device.
+    pub fn reset(&mut self, reason: ResetReason) -> Stopped {
         self.snapshot = None;
         self.segs.clear();
         self.fault = None;
         self.acked = 0;
         match self.active.take() {
             None => Stopped::default(),
-            Some(active) => Stopped {
-                bases: [active.rx.base(), active.tx.base()],
-                kicks: active.kicks,
-            },
+            Some(active) => {
+                if !active.torn {
+                    self.tell(SessionChange::Lost(reason));
+                }
+                Stopped {
+                    bases: [active.rx.base(), active.tx.base()],
+                    kicks: active.kicks,
+                }
+            }
         }
     }
 
@@ -435,6 +478,10 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
     }
 
     fn begin(&mut self) {
+        if self.change.is_some() {
+            // The streams that the shell knows are another session's.
+            return;
+        }
         let Some(active) = self.active.as_mut().filter(|a| !a.torn) else {
             return;
         };
@@ -545,7 +592,9 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
 
     fn arm(&mut self, interest: Interest) -> Armed {
         self.publish();
-        let Some(active) = self.active.as_mut().filter(|a| !a.torn) else {
+        // A change that was not told wakes by itself, and the burst after it looks at the rings.
+        let untold = self.change.is_some();
+        let Some(active) = self.active.as_mut().filter(|a| !a.torn && !untold) else {
             self.snapshot = None;
             return Armed::Sleep;
         };
@@ -588,6 +637,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
     }
 
     fn wakers(&self, visit: &mut dyn FnMut(BorrowedFd<'_>, u32)) {
+        visit(self.changed.as_fd(), WAKER_SESSION);
         let Some(active) = &self.active else { return };
         for (id, kick) in (0u32..).zip(&active.kicks) {
             if let Some(kick) = kick {
@@ -597,6 +647,15 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
     }
 
     fn woken(&mut self, id: u32) -> Woken {
+        if id == WAKER_SESSION {
+            drain(self.changed.as_fd());
+            let session = self.take_session_change();
+            let wakers_changed = session.is_some();
+            return Woken {
+                session,
+                wakers_changed,
+            };
+        }
         let kick = self
             .active
             .as_ref()

@@ -203,6 +203,11 @@ impl<C: Carrier> Port<C> {
         &self.carrier
     }
 
+    /// Returns the carrier to whoever attaches it: a VMM's bus activates and resets its device here.
+    pub fn carrier_mut(&mut self) -> &mut C {
+        &mut self.carrier
+    }
+
     /// Returns the counters.
     pub fn counters(&self) -> PortCounters {
         self.counters

@@ -29,11 +29,11 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 
-use adit_engine::{Lane, ResetReason, SessionChange};
+use adit_engine::{Lane, ResetReason};
 
 use crate::carrier::{Armed, Carrier, CarrierCaps, CarrierFault, Interest, Woken};
 use crate::device::{
-    ActivateError, Counters, GuestCid, QUEUE_MAX, RX_QUEUE, TX_QUEUE, VsockDevice, drain,
+    ActivateError, Counters, GuestCid, QUEUE_MAX, RX_QUEUE, TX_QUEUE, VsockDevice, WAKERS, drain,
 };
 use command::{Calls, Command, Start};
 pub use memory::{MemoryPolicy, VmMemory};
@@ -44,8 +44,8 @@ pub type VmMemoryRef = Arc<VmMemory>;
 
 type Device = VsockDevice<VmMemoryRef>;
 
-/// Waker id of the command channel; 0 and 1 are the kicks.
-const WAKER_COMMANDS: u32 = 2;
+/// Waker id of the command channel; those below are the device's.
+const WAKER_COMMANDS: u32 = WAKERS;
 
 /// Commands that wait for the shard at most: each asks for an answer, except call and kick changes.
 const COMMANDS_MAX: usize = 64;
@@ -86,7 +86,6 @@ pub struct VhostUserCarrier {
     device: Device,
     calls: Arc<Calls>,
     commands: Receiver<Command>,
-    epoch: u64,
     attached: bool,
     /// Kick descriptors that the device no longer uses. They stay open until the next burst begins, so that the
     /// shard can take them out of its epoll set: the frontend holds duplicates, so closing them would not.
@@ -113,10 +112,9 @@ impl VhostUserCarrier {
         let (sender, commands) = mpsc::sync_channel(COMMANDS_MAX);
         let (guest_cid, epoch) = (config.guest_cid, config.first_epoch);
         Ok(Self {
-            device: VsockDevice::new(guest_cid),
+            device: VsockDevice::new(guest_cid, epoch)?,
             calls: Arc::default(),
             commands,
-            epoch,
             attached: false,
             retired: Vec::new(),
             frontend: Frontend::spawn(config, sender)?,
@@ -139,9 +137,7 @@ impl VhostUserCarrier {
                 let result = self.start(*start);
                 if result.is_ok() {
                     self.attached = true;
-                    let epoch = self.epoch;
-                    self.epoch += 1;
-                    woken.session = Some(SessionChange::Attached { epoch });
+                    woken.session = self.device.take_session_change();
                     woken.wakers_changed = true;
                 }
                 answer.give(result);
@@ -171,13 +167,12 @@ impl VhostUserCarrier {
     }
 
     fn stop(&mut self, reason: ResetReason, woken: &mut Woken) -> [u16; 2] {
-        let stopped = self.device.reset();
+        let stopped = self.device.reset(reason);
         self.retired.extend(stopped.kicks.into_iter().flatten());
         self.calls.clear();
         woken.wakers_changed = true;
-        if std::mem::take(&mut self.attached) {
-            woken.session = Some(SessionChange::Lost(reason));
-        }
+        self.attached = false;
+        woken.session = self.device.take_session_change();
         stopped.bases
     }
 }

@@ -8,7 +8,7 @@ use adit_benches::queue::Buffer;
 use adit_benches::{Driver, DriverConfig, VmMemory, memory};
 use adit_channel::carrier::{Carrier, CarrierFault, RxPacket, TxSlot};
 use adit_channel::device::{FEATURES, GuestCid, HOST_CID, Signal, VsockDevice, WireHeader};
-use adit_engine::{Kind, Lane, Op, PacketHeader};
+use adit_engine::{Kind, Lane, Op, PacketHeader, SessionChange};
 
 pub const CID: u64 = 3;
 
@@ -52,11 +52,15 @@ impl Rig {
 
     pub fn on(driver: Driver, features: u64) -> Self {
         let signals = Arc::new(Signals::default());
-        let mut device = Device::new(cid());
+        let mut device = Device::new(cid(), 1).expect("a descriptor");
         device.ack_features(features).expect("offered features");
         device
             .activate(driver.memory().clone(), driver.queues(), signals.clone())
             .expect("a usable device");
+        assert_eq!(
+            device.take_session_change(),
+            Some(SessionChange::Attached { epoch: 1 })
+        );
         Self {
             device,
             driver,

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use super::*;
-use crate::transport::UnixDir;
+use crate::transport::{Transport, UnixDir};
 
 fn start(ports: Vec<u16>) -> (tempfile::TempDir, Arc<Server>) {
     let dir = tempfile::tempdir().unwrap();
@@ -18,7 +18,7 @@ fn start(ports: Vec<u16>) -> (tempfile::TempDir, Arc<Server>) {
     let transport = UnixDir(dir.path().into());
     let listener = transport.listen().unwrap();
     let run = server.clone();
-    thread::spawn(move || run.run(&transport, &listener));
+    thread::spawn(move || run.run(&*listener));
     (dir, server)
 }
 
