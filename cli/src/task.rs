@@ -148,6 +148,7 @@ pub fn state_name(state: TaskState) -> &'static str {
         TaskState::Refused => "refused",
         TaskState::Skipped => "skipped",
         TaskState::Expired => "expired",
+        TaskState::LostContact => "lost_contact",
     }
 }
 

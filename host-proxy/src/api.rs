@@ -182,13 +182,18 @@ async fn remove_vm(
         )
         .help("take it out there and restart aditd"));
     }
-    let key = vm.config.name.to_string();
-    state
-        .db
-        .run::<_, QueueError, _>(move |c| Ok(c.execute("DELETE FROM vms WHERE name = ?1", [key])?))
-        .await?;
     vm.removed.cancel();
     port_gone(&vm).await;
+    let key = vm.config.name.to_string();
+    let ended = state
+        .db
+        .run::<_, QueueError, _>(move |c| {
+            c.execute("DELETE FROM vms WHERE name = ?1", [&key])?;
+            queue::remove_vm(c, &key)
+        })
+        .await?;
+    state.count_ended(&ended);
+    state.publish(ended);
     // Only now is the name free: whoever takes it gets a port process of its own.
     state.registry.remove(&vm.config.name);
     Ok(StatusCode::NO_CONTENT)

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! queued ─► leased ─► started ─► done | failed | timed_out | interrupted | refused
-//!    └─► expired (not_after passed)   └─► an earlier step did not succeed: skipped
+//!    │         └──────────┴─────► lost_contact (silent for so long that it cannot be running, or its VM was removed)
+//!    └─► expired (not_after passed, or its VM was removed)   └─► an earlier step did not succeed: skipped
 //! ```
 //! - The tasks of a VM are handed out one by one, in order of `key_seq`, step and attempt.
 //! - A lease does not end: a task that is not terminal is handed out again when the agent pulls again, and the guest's
@@ -25,6 +26,8 @@ pub const ATTEMPTS_MAX: u32 = 3;
 const REASON_MAX: usize = 1024;
 /// Most bytes of captured output, head and tail, of one stream.
 const OUTPUT_MAX: usize = adit_tasks::goal::OUTPUT_CAP_MAX as usize;
+/// How long after its goal's `not_after` a task that was handed out may still be running: as long as any step may.
+const SILENCE_MAX_MS: i64 = adit_tasks::goal::TIMEOUT_MAX_S as i64 * 1000;
 /// Bytes of stdout in lists.
 const PREVIEW_BYTES: usize = 200;
 
@@ -334,20 +337,51 @@ fn skip_after(
     Ok(ids)
 }
 
-/// Ends tasks that still wait after their goal's `not_after`. Returns them, and when the next one is due.
+/// Ends tasks that still wait after their goal's `not_after`, and those of which nothing was heard long after it.
+/// Returns them, and when the next one is due.
 pub fn expire(c: &Connection, now_ms: i64) -> Result<(Vec<Task>, Option<i64>), QueueError> {
-    let sql = "UPDATE tasks SET state = 'expired', reason = 'not_after passed before it was handed out' \
-               WHERE state = 'queued' AND digest IN (SELECT digest FROM goals WHERE not_after_ms < ?1) RETURNING task_id";
+    let of_goals = "digest IN (SELECT digest FROM goals WHERE not_after_ms < ?1)";
+    let mut ended = end(
+        c,
+        &format!(
+            "state = 'expired', reason = 'not_after passed before it was handed out' \
+             WHERE state = 'queued' AND {of_goals}"
+        ),
+        now_ms,
+    )?;
+    ended.extend(end(
+        c,
+        &format!(
+            "state = 'lost_contact', reason = 'no report came: look at the VM before you order it again' \
+             WHERE state IN ('leased', 'started') AND {of_goals}"
+        ),
+        now_ms - SILENCE_MAX_MS,
+    )?);
+    let sql = format!(
+        "SELECT min(g.not_after_ms + CASE t.state WHEN 'queued' THEN 0 ELSE {SILENCE_MAX_MS} END) \
+         FROM tasks t JOIN goals g USING (digest) WHERE t.state IN {OPEN}"
+    );
+    let next: Option<i64> = c.query_row(&sql, [], |r| r.get(0))?;
+    Ok((ended, next))
+}
+
+/// Ends every task of a VM that is removed. Returns those that were open.
+pub fn remove_vm(c: &Connection, vm: &str) -> Result<Vec<Task>, QueueError> {
+    end(
+        c,
+        "state = CASE state WHEN 'queued' THEN 'expired' ELSE 'lost_contact' END, reason = 'the VM was removed' \
+         WHERE state IN ('queued', 'leased', 'started') AND vm = ?1",
+        vm,
+    )
+}
+
+/// Ends the tasks that `set` names, with one parameter.
+fn end(c: &Connection, set: &str, of: impl rusqlite::ToSql) -> Result<Vec<Task>, QueueError> {
     let ids: Vec<TaskId> = c
-        .prepare_cached(sql)?
-        .query_map([now_ms], |r| r.get(0))?
+        .prepare_cached(&format!("UPDATE tasks SET {set} RETURNING task_id"))?
+        .query_map([of], |r| r.get(0))?
         .collect::<Result<_, _>>()?;
-    let sql = "SELECT min(g.not_after_ms) FROM tasks t JOIN goals g USING (digest) WHERE t.state = 'queued'";
-    let next: Option<i64> = c.query_row(sql, [], |r| r.get(0))?;
-    Ok((
-        ids.iter().map(|id| task(c, id)).collect::<Result<_, _>>()?,
-        next,
-    ))
+    ids.iter().map(|id| task(c, id)).collect()
 }
 
 /// Which tasks to list.
@@ -445,7 +479,7 @@ pub fn rfc3339(ms: i64) -> String {
     Timestamp::from_millisecond(ms).map_or_else(|_| ms.to_string(), |t| t.to_string())
 }
 
-const STATES: [(TaskState, &str); 10] = [
+const STATES: [(TaskState, &str); 11] = [
     (TaskState::Queued, "queued"),
     (TaskState::Leased, "leased"),
     (TaskState::Started, "started"),
@@ -456,6 +490,7 @@ const STATES: [(TaskState, &str); 10] = [
     (TaskState::Refused, "refused"),
     (TaskState::Skipped, "skipped"),
     (TaskState::Expired, "expired"),
+    (TaskState::LostContact, "lost_contact"),
 ];
 
 /// A state's name in the database and in JSON.

@@ -122,8 +122,26 @@ fn vms_are_added_kept_and_removed_and_taken_names_are_refused() {
     host.kill();
     host.launch().unwrap();
     assert_eq!(port_pids(&host).len(), 2);
+    let goal = "steps: [{id: x, script: {interpreter: /bin/sh, script: id}}]\n";
+    std::fs::write(host.dir().join("goal.yaml"), goal).unwrap();
+    assert_eq!(adit(&host, &["key", "new", "fleet.key"]).0, 0);
+    let apply = [
+        "goal",
+        "apply",
+        "goal.yaml",
+        "--sign",
+        "fleet.key",
+        "--to",
+        "b",
+    ];
+    assert_eq!(adit(&host, &apply).0, 0);
     let (code, said) = adit(&host, &["vm", "rm", "b"]);
     assert_eq!(code, 0, "{said}");
+    let (_, list) = adit(&host, &["task", "ls"]);
+    assert!(
+        list.contains("expired") && list.contains("removed"),
+        "{list}"
+    );
     assert_eq!(adit(&host, &["vm", "show", "b"]).0, 4);
     let (code, said) = adit(&host, &["vm", "rm", "a"]);
     assert!(code == 1 && said.contains("aditd.toml"), "{said}");

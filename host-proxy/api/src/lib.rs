@@ -144,6 +144,8 @@ pub enum TaskState {
     Skipped,
     /// Terminal: its goal's `not_after` passed before it began.
     Expired,
+    /// Terminal: it was handed out, and nothing can be heard of it any more.
+    LostContact,
 }
 
 impl TaskState {

@@ -173,7 +173,8 @@ fn what_waits_too_long_expires_and_what_was_handed_out_does_not() {
     let next = lease(&c, "web-1", AFTER).unwrap().unwrap();
     assert_eq!(next.envelope, goal(1, 5).envelope);
     let (ended, next) = expire(&c, AFTER).unwrap();
-    assert_eq!((ended.len(), next), (3, None));
+    let silent = AFTER - 7_200_000 + SILENCE_MAX_MS;
+    assert_eq!((ended.len(), next), (3, Some(silent)));
     assert_eq!(
         states(&c)
             .into_iter()
@@ -186,6 +187,37 @@ fn what_waits_too_long_expires_and_what_was_handed_out_does_not() {
             TaskState::Expired
         ]
     );
+}
+
+#[test]
+fn what_was_handed_out_and_stays_silent_ends_and_a_late_report_changes_nothing() {
+    let c = open();
+    add_goal(&c, &goal(1, 5)).unwrap();
+    let id = lease(&c, "web-1", BEFORE).unwrap().unwrap().task_id;
+    started(&c, "web-1", &id, BEFORE).unwrap();
+    let due = AFTER - 7_200_000 + SILENCE_MAX_MS;
+    let (ended, _) = expire(&c, due).unwrap();
+    assert_eq!(ended.len(), 1, "the step that waited: {ended:?}");
+    let (ended, next) = expire(&c, due + 1).unwrap();
+    assert_eq!((ended[0].state, next), (TaskState::LostContact, None));
+    assert!(
+        finish(&c, "web-1", &report(id, Outcome::Done), due + 2)
+            .unwrap()
+            .is_empty()
+    );
+    assert_eq!(task(&c, &id).unwrap().state, TaskState::LostContact);
+}
+
+#[test]
+fn a_removed_vm_leaves_no_open_task() {
+    let c = open();
+    add_goal(&c, &goal(1, 5)).unwrap();
+    lease(&c, "web-1", BEFORE).unwrap().unwrap();
+    assert!(remove_vm(&c, "web-2").unwrap().is_empty());
+    let ended = remove_vm(&c, "web-1").unwrap();
+    let states: Vec<_> = ended.iter().map(|t| t.state).collect();
+    assert_eq!(states, [TaskState::LostContact, TaskState::Expired]);
+    assert!(remove_vm(&c, "web-1").unwrap().is_empty());
 }
 
 #[tokio::test]
