@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
-use rusqlite::Connection;
+use rusqlite::{Connection, ErrorCode};
 use tokio::sync::oneshot;
 
 /// Jobs in one transaction at most.
@@ -39,6 +39,26 @@ pub enum DbError {
     /// The thread has ended.
     #[error("database is closed")]
     Closed,
+}
+
+impl DbError {
+    /// What whoever started aditd can do about a database that does not open.
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Sqlite(e) if e.sqlite_error_code() == Some(ErrorCode::DiskFull) => {
+                "make room there and start again: nothing that was acknowledged is lost"
+            }
+            Self::Sqlite(e) if e.sqlite_error_code() == Some(ErrorCode::NotADatabase) => {
+                "move it away and start again: its queue is lost, no VM is"
+            }
+            Self::Newer { .. } => {
+                "start the newer aditd, or move the file away: its queue is lost, no VM is"
+            }
+            _ => {
+                "look at the disk and at who may write there; a broken file can be moved away: its queue is lost, no VM is"
+            }
+        }
+    }
 }
 
 /// Tells a job's owner after the commit.

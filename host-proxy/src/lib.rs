@@ -53,12 +53,8 @@ pub async fn run(config: Config, port_binary: PathBuf) -> anyhow::Result<()> {
     make_dir(&config.state_dir)?;
     let _lock = lock(&config.run_dir)?;
     let path = config.state_dir.join("aditd.db");
-    let db = Db::open(&path, queue::SCHEMA, queue::VERSION).with_context(|| {
-        format!(
-            "cannot use {} (a broken one can be moved away: its queue is lost, no VM is)",
-            path.display()
-        )
-    })?;
+    let db = Db::open(&path, queue::SCHEMA, queue::VERSION)
+        .map_err(|e| anyhow::anyhow!("cannot use {}: {e}; {}", path.display(), e.remedy()))?;
     let mut boot_nonce = [0; 16];
     getrandom::fill(&mut boot_nonce)
         .map_err(|e| anyhow::anyhow!("no randomness to be had: {e}"))?;

@@ -100,6 +100,15 @@ fn a_second_aditd_a_busy_port_and_a_bad_file_say_what_to_do() {
         said.contains("bad.toml:4") && said.contains("lissten"),
         "{said}"
     );
+    std::fs::write(host.dir().join("s2/aditd.db"), [0x5a; 5000]).unwrap();
+    let said = run(
+        "junk.toml",
+        &format!("{dirs}[proxy]\nlisten = \"127.0.0.1:0\"\n"),
+    );
+    assert!(
+        said.contains("s2/aditd.db") && said.contains("move it away"),
+        "{said}"
+    );
 }
 
 #[test]
