@@ -16,6 +16,8 @@ use crate::process::output;
 const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "vmw_vsock_virtio_transport"];
 /// File systems and what they need, where the kernel has them as modules.
 const FILE_SYSTEM: [&str; 2] = ["crc32c_generic", "ext4"];
+/// Programs of ours that every test guest has.
+const PROGRAMS: [&str; 2] = ["adit-testguest", "adit-hostile"];
 const DISK_MIB: u64 = 64;
 const INIT: &str = include_str!("guest/init.sh");
 const RC: &str = include_str!("guest/rc.sh");
@@ -98,7 +100,8 @@ impl Image {
             )?;
         }
         let initrd = base.join(format!("initrd-{}", kernel.name()));
-        let newest = [crate::guest_bin("adit-testguest"), std::env::current_exe()?];
+        let mut newest = vec![std::env::current_exe()?];
+        newest.extend(PROGRAMS.map(crate::guest_bin));
         if !newer_than_all(&initrd, &newest) {
             say("building the initramfs");
             let modules = tree.join("lib/modules").join(release);
@@ -296,12 +299,11 @@ fn initramfs(modules: &Path) -> anyhow::Result<Vec<u8>> {
         0o755,
         &fs::read("/bin/busybox").or_else(|_| fs::read("/usr/bin/busybox"))?,
     )?;
-    let testguest = crate::guest_bin("adit-testguest");
-    archive.file(
-        "bin/adit-testguest",
-        0o755,
-        &fs::read(&testguest).with_context(|| format!("no {}", testguest.display()))?,
-    )?;
+    for name in PROGRAMS {
+        let path = crate::guest_bin(name);
+        let bytes = fs::read(&path).with_context(|| format!("no {}", path.display()))?;
+        archive.file(&format!("bin/{name}"), 0o755, &bytes)?;
+    }
     archive.file("init", 0o755, INIT.as_bytes())?;
     archive.file("etc/rc", 0o755, RC.as_bytes())?;
     archive.file("etc/inittab", 0o644, INITTAB.as_bytes())?;

@@ -91,7 +91,7 @@ const GUESTS: [Step; 3] = [
     },
     Step {
         name: "real guests",
-        budget_s: 240,
+        budget_s: 300,
         run: || with_binaries("guest"),
     },
 ];

@@ -13,6 +13,7 @@ use adit_tests::host::Host;
 use adit_tests::image::{Image, Kernel};
 
 mod from_guest;
+mod hostile;
 mod restarts;
 
 const BOOT: Duration = Duration::from_secs(60);
@@ -96,8 +97,8 @@ impl Setup {
 }
 
 /// Sends `len` bytes in odd pieces and reads them back at the same time.
-fn echo(setup: &Setup, to: &str, len: u64) {
-    let stream = connect(setup.host.proxy(), to).unwrap();
+fn echo(host: &Host, to: &str, len: u64) {
+    let stream = connect(host.proxy(), to).unwrap();
     let mut sender = stream.try_clone().unwrap();
     let sending = std::thread::spawn(move || {
         let (mut at, mut piece) = (0, 1);
@@ -163,7 +164,7 @@ fn tunnels(kernel: Kernel) {
     // With the agent (TCP in the guest), and a plain AF_VSOCK listener.
     for to in ["web-1:7", "vsock-5000.web-1:5000"] {
         for len in [1, 43, 4096, 65_536, 65_537, 1 << 20, 64 << 20] {
-            echo(&setup, to, len);
+            echo(&setup.host, to, len);
         }
     }
     // In quick succession, one after the other: from the host, and from the guest.
@@ -173,7 +174,7 @@ fn tunnels(kernel: Kernel) {
         } else {
             "vsock-5000.web-1:5000"
         };
-        echo(&setup, to, n * 37 % 5000 + 1);
+        echo(&setup.host, to, n * 37 % 5000 + 1);
     }
     let goal = "steps: [{id: storm, script: {interpreter: /bin/sh, script: \"adit-testguest dial-host 2000\"}}]\n";
     let list = run_goal(&setup, goal);
@@ -231,7 +232,7 @@ fn aditd_killed(kernel: Kernel) {
         );
         setup.host.launch().unwrap();
         setup.wait_agent();
-        echo(&setup, "web-1:7", 100_000);
+        echo(&setup.host, "web-1:7", 100_000);
     }
     let list = run_goal(
         &setup,

@@ -27,8 +27,8 @@ fn must_end(tunnel: &mut TcpStream, why: &str) {
 fn whole_again(setup: &mut Setup) {
     setup.guest.wait_ready(BOOT).unwrap();
     setup.wait_agent();
-    echo(setup, "web-1:7", 200_000);
-    echo(setup, "vsock-5000.web-1:5000", 200_000);
+    echo(&setup.host, "web-1:7", 200_000);
+    echo(&setup.host, "vsock-5000.web-1:5000", 200_000);
     let list = run_goal(
         setup,
         "steps: [{id: alive, script: {interpreter: /bin/sh, script: \"cat /proc/sys/kernel/random/boot_id\"}}]\n",

@@ -1,0 +1,30 @@
+//! `adit-hostile CASE`: a guest's root takes the socket device from its kernel and drives it from user space, as no
+//! kernel would. The verdict stands on the serial line. `adit-hostile list` names the cases.
+
+mod cases;
+mod driver;
+mod pci;
+
+use anyhow::Context;
+
+fn main() {
+    let name = std::env::args().nth(1).unwrap_or_default();
+    if name == "list" {
+        cases::CASES.iter().for_each(|(name, _)| println!("{name}"));
+        return;
+    }
+    match run(&name) {
+        Ok(seen) => println!("HOSTILE-OK {name}: {seen}"),
+        Err(e) => println!("HOSTILE-FAILED {name}: {e:#}"),
+    }
+}
+
+fn run(name: &str) -> anyhow::Result<String> {
+    let case = cases::CASES.iter().find(|(n, _)| *n == name);
+    let (_, case) = case.with_context(|| format!("no case `{name}`: see `adit-hostile list`"))?;
+    let mut driver = driver::Driver::new()?;
+    driver.honest().context("before the attack")?;
+    let seen = case(&mut driver)?;
+    driver.honest().context("after the attack")?;
+    Ok(seen)
+}
