@@ -1,6 +1,8 @@
 //! A guest: one QEMU process without any network device, its serial line in a file.
 
 use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -58,6 +60,8 @@ pub struct Identity<'a> {
     pub trust: Option<&'a Path>,
     /// More shell text that the guest runs when it is up.
     pub script: &'a str,
+    /// Kernel and initramfs lie in the guest's /boot, so that it can start them itself.
+    pub boot_files: bool,
 }
 
 /// A running guest.
@@ -81,12 +85,20 @@ impl Guest {
     pub fn boot(image: &Image, who: &Identity<'_>, dir: &Path) -> anyhow::Result<Self> {
         fs::create_dir_all(dir)?;
         let initrd = dir.join("initrd");
-        image.with_overlay(&overlay(who, dir)?, &initrd)?;
+        let root = overlay(who, dir)?;
+        image.with_overlay(&root, &initrd)?;
+        if who.boot_files {
+            let boot = root.join("boot");
+            fs::create_dir_all(&boot)?;
+            fs::copy(&image.bzimage, boot.join("vmlinuz"))?;
+            fs::copy(&initrd, boot.join("initrd"))?;
+            image.with_overlay(&root, &initrd)?;
+        }
         let disk = dir.join("state.ext4");
         if !disk.exists() {
             fs::copy(&image.disk, &disk)?;
         }
-        let args = qemu_args(image, who, &initrd, &disk, &dir.join("serial.log"));
+        let args = qemu_args(image, who, &initrd, &disk, dir);
         let qemu = start(&args, dir)?;
         Ok(Self {
             qemu,
@@ -95,6 +107,15 @@ impl Guest {
             boots: 1,
             args,
         })
+    }
+
+    /// Types on the serial line.
+    ///
+    /// # Errors
+    /// QEMU is gone.
+    pub fn press(&self, keys: &[u8]) -> anyhow::Result<()> {
+        let mut line = UnixStream::connect(self.dir.join("serial.sock"))?;
+        Ok(line.write_all(keys)?)
     }
 
     /// Kills QEMU, as a power cut would.
@@ -210,7 +231,7 @@ fn qemu_args(
     who: &Identity<'_>,
     initrd: &Path,
     disk: &Path,
-    serial: &Path,
+    dir: &Path,
 ) -> Vec<String> {
     let accel = Accel::detect();
     let cpu = if accel == Accel::Kvm { "host" } else { "max" };
@@ -248,8 +269,13 @@ fn qemu_args(
         &format!("memory-backend-memfd,id=ram,size={memory},share=on"),
         "-machine",
         "memory-backend=ram",
+        "-chardev",
+        &format!(
+            "socket,id=tty,path={0}/serial.sock,server=on,wait=off,logfile={0}/serial.log",
+            dir.display()
+        ),
         "-serial",
-        &format!("file:{}", serial.display()),
+        "chardev:tty",
         "-kernel",
         &image.vmlinux.display().to_string(),
         "-initrd",

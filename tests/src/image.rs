@@ -69,6 +69,8 @@ pub struct Image {
     pub kernel: Kernel,
     /// Uncompressed ELF with a PVH entry.
     pub vmlinux: PathBuf,
+    /// The same as the package has it.
+    pub bzimage: PathBuf,
     /// The initramfs without an identity.
     pub initrd: PathBuf,
     /// An empty state disk.
@@ -92,12 +94,10 @@ impl Image {
         }
         let release = package.trim_start_matches("linux-image-");
         let vmlinux = tree.join("vmlinux");
+        let bzimage = tree.join("boot").join(format!("vmlinuz-{release}"));
         if !vmlinux.exists() {
             say("unpacking the kernel");
-            extract(
-                &tree.join("boot").join(format!("vmlinuz-{release}")),
-                &vmlinux,
-            )?;
+            extract(&bzimage, &vmlinux)?;
         }
         let initrd = base.join(format!("initrd-{}", kernel.name()));
         let mut newest = vec![std::env::current_exe()?];
@@ -114,6 +114,7 @@ impl Image {
         Ok(Self {
             kernel,
             vmlinux,
+            bzimage,
             initrd,
             disk,
         })

@@ -4,15 +4,22 @@
 //! - `tcp-echo PORT`, `vsock-echo PORT`: send back what comes, end when it ends
 //! - `dial-echo PORT FIRST`: dial the host: PORT echoes 1 B to 64 MiB in odd pieces, and many streams in quick succession;
 //!   on FIRST the host speaks and ends first, and gets all of it back afterwards. Says DIALS-OK
+//! - `kexec KERNEL INITRD`: start them as if after a reset
 //! - `dial-host N`: dial the host's well-known port N times in quick succession; each is answered with a refusal
 
+#![allow(unsafe_code)] // `kexec`: one system call that no crate wraps
+
+use std::ffi::CString;
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::Duration;
 
 use adit_channel::hello::{self, Common, Hello, Open, Status};
 use adit_tests::connect::pattern;
+use nix::sys::reboot::RebootMode;
 use vsock::{VsockListener, VsockStream};
 
 fn main() -> anyhow::Result<()> {
@@ -22,10 +29,11 @@ fn main() -> anyhow::Result<()> {
         ["tcp-echo", port] => tcp_echo(port.parse()?),
         ["vsock-echo", port] => vsock_echo(port.parse()?),
         ["dial-echo", port, first] => dial_echo(port.parse()?, first.parse()?),
+        ["kexec", kernel, initrd] => kexec(kernel, initrd),
         ["dial-host", times] => dial_host(times.parse()?),
         _ => {
             anyhow::bail!(
-                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-host N"
+                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | kexec KERNEL INITRD | dial-host N"
             )
         }
     }
@@ -108,6 +116,30 @@ fn dial_one(port: u32, len: u64) -> anyhow::Result<()> {
         Ok(sent) => Ok(sent?),
         Err(_) => anyhow::bail!("sender panicked"),
     }
+}
+
+/// kexec_file_load(2), with the command line that this kernel got.
+fn kexec(kernel: &str, initrd: &str) -> anyhow::Result<()> {
+    let (kernel, initrd) = (File::open(kernel)?, File::open(initrd)?);
+    let line = std::fs::read_to_string("/proc/cmdline")?;
+    let line = CString::new(line.trim_end())?;
+    let (fds, len) = (
+        [kernel.as_raw_fd(), initrd.as_raw_fd()],
+        line.as_bytes_with_nul().len(),
+    );
+    // SAFETY: two open descriptors, and a string of `len` bytes with its NUL, which the kernel copies.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_kexec_file_load,
+            fds[0],
+            fds[1],
+            len,
+            line.as_ptr(),
+            0,
+        )
+    };
+    nix::errno::Errno::result(done)?;
+    match nix::sys::reboot::reboot(RebootMode::RB_KEXEC)? {}
 }
 
 /// Each stream asks for a service that there is not: the whole way there and back, without a side effect.

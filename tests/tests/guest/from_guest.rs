@@ -114,6 +114,7 @@ fn dials_of(kernel: Kernel) {
         agent: None,
         trust: None,
         script: &format!("adit-testguest dial-echo {ECHO} {HOST_FIRST} > /dev/console 2>&1 &\n"),
+        boot_files: false,
     };
     let mut guest = Guest::boot(&image, &who, &dir.path().join("guest")).unwrap();
     guest

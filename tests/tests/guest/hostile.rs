@@ -35,6 +35,7 @@ fn boot(image: &Image, host: &Host, name: &str, dir: &Path, script: &str) -> Gue
         agent: None,
         trust: None,
         script,
+        boot_files: false,
     };
     Guest::boot(image, &who, dir).unwrap()
 }

@@ -36,7 +36,7 @@ fn bins() -> Option<PathBuf> {
 }
 
 /// A guest whose start runs `script` too. `None` as [`bins`].
-fn setup(kernel: Kernel, script: &str) -> Option<Setup> {
+fn setup(kernel: Kernel, script: &str, boot_files: bool) -> Option<Setup> {
     let bins = bins()?;
     let image = Image::build(kernel, &|what| println!("{what}")).unwrap();
     let host = Host::start(&bins, &["web-1"]).unwrap();
@@ -55,6 +55,7 @@ fn setup(kernel: Kernel, script: &str) -> Option<Setup> {
         agent: Some(&agent),
         trust: Some(&trust),
         script,
+        boot_files,
     };
     let mut guest = Guest::boot(&image, &who, &host.dir().join("web-1")).unwrap();
     let took = guest.wait_ready(BOOT).unwrap();
@@ -134,7 +135,7 @@ fn echo(host: &Host, to: &str, len: u64) {
 }
 
 fn tunnels(kernel: Kernel) {
-    let Some(setup) = setup(kernel, "") else {
+    let Some(setup) = setup(kernel, "", false) else {
         return;
     };
     // By name, absolute-form and CONNECT.
@@ -205,7 +206,7 @@ fn run_goal(setup: &Setup, goal: &str) -> String {
 
 /// aditd is killed at random points while a tunnel is in use: the tunnel goes on, and what comes after works again.
 fn aditd_killed(kernel: Kernel) {
-    let Some(mut setup) = setup(kernel, "") else {
+    let Some(mut setup) = setup(kernel, "", false) else {
         return;
     };
     let mut seed = u64::from(std::process::id());
@@ -251,7 +252,7 @@ echo "IDLE-SWITCHES $((after - before)) of $before" > /dev/console
 
 /// The idle agent is not woken, not even by a timer.
 fn idle(kernel: Kernel) {
-    let Some(mut setup) = setup(kernel, IDLE) else {
+    let Some(mut setup) = setup(kernel, IDLE, false) else {
         return;
     };
     setup
@@ -280,7 +281,7 @@ const GOAL: &str = "steps:
 ";
 
 fn tasks(kernel: Kernel) {
-    let Some(mut setup) = setup(kernel, "") else {
+    let Some(mut setup) = setup(kernel, "", false) else {
         return;
     };
     std::fs::write(setup.host.dir().join("goal.yaml"), GOAL).unwrap();

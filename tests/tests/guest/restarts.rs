@@ -5,6 +5,7 @@ use std::net::TcpStream;
 
 use adit_tests::connect::connect;
 use adit_tests::image::Kernel;
+use adit_tests::process::wait_for;
 
 use crate::{BOOT, Setup, echo, run_goal, setup};
 
@@ -23,9 +24,18 @@ fn must_end(tunnel: &mut TcpStream, why: &str) {
     }
 }
 
-/// Everything works again in the new session.
-fn whole_again(setup: &mut Setup) {
+fn tunnels(setup: &Setup) -> [TcpStream; 2] {
+    ["web-1:7", "vsock-5000.web-1:5000"].map(|to| connect(setup.host.proxy(), to).unwrap())
+}
+
+/// After a boot: ready, and everything works.
+fn booted_again(setup: &mut Setup) {
     setup.guest.wait_ready(BOOT).unwrap();
+    whole_again(setup);
+}
+
+/// Everything works in the new session.
+fn whole_again(setup: &Setup) {
     setup.wait_agent();
     echo(&setup.host, "web-1:7", 200_000);
     echo(&setup.host, "vsock-5000.web-1:5000", 200_000);
@@ -37,11 +47,8 @@ fn whole_again(setup: &mut Setup) {
 }
 
 fn restarts(kernel: Kernel) {
-    let Some(mut setup) = setup(kernel, "") else {
+    let Some(mut setup) = setup(kernel, "", true) else {
         return;
-    };
-    let tunnels = |setup: &Setup| {
-        ["web-1:7", "vsock-5000.web-1:5000"].map(|to| connect(setup.host.proxy(), to).unwrap())
     };
     // By itself: `-f` syncs nothing and tells nobody.
     let open = tunnels(&setup);
@@ -61,7 +68,7 @@ fn restarts(kernel: Kernel) {
     for mut tunnel in open {
         must_end(&mut tunnel, "guest rebooted");
     }
-    whole_again(&mut setup);
+    booted_again(&mut setup);
     let (_, list) = setup.adit(&["task", "ls"]);
     let reboot = list
         .lines()
@@ -71,6 +78,26 @@ fn restarts(kernel: Kernel) {
         reboot.contains("interrupted"),
         "the step that took the guest down: {list}"
     );
+
+    // By kexec: the device is not reset until the new kernel finds it.
+    let open = tunnels(&setup);
+    let goal = "steps: [{id: kexec, script: {interpreter: /bin/sh, script: \"adit-testguest kexec /boot/vmlinuz /boot/initrd\"}}]\n";
+    std::fs::write(setup.host.dir().join("kexec.yaml"), goal).unwrap();
+    let args = [
+        "goal",
+        "apply",
+        "kexec.yaml",
+        "--sign",
+        "fleet.key",
+        "--to",
+        "web-1",
+    ];
+    let (code, said) = setup.adit(&args);
+    assert_eq!(code, 0, "{said}");
+    for mut tunnel in open {
+        must_end(&mut tunnel, "kexec");
+    }
+    booted_again(&mut setup);
 
     // By a power cut.
     let open = tunnels(&setup);
@@ -84,7 +111,75 @@ fn restarts(kernel: Kernel) {
         "no guest is there: {refused}"
     );
     setup.guest.power_cycle().unwrap();
-    whole_again(&mut setup);
+    booted_again(&mut setup);
+}
+
+/// Runs a step that takes the device away for a while: tunnels end, the agent dials again, the step's result comes.
+fn device_goes(setup: &Setup, what: &str, script: &str, then: impl FnOnce()) {
+    let open = tunnels(setup);
+    let goal = format!(
+        "steps: [{{id: {what}, script: {{interpreter: /bin/sh, script: {}}}}}]\n",
+        serde_json::Value::from(script)
+    );
+    std::fs::write(setup.host.dir().join("goes.yaml"), goal).unwrap();
+    let (code, said) = setup.adit(&[
+        "goal",
+        "apply",
+        "goes.yaml",
+        "--sign",
+        "fleet.key",
+        "--to",
+        "web-1",
+    ]);
+    assert_eq!(code, 0, "{said}");
+    for mut tunnel in open {
+        must_end(&mut tunnel, what);
+    }
+    then();
+    let (code, said) = setup.adit(&["task", "watch", "--timeout", "60s"]);
+    let (_, list) = setup.adit(&["task", "ls"]);
+    let line = list.lines().find(|l| l.contains(&format!(" {what} ")));
+    assert!(
+        code == 0 && line.is_some_and(|l| l.contains("done")),
+        "{what}: {said}\n{list}\n{}\n{}",
+        setup.guest.serial(),
+        setup.host.log()
+    );
+    whole_again(setup);
+}
+
+/// The guest's driver is taken off the device and put back, and the guest sleeps and wakes.
+fn drivers(kernel: Kernel) {
+    let Some(setup) = setup(kernel, "", true) else {
+        return;
+    };
+    let rebind = "cd /sys/bus/virtio/drivers/vmw_vsock_virtio_transport
+dev=$(basename virtio*)
+for n in 1 2 3; do echo $dev > unbind; echo $dev > bind; done";
+    device_goes(&setup, "driver-reset", rebind, || {});
+    let suspend = "set -e
+echo enabled > /sys/class/tty/ttyS0/power/wakeup
+exec 3< /dev/ttyS0
+echo freeze > /sys/power/state
+echo AWAKE > /dev/console";
+    device_goes(&setup, "suspend", suspend, || {
+        // A key that comes before it sleeps wakes nobody.
+        wait_for("guest wakes", BOOT, || {
+            setup.guest.press(b"\n")?;
+            Ok(setup.guest.serial().contains("AWAKE").then_some(()))
+        })
+        .unwrap();
+    });
+}
+
+#[test]
+fn drivers_6_1() {
+    drivers(Kernel::V6_1);
+}
+
+#[test]
+fn drivers_6_12() {
+    drivers(Kernel::V6_12);
 }
 
 #[test]

@@ -60,6 +60,7 @@ impl Stage {
                 agent: Some(&agent),
                 trust: Some(&trust),
                 script: "",
+                boot_files: false,
             };
             self.guests
                 .push(Guest::boot(&self.image, &who, &self.host.dir().join(vm))?);
