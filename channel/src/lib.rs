@@ -9,6 +9,8 @@ pub mod device;
 pub mod dial;
 pub mod frame;
 pub mod hello;
+#[cfg(feature = "device")]
+pub mod live;
 pub mod name;
 #[cfg(feature = "device")]
 pub mod port;

@@ -26,7 +26,9 @@ use crate::rst::{Rst, RstSet};
 use crate::stream::{PROBE_FIRST_NS, Phase, Stream, owe, tell};
 use crate::table::{ListId, Table};
 use crate::timers::{NEVER, Timers};
-use crate::{EngineConfig, Kind, Op, PacketHeader, ResetReason, StreamId, Tick, Violation};
+use crate::{
+    EngineConfig, Kind, Op, PacketHeader, PairChange, ResetReason, StreamId, Tick, Violation,
+};
 
 /// Most streams that a configuration can ask for.
 pub const STREAMS_MAX: u32 = 1 << 16;
@@ -102,6 +104,20 @@ impl Engine {
     /// Returns the bytes of window lent to streams: at most `pool_bytes`.
     pub fn lent(&self) -> u64 {
         self.pool.lent()
+    }
+
+    // ---- for whoever keeps a list of the streams outside
+
+    /// Keeps account of port pairs from now on: [`drain_pairs`](Self::drain_pairs) must be called after every round of
+    /// outputs, since the account grows with every stream that comes or goes.
+    pub fn track_pairs(&mut self) {
+        self.table.changes.get_or_insert_default();
+    }
+
+    /// Takes the pairs that came and went, in order. A pair is there from before its first packet until the peer was sent
+    /// its reset or needs none.
+    pub fn drain_pairs(&mut self) -> impl Iterator<Item = PairChange> + '_ {
+        self.table.changes.iter_mut().flat_map(|c| c.drain(..))
     }
 
     // ---- what inputs and commands have in common

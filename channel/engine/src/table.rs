@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 use core::ops::{Index, IndexMut};
 
 use crate::stream::{Phase, Stream};
-use crate::{Lane, StreamId};
+use crate::{Lane, PairChange, StreamId};
 
 const NIL: u32 = u32::MAX;
 
@@ -67,6 +67,8 @@ pub(crate) struct Table {
     last_hit: (u64, u32),
     lists: [Ends; LISTS],
     max: u32,
+    /// Pairs that came and went since the last look; `None`: nobody looks.
+    pub(crate) changes: Option<Vec<PairChange>>,
 }
 
 impl Index<u32> for Table {
@@ -98,6 +100,7 @@ impl Table {
                 tail: NIL,
             }; LISTS],
             max,
+            changes: None,
         }
     }
 
@@ -155,6 +158,12 @@ impl Table {
         let generation = self[slot].generation;
         self.map
             .insert(key(stream.local_port, stream.peer_port), slot);
+        if let Some(changes) = &mut self.changes {
+            changes.push(PairChange::Opened {
+                local_port: stream.local_port,
+                peer_port: stream.peer_port,
+            });
+        }
         self[slot] = Stream {
             generation,
             mapped: true,
@@ -167,9 +176,15 @@ impl Table {
     pub(crate) fn unmap(&mut self, slot: u32) {
         let s = &mut self[slot];
         if core::mem::take(&mut s.mapped) {
-            let key = key(s.local_port, s.peer_port);
-            self.map.remove(&key);
+            let (local_port, peer_port) = (s.local_port, s.peer_port);
+            self.map.remove(&key(local_port, peer_port));
             self.last_hit = (0, NIL);
+            if let Some(changes) = &mut self.changes {
+                changes.push(PairChange::Closed {
+                    local_port,
+                    peer_port,
+                });
+            }
         }
     }
 

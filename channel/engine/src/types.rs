@@ -291,3 +291,22 @@ impl fmt::Display for ConnectError {
 }
 
 impl core::error::Error for ConnectError {}
+
+/// A port pair began or ceased to be a stream's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PairChange {
+    /// A stream has it.
+    Opened {
+        /// Our port.
+        local_port: u32,
+        /// The peer's port.
+        peer_port: u32,
+    },
+    /// No stream has it any more, and no reset is owed to it.
+    Closed {
+        /// Our port.
+        local_port: u32,
+        /// The peer's port.
+        peer_port: u32,
+    },
+}

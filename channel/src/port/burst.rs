@@ -3,6 +3,7 @@
 use adit_engine::{Disposition, How, ResetReason, StreamId, Tick, Transmit};
 
 use super::entry::{Fill, Undelivered};
+use super::succession::next_reset;
 use super::{Budget, Port, Turn};
 use crate::carrier::{Armed, Carrier, CarrierFault, Interest, RxPacket, TxSlot};
 
@@ -46,11 +47,11 @@ impl<C: Carrier> Port<C> {
         });
         let again = match ends {
             Ok((End::Budget, _) | (_, End::Budget)) => {
-                self.carrier.flush();
+                self.flush();
                 true
             }
             Ok((_, tx)) => {
-                self.carrier.flush();
+                self.flush();
                 let interest = Interest {
                     rx: true,
                     tx: tx == End::NoSlot,
@@ -58,7 +59,7 @@ impl<C: Carrier> Port<C> {
                 self.carrier.arm(interest) == Armed::WorkAppeared
             }
             Err(fault) => {
-                self.carrier.flush();
+                self.flush();
                 self.carrier_fault(now, &fault);
                 self.handle_events(now);
                 false
@@ -150,7 +151,7 @@ impl<C: Carrier> Port<C> {
     fn transmit(&mut self, now: Tick, budget: Budget) -> Result<End, CarrierFault> {
         let mut bytes = 0;
         for _ in 0..budget.packets {
-            if !self.engine.wants_transmit() {
+            if self.inherited.is_empty() && !self.engine.wants_transmit() {
                 return Ok(End::Drained);
             }
             if bytes >= budget.bytes {
@@ -177,6 +178,10 @@ impl<C: Carrier> Port<C> {
         let Some(mut slot) = self.carrier.tx(lane, caps.max_payload)? else {
             return Ok(Sent::NoSlot);
         };
+        if let Some(header) = next_reset(&mut self.inherited, &mut self.live) {
+            slot.commit(&header);
+            return Ok(Sent::Packet(0));
+        }
         let capacity = slot.capacity().min(caps.max_payload);
         while let Some(Transmit { header, body, .. }) = self.engine.poll_transmit(now, capacity) {
             let Some((stream, len)) = body else {

@@ -19,6 +19,7 @@
 mod burst;
 mod entry;
 mod lifecycle;
+mod succession;
 #[cfg(test)]
 mod tests;
 pub(crate) mod watch;
@@ -37,6 +38,7 @@ use nix::sys::epoll::EpollFlags;
 use crate::carrier::{Carrier, CarrierFault};
 use crate::dial::{Dial, DialError, DialRequest};
 use crate::hello::Accept;
+use crate::live::LiveTable;
 use crate::sink::{Local, ServiceEvent, Sink};
 use entry::{Entry, Phase};
 use watch::{Token, Watch};
@@ -157,6 +159,10 @@ pub struct Port<C: Carrier> {
     epoch: Option<u64>,
     last_fault: String,
     counters: PortCounters,
+    /// Where a successor finds the pairs in use.
+    live: Option<LiveTable>,
+    /// Pairs of a predecessor whose streams the guest still has: each is reset before anything else is sent.
+    inherited: Vec<(u32, u32)>,
 }
 
 /// A sink whose stream ended in order before the sink took everything.
@@ -191,6 +197,8 @@ impl<C: Carrier> Port<C> {
             epoch: None,
             last_fault: String::new(),
             counters: PortCounters::default(),
+            live: None,
+            inherited: Vec::new(),
         };
         port.watch_wakers()?;
         Ok(port)
@@ -377,6 +385,7 @@ impl<C: Carrier> Port<C> {
             SessionChange::Attached { epoch } => Some(epoch),
             SessionChange::Lost(_) => None,
         };
+        self.session_changed(change);
         self.engine.handle_session(now, change);
         self.notices
             .push_back(Notice::Session { epoch: self.epoch });

@@ -7,10 +7,14 @@
 //! ```
 //! The order of messages within Stopped does not matter. While Running, what the device was built from is fixed;
 //! the memory table and the kick and call descriptors may be replaced.
+//!
+//! [`Handler::handover`] is all of it, and [`Handler::resume`] is how another process goes on from there: a ring that
+//! ran continues where guest memory says that it stands.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering;
 
 use adit_engine::ResetReason;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -23,8 +27,10 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use vhost::{self, VhostUserMemoryRegionBase};
 use virtio_queue::{Queue, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::command::{Command, Link, ShardGone, Start};
+use super::handover::{Handover, HandoverError, Parts, Record, Region, RingRecord};
 use super::memory::{MemTable, MemoryPolicy};
 use crate::device::{FEATURES, GuestCid, VirtQueue, VirtQueues};
 
@@ -39,6 +45,8 @@ struct Vring {
     base: u16,
     /// Descriptor table, available ring, used ring: guest addresses.
     addrs: Option<[u64; 3]>,
+    /// How far the position was ahead of the used index when the ring was started: 0, with every frontend that there is.
+    lag: u16,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
     enabled: bool,
@@ -51,9 +59,14 @@ pub(super) struct Handler {
     policy: MemoryPolicy,
     link: Link,
     features: Option<u64>,
+    protocol_features: Option<u64>,
     table: Option<MemTable>,
     vrings: [Vring; QUEUES],
     running: bool,
+    /// Something changed that a successor must know.
+    changed: bool,
+    /// The next message may be one that the predecessor has handled already.
+    perhaps_again: bool,
 }
 
 /// Refuses a message with a reason.
@@ -80,9 +93,12 @@ impl Handler {
             policy,
             link,
             features: None,
+            protocol_features: None,
             table: None,
             vrings: Default::default(),
             running: false,
+            changed: false,
+            perhaps_again: false,
         }
     }
 
@@ -92,8 +108,98 @@ impl Handler {
             tracing::debug!(error = %e, "frontend gone");
         }
         self.features = None;
+        self.protocol_features = None;
         self.table = None;
         self.vrings = Default::default();
+        self.changed = false;
+        self.perhaps_again = false;
+    }
+
+    /// A message was handled. Returns whether it changed what a successor must know.
+    pub(super) fn handled(&mut self) -> bool {
+        self.perhaps_again = false;
+        std::mem::take(&mut self.changed)
+    }
+
+    /// Everything that the frontend said, with duplicates of its descriptors.
+    pub(super) fn handover(
+        &self,
+        changes: u64,
+        frontend: BorrowedFd<'_>,
+    ) -> std::result::Result<Handover, HandoverError> {
+        let mut fds = vec![frontend.try_clone_to_owned()?];
+        let mut regions = Vec::new();
+        for (region, file) in self.table.iter().flat_map(MemTable::regions) {
+            regions.push(region);
+            fds.push(file.try_clone_to_owned()?);
+        }
+        let mut rings = [RingRecord::default(); QUEUES];
+        for (record, vring) in rings.iter_mut().zip(&self.vrings) {
+            *record = RingRecord {
+                size: vring.size,
+                base: vring.base,
+                lag: vring.lag,
+                addrs: vring.addrs,
+                kick: vring.kick.is_some(),
+                call: vring.call.is_some(),
+                enabled: vring.enabled,
+            };
+            for fd in [&vring.kick, &vring.call].into_iter().flatten() {
+                fds.push(fd.try_clone()?);
+            }
+        }
+        let record = Record {
+            changes,
+            features: self.features,
+            protocol_features: self.protocol_features,
+            regions,
+            rings,
+            running: self.running,
+        };
+        Handover::new(&record, fds)
+    }
+
+    /// Goes on from what another process was told; features have been set again already. The session begins if it was on.
+    pub(super) fn resume(&mut self, parts: Parts) -> Result<()> {
+        let record = parts.record;
+        if !record.regions.is_empty() {
+            let regions: Vec<_> = record.regions.iter().map(Region::as_message).collect();
+            let table = MemTable::map(&regions, parts.memory, self.policy).map_err(refused)?;
+            self.table = Some(table);
+        }
+        for ((vring, ring), fds) in self.vrings.iter_mut().zip(record.rings).zip(parts.rings) {
+            let good = ring.size == 0
+                || ring.size.is_power_of_two() && ring.size <= self.queue_max && ring.size > 0;
+            if !good {
+                return Err(refused(format!("ring of size {}", ring.size)));
+            }
+            *vring = Vring {
+                size: ring.size,
+                base: ring.base,
+                addrs: ring.addrs,
+                lag: ring.lag,
+                kick: fds.kick,
+                call: fds.call,
+                enabled: ring.enabled,
+            };
+            if record.running {
+                let (Some(addrs), Some(table)) = (vring.addrs, &self.table) else {
+                    return Err(refused("a ring that ran has no addresses or no memory"));
+                };
+                vring.base = used_index(addrs[2], table)?.wrapping_add(vring.lag);
+            }
+        }
+        self.perhaps_again = true;
+        if !record.running {
+            return Ok(());
+        }
+        self.settle()?;
+        match self.running {
+            true => Ok(()),
+            false => Err(refused(
+                "the rings ran, and the record lacks what they need",
+            )),
+        }
     }
 
     fn vring(&mut self, index: u32) -> Result<&mut Vring> {
@@ -107,7 +213,13 @@ impl Handler {
         if self.running {
             return Err(refused(format!("ring {index}: {what} while the ring runs")));
         }
+        self.changed = true;
         self.vring(index)
+    }
+
+    /// The predecessor has handled this message: it was the one that started the rings.
+    fn said_already(&self) -> bool {
+        self.running && self.perhaps_again
     }
 
     /// Starts the session if everything is there.
@@ -122,20 +234,27 @@ impl Handler {
         }
         let [rx, tx] = &self.vrings;
         let (rx_call, tx_call) = (clone_fd(&rx.call)?, clone_fd(&tx.call)?);
+        let queues = VirtQueues {
+            rx: build(rx, self.queue_max, table)?,
+            tx: build(tx, self.queue_max, table)?,
+            event: None,
+        };
+        let lags = [&queues.rx.queue, &queues.tx.queue]
+            .map(|q| q.next_avail().wrapping_sub(q.next_used()));
         let start = Start {
             mem: table.memory().clone(),
             features: features & FEATURES,
-            queues: VirtQueues {
-                rx: build(rx, self.queue_max, table)?,
-                tx: build(tx, self.queue_max, table)?,
-                event: None,
-            },
+            queues,
             calls: [rx_call, tx_call],
         };
         self.link
             .ask(|answer| Command::Start(Box::new(start), answer))?
             .map_err(refused)?;
         self.running = true;
+        self.changed = true;
+        for (vring, lag) in self.vrings.iter_mut().zip(lags) {
+            vring.lag = lag;
+        }
         Ok(())
     }
 
@@ -145,6 +264,7 @@ impl Handler {
             return Ok(());
         }
         self.running = false;
+        self.changed = true;
         let bases = self.link.ask(|answer| Command::Stop(reason, answer))?;
         for (vring, base) in self.vrings.iter_mut().zip(bases) {
             vring.base = base;
@@ -179,13 +299,25 @@ fn build(vring: &Vring, queue_max: u16, table: &MemTable) -> Result<VirtQueue> {
     };
     let mut queue = Queue::try_from(state).map_err(|e| refused(e.to_string()))?;
     let used = queue
-        .used_idx(&**table.memory(), std::sync::atomic::Ordering::Acquire)
+        .used_idx(&**table.memory(), Ordering::Acquire)
         .map_err(|e| refused(e.to_string()))?;
     queue.set_next_used(used.0);
     Ok(VirtQueue {
         queue,
         kick: clone_fd(&vring.kick)?,
     })
+}
+
+/// Where a used ring stands in guest memory.
+fn used_index(used_ring: u64, table: &MemTable) -> Result<u16> {
+    let at = used_ring
+        .checked_add(2)
+        .ok_or_else(|| refused("used ring wraps"))?;
+    table
+        .memory()
+        .load(GuestAddress(at), Ordering::Acquire)
+        .map(u16::from_le)
+        .map_err(|e| refused(e.to_string()))
 }
 
 /// Takes an eventfd over. Whoever reads or writes it must never block on it.
@@ -211,6 +343,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn reset_owner(&mut self) -> Result<()> {
         self.stop(ResetReason::Epoch)?;
+        self.changed = true;
         self.features = None;
         self.vrings = Default::default();
         Ok(())
@@ -238,6 +371,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             return Err(refused("features change while the rings run"));
         }
         self.features = Some(features);
+        self.changed = true;
         // Without protocol features there is no SET_VRING_ENABLE: rings are enabled from the start.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
             for vring in &mut self.vrings {
@@ -264,11 +398,15 @@ impl VhostUserBackendReqHandlerMut for Handler {
                 .map_err(refused)?;
         }
         self.table = Some(table);
+        self.changed = true;
         self.settle()?;
         Ok(None)
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        if self.said_already() {
+            return self.vring(index).map(|_| ());
+        }
         let max = self.queue_max;
         let vring = self.stopped_vring(index, "size changes")?;
         vring.size = u16::try_from(num)
@@ -312,6 +450,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        if self.said_already() {
+            return self.vring(index).map(|_| ());
+        }
         let vring = self.stopped_vring(index, "base changes")?;
         vring.base = u16::try_from(base)
             .map_err(|_| refused(format!("ring {index}: base {base} is more than 16 bits")))?;
@@ -324,7 +465,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
         let vring = self.vring(index)?;
         // A stopped ring starts with the next SET_VRING_KICK.
         vring.kick = None;
-        Ok(VhostUserVringState::new(index, u32::from(vring.base)))
+        let base = u32::from(vring.base);
+        self.changed = true;
+        Ok(VhostUserVringState::new(index, base))
     }
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
@@ -336,6 +479,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             let kick = kick.try_clone().map_err(Error::ReqHandlerError)?;
             self.link.post(Command::Kick(u16::from(index), kick))?;
         }
+        self.changed = true;
         self.settle()
     }
 
@@ -346,6 +490,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         if self.running {
             self.link.post(Command::Call(u16::from(index), clone))?;
         }
+        self.changed = true;
         Ok(())
     }
 
@@ -358,7 +503,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ)
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        self.protocol_features = Some(features);
+        self.changed = true;
         Ok(())
     }
 
@@ -368,6 +515,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
         self.vring(index)?.enabled = enable;
+        self.changed = true;
         if enable {
             self.settle()
         } else {

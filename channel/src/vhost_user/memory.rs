@@ -11,13 +11,17 @@
 //! A refused table changes nothing; descriptors are closed with the values that own them.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
+
+use super::handover::Region;
 
 /// Guest memory as mapped from the frontend's descriptors.
 pub type VmMemory = GuestMemoryMmap<()>;
@@ -61,12 +65,14 @@ pub(super) enum TableError {
     Map { index: usize, reason: String },
 }
 
-/// A region in the frontend's address space.
-#[derive(Clone, Copy, Debug)]
+/// A region in the frontend's address space, and what it is mapped from.
+#[derive(Clone, Debug)]
 struct UserRegion {
     user: u64,
     gpa: u64,
     size: u64,
+    offset: u64,
+    file: Arc<File>,
 }
 
 /// A mapped memory table.
@@ -90,19 +96,26 @@ impl MemTable {
             });
         }
         let mut user_regions = Vec::with_capacity(regions.len());
-        for (index, region) in regions.iter().enumerate() {
-            user_regions.push(check_ranges(index, region)?);
+        for (index, (region, file)) in regions.iter().zip(files).enumerate() {
+            check_ranges(index, region)?;
+            user_regions.push(UserRegion {
+                user: region.user_addr,
+                gpa: region.guest_phys_addr,
+                size: region.memory_size,
+                offset: region.mmap_offset,
+                file: Arc::new(file),
+            });
         }
         check_overlap("guest", user_regions.iter().map(|r| (r.gpa, r.size)))?;
         check_overlap("user", user_regions.iter().map(|r| (r.user, r.size)))?;
 
         let mut mapped = Vec::with_capacity(regions.len());
-        for (index, (region, file)) in regions.iter().zip(files).enumerate() {
-            check_file(index, region, &file, policy)?;
+        for (index, (region, ours)) in regions.iter().zip(&user_regions).enumerate() {
+            check_file(index, region, &ours.file, policy)?;
             let failed = |reason: String| TableError::Map { index, reason };
-            let mmap = region
-                .mmap_region(file)
-                .map_err(|e| failed(e.to_string()))?;
+            let offset = FileOffset::from_arc(ours.file.clone(), ours.offset);
+            let size = usize::try_from(ours.size).map_err(|e| failed(e.to_string()))?;
+            let mmap = MmapRegion::from_file(offset, size).map_err(|e| failed(e.to_string()))?;
             let gpa = GuestAddress(region.guest_phys_addr);
             mapped.push(
                 GuestRegionMmap::new(mmap, gpa)
@@ -124,6 +137,19 @@ impl MemTable {
         &self.mem
     }
 
+    /// Returns the table as the frontend gave it, with its descriptors.
+    pub(super) fn regions(&self) -> impl Iterator<Item = (Region, BorrowedFd<'_>)> {
+        self.regions.iter().map(|r| {
+            let region = Region {
+                gpa: r.gpa,
+                size: r.size,
+                user: r.user,
+                offset: r.offset,
+            };
+            (region, r.file.as_fd())
+        })
+    }
+
     /// Returns the guest address of a frontend's address.
     pub(super) fn translate(&self, user: u64) -> Option<u64> {
         self.regions.iter().find_map(|r| {
@@ -133,7 +159,7 @@ impl MemTable {
     }
 }
 
-fn check_ranges(index: usize, region: &VhostUserMemoryRegion) -> Result<UserRegion, TableError> {
+fn check_ranges(index: usize, region: &VhostUserMemoryRegion) -> Result<(), TableError> {
     let size = region.memory_size;
     let starts = [
         ("guest address", region.guest_phys_addr),
@@ -150,11 +176,7 @@ fn check_ranges(index: usize, region: &VhostUserMemoryRegion) -> Result<UserRegi
             });
         }
     }
-    Ok(UserRegion {
-        user: region.user_addr,
-        gpa: region.guest_phys_addr,
-        size,
-    })
+    Ok(())
 }
 
 fn check_overlap(

@@ -14,12 +14,16 @@
 //! - It ends when a ring is stopped or disabled, or the frontend goes. GET_VRING_BASE is answered by the shard, so
 //!   nothing is completed after it. QEMU stops the rings when the guest's driver resets the device.
 //! - One frontend at a time; when it goes, the next one is accepted.
+//! - A process that is killed can have a successor on the same frontend: `handover` says what it is given, `intake` why
+//!   no message is lost or answered twice, [`live`](crate::live) what the guest's streams are told.
 //!
 //! Source: QEMU docs/interop/vhost-user.rst. Feature by feature: CONFIG (QEMU insists: guest_cid), MQ (tells that
 //! there are two queues), REPLY_ACK (crate `vhost` does it). The event queue stays with the frontend.
 
 mod command;
 mod handler;
+mod handover;
+mod intake;
 mod memory;
 mod thread;
 
@@ -35,9 +39,12 @@ use crate::carrier::{Armed, Carrier, CarrierCaps, CarrierFault, Interest, Woken}
 use crate::device::{
     ActivateError, Counters, GuestCid, QUEUE_MAX, RX_QUEUE, TX_QUEUE, VsockDevice, WAKERS, drain,
 };
+use crate::live::LiveFile;
 use command::{Calls, Command, Start};
+pub use handover::{DESCRIPTORS_MAX, Handover, RECORD_MAX, VERSION as HANDOVER_VERSION};
 pub use memory::{MemoryPolicy, VmMemory};
 use thread::Frontend;
+pub use thread::Releaser;
 
 /// Guest memory of a device behind a socket. A new table is a new value, which the shard swaps in between bursts.
 pub type VmMemoryRef = Arc<VmMemory>;
@@ -50,8 +57,18 @@ const WAKER_COMMANDS: u32 = WAKERS;
 /// Commands that wait for the shard at most: each asks for an answer, except call and kick changes.
 const COMMANDS_MAX: usize = 64;
 
+/// Keeps what a successor of this process needs. Called on the frontend's thread.
+pub trait Keeper: Send {
+    /// Keeps this in place of the last one; `None`: there is no frontend. Returns once it is kept, or cannot be: the
+    /// frontend waits for it.
+    fn keep(&mut self, handover: Option<Handover>);
+    /// The predecessor's frontend cannot be taken over: its VM has no channel until its VMM connects anew.
+    fn stuck(&mut self, why: String);
+    /// The connection was let go of as [`VhostUserCarrier::release`] asked.
+    fn released(&mut self);
+}
+
 /// How a VM's device is reached.
-#[derive(Debug)]
 pub struct VhostUserConfig {
     /// Bound socket that the frontend connects to.
     pub listener: UnixListener,
@@ -65,6 +82,12 @@ pub struct VhostUserConfig {
     pub memory: MemoryPolicy,
     /// Name of the VM, for the thread's name and for log lines.
     pub name: String,
+    /// Where it is noted how far the frontend's last message has got, for a successor.
+    pub live: Option<Arc<LiveFile>>,
+    /// Who keeps what the frontend said, for a successor.
+    pub keeper: Option<Box<dyn Keeper>>,
+    /// The frontend of a predecessor, to go on with; `live` must be the predecessor's, too.
+    pub resume: Option<Handover>,
 }
 
 impl VhostUserConfig {
@@ -77,6 +100,9 @@ impl VhostUserConfig {
             first_epoch: 1,
             memory: MemoryPolicy::SealedMemfd,
             name: name.into(),
+            live: None,
+            keeper: None,
+            resume: None,
         }
     }
 }
@@ -129,6 +155,11 @@ impl VhostUserCarrier {
     /// Tells whether a session is on.
     pub fn is_attached(&self) -> bool {
         self.attached
+    }
+
+    /// Returns what lets go of the frontend's connection later.
+    pub fn releaser(&self) -> Releaser {
+        Releaser(self.frontend.control())
     }
 
     fn apply(&mut self, command: Command, woken: &mut Woken) {

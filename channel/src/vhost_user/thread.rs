@@ -1,40 +1,62 @@
 //! The thread that talks to one VM's frontend.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use vhost::vhost_user::{BackendReqHandler, Error};
+use vhost::vhost_user::Error;
 
 use super::VhostUserConfig;
 use super::command::{Command, Link};
 use super::handler::Handler;
+use super::handover::Handover;
+use super::intake::{Ended, Estate, Intake};
 
 const STACK_BYTES: usize = 128 * 1024;
 /// Pause after a failed accept (no descriptors left), ms.
 const ACCEPT_RETRY_MS: u16 = 100;
 
 /// What the carrier and the thread share to end it.
-struct Control {
+pub(super) struct Control {
     stop: AtomicBool,
+    /// Stop between two messages, and leave the connection to a successor.
+    release: AtomicBool,
     stop_event: EventFd,
     /// The connection, to cut it off from outside.
     current: Mutex<Option<UnixStream>>,
 }
 
 impl Control {
-    fn stopping(&self) -> bool {
+    pub(super) fn stopping(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn stop_event(&self) -> BorrowedFd<'_> {
+        self.stop_event.as_fd()
     }
 
     fn set_current(&self, connection: Option<UnixStream>) {
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = connection;
+    }
+}
+
+/// Lets go of a frontend's connection, for a successor.
+#[derive(Clone)]
+pub struct Releaser(pub(super) Arc<Control>);
+
+impl Releaser {
+    /// Ends the frontend's thread between two messages, without an end of the connection: not even when the carrier is
+    /// dropped. The keeper is told; the device goes on until then.
+    pub fn release(&self) {
+        self.0.release.store(true, Ordering::SeqCst);
+        self.0.stop.store(true, Ordering::SeqCst);
+        let _ = self.0.stop_event.write(1);
     }
 }
 
@@ -54,6 +76,7 @@ impl Frontend {
         let waker = Arc::new(EventFd::from_flags(flags)?);
         let control = Arc::new(Control {
             stop: AtomicBool::new(false),
+            release: AtomicBool::new(false),
             stop_event: EventFd::from_flags(flags)?,
             current: Mutex::new(None),
         });
@@ -65,13 +88,27 @@ impl Frontend {
         };
         let handler = Handler::new(config.guest_cid, config.queue_max, config.memory, link);
         // Linux keeps 15 bytes of a thread's name.
+        let estate = Estate {
+            live: config.live,
+            keeper: config.keeper,
+            changes: 0,
+        };
         let name: String = format!("vu-{}", config.name).chars().take(15).collect();
         let thread = std::thread::Builder::new()
             .name(name)
             .stack_size(STACK_BYTES)
             .spawn({
                 let control = control.clone();
-                move || serve(&config.listener, &config.name, handler, &control)
+                move || {
+                    let mut thread = Serving {
+                        listener: config.listener,
+                        vm: config.name,
+                        handler: Arc::new(Mutex::new(handler)),
+                        control,
+                        estate,
+                    };
+                    thread.run(config.resume);
+                }
             })?;
         Ok(Self {
             waker,
@@ -82,6 +119,10 @@ impl Frontend {
 
     pub(super) fn waker(&self) -> &EventFd {
         &self.waker
+    }
+
+    pub(super) fn control(&self) -> Arc<Control> {
+        self.control.clone()
     }
 
     /// Makes the carrier's command waker readable.
@@ -96,7 +137,9 @@ impl Drop for Frontend {
         self.control.stop.store(true, Ordering::SeqCst);
         let _ = self.control.stop_event.write(1);
         let current = self.control.current.lock();
-        if let Some(connection) = &*current.unwrap_or_else(PoisonError::into_inner) {
+        if !self.control.release.load(Ordering::SeqCst)
+            && let Some(connection) = &*current.unwrap_or_else(PoisonError::into_inner)
+        {
             let _ = connection.shutdown(std::net::Shutdown::Both);
         }
         if let Some(thread) = self.thread.take() {
@@ -106,38 +149,93 @@ impl Drop for Frontend {
     }
 }
 
-fn serve(listener: &UnixListener, vm: &str, handler: Handler, control: &Control) {
-    let handler = Arc::new(Mutex::new(handler));
-    while let Some(connection) = accept(listener, control) {
-        match connection.try_clone() {
-            Ok(clone) => control.set_current(Some(clone)),
-            Err(e) => {
-                tracing::warn!(vm, error = %e, "vhost-user frontend not served");
-                continue;
+/// The thread's own.
+struct Serving {
+    listener: UnixListener,
+    vm: String,
+    handler: Arc<Mutex<Handler>>,
+    control: Arc<Control>,
+    estate: Estate,
+}
+
+impl Serving {
+    /// Serves one frontend after the other; the first may be a predecessor's.
+    fn run(&mut self, mut inherited: Option<Handover>) {
+        loop {
+            let intake = match inherited.take() {
+                Some(handover) => self.resume(handover),
+                None => match accept(&self.listener, &self.control) {
+                    Some(connection) => self.begin(connection),
+                    None => break,
+                },
+            };
+            let Some(intake) = intake else { continue };
+            match intake.socket().try_clone() {
+                Ok(clone) => self.control.set_current(Some(clone)),
+                Err(e) => {
+                    tracing::warn!(vm = self.vm, error = %e, "vhost-user frontend not served");
+                    continue;
+                }
+            }
+            if self.serve(intake) {
+                break;
             }
         }
-        // `Frontend::drop` either saw the connection, or set the flag before.
-        if control.stopping() {
-            return;
+        if self.control.release.load(Ordering::SeqCst)
+            && let Some(keeper) = &mut self.estate.keeper
+        {
+            keeper.released();
         }
-        tracing::info!(vm, "vhost-user frontend connected");
-        let mut requests = BackendReqHandler::from_stream(connection, handler.clone());
+    }
+
+    fn begin(&mut self, connection: UnixStream) -> Option<Intake> {
+        tracing::info!(vm = self.vm, "vhost-user frontend connected");
+        let begun = Intake::new(connection, self.handler.clone());
+        begun
+            .inspect_err(
+                |e| tracing::warn!(vm = self.vm, error = %e, "vhost-user frontend not served"),
+            )
+            .ok()
+    }
+
+    fn resume(&mut self, handover: Handover) -> Option<Intake> {
+        match Intake::resume(handover, self.handler.clone(), &mut self.estate) {
+            Ok(intake) => {
+                tracing::info!(vm = self.vm, "vhost-user frontend taken over");
+                Some(intake)
+            }
+            Err(e) => {
+                tracing::error!(vm = self.vm, error = %e, "vhost-user frontend cannot be taken over");
+                self.handler().gone();
+                self.estate.give_up(e.to_string());
+                None
+            }
+        }
+    }
+
+    /// Returns true if the thread is to end.
+    fn serve(&mut self, mut intake: Intake) -> bool {
         let end = loop {
-            match requests.handle_request() {
-                Ok(()) | Err(Error::SocketRetry(_)) => {}
-                Err(e) => break e,
+            // `Frontend::drop` either saw the connection, or set the flag before.
+            match intake.step(&self.control, &mut self.estate) {
+                Ok(()) => {}
+                Err(Ended::Stop) => return true,
+                Err(Ended::Gone(e)) => break e,
             }
         };
-        drop(requests);
-        control.set_current(None);
-        handler
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .gone();
+        drop(intake);
+        self.control.set_current(None);
+        self.handler().gone();
+        self.estate.forget();
         match end {
-            Error::Disconnected => tracing::info!(vm, "vhost-user frontend gone"),
-            e => tracing::warn!(vm, error = %e, "vhost-user frontend cut off"),
+            Error::Disconnected => tracing::info!(vm = self.vm, "vhost-user frontend gone"),
+            e => tracing::warn!(vm = self.vm, error = %e, "vhost-user frontend cut off"),
         }
+        false
+    }
+
+    fn handler(&self) -> MutexGuard<'_, Handler> {
+        self.handler.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

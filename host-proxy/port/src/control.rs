@@ -12,6 +12,13 @@
 //!   ◀────────────────── Dialed{id} or DialFailed{id, ..}
 //!   Attach{id, prefix} + 1 fd ─────────────▶  the fd is the tunnel from now on, and outlives aditd
 //!   ◀──────────────────────── Incoming{port} + 1 fd     (guest dialled a port that aditd serves)
+//!
+//!   ◀──────────────── Handover{seq, record} + all its descriptors   (at once, and whenever the frontend changed them)
+//!   Kept{seq} ─────────────────────────────▶  the frontend gets its answer
+//!   Release ───────────────────────────────▶  it ends, and leaves the frontend to the next one
+//!   ◀──────────────────────────────── Stuck (no successor can go on with the VMM)
+//!
+//! aditd ── Handover, as it was, on the standard input ──▶ the next port process
 //! ```
 //! One packet holds one frame: `adit_channel::frame` header (kind, version 1), then postcard. Both sides are ours and
 //! of one build or the next: unknown kinds are errors except with the frame's `IGNORABLE` flag.
@@ -25,6 +32,9 @@ pub const PACKET_MAX: usize = 64 << 10;
 pub const PREFIX_MAX: usize = 32 << 10;
 /// Dials that one port process has in flight or unattached at a time.
 pub const DIALS_MAX: usize = 1024;
+/// Descriptors that come with one `Handover` at most: the live table, and those of
+/// `adit_channel::vhost_user::Handover`.
+pub const HANDOVER_FDS_MAX: usize = 38;
 /// Name of the control socket in the VM's directory.
 pub const CONTROL_SOCKET: &str = "ctl.sock";
 /// Name of the vhost-user socket in the VM's directory.
@@ -39,10 +49,14 @@ pub enum ControlKind {
     Attach = 2,
     Cancel = 3,
     Quit = 4,
+    Kept = 5,
+    Release = 6,
     Status = 16,
     Dialed = 17,
     DialFailed = 18,
     Incoming = 19,
+    Handover = 20,
+    Stuck = 21,
 }
 
 /// Where a dial goes inside the VM.
@@ -159,4 +173,33 @@ pub struct Incoming {
     pub port: u32,
     /// The guest's own port.
     pub peer_port: u32,
+}
+
+/// Everything that another process needs to go on with the frontend in place of this one. `aditd` keeps the last one, with
+/// its descriptors, and understands none of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handover {
+    /// Counts from 1 in each process.
+    pub seq: u64,
+    /// As `adit_channel::vhost_user::Handover`; empty: no frontend is connected, and the live table comes alone.
+    pub record: Vec<u8>,
+}
+
+/// `aditd` has it, and the one before no more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// Which.
+    pub seq: u64,
+}
+
+/// Ends the port process, and leaves its frontend to a successor: streams end, the VM's channel does not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Release {}
+
+/// A VMM is connected to a process that is no more, and nobody can go on in its place: it has no channel until it connects
+/// anew, which QEMU does when the VM is power-cycled.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stuck {
+    /// Why, for people; empty: no longer.
+    pub reason: String,
 }

@@ -1,4 +1,4 @@
-//! Control frames on a `SOCK_SEQPACKET` Unix socket: one packet, one frame, at most one descriptor.
+//! Control frames on a `SOCK_SEQPACKET` Unix socket: one packet, one frame, and the descriptors that belong to it.
 //!
 //! Both sides use it: the port process from its epoll loop, `aditd` inside `AsyncFd::try_io` (on a nonblocking
 //! socket every function here returns `WouldBlock` as the socket does). Nothing is queued or buffered.
@@ -11,13 +11,15 @@
 #![allow(unsafe_code)] // turns the descriptor numbers that the kernel installed into `OwnedFd`
 
 use std::io::{self, IoSlice, IoSliceMut};
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use adit_channel::frame::{self, FrameError, HEADER_LEN, Header, IGNORABLE};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
 
 use crate::control::{
-    Attach, Cancel, ControlKind, Dial, DialFailed, Dialed, Incoming, PACKET_MAX, Quit, Status,
+    Attach, Cancel, ControlKind, Dial, DialFailed, Dialed, HANDOVER_FDS_MAX, Handover, Incoming,
+    Kept, PACKET_MAX, Quit, Release, Status, Stuck,
 };
 
 /// Version of every control kind so far.
@@ -45,6 +47,14 @@ pub enum Message {
     DialFailed(DialFailed),
     /// To `aditd`, with one descriptor.
     Incoming(Incoming),
+    /// To the port process.
+    Kept(Kept),
+    /// To the port process.
+    Release(Release),
+    /// To `aditd`, and from it to the next port process; with up to [`HANDOVER_FDS_MAX`] descriptors.
+    Handover(Handover),
+    /// To `aditd`.
+    Stuck(Stuck),
 }
 
 /// Why a packet is no control frame. The sender's fault, except `Io`.
@@ -66,14 +76,12 @@ pub enum ControlError {
     #[error("control frame is malformed")]
     Frame(#[from] FrameError),
     /// Another number of descriptors than the kind has.
-    #[error("control frame of kind {kind} came with {found} descriptors, it has {expected}")]
+    #[error("control frame of kind {kind} came with {found} descriptors, which it does not have")]
     Descriptors {
         /// The frame's kind.
         kind: u16,
         /// How many came.
         found: usize,
-        /// How many belong to it.
-        expected: usize,
     },
 }
 
@@ -96,12 +104,30 @@ impl Message {
             Self::Dialed(_) => ControlKind::Dialed,
             Self::DialFailed(_) => ControlKind::DialFailed,
             Self::Incoming(_) => ControlKind::Incoming,
+            Self::Kept(_) => ControlKind::Kept,
+            Self::Release(_) => ControlKind::Release,
+            Self::Handover(_) => ControlKind::Handover,
+            Self::Stuck(_) => ControlKind::Stuck,
         }
     }
 
     /// Descriptors that go with it.
-    fn descriptors(&self) -> usize {
-        usize::from(matches!(self, Self::Attach(_) | Self::Incoming(_)))
+    fn descriptors(&self) -> RangeInclusive<usize> {
+        match self {
+            Self::Attach(_) | Self::Incoming(_) => 1..=1,
+            Self::Handover(_) => 1..=HANDOVER_FDS_MAX,
+            _ => 0..=0,
+        }
+    }
+
+    fn check_descriptors(&self, found: usize) -> Result<(), ControlError> {
+        if self.descriptors().contains(&found) {
+            return Ok(());
+        }
+        Err(ControlError::Descriptors {
+            kind: self.kind() as u16,
+            found,
+        })
     }
 
     /// Encodes frame header and body.
@@ -119,6 +145,11 @@ impl Message {
             Self::Dialed(m) => frame::encode(kind, VERSION, 0, 0, m),
             Self::DialFailed(m) => frame::encode(kind, VERSION, 0, 0, m),
             Self::Incoming(m) => frame::encode(kind, VERSION, 0, 0, m),
+            Self::Kept(m) => frame::encode(kind, VERSION, 0, 0, m),
+            Self::Release(m) => frame::encode(kind, VERSION, 0, 0, m),
+            // An aditd of before these kinds does without them.
+            Self::Handover(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
+            Self::Stuck(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
         }?;
         if bytes.len() > PACKET_MAX {
             return Err(ControlError::TooLong);
@@ -161,6 +192,14 @@ impl Message {
             Self::DialFailed(header.decode(body)?)
         } else if known(ControlKind::Incoming) {
             Self::Incoming(header.decode(body)?)
+        } else if known(ControlKind::Kept) {
+            Self::Kept(header.decode(body)?)
+        } else if known(ControlKind::Release) {
+            Self::Release(header.decode(body)?)
+        } else if known(ControlKind::Handover) {
+            Self::Handover(header.decode(body)?)
+        } else if known(ControlKind::Stuck) {
+            Self::Stuck(header.decode(body)?)
         } else if header.flags & IGNORABLE != 0 {
             return Ok(None);
         } else {
@@ -170,27 +209,31 @@ impl Message {
     }
 }
 
-/// Sends one frame with the descriptor that belongs to it. The caller's descriptor stays open.
+/// Sends one frame with the descriptor that belongs to it, if any. The caller's descriptor stays open.
 ///
 /// # Errors
-/// The socket fails or is full (`WouldBlock`), the frame is too long, or `fd` does not fit the kind.
+/// As [`send_all`].
 pub fn send(
     sock: impl AsFd,
     message: &Message,
     fd: Option<BorrowedFd<'_>>,
 ) -> Result<(), ControlError> {
-    let (found, expected) = (usize::from(fd.is_some()), message.descriptors());
-    if found != expected {
-        let kind = message.kind() as u16;
-        return Err(ControlError::Descriptors {
-            kind,
-            found,
-            expected,
-        });
-    }
+    send_all(sock, message, fd.as_slice())
+}
+
+/// Sends one frame with the descriptors that belong to it. The caller's descriptors stay open.
+///
+/// # Errors
+/// The socket fails or is full (`WouldBlock`), the frame is too long, or the descriptors do not fit the kind.
+pub fn send_all(
+    sock: impl AsFd,
+    message: &Message,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(), ControlError> {
+    message.check_descriptors(fds.len())?;
     let bytes = message.encode()?;
-    let raw = fd.map(|fd| [fd.as_raw_fd()]);
-    let rights = raw.as_ref().map(|raw| ControlMessage::ScmRights(raw));
+    let raw: Vec<i32> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = (!raw.is_empty()).then(|| ControlMessage::ScmRights(&raw));
     loop {
         let sent = sendmsg::<UnixAddr>(
             sock.as_fd().as_raw_fd(),
@@ -208,14 +251,23 @@ pub fn send(
     }
 }
 
-/// Receives the next frame and its descriptor. `None` at the end: the other side is gone.
+/// Receives the next frame and its descriptor, or the first of them. `None` at the end: the other side is gone.
+///
+/// # Errors
+/// As [`receive_all`].
+pub fn receive(sock: impl AsFd) -> Result<Option<(Message, Option<OwnedFd>)>, ControlError> {
+    let received = receive_all(sock)?;
+    Ok(received.map(|(message, fds)| (message, fds.into_iter().next())))
+}
+
+/// Receives the next frame and its descriptors. `None` at the end: the other side is gone.
 ///
 /// # Errors
 /// The socket fails or is empty (`WouldBlock`), or the packet is not one of ours: close the connection.
-pub fn receive(sock: impl AsFd) -> Result<Option<(Message, Option<OwnedFd>)>, ControlError> {
+pub fn receive_all(sock: impl AsFd) -> Result<Option<(Message, Vec<OwnedFd>)>, ControlError> {
     let mut packet = vec![0; PACKET_MAX];
     loop {
-        let (len, mut fds) = match receive_packet(sock.as_fd(), &mut packet) {
+        let (len, fds) = match receive_packet(sock.as_fd(), &mut packet) {
             Err(ControlError::Io(e)) if e.kind() == io::ErrorKind::Interrupted => continue,
             received => received?,
         };
@@ -225,15 +277,8 @@ pub fn receive(sock: impl AsFd) -> Result<Option<(Message, Option<OwnedFd>)>, Co
         let Some(message) = Message::decode(&packet[..len])? else {
             continue;
         };
-        let (kind, found, expected) = (message.kind() as u16, fds.len(), message.descriptors());
-        if found != expected {
-            return Err(ControlError::Descriptors {
-                kind,
-                found,
-                expected,
-            });
-        }
-        return Ok(Some((message, fds.pop())));
+        message.check_descriptors(fds.len())?;
+        return Ok(Some((message, fds)));
     }
 }
 
@@ -339,11 +384,19 @@ mod tests {
                 port: 741,
                 peer_port: 5,
             }),
+            Message::Kept(Kept { seq: 3 }),
+            Message::Release(Release {}),
+            Message::Handover(Handover {
+                seq: 3,
+                record: vec![1; 4096],
+            }),
+            Message::Stuck(Stuck { reason: "x".into() }),
         ] {
-            let fd = (m.descriptors() == 1).then_some(a.as_fd());
-            send(&a, &m, fd).unwrap();
-            let (got, fd) = receive(&b).unwrap().unwrap();
-            assert_eq!((got, fd.is_some()), (m.clone(), m.descriptors() == 1));
+            for n in [*m.descriptors().start(), *m.descriptors().end()] {
+                send_all(&a, &m, &vec![a.as_fd(); n]).unwrap();
+                let (got, fds) = receive_all(&b).unwrap().unwrap();
+                assert_eq!((got, fds.len()), (m.clone(), n));
+            }
         }
         assert!(receive(&b).unwrap_err().would_block());
         drop(a);

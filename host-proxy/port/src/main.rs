@@ -4,10 +4,14 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use adit_channel::device::GuestCid;
 use adit_channel::hello;
-use adit_channel::vhost_user::{MemoryPolicy, VhostUserCarrier, VhostUserConfig};
+use adit_channel::live::LiveFile;
+use adit_channel::vhost_user::{self, MemoryPolicy, VhostUserCarrier, VhostUserConfig};
+use adit_port::control_io::{Message, receive_all};
+use adit_port::keep::{Keeping, Note};
 use adit_port::log;
 use adit_port::place::Place;
 use adit_port::process::{Options, Process};
@@ -37,6 +41,9 @@ struct Args {
     /// Take guest memory from any file (hugetlbfs), not from sealed memfds only.
     #[arg(long)]
     allow_any_memory: bool,
+    /// Go on in place of a process that was killed: what it left is on the standard input, a SOCK_SEQPACKET socket.
+    #[arg(long)]
+    resume: bool,
     /// error, warn, info, debug or trace.
     #[arg(long, default_value = "info")]
     log_level: tracing::Level,
@@ -64,6 +71,7 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> anyhow::Result<()> {
     let place = Place::take(&args.dir)?;
+    let left = Left::find(&args)?;
     raise_descriptor_limit();
     let stop = stop_signals().context("cannot watch signals")?;
     let mut random = [0; 24];
@@ -81,6 +89,12 @@ fn run(args: Args) -> anyhow::Result<()> {
     if args.allow_any_memory {
         config.memory = MemoryPolicy::AnyFile;
     }
+    config.first_epoch = left.live.epoch() + 1;
+    config.live = Some(left.live.clone());
+    config.resume = left.handover;
+    let keeping = Keeping::new(left.live.clone(), left.note, left.stuck);
+    let (mut keeping, keeper) = keeping.context("cannot keep state for a successor")?;
+    config.keeper = Some(Box::new(keeper));
     let carrier = VhostUserCarrier::new(config).context("cannot serve vhost.sock")?;
     let options = Options {
         vm: args.name,
@@ -89,10 +103,70 @@ fn run(args: Args) -> anyhow::Result<()> {
         seed: u64::from_le_bytes(seed.try_into()?),
         boot_nonce: boot_nonce.try_into()?,
     };
-    let mut process = Process::new(options, carrier, place.control, stop)?;
+    keeping.set_releaser(carrier.releaser());
+    let control = place.control;
+    let mut process = Process::new(options, carrier, left.live, keeping, control, stop)?;
     sandbox::lock_calls().context("no sandbox")?;
     tracing::info!(pid = std::process::id(), "serving");
     process.run().context("the loop ended")
+}
+
+/// What a predecessor left.
+struct Left {
+    live: Arc<LiveFile>,
+    handover: Option<vhost_user::Handover>,
+    note: Note,
+    stuck: Option<String>,
+}
+
+impl Left {
+    fn find(args: &Args) -> anyhow::Result<Self> {
+        let mut note = Note::open(&args.dir).context("cannot note which VMM is connected")?;
+        if args.resume {
+            let (live, handover) = received().context("nothing to resume on the standard input")?;
+            return Ok(Self {
+                live: Arc::new(live),
+                handover,
+                note,
+                stuck: None,
+            });
+        }
+        let stuck = note.orphan().map(|pid| {
+            let vmm = match pid {
+                0 => "a VMM".to_owned(),
+                pid => format!("VMM process {pid}"),
+            };
+            format!(
+                "{vmm} is connected to a port process that was killed while no aditd kept its descriptors: power-cycle the \
+                 VM, for QEMU does not connect again"
+            )
+        });
+        if stuck.is_none() {
+            note.clear();
+        }
+        Ok(Self {
+            live: Arc::new(LiveFile::create().context("no memory for the live table")?),
+            handover: None,
+            note,
+            stuck,
+        })
+    }
+}
+
+/// Takes what `aditd` passes on.
+fn received() -> anyhow::Result<(LiveFile, Option<vhost_user::Handover>)> {
+    let (message, fds) = receive_all(std::io::stdin())?.context("it is closed")?;
+    let Message::Handover(handover) = message else {
+        anyhow::bail!("another frame: {:?}", message.kind());
+    };
+    let mut fds = fds.into_iter();
+    let live = LiveFile::open(fds.next().context("it lacks the live table")?)?;
+    let bytes = handover.record;
+    let handover = (!bytes.is_empty()).then(|| vhost_user::Handover {
+        bytes,
+        fds: fds.collect(),
+    });
+    Ok((live, handover))
 }
 
 /// As many tunnels as the machine lets us have.

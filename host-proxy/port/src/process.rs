@@ -8,16 +8,19 @@
 //! - `aditd` may go and return: tunnels live on, what was dialled and not attached is reset, and what the guest dials
 //!   meanwhile is refused (it tries again).
 //! - A newer connection replaces the older one. A frame that breaks the protocol costs the connection, not the VM.
+//! - What a successor needs goes to `aditd` as soon as it changes, and to every new `aditd` behind its first status.
 //! - Frames that the socket does not take wait in an outbox of at most [`OUTBOX_MAX`]; one more costs the connection.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use adit_channel::carrier::Carrier;
 use adit_channel::dial::{self, DialRequest};
 use adit_channel::hello::{self, Common, Open};
+use adit_channel::live::LiveFile;
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::Sink;
@@ -25,9 +28,11 @@ use adit_engine::{EngineConfig, ResetReason, StreamId, Tick};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, accept4, socketpair};
 
 use crate::control::{
-    Attach, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Incoming, PREFIX_MAX, Status, Target,
+    Attach, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Handover, Incoming, PREFIX_MAX, Status,
+    Stuck, Target,
 };
-use crate::control_io::{ControlError, Message, receive, send};
+use crate::control_io::{ControlError, Message, receive, send_all};
+use crate::keep::Keeping;
 
 /// Frames that wait for `aditd` at most.
 pub const OUTBOX_MAX: usize = 4 * DIALS_MAX;
@@ -37,6 +42,7 @@ const FRAMES_A_TURN: usize = 64;
 const KEY_LISTENER: u32 = 1;
 const KEY_CONTROL: u32 = 2;
 const KEY_STOP: u32 = 3;
+const KEY_KEEP: u32 = 4;
 
 /// What a port process is told at start.
 #[derive(Debug)]
@@ -62,6 +68,10 @@ pub struct Process<C: Carrier> {
     stop: OwnedFd,
     aditd: Option<Aditd>,
     said: Option<Status>,
+    /// What a successor needs; the last of it that this `aditd` was told, and what it was told of being stuck.
+    keeping: Keeping,
+    said_seq: u64,
+    said_stuck: Option<String>,
     last_epoch: u64,
     done: bool,
 }
@@ -69,7 +79,7 @@ pub struct Process<C: Carrier> {
 /// The connection to `aditd` and what lives only as long as it.
 struct Aditd {
     sock: OwnedFd,
-    outbox: VecDeque<(Message, Option<OwnedFd>)>,
+    outbox: VecDeque<(Message, Vec<OwnedFd>)>,
     blocked: bool,
     by_id: HashMap<u64, StreamId>,
     by_stream: HashMap<StreamId, u64>,
@@ -88,14 +98,24 @@ impl<C: Carrier> Process<C> {
     ///
     /// # Errors
     /// A descriptor cannot be watched, or there are too many ports to serve.
-    pub fn new(options: Options, carrier: C, control: OwnedFd, stop: OwnedFd) -> io::Result<Self> {
+    pub fn new(
+        options: Options,
+        carrier: C,
+        live: Arc<LiveFile>,
+        keeping: Keeping,
+        control: OwnedFd,
+        stop: OwnedFd,
+    ) -> io::Result<Self> {
         let mut shard = Shard::new()?;
         let port = shard.add(carrier, EngineConfig::default(), options.seed)?;
+        let last_epoch = live.epoch();
+        shard.port_mut(port).keep_live(live);
         for &at in &options.serve_ports {
             shard.port_mut(port).listen(at).map_err(io::Error::other)?;
         }
         shard.watch(control.as_fd(), KEY_LISTENER)?;
         shard.watch(stop.as_fd(), KEY_STOP)?;
+        shard.watch(keeping.news(), KEY_KEEP)?;
         Ok(Self {
             options,
             shard,
@@ -104,7 +124,10 @@ impl<C: Carrier> Process<C> {
             stop,
             aditd: None,
             said: None,
-            last_epoch: 0,
+            keeping,
+            said_seq: 0,
+            said_stuck: None,
+            last_epoch,
             done: false,
         })
     }
@@ -130,15 +153,20 @@ impl<C: Carrier> Process<C> {
             match news {
                 News::Ready { key: KEY_LISTENER } => self.accept(),
                 News::Ready { key: KEY_CONTROL } => self.control_ready(),
+                News::Ready { key: KEY_KEEP } => {
+                    self.keeping.clear_news();
+                    self.done |= self.keeping.released();
+                }
                 News::Ready { .. } => {
                     tracing::info!("told to stop");
                     self.shard.unwatch(self.stop.as_fd());
-                    self.done = true;
+                    self.keeping.release();
                 }
                 News::Notice(_, notice) => self.notice(notice),
             }
         }
         self.say_status();
+        self.say_kept();
         Ok(())
     }
 
@@ -161,6 +189,9 @@ impl<C: Carrier> Process<C> {
         }
         tracing::info!("aditd connected");
         self.said = None;
+        self.said_seq = 0;
+        self.said_stuck = None;
+        self.keeping.set_connected(true);
         self.aditd = Some(Aditd {
             sock,
             outbox: VecDeque::new(),
@@ -174,6 +205,7 @@ impl<C: Carrier> Process<C> {
         let Some(aditd) = self.aditd.take() else {
             return;
         };
+        self.keeping.set_connected(false);
         tracing::info!(why, unattached = aditd.by_id.len(), "aditd disconnected");
         self.shard.unwatch(aditd.sock.as_fd());
         let now = self.shard.now();
@@ -203,14 +235,14 @@ impl<C: Carrier> Process<C> {
         }
     }
 
-    fn say(&mut self, message: Message, fd: Option<OwnedFd>) {
+    fn say(&mut self, message: Message, fds: Vec<OwnedFd>) {
         let Some(aditd) = &mut self.aditd else {
             return;
         };
         if aditd.outbox.len() >= OUTBOX_MAX {
             return self.disconnect("it does not read");
         }
-        aditd.outbox.push_back((message, fd));
+        aditd.outbox.push_back((message, fds));
         if !aditd.blocked {
             self.flush();
         }
@@ -221,10 +253,11 @@ impl<C: Carrier> Process<C> {
             return;
         };
         let failed = loop {
-            let Some((message, fd)) = aditd.outbox.front() else {
+            let Some((message, fds)) = aditd.outbox.front() else {
                 break None;
             };
-            match send(&aditd.sock, message, fd.as_ref().map(AsFd::as_fd)) {
+            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            match send_all(&aditd.sock, message, &fds) {
                 Ok(()) => drop(aditd.outbox.pop_front()),
                 Err(e) if e.would_block() => break None,
                 Err(ControlError::Io(e)) => break Some(e.to_string()),
@@ -270,9 +303,20 @@ impl<C: Carrier> Process<C> {
                 self.done = true;
                 Ok(())
             }
+            Message::Kept(kept) => {
+                self.keeping.kept(kept.seq);
+                Ok(())
+            }
+            Message::Release(_) => {
+                tracing::info!("told to make place for a successor");
+                self.keeping.release();
+                Ok(())
+            }
             Message::Status(_)
             | Message::Dialed(_)
             | Message::DialFailed(_)
+            | Message::Handover(_)
+            | Message::Stuck(_)
             | Message::Incoming(_) => Err("it sent a frame that only a port process sends"),
         }
     }
@@ -297,7 +341,7 @@ impl<C: Carrier> Process<C> {
                     aditd.by_stream.insert(stream, dial.id);
                 }
             }
-            Err(e) => self.say(Message::DialFailed(failed(dial.id, &e)), None),
+            Err(e) => self.say(Message::DialFailed(failed(dial.id, &e)), vec![]),
         }
         Ok(())
     }
@@ -372,14 +416,14 @@ impl<C: Carrier> Process<C> {
                 match aditd.and_then(|a| a.by_stream.get(&stream).copied()) {
                     Some(id) => {
                         let boot_nonce = accept.map_or([0; 16], |a| a.common.boot_nonce);
-                        self.say(Message::Dialed(Dialed { id, boot_nonce }), None);
+                        self.say(Message::Dialed(Dialed { id, boot_nonce }), vec![]);
                     }
                     None => self.reset(stream),
                 }
             }
             Notice::DialFailed { stream, error } => {
                 if let Some(id) = self.forget(stream) {
-                    self.say(Message::DialFailed(failed(id, &error)), None);
+                    self.say(Message::DialFailed(failed(id, &error)), vec![]);
                 }
             }
             Notice::Closed { stream, .. } => drop(self.forget(stream)),
@@ -407,7 +451,7 @@ impl<C: Carrier> Process<C> {
                 self.shard.port_mut(self.port).accept(now, stream, sink);
                 self.say(
                     Message::Incoming(Incoming { port, peer_port }),
-                    Some(theirs),
+                    vec![theirs],
                 );
             }
             Err(e) => {
@@ -448,7 +492,28 @@ impl<C: Carrier> Process<C> {
         });
         if !unchanged {
             self.said = Some(status.clone());
-            self.say(Message::Status(status), None);
+            self.say(Message::Status(status), vec![]);
+        }
+    }
+
+    /// Tells `aditd` what a successor would need, if that changed.
+    fn say_kept(&mut self) {
+        if self.aditd.is_none() {
+            return;
+        }
+        match self.keeping.newer_than(self.said_seq) {
+            Ok(None) => {}
+            Ok(Some((seq, record, fds))) => {
+                self.said_seq = seq;
+                self.say(Message::Handover(Handover { seq, record }), fds);
+            }
+            Err(e) => tracing::warn!(error = %e, "state not handed over"),
+        }
+        let stuck = self.keeping.stuck();
+        if stuck != self.said_stuck {
+            self.said_stuck.clone_from(&stuck);
+            let reason = stuck.unwrap_or_default();
+            self.say(Message::Stuck(Stuck { reason }), vec![]);
         }
     }
 }

@@ -93,6 +93,7 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_recvmsg,
         libc::SYS_sendto,
         libc::SYS_sendmsg,
+        libc::SYS_sendfile,
         // Waiting.
         libc::SYS_epoll_pwait,
         libc::SYS_epoll_ctl,
@@ -150,7 +151,7 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
     };
     no_exec(&mut rules, libc::SYS_mmap)?;
     no_exec(&mut rules, libc::SYS_mprotect)?;
-    // A descriptor's metadata, not a path's; a descriptor's nonblocking flag, and no other ioctl.
+    // A descriptor's metadata, not a path's; a descriptor's nonblocking flag and what is left to read, no other ioctl.
     let empty_path = libc::AT_EMPTY_PATH as u64;
     rules.insert(
         libc::SYS_newfstatat,
@@ -159,7 +160,10 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
     rules.insert(libc::SYS_statx, vec![masked(2, empty_path, empty_path)?]);
     rules.insert(
         libc::SYS_ioctl,
-        vec![masked(1, u64::from(u32::MAX), libc::FIONBIO)?],
+        vec![
+            masked(1, u64::from(u32::MAX), libc::FIONBIO)?,
+            masked(1, u64::from(u32::MAX), libc::FIONREAD)?,
+        ],
     );
     // A Rust panic's abort and a name for a thread.
     let set_name = libc::PR_SET_NAME as u64;

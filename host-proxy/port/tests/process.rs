@@ -111,7 +111,7 @@ impl Aditd {
     fn heard(&self) -> Option<(Message, Option<OwnedFd>)> {
         while self.ready() {
             match receive(&self.0).unwrap().expect("connection") {
-                (Message::Status(_), _) => {}
+                (Message::Status(_) | Message::Handover(_), _) => {}
                 other => return Some(other),
             }
         }

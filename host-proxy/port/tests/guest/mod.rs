@@ -3,6 +3,7 @@
 #![allow(unsafe_code)] // the crate's eventfd type lends no `BorrowedFd`
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::path::Path;
@@ -36,7 +37,8 @@ pub struct DriverCarrier {
     /// Duplicates, to lend.
     wakers: [OwnedFd; 2],
     attached: bool,
-    _frontend: Frontend,
+    frontend: Frontend,
+    memory: File,
 }
 
 impl DriverCarrier {
@@ -54,16 +56,14 @@ impl DriverCarrier {
             .unwrap();
         let features = frontend.get_protocol_features().unwrap();
         frontend
-            .set_protocol_features(features & VhostUserProtocolFeatures::REPLY_ACK)
+            .set_protocol_features(
+                features
+                    & (VhostUserProtocolFeatures::REPLY_ACK
+                        | VhostUserProtocolFeatures::CONFIG
+                        | VhostUserProtocolFeatures::MQ),
+            )
             .unwrap();
-        let region = VhostUserMemoryRegionInfo {
-            guest_phys_addr: 0,
-            memory_size: MEMORY_BYTES as u64,
-            userspace_addr: USER_ADDRESS,
-            mmap_offset: 0,
-            mmap_handle: file.as_raw_fd(),
-        };
-        frontend.set_mem_table(&[region]).unwrap();
+        frontend.set_mem_table(&[region(&file)]).unwrap();
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap();
         let (kicks, calls) = ([event(), event()], [event(), event()]);
         for (i, queue) in [&driver.rx, &driver.tx].into_iter().enumerate() {
@@ -97,8 +97,32 @@ impl DriverCarrier {
             calls,
             wakers,
             attached: false,
-            _frontend: frontend,
+            frontend,
+            memory: file,
         }
+    }
+
+    /// The VMM's end of the socket, to say more on it.
+    #[allow(dead_code)] // not every test file does
+    pub fn frontend(&self) -> Frontend {
+        self.frontend.clone()
+    }
+
+    /// The memory table as it was handed over, and the descriptor in it.
+    #[allow(dead_code)]
+    pub fn table(&self) -> (VhostUserMemoryRegionInfo, File) {
+        let file = self.memory.try_clone().unwrap();
+        (region(&file), file)
+    }
+}
+
+fn region(file: &File) -> VhostUserMemoryRegionInfo {
+    VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: MEMORY_BYTES as u64,
+        userspace_addr: USER_ADDRESS,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
     }
 }
 

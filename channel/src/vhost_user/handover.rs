@@ -1,0 +1,294 @@
+//! What a process knows of its frontend, as bytes and descriptors, so that another process can go on with it: QEMU
+//! does not connect to a vsock backend a second time.
+//!
+//! ```text
+//! bytes        u16 version (little-endian), then `Record` of that version in postcard
+//! descriptors  the frontend's socket · one a memory region · ring 0: kick, call · ring 1: kick, call (those it has)
+//! ```
+//! A build reads its own version and the one before. Version 1 is the first; a change of [`Record`] is a new one, and
+//! the golden bytes below stay. Whoever keeps a handover passes it on as it is; nothing in it is believed: memory is
+//! checked and mapped, and rings are checked, as if the frontend had just said it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use serde::{Deserialize, Serialize};
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+
+/// Version that this build writes.
+pub const VERSION: u16 = 1;
+/// Memory regions at most, as crate `vhost` takes.
+pub const REGIONS_MAX: usize = 32;
+/// Descriptors of one handover at most.
+pub const DESCRIPTORS_MAX: usize = 1 + REGIONS_MAX + 4;
+/// Bytes of one handover's record at most.
+pub const RECORD_MAX: usize = 4096;
+
+/// A frontend as one process hands it to another.
+#[derive(Debug)]
+pub struct Handover {
+    /// Version and record.
+    pub bytes: Vec<u8>,
+    /// In the order above.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// A handover cannot be made or used.
+#[derive(Debug, thiserror::Error)]
+pub enum HandoverError {
+    /// There are no descriptors to be had.
+    #[error("descriptors cannot be duplicated")]
+    Io(#[from] io::Error),
+    /// Made by a build that is newer, or older than the one before this.
+    #[error("handover is of version {found}, this build reads {VERSION}")]
+    Version {
+        /// Its version.
+        found: u16,
+    },
+    /// Not what this version looks like.
+    #[error("handover record of {len} bytes is malformed")]
+    Malformed {
+        /// Bytes of the record.
+        len: usize,
+    },
+    /// The record tells of more or fewer descriptors than came with it.
+    #[error("handover came with {found} descriptors, its record tells of {expected}")]
+    Descriptors {
+        /// How many came.
+        found: usize,
+        /// How many it tells of.
+        expected: usize,
+    },
+}
+
+/// A memory region as the frontend gave it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Region {
+    pub(super) gpa: u64,
+    /// Bytes.
+    pub(super) size: u64,
+    /// Address in the frontend.
+    pub(super) user: u64,
+    /// Offset in its file, bytes.
+    pub(super) offset: u64,
+}
+
+impl Region {
+    pub(super) fn as_message(&self) -> VhostUserMemoryRegion {
+        VhostUserMemoryRegion::new(self.gpa, self.size, self.user, self.offset)
+    }
+}
+
+/// A ring as the frontend described it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct RingRecord {
+    pub(super) size: u16,
+    /// Position in the available ring; while it runs, guest memory knows better.
+    pub(super) base: u16,
+    /// How far the position was ahead of the used index when it was started.
+    pub(super) lag: u16,
+    /// Descriptor table, available ring, used ring: guest addresses.
+    pub(super) addrs: Option<[u64; 3]>,
+    pub(super) kick: bool,
+    pub(super) call: bool,
+    pub(super) enabled: bool,
+}
+
+/// Version 1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Record {
+    /// Changes that the frontend had made when it was written.
+    pub(super) changes: u64,
+    pub(super) features: Option<u64>,
+    pub(super) protocol_features: Option<u64>,
+    pub(super) regions: Vec<Region>,
+    pub(super) rings: [RingRecord; 2],
+    /// A session is on.
+    pub(super) running: bool,
+}
+
+/// The descriptors of a ring.
+#[derive(Debug, Default)]
+pub(super) struct RingFds {
+    pub(super) kick: Option<OwnedFd>,
+    pub(super) call: Option<OwnedFd>,
+}
+
+/// A handover taken apart.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) record: Record,
+    pub(super) frontend: OwnedFd,
+    pub(super) memory: Vec<File>,
+    pub(super) rings: [RingFds; 2],
+}
+
+impl Record {
+    fn descriptors(&self) -> usize {
+        let of_ring = |r: &RingRecord| usize::from(r.kick) + usize::from(r.call);
+        1 + self.regions.len() + self.rings.iter().map(of_ring).sum::<usize>()
+    }
+}
+
+impl Handover {
+    pub(super) fn new(record: &Record, fds: Vec<OwnedFd>) -> Result<Self, HandoverError> {
+        let bytes = postcard::to_extend(record, VERSION.to_le_bytes().to_vec());
+        let bytes = bytes.map_err(|_| HandoverError::Malformed { len: 0 })?;
+        Ok(Self { bytes, fds })
+    }
+
+    pub(super) fn parse(self) -> Result<Parts, HandoverError> {
+        let len = self.bytes.len();
+        let malformed = HandoverError::Malformed { len };
+        let Some((version, body)) = self.bytes.split_first_chunk::<2>() else {
+            return Err(malformed);
+        };
+        let record: Record = match u16::from_le_bytes(*version) {
+            1 if len <= RECORD_MAX => match postcard::take_from_bytes(body) {
+                Ok((record, [])) => record,
+                _ => return Err(malformed),
+            },
+            1 => return Err(malformed),
+            found => return Err(HandoverError::Version { found }),
+        };
+        if record.regions.len() > REGIONS_MAX {
+            return Err(malformed);
+        }
+        let (found, expected) = (self.fds.len(), record.descriptors());
+        let wrong = HandoverError::Descriptors { found, expected };
+        if found != expected {
+            return Err(wrong);
+        }
+        let mut fds = self.fds.into_iter();
+        let Some(frontend) = fds.next() else {
+            return Err(wrong);
+        };
+        let memory = fds
+            .by_ref()
+            .take(record.regions.len())
+            .map(File::from)
+            .collect();
+        let mut ring = |r: &RingRecord| RingFds {
+            kick: r.kick.then(|| fds.next()).flatten(),
+            call: r.call.then(|| fds.next()).flatten(),
+        };
+        let [first, second] = &record.rings;
+        let rings = [ring(first), ring(second)];
+        Ok(Parts {
+            record,
+            frontend,
+            memory,
+            rings,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Record {
+        let ring = RingRecord {
+            size: 128,
+            base: 7,
+            lag: 0,
+            addrs: Some([0x1000, 0x2000, 0x3000]),
+            kick: true,
+            call: true,
+            enabled: true,
+        };
+        Record {
+            changes: 9,
+            features: Some(1 << 32),
+            protocol_features: None,
+            regions: vec![Region {
+                gpa: 0,
+                size: 0x10000,
+                user: 0x7000,
+                offset: 0,
+            }],
+            rings: [
+                ring,
+                RingRecord {
+                    call: false,
+                    ..ring
+                },
+            ],
+            running: true,
+        }
+    }
+
+    fn fds(n: usize) -> Vec<OwnedFd> {
+        let open = || OwnedFd::from(File::open("/dev/null").unwrap());
+        (0..n).map(|_| open()).collect()
+    }
+
+    #[test]
+    fn version_1_has_golden_bytes() {
+        let bytes = Handover::new(&sample(), fds(5)).unwrap().bytes;
+        let ring = |call| {
+            [
+                &[128, 1, 7, 0, 1][..],
+                &[128, 32, 128, 64, 128, 96],
+                &[1, call, 1],
+            ]
+            .concat()
+        };
+        let want = [
+            &[1, 0, 9, 1, 128, 128, 128, 128, 16, 0][..],
+            &[1, 0, 128, 128, 4, 128, 224, 1, 0],
+            &ring(1),
+            &ring(0),
+            &[1],
+        ]
+        .concat();
+        assert_eq!(bytes, want);
+        let parts = Handover {
+            bytes: want,
+            fds: fds(5),
+        }
+        .parse()
+        .unwrap();
+        assert_eq!(parts.record, sample());
+        assert!(parts.rings[0].call.is_some() && parts.rings[1].call.is_none());
+    }
+
+    #[test]
+    fn cut_long_newer_and_miscounted_handovers_are_refused() {
+        let good = Handover::new(&sample(), vec![]).unwrap().bytes;
+        let parse = |bytes: &[u8], n| {
+            let bytes = bytes.to_vec();
+            Handover { bytes, fds: fds(n) }.parse()
+        };
+        for cut in 0..good.len() {
+            assert!(parse(&good[..cut], 5).is_err(), "{cut}");
+        }
+        assert!(matches!(
+            parse(&[&good[..], &[0]].concat(), 5),
+            Err(HandoverError::Malformed { .. })
+        ));
+        let mut newer = good.clone();
+        newer[0] = 2;
+        assert!(matches!(
+            parse(&newer, 5),
+            Err(HandoverError::Version { found: 2 })
+        ));
+        for n in [0, 4, 6] {
+            assert!(matches!(
+                parse(&good, n),
+                Err(HandoverError::Descriptors { expected: 5, .. })
+            ));
+        }
+        let regions = vec![sample().regions[0]; REGIONS_MAX + 1];
+        let many = Record {
+            regions,
+            ..sample()
+        };
+        let bytes = Handover::new(&many, vec![]).unwrap().bytes;
+        assert!(matches!(
+            parse(&bytes, many.descriptors()),
+            Err(HandoverError::Malformed { .. })
+        ));
+    }
+}

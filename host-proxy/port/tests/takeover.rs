@@ -1,0 +1,578 @@
+//! A port process is killed with SIGKILL again and again, at seeded points: a new one goes on with the same VMM, whose
+//! connection is never made anew. The guest in software checks both rings and every stream.
+
+mod guest;
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use adit_channel::dial::DialRequest;
+use adit_channel::hello;
+use adit_channel::port::Notice;
+use adit_channel::sink::Sink;
+use adit_port::control::{
+    Attach, Dial, Handover, Incoming, Kept, Quit, Release, Status, Target, VHOST_SOCKET,
+};
+use adit_port::control_io::{Message, receive_all, send, send_all};
+use adit_port::place::connect_control;
+use guest::Guest;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::unistd::Pid;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
+
+const CID: u64 = 5;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+type KeptHandover = Arc<Mutex<Option<(Handover, Vec<OwnedFd>)>>>;
+
+/// What `aditd` does: keeps what it is told, and listens.
+struct Aditd {
+    socket: OwnedFd,
+    heard: Receiver<(Message, Option<OwnedFd>)>,
+    thread: JoinHandle<()>,
+}
+
+impl Aditd {
+    fn new(socket: OwnedFd, kept: KeptHandover) -> Self {
+        let (sender, heard) = mpsc::channel();
+        let ours = socket.try_clone().unwrap();
+        let thread = std::thread::spawn(move || {
+            while let Ok(Some((message, fds))) = receive_all(&ours) {
+                match message {
+                    Message::Handover(handover) => {
+                        let seq = handover.seq;
+                        *kept.lock().unwrap() = Some((handover, fds));
+                        // It may be dead already.
+                        let _ = send(&ours, &Message::Kept(Kept { seq }), None);
+                    }
+                    other => drop(sender.send((other, fds.into_iter().next()))),
+                }
+            }
+        });
+        Self {
+            socket,
+            heard,
+            thread,
+        }
+    }
+
+    fn say(&self, message: Message, fd: Option<&UnixStream>) {
+        send(&self.socket, &message, fd.map(AsFd::as_fd)).unwrap();
+    }
+
+    /// The next frame that is no status; `None` = nothing now.
+    fn heard(&self) -> Option<(Message, Option<OwnedFd>)> {
+        self.heard
+            .try_iter()
+            .find(|(message, _)| !matches!(message, Message::Status(_)))
+    }
+}
+
+/// A VM's directory and the process that serves it now.
+struct Vm {
+    dir: PathBuf,
+    child: Child,
+    aditd: Option<Aditd>,
+    kept: KeptHandover,
+    _run: tempfile::TempDir,
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn start(dir: &std::path::Path, resume: Option<&(Handover, Vec<OwnedFd>)>) -> Child {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_adit-port"));
+    command.args(["--name", "web-1", "--cid", "5", "--dir"]);
+    command.arg(dir);
+    if let Some((handover, fds)) = resume {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let kind = SockType::SeqPacket;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        send_all(&ours, &Message::Handover(handover.clone()), &fds).unwrap();
+        command.arg("--resume").stdin(Stdio::from(theirs));
+    }
+    command.spawn().unwrap()
+}
+
+impl Vm {
+    fn new() -> Self {
+        let run = tempfile::tempdir().unwrap();
+        let dir = run.path().join("web-1");
+        let child = start(&dir, None);
+        let mut vm = Self {
+            dir,
+            child,
+            aditd: None,
+            kept: KeptHandover::default(),
+            _run: run,
+        };
+        vm.connect();
+        vm
+    }
+
+    fn connect(&mut self) {
+        let end = Instant::now() + PATIENCE;
+        let socket = loop {
+            if let Ok(socket) = connect_control(&self.dir) {
+                break socket;
+            }
+            assert!(self.child.try_wait().unwrap().is_none(), "it ended");
+            assert!(Instant::now() < end, "it does not listen");
+            std::thread::yield_now();
+        };
+        self.aditd = Some(Aditd::new(socket, self.kept.clone()));
+    }
+
+    fn aditd(&self) -> &Aditd {
+        self.aditd.as_ref().unwrap()
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
+    /// Waits until the killed process is gone, and everything that it said was heard.
+    fn bury(&mut self) {
+        self.child.wait().unwrap();
+        if let Some(aditd) = self.aditd.take() {
+            aditd.thread.join().unwrap();
+        }
+    }
+
+    fn kill(&mut self) {
+        kill(self.pid(), Signal::SIGKILL).unwrap();
+        self.bury();
+    }
+
+    fn succeed(&mut self) {
+        let kept = self.kept.lock().unwrap();
+        self.child = start(&self.dir, kept.as_ref());
+        drop(kept);
+        self.connect();
+    }
+
+    fn boot(&self, listen: &[u32]) -> Guest {
+        Guest::boot(&self.dir.join(VHOST_SOCKET), CID, listen)
+    }
+
+    fn wait_status(&self, guest: &mut Guest, want: impl Fn(&Status) -> bool) -> Status {
+        guest.until(|_| {
+            self.aditd().heard.try_iter().find_map(|(m, _)| match m {
+                Message::Status(status) if want(&status) => Some(status),
+                _ => None,
+            })
+        })
+    }
+
+    /// Waits for the word that no successor can go on, without a guest.
+    fn wait_stuck(&self) -> String {
+        loop {
+            if let (Message::Stuck(stuck), _) = self.aditd().heard.recv_timeout(PATIENCE).unwrap() {
+                return stuck.reason;
+            }
+        }
+    }
+
+    fn descriptors(&self) -> usize {
+        let path = format!("/proc/{}/fd", self.child.id());
+        std::fs::read_dir(path).unwrap().count()
+    }
+}
+
+/// xorshift: the same points for the same seed.
+struct Seeded(u64);
+
+impl Seeded {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+fn pair() -> (UnixStream, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    (ours, theirs)
+}
+
+/// Dials from the host and attaches a socket on each side.
+fn tunnel(vm: &Vm, guest: &mut Guest, id: u64) -> (UnixStream, UnixStream) {
+    vm.aditd().say(
+        Message::Dial(Dial {
+            id,
+            to: Target::VsockPort(22),
+            deadline_ms: 5000,
+        }),
+        None,
+    );
+    let (far, sink) = pair();
+    guest.accept(Sink::Fd(sink.into()));
+    let (message, _) = guest.until(|_| vm.aditd().heard());
+    assert!(
+        matches!(&message, Message::Dialed(d) if d.id == id),
+        "{message:?}"
+    );
+    let (near, theirs) = pair();
+    let prefix = vec![];
+    vm.aditd()
+        .say(Message::Attach(Attach { id, prefix }), Some(&theirs));
+    (near, far)
+}
+
+/// Dials from the guest; returns the guest's end and the one that `aditd` was given.
+fn incoming(vm: &Vm, guest: &mut Guest) -> (UnixStream, UnixStream) {
+    let request = DialRequest {
+        port: hello::PORT,
+        hello: None,
+        deadline: None,
+    };
+    let now = guest.shard.now();
+    let (far, sink) = pair();
+    let port = guest.shard.port_mut(guest.port);
+    port.dial(now, request, Some(Sink::Fd(sink.into())))
+        .unwrap();
+    let (message, fd) = guest.until(|_| vm.aditd().heard());
+    assert!(matches!(message, Message::Incoming(Incoming { port, .. }) if port == hello::PORT));
+    let near = UnixStream::from(fd.unwrap());
+    near.set_nonblocking(true).unwrap();
+    (near, far)
+}
+
+/// Bytes that only one place of one stream has.
+fn pattern(at: u64) -> u8 {
+    (at.wrapping_mul(2_654_435_761) >> 13) as u8
+}
+
+/// One direction of a stream in use.
+struct Flow {
+    from: UnixStream,
+    to: UnixStream,
+    sent: u64,
+    got: u64,
+}
+
+impl Flow {
+    fn both((near, far): &(UnixStream, UnixStream)) -> [Self; 2] {
+        let flow = |from: &UnixStream, to: &UnixStream| Self {
+            from: from.try_clone().unwrap(),
+            to: to.try_clone().unwrap(),
+            sent: 0,
+            got: 0,
+        };
+        [flow(near, far), flow(far, near)]
+    }
+
+    /// Moves what can be moved; every byte that arrives is the right one.
+    fn go(&mut self) {
+        let mut buf = [0; 8192];
+        for (i, byte) in buf.iter_mut().enumerate() {
+            *byte = pattern(self.sent + i as u64);
+        }
+        self.sent += self.from.write(&buf).unwrap_or(0) as u64;
+        while let Ok(n @ 1..) = self.to.read(&mut buf) {
+            for (i, byte) in buf[..n].iter().enumerate() {
+                assert_eq!(*byte, pattern(self.got + i as u64));
+            }
+            self.got += n as u64;
+        }
+    }
+}
+
+/// Runs streams until `bytes` have arrived, kills the process some ns later, and goes on until it is dead.
+fn kill_in_traffic(vm: &mut Vm, guest: &mut Guest, flows: &mut [Flow], bytes: u64, ns: u64) {
+    guest.until(|_| {
+        flows.iter_mut().for_each(Flow::go);
+        (flows.iter().map(|f| f.got).sum::<u64>() >= bytes).then_some(())
+    });
+    let pid = vm.pid();
+    let dead = Arc::new(AtomicBool::new(false));
+    let killer = std::thread::spawn({
+        let dead = dead.clone();
+        move || {
+            let at = Instant::now() + Duration::from_nanos(ns);
+            while Instant::now() < at {
+                std::hint::spin_loop();
+            }
+            kill(pid, Signal::SIGKILL).unwrap();
+            dead.store(true, Ordering::SeqCst);
+        }
+    });
+    guest.until(|_| {
+        flows.iter_mut().for_each(Flow::go);
+        dead.load(Ordering::SeqCst).then_some(())
+    });
+    killer.join().unwrap();
+    vm.bury();
+}
+
+/// Reads to the end, however the stream ended.
+fn ended(guest: &mut Guest, socket: &UnixStream) {
+    guest.until(|_| {
+        let mut buf = [0; 4096];
+        loop {
+            match { socket }.read(&mut buf) {
+                Ok(0) => return Some(()),
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return None,
+                Err(_) => return Some(()),
+            }
+        }
+    });
+}
+
+fn served(vm: &Vm, guest: &mut Guest, id: u64) {
+    let ends = tunnel(vm, guest, id);
+    let mut flows = Flow::both(&ends);
+    guest.until(|_| {
+        flows.iter_mut().for_each(Flow::go);
+        flows.iter().all(|f| f.got >= 100_000).then_some(())
+    });
+}
+
+#[test]
+fn killed_at_seeded_points_under_traffic_and_its_successor_serves() {
+    let mut vm = Vm::new();
+    let mut guest = vm.boot(&[22]);
+    vm.wait_status(&mut guest, |s| s.session);
+    let mut seeded = Seeded(0x9e37_79b9_7f4a_7c15);
+    let mut descriptors = Vec::new();
+    let mut epoch = 0;
+    let mut slowest = Duration::ZERO;
+    for round in 0..32u64 {
+        let mut streams = Vec::new();
+        for id in 1..=3 {
+            streams.push(tunnel(&vm, &mut guest, id));
+        }
+        for _ in 0..2 {
+            streams.push(incoming(&vm, &mut guest));
+        }
+        let mut flows: Vec<Flow> = streams.iter().flat_map(Flow::both).collect();
+        guest.heard.clear();
+        let (bytes, ns) = (seeded.below(400_000), seeded.below(300_000));
+        kill_in_traffic(&mut vm, &mut guest, &mut flows, bytes, ns);
+        drop(flows);
+        let begin = Instant::now();
+        vm.succeed();
+        let status = vm.wait_status(&mut guest, |s| s.session);
+        assert!(status.epoch > epoch, "round {round}");
+        epoch = status.epoch;
+        for (near, far) in &streams {
+            ended(&mut guest, near);
+            ended(&mut guest, far);
+        }
+        guest.until(|g| (g.shard.port(g.port).streams() == 0).then_some(()));
+        served(&vm, &mut guest, 1);
+        slowest = slowest.max(begin.elapsed());
+        vm.wait_status(&mut guest, |s| s.streams == 0);
+        descriptors.push(vm.descriptors());
+        // Nothing asked for a session of its own: the guest's driver never noticed.
+        let session = |n: &Notice| matches!(n, Notice::Session { .. });
+        assert!(!guest.heard.iter().any(session));
+    }
+    println!("slowest takeover with 200 kB served: {slowest:?}");
+    assert!(
+        descriptors.iter().all(|&n| n == descriptors[0]),
+        "{descriptors:?}"
+    );
+}
+
+#[test]
+fn killed_while_the_frontend_speaks_and_every_message_is_answered_once() {
+    let mut vm = Vm::new();
+    let mut guest = vm.boot(&[22]);
+    vm.wait_status(&mut guest, |s| s.session);
+    let carrier = guest.shard.port(guest.port).carrier();
+    let mut frontend = carrier.frontend();
+    let (table, _memory) = carrier.table();
+    let stop = Arc::new(AtomicBool::new(false));
+    let answered = Arc::new(AtomicU64::new(0));
+    let speaking = std::thread::spawn({
+        let (stop, answered) = (stop.clone(), answered.clone());
+        move || {
+            frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+            while !stop.load(Ordering::SeqCst) {
+                frontend.set_mem_table(&[table]).unwrap();
+                let flags = VhostUserConfigFlags::WRITABLE;
+                let (_, config) = frontend.get_config(0, 8, flags, &[0; 8]).unwrap();
+                assert_eq!(config, CID.to_le_bytes());
+                frontend.set_vring_enable(1, true).unwrap();
+                assert_eq!(frontend.get_queue_num().unwrap(), 2);
+                answered.fetch_add(4, Ordering::SeqCst);
+            }
+        }
+    });
+    let mut seeded = Seeded(77);
+    for _ in 0..40 {
+        let seen = answered.load(Ordering::SeqCst);
+        guest.until(|_| (answered.load(Ordering::SeqCst) > seen).then_some(()));
+        let at = Instant::now() + Duration::from_nanos(seeded.below(400_000));
+        while Instant::now() < at {
+            std::hint::spin_loop();
+        }
+        vm.kill();
+        vm.succeed();
+        vm.wait_status(&mut guest, |s| s.session);
+    }
+    served(&vm, &mut guest, 1);
+    stop.store(true, Ordering::SeqCst);
+    guest.until(|_| speaking.is_finished().then_some(()));
+    speaking.join().unwrap();
+    println!("{answered:?} messages answered over 40 kills");
+}
+
+#[test]
+fn a_successor_resets_a_guest_that_posts_no_buffers_once_it_does() {
+    let mut vm = Vm::new();
+    let mut guest = vm.boot(&[22]);
+    vm.wait_status(&mut guest, |s| s.session);
+    let (_near, far) = tunnel(&vm, &mut guest, 1);
+    vm.kill();
+    // Its successor is killed before the guest has run at all, and so on: the pair stays in the table.
+    for _ in 0..3 {
+        vm.succeed();
+        vm.kill();
+    }
+    vm.succeed();
+    ended(&mut guest, &far);
+    served(&vm, &mut guest, 1);
+}
+
+#[test]
+fn released_it_ends_in_order_and_its_successor_goes_on() {
+    let mut vm = Vm::new();
+    let mut guest = vm.boot(&[22]);
+    vm.wait_status(&mut guest, |s| s.session);
+    for by_signal in [false, true] {
+        let (near, far) = tunnel(&vm, &mut guest, 1);
+        match by_signal {
+            false => vm.aditd().say(Message::Release(Release {}), None),
+            true => kill(vm.pid(), Signal::SIGTERM).unwrap(),
+        }
+        assert!(vm.child.wait().unwrap().success());
+        vm.bury();
+        ended(&mut guest, &near);
+        vm.succeed();
+        ended(&mut guest, &far);
+        served(&vm, &mut guest, 1);
+    }
+    // Told to quit, it ends the VMM's connection, and keeps nothing.
+    vm.aditd().say(Message::Quit(Quit {}), None);
+    vm.bury();
+}
+
+#[test]
+fn a_vmm_that_nobody_kept_is_named_until_it_connects_anew() {
+    let mut vm = Vm::new();
+    let mut guest = vm.boot(&[22]);
+    vm.wait_status(&mut guest, |s| s.session);
+    vm.kill();
+    *vm.kept.lock().unwrap() = None; // as when aditd was killed, too
+    vm.succeed();
+    let reason = vm.wait_stuck();
+    let ours = format!("VMM process {} is connected", std::process::id());
+    assert!(reason.starts_with(&ours), "{reason}");
+    assert!(reason.contains("power-cycle"), "{reason}");
+    // A third one knows it, too.
+    vm.kill();
+    *vm.kept.lock().unwrap() = None;
+    vm.succeed();
+    assert!(vm.wait_stuck().starts_with(&ours));
+    let mut guest = vm.boot(&[22]);
+    vm.wait_status(&mut guest, |s| s.session);
+    served(&vm, &mut guest, 1);
+    // And where the VMM is gone before its port process is killed, there is nothing to name.
+    drop(guest);
+    loop {
+        let kept = vm.kept.lock().unwrap();
+        if kept.as_ref().is_some_and(|(h, _)| h.record.is_empty()) {
+            break;
+        }
+        drop(kept);
+        std::thread::yield_now();
+    }
+    vm.kill();
+    vm.succeed();
+    let mut guest = vm.boot(&[22]);
+    let said = guest.until(|_| vm.aditd().heard.try_recv().ok());
+    assert!(matches!(said, (Message::Status(_), _)), "{said:?}");
+}
+
+#[test]
+fn what_changed_while_nobody_kept_it_cannot_be_resumed_and_is_said_so() {
+    let mut vm = Vm::new();
+    let mut guest = vm.boot(&[22]);
+    vm.wait_status(&mut guest, |s| s.session);
+    // aditd is gone when the memory table changes.
+    let aditd = vm.aditd.take().unwrap();
+    nix::sys::socket::shutdown(aditd.socket.as_raw_fd(), nix::sys::socket::Shutdown::Both).unwrap();
+    aditd.thread.join().unwrap();
+    let carrier = guest.shard.port(guest.port).carrier();
+    let (table, _memory) = carrier.table();
+    let frontend = carrier.frontend();
+    frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    frontend.set_mem_table(&[table]).unwrap();
+    vm.kill();
+    vm.succeed();
+    let reason = vm.wait_stuck();
+    assert!(reason.contains("nobody kept"), "{reason}");
+}
+
+#[test]
+fn a_message_that_came_in_pieces_cannot_be_resumed_and_is_said_so() {
+    let mut vm = Vm::new();
+    let mut frontend = UnixStream::connect(vm.dir.join(VHOST_SOCKET)).unwrap();
+    let words = |words: [u32; 3]| {
+        words
+            .iter()
+            .flat_map(|w| w.to_ne_bytes())
+            .collect::<Vec<_>>()
+    };
+    // SET_OWNER: a change, so that something is kept. It comes byte by byte, and is answered all the same.
+    let get_features = words([1, 1, 0]);
+    for byte in &get_features {
+        frontend.write_all(&[*byte]).unwrap();
+    }
+    frontend.read_exact(&mut [0; 20]).unwrap();
+    frontend.write_all(&words([16, 1, 8])).unwrap(); // SET_PROTOCOL_FEATURES
+    frontend.write_all(&0u64.to_ne_bytes()).unwrap();
+    while vm.kept.lock().unwrap().is_none() {
+        std::thread::yield_now();
+    }
+    // Half of a header, and the process is killed once it has taken it.
+    frontend.write_all(&get_features[..7]).unwrap();
+    let end = Instant::now() + PATIENCE;
+    while rustix::io::ioctl_fionread(vm.kept_frontend()).unwrap() > 0 {
+        assert!(Instant::now() < end);
+        std::thread::yield_now();
+    }
+    vm.kill();
+    vm.succeed();
+    let reason = vm.wait_stuck();
+    assert!(reason.contains("pieces"), "{reason}");
+}
+
+impl Vm {
+    /// The frontend's socket as the port process has it.
+    fn kept_frontend(&self) -> OwnedFd {
+        let kept = self.kept.lock().unwrap();
+        kept.as_ref().unwrap().1[1].try_clone().unwrap()
+    }
+}
