@@ -182,12 +182,6 @@ impl Handler {
                 call: fds.call,
                 enabled: ring.enabled,
             };
-            if record.running {
-                let (Some(addrs), Some(table)) = (vring.addrs, &self.table) else {
-                    return Err(refused("a ring that ran has no addresses or no memory"));
-                };
-                vring.base = used_index(addrs[2], table)?.wrapping_add(vring.lag);
-            }
         }
         self.perhaps_again = true;
         if !record.running {
@@ -231,6 +225,14 @@ impl Handler {
         };
         if self.running || !self.vrings.iter().all(complete) {
             return Ok(());
+        }
+        if self.perhaps_again {
+            // The predecessor has run these rings, or had just begun to: what it took it gave back.
+            for vring in &mut self.vrings {
+                if let Some([.., used_ring]) = vring.addrs {
+                    vring.base = used_index(used_ring, table)?.wrapping_add(vring.lag);
+                }
+            }
         }
         let [rx, tx] = &self.vrings;
         let (rx_call, tx_call) = (clone_fd(&rx.call)?, clone_fd(&tx.call)?);

@@ -451,6 +451,7 @@ fn a_successor_resets_a_guest_that_posts_no_buffers_once_it_does() {
         vm.kill();
     }
     vm.succeed();
+    vm.wait_status(&mut guest, |s| s.session);
     ended(&mut guest, &far);
     served(&vm, &mut guest, 1);
 }
@@ -470,6 +471,7 @@ fn released_it_ends_in_order_and_its_successor_goes_on() {
         vm.bury();
         ended(&mut guest, &near);
         vm.succeed();
+        vm.wait_status(&mut guest, |s| s.session);
         ended(&mut guest, &far);
         served(&vm, &mut guest, 1);
     }
