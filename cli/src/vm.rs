@@ -33,6 +33,13 @@ pub enum VmCommand {
         #[arg(long, value_delimiter = ',', value_name = "PORT,…")]
         allow_vsock: Vec<u32>,
     },
+    /// Start a new port process in place of the VM's, under the running VM: after an upgrade of adit-port
+    ///
+    /// Open tunnels and the agent's connection end; the VM keeps its channel.
+    Reload {
+        /// Its name
+        name: String,
+    },
     /// Remove a VM: its channel and its tunnels end
     Rm {
         /// Its name
@@ -83,6 +90,17 @@ pub async fn run(command: &VmCommand, client: &Client, format: Format) -> Result
             };
             show(&client.post("/v1/vms", &new).await?, format)?;
         }
+        VmCommand::Reload { name } => {
+            let url = format!("{}/reload", path(name)?);
+            let vm: Vm = client.post(&url, &()).await?;
+            match format {
+                Format::Json => output::json(&vm)?,
+                Format::Table => println!(
+                    "{name} is served by process {}",
+                    vm.port_pid.map_or_else(|| "-".into(), |p| p.to_string())
+                ),
+            }
+        }
         VmCommand::Rm { name } => {
             client.delete(&path(name)?).await?;
             if format == Format::Table {
@@ -129,6 +147,7 @@ fn state(vm: &Vm) -> &'static str {
         VmState::Waiting => "waiting",
         VmState::Up => "up",
         VmState::Ready => "ready",
+        VmState::PowerCycle => "power-cycle",
     }
 }
 

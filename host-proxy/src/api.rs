@@ -27,6 +27,9 @@ const WAIT_MAX: Duration = Duration::from_secs(3600);
 /// How long a port process that was told to end may take.
 const PORT_END_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long it may take until a new port process serves in place of another.
+const RELOAD_LIMIT: Duration = Duration::from_secs(10);
+
 type App = Arc<State>;
 type Answer<T> = Result<Json<T>, ApiError>;
 
@@ -35,6 +38,7 @@ pub fn router(state: App) -> Router {
     Router::new()
         .route("/v1/vms", get(list_vms).post(add_vm))
         .route("/v1/vms/{name}", get(show_vm).delete(remove_vm))
+        .route("/v1/vms/{name}/reload", post(reload_vm))
         .route("/v1/vms/{name}/wait", get(wait_vm))
         .route("/v1/goals", post(add_goal))
         .route("/v1/goals/{id}", get(show_goal))
@@ -206,6 +210,46 @@ async fn port_gone(vm: &VmEntry) {
     if tokio::time::timeout(PORT_END_LIMIT, gone).await.is_err() {
         tracing::warn!(vm = %vm.config.name, "its port process does not end");
     }
+}
+
+/// Replaces the port process under a running VM.
+async fn reload_vm(Shared(state): Shared<App>, Path(name): Path<String>) -> Answer<Vm> {
+    let vm = find(&state, &name)?;
+    let running = vm.link().and_then(|l| Some((l.status()?, l)));
+    let Some((status, link)) = running else {
+        let message = format!("`{name}` has no port process now: one is being started");
+        return Err(ApiError::new(StatusCode::CONFLICT, "down", message)
+            .help("`adit vm show` says why, if it does not come"));
+    };
+    if status.session && !vm.keeper.has_frontend() {
+        let message = format!(
+            "port process {} of `{name}` has handed nothing over that a new one could go on with",
+            status.pid
+        );
+        return Err(ApiError::new(StatusCode::CONFLICT, "not-kept", message)
+            .help("power-cycle the VM after you have ended that process: the new build is started then"));
+    }
+    let mut changes = vm.watch();
+    link.release().await;
+    let replaced = async {
+        loop {
+            let now = vm.link().and_then(|l| l.status());
+            if now.is_some_and(|now| now.pid != status.pid && now.session >= status.session)
+                || vm.stuck().is_some()
+                || changes.changed().await.is_err()
+            {
+                return;
+            }
+        }
+    };
+    if tokio::time::timeout(RELOAD_LIMIT, replaced).await.is_err() {
+        let message = format!("`{name}`: no new port process serves after {RELOAD_LIMIT:?}");
+        return Err(
+            ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
+                .help("`adit vm show` and RUN/vm/NAME/port.log say why"),
+        );
+    }
+    Ok(Json(vm.show()))
 }
 
 #[derive(Deserialize)]

@@ -16,6 +16,7 @@ pub mod agent;
 pub mod api;
 pub mod config;
 pub mod db;
+pub mod keeper;
 pub mod metrics;
 pub mod ports;
 pub mod proxy;

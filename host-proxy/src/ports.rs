@@ -11,9 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use adit_port::control::{
-    Attach, Cancel, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Incoming, Quit, Status, Target,
+    Attach, Cancel, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Handover, Incoming, Kept, Quit,
+    Release, Status, Target,
 };
-use adit_port::control_io::{ControlError, Message, receive, send};
+use adit_port::control_io::{ControlError, Message, receive_all, send};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -32,6 +33,19 @@ pub struct Link {
     waiting: Mutex<Waiting>,
     next_id: AtomicU64,
     status: watch::Sender<Option<Status>>,
+}
+
+/// What a port process says, other than answers.
+#[derive(Debug)]
+pub enum Said<'a> {
+    /// How the channel stands.
+    Status(&'a Status),
+    /// The guest has dialled.
+    Incoming(Incoming, OwnedFd),
+    /// What a successor needs; [`Link::kept`] tells that it is kept.
+    Handover(Handover, Vec<OwnedFd>),
+    /// The VMM has no channel until it connects anew, and why; empty: it has.
+    Stuck(String),
 }
 
 /// A dialled stream that has no other end yet. Dropped = given up.
@@ -130,6 +144,17 @@ impl Link {
         let _ = self.outbox.send((Message::Quit(Quit {}), None)).await;
     }
 
+    /// Ends the port process, and leaves its frontend to a successor.
+    pub async fn release(&self) {
+        let _ = self.outbox.send((Message::Release(Release {}), None)).await;
+    }
+
+    /// Tells the port process that its handover is kept.
+    pub fn kept(&self, seq: u64) {
+        // Full: it does not read, and its frontend waits only so long.
+        let _ = self.outbox.try_send((Message::Kept(Kept { seq }), None));
+    }
+
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -185,8 +210,7 @@ impl Driver {
     pub async fn run(
         mut self,
         socket: OwnedFd,
-        mut on_status: impl FnMut(&Status),
-        mut on_incoming: impl FnMut(Incoming, OwnedFd),
+        mut on: impl FnMut(Said<'_>),
     ) -> Result<(), ControlError> {
         // Only its readiness is tokio's: packets go through `control_io`, whatever the type of the socket.
         let socket = UnixStream::from_std(socket.into())?;
@@ -201,16 +225,21 @@ impl Driver {
             Ok(())
         };
         let read = async {
-            #[allow(clippy::redundant_closure)] // `receive` itself is not general over the borrow
-            while let Some((message, fd)) =
-                when_ready(&socket, Interest::READABLE, |sock| receive(sock)).await?
+            #[allow(clippy::redundant_closure)]
+            // `receive_all` itself is not general over the borrow
+            while let Some((message, mut fds)) =
+                when_ready(&socket, Interest::READABLE, |sock| receive_all(sock)).await?
             {
-                match (message, fd) {
+                match (message, fds.len()) {
                     (Message::Status(status), _) => {
-                        on_status(&status);
+                        on(Said::Status(&status));
                         link.status.send_replace(Some(status));
                     }
-                    (Message::Incoming(incoming), Some(fd)) => on_incoming(incoming, fd),
+                    (Message::Incoming(incoming), 1) => {
+                        on(Said::Incoming(incoming, fds.remove(0)));
+                    }
+                    (Message::Handover(handover), _) => on(Said::Handover(handover, fds)),
+                    (Message::Stuck(stuck), _) => on(Said::Stuck(stuck.reason)),
                     (message, _) => link.answer(message),
                 }
             }

@@ -14,6 +14,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{VMS_MAX, VmConfig};
+use crate::keeper::Keeper;
 use crate::ports::Link;
 
 /// Streams to the tasks service that one guest holds open at most: its agent's, and a few that replace each other.
@@ -63,8 +64,12 @@ pub struct VmEntry {
     pub agent_streams: Arc<Semaphore>,
     /// [`OTHER_STREAMS_MAX`].
     pub other_streams: Arc<Semaphore>,
+    /// What its port process left with us for the next one.
+    pub keeper: Keeper,
     /// Why there is no port process.
     trouble: Mutex<Option<String>>,
+    /// Why its VMM has no channel until the VM is power-cycled.
+    stuck: Mutex<Option<String>>,
     supervised: AtomicBool,
     link: watch::Sender<Option<Arc<Link>>>,
     agent: Mutex<AgentState>,
@@ -106,6 +111,23 @@ impl VmEntry {
             self.touch();
         }
         news
+    }
+
+    /// Notes that only a power cycle gives the VM its channel back, and why; or that it has it.
+    pub fn set_stuck(&self, stuck: Option<String>) {
+        let mut noted = self.stuck.lock().unwrap_or_else(PoisonError::into_inner);
+        let news = *noted != stuck;
+        *noted = stuck;
+        drop(noted);
+        if news {
+            self.touch();
+        }
+    }
+
+    /// Why the VM must be power-cycled, if it must.
+    pub fn stuck(&self) -> Option<String> {
+        let stuck = self.stuck.lock();
+        stuck.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Why there is no port process, if there is none.
@@ -179,7 +201,9 @@ impl VmEntry {
         let status = self.link().and_then(|l| l.status());
         let agent = self.agent();
         let connected = agent.connected.as_ref().is_some_and(|t| !t.is_cancelled());
+        let stuck = self.stuck();
         let state = match &status {
+            _ if stuck.is_some() => VmState::PowerCycle,
             None => VmState::Down,
             Some(s) if !s.session => VmState::Waiting,
             Some(_) if connected && agent.facts.is_some() => VmState::Ready,
@@ -205,8 +229,8 @@ impl VmEntry {
             allow_vsock: self.config.allow_vsock.clone(),
             port_pid: status.as_ref().map(|s| s.pid),
             vhost_socket: self.dir.join(VHOST_SOCKET).display().to_string(),
-            fault: status
-                .map(|s| s.last_fault)
+            fault: stuck
+                .or_else(|| status.map(|s| s.last_fault))
                 .filter(|fault| !fault.is_empty())
                 .or_else(|| self.trouble()),
         }
@@ -258,7 +282,9 @@ impl Registry {
             removed: CancellationToken::new(),
             agent_streams: Arc::new(Semaphore::new(AGENT_STREAMS_MAX)),
             other_streams: Arc::new(Semaphore::new(OTHER_STREAMS_MAX)),
+            keeper: Keeper::default(),
             trouble: Mutex::default(),
+            stuck: Mutex::default(),
             supervised: AtomicBool::new(true),
             link: watch::Sender::new(None),
             agent: Mutex::default(),

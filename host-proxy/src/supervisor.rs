@@ -3,10 +3,11 @@
 //! ```text
 //! connect ctl.sock ── it answers ──────────────► follow ── it ends ─┐
 //!        └── nobody there ─► spawn adit-port ─► connect ─► follow   │
-//!        ▲                                                          │
-//!        └────────────────── back-off 50 ms … 2 s ◄─────────────────┘
+//!        ▲                     (with what is kept)                  │
+//!        └──── at once; back-off 50 ms … 2 s if it was short ◄──────┘
 //! ```
-//! A port process outlives aditd: it is its own process group, and its sockets are where the next aditd looks.
+//! A port process outlives aditd: it is its own process group, and its sockets are where the next aditd looks. One that
+//! is killed has a successor on the same VMM, for which [`Keeper`](crate::keeper::Keeper) keeps what it needs.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -23,11 +24,13 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, soc
 use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
-use crate::ports::Link;
+use crate::ports::{Link, Said};
 use crate::registry::VmEntry;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// A port process that ran for less is started again with a back-off.
+const SHORT: Duration = Duration::from_secs(1);
 /// How long a new port process may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(10);
 /// A port process is looked for so often while it starts.
@@ -37,12 +40,20 @@ const START_LOOK: Duration = Duration::from_millis(10);
 pub async fn supervise(vm: Arc<VmEntry>, binary: PathBuf, on_incoming: impl Fn(Incoming, OwnedFd)) {
     let mut wait = BACKOFF_MIN;
     while !vm.removed.is_cancelled() {
-        let ended = match reach(&vm, &binary).await {
-            Ok(socket) => follow(&vm, socket, &on_incoming).await,
-            Err(e) => Err(e.to_string()),
+        let (ended, ran) = match reach(&vm, &binary).await {
+            Ok(socket) => {
+                let begin = tokio::time::Instant::now();
+                (follow(&vm, socket, &on_incoming).await, begin.elapsed())
+            }
+            Err(e) => (Err(e.to_string()), Duration::ZERO),
         };
         match ended {
-            Ok(()) => wait = BACKOFF_MIN,
+            // Its VM waits.
+            Ok(()) if ran >= SHORT => {
+                wait = BACKOFF_MIN;
+                continue;
+            }
+            Ok(()) => wait = (wait * 2).min(BACKOFF_MAX),
             Err(trouble) => {
                 if vm.set_trouble(Some(trouble.clone())) {
                     tracing::error!(vm = %vm.config.name, error = trouble, "no port process");
@@ -74,6 +85,9 @@ async fn follow(
     let is_wrong = CancellationToken::new();
     let mut statuses = link.watch();
     let on_status = |status: &Status| {
+        if status.session {
+            vm.set_stuck(None);
+        }
         if (status.vm.as_str(), status.cid) != (vm.config.name.as_str(), vm.config.cid) {
             wrong.get_or_init(|| wrong_vm(vm, status));
             is_wrong.cancel();
@@ -82,12 +96,25 @@ async fn follow(
             vm.set_link(Some(link.clone()));
         }
     };
-    let only_known = |incoming, fd| {
-        if known.load(Ordering::Relaxed) {
-            on_incoming(incoming, fd);
+    let on = |said: Said<'_>| match said {
+        Said::Status(status) => on_status(status),
+        _ if !known.load(Ordering::Relaxed) => {}
+        Said::Incoming(incoming, fd) => on_incoming(incoming, fd),
+        Said::Handover(handover, fds) => {
+            let seq = handover.seq;
+            vm.keeper.keep(handover, fds);
+            link.kept(seq);
+        }
+        Said::Stuck(reason) => {
+            let reason = (!reason.is_empty()).then_some(reason);
+            if let Some(reason) = &reason {
+                tracing::error!(vm = %vm.config.name, reason, "the VM needs a power cycle");
+                vm.keeper.forget();
+            }
+            vm.set_stuck(reason);
         }
     };
-    let run = driver.run(socket, on_status, only_known);
+    let run = driver.run(socket, on);
     let ended = tokio::select! {
         ended = run => ended,
         () = is_wrong.cancelled() => Ok(()),
@@ -129,14 +156,23 @@ async fn reach(vm: &VmEntry, binary: &Path) -> io::Result<OwnedFd> {
         .recursive(true)
         .mode(0o700)
         .create(&vm.dir)?;
+    let left = vm.keeper.pass_on().map_err(io::Error::other)?;
+    if vm.keeper.has_frontend() {
+        tracing::warn!(vm = %vm.config.name, "a new port process goes on with its VMM");
+    }
+    let (resume, stdin) = match left {
+        Some(socket) => (Some("--resume"), Stdio::from(socket)),
+        None => (None, Stdio::null()),
+    };
     let mut child = Command::new(binary)
+        .args(resume)
         .arg("--name")
         .arg(vm.config.name.as_str())
         .arg("--cid")
         .arg(vm.config.cid.to_string())
         .arg("--dir")
         .arg(&vm.dir)
-        .stdin(Stdio::null())
+        .stdin(stdin)
         .stdout(Stdio::null())
         // A file: a pipe that nobody reads any more would stop it.
         .stderr(log_file(&vm.dir)?)

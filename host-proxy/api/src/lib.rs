@@ -9,6 +9,7 @@
 //! | `POST /v1/vms` | `NewVm` → `Vm`; 409 for a taken name or CID |
 //! | `GET /v1/vms/{name}` | → `Vm` |
 //! | `DELETE /v1/vms/{name}` | ends its port process |
+//! | `POST /v1/vms/{name}/reload` | a new port process goes on with the VMM → `Vm` once it serves; streams end |
 //! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 |
 //! | `POST /v1/goals` | `NewGoal` → `Goal` (on disk when answered) |
 //! | `GET /v1/goals/{goal_id}` | → `Goal` |
@@ -40,6 +41,9 @@ pub enum VmState {
     Up,
     /// The agent is connected.
     Ready,
+    /// The VMM is connected to a port process that is no more, and no other can go on with it: the VM has no channel until
+    /// it is power-cycled. `fault` says why.
+    PowerCycle,
 }
 
 /// One VM.

@@ -522,6 +522,9 @@ fn what_changed_while_nobody_kept_it_cannot_be_resumed_and_is_said_so() {
     let mut vm = Vm::new();
     let mut guest = vm.boot(&[22]);
     vm.wait_status(&mut guest, |s| s.session);
+    while vm.kept.lock().unwrap().is_none() {
+        std::thread::yield_now();
+    }
     // aditd is gone when the memory table changes.
     let aditd = vm.aditd.take().unwrap();
     nix::sys::socket::shutdown(aditd.socket.as_raw_fd(), nix::sys::socket::Shutdown::Both).unwrap();
