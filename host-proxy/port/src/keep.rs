@@ -68,6 +68,9 @@ impl Shared {
     }
 }
 
+/// Number, record and descriptors of a state, as aditd is told them.
+pub type Numbered = (u64, Vec<u8>, Vec<OwnedFd>);
+
 /// The loop's end.
 pub struct Keeping {
     shared: Arc<Shared>,
@@ -151,7 +154,7 @@ impl Keeping {
     ///
     /// # Errors
     /// There are no descriptors to be had.
-    pub fn newer_than(&self, said: u64) -> io::Result<Option<(u64, Vec<u8>, Vec<OwnedFd>)>> {
+    pub fn newer_than(&self, said: u64) -> io::Result<Option<Numbered>> {
         let state = self.shared.lock();
         let Latest { seq, handover } = &state.latest;
         if *seq <= said {
