@@ -6,7 +6,7 @@
 //! | 0 | 8 | magic `ADITLIV` and version 1 | creator |
 //! | 8 | 8 | epoch of the last session | shard |
 //! | 16 | 8 | changes of state that the frontend has made so far | frontend's thread |
-//! | 24 | 8 | [`Step`] with the message in hand | frontend's thread |
+//! | 24 | 8 | step with the message in hand (`Step`) | frontend's thread |
 //! | 32 | 8 | offset of the reply in this file | frontend's thread |
 //! | 40 | 8 | length of the reply, bytes | frontend's thread |
 //! | 48 | 8 | pairs that were ever in use: behind them nothing was written | shard |

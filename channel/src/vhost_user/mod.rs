@@ -64,7 +64,7 @@ pub trait Keeper: Send {
     fn keep(&mut self, handover: Option<Handover>);
     /// The predecessor's frontend cannot be taken over: its VM has no channel until its VMM connects anew.
     fn stuck(&mut self, why: String);
-    /// The connection was let go of as [`VhostUserCarrier::release`] asked.
+    /// The connection was let go of as [`Releaser::release`] asked.
     fn released(&mut self);
 }
 
