@@ -4,7 +4,7 @@
 //! connect ctl.sock ── it answers ──────────────► follow ── it ends ─┐
 //!        └── nobody there ─► spawn adit-port ─► connect ─► follow   │
 //!        ▲                     (with what is kept)                  │
-//!        └──── at once; back-off 50 ms … 2 s if it was short ◄──────┘
+//!        └──── at once; back-off 50 ms … 2 s if it is short-lived ◄─┘
 //! ```
 //! A port process outlives aditd: it is its own process group, and its sockets are where the next aditd looks. One that
 //! is killed has a successor on the same VMM, for which [`Keeper`](crate::keeper::Keeper) keeps what it needs.
@@ -29,8 +29,10 @@ use crate::registry::VmEntry;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
-/// A port process that ran for less is started again with a back-off.
+/// Port processes that ran for less than this, one after the other, ...
 const SHORT: Duration = Duration::from_secs(1);
+/// ... are so many before the next is started with a back-off: a guest that kills its own must not keep the host busy.
+const SHORT_MAX: u32 = 8;
 /// How long a new port process may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(10);
 /// A port process is looked for so often while it starts.
@@ -39,6 +41,7 @@ const START_LOOK: Duration = Duration::from_millis(10);
 /// Follows a VM's port process until the VM is removed, and ends it then.
 pub async fn supervise(vm: Arc<VmEntry>, binary: PathBuf, on_incoming: impl Fn(Incoming, OwnedFd)) {
     let mut wait = BACKOFF_MIN;
+    let mut short = 0;
     while !vm.removed.is_cancelled() {
         let (ended, ran) = match reach(&vm, &binary).await {
             Ok(socket) => {
@@ -50,9 +53,10 @@ pub async fn supervise(vm: Arc<VmEntry>, binary: PathBuf, on_incoming: impl Fn(I
         match ended {
             // Its VM waits.
             Ok(()) if ran >= SHORT => {
-                wait = BACKOFF_MIN;
+                (wait, short) = (BACKOFF_MIN, 0);
                 continue;
             }
+            Ok(()) if short < SHORT_MAX => short += 1,
             Ok(()) => wait = (wait * 2).min(BACKOFF_MAX),
             Err(trouble) => {
                 if vm.set_trouble(Some(trouble.clone())) {

@@ -17,11 +17,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use adit_channel::live::LiveFile;
-use adit_channel::vhost_user::{Handover, Keeper, Releaser};
+use adit_channel::vhost_user::{self, Keeper, Releaser};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
-use crate::control::HANDOVER_FDS_MAX;
+use crate::control::{HANDOVER_FDS_MAX, Handover};
 
 const _: () = assert!(HANDOVER_FDS_MAX == 1 + adit_channel::vhost_user::DESCRIPTORS_MAX);
 
@@ -38,7 +38,7 @@ pub struct Latest {
     /// Counts from 1; 0: nothing was said yet.
     pub seq: u64,
     /// `None`: no frontend.
-    pub handover: Option<Handover>,
+    pub handover: Option<vhost_user::Handover>,
 }
 
 struct State {
@@ -67,9 +67,6 @@ impl Shared {
         let _ = self.news.write(1);
     }
 }
-
-/// Number, record and descriptors of a state, as aditd is told them.
-pub type Numbered = (u64, Vec<u8>, Vec<OwnedFd>);
 
 /// The loop's end.
 pub struct Keeping {
@@ -150,11 +147,11 @@ impl Keeping {
         self.shared.acked.notify_all();
     }
 
-    /// Returns what is newer than `said`: number, record, and duplicates of the descriptors.
+    /// Returns what is newer than `said`: the frame, and duplicates of the descriptors.
     ///
     /// # Errors
     /// There are no descriptors to be had.
-    pub fn newer_than(&self, said: u64) -> io::Result<Option<Numbered>> {
+    pub fn newer_than(&self, said: u64) -> io::Result<Option<(Handover, Vec<OwnedFd>)>> {
         let state = self.shared.lock();
         let Latest { seq, handover } = &state.latest;
         if *seq <= said {
@@ -168,7 +165,7 @@ impl Keeping {
                 fds.push(fd.try_clone()?);
             }
         }
-        Ok(Some((*seq, record, fds)))
+        Ok(Some((Handover { seq: *seq, record }, fds)))
     }
 
     /// Why the VMM that is there cannot be served, if so.
@@ -194,7 +191,7 @@ impl Keeping {
 }
 
 impl Keeper for ThreadKeeper {
-    fn keep(&mut self, handover: Option<Handover>) {
+    fn keep(&mut self, handover: Option<vhost_user::Handover>) {
         self.note.write(handover.as_ref());
         let mut state = self.shared.lock();
         if handover.is_some() {
@@ -262,7 +259,7 @@ impl Note {
         self.set(None);
     }
 
-    fn write(&mut self, handover: Option<&Handover>) {
+    fn write(&mut self, handover: Option<&vhost_user::Handover>) {
         let pid = handover.and_then(|h| h.fds.first()).map(peer_pid);
         if pid != self.pid {
             self.set(pid);
@@ -324,8 +321,8 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixStream;
 
-    fn handover(peer: UnixStream) -> Handover {
-        Handover {
+    fn handover(peer: UnixStream) -> vhost_user::Handover {
+        vhost_user::Handover {
             bytes: vec![1, 0],
             fds: vec![peer.into()],
         }
@@ -364,12 +361,13 @@ mod tests {
             keeper.keep(Some(handover(ours)));
             keeper
         });
-        let (seq, record, fds) = loop {
+        let (handover, fds) = loop {
             if let Some(newer) = keeping.newer_than(1).unwrap() {
                 break newer;
             }
         };
-        assert_eq!((seq, record, fds.len()), (2, vec![1, 0], 2));
+        assert_eq!((handover.seq, fds.len()), (2, 2));
+        assert_eq!(handover.record, [1, 0]);
         keeping.kept(1);
         assert!(!thread.is_finished());
         keeping.kept(2);

