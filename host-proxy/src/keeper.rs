@@ -1,40 +1,76 @@
 //! What aditd keeps of a port process, so that another one can go on with the VMM when that one is killed: the last
 //! handover, with duplicates of every descriptor of the frontend. aditd passes it on and understands none of it.
+//!
+//! Where systemd holds descriptors, what is kept here is there, too ([`fdstore`](crate::fdstore)).
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::fdstore::{FdStore, Slot};
 use adit_port::control::Handover;
 use adit_port::control_io::{ControlError, Message, send_all};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 /// One VM's last handover.
 #[derive(Debug, Default)]
-pub struct Keeper {
-    kept: Mutex<Option<Kept>>,
-}
+pub struct Keeper(Mutex<State>);
 
-#[derive(Debug)]
-struct Kept {
-    handover: Handover,
-    fds: Vec<OwnedFd>,
+#[derive(Debug, Default)]
+struct State {
+    kept: Option<(Handover, Vec<OwnedFd>)>,
+    slot: Option<Slot>,
 }
 
 impl Keeper {
+    /// Takes up what an earlier aditd kept for this VM, and keeps it in the store from now on, if there is one.
+    pub fn open(&self, store: &FdStore, vm: &str) {
+        match store.slot(vm) {
+            Ok(None) => {}
+            Ok(Some((slot, left))) => {
+                let mut state = self.lock();
+                state.slot = Some(slot);
+                state.kept = left;
+            }
+            Err(e) => {
+                tracing::warn!(vm, error = %e, "nothing is kept over the end of this aditd");
+            }
+        }
+    }
+
     /// Keeps this in place of the last one.
     pub fn keep(&self, handover: Handover, fds: Vec<OwnedFd>) {
-        *self.lock() = Some(Kept { handover, fds });
+        let mut state = self.lock();
+        if let Some(slot) = &mut state.slot
+            && let Err(e) = slot.put(&handover, &fds)
+        {
+            tracing::warn!(error = %e, "not kept over the end of this aditd");
+        }
+        state.kept = Some((handover, fds));
     }
 
     /// Lets go of what is kept: with it the VMM's connection, if no port process has it.
     pub fn forget(&self) {
-        *self.lock() = None;
+        let mut state = self.lock();
+        state.kept = None;
+        if let Some(slot) = &mut state.slot {
+            slot.clear();
+        }
+    }
+
+    /// The VM is no more.
+    pub fn remove(&self) {
+        let mut state = self.lock();
+        state.kept = None;
+        if let Some(slot) = state.slot.take() {
+            slot.remove();
+        }
     }
 
     /// Whether a VMM is connected, and a successor could go on with it.
     pub fn has_frontend(&self) -> bool {
-        let kept = self.lock();
-        kept.as_ref().is_some_and(|k| !k.handover.record.is_empty())
+        let state = self.lock();
+        let kept = state.kept.as_ref();
+        kept.is_some_and(|(handover, _)| !handover.record.is_empty())
     }
 
     /// Returns a socket in which a new port process finds the handover; `None`: nothing is kept.
@@ -42,8 +78,8 @@ impl Keeper {
     /// # Errors
     /// There is no socket to be had.
     pub fn pass_on(&self) -> Result<Option<OwnedFd>, ControlError> {
-        let kept = self.lock();
-        let Some(Kept { handover, fds }) = &*kept else {
+        let state = self.lock();
+        let Some((handover, fds)) = &state.kept else {
             return Ok(None);
         };
         let (ours, theirs) = socketpair(
@@ -58,7 +94,7 @@ impl Keeper {
         Ok(Some(theirs))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Kept>> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -5,6 +5,7 @@
 //! | `config` | `aditd.toml` |
 //! | `registry` | the VMs and how each one's channel stands |
 //! | `supervisor`, `ports` | a port process a VM: found or started, spoken to |
+//! | `keeper`, `fdstore` | what a port process's successor needs; kept over the end of aditd by systemd |
 //! | `proxy` | the HTTP forward proxy |
 //! | `agent` | the tasks service that guests dial |
 //! | `queue`, `db` | the durable queue; the thread that commits it |
@@ -16,6 +17,7 @@ pub mod agent;
 pub mod api;
 pub mod config;
 pub mod db;
+pub mod fdstore;
 pub mod keeper;
 pub mod metrics;
 pub mod ports;
@@ -26,6 +28,7 @@ pub mod state;
 pub mod supervisor;
 
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,6 +41,7 @@ use tokio::net::{TcpListener, UnixListener};
 
 use config::{Config, VmConfig};
 use db::Db;
+use fdstore::FdStore;
 use queue::QueueError;
 use registry::VmEntry;
 use state::State;
@@ -45,11 +49,15 @@ use state::State;
 /// How long requests that are under way may go on after the stop.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 
-/// Runs until told to stop. Port processes, and the tunnels in them, go on.
+/// Runs until told to stop. Port processes, and the tunnels in them, go on. `passed` is what systemd held for us, by name.
 ///
 /// # Errors
 /// One line that says what to do: another aditd runs, a port is busy, a directory or the database cannot be used.
-pub async fn run(config: Config, port_binary: PathBuf) -> anyhow::Result<()> {
+pub async fn run(
+    config: Config,
+    port_binary: PathBuf,
+    passed: Vec<(String, OwnedFd)>,
+) -> anyhow::Result<()> {
     make_dir(&config.run_dir)?;
     make_dir(&config.state_dir)?;
     let _lock = lock(&config.run_dir)?;
@@ -59,7 +67,8 @@ pub async fn run(config: Config, port_binary: PathBuf) -> anyhow::Result<()> {
     let mut boot_nonce = [0; 16];
     getrandom::fill(&mut boot_nonce)
         .map_err(|e| anyhow::anyhow!("no randomness to be had: {e}"))?;
-    let state = State::new(config, port_binary, db, boot_nonce);
+    let store = FdStore::new(passed);
+    let state = State::new(config, port_binary, db, boot_nonce, store);
 
     let proxy = bind(state.config.proxy.listen, "[proxy]").await?;
     let metrics = match &state.config.metrics {
@@ -70,6 +79,7 @@ pub async fn run(config: Config, port_binary: PathBuf) -> anyhow::Result<()> {
     write_address(&state.config.run_dir, &proxy.local_addr()?.to_string())?;
 
     load_vms(&state).await?;
+    state.fd_store.forget_others();
     tracing::info!(proxy = %proxy.local_addr()?, api = %state.config.api_socket().display(), "serving");
     let status = format!(
         "proxy on {}, {} VMs",
@@ -118,6 +128,7 @@ pub(crate) async fn add_vm(
     keep: bool,
 ) -> Result<Arc<VmEntry>, api::ApiError> {
     let vm = state.registry.add(config.clone())?;
+    vm.keeper.open(&state.fd_store, config.name.as_str());
     if keep {
         // Lists of numbers always serialise.
         let allow = serde_json::to_string(&config.allow).unwrap_or_default();

@@ -1,5 +1,7 @@
 //! `aditd`: the host's daemon. `aditd run` serves, `aditd check-config` checks a file.
+#![allow(unsafe_code)] // systemd passes descriptors as numbers
 
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -114,6 +116,7 @@ fn settle() {
 }
 
 fn run(file: &std::path::Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
+    let passed = passed_on();
     let config = Config::load(file)?;
     settle();
     let beside = || Ok::<_, std::io::Error>(std::env::current_exe()?.with_file_name("adit-port"));
@@ -126,5 +129,24 @@ fn run(file: &std::path::Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> 
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(adit_host_proxy::run(config, port_bin))
+        .block_on(adit_host_proxy::run(config, port_bin, passed))
+}
+
+/// What systemd held for an earlier aditd. To be called once, before anything else is opened.
+fn passed_on() -> Vec<(String, OwnedFd)> {
+    let passed = match sd_notify::listen_fds_with_names() {
+        Ok(passed) => passed,
+        Err(e) => {
+            tracing::warn!(error = %e, "what the service manager passed on is not understood");
+            return vec![];
+        }
+    };
+    // The numbers are made close-on-exec, which fails for one that is not open.
+    passed
+        .map(|(raw, name)| {
+            // SAFETY: the service manager opened the descriptor for this process (LISTEN_PID is ours), and this is the only
+            // place that takes it.
+            (name, unsafe { OwnedFd::from_raw_fd(raw) })
+        })
+        .collect()
 }

@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::db::Db;
+use crate::fdstore::FdStore;
 use crate::metrics::Metrics;
 use crate::queue;
 use crate::registry::{Registry, VmEntry};
@@ -31,6 +32,8 @@ pub struct State {
     pub registry: Registry,
     /// The database.
     pub db: Db,
+    /// Descriptors that systemd holds for us.
+    pub fd_store: FdStore,
     /// Counters.
     pub metrics: Metrics,
     /// Drawn once a process.
@@ -47,12 +50,19 @@ pub struct State {
 
 impl State {
     /// Puts the parts together.
-    pub fn new(config: Config, port_binary: PathBuf, db: Db, boot_nonce: [u8; 16]) -> Arc<Self> {
+    pub fn new(
+        config: Config,
+        port_binary: PathBuf,
+        db: Db,
+        boot_nonce: [u8; 16],
+        fd_store: FdStore,
+    ) -> Arc<Self> {
         Arc::new(Self {
             registry: Registry::new(&config.run_dir),
             config,
             port_binary,
             db,
+            fd_store,
             metrics: Metrics::default(),
             boot_nonce,
             stop: CancellationToken::new(),

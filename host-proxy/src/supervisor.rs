@@ -75,6 +75,7 @@ pub async fn supervise(vm: Arc<VmEntry>, binary: PathBuf, on_incoming: impl Fn(I
         // It ends by itself, whatever else it is saying.
         let _ = send(&socket, &Message::Quit(Quit {}), None);
     }
+    vm.keeper.remove();
     vm.supervisor_ended();
 }
 

@@ -1,0 +1,245 @@
+//! What is kept of port processes outlives aditd where systemd holds descriptors for it (`FileDescriptorStoreMax=`): then
+//! a port process that is killed while no aditd runs has a successor, too.
+//!
+//! ```text
+//! aditd ── Handover + descriptors ─► [ socket pair of the VM ] ── its only reader: aditd itself, or the next one
+//!                                       ▲ both ends are duplicated in systemd's store, once a VM
+//! ```
+//! A packet with descriptors that waits in a socket keeps them open, so the store is told of a VM once, and a newer
+//! handover only replaces the packet: first the new one goes in, then the old one is taken out. Whatever is read last
+//! is the latest.
+//!
+//! Source: sd_notify(3) `FDSTORE`, sd_listen_fds(3).
+
+use std::collections::BTreeMap;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixDatagram;
+use std::sync::{Mutex, PoisonError};
+
+use adit_port::control::Handover;
+use adit_port::control_io::{ControlError, Message, receive_all, send_all};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socketpair,
+};
+
+/// Handovers of one VM that may have been left in its socket: the new one and the old.
+const LEFT_MAX: usize = 2;
+
+/// The store, and what of it was not asked for yet.
+#[derive(Debug, Default)]
+pub struct FdStore {
+    /// There is a service manager that may have a store.
+    on: bool,
+    left: Mutex<BTreeMap<String, OwnedFd>>,
+}
+
+/// One VM's place in the store.
+#[derive(Debug)]
+pub struct Slot {
+    names: [String; 2],
+    send: OwnedFd,
+    receive: OwnedFd,
+    full: bool,
+}
+
+/// A handover that an earlier aditd kept.
+pub type Left = (Handover, Vec<OwnedFd>);
+
+fn names(vm: &str) -> [String; 2] {
+    [format!("adit.{vm}.send"), format!("adit.{vm}.receive")]
+}
+
+impl FdStore {
+    /// Takes over what systemd passed on, by name.
+    pub fn new(passed: Vec<(String, OwnedFd)>) -> Self {
+        let ours = passed
+            .into_iter()
+            .filter(|(name, _)| name.starts_with("adit."));
+        Self {
+            on: std::env::var_os("NOTIFY_SOCKET").is_some(),
+            left: Mutex::new(ours.collect()),
+        }
+    }
+
+    /// Returns a VM's place, made if need be, and what an earlier aditd left there. `None`: there is no store.
+    ///
+    /// # Errors
+    /// The service manager cannot be told, or there is no socket to be had: nothing is kept over the end of this aditd.
+    pub fn slot(&self, vm: &str) -> io::Result<Option<(Slot, Option<Left>)>> {
+        let names = names(vm);
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let (send, receive) = (left.remove(&names[0]), left.remove(&names[1]));
+        drop(left);
+        if let (Some(send), Some(receive)) = (send, receive) {
+            let mut slot = Slot {
+                names,
+                send,
+                receive,
+                full: false,
+            };
+            let found = slot.drain();
+            if let Some((handover, fds)) = &found {
+                slot.put(handover, fds).map_err(io::Error::other)?;
+            }
+            return Ok(Some((slot, found)));
+        }
+        if !self.on {
+            return Ok(None);
+        }
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (send, receive) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        for (name, end) in names.iter().zip([&send, &receive]) {
+            // Whatever has the name is of no use without its other end.
+            notify(&format!("FDSTOREREMOVE=1\nFDNAME={name}\n"), None)?;
+            notify(&format!("FDSTORE=1\nFDNAME={name}\n"), Some(end.as_fd()))?;
+        }
+        let full = false;
+        let slot = Slot {
+            names,
+            send,
+            receive,
+            full,
+        };
+        Ok(Some((slot, None)))
+    }
+
+    /// Lets go of what belongs to VMs that are no more. To be called when all were asked for.
+    pub fn forget_others(&self) {
+        let left = std::mem::take(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner));
+        for name in left.into_keys() {
+            tracing::info!(name, "descriptor of a VM that is no more");
+            remove(&name);
+        }
+    }
+}
+
+impl Slot {
+    /// Puts a handover in place of the last one.
+    ///
+    /// # Errors
+    /// It cannot be sent: the last one stays.
+    pub fn put(&mut self, handover: &Handover, fds: &[OwnedFd]) -> Result<(), ControlError> {
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        send_all(&self.send, &Message::Handover(handover.clone()), &fds)?;
+        if std::mem::replace(&mut self.full, true) {
+            receive_all(&self.receive)?;
+        }
+        Ok(())
+    }
+
+    /// Takes out what is there.
+    pub fn clear(&mut self) {
+        self.drain();
+    }
+
+    /// The VM is no more.
+    pub fn remove(self) {
+        self.names.iter().for_each(|name| remove(name));
+    }
+
+    fn drain(&mut self) -> Option<Left> {
+        self.full = false;
+        let mut last = None;
+        for _ in 0..LEFT_MAX {
+            match receive_all(&self.receive) {
+                Ok(Some((Message::Handover(handover), fds))) => last = Some((handover, fds)),
+                Ok(_) => {}
+                Err(e) if e.would_block() => break,
+                Err(e) => {
+                    tracing::warn!(error = %e, "what an earlier aditd kept is not understood")
+                }
+            }
+        }
+        last
+    }
+}
+
+fn remove(name: &str) {
+    if let Err(e) = notify(&format!("FDSTOREREMOVE=1\nFDNAME={name}\n"), None) {
+        tracing::warn!(error = %e, name, "the service manager is not told");
+    }
+}
+
+/// Tells the service manager something, if there is one.
+fn notify(text: &str, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return Ok(());
+    };
+    let address = match path.as_bytes() {
+        [b'@', name @ ..] => UnixAddr::new_abstract(name)?,
+        path => UnixAddr::new(path)?,
+    };
+    let raw = fd.map(|fd| [fd.as_raw_fd()]);
+    let rights = raw.as_ref().map(|raw| ControlMessage::ScmRights(raw));
+    sendmsg(
+        UnixDatagram::unbound()?.as_raw_fd(),
+        &[IoSlice::new(text.as_bytes())],
+        rights.as_slice(),
+        MsgFlags::MSG_NOSIGNAL,
+        Some(&address),
+    )?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn handover(seq: u64) -> (Handover, Vec<OwnedFd>) {
+        let record = vec![seq as u8; 9];
+        let fd = std::fs::File::open("/dev/null").unwrap();
+        (Handover { seq, record }, vec![fd.into()])
+    }
+
+    /// Both ends as systemd has them, under their names.
+    fn stored(slot: &Slot) -> Vec<(String, OwnedFd)> {
+        let ends = [&slot.send, &slot.receive].map(|fd| fd.try_clone().unwrap());
+        slot.names.clone().into_iter().zip(ends).collect()
+    }
+
+    fn slot() -> Slot {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let kind = SockType::SeqPacket;
+        let (send, receive) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
+        Slot {
+            names: names("web-1"),
+            send,
+            receive,
+            full: false,
+        }
+    }
+
+    #[test]
+    fn the_last_handover_is_found_again_and_again() {
+        let mut slot = slot();
+        for seq in 1..=300 {
+            let (handover, fds) = handover(seq);
+            slot.put(&handover, &fds).unwrap();
+        }
+        let mut passed = stored(&slot);
+        drop(slot);
+        for _ in 0..3 {
+            let store = FdStore::new(passed);
+            let (slot, left) = store.slot("web-1").unwrap().unwrap();
+            let (handover, fds) = left.unwrap();
+            assert_eq!((handover.seq, fds.len()), (300, 1));
+            passed = stored(&slot);
+        }
+        // Killed between the new packet and the old one's end.
+        let store = FdStore::new(passed);
+        let (slot, _) = store.slot("web-1").unwrap().unwrap();
+        let (newer, fds) = handover(301);
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        send_all(&slot.send, &Message::Handover(newer), &fds).unwrap();
+        let store = FdStore::new(stored(&slot));
+        let (mut slot, left) = store.slot("web-1").unwrap().unwrap();
+        assert_eq!(left.unwrap().0.seq, 301);
+        slot.clear();
+        let store = FdStore::new(stored(&slot));
+        assert!(store.slot("web-1").unwrap().unwrap().1.is_none());
+        // Another VM has nothing there, and without a service manager there is no store.
+        assert!(store.slot("web-2").unwrap().is_none());
+    }
+}
