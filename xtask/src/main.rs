@@ -3,8 +3,10 @@
 
 mod bench;
 mod demo;
+mod fuzz;
 mod progress;
 mod setup;
+mod sim;
 mod test;
 
 use std::process::ExitCode;
@@ -17,7 +19,9 @@ Examples:
   cargo xtask demo                     # two VMs without a network, reached by name, signed work in both
   cargo xtask demo --kernel 6.12 --keep
   cargo xtask test                     # everything; prints a table of seconds
-  cargo xtask bench vsock --json";
+  cargo xtask bench vsock --json
+  cargo xtask sim --seeds 1000000
+  cargo xtask fuzz engine_ops --minutes 10";
 
 /// Shows, tests and measures adit.
 #[derive(Parser)]
@@ -41,6 +45,10 @@ enum Command {
     },
     /// Measure beside a peer in the same run
     Bench(bench::Options),
+    /// Run engine pairs in virtual time, with lost doorbells, delays, resets and starved sides
+    Sim(sim::Options),
+    /// Look for inputs that break a rule
+    Fuzz(fuzz::Options),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +57,8 @@ fn main() -> ExitCode {
         Command::Test(options) => test::run(&options),
         Command::GuestImage { kernel } => guest_image(kernel).map(|()| true),
         Command::Bench(options) => bench::run(&options),
+        Command::Sim(options) => sim::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use crate::progress;
 
 /// Programs that are needed, and the packages that bring them.
-const PROGRAMS: [(&str, &str); 12] = [
+const PROGRAMS: [(&str, &str); 13] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("lz4", "lz4"),
@@ -19,6 +19,7 @@ const PROGRAMS: [(&str, &str); 12] = [
     ("curl", "curl"),
     ("setpriv", "util-linux"),
     ("cc", "gcc"),
+    ("c++", "g++"),
     ("apt-cache", "apt"),
     ("dpkg", "dpkg"),
     ("ssh", "openssh-client"),

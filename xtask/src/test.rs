@@ -21,7 +21,7 @@ struct Step {
     run: fn() -> anyhow::Result<()>,
 }
 
-const CHECKS: [Step; 7] = [
+const CHECKS: [Step; 8] = [
     Step {
         name: "format",
         budget_s: 10,
@@ -70,6 +70,11 @@ const CHECKS: [Step; 7] = [
         name: "host processes",
         budget_s: 60,
         run: || with_binaries("host"),
+    },
+    Step {
+        name: "fuzz targets, 10 s each",
+        budget_s: 240,
+        run: crate::fuzz::smoke,
     },
     Step {
         name: "benches start",

@@ -266,5 +266,31 @@ impl Carrier for VhostUserCarrier {
     }
 }
 
+/// Checks and maps a memory table of (guest address, size, user address, offset), as SET_MEM_TABLE does.
+///
+/// # Errors
+/// What SET_MEM_TABLE is refused for.
+#[cfg(feature = "test-util")]
+pub fn map_table(
+    regions: &[[u64; 4]],
+    files: Vec<std::fs::File>,
+    policy: MemoryPolicy,
+) -> Result<VmMemoryRef, Box<dyn std::error::Error>> {
+    let regions: Vec<_> = regions
+        .iter()
+        .map(|&[gpa, size, user, offset]| {
+            handover::Region {
+                gpa,
+                size,
+                user,
+                offset,
+            }
+            .as_message()
+        })
+        .collect();
+    let table = memory::MemTable::map(&regions, files, policy)?;
+    Ok(table.memory().clone())
+}
+
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,131 @@
+//! `cargo xtask fuzz`: the targets of `fuzz/` under libFuzzer. The instrumentation is LLVM's own and needs no nightly
+//! compiler. What it finds new is kept in `target/fuzz/corpus`; what breaks a rule, in `target/fuzz/found`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, bail};
+
+use crate::progress;
+
+/// What libFuzzer needs of the compiler; checks as in a debug build.
+const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+    -Cllvm-args=-sanitizer-coverage-trace-compares -Clink-dead-code -Cdebug-assertions -Coverflow-checks";
+const HOST: &str = "x86_64-unknown-linux-gnu";
+
+/// What to fuzz, and for how long.
+#[derive(clap::Args)]
+pub struct Options {
+    /// One target; all of them in turn otherwise
+    target: Option<String>,
+    /// For each target
+    #[arg(long, default_value_t = 1.0)]
+    minutes: f64,
+    /// End after so many inputs, if that is sooner
+    #[arg(long)]
+    runs: Option<u64>,
+}
+
+pub fn run(options: &Options) -> anyhow::Result<bool> {
+    let mut names = targets()?;
+    if let Some(name) = &options.target {
+        if !names.contains(name) {
+            bail!("`{name}` is no target: {}", names.join(", "));
+        }
+        names.retain(|n| n == name);
+    }
+    let seconds = (options.minutes * 60.0).ceil() as u64;
+    let binary = build()?;
+    let mut whole = true;
+    for name in names {
+        whole &= fuzz(&binary, &name, seconds, options.runs)?;
+    }
+    Ok(whole)
+}
+
+/// A short run of every target.
+pub fn smoke() -> anyhow::Result<()> {
+    let binary = build()?;
+    for name in targets()? {
+        if !fuzz(&binary, &name, 10, None)? {
+            bail!("{name} broke a rule");
+        }
+    }
+    Ok(())
+}
+
+/// Each has its seeds.
+fn targets() -> anyhow::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(adit_tests::root().join("fuzz/corpus"))? {
+        names.push(entry?.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn build() -> anyhow::Result<PathBuf> {
+    let dir = adit_tests::target().join("fuzz");
+    progress::during("building the fuzz targets", || {
+        let mut command = Command::new("cargo");
+        command
+            .args(["build", "--quiet", "--release", "-p", "adit-fuzz"])
+            .args(["--features", "libfuzzer", "--bin", "adit-fuzz"])
+            .args(["--target", HOST, "--target-dir"])
+            .arg(&dir)
+            .env("RUSTFLAGS", FLAGS);
+        let status = command.status().context("cannot start cargo")?;
+        if !status.success() {
+            bail!("the fuzz targets do not build");
+        }
+        Ok(())
+    })?;
+    Ok(dir.join(HOST).join("release/adit-fuzz"))
+}
+
+fn fuzz(binary: &Path, name: &str, seconds: u64, runs: Option<u64>) -> anyhow::Result<bool> {
+    let base = adit_tests::target().join("fuzz");
+    let seeds = adit_tests::root().join("fuzz/corpus").join(name);
+    let (corpus, found) = (
+        base.join("corpus").join(name),
+        base.join("found").join(name),
+    );
+    fs::create_dir_all(&corpus)?;
+    fs::create_dir_all(&found)?;
+    let mut command = Command::new(binary);
+    command
+        .env("ADIT_FUZZ_TARGET", name)
+        .arg(format!("-max_total_time={seconds}"))
+        .args([
+            "-max_len=2048",
+            "-rss_limit_mb=1024",
+            "-print_final_stats=1",
+        ])
+        .arg(format!("-artifact_prefix={}/", found.display()))
+        .args(runs.map(|n| format!("-runs={n}")))
+        .arg(&corpus)
+        .arg(&seeds);
+    let out = progress::during(&format!("{name}, {seconds} s at most"), || {
+        Ok(command.output()?)
+    })?;
+    let said = String::from_utf8_lossy(&out.stderr);
+    let count = said
+        .lines()
+        .find_map(|l| l.strip_prefix("stat::number_of_executed_units:"));
+    let cover = said.lines().rev().find_map(|l| l.split_once("cov: "));
+    let cover = cover.and_then(|(_, rest)| rest.split(' ').next());
+    let (count, cover) = (count.unwrap_or("?").trim(), cover.unwrap_or("?"));
+    println!("{name}: {count} inputs, {cover} places covered");
+    if !out.status.success() {
+        let tail: Vec<&str> = said.lines().rev().take(30).collect();
+        tail.iter().rev().for_each(|line| eprintln!("{line}"));
+        eprintln!(
+            "the input is in {}: add it to {} with the fix",
+            found.display(),
+            seeds.display()
+        );
+    }
+    Ok(out.status.success())
+}
