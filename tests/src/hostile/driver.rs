@@ -1,5 +1,6 @@
 //! A driver that does what it is told, right or wrong: rings by hand, no interrupts, everything polled.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -115,8 +116,8 @@ pub struct Driver {
     pub dma: Arc<Dma>,
     regs: Registers,
     pub cid: u64,
-    /// Packets that came for streams nobody waited for.
-    pub strays: u64,
+    /// Ports that packets came for while nobody waited for them.
+    pub strays: BTreeSet<u32>,
     notify: [u16; 3],
     avail: [u16; 3],
     rx_seen: u16,
@@ -130,7 +131,7 @@ impl Driver {
         let cid = regs.guest_cid();
         Ok(Self {
             dma: Arc::new(Dma::new()?),
-            strays: 0,
+            strays: BTreeSet::new(),
             regs,
             cid,
             notify: [0; 3],
@@ -322,18 +323,18 @@ impl Driver {
 
     /// Waits for a packet to a port of ours; what is for others is dropped.
     pub fn expect(&mut self, port: u32, op: u16) -> anyhow::Result<Packet> {
-        let mut strays = 0;
+        let mut strays = BTreeSet::new();
         let found = wait(&format!("packet with op {op}"), || {
             loop {
                 match self.receive()? {
                     None => return Ok(None),
                     Some(p) if p.dst_port == port && p.op == op => return Ok(Some(p)),
                     Some(p) if p.dst_port == port && p.op == RST => bail!("reset"),
-                    Some(p) => strays += u64::from(p.dst_port != port),
+                    Some(p) => drop(strays.insert(p.dst_port)),
                 }
             }
         });
-        self.strays += strays;
+        self.strays.append(&mut strays);
         found
     }
 

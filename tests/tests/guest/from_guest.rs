@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use adit_port::control::{CONTROL_SOCKET, VHOST_SOCKET};
+use adit_port::control::{CONTROL_SOCKET, Kept, VHOST_SOCKET};
 use adit_port::control_io::{self, Message};
 use adit_tests::connect::pattern;
 use adit_tests::guest::{Guest, Identity};
@@ -73,6 +73,11 @@ fn accept(control: &OwnedFd) {
         match control_io::receive(control) {
             Ok(Some((Message::Incoming(incoming), Some(fd)))) => {
                 std::thread::spawn(move || serve(incoming.port, fd));
+            }
+            // What a successor of the port process would need: nobody here starts one.
+            Ok(Some((Message::Handover(handover), _))) => {
+                let kept = Message::Kept(Kept { seq: handover.seq });
+                control_io::send(control, &kept, None).unwrap();
             }
             Ok(Some(_)) => {}
             Err(e) if e.would_block() => {}
