@@ -20,6 +20,7 @@ use std::sync::{Mutex, PoisonError};
 
 use adit_port::control::Handover;
 use adit_port::control_io::{ControlError, Message, receive_all, send_all};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socketpair,
 };
@@ -73,6 +74,10 @@ impl FdStore {
         let (send, receive) = (left.remove(&names[0]), left.remove(&names[1]));
         drop(left);
         if let (Some(send), Some(receive)) = (send, receive) {
+            // What we set is not always what systemd hands back.
+            for end in [&send, &receive] {
+                fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+            }
             let mut slot = Slot {
                 names,
                 send,

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 
+use crate::manager::Manager;
 use crate::process::{Reaped, bound, output, wait_for};
 
 /// How long aditd may take until it serves.
@@ -17,6 +18,7 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Host {
     aditd: Option<Reaped>,
+    manager: Option<Manager>,
     bins: PathBuf,
     dir: tempfile::TempDir,
     proxy: SocketAddr,
@@ -42,6 +44,7 @@ impl Host {
         fs::write(dir.path().join("aditd.toml"), config)?;
         let mut host = Self {
             aditd: None,
+            manager: None,
             bins: bins.to_owned(),
             dir,
             proxy: SocketAddr::from(([127, 0, 0, 1], 0)),
@@ -61,7 +64,12 @@ impl Host {
             .create(true)
             .append(true)
             .open(self.dir.path().join("aditd.log"))?;
-        let child = bound(self.bins.join("aditd"))
+        let aditd = self.bins.join("aditd");
+        let mut command = match &mut self.manager {
+            None => bound(aditd),
+            Some(manager) => manager.command(&aditd)?,
+        };
+        let child = command
             .arg("run")
             .arg("--config")
             .arg(self.dir.path().join("aditd.toml"))
@@ -71,12 +79,30 @@ impl Host {
             .spawn()
             .with_context(|| format!("cannot start aditd of {}", self.bins.display()))?;
         self.aditd = Some(Reaped(child));
+        if let Some(manager) = &mut self.manager {
+            manager.started();
+        }
         let served = wait_for("aditd serves", START_LIMIT, || {
             Ok(fs::read_to_string(&address).ok())
         });
         let text = served.with_context(|| format!("aditd said:\n{}", self.log()))?;
         self.proxy = text.trim().parse()?;
         Ok(())
+    }
+
+    /// Starts aditd anew, from now on under a service manager that holds descriptors for it.
+    ///
+    /// # Errors
+    /// It does not serve in time.
+    pub fn manage(&mut self) -> anyhow::Result<()> {
+        self.kill();
+        self.manager = Some(Manager::start(self.dir.path())?);
+        self.launch()
+    }
+
+    /// What its service manager holds for aditd.
+    pub fn held(&self) -> Vec<String> {
+        self.manager.as_ref().map_or(vec![], Manager::names)
     }
 
     /// Kills aditd with SIGKILL.

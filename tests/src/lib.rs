@@ -7,6 +7,7 @@
 //! | `guest` | a QEMU process and its serial line |
 //! | `host` | aditd with its directories, and `adit` and `curl` beside it |
 //! | `connect` | a CONNECT client that keeps half-close |
+//! | `manager` | a service manager that holds descriptors, as systemd does |
 //! | `process` | children that end with us |
 //! | `tamper` | a signed goal with one byte changed |
 #![forbid(unsafe_code)]
@@ -16,6 +17,7 @@ pub mod cpio;
 pub mod guest;
 pub mod host;
 pub mod image;
+pub mod manager;
 pub mod process;
 pub mod tamper;
 

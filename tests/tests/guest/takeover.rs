@@ -229,6 +229,38 @@ fn both_killed(kernel: Kernel) {
     setup.served(Instant::now());
 }
 
+/// With a service manager that holds descriptors, aditd and the port process may be killed at once.
+fn both_killed_and_held(kernel: Kernel) {
+    let Some(mut setup) = setup(kernel, "", false) else {
+        return;
+    };
+    let boot = setup.boot_id();
+    setup.host.manage().unwrap();
+    setup.wait_agent();
+    for _ in 0..3 {
+        let port = setup.port_pid();
+        let mut killed = Instant::now();
+        let host = &mut setup.host;
+        host.kill();
+        kill(Pid::from_raw(port), Signal::SIGKILL).unwrap();
+        host.launch().unwrap();
+        let launched = killed.elapsed();
+        killed += launched;
+        let served = setup.served(killed);
+        println!("aditd serves after {launched:?}, the VM {served:?} later");
+        assert_ne!(setup.port_pid(), port);
+        assert_eq!(setup.host.held().len(), 2, "{:?}", setup.host.held());
+    }
+    setup.wait_agent();
+    assert_eq!(setup.boot_id(), boot, "the guest was rebooted");
+    assert!(setup.vm()["fault"].is_null());
+}
+
+#[test]
+fn both_killed_and_held_6_1() {
+    both_killed_and_held(Kernel::V6_1);
+}
+
 #[test]
 fn port_killed_6_1() {
     port_killed(Kernel::V6_1);
