@@ -481,3 +481,6 @@ fn send_from(live: &LiveFile, socket: &UnixStream, reply: Reply) -> Result<(), E
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -33,6 +33,16 @@ pub(super) struct Control {
 }
 
 impl Control {
+    pub(super) fn new() -> io::Result<Self> {
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        Ok(Self {
+            stop: AtomicBool::new(false),
+            release: AtomicBool::new(false),
+            stop_event: EventFd::from_flags(flags)?,
+            current: Mutex::new(None),
+        })
+    }
+
     pub(super) fn stopping(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
     }
@@ -74,12 +84,7 @@ impl Frontend {
     ) -> io::Result<Self> {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         let waker = Arc::new(EventFd::from_flags(flags)?);
-        let control = Arc::new(Control {
-            stop: AtomicBool::new(false),
-            release: AtomicBool::new(false),
-            stop_event: EventFd::from_flags(flags)?,
-            current: Mutex::new(None),
-        });
+        let control = Arc::new(Control::new()?);
         // `accept` must not block when a frontend gave up between poll and accept.
         config.listener.set_nonblocking(true)?;
         let link = Link {

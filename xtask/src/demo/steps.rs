@@ -15,7 +15,7 @@ pub struct Step {
 }
 
 /// All of them, in order.
-pub const ALL: [Step; 9] = [
+pub const ALL: [Step; 10] = [
     Step {
         name: "vms",
         title: "which VMs are there",
@@ -45,6 +45,11 @@ pub const ALL: [Step; 9] = [
         name: "aditd-killed",
         title: "aditd is killed in the middle of a task and of downloads",
         run: aditd_killed,
+    },
+    Step {
+        name: "port-killed",
+        title: "a VM's port process is killed, then replaced, under the running VM",
+        run: port_killed,
     },
     Step {
         name: "agent-killed",
@@ -238,6 +243,67 @@ fn aditd_killed(stage: &mut Stage) -> anyhow::Result<String> {
     Ok(format!(
         "the CONNECT download got all {size} bytes, the other one ended after {} ms, the task is done and began once",
         noticed.as_millis()
+    ))
+}
+
+fn port_killed(stage: &mut Stage) -> anyhow::Result<String> {
+    const BOOT_ID: &str = "steps: [{id: boot, script: {interpreter: /bin/sh, script: \"cat /proc/sys/kernel/random/boot_id\"}}]\n";
+    let boot_id = |stage: &Stage| {
+        let id = stage.goal("boot-id.yaml", BOOT_ID, "web-1", &[])?;
+        let tasks = stage.finish(&id)?;
+        ensure!(tasks.len() == 1 && tasks[0].state == "done", "{tasks:?}");
+        anyhow::Ok(tasks[0].output.trim().to_owned())
+    };
+    let port_pid = |stage: &Stage| {
+        let vm = stage.adit_json(&["vm", "show", "web-1"])?;
+        anyhow::Ok(vm["port_pid"].as_i64().unwrap_or(0))
+    };
+    let before = boot_id(stage)?;
+    let id = stage.goal(
+        "under.yaml",
+        &noted("under", "sleep 3; echo finished", false),
+        "web-1",
+        &[],
+    )?;
+    stage.wait_state(&id, "started")?;
+    let download = stage.download(true, "http://web-1/slow?mb=16")?;
+    adit_tests::process::wait_for("the download", BOOT_LIMIT, || {
+        let vm = stage.adit_json(&["vm", "show", "web-1"])?;
+        Ok((vm["streams"].as_u64() >= Some(2)).then_some(()))
+    })?;
+    let pid = port_pid(stage)?;
+    println!("$ kill -9 {pid}    # adit-port of web-1");
+    let pid = i32::try_from(pid).map(nix::unistd::Pid::from_raw)?;
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)?;
+    let killed = Instant::now();
+    let download = download.wait_with_output()?;
+    let noticed = killed.elapsed();
+    ensure!(
+        !download.status.success(),
+        "the download must end with an error"
+    );
+    let served = adit_tests::process::wait_for("web-1", BOOT_LIMIT, || {
+        let out = stage.host.curl(&["http://web-1/"])?;
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        Ok(said.contains("this is web-1").then(|| killed.elapsed()))
+    })?;
+    stage.curl(&["http://web-1/"])?;
+    stage.wait_agent("web-1")?;
+    let tasks = stage.finish(&id)?;
+    ensure!(tasks.len() == 1 && tasks[0].state == "done", "{tasks:?}");
+    let times = begun(stage, "under", "web-1")?;
+    ensure!(times == "1", "it began {times} times");
+    // The same on purpose: a new adit-port under a running VM.
+    let said = stage.adit(&["vm", "reload", "web-1"])?;
+    ensure!(said.code == 0, "{}", said.text);
+    expect(&stage.curl(&["http://web-1/"])?, "this is web-1")?;
+    stage.wait_agent("web-1")?;
+    let after = boot_id(stage)?;
+    ensure!(before == after, "the VM was rebooted: {before}, {after}");
+    Ok(format!(
+        "the download ended after {} ms, the next page came after {} ms, the task is done and began once, the VM never stopped",
+        noticed.as_millis(),
+        served.as_millis()
     ))
 }
 

@@ -1,5 +1,6 @@
 //! Tests of the engine: hostile packets one by one (`attacks`), ends of streams (`close`), windows (`windows`), who sends
-//! next (`schedule`), arithmetic against a model (`model`), two engines in virtual time against an oracle (`pair`).
+//! next (`schedule`), arithmetic against a model (`model`), two engines in virtual time against an oracle (`pair`),
+//! the account of pairs in use (`pairs`).
 
 // Where a test looks at events and packets, a disposition is only in the way.
 #![allow(unused_must_use)]
@@ -8,6 +9,7 @@ mod attacks;
 mod close;
 mod model;
 mod pair;
+mod pairs;
 mod schedule;
 mod windows;
 
