@@ -163,6 +163,13 @@ impl Runner {
             None => Executed::failed("the step says nothing that this agent can do"),
         };
         let report = report(task.task_id, executed, started_ms, self.boot_nonce);
+        if let Ok(journal) = &mut self.journal
+            && let Err(e) = journal.result(&report)
+        {
+            log::event("journal-failed", &[("error", &e)]);
+            self.unsaved = Some(report.clone());
+        }
+        // Whoever reads this may cut the power: the result is on the disk.
         log::event(
             "ended",
             &[
@@ -171,12 +178,6 @@ impl Runner {
                 ("why", &report.reason),
             ],
         );
-        if let Ok(journal) = &mut self.journal
-            && let Err(e) = journal.result(&report)
-        {
-            log::event("journal-failed", &[("error", &e)]);
-            self.unsaved = Some(report.clone());
-        }
         crash::at(Point::ResultStored);
         report
     }

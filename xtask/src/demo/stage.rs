@@ -6,7 +6,7 @@ use std::process::{Child, Command, Output, Stdio};
 use adit_tests::guest::{Guest, Identity};
 use adit_tests::host::Host;
 use adit_tests::image::Image;
-use adit_tests::process::output;
+use adit_tests::process::{output, wait_for};
 use anyhow::{bail, ensure};
 
 use super::BOOT_LIMIT;
@@ -117,31 +117,41 @@ impl Stage {
         Ok(said(&self.host.curl(args)?).text)
     }
 
-    /// Begins a download through the proxy; `true` = through CONNECT.
+    /// Begins a download through the proxy (`true` = through CONNECT), and waits for its first bytes.
     pub fn download(&self, connect: bool, url: &str) -> anyhow::Result<Child> {
         let proxy = format!("http://{}", self.host.proxy());
         let how: &[&str] = if connect { &["-p"] } else { &[] };
+        let name = if connect { "tunnel.out" } else { "relayed.out" };
         println!(
-            "$ curl {}-x {proxy} {url} -o /dev/null &",
+            "$ curl {}-x {proxy} {url} -o {name} &",
             how.concat() + if connect { " " } else { "" }
         );
+        let path = self.host.dir().join(name);
+        let _ = std::fs::remove_file(&path);
         let mut command = Command::new("curl");
         command.args(how).args([
             "-sS",
             "--max-time",
             "60",
-            "-o",
-            "/dev/null",
+            "--no-buffer",
             "-w",
             "%{size_download}",
             "-x",
             &proxy,
             url,
+            "-o",
         ]);
-        Ok(command
+        let child = command
+            .arg(&path)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .spawn()?)
+            .spawn()?;
+        wait_for("the first bytes of a download", BOOT_LIMIT, || {
+            Ok(std::fs::metadata(&path)
+                .is_ok_and(|m| m.len() > 0)
+                .then_some(()))
+        })?;
+        Ok(child)
     }
 
     /// Writes a goal and hands it over.

@@ -206,11 +206,6 @@ fn aditd_killed(stage: &mut Stage) -> anyhow::Result<String> {
     stage.wait_state(&id, "started")?;
     let tunnel = stage.download(true, "http://web-2/slow?mb=16")?;
     let relayed = stage.download(false, "http://web-2/slow?mb=16")?;
-    adit_tests::process::wait_for("both downloads", BOOT_LIMIT, || {
-        let vm = stage.adit_json(&["vm", "show", "web-2"])?;
-        // The agent's own stream, and two downloads.
-        Ok((vm["streams"].as_u64() >= Some(3)).then_some(()))
-    })?;
     println!("$ kill -9 {}    # aditd", stage.host.pid());
     stage.host.kill();
     let killed = Instant::now();
@@ -267,10 +262,6 @@ fn port_killed(stage: &mut Stage) -> anyhow::Result<String> {
     )?;
     stage.wait_state(&id, "started")?;
     let download = stage.download(true, "http://web-1/slow?mb=16")?;
-    adit_tests::process::wait_for("the download", BOOT_LIMIT, || {
-        let vm = stage.adit_json(&["vm", "show", "web-1"])?;
-        Ok((vm["streams"].as_u64() >= Some(2)).then_some(()))
-    })?;
     let pid = port_pid(stage)?;
     println!("$ kill -9 {pid}    # adit-port of web-1");
     let pid = i32::try_from(pid).map(nix::unistd::Pid::from_raw)?;
