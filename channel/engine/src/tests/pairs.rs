@@ -61,7 +61,7 @@ fn the_account_follows_the_table_through_anything() {
                 (6, Some(s)) => rig.e.answer(rig.now, s, Answer::Accept),
                 (7, Some(s)) => rig.e.reset(rig.now, s, ResetReason::Local),
                 (8, _) => rig.e.handle_timeout(rig.now),
-                (_, _) if rng.next() % 40 == 0 => {
+                (_, _) if rng.next().is_multiple_of(40) => {
                     let change = SessionChange::Attached { epoch: 2 };
                     rig.e.handle_session(rig.now, change);
                 }
