@@ -30,6 +30,32 @@ use crate::stream::{Accepting, Incoming};
 
 /// Ports of one shard at most.
 pub const PORTS_MAX: usize = 4095;
+/// The system calls of a shard with devices in its own process, once they are active: what a VMM's seccomp filter must
+/// allow on that thread. The second half is the allocator's; waits of libc use one of the two forms of epoll.
+pub const SYSTEM_CALLS: &[libc::c_long] = &[
+    libc::SYS_epoll_pwait,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_ctl,
+    // Eventfds, then sockets.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_shutdown,
+    libc::SYS_setsockopt,
+    // A device that starts or stops: its descriptors are watched anew.
+    libc::SYS_fcntl,
+    libc::SYS_close,
+    libc::SYS_clock_gettime,
+    libc::SYS_futex,
+    libc::SYS_brk,
+    libc::SYS_mmap,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_madvise,
+];
+
 /// Events taken from the kernel at a time.
 const EVENTS: usize = 64;
 
@@ -241,10 +267,7 @@ impl<C: Carrier> Shard<C> {
     pub fn turn(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         // Commands of the owner since the last turn come first.
         self.poll_ports();
-        let timeout = match self.news.is_empty() {
-            true => self.timeout(timeout),
-            false => EpollTimeout::ZERO,
-        };
+        let timeout = self.timeout(timeout);
         let mut events = [EpollEvent::empty(); EVENTS];
         let n = match self.watch.epoll().wait(&mut events, timeout) {
             Ok(n) => n,
@@ -279,15 +302,20 @@ impl<C: Carrier> Shard<C> {
         }
     }
 
-    /// The epoll timeout: rounded up, so that a deadline has passed when it ends.
-    fn timeout(&self, limit: Option<Duration>) -> EpollTimeout {
-        if self.dirty.contains(&true) {
-            return EpollTimeout::ZERO;
+    /// How long nothing needs to be done if no descriptor becomes ready: what a VMM's own event loop sets its timer to
+    /// after each turn. `None`: for ever.
+    pub fn wait_limit(&self) -> Option<Duration> {
+        if self.dirty.contains(&true) || !self.news.is_empty() {
+            return Some(Duration::ZERO);
         }
         let now = self.now();
         let deadline = self.deadlines.iter().flatten().min();
-        let until = deadline.map(|t| Duration::from_nanos(t.0.saturating_sub(now.0)));
-        match [until, limit].into_iter().flatten().min() {
+        deadline.map(|t| Duration::from_nanos(t.0.saturating_sub(now.0)))
+    }
+
+    /// The epoll timeout: rounded up, so that a deadline has passed when it ends.
+    fn timeout(&self, limit: Option<Duration>) -> EpollTimeout {
+        match [self.wait_limit(), limit].into_iter().flatten().min() {
             None => EpollTimeout::NONE,
             Some(wait) => {
                 let ms = wait.as_nanos().div_ceil(1_000_000);
@@ -386,7 +414,8 @@ impl<C: Carrier> Shard<C> {
 }
 
 impl<C: Carrier> AsFd for Shard<C> {
-    /// Readable when a turn has something to do: for a VMM's own event loop, which also honours deadlines.
+    /// Readable when a turn has something to do: for a VMM's own event loop, which also honours
+    /// [`wait_limit`](Shard::wait_limit).
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.watch.as_fd()
     }

@@ -21,7 +21,7 @@ struct Step {
     run: fn() -> anyhow::Result<()>,
 }
 
-const CHECKS: [Step; 8] = [
+const CHECKS: [Step; 9] = [
     Step {
         name: "format",
         budget_s: 10,
@@ -53,6 +53,24 @@ const CHECKS: [Step; 8] = [
                 "adit-engine",
                 "--target",
                 "x86_64-unknown-none",
+            ])
+        },
+    },
+    Step {
+        name: "device without a socket",
+        budget_s: 30,
+        run: || {
+            setup::cargo(&[
+                "clippy",
+                "--quiet",
+                "-p",
+                "adit-channel",
+                "--no-default-features",
+                "--features",
+                "device",
+                "--",
+                "-D",
+                "warnings",
             ])
         },
     },

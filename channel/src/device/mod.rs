@@ -67,6 +67,7 @@ pub const FEATURES: u64 = F_VERSION_1 | F_EVENT_IDX | F_INDIRECT | VSOCK_F_STREA
 /// Waker of a session's begin and end; 0 and 1 are the kicks.
 const WAKER_SESSION: u32 = 2;
 /// Waker ids below this belong to the device.
+#[cfg(feature = "vhost-user")]
 pub(crate) const WAKERS: u32 = 3;
 
 /// Truesize that newer Linux guests charge for a queued packet, bytes (`SKB_TRUESIZE(0)`).

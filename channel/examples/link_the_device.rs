@@ -1,0 +1,295 @@
+//! Links the virtio-vsock device into a VMM: the whole of it, on the `event-manager` that Firecracker and others use.
+//! Nothing here knows of `aditd`, or of an agent in the guest. `cargo run -p adit-channel --example link_the_device`
+//!
+//! ```text
+//!  vCPU thread                          event thread                        any thread
+//!  MMIO: features, queues ─── Bus ──┐
+//!  DRIVER_OK: activate ─────────────┤ Mutex<Vsock>
+//!  ioeventfd (kick) ────────────────┼──► epoll of the shard ──► Vsock::process
+//!                                   │      device ⇄ engine ⇄ sinks (sockets, services)
+//!  irqfd (interrupt) ◄──────────────┘                            ▲
+//!                                                      Dialer ───┘  Stream: Read + Write
+//! ```
+//! A VMM brings five things: guest memory, the registers of its bus, ioeventfds, an irqfd and an event loop. In place of
+//! a guest's kernel stands the software driver of the benches, so that this runs anywhere.
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use adit_benches::stream::GuestStream;
+use adit_benches::{Driver, DriverConfig, memory};
+use adit_channel::device::{FEATURES, GuestCid, Signal, VirtQueues, VsockDevice, WireHeader};
+use adit_channel::port::Notice;
+use adit_channel::shard::{News, PortIndex, Shard};
+use adit_channel::sink::{Service, ServiceEvent, Sink, StreamIo};
+use adit_channel::stream::{Dialer, Target};
+use adit_engine::{EngineConfig, Op, ResetReason};
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::timerfd::TimerFd;
+
+type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// Guest memory as the VMM has it: anything that is `GuestAddressSpace`.
+type Memory = Arc<memory::VmMemory>;
+
+/// A port of the host's that the guest dials.
+const ECHO: u32 = 7000;
+/// A port of the guest's that the host dials.
+const GUEST_PORT: u32 = 5000;
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// 1. The interrupt. With KVM this eventfd is an irqfd.
+struct Irq(Arc<EventFd>);
+
+impl Signal for Irq {
+    fn signal(&self, _queue: u16) {
+        // It fails only when it is full: the driver has not looked yet, and will.
+        let _ = self.0.write(1);
+    }
+}
+
+/// 2. What the host serves: here on the event thread, between two packets. A `Sink::Fd` would be a socket, and a
+///    `Listener` hands streams to other threads.
+struct Echo;
+
+impl Service for Echo {
+    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
+        if let ServiceEvent::Data(bytes) = event {
+            let n = io.write(bytes);
+            io.take(n);
+        }
+    }
+}
+
+/// 3. The device with its connections, and their place in the VMM's event loop.
+struct Vsock {
+    shard: Shard<VsockDevice<Memory>>,
+    port: PortIndex,
+    deadline: TimerFd,
+}
+
+impl Vsock {
+    fn new(cid: GuestCid) -> Result<Self, Error> {
+        let mut shard = Shard::new()?;
+        // The seed decides which ephemeral port comes first: a VMM draws it.
+        let port = shard.add(VsockDevice::new(cid, 1)?, EngineConfig::default(), 7)?;
+        shard.port_mut(port).listen(ECHO)?;
+        let deadline = TimerFd::new()?;
+        Ok(Self {
+            shard,
+            port,
+            deadline,
+        })
+    }
+
+    /// One turn, and the timer for what is due next. There is no tick: an idle device wakes nobody.
+    fn turn(&mut self) -> Result<(), Error> {
+        self.shard.turn(Some(Duration::ZERO))?;
+        while let Some(news) = self.shard.poll_news() {
+            match news {
+                News::Notice(port, Notice::Incoming { stream, .. }) => {
+                    let (now, echo) = (self.shard.now(), Sink::Inline(Box::new(Echo)));
+                    self.shard.port_mut(port).accept(now, stream, Some(echo));
+                }
+                News::Notice(_, Notice::Session { epoch: Some(n) }) => {
+                    println!("session {n} is on")
+                }
+                News::Notice(_, Notice::Session { epoch: None }) => println!("session is over"),
+                News::Notice(..) | News::Ready { .. } => {}
+            }
+        }
+        match self.shard.wait_limit() {
+            None => self.deadline.clear()?,
+            // Zero would switch the timer off.
+            Some(limit) => self
+                .deadline
+                .reset(limit.max(Duration::from_nanos(1)), None)?,
+        }
+        Ok(())
+    }
+}
+
+impl MutEventSubscriber for Vsock {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        // Kicks, sockets and the commands of other threads are all behind the one descriptor of the shard.
+        let shard = self.shard.as_fd().as_raw_fd();
+        for fd in [shard, self.deadline.as_raw_fd()] {
+            if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+                eprintln!("no vsock: {e}");
+            }
+        }
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+        if let Err(e) = self.turn() {
+            // The guest loses its sockets; the VM goes on.
+            eprintln!("vsock ends: {e}");
+        }
+    }
+}
+
+/// 4. The bus: what an MMIO or PCI transport does when the guest writes its registers, on the vCPU's thread.
+struct Bus {
+    vsock: Arc<Mutex<Vsock>>,
+    kicks: [Arc<EventFd>; 2],
+    irq: Arc<EventFd>,
+}
+
+impl Bus {
+    fn new(vsock: Arc<Mutex<Vsock>>) -> Result<Self, Error> {
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        let event = || EventFd::from_flags(flags).map(Arc::new);
+        Ok(Self {
+            vsock,
+            kicks: [event()?, event()?],
+            irq: event()?,
+        })
+    }
+
+    /// Registers are written rarely; packets never wait for this lock.
+    fn device<T>(&self, with: impl FnOnce(&mut VsockDevice<Memory>) -> T) -> T {
+        let mut vsock = self.vsock.lock().unwrap_or_else(PoisonError::into_inner);
+        let port = vsock.port;
+        with(vsock.shard.port_mut(port).carrier_mut())
+    }
+
+    /// The driver wrote DRIVER_OK. The queues are the device's from now on: nothing written to them later matters.
+    fn driver_ok(&self, mem: Memory, acked: u64, mut queues: VirtQueues) -> Result<(), Error> {
+        queues.rx.kick = Some(self.kicks[0].as_fd().try_clone_to_owned()?);
+        queues.tx.kick = Some(self.kicks[1].as_fd().try_clone_to_owned()?);
+        let irq = Irq(self.irq.clone());
+        self.device(|device| {
+            device.ack_features(acked)?;
+            device.activate(mem, queues, Arc::new(irq))?;
+            Ok(())
+        })
+    }
+
+    /// The driver wrote 0 to the status: every stream ends, and nothing of the old queues is touched again.
+    fn reset(&self) {
+        self.device(|device| drop(device.reset(ResetReason::Epoch)));
+    }
+
+    fn dialer(&self) -> Dialer {
+        let vsock = self.vsock.lock().unwrap_or_else(PoisonError::into_inner);
+        vsock.shard.handle(vsock.port).dialer()
+    }
+}
+
+/// In place of a kernel: a driver that polls its rings when the interrupt comes.
+struct Guest {
+    driver: Driver,
+    kick: Arc<EventFd>,
+    irq: Arc<EventFd>,
+    payload: Vec<u8>,
+}
+
+impl Guest {
+    fn send(&mut self, stream: &mut GuestStream, op: Op, payload: &[u8]) -> Result<(), Error> {
+        let header = match op {
+            Op::Rw => stream.payload(payload.len() as u32),
+            _ => stream.header(op),
+        };
+        if !self.driver.send(&header, payload, 4096) {
+            return Err("TX queue is full".into());
+        }
+        self.driver.tx.publish();
+        self.kick.write(1)?;
+        Ok(())
+    }
+
+    /// Waits for a packet with this operation.
+    fn expect(&mut self, op: Op) -> Result<WireHeader, Error> {
+        let begin = Instant::now();
+        while begin.elapsed() < PATIENCE {
+            if let Some(wire) = self.driver.receive(&mut self.payload) {
+                self.driver.rx.publish();
+                if wire.header().op == op as u16 {
+                    return Ok(wire);
+                }
+                continue;
+            }
+            let mut fds = [PollFd::new(self.irq.as_fd(), PollFlags::POLLIN)];
+            poll(&mut fds, PollTimeout::from(100u8))?;
+            // Empty: the interrupt was for something that is handled.
+            let _ = self.irq.read();
+        }
+        Err(format!("no {op:?} from the host").into())
+    }
+}
+
+fn main() -> Result<(), Error> {
+    let cid = GuestCid::new(3).ok_or("guests' CIDs begin with 3")?;
+    let vsock = Arc::new(Mutex::new(Vsock::new(cid)?));
+    let bus = Bus::new(vsock.clone())?;
+
+    // 5. The event thread that every VMM has.
+    let mut events = EventManager::<Arc<Mutex<Vsock>>>::new()?;
+    events.add_subscriber(vsock);
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = stop.clone();
+    let thread = std::thread::spawn(move || {
+        while !stopped.load(Ordering::Relaxed) {
+            if let Err(e) = events.run_with_timeout(100) {
+                return eprintln!("event loop ends: {e}");
+            }
+        }
+    });
+
+    let mem = memory::anonymous();
+    let mut guest = Guest {
+        driver: Driver::new(mem.clone(), cid, DriverConfig::LINUX_6_12),
+        kick: bus.kicks[1].clone(),
+        irq: bus.irq.clone(),
+        payload: Vec::new(),
+    };
+    bus.driver_ok(mem, FEATURES, guest.driver.queues())?;
+
+    // The guest dials the host.
+    let mut stream = GuestStream::new(1024, ECHO);
+    guest.send(&mut stream, Op::Request, &[])?;
+    let response = guest.expect(Op::Response)?;
+    stream.handle(&response.header(), 0);
+    guest.send(&mut stream, Op::Rw, b"hello from the guest")?;
+    guest.expect(Op::Rw)?;
+    println!("echoed: {}", String::from_utf8_lossy(&guest.payload));
+    if guest.payload != b"hello from the guest" {
+        return Err("that is not what was sent".into());
+    }
+
+    // The host dials the guest, from a thread that has nothing to do with the event loop.
+    let dialer = bus.dialer();
+    let host = std::thread::spawn(move || -> Result<Vec<u8>, Error> {
+        let target = Target {
+            port: GUEST_PORT,
+            hello: None,
+        };
+        let mut stream = dialer.dial(&target, PATIENCE)?;
+        stream.write_all(b"hello from the host")?;
+        let mut answer = vec![0; 5];
+        stream.read_exact(&mut answer)?;
+        Ok(answer)
+    });
+    let asked = guest.expect(Op::Request)?.header();
+    let mut stream = GuestStream::new(asked.dst_port, asked.src_port);
+    stream.handle(&asked, 0);
+    guest.send(&mut stream, Op::Response, &[])?;
+    let said = guest.expect(Op::Rw)?;
+    stream.handle(&said.header(), guest.payload.len());
+    println!("guest got: {}", String::from_utf8_lossy(&guest.payload));
+    guest.send(&mut stream, Op::Rw, b"hi to")?;
+    let answer = host.join().map_err(|_| "the host's thread panicked")??;
+    println!("host got: {}", String::from_utf8_lossy(&answer));
+
+    // The guest reboots.
+    bus.reset();
+    stop.store(true, Ordering::Relaxed);
+    thread.join().map_err(|_| "the event thread panicked")?;
+    Ok(())
+}

@@ -1,0 +1,261 @@
+//! What the device brings into a process that links it: few crates, no thread, no global, and few system calls.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_benches::stream::GuestStream;
+use adit_benches::{Driver, DriverConfig, memory};
+use adit_channel::device::FEATURES;
+use adit_channel::port::Notice;
+use adit_channel::shard::{News, PortIndex, SYSTEM_CALLS, Shard};
+use adit_channel::sink::Sink;
+use adit_engine::{EngineConfig, Op, ResetReason};
+use common::{Device, Signals, cid};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
+
+const HOST_PORT: u32 = 741;
+/// Crates below `adit-channel` with the device, itself and the engine among them.
+const CRATES_MAX: usize = 35;
+
+#[test]
+fn the_device_pulls_few_crates() {
+    let out = Command::new(env!("CARGO"))
+        .args(["tree", "--offline", "-p", "adit-channel", "-e", "normal"])
+        .args(["--no-default-features", "--features", "device"])
+        .args(["--prefix", "none", "--format", "{p}"])
+        .output()
+        .expect("cargo");
+    let text = String::from_utf8_lossy(&out.stdout);
+    let mut crates: Vec<_> = text
+        .lines()
+        .map(|l| l.split(' ').take(2).collect::<Vec<_>>())
+        .collect();
+    crates.sort();
+    crates.dedup();
+    assert!(
+        crates.len() > 5 && crates.len() <= CRATES_MAX,
+        "{} crates: {crates:?}\n{}",
+        crates.len(),
+        String::from_utf8_lossy(&out.stderr)
+    );
+}
+
+#[test]
+fn the_sources_hold_no_global_and_start_threads_in_two_places_only() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (mut globals, mut threads) = (Vec::new(), Vec::new());
+    let mut dirs = vec![root.join("src"), root.join("engine/src")];
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(dir).expect("a folder") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                dirs.push(path);
+                continue;
+            }
+            let name = path
+                .strip_prefix(root)
+                .expect("below")
+                .display()
+                .to_string();
+            if name.contains("tests") {
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).expect("a source file");
+            for line in text.lines().map(str::trim_start) {
+                let global = line.trim_start_matches("pub ").starts_with("static ");
+                if global || line.contains("thread_local!") || line.contains("LazyLock") {
+                    globals.push(format!("{name}: {line}"));
+                }
+                if line.contains("thread::Builder") || line.contains("thread::spawn") {
+                    threads.push(name.clone());
+                }
+            }
+        }
+    }
+    assert!(globals.is_empty(), "{globals:?}");
+    threads.sort();
+    // `Shard::spawn`, which a caller asks for by name, and the frontend's thread of the vhost-user backend.
+    assert_eq!(threads, ["src/shard.rs", "src/vhost_user/thread.rs"]);
+}
+
+struct World {
+    driver: Driver,
+    shard: Shard<Device>,
+    port: PortIndex,
+    payload: Vec<u8>,
+}
+
+impl World {
+    fn new() -> Self {
+        let driver = Driver::new(memory::anonymous(), cid(), DriverConfig::LINUX_6_1);
+        let mut device = Device::new(cid(), 1).expect("a descriptor");
+        device.ack_features(FEATURES).expect("offered");
+        let signals = Arc::new(Signals::default());
+        device
+            .activate(driver.memory().clone(), driver.queues(), signals)
+            .expect("usable");
+        let mut shard = Shard::new().expect("an epoll set");
+        let port = shard
+            .add(device, EngineConfig::default(), 1)
+            .expect("a port");
+        shard.port_mut(port).listen(HOST_PORT).expect("free");
+        Self {
+            driver,
+            shard,
+            port,
+            payload: Vec::new(),
+        }
+    }
+
+    fn turn(&mut self, wait: Duration) {
+        self.driver.tx.publish();
+        self.shard.port_mut(self.port);
+        self.shard.turn(Some(wait)).expect("a turn");
+        self.driver.reap_tx();
+    }
+
+    fn receive(&mut self, guest: &mut GuestStream) -> usize {
+        let mut bytes = 0;
+        while let Some(wire) = self.driver.receive(&mut self.payload) {
+            guest.handle(&wire.header(), self.payload.len());
+            bytes += self.payload.len();
+        }
+        self.driver.rx.publish();
+        bytes
+    }
+
+    /// Streams to sockets, both ways, with waits, ends and a reset.
+    fn traffic(&mut self, pairs: Vec<(UnixStream, UnixStream)>) {
+        self.turn(Duration::ZERO);
+        for (n, (mut near, far)) in (0..).zip(pairs) {
+            let mut guest = GuestStream::new(1024 + n, HOST_PORT);
+            let request = guest.header(Op::Request);
+            assert!(self.driver.send(&request, &[], 1));
+            self.turn(Duration::ZERO);
+            let mut asked = None;
+            while let Some(news) = self.shard.poll_news() {
+                if let News::Notice(_, Notice::Incoming { stream, .. }) = news {
+                    asked = Some(stream);
+                }
+            }
+            let (now, stream) = (self.shard.now(), asked.expect("a request"));
+            let sink = Some(Sink::Fd(far.into()));
+            self.shard.port_mut(self.port).accept(now, stream, sink);
+            while guest.credit() == 0 {
+                self.turn(Duration::ZERO);
+                self.receive(&mut guest);
+            }
+            let header = guest.payload(5000);
+            assert!(self.driver.send(&header, &[7; 5000], 4096));
+            self.turn(Duration::ZERO);
+            let mut bytes = vec![0; 5000];
+            near.read_exact(&mut bytes).expect("what the guest sent");
+            near.write_all(&bytes).expect("room");
+            let mut back = 0;
+            while back < 5000 {
+                // Nothing to do for a moment: the wait itself.
+                self.turn(Duration::from_millis(1));
+                back += self.receive(&mut guest);
+            }
+            match n % 3 {
+                0 => drop(near),
+                1 => {
+                    let mut end = guest.header(Op::Shutdown);
+                    end.flags = 3;
+                    assert!(self.driver.send(&end, &[], 1));
+                }
+                _ => {
+                    let now = self.shard.now();
+                    let why = ResetReason::Local;
+                    self.shard.port_mut(self.port).reset(now, stream, why);
+                }
+            }
+            self.turn(Duration::ZERO);
+            self.receive(&mut guest);
+        }
+    }
+}
+
+const CHILD: &str = "ADIT_TEST_FILTERED";
+
+fn filter() -> BpfProgram {
+    // The test's own: its ends of the sockets, and its end.
+    let own = [
+        libc::SYS_recvfrom,
+        libc::SYS_sendto,
+        libc::SYS_sigaltstack,
+        libc::SYS_exit_group,
+        libc::SYS_exit,
+    ];
+    let calls = SYSTEM_CALLS.iter().copied().chain(own);
+    let arch = std::env::consts::ARCH.try_into().expect("a known machine");
+    SeccompFilter::new(
+        calls.map(|call| (call, vec![])).collect(),
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        arch,
+    )
+    .and_then(TryInto::try_into)
+    .expect("a filter")
+}
+
+#[test]
+fn traffic_needs_only_the_system_calls_that_are_listed() {
+    if std::env::var_os(CHILD).is_some() {
+        let mut world = World::new();
+        let pairs = (0..60)
+            .map(|_| UnixStream::pair().expect("a pair"))
+            .collect();
+        apply_filter(&filter()).expect("a filter");
+        world.traffic(pairs);
+        std::process::exit(0);
+    }
+    let status = Command::new(std::env::current_exe().expect("this test"))
+        .args([
+            "--exact",
+            "traffic_needs_only_the_system_calls_that_are_listed",
+        ])
+        .env(CHILD, "1")
+        .status()
+        .expect("this test");
+    assert!(
+        status.success(),
+        "{status} (signal {:?}): a call outside of the list; `strace -f` names it",
+        status.signal()
+    );
+}
+
+#[test]
+fn traffic_starts_no_thread() {
+    let threads = || std::fs::read_dir("/proc/self/task").expect("proc").count();
+    let mut world = World::new();
+    let pairs = (0..3)
+        .map(|_| UnixStream::pair().expect("a pair"))
+        .collect();
+    world.traffic(pairs);
+    // The harness runs tests beside this one, each on one thread.
+    let of_tests = 5 + std::thread::available_parallelism().map_or(1, usize::from);
+    assert!(threads() <= of_tests, "{} threads", threads());
+}
+
+#[test]
+fn the_example_for_vmm_authors_runs() {
+    let mut path = std::env::current_exe().expect("this test");
+    path.pop();
+    path.pop();
+    let out = Command::new(path.join("examples/link_the_device"))
+        .output()
+        .expect("cargo test builds examples");
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert!(
+        out.status.success() && said.contains("host got: hi to"),
+        "{said}{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+}
