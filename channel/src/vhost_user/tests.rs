@@ -22,6 +22,8 @@ use super::handler::Handler;
 use super::memory::{MemTable, MemoryPolicy, TableError};
 use crate::device::{FEATURES, GuestCid};
 
+mod resume;
+
 const MEMORY_BYTES: u64 = 0x4_0000;
 const USER: u64 = 0x7f00_0000_0000;
 const ALL: u64 = FEATURES | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
