@@ -33,6 +33,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(2);
 const SHORT: Duration = Duration::from_secs(1);
 /// ... are so many before the next is started with a back-off: a guest that kills its own must not keep the host busy.
 const SHORT_MAX: u32 = 8;
+/// Characters of a port process's reason that are shown.
+const REASON_MAX: usize = 500;
 /// How long a new port process may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(10);
 /// A port process is looked for so often while it starts.
@@ -111,7 +113,9 @@ async fn follow(
             link.kept(seq);
         }
         Said::Stuck(reason) => {
-            let reason = (!reason.is_empty()).then_some(reason);
+            // Its words are the port process's, which may be in its guest's hands.
+            let reason: String = reason.chars().take(REASON_MAX).collect();
+            let reason = (!reason.is_empty()).then(|| reason.escape_debug().to_string());
             if let Some(reason) = &reason {
                 tracing::error!(vm = %vm.config.name, reason, "the VM needs a power cycle");
                 vm.keeper.forget();

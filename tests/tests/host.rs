@@ -62,6 +62,38 @@ fn a_killed_aditd_finds_its_port_processes_again() {
 }
 
 #[test]
+fn a_killed_port_process_and_a_reloaded_one_are_replaced() {
+    let Some((host, _)) = start(&["a", "b"]) else {
+        return;
+    };
+    let before = port_pids(&host, 2);
+    let changed = |since: &[u64]| {
+        adit_tests::process::wait_for("another", std::time::Duration::from_secs(10), || {
+            let now = port_pids(&host, 2);
+            Ok((now[0] != since[0]).then_some(now))
+        })
+        .unwrap()
+    };
+    // More than may be started without a back-off.
+    let mut pids = before.clone();
+    for _ in 0..10 {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(pids[0]).unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        pids = changed(&pids);
+    }
+    let (code, said) = adit(&host, &["vm", "reload", "a"]);
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("is served by process"), "{said}");
+    let after = changed(&pids);
+    assert_eq!(after[1], before[1]);
+    let (_, said) = adit(&host, &["vm", "show", "a"]);
+    assert!(
+        said.contains("waiting") && !said.contains("fault"),
+        "{said}"
+    );
+}
+
+#[test]
 fn a_killed_aditd_serves_a_hundred_vms_again() {
     let names: Vec<String> = (0..100).map(|n| format!("vm-{n}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();

@@ -38,7 +38,7 @@ pub struct Port {
 }
 
 /// A connection of aditd to it.
-pub struct Control(OwnedFd);
+pub struct Control(pub OwnedFd);
 
 /// An answer of the API or of the proxy.
 pub struct Answer {

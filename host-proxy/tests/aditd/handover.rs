@@ -1,0 +1,114 @@
+//! What a port process, perhaps in its guest's hands, can make aditd keep and say.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use adit_port::control::{HANDOVER_FDS_MAX, Handover, Status, Stuck};
+use adit_port::control_io::{ControlError, Message, send_all};
+
+use crate::host::{Control, Host};
+
+fn try_hand_over(control: &Control, seq: u64, fds: usize) -> Result<(), ControlError> {
+    let null = File::open("/dev/null").unwrap();
+    let record = vec![7; 4096];
+    let message = Message::Handover(Handover { seq, record });
+    send_all(&control.0, &message, &vec![null.as_fd(); fds])
+}
+
+fn hand_over(control: &Control, seq: u64, fds: usize) {
+    try_hand_over(control, seq, fds).unwrap();
+}
+
+/// Waits until aditd has said that it keeps this.
+fn kept(control: &Control, seq: u64) {
+    loop {
+        if let Message::Kept(kept) = control.hear().unwrap().0 {
+            assert!(kept.seq <= seq);
+            if kept.seq == seq {
+                return;
+            }
+        }
+    }
+}
+
+fn descriptors(host: &Host) -> usize {
+    let path = format!("/proc/{}/fd", host.pid());
+    std::fs::read_dir(path).unwrap().count()
+}
+
+#[test]
+fn a_handover_replaces_the_one_before_with_all_its_descriptors() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    hand_over(&control, 1, HANDOVER_FDS_MAX);
+    kept(&control, 1);
+    let before = descriptors(&host);
+    for seq in 2..=1000 {
+        hand_over(&control, seq, HANDOVER_FDS_MAX);
+        kept(&control, seq);
+    }
+    assert!(descriptors(&host) <= before + 2);
+    // The last of many counts, whatever number it bears; fewer descriptors are kept then.
+    hand_over(&control, 1, 1);
+    kept(&control, 1);
+    assert!(descriptors(&host) + HANDOVER_FDS_MAX <= before + 2);
+}
+
+#[test]
+fn what_a_process_of_another_vm_hands_over_is_not_kept() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected_as(99);
+    // aditd may have let go of it already.
+    let _ = try_hand_over(&control, 1, HANDOVER_FDS_MAX);
+    // It does, without a word. (Reset: what it said lies unread.)
+    assert!(!matches!(
+        adit_port::control_io::receive(&control.0),
+        Ok(Some(_))
+    ));
+    host.until("the descriptors are gone", |h| {
+        (descriptors(h) < HANDOVER_FDS_MAX).then_some(())
+    });
+}
+
+#[test]
+fn a_vm_that_needs_a_power_cycle_is_named_until_it_has_its_session() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let state = |host: &Host| {
+        let vm = host.get("/v1/vms/a");
+        let fault = vm["fault"].as_str().unwrap_or_default().to_owned();
+        (vm["state"].as_str().unwrap_or_default().to_owned(), fault)
+    };
+    host.until("it is up", |h| (state(h).0 == "up").then_some(()));
+    // Nothing was handed over: the running VM could not be taken over.
+    let refused = host.api("POST", "/v1/vms/a/reload", "null");
+    assert_eq!(refused.status, 409, "{}", refused.body);
+    assert!(refused.body.contains("not-kept"), "{}", refused.body);
+
+    let reason = "because\u{1b}[31m".to_owned() + &"x".repeat(60_000);
+    control.say(&Message::Stuck(Stuck { reason }), None);
+    host.until("it is named", |h| {
+        let (state, fault) = state(h);
+        (state == "power-cycle").then(|| {
+            assert!(fault.starts_with("because") && fault.len() < 1000);
+            assert!(!fault.contains('\u{1b}'));
+        })
+    });
+    let status = Status {
+        vm: "a".into(),
+        cid: 3,
+        pid: std::process::id(),
+        session: true,
+        epoch: 2,
+        streams: 0,
+        bytes: (0, 0),
+        faults: 0,
+        last_fault: String::new(),
+    };
+    control.say(&Message::Status(status), None);
+    host.until("it is up again", |h| (state(h).0 == "up").then_some(()));
+    assert_eq!(state(&host).1, "");
+}
