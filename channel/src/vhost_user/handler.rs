@@ -13,7 +13,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 
 use adit_engine::ResetReason;
@@ -27,12 +27,14 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use vhost::{self, VhostUserMemoryRegionBase};
 use virtio_queue::{Queue, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress};
 
 use super::command::{Command, Link, ShardGone, Start};
-use super::handover::{Handover, HandoverError, Parts, Record, Region, RingRecord};
 use super::memory::{MemTable, MemoryPolicy};
 use crate::device::{FEATURES, GuestCid, VirtQueue, VirtQueues};
+
+mod resume;
+
+use resume::used_index;
 
 const QUEUES: usize = 2;
 const OFFERED: u64 = FEATURES | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -119,81 +121,6 @@ impl Handler {
     pub(super) fn handled(&mut self) -> bool {
         self.perhaps_again = false;
         std::mem::take(&mut self.changed)
-    }
-
-    /// Everything that the frontend said, with duplicates of its descriptors.
-    pub(super) fn handover(
-        &self,
-        changes: u64,
-        frontend: BorrowedFd<'_>,
-    ) -> std::result::Result<Handover, HandoverError> {
-        let mut fds = vec![frontend.try_clone_to_owned()?];
-        let mut regions = Vec::new();
-        for (region, file) in self.table.iter().flat_map(MemTable::regions) {
-            regions.push(region);
-            fds.push(file.try_clone_to_owned()?);
-        }
-        let mut rings = [RingRecord::default(); QUEUES];
-        for (record, vring) in rings.iter_mut().zip(&self.vrings) {
-            *record = RingRecord {
-                size: vring.size,
-                base: vring.base,
-                lag: vring.lag,
-                addrs: vring.addrs,
-                kick: vring.kick.is_some(),
-                call: vring.call.is_some(),
-                enabled: vring.enabled,
-            };
-            for fd in [&vring.kick, &vring.call].into_iter().flatten() {
-                fds.push(fd.try_clone()?);
-            }
-        }
-        let record = Record {
-            changes,
-            features: self.features,
-            protocol_features: self.protocol_features,
-            regions,
-            rings,
-            running: self.running,
-        };
-        Handover::new(&record, fds)
-    }
-
-    /// Goes on from what another process was told; features have been set again already. The session begins if it was on.
-    pub(super) fn resume(&mut self, parts: Parts) -> Result<()> {
-        let record = parts.record;
-        if !record.regions.is_empty() {
-            let regions: Vec<_> = record.regions.iter().map(Region::as_message).collect();
-            let table = MemTable::map(&regions, parts.memory, self.policy).map_err(refused)?;
-            self.table = Some(table);
-        }
-        for ((vring, ring), fds) in self.vrings.iter_mut().zip(record.rings).zip(parts.rings) {
-            let good = ring.size == 0
-                || ring.size.is_power_of_two() && ring.size <= self.queue_max && ring.size > 0;
-            if !good {
-                return Err(refused(format!("ring of size {}", ring.size)));
-            }
-            *vring = Vring {
-                size: ring.size,
-                base: ring.base,
-                addrs: ring.addrs,
-                lag: ring.lag,
-                kick: fds.kick,
-                call: fds.call,
-                enabled: ring.enabled,
-            };
-        }
-        self.perhaps_again = true;
-        if !record.running {
-            return Ok(());
-        }
-        self.settle()?;
-        match self.running {
-            true => Ok(()),
-            false => Err(refused(
-                "the rings ran, and the record lacks what they need",
-            )),
-        }
     }
 
     fn vring(&mut self, index: u32) -> Result<&mut Vring> {
@@ -308,18 +235,6 @@ fn build(vring: &Vring, queue_max: u16, table: &MemTable) -> Result<VirtQueue> {
         queue,
         kick: clone_fd(&vring.kick)?,
     })
-}
-
-/// Where a used ring stands in guest memory.
-fn used_index(used_ring: u64, table: &MemTable) -> Result<u16> {
-    let at = used_ring
-        .checked_add(2)
-        .ok_or_else(|| refused("used ring wraps"))?;
-    table
-        .memory()
-        .load(GuestAddress(at), Ordering::Acquire)
-        .map(u16::from_le)
-        .map_err(|e| refused(e.to_string()))
 }
 
 /// Takes an eventfd over. Whoever reads or writes it must never block on it.

@@ -1,0 +1,65 @@
+//! What a process tells `aditd` without being asked.
+
+use adit_channel::carrier::Carrier;
+
+use super::Process;
+use crate::control::{Status, Stuck};
+use crate::control_io::Message;
+
+impl<C: Carrier> Process<C> {
+    /// Tells `aditd` how the channel stands, if that changed: once a turn, and only when nothing else waits.
+    pub(super) fn say_status(&mut self) {
+        let port = self.shard.port(self.port);
+        let Some(aditd) = &self.aditd else {
+            return;
+        };
+        if !aditd.outbox.is_empty() {
+            return;
+        }
+        let counters = port.counters();
+        let status = Status {
+            vm: self.options.vm.clone(),
+            cid: self.options.cid,
+            pid: std::process::id(),
+            session: port.epoch().is_some(),
+            epoch: self.last_epoch,
+            // The table has far fewer.
+            streams: port.streams() as u32,
+            bytes: (counters.bytes_to_guest, counters.bytes_from_guest),
+            faults: counters.faults,
+            last_fault: port.last_fault().to_owned(),
+        };
+        let unchanged = self.said.as_ref().is_some_and(|said| {
+            let bytes = said.bytes;
+            Status {
+                bytes,
+                ..status.clone()
+            } == *said
+        });
+        if !unchanged {
+            self.said = Some(status.clone());
+            self.say(Message::Status(status), vec![]);
+        }
+    }
+
+    /// Tells `aditd` what a successor would need, if that changed.
+    pub(super) fn say_kept(&mut self) {
+        if self.aditd.is_none() {
+            return;
+        }
+        match self.keeping.newer_than(self.said_seq) {
+            Ok(None) => {}
+            Ok(Some((handover, fds))) => {
+                self.said_seq = handover.seq;
+                self.say(Message::Handover(handover), fds);
+            }
+            Err(e) => tracing::warn!(error = %e, "state not handed over"),
+        }
+        let stuck = self.keeping.stuck();
+        if stuck != self.said_stuck {
+            self.said_stuck.clone_from(&stuck);
+            let reason = stuck.unwrap_or_default();
+            self.say(Message::Stuck(Stuck { reason }), vec![]);
+        }
+    }
+}
