@@ -15,6 +15,7 @@ use adit_tests::image::{Image, Kernel};
 mod from_guest;
 mod hostile;
 mod restarts;
+mod stalls;
 mod takeover;
 
 const BOOT: Duration = Duration::from_secs(60);

@@ -1,0 +1,72 @@
+//! A VM that stands still with a thousand tunnels open is nobody else's problem, and its tunnels go on when it does.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+
+use adit_tests::connect::{connect, pattern};
+use adit_tests::guest::{Guest, Identity};
+use adit_tests::host::Host;
+use adit_tests::image::{Image, Kernel};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::{BOOT, bins, echo};
+
+const TUNNELS: u64 = 1000;
+/// Written into each tunnel at most while nobody reads.
+const PUSHED_MAX: u64 = 64 << 10;
+
+/// Writes until the tunnel takes no more. Returns how much it took.
+fn push(stream: &mut TcpStream) -> u64 {
+    stream.set_nonblocking(true).unwrap();
+    let mut at = 0;
+    while at < PUSHED_MAX {
+        let bytes: Vec<u8> = (at..at + 4096).map(pattern).collect();
+        match stream.write(&bytes) {
+            Ok(n) => at += n as u64,
+            Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+            Err(e) => panic!("{e}"),
+        }
+    }
+    stream.set_nonblocking(false).unwrap();
+    at
+}
+
+#[test]
+fn a_stalled_vm_with_a_thousand_tunnels_leaves_the_others_alone() {
+    let Some(bins) = bins() else { return };
+    let image = Image::build(Kernel::V6_1, &|what| println!("{what}")).unwrap();
+    let host = Host::start(&bins, &["web-1", "web-2"]).unwrap();
+    let mut guests = ["web-1", "web-2"].map(|name| {
+        host.wait_port(name).unwrap();
+        let who = Identity {
+            name,
+            vhost_socket: &host.vhost_socket(name),
+            agent: None,
+            trust: None,
+            script: "",
+            boot_files: false,
+        };
+        Guest::boot(&image, &who, &host.dir().join(name)).unwrap()
+    });
+    for guest in &mut guests {
+        guest.wait_ready(BOOT).unwrap();
+    }
+    let mut tunnels: Vec<TcpStream> = (0..TUNNELS)
+        .map(|_| connect(host.proxy(), "vsock-5000.web-1:5000").unwrap())
+        .collect();
+    let qemu = Pid::from_raw(i32::try_from(guests[0].pid()).unwrap());
+    kill(qemu, Signal::SIGSTOP).unwrap();
+    let pushed: Vec<u64> = tunnels.iter_mut().map(push).collect();
+    for _ in 0..20 {
+        echo(&host, "vsock-5000.web-2:5000", 100_000);
+    }
+    let listed = host.adit(&["vm", "ls"]).unwrap();
+    assert!(listed.status.success());
+    kill(qemu, Signal::SIGCONT).unwrap();
+    for (stream, pushed) in tunnels.iter_mut().zip(pushed) {
+        let mut back = vec![0; usize::try_from(pushed).unwrap()];
+        stream.read_exact(&mut back).unwrap();
+        assert!((0..).zip(&back).all(|(i, &b)| b == pattern(i)));
+    }
+}
