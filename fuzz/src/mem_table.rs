@@ -1,75 +1,218 @@
-//! Memory tables of arbitrary regions over files that a frontend might pass.
+//! Target `mem_table`: tables of memory regions over real descriptors, against the rules in 128-bit arithmetic. What is
+//! taken is touched at both ends (SIGBUS would end the process); what is refused leaves nothing behind.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::io::Seek;
+use std::os::unix::fs::FileExt;
 
-use adit_channel::vhost_user::{MemoryPolicy, map_table};
-use arbitrary::{Result, Unstructured};
+use adit_channel::vhost_user::{MemoryPolicy, VmMemoryRef, map_table};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress};
 
-pub fn run(data: &[u8]) {
-    let _ = attack(&mut Unstructured::new(data));
+use crate::input::Input;
+
+const PAGE: u64 = 4096;
+/// Executions between two looks at what the process holds.
+const LOOK_EVERY: u64 = 1024;
+
+/// A descriptor to hand over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// 16 pages that cannot shrink.
+    Sealed,
+    /// A page and a half that cannot shrink.
+    Odd,
+    /// 16 pages that can.
+    Loose,
+    /// No file.
+    Device,
 }
 
-fn attack(u: &mut Unstructured<'_>) -> Result<()> {
-    let count = u.int_in_range(0..=6usize)?;
-    let regions: Vec<[u64; 4]> = (0..count).map(|_| region(u)).collect::<Result<_>>()?;
-    let more = u.int_in_range(0..=15u8)?;
-    let files = match more {
-        0 => count + 1,
-        1 => count.saturating_sub(1),
-        _ => count,
-    };
-    let files: Vec<File> = (0..files).map(|_| file(u)).collect::<Result<_>>()?;
-    let any: bool = u.arbitrary()?;
-    let policy = if any {
-        MemoryPolicy::AnyFile
-    } else {
-        MemoryPolicy::SealedMemfd
-    };
-    let Ok(mem) = map_table(&regions, files, policy) else {
-        return Ok(());
-    };
-    // What was taken can be touched: no fault, to the last byte.
-    for region in mem.iter() {
-        let last = region.start_addr().0 + region.len() - 1;
-        for at in [region.start_addr().0, last] {
-            mem.write_obj(7u8, GuestAddress(at)).expect("mapped");
+impl Kind {
+    fn bytes(self) -> u64 {
+        match self {
+            Self::Sealed | Self::Loose => 16 * PAGE,
+            Self::Odd => PAGE + PAGE / 2,
+            Self::Device => 0,
         }
     }
-    assert_eq!(mem.num_regions(), regions.len());
-    Ok(())
 }
 
-/// Guest address, size, user address, offset.
-fn region(u: &mut Unstructured<'_>) -> Result<[u64; 4]> {
-    let number = |u: &mut Unstructured<'_>| -> Result<u64> {
-        Ok(match u.int_in_range(0..=5u8)? {
-            0 => u.arbitrary()?,
-            1 => u64::MAX - u64::from(u.arbitrary::<u16>()?),
-            2 => u64::from(u.arbitrary::<u16>()?),
-            _ => 4096 * u64::from(u.int_in_range(0..=40u8)?),
-        })
+struct Fixture {
+    files: [(Kind, File); 4],
+    runs: u64,
+    held: (usize, usize),
+}
+
+thread_local! {
+    static FIXTURE: std::cell::RefCell<Option<Fixture>> = const { std::cell::RefCell::new(None) };
+}
+
+/// Makes a memfd.
+pub(crate) fn memfd(bytes: u64, sealed: bool) -> File {
+    let fd = memfd_create(
+        c"adit-fuzz",
+        MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_CLOEXEC,
+    );
+    let file = File::from(fd.expect("memfd"));
+    file.set_len(bytes).expect("a size");
+    if sealed {
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).expect("a seal");
+    }
+    file
+}
+
+/// Descriptors and mappings of this process.
+pub(crate) fn held() -> (usize, usize) {
+    let fds = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    let maps = std::fs::read_to_string("/proc/self/maps").map_or(0, |s| s.lines().count());
+    (fds, maps)
+}
+
+/// Asserts that nothing piles up: others of this process hold some, too.
+pub(crate) fn assert_no_leak(before: (usize, usize)) {
+    let now = held();
+    assert!(
+        now.0 < before.0 + 200 && now.1 < before.1 + 400,
+        "{before:?} descriptors and mappings, now {now:?}"
+    );
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let device = File::open("/dev/null").expect("/dev/null");
+        let files = [
+            (Kind::Sealed, memfd(Kind::Sealed.bytes(), true)),
+            (Kind::Odd, memfd(Kind::Odd.bytes(), true)),
+            (Kind::Loose, memfd(Kind::Loose.bytes(), false)),
+            (Kind::Device, device),
+        ];
+        Self {
+            files,
+            runs: 0,
+            held: held(),
+        }
+    }
+}
+
+/// Runs one input.
+pub fn run(data: &[u8]) {
+    FIXTURE.with_borrow_mut(|kept| {
+        let mut fixture = kept.take().unwrap_or_else(Fixture::new);
+        case(&fixture, &mut Input(data));
+        fixture.runs += 1;
+        if fixture.runs % LOOK_EVERY == 0 {
+            assert_no_leak(fixture.held);
+        }
+        *kept = Some(fixture);
+    });
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Region {
+    gpa: u64,
+    size: u64,
+    user: u64,
+    offset: u64,
+    kind: Kind,
+}
+
+fn number(input: &mut Input<'_>) -> u64 {
+    let pages = u64::from(input.u8() % 24) * PAGE;
+    match input.u8() % 8 {
+        0..=4 => pages,
+        5 => (u64::MAX - 4 * PAGE + 1).wrapping_add(pages),
+        6 => pages + u64::from(input.u16()),
+        _ => input.u64(),
+    }
+}
+
+fn case(fixture: &Fixture, input: &mut Input<'_>) {
+    let shape = input.u8();
+    let policy = if shape & 1 == 0 {
+        MemoryPolicy::SealedMemfd
+    } else {
+        MemoryPolicy::AnyFile
     };
-    Ok([number(u)?, number(u)?, number(u)?, number(u)?])
+    let n = usize::from(shape >> 1 & 7);
+    let regions: Vec<Region> = (0..n)
+        .map(|_| Region {
+            gpa: number(input),
+            size: number(input),
+            user: number(input),
+            offset: number(input),
+            kind: fixture.files[[0, 0, 0, 0, 0, 1, 2, 3][input.below(8)]].0,
+        })
+        .collect();
+    let missing = shape & 0xf0 == 0xf0;
+    let files: Vec<File> = regions
+        .iter()
+        .skip(usize::from(missing))
+        .map(|r| {
+            let file = fixture
+                .files
+                .iter()
+                .find(|f| f.0 == r.kind)
+                .expect("all kinds");
+            file.1.try_clone().expect("a descriptor")
+        })
+        .collect();
+    let table: Vec<_> = regions
+        .iter()
+        .map(|r| [r.gpa, r.size, r.user, r.offset])
+        .collect();
+    let expected = !missing && good(&regions, policy);
+    match map_table(&table, files, policy) {
+        Ok(mem) => {
+            assert!(expected, "taken: {regions:x?}");
+            touch(fixture, &mem, &regions);
+        }
+        Err(e) => assert!(!expected, "refused: {e}: {regions:x?}"),
+    }
 }
 
-fn file(u: &mut Unstructured<'_>) -> Result<File> {
-    let kind = u.int_in_range(0..=5u8)?;
-    if kind == 0 {
-        let (_, write) = nix::unistd::pipe().expect("a pipe");
-        return Ok(write.into());
+/// The rules.
+fn good(regions: &[Region], policy: MemoryPolicy) -> bool {
+    let wide = |start: u64, size: u64| (u128::from(start), u128::from(start) + u128::from(size));
+    let apart = |a: (u128, u128), b: (u128, u128)| a.1 <= b.0 || b.1 <= a.0;
+    let fits = |start: u64, size: u64| wide(start, size).1 < 1 << 64;
+    let each = regions.iter().all(|r| {
+        r.size > 0
+            && fits(r.gpa, r.size)
+            && fits(r.user, r.size)
+            && wide(r.offset, r.size).1 <= u128::from(r.kind.bytes())
+            && r.offset % PAGE == 0
+            && (r.kind != Kind::Loose || policy == MemoryPolicy::AnyFile)
+    });
+    let pairs = regions.iter().enumerate().all(|(i, a)| {
+        regions[..i].iter().all(|b| {
+            apart(wide(a.gpa, a.size), wide(b.gpa, b.size))
+                && apart(wide(a.user, a.size), wide(b.user, b.size))
+        })
+    });
+    !regions.is_empty() && each && pairs
+}
+
+fn touch(fixture: &Fixture, mem: &VmMemoryRef, regions: &[Region]) {
+    for (i, r) in regions.iter().enumerate() {
+        let file = &fixture
+            .files
+            .iter()
+            .find(|f| f.0 == r.kind)
+            .expect("all kinds")
+            .1;
+        for offset in [0, r.size - 1] {
+            let value = [(i as u8) ^ 0x5a ^ offset as u8];
+            let at = GuestAddress(r.gpa + offset);
+            mem.write_slice(&value, at).expect("mapped");
+            let mut got = [0];
+            file.read_exact_at(&mut got, r.offset + offset)
+                .expect("inside the file");
+            assert_eq!(got, value, "mapped from somewhere else");
+        }
     }
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let fd: OwnedFd = memfd_create(c"fuzz", flags).expect("memfd");
-    let file = File::from(fd);
-    let pages: u16 = u.int_in_range(0..=64)?;
-    let len = 4096 * u64::from(pages) + u64::from(kind == 1);
-    file.set_len(len).expect("size");
-    if kind != 2 {
-        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).expect("seal");
-    }
-    Ok(file)
+    // What a duplicate shares with its original is left alone.
+    let at = { &fixture.files[0].1 }.stream_position();
+    assert_eq!(at.ok(), Some(0));
 }

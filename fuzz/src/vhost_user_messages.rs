@@ -1,274 +1,439 @@
-//! Arbitrary messages and descriptors on a frontend's socket, to a backend that is served as a shard would.
+//! Target `vhost_user_messages`: a frontend that says anything, with any descriptors, over a real socket to a real backend
+//! with its thread; this side is also the shard. The next input is the next frontend, which must be served.
 
-use std::cell::RefCell;
 use std::fs::File;
-use std::io::{IoSlice, Read};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{ErrorKind, IoSlice, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 
-use adit_benches::memory;
-use adit_channel::carrier::Carrier;
+use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, TxSlot};
 use adit_channel::device::{FEATURES, GuestCid};
 use adit_channel::vhost_user::{VhostUserCarrier, VhostUserConfig};
-use arbitrary::{Result, Unstructured};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use adit_engine::{Lane, PacketHeader};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
-const MESSAGES_MAX: usize = 40;
-/// Descriptors of this process that are more than were there after the first input: a leak.
-const SLACK: usize = 16;
+use crate::input::Input;
+use crate::mem_table::{assert_no_leak, held, memfd};
 
-struct Backend {
+const MEMORY_BYTES: u64 = 0x1_0000;
+const USER: u64 = 0x7f00_0000_0000;
+const LOOK_EVERY: u64 = 1024;
+/// Longer than anything here takes, ms.
+const PATIENCE_MS: u16 = 20_000;
+/// Messages of one input at most: all of them fit into the socket's buffer.
+const MESSAGES_MAX: usize = 48;
+const SOCKET: u64 = u64::MAX;
+
+const GET_FEATURES: u32 = 1;
+const SET_FEATURES: u32 = 2;
+const SET_MEM_TABLE: u32 = 5;
+const SET_VRING_NUM: u32 = 8;
+const SET_VRING_ADDR: u32 = 9;
+const SET_VRING_BASE: u32 = 10;
+const SET_VRING_KICK: u32 = 12;
+const SET_VRING_CALL: u32 = 13;
+const SET_PROTOCOL_FEATURES: u32 = 16;
+const SET_VRING_ENABLE: u32 = 18;
+const VERSION: u32 = 1;
+const NEED_REPLY: u32 = 8;
+const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// MQ, REPLY_ACK, CONFIG.
+const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9;
+
+struct Fixture {
     carrier: VhostUserCarrier,
-    path: std::path::PathBuf,
-    memory: File,
+    address: SocketAddr,
+    /// Memory of the guest, then what else can be handed over.
+    files: [File; 5],
+    events: [EventFd; 2],
     runs: u64,
-    open: usize,
-    _dir: tempfile::TempDir,
+    held: (usize, usize),
 }
 
 thread_local! {
-    static BACKEND: RefCell<Option<Backend>> = const { RefCell::new(None) };
+    static FIXTURE: std::cell::RefCell<Option<Fixture>> = const { std::cell::RefCell::new(None) };
 }
 
+fn event() -> EventFd {
+    let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+    EventFd::from_flags(flags).expect("eventfd")
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let thread = format!("{:?}", std::thread::current().id());
+        let name = format!("adit-fuzz-{}-{thread}", std::process::id());
+        let address = SocketAddr::from_abstract_name(name).expect("a name");
+        let listener = UnixListener::bind_addr(&address).expect("a socket");
+        let cid = GuestCid::new(3).expect("a guest's CID");
+        let config = VhostUserConfig::new(listener, cid, "fuzz");
+        let files = [
+            memfd(MEMORY_BYTES, true),
+            memfd(4096, true),
+            memfd(MEMORY_BYTES, false),
+            File::from(OwnedFd::from(event())),
+            File::open("/dev/null").expect("/dev/null"),
+        ];
+        Self {
+            carrier: VhostUserCarrier::new(config).expect("a carrier"),
+            address,
+            files,
+            events: [event(), event()],
+            runs: 0,
+            held: held(),
+        }
+    }
+}
+
+/// Runs one input.
 pub fn run(data: &[u8]) {
-    BACKEND.with_borrow_mut(|slot| {
-        let backend = slot.get_or_insert_with(Backend::new);
-        backend.attack(data);
+    FIXTURE.with_borrow_mut(|kept| {
+        let mut fixture = kept.take().unwrap_or_else(Fixture::new);
+        Case::new(&mut fixture).run(&mut Input(data));
+        fixture.runs += 1;
+        if fixture.runs % LOOK_EVERY == 0 {
+            assert_no_leak(fixture.held);
+        }
+        *kept = Some(fixture);
     });
 }
 
-fn open_descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
+/// One frontend.
+struct Case<'f> {
+    fixture: &'f mut Fixture,
+    socket: UnixStream,
+    epoll: Epoll,
+    messages: usize,
+    received: Vec<u8>,
 }
 
-impl Backend {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        let path = dir.path().join("v");
-        let listener = UnixListener::bind(&path).expect("a socket");
-        let cid = GuestCid::new(3).expect("a guest's CID");
-        let config = VhostUserConfig::new(listener, cid, "fuzz");
-        let (_, memory) = memory::memfd();
-        Self {
-            carrier: VhostUserCarrier::new(config).expect("a backend"),
-            path,
-            memory,
-            runs: 0,
-            open: 0,
-            _dir: dir,
-        }
+impl<'f> Case<'f> {
+    fn new(fixture: &'f mut Fixture) -> Self {
+        let socket = UnixStream::connect_addr(&fixture.address).expect("a listener");
+        socket.set_nonblocking(true).expect("a flag");
+        let mut case = Self {
+            fixture,
+            socket,
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("epoll"),
+            messages: 0,
+            received: Vec::new(),
+        };
+        case.watch();
+        case
     }
 
-    fn attack(&mut self, data: &[u8]) {
-        let mut stream = UnixStream::connect(&self.path).expect("it listens");
-        let mut u = Unstructured::new(data);
-        for _ in 0..MESSAGES_MAX {
-            if u.is_empty() || self.send(&mut u, &stream).is_err() {
+    fn run(mut self, input: &mut Input<'_>) {
+        // Whatever the last one did, this one is heard, by a device at rest.
+        assert!(self.say(GET_FEATURES, VERSION, &[], &[]));
+        while self.received.len() < 20 {
+            assert!(self.turn(), "not served");
+        }
+        assert_eq!(
+            self.received[12..],
+            (FEATURES | PROTOCOL_FEATURES).to_le_bytes()
+        );
+        assert!(
+            !self.fixture.carrier.is_attached(),
+            "the last frontend's session is on"
+        );
+        while !input.is_empty() && self.messages < MESSAGES_MAX {
+            if !self.step(input) {
                 break;
             }
-            self.serve(&stream, false);
         }
-        let _ = stream.shutdown(std::net::Shutdown::Write);
-        self.serve(&stream, true);
-        // Whatever it still had to say.
-        let _ = stream.set_nonblocking(true);
-        let _ = stream.read(&mut [0; 4096]);
-        drop(stream);
-        self.runs += 1;
-        if self.runs == 1 {
-            self.open = open_descriptors();
-        } else if self.runs.is_multiple_of(256) {
-            let open = open_descriptors();
-            assert!(
-                open <= self.open + SLACK,
-                "{open} descriptors, {} at first",
-                self.open
-            );
+        let _ = self.socket.shutdown(std::net::Shutdown::Write);
+        while self.turn() {}
+        self.check_replies();
+    }
+
+    /// Says something, or does something in memory that is shared; false when nobody listens any more.
+    fn step(&mut self, input: &mut Input<'_>) -> bool {
+        match input.u8() % 16 {
+            0 | 1 => self.start(input),
+            2 => {
+                let at = u64::from(input.u16());
+                let bytes = input.bytes(16);
+                let room = MEMORY_BYTES.saturating_sub(at) as usize;
+                let bytes = &bytes[..bytes.len().min(room)];
+                self.fixture.files[0].write_at(bytes, at).expect("memory");
+                true
+            }
+            3 => {
+                let queue = input.below(2);
+                // Where `start` puts the available rings.
+                let at = 0x1000 * (1 + queue as u64) + 0x402;
+                let index = u16::from(input.u8()).to_le_bytes();
+                self.fixture.files[0].write_at(&index, at).expect("memory");
+                self.fixture.events[queue].write(1).expect("room");
+                self.turn_if_ready()
+            }
+            4 => self.turn_if_ready(),
+            5..=12 => self.known(input),
+            _ => self.raw(input),
         }
     }
 
-    /// Answers the frontend's thread; `to_end`: until it lets the connection go.
-    fn serve(&mut self, stream: &UnixStream, to_end: bool) {
-        loop {
-            let mut ready = Vec::new();
-            let mut ended = false;
-            {
-                let mut ids = Vec::new();
-                let mut wakers = Vec::new();
-                self.carrier.wakers(&mut |fd, id| {
-                    ids.push(id);
-                    wakers.push(fd.try_clone_to_owned().expect("a descriptor"));
-                });
-                let mut polled: Vec<_> = wakers
+    /// Everything that makes a session, but for what the input leaves out.
+    fn start(&mut self, input: &mut Input<'_>) -> bool {
+        let without = input.u16();
+        let features = FEATURES | PROTOCOL_FEATURES;
+        let region = [0, MEMORY_BYTES, USER, 0];
+        let table: Vec<u8> = [1u64]
+            .iter()
+            .chain(&region)
+            .flat_map(|w| w.to_le_bytes())
+            .collect();
+        let zero = [0; 0x3000];
+        self.fixture.files[0].write_at(&zero, 0).expect("memory");
+        let mut said = vec![
+            (SET_FEATURES, features.to_le_bytes().to_vec(), vec![]),
+            (
+                SET_PROTOCOL_FEATURES,
+                PROTOCOL.to_le_bytes().to_vec(),
+                vec![],
+            ),
+            (
+                SET_MEM_TABLE,
+                table,
+                vec![self.fixture.files[0].as_raw_fd()],
+            ),
+        ];
+        for queue in 0..2u32 {
+            let state = |n: u32| {
+                [queue, n]
                     .iter()
-                    .map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN))
-                    .collect();
-                // Its hang-up, whatever is left to read.
-                polled.push(PollFd::new(stream.as_fd(), PollFlags::empty()));
-                let wait = if to_end {
-                    PollTimeout::from(10_000u16)
-                } else {
-                    PollTimeout::ZERO
-                };
-                let n = poll(&mut polled, wait).expect("poll");
-                assert!(
-                    n > 0 || !to_end,
-                    "the backend holds on to a frontend that has gone"
-                );
-                for (fd, id) in polled.iter().zip(&ids) {
-                    if fd.any() == Some(true) {
-                        ready.push(*id);
-                    }
-                }
-                if let Some(last) = polled.last() {
-                    ended = last.any() == Some(true);
-                }
+                    .flat_map(|w| w.to_le_bytes())
+                    .collect::<Vec<u8>>()
+            };
+            let ring = USER + 0x1000 * u64::from(1 + queue);
+            let mut addr = state(0);
+            for word in [ring, ring + 0x800, ring + 0x400, 0] {
+                addr.extend(word.to_le_bytes());
             }
-            if ready.is_empty() {
-                if to_end && !ended {
-                    continue;
-                }
-                return;
-            }
-            for id in ready {
-                let _ = self.carrier.woken(id);
-            }
-            self.carrier.begin();
-            while let Ok(Some(_)) = self.carrier.rx() {}
-            self.carrier.flush();
+            let kick = self.fixture.events[queue as usize].as_fd().as_raw_fd();
+            let index = u64::from(queue).to_le_bytes().to_vec();
+            said.push((SET_VRING_NUM, state(16), vec![]));
+            said.push((SET_VRING_BASE, state(0), vec![]));
+            said.push((SET_VRING_ADDR, addr, vec![]));
+            said.push((SET_VRING_KICK, index.clone(), vec![kick]));
+            said.push((SET_VRING_CALL, index, vec![kick]));
+            said.push((SET_VRING_ENABLE, state(1), vec![]));
         }
+        let said = said
+            .into_iter()
+            .enumerate()
+            .filter(|(i, _)| without >> i & 1 == 0);
+        said.map(|(_, m)| m)
+            .all(|(code, body, fds)| self.say(code, VERSION, &body, &fds))
     }
 
-    fn send(&mut self, u: &mut Unstructured<'_>, stream: &UnixStream) -> Result<()> {
-        let request: u32 = if u.ratio(1, 16)? {
-            u.arbitrary()?
-        } else {
-            u.int_in_range(1..=45)?
-        };
-        let flags: u32 = if u.ratio(1, 8)? {
-            u.arbitrary()?
-        } else {
-            1 | u32::from(u.ratio(1, 2)?) << 3
-        };
-        let body = self.body(u, request)?;
-        let size = if u.ratio(1, 16)? {
-            u.arbitrary()?
-        } else {
-            body.len() as u32
-        };
-        let mut bytes = Vec::new();
-        for word in [request, flags, size] {
-            bytes.extend_from_slice(&word.to_ne_bytes());
+    /// A message that exists, with a body of its shape.
+    fn known(&mut self, input: &mut Input<'_>) -> bool {
+        let code = u32::from(input.u8() % 46);
+        let shape = input.u8();
+        let queue = u32::from(shape & 3).min(if shape & 0x80 != 0 { 3 } else { 1 });
+        let mut body: Vec<u8> = Vec::new();
+        let word = |body: &mut Vec<u8>, w: u64| body.extend(w.to_le_bytes());
+        match code {
+            SET_FEATURES => {
+                let off = if shape & 4 == 0 { 0 } else { input.u64() };
+                word(&mut body, (FEATURES | PROTOCOL_FEATURES) ^ off);
+            }
+            SET_PROTOCOL_FEATURES => word(
+                &mut body,
+                if shape & 4 == 0 {
+                    PROTOCOL
+                } else {
+                    input.u64()
+                },
+            ),
+            SET_MEM_TABLE => {
+                let n = u64::from(input.u8() % 4);
+                word(&mut body, n);
+                for i in 0..n {
+                    let page = |input: &mut Input<'_>| u64::from(input.u8() % 17) * 4096;
+                    word(&mut body, i * MEMORY_BYTES + page(input));
+                    word(&mut body, page(input));
+                    word(&mut body, USER + i * MEMORY_BYTES + page(input));
+                    word(&mut body, page(input));
+                }
+            }
+            SET_VRING_ADDR => {
+                word(&mut body, u64::from(queue) | u64::from(shape & 8) << 32);
+                for _ in 0..4 {
+                    word(&mut body, USER + u64::from(input.u16()) * 4);
+                }
+            }
+            SET_VRING_KICK | SET_VRING_CALL | 14 => {
+                word(&mut body, u64::from(queue) | u64::from(shape & 4) << 6)
+            }
+            // GET_CONFIG, SET_CONFIG
+            24 | 25 => {
+                for _ in 0..2 {
+                    body.extend(u32::from(input.u8()).to_le_bytes());
+                }
+                body.extend([0; 4]);
+                body.extend(input.bytes(usize::from(shape & 31)));
+            }
+            SET_VRING_NUM | SET_VRING_BASE | 11 | SET_VRING_ENABLE => {
+                let n = if shape & 4 == 0 {
+                    input.u8().into()
+                } else {
+                    input.edge32()
+                };
+                word(&mut body, u64::from(queue) | u64::from(n) << 32);
+            }
+            _ => body.extend(input.bytes(usize::from(shape & 63))),
         }
-        bytes.extend_from_slice(&body);
-        let fds = self.descriptors(u, request)?;
-        let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&raw)];
-        let rights = if raw.is_empty() { &[][..] } else { &rights[..] };
-        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        let fds = self.fds(input);
+        let flags = VERSION | if shape & 0x40 != 0 { NEED_REPLY } else { 0 };
+        self.say(code, flags, &body, &fds)
+    }
+
+    fn fds(&self, input: &mut Input<'_>) -> Vec<RawFd> {
+        let n = [0, 1, 1, 1, 2, 3, 8, 0][input.below(8)];
+        (0..n)
+            .map(|_| input.pick(&self.fixture.files.each_ref().map(AsRawFd::as_raw_fd)))
+            .collect()
+    }
+
+    /// Anything at all.
+    fn raw(&mut self, input: &mut Input<'_>) -> bool {
+        let fds = self.fds(input);
+        let n = 1 + usize::from(input.u8() & 63);
+        let bytes = input.bytes(n);
+        bytes.is_empty() || self.send(bytes, &fds)
+    }
+
+    fn say(&mut self, code: u32, flags: u32, body: &[u8], fds: &[RawFd]) -> bool {
+        let head = [code, flags, body.len() as u32];
+        let mut bytes: Vec<u8> = head.iter().flat_map(|w| w.to_le_bytes()).collect();
+        bytes.extend(body);
+        self.send(&bytes, fds)
+    }
+
+    fn send(&mut self, bytes: &[u8], fds: &[RawFd]) -> bool {
+        self.messages += 1;
+        let control = [ControlMessage::ScmRights(fds)];
+        let control = if fds.is_empty() {
+            &[][..]
+        } else {
+            &control[..]
+        };
+        let flags = MsgFlags::MSG_NOSIGNAL;
         let sent = sendmsg::<()>(
-            stream.as_raw_fd(),
-            &[IoSlice::new(&bytes)],
-            rights,
+            self.socket.as_raw_fd(),
+            &[IoSlice::new(bytes)],
+            control,
             flags,
             None,
         );
-        sent.map(drop).map_err(|_| arbitrary::Error::NotEnoughData)
+        sent.is_ok_and(|n| n == bytes.len())
     }
 
-    /// What belongs to a request, often; anything, else.
-    fn body(&self, u: &mut Unstructured<'_>, request: u32) -> Result<Vec<u8>> {
-        let vring = |u: &mut Unstructured<'_>| -> Result<u32> {
-            if u.ratio(1, 8)? {
-                u.arbitrary()
-            } else {
-                u.int_in_range(0..=2)
-            }
+    // ---- the shard
+
+    fn watch(&mut self) {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("epoll");
+        let add = |fd: BorrowedFd<'_>, id: u64| {
+            // The same descriptor may be both kicks.
+            let _ = epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, id));
         };
-        let mut words: Vec<u8> = Vec::new();
-        let mut wide = |n: u64| words.extend_from_slice(&n.to_ne_bytes());
-        if u.ratio(1, 8)? {
-            let n = u.int_in_range(0..=200usize)?;
-            return Ok(u.bytes(n.min(u.len()))?.to_vec());
-        }
-        match request {
-            // Features, owner's and protocol's.
-            2 => wide(if u.ratio(1, 4)? {
-                u.arbitrary()?
-            } else {
-                FEATURES | 1 << 30
-            }),
-            16 => wide(if u.ratio(1, 4)? {
-                u.arbitrary()?
-            } else {
-                0x209
-            }),
-            5 => {
-                let regions = u.int_in_range(0..=3u64)?;
-                wide(regions);
-                for i in 0..regions {
-                    let odd = u.ratio(1, 4)?;
-                    for n in [i << 25, memory::MEMORY_BYTES as u64, 1 << 40 | i << 25, 0] {
-                        wide(if odd { u.arbitrary()? } else { n });
+        add(self.socket.as_fd(), SOCKET);
+        self.fixture
+            .carrier
+            .wakers(&mut |fd, id| add(fd, id.into()));
+        self.epoll = epoll;
+    }
+
+    fn turn_if_ready(&mut self) -> bool {
+        self.poll(EpollTimeout::ZERO)
+    }
+
+    /// Waits for the backend and does what it asks for; false when it has closed the connection.
+    fn turn(&mut self) -> bool {
+        self.poll(EpollTimeout::from(PATIENCE_MS))
+    }
+
+    fn poll(&mut self, timeout: EpollTimeout) -> bool {
+        let mut ready = [EpollEvent::empty(); 8];
+        let n = self.epoll.wait(&mut ready, timeout).expect("epoll");
+        assert!(n > 0 || timeout == EpollTimeout::ZERO, "the backend hangs");
+        let mut open = true;
+        for event in &ready[..n] {
+            match event.data() {
+                SOCKET => open = self.read(),
+                id => {
+                    if self.fixture.carrier.woken(id as u32).wakers_changed {
+                        self.watch();
                     }
                 }
             }
-            // Numbers, bases and enables of vrings.
-            8 | 10 | 11 | 18 => {
-                let index = vring(u)?;
-                let n: u32 = match request {
-                    8 => 1 << u.int_in_range(0..=11u32)?,
-                    18 => u32::from(u.arbitrary::<bool>()?),
-                    _ => u32::from(u.arbitrary::<u16>()?),
-                };
-                wide(u64::from(n) << 32 | u64::from(index));
-            }
-            9 => {
-                let index = vring(u)?;
-                let [desc, avail, used] = memory::queue_addrs((index % 2) as u16);
-                wide(u64::from(index));
-                for n in [desc, used, avail] {
-                    wide(if u.ratio(1, 8)? {
-                        u.arbitrary()?
-                    } else {
-                        1 << 40 | n
-                    });
-                }
-                wide(0);
-            }
-            // Kick, call, error.
-            12..=14 => wide(u64::from(vring(u)?) | u64::from(u.ratio(1, 8)?) << 8),
-            _ => {
-                let n = u.int_in_range(0..=24usize)?;
-                return Ok(u.bytes(n.min(u.len()))?.to_vec());
-            }
         }
-        Ok(words)
+        self.burst();
+        open
     }
 
-    fn descriptors(&self, u: &mut Unstructured<'_>, request: u32) -> Result<Vec<OwnedFd>> {
-        let usual = match request {
-            5 => 1,
-            12..=14 => 1,
-            _ => 0,
-        };
-        let n = if u.ratio(1, 8)? {
-            u.int_in_range(0..=9)?
-        } else {
-            usual
-        };
-        (0..n)
-            .map(|_| {
-                Ok(match u.int_in_range(0..=3u8)? {
-                    0 if request != 5 => self.memory.try_clone().expect("a descriptor").into(),
-                    1..=2 if request == 5 => self.memory.try_clone().expect("a descriptor").into(),
-                    _ => EventFd::from_flags(EfdFlags::EFD_NONBLOCK)
-                        .expect("an eventfd")
-                        .into(),
-                })
-            })
-            .collect()
+    fn read(&mut self) -> bool {
+        let mut buf = [0; 4096];
+        loop {
+            match self.socket.read(&mut buf) {
+                Ok(0) => return false,
+                Ok(n) => self.received.extend_from_slice(&buf[..n]),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return true,
+                // It closed with bytes unread.
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// Sends packets back, as often as a shard would in one turn.
+    fn burst(&mut self) {
+        let carrier = &mut self.fixture.carrier;
+        for _ in 0..4 {
+            carrier.begin();
+            let done = (|| {
+                while let Some(mut packet) = carrier.rx()? {
+                    let mut bytes = vec![0; packet.remaining() as usize];
+                    packet.read(&mut bytes)?;
+                }
+                if let Some(mut slot) = carrier.tx(Lane::Bulk, 64)? {
+                    slot.write(&[7; 64])?;
+                    slot.commit(&PacketHeader::default());
+                }
+                Ok::<_, adit_channel::carrier::CarrierFault>(())
+            })();
+            if done.is_err() {
+                carrier.tear();
+            }
+            carrier.flush();
+            if carrier.arm(Interest {
+                rx: true,
+                tx: false,
+            }) == Armed::Sleep
+            {
+                return;
+            }
+        }
+    }
+
+    /// Whole answers, no more than there were questions.
+    fn check_replies(&self) {
+        let (mut rest, mut replies) = (&self.received[..], 0);
+        while !rest.is_empty() {
+            let (head, body) = rest.split_first_chunk::<12>().expect("a whole header");
+            let word = |at: usize| {
+                u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]])
+            };
+            assert_eq!(word(4) & 7, VERSION | 4, "version 1, a reply");
+            rest = body.get(word(8) as usize..).expect("a whole body");
+            replies += 1;
+        }
+        // Raw bytes may hold more than one message, of 12 bytes at least.
+        assert!(replies <= 6 * self.messages, "{replies} answers");
     }
 }

@@ -1,140 +1,259 @@
-//! A guest that frames its packets well and says anything in them, to a port that serves echoes.
+//! Target `vsock_packet`: a driver whose rings are in order and whose packets are not. Every packet goes through guest
+//! memory, rings, device and engine; what comes out is compared with what went in, both ways.
 
-use std::cell::OnceCell;
+use std::collections::VecDeque;
 use std::sync::Arc;
 
-use adit_benches::session::{Device, active_device};
-use adit_benches::{Driver, DriverConfig, VmMemory, memory};
-use adit_channel::device::{GuestCid, HOST_CID, WireHeader};
-use adit_channel::port::Notice;
-use adit_channel::shard::{News, PortIndex, Shard};
-use adit_channel::sink::{Service, ServiceEvent, Sink, StreamIo};
-use adit_engine::{EngineConfig, PacketHeader};
-use arbitrary::{Result, Unstructured};
-use vm_memory::{Bytes, GuestAddress};
+use adit_benches::session::Device;
+use adit_benches::{Driver, DriverConfig, RxShape, VmMemory, memory};
+use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, TxSlot};
+use adit_channel::device::{FEATURES, GuestCid, HOST_CID, RX_QUEUE, Signal, TX_QUEUE, WireHeader};
+use adit_engine::{Lane, Op, PacketHeader, ResetReason};
+
+use crate::engine_ops::packet;
+use crate::input::Input;
+use crate::shell::Shell;
+
+const CID: u64 = 3;
+const QUEUE: u16 = 16;
+
+struct Quiet;
+impl Signal for Quiet {
+    fn signal(&self, _queue: u16) {}
+}
+
+/// What survives from one input to the next.
+struct Fixture {
+    mem: Arc<VmMemory>,
+    device: Device,
+}
 
 thread_local! {
-    static MEMORY: OnceCell<Arc<VmMemory>> = const { OnceCell::new() };
+    static FIXTURE: std::cell::RefCell<Option<Fixture>> = const { std::cell::RefCell::new(None) };
 }
 
-const HOST_PORT: u32 = 741;
-const PACKETS_MAX: usize = 200;
-const STREAMS: u32 = 16;
-
-struct Echo;
-
-impl Service for Echo {
-    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
-        if let ServiceEvent::Data(bytes) = event {
-            let n = io.write(bytes);
-            io.take(n);
-        }
-    }
+fn cid() -> GuestCid {
+    GuestCid::new(CID).expect("a guest's CID")
 }
 
+/// Runs one input.
 pub fn run(data: &[u8]) {
-    let mut u = Unstructured::new(data);
-    let config = [DriverConfig::LINUX_6_1, DriverConfig::LINUX_6_12]
-        [usize::from(u.arbitrary().unwrap_or(false))];
-    let cid = GuestCid::new(3).expect("a guest's CID");
-    let mem = MEMORY.with(|m| m.get_or_init(memory::anonymous).clone());
-    for queue in 0..2 {
-        for part in memory::queue_addrs(queue) {
-            mem.write_slice(&[0; 4096], GuestAddress(part))
-                .expect("memory");
-        }
-    }
-    let mut driver = Driver::new(mem, cid, config);
-    let mut shard: Shard<Device> = Shard::new().expect("an epoll set");
-    let cfg = EngineConfig {
-        max_streams: STREAMS,
-        ..EngineConfig::default()
-    };
-    let port = shard
-        .add(active_device(&driver, cid), cfg, 1)
-        .expect("a port");
-    shard.port_mut(port).listen(HOST_PORT).expect("free");
-    turn(&mut shard, port);
-    let mut payload = Vec::new();
-    for _ in 0..PACKETS_MAX {
-        if u.is_empty() || send(&mut u, &mut driver).is_err() {
-            break;
-        }
-        if u.ratio(1, 3).unwrap_or(true) {
-            driver.tx.publish();
-            turn(&mut shard, port);
-            driver.reap_tx();
-        }
-        if u.ratio(1, 3).unwrap_or(true) {
-            while driver.receive(&mut payload).is_some() {}
-            driver.rx.publish();
-        }
-        assert!(shard.port(port).streams() <= STREAMS as usize);
-    }
-    driver.tx.publish();
-    turn(&mut shard, port);
-    assert_eq!(shard.port(port).counters().faults, 0, "well-framed packets");
+    FIXTURE.with_borrow_mut(|kept| {
+        let mut fixture = kept.take().unwrap_or_else(|| Fixture {
+            mem: memory::anonymous(),
+            device: Device::new(cid(), 1).expect("a descriptor"),
+        });
+        World::new(&mut fixture, &mut Input(data)).run(&mut Input(data.get(24..).unwrap_or(&[])));
+        *kept = Some(fixture);
+    });
 }
 
-fn send(u: &mut Unstructured<'_>, driver: &mut Driver) -> Result<()> {
-    let len = u.int_in_range(0..=300usize)?;
-    let h = PacketHeader {
-        src_port: u32::from(u.int_in_range(0..=20u8)?),
-        dst_port: if u.ratio(1, 16)? {
-            u.arbitrary()?
-        } else {
-            HOST_PORT
-        },
-        len: if u.ratio(1, 8)? {
-            u.arbitrary()?
-        } else {
-            len as u32
-        },
-        kind: if u.ratio(1, 16)? { u.arbitrary()? } else { 1 },
-        op: if u.ratio(1, 16)? {
-            u.arbitrary()?
-        } else {
-            u.int_in_range(1..=7)?
-        },
-        flags: if u.ratio(1, 4)? {
-            u.int_in_range(0..=5)?
-        } else {
-            0
-        },
-        buf_alloc: if u.ratio(1, 4)? { u.arbitrary()? } else { 4096 },
-        fwd_cnt: if u.ratio(1, 4)? { u.arbitrary()? } else { 0 },
-    };
-    let src = if u.ratio(1, 32)? { u.arbitrary()? } else { 3 };
-    let dst = if u.ratio(1, 32)? {
-        u.arbitrary()?
-    } else {
-        HOST_CID
-    };
-    let piece = u.int_in_range(1..=400usize)?;
-    driver.send_wire(&WireHeader::new(src, dst, &h), len, piece.max(len / 16 + 1));
-    Ok(())
+/// A packet under way: its header, and the seed of its payload.
+type Sent = (PacketHeader, usize, u8);
+
+struct World<'f> {
+    device: &'f mut Device,
+    driver: Driver,
+    shell: Shell,
+    /// What the device is to yield.
+    to_host: VecDeque<Sent>,
+    /// What the guest is to receive.
+    to_guest: VecDeque<Sent>,
+    foreign: u64,
+    serial: u8,
 }
 
-fn turn(shard: &mut Shard<Device>, port: PortIndex) {
-    for _ in 0..2 {
-        shard.port_mut(port);
-        shard.turn(Some(std::time::Duration::ZERO)).expect("a turn");
-        while let Some(news) = shard.poll_news() {
-            if let News::Notice(
-                _,
-                Notice::Incoming {
-                    stream, peer_port, ..
-                },
-            ) = news
-            {
-                let now = shard.now();
-                if peer_port % 5 == 4 {
-                    shard.port_mut(port).refuse(now, stream);
-                } else {
-                    let sink = Some(Sink::Inline(Box::new(Echo)));
-                    shard.port_mut(port).accept(now, stream, sink);
-                }
+fn body(seed: u8, len: usize) -> Vec<u8> {
+    (0..len)
+        .map(|i| (i as u8).wrapping_mul(13) ^ (i >> 8) as u8 ^ seed)
+        .collect()
+}
+
+impl<'f> World<'f> {
+    fn new(fixture: &'f mut Fixture, input: &mut Input<'_>) -> Self {
+        let shape = input.u8();
+        let config = DriverConfig {
+            queue_size: QUEUE,
+            rx: if shape & 1 == 0 {
+                RxShape::OnePage
+            } else {
+                RxShape::HeaderAndPage
+            },
+            event_idx: shape & 2 == 0,
+            indirect: shape & 4 == 0,
+        };
+        let driver = Driver::empty(fixture.mem.clone(), cid(), config);
+        for queue in [RX_QUEUE, TX_QUEUE] {
+            for ring in &memory::queue_addrs(queue)[1..] {
+                driver.write(*ring, &[0; 4 + 8 * QUEUE as usize + 2]);
             }
         }
+        let device = &mut fixture.device;
+        device.reset(ResetReason::Epoch);
+        let bit = |on: bool, bit: u32| if on { 1 << bit } else { 0 };
+        let off = bit(shape & 2 != 0, 29) | bit(shape & 4 != 0, 28);
+        device.ack_features(FEATURES & !off).expect("offered");
+        let queues = driver.queues();
+        device
+            .activate(fixture.mem.clone(), queues, Arc::new(Quiet))
+            .expect("usable queues");
+        let _ = device.take_session_change();
+        let foreign = device.counters().dropped_cid;
+        Self {
+            device,
+            driver,
+            shell: Shell::new(input),
+            to_host: VecDeque::new(),
+            to_guest: VecDeque::new(),
+            foreign,
+            serial: 0,
+        }
+    }
+
+    fn run(mut self, input: &mut Input<'_>) {
+        while !input.is_empty() {
+            match input.u8() % 16 {
+                0..=7 => self.send(input),
+                8..=10 => self.burst(input),
+                11 => {
+                    // The guest posts what it has, or some of it.
+                    for _ in 0..=input.u8() % QUEUE as u8 {
+                        self.driver.post_rx();
+                    }
+                    self.driver.rx.publish();
+                }
+                12 => self.receive(),
+                13 | 14 => self.shell.command(input),
+                _ => self.shell.wait(input),
+            }
+            self.shell.events(input);
+        }
+        self.burst(input);
+        self.receive();
+        self.driver.reap_tx();
+        assert_eq!(
+            self.driver.tx.free_descriptors(),
+            usize::from(QUEUE),
+            "descriptors were lost"
+        );
+        assert!(self.to_host.is_empty(), "packets were lost");
+        assert_eq!(self.device.counters().dropped_cid, self.foreign);
+        self.shell.session(None);
+    }
+
+    fn send(&mut self, input: &mut Input<'_>) {
+        if self.driver.tx.next_head().is_none() {
+            self.burst(input);
+            self.driver.reap_tx();
+        }
+        let mut h = packet(input, &self.shell);
+        let shape = input.u8();
+        let len = match shape & 3 {
+            0 => h.len as usize % 64,
+            1 => h.len as usize % 8192,
+            _ => 0,
+        };
+        // It says what it sends, or not.
+        if shape & 0x0c != 0 && (h.op == Op::Rw as u16) {
+            h.len = len as u32;
+        }
+        let piece = if shape & 0x10 != 0 {
+            1 + len / 4
+        } else {
+            len.max(1)
+        };
+        let (mut src, mut dst) = (CID, HOST_CID);
+        if shape & 0xe0 == 0xe0 {
+            let claim = input.pick(&[0, 1, 2, 3, 4, u64::from(u32::MAX), 3 | 1 << 32, u64::MAX]);
+            *(if input.flag() { &mut src } else { &mut dst }) = claim;
+        }
+        let Some(head) = self.driver.tx.next_head() else {
+            return;
+        };
+        self.serial = self.serial.wrapping_add(1);
+        self.driver
+            .write(memory::tx_payload(head), &body(self.serial, len));
+        if !self
+            .driver
+            .send_wire(&WireHeader::new(src, dst, &h), len, piece)
+        {
+            return; // more descriptors than are left
+        }
+        self.driver.tx.publish();
+        if (src, dst) == (CID, HOST_CID) {
+            self.to_host.push_back((h, len, self.serial));
+        } else {
+            self.foreign += 1;
+        }
+    }
+
+    /// One burst of the host, as a port does it.
+    fn burst(&mut self, input: &mut Input<'_>) {
+        self.device.begin();
+        while let Some(mut packet) = self.device.rx().expect("the rings are in order") {
+            let (h, len, seed) = self.to_host.pop_front().expect("a packet that nobody sent");
+            assert_eq!((*packet.header(), packet.remaining() as usize), (h, len));
+            let quiet = !self.shell.engine.wants_transmit();
+            let delivered = self.shell.packet(&h, len as u32) as usize;
+            let mut got = vec![0; delivered];
+            assert_eq!(packet.read(&mut got).expect("readable"), delivered);
+            assert!(got == body(seed, len)[..delivered], "payload differs");
+            drop(packet);
+            self.shell.events(input);
+            let answered = quiet && self.shell.engine.wants_transmit();
+            assert!(!answered || h.op != Op::Rst as u16, "a reset was answered");
+        }
+        self.transmit();
+        self.device.flush();
+        let armed = self.device.arm(Interest {
+            rx: true,
+            tx: false,
+        });
+        assert_eq!(armed, Armed::Sleep, "everything was taken");
+        self.driver.reap_tx();
+    }
+
+    fn transmit(&mut self) {
+        for _ in 0..4 * QUEUE {
+            let Some(mut slot) = self
+                .device
+                .tx(Lane::Bulk, 4096)
+                .expect("the rings are in order")
+            else {
+                return;
+            };
+            let Some(t) = self.shell.transmit(slot.capacity()) else {
+                return;
+            };
+            self.serial = self.serial.wrapping_add(1);
+            let (h, n) = match t.body {
+                None => (t.header, 0),
+                Some((id, len)) => {
+                    let n = 1 + u32::from(self.serial) * 97 % len;
+                    let bytes = body(self.serial, n as usize);
+                    assert_eq!(slot.write(&bytes).expect("writable"), bytes.len());
+                    (self.shell.commit(id, n), n)
+                }
+            };
+            slot.commit(&h);
+            self.to_guest
+                .push_back((PacketHeader { len: n, ..h }, n as usize, self.serial));
+        }
+    }
+
+    /// The guest takes what came, and posts its buffers again.
+    fn receive(&mut self) {
+        let mut payload = Vec::new();
+        while let Some(wire) = self.driver.receive(&mut payload) {
+            let (h, len, seed) = self
+                .to_guest
+                .pop_front()
+                .expect("a packet that nobody sent");
+            assert_eq!((wire.src_cid(), wire.dst_cid()), (HOST_CID, CID));
+            assert_eq!(wire.header(), h);
+            assert!(payload == body(seed, len), "payload differs");
+        }
+        assert!(self.to_guest.is_empty(), "packets were lost");
+        self.driver.rx.publish();
     }
 }

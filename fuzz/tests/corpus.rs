@@ -53,12 +53,18 @@ impl Noise {
 fn seeds_and_what_is_near_them_break_no_rule() {
     for (name, run) in TARGETS {
         let dir = corpus(name);
-        let seeds: Vec<Vec<u8>> = fs::read_dir(&dir)
+        let mut paths: Vec<_> = fs::read_dir(&dir)
             .unwrap_or_else(|e| panic!("{}: {e}", dir.display()))
-            .map(|entry| fs::read(entry.unwrap().path()).unwrap())
+            .map(|entry| entry.unwrap().path())
             .collect();
+        // The same mutants everywhere.
+        paths.sort();
+        let seeds: Vec<Vec<u8>> = paths.iter().map(|path| fs::read(path).unwrap()).collect();
         assert!(!seeds.is_empty(), "{name} has no seeds");
-        seeds.iter().for_each(|seed| run(seed));
+        for (path, seed) in paths.iter().zip(&seeds) {
+            let whole = std::panic::catch_unwind(|| run(seed));
+            assert!(whole.is_ok(), "{}", path.display());
+        }
         let mut noise = Noise(18);
         for n in 0..MUTANTS {
             let input = noise.mutate(&seeds);

@@ -1,0 +1,349 @@
+//! The smallest shell around an engine, for targets: it remembers what it was told and asserts what must always hold.
+//!
+//! - Ids are told of once, ended once, and never heard of again.
+//! - What is delivered lies inside the windows that are lent, and these inside the pool.
+//! - What is sent lies inside the credit that the peer gave.
+//! - Outputs end: nothing is polled for ever.
+
+use std::collections::BTreeMap;
+
+use adit_engine::{
+    Answer, Disposition, Engine, EngineConfig, Event, How, Kind, Lane, Op, PacketHeader, RST_MAX,
+    ResetReason, SessionChange, StreamId, Tick, Transmit,
+};
+
+use crate::input::Input;
+
+/// Ports that are listened on.
+pub const SERVICES: [u32; 2] = [741, 22];
+
+/// What the shell knows of a stream.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    id: StreamId,
+    ports: (u32, u32),
+    incoming: bool,
+    held: u64,
+}
+
+/// What the peer may be sent on a port pair (ours, its).
+#[derive(Clone, Copy, Debug, Default)]
+struct Credit {
+    sent: u64,
+    /// Largest window, and most bytes taken, that it spoke of and could mean.
+    window: u64,
+    taken: u64,
+}
+
+/// An engine and what it has said.
+pub struct Shell {
+    /// The engine.
+    pub engine: Engine,
+    /// The present.
+    pub now: Tick,
+    config: EngineConfig,
+    known: BTreeMap<u32, Known>,
+    credit: BTreeMap<(u32, u32), Credit>,
+    stale: Vec<StreamId>,
+    /// Ports and window of the packet that was handled last.
+    asked: ((u32, u32), u64),
+    epoch: u64,
+}
+
+impl Shell {
+    /// Makes an engine with a configuration of the input's choice, and a session.
+    pub fn new(input: &mut Input<'_>) -> Self {
+        let config = EngineConfig {
+            max_streams: input.pick(&[1, 2, 8, 64]),
+            pool_bytes: input.pick(&[0, 1 << 10, 20_000, 1 << 20]),
+            initial_window: input.pick(&[1, 100, 8 << 10, 64 << 10]),
+            max_window: input.pick(&[1, 1 << 10, 256 << 10, u32::MAX]),
+            connect_timeout: input.pick(&[0, 2_000_000_000, u64::MAX]),
+            shutdown_timeout: input.pick(&[0, 8_000_000_000, u64::MAX]),
+            quantum: input.pick(&[0, 1, 4096, u32::MAX]),
+            packet_overhead: input.pick(&[0, 1, 576, u32::MAX]),
+        };
+        let mut shell = Self {
+            engine: Engine::new(config, input.u64()),
+            now: Tick(0),
+            config,
+            known: BTreeMap::new(),
+            credit: BTreeMap::new(),
+            stale: Vec::new(),
+            asked: ((0, 0), 0),
+            epoch: 0,
+        };
+        for port in SERVICES {
+            shell.engine.listen(port, Kind::Stream).expect("room");
+        }
+        shell.engine.track_pairs();
+        shell.session(Some(()));
+        shell
+    }
+
+    /// The session begins anew, or ends.
+    pub fn session(&mut self, on: Option<()>) {
+        self.epoch += 1;
+        let change = match on {
+            Some(()) => SessionChange::Attached { epoch: self.epoch },
+            None => SessionChange::Lost(ResetReason::CarrierFault),
+        };
+        self.engine.handle_session(self.now, change);
+        self.events(&mut Input(&[]));
+        assert!(self.known.is_empty(), "a stream outlived its session");
+        assert_eq!((self.engine.streams(), self.engine.lent()), (0, 0));
+        assert!(!self.engine.wants_transmit());
+        assert_eq!(self.engine.poll_timeout(), None);
+        self.credit.clear();
+    }
+
+    /// A packet from the peer. Returns how many of its bytes go to a sink.
+    pub fn packet(&mut self, h: &PacketHeader, body: u32) -> u32 {
+        let pair = (h.dst_port, h.src_port);
+        let credit = self.credit.entry(pair).or_default();
+        // The most that it can mean by the lower half of a count.
+        let ahead = u64::from((credit.sent as u32).wrapping_sub(h.fwd_cnt));
+        if let Some(taken) = credit.sent.checked_sub(ahead) {
+            credit.window = credit.window.max(u64::from(h.buf_alloc));
+            credit.taken = credit.taken.max(taken);
+        }
+        self.asked = (pair, u64::from(h.buf_alloc));
+        let delivered = match self.engine.handle_packet(self.now, h, body) {
+            Disposition::Consume | Disposition::Ignore(_) => 0,
+            Disposition::Tear(v) => panic!("a stream's fault is not the channel's: {v}"),
+            Disposition::Deliver { stream, len } => {
+                let known = self
+                    .known
+                    .get_mut(&stream.slot())
+                    .expect("a stream that was told of");
+                assert_eq!((known.id, known.ports), (stream, pair));
+                assert!(len > 0 && len == h.len && len <= body);
+                known.held += u64::from(len);
+                len
+            }
+        };
+        self.check();
+        delivered
+    }
+
+    /// Time passes, mostly to a deadline.
+    pub fn wait(&mut self, input: &mut Input<'_>) {
+        let at = match (input.u8() & 3, self.engine.poll_timeout()) {
+            (0, _) => self.now.0.saturating_add(input.u64() >> input.u8().min(63)),
+            (_, Some(at)) => at.0,
+            (_, None) => self.now.0.saturating_add(1_000_000),
+        };
+        // A century, in ns.
+        self.now = self.now.max(Tick(at.min(1 << 62)));
+        self.engine.handle_timeout(self.now);
+        let next = self.engine.poll_timeout();
+        assert!(
+            next.is_none_or(|at| at > self.now),
+            "{next:?} has passed at {:?}",
+            self.now
+        );
+        self.check();
+    }
+
+    /// Hears all events; incoming streams are answered as the input says.
+    pub fn events(&mut self, input: &mut Input<'_>) {
+        let most = 8 * self.config.max_streams.max(1) + 8;
+        for _ in 0..most {
+            let Some(event) = self.engine.poll_event() else {
+                let held: u64 = self.known.values().map(|k| k.held).sum();
+                assert!(
+                    held <= self.engine.lent(),
+                    "{held} bytes held, outside of every window"
+                );
+                return self.check();
+            };
+            match event {
+                Event::Incoming {
+                    stream,
+                    local_port,
+                    peer_port,
+                } => {
+                    assert!(SERVICES.contains(&local_port));
+                    let (pair, window) = self.asked;
+                    assert_eq!(
+                        pair,
+                        (local_port, peer_port),
+                        "told of one that did not ask"
+                    );
+                    let credit = Credit {
+                        window,
+                        ..Credit::default()
+                    };
+                    self.credit.insert(pair, credit);
+                    self.enter(stream, pair, true);
+                    match input.u8() & 7 {
+                        0 => self.engine.answer(self.now, stream, Answer::Refuse),
+                        1 => {}
+                        _ => self.engine.answer(self.now, stream, Answer::Accept),
+                    }
+                }
+                Event::Connected { stream } => assert!(!self.get(stream).incoming),
+                Event::Writable { stream } | Event::PeerShutdown { stream, .. } => {
+                    self.get(stream);
+                }
+                Event::Closed { stream, reason } => {
+                    let known = self.get(stream);
+                    assert!(
+                        reason.is_some() || known.held == 0,
+                        "ended in order with bytes held"
+                    );
+                    self.known.remove(&stream.slot());
+                    self.stale.push(stream);
+                    if self.stale.len() > 4 {
+                        self.stale.remove(0);
+                    }
+                }
+            }
+        }
+        panic!("more than {most} events");
+    }
+
+    fn get(&self, stream: StreamId) -> Known {
+        let known = self
+            .known
+            .get(&stream.slot())
+            .expect("a stream that was told of");
+        assert_eq!(known.id, stream);
+        *known
+    }
+
+    fn enter(&mut self, id: StreamId, ports: (u32, u32), incoming: bool) {
+        let known = Known {
+            id,
+            ports,
+            incoming,
+            held: 0,
+        };
+        assert!(
+            self.known.insert(id.slot(), known).is_none(),
+            "slot given twice"
+        );
+    }
+
+    /// Something that the shell wants, of a stream of the input's choice: one that is known, or was.
+    pub fn command(&mut self, input: &mut Input<'_>) {
+        let which = input.u8();
+        let ids: Vec<StreamId> = self
+            .known
+            .values()
+            .map(|k| k.id)
+            .chain(self.stale.iter().copied())
+            .collect();
+        let id = ids.get(usize::from(which) % ids.len().max(1)).copied();
+        match (input.u8() % 8, id) {
+            (0, _) | (_, None) => self.connect(input),
+            (1 | 2, Some(id)) => self.engine.offer(id, input.edge32()),
+            (3 | 4, Some(id)) => self.consume(id, input.edge32()),
+            (5, Some(id)) => {
+                let how = input.pick(&[How::Send, How::Receive, How::Both]);
+                self.engine.shutdown(self.now, id, how);
+                if how != How::Send
+                    && let Some(known) = self.known.get_mut(&id.slot()).filter(|k| k.id == id)
+                {
+                    known.held = 0;
+                }
+            }
+            (6, Some(id)) => {
+                let answer = input.pick(&[Answer::Accept, Answer::Refuse]);
+                self.engine.answer(self.now, id, answer);
+            }
+            (_, Some(id)) => self.engine.reset(self.now, id, ResetReason::Local),
+        }
+        self.check();
+    }
+
+    fn connect(&mut self, input: &mut Input<'_>) {
+        let lane = input.pick(&[Lane::Bulk, Lane::Control]);
+        let port = input.pick(&[9, 22, 741]);
+        if let Ok(id) = self.engine.connect(self.now, port, Kind::Stream, lane) {
+            let ports = self.engine.ports(id).expect("new");
+            self.credit.insert(ports, Credit::default());
+            self.enter(id, ports, false);
+        }
+    }
+
+    fn consume(&mut self, id: StreamId, n: u32) {
+        self.engine.consumed(self.now, id, n);
+        if let Some(known) = self.known.get_mut(&id.slot()).filter(|k| k.id == id) {
+            known.held = known.held.saturating_sub(u64::from(n));
+        }
+    }
+
+    /// Ports of a stream that is known, for a packet to hit.
+    pub fn ports(&self, which: u8) -> Option<(u32, u32)> {
+        let n = self.known.len().max(1);
+        self.known
+            .values()
+            .nth(usize::from(which) % n)
+            .map(|k| k.ports)
+    }
+
+    /// What goes out next into a slot of this size.
+    pub fn transmit(&mut self, capacity: u32) -> Option<Transmit> {
+        let t = self.engine.poll_transmit(self.now, capacity);
+        if let Some(Transmit {
+            header,
+            body: Some((id, len)),
+            ..
+        }) = t
+        {
+            assert!(len > 0 && len <= capacity && header.op == Op::Rw as u16);
+            let known = self.get(id);
+            assert_eq!((header.src_port, header.dst_port), known.ports);
+        }
+        t
+    }
+
+    /// `n` bytes of the last packet's body are in its slot.
+    pub fn commit(&mut self, id: StreamId, n: u32) -> PacketHeader {
+        let h = self.engine.commit_body(self.now, id, n);
+        assert_eq!((h.op, h.len), (Op::Rw as u16, n));
+        let credit = self.credit.entry((h.src_port, h.dst_port)).or_default();
+        credit.sent += u64::from(n);
+        assert!(
+            credit.sent <= credit.taken + credit.window,
+            "{credit:?}: sent without credit"
+        );
+        self.check();
+        h
+    }
+
+    /// Sends all that there is, in packets of at most `capacity` bytes; at most `bodies` with a body.
+    pub fn send_all(&mut self, capacity: u32, bodies: u32, fill: u8) {
+        let (mut owed, mut left) = (0, bodies);
+        while left > 0 {
+            let Some(t) = self.transmit(capacity) else {
+                break;
+            };
+            match t.body {
+                None => owed += 1,
+                Some((id, 1..)) if fill == 0 => {
+                    left -= 1;
+                    self.engine.offer(id, 0);
+                }
+                Some((id, len)) => {
+                    left -= 1;
+                    self.commit(id, 1 + len.wrapping_mul(u32::from(fill)) % len);
+                }
+            }
+            assert!(
+                owed as usize
+                    <= RST_MAX + 16 * (1 + self.config.max_streams as usize) + 8 * bodies as usize
+            );
+        }
+        let _ = self.engine.drain_pairs().count();
+    }
+
+    /// What must hold at any time.
+    fn check(&self) {
+        let (lent, pool) = (self.engine.lent(), self.config.pool_bytes);
+        assert!(lent <= pool, "{lent} lent of {pool}");
+        assert!(self.known.len() <= self.config.max_streams.max(1) as usize);
+        assert_eq!(self.engine.streams(), self.known.len());
+    }
+}
