@@ -149,6 +149,15 @@ impl Driver {
         self.send_wire(&wire, payload.len(), piece)
     }
 
+    /// As `send`, with `len` bytes of whatever lies in the payload area: what it costs is not the harness's copying.
+    pub fn send_unwritten(&mut self, h: &PacketHeader, len: usize) -> bool {
+        let h = PacketHeader {
+            len: len as u32,
+            ..*h
+        };
+        self.send_wire(&WireHeader::new(self.cid, HOST_CID, &h), len, len.max(1))
+    }
+
     /// As `send`, with a header as it is and `len` bytes of whatever lies in the payload area.
     pub fn send_wire(&mut self, wire: &WireHeader, len: usize, piece: usize) -> bool {
         assert!(len <= PAYLOAD_MAX && piece > 0);
@@ -193,6 +202,23 @@ impl Driver {
             n += 1;
         }
         n
+    }
+
+    /// Takes a packet from the host without its payload, whose length it returns, and posts its buffer again, not yet
+    /// shown.
+    pub fn receive_header(&mut self) -> Option<(WireHeader, usize)> {
+        let (head, len) = self.rx.pop_used()?;
+        let header = match self.config.rx {
+            RxShape::OnePage => memory::rx_page(head),
+            RxShape::HeaderAndPage => memory::header(RX_QUEUE, head),
+        };
+        let mut bytes = [0; HEADER_BYTES];
+        self.mem
+            .read_slice(&mut bytes, GuestAddress(header))
+            .expect("header");
+        self.post_rx();
+        let len = (len as usize).saturating_sub(HEADER_BYTES);
+        Some((WireHeader::from_bytes(&bytes), len))
     }
 
     /// Takes a packet from the host into `payload` (cleared first) and posts its buffer again, not yet shown.

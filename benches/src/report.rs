@@ -16,7 +16,7 @@ pub enum Better {
 #[derive(Clone, Debug, Serialize)]
 pub struct Figure {
     /// What was measured.
-    pub name: &'static str,
+    pub name: String,
     /// Of `ours` and `peer`.
     pub unit: &'static str,
     /// Median over the rounds.
@@ -29,7 +29,7 @@ pub struct Figure {
     pub ratio: Option<f64>,
     /// Which way is good.
     pub better: Better,
-    /// Goal for the ratio.
+    /// Goal for the ratio; for the figure itself where there is no peer.
     pub must: Option<f64>,
     /// What we aim for.
     pub aim: Option<f64>,
@@ -43,9 +43,14 @@ pub struct Figure {
 
 impl Figure {
     /// A figure without a peer.
-    pub fn alone(name: &'static str, unit: &'static str, better: Better, rounds: &[f64]) -> Self {
+    pub fn alone(
+        name: impl Into<String>,
+        unit: &'static str,
+        better: Better,
+        rounds: &[f64],
+    ) -> Self {
         Self {
-            name,
+            name: name.into(),
             unit,
             ours: median(rounds),
             peer: None,
@@ -64,12 +69,22 @@ impl Figure {
     pub fn beside(mut self, peer: &'static str, rounds: &[f64], must: f64, aim: f64) -> Self {
         let theirs = median(rounds);
         let ratio = self.ours / theirs;
+        (self.peer, self.peer_name, self.ratio) = (Some(theirs), Some(peer), Some(ratio));
+        self.aims(ratio, must, aim)
+    }
+
+    /// Sets goals for the figure itself.
+    pub fn goal(self, must: f64, aim: f64) -> Self {
+        let ours = self.ours;
+        self.aims(ours, must, aim)
+    }
+
+    fn aims(mut self, value: f64, must: f64, aim: f64) -> Self {
         let reaches = |goal: f64| match self.better {
-            Better::Higher => ratio >= goal,
-            Better::Lower => ratio <= goal,
+            Better::Higher => value >= goal,
+            Better::Lower => value <= goal,
         };
         (self.met, self.aim_met) = (Some(reaches(must)), Some(reaches(aim)));
-        (self.peer, self.peer_name, self.ratio) = (Some(theirs), Some(peer), Some(ratio));
         (self.must, self.aim) = (Some(must), Some(aim));
         self
     }
@@ -81,16 +96,17 @@ impl Figure {
             println!("{}", serde_json::to_string(self).unwrap_or_default());
             return;
         }
-        print!("{:<44} {:>12.1} {:<6}", self.name, self.ours, self.unit);
-        if let (Some(peer), Some(name), Some(ratio), Some(must)) =
-            (self.peer, self.peer_name, self.ratio, self.must)
-        {
-            let met = if self.met == Some(true) {
-                "met"
-            } else {
-                "MISSED"
+        print!("{:<52} {:>10.1} {:<6}", self.name, self.ours, self.unit);
+        if let (Some(peer), Some(name), Some(ratio)) = (self.peer, self.peer_name, self.ratio) {
+            print!(" {name} {peer:.1}, ratio {ratio:.3}");
+        }
+        if let (Some(must), Some(aim)) = (self.must, self.aim) {
+            let met = match (self.met, self.aim_met) {
+                (_, Some(true)) => "aim met",
+                (Some(true), _) => "met",
+                _ => "MISSED",
             };
-            print!(" {name} {peer:.1}, ratio {ratio:.2}, must {must:.2}: {met}");
+            print!(", must {must}, aim {aim}: {met}");
         }
         println!("  ({} rounds)", self.rounds);
     }

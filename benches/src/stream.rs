@@ -66,6 +66,11 @@ impl GuestStream {
         self.peer_buf_alloc.saturating_sub(in_flight)
     }
 
+    /// Bytes sent that the host has not said it took.
+    pub fn in_flight(&self) -> u32 {
+        self.tx_cnt.wrapping_sub(self.peer_fwd_cnt)
+    }
+
     /// Learns the credit from a packet of the host, and takes its payload.
     pub fn handle(&mut self, h: &PacketHeader, payload: usize) {
         self.peer_buf_alloc = h.buf_alloc;

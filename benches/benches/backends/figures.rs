@@ -1,0 +1,294 @@
+//! Which cells are measured in a round, and the table that comes of them.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use adit_benches::DriverConfig;
+use adit_benches::report::{Better, Figure, median};
+
+use crate::measure::{self, End};
+use crate::process::{Backend, Kind};
+use crate::{Options, crowd};
+
+const PEER: &str = "vhost-device-vsock";
+const SIZES: [(usize, &str); 3] = [(65536, "64 KiB"), (4096, "4 KiB"), (64, "64 B")];
+const SPACING: Duration = Duration::from_millis(5);
+
+/// A series of one measurement: who, and what.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Who {
+    Socket,
+    Inline,
+    Peer,
+}
+
+impl Who {
+    const fn end(self) -> End {
+        match self {
+            Self::Inline => End::Inline,
+            Self::Socket | Self::Peer => End::Socket,
+        }
+    }
+
+    const fn kind(self) -> Kind {
+        match self {
+            Self::Peer => Kind::Peer,
+            Self::Socket | Self::Inline => Kind::Ours,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Series {
+    values: BTreeMap<(String, Who), Vec<f64>>,
+    failures: BTreeMap<Who, u64>,
+    notes: Vec<String>,
+}
+
+impl Series {
+    fn push(&mut self, name: &str, who: Who, value: f64) {
+        let key = (name.to_owned(), who);
+        self.values.entry(key).or_default().push(value);
+    }
+
+    fn get(&self, name: &str, who: Who) -> &[f64] {
+        let key = (name.to_owned(), who);
+        self.values.get(&key).map_or(&[], Vec::as_slice)
+    }
+
+    fn failed(&mut self, name: &str, who: Who, e: &anyhow::Error) {
+        *self.failures.entry(who).or_default() += 1;
+        self.notes.push(format!("{name}, {who:?}: {e:#}"));
+    }
+}
+
+/// Measures and prints everything.
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    let mut series = Series::default();
+    let begin = Instant::now();
+    for _ in 0..options.rounds {
+        round(options, &mut series)?;
+    }
+    let mut table = table(&series, options.peer.is_some());
+    table.extend(harness());
+    for figure in &table {
+        figure.print(options.json);
+    }
+    for figure in crowd::figures(options)? {
+        figure.print(options.json);
+    }
+    for note in &series.notes {
+        eprintln!("failed: {note}");
+    }
+    eprintln!(
+        "{} rounds in {:.0} s; peer: {}",
+        options.rounds,
+        begin.elapsed().as_secs_f64(),
+        options
+            .peer
+            .as_ref()
+            .map_or("none".into(), |p| p.display().to_string())
+    );
+    Ok(())
+}
+
+/// Each backend is started anew, and cells take turns.
+fn round(options: &Options, series: &mut Series) -> anyhow::Result<()> {
+    let peer = options.peer.as_deref();
+    let mut everyone = vec![Who::Socket, Who::Inline];
+    let config = DriverConfig::LINUX_6_1;
+    let mut ours = Backend::start(Kind::Ours, None, config)?;
+    let mut theirs = None;
+    if peer.is_some() {
+        theirs = Some(Backend::start(Kind::Peer, peer, config)?);
+        everyone.push(Who::Peer);
+    }
+    let mut cell =
+        |series: &mut Series, name: &str, who: Who, run: Cell<'_>| -> anyhow::Result<()> {
+            let backend = match who.kind() {
+                Kind::Ours => &mut ours,
+                Kind::Peer => theirs.get_or_insert(Backend::start(Kind::Peer, peer, config)?),
+            };
+            if let Err(e) = run(series, backend) {
+                series.failed(name, who, &e);
+                // A stream that hangs may have taken the backend with it.
+                *backend = Backend::start(who.kind(), peer, config)?;
+            }
+            Ok(())
+        };
+    for &who in everyone.iter().filter(|w| **w != Who::Inline) {
+        cell(series, "checked", who, &mut |_, backend| {
+            measure::checked_transfer(backend)
+        })?;
+    }
+    for (size, label) in SIZES {
+        for &who in &everyone {
+            let (up, down) = (format!("{label} up"), format!("{label} down"));
+            cell(series, &up, who, &mut |series, backend| {
+                let (rate, cpu) = measure::upload(backend, who.end(), size)?;
+                series.push(&up, who, rate);
+                series.push(&format!("{up} cpu"), who, cpu);
+                Ok(())
+            })?;
+            cell(series, &down, who, &mut |series, backend| {
+                let (rate, cpu) = measure::download(backend, who.end(), size)?;
+                series.push(&down, who, rate);
+                series.push(&format!("{down} cpu"), who, cpu);
+                Ok(())
+            })?;
+        }
+    }
+    for &who in &everyone {
+        cell(series, "rtt", who, &mut |series, backend| {
+            let times = measure::round_trips(backend, who.end(), 64)?;
+            let p50 = median(&times);
+            series.push("rtt", who, p50);
+            series.push("rtt p99/p50", who, times[times.len() * 99 / 100] / p50);
+            Ok(())
+        })?;
+    }
+    for &who in everyone.iter().filter(|w| **w != Who::Inline) {
+        for (name, spacing, n) in [
+            ("connections", Duration::ZERO, 200),
+            ("spaced", SPACING, 20),
+        ] {
+            cell(series, name, who, &mut |series, backend| {
+                let made = measure::connections(backend, spacing, n);
+                series.push(name, who, made.rate());
+                let failed = made.failed as f64 / (made.completed + made.failed) as f64;
+                series.push(&format!("{name} failed"), who, 100.0 * failed);
+                if made.failed > 0 && who == Who::Peer {
+                    // What it lost track of must not slow the next cell.
+                    *backend = Backend::start(Kind::Peer, peer, config)?;
+                }
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}
+
+type Cell<'a> = &'a mut dyn FnMut(&mut Series, &mut Backend) -> anyhow::Result<()>;
+
+const MIB: f64 = 1024.0 * 1024.0;
+
+fn table(series: &Series, peer: bool) -> Vec<Figure> {
+    let mut out = Vec::new();
+    let mut row = |name: &str, key: &str, who: Who, unit, scale: f64, better, goals: (f64, f64)| {
+        let scaled = |who| -> Vec<f64> { series.get(key, who).iter().map(|v| v / scale).collect() };
+        let figure = Figure::alone(name, unit, better, &scaled(who));
+        out.push(match peer {
+            true => figure.beside(PEER, &scaled(Who::Peer), goals.0, goals.1),
+            false => figure,
+        });
+    };
+    for (who, end, bulk, small, rtt) in [
+        (Who::Socket, "socket", (2.0, 4.0), (2.5, 5.0), (0.5, 0.3)),
+        (
+            Who::Inline,
+            "in process",
+            (4.0, 8.0),
+            (5.0, 10.0),
+            (0.3, 0.1),
+        ),
+    ] {
+        for (_, label) in SIZES {
+            for (way, words) in [
+                ("up", format!("guest to {end}")),
+                ("down", format!("{end} to guest")),
+            ] {
+                let key = format!("{label} {way}");
+                let (unit, scale, goals) = match label {
+                    "64 B" => ("kmsg/s", 64_000.0, small),
+                    _ => ("MiB/s", MIB, bulk),
+                };
+                let name = format!("{label} {words}");
+                row(&name, &key, who, unit, scale, Better::Higher, goals);
+            }
+        }
+        row(
+            &format!("RTT 64 B p50, {end}"),
+            "rtt",
+            who,
+            "us",
+            1000.0,
+            Better::Lower,
+            rtt,
+        );
+    }
+    for (way, words) in [("up", "guest to socket"), ("down", "socket to guest")] {
+        let key = format!("64 KiB {way} cpu");
+        let name = format!("backend's CPU a KiB, 64 KiB {words}");
+        row(
+            &name,
+            &key,
+            Who::Socket,
+            "ns",
+            1.0 / 1024.0,
+            Better::Lower,
+            (0.7, 0.4),
+        );
+    }
+    row(
+        "echoes on new connections, at once",
+        "connections",
+        Who::Socket,
+        "1/s",
+        1.0,
+        Better::Higher,
+        (3.0, 10.0),
+    );
+    row(
+        "echoes on new connections, 5 ms apart",
+        "spaced",
+        Who::Socket,
+        "1/s",
+        1.0,
+        Better::Higher,
+        (3.0, 10.0),
+    );
+    for (who, end) in [(Who::Socket, "socket"), (Who::Inline, "in process")] {
+        let values = series.get("rtt p99/p50", who);
+        let name = format!("RTT 64 B p99/p50, {end}");
+        out.push(Figure::alone(name, "x", Better::Lower, values).goal(3.0, 2.0));
+    }
+    let mut failed = |name: &str, who: Who, values: &[f64]| {
+        let name = format!("{name}, {}", if who == Who::Peer { PEER } else { "ours" });
+        out.push(Figure::alone(name, "%", Better::Lower, values));
+    };
+    for who in [Who::Socket, Who::Peer] {
+        if who == Who::Peer && !peer {
+            continue;
+        }
+        failed(
+            "new connections that failed, at once",
+            who,
+            series.get("connections failed", who),
+        );
+        failed(
+            "new connections that failed, 5 ms apart",
+            who,
+            series.get("spaced failed", who),
+        );
+    }
+    for who in [Who::Socket, Who::Inline, Who::Peer] {
+        let n = series.failures.get(&who).copied().unwrap_or(0) as f64;
+        let name = format!("cells that failed, {who:?}").to_lowercase();
+        out.push(Figure::alone(name, "", Better::Lower, &[n]));
+    }
+    out
+}
+
+/// What the harness's own thread costs in a cell: the host program's socket alone.
+fn harness() -> Vec<Figure> {
+    let mut rates = Vec::new();
+    for _ in 0..5 {
+        rates.push(measure::socket_alone().unwrap_or(0.0) / MIB);
+    }
+    vec![Figure::alone(
+        "harness: 64 KiB through a Unix socket, one thread",
+        "MiB/s",
+        Better::Higher,
+        &rates,
+    )]
+}
