@@ -1,7 +1,15 @@
-//! `cargo xtask bench NAME`: runs the bench of that name and passes its lines through. Its exit status says whether it
+//! `cargo xtask bench NAME`: runs the benches of that name and passes their lines through. Its exit status says whether it
 //! could measure, never how good the figures are.
 
-use crate::setup;
+use std::path::PathBuf;
+use std::process::Command;
+
+use adit_tests::process::output;
+
+use crate::{progress, setup};
+
+/// The vsock backend that ours is compared with, from the package registry.
+const PEER: (&str, &str) = ("vhost-device-vsock", "0.3.0");
 
 /// What to measure.
 #[derive(clap::Args)]
@@ -14,16 +22,56 @@ pub struct Options {
 }
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
-    let mut args = vec![
+    let json = options.json.then_some("--json");
+    bench(&options.name, json.as_slice())?;
+    if options.name == "vsock" {
+        let peer = install();
+        let mut args: Vec<&str> = json.into_iter().collect();
+        if let Err(e) = &peer {
+            eprintln!("skipped: {}, for it cannot be installed: {e:#}", PEER.0);
+        }
+        let peer = peer.ok().map(|path| path.display().to_string());
+        args.extend(peer.iter().flat_map(|path| ["--peer", path]));
+        // In turn with whatever else the machine runs, wake-ups would be measured on the scheduler's terms.
+        if nix::unistd::geteuid().is_root() {
+            args.push("--realtime");
+        }
+        bench("backends", &args)?;
+    }
+    Ok(true)
+}
+
+fn bench(name: &str, args: &[&str]) -> anyhow::Result<()> {
+    let cargo = [
         "bench",
         "--quiet",
         "-p",
         "adit-benches",
         "--bench",
-        &options.name,
+        name,
+        "--",
     ];
-    if options.json {
-        args.extend(["--", "--json"]);
+    setup::cargo(&[&cargo[..], args].concat())
+}
+
+/// Builds the peer under target/peers, once.
+fn install() -> anyhow::Result<PathBuf> {
+    let (name, version) = PEER;
+    let root = adit_tests::target().join("peers");
+    let binary = root.join("bin").join(name);
+    if !binary.exists() {
+        progress::during(
+            &format!("installing {name} {version} under target/peers"),
+            || {
+                let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+                let mut command = Command::new(cargo);
+                command
+                    .args(["install", "--quiet", "--locked", "--root"])
+                    .arg(&root);
+                command.arg("--target-dir").arg(root.join("build"));
+                output(command.args(["--version", version, name]))
+            },
+        )?;
     }
-    setup::cargo(&args).map(|()| true)
+    Ok(binary)
 }

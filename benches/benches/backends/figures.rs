@@ -71,10 +71,16 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     }
     let mut table = table(&series, options.peer.is_some());
     table.extend(harness());
+    table.retain(|figure| figure.ours != 0.0 || options.wants(""));
     for figure in &table {
         figure.print(options.json);
     }
-    for figure in crowd::figures(options)? {
+    let crowd = if options.wants("crowd") {
+        crowd::figures(options)?
+    } else {
+        Vec::new()
+    };
+    for figure in crowd {
         figure.print(options.json);
     }
     for note in &series.notes {
@@ -105,6 +111,9 @@ fn round(options: &Options, series: &mut Series) -> anyhow::Result<()> {
     }
     let mut cell =
         |series: &mut Series, name: &str, who: Who, run: Cell<'_>| -> anyhow::Result<()> {
+            if !options.wants(name) {
+                return Ok(());
+            }
             let backend = match who.kind() {
                 Kind::Ours => &mut ours,
                 Kind::Peer => theirs.get_or_insert(Backend::start(Kind::Peer, peer, config)?),

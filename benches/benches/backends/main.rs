@@ -1,10 +1,11 @@
-//! `cargo bench --bench backends [-- --peer PATH] [--rounds N] [--json]`: our vhost-user backend, in a process of its own,
+//! `cargo bench --bench backends [-- --peer PATH] [--rounds N] [--only CELL] [--realtime] [--json]`: our vhost-user backend, in a process of its own,
 //! beside the `vhost-device-vsock` binary, both driven by the same software guest, cell by cell in turn; medians.
 //!
 //! - The guest and the host's program are one thread that never sleeps, so that the backend is what is measured; it has
 //!   the other core of two. What that thread costs is printed too.
 //! - "socket": the host's end of a stream is a Unix socket, reached as the peer and Firecracker have it. "in process": it is
 //!   a service inside our backend; the peer has no such thing, so its socket stands beside it.
+//! - With `--realtime` (root) the harness and both backends run as SCHED_FIFO: other work on the machine does not count.
 //! - Failures are figures, not skipped. Without `--peer` ours runs alone. `cargo xtask bench vsock` installs the peer.
 
 mod crowd;
@@ -15,7 +16,9 @@ mod hybrid;
 mod measure;
 mod process;
 
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::Context;
 
@@ -24,6 +27,15 @@ pub struct Options {
     peer: Option<PathBuf>,
     rounds: usize,
     json: bool,
+    /// Only cells whose name has this in it: `64 KiB up`, `rtt`, `connections`, `crowd`…
+    only: Option<String>,
+}
+
+impl Options {
+    /// Tells whether a cell is to be measured.
+    fn wants(&self, cell: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| cell.contains(only))
+    }
 }
 
 fn main() -> anyhow::Result<()> {
@@ -32,6 +44,7 @@ fn main() -> anyhow::Result<()> {
         peer: None,
         rounds: 0,
         json: false,
+        only: None,
     };
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
@@ -39,6 +52,8 @@ fn main() -> anyhow::Result<()> {
             "--serve" => return hybrid::serve(&PathBuf::from(value()?)),
             "--peer" => options.peer = Some(value()?.into()),
             "--rounds" => options.rounds = value()?.parse().context("--rounds")?,
+            "--realtime" => realtime()?,
+            "--only" => options.only = Some(value()?),
             "--json" => options.json = true,
             // What `cargo bench` passes.
             _ => {}
@@ -48,4 +63,20 @@ fn main() -> anyhow::Result<()> {
         options.rounds = if options.peer.is_some() { 15 } else { 5 };
     }
     figures::run(&options)
+}
+
+/// Starts this program again under `chrt`, unless it is already.
+fn realtime() -> anyhow::Result<()> {
+    const MARK: &str = "ADIT_BENCH_REALTIME";
+    if std::env::var_os(MARK).is_some() {
+        return Ok(());
+    }
+    let mut command = Command::new("chrt");
+    command.args(["--fifo", "1"]).arg(std::env::current_exe()?);
+    let e = command
+        .args(std::env::args_os().skip(1))
+        .env(MARK, "1")
+        .exec();
+    eprintln!("--realtime ignored: chrt: {e}");
+    Ok(())
 }
