@@ -9,10 +9,10 @@ use anyhow::{Context, bail};
 
 use crate::progress;
 
-/// What libFuzzer needs of the compiler; checks as in a debug build.
+/// What libFuzzer needs of the compiler.
 const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
-    -Cllvm-args=-sanitizer-coverage-trace-compares -Clink-dead-code -Cdebug-assertions -Coverflow-checks";
+    -Cllvm-args=-sanitizer-coverage-trace-compares -Clink-dead-code";
 const HOST: &str = "x86_64-unknown-linux-gnu";
 
 /// What to fuzz, and for how long.
@@ -71,7 +71,7 @@ fn build() -> anyhow::Result<PathBuf> {
     progress::during("building the fuzz targets", || {
         let mut command = Command::new("cargo");
         command
-            .args(["build", "--quiet", "--release", "-p", "adit-fuzz"])
+            .args(["build", "--quiet", "--profile", "fuzz", "-p", "adit-fuzz"])
             .args(["--features", "libfuzzer", "--bin", "adit-fuzz"])
             .args(["--target", HOST, "--target-dir"])
             .arg(&dir)
@@ -82,7 +82,7 @@ fn build() -> anyhow::Result<PathBuf> {
         }
         Ok(())
     })?;
-    Ok(dir.join(HOST).join("release/adit-fuzz"))
+    Ok(dir.join(HOST).join("fuzz/adit-fuzz"))
 }
 
 fn fuzz(binary: &Path, name: &str, seconds: u64, runs: Option<u64>) -> anyhow::Result<bool> {
