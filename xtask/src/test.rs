@@ -43,14 +43,17 @@ const CHECKS: [Step; 9] = [
         },
     },
     Step {
-        name: "engine without an operating system",
+        name: "engine and ring without a system",
         budget_s: 15,
         run: || {
             setup::cargo(&[
                 "check",
                 "--quiet",
+                "--no-default-features",
                 "-p",
                 "adit-engine",
+                "-p",
+                "adit-ringbuf",
                 "--target",
                 "x86_64-unknown-none",
             ])

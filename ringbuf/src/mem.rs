@@ -1,0 +1,190 @@
+//! Shared memory, as the ring needs it: words that are fetched once, and bytes that are copied.
+
+/// Memory that both sides have. Loads and stores only: a peer's mapping may be read-only, and a locked instruction on
+/// memory that another partition can unmap is a hazard of its own.
+///
+/// Offsets are the ring's own, checked when it was made; an implementation may panic on one that is outside.
+pub trait RingMem {
+    /// Bytes.
+    fn len(&self) -> usize;
+    /// Tells whether there is nothing.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Loads a word, exactly once, with Acquire.
+    fn load(&self, at: usize) -> u64;
+    /// Stores a word with Release.
+    fn store(&self, at: usize, word: u64);
+    /// Stores a word that a later Release store will show.
+    fn store_relaxed(&self, at: usize, word: u64);
+    /// Orders a store before it against a load behind it, on both sides (SeqCst).
+    fn fence(&self);
+    /// Copies in.
+    fn write(&self, at: usize, bytes: &[u8]);
+    /// Copies out.
+    fn read(&self, at: usize, bytes: &mut [u8]);
+}
+
+impl<M: RingMem + ?Sized> RingMem for &M {
+    fn len(&self) -> usize {
+        (**self).len()
+    }
+    fn load(&self, at: usize) -> u64 {
+        (**self).load(at)
+    }
+    fn store(&self, at: usize, word: u64) {
+        (**self).store(at, word);
+    }
+    fn store_relaxed(&self, at: usize, word: u64) {
+        (**self).store_relaxed(at, word);
+    }
+    fn fence(&self) {
+        (**self).fence();
+    }
+    fn write(&self, at: usize, bytes: &[u8]) {
+        (**self).write(at, bytes);
+    }
+    fn read(&self, at: usize, bytes: &mut [u8]) {
+        (**self).read(at, bytes);
+    }
+}
+
+#[cfg(feature = "std")]
+pub use mapped::{Mapped, MemfdError};
+
+#[cfg(feature = "std")]
+mod mapped {
+    use std::fs::File;
+    use std::os::fd::OwnedFd;
+    use std::sync::Arc;
+    use std::sync::atomic::{Ordering, fence};
+
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+
+    use super::RingMem;
+
+    /// A mapping: of this process alone, of a memfd that another process maps too, or of guest memory. vm-memory copies
+    /// through raw pointers and never makes a reference to the bytes, so that another partition may write them at any
+    /// time.
+    #[derive(Clone, Debug)]
+    pub struct Mapped(Arc<MmapRegion>);
+
+    /// A descriptor is no memory for a ring: the fault of whoever passed it.
+    #[derive(Debug, thiserror::Error)]
+    pub enum MemfdError {
+        /// It cannot be examined, made or mapped.
+        #[error("memory cannot be used")]
+        Io(#[from] std::io::Error),
+        /// It could shrink under us: a touch would be SIGBUS.
+        #[error("memory is not a memfd sealed against shrinking and growing")]
+        NotSealed,
+        /// It is shorter than was said.
+        #[error("memory has {bytes} bytes, {wanted} were said")]
+        Short {
+            /// What there is.
+            bytes: u64,
+            /// What there should be.
+            wanted: u64,
+        },
+    }
+
+    const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW);
+
+    fn failed(e: impl std::error::Error + Send + Sync + 'static) -> MemfdError {
+        MemfdError::Io(std::io::Error::other(e))
+    }
+
+    impl Mapped {
+        /// Zeroed memory of this process.
+        ///
+        /// # Errors
+        /// There is none to be had.
+        pub fn anonymous(bytes: usize) -> Result<Self, MemfdError> {
+            Ok(Self(Arc::new(MmapRegion::new(bytes).map_err(failed)?)))
+        }
+
+        /// Zeroed memory that can be passed on: a memfd, sealed to its size.
+        ///
+        /// # Errors
+        /// There is none to be had.
+        pub fn memfd(bytes: usize) -> Result<(Self, OwnedFd), MemfdError> {
+            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+            let io = |e: nix::errno::Errno| MemfdError::Io(e.into());
+            let file = File::from(memfd_create(c"adit-ring", flags).map_err(io)?);
+            file.set_len(bytes as u64)?;
+            fcntl(&file, FcntlArg::F_ADD_SEALS(SEALS | SealFlag::F_SEAL_SEAL)).map_err(io)?;
+            let fd = OwnedFd::from(file.try_clone()?);
+            Ok((Self::map(file, bytes)?, fd))
+        }
+
+        /// Maps what another process passed.
+        ///
+        /// # Errors
+        /// It is not sealed, too short, or cannot be mapped.
+        pub fn from_memfd(fd: OwnedFd, bytes: usize) -> Result<Self, MemfdError> {
+            let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_err(|_| MemfdError::NotSealed)?;
+            if !SealFlag::from_bits_truncate(seals).contains(SEALS) {
+                return Err(MemfdError::NotSealed);
+            }
+            let file = File::from(fd);
+            let (there, wanted) = (file.metadata()?.len(), bytes as u64);
+            if there < wanted {
+                return Err(MemfdError::Short {
+                    bytes: there,
+                    wanted,
+                });
+            }
+            Self::map(file, bytes)
+        }
+
+        fn map(file: File, bytes: usize) -> Result<Self, MemfdError> {
+            let region = MmapRegion::from_file(FileOffset::new(file, 0), bytes).map_err(failed)?;
+            Ok(Self(Arc::new(region)))
+        }
+    }
+
+    impl From<Arc<MmapRegion>> for Mapped {
+        /// A region of guest memory.
+        fn from(region: Arc<MmapRegion>) -> Self {
+            Self(region)
+        }
+    }
+
+    /// The ring checked its offsets when it was made.
+    const INSIDE: &str = "an offset of the ring's own, checked against the length";
+
+    impl RingMem for Mapped {
+        fn len(&self) -> usize {
+            self.0.size()
+        }
+        fn load(&self, at: usize) -> u64 {
+            let word = self.0.as_volatile_slice().load(at, Ordering::Acquire);
+            u64::from_le(word.expect(INSIDE))
+        }
+        fn store(&self, at: usize, word: u64) {
+            let slice = self.0.as_volatile_slice();
+            slice
+                .store(word.to_le(), at, Ordering::Release)
+                .expect(INSIDE);
+        }
+        fn store_relaxed(&self, at: usize, word: u64) {
+            let slice = self.0.as_volatile_slice();
+            slice
+                .store(word.to_le(), at, Ordering::Relaxed)
+                .expect(INSIDE);
+        }
+        fn fence(&self) {
+            fence(Ordering::SeqCst);
+        }
+        fn write(&self, at: usize, bytes: &[u8]) {
+            let slice = self.0.as_volatile_slice();
+            slice.write_slice(bytes, at).expect(INSIDE);
+        }
+        fn read(&self, at: usize, bytes: &mut [u8]) {
+            let slice = self.0.as_volatile_slice();
+            slice.read_slice(bytes, at).expect(INSIDE);
+        }
+    }
+}

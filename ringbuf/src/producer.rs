@@ -1,0 +1,257 @@
+//! The side that writes records.
+
+use core::fmt;
+
+use crate::layout::{HEADER, Header};
+use crate::{Armed, Corrupt, Geometry, GeometryError, Plan, RingMem, Wake, passes};
+
+/// Why a record is not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PushError {
+    /// No room: wait for space.
+    Full,
+    /// It would never fit.
+    TooLong {
+        /// Its length.
+        len: usize,
+        /// The longest.
+        max: usize,
+    },
+    /// The consumer broke the ring.
+    Corrupt(Corrupt),
+}
+
+impl fmt::Display for PushError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Full => f.write_str("ring is full"),
+            Self::TooLong { len, max } => write!(f, "record of {len} bytes, at most {max} fit"),
+            Self::Corrupt(corrupt) => corrupt.fmt(f),
+        }
+    }
+}
+
+impl core::error::Error for PushError {}
+
+impl From<Corrupt> for PushError {
+    fn from(corrupt: Corrupt) -> Self {
+        Self::Corrupt(corrupt)
+    }
+}
+
+/// Writes records. Its own position is private; what the consumer says of its position is checked.
+#[derive(Debug)]
+pub struct Producer<M> {
+    mem: M,
+    plan: Plan,
+    /// Behind the last record that was written.
+    head: u64,
+    /// Behind the last record that was shown.
+    shown: u64,
+    /// Header of the first record that is not shown yet.
+    withheld: Option<u64>,
+    /// The consumer's position as last seen and checked.
+    cons: u64,
+    events: bool,
+    corrupt: Option<Corrupt>,
+}
+
+/// Room for one record, to be filled in place. Dropped without `commit`: nothing was written.
+#[derive(Debug)]
+pub struct Grant<'a, M> {
+    producer: &'a mut Producer<M>,
+    pad: u64,
+    len: u64,
+}
+
+impl<M: RingMem> Producer<M> {
+    /// Begins a ring in zeroed memory. `events`: the consumer sleeps and wants to be woken; without it, it polls, and
+    /// no fence is spent on asking.
+    ///
+    /// # Errors
+    /// The geometry does not fit the memory.
+    pub fn new(mem: M, geometry: Geometry, events: bool) -> Result<Self, GeometryError> {
+        let plan = geometry.check(&mem)?;
+        Ok(Self {
+            mem,
+            plan,
+            head: 0,
+            shown: 0,
+            withheld: None,
+            cons: 0,
+            events,
+            corrupt: None,
+        })
+    }
+
+    /// Longest record, bytes.
+    pub fn record_max(&self) -> usize {
+        self.plan.at.record_max()
+    }
+
+    /// Writes one record and shows it.
+    ///
+    /// # Errors
+    /// There is no room, it is too long, or the ring is corrupt: nothing was written.
+    pub fn try_push(&mut self, bytes: &[u8]) -> Result<Wake, PushError> {
+        let mut grant = self.reserve(bytes.len())?;
+        grant.write(0, bytes);
+        let wake = grant.commit();
+        Ok(wake.or(self.publish()))
+    }
+
+    /// Finds room for a record of `len` bytes, behind those that were committed.
+    ///
+    /// # Errors
+    /// As [`try_push`](Self::try_push).
+    pub fn reserve(&mut self, len: usize) -> Result<Grant<'_, M>, PushError> {
+        let max = self.record_max();
+        if len > max {
+            return Err(PushError::TooLong { len, max });
+        }
+        let len = len as u64;
+        let (pad, need) = self.need(len);
+        if need > self.free() {
+            self.look_at_consumer()?;
+            if need > self.free() {
+                return Err(PushError::Full);
+            }
+        }
+        Ok(Grant {
+            producer: self,
+            pad,
+            len,
+        })
+    }
+
+    /// Pad ahead of a record of `len` bytes, and all that it needs: pad, record, and the next header, which is zeroed
+    /// before the record is shown.
+    fn need(&self, len: u64) -> (u64, u64) {
+        let (total, to_end) = (self.plan.total(len), self.plan.left_to_end(self.head));
+        let pad = if total > to_end { to_end } else { 0 };
+        (pad, pad + total + HEADER as u64)
+    }
+
+    fn free(&self) -> u64 {
+        self.plan.size() - (self.head - self.cons)
+    }
+
+    /// Fetches the consumer's position, once.
+    fn look_at_consumer(&mut self) -> Result<(), Corrupt> {
+        if let Some(corrupt) = self.corrupt {
+            return Err(corrupt);
+        }
+        let cons = self.mem.load(self.plan.at.cons);
+        // Neither backwards nor beyond what it was shown.
+        if cons.wrapping_sub(self.cons) > self.shown - self.cons {
+            let corrupt = Corrupt {
+                what: "consumer's position",
+                value: cons,
+                limit: self.shown,
+            };
+            self.corrupt = Some(corrupt);
+            return Err(corrupt);
+        }
+        self.cons = cons;
+        Ok(())
+    }
+
+    /// Writes a header: the first of a batch is withheld until [`publish`](Self::publish).
+    fn put(&mut self, header: u64, total: u64) {
+        let next = self.plan.offset(self.head + total);
+        self.mem.store_relaxed(next, 0);
+        match self.withheld {
+            None => self.withheld = Some(header),
+            Some(_) => {
+                let at = self.plan.offset(self.head);
+                self.mem.store_relaxed(at, header);
+            }
+        }
+        self.head += total;
+    }
+
+    /// Bytes that are committed and not shown yet.
+    pub fn unpublished(&self) -> usize {
+        (self.head - self.shown) as usize
+    }
+
+    /// Shows every committed record with one store.
+    pub fn publish(&mut self) -> Wake {
+        let Some(header) = self.withheld.take() else {
+            return Wake::No;
+        };
+        // SYNC(header): pairs with the consumer's load of it.
+        self.mem.store(self.plan.offset(self.shown), header);
+        let old = core::mem::replace(&mut self.shown, self.head);
+        if !self.events {
+            return Wake::No;
+        }
+        // SYNC(data): between "header stored" and "does it sleep?"; pairs with the fence in `arm_data`.
+        self.mem.fence();
+        let wake_at = self.mem.load(self.plan.at.data_wake_at);
+        if passes(old, self.head, wake_at) {
+            Wake::Yes
+        } else {
+            Wake::No
+        }
+    }
+
+    /// Asks to be woken when a record of `len` bytes fits, then looks again. What is committed is shown first.
+    ///
+    /// # Errors
+    /// The consumer broke the ring.
+    pub fn arm_space(&mut self, len: usize) -> Result<(Armed, Wake), Corrupt> {
+        let wake = self.publish();
+        let (_, need) = self.need((len as u64).min(self.record_max() as u64));
+        let wake_at = (self.head + need).saturating_sub(self.plan.size());
+        self.mem.store_relaxed(self.plan.at.space_wake_at, wake_at);
+        // SYNC(space): pairs with the fence in `release`.
+        self.mem.fence();
+        self.look_at_consumer()?;
+        let armed = if need > self.free() {
+            Armed::Sleep
+        } else {
+            Armed::Ready
+        };
+        Ok((armed, wake))
+    }
+}
+
+impl<M: RingMem> Grant<'_, M> {
+    /// Bytes of the record.
+    pub fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    /// Tells whether the record has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Copies bytes to an offset in the record. What would lie behind its end is left out.
+    pub fn write(&mut self, at: usize, bytes: &[u8]) {
+        let room = (self.len as usize).saturating_sub(at);
+        let bytes = &bytes[..bytes.len().min(room)];
+        let p = &self.producer;
+        let begin = p.plan.offset(p.head + self.pad) + HEADER + at;
+        if !bytes.is_empty() {
+            p.mem.write(begin, bytes);
+        }
+    }
+
+    /// Makes it a record. It is seen with the next [`publish`](Producer::publish); a batch of a quarter of the ring is
+    /// shown now, so that the consumer is not kept idle.
+    pub fn commit(self) -> Wake {
+        let Self { producer, pad, len } = self;
+        if pad > 0 {
+            producer.put(Header::pad(pad - HEADER as u64), pad);
+        }
+        let total = producer.plan.total(len);
+        producer.put(Header::data(len), total);
+        if producer.head - producer.shown >= producer.plan.size() / 4 {
+            producer.publish()
+        } else {
+            Wake::No
+        }
+    }
+}

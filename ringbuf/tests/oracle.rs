@@ -1,0 +1,130 @@
+//! The ring against a queue: every short sequence of calls on small rings, and long random ones.
+
+mod common;
+
+use std::collections::VecDeque;
+
+use adit_ringbuf::{Consumer, Geometry, Mapped, Producer, PushError};
+use common::Noise;
+
+struct Pair {
+    producer: Producer<Mapped>,
+    consumer: Consumer<Mapped>,
+    /// Shown and not taken; the byte of each is its number.
+    shown: VecDeque<Vec<u8>>,
+    /// Committed and not shown.
+    hidden: VecDeque<Vec<u8>>,
+    next: u8,
+}
+
+impl Pair {
+    fn new(size: usize, align: usize) -> Self {
+        let geometry = Geometry::alone(size, align);
+        let mem = Mapped::anonymous(geometry.bytes()).unwrap();
+        Self {
+            producer: Producer::new(mem.clone(), geometry, true).unwrap(),
+            consumer: Consumer::new(mem, geometry, true).unwrap(),
+            shown: VecDeque::new(),
+            hidden: VecDeque::new(),
+            next: 0,
+        }
+    }
+
+    fn record(&mut self, len: usize) -> Vec<u8> {
+        self.next = self.next.wrapping_add(1);
+        (0..len).map(|i| self.next ^ i as u8).collect()
+    }
+
+    fn commit(&mut self, len: usize) -> bool {
+        let bytes = self.record(len);
+        match self.producer.reserve(len) {
+            Ok(mut grant) => {
+                grant.write(0, &bytes);
+                let _ = grant.commit();
+                self.hidden.push_back(bytes);
+                if self.producer.unpublished() == 0 {
+                    self.shown.append(&mut self.hidden);
+                }
+                true
+            }
+            Err(PushError::Full) => false,
+            Err(e) => panic!("{e}"),
+        }
+    }
+
+    fn publish(&mut self) {
+        let _ = self.producer.publish();
+        self.shown.append(&mut self.hidden);
+    }
+
+    fn pop(&mut self) -> bool {
+        let mut buf = [0; 4096];
+        let got = self.consumer.pop(&mut buf).unwrap();
+        let want = self.shown.pop_front();
+        assert_eq!(got, want.as_ref().map(Vec::len));
+        if let Some(want) = want {
+            assert_eq!(buf[..want.len()], want[..]);
+        }
+        got.is_some()
+    }
+
+    /// Whatever was done: it all comes out, and then the longest record fits.
+    fn finish(mut self) {
+        self.publish();
+        while self.pop() {}
+        let _ = self.consumer.release();
+        let max = self.producer.record_max();
+        assert!(self.commit(max), "an empty ring takes the longest record");
+        self.publish();
+        assert!(self.pop() && !self.pop());
+    }
+}
+
+/// Every sequence of five calls on rings of two sizes, both alignments (R4, R6).
+#[test]
+fn r04_every_short_sequence_on_small_rings() {
+    for (size, align) in [(64, 8), (128, 8), (256, 64), (512, 64)] {
+        let max = Geometry::alone(size, align).record_max();
+        let lens = [0, 1, max / 2 + 1, max];
+        const CALLS: u32 = 7;
+        for sequence in 0..u64::from(CALLS).pow(5) {
+            let (mut pair, mut rest) = (Pair::new(size, align), sequence);
+            for _ in 0..5 {
+                let call = rest % u64::from(CALLS);
+                rest /= u64::from(CALLS);
+                match call {
+                    0..4 => drop(pair.commit(lens[call as usize])),
+                    4 => pair.publish(),
+                    5 => drop(pair.pop()),
+                    _ => drop(pair.consumer.release()),
+                }
+            }
+            pair.finish();
+        }
+    }
+}
+
+#[test]
+fn long_random_runs_equal_a_queue() {
+    for seed in 0..40 {
+        let mut noise = Noise(seed);
+        let align = [8, 64][noise.below(2) as usize];
+        let size = (align * 4) << noise.below(6);
+        let mut pair = Pair::new(size, align);
+        let max = pair.producer.record_max() as u64;
+        let (mut pushed, mut popped) = (0, 0);
+        for _ in 0..20_000 {
+            match noise.below(8) {
+                0..4 => pushed += u32::from(pair.commit(noise.below(max + 1) as usize)),
+                4 => pair.publish(),
+                5 | 6 => popped += u32::from(pair.pop()),
+                _ => drop(pair.consumer.release()),
+            }
+        }
+        assert!(
+            pushed > 500 && popped > 500,
+            "seed {seed}: {pushed} {popped}"
+        );
+        pair.finish();
+    }
+}
