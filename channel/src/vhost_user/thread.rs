@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::signal::{SigSet, Signal};
 use vhost::vhost_user::Error;
 
 use super::VhostUserConfig;
@@ -166,6 +167,12 @@ struct Serving {
 impl Serving {
     /// Serves one frontend after the other; the first may be a predecessor's.
     fn run(&mut self, mut inherited: Option<Handover>) {
+        // `sendfile` to a frontend that has gone: a process that links us may not ignore the signal (R52).
+        let mut pipe = SigSet::empty();
+        pipe.add(Signal::SIGPIPE);
+        if let Err(e) = pipe.thread_block() {
+            tracing::warn!(vm = self.vm, error = %e, "SIGPIPE is not blocked");
+        }
         loop {
             let intake = match inherited.take() {
                 Some(handover) => self.resume(handover),
