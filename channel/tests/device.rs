@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use adit_benches::queue::{NEXT, WRITE};
 use adit_benches::{Driver, DriverConfig, RxShape, memory};
 use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, TxSlot};
 use adit_channel::device::{
@@ -451,6 +452,53 @@ fn every_write_to_guest_memory_is_marked_dirty() {
     let [desc, avail, used] = memory::queue_addrs(RX_QUEUE);
     assert!(dirty(used + 2) && dirty(used + 4));
     assert!(!dirty(desc) && !dirty(avail) && !dirty(page + 4096));
+}
+
+#[test]
+fn r27_descriptors_of_no_length_are_nothing_and_nothing_beyond_is_marked() {
+    type Tracked = GuestMemoryMmap<AtomicBitmap>;
+    let ranges = [(GuestAddress(0), memory::MEMORY_BYTES)];
+    let tracked = Arc::new(Tracked::from_ranges(&ranges).expect("memory"));
+    let shared = memory::anonymous();
+    let mut driver = Driver::empty(shared.clone(), cid(), DriverConfig::LINUX_6_1);
+    let pages = [0, 1, 2, 3, 4].map(memory::rx_page);
+    // Lengths of 0 before, between and behind; their addresses are anything, even outside of memory.
+    let chain = [
+        (u64::MAX, 0),
+        (pages[1], HEADER_BYTES as u32 + 10),
+        (1 << 40, 0),
+        (pages[3], 100),
+        (pages[4], 0),
+    ];
+    for (i, (addr, len)) in (0u16..).zip(chain) {
+        let next = if i == 4 { 0 } else { NEXT };
+        driver.rx.write_desc(i, addr, len, WRITE | next, i + 1);
+    }
+    driver.rx.push(0);
+    driver.rx.publish();
+    let mut image = vec![0; memory::MEMORY_BYTES];
+    let zero = GuestAddress(0);
+    shared.read_slice(&mut image, zero).expect("memory");
+    tracked.write_slice(&image, zero).expect("memory");
+    let region = tracked.iter().next().expect("a region");
+    region.get_mmap().bitmap().reset();
+    let mut device = VsockDevice::<Arc<Tracked>>::new(cid(), 1).expect("a descriptor");
+    device.ack_features(FEATURES).expect("offered");
+    let signals = Arc::new(Signals::default());
+    device
+        .activate(tracked.clone(), driver.queues(), signals)
+        .expect("usable");
+    assert!(device.take_session_change().is_some());
+    device.begin();
+    let mut slot = device.tx(Lane::Bulk, 200).expect("ok").expect("a slot");
+    assert_eq!(slot.capacity(), 110);
+    let (mut near, far) = UnixStream::pair().expect("socketpair");
+    near.write_all(&[7; 200]).expect("room");
+    assert_eq!(slot.read_from(far.as_fd(), 200).expect("bytes"), 110);
+    slot.commit(&rw(1));
+    device.flush();
+    let marked = pages.map(|page| region.bitmap().dirty_at(page as usize));
+    assert_eq!(marked, [false, true, false, true, false]);
 }
 
 #[test]
