@@ -42,6 +42,8 @@ fn r18_descriptor_loops_stop_at_queue_size() {
     let mut rig = Rig::new();
     let a = memory::tx_payload(0);
     assert_refused(&mut rig, "self-loop", &[(a, 100, NEXT, 0)]);
+    // Nothing else would end this one.
+    assert_refused(&mut rig, "empty self-loop", &[(a, 0, NEXT, 0)]);
     assert_refused(&mut rig, "2-loop", &[(a, 100, NEXT, 1), (a, 100, NEXT, 0)]);
     assert_refused(&mut rig, "next outside", &[(a, 100, NEXT, 128)]);
     assert_refused(&mut rig, "next far outside", &[(a, 100, NEXT, u16::MAX)]);

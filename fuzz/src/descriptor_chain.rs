@@ -9,6 +9,7 @@
 //! | 0x8000..0x9000 | region C |
 
 use std::io::{Read, Write};
+use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -19,10 +20,13 @@ use adit_channel::device::{
     WireHeader,
 };
 use adit_engine::{Lane, PacketHeader, ResetReason};
+use nix::sys::mman::ProtFlags;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
 };
 
 use crate::input::Input;
@@ -40,6 +44,8 @@ const USED_RINGS: [(u64, u64); 2] = [(USED, 0x100), (IDLE + 0x300, 0x100)];
 /// Everything that the device looks at by itself.
 const RINGS: [(u64, u64); 2] = [(DESC, 0x500), (IDLE, 0x400)];
 const TABLE_ENTRIES: u16 = 16;
+/// Bytes that one bit of the dirty bitmap stands for.
+const DIRTY_BYTES: NonZeroUsize = NonZeroUsize::new(16).unwrap();
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -73,13 +79,20 @@ thread_local! {
 
 impl Fixture {
     fn new() -> Self {
-        let ranges = REGIONS.map(|(at, len)| (GuestAddress(at), len as usize));
+        let regions = REGIONS.map(|(at, len)| {
+            // Finer than pages, so that each copy is seen by itself.
+            let bitmap = AtomicBitmap::new(len as usize, DIRTY_BYTES);
+            let region = MmapRegionBuilder::new_with_bitmap(len as usize, bitmap)
+                .with_mmap_prot((ProtFlags::PROT_READ | ProtFlags::PROT_WRITE).bits())
+                .build();
+            GuestRegionMmap::new(region.expect("memory"), GuestAddress(at)).expect("no wrap")
+        });
         let cid = GuestCid::new(CID).expect("a guest's CID");
         let sockets = UnixStream::pair().expect("sockets");
         sockets.0.set_nonblocking(true).expect("a flag");
         sockets.1.set_nonblocking(true).expect("a flag");
         Self {
-            mem: Arc::new(Memory::from_ranges(&ranges).expect("memory")),
+            mem: Arc::new(Memory::from_regions(regions.into()).expect("memory")),
             device: VsockDevice::new(cid, 1).expect("a descriptor"),
             sockets,
         }
