@@ -56,6 +56,8 @@ pub struct Driver {
     mem: Arc<VmMemory>,
     config: DriverConfig,
     cid: u64,
+    /// The packet in hand; empty between calls, kept for its allocation.
+    buffers: Vec<Buffer>,
     /// Queue 0: packets from the host.
     pub rx: DriverQueue,
     /// Queue 1: packets to the host.
@@ -79,6 +81,7 @@ impl Driver {
             mem,
             config,
             cid: cid.get(),
+            buffers: Vec::new(),
             rx,
             tx,
         }
@@ -164,24 +167,26 @@ impl Driver {
         let Some(head) = self.tx.next_head() else {
             return false;
         };
-        let mut buffers = [Buffer { addr: 0, len: 0 }; memory::QUEUE_MAX as usize];
+        let mut buffers = std::mem::take(&mut self.buffers);
+        buffers.clear();
         let addr = memory::header(TX_QUEUE, head);
         self.write(addr, &wire.to_bytes());
-        buffers[0] = Buffer {
+        buffers.push(Buffer {
             addr,
             len: HEADER_BYTES as u32,
-        };
-        let (mut used, mut offset) = (1, 0);
+        });
+        let mut offset = 0;
         while offset < len {
             let n = piece.min(len - offset);
-            buffers[used] = Buffer {
+            buffers.push(Buffer {
                 addr: memory::tx_payload(head) + offset as u64,
                 len: n as u32,
-            };
-            used += 1;
+            });
             offset += n;
         }
-        self.send_buffers(&buffers[..used])
+        let sent = self.send_buffers(&buffers);
+        self.buffers = buffers;
+        sent
     }
 
     /// Sends a chain of buffers as they are.

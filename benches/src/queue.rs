@@ -128,7 +128,7 @@ impl DriverQueue {
             self.mem.write_obj(desc, addr).expect("indirect table");
         }
         self.write_desc(head, table, 16 * buffers.len() as u32, INDIRECT, 0);
-        self.chains[usize::from(head)] = vec![head];
+        self.chains[usize::from(head)].push(head);
         self.push(head);
         Some(head)
     }

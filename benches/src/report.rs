@@ -96,7 +96,7 @@ impl Figure {
             println!("{}", serde_json::to_string(self).unwrap_or_default());
             return;
         }
-        print!("{:<52} {:>10.1} {:<6}", self.name, self.ours, self.unit);
+        print!("{:<60} {:>10.1} {:<6}", self.name, self.ours, self.unit);
         if let (Some(peer), Some(name), Some(ratio)) = (self.peer, self.peer_name, self.ratio) {
             print!(" {name} {peer:.1}, ratio {ratio:.3}");
         }

@@ -13,6 +13,18 @@ use std::os::fd::BorrowedFd;
 
 use adit_engine::{Lane, PacketHeader, SessionChange};
 
+/// What became of a packet that was to wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum SetAside {
+    /// This carrier keeps nothing: read it now.
+    No,
+    /// It waits.
+    Kept,
+    /// It waits, and no other can.
+    Full,
+}
+
 /// What a carrier can do; the engine's configuration is derived from it, the engine never asks.
 #[derive(Clone, Copy, Debug)]
 pub struct CarrierCaps {
@@ -87,6 +99,22 @@ pub trait Carrier {
     /// # Errors
     /// The transport itself is broken; the session must be torn down.
     fn tx(&mut self, lane: Lane, want: u32) -> Result<Option<Self::Tx<'_>>, CarrierFault>;
+    /// Writes what was [set aside](RxPacket::set_aside), in order, to a descriptor, as far as it takes it.
+    ///
+    /// # Errors
+    /// As `writev`.
+    fn write_aside(&mut self, _fd: BorrowedFd<'_>) -> io::Result<usize> {
+        Ok(0)
+    }
+    /// Copies out what was set aside and not written.
+    ///
+    /// # Errors
+    /// The payload's memory cannot be read.
+    fn read_aside(&mut self, _dst: &mut [u8]) -> Result<usize, CarrierFault> {
+        Ok(0)
+    }
+    /// Gives back the packets that were set aside, and those that came behind them.
+    fn release_aside(&mut self) {}
     /// Publishes what was used since `begin`, once, and rings whom it must.
     fn flush(&mut self);
     /// Asks to be woken, then looks again.
@@ -115,6 +143,11 @@ pub trait RxPacket {
     /// # Errors
     /// As `writev`: `WouldBlock`, `BrokenPipe`, …
     fn write_to(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize>;
+    /// Keeps the next `len` payload bytes where they are, for one [`Carrier::write_aside`] with those of other packets.
+    /// They are written before the burst ends, and before the next packet where the answer is [`SetAside::Full`].
+    fn set_aside(&mut self, _len: u32) -> SetAside {
+        SetAside::No
+    }
 }
 
 /// A slot towards the guest.

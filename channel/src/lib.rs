@@ -13,6 +13,8 @@ pub mod hello;
 pub mod live;
 pub mod name;
 #[cfg(feature = "device")]
+pub mod polling;
+#[cfg(feature = "device")]
 pub mod port;
 #[cfg(feature = "device")]
 pub mod shard;

@@ -8,6 +8,7 @@
 //! - The owner calls [`Shard::turn`] from a loop of its own (a thread, a VMM's event loop that watches the shard's
 //!   descriptor, a port process), or gives the loop away with [`Shard::spawn`].
 //! - A port has a budget a turn; ports take turns.
+//! - Before it sleeps it may look on for a while ([`Shard::busy_poll`]): off unless the owner says so.
 //! - There is no tick: the epoll timeout is the nearest deadline of any port, and none when nothing is pending.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -23,6 +24,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::carrier::Carrier;
 use crate::dial::{DialError, DialRequest};
+use crate::polling::Polling;
 use crate::port::watch::{Token, Watch};
 use crate::port::{Budget, Notice, Port, Turn};
 use crate::sink::{LocalEnd, Sink};
@@ -152,6 +154,7 @@ pub struct Shard<C: Carrier> {
     listeners: BTreeMap<(u16, u32), Arc<Accepting>>,
     news: VecDeque<News>,
     budget: Budget,
+    polling: Polling,
     stopped: bool,
     wakeups: u64,
 }
@@ -178,6 +181,7 @@ impl<C: Carrier> Shard<C> {
             listeners: BTreeMap::new(),
             news: VecDeque::new(),
             budget: Budget::default(),
+            polling: Polling::default(),
             stopped: false,
             wakeups: 0,
         })
@@ -221,6 +225,14 @@ impl<C: Carrier> Shard<C> {
     /// The time on the shard's clock.
     pub fn now(&self) -> Tick {
         self.inbox.tick(Instant::now())
+    }
+
+    /// Lets the shard look at its ports for up to `limit` (at most [`BUSY_POLL_MAX`](crate::polling::BUSY_POLL_MAX)) after
+    /// the last work before it sleeps: a wake-up costs tens of microseconds, a look a fraction of one. Zero, the default,
+    /// sleeps at once, and so does a process that has one CPU. Leave it off where the guests' vCPUs share the shard's CPUs:
+    /// it would take the time that they need to answer.
+    pub fn busy_poll(&mut self, limit: Duration) {
+        self.polling = Polling::new(limit);
     }
 
     /// How often the shard came out of the kernel.
@@ -267,19 +279,68 @@ impl<C: Carrier> Shard<C> {
     pub fn turn(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         // Commands of the owner since the last turn come first.
         self.poll_ports();
-        let timeout = self.timeout(timeout);
+        let mut wait = match self.news.is_empty() {
+            true => self.timeout(timeout),
+            false => EpollTimeout::ZERO,
+        };
+        if wait != EpollTimeout::ZERO && self.polling.is_on() {
+            self.look_on(timeout)?;
+            if !self.news.is_empty() || self.stopped {
+                return Ok(());
+            }
+            wait = self.timeout(timeout);
+        }
+        let began = (wait != EpollTimeout::ZERO && self.polling.is_on()).then(Instant::now);
+        self.events(wait)?;
+        self.wakeups += 1;
+        if let Some(began) = began {
+            self.polling.slept(began.elapsed());
+        }
+        self.poll_ports();
+        Ok(())
+    }
+
+    /// Takes what the kernel has; returns whether there was anything.
+    fn events(&mut self, wait: EpollTimeout) -> io::Result<bool> {
         let mut events = [EpollEvent::empty(); EVENTS];
-        let n = match self.watch.epoll().wait(&mut events, timeout) {
+        let n = match self.watch.epoll().wait(&mut events, wait) {
             Ok(n) => n,
             Err(nix::errno::Errno::EINTR) => 0,
             Err(e) => return Err(e.into()),
         };
-        self.wakeups += 1;
         let now = self.now();
         for event in &events[..n] {
             let (port, token) = Token::unpack(event.data());
             self.ready(now, port, token, event.events());
         }
+        Ok(n > 0)
+    }
+
+    /// Looks at the ports and at the kernel until nothing has come for a while, or there is news. Ports are not armed
+    /// meanwhile, so guests need not kick; they are when it returns.
+    fn look_on(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        let begin = Instant::now();
+        let until = begin + self.polling.run(timeout);
+        let (mut last, mut came) = (begin, false);
+        loop {
+            let event = self.events(EpollTimeout::ZERO)?;
+            let instant = Instant::now();
+            let now = self.inbox.tick(instant);
+            let mut moved = event;
+            for (i, port) in self.ports.iter_mut().enumerate() {
+                moved |= port.look(now, self.budget);
+                self.dirty[i] = true;
+            }
+            let told = self.ports.iter().any(Port::has_notice);
+            if moved {
+                (last, came) = (instant, true);
+            }
+            let over = instant >= until || instant - last >= self.polling.window();
+            if told || over || self.stopped || !self.news.is_empty() {
+                break;
+            }
+        }
+        self.polling.looked(came);
         self.poll_ports();
         Ok(())
     }

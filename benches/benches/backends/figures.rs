@@ -19,14 +19,16 @@ const SPACING: Duration = Duration::from_millis(5);
 enum Who {
     Socket,
     Inline,
+    SocketAsleep,
+    InlineAsleep,
     Peer,
 }
 
 impl Who {
     const fn end(self) -> End {
         match self {
-            Self::Inline => End::Inline,
-            Self::Socket | Self::Peer => End::Socket,
+            Self::Inline | Self::InlineAsleep => End::Inline,
+            Self::Socket | Self::SocketAsleep | Self::Peer => End::Socket,
         }
     }
 
@@ -34,9 +36,27 @@ impl Who {
         match self {
             Self::Peer => Kind::Peer,
             Self::Socket | Self::Inline => Kind::Ours,
+            Self::SocketAsleep | Self::InlineAsleep => Kind::OursSleeping,
+        }
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Socket => "socket",
+            Self::Inline => "in process",
+            Self::SocketAsleep => "socket (no polling)",
+            Self::InlineAsleep => "in process (no polling)",
+            Self::Peer => PEER,
         }
     }
 }
+
+const OURS: [Who; 4] = [
+    Who::Socket,
+    Who::Inline,
+    Who::SocketAsleep,
+    Who::InlineAsleep,
+];
 
 #[derive(Default)]
 struct Series {
@@ -101,31 +121,37 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 /// Each backend is started anew, and cells take turns.
 fn round(options: &Options, series: &mut Series) -> anyhow::Result<()> {
     let peer = options.peer.as_deref();
-    let mut everyone = vec![Who::Socket, Who::Inline];
-    let config = DriverConfig::LINUX_6_1;
-    let mut ours = Backend::start(Kind::Ours, None, config)?;
-    let mut theirs = None;
+    let mut everyone = OURS.to_vec();
+    let mut kinds = vec![Kind::Ours, Kind::OursSleeping];
     if peer.is_some() {
-        theirs = Some(Backend::start(Kind::Peer, peer, config)?);
         everyone.push(Who::Peer);
+        kinds.push(Kind::Peer);
     }
-    let mut cell =
-        |series: &mut Series, name: &str, who: Who, run: Cell<'_>| -> anyhow::Result<()> {
-            if !options.wants(name) {
-                return Ok(());
-            }
-            let backend = match who.kind() {
-                Kind::Ours => &mut ours,
-                Kind::Peer => theirs.get_or_insert(Backend::start(Kind::Peer, peer, config)?),
-            };
-            if let Err(e) = run(series, backend) {
-                series.failed(name, who, &e);
-                // A stream that hangs may have taken the backend with it.
-                *backend = Backend::start(who.kind(), peer, config)?;
-            }
-            Ok(())
+    let start = |kind| Backend::start(kind, peer, DriverConfig::LINUX_6_1);
+    let mut backends = BTreeMap::new();
+    for kind in kinds {
+        backends.insert(kind, start(kind)?);
+    }
+    let mut cell = |series: &mut Series, name: &str, who: Who, run: Cell<'_>| {
+        let Some(backend) = backends
+            .get_mut(&who.kind())
+            .filter(|_| options.wants(name))
+        else {
+            return anyhow::Ok(());
         };
-    for &who in everyone.iter().filter(|w| **w != Who::Inline) {
+        if let Err(e) = run(series, backend) {
+            series.failed(name, who, &e);
+            // A stream that hangs may have taken the backend with it.
+            *backend = start(who.kind())?;
+        }
+        Ok(())
+    };
+    let sockets: Vec<Who> = everyone
+        .iter()
+        .copied()
+        .filter(|w| w.end() == End::Socket)
+        .collect();
+    for &who in &sockets {
         cell(series, "checked", who, &mut |_, backend| {
             measure::checked_transfer(backend)
         })?;
@@ -156,7 +182,7 @@ fn round(options: &Options, series: &mut Series) -> anyhow::Result<()> {
             Ok(())
         })?;
     }
-    for &who in everyone.iter().filter(|w| **w != Who::Inline) {
+    for &who in &sockets {
         for (name, spacing, n) in [
             ("connections", Duration::ZERO, 200),
             ("spaced", SPACING, 20),
@@ -168,7 +194,7 @@ fn round(options: &Options, series: &mut Series) -> anyhow::Result<()> {
                 series.push(&format!("{name} failed"), who, 100.0 * failed);
                 if made.failed > 0 && who == Who::Peer {
                     // What it lost track of must not slow the next cell.
-                    *backend = Backend::start(Kind::Peer, peer, config)?;
+                    *backend = start(Kind::Peer)?;
                 }
                 Ok(())
             })?;
@@ -183,7 +209,33 @@ const MIB: f64 = 1024.0 * 1024.0;
 
 fn table(series: &Series, peer: bool) -> Vec<Figure> {
     let mut out = Vec::new();
-    let mut row = |name: &str, key: &str, who: Who, unit, scale: f64, better, goals: (f64, f64)| {
+    for who in OURS {
+        compared(series, peer, who, &mut out);
+    }
+    for who in OURS {
+        let name = format!("RTT 64 B p99/p50, {}", who.name());
+        let values = series.get("rtt p99/p50", who);
+        out.push(Figure::alone(name, "x", Better::Lower, values).goal(3.0, 2.0));
+    }
+    for who in [Who::Socket, Who::SocketAsleep, Who::Peer] {
+        for (key, words) in [("connections", "at once"), ("spaced", "5 ms apart")] {
+            let name = format!("new connections that failed, {words}, {}", who.name());
+            let values = series.get(&format!("{key} failed"), who);
+            out.push(Figure::alone(name, "%", Better::Lower, values));
+        }
+    }
+    for who in OURS.into_iter().chain([Who::Peer]) {
+        let n = series.failures.get(&who).copied().unwrap_or(0);
+        let name = format!("cells that failed, {}", who.name());
+        out.push(Figure::alone(name, "", Better::Lower, &[n as f64]));
+    }
+    out
+}
+
+/// The rows of `who` that have the peer beside them.
+fn compared(series: &Series, peer: bool, who: Who, out: &mut Vec<Figure>) {
+    let end = who.name();
+    let mut row = |name: String, key: &str, unit, scale: f64, better, goals: (f64, f64)| {
         let scaled = |who| -> Vec<f64> { series.get(key, who).iter().map(|v| v / scale).collect() };
         let figure = Figure::alone(name, unit, better, &scaled(who));
         out.push(match peer {
@@ -191,101 +243,38 @@ fn table(series: &Series, peer: bool) -> Vec<Figure> {
             false => figure,
         });
     };
-    for (who, end, bulk, small, rtt) in [
-        (Who::Socket, "socket", (2.0, 4.0), (2.5, 5.0), (0.5, 0.3)),
-        (
-            Who::Inline,
-            "in process",
-            (4.0, 8.0),
-            (5.0, 10.0),
-            (0.3, 0.1),
-        ),
-    ] {
-        for (_, label) in SIZES {
-            for (way, words) in [
-                ("up", format!("guest to {end}")),
-                ("down", format!("{end} to guest")),
-            ] {
-                let key = format!("{label} {way}");
-                let (unit, scale, goals) = match label {
-                    "64 B" => ("kmsg/s", 64_000.0, small),
-                    _ => ("MiB/s", MIB, bulk),
-                };
-                let name = format!("{label} {words}");
-                row(&name, &key, who, unit, scale, Better::Higher, goals);
-            }
-        }
-        row(
-            &format!("RTT 64 B p50, {end}"),
-            "rtt",
-            who,
-            "us",
-            1000.0,
-            Better::Lower,
-            rtt,
-        );
-    }
-    for (way, words) in [("up", "guest to socket"), ("down", "socket to guest")] {
-        let key = format!("64 KiB {way} cpu");
-        let name = format!("backend's CPU a KiB, 64 KiB {words}");
-        row(
-            &name,
-            &key,
-            Who::Socket,
-            "ns",
-            1.0 / 1024.0,
-            Better::Lower,
-            (0.7, 0.4),
-        );
-    }
-    row(
-        "echoes on new connections, at once",
-        "connections",
-        Who::Socket,
-        "1/s",
-        1.0,
-        Better::Higher,
-        (3.0, 10.0),
-    );
-    row(
-        "echoes on new connections, 5 ms apart",
-        "spaced",
-        Who::Socket,
-        "1/s",
-        1.0,
-        Better::Higher,
-        (3.0, 10.0),
-    );
-    for (who, end) in [(Who::Socket, "socket"), (Who::Inline, "in process")] {
-        let values = series.get("rtt p99/p50", who);
-        let name = format!("RTT 64 B p99/p50, {end}");
-        out.push(Figure::alone(name, "x", Better::Lower, values).goal(3.0, 2.0));
-    }
-    let mut failed = |name: &str, who: Who, values: &[f64]| {
-        let name = format!("{name}, {}", if who == Who::Peer { PEER } else { "ours" });
-        out.push(Figure::alone(name, "%", Better::Lower, values));
+    let socket = who.end() == End::Socket;
+    let (bulk, small, rtt) = match socket {
+        true => ((2.0, 4.0), (2.5, 5.0), (0.5, 0.3)),
+        false => ((4.0, 8.0), (5.0, 10.0), (0.3, 0.1)),
     };
-    for who in [Who::Socket, Who::Peer] {
-        if who == Who::Peer && !peer {
-            continue;
+    for (_, label) in SIZES {
+        for (way, words) in [
+            ("up", format!("guest to {end}")),
+            ("down", format!("{end} to guest")),
+        ] {
+            let key = format!("{label} {way}");
+            let (unit, scale, goals) = match label {
+                "64 B" => ("kmsg/s", 64_000.0, small),
+                _ => ("MiB/s", MIB, bulk),
+            };
+            let name = format!("{label} {words}");
+            row(name, &key, unit, scale, Better::Higher, goals);
         }
-        failed(
-            "new connections that failed, at once",
-            who,
-            series.get("connections failed", who),
-        );
-        failed(
-            "new connections that failed, 5 ms apart",
-            who,
-            series.get("spaced failed", who),
-        );
     }
-    for who in [Who::Socket, Who::Inline, Who::Peer] {
-        let n = series.failures.get(&who).copied().unwrap_or(0) as f64;
-        let name = format!("cells that failed, {who:?}").to_lowercase();
-        out.push(Figure::alone(name, "", Better::Lower, &[n]));
+    let name = format!("RTT 64 B p50, {end}");
+    row(name, "rtt", "us", 1000.0, Better::Lower, rtt);
+    if !socket {
+        return;
     }
-    out
+    for (key, words) in [("64 KiB up cpu", "from"), ("64 KiB down cpu", "to")] {
+        let name = format!("backend's CPU a KiB, 64 KiB {words} guest, {end}");
+        row(name, key, "ns", 1.0 / 1024.0, Better::Lower, (0.7, 0.4));
+    }
+    for (key, words) in [("connections", "at once"), ("spaced", "5 ms apart")] {
+        let name = format!("echoes on new connections, {words}, {end}");
+        row(name, key, "1/s", 1.0, Better::Higher, (3.0, 10.0));
+    }
 }
 
 /// What the harness's own thread costs in a cell: the host program's socket alone.

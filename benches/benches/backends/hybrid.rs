@@ -14,6 +14,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use adit_channel::device::GuestCid;
 use adit_channel::dial::DialRequest;
@@ -74,7 +75,7 @@ struct Backend {
 }
 
 /// Serves until the standard input ends.
-pub fn serve(dir: &Path) -> anyhow::Result<()> {
+pub fn serve(dir: &Path, busy_poll: Duration) -> anyhow::Result<()> {
     let listener = UnixListener::bind(dir.join("vhost.sock"))?;
     let cid = GuestCid::new(3).context("a guest's CID")?;
     let carrier = VhostUserCarrier::new(VhostUserConfig::new(listener, cid, "bench"))?;
@@ -82,6 +83,7 @@ pub fn serve(dir: &Path) -> anyhow::Result<()> {
     let listener = UnixListener::bind(&uds)?;
     listener.set_nonblocking(true)?;
     let mut shard = Shard::new()?;
+    shard.busy_poll(busy_poll);
     let config = EngineConfig {
         // An eighth is kept for streams that the host opens.
         max_streams: STREAMS + STREAMS / 4,

@@ -19,6 +19,7 @@ mod process;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::Context;
 
@@ -49,7 +50,11 @@ fn main() -> anyhow::Result<()> {
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
         match arg.as_str() {
-            "--serve" => return hybrid::serve(&PathBuf::from(value()?)),
+            "--serve" => {
+                let dir = PathBuf::from(value()?);
+                let us = args.next().and_then(|us| us.parse().ok()).unwrap_or(0);
+                return hybrid::serve(&dir, Duration::from_micros(us));
+            }
             "--peer" => options.peer = Some(value()?.into()),
             "--rounds" => options.rounds = value()?.parse().context("--rounds")?,
             "--realtime" => realtime()?,

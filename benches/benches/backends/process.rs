@@ -13,11 +13,16 @@ use crate::frontend::Attached;
 use crate::guest::Guest;
 use crate::hybrid::{SOCKETS, Totals};
 
+/// What a VM gets whose vCPUs do not need the backend's core, microseconds.
+pub const BUSY_POLL_US: u32 = 50;
+
 /// Which backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// This program, as in `hybrid`.
+    /// This program, as in `hybrid`; it looks on for [`BUSY_POLL_US`] before it sleeps.
     Ours,
+    /// The same, but it sleeps at once: the default.
+    OursSleeping,
     /// `vhost-device-vsock`.
     Peer,
 }
@@ -64,7 +69,12 @@ impl Backend {
                 (peer.to_owned(), vec!["--vm".into(), vm.into()])
             }
             _ => {
-                let args = vec!["--serve".into(), dir.path().as_os_str().to_owned()];
+                let us = if kind == Kind::Ours { BUSY_POLL_US } else { 0 };
+                let args = vec![
+                    "--serve".into(),
+                    dir.path().as_os_str().to_owned(),
+                    us.to_string().into(),
+                ];
                 (std::env::current_exe()?, args)
             }
         };

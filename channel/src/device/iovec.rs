@@ -18,7 +18,7 @@ use vm_memory::{GuestMemory, Permissions, VolatileSlice};
 use super::chain::{Cursor, Seg};
 
 /// Pieces that one system call moves; a longer chain takes several.
-const IOVECS_MAX: usize = 32;
+const IOVECS_MAX: usize = 64;
 
 const EMPTY: libc::iovec = libc::iovec {
     iov_base: std::ptr::null_mut(),

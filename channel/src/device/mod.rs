@@ -21,6 +21,7 @@
 //! What it does **not** do: parse ports, keep credit, or hold a descriptor over a burst. So a queue's position says
 //! everything about it, and a process that takes over resumes from the used index.
 
+mod aside;
 pub(crate) mod chain;
 mod iovec;
 mod packet;
@@ -44,6 +45,7 @@ pub use ring::QUEUE_MAX;
 pub use slot::{GuestPacket, GuestSlot};
 
 use crate::carrier::{Armed, Carrier, CarrierCaps, CarrierFault, Interest, Woken};
+use aside::Aside;
 use chain::{Cursor, Malformed, Seg};
 use ring::Ring;
 use slot::Lent;
@@ -208,6 +210,8 @@ pub struct VsockDevice<M: GuestAddressSpace> {
     snapshot: Option<M::T>,
     /// The chain in hand; empty between calls, kept for its allocation.
     segs: Vec<Seg>,
+    /// Packets of the running burst whose payload goes out together.
+    aside: Aside,
     fault: Option<CarrierFault>,
     counters: Counters,
     /// Epoch of the next session.
@@ -234,6 +238,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             active: None,
             snapshot: None,
             segs: Vec::new(),
+            aside: Aside::default(),
             fault: None,
             counters: Counters::default(),
         })
@@ -380,6 +385,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
     pub fn reset(&mut self, reason: ResetReason) -> Stopped {
         self.snapshot = None;
         self.segs.clear();
+        self.aside.release();
         self.fault = None;
         self.acked = 0;
         match self.active.take() {
@@ -452,13 +458,32 @@ fn refuse<M: GuestMemory>(
     head: u16,
     why: Malformed,
 ) -> Result<(), CarrierFault> {
-    tracing::debug!(head, %why, "chain refused");
-    counters.malformed_chains += 1;
-    if matches!(why, Malformed::TooLarge { .. }) {
-        counters.oversized_packets += 1;
-    }
+    counters.refused(&why, head);
     ring.advance();
     ring.push_used(mem, head, 0)
+}
+
+/// Gives back a chain from the guest, behind those that are held back.
+fn give_back<M: GuestMemory>(
+    mem: &M,
+    ring: &mut Ring,
+    aside: &mut Aside,
+    head: u16,
+) -> Result<(), CarrierFault> {
+    match aside.hold_back(head) {
+        true => Ok(()),
+        false => ring.push_used(mem, head, 0),
+    }
+}
+
+impl Counters {
+    fn refused(&mut self, why: &Malformed, head: u16) {
+        tracing::debug!(head, %why, "chain refused");
+        self.malformed_chains += 1;
+        if matches!(why, Malformed::TooLarge { .. }) {
+            self.oversized_packets += 1;
+        }
+    }
 }
 
 impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
@@ -486,6 +511,8 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
         let Some(active) = self.active.as_mut().filter(|a| !a.torn) else {
             return;
         };
+        // Left from a burst that ended in a fault.
+        self.aside.release();
         let mem = self.snapshot.insert(active.mem.memory());
         for ring in [&mut active.rx, &mut active.tx] {
             if let Err(fault) = ring.disable_notify(&**mem) {
@@ -512,11 +539,15 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
                 Ok(total) if total >= HEADER_BYTES as u64 => total,
                 Ok(len) => {
                     let why = Malformed::TooSmall { len };
-                    refuse(mem, ring, &mut self.counters, head, why)?;
+                    self.counters.refused(&why, head);
+                    ring.advance();
+                    give_back(mem, ring, &mut self.aside, head)?;
                     continue;
                 }
                 Err(why) => {
-                    refuse(mem, ring, &mut self.counters, head, why)?;
+                    self.counters.refused(&why, head);
+                    ring.advance();
+                    give_back(mem, ring, &mut self.aside, head)?;
                     continue;
                 }
             };
@@ -533,7 +564,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             let wire = WireHeader::from_bytes(&bytes);
             if wire.src_cid() != self.guest_cid.get() || wire.dst_cid() != HOST_CID {
                 self.counters.dropped_cid += 1;
-                ring.push_used(mem, head, 0)?;
+                give_back(mem, ring, &mut self.aside, head)?;
                 continue;
             }
             // At most PAYLOAD_MAX.
@@ -546,6 +577,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             ring,
             segs: &self.segs,
             counters: &mut self.counters,
+            aside: &mut self.aside,
             fault: &mut self.fault,
         };
         Ok(Some(GuestPacket::new(
@@ -582,9 +614,43 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             ring,
             segs: &self.segs,
             counters: &mut self.counters,
+            aside: &mut self.aside,
             fault: &mut self.fault,
         };
         Ok(Some(GuestSlot::new(lent, head, self.guest_cid, capacity)))
+    }
+
+    fn write_aside(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let Some(mem) = &self.snapshot else {
+            return Ok(0);
+        };
+        let Aside { segs, cursor, .. } = &mut self.aside;
+        let n = iovec::write_to(&**mem, segs, cursor, fd, usize::MAX)?;
+        self.counters.bytes_copied += n as u64;
+        Ok(n)
+    }
+
+    fn read_aside(&mut self, dst: &mut [u8]) -> Result<usize, CarrierFault> {
+        let Some(mem) = &self.snapshot else {
+            return Ok(0);
+        };
+        let Aside { segs, cursor, .. } = &mut self.aside;
+        let n = cursor
+            .copy_out(&**mem, segs, dst)
+            .map_err(|e| slot::payload_fault(&e))?;
+        self.counters.bytes_copied += n as u64;
+        Ok(n)
+    }
+
+    fn release_aside(&mut self) {
+        let (Some(active), Some(mem)) = (&mut self.active, &self.snapshot) else {
+            return;
+        };
+        for head in self.aside.release() {
+            if let Err(fault) = active.tx.push_used(&**mem, head, 0) {
+                self.fault.get_or_insert(fault);
+            }
+        }
     }
 
     fn flush(&mut self) {

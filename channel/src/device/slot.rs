@@ -9,11 +9,12 @@ use std::os::fd::BorrowedFd;
 use adit_engine::PacketHeader;
 use vm_memory::{GuestMemory, GuestMemoryError};
 
+use super::aside::Aside;
 use super::chain::{Cursor, Seg};
 use super::packet::{HEADER_BYTES, HOST_CID, WireHeader};
 use super::ring::Ring;
 use super::{Counters, GuestCid, iovec};
-use crate::carrier::{CarrierFault, RxPacket, TxSlot};
+use crate::carrier::{CarrierFault, RxPacket, SetAside, TxSlot};
 
 /// The parts of the device that a packet or slot borrows.
 pub(super) struct Lent<'a, M> {
@@ -21,6 +22,8 @@ pub(super) struct Lent<'a, M> {
     pub(super) ring: &'a mut Ring,
     pub(super) segs: &'a [Seg],
     pub(super) counters: &'a mut Counters,
+    /// Packets whose payload waits.
+    pub(super) aside: &'a mut Aside,
     /// Where a fault is kept that is found where none can be returned.
     pub(super) fault: &'a mut Option<CarrierFault>,
 }
@@ -92,12 +95,20 @@ impl<M: GuestMemory> RxPacket for GuestPacket<'_, M> {
         self.moved(n);
         Ok(n)
     }
+
+    fn set_aside(&mut self, len: u32) -> SetAside {
+        let len = len.min(self.remaining);
+        self.remaining -= len;
+        self.lent.aside.add(self.lent.segs, &mut self.cursor, len)
+    }
 }
 
 impl<M: GuestMemory> Drop for GuestPacket<'_, M> {
     fn drop(&mut self) {
-        // The device wrote nothing into a chain that the driver sent.
-        self.lent.give_back(self.head, 0);
+        // The device wrote nothing into a chain that the driver sent. Chains go back in the order in which they came.
+        if !self.lent.aside.hold_back(self.head) {
+            self.lent.give_back(self.head, 0);
+        }
     }
 }
 
@@ -181,7 +192,7 @@ impl<M: GuestMemory> TxSlot for GuestSlot<'_, M> {
 }
 
 /// A buffer that `walk` found in guest memory is not there in the same snapshot.
-fn payload_fault(e: &GuestMemoryError) -> CarrierFault {
+pub(super) fn payload_fault(e: &GuestMemoryError) -> CarrierFault {
     tracing::debug!(error = %e, "buffer is not accessible");
     CarrierFault {
         what: "buffer is not accessible any more",

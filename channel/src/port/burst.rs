@@ -1,11 +1,13 @@
 //! One burst: what came from the guest to the sinks, events, what the sinks have to the guest.
 
+use std::io;
+
 use adit_engine::{Disposition, How, ResetReason, StreamId, Tick, Transmit};
 
 use super::entry::{Fill, Undelivered};
 use super::succession::next_reset;
-use super::{Budget, Port, Turn};
-use crate::carrier::{Armed, Carrier, CarrierFault, Interest, RxPacket, TxSlot};
+use super::{Budget, Port, PortCounters, Turn};
+use crate::carrier::{Armed, Carrier, CarrierFault, Interest, RxPacket, SetAside, TxSlot};
 
 /// How a direction's part of a burst ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +19,15 @@ enum End {
     /// There was no slot.
     NoSlot,
 }
+
+/// Packets in a row for one socket, set aside.
+struct Run {
+    stream: StreamId,
+    len: u32,
+}
+
+/// A run is written when it has so many bytes: more does not make the system call cheaper.
+const RUN_BYTES: u32 = 64 << 10;
 
 enum Sent {
     /// Something went into a slot.
@@ -31,20 +42,7 @@ impl<C: Carrier> Port<C> {
     /// Moves what there is to move, within a budget.
     pub fn poll(&mut self, now: Tick, budget: Budget) -> Turn {
         self.counters.polls += 1;
-        self.carrier.begin();
-        if self.engine.poll_timeout().is_some_and(|t| t <= now) {
-            self.engine.handle_timeout(now);
-        }
-        self.expire_dials(now);
-        let ends = self.receive(now, budget).and_then(|rx| {
-            self.handle_events(now);
-            let mut tx = self.transmit(now, budget)?;
-            // Sending may end streams, and ending streams may leave something to send.
-            while self.handle_events(now) && tx == End::Drained {
-                tx = self.transmit(now, budget)?;
-            }
-            Ok((rx, tx))
-        });
+        let ends = self.burst(now, budget);
         let again = match ends {
             Ok((End::Budget, _) | (_, End::Budget)) => {
                 self.flush();
@@ -79,7 +77,53 @@ impl<C: Carrier> Port<C> {
         Turn::Idle { deadline }
     }
 
+    /// As `poll` by a shell that comes again soon: kicks are not asked for. Returns true if something moved.
+    pub(crate) fn look(&mut self, now: Tick, budget: Budget) -> bool {
+        self.counters.polls += 1;
+        let packets = |c: &PortCounters| (c.packets_from_guest, c.packets_to_guest);
+        let before = packets(&self.counters);
+        let ends = self.burst(now, budget);
+        self.flush();
+        if let Err(fault) = ends {
+            self.carrier_fault(now, &fault);
+            self.handle_events(now);
+        }
+        for local in self.wakes.drain(..) {
+            local.notify();
+        }
+        before != packets(&self.counters)
+    }
+
+    fn burst(&mut self, now: Tick, budget: Budget) -> Result<(End, End), CarrierFault> {
+        self.carrier.begin();
+        if self.engine.poll_timeout().is_some_and(|t| t <= now) {
+            self.engine.handle_timeout(now);
+        }
+        self.expire_dials(now);
+        let rx = self.receive(now, budget)?;
+        self.handle_events(now);
+        let mut tx = self.transmit(now, budget)?;
+        // Sending may end streams, and ending streams may leave something to send.
+        while self.handle_events(now) && tx == End::Drained {
+            tx = self.transmit(now, budget)?;
+        }
+        Ok((rx, tx))
+    }
+
     fn receive(&mut self, now: Tick, budget: Budget) -> Result<End, CarrierFault> {
+        let mut run = None;
+        let end = self.receive_packets(now, budget, &mut run)?;
+        self.deliver_run(now, run)?;
+        Ok(end)
+    }
+
+    /// Packets in a row that go to one socket are set aside as `run`; whoever calls delivers the last one.
+    fn receive_packets(
+        &mut self,
+        now: Tick,
+        budget: Budget,
+        run: &mut Option<Run>,
+    ) -> Result<End, CarrierFault> {
         let mut bytes = 0;
         for _ in 0..budget.packets {
             if bytes >= budget.bytes {
@@ -117,6 +161,19 @@ impl<C: Carrier> Port<C> {
                         self.engine.reset(now, stream, ResetReason::Local);
                         continue;
                     };
+                    if run.as_ref().is_none_or(|r| r.stream == stream) && entry.gathers() {
+                        let kept = packet.set_aside(len);
+                        if kept != SetAside::No {
+                            drop(packet);
+                            let so_far = run.take().map_or(0, |r| r.len);
+                            let len = so_far + len;
+                            *run = Some(Run { stream, len });
+                            if kept == SetAside::Full || len >= RUN_BYTES {
+                                self.deliver_run(now, run.take())?;
+                            }
+                            continue;
+                        }
+                    }
                     let copied = &mut self.counters.bytes_copied;
                     match entry.deliver(&mut packet, len, copied) {
                         Ok(0) => {}
@@ -130,10 +187,50 @@ impl<C: Carrier> Port<C> {
                     }
                     drop(packet);
                     self.delivered(now, slot);
+                    // Streams that take turns: the next run is not kept back by this one.
+                    self.deliver_run(now, run.take())?;
                 }
             }
         }
         Ok(End::Budget)
+    }
+
+    /// Writes a run to its socket; what that does not take is held.
+    fn deliver_run(&mut self, now: Tick, run: Option<Run>) -> Result<(), CarrierFault> {
+        let Some(Run { stream, len }) = run else {
+            return Ok(());
+        };
+        let slot = stream.slot();
+        // Entries change between bursts only.
+        if let Some(Some(entry)) = self.entries.get_mut(slot as usize) {
+            let written = match entry.fd() {
+                Some(fd) => self.carrier.write_aside(fd),
+                None => Ok(0),
+            };
+            let taken = match written {
+                Ok(n) => Ok(n as u32),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(0),
+                Err(e) => Err(e),
+            };
+            match taken {
+                Ok(taken) => {
+                    let carrier = &mut self.carrier;
+                    entry.hold_from(len - taken, |dst| carrier.read_aside(dst))?;
+                    self.counters.bytes_copied += u64::from(len - taken);
+                    if taken > 0 {
+                        self.engine.consumed(now, stream, taken);
+                    }
+                }
+                Err(e) => {
+                    tracing::debug!(error = %e, "sink failed");
+                    self.counters.sink_failures += 1;
+                    self.engine.reset(now, stream, ResetReason::Local);
+                }
+            }
+        }
+        self.carrier.release_aside();
+        self.watch_room(now, slot);
+        Ok(())
     }
 
     /// After a delivery: a hello goes on, a service or an application may have something to say.
@@ -145,6 +242,8 @@ impl<C: Carrier> Port<C> {
             self.read_hello(now, slot);
         } else if entry.fd().is_none() {
             self.settle(now, slot);
+        } else if !entry.held.is_empty() {
+            self.watch_room(now, slot);
         }
     }
 

@@ -47,6 +47,8 @@ pub(super) struct Entry {
     pub(super) readable: bool,
     /// The other end of the sink is shut: a short read is not the end of what it has.
     pub(super) hung_up: bool,
+    /// The port is told when the sink has room.
+    pub(super) room_watched: bool,
     /// The sink sends no more, and the engine knows.
     pub(super) sink_done: bool,
     /// The peer sends no more.
@@ -99,6 +101,7 @@ impl Entry {
             out: VecDeque::new(),
             readable: false,
             hung_up: false,
+            room_watched: false,
             sink_done: false,
             peer_done: false,
             told_done: false,
@@ -117,6 +120,11 @@ impl Entry {
 
     fn is_open(&self) -> bool {
         matches!(self.phase, Phase::Open)
+    }
+
+    /// Tells whether what comes from the guest may go to the sink together with what comes next.
+    pub(super) fn gathers(&self) -> bool {
+        self.is_open() && self.held.is_empty() && self.fd().is_some()
     }
 
     /// Moves `len` bytes of a packet to the sink; the rest is held. Returns what the sink took.
@@ -140,7 +148,7 @@ impl Entry {
                 let mut state = end.0.lock();
                 let n = state.room().min(len as usize) as u32;
                 state.starved |= n < len;
-                read_chunks(packet, n, |bytes| state.push(bytes))?;
+                read_chunks(n, |dst| packet.read(dst), |bytes| state.push(bytes))?;
                 *copied += u64::from(n);
                 self.wake = true;
                 n
@@ -161,7 +169,16 @@ impl Entry {
         copied: Copied<'_>,
     ) -> Result<(), CarrierFault> {
         *copied += u64::from(len);
-        read_chunks(packet, len, |bytes| self.held.extend(bytes))
+        self.hold_from(len, |dst| packet.read(dst))
+    }
+
+    /// Holds `len` bytes that `read` copies out.
+    pub(super) fn hold_from(
+        &mut self,
+        len: u32,
+        read: impl FnMut(&mut [u8]) -> Result<usize, CarrierFault>,
+    ) -> Result<(), CarrierFault> {
+        read_chunks(len, read, |bytes| self.held.extend(bytes))
     }
 
     /// Gives the sink what is held, as far as it takes it. Returns how much that was.
@@ -355,15 +372,15 @@ pub(super) fn write_held(fd: BorrowedFd<'_>, held: &mut VecDeque<u8>) -> io::Res
     Ok(taken)
 }
 
-fn read_chunks<P: RxPacket>(
-    packet: &mut P,
+fn read_chunks(
     mut len: u32,
+    mut read: impl FnMut(&mut [u8]) -> Result<usize, CarrierFault>,
     mut give: impl FnMut(&[u8]),
 ) -> Result<(), CarrierFault> {
     let mut chunk = [0; CHUNK];
     while len > 0 {
         let want = chunk.len().min(len as usize);
-        let n = packet.read(&mut chunk[..want])?;
+        let n = read(&mut chunk[..want])?;
         if n == 0 {
             // The engine was told how much there is.
             return Err(CarrierFault {

@@ -223,7 +223,9 @@ impl<C: Carrier> Port<C> {
         }
         let free = self.lingering.iter().position(Option::is_none);
         let index = free.unwrap_or(self.lingering.len());
-        if let Err(e) = self.watch.add_edge(fd.as_fd(), Token::Linger(index as u32)) {
+        let token = Token::Linger(index as u32);
+        let watched = self.watch.add_edge(fd.as_fd(), token);
+        if let Err(e) = watched.and_then(|()| self.watch.edge_on_room(fd.as_fd(), token, true)) {
             tracing::warn!(error = %e, "cannot watch a sink");
             return entry::abort(fd);
         }
@@ -265,6 +267,43 @@ impl<C: Carrier> Port<C> {
                 self.engine.reset(now, id, ResetReason::Local);
             }
         }
+        self.watch_room(now, slot);
+    }
+
+    /// Asks to be told when a socket has room, if something is held for it.
+    pub(super) fn watch_room(&mut self, now: Tick, slot: u32) {
+        let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
+            return;
+        };
+        if entry.held.is_empty() || entry.room_watched {
+            return;
+        }
+        let id = entry.id;
+        let Some(fd) = entry.fd() else { return };
+        match self.watch.edge_on_room(fd, Token::sink(id), true) {
+            Ok(()) => entry.room_watched = true,
+            Err(e) => {
+                // What is held would never go.
+                tracing::warn!(error = %e, "cannot watch a sink");
+                self.counters.sink_failures += 1;
+                self.engine.reset(now, id, ResetReason::Local);
+            }
+        }
+    }
+
+    /// There is room: what is held goes. Without anything held, nobody needs to be told again.
+    pub(super) fn room(&mut self, now: Tick, slot: u32) {
+        let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
+            return;
+        };
+        if entry.held.is_empty()
+            && std::mem::take(&mut entry.room_watched)
+            && let Some(fd) = entry.fd()
+        {
+            // At worst it is told once more.
+            let _ = self.watch.edge_on_room(fd, Token::sink(entry.id), false);
+        }
+        self.drain_held(now, slot);
     }
 
     /// Brings the engine's picture of a sink, and the sink's of the stream, up to date.

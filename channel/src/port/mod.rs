@@ -236,6 +236,11 @@ impl<C: Carrier> Port<C> {
         &self.last_fault
     }
 
+    /// Tells whether there is a notice.
+    pub(crate) fn has_notice(&self) -> bool {
+        !self.notices.is_empty()
+    }
+
     /// Takes the next notice.
     #[must_use]
     pub fn poll_notice(&mut self) -> Option<Notice> {
@@ -439,7 +444,7 @@ impl<C: Carrier> Port<C> {
             entry.readable = true;
         }
         if flags.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLHUP) {
-            self.drain_held(now, slot);
+            self.room(now, slot);
         }
         self.settle(now, slot);
     }
@@ -480,6 +485,7 @@ impl<C: Carrier> Port<C> {
             entry.wake = true;
         }
         entry.sink = Some(sink);
+        entry.room_watched = false;
         // The first edge tells; trying at once saves a round for a client that has sent already.
         entry.readable = true;
         entry.service_event(ServiceEvent::Opened);

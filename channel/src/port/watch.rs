@@ -17,6 +17,9 @@ use std::sync::Arc;
 use adit_engine::StreamId;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
+const SINK_EDGES: EpollFlags = EpollFlags::EPOLLIN
+    .union(EpollFlags::EPOLLRDHUP)
+    .union(EpollFlags::EPOLLET);
 const LOW: u64 = (1 << 24) - 1;
 
 /// Which descriptor became ready.
@@ -99,11 +102,21 @@ impl Watch {
 
     /// Registers a socket, edge-triggered: an edge is remembered until the socket said `WouldBlock`.
     pub(crate) fn add_edge(&self, fd: BorrowedFd<'_>, token: Token) -> io::Result<()> {
-        let flags = EpollFlags::EPOLLIN
-            | EpollFlags::EPOLLOUT
-            | EpollFlags::EPOLLRDHUP
-            | EpollFlags::EPOLLET;
-        self.add(fd, token, flags)
+        self.add(fd, token, SINK_EDGES)
+    }
+
+    /// Also tells when there is room to write (at once, if there is), or no longer. A reader makes room with every read:
+    /// whoever holds nothing for it need not wake up for that.
+    pub(crate) fn edge_on_room(
+        &self,
+        fd: BorrowedFd<'_>,
+        token: Token,
+        on: bool,
+    ) -> io::Result<()> {
+        let mut flags = SINK_EDGES;
+        flags.set(EpollFlags::EPOLLOUT, on);
+        let mut event = EpollEvent::new(flags, token.pack(self.port));
+        Ok(self.epoll.modify(fd, &mut event)?)
     }
 
     /// Registers a descriptor that whoever handles it empties.

@@ -229,6 +229,18 @@ impl Carrier for VhostUserCarrier {
         self.device.tx(lane, want)
     }
 
+    fn write_aside(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        self.device.write_aside(fd)
+    }
+
+    fn read_aside(&mut self, dst: &mut [u8]) -> Result<usize, CarrierFault> {
+        self.device.read_aside(dst)
+    }
+
+    fn release_aside(&mut self) {
+        self.device.release_aside();
+    }
+
     fn flush(&mut self) {
         self.device.flush();
     }
