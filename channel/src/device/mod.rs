@@ -22,33 +22,37 @@
 //! everything about it, and a process that takes over resumes from the used index.
 
 mod aside;
+mod burst;
 pub(crate) mod chain;
+mod error;
 mod iovec;
 mod packet;
 pub(crate) mod ring;
 mod slot;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use adit_engine::{Lane, ResetReason, SessionChange};
+use adit_engine::{ResetReason, SessionChange};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
-use vm_memory::{GuestAddressSpace, GuestMemory, Permissions};
+use vm_memory::GuestAddressSpace;
 
+#[cfg(feature = "vhost-user")]
+pub(crate) use burst::drain;
 pub use chain::INDIRECT_MAX;
+pub use error::{ActivateError, DeviceError};
 pub use packet::{GuestCid, HEADER_BYTES, HOST_CID, PAYLOAD_MAX, WireHeader};
 pub use ring::QUEUE_MAX;
 pub use slot::{GuestPacket, GuestSlot};
 
-use crate::carrier::{Armed, Carrier, CarrierCaps, CarrierFault, Interest, Woken};
+use crate::carrier::CarrierFault;
 use aside::Aside;
-use chain::{Cursor, Malformed, Seg};
+use chain::Seg;
 use ring::Ring;
-use slot::Lent;
 
 /// Index of the queue towards the guest.
 pub const RX_QUEUE: u16 = 0;
@@ -71,14 +75,6 @@ const WAKER_SESSION: u32 = 2;
 /// Waker ids below this belong to the device.
 #[cfg(feature = "vhost-user")]
 pub(crate) const WAKERS: u32 = 3;
-
-/// Truesize that newer Linux guests charge for a queued packet, bytes (`SKB_TRUESIZE(0)`).
-const PACKET_OVERHEAD: u32 = 576;
-
-/// Largest chain of the TX queue, bytes.
-const TX_CHAIN_MAX: u64 = HEADER_BYTES as u64 + PAYLOAD_MAX as u64;
-/// Largest chain of the RX queue, bytes (virtio 1.3 §2.7.5.2).
-const RX_CHAIN_MAX: u64 = u32::MAX as u64;
 
 /// Rings the guest's driver: an interrupt, or a call descriptor.
 pub trait Signal: Send + Sync {
@@ -134,60 +130,6 @@ pub struct Counters {
     pub ignored_config_writes: u64,
     /// Times the session was torn down because the guest broke the transport.
     pub faults: u64,
-}
-
-/// Feature negotiation failed: the driver's or the bus's fault.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum DeviceError {
-    /// The driver acknowledged what was not offered.
-    #[error("features {acked:#x} contain {unknown:#x}, which was not offered")]
-    FeatureNotOffered {
-        /// What the driver acknowledged.
-        acked: u64,
-        /// The bits that were not offered.
-        unknown: u64,
-    },
-    /// Features are fixed while the device is active.
-    #[error("features cannot change while the device is active")]
-    Active,
-}
-
-/// The queues cannot be used: the driver's or the bus's fault.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ActivateError {
-    /// The device is active already; it must be reset first.
-    #[error("device is active already")]
-    Active,
-    /// The driver is a legacy one.
-    #[error("driver did not acknowledge VIRTIO_F_VERSION_1 (features {acked:#x})")]
-    Legacy {
-        /// What the driver acknowledged.
-        acked: u64,
-    },
-    /// A queue's size is not a power of two, or too large.
-    #[error("queue {queue}: size {size} is not a power of two in 1..={max}")]
-    QueueSize {
-        /// Index of the queue.
-        queue: u16,
-        /// The size the driver chose.
-        size: u16,
-        /// The largest size.
-        max: u16,
-    },
-    /// A queue is not ready, or does not lie in guest memory.
-    #[error(
-        "queue {queue}: not ready or not in guest memory (descriptors {desc:#x}, available {avail:#x}, used {used:#x})"
-    )]
-    QueueAddress {
-        /// Index of the queue.
-        queue: u16,
-        /// Guest address of the descriptor table.
-        desc: u64,
-        /// Guest address of the available ring.
-        avail: u64,
-        /// Guest address of the used ring.
-        used: u64,
-    },
 }
 
 struct Active<M> {
@@ -434,318 +376,4 @@ pub struct Stopped {
     pub bases: [u16; 2],
     /// The kick descriptors, for whoever has them in an epoll set.
     pub kicks: [Option<OwnedFd>; 2],
-}
-
-/// Next head, but no more in one call than a queue holds: a guest that posts broken chains as fast as they are given
-/// back must not keep a shard from its other work. The rest is found by `arm`.
-fn next_head<M: GuestMemory>(
-    mem: &M,
-    ring: &mut Ring,
-    chains_left: &mut u16,
-) -> Result<Option<u16>, CarrierFault> {
-    let Some(left) = chains_left.checked_sub(1) else {
-        return Ok(None);
-    };
-    *chains_left = left;
-    ring.peek(mem)
-}
-
-/// Gives a chain back that broke a rule.
-fn refuse<M: GuestMemory>(
-    mem: &M,
-    ring: &mut Ring,
-    counters: &mut Counters,
-    head: u16,
-    why: Malformed,
-) -> Result<(), CarrierFault> {
-    counters.refused(&why, head);
-    ring.advance();
-    ring.push_used(mem, head, 0)
-}
-
-/// Gives back a chain from the guest, behind those that are held back.
-fn give_back<M: GuestMemory>(
-    mem: &M,
-    ring: &mut Ring,
-    aside: &mut Aside,
-    head: u16,
-) -> Result<(), CarrierFault> {
-    match aside.hold_back(head) {
-        true => Ok(()),
-        false => ring.push_used(mem, head, 0),
-    }
-}
-
-impl Counters {
-    fn refused(&mut self, why: &Malformed, head: u16) {
-        tracing::debug!(head, %why, "chain refused");
-        self.malformed_chains += 1;
-        if matches!(why, Malformed::TooLarge { .. }) {
-            self.oversized_packets += 1;
-        }
-    }
-}
-
-impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
-    type Rx<'a>
-        = GuestPacket<'a, M::M>
-    where
-        Self: 'a;
-    type Tx<'a>
-        = GuestSlot<'a, M::M>
-    where
-        Self: 'a;
-
-    fn caps(&self) -> CarrierCaps {
-        CarrierCaps {
-            max_payload: PAYLOAD_MAX,
-            packet_overhead: PACKET_OVERHEAD,
-        }
-    }
-
-    fn begin(&mut self) {
-        if self.change.is_some() {
-            // The streams that the shell knows are another session's.
-            return;
-        }
-        let Some(active) = self.active.as_mut().filter(|a| !a.torn) else {
-            return;
-        };
-        // Left from a burst that ended in a fault.
-        self.aside.release();
-        let mem = self.snapshot.insert(active.mem.memory());
-        for ring in [&mut active.rx, &mut active.tx] {
-            if let Err(fault) = ring.disable_notify(&**mem) {
-                self.fault.get_or_insert(fault);
-            }
-        }
-    }
-
-    fn rx(&mut self) -> Result<Option<Self::Rx<'_>>, CarrierFault> {
-        let (Some(active), Some(mem)) = (&mut self.active, &self.snapshot) else {
-            return Ok(None);
-        };
-        if let Some(fault) = self.fault.take() {
-            return Err(fault);
-        }
-        let (mem, ring): (&M::M, _) = (mem, &mut active.tx);
-        let mut chains_left = ring.size();
-        let (head, header, cursor, remaining) = loop {
-            let Some(head) = next_head(mem, ring, &mut chains_left)? else {
-                return Ok(None);
-            };
-            let read = Permissions::Read;
-            let total = match chain::walk(mem, ring, head, read, TX_CHAIN_MAX, &mut self.segs) {
-                Ok(total) if total >= HEADER_BYTES as u64 => total,
-                Ok(len) => {
-                    let why = Malformed::TooSmall { len };
-                    self.counters.refused(&why, head);
-                    ring.advance();
-                    give_back(mem, ring, &mut self.aside, head)?;
-                    continue;
-                }
-                Err(why) => {
-                    self.counters.refused(&why, head);
-                    ring.advance();
-                    give_back(mem, ring, &mut self.aside, head)?;
-                    continue;
-                }
-            };
-            ring.advance();
-            let (mut bytes, mut cursor) = ([0; HEADER_BYTES], Cursor::default());
-            if let Err(e) = cursor.copy_out(mem, &self.segs, &mut bytes) {
-                tracing::debug!(error = %e, "header is not accessible");
-                return Err(CarrierFault {
-                    what: "packet header is not accessible any more",
-                    value: u64::from(head),
-                    limit: 0,
-                });
-            }
-            let wire = WireHeader::from_bytes(&bytes);
-            if wire.src_cid() != self.guest_cid.get() || wire.dst_cid() != HOST_CID {
-                self.counters.dropped_cid += 1;
-                give_back(mem, ring, &mut self.aside, head)?;
-                continue;
-            }
-            // At most PAYLOAD_MAX.
-            let remaining = (total - HEADER_BYTES as u64) as u32;
-            break (head, wire.header(), cursor, remaining);
-        };
-        self.counters.packets_from_guest += 1;
-        let lent = Lent {
-            mem,
-            ring,
-            segs: &self.segs,
-            counters: &mut self.counters,
-            aside: &mut self.aside,
-            fault: &mut self.fault,
-        };
-        Ok(Some(GuestPacket::new(
-            lent, head, header, cursor, remaining,
-        )))
-    }
-
-    fn tx(&mut self, _lane: Lane, _want: u32) -> Result<Option<Self::Tx<'_>>, CarrierFault> {
-        let (Some(active), Some(mem)) = (&mut self.active, &self.snapshot) else {
-            return Ok(None);
-        };
-        if let Some(fault) = self.fault.take() {
-            return Err(fault);
-        }
-        let (mem, ring): (&M::M, _) = (mem, &mut active.rx);
-        let mut chains_left = ring.size();
-        let (head, total) = loop {
-            let Some(head) = next_head(mem, ring, &mut chains_left)? else {
-                return Ok(None);
-            };
-            let write = Permissions::Write;
-            match chain::walk(mem, ring, head, write, RX_CHAIN_MAX, &mut self.segs) {
-                Ok(total) if total >= HEADER_BYTES as u64 => break (head, total),
-                Ok(len) => {
-                    let why = Malformed::TooSmall { len };
-                    refuse(mem, ring, &mut self.counters, head, why)?;
-                }
-                Err(why) => refuse(mem, ring, &mut self.counters, head, why)?,
-            }
-        };
-        let capacity = (total - HEADER_BYTES as u64).min(u64::from(PAYLOAD_MAX)) as u32;
-        let lent = Lent {
-            mem,
-            ring,
-            segs: &self.segs,
-            counters: &mut self.counters,
-            aside: &mut self.aside,
-            fault: &mut self.fault,
-        };
-        Ok(Some(GuestSlot::new(lent, head, self.guest_cid, capacity)))
-    }
-
-    fn write_aside(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        let Some(mem) = &self.snapshot else {
-            return Ok(0);
-        };
-        let Aside { segs, cursor, .. } = &mut self.aside;
-        let n = iovec::write_to(&**mem, segs, cursor, fd, usize::MAX)?;
-        self.counters.bytes_copied += n as u64;
-        Ok(n)
-    }
-
-    fn read_aside(&mut self, dst: &mut [u8]) -> Result<usize, CarrierFault> {
-        let Some(mem) = &self.snapshot else {
-            return Ok(0);
-        };
-        let Aside { segs, cursor, .. } = &mut self.aside;
-        let n = cursor
-            .copy_out(&**mem, segs, dst)
-            .map_err(|e| slot::payload_fault(&e))?;
-        self.counters.bytes_copied += n as u64;
-        Ok(n)
-    }
-
-    fn release_aside(&mut self) {
-        let (Some(active), Some(mem)) = (&mut self.active, &self.snapshot) else {
-            return;
-        };
-        for head in self.aside.release() {
-            if let Err(fault) = active.tx.push_used(&**mem, head, 0) {
-                self.fault.get_or_insert(fault);
-            }
-        }
-    }
-
-    fn flush(&mut self) {
-        self.publish();
-    }
-
-    fn arm(&mut self, interest: Interest) -> Armed {
-        self.publish();
-        // A change that was not told wakes by itself, and the burst after it looks at the rings.
-        let untold = self.change.is_some();
-        let Some(active) = self.active.as_mut().filter(|a| !a.torn && !untold) else {
-            self.snapshot = None;
-            return Armed::Sleep;
-        };
-        let mem = match &self.snapshot {
-            Some(mem) => mem.clone(),
-            None => active.mem.memory(),
-        };
-        let mut more = self.fault.is_some();
-        for (wanted, ring) in [(interest.rx, &mut active.tx), (interest.tx, &mut active.rx)] {
-            let result = if wanted {
-                ring.enable_notify(&*mem)
-            } else {
-                ring.disable_notify(&*mem).map(|()| false)
-            };
-            match result {
-                Ok(work) => more |= work,
-                Err(fault) => {
-                    // Told to the caller by the next `rx`.
-                    self.fault.get_or_insert(fault);
-                    more = true;
-                }
-            }
-        }
-        // A sleeping device keeps no mapping alive.
-        self.snapshot = None;
-        if more {
-            Armed::WorkAppeared
-        } else {
-            Armed::Sleep
-        }
-    }
-
-    fn tear(&mut self) {
-        self.snapshot = None;
-        self.fault = None;
-        if let Some(active) = self.active.as_mut().filter(|a| !a.torn) {
-            active.torn = true;
-            self.counters.faults += 1;
-        }
-    }
-
-    fn wakers(&self, visit: &mut dyn FnMut(BorrowedFd<'_>, u32)) {
-        visit(self.changed.as_fd(), WAKER_SESSION);
-        let Some(active) = &self.active else { return };
-        for (id, kick) in (0u32..).zip(&active.kicks) {
-            if let Some(kick) = kick {
-                visit(kick.as_fd(), id);
-            }
-        }
-    }
-
-    fn woken(&mut self, id: u32) -> Woken {
-        if id == WAKER_SESSION {
-            drain(self.changed.as_fd());
-            let session = self.take_session_change();
-            let wakers_changed = session.is_some();
-            return Woken {
-                session,
-                wakers_changed,
-            };
-        }
-        let kick = self
-            .active
-            .as_ref()
-            .and_then(|a| a.kicks.get(id as usize))
-            .and_then(Option::as_ref);
-        if let Some(kick) = kick {
-            drain(kick.as_fd());
-        }
-        Woken::default()
-    }
-}
-
-/// Clears an eventfd. It is nonblocking; a second reader may have been faster.
-pub(crate) fn drain(fd: BorrowedFd<'_>) {
-    let mut count = [0; 8];
-    loop {
-        match nix::unistd::read(fd, &mut count) {
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(nix::errno::Errno::EAGAIN) | Ok(_) => return,
-            Err(e) => {
-                tracing::debug!(error = %io::Error::from(e), "kick descriptor cannot be read");
-                return;
-            }
-        }
-    }
 }
