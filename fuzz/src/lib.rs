@@ -14,8 +14,9 @@
 //! Seeds stand in `corpus/TARGET/`: the least of what libFuzzer found that reaches every place it reached, and every input
 //! that ever broke something. `cargo test` replays them, `cargo xtask fuzz` goes on from them with libFuzzer.
 //!
-//! Run under libFuzzer: `mem_table` 10,000,000 executions (403 places), `engine_ops` 10,000,000 (920). Nothing was found.
-//! `succession` 64,373 (3,960): a SIGPIPE in a process that does not ignore it, before that.
+//! Executions under libFuzzer so far: `mem_table` 10,000,000; `engine_ops` 10,000,000; `descriptor_chain` 6,889,556 with dirty
+//! pages and 311,572 with dirty bytes by sixteen; `vsock_packet` 476,953; `vhost_user_messages` 236,340; `port_packet` 157,237;
+//! `succession` 64,373. Found: a SIGPIPE in a process that does not ignore it (`succession`). Faults that were planted are found.
 
 mod descriptor_chain;
 mod engine_ops;
