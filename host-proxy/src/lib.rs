@@ -187,6 +187,7 @@ async fn load_vms(state: &Arc<State>) -> anyhow::Result<()> {
                 cid,
                 allow: serde_json::from_str(&allow).ok()?,
                 allow_vsock: serde_json::from_str(&allow_vsock).ok()?,
+                busy_poll_us: 0,
             })
         })();
         let added = match config {

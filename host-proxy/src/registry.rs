@@ -333,6 +333,7 @@ mod tests {
             cid,
             allow: vec![],
             allow_vsock: vec![],
+            busy_poll_us: 0,
         }
     }
 

@@ -181,6 +181,8 @@ async fn reach(vm: &VmEntry, binary: &Path) -> io::Result<OwnedFd> {
         .arg(vm.config.cid.to_string())
         .arg("--dir")
         .arg(&vm.dir)
+        .arg("--busy-poll-us")
+        .arg(vm.config.busy_poll_us.to_string())
         .stdin(stdin)
         .stdout(Stdio::null())
         // A file: a pipe that nobody reads any more would stop it.

@@ -36,6 +36,10 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
         if nix::unistd::geteuid().is_root() {
             args.push("--realtime");
         }
+        // What a tunnel is made of, and what relays TCP.
+        setup::run()?;
+        let binaries = setup::host_binaries(true)?.display().to_string();
+        args.extend(["--binaries", &binaries]);
         bench("backends", &args)?;
     }
     Ok(true)

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use crate::progress;
 
 /// Programs that are needed, and the packages that bring them.
-const PROGRAMS: [(&str, &str); 13] = [
+const PROGRAMS: [(&str, &str); 15] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("lz4", "lz4"),
@@ -23,6 +23,8 @@ const PROGRAMS: [(&str, &str); 13] = [
     ("apt-cache", "apt"),
     ("dpkg", "dpkg"),
     ("ssh", "openssh-client"),
+    ("socat", "socat"),
+    ("haproxy", "haproxy"),
 ];
 /// Rust targets: guest binaries; the engine without an operating system.
 const TARGETS: [&str; 2] = ["x86_64-unknown-linux-musl", "x86_64-unknown-none"];

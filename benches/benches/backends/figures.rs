@@ -8,7 +8,7 @@ use adit_benches::report::{Better, Figure, median};
 
 use crate::measure::{self, End};
 use crate::process::{Backend, Kind};
-use crate::{Options, crowd};
+use crate::{Options, crowd, tunnel};
 
 const PEER: &str = "vhost-device-vsock";
 const SIZES: [(usize, &str); 3] = [(65536, "64 KiB"), (4096, "4 KiB"), (64, "64 B")];
@@ -102,6 +102,11 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     };
     for figure in crowd {
         figure.print(options.json);
+    }
+    if options.wants("tunnel") {
+        for figure in tunnel::figures(options)? {
+            figure.print(options.json);
+        }
     }
     for note in &series.notes {
         eprintln!("failed: {note}");

@@ -23,6 +23,8 @@ pub struct Conn {
     pub ended: bool,
     /// Payload bytes that came.
     pub received: u64,
+    /// The host opened it.
+    accepted: bool,
     /// Sends back what comes.
     echo: bool,
     owed: Vec<u8>,
@@ -42,6 +44,8 @@ pub struct Guest {
     payload: Vec<u8>,
     /// Packets to send as soon as there is room.
     replies: Vec<PacketHeader>,
+    /// Streams that the host opens do not send back what comes.
+    pub silent: bool,
     /// Copies payload out of RX buffers, and keeps it, for the transfer that is checked.
     pub keep: Option<Vec<u8>>,
 }
@@ -56,6 +60,7 @@ impl Guest {
             owing: Vec::new(),
             payload: Vec::new(),
             replies: Vec::new(),
+            silent: false,
             keep: None,
         }
     }
@@ -95,6 +100,12 @@ impl Guest {
     /// Streams that are open.
     pub fn open(&self) -> usize {
         self.conns.values().filter(|c| c.open && !c.ended).count()
+    }
+
+    /// Returns a stream that the host opened and that goes on.
+    pub fn accepted(&self) -> Option<Key> {
+        let mut host = self.conns.iter().filter(|(_, c)| c.accepted && !c.ended);
+        host.next().map(|(key, _)| *key)
     }
 
     /// Forgets streams that ended.
@@ -173,6 +184,7 @@ impl Guest {
         let key = (h.dst_port, h.src_port);
         if h.op == Op::Request as u16 {
             let mut conn = Conn::new(GuestStream::new(key.0, key.1), true);
+            conn.echo = !self.silent;
             conn.credit.handle(h, 0);
             conn.open = true;
             self.replies.push(conn.credit.header(Op::Response));
@@ -239,13 +251,14 @@ impl Guest {
 }
 
 impl Conn {
-    fn new(credit: GuestStream, echo: bool) -> Self {
+    fn new(credit: GuestStream, accepted: bool) -> Self {
         Self {
             credit,
             open: false,
             ended: false,
             received: 0,
-            echo,
+            accepted,
+            echo: false,
             owed: Vec::new(),
         }
     }

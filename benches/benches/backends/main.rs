@@ -1,4 +1,4 @@
-//! `cargo bench --bench backends [-- --peer PATH] [--rounds N] [--only CELL] [--realtime] [--json]`: our vhost-user backend, in a process of its own,
+//! `cargo bench --bench backends [-- --peer PATH] [--binaries DIR] [--rounds N] [--only CELL] [--realtime] [--json]`: our vhost-user backend, in a process of its own,
 //! beside the `vhost-device-vsock` binary, both driven by the same software guest, cell by cell in turn; medians.
 //!
 //! - The guest and the host's program are one thread that never sleeps, so that the backend is what is measured; it has
@@ -15,6 +15,7 @@ mod guest;
 mod hybrid;
 mod measure;
 mod process;
+mod tunnel;
 
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -26,6 +27,8 @@ use anyhow::Context;
 /// What the command line says.
 pub struct Options {
     peer: Option<PathBuf>,
+    /// Where aditd and adit-port are, for tunnels.
+    binaries: Option<PathBuf>,
     rounds: usize,
     json: bool,
     /// Only cells whose name has this in it: `64 KiB up`, `rtt`, `connections`, `crowd`…
@@ -43,6 +46,7 @@ fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
     let mut options = Options {
         peer: None,
+        binaries: None,
         rounds: 0,
         json: false,
         only: None,
@@ -56,6 +60,7 @@ fn main() -> anyhow::Result<()> {
                 return hybrid::serve(&dir, Duration::from_micros(us));
             }
             "--peer" => options.peer = Some(value()?.into()),
+            "--binaries" => options.binaries = Some(value()?.into()),
             "--rounds" => options.rounds = value()?.parse().context("--rounds")?,
             "--realtime" => realtime()?,
             "--only" => options.only = Some(value()?),

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use adit_channel::device::GuestCid;
 use adit_channel::hello;
@@ -38,6 +39,9 @@ struct Args {
     /// Host port that the guest may dial; repeat for more.
     #[arg(long = "serve-port", value_name = "PORT", default_values_t = [hello::PORT])]
     serve_ports: Vec<u32>,
+    /// Look on for so many microseconds (at most 1000) before sleeping: for VMs whose vCPUs have cores of their own.
+    #[arg(long, value_name = "US", default_value_t = 0)]
+    busy_poll_us: u64,
     /// Take guest memory from any file (hugetlbfs), not from sealed memfds only.
     #[arg(long)]
     allow_any_memory: bool,
@@ -100,6 +104,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         vm: args.name,
         cid: args.cid,
         serve_ports: args.serve_ports,
+        busy_poll: Duration::from_micros(args.busy_poll_us),
         seed: u64::from_le_bytes(seed.try_into()?),
         boot_nonce: boot_nonce.try_into()?,
     };

@@ -54,6 +54,8 @@ pub struct Options {
     pub cid: u64,
     /// Host ports that the guest may dial.
     pub serve_ports: Vec<u32>,
+    /// How long to look on before sleeping (`Shard::busy_poll`); zero: not at all.
+    pub busy_poll: Duration,
     /// Unpredictable for the guest.
     pub seed: u64,
     /// Drawn once a process.
@@ -108,6 +110,7 @@ impl<C: Carrier> Process<C> {
         stop: OwnedFd,
     ) -> io::Result<Self> {
         let mut shard = Shard::new()?;
+        shard.busy_poll(options.busy_poll);
         let port = shard.add(carrier, EngineConfig::default(), options.seed)?;
         let last_epoch = live.epoch();
         shard.port_mut(port).keep_live(live);
