@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use adit_benches::queue::{NEXT, WRITE};
 use adit_benches::{Driver, DriverConfig, RxShape, memory};
-use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, TxSlot};
+use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, SetAside, TxSlot};
 use adit_channel::device::{
     FEATURES, HEADER_BYTES, HOST_CID, PAYLOAD_MAX, RX_QUEUE, TX_QUEUE, VsockDevice,
 };
@@ -388,6 +388,79 @@ fn a_full_or_closed_descriptor_is_an_error_and_keeps_the_rest() {
     let mut packet = rig.device.rx().expect("no fault").expect("a packet");
     let error = packet.write_to(near.as_fd(), u32::MAX).expect_err("closed");
     assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+}
+
+#[test]
+fn packets_set_aside_go_out_together_and_come_back_in_order() {
+    let mut rig = Rig::new();
+    let (near, mut far) = UnixStream::pair().expect("socketpair");
+    let payloads: Vec<Vec<u8>> = (1..=6u8).map(|i| pattern(40 * usize::from(i), i)).collect();
+    for payload in &payloads {
+        assert!(rig.driver.send(&rw(1), payload, 33));
+    }
+    rig.driver.tx.publish();
+    rig.device.begin();
+    // The third is read at once, and yet comes back behind those before it.
+    let mut expected = Vec::new();
+    for (i, payload) in payloads.iter().enumerate() {
+        let mut packet = rig.device.rx().expect("no fault").expect("a packet");
+        let len = packet.remaining();
+        if i != 2 {
+            assert_eq!(packet.set_aside(len), SetAside::Kept);
+            assert_eq!(packet.remaining(), 0);
+            expected.extend_from_slice(payload);
+        }
+    }
+    rig.device.flush();
+    assert_eq!(
+        rig.driver.tx.used_idx(),
+        0,
+        "nothing goes back before it was written"
+    );
+    assert_eq!(
+        rig.device.write_aside(near.as_fd()).expect("room"),
+        expected.len()
+    );
+    let mut got = vec![0; expected.len()];
+    far.read_exact(&mut got).expect("bytes");
+    assert_eq!(got, expected);
+    assert_eq!(rig.device.read_aside(&mut [0; 8]).expect("memory"), 0);
+    rig.device.release_aside();
+    rig.device.flush();
+    assert_eq!(rig.driver.tx.used_idx(), 6);
+    let heads: Vec<u16> = std::iter::from_fn(|| rig.driver.tx.pop_used())
+        .map(|(head, _)| head)
+        .collect();
+    assert_eq!(heads, (0..6).collect::<Vec<u16>>());
+}
+
+#[test]
+fn as_many_as_one_call_takes_are_set_aside_and_the_rest_stays_readable() {
+    let mut rig = Rig::new();
+    let (near, far) = UnixStream::pair().expect("socketpair");
+    let mut n = 0;
+    for _ in 0..100 {
+        assert!(rig.driver.send(&rw(1), &[7; 64], 64));
+    }
+    rig.driver.tx.publish();
+    rig.device.begin();
+    loop {
+        let mut packet = rig.device.rx().expect("no fault").expect("a packet");
+        n += 1;
+        match packet.set_aside(64) {
+            SetAside::Full => break,
+            kept => assert_eq!(kept, SetAside::Kept),
+        }
+    }
+    assert_eq!(n, 64);
+    drop(far);
+    let error = rig.device.write_aside(near.as_fd()).expect_err("closed");
+    assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+    let mut rest = vec![0; 64 * 64 + 1];
+    assert_eq!(rig.device.read_aside(&mut rest).expect("memory"), 64 * 64);
+    rig.device.release_aside();
+    rig.device.flush();
+    assert_eq!(rig.driver.reap_tx(), 64);
 }
 
 #[test]

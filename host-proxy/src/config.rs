@@ -15,6 +15,7 @@
 //! cid = 3
 //! allow = [80, 22]                  # guest TCP ports
 //! allow_vsock = [5000]              # plain AF_VSOCK ports, reached as vsock-5000.web-1
+//! busy_poll_us = 50                 # optional: look on before sleeping; for vCPUs with cores of their own
 //! ```
 //! An unknown key is an error that names file, line and key: a misspelt limit must not silently be no limit.
 
@@ -32,6 +33,8 @@ pub const DEFAULT_PATH: &str = "/etc/adit/aditd.toml";
 pub const VMS_MAX: usize = 4096;
 /// Most ports in a VM's allow-list.
 pub const ALLOW_MAX: usize = 1024;
+/// Longest look before a sleep, microseconds.
+pub const BUSY_POLL_US_MAX: u32 = 1000;
 /// Lowest CID that a guest may have (virtio 1.3 §5.10.4).
 const CID_MIN: u64 = 3;
 /// Highest CID that a guest may have; the next one means "any".
@@ -153,6 +156,10 @@ impl VmConfig {
                 "cid",
                 format!("{} is reserved: use {CID_MIN} to {CID_MAX}", self.cid),
             ));
+        }
+        if self.busy_poll_us > BUSY_POLL_US_MAX {
+            let why = format!("{} is more than {BUSY_POLL_US_MAX}", self.busy_poll_us);
+            return Err(("busy_poll_us", why));
         }
         if self.allow.len() > ALLOW_MAX || self.allow_vsock.len() > ALLOW_MAX {
             return Err(("allow", format!("at most {ALLOW_MAX} ports may be listed")));

@@ -40,6 +40,11 @@ impl Aside {
         }
     }
 
+    /// Payload bytes that wait, those that were written already among them.
+    pub(super) fn bytes(&self) -> usize {
+        self.segs.iter().map(|seg| seg.len as usize).sum()
+    }
+
     /// Keeps a chain until `release`, if one before it is kept. False: it goes back at once.
     pub(super) fn hold_back(&mut self, head: u16) -> bool {
         let kept = self.packets > 0;

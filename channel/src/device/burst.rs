@@ -210,8 +210,9 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
         let Some(mem) = &self.snapshot else {
             return Ok(0);
         };
+        let all = self.aside.bytes();
         let Aside { segs, cursor, .. } = &mut self.aside;
-        let n = iovec::write_to(&**mem, segs, cursor, fd, usize::MAX)?;
+        let n = iovec::write_to(&**mem, segs, cursor, fd, all)?;
         self.counters.bytes_copied += n as u64;
         Ok(n)
     }

@@ -19,6 +19,8 @@ use crate::sink::{ServiceEvent, Sink, StreamIo};
 
 /// Payload is copied through a buffer of this many bytes where it goes to no descriptor.
 const CHUNK: usize = 4096;
+/// Small packets of inline services go through one of so many: clearing a large one costs more than the packet.
+const SMALL: usize = 256;
 /// A buffer that drained keeps at most this capacity, bytes.
 const KEEP_MAX: usize = 4096;
 
@@ -153,12 +155,46 @@ impl Entry {
                 self.wake = true;
                 n
             }
-            Some(Sink::Inline(_)) | None => {
+            Some(Sink::Inline(_)) if len as usize <= SMALL => {
+                return self.serve(packet, len, &mut [0; SMALL], copied);
+            }
+            Some(Sink::Inline(_)) => return self.serve(packet, len, &mut [0; CHUNK], copied),
+            None => {
                 self.hold(packet, len, copied)?;
                 return self.flush(copied).map_err(Undelivered::Sink);
             }
         };
         self.hold(packet, len - taken, copied)?;
+        Ok(taken)
+    }
+
+    /// Shows an inline service a packet piece by piece, as long as it takes all of each; the rest is held.
+    fn serve<P: RxPacket>(
+        &mut self,
+        packet: &mut P,
+        mut len: u32,
+        buf: &mut [u8],
+        copied: Copied<'_>,
+    ) -> Result<u32, Undelivered> {
+        let mut taken = 0;
+        while len > 0 {
+            let want = buf.len().min(len as usize);
+            let n = read_some(&mut |dst| packet.read(dst), &mut buf[..want], len)?;
+            *copied += n as u64;
+            len -= n as u32;
+            let took = self.service_event(ServiceEvent::Data(&buf[..n])).min(n);
+            // Windows are far below 4 GiB.
+            taken += took as u32;
+            if took < n {
+                self.held.extend(&buf[took..n]);
+                self.hold(packet, len, copied)?;
+                if len > 0 {
+                    // There is more behind what it left.
+                    taken += self.flush(copied).map_err(Undelivered::Sink)?;
+                }
+                break;
+            }
+        }
         Ok(taken)
     }
 
@@ -244,10 +280,10 @@ impl Entry {
         self.told_done = true;
     }
 
-    /// Shows an inline service something that has no data.
-    pub(super) fn service_event(&mut self, event: ServiceEvent<'_>) {
+    /// Shows an inline service something; returns the bytes that it took.
+    pub(super) fn service_event(&mut self, event: ServiceEvent<'_>) -> usize {
         let Some(Sink::Inline(service)) = &mut self.sink else {
-            return;
+            return 0;
         };
         let mut io = StreamIo {
             out: &mut self.out,
@@ -256,9 +292,10 @@ impl Entry {
             reset: false,
         };
         service.on_event(event, &mut io);
-        let (done, reset) = (io.done, io.reset);
+        let (taken, done, reset) = (io.taken, io.done, io.reset);
         self.service_done |= done;
         self.service_reset |= reset;
+        taken
     }
 
     /// What the engine is to know that there is to send: bytes, or `u32::MAX` = some.
@@ -372,6 +409,23 @@ pub(super) fn write_held(fd: BorrowedFd<'_>, held: &mut VecDeque<u8>) -> io::Res
     Ok(taken)
 }
 
+/// Reads at least a byte of the `len` that are there.
+fn read_some(
+    read: &mut impl FnMut(&mut [u8]) -> Result<usize, CarrierFault>,
+    dst: &mut [u8],
+    len: u32,
+) -> Result<usize, CarrierFault> {
+    match read(dst)? {
+        // The engine was told how much there is.
+        0 => Err(CarrierFault {
+            what: "packet is shorter than it was",
+            value: 0,
+            limit: u64::from(len),
+        }),
+        n => Ok(n),
+    }
+}
+
 fn read_chunks(
     mut len: u32,
     mut read: impl FnMut(&mut [u8]) -> Result<usize, CarrierFault>,
@@ -380,15 +434,7 @@ fn read_chunks(
     let mut chunk = [0; CHUNK];
     while len > 0 {
         let want = chunk.len().min(len as usize);
-        let n = read(&mut chunk[..want])?;
-        if n == 0 {
-            // The engine was told how much there is.
-            return Err(CarrierFault {
-                what: "packet is shorter than it was",
-                value: 0,
-                limit: u64::from(len),
-            });
-        }
+        let n = read_some(&mut read, &mut chunk[..want], len)?;
         give(&chunk[..n]);
         len -= n as u32;
     }

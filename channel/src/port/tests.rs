@@ -334,14 +334,15 @@ fn drain_into(pair: &mut Pair) -> Vec<Notice> {
     all
 }
 
-/// Sends back what it gets.
-struct Echo;
+/// Sends back what it gets, in whole records of so many bytes.
+struct Echo(usize);
 
 impl Service for Echo {
     fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
         match event {
             ServiceEvent::Data(bytes) => {
-                let n = io.write(bytes);
+                let whole = bytes.len().min(io.room()) / self.0 * self.0;
+                let n = io.write(&bytes[..whole]);
                 io.take(n);
             }
             ServiceEvent::PeerDone => io.finish(),
@@ -352,10 +353,26 @@ impl Service for Echo {
 
 #[test]
 fn an_inline_service_echoes_and_ends() {
+    inline_echo(Pair::new(), 1, 1 << 20);
+}
+
+#[test]
+fn shards_that_look_on_before_they_sleep_carry_the_same() {
     let mut pair = Pair::new();
+    pair.a.busy_poll(Duration::from_micros(50));
+    pair.b.busy_poll(Duration::from_micros(50));
+    inline_echo(pair, 1, 1 << 20);
+}
+
+#[test]
+fn an_inline_service_gets_what_it_left_with_more_behind_it() {
+    inline_echo(Pair::new(), 6000, 167 * 6000);
+}
+
+fn inline_echo(mut pair: Pair, record: usize, bytes: usize) {
     let stream = pair.dial(1, None);
     let theirs = pair.asked();
-    pair.accept(theirs, Sink::Inline(Box::new(Echo)));
+    pair.accept(theirs, Sink::Inline(Box::new(Echo(record))));
     pair.until(|p| {
         p.heard[0].contains(&Notice::Dialed {
             stream,
@@ -365,7 +382,7 @@ fn an_inline_service_echoes_and_ends() {
     let (near, sink) = socket();
     let now = pair.a.now();
     pair.a.port_mut(HERE).attach(now, stream, sink, &[]);
-    let mut flow = Flow::new(&near, &near, pattern(9, 1 << 20), 9001);
+    let mut flow = Flow::new(&near, &near, pattern(9, bytes), 9001);
     pair.until(|_| flow.go());
     assert!(flow.got == flow.data);
     near.shutdown(std::net::Shutdown::Write).unwrap();
