@@ -12,7 +12,7 @@
 //! - Torn: the guest broke the rules of the transport; nothing is read from it until it resets the device.
 //!
 //! Queue 0 carries packets to the guest (RX), queue 1 packets from it (TX), queue 2 events. The device implements
-//! [`Carrier`]: it knows packets and CIDs, and no streams.
+//! [`Carrier`](crate::carrier::Carrier): it knows packets and CIDs, and no streams.
 //!
 //! A session begins with `activate` and ends with `reset`. The device tells its shell by itself, through a waker of
 //! its own, so that the bus may call them from a vCPU's thread: no packet of a session is yielded before the shell
