@@ -24,7 +24,8 @@ pub(crate) struct Polling {
 impl Polling {
     /// Looks on for at most `limit`; not at all where there is one CPU only, for nobody else would run meanwhile.
     pub(crate) fn new(limit: Duration) -> Self {
-        let alone = std::thread::available_parallelism().is_ok_and(|n| n.get() < 2);
+        let alone =
+            !limit.is_zero() && std::thread::available_parallelism().is_ok_and(|n| n.get() < 2);
         let limit = if alone {
             Duration::ZERO
         } else {
