@@ -34,7 +34,6 @@
 //! Fairness, and that a peer reads. A peer that stops fills the ring: `Full`. A peer that lies ends it: `Corrupt`. The
 //! bytes of a record are what the peer wrote at the time of copying; they are copied out before anybody looks at them.
 #![cfg_attr(not(feature = "std"), no_std)]
-#![forbid(unsafe_code)]
 
 use core::fmt;
 

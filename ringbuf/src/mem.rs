@@ -1,4 +1,13 @@
-//! Shared memory, as the ring needs it: words that are fetched once, and bytes that are copied.
+//! Shared memory, as the ring needs it: words that are fetched once, and bytes that are copied. The only file that
+//! touches mapped memory.
+//!
+//! Soundness: the other side may write any byte at any time, so no reference to the bytes is ever made. Words are
+//! accessed as atomics; bytes are copied by `copy_nonoverlapping` between the mapping and a private buffer, as vm-memory
+//! and every VMM does. That copy races with the peer's stores, which Rust's memory model does not describe for another
+//! process; what it can bring is any bytes at all, and a record's bytes are that by nature. Every access is
+//! bounds-checked against the mapping, which lives as long as the value.
+// Only mapped memory needs it: without `std` there is none.
+#![cfg_attr(feature = "std", allow(unsafe_code))]
 
 /// Memory that both sides have. Loads and stores only: a peer's mapping may be read-only, and a locked instruction on
 /// memory that another partition can unmap is a hazard of its own.
@@ -57,19 +66,28 @@ mod mapped {
     use std::fs::File;
     use std::os::fd::OwnedFd;
     use std::sync::Arc;
-    use std::sync::atomic::{Ordering, fence};
+    use std::sync::atomic::{AtomicU64, Ordering, fence};
 
     use nix::fcntl::{FcntlArg, SealFlag, fcntl};
     use nix::sys::memfd::{MFdFlags, memfd_create};
-    use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+    use vm_memory::{FileOffset, MmapRegion};
 
     use super::RingMem;
 
-    /// A mapping: of this process alone, of a memfd that another process maps too, or of guest memory. vm-memory copies
-    /// through raw pointers and never makes a reference to the bytes, so that another partition may write them at any
-    /// time.
+    /// A mapping: of this process alone, of a memfd that another process maps too, or of guest memory.
     #[derive(Clone, Debug)]
-    pub struct Mapped(Arc<MmapRegion>);
+    pub struct Mapped {
+        base: *mut u8,
+        len: usize,
+        /// Keeps the mapping.
+        _region: Arc<MmapRegion>,
+    }
+
+    // SAFETY: the pointer is to the mapping that `_region` keeps, which belongs to no thread; accesses are atomic, or
+    // copies as the head of this file says.
+    unsafe impl Send for Mapped {}
+    // SAFETY: as above.
+    unsafe impl Sync for Mapped {}
 
     /// A descriptor is no memory for a ring: the fault of whoever passed it.
     #[derive(Debug, thiserror::Error)]
@@ -102,7 +120,7 @@ mod mapped {
         /// # Errors
         /// There is none to be had.
         pub fn anonymous(bytes: usize) -> Result<Self, MemfdError> {
-            Ok(Self(Arc::new(MmapRegion::new(bytes).map_err(failed)?)))
+            Ok(Arc::new(MmapRegion::new(bytes).map_err(failed)?).into())
         }
 
         /// Zeroed memory that can be passed on: a memfd, sealed to its size.
@@ -141,50 +159,70 @@ mod mapped {
 
         fn map(file: File, bytes: usize) -> Result<Self, MemfdError> {
             let region = MmapRegion::from_file(FileOffset::new(file, 0), bytes).map_err(failed)?;
-            Ok(Self(Arc::new(region)))
+            Ok(Arc::new(region).into())
         }
     }
 
     impl From<Arc<MmapRegion>> for Mapped {
         /// A region of guest memory.
         fn from(region: Arc<MmapRegion>) -> Self {
-            Self(region)
+            Self {
+                base: region.as_ptr(),
+                len: region.size(),
+                _region: region,
+            }
         }
     }
 
-    /// The ring checked its offsets when it was made.
-    const INSIDE: &str = "an offset of the ring's own, checked against the length";
+    impl Mapped {
+        #[inline]
+        fn word(&self, at: usize) -> &AtomicU64 {
+            assert!(at.is_multiple_of(8) && at < self.len && self.len - at >= 8);
+            // SAFETY: inside of the mapping and aligned, for mappings begin at a page; shared words are accessed as
+            // atomics only.
+            unsafe { AtomicU64::from_ptr(self.base.add(at).cast()) }
+        }
+
+        /// The bytes from an offset on, which must be inside.
+        #[inline]
+        fn bytes(&self, at: usize, len: usize) -> *mut u8 {
+            assert!(at <= self.len && self.len - at >= len);
+            // SAFETY: inside of the mapping, or at its end for no bytes.
+            unsafe { self.base.add(at) }
+        }
+    }
 
     impl RingMem for Mapped {
         fn len(&self) -> usize {
-            self.0.size()
+            self.len
         }
+        #[inline]
         fn load(&self, at: usize) -> u64 {
-            let word = self.0.as_volatile_slice().load(at, Ordering::Acquire);
-            u64::from_le(word.expect(INSIDE))
+            u64::from_le(self.word(at).load(Ordering::Acquire))
         }
+        #[inline]
         fn store(&self, at: usize, word: u64) {
-            let slice = self.0.as_volatile_slice();
-            slice
-                .store(word.to_le(), at, Ordering::Release)
-                .expect(INSIDE);
+            self.word(at).store(word.to_le(), Ordering::Release);
         }
+        #[inline]
         fn store_relaxed(&self, at: usize, word: u64) {
-            let slice = self.0.as_volatile_slice();
-            slice
-                .store(word.to_le(), at, Ordering::Relaxed)
-                .expect(INSIDE);
+            self.word(at).store(word.to_le(), Ordering::Relaxed);
         }
+        #[inline]
         fn fence(&self) {
             fence(Ordering::SeqCst);
         }
+        #[inline]
         fn write(&self, at: usize, bytes: &[u8]) {
-            let slice = self.0.as_volatile_slice();
-            slice.write_slice(bytes, at).expect(INSIDE);
+            let to = self.bytes(at, bytes.len());
+            // SAFETY: both ends hold that many bytes; a private buffer never overlaps a shared mapping.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
         }
+        #[inline]
         fn read(&self, at: usize, bytes: &mut [u8]) {
-            let slice = self.0.as_volatile_slice();
-            slice.read_slice(bytes, at).expect(INSIDE);
+            let from = self.bytes(at, bytes.len());
+            // SAFETY: as in `write`.
+            unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
         }
     }
 }

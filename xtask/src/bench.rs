@@ -14,7 +14,7 @@ const PEER: (&str, &str) = ("vhost-device-vsock", "0.3.0");
 /// What to measure.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Name of the bench: vsock
+    /// Name of the bench: vsock or ring
     name: String,
     /// One JSON object a line for each figure
     #[arg(long)]
@@ -23,19 +23,18 @@ pub struct Options {
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
     let json = options.json.then_some("--json");
-    bench(&options.name, json.as_slice())?;
+    // In turn with whatever else the machine runs, wake-ups would be measured on the scheduler's terms.
+    let realtime = nix::unistd::geteuid().is_root().then_some("--realtime");
+    let own: Vec<&str> = json.into_iter().chain(realtime).collect();
+    bench(&options.name, &own)?;
     if options.name == "vsock" {
         let peer = install();
-        let mut args: Vec<&str> = json.into_iter().collect();
+        let mut args = own.clone();
         if let Err(e) = &peer {
             eprintln!("skipped: {}, for it cannot be installed: {e:#}", PEER.0);
         }
         let peer = peer.ok().map(|path| path.display().to_string());
         args.extend(peer.iter().flat_map(|path| ["--peer", path]));
-        // In turn with whatever else the machine runs, wake-ups would be measured on the scheduler's terms.
-        if nix::unistd::geteuid().is_root() {
-            args.push("--realtime");
-        }
         // What a tunnel is made of, and what relays TCP.
         setup::run()?;
         let binaries = setup::host_binaries(true)?.display().to_string();

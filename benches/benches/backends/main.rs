@@ -17,9 +17,7 @@ mod measure;
 mod process;
 mod tunnel;
 
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -62,7 +60,7 @@ fn main() -> anyhow::Result<()> {
             "--peer" => options.peer = Some(value()?.into()),
             "--binaries" => options.binaries = Some(value()?.into()),
             "--rounds" => options.rounds = value()?.parse().context("--rounds")?,
-            "--realtime" => realtime()?,
+            "--realtime" => adit_benches::realtime::realtime(),
             "--only" => options.only = Some(value()?),
             "--json" => options.json = true,
             // What `cargo bench` passes.
@@ -73,20 +71,4 @@ fn main() -> anyhow::Result<()> {
         options.rounds = if options.peer.is_some() { 15 } else { 5 };
     }
     figures::run(&options)
-}
-
-/// Starts this program again under `chrt`, unless it is already.
-fn realtime() -> anyhow::Result<()> {
-    const MARK: &str = "ADIT_BENCH_REALTIME";
-    if std::env::var_os(MARK).is_some() {
-        return Ok(());
-    }
-    let mut command = Command::new("chrt");
-    command.args(["--fifo", "1"]).arg(std::env::current_exe()?);
-    let e = command
-        .args(std::env::args_os().skip(1))
-        .env(MARK, "1")
-        .exec();
-    eprintln!("--realtime ignored: chrt: {e}");
-    Ok(())
 }
