@@ -14,7 +14,7 @@ use std::sync::{Arc, Barrier};
 use std::time::Instant;
 
 use adit_benches::report::{Better, Figure, median};
-use adit_ringbuf::{Consumer, Geometry, Mapped, Producer, RingMem};
+use adit_ringbuf::{Consumer, Geometry, Mapped, Pace, Producer, RingMem};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
@@ -69,28 +69,34 @@ impl Send1 for Ours {
     }
 }
 
-impl Receive1 for Consumer<Mapped> {
+struct OursBack {
+    consumer: Consumer<Mapped>,
+    pace: Pace,
+}
+
+impl Receive1 for OursBack {
     fn receive(&mut self, message: &mut [u8]) {
         loop {
-            match self.pop(message).expect("an honest producer") {
+            match self.consumer.pop(message).expect("an honest producer") {
                 Some(len) => {
                     assert_eq!(len, message.len());
-                    if self.unreleased() >= RING / 8 {
-                        let _ = self.release();
+                    self.pace.came();
+                    if self.consumer.unreleased() >= RING / 8 {
+                        let _ = self.consumer.release();
                     }
                     return;
                 }
                 None => {
-                    let _ = self.release();
-                    std::hint::spin_loop();
+                    let _ = self.consumer.release();
+                    self.pace.missed();
                 }
             }
         }
     }
 }
 
-fn ours(batch: usize) -> (Ours, Consumer<Mapped>) {
-    let geometry = Geometry::alone(RING, 8);
+fn ours(batch: usize, align: usize) -> (Ours, OursBack) {
+    let geometry = Geometry::alone(RING, align);
     let (near, fd) = Mapped::memfd(geometry.bytes()).expect("memory");
     let far = Mapped::from_memfd(fd, geometry.bytes()).expect("memory");
     let producer = Producer::new(near, geometry, false).expect("a ring");
@@ -99,7 +105,11 @@ fn ours(batch: usize) -> (Ours, Consumer<Mapped>) {
         batch,
         waiting: 0,
     };
-    (ours, Consumer::new(far, geometry, false).expect("a ring"))
+    let back = OursBack {
+        consumer: Consumer::new(far, geometry, false).expect("a ring"),
+        pace: Pace::default(),
+    };
+    (ours, back)
 }
 
 impl Send1 for rtrb::Producer<u8> {
@@ -379,22 +389,22 @@ fn main() {
     let mut all = Rounds::default();
     for _ in 0..rounds {
         for size in sizes {
-            all.add("ours", size, throughput(ours(1), size));
-            all.add("ours, 32 at a time", size, throughput(ours(32), size));
+            all.add("ours", size, throughput(ours(1, 8), size));
+            all.add("ours, 32 at a time", size, throughput(ours(32, 8), size));
             all.add("rtrb", size, throughput(rtrb::RingBuffer::new(RING), size));
             all.add("pipe", size, throughput(pipe(), size));
             all.add("Unix stream", size, throughput(sockets(), size));
             all.add("cross-core stream", size, throughput(slots(size), size));
         }
         all.add("rtrb elements", 64, throughput(elements(), 64));
-        let (p50, p99) = round_trip(ours(1), ours(1), 64);
+        let (p50, p99) = round_trip(ours(1, 64), ours(1, 64), 64);
         all.add("RTT", 64, p50);
         all.add("RTT tail", 64, p99 / p50);
         all.add("RTT rtrb", 64, round_trip(elements(), elements(), 64).0);
         all.add("RTT bound", 64, round_trip(slots(64), slots(64), 64).0);
         all.add("RTT one line", 64, lines(0));
         all.add("RTT two lines", 64, lines(1));
-        let (p50, _) = round_trip(ours(1), ours(1), 48);
+        let (p50, _) = round_trip(ours(1, 64), ours(1, 64), 48);
         all.add("RTT", 48, p50);
     }
     report(&all).iter().for_each(|figure| figure.print(json));

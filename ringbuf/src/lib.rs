@@ -40,12 +40,14 @@ use core::fmt;
 mod consumer;
 pub mod layout;
 mod mem;
+mod pace;
 mod producer;
 
 pub use consumer::{Consumer, Record};
 pub use mem::RingMem;
 #[cfg(feature = "std")]
 pub use mem::{Mapped, MemfdError};
+pub use pace::Pace;
 pub use producer::{Grant, Producer, PushError};
 
 /// Whether the other side must be woken: ring its doorbell.

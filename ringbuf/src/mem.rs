@@ -30,6 +30,8 @@ pub trait RingMem {
     fn fence(&self);
     /// Copies in.
     fn write(&self, at: usize, bytes: &[u8]);
+    /// Writes zeroes.
+    fn zero(&self, at: usize, len: usize);
     /// Copies out.
     fn read(&self, at: usize, bytes: &mut [u8]);
 }
@@ -52,6 +54,9 @@ impl<M: RingMem + ?Sized> RingMem for &M {
     }
     fn write(&self, at: usize, bytes: &[u8]) {
         (**self).write(at, bytes);
+    }
+    fn zero(&self, at: usize, len: usize) {
+        (**self).zero(at, len);
     }
     fn read(&self, at: usize, bytes: &mut [u8]) {
         (**self).read(at, bytes);
@@ -217,6 +222,12 @@ mod mapped {
             let to = self.bytes(at, bytes.len());
             // SAFETY: both ends hold that many bytes; a private buffer never overlaps a shared mapping.
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        }
+        #[inline]
+        fn zero(&self, at: usize, len: usize) {
+            let to = self.bytes(at, len);
+            // SAFETY: the mapping holds that many bytes from there on.
+            unsafe { std::ptr::write_bytes(to, 0, len) };
         }
         #[inline]
         fn read(&self, at: usize, bytes: &mut [u8]) {

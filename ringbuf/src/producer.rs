@@ -5,6 +5,11 @@ use core::fmt;
 use crate::layout::{HEADER, Header};
 use crate::{Armed, Corrupt, Geometry, GeometryError, Plan, RingMem, Wake, passes};
 
+/// What is zeroed ahead of the last record at a time, bytes: sixteen lines, so that small records seldom wait for it.
+const ZEROED_AHEAD: u64 = 1024;
+/// Less than this left of it: time for more.
+const ZEROED_LEAST: u64 = 192;
+
 /// Why a record is not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PushError {
@@ -48,6 +53,8 @@ pub struct Producer<M> {
     head: u64,
     /// Behind the last record that was shown.
     shown: u64,
+    /// From `head` to here there is nothing but zeroes.
+    zeroed: u64,
     /// Header of the first record that is not shown yet.
     withheld: Option<u64>,
     /// The consumer's position as last seen and checked.
@@ -77,6 +84,7 @@ impl<M: RingMem> Producer<M> {
             plan,
             head: 0,
             shown: 0,
+            zeroed: HEADER as u64,
             withheld: None,
             cons: 0,
             events,
@@ -158,8 +166,11 @@ impl<M: RingMem> Producer<M> {
 
     /// Writes a header: the first of a batch is withheld until [`publish`](Self::publish).
     fn put(&mut self, header: u64, total: u64) {
-        let next = self.plan.offset(self.head + total);
-        self.mem.store_relaxed(next, 0);
+        let next = self.head + total;
+        if self.zeroed < next + HEADER as u64 {
+            self.mem.store_relaxed(self.plan.offset(next), 0);
+            self.zeroed = next + HEADER as u64;
+        }
         match self.withheld {
             None => self.withheld = Some(header),
             Some(_) => {
@@ -168,6 +179,26 @@ impl<M: RingMem> Producer<M> {
             }
         }
         self.head += total;
+    }
+
+    /// Zeroes a little of what comes next, while the consumer is busy with what it was shown: the header behind the
+    /// next record, and its lines are here when they are needed. Large records have no use for it.
+    #[inline]
+    fn zero_ahead(&mut self, shown: u64) {
+        if shown <= ZEROED_AHEAD && self.zeroed < self.head + ZEROED_LEAST {
+            self.zero_more();
+        }
+    }
+
+    #[cold]
+    fn zero_more(&mut self) {
+        let free = self.cons + self.plan.size();
+        let end = (self.head + ZEROED_AHEAD).min(free);
+        while self.zeroed < end {
+            let n = (end - self.zeroed).min(self.plan.left_to_end(self.zeroed));
+            self.mem.zero(self.plan.offset(self.zeroed), n as usize);
+            self.zeroed += n;
+        }
     }
 
     /// Bytes that are committed and not shown yet.
@@ -184,11 +215,13 @@ impl<M: RingMem> Producer<M> {
         self.mem.store(self.plan.offset(self.shown), header);
         let old = core::mem::replace(&mut self.shown, self.head);
         if !self.events {
+            self.zero_ahead(self.head - old);
             return Wake::No;
         }
         // SYNC(data): between "header stored" and "does it sleep?"; pairs with the fence in `arm_data`.
         self.mem.fence();
         let wake_at = self.mem.load(self.plan.at.data_wake_at);
+        self.zero_ahead(self.head - old);
         if passes(old, self.head, wake_at) {
             Wake::Yes
         } else {

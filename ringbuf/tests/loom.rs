@@ -67,6 +67,11 @@ impl RingMem for Shared {
         word[..bytes.len()].copy_from_slice(bytes);
         self.store_relaxed(at, u64::from_le_bytes(word));
     }
+    fn zero(&self, at: usize, len: usize) {
+        (at..at + len)
+            .step_by(8)
+            .for_each(|at| self.store_relaxed(at, 0));
+    }
     fn read(&self, at: usize, bytes: &mut [u8]) {
         let word = self.0.words[at / 8].load(Ordering::Relaxed).to_le_bytes();
         bytes.copy_from_slice(&word[..bytes.len()]);

@@ -52,6 +52,9 @@ impl<F: FnMut(usize) -> Option<u64>> RingMem for Watched<F> {
     fn write(&self, at: usize, bytes: &[u8]) {
         self.bytes.borrow_mut()[at..at + bytes.len()].copy_from_slice(bytes);
     }
+    fn zero(&self, at: usize, len: usize) {
+        self.bytes.borrow_mut()[at..at + len].fill(0);
+    }
     fn read(&self, at: usize, bytes: &mut [u8]) {
         bytes.copy_from_slice(&self.bytes.borrow()[at..at + bytes.len()]);
     }
