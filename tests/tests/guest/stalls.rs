@@ -7,6 +7,7 @@ use adit_tests::connect::{connect, pattern};
 use adit_tests::guest::{Guest, Identity};
 use adit_tests::host::Host;
 use adit_tests::image::{Image, Kernel};
+use adit_tests::process::wait_for;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -51,6 +52,14 @@ fn a_stalled_vm_with_a_thousand_tunnels_leaves_the_others_alone() {
     });
     for guest in &mut guests {
         guest.wait_ready(BOOT).unwrap();
+    }
+    // Ready does not say that its listeners are.
+    for name in ["web-1", "web-2"] {
+        let to = format!("vsock-5000.{name}:5000");
+        wait_for("guest's listener", BOOT, || {
+            Ok(connect(host.proxy(), &to).ok())
+        })
+        .unwrap();
     }
     let mut tunnels: Vec<TcpStream> = (0..TUNNELS)
         .map(|_| connect(host.proxy(), "vsock-5000.web-1:5000").unwrap())
