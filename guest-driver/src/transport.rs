@@ -65,8 +65,8 @@ pub struct Vsock;
 impl Transport for Vsock {
     fn listen(&self) -> io::Result<Box<dyn Listen>> {
         let listener = VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, PORT)?;
-        // The library asks for a short queue; a full one resets dials that a burst of tunnels brings.
-        socket::listen(&listener, Backlog::MAXCONN)?;
+        // The library asks for 128, and musl calls no more the most; a full queue resets dials that a burst brings.
+        socket::listen(&listener, Backlog::MAXALLOWABLE)?;
         Ok(Box::new(listener))
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 /// Longest silence before a test gives up.
 const SILENCE: Duration = Duration::from_secs(30);
 
-/// Opens a tunnel. An answer that is not 200 is an error with its first line.
+/// Opens a tunnel. An answer that is not 200 is an error with its head.
 ///
 /// # Errors
 /// The proxy cannot be reached, or says no.
@@ -26,15 +26,11 @@ pub fn connect(proxy: SocketAddr, to: &str) -> io::Result<TcpStream> {
         }
         head.push(byte[0]);
     }
-    let line = String::from_utf8_lossy(&head)
-        .lines()
-        .next()
-        .unwrap_or_default()
-        .to_owned();
-    if line.starts_with("HTTP/1.1 200") {
+    let head = String::from_utf8_lossy(&head).into_owned();
+    if head.starts_with("HTTP/1.1 200") {
         Ok(stream)
     } else {
-        Err(io::Error::other(line))
+        Err(io::Error::other(head))
     }
 }
 

@@ -55,7 +55,7 @@ fn tcp_echo(port: u16) -> anyhow::Result<()> {
 fn vsock_echo(port: u32) -> anyhow::Result<()> {
     let listener = VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, port)?;
     // The library asks for 128: a storm of dials on a busy machine is more, and the kernel resets the rest.
-    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::MAXCONN)?;
+    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::MAXALLOWABLE)?;
     for stream in listener.incoming() {
         let stream = stream?;
         thread::Builder::new()

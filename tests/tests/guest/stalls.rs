@@ -62,7 +62,10 @@ fn a_stalled_vm_with_a_thousand_tunnels_leaves_the_others_alone() {
         .unwrap();
     }
     let mut tunnels: Vec<TcpStream> = (0..TUNNELS)
-        .map(|_| connect(host.proxy(), "vsock-5000.web-1:5000").unwrap())
+        .map(|n| {
+            let dialled = connect(host.proxy(), "vsock-5000.web-1:5000");
+            dialled.unwrap_or_else(|e| panic!("tunnel {n}: {e}\n{}", host.log()))
+        })
         .collect();
     let qemu = Pid::from_raw(i32::try_from(guests[0].pid()).unwrap());
     kill(qemu, Signal::SIGSTOP).unwrap();
