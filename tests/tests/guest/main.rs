@@ -91,6 +91,18 @@ impl Setup {
         String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr)
     }
 
+    /// Signs a goal and hands it over. Returns its id.
+    fn order(&self, goal: &str) -> String {
+        std::fs::write(self.host.dir().join("run.yaml"), goal).unwrap();
+        let sign = ["--sign", "fleet.key", "--to", "web-1"];
+        let (code, said) = self.adit(&[&["goal", "apply", "run.yaml"], &sign[..]].concat());
+        assert_eq!(code, 0, "{said}");
+        said.split_whitespace()
+            .nth(1)
+            .unwrap_or_default()
+            .to_owned()
+    }
+
     fn adit(&self, args: &[&str]) -> (i32, String) {
         let out = self.host.adit(args).unwrap();
         let text = String::from_utf8_lossy(&out.stdout).into_owned()
@@ -190,18 +202,7 @@ fn tunnels(kernel: Kernel) {
 
 /// Signs, hands over and waits; returns the list of tasks.
 fn run_goal(setup: &Setup, goal: &str) -> String {
-    std::fs::write(setup.host.dir().join("run.yaml"), goal).unwrap();
-    let args = [
-        "goal",
-        "apply",
-        "run.yaml",
-        "--sign",
-        "fleet.key",
-        "--to",
-        "web-1",
-    ];
-    let (code, said) = setup.adit(&args);
-    assert_eq!(code, 0, "{said}");
+    setup.order(goal);
     setup.adit(&["task", "watch", "--timeout", "60s"]);
     setup.adit(&["task", "ls"]).1
 }

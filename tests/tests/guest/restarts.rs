@@ -52,19 +52,7 @@ fn restarts(kernel: Kernel) {
     };
     // By itself: `-f` syncs nothing and tells nobody.
     let open = tunnels(&setup);
-    let goal = "steps: [{id: reboot, script: {interpreter: /bin/sh, script: \"reboot -f\"}}]\n";
-    std::fs::write(setup.host.dir().join("reboot.yaml"), goal).unwrap();
-    let args = [
-        "goal",
-        "apply",
-        "reboot.yaml",
-        "--sign",
-        "fleet.key",
-        "--to",
-        "web-1",
-    ];
-    let (code, said) = setup.adit(&args);
-    assert_eq!(code, 0, "{said}");
+    setup.order("steps: [{id: reboot, script: {interpreter: /bin/sh, script: \"reboot -f\"}}]\n");
     for mut tunnel in open {
         must_end(&mut tunnel, "guest rebooted");
     }
@@ -81,19 +69,7 @@ fn restarts(kernel: Kernel) {
 
     // By kexec: the device is not reset until the new kernel finds it.
     let open = tunnels(&setup);
-    let goal = "steps: [{id: kexec, script: {interpreter: /bin/sh, script: \"adit-testguest kexec /boot/vmlinuz /boot/initrd\"}}]\n";
-    std::fs::write(setup.host.dir().join("kexec.yaml"), goal).unwrap();
-    let args = [
-        "goal",
-        "apply",
-        "kexec.yaml",
-        "--sign",
-        "fleet.key",
-        "--to",
-        "web-1",
-    ];
-    let (code, said) = setup.adit(&args);
-    assert_eq!(code, 0, "{said}");
+    setup.order("steps: [{id: kexec, script: {interpreter: /bin/sh, script: \"adit-testguest kexec /boot/vmlinuz /boot/initrd\"}}]\n");
     for mut tunnel in open {
         must_end(&mut tunnel, "kexec");
     }
@@ -121,17 +97,7 @@ fn device_goes(setup: &Setup, what: &str, script: &str, then: impl FnOnce()) {
         "steps: [{{id: {what}, script: {{interpreter: /bin/sh, script: {}}}}}]\n",
         serde_json::Value::from(script)
     );
-    std::fs::write(setup.host.dir().join("goes.yaml"), goal).unwrap();
-    let (code, said) = setup.adit(&[
-        "goal",
-        "apply",
-        "goes.yaml",
-        "--sign",
-        "fleet.key",
-        "--to",
-        "web-1",
-    ]);
-    assert_eq!(code, 0, "{said}");
+    setup.order(&goal);
     for mut tunnel in open {
         must_end(&mut tunnel, what);
     }

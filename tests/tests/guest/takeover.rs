@@ -43,25 +43,6 @@ impl Setup {
         kill(Pid::from_raw(self.port_pid()), Signal::SIGKILL).unwrap();
     }
 
-    fn goal(&self, steps: &str) -> String {
-        std::fs::write(self.host.dir().join("run.yaml"), steps).unwrap();
-        let args = [
-            "goal",
-            "apply",
-            "run.yaml",
-            "--sign",
-            "fleet.key",
-            "--to",
-            "web-1",
-        ];
-        let (code, said) = self.adit(&args);
-        assert_eq!(code, 0, "{said}");
-        said.split_whitespace()
-            .nth(1)
-            .unwrap_or_default()
-            .to_owned()
-    }
-
     /// Waits until the tasks of a goal have ended; returns the list.
     fn finish(&self, goal: &str) -> String {
         self.adit(&["task", "watch", "--goal", goal, "--timeout", "60s"]);
@@ -70,7 +51,7 @@ impl Setup {
 
     /// Runs a line of shell in the guest; its last word on standard output.
     fn ask(&self, line: &str) -> String {
-        let id = self.goal(&format!(
+        let id = self.order(&format!(
             "steps: [{{id: ask, script: {{interpreter: /bin/sh, script: \"{line}\"}}}}]\n"
         ));
         let list = self.finish(&id);
@@ -136,7 +117,7 @@ fn port_killed(kernel: Kernel) {
     let boot = setup.boot_id();
     assert_eq!(boot.len(), 36, "{boot}");
     // A task is running when the channel breaks.
-    let task = setup.goal(
+    let task = setup.order(
         "steps: [{id: long, script: {interpreter: /bin/sh, script: \"echo begun >> /var/lib/long; sync; sleep 4; echo finished\"}}]\n",
     );
     wait_for("the task", SOON, || {
