@@ -84,7 +84,7 @@ impl<M: RingMem> Consumer<M> {
             Header::Empty => Ok(None),
             Header::Bad => bad("record header", 0),
             Header::Data(len) => {
-                let (max, total) = (self.plan.at.record_max() as u64, self.plan.total(len));
+                let (max, total) = (self.plan.at.record_max as u64, self.plan.total(len));
                 if len > max {
                     return bad("length of a record", max);
                 }
@@ -121,6 +121,13 @@ impl<M: RingMem> Consumer<M> {
     /// Bytes that were taken and not given back yet.
     pub fn unreleased(&self) -> usize {
         (self.tail - self.released) as usize
+    }
+
+    /// Tells whether an eighth of the ring was taken and not given back: time to, while there is more to read. When there
+    /// is not, everything is given back.
+    #[inline]
+    pub fn wants_release(&self) -> bool {
+        self.tail - self.released >= self.plan.size() / 8
     }
 
     /// Gives the room of everything taken back to the producer, with one store.

@@ -42,6 +42,8 @@ pub mod layout;
 mod mem;
 mod pace;
 mod producer;
+pub mod region;
+pub mod session;
 
 pub use consumer::{Consumer, Record};
 pub use mem::RingMem;
@@ -131,6 +133,11 @@ pub struct Geometry {
     pub data_wake_at: usize,
     /// Where the producer wants to be woken, in memory that only the producer writes.
     pub space_wake_at: usize,
+    /// Longest record, bytes: at most [`record_limit`](Self::record_limit).
+    pub record_max: usize,
+    /// Records go on over the end of the ring, for the memory maps it twice in a row ([`Mapped::mirrored`]); without it
+    /// a pad fills the end.
+    pub wraps: bool,
 }
 
 /// A checked geometry, and how to find things in it.
@@ -150,17 +157,20 @@ impl Geometry {
             cons: 0,
             data_wake_at: 128,
             space_wake_at: layout::PAGE,
+            record_max: Self::record_limit(size, align),
+            wraps: false,
         }
     }
 
     /// Bytes of memory that this needs.
     pub fn bytes(&self) -> usize {
-        self.data.saturating_add(self.size)
+        let mapped = if self.wraps { 2 } else { 1 };
+        self.data.saturating_add(self.size.saturating_mul(mapped))
     }
 
-    /// Longest record, bytes: two of them and a pad always fit.
-    pub fn record_max(&self) -> usize {
-        (self.size / 2).saturating_sub(layout::HEADER + self.align)
+    /// Longest record that a ring of `size` bytes may have: two of them and a pad always fit.
+    pub const fn record_limit(size: usize, align: usize) -> usize {
+        (size / 2).saturating_sub(layout::HEADER + align)
     }
 
     pub(crate) fn check<M: RingMem>(self, mem: &M) -> Result<Plan, GeometryError> {
@@ -178,6 +188,10 @@ impl Geometry {
         }
         if !self.data.is_multiple_of(self.align) || mem.len() < self.bytes() {
             return Err(bad("end of the records", self.bytes(), mem.len()));
+        }
+        let limit = Self::record_limit(self.size, self.align);
+        if self.record_max > limit {
+            return Err(bad("longest record", self.record_max, limit));
         }
         for word in [self.cons, self.data_wake_at, self.space_wake_at] {
             let apart = word + 8 <= self.data || word >= self.bytes();
@@ -202,8 +216,11 @@ impl Plan {
         self.at.data + (position & self.mask) as usize
     }
 
-    /// Bytes from a position to the end of the ring.
+    /// Bytes from a position to the end of the ring; of one that is mapped twice in a row, there is no end.
     pub(crate) fn left_to_end(&self, position: u64) -> u64 {
+        if self.at.wraps {
+            return u64::MAX;
+        }
         self.size() - (position & self.mask)
     }
 

@@ -68,27 +68,43 @@ pub use mapped::{Mapped, MemfdError};
 
 #[cfg(feature = "std")]
 mod mapped {
+    use std::any::Any;
+    use std::fmt;
     use std::fs::File;
-    use std::os::fd::OwnedFd;
+    use std::num::NonZeroUsize;
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::ptr::NonNull;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering, fence};
 
     use nix::fcntl::{FcntlArg, SealFlag, fcntl};
     use nix::sys::memfd::{MFdFlags, memfd_create};
-    use vm_memory::{FileOffset, MmapRegion};
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+    use vm_memory::bitmap::Bitmap;
+    use vm_memory::{
+        FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+        MemoryRegionAddress, MmapRegion,
+    };
 
     use super::RingMem;
+    use crate::layout::PAGE;
 
-    /// A mapping: of this process alone, of a memfd that another process maps too, or of guest memory.
-    #[derive(Clone, Debug)]
+    /// A mapping: of this process alone, of a memfd that another process maps too, of guest memory, or anybody's.
+    #[derive(Clone)]
     pub struct Mapped {
-        base: *mut u8,
+        base: NonNull<u8>,
         len: usize,
         /// Keeps the mapping.
-        _region: Arc<MmapRegion>,
+        _owner: Arc<dyn Any + Send + Sync>,
     }
 
-    // SAFETY: the pointer is to the mapping that `_region` keeps, which belongs to no thread; accesses are atomic, or
+    impl fmt::Debug for Mapped {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "Mapped({} bytes)", self.len)
+        }
+    }
+
+    // SAFETY: the pointer is to the mapping that `_owner` keeps, which belongs to no thread; accesses are atomic, or
     // copies as the head of this file says.
     unsafe impl Send for Mapped {}
     // SAFETY: as above.
@@ -111,6 +127,14 @@ mod mapped {
             /// What there should be.
             wanted: u64,
         },
+        /// Guest memory does not have it in one piece.
+        #[error("guest memory at {at:#x} has no {bytes} bytes in one region, from a page on")]
+        NotMapped {
+            /// Guest-physical address.
+            at: u64,
+            /// How much was wanted.
+            bytes: usize,
+        },
     }
 
     const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW);
@@ -125,7 +149,7 @@ mod mapped {
         /// # Errors
         /// There is none to be had.
         pub fn anonymous(bytes: usize) -> Result<Self, MemfdError> {
-            Ok(Arc::new(MmapRegion::new(bytes).map_err(failed)?).into())
+            Ok(MmapRegion::<()>::new(bytes).map_err(failed)?.into())
         }
 
         /// Zeroed memory that can be passed on: a memfd, sealed to its size.
@@ -147,35 +171,162 @@ mod mapped {
         /// # Errors
         /// It is not sealed, too short, or cannot be mapped.
         pub fn from_memfd(fd: OwnedFd, bytes: usize) -> Result<Self, MemfdError> {
-            let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_err(|_| MemfdError::NotSealed)?;
-            if !SealFlag::from_bits_truncate(seals).contains(SEALS) {
-                return Err(MemfdError::NotSealed);
-            }
-            let file = File::from(fd);
-            let (there, wanted) = (file.metadata()?.len(), bytes as u64);
-            if there < wanted {
-                return Err(MemfdError::Short {
-                    bytes: there,
-                    wanted,
-                });
-            }
-            Self::map(file, bytes)
+            Self::map(sealed(fd, bytes)?, bytes)
         }
 
         fn map(file: File, bytes: usize) -> Result<Self, MemfdError> {
-            let region = MmapRegion::from_file(FileOffset::new(file, 0), bytes).map_err(failed)?;
-            Ok(Arc::new(region).into())
+            let region = MmapRegion::<()>::from_file(FileOffset::new(file, 0), bytes);
+            Ok(region.map_err(failed)?.into())
+        }
+
+        /// Maps what another process passed, or this one keeps, with each of its `rings` (offset, size; in order, each
+        /// begins where the one before ends) twice in a row, so that a record can go on over the end of its ring
+        /// ([`crate::Geometry::wraps`]). What is before the first ring is mapped once.
+        ///
+        /// # Errors
+        /// It is not sealed or too short, a ring is no whole number of pages, or there is no room for the mappings.
+        pub fn mirrored(
+            fd: OwnedFd,
+            bytes: usize,
+            rings: impl IntoIterator<Item = (usize, usize)>,
+        ) -> Result<Self, MemfdError> {
+            let file = sealed(fd, bytes)?;
+            let rings: Vec<_> = rings.into_iter().collect();
+            let head = rings.first().map_or(bytes, |&(at, _)| at);
+            let total = head + rings.iter().map(|&(_, size)| 2 * size).sum::<usize>();
+            let reservation = Reservation::new(total)?;
+            reservation.map(0, &file, 0, head)?;
+            let mut to = head;
+            for (at, size) in rings {
+                if at.checked_add(size).is_none_or(|end| end > bytes) {
+                    return Err(MemfdError::Short {
+                        bytes: bytes as u64,
+                        wanted: at.saturating_add(size) as u64,
+                    });
+                }
+                for _ in 0..2 {
+                    reservation.map(to, &file, at, size)?;
+                    to += size;
+                }
+            }
+            let base = reservation.base.cast();
+            // SAFETY: the reservation is mapped for as long as it lives, all of it, readable and writable.
+            Ok(unsafe { Self::from_raw(base, total, Arc::new(reservation)) })
+        }
+
+        /// A part of guest memory, for a VMM. What the ring writes there is not marked in a dirty bitmap: a region that
+        /// is shared with the host is made anew after a migration, and never moved.
+        ///
+        /// # Errors
+        /// No single region of guest memory has it all, or it does not begin at a page.
+        pub fn guest_range<B: Bitmap + Send + Sync + 'static>(
+            memory: &GuestMemoryMmap<B>,
+            at: GuestAddress,
+            bytes: usize,
+        ) -> Result<Self, MemfdError> {
+            let none = || MemfdError::NotMapped { at: at.0, bytes };
+            let region = memory.find_region(at).ok_or_else(none)?;
+            let offset = region.to_region_addr(at).ok_or_else(none)?;
+            let rest = region.len() - offset.0;
+            if rest < bytes as u64 || !at.0.is_multiple_of(PAGE as u64) {
+                return Err(none());
+            }
+            let host = region.get_host_address(MemoryRegionAddress(offset.0));
+            let base = NonNull::new(host.map_err(failed)?).ok_or_else(none)?;
+            // SAFETY: the region maps `rest` bytes from there on, and the clone keeps it.
+            Ok(unsafe { Self::from_raw(base, bytes, Arc::new(memory.clone())) })
+        }
+
+        /// Any mapping of anybody's.
+        ///
+        /// # Safety
+        /// `len` bytes from `base` on, which is the beginning of a page, are mapped readable and writable for as long
+        /// as `owner` lives, no touch of them is SIGBUS, and nobody in this process makes references to them.
+        pub unsafe fn from_raw(
+            base: NonNull<u8>,
+            len: usize,
+            owner: Arc<dyn Any + Send + Sync>,
+        ) -> Self {
+            Self {
+                base,
+                len,
+                _owner: owner,
+            }
         }
     }
 
-    impl From<Arc<MmapRegion>> for Mapped {
-        /// A region of guest memory.
-        fn from(region: Arc<MmapRegion>) -> Self {
-            Self {
-                base: region.as_ptr(),
-                len: region.size(),
-                _region: region,
+    /// A memfd that cannot shrink, of at least so many bytes.
+    fn sealed(fd: OwnedFd, bytes: usize) -> Result<File, MemfdError> {
+        let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_err(|_| MemfdError::NotSealed)?;
+        if !SealFlag::from_bits_truncate(seals).contains(SEALS) {
+            return Err(MemfdError::NotSealed);
+        }
+        let file = File::from(fd);
+        let (there, wanted) = (file.metadata()?.len(), bytes as u64);
+        if there < wanted {
+            return Err(MemfdError::Short {
+                bytes: there,
+                wanted,
+            });
+        }
+        Ok(file)
+    }
+
+    /// Addresses that nobody else uses, to map files over.
+    struct Reservation {
+        base: NonNull<std::ffi::c_void>,
+        len: usize,
+    }
+
+    // SAFETY: addresses belong to no thread.
+    unsafe impl Send for Reservation {}
+    // SAFETY: as above; it has no methods that change anything but `map`, which is called before it is shared.
+    unsafe impl Sync for Reservation {}
+
+    impl Reservation {
+        fn new(len: usize) -> Result<Self, MemfdError> {
+            let bytes = NonZeroUsize::new(len).ok_or_else(|| failed(nix::errno::Errno::EINVAL))?;
+            let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+            // SAFETY: a new mapping at an address of the kernel's choice touches nothing that is there.
+            let base = unsafe { mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags) };
+            let base = base.map_err(failed)?;
+            Ok(Self { base, len })
+        }
+
+        /// Maps bytes of a file over some of it.
+        fn map(&self, to: usize, file: &File, at: usize, len: usize) -> Result<(), MemfdError> {
+            let Some(bytes) = NonZeroUsize::new(len) else {
+                return Ok(());
+            };
+            let aligned = [to, at, len].iter().all(|n| n.is_multiple_of(PAGE));
+            let inside = to.checked_add(len).is_some_and(|end| end <= self.len);
+            if !aligned || !inside {
+                return Err(failed(nix::errno::Errno::EINVAL));
             }
+            let address = self.base.addr().checked_add(to);
+            let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+            let offset = i64::try_from(at).map_err(failed)?;
+            // SAFETY: what it replaces is a part of this reservation, which nobody uses yet.
+            let mapped = unsafe { mmap(address, bytes, prot, flags, file.as_fd(), offset) };
+            mapped.map(drop).map_err(failed)
+        }
+    }
+
+    impl Drop for Reservation {
+        fn drop(&mut self) {
+            // SAFETY: the mapping is this value's own, and whatever used it is gone.
+            let unmapped = unsafe { munmap(self.base, self.len) };
+            debug_assert!(unmapped.is_ok(), "the range was mapped by us");
+        }
+    }
+
+    impl<B: Bitmap + Send + Sync + 'static> From<MmapRegion<B>> for Mapped {
+        fn from(region: MmapRegion<B>) -> Self {
+            let len = region.size();
+            let base = NonNull::new(region.as_ptr()).unwrap_or(NonNull::dangling());
+            // SAFETY: the region maps as much for as long as it lives; it has no other owner.
+            unsafe { Self::from_raw(base, len, Arc::new(region)) }
         }
     }
 
@@ -185,7 +336,7 @@ mod mapped {
             assert!(at.is_multiple_of(8) && at < self.len && self.len - at >= 8);
             // SAFETY: inside of the mapping and aligned, for mappings begin at a page; shared words are accessed as
             // atomics only.
-            unsafe { AtomicU64::from_ptr(self.base.add(at).cast()) }
+            unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(at).cast()) }
         }
 
         /// The bytes from an offset on, which must be inside.
@@ -193,7 +344,7 @@ mod mapped {
         fn bytes(&self, at: usize, len: usize) -> *mut u8 {
             assert!(at <= self.len && self.len - at >= len);
             // SAFETY: inside of the mapping, or at its end for no bytes.
-            unsafe { self.base.add(at) }
+            unsafe { self.base.as_ptr().add(at) }
         }
     }
 

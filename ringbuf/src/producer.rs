@@ -94,7 +94,7 @@ impl<M: RingMem> Producer<M> {
 
     /// Longest record, bytes.
     pub fn record_max(&self) -> usize {
-        self.plan.at.record_max()
+        self.plan.at.record_max
     }
 
     /// Writes one record and shows it.
@@ -229,14 +229,17 @@ impl<M: RingMem> Producer<M> {
         }
     }
 
-    /// Asks to be woken when a record of `len` bytes fits, then looks again. What is committed is shown first.
+    /// Asks to be woken when a record of `len` bytes fits and a quarter of the ring is free, then looks again whether the
+    /// record fits. What is committed is shown first.
     ///
     /// # Errors
     /// The consumer broke the ring.
     pub fn arm_space(&mut self, len: usize) -> Result<(Armed, Wake), Corrupt> {
         let wake = self.publish();
         let (_, need) = self.need((len as u64).min(self.record_max() as u64));
-        let wake_at = (self.head + need).saturating_sub(self.plan.size());
+        // Woken for each record, it would sleep as often.
+        let want = need.max(self.plan.size() / 4);
+        let wake_at = (self.head + want).saturating_sub(self.plan.size());
         self.mem.store_relaxed(self.plan.at.space_wake_at, wake_at);
         // SYNC(space): pairs with the fence in `release`.
         self.mem.fence();

@@ -128,7 +128,7 @@ fn r03_a_consumer_that_goes_back_ends_the_ring() {
 #[test]
 fn r06_every_length_kind_and_bit_of_a_header() {
     let geometry = Geometry::alone(128, 8);
-    let max = geometry.record_max() as u64;
+    let max = geometry.record_max as u64;
     for steps in 0..16u64 {
         for base in [
             0,

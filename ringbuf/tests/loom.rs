@@ -13,6 +13,8 @@ const GEOMETRY: Geometry = Geometry {
     cons: 0,
     data_wake_at: 8,
     space_wake_at: 16,
+    record_max: 16,
+    wraps: false,
 };
 
 /// What is wrong with the memory.

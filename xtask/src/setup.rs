@@ -27,7 +27,11 @@ const PROGRAMS: [(&str, &str); 15] = [
     ("haproxy", "haproxy"),
 ];
 /// Rust targets: guest binaries; the engine without an operating system.
-const TARGETS: [&str; 2] = ["x86_64-unknown-linux-musl", "x86_64-unknown-none"];
+const TARGETS: [&str; 3] = [
+    "x86_64-unknown-linux-musl",
+    "x86_64-unknown-none",
+    "aarch64-unknown-none",
+];
 
 /// Installs what is missing; not as root, says the one line that would.
 pub fn run() -> anyhow::Result<()> {

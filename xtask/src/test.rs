@@ -56,6 +56,8 @@ const CHECKS: [Step; 9] = [
                 "adit-ringbuf",
                 "--target",
                 "x86_64-unknown-none",
+                "--target",
+                "aarch64-unknown-none",
             ])
         },
     },

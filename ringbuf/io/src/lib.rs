@@ -1,0 +1,14 @@
+//! What a ring needs of a system: [`doorbell`]s that wake the other side, [`blocking`] ends that sleep, ends for tokio
+//! (`asynchronous`, feature `tokio`), and the socket over which a VMM hands a region to whoever serves it ([`attach`]).
+//!
+//! The ring itself (`adit-ringbuf`) knows no clock and no descriptor. An end here owns one direction of one lane; whoever
+//! serves several lanes in one loop polls `adit-ringbuf`'s own ends, and waits on the doorbell once.
+
+#[cfg(feature = "tokio")]
+pub mod asynchronous;
+pub mod attach;
+pub mod blocking;
+pub mod doorbell;
+mod spin;
+
+pub use spin::Spin;
