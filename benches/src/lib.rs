@@ -12,13 +12,14 @@
 //! - [`queue`]: the driver's side of one split virtqueue, down to raw descriptors for hostile tests.
 //! - [`driver`]: both queues of a virtio-vsock driver.
 //! - [`session`]: the device as a carrier whose session begins.
+//! - [`duel`]: two processes that send messages to each other, for the ring bench.
 //! - [`report`]: how figures are printed; [`realtime`]: benches that other work must not disturb.
 //! - [`stream`]: the guest's side of one connection: credit, fwd_cnt, half-close.
 //!
 //! What it is **not**: a model of the guest kernel's sockets. A real guest is booted in `tests/`.
-#![forbid(unsafe_code)]
 
 pub mod driver;
+pub mod duel;
 pub mod memory;
 pub mod queue;
 pub mod realtime;

@@ -118,3 +118,12 @@ pub fn median(values: &[f64]) -> f64 {
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
 }
+
+/// Shows how many rounds are done: a bar on a terminal, nothing elsewhere but a line at the beginning.
+pub fn rounds(count: u64) -> indicatif::ProgressBar {
+    let bar = indicatif::ProgressBar::new(count);
+    if bar.is_hidden() {
+        eprintln!("measuring, {count} rounds");
+    }
+    bar.with_message("rounds")
+}

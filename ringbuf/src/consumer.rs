@@ -1,11 +1,15 @@
 //! The side that reads records.
 
-use crate::layout::{HEADER, Header};
-use crate::{Armed, Corrupt, Geometry, GeometryError, Plan, RingMem, Wake, passes};
+use core::marker::PhantomData;
+
+use crate::layout::{self, HEADER, Header};
+use crate::{
+    Armed, Corrupt, Geometry, GeometryError, Plan, Policy, RingMem, Validated, Wake, passes,
+};
 
 /// Reads records. Its own position is private; every header is fetched once and checked before a byte is touched.
 #[derive(Debug)]
-pub struct Consumer<M> {
+pub struct Consumer<M, P = Validated> {
     mem: M,
     plan: Plan,
     /// Behind the last record that was taken.
@@ -14,12 +18,13 @@ pub struct Consumer<M> {
     released: u64,
     events: bool,
     corrupt: Option<Corrupt>,
+    policy: PhantomData<P>,
 }
 
 /// A record that was checked. Its bytes are the producer's until they are copied.
 #[derive(Debug)]
-pub struct Record<'a, M> {
-    consumer: &'a mut Consumer<M>,
+pub struct Record<'a, M, P = Validated> {
+    consumer: &'a mut Consumer<M, P>,
     len: u64,
 }
 
@@ -29,6 +34,13 @@ impl<M: RingMem> Consumer<M> {
     /// # Errors
     /// The geometry does not fit the memory.
     pub fn new(mem: M, geometry: Geometry, events: bool) -> Result<Self, GeometryError> {
+        Self::with_policy(mem, geometry, events)
+    }
+}
+
+impl<M: RingMem, P: Policy> Consumer<M, P> {
+    #[doc(hidden)] // for the bench that measures what the checks cost
+    pub fn with_policy(mem: M, geometry: Geometry, events: bool) -> Result<Self, GeometryError> {
         let plan = geometry.check(&mem)?;
         Ok(Self {
             mem,
@@ -37,6 +49,7 @@ impl<M: RingMem> Consumer<M> {
             released: 0,
             events,
             corrupt: None,
+            policy: PhantomData,
         })
     }
 
@@ -44,63 +57,69 @@ impl<M: RingMem> Consumer<M> {
     ///
     /// # Errors
     /// The producer broke the ring: it stays broken.
-    pub fn peek(&mut self) -> Result<Option<Record<'_, M>>, Corrupt> {
-        if let Some(corrupt) = self.corrupt {
-            return Err(corrupt);
-        }
+    #[inline(always)]
+    pub fn peek(&mut self) -> Result<Option<Record<'_, M, P>>, Corrupt> {
         loop {
+            if let Some(corrupt) = self.corrupt {
+                return Err(corrupt);
+            }
             // SYNC(header): pairs with the producer's Release store.
             let word = self.mem.load(self.plan.offset(self.tail));
-            match self.check(word) {
-                Ok(None) => return Ok(None),
-                Ok(Some(Found::Pad(total))) => self.tail += total,
-                Ok(Some(Found::Data(len))) => {
-                    return Ok(Some(Record {
-                        consumer: self,
-                        len,
-                    }));
-                }
-                Err(corrupt) => {
-                    self.corrupt = Some(corrupt);
-                    return Err(corrupt);
-                }
+            if word == layout::EMPTY {
+                return Ok(None);
             }
+            if let Some(len) = self.data(word) {
+                return Ok(Some(Record {
+                    consumer: self,
+                    len,
+                }));
+            }
+            self.no_data(word)?;
         }
     }
 
-    /// Holds a header against the ring.
-    fn check(&self, word: u64) -> Result<Option<Found>, Corrupt> {
-        let bad = |what, limit| {
-            Err(Corrupt {
-                what,
-                value: word,
-                limit,
-            })
-        };
-        // Of what was not given back, the producer may have reused nothing; the next header is never part of it.
+    /// Bytes that a record may take here: up to the end of the ring, and of what was not given back, the producer may have
+    /// reused nothing; the next header is never part of it.
+    #[inline(always)]
+    fn room(&self) -> u64 {
         let room = self.plan.size() - (self.tail - self.released);
-        let to_end = self.plan.left_to_end(self.tail);
-        match Header::parse(word) {
-            Header::Empty => Ok(None),
-            Header::Bad => bad("record header", 0),
-            Header::Data(len) => {
-                let (max, total) = (self.plan.at.record_max as u64, self.plan.total(len));
-                if len > max {
-                    return bad("length of a record", max);
-                }
-                if total > to_end || total > room {
-                    return bad("end of a record", to_end.min(room));
-                }
-                Ok(Some(Found::Data(len)))
-            }
+        room.min(self.plan.left_to_end(self.tail))
+    }
+
+    /// Holds a header against the ring, as that of a record; returns the record's length.
+    #[inline(always)]
+    fn data(&self, word: u64) -> Option<u64> {
+        let len = word.wrapping_sub(Header::data(0));
+        // Whatever else is set makes it longer than any record.
+        let fits = match P::CHECKED {
+            true => len <= self.plan.at.record_max as u64 && self.plan.total(len) <= self.room(),
+            false => word >> 32 == 0,
+        };
+        fits.then_some(len)
+    }
+
+    /// Goes on behind a pad; whatever else it is, it is the end of the ring.
+    #[cold]
+    fn no_data(&mut self, word: u64) -> Result<(), Corrupt> {
+        let (what, limit) = match Header::parse(word) {
             Header::Pad(len) => {
                 let total = len + HEADER as u64;
-                if total != to_end || total > room {
-                    return bad("end of a pad", to_end.min(room));
+                if total == self.plan.left_to_end(self.tail) && total <= self.room() {
+                    self.tail += total;
+                    return Ok(());
                 }
-                Ok(Some(Found::Pad(total)))
+                ("end of a pad", self.room())
             }
-        }
+            Header::Data(len) if len > self.plan.at.record_max as u64 => {
+                ("length of a record", self.plan.at.record_max as u64)
+            }
+            Header::Data(_) => ("end of a record", self.room()),
+            Header::Empty | Header::Bad => ("record header", 0),
+        };
+        let value = word;
+        let corrupt = Corrupt { what, value, limit };
+        self.corrupt = Some(corrupt);
+        Err(corrupt)
     }
 
     /// Takes the next record into `buf`; `None`: there is none yet. What `buf` has no room for is dropped; the length
@@ -108,6 +127,7 @@ impl<M: RingMem> Consumer<M> {
     ///
     /// # Errors
     /// As [`peek`](Self::peek).
+    #[inline(always)]
     pub fn pop(&mut self, buf: &mut [u8]) -> Result<Option<usize>, Corrupt> {
         let Some(record) = self.peek()? else {
             return Ok(None);
@@ -131,6 +151,7 @@ impl<M: RingMem> Consumer<M> {
     }
 
     /// Gives the room of everything taken back to the producer, with one store.
+    #[inline]
     pub fn release(&mut self) -> Wake {
         if self.tail == self.released {
             return Wake::No;
@@ -168,12 +189,7 @@ impl<M: RingMem> Consumer<M> {
     }
 }
 
-enum Found {
-    Data(u64),
-    Pad(u64),
-}
-
-impl<M: RingMem> Record<'_, M> {
+impl<M: RingMem, P: Policy> Record<'_, M, P> {
     /// Bytes of the record.
     pub fn len(&self) -> usize {
         self.len as usize
@@ -185,6 +201,7 @@ impl<M: RingMem> Record<'_, M> {
     }
 
     /// Copies from an offset in the record. Returns how many bytes there were.
+    #[inline(always)]
     pub fn copy_out(&self, at: usize, buf: &mut [u8]) -> usize {
         let n = (self.len as usize).saturating_sub(at).min(buf.len());
         let c = &self.consumer;
@@ -196,6 +213,7 @@ impl<M: RingMem> Record<'_, M> {
     }
 
     /// Goes on behind it. Its room is given back with the next `release`.
+    #[inline(always)]
     pub fn take(self) {
         self.consumer.tail += self.consumer.plan.total(self.len);
     }

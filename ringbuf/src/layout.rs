@@ -16,6 +16,9 @@ pub const HEADER: usize = 8;
 /// Largest ring, bytes: its length fits the header's field.
 pub const SIZE_MAX: usize = 1 << 30;
 
+/// The header of what was not written yet.
+pub(crate) const EMPTY: u64 = 0;
+
 const LEN_BITS: u32 = 31;
 const LEN_MASK: u64 = (1 << LEN_BITS) - 1;
 const COMMITTED: u64 = 1 << 31;
@@ -45,7 +48,7 @@ impl Header {
     pub fn parse(word: u64) -> Self {
         let len = word & LEN_MASK;
         match (word & COMMITTED != 0, word >> KIND_SHIFT & KIND_MASK) {
-            _ if word == 0 => Self::Empty,
+            _ if word == EMPTY => Self::Empty,
             _ if word & RESERVED != 0 => Self::Bad,
             (true, 0) => Self::Data(len),
             (true, 1) => Self::Pad(len),
@@ -54,7 +57,8 @@ impl Header {
     }
 
     /// The word of a record of `len` bytes.
-    pub(crate) fn data(len: u64) -> u64 {
+    #[inline]
+    pub(crate) const fn data(len: u64) -> u64 {
         COMMITTED | len & LEN_MASK
     }
 

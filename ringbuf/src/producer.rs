@@ -1,14 +1,22 @@
 //! The side that writes records.
 
 use core::fmt;
+use core::marker::PhantomData;
 
 use crate::layout::{HEADER, Header};
-use crate::{Armed, Corrupt, Geometry, GeometryError, Plan, RingMem, Wake, passes};
+use crate::{
+    Armed, Corrupt, Geometry, GeometryError, Plan, Policy, RingMem, Validated, Wake, passes,
+};
+
+// Inlined throughout, the path keeps a grant in registers: written to the stack in halves and read back whole, it would
+// wait behind every store to a line that the consumer still has.
 
 /// What is zeroed ahead of the last record at a time, bytes: sixteen lines, so that small records seldom wait for it.
 const ZEROED_AHEAD: u64 = 1024;
 /// Less than this left of it: time for more.
-const ZEROED_LEAST: u64 = 192;
+const ZEROED_LEAST: u64 = 768;
+/// What takes no more than this is small.
+const SMALL: u64 = 256;
 
 /// Why a record is not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +54,7 @@ impl From<Corrupt> for PushError {
 
 /// Writes records. Its own position is private; what the consumer says of its position is checked.
 #[derive(Debug)]
-pub struct Producer<M> {
+pub struct Producer<M, P = Validated> {
     mem: M,
     plan: Plan,
     /// Behind the last record that was written.
@@ -56,19 +64,23 @@ pub struct Producer<M> {
     /// From `head` to here there is nothing but zeroes.
     zeroed: u64,
     /// Header of the first record that is not shown yet.
-    withheld: Option<u64>,
+    withheld: u64,
     /// The consumer's position as last seen and checked.
     cons: u64,
     events: bool,
     corrupt: Option<Corrupt>,
+    policy: PhantomData<P>,
 }
 
 /// Room for one record, to be filled in place. Dropped without `commit`: nothing was written.
 #[derive(Debug)]
-pub struct Grant<'a, M> {
-    producer: &'a mut Producer<M>,
+pub struct Grant<'a, M, P = Validated> {
+    producer: &'a mut Producer<M, P>,
+    /// What is left at the end of the ring, where the record would not fit.
     pad: u64,
+    /// Bytes of the record, and all that it takes.
     len: u64,
+    total: u64,
 }
 
 impl<M: RingMem> Producer<M> {
@@ -78,6 +90,13 @@ impl<M: RingMem> Producer<M> {
     /// # Errors
     /// The geometry does not fit the memory.
     pub fn new(mem: M, geometry: Geometry, events: bool) -> Result<Self, GeometryError> {
+        Self::with_policy(mem, geometry, events)
+    }
+}
+
+impl<M: RingMem, P: Policy> Producer<M, P> {
+    #[doc(hidden)] // for the bench that measures what the checks cost
+    pub fn with_policy(mem: M, geometry: Geometry, events: bool) -> Result<Self, GeometryError> {
         let plan = geometry.check(&mem)?;
         Ok(Self {
             mem,
@@ -85,10 +104,11 @@ impl<M: RingMem> Producer<M> {
             head: 0,
             shown: 0,
             zeroed: HEADER as u64,
-            withheld: None,
+            withheld: 0,
             cons: 0,
             events,
             corrupt: None,
+            policy: PhantomData,
         })
     }
 
@@ -101,6 +121,7 @@ impl<M: RingMem> Producer<M> {
     ///
     /// # Errors
     /// There is no room, it is too long, or the ring is corrupt: nothing was written.
+    #[inline(always)]
     pub fn try_push(&mut self, bytes: &[u8]) -> Result<Wake, PushError> {
         let mut grant = self.reserve(bytes.len())?;
         grant.write(0, bytes);
@@ -112,13 +133,16 @@ impl<M: RingMem> Producer<M> {
     ///
     /// # Errors
     /// As [`try_push`](Self::try_push).
-    pub fn reserve(&mut self, len: usize) -> Result<Grant<'_, M>, PushError> {
+    #[inline(always)]
+    pub fn reserve(&mut self, len: usize) -> Result<Grant<'_, M, P>, PushError> {
         let max = self.record_max();
         if len > max {
             return Err(PushError::TooLong { len, max });
         }
         let len = len as u64;
-        let (pad, need) = self.need(len);
+        let total = self.plan.total(len);
+        let pad = self.pad(total);
+        let need = pad + total + HEADER as u64;
         if need > self.free() {
             self.look_at_consumer()?;
             if need > self.free() {
@@ -129,29 +153,31 @@ impl<M: RingMem> Producer<M> {
             producer: self,
             pad,
             len,
+            total,
         })
     }
 
-    /// Pad ahead of a record of `len` bytes, and all that it needs: pad, record, and the next header, which is zeroed
-    /// before the record is shown.
-    fn need(&self, len: u64) -> (u64, u64) {
-        let (total, to_end) = (self.plan.total(len), self.plan.left_to_end(self.head));
-        let pad = if total > to_end { to_end } else { 0 };
-        (pad, pad + total + HEADER as u64)
+    /// What is left at the end of the ring, if a record that takes `total` does not fit there.
+    #[inline(always)]
+    fn pad(&self, total: u64) -> u64 {
+        let to_end = self.plan.left_to_end(self.head);
+        if total > to_end { to_end } else { 0 }
     }
 
+    #[inline(always)]
     fn free(&self) -> u64 {
         self.plan.size() - (self.head - self.cons)
     }
 
     /// Fetches the consumer's position, once.
+    #[cold]
     fn look_at_consumer(&mut self) -> Result<(), Corrupt> {
         if let Some(corrupt) = self.corrupt {
             return Err(corrupt);
         }
         let cons = self.mem.load(self.plan.at.cons);
         // Neither backwards nor beyond what it was shown.
-        if cons.wrapping_sub(self.cons) > self.shown - self.cons {
+        if P::CHECKED && cons.wrapping_sub(self.cons) > self.shown - self.cons {
             let corrupt = Corrupt {
                 what: "consumer's position",
                 value: cons,
@@ -164,28 +190,28 @@ impl<M: RingMem> Producer<M> {
         Ok(())
     }
 
-    /// Writes a header: the first of a batch is withheld until [`publish`](Self::publish).
+    /// Writes a header, and zeroes the next one: the first of a batch is withheld until [`publish`](Self::publish).
+    #[inline(always)]
     fn put(&mut self, header: u64, total: u64) {
         let next = self.head + total;
         if self.zeroed < next + HEADER as u64 {
             self.mem.store_relaxed(self.plan.offset(next), 0);
             self.zeroed = next + HEADER as u64;
         }
-        match self.withheld {
-            None => self.withheld = Some(header),
-            Some(_) => {
-                let at = self.plan.offset(self.head);
-                self.mem.store_relaxed(at, header);
-            }
+        if self.head == self.shown {
+            self.withheld = header;
+        } else {
+            let at = self.plan.offset(self.head);
+            self.mem.store_relaxed(at, header);
         }
-        self.head += total;
+        self.head = next;
     }
 
     /// Zeroes a little of what comes next, while the consumer is busy with what it was shown: the header behind the
     /// next record, and its lines are here when they are needed. Large records have no use for it.
-    #[inline]
-    fn zero_ahead(&mut self, shown: u64) {
-        if shown <= ZEROED_AHEAD && self.zeroed < self.head + ZEROED_LEAST {
+    #[inline(always)]
+    fn zero_ahead(&mut self, total: u64) {
+        if total <= SMALL && self.zeroed < self.head + ZEROED_LEAST {
             self.zero_more();
         }
     }
@@ -207,12 +233,13 @@ impl<M: RingMem> Producer<M> {
     }
 
     /// Shows every committed record with one store.
+    #[inline]
     pub fn publish(&mut self) -> Wake {
-        let Some(header) = self.withheld.take() else {
+        if self.head == self.shown {
             return Wake::No;
-        };
+        }
         // SYNC(header): pairs with the consumer's load of it.
-        self.mem.store(self.plan.offset(self.shown), header);
+        self.mem.store(self.plan.offset(self.shown), self.withheld);
         let old = core::mem::replace(&mut self.shown, self.head);
         if !self.events {
             self.zero_ahead(self.head - old);
@@ -236,7 +263,9 @@ impl<M: RingMem> Producer<M> {
     /// The consumer broke the ring.
     pub fn arm_space(&mut self, len: usize) -> Result<(Armed, Wake), Corrupt> {
         let wake = self.publish();
-        let (_, need) = self.need((len as u64).min(self.record_max() as u64));
+        let total = self.plan.total(len.min(self.record_max()) as u64);
+        // The next header is zeroed before a record is shown.
+        let need = self.pad(total) + total + HEADER as u64;
         // Woken for each record, it would sleep as often.
         let want = need.max(self.plan.size() / 4);
         let wake_at = (self.head + want).saturating_sub(self.plan.size());
@@ -253,7 +282,7 @@ impl<M: RingMem> Producer<M> {
     }
 }
 
-impl<M: RingMem> Grant<'_, M> {
+impl<M: RingMem, P: Policy> Grant<'_, M, P> {
     /// Bytes of the record.
     pub fn len(&self) -> usize {
         self.len as usize
@@ -265,6 +294,7 @@ impl<M: RingMem> Grant<'_, M> {
     }
 
     /// Copies bytes to an offset in the record. What would lie behind its end is left out.
+    #[inline(always)]
     pub fn write(&mut self, at: usize, bytes: &[u8]) {
         let room = (self.len as usize).saturating_sub(at);
         let bytes = &bytes[..bytes.len().min(room)];
@@ -277,13 +307,21 @@ impl<M: RingMem> Grant<'_, M> {
 
     /// Makes it a record. It is seen with the next [`publish`](Producer::publish); a batch of a quarter of the ring is
     /// shown now, so that the consumer is not kept idle.
+    #[inline(always)]
     pub fn commit(self) -> Wake {
-        let Self { producer, pad, len } = self;
+        let Self {
+            producer,
+            pad,
+            len,
+            total,
+        } = self;
         if pad > 0 {
             producer.put(Header::pad(pad - HEADER as u64), pad);
         }
-        let total = producer.plan.total(len);
         producer.put(Header::data(len), total);
+        if producer.head - producer.shown > total {
+            producer.zero_ahead(total);
+        }
         if producer.head - producer.shown >= producer.plan.size() / 4 {
             producer.publish()
         } else {

@@ -26,6 +26,9 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
     // In turn with whatever else the machine runs, wake-ups would be measured on the scheduler's terms.
     let realtime = nix::unistd::geteuid().is_root().then_some("--realtime");
     let own: Vec<&str> = json.into_iter().chain(realtime).collect();
+    if options.name == "ring" {
+        return ring(&own);
+    }
     bench(&options.name, &own)?;
     if options.name == "vsock" {
         let peer = install();
@@ -42,6 +45,39 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
         bench("backends", &args)?;
     }
     Ok(true)
+}
+
+/// The ring beside its peers; those that need more than Rust stand in a workspace of their own.
+fn ring(own: &[&str]) -> anyhow::Result<bool> {
+    let plot = adit_tests::target().join("bench").join("ring.svg");
+    std::fs::create_dir_all(plot.parent().unwrap_or(&plot))?;
+    let plot = plot.display().to_string();
+    let mut args = [own, &["--rounds", "15", "--plot", &plot]].concat();
+    let peers = ring_peers();
+    if let Err(e) = &peers {
+        eprintln!("skipped: iceoryx2, shmem-ipc and ipmpsc, for they do not build: {e:#}");
+    }
+    let peers = peers.ok().map(|path| path.display().to_string());
+    args.extend(peers.iter().flat_map(|path| ["--peers", path]));
+    bench("ring", &args)?;
+    Ok(true)
+}
+
+/// Builds the other rings under target/peers.
+fn ring_peers() -> anyhow::Result<PathBuf> {
+    setup::libclang()?;
+    let target = adit_tests::target().join("peers").join("ring");
+    progress::during("building the peers of the ring", || {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut command = Command::new(cargo);
+        command
+            .args(["build", "--quiet", "--release", "--locked"])
+            .current_dir(adit_tests::root().join("benches/peers"))
+            .arg("--target-dir")
+            .arg(&target);
+        output(&mut command)
+    })?;
+    Ok(target.join("release/adit-bench-peers"))
 }
 
 fn bench(name: &str, args: &[&str]) -> anyhow::Result<()> {

@@ -40,31 +40,7 @@ pub fn run() -> anyhow::Result<()> {
         .filter(|(p, _)| !on_path(p))
         .map(|(_, package)| *package)
         .collect();
-    if !missing.is_empty() {
-        let line = format!(
-            "apt-get install -y --no-install-recommends {}",
-            missing.join(" ")
-        );
-        if !nix::unistd::geteuid().is_root() {
-            bail!(
-                "missing: {}. Run this, then again:\n  sudo {line}",
-                missing.join(", ")
-            );
-        }
-        progress::during(&format!("installing {}", missing.join(", ")), || {
-            let apt = |args: &[&str]| {
-                let mut command = Command::new("apt-get");
-                output(
-                    command
-                        .env("DEBIAN_FRONTEND", "noninteractive")
-                        .arg("-q")
-                        .args(args),
-                )
-            };
-            apt(&["update"])?;
-            apt(&[&["install", "-y", "--no-install-recommends"], &missing[..]].concat())
-        })?;
-    }
+    packages(&missing)?;
     if on_path("rustup") {
         let installed = output(Command::new("rustup").args(["target", "list", "--installed"]))?;
         let installed = String::from_utf8_lossy(&installed.stdout).into_owned();
@@ -78,6 +54,51 @@ pub fn run() -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// What iceoryx2 needs to build, and nothing else here does.
+pub fn libclang() -> anyhow::Result<()> {
+    let lib = Path::new("/usr/lib");
+    let there = ["llvm-14", "llvm-16", "llvm-19"].iter().any(|llvm| {
+        let so = lib.join(llvm).join("lib/libclang.so");
+        so.exists()
+    });
+    if there {
+        Ok(())
+    } else {
+        packages(&["libclang-dev"])
+    }
+}
+
+/// Installs packages; not as root, says the one line that would.
+fn packages(missing: &[&str]) -> anyhow::Result<()> {
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let line = format!(
+        "apt-get install -y --no-install-recommends {}",
+        missing.join(" ")
+    );
+    if !nix::unistd::geteuid().is_root() {
+        bail!(
+            "missing: {}. Run this, then again:\n  sudo {line}",
+            missing.join(", ")
+        );
+    }
+    progress::during(&format!("installing {}", missing.join(", ")), || {
+        let apt = |args: &[&str]| {
+            let mut command = Command::new("apt-get");
+            output(
+                command
+                    .env("DEBIAN_FRONTEND", "noninteractive")
+                    .arg("-q")
+                    .args(args),
+            )
+        };
+        apt(&["update"])?;
+        apt(&[&["install", "-y", "--no-install-recommends"], missing].concat())?;
+        Ok(())
+    })
 }
 
 fn on_path(program: &str) -> bool {

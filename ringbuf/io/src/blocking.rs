@@ -207,7 +207,7 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Receiver<M, D, W> {
             self.release()?;
             return Ok(None);
         };
-        self.pace.came();
+        self.pace.came(len);
         if self.consumer.wants_release() {
             self.release()?;
         }
@@ -240,7 +240,7 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Receiver<M, D, W> {
             self.pace.missed();
             let consumer = &mut self.consumer;
             if let Some(len) = self.spin.look_on(|| consumer.pop(buf))? {
-                self.pace.came();
+                self.pace.came(len);
                 return Ok(len);
             }
             let (armed, wake) = self.consumer.arm_data()?;

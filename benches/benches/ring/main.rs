@@ -1,0 +1,233 @@
+//! `cargo bench --bench ring [-- --rounds N] [--realtime] [--peers PROGRAM] [--plot FILE] [--json]`: the ring beside its
+//! peers and the limits of the machine, in the same run, round by round.
+//!
+//! - A cell, one contender doing one thing, is a process of its own that forks: two processes pinned to two processors
+//!   ([`adit_benches::duel`]). `--cell KIND NAME SIZE` runs one and prints its numbers.
+//! - `--peers`: the program that runs the cells of rings which only build with more than Rust (`benches/peers`).
+//! - Ours polls as its peers do, but where it says that it sleeps.
+
+mod figures;
+mod others;
+mod ours;
+mod plot;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use adit_benches::duel::{self, Ends, Home, RING};
+use adit_ringbuf_io::Spin;
+use others::Flags;
+
+/// Sizes of the plot; the figures are of some of them.
+pub const SIZES: [usize; 6] = [64, 256, 1024, 4096, 16_384, 65_536];
+/// The smaller ring of one figure.
+const SMALL: usize = 256 << 10;
+
+/// Contenders of streams, and of round trips, that this program runs.
+const STREAMS: [&str; 7] = [
+    "ours",
+    "rtrb",
+    "pipe",
+    "Unix stream",
+    "seqpacket",
+    "cross-core stream",
+    "published index",
+];
+/// Those that the other program runs.
+const PEERS: [&str; 3] = ["iceoryx2", "shmem-ipc", "ipmpsc"];
+
+/// Values of every cell, a round each.
+#[derive(Default)]
+pub struct Rounds(BTreeMap<(String, usize), Vec<f64>>);
+
+impl Rounds {
+    fn add(&mut self, name: impl Into<String>, size: usize, value: f64) {
+        self.0.entry((name.into(), size)).or_default().push(value);
+    }
+
+    /// All values of one name and size.
+    pub fn of(&self, name: &str, size: usize) -> &[f64] {
+        self.0
+            .get(&(name.to_owned(), size))
+            .map_or(&[], Vec::as_slice)
+    }
+}
+
+/// A contender by name.
+fn contender(name: &str, size: usize) -> (Home, Ends) {
+    let asleep = Spin::new(Duration::ZERO);
+    let processes = |ends| (Home::Processes, ends);
+    let threads = |ends| (Home::Threads, ends);
+    match name {
+        "ours" => processes(ours::polling(RING, 1, 8)),
+        "ours, lines" => processes(ours::polling(RING, 1, 64)),
+        "ours, 32 at a time" => processes(ours::polling(RING, 32, 8)),
+        "ours, unchecked" => processes(ours::unchecked()),
+        "ours, small" => processes(ours::polling(SMALL, 1, 8)),
+        "ours, small, sleeping" => processes(ours::waiting(SMALL, 8, Spin::default())),
+        "ours, sleeping" => processes(ours::waiting(RING, 8, Spin::default())),
+        "ours, lines, sleeping" => processes(ours::waiting(RING, 64, Spin::default())),
+        "ours, at once asleep" => processes(ours::waiting(RING, 64, asleep)),
+        "rtrb" => threads(others::rtrb_bytes(1)),
+        "rtrb, 32 at a time" => threads(others::rtrb_bytes(32)),
+        "rtrb, elements" => threads(others::rtrb_elements()),
+        "pipe" => processes(others::pipe()),
+        "Unix stream" => processes(others::unix_stream()),
+        "seqpacket" => processes(others::seqpacket()),
+        "cross-core stream" => processes(others::slots(size)),
+        "published index" => processes(others::published(1)),
+        "published index, 32 at a time" => processes(others::published(32)),
+        _ => panic!("no contender {name:?}"),
+    }
+}
+
+/// Runs one cell here.
+fn cell(kind: &str, name: &str, size: usize) -> Vec<f64> {
+    match kind {
+        "stream" => {
+            let (home, ends) = contender(name, size);
+            duel::stream(home, ends, size).to_vec()
+        }
+        "trip" => {
+            let (home, there) = contender(name, size);
+            duel::round_trip(home, there, contender(name, size).1, size).to_vec()
+        }
+        "flags" => match name {
+            "one line" => others::flags(Flags::OneLine),
+            "two lines" => others::flags(Flags::TwoLines),
+            "payload" => others::flags(Flags::Payload),
+            _ => others::eventfds(),
+        },
+        "rate" => ours::rate(),
+        "lanes" => ours::lanes(name == "full"),
+        "duplex" => ours::duplex(size),
+        _ => panic!("no cell {kind:?}"),
+    }
+}
+
+/// Cells in processes of their own.
+struct Cells {
+    this: PathBuf,
+    peers: Option<PathBuf>,
+}
+
+impl Cells {
+    fn run(&self, program: &PathBuf, kind: &str, name: &str, size: usize) -> Vec<f64> {
+        let mut command = Command::new(program);
+        command.args(["--cell", kind, name, &size.to_string()]);
+        let out = command.output().expect("the program of the cell");
+        let said = String::from_utf8_lossy(&out.stdout);
+        assert!(
+            out.status.success(),
+            "cell {kind} {name:?} {size}: {}\n{}",
+            out.status,
+            String::from_utf8_lossy(&out.stderr)
+        );
+        said.split_whitespace()
+            .map(|word| word.parse().expect("a number"))
+            .collect()
+    }
+
+    /// The first number of a cell of ours.
+    fn first(&self, kind: &str, name: &str, size: usize) -> f64 {
+        self.run(&self.this, kind, name, size)[0]
+    }
+
+    fn round(&self, all: &mut Rounds) {
+        for size in SIZES {
+            for name in STREAMS {
+                all.add(name, size, self.first("stream", name, size));
+            }
+            for (program, name) in self.peers.iter().flat_map(|p| PEERS.map(|n| (p, n))) {
+                all.add(name, size, self.run(program, "stream", name, size)[0]);
+            }
+            let [p50, p99] = [0, 1].map(|n| move |said: &[f64]| said[n]);
+            let said = self.run(&self.this, "trip", "ours, lines", size);
+            all.add("RTT ours", size, p50(&said));
+            all.add("RTT tail", size, p99(&said) / p50(&said));
+        }
+        for name in [
+            "ours, 32 at a time",
+            "ours, unchecked",
+            "rtrb, elements",
+            "rtrb, 32 at a time",
+            "published index, 32 at a time",
+        ] {
+            all.add(name, 64, self.first("stream", name, 64));
+        }
+        let batches = "ours, 32 at a time";
+        all.add(batches, 1024, self.first("stream", batches, 1024));
+        let said = self.run(&self.this, "stream", "ours, sleeping", 64);
+        all.add("ours, sleeping", 64, said[0]);
+        all.add("doorbells", 64, said[1]);
+        for name in ["ours, small", "ours, small, sleeping"] {
+            all.add(name, 65_536, self.first("stream", name, 65_536));
+        }
+        for name in ["one line", "two lines", "payload", "eventfds"] {
+            all.add(name, 64, self.first("flags", name, 0));
+        }
+        all.add("RTT ours", 48, self.first("trip", "ours, lines", 48));
+        for name in [
+            "rtrb, elements",
+            "published index",
+            "ours, lines, sleeping",
+            "ours, at once asleep",
+        ] {
+            all.add(format!("RTT {name}"), 64, self.first("trip", name, 64));
+        }
+        all.add("rate", 64, self.first("rate", "", 64));
+        for name in ["idle", "full"] {
+            all.add(format!("lanes {name}"), 64, self.first("lanes", name, 64));
+        }
+        for size in [4096, 65_536] {
+            all.add("duplex", size, self.first("duplex", "", size));
+        }
+    }
+}
+
+fn main() {
+    let args: Vec<String> = std::env::args().collect();
+    let after = |name: &str| {
+        let at = args.iter().position(|a| a == name)?;
+        args.get(at + 1).cloned()
+    };
+    if let [_, flag, kind, name, size] = &args[..]
+        && flag == "--cell"
+    {
+        let said = cell(kind, name, size.parse().expect("a size"));
+        let words: Vec<String> = said.iter().map(f64::to_string).collect();
+        println!("{}", words.join(" "));
+        return;
+    }
+    if args.iter().any(|a| a == "--realtime") {
+        adit_benches::realtime::realtime();
+    }
+    if std::thread::available_parallelism().map_or(1, usize::from) < 2 {
+        eprintln!("skipped: a ring between two processors needs two");
+        return;
+    }
+    let rounds = after("--rounds").and_then(|n| n.parse().ok()).unwrap_or(5);
+    let cells = Cells {
+        this: std::env::current_exe().expect("this program"),
+        peers: after("--peers").map(PathBuf::from),
+    };
+    let progress = adit_benches::report::rounds(rounds);
+    let mut all = Rounds::default();
+    for _ in 0..rounds {
+        cells.round(&mut all);
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    let json = args.iter().any(|a| a == "--json");
+    figures::all(&all)
+        .iter()
+        .for_each(|figure| figure.print(json));
+    if let Some(path) = after("--plot") {
+        match plot::draw(&all, &path) {
+            Ok(()) => eprintln!("plot over sizes: {path}"),
+            Err(e) => eprintln!("no plot: {path}: {e}"),
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! Two processes pinned to two processors, and messages between them: what every contender of the ring bench is made to do.
+//!
+//! A contender is set up before the fork, and each process takes its end. One that lives in one heap (rtrb) is run by two
+//! threads instead, which costs it nothing. Every message is copied in, and out into another buffer; its number stands at
+//! both ends of it and is checked.
+#![allow(unsafe_code)] // fork
+
+use std::io::{Read, Write, pipe};
+use std::time::Instant;
+
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, Pid, fork};
+
+/// Bytes of a ring, and of a peer's.
+pub const RING: usize = 1 << 20;
+/// Bytes that one measurement of a bulk size moves.
+const BULK: usize = 64 << 20;
+/// Messages of one measurement at most.
+const MESSAGES: usize = 500_000;
+/// A cell takes no longer.
+const SECONDS_MAX: u32 = 10;
+/// Round trips of one measurement.
+const TRIPS: usize = 20_000;
+
+/// Sends whole messages; waits for room as it likes.
+pub trait Send1: Send {
+    /// Copies a message in.
+    fn send(&mut self, message: &[u8]);
+    /// Shows what was held back.
+    fn finish(&mut self) {}
+    /// How often it woke the other side, where it counts.
+    fn rings(&self) -> f64 {
+        0.0
+    }
+}
+
+/// Receives whole messages of a size that is known.
+pub trait Receive1: Send {
+    /// Copies the next message out.
+    fn receive(&mut self, message: &mut [u8]);
+}
+
+impl<S: Send1 + ?Sized> Send1 for Box<S> {
+    fn send(&mut self, message: &[u8]) {
+        (**self).send(message);
+    }
+    fn finish(&mut self) {
+        (**self).finish();
+    }
+    fn rings(&self) -> f64 {
+        (**self).rings()
+    }
+}
+
+impl<R: Receive1 + ?Sized> Receive1 for Box<R> {
+    fn receive(&mut self, message: &mut [u8]) {
+        (**self).receive(message);
+    }
+}
+
+/// Both ends of a contender's way.
+pub type Ends = (Box<dyn Send1>, Box<dyn Receive1>);
+
+/// Where its ends are run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Home {
+    /// In a process each.
+    Processes,
+    /// In a thread each.
+    Threads,
+}
+
+fn pin(cpu: usize) {
+    let mut set = CpuSet::new();
+    // Refused: another set of processors is ours, and the figures are worse for all alike.
+    let _ = set.set(cpu);
+    let _ = sched_setaffinity(Pid::from_raw(0), &set);
+}
+
+/// Runs `near` on processor 0 and `far` on processor 1; returns what each says.
+///
+/// # Panics
+/// One of them fails.
+pub fn run(
+    home: Home,
+    near: impl FnOnce() -> Vec<f64>,
+    far: impl FnOnce() -> Vec<f64> + Send,
+) -> (Vec<f64>, Vec<f64>) {
+    match home {
+        Home::Processes => processes(near, far),
+        Home::Threads => std::thread::scope(|scope| {
+            let far = scope.spawn(|| {
+                pin(1);
+                far()
+            });
+            pin(0);
+            let said = near();
+            (said, far.join().expect("the far side"))
+        }),
+    }
+}
+
+fn processes(
+    near: impl FnOnce() -> Vec<f64>,
+    far: impl FnOnce() -> Vec<f64>,
+) -> (Vec<f64>, Vec<f64>) {
+    let (mut out, mut back) = pipe().expect("a pipe");
+    nix::unistd::alarm::set(SECONDS_MAX);
+    // SAFETY: the bench has one thread, so the child may do whatever its parent may.
+    match unsafe { fork() }.expect("a process") {
+        ForkResult::Child => {
+            // Neither side looks on for the other when that is gone.
+            nix::unistd::alarm::set(SECONDS_MAX);
+            let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
+            drop(out);
+            pin(1);
+            let said: Vec<u8> = far().iter().flat_map(|v| v.to_le_bytes()).collect();
+            let told = back.write_all(&said);
+            std::process::exit(i32::from(told.is_err()));
+        }
+        ForkResult::Parent { child } => {
+            drop(back);
+            pin(0);
+            let said = near();
+            let mut bytes = Vec::new();
+            out.read_to_end(&mut bytes).expect("what the far side says");
+            let status = waitpid(child, None).expect("our child");
+            assert!(
+                matches!(status, nix::sys::wait::WaitStatus::Exited(_, 0)),
+                "the far side failed: {status:?}"
+            );
+            let far = bytes.chunks_exact(8).map(|b| {
+                let bytes: [u8; 8] = std::array::from_fn(|n| b[n]);
+                f64::from_le_bytes(bytes)
+            });
+            (said, far.collect())
+        }
+    }
+}
+
+/// Messages of one measurement of a size.
+pub fn count(size: usize) -> usize {
+    (BULK / size).clamp(400, MESSAGES)
+}
+
+/// Puts a message's number at both ends of it.
+pub fn stamp(message: &mut [u8], n: usize) {
+    let end = message.len() - 8;
+    message[..8].copy_from_slice(&n.to_le_bytes());
+    message[end..].copy_from_slice(&n.to_le_bytes());
+}
+
+/// Holds both ends of a message against its number.
+///
+/// # Panics
+/// It is another one.
+pub fn check(message: &[u8], n: usize) {
+    let end = message.len() - 8;
+    let right = message[..8] == n.to_le_bytes() && message[end..] == n.to_le_bytes();
+    assert!(right, "message {n} is another one");
+}
+
+/// Messages a second once it flows, and wake-ups per message.
+pub fn stream(home: Home, (mut s, mut r): Ends, size: usize) -> [f64; 2] {
+    let count = count(size);
+    let warm = count / 8;
+    let (near, far) = run(
+        home,
+        || {
+            let mut message = vec![7; size];
+            for n in 0..count {
+                stamp(&mut message, n);
+                s.send(&message);
+            }
+            s.finish();
+            vec![s.rings() / count as f64]
+        },
+        || {
+            let mut message = vec![0; size];
+            let mut begin = Instant::now();
+            for n in 0..count {
+                r.receive(&mut message);
+                check(&message, n);
+                if n == warm {
+                    begin = Instant::now();
+                }
+            }
+            vec![(count - warm - 1) as f64 / begin.elapsed().as_secs_f64()]
+        },
+    );
+    [far[0], near[0]]
+}
+
+/// Median and 99th percentile of a round trip, ns, one clock read in each.
+pub fn round_trip(home: Home, there: Ends, back: Ends, size: usize) -> [f64; 2] {
+    let ((mut to, mut arrives), (mut answer, mut from)) = (there, back);
+    let (near, _) = run(
+        home,
+        || {
+            let mut message = vec![9; size];
+            trips(|n| {
+                stamp(&mut message, n);
+                to.send(&message);
+                to.finish();
+                from.receive(&mut message);
+                check(&message, n);
+            })
+        },
+        || {
+            let mut message = vec![0; size];
+            for _ in 0..TRIPS {
+                arrives.receive(&mut message);
+                answer.send(&message);
+                answer.finish();
+            }
+            Vec::new()
+        },
+    );
+    [near[0], near[1]]
+}
+
+/// How many trips there are, for a far side that answers by itself.
+pub const fn trip_count() -> usize {
+    TRIPS
+}
+
+/// Makes the trips; returns median and 99th percentile, ns.
+pub fn trips(mut trip: impl FnMut(usize)) -> Vec<f64> {
+    let mut last = Instant::now();
+    let mut times: Vec<f64> = (0..TRIPS)
+        .map(|n| {
+            trip(n);
+            let now = Instant::now();
+            let took = now - last;
+            last = now;
+            took.as_nanos() as f64
+        })
+        .collect();
+    // The first ones find pages that were never touched, and a far side that is not there yet.
+    let warm = &mut times[TRIPS / 2..];
+    warm.sort_by(f64::total_cmp);
+    vec![warm[warm.len() / 2], warm[warm.len() * 99 / 100]]
+}
