@@ -131,19 +131,30 @@ fn gather<'m, M: GuestMemory>(
         let Some((addr, len)) = cursor.piece(segs, max - total) else {
             break;
         };
+        let mut left = len;
         for slice in mem
             .get_slices(addr, len, access)
             .map_err(io::Error::other)?
         {
             let slice = slice.map_err(io::Error::other)?;
+            // What comes behind a gap would be taken for what belongs into it.
+            left = left.checked_sub(slice.len()).ok_or_else(uneven)?;
             total += slice.len();
             if !visit(slice) {
                 return Ok(total);
             }
         }
+        if left > 0 {
+            return Err(uneven());
+        }
         cursor.advance(segs, len);
     }
     Ok(total)
+}
+
+/// Memory gave more or less than it was asked for: it breaks its trait's word.
+fn uneven() -> io::Error {
+    io::Error::other("guest memory gave another length than was asked for")
 }
 
 /// # Safety
