@@ -51,6 +51,8 @@ const FILE_BYTES: usize = PAIRS + 8 * PAIRS_MAX;
 
 /// Longest reply, bytes.
 pub const REPLY_MAX: usize = 4096;
+/// Epochs and changes from here on no process can have counted to: there is room above them to count on.
+pub(crate) const COUNT_END: u64 = 1 << 48;
 
 /// Why a descriptor is no such file: the fault of whoever handed it over.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +73,12 @@ pub enum LiveError {
     #[error("live table begins with {found:#x}: not one, or of another version")]
     Magic {
         /// What it begins with.
+        found: u64,
+    },
+    /// No process has had so many sessions.
+    #[error("live table tells of {found} sessions")]
+    Epoch {
+        /// Its epoch.
         found: u64,
     },
 }
@@ -134,9 +142,10 @@ impl LiveFile {
             return Err(LiveError::Size { found });
         }
         let live = Self::map(fd.into())?;
-        match live.load(0) {
-            MAGIC => Ok(live),
-            found => Err(LiveError::Magic { found }),
+        match (live.load(0), live.epoch()) {
+            (MAGIC, ..COUNT_END) => Ok(live),
+            (MAGIC, found) => Err(LiveError::Epoch { found }),
+            (found, _) => Err(LiveError::Magic { found }),
         }
     }
 
@@ -413,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hostile_table_costs_no_more_than_its_size() {
+    fn r35_a_hostile_table_costs_no_more_than_its_size() {
         let file = Arc::new(LiveFile::create().unwrap());
         for index in 0..PAIRS_MAX as u32 {
             file.set_pair(index, u64::from(index % 1000) + 1);
@@ -429,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_none_are_refused() {
+    fn r35_files_that_are_none_are_refused() {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let make = |len, seals| {
             let file = File::from(memfd_create("x", flags).unwrap());
@@ -451,10 +460,16 @@ mod tests {
             make(whole, shrink),
             Err(LiveError::Magic { found: 0 })
         ));
+        for found in [COUNT_END, u64::MAX] {
+            let file = LiveFile::create().unwrap();
+            file.store(AT_EPOCH, found);
+            let again = LiveFile::open(file.as_fd().try_clone_to_owned().unwrap());
+            assert!(matches!(again, Err(LiveError::Epoch { found: f }) if f == found));
+        }
     }
 
     #[test]
-    fn replies_go_round_and_nonsense_is_no_reply() {
+    fn r35_replies_go_round_and_nonsense_is_no_reply() {
         let file = LiveFile::create().unwrap();
         assert_eq!(file.reply(), None);
         let mut last = 0;

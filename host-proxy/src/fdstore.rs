@@ -247,4 +247,59 @@ mod tests {
         // Another VM has nothing there, and without a service manager there is no store.
         assert!(store.slot("web-2").unwrap().is_none());
     }
+
+    #[test]
+    fn r35_packets_that_are_no_handover_are_not_kept_and_hide_none() {
+        let (good, fds) = handover(7);
+        let bytes = Message::Handover(good.clone()).encode().unwrap();
+        let kept = Message::Kept(adit_port::control::Kept { seq: 1 });
+        let kept = kept.encode().unwrap();
+        let flipped = |at: usize| {
+            let mut bytes = bytes.clone();
+            bytes[at] ^= 0x81;
+            bytes
+        };
+        let mut wrong: Vec<(Vec<u8>, usize)> = (1..bytes.len())
+            .map(|cut| (bytes[..cut].to_vec(), 1))
+            .chain((0..16).map(|at| (flipped(at), 1)))
+            .collect();
+        wrong.push((kept, 0));
+        // Without descriptors, with more than there are of it, and with bytes behind it.
+        wrong.push((bytes.clone(), 0));
+        wrong.push((bytes.clone(), adit_port::control::HANDOVER_FDS_MAX + 1));
+        wrong.push(([&bytes[..], &[0]].concat(), 1));
+        wrong.push((vec![0; 4096], 1));
+        for (packet, count) in wrong {
+            for with_a_good_one in [false, true] {
+                let mut slot = slot();
+                if with_a_good_one {
+                    slot.put(&good, &fds).unwrap();
+                }
+                let raw = vec![fds[0].as_raw_fd(); count];
+                let rights = (count > 0).then(|| ControlMessage::ScmRights(&raw));
+                sendmsg::<UnixAddr>(
+                    slot.send.as_raw_fd(),
+                    &[IoSlice::new(&packet)],
+                    rights.as_slice(),
+                    MsgFlags::empty(),
+                    None,
+                )
+                .unwrap();
+                let store = FdStore::new(stored(&slot));
+                let (mut slot, left) = store.slot("web-1").unwrap().unwrap();
+                let seq = left.map(|(handover, _)| handover.seq);
+                // One that says other bytes in the right form cannot be told: its record is checked by who goes on with it.
+                let right = Message::decode(&packet).ok().flatten();
+                let right = right.filter(|m| matches!(m, Message::Handover(_)) && count == 1);
+                if right.is_none() {
+                    assert_eq!(seq, with_a_good_one.then_some(7), "{packet:x?} {count}");
+                }
+                // And the place is of use.
+                slot.put(&handover(8).0, &fds).unwrap();
+                let store = FdStore::new(stored(&slot));
+                let (_, left) = store.slot("web-1").unwrap().unwrap();
+                assert_eq!(left.unwrap().0.seq, 8);
+            }
+        }
+    }
 }

@@ -16,6 +16,8 @@ use std::os::fd::OwnedFd;
 use serde::{Deserialize, Serialize};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 
+use crate::live::COUNT_END;
+
 /// Version that this build writes.
 pub const VERSION: u16 = 1;
 /// Memory regions at most, as crate `vhost` takes.
@@ -152,7 +154,7 @@ impl Handover {
             1 => return Err(malformed),
             found => return Err(HandoverError::Version { found }),
         };
-        if record.regions.len() > REGIONS_MAX {
+        if record.regions.len() > REGIONS_MAX || record.changes >= COUNT_END {
             return Err(malformed);
         }
         let (found, expected) = (self.fds.len(), record.descriptors());
@@ -255,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn cut_long_newer_and_miscounted_handovers_are_refused() {
+    fn r35_cut_long_newer_and_miscounted_handovers_are_refused() {
         let good = Handover::new(&sample(), vec![]).unwrap().bytes;
         let parse = |bytes: &[u8], n| {
             let bytes = bytes.to_vec();
@@ -290,5 +292,16 @@ mod tests {
             parse(&bytes, many.descriptors()),
             Err(HandoverError::Malformed { .. })
         ));
+        for changes in [COUNT_END, u64::MAX] {
+            let counted = Record {
+                changes,
+                ..sample()
+            };
+            let bytes = Handover::new(&counted, vec![]).unwrap().bytes;
+            assert!(matches!(
+                parse(&bytes, 5),
+                Err(HandoverError::Malformed { .. })
+            ));
+        }
     }
 }

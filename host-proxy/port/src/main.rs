@@ -127,8 +127,8 @@ struct Left {
 impl Left {
     fn find(args: &Args) -> anyhow::Result<Self> {
         let mut note = Note::open(&args.dir).context("cannot note which VMM is connected")?;
-        if args.resume {
-            let (live, handover) = received().context("nothing to resume on the standard input")?;
+        let resumed = args.resume.then(received).transpose();
+        if let Ok(Some((live, handover))) = resumed {
             return Ok(Self {
                 live: Arc::new(live),
                 handover,
@@ -136,14 +136,22 @@ impl Left {
                 stuck: None,
             });
         }
+        // It comes from a process that may have been in its guest's hands: what is of no use must not keep the next VMM out.
+        let lost = match &resumed {
+            Err(e) => {
+                tracing::error!(error = format!("{e:#}"), "nothing to go on with");
+                format!("whose successor cannot use what it left ({e:#})")
+            }
+            Ok(_) => "while no aditd kept its descriptors".to_owned(),
+        };
         let stuck = note.orphan().map(|pid| {
             let vmm = match pid {
                 0 => "a VMM".to_owned(),
                 pid => format!("VMM process {pid}"),
             };
             format!(
-                "{vmm} is connected to a port process that was killed while no aditd kept its descriptors: power-cycle the \
-                 VM, for QEMU does not connect again"
+                "{vmm} is connected to a port process that was killed {lost}: power-cycle the VM, for QEMU does not \
+                 connect again"
             )
         });
         if stuck.is_none() {

@@ -4,7 +4,7 @@
 mod guest;
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -15,12 +15,13 @@ use adit_channel::hello::{self, Accept, Common, Hello};
 use adit_channel::port::Notice;
 use adit_channel::sink::Sink;
 use adit_port::control::{
-    Attach, Cancel, Dial, DialError, Incoming, Quit, Status, Target, VHOST_SOCKET,
+    Attach, Cancel, Dial, DialError, Incoming, PACKET_MAX, Quit, Status, Target, VHOST_SOCKET,
 };
 use adit_port::control_io::{Message, receive, send};
 use adit_port::place::connect_control;
 use guest::Guest;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::MsgFlags;
 
 const CID: u64 = 5;
 
@@ -264,13 +265,46 @@ fn a_dial_without_a_guest_fails_at_once() {
 }
 
 #[test]
-fn a_frame_that_breaks_the_protocol_costs_the_connection_only() {
+fn r53_a_frame_that_is_cut_or_breaks_the_protocol_costs_its_connection_only() {
     let mut running = Running::start();
     let aditd = running.connect();
-    aditd.wait_status(|_| true);
-    nix::unistd::write(&aditd.0, b"not a frame at all").unwrap();
-    while receive(&aditd.0).unwrap().is_some() {}
-    running.connect().wait_status(|_| true);
+    let mut guest = running.boot(&[22]);
+    aditd.wait_status(|s| s.session);
+    let (near, far) = tunnel(&aditd, &mut guest, 1);
+    drop(aditd);
+    let dial = Message::Dial(Dial {
+        id: 9,
+        to: Target::VsockPort(22),
+        deadline_ms: 5000,
+    });
+    let dial = dial.encode().unwrap();
+    let mut wrong: Vec<Vec<u8>> = (0..dial.len()).map(|cut| dial[..cut].to_vec()).collect();
+    wrong.extend([
+        b"not a frame at all".to_vec(),
+        vec![0; 64],
+        [&dial[..], &[0]].concat(),
+        vec![b'a'; PACKET_MAX + 1],
+    ]);
+    for bytes in wrong {
+        let aditd = running.connect();
+        // An empty packet is what the end of a connection looks like.
+        nix::sys::socket::send(aditd.0.as_raw_fd(), &bytes, MsgFlags::empty()).unwrap();
+        let end = loop {
+            match receive(&aditd.0) {
+                Ok(Some((Message::Status(_) | Message::Handover(_), _))) => {}
+                other => break other.map_err(|e| e.to_string()),
+            }
+        };
+        assert!(matches!(end, Ok(None)), "{} bytes: {end:?}", bytes.len());
+        // The tunnel knows nothing of it.
+        carry(&mut guest, &near, &far, b"still there");
+    }
+    // A megabyte does not even leave the sender.
+    let aditd = running.connect();
+    let sent = nix::sys::socket::send(aditd.0.as_raw_fd(), &[b'a'; 1 << 20], MsgFlags::empty());
+    assert_eq!(sent, Err(nix::errno::Errno::EMSGSIZE));
+    let (near, far) = tunnel(&aditd, &mut guest, 2);
+    carry(&mut guest, &near, &far, b"the next request");
 }
 
 #[test]

@@ -3,8 +3,10 @@
 
 mod guest;
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -19,11 +21,13 @@ use adit_channel::hello;
 use adit_channel::port::Notice;
 use adit_channel::sink::Sink;
 use adit_port::control::{
-    Attach, Dial, Handover, Incoming, Kept, Quit, Release, Status, Target, VHOST_SOCKET,
+    Attach, Cancel, Dial, Handover, Incoming, Kept, Quit, Release, Status, Target, VHOST_SOCKET,
 };
 use adit_port::control_io::{Message, receive_all, send, send_all};
 use adit_port::place::connect_control;
 use guest::Guest;
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::Pid;
@@ -575,6 +579,164 @@ fn a_message_that_came_in_pieces_cannot_be_resumed_and_is_said_so() {
     vm.succeed();
     let reason = vm.wait_stuck();
     assert!(reason.contains("pieces"), "{reason}");
+}
+
+/// A live table with these bytes, sealed as the real one is.
+fn table(bytes: &[u8], seals: SealFlag) -> OwnedFd {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create(c"table", flags).unwrap());
+    file.write_all_at(bytes, 0).unwrap();
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+    file.into()
+}
+
+/// Every corrupt form of what was kept: each one of a good handover's parts changed.
+fn corrupt(good: &(Handover, Vec<OwnedFd>)) -> Vec<(String, Handover, Vec<OwnedFd>)> {
+    let (handover, fds) = good;
+    let file = File::from(fds[0].try_clone().unwrap());
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    let shrink = SealFlag::F_SEAL_SHRINK;
+    // Each with a table of its own: whoever takes it up writes to it.
+    let all = || {
+        let others = fds[1..].iter().map(|fd| fd.try_clone().unwrap());
+        std::iter::once(table(&bytes, shrink)).chain(others)
+    };
+    let mut forms = Vec::new();
+    let mut add = |what: String, record: Vec<u8>, fds: Vec<OwnedFd>| {
+        forms.push((
+            what,
+            Handover {
+                record,
+                ..*handover
+            },
+            fds,
+        ));
+    };
+    let record = &handover.record;
+    for at in 0..record.len() {
+        // Cut to nothing, it is a good one: of a process without a frontend.
+        add(
+            format!("cut at {at}"),
+            record[..at].to_vec(),
+            all().collect(),
+        );
+        let mut flipped = record.clone();
+        flipped[at] ^= 1 << (at % 8);
+        add(format!("bit of byte {at}"), flipped, all().collect());
+    }
+    add(
+        "longer".into(),
+        [&record[..], &[0]].concat(),
+        all().collect(),
+    );
+    add(
+        "no more than a table".into(),
+        record.clone(),
+        all().take(1).collect(),
+    );
+    add(
+        "without the last".into(),
+        record.clone(),
+        all().take(fds.len() - 1).collect(),
+    );
+    add(
+        "one too many".into(),
+        record.clone(),
+        all().chain(all().take(1)).collect(),
+    );
+    let null = || OwnedFd::from(File::open("/dev/null").unwrap());
+    for at in 0..fds.len() {
+        for (what, other) in [
+            ("/dev/null", null()),
+            ("a pipe", nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap().0),
+            ("an empty file", table(&[], SealFlag::empty())),
+        ] {
+            let mut fds: Vec<_> = all().collect();
+            fds[at] = other;
+            add(format!("descriptor {at} is {what}"), record.clone(), fds);
+        }
+    }
+    let mut tables = vec![
+        ("unsealed".to_owned(), table(&bytes, SealFlag::empty())),
+        ("cut".to_owned(), table(&bytes[..bytes.len() - 8], shrink)),
+        (
+            "nothing but zeroes".to_owned(),
+            table(&vec![0; bytes.len()], shrink),
+        ),
+    ];
+    // Magic, epoch, changes, step, place and length of the reply, pairs in use; and all of the pairs.
+    for word in (0..7).chain([16384 / 8]) {
+        for value in [u64::MAX, 1 << 63, 17] {
+            let mut bytes = bytes.clone();
+            bytes[8 * word..][..8].copy_from_slice(&value.to_le_bytes());
+            tables.push((format!("{value:#x} in word {word}"), table(&bytes, shrink)));
+        }
+    }
+    let mut full = bytes.clone();
+    full[48..56].copy_from_slice(&u64::MAX.to_le_bytes());
+    full[16384..].fill(7);
+    tables.push(("full of one pair".into(), table(&full, shrink)));
+    for (what, other) in tables {
+        let mut fds: Vec<_> = all().collect();
+        fds[0] = other;
+        add(format!("table {what}"), record.clone(), fds);
+    }
+    forms
+}
+
+#[test]
+fn r35_every_corrupt_form_of_what_was_kept_leaves_a_process_that_serves_the_next_vmm() {
+    let mut vm = Vm::new();
+    let mut guest = vm.boot(&[22]);
+    vm.wait_status(&mut guest, |s| s.session);
+    let _tunnel = tunnel(&vm, &mut guest, 1);
+    vm.kill();
+    let good = vm.kept.lock().unwrap().take().unwrap();
+    // The VMM is gone as well, so that whoever can go on with it finds its end.
+    drop(guest);
+    let forms = corrupt(&good);
+    println!("{} forms", forms.len());
+    for (what, handover, fds) in forms {
+        println!("{what}");
+        *vm.kept.lock().unwrap() = Some((handover, fds));
+        vm.succeed();
+        let mut guest = vm.boot(&[22]);
+        reached(&vm, &mut guest);
+        served(&vm, &mut guest, 1);
+        drop(guest);
+        vm.kill();
+    }
+}
+
+/// Dials until the guest hears of it: the session that is told of first may be the one that was taken over.
+fn reached(vm: &Vm, guest: &mut Guest) {
+    let incoming = |n: &Notice| matches!(n, Notice::Incoming { .. });
+    let (mut id, deadline_ms) = (10, 5000);
+    while !guest.heard.iter().any(incoming) {
+        id += 1;
+        let to = Target::VsockPort(22);
+        let dial = Dial {
+            id,
+            to,
+            deadline_ms,
+        };
+        vm.aditd().say(Message::Dial(dial), None);
+        guest.until(|g| {
+            let heard = vm.aditd().heard.try_iter();
+            let failed = heard
+                .map(|(m, _)| m)
+                .any(|m| matches!(m, Message::DialFailed(_)));
+            (failed || g.heard.iter().any(incoming)).then_some(())
+        });
+    }
+    let (_far, sink) = pair();
+    guest.accept(Sink::Fd(sink.into()));
+    guest.until(|_| {
+        let mut heard = vm.aditd().heard.try_iter();
+        heard.find(|(m, _)| matches!(m, Message::Dialed(_)))
+    });
+    vm.aditd().say(Message::Cancel(Cancel { id }), None);
 }
 
 impl Vm {

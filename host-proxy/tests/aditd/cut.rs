@@ -1,0 +1,167 @@
+//! Clients that die in the middle of what they say, or never come to its end (R53): only they are closed.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+
+use crate::host::{Answer, Control, HANG, Host};
+
+const CONNECT: &[u8] = b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n";
+const POST: &[u8] =
+    b"POST http://a/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n";
+const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+
+/// How a client dies.
+#[derive(Clone, Copy, Debug)]
+enum Death {
+    /// Its socket is closed.
+    Close,
+    /// Its kernel resets the connection.
+    Reset,
+    /// It ends its sending, and waits for what comes.
+    HalfClose,
+}
+
+fn die(mut client: TcpStream, how: Death) {
+    match how {
+        Death::Close => {}
+        Death::Reset => {
+            let linger = nix::libc::linger {
+                l_onoff: 1,
+                l_linger: 0,
+            };
+            setsockopt(&client, sockopt::Linger, &linger).unwrap();
+        }
+        Death::HalfClose => {
+            client.shutdown(Shutdown::Write).unwrap();
+            let mut rest = Vec::new();
+            let end = client.read_to_end(&mut rest).map_err(|e| e.kind());
+            assert!(
+                matches!(end, Ok(_) | Err(ErrorKind::ConnectionReset)),
+                "{end:?}"
+            );
+        }
+    }
+}
+
+/// A whole request, answered by the guest.
+fn served(host: &Host, control: &Control) {
+    let mut client = host.proxy();
+    client
+        .write_all(b"GET http://a/ HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    control.dialed(control.dial().id);
+    let (mut guest, _) = control.attached();
+    read_until(&mut guest, b"\r\n\r\n");
+    guest.write_all(ANSWER).unwrap();
+    let mut said = Vec::new();
+    client.read_to_end(&mut said).unwrap();
+    assert_eq!(Answer::parse(&said).unwrap().body, "ok");
+}
+
+fn read_until(stream: &mut impl Read, end: &[u8]) {
+    let (mut text, mut byte) = (Vec::new(), [0]);
+    while !text.ends_with(end) {
+        stream.read_exact(&mut byte).unwrap();
+        text.push(byte[0]);
+    }
+}
+
+#[test]
+fn r53_a_client_that_dies_at_any_byte_of_its_request_is_the_only_one_closed() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let body = POST.windows(4).position(|w| w == b"\r\n\r\n").unwrap() + 4;
+    for how in [Death::Close, Death::Reset, Death::HalfClose] {
+        for cut in 0..CONNECT.len() {
+            let mut client = host.proxy();
+            client.write_all(&CONNECT[..cut]).unwrap();
+            die(client, how);
+        }
+        for cut in 0..body {
+            let mut client = host.proxy();
+            client.write_all(&POST[..cut]).unwrap();
+            die(client, how);
+        }
+        // Not one of them was a request: the next dial that the port process hears of is this one's.
+        served(&host, &control);
+        for cut in body..POST.len() {
+            let mut client = host.proxy();
+            client.write_all(&POST[..cut]).unwrap();
+            control.dialed(control.dial().id);
+            let (mut guest, _) = control.attached();
+            read_until(&mut guest, b"\r\n\r\n");
+            die(client, how);
+            // Its stream ends with it, and what the guest has of the body has no end.
+            let mut rest = Vec::new();
+            let end = guest.read_to_end(&mut rest).map_err(|e| e.kind());
+            assert!(
+                matches!(end, Ok(_) | Err(ErrorKind::ConnectionReset)),
+                "{end:?}"
+            );
+            assert!(!rest.ends_with(b"0\r\n\r\n"), "{cut}: {rest:?}");
+        }
+        served(&host, &control);
+    }
+}
+
+#[test]
+fn r53_a_line_without_an_end_and_bytes_that_are_no_text_end_their_own_client() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    // They stay, and say no more.
+    let halves: Vec<TcpStream> = (0..64)
+        .map(|i| {
+            let mut client = host.proxy();
+            client.write_all(&CONNECT[..i % CONNECT.len()]).unwrap();
+            client
+        })
+        .collect();
+    served(&host, &control);
+    let long = vec![b'a'; 1 << 20];
+    let with = |at: usize, byte: u8| {
+        let mut bytes = CONNECT.to_vec();
+        bytes.insert(at, byte);
+        bytes
+    };
+    let mut wrong = vec![
+        long.clone(),
+        [b"CONNECT ", &long[..]].concat(),
+        [&CONNECT[..CONNECT.len() - 2], b"X: ", &long].concat(),
+        vec![0; 1 << 20],
+    ];
+    wrong.extend((0..CONNECT.len() - 2).map(|at| with(at, 0)));
+    for bytes in wrong {
+        let mut client = host.proxy();
+        // It is cut off before it has said all.
+        let _ = client.write_all(&bytes);
+        let mut said = Vec::new();
+        let end = client.read_to_end(&mut said).map_err(|e| e.kind());
+        assert!(
+            matches!(end, Ok(_) | Err(ErrorKind::ConnectionReset)),
+            "{end:?}"
+        );
+        let status = Answer::parse(&said).map(|a| a.status);
+        assert!(
+            status.is_err() || matches!(status, Ok(400 | 414 | 431)),
+            "{status:?}"
+        );
+    }
+    served(&host, &control);
+    // Those that said no more are closed in time, too, each by itself.
+    for mut client in halves {
+        client
+            .set_read_timeout(Some(HANG + Duration::from_secs(10)))
+            .unwrap();
+        let end = client.read_to_end(&mut Vec::new()).map_err(|e| e.kind());
+        assert!(
+            matches!(end, Ok(_) | Err(ErrorKind::ConnectionReset)),
+            "{end:?}"
+        );
+    }
+    served(&host, &control);
+}
