@@ -1,6 +1,6 @@
 //! Opens, closes and resets from every side at a time, over a real vhost-user socket (R58): two application threads that
 //! share their streams, the shard's thread, the frontend's thread, and a guest that answers, resets streams and resets its
-//! driver when it likes. `cargo xtask sanitize` runs it under ThreadSanitizer.
+//! driver when it likes.
 
 mod common;
 #[path = "common/vm.rs"]

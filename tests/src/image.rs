@@ -16,6 +16,8 @@ use crate::process::output;
 const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "vmw_vsock_virtio_transport"];
 /// File systems and what they need, where the kernel has them as modules.
 const FILE_SYSTEM: [&str; 2] = ["crc32c_generic", "ext4"];
+/// Modules that lie beside them, for scripts that load them.
+const SPARE: [&str; 1] = ["vsock_loopback"];
 /// Programs of ours that every test guest has.
 const PROGRAMS: [&str; 2] = ["adit-testguest", "adit-hostile"];
 const DISK_MIB: u64 = 64;
@@ -317,8 +319,10 @@ fn initramfs(modules: &Path) -> anyhow::Result<Vec<u8>> {
     let mut order = String::new();
     for (name, bytes) in load_order(modules)? {
         archive.file(&format!("lib/adit/{name}.ko"), 0o644, &bytes)?;
-        order.push_str(&name);
-        order.push('\n');
+        if !SPARE.contains(&name.as_str()) {
+            order.push_str(&name);
+            order.push('\n');
+        }
     }
     archive.file("lib/adit/modules", 0o644, order.as_bytes())?;
     Ok(archive.finish()?)
@@ -334,7 +338,7 @@ fn load_order(dir: &Path) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
         .collect();
     let mut order = Vec::new();
     let mut seen = BTreeSet::new();
-    for name in MODULES.iter().chain(&FILE_SYSTEM) {
+    for name in MODULES.iter().chain(&FILE_SYSTEM).chain(&SPARE) {
         add_module(name, &files, &builtin, &mut seen, &mut order)?;
     }
     Ok(order)

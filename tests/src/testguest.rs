@@ -5,9 +5,14 @@
 //! - `dial-echo PORT FIRST`: dial the host: PORT echoes 1 B to 64 MiB in odd pieces, and many streams in quick succession;
 //!   on FIRST the host speaks and ends first, and gets all of it back afterwards. Says DIALS-OK
 //! - `kexec KERNEL INITRD`: start them as if after a reset
+//! - `vsock-sink PORT`: take as many bytes as the first eight say, and answer with one
+//! - `bench NAME CID ECHO SINK`: measure against such ports (`guest/bench.rs`)
 //! - `dial-host N`: dial the host's well-known port N times in quick succession; each is answered with a refusal
 
 #![allow(unsafe_code)] // `kexec`: one system call that no crate wraps
+
+#[path = "guest/bench.rs"]
+mod bench;
 
 use std::ffi::CString;
 use std::fs::File;
@@ -31,9 +36,14 @@ fn main() -> anyhow::Result<()> {
         ["dial-echo", port, first] => dial_echo(port.parse()?, first.parse()?),
         ["kexec", kernel, initrd] => kexec(kernel, initrd),
         ["dial-host", times] => dial_host(times.parse()?),
+        ["vsock-sink", port] => vsock_sink(port.parse()?),
+        ["bench", name, cid, echo, sink] => {
+            bench::run(name, cid.parse()?, echo.parse()?, sink.parse()?);
+            Ok(())
+        }
         _ => {
             anyhow::bail!(
-                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | kexec KERNEL INITRD | dial-host N"
+                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | kexec KERNEL INITRD | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK"
             )
         }
     }
@@ -64,6 +74,25 @@ fn vsock_echo(port: u32) -> anyhow::Result<()> {
                 let _ = echo(&stream, &stream);
                 let _ = stream.shutdown(Shutdown::Write);
             })?;
+    }
+    Ok(())
+}
+
+fn vsock_sink(port: u32) -> anyhow::Result<()> {
+    for stream in VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, port)?.incoming() {
+        let mut stream = stream?;
+        thread::spawn(move || -> io::Result<()> {
+            let (mut len, mut buf) = ([0; 8], vec![0; 256 << 10]);
+            stream.read_exact(&mut len)?;
+            let mut left = u64::from_le_bytes(len);
+            while left > 0 {
+                match stream.read(&mut buf)? {
+                    0 => break,
+                    n => left = left.saturating_sub(n as u64),
+                }
+            }
+            stream.write_all(&[1])
+        });
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ const PEER: (&str, &str) = ("vhost-device-vsock", "0.3.0");
 /// What to measure.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Name of the bench: vsock or ring
+    /// Name of the bench: vsock, guest or ring
     name: String,
     /// One JSON object a line for each figure
     #[arg(long)]
@@ -23,6 +23,9 @@ pub struct Options {
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
     let json = options.json.then_some("--json");
+    if options.name == "guest" {
+        return guest(json);
+    }
     // In turn with whatever else the machine runs, wake-ups would be measured on the scheduler's terms.
     let realtime = nix::unistd::geteuid().is_root().then_some("--realtime");
     let own: Vec<&str> = json.into_iter().chain(realtime).collect();
@@ -31,12 +34,8 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
     }
     bench(&options.name, &own)?;
     if options.name == "vsock" {
-        let peer = install();
+        let peer = peer();
         let mut args = own.clone();
-        if let Err(e) = &peer {
-            eprintln!("skipped: {}, for it cannot be installed: {e:#}", PEER.0);
-        }
-        let peer = peer.ok().map(|path| path.display().to_string());
         args.extend(peer.iter().flat_map(|path| ["--peer", path]));
         // What a tunnel is made of, and what relays TCP.
         setup::run()?;
@@ -78,6 +77,26 @@ fn ring_peers() -> anyhow::Result<PathBuf> {
         output(&mut command)
     })?;
     Ok(target.join("release/adit-bench-peers"))
+}
+
+/// Real guests on both backends in turn. Nothing runs ahead of QEMU here: the guest's own CPU is what a backend waits for.
+fn guest(json: Option<&str>) -> anyhow::Result<bool> {
+    let peer = peer();
+    setup::run()?;
+    setup::guest_binaries()?;
+    let mut args: Vec<&str> = json.into_iter().collect();
+    args.extend(peer.iter().flat_map(|path| ["--peer", path]));
+    bench("guest", &args)?;
+    Ok(true)
+}
+
+/// Where the peer is; `None`, said, if it cannot be had.
+fn peer() -> Option<String> {
+    let peer = install();
+    if let Err(e) = &peer {
+        eprintln!("skipped: {}, for it cannot be installed: {e:#}", PEER.0);
+    }
+    peer.ok().map(|path| path.display().to_string())
 }
 
 fn bench(name: &str, args: &[&str]) -> anyhow::Result<()> {

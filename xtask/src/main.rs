@@ -20,6 +20,7 @@ Examples:
   cargo xtask demo --kernel 6.12 --keep
   cargo xtask test                     # everything; prints a table of seconds
   cargo xtask bench vsock --json
+  cargo xtask bench guest               # real guests on our backend and on the peer's
   cargo xtask sim --seeds 1000000
   cargo xtask fuzz engine_ops --minutes 10";
 
