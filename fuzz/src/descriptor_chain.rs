@@ -8,6 +8,9 @@
 //! | 0x6000..0x8000 | nothing |
 //! | 0x8000..0x9000 | region C |
 
+mod check;
+mod model;
+
 use std::io::{Read, Write};
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
@@ -22,14 +25,16 @@ use adit_channel::device::{
 use adit_engine::{Lane, PacketHeader, ResetReason};
 use nix::sys::mman::ProtFlags;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
     MmapRegion,
 };
 
 use crate::input::Input;
+use check::{Touched, overlap};
+use model::{Desc, Image, Model};
 
 const CID: u64 = 3;
 const REGIONS: [(u64, u64); 3] = [(0x1000, 0x3000), (0x4000, 0x2000), (0x8000, 0x1000)];
@@ -47,9 +52,6 @@ const TABLE_ENTRIES: u16 = 16;
 /// Bytes that one bit of the dirty bitmap stands for.
 const DIRTY_BYTES: NonZeroUsize = NonZeroUsize::new(16).unwrap();
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
 /// Feature bit of indirect descriptors.
 const F_INDIRECT: u64 = 1 << 28;
 
@@ -107,178 +109,6 @@ pub fn run(data: &[u8]) {
         Case::new(&mut fixture, &mut Input(data)).run();
         *kept = Some(fixture);
     });
-}
-
-/// A descriptor.
-#[derive(Clone, Copy, Debug, Default)]
-struct Desc {
-    addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
-impl Desc {
-    fn take(input: &mut Input<'_>) -> Self {
-        let kind = input.u8();
-        let small = u64::from(input.u16());
-        let addr = match kind % 16 {
-            0..=3 => HEADER + 44,
-            4 | 5 => HEADER,
-            6 => 0x1000 + small % 0x3000,
-            7 => 0x4000 + small % 0x2000,
-            8 => 0x8000 + small % 0x1000,
-            9 => 0x4000 - small % 64,
-            10 => 0x6000 - small % 64,
-            11 => 0x9000 - small % 64,
-            12 => u64::MAX - small % 0x2000,
-            13 => 0x1000 - small % 64,
-            14 => TABLE + small % 0x100,
-            _ => input.u64(),
-        };
-        let len = match kind >> 5 {
-            0 => 44,
-            1 => 0,
-            2..=4 => u32::from(input.u8()),
-            5 => 16 * u32::from(input.u8()),
-            6 => u32::from(input.u16()),
-            _ => input.edge32(),
-        };
-        let bits = input.u8();
-        // Mostly one of the flags that exist; all sixteen bits at times.
-        let flags = if bits & 0xc0 == 0xc0 {
-            input.u16()
-        } else {
-            u16::from(bits & 7)
-        };
-        let next = u16::from(bits >> 3 & 7)
-            + if bits & 0xc0 == 0x80 {
-                u16::from(input.u8())
-            } else {
-                0
-            };
-        Self {
-            addr,
-            len,
-            flags,
-            next,
-        }
-    }
-
-    fn bytes(&self) -> [u8; 16] {
-        let mut b = [0; 16];
-        b[..8].copy_from_slice(&self.addr.to_le_bytes());
-        b[8..12].copy_from_slice(&self.len.to_le_bytes());
-        b[12..14].copy_from_slice(&self.flags.to_le_bytes());
-        b[14..].copy_from_slice(&self.next.to_le_bytes());
-        b
-    }
-}
-
-/// Guest memory as bytes, for the model.
-#[derive(Clone)]
-struct Image(Vec<u8>);
-
-impl Image {
-    fn of(mem: &Memory) -> Self {
-        let mut bytes = vec![0; 0x9000];
-        for (at, len) in REGIONS {
-            let piece = &mut bytes[at as usize..(at + len) as usize];
-            mem.read_slice(piece, GuestAddress(at)).expect("memory");
-        }
-        Self(bytes)
-    }
-
-    /// The bytes at an address, if they are all memory.
-    fn get(&self, addr: u64, len: u64) -> Option<&[u8]> {
-        let end = addr.checked_add(len)?;
-        let inside = (0x1000..=0x6000).contains(&addr) && end <= 0x6000
-            || (0x8000..=0x9000).contains(&addr) && end <= 0x9000;
-        inside.then(|| &self.0[addr as usize..end as usize])
-    }
-
-    fn desc(&self, table: u64, index: u16) -> Option<Desc> {
-        let b = self.get(table.checked_add(16 * u64::from(index))?, 16)?;
-        let word = |at: usize| u16::from_le_bytes([b[at], b[at + 1]]);
-        Some(Desc {
-            addr: u64::from_le_bytes(*b.first_chunk()?),
-            len: u32::from(word(8)) | u32::from(word(10)) << 16,
-            flags: word(12),
-            next: word(14),
-        })
-    }
-}
-
-/// The specification's walk of a chain, over a copy of memory.
-struct Model<'a> {
-    image: &'a Image,
-    size: u16,
-    indirect: bool,
-    writable: bool,
-    /// Indirect tables that were looked at.
-    tables: Vec<(u64, u64)>,
-}
-
-impl Model<'_> {
-    /// The buffers of a chain; `None` if a driver must not post it.
-    fn walk(&mut self, head: u16) -> Option<Vec<(u64, u64)>> {
-        let limit: u64 = if self.writable {
-            u64::from(u32::MAX)
-        } else {
-            44 + u64::from(PAYLOAD_MAX)
-        };
-        let mut buffers = Vec::new();
-        let (mut table, mut entries, mut nested) = (DESC, self.size, false);
-        let (mut index, mut seen) = (head, vec![false; usize::from(self.size)]);
-        loop {
-            let been = seen.get_mut(usize::from(index))?;
-            if std::mem::replace(been, true) {
-                return None;
-            }
-            let desc = self.image.desc(table, index)?;
-            if desc.flags & INDIRECT != 0 {
-                let good = !nested
-                    && self.indirect
-                    && desc.flags & NEXT == 0
-                    && desc.len > 0
-                    && desc.len % 16 == 0
-                    && desc.len <= 16 * 1024;
-                if !good {
-                    return None;
-                }
-                entries = (desc.len / 16) as u16;
-                self.tables.push((desc.addr, u64::from(desc.len)));
-                (table, index, nested) = (desc.addr, 0, true);
-                seen = vec![false; usize::from(entries)];
-                continue;
-            }
-            if (desc.flags & WRITE != 0) != self.writable {
-                return None;
-            }
-            if desc.len > 0 {
-                self.image.get(desc.addr, u64::from(desc.len))?;
-                buffers.push((desc.addr, u64::from(desc.len)));
-                if buffers.iter().map(|b| b.1).sum::<u64>() > limit {
-                    return None;
-                }
-            }
-            if desc.flags & NEXT == 0 {
-                break;
-            }
-            index = desc.next;
-            if index >= entries {
-                return None;
-            }
-        }
-        (buffers.iter().map(|b| b.1).sum::<u64>() >= 44).then_some(buffers)
-    }
-
-    fn bytes(&self, buffers: &[(u64, u64)]) -> Vec<u8> {
-        let pieces = buffers
-            .iter()
-            .map(|&(at, len)| self.image.get(at, len).expect("checked"));
-        pieces.flatten().copied().collect()
-    }
 }
 
 /// What one input says.
@@ -582,100 +412,7 @@ impl<'f> Case<'f> {
         used.extend(rest);
         (if wild { None } else { Some(used) }, touched, fault)
     }
-
-    fn check_used(&self, after: &Image, used: &[(u16, u32)]) {
-        let idx = after.get(USED + 2, 2).expect("memory");
-        let idx = u16::from_le_bytes([idx[0], idx[1]]);
-        assert_eq!(idx.wrapping_sub(self.base), used.len() as u16, "used index");
-        for (i, &(head, len)) in used.iter().enumerate() {
-            let slot = self.base.wrapping_add(i as u16) % self.size;
-            let e = after
-                .get(USED + 4 + 8 * u64::from(slot), 8)
-                .expect("memory");
-            let (id, n) = e.split_at(4);
-            assert_eq!(id, u32::from(head).to_le_bytes(), "used element {i}");
-            assert_eq!(n, len.to_le_bytes(), "used element {i}");
-        }
-    }
-
-    /// Nothing changed that was not to, what was to did, and all of it is marked.
-    fn check_writes(&self, before: &Image, after: &Image, touched: &[Touched]) {
-        let mut expected = before.clone();
-        for t in touched {
-            t.apply(&mut expected);
-        }
-        let written: Vec<_> = touched
-            .iter()
-            .flat_map(|t| &t.buffers)
-            .chain(&USED_RINGS)
-            .collect();
-        let allowed = |at: u64| {
-            written
-                .iter()
-                .any(|&&(start, len)| at >= start && at - start < len)
-        };
-        // By the line, since most lines did not change.
-        for line in (0..0x9000usize).step_by(256) {
-            let range = line..line + 256;
-            if before.0[range.clone()] == after.0[range.clone()] {
-                continue;
-            }
-            for at in range.filter(|&at| before.0[at] != after.0[at]) {
-                assert!(allowed(at as u64), "{at:#x} was written");
-                assert!(self.dirty(at as u64), "{at:#x} is not marked dirty");
-            }
-        }
-        // What two buffers share is whichever came last, and rings are the device's.
-        let mut buffers: Vec<_> = touched.iter().flat_map(|t| &t.buffers).copied().collect();
-        buffers.sort_unstable();
-        let shared = buffers.windows(2).any(|w| w[0].0 + w[0].1 > w[1].0);
-        if !shared && !overlap(&buffers, &RINGS) {
-            for &(at, len) in &buffers {
-                let range = at as usize..(at + len) as usize;
-                assert!(
-                    after.0[range.clone()] == expected.0[range],
-                    "{at:#x}+{len:#x}"
-                );
-            }
-        }
-    }
-
-    fn dirty(&self, addr: u64) -> bool {
-        let region = self
-            .fixture
-            .mem
-            .find_region(GuestAddress(addr))
-            .expect("memory");
-        let offset = addr - region.start_addr().0;
-        region.bitmap().dirty_at(offset as usize)
-    }
 }
 
 /// Used elements to expect (`None`: the driver had its own rings overwritten), writes, whether a fault came.
 type Outcome = (Option<Vec<(u16, u32)>>, Vec<Touched>, bool);
-
-/// What the host wrote into a chain.
-struct Touched {
-    buffers: Vec<(u64, u64)>,
-    bytes: Vec<u8>,
-}
-
-impl Touched {
-    fn apply(&self, image: &mut Image) {
-        let mut bytes = self.bytes.iter();
-        for &(at, len) in &self.buffers {
-            let place = &mut image.0[at as usize..(at + len) as usize];
-            place
-                .iter_mut()
-                .zip(&mut bytes)
-                .for_each(|(to, from)| *to = *from);
-        }
-    }
-}
-
-fn overlap(a: &[(u64, u64)], b: &[(u64, u64)]) -> bool {
-    // An end may lie behind the last address only where nothing is.
-    let apart = |x: &(u64, u64), y: &(u64, u64)| x.0.saturating_add(x.1) <= y.0;
-    a.iter()
-        .any(|x| b.iter().any(|y| !apart(x, y) && !apart(y, x)))
-}

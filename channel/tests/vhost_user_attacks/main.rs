@@ -1,0 +1,9 @@
+//! Hostile and unlucky guests over a real vhost-user socket: frontend, frontend's thread, shard, port, client's socket.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod sessions;
+mod streams;
+#[path = "../common/vm.rs"]
+mod vm;
+mod world;

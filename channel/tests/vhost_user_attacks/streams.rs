@@ -1,0 +1,251 @@
+//! What a guest and a client do to streams: R26, R38, R44, R45, R49, R50, R52, R54-R56.
+
+use std::os::unix::net::UnixStream;
+
+use adit_benches::stream::GuestStream;
+use adit_channel::device::{HOST_CID, WireHeader};
+use adit_engine::{Op, PacketHeader, ResetReason};
+
+use crate::common::{CID, pattern};
+use crate::world::{HOST_PORT, SEND, World};
+
+#[test]
+fn r26_a_guest_that_never_looks_at_used_buffers_bounds_itself() {
+    let mut world = World::new();
+    let at = world.open();
+    world.stingy = true;
+    let before = world
+        .shard
+        .port(world.port)
+        .carrier()
+        .counters()
+        .packets_to_guest;
+    let bytes = pattern(4 << 20, 1);
+    let mut said = 0;
+    for _ in 0..2000 {
+        said += world.client_writes(at, &bytes[said..]);
+        world.turn();
+    }
+    let sent = world
+        .shard
+        .port(world.port)
+        .carrier()
+        .counters()
+        .packets_to_guest
+        - before;
+    assert!(sent <= 128, "{sent} packets into 128 buffers");
+    assert!(said < bytes.len(), "the client waits");
+    assert_eq!(
+        world.shard.port(world.port).counters().bytes_copied,
+        0,
+        "nothing is held for it"
+    );
+    // And when it looks, all of it is there.
+    world.stingy = false;
+    world.until(|w| {
+        said += if said < bytes.len() {
+            w.client_writes(at, &bytes[said..])
+        } else {
+            0
+        };
+        w.streams[at].got.len() == bytes.len()
+    });
+    assert!(world.streams[at].got == bytes);
+}
+
+#[test]
+fn r38_empty_packets_pile_nothing_up() {
+    let mut world = World::new();
+    let at = world.open();
+    for _ in 0..20_000 {
+        let h = world.streams[at].guest.payload(0);
+        world.send(&h, &[]);
+    }
+    world.turns(10);
+    assert_eq!(world.shard.port(world.port).counters().bytes_copied, 0);
+    world.exchange(at, 10_000);
+}
+
+#[test]
+fn r44_a_guest_speaks_for_itself_only() {
+    let mut world = World::new();
+    let wrong = [0, 1, 2, 4, 5, u64::from(u32::MAX), CID | 1 << 32, u64::MAX];
+    let mut sent = 0;
+    for (src, dst) in wrong
+        .map(|c| (c, HOST_CID))
+        .into_iter()
+        .chain(wrong.map(|c| (CID, c)))
+    {
+        if (src, dst) == (CID, HOST_CID) {
+            continue;
+        }
+        for op in [Op::Request, Op::Rw, Op::Rst] {
+            let h = GuestStream::new(9, HOST_PORT).header(op);
+            assert!(
+                world
+                    .vm
+                    .driver
+                    .send_wire(&WireHeader::new(src, dst, &h), 0, 1)
+            );
+            sent += 1;
+        }
+        world.turns(3);
+    }
+    assert_eq!(
+        world
+            .shard
+            .port(world.port)
+            .carrier()
+            .counters()
+            .dropped_cid,
+        sent
+    );
+    assert_eq!(world.shard.port(world.port).streams(), 0);
+    assert!(world.strays.is_empty(), "answered: {:?}", world.strays);
+    world.alive();
+}
+
+#[test]
+fn r45_a_reset_is_not_answered_and_a_reused_pair_lives() {
+    let mut world = World::new();
+    for port in 0..50 {
+        let h = GuestStream::new(port, HOST_PORT).header(Op::Rst);
+        world.send(&h, &[]);
+    }
+    world.turns(10);
+    assert!(world.strays.is_empty(), "answered: {:?}", world.strays);
+    for _ in 0..50 {
+        // Both sides reset at a time, and the guest asks again from the same port in the same breath.
+        let at = world.open_from(77);
+        let (id, now) = (world.streams[at].id, world.shard.now());
+        world
+            .shard
+            .port_mut(world.port)
+            .reset(now, id, ResetReason::Local);
+        world.say(at, Op::Rst, 0);
+        let again = world.open_from(77);
+        world.exchange(again, 500);
+        assert!(
+            !world.streams[again].reset,
+            "the former stream's reset hit the new one"
+        );
+        world.say(again, Op::Rst, 0);
+        world.until(|w| w.shard.port(w.port).streams() == 0);
+    }
+}
+
+#[test]
+fn r49_half_close_each_way_then_a_mebibyte_the_other() {
+    let mut world = World::new();
+    let bytes = pattern(1 << 20, 3);
+    let at = world.open();
+    world.say(at, Op::Shutdown, SEND);
+    let mut nothing = Vec::new();
+    world.until(|w| w.client_reads(at, &mut nothing));
+    assert!(nothing.is_empty());
+    let mut said = 0;
+    world.until(|w| {
+        said += if said < bytes.len() {
+            w.client_writes(at, &bytes[said..])
+        } else {
+            0
+        };
+        w.streams[at].got.len() == bytes.len()
+    });
+    assert!(world.streams[at].got == bytes);
+
+    let at = world.open();
+    world.streams[at]
+        .client
+        .shutdown(std::net::Shutdown::Write)
+        .expect("open");
+    world.until(|w| w.streams[at].shut);
+    let (mut sent, mut got) = (0, Vec::new());
+    world.until(|w| {
+        sent += w.guest_writes(at, &bytes[sent..]);
+        w.client_reads(at, &mut got);
+        got.len() == bytes.len()
+    });
+    assert!(got == bytes);
+}
+
+#[test]
+fn r50_a_client_that_left_and_a_guest_that_posts_nothing_cost_no_wake_ups() {
+    let mut world = World::new();
+    let at = world.open();
+    world.stingy = true;
+    let bytes = pattern(1 << 20, 1);
+    let mut said = 0;
+    for _ in 0..500 {
+        said += world.client_writes(at, &bytes[said..]);
+        world.turn();
+    }
+    let stream = world.streams.remove(at);
+    drop(stream.client);
+    world.turns(50);
+    let polls = world.shard.port(world.port).counters().polls;
+    world.turns(500);
+    let now = world.shard.port(world.port).counters().polls;
+    assert!(now <= polls + 2, "{} polls for nothing", now - polls);
+}
+
+#[test]
+fn r52_a_client_that_left_costs_its_own_stream() {
+    let mut world = World::new();
+    let (gone, other) = (world.open(), world.open());
+    let (dead, _) = UnixStream::pair().expect("a pair");
+    drop(std::mem::replace(&mut world.streams[gone].client, dead));
+    let bytes = pattern(2000, 1);
+    for _ in 0..20 {
+        world.guest_writes(gone, &bytes);
+        world.turn();
+    }
+    world.until(|w| w.streams[gone].reset || w.streams[gone].shut);
+    world.exchange(other, 100_000);
+}
+
+#[test]
+fn r54_bytes_are_exact_in_odd_sizes_both_ways_at_once() {
+    let mut world = World::new();
+    for len in [1, 2, 43, 44, 45, 4051, 4052, 4095, 4097, 65_537, 3 << 20] {
+        let at = world.open();
+        world.exchange(at, len);
+    }
+}
+
+#[test]
+fn r55_one_stopped_reader_of_a_hundred_stops_itself() {
+    let mut world = World::new();
+    let all: Vec<usize> = (0..100).map(|_| world.open()).collect();
+    let bytes = pattern(64 << 10, 5);
+    let (mut sent, mut got) = (vec![0; 100], vec![Vec::new(); 100]);
+    // The first client never reads; the guest always offers it what its credit allows.
+    let endless = pattern(1 << 20, 6);
+    world.until(|w| {
+        sent[0] += w.guest_writes(all[0], &endless[sent[0]..]);
+        for i in 1..100 {
+            sent[i] += w.guest_writes(all[i], &bytes[sent[i]..]);
+            w.client_reads(all[i], &mut got[i]);
+        }
+        got[1..].iter().all(|g| g.len() == bytes.len())
+    });
+    assert!(got[1..].iter().all(|g| *g == bytes));
+    assert!(sent[0] < endless.len(), "it stopped");
+}
+
+#[test]
+fn r56_message_sockets_are_refused_in_their_own_type() {
+    let mut world = World::new();
+    for flags in [0, 1, 2, 3] {
+        let mut guest = GuestStream::new(55, HOST_PORT);
+        let h = PacketHeader {
+            kind: 2,
+            flags,
+            ..guest.header(Op::Request)
+        };
+        world.send(&h, &[]);
+        world.until(|w| w.strays.pop() == Some((55, Op::Rst as u16)));
+        assert_eq!(world.shard.port(world.port).streams(), 0);
+    }
+    world.alive();
+}
