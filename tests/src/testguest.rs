@@ -6,7 +6,7 @@
 //!   on FIRST the host speaks and ends first, and gets all of it back afterwards. Says DIALS-OK
 //! - `kexec KERNEL INITRD`: start them as if after a reset
 //! - `vsock-sink PORT`: take as many bytes as the first eight say, and answer with one
-//! - `bench NAME CID ECHO SINK`: measure against such ports (`guest/bench.rs`)
+//! - `bench NAME CID ECHO SINK [FIGURE]`: measure against such ports (`guest/bench.rs`)
 //! - `dial-host N`: dial the host's well-known port N times in quick succession; each is answered with a refusal
 
 #![allow(unsafe_code)] // `kexec`: one system call that no crate wraps
@@ -37,13 +37,14 @@ fn main() -> anyhow::Result<()> {
         ["kexec", kernel, initrd] => kexec(kernel, initrd),
         ["dial-host", times] => dial_host(times.parse()?),
         ["vsock-sink", port] => vsock_sink(port.parse()?),
-        ["bench", name, cid, echo, sink] => {
-            bench::run(name, cid.parse()?, echo.parse()?, sink.parse()?);
+        ["bench", name, cid, echo, sink, ref only @ ..] => {
+            let only = only.first().unwrap_or(&"");
+            bench::run(name, cid.parse()?, echo.parse()?, sink.parse()?, only);
             Ok(())
         }
         _ => {
             anyhow::bail!(
-                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | kexec KERNEL INITRD | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK"
+                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | kexec KERNEL INITRD | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
             )
         }
     }

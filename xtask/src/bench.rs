@@ -23,14 +23,14 @@ pub struct Options {
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
     let json = options.json.then_some("--json");
-    if options.name == "guest" {
-        return guest(json);
-    }
     // In turn with whatever else the machine runs, wake-ups would be measured on the scheduler's terms.
     let realtime = nix::unistd::geteuid().is_root().then_some("--realtime");
     let own: Vec<&str> = json.into_iter().chain(realtime).collect();
     if options.name == "ring" {
         return ring(&own);
+    }
+    if options.name == "guest" {
+        return guest(&own);
     }
     bench(&options.name, &own)?;
     if options.name == "vsock" {
@@ -79,12 +79,12 @@ fn ring_peers() -> anyhow::Result<PathBuf> {
     Ok(target.join("release/adit-bench-peers"))
 }
 
-/// Real guests on both backends in turn. Nothing runs ahead of QEMU here: the guest's own CPU is what a backend waits for.
-fn guest(json: Option<&str>) -> anyhow::Result<bool> {
+/// Real guests on both backends in turn.
+fn guest(own: &[&str]) -> anyhow::Result<bool> {
     let peer = peer();
     setup::run()?;
     setup::guest_binaries()?;
-    let mut args: Vec<&str> = json.into_iter().collect();
+    let mut args = own.to_vec();
     args.extend(peer.iter().flat_map(|path| ["--peer", path]));
     bench("guest", &args)?;
     Ok(true)

@@ -1,5 +1,5 @@
-//! `cargo bench --bench guest [-- --peer PATH] [--rounds N] [--kernel 6.1|6.12] [--json]`: real guests in QEMU, booted in turn
-//! on our vhost-user backend and on `vhost-device-vsock`; medians over the boots.
+//! `cargo bench --bench guest [-- --peer PATH] [--rounds N] [--kernel 6.1|6.12] [--only rtt_ns|bytes_per_s] [--realtime] [--json]`:
+//! real guests in QEMU, booted in turn on our vhost-user backend and on `vhost-device-vsock`; medians over the boots.
 //!
 //! ```text
 //! a boot:  backend ─ QEMU ─ guest: adit-testguest bench ─► CID 2 ─► backend ─► Unix socket ─► echo, sink (threads here)
@@ -7,6 +7,7 @@
 //! ```
 //! - The guest measures by its own clock: 64 B there and back, and 64 KiB writes until the host has all of them.
 //! - The host's end is a Unix socket for both, as the peer has it. Ours is also measured as a VM with `busy_poll_us` has it.
+//! - With `--realtime` (root) QEMU, backend and host's program run as SCHED_FIFO: other work on the machine does not count.
 //! - Without KVM the guest's CPU is emulated, and its kernel is most of every figure: only what stands side by side counts.
 //! - The peer hangs for ever with a 6.12 guest that writes more than 32 KiB at a time: a failure after 10 s, printed as such.
 
@@ -48,6 +49,8 @@ struct Options {
     peer: Option<PathBuf>,
     rounds: usize,
     kernels: Vec<Kernel>,
+    /// Only the figures whose name has this in it.
+    only: String,
     json: bool,
 }
 
@@ -64,6 +67,7 @@ fn main() -> anyhow::Result<()> {
         peer: None,
         rounds: 5,
         kernels: vec![Kernel::V6_1, Kernel::V6_12],
+        only: String::new(),
         json: false,
     };
     while let Some(arg) = args.next() {
@@ -79,6 +83,8 @@ fn main() -> anyhow::Result<()> {
                 let kernel = value()?.parse().map_err(anyhow::Error::msg)?;
                 options.kernels = vec![kernel];
             }
+            "--only" => options.only = value()?,
+            "--realtime" => adit_benches::realtime::realtime(),
             "--json" => options.json = true,
             // What `cargo bench` passes.
             _ => {}
@@ -101,9 +107,10 @@ fn measure(options: &Options, kernel: Kernel) -> anyhow::Result<()> {
         let at = round % everyone.len();
         everyone.rotate_left(at);
         for &who in &everyone {
-            let said = boot(who, options.peer.as_deref(), &image)
+            let said = boot(who, options, &image)
                 .with_context(|| format!("{who:?} in a {} guest", kernel.name()))?;
             series.take(who, &said);
+            eprintln!("{} {who:?}: {}", kernel.name(), shown(&said));
         }
         everyone.rotate_right(at);
     }
@@ -126,20 +133,21 @@ fn measure(options: &Options, kernel: Kernel) -> anyhow::Result<()> {
 }
 
 /// Boots a guest, waits until it has measured, and returns what it said.
-fn boot(who: Who, peer: Option<&Path>, image: &Image) -> anyhow::Result<String> {
+fn boot(who: Who, options: &Options, image: &Image) -> anyhow::Result<String> {
     let dir = tempfile::tempdir()?;
     serve(dir.path(), ECHO, echo)?;
     serve(dir.path(), SINK, sink)?;
     let socket = dir.path().join("vhost.sock");
     // Ended after QEMU, which says so when its backend goes first.
-    let _backend = backend(who, peer, dir.path())?;
+    let _backend = backend(who, options.peer.as_deref(), dir.path())?;
     wait_for("the backend listens", BOOT_LIMIT, || {
         Ok(socket.exists().then_some(()))
     })?;
+    let only = &options.only;
     let script = format!(
         "insmod /lib/adit/vsock_loopback.ko\n\
          adit-testguest vsock-echo {ECHO} &\nadit-testguest vsock-sink {SINK} &\nsleep 1\n\
-         adit-testguest bench host 2 {ECHO} {SINK}\nadit-testguest bench loopback 1 {ECHO} {SINK}\necho ADIT-MEASURED\n"
+         adit-testguest bench host 2 {ECHO} {SINK} {only}\nadit-testguest bench loopback 1 {ECHO} {SINK} {only}\necho ADIT-MEASURED\n"
     );
     let identity = Identity {
         name: "bench",
@@ -220,12 +228,17 @@ fn sink(mut stream: UnixStream) -> io::Result<()> {
     stream.write_all(&[1])
 }
 
+const LINE: &str = "ADIT-BENCH ";
+
+/// What a boot's guest said, in a line.
+fn shown(said: &str) -> String {
+    let lines = said.lines().filter_map(|l| l.trim().strip_prefix(LINE));
+    lines.collect::<Vec<_>>().join(", ")
+}
+
 impl Series {
     fn take(&mut self, who: Who, said: &str) {
-        for line in said
-            .lines()
-            .filter_map(|l| l.trim().strip_prefix("ADIT-BENCH "))
-        {
+        for line in said.lines().filter_map(|l| l.trim().strip_prefix(LINE)) {
             let mut words = line.splitn(3, ' ');
             let (Some(place), Some(figure), Some(value)) =
                 (words.next(), words.next(), words.next())
@@ -272,7 +285,11 @@ impl Series {
             let peer = scaled(Who::Peer, "host");
             for (who, words) in [(Who::Ours, ""), (Who::OursPolling, ", busy_poll_us 50")] {
                 let name = format!("{what}, {guest} guest to a socket of the host{words}");
-                let figure = Figure::alone(name, unit, better, &scaled(who, "host"));
+                let ours = scaled(who, "host");
+                if ours.is_empty() {
+                    continue;
+                }
+                let figure = Figure::alone(name, unit, better, &ours);
                 out.push(match peer.is_empty() {
                     true => figure,
                     false => figure.beside(PEER, &peer, must, aim),
@@ -281,7 +298,10 @@ impl Series {
             // Without a device: of all boots, whoever the backend was.
             let floor = [Who::Ours, Who::OursPolling, Who::Peer].map(|who| scaled(who, "loopback"));
             let name = format!("{what}, {guest} guest to itself (vsock_loopback): the floor");
-            out.push(Figure::alone(name, unit, better, &floor.concat()));
+            let floor = floor.concat();
+            if !floor.is_empty() {
+                out.push(Figure::alone(name, unit, better, &floor));
+            }
         }
         for who in [Who::Ours, Who::OursPolling, Who::Peer] {
             let of =
