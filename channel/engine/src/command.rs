@@ -23,6 +23,11 @@ impl Engine {
         Ok(())
     }
 
+    /// Lets the peer ask for any port, as a host does that looks for a service only when it is asked for one.
+    pub fn listen_to_all(&mut self) {
+        self.listening_to_all = true;
+    }
+
     /// Asks the peer for a port. `Connected` or `Closed` follows within `connect_timeout`.
     ///
     /// # Errors

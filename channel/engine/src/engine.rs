@@ -63,6 +63,8 @@ pub struct Engine {
     pub(crate) ephemeral: PortAllocator,
     /// Ports listened on, sorted.
     pub(crate) listening: Vec<u32>,
+    /// Every other port may be asked for, too.
+    pub(crate) listening_to_all: bool,
     /// Streams that the caller knows and was not told `Closed` of.
     pub(crate) known: usize,
     /// Data packets of lane control sent since the last one of lane bulk.
@@ -82,6 +84,7 @@ impl Engine {
             rst: RstSet::new(),
             ephemeral: PortAllocator::new(EPHEMERAL_MIN, EPHEMERAL_MAX, seed),
             listening: Vec::new(),
+            listening_to_all: false,
             known: 0,
             control_run: 0,
             cfg,

@@ -86,7 +86,7 @@ impl Engine {
             Some((slot, _)) => self.withdraw_rst(slot),
             None => self.rst.cancel(h.dst_port, h.src_port),
         }
-        if self.listening.binary_search(&h.dst_port).is_err() {
+        if !self.listening_to_all && self.listening.binary_search(&h.dst_port).is_err() {
             return self.refuse(h);
         }
         if self.table.left() <= self.cfg.max_streams / 8 {

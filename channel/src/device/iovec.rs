@@ -188,7 +188,8 @@ fn message(iov: &[libc::iovec]) -> libc::msghdr {
     // SAFETY: msghdr is plain data for which all zeroes (no name, no control) is a valid value.
     let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
     msg.msg_iov = iov.as_ptr().cast_mut();
-    msg.msg_iovlen = iov.len();
+    // musl has it as an int; the list is at most a queue long.
+    msg.msg_iovlen = iov.len() as _;
     msg
 }
 

@@ -257,6 +257,11 @@ impl<C: Carrier> Port<C> {
         self.engine.listen(port, Kind::Stream)
     }
 
+    /// Takes requests of the guest for every port.
+    pub fn listen_to_all(&mut self) {
+        self.engine.listen_to_all();
+    }
+
     /// Dials a port of the guest. With a sink, nobody is told when it is done; without, a [`Notice`] tells.
     ///
     /// # Errors

@@ -408,6 +408,22 @@ fn r47_a_peer_that_takes_every_place_can_still_be_reached() {
 }
 
 #[test]
+fn a_host_that_listens_to_all_is_asked_for_any_port() {
+    let mut r = Rig::new(EngineConfig::default());
+    assert!(matches!(
+        r.handle(Rig::packet(Op::Request, 1024, SERVICE + 1)),
+        Disposition::Consume
+    ));
+    assert_eq!(r.e.poll_event(), None, "refused");
+    r.e.listen_to_all();
+    r.handle(Rig::packet(Op::Request, 1025, SERVICE + 1));
+    assert!(matches!(
+        r.e.poll_event(),
+        Some(Event::Incoming { local_port, peer_port: 1025, .. }) if local_port == SERVICE + 1
+    ));
+}
+
+#[test]
 fn r47_listening_ports_are_bounded() {
     let mut r = Rig::new(EngineConfig::default());
     let ok = (0..5000)
