@@ -201,7 +201,7 @@ impl Guest {
 }
 
 /// The VM's own files: host name, agent, trust anchor.
-fn overlay(who: &Identity<'_>, dir: &Path) -> anyhow::Result<PathBuf> {
+pub(crate) fn overlay(who: &Identity<'_>, dir: &Path) -> anyhow::Result<PathBuf> {
     let root = dir.join("overlay");
     fs::create_dir_all(root.join("etc"))?;
     fs::write(root.join("etc/hostname"), format!("{}\n", who.name))?;
@@ -226,6 +226,18 @@ fn overlay(who: &Identity<'_>, dir: &Path) -> anyhow::Result<PathBuf> {
     Ok(root)
 }
 
+/// Without a PIT the kernel now and then hangs in calibrating the TSC against an emulated timer: its frequency is named.
+pub(crate) fn tsc_arguments() -> String {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let mhz = info
+        .lines()
+        .find_map(|l| l.strip_prefix("cpu MHz"))
+        .and_then(|l| l.split(':').nth(1));
+    mhz.map_or(String::new(), |m| {
+        format!(" tsc_early_khz={} tsc=reliable", m.trim().replace('.', ""))
+    })
+}
+
 fn qemu_args(
     image: &Image,
     who: &Identity<'_>,
@@ -240,15 +252,7 @@ fn qemu_args(
     } else {
         "tcg,thread=multi"
     };
-    // Without a PIT the kernel now and then hangs in calibrating the TSC against an emulated timer: name its frequency.
-    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let mhz = info
-        .lines()
-        .find_map(|l| l.strip_prefix("cpu MHz"))
-        .and_then(|l| l.split(':').nth(1));
-    let tsc = mhz.map_or(String::new(), |m| {
-        format!(" tsc_early_khz={} tsc=reliable", m.trim().replace('.', ""))
-    });
+    let tsc = tsc_arguments();
     let memory = format!("{MEMORY_MIB}M");
     [
         "-accel",

@@ -13,7 +13,14 @@ use crate::cpio;
 use crate::process::output;
 
 /// Modules that the guest loads, dependencies are added; built-in ones are skipped.
-const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "vmw_vsock_virtio_transport"];
+const MODULES: [&str; 4] = [
+    "virtio_pci",
+    "virtio_mmio",
+    "virtio_blk",
+    "vmw_vsock_virtio_transport",
+];
+/// What a guest loads to run guests of its own, on a processor with SVM.
+const KVM: [&str; 1] = ["kvm_amd"];
 /// File systems and what they need, where the kernel has them as modules.
 const FILE_SYSTEM: [&str; 2] = ["crc32c_generic", "ext4"];
 /// Modules that lie beside them, for scripts that load them.
@@ -120,6 +127,17 @@ impl Image {
             initrd,
             disk,
         })
+    }
+
+    /// The modules of KVM, in the order in which they can be loaded.
+    ///
+    /// # Errors
+    /// The kernel has none.
+    pub fn kvm_modules(&self) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
+        let release = self.bzimage.file_name().unwrap_or_default();
+        let release = release.to_string_lossy().replace("vmlinuz-", "");
+        let tree = self.vmlinux.parent().context("no kernel tree")?;
+        load_order(&tree.join("lib/modules").join(release), &KVM)
     }
 
     /// Writes an initramfs with the files below `root` on top.
@@ -317,7 +335,12 @@ fn initramfs(modules: &Path) -> anyhow::Result<Vec<u8>> {
     )?;
     archive.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
     let mut order = String::new();
-    for (name, bytes) in load_order(modules)? {
+    let wanted: Vec<_> = MODULES
+        .into_iter()
+        .chain(FILE_SYSTEM)
+        .chain(SPARE)
+        .collect();
+    for (name, bytes) in load_order(modules, &wanted)? {
         archive.file(&format!("lib/adit/{name}.ko"), 0o644, &bytes)?;
         if !SPARE.contains(&name.as_str()) {
             order.push_str(&name);
@@ -329,7 +352,7 @@ fn initramfs(modules: &Path) -> anyhow::Result<Vec<u8>> {
 }
 
 /// The modules with their dependencies, in the order in which they can be loaded.
-fn load_order(dir: &Path) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
+fn load_order(dir: &Path, wanted: &[&str]) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
     let mut files = BTreeMap::new();
     find_modules(dir, &mut files)?;
     let builtin: BTreeSet<String> = fs::read_to_string(dir.join("modules.builtin"))?
@@ -338,7 +361,7 @@ fn load_order(dir: &Path) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
         .collect();
     let mut order = Vec::new();
     let mut seen = BTreeSet::new();
-    for name in MODULES.iter().chain(&FILE_SYSTEM).chain(&SPARE) {
+    for name in wanted {
         add_module(name, &files, &builtin, &mut seen, &mut order)?;
     }
     Ok(order)

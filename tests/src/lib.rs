@@ -5,6 +5,7 @@
 //! | `image` | kernel package, initramfs and state disk → something to boot |
 //! | `cpio` | the initramfs format |
 //! | `guest` | a QEMU process and its serial line |
+//! | `nested` | a guest that runs `adit-vmm` with guests of its own |
 //! | `host` | aditd with its directories, and `adit` and `curl` beside it |
 //! | `connect` | a CONNECT client that keeps half-close |
 //! | `manager` | a service manager that holds descriptors, as systemd does |
@@ -18,6 +19,7 @@ pub mod guest;
 pub mod host;
 pub mod image;
 pub mod manager;
+pub mod nested;
 pub mod process;
 pub mod tamper;
 

@@ -4,6 +4,9 @@
 //! - `tcp-echo PORT`, `vsock-echo PORT`: send back what comes, end when it ends
 //! - `dial-echo PORT FIRST`: dial the host: PORT echoes 1 B to 64 MiB in odd pieces, and many streams in quick succession;
 //!   on FIRST the host speaks and ends first, and gets all of it back afterwards. Says DIALS-OK
+//! - `dial-few PORT`: the same with less, for slow machines. Says DIALS-OK
+//! - `uds-echo PATH`, `uds-dial PATH PORT LEN`, `uds-hello PATH SERVICE`: the host's side of a VMM with Unix sockets: echo
+//!   what the guest sends; have the guest's PORT echo LEN bytes; ask the guest's agent for SERVICE, and have that echo
 //! - `kexec KERNEL INITRD`: start them as if after a reset
 //! - `vsock-sink PORT`: take as many bytes as the first eight say, and answer with one
 //! - `bench NAME CID ECHO SINK [FIGURE]`: measure against such ports (`guest/bench.rs`)
@@ -19,6 +22,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::Duration;
 
@@ -34,6 +38,10 @@ fn main() -> anyhow::Result<()> {
         ["tcp-echo", port] => tcp_echo(port.parse()?),
         ["vsock-echo", port] => vsock_echo(port.parse()?),
         ["dial-echo", port, first] => dial_echo(port.parse()?, first.parse()?),
+        ["dial-few", port] => dial_few(port.parse()?),
+        ["uds-echo", path] => uds_echo(path),
+        ["uds-dial", path, port, len] => uds_dial(path, port.parse()?, len.parse()?),
+        ["uds-hello", path, service] => uds_hello(path, service),
         ["kexec", kernel, initrd] => kexec(kernel, initrd),
         ["dial-host", times] => dial_host(times.parse()?),
         ["vsock-sink", port] => vsock_sink(port.parse()?),
@@ -44,7 +52,7 @@ fn main() -> anyhow::Result<()> {
         }
         _ => {
             anyhow::bail!(
-                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | kexec KERNEL INITRD | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
+                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
             )
         }
     }
@@ -120,23 +128,58 @@ fn dial_echo(port: u32, first: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn dial_few(port: u32) -> anyhow::Result<()> {
+    for len in [1, 43, 4096, 65_537, 1 << 20] {
+        dial_one(port, len)?;
+    }
+    for n in 0..50 {
+        dial_one(port, n * 37 % 5000 + 1)?;
+    }
+    println!("DIALS-OK");
+    Ok(())
+}
+
 fn dial_one(port: u32, len: u64) -> anyhow::Result<()> {
-    let mut stream = dial(port)?;
-    let mut sender = stream.try_clone()?;
+    let stream = dial(port)?;
+    let sender = stream.try_clone()?;
+    round_trip(stream, sender, |s| s.shutdown(Shutdown::Write), len)
+}
+
+/// Sends and takes back `len` bytes of the pattern at the same time, to the end.
+fn round_trip<S: Read + Write + Send + 'static>(
+    mut stream: S,
+    mut sender: S,
+    end: fn(&S) -> io::Result<()>,
+    len: u64,
+) -> anyhow::Result<()> {
     let sending = thread::spawn(move || -> io::Result<()> {
-        let (mut at, mut piece) = (0, 1);
-        while at < len {
-            let n = (len - at).min(piece);
-            let bytes: Vec<u8> = (at..at + n).map(pattern).collect();
-            sender.write_all(&bytes)?;
-            at += n;
-            piece = piece * 3 % 100_003 + 1;
-        }
-        sender.shutdown(Shutdown::Write)
+        send_pattern(&mut sender, len)?;
+        end(&sender)
     });
+    expect_pattern(&mut stream, len)?;
+    match sending.join() {
+        Ok(sent) => Ok(sent?),
+        Err(_) => anyhow::bail!("sender panicked"),
+    }
+}
+
+/// In pieces of ever other sizes.
+fn send_pattern(to: &mut impl Write, len: u64) -> io::Result<()> {
+    let (mut at, mut piece) = (0, 1);
+    while at < len {
+        let n = (len - at).min(piece);
+        let bytes: Vec<u8> = (at..at + n).map(pattern).collect();
+        to.write_all(&bytes)?;
+        at += n;
+        piece = piece * 3 % 100_003 + 1;
+    }
+    Ok(())
+}
+
+fn expect_pattern(from: &mut impl Read, len: u64) -> anyhow::Result<()> {
     let (mut at, mut buf) = (0, vec![0; 70_001]);
     loop {
-        let n = stream.read(&mut buf)?;
+        let n = from.read(&mut buf)?;
         if n == 0 {
             break;
         }
@@ -145,10 +188,55 @@ fn dial_one(port: u32, len: u64) -> anyhow::Result<()> {
         at += n as u64;
     }
     anyhow::ensure!(at == len, "{at} of {len} bytes came back");
-    match sending.join() {
-        Ok(sent) => Ok(sent?),
-        Err(_) => anyhow::bail!("sender panicked"),
+    Ok(())
+}
+
+fn uds_echo(path: &str) -> anyhow::Result<()> {
+    for stream in UnixListener::bind(path)?.incoming() {
+        let stream = stream?;
+        thread::Builder::new()
+            .stack_size(128 << 10)
+            .spawn(move || {
+                let _ = echo(&stream, &stream);
+                let _ = stream.shutdown(Shutdown::Write);
+            })?;
     }
+    Ok(())
+}
+
+/// A stream to a port of the guest, as Firecracker's socket has it.
+fn uds_connect(path: &str, port: u32) -> anyhow::Result<UnixStream> {
+    let mut stream = UnixStream::connect(path)?;
+    writeln!(stream, "CONNECT {port}")?;
+    let (mut line, mut byte) = (String::new(), [0]);
+    while stream.read(&mut byte)? == 1 && byte != *b"\n" {
+        line.push(char::from(byte[0]));
+    }
+    anyhow::ensure!(line.starts_with("OK "), "port {port}: `{line}`");
+    Ok(stream)
+}
+
+fn uds_dial(path: &str, port: u32, len: u64) -> anyhow::Result<()> {
+    let stream = uds_connect(path, port)?;
+    uds_check(stream, len)?;
+    println!("DIAL-OK {port} {len}");
+    Ok(())
+}
+
+fn uds_check(stream: UnixStream, len: u64) -> anyhow::Result<()> {
+    let sender = stream.try_clone()?;
+    round_trip(stream, sender, |s| s.shutdown(Shutdown::Write), len)
+}
+
+fn uds_hello(path: &str, service: &str) -> anyhow::Result<()> {
+    let mut stream = uds_connect(path, hello::PORT)?;
+    let open = Open::new(service.parse()?, Common::default());
+    stream.write_all(&Hello::Open(open).encode())?;
+    match hello::read(&mut stream)? {
+        Hello::Accept(accept) => println!("HELLO-OK {service} version {}", accept.version),
+        other => anyhow::bail!("{other:?}"),
+    }
+    uds_check(stream, 100_000)
 }
 
 /// kexec_file_load(2), with the command line that this kernel got.

@@ -145,6 +145,22 @@ pub fn guest_binaries() -> anyhow::Result<()> {
     })
 }
 
+/// Builds adit-vmm so that it runs in the guest of its tests, which has no libraries.
+pub fn vmm_binary() -> anyhow::Result<()> {
+    progress::during("building adit-vmm (static)", || {
+        cargo(&[
+            "build",
+            "--quiet",
+            "--profile",
+            "guest",
+            "--target",
+            TARGETS[0],
+            "-p",
+            "adit-vmm-sample",
+        ])
+    })
+}
+
 /// Builds aditd, adit-port and adit; returns where they are.
 pub fn host_binaries(release: bool) -> anyhow::Result<PathBuf> {
     let mut args = vec![

@@ -106,7 +106,7 @@ const CHECKS: [Step; 9] = [
     },
 ];
 
-const GUESTS: [Step; 3] = [
+const GUESTS: [Step; 4] = [
     Step {
         name: "guest binaries",
         budget_s: 120,
@@ -121,6 +121,11 @@ const GUESTS: [Step; 3] = [
         name: "real guests",
         budget_s: 300,
         run: || with_binaries("guest"),
+    },
+    Step {
+        name: "a VMM's guests, in a guest",
+        budget_s: 100,
+        run: || setup::vmm_binary().and_then(|()| with_binaries("nested")),
     },
 ];
 

@@ -1,0 +1,160 @@
+//! A guest that runs guests: a Debian guest (L1) on a processor of QEMU's with SVM has a real /dev/kvm, in which
+//! `adit-vmm` boots Debian (L2). So the VMM is tested whole on any machine.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+
+use crate::guest::{Identity, overlay, tsc_arguments};
+use crate::image::Image;
+use crate::process::{Reaped, bound, wait_for};
+
+/// Memory of L1, MiB: its root, and two guests at a time.
+const MEMORY_MIB: u32 = 1536;
+
+/// What L1 is told.
+const PREPARE: &str = r#"
+mount -t tmpfs tmpfs /tmp
+for m in $(cat /lib/adit/kvm); do insmod /lib/adit/$m.ko; done
+[ -c /dev/kvm ] || echo "NESTED-FAIL no /dev/kvm in L1"
+"#;
+
+/// A guest of L1.
+#[derive(Clone, Debug)]
+pub struct Inner<'a> {
+    /// What it boots; it lies in L1 as /l2/NAME/{vmlinux or bzimage,initrd}.
+    pub image: &'a Image,
+    /// Who it is.
+    pub identity: Identity<'a>,
+    /// The bzImage in place of the ELF kernel.
+    pub packed: bool,
+}
+
+/// A running L1.
+#[derive(Debug)]
+pub struct Nested {
+    qemu: Reaped,
+    dir: PathBuf,
+}
+
+impl Nested {
+    /// Boots L1 with `inner` guests' files and `programs` (host path, path in L1), and has it run `script`.
+    ///
+    /// # Errors
+    /// A file cannot be read or written, or QEMU does not start.
+    pub fn boot(
+        image: &Image,
+        inner: &[Inner<'_>],
+        programs: &[(PathBuf, &str)],
+        script: &str,
+        dir: &Path,
+    ) -> anyhow::Result<Self> {
+        let who = Identity {
+            name: "l1",
+            vhost_socket: Path::new(""),
+            agent: None,
+            trust: None,
+            script: &format!("{PREPARE}{script}"),
+            boot_files: false,
+        };
+        fs::create_dir_all(dir)?;
+        let root = overlay(&who, dir)?;
+        let modules = root.join("lib/adit");
+        fs::create_dir_all(&modules)?;
+        let mut order = String::new();
+        for (name, bytes) in image.kvm_modules()? {
+            fs::write(modules.join(format!("{name}.ko")), bytes)?;
+            order.push_str(&format!("{name}\n"));
+        }
+        fs::write(modules.join("kvm"), order)?;
+        for (from, to) in programs {
+            let to = root.join(to.trim_start_matches('/'));
+            fs::create_dir_all(to.parent().context("a path in L1 has a directory")?)?;
+            fs::copy(from, &to).with_context(|| format!("no {}", from.display()))?;
+            fs::set_permissions(&to, fs::Permissions::from_mode(0o755))?;
+        }
+        for guest in inner {
+            let to = root.join("l2").join(guest.identity.name);
+            fs::create_dir_all(&to)?;
+            let files = overlay(&guest.identity, &dir.join(guest.identity.name))?;
+            guest.image.with_overlay(&files, &to.join("initrd"))?;
+            match guest.packed {
+                false => fs::copy(&guest.image.vmlinux, to.join("vmlinux"))?,
+                true => fs::copy(&guest.image.bzimage, to.join("bzimage"))?,
+            };
+        }
+        let initrd = dir.join("initrd");
+        image.with_overlay(&root, &initrd)?;
+        fs::remove_dir_all(&root)?;
+        let qemu = start(image, &initrd, dir)?;
+        Ok(Self {
+            qemu,
+            dir: dir.to_owned(),
+        })
+    }
+
+    /// Waits until L1 has said `marker` at the start of a line.
+    ///
+    /// # Errors
+    /// It does not, or says `NESTED-FAIL`, or QEMU ends; the serial log is in the message.
+    pub fn wait_said(&mut self, marker: &str, limit: Duration) -> anyhow::Result<()> {
+        let (dir, qemu) = (self.dir.clone(), &mut self.qemu);
+        let said = wait_for(marker, limit, || {
+            let log = serial(&dir);
+            if let Some(line) = log.lines().find(|l| l.starts_with("NESTED-FAIL")) {
+                bail!("{line}");
+            }
+            if log.lines().any(|l| l.starts_with(marker)) {
+                return Ok(Some(()));
+            }
+            match qemu.0.try_wait()? {
+                Some(status) => bail!("QEMU ended: {status}"),
+                None => Ok(None),
+            }
+        });
+        said.with_context(|| format!("L1 in {}:\n{}", dir.display(), serial(&dir)))
+    }
+
+    /// What L1 said so far.
+    pub fn said(&self) -> String {
+        serial(&self.dir)
+    }
+}
+
+fn serial(dir: &Path) -> String {
+    let log = fs::read(dir.join("serial.log")).unwrap_or_default();
+    String::from_utf8_lossy(&log).replace('\r', "")
+}
+
+fn start(image: &Image, initrd: &Path, dir: &Path) -> anyhow::Result<Reaped> {
+    let err = fs::File::create(dir.join("qemu.err"))?;
+    let cmdline = format!(
+        "console=ttyS0 quiet panic=-1 mitigations=off{}",
+        tsc_arguments()
+    );
+    let child = bound("qemu-system-x86_64")
+        // Always emulated: the same everywhere, and needs nothing of the host.
+        .args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm"])
+        .args(["-smp", "1", "-m", &format!("{MEMORY_MIB}M")])
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
+        .args(["-no-reboot", "-M", "microvm"])
+        .args([
+            "-serial",
+            &format!("file:{}", dir.join("serial.log").display()),
+        ])
+        .arg("-kernel")
+        .arg(&image.vmlinux)
+        .arg("-initrd")
+        .arg(initrd)
+        .args(["-append", &cmdline])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(err)
+        .spawn()
+        .context("cannot start qemu-system-x86_64: apt-get install qemu-system-x86")?;
+    Ok(Reaped(child))
+}

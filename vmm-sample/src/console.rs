@@ -1,0 +1,104 @@
+//! The serial line: a 16550 whose output goes to the terminal or to a file.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use anyhow::Context;
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::lock;
+
+/// Where the line ends.
+#[derive(Clone, Debug)]
+pub enum Line {
+    /// This process's terminal.
+    Stdio,
+    /// A file; nothing can be typed.
+    File(PathBuf),
+}
+
+impl std::str::FromStr for Line {
+    type Err = std::convert::Infallible;
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        Ok(match s {
+            "stdio" => Self::Stdio,
+            path => Self::File(path.into()),
+        })
+    }
+}
+
+/// The interrupt of the line.
+pub struct Irq(EventFd);
+
+impl Trigger for Irq {
+    type E = io::Error;
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// Output that never fails: a guest does not stop because a log is full or a terminal is gone.
+enum Out {
+    Stdio(io::Stdout),
+    File(File),
+}
+
+impl Write for Out {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = match self {
+            Self::Stdio(out) => out.write(bytes).and_then(|n| out.flush().map(|()| n)),
+            Self::File(file) => file.write(bytes),
+        };
+        Ok(written.unwrap_or(bytes.len()))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The serial line.
+pub struct Console(Mutex<Serial<Irq, NoEvents, Out>>);
+
+impl Console {
+    /// Opens the line; `interrupt` is the irqfd of its GSI.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn open(line: &Line, interrupt: EventFd) -> anyhow::Result<Arc<Self>> {
+        let out = match line {
+            Line::Stdio => Out::Stdio(io::stdout()),
+            Line::File(path) => Out::File(
+                OpenOptions::new()
+                    .create(true)
+                    .append(true)
+                    .open(path)
+                    .with_context(|| format!("cannot write {}", path.display()))?,
+            ),
+        };
+        Ok(Arc::new(Self(Mutex::new(Serial::new(Irq(interrupt), out)))))
+    }
+
+    pub fn read(&self, register: u8) -> u8 {
+        lock(&self.0).read(register)
+    }
+
+    pub fn write(&self, register: u8, value: u8) {
+        // Fails when nothing listens to the interrupt any more: the VM is ending.
+        let _ = lock(&self.0).write(register, value);
+    }
+
+    /// Types; returns how many bytes the line took.
+    pub fn type_in(&self, bytes: &[u8]) -> usize {
+        lock(&self.0).enqueue_raw_bytes(bytes).unwrap_or(0)
+    }
+
+    /// How much can be typed now.
+    pub fn room(&self) -> usize {
+        lock(&self.0).fifo_capacity()
+    }
+}

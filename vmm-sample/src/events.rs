@@ -1,0 +1,101 @@
+//! The main thread: what is typed, and the VM's end.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+
+use anyhow::Context;
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::console::Console;
+use crate::exit::{Exit, Reason};
+use crate::machine::Machine;
+
+/// SIGTERM and SIGINT end the VM, as pulling its plug would.
+struct Signals(SignalFd, Arc<Exit>);
+
+impl MutEventSubscriber for Signals {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, self.0.as_raw_fd());
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+        self.1.end(Reason::Stopped);
+    }
+}
+
+/// The signals that end the VM, as a descriptor. To be called before any thread is made: they inherit that it is blocked.
+///
+/// # Errors
+/// There is no descriptor to be had.
+pub fn signals() -> anyhow::Result<SignalFd> {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGTERM);
+    set.add(Signal::SIGINT);
+    set.thread_block()?;
+    Ok(SignalFd::with_flags(
+        &set,
+        SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC,
+    )?)
+}
+
+/// Only there to wake the loop.
+struct End(Arc<Exit>);
+
+impl MutEventSubscriber for End {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, self.0.event().as_raw_fd());
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
+}
+
+/// Takes from the terminal what the line has room for.
+struct Keyboard(Arc<Console>);
+
+impl MutEventSubscriber for Keyboard {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        // A file or /dev/null cannot be watched: nothing is typed.
+        let _ = ops.add(Events::new_raw(libc::STDIN_FILENO, EventSet::IN));
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let mut bytes = [0; 64];
+        let room = self.0.room().min(bytes.len());
+        match nix::unistd::read(io::stdin().as_fd(), &mut bytes[..room]) {
+            Ok(n) if n > 0 => {
+                self.0.type_in(&bytes[..n]);
+            }
+            // Nothing fits: it is asked again at once, until the guest has read.
+            Ok(_) if room == 0 => std::thread::yield_now(),
+            // The end, or a terminal that is gone.
+            _ => drop(ops.remove(events)),
+        }
+    }
+}
+
+fn watch(ops: &mut EventOps<'_>, fd: i32) {
+    if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+        eprintln!("adit-vmm: a descriptor cannot be watched: {e}");
+    }
+}
+
+/// Serves until the VM ends.
+///
+/// # Errors
+/// The kernel refuses to wait.
+pub fn until_end(machine: &Machine, signals: SignalFd) -> anyhow::Result<Reason> {
+    let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
+    events.add_subscriber(Box::new(End(machine.exit.clone())));
+    events.add_subscriber(Box::new(Signals(signals, machine.exit.clone())));
+    events.add_subscriber(Box::new(Keyboard(machine.bus.console.clone())));
+    loop {
+        if let Some(reason) = machine.exit.reason() {
+            return Ok(reason);
+        }
+        events.run().context("event loop")?;
+    }
+}

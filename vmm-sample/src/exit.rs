@@ -1,0 +1,78 @@
+//! How a VM comes to its end: the first reason wins, and the main thread is woken for it.
+
+use std::fmt;
+use std::sync::{Mutex, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Why a VM ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest asked for a reset: i8042, ACPI, or a triple fault.
+    Reset,
+    /// The operator asked for it.
+    Stopped,
+    /// KVM, or the VMM itself, cannot go on.
+    Fault(String),
+}
+
+impl Reason {
+    /// The process's exit status: a supervisor that wants reboots starts a VM again on 3.
+    pub fn status(&self) -> u8 {
+        match self {
+            Self::PowerOff | Self::Stopped => 0,
+            Self::Reset => 3,
+            Self::Fault(_) => 1,
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => f.write_str("the guest switched itself off"),
+            Self::Reset => f.write_str("the guest asked for a reset"),
+            Self::Stopped => f.write_str("stopped"),
+            Self::Fault(what) => f.write_str(what),
+        }
+    }
+}
+
+/// The one place where an end is announced.
+#[derive(Debug)]
+pub struct Exit {
+    reason: Mutex<Option<Reason>>,
+    event: EventFd,
+}
+
+impl Exit {
+    /// # Errors
+    /// There is no descriptor to be had.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            reason: Mutex::new(None),
+            event: EventFd::new(EFD_NONBLOCK)?,
+        })
+    }
+
+    /// Ends the VM, unless it is ending already.
+    pub fn end(&self, reason: Reason) {
+        let mut held = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        held.get_or_insert(reason);
+        // It fails only when it is readable already.
+        let _ = self.event.write(1);
+    }
+
+    /// Readable once the VM is ending.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// Why it is ending, if it is.
+    pub fn reason(&self) -> Option<Reason> {
+        let held = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        held.clone()
+    }
+}

@@ -1,0 +1,100 @@
+//! Threads that can be held: the processors and the devices' event loops stop at a gate between two pieces of work.
+//!
+//! ```text
+//! open ── close ──► closed: every thread waits at the gate, nothing in the VM moves ── open ──► open
+//!   └──────────────────────────────── end ────────────────────────────────────────► ended: threads return
+//! ```
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+/// A signal that comes before the thread is in the kernel is lost, so it is sent until it was heard.
+const AGAIN: Duration = Duration::from_millis(1);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    Closed,
+    Ended,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: State,
+    waiting: usize,
+}
+
+/// See above.
+#[derive(Debug)]
+pub struct Gate {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+}
+
+extern "C" fn heard(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+impl Gate {
+    /// A gate that starts closed. `SIGRTMIN` is from now on what ends a thread's system call.
+    ///
+    /// # Errors
+    /// The signal cannot be handled.
+    pub fn closed() -> anyhow::Result<Self> {
+        register_signal_handler(SIGRTMIN(), heard)?;
+        Ok(Self {
+            inner: Mutex::new(Inner {
+                state: State::Closed,
+                waiting: 0,
+            }),
+            changed: Condvar::new(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Called by the threads between two pieces of work; waits while the gate is closed. False: the thread is to return.
+    pub fn pass(&self) -> bool {
+        let mut inner = self.lock();
+        if inner.state == State::Closed {
+            inner.waiting += 1;
+            self.changed.notify_all();
+            inner = self
+                .changed
+                .wait_while(inner, |i| i.state == State::Closed)
+                .unwrap_or_else(PoisonError::into_inner);
+            inner.waiting -= 1;
+        }
+        inner.state != State::Ended
+    }
+
+    /// Lets the threads go on.
+    pub fn open(&self) {
+        self.lock().state = State::Open;
+        self.changed.notify_all();
+    }
+
+    /// Ends the threads and waits for them.
+    pub fn end(&self, threads: Vec<JoinHandle<()>>) {
+        self.lock().state = State::Ended;
+        self.changed.notify_all();
+        while threads.iter().any(|t| !t.is_finished()) {
+            interrupt(&threads);
+            std::thread::sleep(AGAIN);
+        }
+        for thread in threads {
+            // It panicked: its message is out, and the VM is ending.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn interrupt(threads: &[JoinHandle<()>]) {
+    for thread in threads.iter().filter(|t| !t.is_finished()) {
+        // It ended just now.
+        let _ = thread.kill(SIGRTMIN());
+    }
+}

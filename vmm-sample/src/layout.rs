@@ -1,0 +1,58 @@
+//! Where things lie in the guest's physical address space.
+//!
+//! | from | to | what |
+//! |---|---|---|
+//! | 0x500 | 0x528 | GDT |
+//! | 0x6000 | 0x7000 | PVH start info, its module list and memory map |
+//! | 0x7000 | 0x8000 | zero page (Linux's `boot_params`) |
+//! | 0x9000 | 0xc000 | page tables of the 64-bit entry: the first GiB, one to one |
+//! | 0x20000 | 0x21000 | command line |
+//! | 0x9fc00 | 0x100000 | no RAM for the kernel: generation id at 0xdf000, ACPI tables from 0xe0000, reset vector |
+//! | 0x100000 | 3 GiB | RAM: kernel, initramfs at the end |
+//! | 3 GiB | 4 GiB | no RAM: virtio-mmio windows at 0xd0000000, IOAPIC, LAPIC, KVM's own pages |
+//! | 4 GiB | | more RAM |
+
+use vm_memory::GuestAddress;
+
+pub const GDT: u64 = 0x500;
+pub const PVH_INFO: GuestAddress = GuestAddress(0x6000);
+pub const PVH_MODULES: GuestAddress = GuestAddress(0x6100);
+pub const PVH_MEMORY_MAP: GuestAddress = GuestAddress(0x6800);
+pub const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
+pub const STACK_TOP: u64 = 0x8ff0;
+pub const PML4: u64 = 0x9000;
+pub const PDPT: u64 = 0xa000;
+pub const PAGE_DIRECTORY: u64 = 0xb000;
+pub const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
+pub const CMDLINE_MAX: usize = 0x1000;
+/// First byte below 1 MiB that the kernel must not use.
+pub const LOW_END: u64 = 0x9_fc00;
+pub const RSDP: GuestAddress = GuestAddress(0xe_0000);
+pub const ACPI_TABLES: u64 = 0xe_0040;
+/// Where a processor in real mode goes when it is told to start the BIOS.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
+pub const HIGH_START: u64 = 0x10_0000;
+
+/// RAM ends here and goes on at [`GAP_END`].
+pub const GAP_START: u64 = 3 << 30;
+pub const GAP_END: u64 = 4 << 30;
+pub const MMIO_BASE: u64 = 0xd000_0000;
+/// Bytes of one virtio-mmio window.
+pub const MMIO_LEN: u64 = 0x1000;
+pub const IOAPIC: u32 = 0xfec0_0000;
+pub const LAPIC: u32 = 0xfee0_0000;
+/// Three pages for KVM's task state segment (Intel without unrestricted guest), and one for its page table.
+pub const KVM_TSS: usize = 0xfffb_d000;
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+
+pub const SERIAL_PORT: u16 = 0x3f8;
+pub const SERIAL_GSI: u32 = 4;
+/// Interrupts of virtio devices; the IOAPIC has 24 inputs.
+pub const FIRST_GSI: u32 = 5;
+pub const LAST_GSI: u32 = 23;
+/// ACPI sleep control and status registers.
+pub const SLEEP_CONTROL: u16 = 0x600;
+pub const SLEEP_STATUS: u16 = 0x601;
+/// i8042 command port, the reset register of ACPI as well.
+pub const I8042_DATA: u16 = 0x60;
+pub const I8042_COMMAND: u16 = 0x64;

@@ -1,0 +1,58 @@
+//! Guest memory: made, given to KVM.
+
+#![allow(unsafe_code)] // KVM is told raw addresses; the VM keeps the mapping for as long as KVM may use it
+
+use anyhow::{Context, bail};
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::layout::{GAP_END, GAP_START};
+
+/// Less than this boots no distribution's kernel.
+pub const MIN_BYTES: u64 = 64 << 20;
+const MAX_BYTES: u64 = 1 << 40;
+
+/// Guest addresses and lengths of `bytes` of RAM.
+pub fn ranges(bytes: u64) -> Vec<(GuestAddress, usize)> {
+    let low = bytes.min(GAP_START);
+    let mut ranges = vec![(GuestAddress(0), low as usize)];
+    if bytes > low {
+        ranges.push((GuestAddress(GAP_END), (bytes - low) as usize));
+    }
+    ranges
+}
+
+/// Makes guest memory; no page of it is there before the guest touches it.
+pub fn allocate(bytes: u64) -> anyhow::Result<GuestMemoryMmap> {
+    if !(MIN_BYTES..=MAX_BYTES).contains(&bytes) || !bytes.is_multiple_of(4096) {
+        bail!(
+            "--memory is {} to {} MiB in whole pages",
+            MIN_BYTES >> 20,
+            MAX_BYTES >> 20
+        );
+    }
+    GuestMemoryMmap::from_ranges(&ranges(bytes))
+        .with_context(|| format!("no {} MiB for the guest", bytes >> 20))
+}
+
+/// Tells KVM where the guest's memory lies in this process.
+///
+/// `memory` must live as long as `vm`: [`Machine`](crate::machine::Machine) holds both, in that order.
+pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> anyhow::Result<()> {
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let host = memory.get_host_address(region.start_addr())?;
+        let region = kvm_userspace_memory_region {
+            slot,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: host as u64,
+            flags: 0,
+        };
+        // SAFETY: address and length are those of one mapping of `memory`, which the caller keeps mapped for as long as
+        // the VM exists; regions of one GuestMemoryMmap do not overlap, and slots are numbered apart.
+        unsafe { vm.set_user_memory_region(region) }
+            .context("KVM does not take the guest's memory")?;
+    }
+    Ok(())
+}

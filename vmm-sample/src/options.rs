@@ -1,0 +1,119 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use adit_channel::device::GuestCid;
+use clap::{Args, Parser, Subcommand};
+
+use crate::console::Line;
+use crate::machine::{Boot, CPUS_MAX, Shape};
+
+const EXAMPLES: &str = "\
+Examples:
+  adit-vmm run --kernel /boot/vmlinuz --initrd initrd --cmdline 'console=ttyS0' --vsock cid=3,uds=/run/web-1.vsock
+  adit-vmm run --kernel vmlinux --disk state.ext4 --cpus 2 --memory 1G --serial web-1.log
+
+Exit status: 0 the guest switched itself off, 3 it asked for a reset (start it again), 1 it could not go on.";
+
+/// A small VMM that boots stock Linux with adit's vsock device in it.
+#[derive(Debug, Parser)]
+#[command(name = "adit-vmm", version, after_help = EXAMPLES)]
+pub struct Options {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a kernel and run it to its end
+    Run(Run),
+}
+
+#[derive(Debug, Args)]
+pub struct Run {
+    /// ELF kernel with a PVH note, or bzImage
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// Initramfs
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, default_value = "console=ttyS0")]
+    cmdline: String,
+    #[command(flatten)]
+    pub host: Host,
+}
+
+#[derive(Debug, Args)]
+pub struct Host {
+    /// Processors
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(CPUS_MAX)))]
+    cpus: u8,
+    /// Memory: 512M, 2G
+    #[arg(long, default_value = "512M", value_parser = size)]
+    memory: u64,
+    /// Where the serial line ends: stdio or a file
+    #[arg(long, default_value = "stdio")]
+    serial: Line,
+    /// Disk image, which the guest sees as /dev/vda
+    #[arg(long, value_name = "FILE")]
+    pub disk: Option<PathBuf>,
+    /// cid=N[,uds=PATH]: the guest's address, and a socket as Firecracker has it (CONNECT PORT; PATH_PORT for the guest's dials)
+    #[arg(long, value_parser = vsock)]
+    pub vsock: Option<VsockOptions>,
+}
+
+/// The vsock device.
+#[derive(Clone, Debug)]
+pub struct VsockOptions {
+    pub cid: GuestCid,
+    pub uds: Option<PathBuf>,
+}
+
+impl Run {
+    pub fn boot(&self) -> Boot {
+        Boot {
+            kernel: self.kernel.clone(),
+            initrd: self.initrd.clone(),
+            cmdline: self.cmdline.clone(),
+        }
+    }
+}
+
+impl Host {
+    pub fn shape(&self) -> Shape {
+        Shape {
+            cpus: self.cpus,
+            memory: self.memory,
+            serial: self.serial.clone(),
+        }
+    }
+}
+
+fn vsock(text: &str) -> Result<VsockOptions, String> {
+    let (mut cid, mut uds) = (None, None);
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("cid", n)) => {
+                let n: u64 = n.parse().map_err(|e| format!("cid `{n}`: {e}"))?;
+                cid = Some(GuestCid::new(n).ok_or("guests' CIDs are 3 to 4294967294")?);
+            }
+            Some(("uds", path)) => uds = Some(path.into()),
+            _ => return Err(format!("`{part}` is neither cid=N nor uds=PATH")),
+        }
+    }
+    let cid = cid.ok_or("it needs cid=N")?;
+    Ok(VsockOptions { cid, uds })
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'M') => (&text[..text.len() - 1], 20),
+        Some(b'G') => (&text[..text.len() - 1], 30),
+        _ => return Err("a number with M or G, such as 512M".to_owned()),
+    };
+    let number: u64 = digits.parse().map_err(|e| format!("`{digits}`: {e}"))?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| "too large".to_owned())
+}

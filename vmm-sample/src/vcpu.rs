@@ -1,0 +1,66 @@
+//! A processor's thread: run the guest until it does something that KVM does not do by itself, do that, go on.
+
+use std::sync::{Arc, Mutex};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::bus::{Bus, lock};
+use crate::exit::{Exit, Reason};
+use crate::gate::Gate;
+
+/// What a processor's thread needs.
+pub struct Vcpu {
+    pub id: u8,
+    /// Locked while it runs: whoever else wants it closes the gate first.
+    pub fd: Arc<Mutex<VcpuFd>>,
+    pub bus: Arc<Bus>,
+    pub exit: Arc<Exit>,
+    pub gate: Arc<Gate>,
+}
+
+impl Vcpu {
+    /// Runs until the VM ends.
+    pub fn run(self) {
+        while self.gate.pass() {
+            if let Err(reason) = self.once() {
+                self.exit.end(reason);
+                // Nothing more of this guest runs here; the gate still counts on this thread.
+                while self.gate.pass() {
+                    std::thread::park_timeout(std::time::Duration::from_millis(10));
+                }
+                return;
+            }
+        }
+    }
+
+    fn once(&self) -> Result<(), Reason> {
+        let mut fd = lock(&self.fd);
+        match fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => self.bus.port_in(port, data),
+            Ok(VcpuExit::IoOut(port, data)) => self.bus.port_out(port, data),
+            Ok(VcpuExit::MmioRead(address, data)) => self.bus.mmio_read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => self.bus.mmio_write(address, data),
+            // A triple fault: what a kernel does that has no other way to reset.
+            Ok(VcpuExit::Shutdown) => return Err(Reason::Reset),
+            Ok(VcpuExit::Intr) => {}
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                let what = format!(
+                    "processor {} cannot be entered: hardware reason {reason:#x}",
+                    self.id
+                );
+                return Err(Reason::Fault(what));
+            }
+            Ok(other) => {
+                let what = format!("processor {} stopped: {other:?}", self.id);
+                return Err(Reason::Fault(what));
+            }
+            // A signal, to make us look at the gate; EAGAIN: this processor was not started yet.
+            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(e) => {
+                let what = format!("processor {}: KVM_RUN: {e}", self.id);
+                return Err(Reason::Fault(what));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,119 @@
+//! adit's virtio-vsock device in this process.
+//!
+//! ```text
+//!  vCPU threads                             "vsock" thread                         host
+//!  status, queues ─► Vsock ── Command ──► Linked ◄─► VsockDevice ◄─► engine ◄─► sinks ── sockets
+//!                       ◄── reply ──────────┘            ▲
+//!  kicks: ioeventfd ─────────────────────────────────────┤ epoll
+//!  interrupt: irqfd ◄────────────────────────────────────┘
+//! ```
+//! The device belongs to the thread that moves its packets; a register written on a vCPU's thread is a command that this
+//! thread carries out between two bursts, so the data path has no lock. What is above the engine is the owner's choice:
+//! [`hybrid`] sockets, or [`handed`] over to aditd.
+
+mod hybrid;
+mod linked;
+
+use std::path::Path;
+use std::sync::mpsc::{self, Sender};
+
+use adit_channel::device::{FEATURES, GuestCid, QUEUE_MAX};
+use anyhow::Context;
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{Activation, Device};
+use linked::{Linked, Task};
+
+/// Entries of each queue at most.
+const QUEUE: u16 = 256;
+const _: () = assert!(QUEUE <= QUEUE_MAX);
+
+/// The device's face towards the transport.
+pub struct Vsock {
+    cid: GuestCid,
+    /// RX, TX, events.
+    kicks: [EventFd; 3],
+    tasks: Sender<Task>,
+    /// Wakes the thread for a task.
+    bell: EventFd,
+}
+
+impl Vsock {
+    /// Makes the device of the guest `cid`, and its thread. With `uds`, the host speaks to it through that socket.
+    ///
+    /// # Errors
+    /// The socket cannot be made, or there are no descriptors to be had.
+    pub fn new(cid: GuestCid, uds: Option<&Path>) -> anyhow::Result<Self> {
+        let event = || EventFd::new(EFD_NONBLOCK);
+        let (kicks, bell) = ([event()?, event()?, event()?], event()?);
+        let (tasks, inbox) = mpsc::channel();
+        let carrier = Linked::new(cid, 1, inbox, &bell, &kicks)?;
+        let host = hybrid::Host::new(carrier, uds)?;
+        std::thread::Builder::new()
+            .name("vsock".to_owned())
+            .spawn(move || host.run())?;
+        Ok(Self {
+            cid,
+            kicks,
+            tasks,
+            bell,
+        })
+    }
+
+    /// Has the thread do something with the device, and waits for the outcome.
+    fn ask<T: Send + 'static>(
+        &self,
+        what: impl FnOnce(&mut Linked) -> T + Send + 'static,
+    ) -> anyhow::Result<T> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        let task: Task = Box::new(move |linked| {
+            // Who asked is waiting below.
+            let _ = reply.send(what(linked));
+        });
+        let gone = "the vsock device has ended";
+        self.tasks.send(task).ok().context(gone)?;
+        // It fails only when the thread is woken already.
+        let _ = self.bell.write(1);
+        answer.recv().context(gone)
+    }
+}
+
+impl Device for Vsock {
+    fn id(&self) -> u32 {
+        VIRTIO_ID_VSOCK
+    }
+
+    fn features(&self) -> u64 {
+        FEATURES
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[QUEUE; 3]
+    }
+
+    fn kicks(&self) -> Vec<&EventFd> {
+        self.kicks.iter().collect()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        // struct virtio_vsock_config: guest_cid, which never changes.
+        let cid = self.cid.get().to_le_bytes().into_iter();
+        let skip = usize::try_from(offset).unwrap_or(usize::MAX).min(8);
+        let config = cid.chain(std::iter::repeat(0)).skip(skip);
+        for (byte, value) in data.iter_mut().zip(config) {
+            *byte = value;
+        }
+    }
+
+    fn write_config(&mut self, _: u64, _: &[u8]) {}
+
+    fn activate(&mut self, with: Activation) -> anyhow::Result<()> {
+        self.ask(|linked| linked.activate(with))?
+    }
+
+    fn reset(&mut self) {
+        // No thread any more: it touches nothing.
+        let _ = self.ask(Linked::reset);
+    }
+}
