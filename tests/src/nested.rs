@@ -4,14 +4,14 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 
 use crate::guest::{Identity, overlay, tsc_arguments};
 use crate::image::Image;
-use crate::process::{Reaped, bound, wait_for};
+use crate::process::{Reaped, bound, output, wait_for};
 
 /// Memory of L1, MiB: its root, and two guests at a time.
 const MEMORY_MIB: u32 = 1536;
@@ -49,7 +49,7 @@ impl Nested {
     pub fn boot(
         image: &Image,
         inner: &[Inner<'_>],
-        programs: &[(PathBuf, &str)],
+        programs: &[(PathBuf, String)],
         script: &str,
         dir: &Path,
     ) -> anyhow::Result<Self> {
@@ -95,6 +95,25 @@ impl Nested {
             qemu,
             dir: dir.to_owned(),
         })
+    }
+
+    /// What L1 needs to run a program of the host's: the program without debug information, and its libraries.
+    ///
+    /// # Errors
+    /// It is not there, or a tool fails.
+    pub fn with_libraries(program: &Path, dir: &Path) -> anyhow::Result<Vec<(PathBuf, String)>> {
+        fs::create_dir_all(dir)?;
+        let name = program.file_name().context("no program")?;
+        let small = dir.join(name);
+        output(Command::new("strip").arg("-o").arg(&small).arg(program))?;
+        let mut files = vec![(small, format!("/bin/{}", name.to_string_lossy()))];
+        let list = output(Command::new("ldd").arg(program))?;
+        let list = String::from_utf8_lossy(&list.stdout).into_owned();
+        // "libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)", and the loader without the arrow.
+        for path in list.split_whitespace().filter(|w| w.starts_with('/')) {
+            files.push((PathBuf::from(path), path.to_owned()));
+        }
+        Ok(files)
     }
 
     /// Waits until L1 has said `marker` at the start of a line.

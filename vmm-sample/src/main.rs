@@ -28,7 +28,8 @@ use machine::Machine;
 use options::{Command, Host, Options, Run};
 use virtio::Device;
 use virtio::block::Block;
-use virtio::vsock::Vsock;
+use virtio::vsock::handed::Registered;
+use virtio::vsock::{Owner, Vsock};
 
 fn main() -> ExitCode {
     let done = match Options::parse().command {
@@ -46,22 +47,30 @@ fn main() -> ExitCode {
     }
 }
 
-fn devices(host: &Host) -> anyhow::Result<Vec<Box<dyn Device>>> {
+/// The devices in the order of their windows, and the VM's entry in aditd's map.
+fn devices(host: &Host) -> anyhow::Result<(Vec<Box<dyn Device>>, Option<Registered>)> {
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    let mut registered = None;
     if let Some(disk) = &host.disk {
         devices.push(Box::new(Block::open(disk)?));
     }
     if let Some(vsock) = &host.vsock {
-        devices.push(Box::new(Vsock::new(vsock.cid, vsock.uds.as_deref())?));
+        let owner = host.owner(vsock)?;
+        devices.push(Box::new(Vsock::new(vsock.cid, &owner)?));
+        if let Owner::Aditd(registration) = owner {
+            // Not before the thread is there that answers aditd.
+            registered = Some(registration.register()?);
+        }
     }
-    Ok(devices)
+    Ok((devices, registered))
 }
 
 fn run(options: &Run) -> anyhow::Result<exit::Reason> {
     let signals = events::signals()?;
     let shape = options.host.shape();
     let memory = Arc::new(memory::allocate(shape.memory)?);
-    let mut machine = Machine::new(&shape, memory, devices(&options.host)?)?;
+    let (devices, _registered) = devices(&options.host)?;
+    let mut machine = Machine::new(&shape, memory, devices)?;
     machine.boot(&options.boot())?;
     machine.start()?;
     machine.resume();

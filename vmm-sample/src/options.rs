@@ -2,15 +2,20 @@
 
 use std::path::PathBuf;
 
+use adit_api::NewVm;
 use adit_channel::device::GuestCid;
+use anyhow::ensure;
 use clap::{Args, Parser, Subcommand};
 
 use crate::console::Line;
 use crate::machine::{Boot, CPUS_MAX, Shape};
+use crate::virtio::vsock::Owner;
+use crate::virtio::vsock::handed::Registration;
 
 const EXAMPLES: &str = "\
 Examples:
   adit-vmm run --kernel /boot/vmlinuz --initrd initrd --cmdline 'console=ttyS0' --vsock cid=3,uds=/run/web-1.vsock
+  adit-vmm run --kernel vmlinux --initrd initrd --vsock cid=3 --aditd /run/adit/aditd.sock --name web-1 --allow 80,22
   adit-vmm run --kernel vmlinux --disk state.ext4 --cpus 2 --memory 1G --serial web-1.log
 
 Exit status: 0 the guest switched itself off, 3 it asked for a reset (start it again), 1 it could not go on.";
@@ -61,6 +66,18 @@ pub struct Host {
     /// cid=N[,uds=PATH]: the guest's address, and a socket as Firecracker has it (CONNECT PORT; PATH_PORT for the guest's dials)
     #[arg(long, value_parser = vsock)]
     pub vsock: Option<VsockOptions>,
+    /// Have aditd serve the VM: its API socket (RUN_DIR/aditd.sock)
+    #[arg(long, value_name = "SOCKET", requires_all = ["name", "vsock"])]
+    aditd: Option<PathBuf>,
+    /// The VM's name in aditd
+    #[arg(long, requires = "aditd")]
+    name: Option<String>,
+    /// TCP ports of the guest that aditd lets clients reach
+    #[arg(long, value_delimiter = ',', requires = "aditd")]
+    allow: Vec<u16>,
+    /// Plain vsock ports of the guest that aditd lets clients reach
+    #[arg(long, value_delimiter = ',', requires = "aditd")]
+    allow_vsock: Vec<u32>,
 }
 
 /// The vsock device.
@@ -87,6 +104,29 @@ impl Host {
             memory: self.memory,
             serial: self.serial.clone(),
         }
+    }
+
+    /// Who has the host's ends of the guest's streams.
+    ///
+    /// # Errors
+    /// Two owners were named.
+    pub fn owner(&self, vsock: &VsockOptions) -> anyhow::Result<Owner> {
+        let (Some(aditd), Some(name)) = (&self.aditd, &self.name) else {
+            return Ok(Owner::Sockets(vsock.uds.clone()));
+        };
+        ensure!(
+            vsock.uds.is_none(),
+            "uds= and --aditd exclude each other: the guest's channel has one owner"
+        );
+        Ok(Owner::Aditd(Registration {
+            aditd: aditd.clone(),
+            vm: NewVm {
+                name: name.clone(),
+                cid: vsock.cid.get(),
+                allow: self.allow.clone(),
+                allow_vsock: self.allow_vsock.clone(),
+            },
+        }))
     }
 }
 

@@ -161,8 +161,8 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
     rules.insert(
         libc::SYS_ioctl,
         vec![
-            masked(1, u64::from(u32::MAX), libc::FIONBIO)?,
-            masked(1, u64::from(u32::MAX), libc::FIONREAD)?,
+            masked(1, u64::from(u32::MAX), u64::from(libc::FIONBIO as u32))?,
+            masked(1, u64::from(u32::MAX), u64::from(libc::FIONREAD as u32))?,
         ],
     );
     // A Rust panic's abort and a name for a thread.

@@ -11,10 +11,11 @@
 //! thread carries out between two bursts, so the data path has no lock. What is above the engine is the owner's choice:
 //! [`hybrid`] sockets, or [`handed`] over to aditd.
 
+pub mod handed;
 mod hybrid;
 mod linked;
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::mpsc::{self, Sender};
 
 use adit_channel::device::{FEATURES, GuestCid, QUEUE_MAX};
@@ -23,11 +24,21 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Activation, Device};
+use handed::{Handed, Registration};
 use linked::{Linked, Task};
 
 /// Entries of each queue at most.
 const QUEUE: u16 = 256;
 const _: () = assert!(QUEUE <= QUEUE_MAX);
+
+/// Who has the host's ends of the streams.
+#[derive(Debug)]
+pub enum Owner {
+    /// Whoever connects to this socket; nobody, without one.
+    Sockets(Option<PathBuf>),
+    /// aditd.
+    Aditd(Registration),
+}
 
 /// The device's face towards the transport.
 pub struct Vsock {
@@ -40,19 +51,28 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// Makes the device of the guest `cid`, and its thread. With `uds`, the host speaks to it through that socket.
+    /// Makes the device of the guest `cid`, and its thread.
     ///
     /// # Errors
-    /// The socket cannot be made, or there are no descriptors to be had.
-    pub fn new(cid: GuestCid, uds: Option<&Path>) -> anyhow::Result<Self> {
+    /// The owner's sockets cannot be made, or there are no descriptors to be had.
+    pub fn new(cid: GuestCid, owner: &Owner) -> anyhow::Result<Self> {
         let event = || EventFd::new(EFD_NONBLOCK);
         let (kicks, bell) = ([event()?, event()?, event()?], event()?);
         let (tasks, inbox) = mpsc::channel();
         let carrier = Linked::new(cid, 1, inbox, &bell, &kicks)?;
-        let host = hybrid::Host::new(carrier, uds)?;
+        let run: Box<dyn FnOnce() + Send> = match owner {
+            Owner::Sockets(uds) => {
+                let host = hybrid::Host::new(carrier, uds.as_deref())?;
+                Box::new(|| host.run())
+            }
+            Owner::Aditd(registration) => {
+                let handed = Handed::new(carrier, registration)?;
+                Box::new(|| handed.run())
+            }
+        };
         std::thread::Builder::new()
             .name("vsock".to_owned())
-            .spawn(move || host.run())?;
+            .spawn(run)?;
         Ok(Self {
             cid,
             kicks,

@@ -1,0 +1,157 @@
+//! The host's side handed over to aditd.
+//!
+//! ```text
+//! adit-vmm ── takes RUN/vm/NAME: lock and ctl.sock, where a port process of aditd's would be
+//!    │        POST /v1/vms ──► aditd: the VM is known, and its supervisor finds ctl.sock answering
+//!    │        ◄── Dial, Attach (with a client's socket) ── the same frames as to any port process
+//!    └─ at the end: DELETE /v1/vms/NAME
+//! ```
+//! So a VM whose VMM has the device in its own process needs no `adit-port` beside it, and aditd no second way to speak:
+//! this process *is* the VM's port process. aditd may die and return, as with any other. What goes with this process is
+//! the VM itself, so there is nothing to keep for a successor.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_api::{ErrorBody, NewVm};
+use adit_channel::hello;
+use adit_channel::live::LiveFile;
+use adit_port::control::VHOST_SOCKET;
+use adit_port::keep::{Keeping, Note};
+use adit_port::place::{Place, PlaceError};
+use adit_port::process::{Options, Process};
+use anyhow::{Context, bail};
+use nix::fcntl::Flock;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::linked::Linked;
+
+/// How long aditd may take to answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// Bytes of an answer at most.
+const ANSWER_MAX: u64 = 1 << 20;
+
+/// What aditd is told of the VM.
+#[derive(Clone, Debug)]
+pub struct Registration {
+    /// aditd's API socket.
+    pub aditd: PathBuf,
+    pub vm: NewVm,
+}
+
+/// The vsock thread of a VM that aditd serves.
+pub struct Handed {
+    process: Process<Linked>,
+    /// The directory is ours for as long as the thread runs.
+    _lock: Flock<fs::File>,
+}
+
+impl Handed {
+    /// Takes the place of the VM's port process.
+    ///
+    /// # Errors
+    /// Another process has it, or it cannot be made.
+    pub fn new(carrier: Linked, with: &Registration) -> anyhow::Result<Self> {
+        let run = with.aditd.parent().unwrap_or(Path::new("."));
+        let dir = run.join("vm").join(&with.vm.name);
+        let place = Place::take(&dir).map_err(|e| match e {
+            PlaceError::AlreadyRunning(_) => anyhow::anyhow!(
+                "aditd has a port process for `{0}` already: if no VM of that name runs, `adit vm rm {0}` ends it; a VM of aditd.toml cannot be handed over",
+                with.vm.name
+            ),
+            e => e.into(),
+        })?;
+        // No VMM but this one: nobody is to connect another.
+        drop(place.vhost);
+        fs::remove_file(dir.join(VHOST_SOCKET))?;
+        let mut random = [0; 24];
+        fs::File::open("/dev/urandom")?.read_exact(&mut random)?;
+        let (boot_nonce, seed) = random.split_at(16);
+        let options = Options {
+            vm: with.vm.name.clone(),
+            cid: with.vm.cid,
+            serve_ports: vec![hello::PORT],
+            busy_poll: Duration::ZERO,
+            seed: u64::from_le_bytes(seed.try_into()?),
+            boot_nonce: boot_nonce.try_into()?,
+        };
+        let live = Arc::new(LiveFile::create()?);
+        let mut note = Note::open(&dir)?;
+        note.clear();
+        let (keeping, _) = Keeping::new(live.clone(), note, None)?;
+        // Signals are the main thread's.
+        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?;
+        let stop = OwnedFd::from(stop);
+        let process = Process::new(options, carrier, live, keeping, place.control, stop)?;
+        Ok(Self {
+            process,
+            _lock: place.lock,
+        })
+    }
+
+    /// Serves until aditd lets the VM go, or the process ends.
+    pub fn run(mut self) {
+        match self.process.run() {
+            Ok(()) => eprintln!("adit-vmm: aditd has let the VM go: it runs on without a channel"),
+            Err(e) => eprintln!("adit-vmm: vsock ends: {e}"),
+        }
+    }
+}
+
+/// The VM's entry in aditd's map; dropped = taken out.
+pub struct Registered(Registration);
+
+impl Registration {
+    /// Tells aditd that there is such a VM; a [`Handed`] of it must answer by then.
+    ///
+    /// # Errors
+    /// aditd is not there, or does not want it.
+    pub fn register(self) -> anyhow::Result<Registered> {
+        let body = serde_json::to_vec(&self.vm)?;
+        self.ask("POST", "/v1/vms", &body)?;
+        Ok(Registered(self))
+    }
+
+    fn ask(&self, method: &str, path: &str, body: &[u8]) -> anyhow::Result<()> {
+        let no_aditd = || format!("no aditd at {}", self.aditd.display());
+        let mut socket = UnixStream::connect(&self.aditd).with_context(no_aditd)?;
+        socket.set_read_timeout(Some(ANSWER_LIMIT))?;
+        write!(
+            socket,
+            "{method} {path} HTTP/1.1\r\nHost: aditd\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        )?;
+        socket.write_all(body)?;
+        let mut answer = Vec::new();
+        socket
+            .take(ANSWER_MAX)
+            .read_to_end(&mut answer)
+            .with_context(no_aditd)?;
+        let answer = String::from_utf8_lossy(&answer);
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+        let status = head.split(' ').nth(1).unwrap_or_default();
+        if status.starts_with('2') {
+            return Ok(());
+        }
+        let why = serde_json::from_str::<ErrorBody>(body);
+        let why = why.map_or_else(|_| body.to_owned(), |e| e.message);
+        bail!(
+            "aditd answers {status} to {method} {path}: {}",
+            why.escape_debug()
+        );
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let path = format!("/v1/vms/{}", self.0.vm.name);
+        if let Err(e) = self.0.ask("DELETE", &path, b"") {
+            eprintln!("adit-vmm: {e:#}");
+        }
+    }
+}
