@@ -29,6 +29,7 @@ mod iovec;
 mod packet;
 pub(crate) mod ring;
 mod slot;
+mod state;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -48,6 +49,7 @@ pub use error::{ActivateError, DeviceError};
 pub use packet::{GuestCid, HEADER_BYTES, HOST_CID, PAYLOAD_MAX, WireHeader};
 pub use ring::QUEUE_MAX;
 pub use slot::{GuestPacket, GuestSlot};
+pub use state::{DeviceState, RestoreError, STATE_BYTES, StateError};
 
 use crate::carrier::CarrierFault;
 use aside::Aside;
@@ -136,8 +138,8 @@ struct Active<M> {
     mem: M,
     rx: Ring,
     tx: Ring,
-    /// Checked and kept; nothing is sent on it before there is a transport reset to tell of.
-    _event: Option<Ring>,
+    /// Nothing is sent on it before there is a transport reset to tell of.
+    event: Option<Ring>,
     kicks: [Option<OwnedFd>; 2],
     signal: Arc<dyn Signal>,
     torn: bool,
@@ -262,7 +264,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             mem,
             rx,
             tx,
-            _event: event,
+            event,
             kicks: [queues.rx.kick, queues.tx.kick],
             signal,
             torn: false,

@@ -116,6 +116,11 @@ impl Ring {
         self.desc
     }
 
+    /// Guest addresses of descriptors, available ring and used ring.
+    pub(crate) fn addresses(&self) -> [u64; 3] {
+        [self.desc.0, self.avail.0, self.used.0]
+    }
+
     pub(crate) fn indirect(&self) -> bool {
         self.indirect
     }

@@ -18,7 +18,7 @@ pub fn cid() -> GuestCid {
 
 /// Counts notifications of each queue.
 #[derive(Default)]
-pub struct Signals(pub [AtomicU64; 2]);
+pub struct Signals(pub [AtomicU64; 3]);
 
 impl Signals {
     pub fn count(&self, queue: u16) -> u64 {
