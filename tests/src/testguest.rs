@@ -5,6 +5,7 @@
 //! - `dial-echo PORT FIRST`: dial the host: PORT echoes 1 B to 64 MiB in odd pieces, and many streams in quick succession;
 //!   on FIRST the host speaks and ends first, and gets all of it back afterwards. Says DIALS-OK
 //! - `dial-few PORT`: the same with less, for slow machines. Says DIALS-OK
+//! - `hold PORT`: dial the host, and say how the stream ends
 //! - `uds-echo PATH`, `uds-dial PATH PORT LEN`, `uds-hello PATH SERVICE`: the host's side of a VMM with Unix sockets: echo
 //!   what the guest sends; have the guest's PORT echo LEN bytes; ask the guest's agent for SERVICE, and have that echo
 //! - `kexec KERNEL INITRD`: start them as if after a reset
@@ -38,6 +39,7 @@ fn main() -> anyhow::Result<()> {
         ["tcp-echo", port] => tcp_echo(port.parse()?),
         ["vsock-echo", port] => vsock_echo(port.parse()?),
         ["dial-echo", port, first] => dial_echo(port.parse()?, first.parse()?),
+        ["hold", port] => hold(port.parse()?),
         ["dial-few", port] => dial_few(port.parse()?),
         ["uds-echo", path] => uds_echo(path),
         ["uds-dial", path, port, len] => uds_dial(path, port.parse()?, len.parse()?),
@@ -52,7 +54,7 @@ fn main() -> anyhow::Result<()> {
         }
         _ => {
             anyhow::bail!(
-                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
+                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | hold PORT | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
             )
         }
     }
@@ -136,6 +138,16 @@ fn dial_few(port: u32) -> anyhow::Result<()> {
         dial_one(port, n * 37 % 5000 + 1)?;
     }
     println!("DIALS-OK");
+    Ok(())
+}
+
+fn hold(port: u32) -> anyhow::Result<()> {
+    let mut stream = dial(port)?;
+    println!("HELD");
+    match stream.read(&mut [0]) {
+        Ok(n) => println!("HELD-ENDED {n} bytes"),
+        Err(e) => println!("HELD-ENDED {:?}", e.kind()),
+    }
     Ok(())
 }
 

@@ -143,6 +143,77 @@ wait $VMM; grep -q "no aditd at /nowhere" /tmp/vmm.err || fail "$(cat /tmp/vmm.e
 echo NESTED-DONE managed
 "#;
 
+/// In L2: something that goes on, and a stream that does not.
+const TICKING: &str = r#"
+(while :; do adit-testguest hold 7001; sleep 0.5; done) &
+(
+    n=0
+    while :; do
+        n=$((n + 1)); echo $n > /var/lib/n; echo "TICK $n"
+        dmesg | grep -q "virtual machine fork" && echo FORKED
+        sleep 0.3
+    done
+) &
+"#;
+
+/// In L1: a VM is held, written down and let go on; what was written down is started twice, as it was and as a clone.
+const SNAPSHOT: &str = r#"
+API=/tmp/api
+api() { curl -sS -m 60 --unix-socket $API -X "$@"; }
+ticks() { grep -c TICK $1; }
+# lives LOG UDS: it ticks on, and its agent answers.
+lives() {
+    before=$(ticks $1); n=100
+    while [ $(ticks $1) -le $((before + 2)) ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "$1 does not tick"; return; }; sleep 0.2; done
+    adit-testguest uds-hello $2 tcp:7 || fail "$2: no agent"
+}
+dd if=/dev/zero of=/tmp/disk bs=1M count=0 seek=16 2>/dev/null
+mke2fs -F /tmp/disk >/dev/null 2>&1
+for n in 0 1 2; do adit-testguest uds-echo /tmp/v${n}_7001 & done
+LOG=/tmp/v0.log
+start --kernel /l2/vm/vmlinux --initrd /l2/vm/initrd --disk /tmp/disk --memory 256M --cpus 2 \
+    --cmdline "console=ttyS0 quiet panic=-1 mitigations=off" --vsock cid=3,uds=/tmp/v0 --api $API
+ORIGIN=$VMM
+until_said "TICK 3" 120; until_said HELD 20
+[ "$(api GET http://vm/vm)" = '{"state":"running"}' ] || fail "state"
+api PUT -d '{"dir":"/tmp/snap"}' http://vm/snapshot | grep -q "pause first" || fail "a running VM was written"
+api PUT http://vm/pause
+[ "$(api GET http://vm/vm)" = '{"state":"paused"}' ] || fail "not paused"
+before=$(ticks $LOG); sleep 1; [ $(ticks $LOG) = $before ] || fail "a paused VM ticks"
+begin=$(now); api PUT -d '{"dir":"/tmp/snap"}' http://vm/snapshot; echo "snapshot: $begin .. $(now)"
+cp /tmp/disk /tmp/disk.clone
+api PUT -d '{"dir":"/tmp/snap"}' http://vm/snapshot | grep -q "cannot create" || fail "a snapshot was written over"
+api PUT http://vm/resume; api PUT http://vm/resume
+lives $LOG /tmp/v0
+grep -q "HELD-ENDED" $LOG && fail "a pause ended a stream"
+api PUT http://vm/nothing | grep -q "no PUT /nothing" || fail "404"
+printf 'PUT /pause HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n' | timeout 5 nc local:$API >/tmp/long 2>&1
+api PUT http://vm/stop; VMM=$ORIGIN; ended 0 stopped
+[ -e $API ] && fail "the API's socket is left"
+
+begin=$(now)
+LOG=/tmp/v1.log; : > $LOG
+adit-vmm restore --from /tmp/snap --disk /tmp/disk --vsock cid=3,uds=/tmp/v1 --serial $LOG 2>/tmp/vmm.err </dev/null & VMM=$!; FIRST=$!
+until_said "HELD-ENDED ConnectionReset" 20; echo "restored: $begin .. $(now)"
+until_said 'HELD[^-]' 20
+lives $LOG /tmp/v1
+until_said FORKED 20
+grep -q ADIT-READY $LOG && fail "it booted"
+LOG=/tmp/v2.log; : > $LOG
+adit-vmm restore --from /tmp/snap --disk /tmp/disk.clone --vsock cid=4,uds=/tmp/v2 --serial $LOG 2>/tmp/vmm.err2 </dev/null & VMM=$!
+until_said "HELD-ENDED ConnectionReset" 20
+lives $LOG /tmp/v2; lives /tmp/v1.log /tmp/v1
+for pid in $VMM $FIRST; do kill $pid; wait $pid || fail "restored VM: $?"; done
+
+wrong() { text=$1; shift; adit-vmm restore "$@" --serial /tmp/w.log </dev/null >/tmp/wrong 2>&1 && fail "$*"; grep -q "$text" /tmp/wrong || fail "$*: $(cat /tmp/wrong)"; }
+wrong "cannot open state" --from /nowhere
+wrong "give it the same" --from /tmp/snap --vsock cid=3
+wrong "cannot open disk" --from /tmp/snap --disk /nowhere --vsock cid=3
+printf x | dd of=/tmp/snap/state bs=1 seek=3000 conv=notrunc 2>/dev/null
+wrong "cut or altered" --from /tmp/snap --disk /tmp/disk --vsock cid=3
+echo NESTED-DONE snapshot
+"#;
+
 fn identity<'a>(name: &'a str, agent: &'a Path, script: &'a str) -> Identity<'a> {
     Identity {
         name,
@@ -249,5 +320,25 @@ fn aditd_serves_a_vm_whose_vmm_has_the_device() {
     let script = format!("{HELPERS}\n{MANAGED}");
     let mut l1 = Nested::boot(&image(Kernel::V6_1), &inner, &programs, &script, &dir).unwrap();
     l1.wait_said("NESTED-DONE managed", LIMIT).unwrap();
+    report(&l1);
+}
+
+#[test]
+fn a_held_vm_goes_on_in_another_process_and_as_a_clone() {
+    let Some(_) = bins() else { return };
+    let new = image(Kernel::V6_12);
+    let dir = fresh("snapshot");
+    let agent = guest_bin("adit-guest");
+    let inner = [Inner {
+        image: &new,
+        identity: identity("vm", &agent, TICKING),
+        packed: false,
+    }];
+    let mut programs = vec![vmm()];
+    let curl = Path::new("/usr/bin/curl");
+    programs.extend(Nested::with_libraries(curl, &dir.join("stripped")).unwrap());
+    let script = format!("{HELPERS}\n{SNAPSHOT}");
+    let mut l1 = Nested::boot(&image(Kernel::V6_1), &inner, &programs, &script, &dir).unwrap();
+    l1.wait_said("NESTED-DONE snapshot", LIMIT).unwrap();
     report(&l1);
 }

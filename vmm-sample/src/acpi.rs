@@ -25,6 +25,8 @@ const TABLE: [u8; 8] = *b"ADITVMM ";
 const REVISION: u32 = 1;
 /// Sleep type of "off", by our own choice.
 pub const SLEEP_TYPE_OFF: u8 = 5;
+/// What the generation id notifies of.
+const GENERATION_CHANGED: u8 = 0x80;
 /// Value that resets, as the i8042 knows it.
 const RESET: u8 = 0xfe;
 /// FADT boot flags: no VGA, no MSI from here, no CMOS clock.
@@ -124,6 +126,7 @@ fn dsdt(windows: &[Window]) -> Vec<u8> {
         layout::SERIAL_GSI,
     );
     dsdt.append_slice(&serial);
+    dsdt.append_slice(&generation());
     for (n, window) in windows.iter().enumerate() {
         // Windows lie below 4 GiB.
         let registers = aml::Memory32Fixed::new(true, window.base as u32, layout::MMIO_LEN as u32);
@@ -131,6 +134,30 @@ fn dsdt(windows: &[Window]) -> Vec<u8> {
         dsdt.append_slice(&device(&name, &"LNRO0005", n, &registers, window.gsi));
     }
     bytes(&dsdt)
+}
+
+/// The generation id (Microsoft's "Virtual Machine Generation ID"), and the event device (ACPI 6.5 §5.6.9) whose interrupt
+/// says that it changed. A clone's kernel draws new random numbers.
+fn generation() -> Vec<u8> {
+    let address = layout::GENERATION.0;
+    let hid = aml::Name::new("_HID".into(), &"ADITGENI");
+    let cid = aml::Name::new("_CID".into(), &"VM_Gen_Counter");
+    let ddn = aml::Name::new("_DDN".into(), &"VM_Gen_Counter");
+    let (low, high) = (address as u32, (address >> 32) as u32);
+    let parts = aml::Package::new(vec![&low, &high]);
+    let parts = aml::Name::new("ADDR".into(), &parts);
+    let id = aml::Device::new("_SB_.VGEN".into(), vec![&hid, &cid, &ddn, &parts]);
+
+    let interrupt = aml::Interrupt::new(true, true, false, false, layout::EVENT_GSI);
+    let resources = aml::ResourceTemplate::new(vec![&interrupt]);
+    let hid = aml::Name::new("_HID".into(), &"ACPI0013");
+    let uid = aml::Name::new("_UID".into(), &aml::ZERO);
+    let resources = aml::Name::new("_CRS".into(), &resources);
+    let id_path = aml::Path::new("\\_SB_.VGEN");
+    let notify = aml::Notify::new(&id_path, &GENERATION_CHANGED);
+    let method = aml::Method::new("_EVT".into(), 1, true, vec![&notify]);
+    let event = aml::Device::new("_SB_.GED0".into(), vec![&hid, &uid, &resources, &method]);
+    [bytes(&id), bytes(&event)].concat()
 }
 
 /// A device of the system bus: what it is, which of those, where its registers are, and its edge-triggered interrupt.

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
-use vm_superio::serial::NoEvents;
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -64,12 +65,59 @@ impl Write for Out {
 /// The serial line.
 pub struct Console(Mutex<Serial<Irq, NoEvents, Out>>);
 
+/// The line's registers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LineState {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    input: Vec<u8>,
+}
+
+impl From<SerialState> for LineState {
+    fn from(s: SerialState) -> Self {
+        Self {
+            divisor: [s.baud_divisor_low, s.baud_divisor_high],
+            interrupt_enable: s.interrupt_enable,
+            interrupt_identification: s.interrupt_identification,
+            line_control: s.line_control,
+            line_status: s.line_status,
+            modem_control: s.modem_control,
+            modem_status: s.modem_status,
+            scratch: s.scratch,
+            input: s.in_buffer,
+        }
+    }
+}
+
+impl From<&LineState> for SerialState {
+    fn from(s: &LineState) -> Self {
+        Self {
+            baud_divisor_low: s.divisor[0],
+            baud_divisor_high: s.divisor[1],
+            interrupt_enable: s.interrupt_enable,
+            interrupt_identification: s.interrupt_identification,
+            line_control: s.line_control,
+            line_status: s.line_status,
+            modem_control: s.modem_control,
+            modem_status: s.modem_status,
+            scratch: s.scratch,
+            in_buffer: s.input.clone(),
+        }
+    }
+}
+
 impl Console {
-    /// Opens the line; `interrupt` is the irqfd of its GSI.
+    /// Opens the line; `interrupt` is the irqfd of its GSI. `state`: of a line that was saved.
     ///
     /// # Errors
-    /// The file cannot be written.
-    pub fn open(line: &Line, interrupt: EventFd) -> anyhow::Result<Arc<Self>> {
+    /// The file cannot be written, or the state is no line's.
+    pub fn open(line: &Line, interrupt: EventFd, state: &LineState) -> anyhow::Result<Arc<Self>> {
         let out = match line {
             Line::Stdio => Out::Stdio(io::stdout()),
             Line::File(path) => Out::File(
@@ -80,7 +128,19 @@ impl Console {
                     .with_context(|| format!("cannot write {}", path.display()))?,
             ),
         };
-        Ok(Arc::new(Self(Mutex::new(Serial::new(Irq(interrupt), out)))))
+        let state = SerialState::from(state);
+        let serial = Serial::from_state(&state, Irq(interrupt), NoEvents, out)
+            .map_err(|e| anyhow::anyhow!("serial line: {e:?}"))?;
+        Ok(Arc::new(Self(Mutex::new(serial))))
+    }
+
+    /// The registers of a new line.
+    pub fn fresh() -> LineState {
+        SerialState::default().into()
+    }
+
+    pub fn save(&self) -> LineState {
+        lock(&self.0).state().into()
     }
 
     pub fn read(&self, register: u8) -> u8 {

@@ -2,7 +2,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
@@ -10,6 +11,8 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_sys_util::epoll::EventSet;
 
+use crate::api::Api;
+use crate::bus::lock;
 use crate::console::Console;
 use crate::exit::{Exit, Reason};
 use crate::machine::Machine;
@@ -77,7 +80,8 @@ impl MutEventSubscriber for Keyboard {
     }
 }
 
-fn watch(ops: &mut EventOps<'_>, fd: i32) {
+/// Watches a descriptor for reading.
+pub fn watch(ops: &mut EventOps<'_>, fd: i32) {
     if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
         eprintln!("adit-vmm: a descriptor cannot be watched: {e}");
     }
@@ -86,14 +90,25 @@ fn watch(ops: &mut EventOps<'_>, fd: i32) {
 /// Serves until the VM ends.
 ///
 /// # Errors
-/// The kernel refuses to wait.
-pub fn until_end(machine: &Machine, signals: SignalFd) -> anyhow::Result<Reason> {
+/// The API's socket cannot be made, or the kernel refuses to wait.
+pub fn until_end(
+    machine: &Arc<Mutex<Machine>>,
+    signals: SignalFd,
+    api: Option<&Path>,
+) -> anyhow::Result<Reason> {
+    let (exit, console) = {
+        let machine = lock(machine);
+        (machine.exit.clone(), machine.bus.console.clone())
+    };
     let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
-    events.add_subscriber(Box::new(End(machine.exit.clone())));
-    events.add_subscriber(Box::new(Signals(signals, machine.exit.clone())));
-    events.add_subscriber(Box::new(Keyboard(machine.bus.console.clone())));
+    events.add_subscriber(Box::new(End(exit.clone())));
+    events.add_subscriber(Box::new(Signals(signals, exit.clone())));
+    events.add_subscriber(Box::new(Keyboard(console)));
+    if let Some(path) = api {
+        events.add_subscriber(Box::new(Api::open(path, machine.clone())?));
+    }
     loop {
-        if let Some(reason) = machine.exit.reason() {
+        if let Some(reason) = exit.reason() {
             return Ok(reason);
         }
         events.run().context("event loop")?;

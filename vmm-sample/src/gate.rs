@@ -56,10 +56,18 @@ impl Gate {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Called by the threads between two pieces of work; waits while the gate is closed. False: the thread is to return.
-    pub fn pass(&self) -> bool {
+    /// Called by the threads between two pieces of work; waits while the gate is closed, with what is under way `settled`
+    /// before. False: the thread is to return.
+    pub fn pass(&self, settle: impl FnOnce()) -> bool {
         let mut inner = self.lock();
         if inner.state == State::Closed {
+            drop(inner);
+            settle();
+            inner = self.lock();
+            // Opened again meanwhile: nobody waits.
+            if inner.state != State::Closed {
+                return inner.state != State::Ended;
+            }
             inner.waiting += 1;
             self.changed.notify_all();
             inner = self
@@ -69,6 +77,19 @@ impl Gate {
             inner.waiting -= 1;
         }
         inner.state != State::Ended
+    }
+
+    /// Closes the gate and waits until each of these threads, all that pass this gate, stands at it.
+    pub fn close(&self, threads: &[JoinHandle<()>]) {
+        let mut inner = self.lock();
+        inner.state = State::Closed;
+        while inner.waiting < threads.iter().filter(|t| !t.is_finished()).count() {
+            interrupt(threads);
+            inner = self
+                .changed
+                .wait_timeout(inner, AGAIN)
+                .map_or_else(|e| e.into_inner().0, |(inner, _)| inner);
+        }
     }
 
     /// Lets the threads go on.

@@ -27,6 +27,8 @@ pub const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
 pub const CMDLINE_MAX: usize = 0x1000;
 /// First byte below 1 MiB that the kernel must not use.
 pub const LOW_END: u64 = 0x9_fc00;
+/// 16 bytes: which life of the machine this is.
+pub const GENERATION: GuestAddress = GuestAddress(0xd_f000);
 pub const RSDP: GuestAddress = GuestAddress(0xe_0000);
 pub const ACPI_TABLES: u64 = 0xe_0040;
 /// Where a processor in real mode goes when it is told to start the BIOS.
@@ -47,8 +49,10 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 
 pub const SERIAL_PORT: u16 = 0x3f8;
 pub const SERIAL_GSI: u32 = 4;
+/// Tells the guest that its generation changed.
+pub const EVENT_GSI: u32 = 5;
 /// Interrupts of virtio devices; the IOAPIC has 24 inputs.
-pub const FIRST_GSI: u32 = 5;
+pub const FIRST_GSI: u32 = 6;
 pub const LAST_GSI: u32 = 23;
 /// ACPI sleep control and status registers.
 pub const SLEEP_CONTROL: u16 = 0x600;

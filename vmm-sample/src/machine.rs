@@ -1,23 +1,28 @@
 //! A VM put together: memory, interrupt chips, processors, devices; started, held, ended.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use kvm_bindings::KVM_API_VERSION;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::acpi::{self, Window};
 use crate::bus::{Bus, lock};
-use crate::console::{Console, Line};
+use crate::console::{Console, Line, LineState};
+use crate::cpu_state::{ChipState, CpuState};
 use crate::exit::Exit;
 use crate::gate::Gate;
-use crate::virtio::mmio::{self, Transport};
+use crate::snapshot::State;
+use crate::virtio::mmio::{self, Transport, TransportState};
 use crate::virtio::{Device, Interrupt, Memory};
-use crate::{boot, cpu, layout, memory};
+use crate::{boot, cpu, layout, memory, snapshot};
 
 /// QueueNotify of a virtio-mmio window.
 const QUEUE_NOTIFY: u64 = 0x50;
@@ -42,9 +47,14 @@ pub struct Shape {
 
 /// A VM. Fields are dropped in this order: KVM lets go of the memory before it is unmapped.
 pub struct Machine {
-    pub vcpus: Vec<Arc<Mutex<VcpuFd>>>,
-    /// Owns the descriptors of the VM for as long as it lives.
-    _vm: VmFd,
+    vcpus: Vec<Arc<Mutex<VcpuFd>>>,
+    vm: VmFd,
+    kvm: Kvm,
+    windows: Vec<Window>,
+    /// The interrupt that says that the generation changed.
+    generation: EventFd,
+    /// What the devices were when they were held; none while the machine runs.
+    held: Option<Vec<TransportState>>,
     pub bus: Arc<Bus>,
     pub exit: Arc<Exit>,
     gate: Arc<Gate>,
@@ -81,7 +91,7 @@ fn kvm() -> anyhow::Result<Kvm> {
 }
 
 impl Machine {
-    /// Makes a machine whose processors have not been told where to begin.
+    /// Makes a machine whose processors are blank: it is [booted](Self::boot) or [restored](Self::restore).
     ///
     /// # Errors
     /// KVM is not there or refuses, or there is too little memory.
@@ -89,6 +99,7 @@ impl Machine {
         shape: &Shape,
         memory: Memory,
         devices: Vec<Box<dyn Device>>,
+        line: &LineState,
     ) -> anyhow::Result<Self> {
         let kvm = kvm()?;
         let vm = kvm.create_vm().context("KVM makes no VM")?;
@@ -102,7 +113,9 @@ impl Machine {
 
         let serial = EventFd::new(EFD_NONBLOCK)?;
         vm.register_irqfd(&serial, layout::SERIAL_GSI)?;
-        let console = Console::open(&shape.serial, serial)?;
+        let console = Console::open(&shape.serial, serial, line)?;
+        let generation = EventFd::new(EFD_NONBLOCK)?;
+        vm.register_irqfd(&generation, layout::EVENT_GSI)?;
 
         let mut windows = Vec::new();
         let mut transports = Vec::new();
@@ -118,17 +131,19 @@ impl Machine {
             transports.push((window.base, transport(&vm, window, device, memory.clone())?));
             windows.push(window);
         }
-        acpi::write(&memory, shape.cpus, &windows)?;
 
         let mut vcpus = Vec::new();
         for id in 0..shape.cpus {
             let vcpu = vm.create_vcpu(id.into()).context("KVM_CREATE_VCPU")?;
-            cpu::configure(&kvm, &vcpu, id, shape.cpus)?;
             vcpus.push(Arc::new(Mutex::new(vcpu)));
         }
         Ok(Self {
             vcpus,
-            _vm: vm,
+            vm,
+            kvm,
+            windows,
+            generation,
+            held: None,
             bus: Arc::new(Bus::new(console, transports, exit.clone())),
             exit,
             gate: Arc::new(Gate::closed()?),
@@ -142,13 +157,45 @@ impl Machine {
     /// # Errors
     /// A file cannot be used.
     pub fn boot(&self, boot: &Boot) -> anyhow::Result<()> {
-        let entry = boot::load(
-            &self.memory,
-            &boot.kernel,
-            boot.initrd.as_deref(),
-            &boot.cmdline,
-        )?;
+        // At most CPUS_MAX.
+        let count = self.vcpus.len() as u8;
+        acpi::write(&self.memory, count, &self.windows)?;
+        for (id, vcpu) in (0..).zip(&self.vcpus) {
+            cpu::configure(&self.kvm, &lock(vcpu), id, count)?;
+        }
+        self.new_generation()?;
+        let (initrd, cmdline) = (boot.initrd.as_deref(), &boot.cmdline);
+        let entry = boot::load(&self.memory, &boot.kernel, initrd, cmdline)?;
         boot::set(&lock(&self.vcpus[0]), &self.memory, entry)
+    }
+
+    /// Goes on where a machine was held; its memory is this one's already.
+    ///
+    /// # Errors
+    /// The state does not fit this machine.
+    pub fn restore(&self, state: &State) -> anyhow::Result<()> {
+        ensure!(
+            state.devices.len() == self.bus.virtio.len(),
+            "the snapshot has {} virtio devices, and this machine {}: give it the same",
+            state.devices.len(),
+            self.bus.virtio.len()
+        );
+        for (vcpu, saved) in self.vcpus.iter().zip(&state.cpus) {
+            saved.restore(&lock(vcpu))?;
+        }
+        state.chips.restore(&self.vm)?;
+        for ((_, transport), saved) in self.bus.virtio.iter().zip(&state.devices) {
+            lock(transport).restore(saved)?;
+        }
+        self.new_generation()?;
+        Ok(self.generation.write(1)?)
+    }
+
+    /// This is another life of the machine: a clone's kernel must not draw the random numbers of its origin.
+    fn new_generation(&self) -> anyhow::Result<()> {
+        let mut id = [0; 16];
+        File::open("/dev/urandom")?.read_exact(&mut id)?;
+        Ok(self.memory.write_slice(&id, layout::GENERATION)?)
     }
 
     /// Starts the threads, which wait until the machine [`goes on`](Self::resume).
@@ -172,9 +219,69 @@ impl Machine {
         Ok(())
     }
 
+    /// Tells whether the machine is held.
+    pub fn is_paused(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// Holds everything that moves in the VM: processors first, for devices answer them.
+    ///
+    /// # Errors
+    /// A device cannot be held; everything goes on.
+    pub fn pause(&mut self) -> anyhow::Result<()> {
+        if self.is_paused() {
+            return Ok(());
+        }
+        self.gate.close(&self.threads);
+        let transports = self.bus.virtio.iter();
+        let held: anyhow::Result<_> = transports.map(|(_, t)| lock(t).pause()).collect();
+        match held {
+            Ok(held) => self.held = Some(held),
+            Err(e) => {
+                self.resume()?;
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
     /// Lets it go on.
-    pub fn resume(&self) {
+    ///
+    /// # Errors
+    /// None that leaves the machine held.
+    pub fn resume(&mut self) -> anyhow::Result<()> {
+        self.held = None;
+        for (_, transport) in &self.bus.virtio {
+            lock(transport).resume();
+        }
+        if !self.threads.is_empty() {
+            for vcpu in &self.vcpus {
+                // The guest's watchdog forgives the pause; EINVAL: it has no kvmclock.
+                let _ = lock(vcpu).kvmclock_ctrl();
+            }
+        }
         self.gate.open();
+        Ok(())
+    }
+
+    /// Writes the held machine to a directory.
+    ///
+    /// # Errors
+    /// It is not held, or cannot be written.
+    pub fn snapshot(&mut self, dir: &Path) -> anyhow::Result<()> {
+        let save = |vcpu: &Arc<Mutex<VcpuFd>>| CpuState::save(&self.kvm, &self.vm, &lock(vcpu));
+        let cpus = self.vcpus.iter().map(save).collect::<Result<_, _>>()?;
+        let chips = ChipState::save(&self.vm)?;
+        let state = State {
+            memory: self.memory.iter().map(GuestMemoryRegion::len).sum(),
+            cpus,
+            chips,
+            line: self.bus.console.save(),
+            devices: self.held.take().context("the machine runs")?,
+        };
+        let written = snapshot::write(dir, &state, &self.memory);
+        self.held = Some(state.devices);
+        written
     }
 
     /// Ends all threads.

@@ -4,10 +4,12 @@
 //! the guest, `virtio` holds transport and devices.
 
 mod acpi;
+mod api;
 mod boot;
 mod bus;
 mod console;
 mod cpu;
+mod cpu_state;
 mod eventfd;
 mod events;
 mod exit;
@@ -16,16 +18,21 @@ mod layout;
 mod machine;
 mod memory;
 mod options;
+mod snapshot;
 mod vcpu;
 mod virtio;
 
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use clap::Parser;
 
-use machine::Machine;
-use options::{Command, Host, Options, Run};
+use bus::lock;
+use console::Console;
+use exit::Reason;
+use machine::{CPUS_MAX, Machine, Shape};
+use nix::sys::signalfd::SignalFd;
+use options::{Command, Host, Options, Restore, Run};
 use virtio::Device;
 use virtio::block::Block;
 use virtio::vsock::handed::Registered;
@@ -34,6 +41,7 @@ use virtio::vsock::{Owner, Vsock};
 fn main() -> ExitCode {
     let done = match Options::parse().command {
         Command::Run(options) => run(&options),
+        Command::Restore(options) => restore(&options),
     };
     match done {
         Ok(reason) => {
@@ -47,9 +55,11 @@ fn main() -> ExitCode {
     }
 }
 
+type Devices = Vec<Box<dyn Device>>;
+
 /// The devices in the order of their windows, and the VM's entry in aditd's map.
-fn devices(host: &Host) -> anyhow::Result<(Vec<Box<dyn Device>>, Option<Registered>)> {
-    let mut devices: Vec<Box<dyn Device>> = Vec::new();
+fn devices(host: &Host) -> anyhow::Result<(Devices, Option<Registered>)> {
+    let mut devices = Devices::new();
     let mut registered = None;
     if let Some(disk) = &host.disk {
         devices.push(Box::new(Block::open(disk)?));
@@ -65,16 +75,42 @@ fn devices(host: &Host) -> anyhow::Result<(Vec<Box<dyn Device>>, Option<Register
     Ok((devices, registered))
 }
 
-fn run(options: &Run) -> anyhow::Result<exit::Reason> {
+fn run(options: &Run) -> anyhow::Result<Reason> {
     let signals = events::signals()?;
-    let shape = options.host.shape();
+    let shape = options.shape();
     let memory = Arc::new(memory::allocate(shape.memory)?);
     let (devices, _registered) = devices(&options.host)?;
-    let mut machine = Machine::new(&shape, memory, devices)?;
+    let machine = Machine::new(&shape, memory, devices, &Console::fresh())?;
     machine.boot(&options.boot())?;
+    go(machine, signals, &options.host)
+}
+
+fn restore(options: &Restore) -> anyhow::Result<Reason> {
+    let signals = events::signals()?;
+    let state = snapshot::read(&options.from)?;
+    let memory = Arc::new(snapshot::map(&options.from, &state)?);
+    let cpus = u8::try_from(state.cpus.len()).unwrap_or(u8::MAX);
+    anyhow::ensure!(
+        (1..=CPUS_MAX).contains(&cpus),
+        "the snapshot has {cpus} processors"
+    );
+    let shape = Shape {
+        cpus,
+        memory: state.memory,
+        serial: options.host.serial.clone(),
+    };
+    let (devices, _registered) = devices(&options.host)?;
+    let machine = Machine::new(&shape, memory, devices, &state.line)?;
+    machine.restore(&state)?;
+    go(machine, signals, &options.host)
+}
+
+/// From the first instruction to the end.
+fn go(mut machine: Machine, signals: SignalFd, host: &Host) -> anyhow::Result<Reason> {
     machine.start()?;
-    machine.resume();
-    let reason = events::until_end(&machine, signals);
-    machine.end();
+    machine.resume()?;
+    let machine = Arc::new(Mutex::new(machine));
+    let reason = events::until_end(&machine, signals, host.api.as_deref());
+    lock(&machine).end();
     reason
 }

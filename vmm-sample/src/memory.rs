@@ -23,8 +23,11 @@ pub fn ranges(bytes: u64) -> Vec<(GuestAddress, usize)> {
     ranges
 }
 
-/// Makes guest memory; no page of it is there before the guest touches it.
-pub fn allocate(bytes: u64) -> anyhow::Result<GuestMemoryMmap> {
+/// Looks whether a guest can have so many bytes.
+///
+/// # Errors
+/// It cannot.
+pub fn check(bytes: u64) -> anyhow::Result<()> {
     if !(MIN_BYTES..=MAX_BYTES).contains(&bytes) || !bytes.is_multiple_of(4096) {
         bail!(
             "--memory is {} to {} MiB in whole pages",
@@ -32,6 +35,12 @@ pub fn allocate(bytes: u64) -> anyhow::Result<GuestMemoryMmap> {
             MAX_BYTES >> 20
         );
     }
+    Ok(())
+}
+
+/// Makes guest memory; no page of it is there before the guest touches it.
+pub fn allocate(bytes: u64) -> anyhow::Result<GuestMemoryMmap> {
+    check(bytes)?;
     GuestMemoryMmap::from_ranges(&ranges(bytes))
         .with_context(|| format!("no {} MiB for the guest", bytes >> 20))
 }

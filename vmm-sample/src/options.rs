@@ -17,6 +17,8 @@ Examples:
   adit-vmm run --kernel /boot/vmlinuz --initrd initrd --cmdline 'console=ttyS0' --vsock cid=3,uds=/run/web-1.vsock
   adit-vmm run --kernel vmlinux --initrd initrd --vsock cid=3 --aditd /run/adit/aditd.sock --name web-1 --allow 80,22
   adit-vmm run --kernel vmlinux --disk state.ext4 --cpus 2 --memory 1G --serial web-1.log
+  curl --unix-socket web-1.api -X PUT http://vm/pause; curl --unix-socket web-1.api -X PUT -d '{\"dir\":\"snap\"}' http://vm/snapshot
+  adit-vmm restore --from snap --vsock cid=3,uds=/run/web-1.vsock
 
 Exit status: 0 the guest switched itself off, 3 it asked for a reset (start it again), 1 it could not go on.";
 
@@ -32,6 +34,8 @@ pub struct Options {
 pub enum Command {
     /// Boot a kernel and run it to its end
     Run(Run),
+    /// Go on where a VM was held: PUT /snapshot of its API wrote it
+    Restore(Restore),
 }
 
 #[derive(Debug, Args)]
@@ -45,21 +49,33 @@ pub struct Run {
     /// Kernel command line
     #[arg(long, default_value = "console=ttyS0")]
     cmdline: String,
-    #[command(flatten)]
-    pub host: Host,
-}
-
-#[derive(Debug, Args)]
-pub struct Host {
     /// Processors
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(CPUS_MAX)))]
     cpus: u8,
     /// Memory: 512M, 2G
     #[arg(long, default_value = "512M", value_parser = size)]
     memory: u64,
+    #[command(flatten)]
+    pub host: Host,
+}
+
+#[derive(Debug, Args)]
+pub struct Restore {
+    /// The snapshot's directory; it stays as it is, and may be restored again
+    #[arg(long, value_name = "DIR")]
+    pub from: PathBuf,
+    #[command(flatten)]
+    pub host: Host,
+}
+
+#[derive(Debug, Args)]
+pub struct Host {
     /// Where the serial line ends: stdio or a file
     #[arg(long, default_value = "stdio")]
-    serial: Line,
+    pub serial: Line,
+    /// Socket of the operator's API: GET /vm, PUT /pause, /resume, /snapshot, /stop
+    #[arg(long, value_name = "SOCKET")]
+    pub api: Option<PathBuf>,
     /// Disk image, which the guest sees as /dev/vda
     #[arg(long, value_name = "FILE")]
     pub disk: Option<PathBuf>,
@@ -88,6 +104,14 @@ pub struct VsockOptions {
 }
 
 impl Run {
+    pub fn shape(&self) -> Shape {
+        Shape {
+            cpus: self.cpus,
+            memory: self.memory,
+            serial: self.host.serial.clone(),
+        }
+    }
+
     pub fn boot(&self) -> Boot {
         Boot {
             kernel: self.kernel.clone(),
@@ -98,14 +122,6 @@ impl Run {
 }
 
 impl Host {
-    pub fn shape(&self) -> Shape {
-        Shape {
-            cpus: self.cpus,
-            memory: self.memory,
-            serial: self.serial.clone(),
-        }
-    }
-
     /// Who has the host's ends of the guest's streams.
     ///
     /// # Errors

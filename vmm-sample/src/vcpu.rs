@@ -21,11 +21,11 @@ pub struct Vcpu {
 impl Vcpu {
     /// Runs until the VM ends.
     pub fn run(self) {
-        while self.gate.pass() {
+        while self.gate.pass(|| self.settle()) {
             if let Err(reason) = self.once() {
                 self.exit.end(reason);
                 // Nothing more of this guest runs here; the gate still counts on this thread.
-                while self.gate.pass() {
+                while self.gate.pass(|| ()) {
                     std::thread::park_timeout(std::time::Duration::from_millis(10));
                 }
                 return;
@@ -33,7 +33,16 @@ impl Vcpu {
         }
     }
 
-    fn once(&self) -> Result<(), Reason> {
+    /// KVM finishes an access that was answered with the next entry only: registers are not to be read before.
+    fn settle(&self) {
+        lock(&self.fd).set_kvm_immediate_exit(1);
+        // An access in pieces exits for each; the last entry ends with EINTR, and whatever else it is ends the VM later.
+        while let Ok(true) = self.once() {}
+        lock(&self.fd).set_kvm_immediate_exit(0);
+    }
+
+    /// Runs the guest until it needs something, and does that. False: it was only interrupted.
+    fn once(&self) -> Result<bool, Reason> {
         let mut fd = lock(&self.fd);
         match fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => self.bus.port_in(port, data),
@@ -42,7 +51,7 @@ impl Vcpu {
             Ok(VcpuExit::MmioWrite(address, data)) => self.bus.mmio_write(address, data),
             // A triple fault: what a kernel does that has no other way to reset.
             Ok(VcpuExit::Shutdown) => return Err(Reason::Reset),
-            Ok(VcpuExit::Intr) => {}
+            Ok(VcpuExit::Intr) => return Ok(false),
             Ok(VcpuExit::FailEntry(reason, _)) => {
                 let what = format!(
                     "processor {} cannot be entered: hardware reason {reason:#x}",
@@ -55,12 +64,12 @@ impl Vcpu {
                 return Err(Reason::Fault(what));
             }
             // A signal, to make us look at the gate; EAGAIN: this processor was not started yet.
-            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(false),
             Err(e) => {
                 let what = format!("processor {}: KVM_RUN: {e}", self.id);
                 return Err(Reason::Fault(what));
             }
         }
-        Ok(())
+        Ok(true)
     }
 }

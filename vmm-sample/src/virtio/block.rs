@@ -48,6 +48,7 @@ pub struct Disk {
     sectors: u64,
     kick: EventFd,
     active: Option<Active>,
+    held: bool,
     buffer: Vec<u8>,
 }
 
@@ -89,6 +90,7 @@ impl Block {
             sectors: len / SECTOR,
             kick: kick.try_clone()?,
             active: None,
+            held: false,
             buffer: vec![0; PIECE],
         }));
         let mut events = EventManager::<Arc<Mutex<Disk>>>::new()?;
@@ -152,6 +154,32 @@ impl Device for Block {
         Ok(())
     }
 
+    fn pause(&mut self) -> anyhow::Result<Vec<u8>> {
+        // Between two requests: what was taken was given back.
+        let mut disk = lock(&self.disk);
+        disk.held = true;
+        disk.file.sync_data()?;
+        let position = disk.active.as_ref().map(|a| a.queue.next_avail());
+        Ok(position.unwrap_or(0).to_le_bytes().into())
+    }
+
+    fn resume(&mut self) {
+        lock(&self.disk).held = false;
+        // What was kicked meanwhile was not looked at.
+        let _ = self.kick.write(1);
+    }
+
+    fn restore(&mut self, state: &[u8], with: Option<Activation>) -> anyhow::Result<()> {
+        let state = <[u8; 2]>::try_from(state).context("no saved disk")?;
+        let position = u16::from_le_bytes(state);
+        let Some(mut with) = with else { return Ok(()) };
+        for queue in &mut with.queues {
+            queue.set_next_avail(position);
+            queue.set_next_used(position);
+        }
+        self.activate(with)
+    }
+
     fn reset(&mut self) {
         lock(&self.disk).active = None;
     }
@@ -167,6 +195,9 @@ impl MutEventSubscriber for Disk {
     fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
         // Nonblocking; empty when a reset drained it.
         let _ = self.kick.read();
+        if self.held {
+            return;
+        }
         let Some(mut active) = self.active.take() else {
             return;
         };

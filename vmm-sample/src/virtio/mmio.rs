@@ -9,6 +9,7 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -23,6 +24,27 @@ const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"adit");
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+
+/// What a queue's registers say.
+#[derive(Serialize, Deserialize)]
+struct QueueRegisters {
+    size: u16,
+    ready: bool,
+    /// Descriptors, available ring, used ring.
+    addresses: [u64; 3],
+}
+
+/// A saved window with its device.
+#[derive(Serialize, Deserialize)]
+pub struct TransportState {
+    device_id: u32,
+    status: u32,
+    selectors: [u32; 3],
+    driver_features: u64,
+    interrupt: u32,
+    queues: Vec<QueueRegisters>,
+    device: Vec<u8>,
+}
 
 /// A window's registers.
 pub struct Transport {
@@ -198,26 +220,106 @@ impl Transport {
         self.driver_features & !self.device.features() == 0 && self.driver_features & VERSION_1 != 0
     }
 
-    fn activate(&mut self) {
+    /// What the device gets: copies, so that registers written later change nothing.
+    fn activation(&mut self) -> anyhow::Result<Activation> {
         let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         for queue in &mut self.queues {
             queue.set_event_idx(event_idx);
         }
         let copy = |q: &Queue| Queue::try_from(q.state()).map_err(anyhow::Error::from);
         let queues = self.queues.iter().map(copy).collect::<Result<Vec<_>, _>>();
-        let activated = queues.and_then(|queues| {
-            self.device.activate(Activation {
-                memory: self.memory.clone(),
-                features: self.driver_features,
-                queues,
-                interrupt: self.interrupt.clone(),
-            })
-        });
+        Ok(Activation {
+            memory: self.memory.clone(),
+            features: self.driver_features,
+            queues: queues?,
+            interrupt: self.interrupt.clone(),
+        })
+    }
+
+    fn activate(&mut self) {
+        let activation = self.activation();
+        let activated = activation.and_then(|with| self.device.activate(with));
         if let Err(e) = activated {
             eprintln!("adit-vmm: virtio device {}: {e:#}", self.device.id());
             self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
             self.interrupt.config();
         }
+    }
+
+    /// Holds the device; returns the window.
+    ///
+    /// # Errors
+    /// The device cannot be held.
+    pub fn pause(&mut self) -> anyhow::Result<TransportState> {
+        let registers = |q: &Queue| QueueRegisters {
+            size: q.size(),
+            ready: q.ready(),
+            addresses: [q.desc_table(), q.avail_ring(), q.used_ring()],
+        };
+        Ok(TransportState {
+            device_id: self.device.id(),
+            status: self.status,
+            selectors: [
+                self.device_features_sel,
+                self.driver_features_sel,
+                self.queue_sel,
+            ],
+            driver_features: self.driver_features,
+            interrupt: self.interrupt.status(),
+            queues: self.queues.iter().map(registers).collect(),
+            device: self.device.pause()?,
+        })
+    }
+
+    /// Lets the device go on.
+    pub fn resume(&mut self) {
+        self.device.resume();
+    }
+
+    /// Makes a new window what the saved one was.
+    ///
+    /// # Errors
+    /// It is another device's, or its queues cannot be used.
+    pub fn restore(&mut self, state: &TransportState) -> anyhow::Result<()> {
+        let id = self.device.id();
+        anyhow::ensure!(
+            state.device_id == id && state.queues.len() == self.queues.len(),
+            "the snapshot has virtio device {} where this machine has {id}: give it the same devices",
+            state.device_id
+        );
+        [
+            self.device_features_sel,
+            self.driver_features_sel,
+            self.queue_sel,
+        ] = state.selectors;
+        self.driver_features = state.driver_features;
+        self.status = state.status;
+        for (queue, saved) in self.queues.iter_mut().zip(&state.queues) {
+            queue.set_size(saved.size);
+            let [desc, avail, used] = saved
+                .addresses
+                .map(|a| (Some(a as u32), Some((a >> 32) as u32)));
+            queue.set_desc_table_address(desc.0, desc.1);
+            queue.set_avail_ring_address(avail.0, avail.1);
+            queue.set_used_ring_address(used.0, used.1);
+            queue.set_ready(saved.ready);
+        }
+        let active = self.is(VIRTIO_CONFIG_S_DRIVER_OK) && !self.is(VIRTIO_CONFIG_S_NEEDS_RESET);
+        anyhow::ensure!(
+            !active || self.features_fit(),
+            "saved features are not on offer"
+        );
+        let with = match active {
+            true => Some(self.activation()?),
+            false => None,
+        };
+        self.device.restore(&state.device, with)?;
+        self.interrupt.restore(state.interrupt);
+        if active {
+            // One that was on its way when the machine was held may be lost; one too many does no harm.
+            self.interrupt.used();
+        }
+        Ok(())
     }
 
     fn reset(&mut self) {

@@ -58,6 +58,10 @@ impl Interrupt {
         self.status.fetch_and(!bits, Ordering::SeqCst);
     }
 
+    fn restore(&self, status: u32) {
+        self.status.fetch_or(status, Ordering::SeqCst);
+    }
+
     fn clear(&self) {
         self.status.store(0, Ordering::SeqCst);
     }
@@ -91,6 +95,18 @@ pub trait Device: Send {
     /// # Errors
     /// They cannot be used.
     fn activate(&mut self, with: Activation) -> anyhow::Result<()>;
+    /// Touches nothing of the guest's from now on until it is [resumed](Self::resume). Returns what the device is.
+    ///
+    /// # Errors
+    /// It cannot be held.
+    fn pause(&mut self) -> anyhow::Result<Vec<u8>>;
+    /// Goes on.
+    fn resume(&mut self);
+    /// Becomes what [`pause`](Self::pause) returned; `with`: of a device that was activated.
+    ///
+    /// # Errors
+    /// The state is no such device's, or the queues cannot be used.
+    fn restore(&mut self, state: &[u8], with: Option<Activation>) -> anyhow::Result<()>;
     /// The driver reset the device: no queue is touched any more when this returns.
     fn reset(&mut self);
 }

@@ -17,7 +17,6 @@ use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::Sink;
 use adit_engine::{EngineConfig, ResetReason, StreamId, Tick};
-use anyhow::Context;
 
 use super::linked::Linked;
 
@@ -57,14 +56,7 @@ impl Host {
         // Whatever the guest asks for is looked for as a socket.
         shard.port_mut(port).listen_to_all();
         let uds = uds.map(|path| -> anyhow::Result<_> {
-            // Left from a VM that was killed: nobody answers there.
-            let refused = std::io::ErrorKind::ConnectionRefused;
-            if UnixStream::connect(path).is_err_and(|e| e.kind() == refused) {
-                std::fs::remove_file(path)?;
-            }
-            let listener = UnixListener::bind(path).with_context(|| {
-                format!("cannot listen on {}: is it another VM's?", path.display())
-            })?;
+            let listener = super::bind(path)?;
             listener.set_nonblocking(true)?;
             shard.watch(listener.as_fd(), KEY_LISTENER)?;
             Ok((listener, path.to_owned()))

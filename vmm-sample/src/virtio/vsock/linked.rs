@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 use adit_channel::carrier::{Armed, Carrier, CarrierCaps, CarrierFault, Interest, Woken};
-use adit_channel::device::{GuestCid, Signal, VirtQueue, VirtQueues, VsockDevice};
+use adit_channel::device::{DeviceState, GuestCid, Signal, VirtQueue, VirtQueues, VsockDevice};
 use adit_engine::{Lane, ResetReason};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
@@ -22,6 +22,7 @@ pub type Task = Box<dyn FnOnce(&mut Linked) + Send>;
 
 /// Behind the wakers of the device.
 const WAKER_TASKS: u32 = 64;
+const WAKER_EVENT_KICK: u32 = 65;
 
 /// The device and its mailbox.
 pub struct Linked {
@@ -29,6 +30,8 @@ pub struct Linked {
     tasks: Receiver<Task>,
     bell: OwnedFd,
     kicks: [OwnedFd; 3],
+    /// The guest has not been told that its connections are gone.
+    owes_reset: bool,
 }
 
 struct Irq(Arc<Interrupt>);
@@ -53,6 +56,7 @@ impl Linked {
             tasks,
             bell: duplicate(bell)?,
             kicks: [duplicate(rx)?, duplicate(tx)?, duplicate(event)?],
+            owes_reset: false,
         })
     }
 
@@ -77,8 +81,40 @@ impl Linked {
         Ok(self.device.activate(with.memory, queues, signal)?)
     }
 
+    /// What the device is, between two bursts.
+    pub fn save(&self) -> Vec<u8> {
+        self.device.save().to_bytes().into()
+    }
+
+    /// Goes on with the queues of a saved device: a new session, of which the guest is told.
+    pub fn restore(&mut self, state: &DeviceState, with: Activation) -> anyhow::Result<()> {
+        let [rx, tx, _] = &self.kicks;
+        let kicks = [Some(rx.try_clone()?), Some(tx.try_clone()?)];
+        let signal = Arc::new(Irq(with.interrupt));
+        self.device.restore(state, with.memory, kicks, signal)?;
+        self.owes_reset = true;
+        self.tell();
+        Ok(())
+    }
+
+    fn tell(&mut self) {
+        if !self.owes_reset {
+            return;
+        }
+        match self.device.tell_transport_reset() {
+            Ok(told) => self.owes_reset = !told,
+            Err(fault) => {
+                eprintln!("adit-vmm: vsock: {fault}");
+                self.owes_reset = false;
+                self.device.tear();
+            }
+        }
+    }
+
     /// The driver reset the device: every stream ends.
     pub fn reset(&mut self) {
+        // A driver that starts anew has no old connections.
+        self.owes_reset = false;
         self.device.reset(ResetReason::Epoch);
     }
 }
@@ -129,12 +165,19 @@ impl Carrier for Linked {
 
     fn wakers(&self, visit: &mut dyn FnMut(BorrowedFd<'_>, u32)) {
         visit(self.bell.as_fd(), WAKER_TASKS);
+        visit(self.kicks[2].as_fd(), WAKER_EVENT_KICK);
         self.device.wakers(visit);
     }
 
     fn woken(&mut self, id: u32) -> Woken {
-        if id != WAKER_TASKS {
-            return self.device.woken(id);
+        match id {
+            WAKER_TASKS => {}
+            WAKER_EVENT_KICK => {
+                clear(&self.kicks[2]);
+                self.tell();
+                return Woken::default();
+            }
+            id => return self.device.woken(id),
         }
         clear(&self.bell);
         while let Ok(task) = self.tasks.try_recv() {

@@ -15,10 +15,11 @@ pub mod handed;
 mod hybrid;
 mod linked;
 
-use std::path::PathBuf;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Sender};
 
-use adit_channel::device::{FEATURES, GuestCid, QUEUE_MAX};
+use adit_channel::device::{DeviceState, FEATURES, GuestCid, QUEUE_MAX};
 use anyhow::Context;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -30,6 +31,8 @@ use linked::{Linked, Task};
 /// Entries of each queue at most.
 const QUEUE: u16 = 256;
 const _: () = assert!(QUEUE <= QUEUE_MAX);
+
+const GONE: &str = "the vsock device has ended";
 
 /// Who has the host's ends of the streams.
 #[derive(Debug)]
@@ -48,6 +51,21 @@ pub struct Vsock {
     tasks: Sender<Task>,
     /// Wakes the thread for a task.
     bell: EventFd,
+    /// While it is there, the thread stands still.
+    held: Option<Sender<()>>,
+}
+
+/// Binds a socket; one that a killed process left is taken away.
+///
+/// # Errors
+/// Somebody listens there, or it cannot be made.
+pub fn bind(path: &Path) -> anyhow::Result<UnixListener> {
+    let refused = std::io::ErrorKind::ConnectionRefused;
+    if UnixStream::connect(path).is_err_and(|e| e.kind() == refused) {
+        std::fs::remove_file(path)?;
+    }
+    UnixListener::bind(path)
+        .with_context(|| format!("cannot listen on {}: is it another VM's?", path.display()))
 }
 
 impl Vsock {
@@ -78,7 +96,15 @@ impl Vsock {
             kicks,
             tasks,
             bell,
+            held: None,
         })
+    }
+
+    fn give(&self, task: Task) -> anyhow::Result<()> {
+        self.tasks.send(task).ok().context(GONE)?;
+        // It fails only when the thread is woken already.
+        let _ = self.bell.write(1);
+        Ok(())
     }
 
     /// Has the thread do something with the device, and waits for the outcome.
@@ -87,15 +113,12 @@ impl Vsock {
         what: impl FnOnce(&mut Linked) -> T + Send + 'static,
     ) -> anyhow::Result<T> {
         let (reply, answer) = mpsc::sync_channel(1);
-        let task: Task = Box::new(move |linked| {
+        let task: Task = Box::new(move |linked: &mut Linked| {
             // Who asked is waiting below.
             let _ = reply.send(what(linked));
         });
-        let gone = "the vsock device has ended";
-        self.tasks.send(task).ok().context(gone)?;
-        // It fails only when the thread is woken already.
-        let _ = self.bell.write(1);
-        answer.recv().context(gone)
+        self.give(task)?;
+        answer.recv().context(GONE)
     }
 }
 
@@ -130,6 +153,35 @@ impl Device for Vsock {
 
     fn activate(&mut self, with: Activation) -> anyhow::Result<()> {
         self.ask(|linked| linked.activate(with))?
+    }
+
+    fn pause(&mut self) -> anyhow::Result<Vec<u8>> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        let (hold, go_on) = mpsc::channel::<()>();
+        self.give(Box::new(move |linked: &mut Linked| {
+            let _ = reply.send(linked.save());
+            // Until the other end is dropped.
+            let _ = go_on.recv();
+        }))?;
+        let state = answer.recv().context(GONE)?;
+        self.held = Some(hold);
+        Ok(state)
+    }
+
+    fn resume(&mut self) {
+        self.held = None;
+    }
+
+    fn restore(&mut self, state: &[u8], with: Option<Activation>) -> anyhow::Result<()> {
+        let state = DeviceState::parse(state)?;
+        anyhow::ensure!(
+            state.has_session() == with.is_some(),
+            "the saved vsock device and its driver disagree: the guest had broken it, and must reset it first"
+        );
+        match with {
+            Some(with) => self.ask(move |linked| linked.restore(&state, with))?,
+            None => Ok(()),
+        }
     }
 
     fn reset(&mut self) {
