@@ -16,7 +16,7 @@ const LIMIT: Duration = Duration::from_secs(240);
 
 /// In L1: functions that the scripts share.
 const HELPERS: &str = r#"
-fail() { echo "NESTED-FAIL $*"; [ -f "$LOG" ] && tail -n 25 "$LOG"; tail -n 5 /tmp/vmm.err; }
+fail() { [ -f "$LOG" ] && tail -n 25 "$LOG"; tail -n 5 /tmp/vmm.err; echo "NESTED-FAIL $*"; }
 # until_said TEXT SECONDS: until the guest has said it on its serial line.
 until_said() {
     n=$(($2 * 10))
@@ -95,6 +95,15 @@ mv /dev/kvm /dev/kvm.away
 wrong "there is no /dev/kvm" --kernel /l2/old/vmlinux
 mv /dev/kvm.away /dev/kvm
 echo NESTED-DONE wrong
+LOG=/tmp/rude.log
+dd if=/dev/zero of=/tmp/rude.disk bs=1M count=0 seek=1 2>/dev/null
+rude() { start --kernel /l2/rude$1 --memory 64M --disk /tmp/rude.disk --vsock cid=3,uds=/tmp/rude; }
+rude 0; ended 0 "switched itself off"
+[ $(tr -cd x < $LOG | wc -c) -ge 20000 ] || fail "the serial line lost bytes"
+rude 1; ended 3 "asked for a reset"
+rude 2; n=300; until [ $(tr -cd x < $LOG | wc -c) -ge 20000 ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "halting guest"; break; }; sleep 0.1; done
+kill -TERM $VMM; ended 0 stopped
+echo NESTED-DONE rude
 "#;
 
 /// In L1: aditd serves a VM that has no port process beside its VMM; it may die; the VM's end takes it off the map.
@@ -149,7 +158,7 @@ const TICKING: &str = r#"
 (
     n=0
     while :; do
-        n=$((n + 1)); echo $n > /var/lib/n; echo "TICK $n"
+        n=$((n + 1)); echo $n > /var/lib/n; echo "TICK $n of $(nproc)"
         dmesg | grep -q "virtual machine fork" && echo FORKED
         sleep 0.3
     done
@@ -174,7 +183,7 @@ LOG=/tmp/v0.log
 start --kernel /l2/vm/vmlinux --initrd /l2/vm/initrd --disk /tmp/disk --memory 256M --cpus 2 \
     --cmdline "console=ttyS0 quiet panic=-1 mitigations=off" --vsock cid=3,uds=/tmp/v0 --api $API
 ORIGIN=$VMM
-until_said "TICK 3" 120; until_said HELD 20
+until_said "TICK 3 of 2" 120; until_said HELD 20
 [ "$(api GET http://vm/vm)" = '{"state":"running"}' ] || fail "state"
 api PUT -d '{"dir":"/tmp/snap"}' http://vm/snapshot | grep -q "pause first" || fail "a running VM was written"
 api PUT http://vm/pause
@@ -269,11 +278,18 @@ fn stock_kernels_boot_and_their_streams_work() {
         },
     ];
     let script = format!(
-        "{HELPERS}\nNAME=old KERNEL=vmlinux CPUS=2 BOOTS='1 2'\n{OUTER}\nNAME=new KERNEL=bzimage CPUS=1 BOOTS=1\n{OUTER}\n{WRONG}"
+        "{HELPERS}\nNAME=old KERNEL=vmlinux CPUS=1 BOOTS='1 2'\n{OUTER}\nNAME=new KERNEL=bzimage CPUS=1 BOOTS=1\n{OUTER}\n{WRONG}"
     );
     let dir = fresh("nested");
-    let mut l1 = Nested::boot(&old, &inner, &[vmm()], &script, &dir).unwrap();
-    for marker in ["NESTED-DONE old", "NESTED-DONE new", "NESTED-DONE wrong"] {
+    let mut programs = vec![vmm()];
+    programs.extend(Nested::rude_kernels(&dir).unwrap());
+    let mut l1 = Nested::boot(&old, &inner, &programs, &script, &dir).unwrap();
+    for marker in [
+        "NESTED-DONE old",
+        "NESTED-DONE new",
+        "NESTED-DONE wrong",
+        "NESTED-DONE rude",
+    ] {
         l1.wait_said(marker, LIMIT).unwrap();
     }
     report(&l1);

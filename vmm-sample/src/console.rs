@@ -65,50 +65,43 @@ impl Write for Out {
 /// The serial line.
 pub struct Console(Mutex<Serial<Irq, NoEvents, Out>>);
 
-/// The line's registers.
+/// The line's registers, and what was typed and not read.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct LineState {
-    divisor: [u8; 2],
-    interrupt_enable: u8,
-    interrupt_identification: u8,
-    line_control: u8,
-    line_status: u8,
-    modem_control: u8,
-    modem_status: u8,
-    scratch: u8,
-    input: Vec<u8>,
-}
+pub struct LineState([u8; 9], Vec<u8>);
 
 impl From<SerialState> for LineState {
     fn from(s: SerialState) -> Self {
-        Self {
-            divisor: [s.baud_divisor_low, s.baud_divisor_high],
-            interrupt_enable: s.interrupt_enable,
-            interrupt_identification: s.interrupt_identification,
-            line_control: s.line_control,
-            line_status: s.line_status,
-            modem_control: s.modem_control,
-            modem_status: s.modem_status,
-            scratch: s.scratch,
-            input: s.in_buffer,
-        }
+        let registers = [
+            s.baud_divisor_low,
+            s.baud_divisor_high,
+            s.interrupt_enable,
+            s.interrupt_identification,
+            s.line_control,
+            s.line_status,
+            s.modem_control,
+            s.modem_status,
+            s.scratch,
+        ];
+        Self(registers, s.in_buffer)
     }
 }
 
 impl From<&LineState> for SerialState {
-    fn from(s: &LineState) -> Self {
-        Self {
-            baud_divisor_low: s.divisor[0],
-            baud_divisor_high: s.divisor[1],
-            interrupt_enable: s.interrupt_enable,
-            interrupt_identification: s.interrupt_identification,
-            line_control: s.line_control,
-            line_status: s.line_status,
-            modem_control: s.modem_control,
-            modem_status: s.modem_status,
-            scratch: s.scratch,
-            in_buffer: s.input.clone(),
-        }
+    fn from(LineState(registers, input): &LineState) -> Self {
+        let mut s = Self::default();
+        [
+            s.baud_divisor_low,
+            s.baud_divisor_high,
+            s.interrupt_enable,
+            s.interrupt_identification,
+            s.line_control,
+            s.line_status,
+            s.modem_control,
+            s.modem_status,
+            s.scratch,
+        ] = *registers;
+        s.in_buffer.clone_from(input);
+        s
     }
 }
 

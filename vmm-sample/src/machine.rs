@@ -17,8 +17,9 @@ use crate::acpi::{self, Window};
 use crate::bus::{Bus, lock};
 use crate::console::{Console, Line, LineState};
 use crate::cpu_state::{ChipState, CpuState};
-use crate::exit::Exit;
+use crate::exit::{Exit, Reason};
 use crate::gate::Gate;
+use crate::seccomp::{Filters, Thread};
 use crate::snapshot::State;
 use crate::virtio::mmio::{self, Transport, TransportState};
 use crate::virtio::{Device, Interrupt, Memory};
@@ -202,7 +203,7 @@ impl Machine {
     ///
     /// # Errors
     /// There is no thread to be had.
-    pub fn start(&mut self) -> anyhow::Result<()> {
+    pub fn start(&mut self, filters: &Filters) -> anyhow::Result<()> {
         for (id, fd) in (0..).zip(&self.vcpus) {
             let vcpu = crate::vcpu::Vcpu {
                 id,
@@ -211,9 +212,13 @@ impl Machine {
                 exit: self.exit.clone(),
                 gate: self.gate.clone(),
             };
+            let filters = filters.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{id}"))
-                .spawn(move || vcpu.run())?;
+                .spawn(move || match filters.apply(Thread::Vcpu) {
+                    Ok(()) => vcpu.run(),
+                    Err(e) => vcpu.exit.end(Reason::Fault(format!("{e:#}"))),
+                })?;
             self.threads.push(thread);
         }
         Ok(())

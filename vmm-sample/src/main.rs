@@ -18,6 +18,7 @@ mod layout;
 mod machine;
 mod memory;
 mod options;
+mod seccomp;
 mod snapshot;
 mod vcpu;
 mod virtio;
@@ -33,6 +34,7 @@ use exit::Reason;
 use machine::{CPUS_MAX, Machine, Shape};
 use nix::sys::signalfd::SignalFd;
 use options::{Command, Host, Options, Restore, Run};
+use seccomp::Filters;
 use virtio::Device;
 use virtio::block::Block;
 use virtio::vsock::handed::Registered;
@@ -58,15 +60,15 @@ fn main() -> ExitCode {
 type Devices = Vec<Box<dyn Device>>;
 
 /// The devices in the order of their windows, and the VM's entry in aditd's map.
-fn devices(host: &Host) -> anyhow::Result<(Devices, Option<Registered>)> {
+fn devices(host: &Host, filters: &Filters) -> anyhow::Result<(Devices, Option<Registered>)> {
     let mut devices = Devices::new();
     let mut registered = None;
     if let Some(disk) = &host.disk {
-        devices.push(Box::new(Block::open(disk)?));
+        devices.push(Box::new(Block::open(disk, filters)?));
     }
     if let Some(vsock) = &host.vsock {
         let owner = host.owner(vsock)?;
-        devices.push(Box::new(Vsock::new(vsock.cid, &owner)?));
+        devices.push(Box::new(Vsock::new(vsock.cid, &owner, filters)?));
         if let Owner::Aditd(registration) = owner {
             // Not before the thread is there that answers aditd.
             registered = Some(registration.register()?);
@@ -77,16 +79,18 @@ fn devices(host: &Host) -> anyhow::Result<(Devices, Option<Registered>)> {
 
 fn run(options: &Run) -> anyhow::Result<Reason> {
     let signals = events::signals()?;
+    let filters = options.host.filters()?;
     let shape = options.shape();
     let memory = Arc::new(memory::allocate(shape.memory)?);
-    let (devices, _registered) = devices(&options.host)?;
+    let (devices, _registered) = devices(&options.host, &filters)?;
     let machine = Machine::new(&shape, memory, devices, &Console::fresh())?;
     machine.boot(&options.boot())?;
-    go(machine, signals, &options.host)
+    go(machine, signals, &options.host, &filters)
 }
 
 fn restore(options: &Restore) -> anyhow::Result<Reason> {
     let signals = events::signals()?;
+    let filters = options.host.filters()?;
     let state = snapshot::read(&options.from)?;
     let memory = Arc::new(snapshot::map(&options.from, &state)?);
     let cpus = u8::try_from(state.cpus.len()).unwrap_or(u8::MAX);
@@ -99,15 +103,20 @@ fn restore(options: &Restore) -> anyhow::Result<Reason> {
         memory: state.memory,
         serial: options.host.serial.clone(),
     };
-    let (devices, _registered) = devices(&options.host)?;
+    let (devices, _registered) = devices(&options.host, &filters)?;
     let machine = Machine::new(&shape, memory, devices, &state.line)?;
     machine.restore(&state)?;
-    go(machine, signals, &options.host)
+    go(machine, signals, &options.host, &filters)
 }
 
 /// From the first instruction to the end.
-fn go(mut machine: Machine, signals: SignalFd, host: &Host) -> anyhow::Result<Reason> {
-    machine.start()?;
+fn go(
+    mut machine: Machine,
+    signals: SignalFd,
+    host: &Host,
+    filters: &Filters,
+) -> anyhow::Result<Reason> {
+    machine.start(filters)?;
     machine.resume()?;
     let machine = Arc::new(Mutex::new(machine));
     let reason = events::until_end(&machine, signals, host.api.as_deref());

@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::console::Line;
 use crate::machine::{Boot, CPUS_MAX, Shape};
+use crate::seccomp::Filters;
 use crate::virtio::vsock::Owner;
 use crate::virtio::vsock::handed::Registration;
 
@@ -76,6 +77,9 @@ pub struct Host {
     /// Socket of the operator's API: GET /vm, PUT /pause, /resume, /snapshot, /stop
     #[arg(long, value_name = "SOCKET")]
     pub api: Option<PathBuf>,
+    /// Let guest-driven threads make any system call
+    #[arg(long)]
+    no_seccomp: bool,
     /// Disk image, which the guest sees as /dev/vda
     #[arg(long, value_name = "FILE")]
     pub disk: Option<PathBuf>,
@@ -122,6 +126,17 @@ impl Run {
 }
 
 impl Host {
+    /// What the guest's threads may ask of the kernel.
+    ///
+    /// # Errors
+    /// The filters cannot be made.
+    pub fn filters(&self) -> anyhow::Result<Filters> {
+        match self.no_seccomp {
+            true => Ok(Filters::default()),
+            false => Filters::on(),
+        }
+    }
+
     /// Who has the host's ends of the guest's streams.
     ///
     /// # Errors

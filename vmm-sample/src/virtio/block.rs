@@ -29,6 +29,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Activation, Device, Interrupt, Memory};
 use crate::bus::lock;
+use crate::seccomp::{Filters, Thread};
 
 const SECTOR: u64 = 512;
 const QUEUE: u16 = 256;
@@ -70,7 +71,7 @@ impl Block {
     ///
     /// # Errors
     /// The file cannot be opened, is no disk, or another process has it.
-    pub fn open(path: &Path) -> anyhow::Result<Self> {
+    pub fn open(path: &Path, filters: &Filters) -> anyhow::Result<Self> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -95,14 +96,16 @@ impl Block {
         }));
         let mut events = EventManager::<Arc<Mutex<Disk>>>::new()?;
         events.add_subscriber(disk.clone());
+        let filters = filters.clone();
         // It ends with the process: what a request writes is in the page cache before the guest is told.
         std::thread::Builder::new()
             .name("disk".to_owned())
-            .spawn(
-                move || {
-                    while let Ok(_) | Err(event_manager::Error::Epoll(_)) = events.run() {}
-                },
-            )?;
+            .spawn(move || {
+                if let Err(e) = filters.apply(Thread::Disk) {
+                    return eprintln!("adit-vmm: no disk: {e:#}");
+                }
+                while let Ok(_) | Err(event_manager::Error::Epoll(_)) = events.run() {}
+            })?;
         Ok(Self {
             disk,
             kick,

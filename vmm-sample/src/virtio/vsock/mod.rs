@@ -25,6 +25,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Activation, Device};
+use crate::seccomp::{Filters, Thread};
 use handed::{Handed, Registration};
 use linked::{Linked, Task};
 
@@ -73,7 +74,7 @@ impl Vsock {
     ///
     /// # Errors
     /// The owner's sockets cannot be made, or there are no descriptors to be had.
-    pub fn new(cid: GuestCid, owner: &Owner) -> anyhow::Result<Self> {
+    pub fn new(cid: GuestCid, owner: &Owner, filters: &Filters) -> anyhow::Result<Self> {
         let event = || EventFd::new(EFD_NONBLOCK);
         let (kicks, bell) = ([event()?, event()?, event()?], event()?);
         let (tasks, inbox) = mpsc::channel();
@@ -88,9 +89,13 @@ impl Vsock {
                 Box::new(|| handed.run())
             }
         };
+        let filters = filters.clone();
         std::thread::Builder::new()
             .name("vsock".to_owned())
-            .spawn(run)?;
+            .spawn(move || match filters.apply(Thread::Vsock) {
+                Ok(()) => run(),
+                Err(e) => eprintln!("adit-vmm: no vsock: {e:#}"),
+            })?;
         Ok(Self {
             cid,
             kicks,

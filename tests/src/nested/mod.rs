@@ -23,6 +23,8 @@ for m in $(cat /lib/adit/kvm); do insmod /lib/adit/$m.ko; done
 [ -c /dev/kvm ] || echo "NESTED-FAIL no /dev/kvm in L1"
 "#;
 
+const RUDE: &str = include_str!("rude.s");
+
 /// A guest of L1.
 #[derive(Clone, Debug)]
 pub struct Inner<'a> {
@@ -95,6 +97,27 @@ impl Nested {
             qemu,
             dir: dir.to_owned(),
         })
+    }
+
+    /// Kernels that are rude to their VMM, one for each way to end: power-off, triple fault, halt.
+    ///
+    /// # Errors
+    /// The assembler or the linker is missing.
+    pub fn rude_kernels(dir: &Path) -> anyhow::Result<Vec<(PathBuf, String)>> {
+        let source = dir.join("rude.s");
+        fs::write(&source, RUDE)?;
+        let mut kernels = Vec::new();
+        for ending in 0..3 {
+            let (object, kernel) = (dir.join("rude.o"), dir.join(format!("rude{ending}")));
+            let mut assemble = Command::new("as");
+            assemble.args(["--64", "--defsym", &format!("ENDING={ending}"), "-o"]);
+            output(assemble.arg(&object).arg(&source))?;
+            let mut link = Command::new("ld");
+            link.args(["-Ttext=0x100000", "-e", "_start", "-o"]);
+            output(link.arg(&kernel).arg(&object))?;
+            kernels.push((kernel, format!("/l2/rude{ending}")));
+        }
+        Ok(kernels)
     }
 
     /// What L1 needs to run a program of the host's: the program without debug information, and its libraries.

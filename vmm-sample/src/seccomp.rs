@@ -1,0 +1,200 @@
+//! What the threads that a guest drives may ask of the kernel: a guest that takes one over finds little.
+//!
+//! | thread | may |
+//! |---|---|
+//! | vCPU | run the guest (KVM_RUN is the only ioctl), signal other threads, write the serial line |
+//! | vsock | what a shard may (`SYSTEM_CALLS`), and what its owner does: accept, connect, say who we are, draw seeds |
+//! | disk | seek, read, write and sync the file that it has |
+//!
+//! None may open a file, map code, start a process or make a thread. The main thread, which hears the operator and no
+//! guest, has no filter. Another call ends the process with a line that names thread and call.
+
+#![allow(unsafe_code)] // a signal handler reads what the kernel says of the call, and ends the process
+
+use std::collections::BTreeMap;
+
+use adit_channel::shard::SYSTEM_CALLS;
+use anyhow::Context;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+use vmm_sys_util::signal::register_signal_handler;
+
+/// A kind of thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Thread {
+    Vcpu,
+    Vsock,
+    Disk,
+}
+
+/// `_IO(0xae, 0x80)`.
+const KVM_RUN: u64 = 0xae80;
+/// What every thread does: allocate, wait, hear a signal, say a line, end.
+const COMMON: &[libc::c_long] = &[
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_futex,
+    libc::SYS_brk,
+    libc::SYS_mmap,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_madvise,
+    libc::SYS_clock_gettime,
+    libc::SYS_sched_yield,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_restart_syscall,
+    libc::SYS_sigaltstack,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    // A thread's name, for the report.
+    libc::SYS_prctl,
+];
+const VSOCK: &[libc::c_long] = &[
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_accept4,
+    libc::SYS_socket,
+    libc::SYS_socketpair,
+    libc::SYS_connect,
+    libc::SYS_getsockopt,
+    libc::SYS_getpid,
+    // Seeds of hash maps.
+    libc::SYS_getrandom,
+    // The lock of a place that is let go.
+    libc::SYS_flock,
+];
+const DISK: &[libc::c_long] = &[
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_lseek,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+];
+
+fn program(thread: Thread) -> anyhow::Result<BpfProgram> {
+    let calls: &[&[libc::c_long]] = match thread {
+        Thread::Vcpu => &[COMMON],
+        Thread::Vsock => &[COMMON, SYSTEM_CALLS, VSOCK],
+        Thread::Disk => &[COMMON, DISK],
+    };
+    let calls = calls.iter().copied().flatten();
+    let mut rules: BTreeMap<_, _> = calls.map(|&call| (call, vec![])).collect();
+    let ioctl = match thread {
+        Thread::Vcpu => Some(KVM_RUN),
+        // Sockets are made nonblocking.
+        Thread::Vsock => Some(u64::from(libc::FIONBIO as u32)),
+        Thread::Disk => None,
+    };
+    if let Some(request) = ioctl {
+        rules.insert(libc::SYS_ioctl, vec![argument(1, request)?]);
+    }
+    // Memory, but no code.
+    let no_code = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
+    let condition = SeccompCondition::new(2, SeccompCmpArgLen::Dword, no_code, 0)?;
+    let no_code = vec![SeccompRule::new(vec![condition])?];
+    rules.insert(libc::SYS_mmap, no_code.clone());
+    rules.insert(libc::SYS_mprotect, no_code);
+    let (otherwise, listed) = (SeccompAction::Trap, SeccompAction::Allow);
+    let filter = SeccompFilter::new(rules, otherwise, listed, TargetArch::x86_64)?;
+    Ok(filter.try_into()?)
+}
+
+fn argument(index: u8, value: u64) -> anyhow::Result<SeccompRule> {
+    let condition = SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)?;
+    Ok(SeccompRule::new(vec![condition])?)
+}
+
+/// The filters, made before any thread is.
+#[derive(Clone, Debug, Default)]
+pub struct Filters(Option<[BpfProgram; 3]>);
+
+impl Filters {
+    /// # Errors
+    /// They cannot be made.
+    pub fn on() -> anyhow::Result<Self> {
+        register_signal_handler(libc::SIGSYS, forbidden)?;
+        let filters = [Thread::Vcpu, Thread::Vsock, Thread::Disk].map(program);
+        let [vcpu, vsock, disk] = filters;
+        Ok(Self(Some([vcpu?, vsock?, disk?])))
+    }
+
+    /// Confines the calling thread for the rest of its life.
+    ///
+    /// # Errors
+    /// The kernel takes no filter.
+    pub fn apply(&self, thread: Thread) -> anyhow::Result<()> {
+        let Some(filters) = &self.0 else {
+            return Ok(());
+        };
+        seccompiler::apply_filter(&filters[thread as usize])
+            .context("this kernel takes no seccomp filter: --no-seccomp runs without")
+    }
+}
+
+/// Ends the process and says why. Only what may be called from a signal handler.
+extern "C" fn forbidden(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    /// Of `si_syscall` in a siginfo of SIGSYS (include/uapi/asm-generic/siginfo.h).
+    const SYSCALL_OFFSET: usize = 24;
+    // SAFETY: the kernel passes a whole siginfo_t (128 bytes) to a handler that was installed with SA_SIGINFO.
+    let call = unsafe { info.cast::<u8>().add(SYSCALL_OFFSET).cast::<i32>().read() };
+    let mut name = [0; 16];
+    let mut line =
+        *b"adit-vmm: a thread made a system call that it may not make: 000 by                 \n";
+    let digits = 60;
+    for (place, power) in [100, 10, 1].into_iter().enumerate() {
+        line[digits + place] = b'0' + (call / power % 10) as u8;
+    }
+    // SAFETY: PR_GET_NAME writes at most 16 bytes, which `name` has, and is on the list.
+    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
+    for (to, from) in line[67..]
+        .iter_mut()
+        .zip(name.into_iter().take_while(|&b| b != 0))
+    {
+        *to = from;
+    }
+    // SAFETY: a plain write of bytes that live on this stack; then the end, without running anything of the process's.
+    unsafe {
+        libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len());
+        libc::_exit(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CHILD: &str = "ADIT_VMM_FORBIDDEN_CALL";
+
+    /// Runs itself again: what is forbidden ends a process.
+    #[test]
+    fn a_forbidden_call_ends_the_process_with_a_report() {
+        if std::env::var_os(CHILD).is_some() {
+            let filters = Filters::on().unwrap();
+            let thread = std::thread::Builder::new().name("vcpu0".to_owned());
+            let run = move || {
+                filters.apply(Thread::Vcpu).unwrap();
+                let _ = std::fs::File::open("/etc/passwd");
+            };
+            let _ = thread.spawn(run).unwrap().join();
+            return;
+        }
+        let out = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "seccomp::tests::a_forbidden_call_ends_the_process_with_a_report",
+            ])
+            .args(["--nocapture"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(1), "{said}");
+        let call = format!("may not make: {} by vcpu0", libc::SYS_openat);
+        assert!(said.contains(&call), "{said}");
+    }
+}
