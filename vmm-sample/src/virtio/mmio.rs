@@ -337,3 +337,6 @@ impl Transport {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
