@@ -9,6 +9,9 @@
 //! | `engine_ops` | the peer's packets and the shell's calls, in any order | `shell`: ids once, windows inside the pool, credit never over-run |
 //! | `vhost_user_messages` | the frontend's: messages and descriptors on its socket | whole answers, no leak, the next frontend is served |
 //! | `mem_table` | the frontend's: regions over files of any kind and size | the rules in 128 bits; no leak, no SIGBUS |
+//! | `record` | the producer's: a ring's memory | a second reader |
+//! | `ring_ops` | calls of both ends in any order, and a peer that writes over any word | a queue |
+//! | `attach` | both sides' words, and the head of a region | who begins anew comes to run |
 //! | `succession` | a predecessor's, in its guest's hands: handover record, live file, unread bytes | a verdict in time, no leak, no thread lost |
 //!
 //! Seeds stand in `corpus/TARGET/`: the least of what libFuzzer found that reaches every place it reached, and every input
@@ -18,11 +21,14 @@
 //! pages and 311,572 with dirty bytes by sixteen; `vsock_packet` 476,953; `vhost_user_messages` 236,340; `port_packet` 157,237;
 //! `succession` 64,373. Found: a SIGPIPE in a process that does not ignore it (`succession`). Faults that were planted are found.
 
+mod attach;
 mod descriptor_chain;
 mod engine_ops;
 mod input;
 mod mem_table;
 mod port_packet;
+mod record;
+mod ring_ops;
 mod shell;
 mod succession;
 mod vhost_user_messages;
@@ -34,7 +40,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 10] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -42,6 +48,9 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("vhost_user_messages", vhost_user_messages::run),
     ("mem_table", mem_table::run),
     ("succession", succession::run),
+    ("record", record::run),
+    ("ring_ops", ring_ops::run),
+    ("attach", attach::run),
 ];
 
 /// Where the seeds of a target lie.

@@ -2,6 +2,7 @@
 
 use core::fmt;
 use core::marker::PhantomData;
+use core::mem::ManuallyDrop;
 
 use crate::layout::{HEADER, Header};
 use crate::{
@@ -72,7 +73,7 @@ pub struct Producer<M, P = Validated> {
     policy: PhantomData<P>,
 }
 
-/// Room for one record, to be filled in place. Dropped without `commit`: nothing was written.
+/// Room for one record, to be filled in place. Dropped without `commit`: there is no record.
 #[derive(Debug)]
 pub struct Grant<'a, M, P = Validated> {
     producer: &'a mut Producer<M, P>,
@@ -309,12 +310,9 @@ impl<M: RingMem, P: Policy> Grant<'_, M, P> {
     /// shown now, so that the consumer is not kept idle.
     #[inline(always)]
     pub fn commit(self) -> Wake {
-        let Self {
-            producer,
-            pad,
-            len,
-            total,
-        } = self;
+        let (pad, len, total) = (self.pad, self.len, self.total);
+        let mut grant = ManuallyDrop::new(self);
+        let producer = &mut *grant.producer;
         if pad > 0 {
             producer.put(Header::pad(pad - HEADER as u64), pad);
         }
@@ -327,5 +325,13 @@ impl<M: RingMem, P: Policy> Grant<'_, M, P> {
         } else {
             Wake::No
         }
+    }
+}
+
+impl<M, P> Drop for Grant<'_, M, P> {
+    /// What was written where a header may come to stand is not zero any more.
+    fn drop(&mut self) {
+        let written = self.producer.head + self.pad + HEADER as u64;
+        self.producer.zeroed = self.producer.zeroed.min(written);
     }
 }

@@ -1,0 +1,100 @@
+//! Both ends of a ring, in any order of calls, held against a queue; and a peer that writes over any word of it, after which
+//! the ends may refuse, but never hand out what was not there, and never go beyond the ring.
+//!
+//! Input: size, alignment, wraps, events, then operations.
+
+use std::collections::VecDeque;
+
+use adit_ringbuf::{Armed, Consumer, Geometry, Mapped, Producer, PushError, RingMem};
+
+use crate::input::Input;
+
+const BYTES: usize = 1 << 14;
+
+thread_local! {
+    static MEMORY: Mapped = Mapped::anonymous(BYTES).expect("memory");
+}
+
+pub fn run(data: &[u8]) {
+    MEMORY.with(|memory| {
+        memory.zero(0, BYTES);
+        play(memory, Input(data));
+    });
+}
+
+fn play(memory: &Mapped, mut input: Input<'_>) {
+    let size = input.pick(&[64, 256, 1024, 4096]);
+    let align = if size >= 256 { input.pick(&[8, 64]) } else { 8 };
+    let geometry = Geometry::alone(size, align);
+    let events = input.flag();
+    let mut producer = Producer::new(memory, geometry, events).expect("a ring");
+    let mut consumer = Consumer::new(memory, geometry, events).expect("a ring");
+    // Committed, shown, and how many bytes they are: what an honest ring would do.
+    let (mut committed, mut shown) = (VecDeque::new(), VecDeque::new());
+    let mut honest = true;
+    let mut next = 0u8;
+    let mut buf = [0; 4096];
+    while !input.is_empty() {
+        match input.below(8) {
+            0 | 1 => {
+                let len = usize::from(input.u16()) % (geometry.record_max + 2);
+                next = next.wrapping_add(1);
+                let record = vec![next; len];
+                let taken = match producer.reserve(len) {
+                    Ok(mut grant) => {
+                        grant.write(0, &record);
+                        // Dropped: there is no record.
+                        input.flag() && {
+                            let _ = grant.commit();
+                            true
+                        }
+                    }
+                    Err(why) => {
+                        assert_eq!(
+                            matches!(why, PushError::TooLong { .. }),
+                            len > geometry.record_max
+                        );
+                        assert!(!honest || !matches!(why, PushError::Corrupt(_)));
+                        false
+                    }
+                };
+                if taken {
+                    committed.push_back(record);
+                }
+                if producer.unpublished() == 0 {
+                    shown.append(&mut committed);
+                }
+            }
+            2 => {
+                let _ = producer.publish();
+                shown.append(&mut committed);
+            }
+            3 | 4 => match consumer.pop(&mut buf) {
+                Ok(Some(len)) if honest => {
+                    let record: Vec<u8> = shown.pop_front().expect("it was shown");
+                    assert_eq!(buf[..len], record);
+                }
+                Ok(Some(len)) => assert!(len <= geometry.record_max),
+                Ok(None) => assert!(!honest || shown.is_empty()),
+                Err(_) => assert!(!honest),
+            },
+            5 => {
+                let _ = consumer.release();
+            }
+            6 => {
+                let armed = consumer.arm_data();
+                let armed = armed.map(|(armed, _)| armed);
+                assert!(armed.is_ok() || !honest);
+                assert!(!honest || (armed == Ok(Armed::Sleep)) == shown.is_empty());
+                let space = producer.arm_space(usize::from(input.u16()));
+                shown.append(&mut committed);
+                assert!(space.is_ok() || !honest);
+            }
+            _ => {
+                let at = (usize::from(input.u16()) % geometry.bytes()) & !7;
+                memory.store(at, input.u64());
+                honest = false;
+            }
+        }
+    }
+}
