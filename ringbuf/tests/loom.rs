@@ -200,3 +200,171 @@ fn r09_nobody_sleeps_over_space() {
         "a missing fence went unnoticed"
     );
 }
+
+/// The head, the words and the beginnings of the rings of a region with one lane; nothing else of it is touched.
+mod region {
+    use std::collections::BTreeMap;
+
+    use adit_ringbuf::region::{Features, Region, Side, Spec};
+    use adit_ringbuf::session::{Event, Guest, Host, Lost, State};
+
+    use super::*;
+
+    const HOST_WORD: usize = 4096;
+    const GUEST_WORD: usize = 8192;
+
+    /// What is wrong with the memory.
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    enum Bug {
+        Nothing,
+        /// State words are stored without Release.
+        RelaxedStates,
+        /// The host's word never becomes CLOSED.
+        CloseUnsaid,
+    }
+
+    struct Words {
+        words: BTreeMap<usize, AtomicU64>,
+        bug: Bug,
+    }
+
+    #[derive(Clone)]
+    struct Sparse(Arc<Words>);
+
+    impl Sparse {
+        /// As somebody left it: words of a session that is over, a record that nobody sent in this one.
+        fn used(bug: Bug) -> Self {
+            let region = Region::new(spec(), 1).unwrap();
+            let mut at: Vec<usize> = (0..256).step_by(8).collect();
+            at.extend([HOST_WORD, GUEST_WORD, GUEST_WORD + 8]);
+            let mut dirty = Vec::new();
+            for side in [Side::Guest, Side::Host] {
+                let g = region.geometry(0, side, false, false);
+                dirty.extend([g.cons, g.data_wake_at, g.space_wake_at, g.data]);
+                at.extend([g.data + 8, g.data + 16]);
+            }
+            let word = |at, value| (at, AtomicU64::new(value));
+            let clean = at.into_iter().map(|at| word(at, 0));
+            let words = clean.chain(dirty.into_iter().map(|at| word(at, 0x8000_0003)));
+            let words = words.collect();
+            Self(Arc::new(Words { words, bug }))
+        }
+
+        fn word(&self, at: usize) -> &AtomicU64 {
+            &self.0.words[&at]
+        }
+    }
+
+    impl RingMem for Sparse {
+        fn len(&self) -> usize {
+            spec().bytes()
+        }
+        fn load(&self, at: usize) -> u64 {
+            self.word(at).load(Ordering::Acquire)
+        }
+        fn store(&self, at: usize, word: u64) {
+            let state = at == HOST_WORD || at == GUEST_WORD;
+            if self.0.bug == Bug::CloseUnsaid && at == HOST_WORD && word & 0xff == 6 {
+                return;
+            }
+            // Loom keeps all that was ever stored: whatever is not a state is shown by one.
+            let order = match (state, self.0.bug) {
+                (true, Bug::RelaxedStates) => Ordering::Relaxed,
+                (true, _) => Ordering::Release,
+                (false, _) => Ordering::Relaxed,
+            };
+            self.word(at).store(word, order);
+        }
+        fn store_relaxed(&self, at: usize, word: u64) {
+            self.word(at).store(word, Ordering::Relaxed);
+        }
+        fn fence(&self) {
+            fence(Ordering::SeqCst);
+        }
+        fn write(&self, at: usize, bytes: &[u8]) {
+            let word = u64::from_le_bytes(bytes.try_into().unwrap());
+            self.store_relaxed(at, word);
+        }
+        fn zero(&self, at: usize, _: usize) {
+            self.store_relaxed(at, 0);
+        }
+        fn read(&self, _: usize, _: &mut [u8]) {}
+    }
+
+    fn spec() -> Spec {
+        Spec::uniform(1, 4096)
+    }
+
+    /// The guest asks while the host offers; each then finds the other's ring empty, and not what was there before.
+    fn attach(bug: Bug) {
+        let mem = Sparse::used(bug);
+        let mut host = Host::offer(mem.clone(), spec(), 1).unwrap();
+        let thread = loom::thread::spawn(move || {
+            while !matches!(host.poll().event, Some(Event::Attached { epoch: 2, .. })) {
+                loom::thread::yield_now();
+            }
+            let mut ends = host.ends(0, false).unwrap();
+            assert_eq!(ends.consumer.peek().map(|r| r.is_some()), Ok(false));
+        });
+        let mut guest = Guest::find(mem, 9 << 8, Features::NONE).unwrap();
+        let _ = guest.attach();
+        while guest.poll().unwrap().event.is_none() {
+            loom::thread::yield_now();
+        }
+        assert_eq!(guest.region().map(Region::epoch), Some(2));
+        let mut ends = guest.ends(0, false).unwrap().unwrap();
+        assert_eq!(ends.consumer.peek().map(|r| r.is_some()), Ok(false));
+        thread.join().unwrap();
+    }
+
+    /// Both close at once, or one of them: both know in the end, and each is told at most once.
+    fn close(bug: Bug) {
+        let mem = Sparse::used(bug);
+        let mut host = Host::offer(mem.clone(), spec(), 1).unwrap();
+        let mut guest = Guest::find(mem, 9 << 8, Features::NONE).unwrap();
+        let _ = guest.attach();
+        let _ = host.poll();
+        let _ = guest.poll().unwrap();
+        let _ = host.poll();
+        assert_eq!((host.state(), guest.state()), (State::Run, State::Run));
+        let thread = loom::thread::spawn(move || {
+            let _ = host.close();
+            assert_eq!(host.poll().event, None);
+            host
+        });
+        let lost = loop {
+            if let Some(event) = guest.poll().unwrap().event {
+                break event;
+            }
+            loom::thread::yield_now();
+        };
+        assert_eq!(lost, Event::Lost(Lost::Closed));
+        assert_eq!(guest.poll().unwrap().event, None);
+        let mut host = thread.join().unwrap();
+        assert_eq!(host.poll().event, None);
+        assert_eq!(
+            (host.state(), guest.state()),
+            (State::Closed, State::Closed)
+        );
+    }
+
+    #[test]
+    fn a_session_begins_with_nothing_of_the_last_one() {
+        let count = explore(|| attach(Bug::Nothing)).unwrap();
+        assert!(count > 10, "{count} interleavings");
+        assert!(
+            explore(|| attach(Bug::RelaxedStates)).is_err(),
+            "relaxed states went unnoticed"
+        );
+    }
+
+    #[test]
+    fn a_session_ends_on_both_sides() {
+        let count = explore(|| close(Bug::Nothing)).unwrap();
+        assert!(count > 5, "{count} interleavings");
+        assert!(
+            explore(|| close(Bug::CloseUnsaid)).is_err(),
+            "an end that was never said went unnoticed"
+        );
+    }
+}

@@ -1,0 +1,106 @@
+//! Nothing stays behind: descriptors and mappings end as they began. Alone in its process, for it counts them.
+
+mod common;
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use adit_ringbuf::Mapped;
+use adit_ringbuf::region::{Features, Spec};
+use adit_ringbuf::session::{Event, Guest, Host};
+use adit_ringbuf_io::attach::{AttachError, Bells, Offer, Socket};
+use common::{converse, meet, offer, packet, send};
+
+fn counts() -> (usize, usize) {
+    let fds = std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    (fds, maps.matches("adit-ring").count())
+}
+
+#[test]
+fn attachments_good_and_bad_leave_nothing_behind() {
+    let before = counts();
+    every_packet_that_does_not_belong_is_refused();
+    assert_eq!(counts(), before);
+    ten_thousand_attachments_come_and_go();
+    assert_eq!(counts(), before);
+}
+
+fn every_packet_that_does_not_belong_is_refused() {
+    let (_, fd) = Mapped::memfd(1 << 16).unwrap();
+    let good = packet(2, &offer(1 << 16), 5);
+    let changed = |at: usize, byte: u8| {
+        let mut bytes = good.clone();
+        bytes[at] = byte;
+        bytes
+    };
+    let name = |vm: &str, lanes: u8, bytes: u64| {
+        let vm = vm.to_owned();
+        packet(2, &Offer { vm, bytes, lanes }, 5)
+    };
+    let long = [&good[..], &[0; 4096]].concat();
+    let cases: Vec<(&str, Vec<u8>, usize)> = vec![
+        ("magic", changed(0, 0), 5),
+        ("version", changed(8, 2), 5),
+        ("what", changed(10, 9), 5),
+        ("accept", packet(3, &(), 0), 0),
+        ("hello again", packet(1, &"x", 0), 0),
+        ("number of descriptors", changed(12, 4), 5),
+        ("reserved", changed(14, 1), 5),
+        ("reserved", changed(31, 1), 5),
+        ("too few", packet(2, &offer(1 << 16), 4), 4),
+        ("too many", packet(2, &offer(1 << 16), 9), 9),
+        ("none", packet(2, &offer(1 << 16), 0), 0),
+        ("behind its end", [&good[..], &[0]].concat(), 5),
+        ("cut", good[..33].to_vec(), 5),
+        ("shorter than its head", good[..31].to_vec(), 5),
+        ("too long", long, 5),
+        ("no name", name("", 1, 4096), 5),
+        ("name", name("Web 1", 1, 4096), 5),
+        ("name", name(&"a".repeat(65), 1, 4096), 5),
+        ("lanes", name("a", 0, 4096), 5),
+        ("lanes", name("a", 5, 4096), 5),
+        ("bytes", name("a", 1, u64::MAX), 5),
+    ];
+    for (what, bytes, count) in cases {
+        let (offered, answer) = meet(|socket| converse(&socket, &bytes, &vec![fd.as_fd(); count]));
+        assert!(offered.is_err(), "{what}");
+        assert_eq!(answer, Some(4), "{what}: {offered:?}");
+        let version = matches!(offered, Err(AttachError::Version { found: 2 }));
+        assert_eq!(version, what == "version");
+        drop(offered);
+    }
+}
+
+fn ten_thousand_attachments_come_and_go() {
+    let spec = Spec::uniform(1, 4096);
+    let (memory, fd) = Mapped::memfd(spec.bytes()).unwrap();
+    let bells = Bells::new().unwrap();
+    let fd: OwnedFd = fd;
+    for n in 0..10_000 {
+        let (near, far) = Socket::pair().unwrap();
+        // Both in one thread: the socket holds what one says until the other listens.
+        send(&near, &packet(1, &"x", 0), &[]);
+        let all = [
+            &bells.guest_data,
+            &bells.guest_space,
+            &bells.host_data,
+            &bells.host_space,
+        ];
+        let raw = all.map(|bell| bell.try_clone().unwrap());
+        let lent: Vec<_> = raw
+            .iter()
+            .filter_map(adit_ringbuf_io::doorbell::Waiter::fd)
+            .collect();
+        let fds: Vec<_> = std::iter::once(fd.as_fd()).chain(lent).collect();
+        send(&near, &packet(2, &offer(spec.bytes()), 5), &fds);
+        let offered = far.offered().unwrap();
+        let mut host = Host::offer(offered.memory.clone(), spec, n).unwrap();
+        let (socket, ..) = offered.accept(n).unwrap();
+        let mut guest = Guest::find(memory.clone(), n << 16, Features::NONE).unwrap();
+        let _ = guest.attach();
+        let _ = host.poll();
+        let _ = guest.poll().unwrap();
+        assert!(matches!(host.poll().event, Some(Event::Attached { .. })));
+        socket.detach("next").unwrap();
+    }
+}
