@@ -58,6 +58,8 @@ fn r24_an_index_that_changes_while_it_is_read_is_the_old_one_or_the_new_one() {
                     let now = driver.tx.used_idx();
                     assert!(now.wrapping_sub(used) <= QUEUE, "{used:#x}, then {now:#x}");
                     used = now;
+                    // The device may be waiting for this CPU.
+                    std::thread::yield_now();
                 }
                 driver.tx.push(sent as u16 % QUEUE);
                 sent += 1;
@@ -69,7 +71,7 @@ fn r24_an_index_that_changes_while_it_is_read_is_the_old_one_or_the_new_one() {
         }
         crossings
     });
-    let mut next = 0;
+    let (mut next, mut idle) = (0, 0u64);
     while next < CHAINS {
         let (ended, before) = (hammer.is_finished(), next);
         rig.device.begin();
@@ -83,6 +85,10 @@ fn r24_an_index_that_changes_while_it_is_read_is_the_old_one_or_the_new_one() {
             tx: false,
         });
         assert!(!ended || next > before, "{next} came");
+        idle = if next > before { 0 } else { idle + 1 };
+        if idle % 64 == 63 {
+            std::thread::yield_now();
+        }
     }
     let crossings = hammer.join().expect("the driver");
     assert!(crossings > 300, "{crossings} times over the border");

@@ -13,7 +13,7 @@ use std::time::Duration;
 use adit_channel::frame::{self, Header};
 use adit_channel::hello::{Common, Hello, Open};
 use adit_port::control::{CONTROL_SOCKET, Dial, Dialed, Incoming, Status};
-use adit_port::control_io::{Message, receive, send};
+use adit_port::control_io::{ControlError, Message, receive, send};
 use adit_tasks::wire::{Facts, Outcome, Pull, Report, Task, TaskId, WireKind};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, setsockopt, socket, sockopt,
@@ -232,12 +232,12 @@ impl Port {
 
     /// As somebody else.
     pub fn connected_as(&self, cid: u64) -> Control {
-        let (stream, _) = self.listener.accept().unwrap();
-        // Packets go through `control_io`, whatever the type of the socket.
-        let control = Control(stream.into());
-        limit(&control.0);
-        control.say(
-            &Message::Status(Status {
+        loop {
+            let (stream, _) = self.listener.accept().unwrap();
+            // Packets go through `control_io`, whatever the type of the socket.
+            let control = Control(stream.into());
+            limit(&control.0);
+            let status = Message::Status(Status {
                 vm: self.name.clone(),
                 cid,
                 pid: std::process::id(),
@@ -247,10 +247,14 @@ impl Port {
                 bytes: (0, 0),
                 faults: 0,
                 last_fault: String::new(),
-            }),
-            None,
-        );
-        control
+            });
+            match send(&control.0, &status, None) {
+                Ok(()) => return control,
+                // Of an aditd that was killed since it connected: the next one is behind it.
+                Err(ControlError::Io(e)) if e.kind() == io::ErrorKind::BrokenPipe => {}
+                Err(e) => panic!("{e}"),
+            }
+        }
     }
 }
 
