@@ -123,12 +123,12 @@ serve() {
         n=$((n - 1)); [ $n -gt 0 ] || { fail "no aditd: $(tail -n 3 $AD/log)"; return; }; sleep 0.1
     done
 }
-page() { [ "$(curl -sS -m 20 http://web-1/ 2>&1)" = "this is web-1" ] || fail "no page: $1"; }
+page() { [ "$(curl -sS -m 20 http://web-1/ 2>&1)" = "this is web-1" ] || { [ "$1" = quiet ] || fail "no page: $1"; return 1; }; }
 serve
 echo "aditd serves: $(now)"
 start --kernel /l2/web-1/vmlinux --initrd /l2/web-1/initrd --memory 256M \
     --cmdline "console=ttyS0 quiet panic=-1 mitigations=off" \
-    --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --allow 80,7 --allow-vsock 5000
+    --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --allow 80,7 --allow-vsock 5000 --api /tmp/api
 until_said ADIT-READY 120
 adit wait web-1 --for agent --timeout 60s || fail "no agent: $(adit vm show web-1)"
 echo "agent ready: $(now)"
@@ -145,6 +145,22 @@ kill -9 $ADITD; wait $ADITD
 serve
 adit wait web-1 --for agent --timeout 60s || fail "no agent after aditd was killed: $(adit vm show web-1)"
 page "after aditd was killed"
+cat > /tmp/goal.yaml <<END
+steps: [{id: long, script: {interpreter: /bin/sh, script: "echo start >> /tmp/starts; sleep 5; echo started \$(wc -l < /tmp/starts) times"}}]
+END
+( cd /tmp && adit goal apply goal.yaml --sign /etc/fleet.key --to web-1 ) || fail "goal"
+n=100; until adit task ls | grep -q started; do n=$((n - 1)); [ $n -gt 0 ] || { fail "the task does not start"; break; }; sleep 0.1; done
+api() { curl -sS -m 60 --unix-socket /tmp/api -X PUT "$@"; }
+api http://vm/pause; api -d '{"dir":"/tmp/snap"}' http://vm/snapshot
+kill -9 $VMM; wait $VMM; sleep 1
+pidof adit-port >/dev/null || fail "aditd did not start a port process for a VM without one"
+begin=$(now)
+adit-vmm restore --from /tmp/snap --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --serial $LOG 2>/tmp/vmm.err </dev/null & VMM=$!
+until page quiet && adit vm ls | grep -q ready; do kill -0 $VMM || { fail "no restore"; break; }; sleep 0.1; done
+echo "agent ready again: $begin .. $(now)"
+adit task watch --timeout 60s
+adit task ls | tee /tmp/tasks
+grep -q "started 1 times" /tmp/tasks || fail "a task of before the snapshot"
 kill -TERM $VMM; ended 0 stopped
 adit vm ls | grep -q web-1 && fail "an ended VM is still on the map"
 start --kernel /l2/web-1/vmlinux --vsock cid=3 --aditd /nowhere/aditd.sock --name web-2

@@ -82,10 +82,10 @@ fn run(options: &Run) -> anyhow::Result<Reason> {
     let filters = options.host.filters()?;
     let shape = options.shape();
     let memory = Arc::new(memory::allocate(shape.memory)?);
-    let (devices, _registered) = devices(&options.host, &filters)?;
+    let (devices, registered) = devices(&options.host, &filters)?;
     let machine = Machine::new(&shape, memory, devices, &Console::fresh())?;
     machine.boot(&options.boot())?;
-    go(machine, signals, &options.host, &filters)
+    go(machine, signals, &options.host, &filters, registered)
 }
 
 fn restore(options: &Restore) -> anyhow::Result<Reason> {
@@ -103,10 +103,10 @@ fn restore(options: &Restore) -> anyhow::Result<Reason> {
         memory: state.memory,
         serial: options.host.serial.clone(),
     };
-    let (devices, _registered) = devices(&options.host, &filters)?;
+    let (devices, registered) = devices(&options.host, &filters)?;
     let machine = Machine::new(&shape, memory, devices, &state.line)?;
     machine.restore(&state)?;
-    go(machine, signals, &options.host, &filters)
+    go(machine, signals, &options.host, &filters, registered)
 }
 
 /// From the first instruction to the end.
@@ -115,11 +115,16 @@ fn go(
     signals: SignalFd,
     host: &Host,
     filters: &Filters,
+    mut registered: Option<Registered>,
 ) -> anyhow::Result<Reason> {
     machine.start(filters)?;
     machine.resume()?;
     let machine = Arc::new(Mutex::new(machine));
     let reason = events::until_end(&machine, signals, host.api.as_deref());
     lock(&machine).end();
+    if let (Ok(Reason::Reset), Some(registered)) = (&reason, &mut registered) {
+        // Whoever supervises this process starts it again.
+        registered.keep();
+    }
     reason
 }

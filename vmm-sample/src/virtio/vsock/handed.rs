@@ -4,7 +4,7 @@
 //! adit-vmm ── takes RUN/vm/NAME: lock and ctl.sock, where a port process of aditd's would be
 //!    │        POST /v1/vms ──► aditd: the VM is known, and its supervisor finds ctl.sock answering
 //!    │        ◄── Dial, Attach (with a client's socket) ── the same frames as to any port process
-//!    └─ at the end: DELETE /v1/vms/NAME
+//!    └─ at the end: DELETE /v1/vms/NAME; not when the guest only asked for a reset
 //! ```
 //! So a VM whose VMM has the device in its own process needs no `adit-port` beside it, and aditd no second way to speak:
 //! this process *is* the VM's port process. aditd may die and return, as with any other. What goes with this process is
@@ -16,14 +16,15 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use adit_api::{ErrorBody, NewVm};
+use adit_api::{ErrorBody, NewVm, Vm};
 use adit_channel::hello;
 use adit_channel::live::LiveFile;
-use adit_port::control::VHOST_SOCKET;
+use adit_port::control::{Quit, VHOST_SOCKET};
+use adit_port::control_io::{Message, receive_all, send_all};
 use adit_port::keep::{Keeping, Note};
-use adit_port::place::{Place, PlaceError};
+use adit_port::place::{Place, PlaceError, connect_control};
 use adit_port::process::{Options, Process};
 use anyhow::{Context, bail};
 use nix::fcntl::Flock;
@@ -33,6 +34,8 @@ use super::linked::Linked;
 
 /// How long aditd may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// How long an idle port process may take to make place.
+const TAKE_LIMIT: Duration = Duration::from_secs(5);
 /// Bytes of an answer at most.
 const ANSWER_MAX: u64 = 1 << 20;
 
@@ -59,13 +62,7 @@ impl Handed {
     pub fn new(carrier: Linked, with: &Registration) -> anyhow::Result<Self> {
         let run = with.aditd.parent().unwrap_or(Path::new("."));
         let dir = run.join("vm").join(&with.vm.name);
-        let place = Place::take(&dir).map_err(|e| match e {
-            PlaceError::AlreadyRunning(_) => anyhow::anyhow!(
-                "aditd has a port process for `{0}` already: if no VM of that name runs, `adit vm rm {0}` ends it; a VM of aditd.toml cannot be handed over",
-                with.vm.name
-            ),
-            e => e.into(),
-        })?;
+        let place = take(&dir, &with.vm.name)?;
         // No VMM but this one: nobody is to connect another.
         drop(place.vhost);
         fs::remove_file(dir.join(VHOST_SOCKET))?;
@@ -103,8 +100,49 @@ impl Handed {
     }
 }
 
+/// Takes the VM's directory; from a port process that serves no VMM, too. aditd starts one where it finds nobody: after this
+/// VMM was killed, or while it was away for a reboot.
+fn take(dir: &Path, name: &str) -> anyhow::Result<Place> {
+    let begin = Instant::now();
+    loop {
+        match Place::take(dir) {
+            Err(PlaceError::AlreadyRunning(_)) if begin.elapsed() < TAKE_LIMIT => {}
+            taken => return Ok(taken?),
+        }
+        // Not listening yet, or ending: in a moment.
+        let Ok(socket) = connect_control(dir) else {
+            std::thread::sleep(Duration::from_millis(5));
+            continue;
+        };
+        // The first that it says.
+        let Ok(Some((Message::Status(status), _))) = receive_all(&socket) else {
+            continue;
+        };
+        let comm = fs::read_to_string(format!("/proc/{}/comm", status.pid)).unwrap_or_default();
+        let serves = status.session || Note::open(dir)?.orphan().is_some();
+        if comm.trim_end() != "adit-port" || serves {
+            bail!(
+                "`{name}` runs: process {} serves it, with a VMM connected; end that VM first",
+                status.pid
+            );
+        }
+        // It hears the newest connection only, and aditd may just have made one: again.
+        if send_all(&socket, &Message::Quit(Quit {}), &[]).is_ok() {
+            // Until it has gone.
+            while let Ok(Some(_)) = receive_all(&socket) {}
+        }
+    }
+}
+
 /// The VM's entry in aditd's map; dropped = taken out.
-pub struct Registered(Registration);
+pub struct Registered(Option<Registration>);
+
+impl Registered {
+    /// Leaves the entry there: the VM is only away for a moment.
+    pub fn keep(&mut self) {
+        self.0 = None;
+    }
+}
 
 impl Registration {
     /// Tells aditd that there is such a VM; a [`Handed`] of it must answer by then.
@@ -113,11 +151,21 @@ impl Registration {
     /// aditd is not there, or does not want it.
     pub fn register(self) -> anyhow::Result<Registered> {
         let body = serde_json::to_vec(&self.vm)?;
-        self.ask("POST", "/v1/vms", &body)?;
-        Ok(Registered(self))
+        let (status, said) = self.ask("POST", "/v1/vms", &body)?;
+        // It is known from before a reboot, a kill or a restore: with its tasks, which go on.
+        let known = status == 409 && {
+            let (_, said) = self.ask("GET", &format!("/v1/vms/{}", self.vm.name), b"")?;
+            serde_json::from_str::<Vm>(&said).is_ok_and(|vm| vm.cid == self.vm.cid)
+        };
+        if status / 100 != 2 && !known {
+            let why = serde_json::from_str::<ErrorBody>(&said).map_or(said, |e| e.message);
+            bail!("aditd answers {status}: {}", why.escape_debug());
+        }
+        Ok(Registered(Some(self)))
     }
 
-    fn ask(&self, method: &str, path: &str, body: &[u8]) -> anyhow::Result<()> {
+    /// Returns status and body.
+    fn ask(&self, method: &str, path: &str, body: &[u8]) -> anyhow::Result<(u16, String)> {
         let no_aditd = || format!("no aditd at {}", self.aditd.display());
         let mut socket = UnixStream::connect(&self.aditd).with_context(no_aditd)?;
         socket.set_read_timeout(Some(ANSWER_LIMIT))?;
@@ -134,23 +182,17 @@ impl Registration {
             .with_context(no_aditd)?;
         let answer = String::from_utf8_lossy(&answer);
         let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-        let status = head.split(' ').nth(1).unwrap_or_default();
-        if status.starts_with('2') {
-            return Ok(());
-        }
-        let why = serde_json::from_str::<ErrorBody>(body);
-        let why = why.map_or_else(|_| body.to_owned(), |e| e.message);
-        bail!(
-            "aditd answers {status} to {method} {path}: {}",
-            why.escape_debug()
-        );
+        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok());
+        let status = status.with_context(|| format!("{} is no aditd", self.aditd.display()))?;
+        Ok((status, body.to_owned()))
     }
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        let path = format!("/v1/vms/{}", self.0.vm.name);
-        if let Err(e) = self.0.ask("DELETE", &path, b"") {
+        let Some(registration) = &self.0 else { return };
+        let path = format!("/v1/vms/{}", registration.vm.name);
+        if let Err(e) = registration.ask("DELETE", &path, b"") {
             eprintln!("adit-vmm: {e:#}");
         }
     }
