@@ -6,6 +6,7 @@
 //!   on FIRST the host speaks and ends first, and gets all of it back afterwards. Says DIALS-OK
 //! - `dial-few PORT`: the same with less, for slow machines. Says DIALS-OK
 //! - `hold PORT`: dial the host, and say how the stream ends
+//! - `rtt PROXY TO LEN TIMES`: round trips of LEN bytes to an echo behind aditd's proxy; says the middle one, in us
 //! - `uds-echo PATH`, `uds-dial PATH PORT LEN`, `uds-hello PATH SERVICE`: the host's side of a VMM with Unix sockets: echo
 //!   what the guest sends; have the guest's PORT echo LEN bytes; ask the guest's agent for SERVICE, and have that echo
 //! - `kexec KERNEL INITRD`: start them as if after a reset
@@ -21,14 +22,14 @@ mod bench;
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use adit_channel::hello::{self, Common, Hello, Open, Status};
-use adit_tests::connect::pattern;
+use adit_tests::connect::{connect, pattern};
 use nix::sys::reboot::RebootMode;
 use vsock::{VsockListener, VsockStream};
 
@@ -39,6 +40,7 @@ fn main() -> anyhow::Result<()> {
         ["tcp-echo", port] => tcp_echo(port.parse()?),
         ["vsock-echo", port] => vsock_echo(port.parse()?),
         ["dial-echo", port, first] => dial_echo(port.parse()?, first.parse()?),
+        ["rtt", proxy, to, len, times] => rtt(proxy.parse()?, to, len.parse()?, times.parse()?),
         ["hold", port] => hold(port.parse()?),
         ["dial-few", port] => dial_few(port.parse()?),
         ["uds-echo", path] => uds_echo(path),
@@ -54,7 +56,7 @@ fn main() -> anyhow::Result<()> {
         }
         _ => {
             anyhow::bail!(
-                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | hold PORT | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
+                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | hold PORT | rtt PROXY TO LEN TIMES | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
             )
         }
     }
@@ -138,6 +140,25 @@ fn dial_few(port: u32) -> anyhow::Result<()> {
         dial_one(port, n * 37 % 5000 + 1)?;
     }
     println!("DIALS-OK");
+    Ok(())
+}
+
+fn rtt(proxy: SocketAddr, to: &str, len: usize, times: usize) -> anyhow::Result<()> {
+    let mut stream = connect(proxy, to)?;
+    stream.set_nodelay(true)?;
+    let (sent, mut got) = (vec![0x5a; len], vec![0; len]);
+    let mut took = Vec::with_capacity(times);
+    // The first ones warm caches and windows.
+    for round in 0..times + times / 10 {
+        let begin = Instant::now();
+        stream.write_all(&sent)?;
+        stream.read_exact(&mut got)?;
+        if round >= times / 10 {
+            took.push(begin.elapsed().as_nanos() / 1000);
+        }
+    }
+    took.sort_unstable();
+    println!("{}", took[took.len() / 2]);
     Ok(())
 }
 

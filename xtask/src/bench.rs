@@ -6,7 +6,7 @@ use std::process::Command;
 
 use adit_tests::process::output;
 
-use crate::{progress, setup};
+use crate::{bench_vmm, progress, setup};
 
 /// The vsock backend that ours is compared with, from the package registry.
 const PEER: (&str, &str) = ("vhost-device-vsock", "0.3.0");
@@ -14,7 +14,7 @@ const PEER: (&str, &str) = ("vhost-device-vsock", "0.3.0");
 /// What to measure.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Name of the bench: vsock, guest or ring
+    /// Name of the bench: vsock, guest, ring or vmm
     name: String,
     /// One JSON object a line for each figure
     #[arg(long)]
@@ -22,6 +22,9 @@ pub struct Options {
 }
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
+    if options.name == "vmm" {
+        return bench_vmm::run(options.json).map(|()| true);
+    }
     let json = options.json.then_some("--json");
     // In turn with whatever else the machine runs, wake-ups would be measured on the scheduler's terms.
     let realtime = nix::unistd::geteuid().is_root().then_some("--realtime");

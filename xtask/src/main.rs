@@ -2,6 +2,7 @@
 //! toolchain needs nothing else.
 
 mod bench;
+mod bench_vmm;
 mod demo;
 mod fuzz;
 mod progress;
@@ -21,6 +22,7 @@ Examples:
   cargo xtask test                     # everything; prints a table of seconds
   cargo xtask bench vsock --json
   cargo xtask bench guest               # real guests on our backend and on the peer's
+  cargo xtask bench vmm                # adit-vmm beside QEMU's microvm
   cargo xtask sim --seeds 1000000
   cargo xtask fuzz engine_ops --minutes 10";
 

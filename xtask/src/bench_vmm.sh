@@ -1,0 +1,52 @@
+# In L1: each VMM in turn boots the same guest; figures on the serial line.
+AD=/tmp/adit
+export ADIT_SOCKET=$AD/run/aditd.sock
+mkdir -p $AD
+cat > $AD/aditd.toml <<END
+run_dir = "$AD/run"
+state_dir = "$AD/state"
+[proxy]
+listen = "127.0.0.1:7080"
+[[vm]]
+name = "qemu"
+cid = 4
+allow_vsock = [5000]
+END
+fail() { tail -n 20 /tmp/serial.log; tail -n 5 /tmp/vmm.err; echo "NESTED-FAIL $*"; }
+now() { read -r up _ < /proc/uptime; echo "$up"; }
+aditd run --config $AD/aditd.toml 2>/tmp/aditd.log &
+n=300; until adit vm show qemu >/dev/null 2>&1; do n=$((n - 1)); [ $n -gt 0 ] || { fail "no aditd"; break; }; sleep 0.1; done
+ARGS="console=ttyS0 quiet panic=-1 mitigations=off"
+ours() {
+    adit-vmm run --kernel /l2/ours/vmlinux --initrd /l2/ours/initrd --memory 256M --cmdline "$ARGS" --serial /tmp/serial.log \
+        --vsock cid=3 --aditd $ADIT_SOCKET --name ours --allow-vsock 5000
+}
+qemu() {
+    exec qemu-system-x86_64 -accel kvm -cpu host -smp 1 -m 256M -nodefaults -no-user-config -display none -no-reboot -L /usr/share/qemu -L /usr/share/seabios \
+        -M microvm,pcie=on -object memory-backend-memfd,id=ram,size=256M,share=on -machine memory-backend=ram \
+        -serial file:/tmp/serial.log -kernel /l2/qemu/vmlinux -initrd /l2/qemu/initrd -append "$ARGS" \
+        -chardev socket,id=vu,path=$AD/run/vm/qemu/vhost.sock -device vhost-user-vsock-pci-non-transitional,chardev=vu
+}
+# Resident KiB that are not the guest's memory, which is the one large mapping.
+beyond() { awk '/^Size:/ { size = $2 } /^Rss:/ && size < 250000 { sum += $2 } END { print sum }' /proc/$1/smaps; }
+round() {
+    : > /tmp/serial.log
+    begin=$(now)
+    $1 </dev/null >/tmp/vmm.err 2>&1 &
+    job=$!
+    until adit wait $1 --for agent --timeout 5s >/dev/null 2>&1; do
+        kill -0 $job 2>/dev/null || { fail "$1 ended: no agent"; return; }
+        sleep 0.05
+    done
+    end=$(now)
+    echo "FIGURE $1 ready $(awk "BEGIN { print $end - $begin }") s"
+    case $1 in ours) pid=$(pidof adit-vmm) ;; *) pid=$(pidof qemu-system-x86_64) ;; esac
+    echo "FIGURE $1 memory-beyond-guest $(beyond $pid) KiB"
+    for len in 64 65536; do
+        us=$(adit-testguest rtt 127.0.0.1:7080 vsock-5000.$1:5000 $len 200) || fail "$1: no echo"
+        echo "FIGURE $1 rtt-$len $us us"
+    done
+    kill $pid; wait $job
+}
+for n in 1 2 3; do round ours; round qemu; done
+echo NESTED-DONE
