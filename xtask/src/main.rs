@@ -6,6 +6,7 @@ mod bench_vmm;
 mod demo;
 mod fuzz;
 mod progress;
+mod sanitize;
 mod setup;
 mod sim;
 mod test;
@@ -24,7 +25,8 @@ Examples:
   cargo xtask bench guest               # real guests on our backend and on the peer's
   cargo xtask bench vmm                # adit-vmm beside QEMU's microvm
   cargo xtask sim --seeds 1000000
-  cargo xtask fuzz engine_ops --minutes 10";
+  cargo xtask fuzz engine_ops --minutes 10
+  cargo xtask sanitize                 # ThreadSanitizer over what shares memory";
 
 /// Shows, tests and measures adit.
 #[derive(Parser)]
@@ -52,6 +54,8 @@ enum Command {
     Sim(sim::Options),
     /// Look for inputs that break a rule
     Fuzz(fuzz::Options),
+    /// Run what shares memory between threads under ThreadSanitizer
+    Sanitize,
 }
 
 fn main() -> ExitCode {
@@ -62,6 +66,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(&options),
         Command::Sim(options) => sim::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
+        Command::Sanitize => sanitize::run(),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
