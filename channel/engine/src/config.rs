@@ -11,7 +11,7 @@ pub struct EngineConfig {
     pub pool_bytes: u64,
     /// Window a stream starts with, bytes (default 8 KiB).
     pub initial_window: u32,
-    /// Window it may grow to by use, bytes (default 256 KiB).
+    /// Window it may grow to by use, bytes (default 512 KiB: a sixteenth of the pool).
     pub max_window: u32,
     /// ns until an unanswered request, of either side, ends in `Timeout` (default 2 s).
     pub connect_timeout: u64,
@@ -31,7 +31,7 @@ impl Default for EngineConfig {
             max_streams: 1024,
             pool_bytes: 8 << 20,
             initial_window: 8 << 10,
-            max_window: 256 << 10,
+            max_window: 512 << 10,
             connect_timeout: 2_000_000_000,
             shutdown_timeout: 8_000_000_000,
             quantum: 4096,
