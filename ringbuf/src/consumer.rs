@@ -138,6 +138,27 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
         Ok(Some(len))
     }
 
+    /// Takes records, at most `limit`, each into `buf` and on to `take`, and gives their room back with one store. Returns
+    /// how many there were.
+    ///
+    /// # Errors
+    /// As [`peek`](Self::peek); those before it were taken.
+    pub fn drain(
+        &mut self,
+        buf: &mut [u8],
+        limit: usize,
+        mut take: impl FnMut(&[u8]),
+    ) -> Result<(usize, Wake), Corrupt> {
+        let mut count = 0;
+        while count < limit
+            && let Some(len) = self.pop(buf)?
+        {
+            take(&buf[..len.min(buf.len())]);
+            count += 1;
+        }
+        Ok((count, self.release()))
+    }
+
     /// Bytes that were taken and not given back yet.
     pub fn unreleased(&self) -> usize {
         (self.tail - self.released) as usize

@@ -228,8 +228,9 @@ impl Geometry {
             return Err(bad("longest record", self.record_max, limit));
         }
         for word in [self.cons, self.data_wake_at, self.space_wake_at] {
-            let apart = word + 8 <= self.data || word >= self.bytes();
-            if !word.is_multiple_of(8) || word.saturating_add(8) > mem.len() || !apart {
+            let end = word.saturating_add(8);
+            let apart = end <= self.data || word >= self.bytes();
+            if !word.is_multiple_of(8) || end > mem.len() || !apart {
                 return Err(bad("offset of a word", word, mem.len()));
             }
         }

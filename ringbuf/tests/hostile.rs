@@ -205,6 +205,100 @@ fn r14_padding_holds_nothing_of_ours() {
     assert!(bytes.iter().all(known));
 }
 
+/// R5: offsets and lengths at their borders, in every pair: refused or right, never wrapped.
+#[test]
+fn r05_offsets_and_lengths_at_their_borders() {
+    let memory = Mapped::anonymous(1 << 16).unwrap();
+    let borders = [
+        0,
+        1,
+        2,
+        7,
+        8,
+        9,
+        24,
+        63,
+        64,
+        4095,
+        4096,
+        65_535,
+        65_536,
+        1 << 30,
+        usize::MAX / 8,
+        usize::MAX - 7,
+        usize::MAX,
+    ];
+    for data in borders {
+        for size in borders {
+            for word in borders {
+                for wraps in [false, true] {
+                    let geometry = Geometry {
+                        data,
+                        size,
+                        cons: word,
+                        record_max: 0,
+                        wraps,
+                        ..Geometry::alone(4096, 8)
+                    };
+                    let mapped = if wraps { 2 } else { 1 };
+                    let fits = size
+                        .checked_mul(mapped)
+                        .and_then(|n| n.checked_add(data))
+                        .is_some_and(|end| end <= 1 << 16);
+                    let made = Consumer::new(&memory, geometry, false);
+                    assert!(made.is_err() || fits, "{geometry:?}");
+                    if let Ok(mut consumer) = made {
+                        assert_eq!(consumer.pop(&mut []), Ok(None));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// R8: every word of the region at random, one at a time and for every reader of it: whoever reads says so or goes on.
+#[test]
+fn r08_every_word_at_random_is_an_answer() {
+    use adit_ringbuf::region::{Features, Region, Spec};
+    use adit_ringbuf::session::{Guest, Host};
+    let spec = Spec::uniform(1, 4096);
+    let memory = Mapped::anonymous(spec.bytes()).unwrap();
+    let mut noise = Noise(3);
+    for at in (0..3 * 4096 + 64).step_by(8) {
+        for _ in 0..4 {
+            let mut host = Host::offer(&memory, spec, 1).unwrap();
+            let mut guest = Guest::find(&memory, 9 << 8, Features::NONE).unwrap();
+            let _ = guest.attach();
+            let _ = host.poll();
+            let turn = noise.below(3);
+            let word = noise.below(u64::MAX) >> noise.below(64);
+            let lie = |now| {
+                if now == turn {
+                    memory.store(at, word);
+                }
+            };
+            lie(0);
+            let _ = Region::read(&memory);
+            let _ = guest.poll();
+            lie(1);
+            let _ = host.poll();
+            lie(2);
+            let _ = host.poll();
+            let _ = guest.poll();
+            for mut ends in host
+                .ends(0, true)
+                .into_iter()
+                .chain(guest.ends(0, true).unwrap())
+            {
+                let _ = ends.producer.try_push(&[1; 9]);
+                let _ = ends.consumer.pop(&mut [0; 99]);
+                let _ = ends.consumer.arm_data();
+                let _ = ends.producer.arm_space(99);
+            }
+        }
+    }
+}
+
 /// A peer rewrites everything at random while both ends work: typed ends, and no others.
 #[test]
 fn a_region_that_is_rewritten_at_random_ends_the_ring_and_nothing_else() {

@@ -4,7 +4,7 @@ mod common;
 
 use std::collections::VecDeque;
 
-use adit_ringbuf::{Consumer, Geometry, Mapped, Producer, PushError};
+use adit_ringbuf::{Consumer, Geometry, Mapped, Producer, PushError, Wake};
 use common::Noise;
 
 struct Pair {
@@ -144,4 +144,22 @@ fn a_grant_that_is_dropped_leaves_nothing_behind() {
         assert_eq!(consumer.pop(&mut buf), Ok(None), "after {n}");
         let _ = consumer.release();
     }
+}
+
+#[test]
+fn a_drain_takes_what_is_there_and_releases_once() {
+    let geometry = Geometry::alone(4096, 8);
+    let memory = Mapped::anonymous(geometry.bytes()).unwrap();
+    let mut producer = Producer::new(&memory, geometry, false).unwrap();
+    let mut consumer = Consumer::new(&memory, geometry, false).unwrap();
+    for n in 0..10u8 {
+        let _ = producer.try_push(&[n; 100]).unwrap();
+    }
+    let (mut buf, mut seen) = ([0; 8], Vec::new());
+    let mut take = |bytes: &[u8]| seen.push(bytes.to_vec());
+    assert_eq!(consumer.drain(&mut buf, 4, &mut take), Ok((4, Wake::No)));
+    assert_eq!(consumer.unreleased(), 0);
+    assert_eq!(consumer.drain(&mut buf, 99, &mut take), Ok((6, Wake::No)));
+    let expected: Vec<_> = (0..10u8).map(|n| vec![n; 8]).collect();
+    assert_eq!(seen, expected, "cut to the buffer");
 }
