@@ -7,34 +7,11 @@ use std::time::Duration;
 
 use adit_tests::guest::Identity;
 use adit_tests::image::{Image, Kernel};
-use adit_tests::nested::{Inner, Nested};
-use adit_tests::process::output;
+use adit_tests::nested::{HELPERS, Inner, Nested};
 use adit_tests::{guest_bin, target};
 
 /// A step takes seconds; a machine that is busy with other things many more.
 const LIMIT: Duration = Duration::from_secs(240);
-
-/// In L1: functions that the scripts share.
-const HELPERS: &str = r#"
-fail() { [ -f "$LOG" ] && tail -n 25 "$LOG"; tail -n 5 /tmp/vmm.err; echo "NESTED-FAIL $*"; }
-# until_said TEXT SECONDS: until the guest has said it on its serial line.
-until_said() {
-    n=$(($2 * 10))
-    until grep -q "$1" "$LOG"; do
-        n=$((n - 1)); [ $n -gt 0 ] || { fail "no '$1' in $2 s"; return 1; }
-        kill -0 $VMM || { fail "adit-vmm ended before '$1'"; return 1; }
-        sleep 0.1
-    done
-}
-start() { : > "$LOG"; adit-vmm run "$@" --serial $LOG 2>/tmp/vmm.err </dev/null & VMM=$!; }
-# ended STATUS TEXT: adit-vmm ends with this status, and says this.
-ended() {
-    wait $VMM; rc=$?
-    [ $rc = $1 ] || fail "adit-vmm ended with $rc, not $1"
-    grep -q "$2" /tmp/vmm.err || fail "adit-vmm did not say '$2'"
-}
-now() { read -r up _ < /proc/uptime; echo "$up"; }
-"#;
 
 /// In L2: dials the host, waits until the host has done its part, and reboots the first time, powers off the second.
 const INNER: &str = r#"
@@ -104,68 +81,6 @@ rude 1; ended 3 "asked for a reset"
 rude 2; n=300; until [ $(tr -cd x < $LOG | wc -c) -ge 20000 ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "halting guest"; break; }; sleep 0.1; done
 kill -TERM $VMM; ended 0 stopped
 echo NESTED-DONE rude
-"#;
-
-/// In L1: aditd serves a VM that has no port process beside its VMM; it may die; the VM's end takes it off the map.
-const MANAGED: &str = r#"
-LOG=/tmp/web.log AD=/tmp/adit
-mkdir -p $AD
-cat > $AD/aditd.toml <<END
-run_dir = "$AD/run"
-state_dir = "$AD/state"
-[proxy]
-listen = "127.0.0.1:7080"
-END
-export ADIT_SOCKET=$AD/run/aditd.sock http_proxy=http://127.0.0.1:7080
-serve() {
-    aditd run --config $AD/aditd.toml 2>>$AD/log & ADITD=$!
-    n=300; until adit vm ls >/dev/null 2>&1; do
-        n=$((n - 1)); [ $n -gt 0 ] || { fail "no aditd: $(tail -n 3 $AD/log)"; return; }; sleep 0.1
-    done
-}
-page() { [ "$(curl -sS -m 20 http://web-1/ 2>&1)" = "this is web-1" ] || { [ "$1" = quiet ] || fail "no page: $1"; return 1; }; }
-serve
-echo "aditd serves: $(now)"
-start --kernel /l2/web-1/vmlinux --initrd /l2/web-1/initrd --memory 256M \
-    --cmdline "console=ttyS0 quiet panic=-1 mitigations=off" \
-    --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --allow 80,7 --allow-vsock 5000 --api /tmp/api
-until_said ADIT-READY 120
-adit wait web-1 --for agent --timeout 60s || fail "no agent: $(adit vm show web-1)"
-echo "agent ready: $(now)"
-page "first"
-cat > /tmp/goal.yaml <<END
-steps: [{id: hello, script: {interpreter: /bin/sh, script: "echo hello from \$(hostname)"}}]
-END
-( cd /tmp && adit goal apply goal.yaml --sign /etc/fleet.key --to web-1 ) || fail "goal"
-adit task watch --timeout 60s
-adit task ls | tee /tmp/tasks
-grep -q "hello from web-1" /tmp/tasks || fail "task"
-pidof adit-port && fail "there is a port process beside the VMM"
-kill -9 $ADITD; wait $ADITD
-serve
-adit wait web-1 --for agent --timeout 60s || fail "no agent after aditd was killed: $(adit vm show web-1)"
-page "after aditd was killed"
-cat > /tmp/goal.yaml <<END
-steps: [{id: long, script: {interpreter: /bin/sh, script: "echo start >> /tmp/starts; sleep 5; echo started \$(wc -l < /tmp/starts) times"}}]
-END
-( cd /tmp && adit goal apply goal.yaml --sign /etc/fleet.key --to web-1 ) || fail "goal"
-n=100; until adit task ls | grep -q started; do n=$((n - 1)); [ $n -gt 0 ] || { fail "the task does not start"; break; }; sleep 0.1; done
-api() { curl -sS -m 60 --unix-socket /tmp/api -X PUT "$@"; }
-api http://vm/pause; api -d '{"dir":"/tmp/snap"}' http://vm/snapshot
-kill -9 $VMM; wait $VMM; sleep 1
-pidof adit-port >/dev/null || fail "aditd did not start a port process for a VM without one"
-begin=$(now)
-adit-vmm restore --from /tmp/snap --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --serial $LOG 2>/tmp/vmm.err </dev/null & VMM=$!
-until page quiet && adit vm ls | grep -q ready; do kill -0 $VMM || { fail "no restore"; break; }; sleep 0.1; done
-echo "agent ready again: $begin .. $(now)"
-adit task watch --timeout 60s
-adit task ls | tee /tmp/tasks
-grep -q "started 1 times" /tmp/tasks || fail "a task of before the snapshot"
-kill -TERM $VMM; ended 0 stopped
-adit vm ls | grep -q web-1 && fail "an ended VM is still on the map"
-start --kernel /l2/web-1/vmlinux --vsock cid=3 --aditd /nowhere/aditd.sock --name web-2
-wait $VMM; grep -q "no aditd at /nowhere" /tmp/vmm.err || fail "$(cat /tmp/vmm.err)"
-echo NESTED-DONE managed
 "#;
 
 /// In L2: something that goes on, and a stream that does not.
@@ -313,7 +228,9 @@ fn stock_kernels_boot_and_their_streams_work() {
 
 fn report(l1: &Nested) {
     let said = l1.said();
-    let of_interest = |l: &&str| l.contains(": ") && !l.starts_with('[') || l.contains("-OK");
+    let of_interest = |l: &&str| {
+        l.contains(": ") && !l.starts_with('[') || l.contains("-OK") || l.starts_with("SHOW")
+    };
     for line in said.lines().filter(of_interest) {
         println!("{line}");
     }
@@ -322,35 +239,7 @@ fn report(l1: &Nested) {
 #[test]
 fn aditd_serves_a_vm_whose_vmm_has_the_device() {
     let Some(bins) = bins() else { return };
-    let new = image(Kernel::V6_12);
-    let dir = fresh("managed");
-    output(
-        std::process::Command::new(bins.join("adit"))
-            .args(["key", "new", "fleet.key"])
-            .current_dir(&dir),
-    )
-    .unwrap();
-    let (agent, trust) = (guest_bin("adit-guest"), dir.join("fleet.key.pub"));
-    let inner = [Inner {
-        image: &new,
-        identity: Identity {
-            trust: Some(&trust),
-            ..identity("web-1", &agent, "")
-        },
-        packed: false,
-    }];
-    let mut programs = vec![vmm(), (dir.join("fleet.key"), "/etc/fleet.key".to_owned())];
-    let ours = ["aditd", "adit-port", "adit"].map(|name| bins.join(name));
-    for program in ours
-        .iter()
-        .map(PathBuf::as_path)
-        .chain([Path::new("/usr/bin/curl")])
-    {
-        let files = Nested::with_libraries(program, &dir.join("stripped")).unwrap();
-        programs.extend(files);
-    }
-    let script = format!("{HELPERS}\n{MANAGED}");
-    let mut l1 = Nested::boot(&image(Kernel::V6_1), &inner, &programs, &script, &dir).unwrap();
+    let mut l1 = Nested::managed(&bins, Kernel::V6_12, &fresh("managed")).unwrap();
     l1.wait_said("NESTED-DONE managed", LIMIT).unwrap();
     report(&l1);
 }

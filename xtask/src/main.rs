@@ -20,6 +20,7 @@ const EXAMPLES: &str = "\
 Examples:
   cargo xtask demo                     # two VMs without a network, reached by name, signed work in both
   cargo xtask demo --kernel 6.12 --keep
+  cargo xtask demo --vmm               # through our own VMM, which is killed and restored
   cargo xtask test                     # everything; prints a table of seconds
   cargo xtask bench vsock --json
   cargo xtask bench guest               # real guests on our backend and on the peer's

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 
 use crate::guest::{Identity, overlay, tsc_arguments};
-use crate::image::Image;
+use crate::image::{Image, Kernel};
 use crate::process::{Reaped, bound, output, wait_for};
 
 /// Memory of L1, MiB: its root, and two guests at a time.
@@ -24,6 +24,9 @@ for m in $(cat /lib/adit/kvm); do insmod /lib/adit/$m.ko; done
 "#;
 
 const RUDE: &str = include_str!("rude.s");
+/// Shell functions for L1's scripts.
+pub const HELPERS: &str = include_str!("helpers.sh");
+const MANAGED: &str = include_str!("managed.sh");
 
 /// A guest of L1.
 #[derive(Clone, Debug)]
@@ -99,6 +102,50 @@ impl Nested {
         })
     }
 
+    /// Boots L1 to show the main job through `adit-vmm`: aditd serves a VM that has no port process beside its VMM, through a
+    /// killed aditd, and a killed VMM whose VM was written down. Lines for people begin with `SHOW`.
+    ///
+    /// # Errors
+    /// As [`boot`](Self::boot), or `bins` lacks aditd, adit-port or adit.
+    pub fn managed(bins: &Path, kernel: Kernel, dir: &Path) -> anyhow::Result<Self> {
+        let image = |kernel| Image::build(kernel, &|what| println!("{what}"));
+        let (outer, debian) = (image(Kernel::V6_1)?, image(kernel)?);
+        let mut key = Command::new(bins.join("adit"));
+        output(key.args(["key", "new", "fleet.key"]).current_dir(dir))?;
+        let (agent, trust) = (crate::guest_bin("adit-guest"), dir.join("fleet.key.pub"));
+        let inner = [Inner {
+            image: &debian,
+            identity: Identity {
+                name: "web-1",
+                vhost_socket: Path::new(""),
+                agent: Some(&agent),
+                trust: Some(&trust),
+                script: "",
+                boot_files: false,
+            },
+            packed: false,
+        }];
+        let mut programs = vec![
+            (crate::guest_bin("adit-vmm"), "/bin/adit-vmm".to_owned()),
+            (dir.join("fleet.key"), "/etc/fleet.key".to_owned()),
+        ];
+        let ours = ["aditd", "adit-port", "adit"].map(|name| bins.join(name));
+        for program in ours
+            .iter()
+            .map(PathBuf::as_path)
+            .chain([Path::new("/usr/bin/curl")])
+        {
+            programs.extend(Self::with_libraries(program, &dir.join("stripped"))?);
+        }
+        Self::boot(
+            &outer,
+            &inner,
+            &programs,
+            &format!("{HELPERS}\n{MANAGED}"),
+            dir,
+        )
+    }
+
     /// Kernels that are rude to their VMM, one for each way to end: power-off, triple fault, halt.
     ///
     /// # Errors
@@ -144,9 +191,30 @@ impl Nested {
     /// # Errors
     /// It does not, or says `NESTED-FAIL`, or QEMU ends; the serial log is in the message.
     pub fn wait_said(&mut self, marker: &str, limit: Duration) -> anyhow::Result<()> {
+        self.follow(marker, limit, |_| ())
+    }
+
+    /// The same, and is shown each line once.
+    ///
+    /// # Errors
+    /// As [`wait_said`](Self::wait_said).
+    pub fn follow(
+        &mut self,
+        marker: &str,
+        limit: Duration,
+        mut show: impl FnMut(&str),
+    ) -> anyhow::Result<()> {
+        let mut shown = 0;
         let (dir, qemu) = (self.dir.clone(), &mut self.qemu);
         let said = wait_for(marker, limit, || {
             let log = serial(&dir);
+            // Whole lines only.
+            let whole = log.rfind('\n').map_or(0, |end| end + 1);
+            log.get(shown..whole)
+                .unwrap_or_default()
+                .lines()
+                .for_each(&mut show);
+            shown = whole;
             if let Some(line) = log.lines().find(|l| l.starts_with("NESTED-FAIL")) {
                 bail!("{line}");
             }

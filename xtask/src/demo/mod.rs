@@ -2,6 +2,7 @@
 
 mod stage;
 mod steps;
+mod vmm;
 
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,9 @@ pub struct Options {
     /// Leave it all running at the end, to explore; Enter or Ctrl-C ends it
     #[arg(long)]
     keep: bool,
+    /// Through adit-vmm, snapshot and restore included, in an emulated guest that has KVM
+    #[arg(long, conflicts_with_all = ["keep", "json"])]
+    vmm: bool,
     /// End with one JSON line that sums it up
     #[arg(long)]
     json: bool,
@@ -46,6 +50,9 @@ struct Summary {
 }
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
+    if options.vmm {
+        return vmm::run(options.kernel);
+    }
     setup::run()?;
     let bins = setup::host_binaries(true)?;
     setup::guest_binaries()?;

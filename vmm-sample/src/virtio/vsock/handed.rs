@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use adit_api::{ErrorBody, NewVm, Vm};
+use adit_api::{ErrorBody, NewVm, Vm, VmState};
 use adit_channel::hello;
 use adit_channel::live::LiveFile;
 use adit_port::control::{Quit, VHOST_SOCKET};
@@ -36,6 +36,8 @@ use super::linked::Linked;
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// How long an idle port process may take to make place.
 const TAKE_LIMIT: Duration = Duration::from_secs(5);
+/// How long aditd may take until it has found us.
+const LINK_LIMIT: Duration = Duration::from_secs(3);
 /// Bytes of an answer at most.
 const ANSWER_MAX: u64 = 1 << 20;
 
@@ -153,15 +155,26 @@ impl Registration {
         let body = serde_json::to_vec(&self.vm)?;
         let (status, said) = self.ask("POST", "/v1/vms", &body)?;
         // It is known from before a reboot, a kill or a restore: with its tasks, which go on.
-        let known = status == 409 && {
-            let (_, said) = self.ask("GET", &format!("/v1/vms/{}", self.vm.name), b"")?;
-            serde_json::from_str::<Vm>(&said).is_ok_and(|vm| vm.cid == self.vm.cid)
-        };
+        let known = status == 409 && self.show().is_some_and(|vm| vm.cid == self.vm.cid);
         if status / 100 != 2 && !known {
             let why = serde_json::from_str::<ErrorBody>(&said).map_or(said, |e| e.message);
             bail!("aditd answers {status}: {}", why.escape_debug());
         }
+        // A guest that goes on redials at once, and would be refused.
+        let begin = Instant::now();
+        while self.show().is_none_or(|vm| vm.state == VmState::Down) && begin.elapsed() < LINK_LIMIT
+        {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         Ok(Registered(Some(self)))
+    }
+
+    /// What aditd says of the VM.
+    fn show(&self) -> Option<Vm> {
+        let (_, said) = self
+            .ask("GET", &format!("/v1/vms/{}", self.vm.name), b"")
+            .ok()?;
+        serde_json::from_str(&said).ok()
     }
 
     /// Returns status and body.

@@ -1,0 +1,19 @@
+# In L1: functions that the scripts share.
+fail() { [ -f "$LOG" ] && tail -n 25 "$LOG"; tail -n 5 /tmp/vmm.err; echo "NESTED-FAIL $*"; }
+# until_said TEXT SECONDS: until the guest has said it on its serial line.
+until_said() {
+    n=$(($2 * 10))
+    until grep -q "$1" "$LOG"; do
+        n=$((n - 1)); [ $n -gt 0 ] || { fail "no '$1' in $2 s"; return 1; }
+        kill -0 $VMM || { fail "adit-vmm ended before '$1'"; return 1; }
+        sleep 0.1
+    done
+}
+start() { : > "$LOG"; adit-vmm run "$@" --serial $LOG 2>/tmp/vmm.err </dev/null & VMM=$!; }
+# ended STATUS TEXT: adit-vmm ends with this status, and says this.
+ended() {
+    wait $VMM; rc=$?
+    [ $rc = $1 ] || fail "adit-vmm ended with $rc, not $1"
+    grep -q "$2" /tmp/vmm.err || fail "adit-vmm did not say '$2'"
+}
+now() { read -r up _ < /proc/uptime; echo "$up"; }

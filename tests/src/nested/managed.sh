@@ -1,0 +1,61 @@
+# In L1: aditd serves a VM that has no port process beside its VMM; it may die; the VM's end takes it off the map.
+LOG=/tmp/web.log AD=/tmp/adit
+mkdir -p $AD
+cat > $AD/aditd.toml <<END
+run_dir = "$AD/run"
+state_dir = "$AD/state"
+[proxy]
+listen = "127.0.0.1:7080"
+END
+export ADIT_SOCKET=$AD/run/aditd.sock http_proxy=http://127.0.0.1:7080
+serve() {
+    aditd run --config $AD/aditd.toml 2>>$AD/log & ADITD=$!
+    n=300; until adit vm ls >/dev/null 2>&1; do
+        n=$((n - 1)); [ $n -gt 0 ] || { fail "no aditd: $(tail -n 3 $AD/log)"; return; }; sleep 0.1
+    done
+}
+page() { [ "$(curl -sS -m 20 http://web-1/ 2>&1)" = "this is web-1" ] || { [ "$1" = quiet ] || fail "no page: $1"; return 1; }; }
+serve
+echo "SHOW aditd serves, and knows no VM ($(now) s)"
+start --kernel /l2/web-1/vmlinux --initrd /l2/web-1/initrd --memory 256M \
+    --cmdline "console=ttyS0 quiet panic=-1 mitigations=off" \
+    --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --allow 80,7 --allow-vsock 5000 --api /tmp/api
+until_said ADIT-READY 120
+adit wait web-1 --for agent --timeout 60s || fail "no agent: $(adit vm show web-1)"
+echo "SHOW adit-vmm has registered web-1 and booted Debian: its agent is there ($(now) s)"
+page "first" && echo "SHOW curl -x aditd http://web-1/: this is web-1"
+cat > /tmp/goal.yaml <<END
+steps: [{id: hello, script: {interpreter: /bin/sh, script: "echo hello from \$(hostname)"}}]
+END
+( cd /tmp && adit goal apply goal.yaml --sign /etc/fleet.key --to web-1 ) || fail "goal"
+adit task watch --timeout 60s
+adit task ls | tee /tmp/tasks
+grep -q "hello from web-1" /tmp/tasks && echo "SHOW a signed goal ran in it: hello from web-1" || fail "task"
+pidof adit-port && fail "there is a port process beside the VMM"
+kill -9 $ADITD; wait $ADITD
+serve
+adit wait web-1 --for agent --timeout 60s || fail "no agent after aditd was killed: $(adit vm show web-1)"
+page "after aditd was killed" && echo "SHOW aditd was killed, and serves again"
+cat > /tmp/goal.yaml <<END
+steps: [{id: long, script: {interpreter: /bin/sh, script: "echo start >> /tmp/starts; sleep 5; echo started \$(wc -l < /tmp/starts) times"}}]
+END
+( cd /tmp && adit goal apply goal.yaml --sign /etc/fleet.key --to web-1 ) || fail "goal"
+n=100; until adit task ls | grep -q started; do n=$((n - 1)); [ $n -gt 0 ] || { fail "the task does not start"; break; }; sleep 0.1; done
+api() { curl -sS -m 60 --unix-socket /tmp/api -X PUT "$@"; }
+api http://vm/pause; api -d '{"dir":"/tmp/snap"}' http://vm/snapshot
+echo "SHOW while a task runs, the VM is paused and written down; its VMM is killed ($(now) s)"
+kill -9 $VMM; wait $VMM; sleep 1
+pidof adit-port >/dev/null || fail "aditd did not start a port process for a VM without one"
+begin=$(now)
+adit-vmm restore --from /tmp/snap --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --serial $LOG 2>/tmp/vmm.err </dev/null & VMM=$!
+until page quiet && adit vm ls | grep -q ready; do kill -0 $VMM || { fail "no restore"; break; }; sleep 0.1; done
+echo "SHOW restored in another process: http://web-1/ answers again ($begin .. $(now) s)"
+adit task watch --timeout 60s
+adit task ls | tee /tmp/tasks
+grep -q "started 1 times" /tmp/tasks && echo "SHOW the task of before ended: started 1 times" || fail "a task of before the snapshot"
+kill -TERM $VMM; ended 0 stopped
+adit vm ls | grep -q web-1 && fail "an ended VM is still on the map"
+echo "SHOW stopped, and off the map"
+start --kernel /l2/web-1/vmlinux --vsock cid=3 --aditd /nowhere/aditd.sock --name web-2
+wait $VMM; grep -q "no aditd at /nowhere" /tmp/vmm.err || fail "$(cat /tmp/vmm.err)"
+echo NESTED-DONE managed
