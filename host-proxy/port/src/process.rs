@@ -186,6 +186,8 @@ impl<C: Carrier> Process<C> {
                 return;
             }
         };
+        // What the last one said before it went is not less said for it.
+        self.control_ready();
         self.disconnect("replaced by a newer connection");
         if let Err(e) = self.shard.watch(sock.as_fd(), KEY_CONTROL) {
             tracing::warn!(error = %e, "cannot watch a control connection");
@@ -234,6 +236,8 @@ impl<C: Carrier> Process<C> {
                 }
                 Ok(None) => return self.disconnect("it closed the connection"),
                 Err(e) if e.would_block() => return,
+                // It went without reading what we said: told once, ahead of what it said itself.
+                Err(ControlError::Io(e)) if e.kind() == io::ErrorKind::ConnectionReset => {}
                 Err(e) => return self.disconnect(&chain(&e)),
             }
         }
@@ -256,22 +260,23 @@ impl<C: Carrier> Process<C> {
         let Some(aditd) = &mut self.aditd else {
             return;
         };
-        let failed = loop {
-            let Some((message, fds)) = aditd.outbox.front() else {
-                break None;
-            };
+        while let Some((message, fds)) = aditd.outbox.front() {
             let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             match send_all(&aditd.sock, message, &fds) {
                 Ok(()) => drop(aditd.outbox.pop_front()),
-                Err(e) if e.would_block() => break None,
-                Err(ControlError::Io(e)) => break Some(e.to_string()),
+                Err(e) if e.would_block() => break,
+                Err(ControlError::Io(e)) => {
+                    // It is gone. What it said before stands unread yet; its end comes behind that.
+                    tracing::debug!(error = %e, "aditd cannot be told any more");
+                    aditd.outbox.clear();
+                }
                 Err(e) => {
                     // Ours to blame, and of no use to repeat.
                     tracing::error!(error = %chain(&e), "frame not sent");
                     aditd.outbox.pop_front();
                 }
             }
-        };
+        }
         let blocked = !aditd.outbox.is_empty();
         if blocked != aditd.blocked {
             aditd.blocked = blocked;
@@ -279,11 +284,8 @@ impl<C: Carrier> Process<C> {
                 .shard
                 .watch_writable(aditd.sock.as_fd(), KEY_CONTROL, blocked);
             if let Err(e) = watched {
-                return self.disconnect(&e.to_string());
+                self.disconnect(&e.to_string());
             }
-        }
-        if let Some(why) = failed {
-            self.disconnect(&why);
         }
     }
 

@@ -337,6 +337,44 @@ fn r49_a_tunnel_carries_bytes_and_half_closes_both_ways_and_outlives_aditd() {
     carry(&mut guest, &near, &far, b"again");
 }
 
+/// An aditd that is killed has said its last; what it said before is done, also where it had not read everything itself, and
+/// where the next one knocks already.
+#[test]
+fn what_aditd_said_before_it_was_killed_is_done() {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use nix::sys::signal::{Signal, kill};
+    use std::os::fd::AsFd;
+    let mut running = Running::start();
+    let pid = nix::unistd::Pid::from_raw(running.child.id() as i32);
+    drop(running.connect());
+    let mut guest = running.boot(&[22]);
+    for next_knocks in [false, true] {
+        let aditd = running.connect();
+        aditd.wait_status(|s| s.session);
+        aditd.dial(1, Target::VsockPort(22));
+        let (far, sink) = socket();
+        guest.accept(sink);
+        let (message, _) = guest.until(|_| aditd.heard());
+        assert!(matches!(message, Message::Dialed(d) if d.id == 1));
+        // The answer to another dial stays unread.
+        aditd.dial(2, Target::VsockPort(22));
+        guest.accept(socket().1);
+        guest.until(|_| {
+            let mut fds = [PollFd::new(aditd.0.as_fd(), PollFlags::POLLIN)];
+            (poll(&mut fds, PollTimeout::ZERO) == Ok(1)).then_some(())
+        });
+        // A stopped process reads nothing before everything is said and over.
+        kill(pid, Signal::SIGSTOP).unwrap();
+        let near = aditd.attach(1, b"");
+        drop(aditd);
+        let next = next_knocks.then(|| running.connect());
+        kill(pid, Signal::SIGCONT).unwrap();
+        carry(&mut guest, &near, &far, b"its last word");
+        carry(&mut guest, &far, &near, b"and the answer");
+        drop(next);
+    }
+}
+
 #[test]
 fn r55_a_stopped_reader_does_not_stop_other_tunnels() {
     let mut running = Running::start();
