@@ -6,6 +6,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, anyhow, bail};
 
@@ -92,6 +93,9 @@ impl Image {
     /// # Errors
     /// A package cannot be had, or a tool fails; says which.
     pub fn build(kernel: Kernel, say: &dyn Fn(&str)) -> anyhow::Result<Self> {
+        // Tests that run at the same time would write the same files.
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let base = crate::target().join("guest");
         let cache = base.join("cache");
         fs::create_dir_all(&cache)?;

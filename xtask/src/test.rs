@@ -92,7 +92,7 @@ const CHECKS: [Step; 9] = [
     Step {
         name: "host processes",
         budget_s: 60,
-        run: || with_binaries("host"),
+        run: || with_binaries("host", "1"),
     },
     Step {
         name: "fuzz targets, 10 s each",
@@ -120,12 +120,12 @@ const GUESTS: [Step; 4] = [
     Step {
         name: "real guests",
         budget_s: 300,
-        run: || with_binaries("guest"),
+        run: || with_binaries("guest", "1"),
     },
     Step {
         name: "a VMM's guests, in a guest",
         budget_s: 100,
-        run: || setup::vmm_binary().and_then(|()| with_binaries("nested")),
+        run: || setup::vmm_binary().and_then(|()| with_binaries("nested", "2")),
     },
 ];
 
@@ -200,9 +200,9 @@ fn images() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs a file of tests that start the real binaries. One test at a time: two emulated guests on two cores only wait
-/// for each other.
-fn with_binaries(file: &str) -> anyhow::Result<()> {
+/// Runs a file of tests that start the real binaries, so many at a time: two emulated guests with an aditd and its port
+/// process each only wait for each other on two cores, but two that have all of theirs inside, on one processor, do not.
+fn with_binaries(file: &str, threads: &str) -> anyhow::Result<()> {
     let bins = setup::host_binaries(false)?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let args = [
@@ -214,7 +214,7 @@ fn with_binaries(file: &str) -> anyhow::Result<()> {
         "--",
         "--nocapture",
         "--test-threads",
-        "1",
+        threads,
     ];
     let status = std::process::Command::new(cargo)
         .args(args)
