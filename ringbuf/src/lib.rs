@@ -28,8 +28,8 @@
 //!
 //! The other one that a ring of records could have publishes the producer's position in a line of its own. `cargo xtask
 //! bench ring` measures both (its `published index` is unchecked, at its best). Two processes on two cores of an Intel Xeon,
-//! medians of 15 rounds, in band against published: 64 bytes one by one 3.2x, in batches of 32 0.6x, round trip of 64
-//! bytes 0.44x of the time. One line a record decides what a channel is used for most, an answer; and a batch is still ahead
+//! medians of 15 rounds, in band against published: 64 bytes one by one 2.9x, in batches of 32 0.6x, round trip of 64
+//! bytes 0.45x of the time. One line a record decides what a channel is used for most, an answer; and a batch is still ahead
 //! of every other ring there.
 //!
 //! # Sleeping
