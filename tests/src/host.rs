@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use crate::manager::Manager;
 use crate::process::{Reaped, bound, output, wait_for};
+use crate::systemd::Systemd;
 
 /// How long aditd may take until it serves.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -18,8 +18,10 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Host {
     aditd: Option<Reaped>,
-    manager: Option<Manager>,
+    systemd: Option<Systemd>,
     bins: PathBuf,
+    /// Its sockets, as we see them.
+    run: PathBuf,
     dir: tempfile::TempDir,
     proxy: SocketAddr,
 }
@@ -30,22 +32,46 @@ impl Host {
     /// # Errors
     /// It does not start; its log is in the message.
     pub fn start(bins: &Path, vms: &[&str]) -> anyhow::Result<Self> {
-        // Unix socket paths are short: not below target/.
-        let dir = tempfile::Builder::new().prefix("adit-").tempdir()?;
-        let mut config = format!(
-            "run_dir = \"{0}/run\"\nstate_dir = \"{0}/state\"\n[proxy]\nlisten = \"127.0.0.1:0\"\n",
-            dir.path().display()
-        );
-        for (cid, name) in (3..).zip(vms) {
-            config.push_str(&format!(
-                "[[vm]]\nname = \"{name}\"\ncid = {cid}\nallow = [80, 7, 81]\nallow_vsock = [5000, 5001]\n"
-            ));
-        }
-        fs::write(dir.path().join("aditd.toml"), config)?;
+        let dir = directory()?;
+        let (run, state) = (dir.path().join("run"), dir.path().join("state"));
+        fs::write(dir.path().join("aditd.toml"), config(&run, &state, vms))?;
         let mut host = Self {
             aditd: None,
-            manager: None,
+            systemd: None,
             bins: bins.to_owned(),
+            run,
+            dir,
+            proxy: SocketAddr::from(([127, 0, 0, 1], 0)),
+        };
+        host.launch()?;
+        Ok(host)
+    }
+
+    /// As [`start`](Self::start), under a systemd of its own, with the unit that is shipped.
+    ///
+    /// # Errors
+    /// There is no systemd, or the service does not start; the logs are in the message.
+    pub fn start_as_service(bins: &Path, vms: &[&str]) -> anyhow::Result<Self> {
+        let dir = directory()?;
+        let inside = dir.path().join("run");
+        let units = inside.join("units");
+        fs::create_dir_all(units.join("aditd.service.d"))?;
+        let unit = crate::root().join("host-proxy/dist/aditd.service");
+        fs::copy(unit, units.join("aditd.service"))?;
+        // Its programs are not in /usr/bin, and this systemd has none of the targets that a system starts with.
+        fs::write(
+            units.join("aditd.service.d/test.conf"),
+            "[Unit]\nDefaultDependencies=no\n[Service]\nExecStart=\nExecStart=/run/bin/aditd run --config /run/aditd.toml\n\
+             StandardOutput=append:/run/aditd.log\nStandardError=inherit\n",
+        )?;
+        let (run, state) = (Path::new("/run/adit"), Path::new("/var/lib/adit"));
+        fs::write(inside.join("aditd.toml"), config(run, state, vms))?;
+        let systemd = Systemd::start(dir.path(), bins)?;
+        let mut host = Self {
+            aditd: None,
+            systemd: Some(systemd),
+            bins: bins.to_owned(),
+            run: inside.join("adit"),
             dir,
             proxy: SocketAddr::from(([127, 0, 0, 1], 0)),
         };
@@ -58,18 +84,17 @@ impl Host {
     /// # Errors
     /// It does not serve in time.
     pub fn launch(&mut self) -> anyhow::Result<()> {
-        let address = self.dir.path().join("run/proxy.addr");
-        let _ = fs::remove_file(&address);
+        let _ = fs::remove_file(self.run.join("proxy.addr"));
+        if let Some(systemd) = &self.systemd {
+            // Type=notify: this returns when aditd says that it serves.
+            systemd.systemctl(&["start", "aditd"])?;
+            return self.wait_served();
+        }
         let log = fs::OpenOptions::new()
             .create(true)
             .append(true)
-            .open(self.dir.path().join("aditd.log"))?;
-        let aditd = self.bins.join("aditd");
-        let mut command = match &mut self.manager {
-            None => bound(aditd),
-            Some(manager) => manager.command(&aditd)?,
-        };
-        let child = command
+            .open(self.log_path())?;
+        let child = bound(self.bins.join("aditd"))
             .arg("run")
             .arg("--config")
             .arg(self.dir.path().join("aditd.toml"))
@@ -79,9 +104,11 @@ impl Host {
             .spawn()
             .with_context(|| format!("cannot start aditd of {}", self.bins.display()))?;
         self.aditd = Some(Reaped(child));
-        if let Some(manager) = &mut self.manager {
-            manager.started();
-        }
+        self.wait_served()
+    }
+
+    fn wait_served(&mut self) -> anyhow::Result<()> {
+        let address = self.run.join("proxy.addr");
         let served = wait_for("aditd serves", START_LIMIT, || {
             Ok(fs::read_to_string(&address).ok())
         });
@@ -90,19 +117,36 @@ impl Host {
         Ok(())
     }
 
-    /// Starts aditd anew, from now on under a service manager that holds descriptors for it.
+    /// Kills every process of the service with SIGKILL at once, and waits until systemd has started it again.
     ///
     /// # Errors
-    /// It does not serve in time.
-    pub fn manage(&mut self) -> anyhow::Result<()> {
-        self.kill();
-        self.manager = Some(Manager::start(self.dir.path())?);
-        self.launch()
+    /// It is no service, or it does not serve in time.
+    pub fn kill_service(&mut self) -> anyhow::Result<()> {
+        fs::remove_file(self.run.join("proxy.addr"))?;
+        let systemd = self.systemd.as_ref().context("not under systemd")?;
+        systemd.systemctl(&["kill", "--signal=KILL", "aditd"])?;
+        self.wait_served()
     }
 
-    /// What its service manager holds for aditd.
-    pub fn held(&self) -> Vec<String> {
-        self.manager.as_ref().map_or(vec![], Manager::names)
+    /// Has systemd stop aditd and start the next one.
+    ///
+    /// # Errors
+    /// It is no service, or it does not serve in time.
+    pub fn restart_service(&mut self) -> anyhow::Result<()> {
+        let systemd = self.systemd.as_ref().context("not under systemd")?;
+        systemd.systemctl(&["restart", "aditd"])?;
+        self.wait_served()
+    }
+
+    /// A property of the service, as systemd has it.
+    ///
+    /// # Errors
+    /// It is no service.
+    pub fn service_property(&self, name: &str) -> anyhow::Result<String> {
+        let systemd = self.systemd.as_ref().context("not under systemd")?;
+        let property = format!("--property={name}");
+        let said = systemd.systemctl(&["show", "aditd", "--value", &property])?;
+        Ok(said.trim().to_owned())
     }
 
     /// Kills aditd with SIGKILL.
@@ -127,12 +171,28 @@ impl Host {
 
     /// Where a VM's VMM connects.
     pub fn vhost_socket(&self, vm: &str) -> PathBuf {
-        self.dir.path().join("run/vm").join(vm).join("vhost.sock")
+        self.run.join("vm").join(vm).join("vhost.sock")
     }
 
     /// aditd's log.
     pub fn log(&self) -> String {
-        fs::read_to_string(self.dir.path().join("aditd.log")).unwrap_or_default()
+        let systemd = self.systemd.as_ref().map(Systemd::log);
+        let aditd = fs::read_to_string(self.log_path()).unwrap_or_default();
+        systemd.unwrap_or_default() + &aditd
+    }
+
+    fn log_path(&self) -> PathBuf {
+        let under = self
+            .systemd
+            .as_ref()
+            .map_or("aditd.log", |_| "run/aditd.log");
+        self.dir.path().join(under)
+    }
+
+    /// A port process's log.
+    pub fn port_log(&self, vm: &str) -> String {
+        let path = self.run.join("vm").join(vm).join("port.log");
+        fs::read_to_string(path).unwrap_or_default()
     }
 
     /// Waits until a VM's sockets are there.
@@ -155,7 +215,7 @@ impl Host {
         let mut command = Command::new(self.bins.join("adit"));
         command
             .args(args)
-            .env("ADIT_SOCKET", self.dir.path().join("run/aditd.sock"))
+            .env("ADIT_SOCKET", self.run.join("aditd.sock"))
             .current_dir(self.dir.path());
         Ok(command.output()?)
     }
@@ -178,7 +238,7 @@ impl Host {
     /// # Errors
     /// It does not listen.
     pub fn shut_down(&self) -> anyhow::Result<()> {
-        let socket = self.dir.path().join("run/aditd.sock");
+        let socket = self.run.join("aditd.sock");
         let mut command = Command::new("curl");
         command
             .args(["-sS", "-X", "POST", "--max-time", "10", "--unix-socket"])
@@ -189,6 +249,9 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
+        if self.systemd.is_some() {
+            return; // it takes all of its processes with it
+        }
         if self.aditd.is_none() {
             // Only aditd knows how to end its port processes.
             let _ = self.launch();
@@ -197,4 +260,23 @@ impl Drop for Host {
             eprintln!("port processes may be left: {e:#}");
         }
     }
+}
+
+/// Unix socket paths are short: not below target/.
+fn directory() -> std::io::Result<tempfile::TempDir> {
+    tempfile::Builder::new().prefix("adit-").tempdir()
+}
+
+/// Its configuration, with these VMs.
+fn config(run: &Path, state: &Path, vms: &[&str]) -> String {
+    let (run, state) = (run.display(), state.display());
+    let mut config = format!(
+        "run_dir = \"{run}\"\nstate_dir = \"{state}\"\n[proxy]\nlisten = \"127.0.0.1:0\"\n"
+    );
+    for (cid, name) in (3..).zip(vms) {
+        config.push_str(&format!(
+            "[[vm]]\nname = \"{name}\"\ncid = {cid}\nallow = [80, 7, 81]\nallow_vsock = [5000, 5001]\n"
+        ));
+    }
+    config
 }

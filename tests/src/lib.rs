@@ -8,8 +8,8 @@
 //! | `nested` | a guest that runs `adit-vmm` with guests of its own |
 //! | `host` | aditd with its directories, and `adit` and `curl` beside it |
 //! | `connect` | a CONNECT client that keeps half-close |
-//! | `manager` | a service manager that holds descriptors, as systemd does |
 //! | `process` | children that end with us |
+//! | `systemd` | a system manager of our own, for the unit that is shipped |
 //! | `tamper` | a signed goal with one byte changed |
 #![forbid(unsafe_code)]
 
@@ -18,9 +18,9 @@ pub mod cpio;
 pub mod guest;
 pub mod host;
 pub mod image;
-pub mod manager;
 pub mod nested;
 pub mod process;
+pub mod systemd;
 pub mod tamper;
 
 use std::path::{Path, PathBuf};

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use crate::progress;
 
 /// Programs that are needed, and the packages that bring them.
-const PROGRAMS: [(&str, &str); 15] = [
+const PROGRAMS: [(&str, &str); 16] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("lz4", "lz4"),
@@ -21,6 +21,7 @@ const PROGRAMS: [(&str, &str); 15] = [
     ("cc", "gcc"),
     ("c++", "g++"),
     ("apt-cache", "apt"),
+    ("systemctl", "systemd"),
     ("dpkg", "dpkg"),
     ("ssh", "openssh-client"),
     ("socat", "socat"),

@@ -39,9 +39,13 @@ fn bins() -> Option<PathBuf> {
 
 /// A guest whose start runs `script` too. `None` as [`bins`].
 fn setup(kernel: Kernel, script: &str, boot_files: bool) -> Option<Setup> {
-    let bins = bins()?;
+    let host = Host::start(&bins()?, &["web-1"]).unwrap();
+    Some(boot(kernel, host, script, boot_files))
+}
+
+/// A guest of this host.
+fn boot(kernel: Kernel, host: Host, script: &str, boot_files: bool) -> Setup {
     let image = Image::build(kernel, &|what| println!("{what}")).unwrap();
-    let host = Host::start(&bins, &["web-1"]).unwrap();
     host.wait_port("web-1").unwrap();
     assert!(
         host.adit(&["key", "new", "fleet.key"])
@@ -68,7 +72,7 @@ fn setup(kernel: Kernel, script: &str, boot_files: bool) -> Option<Setup> {
     );
     let setup = Setup { guest, host };
     setup.wait_agent();
-    Some(setup)
+    setup
 }
 
 impl Setup {

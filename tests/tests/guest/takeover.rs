@@ -5,19 +5,20 @@ use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use adit_tests::connect::{connect, pattern};
+use adit_tests::host::Host;
 use adit_tests::image::Kernel;
 use adit_tests::process::wait_for;
+use adit_tests::systemd::Systemd;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{BOOT, Setup, setup};
+use super::{BOOT, Setup, bins, boot, setup};
 
 const SOON: Duration = Duration::from_secs(20);
 
 impl Setup {
     fn logs(&self) -> String {
-        let port = self.host.dir().join("run/vm/web-1/port.log");
-        let port = std::fs::read_to_string(port).unwrap_or_default();
+        let port = self.host.port_log("web-1");
         let (aditd, guest) = (self.host.log(), self.guest.serial());
         format!("aditd:\n{aditd}\nport:\n{port}\nguest:\n{guest}")
     }
@@ -210,28 +211,33 @@ fn both_killed(kernel: Kernel) {
     setup.served(Instant::now());
 }
 
-/// With a service manager that holds descriptors, aditd and the port process may be killed at once.
+/// Under systemd with its descriptor store, aditd and the port process may be killed at once; a restart keeps both the port
+/// process and the store.
 fn both_killed_and_held(kernel: Kernel) {
-    let Some(mut setup) = setup(kernel, "", false) else {
-        return;
-    };
+    let Some(bins) = bins() else { return };
+    if let Some(why) = Systemd::missing() {
+        return println!("skipped: {why}");
+    }
+    let host = Host::start_as_service(&bins, &["web-1"]).unwrap();
+    let mut setup = boot(kernel, host, "", false);
     let boot = setup.boot_id();
-    setup.host.manage().unwrap();
-    setup.wait_agent();
+    let held = |setup: &Setup| setup.host.service_property("NFileDescriptorStore").unwrap();
     for _ in 0..3 {
         let port = setup.port_pid();
         let mut killed = Instant::now();
-        let host = &mut setup.host;
-        host.kill();
-        kill(Pid::from_raw(port), Signal::SIGKILL).unwrap();
-        host.launch().unwrap();
+        setup.host.kill_service().unwrap();
         let launched = killed.elapsed();
         killed += launched;
         let served = setup.served(killed);
         println!("aditd serves after {launched:?}, the VM {served:?} later");
         assert_ne!(setup.port_pid(), port);
-        assert_eq!(setup.host.held().len(), 2, "{:?}", setup.host.held());
+        assert_eq!(held(&setup), "2");
     }
+    setup.wait_agent();
+    let port = setup.port_pid();
+    setup.host.restart_service().unwrap();
+    setup.served(Instant::now());
+    assert_eq!((setup.port_pid(), held(&setup)), (port, "2".to_owned()));
     setup.wait_agent();
     assert_eq!(setup.boot_id(), boot, "the guest was rebooted");
     assert!(setup.vm()["fault"].is_null());
