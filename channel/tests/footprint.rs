@@ -15,7 +15,7 @@ use adit_channel::device::FEATURES;
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, SYSTEM_CALLS, Shard};
 use adit_channel::sink::Sink;
-use adit_engine::{EngineConfig, Op, ResetReason};
+use adit_engine::{EngineConfig, Op, ResetReason, StreamId};
 use common::{Device, Signals, cid};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 
@@ -130,39 +130,49 @@ impl World {
         bytes
     }
 
+    /// A stream of the guest's that ends at `far`.
+    fn connect(&mut self, from: u32, far: UnixStream) -> (GuestStream, StreamId) {
+        let mut guest = GuestStream::new(from, HOST_PORT);
+        let request = guest.header(Op::Request);
+        assert!(self.driver.send(&request, &[], 1));
+        self.turn(Duration::ZERO);
+        let mut asked = None;
+        while let Some(news) = self.shard.poll_news() {
+            if let News::Notice(_, Notice::Incoming { stream, .. }) = news {
+                asked = Some(stream);
+            }
+        }
+        let (now, stream) = (self.shard.now(), asked.expect("a request"));
+        let sink = Some(Sink::Fd(far.into()));
+        self.shard.port_mut(self.port).accept(now, stream, sink);
+        while guest.credit() == 0 {
+            self.turn(Duration::ZERO);
+            self.receive(&mut guest);
+        }
+        (guest, stream)
+    }
+
+    /// What the guest sends comes out at `near` and is sent back, with a wait in between.
+    fn echo(&mut self, guest: &mut GuestStream, near: &mut UnixStream, bytes: &mut [u8]) {
+        let header = guest.payload(bytes.len() as u32);
+        assert!(self.driver.send(&header, bytes, 4096));
+        self.turn(Duration::ZERO);
+        near.read_exact(bytes).expect("what the guest sent");
+        near.write_all(bytes).expect("room");
+        let mut back = 0;
+        while back < bytes.len() {
+            // Nothing to do for a moment: the wait itself.
+            self.turn(Duration::from_millis(1));
+            back += self.receive(guest);
+        }
+    }
+
     /// Streams to sockets, both ways, with waits, ends and a reset.
     fn traffic(&mut self, pairs: Vec<(UnixStream, UnixStream)>) {
         self.turn(Duration::ZERO);
         for (n, (mut near, far)) in (0..).zip(pairs) {
-            let mut guest = GuestStream::new(1024 + n, HOST_PORT);
-            let request = guest.header(Op::Request);
-            assert!(self.driver.send(&request, &[], 1));
-            self.turn(Duration::ZERO);
-            let mut asked = None;
-            while let Some(news) = self.shard.poll_news() {
-                if let News::Notice(_, Notice::Incoming { stream, .. }) = news {
-                    asked = Some(stream);
-                }
-            }
-            let (now, stream) = (self.shard.now(), asked.expect("a request"));
-            let sink = Some(Sink::Fd(far.into()));
-            self.shard.port_mut(self.port).accept(now, stream, sink);
-            while guest.credit() == 0 {
-                self.turn(Duration::ZERO);
-                self.receive(&mut guest);
-            }
-            let header = guest.payload(5000);
-            assert!(self.driver.send(&header, &[7; 5000], 4096));
-            self.turn(Duration::ZERO);
-            let mut bytes = vec![0; 5000];
-            near.read_exact(&mut bytes).expect("what the guest sent");
-            near.write_all(&bytes).expect("room");
-            let mut back = 0;
-            while back < 5000 {
-                // Nothing to do for a moment: the wait itself.
-                self.turn(Duration::from_millis(1));
-                back += self.receive(&mut guest);
-            }
+            let (mut guest, stream) = self.connect(1024 + n, far);
+            self.echo(&mut guest, &mut near, &mut [7; 5000]);
             match n % 3 {
                 0 => drop(near),
                 1 => {
@@ -184,43 +194,34 @@ impl World {
 
 const CHILD: &str = "ADIT_TEST_FILTERED";
 
-fn filter() -> BpfProgram {
-    // The test's own: its ends of the sockets, and its end.
+/// From now on this process dies of any system call but these and the test's own.
+fn allow(calls: &[libc::c_long]) {
+    // Its ends of the sockets, and its end.
     let own = [
         libc::SYS_recvfrom,
         libc::SYS_sendto,
         libc::SYS_sigaltstack,
+        libc::SYS_munmap,
         libc::SYS_exit_group,
         libc::SYS_exit,
     ];
-    let calls = SYSTEM_CALLS.iter().copied().chain(own);
+    let calls = calls.iter().copied().chain(own);
     let arch = std::env::consts::ARCH.try_into().expect("a known machine");
-    SeccompFilter::new(
+    let filter: BpfProgram = SeccompFilter::new(
         calls.map(|call| (call, vec![])).collect(),
         SeccompAction::KillProcess,
         SeccompAction::Allow,
         arch,
     )
     .and_then(TryInto::try_into)
-    .expect("a filter")
+    .expect("a filter");
+    apply_filter(&filter).expect("a filter");
 }
 
-#[test]
-fn traffic_needs_only_the_system_calls_that_are_listed() {
-    if std::env::var_os(CHILD).is_some() {
-        let mut world = World::new();
-        let pairs = (0..60)
-            .map(|_| UnixStream::pair().expect("a pair"))
-            .collect();
-        apply_filter(&filter()).expect("a filter");
-        world.traffic(pairs);
-        std::process::exit(0);
-    }
+/// Runs a test of this file again in a process of its own, which may die.
+fn in_a_child(test: &str) {
     let status = Command::new(std::env::current_exe().expect("this test"))
-        .args([
-            "--exact",
-            "traffic_needs_only_the_system_calls_that_are_listed",
-        ])
+        .args(["--exact", test])
         .env(CHILD, "1")
         .status()
         .expect("this test");
@@ -229,6 +230,48 @@ fn traffic_needs_only_the_system_calls_that_are_listed() {
         "{status} (signal {:?}): a call outside of the list; `strace -f` names it",
         status.signal()
     );
+}
+
+#[test]
+fn traffic_needs_only_the_system_calls_that_are_listed() {
+    if std::env::var_os(CHILD).is_none() {
+        return in_a_child("traffic_needs_only_the_system_calls_that_are_listed");
+    }
+    let mut world = World::new();
+    let pairs = (0..60)
+        .map(|_| UnixStream::pair().expect("a pair"))
+        .collect();
+    allow(SYSTEM_CALLS);
+    world.traffic(pairs);
+    std::process::exit(0);
+}
+
+/// No futex, no clock, no memory from the system: a message is a wait, its eventfd, and its socket.
+#[test]
+fn a_tunnel_that_flows_waits_reads_and_writes() {
+    if std::env::var_os(CHILD).is_none() {
+        return in_a_child("a_tunnel_that_flows_waits_reads_and_writes");
+    }
+    let mut world = World::new();
+    world.turn(Duration::ZERO);
+    let (mut near, far) = UnixStream::pair().expect("a pair");
+    let (mut guest, _) = world.connect(1024, far);
+    let mut bytes = vec![7; 8000];
+    // Everything was used once, and has its memory.
+    world.echo(&mut guest, &mut near, &mut bytes);
+    allow(&[
+        libc::SYS_epoll_pwait,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_epoll_wait,
+        libc::SYS_read,
+        libc::SYS_write,
+        libc::SYS_recvmsg,
+        libc::SYS_sendmsg,
+    ]);
+    for len in (1..2000).map(|n| 1 + n * 97 % 8000) {
+        world.echo(&mut guest, &mut near, &mut bytes[..len]);
+    }
+    std::process::exit(0);
 }
 
 #[test]
