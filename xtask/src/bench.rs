@@ -11,41 +11,52 @@ use crate::{bench_vmm, progress, setup};
 /// The vsock backend that ours is compared with, from the package registry.
 const PEER: (&str, &str) = ("vhost-device-vsock", "0.3.0");
 
+/// The benches.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Name {
+    /// Device and port, then our backend beside vhost-device-vsock, and tunnels beside socat and haproxy
+    Vsock,
+    /// Real guests on our backend and on the peer's
+    Guest,
+    /// The ring beside its peers and the machine's limits
+    Ring,
+    /// adit-vmm beside QEMU's microvm
+    Vmm,
+}
+
 /// What to measure.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Name of the bench: vsock, guest, ring or vmm
-    name: String,
+    /// Which bench
+    name: Name,
     /// One JSON object a line for each figure
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
-    if options.name == "vmm" {
-        return bench_vmm::run(options.json).map(|()| true);
-    }
     let json = options.json.then_some("--json");
     // In turn with whatever else the machine runs, wake-ups would be measured on the scheduler's terms.
     let realtime = nix::unistd::geteuid().is_root().then_some("--realtime");
     let own: Vec<&str> = json.into_iter().chain(realtime).collect();
-    if options.name == "ring" {
-        return ring(&own);
+    match options.name {
+        Name::Vsock => vsock(&own),
+        Name::Guest => guest(&own),
+        Name::Ring => ring(&own),
+        Name::Vmm => bench_vmm::run(options.json).map(|()| true),
     }
-    if options.name == "guest" {
-        return guest(&own);
-    }
-    bench(&options.name, &own)?;
-    if options.name == "vsock" {
-        let peer = peer();
-        let mut args = own.clone();
-        args.extend(peer.iter().flat_map(|path| ["--peer", path]));
-        // What a tunnel is made of, and what relays TCP.
-        setup::run()?;
-        let binaries = setup::host_binaries(true)?.display().to_string();
-        args.extend(["--binaries", &binaries]);
-        bench("backends", &args)?;
-    }
+}
+
+fn vsock(own: &[&str]) -> anyhow::Result<bool> {
+    bench("vsock", own)?;
+    let peer = peer();
+    let mut args = own.to_vec();
+    args.extend(peer.iter().flat_map(|path| ["--peer", path]));
+    // What a tunnel is made of, and what relays TCP.
+    setup::run()?;
+    let binaries = setup::host_binaries(true)?.display().to_string();
+    args.extend(["--binaries", &binaries]);
+    bench("backends", &args)?;
     Ok(true)
 }
 

@@ -9,6 +9,7 @@ mod progress;
 mod sanitize;
 mod setup;
 mod sim;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -27,6 +28,7 @@ Examples:
   cargo xtask bench vmm                # adit-vmm beside QEMU's microvm
   cargo xtask sim --seeds 1000000
   cargo xtask fuzz engine_ops --minutes 10
+  cargo xtask soak --minutes 60        # a real guest echoes odd pieces; every byte is compared
   cargo xtask sanitize                 # ThreadSanitizer over what shares memory";
 
 /// Shows, tests and measures adit.
@@ -55,6 +57,8 @@ enum Command {
     Sim(sim::Options),
     /// Look for inputs that break a rule
     Fuzz(fuzz::Options),
+    /// Echo streams of every length through a real guest, for an hour
+    Soak(soak::Options),
     /// Run what shares memory between threads under ThreadSanitizer
     Sanitize,
 }
@@ -67,6 +71,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(&options),
         Command::Sim(options) => sim::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
+        Command::Soak(options) => soak::run(&options),
         Command::Sanitize => sanitize::run(),
     };
     match done {

@@ -1,0 +1,209 @@
+//! `cargo xtask soak`: a real guest whose tunnels echo streams of every length in odd pieces for as long as it is told to.
+//!
+//! Two streams at a time, 1 B to 64 MiB each, written and read in pieces that keep to nobody's buffer sizes, with a half-close
+//! at the end. Every byte is compared. It ends early with the first byte that is wrong, or 30 s of silence.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr};
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use adit_tests::connect::{connect, pattern};
+use adit_tests::guest::{Guest, Identity};
+use adit_tests::host::Host;
+use adit_tests::image::{Image, Kernel};
+use anyhow::{Context, ensure};
+
+use crate::{progress, setup};
+
+const VM: &str = "web-1";
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+/// Streams at a time.
+const STREAMS: u64 = 2;
+/// Longest stream, bytes.
+const LENGTH_MAX: u64 = 64 << 20;
+/// Most that is written or read at once, bytes.
+const PIECE_MAX: u64 = 200_003;
+
+/// How long, and with which guest.
+#[derive(clap::Args)]
+pub struct Options {
+    /// For so long
+    #[arg(long, default_value_t = 60.0)]
+    minutes: f64,
+    /// 6.1 or 6.12
+    #[arg(long, default_value = "6.1")]
+    kernel: Kernel,
+    /// What lengths and pieces are drawn from
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// What went through so far.
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    streams: u64,
+    bytes: u64,
+    /// Longest time without a byte while some were owed.
+    silence: Duration,
+}
+
+pub fn run(options: &Options) -> anyhow::Result<bool> {
+    setup::run()?;
+    let bins = setup::host_binaries(true)?;
+    setup::guest_binaries()?;
+    let image = Image::build(options.kernel, &|what| progress::line(what))?;
+    let host = Host::start(&bins, &[VM])?;
+    host.wait_port(VM)?;
+    let _guest = progress::during("booting a guest", || boot(&host, &image))?;
+    let before = port(&host)?;
+    let limit = Duration::from_secs_f64(options.minutes * 60.0);
+    let tally = Mutex::new(Tally::default());
+    let begin = Instant::now();
+    std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..STREAMS)
+            .map(|n| {
+                let (host, tally) = (&host, &tally);
+                let mut random = Random(options.seed << 8 | n);
+                scope.spawn(move || -> anyhow::Result<()> {
+                    while begin.elapsed() < limit {
+                        let len = random.length();
+                        stream(host.proxy(), len, &mut random, tally)
+                            .with_context(|| format!("a stream of {len} bytes"))?;
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        let mut said = Instant::now();
+        while !clients.iter().any(|client| client.is_finished()) {
+            std::thread::sleep(Duration::from_millis(100));
+            if said.elapsed() > Duration::from_secs(60) {
+                said = Instant::now();
+                progress::line(&shown(&tally, begin));
+            }
+        }
+        clients.into_iter().try_for_each(|client| {
+            client
+                .join()
+                .unwrap_or_else(|_| anyhow::bail!("a client panicked"))
+        })
+    })?;
+    let after = port(&host)?;
+    println!("{}", shown(&tally, begin));
+    println!(
+        "adit-port: RssAnon {} KiB before, {} KiB after; descriptors {} before, {} after",
+        before.0, after.0, before.1, after.1
+    );
+    ensure!(before.1 == after.1, "descriptors were left open");
+    Ok(true)
+}
+
+fn boot(host: &Host, image: &Image) -> anyhow::Result<Guest> {
+    let agent = adit_tests::guest_bin("adit-guest");
+    let who = Identity {
+        name: VM,
+        vhost_socket: &host.vhost_socket(VM),
+        agent: Some(&agent),
+        trust: None,
+        script: "",
+        boot_files: false,
+    };
+    let mut guest = Guest::boot(image, &who, &host.dir().join(VM))?;
+    guest.wait_ready(BOOT_LIMIT)?;
+    Ok(guest)
+}
+
+/// Anonymous memory in KiB, and descriptors, of the VM's port process.
+fn port(host: &Host) -> anyhow::Result<(u64, usize)> {
+    let out = host.adit(&["vm", "show", VM, "-o", "json"])?;
+    let vm: serde_json::Value = serde_json::from_slice(&out.stdout)?;
+    let pid = vm["port_pid"].as_u64().context("no port process")?;
+    let proc = Path::new("/proc").join(pid.to_string());
+    let status = std::fs::read_to_string(proc.join("status"))?;
+    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
+    let kib = line.and_then(|l| l.split_whitespace().next()?.parse().ok());
+    let fds = std::fs::read_dir(proc.join("fd"))?.count();
+    Ok((kib.context("no RssAnon")?, fds))
+}
+
+fn shown(tally: &Mutex<Tally>, begin: Instant) -> String {
+    let t = *tally.lock().unwrap_or_else(|e| e.into_inner());
+    format!(
+        "{:.0} s: {} streams, {} MiB each way, every byte as it was sent; longest silence {:.2} s",
+        begin.elapsed().as_secs_f64(),
+        t.streams,
+        t.bytes >> 20,
+        t.silence.as_secs_f64()
+    )
+}
+
+/// One stream to the guest's echo and back.
+fn stream(
+    proxy: SocketAddr,
+    len: u64,
+    random: &mut Random,
+    tally: &Mutex<Tally>,
+) -> anyhow::Result<()> {
+    let mut near = connect(proxy, &format!("{VM}:7"))?;
+    let mut sender = near.try_clone()?;
+    let mut pieces = Random(random.next());
+    std::thread::scope(|scope| -> anyhow::Result<()> {
+        let sending = scope.spawn(move || -> std::io::Result<()> {
+            let mut at = 0;
+            while at < len {
+                let n = pieces.piece().min(len - at);
+                let bytes: Vec<u8> = (at..at + n).map(pattern).collect();
+                sender.write_all(&bytes)?;
+                at += n;
+            }
+            sender.shutdown(Shutdown::Write)
+        });
+        let (mut at, mut buf) = (0, vec![0; PIECE_MAX as usize]);
+        loop {
+            let (asked, room) = (Instant::now(), random.piece() as usize);
+            let n = near.read(&mut buf[..room])?;
+            let mut t = tally.lock().unwrap_or_else(|e| e.into_inner());
+            t.silence = t.silence.max(asked.elapsed());
+            if n == 0 {
+                t.streams += 1;
+                break;
+            }
+            t.bytes += n as u64;
+            drop(t);
+            for (i, byte) in (at..).zip(&buf[..n]) {
+                ensure!(*byte == pattern(i), "byte {i} is {byte}");
+            }
+            at += n as u64;
+        }
+        ensure!(at == len, "it ended after {at}");
+        sending
+            .join()
+            .unwrap_or_else(|_| Err(std::io::Error::other("the sender panicked")))?;
+        Ok(())
+    })
+}
+
+/// SplitMix64: the same draws for the same seed.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Short ones as often as long ones.
+    fn length(&mut self) -> u64 {
+        let up_to = 1 << (self.next() % (LENGTH_MAX.ilog2() as u64 + 1));
+        1 + self.next() % up_to
+    }
+
+    fn piece(&mut self) -> u64 {
+        let up_to = 1 << (self.next() % 18);
+        (1 + self.next() % (2 * up_to)).min(PIECE_MAX)
+    }
+}
