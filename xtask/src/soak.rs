@@ -112,6 +112,8 @@ fn boot(host: &Host, image: &Image) -> anyhow::Result<Guest> {
     };
     let mut guest = Guest::boot(image, &who, &host.dir().join(VM))?;
     guest.wait_ready(BOOT_LIMIT)?;
+    let out = host.adit(&["wait", VM, "--for", "agent", "--timeout", "60s"])?;
+    ensure!(out.status.success(), "the agent: {}", host.log());
     Ok(guest)
 }
 
