@@ -3,11 +3,13 @@
 mod common;
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use adit_ringbuf::Mapped;
 use adit_ringbuf::region::{Features, Spec};
 use adit_ringbuf::session::{Event, Guest, Host};
 use adit_ringbuf_io::attach::{AttachError, Bells, Offer, Socket};
+use adit_ringbuf_io::ivshmem::{Alive, Server};
 use common::{converse, meet, offer, packet, send};
 
 fn counts() -> (usize, usize) {
@@ -23,6 +25,22 @@ fn attachments_good_and_bad_leave_nothing_behind() {
     assert_eq!(counts(), before);
     ten_thousand_attachments_come_and_go();
     assert_eq!(counts(), before);
+    a_thousand_ivshmem_clients_come_and_go();
+    assert_eq!(counts(), before);
+}
+
+fn a_thousand_ivshmem_clients_come_and_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ivshmem.sock");
+    let mut server = Server::new(UnixListener::bind(&path).unwrap(), 64 << 10).unwrap();
+    for _ in 0..1000 {
+        let client = UnixStream::connect(&path).unwrap();
+        let given = server.accept().unwrap().unwrap();
+        let second = UnixStream::connect(&path).unwrap();
+        assert!(server.accept().is_err());
+        drop((client, second, given));
+        assert_eq!(server.look().unwrap(), Alive::No);
+    }
 }
 
 fn every_packet_that_does_not_belong_is_refused() {
