@@ -20,6 +20,7 @@ pub mod install;
 pub mod journal;
 pub mod log;
 pub mod relay;
+pub mod ring;
 pub mod run;
 pub mod runner;
 pub mod serve;

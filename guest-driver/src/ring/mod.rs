@@ -1,0 +1,240 @@
+//! The ring as this guest finds it: a PCI function whose shared BAR begins with a region.
+//!
+//! | way | memory | the host rings us | we ring the host | needs |
+//! |---|---|---|---|---|
+//! | vfio | region 2 | MSI-X, as an eventfd | a store to BAR0 | an IOMMU and vfio-pci |
+//! | sysfs | `resource2` | a byte over vsock, or we poll | a store to BAR0 | no lockdown |
+//!
+//! The first that works is taken. A function that somebody else has, or whose memory begins with something else, is left as
+//! it was. There is no third way: `/dev/mem` and `resource2_wc` would be.
+
+mod map;
+mod pci;
+mod sysfs;
+mod vfio;
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use adit_ringbuf::Mapped;
+use adit_ringbuf::region::RegionError;
+use adit_ringbuf_io::doorbell::Waiter;
+use adit_ringbuf_io::ivshmem::{HOST_PEER, VECTOR_DATA, VECTOR_SPACE};
+use nix::sys::socket::{MsgFlags, recv};
+use vfio_ioctls::{VfioDevice, VfioError};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::conn::Conn;
+use crate::log;
+use pci::Function;
+
+pub use map::Register;
+
+/// BARs of ivshmem.
+const REGISTERS_BAR: usize = 0;
+const SHARED_BAR: usize = 2;
+/// Its doorbell register.
+const DOORBELL: usize = 12;
+
+/// Why a function is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// It has no such BAR.
+    #[error("BAR {bar} is not memory")]
+    NoBar {
+        /// Which.
+        bar: usize,
+    },
+    /// The kernel gives no device's memory to user space.
+    #[error(
+        "the kernel is locked down ({level}): sysfs gives no device's memory out; give the VM an IOMMU, or stay on vsock"
+    )]
+    Lockdown {
+        /// How far.
+        level: String,
+    },
+    /// The kernel refuses something.
+    #[error("the kernel refuses")]
+    Io(#[from] io::Error),
+    /// vfio does.
+    #[error("vfio")]
+    Vfio(#[source] Box<VfioError>),
+    /// It is somebody else's, or of a version that this agent does not know.
+    #[error("no region of ours")]
+    Region(#[from] RegionError),
+}
+
+/// How the function is had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// Through vfio, with interrupts.
+    Msix,
+    /// Through sysfs, without.
+    Sysfs,
+}
+
+impl fmt::Display for How {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Msix => "vfio, MSI-X",
+            Self::Sysfs => "sysfs",
+        })
+    }
+}
+
+/// What hears the host.
+#[derive(Debug)]
+pub enum Ear {
+    /// An interrupt.
+    Event(EventFd),
+    /// A byte on a stream that is nonblocking.
+    Stream(Arc<Conn>),
+    /// Nothing: its owner polls.
+    Deaf,
+}
+
+impl Waiter for Ear {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Event(event) => event.fd(),
+            Self::Stream(conn) => Some(conn.as_fd()),
+            Self::Deaf => None,
+        }
+    }
+
+    fn clear(&self) -> io::Result<()> {
+        use std::os::fd::AsRawFd;
+        match self {
+            Self::Event(event) => event.clear(),
+            Self::Deaf => Ok(()),
+            Self::Stream(conn) => {
+                let mut bytes = [0; 64];
+                let fd = conn.as_fd().as_raw_fd();
+                match recv(fd, &mut bytes, MsgFlags::MSG_DONTWAIT) {
+                    Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(_) | Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => Ok(()),
+                    Err(e) => Err(e.into()),
+                }
+            }
+        }
+    }
+}
+
+/// A function with a region, taken.
+pub struct Device {
+    /// Its address.
+    pub function: String,
+    /// Its memory.
+    pub memory: Mapped,
+    /// Rings the host: there is data.
+    pub data: Register,
+    /// Rings the host: there is space.
+    pub space: Register,
+    /// Hears: there is data.
+    pub data_ear: Ear,
+    /// Hears: there is space.
+    pub space_ear: Ear,
+    /// How it is had.
+    pub how: How,
+    /// Why not in a better way; empty: there is none.
+    pub why: String,
+    /// Kept, for its interrupts end with it.
+    #[allow(dead_code)]
+    vfio: Option<Arc<VfioDevice>>,
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({} by {})", self.function, self.how)
+    }
+}
+
+impl Device {
+    /// Has a stream whose bytes are the host's doorbells, in place of interrupts that it lacks.
+    ///
+    /// # Errors
+    /// The stream cannot be made nonblocking.
+    pub fn hear(&mut self, conn: Conn) -> io::Result<()> {
+        conn.set_nonblocking()?;
+        let conn = Arc::new(conn);
+        self.data_ear = Ear::Stream(conn.clone());
+        self.space_ear = Ear::Stream(conn);
+        Ok(())
+    }
+}
+
+/// What is stored to ring the host's doorbells: data, space.
+fn doorbell_values() -> [u32; 2] {
+    [VECTOR_DATA, VECTOR_SPACE].map(|vector| u32::from(HOST_PEER) << 16 | u32::from(vector))
+}
+
+/// Looks for a function with a region, and takes it. `None`: there is none, or none that can be had; why is in the log.
+pub fn find() -> Option<Device> {
+    let candidates = pci::candidates(Path::new(pci::DEVICES));
+    candidates.iter().find_map(|function| match open(function) {
+        Ok(device) => {
+            log::event(
+                "ring-found",
+                &[
+                    ("function", &device.function),
+                    ("by", &device.how),
+                    ("bytes", &adit_ringbuf::RingMem::len(&device.memory)),
+                    ("why", &device.why),
+                ],
+            );
+            Some(device)
+        }
+        Err(e) => {
+            let why = chain(&e);
+            let said: [(&str, &dyn fmt::Display); 2] =
+                [("function", &function.address), ("why", &why)];
+            log::event("ring-not-used", &said);
+            None
+        }
+    })
+}
+
+fn open(function: &Function) -> Result<Device, OpenError> {
+    match function.driver() {
+        // As the agent before this one left it.
+        Some(driver) if driver == vfio::DRIVER => return vfio::open(function, DOORBELL),
+        Some(driver) => {
+            let why = format!("driver {driver} has it");
+            return Err(OpenError::Io(io::Error::other(why)));
+        }
+        None => {}
+    }
+    // Looked at before it is given to another driver: it may be another program's.
+    let plain = sysfs::open(function, DOORBELL);
+    if matches!(plain, Err(OpenError::Region(_))) {
+        return plain;
+    }
+    if !function.has_iommu() {
+        let why = "no IOMMU stands before it, so it has no interrupts";
+        return plain.map(|device| because(device, why.into()));
+    }
+    let refused = plain.err();
+    match (vfio::open(function, DOORBELL), refused) {
+        (Ok(device), _) => Ok(device),
+        (Err(_), Some(refused)) => Err(refused),
+        (Err(e), None) => sysfs::open(function, DOORBELL).map(|device| because(device, chain(&e))),
+    }
+}
+
+fn because(device: Device, why: String) -> Device {
+    Device { why, ..device }
+}
+
+/// An error and its causes in one line.
+fn chain(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut source = e.source();
+    while let Some(e) = source {
+        text += &format!(": {e}");
+        source = e.source();
+    }
+    text
+}

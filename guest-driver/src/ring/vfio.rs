@@ -1,0 +1,85 @@
+//! A function through vfio-pci: its memory, its doorbell register, and MSI-X vectors as eventfds. Needs an IOMMU.
+
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use adit_ringbuf::region::Region;
+use adit_ringbuf_io::doorbell::event_fd;
+use vfio_ioctls::{VfioContainer, VfioDevice, VfioError};
+
+use super::map::{self, Register};
+use super::pci::Function;
+use super::{Device, Ear, How, OpenError, doorbell_values};
+
+/// vfio's numbers for what a PCI function has (Linux `include/uapi/linux/vfio.h`).
+const REGISTERS: u32 = 0;
+const SHARED: u32 = 2;
+const CONFIG: u32 = 7;
+/// In configuration space: the command register, and its bits "memory" and "bus master".
+const COMMAND: u64 = 4;
+const MEMORY_AND_MASTER: u16 = 0b110;
+/// The driver.
+pub const DRIVER: &str = "vfio-pci";
+
+/// Opens it.
+///
+/// # Errors
+/// There is no vfio here, or it does not give the function out.
+pub fn open(function: &Function, register: usize) -> Result<Device, OpenError> {
+    let had = function.driver().is_some();
+    if !had {
+        // Where modules are loaded on demand; a kernel that has it built in, or no modprobe, is as well.
+        let mut modprobe = Command::new("modprobe");
+        modprobe.args(["-q", DRIVER]);
+        let quiet = modprobe.stdin(Stdio::null()).stderr(Stdio::null()).status();
+        drop(quiet);
+    }
+    function.bind(DRIVER)?;
+    let opened = take(function, register);
+    if opened.is_err() && !had {
+        function.release();
+    }
+    opened
+}
+
+fn take(function: &Function, register: usize) -> Result<Device, OpenError> {
+    let container = Arc::new(VfioContainer::new(None)?);
+    let device = Arc::new(VfioDevice::new(&function.dir, container, false)?);
+    // vfio takes bus mastering away, and an MSI is a write on the bus.
+    let mut command = [0; 2];
+    device.region_read(CONFIG, &mut command, COMMAND);
+    let command = u16::from_le_bytes(command) | MEMORY_AND_MASTER;
+    device.region_write(CONFIG, &command.to_le_bytes(), COMMAND);
+
+    let bytes = |region| usize::try_from(device.get_region_size(region)).unwrap_or(0);
+    let at = |region| device.get_region_offset(region);
+    let fd = map::descriptor(&device);
+    let memory = map::memory(fd, at(SHARED), bytes(SHARED))?;
+    Region::read(&memory)?;
+    let [data, space] = Register::map(
+        fd,
+        at(REGISTERS),
+        bytes(REGISTERS),
+        register,
+        doorbell_values(),
+    )?;
+    let (data_ear, space_ear) = (event_fd()?, event_fd()?);
+    device.enable_msix(vec![&data_ear, &space_ear])?;
+    Ok(Device {
+        function: function.address.clone(),
+        memory,
+        data,
+        space,
+        data_ear: Ear::Event(data_ear),
+        space_ear: Ear::Event(space_ear),
+        how: How::Msix,
+        why: String::new(),
+        vfio: Some(device),
+    })
+}
+
+impl From<VfioError> for OpenError {
+    fn from(e: VfioError) -> Self {
+        Self::Vfio(Box::new(e))
+    }
+}
