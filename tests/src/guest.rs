@@ -64,6 +64,17 @@ pub struct Identity<'a> {
     pub boot_files: bool,
 }
 
+/// An ivshmem function, in a guest that has one.
+#[derive(Clone, Copy, Debug)]
+pub struct Ring<'a> {
+    /// The server's socket.
+    pub socket: &'a Path,
+    /// Behind an IOMMU (a q35 machine), so that the guest can have interrupts of it.
+    pub iommu: bool,
+    /// More parameters for the kernel.
+    pub parameters: &'a str,
+}
+
 /// A running guest.
 #[derive(Debug)]
 pub struct Guest {
@@ -83,6 +94,19 @@ impl Guest {
     /// # Errors
     /// A file cannot be written, or QEMU or the agent's installer does not start.
     pub fn boot(image: &Image, who: &Identity<'_>, dir: &Path) -> anyhow::Result<Self> {
+        Self::boot_with(image, who, None, dir)
+    }
+
+    /// Boots, with an ivshmem function.
+    ///
+    /// # Errors
+    /// As [`Guest::boot`].
+    pub fn boot_with(
+        image: &Image,
+        who: &Identity<'_>,
+        ring: Option<Ring<'_>>,
+        dir: &Path,
+    ) -> anyhow::Result<Self> {
         fs::create_dir_all(dir)?;
         let initrd = dir.join("initrd");
         let root = overlay(who, dir)?;
@@ -98,7 +122,7 @@ impl Guest {
         if !disk.exists() {
             fs::copy(&image.disk, &disk)?;
         }
-        let args = qemu_args(image, who, &initrd, &disk, dir);
+        let args = qemu_args(image, who, ring, &initrd, &disk, dir);
         let qemu = start(&args, dir)?;
         Ok(Self {
             qemu,
@@ -241,6 +265,7 @@ pub(crate) fn tsc_arguments() -> String {
 fn qemu_args(
     image: &Image,
     who: &Identity<'_>,
+    ring: Option<Ring<'_>>,
     initrd: &Path,
     disk: &Path,
     dir: &Path,
@@ -254,7 +279,14 @@ fn qemu_args(
     };
     let tsc = tsc_arguments();
     let memory = format!("{MEMORY_MIB}M");
-    [
+    let iommu = ring.is_some_and(|ring| ring.iommu);
+    let (machine, more) = match (iommu, accel) {
+        (false, _) => ("microvm,pcie=on", ""),
+        // Interrupts behind an IOMMU are remapped, which KVM's own chip does not do.
+        (true, "kvm") => ("q35,kernel-irqchip=split", " intel_iommu=on"),
+        (true, _) => ("q35", " intel_iommu=on"),
+    };
+    let mut args: Vec<String> = [
         "-accel",
         accel,
         "-cpu",
@@ -268,7 +300,7 @@ fn qemu_args(
         "-display",
         "none",
         "-M",
-        "microvm,pcie=on",
+        machine,
         "-object",
         &format!("memory-backend-memfd,id=ram,size={memory},share=on"),
         "-machine",
@@ -285,7 +317,10 @@ fn qemu_args(
         "-initrd",
         &initrd.display().to_string(),
         "-append",
-        &format!("console=ttyS0 quiet panic=1 reboot=t mitigations=off{tsc}"),
+        &format!(
+            "console=ttyS0 quiet panic=1 reboot=t mitigations=off{tsc}{more} {}",
+            ring.map_or("", |ring| ring.parameters)
+        ),
         "-chardev",
         &format!("socket,id=vu,path={}", who.vhost_socket.display()),
         "-device",
@@ -296,7 +331,16 @@ fn qemu_args(
         "virtio-blk-pci-non-transitional,drive=state",
     ]
     .map(str::to_owned)
-    .into()
+    .into();
+    if let Some(ring) = ring {
+        let socket = format!("socket,id=ring,path={}", ring.socket.display());
+        let device = "ivshmem-doorbell,chardev=ring,vectors=2";
+        args.extend(["-chardev", &socket, "-device", device].map(str::to_owned));
+    }
+    if iommu {
+        args.extend(["-device", "intel-iommu,intremap=on"].map(str::to_owned));
+    }
+    args
 }
 
 fn start(args: &[String], dir: &Path) -> anyhow::Result<Reaped> {

@@ -26,6 +26,8 @@ const KVM: [&str; 1] = ["kvm_amd"];
 const FILE_SYSTEM: [&str; 2] = ["crc32c_generic", "ext4"];
 /// Modules that lie beside them, for scripts that load them.
 const SPARE: [&str; 1] = ["vsock_loopback"];
+/// What drives an ivshmem function with interrupts from user space: loaded where there is an IOMMU.
+const RING: [&str; 2] = ["vfio_pci", "vfio_iommu_type1"];
 /// Programs of ours that every test guest has.
 const PROGRAMS: [&str; 2] = ["adit-testguest", "adit-hostile"];
 const DISK_MIB: u64 = 64;
@@ -338,20 +340,22 @@ fn initramfs(modules: &Path) -> anyhow::Result<Vec<u8>> {
         b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n",
     )?;
     archive.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
-    let mut order = String::new();
-    let wanted: Vec<_> = MODULES
-        .into_iter()
-        .chain(FILE_SYSTEM)
-        .chain(SPARE)
-        .collect();
-    for (name, bytes) in load_order(modules, &wanted)? {
-        archive.file(&format!("lib/adit/{name}.ko"), 0o644, &bytes)?;
-        if !SPARE.contains(&name.as_str()) {
-            order.push_str(&name);
-            order.push('\n');
+    let mut listed = BTreeSet::new();
+    let lists: [(&str, Vec<&str>); 3] = [
+        ("modules", MODULES.into_iter().chain(FILE_SYSTEM).collect()),
+        ("modules-ring", RING.into()),
+        ("modules-spare", SPARE.into()),
+    ];
+    for (list, wanted) in lists {
+        let mut order = String::new();
+        for (name, bytes) in load_order(modules, &wanted)? {
+            if listed.insert(name.clone()) {
+                archive.file(&format!("lib/adit/{name}.ko"), 0o644, &bytes)?;
+                order += &format!("{name}\n");
+            }
         }
+        archive.file(&format!("lib/adit/{list}"), 0o644, order.as_bytes())?;
     }
-    archive.file("lib/adit/modules", 0o644, order.as_bytes())?;
     Ok(archive.finish()?)
 }
 

@@ -12,12 +12,16 @@
 //! - `kexec KERNEL INITRD`: start them as if after a reset
 //! - `vsock-sink PORT`: take as many bytes as the first eight say, and answer with one
 //! - `bench NAME CID ECHO SINK [FIGURE]`: measure against such ports (`guest/bench.rs`)
+//! - `ring-echo [PORT]`: find the ring and send back the records of its second lane; with PORT, a stream to it rings us
+//!   where there is no interrupt. Says RING-ATTACHED
 //! - `dial-host N`: dial the host's well-known port N times in quick succession; each is answered with a refusal
 
 #![allow(unsafe_code)] // `kexec`: one system call that no crate wraps
 
 #[path = "guest/bench.rs"]
 mod bench;
+#[path = "guest/ring.rs"]
+mod ring;
 
 use std::ffi::CString;
 use std::fs::File;
@@ -47,6 +51,8 @@ fn main() -> anyhow::Result<()> {
         ["uds-dial", path, port, len] => uds_dial(path, port.parse()?, len.parse()?),
         ["uds-hello", path, service] => uds_hello(path, service),
         ["kexec", kernel, initrd] => kexec(kernel, initrd),
+        ["ring-echo"] => ring::echo(None),
+        ["ring-echo", port] => ring::echo(Some(port.parse()?)),
         ["dial-host", times] => dial_host(times.parse()?),
         ["vsock-sink", port] => vsock_sink(port.parse()?),
         ["bench", name, cid, echo, sink, ref only @ ..] => {
@@ -56,7 +62,7 @@ fn main() -> anyhow::Result<()> {
         }
         _ => {
             anyhow::bail!(
-                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | hold PORT | rtt PROXY TO LEN TIMES | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
+                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | hold PORT | rtt PROXY TO LEN TIMES | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | ring-echo [PORT] | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
             )
         }
     }

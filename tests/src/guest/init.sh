@@ -3,6 +3,7 @@
 b=/bin/busybox
 $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys
+$b mount -t securityfs security /sys/kernel/security
 $b mount -t devtmpfs dev /dev
 $b mount -t tmpfs run /run
 $b mount -t cgroup2 cgroup2 /sys/fs/cgroup
@@ -10,6 +11,11 @@ $b --install -s /bin
 while read -r m; do
     insmod /lib/adit/$m.ko || echo "ADIT-ERROR insmod $m"
 done < /lib/adit/modules
+if [ -d /sys/kernel/iommu_groups/0 ]; then
+    while read -r m; do
+        insmod /lib/adit/$m.ko || echo "ADIT-ERROR insmod $m"
+    done < /lib/adit/modules-ring
+fi
 if [ -b /dev/vda ]; then
     mount -t ext4 /dev/vda /var/lib || echo "ADIT-ERROR no state disk"
 fi

@@ -15,6 +15,7 @@ use adit_tests::image::{Image, Kernel};
 mod from_guest;
 mod hostile;
 mod restarts;
+mod ring;
 mod stalls;
 mod takeover;
 

@@ -1,0 +1,71 @@
+//! `ring-echo`: the guest's half of the ring, by itself.
+
+use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use adit_guest_driver::ring::{self, Ear};
+use adit_ringbuf::region::Features;
+use adit_ringbuf::session::{Event, Guest};
+use adit_ringbuf_io::Spin;
+use adit_ringbuf_io::blocking::{Error, Receiver, Sender};
+use adit_ringbuf_io::doorbell::Doorbell;
+use anyhow::Context;
+use vsock::VsockListener;
+
+/// The lane that is echoed.
+const LANE: usize = 1;
+/// How long the host may take to answer.
+const LIMIT: Duration = Duration::from_secs(30);
+/// A guest that nobody rings looks at the session so often.
+const LOOK: Duration = Duration::from_millis(100);
+
+pub fn echo(port: Option<u32>) -> anyhow::Result<()> {
+    let mut device = ring::find().context("no ring")?;
+    if let Some(port) = port {
+        let listener = VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, port)?;
+        println!("RING-LISTENS");
+        let (stream, _) = listener.accept()?;
+        device.hear(OwnedFd::from(stream).into())?;
+    }
+    let hears = match device.data_ear {
+        Ear::Event(_) => "msix",
+        Ear::Stream(_) => "vsock",
+        Ear::Deaf => "polling",
+    };
+    let nonce = adit_guest_driver::facts::boot_nonce();
+    let start = u64::from_ne_bytes(std::array::from_fn(|n| nonce[n]));
+    let mut guest = Guest::find(device.memory.clone(), start, Features::NONE)?;
+    let _ = guest.attach();
+    device.data.ring()?;
+    let begin = Instant::now();
+    let epoch = loop {
+        if let Some(Event::Attached { epoch, .. }) = guest.poll()?.event {
+            break epoch;
+        }
+        anyhow::ensure!(begin.elapsed() < LIMIT, "the host does not answer");
+        thread::sleep(Duration::from_millis(1));
+    };
+    device.data.ring()?;
+    println!(
+        "RING-ATTACHED by={} hears={hears} epoch={epoch}",
+        device.how
+    );
+    let ends = guest.ends(LANE, true)?.context("not attached")?;
+    let (data, space) = (device.data.clone(), device.space.clone());
+    let mut to = Sender::new(ends.producer, data, device.space_ear, Spin::default());
+    let mut from = Receiver::new(ends.consumer, space, device.data_ear, Spin::default());
+    let mut record = vec![0; 256 << 10];
+    loop {
+        match from.recv_within(&mut record, LOOK) {
+            Ok(len) => to.send(&record[..len])?,
+            Err(Error::TimedOut) => {
+                if let Some(Event::Lost(why)) = guest.poll()?.event {
+                    println!("RING-LOST {why:?}");
+                    return Ok(());
+                }
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
