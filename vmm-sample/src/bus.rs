@@ -27,6 +27,7 @@ impl Trigger for ResetLine {
 
 /// Everything that a guest reaches by port or MMIO access; the vCPU threads share it.
 pub struct Bus {
+    /// The serial line.
     pub console: Arc<Console>,
     keyboard: Mutex<I8042Device<ResetLine>>,
     /// With the start of their windows.
@@ -40,6 +41,7 @@ pub fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Bus {
+    /// A bus with these devices on it; asked for a reset or to switch off, it ends the VM.
     pub fn new(console: Arc<Console>, virtio: Vec<(u64, Transport)>, exit: Arc<Exit>) -> Self {
         let virtio = virtio.into_iter();
         Self {

@@ -132,14 +132,17 @@ impl Console {
         SerialState::default().into()
     }
 
+    /// The registers, and what was typed and not read.
     pub fn save(&self) -> LineState {
         lock(&self.0).state().into()
     }
 
+    /// Reads a register.
     pub fn read(&self, register: u8) -> u8 {
         lock(&self.0).read(register)
     }
 
+    /// Writes a register.
     pub fn write(&self, register: u8, value: u8) {
         // Fails when nothing listens to the interrupt any more: the VM is ending.
         let _ = lock(&self.0).write(register, value);

@@ -47,7 +47,7 @@ pub fn allocate(bytes: u64) -> anyhow::Result<GuestMemoryMmap> {
 
 /// Tells KVM where the guest's memory lies in this process.
 ///
-/// `memory` must live as long as `vm`: [`Machine`](crate::machine::Machine) holds both, in that order.
+/// `memory` must live as long as `vm`: `Machine` holds both, in that order.
 pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> anyhow::Result<()> {
     for (slot, region) in (0..).zip(memory.iter()) {
         let host = memory.get_host_address(region.start_addr())?;

@@ -24,8 +24,11 @@ use vmm_sys_util::signal::register_signal_handler;
 /// A kind of thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thread {
+    /// Runs the guest.
     Vcpu,
+    /// Has the vsock device.
     Vsock,
+    /// Has the disk.
     Disk,
 }
 

@@ -337,6 +337,3 @@ impl Transport {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -26,6 +26,7 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
+    /// An interrupt that has no reason yet.
     pub fn new(irq: EventFd) -> Self {
         Self {
             status: AtomicU32::new(0),
@@ -69,10 +70,13 @@ impl Interrupt {
 
 /// What a driver and a transport agreed upon.
 pub struct Activation {
+    /// The guest's.
     pub memory: Memory,
+    /// What both have.
     pub features: u64,
     /// Ready and checked, one for each size in [`Device::queue_sizes`].
     pub queues: Vec<Queue>,
+    /// How to tell the driver.
     pub interrupt: Arc<Interrupt>,
 }
 

@@ -46,6 +46,7 @@ const ANSWER_MAX: u64 = 1 << 20;
 pub struct Registration {
     /// aditd's API socket.
     pub aditd: PathBuf,
+    /// Its entry.
     pub vm: NewVm,
 }
 

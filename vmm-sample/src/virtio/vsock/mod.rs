@@ -9,7 +9,7 @@
 //! ```
 //! The device belongs to the thread that moves its packets; a register written on a vCPU's thread is a command that this
 //! thread carries out between two bursts, so the data path has no lock. What is above the engine is the owner's choice:
-//! [`hybrid`] sockets, or [`handed`] over to aditd.
+//! `hybrid` sockets, or [`handed`] over to aditd.
 
 pub mod handed;
 mod hybrid;

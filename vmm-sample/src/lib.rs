@@ -1,0 +1,28 @@
+//! `adit-vmm`: a small VMM on rust-vmm crates that boots stock Linux and has adit's virtio-vsock device in its own process.
+//!
+//! Written to be read: `run` follows a command from its first line to its last, `machine` puts a VM together, `boot` and
+//! `acpi` tell the kernel where it is, `vcpu` and [`bus`] answer the guest, [`virtio`] holds transport and devices. It is a
+//! program: what is public here is what its tests drive without KVM.
+
+mod acpi;
+mod api;
+mod boot;
+pub mod bus;
+pub mod console;
+mod cpu;
+mod cpu_state;
+mod eventfd;
+mod events;
+pub mod exit;
+mod gate;
+mod layout;
+mod machine;
+pub mod memory;
+mod options;
+mod run;
+pub mod seccomp;
+mod snapshot;
+mod vcpu;
+pub mod virtio;
+
+pub use run::main;

@@ -1,0 +1,109 @@
+//! A command from its first line to its last.
+
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+
+use clap::Parser;
+
+use crate::bus::lock;
+use crate::console::Console;
+use crate::exit::Reason;
+use crate::machine::{CPUS_MAX, Machine, Shape};
+use crate::options::{Command, Host, Options, Restore, Run};
+use crate::seccomp::Filters;
+use crate::virtio::Device;
+use crate::virtio::block::Block;
+use crate::virtio::vsock::handed::Registered;
+use crate::virtio::vsock::{Owner, Vsock};
+use crate::{events, memory, snapshot};
+use nix::sys::signalfd::SignalFd;
+
+/// The program.
+pub fn main() -> ExitCode {
+    let done = match Options::parse().command {
+        Command::Run(options) => run(&options),
+        Command::Restore(options) => restore(&options),
+    };
+    match done {
+        Ok(reason) => {
+            eprintln!("adit-vmm: {reason}");
+            ExitCode::from(reason.status())
+        }
+        Err(e) => {
+            eprintln!("adit-vmm: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+type Devices = Vec<Box<dyn Device>>;
+
+/// The devices in the order of their windows, and the VM's entry in aditd's map.
+fn devices(host: &Host, filters: &Filters) -> anyhow::Result<(Devices, Option<Registered>)> {
+    let mut devices = Devices::new();
+    let mut registered = None;
+    if let Some(disk) = &host.disk {
+        devices.push(Box::new(Block::open(disk, filters)?));
+    }
+    if let Some(vsock) = &host.vsock {
+        let owner = host.owner(vsock)?;
+        devices.push(Box::new(Vsock::new(vsock.cid, &owner, filters)?));
+        if let Owner::Aditd(registration) = owner {
+            // Not before the thread is there that answers aditd.
+            registered = Some(registration.register()?);
+        }
+    }
+    Ok((devices, registered))
+}
+
+fn run(options: &Run) -> anyhow::Result<Reason> {
+    let signals = events::signals()?;
+    let filters = options.host.filters()?;
+    let shape = options.shape();
+    let memory = Arc::new(memory::allocate(shape.memory)?);
+    let (devices, registered) = devices(&options.host, &filters)?;
+    let machine = Machine::new(&shape, memory, devices, &Console::fresh())?;
+    machine.boot(&options.boot())?;
+    go(machine, signals, &options.host, &filters, registered)
+}
+
+fn restore(options: &Restore) -> anyhow::Result<Reason> {
+    let signals = events::signals()?;
+    let filters = options.host.filters()?;
+    let state = snapshot::read(&options.from)?;
+    let memory = Arc::new(snapshot::map(&options.from, &state)?);
+    let cpus = u8::try_from(state.cpus.len()).unwrap_or(u8::MAX);
+    anyhow::ensure!(
+        (1..=CPUS_MAX).contains(&cpus),
+        "the snapshot has {cpus} processors"
+    );
+    let shape = Shape {
+        cpus,
+        memory: state.memory,
+        serial: options.host.serial.clone(),
+    };
+    let (devices, registered) = devices(&options.host, &filters)?;
+    let machine = Machine::new(&shape, memory, devices, &state.line)?;
+    machine.restore(&state)?;
+    go(machine, signals, &options.host, &filters, registered)
+}
+
+/// From the first instruction to the end.
+fn go(
+    mut machine: Machine,
+    signals: SignalFd,
+    host: &Host,
+    filters: &Filters,
+    mut registered: Option<Registered>,
+) -> anyhow::Result<Reason> {
+    machine.start(filters)?;
+    machine.resume()?;
+    let machine = Arc::new(Mutex::new(machine));
+    let reason = events::until_end(&machine, signals, host.api.as_deref());
+    lock(&machine).end();
+    if let (Ok(Reason::Reset), Some(registered)) = (&reason, &mut registered) {
+        // Whoever supervises this process starts it again.
+        registered.keep();
+    }
+    reason
+}

@@ -1,0 +1,61 @@
+//! A device that is started and stopped without end keeps nothing: R12. Alone in its process, which counts what it has open.
+
+mod common;
+
+use adit_benches::DriverConfig;
+use adit_engine::Op;
+use common::{Noise, Vm};
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
+
+const CYCLES: u32 = 10_000;
+/// Mappings that an allocator may make meanwhile.
+const ARENAS: usize = 8;
+
+fn count(of: &str) -> usize {
+    match of {
+        "fd" => std::fs::read_dir("/proc/self/fd").unwrap().count(),
+        _ => std::fs::read_to_string("/proc/self/maps")
+            .unwrap()
+            .lines()
+            .count(),
+    }
+}
+
+#[test]
+fn r12_ten_thousand_sessions_end_under_way_and_leave_nothing() {
+    let mut vm = Vm::new();
+    let mut noise = Noise(12);
+    vm.honest();
+    vm.put(VIRTIO_MMIO_STATUS, 0);
+    let before = ["fd", "maps"].map(count);
+    for cycle in 0..CYCLES {
+        vm.config = [DriverConfig::LINUX_6_1, DriverConfig::LINUX_6_12][cycle as usize % 2];
+        vm.boot();
+        if cycle % 16 == 0 {
+            let mut stream = vm.open();
+            vm.exchange(&mut stream, 1000);
+            // Bytes both ways that nobody will ever take.
+            let header = stream.guest.payload(1000);
+            vm.driver.send(&header, &[7; 1000], 400);
+            vm.driver.tx.publish();
+            vm.kick(1);
+        } else {
+            // A connection whose request the device may or may not have seen.
+            let mut guest = adit_benches::stream::GuestStream::new(900, 7999);
+            let request = guest.header(Op::Request);
+            vm.driver.send(&request, &[], 1);
+            vm.driver.tx.publish();
+            vm.kick(1);
+            (0..noise.below(400)).for_each(|_| std::hint::spin_loop());
+        }
+        vm.put(VIRTIO_MMIO_STATUS, 0);
+    }
+    let [fds, maps] = ["fd", "maps"].map(count);
+    assert_eq!(fds, before[0], "descriptors");
+    assert!(
+        maps <= before[1] + ARENAS,
+        "{} mappings, then {maps}",
+        before[1]
+    );
+    vm.honest();
+}
