@@ -54,9 +54,9 @@ pub mod region;
 pub mod session;
 
 pub use consumer::{Consumer, Record};
-pub use mem::RingMem;
 #[cfg(feature = "std")]
 pub use mem::{Mapped, MemfdError};
+pub use mem::{Raw, RingMem};
 pub use pace::Pace;
 pub use producer::{Grant, Producer, PushError};
 

@@ -6,8 +6,10 @@
 //! and every VMM does. That copy races with the peer's stores, which Rust's memory model does not describe for another
 //! process; what it can bring is any bytes at all, and a record's bytes are that by nature. Every access is
 //! bounds-checked against the mapping, which lives as long as the value.
-// Only mapped memory needs it: without `std` there is none.
-#![cfg_attr(feature = "std", allow(unsafe_code))]
+#![allow(unsafe_code)] // this file is what the others need none for
+
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU64, Ordering, fence};
 
 /// Memory that both sides have. Loads and stores only: a peer's mapping may be read-only, and a locked instruction on
 /// memory that another partition can unmap is a hazard of its own.
@@ -63,6 +65,97 @@ impl<M: RingMem + ?Sized> RingMem for &M {
     }
 }
 
+/// A mapping that somebody keeps: all that a guest without an operating system has. Elsewhere [`Mapped`] keeps it.
+#[derive(Clone, Copy, Debug)]
+pub struct Raw {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the pointer is to a mapping, which belongs to no thread; accesses are atomic, or copies as the head of this
+// file says.
+unsafe impl Send for Raw {}
+// SAFETY: as above.
+unsafe impl Sync for Raw {}
+
+impl Raw {
+    /// Memory at an address.
+    ///
+    /// # Safety
+    /// `len` bytes from `base` on, which is the beginning of a page, are mapped readable and writable for as long as this
+    /// value and its copies are used, no touch of them is a fault, and nobody in this program makes references to them.
+    pub const unsafe fn new(base: NonNull<u8>, len: usize) -> Self {
+        Self { base, len }
+    }
+
+    #[inline]
+    fn word(&self, at: usize) -> &AtomicU64 {
+        assert!(at.is_multiple_of(8) && at < self.len & !7);
+        // SAFETY: inside of the mapping and aligned, for mappings begin at a page; shared words are accessed as
+        // atomics only.
+        unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(at).cast()) }
+    }
+
+    /// The bytes from an offset on, which must be inside.
+    #[inline]
+    fn bytes(&self, at: usize, len: usize) -> *mut u8 {
+        assert!(at <= self.len && self.len - at >= len);
+        // SAFETY: inside of the mapping, or at its end for no bytes.
+        unsafe { self.base.as_ptr().add(at) }
+    }
+}
+
+/// Copies bytes in or out: the one place. The C library's copy stores whole lines at once where the processor can,
+/// which no loop that is compiled for every processor does; across cores that is worth more than its call.
+///
+/// # Safety
+/// Both ends hold `len` bytes, and do not overlap.
+#[inline]
+unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: as the caller says.
+    unsafe { core::ptr::copy_nonoverlapping(from, to, len) };
+}
+
+impl RingMem for Raw {
+    fn len(&self) -> usize {
+        self.len
+    }
+    #[inline]
+    fn load(&self, at: usize) -> u64 {
+        u64::from_le(self.word(at).load(Ordering::Acquire))
+    }
+    #[inline]
+    fn store(&self, at: usize, word: u64) {
+        self.word(at).store(word.to_le(), Ordering::Release);
+    }
+    #[inline]
+    fn store_relaxed(&self, at: usize, word: u64) {
+        self.word(at).store(word.to_le(), Ordering::Relaxed);
+    }
+    #[inline]
+    fn fence(&self) {
+        fence(Ordering::SeqCst);
+    }
+    #[inline]
+    fn write(&self, at: usize, bytes: &[u8]) {
+        let to = self.bytes(at, bytes.len());
+        // SAFETY: both ends hold that many bytes; a private buffer never overlaps a shared mapping.
+        unsafe { copy(bytes.as_ptr(), to, bytes.len()) };
+    }
+    #[inline]
+    fn zero(&self, at: usize, len: usize) {
+        let to = self.bytes(at, len);
+        // SAFETY: the mapping holds that many bytes from there on.
+        unsafe { core::ptr::write_bytes(to, 0, len) };
+    }
+    #[inline]
+    fn read(&self, at: usize, bytes: &mut [u8]) {
+        let from = self.bytes(at, bytes.len());
+        // SAFETY: as in `write`.
+        unsafe { copy(from, bytes.as_mut_ptr(), bytes.len()) };
+    }
+}
+
 #[cfg(feature = "std")]
 pub use mapped::{Mapped, MemfdError};
 
@@ -75,7 +168,6 @@ mod mapped {
     use std::os::fd::{AsFd, OwnedFd};
     use std::ptr::NonNull;
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicU64, Ordering, fence};
 
     use nix::fcntl::{FcntlArg, SealFlag, fcntl};
     use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -86,29 +178,22 @@ mod mapped {
         MemoryRegionAddress, MmapRegion,
     };
 
-    use super::RingMem;
+    use super::{Raw, RingMem};
     use crate::layout::PAGE;
 
     /// A mapping: of this process alone, of a memfd that another process maps too, of guest memory, or anybody's.
     #[derive(Clone)]
     pub struct Mapped {
-        base: NonNull<u8>,
-        len: usize,
+        raw: Raw,
         /// Keeps the mapping.
         _owner: Arc<dyn Any + Send + Sync>,
     }
 
     impl fmt::Debug for Mapped {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            write!(f, "Mapped({} bytes)", self.len)
+            write!(f, "Mapped({} bytes)", self.raw.len)
         }
     }
-
-    // SAFETY: the pointer is to the mapping that `_owner` keeps, which belongs to no thread; accesses are atomic, or
-    // copies as the head of this file says.
-    unsafe impl Send for Mapped {}
-    // SAFETY: as above.
-    unsafe impl Sync for Mapped {}
 
     /// A descriptor is no memory for a ring: the fault of whoever passed it.
     #[derive(Debug, thiserror::Error)]
@@ -247,11 +332,9 @@ mod mapped {
             len: usize,
             owner: Arc<dyn Any + Send + Sync>,
         ) -> Self {
-            Self {
-                base,
-                len,
-                _owner: owner,
-            }
+            // SAFETY: as the caller says, for as long as `owner` is kept beside it.
+            let raw = unsafe { Raw::new(base, len) };
+            Self { raw, _owner: owner }
         }
     }
 
@@ -330,72 +413,37 @@ mod mapped {
         }
     }
 
-    impl Mapped {
-        #[inline]
-        fn word(&self, at: usize) -> &AtomicU64 {
-            assert!(at.is_multiple_of(8) && at < self.len & !7);
-            // SAFETY: inside of the mapping and aligned, for mappings begin at a page; shared words are accessed as
-            // atomics only.
-            unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(at).cast()) }
-        }
-
-        /// The bytes from an offset on, which must be inside.
-        #[inline]
-        fn bytes(&self, at: usize, len: usize) -> *mut u8 {
-            assert!(at <= self.len && self.len - at >= len);
-            // SAFETY: inside of the mapping, or at its end for no bytes.
-            unsafe { self.base.as_ptr().add(at) }
-        }
-    }
-
-    /// Copies bytes in or out: the one place. The C library's copy stores whole lines at once where the processor can,
-    /// which no loop that is compiled for every processor does; across cores that is worth more than its call.
-    ///
-    /// # Safety
-    /// Both ends hold `len` bytes, and do not overlap.
-    #[inline]
-    unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
-        // SAFETY: as the caller says.
-        unsafe { std::ptr::copy_nonoverlapping(from, to, len) };
-    }
-
     impl RingMem for Mapped {
         fn len(&self) -> usize {
-            self.len
+            self.raw.len
         }
         #[inline]
         fn load(&self, at: usize) -> u64 {
-            u64::from_le(self.word(at).load(Ordering::Acquire))
+            self.raw.load(at)
         }
         #[inline]
         fn store(&self, at: usize, word: u64) {
-            self.word(at).store(word.to_le(), Ordering::Release);
+            self.raw.store(at, word);
         }
         #[inline]
         fn store_relaxed(&self, at: usize, word: u64) {
-            self.word(at).store(word.to_le(), Ordering::Relaxed);
+            self.raw.store_relaxed(at, word);
         }
         #[inline]
         fn fence(&self) {
-            fence(Ordering::SeqCst);
+            self.raw.fence();
         }
         #[inline]
         fn write(&self, at: usize, bytes: &[u8]) {
-            let to = self.bytes(at, bytes.len());
-            // SAFETY: both ends hold that many bytes; a private buffer never overlaps a shared mapping.
-            unsafe { copy(bytes.as_ptr(), to, bytes.len()) };
+            self.raw.write(at, bytes);
         }
         #[inline]
         fn zero(&self, at: usize, len: usize) {
-            let to = self.bytes(at, len);
-            // SAFETY: the mapping holds that many bytes from there on.
-            unsafe { std::ptr::write_bytes(to, 0, len) };
+            self.raw.zero(at, len);
         }
         #[inline]
         fn read(&self, at: usize, bytes: &mut [u8]) {
-            let from = self.bytes(at, bytes.len());
-            // SAFETY: as in `write`.
-            unsafe { copy(from, bytes.as_mut_ptr(), bytes.len()) };
+            self.raw.read(at, bytes);
         }
     }
 }

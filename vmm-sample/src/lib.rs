@@ -6,6 +6,7 @@
 
 mod acpi;
 mod api;
+pub mod bare;
 mod boot;
 pub mod bus;
 pub mod console;

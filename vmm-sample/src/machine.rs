@@ -64,7 +64,10 @@ pub struct Machine {
 }
 
 /// Opens KVM and looks whether it can do what is needed.
-fn kvm() -> anyhow::Result<Kvm> {
+///
+/// # Errors
+/// It cannot; the message says what to do.
+pub fn kvm() -> anyhow::Result<Kvm> {
     let kvm = Kvm::new().map_err(|e| match e.errno() {
         libc::ENOENT => anyhow::anyhow!(
             "there is no /dev/kvm: load kvm_intel or kvm_amd, or switch virtualization on in the firmware (in a VM: nested virtualization)"

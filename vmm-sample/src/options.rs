@@ -37,6 +37,11 @@ pub enum Command {
     Run(Run),
     /// Go on where a VM was held: PUT /snapshot of its API wrote it
     Restore(Restore),
+    /// Try KVM with a guest that needs no Linux, and no more of KVM than user mode
+    Bare {
+        /// The image: adit-bare, built for x86_64-unknown-none
+        image: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]

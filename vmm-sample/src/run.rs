@@ -15,25 +15,31 @@ use crate::virtio::Device;
 use crate::virtio::block::Block;
 use crate::virtio::vsock::handed::Registered;
 use crate::virtio::vsock::{Owner, Vsock};
-use crate::{events, memory, snapshot};
+use crate::{bare, events, memory, snapshot};
 use nix::sys::signalfd::SignalFd;
 
 /// The program.
 pub fn main() -> ExitCode {
     let done = match Options::parse().command {
-        Command::Run(options) => run(&options),
-        Command::Restore(options) => restore(&options),
+        Command::Run(options) => run(&options).map(ended),
+        Command::Restore(options) => restore(&options).map(ended),
+        Command::Bare { image } => bare::smoke(&image).map(|said| {
+            println!("{said}");
+            ExitCode::SUCCESS
+        }),
     };
     match done {
-        Ok(reason) => {
-            eprintln!("adit-vmm: {reason}");
-            ExitCode::from(reason.status())
-        }
+        Ok(status) => status,
         Err(e) => {
             eprintln!("adit-vmm: {e:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn ended(reason: Reason) -> ExitCode {
+    eprintln!("adit-vmm: {reason}");
+    ExitCode::from(reason.status())
 }
 
 type Devices = Vec<Box<dyn Device>>;

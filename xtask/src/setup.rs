@@ -162,6 +162,26 @@ pub fn vmm_binary() -> anyhow::Result<()> {
     })
 }
 
+/// Builds the image of the guest without Linux; returns where it is.
+pub fn bare_image() -> anyhow::Result<PathBuf> {
+    let args = |verb| {
+        let image = ["--features", "image", "--bin", "adit-bare", "--target"];
+        [
+            &[verb, "--quiet", "--release", "-p", "adit-bare"],
+            &image[..],
+            &[TARGETS[1]],
+        ]
+        .concat()
+    };
+    progress::during("building the guest without Linux", || {
+        // No other target has it, so the workspace's lint does not see it.
+        cargo(&[&args("clippy")[..], &["--", "-D", "warnings"]].concat())?;
+        cargo(&args("build"))
+    })?;
+    let dir = adit_tests::target().join(TARGETS[1]);
+    Ok(dir.join("release/adit-bare"))
+}
+
 /// Builds aditd, adit-port and adit; returns where they are.
 pub fn host_binaries(release: bool) -> anyhow::Result<PathBuf> {
     let mut args = vec![

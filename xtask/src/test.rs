@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every check, in order of how soon it tells something, with a table of seconds at the end.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use adit_tests::image::{Image, Kernel};
@@ -21,7 +22,7 @@ struct Step {
     run: fn() -> anyhow::Result<()>,
 }
 
-const CHECKS: [Step; 9] = [
+const CHECKS: [Step; 10] = [
     Step {
         name: "format",
         budget_s: 10,
@@ -78,6 +79,11 @@ const CHECKS: [Step; 9] = [
                 "warnings",
             ])
         },
+    },
+    Step {
+        name: "a guest without Linux",
+        budget_s: 60,
+        run: bare,
     },
     Step {
         name: "documentation",
@@ -200,11 +206,27 @@ fn images() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// On whatever KVM this machine has; without one the tests say so and pass.
+fn bare() -> anyhow::Result<()> {
+    let image = setup::bare_image()?;
+    tested(
+        &[
+            "test",
+            "-p",
+            "adit-vmm-sample",
+            "--test",
+            "bare",
+            "--",
+            "--nocapture",
+        ],
+        ("ADIT_BARE_IMAGE", &image),
+    )
+}
+
 /// Runs a file of tests that start the real binaries, so many at a time: two emulated guests with an aditd and its port
 /// process each only wait for each other on two cores, but two that have all of theirs inside, on one processor, do not.
 fn with_binaries(file: &str, threads: &str) -> anyhow::Result<()> {
     let bins = setup::host_binaries(false)?;
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let args = [
         "test",
         "-p",
@@ -216,15 +238,18 @@ fn with_binaries(file: &str, threads: &str) -> anyhow::Result<()> {
         "--test-threads",
         threads,
     ];
+    tested(&args, ("ADIT_TEST_BINS", &bins))
+}
+
+/// Tests that find what was built for them in their environment.
+fn tested(args: &[&str], (name, value): (&str, &Path)) -> anyhow::Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = std::process::Command::new(cargo)
         .args(args)
-        .env("ADIT_TEST_BINS", bins)
+        .env(name, value)
         .current_dir(adit_tests::root())
         .status()?;
-    anyhow::ensure!(
-        status.success(),
-        "again: ADIT_TEST_BINS=$PWD/target/debug cargo {}",
-        args.join(" ")
-    );
+    let (value, args) = (value.display(), args.join(" "));
+    anyhow::ensure!(status.success(), "again: {name}={value} cargo {args}");
     Ok(())
 }

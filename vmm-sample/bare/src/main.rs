@@ -1,0 +1,153 @@
+//! The image: its entry, ports, and the smoke test.
+#![no_std]
+#![no_main]
+#![allow(unsafe_code)] // ports and physical addresses are all that there is here
+
+use core::arch::asm;
+use core::fmt::Write;
+use core::panic::PanicInfo;
+use core::ptr::NonNull;
+
+use adit_bare::abi::{
+    DEVICE, LINE, MAIL, MAILBOX, PORT_BELL, PORT_ECHO, PORT_TEXT, PORT_VERDICT, REGION, RINGS,
+    Task, Verdict,
+};
+use adit_bare::ring;
+use adit_ringbuf::Raw;
+
+/// The first interrupt controller's command port, and "show which lines were pulled".
+const PIC: u16 = 0x20;
+const PIC_READ_REQUESTS: u8 = 0x0a;
+/// Looks for the interrupt; each leaves the guest.
+const LOOKS: u32 = 100_000;
+
+/// What the VMM jumps to.
+#[unsafe(no_mangle)]
+extern "C" fn _start(task: u64, region_bytes: usize) -> ! {
+    let verdict = if task == Task::Echo as u64 {
+        echo(region_bytes)
+    } else {
+        smoke().map_or_else(|failed| failed, |()| Verdict::Done)
+    };
+    end(verdict)
+}
+
+fn echo(bytes: usize) -> Verdict {
+    let base = NonNull::new(REGION as *mut u8).unwrap_or(NonNull::dangling());
+    // SAFETY: the VMM mapped so many bytes there before the first instruction, for as long as this guest lives, and
+    // nothing else here uses them.
+    let mem = unsafe { Raw::new(base, bytes) };
+    match ring::echo(mem) {
+        Ok(_) => Verdict::Done,
+        Err(e) => {
+            let _ = writeln!(Text, "ring: {e}");
+            Verdict::Ring
+        }
+    }
+}
+
+fn smoke() -> Result<(), Verdict> {
+    let _ = writeln!(
+        Text,
+        "user mode, {} bytes of memory",
+        adit_bare::abi::MEMORY
+    );
+    memory()?;
+    exits()?;
+    for n in 0..RINGS {
+        out(PORT_BELL, n as u32);
+    }
+    interrupt()
+}
+
+/// Memory keeps what is written; the VMM finds the last word.
+fn memory() -> Result<(), Verdict> {
+    let words = MAILBOX as *mut u64;
+    for n in 0..512u64 {
+        let value = MAIL.rotate_left(n as u32);
+        // SAFETY: a page between image and stack, which only this loop uses.
+        let read = unsafe {
+            let word = words.add(n as usize);
+            word.write_volatile(value);
+            word.read_volatile()
+        };
+        if read != value {
+            return Err(Verdict::Memory);
+        }
+    }
+    // SAFETY: as above.
+    unsafe { words.write_volatile(MAIL) };
+    Ok(())
+}
+
+/// Ports and a device's memory leave the guest, and the answer comes back.
+fn exits() -> Result<(), Verdict> {
+    out(PORT_ECHO, 0x1234_5678);
+    let told = inl(PORT_ECHO);
+    let device = DEVICE as *mut u32;
+    // SAFETY: mapped for this guest, and no memory: the VMM takes the store, and answers the load with its complement.
+    let read = unsafe {
+        device.write_volatile(0x8765_4321);
+        device.read_volatile()
+    };
+    if (told, read) == (!0x1234_5678, !0x8765_4321) {
+        Ok(())
+    } else {
+        Err(Verdict::Exit)
+    }
+}
+
+/// The VMM pulls a line when it has heard the bell. It is seen in the interrupt controller, for nobody handles it here.
+fn interrupt() -> Result<(), Verdict> {
+    for _ in 0..LOOKS {
+        let requests: u8;
+        // SAFETY: ports of the interrupt controller; no memory is touched.
+        unsafe {
+            asm!("out dx, al", in("dx") PIC, in("al") PIC_READ_REQUESTS, options(nomem, nostack));
+            asm!("in al, dx", in("dx") PIC, out("al") requests, options(nomem, nostack));
+        }
+        if requests & 1 << LINE != 0 {
+            return Ok(());
+        }
+    }
+    Err(Verdict::Interrupt)
+}
+
+fn out(port: u16, value: u32) {
+    // SAFETY: a port of the VMM's; it changes no memory of this guest.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack)) };
+}
+
+fn inl(port: u16) -> u32 {
+    let value;
+    // SAFETY: as in `out`.
+    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack)) };
+    value
+}
+
+/// Characters for whoever reads.
+struct Text;
+
+impl Write for Text {
+    fn write_str(&mut self, text: &str) -> core::fmt::Result {
+        for byte in text.bytes() {
+            // SAFETY: as in `out`.
+            unsafe {
+                asm!("out dx, al", in("dx") PORT_TEXT, in("al") byte, options(nomem, nostack))
+            };
+        }
+        Ok(())
+    }
+}
+
+fn end(verdict: Verdict) -> ! {
+    loop {
+        out(PORT_VERDICT, verdict as u32);
+    }
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    let _ = writeln!(Text, "{info}");
+    end(Verdict::Panic)
+}

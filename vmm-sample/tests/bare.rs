@@ -1,0 +1,126 @@
+//! A guest without Linux, on whatever KVM there is. `cargo xtask test` builds the image and names it.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::thread;
+
+use adit_bare::abi::{REGION_UNIT, Task, Verdict};
+use adit_ringbuf::region::{Lane, Side, Spec};
+use adit_ringbuf::session::{Ends, Event, Host};
+use adit_ringbuf::{Mapped, PushError, RingMem};
+use adit_vmm_sample::bare::{self, Bare};
+
+/// The image, where there is KVM; otherwise says why nothing is tried.
+fn image() -> Option<PathBuf> {
+    let Some(image) = std::env::var_os("ADIT_BARE_IMAGE") else {
+        println!("skipped: ADIT_BARE_IMAGE is not set; `cargo xtask test` builds the image");
+        return None;
+    };
+    if let Err(e) = File::options().read(true).write(true).open("/dev/kvm") {
+        println!("skipped: /dev/kvm: {e}");
+        return None;
+    }
+    Some(image.into())
+}
+
+/// A region in a memfd, and a guest that echoes over it on a thread.
+struct Echo {
+    memory: Mapped,
+    host: Host<Mapped>,
+    guest: Option<thread::JoinHandle<(Verdict, String)>>,
+}
+
+impl Echo {
+    fn start() -> Option<Self> {
+        let image = image()?;
+        let bytes = REGION_UNIT;
+        let (memory, fd) = Mapped::memfd(bytes as usize).unwrap();
+        let lane = Lane {
+            to_guest: 64 << 10,
+            to_host: 64 << 10,
+        };
+        let host = Host::offer(memory.clone(), Spec::new(&[lane]), 1).unwrap();
+        let mut guest = Bare::new(&image, Task::Echo, Some((File::from(fd), bytes))).unwrap();
+        let guest = thread::spawn(move || guest.run().unwrap());
+        Some(Self {
+            memory,
+            host,
+            guest: Some(guest),
+        })
+    }
+
+    fn attached(&mut self) -> Ends<Mapped> {
+        loop {
+            if let Some(Event::Attached { .. }) = self.host.poll().event {
+                return self.host.ends(0, false).unwrap();
+            }
+            thread::yield_now();
+        }
+    }
+
+    fn end(&mut self) -> (Verdict, String) {
+        self.guest.take().unwrap().join().unwrap()
+    }
+}
+
+#[test]
+fn memory_exits_ioeventfd_and_irqfd_are_as_they_should_be() {
+    if let Some(image) = image() {
+        let said = bare::smoke(&image).unwrap();
+        assert!(said.contains("all as they should be"), "{said}");
+    }
+}
+
+#[test]
+fn a_guest_in_user_mode_echoes_records() {
+    let Some(mut echo) = Echo::start() else {
+        return;
+    };
+    let mut ends = echo.attached();
+    let mut record = [0; 4096];
+    for n in 0..2000usize {
+        let sent: Vec<u8> = (0..n % 1500).map(|i| (i * 7 + n) as u8).collect();
+        while let Err(e) = ends.producer.try_push(&sent) {
+            assert_eq!(e, PushError::Full);
+        }
+        let _ = ends.producer.publish();
+        let len = loop {
+            if let Some(len) = ends.consumer.pop(&mut record).unwrap() {
+                break len;
+            }
+            thread::yield_now();
+        };
+        let _ = ends.consumer.release();
+        assert!(record[..len] == sent, "record {n}");
+    }
+    let _ = echo.host.close();
+    assert_eq!(echo.end(), (Verdict::Done, String::new()));
+}
+
+/// The guest believes its host no more than the host believes it.
+#[test]
+fn a_guest_in_user_mode_ends_when_its_host_breaks_the_ring() {
+    let Some(mut echo) = Echo::start() else {
+        return;
+    };
+    drop(echo.attached());
+    let towards = echo.host.region().geometry(0, Side::Guest, false, false);
+    // A record of 2 GiB less one.
+    echo.memory.store(towards.data, 0x7fff_ffff | 1 << 31);
+    let (verdict, said) = echo.end();
+    assert_eq!(verdict, Verdict::Ring, "{said}");
+    assert!(said.contains("ring: "), "{said}");
+}
+
+#[test]
+fn what_is_no_image_is_named() {
+    let Some(_) = image() else { return };
+    for (path, why) in [
+        ("/nonexistent/image", "No such file"),
+        ("/etc/passwd", "no image"),
+    ] {
+        let e = bare::smoke(path.as_ref()).unwrap_err();
+        let said = format!("{e:#}");
+        assert!(said.contains(path) && said.contains(why), "{said}");
+    }
+}
