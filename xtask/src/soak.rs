@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::path::Path;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use adit_tests::connect::{connect, pattern};
@@ -56,21 +57,23 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
     let image = Image::build(options.kernel, &|what| progress::line(what))?;
     let host = Host::start(&bins, &[VM])?;
     host.wait_port(VM)?;
-    let _guest = progress::during("booting a guest", || boot(&host, &image))?;
+    let guest = progress::during("booting a guest", || boot(&host, &image))?;
     let before = port(&host)?;
     let limit = Duration::from_secs_f64(options.minutes * 60.0);
     let tally = Mutex::new(Tally::default());
-    let begin = Instant::now();
-    std::thread::scope(|scope| {
+    let (begin, failed) = (Instant::now(), AtomicBool::new(false));
+    let done = std::thread::scope(|scope| {
         let clients: Vec<_> = (0..STREAMS)
             .map(|n| {
-                let (host, tally) = (&host, &tally);
+                let (host, tally, failed) = (&host, &tally, &failed);
                 let mut random = Random(options.seed << 8 | n);
                 scope.spawn(move || -> anyhow::Result<()> {
-                    while begin.elapsed() < limit {
+                    while begin.elapsed() < limit && !failed.load(Ordering::Relaxed) {
                         let len = random.length();
-                        stream(host.proxy(), len, &mut random, tally)
-                            .with_context(|| format!("a stream of {len} bytes"))?;
+                        let done = stream(host.proxy(), len, &mut random, tally);
+                        failed.fetch_or(done.is_err(), Ordering::Relaxed);
+                        let at = begin.elapsed().as_secs_f64();
+                        done.with_context(|| format!("a stream of {len} bytes, at {at:.1} s"))?;
                     }
                     Ok(())
                 })
@@ -89,7 +92,17 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
                 .join()
                 .unwrap_or_else(|_| anyhow::bail!("a client panicked"))
         })
-    })?;
+    });
+    if let Err(e) = done {
+        eprintln!(
+            "{}\naditd:\n{}\nport:\n{}",
+            shown(&tally, begin),
+            host.log(),
+            host.port_log(VM)
+        );
+        eprintln!("guest:\n{}", guest.serial());
+        return Err(e);
+    }
     let after = port(&host)?;
     println!("{}", shown(&tally, begin));
     println!(
@@ -165,7 +178,9 @@ fn stream(
         let (mut at, mut buf) = (0, vec![0; PIECE_MAX as usize]);
         loop {
             let (asked, room) = (Instant::now(), random.piece() as usize);
-            let n = near.read(&mut buf[..room])?;
+            let n = near
+                .read(&mut buf[..room])
+                .with_context(|| format!("no byte {at}"))?;
             let mut t = tally.lock().unwrap_or_else(|e| e.into_inner());
             t.silence = t.silence.max(asked.elapsed());
             if n == 0 {
