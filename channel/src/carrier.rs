@@ -10,6 +10,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use adit_engine::{Lane, PacketHeader, SessionChange};
 
@@ -32,6 +33,10 @@ pub struct CarrierCaps {
     pub max_payload: u32,
     /// See `EngineConfig::packet_overhead`.
     pub packet_overhead: u32,
+    /// It has a queue for each [`Lane`] each way; otherwise one for both.
+    pub lanes: bool,
+    /// See `EngineConfig::tells_reason`.
+    pub tells_reason: bool,
 }
 
 /// The session is broken for good: the guest (or whoever writes our memory) broke the rules of the transport.
@@ -119,6 +124,11 @@ pub trait Carrier {
     fn flush(&mut self);
     /// Asks to be woken, then looks again.
     fn arm(&mut self, interest: Interest) -> Armed;
+    /// How long to sleep at most, though no waker becomes readable: for a carrier whose peer cannot ring, or that has
+    /// something to do at a time.
+    fn rest(&self) -> Option<Duration> {
+        None
+    }
     /// Stops the session after a fault: nothing is taken from the guest until the transport is set up anew.
     fn tear(&mut self);
     /// Visits the descriptors that wake this carrier, each with the id that `woken` takes.
@@ -131,6 +141,10 @@ pub trait Carrier {
 pub trait RxPacket {
     /// The header, fetched once.
     fn header(&self) -> &PacketHeader;
+    /// The lane that it came on.
+    fn lane(&self) -> Lane {
+        Lane::Bulk
+    }
     /// Payload bytes not yet read; at first what the descriptors really hold after the header.
     fn remaining(&self) -> u32;
     /// Copies payload out.

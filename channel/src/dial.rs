@@ -8,7 +8,7 @@
 //! Rules: the reader never takes a byte behind the hello; foreign bytes are recognised from the first that differs
 //! (a foreign listener may send a short banner and then wait for ever); one deadline for all of it.
 
-use adit_engine::{ConnectError, ResetReason, Tick};
+use adit_engine::{ConnectError, Lane, PeerReason, ResetReason, Tick};
 
 use crate::hello::{self, Accept, Hello, HelloError, Open, PREFIX_LEN, Prefix, Refuse, TAIL_MAX};
 
@@ -21,6 +21,8 @@ pub struct DialRequest {
     pub hello: Option<Open>,
     /// For request, response and hello together.
     pub deadline: Option<Tick>,
+    /// Which lane the stream keeps to, on a carrier that has two: [`Lane::Control`] is for what is small and waited for.
+    pub lane: Lane,
 }
 
 /// Why a dial failed.
@@ -75,13 +77,17 @@ impl DialError {
     /// What an engine's reason means to a dial that is not done.
     pub(crate) fn from_reason(reason: Option<ResetReason>) -> Self {
         match reason {
-            Some(ResetReason::Refused) => Self::Refused,
-            Some(ResetReason::Timeout) => Self::Timeout,
+            Some(ResetReason::Refused | ResetReason::Told(PeerReason::Refused)) => Self::Refused,
+            Some(ResetReason::Timeout | ResetReason::Told(PeerReason::Timeout)) => Self::Timeout,
             Some(ResetReason::Epoch | ResetReason::CarrierFault) => Self::NoSession,
             Some(ResetReason::Local) => Self::Cancelled,
-            Some(ResetReason::Peer | ResetReason::Credit | ResetReason::Protocol(_)) | None => {
-                Self::Reset
-            }
+            Some(
+                ResetReason::Peer
+                | ResetReason::Told(_)
+                | ResetReason::Credit
+                | ResetReason::Protocol(_),
+            )
+            | None => Self::Reset,
         }
     }
 }
@@ -179,6 +185,7 @@ mod tests {
             port: hello::PORT,
             hello: Some(Open::new("tcp:80".parse().unwrap(), Common::default())),
             deadline: None,
+            lane: Lane::Bulk,
         })
     }
 

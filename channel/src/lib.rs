@@ -16,6 +16,8 @@ pub mod name;
 pub mod polling;
 #[cfg(feature = "device")]
 pub mod port;
+#[cfg(feature = "ring")]
+pub mod ring;
 #[cfg(feature = "device")]
 pub mod shard;
 #[cfg(feature = "device")]

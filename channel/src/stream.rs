@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use adit_engine::{How, ListenError, ResetReason, StreamId};
+use adit_engine::{How, Lane, ListenError, ResetReason, StreamId};
 
 use crate::dial::{DialError, DialRequest};
 use crate::hello::{Accept, Open};
@@ -92,6 +92,7 @@ impl Dialer {
             port: target.port,
             hello: target.hello.clone(),
             deadline: Some(inbox.tick(Instant::now() + timeout)),
+            lane: Lane::Bulk,
         };
         let command = Command::Dial(self.handle.port, request, stream.end.clone());
         if !inbox.send(command) {

@@ -221,6 +221,11 @@ impl<M: RingMem, P: Policy> Record<'_, M, P> {
         self.len == 0
     }
 
+    /// Where its bytes lie in the memory, in one piece, until `release`: for what moves bytes by itself.
+    pub fn at(&self) -> usize {
+        self.consumer.plan.offset(self.consumer.tail) + HEADER
+    }
+
     /// Copies from an offset in the record. Returns how many bytes there were.
     #[inline(always)]
     pub fn copy_out(&self, at: usize, buf: &mut [u8]) -> usize {

@@ -173,9 +173,10 @@ mod mapped {
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
     use vm_memory::bitmap::Bitmap;
+    use vm_memory::guest_memory::GuestMemorySliceIterator;
     use vm_memory::{
-        FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-        MemoryRegionAddress, MmapRegion,
+        FileOffset, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap,
+        GuestMemoryRegion, MemoryRegionAddress, MmapRegion, Permissions, VolatileSlice,
     };
 
     use super::{Raw, RingMem};
@@ -410,6 +411,46 @@ mod mapped {
             let base = NonNull::new(region.as_ptr()).unwrap_or(NonNull::dangling());
             // SAFETY: the region maps as much for as long as it lives; it has no other owner.
             unsafe { Self::from_raw(base, len, Arc::new(region)) }
+        }
+    }
+
+    /// One slice, or none.
+    struct Piece<'a>(Option<VolatileSlice<'a>>);
+
+    impl<'a> Iterator for Piece<'a> {
+        type Item = Result<VolatileSlice<'a>, vm_memory::GuestMemoryError>;
+        fn next(&mut self) -> Option<Self::Item> {
+            self.0.take().map(Ok)
+        }
+    }
+
+    impl std::iter::FusedIterator for Piece<'_> {}
+    impl<'a> GuestMemorySliceIterator<'a, ()> for Piece<'a> {}
+
+    /// Addresses are offsets: so whatever moves payload between guest memory and descriptors moves it here as well.
+    impl GuestMemory for Mapped {
+        type PhysicalMemory = GuestMemoryMmap;
+        type Bitmap = ();
+
+        fn check_range(&self, addr: GuestAddress, count: usize, _access: Permissions) -> bool {
+            let end = addr.0.checked_add(count as u64);
+            end.is_some_and(|end| end <= self.raw.len as u64)
+        }
+
+        fn get_slices<'a>(
+            &'a self,
+            addr: GuestAddress,
+            count: usize,
+            access: Permissions,
+        ) -> Result<impl GuestMemorySliceIterator<'a, ()>, vm_memory::GuestMemoryError> {
+            if !self.check_range(addr, count, access) {
+                return Err(vm_memory::GuestMemoryError::InvalidGuestAddress(addr));
+            }
+            let base = self.raw.bytes(addr.0 as usize, count);
+            // SAFETY: the mapping holds that many bytes from there on, lives as long as `self`, and has no other users
+            // than atomics and copies.
+            let slice = unsafe { VolatileSlice::new(base, count) };
+            Ok(Piece((count > 0).then_some(slice)))
         }
     }
 

@@ -158,6 +158,45 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         })
     }
 
+    /// Takes room for a record of at most `most` bytes, and at least `least`, as much as there is now; what is not used of
+    /// it is given back by [`Grant::commit_first`].
+    ///
+    /// # Errors
+    /// As [`reserve`](Self::reserve); there is no room for `least`.
+    #[inline]
+    pub fn reserve_some(
+        &mut self,
+        least: usize,
+        most: usize,
+    ) -> Result<Grant<'_, M, P>, PushError> {
+        let max = self.record_max();
+        if least > max {
+            return Err(PushError::TooLong { len: least, max });
+        }
+        let most = most.clamp(least, max) as u64;
+        let whole = self.plan.total(most) + HEADER as u64;
+        if whole > self.free() {
+            self.look_at_consumer()?;
+        }
+        let to_end = self.plan.left_to_end(self.head);
+        let short = self.plan.total(least as u64);
+        let pad = self.pad(short);
+        if pad + short + HEADER as u64 > self.free() {
+            return Err(PushError::Full);
+        }
+        // What is not at the end of the ring begins behind a pad; both are whole alignments.
+        let room = (self.free() - pad - HEADER as u64) & !(self.plan.at.align as u64 - 1);
+        let room = if pad > 0 { room } else { room.min(to_end) };
+        let len = most.min(room - HEADER as u64);
+        let total = self.plan.total(len);
+        Ok(Grant {
+            producer: self,
+            pad,
+            len,
+            total,
+        })
+    }
+
     /// What is left at the end of the ring, if a record that takes `total` does not fit there.
     #[inline(always)]
     fn pad(&self, total: u64) -> u64 {
@@ -292,6 +331,26 @@ impl<M: RingMem, P: Policy> Grant<'_, M, P> {
     /// Tells whether the record has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Where its bytes lie in the memory, in one piece: for what moves bytes by itself.
+    pub fn at(&self) -> usize {
+        self.producer.plan.offset(self.producer.head + self.pad) + HEADER
+    }
+
+    /// As [`commit`](Self::commit), of its first `len` bytes. `spoilt`: something was written behind them, where headers
+    /// will come to stand.
+    #[inline]
+    pub fn commit_first(mut self, len: usize, spoilt: bool) -> Wake {
+        let len = len as u64;
+        if len < self.len {
+            (self.len, self.total) = (len, self.producer.plan.total(len));
+            if spoilt {
+                let written = self.producer.head + self.pad + HEADER as u64;
+                self.producer.zeroed = self.producer.zeroed.min(written);
+            }
+        }
+        self.commit()
     }
 
     /// Copies bytes to an offset in the record. What would lie behind its end is left out.

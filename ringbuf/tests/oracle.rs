@@ -52,6 +52,36 @@ impl Pair {
         true
     }
 
+    /// As much as there is room for, of which the first bytes are used; more may have been written.
+    fn commit_some(&mut self, least: usize, most: usize, used: usize, spoilt: bool) -> bool {
+        let bytes = self.record(used);
+        // Whoever asks for the least alone gets it exactly when this does. (A grant that is dropped is no clean start.)
+        let fits = spoilt.then(|| self.producer.reserve(least).is_ok());
+        match self.producer.reserve_some(least, most) {
+            Ok(mut grant) => {
+                assert!((least..=most.max(least)).contains(&grant.len()));
+                let used = used.min(grant.len());
+                if spoilt {
+                    let all = vec![0xff; grant.len()];
+                    grant.write(0, &all);
+                }
+                grant.write(0, &bytes[..used]);
+                let _ = grant.commit_first(used, spoilt);
+                self.hidden.push_back(bytes[..used].to_vec());
+            }
+            Err(PushError::Full) => {
+                assert_ne!(fits, Some(true));
+                return false;
+            }
+            Err(e) => panic!("{e}"),
+        }
+        assert_ne!(fits, Some(false));
+        if self.producer.unpublished() == 0 {
+            self.shown.append(&mut self.hidden);
+        }
+        true
+    }
+
     fn publish(&mut self) {
         let _ = self.producer.publish();
         self.shown.append(&mut self.hidden);
@@ -115,7 +145,12 @@ fn long_random_runs_equal_a_queue() {
         let (mut pushed, mut popped) = (0, 0);
         for _ in 0..20_000 {
             match noise.below(8) {
-                0..4 => pushed += u32::from(pair.commit(noise.below(max + 1) as usize)),
+                0..2 => pushed += u32::from(pair.commit(noise.below(max + 1) as usize)),
+                2..4 => {
+                    let [least, most, used] = [(); 3].map(|()| noise.below(max + 1) as usize);
+                    let spoilt = noise.below(4) == 0;
+                    pushed += u32::from(pair.commit_some(least, most, used, spoilt));
+                }
                 4 => pair.publish(),
                 5 | 6 => popped += u32::from(pair.pop()),
                 _ => drop(pair.consumer.release()),

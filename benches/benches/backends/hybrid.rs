@@ -170,6 +170,7 @@ impl Backend {
             port,
             hello: None,
             deadline: None,
+            lane: adit_engine::Lane::Bulk,
         };
         let now = self.shard.now();
         if let Ok(stream) = self.shard.port_mut(self.port).dial(now, request, None) {

@@ -23,6 +23,8 @@ pub struct EngineConfig {
     /// A newer Linux guest resets a stream that holds more than buf_alloc / this many packets (0 = no limit; default
     /// 576, Linux's `SKB_TRUESIZE(0)`).
     pub packet_overhead: u32,
+    /// Both sides put the reason of a reset into its flags ([`PeerReason`](crate::PeerReason)); virtio has none.
+    pub tells_reason: bool,
 }
 
 impl Default for EngineConfig {
@@ -36,6 +38,7 @@ impl Default for EngineConfig {
             shutdown_timeout: 8_000_000_000,
             quantum: 4096,
             packet_overhead: 576,
+            tells_reason: false,
         }
     }
 }

@@ -27,7 +27,7 @@ use crate::stream::{PROBE_FIRST_NS, Phase, Stream, owe, tell};
 use crate::table::{ListId, Table};
 use crate::timers::{NEVER, Timers};
 use crate::{
-    EngineConfig, Kind, Op, PacketHeader, PairChange, ResetReason, StreamId, Tick, Violation,
+    EngineConfig, Kind, Lane, Op, PacketHeader, PairChange, ResetReason, StreamId, Tick, Violation,
 };
 
 /// Most streams that a configuration can ask for.
@@ -179,10 +179,10 @@ impl Engine {
         if !wants {
             s.deficit = 0;
         }
-        let (data, owed, events) = (ListId::data(s.lane), s.owed != 0, s.events != 0);
+        let (lane, owed, events) = (s.lane, s.owed != 0, s.events != 0);
         let at = s.deadline.min(s.probe_at);
-        self.table.set(data, slot, sendable);
-        self.table.set(ListId::Owed, slot, owed);
+        self.table.set(ListId::data(lane), slot, sendable);
+        self.table.set(ListId::owed(lane), slot, owed);
         self.table.set(ListId::Events, slot, events);
         self.timers.set(slot, at);
     }
@@ -252,8 +252,9 @@ impl Engine {
     }
 
     /// Owes a reset to a pair that is no stream.
-    pub(crate) fn refuse(&mut self, h: &PacketHeader) -> crate::Disposition {
+    pub(crate) fn refuse(&mut self, h: &PacketHeader, lane: Lane) -> crate::Disposition {
         let rst = Rst {
+            lane,
             local_port: h.dst_port,
             peer_port: h.src_port,
             kind: h.kind,

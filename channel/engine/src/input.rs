@@ -2,13 +2,24 @@
 
 use crate::stream::{BOTH, PROBE_FIRST_NS, PROBE_MAX_NS, Phase, Stream, owe, tell};
 use crate::{
-    Disposition, Engine, Kind, Op, PacketHeader, ResetReason, SHUTDOWN_RCV, SHUTDOWN_SEND,
-    SessionChange, Tick, Violation,
+    Disposition, Engine, Kind, Lane, Op, PacketHeader, PeerReason, ResetReason, SHUTDOWN_RCV,
+    SHUTDOWN_SEND, SessionChange, Tick, Violation,
 };
 
 impl Engine {
-    /// Handles a packet from the peer; `body_len` is what really follows its header.
+    /// Handles a packet from the peer; `body_len` is what really follows its header. For a carrier with one lane.
     pub fn handle_packet(&mut self, now: Tick, h: &PacketHeader, body_len: u32) -> Disposition {
+        self.handle_packet_on(now, Lane::Bulk, h, body_len)
+    }
+
+    /// Handles a packet that came on a lane: a stream that it asks for keeps to that one.
+    pub fn handle_packet_on(
+        &mut self,
+        now: Tick,
+        lane: Lane,
+        h: &PacketHeader,
+        body_len: u32,
+    ) -> Disposition {
         self.see(now);
         let unexpected = Violation::Unexpected { op: h.op };
         if !self.attached {
@@ -17,27 +28,33 @@ impl Engine {
         let found = self.table.find(h.dst_port, h.src_port);
         let op = match check(h) {
             Ok(op) => op,
-            Err(v) => return self.on_nonsense(found, h, v),
+            Err(v) => return self.on_nonsense(found, h, v, lane),
         };
         match (op, found) {
             (Op::Rst, None) => Disposition::Consume,
             (Op::Rst, Some(slot)) => self.on_rst(slot, h),
-            (Op::Request, found) => self.on_request(found, h),
-            (_, None) => self.refuse(h),
+            (Op::Request, found) => self.on_request(found, h, lane),
+            (_, None) => self.refuse(h, lane),
             (_, Some(slot)) if !self.table[slot].live() => Disposition::Consume,
             (op, Some(slot)) => self.on_stream(slot, op, h, body_len),
         }
     }
 
     /// Unknown operation, type or flags: a reset to the pair (and the end of its stream), but never for a reset.
-    fn on_nonsense(&mut self, found: Option<u32>, h: &PacketHeader, v: Violation) -> Disposition {
+    fn on_nonsense(
+        &mut self,
+        found: Option<u32>,
+        h: &PacketHeader,
+        v: Violation,
+        lane: Lane,
+    ) -> Disposition {
         if h.op == Op::Rst as u16 {
             return Disposition::Ignore(v);
         }
         match found {
             Some(slot) if self.table[slot].live() => self.fault(slot, v),
             Some(_) => Disposition::Ignore(v),
-            None => match self.refuse(h) {
+            None => match self.refuse(h, lane) {
                 Disposition::Consume => Disposition::Ignore(v),
                 overflow => overflow,
             },
@@ -45,6 +62,7 @@ impl Engine {
     }
 
     fn on_rst(&mut self, slot: u32, h: &PacketHeader) -> Disposition {
+        let peer = self.told(h);
         let s = &self.table[slot];
         // It names bytes that this stream never sent: late, from the stream that had the pair before (R45).
         if s.live()
@@ -55,17 +73,27 @@ impl Engine {
         match s.phase {
             // The request is still with us, so the reset is for something before it.
             Phase::Requested if s.owed & owe::REQUEST != 0 => {}
-            Phase::Requested => self.end(slot, Some(ResetReason::Refused), false),
-            Phase::Open if s.finished() => self.drain(slot, None, false),
-            Phase::Open if s.peer_shut & SHUTDOWN_SEND != 0 => {
-                self.drain(slot, Some(ResetReason::Peer), false)
+            Phase::Requested => {
+                let reason = match peer {
+                    ResetReason::Told(why) if why != PeerReason::Refused => peer,
+                    _ => ResetReason::Refused,
+                };
+                self.end(slot, Some(reason), false);
             }
-            Phase::Offered | Phase::Open => self.end(slot, Some(ResetReason::Peer), false),
+            Phase::Open if s.finished() => self.drain(slot, None, false),
+            Phase::Open if s.peer_shut & SHUTDOWN_SEND != 0 => self.drain(slot, Some(peer), false),
+            Phase::Offered | Phase::Open => self.end(slot, Some(peer), false),
             // Both reset at a time: ours is not sent any more.
             Phase::Draining(_) | Phase::Ended(_) => self.withdraw_rst(slot),
             Phase::Free => {}
         }
         Disposition::Consume
+    }
+
+    /// Why the peer resets, as far as it says.
+    fn told(&self, h: &PacketHeader) -> ResetReason {
+        let told = PeerReason::parse(h.flags).filter(|_| self.cfg.tells_reason);
+        told.map_or(ResetReason::Peer, ResetReason::Told)
     }
 
     /// Lets go of a pair whose stream is over but for the RST that it owes.
@@ -76,7 +104,7 @@ impl Engine {
         self.free_if_done(slot);
     }
 
-    fn on_request(&mut self, found: Option<u32>, h: &PacketHeader) -> Disposition {
+    fn on_request(&mut self, found: Option<u32>, h: &PacketHeader, lane: Lane) -> Disposition {
         let unexpected = Violation::Unexpected { op: h.op };
         match found.map(|slot| (slot, self.table[slot].phase)) {
             // Said twice: the first is as good.
@@ -87,17 +115,18 @@ impl Engine {
             None => self.rst.cancel(h.dst_port, h.src_port),
         }
         if !self.listening_to_all && self.listening.binary_search(&h.dst_port).is_err() {
-            return self.refuse(h);
+            return self.refuse(h, lane);
         }
         if self.table.left() <= self.cfg.max_streams / 8 {
-            return self.refuse(h);
+            return self.refuse(h, lane);
         }
         let mut tx = Stream::FREE.tx;
         if let Err(v) = tx.update(h.buf_alloc, h.fwd_cnt) {
-            return self.on_nonsense(None, h, v);
+            return self.on_nonsense(None, h, v, lane);
         }
         let stream = Stream {
             phase: Phase::Offered,
+            lane,
             local_port: h.dst_port,
             peer_port: h.src_port,
             tx,
@@ -106,7 +135,7 @@ impl Engine {
         };
         match self.open(stream) {
             Some(_) => Disposition::Consume,
-            None => self.refuse(h),
+            None => self.refuse(h, lane),
         }
     }
 

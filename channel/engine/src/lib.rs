@@ -40,6 +40,6 @@ pub use engine::{Engine, LISTEN_MAX, STREAMS_MAX};
 pub use packet::{Kind, Op, PacketHeader, SHUTDOWN_RCV, SHUTDOWN_SEND};
 pub use rst::RST_MAX;
 pub use types::{
-    Answer, ConnectError, Disposition, Event, How, Lane, ListenError, PairChange, ResetReason,
-    SessionChange, StreamId, Tick, Transmit, Violation,
+    Answer, ConnectError, Disposition, Event, How, Lane, ListenError, PairChange, PeerReason,
+    ResetReason, SessionChange, StreamId, Tick, Transmit, Violation,
 };

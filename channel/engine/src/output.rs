@@ -10,7 +10,8 @@
 use crate::stream::{BOTH, Phase, owe, tell};
 use crate::table::ListId;
 use crate::{
-    Engine, Event, How, Kind, Lane, Op, PacketHeader, SHUTDOWN_SEND, StreamId, Tick, Transmit,
+    Engine, Event, How, Kind, Lane, Op, PacketHeader, PeerReason, SHUTDOWN_SEND, StreamId, Tick,
+    Transmit,
 };
 
 /// Data packets of lane control that may go in a row while bulk waits.
@@ -68,36 +69,64 @@ impl Engine {
     /// Returns true while `poll_transmit` would return something for a large enough slot.
     #[must_use]
     pub fn wants_transmit(&self) -> bool {
-        let lists = [ListId::Owed, ListId::DataControl, ListId::DataBulk];
-        self.attached && (!self.rst.is_empty() || lists.iter().any(|&l| !self.table.is_empty(l)))
+        [Lane::Control, Lane::Bulk].map(|lane| self.wants_transmit_on(lane)) != [false; 2]
+    }
+
+    /// As [`wants_transmit`](Self::wants_transmit), of one lane.
+    #[must_use]
+    pub fn wants_transmit_on(&self, lane: Lane) -> bool {
+        let lists = [ListId::owed(lane), ListId::data(lane)];
+        let listed = || lists.iter().any(|&l| !self.table.is_empty(l));
+        self.attached && (listed() || !self.rst.is_empty(Some(lane)))
     }
 
     /// Returns the next packet for a slot that takes `capacity` payload bytes. One without a body counts as sent; with a
     /// body, nothing is sent until `commit_body`.
     #[must_use]
     pub fn poll_transmit(&mut self, now: Tick, capacity: u32) -> Option<Transmit> {
+        self.poll_transmit_on(now, None, capacity)
+    }
+
+    /// As [`poll_transmit`](Self::poll_transmit), for a slot of one lane; `None`: the carrier has one for both.
+    #[must_use]
+    pub fn poll_transmit_on(
+        &mut self,
+        now: Tick,
+        lane: Option<Lane>,
+        capacity: u32,
+    ) -> Option<Transmit> {
         self.see(now);
         if !self.attached {
             return None;
         }
-        if let Some(slot) = self.table.first(ListId::Owed) {
+        let lanes = match lane {
+            Some(lane) => [lane; 2],
+            None => [Lane::Control, Lane::Bulk],
+        };
+        let owed = |lane| self.table.first(ListId::owed(lane));
+        if let Some(slot) = owed(lanes[0]).or_else(|| owed(lanes[1])) {
             return Some(self.pay(slot));
         }
-        if let Some(rst) = self.rst.pop() {
+        if let Some(rst) = self.rst.pop(lane) {
+            let flags = match self.cfg.tells_reason {
+                true => PeerReason::Refused as u32,
+                false => 0,
+            };
             let header = PacketHeader {
                 src_port: rst.local_port,
                 dst_port: rst.peer_port,
                 kind: rst.kind,
                 op: Op::Rst as u16,
+                flags,
                 ..PacketHeader::default()
             };
             return Some(Transmit {
                 header,
-                lane: Lane::Control,
+                lane: rst.lane,
                 body: None,
             });
         }
-        let lane = self.next_lane();
+        let lane = lane.unwrap_or_else(|| self.next_lane());
         let slot = self.table.first(ListId::data(lane))?;
         let s = &self.table[slot];
         let len =
@@ -141,7 +170,14 @@ impl Engine {
         let s = &mut self.table[slot];
         let mut flags = 0;
         let (paid, op) = match s.owed {
-            owed if owed & owe::RST != 0 => (u8::MAX, Op::Rst),
+            owed if owed & owe::RST != 0 => {
+                if self.cfg.tells_reason
+                    && let Phase::Ended(Some(why)) | Phase::Draining(Some(why)) = s.phase
+                {
+                    flags = PeerReason::of(why).map_or(0, |why| why as u32);
+                }
+                (u8::MAX, Op::Rst)
+            }
             owed if owed & owe::REQUEST != 0 => (owe::REQUEST, Op::Request),
             // A response tells the credit too.
             owed if owed & owe::RESPONSE != 0 => (owe::RESPONSE | owe::CREDIT_UPDATE, Op::Response),
@@ -165,8 +201,8 @@ impl Engine {
             self.table.unmap(slot);
         }
         self.settle(slot);
-        if self.table.first(ListId::Owed) == Some(slot) {
-            self.table.rotate(ListId::Owed);
+        if self.table.first(ListId::owed(lane)) == Some(slot) {
+            self.table.rotate(ListId::owed(lane));
         }
         self.free_if_done(slot);
         Transmit {

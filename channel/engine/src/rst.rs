@@ -4,7 +4,7 @@
 
 use alloc::collections::VecDeque;
 
-use crate::Tick;
+use crate::{Lane, Tick};
 
 /// Most resets owed at a time.
 pub const RST_MAX: usize = 256;
@@ -20,6 +20,8 @@ pub(crate) struct Rst {
     pub(crate) peer_port: u32,
     /// Socket type as the peer wrote it: Linux looks sockets up by it.
     pub(crate) kind: u16,
+    /// Where the packet came that it answers: it must not overtake what was sent to the pair there before.
+    pub(crate) lane: Lane,
 }
 
 /// The set, in order of arrival.
@@ -57,17 +59,24 @@ impl RstSet {
             .retain(|r| r.local_port != local_port || r.peer_port != peer_port);
     }
 
-    pub(crate) fn pop(&mut self) -> Option<Rst> {
-        self.owed.pop_front()
+    /// Takes the next one, of a lane or of any.
+    pub(crate) fn pop(&mut self, lane: Option<Lane>) -> Option<Rst> {
+        let at = self.owed.iter().position(|rst| on(rst, lane))?;
+        self.owed.remove(at)
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.owed.is_empty()
+    /// Tells whether there is none, on a lane or on any.
+    pub(crate) fn is_empty(&self, lane: Option<Lane>) -> bool {
+        !self.owed.iter().any(|rst| on(rst, lane))
     }
 
     pub(crate) fn clear(&mut self) {
         self.owed.clear();
     }
+}
+
+fn on(rst: &Rst, lane: Option<Lane>) -> bool {
+    lane.is_none_or(|lane| rst.lane == lane)
 }
 
 #[cfg(test)]
@@ -79,6 +88,7 @@ mod tests {
             local_port: 1,
             peer_port: n,
             kind: 1,
+            lane: Lane::Bulk,
         }
     }
 
@@ -94,7 +104,7 @@ mod tests {
         for n in 0..1_000_000u32 {
             let now = Tick(u64::from(n) * 60_000);
             set.insert(now, rst(n));
-            sent += u64::from(set.pop().is_some());
+            sent += u64::from(set.pop(None).is_some());
         }
         let bound = RST_BURST + RST_MAX as u64 + 60_000_000_000 / RST_INTERVAL_NS + 2;
         assert!(sent <= bound, "{sent} > {bound}");
@@ -107,7 +117,7 @@ mod tests {
         assert!(set.insert(Tick(0), Rst { kind: 2, ..rst(5) }));
         assert!(set.insert(Tick(0), rst(6)));
         set.cancel(1, 5);
-        assert_eq!(set.pop(), Some(rst(6)));
-        assert!(set.is_empty());
+        assert_eq!(set.pop(None), Some(rst(6)));
+        assert!(set.is_empty(None));
     }
 }

@@ -17,15 +17,17 @@ const NIL: u32 = u32::MAX;
 pub(crate) enum ListId {
     /// Events owed to the caller.
     Events = 0,
-    /// Control packets owed to the peer.
-    Owed = 1,
+    /// Control packets owed to the peer, on lane control.
+    OwedControl = 1,
+    /// The same, on lane bulk.
+    OwedBulk = 2,
     /// Bytes to send and credit for them, lane control.
-    DataControl = 2,
+    DataControl = 3,
     /// The same, lane bulk.
-    DataBulk = 3,
+    DataBulk = 4,
 }
-const LISTS: usize = 4;
-/// A stream has one lane, so both data lists share a link.
+const LISTS: usize = 5;
+/// A stream has one lane, so the lists of both lanes share a link.
 const LINKS: usize = 3;
 
 impl ListId {
@@ -36,8 +38,15 @@ impl ListId {
         }
     }
 
+    pub(crate) fn owed(lane: Lane) -> Self {
+        match lane {
+            Lane::Control => Self::OwedControl,
+            Lane::Bulk => Self::OwedBulk,
+        }
+    }
+
     fn link(self) -> usize {
-        (self as usize).min(LINKS - 1)
+        (self as usize).div_ceil(2)
     }
 }
 

@@ -101,6 +101,8 @@ impl fmt::Display for Violation {
 pub enum ResetReason {
     /// The peer reset it.
     Peer,
+    /// The peer reset it, and said why: for a carrier that tells.
+    Told(PeerReason),
     /// The request was refused: by the peer, or by `Answer::Refuse`.
     Refused,
     /// A deadline passed: connect, answer or shutdown.
@@ -121,6 +123,7 @@ impl fmt::Display for ResetReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Peer => "reset by the peer",
+            Self::Told(why) => return write!(f, "reset by the peer: {why}"),
             Self::Refused => "refused",
             Self::Timeout => "timed out",
             Self::Credit => "the peer sent without credit",
@@ -128,6 +131,64 @@ impl fmt::Display for ResetReason {
             Self::Epoch => "a new session began",
             Self::CarrierFault => "the carrier is broken",
             Self::Local => "reset locally",
+        })
+    }
+}
+
+/// Why the peer reset a stream, as it says itself: a carrier of ours puts a number of these into the flags of a reset. 0,
+/// and whatever is not listed, is no reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum PeerReason {
+    /// The request was refused.
+    Refused = 1,
+    /// A deadline passed there.
+    Timeout = 2,
+    /// We sent more than we had credit for.
+    Credit = 3,
+    /// We broke another rule.
+    Protocol = 4,
+    /// Its application, or what it relays to, ended it.
+    Local = 5,
+}
+
+impl PeerReason {
+    /// Parses the flags of a reset.
+    pub fn parse(flags: u32) -> Option<Self> {
+        Some(match flags {
+            1 => Self::Refused,
+            2 => Self::Timeout,
+            3 => Self::Credit,
+            4 => Self::Protocol,
+            5 => Self::Local,
+            _ => return None,
+        })
+    }
+
+    /// What a side tells of its own reason; the others are none that a peer can hear of.
+    pub fn of(reason: ResetReason) -> Option<Self> {
+        Some(match reason {
+            ResetReason::Refused => Self::Refused,
+            ResetReason::Timeout => Self::Timeout,
+            ResetReason::Credit => Self::Credit,
+            ResetReason::Protocol(_) => Self::Protocol,
+            ResetReason::Local => Self::Local,
+            ResetReason::Peer
+            | ResetReason::Told(_)
+            | ResetReason::Epoch
+            | ResetReason::CarrierFault => return None,
+        })
+    }
+}
+
+impl fmt::Display for PeerReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Refused => "refused",
+            Self::Timeout => "timed out there",
+            Self::Credit => "we sent without credit",
+            Self::Protocol => "we broke the protocol",
+            Self::Local => "ended there",
         })
     }
 }

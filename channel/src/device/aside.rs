@@ -12,16 +12,16 @@ const ASIDE_MAX: usize = 64;
 
 /// What waits.
 #[derive(Debug, Default)]
-pub(super) struct Aside {
-    pub(super) segs: Vec<Seg>,
-    pub(super) cursor: Cursor,
+pub(crate) struct Aside {
+    pub(crate) segs: Vec<Seg>,
+    pub(crate) cursor: Cursor,
     heads: Vec<u16>,
     packets: usize,
 }
 
 impl Aside {
     /// Adds the next `len` bytes of the chain in hand. The caller empties it when it is full, so there is room.
-    pub(super) fn add(&mut self, segs: &[Seg], cursor: &mut Cursor, len: u32) -> SetAside {
+    pub(crate) fn add(&mut self, segs: &[Seg], cursor: &mut Cursor, len: u32) -> SetAside {
         self.packets += 1;
         let mut left = len as usize;
         while let Some((addr, n)) = cursor.piece(segs, left)
@@ -41,12 +41,12 @@ impl Aside {
     }
 
     /// Payload bytes that wait, those that were written already among them.
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.segs.iter().map(|seg| seg.len as usize).sum()
     }
 
     /// Keeps a chain until `release`, if one before it is kept. False: it goes back at once.
-    pub(super) fn hold_back(&mut self, head: u16) -> bool {
+    pub(crate) fn hold_back(&mut self, head: u16) -> bool {
         let kept = self.packets > 0;
         if kept {
             // At most a burst's budget of packets.
@@ -56,7 +56,7 @@ impl Aside {
     }
 
     /// Empties it; returns the chains to give back.
-    pub(super) fn release(&mut self) -> std::vec::Drain<'_, u16> {
+    pub(crate) fn release(&mut self) -> std::vec::Drain<'_, u16> {
         self.segs.clear();
         self.cursor = Cursor::default();
         self.packets = 0;

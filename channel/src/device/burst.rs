@@ -86,6 +86,8 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
         CarrierCaps {
             max_payload: PAYLOAD_MAX,
             packet_overhead: PACKET_OVERHEAD,
+            lanes: false,
+            tells_reason: false,
         }
     }
 

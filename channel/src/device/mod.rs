@@ -21,11 +21,11 @@
 //! What it does **not** do: parse ports, keep credit, or hold a descriptor over a burst. So a queue's position says
 //! everything about it, and a process that takes over resumes from the used index.
 
-mod aside;
+pub(crate) mod aside;
 mod burst;
 pub(crate) mod chain;
 mod error;
-mod iovec;
+pub(crate) mod iovec;
 mod packet;
 pub(crate) mod ring;
 mod slot;

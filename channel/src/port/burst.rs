@@ -2,7 +2,7 @@
 
 use std::io;
 
-use adit_engine::{Disposition, How, ResetReason, StreamId, Tick, Transmit};
+use adit_engine::{Disposition, How, Lane, ResetReason, StreamId, Tick, Transmit};
 
 use super::entry::{Fill, Undelivered};
 use super::succession::next_reset;
@@ -70,7 +70,11 @@ impl<C: Carrier> Port<C> {
             return Turn::Again;
         }
         let dial = self.deadlines.first_key_value().map(|((t, _), _)| *t);
-        let deadline = [self.engine.poll_timeout(), dial]
+        let rest = self.carrier.rest().map(|rest| {
+            let ns = u64::try_from(rest.as_nanos()).unwrap_or(u64::MAX);
+            Tick(now.0.saturating_add(ns))
+        });
+        let deadline = [self.engine.poll_timeout(), dial, rest]
             .into_iter()
             .flatten()
             .min();
@@ -132,9 +136,9 @@ impl<C: Carrier> Port<C> {
             let Some(mut packet) = self.carrier.rx()? else {
                 return Ok(End::Drained);
             };
-            let (header, body) = (*packet.header(), packet.remaining());
+            let (header, lane, body) = (*packet.header(), packet.lane(), packet.remaining());
             self.counters.packets_from_guest += 1;
-            match self.engine.handle_packet(now, &header, body) {
+            match self.engine.handle_packet_on(now, lane, &header, body) {
                 Disposition::Consume => {}
                 Disposition::Ignore(violation) => {
                     self.counters.violations += 1;
@@ -247,16 +251,39 @@ impl<C: Carrier> Port<C> {
         }
     }
 
+    /// A carrier with two lanes may have room on one of them only.
     fn transmit(&mut self, now: Tick, budget: Budget) -> Result<End, CarrierFault> {
+        if !self.carrier.caps().lanes {
+            return self.transmit_on(now, budget, None);
+        }
+        let control = self.transmit_on(now, budget, Some(Lane::Control))?;
+        let bulk = self.transmit_on(now, budget, Some(Lane::Bulk))?;
+        Ok(match (control, bulk) {
+            (End::Budget, _) | (_, End::Budget) => End::Budget,
+            (End::NoSlot, _) | (_, End::NoSlot) => End::NoSlot,
+            (End::Drained, End::Drained) => End::Drained,
+        })
+    }
+
+    fn transmit_on(
+        &mut self,
+        now: Tick,
+        budget: Budget,
+        lane: Option<Lane>,
+    ) -> Result<End, CarrierFault> {
         let mut bytes = 0;
         for _ in 0..budget.packets {
-            if self.inherited.is_empty() && !self.engine.wants_transmit() {
+            let wanted = match lane {
+                Some(lane) => self.engine.wants_transmit_on(lane),
+                None => !self.inherited.is_empty() || self.engine.wants_transmit(),
+            };
+            if !wanted {
                 return Ok(End::Drained);
             }
             if bytes >= budget.bytes {
                 return Ok(End::Budget);
             }
-            match self.send_one(now)? {
+            match self.send_one(now, lane)? {
                 Sent::Packet(n) => {
                     bytes += n;
                     self.counters.bytes_to_guest += n;
@@ -271,18 +298,23 @@ impl<C: Carrier> Port<C> {
     }
 
     /// Puts one packet into a slot: the next whose sink really has what it offered.
-    fn send_one(&mut self, now: Tick) -> Result<Sent, CarrierFault> {
+    fn send_one(&mut self, now: Tick, lane: Option<Lane>) -> Result<Sent, CarrierFault> {
         let caps = self.carrier.caps();
-        let lane = adit_engine::Lane::Bulk;
-        let Some(mut slot) = self.carrier.tx(lane, caps.max_payload)? else {
+        let queue = lane.unwrap_or(Lane::Bulk);
+        let Some(mut slot) = self.carrier.tx(queue, caps.max_payload)? else {
             return Ok(Sent::NoSlot);
         };
-        if let Some(header) = next_reset(&mut self.inherited, &mut self.live) {
+        // Of a carrier with one lane: nobody takes over a ring.
+        if lane.is_none()
+            && let Some(header) = next_reset(&mut self.inherited, &mut self.live)
+        {
             slot.commit(&header);
             return Ok(Sent::Packet(0));
         }
         let capacity = slot.capacity().min(caps.max_payload);
-        while let Some(Transmit { header, body, .. }) = self.engine.poll_transmit(now, capacity) {
+        while let Some(Transmit { header, body, .. }) =
+            self.engine.poll_transmit_on(now, lane, capacity)
+        {
             let Some((stream, len)) = body else {
                 slot.commit(&header);
                 return Ok(Sent::Packet(0));

@@ -187,7 +187,11 @@ impl<C: Carrier> Port<C> {
         };
         // A peer that closed waits for us only so long, then resets: its bytes are complete all the same.
         let complete = reason.is_none()
-            || entry.peer_done && matches!(reason, Some(ResetReason::Peer | ResetReason::Timeout));
+            || entry.peer_done
+                && matches!(
+                    reason,
+                    Some(ResetReason::Peer | ResetReason::Told(_) | ResetReason::Timeout)
+                );
         match entry.sink.take() {
             Some(Sink::Fd(fd)) => {
                 self.watch.remove(fd.as_fd());

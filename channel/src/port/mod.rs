@@ -30,8 +30,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use adit_engine::{
-    Answer, Engine, EngineConfig, How, Kind, Lane, ListenError, ResetReason, SessionChange,
-    StreamId, Tick,
+    Answer, Engine, EngineConfig, How, Kind, ListenError, ResetReason, SessionChange, StreamId,
+    Tick,
 };
 use nix::sys::epoll::EpollFlags;
 
@@ -179,9 +179,10 @@ impl<C: Carrier> Port<C> {
         seed: u64,
         watch: Watch,
     ) -> io::Result<Self> {
-        let packet_overhead = carrier.caps().packet_overhead;
+        let caps = carrier.caps();
         let config = EngineConfig {
-            packet_overhead,
+            packet_overhead: caps.packet_overhead,
+            tells_reason: caps.tells_reason,
             ..config
         };
         let mut port = Self {
@@ -276,7 +277,7 @@ impl<C: Carrier> Port<C> {
         self.handle_events(now);
         let stream = self
             .engine
-            .connect(now, request.port, Kind::Stream, Lane::Bulk)?;
+            .connect(now, request.port, Kind::Stream, request.lane)?;
         if let Some(deadline) = request.deadline {
             self.deadlines.insert((deadline, stream.slot()), stream);
         }

@@ -190,6 +190,7 @@ fn a_fault_ends_the_session_and_every_stream() {
         port: 1,
         hello: None,
         deadline: None,
+        lane: adit_engine::Lane::Bulk,
     };
     let now = pair.a.now();
     let dialled = pair.a.port_mut(HERE).dial(now, request, None);
@@ -306,6 +307,7 @@ fn a_dials_deadline_covers_the_hello() {
         port: hello::PORT,
         hello: Some(open()),
         deadline: Some(adit_engine::Tick(now.0 + 20_000_000)),
+        lane: adit_engine::Lane::Bulk,
     };
     let stream = pair.a.port_mut(HERE).dial(now, request, None).unwrap();
     let (_far, sink) = socket();

@@ -376,6 +376,7 @@ impl<C: Carrier> Process<C> {
             port,
             hello,
             deadline: Some(Tick(deadline)),
+            lane: adit_engine::Lane::Bulk,
         }
     }
 

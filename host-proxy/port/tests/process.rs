@@ -479,6 +479,7 @@ fn the_guests_dial_reaches_aditd_and_is_refused_without_one() {
             port,
             hello: None,
             deadline: None,
+            lane: adit_engine::Lane::Bulk,
         };
         let now = guest.shard.now();
         let (end, sink) = socket();

@@ -247,6 +247,7 @@ fn incoming(vm: &Vm, guest: &mut Guest) -> (UnixStream, UnixStream) {
         port: hello::PORT,
         hello: None,
         deadline: None,
+        lane: adit_engine::Lane::Bulk,
     };
     let now = guest.shard.now();
     let (far, sink) = pair();

@@ -298,3 +298,47 @@ fn session_change_ends_every_stream_once() {
         }
     }
 }
+
+/// A carrier that tells: the reason goes with the reset, both ways, and never without having been agreed upon.
+#[test]
+fn resets_say_why_where_the_carrier_tells() {
+    use crate::PeerReason::{Credit, Local, Refused, Timeout};
+    for tells_reason in [false, true] {
+        let cfg = EngineConfig {
+            tells_reason,
+            ..EngineConfig::default()
+        };
+        let flags = |r: &mut Rig| r.sent().pop().unwrap().flags;
+        let told = |why| if tells_reason { why as u32 } else { 0 };
+        let mut r = Rig::new(cfg);
+        let s = r.open(1);
+        r.e.reset(r.now, s, ResetReason::Local);
+        assert_eq!(flags(&mut r), told(Local));
+        r.events();
+        let _ = r.open(2);
+        r.data(2, 1 << 20);
+        assert_eq!(flags(&mut r), told(Credit));
+        r.events();
+        r.handle(Rig::packet(Op::Request, 3, 1));
+        assert_eq!(flags(&mut r), told(Refused));
+        for (said, heard) in [
+            (Timeout as u32, ResetReason::Told(Timeout)),
+            (Refused as u32, ResetReason::Told(Refused)),
+            (0, ResetReason::Peer),
+            (77, ResetReason::Peer),
+        ] {
+            let stream = r.open(9);
+            r.handle(PacketHeader {
+                flags: said,
+                ..Rig::packet(Op::Rst, 9, SERVICE)
+            });
+            let reason = Some(if tells_reason {
+                heard
+            } else {
+                ResetReason::Peer
+            });
+            assert_eq!(r.events(), [Event::Closed { stream, reason }]);
+        }
+        r.empty();
+    }
+}

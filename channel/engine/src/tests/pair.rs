@@ -90,6 +90,7 @@ impl World {
                 // Nothing of these runs is to end by a deadline: what hangs is a fault of the engine.
                 connect_timeout: u64::MAX,
                 shutdown_timeout: u64::MAX,
+                tells_reason: rng.one_in(2),
             };
             let mut e = Engine::new(cfg, seed ^ n);
             e.listen(SERVICE, Kind::Stream).unwrap();

@@ -152,3 +152,48 @@ fn what_a_small_slot_left_of_a_turn_is_kept_for_the_next() {
     assert_eq!(send_one(&mut r, 65_536, &mut fwd), (b, quantum));
     assert_eq!(send_one(&mut r, 65_536, &mut fwd), (a, quantum));
 }
+
+/// A stream's packets keep the order in which they were made on the lane that it was asked for on, and so do the resets of
+/// pairs that are none: whichever lane has room, the other's wait.
+#[test]
+fn a_lane_without_room_keeps_what_is_its_own() {
+    let mut r = Rig::new(EngineConfig {
+        tells_reason: true,
+        ..cfg()
+    });
+    let bulk = r.open(1);
+    let request = |port, to| Rig::packet(Op::Request, port, to);
+    r.e.handle_packet_on(r.now, Lane::Control, &request(2, SERVICE), 0);
+    let Some(Event::Incoming { stream, .. }) = r.e.poll_event() else {
+        panic!("no incoming stream");
+    };
+    r.e.answer(r.now, stream, Answer::Accept);
+    r.e.offer(stream, 5);
+    r.e.offer(bulk, 7);
+    r.e.handle_packet_on(r.now, Lane::Control, &request(3, 1), 0);
+    r.e.handle_packet_on(r.now, Lane::Bulk, &request(4, 1), 0);
+    let sent = |r: &mut Rig, lane| {
+        let mut all = Vec::new();
+        while let Some(t) = r.e.poll_transmit_on(r.now, Some(lane), 4096) {
+            assert_eq!(t.lane, lane);
+            let h = match t.body {
+                Some((s, len)) => r.e.commit_body(r.now, s, len),
+                None => t.header,
+            };
+            all.push((Op::parse(h.op).unwrap(), h.dst_port, h.len));
+        }
+        assert!(!r.e.wants_transmit_on(lane));
+        all
+    };
+    assert_eq!(
+        sent(&mut r, Lane::Bulk),
+        [(Op::Rst, 4, 0), (Op::Rw, 1, 7)],
+        "lane control had no room"
+    );
+    assert!(r.e.wants_transmit());
+    assert_eq!(
+        sent(&mut r, Lane::Control),
+        [(Op::Response, 2, 0), (Op::Rst, 3, 0), (Op::Rw, 2, 5)]
+    );
+    assert!(!r.e.wants_transmit());
+}

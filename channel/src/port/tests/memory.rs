@@ -113,6 +113,8 @@ impl Carrier for Memory {
         CarrierCaps {
             max_payload: PAYLOAD as u32,
             packet_overhead: 0,
+            lanes: false,
+            tells_reason: false,
         }
     }
     fn begin(&mut self) {}

@@ -90,6 +90,7 @@ impl Pair {
             port,
             hello,
             deadline: None,
+            lane: adit_engine::Lane::Bulk,
         };
         let now = self.a.now();
         self.a.port_mut(HERE).dial(now, request, None).unwrap()

@@ -185,6 +185,8 @@ impl Carrier for DriverCarrier {
         CarrierCaps {
             max_payload: PAYLOAD as u32,
             packet_overhead: 0,
+            lanes: false,
+            tells_reason: false,
         }
     }
     fn begin(&mut self) {}

@@ -128,6 +128,7 @@ impl Host {
             port,
             hello: None,
             deadline: Some(Tick(now.0 + DIAL_LIMIT_NS)),
+            lane: adit_engine::Lane::Bulk,
         };
         // Fails without a driver in the guest: the client sees the end of its connection.
         if let Ok(stream) = self.shard.port_mut(self.port).dial(now, request, None) {

@@ -1,0 +1,423 @@
+//! What a burst takes from the ring and puts into it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use adit_engine::{Lane, PacketHeader};
+use adit_ringbuf::{Armed as Ready, Grant, Mapped, PushError, RingMem, Wake};
+use vm_memory::GuestAddress;
+
+use super::frame::{FRAME_BYTES, Frame};
+use super::{LOOK_EVERY, RingCarrier, RingCounters, Role};
+use crate::carrier::{
+    Armed, Carrier, CarrierCaps, CarrierFault, Interest, RxPacket, SetAside, TxSlot, Woken,
+};
+use crate::device::aside::Aside;
+use crate::device::chain::{Cursor, Seg};
+use crate::device::{drain, iovec};
+
+/// Largest payload of one packet, bytes: as on a virtqueue.
+const PAYLOAD_MAX: u32 = 64 << 10;
+/// Smallest payload that a slot has room for, bytes: less at the end of the ring is left as a pad, and less in all waits.
+const SLOT_LEAST: usize = 1024;
+/// Records of lane control that are taken in a row while lane bulk has some.
+const CONTROL_RUN_MAX: u32 = 16;
+
+const WAKER_CHANGED: u32 = 0;
+const WAKER_DATA: u32 = 1;
+const WAKER_SPACE: u32 = 2;
+
+/// A packet: its frame copied, its payload still in the ring.
+#[derive(Debug)]
+pub struct RingPacket<'a> {
+    mem: &'a Mapped,
+    seg: [Seg; 1],
+    cursor: Cursor,
+    header: PacketHeader,
+    lane: Lane,
+    remaining: u32,
+    aside: &'a mut Aside,
+    counters: &'a mut RingCounters,
+}
+
+/// Room for a packet.
+#[derive(Debug)]
+pub struct RingSlot<'a> {
+    mem: &'a Mapped,
+    grant: Grant<'a, Mapped>,
+    seg: [Seg; 1],
+    cursor: Cursor,
+    capacity: u32,
+    written: u32,
+    /// A failed read may have left something behind what was written.
+    spoilt: bool,
+    data: &'a mut Wake,
+    counters: &'a mut RingCounters,
+}
+
+fn seg(at: usize, len: u32) -> [Seg; 1] {
+    [Seg {
+        addr: GuestAddress(at as u64),
+        len,
+    }]
+}
+
+/// Where its bytes are, from the cursor on.
+fn position(segs: &[Seg; 1], cursor: &Cursor) -> usize {
+    let piece = cursor.piece(segs, usize::MAX);
+    piece.map_or(0, |(addr, _)| addr.0 as usize)
+}
+
+impl RingCarrier {
+    /// Which ring to look at first: lane control goes ahead, but bulk is never kept out.
+    fn order(&self) -> [usize; 2] {
+        let last = self.ways.len() - 1;
+        match self.control_run >= CONTROL_RUN_MAX {
+            false => [0, last],
+            true => [last, 0],
+        }
+    }
+
+    /// Finds the next record: its ring, where it lies, how long it is.
+    fn next(&mut self) -> Result<Option<(usize, usize, usize)>, CarrierFault> {
+        for index in self.order() {
+            let consumer = &mut self.ways[index].ends.consumer;
+            if consumer.wants_release() && self.aside.bytes() == 0 {
+                self.space = self.space.or(consumer.release());
+            }
+            if let Some(record) = consumer.peek()? {
+                let (at, len) = (record.at(), record.len());
+                // It stays where it is until it is released.
+                record.take();
+                return Ok(Some((index, at, len)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Shows what was written and gives back what was read.
+    fn publish(&mut self) {
+        for way in &mut self.ways {
+            self.data = self.data.or(way.ends.producer.publish());
+            self.space = self.space.or(way.ends.consumer.release());
+        }
+        self.ring();
+    }
+
+    fn arm_ways(&mut self, interest: Interest) -> Result<bool, CarrierFault> {
+        let mut more = self.fault.is_some();
+        for way in &mut self.ways {
+            if interest.rx {
+                let (armed, wake) = way.ends.consumer.arm_data()?;
+                self.space = self.space.or(wake);
+                more |= armed == Ready::Ready;
+            }
+            if interest.tx && way.starved {
+                let least = FRAME_BYTES + SLOT_LEAST;
+                let (armed, wake) = way.ends.producer.arm_space(least)?;
+                self.data = self.data.or(wake);
+                more |= armed == Ready::Ready;
+            }
+        }
+        Ok(more)
+    }
+}
+
+impl Carrier for RingCarrier {
+    type Rx<'a> = RingPacket<'a>;
+    type Tx<'a> = RingSlot<'a>;
+
+    fn caps(&self) -> CarrierCaps {
+        CarrierCaps {
+            max_payload: PAYLOAD_MAX,
+            packet_overhead: 0,
+            lanes: true,
+            tells_reason: true,
+        }
+    }
+
+    fn begin(&mut self) {
+        // Left from a burst that ended in a fault.
+        drop(self.aside.release());
+        self.look();
+    }
+
+    fn rx(&mut self) -> Result<Option<RingPacket<'_>>, CarrierFault> {
+        // The streams that the shell knows may be another session's.
+        if self.ways.is_empty() || self.change.is_some() {
+            return Ok(None);
+        }
+        if let Some(fault) = self.fault.take() {
+            return Err(fault);
+        }
+        let Some((index, at, len)) = self.next()? else {
+            return Ok(None);
+        };
+        if len < FRAME_BYTES {
+            return Err(CarrierFault {
+                what: "record is shorter than a frame; bytes",
+                value: len as u64,
+                limit: FRAME_BYTES as u64,
+            });
+        }
+        let mut frame = [0; FRAME_BYTES];
+        RingMem::read(&self.mem, at, &mut frame);
+        let control = index == 0 && self.ways.len() > 1;
+        self.control_run = if control { self.control_run + 1 } else { 0 };
+        self.counters.records_in += 1;
+        // A record is at most a quarter of 2 GiB.
+        let remaining = (len - FRAME_BYTES) as u32;
+        Ok(Some(RingPacket {
+            mem: &self.mem,
+            seg: seg(at + FRAME_BYTES, remaining),
+            cursor: Cursor::default(),
+            header: Frame::from_bytes(&frame).header(),
+            lane: if control { Lane::Control } else { Lane::Bulk },
+            remaining,
+            aside: &mut self.aside,
+            counters: &mut self.counters,
+        }))
+    }
+
+    fn tx(&mut self, lane: Lane, want: u32) -> Result<Option<RingSlot<'_>>, CarrierFault> {
+        let index = self.way(lane);
+        if self.change.is_some() {
+            return Ok(None);
+        }
+        let Some(way) = self.ways.get_mut(index) else {
+            return Ok(None);
+        };
+        if let Some(fault) = self.fault.take() {
+            return Err(fault);
+        }
+        let want = want.min(PAYLOAD_MAX) as usize;
+        let least = FRAME_BYTES + want.min(SLOT_LEAST);
+        let grant = match way.ends.producer.reserve_some(least, FRAME_BYTES + want) {
+            Ok(grant) => grant,
+            Err(PushError::Full) => {
+                way.starved = true;
+                return Ok(None);
+            }
+            Err(PushError::Corrupt(corrupt)) => return Err(corrupt.into()),
+            Err(PushError::TooLong { len, max }) => {
+                return Err(CarrierFault {
+                    what: "region has records too short for any packet; bytes",
+                    value: max as u64,
+                    limit: len as u64,
+                });
+            }
+        };
+        way.starved = false;
+        // At most PAYLOAD_MAX.
+        let capacity = (grant.len() - FRAME_BYTES) as u32;
+        Ok(Some(RingSlot {
+            mem: &self.mem,
+            seg: seg(grant.at() + FRAME_BYTES, capacity),
+            cursor: Cursor::default(),
+            grant,
+            capacity,
+            written: 0,
+            spoilt: false,
+            data: &mut self.data,
+            counters: &mut self.counters,
+        }))
+    }
+
+    fn write_aside(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let all = self.aside.bytes();
+        let Aside { segs, cursor, .. } = &mut self.aside;
+        let n = iovec::write_to(&self.mem, segs, cursor, fd, all)?;
+        self.counters.bytes_copied += n as u64;
+        Ok(n)
+    }
+
+    fn read_aside(&mut self, dst: &mut [u8]) -> Result<usize, CarrierFault> {
+        let Aside { segs, cursor, .. } = &mut self.aside;
+        let Some((addr, n)) = cursor.piece(segs, dst.len()) else {
+            return Ok(0);
+        };
+        RingMem::read(&self.mem, addr.0 as usize, &mut dst[..n]);
+        cursor.advance(segs, n);
+        self.counters.bytes_copied += n as u64;
+        Ok(n)
+    }
+
+    fn release_aside(&mut self) {
+        drop(self.aside.release());
+    }
+
+    fn flush(&mut self) {
+        self.publish();
+    }
+
+    fn arm(&mut self, interest: Interest) -> Armed {
+        // A change that was not told wakes by itself, and the burst after it looks at the rings.
+        if self.change.is_some() {
+            return Armed::Sleep;
+        }
+        let more = match self.arm_ways(interest) {
+            Ok(more) => more,
+            Err(fault) => {
+                // Told to the caller by the next `rx`.
+                self.fault.get_or_insert(fault);
+                true
+            }
+        };
+        self.ring();
+        if more && !self.ways.is_empty() {
+            Armed::WorkAppeared
+        } else {
+            Armed::Sleep
+        }
+    }
+
+    fn rest(&self) -> Option<Duration> {
+        let held = self
+            .hold
+            .map(|until| until.saturating_duration_since(Instant::now()));
+        let deaf = self.bells.deaf().then_some(LOOK_EVERY);
+        [held, deaf].into_iter().flatten().min()
+    }
+
+    fn tear(&mut self) {
+        let Some(_) = self.epoch.take() else { return };
+        let why = match &self.fault {
+            Some(fault) => fault.to_string(),
+            None => "the other side broke the ring".to_owned(),
+        };
+        self.forget();
+        self.failed(&why);
+        self.data = match &mut self.role {
+            Role::Host(host) => host.poison(),
+            Role::Guest(guest) => guest.poison(),
+        };
+        self.ring();
+    }
+
+    fn wakers(&self, visit: &mut dyn FnMut(BorrowedFd<'_>, u32)) {
+        visit(self.changed.as_fd(), WAKER_CHANGED);
+        let heard = [
+            (&self.bells.data_heard, WAKER_DATA),
+            (&self.bells.space_heard, WAKER_SPACE),
+        ];
+        for (bell, id) in heard {
+            if let Some(fd) = bell.fd() {
+                visit(fd, id);
+            }
+        }
+    }
+
+    fn woken(&mut self, id: u32) -> Woken {
+        let cleared = match id {
+            WAKER_DATA => self.bells.data_heard.clear(),
+            WAKER_SPACE => self.bells.space_heard.clear(),
+            _ => {
+                drain(self.changed.as_fd());
+                Ok(())
+            }
+        };
+        self.counters.heard += u64::from(id != WAKER_CHANGED);
+        if let Err(e) = cleared {
+            tracing::debug!(error = %e, "doorbell cannot be heard");
+        }
+        self.look();
+        Woken {
+            session: self.change.take(),
+            wakers_changed: false,
+        }
+    }
+}
+
+impl RingPacket<'_> {
+    fn moved(&mut self, n: usize) {
+        // At most `remaining` was asked for.
+        self.remaining -= n as u32;
+        self.counters.bytes_copied += n as u64;
+    }
+}
+
+impl RxPacket for RingPacket<'_> {
+    fn header(&self) -> &PacketHeader {
+        &self.header
+    }
+
+    fn lane(&self) -> Lane {
+        self.lane
+    }
+
+    fn remaining(&self) -> u32 {
+        self.remaining
+    }
+
+    fn read(&mut self, dst: &mut [u8]) -> Result<usize, CarrierFault> {
+        let n = dst.len().min(self.remaining as usize);
+        RingMem::read(self.mem, position(&self.seg, &self.cursor), &mut dst[..n]);
+        self.cursor.advance(&self.seg, n);
+        self.moved(n);
+        Ok(n)
+    }
+
+    fn write_to(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize> {
+        let max = max.min(self.remaining) as usize;
+        let n = iovec::write_to(self.mem, &self.seg, &mut self.cursor, fd, max)?;
+        self.moved(n);
+        Ok(n)
+    }
+
+    fn set_aside(&mut self, len: u32) -> SetAside {
+        let len = len.min(self.remaining);
+        self.remaining -= len;
+        self.aside.add(&self.seg, &mut self.cursor, len)
+    }
+}
+
+impl RingSlot<'_> {
+    fn moved(&mut self, n: usize) {
+        // At most `capacity - written` was asked for.
+        self.written += n as u32;
+        self.counters.bytes_copied += n as u64;
+    }
+}
+
+impl TxSlot for RingSlot<'_> {
+    fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    fn write(&mut self, src: &[u8]) -> Result<usize, CarrierFault> {
+        let n = src.len().min((self.capacity - self.written) as usize);
+        self.grant
+            .write(FRAME_BYTES + self.written as usize, &src[..n]);
+        self.cursor.advance(&self.seg, n);
+        self.moved(n);
+        Ok(n)
+    }
+
+    fn read_from(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize> {
+        let max = max.min(self.capacity - self.written) as usize;
+        if max == 0 {
+            // 0 would say end of file.
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "no room in the slot",
+            ));
+        }
+        let read = iovec::read_from(self.mem, &self.seg, &mut self.cursor, fd, max);
+        let n = read.inspect_err(|e| self.spoilt |= e.kind() != io::ErrorKind::WouldBlock)?;
+        self.moved(n);
+        Ok(n)
+    }
+
+    fn commit(mut self, h: &PacketHeader) {
+        // The peer is never told of more bytes than were written.
+        let h = PacketHeader {
+            len: self.written,
+            ..*h
+        };
+        self.grant.write(0, &Frame::from(&h).to_bytes());
+        self.counters.records_out += 1;
+        let len = FRAME_BYTES + self.written as usize;
+        *self.data = self.data.or(self.grant.commit_first(len, self.spoilt));
+    }
+}

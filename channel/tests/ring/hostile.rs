@@ -1,0 +1,304 @@
+//! A peer that writes what it likes into the region (ATTACKS R1 to R11, through the carrier): the session ends, its
+//! streams with it, and the next one begins within a second; nothing else of this process is touched.
+
+use std::io::{Read, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use adit_channel::dial::{DialError, DialRequest};
+use adit_channel::port::Notice;
+use adit_channel::ring::FRAME_BYTES;
+use adit_channel::shard::{News, Shard};
+use adit_engine::{EngineConfig, Lane, ResetReason};
+use adit_ringbuf::region::Side;
+use adit_ringbuf::{Mapped, RingMem};
+use adit_ringbuf_io::doorbell::Doorbell;
+
+use crate::world::{End, LONG, Region, dial, echo, serve, shard};
+
+const PORT: u32 = 741;
+
+/// Where things lie that the guest writes: the records of a lane to the host, and the words.
+struct Places {
+    /// Record headers of each lane.
+    data: [usize; 2],
+    /// The guest's position in what the host writes.
+    cons: [usize; 2],
+}
+
+fn places(mem: &impl RingMem) -> Places {
+    let region = adit_ringbuf::region::Region::read(mem).expect("a region");
+    Places {
+        data: [0, 1].map(|lane| region.geometry(lane, Side::Host, false, false).data),
+        cons: [0, 1].map(|lane| region.geometry(lane, Side::Guest, false, false).cons),
+    }
+}
+
+/// Breaks the region under a running session, and sees it torn and begun anew.
+fn broken_by(what: &str, lie: impl Fn(&Mapped, &Places)) {
+    let region = Region::new();
+    let host = End::spawn(region.host());
+    let guest = End::spawn(region.guest());
+    serve(guest.listen(PORT), echo);
+    let old = host.dial(PORT);
+    let begin = Instant::now();
+    let mem = region.map();
+    lie(&mem, &places(&mem));
+    // Whatever makes the host look.
+    let _ = region.bells.host_data.ring();
+    let _ = region.bells.host_space.ring();
+    old.set_deadline(Some(Instant::now() + LONG));
+    let _ = (&old).read(&mut [0; 1]);
+    let reason = old.reason();
+    assert!(
+        matches!(reason, Some(ResetReason::CarrierFault | ResetReason::Epoch)),
+        "{what}: {reason:?}"
+    );
+    let stream = host.dial(PORT);
+    drop(stream);
+    let took = begin.elapsed();
+    assert!(took < Duration::from_secs(1), "{what}: {took:?}");
+}
+
+/// The next record header of a lane: the first word that is zero.
+fn next_header(mem: &Mapped, data: usize) -> usize {
+    let mut at = data;
+    loop {
+        let word = mem.load(at);
+        if word == 0 {
+            return at;
+        }
+        let len = (word & 0x7fff_ffff) as usize;
+        at += (8 + len).next_multiple_of(8);
+    }
+}
+
+const COMMITTED: u64 = 1 << 31;
+
+#[test]
+fn r6_record_header_with_a_length_beyond_every_record() {
+    broken_by("length", |mem, at| {
+        mem.store(next_header(mem, at.data[1]), COMMITTED | 0x7fff_ffff);
+    });
+}
+
+#[test]
+fn r6_record_header_with_reserved_bits() {
+    broken_by("bits", |mem, at| {
+        mem.store(next_header(mem, at.data[1]), 1 << 50 | COMMITTED | 24);
+    });
+}
+
+#[test]
+fn r6_record_without_the_committed_bit() {
+    broken_by("uncommitted", |mem, at| {
+        mem.store(next_header(mem, at.data[0]), 24);
+    });
+}
+
+#[test]
+fn r4_pad_that_ends_elsewhere() {
+    broken_by("pad", |mem, at| {
+        mem.store(next_header(mem, at.data[1]), 1 << 32 | COMMITTED | 64);
+    });
+}
+
+#[test]
+fn r5_record_shorter_than_a_frame() {
+    for len in [0, 1, FRAME_BYTES as u64 - 1] {
+        broken_by("short", |mem, at| {
+            mem.store(next_header(mem, at.data[1]), COMMITTED | len);
+        });
+    }
+}
+
+#[test]
+fn r7_state_word_that_means_nothing() {
+    broken_by("state", |mem, _| mem.store(2 * 4096, u64::MAX));
+}
+
+#[test]
+fn r7_state_word_of_another_session() {
+    broken_by("request", |mem, _| mem.store(2 * 4096, 0x1234_5604));
+}
+
+/// A position in what the host writes, over and over, while the host writes: it is held against what was written when the
+/// host is out of room.
+fn consumer_says(what: &str, lie: impl Fn(u64) -> u64 + Send + 'static) {
+    let region = Region::new();
+    let host = End::spawn(region.host());
+    let guest = End::spawn(region.guest());
+    serve(guest.listen(PORT), |mut stream| {
+        let _ = std::io::copy(&mut stream, &mut std::io::sink());
+    });
+    let old = host.dial(PORT);
+    // The host has looked at the honest position by then.
+    let chunk = vec![1; 1 << 16];
+    (0..64).for_each(|_| (&old).write_all(&chunk).expect("room"));
+    let mem = region.map();
+    let at = places(&mem).cons[1];
+    let over = Arc::new(AtomicBool::new(false));
+    let liar = {
+        let over = over.clone();
+        std::thread::spawn(move || {
+            while !over.load(Ordering::SeqCst) {
+                mem.store(at, lie(mem.load(at)));
+                std::thread::yield_now();
+            }
+        })
+    };
+    old.set_deadline(Some(Instant::now() + LONG));
+    while (&old).write(&chunk).is_ok() {}
+    let reason = old.reason();
+    over.store(true, Ordering::SeqCst);
+    liar.join().expect("no panic");
+    assert!(
+        matches!(reason, Some(ResetReason::CarrierFault | ResetReason::Epoch)),
+        "{what}: {reason:?}"
+    );
+    let begin = Instant::now();
+    drop(host.dial(PORT));
+    assert!(begin.elapsed() < Duration::from_secs(1), "{what}");
+}
+
+#[test]
+fn r2_consumer_that_took_what_was_never_written() {
+    consumer_says("ahead", |_| u64::MAX / 2);
+}
+
+#[test]
+fn r3_consumer_that_goes_back() {
+    consumer_says("back", |_| 8);
+}
+
+/// Doorbells without end, and nothing behind them: another VM on the same shard keeps its progress.
+#[test]
+fn r10_doorbell_storm_stops_nobody_else() {
+    let (quiet, loud) = (Region::new(), Region::new());
+    let mut shard = Shard::new().expect("an epoll set");
+    let config = EngineConfig::default();
+    let one = shard.add(quiet.host(), config, 1).expect("a port");
+    let other = shard.add(loud.host(), config, 2).expect("a port");
+    let (one, _other) = (shard.handle(one), shard.handle(other));
+    let _thread = shard.spawn("both").expect("a thread");
+    let guests = [&quiet, &loud].map(|region| End::spawn(region.guest()));
+    serve(guests[0].listen(PORT), echo);
+    let over = Arc::new(AtomicBool::new(false));
+    let storm = {
+        let over = over.clone();
+        std::thread::spawn(move || {
+            let mut rung = 0u64;
+            while !over.load(Ordering::SeqCst) {
+                let _ = loud.bells.host_data.ring();
+                let _ = loud.bells.host_space.ring();
+                rung += 1;
+            }
+            rung
+        })
+    };
+    let stream = dial(&one, PORT);
+    let begin = Instant::now();
+    let mut echoes = 0;
+    while begin.elapsed() < Duration::from_secs(1) {
+        (&stream).write_all(b"on").expect("room");
+        (&stream).read_exact(&mut [0; 2]).expect("an answer");
+        echoes += 1;
+    }
+    over.store(true, Ordering::SeqCst);
+    let rung = storm.join().expect("no panic");
+    assert!(rung > 1000 && echoes > 200, "{echoes} echoes, {rung} rings");
+}
+
+/// A guest that attached and then does nothing: whoever dials it is told in time, and nobody spins.
+#[test]
+fn r11_a_guest_that_never_takes_a_record_is_no_hang_and_no_spin() {
+    let region = Region::new();
+    let (mut host, at) = shard(region.host());
+    let guest = region.guest();
+    let (mut there, _) = shard(guest);
+    for _ in 0..20 {
+        host.turn(Some(Duration::ZERO)).expect("a turn");
+        there.turn(Some(Duration::ZERO)).expect("a turn");
+    }
+    while host.poll_news().is_some() {}
+    assert!(host.port(at).epoch().is_some());
+    let request = DialRequest {
+        port: PORT,
+        hello: None,
+        deadline: None,
+        lane: Lane::Control,
+    };
+    let now = host.now();
+    let dialled = host
+        .port_mut(at)
+        .dial(now, request, None)
+        .expect("a session");
+    let (begin, before) = (Instant::now(), host.wakeups());
+    let error = loop {
+        host.turn(None).expect("a turn");
+        match host.poll_news() {
+            Some(News::Notice(_, Notice::DialFailed { stream, error })) if stream == dialled => {
+                break error;
+            }
+            _ => assert!(begin.elapsed() < LONG, "it hangs"),
+        }
+    };
+    assert_eq!(error, DialError::Timeout);
+    let woke = host.wakeups() - before;
+    assert!(woke < 20, "{woke} wake-ups in {:?}", begin.elapsed());
+}
+
+/// Random words over everything that the guest may write, for a while: no panic, no hang, and then a session again.
+#[test]
+fn r1_a_guest_that_rewrites_everything_all_the_time() {
+    let region = Region::new();
+    let host = End::spawn(region.host());
+    let guest = End::spawn(region.guest());
+    serve(guest.listen(PORT), echo);
+    drop(host.dial(PORT));
+    let mem = region.map();
+    let at = places(&mem);
+    let until = Instant::now() + Duration::from_secs(1);
+    let storm = std::thread::spawn(move || {
+        let mut noise = 1u64;
+        while Instant::now() < until {
+            for _ in 0..64 {
+                noise = noise
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
+                let word = noise >> 33;
+                let place = match word % 5 {
+                    0 => 2 * 4096,
+                    1 => 2 * 4096 + 8 * ((word >> 8) as usize % 500),
+                    2 => at.data[1] + 8 * ((word >> 8) as usize % 1000),
+                    3 => at.data[0] + 8 * ((word >> 8) as usize % 1000),
+                    _ => at.cons[0],
+                };
+                let value = if word & 64 == 0 {
+                    word
+                } else {
+                    COMMITTED | (word % 100)
+                };
+                mem.store(place, value);
+            }
+            let _ = region.bells.host_data.ring();
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        region
+    });
+    while !storm.is_finished() {
+        if let Ok(stream) = host.try_dial(PORT) {
+            let _ = (&stream).write(&[1; 4096]);
+        }
+    }
+    let region = storm.join().expect("no panic");
+    // The guest's own end was told lies by nobody, but its words are not its own any more: it starts again.
+    drop(guest);
+    let guest = End::spawn(region.guest());
+    serve(guest.listen(PORT), echo);
+    let mut stream = host.dial(PORT);
+    stream.write_all(b"well?").expect("room");
+    let mut buf = [0; 5];
+    stream.read_exact(&mut buf).expect("an answer");
+}

@@ -1,0 +1,162 @@
+//! Two shards on two mappings of one region.
+
+use std::os::fd::OwnedFd;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use adit_channel::dial::DialError;
+use adit_channel::ring::{RingBells, RingCarrier, spec};
+use adit_channel::shard::{Handle, PortIndex, Shard, ShardThread};
+use adit_channel::stream::{Listener, Stream, Target};
+use adit_engine::EngineConfig;
+use adit_ringbuf::Mapped;
+use adit_ringbuf::region::Features;
+use adit_ringbuf_io::attach::Bells;
+
+/// Bytes of a region.
+pub const BYTES: usize = 4 << 20;
+/// Longer than anything here takes.
+pub const LONG: Duration = Duration::from_secs(20);
+
+/// A region, its descriptor and its doorbells.
+pub struct Region {
+    pub fd: OwnedFd,
+    pub mem: Mapped,
+    pub bells: Bells,
+}
+
+impl Region {
+    pub fn new() -> Self {
+        Self::of(BYTES)
+    }
+
+    pub fn of(bytes: usize) -> Self {
+        let (mem, fd) = Mapped::memfd(bytes).expect("memory");
+        let bells = Bells::new().expect("doorbells");
+        Self { fd, mem, bells }
+    }
+
+    /// Another mapping of it.
+    pub fn map(&self) -> Mapped {
+        let fd = self.fd.try_clone().expect("a descriptor");
+        Mapped::from_memfd(fd, adit_ringbuf::RingMem::len(&self.mem)).expect("memory")
+    }
+
+    pub fn bells(&self) -> Bells {
+        self.bells.try_clone().expect("descriptors")
+    }
+
+    pub fn host(&self) -> RingCarrier {
+        let spec = spec(adit_ringbuf::RingMem::len(&self.mem)).expect("room");
+        let bells = RingBells::of_host(self.bells());
+        RingCarrier::host(self.map(), spec, epoch(), bells).expect("a region")
+    }
+
+    pub fn guest(&self) -> RingCarrier {
+        let bells = RingBells::of_guest(self.bells());
+        RingCarrier::guest(self.map(), epoch() << 16, Features::NONE, bells).expect("a region")
+    }
+}
+
+/// Above every one before.
+pub fn epoch() -> u64 {
+    let now = std::time::SystemTime::now();
+    let since = now.duration_since(std::time::UNIX_EPOCH);
+    since.expect("after 1970").as_nanos() as u64
+}
+
+/// A shard of one port, not running yet.
+pub fn shard(carrier: RingCarrier) -> (Shard<RingCarrier>, PortIndex) {
+    let mut shard = Shard::new().expect("an epoll set");
+    let port = shard.add(carrier, EngineConfig::default(), 7);
+    (shard, port.expect("a port"))
+}
+
+/// One end on a thread of its own.
+pub struct End {
+    pub handle: Handle,
+    _thread: ShardThread,
+}
+
+impl End {
+    pub fn spawn(carrier: RingCarrier) -> Self {
+        let (shard, port) = shard(carrier);
+        let handle = shard.handle(port);
+        let thread = shard.spawn("ring").expect("a thread");
+        Self {
+            handle,
+            _thread: thread,
+        }
+    }
+
+    pub fn listen(&self, port: u32) -> Listener {
+        self.handle.listen(port).expect("a free port")
+    }
+
+    /// Dials, as often as there is no session yet.
+    pub fn dial(&self, port: u32) -> Stream {
+        dial(&self.handle, port)
+    }
+
+    pub fn try_dial(&self, port: u32) -> Result<Stream, DialError> {
+        try_dial(&self.handle, port)
+    }
+}
+
+fn try_dial(handle: &Handle, port: u32) -> Result<Stream, DialError> {
+    let hello = None;
+    handle.dialer().dial(&Target { port, hello }, LONG)
+}
+
+/// Dials, as often as there is no session yet.
+pub fn dial(handle: &Handle, port: u32) -> Stream {
+    let until = Instant::now() + LONG;
+    loop {
+        match try_dial(handle, port) {
+            Err(DialError::NoSession) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            stream => return stream.expect("a stream"),
+        }
+    }
+}
+
+/// Both ends of a new region.
+pub fn pair() -> (End, End) {
+    let region = Region::new();
+    (End::spawn(region.host()), End::spawn(region.guest()))
+}
+
+/// Serves each stream that comes in on a thread, for as long as it is listened.
+pub fn serve(listener: Listener, serve: impl Fn(Stream) + Clone + Send + 'static) {
+    std::thread::spawn(move || {
+        while let Ok(incoming) = listener.accept() {
+            let serve = serve.clone();
+            let Ok(stream) = incoming.accept() else {
+                continue;
+            };
+            std::thread::spawn(move || serve(stream));
+        }
+    });
+}
+
+/// Sends back what comes, to its end.
+pub fn echo(stream: Stream) {
+    let (mut reader, mut writer) = (&stream, &stream);
+    // The other side may be gone, which is its right.
+    let _ = std::io::copy(&mut reader, &mut writer);
+    let _ = stream.shutdown(adit_engine::How::Send);
+    // Not dropped before the other side has the end, too.
+    let _ = std::io::copy(&mut reader, &mut std::io::sink());
+}
+
+/// Runs something that must not hang.
+pub fn within<T: Send + 'static>(limit: Duration, run: impl FnOnce() -> T + Send + 'static) -> T {
+    let (tell, told) = mpsc::channel();
+    std::thread::spawn(move || tell.send(run()));
+    told.recv_timeout(limit).expect("done in time")
+}
+
+pub fn pattern(len: usize, seed: usize) -> Vec<u8> {
+    (0..len).map(|n| (n * 31 + n / 251 + seed) as u8).collect()
+}
