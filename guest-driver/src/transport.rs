@@ -5,6 +5,8 @@
 //! - the agent dials from a *privileged* source port, which a process without `CAP_NET_BIND_SERVICE` cannot bind, so
 //!   the host can tell the agent from an unprivileged process of the same guest. The same right is needed to listen.
 
+pub mod ring;
+
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 

@@ -42,7 +42,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
 
-#[cfg(feature = "vhost-user")]
+#[cfg(any(feature = "vhost-user", feature = "ring"))]
 pub(crate) use burst::drain;
 pub use chain::INDIRECT_MAX;
 pub use error::{ActivateError, DeviceError};

@@ -216,6 +216,11 @@ impl RingCarrier {
         }
     }
 
+    /// Tells whether it hears no doorbell, and so looks by itself.
+    pub fn is_deaf(&self) -> bool {
+        self.bells.deaf()
+    }
+
     /// What broke last, for people; empty if nothing did.
     pub fn last_fault(&self) -> &str {
         &self.last_fault

@@ -1,0 +1,104 @@
+//! The ring: streams over a region of shared memory, as sockets.
+//!
+//! ```text
+//! region ══ shard's thread: port, engine ══ socketpair ── Conn ── serve, relay, client
+//! ```
+//! A thread of its own moves the bytes, asleep until the host's doorbell or a socket wakes it; the rest of the agent sees
+//! streams like any others. Sessions that end and begin are its business: the listener stays, old streams end. As on any
+//! Unix socket, a reset reads as an end.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use adit_channel::dial::DialError;
+use adit_channel::hello::PORT;
+use adit_channel::ring::{RingBells, RingCarrier, RingError};
+use adit_channel::shard::{Handle, Shard, ShardThread};
+use adit_channel::stream::{Listener, Stream, Target};
+use adit_engine::EngineConfig;
+use adit_ringbuf::Mapped;
+use adit_ringbuf::region::Features;
+
+use super::{Listen, Transport};
+use crate::conn::Conn;
+
+/// How long the host may take to answer a request.
+const DIAL_LIMIT: Duration = Duration::from_secs(2);
+/// How long a shard that hears no doorbell looks on after the last work: a wake-up is out of the question there.
+const DEAF_LOOK: Duration = Duration::from_micros(200);
+
+/// This guest's end of a ring, on a thread.
+pub struct RingEnd {
+    handle: Handle,
+    _thread: ShardThread,
+}
+
+/// Finds the region that the host made of this memory, and asks for a session.
+///
+/// # Errors
+/// There is no region, or none that this agent knows; there are no descriptors left.
+pub fn carrier(memory: Mapped, bells: RingBells) -> Result<RingCarrier, RingError> {
+    let start = getrandom::u64().map_err(io::Error::other)?;
+    RingCarrier::guest(memory, start, Features::NONE, bells)
+}
+
+impl RingEnd {
+    /// Runs a carrier on a thread.
+    ///
+    /// # Errors
+    /// There are no descriptors or threads left.
+    pub fn start(carrier: RingCarrier) -> io::Result<Self> {
+        let mut shard = Shard::new()?;
+        if carrier.is_deaf() {
+            shard.busy_poll(DEAF_LOOK);
+        }
+        let seed = getrandom::u64().map_err(io::Error::other)?;
+        let port = shard.add(carrier, EngineConfig::default(), seed)?;
+        let handle = shard.handle(port);
+        let thread = shard.spawn("ring")?;
+        Ok(Self {
+            handle,
+            _thread: thread,
+        })
+    }
+}
+
+/// A stream as a socket: the shard has the other end of it.
+fn conn(stream: Stream) -> io::Result<Conn> {
+    let (near, far) = UnixStream::pair()?;
+    far.set_nonblocking(true)?;
+    stream.splice(OwnedFd::from(far));
+    Ok(OwnedFd::from(near).into())
+}
+
+impl Transport for RingEnd {
+    fn listen(&self) -> io::Result<Box<dyn Listen>> {
+        Ok(Box::new(self.handle.listen(PORT)?))
+    }
+
+    fn dial_host(&self) -> io::Result<Conn> {
+        let target = Target {
+            port: PORT,
+            hello: None,
+        };
+        let dialled = self.handle.dialer().dial(&target, DIAL_LIMIT);
+        conn(dialled.map_err(|e| {
+            let kind = match e {
+                DialError::NoSession => io::ErrorKind::NotConnected,
+                DialError::Refused => io::ErrorKind::ConnectionRefused,
+                DialError::Timeout => io::ErrorKind::TimedOut,
+                _ => io::ErrorKind::ConnectionReset,
+            };
+            io::Error::new(kind, e)
+        })?)
+    }
+}
+
+impl Listen for Listener {
+    fn accept(&self) -> io::Result<Option<Conn>> {
+        // Whoever is at the other end of the region is the host: there is nobody else.
+        conn(Self::accept(self)?.accept()?).map(Some)
+    }
+}
