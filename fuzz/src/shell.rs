@@ -53,7 +53,7 @@ pub struct Shell {
 impl Shell {
     /// Makes an engine with a configuration of the input's choice, and a session.
     pub fn new(input: &mut Input<'_>) -> Self {
-        let config = EngineConfig {
+        let mut config = EngineConfig {
             max_streams: input.pick(&[1, 2, 8, 64]),
             pool_bytes: input.pick(&[0, 1 << 10, 20_000, 1 << 20]),
             initial_window: input.pick(&[1, 100, 8 << 10, 64 << 10]),
@@ -62,9 +62,12 @@ impl Shell {
             shutdown_timeout: input.pick(&[0, 8_000_000_000, u64::MAX]),
             quantum: input.pick(&[0, 1, 4096, u32::MAX]),
             packet_overhead: input.pick(&[0, 1, 576, u32::MAX]),
+            tells_reason: false,
         };
+        let seed = input.u64();
+        config.tells_reason = seed & 1 != 0;
         let mut shell = Self {
-            engine: Engine::new(config, input.u64()),
+            engine: Engine::new(config, seed),
             now: Tick(0),
             config,
             known: BTreeMap::new(),
