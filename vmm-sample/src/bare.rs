@@ -162,6 +162,7 @@ fn start(kvm: &Kvm, vcpu: &VcpuFd, entry: u64, task: Task, bytes: u64) -> anyhow
         rsp: STACK_TOP - 8,
         rdi: task as u64,
         rsi: bytes,
+        rdx: vcpu.get_tsc_khz().unwrap_or(0).into(),
         rflags: RFLAGS_IOPL3,
         ..Default::default()
     })

@@ -1,14 +1,25 @@
 //! A guest without Linux, on whatever KVM there is. `cargo xtask test` builds the image and names it.
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::thread;
+use std::time::Duration;
 
 use adit_bare::abi::{REGION_UNIT, Task, Verdict};
+use adit_bare::streams;
+use adit_channel::dial::DialError;
+use adit_channel::ring::{self, RingBells, RingCarrier};
+use adit_channel::shard::Shard;
+use adit_channel::stream::Target;
+use adit_engine::{EngineConfig, How};
 use adit_ringbuf::region::{Lane, Side, Spec};
 use adit_ringbuf::session::{Ends, Event, Host};
 use adit_ringbuf::{Mapped, PushError, RingMem};
 use adit_vmm_sample::bare::{self, Bare};
+
+const REGION_BYTES: u64 = 2 * REGION_UNIT;
+const LIMIT: Duration = Duration::from_secs(20);
 
 /// The image, where there is KVM; otherwise says why nothing is tried.
 fn image() -> Option<PathBuf> {
@@ -23,7 +34,16 @@ fn image() -> Option<PathBuf> {
     Some(image.into())
 }
 
-/// A region in a memfd, and a guest that echoes over it on a thread.
+/// A region that this side has not begun to use, and a guest that runs over it on a thread.
+fn start(task: Task, offer: impl FnOnce(Mapped)) -> Option<thread::JoinHandle<(Verdict, String)>> {
+    let image = image()?;
+    let (memory, fd) = Mapped::memfd(REGION_BYTES as usize).unwrap();
+    offer(memory);
+    let mut guest = Bare::new(&image, task, Some((File::from(fd), REGION_BYTES))).unwrap();
+    Some(thread::spawn(move || guest.run().unwrap()))
+}
+
+/// A guest that echoes records.
 struct Echo {
     memory: Mapped,
     host: Host<Mapped>,
@@ -32,16 +52,16 @@ struct Echo {
 
 impl Echo {
     fn start() -> Option<Self> {
-        let image = image()?;
-        let bytes = REGION_UNIT;
-        let (memory, fd) = Mapped::memfd(bytes as usize).unwrap();
         let lane = Lane {
             to_guest: 64 << 10,
             to_host: 64 << 10,
         };
-        let host = Host::offer(memory.clone(), Spec::new(&[lane]), 1).unwrap();
-        let mut guest = Bare::new(&image, Task::Echo, Some((File::from(fd), bytes))).unwrap();
-        let guest = thread::spawn(move || guest.run().unwrap());
+        let mut made = None;
+        let guest = start(Task::Echo, |memory| {
+            let host = Host::offer(memory.clone(), Spec::new(&[lane]), 1).unwrap();
+            made = Some((memory, host));
+        })?;
+        let (memory, host) = made?;
         Some(Self {
             memory,
             host,
@@ -110,6 +130,48 @@ fn a_guest_in_user_mode_ends_when_its_host_breaks_the_ring() {
     let (verdict, said) = echo.end();
     assert_eq!(verdict, Verdict::Ring, "{said}");
     assert!(said.contains("ring: "), "{said}");
+}
+
+/// The engine on both sides: in a guest without an operating system, and in a shard.
+#[test]
+fn a_guest_in_user_mode_serves_streams() {
+    let mut carrier = None;
+    let guest = start(Task::Streams, |memory| {
+        let spec = ring::spec(REGION_BYTES as usize).unwrap();
+        carrier = RingCarrier::host(memory, spec, 1, RingBells::polled()).ok();
+    });
+    let (Some(guest), Some(carrier)) = (guest, carrier) else {
+        return;
+    };
+    let mut shard = Shard::new().unwrap();
+    let port = shard.add(carrier, EngineConfig::default(), 7).unwrap();
+    let dialer = shard.handle(port).dialer();
+    let thread = shard.spawn("ring").unwrap();
+    let dial = |port| {
+        let target = Target { port, hello: None };
+        loop {
+            match dialer.dial(&target, LIMIT) {
+                Err(DialError::NoSession) => thread::sleep(Duration::from_millis(1)),
+                other => return other,
+            }
+        }
+    };
+    for len in [1usize, 63, 4096, 65_537, 1 << 20] {
+        let stream = dial(streams::PORT).unwrap();
+        let sent: Vec<u8> = (0..len).map(|n| (n * 31 + n / 251) as u8).collect();
+        let mut back = Vec::new();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                (&stream).write_all(&sent).unwrap();
+                stream.shutdown(How::Send).unwrap();
+            });
+            (&stream).read_to_end(&mut back).unwrap();
+        });
+        assert!(back == sent, "{len} bytes came back as {}", back.len());
+    }
+    assert!(dial(streams::PORT + 1).is_err(), "nobody listens there");
+    drop((dialer, thread));
+    assert_eq!(guest.join().unwrap(), (Verdict::Done, String::new()));
 }
 
 #[test]

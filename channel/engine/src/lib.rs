@@ -8,6 +8,7 @@
 //! | `credit` | the peer's window, our window, the pool that all windows of a VM are lent from |
 //! | `ports`, `rst`, `timers` | ephemeral ports; resets for pairs that are no stream; deadlines |
 //! | `packet`, `types`, `config` | what goes in and comes out |
+//! | `frame` | a packet's header on a carrier of ours |
 //!
 //! The engine decides, a shell moves the bytes: see `adit-channel`. It does not check CIDs (the channel that a packet
 //! came on says whose it is), does not speak seqpacket, and does not carry a reset reason over the wire (virtio has no
@@ -22,6 +23,7 @@ mod command;
 mod config;
 mod credit;
 mod engine;
+mod frame;
 mod input;
 mod output;
 mod packet;
@@ -37,6 +39,7 @@ mod tests;
 
 pub use config::EngineConfig;
 pub use engine::{Engine, LISTEN_MAX, STREAMS_MAX};
+pub use frame::FRAME_BYTES;
 pub use packet::{Kind, Op, PacketHeader, SHUTDOWN_RCV, SHUTDOWN_SEND};
 pub use rst::RST_MAX;
 pub use types::{

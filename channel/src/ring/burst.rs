@@ -4,11 +4,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use adit_engine::{Lane, PacketHeader};
+use adit_engine::{FRAME_BYTES, Lane, PacketHeader};
 use adit_ringbuf::{Armed as Ready, Grant, Mapped, PushError, RingMem, Wake};
 use vm_memory::GuestAddress;
 
-use super::frame::{FRAME_BYTES, Frame};
 use super::{LOOK_EVERY, RingCarrier, RingCounters, Role};
 use crate::carrier::{
     Armed, Carrier, CarrierCaps, CarrierFault, Interest, RxPacket, SetAside, TxSlot, Woken,
@@ -177,7 +176,7 @@ impl Carrier for RingCarrier {
             mem: &self.mem,
             seg: seg(at + FRAME_BYTES, remaining),
             cursor: Cursor::default(),
-            header: Frame::from_bytes(&frame).header(),
+            header: PacketHeader::from_frame(&frame),
             lane: if control { Lane::Control } else { Lane::Bulk },
             remaining,
             aside: &mut self.aside,
@@ -420,7 +419,7 @@ impl TxSlot for RingSlot<'_> {
             len: self.written,
             ..*h
         };
-        self.grant.write(0, &Frame::from(&h).to_bytes());
+        self.grant.write(0, &h.to_frame());
         self.counters.records_out += 1;
         let len = FRAME_BYTES + self.written as usize;
         *self.data = self.data.or(self.grant.commit_first(len, self.spoilt));

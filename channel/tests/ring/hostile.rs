@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use adit_channel::dial::{DialError, DialRequest};
 use adit_channel::port::Notice;
-use adit_channel::ring::FRAME_BYTES;
 use adit_channel::shard::{News, Shard};
+use adit_engine::FRAME_BYTES;
 use adit_engine::{EngineConfig, Lane, ResetReason};
 use adit_ringbuf::region::Side;
 use adit_ringbuf::{Mapped, RingMem};

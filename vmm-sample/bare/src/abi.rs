@@ -8,7 +8,8 @@
 //! | 0x3000_0000 | nothing: an access leaves the guest |
 //! | 0x4000_0000 | the ring's region, if there is one |
 //!
-//! It begins at the ELF entry with [`Task`] in `rdi` and the region's bytes in `rsi`, as a C function would.
+//! It begins at the ELF entry with [`Task`] in `rdi`, the region's bytes in `rsi` and the clock's kHz in `rdx`, as a C
+//! function would.
 
 /// Bytes of memory from 0 on.
 pub const MEMORY: u64 = 4 << 20;
@@ -49,6 +50,8 @@ pub enum Task {
     Smoke = 0,
     /// Echo records until the host closes the session.
     Echo = 1,
+    /// Serve streams until the host closes the session.
+    Streams = 2,
 }
 
 /// How it went.

@@ -1,9 +1,11 @@
 //! What a guest without an operating system does, and how it and its VMM understand each other.
 //!
-//! The image runs in user mode with the right to use ports, on identity page tables that the VMM made: no kernel, no
-//! interrupt handler, no allocator. So it runs at full speed even under a KVM that emulates kernel mode, where no Linux
+//! The image runs in user mode with the right to use ports, on identity page tables that the VMM made: no kernel and no
+//! interrupt handler. So it runs at full speed even under a KVM that emulates kernel mode, where no Linux
 //! boots.
 #![no_std]
+extern crate alloc;
 
 pub mod abi;
 pub mod ring;
+pub mod streams;

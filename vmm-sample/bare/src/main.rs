@@ -12,8 +12,18 @@ use adit_bare::abi::{
     DEVICE, LINE, MAIL, MAILBOX, PORT_BELL, PORT_ECHO, PORT_TEXT, PORT_VERDICT, REGION, RINGS,
     Task, Verdict,
 };
-use adit_bare::ring;
+use adit_bare::ring::{self, EchoError};
+use adit_bare::streams;
+use adit_engine::Tick;
 use adit_ringbuf::Raw;
+use linked_list_allocator::LockedHeap;
+
+/// What streams are kept in: between image and stack.
+const HEAP_START: u64 = 0x28_0000;
+const HEAP_BYTES: usize = 1 << 20;
+
+#[global_allocator]
+static HEAP: LockedHeap = LockedHeap::empty();
 
 /// The first interrupt controller's command port, and "show which lines were pulled".
 const PIC: u16 = 0x20;
@@ -23,27 +33,40 @@ const LOOKS: u32 = 100_000;
 
 /// What the VMM jumps to.
 #[unsafe(no_mangle)]
-extern "C" fn _start(task: u64, region_bytes: usize) -> ! {
-    let verdict = if task == Task::Echo as u64 {
-        echo(region_bytes)
+extern "C" fn _start(task: u64, region_bytes: usize, tsc_khz: u64) -> ! {
+    let done = if task == Task::Smoke as u64 {
+        smoke()
+    } else if task == Task::Echo as u64 {
+        ended(ring::echo(region(region_bytes)))
     } else {
-        smoke().map_or_else(|failed| failed, |()| Verdict::Done)
+        // SAFETY: nothing was allocated before, and nothing else uses this memory.
+        unsafe { HEAP.lock().init(HEAP_START as *mut u8, HEAP_BYTES) };
+        // ns = ticks * scale / 2^32, for no division.
+        let scale = (1_000_000u128 << 32) / u128::from(tsc_khz.max(1));
+        let now = || Tick((u128::from(ticks()) * scale >> 32) as u64);
+        ended(streams::serve(region(region_bytes), now))
     };
-    end(verdict)
+    end(done.map_or_else(|failed| failed, |()| Verdict::Done))
 }
 
-fn echo(bytes: usize) -> Verdict {
+/// Ticks of the processor's clock.
+fn ticks() -> u64 {
+    // SAFETY: reads a register.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+fn region(bytes: usize) -> Raw {
     let base = NonNull::new(REGION as *mut u8).unwrap_or(NonNull::dangling());
     // SAFETY: the VMM mapped so many bytes there before the first instruction, for as long as this guest lives, and
     // nothing else here uses them.
-    let mem = unsafe { Raw::new(base, bytes) };
-    match ring::echo(mem) {
-        Ok(_) => Verdict::Done,
-        Err(e) => {
-            let _ = writeln!(Text, "ring: {e}");
-            Verdict::Ring
-        }
-    }
+    unsafe { Raw::new(base, bytes) }
+}
+
+fn ended(done: Result<u64, EchoError>) -> Result<(), Verdict> {
+    done.map(drop).map_err(|e| {
+        let _ = writeln!(Text, "ring: {e}");
+        Verdict::Ring
+    })
 }
 
 fn smoke() -> Result<(), Verdict> {

@@ -9,7 +9,7 @@ use adit_ringbuf::{Corrupt, GeometryError, Pace, PushError, RingMem};
 /// Longest record that it echoes, bytes.
 pub const RECORD_MAX: usize = 4096;
 /// Looks in vain between two looks at the host's state.
-const LOOKS: u32 = 4096;
+pub(crate) const LOOKS: u32 = 4096;
 
 /// The host, or its region, broke a rule.
 #[derive(Debug)]
@@ -51,21 +51,31 @@ impl From<Corrupt> for EchoError {
     }
 }
 
-/// Attaches and sends every record of lane 0 back, looking on all the time, until the host ends the session. Returns how
-/// many there were.
+/// Looks for the region and waits until the host and this side use it; returns the epoch, too.
+///
+/// # Errors
+/// There is no region that this side can use.
+pub fn attach<M: RingMem + Clone>(mem: M) -> Result<(Guest<M>, u64), EchoError> {
+    // Nobody was here before: any start is as good as another.
+    let mut guest = Guest::find(mem, 1 << 8, Features::NONE)?;
+    let _ = guest.attach();
+    loop {
+        if let Some(Event::Attached { epoch, .. }) = guest.poll()?.event {
+            return Ok((guest, epoch));
+        }
+        core::hint::spin_loop();
+    }
+}
+
+/// Sends every record of lane 0 back, looking on all the time, until the host ends the session. Returns how many there
+/// were.
 ///
 /// # Errors
 /// The host broke a rule; it was told so.
 pub fn echo<M: RingMem + Clone>(mem: M) -> Result<u64, EchoError> {
-    // Nobody was here before: any start is as good as another.
-    let mut guest = Guest::find(mem, 1 << 8, Features::NONE)?;
-    let _ = guest.attach();
-    let mut ends = loop {
-        let _ = guest.poll()?;
-        if let Some(ends) = guest.ends(0, false)? {
-            break ends;
-        }
-        core::hint::spin_loop();
+    let (mut guest, _) = attach(mem)?;
+    let Some(mut ends) = guest.ends(0, false)? else {
+        return Ok(0);
     };
     let (mut record, mut pace, mut count) = ([0; RECORD_MAX], Pace::default(), 0);
     loop {
