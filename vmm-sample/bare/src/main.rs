@@ -43,7 +43,7 @@ extern "C" fn _start(task: u64, region_bytes: usize, tsc_khz: u64) -> ! {
         unsafe { HEAP.lock().init(HEAP_START as *mut u8, HEAP_BYTES) };
         // ns = ticks * scale / 2^32, for no division.
         let scale = (1_000_000u128 << 32) / u128::from(tsc_khz.max(1));
-        let now = || Tick((u128::from(ticks()) * scale >> 32) as u64);
+        let now = || Tick(((u128::from(ticks()) * scale) >> 32) as u64);
         ended(streams::serve(region(region_bytes), now))
     };
     end(done.map_or_else(|failed| failed, |()| Verdict::Done))
