@@ -18,6 +18,9 @@ pub const BYTES: usize = 4 << 20;
 /// Longer than anything here takes.
 pub const LONG: Duration = Duration::from_secs(20);
 
+/// A session is back within a second; other tests on the same processors may have them for longer.
+pub const SOON: Duration = Duration::from_secs(5);
+
 /// A region, its descriptor and its doorbells.
 pub struct Region {
     pub fd: OwnedFd,
