@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use adit_ringbuf::Mapped;
 use adit_ringbuf::region::Spec;
-use adit_ringbuf::session::{Event, Host, State};
+use adit_ringbuf::session::{Event, Host};
 use adit_ringbuf_io::Spin;
 use adit_ringbuf_io::blocking::{Error, Receiver, Sender};
 use adit_ringbuf_io::doorbell::Polled;
@@ -30,29 +30,38 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let beside = std::env::current_exe()?.with_file_name("guest_side");
     let mut guest = Command::new(beside).arg(region).spawn()?;
 
-    // Once for every guest that comes: it may restart as often as it likes.
+    // Once for every guest that comes: it may restart as often as it likes. The ends are made once a session.
+    let mut ends = None;
     let status = loop {
         let gone = guest.try_wait()?;
-        match (host.poll().event, gone) {
-            (Some(Event::Attached { epoch, .. }), _) => {
+        match (host.poll().event, gone, &mut ends) {
+            (Some(Event::Attached { epoch, .. }), ..) => {
                 println!("attached, epoch {epoch}");
-                serve(&mut host)?;
+                let made = host.ends(0, true)?;
+                let from = Receiver::new(made.consumer, Polled, Polled, Spin::default());
+                let to = Sender::new(made.producer, Polled, Polled, Spin::default());
+                ends = Some((from, to));
             }
-            (Some(Event::Lost(why)), _) => println!("lost: {why:?}"),
-            (None, Some(status)) => break status,
-            (None, None) if host.state() == State::Run => serve(&mut host)?,
-            (None, None) => std::thread::yield_now(),
+            (Some(Event::Lost(why)), ..) => {
+                println!("lost: {why:?}");
+                ends = None;
+            }
+            (None, Some(status), _) => break status,
+            (None, None, Some(ends)) => serve(&mut host, ends)?,
+            (None, None, None) => std::thread::yield_now(),
         }
     };
     assert!(status.success(), "guest_side: {status}");
     Ok(())
 }
 
+type Ends = (
+    Receiver<Mapped, Polled, Polled>,
+    Sender<Mapped, Polled, Polled>,
+);
+
 /// Sends back what comes, until the guest says nothing for a while.
-fn serve(host: &mut Host<Mapped>) -> Result<(), Box<dyn std::error::Error>> {
-    let ends = host.ends(0, true)?;
-    let mut from = Receiver::new(ends.consumer, Polled, Polled, Spin::default());
-    let mut to = Sender::new(ends.producer, Polled, Polled, Spin::default());
+fn serve(host: &mut Host<Mapped>, (from, to): &mut Ends) -> Result<(), Box<dyn std::error::Error>> {
     let mut record = vec![0; 64 << 10];
     loop {
         match from.recv_within(&mut record, Duration::from_millis(20)) {

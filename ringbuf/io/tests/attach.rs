@@ -9,7 +9,7 @@ use adit_ringbuf::region::{Features, Spec};
 use adit_ringbuf::session::{Event, Guest, Host};
 use adit_ringbuf::{Mapped, MemfdError};
 use adit_ringbuf_io::attach::{AttachError, Bells, Code, Listener, Socket};
-use adit_ringbuf_io::doorbell::Doorbell;
+use adit_ringbuf_io::doorbell::{Doorbell, Waiter};
 use common::{converse, meet, offer, packet, send};
 
 #[test]
@@ -107,6 +107,37 @@ fn doorbells_that_are_none_are_refused() {
     ));
     assert_eq!(told, Some(4));
     drop(memory);
+}
+
+/// What has no name either, and is no eventfd.
+#[test]
+fn descriptors_of_other_kinds_are_no_doorbells() {
+    use adit_ringbuf_io::doorbell::from_passed;
+    use nix::sys::{epoll, signalfd, timerfd};
+    let bell = adit_ringbuf_io::doorbell::event_fd().unwrap();
+    let fd = bell.fd().unwrap().try_clone_to_owned().unwrap();
+    from_passed(fd).unwrap().ring().unwrap();
+    assert_eq!(bell.read().unwrap(), 1, "asking changes nothing");
+    let epoll = epoll::Epoll::new(epoll::EpollCreateFlags::empty())
+        .unwrap()
+        .0;
+    let clock = timerfd::ClockId::CLOCK_MONOTONIC;
+    let timer = timerfd::TimerFd::new(clock, timerfd::TimerFlags::empty()).unwrap();
+    let signals = signalfd::SignalFd::new(&signalfd::SigSet::empty()).unwrap();
+    let (pipe, _end) = nix::unistd::pipe().unwrap();
+    let (socket, _far) = std::os::unix::net::UnixStream::pair().unwrap();
+    let file = tempfile::tempfile().unwrap();
+    for fd in [
+        epoll,
+        timer.as_fd().try_clone_to_owned().unwrap(),
+        signals.as_fd().try_clone_to_owned().unwrap(),
+        pipe,
+        socket.into(),
+        file.into(),
+    ] {
+        let refused = from_passed(fd).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::InvalidInput);
+    }
 }
 
 #[test]
