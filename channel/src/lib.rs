@@ -7,6 +7,8 @@ pub mod carrier;
 pub mod device;
 #[cfg(feature = "device")]
 pub mod dial;
+#[cfg(feature = "device")]
+pub mod either;
 pub mod frame;
 pub mod hello;
 #[cfg(feature = "device")]

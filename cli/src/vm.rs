@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use adit_api::{NewVm, Vm, VmState};
+use adit_api::{Carrier, CarrierKind, NewVm, Vm, VmState};
 use clap::{Args, Subcommand, ValueEnum};
 
 use crate::client::Client;
@@ -213,6 +213,9 @@ fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         ["allowed ports".into(), ports(join(&vm.allow))],
         ["allowed vsock".into(), ports(join(&vm.allow_vsock))],
         ["vhost-user".into(), vm.vhost_socket.clone()],
+        ["ring".into(), vm.ring_socket.clone()],
+        ["ivshmem".into(), vm.ivshmem_socket.clone()],
+        ["carrier".into(), carrier(&vm.carrier)],
     ];
     rows.extend(vm.kernel.iter().map(|k| ["kernel".into(), k.clone()]));
     rows.extend(
@@ -227,10 +230,35 @@ fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
             format!("the image is enrolled as `{id}`: rebuild it"),
         ]
     }));
+    if let Some(memory) = &vm.carrier.memory {
+        let Carrier {
+            bytes,
+            line_ns,
+            streams,
+            ..
+        } = vm.carrier;
+        let kib = bytes / 1024;
+        rows.push([
+            "ring memory".into(),
+            format!("{memory}, {kib} KiB, {line_ns} ns a line, {streams} streams"),
+        ]);
+    }
     for [key, value] in rows {
         println!("{key:<14} {}", output::escape(&value));
     }
     Ok(())
+}
+
+/// `ring: both sides use the ring`, `vsock: no VMM has handed a ring over`.
+fn carrier(carrier: &Carrier) -> String {
+    let kind = match carrier.kind {
+        CarrierKind::Vsock => "vsock",
+        CarrierKind::Ring => "ring",
+    };
+    match carrier.why.as_str() {
+        "" => kind.to_owned(),
+        why => format!("{kind}: {why}"),
+    }
 }
 
 fn join(ports: &[impl ToString]) -> String {

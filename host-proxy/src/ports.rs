@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use adit_port::control::{
     Attach, Cancel, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Handover, Incoming, Kept, Quit,
-    Release, Status, Target,
+    Release, Ring, Status, Target,
 };
 use adit_port::control_io::{ControlError, Message, receive_all, send};
 use tokio::io::Interest;
@@ -44,6 +44,8 @@ pub enum Said<'a> {
     Incoming(Incoming, OwnedFd),
     /// What a successor needs; [`Link::kept`] tells that it is kept.
     Handover(Handover, Vec<OwnedFd>),
+    /// How the VM's ring stands.
+    Ring(Ring),
     /// The VMM has no channel until it connects anew, and why; empty: it has.
     Stuck(String),
 }
@@ -239,6 +241,7 @@ impl Driver {
                         on(Said::Incoming(incoming, fds.remove(0)));
                     }
                     (Message::Handover(handover), _) => on(Said::Handover(handover, fds)),
+                    (Message::Ring(ring), _) => on(Said::Ring(ring)),
                     (Message::Stuck(stuck), _) => on(Said::Stuck(stuck.reason)),
                     (message, _) => link.answer(message),
                 }

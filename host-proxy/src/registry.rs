@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
-use adit_api::{Vm, VmState};
-use adit_port::control::VHOST_SOCKET;
+use adit_api::{Carrier, CarrierKind, Vm, VmState};
+use adit_port::control::{IVSHMEM_SOCKET, RING_SOCKET, Ring, VHOST_SOCKET};
 use adit_tasks::VmId;
 use adit_tasks::wire::Facts;
 use tokio::sync::{Notify, Semaphore, watch};
@@ -21,6 +21,9 @@ use crate::ports::Link;
 pub const AGENT_STREAMS_MAX: usize = 4;
 /// Streams from unprivileged ports of one guest that wait for their refusal at most.
 pub const OTHER_STREAMS_MAX: usize = 2;
+
+/// Characters of what a port process says of its ring that are shown.
+const RING_TEXT_MAX: usize = 300;
 
 /// Why a VM cannot be added.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -70,6 +73,8 @@ pub struct VmEntry {
     trouble: Mutex<Option<String>>,
     /// Why its VMM has no channel until the VM is power-cycled.
     stuck: Mutex<Option<String>>,
+    /// How its ring stands, as its port process said last.
+    ring: Mutex<Option<Ring>>,
     supervised: AtomicBool,
     link: watch::Sender<Option<Arc<Link>>>,
     agent: Mutex<AgentState>,
@@ -121,6 +126,32 @@ impl VmEntry {
         drop(noted);
         if news {
             self.touch();
+        }
+    }
+
+    /// Notes how its ring stands; `None`: nobody says.
+    pub fn set_ring(&self, ring: Option<Ring>) {
+        *self.ring.lock().unwrap_or_else(PoisonError::into_inner) = ring;
+        self.touch();
+    }
+
+    fn carrier(&self) -> Carrier {
+        let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(ring) = &*ring else {
+            return Carrier::default();
+        };
+        Carrier {
+            kind: match ring.running {
+                true => CarrierKind::Ring,
+                false => CarrierKind::Vsock,
+            },
+            // Its words are the port process's, which may be in its guest's hands.
+            why: ring.why.chars().take(RING_TEXT_MAX).collect(),
+            memory: (!ring.memory.is_empty())
+                .then(|| ring.memory.chars().take(RING_TEXT_MAX).collect()),
+            bytes: ring.bytes,
+            line_ns: ring.line_ns,
+            streams: ring.streams,
         }
     }
 
@@ -229,6 +260,9 @@ impl VmEntry {
             allow_vsock: self.config.allow_vsock.clone(),
             port_pid: status.as_ref().map(|s| s.pid),
             vhost_socket: self.dir.join(VHOST_SOCKET).display().to_string(),
+            carrier: self.carrier(),
+            ring_socket: self.dir.join(RING_SOCKET).display().to_string(),
+            ivshmem_socket: self.dir.join(IVSHMEM_SOCKET).display().to_string(),
             fault: stuck
                 .or_else(|| status.map(|s| s.last_fault))
                 .filter(|fault| !fault.is_empty())
@@ -285,6 +319,7 @@ impl Registry {
             keeper: Keeper::default(),
             trouble: Mutex::default(),
             stuck: Mutex::default(),
+            ring: Mutex::default(),
             supervised: AtomicBool::new(true),
             link: watch::Sender::new(None),
             agent: Mutex::default(),

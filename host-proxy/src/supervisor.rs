@@ -107,6 +107,7 @@ async fn follow(
         Said::Status(status) => on_status(status),
         _ if !known.load(Ordering::Relaxed) => {}
         Said::Incoming(incoming, fd) => on_incoming(incoming, fd),
+        Said::Ring(ring) => vm.set_ring(Some(ring)),
         Said::Handover(handover, fds) => {
             let seq = handover.seq;
             vm.keeper.keep(handover, fds);
@@ -131,6 +132,7 @@ async fn follow(
         () = async { vm.removed.cancelled().await; link.quit().await; std::future::pending().await } => Ok(()),
     };
     vm.set_link(None);
+    vm.set_ring(None);
     if let Some(why) = wrong.into_inner() {
         return Err(why);
     }

@@ -18,6 +18,13 @@ use crate::device::{drain, iovec};
 
 /// Largest payload of one packet, bytes: as on a virtqueue.
 const PAYLOAD_MAX: u32 = 64 << 10;
+/// What a ring can do.
+pub(super) const CAPS: CarrierCaps = CarrierCaps {
+    max_payload: PAYLOAD_MAX,
+    packet_overhead: 0,
+    lanes: true,
+    tells_reason: true,
+};
 /// Smallest payload that a slot has room for, bytes: less at the end of the ring is left as a pad, and less in all waits.
 const SLOT_LEAST: usize = 1024;
 /// Records of lane control that are taken in a row while lane bulk has some.
@@ -133,12 +140,7 @@ impl Carrier for RingCarrier {
     type Tx<'a> = RingSlot<'a>;
 
     fn caps(&self) -> CarrierCaps {
-        CarrierCaps {
-            max_payload: PAYLOAD_MAX,
-            packet_overhead: 0,
-            lanes: true,
-            tells_reason: true,
-        }
+        CAPS
     }
 
     fn begin(&mut self) {

@@ -18,6 +18,7 @@
 
 mod bells;
 mod burst;
+mod dock;
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -25,11 +26,12 @@ use std::time::{Duration, Instant};
 use adit_engine::{Lane, ResetReason, SessionChange};
 use adit_ringbuf::region::{self, Features, RegionError, Spec};
 use adit_ringbuf::session::{Ends, Event, Guest, Host, Lost, Turn};
-use adit_ringbuf::{Corrupt, Mapped, Wake};
+use adit_ringbuf::{Corrupt, Mapped, RingMem, Wake};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub use bells::{Hear, Ring, RingBells};
 pub use burst::{RingPacket, RingSlot};
+pub use dock::Dock;
 
 use crate::carrier::CarrierFault;
 use crate::device::aside::Aside;
@@ -133,6 +135,9 @@ pub struct RingCarrier {
     last_fault: String,
     counters: RingCounters,
 }
+
+/// Bytes of a region at least.
+pub const BYTES_MIN: usize = 3 * 4096 + 4 * 4096;
 
 /// What a region of so many bytes is best divided into: a quarter for lane control, the rest for lane bulk, records at any
 /// 8 bytes. `None`: it is too small.
@@ -371,6 +376,28 @@ impl RingCarrier {
             }
         }
     }
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Lines that are read to see how far away memory is: fewer than any cache has.
+const LINES: usize = 256;
+
+/// Measures how long a read of a line of this memory takes once it was read before, ns: a few where it is cached, hundreds
+/// where it is a device's.
+pub fn line_ns(mem: &Mapped) -> u32 {
+    let lines = LINES.min(RingMem::len(mem) / LINE);
+    let read = || {
+        let begin = Instant::now();
+        for n in 0..lines {
+            std::hint::black_box(mem.load(n * LINE));
+        }
+        begin.elapsed()
+    };
+    // The first finds pages that were never touched.
+    let best = (0..4).map(|_| read()).min().unwrap_or_default();
+    let ns = best.as_nanos() / lines.max(1) as u128;
+    u32::try_from(ns).unwrap_or(u32::MAX)
 }
 
 impl From<Corrupt> for CarrierFault {

@@ -77,8 +77,45 @@ pub struct Vm {
     pub port_pid: Option<u32>,
     /// Where the VMM connects.
     pub vhost_socket: String,
+    /// Which carrier the agent's services take.
+    #[serde(default)]
+    pub carrier: Carrier,
+    /// Where a VMM hands a ring over.
+    #[serde(default)]
+    pub ring_socket: String,
+    /// Where a stock QEMU is given a ring (`-chardev socket` of `-device ivshmem-doorbell`).
+    #[serde(default)]
+    pub ivshmem_socket: String,
     /// The last fault of its transport, if any.
     pub fault: Option<String>,
+}
+
+/// What carries bytes between host and guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CarrierKind {
+    /// The guest's own AF_VSOCK.
+    #[default]
+    Vsock,
+    /// A ring in memory that both sides have.
+    Ring,
+}
+
+/// Which carrier new dials of the agent's services take. What is reached as a vsock port takes vsock whatever this says.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Carrier {
+    /// Which.
+    pub kind: CarrierKind,
+    /// Why.
+    pub why: String,
+    /// What the ring's memory is and how it came; none: there is no ring.
+    pub memory: Option<String>,
+    /// Bytes of the ring's region.
+    pub bytes: u64,
+    /// What a read of a line of it takes on the host, ns, as measured when it came.
+    pub line_ns: u32,
+    /// Streams open over the ring now.
+    pub streams: u32,
 }
 
 /// Registers a VM.

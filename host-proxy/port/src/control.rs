@@ -4,6 +4,8 @@
 //! RUN/vm/NAME/            0700, one directory a VM
 //!   vhost.sock            the VMM connects here (vhost-user)
 //!   ctl.sock              aditd connects here; a newer connection replaces the older one
+//!   ring.sock             a VMM hands a ring over here (adit_ringbuf_io::attach)
+//!   ivshmem.sock          QEMU's ivshmem-doorbell connects here, and is given a ring
 //!
 //! aditd                                    port process
 //!   connect ───────────────────────────────▶
@@ -12,6 +14,7 @@
 //!   ◀────────────────── Dialed{id} or DialFailed{id, ..}
 //!   Attach{id, prefix} + 1 fd ─────────────▶  the fd is the tunnel from now on, and outlives aditd
 //!   ◀──────────────────────── Incoming{port} + 1 fd     (guest dialled a port that aditd serves)
+//!   ◀─────────────────────────── Ring (at once, and whenever it changes)
 //!
 //!   ◀──────────────── Handover{seq, record} + all its descriptors   (at once, and whenever the frontend changed them)
 //!   Kept{seq} ─────────────────────────────▶  the frontend gets its answer
@@ -39,6 +42,12 @@ pub const HANDOVER_FDS_MAX: usize = 38;
 pub const CONTROL_SOCKET: &str = "ctl.sock";
 /// Name of the vhost-user socket in the VM's directory.
 pub const VHOST_SOCKET: &str = "vhost.sock";
+/// Name of the attach socket in the VM's directory.
+pub const RING_SOCKET: &str = "ring.sock";
+/// Name of the ivshmem socket in the VM's directory.
+pub const IVSHMEM_SOCKET: &str = "ivshmem.sock";
+/// `peer_port` of an [`Incoming`] that came over a ring: whoever is at its other end owns the device, which takes root.
+pub const RING_PEER_PORT: u32 = 0;
 
 /// Frame kinds. The number is wire format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +66,7 @@ pub enum ControlKind {
     Incoming = 19,
     Handover = 20,
     Stuck = 21,
+    Ring = 22,
 }
 
 /// Where a dial goes inside the VM.
@@ -171,7 +181,7 @@ pub struct DialFailed {
 pub struct Incoming {
     /// The host port that was dialled.
     pub port: u32,
-    /// The guest's own port.
+    /// The guest's own port; [`RING_PEER_PORT`] over a ring.
     pub peer_port: u32,
 }
 
@@ -202,4 +212,21 @@ pub struct Release {}
 pub struct Stuck {
     /// Why, for people; empty: no longer.
     pub reason: String,
+}
+
+/// Which carrier a service's dials take, and how the VM's ring stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ring {
+    /// New dials of services take the ring; else they take vsock.
+    pub running: bool,
+    /// Why, for people.
+    pub why: String,
+    /// What its memory is and how it came, for people; empty: there is no ring.
+    pub memory: String,
+    /// Bytes of the region.
+    pub bytes: u64,
+    /// What a read of a line of the memory takes on the host, ns, as measured when it came.
+    pub line_ns: u32,
+    /// Streams open over it now.
+    pub streams: u32,
 }

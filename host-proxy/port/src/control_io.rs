@@ -19,7 +19,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, 
 
 use crate::control::{
     Attach, Cancel, ControlKind, Dial, DialFailed, Dialed, HANDOVER_FDS_MAX, Handover, Incoming,
-    Kept, PACKET_MAX, Quit, Release, Status, Stuck,
+    Kept, PACKET_MAX, Quit, Release, Ring, Status, Stuck,
 };
 
 /// Version of every control kind so far.
@@ -55,6 +55,8 @@ pub enum Message {
     Handover(Handover),
     /// To `aditd`.
     Stuck(Stuck),
+    /// To `aditd`.
+    Ring(Ring),
 }
 
 /// Why a packet is no control frame. The sender's fault, except `Io`.
@@ -108,6 +110,7 @@ impl Message {
             Self::Release(_) => ControlKind::Release,
             Self::Handover(_) => ControlKind::Handover,
             Self::Stuck(_) => ControlKind::Stuck,
+            Self::Ring(_) => ControlKind::Ring,
         }
     }
 
@@ -150,6 +153,7 @@ impl Message {
             // An aditd of before these kinds does without them.
             Self::Handover(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
             Self::Stuck(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
+            Self::Ring(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
         }?;
         if bytes.len() > PACKET_MAX {
             return Err(ControlError::TooLong);
@@ -200,6 +204,8 @@ impl Message {
             Self::Handover(header.decode(body)?)
         } else if known(ControlKind::Stuck) {
             Self::Stuck(header.decode(body)?)
+        } else if known(ControlKind::Ring) {
+            Self::Ring(header.decode(body)?)
         } else if header.flags & IGNORABLE != 0 {
             return Ok(None);
         } else {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `control`, `control_io` | how `aditd` and a port process speak: all that there is without the `shell` feature |
 //! | `process` | the loop: control frames, notices of the port, status |
+//! | `rings` | how rings come to the port: the attach socket, ivshmem, a VMM of this process |
 //! | `keep` | what a successor needs, on its way to `aditd` |
 //! | `place` | the VM's directory: lock, sockets |
 //! | `sandbox` | landlock and seccomp |
@@ -20,4 +21,18 @@ pub mod place;
 #[cfg(feature = "shell")]
 pub mod process;
 #[cfg(feature = "shell")]
+pub mod rings;
+#[cfg(feature = "shell")]
 pub mod sandbox;
+
+/// An error and its causes in one line.
+#[cfg(feature = "shell")]
+pub(crate) fn chain(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut source = e.source();
+    while let Some(e) = source {
+        text += &format!(": {e}");
+        source = e.source();
+    }
+    text
+}

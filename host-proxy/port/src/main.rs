@@ -16,6 +16,7 @@ use adit_port::keep::{Keeping, Note};
 use adit_port::log;
 use adit_port::place::Place;
 use adit_port::process::{Options, Process};
+use adit_port::rings::{self, RingSockets};
 use adit_port::sandbox;
 use anyhow::Context;
 use clap::Parser;
@@ -110,7 +111,11 @@ fn run(args: Args) -> anyhow::Result<()> {
     };
     keeping.set_releaser(carrier.releaser());
     let control = place.control;
-    let mut process = Process::new(options, carrier, left.live, keeping, control, stop)?;
+    let (rings, inbox) = rings::channel().context("cannot take rings")?;
+    let sockets = RingSockets::new(options.vm.clone(), place.ring, place.ivshmem, rings)?;
+    sockets.spawn().context("cannot serve ring.sock")?;
+    let process = Process::new(options, carrier, left.live, keeping, control, stop)?;
+    let mut process = process.with_rings(inbox)?;
     sandbox::lock_calls().context("no sandbox")?;
     tracing::info!(pid = std::process::id(), "serving");
     process.run().context("the loop ended")

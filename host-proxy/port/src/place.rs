@@ -1,4 +1,4 @@
-//! The VM's directory: made private, locked by the process that serves it, and the two sockets in it.
+//! The VM's directory: made private, locked by the process that serves it, and the sockets in it.
 //!
 //! The lock is what keeps two processes apart; a socket file that is there while the lock was free is stale.
 
@@ -16,7 +16,9 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{Mode, umask};
 
-use crate::control::{CONTROL_SOCKET, VHOST_SOCKET};
+use adit_ringbuf_io::attach;
+
+use crate::control::{CONTROL_SOCKET, IVSHMEM_SOCKET, RING_SOCKET, VHOST_SOCKET};
 
 /// Why the directory cannot be used. The caller's fault, or the machine's.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +56,10 @@ pub struct Place {
     pub vhost: UnixListener,
     /// Where `aditd` connects; nonblocking.
     pub control: OwnedFd,
+    /// Where a VMM hands a ring over.
+    pub ring: attach::Listener,
+    /// Where a stock QEMU is given one.
+    pub ivshmem: UnixListener,
     /// Held for as long as the process lives.
     pub lock: Flock<File>,
 }
@@ -99,9 +105,15 @@ impl Place {
         let vhost = UnixListener::bind(&path).map_err(failed("bind", &path))?;
         let path = free_path(dir, CONTROL_SOCKET)?;
         let control = bind_control(&path).map_err(failed("bind", &path))?;
+        let path = free_path(dir, RING_SOCKET)?;
+        let ring = attach::Listener::bind(&path).map_err(failed("bind", &path))?;
+        let path = free_path(dir, IVSHMEM_SOCKET)?;
+        let ivshmem = UnixListener::bind(&path).map_err(failed("bind", &path))?;
         Ok(Self {
             vhost,
             control,
+            ring,
+            ivshmem,
             lock,
         })
     }

@@ -19,31 +19,38 @@ use std::time::Duration;
 
 use adit_channel::carrier::Carrier;
 use adit_channel::dial::{self, DialRequest};
+use adit_channel::either::Either;
 use adit_channel::hello::{self, Common, Open};
 use adit_channel::live::LiveFile;
 use adit_channel::port::Notice;
+use adit_channel::ring::Dock;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::Sink;
 use adit_engine::{EngineConfig, ResetReason, StreamId, Tick};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, accept4, socketpair};
 
+use crate::chain;
 use crate::control::{
-    Attach, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Incoming, PREFIX_MAX, Status, Target,
+    Attach, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Incoming, PREFIX_MAX, RING_PEER_PORT,
+    Status, Target,
 };
 use crate::control_io::{ControlError, Message, receive, send_all};
 use crate::keep::Keeping;
+use crate::rings::{RingInbox, RingInfo, RingNews};
 
 /// Frames that wait for `aditd` at most.
 pub const OUTBOX_MAX: usize = 4 * DIALS_MAX;
 /// Frames taken from `aditd` in one turn.
 const FRAMES_A_TURN: usize = 64;
 
+mod ring;
 mod say;
 
 const KEY_LISTENER: u32 = 1;
 const KEY_CONTROL: u32 = 2;
 const KEY_STOP: u32 = 3;
 const KEY_KEEP: u32 = 4;
+const KEY_RINGS: u32 = 5;
 
 /// What a port process is told at start.
 #[derive(Debug)]
@@ -65,12 +72,15 @@ pub struct Options {
 /// A port process.
 pub struct Process<C: Carrier> {
     options: Options,
-    shard: Shard<C>,
+    /// Of the VM's vsock, and of its ring if it can have one.
+    shard: Shard<Either<C, Dock>>,
     port: PortIndex,
+    rings: Option<Rings>,
     listener: OwnedFd,
     stop: OwnedFd,
     aditd: Option<Aditd>,
     said: Option<Status>,
+    said_ring: Option<crate::control::Ring>,
     /// What a successor needs; the last of it that this `aditd` was told, and what it was told of being stuck.
     keeping: Keeping,
     said_seq: u64,
@@ -84,15 +94,40 @@ struct Aditd {
     sock: OwnedFd,
     outbox: VecDeque<(Message, Vec<OwnedFd>)>,
     blocked: bool,
-    by_id: HashMap<u64, StreamId>,
-    by_stream: HashMap<StreamId, u64>,
+    by_id: HashMap<u64, Asked>,
+    by_stream: HashMap<At, u64>,
+}
+
+/// A stream of one of the ports.
+type At = (PortIndex, StreamId);
+
+/// A dial that has no other end yet.
+struct Asked {
+    at: At,
+    /// Over a ring whose other end turns out not to serve, it is dialled again over vsock.
+    again: Option<Dial>,
+    deadline: Option<Tick>,
+}
+
+/// The VM's ring.
+struct Rings {
+    port: PortIndex,
+    inbox: RingInbox,
+    /// The one that is docked.
+    docked: Option<(u64, RingInfo)>,
+    /// Why there is none, for people.
+    why: String,
 }
 
 impl Aditd {
-    fn forget(&mut self, stream: StreamId) -> Option<u64> {
-        let id = self.by_stream.remove(&stream)?;
-        self.by_id.remove(&id);
-        Some(id)
+    fn forget(&mut self, at: At) -> Option<(u64, Asked)> {
+        let id = self.by_stream.remove(&at)?;
+        Some((id, self.by_id.remove(&id)?))
+    }
+
+    fn asked(&mut self, id: u64, asked: Asked) {
+        self.by_stream.insert(asked.at, id);
+        self.by_id.insert(id, asked);
     }
 }
 
@@ -111,6 +146,7 @@ impl<C: Carrier> Process<C> {
     ) -> io::Result<Self> {
         let mut shard = Shard::new()?;
         shard.busy_poll(options.busy_poll);
+        let carrier = Either::Left(carrier);
         let port = shard.add(carrier, EngineConfig::default(), options.seed)?;
         let last_epoch = live.epoch();
         shard.port_mut(port).keep_live(live);
@@ -124,10 +160,12 @@ impl<C: Carrier> Process<C> {
             options,
             shard,
             port,
+            rings: None,
             listener: control,
             stop,
             aditd: None,
             said: None,
+            said_ring: None,
             keeping,
             said_seq: 0,
             said_stuck: None,
@@ -157,6 +195,7 @@ impl<C: Carrier> Process<C> {
             match news {
                 News::Ready { key: KEY_LISTENER } => self.accept(),
                 News::Ready { key: KEY_CONTROL } => self.control_ready(),
+                News::Ready { key: KEY_RINGS } => self.rings_changed(),
                 News::Ready { key: KEY_KEEP } => {
                     self.keeping.clear_news();
                     self.done |= self.keeping.released();
@@ -166,10 +205,11 @@ impl<C: Carrier> Process<C> {
                     self.shard.unwatch(self.stop.as_fd());
                     self.keeping.release();
                 }
-                News::Notice(_, notice) => self.notice(notice),
+                News::Notice(port, notice) => self.notice(port, notice),
             }
         }
         self.say_status();
+        self.say_ring();
         self.say_kept();
         Ok(())
     }
@@ -195,6 +235,7 @@ impl<C: Carrier> Process<C> {
         }
         tracing::info!("aditd connected");
         self.said = None;
+        self.said_ring = None;
         self.said_seq = 0;
         self.said_stuck = None;
         self.keeping.set_connected(true);
@@ -215,10 +256,12 @@ impl<C: Carrier> Process<C> {
         tracing::info!(why, unattached = aditd.by_id.len(), "aditd disconnected");
         self.shard.unwatch(aditd.sock.as_fd());
         let now = self.shard.now();
-        for stream in aditd.by_id.into_values() {
-            self.shard
-                .port_mut(self.port)
-                .reset(now, stream, ResetReason::Local);
+        for Asked {
+            at: (port, stream), ..
+        } in aditd.by_id.into_values()
+        {
+            let port = self.shard.port_mut(port);
+            port.reset(now, stream, ResetReason::Local);
         }
     }
 
@@ -297,10 +340,10 @@ impl<C: Carrier> Process<C> {
             Message::Attach(attach) => self.attach(attach, fd),
             Message::Cancel(cancel) => {
                 let aditd = self.aditd.as_mut();
-                let stream = aditd.and_then(|a| a.by_id.get(&cancel.id).copied());
-                if let Some(stream) = stream {
-                    self.forget(stream);
-                    self.reset(stream);
+                let at = aditd.and_then(|a| a.by_id.get(&cancel.id).map(|asked| asked.at));
+                if let Some(at) = at {
+                    self.forget(at);
+                    self.reset(at);
                 }
                 Ok(())
             }
@@ -323,6 +366,7 @@ impl<C: Carrier> Process<C> {
             | Message::DialFailed(_)
             | Message::Handover(_)
             | Message::Stuck(_)
+            | Message::Ring(_)
             | Message::Incoming(_) => Err("it sent a frame that only a port process sends"),
         }
     }
@@ -334,34 +378,60 @@ impl<C: Carrier> Process<C> {
         if aditd.by_id.contains_key(&dial.id) {
             return Err("it used a dial's id twice");
         }
+        if aditd.by_id.len() >= DIALS_MAX {
+            let busy = failed(dial.id, &dial::DialError::Busy);
+            self.say(Message::DialFailed(busy), vec![]);
+            return Ok(());
+        }
         let now = self.shard.now();
-        let request = self.request(&dial, now);
-        let dialled = match aditd.by_id.len() {
-            DIALS_MAX.. => Err(dial::DialError::Busy),
-            _ => self.shard.port_mut(self.port).dial(now, request, None),
+        let limit_ns = u64::from(dial.deadline_ms) * 1_000_000;
+        let deadline = Some(Tick(now.0.saturating_add(limit_ns)));
+        let id = dial.id;
+        let asked = match self.ring_for(&dial.to) {
+            Some(ring) => self.ask(ring, dial.clone(), deadline).or_else(|e| {
+                // It went in this very turn.
+                tracing::debug!(error = %e, "ring not dialled");
+                self.ask(self.port, dial, deadline)
+            }),
+            None => self.ask(self.port, dial, deadline),
         };
-        match dialled {
-            Ok(stream) => {
-                if let Some(aditd) = &mut self.aditd {
-                    aditd.by_id.insert(dial.id, stream);
-                    aditd.by_stream.insert(stream, dial.id);
-                }
-            }
-            Err(e) => self.say(Message::DialFailed(failed(dial.id, &e)), vec![]),
+        match (asked, &mut self.aditd) {
+            (Ok(asked), Some(aditd)) => aditd.asked(id, asked),
+            (Ok(_), None) => {}
+            (Err(e), _) => self.say(Message::DialFailed(failed(id, &e)), vec![]),
         }
         Ok(())
     }
 
-    fn request(&self, dial: &Dial, now: Tick) -> DialRequest {
-        let deadline = now
-            .0
-            .saturating_add(u64::from(dial.deadline_ms) * 1_000_000);
+    /// Dials over one of the ports.
+    fn ask(
+        &mut self,
+        over: PortIndex,
+        dial: Dial,
+        deadline: Option<Tick>,
+    ) -> Result<Asked, dial::DialError> {
+        let now = self.shard.now();
+        let request = self.request(&dial, over, deadline);
+        let stream = self.shard.port_mut(over).dial(now, request, None)?;
+        let again = (over != self.port).then_some(dial);
+        Ok(Asked {
+            at: (over, stream),
+            again,
+            deadline,
+        })
+    }
+
+    fn request(&self, dial: &Dial, over: PortIndex, deadline: Option<Tick>) -> DialRequest {
         let (port, hello) = match &dial.to {
             Target::VsockPort(port) => (*port, None),
             Target::Service(service) => {
+                let epoch = match over == self.port {
+                    true => self.last_epoch,
+                    false => self.shard.port(over).epoch().unwrap_or(0),
+                };
                 let common = Common {
                     features: 0,
-                    epoch: self.last_epoch,
+                    epoch,
                     boot_nonce: self.options.boot_nonce,
                 };
                 let deadline_ms = dial.deadline_ms;
@@ -375,7 +445,7 @@ impl<C: Carrier> Process<C> {
         DialRequest {
             port,
             hello,
-            deadline: Some(Tick(deadline)),
+            deadline,
             lane: adit_engine::Lane::Bulk,
         }
     }
@@ -385,55 +455,56 @@ impl<C: Carrier> Process<C> {
             return Err("it attached with a prefix that is too long");
         }
         let aditd = self.aditd.as_ref();
-        let stream = aditd.and_then(|a| a.by_id.get(&attach.id).copied());
-        let (Some(fd), Some(stream)) = (fd, stream) else {
+        let at = aditd.and_then(|a| a.by_id.get(&attach.id).map(|asked| asked.at));
+        let (Some(fd), Some((port, stream))) = (fd, at) else {
             // The guest ended the stream meanwhile: the socket closes.
             return Ok(());
         };
         let now = self.shard.now();
-        let port = self.shard.port_mut(self.port);
-        if !port.attach(now, stream, Sink::Fd(fd), &attach.prefix) {
-            self.reset(stream);
+        let sink = Sink::Fd(fd);
+        if !(self.shard.port_mut(port)).attach(now, stream, sink, &attach.prefix) {
+            self.reset((port, stream));
         }
-        self.forget(stream);
+        self.forget((port, stream));
         Ok(())
     }
 
-    fn forget(&mut self, stream: StreamId) -> Option<u64> {
-        self.aditd.as_mut()?.forget(stream)
+    fn forget(&mut self, at: At) -> Option<(u64, Asked)> {
+        self.aditd.as_mut()?.forget(at)
     }
 
-    fn reset(&mut self, stream: StreamId) {
+    fn reset(&mut self, (port, stream): At) {
         let now = self.shard.now();
-        let port = self.shard.port_mut(self.port);
+        let port = self.shard.port_mut(port);
         port.reset(now, stream, ResetReason::Local);
     }
 
     // ---- what the port says
 
-    fn notice(&mut self, notice: Notice) {
+    fn notice(&mut self, port: PortIndex, notice: Notice) {
         match notice {
             Notice::Incoming {
                 stream,
                 local_port,
                 peer_port,
-            } => self.incoming(stream, local_port, peer_port),
+            } => self.incoming((port, stream), local_port, peer_port),
             Notice::Dialed { stream, accept } => {
                 let aditd = self.aditd.as_ref();
-                match aditd.and_then(|a| a.by_stream.get(&stream).copied()) {
+                match aditd.and_then(|a| a.by_stream.get(&(port, stream)).copied()) {
                     Some(id) => {
                         let boot_nonce = accept.map_or([0; 16], |a| a.common.boot_nonce);
                         self.say(Message::Dialed(Dialed { id, boot_nonce }), vec![]);
                     }
-                    None => self.reset(stream),
+                    None => self.reset((port, stream)),
                 }
             }
             Notice::DialFailed { stream, error } => {
-                if let Some(id) = self.forget(stream) {
-                    self.say(Message::DialFailed(failed(id, &error)), vec![]);
+                if let Some((id, asked)) = self.forget((port, stream)) {
+                    self.dial_failed(id, asked, &error);
                 }
             }
-            Notice::Closed { stream, .. } => drop(self.forget(stream)),
+            Notice::Closed { stream, .. } => drop(self.forget((port, stream))),
+            Notice::Session { epoch } if port != self.port => self.ring_session(epoch),
             Notice::Session { epoch } => {
                 tracing::info!(
                     epoch,
@@ -445,17 +516,21 @@ impl<C: Carrier> Process<C> {
         }
     }
 
-    fn incoming(&mut self, stream: StreamId, port: u32, peer_port: u32) {
+    fn incoming(&mut self, (over, stream): At, port: u32, peer_port: u32) {
+        let peer_port = match over == self.port {
+            true => peer_port,
+            false => RING_PEER_PORT,
+        };
         let now = self.shard.now();
         let flags = SockFlag::SOCK_CLOEXEC;
         let pair = match self.aditd {
             Some(_) => socketpair(AddressFamily::Unix, SockType::Stream, None, flags),
-            None => return self.shard.port_mut(self.port).refuse(now, stream),
+            None => return self.shard.port_mut(over).refuse(now, stream),
         };
         match pair {
             Ok((ours, theirs)) => {
                 let sink = Some(Sink::Fd(ours));
-                self.shard.port_mut(self.port).accept(now, stream, sink);
+                self.shard.port_mut(over).accept(now, stream, sink);
                 self.say(
                     Message::Incoming(Incoming { port, peer_port }),
                     vec![theirs],
@@ -463,7 +538,7 @@ impl<C: Carrier> Process<C> {
             }
             Err(e) => {
                 tracing::warn!(error = %e, "guest's dial refused");
-                self.shard.port_mut(self.port).refuse(now, stream);
+                self.shard.port_mut(over).refuse(now, stream);
             }
         }
     }
@@ -494,17 +569,6 @@ fn failed(id: u64, error: &dial::DialError) -> DialFailed {
         errno,
         text,
     }
-}
-
-/// An error and its causes in one line.
-fn chain(e: &dyn std::error::Error) -> String {
-    let mut text = e.to_string();
-    let mut source = e.source();
-    while let Some(e) = source {
-        text += &format!(": {e}");
-        source = e.source();
-    }
-    text
 }
 
 #[allow(unsafe_code)] // nix returns a number here

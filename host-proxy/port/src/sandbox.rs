@@ -116,6 +116,9 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_fstat,
         libc::SYS_lseek,
         libc::SYS_eventfd2,
+        // Memory for a ring: no file has a name.
+        libc::SYS_memfd_create,
+        libc::SYS_ftruncate,
         // Memory.
         libc::SYS_munmap,
         libc::SYS_mremap,

@@ -2,151 +2,23 @@
 //! vhost-user socket, and its sandbox on.
 
 mod guest;
+mod running;
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Stdio;
+use std::time::Duration;
 
 use adit_channel::dial::DialRequest;
 use adit_channel::hello::{self, Accept, Common, Hello};
 use adit_channel::port::Notice;
 use adit_channel::sink::Sink;
-use adit_port::control::{
-    Attach, Cancel, Dial, DialError, Incoming, PACKET_MAX, Quit, Status, Target, VHOST_SOCKET,
-};
-use adit_port::control_io::{Message, receive, send};
-use adit_port::place::connect_control;
+use adit_port::control::{Cancel, Dial, DialError, Incoming, PACKET_MAX, Quit, Target};
+use adit_port::control_io::{Message, receive};
 use guest::Guest;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::MsgFlags;
-
-const CID: u64 = 5;
-
-/// A running port process. Dropped = killed, by its own id.
-struct Running {
-    child: Child,
-    _run: tempfile::TempDir,
-    dir: PathBuf,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn command(dir: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_adit-port"));
-    command.args([
-        "--name",
-        "web-1",
-        "--cid",
-        "5",
-        "--log-level",
-        "debug",
-        "--dir",
-    ]);
-    command.arg(dir);
-    command
-}
-
-impl Running {
-    fn start() -> Self {
-        let run = tempfile::tempdir().unwrap();
-        let dir = run.path().join("web-1");
-        let child = command(&dir).spawn().unwrap();
-        Self {
-            child,
-            _run: run,
-            dir,
-        }
-    }
-
-    fn connect(&mut self) -> Aditd {
-        let end = Instant::now() + Duration::from_secs(30);
-        loop {
-            if let Ok(sock) = connect_control(&self.dir) {
-                return Aditd(sock);
-            }
-            assert!(self.child.try_wait().unwrap().is_none(), "it ended");
-            assert!(Instant::now() < end, "it does not listen");
-            std::thread::yield_now();
-        }
-    }
-
-    fn status(&self, key: &str) -> u64 {
-        let path = format!("/proc/{}/status", self.child.id());
-        let text = std::fs::read_to_string(path).unwrap();
-        let line = text.lines().find_map(|l| l.strip_prefix(key)).unwrap();
-        let digits = line.trim_start_matches(':').split_whitespace().next();
-        digits.unwrap().parse().unwrap()
-    }
-
-    fn ended(&mut self) -> std::process::ExitStatus {
-        self.child.wait().unwrap()
-    }
-
-    fn boot(&self, listen: &[u32]) -> Guest {
-        Guest::boot(&self.dir.join(VHOST_SOCKET), CID, listen)
-    }
-}
-
-/// The other end of the control socket.
-struct Aditd(OwnedFd);
-
-impl Aditd {
-    fn say(&self, message: Message, fd: Option<&UnixStream>) {
-        send(&self.0, &message, fd.map(AsFd::as_fd)).unwrap();
-    }
-
-    fn ready(&self) -> bool {
-        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
-    }
-
-    /// The next frame that is no status; `None` = nothing now.
-    fn heard(&self) -> Option<(Message, Option<OwnedFd>)> {
-        while self.ready() {
-            match receive(&self.0).unwrap().expect("connection") {
-                (Message::Status(_) | Message::Handover(_), _) => {}
-                other => return Some(other),
-            }
-        }
-        None
-    }
-
-    fn wait_status(&self, want: impl Fn(&Status) -> bool) -> Status {
-        loop {
-            if let (Message::Status(status), _) = receive(&self.0).unwrap().expect("connection")
-                && want(&status)
-            {
-                return status;
-            }
-        }
-    }
-
-    fn dial(&self, id: u64, to: Target) {
-        let deadline_ms = 5000;
-        let dial = Dial {
-            id,
-            to,
-            deadline_ms,
-        };
-        self.say(Message::Dial(dial), None);
-    }
-
-    fn attach(&self, id: u64, prefix: &[u8]) -> UnixStream {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let prefix = prefix.to_vec();
-        self.say(Message::Attach(Attach { id, prefix }), Some(&theirs));
-        ours.set_nonblocking(true).unwrap();
-        ours
-    }
-}
+use running::{Aditd, CID, Running, command};
 
 fn socket() -> (UnixStream, Sink) {
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -291,7 +163,7 @@ fn r53_a_frame_that_is_cut_or_breaks_the_protocol_costs_its_connection_only() {
         nix::sys::socket::send(aditd.0.as_raw_fd(), &bytes, MsgFlags::empty()).unwrap();
         let end = loop {
             match receive(&aditd.0) {
-                Ok(Some((Message::Status(_) | Message::Handover(_), _))) => {}
+                Ok(Some((Message::Status(_) | Message::Handover(_) | Message::Ring(_), _))) => {}
                 other => break other.map_err(|e| e.to_string()),
             }
         };

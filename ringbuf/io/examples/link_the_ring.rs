@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use adit_ringbuf::Mapped;
 use adit_ringbuf::region::Spec;
-use adit_ringbuf::session::{Event, Host};
+use adit_ringbuf::session::{Event, Host, State};
 use adit_ringbuf_io::Spin;
 use adit_ringbuf_io::blocking::{Error, Receiver, Sender};
 use adit_ringbuf_io::doorbell::Polled;
@@ -47,8 +47,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 ends = None;
             }
             (None, Some(status), _) => break status,
-            (None, None, Some(ends)) => serve(&mut host, ends)?,
-            (None, None, None) => std::thread::yield_now(),
+            (None, None, Some(ends)) if host.state() == State::Run => serve(&mut host, ends)?,
+            (None, None, _) => std::thread::yield_now(),
         }
     };
     assert!(status.success(), "guest_side: {status}");

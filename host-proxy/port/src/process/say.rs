@@ -17,16 +17,20 @@ impl<C: Carrier> Process<C> {
             return;
         }
         let counters = port.counters();
+        let (ring, streams, bytes, faults) = self.ring_counts();
         let status = Status {
             vm: self.options.vm.clone(),
             cid: self.options.cid,
             pid: std::process::id(),
-            session: port.epoch().is_some(),
+            session: ring || port.epoch().is_some(),
             epoch: self.last_epoch,
             // The table has far fewer.
-            streams: port.streams() as u32,
-            bytes: (counters.bytes_to_guest, counters.bytes_from_guest),
-            faults: counters.faults,
+            streams: streams + port.streams() as u32,
+            bytes: (
+                bytes.0 + counters.bytes_to_guest,
+                bytes.1 + counters.bytes_from_guest,
+            ),
+            faults: faults + counters.faults,
             last_fault: port.last_fault().to_owned(),
         };
         let unchanged = self.said.as_ref().is_some_and(|said| {

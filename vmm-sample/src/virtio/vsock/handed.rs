@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use adit_api::{ErrorBody, NewVm, Vm, VmState};
 use adit_channel::hello;
 use adit_channel::live::LiveFile;
-use adit_port::control::{Quit, VHOST_SOCKET};
+use adit_port::control::{IVSHMEM_SOCKET, Quit, RING_SOCKET, VHOST_SOCKET};
 use adit_port::control_io::{Message, receive_all, send_all};
 use adit_port::keep::{Keeping, Note};
 use adit_port::place::{Place, PlaceError, connect_control};
@@ -68,7 +68,10 @@ impl Handed {
         let place = take(&dir, &with.vm.name)?;
         // No VMM but this one: nobody is to connect another.
         drop(place.vhost);
-        fs::remove_file(dir.join(VHOST_SOCKET))?;
+        drop((place.ring, place.ivshmem));
+        for socket in [VHOST_SOCKET, RING_SOCKET, IVSHMEM_SOCKET] {
+            fs::remove_file(dir.join(socket))?;
+        }
         let mut random = [0; 24];
         fs::File::open("/dev/urandom")?.read_exact(&mut random)?;
         let (boot_nonce, seed) = random.split_at(16);

@@ -1,0 +1,164 @@
+//! The VM's ring: a second port beside the one of its vsock.
+//!
+//! Which of them a dial takes is decided once, when it is made: a service of the agent takes the ring while both sides use
+//! it, whatever is dialled as a vsock port takes vsock. No stream changes its carrier: those of a ring that fails end.
+
+use std::io;
+
+use adit_channel::carrier::Carrier;
+use adit_channel::either::Either;
+use adit_channel::port::Port;
+use adit_channel::ring::{Dock, RingState};
+use adit_channel::shard::PortIndex;
+use adit_engine::EngineConfig;
+
+use super::{Asked, KEY_RINGS, Process, RingNews, Rings, dial, failed};
+use crate::control::{Ring, Target};
+use crate::control_io::Message;
+use crate::rings::RingInbox;
+
+/// What is said while none ever came.
+const NONE_YET: &str = "no VMM has handed a ring over";
+
+/// The dock of the second port.
+fn dock<C: Carrier>(port: &Port<Either<C, Dock>>) -> Option<&Dock> {
+    match port.carrier() {
+        Either::Right(dock) => Some(dock),
+        Either::Left(_) => None,
+    }
+}
+
+impl<C: Carrier> Process<C> {
+    /// Lets the VM have a ring, whenever one comes out of `inbox`.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn with_rings(mut self, inbox: RingInbox) -> io::Result<Self> {
+        let dock = Either::Right(Dock::new()?);
+        let port = (self.shard).add(dock, EngineConfig::default(), !self.options.seed)?;
+        for &at in &self.options.serve_ports {
+            let listened = self.shard.port_mut(port).listen(at);
+            listened.map_err(io::Error::other)?;
+        }
+        self.shard.watch(inbox.bell(), KEY_RINGS)?;
+        self.rings = Some(Rings {
+            port,
+            inbox,
+            docked: None,
+            why: NONE_YET.to_owned(),
+        });
+        Ok(self)
+    }
+
+    /// The port that a dial takes if not that of the vsock.
+    pub(super) fn ring_for(&self, to: &Target) -> Option<PortIndex> {
+        let Target::Service(_) = to else { return None };
+        let rings = self.rings.as_ref()?;
+        let port = self.shard.port(rings.port);
+        let runs = port.epoch().is_some() && dock(port).is_some_and(Dock::running);
+        runs.then_some(rings.port)
+    }
+
+    pub(super) fn rings_changed(&mut self) {
+        let Some(rings) = &mut self.rings else { return };
+        for news in rings.inbox.take() {
+            let port = self.shard.port_mut(rings.port);
+            let Either::Right(dock) = port.carrier_mut() else {
+                return;
+            };
+            match news {
+                RingNews::Came { id, carrier, info } => {
+                    tracing::info!(path = info.path, bytes = info.bytes, "a ring came");
+                    dock.dock(*carrier);
+                    rings.docked = Some((id, info));
+                }
+                RingNews::Went { id, why } if rings.docked.as_ref().is_some_and(|d| d.0 == id) => {
+                    tracing::info!(why, "the ring went");
+                    dock.undock();
+                    rings.docked = None;
+                    rings.why = format!("the ring went: {why}");
+                }
+                RingNews::Went { .. } => {}
+            }
+        }
+    }
+
+    pub(super) fn ring_session(&mut self, epoch: Option<u64>) {
+        let what = if epoch.is_some() { "on" } else { "off" };
+        tracing::info!(epoch, "session of the ring {what}");
+    }
+
+    /// A dial over a ring that nobody serves there goes over vsock; any other is told.
+    pub(super) fn dial_failed(&mut self, id: u64, asked: Asked, error: &dial::DialError) {
+        use dial::DialError::{NoSession, Refused};
+        let mut error = error.clone();
+        if let (Refused | NoSession, Some(dial)) = (&error, asked.again) {
+            match self.ask(self.port, dial, asked.deadline) {
+                Ok(asked) => {
+                    if let Some(aditd) = &mut self.aditd {
+                        aditd.asked(id, asked);
+                    }
+                    return;
+                }
+                // That of the vsock is as good a reason, where there is one.
+                Err(NoSession) => {}
+                Err(e) => error = e,
+            }
+        }
+        self.say(Message::DialFailed(failed(id, &error)), vec![]);
+    }
+
+    /// Tells `aditd` how the ring stands, if that changed.
+    pub(super) fn say_ring(&mut self) {
+        let (Some(rings), Some(aditd)) = (&self.rings, &self.aditd) else {
+            return;
+        };
+        // Behind the status: before it says whose it is, nothing of a process counts.
+        if self.said.is_none() || !aditd.outbox.is_empty() {
+            return;
+        }
+        let port = self.shard.port(rings.port);
+        let info = rings.docked.as_ref().map(|(_, info)| info);
+        let state = dock(port)
+            .and_then(Dock::ring)
+            .map(|ring| (ring.state(), ring));
+        let why = match &state {
+            None => rings.why.clone(),
+            Some((RingState::Running { .. }, _)) => "both sides use the ring".to_owned(),
+            Some((RingState::Waiting, _)) => "the guest has not taken the ring up".to_owned(),
+            Some((RingState::Held, ring)) => {
+                let faults = [ring.last_fault(), port.last_fault()];
+                let fault = faults.into_iter().find(|f| !f.is_empty());
+                format!("the ring broke: {}", fault.unwrap_or("no reason is known"))
+            }
+        };
+        let ring = Ring {
+            running: matches!(state, Some((RingState::Running { .. }, _))),
+            why,
+            memory: info.map_or_else(String::new, |i| format!("{} by {}", i.memory, i.path)),
+            bytes: info.map_or(0, |i| i.bytes),
+            line_ns: info.map_or(0, |i| i.line_ns),
+            // The table has far fewer.
+            streams: port.streams() as u32,
+        };
+        if self.said_ring.as_ref() != Some(&ring) {
+            self.said_ring = Some(ring.clone());
+            self.say(Message::Ring(ring), vec![]);
+        }
+    }
+
+    /// What the ring's port adds to a status: a session, streams, bytes each way, faults.
+    pub(super) fn ring_counts(&self) -> (bool, u32, (u64, u64), u64) {
+        let Some(rings) = &self.rings else {
+            return Default::default();
+        };
+        let port = self.shard.port(rings.port);
+        let counters = port.counters();
+        (
+            port.epoch().is_some(),
+            port.streams() as u32,
+            (counters.bytes_to_guest, counters.bytes_from_guest),
+            counters.faults,
+        )
+    }
+}

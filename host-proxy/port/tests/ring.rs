@@ -1,0 +1,430 @@
+//! The real `adit-port`, its sandbox on, with a ring beside the vsock: a VMM hands one over, well and badly; which carrier
+//! a dial takes; what becomes of streams when the ring goes.
+
+mod guest;
+mod running;
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use adit_channel::hello::{self, Accept, Common, Hello};
+use adit_channel::ring::{RingBells, RingCarrier};
+use adit_channel::shard::{Shard, ShardThread};
+use adit_channel::sink::Sink;
+use adit_channel::stream::Stream;
+use adit_engine::EngineConfig;
+use adit_port::control::{IVSHMEM_SOCKET, RING_PEER_PORT, RING_SOCKET, Ring, Target};
+use adit_port::control_io::{Message, receive};
+use adit_ringbuf::Mapped;
+use adit_ringbuf::region::Features;
+use adit_ringbuf_io::attach::{AttachError, Bells, Code, Offer, Socket};
+use running::{Aditd, Running};
+
+const BYTES: usize = 4 << 20;
+const LONG: Duration = Duration::from_secs(20);
+
+fn service() -> Target {
+    Target::Service("tcp:80".parse().unwrap())
+}
+
+fn offer(vm: &str, bytes: usize) -> Offer {
+    Offer {
+        vm: vm.into(),
+        bytes: bytes as u64,
+        lanes: 2,
+    }
+}
+
+/// A VMM with a ring, and the guest in it.
+struct Vmm {
+    socket: Socket,
+    fd: OwnedFd,
+    memory: Mapped,
+    bells: Bells,
+}
+
+impl Vmm {
+    fn attach(dir: &Path) -> Result<Self, AttachError> {
+        let (memory, fd) = Mapped::memfd(BYTES).unwrap();
+        let bells = Bells::new().unwrap();
+        let socket = Socket::connect(&dir.join(RING_SOCKET)).unwrap();
+        socket.offer(&offer("web-1", BYTES), 1, fd.as_fd(), &bells)?;
+        Ok(Self {
+            socket,
+            fd,
+            memory,
+            bells,
+        })
+    }
+
+    /// Boots a guest whose agent greets and echoes.
+    fn boot(&self) -> Agent {
+        let bells = RingBells::of_guest(self.bells.try_clone().unwrap());
+        Agent::start(self.memory.clone(), bells)
+    }
+}
+
+struct Agent {
+    handle: adit_channel::shard::Handle,
+    _thread: ShardThread,
+}
+
+impl Agent {
+    fn start(memory: Mapped, bells: RingBells) -> Self {
+        let carrier = RingCarrier::guest(memory, 0x1234_5678, Features::NONE, bells).unwrap();
+        let mut shard = Shard::new().unwrap();
+        let port = shard.add(carrier, EngineConfig::default(), 9).unwrap();
+        let handle = shard.handle(port);
+        let thread = shard.spawn("guest").unwrap();
+        Self {
+            handle,
+            _thread: thread,
+        }
+    }
+
+    fn serve(&self) {
+        let listener = self.handle.listen(hello::PORT).unwrap();
+        std::thread::spawn(move || {
+            while let Ok(incoming) = listener.accept() {
+                let stream = incoming.accept().unwrap();
+                std::thread::spawn(move || greet_and_echo(&stream));
+            }
+        });
+    }
+}
+
+fn greet_and_echo(stream: &Stream) {
+    let (mut reader, mut writer) = (stream, stream);
+    let Ok(Hello::Open(_)) = hello::read(&mut reader) else {
+        return;
+    };
+    let common = Common {
+        features: 0,
+        epoch: 0,
+        boot_nonce: [7; 16],
+    };
+    let accept = Accept {
+        common,
+        version: hello::VERSION,
+    };
+    let _ = writer.write_all(&Hello::Accept(accept).encode());
+    let _ = std::io::copy(&mut reader, &mut writer);
+    let _ = stream.shutdown(adit_engine::How::Send);
+}
+
+/// Waits until the ring is as wanted.
+fn wait_ring(aditd: &Aditd, want: impl Fn(&Ring) -> bool) -> Ring {
+    let until = Instant::now() + LONG;
+    loop {
+        assert!(Instant::now() < until, "the ring is never like that");
+        if let (Message::Ring(ring), _) = receive(&aditd.0).unwrap().expect("connection")
+            && want(&ring)
+        {
+            return ring;
+        }
+    }
+}
+
+fn wait_dialed(aditd: &Aditd) -> Message {
+    let until = Instant::now() + LONG;
+    loop {
+        assert!(Instant::now() < until, "no answer");
+        if let Some((message, _)) = aditd.heard() {
+            return message;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn echoed(mut socket: &UnixStream, text: &[u8]) {
+    socket.set_nonblocking(false).unwrap();
+    socket.set_read_timeout(Some(LONG)).unwrap();
+    socket.write_all(text).unwrap();
+    let mut got = vec![0; text.len()];
+    socket.read_exact(&mut got).unwrap();
+    assert_eq!(got, text);
+}
+
+#[test]
+fn a_service_takes_the_ring_while_it_runs_and_vsock_before_and_after() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let none = wait_ring(&aditd, |_| true);
+    assert_eq!((none.running, none.memory.as_str()), (false, ""));
+    let vmm = Vmm::attach(&running.dir).expect("taken");
+    let ring = wait_ring(&aditd, |ring| !ring.memory.is_empty());
+    assert_eq!(
+        (ring.memory.as_str(), ring.bytes, ring.running),
+        ("memfd by attach socket", BYTES as u64, false)
+    );
+    assert!(ring.line_ns < 1000, "{} ns a line", ring.line_ns);
+    // The guest has vsock too, and nobody greets there.
+    let mut guest = running.boot(&[hello::PORT, 22]);
+    aditd.wait_status(|s| s.session);
+    let agent = vmm.boot();
+    agent.serve();
+    wait_ring(&aditd, |ring| ring.running);
+    aditd.dial(1, service());
+    assert!(
+        matches!(wait_dialed(&aditd), Message::Dialed(d) if d.id == 1 && d.boot_nonce == [7; 16])
+    );
+    let tunnel = aditd.attach(1, b"");
+    echoed(&tunnel, &[3; 100_000]);
+    // A plain vsock port is reached over vsock, ring or no ring.
+    aditd.dial(2, Target::VsockPort(22));
+    let (far, theirs) = UnixStream::pair().unwrap();
+    guest.accept(Sink::Fd(theirs.into()));
+    let (message, _) = guest.until(|_| aditd.heard());
+    assert!(matches!(message, Message::Dialed(d) if d.id == 2));
+    drop(far);
+    // The VMM goes, and with it the ring: its stream ends, and the next dial asks the guest's vsock.
+    drop(vmm.socket);
+    let gone = wait_ring(&aditd, |ring| !ring.running);
+    assert!(gone.why.contains("the ring went"), "{}", gone.why);
+    let ended = (&tunnel).read(&mut [0; 8]);
+    assert!(
+        matches!(&ended, Ok(0)) || ended.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset)
+    );
+    aditd.dial(3, service());
+    let (_far, theirs) = UnixStream::pair().unwrap();
+    guest.accept(Sink::Fd(theirs.into()));
+}
+
+#[test]
+fn a_ring_that_breaks_ends_its_streams_and_comes_back_within_a_second() {
+    use adit_ringbuf::RingMem;
+    use adit_ringbuf_io::doorbell::Doorbell;
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let vmm = Vmm::attach(&running.dir).expect("taken");
+    let agent = vmm.boot();
+    agent.serve();
+    wait_ring(&aditd, |ring| ring.running);
+    aditd.dial(1, service());
+    assert!(matches!(wait_dialed(&aditd), Message::Dialed(d) if d.id == 1));
+    let tunnel = aditd.attach(1, b"");
+    echoed(&tunnel, b"still whole");
+    let begin = Instant::now();
+    vmm.memory.store(2 * 4096, u64::MAX);
+    vmm.bells.host_data.ring().unwrap();
+    let held = wait_ring(&aditd, |ring| !ring.running);
+    assert!(held.why.contains("guest's state"), "{}", held.why);
+    let ended = (&tunnel).read(&mut [0; 8]);
+    assert!(
+        matches!(&ended, Ok(0)) || ended.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset)
+    );
+    wait_ring(&aditd, |ring| ring.running);
+    assert!(begin.elapsed() < Duration::from_secs(1));
+    aditd.dial(2, service());
+    assert!(matches!(wait_dialed(&aditd), Message::Dialed(d) if d.id == 2));
+}
+
+#[test]
+fn a_guest_that_serves_nothing_on_its_ring_is_dialled_over_vsock() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let mut guest = running.boot(&[hello::PORT]);
+    aditd.wait_status(|s| s.session);
+    let vmm = Vmm::attach(&running.dir).expect("taken");
+    let _agent = vmm.boot();
+    wait_ring(&aditd, |ring| ring.running);
+    aditd.dial(1, service());
+    let (_far, theirs) = UnixStream::pair().unwrap();
+    guest.accept(Sink::Fd(theirs.into()));
+}
+
+#[test]
+fn what_the_guest_dials_over_its_ring_is_the_agents() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let vmm = Vmm::attach(&running.dir).expect("taken");
+    let agent = vmm.boot();
+    wait_ring(&aditd, |ring| ring.running);
+    let target = adit_channel::stream::Target {
+        port: hello::PORT,
+        hello: None,
+    };
+    let mut stream = agent.handle.dialer().dial(&target, LONG).unwrap();
+    let until = Instant::now() + LONG;
+    let (incoming, fd) = loop {
+        if let Some((Message::Incoming(incoming), fd)) = aditd.heard() {
+            break (incoming, fd.unwrap());
+        }
+        assert!(Instant::now() < until, "not told");
+    };
+    assert_eq!(
+        (incoming.port, incoming.peer_port),
+        (hello::PORT, RING_PEER_PORT)
+    );
+    UnixStream::from(fd).write_all(b"welcome").unwrap();
+    let mut got = [0; 7];
+    stream.read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"welcome");
+}
+
+// ---- hostile VMMs on the attach socket
+
+/// The process still serves: a VMM in order is taken.
+fn serves(running: &mut Running) {
+    let aditd = running.connect();
+    let vmm = Vmm::attach(&running.dir).expect("taken");
+    let _agent = vmm.boot();
+    wait_ring(&aditd, |ring| ring.running);
+}
+
+fn refused(running: &Running, memory: &OwnedFd, offer: &Offer) -> AttachError {
+    let socket = Socket::connect(&running.dir.join(RING_SOCKET)).unwrap();
+    let bells = Bells::new().unwrap();
+    socket.offer(offer, 1, memory.as_fd(), &bells).unwrap_err()
+}
+
+fn code(e: &AttachError) -> Option<Code> {
+    match e {
+        AttachError::Refused { code, .. } => Some(*code),
+        _ => None,
+    }
+}
+
+#[test]
+fn r13_unsealed_short_and_foreign_memory_is_refused_and_the_next_vmm_is_served() {
+    let mut running = Running::start();
+    running.connect();
+    let loose = rustix::fs::memfd_create("loose", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
+    rustix::fs::ftruncate(&loose, BYTES as u64).unwrap();
+    let file: OwnedFd = tempfile::tempfile().unwrap().into();
+    rustix::fs::ftruncate(&file, BYTES as u64).unwrap();
+    let (_, short) = Mapped::memfd(8192).unwrap();
+    let (_, tiny) = Mapped::memfd(4096).unwrap();
+    for (memory, bytes) in [
+        (&loose, BYTES),
+        (&file, BYTES),
+        (&short, BYTES),
+        (&tiny, 4096),
+    ] {
+        let e = refused(&running, memory, &offer("web-1", bytes));
+        assert_eq!(code(&e), Some(Code::Memory), "{e}");
+    }
+    serves(&mut running);
+}
+
+#[test]
+fn a_vmm_of_another_vm_is_refused() {
+    let mut running = Running::start();
+    running.connect();
+    let (_, memory) = Mapped::memfd(BYTES).unwrap();
+    let e = refused(&running, &memory, &offer("web-2", BYTES));
+    assert_eq!(code(&e), Some(Code::UnknownVm), "{e}");
+    serves(&mut running);
+}
+
+#[test]
+fn a_second_vmm_beside_the_first_is_refused_and_the_first_goes_on() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let vmm = Vmm::attach(&running.dir).expect("taken");
+    let agent = vmm.boot();
+    agent.serve();
+    wait_ring(&aditd, |ring| ring.running);
+    let Err(e) = Vmm::attach(&running.dir) else {
+        panic!("two VMMs have the ring")
+    };
+    assert_eq!(code(&e), Some(Code::Busy), "{e}");
+    aditd.dial(1, service());
+    assert!(matches!(wait_dialed(&aditd), Message::Dialed(d) if d.id == 1));
+    drop(vmm.fd);
+}
+
+#[test]
+fn vmms_that_send_nothing_nonsense_or_die_in_the_middle_cost_the_next_one_a_moment() {
+    let mut running = Running::start();
+    running.connect();
+    let path = running.dir.join(RING_SOCKET);
+    // One that says nothing, for as long as it likes.
+    let _mute = Socket::connect(&path).unwrap();
+    // One that dies before it says anything, and one with bytes that are no packet, and with too many descriptors.
+    drop(Socket::connect(&path).unwrap());
+    for (bytes, fds) in [
+        (&b"GET / HTTP/1.1"[..], 0),
+        (&[0; 5000][..], 0),
+        (&[0; 64][..], 100),
+    ] {
+        let socket = Socket::connect(&path).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let fds: Vec<_> = (0..fds).map(|_| file.as_fd()).collect();
+        let mut space = vec![std::mem::MaybeUninit::uninit(); 8192];
+        let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&fds)));
+        }
+        let parts = [std::io::IoSlice::new(bytes)];
+        let flags = rustix::net::SendFlags::NOSIGNAL;
+        rustix::net::sendmsg(&socket, &parts, &mut control, flags).unwrap();
+    }
+    let before = descriptors(&running);
+    let begin = Instant::now();
+    serves(&mut running);
+    assert!(
+        begin.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        begin.elapsed()
+    );
+    let after = descriptors(&running);
+    assert!(after < before + 40, "{before} descriptors, then {after}");
+}
+
+fn descriptors(running: &Running) -> usize {
+    let dir = format!("/proc/{}/fd", running.child.id());
+    std::fs::read_dir(dir).unwrap().count()
+}
+
+/// Comes and goes, in every way: the process has as many descriptors and mappings as before.
+#[test]
+fn r12_vmms_that_come_and_go_leave_nothing_behind() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let mappings = |running: &Running| {
+        let maps = format!("/proc/{}/maps", running.child.id());
+        std::fs::read_to_string(maps).unwrap().lines().count()
+    };
+    let round = |boot: bool| {
+        let vmm = Vmm::attach(&running.dir).expect("taken");
+        wait_ring(&aditd, |ring| !ring.memory.is_empty());
+        if boot {
+            let _agent = vmm.boot();
+            wait_ring(&aditd, |ring| ring.running);
+        }
+        drop(vmm);
+        wait_ring(&aditd, |ring| ring.memory.is_empty());
+    };
+    (0..10).for_each(|n| round(n % 2 == 0));
+    let before = (descriptors(&running), mappings(&running));
+    (0..100).for_each(|n| round(n % 2 == 0));
+    // What is told is not yet closed.
+    let until = Instant::now() + LONG;
+    loop {
+        let after = (descriptors(&running), mappings(&running));
+        if after.0 <= before.0 && after.1 <= before.1 {
+            break;
+        }
+        assert!(
+            Instant::now() < until,
+            "{before:?} descriptors and mappings, then {after:?}"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn an_ivshmem_client_is_given_a_ring_of_its_own() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let client = UnixStream::connect(running.dir.join(IVSHMEM_SOCKET)).unwrap();
+    let ring = wait_ring(&aditd, |ring| !ring.memory.is_empty());
+    assert_eq!(ring.memory, "memfd by ivshmem");
+    drop(client);
+    wait_ring(&aditd, |ring| ring.memory.is_empty());
+    serves(&mut running);
+}

@@ -1,0 +1,140 @@
+//! The real binary, and the other end of its control socket.
+#![allow(dead_code)] // each test file uses its part
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use adit_port::control::{Attach, Dial, Status, Target, VHOST_SOCKET};
+use adit_port::control_io::{Message, receive, send};
+use adit_port::place::connect_control;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::guest::Guest;
+
+pub const CID: u64 = 5;
+
+/// A running port process. Dropped = killed, by its own id.
+pub struct Running {
+    pub child: Child,
+    _run: tempfile::TempDir,
+    pub dir: PathBuf,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub fn command(dir: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_adit-port"));
+    command.args([
+        "--name",
+        "web-1",
+        "--cid",
+        "5",
+        "--log-level",
+        "debug",
+        "--dir",
+    ]);
+    command.arg(dir);
+    command
+}
+
+impl Running {
+    pub fn start() -> Self {
+        let run = tempfile::tempdir().unwrap();
+        let dir = run.path().join("web-1");
+        let child = command(&dir).spawn().unwrap();
+        Self {
+            child,
+            _run: run,
+            dir,
+        }
+    }
+
+    pub fn connect(&mut self) -> Aditd {
+        let end = Instant::now() + Duration::from_secs(30);
+        loop {
+            if let Ok(sock) = connect_control(&self.dir) {
+                return Aditd(sock);
+            }
+            assert!(self.child.try_wait().unwrap().is_none(), "it ended");
+            assert!(Instant::now() < end, "it does not listen");
+            std::thread::yield_now();
+        }
+    }
+
+    pub fn status(&self, key: &str) -> u64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let text = std::fs::read_to_string(path).unwrap();
+        let line = text.lines().find_map(|l| l.strip_prefix(key)).unwrap();
+        let digits = line.trim_start_matches(':').split_whitespace().next();
+        digits.unwrap().parse().unwrap()
+    }
+
+    pub fn ended(&mut self) -> std::process::ExitStatus {
+        self.child.wait().unwrap()
+    }
+
+    pub fn boot(&self, listen: &[u32]) -> Guest {
+        Guest::boot(&self.dir.join(VHOST_SOCKET), CID, listen)
+    }
+}
+
+/// The other end of the control socket.
+pub struct Aditd(pub OwnedFd);
+
+impl Aditd {
+    pub fn say(&self, message: Message, fd: Option<&UnixStream>) {
+        send(&self.0, &message, fd.map(AsFd::as_fd)).unwrap();
+    }
+
+    pub fn ready(&self) -> bool {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
+    }
+
+    /// The next frame that is no status; `None` = nothing now.
+    pub fn heard(&self) -> Option<(Message, Option<OwnedFd>)> {
+        while self.ready() {
+            match receive(&self.0).unwrap().expect("connection") {
+                (Message::Status(_) | Message::Handover(_) | Message::Ring(_), _) => {}
+                other => return Some(other),
+            }
+        }
+        None
+    }
+
+    pub fn wait_status(&self, want: impl Fn(&Status) -> bool) -> Status {
+        loop {
+            if let (Message::Status(status), _) = receive(&self.0).unwrap().expect("connection")
+                && want(&status)
+            {
+                return status;
+            }
+        }
+    }
+
+    pub fn dial(&self, id: u64, to: Target) {
+        let deadline_ms = 5000;
+        let dial = Dial {
+            id,
+            to,
+            deadline_ms,
+        };
+        self.say(Message::Dial(dial), None);
+    }
+
+    pub fn attach(&self, id: u64, prefix: &[u8]) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let prefix = prefix.to_vec();
+        self.say(Message::Attach(Attach { id, prefix }), Some(&theirs));
+        ours.set_nonblocking(true).unwrap();
+        ours
+    }
+}
