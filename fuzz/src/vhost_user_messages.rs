@@ -12,6 +12,7 @@ use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, TxSlot};
 use adit_channel::device::{FEATURES, GuestCid};
 use adit_channel::vhost_user::{VhostUserCarrier, VhostUserConfig};
 use adit_engine::{Lane, PacketHeader};
+use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -361,7 +362,13 @@ impl<'f> Case<'f> {
 
     fn poll(&mut self, timeout: EpollTimeout) -> bool {
         let mut ready = [EpollEvent::empty(); 8];
-        let n = self.epoll.wait(&mut ready, timeout).expect("epoll");
+        let n = loop {
+            match self.epoll.wait(&mut ready, timeout) {
+                // libFuzzer's own timer.
+                Err(Errno::EINTR) => {}
+                n => break n.expect("epoll"),
+            }
+        };
         assert!(n > 0 || timeout == EpollTimeout::ZERO, "the backend hangs");
         let mut open = true;
         for event in &ready[..n] {
