@@ -11,6 +11,7 @@
 //! | `mem_table` | the frontend's: regions over files of any kind and size | the rules in 128 bits; no leak, no SIGBUS |
 //! | `record` | the producer's: a ring's memory | a second reader |
 //! | `ring_ops` | calls of both ends in any order, and a peer that writes over any word | a queue |
+//! | `ring_packet` | the other side's of a ring: packets, a new beginning, any word of the region | what was put in, both ways; `shell` |
 //! | `attach` | both sides' words, and the head of a region | who begins anew comes to run |
 //! | `succession` | a predecessor's, in its guest's hands: handover record, live file, unread bytes | a verdict in time, no leak, no thread lost |
 //!
@@ -28,9 +29,11 @@ mod descriptor_chain;
 mod engine_ops;
 mod input;
 mod mem_table;
+mod pattern;
 mod port_packet;
 mod record;
 mod ring_ops;
+mod ring_packet;
 mod shell;
 mod succession;
 mod vhost_user_messages;
@@ -42,7 +45,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 10] = [
+pub const TARGETS: [(&str, Target); 11] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -53,6 +56,7 @@ pub const TARGETS: [(&str, Target); 10] = [
     ("record", record::run),
     ("ring_ops", ring_ops::run),
     ("attach", attach::run),
+    ("ring_packet", ring_packet::run),
 ];
 
 /// Where the seeds of a target lie.

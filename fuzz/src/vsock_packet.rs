@@ -2,7 +2,7 @@
 //! memory, rings, device and engine; what comes out is compared with what went in, both ways.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use adit_benches::session::Device;
 use adit_benches::{Driver, DriverConfig, RxShape, VmMemory, memory};
@@ -12,6 +12,7 @@ use adit_engine::{Lane, Op, PacketHeader, ResetReason};
 
 use crate::engine_ops::packet;
 use crate::input::Input;
+use crate::pattern::body;
 use crate::shell::Shell;
 
 const CID: u64 = 3;
@@ -61,19 +62,6 @@ struct World<'f> {
     to_guest: VecDeque<Sent>,
     foreign: u64,
     serial: u8,
-}
-
-/// Payloads are cut out of one pattern: no run of it is like another near by, and making one costs nothing under
-/// instrumentation.
-static PATTERN: LazyLock<Vec<u8>> = LazyLock::new(|| {
-    let byte = |i: usize| (i as u8).wrapping_mul(13) ^ (i >> 8) as u8;
-    (0..BODY_MAX + 256).map(byte).collect()
-});
-/// More than any slot or chain holds here.
-const BODY_MAX: usize = 8192;
-
-fn body(seed: u8, len: usize) -> &'static [u8] {
-    &PATTERN[usize::from(seed)..][..len]
 }
 
 impl<'f> World<'f> {
