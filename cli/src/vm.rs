@@ -242,6 +242,13 @@ fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
             "ring memory".into(),
             format!("{memory}, {kib} KiB, {line_ns} ns a line, {streams} streams"),
         ]);
+        let doorbell = vm.carrier.doorbell.iter();
+        rows.extend(doorbell.map(|bell| ["ring doorbell".into(), bell.clone()]));
+    }
+    if let (Some(ring), Some(vsock)) = (vm.carrier.dial_ns, vm.carrier.vsock_dial_ns) {
+        let us = |ns: u64| ns / 1000;
+        let said = format!("ring {} us, vsock {} us", us(ring), us(vsock));
+        rows.push(["latency".into(), format!("a dial: {said}")]);
     }
     for [key, value] in rows {
         println!("{key:<14} {}", output::escape(&value));

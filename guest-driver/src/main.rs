@@ -6,7 +6,10 @@ use std::sync::Arc;
 
 use adit_guest_driver::config::{Config, DEFAULT_PATH};
 use adit_guest_driver::install::{Init, Install, install};
-use adit_guest_driver::transport::{Transport, Vsock};
+use adit_guest_driver::ring::{Carriers, Link};
+#[cfg(feature = "test-util")]
+use adit_guest_driver::transport::Transport;
+use adit_guest_driver::transport::Vsock;
 use adit_guest_driver::verify::Verifier;
 use adit_guest_driver::{journal, run};
 use adit_tasks::VmId;
@@ -80,12 +83,15 @@ enum InitArg {
 fn main() -> ExitCode {
     let done = match Args::parse().command {
         #[cfg(not(feature = "test-util"))]
-        Cmd::Run { config } => agent(config, Arc::new(Vsock)),
+        Cmd::Run { config } => on_vsock(config),
         #[cfg(feature = "test-util")]
         Cmd::Run {
             config,
             test_transport,
-        } => test_transport_or_vsock(test_transport).and_then(|t| agent(config, t)),
+        } => match test_transport {
+            Some(arg) => test_transport_of(&arg).and_then(|t| Ok(run::run(&config, t, None)?)),
+            None => on_vsock(config),
+        },
         Cmd::Install {
             root,
             init,
@@ -110,21 +116,21 @@ fn main() -> ExitCode {
     }
 }
 
-fn agent(config: PathBuf, transport: Arc<dyn Transport>) -> anyhow::Result<()> {
-    Ok(run::run(&config, transport)?)
+fn on_vsock(config: PathBuf) -> anyhow::Result<()> {
+    let ring = Link::default();
+    let carriers = Carriers {
+        vsock: Vsock,
+        ring: ring.clone(),
+    };
+    Ok(run::run(&config, Arc::new(carriers), Some(ring))?)
 }
 
 #[cfg(feature = "test-util")]
-fn test_transport_or_vsock(arg: Option<String>) -> anyhow::Result<Arc<dyn Transport>> {
+fn test_transport_of(arg: &str) -> anyhow::Result<Arc<dyn Transport>> {
     use adit_guest_driver::transport::UnixDir;
-    Ok(match arg {
-        None => Arc::new(Vsock),
-        Some(arg) => Arc::new(UnixDir(
-            arg.strip_prefix("unix:")
-                .context("--test-transport takes unix:DIR")?
-                .into(),
-        )),
-    })
+    let dir = arg.strip_prefix("unix:");
+    let dir = dir.context("--test-transport takes unix:DIR")?;
+    Ok(Arc::new(UnixDir(dir.into())))
 }
 
 fn into_image(

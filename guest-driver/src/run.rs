@@ -10,6 +10,7 @@ use crate::client::Client;
 use crate::config::{Config, ConfigError};
 use crate::exec::cgroup;
 use crate::journal::{Journal, JournalError};
+use crate::ring::Link;
 use crate::runner::Runner;
 use crate::serve::{Identity, Server};
 use crate::transport::Transport;
@@ -45,11 +46,15 @@ pub enum RunError {
     },
 }
 
-/// Runs the agent until its listener fails.
+/// Runs the agent until its listener fails. `ring`: where a ring is kept that is looked for, and served, too.
 ///
 /// # Errors
 /// It could not start, or the listener is gone.
-pub fn run(config_path: &Path, transport: Arc<dyn Transport>) -> Result<(), RunError> {
+pub fn run(
+    config_path: &Path,
+    transport: Arc<dyn Transport>,
+    ring: Option<Link>,
+) -> Result<(), RunError> {
     let config = Config::load(config_path)?;
     let system = |what| move |source: std::io::Error| RunError::System { what, source };
     let listener = transport.listen().map_err(|source| RunError::Listen {
@@ -85,6 +90,11 @@ pub fn run(config_path: &Path, transport: Arc<dyn Transport>) -> Result<(), RunE
             ],
         );
     }
+    let server = Server::new(config.allow_ports.clone(), identity.clone());
+    if let Some(ring) = ring {
+        ring.start(server.clone())
+            .map_err(system("start the ring's thread"))?;
+    }
     let runner = Runner::new(&config, own, verifier, journal, identity.boot_nonce);
     let client = Client::new(transport, identity.clone(), runner);
     let client = thread::Builder::new()
@@ -102,7 +112,7 @@ pub fn run(config_path: &Path, transport: Arc<dyn Transport>) -> Result<(), RunE
             ],
         );
     }
-    Server::new(config.allow_ports, identity)
+    server
         .run(&*listener)
         .map_err(system("go on accepting streams"))
 }

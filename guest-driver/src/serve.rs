@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use adit_channel::hello::{self, Accept, Common, Hello, Open, Refuse, Status};
+use adit_channel::ring::bell::PING;
 
 use crate::conn::Conn;
 use crate::log;
@@ -155,6 +156,8 @@ impl Server {
                     log::event("relay-failed", &[("service", &open.service), ("error", &e)]);
                 }
             }
+            // Not worth a line: the host measures.
+            Err(refusal) if open.service.as_str() == PING => self.refuse(&conn, refusal),
             Err(refusal) => {
                 let status = format!("{:?}", refusal.status);
                 let fields: [(&str, &dyn std::fmt::Display); 3] = [

@@ -73,6 +73,16 @@ impl Transport for Vsock {
     }
 
     fn dial_host(&self) -> io::Result<Conn> {
+        self.dial_host_at(PORT)
+    }
+}
+
+impl Vsock {
+    /// Dials a port of the host.
+    ///
+    /// # Errors
+    /// Nobody listens there, or there is no host.
+    pub fn dial_host_at(self, port: u32) -> io::Result<Conn> {
         // `VsockStream::connect` cannot bind the source port.
         let fd = socket::socket(
             AddressFamily::Vsock,
@@ -93,7 +103,7 @@ impl Transport for Vsock {
                 }
             });
         bound.unwrap_or(Err(Errno::EADDRINUSE))?;
-        socket::connect(fd.as_raw_fd(), &VsockAddr::new(HOST_CID, PORT))?;
+        socket::connect(fd.as_raw_fd(), &VsockAddr::new(HOST_CID, port))?;
         Ok(fd.into())
     }
 }

@@ -158,6 +158,7 @@ async fn add_vm(Shared(state): Shared<App>, body: Bytes) -> Answer<Vm> {
         allow: new.allow,
         allow_vsock: new.allow_vsock,
         busy_poll_us: 0,
+        ivshmem_mib: crate::config::default_ivshmem_mib(),
     };
     config.check().map_err(|(key, why)| bad(key, why))?;
     let vm = crate::add_vm(&state, config.clone(), true).await?;

@@ -16,6 +16,7 @@
 //! allow = [80, 22]                  # guest TCP ports
 //! allow_vsock = [5000]              # plain AF_VSOCK ports, reached as vsock-5000.web-1
 //! busy_poll_us = 50                 # optional: look on before sleeping; for vCPUs with cores of their own
+//! ivshmem_mib = 4                   # optional: what a QEMU that connects to RUN/vm/NAME/ivshmem.sock is given
 //! ```
 //! An unknown key is an error that names file, line and key: a misspelt limit must not silently be no limit.
 
@@ -35,6 +36,8 @@ pub const VMS_MAX: usize = 4096;
 pub const ALLOW_MAX: usize = 1024;
 /// Longest look before a sleep, microseconds.
 pub const BUSY_POLL_US_MAX: u32 = 1000;
+/// MiB of an ivshmem region at most; PCI wants a power of two.
+pub const IVSHMEM_MIB_MAX: u32 = 1024;
 /// Lowest CID that a guest may have (virtio 1.3 §5.10.4).
 const CID_MIN: u64 = 3;
 /// Highest CID that a guest may have; the next one means "any".
@@ -128,6 +131,14 @@ pub struct VmConfig {
     /// fraction of the time, at the price of the CPU: for VMs whose vCPUs have cores of their own.
     #[serde(default)]
     pub busy_poll_us: u32,
+    /// MiB of the region that a QEMU with an ivshmem function is given: a power of two, at most 1,024.
+    #[serde(default = "default_ivshmem_mib")]
+    pub ivshmem_mib: u32,
+}
+
+/// [`VmConfig::ivshmem_mib`] where nothing is said.
+pub const fn default_ivshmem_mib() -> u32 {
+    4
 }
 
 impl Default for Config {
@@ -160,6 +171,11 @@ impl VmConfig {
         if self.busy_poll_us > BUSY_POLL_US_MAX {
             let why = format!("{} is more than {BUSY_POLL_US_MAX}", self.busy_poll_us);
             return Err(("busy_poll_us", why));
+        }
+        let mib = self.ivshmem_mib;
+        if !mib.is_power_of_two() || mib > IVSHMEM_MIB_MAX {
+            let why = format!("{mib} is no power of two from 1 to {IVSHMEM_MIB_MAX}");
+            return Err(("ivshmem_mib", why));
         }
         if self.allow.len() > ALLOW_MAX || self.allow_vsock.len() > ALLOW_MAX {
             return Err(("allow", format!("at most {ALLOW_MAX} ports may be listed")));
@@ -285,6 +301,7 @@ mod tests {
             ),
             (format!("{vm}alow = [80]\n"), 4, "alow"),
             (format!("{vm}allow = [70000]\n"), 4, "allow"),
+            (format!("{vm}ivshmem_mib = 6\n"), 1, "ivshmem_mib"),
             ("[[vm]]\nname = \"A\"\ncid = 3\n".to_owned(), 2, "name"),
             ("[[vm]]\nname = \"a\"\ncid = 2\n".to_owned(), 1, "cid"),
             (format!("{vm}[[vm]]\nname = \"a\"\ncid = 4\n"), 4, "name"),

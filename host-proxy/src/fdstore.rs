@@ -195,7 +195,14 @@ mod tests {
     fn handover(seq: u64) -> (Handover, Vec<OwnedFd>) {
         let record = vec![seq as u8; 9];
         let fd = std::fs::File::open("/dev/null").unwrap();
-        (Handover { seq, record }, vec![fd.into()])
+        (
+            Handover {
+                seq,
+                record,
+                ring: 0,
+            },
+            vec![fd.into()],
+        )
     }
 
     /// Both ends as systemd has them, under their names.

@@ -188,6 +188,7 @@ async fn load_vms(state: &Arc<State>) -> anyhow::Result<()> {
                 allow: serde_json::from_str(&allow).ok()?,
                 allow_vsock: serde_json::from_str(&allow_vsock).ok()?,
                 busy_poll_us: 0,
+                ivshmem_mib: crate::config::default_ivshmem_mib(),
             })
         })();
         let added = match config {

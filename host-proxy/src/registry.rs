@@ -136,6 +136,7 @@ impl VmEntry {
     }
 
     fn carrier(&self) -> Carrier {
+        let measured = |ns: u64| (ns > 0).then_some(ns);
         let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(ring) = &*ring else {
             return Carrier::default();
@@ -151,6 +152,14 @@ impl VmEntry {
                 .then(|| ring.memory.chars().take(RING_TEXT_MAX).collect()),
             bytes: ring.bytes,
             line_ns: ring.line_ns,
+            doorbell: match ring.hears {
+                1 => Some("interrupt".into()),
+                2 => Some("a byte over vsock".into()),
+                3 => Some("none: the guest looks on".into()),
+                _ => None,
+            },
+            dial_ns: measured(ring.dial_ns.0),
+            vsock_dial_ns: measured(ring.dial_ns.1),
             streams: ring.streams,
         }
     }
@@ -369,6 +378,7 @@ mod tests {
             allow: vec![],
             allow_vsock: vec![],
             busy_poll_us: 0,
+            ivshmem_mib: crate::config::default_ivshmem_mib(),
         }
     }
 

@@ -185,6 +185,8 @@ async fn reach(vm: &VmEntry, binary: &Path) -> io::Result<OwnedFd> {
         .arg(&vm.dir)
         .arg("--busy-poll-us")
         .arg(vm.config.busy_poll_us.to_string())
+        .arg("--ivshmem-mib")
+        .arg(vm.config.ivshmem_mib.to_string())
         .stdin(stdin)
         .stdout(Stdio::null())
         // A file: a pipe that nobody reads any more would stop it.

@@ -32,9 +32,20 @@ impl Host {
     /// # Errors
     /// It does not start; its log is in the message.
     pub fn start(bins: &Path, vms: &[&str]) -> anyhow::Result<Self> {
+        Self::start_with(bins, vms, "")
+    }
+
+    /// The same; `more`: lines of every VM's configuration.
+    ///
+    /// # Errors
+    /// As [`Host::start`].
+    pub fn start_with(bins: &Path, vms: &[&str], more: &str) -> anyhow::Result<Self> {
         let dir = directory()?;
         let (run, state) = (dir.path().join("run"), dir.path().join("state"));
-        fs::write(dir.path().join("aditd.toml"), config(&run, &state, vms))?;
+        fs::write(
+            dir.path().join("aditd.toml"),
+            config(&run, &state, vms, more),
+        )?;
         let mut host = Self {
             aditd: None,
             systemd: None,
@@ -65,7 +76,7 @@ impl Host {
              StandardOutput=append:/run/aditd.log\nStandardError=inherit\n",
         )?;
         let (run, state) = (Path::new("/run/adit"), Path::new("/var/lib/adit"));
-        fs::write(inside.join("aditd.toml"), config(run, state, vms))?;
+        fs::write(inside.join("aditd.toml"), config(run, state, vms, ""))?;
         let systemd = Systemd::start(dir.path(), bins)?;
         let mut host = Self {
             aditd: None,
@@ -174,6 +185,11 @@ impl Host {
         self.run.join("vm").join(vm).join("vhost.sock")
     }
 
+    /// Where it connects for a ring.
+    pub fn ivshmem_socket(&self, vm: &str) -> PathBuf {
+        self.vhost_socket(vm).with_file_name("ivshmem.sock")
+    }
+
     /// aditd's log.
     pub fn log(&self) -> String {
         let systemd = self.systemd.as_ref().map(Systemd::log);
@@ -267,15 +283,15 @@ fn directory() -> std::io::Result<tempfile::TempDir> {
     tempfile::Builder::new().prefix("adit-").tempdir()
 }
 
-/// Its configuration, with these VMs.
-fn config(run: &Path, state: &Path, vms: &[&str]) -> String {
+/// Its configuration, with these VMs, and `more` for each of them.
+fn config(run: &Path, state: &Path, vms: &[&str], more: &str) -> String {
     let (run, state) = (run.display(), state.display());
     let mut config = format!(
         "run_dir = \"{run}\"\nstate_dir = \"{state}\"\n[proxy]\nlisten = \"127.0.0.1:0\"\n"
     );
     for (cid, name) in (3..).zip(vms) {
         config.push_str(&format!(
-            "[[vm]]\nname = \"{name}\"\ncid = {cid}\nallow = [80, 7, 81]\nallow_vsock = [5000, 5001]\n"
+            "[[vm]]\nname = \"{name}\"\ncid = {cid}\nallow = [80, 7, 81]\nallow_vsock = [5000, 5001]\n{more}\n"
         ));
     }
     config

@@ -16,6 +16,7 @@
 //! - Whatever a peer does to the ring ends the session ([`Carrier::tear`](crate::carrier::Carrier::tear)) and no other; the
 //!   streams end with `CarrierFault`. The next session begins after 10 ms, after repeated faults up to half a second later.
 
+pub mod bell;
 mod bells;
 mod burst;
 mod dock;

@@ -8,6 +8,7 @@
 //! The first that works is taken. A function that somebody else has, or whose memory begins with something else, is left as
 //! it was. There is no third way: `/dev/mem` and `resource2_wc` would be.
 
+mod link;
 mod map;
 mod pci;
 mod sysfs;
@@ -18,7 +19,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use adit_channel::ring::RingBells;
+use adit_channel::ring::bell::Hears;
 use adit_ringbuf::Mapped;
 use adit_ringbuf::region::RegionError;
 use adit_ringbuf_io::doorbell::Waiter;
@@ -31,6 +35,7 @@ use crate::conn::Conn;
 use crate::log;
 use pci::Function;
 
+pub use link::{Carriers, Link};
 pub use map::Register;
 
 /// BARs of ivshmem.
@@ -90,8 +95,8 @@ impl fmt::Display for How {
 pub enum Ear {
     /// An interrupt.
     Event(EventFd),
-    /// A byte on a stream that is nonblocking.
-    Stream(Arc<Conn>),
+    /// A byte on a stream that is nonblocking. At its end the other one, too, is told.
+    Stream(Arc<Conn>, SyncSender<()>),
     /// Nothing: its owner polls.
     Deaf,
 }
@@ -100,7 +105,7 @@ impl Waiter for Ear {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Event(event) => event.fd(),
-            Self::Stream(conn) => Some(conn.as_fd()),
+            Self::Stream(conn, _) => Some(conn.as_fd()),
             Self::Deaf => None,
         }
     }
@@ -110,14 +115,19 @@ impl Waiter for Ear {
         match self {
             Self::Event(event) => event.clear(),
             Self::Deaf => Ok(()),
-            Self::Stream(conn) => {
+            Self::Stream(conn, ended) => {
                 let mut bytes = [0; 64];
                 let fd = conn.as_fd().as_raw_fd();
-                match recv(fd, &mut bytes, MsgFlags::MSG_DONTWAIT) {
-                    Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-                    Ok(_) | Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => Ok(()),
-                    Err(e) => Err(e.into()),
-                }
+                let error = match recv(fd, &mut bytes, MsgFlags::MSG_DONTWAIT) {
+                    Ok(0) => io::ErrorKind::UnexpectedEof.into(),
+                    Ok(_) | Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => {
+                        return Ok(());
+                    }
+                    Err(e) => e.into(),
+                };
+                // Full: it was told.
+                let _ = ended.try_send(());
+                Err(error)
             }
         }
     }
@@ -141,8 +151,6 @@ pub struct Device {
     pub how: How,
     /// Why not in a better way; empty: there is none.
     pub why: String,
-    /// Kept, for its interrupts end with it.
-    #[allow(dead_code)]
     vfio: Option<Arc<VfioDevice>>,
 }
 
@@ -153,48 +161,81 @@ impl fmt::Debug for Device {
 }
 
 impl Device {
-    /// Has a stream whose bytes are the host's doorbells, in place of interrupts that it lacks.
+    /// Has a stream whose bytes are the host's doorbells, in place of interrupts that it lacks. Returns what is told when
+    /// the stream ends: nobody hears the host from then on.
     ///
     /// # Errors
     /// The stream cannot be made nonblocking.
-    pub fn hear(&mut self, conn: Conn) -> io::Result<()> {
+    pub fn hear(&mut self, conn: Conn) -> io::Result<Receiver<()>> {
         conn.set_nonblocking()?;
-        let conn = Arc::new(conn);
-        self.data_ear = Ear::Stream(conn.clone());
-        self.space_ear = Ear::Stream(conn);
-        Ok(())
+        let (ended, end) = sync_channel(1);
+        self.data_ear = Ear::Stream(Arc::new(conn), ended);
+        // One stream rings for both.
+        self.space_ear = Ear::Deaf;
+        Ok(end)
+    }
+
+    /// How it hears the host.
+    pub fn hears(&self) -> Hears {
+        match self.data_ear {
+            Ear::Event(_) => Hears::Interrupts,
+            Ear::Stream(..) => Hears::Stream,
+            Ear::Deaf => Hears::Nothing,
+        }
+    }
+
+    /// What a carrier needs of it.
+    pub fn split(self) -> (Mapped, RingBells, Kept) {
+        let bells = RingBells {
+            data: Box::new(self.data),
+            space: Box::new(self.space),
+            data_heard: Box::new(self.data_ear),
+            space_heard: Box::new(self.space_ear),
+        };
+        (self.memory, bells, Kept(self.vfio))
     }
 }
+
+/// What must live as long as a device's memory is used: its interrupts end with it.
+pub struct Kept(#[allow(dead_code)] Option<Arc<VfioDevice>>);
 
 /// What is stored to ring the host's doorbells: data, space.
 fn doorbell_values() -> [u32; 2] {
     [VECTOR_DATA, VECTOR_SPACE].map(|vector| u32::from(HOST_PEER) << 16 | u32::from(vector))
 }
 
-/// Looks for a function with a region, and takes it. `None`: there is none, or none that can be had; why is in the log.
-pub fn find() -> Option<Device> {
+/// Whether there is a function that may have a region.
+pub fn present() -> bool {
+    !pci::candidates(Path::new(pci::DEVICES)).is_empty()
+}
+
+/// Looks for a function with a region, and takes it. `None`: there is none that can be had; why is in the log, unless it
+/// was `said` before.
+pub fn find(said: &mut String) -> Option<Device> {
     let candidates = pci::candidates(Path::new(pci::DEVICES));
-    candidates.iter().find_map(|function| match open(function) {
-        Ok(device) => {
-            log::event(
-                "ring-found",
-                &[
-                    ("function", &device.function),
-                    ("by", &device.how),
-                    ("bytes", &adit_ringbuf::RingMem::len(&device.memory)),
-                    ("why", &device.why),
-                ],
-            );
-            Some(device)
-        }
+    let mut reasons = String::new();
+    let found = candidates.iter().find_map(|function| match open(function) {
+        Ok(device) => Some(device),
         Err(e) => {
-            let why = chain(&e);
-            let said: [(&str, &dyn fmt::Display); 2] =
-                [("function", &function.address), ("why", &why)];
-            log::event("ring-not-used", &said);
+            reasons += &format!("{}: {}; ", function.address, chain(&e));
             None
         }
-    })
+    });
+    if let Some(device) = &found {
+        let bytes = adit_ringbuf::RingMem::len(&device.memory);
+        let fields: [(&str, &dyn fmt::Display); 4] = [
+            ("function", &device.function),
+            ("by", &device.how),
+            ("bytes", &bytes),
+            ("why", &device.why),
+        ];
+        log::event("ring-found", &fields);
+    } else if *said != reasons {
+        let why = reasons.trim_end_matches("; ");
+        log::event("ring-not-used", &[("why", &why)]);
+        *said = reasons;
+    }
+    found
 }
 
 fn open(function: &Function) -> Result<Device, OpenError> {

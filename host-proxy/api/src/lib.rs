@@ -114,6 +114,15 @@ pub struct Carrier {
     pub bytes: u64,
     /// What a read of a line of it takes on the host, ns, as measured when it came.
     pub line_ns: u32,
+    /// How the guest is rung, as its agent says.
+    #[serde(default)]
+    pub doorbell: Option<String>,
+    /// What a dial that the agent answers takes over the ring, ns, as measured when the session began.
+    #[serde(default)]
+    pub dial_ns: Option<u64>,
+    /// The same over vsock, measured at the same time.
+    #[serde(default)]
+    pub vsock_dial_ns: Option<u64>,
     /// Streams open over the ring now.
     pub streams: u32,
 }

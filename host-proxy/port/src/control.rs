@@ -37,7 +37,10 @@ pub const PREFIX_MAX: usize = 32 << 10;
 pub const DIALS_MAX: usize = 1024;
 /// Descriptors that come with one `Handover` at most: the live table, and those of
 /// `adit_channel::vhost_user::Handover`.
-pub const HANDOVER_FDS_MAX: usize = 38;
+pub const HANDOVER_FDS_MAX: usize = 44;
+/// Descriptors of a ring in a `Handover`, behind all others: QEMU's connection, the memory, the doorbells (data and space
+/// of the guest, data and space of the host).
+pub const RING_FDS: usize = 6;
 /// Name of the control socket in the VM's directory.
 pub const CONTROL_SOCKET: &str = "ctl.sock";
 /// Name of the vhost-user socket in the VM's directory.
@@ -193,6 +196,15 @@ pub struct Handover {
     pub seq: u64,
     /// As `adit_channel::vhost_user::Handover`; empty: no frontend is connected, and the live table comes alone.
     pub record: Vec<u8>,
+    /// A ring's descriptors behind the others: none, or [`RING_FDS`]. Frames of version 1 lack this field and have none.
+    pub ring: u8,
+}
+
+/// A `Handover` of version 1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct HandoverV1 {
+    pub(crate) seq: u64,
+    pub(crate) record: Vec<u8>,
 }
 
 /// `aditd` has it, and the one before no more.
@@ -227,6 +239,10 @@ pub struct Ring {
     pub bytes: u64,
     /// What a read of a line of the memory takes on the host, ns, as measured when it came.
     pub line_ns: u32,
+    /// How the guest hears us, as `adit_channel::ring::bell::Hears`; 0: it has not said.
+    pub hears: u8,
+    /// A dial that the agent refuses and its answer, over the ring and over vsock, ns; 0: not measured.
+    pub dial_ns: (u64, u64),
     /// Streams open over it now.
     pub streams: u32,
 }

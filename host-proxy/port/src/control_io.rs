@@ -18,12 +18,14 @@ use adit_channel::frame::{self, FrameError, HEADER_LEN, Header, IGNORABLE};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
 
 use crate::control::{
-    Attach, Cancel, ControlKind, Dial, DialFailed, Dialed, HANDOVER_FDS_MAX, Handover, Incoming,
-    Kept, PACKET_MAX, Quit, Release, Ring, Status, Stuck,
+    Attach, Cancel, ControlKind, Dial, DialFailed, Dialed, HANDOVER_FDS_MAX, Handover, HandoverV1,
+    Incoming, Kept, PACKET_MAX, Quit, Release, Ring, Status, Stuck,
 };
 
-/// Version of every control kind so far.
+/// Version of every control kind.
 const VERSION: u16 = 1;
+/// Version of a handover with a ring.
+const HANDOVER_VERSION: u16 = 2;
 /// What the kernel attaches to one packet at most (SCM_MAX_FD): with room for all, none is lost unseen.
 const SCM_FDS_MAX: usize = 253;
 const SCM_SPACE: usize = 24 + 4 * SCM_FDS_MAX;
@@ -151,7 +153,11 @@ impl Message {
             Self::Kept(m) => frame::encode(kind, VERSION, 0, 0, m),
             Self::Release(m) => frame::encode(kind, VERSION, 0, 0, m),
             // An aditd of before these kinds does without them.
-            Self::Handover(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
+            Self::Handover(m) if m.ring == 0 => {
+                let (seq, record) = (m.seq, m.record.clone());
+                frame::encode(kind, VERSION, 0, IGNORABLE, &HandoverV1 { seq, record })
+            }
+            Self::Handover(m) => frame::encode(kind, HANDOVER_VERSION, 0, IGNORABLE, m),
             Self::Stuck(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
             Self::Ring(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
         }?;
@@ -201,6 +207,11 @@ impl Message {
         } else if known(ControlKind::Release) {
             Self::Release(header.decode(body)?)
         } else if known(ControlKind::Handover) {
+            let HandoverV1 { seq, record } = header.decode(body)?;
+            let ring = 0;
+            Self::Handover(Handover { seq, record, ring })
+        } else if header.kind == ControlKind::Handover as u16 && header.version == HANDOVER_VERSION
+        {
             Self::Handover(header.decode(body)?)
         } else if known(ControlKind::Stuck) {
             Self::Stuck(header.decode(body)?)
@@ -395,6 +406,12 @@ mod tests {
             Message::Handover(Handover {
                 seq: 3,
                 record: vec![1; 4096],
+                ring: 0,
+            }),
+            Message::Handover(Handover {
+                seq: 4,
+                record: vec![1; 4096],
+                ring: 6,
             }),
             Message::Stuck(Stuck { reason: "x".into() }),
         ] {
@@ -427,6 +444,20 @@ mod tests {
             bytes[16..],
             [7, 0, 6, b't', b'c', b'p', b':', b'8', b'0', 0x88, 0x27]
         );
+    }
+
+    #[test]
+    fn a_handover_without_a_ring_is_one_of_version_1() {
+        let handover = |ring| {
+            let record = vec![1, 2];
+            let seq = 7;
+            Message::Handover(Handover { seq, record, ring }).encode()
+        };
+        let head = |version, len| [len, 0, 0, 0, 20, 0, version, 0, 0, 0, 0, 0, 4, 0, 0, 0];
+        let without = handover(0).unwrap();
+        assert_eq!(without, [&head(1, 4)[..], &[7, 2, 1, 2]].concat());
+        let with = handover(6).unwrap();
+        assert_eq!(with, [&head(2, 5)[..], &[7, 2, 1, 2, 6]].concat());
     }
 
     #[test]

@@ -21,9 +21,9 @@ use adit_channel::vhost_user::{self, Keeper, Releaser};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
-use crate::control::{HANDOVER_FDS_MAX, Handover};
+use crate::control::{HANDOVER_FDS_MAX, Handover, RING_FDS};
 
-const _: () = assert!(HANDOVER_FDS_MAX == 1 + adit_channel::vhost_user::DESCRIPTORS_MAX);
+const _: () = assert!(HANDOVER_FDS_MAX == 1 + adit_channel::vhost_user::DESCRIPTORS_MAX + RING_FDS);
 
 /// How long a frontend is kept waiting for an `aditd` that is connected and does not answer.
 pub const KEEP_LIMIT: Duration = Duration::from_secs(1);
@@ -39,6 +39,8 @@ pub struct Latest {
     pub seq: u64,
     /// `None`: no frontend.
     pub handover: Option<vhost_user::Handover>,
+    /// [`RING_FDS`] descriptors of the ring, or none.
+    pub ring: Vec<OwnedFd>,
 }
 
 struct State {
@@ -153,7 +155,11 @@ impl Keeping {
     /// There are no descriptors to be had.
     pub fn newer_than(&self, said: u64) -> io::Result<Option<(Handover, Vec<OwnedFd>)>> {
         let state = self.shared.lock();
-        let Latest { seq, handover } = &state.latest;
+        let Latest {
+            seq,
+            handover,
+            ring,
+        } = &state.latest;
         if *seq <= said {
             return Ok(None);
         }
@@ -165,7 +171,21 @@ impl Keeping {
                 fds.push(fd.try_clone()?);
             }
         }
-        Ok(Some((Handover { seq: *seq, record }, fds)))
+        for fd in ring {
+            fds.push(fd.try_clone()?);
+        }
+        let (seq, ring) = (*seq, ring.len() as u8);
+        Ok(Some((Handover { seq, record, ring }, fds)))
+    }
+
+    /// Keeps a ring's descriptors from now on; empty: no longer any.
+    pub fn set_ring(&self, fds: Vec<OwnedFd>) {
+        debug_assert!(fds.is_empty() || fds.len() == RING_FDS);
+        let mut state = self.shared.lock();
+        state.latest.seq += 1;
+        state.latest.ring = fds;
+        drop(state);
+        self.shared.wake();
     }
 
     /// Why the VMM that is there cannot be served, if so.
@@ -349,6 +369,29 @@ mod tests {
         assert_eq!(note.orphan(), None);
         keeper.keep(None);
         assert_eq!(Note::open(dir.path()).unwrap().orphan(), None);
+    }
+
+    #[test]
+    fn a_ring_is_kept_beside_the_frontend_and_without_it() {
+        let (keeping, mut keeper, _dir) = rig();
+        let null = || OwnedFd::from(File::open("/dev/null").unwrap());
+        keeping.set_ring((0..RING_FDS).map(|_| null()).collect());
+        let (alone, fds) = keeping.newer_than(0).unwrap().unwrap();
+        assert_eq!((alone.seq, alone.record.len()), (1, 0));
+        assert_eq!(
+            (usize::from(alone.ring), fds.len()),
+            (RING_FDS, 1 + RING_FDS)
+        );
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        keeper.keep(Some(handover(ours)));
+        let (both, fds) = keeping.newer_than(1).unwrap().unwrap();
+        assert_eq!(
+            (usize::from(both.ring), fds.len()),
+            (RING_FDS, 2 + RING_FDS)
+        );
+        keeping.set_ring(vec![]);
+        let (without, fds) = keeping.newer_than(2).unwrap().unwrap();
+        assert_eq!((without.seq, without.ring, fds.len()), (3, 0, 2));
     }
 
     #[test]

@@ -43,6 +43,9 @@ struct Args {
     /// Look on for so many microseconds (at most 1000) before sleeping: for VMs whose vCPUs have cores of their own.
     #[arg(long, value_name = "US", default_value_t = 0)]
     busy_poll_us: u64,
+    /// Give a QEMU that connects to ivshmem.sock so many MiB, a power of two up to 1024.
+    #[arg(long, value_name = "MIB", default_value_t = 4, value_parser = ivshmem_mib)]
+    ivshmem_mib: usize,
     /// Take guest memory from any file (hugetlbfs), not from sealed memfds only.
     #[arg(long)]
     allow_any_memory: bool,
@@ -60,6 +63,12 @@ fn vm_name(text: &str) -> Result<String, String> {
         return Err("use 1 to 63 of a-z 0-9 - . _".into());
     }
     Ok(text.to_owned())
+}
+
+fn ivshmem_mib(text: &str) -> Result<usize, String> {
+    let mib = text.parse().ok();
+    mib.filter(|mib: &usize| mib.is_power_of_two() && *mib <= 1024)
+        .ok_or_else(|| "use a power of two up to 1024".into())
 }
 
 fn main() -> ExitCode {
@@ -112,7 +121,10 @@ fn run(args: Args) -> anyhow::Result<()> {
     keeping.set_releaser(carrier.releaser());
     let control = place.control;
     let (rings, inbox) = rings::channel().context("cannot take rings")?;
-    let sockets = RingSockets::new(options.vm.clone(), place.ring, place.ivshmem, rings)?;
+    let bytes = args.ivshmem_mib << 20;
+    let mut sockets =
+        RingSockets::new(options.vm.clone(), place.ring, place.ivshmem, bytes, rings)?;
+    sockets.resume(left.ring);
     sockets.spawn().context("cannot serve ring.sock")?;
     let process = Process::new(options, carrier, left.live, keeping, control, stop)?;
     let mut process = process.with_rings(inbox)?;
@@ -125,6 +137,8 @@ fn run(args: Args) -> anyhow::Result<()> {
 struct Left {
     live: Arc<LiveFile>,
     handover: Option<vhost_user::Handover>,
+    /// Descriptors of a ring, or none.
+    ring: Vec<OwnedFd>,
     note: Note,
     stuck: Option<String>,
 }
@@ -133,10 +147,11 @@ impl Left {
     fn find(args: &Args) -> anyhow::Result<Self> {
         let mut note = Note::open(&args.dir).context("cannot note which VMM is connected")?;
         let resumed = args.resume.then(received).transpose();
-        if let Ok(Some((live, handover))) = resumed {
+        if let Ok(Some((live, handover, ring))) = resumed {
             return Ok(Self {
                 live: Arc::new(live),
                 handover,
+                ring,
                 note,
                 stuck: None,
             });
@@ -165,6 +180,7 @@ impl Left {
         Ok(Self {
             live: Arc::new(LiveFile::create().context("no memory for the live table")?),
             handover: None,
+            ring: Vec::new(),
             note,
             stuck,
         })
@@ -172,11 +188,13 @@ impl Left {
 }
 
 /// Takes what `aditd` passes on.
-fn received() -> anyhow::Result<(LiveFile, Option<vhost_user::Handover>)> {
-    let (message, fds) = receive_all(std::io::stdin())?.context("it is closed")?;
+fn received() -> anyhow::Result<(LiveFile, Option<vhost_user::Handover>, Vec<OwnedFd>)> {
+    let (message, mut fds) = receive_all(std::io::stdin())?.context("it is closed")?;
     let Message::Handover(handover) = message else {
         anyhow::bail!("another frame: {:?}", message.kind());
     };
+    let others = fds.len().checked_sub(handover.ring.into());
+    let ring = fds.split_off(others.context("it lacks the ring's descriptors")?);
     let mut fds = fds.into_iter();
     let live = LiveFile::open(fds.next().context("it lacks the live table")?)?;
     let bytes = handover.record;
@@ -184,7 +202,7 @@ fn received() -> anyhow::Result<(LiveFile, Option<vhost_user::Handover>)> {
         bytes,
         fds: fds.collect(),
     });
-    Ok((live, handover))
+    Ok((live, handover, ring))
 }
 
 /// As many tunnels as the machine lets us have.

@@ -37,12 +37,14 @@ use crate::control::{
 use crate::control_io::{ControlError, Message, receive, send_all};
 use crate::keep::Keeping;
 use crate::rings::{RingInbox, RingInfo, RingNews};
+use bell::Bell;
 
 /// Frames that wait for `aditd` at most.
 pub const OUTBOX_MAX: usize = 4 * DIALS_MAX;
 /// Frames taken from `aditd` in one turn.
 const FRAMES_A_TURN: usize = 64;
 
+mod bell;
 mod ring;
 mod say;
 
@@ -51,6 +53,7 @@ const KEY_CONTROL: u32 = 2;
 const KEY_STOP: u32 = 3;
 const KEY_KEEP: u32 = 4;
 const KEY_RINGS: u32 = 5;
+const KEY_BELL: u32 = 6;
 
 /// What a port process is told at start.
 #[derive(Debug)]
@@ -113,6 +116,7 @@ struct Asked {
 struct Rings {
     port: PortIndex,
     inbox: RingInbox,
+    bell: Bell,
     /// The one that is docked.
     docked: Option<(u64, RingInfo)>,
     /// Why there is none, for people.
@@ -196,6 +200,7 @@ impl<C: Carrier> Process<C> {
                 News::Ready { key: KEY_LISTENER } => self.accept(),
                 News::Ready { key: KEY_CONTROL } => self.control_ready(),
                 News::Ready { key: KEY_RINGS } => self.rings_changed(),
+                News::Ready { key: KEY_BELL } => self.bell_ready(),
                 News::Ready { key: KEY_KEEP } => {
                     self.keeping.clear_news();
                     self.done |= self.keeping.released();
@@ -482,6 +487,9 @@ impl<C: Carrier> Process<C> {
     // ---- what the port says
 
     fn notice(&mut self, port: PortIndex, notice: Notice) {
+        if self.bell_notice(port, &notice) {
+            return;
+        }
         match notice {
             Notice::Incoming {
                 stream,

@@ -8,26 +8,26 @@
 //! Both sockets are served by a thread of their own, so that a VMM that is slow, or hostile, keeps nobody but itself
 //! waiting. The last ring that came is the VM's; one that goes takes only itself away.
 
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use adit_channel::ring::{self, RingBells, RingCarrier, RingError};
 use adit_ringbuf::region::RegionError;
 use adit_ringbuf::{Mapped, RingMem};
 use adit_ringbuf_io::attach::{self, Bells, Code, Socket};
-use adit_ringbuf_io::ivshmem::{self, Alive};
+use adit_ringbuf_io::doorbell::{Doorbell, Waiter, from_passed};
+use adit_ringbuf_io::ivshmem::{self, Alive, Given};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::chain;
+use crate::control::RING_FDS;
 
-/// Bytes of the region that a stock QEMU is given: PCI wants a power of two.
-pub const IVSHMEM_BYTES: usize = 4 << 20;
 /// How long a VMM may take for each thing that it has to say.
 const SAY_LIMIT: Duration = Duration::from_secs(2);
 
@@ -55,6 +55,9 @@ pub enum RingNews {
         carrier: Box<RingCarrier>,
         /// What it is.
         info: RingInfo,
+        /// What a successor of this process needs to go on with it: [`RING_FDS`] descriptors, or none where the VMM
+        /// comes again by itself.
+        kept: Vec<OwnedFd>,
     },
     /// It is not any more.
     Went {
@@ -71,6 +74,7 @@ pub struct RingSender {
     news: Sender<RingNews>,
     bell: Arc<EventFd>,
     next: Arc<AtomicU64>,
+    guest: GuestBell,
 }
 
 /// Where they come out.
@@ -78,6 +82,46 @@ pub struct RingSender {
 pub struct RingInbox {
     news: Receiver<RingNews>,
     bell: Arc<EventFd>,
+    guest: GuestBell,
+}
+
+/// Rings the guest: by what its VMM gave, or by a byte on a stream where the guest has no interrupt.
+#[derive(Clone, Debug, Default)]
+pub struct GuestBell(Arc<Mutex<Option<UnixStream>>>);
+
+impl GuestBell {
+    /// From now on by bytes on this stream, which is nonblocking; or no longer.
+    pub fn set(&self, stream: Option<UnixStream>) {
+        *self.lock() = stream;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<UnixStream>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts itself before a doorbell.
+    fn before<D: Doorbell + Send + 'static>(&self, event: D) -> Box<Either<D>> {
+        let bell = self.clone();
+        Box::new(Either { event, bell })
+    }
+}
+
+struct Either<D> {
+    event: D,
+    bell: GuestBell,
+}
+
+impl<D: Doorbell> Doorbell for Either<D> {
+    fn ring(&self) -> io::Result<()> {
+        match &*self.bell.lock() {
+            None => self.event.ring(),
+            Some(stream) => {
+                // Full: it has rung. At its end: its reader tells.
+                let _ = { stream }.write(&[1]);
+                Ok(())
+            }
+        }
+    }
 }
 
 /// Both ends of the way.
@@ -88,12 +132,14 @@ pub fn channel() -> io::Result<(RingSender, RingInbox)> {
     let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
     let bell = Arc::new(bell);
     let (tell, news) = mpsc::channel();
+    let guest = GuestBell::default();
     let sender = RingSender {
         news: tell,
         bell: bell.clone(),
         next: Arc::default(),
+        guest: guest.clone(),
     };
-    Ok((sender, RingInbox { news, bell }))
+    Ok((sender, RingInbox { news, bell, guest }))
 }
 
 impl RingSender {
@@ -108,6 +154,17 @@ impl RingSender {
         bells: Bells,
         path: &'static str,
         kind: &'static str,
+    ) -> Result<(u64, u64), RingError> {
+        self.attach_kept(memory, bells, path, kind, Vec::new())
+    }
+
+    fn attach_kept(
+        &self,
+        memory: Mapped,
+        bells: Bells,
+        path: &'static str,
+        kind: &'static str,
+        kept: Vec<OwnedFd>,
     ) -> Result<(u64, u64), RingError> {
         let bytes = memory.len();
         let spec = ring::spec(bytes).ok_or(RegionError::Field {
@@ -124,10 +181,21 @@ impl RingSender {
             bytes: bytes as u64,
             line_ns: ring::line_ns(&memory),
         };
-        let carrier = RingCarrier::host(memory, spec, epoch, RingBells::of_host(bells))?;
+        let bells = RingBells {
+            data: self.guest.before(bells.guest_data),
+            space: self.guest.before(bells.guest_space),
+            data_heard: Box::new(bells.host_data),
+            space_heard: Box::new(bells.host_space),
+        };
+        let carrier = RingCarrier::host(memory, spec, epoch, bells)?;
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let carrier = Box::new(carrier);
-        self.tell(RingNews::Came { id, carrier, info });
+        self.tell(RingNews::Came {
+            id,
+            carrier,
+            info,
+            kept,
+        });
         Ok((id, epoch))
     }
 
@@ -150,6 +218,11 @@ impl RingInbox {
         self.bell.as_fd()
     }
 
+    /// What rings the guest of every ring that comes out of here.
+    pub fn guest_bell(&self) -> GuestBell {
+        self.guest.clone()
+    }
+
     /// What came since the last time.
     pub fn take(&self) -> Vec<RingNews> {
         let _ = self.bell.read();
@@ -163,6 +236,7 @@ pub struct RingSockets {
     vm: String,
     attach: attach::Listener,
     ivshmem: ivshmem::Server,
+    ivshmem_bytes: usize,
     out: RingSender,
     /// The VMM on the attach socket, and its ring.
     attached: Option<(Socket, u64)>,
@@ -179,17 +253,80 @@ impl RingSockets {
         vm: String,
         attach: attach::Listener,
         ivshmem: UnixListener,
+        ivshmem_bytes: usize,
         out: RingSender,
     ) -> io::Result<Self> {
-        let ivshmem = ivshmem::Server::new(ivshmem, IVSHMEM_BYTES).map_err(io::Error::other)?;
+        let ivshmem = ivshmem::Server::new(ivshmem, ivshmem_bytes).map_err(io::Error::other)?;
         Ok(Self {
             vm,
             attach,
             ivshmem,
+            ivshmem_bytes,
             out,
             attached: None,
             given: None,
         })
+    }
+
+    /// Goes on with the QEMU of a process that was killed: `left` is what that one kept of its ring, or nothing. What is of
+    /// no use keeps nobody else out.
+    pub fn resume(&mut self, left: Vec<OwnedFd>) {
+        if left.is_empty() {
+            return;
+        }
+        if let Err(e) = self.take_up(left) {
+            tracing::error!(error = %chain(&*e), "the ring that was left is of no use");
+        }
+    }
+
+    fn take_up(
+        &mut self,
+        left: Vec<OwnedFd>,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let left: Result<[OwnedFd; RING_FDS], _> = left.try_into();
+        let [
+            vmm,
+            memory_fd,
+            guest_data,
+            guest_space,
+            host_data,
+            host_space,
+        ] = left.map_err(|_| "another number of descriptors")?;
+        let memory = Mapped::from_memfd(memory_fd.try_clone()?, self.ivshmem_bytes)?;
+        let bells = Bells {
+            guest_data: from_passed(guest_data)?,
+            guest_space: from_passed(guest_space)?,
+            host_data: from_passed(host_data)?,
+            host_space: from_passed(host_space)?,
+        };
+        self.ivshmem.resume(vmm.into());
+        self.give(Given {
+            memory,
+            memory_fd,
+            bells,
+        })
+    }
+
+    /// Makes a ring of what the client of the ivshmem socket has.
+    fn give(&mut self, given: Given) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let vmm = self.ivshmem.client().ok_or("it has gone")?;
+        let mut kept = vec![vmm.try_clone_to_owned()?, given.memory_fd];
+        let bells = &given.bells;
+        for bell in [
+            &bells.guest_data,
+            &bells.guest_space,
+            &bells.host_data,
+            &bells.host_space,
+        ] {
+            let fd = bell.fd().ok_or("a doorbell without a descriptor")?;
+            kept.push(fd.try_clone_to_owned()?);
+        }
+        let (memory, bells) = (given.memory, given.bells);
+        let made = self
+            .out
+            .attach_kept(memory, bells, "ivshmem", "memfd", kept)?;
+        self.given = Some(made.0);
+        Ok(())
     }
 
     /// Serves them on a thread, until the process ends.
@@ -308,12 +445,8 @@ impl RingSockets {
                 Ok(None) => return Ok(()),
                 Ok(Some(given)) => {
                     self.client_gone("another VMM took its place");
-                    let made = self
-                        .out
-                        .attach(given.memory, given.bells, "ivshmem", "memfd");
-                    match made {
-                        Ok((id, _)) => self.given = Some(id),
-                        Err(e) => tracing::warn!(error = %chain(&e), "ring not made"),
+                    if let Err(e) = self.give(given) {
+                        tracing::warn!(error = %chain(&*e), "ring not made");
                     }
                 }
                 Err(ivshmem::IvshmemError::Io(e)) => return Err(e),

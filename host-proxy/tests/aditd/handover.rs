@@ -11,7 +11,11 @@ use crate::host::{Control, Host};
 fn try_hand_over(control: &Control, seq: u64, fds: usize) -> Result<(), ControlError> {
     let null = File::open("/dev/null").unwrap();
     let record = vec![7; 4096];
-    let message = Message::Handover(Handover { seq, record });
+    let message = Message::Handover(Handover {
+        seq,
+        record,
+        ring: 0,
+    });
     send_all(&control.0, &message, &vec![null.as_fd(); fds])
 }
 

@@ -21,16 +21,17 @@ const LIMIT: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(100);
 
 pub fn echo(port: Option<u32>) -> anyhow::Result<()> {
-    let mut device = ring::find().context("no ring")?;
+    let mut device = ring::find(&mut String::new()).context("no ring")?;
     if let Some(port) = port {
         let listener = VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, port)?;
         println!("RING-LISTENS");
         let (stream, _) = listener.accept()?;
-        device.hear(OwnedFd::from(stream).into())?;
+        // To the end of this program it is heard.
+        let _ = device.hear(OwnedFd::from(stream).into())?;
     }
     let hears = match device.data_ear {
         Ear::Event(_) => "msix",
-        Ear::Stream(_) => "vsock",
+        Ear::Stream(..) => "vsock",
         Ear::Deaf => "polling",
     };
     let nonce = adit_guest_driver::facts::boot_nonce();

@@ -16,10 +16,13 @@ mod from_guest;
 mod hostile;
 mod restarts;
 mod ring;
+mod ring_agent;
 mod stalls;
 mod takeover;
 
 const BOOT: Duration = Duration::from_secs(60);
+/// A VM's configuration where it has a ring.
+const RING: &str = "ring = { ivshmem_mib = 8 }";
 
 /// A host and one guest with the agent, ready.
 struct Setup {
@@ -46,6 +49,17 @@ fn setup(kernel: Kernel, script: &str, boot_files: bool) -> Option<Setup> {
 
 /// A guest of this host.
 fn boot(kernel: Kernel, host: Host, script: &str, boot_files: bool) -> Setup {
+    boot_with(kernel, host, script, boot_files, None)
+}
+
+/// The same, with a ring, perhaps behind an IOMMU.
+fn boot_with(
+    kernel: Kernel,
+    host: Host,
+    script: &str,
+    boot_files: bool,
+    iommu: Option<bool>,
+) -> Setup {
     let image = Image::build(kernel, &|what| println!("{what}")).unwrap();
     host.wait_port("web-1").unwrap();
     assert!(
@@ -64,7 +78,13 @@ fn boot(kernel: Kernel, host: Host, script: &str, boot_files: bool) -> Setup {
         script,
         boot_files,
     };
-    let mut guest = Guest::boot(&image, &who, &host.dir().join("web-1")).unwrap();
+    let server = host.ivshmem_socket("web-1");
+    let ring = iommu.map(|iommu| adit_tests::guest::Ring {
+        socket: &server,
+        iommu,
+        parameters: "",
+    });
+    let mut guest = Guest::boot_with(&image, &who, ring, &host.dir().join("web-1")).unwrap();
     let took = guest.wait_ready(BOOT).unwrap();
     println!(
         "guest {} ready after {} ms",

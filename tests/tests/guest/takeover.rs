@@ -17,13 +17,13 @@ use super::{BOOT, Setup, bins, boot, setup};
 const SOON: Duration = Duration::from_secs(20);
 
 impl Setup {
-    fn logs(&self) -> String {
+    pub fn logs(&self) -> String {
         let port = self.host.port_log("web-1");
         let (aditd, guest) = (self.host.log(), self.guest.serial());
         format!("aditd:\n{aditd}\nport:\n{port}\nguest:\n{guest}")
     }
 
-    fn vm(&self) -> serde_json::Value {
+    pub fn vm(&self) -> serde_json::Value {
         let (code, said) = self.adit(&["vm", "show", "web-1", "-o", "json"]);
         assert_eq!(code, 0, "{said}");
         serde_json::from_str(&said).unwrap()
@@ -40,7 +40,7 @@ impl Setup {
         .unwrap_or_else(|| panic!("no port process\n{}", self.logs()))
     }
 
-    fn kill_port(&self) {
+    pub fn kill_port(&self) {
         kill(Pid::from_raw(self.port_pid()), Signal::SIGKILL).unwrap();
     }
 

@@ -8,10 +8,12 @@ use std::io;
 use adit_channel::carrier::Carrier;
 use adit_channel::either::Either;
 use adit_channel::port::Port;
+use adit_channel::ring::bell::BELL_PORT;
 use adit_channel::ring::{Dock, RingState};
 use adit_channel::shard::PortIndex;
 use adit_engine::EngineConfig;
 
+use super::bell::Bell;
 use super::{Asked, KEY_RINGS, Process, RingNews, Rings, dial, failed};
 use crate::control::{Ring, Target};
 use crate::control_io::Message;
@@ -40,9 +42,12 @@ impl<C: Carrier> Process<C> {
             let listened = self.shard.port_mut(port).listen(at);
             listened.map_err(io::Error::other)?;
         }
+        let bell = self.shard.port_mut(self.port).listen(BELL_PORT);
+        bell.map_err(io::Error::other)?;
         self.shard.watch(inbox.bell(), KEY_RINGS)?;
         self.rings = Some(Rings {
             port,
+            bell: Bell::new(inbox.guest_bell()),
             inbox,
             docked: None,
             why: NONE_YET.to_owned(),
@@ -67,15 +72,22 @@ impl<C: Carrier> Process<C> {
                 return;
             };
             match news {
-                RingNews::Came { id, carrier, info } => {
+                RingNews::Came {
+                    id,
+                    carrier,
+                    info,
+                    kept,
+                } => {
                     tracing::info!(path = info.path, bytes = info.bytes, "a ring came");
                     dock.dock(*carrier);
                     rings.docked = Some((id, info));
+                    self.keeping.set_ring(kept);
                 }
                 RingNews::Went { id, why } if rings.docked.as_ref().is_some_and(|d| d.0 == id) => {
                     tracing::info!(why, "the ring went");
                     dock.undock();
                     rings.docked = None;
+                    self.keeping.set_ring(Vec::new());
                     rings.why = format!("the ring went: {why}");
                 }
                 RingNews::Went { .. } => {}
@@ -138,6 +150,8 @@ impl<C: Carrier> Process<C> {
             memory: info.map_or_else(String::new, |i| format!("{} by {}", i.memory, i.path)),
             bytes: info.map_or(0, |i| i.bytes),
             line_ns: info.map_or(0, |i| i.line_ns),
+            hears: rings.bell.hears,
+            dial_ns: rings.bell.dial_ns,
             // The table has far fewer.
             streams: port.streams() as u32,
         };
