@@ -22,7 +22,7 @@ mod takeover;
 
 const BOOT: Duration = Duration::from_secs(60);
 /// A VM's configuration where it has a ring.
-const RING: &str = "ring = { ivshmem_mib = 8 }";
+const RING: &str = "ivshmem_mib = 8";
 
 /// A host and one guest with the agent, ready.
 struct Setup {
