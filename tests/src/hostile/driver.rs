@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 use adit_channel::hello::{self, Common, Hello, Open, Status};
 use anyhow::{bail, ensure};
 
-use crate::pci::{Dma, Registers};
+use crate::memory::Dma;
+use crate::pci::Function;
+use crate::registers::{Register, Registers};
+use crate::window::Window;
 
 /// Descriptors of each queue.
 pub const SIZE: u16 = 128;
@@ -114,11 +117,12 @@ pub fn wait<T>(
 /// The device, driven.
 pub struct Driver {
     pub dma: Arc<Dma>,
-    regs: Registers,
+    regs: Box<dyn Registers>,
     pub cid: u64,
+    /// Storms are so many times smaller.
+    part: u32,
     /// Ports that packets came for while nobody waited for them.
     pub strays: BTreeSet<u32>,
-    notify: [u16; 3],
     avail: [u16; 3],
     rx_seen: u16,
     port: u32,
@@ -126,19 +130,27 @@ pub struct Driver {
 
 impl Driver {
     /// Takes the device; it is not started.
-    pub fn new() -> anyhow::Result<Self> {
-        let regs = Registers::take()?;
+    pub fn new(part: u32) -> anyhow::Result<Self> {
+        let regs: Box<dyn Registers> = match Function::take()? {
+            Some(function) => Box::new(function),
+            None => Box::new(Window::take()?),
+        };
         let cid = regs.guest_cid();
         Ok(Self {
             dma: Arc::new(Dma::new()?),
             strays: BTreeSet::new(),
             regs,
             cid,
-            notify: [0; 3],
+            part: part.max(1),
             avail: [0; 3],
             rx_seen: 0,
             port: 5000,
         })
+    }
+
+    /// How many of a storm there are.
+    pub fn storm(&self, full: u32) -> u32 {
+        full / self.part
     }
 
     /// Where a queue's part begins.
@@ -158,8 +170,8 @@ impl Driver {
 
     /// Resets.
     pub fn reset(&mut self) -> anyhow::Result<()> {
-        self.regs.set(20, 0u8);
-        wait("reset", || Ok((self.regs.get::<u8>(20) == 0).then_some(())))?;
+        self.regs.write(Register::Status, 0);
+        wait("reset", || Ok((self.regs.status() == 0).then_some(())))?;
         self.avail = [0; 3];
         self.rx_seen = 0;
         Ok(())
@@ -167,28 +179,29 @@ impl Driver {
 
     fn start_with(&mut self, features: u64) -> anyhow::Result<()> {
         self.reset()?;
-        self.regs.set(20, 3u8);
+        let set = |register, value| self.regs.write(register, value);
+        set(Register::Status, 3);
         for half in 0..2u32 {
-            self.regs.set(8, half);
-            self.regs.set(12, (features >> (32 * half)) as u32);
+            set(Register::FeaturesSelect, half);
+            set(Register::Features, (features >> (32 * half)) as u32);
         }
-        self.regs.set(20, 11u8);
-        ensure!(self.regs.get::<u8>(20) & 8 != 0, "features are refused");
+        set(Register::Status, 11);
+        ensure!(self.regs.status() & 8 != 0, "features are refused");
         for queue in 0..3u16 {
             let base = self.queue(queue);
             self.dma.write(base, &[0; QUEUE_PART]);
             // Without EVENT_IDX: no interrupt, please.
             self.dma.put(base + AVAIL, 1u16);
-            self.regs.set(22, queue);
-            self.regs.set(24, SIZE);
-            self.regs.set(26, u16::MAX);
-            for (at, part) in [(32, 0), (40, AVAIL), (48, USED)] {
-                self.regs.set_wide(at, self.dma.addr(base + part));
+            set(Register::QueueSelect, queue.into());
+            set(Register::QueueSize, SIZE.into());
+            for (n, part) in [0, AVAIL, USED].into_iter().enumerate() {
+                let addr = self.dma.addr(base + part);
+                set(Register::QueueAddress(2 * n), addr as u32);
+                set(Register::QueueAddress(2 * n + 1), (addr >> 32) as u32);
             }
-            self.notify[usize::from(queue)] = self.regs.get(30);
-            self.regs.set(28, 1u16);
+            set(Register::QueueEnable, 1);
         }
-        self.regs.set(20, 15u8);
+        set(Register::Status, 15);
         Ok(())
     }
 
@@ -225,7 +238,7 @@ impl Driver {
 
     /// Kicks.
     pub fn kick(&self, queue: u16) {
-        self.regs.kick(queue, self.notify[usize::from(queue)]);
+        self.regs.kick(queue);
     }
 
     /// The used index.

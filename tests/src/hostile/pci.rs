@@ -1,93 +1,24 @@
-//! A virtio PCI function without its driver: unbound, its registers mapped by sysfs, one huge page for its rings.
+//! A virtio PCI function without its driver: unbound, its registers mapped by sysfs.
 //!
-//! Source: virtio 1.3 §4.1 (PCI transport); Linux Documentation/PCI/sysfs-pci.rst, Documentation/admin-guide/mm/pagemap.rst.
+//! Source: virtio 1.3 §4.1 (PCI transport); Linux Documentation/PCI/sysfs-pci.rst.
 
-use std::fs::{self, File, OpenOptions};
+use std::cell::Cell;
+use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
 
-use anyhow::{Context, bail, ensure};
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{AtomicAccess, Bytes, FileOffset, MmapRegion, VolatileMemory};
+use anyhow::{Context, bail};
+use vm_memory::{AtomicAccess, FileOffset, MmapRegion};
 
-/// Size of a huge page, bytes.
-pub const PAGE: usize = 2 << 20;
+use crate::memory::{load, store};
+use crate::registers::{Register, Registers};
+
 const VIRTIO: &str = "0x1af4";
 /// 0x1040 + 19: a socket device.
 const VSOCK: &str = "0x1053";
 const CAP_VENDOR: u8 = 9;
 /// Memory space, bus master, no INTx.
 const COMMAND: u16 = 0x0406;
-
-/// Memory with a known physical address.
-pub struct Dma {
-    region: MmapRegion,
-    phys: u64,
-}
-
-impl Dma {
-    /// One huge page: contiguous, and never moved.
-    pub fn new() -> anyhow::Result<Self> {
-        fs::write("/proc/sys/vm/nr_hugepages", "4").context("no huge pages")?;
-        let flags =
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_POPULATE;
-        let region = MmapRegionBuilder::new(PAGE)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(flags)
-            .build()?;
-        let page = region.as_ptr() as u64 / 4096;
-        let mut entry = [0; 8];
-        File::open("/proc/self/pagemap")?.read_exact_at(&mut entry, page * 8)?;
-        let frame = u64::from_le_bytes(entry) & ((1 << 55) - 1);
-        ensure!(frame != 0, "page frame numbers are hidden");
-        Ok(Self {
-            region,
-            phys: frame * 4096,
-        })
-    }
-
-    /// The guest physical address of an offset.
-    pub fn addr(&self, at: usize) -> u64 {
-        self.phys + at as u64
-    }
-
-    /// Stores one aligned number.
-    pub fn put<T: AtomicAccess>(&self, at: usize, value: T) {
-        put(&self.region, at, value);
-    }
-
-    /// Loads one aligned number.
-    pub fn get<T: AtomicAccess>(&self, at: usize) -> T {
-        get(&self.region, at)
-    }
-
-    /// Copies bytes in.
-    pub fn write(&self, at: usize, bytes: &[u8]) {
-        let done = self.region.as_volatile_slice().write_slice(bytes, at);
-        done.expect("inside of the page");
-    }
-
-    /// Copies bytes out.
-    pub fn read(&self, at: usize, len: usize) -> Vec<u8> {
-        let mut bytes = vec![0; len];
-        let done = self.region.as_volatile_slice().read_slice(&mut bytes, at);
-        done.expect("inside of the page");
-        bytes
-    }
-}
-
-fn put<T: AtomicAccess>(region: &MmapRegion, at: usize, value: T) {
-    let done = region
-        .as_volatile_slice()
-        .store(value, at, Ordering::SeqCst);
-    done.expect("aligned, and inside");
-}
-
-fn get<T: AtomicAccess>(region: &MmapRegion, at: usize) -> T {
-    let value = region.as_volatile_slice().load(at, Ordering::SeqCst);
-    value.expect("aligned, and inside")
-}
 
 /// One structure of the function's registers.
 #[derive(Clone, Copy)]
@@ -97,18 +28,21 @@ struct Part {
 }
 
 /// The socket device's registers.
-pub struct Registers {
+pub struct Function {
     bars: Vec<(u8, MmapRegion)>,
     common: Part,
     notify: Part,
     notify_step: usize,
     device: Part,
+    /// The queue that is selected, and where each is kicked.
+    selected: Cell<usize>,
+    offsets: [Cell<u16>; 3],
 }
 
-impl Registers {
-    /// Takes the socket device away from the kernel.
-    pub fn take() -> anyhow::Result<Self> {
-        let dir = find()?;
+impl Function {
+    /// Takes the socket device away from the kernel; none: there is no such function.
+    pub fn take() -> anyhow::Result<Option<Self>> {
+        let Some(dir) = find() else { return Ok(None) };
         let name = dir.file_name().unwrap_or_default().to_os_string();
         if dir.join("driver").exists() {
             fs::write(dir.join("driver/unbind"), name.as_encoded_bytes()).context("unbind")?;
@@ -121,7 +55,7 @@ impl Registers {
         config.write_all_at(&COMMAND.to_le_bytes(), 4)?;
         let mut space = [0; 256];
         config.read_exact_at(&mut space, 0)?;
-        Self::map(&dir, &space)
+        Ok(Some(Self::map(&dir, &space)?))
     }
 
     fn map(dir: &Path, space: &[u8; 256]) -> anyhow::Result<Self> {
@@ -168,6 +102,8 @@ impl Registers {
             notify,
             notify_step: step,
             device,
+            selected: Cell::new(0),
+            offsets: Default::default(),
         })
     }
 
@@ -176,45 +112,61 @@ impl Registers {
         &found.expect("mapped in `map`").1
     }
 
-    /// Writes a register of the common configuration.
-    pub fn set<T: AtomicAccess>(&self, at: usize, value: T) {
-        put(self.bar(self.common), self.common.at + at, value);
+    fn set<T: AtomicAccess>(&self, at: usize, value: T) {
+        store(self.bar(self.common), self.common.at + at, value);
     }
 
-    /// Writes a 64-bit register, as §4.1.3.1 wants it: two halves.
-    pub fn set_wide(&self, at: usize, value: u64) {
-        self.set(at, value as u32);
-        self.set(at + 4, (value >> 32) as u32);
-    }
-
-    /// Reads a register of the common configuration.
-    pub fn get<T: AtomicAccess>(&self, at: usize) -> T {
-        get(self.bar(self.common), self.common.at + at)
-    }
-
-    /// The CID that the device tells.
-    pub fn guest_cid(&self) -> u64 {
-        let bar = self.bar(self.device);
-        let [low, high] = [0, 4].map(|at| u64::from(get::<u32>(bar, self.device.at + at)));
-        low | high << 32
-    }
-
-    /// Kicks a queue, whose notify offset is known.
-    pub fn kick(&self, queue: u16, offset: u16) {
-        let at = self.notify.at + usize::from(offset) * self.notify_step;
-        put(self.bar(self.notify), at, queue);
+    fn get<T: AtomicAccess>(&self, at: usize) -> T {
+        load(self.bar(self.common), self.common.at + at)
     }
 }
 
-fn find() -> anyhow::Result<PathBuf> {
-    for entry in fs::read_dir("/sys/bus/pci/devices")? {
-        let dir = entry?.path();
+impl Registers for Function {
+    fn write(&self, register: Register, value: u32) {
+        match register {
+            Register::FeaturesSelect => self.set(8, value),
+            Register::Features => self.set(12, value),
+            Register::Status => self.set(20, value as u8),
+            Register::QueueSelect => {
+                self.selected.set(value as usize);
+                self.set(22, value as u16);
+            }
+            Register::QueueSize => self.set(24, value as u16),
+            Register::QueueEnable => {
+                // No vector: everything is polled.
+                self.set(26, u16::MAX);
+                if let Some(offset) = self.offsets.get(self.selected.get()) {
+                    offset.set(self.get(30));
+                }
+                self.set(28, value as u16);
+            }
+            Register::QueueAddress(half) => self.set(32 + 4 * half, value),
+        }
+    }
+
+    fn status(&self) -> u8 {
+        self.get(20)
+    }
+
+    fn guest_cid(&self) -> u64 {
+        let bar = self.bar(self.device);
+        let [low, high] = [0, 4].map(|at| u64::from(load::<u32>(bar, self.device.at + at)));
+        low | high << 32
+    }
+
+    fn kick(&self, queue: u16) {
+        let offset = self.offsets.get(usize::from(queue)).map_or(0, Cell::get);
+        let at = self.notify.at + usize::from(offset) * self.notify_step;
+        store(self.bar(self.notify), at, queue);
+    }
+}
+
+fn find() -> Option<PathBuf> {
+    let devices = fs::read_dir("/sys/bus/pci/devices").ok()?;
+    devices.flatten().map(|entry| entry.path()).find(|dir| {
         let is = |file: &str, id: &str| {
             fs::read_to_string(dir.join(file)).is_ok_and(|text| text.trim() == id)
         };
-        if is("vendor", VIRTIO) && is("device", VSOCK) {
-            return Ok(dir);
-        }
-    }
-    bail!("no virtio socket device on the PCI bus")
+        is("vendor", VIRTIO) && is("device", VSOCK)
+    })
 }

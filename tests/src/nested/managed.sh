@@ -24,6 +24,24 @@ until_said ADIT-READY 120
 adit wait web-1 --for agent --timeout 60s || fail "no agent: $(adit vm show web-1)"
 echo "SHOW adit-vmm has registered web-1 and booted Debian: its agent is there ($(now) s)"
 page "first" && echo "SHOW curl -x aditd http://web-1/: this is web-1"
+# A neighbour whose root drives the socket device by hand. web-1 never notices; nor does adit-vmm, which grows by nothing.
+# Resident KiB beside the guest's memory, which is the one large mapping.
+beyond() { awk '/^Size:/ { size = $2 } /^Rss:/ && size < 120000 { sum += $2 } END { print sum }' /proc/$1/smaps; }
+hostile() {
+    WEB=$VMM LOG=/tmp/bad.log
+    start --kernel /l2/web-1/vmlinux --initrd /l2/web-1/initrd --memory 128M --vsock cid=4 --aditd $ADIT_SOCKET --name bad \
+        --cmdline "console=ttyS0 quiet panic=-1 mitigations=off hostile"
+    until_said HOSTILE-DONE 120
+    grep HOSTILE- $LOG
+    grep -q HOSTILE-FAILED $LOG && fail "a hostile guest"
+    [ $(grep -c HOSTILE-OK $LOG) = $(grep -c HOSTILE-CASE $LOG) ] || fail "a case without a verdict"
+    own=$(beyond $VMM)
+    [ $own -lt 16384 ] || fail "adit-vmm has grown to $own KiB beside its guest's memory"
+    page "beside a hostile guest" && echo "SHOW a hostile neighbour drove its device by hand, and web-1 did not notice ($(now) s)"
+    kill -TERM $VMM; ended 0 stopped
+    VMM=$WEB LOG=/tmp/web.log
+}
+hostile
 cat > /tmp/goal.yaml <<END
 steps: [{id: hello, script: {interpreter: /bin/sh, script: "echo hello from \$(hostname)"}}]
 END

@@ -27,6 +27,7 @@ const RUDE: &str = include_str!("rude.s");
 /// Shell functions for L1's scripts.
 pub const HELPERS: &str = include_str!("helpers.sh");
 const MANAGED: &str = include_str!("managed.sh");
+const HOSTILE: &str = include_str!("hostile.sh");
 
 /// A guest of L1.
 #[derive(Clone, Debug)]
@@ -103,7 +104,7 @@ impl Nested {
     }
 
     /// Boots L1 to show the main job through `adit-vmm`: aditd serves a VM that has no port process beside its VMM, through a
-    /// killed aditd, and a killed VMM whose VM was written down. Lines for people begin with `SHOW`.
+    /// killed aditd, a hostile neighbour, and a killed VMM whose VM was written down. Lines for people begin with `SHOW`.
     ///
     /// # Errors
     /// As [`boot`](Self::boot), or `bins` lacks aditd, adit-port or adit.
@@ -120,7 +121,7 @@ impl Nested {
                 vhost_socket: Path::new(""),
                 agent: Some(&agent),
                 trust: Some(&trust),
-                script: "",
+                script: HOSTILE,
                 boot_files: false,
             },
             packed: false,
