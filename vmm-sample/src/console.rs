@@ -66,43 +66,23 @@ impl Write for Out {
 pub struct Console(Mutex<Serial<Irq, NoEvents, Out>>);
 
 /// The line's registers, and what was typed and not read.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct LineState([u8; 9], Vec<u8>);
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct LineState(#[serde(with = "Registers")] SerialState);
 
-impl From<SerialState> for LineState {
-    fn from(s: SerialState) -> Self {
-        let registers = [
-            s.baud_divisor_low,
-            s.baud_divisor_high,
-            s.interrupt_enable,
-            s.interrupt_identification,
-            s.line_control,
-            s.line_status,
-            s.modem_control,
-            s.modem_status,
-            s.scratch,
-        ];
-        Self(registers, s.in_buffer)
-    }
-}
-
-impl From<&LineState> for SerialState {
-    fn from(LineState(registers, input): &LineState) -> Self {
-        let mut s = Self::default();
-        [
-            s.baud_divisor_low,
-            s.baud_divisor_high,
-            s.interrupt_enable,
-            s.interrupt_identification,
-            s.line_control,
-            s.line_status,
-            s.modem_control,
-            s.modem_status,
-            s.scratch,
-        ] = *registers;
-        s.in_buffer.clone_from(input);
-        s
-    }
+/// What a [`SerialState`] is, for `serde`.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "SerialState")]
+struct Registers {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
 }
 
 impl Console {
@@ -121,20 +101,14 @@ impl Console {
                     .with_context(|| format!("cannot write {}", path.display()))?,
             ),
         };
-        let state = SerialState::from(state);
-        let serial = Serial::from_state(&state, Irq(interrupt), NoEvents, out)
+        let serial = Serial::from_state(&state.0, Irq(interrupt), NoEvents, out)
             .map_err(|e| anyhow::anyhow!("serial line: {e:?}"))?;
         Ok(Arc::new(Self(Mutex::new(serial))))
     }
 
-    /// The registers of a new line.
-    pub fn fresh() -> LineState {
-        SerialState::default().into()
-    }
-
     /// The registers, and what was typed and not read.
     pub fn save(&self) -> LineState {
-        lock(&self.0).state().into()
+        LineState(lock(&self.0).state())
     }
 
     /// Reads a register.

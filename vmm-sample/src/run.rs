@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use clap::Parser;
 
 use crate::bus::lock;
-use crate::console::Console;
+use crate::console::LineState;
 use crate::exit::Reason;
 use crate::machine::{CPUS_MAX, Machine, Shape};
 use crate::options::{Command, Host, Options, Restore, Run};
@@ -68,7 +68,7 @@ fn run(options: &Run) -> anyhow::Result<Reason> {
     let shape = options.shape();
     let memory = Arc::new(memory::allocate(shape.memory)?);
     let (devices, registered) = devices(&options.host, &filters)?;
-    let machine = Machine::new(&shape, memory, devices, &Console::fresh())?;
+    let machine = Machine::new(&shape, memory, devices, &LineState::default())?;
     machine.boot(&options.boot())?;
     go(machine, signals, &options.host, &filters, registered)
 }

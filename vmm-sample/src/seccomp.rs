@@ -166,38 +166,3 @@ extern "C" fn forbidden(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
         libc::_exit(1);
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const CHILD: &str = "ADIT_VMM_FORBIDDEN_CALL";
-
-    /// Runs itself again: what is forbidden ends a process.
-    #[test]
-    fn a_forbidden_call_ends_the_process_with_a_report() {
-        if std::env::var_os(CHILD).is_some() {
-            let filters = Filters::on().unwrap();
-            let thread = std::thread::Builder::new().name("vcpu0".to_owned());
-            let run = move || {
-                filters.apply(Thread::Vcpu).unwrap();
-                let _ = std::fs::File::open("/etc/passwd");
-            };
-            let _ = thread.spawn(run).unwrap().join();
-            return;
-        }
-        let out = std::process::Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "seccomp::tests::a_forbidden_call_ends_the_process_with_a_report",
-            ])
-            .args(["--nocapture"])
-            .env(CHILD, "1")
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&out.stderr);
-        assert_eq!(out.status.code(), Some(1), "{said}");
-        let call = format!("may not make: {} by vcpu0", libc::SYS_openat);
-        assert!(said.contains(&call), "{said}");
-    }
-}

@@ -10,7 +10,7 @@ use adit_benches::{DriverConfig, VmMemory, memory};
 use adit_channel::device::{HEADER_BYTES, HOST_CID, RX_QUEUE, WireHeader};
 use adit_engine::{Kind, Op, PacketHeader};
 use adit_vmm_sample::memory::ranges;
-use common::{DISK, DISK_RING, Noise, VSOCK, Vm, until};
+use common::{DISK, DISK_RING, Noise, VSOCK, Vm, heard, until};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -194,7 +194,7 @@ fn r34_nothing_is_completed_to_a_queue_that_was_reset() {
         };
         let after = look(&vm);
         vm.disk_kick.write(1).unwrap();
-        until("the kick is heard", || vm.disk_kick.read().is_err());
+        heard(&vm.disk_kick);
         assert_eq!(look(&vm), after);
     }
     vm.honest();
@@ -269,7 +269,7 @@ fn r60_a_guest_without_an_event_buffer_is_told_when_it_has_one() {
         let wanted = vm.event.publish();
         assert!(wanted || n > 0, "the device waits for a buffer");
         vm.kick(2);
-        until("the kick is heard", || vm.kicks[2].read().is_err());
+        heard(&vm.kicks[2]);
         vm.settle();
         until("the event", || vm.event.used_idx() == 1);
     }

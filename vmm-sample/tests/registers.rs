@@ -146,11 +146,10 @@ fn r16_queues_that_overflow_or_end_outside_are_refused() {
                 vm.put_at(base, VIRTIO_MMIO_STATUS, 0xf);
                 let status = vm.get_at(base, VIRTIO_MMIO_STATUS);
                 assert_eq!(status, 0xf | NEEDS_RESET, "{base:#x} {part} {addr:#x}");
-                assert_eq!(
-                    vm.get_at(base, VIRTIO_MMIO_INTERRUPT_STATUS),
-                    2,
-                    "it says so"
-                );
+                let why = vm.get_at(base, VIRTIO_MMIO_INTERRUPT_STATUS);
+                assert_eq!(why, 3, "it says so");
+                vm.put_at(base, VIRTIO_MMIO_INTERRUPT_ACK, 2);
+                assert_eq!(vm.get_at(base, VIRTIO_MMIO_INTERRUPT_STATUS), 1);
                 refused += 1;
             }
         }
@@ -176,7 +175,7 @@ fn r35_a_saved_window_fits_its_own_kind_only() {
     let other = Vm::on(vm.memory.clone(), vm.config);
     other.transport().restore(&saved).unwrap();
     assert_eq!(other.status(), 0xf);
-    assert_eq!(other.get(VIRTIO_MMIO_INTERRUPT_STATUS), 1);
+    assert!(other.irq.read().is_ok(), "one that may be lost");
     // What was altered is refused, or stays inside guest memory.
     for at in 0..bytes.len() {
         let mut bytes = bytes.clone();

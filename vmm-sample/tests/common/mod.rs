@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
@@ -14,15 +15,16 @@ use adit_benches::{Driver, DriverConfig};
 use adit_channel::device::{EVENT_QUEUE, GuestCid};
 use adit_engine::{Op, PacketHeader};
 use adit_vmm_sample::bus::{Bus, lock};
-use adit_vmm_sample::console::{Console, Line};
+use adit_vmm_sample::console::{Console, Line, LineState};
 use adit_vmm_sample::exit::Exit;
 use adit_vmm_sample::seccomp::Filters;
 use adit_vmm_sample::virtio::block::Block;
 use adit_vmm_sample::virtio::mmio::Transport;
 use adit_vmm_sample::virtio::vsock::{Owner, Vsock};
-use adit_vmm_sample::virtio::{Device, Interrupt, Memory};
+use adit_vmm_sample::virtio::{Device, Memory};
 use virtio_bindings::virtio_mmio::*;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Where the windows of vsock and disk are.
@@ -44,6 +46,18 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
         assert!(begin.elapsed() < PATIENCE, "not reached: {what}");
         std::thread::yield_now();
     }
+}
+
+/// Waits until a kick was taken, without taking it.
+#[track_caller]
+pub fn heard(kick: &EventFd) {
+    until("the kick is heard", || {
+        let epoll = Epoll::new().expect("an epoll set");
+        let readable = EpollEvent::new(EventSet::IN, 0);
+        let watch = epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), readable);
+        watch.expect("watched");
+        epoll.wait(0, &mut [EpollEvent::default()]).expect("a wait") == 0
+    });
 }
 
 /// Repeatable noise (Knuth's MMIX generator).
@@ -92,8 +106,7 @@ fn window(device: Box<dyn Device>, memory: &Memory) -> (Vec<EventFd>, EventFd, T
     let copy = |kick: &EventFd| kick.try_clone().expect("a descriptor");
     let kicks = device.kicks().into_iter().map(copy).collect();
     let irq = event();
-    let interrupt = Arc::new(Interrupt::new(copy(&irq)));
-    let transport = Transport::new(device, memory.clone(), interrupt).expect("queue sizes");
+    let transport = Transport::new(device, memory.clone(), copy(&irq)).expect("a page");
     (kicks, irq, transport)
 }
 
@@ -122,7 +135,7 @@ impl Vm {
         let (disk_kicks, _, disk) = window(Box::new(device), &memory);
         let [disk_kick] = <[EventFd; 1]>::try_from(disk_kicks).expect("one queue");
         let line = Line::File("/dev/null".into());
-        let console = Console::open(&line, event(), &Console::fresh()).expect("a line");
+        let console = Console::open(&line, event(), &LineState::default()).expect("a line");
         let exit = Arc::new(Exit::new().expect("a descriptor"));
         let bus = Bus::new(console, vec![(VSOCK, vsock), (DISK, disk)], exit);
         Self {
