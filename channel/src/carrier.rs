@@ -137,6 +137,61 @@ pub trait Carrier {
     fn woken(&mut self, id: u32) -> Woken;
 }
 
+/// The methods that a carrier leaves to the one that it has in a field.
+macro_rules! carried_by {
+    ($field:ident: $inner:ty) => {
+        type Rx<'a>
+            = <$inner as $crate::carrier::Carrier>::Rx<'a>
+        where
+            Self: 'a;
+        type Tx<'a>
+            = <$inner as $crate::carrier::Carrier>::Tx<'a>
+        where
+            Self: 'a;
+
+        fn caps(&self) -> $crate::carrier::CarrierCaps {
+            self.$field.caps()
+        }
+
+        fn rx(&mut self) -> Result<Option<Self::Rx<'_>>, $crate::carrier::CarrierFault> {
+            self.$field.rx()
+        }
+
+        fn tx(
+            &mut self,
+            lane: ::adit_engine::Lane,
+            want: u32,
+        ) -> Result<Option<Self::Tx<'_>>, $crate::carrier::CarrierFault> {
+            self.$field.tx(lane, want)
+        }
+
+        fn write_aside(&mut self, fd: ::std::os::fd::BorrowedFd<'_>) -> ::std::io::Result<usize> {
+            self.$field.write_aside(fd)
+        }
+
+        fn read_aside(&mut self, dst: &mut [u8]) -> Result<usize, $crate::carrier::CarrierFault> {
+            self.$field.read_aside(dst)
+        }
+
+        fn release_aside(&mut self) {
+            self.$field.release_aside();
+        }
+
+        fn flush(&mut self) {
+            self.$field.flush();
+        }
+
+        fn arm(&mut self, interest: $crate::carrier::Interest) -> $crate::carrier::Armed {
+            self.$field.arm(interest)
+        }
+
+        fn rest(&self) -> Option<::std::time::Duration> {
+            self.$field.rest()
+        }
+    };
+}
+pub(crate) use carried_by;
+
 /// A packet from the guest: header already private, payload still in guest memory.
 pub trait RxPacket {
     /// The header, fetched once.

@@ -12,6 +12,10 @@ pub mod either;
 pub mod frame;
 pub mod hello;
 #[cfg(feature = "device")]
+pub mod hybrid;
+#[cfg(feature = "device")]
+pub mod linked;
+#[cfg(feature = "device")]
 pub mod live;
 pub mod name;
 #[cfg(feature = "device")]

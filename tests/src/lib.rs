@@ -37,6 +37,11 @@ pub fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
+/// adit-vmm, static.
+pub fn vmm_bin() -> PathBuf {
+    target().join("x86_64-unknown-linux-musl/vmm/adit-vmm")
+}
+
 /// Static binaries for guests.
 pub fn guest_bin(name: &str) -> PathBuf {
     target().join("x86_64-unknown-linux-musl/guest").join(name)

@@ -8,7 +8,7 @@ use std::time::Duration;
 use adit_tests::guest::Identity;
 use adit_tests::image::{Image, Kernel};
 use adit_tests::nested::{HELPERS, Inner, Nested};
-use adit_tests::{guest_bin, target};
+use adit_tests::{guest_bin, target, vmm_bin};
 
 /// A step takes seconds; a machine that is busy with other things many more.
 const LIMIT: Duration = Duration::from_secs(240);
@@ -80,6 +80,14 @@ rude 0; ended 0 "switched itself off"
 rude 1; ended 3 "asked for a reset"
 rude 2; n=300; until [ $(tr -cd x < $LOG | wc -c) -ge 20000 ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "halting guest"; break; }; sleep 0.1; done
 kill -TERM $VMM; ended 0 stopped
+# At a terminal every key is the guest's, at once; ctrl-a x is not.
+mkfifo /tmp/keys
+script -qec "adit-vmm run --kernel /l2/rude2 --memory 64M" /tmp/typescript </tmp/keys >/tmp/screen 2>&1 & VMM=$!
+exec 9>/tmp/keys
+n=300; until [ $(tr -cd x < /tmp/screen | wc -c) -ge 20000 ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "guest at a terminal: $(tail -c 300 /tmp/screen)"; break; }; sleep 0.1; done
+printf 'a\003\001x' >&9
+wait $VMM || fail "at a terminal: $?"
+grep -q "adit-vmm: stopped" /tmp/screen || fail "at a terminal: $(tail -c 300 /tmp/screen)"
 echo NESTED-DONE rude
 "#;
 
@@ -188,7 +196,7 @@ fn fresh(name: &str) -> PathBuf {
 }
 
 fn vmm() -> (PathBuf, String) {
-    (guest_bin("adit-vmm"), "/bin/adit-vmm".to_owned())
+    (vmm_bin(), "/bin/adit-vmm".to_owned())
 }
 
 #[test]
@@ -214,6 +222,8 @@ fn stock_kernels_boot_and_their_streams_work() {
     let dir = fresh("nested");
     let mut programs = vec![vmm()];
     programs.extend(Nested::rude_kernels(&dir).unwrap());
+    let terminal = Path::new("/usr/bin/script");
+    programs.extend(Nested::with_libraries(terminal, &dir.join("stripped")).unwrap());
     let mut l1 = Nested::boot(&old, &inner, &programs, &script, &dir).unwrap();
     for marker in [
         "NESTED-DONE old",

@@ -51,7 +51,7 @@ impl Api {
     /// # Errors
     /// The socket cannot be made.
     pub fn open(path: &Path, machine: Arc<Mutex<Machine>>) -> anyhow::Result<Self> {
-        let listener = crate::virtio::vsock::bind(path)?;
+        let listener = adit_channel::hybrid::bind(path)?;
         std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
         Ok(Self {

@@ -16,9 +16,3 @@ pub fn duplicate(event: &EventFd) -> io::Result<OwnedFd> {
     let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
     fd.try_clone_to_owned()
 }
-
-/// Clears a nonblocking eventfd.
-pub fn clear(event: &OwnedFd) {
-    // EAGAIN: another reader was faster.
-    let _ = nix::unistd::read(event, &mut [0; 8]);
-}

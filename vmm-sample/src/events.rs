@@ -10,6 +10,7 @@ use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, Subscrib
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::terminal::Terminal;
 
 use crate::api::Api;
 use crate::bus::lock;
@@ -56,8 +57,38 @@ impl MutEventSubscriber for End {
     fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
 }
 
-/// Takes from the terminal what the line has room for.
-struct Keyboard(Arc<Console>);
+/// What is typed goes to the serial line, every key of it: a terminal is raw while the VM runs. Ctrl-A x stops the VM.
+struct Keyboard {
+    line: Arc<Console>,
+    exit: Arc<Exit>,
+    /// Ctrl-A was typed.
+    escaped: bool,
+}
+
+const ESCAPE: u8 = 1;
+
+impl Keyboard {
+    fn new(line: Arc<Console>, exit: Arc<Exit>) -> Self {
+        // Fails where it is no terminal.
+        let _ = io::stdin().lock().set_raw_mode();
+        Self {
+            line,
+            exit,
+            escaped: false,
+        }
+    }
+
+    fn typed(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            match (std::mem::take(&mut self.escaped), byte) {
+                (false, ESCAPE) => self.escaped = true,
+                (true, b'x') => self.exit.end(Reason::Stopped),
+                // Ctrl-A twice is one for the guest.
+                _ => drop(self.line.type_in(&[byte])),
+            }
+        }
+    }
+}
 
 impl MutEventSubscriber for Keyboard {
     fn init(&mut self, ops: &mut EventOps<'_>) {
@@ -67,16 +98,20 @@ impl MutEventSubscriber for Keyboard {
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let mut bytes = [0; 64];
-        let room = self.0.room().min(bytes.len());
+        let room = self.line.room().min(bytes.len());
         match nix::unistd::read(io::stdin().as_fd(), &mut bytes[..room]) {
-            Ok(n) if n > 0 => {
-                self.0.type_in(&bytes[..n]);
-            }
+            Ok(n) if n > 0 => self.typed(&bytes[..n]),
             // Nothing fits: it is asked again at once, until the guest has read.
             Ok(_) if room == 0 => std::thread::yield_now(),
             // The end, or a terminal that is gone.
             _ => drop(ops.remove(events)),
         }
+    }
+}
+
+impl Drop for Keyboard {
+    fn drop(&mut self) {
+        let _ = io::stdin().lock().set_canon_mode();
     }
 }
 
@@ -103,7 +138,7 @@ pub fn until_end(
     let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
     events.add_subscriber(Box::new(End(exit.clone())));
     events.add_subscriber(Box::new(Signals(signals, exit.clone())));
-    events.add_subscriber(Box::new(Keyboard(console)));
+    events.add_subscriber(Box::new(Keyboard::new(console, exit.clone())));
     if let Some(path) = api {
         events.add_subscriber(Box::new(Api::open(path, machine.clone())?));
     }

@@ -16,6 +16,7 @@ mod eventfd;
 mod events;
 pub mod exit;
 mod gate;
+mod hold;
 mod layout;
 mod machine;
 pub mod memory;

@@ -1,32 +1,29 @@
-//! A VM put together: memory, interrupt chips, processors, devices; started, held, ended.
+//! A VM put together: memory, interrupt chips, processors, devices; booted, started, ended. How it is held: `hold`.
 
 use std::fs::File;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use kvm_bindings::KVM_API_VERSION;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY};
 use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
-use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::Bytes;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::acpi::{self, Window};
 use crate::bus::{Bus, lock};
 use crate::console::{Console, Line, LineState};
-use crate::cpu_state::{ChipState, CpuState};
 use crate::exit::{Exit, Reason};
 use crate::gate::Gate;
 use crate::seccomp::{Filters, Thread};
-use crate::snapshot::State;
-use crate::virtio::mmio::{self, Transport, TransportState};
-use crate::virtio::{Device, Interrupt, Memory};
-use crate::{boot, cpu, layout, memory, snapshot};
+use crate::virtio::mmio::{Transport, TransportState, USED_BUFFER};
+use crate::virtio::{Device, Memory};
+use crate::{boot, cpu, layout, memory};
 
-/// QueueNotify of a virtio-mmio window.
-const QUEUE_NOTIFY: u64 = 0x50;
 /// Processors at most: the ids of local APICs are a byte, and one is the IOAPIC's.
 pub const CPUS_MAX: u8 = 32;
 
@@ -48,18 +45,18 @@ pub struct Shape {
 
 /// A VM. Fields are dropped in this order: KVM lets go of the memory before it is unmapped.
 pub struct Machine {
-    vcpus: Vec<Arc<Mutex<VcpuFd>>>,
-    vm: VmFd,
-    kvm: Kvm,
+    pub(crate) vcpus: Vec<Arc<Mutex<VcpuFd>>>,
+    pub(crate) vm: VmFd,
+    pub(crate) kvm: Kvm,
     windows: Vec<Window>,
     /// The interrupt that says that the generation changed.
-    generation: EventFd,
+    pub(crate) generation: EventFd,
     /// What the devices were when they were held; none while the machine runs.
-    held: Option<Vec<TransportState>>,
+    pub(crate) held: Option<Vec<TransportState>>,
     pub bus: Arc<Bus>,
     pub exit: Arc<Exit>,
-    gate: Arc<Gate>,
-    threads: Vec<JoinHandle<()>>,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) threads: Vec<JoinHandle<()>>,
     pub memory: Memory,
 }
 
@@ -85,6 +82,7 @@ pub fn kvm() -> anyhow::Result<Kvm> {
         Cap::Ioeventfd,
         Cap::Irqfd,
         Cap::UserMemory,
+        Cap::ReadonlyMem,
         Cap::ExtCpuid,
         Cap::ImmediateExit,
     ];
@@ -126,13 +124,14 @@ impl Machine {
         let mut gsis = IdAllocator::new(layout::FIRST_GSI, layout::LAST_GSI)?;
         let room = layout::MMIO_LEN * u64::from(layout::LAST_GSI);
         let mut space = AddressAllocator::new(layout::MMIO_BASE, room)?;
-        for device in devices {
+        for (n, device) in (0..).zip(devices) {
             let at = space.allocate(layout::MMIO_LEN, layout::MMIO_LEN, AllocPolicy::FirstMatch)?;
             let window = Window {
                 base: at.start(),
                 gsi: gsis.allocate_id()?,
             };
-            transports.push((window.base, transport(&vm, window, device, memory.clone())?));
+            let transport = transport(&vm, (n, window), device, memory.clone())?;
+            transports.push((window.base, transport));
             windows.push(window);
         }
 
@@ -173,30 +172,8 @@ impl Machine {
         boot::set(&lock(&self.vcpus[0]), &self.memory, entry)
     }
 
-    /// Goes on where a machine was held; its memory is this one's already.
-    ///
-    /// # Errors
-    /// The state does not fit this machine.
-    pub fn restore(&self, state: &State) -> anyhow::Result<()> {
-        ensure!(
-            state.devices.len() == self.bus.virtio.len(),
-            "the snapshot has {} virtio devices, and this machine {}: give it the same",
-            state.devices.len(),
-            self.bus.virtio.len()
-        );
-        for (vcpu, saved) in self.vcpus.iter().zip(&state.cpus) {
-            saved.restore(&lock(vcpu))?;
-        }
-        state.chips.restore(&self.vm)?;
-        for ((_, transport), saved) in self.bus.virtio.iter().zip(&state.devices) {
-            lock(transport).restore(saved)?;
-        }
-        self.new_generation()?;
-        Ok(self.generation.write(1)?)
-    }
-
     /// This is another life of the machine: a clone's kernel must not draw the random numbers of its origin.
-    fn new_generation(&self) -> anyhow::Result<()> {
+    pub(crate) fn new_generation(&self) -> anyhow::Result<()> {
         let mut id = [0; 16];
         File::open("/dev/urandom")?.read_exact(&mut id)?;
         Ok(self.memory.write_slice(&id, layout::GENERATION)?)
@@ -227,88 +204,29 @@ impl Machine {
         Ok(())
     }
 
-    /// Tells whether the machine is held.
-    pub fn is_paused(&self) -> bool {
-        self.held.is_some()
-    }
-
-    /// Holds everything that moves in the VM: processors first, for devices answer them.
-    ///
-    /// # Errors
-    /// A device cannot be held; everything goes on.
-    pub fn pause(&mut self) -> anyhow::Result<()> {
-        if self.is_paused() {
-            return Ok(());
-        }
-        self.gate.close(&self.threads);
-        let transports = self.bus.virtio.iter();
-        let held: anyhow::Result<_> = transports.map(|(_, t)| lock(t).pause()).collect();
-        match held {
-            Ok(held) => self.held = Some(held),
-            Err(e) => {
-                self.resume()?;
-                return Err(e);
-            }
-        }
-        Ok(())
-    }
-
-    /// Lets it go on.
-    ///
-    /// # Errors
-    /// None that leaves the machine held.
-    pub fn resume(&mut self) -> anyhow::Result<()> {
-        self.held = None;
-        for (_, transport) in &self.bus.virtio {
-            lock(transport).resume();
-        }
-        if !self.threads.is_empty() {
-            for vcpu in &self.vcpus {
-                // The guest's watchdog forgives the pause; EINVAL: it has no kvmclock.
-                let _ = lock(vcpu).kvmclock_ctrl();
-            }
-        }
-        self.gate.open();
-        Ok(())
-    }
-
-    /// Writes the held machine to a directory.
-    ///
-    /// # Errors
-    /// It is not held, or cannot be written.
-    pub fn snapshot(&mut self, dir: &Path) -> anyhow::Result<()> {
-        let save = |vcpu: &Arc<Mutex<VcpuFd>>| CpuState::save(&self.kvm, &self.vm, &lock(vcpu));
-        let cpus = self.vcpus.iter().map(save).collect::<Result<_, _>>()?;
-        let chips = ChipState::save(&self.vm)?;
-        let state = State {
-            memory: self.memory.iter().map(GuestMemoryRegion::len).sum(),
-            cpus,
-            chips,
-            line: self.bus.console.save(),
-            devices: self.held.take().context("the machine runs")?,
-        };
-        let written = snapshot::write(dir, &state, &self.memory);
-        self.held = Some(state.devices);
-        written
-    }
-
     /// Ends all threads.
     pub fn end(&mut self) {
         self.gate.end(std::mem::take(&mut self.threads));
     }
 }
 
+/// Puts a device's window on the bus. QueueNotify and the acknowledgement of used buffers are KVM's to hear.
 fn transport(
     vm: &VmFd,
-    window: Window,
+    (n, window): (u32, Window),
     device: Box<dyn Device>,
     memory: Memory,
 ) -> anyhow::Result<Transport> {
+    let at = |register: u32| IoEventAddress::Mmio(window.base + u64::from(register));
     for (queue, kick) in (0u32..).zip(device.kicks()) {
-        let notify = IoEventAddress::Mmio(window.base + QUEUE_NOTIFY);
-        vm.register_ioevent(kick, &notify, queue)?;
+        vm.register_ioevent(kick, &at(VIRTIO_MMIO_QUEUE_NOTIFY), queue)?;
     }
+    // Nobody listens.
+    let heard = EventFd::new(EFD_NONBLOCK)?;
+    vm.register_ioevent(&heard, &at(VIRTIO_MMIO_INTERRUPT_ACK), USED_BUFFER)?;
     let irq = EventFd::new(EFD_NONBLOCK)?;
     vm.register_irqfd(&irq, window.gsi)?;
-    mmio::Transport::new(device, memory, Arc::new(Interrupt::new(irq)))
+    let transport = Transport::new(device, memory, irq)?;
+    memory::register_window(vm, n, window.base, transport.page().mapping())?;
+    Ok(transport)
 }

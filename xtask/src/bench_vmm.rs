@@ -58,8 +58,7 @@ pub fn run(json: bool) -> anyhow::Result<()> {
         },
         packed: false,
     };
-    let vmm = adit_tests::guest_bin("adit-vmm");
-    let mut programs = vec![(vmm, "/bin/adit-vmm".to_owned())];
+    let mut programs = vec![(adit_tests::vmm_bin(), "/bin/adit-vmm".to_owned())];
     let ours = ["aditd", "adit-port", "adit"].map(|name| bins.join(name));
     let qemu = which("qemu-system-x86_64")?;
     for program in ours.iter().chain([&qemu]) {

@@ -153,7 +153,7 @@ pub fn vmm_binary() -> anyhow::Result<()> {
             "build",
             "--quiet",
             "--profile",
-            "guest",
+            "vmm",
             "--target",
             TARGETS[0],
             "-p",

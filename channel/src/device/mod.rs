@@ -42,7 +42,6 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
 
-#[cfg(any(feature = "vhost-user", feature = "ring"))]
 pub(crate) use burst::drain;
 pub use chain::INDIRECT_MAX;
 pub use error::{ActivateError, DeviceError};
@@ -75,7 +74,6 @@ pub const FEATURES: u64 = F_VERSION_1 | F_EVENT_IDX | F_INDIRECT | VSOCK_F_STREA
 /// Waker of a session's begin and end; 0 and 1 are the kicks.
 const WAKER_SESSION: u32 = 2;
 /// Waker ids below this belong to the device.
-#[cfg(feature = "vhost-user")]
 pub(crate) const WAKERS: u32 = 3;
 
 /// Rings the guest's driver: an interrupt, or a call descriptor.

@@ -33,9 +33,9 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 
-use adit_engine::{Lane, ResetReason};
+use adit_engine::ResetReason;
 
-use crate::carrier::{Armed, Carrier, CarrierCaps, CarrierFault, Interest, Woken};
+use crate::carrier::{Carrier, Woken};
 use crate::device::{
     ActivateError, Counters, GuestCid, QUEUE_MAX, RX_QUEUE, TX_QUEUE, VsockDevice, WAKERS, drain,
 };
@@ -209,44 +209,11 @@ impl VhostUserCarrier {
 }
 
 impl Carrier for VhostUserCarrier {
-    type Rx<'a> = <Device as Carrier>::Rx<'a>;
-    type Tx<'a> = <Device as Carrier>::Tx<'a>;
-
-    fn caps(&self) -> CarrierCaps {
-        self.device.caps()
-    }
+    crate::carrier::carried_by!(device: Device);
 
     fn begin(&mut self) {
         self.retired.clear();
         self.device.begin();
-    }
-
-    fn rx(&mut self) -> Result<Option<Self::Rx<'_>>, CarrierFault> {
-        self.device.rx()
-    }
-
-    fn tx(&mut self, lane: Lane, want: u32) -> Result<Option<Self::Tx<'_>>, CarrierFault> {
-        self.device.tx(lane, want)
-    }
-
-    fn write_aside(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        self.device.write_aside(fd)
-    }
-
-    fn read_aside(&mut self, dst: &mut [u8]) -> Result<usize, CarrierFault> {
-        self.device.read_aside(dst)
-    }
-
-    fn release_aside(&mut self) {
-        self.device.release_aside();
-    }
-
-    fn flush(&mut self) {
-        self.device.flush();
-    }
-
-    fn arm(&mut self, interest: Interest) -> Armed {
-        self.device.arm(interest)
     }
 
     fn tear(&mut self) {

@@ -127,7 +127,7 @@ impl Nested {
             packed: false,
         }];
         let mut programs = vec![
-            (crate::guest_bin("adit-vmm"), "/bin/adit-vmm".to_owned()),
+            (crate::vmm_bin(), "/bin/adit-vmm".to_owned()),
             (dir.join("fleet.key"), "/etc/fleet.key".to_owned()),
         ];
         let ours = ["aditd", "adit-port", "adit"].map(|name| bins.join(name));

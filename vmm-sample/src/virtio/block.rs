@@ -131,19 +131,11 @@ impl Device for Block {
         vec![&self.kick]
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
+    fn config(&self) -> Vec<u8> {
         // struct virtio_blk_config: capacity, size_max, seg_max (all but header and status).
-        let mut config = [0; 16];
-        config[..8].copy_from_slice(&self.sectors.to_le_bytes());
-        config[12..].copy_from_slice(&u32::from(QUEUE - 2).to_le_bytes());
-        let config = config.into_iter().chain(std::iter::repeat(0));
-        let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (byte, value) in data.iter_mut().zip(config.skip(skip.min(16))) {
-            *byte = value;
-        }
+        let seg_max = u64::from(QUEUE - 2) << 32;
+        [self.sectors.to_le_bytes(), seg_max.to_le_bytes()].concat()
     }
-
-    fn write_config(&mut self, _: u64, _: &[u8]) {}
 
     fn activate(&mut self, with: Activation) -> anyhow::Result<()> {
         let [queue] = <[Queue; 1]>::try_from(with.queues)

@@ -5,9 +5,14 @@
 //!                    features   queues         activated        a fault adds NEEDS_RESET
 //! ```
 //! A register written out of turn is ignored: features before FEATURES_OK only, queues between it and DRIVER_OK.
-//! QueueNotify never comes here: it is an ioeventfd.
+//!
+//! What the guest reads lies in a page that KVM maps for reading: reading a register leaves the guest's processor where it is,
+//! and only writes come here. Two of those do not either, being ioeventfds: QueueNotify, and the acknowledgement of a used
+//! buffer's interrupt. So an interrupt costs the guest no way out to this process. It need not be remembered for that: the line
+//! is this device's own and edge-triggered, so that InterruptStatus may say "used buffers" always.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
@@ -17,16 +22,67 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, MmapRegion, VolatileMemory};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::{Activation, Device, Interrupt, Memory};
+use super::{Activation, Device, Memory};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"adit");
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+/// Bytes of a window.
+pub const WINDOW: usize = 0x1000;
+/// InterruptStatus: a queue may have used buffers.
+pub const USED_BUFFER: u32 = 1 << 0;
+/// InterruptStatus: the configuration changed, or the device wants to be reset.
+const CONFIG_CHANGED: u32 = 1 << 1;
+
+/// What the guest reads.
+#[derive(Debug)]
+pub struct Page(MmapRegion);
+
+impl Page {
+    fn put(&self, register: u32, value: u32) {
+        let page = self.0.as_volatile_slice();
+        page.store(value.to_le(), register as usize, Ordering::SeqCst)
+            .expect("an aligned place in the page");
+    }
+
+    /// The mapping, for KVM.
+    pub fn mapping(&self) -> &MmapRegion {
+        &self.0
+    }
+}
+
+/// A device's interrupt: an irqfd, and the register in which the driver reads why.
+#[derive(Debug)]
+pub struct Interrupt {
+    page: Arc<Page>,
+    irq: EventFd,
+}
+
+impl Interrupt {
+    /// A queue has used buffers.
+    pub fn used(&self) {
+        // It fails only when it is full: an interrupt is on its way.
+        let _ = self.irq.write(1);
+    }
+
+    /// The device wants to be reset, or no longer.
+    fn needs_reset(&self, yes: bool) {
+        // The driver reads the reason after the interrupt came, so it stands there before.
+        let why = if yes { CONFIG_CHANGED } else { 0 };
+        self.page
+            .put(VIRTIO_MMIO_INTERRUPT_STATUS, USED_BUFFER | why);
+        if yes {
+            self.used();
+        }
+    }
+}
 
 /// What a queue's registers say.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Default, Serialize, Deserialize)]
 struct QueueRegisters {
     size: u16,
     ready: bool,
@@ -34,154 +90,201 @@ struct QueueRegisters {
     addresses: [u64; 3],
 }
 
-/// A saved window with its device.
-#[derive(Serialize, Deserialize)]
-pub struct TransportState {
-    device_id: u32,
-    status: u32,
-    selectors: [u32; 3],
-    driver_features: u64,
-    interrupt: u32,
-    queues: Vec<QueueRegisters>,
-    device: Vec<u8>,
+impl QueueRegisters {
+    /// The queue of a device that takes so many entries.
+    fn queue(&self, max: u16, event_idx: bool) -> anyhow::Result<Queue> {
+        let mut queue = Queue::new(max)?;
+        let [desc, avail, used] = self.addresses.map(GuestAddress);
+        queue.try_set_size(self.size)?;
+        queue.try_set_desc_table_address(desc)?;
+        queue.try_set_avail_ring_address(avail)?;
+        queue.try_set_used_ring_address(used)?;
+        queue.set_event_idx(event_idx);
+        queue.set_ready(self.ready);
+        Ok(queue)
+    }
 }
 
-/// A window's registers.
-pub struct Transport {
-    device: Box<dyn Device>,
-    memory: Memory,
-    interrupt: Arc<Interrupt>,
-    queues: Vec<Queue>,
+/// What the driver wrote.
+#[derive(Clone, Default, Serialize, Deserialize)]
+struct Registers {
     status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
     driver_features: u64,
     queue_sel: u32,
+    queues: Vec<QueueRegisters>,
 }
 
-impl Transport {
-    /// # Errors
-    /// A queue size of the device is no power of two.
-    pub fn new(
-        device: Box<dyn Device>,
-        memory: Memory,
-        interrupt: Arc<Interrupt>,
-    ) -> anyhow::Result<Self> {
-        let sizes = device.queue_sizes().iter();
-        let queues = sizes
-            .map(|&size| Queue::new(size))
-            .collect::<Result<_, _>>()?;
-        Ok(Self {
-            device,
-            memory,
-            interrupt,
-            queues,
-            status: 0,
-            device_features_sel: 0,
-            driver_features_sel: 0,
-            driver_features: 0,
-            queue_sel: 0,
-        })
-    }
-
-    /// Reads the window.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if offset >= u64::from(VIRTIO_MMIO_CONFIG) {
-            return self
-                .device
-                .read_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
-        }
-        // Registers are 32 bits wide and are read whole (§4.2.2.2).
-        if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
-            *data = self.register(offset as u32).to_le_bytes();
-        }
-    }
-
-    fn register(&self, offset: u32) -> u32 {
-        match offset {
-            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
-            VIRTIO_MMIO_VERSION => VERSION,
-            VIRTIO_MMIO_DEVICE_ID => self.device.id(),
-            VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            VIRTIO_MMIO_DEVICE_FEATURES => match self.device_features_sel {
-                0 => self.device.features() as u32,
-                1 => (self.device.features() >> 32) as u32,
-                _ => 0,
-            },
-            VIRTIO_MMIO_QUEUE_NUM_MAX => self.queue().map_or(0, |q| q.max_size().into()),
-            VIRTIO_MMIO_QUEUE_READY => self.queue().map_or(0, |q| q.ready().into()),
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
-            VIRTIO_MMIO_STATUS => self.status,
-            // No shared memory region (§4.2.2): a length of -1.
-            VIRTIO_MMIO_SHM_LEN_LOW | VIRTIO_MMIO_SHM_LEN_HIGH => u32::MAX,
-            VIRTIO_MMIO_SHM_BASE_LOW | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            // ConfigGeneration: no configuration ever changes. All else is write-only or not there.
-            _ => 0,
-        }
-    }
-
-    /// Writes the window.
-    pub fn write(&mut self, offset: u64, data: &[u8]) {
-        if offset >= u64::from(VIRTIO_MMIO_CONFIG) {
-            return self
-                .device
-                .write_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
-        }
-        let Ok(data) = <[u8; 4]>::try_from(data) else {
-            return;
+impl Registers {
+    fn new(sizes: &[u16]) -> Self {
+        let fresh = |&size: &u16| QueueRegisters {
+            size,
+            ..Default::default()
         };
-        let value = u32::from_le_bytes(data);
-        match offset as u32 {
-            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_sel = value,
-            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_sel = value,
-            VIRTIO_MMIO_DRIVER_FEATURES if self.is(VIRTIO_CONFIG_S_DRIVER) => {
-                if self.is(VIRTIO_CONFIG_S_FEATURES_OK) {
-                    return;
-                }
-                let (keep, set) = match self.driver_features_sel {
-                    0 => (!0xffff_ffff, u64::from(value)),
-                    1 => (0xffff_ffff, u64::from(value) << 32),
-                    _ => return,
-                };
-                self.driver_features = self.driver_features & keep | set;
-            }
-            VIRTIO_MMIO_QUEUE_SEL => self.queue_sel = value,
-            VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
-            VIRTIO_MMIO_STATUS => self.set_status(value),
-            offset => self.write_queue(offset, value),
+        Self {
+            queues: sizes.iter().map(fresh).collect(),
+            ..Default::default()
         }
     }
 
     fn is(&self, bit: u32) -> bool {
         self.status & bit != 0
     }
+}
 
-    fn queue(&self) -> Option<&Queue> {
-        self.queues.get(usize::try_from(self.queue_sel).ok()?)
+/// A saved window with its device.
+#[derive(Serialize, Deserialize)]
+pub struct TransportState {
+    device_id: u32,
+    registers: Registers,
+    device: Vec<u8>,
+}
+
+/// A window.
+pub struct Transport {
+    device: Box<dyn Device>,
+    memory: Memory,
+    interrupt: Arc<Interrupt>,
+    page: Arc<Page>,
+    registers: Registers,
+}
+
+/// Replaces one half of a 64-bit register.
+fn set_half(register: &mut u64, high: bool, value: u32) {
+    let shift = if high { 32 } else { 0 };
+    *register = *register & !(0xffff_ffff << shift) | u64::from(value) << shift;
+}
+
+impl Transport {
+    /// A window of this device, which interrupts by `irq`.
+    ///
+    /// # Errors
+    /// There is no memory for its page.
+    pub fn new(device: Box<dyn Device>, memory: Memory, irq: EventFd) -> anyhow::Result<Self> {
+        let page = Arc::new(Page(MmapRegion::new(WINDOW)?));
+        let fixed = [
+            (VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
+            (VIRTIO_MMIO_VERSION, VERSION),
+            (VIRTIO_MMIO_DEVICE_ID, device.id()),
+            (VIRTIO_MMIO_VENDOR_ID, VENDOR),
+            (VIRTIO_MMIO_INTERRUPT_STATUS, USED_BUFFER),
+            // No shared memory region (§4.2.2): a length of -1.
+            (VIRTIO_MMIO_SHM_LEN_LOW, u32::MAX),
+            (VIRTIO_MMIO_SHM_LEN_HIGH, u32::MAX),
+            (VIRTIO_MMIO_SHM_BASE_LOW, u32::MAX),
+            (VIRTIO_MMIO_SHM_BASE_HIGH, u32::MAX),
+        ];
+        for (register, value) in fixed {
+            page.put(register, value);
+        }
+        // No configuration here ever changes, so its generation does not, and writes to it are ignored.
+        let config = VIRTIO_MMIO_CONFIG as usize;
+        page.0
+            .as_volatile_slice()
+            .write_slice(&device.config(), config)?;
+        let transport = Self {
+            registers: Registers::new(device.queue_sizes()),
+            device,
+            memory,
+            interrupt: Arc::new(Interrupt {
+                page: page.clone(),
+                irq,
+            }),
+            page,
+        };
+        transport.show();
+        Ok(transport)
+    }
+
+    /// What the guest reads.
+    pub fn page(&self) -> &Page {
+        &self.page
+    }
+
+    /// Reads the window, as the guest does.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        let page = self.page.0.as_volatile_slice();
+        data.fill(0);
+        // Behind the end: zeroes.
+        let _ = page.read(data, usize::try_from(offset).unwrap_or(WINDOW));
+    }
+
+    /// Shows the registers that depend on others.
+    fn show(&self) {
+        let registers = &self.registers;
+        let features = match registers.device_features_sel {
+            0 => self.device.features() as u32,
+            1 => (self.device.features() >> 32) as u32,
+            _ => 0,
+        };
+        let selected = registers.queue_sel as usize;
+        let max = self.device.queue_sizes().get(selected).copied();
+        let ready = registers.queues.get(selected).is_some_and(|q| q.ready);
+        self.page.put(VIRTIO_MMIO_DEVICE_FEATURES, features);
+        self.page
+            .put(VIRTIO_MMIO_QUEUE_NUM_MAX, max.unwrap_or(0).into());
+        self.page.put(VIRTIO_MMIO_QUEUE_READY, ready.into());
+        self.page.put(VIRTIO_MMIO_STATUS, registers.status);
+    }
+
+    /// Writes the window.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        // Registers are 32 bits wide and are written whole (§4.2.2.2).
+        let (Ok(offset), Ok(data)) = (u32::try_from(offset), <[u8; 4]>::try_from(data)) else {
+            return;
+        };
+        let value = u32::from_le_bytes(data);
+        let registers = &mut self.registers;
+        match offset {
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => registers.device_features_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => registers.driver_features_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES => {
+                let early = registers.is(VIRTIO_CONFIG_S_DRIVER)
+                    && !registers.is(VIRTIO_CONFIG_S_FEATURES_OK);
+                let half = registers.driver_features_sel;
+                if early && half < 2 {
+                    set_half(&mut registers.driver_features, half == 1, value);
+                }
+            }
+            VIRTIO_MMIO_QUEUE_SEL => registers.queue_sel = value,
+            VIRTIO_MMIO_INTERRUPT_ACK if value & CONFIG_CHANGED != 0 => {
+                self.interrupt.needs_reset(false);
+            }
+            VIRTIO_MMIO_STATUS => self.set_status(value),
+            offset => self.write_queue(offset, value),
+        }
+        self.show();
     }
 
     fn write_queue(&mut self, offset: u32, value: u32) {
-        if !self.is(VIRTIO_CONFIG_S_FEATURES_OK) || self.is(VIRTIO_CONFIG_S_DRIVER_OK) {
-            return;
-        }
-        let Some(queue) = self.queues.get_mut(self.queue_sel as usize) else {
+        let registers = &mut self.registers;
+        let selected = registers.queue_sel as usize;
+        let turn =
+            registers.is(VIRTIO_CONFIG_S_FEATURES_OK) && !registers.is(VIRTIO_CONFIG_S_DRIVER_OK);
+        let max = self.device.queue_sizes().get(selected);
+        let (true, Some(queue), Some(&max)) = (turn, registers.queues.get_mut(selected), max)
+        else {
             return;
         };
         match offset {
             // Too large or no power of two: the queue keeps what it has.
-            VIRTIO_MMIO_QUEUE_NUM => {
-                if let Ok(size) = u16::try_from(value) {
-                    queue.set_size(size);
-                }
+            VIRTIO_MMIO_QUEUE_NUM if value <= max.into() && value.is_power_of_two() => {
+                queue.size = value as u16;
             }
-            VIRTIO_MMIO_QUEUE_READY => queue.set_ready(value == 1),
-            VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
-            VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
-            VIRTIO_MMIO_QUEUE_AVAIL_LOW => queue.set_avail_ring_address(Some(value), None),
-            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => queue.set_avail_ring_address(None, Some(value)),
-            VIRTIO_MMIO_QUEUE_USED_LOW => queue.set_used_ring_address(Some(value), None),
-            VIRTIO_MMIO_QUEUE_USED_HIGH => queue.set_used_ring_address(None, Some(value)),
+            VIRTIO_MMIO_QUEUE_READY => queue.ready = value == 1,
+            VIRTIO_MMIO_QUEUE_DESC_LOW | VIRTIO_MMIO_QUEUE_DESC_HIGH => {
+                let high = offset == VIRTIO_MMIO_QUEUE_DESC_HIGH;
+                set_half(&mut queue.addresses[0], high, value);
+            }
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW | VIRTIO_MMIO_QUEUE_AVAIL_HIGH => {
+                let high = offset == VIRTIO_MMIO_QUEUE_AVAIL_HIGH;
+                set_half(&mut queue.addresses[1], high, value);
+            }
+            VIRTIO_MMIO_QUEUE_USED_LOW | VIRTIO_MMIO_QUEUE_USED_HIGH => {
+                let high = offset == VIRTIO_MMIO_QUEUE_USED_HIGH;
+                set_half(&mut queue.addresses[2], high, value);
+            }
             _ => {}
         }
     }
@@ -201,37 +304,35 @@ impl Transport {
             if value & step == 0 {
                 return;
             }
-            if self.is(step) {
+            if self.registers.is(step) {
                 continue;
             }
-            match step {
-                VIRTIO_CONFIG_S_FEATURES_OK if !self.features_fit() => return,
-                VIRTIO_CONFIG_S_DRIVER_OK => {
-                    // Also when it fails: the driver reads both bits.
-                    self.status |= step;
-                    return self.activate();
-                }
-                _ => self.status |= step,
+            if step == VIRTIO_CONFIG_S_FEATURES_OK && !self.features_fit() {
+                return;
+            }
+            self.registers.status |= step;
+            if step == VIRTIO_CONFIG_S_DRIVER_OK {
+                self.activate();
             }
         }
     }
 
     fn features_fit(&self) -> bool {
-        self.driver_features & !self.device.features() == 0 && self.driver_features & VERSION_1 != 0
+        let wanted = self.registers.driver_features;
+        wanted & !self.device.features() == 0 && wanted & VERSION_1 != 0
     }
 
     /// What the device gets: copies, so that registers written later change nothing.
-    fn activation(&mut self) -> anyhow::Result<Activation> {
-        let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        for queue in &mut self.queues {
-            queue.set_event_idx(event_idx);
-        }
-        let copy = |q: &Queue| Queue::try_from(q.state()).map_err(anyhow::Error::from);
-        let queues = self.queues.iter().map(copy).collect::<Result<Vec<_>, _>>();
+    fn activation(&self) -> anyhow::Result<Activation> {
+        let features = self.registers.driver_features;
+        let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let sizes = self.device.queue_sizes().iter();
+        let queues = self.registers.queues.iter().zip(sizes);
+        let queues = queues.map(|(q, &max)| q.queue(max, event_idx));
         Ok(Activation {
             memory: self.memory.clone(),
-            features: self.driver_features,
-            queues: queues?,
+            features,
+            queues: queues.collect::<Result<_, _>>()?,
             interrupt: self.interrupt.clone(),
         })
     }
@@ -241,8 +342,9 @@ impl Transport {
         let activated = activation.and_then(|with| self.device.activate(with));
         if let Err(e) = activated {
             eprintln!("adit-vmm: virtio device {}: {e:#}", self.device.id());
-            self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
-            self.interrupt.config();
+            self.registers.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
+            self.show();
+            self.interrupt.needs_reset(true);
         }
     }
 
@@ -251,22 +353,9 @@ impl Transport {
     /// # Errors
     /// The device cannot be held.
     pub fn pause(&mut self) -> anyhow::Result<TransportState> {
-        let registers = |q: &Queue| QueueRegisters {
-            size: q.size(),
-            ready: q.ready(),
-            addresses: [q.desc_table(), q.avail_ring(), q.used_ring()],
-        };
         Ok(TransportState {
             device_id: self.device.id(),
-            status: self.status,
-            selectors: [
-                self.device_features_sel,
-                self.driver_features_sel,
-                self.queue_sel,
-            ],
-            driver_features: self.driver_features,
-            interrupt: self.interrupt.status(),
-            queues: self.queues.iter().map(registers).collect(),
+            registers: self.registers.clone(),
             device: self.device.pause()?,
         })
     }
@@ -283,54 +372,32 @@ impl Transport {
     pub fn restore(&mut self, state: &TransportState) -> anyhow::Result<()> {
         let id = self.device.id();
         anyhow::ensure!(
-            state.device_id == id && state.queues.len() == self.queues.len(),
+            state.device_id == id && state.registers.queues.len() == self.registers.queues.len(),
             "the snapshot has virtio device {} where this machine has {id}: give it the same devices",
             state.device_id
         );
-        [
-            self.device_features_sel,
-            self.driver_features_sel,
-            self.queue_sel,
-        ] = state.selectors;
-        self.driver_features = state.driver_features;
-        self.status = state.status;
-        for (queue, saved) in self.queues.iter_mut().zip(&state.queues) {
-            queue.set_size(saved.size);
-            let [desc, avail, used] = saved
-                .addresses
-                .map(|a| (Some(a as u32), Some((a >> 32) as u32)));
-            queue.set_desc_table_address(desc.0, desc.1);
-            queue.set_avail_ring_address(avail.0, avail.1);
-            queue.set_used_ring_address(used.0, used.1);
-            queue.set_ready(saved.ready);
-        }
-        let active = self.is(VIRTIO_CONFIG_S_DRIVER_OK) && !self.is(VIRTIO_CONFIG_S_NEEDS_RESET);
+        self.registers = state.registers.clone();
+        let broken = self.registers.is(VIRTIO_CONFIG_S_NEEDS_RESET);
+        let active = self.registers.is(VIRTIO_CONFIG_S_DRIVER_OK) && !broken;
         anyhow::ensure!(
             !active || self.features_fit(),
             "saved features are not on offer"
         );
-        let with = match active {
-            true => Some(self.activation()?),
-            false => None,
-        };
+        let with = active.then(|| self.activation()).transpose()?;
         self.device.restore(&state.device, with)?;
-        self.interrupt.restore(state.interrupt);
-        if active {
-            // One that was on its way when the machine was held may be lost; one too many does no harm.
-            self.interrupt.used();
+        self.show();
+        // One that was on its way when the machine was held may be lost; one too many does no harm.
+        match broken {
+            true => self.interrupt.needs_reset(true),
+            false => self.interrupt.used(),
         }
         Ok(())
     }
 
     fn reset(&mut self) {
         self.device.reset();
-        for queue in &mut self.queues {
-            queue.reset();
-        }
-        self.status = 0;
-        (self.device_features_sel, self.driver_features_sel) = (0, 0);
-        (self.driver_features, self.queue_sel) = (0, 0);
-        self.interrupt.clear();
+        self.registers = Registers::new(self.device.queue_sizes());
+        self.interrupt.needs_reset(false);
         for kick in self.device.kicks() {
             // Empty already: nobody kicked. What is left of the old queues must not wake the new ones.
             let _ = kick.read();

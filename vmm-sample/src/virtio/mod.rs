@@ -5,68 +5,15 @@ pub mod mmio;
 pub mod vsock;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use mmio::Interrupt;
+
 /// Guest memory as devices hold it.
 pub type Memory = Arc<GuestMemoryMmap>;
-
-/// InterruptStatus: a queue has used buffers; the configuration changed.
-const USED_BUFFER: u32 = 1 << 0;
-const CONFIG_CHANGED: u32 = 1 << 1;
-
-/// A device's interrupt: an irqfd, and the register in which the driver reads why.
-#[derive(Debug)]
-pub struct Interrupt {
-    status: AtomicU32,
-    irq: EventFd,
-}
-
-impl Interrupt {
-    /// An interrupt that has no reason yet.
-    pub fn new(irq: EventFd) -> Self {
-        Self {
-            status: AtomicU32::new(0),
-            irq,
-        }
-    }
-
-    fn raise(&self, why: u32) {
-        // The driver reads the reason after the interrupt came, so it stands there before.
-        self.status.fetch_or(why, Ordering::SeqCst);
-        // It fails only when it is full: an interrupt is on its way.
-        let _ = self.irq.write(1);
-    }
-
-    /// A queue has used buffers.
-    pub fn used(&self) {
-        self.raise(USED_BUFFER);
-    }
-
-    /// The configuration changed, or the device wants to be reset.
-    pub fn config(&self) {
-        self.raise(CONFIG_CHANGED);
-    }
-
-    fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
-    }
-
-    fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::SeqCst);
-    }
-
-    fn restore(&self, status: u32) {
-        self.status.fetch_or(status, Ordering::SeqCst);
-    }
-
-    fn clear(&self) {
-        self.status.store(0, Ordering::SeqCst);
-    }
-}
 
 /// What a driver and a transport agreed upon.
 pub struct Activation {
@@ -90,10 +37,8 @@ pub trait Device: Send {
     fn queue_sizes(&self) -> &'static [u16];
     /// Nonblocking eventfds on which the driver kicks its queues, in the same order.
     fn kicks(&self) -> Vec<&EventFd>;
-    /// Fills `data` from the configuration space; zero behind its end.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// The driver writes the configuration space, in whatever state it is.
-    fn write_config(&mut self, offset: u64, data: &[u8]);
+    /// Its configuration space, which never changes.
+    fn config(&self) -> Vec<u8>;
     /// DRIVER_OK: the queues are the device's.
     ///
     /// # Errors

@@ -30,7 +30,7 @@ use anyhow::{Context, bail};
 use nix::fcntl::Flock;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::linked::Linked;
+use super::Linked;
 
 /// How long aditd may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);

@@ -1,39 +1,35 @@
-//! adit's virtio-vsock device in this process.
-//!
-//! ```text
-//!  vCPU threads                             "vsock" thread                         host
-//!  status, queues ─► Vsock ── Command ──► Linked ◄─► VsockDevice ◄─► engine ◄─► sinks ── sockets
-//!                       ◄── reply ──────────┘            ▲
-//!  kicks: ioeventfd ─────────────────────────────────────┤ epoll
-//!  interrupt: irqfd ◄────────────────────────────────────┘
-//! ```
-//! The device belongs to the thread that moves its packets; a register written on a vCPU's thread is a command that this
-//! thread carries out between two bursts, so the data path has no lock. What is above the engine is the owner's choice:
-//! `hybrid` sockets, or [`handed`] over to aditd.
+//! adit's virtio-vsock device in this process, on a thread of its own: registers are written on vCPU threads and carried out
+//! there, between two bursts (`adit_channel::linked`). What is above the engine is the owner's choice: sockets
+//! (`adit_channel::hybrid`), or [`handed`] over to aditd.
 
 pub mod handed;
-mod hybrid;
-mod linked;
 
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, Sender};
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
 
-use adit_channel::device::{DeviceState, FEATURES, GuestCid, QUEUE_MAX};
-use anyhow::Context;
+use adit_channel::device::{
+    DeviceState, FEATURES, GuestCid, QUEUE_MAX, Signal, VirtQueue, VirtQueues, VsockDevice,
+};
+use adit_channel::hybrid::Host;
+use adit_channel::linked::{self, Held, Remote};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use virtio_queue::Queue;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Activation, Device};
+use super::{Activation, Device, Interrupt, Memory};
+use crate::eventfd::duplicate;
 use crate::seccomp::{Filters, Thread};
 use handed::{Handed, Registration};
-use linked::{Linked, Task};
 
 /// Entries of each queue at most.
 const QUEUE: u16 = 256;
 const _: () = assert!(QUEUE <= QUEUE_MAX);
 
-const GONE: &str = "the vsock device has ended";
+/// The carrier that is given to a shard, or to whoever has one.
+type Linked = linked::Linked<Memory>;
 
 /// Who has the host's ends of the streams.
 #[derive(Debug)]
@@ -49,24 +45,16 @@ pub struct Vsock {
     cid: GuestCid,
     /// RX, TX, events.
     kicks: [EventFd; 3],
-    tasks: Sender<Task>,
-    /// Wakes the thread for a task.
-    bell: EventFd,
-    /// While it is there, the thread stands still.
-    held: Option<Sender<()>>,
+    remote: Remote<Memory>,
+    held: Option<Held>,
 }
 
-/// Binds a socket; one that a killed process left is taken away.
-///
-/// # Errors
-/// Somebody listens there, or it cannot be made.
-pub fn bind(path: &Path) -> anyhow::Result<UnixListener> {
-    let refused = std::io::ErrorKind::ConnectionRefused;
-    if UnixStream::connect(path).is_err_and(|e| e.kind() == refused) {
-        std::fs::remove_file(path)?;
+struct Irq(Arc<Interrupt>);
+
+impl Signal for Irq {
+    fn signal(&self, _queue: u16) {
+        self.0.used();
     }
-    UnixListener::bind(path)
-        .with_context(|| format!("cannot listen on {}: is it another VM's?", path.display()))
 }
 
 impl Vsock {
@@ -76,13 +64,15 @@ impl Vsock {
     /// The owner's sockets cannot be made, or there are no descriptors to be had.
     pub fn new(cid: GuestCid, owner: &Owner, filters: &Filters) -> anyhow::Result<Self> {
         let event = || EventFd::new(EFD_NONBLOCK);
-        let (kicks, bell) = ([event()?, event()?, event()?], event()?);
-        let (tasks, inbox) = mpsc::channel();
-        let carrier = Linked::new(cid, 1, inbox, &bell, &kicks)?;
+        let kicks = [event()?, event()?, event()?];
+        let device = VsockDevice::new(cid, 1)?;
+        let (carrier, remote) = linked::link(device, duplicate(&kicks[2])?)?;
         let run: Box<dyn FnOnce() + Send> = match owner {
             Owner::Sockets(uds) => {
-                let host = hybrid::Host::new(carrier, uds.as_deref())?;
-                Box::new(|| host.run())
+                let mut seed = [0; 8];
+                File::open("/dev/urandom")?.read_exact(&mut seed)?;
+                let host = Host::new(carrier, uds.as_deref(), u64::from_le_bytes(seed))?;
+                Box::new(|| eprintln!("adit-vmm: vsock ends: {}", host.run()))
             }
             Owner::Aditd(registration) => {
                 let handed = Handed::new(carrier, registration)?;
@@ -99,31 +89,14 @@ impl Vsock {
         Ok(Self {
             cid,
             kicks,
-            tasks,
-            bell,
+            remote,
             held: None,
         })
     }
 
-    fn give(&self, task: Task) -> anyhow::Result<()> {
-        self.tasks.send(task).ok().context(GONE)?;
-        // It fails only when the thread is woken already.
-        let _ = self.bell.write(1);
-        Ok(())
-    }
-
-    /// Has the thread do something with the device, and waits for the outcome.
-    fn ask<T: Send + 'static>(
-        &self,
-        what: impl FnOnce(&mut Linked) -> T + Send + 'static,
-    ) -> anyhow::Result<T> {
-        let (reply, answer) = mpsc::sync_channel(1);
-        let task: Task = Box::new(move |linked: &mut Linked| {
-            // Who asked is waiting below.
-            let _ = reply.send(what(linked));
-        });
-        self.give(task)?;
-        answer.recv().context(GONE)
+    /// Other descriptors of the kicks of RX and TX.
+    fn data_kicks(&self) -> std::io::Result<[OwnedFd; 2]> {
+        Ok([duplicate(&self.kicks[0])?, duplicate(&self.kicks[1])?])
     }
 }
 
@@ -144,33 +117,36 @@ impl Device for Vsock {
         self.kicks.iter().collect()
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // struct virtio_vsock_config: guest_cid, which never changes.
-        let cid = self.cid.get().to_le_bytes().into_iter();
-        let skip = usize::try_from(offset).unwrap_or(usize::MAX).min(8);
-        let config = cid.chain(std::iter::repeat(0)).skip(skip);
-        for (byte, value) in data.iter_mut().zip(config) {
-            *byte = value;
-        }
+    fn config(&self) -> Vec<u8> {
+        // struct virtio_vsock_config.
+        self.cid.get().to_le_bytes().into()
     }
 
-    fn write_config(&mut self, _: u64, _: &[u8]) {}
-
     fn activate(&mut self, with: Activation) -> anyhow::Result<()> {
-        self.ask(|linked| linked.activate(with))?
+        let [rx, tx, event] = <[Queue; 3]>::try_from(with.queues)
+            .map_err(|_| anyhow::anyhow!("a vsock device has three queues"))?;
+        let [rx_kick, tx_kick] = self.data_kicks()?.map(Some);
+        let queues = VirtQueues {
+            rx: VirtQueue {
+                queue: rx,
+                kick: rx_kick,
+            },
+            tx: VirtQueue {
+                queue: tx,
+                kick: tx_kick,
+            },
+            event: Some(event),
+        };
+        let signal = Arc::new(Irq(with.interrupt));
+        let activate =
+            move |linked: &mut Linked| linked.activate(with.features, with.memory, queues, signal);
+        Ok(self.remote.ask(activate)??)
     }
 
     fn pause(&mut self) -> anyhow::Result<Vec<u8>> {
-        let (reply, answer) = mpsc::sync_channel(1);
-        let (hold, go_on) = mpsc::channel::<()>();
-        self.give(Box::new(move |linked: &mut Linked| {
-            let _ = reply.send(linked.save());
-            // Until the other end is dropped.
-            let _ = go_on.recv();
-        }))?;
-        let state = answer.recv().context(GONE)?;
-        self.held = Some(hold);
-        Ok(state)
+        let (state, held) = self.remote.hold()?;
+        self.held = Some(held);
+        Ok(state.to_bytes().into())
     }
 
     fn resume(&mut self) {
@@ -183,14 +159,15 @@ impl Device for Vsock {
             state.has_session() == with.is_some(),
             "the saved vsock device and its driver disagree: the guest had broken it, and must reset it first"
         );
-        match with {
-            Some(with) => self.ask(move |linked| linked.restore(&state, with))?,
-            None => Ok(()),
-        }
+        let Some(with) = with else { return Ok(()) };
+        let kicks = self.data_kicks()?.map(Some);
+        let signal = Arc::new(Irq(with.interrupt));
+        let restore = move |linked: &mut Linked| linked.restore(&state, with.memory, kicks, signal);
+        Ok(self.remote.ask(restore)??)
     }
 
     fn reset(&mut self) {
         // No thread any more: it touches nothing.
-        let _ = self.ask(Linked::reset);
+        let _ = self.remote.ask(Linked::reset);
     }
 }

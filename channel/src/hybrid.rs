@@ -1,4 +1,5 @@
-//! The host's side over Unix sockets, as Firecracker and Cloud Hypervisor have it: tools written for them work here.
+//! The host's side of one guest over Unix sockets, as Firecracker and Cloud Hypervisor have it: tools written for them work
+//! with any VMM that links this.
 //!
 //! ```text
 //! host ── connect PATH, "CONNECT 5000\n" ──► dial port 5000 of the guest ── "OK 1073741824\n" ──► its bytes
@@ -7,18 +8,18 @@
 //! Once a stream is open its socket belongs to the shard, which moves bytes between it and guest memory with one copy.
 
 use std::collections::HashMap;
-use std::io::Read;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use adit_channel::dial::DialRequest;
-use adit_channel::port::Notice;
-use adit_channel::shard::{News, PortIndex, Shard};
-use adit_channel::sink::Sink;
 use adit_engine::{EngineConfig, ResetReason, StreamId, Tick};
 
-use super::linked::Linked;
+use crate::carrier::Carrier;
+use crate::dial::DialRequest;
+use crate::port::Notice;
+use crate::shard::{News, PortIndex, Shard};
+use crate::sink::Sink;
 
 const KEY_LISTENER: u32 = 0;
 /// Keys of clients that have not said what they want.
@@ -35,9 +36,27 @@ struct Asking {
     line: Vec<u8>,
 }
 
-/// The loop of the vsock thread.
-pub struct Host {
-    shard: Shard<Linked>,
+/// Binds a socket; one that a killed process left is taken away.
+///
+/// # Errors
+/// Somebody listens there, or it cannot be made.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    let refused = io::ErrorKind::ConnectionRefused;
+    if UnixStream::connect(path).is_err_and(|e| e.kind() == refused) {
+        std::fs::remove_file(path)?;
+    }
+    UnixListener::bind(path).map_err(|e| {
+        let path = path.display();
+        io::Error::new(
+            e.kind(),
+            format!("cannot listen on {path}: {e}: is it another VM's?"),
+        )
+    })
+}
+
+/// A shard with the guest's port in it, and the loop around them.
+pub struct Host<C: Carrier> {
+    shard: Shard<C>,
     port: PortIndex,
     uds: Option<(UnixListener, PathBuf)>,
     asking: HashMap<u32, Asking>,
@@ -45,18 +64,19 @@ pub struct Host {
     dialing: HashMap<StreamId, UnixStream>,
 }
 
-impl Host {
+impl<C: Carrier> Host<C> {
+    /// Makes the socket at `uds`; none: nobody on the host can reach the guest, nor it anybody. `seed` is drawn at random, as
+    /// for [`Shard::add`].
+    ///
     /// # Errors
-    /// The socket cannot be made.
-    pub fn new(carrier: Linked, uds: Option<&Path>) -> anyhow::Result<Self> {
-        let mut seed = [0; 8];
-        std::fs::File::open("/dev/urandom")?.read_exact(&mut seed)?;
+    /// The socket cannot be made, or there are no descriptors to be had.
+    pub fn new(carrier: C, uds: Option<&Path>, seed: u64) -> io::Result<Self> {
         let mut shard = Shard::new()?;
-        let port = shard.add(carrier, EngineConfig::default(), u64::from_le_bytes(seed))?;
+        let port = shard.add(carrier, EngineConfig::default(), seed)?;
         // Whatever the guest asks for is looked for as a socket.
         shard.port_mut(port).listen_to_all();
-        let uds = uds.map(|path| -> anyhow::Result<_> {
-            let listener = super::bind(path)?;
+        let uds = uds.map(|path| -> io::Result<_> {
+            let listener = bind(path)?;
             listener.set_nonblocking(true)?;
             shard.watch(listener.as_fd(), KEY_LISTENER)?;
             Ok((listener, path.to_owned()))
@@ -71,11 +91,11 @@ impl Host {
         })
     }
 
-    /// Serves until the process ends.
-    pub fn run(mut self) {
+    /// Serves until the process ends; returns why the kernel would not have it.
+    pub fn run(mut self) -> io::Error {
         loop {
             if let Err(e) = self.shard.turn(None) {
-                return eprintln!("adit-vmm: vsock ends: {e}");
+                return e;
             }
             while let Some(news) = self.shard.poll_news() {
                 match news {
@@ -114,7 +134,7 @@ impl Host {
             match asking.socket.read(&mut byte) {
                 Ok(1) if byte[0] == b'\n' => break parse(&asking.line),
                 Ok(1) if asking.line.len() < LINE_MAX => asking.line.push(byte[0]),
-                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 _ => break None,
             }
         };
@@ -159,11 +179,7 @@ impl Host {
                     return port.reset(now, stream, ResetReason::Local);
                 };
                 // The number is the host's port of the stream in the other VMMs; nothing depends on it.
-                let said = std::io::Write::write_all(
-                    &mut socket,
-                    format!("OK {}\n", stream.slot()).as_bytes(),
-                );
-                match said {
+                match writeln!(socket, "OK {}", stream.slot()) {
                     Ok(()) => {
                         port.attach(now, stream, Sink::Fd(socket.into()), &[]);
                     }

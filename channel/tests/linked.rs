@@ -1,0 +1,202 @@
+//! A device on a thread of its own, with the host's side on Unix sockets: as a VMM links it, without the VMM.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use adit_benches::queue::{Buffer, DriverQueue};
+use adit_benches::stream::GuestStream;
+use adit_benches::{Driver, DriverConfig, VmMemory, memory};
+use adit_channel::device::{EVENT_QUEUE, FEATURES, VirtQueue, VirtQueues, VsockDevice};
+use adit_channel::hybrid::{Host, bind};
+use adit_channel::linked::{Remote, link};
+use adit_engine::{Op, PacketHeader};
+use common::{Signals, cid};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vm_memory::{Bytes, GuestAddress};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+struct Rig {
+    remote: Remote<Arc<VmMemory>>,
+    driver: Driver,
+    event: DriverQueue,
+    kicks: [EventFd; 3],
+    uds: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+fn eventfd() -> EventFd {
+    EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap()
+}
+
+fn duplicate(kick: &EventFd) -> OwnedFd {
+    std::os::fd::AsFd::as_fd(kick).try_clone_to_owned().unwrap()
+}
+
+#[track_caller]
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < PATIENCE, "not reached: {what}");
+        std::thread::yield_now();
+    }
+}
+
+impl Rig {
+    /// A linked device, its thread, and a driver that has not started it.
+    fn linked(mem: Arc<VmMemory>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let uds = dir.path().join("v");
+        let kicks = [eventfd(), eventfd(), eventfd()];
+        let device = VsockDevice::new(cid(), 1).unwrap();
+        let (linked, remote) = link(device, duplicate(&kicks[2])).unwrap();
+        let host = Host::new(linked, Some(&uds), 7).unwrap();
+        // It ends with the process.
+        std::thread::spawn(move || host.run());
+        let event = DriverQueue::new(mem.clone(), EVENT_QUEUE, 8, true);
+        let driver = Driver::empty(mem, cid(), DriverConfig::LINUX_6_12);
+        Self {
+            remote,
+            driver,
+            event,
+            kicks,
+            uds,
+            _dir: dir,
+        }
+    }
+
+    fn new() -> Self {
+        let mut rig = Self::linked(memory::anonymous());
+        rig.driver.fill_rx();
+        let VirtQueues { rx, tx, .. } = rig.driver.queues();
+        let with = |queue: VirtQueue, n: usize| VirtQueue {
+            queue: queue.queue,
+            kick: Some(duplicate(&rig.kicks[n])),
+        };
+        let queues = VirtQueues {
+            rx: with(rx, 0),
+            tx: with(tx, 1),
+            event: Some(rig.event.queue()),
+        };
+        let (mem, signal) = (rig.driver.memory().clone(), Arc::new(Signals::default()));
+        let activated = rig
+            .remote
+            .ask(move |linked| linked.activate(FEATURES, mem, queues, signal));
+        activated.unwrap().unwrap();
+        rig
+    }
+
+    fn send(&mut self, h: &PacketHeader, payload: &[u8]) {
+        assert!(self.driver.send(h, payload, 4096));
+        self.driver.tx.publish();
+        self.kicks[1].write(1).unwrap();
+    }
+
+    /// The next packet.
+    #[track_caller]
+    fn receive(&mut self) -> (PacketHeader, Vec<u8>) {
+        let (mut got, mut payload) = (None, Vec::new());
+        until("a packet", || {
+            got = self.driver.receive(&mut payload);
+            got.is_some()
+        });
+        if self.driver.rx.publish() {
+            self.kicks[0].write(1).unwrap();
+        }
+        self.driver.reap_tx();
+        (got.expect("just seen").header(), payload)
+    }
+}
+
+#[test]
+fn both_sides_connect_through_sockets() {
+    let mut rig = Rig::new();
+    // The host's side speaks first; what it sends with its line is the guest's.
+    let mut client = UnixStream::connect(&rig.uds).unwrap();
+    client.write_all(b"CONNECT 5000\nearly").unwrap();
+    let (request, _) = rig.receive();
+    assert_eq!((request.op, request.dst_port), (Op::Request as u16, 5000));
+    let mut guest = GuestStream::new(5000, request.src_port);
+    guest.handle(&request, 0);
+    let answer = guest.header(Op::Response);
+    rig.send(&answer, &[]);
+    let (early, payload) = rig.receive();
+    assert_eq!((early.op, &payload[..]), (Op::Rw as u16, &b"early"[..]));
+    let back = guest.payload(4);
+    rig.send(&back, b"back");
+    let mut said = Vec::new();
+    until("the guest's answer", || {
+        let mut some = [0; 64];
+        let n = client.read(&mut some).unwrap();
+        said.extend_from_slice(&some[..n]);
+        said.ends_with(b"\nback")
+    });
+    assert!(said.starts_with(b"OK "));
+    // The guest dials a port that somebody serves, and one that nobody does.
+    let served = UnixListener::bind(format!("{}_7000", rig.uds.display())).unwrap();
+    for (port, op) in [(7000, Op::Response), (7001, Op::Rst)] {
+        let request = GuestStream::new(1024, port).header(Op::Request);
+        rig.send(&request, &[]);
+        assert_eq!(rig.receive().0.op, op as u16);
+    }
+    served.accept().unwrap();
+    // Whatever else a client says ends that client.
+    for line in [
+        "CONNECT\n",
+        "CONNECT 99999999999\n",
+        "GET / HTTP/1.1\n",
+        "\n",
+    ] {
+        let mut client = UnixStream::connect(&rig.uds).unwrap();
+        client.write_all(line.as_bytes()).unwrap();
+        assert_eq!(client.read(&mut [0]).unwrap_or(0), 0, "{line:?}");
+    }
+    assert!(bind(&rig.uds).is_err(), "it is in use");
+}
+
+#[test]
+fn a_socket_that_a_killed_process_left_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("v");
+    drop(bind(&path).unwrap());
+    assert!(path.exists());
+    bind(&path).unwrap();
+}
+
+#[test]
+fn a_held_device_stands_still_and_goes_on_in_another() {
+    let mut rig = Rig::new();
+    let (state, held) = rig.remote.hold().unwrap();
+    let request = GuestStream::new(1024, 7001).header(Op::Request);
+    rig.send(&request, &[]);
+    std::thread::yield_now();
+    assert_eq!(rig.driver.tx.used_idx(), 0, "a device that is held moves");
+    assert!(state.has_session());
+    // Another goes on with its memory; this one never does.
+    let mut other = Rig::linked(rig.driver.memory().clone());
+    let mem = rig.driver.memory().clone();
+    let kicks = [0, 1].map(|n| Some(duplicate(&other.kicks[n])));
+    let signal = Arc::new(Signals::default());
+    let restored = other
+        .remote
+        .ask(move |linked| linked.restore(&state, mem, kicks, signal));
+    restored.unwrap().unwrap();
+    std::mem::swap(&mut other.driver, &mut rig.driver);
+    std::mem::swap(&mut other.event, &mut rig.event);
+    assert_eq!(other.receive().0.op, Op::Rst as u16, "nobody serves it");
+    // The guest has a buffer for the news only now.
+    let (addr, mem) = (memory::rx_page(0), other.driver.memory().clone());
+    other.event.add(&[Buffer { addr, len: 4 }], true).unwrap();
+    assert!(other.event.publish());
+    other.kicks[2].write(1).unwrap();
+    until("the event", || other.event.used_idx() == 1);
+    let told: u32 = mem.read_obj(GuestAddress(addr)).unwrap();
+    assert_eq!(told, 0, "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET");
+    drop(held);
+}

@@ -1,0 +1,102 @@
+//! A machine held, written down, and gone on with: here, or in another process.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, ensure};
+use kvm_ioctls::VcpuFd;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::bus::lock;
+use crate::cpu_state::{ChipState, CpuState};
+use crate::machine::Machine;
+use crate::snapshot::{self, State};
+
+impl Machine {
+    /// Tells whether the machine is held.
+    pub fn is_paused(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// Holds everything that moves in the VM: processors first, for devices answer them.
+    ///
+    /// # Errors
+    /// A device cannot be held; everything goes on.
+    pub fn pause(&mut self) -> anyhow::Result<()> {
+        if self.is_paused() {
+            return Ok(());
+        }
+        self.gate.close(&self.threads);
+        let transports = self.bus.virtio.iter();
+        let held: anyhow::Result<_> = transports.map(|(_, t)| lock(t).pause()).collect();
+        match held {
+            Ok(held) => self.held = Some(held),
+            Err(e) => {
+                self.resume()?;
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// None that leaves the machine held.
+    pub fn resume(&mut self) -> anyhow::Result<()> {
+        self.held = None;
+        for (_, transport) in &self.bus.virtio {
+            lock(transport).resume();
+        }
+        if !self.threads.is_empty() {
+            for vcpu in &self.vcpus {
+                // The guest's watchdog forgives the pause; EINVAL: it has no kvmclock.
+                let _ = lock(vcpu).kvmclock_ctrl();
+            }
+        }
+        self.gate.open();
+        Ok(())
+    }
+
+    /// Writes the held machine to a directory.
+    ///
+    /// # Errors
+    /// It is not held, or cannot be written.
+    pub fn snapshot(&mut self, dir: &Path) -> anyhow::Result<()> {
+        let save = |vcpu: &Arc<Mutex<VcpuFd>>| CpuState::save(&self.kvm, &self.vm, &lock(vcpu));
+        let cpus = self.vcpus.iter().map(save).collect::<Result<_, _>>()?;
+        let chips = ChipState::save(&self.vm)?;
+        let state = State {
+            memory: self.memory.iter().map(GuestMemoryRegion::len).sum(),
+            cpus,
+            chips,
+            line: self.bus.console.save(),
+            devices: self.held.take().context("the machine runs")?,
+        };
+        let written = snapshot::write(dir, &state, &self.memory);
+        self.held = Some(state.devices);
+        written
+    }
+
+    /// Goes on where a machine was held; its memory is this one's already.
+    ///
+    /// # Errors
+    /// The state does not fit this machine.
+    pub fn restore(&self, state: &State) -> anyhow::Result<()> {
+        ensure!(
+            state.devices.len() == self.bus.virtio.len(),
+            "the snapshot has {} virtio devices, and this machine {}: give it the same",
+            state.devices.len(),
+            self.bus.virtio.len()
+        );
+        for (vcpu, saved) in self.vcpus.iter().zip(&state.cpus) {
+            saved.restore(&lock(vcpu))?;
+        }
+        state.chips.restore(&self.vm)?;
+        for ((_, transport), saved) in self.bus.virtio.iter().zip(&state.devices) {
+            lock(transport).restore(saved)?;
+        }
+        self.new_generation()?;
+        Ok(self.generation.write(1)?)
+    }
+}
