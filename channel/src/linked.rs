@@ -21,12 +21,13 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use adit_engine::ResetReason;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
 
 use crate::carrier::{Carrier, Woken};
 use crate::device::{
-    ActivateError, DeviceError, DeviceState, RestoreError, Signal, VirtQueues, VsockDevice, WAKERS,
-    drain,
+    ActivateError, DeviceError, DeviceState, RestoreError, Signal, VirtQueue, VirtQueues,
+    VsockDevice, WAKERS, drain,
 };
 
 type Task<M> = Box<dyn FnOnce(&mut Linked<M>) + Send>;
@@ -39,7 +40,8 @@ pub struct Linked<M: GuestAddressSpace> {
     device: VsockDevice<M>,
     tasks: Receiver<Task<M>>,
     bell: Arc<EventFd>,
-    event_kick: OwnedFd,
+    /// Of RX, TX and events.
+    kicks: [OwnedFd; 3],
     /// The guest has not been told that its streams are gone.
     owes_reset: bool,
 }
@@ -62,7 +64,7 @@ pub struct Held {
 #[error("the vsock device has ended")]
 pub struct Gone;
 
-/// A device did not take what the driver set up: the driver's fault.
+/// A device did not take what the driver set up, or a snapshot says: their fault, but for the last one.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
     /// The features.
@@ -71,15 +73,21 @@ pub enum SetupError {
     /// The queues.
     #[error(transparent)]
     Queues(#[from] ActivateError),
+    /// The saved state.
+    #[error(transparent)]
+    State(#[from] RestoreError),
+    /// There is no descriptor to be had.
+    #[error(transparent)]
+    Descriptor(#[from] io::Error),
 }
 
-/// Gives a device a mailbox. `event_kick`: the nonblocking eventfd of its event queue.
+/// Gives a device a mailbox. `kicks`: nonblocking eventfds that the driver's kicks of RX, TX and event queue become.
 ///
 /// # Errors
 /// There is no descriptor to be had.
 pub fn link<M: GuestAddressSpace>(
     device: VsockDevice<M>,
-    event_kick: OwnedFd,
+    kicks: [OwnedFd; 3],
 ) -> io::Result<(Linked<M>, Remote<M>)> {
     let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
     let bell = Arc::new(EventFd::from_flags(flags)?);
@@ -88,7 +96,7 @@ pub fn link<M: GuestAddressSpace>(
         device,
         tasks,
         bell: bell.clone(),
-        event_kick,
+        kicks,
         owes_reset: false,
     };
     let remote = Remote {
@@ -140,32 +148,46 @@ impl<M: GuestAddressSpace + 'static> Remote<M> {
 }
 
 impl<M: GuestAddressSpace> Linked<M> {
-    /// DRIVER_OK: a session begins. The shell hears of it by itself.
+    /// DRIVER_OK: a session begins with these queues: RX, TX, events. The shell hears of it by itself.
     ///
     /// # Errors
-    /// The driver set up what cannot be used.
+    /// The driver set up what cannot be used, or there is no descriptor to be had.
     pub fn activate(
         &mut self,
         features: u64,
         mem: M,
-        queues: VirtQueues,
+        queues: [Queue; 3],
         signal: Arc<dyn Signal>,
     ) -> Result<(), SetupError> {
+        let [rx_kick, tx_kick] = self.data_kicks()?;
+        let [rx, tx, event] = queues;
+        let with = |queue, kick| VirtQueue { queue, kick };
+        let queues = VirtQueues {
+            rx: with(rx, rx_kick),
+            tx: with(tx, tx_kick),
+            event: Some(event),
+        };
         self.device.ack_features(features)?;
         Ok(self.device.activate(mem, queues, signal)?)
+    }
+
+    /// The device's own descriptors of them: it closes what it has when a session ends.
+    fn data_kicks(&self) -> io::Result<[Option<OwnedFd>; 2]> {
+        let [rx, tx, _] = &self.kicks;
+        Ok([Some(rx.try_clone()?), Some(tx.try_clone()?)])
     }
 
     /// Goes on with the queues of a saved device, in a new session, of which the guest is told.
     ///
     /// # Errors
-    /// The state does not fit the memory or this device: nothing changes.
+    /// The state does not fit the memory or this device, or there is no descriptor to be had: nothing changes.
     pub fn restore(
         &mut self,
         state: &DeviceState,
         mem: M,
-        kicks: [Option<OwnedFd>; 2],
         signal: Arc<dyn Signal>,
-    ) -> Result<(), RestoreError> {
+    ) -> Result<(), SetupError> {
+        let kicks = self.data_kicks()?;
         self.device.restore(state, mem, kicks, signal)?;
         self.owes_reset = true;
         self.tell();
@@ -206,7 +228,7 @@ impl<M: GuestAddressSpace> Carrier for Linked<M> {
 
     fn wakers(&self, visit: &mut dyn FnMut(BorrowedFd<'_>, u32)) {
         visit(self.bell.as_fd(), WAKER_TASKS);
-        visit(self.event_kick.as_fd(), WAKER_EVENT_KICK);
+        visit(self.kicks[2].as_fd(), WAKER_EVENT_KICK);
         self.device.wakers(visit);
     }
 
@@ -219,7 +241,7 @@ impl<M: GuestAddressSpace> Carrier for Linked<M> {
                 }
             }
             WAKER_EVENT_KICK => {
-                drain(self.event_kick.as_fd());
+                drain(self.kicks[2].as_fd());
                 self.tell();
             }
             id => return self.device.woken(id),

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use adit_benches::queue::{Buffer, DriverQueue};
 use adit_benches::stream::GuestStream;
 use adit_benches::{Driver, DriverConfig, VmMemory, memory};
-use adit_channel::device::{EVENT_QUEUE, FEATURES, VirtQueue, VirtQueues, VsockDevice};
+use adit_channel::device::{EVENT_QUEUE, FEATURES, VsockDevice};
 use adit_channel::hybrid::{Host, bind};
 use adit_channel::linked::{Remote, link};
 use adit_engine::{Op, PacketHeader};
@@ -55,7 +55,7 @@ impl Rig {
         let uds = dir.path().join("v");
         let kicks = [eventfd(), eventfd(), eventfd()];
         let device = VsockDevice::new(cid(), 1).unwrap();
-        let (linked, remote) = link(device, duplicate(&kicks[2])).unwrap();
+        let (linked, remote) = link(device, kicks.each_ref().map(duplicate)).unwrap();
         let host = Host::new(linked, Some(&uds), 7).unwrap();
         // It ends with the process.
         std::thread::spawn(move || host.run());
@@ -74,16 +74,11 @@ impl Rig {
     fn new() -> Self {
         let mut rig = Self::linked(memory::anonymous());
         rig.driver.fill_rx();
-        let VirtQueues { rx, tx, .. } = rig.driver.queues();
-        let with = |queue: VirtQueue, n: usize| VirtQueue {
-            queue: queue.queue,
-            kick: Some(duplicate(&rig.kicks[n])),
-        };
-        let queues = VirtQueues {
-            rx: with(rx, 0),
-            tx: with(tx, 1),
-            event: Some(rig.event.queue()),
-        };
+        let queues = [
+            rig.driver.rx.queue(),
+            rig.driver.tx.queue(),
+            rig.event.queue(),
+        ];
         let (mem, signal) = (rig.driver.memory().clone(), Arc::new(Signals::default()));
         let activated = rig
             .remote
@@ -181,11 +176,10 @@ fn a_held_device_stands_still_and_goes_on_in_another() {
     // Another goes on with its memory; this one never does.
     let mut other = Rig::linked(rig.driver.memory().clone());
     let mem = rig.driver.memory().clone();
-    let kicks = [0, 1].map(|n| Some(duplicate(&other.kicks[n])));
     let signal = Arc::new(Signals::default());
     let restored = other
         .remote
-        .ask(move |linked| linked.restore(&state, mem, kicks, signal));
+        .ask(move |linked| linked.restore(&state, mem, signal));
     restored.unwrap().unwrap();
     std::mem::swap(&mut other.driver, &mut rig.driver);
     std::mem::swap(&mut other.event, &mut rig.event);

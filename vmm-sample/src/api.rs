@@ -69,16 +69,8 @@ impl Api {
             Ok((method, path, body)) => self.answer(&method, &path, &body),
             Err(e) => failed(400, &e),
         };
-        let reason = match status {
-            200 => "OK",
-            204 => "No Content",
-            400 => "Bad Request",
-            404 => "Not Found",
-            409 => "Conflict",
-            _ => "Internal Server Error",
-        };
         let body = body.unwrap_or_default();
-        let head = format!("HTTP/1.1 {status} {reason}\r\nConnection: close\r\n");
+        let head = format!("HTTP/1.1 {status} \r\nConnection: close\r\n");
         let length = match status {
             204 => String::new(),
             _ => format!(
@@ -93,11 +85,7 @@ impl Api {
         let mut machine = lock(&self.machine);
         let done = match (method, path) {
             ("GET", "/vm") => {
-                let state = if machine.is_paused() {
-                    "paused"
-                } else {
-                    "running"
-                };
+                let state = ["running", "paused"][usize::from(machine.is_paused())];
                 return (200, Some(format!("{{\"state\":\"{state}\"}}\n")));
             }
             ("PUT", "/pause") => machine.pause(),

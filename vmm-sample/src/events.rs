@@ -18,19 +18,6 @@ use crate::console::Console;
 use crate::exit::{Exit, Reason};
 use crate::machine::Machine;
 
-/// SIGTERM and SIGINT end the VM, as pulling its plug would.
-struct Signals(SignalFd, Arc<Exit>);
-
-impl MutEventSubscriber for Signals {
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        watch(ops, self.0.as_raw_fd());
-    }
-
-    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
-        self.1.end(Reason::Stopped);
-    }
-}
-
 /// The signals that end the VM, as a descriptor. To be called before any thread is made: they inherit that it is blocked.
 ///
 /// # Errors
@@ -46,15 +33,19 @@ pub fn signals() -> anyhow::Result<SignalFd> {
     )?)
 }
 
-/// Only there to wake the loop.
-struct End(Arc<Exit>);
+/// SIGTERM and SIGINT end the VM, as pulling its plug would; its end wakes the loop.
+struct Ends(SignalFd, Arc<Exit>);
 
-impl MutEventSubscriber for End {
+impl MutEventSubscriber for Ends {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        watch(ops, self.0.event().as_raw_fd());
+        watch(ops, self.0.as_raw_fd());
+        watch(ops, self.1.event().as_raw_fd());
     }
 
-    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+        // Unless it is ending for another reason.
+        self.1.end(Reason::Stopped);
+    }
 }
 
 /// What is typed goes to the serial line, every key of it: a terminal is raw while the VM runs. Ctrl-A x stops the VM.
@@ -136,8 +127,7 @@ pub fn until_end(
         (machine.exit.clone(), machine.bus.console.clone())
     };
     let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
-    events.add_subscriber(Box::new(End(exit.clone())));
-    events.add_subscriber(Box::new(Signals(signals, exit.clone())));
+    events.add_subscriber(Box::new(Ends(signals, exit.clone())));
     events.add_subscriber(Box::new(Keyboard::new(console, exit.clone())));
     if let Some(path) = api {
         events.add_subscriber(Box::new(Api::open(path, machine.clone())?));

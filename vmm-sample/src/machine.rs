@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -19,6 +18,7 @@ use crate::bus::{Bus, lock};
 use crate::console::{Console, Line, LineState};
 use crate::exit::{Exit, Reason};
 use crate::gate::Gate;
+use crate::options::Boot;
 use crate::seccomp::{Filters, Thread};
 use crate::virtio::mmio::{Transport, TransportState, USED_BUFFER};
 use crate::virtio::{Device, Memory};
@@ -26,22 +26,6 @@ use crate::{boot, cpu, layout, memory};
 
 /// Processors at most: the ids of local APICs are a byte, and one is the IOAPIC's.
 pub const CPUS_MAX: u8 = 32;
-
-/// What is booted.
-#[derive(Clone, Debug)]
-pub struct Boot {
-    pub kernel: PathBuf,
-    pub initrd: Option<PathBuf>,
-    pub cmdline: String,
-}
-
-/// What a machine is made of.
-#[derive(Clone, Debug)]
-pub struct Shape {
-    pub cpus: u8,
-    pub memory: u64,
-    pub serial: Line,
-}
 
 /// A VM. Fields are dropped in this order: KVM lets go of the memory before it is unmapped.
 pub struct Machine {
@@ -98,7 +82,8 @@ impl Machine {
     /// # Errors
     /// KVM is not there or refuses, or there is too little memory.
     pub fn new(
-        shape: &Shape,
+        cpus: u8,
+        serial: &Line,
         memory: Memory,
         devices: Vec<Box<dyn Device>>,
         line: &LineState,
@@ -113,9 +98,9 @@ impl Machine {
         vm.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
         let exit = Arc::new(Exit::new()?);
 
-        let serial = EventFd::new(EFD_NONBLOCK)?;
-        vm.register_irqfd(&serial, layout::SERIAL_GSI)?;
-        let console = Console::open(&shape.serial, serial, line)?;
+        let irq = EventFd::new(EFD_NONBLOCK)?;
+        vm.register_irqfd(&irq, layout::SERIAL_GSI)?;
+        let console = Console::open(serial, irq, line)?;
         let generation = EventFd::new(EFD_NONBLOCK)?;
         vm.register_irqfd(&generation, layout::EVENT_GSI)?;
 
@@ -136,7 +121,7 @@ impl Machine {
         }
 
         let mut vcpus = Vec::new();
-        for id in 0..shape.cpus {
+        for id in 0..cpus {
             let vcpu = vm.create_vcpu(id.into()).context("KVM_CREATE_VCPU")?;
             vcpus.push(Arc::new(Mutex::new(vcpu)));
         }

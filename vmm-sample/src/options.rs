@@ -8,10 +8,10 @@ use anyhow::ensure;
 use clap::{Args, Parser, Subcommand};
 
 use crate::console::Line;
-use crate::machine::{Boot, CPUS_MAX, Shape};
+use crate::machine::CPUS_MAX;
 use crate::seccomp::Filters;
 use crate::virtio::vsock::Owner;
-use crate::virtio::vsock::handed::Registration;
+use adit_port::vmm::Registration;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -44,23 +44,30 @@ pub enum Command {
     },
 }
 
+/// What is booted.
 #[derive(Debug, Args)]
-pub struct Run {
+pub struct Boot {
     /// ELF kernel with a PVH note, or bzImage
     #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
+    pub kernel: PathBuf,
     /// Initramfs
     #[arg(long, value_name = "FILE")]
-    initrd: Option<PathBuf>,
+    pub initrd: Option<PathBuf>,
     /// Kernel command line
     #[arg(long, default_value = "console=ttyS0")]
-    cmdline: String,
+    pub cmdline: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Run {
+    #[command(flatten)]
+    pub boot: Boot,
     /// Processors
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(CPUS_MAX)))]
-    cpus: u8,
+    pub cpus: u8,
     /// Memory: 512M, 2G
     #[arg(long, default_value = "512M", value_parser = size)]
-    memory: u64,
+    pub memory: u64,
     #[command(flatten)]
     pub host: Host,
 }
@@ -110,24 +117,6 @@ pub struct Host {
 pub struct VsockOptions {
     pub cid: GuestCid,
     pub uds: Option<PathBuf>,
-}
-
-impl Run {
-    pub fn shape(&self) -> Shape {
-        Shape {
-            cpus: self.cpus,
-            memory: self.memory,
-            serial: self.host.serial.clone(),
-        }
-    }
-
-    pub fn boot(&self) -> Boot {
-        Boot {
-            kernel: self.kernel.clone(),
-            initrd: self.initrd.clone(),
-            cmdline: self.cmdline.clone(),
-        }
-    }
 }
 
 impl Host {

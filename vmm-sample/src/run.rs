@@ -8,14 +8,14 @@ use clap::Parser;
 use crate::bus::lock;
 use crate::console::LineState;
 use crate::exit::Reason;
-use crate::machine::{CPUS_MAX, Machine, Shape};
+use crate::machine::{CPUS_MAX, Machine};
 use crate::options::{Command, Host, Options, Restore, Run};
 use crate::seccomp::Filters;
 use crate::virtio::Device;
 use crate::virtio::block::Block;
-use crate::virtio::vsock::handed::Registered;
 use crate::virtio::vsock::{Owner, Vsock};
 use crate::{bare, events, memory, snapshot};
+use adit_port::vmm::Registered;
 use nix::sys::signalfd::SignalFd;
 
 /// The program.
@@ -65,11 +65,11 @@ fn devices(host: &Host, filters: &Filters) -> anyhow::Result<(Devices, Option<Re
 fn run(options: &Run) -> anyhow::Result<Reason> {
     let signals = events::signals()?;
     let filters = options.host.filters()?;
-    let shape = options.shape();
-    let memory = Arc::new(memory::allocate(shape.memory)?);
+    let memory = Arc::new(memory::allocate(options.memory)?);
     let (devices, registered) = devices(&options.host, &filters)?;
-    let machine = Machine::new(&shape, memory, devices, &LineState::default())?;
-    machine.boot(&options.boot())?;
+    let (cpus, serial) = (options.cpus, &options.host.serial);
+    let machine = Machine::new(cpus, serial, memory, devices, &LineState::default())?;
+    machine.boot(&options.boot)?;
     go(machine, signals, &options.host, &filters, registered)
 }
 
@@ -83,13 +83,8 @@ fn restore(options: &Restore) -> anyhow::Result<Reason> {
         (1..=CPUS_MAX).contains(&cpus),
         "the snapshot has {cpus} processors"
     );
-    let shape = Shape {
-        cpus,
-        memory: state.memory,
-        serial: options.host.serial.clone(),
-    };
     let (devices, registered) = devices(&options.host, &filters)?;
-    let machine = Machine::new(&shape, memory, devices, &state.line)?;
+    let machine = Machine::new(cpus, &options.host.serial, memory, devices, &state.line)?;
     machine.restore(&state)?;
     go(machine, signals, &options.host, &filters, registered)
 }
@@ -100,16 +95,20 @@ fn go(
     signals: SignalFd,
     host: &Host,
     filters: &Filters,
-    mut registered: Option<Registered>,
+    registered: Option<Registered>,
 ) -> anyhow::Result<Reason> {
     machine.start(filters)?;
     machine.resume()?;
     let machine = Arc::new(Mutex::new(machine));
     let reason = events::until_end(&machine, signals, host.api.as_deref());
     lock(&machine).end();
-    if let (Ok(Reason::Reset), Some(registered)) = (&reason, &mut registered) {
-        // Whoever supervises this process starts it again.
-        registered.keep();
+    if let Some(mut registered) = registered {
+        if let Ok(Reason::Reset) = reason {
+            // Whoever supervises this process starts it again.
+            registered.keep();
+        } else if let Err(e) = registered.leave() {
+            eprintln!("adit-vmm: {e:#}");
+        }
     }
     reason
 }

@@ -8,6 +8,7 @@
 //! | `keep` | what a successor needs, on its way to `aditd` |
 //! | `place` | the VM's directory: lock, sockets |
 //! | `sandbox` | landlock and seccomp |
+//! | `vmm` | for a VMM that has the device itself: to be its VM's port process (feature `vmm`) |
 //! | `log` | lines to stderr, limited and escaped |
 
 pub mod control;
@@ -24,6 +25,8 @@ pub mod process;
 pub mod rings;
 #[cfg(feature = "shell")]
 pub mod sandbox;
+#[cfg(feature = "vmm")]
+pub mod vmm;
 
 /// An error and its causes in one line.
 #[cfg(feature = "shell")]

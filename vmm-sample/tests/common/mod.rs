@@ -120,18 +120,22 @@ impl Vm {
 
     /// A machine on this memory, whose devices nobody has touched.
     pub fn on(memory: Memory, config: DriverConfig) -> Self {
+        Self::filtered(memory, config, &Filters::default())
+    }
+
+    /// The same, whose devices' threads are confined.
+    pub fn filtered(memory: Memory, config: DriverConfig, filters: &Filters) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let uds = dir.path().join("v");
         let listener = UnixListener::bind(dir.path().join(format!("v_{SERVED}"))).expect("free");
         let cid = GuestCid::new(3).expect("a guest's CID");
-        let filters = Filters::default();
-        let device = Vsock::new(cid, &Owner::Sockets(Some(uds)), &filters).expect("a device");
+        let device = Vsock::new(cid, &Owner::Sockets(Some(uds)), filters).expect("a device");
         let (kicks, irq, vsock) = window(Box::new(device), &memory);
         let file = dir.path().join("disk");
         std::fs::write(&file, [0xd1; 4096]).expect("a disk");
         let whole = std::fs::OpenOptions::new().write(true).open(&file);
         whole.and_then(|f| f.set_len(DISK_BYTES)).expect("a disk");
-        let device = Block::open(&file, &filters).expect("a disk");
+        let device = Block::open(&file, filters).expect("a disk");
         let (disk_kicks, _, disk) = window(Box::new(device), &memory);
         let [disk_kick] = <[EventFd; 1]>::try_from(disk_kicks).expect("one queue");
         let line = Line::File("/dev/null".into());

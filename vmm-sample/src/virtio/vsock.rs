@@ -1,20 +1,16 @@
 //! adit's virtio-vsock device in this process, on a thread of its own: registers are written on vCPU threads and carried out
 //! there, between two bursts (`adit_channel::linked`). What is above the engine is the owner's choice: sockets
-//! (`adit_channel::hybrid`), or [`handed`] over to aditd.
-
-pub mod handed;
+//! (`adit_channel::hybrid`), or aditd, for which this process is then the VM's port process (`adit_port::vmm`).
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use adit_channel::device::{
-    DeviceState, FEATURES, GuestCid, QUEUE_MAX, Signal, VirtQueue, VirtQueues, VsockDevice,
-};
+use adit_channel::device::{DeviceState, FEATURES, GuestCid, QUEUE_MAX, Signal, VsockDevice};
 use adit_channel::hybrid::Host;
 use adit_channel::linked::{self, Held, Remote};
+use adit_port::vmm::{Handed, Registration};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -22,7 +18,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{Activation, Device, Interrupt, Memory};
 use crate::eventfd::duplicate;
 use crate::seccomp::{Filters, Thread};
-use handed::{Handed, Registration};
 
 /// Entries of each queue at most.
 const QUEUE: u16 = 256;
@@ -66,7 +61,9 @@ impl Vsock {
         let event = || EventFd::new(EFD_NONBLOCK);
         let kicks = [event()?, event()?, event()?];
         let device = VsockDevice::new(cid, 1)?;
-        let (carrier, remote) = linked::link(device, duplicate(&kicks[2])?)?;
+        let [rx, tx, event] = &kicks;
+        let copies = [duplicate(rx)?, duplicate(tx)?, duplicate(event)?];
+        let (carrier, remote) = linked::link(device, copies)?;
         let run: Box<dyn FnOnce() + Send> = match owner {
             Owner::Sockets(uds) => {
                 let mut seed = [0; 8];
@@ -76,7 +73,10 @@ impl Vsock {
             }
             Owner::Aditd(registration) => {
                 let handed = Handed::new(carrier, registration)?;
-                Box::new(|| handed.run())
+                Box::new(|| match handed.run() {
+                    Ok(()) => eprintln!("adit-vmm: aditd has let the VM go: it has no channel now"),
+                    Err(e) => eprintln!("adit-vmm: vsock ends: {e:#}"),
+                })
             }
         };
         let filters = filters.clone();
@@ -92,11 +92,6 @@ impl Vsock {
             remote,
             held: None,
         })
-    }
-
-    /// Other descriptors of the kicks of RX and TX.
-    fn data_kicks(&self) -> std::io::Result<[OwnedFd; 2]> {
-        Ok([duplicate(&self.kicks[0])?, duplicate(&self.kicks[1])?])
     }
 }
 
@@ -123,20 +118,8 @@ impl Device for Vsock {
     }
 
     fn activate(&mut self, with: Activation) -> anyhow::Result<()> {
-        let [rx, tx, event] = <[Queue; 3]>::try_from(with.queues)
+        let queues = <[Queue; 3]>::try_from(with.queues)
             .map_err(|_| anyhow::anyhow!("a vsock device has three queues"))?;
-        let [rx_kick, tx_kick] = self.data_kicks()?.map(Some);
-        let queues = VirtQueues {
-            rx: VirtQueue {
-                queue: rx,
-                kick: rx_kick,
-            },
-            tx: VirtQueue {
-                queue: tx,
-                kick: tx_kick,
-            },
-            event: Some(event),
-        };
         let signal = Arc::new(Irq(with.interrupt));
         let activate =
             move |linked: &mut Linked| linked.activate(with.features, with.memory, queues, signal);
@@ -160,9 +143,8 @@ impl Device for Vsock {
             "the saved vsock device and its driver disagree: the guest had broken it, and must reset it first"
         );
         let Some(with) = with else { return Ok(()) };
-        let kicks = self.data_kicks()?.map(Some);
         let signal = Arc::new(Irq(with.interrupt));
-        let restore = move |linked: &mut Linked| linked.restore(&state, with.memory, kicks, signal);
+        let restore = move |linked: &mut Linked| linked.restore(&state, with.memory, signal);
         Ok(self.remote.ask(restore)??)
     }
 

@@ -1,7 +1,7 @@
-//! The host's side handed over to aditd.
+//! A VMM that has the device in its own process, and hands the host's side over to aditd.
 //!
 //! ```text
-//! adit-vmm ── takes RUN/vm/NAME: lock and ctl.sock, where a port process of aditd's would be
+//! the VMM ─── takes RUN/vm/NAME: lock and ctl.sock, where a port process of aditd's would be
 //!    │        POST /v1/vms ──► aditd: the VM is known, and its supervisor finds ctl.sock answering
 //!    │        ◄── Dial, Attach (with a client's socket) ── the same frames as to any port process
 //!    └─ at the end: DELETE /v1/vms/NAME; not when the guest only asked for a reset
@@ -19,18 +19,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use adit_api::{ErrorBody, NewVm, Vm, VmState};
+use adit_channel::carrier::Carrier;
 use adit_channel::hello;
 use adit_channel::live::LiveFile;
-use adit_port::control::{IVSHMEM_SOCKET, Quit, RING_SOCKET, VHOST_SOCKET};
-use adit_port::control_io::{Message, receive_all, send_all};
-use adit_port::keep::{Keeping, Note};
-use adit_port::place::{Place, PlaceError, connect_control};
-use adit_port::process::{Options, Process};
 use anyhow::{Context, bail};
 use nix::fcntl::Flock;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::Linked;
+use crate::control::{IVSHMEM_SOCKET, Quit, RING_SOCKET, VHOST_SOCKET};
+use crate::control_io::{Message, receive_all, send_all};
+use crate::keep::{Keeping, Note};
+use crate::place::{Place, PlaceError, connect_control};
+use crate::process::{Options, Process};
 
 /// How long aditd may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -50,19 +50,19 @@ pub struct Registration {
     pub vm: NewVm,
 }
 
-/// The vsock thread of a VM that aditd serves.
-pub struct Handed {
-    process: Process<Linked>,
+/// What serves the device of a VM that aditd serves: the loop of its thread.
+pub struct Handed<C: Carrier> {
+    process: Process<C>,
     /// The directory is ours for as long as the thread runs.
     _lock: Flock<fs::File>,
 }
 
-impl Handed {
+impl<C: Carrier> Handed<C> {
     /// Takes the place of the VM's port process.
     ///
     /// # Errors
     /// Another process has it, or it cannot be made.
-    pub fn new(carrier: Linked, with: &Registration) -> anyhow::Result<Self> {
+    pub fn new(carrier: C, with: &Registration) -> anyhow::Result<Self> {
         let run = with.aditd.parent().unwrap_or(Path::new("."));
         let dir = run.join("vm").join(&with.vm.name);
         let place = take(&dir, &with.vm.name)?;
@@ -97,12 +97,12 @@ impl Handed {
         })
     }
 
-    /// Serves until aditd lets the VM go, or the process ends.
-    pub fn run(mut self) {
-        match self.process.run() {
-            Ok(()) => eprintln!("adit-vmm: aditd has let the VM go: it runs on without a channel"),
-            Err(e) => eprintln!("adit-vmm: vsock ends: {e}"),
-        }
+    /// Serves until aditd lets the VM go, or the process ends. Then the VM runs on without a channel.
+    ///
+    /// # Errors
+    /// The kernel refuses to wait, or aditd breaks the protocol.
+    pub fn run(mut self) -> anyhow::Result<()> {
+        Ok(self.process.run()?)
     }
 }
 
@@ -144,6 +144,18 @@ fn take(dir: &Path, name: &str) -> anyhow::Result<Place> {
 pub struct Registered(Option<Registration>);
 
 impl Registered {
+    /// Takes the entry out.
+    ///
+    /// # Errors
+    /// aditd does not answer: the entry stays.
+    pub fn leave(&mut self) -> anyhow::Result<()> {
+        let Some(registration) = self.0.take() else {
+            return Ok(());
+        };
+        let path = format!("/v1/vms/{}", registration.vm.name);
+        registration.ask("DELETE", &path, b"").map(drop)
+    }
+
     /// Leaves the entry there: the VM is only away for a moment.
     pub fn keep(&mut self) {
         self.0 = None;
@@ -207,10 +219,8 @@ impl Registration {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        let Some(registration) = &self.0 else { return };
-        let path = format!("/v1/vms/{}", registration.vm.name);
-        if let Err(e) = registration.ask("DELETE", &path, b"") {
-            eprintln!("adit-vmm: {e:#}");
+        if let Err(e) = self.leave() {
+            tracing::warn!(error = %format!("{e:#}"), "the VM stays on the map");
         }
     }
 }
