@@ -1,6 +1,6 @@
 //! The serial line: a 16550 whose output goes to the terminal or to a file.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -43,17 +43,11 @@ impl Trigger for Irq {
 }
 
 /// Output that never fails: a guest does not stop because a log is full or a terminal is gone.
-enum Out {
-    Stdio(io::Stdout),
-    File(File),
-}
+struct Out(Box<dyn Write + Send>);
 
 impl Write for Out {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = match self {
-            Self::Stdio(out) => out.write(bytes).and_then(|n| out.flush().map(|()| n)),
-            Self::File(file) => file.write(bytes),
-        };
+        let written = self.0.write(bytes).and_then(|n| self.0.flush().map(|()| n));
         Ok(written.unwrap_or(bytes.len()))
     }
 
@@ -91,17 +85,14 @@ impl Console {
     /// # Errors
     /// The file cannot be written, or the state is no line's.
     pub fn open(line: &Line, interrupt: EventFd, state: &LineState) -> anyhow::Result<Arc<Self>> {
-        let out = match line {
-            Line::Stdio => Out::Stdio(io::stdout()),
-            Line::File(path) => Out::File(
-                OpenOptions::new()
-                    .create(true)
-                    .append(true)
-                    .open(path)
-                    .with_context(|| format!("cannot write {}", path.display()))?,
-            ),
+        let out: Box<dyn Write + Send> = match line {
+            Line::Stdio => Box::new(io::stdout()),
+            Line::File(path) => {
+                let file = OpenOptions::new().create(true).append(true).open(path);
+                Box::new(file.with_context(|| format!("cannot write {}", path.display()))?)
+            }
         };
-        let serial = Serial::from_state(&state.0, Irq(interrupt), NoEvents, out)
+        let serial = Serial::from_state(&state.0, Irq(interrupt), NoEvents, Out(out))
             .map_err(|e| anyhow::anyhow!("serial line: {e:?}"))?;
         Ok(Arc::new(Self(Mutex::new(serial))))
     }

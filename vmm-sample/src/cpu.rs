@@ -12,8 +12,8 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd};
 /// Local APIC registers LVT LINT0 and LINT1, and their delivery modes.
 const LINT0: usize = 0x350;
 const LINT1: usize = 0x360;
-const MODE_EXTINT: u32 = 0x700;
-const MODE_NMI: u32 = 0x400;
+const MODE_EXTINT: i8 = 7;
+const MODE_NMI: i8 = 4;
 
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
@@ -63,16 +63,10 @@ pub fn configure(kvm: &Kvm, vcpu: &VcpuFd, id: u8, count: u8) -> anyhow::Result<
     vcpu.set_lapic(&lapic).context("KVM_SET_LAPIC")
 }
 
-fn delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
-    let bytes = &mut lapic.regs[register..register + 4];
-    let old = bytes
-        .iter()
-        .rev()
-        .fold(0, |value, &b| value << 8 | u32::from(b as u8));
-    let new = old & !0x700 | mode;
-    for (byte, value) in bytes.iter_mut().zip(new.to_le_bytes()) {
-        *byte = value as _;
-    }
+/// Bits 8 to 10 of the register.
+fn delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: i8) {
+    let byte = &mut lapic.regs[register + 1];
+    *byte = *byte & !7 | mode;
 }
 
 fn cpuid(kvm: &Kvm, id: u8, count: u8, tsc_khz: u32) -> anyhow::Result<CpuId> {
@@ -80,7 +74,7 @@ fn cpuid(kvm: &Kvm, id: u8, count: u8, tsc_khz: u32) -> anyhow::Result<CpuId> {
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .context("KVM_GET_SUPPORTED_CPUID")?;
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    let mut top_hypervisor = None;
+    let mut frequencies = false;
     for entry in cpuid.as_mut_slice() {
         match entry.function {
             1 => {
@@ -109,12 +103,12 @@ fn cpuid(kvm: &Kvm, id: u8, count: u8, tsc_khz: u32) -> anyhow::Result<CpuId> {
             }
             LEAF_HYPERVISOR => {
                 entry.eax = entry.eax.max(LEAF_HYPERVISOR_FREQUENCIES);
-                top_hypervisor = Some(());
+                frequencies = tsc_khz != 0;
             }
             _ => {}
         }
     }
-    if top_hypervisor.is_some() && tsc_khz != 0 {
+    if frequencies {
         cpuid
             .push(kvm_cpuid_entry2 {
                 function: LEAF_HYPERVISOR_FREQUENCIES,

@@ -1,8 +1,9 @@
 //! How a VM comes to its end: the first reason wins, and the main thread is woken for it.
 
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
+use crate::bus::lock;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Why a VM ended.
@@ -59,8 +60,7 @@ impl Exit {
 
     /// Ends the VM, unless it is ending already.
     pub fn end(&self, reason: Reason) {
-        let mut held = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
-        held.get_or_insert(reason);
+        lock(&self.reason).get_or_insert(reason);
         // It fails only when it is readable already.
         let _ = self.event.write(1);
     }
@@ -72,7 +72,6 @@ impl Exit {
 
     /// Why it is ending, if it is.
     pub fn reason(&self) -> Option<Reason> {
-        let held = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
-        held.clone()
+        lock(&self.reason).clone()
     }
 }

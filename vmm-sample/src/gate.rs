@@ -5,10 +5,11 @@
 //!   └──────────────────────────────── end ────────────────────────────────────────► ended: threads return
 //! ```
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::bus::lock;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 /// A signal that comes before the thread is in the kernel is lost, so it is sent until it was heard.
@@ -52,18 +53,14 @@ impl Gate {
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Called by the threads between two pieces of work; waits while the gate is closed, with what is under way `settled`
     /// before. False: the thread is to return.
     pub fn pass(&self, settle: impl FnOnce()) -> bool {
-        let mut inner = self.lock();
+        let mut inner = lock(&self.inner);
         if inner.state == State::Closed {
             drop(inner);
             settle();
-            inner = self.lock();
+            inner = lock(&self.inner);
             // Opened again meanwhile: nobody waits.
             if inner.state != State::Closed {
                 return inner.state != State::Ended;
@@ -81,7 +78,7 @@ impl Gate {
 
     /// Closes the gate and waits until each of these threads, all that pass this gate, stands at it.
     pub fn close(&self, threads: &[JoinHandle<()>]) {
-        let mut inner = self.lock();
+        let mut inner = lock(&self.inner);
         inner.state = State::Closed;
         while inner.waiting < threads.iter().filter(|t| !t.is_finished()).count() {
             interrupt(threads);
@@ -94,13 +91,13 @@ impl Gate {
 
     /// Lets the threads go on.
     pub fn open(&self) {
-        self.lock().state = State::Open;
+        lock(&self.inner).state = State::Open;
         self.changed.notify_all();
     }
 
     /// Ends the threads and waits for them.
     pub fn end(&self, threads: Vec<JoinHandle<()>>) {
-        self.lock().state = State::Ended;
+        lock(&self.inner).state = State::Ended;
         self.changed.notify_all();
         while threads.iter().any(|t| !t.is_finished()) {
             interrupt(&threads);

@@ -26,7 +26,7 @@ use crate::memory;
 use crate::virtio::mmio::TransportState;
 
 const MAGIC: [u8; 8] = *b"ADITVMMS";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Bytes of a state's body at most.
 const BODY_MAX: u64 = 16 << 20;
 const PAGE: usize = 4096;

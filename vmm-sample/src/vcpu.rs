@@ -43,6 +43,7 @@ impl Vcpu {
 
     /// Runs the guest until it needs something, and does that. False: it was only interrupted.
     fn once(&self) -> Result<bool, Reason> {
+        let stop = |why| Err(Reason::Fault(format!("processor {}: {why}", self.id)));
         let mut fd = lock(&self.fd);
         match fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => self.bus.port_in(port, data),
@@ -52,23 +53,11 @@ impl Vcpu {
             // A triple fault: what a kernel does that has no other way to reset.
             Ok(VcpuExit::Shutdown) => return Err(Reason::Reset),
             Ok(VcpuExit::Intr) => return Ok(false),
-            Ok(VcpuExit::FailEntry(reason, _)) => {
-                let what = format!(
-                    "processor {} cannot be entered: hardware reason {reason:#x}",
-                    self.id
-                );
-                return Err(Reason::Fault(what));
-            }
-            Ok(other) => {
-                let what = format!("processor {} stopped: {other:?}", self.id);
-                return Err(Reason::Fault(what));
-            }
+            Ok(VcpuExit::FailEntry(why, _)) => return stop(format!("cannot be entered: {why:#x}")),
+            Ok(other) => return stop(format!("stopped: {other:?}")),
             // A signal, to make us look at the gate; EAGAIN: this processor was not started yet.
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(false),
-            Err(e) => {
-                let what = format!("processor {}: KVM_RUN: {e}", self.id);
-                return Err(Reason::Fault(what));
-            }
+            Err(e) => return stop(format!("KVM_RUN: {e}")),
         }
         Ok(true)
     }

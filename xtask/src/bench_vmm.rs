@@ -1,8 +1,9 @@
 //! `cargo xtask bench vmm`: adit-vmm beside QEMU's microvm, both with KVM, in turns, in one emulated guest (L1): the same kernel,
 //! initramfs, aditd and client. Emulated, every figure is larger than on hardware; only the ratios mean something.
 //!
-//! QEMU's device is on PCI with MSI-X and in a process of its own, ours on virtio-mmio and in the VMM: an interrupt of
-//! virtio-mmio costs the guest two exits (why it came, and that it was seen) which MSI-X does not have.
+//! QEMU's device is on PCI with MSI-X and in a process of its own, ours on virtio-mmio and in the VMM. An interrupt of
+//! virtio-mmio is acknowledged, which is an exit to KVM that MSI-X does not have. Exits of a round trip are printed, and how
+//! many of them went on to the VMM.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

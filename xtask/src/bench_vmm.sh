@@ -29,6 +29,9 @@ qemu() {
 }
 # Resident KiB that are not the guest's memory, which is the one large mapping.
 beyond() { awk '/^Size:/ { size = $2 } /^Rss:/ && size < 250000 { sum += $2 } END { print sum }' /proc/$1/smaps; }
+# What KVM has counted so far.
+mount -t debugfs debugfs /sys/kernel/debug
+count() { cat /sys/kernel/debug/kvm/$1; }
 round() {
     : > /tmp/serial.log
     begin=$(now)
@@ -43,10 +46,15 @@ round() {
     case $1 in ours) pid=$(pidof adit-vmm) ;; *) pid=$(pidof qemu-system-x86_64) ;; esac
     echo "FIGURE $1 memory-beyond-guest $(beyond $pid) KiB"
     for len in 64 65536; do
+        all=$(count exits) mmio=$(count mmio_exits)
         us=$(adit-testguest rtt 127.0.0.1:7080 vsock-5000.$1:5000 $len 200) || fail "$1: no echo"
         echo "FIGURE $1 rtt-$len $us us"
+        # 200 and the 20 before them.
+        echo "FIGURE $1 exits-$len $(awk "BEGIN { print ($(count exits) - $all) / 220 }") a-trip"
+        echo "FIGURE $1 exits-to-vmm-$len $(awk "BEGIN { print ($(count mmio_exits) - $mmio) / 220 }") a-trip"
     done
     kill $pid; wait $job
+    echo "$1 has ended"
 }
 for n in 1 2 3; do round ours; round qemu; done
 echo NESTED-DONE
