@@ -81,6 +81,7 @@ rude 1; ended 3 "asked for a reset"
 rude 2; n=300; until [ $(tr -cd x < $LOG | wc -c) -ge 20000 ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "halting guest"; break; }; sleep 0.1; done
 kill -TERM $VMM; ended 0 stopped
 # At a terminal every key is the guest's, at once; ctrl-a x is not.
+mkdir -p /dev/pts; mount -t devpts devpts /dev/pts
 mkfifo /tmp/keys
 script -qec "adit-vmm run --kernel /l2/rude2 --memory 64M" /tmp/typescript </tmp/keys >/tmp/screen 2>&1 & VMM=$!
 exec 9>/tmp/keys

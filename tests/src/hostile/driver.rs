@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use adit_channel::hello::{self, Common, Hello, Open, Status};
@@ -57,6 +58,7 @@ const RX_BUFFERS: usize = 0x2_0000;
 pub const TX_BUFFERS: usize = 0x10_0000;
 const QUEUE_PART: usize = 0x8000;
 const PATIENCE: Duration = Duration::from_secs(20);
+const BREATH: Duration = Duration::from_millis(10);
 
 /// A packet's header, any value in any field.
 #[derive(Clone, Copy, Debug)]
@@ -109,7 +111,7 @@ pub fn wait<T>(
         if let Some(found) = ask()? {
             return Ok(found);
         }
-        std::thread::yield_now();
+        thread::yield_now();
     }
     bail!("{what}: not after {} s", PATIENCE.as_secs())
 }
@@ -381,10 +383,17 @@ impl Driver {
         self.send(&rst, &[])
     }
 
-    /// Begins anew and exchanges honestly: the host's side has survived.
+    /// Begins anew and exchanges honestly: the host's side has survived. Whoever serves the streams may be behind a storm of
+    /// them, and refuse one for a moment.
     pub fn honest(&mut self) -> anyhow::Result<()> {
-        self.start()?;
-        self.post_rx();
-        self.exchange()
+        let begin = Instant::now();
+        loop {
+            self.start()?;
+            self.post_rx();
+            match self.exchange() {
+                Err(_) if begin.elapsed() < PATIENCE => thread::sleep(BREATH),
+                done => return done,
+            }
+        }
     }
 }
