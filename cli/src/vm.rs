@@ -245,10 +245,11 @@ fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         let doorbell = vm.carrier.doorbell.iter();
         rows.extend(doorbell.map(|bell| ["ring doorbell".into(), bell.clone()]));
     }
-    if let (Some(ring), Some(vsock)) = (vm.carrier.dial_ns, vm.carrier.vsock_dial_ns) {
-        let us = |ns: u64| ns / 1000;
-        let said = format!("ring {} us, vsock {} us", us(ring), us(vsock));
-        rows.push(["latency".into(), format!("a dial: {said}")]);
+    if let (Some(ring), Some(vsock)) = (vm.carrier.rtt_ns, vm.carrier.vsock_rtt_ns) {
+        let us = |ns: u64| ns as f64 / 1000.0;
+        let (ring, vsock) = (us(ring), us(vsock));
+        let said = format!("64 B there and back: ring {ring:.0} us, vsock {vsock:.0} us");
+        rows.push(["latency".into(), said]);
     }
     for [key, value] in rows {
         println!("{key:<14} {}", output::escape(&value));

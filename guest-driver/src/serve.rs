@@ -3,7 +3,7 @@
 //! `hello open {service tcp:PORT}` → policy → dial 127.0.0.1, then ::1 → `accept` or `refuse {why}` → relay. The answer
 //! carries the result of the local dial, so the host can tell "not allowed" from "nobody listens" from "busy".
 
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -143,6 +143,11 @@ impl Server {
             Err(e) => return log::event("hello-refused", &[("error", &e)]),
         };
         self.identity.saw(&open.common);
+        if open.service.as_str() == PING {
+            // Its own limits hold: the one of the hello for each read.
+            let _ = self.ping(&conn, &open);
+            return;
+        }
         match self.connect(&open) {
             Ok((version, local)) => {
                 let accept = Hello::Accept(Accept {
@@ -156,8 +161,6 @@ impl Server {
                     log::event("relay-failed", &[("service", &open.service), ("error", &e)]);
                 }
             }
-            // Not worth a line: the host measures.
-            Err(refusal) if open.service.as_str() == PING => self.refuse(&conn, refusal),
             Err(refusal) => {
                 let status = format!("{:?}", refusal.status);
                 let fields: [(&str, &dyn std::fmt::Display); 3] = [
@@ -167,6 +170,23 @@ impl Server {
                 ];
                 log::event("stream-refused", &fields);
                 self.refuse(&conn, refusal);
+            }
+        }
+    }
+
+    /// Sends back what comes.
+    fn ping(&self, mut conn: &Conn, open: &Open) -> io::Result<()> {
+        let Some(version) = hello::choose_version(open) else {
+            return Ok(());
+        };
+        let common = self.identity.common();
+        let accept = Hello::Accept(Accept { common, version });
+        conn.write_all(&accept.encode())?;
+        let mut buf = [0; 1024];
+        loop {
+            match conn.read(&mut buf)? {
+                0 => return conn.shutdown_write(),
+                n => conn.write_all(&buf[..n])?,
             }
         }
     }

@@ -158,8 +158,8 @@ impl VmEntry {
                 3 => Some("none: the guest looks on".into()),
                 _ => None,
             },
-            dial_ns: measured(ring.dial_ns.0),
-            vsock_dial_ns: measured(ring.dial_ns.1),
+            rtt_ns: measured(ring.rtt_ns.0),
+            vsock_rtt_ns: measured(ring.rtt_ns.1),
             streams: ring.streams,
         }
     }

@@ -7,7 +7,7 @@
 /// The host's vsock port for it: privileged, and beside the well-known one.
 pub const BELL_PORT: u32 = 742;
 
-/// A service that no agent has: what asking for it takes is what its carrier takes.
+/// A service of every agent: it sends back what comes, so that carriers can be compared.
 pub const PING: &str = "ping";
 
 /// How a guest hears its host.

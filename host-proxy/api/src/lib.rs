@@ -117,12 +117,12 @@ pub struct Carrier {
     /// How the guest is rung, as its agent says.
     #[serde(default)]
     pub doorbell: Option<String>,
-    /// What a dial that the agent answers takes over the ring, ns, as measured when the session began.
+    /// What 64 bytes take to the agent and back on an open stream over the ring, ns, as measured when the session began.
     #[serde(default)]
-    pub dial_ns: Option<u64>,
+    pub rtt_ns: Option<u64>,
     /// The same over vsock, measured at the same time.
     #[serde(default)]
-    pub vsock_dial_ns: Option<u64>,
+    pub vsock_rtt_ns: Option<u64>,
     /// Streams open over the ring now.
     pub streams: u32,
 }

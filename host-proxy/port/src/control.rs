@@ -241,8 +241,8 @@ pub struct Ring {
     pub line_ns: u32,
     /// How the guest hears us, as `adit_channel::ring::bell::Hears`; 0: it has not said.
     pub hears: u8,
-    /// A dial that the agent refuses and its answer, over the ring and over vsock, ns; 0: not measured.
-    pub dial_ns: (u64, u64),
+    /// 64 bytes to the agent and back on an open stream, over the ring and over vsock, ns; 0: not measured.
+    pub rtt_ns: (u64, u64),
     /// Streams open over it now.
     pub streams: u32,
 }

@@ -256,7 +256,7 @@ fn echo(mut stream: &Stream) -> std::io::Result<()> {
     let Ok(Hello::Open(open)) = hello::read(&mut stream) else {
         return Ok(());
     };
-    if open.service.tcp_port().is_none() {
+    if open.service.as_str() == "none" {
         let refuse = hello::Refuse {
             common: hello::Common::default(),
             status: hello::Status::UnknownService,
@@ -296,7 +296,7 @@ fn services_go_over_the_ring_and_what_the_agent_dials_is_the_agents() {
     assert_eq!(port.dial(1, "tcp:7"), Err(DialError::NoSession));
     let vmm = Vmm::connect(&port);
     let agent = vmm.agent();
-    let status = port.wait_ring(|ring| ring.running && ring.dial_ns.0 > 0);
+    let status = port.wait_ring(|ring| ring.running && ring.rtt_ns.0 > 0);
     assert_eq!(
         (status.memory.as_str(), status.bytes),
         ("memfd by ivshmem", 1 << 20)

@@ -10,7 +10,7 @@ use adit_tests::process::wait_for;
 use crate::{BOOT, Setup, echo, run_goal, setup};
 
 /// Reads until the tunnel ends, however it ends; a silence is a hang and fails.
-fn must_end(tunnel: &mut TcpStream, why: &str) {
+pub fn must_end(tunnel: &mut TcpStream, why: &str) {
     let mut buf = [0; 4096];
     loop {
         match tunnel.read(&mut buf) {

@@ -1,12 +1,16 @@
 //! The whole of it over the ring: the agent's services by name, a signed goal, and what happens when somebody is killed.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use adit_tests::connect::connect;
 use adit_tests::host::Host;
 use adit_tests::image::Kernel;
 use adit_tests::process::wait_for;
 
-use crate::{RING, Setup, bins, boot_with, echo, run_goal};
+use crate::restarts::must_end;
+use crate::{BOOT, RING, Setup, bins, boot_with, echo, run_goal};
 
 const LIMIT: Duration = Duration::from_secs(20);
 const HELLO: &str =
@@ -22,14 +26,13 @@ impl Setup {
             if ring["kind"] == "ring" {
                 attached.get_or_insert(begin.elapsed());
             }
-            Ok(ring["vsock_dial_ns"].is_u64().then_some(()))
+            Ok(ring["vsock_rtt_ns"].is_u64().then_some(()))
         });
         waited.unwrap_or_else(|e| panic!("{e:#}\n{:#}\n{}", self.vm(), self.logs()));
         attached.unwrap_or_default()
     }
 
-    /// Bytes that went through each carrier's streams cannot be told apart from outside: what can is that a tunnel ends with
-    /// the ring, and another does not. Here: the job is done, and over the ring.
+    /// The whole job, while services are dialled over the ring.
     fn job(&self) {
         assert!(self.curl(&["http://web-1/"]).contains("this is web-1"));
         for len in [1, 4096, 65_537, 4 << 20] {
@@ -65,4 +68,103 @@ fn the_job_is_done_over_a_ring_that_a_byte_rings() {
 #[test]
 fn the_job_is_done_over_a_ring_with_interrupts() {
     job(Kernel::V6_12, true, "interrupt");
+}
+
+/// A tunnel that goes on, and says whether it still does.
+fn alive(tunnel: &mut TcpStream) -> bool {
+    let echoed = tunnel
+        .write_all(b"still")
+        .and_then(|()| tunnel.read_exact(&mut [0; 5]));
+    echoed.is_ok()
+}
+
+impl Setup {
+    fn carrier(&self) -> String {
+        let vm = self.vm();
+        vm["carrier"]["kind"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    }
+
+    /// Waits until services are dialled over this.
+    fn wait_carrier(&self, kind: &str, since: Instant) -> Duration {
+        let waited = wait_for(kind, LIMIT, || Ok((self.carrier() == kind).then_some(())));
+        waited.unwrap_or_else(|e| panic!("{e:#}\n{:#}\n{}", self.vm(), self.logs()));
+        since.elapsed()
+    }
+
+    fn tunnel(&self) -> TcpStream {
+        let mut tunnel = connect(self.host.proxy(), "web-1:7").unwrap();
+        assert!(alive(&mut tunnel));
+        tunnel
+    }
+
+    /// Somebody was killed: the old tunnel ends, the ring is attached anew, and what follows goes over it.
+    fn anew(&self, what: &str, mut old: TcpStream, since: Instant) {
+        must_end(&mut old, what);
+        let took = self.wait_carrier("ring", since);
+        println!("{what}: the ring again after {} ms", took.as_millis());
+        assert!(took < Duration::from_secs(10), "{what}: {took:?}");
+        echo(&self.host, "web-1:7", 300_000);
+        let mut tunnel = self.tunnel();
+        assert!(alive(&mut tunnel) && self.carrier() == "ring", "{what}");
+    }
+}
+
+/// The agent (its supervisor starts another), aditd, the port process, and the guest itself.
+fn killed(iommu: bool) {
+    let Some(mut setup) = setup(Kernel::V6_1, iommu) else {
+        return;
+    };
+    setup.wait_ring();
+
+    // aditd: the port process keeps ring and tunnels, and the next aditd finds both.
+    let mut tunnel = setup.tunnel();
+    setup.host.kill();
+    assert!(alive(&mut tunnel), "without aditd");
+    setup.host.launch().unwrap();
+    let took = setup.wait_carrier("ring", Instant::now());
+    assert!(alive(&mut tunnel), "with the next aditd, after {took:?}");
+    setup.wait_agent();
+
+    // The agent.
+    let begin = Instant::now();
+    setup.order(
+        "steps: [{id: kill, script: {interpreter: /bin/sh, script: \"killall -9 adit-guest\"}}]\n",
+    );
+    setup.anew("the agent was killed", tunnel, begin);
+    setup.wait_agent();
+
+    // The port process: the region, which it left with aditd, is offered anew.
+    let tunnel = setup.tunnel();
+    let begin = Instant::now();
+    setup.kill_port();
+    setup.anew("the port process was killed", tunnel, begin);
+    setup.wait_agent();
+
+    // The guest, by itself: the function is the same, and so is the region.
+    let tunnel = setup.tunnel();
+    setup.order("steps: [{id: reboot, script: {interpreter: /bin/sh, script: \"reboot -f\"}}]\n");
+    setup.guest.wait_ready(BOOT).unwrap();
+    setup.anew("the guest rebooted", tunnel, Instant::now());
+    setup.wait_agent();
+
+    // The VMM: the next one has a region of its own.
+    let tunnel = setup.tunnel();
+    setup.guest.power_cycle().unwrap();
+    setup.guest.wait_ready(BOOT).unwrap();
+    setup.anew("power cut", tunnel, Instant::now());
+    setup.wait_agent();
+    setup.job();
+}
+
+#[test]
+fn whoever_is_killed_the_ring_is_attached_anew_without_interrupts() {
+    killed(false);
+}
+
+#[test]
+fn whoever_is_killed_the_ring_is_attached_anew_with_interrupts() {
+    killed(true);
 }

@@ -1,4 +1,4 @@
-//! The guest's bell, and how long a dial takes: what a ring has beside its memory.
+//! The guest's bell, and how long a round trip takes: what a ring has beside its memory.
 //!
 //! A guest that the ring cannot interrupt is rung on the stream that it opened to [`BELL_PORT`]; every guest says there how
 //! it hears. Only the agent can: the source port is a privileged one.
@@ -6,15 +6,17 @@
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use adit_channel::carrier::Carrier;
-use adit_channel::dial::{DialError, DialRequest};
+use adit_channel::dial::DialRequest;
 use adit_channel::hello::{self, Common, Open};
 use adit_channel::port::Notice;
 use adit_channel::ring::bell::{BELL_PORT, Hears, PING};
 use adit_channel::shard::PortIndex;
-use adit_channel::sink::Sink;
+use adit_channel::sink::{Service, ServiceEvent, Sink, StreamIo};
 use adit_engine::{Lane, StreamId, Tick};
 
 use super::{At, KEY_BELL, Process};
@@ -22,8 +24,9 @@ use crate::rings::GuestBell;
 
 /// Source ports below this are the agent's.
 const PRIVILEGED: u32 = 1024;
-/// Dials of each carrier that are measured, once a session.
-const PINGS: usize = 9;
+/// Round trips of each carrier that are measured, once a session, and their bytes.
+const PINGS: usize = 32;
+const PING_BYTES: usize = 64;
 const PING_LIMIT: Duration = Duration::from_secs(2);
 
 /// What is known of the guest's end.
@@ -35,14 +38,53 @@ pub(super) struct Bell {
     pub(super) hears: u8,
     ping: Option<Ping>,
     /// Of the ring, of vsock; 0: not measured.
-    pub(super) dial_ns: (u64, u64),
+    pub(super) rtt_ns: (u64, u64),
 }
 
-/// Dials of one carrier, one after the other.
+/// A stream on which is measured, and what came of it.
 struct Ping {
     at: At,
+    middle_ns: Arc<AtomicU64>,
+}
+
+/// The host's end of it: sends, and takes the time until it has it back.
+struct Pinger {
     began: Instant,
+    back: usize,
     took: Vec<u64>,
+    middle_ns: Arc<AtomicU64>,
+}
+
+impl Pinger {
+    fn send(&mut self, io: &mut StreamIo<'_>) {
+        self.began = Instant::now();
+        self.back = 0;
+        io.write(&[0x5a; PING_BYTES]);
+    }
+}
+
+impl Service for Pinger {
+    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
+        match event {
+            ServiceEvent::Opened => self.send(io),
+            ServiceEvent::Data(bytes) => {
+                io.take(bytes.len());
+                self.back += bytes.len();
+                if self.back < PING_BYTES {
+                    return;
+                }
+                let ns = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+                self.took.push(ns);
+                if self.took.len() < PINGS {
+                    return self.send(io);
+                }
+                self.took.sort_unstable();
+                self.middle_ns.store(self.took[PINGS / 2], Relaxed);
+                io.finish();
+            }
+            ServiceEvent::Writable | ServiceEvent::PeerDone => {}
+        }
+    }
 }
 
 impl Bell {
@@ -52,7 +94,7 @@ impl Bell {
             heard_on: None,
             hears: 0,
             ping: None,
-            dial_ns: (0, 0),
+            rtt_ns: (0, 0),
         }
     }
 }
@@ -65,17 +107,25 @@ impl<C: Carrier> Process<C> {
         };
         match *notice {
             Notice::Session { .. } => {
-                // Both are measured when both are there.
+                // What was measured was another session's.
                 rings.bell.ping = None;
+                rings.bell.rtt_ns = (0, 0);
                 let ring = rings.port;
                 self.ping(ring);
                 false
             }
-            Notice::DialFailed { stream, ref error } => {
-                let ping = rings.bell.ping.as_ref();
-                let mine = ping.is_some_and(|ping| ping.at == (port, stream));
-                if mine {
-                    self.pinged(matches!(error, DialError::HelloRefused(_)));
+            // The agent is there, and listens: it may not have when it attached.
+            Notice::Incoming { .. } | Notice::Dialed { .. }
+                if port == rings.port && rings.bell.rtt_ns == (0, 0) =>
+            {
+                self.ping(port);
+                false
+            }
+            Notice::Closed { stream, .. } => {
+                let ping = rings.bell.ping.take_if(|ping| ping.at == (port, stream));
+                let mine = ping.is_some();
+                if let Some(ping) = ping {
+                    self.pinged(port, ping.middle_ns.load(Relaxed));
                 }
                 mine
             }
@@ -143,7 +193,7 @@ impl<C: Carrier> Process<C> {
         }
     }
 
-    /// Asks the agent for what it refuses at once, if the port has a session.
+    /// Has the agent send back what is sent, if the port has a session.
     fn ping(&mut self, port: PortIndex) {
         let Ok(service) = PING.parse() else { return };
         let now = self.shard.now();
@@ -159,37 +209,26 @@ impl<C: Carrier> Process<C> {
         if self.shard.port(rings.port).epoch().is_none() {
             return;
         }
-        let took = match rings.bell.ping.take() {
-            Some(ping) if ping.at.0 == port => ping.took,
-            _ => Vec::with_capacity(PINGS),
+        let middle_ns = Arc::<AtomicU64>::default();
+        let pinger = Pinger {
+            began: Instant::now(),
+            back: 0,
+            took: Vec::with_capacity(PINGS),
+            middle_ns: middle_ns.clone(),
         };
-        let began = Instant::now();
-        if let Ok(stream) = self.shard.port_mut(port).dial(now, request, None) {
+        let sink = Some(Sink::Inline(Box::new(pinger)));
+        if let Ok(stream) = self.shard.port_mut(port).dial(now, request, sink) {
             let at = (port, stream);
-            rings.bell.ping = Some(Ping { at, began, took });
+            rings.bell.ping = Some(Ping { at, middle_ns });
         }
     }
 
-    fn pinged(&mut self, answered: bool) {
-        let (Some(rings), true) = (&mut self.rings, answered) else {
-            return;
-        };
-        let Some(ping) = &mut rings.bell.ping else {
-            return;
-        };
-        let ns = u64::try_from(ping.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        ping.took.push(ns);
-        let port = ping.at.0;
-        if ping.took.len() < PINGS {
-            return self.ping(port);
-        }
-        ping.took.sort_unstable();
-        let middle = ping.took[PINGS / 2];
-        rings.bell.ping = None;
+    fn pinged(&mut self, port: PortIndex, middle_ns: u64) {
+        let Some(rings) = &mut self.rings else { return };
         if port == self.port {
-            rings.bell.dial_ns.1 = middle;
+            rings.bell.rtt_ns.1 = middle_ns;
         } else {
-            rings.bell.dial_ns.0 = middle;
+            rings.bell.rtt_ns.0 = middle_ns;
             self.ping(self.port);
         }
     }

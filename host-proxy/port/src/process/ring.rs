@@ -151,7 +151,7 @@ impl<C: Carrier> Process<C> {
             bytes: info.map_or(0, |i| i.bytes),
             line_ns: info.map_or(0, |i| i.line_ns),
             hears: rings.bell.hears,
-            dial_ns: rings.bell.dial_ns,
+            rtt_ns: rings.bell.rtt_ns,
             // The table has far fewer.
             streams: port.streams() as u32,
         };
