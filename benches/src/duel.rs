@@ -237,8 +237,14 @@ pub fn trips(mut trip: impl FnMut(usize)) -> Vec<f64> {
             took.as_nanos() as f64
         })
         .collect();
-    // The first ones find pages that were never touched, and a far side that is not there yet.
-    let warm = &mut times[TRIPS / 2..];
+    warm(&mut times)
+}
+
+/// Median and 99th percentile of the second half of some times: the first ones find pages that were never touched, and a
+/// far side that is not there yet.
+pub fn warm(times: &mut [f64]) -> Vec<f64> {
+    let half = times.len() / 2;
+    let warm = &mut times[half..];
     warm.sort_by(f64::total_cmp);
     vec![warm[warm.len() / 2], warm[warm.len() * 99 / 100]]
 }

@@ -129,6 +129,11 @@ pub trait Carrier {
     fn rest(&self) -> Option<Duration> {
         None
     }
+    /// A glance of a shell that looks on: false if a burst would surely find nothing from the peer. A carrier that is
+    /// glanced at keeps its own distance from a peer that writes; the shell pauses for one that cannot tell (`None`).
+    fn glance(&mut self) -> Option<bool> {
+        None
+    }
     /// Stops the session after a fault: nothing is taken from the guest until the transport is set up anew.
     fn tear(&mut self);
     /// Visits the descriptors that wake this carrier, each with the id that `woken` takes.

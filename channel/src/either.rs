@@ -85,6 +85,10 @@ impl<A: Carrier, B: Carrier> Carrier for Either<A, B> {
         both!(self, c => c.rest())
     }
 
+    fn glance(&mut self) -> Option<bool> {
+        both!(self, c => c.glance())
+    }
+
     fn tear(&mut self) {
         both!(self, c => c.tear());
     }

@@ -60,6 +60,10 @@ pub const SYSTEM_CALLS: &[libc::c_long] = &[
 
 /// Pauses after a look that found something: about a microsecond.
 const BACK_OFF: u32 = 20;
+/// Glances at ports for one look, where a glance is enough to tell.
+const GLANCES: u32 = 64;
+/// Looks at ports for one at the kernel, which costs as much as all of them.
+const LOOKS: usize = 8;
 /// Events taken from the kernel at a time.
 const EVENTS: usize = 64;
 
@@ -324,26 +328,39 @@ impl<C: Carrier> Shard<C> {
         let begin = Instant::now();
         let until = begin + self.polling.run(timeout);
         let (mut last, mut came) = (begin, false);
+        let (mut instant, mut looks) = (begin, 0);
         loop {
-            let event = self.events(EpollTimeout::ZERO)?;
-            let instant = Instant::now();
+            let mut moved = false;
+            if looks == 0 {
+                moved = self.events(EpollTimeout::ZERO)?;
+                looks = (LOOKS / self.ports.len().max(1)).max(1);
+            }
+            looks -= 1;
+            // The clock is read while nobody waits for it.
             let now = self.inbox.tick(instant);
-            let mut moved = event;
+            let mut all_glance = true;
             for (i, port) in self.ports.iter_mut().enumerate() {
                 moved |= port.look(now, self.budget);
+                all_glance &= port.glance().is_some();
                 self.dirty[i] = true;
             }
+            instant = Instant::now();
             let told = self.ports.iter().any(Port::has_notice);
             if moved {
                 (last, came) = (instant, true);
                 // While a stream flows, what is looked at too often comes in single packets.
-                for _ in 0..BACK_OFF {
-                    std::hint::spin_loop();
-                }
+                let pauses = if all_glance { 0 } else { BACK_OFF };
+                (0..pauses).for_each(|_| std::hint::spin_loop());
             }
             let over = instant >= until || instant - last >= self.polling.window();
             if told || over || self.stopped || !self.news.is_empty() {
                 break;
+            }
+            let glances = if all_glance { GLANCES } else { 0 };
+            for _ in 0..glances {
+                if self.ports.iter_mut().any(|p| p.glance() != Some(false)) {
+                    break;
+                }
             }
         }
         self.polling.looked(came);

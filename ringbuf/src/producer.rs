@@ -338,6 +338,12 @@ impl<M: RingMem, P: Policy> Grant<'_, M, P> {
         self.producer.plan.offset(self.producer.head + self.pad) + HEADER
     }
 
+    /// Gives it back: nothing was written into it. (Dropped, it is taken for written.)
+    #[inline]
+    pub fn unused(self) {
+        let _ = ManuallyDrop::new(self);
+    }
+
     /// As [`commit`](Self::commit), of its first `len` bytes. `spoilt`: something was written behind them, where headers
     /// will come to stand.
     #[inline]

@@ -20,6 +20,8 @@ enum Name {
     Guest,
     /// The ring beside its peers and the machine's limits
     Ring,
+    /// Streams over the ring beside the bare ring and Unix sockets
+    Carrier,
     /// adit-vmm beside QEMU's microvm
     Vmm,
 }
@@ -43,6 +45,7 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
         Name::Vsock => vsock(&own),
         Name::Guest => guest(&own),
         Name::Ring => ring(&own),
+        Name::Carrier => carrier(&own),
         Name::Vmm => bench_vmm::run(options.json).map(|()| true),
     }
 }
@@ -57,6 +60,12 @@ fn vsock(own: &[&str]) -> anyhow::Result<bool> {
     let binaries = setup::host_binaries(true)?.display().to_string();
     args.extend(["--binaries", &binaries]);
     bench("backends", &args)?;
+    Ok(true)
+}
+
+/// Streams over the ring, between two processes.
+fn carrier(own: &[&str]) -> anyhow::Result<bool> {
+    bench("carrier", &[own, &["--rounds", "15"]].concat())?;
     Ok(true)
 }
 

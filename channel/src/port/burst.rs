@@ -98,6 +98,11 @@ impl<C: Carrier> Port<C> {
         before != packets(&self.counters)
     }
 
+    /// See [`Carrier::glance`].
+    pub(crate) fn glance(&mut self) -> Option<bool> {
+        self.carrier.glance()
+    }
+
     fn burst(&mut self, now: Tick, budget: Budget) -> Result<(End, End), CarrierFault> {
         self.carrier.begin();
         if self.engine.poll_timeout().is_some_and(|t| t <= now) {

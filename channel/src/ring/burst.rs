@@ -8,7 +8,7 @@ use adit_engine::{FRAME_BYTES, Lane, PacketHeader};
 use adit_ringbuf::{Armed as Ready, Grant, Mapped, PushError, RingMem, Wake};
 use vm_memory::GuestAddress;
 
-use super::{LOOK_EVERY, RingCarrier, RingCounters, Role};
+use super::{LOOK_EVERY, RingCarrier, RingCounters, Role, SMALL, Staged};
 use crate::carrier::{
     Armed, Carrier, CarrierCaps, CarrierFault, Interest, RxPacket, SetAside, TxSlot, Woken,
 };
@@ -43,6 +43,8 @@ pub struct RingPacket<'a> {
     header: PacketHeader,
     lane: Lane,
     remaining: u32,
+    /// The payload again, if it is small.
+    small: &'a [u8],
     aside: &'a mut Aside,
     counters: &'a mut RingCounters,
 }
@@ -52,6 +54,8 @@ pub struct RingPacket<'a> {
 pub struct RingSlot<'a> {
     mem: &'a Mapped,
     grant: Grant<'a, Mapped>,
+    /// What was put in so far is staged here and not in the grant.
+    staged: Option<&'a mut Staged>,
     seg: [Seg; 1],
     cursor: Cursor,
     capacity: u32,
@@ -105,8 +109,17 @@ impl RingCarrier {
     /// Shows what was written and gives back what was read.
     fn publish(&mut self) {
         for way in &mut self.ways {
+            match way.unstage() {
+                Ok(wake) => self.data = self.data.or(wake),
+                Err(fault) => {
+                    self.fault.get_or_insert(fault);
+                }
+            }
             self.data = self.data.or(way.ends.producer.publish());
-            self.space = self.space.or(way.ends.consumer.release());
+            // Less than that is given back when this side sleeps: nobody is short of it.
+            if way.ends.consumer.wants_release() {
+                self.space = self.space.or(way.ends.consumer.release());
+            }
         }
         self.ring();
     }
@@ -160,6 +173,7 @@ impl Carrier for RingCarrier {
         let Some((index, at, len)) = self.next()? else {
             return Ok(None);
         };
+        self.pace.came(len);
         if len < FRAME_BYTES {
             return Err(CarrierFault {
                 what: "record is shorter than a frame; bytes",
@@ -168,7 +182,13 @@ impl Carrier for RingCarrier {
             });
         }
         let mut frame = [0; FRAME_BYTES];
-        RingMem::read(&self.mem, at, &mut frame);
+        let is_small = len <= SMALL;
+        if is_small {
+            RingMem::read(&self.mem, at, &mut self.small[..len]);
+            frame.copy_from_slice(&self.small[..FRAME_BYTES]);
+        } else {
+            RingMem::read(&self.mem, at, &mut frame);
+        }
         let control = index == 0 && self.ways.len() > 1;
         self.control_run = if control { self.control_run + 1 } else { 0 };
         self.counters.records_in += 1;
@@ -181,6 +201,11 @@ impl Carrier for RingCarrier {
             header: PacketHeader::from_frame(&frame),
             lane: if control { Lane::Control } else { Lane::Bulk },
             remaining,
+            small: if is_small {
+                &self.small[FRAME_BYTES..len]
+            } else {
+                &[]
+            },
             aside: &mut self.aside,
             counters: &mut self.counters,
         }))
@@ -197,6 +222,7 @@ impl Carrier for RingCarrier {
         if let Some(fault) = self.fault.take() {
             return Err(fault);
         }
+        self.data = self.data.or(way.unstage()?);
         let want = want.min(PAYLOAD_MAX) as usize;
         let least = FRAME_BYTES + want.min(SLOT_LEAST);
         let grant = match way.ends.producer.reserve_some(least, FRAME_BYTES + want) {
@@ -222,6 +248,7 @@ impl Carrier for RingCarrier {
             seg: seg(grant.at() + FRAME_BYTES, capacity),
             cursor: Cursor::default(),
             grant,
+            staged: Some(&mut way.staged),
             capacity,
             written: 0,
             spoilt: false,
@@ -284,6 +311,14 @@ impl Carrier for RingCarrier {
             .map(|until| until.saturating_duration_since(Instant::now()));
         let deaf = self.bells.deaf().then_some(LOOK_EVERY);
         [held, deaf].into_iter().flatten().min()
+    }
+
+    fn glance(&mut self) -> Option<bool> {
+        let stirs = self.ways.iter().any(|way| way.ends.consumer.stirs());
+        if !stirs {
+            self.pace.missed();
+        }
+        Some(stirs)
     }
 
     fn tear(&mut self) {
@@ -358,7 +393,11 @@ impl RxPacket for RingPacket<'_> {
 
     fn read(&mut self, dst: &mut [u8]) -> Result<usize, CarrierFault> {
         let n = dst.len().min(self.remaining as usize);
-        RingMem::read(self.mem, position(&self.seg, &self.cursor), &mut dst[..n]);
+        let done = self.seg[0].len as usize - self.remaining as usize;
+        match self.small.get(done..done + n) {
+            Some(bytes) if !self.small.is_empty() => dst[..n].copy_from_slice(bytes),
+            _ => RingMem::read(self.mem, position(&self.seg, &self.cursor), &mut dst[..n]),
+        }
         self.cursor.advance(&self.seg, n);
         self.moved(n);
         Ok(n)
@@ -379,6 +418,15 @@ impl RxPacket for RingPacket<'_> {
 }
 
 impl RingSlot<'_> {
+    /// It is not small: what was put in so far goes into the grant, and the rest behind it.
+    fn unstage(&mut self) {
+        if let Some(staged) = self.staged.take() {
+            let end = FRAME_BYTES + self.written as usize;
+            self.grant
+                .write(FRAME_BYTES, &staged.bytes[FRAME_BYTES..end]);
+        }
+    }
+
     fn moved(&mut self, n: usize) {
         // At most `capacity - written` was asked for.
         self.written += n as u32;
@@ -393,8 +441,14 @@ impl TxSlot for RingSlot<'_> {
 
     fn write(&mut self, src: &[u8]) -> Result<usize, CarrierFault> {
         let n = src.len().min((self.capacity - self.written) as usize);
-        self.grant
-            .write(FRAME_BYTES + self.written as usize, &src[..n]);
+        let at = FRAME_BYTES + self.written as usize;
+        match &mut self.staged {
+            Some(staged) if at + n <= SMALL => staged.bytes[at..at + n].copy_from_slice(&src[..n]),
+            _ => {
+                self.unstage();
+                self.grant.write(at, &src[..n]);
+            }
+        }
         self.cursor.advance(&self.seg, n);
         self.moved(n);
         Ok(n)
@@ -409,6 +463,7 @@ impl TxSlot for RingSlot<'_> {
                 "no room in the slot",
             ));
         }
+        self.unstage();
         let read = iovec::read_from(self.mem, &self.seg, &mut self.cursor, fd, max);
         let n = read.inspect_err(|e| self.spoilt |= e.kind() != io::ErrorKind::WouldBlock)?;
         self.moved(n);
@@ -421,9 +476,15 @@ impl TxSlot for RingSlot<'_> {
             len: self.written,
             ..*h
         };
-        self.grant.write(0, &h.to_frame());
+        let frame = h.to_frame();
         self.counters.records_out += 1;
         let len = FRAME_BYTES + self.written as usize;
+        if let Some(staged) = self.staged {
+            staged.bytes[..FRAME_BYTES].copy_from_slice(&frame);
+            staged.len = len;
+            return self.grant.unused();
+        }
+        self.grant.write(0, &frame);
         *self.data = self.data.or(self.grant.commit_first(len, self.spoilt));
     }
 }

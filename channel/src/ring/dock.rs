@@ -130,6 +130,10 @@ impl Carrier for Dock {
         self.ring.as_ref().and_then(RingCarrier::rest)
     }
 
+    fn glance(&mut self) -> Option<bool> {
+        self.known().map_or(Some(false), RingCarrier::glance)
+    }
+
     fn tear(&mut self) {
         if let Some(ring) = self.known() {
             ring.tear();

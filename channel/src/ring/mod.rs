@@ -24,10 +24,10 @@ mod dock;
 use std::io;
 use std::time::{Duration, Instant};
 
-use adit_engine::{Lane, ResetReason, SessionChange};
+use adit_engine::{FRAME_BYTES, Lane, ResetReason, SessionChange};
 use adit_ringbuf::region::{self, Features, RegionError, Spec};
 use adit_ringbuf::session::{Ends, Event, Guest, Host, Lost, Turn};
-use adit_ringbuf::{Corrupt, Mapped, RingMem, Wake};
+use adit_ringbuf::{Corrupt, Mapped, Pace, PushError, RingMem, Wake};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub use bells::{Hear, Ring, RingBells};
@@ -100,12 +100,54 @@ enum Role {
     Guest(Guest<Mapped>),
 }
 
+/// Bytes of a small record.
+const SMALL: usize = FRAME_BYTES + 256;
+
+/// A small record of this process's own.
+#[derive(Debug)]
+struct Staged {
+    len: usize,
+    bytes: [u8; SMALL],
+}
+
+impl Staged {
+    const EMPTY: Self = Self {
+        len: 0,
+        bytes: [0; SMALL],
+    };
+}
+
+impl Way {
+    /// Puts the staged packet into the ring: it was staged because there was room, and there is no less of it.
+    fn unstage(&mut self) -> Result<Wake, CarrierFault> {
+        let len = std::mem::take(&mut self.staged.len);
+        if len == 0 {
+            return Ok(Wake::No);
+        }
+        match self.ends.producer.reserve(len) {
+            Ok(mut grant) => {
+                grant.write(0, &self.staged.bytes[..len]);
+                Ok(grant.commit())
+            }
+            Err(PushError::Corrupt(corrupt)) => Err(corrupt.into()),
+            Err(PushError::Full | PushError::TooLong { .. }) => Err(CarrierFault {
+                what: "ring has less room than it had; bytes of a record",
+                value: len as u64,
+                limit: SMALL as u64,
+            }),
+        }
+    }
+}
+
 /// One lane of a session.
 #[derive(Debug)]
 struct Way {
     ends: Ends<Mapped>,
     /// There was no slot.
     starved: bool,
+    /// The last small packet of the burst, not in the ring yet: it goes there when it is shown, for whoever polls the lines
+    /// of a record that is written piece by piece takes each of them away from its writer in between.
+    staged: Staged,
 }
 
 /// Packets over a region of shared memory.
@@ -130,6 +172,10 @@ pub struct RingCarrier {
     space: Wake,
     /// Packets whose payload goes out together.
     aside: Aside,
+    /// The record in hand, if it is small: copied whole, its lines come together.
+    small: [u8; SMALL],
+    /// Keeps out of a writer's way while a stream flows.
+    pace: Pace,
     /// Records of lane control taken in a row.
     control_run: u32,
     fault: Option<CarrierFault>,
@@ -140,8 +186,8 @@ pub struct RingCarrier {
 /// Bytes of a region at least.
 pub const BYTES_MIN: usize = 3 * 4096 + 4 * 4096;
 
-/// What a region of so many bytes is best divided into: a quarter for lane control, the rest for lane bulk, records at any
-/// 8 bytes. `None`: it is too small.
+/// What a region of so many bytes is best divided into: a quarter for lane control, the rest for lane bulk, records at whole
+/// lines. `None`: it is too small.
 pub fn spec(bytes: usize) -> Option<Spec> {
     let lane = |size| region::Lane {
         to_guest: size,
@@ -150,7 +196,12 @@ pub fn spec(bytes: usize) -> Option<Spec> {
     // A record of 64 KiB needs a ring of 256 KiB; what is above 4 MiB falls out of every cache.
     let sizes = (12..=22).rev().map(|log| 1usize << log);
     sizes
-        .map(|bulk| Spec::new(&[lane((bulk / 4).max(4096)), lane(bulk)]))
+        .map(|bulk| {
+            let mut spec = Spec::new(&[lane((bulk / 4).max(4096)), lane(bulk)]);
+            // Nobody polls a line that the other side is writing the next record to.
+            spec.align = 64;
+            spec
+        })
         .find(|spec| spec.bytes() <= bytes)
 }
 
@@ -204,6 +255,8 @@ impl RingCarrier {
             data: Wake::No,
             space: Wake::No,
             aside: Aside::default(),
+            small: [0; SMALL],
+            pace: Pace::default(),
             control_run: 0,
             fault: None,
             last_fault: String::new(),
@@ -296,6 +349,7 @@ impl RingCarrier {
                 Ok(Some(ends)) => self.ways.push(Way {
                     ends,
                     starved: false,
+                    staged: Staged::EMPTY,
                 }),
                 Ok(None) => {}
                 // Geometry was checked against this very memory when the region was read.

@@ -61,7 +61,7 @@ fn broken_by(what: &str, lie: impl Fn(&Mapped, &Places)) {
     assert!(took < SOON, "{what}: {took:?}");
 }
 
-/// The next record header of a lane: the first word that is zero.
+/// The next record header of a lane: the first word that is zero. Records begin at whole lines.
 fn next_header(mem: &Mapped, data: usize) -> usize {
     let mut at = data;
     loop {
@@ -70,7 +70,7 @@ fn next_header(mem: &Mapped, data: usize) -> usize {
             return at;
         }
         let len = (word & 0x7fff_ffff) as usize;
-        at += (8 + len).next_multiple_of(8);
+        at += (8 + len).next_multiple_of(64);
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use adit_channel::dial::DialError;
-use adit_channel::ring::{RingBells, RingCarrier, spec};
+use adit_channel::ring::{RingBells, RingCarrier, RingError, spec};
 use adit_channel::shard::{Handle, PortIndex, Shard, ShardThread};
 use adit_channel::stream::{Listener, Stream, Target};
 use adit_engine::EngineConfig;
@@ -55,9 +55,16 @@ impl Region {
         RingCarrier::host(self.map(), spec, epoch(), bells).expect("a region")
     }
 
+    /// The guest's end, as soon as a host has made the region.
     pub fn guest(&self) -> RingCarrier {
-        let bells = RingBells::of_guest(self.bells());
-        RingCarrier::guest(self.map(), epoch() << 16, Features::NONE, bells).expect("a region")
+        let until = Instant::now() + LONG;
+        loop {
+            let bells = RingBells::of_guest(self.bells());
+            match RingCarrier::guest(self.map(), epoch() << 16, Features::NONE, bells) {
+                Err(RingError::Region(_)) if Instant::now() < until => std::thread::yield_now(),
+                made => return made.expect("a region"),
+            }
+        }
     }
 }
 
@@ -111,12 +118,12 @@ fn try_dial(handle: &Handle, port: u32) -> Result<Stream, DialError> {
     handle.dialer().dial(&Target { port, hello }, LONG)
 }
 
-/// Dials, as often as there is no session yet.
+/// Dials, as often as there is no session yet, or nobody listens yet.
 pub fn dial(handle: &Handle, port: u32) -> Stream {
     let until = Instant::now() + LONG;
     loop {
         match try_dial(handle, port) {
-            Err(DialError::NoSession) if Instant::now() < until => {
+            Err(DialError::NoSession | DialError::Refused) if Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(1));
             }
             stream => return stream.expect("a stream"),

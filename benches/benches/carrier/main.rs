@@ -1,0 +1,139 @@
+//! `cargo bench --bench carrier [-- --rounds N] [--realtime] [--json]`: streams over the ring beside the bare ring that they
+//! run on, and beside what a Unix socket does, in the same run, round by round.
+//!
+//! - A cell is a process of its own that forks: two processes pinned to two processors ([`adit_benches::duel`]), a port
+//!   and a shard in each. `--cell NAME` runs one and prints its numbers.
+//! - Shards look on, as the ends of the bare ring do; tokio's sleep, as eventfds do.
+
+#[path = "../ring/others.rs"]
+#[allow(dead_code)] // some of its contenders
+mod others;
+#[path = "../ring/ours.rs"]
+#[allow(dead_code)]
+mod ours;
+mod streams;
+mod tasks;
+
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use adit_benches::duel::{self, Home, RING};
+use adit_benches::report::{Better, Figure};
+
+/// Bytes of a write of the bulk figure.
+pub const BULK: usize = 64 << 10;
+/// Bytes of a question and of its answer.
+pub const SMALL: usize = 64;
+
+/// Runs one cell here.
+fn cell(name: &str) -> Vec<f64> {
+    let processes = Home::Processes;
+    match name {
+        "bulk ring" => duel::stream(processes, ours::polling(RING, 1, 8), BULK).to_vec(),
+        "bulk unix" => duel::stream(processes, others::unix_stream(), BULK).to_vec(),
+        "bulk stream" => streams::bulk(),
+        "trip ring" => {
+            let ends = || ours::polling(RING, 1, 64);
+            duel::round_trip(processes, ends(), ends(), SMALL).to_vec()
+        }
+        "trip stream" => streams::trips(),
+        "trip tokio" => tasks::trips(),
+        "trip eventfd" => others::eventfds(),
+        _ => panic!("no cell {name:?}"),
+    }
+}
+
+const CELLS: [&str; 7] = [
+    "bulk ring",
+    "bulk unix",
+    "bulk stream",
+    "trip ring",
+    "trip stream",
+    "trip tokio",
+    "trip eventfd",
+];
+
+/// A cell in a process of its own.
+fn apart(name: &str) -> Vec<f64> {
+    let this = std::env::current_exe().expect("this program");
+    let out = Command::new(this).args(["--cell", name]).output();
+    let out = out.expect("the program of the cell");
+    let errors = String::from_utf8_lossy(&out.stderr);
+    assert!(
+        out.status.success(),
+        "cell {name:?}: {}\n{errors}",
+        out.status
+    );
+    let said = String::from_utf8_lossy(&out.stdout);
+    let number = |word: &str| word.parse().expect("a number");
+    said.split_whitespace().map(number).collect()
+}
+
+fn figures(all: &BTreeMap<&str, Vec<f64>>) -> Vec<Figure> {
+    let of = |name: &str| all[name].as_slice();
+    let bulk = |name: &str| -> Vec<f64> {
+        let bytes = |per_second: &f64| per_second * BULK as f64 / 1e6;
+        of(name).iter().map(bytes).collect()
+    };
+    let stream = bulk("bulk stream");
+    let (more, less) = (Better::Higher, Better::Lower);
+    let trip = |name: &str, of_whom: &str| Figure::alone(name, "ns", less, of(of_whom));
+    vec![
+        Figure::alone(
+            "stream, 64 KiB writes, two processes",
+            "MB/s",
+            more,
+            &stream,
+        )
+        .beside("bare ring", &bulk("bulk ring"), 0.75, 0.9),
+        Figure::alone(
+            "stream, 64 KiB writes, two processes",
+            "MB/s",
+            more,
+            &stream,
+        )
+        .beside("Unix stream", &bulk("bulk unix"), 2.0, 2.0),
+        trip(
+            "inline service, 64 B round trip, two processes",
+            "trip stream",
+        )
+        .beside("bare ring", of("trip ring"), 2.0, 1.5),
+        trip(
+            "through tokio, 64 B round trip, asleep in between",
+            "trip tokio",
+        ),
+        trip("eventfds alone, round trip", "trip eventfd"),
+    ]
+}
+
+fn main() {
+    let args: Vec<String> = std::env::args().collect();
+    let after = |name: &str| {
+        let at = args.iter().position(|a| a == name)?;
+        args.get(at + 1).cloned()
+    };
+    if let Some(name) = after("--cell") {
+        let words: Vec<String> = cell(&name).iter().map(f64::to_string).collect();
+        println!("{}", words.join(" "));
+        return;
+    }
+    if args.iter().any(|a| a == "--realtime") {
+        adit_benches::realtime::realtime();
+    }
+    if std::thread::available_parallelism().map_or(1, usize::from) < 2 {
+        eprintln!("skipped: a ring between two processors needs two");
+        return;
+    }
+    let rounds = after("--rounds").and_then(|n| n.parse().ok()).unwrap_or(5);
+    let progress = adit_benches::report::rounds(rounds);
+    let mut all: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for _ in 0..rounds {
+        for name in CELLS {
+            all.entry(name).or_default().push(apart(name)[0]);
+        }
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    let json = args.iter().any(|a| a == "--json");
+    figures(&all).iter().for_each(|figure| figure.print(json));
+}

@@ -1,0 +1,297 @@
+//! Streams between inline services: what a service that needs latency, or speed, is made of.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use adit_benches::duel::{self, Home, check, stamp};
+use adit_channel::dial::DialRequest;
+use adit_channel::port::Notice;
+use adit_channel::ring::{RingBells, RingCarrier, spec};
+use adit_channel::shard::{News, PortIndex, Shard};
+use adit_channel::sink::{Service, ServiceEvent, Sink, StreamIo};
+use adit_engine::{EngineConfig, Lane};
+use adit_ringbuf::Mapped;
+use adit_ringbuf::region::Features;
+use adit_ringbuf_io::attach::Bells;
+
+use super::{BULK, SMALL};
+
+/// Where the far side listens.
+pub const PORT: u32 = 741;
+const BYTES: usize = 4 << 20;
+/// Whether it is done is seen at least so often.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Both ends of a region, to be run by a process each.
+pub fn carriers() -> (RingCarrier, RingCarrier) {
+    let (near, fd) = Mapped::memfd(BYTES).expect("memory");
+    let far = Mapped::from_memfd(fd, BYTES).expect("memory");
+    let bells = Bells::new().expect("doorbells");
+    let theirs = RingBells::of_guest(bells.try_clone().expect("doorbells"));
+    let spec = spec(BYTES).expect("room");
+    let host = RingCarrier::host(near, spec, 1, RingBells::of_host(bells));
+    let guest = RingCarrier::guest(far, 1 << 20, Features::NONE, theirs);
+    (host.expect("a region"), guest.expect("a region"))
+}
+
+/// A shard with one port, in the process that it is for.
+type Side = (Shard<RingCarrier>, PortIndex);
+
+/// Both sides, made before they are pinned: a shard that has one processor only does not look on.
+fn sides() -> (Side, Side) {
+    let (near, far) = carriers();
+    (shard(near), shard(far))
+}
+
+fn shard(carrier: RingCarrier) -> Side {
+    let mut shard = Shard::new().expect("an epoll set");
+    shard.busy_poll(Duration::from_millis(1));
+    let port = shard.add(carrier, EngineConfig::default(), 7);
+    (shard, port.expect("a port"))
+}
+
+/// Dials with a service, and turns until it is done.
+fn run_near((mut shard, port): Side, lane: Lane, service: Box<dyn Service>, done: &AtomicBool) {
+    let mut service = Some(service);
+    while !done.load(Ordering::Relaxed) {
+        shard.turn(Some(LOOK)).expect("a turn");
+        while let Some(news) = shard.poll_news() {
+            if let News::Notice(_, Notice::Session { epoch: Some(_) }) = news {
+                let request = DialRequest {
+                    port: PORT,
+                    hello: None,
+                    deadline: None,
+                    lane,
+                };
+                let now = shard.now();
+                let sink = service.take().map(Sink::Inline);
+                let dialled = shard.port_mut(port).dial(now, request, sink);
+                dialled.expect("a session");
+            }
+        }
+    }
+}
+
+/// Accepts one stream with a service, and turns until it is done.
+fn run_far((mut shard, port): Side, service: Box<dyn Service>, done: &AtomicBool) {
+    shard.port_mut(port).listen(PORT).expect("free");
+    let mut service = Some(service);
+    let mut ended = false;
+    while !ended && !done.load(Ordering::Relaxed) {
+        shard.turn(Some(LOOK)).expect("a turn");
+        while let Some(news) = shard.poll_news() {
+            match news {
+                News::Notice(_, Notice::Incoming { stream, .. }) => {
+                    let now = shard.now();
+                    let sink = service.take().map(Sink::Inline);
+                    shard.port_mut(port).accept(now, stream, sink);
+                }
+                News::Notice(_, Notice::Closed { .. } | Notice::Session { epoch: None }) => {
+                    ended = true;
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Writes messages as long as there is room for whole ones.
+struct Source {
+    message: Vec<u8>,
+    sent: usize,
+    count: usize,
+}
+
+impl Service for Source {
+    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
+        if let ServiceEvent::PeerDone = event {
+            return;
+        }
+        while self.sent < self.count && io.room() >= self.message.len() {
+            stamp(&mut self.message, self.sent);
+            io.write(&self.message);
+            self.sent += 1;
+        }
+    }
+}
+
+/// Takes messages as they come, a copy of its own in pieces, and holds both ends of each against its number.
+struct Drain {
+    ends: [u8; 16],
+    filled: usize,
+    got: usize,
+    count: usize,
+    begin: Instant,
+    rate: Arc<std::sync::Mutex<f64>>,
+    done: Arc<AtomicBool>,
+}
+
+impl Service for Drain {
+    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
+        let ServiceEvent::Data(mut bytes) = event else {
+            return;
+        };
+        io.take(bytes.len());
+        while !bytes.is_empty() {
+            let n = bytes.len().min(BULK - self.filled);
+            // The first eight bytes and the last.
+            for (at, end) in [(0, 0), (BULK - 8, 8)] {
+                let (from, to) = (at.max(self.filled), (at + 8).min(self.filled + n));
+                if from < to {
+                    let into = &mut self.ends[end + from - at..end + to - at];
+                    into.copy_from_slice(&bytes[from - self.filled..to - self.filled]);
+                }
+            }
+            self.filled += n;
+            bytes = &bytes[n..];
+            if self.filled < BULK {
+                return;
+            }
+            self.filled = 0;
+            check(&self.ends, self.got);
+            self.got += 1;
+            let warm = self.count / 8;
+            if self.got == warm {
+                self.begin = Instant::now();
+            }
+            if self.got == self.count {
+                let rate = (self.count - warm) as f64 / self.begin.elapsed().as_secs_f64();
+                *self.rate.lock().expect("one thread") = rate;
+                self.done.store(true, Ordering::Relaxed);
+                io.finish();
+            }
+        }
+    }
+}
+
+/// Messages a second of one stream.
+pub fn bulk() -> Vec<f64> {
+    let (near, far) = sides();
+    let count = duel::count(BULK);
+    let (_, rate) = duel::run(
+        Home::Processes,
+        || {
+            let source = Source {
+                message: vec![7; BULK],
+                sent: 0,
+                count,
+            };
+            // Until the far side ends: it is this one's peer, and has the clock.
+            let over = Arc::new(AtomicBool::new(false));
+            let service = Ends {
+                inner: source,
+                over: over.clone(),
+            };
+            run_near(near, Lane::Bulk, Box::new(service), &over);
+            Vec::new()
+        },
+        || {
+            let (rate, done) = (Arc::default(), Arc::new(AtomicBool::new(false)));
+            let drain = Drain {
+                ends: [0; 16],
+                filled: 0,
+                got: 0,
+                count,
+                begin: Instant::now(),
+                rate: Arc::clone(&rate),
+                done,
+            };
+            // It tells its end, and turns until the near side has heard it.
+            run_far(far, Box::new(drain), &AtomicBool::new(false));
+            let rate = *rate.lock().expect("one thread");
+            vec![rate]
+        },
+    );
+    rate
+}
+
+/// Notes that the other side has ended, and ends too.
+struct Ends<S> {
+    inner: S,
+    over: Arc<AtomicBool>,
+}
+
+impl<S: Service> Service for Ends<S> {
+    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
+        if let ServiceEvent::PeerDone = event {
+            io.finish();
+            self.over.store(true, Ordering::Relaxed);
+            return;
+        }
+        self.inner.on_event(event, io);
+    }
+}
+
+/// Asks, and asks again when it was answered.
+struct Asker {
+    message: [u8; SMALL],
+    asked: usize,
+    last: Instant,
+    times: Arc<std::sync::Mutex<Vec<f64>>>,
+    done: Arc<AtomicBool>,
+}
+
+impl Service for Asker {
+    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
+        match event {
+            ServiceEvent::Opened => self.last = Instant::now(),
+            ServiceEvent::Data(bytes) if bytes.len() < SMALL => return,
+            ServiceEvent::Data(bytes) => {
+                check(&bytes[..SMALL], self.asked - 1);
+                io.take(SMALL);
+                let now = Instant::now();
+                let mut times = self.times.lock().expect("one thread");
+                times.push((now - self.last).as_nanos() as f64);
+                self.last = now;
+                if times.len() == duel::trip_count() {
+                    self.done.store(true, Ordering::Relaxed);
+                    return;
+                }
+            }
+            _ => return,
+        }
+        stamp(&mut self.message, self.asked);
+        self.asked += 1;
+        io.write(&self.message);
+    }
+}
+
+/// Sends back what comes.
+struct Echo;
+
+impl Service for Echo {
+    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
+        if let ServiceEvent::Data(bytes) = event {
+            let n = io.write(bytes);
+            io.take(n);
+        }
+    }
+}
+
+/// Median and 99th percentile of a round trip, ns.
+pub fn trips() -> Vec<f64> {
+    let (near, far) = sides();
+    let (said, _) = duel::run(
+        Home::Processes,
+        || {
+            let times = Arc::new(std::sync::Mutex::new(Vec::new()));
+            let done = Arc::new(AtomicBool::new(false));
+            let asker = Asker {
+                message: [9; SMALL],
+                asked: 0,
+                last: Instant::now(),
+                times: times.clone(),
+                done: done.clone(),
+            };
+            run_near(near, Lane::Control, Box::new(asker), &done);
+            let mut times = times.lock().expect("one thread");
+            duel::warm(&mut times)
+        },
+        || {
+            run_far(far, Box::new(Echo), &AtomicBool::new(false));
+            Vec::new()
+        },
+    );
+    said
+}
