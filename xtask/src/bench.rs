@@ -63,9 +63,12 @@ fn vsock(own: &[&str]) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// Streams over the ring, between two processes.
+/// Streams over the ring between two processes, and the ring into a guest.
 fn carrier(own: &[&str]) -> anyhow::Result<bool> {
-    bench("carrier", &[own, &["--rounds", "15"]].concat())?;
+    setup::run()?;
+    let image = setup::bare_image()?.display().to_string();
+    let more = ["--rounds", "15", "--image", &image];
+    bench("carrier", &[own, &more].concat())?;
     Ok(true)
 }
 

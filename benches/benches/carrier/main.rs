@@ -1,10 +1,11 @@
-//! `cargo bench --bench carrier [-- --rounds N] [--realtime] [--json]`: streams over the ring beside the bare ring that they
+//! `cargo bench --bench carrier [-- --rounds N] [--realtime] [--image FILE] [--json]`: streams over the ring beside the bare ring that they
 //! run on, and beside what a Unix socket does, in the same run, round by round.
 //!
 //! - A cell is a process of its own that forks: two processes pinned to two processors ([`adit_benches::duel`]), a port
 //!   and a shard in each. `--cell NAME` runs one and prints its numbers.
 //! - Shards look on, as the ends of the bare ring do; tokio's sleep, as eventfds do.
 
+mod bare;
 #[path = "../ring/others.rs"]
 #[allow(dead_code)] // some of its contenders
 mod others;
@@ -15,6 +16,7 @@ mod streams;
 mod tasks;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::process::Command;
 
 use adit_benches::duel::{self, Home, RING};
@@ -39,6 +41,8 @@ fn cell(name: &str) -> Vec<f64> {
         "trip stream" => streams::trips(),
         "trip tokio" => tasks::trips(),
         "trip eventfd" => others::eventfds(),
+        "trip process" => bare::round_trip(None).to_vec(),
+        "trip guest" => bare::round_trip(image().as_deref()).to_vec(),
         _ => panic!("no cell {name:?}"),
     }
 }
@@ -53,10 +57,41 @@ const CELLS: [&str; 7] = [
     "trip eventfd",
 ];
 
+/// Cells beside a guest: KVM makes one with the help of threads of the kernel, which a side that looks on in real time
+/// would keep from both processors.
+const BESIDE_A_GUEST: [&str; 2] = ["trip process", "trip guest"];
+
+/// The word behind another one on the command line.
+fn after(name: &str) -> Option<String> {
+    std::env::args().skip_while(|arg| arg != name).nth(1)
+}
+
+/// What the guest without Linux runs (`--image`); `None`: there is no image, or no KVM.
+fn image() -> Option<PathBuf> {
+    let image = PathBuf::from(after("--image")?);
+    let kvm = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
+    kvm.ok().map(|_| image)
+}
+
 /// A cell in a process of its own.
 fn apart(name: &str) -> Vec<f64> {
     let this = std::env::current_exe().expect("this program");
-    let out = Command::new(this).args(["--cell", name]).output();
+    let mut command = Command::new("chrt");
+    let mut command = match BESIDE_A_GUEST.contains(&name) {
+        true => {
+            command.args(["--other", "0"]).arg(this);
+            command
+        }
+        false => Command::new(this),
+    };
+    command.args(["--cell", name]);
+    if let Some(image) = after("--image") {
+        command.args(["--image", &image]);
+    }
+    let out = command.output();
     let out = out.expect("the program of the cell");
     let errors = String::from_utf8_lossy(&out.stderr);
     assert!(
@@ -78,7 +113,7 @@ fn figures(all: &BTreeMap<&str, Vec<f64>>) -> Vec<Figure> {
     let stream = bulk("bulk stream");
     let (more, less) = (Better::Higher, Better::Lower);
     let trip = |name: &str, of_whom: &str| Figure::alone(name, "ns", less, of(of_whom));
-    vec![
+    let mut figures = vec![
         Figure::alone(
             "stream, 64 KiB writes, two processes",
             "MB/s",
@@ -103,15 +138,21 @@ fn figures(all: &BTreeMap<&str, Vec<f64>>) -> Vec<Figure> {
             "trip tokio",
         ),
         trip("eventfds alone, round trip", "trip eventfd"),
-    ]
+    ];
+    if all.contains_key("trip guest") {
+        let name = "bare ring, 64 B round trip with a guest that runs in user mode on KVM";
+        let guest = trip(name, "trip guest");
+        figures.push(guest.beside("two processes", of("trip process"), 1.3, 1.1));
+    } else {
+        eprintln!(
+            "skipped: a guest on KVM: no /dev/kvm that opens, or no --image (`cargo xtask bench carrier` builds it)"
+        );
+    }
+    figures
 }
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
-    let after = |name: &str| {
-        let at = args.iter().position(|a| a == name)?;
-        args.get(at + 1).cloned()
-    };
     if let Some(name) = after("--cell") {
         let words: Vec<String> = cell(&name).iter().map(f64::to_string).collect();
         println!("{}", words.join(" "));
@@ -127,8 +168,9 @@ fn main() {
     let rounds = after("--rounds").and_then(|n| n.parse().ok()).unwrap_or(5);
     let progress = adit_benches::report::rounds(rounds);
     let mut all: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    let guest = image().map_or(&[][..], |_| &BESIDE_A_GUEST);
     for _ in 0..rounds {
-        for name in CELLS {
+        for &name in CELLS.iter().chain(guest) {
             all.entry(name).or_default().push(apart(name)[0]);
         }
         progress.inc(1);
