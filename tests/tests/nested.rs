@@ -11,7 +11,7 @@ use adit_tests::nested::{HELPERS, Inner, Nested};
 use adit_tests::{guest_bin, target, vmm_bin};
 
 /// A step takes seconds; a machine that is busy with other things many more.
-const LIMIT: Duration = Duration::from_secs(240);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// In L2: dials the host, waits until the host has done its part, and reboots the first time, powers off the second.
 const INNER: &str = r#"
