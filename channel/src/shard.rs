@@ -64,6 +64,8 @@ const BACK_OFF: u32 = 20;
 const GLANCES: u32 = 64;
 /// Looks at ports for one at the kernel, which costs as much as all of them.
 const LOOKS: usize = 8;
+/// Payload bytes of one look, each way: a quarter of the largest window.
+const LOOK_BYTES: u64 = 128 << 10;
 /// Events taken from the kernel at a time.
 const EVENTS: usize = 64;
 
@@ -328,6 +330,11 @@ impl<C: Carrier> Shard<C> {
         let begin = Instant::now();
         let until = begin + self.polling.run(timeout);
         let (mut last, mut came) = (begin, false);
+        // Who sends is told of what was taken before it runs out of room.
+        let glimpse = Budget {
+            bytes: self.budget.bytes.min(LOOK_BYTES),
+            ..self.budget
+        };
         let (mut instant, mut looks) = (begin, 0);
         loop {
             let mut moved = false;
@@ -340,7 +347,7 @@ impl<C: Carrier> Shard<C> {
             let now = self.inbox.tick(instant);
             let mut all_glance = true;
             for (i, port) in self.ports.iter_mut().enumerate() {
-                moved |= port.look(now, self.budget);
+                moved |= port.look(now, glimpse);
                 all_glance &= port.glance().is_some();
                 self.dirty[i] = true;
             }

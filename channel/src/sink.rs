@@ -64,22 +64,65 @@ pub trait Service: Send {
 /// What a service may do to its stream.
 pub struct StreamIo<'a> {
     pub(crate) out: &'a mut VecDeque<u8>,
+    pub(crate) straight: Option<Straight<'a>>,
     pub(crate) taken: usize,
+    pub(crate) more: bool,
     pub(crate) done: bool,
     pub(crate) reset: bool,
 }
 
-impl StreamIo<'_> {
-    /// Bytes that `write` takes now.
-    pub fn room(&self) -> usize {
-        INLINE_MAX.saturating_sub(self.out.len())
+/// The packet that is to be sent next: what fits goes into it without being queued.
+pub(crate) struct Straight<'a> {
+    pub(crate) put: &'a mut dyn FnMut(&[u8]) -> usize,
+    pub(crate) room: usize,
+}
+
+impl<'a> StreamIo<'a> {
+    pub(crate) fn new(out: &'a mut VecDeque<u8>) -> Self {
+        Self {
+            out,
+            straight: None,
+            taken: 0,
+            more: false,
+            done: false,
+            reset: false,
+        }
     }
 
-    /// Queues bytes for the guest; returns how many were taken.
+    /// Bytes that `write` takes now.
+    pub fn room(&self) -> usize {
+        INLINE_MAX.saturating_sub(self.out.len()) + self.straight()
+    }
+
+    /// Bytes of them that go straight into the packet that is sent next, copied once: some, where [`ask`](Self::ask) was
+    /// answered by [`ServiceEvent::Writable`].
+    pub fn straight(&self) -> usize {
+        let straight = self.straight.as_ref().filter(|_| self.out.is_empty());
+        straight.map_or(0, |s| s.room)
+    }
+
+    /// Sends bytes to the guest, or queues them; returns how many were taken.
     pub fn write(&mut self, bytes: &[u8]) -> usize {
-        let n = bytes.len().min(self.room());
-        self.out.extend(&bytes[..n]);
-        n
+        let mut n = bytes.len().min(self.straight());
+        if n > 0
+            && let Some(straight) = &mut self.straight
+        {
+            n = (straight.put)(&bytes[..n]);
+            straight.room -= n;
+        }
+        if n < bytes.len() {
+            // What is queued must not be overtaken.
+            self.straight = None;
+        }
+        let rest = &bytes[n..];
+        let queued = rest.len().min(INLINE_MAX.saturating_sub(self.out.len()));
+        self.out.extend(&rest[..queued]);
+        n + queued
+    }
+
+    /// Says that there is more to write: [`ServiceEvent::Writable`] comes when nothing is queued and the guest takes some.
+    pub fn ask(&mut self) {
+        self.more = true;
     }
 
     /// Takes `n` bytes of the data shown.

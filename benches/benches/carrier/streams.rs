@@ -96,7 +96,7 @@ fn run_far((mut shard, port): Side, service: Box<dyn Service>, done: &AtomicBool
     }
 }
 
-/// Writes messages as long as there is room for whole ones.
+/// Writes a message whenever one can go straight into a packet.
 struct Source {
     message: Vec<u8>,
     sent: usize,
@@ -108,10 +108,13 @@ impl Service for Source {
         if let ServiceEvent::PeerDone = event {
             return;
         }
-        while self.sent < self.count && io.room() >= self.message.len() {
+        if self.sent < self.count && io.straight() > 0 {
             stamp(&mut self.message, self.sent);
             io.write(&self.message);
             self.sent += 1;
+        }
+        if self.sent < self.count {
+            io.ask();
         }
     }
 }

@@ -15,7 +15,7 @@ use nix::sys::socket::{MsgFlags, Shutdown, send, setsockopt, shutdown, sockopt};
 
 use crate::carrier::{CarrierFault, RxPacket, TxSlot};
 use crate::dial::Dial;
-use crate::sink::{ServiceEvent, Sink, StreamIo};
+use crate::sink::{ServiceEvent, Sink, Straight, StreamIo};
 
 /// Payload is copied through a buffer of this many bytes where it goes to no descriptor.
 const CHUNK: usize = 4096;
@@ -59,6 +59,8 @@ pub(super) struct Entry {
     pub(super) told_done: bool,
     /// The application's side of a local sink is to be woken at the end of the burst.
     pub(super) wake: bool,
+    /// An inline service has more to write than is queued.
+    pub(super) service_more: bool,
     /// An inline service asked for the end.
     pub(super) service_done: bool,
     pub(super) service_reset: bool,
@@ -108,6 +110,7 @@ impl Entry {
             peer_done: false,
             told_done: false,
             wake: false,
+            service_more: false,
             service_done: false,
             service_reset: false,
         }
@@ -238,16 +241,12 @@ impl Entry {
             }
             Some(Sink::Inline(service)) if !self.held.is_empty() => {
                 let held = self.held.make_contiguous();
-                let mut io = StreamIo {
-                    out: &mut self.out,
-                    taken: 0,
-                    done: false,
-                    reset: false,
-                };
+                let mut io = StreamIo::new(&mut self.out);
                 service.on_event(ServiceEvent::Data(held), &mut io);
-                let (done, reset) = (io.done, io.reset);
+                let (more, done, reset) = (io.more, io.done, io.reset);
                 taken = io.taken.min(self.held.len());
                 self.held.drain(..taken);
+                self.service_more |= more;
                 self.service_done |= done;
                 self.service_reset |= reset;
             }
@@ -285,14 +284,10 @@ impl Entry {
         let Some(Sink::Inline(service)) = &mut self.sink else {
             return 0;
         };
-        let mut io = StreamIo {
-            out: &mut self.out,
-            taken: 0,
-            done: false,
-            reset: false,
-        };
+        let mut io = StreamIo::new(&mut self.out);
         service.on_event(event, &mut io);
-        let (taken, done, reset) = (io.taken, io.done, io.reset);
+        let (taken, more, done, reset) = (io.taken, io.more, io.done, io.reset);
+        self.service_more |= more;
         self.service_done |= done;
         self.service_reset |= reset;
         taken
@@ -309,6 +304,7 @@ impl Entry {
         }
         match &self.sink {
             Some(Sink::Fd(_)) if self.readable => u32::MAX,
+            Some(Sink::Inline(_)) if self.service_more => u32::MAX,
             Some(Sink::Local(end)) => {
                 let waiting = end.0.lock().to_guest.len();
                 out.saturating_add(u32::try_from(waiting).unwrap_or(u32::MAX))
@@ -369,6 +365,36 @@ impl Entry {
                 *copied += u64::from(n);
                 self.wake |= n > 0;
                 Ok(if n == 0 { Fill::Empty } else { Fill::Bytes(n) })
+            }
+            Some(Sink::Inline(service)) if std::mem::take(&mut self.service_more) => {
+                let (mut filled, mut fault) = (0, None);
+                let mut put = |bytes: &[u8]| match slot.write(bytes) {
+                    Ok(n) => {
+                        // At most `len` in all.
+                        filled += n as u32;
+                        n
+                    }
+                    Err(e) => {
+                        fault = Some(e);
+                        0
+                    }
+                };
+                let mut io = StreamIo::new(&mut self.out);
+                io.straight = Some(Straight {
+                    put: &mut put,
+                    room: len as usize,
+                });
+                service.on_event(ServiceEvent::Writable, &mut io);
+                let (more, done, reset) = (io.more, io.done, io.reset);
+                self.service_more = more;
+                self.service_done |= done;
+                self.service_reset |= reset;
+                *copied += u64::from(filled);
+                match fault {
+                    Some(fault) => Err(fault),
+                    None if filled == 0 => Ok(Fill::Empty),
+                    None => Ok(Fill::Bytes(filled)),
+                }
             }
             Some(Sink::Inline(_)) | None => Ok(Fill::Empty),
         }

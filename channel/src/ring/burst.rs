@@ -30,6 +30,9 @@ const SLOT_LEAST: usize = 1024;
 /// Records of lane control that are taken in a row while lane bulk has some.
 const CONTROL_RUN_MAX: u32 = 16;
 
+/// Bytes of records that are shown before the next one is written: the reader is not kept idle by a writer of bulk.
+const SHOWN_AT_ONCE: usize = 16 << 10;
+
 const WAKER_CHANGED: u32 = 0;
 const WAKER_DATA: u32 = 1;
 const WAKER_SPACE: u32 = 2;
@@ -223,6 +226,9 @@ impl Carrier for RingCarrier {
             return Err(fault);
         }
         self.data = self.data.or(way.unstage()?);
+        if way.ends.producer.unpublished() >= SHOWN_AT_ONCE {
+            self.data = self.data.or(way.ends.producer.publish());
+        }
         let want = want.min(PAYLOAD_MAX) as usize;
         let least = FRAME_BYTES + want.min(SLOT_LEAST);
         let grant = match way.ends.producer.reserve_some(least, FRAME_BYTES + want) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use adit_channel::dial::DialError;
 use adit_channel::port::Notice;
 use adit_channel::shard::News;
-use adit_channel::sink::Sink;
+use adit_channel::sink::{Service, ServiceEvent, Sink, StreamIo};
 use adit_channel::stream::Stream;
 use adit_engine::{How, PeerReason, ResetReason};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -267,4 +267,84 @@ fn idle_nobody_wakes_and_no_doorbell_rings() {
     assert_eq!((host.wait_limit(), guest.wait_limit()), (None, None));
     let after = [host.port(at), guest.port(there)].map(|p| p.carrier().counters());
     assert_eq!(before, after);
+}
+
+/// Bytes of a pattern in pieces of odd lengths, straight into packets where there is one, queued where not.
+struct Pieces {
+    bytes: Vec<u8>,
+    sent: usize,
+    straight: std::sync::Arc<std::sync::atomic::AtomicUsize>,
+}
+
+impl Service for Pieces {
+    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
+        let straight = io.straight();
+        match event {
+            ServiceEvent::Opened => {}
+            // What is queued has gone.
+            ServiceEvent::Writable if straight == 0 => return io.ask(),
+            ServiceEvent::Writable => {}
+            _ => return,
+        }
+        let len = (1 + self.sent * 7 % 90_000).min(self.bytes.len() - self.sent);
+        let n = io.write(&self.bytes[self.sent..self.sent + len]);
+        let order = std::sync::atomic::Ordering::SeqCst;
+        self.straight.fetch_add(n.min(straight), order);
+        self.sent += n;
+        match self.sent < self.bytes.len() {
+            true => io.ask(),
+            false => io.finish(),
+        }
+    }
+}
+
+#[test]
+fn a_service_that_asks_writes_straight_into_packets_and_in_order() {
+    let region = Region::new();
+    let (mut host, at) = shard(region.host());
+    let guest = End::spawn(region.guest());
+    let listener = guest.listen(PORT);
+    let got = std::thread::spawn(move || {
+        let mut stream = listener
+            .accept()
+            .expect("a request")
+            .accept()
+            .expect("open");
+        let mut got = Vec::new();
+        stream.read_to_end(&mut got).expect("an end in order");
+        got
+    });
+    let straight = std::sync::Arc::default();
+    let bytes = pattern(5 << 20, 9);
+    let mut service = Some(Pieces {
+        bytes: bytes.clone(),
+        sent: 0,
+        straight: std::sync::Arc::clone(&straight),
+    });
+    while !got.is_finished() {
+        host.turn(Some(Duration::from_millis(5))).expect("a turn");
+        while host.poll_news().is_some() {}
+        if host.port(at).epoch().is_some()
+            && let Some(service) = service.take()
+        {
+            let request = adit_channel::dial::DialRequest {
+                port: PORT,
+                hello: None,
+                deadline: None,
+                lane: adit_engine::Lane::Bulk,
+            };
+            let now = host.now();
+            let sink = Some(Sink::Inline(Box::new(service)));
+            host.port_mut(at)
+                .dial(now, request, sink)
+                .expect("a session");
+        }
+    }
+    assert!(got.join().expect("no panic") == bytes);
+    let straight = straight.load(std::sync::atomic::Ordering::SeqCst);
+    assert!(
+        straight > bytes.len() / 4,
+        "{straight} of {} bytes",
+        bytes.len()
+    );
 }
