@@ -379,7 +379,13 @@ impl<M: RingMem + Clone> Guest<M> {
     pub fn poll(&mut self) -> Result<Turn, RegionError> {
         let word = self.mem.load(HOST_WORD);
         let Some(host) = Word::parse(word) else {
-            return Ok(self.refuse(corrupt("host's state", word & 0xff, State::Closed as u64)));
+            // Before the host has answered, it is what somebody left there, this guest perhaps: the answer overwrites it.
+            return Ok(match self.at.state {
+                State::Run => {
+                    self.refuse(corrupt("host's state", word & 0xff, State::Closed as u64))
+                }
+                _ => Turn::NOTHING,
+            });
         };
         let same = host.request == self.at.request;
         Ok(match (self.at.state, host.state) {

@@ -292,12 +292,31 @@ fn r07_every_word_in_every_state_of_the_guest() {
                     ran,
                     own == State::Want && near && said == State::Ready as u64
                 );
+                // What no host says ends a session; before there is one, it is what was left there.
                 if said > State::Closed as u64 {
-                    assert_eq!(both.guest.state(), State::Poisoned);
+                    let ended = own == State::Run;
+                    let after = if ended { State::Poisoned } else { own };
+                    assert_eq!(both.guest.state(), after);
                 }
             }
         }
     }
+}
+
+/// A guest that is attached anew, and finds what it had broken itself.
+#[test]
+fn a_word_that_nobody_says_is_waited_out_until_the_host_answers() {
+    let mut both = offered(spec());
+    both.attach();
+    both.memory.store(HOST_WORD, u64::MAX);
+    let _ = both.guest.poll().unwrap();
+    assert_eq!(both.guest.state(), State::Poisoned);
+    let _ = both.guest.attach();
+    // It looks before the host does, and more than once.
+    for _ in 0..3 {
+        assert_eq!(both.guest.poll().unwrap().event, None);
+    }
+    both.attach();
 }
 
 /// A host that lies about its region when the guest is about to use it.

@@ -14,6 +14,7 @@
 //! - `bench NAME CID ECHO SINK [FIGURE]`: measure against such ports (`guest/bench.rs`)
 //! - `ring-echo [PORT]`: find the ring and send back the records of its second lane; with PORT, a stream to it rings us
 //!   where there is no interrupt. Says RING-ATTACHED
+//! - `ring-rude CASE`, `ring-rude list`: rewrite the ring's region in such a way; a verdict as of `adit-hostile`
 //! - `dial-host N`: dial the host's well-known port N times in quick succession; each is answered with a refusal
 
 #![allow(unsafe_code)] // `kexec`: one system call that no crate wraps
@@ -22,6 +23,8 @@
 mod bench;
 #[path = "guest/ring.rs"]
 mod ring;
+#[path = "guest/rude.rs"]
+mod rude;
 
 use std::ffi::CString;
 use std::fs::File;
@@ -53,6 +56,11 @@ fn main() -> anyhow::Result<()> {
         ["kexec", kernel, initrd] => kexec(kernel, initrd),
         ["ring-echo"] => ring::echo(None),
         ["ring-echo", port] => ring::echo(Some(port.parse()?)),
+        ["ring-rude", "list"] => {
+            rude::list();
+            Ok(())
+        }
+        ["ring-rude", case] => rude::rude(case),
         ["dial-host", times] => dial_host(times.parse()?),
         ["vsock-sink", port] => vsock_sink(port.parse()?),
         ["bench", name, cid, echo, sink, ref only @ ..] => {
@@ -62,7 +70,7 @@ fn main() -> anyhow::Result<()> {
         }
         _ => {
             anyhow::bail!(
-                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | hold PORT | rtt PROXY TO LEN TIMES | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | ring-echo [PORT] | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
+                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | hold PORT | rtt PROXY TO LEN TIMES | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | ring-echo [PORT] | ring-rude CASE | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
             )
         }
     }

@@ -1,13 +1,16 @@
 //! A guest whose root drives the socket device by hand. After each case the same port process serves the same guest
 //! again, an honest neighbour never noticed, and nobody has grown.
 
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use adit_tests::connect::connect;
 use adit_tests::guest::{Guest, Identity};
 use adit_tests::host::Host;
 use adit_tests::image::{Image, Kernel};
+use adit_tests::process::wait_for;
 
 use crate::{BOOT, bins, echo};
 
@@ -29,15 +32,34 @@ fn port_pid(host: &Host, vm: &str) -> u64 {
 }
 
 fn boot(image: &Image, host: &Host, name: &str, dir: &Path, script: &str) -> Guest {
+    boot_with(image, host, name, dir, script, None, false)
+}
+
+/// The same; with an agent, and a ring.
+fn boot_with(
+    image: &Image,
+    host: &Host,
+    name: &str,
+    dir: &Path,
+    script: &str,
+    agent: Option<&Path>,
+    ring: bool,
+) -> Guest {
+    let server = host.ivshmem_socket(name);
+    let ring = ring.then_some(adit_tests::guest::Ring {
+        socket: &server,
+        iommu: false,
+        parameters: "",
+    });
     let who = Identity {
         name,
         vhost_socket: &host.vhost_socket(name),
-        agent: None,
+        agent,
         trust: None,
         script,
         boot_files: false,
     };
-    Guest::boot(image, &who, dir).unwrap()
+    Guest::boot_with(image, &who, ring, dir).unwrap()
 }
 
 #[test]
@@ -70,6 +92,63 @@ fn hostile_guests_hurt_nobody_but_themselves() {
         assert!(verdict.contains("HOSTILE-OK"), "{serial}\n{}", host.log());
         assert!(aditd < ADITD_MAX_KIB && own.max(other) < PORT_MAX_KIB);
         echo(&host, "vsock-5000.web-1:5000", 100_000);
+        assert_eq!(ports, ["web-1", "bad"].map(|vm| port_pid(&host, vm)));
+    }
+}
+
+/// A guest that rewrites the region of its ring from inside. An honest neighbour has a ring, too: a tunnel over it lives
+/// through all of it, for the two share nothing.
+#[test]
+fn guests_that_rewrite_their_ring_hurt_nobody_but_themselves() {
+    let Some(bins) = bins() else { return };
+    let image = Image::build(Kernel::V6_1, &|what| println!("{what}")).unwrap();
+    let host = Host::start_with(&bins, &["web-1", "bad"], crate::RING).unwrap();
+    for vm in ["web-1", "bad"] {
+        host.wait_port(vm).unwrap();
+    }
+    let agent = adit_tests::guest_bin("adit-guest");
+    let dir = host.dir().join("web-1");
+    let mut neighbour = boot_with(&image, &host, "web-1", &dir, "", Some(&agent), true);
+    neighbour.wait_ready(BOOT).unwrap();
+    let carrier = |vm: &str| {
+        let out = host.adit(&["vm", "show", vm, "-o", "json"]).unwrap();
+        let shown: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        shown["carrier"].clone()
+    };
+    wait_for("the neighbour's ring", CASE, || {
+        Ok((carrier("web-1")["kind"] == "ring").then_some(()))
+    })
+    .unwrap();
+    let mut tunnel = connect(host.proxy(), "web-1:7").unwrap();
+    let list = Command::new(adit_tests::guest_bin("adit-testguest"))
+        .args(["ring-rude", "list"])
+        .output()
+        .unwrap();
+    let cases = String::from_utf8(list.stdout).unwrap();
+    assert!(cases.lines().count() >= 6, "{cases}");
+    let ports = ["web-1", "bad"].map(|vm| port_pid(&host, vm));
+    for case in cases.lines() {
+        let script = format!("adit-testguest ring-rude {case} > /dev/console 2>&1 &\n");
+        let dir = host.dir().join(case);
+        let mut guest = boot_with(&image, &host, "bad", &dir, &script, None, true);
+        guest
+            .wait_serial(case, CASE, |log| log.contains("HOSTILE-"))
+            .unwrap_or_else(|e| panic!("{e:#}\n{}\n{}", host.log(), host.port_log("bad")));
+        let serial = guest.serial();
+        let verdict = serial.lines().find(|l| l.contains("HOSTILE-")).unwrap();
+        let [aditd, own, other] = [u64::from(host.pid()), ports[1], ports[0]].map(anonymous_kib);
+        println!("{verdict} (aditd {aditd} KiB, its port {own} KiB, the neighbour's {other} KiB)");
+        assert!(
+            verdict.contains("HOSTILE-OK"),
+            "{serial}\n{}",
+            host.port_log("bad")
+        );
+        assert!(aditd < ADITD_MAX_KIB && own.max(other) < PORT_MAX_KIB);
+        // The neighbour's tunnel, opened before all of it, and what is dialled now.
+        tunnel.write_all(b"still").unwrap();
+        tunnel.read_exact(&mut [0; 5]).unwrap();
+        echo(&host, "web-1:7", 100_000);
+        assert_eq!(carrier("web-1")["kind"], "ring");
         assert_eq!(ports, ["web-1", "bad"].map(|vm| port_pid(&host, vm)));
     }
 }
