@@ -64,6 +64,12 @@ impl From<OwnedFd> for Conn {
     }
 }
 
+impl From<Conn> for OwnedFd {
+    fn from(conn: Conn) -> Self {
+        conn.0
+    }
+}
+
 impl AsFd for Conn {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

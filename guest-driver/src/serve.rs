@@ -3,7 +3,7 @@
 //! `hello open {service tcp:PORT}` → policy → dial 127.0.0.1, then ::1 → `accept` or `refuse {why}` → relay. The answer
 //! carries the result of the local dial, so the host can tell "not allowed" from "nobody listens" from "busy".
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -16,8 +16,7 @@ use adit_channel::ring::bell::PING;
 
 use crate::conn::Conn;
 use crate::log;
-use crate::relay;
-use crate::transport::Listen;
+use crate::transport::{HostStream, Listen};
 
 /// Most streams at a time; more are refused as busy.
 pub const CONNS_MAX: usize = 512;
@@ -117,7 +116,8 @@ impl Server {
         }
     }
 
-    fn admit(self: &Arc<Self>, conn: Conn) {
+    /// Serves one stream on a thread, or refuses it.
+    pub fn admit(self: &Arc<Self>, conn: impl HostStream) {
         if self.active.fetch_add(1, Ordering::Relaxed) >= CONNS_MAX {
             self.active.fetch_sub(1, Ordering::Relaxed);
             return self.refuse(
@@ -134,9 +134,9 @@ impl Server {
         }
     }
 
-    fn serve(&self, conn: Conn) {
-        let _ = conn.set_timeout(Some(HELLO_LIMIT));
-        let open = match hello::read(&mut &conn) {
+    fn serve(&self, conn: impl HostStream) {
+        let _ = conn.limit(Some(HELLO_LIMIT));
+        let open = match conn.hello() {
             Ok(Hello::Open(open)) => open,
             Ok(_) => return log::event("hello-refused", &[("error", &"not an open")]),
             Err(e) if e.kind() == ErrorKind::UnexpectedEof => return,
@@ -154,10 +154,10 @@ impl Server {
                     common: self.identity.common(),
                     version,
                 });
-                if (&conn).write_all(&accept.encode()).is_err() {
+                if conn.say(&accept.encode()).is_err() {
                     return local.reset_on_close();
                 }
-                if let Err(e) = relay::relay(&conn, &local) {
+                if let Err(e) = conn.join(local) {
                     log::event("relay-failed", &[("service", &open.service), ("error", &e)]);
                 }
             }
@@ -175,25 +175,25 @@ impl Server {
     }
 
     /// Sends back what comes.
-    fn ping(&self, mut conn: &Conn, open: &Open) -> io::Result<()> {
+    fn ping(&self, conn: &impl HostStream, open: &Open) -> io::Result<()> {
         let Some(version) = hello::choose_version(open) else {
             return Ok(());
         };
         let common = self.identity.common();
         let accept = Hello::Accept(Accept { common, version });
-        conn.write_all(&accept.encode())?;
+        conn.say(&accept.encode())?;
         let mut buf = [0; 1024];
         loop {
-            match conn.read(&mut buf)? {
-                0 => return conn.shutdown_write(),
-                n => conn.write_all(&buf[..n])?,
+            match conn.hear(&mut buf)? {
+                0 => return conn.end(),
+                n => conn.say(&buf[..n])?,
             }
         }
     }
 
     fn refuse(
         &self,
-        mut conn: &Conn,
+        conn: &impl HostStream,
         Refusal {
             status,
             errno,
@@ -206,8 +206,8 @@ impl Server {
             errno,
             text,
         });
-        let _ = conn.write_all(&hello.encode());
-        let _ = conn.shutdown_write();
+        let _ = conn.say(&hello.encode());
+        let _ = conn.end();
     }
 
     fn connect(&self, open: &Open) -> Result<(u16, Conn), Refusal> {

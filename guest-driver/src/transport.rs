@@ -7,15 +7,18 @@
 
 pub mod ring;
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use adit_channel::hello::PORT;
+use std::time::Duration;
+
+use adit_channel::hello::{self, Hello, PORT};
 use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType};
 use vsock::{VsockAddr, VsockListener};
 
 use crate::conn::Conn;
+use crate::relay;
 
 /// The host's CID.
 const HOST_CID: u32 = vsock::VMADDR_CID_HOST;
@@ -44,6 +47,71 @@ pub trait Listen: Send {
     /// # Errors
     /// A resource is short (`EMFILE`, `ENOMEM`) or the listener is gone.
     fn accept(&self) -> io::Result<Option<Conn>>;
+}
+
+/// A stream of the host, as whoever serves it needs it.
+pub trait HostStream: Send + 'static {
+    /// Limits how long hearing and saying may take from now on.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn limit(&self, limit: Option<Duration>) -> io::Result<()>;
+
+    /// Reads the hello.
+    ///
+    /// # Errors
+    /// It ended, said something else, or took too long.
+    fn hello(&self) -> io::Result<Hello>;
+
+    /// Reads some bytes; 0: it ended.
+    ///
+    /// # Errors
+    /// It was reset, or took too long.
+    fn hear(&self, bytes: &mut [u8]) -> io::Result<usize>;
+
+    /// Writes bytes, all of them.
+    ///
+    /// # Errors
+    /// It was reset, or took too long.
+    fn say(&self, bytes: &[u8]) -> io::Result<()>;
+
+    /// Ends our direction.
+    ///
+    /// # Errors
+    /// It is gone.
+    fn end(&self) -> io::Result<()>;
+
+    /// Has its bytes go to a local socket and back, without a limit; may return before they ended.
+    ///
+    /// # Errors
+    /// The bytes cannot be moved.
+    fn join(self, local: Conn) -> io::Result<()>;
+}
+
+impl HostStream for Conn {
+    fn limit(&self, limit: Option<Duration>) -> io::Result<()> {
+        self.set_timeout(limit)
+    }
+
+    fn hello(&self) -> io::Result<Hello> {
+        hello::read(&mut { self })
+    }
+
+    fn hear(&self, bytes: &mut [u8]) -> io::Result<usize> {
+        { self }.read(bytes)
+    }
+
+    fn say(&self, bytes: &[u8]) -> io::Result<()> {
+        { self }.write_all(bytes)
+    }
+
+    fn end(&self) -> io::Result<()> {
+        self.shutdown_write()
+    }
+
+    fn join(self, local: Self) -> io::Result<()> {
+        relay::relay(&self, &local).map(drop)
+    }
 }
 
 /// Asks again when a signal came in between, or the stream ended before it was taken.

@@ -110,7 +110,7 @@ impl Link {
 
     /// Serves until nobody hears the host.
     fn serve(&self, running: Running, server: &Arc<Server>) {
-        let listener = match running.end.listen() {
+        let listener = match running.end.streams() {
             Ok(listener) => listener,
             Err(e) => return log::event("ring-failed", &[("error", &e)]),
         };
@@ -119,7 +119,10 @@ impl Link {
         let accept = thread::Builder::new().name("ring-accept".into());
         let accepting = accept.stack_size(STACK_BYTES).spawn(move || {
             // It fails when the ring's end is dropped.
-            let _ = server.run(&*listener);
+            while let Ok(incoming) = listener.accept() {
+                // One that fails was given up by the host.
+                let _ = incoming.accept().map(|stream| server.admit(stream));
+            }
         });
         match &running.deafened {
             _ if accepting.is_err() => log::event("ring-failed", &[("error", &"no thread")]),

@@ -1,6 +1,7 @@
 //! Hello and relay end to end: a real listener, real local TCP servers, the host's end played by the test.
 
 use std::io::Read;
+use std::io::Write;
 use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::UnixStream;
 use std::path::Path;

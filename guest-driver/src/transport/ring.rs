@@ -7,21 +7,21 @@
 //! streams like any others. Sessions that end and begin are its business: the listener stays, old streams end. As on any
 //! Unix socket, a reset reads as an end.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use adit_channel::dial::DialError;
-use adit_channel::hello::PORT;
+use adit_channel::hello::{self, Hello, PORT};
 use adit_channel::ring::{RingBells, RingCarrier, RingError};
 use adit_channel::shard::{Handle, Shard, ShardThread};
 use adit_channel::stream::{Listener, Stream, Target};
-use adit_engine::EngineConfig;
+use adit_engine::{EngineConfig, How};
 use adit_ringbuf::Mapped;
 use adit_ringbuf::region::Features;
 
-use super::{Listen, Transport};
+use super::{HostStream, Listen, Transport};
 use crate::conn::Conn;
 
 /// How long the host may take to answer a request.
@@ -62,6 +62,46 @@ impl RingEnd {
             handle,
             _thread: thread,
         })
+    }
+}
+
+impl RingEnd {
+    /// Takes the streams that the host dials, one after the other.
+    ///
+    /// # Errors
+    /// There are too many listeners, or the end is gone.
+    pub fn streams(&self) -> io::Result<Listener> {
+        self.handle.listen(PORT)
+    }
+}
+
+/// Between the ring and a local socket the shard itself moves the bytes: no thread is needed any more.
+impl HostStream for Stream {
+    fn limit(&self, limit: Option<Duration>) -> io::Result<()> {
+        self.set_deadline(limit.map(|limit| Instant::now() + limit));
+        Ok(())
+    }
+
+    fn hello(&self) -> io::Result<Hello> {
+        hello::read(&mut { self })
+    }
+
+    fn hear(&self, bytes: &mut [u8]) -> io::Result<usize> {
+        { self }.read(bytes)
+    }
+
+    fn say(&self, bytes: &[u8]) -> io::Result<()> {
+        { self }.write_all(bytes)
+    }
+
+    fn end(&self) -> io::Result<()> {
+        self.shutdown(How::Send)
+    }
+
+    fn join(self, local: Conn) -> io::Result<()> {
+        local.set_nonblocking()?;
+        self.splice(local.into());
+        Ok(())
     }
 }
 
