@@ -6,7 +6,7 @@ use std::process::Command;
 
 use adit_tests::process::output;
 
-use crate::{bench_vmm, progress, setup};
+use crate::{bench_ring_guest, bench_vmm, progress, setup};
 
 /// The vsock backend that ours is compared with, from the package registry.
 const PEER: (&str, &str) = ("vhost-device-vsock", "0.3.0");
@@ -22,6 +22,8 @@ enum Name {
     Ring,
     /// Streams over the ring beside the bare ring and Unix sockets
     Carrier,
+    /// A real guest's ring beside its vsock
+    RingGuest,
     /// adit-vmm beside QEMU's microvm
     Vmm,
 }
@@ -46,6 +48,7 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
         Name::Guest => guest(&own),
         Name::Ring => ring(&own),
         Name::Carrier => carrier(&own),
+        Name::RingGuest => bench_ring_guest::run(options.json).map(|()| true),
         Name::Vmm => bench_vmm::run(options.json).map(|()| true),
     }
 }

@@ -2,6 +2,7 @@
 //! toolchain needs nothing else.
 
 mod bench;
+mod bench_ring_guest;
 mod bench_vmm;
 mod demo;
 mod fuzz;
