@@ -34,11 +34,13 @@ mount -t debugfs debugfs /sys/kernel/debug
 count() { cat /sys/kernel/debug/kvm/$1; }
 round() {
     : > /tmp/serial.log
-    begin=$(now)
+    begin=$(now) tries=24
     $1 </dev/null >/tmp/vmm.err 2>&1 &
     job=$!
     until adit wait $1 --for agent --timeout 5s >/dev/null 2>&1; do
         kill -0 $job 2>/dev/null || { fail "$1 ended: no agent"; return; }
+        # A minute, and more on a machine that others use too.
+        tries=$((tries - 1)); [ $tries -gt 0 ] || { adit vm show $1; fail "$1: no agent"; kill $job; return; }
         sleep 0.05
     done
     end=$(now)
