@@ -61,9 +61,9 @@ pub const SYSTEM_CALLS: &[libc::c_long] = &[
 /// Pauses after a look that found something: about a microsecond.
 const BACK_OFF: u32 = 20;
 /// Glances at ports for one look, where a glance is enough to tell.
-const GLANCES: u32 = 64;
-/// Looks at ports for one at the kernel, which costs as much as all of them.
-const LOOKS: usize = 8;
+const GLANCES: u32 = 256;
+/// Looks that found something at a glance for one at the kernel.
+const LOOKS: u32 = 8;
 /// Payload bytes of one look, each way: a quarter of the largest window.
 const LOOK_BYTES: u64 = 128 << 10;
 /// Events taken from the kernel at a time.
@@ -335,12 +335,13 @@ impl<C: Carrier> Shard<C> {
             bytes: self.budget.bytes.min(LOOK_BYTES),
             ..self.budget
         };
-        let (mut instant, mut looks) = (begin, 0);
+        // Something came at the last glance, and is not kept waiting.
+        let (mut instant, mut looks, mut stirred) = (begin, 0, false);
         loop {
             let mut moved = false;
-            if looks == 0 {
+            if looks == 0 || !stirred {
                 moved = self.events(EpollTimeout::ZERO)?;
-                looks = (LOOKS / self.ports.len().max(1)).max(1);
+                looks = LOOKS;
             }
             looks -= 1;
             // The clock is read while nobody waits for it.
@@ -363,12 +364,9 @@ impl<C: Carrier> Shard<C> {
             if told || over || self.stopped || !self.news.is_empty() {
                 break;
             }
-            let glances = if all_glance { GLANCES } else { 0 };
-            for _ in 0..glances {
-                if self.ports.iter_mut().any(|p| p.glance() != Some(false)) {
-                    break;
-                }
-            }
+            let ports = &mut self.ports;
+            let mut glance = || ports.iter_mut().any(|p| p.glance() != Some(false));
+            stirred = all_glance && (0..GLANCES).any(|_| glance());
         }
         self.polling.looked(came);
         self.poll_ports();
