@@ -26,7 +26,7 @@ impl Setup {
             if ring["kind"] == "ring" {
                 attached.get_or_insert(begin.elapsed());
             }
-            Ok(ring["vsock_rtt_ns"].is_u64().then_some(()))
+            Ok(ring["rtt_ns"].is_u64().then_some(()))
         });
         waited.unwrap_or_else(|e| panic!("{e:#}\n{:#}\n{}", self.vm(), self.logs()));
         attached.unwrap_or_default()
@@ -167,4 +167,44 @@ fn whoever_is_killed_the_ring_is_attached_anew_without_interrupts() {
 #[test]
 fn whoever_is_killed_the_ring_is_attached_anew_with_interrupts() {
     killed(true);
+}
+
+/// An agent whose ring carries nothing sleeps, and so does the port process: neither side looks on.
+fn idle(iommu: bool) {
+    let Some(setup) = setup(Kernel::V6_1, iommu) else {
+        return;
+    };
+    setup.wait_ring();
+    let count = "for t in /proc/$(pidof adit-guest)/task/*; do \
+                 echo $(cat $t/comm) $(grep -h ctxt $t/status); done";
+    let script = format!(
+        "sleep 1; {count} > /run/a; sleep 5; {count} > /run/b; diff /run/a /run/b && echo asleep"
+    );
+    let script = serde_json::Value::from(script);
+    let goal =
+        format!("steps: [{{id: idle, script: {{interpreter: /bin/sh, script: {script}}}}}]\n");
+    let pid = setup.vm()["port_pid"].as_u64().unwrap_or_default();
+    let switches = || -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let line = text
+            .lines()
+            .find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+        line.and_then(|l| l.trim().parse().ok()).unwrap_or_default()
+    };
+    let before = switches();
+    let list = run_goal(&setup, &goal);
+    assert!(list.contains("asleep"), "{list}");
+    // The task there, its report back, what was asked about meanwhile: none of it for the clock.
+    let woken = switches() - before;
+    assert!(woken < 100, "the port process woke up {woken} times");
+}
+
+#[test]
+fn an_idle_ring_wakes_nobody_without_interrupts() {
+    idle(false);
+}
+
+#[test]
+fn an_idle_ring_wakes_nobody_with_interrupts() {
+    idle(true);
 }

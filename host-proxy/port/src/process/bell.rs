@@ -116,7 +116,7 @@ impl<C: Carrier> Process<C> {
             }
             // The agent is there, and listens: it may not have when it attached.
             Notice::Incoming { .. } | Notice::Dialed { .. }
-                if port == rings.port && rings.bell.rtt_ns == (0, 0) =>
+                if port == rings.port && rings.bell.rtt_ns.1 == 0 =>
             {
                 self.ping(port);
                 false
@@ -225,11 +225,16 @@ impl<C: Carrier> Process<C> {
 
     fn pinged(&mut self, port: PortIndex, middle_ns: u64) {
         let Some(rings) = &mut self.rings else { return };
-        if port == self.port {
-            rings.bell.rtt_ns.1 = middle_ns;
-        } else {
-            rings.bell.rtt_ns.0 = middle_ns;
-            self.ping(self.port);
+        // The ring's first round trips are those of an agent that has just started, perhaps in a guest that has: they count
+        // for nothing, or vsock's would be of a calmer time.
+        let (vsock, ring) = (self.port, rings.port);
+        match (port == vsock, rings.bell.rtt_ns.1) {
+            (true, _) => {
+                rings.bell.rtt_ns.1 = middle_ns;
+                self.ping(ring);
+            }
+            (false, 0) => self.ping(vsock),
+            (false, _) => rings.bell.rtt_ns.0 = middle_ns,
         }
     }
 }
