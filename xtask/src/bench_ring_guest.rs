@@ -68,17 +68,20 @@ pub fn run(json: bool) -> anyhow::Result<()> {
     show("records over the ring, guest polls", &polling);
     show("plain vsock port of the same guest", &plain);
     let vsock = tunnel(&image, &bins, None)?;
+    let (vsock, _) = vsock;
     show("tunnel to the agent, vsock", &vsock);
-    let byte = tunnel(&image, &bins, Some(false))?;
+    let (byte, _) = tunnel(&image, &bins, Some(false))?;
     show("tunnel to the agent, ring, byte over vsock", &byte);
-    let msix = tunnel(&image, &bins, Some(true))?;
+    // A machine with an IOMMU, emulated, is a slower one: it has its own vsock beside it.
+    let (msix, msix_plain) = tunnel(&image, &bins, Some(true))?;
     show("tunnel to the agent, ring, MSI-X", &msix);
+    show("plain vsock port of the same guest, q35", &msix_plain);
     for (what, a, b, most) in [
         ("polling RTT to vsock's", polling.rtt_us, plain.rtt_us, 0.05),
         (
             "idle RTT, MSI-X, to vsock's",
             msix.idle_us,
-            vsock.idle_us,
+            msix_plain.idle_us,
             0.5,
         ),
         (
@@ -101,7 +104,7 @@ pub fn run(json: bool) -> anyhow::Result<()> {
         (
             "tunnel, 64 KiB, MSI-X, to vsock's",
             msix.bulk_mib_s,
-            vsock.bulk_mib_s,
+            msix_plain.bulk_mib_s,
             2.0,
         ),
     ] {
@@ -186,7 +189,12 @@ fn bare(image: &Image, bins: &std::path::Path) -> anyhow::Result<(Figures, Figur
 }
 
 /// A tunnel to the agent's TCP echo; with a ring, behind an IOMMU or not, or without one.
-fn tunnel(image: &Image, bins: &std::path::Path, iommu: Option<bool>) -> anyhow::Result<Figures> {
+/// And a plain vsock port of the same guest, without the agent.
+fn tunnel(
+    image: &Image,
+    bins: &std::path::Path,
+    iommu: Option<bool>,
+) -> anyhow::Result<(Figures, Figures)> {
     let host = Host::start_with(bins, &["web-1"], "ivshmem_mib = 8")?;
     host.wait_port("web-1")?;
     let (vhost, server) = (host.vhost_socket("web-1"), host.ivshmem_socket("web-1"));
@@ -209,7 +217,9 @@ fn tunnel(image: &Image, bins: &std::path::Path, iommu: Option<bool>) -> anyhow:
         let vm: serde_json::Value = serde_json::from_slice(&out.stdout)?;
         Ok((vm["carrier"]["kind"] == wanted).then_some(()))
     })?;
-    over(&connect(host.proxy(), "web-1:7")?)
+    let tunnel = over(&connect(host.proxy(), "web-1:7")?)?;
+    let plain = over(&connect(host.proxy(), "vsock-5000.web-1:5000")?)?;
+    Ok((tunnel, plain))
 }
 
 fn over(stream: &TcpStream) -> anyhow::Result<Figures> {
