@@ -18,11 +18,10 @@
 //! Seeds stand in `corpus/TARGET/`: the least of what libFuzzer found that reaches every place it reached, and every input
 //! that ever broke something. `cargo test` replays them, `cargo xtask fuzz` goes on from them with libFuzzer.
 //!
-//! Executions under libFuzzer so far: `mem_table` 10,000,000; `engine_ops` 10,000,000; `descriptor_chain` 6,889,556 with dirty
-//! pages and 5,332,276 with dirty bytes by sixteen; `vhost_user_messages` 3,907,935; `vsock_packet` 2,941,711; `port_packet`
-//! 157,237; `succession` 64,373; `record` 10,000,000; `ring_ops` 7,384,132; `attach` 751,349. Found: a SIGPIPE in a process that
-//! does not ignore it (`succession`); zeroes that were none any more behind a dropped grant (`ring_ops`). Faults that were planted
-//! are found.
+//! Executions under libFuzzer so far: ten million each of `mem_table`, `engine_ops`, `vhost_user_messages`, `vsock_packet`,
+//! `record`, `ring_ops` and `attach`; `descriptor_chain` 6,889,556 with dirty pages and 5,332,276 with dirty bytes by sixteen;
+//! `ring_packet` 486,798; `port_packet` 157,237; `succession` 64,373. Found: a SIGPIPE in a process that does not ignore it
+//! (`succession`); zeroes that were none any more behind a dropped grant (`ring_ops`). Faults that were planted are found.
 
 mod attach;
 mod descriptor_chain;
