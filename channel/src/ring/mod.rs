@@ -7,7 +7,7 @@
 //! ```
 //! - Lane 0 carries [`Lane::Control`], lane 1 [`Lane::Bulk`]; a region with one lane has both on it. A stream keeps to the
 //!   lane that it was asked for on, so its packets keep their order.
-//! - A packet is a record: its frame ([`FRAME_BYTES`](adit_engine::FRAME_BYTES)), then its payload. The frame is copied out once and parsed from the copy; the payload
+//! - A packet is a record: its frame ([`FRAME_BYTES`]), then its payload. The frame is copied out once and parsed from the copy; the payload
 //!   goes from the ring to a descriptor with one `sendmsg`, or is copied out once. Whatever the peer writes into it
 //!   meanwhile is what it sent.
 //! - A slot is as much of the ring as is free, at most 64 KiB of payload, filled in place by `recvmsg`, and committed as
