@@ -72,7 +72,7 @@ impl Setup {
     }
 
     /// Asks the server inside until it answers; how long that took.
-    fn served(&self, since: Instant) -> Duration {
+    pub(super) fn served(&self, since: Instant) -> Duration {
         let answered = wait_for("the server inside", SOON, || {
             let out = self.host.curl(&["--max-time", "5", "http://web-1/"])?;
             let said = String::from_utf8_lossy(&out.stdout).into_owned();
