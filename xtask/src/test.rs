@@ -125,7 +125,7 @@ const GUESTS: [Step; 4] = [
     },
     Step {
         name: "real guests",
-        budget_s: 300,
+        budget_s: 400,
         run: || with_binaries("guest", "1"),
     },
     Step {
