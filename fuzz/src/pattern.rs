@@ -2,6 +2,14 @@
 
 use std::sync::LazyLock;
 
+use adit_channel::carrier::TxSlot;
+use adit_engine::PacketHeader;
+
+use crate::shell::Shell;
+
+/// A packet under way: its header, and the length and seed of its payload.
+pub type Sent = (PacketHeader, usize, u8);
+
 /// Payloads are cut out of one pattern: no run of it is like another near by, and making one costs nothing under
 /// instrumentation.
 static PATTERN: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -14,4 +22,20 @@ const BODY_MAX: usize = 8192;
 /// The payload of a packet.
 pub fn body(seed: u8, len: usize) -> &'static [u8] {
     &PATTERN[usize::from(seed)..][..len]
+}
+
+/// Puts the next packet into a slot, as a port does it; `None`: there is none, and the slot goes back.
+pub fn fill(shell: &mut Shell, mut slot: impl TxSlot, seed: u8) -> Option<Sent> {
+    let t = shell.transmit(slot.capacity())?;
+    let (h, n) = match t.body {
+        None => (t.header, 0),
+        Some((id, len)) => {
+            let n = 1 + u32::from(seed) * 97 % len;
+            let bytes = body(seed, n as usize);
+            assert_eq!(slot.write(bytes).expect("writable"), bytes.len());
+            (shell.commit(id, n), n)
+        }
+    };
+    slot.commit(&h);
+    Some((PacketHeader { len: n, ..h }, n as usize, seed))
 }

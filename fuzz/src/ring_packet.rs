@@ -5,7 +5,7 @@
 use std::cell::Cell;
 use std::collections::VecDeque;
 
-use adit_channel::carrier::{Carrier, Interest, RxPacket, TxSlot};
+use adit_channel::carrier::{Carrier, Interest, RxPacket};
 use adit_channel::ring::{RingBells, RingCarrier, RingState};
 use adit_engine::{FRAME_BYTES, Lane, PacketHeader, SessionChange};
 use adit_ringbuf::region::{self, Features, Spec};
@@ -14,7 +14,7 @@ use adit_ringbuf::{Mapped, RingMem};
 
 use crate::engine_ops::packet;
 use crate::input::Input;
-use crate::pattern::body;
+use crate::pattern::{Sent, body, fill};
 use crate::shell::Shell;
 
 /// Head, both sides' words, and a ring each way.
@@ -28,9 +28,6 @@ thread_local! {
     static MEMORY: Mapped = Mapped::anonymous(BYTES).expect("memory");
     static EPOCH: Cell<u64> = const { Cell::new(1) };
 }
-
-/// A packet under way: its header, and the length and seed of its payload.
-type Sent = (PacketHeader, usize, u8);
 
 struct World {
     mem: Mapped,
@@ -207,7 +204,7 @@ impl World {
     /// False: the ring broke.
     fn transmit(&mut self) -> bool {
         for _ in 0..SENT_MAX {
-            let mut slot = match self.host.tx(Lane::Bulk, 1500) {
+            let slot = match self.host.tx(Lane::Bulk, 1500) {
                 Ok(Some(slot)) => slot,
                 Ok(None) => break,
                 Err(fault) => {
@@ -215,22 +212,12 @@ impl World {
                     return false;
                 }
             };
-            let Some(t) = self.shell.transmit(slot.capacity()) else {
+            let serial = self.serial.wrapping_add(1);
+            let Some(sent) = fill(&mut self.shell, slot, serial) else {
                 break;
             };
-            self.serial = self.serial.wrapping_add(1);
-            let (h, n) = match t.body {
-                None => (t.header, 0),
-                Some((id, len)) => {
-                    let n = 1 + u32::from(self.serial) * 97 % len;
-                    let bytes = body(self.serial, n as usize);
-                    assert_eq!(slot.write(bytes).expect("writable"), bytes.len());
-                    (self.shell.commit(id, n), n)
-                }
-            };
-            slot.commit(&h);
-            let h = PacketHeader { len: n, ..h };
-            self.to_guest.push_back((h, n as usize, self.serial));
+            self.serial = serial;
+            self.to_guest.push_back(sent);
         }
         true
     }

@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use adit_benches::session::Device;
 use adit_benches::{Driver, DriverConfig, RxShape, VmMemory, memory};
-use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, TxSlot};
+use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket};
 use adit_channel::device::{FEATURES, GuestCid, HOST_CID, RX_QUEUE, Signal, TX_QUEUE, WireHeader};
-use adit_engine::{Lane, Op, PacketHeader, ResetReason};
+use adit_engine::{Lane, Op, ResetReason};
 
 use crate::engine_ops::packet;
 use crate::input::Input;
-use crate::pattern::body;
+use crate::pattern::{Sent, body, fill};
 use crate::shell::Shell;
 
 const CID: u64 = 3;
@@ -48,9 +48,6 @@ pub fn run(data: &[u8]) {
         *kept = Some(fixture);
     });
 }
-
-/// A packet under way: its header, and the seed of its payload.
-type Sent = (PacketHeader, usize, u8);
 
 struct World<'f> {
     device: &'f mut Device,
@@ -237,29 +234,19 @@ impl<'f> World<'f> {
 
     fn transmit(&mut self) {
         for _ in 0..4 * QUEUE {
-            let Some(mut slot) = self
+            let Some(slot) = self
                 .device
                 .tx(Lane::Bulk, 4096)
                 .expect("the rings are in order")
             else {
                 return;
             };
-            let Some(t) = self.shell.transmit(slot.capacity()) else {
+            let serial = self.serial.wrapping_add(1);
+            let Some(sent) = fill(&mut self.shell, slot, serial) else {
                 return;
             };
-            self.serial = self.serial.wrapping_add(1);
-            let (h, n) = match t.body {
-                None => (t.header, 0),
-                Some((id, len)) => {
-                    let n = 1 + u32::from(self.serial) * 97 % len;
-                    let bytes = body(self.serial, n as usize);
-                    assert_eq!(slot.write(bytes).expect("writable"), bytes.len());
-                    (self.shell.commit(id, n), n)
-                }
-            };
-            slot.commit(&h);
-            self.to_guest
-                .push_back((PacketHeader { len: n, ..h }, n as usize, self.serial));
+            self.serial = serial;
+            self.to_guest.push_back(sent);
         }
     }
 

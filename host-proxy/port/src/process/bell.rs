@@ -34,8 +34,8 @@ pub(super) struct Bell {
     guest: GuestBell,
     /// Our end of its stream.
     heard_on: Option<UnixStream>,
-    /// As [`Hears`]; 0: it has not said.
-    pub(super) hears: u8,
+    /// `None`: it has not said.
+    pub(super) hears: Option<Hears>,
     ping: Option<Ping>,
     /// Of the ring, of vsock; 0: not measured.
     pub(super) rtt_ns: (u64, u64),
@@ -92,7 +92,7 @@ impl Bell {
         Self {
             guest,
             heard_on: None,
-            hears: 0,
+            hears: None,
             ping: None,
             rtt_ns: (0, 0),
         }
@@ -174,8 +174,8 @@ impl<C: Carrier> Process<C> {
             Err(e) if e.kind() == ErrorKind::WouldBlock => {}
             Ok(0) | Err(_) => self.bell_ended(),
             Ok(_) => {
-                bell.hears = Hears::parse(said[0]).map_or(0, |hears| hears as u8);
-                if bell.hears == Hears::Stream as u8 {
+                bell.hears = Hears::parse(said[0]);
+                if bell.hears == Some(Hears::Stream) {
                     bell.guest.set(ours.try_clone().ok());
                     // What was rung into the void before.
                     let _ = { ours }.write(&[1]);
@@ -187,7 +187,7 @@ impl<C: Carrier> Process<C> {
     fn bell_ended(&mut self) {
         let Some(rings) = &mut self.rings else { return };
         rings.bell.guest.set(None);
-        rings.bell.hears = 0;
+        rings.bell.hears = None;
         if let Some(ours) = rings.bell.heard_on.take() {
             self.shard.unwatch(ours.as_fd());
         }

@@ -150,7 +150,7 @@ impl<C: Carrier> Process<C> {
             memory: info.map_or_else(String::new, |i| format!("{} by {}", i.memory, i.path)),
             bytes: info.map_or(0, |i| i.bytes),
             line_ns: info.map_or(0, |i| i.line_ns),
-            hears: rings.bell.hears,
+            hears: rings.bell.hears.map_or(0, |hears| hears as u8),
             rtt_ns: rings.bell.rtt_ns,
             // The table has far fewer.
             streams: port.streams() as u32,
