@@ -103,12 +103,13 @@ impl Place {
         };
         let path = free_path(dir, VHOST_SOCKET)?;
         let vhost = UnixListener::bind(&path).map_err(failed("bind", &path))?;
-        let path = free_path(dir, CONTROL_SOCKET)?;
-        let control = bind_control(&path).map_err(failed("bind", &path))?;
         let path = free_path(dir, RING_SOCKET)?;
         let ring = attach::Listener::bind(&path).map_err(failed("bind", &path))?;
         let path = free_path(dir, IVSHMEM_SOCKET)?;
         let ivshmem = UnixListener::bind(&path).map_err(failed("bind", &path))?;
+        // The last one: who reaches it finds the others there.
+        let path = free_path(dir, CONTROL_SOCKET)?;
+        let control = bind_control(&path).map_err(failed("bind", &path))?;
         Ok(Self {
             vhost,
             control,
