@@ -6,7 +6,7 @@ use adit_channel::device::{
     GuestCid, HEADER_BYTES, HOST_CID, RX_QUEUE, TX_QUEUE, VirtQueues, WireHeader,
 };
 use adit_engine::PacketHeader;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, VolatileMemory};
 
 use crate::memory::{self, PAGE_BYTES, PAYLOAD_MAX, VmMemory};
 use crate::queue::{Buffer, DriverQueue};
@@ -218,9 +218,7 @@ impl Driver {
             RxShape::HeaderAndPage => memory::header(RX_QUEUE, head),
         };
         let mut bytes = [0; HEADER_BYTES];
-        self.mem
-            .read_slice(&mut bytes, GuestAddress(header))
-            .expect("header");
+        self.read(header, &mut bytes);
         self.post_rx();
         let len = (len as usize).saturating_sub(HEADER_BYTES);
         Some((WireHeader::from_bytes(&bytes), len))
@@ -237,22 +235,36 @@ impl Driver {
             }
             RxShape::HeaderAndPage => (memory::header(RX_QUEUE, head), memory::rx_page(head)),
         };
-        self.mem
-            .read_slice(&mut bytes, GuestAddress(header))
-            .expect("header");
+        self.read(header, &mut bytes);
         payload.resize((len as usize).saturating_sub(HEADER_BYTES), 0);
-        self.mem
-            .read_slice(payload, GuestAddress(body))
-            .expect("payload");
+        self.read(body, payload);
         self.post_rx();
         Some(WireHeader::from_bytes(&bytes))
     }
 
     /// Writes guest memory.
     pub fn write(&self, addr: u64, bytes: &[u8]) {
-        self.mem
-            .write_slice(bytes, GuestAddress(addr))
-            .expect("inside guest memory");
+        let first = memory::first(&self.mem);
+        match first.get_slice(addr as usize, bytes.len()) {
+            Ok(slice) => slice.copy_from(bytes),
+            Err(_) => self
+                .mem
+                .write_slice(bytes, GuestAddress(addr))
+                .expect("inside guest memory"),
+        }
+    }
+
+    fn read(&self, addr: u64, bytes: &mut [u8]) {
+        let first = memory::first(&self.mem);
+        match first.get_slice(addr as usize, bytes.len()) {
+            Ok(slice) => {
+                slice.copy_to(bytes);
+            }
+            Err(_) => self
+                .mem
+                .read_slice(bytes, GuestAddress(addr))
+                .expect("inside guest memory"),
+        }
     }
 
     /// The guest's CID.

@@ -13,7 +13,9 @@ use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice,
+};
 
 /// Guest memory, as `channel` takes it.
 pub type VmMemory = GuestMemoryMmap<()>;
@@ -52,6 +54,16 @@ pub fn memfd() -> (Arc<VmMemory>, File) {
     let ranges = [(GuestAddress(0), MEMORY_BYTES, Some(offset))];
     let mem = VmMemory::from_ranges_with_files(ranges).expect("guest memory");
     (Arc::new(mem), file)
+}
+
+/// The region at guest address 0, where the queues lie: a driver need not search for it at each access, which would cost
+/// more than the access.
+///
+/// # Panics
+/// There is no memory.
+pub fn first(mem: &VmMemory) -> VolatileSlice<'_> {
+    let region = mem.iter().next().expect("a region");
+    region.as_volatile_slice().expect("a mapping")
 }
 
 /// Addresses of the three parts of queue `index`: descriptors, available ring, used ring.

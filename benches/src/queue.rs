@@ -8,7 +8,7 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::Bytes;
 
 use crate::memory::{self, VmMemory};
 
@@ -124,8 +124,10 @@ impl DriverQueue {
             let flags = direction | if more { NEXT } else { 0 };
             let next = if more { i as u16 + 1 } else { 0 };
             let desc = Descriptor::new(buffer.addr, buffer.len, flags, next);
-            let addr = GuestAddress(table + 16 * i as u64);
-            self.mem.write_obj(desc, addr).expect("indirect table");
+            let addr = table as usize + 16 * i;
+            memory::first(&self.mem)
+                .write_obj(desc, addr)
+                .expect("indirect table");
         }
         self.write_desc(head, table, 16 * buffers.len() as u32, INDIRECT, 0);
         self.chains[usize::from(head)].push(head);
@@ -157,8 +159,9 @@ impl DriverQueue {
             return None;
         }
         let slot = u64::from(self.last_used % self.size);
-        let addr = GuestAddress(self.addrs[2] + 4 + 8 * slot);
-        let element = u64::from_le(self.mem.read_obj(addr).expect("used ring"));
+        let addr = (self.addrs[2] + 4 + 8 * slot) as usize;
+        let element = memory::first(&self.mem).read_obj(addr).expect("used ring");
+        let element = u64::from_le(element);
         self.last_used = self.last_used.wrapping_add(1);
         let (head, len) = (element as u32 as u16, (element >> 32) as u32);
         self.free.append(&mut self.chains[usize::from(head)]);
@@ -184,8 +187,8 @@ impl DriverQueue {
 
     /// Writes a descriptor as it is.
     pub fn write_desc(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
-        let at = GuestAddress(self.addrs[0] + 16 * u64::from(index));
-        self.mem
+        let at = (self.addrs[0] + 16 * u64::from(index)) as usize;
+        memory::first(&self.mem)
             .write_obj(Descriptor::new(addr, len, flags, next), at)
             .expect("descriptor table");
     }
@@ -221,13 +224,15 @@ impl DriverQueue {
     }
 
     fn load(&self, addr: u64, order: Ordering) -> u16 {
-        let value: u16 = self.mem.load(GuestAddress(addr), order).expect("ring");
+        let value: u16 = memory::first(&self.mem)
+            .load(addr as usize, order)
+            .expect("ring");
         u16::from_le(value)
     }
 
     fn store(&self, addr: u64, value: u16, order: Ordering) {
-        self.mem
-            .store(value.to_le(), GuestAddress(addr), order)
+        memory::first(&self.mem)
+            .store(value.to_le(), addr as usize, order)
             .expect("ring");
     }
 }

@@ -120,7 +120,7 @@ pub trait Carrier {
     }
     /// Gives back the packets that were set aside, and those that came behind them.
     fn release_aside(&mut self) {}
-    /// Publishes what was used since `begin`, once, and rings whom it must.
+    /// Publishes what was used since `begin` and is not published yet, and rings whom it must.
     fn flush(&mut self);
     /// Asks to be woken, then looks again.
     fn arm(&mut self, interest: Interest) -> Armed;

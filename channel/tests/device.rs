@@ -174,7 +174,7 @@ fn both_kernels_receive_what_the_host_sends() {
 }
 
 #[test]
-fn used_index_is_published_once_a_burst_and_in_order() {
+fn used_index_is_published_once_a_small_burst_and_in_order() {
     let mut rig = Rig::new();
     for i in 0..10 {
         assert!(rig.driver.send(&rw(i), b"x", 1));
@@ -197,6 +197,29 @@ fn used_index_is_published_once_a_burst_and_in_order() {
         1,
         "nothing new, no notification"
     );
+}
+
+#[test]
+fn a_full_queue_is_given_back_by_quarters() {
+    let mut rig = Rig::new();
+    let size = rig.driver.tx.size();
+    for i in 0..size {
+        assert!(rig.driver.send(&rw(u32::from(i)), b"x", 1));
+    }
+    rig.driver.tx.publish();
+    rig.device.begin();
+    for i in 0..size {
+        let packet = rig.device.rx().expect("no fault").expect("a packet");
+        drop(packet);
+        let quarter = size / 4;
+        assert_eq!(rig.driver.tx.used_idx(), i / quarter * quarter);
+    }
+    // The driver asked for a notification of the first one, and not again.
+    assert_eq!(rig.signals.count(TX_QUEUE), 1);
+    rig.device.flush();
+    assert_eq!(rig.driver.tx.used_idx(), size);
+    assert_eq!(rig.signals.count(TX_QUEUE), 1);
+    assert_eq!(rig.driver.reap_tx(), usize::from(size));
 }
 
 #[test]

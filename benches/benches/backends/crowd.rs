@@ -112,6 +112,7 @@ fn stopped_reader(options: &Options) -> anyhow::Result<Figure> {
 }
 
 fn move_on(backend: &mut Backend, others: &[Open], stopped: Option<&Open>) -> anyhow::Result<f64> {
+    let mut buf = vec![0; measure::SPAN];
     let (begin, mut moved) = (Instant::now(), 0);
     while begin.elapsed() < CELL {
         for open in stopped.into_iter().chain(others) {
@@ -123,7 +124,7 @@ fn move_on(backend: &mut Backend, others: &[Open], stopped: Option<&Open>) -> an
         backend.guest.pump();
         for open in others {
             if let Some(host) = &open.host {
-                moved += measure::read_all(host)?;
+                moved += measure::read_all(host, &mut buf)?;
             }
         }
     }

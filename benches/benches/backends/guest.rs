@@ -143,6 +143,28 @@ impl Guest {
         sent
     }
 
+    /// Sends packets of `size` bytes of whatever lies in the payload buffers until there is no credit or no room; the last
+    /// one may be smaller, as in Linux, if `split` says so. Returns how many bytes were sent.
+    pub fn fill(&mut self, key: Key, size: usize, split: bool) -> u64 {
+        let Some(conn) = self.conns.get_mut(&key).filter(|c| c.open && !c.ended) else {
+            return 0;
+        };
+        let mut sent = 0;
+        loop {
+            let n = size.min(conn.credit.credit() as usize);
+            if n == 0 || (n < size && !split) {
+                return sent;
+            }
+            let before = conn.credit;
+            let header = conn.credit.payload(n as u32);
+            if !self.attached.driver.send_unwritten(&header, n) {
+                conn.credit = before;
+                return sent;
+            }
+            sent += n as u64;
+        }
+    }
+
     /// Bytes that the host takes now.
     pub fn credit(&self, key: Key) -> usize {
         self.conns[&key].credit.credit() as usize

@@ -1,10 +1,13 @@
 //! The measurements: each runs against one backend for a short while and returns one number.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, MultiHeaders, sendmmsg};
 
 use crate::guest::{Key, PATIENCE};
 use crate::hybrid::{DRAIN, ECHO, SOCKETS, SOURCE_4K, SOURCE_64, SOURCE_64K};
@@ -14,7 +17,8 @@ use crate::process::Backend;
 pub const CELL: Duration = Duration::from_millis(60);
 const WARM_BYTES: u64 = 1 << 20;
 const ROUND_TRIPS: usize = 1000;
-const SPAN: usize = 64 << 10;
+/// Bytes that a host program reads or writes at a time.
+pub const SPAN: usize = 64 << 10;
 const CHECKED: usize = 256 << 10;
 
 /// Where the host's end of a stream is.
@@ -74,18 +78,13 @@ pub fn upload(backend: &mut Backend, end: End, size: usize) -> anyhow::Result<(f
         End::Inline => open_inline(backend, DRAIN)?,
     };
     let (mut sent, mut got) = (0, 0);
+    let mut buf = vec![0; SPAN];
     let result = steady(backend, |backend| {
         // As Linux does: what the window does not take at once goes in smaller packets.
-        loop {
-            let n = size.min(backend.guest.credit(open.key));
-            if n == 0 || (size <= 64 && n < size) || !backend.guest.send(open.key, n, None) {
-                break;
-            }
-            sent += n as u64;
-        }
+        sent += backend.guest.fill(open.key, size, size > 64);
         backend.guest.pump();
         match &open.host {
-            Some(host) => got += read_all(host)?,
+            Some(host) => got += read_all(host, &mut buf)?,
             None => got = sent - backend.guest.in_flight(open.key),
         }
         alive(backend, open.key)?;
@@ -103,18 +102,10 @@ pub fn download(backend: &mut Backend, end: End, size: usize) -> anyhow::Result<
         (End::Inline, 4096) => open_inline(backend, SOURCE_4K)?,
         (End::Inline, _) => open_inline(backend, SOURCE_64K)?,
     };
-    let piece = vec![7; size];
-    // A write may be taken in part: the rest of the piece comes first.
-    let mut offset = 0;
+    let mut pieces = Pieces::new(size);
     let result = steady(backend, |backend| {
-        if let Some(mut host) = open.host.as_ref() {
-            for _ in 0..(SPAN / size).clamp(4, 128) {
-                match host.write(&piece[offset..]) {
-                    Ok(n) => offset = (offset + n) % size,
-                    Err(e) if e.kind() == ErrorKind::WouldBlock => break,
-                    Err(e) => return Err(e).context("the stream's socket broke"),
-                }
-            }
+        if let Some(host) = &open.host {
+            pieces.write(host)?;
         }
         backend.guest.pump();
         alive(backend, open.key)?;
@@ -122,6 +113,48 @@ pub fn download(backend: &mut Backend, end: End, size: usize) -> anyhow::Result<
     });
     close(backend, open);
     result
+}
+
+/// What a host program writes: pieces of one size, each a message of its own to the socket, as many in one system call as a
+/// fast program could have ready. One call a piece would measure the calls.
+struct Pieces {
+    size: usize,
+    count: usize,
+    bytes: Vec<u8>,
+    headers: MultiHeaders<()>,
+    /// Bytes of the first piece that were taken before.
+    offset: usize,
+}
+
+impl Pieces {
+    fn new(size: usize) -> Self {
+        let count = (SPAN / size).clamp(4, 128);
+        Self {
+            size,
+            count,
+            bytes: vec![7; size],
+            headers: MultiHeaders::preallocate(count, None),
+            offset: 0,
+        }
+    }
+
+    fn write(&mut self, host: &UnixStream) -> anyhow::Result<()> {
+        let rest = [IoSlice::new(&self.bytes[self.offset..])];
+        let whole = [IoSlice::new(&self.bytes)];
+        let pieces = std::iter::once(&rest).chain(std::iter::repeat(&whole));
+        let to = vec![None::<()>; self.count];
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let fd = host.as_raw_fd();
+        match sendmmsg(fd, &mut self.headers, pieces, to, [], flags) {
+            Ok(taken) => {
+                let bytes: usize = taken.map(|message| message.bytes).sum();
+                self.offset = (self.offset + bytes) % self.size;
+                Ok(())
+            }
+            Err(Errno::EAGAIN) => Ok(()),
+            Err(e) => Err(e).context("the stream's socket broke"),
+        }
+    }
 }
 
 fn alive(backend: &Backend, key: Key) -> anyhow::Result<()> {
@@ -163,11 +196,10 @@ fn steady(
 }
 
 /// Reads what a host program's socket has; returns how many bytes.
-pub fn read_all(mut host: &UnixStream) -> anyhow::Result<u64> {
-    let mut buf = [0; SPAN];
+pub fn read_all(mut host: &UnixStream, buf: &mut [u8]) -> anyhow::Result<u64> {
     let mut total = 0;
     for _ in 0..4 {
-        match host.read(&mut buf) {
+        match host.read(buf) {
             Ok(0) => bail!("the backend closed the socket"),
             Ok(n) => total += n as u64,
             Err(e) if e.kind() == ErrorKind::WouldBlock => break,

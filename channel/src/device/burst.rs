@@ -110,6 +110,11 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
     }
 
     fn rx(&mut self) -> Result<Option<Self::Rx<'_>>, CarrierFault> {
+        let tx = self.active.as_ref().map(|a| &a.tx);
+        if tx.is_some_and(|tx| tx.unpublished() >= tx.size().div_ceil(4)) {
+            // A guest whose queue was full goes on while the rest of the burst is dealt with.
+            self.publish();
+        }
         let (Some(active), Some(mem)) = (&mut self.active, &self.snapshot) else {
             return Ok(None);
         };
@@ -140,6 +145,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
                 }
             };
             ring.advance();
+            self.ahead.look(mem, ring);
             let (mut bytes, mut cursor) = ([0; HEADER_BYTES], Cursor::default());
             if let Err(e) = cursor.copy_out(mem, &self.segs, &mut bytes) {
                 tracing::debug!(error = %e, "header is not accessible");

@@ -21,6 +21,7 @@
 //! What it does **not** do: parse ports, keep credit, or hold a descriptor over a burst. So a queue's position says
 //! everything about it, and a process that takes over resumes from the used index.
 
+mod ahead;
 pub(crate) mod aside;
 mod burst;
 pub(crate) mod chain;
@@ -51,6 +52,7 @@ pub use slot::{GuestPacket, GuestSlot};
 pub use state::{DeviceState, RestoreError, STATE_BYTES, StateError};
 
 use crate::carrier::CarrierFault;
+use ahead::Ahead;
 use aside::Aside;
 use chain::Seg;
 use ring::Ring;
@@ -154,6 +156,7 @@ pub struct VsockDevice<M: GuestAddressSpace> {
     segs: Vec<Seg>,
     /// Packets of the running burst whose payload goes out together.
     aside: Aside,
+    ahead: Ahead,
     fault: Option<CarrierFault>,
     counters: Counters,
     /// Epoch of the next session.
@@ -181,6 +184,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             snapshot: None,
             segs: Vec::new(),
             aside: Aside::default(),
+            ahead: Ahead::default(),
             fault: None,
             counters: Counters::default(),
         })

@@ -166,6 +166,19 @@ impl Ring {
         Ok(Some(head))
     }
 
+    /// Where the descriptor lies at which the chain `n` behind the next one begins, if the driver is known to have posted it.
+    pub(crate) fn ahead<M: GuestMemory>(&self, mem: &M, n: u16) -> Option<GuestAddress> {
+        let at = self.next_avail + Wrapping(n);
+        if (self.seen_avail - at).0.wrapping_sub(1) >= self.size {
+            return None;
+        }
+        let slot = u64::from(at.0 % self.size);
+        let offset = RING_HEADER + slot * AVAIL_ELEMENT;
+        let head = self.load(mem, self.avail, offset, Ordering::Relaxed).ok()?;
+        let head = u64::from(head.min(self.size - 1));
+        self.desc.0.checked_add(16 * head).map(GuestAddress)
+    }
+
     /// Takes the chain that `peek` showed.
     pub(crate) fn advance(&mut self) {
         self.next_avail += 1;
@@ -186,6 +199,11 @@ impl Ring {
             .map_err(|e| memory_fault("used ring", addr, &e))?;
         self.next_used += 1;
         Ok(())
+    }
+
+    /// Used elements that the driver does not see yet.
+    pub(crate) fn unpublished(&self) -> u16 {
+        (self.next_used - self.published_used).0
     }
 
     /// Shows the driver all used elements since the last call. Returns true if it must be notified.
