@@ -35,7 +35,7 @@ fn play(memory: &Mapped, mut input: Input<'_>) {
     let mut next = 0u8;
     let mut buf = [0; 4096];
     while !input.is_empty() {
-        match input.below(8) {
+        match input.below(9) {
             0 | 1 => {
                 let len = usize::from(input.u16()) % (geometry.record_max + 2);
                 next = next.wrapping_add(1);
@@ -90,6 +90,16 @@ fn play(memory: &Mapped, mut input: Input<'_>) {
                 shown.append(&mut committed);
                 assert!(space.is_ok() || !honest);
             }
+            7 => {
+                let lens = [(); 2].map(|()| usize::from(input.u16()) % (geometry.record_max + 2));
+                next = next.wrapping_add(1);
+                if let Some(record) = some(&mut producer, lens, next, &mut input, honest) {
+                    committed.push_back(record);
+                }
+                if producer.unpublished() == 0 {
+                    shown.append(&mut committed);
+                }
+            }
             _ => {
                 let at = (usize::from(input.u16()) % geometry.bytes()) & !7;
                 memory.store(at, input.u64());
@@ -97,4 +107,39 @@ fn play(memory: &Mapped, mut input: Input<'_>) {
             }
         }
     }
+}
+
+/// As much as there is room for, of which some is used.
+fn some(
+    producer: &mut Producer<&Mapped>,
+    [least, most]: [usize; 2],
+    next: u8,
+    input: &mut Input<'_>,
+    honest: bool,
+) -> Option<Vec<u8>> {
+    let max = producer.record_max();
+    let mut grant = match producer.reserve_some(least, most) {
+        Ok(grant) => grant,
+        Err(why) => {
+            assert_eq!(matches!(why, PushError::TooLong { .. }), least > max);
+            assert!(!honest || !matches!(why, PushError::Corrupt(_)));
+            return None;
+        }
+    };
+    assert!((least..=most.max(least)).contains(&grant.len()));
+    let used = usize::from(input.u16()) % (grant.len() + 1);
+    let record = vec![next; used];
+    let spoilt = input.flag();
+    if spoilt {
+        // More was written than is used.
+        let all = vec![0xff; grant.len()];
+        grant.write(0, &all);
+    }
+    grant.write(0, &record);
+    if !spoilt && used == 0 && input.flag() {
+        grant.unused();
+        return None;
+    }
+    let _ = grant.commit_first(used, spoilt);
+    Some(record)
 }
