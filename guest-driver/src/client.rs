@@ -1,7 +1,8 @@
 //! The agent's end of the `tasks` service: dial, say who we are, resend what was not acknowledged, pull.
 //!
 //! Connected and idle it sits in one blocking read: no timer, no wake-up. A stream that fails is dialled again after a
-//! jittered delay that doubles up to five seconds; everything that matters across that is in the journal.
+//! jittered delay that doubles up to five seconds, whether a task runs or not; everything that matters across that is in
+//! the journal, and a task that runs on is announced and reported on the stream that is there then.
 
 use std::io::{self, ErrorKind, Write};
 use std::sync::Arc;
@@ -11,13 +12,14 @@ use std::time::Duration;
 use adit_channel::frame::{self, Header};
 use adit_channel::hello::{self, Hello, Open};
 use adit_tasks::hex;
-use adit_tasks::wire::{Facts, Pull, Report, ReportAck, SERVICE, Started, Task, WireKind};
+use adit_tasks::wire::{Facts, Pull, Report, ReportAck, SERVICE, Task, WireKind};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::conn::Conn;
 use crate::crash::{self, Point};
 use crate::runner::Runner;
+use crate::running::{Hand, News, Running};
 use crate::serve::Identity;
 use crate::transport::Transport;
 use crate::{facts, log};
@@ -37,17 +39,29 @@ const BODY_MAX: u32 = 264 * 1024;
 pub struct Client {
     transport: Arc<dyn Transport>,
     identity: Arc<Identity>,
-    runner: Runner,
+    facts: Facts,
+    hand: Hand,
+    running: Option<Running>,
     last_id: u32,
 }
 
 impl Client {
     /// Works through this transport with this runner.
     pub fn new(transport: Arc<dyn Transport>, identity: Arc<Identity>, runner: Runner) -> Self {
+        let facts = Facts {
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            kernel: facts::kernel(),
+            os: facts::os(),
+            vm_id: runner.vm_id().to_string(),
+            anchors: runner.anchors(),
+            boot_nonce: identity.boot_nonce,
+        };
         Self {
             transport,
             identity,
-            runner,
+            facts,
+            hand: Hand::new(runner),
+            running: None,
             last_id: 0,
         }
     }
@@ -100,16 +114,15 @@ impl Client {
 
     /// One connection's work. It ends only by failing; the inner error is the clean end.
     fn session(&mut self, conn: &Conn) -> io::Result<io::Error> {
-        let facts = Facts {
-            agent_version: env!("CARGO_PKG_VERSION").into(),
-            kernel: facts::kernel(),
-            os: facts::os(),
-            vm_id: self.runner.vm_id().to_string(),
-            anchors: self.runner.anchors(),
-            boot_nonce: self.identity.boot_nonce,
-        };
+        let facts = self.facts.clone();
         self.send(conn, WireKind::Facts, &facts)?;
-        for report in self.runner.unacknowledged() {
+        if let Some(running) = self.running.take() {
+            // Begun on a stream that is no more. Nothing is pulled before it has ended: the host would hand it out again.
+            // Its report is among those below; or it was refused, and is handed out again.
+            self.until_ended(conn, running)?;
+        }
+        let unacknowledged = self.hand.free().unacknowledged();
+        for report in unacknowledged {
             self.deliver(conn, &report)?;
         }
         loop {
@@ -121,15 +134,47 @@ impl Client {
                     "host ended the stream",
                 ));
             };
-            let mut announce = None;
-            let report = self.runner.handle(&task, |started: &Started| {
-                announce = Some(
-                    encode(WireKind::Started, 0, started).and_then(|b| (&*conn).write_all(&b)),
-                );
-            });
-            // What failed in announcing fails in reporting too, and there it is handled.
-            drop(announce);
+            let running = self.hand.begin(task)?;
+            let report = self.until_ended(conn, running)?;
             self.deliver(conn, &report)?;
+        }
+    }
+
+    /// Waits for a task's end. If the stream ends before, the task runs on, and the next stream takes it up.
+    fn until_ended(&mut self, conn: &Conn, mut running: Running) -> io::Result<Report> {
+        match self.follow(conn, &mut running) {
+            Ok(()) => Ok(running.report()),
+            Err(e) => {
+                self.running = Some(running);
+                Err(e)
+            }
+        }
+    }
+
+    /// Says that the task has begun, now or before, and hears until it has ended whether the stream does.
+    fn follow(&mut self, conn: &Conn, running: &mut Running) -> io::Result<()> {
+        let mut news = News::Began;
+        while news != News::Ended {
+            match (news, running.started()) {
+                (News::Began, Some(started)) => {
+                    self.send(conn, WireKind::Started, &started)?;
+                }
+                (News::Stream, _) => self.nothing_asked(conn)?,
+                _ => {}
+            }
+            news = running.next(conn)?;
+        }
+        Ok(())
+    }
+
+    /// The host speaks where nothing was asked: what can be ignored, or the end.
+    fn nothing_asked(&self, conn: &Conn) -> io::Result<()> {
+        match frame::read(&mut &*conn, BODY_MAX)? {
+            Some((header, _)) => ignorable(&header),
+            None => Err(io::Error::new(
+                ErrorKind::UnexpectedEof,
+                "host ended the stream while a task runs",
+            )),
         }
     }
 
@@ -150,7 +195,7 @@ impl Client {
         }
         crash::at(Point::Acked);
         log::event("acknowledged", &[("task", &hex(&ack.task_id))]);
-        self.runner.acknowledged(&ack.task_id);
+        self.hand.free().acknowledged(&ack.task_id);
         Ok(())
     }
 
@@ -182,14 +227,24 @@ impl Client {
                     .map(Some)
                     .map_err(|e| io::Error::new(ErrorKind::InvalidData, e));
             }
-            if header.flags & frame::IGNORABLE == 0 {
-                let Header { kind, version, .. } = header;
-                return Err(invalid(&format!(
-                    "unexpected frame of kind {kind} version {version}"
-                )));
-            }
+            ignorable(&header)?;
         }
     }
+}
+
+fn ignorable(header: &Header) -> io::Result<()> {
+    let Header {
+        kind,
+        version,
+        flags,
+        ..
+    } = header;
+    if flags & frame::IGNORABLE == 0 {
+        return Err(invalid(&format!(
+            "unexpected frame of kind {kind} version {version}"
+        )));
+    }
+    Ok(())
 }
 
 fn encode<T: Serialize>(kind: WireKind, id: u32, body: &T) -> io::Result<Vec<u8>> {

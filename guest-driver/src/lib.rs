@@ -5,7 +5,7 @@
 //!   host ◀══ AF_VSOCK 741 ══ client ── runner ──▶ verify ▸ journal ▸ exec::{script, file} ▸ journal
 //! ```
 //! Two threads when idle, both blocked in one system call: the listener in `accept`, the client in `read`. Each stream
-//! has a thread of its own while it lives. There is no runtime and no timer.
+//! has a thread of its own while it lives, and so has the task that runs. There is no runtime and no timer.
 //!
 //! What it never does: run anything that no trust anchor of the image has signed, pass an argument through a shell,
 //! follow a symbolic link when it writes a file, start a task id twice.
@@ -23,6 +23,7 @@ pub mod relay;
 pub mod ring;
 pub mod run;
 pub mod runner;
+pub mod running;
 pub mod serve;
 mod sys;
 pub mod transport;

@@ -17,9 +17,6 @@ use crate::transport::Transport;
 use crate::verify::Verifier;
 use crate::{facts, log};
 
-/// Stack of the client's thread: touched as deep as a goal is nested, which its parser bounds.
-const CLIENT_STACK_BYTES: usize = 2 * 1024 * 1024;
-
 /// Why the agent cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -99,7 +96,6 @@ pub fn run(
     let client = Client::new(transport, identity.clone(), runner);
     let client = thread::Builder::new()
         .name("client".into())
-        .stack_size(CLIENT_STACK_BYTES)
         .spawn(|| client.run());
     client.map_err(system("start the client's thread"))?;
     log::event("ready", &[("vm", &vm_id), ("anchors", &anchors)]);

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use adit_tasks::wire::{Outcome, Report};
 use serde_json::json;
@@ -105,6 +106,78 @@ fn an_interrupted_step_runs_again_only_as_an_allowed_attempt() {
     }
 }
 
+fn fifo(path: &Path) {
+    let made = Command::new("mkfifo").arg(path).status().unwrap();
+    assert!(made.success());
+}
+
+#[test]
+fn a_stream_that_ends_in_mid_task_is_replaced_at_once_and_the_task_reported_once() {
+    for ends_while_away in [false, true] {
+        let mut host = Host::new();
+        let [file, up, go] = ["count", "up", "go"].map(|name| host.path(name));
+        fifo(&up);
+        fifo(&go);
+        let text = "echo x >>\"$1\"; echo up >\"$2\"; read word <\"$3\"; echo \"$word\"";
+        let step = json!({"id": "long", "script": {"interpreter": "/bin/sh", "script": text, "args": [file, up, go]}});
+        let task = task(host.goal(1, json!([step])), "long", 1);
+        host.start(None);
+        let (mut session, _) = host.accept();
+        let Some(Said::Pull(id)) = session.next().unwrap() else {
+            panic!()
+        };
+        session.task(id, &task);
+        assert_eq!(fs::read_to_string(&up).unwrap(), "up\n");
+        // Twice: what was taken up once is taken up again.
+        for _ in 0..2 {
+            let lost = Instant::now();
+            drop(session);
+            session = host.accept().0;
+            assert!(lost.elapsed() < Duration::from_secs(1), "{}", host.log());
+            let said = session.next().unwrap();
+            assert!(matches!(said, Some(Said::Started)), "{}", host.log());
+        }
+        if ends_while_away {
+            drop(session);
+            fs::write(&go, "went on\n").unwrap();
+            let begin = Instant::now();
+            while !host.log().contains("adit-guest: ended") {
+                assert!(begin.elapsed() < Duration::from_secs(60), "{}", host.log());
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            session = host.accept().0;
+        } else {
+            fs::write(&go, "went on\n").unwrap();
+        }
+        let report = loop {
+            match session.next().unwrap() {
+                Some(Said::Report(id, report)) => {
+                    session.ack(id, &report);
+                    break report;
+                }
+                // Ended while away it may have been taken up before its end was seen.
+                Some(Said::Started) if ends_while_away => {}
+                _ => panic!("{}", host.log()),
+            }
+        };
+        assert_eq!(report.task_id, task.task_id);
+        assert_eq!(
+            (report.outcome, &report.stdout.head[..]),
+            (Outcome::Done, &b"went on\n"[..])
+        );
+        assert_eq!(lines(&file), 1);
+        // Nothing is said of it again, and the next pull has the same answer as ever.
+        let Some(Said::Pull(id)) = session.next().unwrap() else {
+            panic!("{}", host.log())
+        };
+        session.task(id, &task);
+        let Some(Said::Report(_, again)) = session.next().unwrap() else {
+            panic!("{}", host.log())
+        };
+        assert_eq!((again.outcome, lines(&file)), (Outcome::Done, 1));
+    }
+}
+
 fn in_environment(task: &str) -> usize {
     let want = format!("ADIT_TASK_ID={task}");
     let bears = |dir: &Path| {
@@ -122,13 +195,7 @@ fn in_environment(task: &str) -> usize {
 fn r98_a_restarted_agent_kills_what_runs_and_reports_it_interrupted() {
     let mut host = Host::new();
     let fifo = host.path("fifo");
-    assert!(
-        Command::new("mkfifo")
-            .arg(&fifo)
-            .status()
-            .unwrap()
-            .success()
-    );
+    self::fifo(&fifo);
     let text = "trap '' TERM; setsid sleep 1000 & (setsid sh -c 'sleep 1000; :' &); echo up >\"$1\"; sleep 1000";
     let step =
         json!({"id": "long", "script": {"interpreter": "/bin/sh", "script": text, "args": [fifo]}});

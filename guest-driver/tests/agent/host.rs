@@ -13,6 +13,8 @@ use adit_channel::hello::{self, Accept, Common, Hello};
 use adit_tasks::wire::{Facts, Outcome, Pull, Report, ReportAck, Started, Task, WireKind};
 use adit_tasks::{PublicKey, VmId, task_id};
 use ed25519_dalek::SigningKey;
+use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
+use nix::sys::time::{TimeVal, TimeValLike};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -48,6 +50,8 @@ impl Host {
             fs::create_dir(dir.path().join(sub)).unwrap();
         }
         let listener = UnixListener::bind(dir.path().join("host.sock")).unwrap();
+        let limit = TimeVal::seconds(HANG.as_secs() as i64);
+        setsockopt(&listener, ReceiveTimeout, &limit).unwrap();
         let at = |p: &str| dir.path().join(p).to_str().unwrap().to_owned();
         let config = format!(
             "vm_id = \"web-1\"\ntrust_dir = \"{}\"\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n[file]\nroots = [\"{}\"]\n",
