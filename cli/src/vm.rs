@@ -41,9 +41,15 @@ pub enum VmCommand {
         name: String,
     },
     /// Remove a VM: its channel and its tunnels end
+    ///
+    /// Its open tasks end as `expired`, or as `lost_contact` if they were handed out. A VM that its VMM has registered
+    /// (`adit-vmm --aditd`) is that VMM's to remove, which it does when the VM ends: until then this is refused.
     Rm {
         /// Its name
         name: String,
+        /// Also while its VMM holds it: the VM runs on, and has no channel until it is started again
+        #[arg(long)]
+        force: bool,
     },
 }
 
@@ -101,8 +107,9 @@ pub async fn run(command: &VmCommand, client: &Client, format: Format) -> Result
                 ),
             }
         }
-        VmCommand::Rm { name } => {
-            client.delete(&path(name)?).await?;
+        VmCommand::Rm { name, force } => {
+            let query = if *force { "?force=true" } else { "" };
+            client.delete(&format!("{}{query}", path(name)?)).await?;
             if format == Format::Table {
                 println!("{name} removed");
             }
@@ -218,11 +225,10 @@ fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         ["carrier".into(), carrier(&vm.carrier)],
     ];
     rows.extend(vm.kernel.iter().map(|k| ["kernel".into(), k.clone()]));
-    rows.extend(
-        vm.port_pid
-            .iter()
-            .map(|p| ["port process".into(), p.to_string()]),
-    );
+    rows.extend(vm.port_pid.iter().map(|pid| match vm.held_by {
+        Some(_) => ["held by".into(), format!("its VMM, process {pid}")],
+        None => ["port process".into(), pid.to_string()],
+    }));
     rows.extend(vm.fault.iter().map(|f| ["fault".into(), f.clone()]));
     rows.extend(vm.enrolled_as.iter().map(|id| {
         [

@@ -175,9 +175,28 @@ impl From<AddError> for ApiError {
     }
 }
 
+/// What an operator must not do to a VM by mistake while its VMM holds it.
+fn held(vm: &VmEntry, what: &str, help: &str) -> Result<(), ApiError> {
+    let Some(pid) = vm.held_by() else {
+        return Ok(());
+    };
+    let message = format!(
+        "`{}` runs in process {pid}, its VMM, which has its device: {what}",
+        vm.config.name
+    );
+    Err(ApiError::new(StatusCode::CONFLICT, "held", message).help(help))
+}
+
+#[derive(Deserialize)]
+struct RemoveQuery {
+    #[serde(default)]
+    force: bool,
+}
+
 async fn remove_vm(
     Shared(state): Shared<App>,
     Path(name): Path<String>,
+    Query(q): Query<RemoveQuery>,
 ) -> Result<StatusCode, ApiError> {
     let vm = find(&state, &name)?;
     if state.config.vm.iter().any(|v| v.name == vm.config.name) {
@@ -187,6 +206,13 @@ async fn remove_vm(
             format!("`{name}` stands in aditd.toml"),
         )
         .help("take it out there and restart aditd"));
+    }
+    if !q.force {
+        held(
+            &vm,
+            "removed, it would run on without a channel",
+            "end the VM, which takes it off the map; `adit vm rm --force` removes it all the same",
+        )?;
     }
     vm.removed.cancel();
     port_gone(&vm).await;
@@ -217,6 +243,11 @@ async fn port_gone(vm: &VmEntry) {
 /// Replaces the port process under a running VM.
 async fn reload_vm(Shared(state): Shared<App>, Path(name): Path<String>) -> Answer<Vm> {
     let vm = find(&state, &name)?;
+    held(
+        &vm,
+        "there is no port process that another could replace",
+        "a new build of it serves once the VM is ended and started again, or restored from a snapshot",
+    )?;
     let running = vm.link().and_then(|l| Some((l.status()?, l)));
     let Some((status, link)) = running else {
         let message = format!("`{name}` has no port process now: one is being started");
@@ -528,12 +559,15 @@ struct ShutdownQuery {
 
 async fn shutdown(Shared(state): Shared<App>, Query(q): Query<ShutdownQuery>) -> StatusCode {
     if q.ports {
-        for vm in state.registry.all() {
+        let mut vms = state.registry.all();
+        // A VMM goes on with its VM, and serves the next aditd.
+        vms.retain(|vm| vm.held_by().is_none());
+        for vm in &vms {
             vm.removed.cancel();
         }
         // Each supervisor passes the word on, all at the same time.
-        for vm in state.registry.all() {
-            port_gone(&vm).await;
+        for vm in &vms {
+            port_gone(vm).await;
         }
     }
     state.stop.cancel();

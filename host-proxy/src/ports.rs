@@ -48,6 +48,8 @@ pub enum Said<'a> {
     Ring(Ring),
     /// The VMM has no channel until it connects anew, and why; empty: it has.
     Stuck(String),
+    /// It is the VM's VMM itself.
+    Held,
 }
 
 /// A dialled stream that has no other end yet. Dropped = given up.
@@ -243,6 +245,7 @@ impl Driver {
                     (Message::Handover(handover), _) => on(Said::Handover(handover, fds)),
                     (Message::Ring(ring), _) => on(Said::Ring(ring)),
                     (Message::Stuck(stuck), _) => on(Said::Stuck(stuck.reason)),
+                    (Message::Held(_), _) => on(Said::Held),
                     (message, _) => link.answer(message),
                 }
             }

@@ -76,6 +76,8 @@ pub struct VmEntry {
     /// How its ring stands, as its port process said last.
     ring: Mutex<Option<Ring>>,
     supervised: AtomicBool,
+    /// Its port process is its VMM.
+    held: AtomicBool,
     link: watch::Sender<Option<Arc<Link>>>,
     agent: Mutex<AgentState>,
     /// Changes whenever its state may have.
@@ -104,6 +106,20 @@ impl VmEntry {
     /// Whether nobody looks after it any more.
     pub fn unsupervised(&self) -> bool {
         !self.supervised.load(Ordering::Acquire)
+    }
+
+    /// Notes whether its port process is its VMM.
+    pub fn set_held(&self, held: bool) {
+        self.held.store(held, Ordering::Release);
+        self.touch();
+    }
+
+    /// The process that runs it and has its device, and takes it off the map when it ends; none: a port process serves it.
+    pub fn held_by(&self) -> Option<u32> {
+        let status = self.link().and_then(|l| l.status());
+        status
+            .map(|s| s.pid)
+            .filter(|_| self.held.load(Ordering::Acquire))
     }
 
     /// Notes why there is no port process, or that there is one. Returns whether that is news.
@@ -268,6 +284,7 @@ impl VmEntry {
             allow: self.config.allow.clone(),
             allow_vsock: self.config.allow_vsock.clone(),
             port_pid: status.as_ref().map(|s| s.pid),
+            held_by: self.held_by(),
             vhost_socket: self.dir.join(VHOST_SOCKET).display().to_string(),
             carrier: self.carrier(),
             ring_socket: self.dir.join(RING_SOCKET).display().to_string(),
@@ -330,6 +347,7 @@ impl Registry {
             stuck: Mutex::default(),
             ring: Mutex::default(),
             supervised: AtomicBool::new(true),
+            held: AtomicBool::new(false),
             link: watch::Sender::new(None),
             agent: Mutex::default(),
             changed: watch::Sender::new(0),

@@ -108,6 +108,7 @@ async fn follow(
         _ if !known.load(Ordering::Relaxed) => {}
         Said::Incoming(incoming, fd) => on_incoming(incoming, fd),
         Said::Ring(ring) => vm.set_ring(Some(ring)),
+        Said::Held => vm.set_held(true),
         Said::Handover(handover, fds) => {
             let seq = handover.seq;
             vm.keeper.keep(handover, fds);
@@ -133,6 +134,7 @@ async fn follow(
     };
     vm.set_link(None);
     vm.set_ring(None);
+    vm.set_held(false);
     if let Some(why) = wrong.into_inner() {
         return Err(why);
     }

@@ -8,7 +8,7 @@
 //! | `GET /v1/vms` | → `Vec<Vm>` |
 //! | `POST /v1/vms` | `NewVm` → `Vm`; 409 for a taken name or CID |
 //! | `GET /v1/vms/{name}` | → `Vm` |
-//! | `DELETE /v1/vms/{name}` | ends its port process |
+//! | `DELETE /v1/vms/{name}?force=true` | ends its port process; 409 for a VM that its VMM holds, without `force` |
 //! | `POST /v1/vms/{name}/reload` | a new port process goes on with the VMM → `Vm` once it serves; streams end |
 //! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 |
 //! | `POST /v1/goals` | `NewGoal` → `Goal` (on disk when answered) |
@@ -17,7 +17,7 @@
 //! | `GET /v1/tasks/{task_id}` | → `Task` |
 //! | `GET /v1/tasks/{task_id}/output?stream=stdout` | raw bytes (head, a line that says what is missing, tail) |
 //! | `GET /v1/events?goal=` | `application/x-ndjson` of `TaskEvent`: first the present state, then changes; ends when every task of `goal` is terminal |
-//! | `POST /v1/shutdown?ports=true` | stops aditd, with `ports=true` the port processes too |
+//! | `POST /v1/shutdown?ports=true` | stops aditd, with `ports=true` the port processes too; not VMMs that are their VMs' own |
 //! | `GET /metrics`, `/healthz`, `/readyz` | |
 //!
 //! Errors: status and `ErrorBody`.
@@ -75,6 +75,9 @@ pub struct Vm {
     pub allow_vsock: Vec<u32>,
     /// Process id of its port process.
     pub port_pid: Option<u32>,
+    /// That process is the VM's VMM, which has registered it: it takes the VM off the map when the VM ends.
+    #[serde(default)]
+    pub held_by: Option<u32>,
     /// Where the VMM connects.
     pub vhost_socket: String,
     /// Which carrier the agent's services take.

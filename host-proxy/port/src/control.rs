@@ -20,6 +20,7 @@
 //!   Kept{seq} ─────────────────────────────▶  the frontend gets its answer
 //!   Release ───────────────────────────────▶  it ends, and leaves the frontend to the next one
 //!   ◀──────────────────────────────── Stuck (no successor can go on with the VMM)
+//!   ◀───────────────────────────────── Held (behind the first Status: this end is the VM's VMM itself)
 //!
 //! aditd ── Handover, as it was, on the standard input ──▶ the next port process
 //! ```
@@ -70,6 +71,7 @@ pub enum ControlKind {
     Handover = 20,
     Stuck = 21,
     Ring = 22,
+    Held = 23,
 }
 
 /// Where a dial goes inside the VM.
@@ -225,6 +227,10 @@ pub struct Stuck {
     /// Why, for people; empty: no longer.
     pub reason: String,
 }
+
+/// The process at this end is the VM's VMM: it runs the VM, and takes it off the map when the VM ends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {}
 
 /// Which carrier a service's dials take, and how the VM's ring stands.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -19,7 +19,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, 
 
 use crate::control::{
     Attach, Cancel, ControlKind, Dial, DialFailed, Dialed, HANDOVER_FDS_MAX, Handover, HandoverV1,
-    Incoming, Kept, PACKET_MAX, Quit, Release, Ring, Status, Stuck,
+    Held, Incoming, Kept, PACKET_MAX, Quit, Release, Ring, Status, Stuck,
 };
 
 /// Version of every control kind.
@@ -59,6 +59,8 @@ pub enum Message {
     Stuck(Stuck),
     /// To `aditd`.
     Ring(Ring),
+    /// To `aditd`.
+    Held(Held),
 }
 
 /// Why a packet is no control frame. The sender's fault, except `Io`.
@@ -113,6 +115,7 @@ impl Message {
             Self::Handover(_) => ControlKind::Handover,
             Self::Stuck(_) => ControlKind::Stuck,
             Self::Ring(_) => ControlKind::Ring,
+            Self::Held(_) => ControlKind::Held,
         }
     }
 
@@ -160,6 +163,7 @@ impl Message {
             Self::Handover(m) => frame::encode(kind, HANDOVER_VERSION, 0, IGNORABLE, m),
             Self::Stuck(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
             Self::Ring(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
+            Self::Held(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
         }?;
         if bytes.len() > PACKET_MAX {
             return Err(ControlError::TooLong);
@@ -217,6 +221,8 @@ impl Message {
             Self::Stuck(header.decode(body)?)
         } else if known(ControlKind::Ring) {
             Self::Ring(header.decode(body)?)
+        } else if known(ControlKind::Held) {
+            Self::Held(header.decode(body)?)
         } else if header.flags & IGNORABLE != 0 {
             return Ok(None);
         } else {
@@ -414,6 +420,7 @@ mod tests {
                 ring: 6,
             }),
             Message::Stuck(Stuck { reason: "x".into() }),
+            Message::Held(Held {}),
         ] {
             for n in [*m.descriptors().start(), *m.descriptors().end()] {
                 send_all(&a, &m, &vec![a.as_fd(); n]).unwrap();

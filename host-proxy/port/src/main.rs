@@ -117,6 +117,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         busy_poll: Duration::from_micros(args.busy_poll_us),
         seed: u64::from_le_bytes(seed.try_into()?),
         boot_nonce: boot_nonce.try_into()?,
+        vmm: false,
     };
     keeping.set_releaser(carrier.releaser());
     let control = place.control;

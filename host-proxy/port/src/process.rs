@@ -70,6 +70,8 @@ pub struct Options {
     pub seed: u64,
     /// Drawn once a process.
     pub boot_nonce: [u8; 16],
+    /// This process runs the VM itself.
+    pub vmm: bool,
 }
 
 /// A port process.
@@ -372,6 +374,7 @@ impl<C: Carrier> Process<C> {
             | Message::Handover(_)
             | Message::Stuck(_)
             | Message::Ring(_)
+            | Message::Held(_)
             | Message::Incoming(_) => Err("it sent a frame that only a port process sends"),
         }
     }

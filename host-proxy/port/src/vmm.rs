@@ -6,6 +6,8 @@
 //!    │        ◄── Dial, Attach (with a client's socket) ── the same frames as to any port process
 //!    └─ at the end: DELETE /v1/vms/NAME; not when the guest only asked for a reset
 //! ```
+//! Until then the entry is this process's (`Held`): aditd refuses to let anybody else take it out, unless he insists.
+//!
 //! So a VM whose VMM has the device in its own process needs no `adit-port` beside it, and aditd no second way to speak:
 //! this process *is* the VM's port process. aditd may die and return, as with any other. What goes with this process is
 //! the VM itself, so there is nothing to keep for a successor.
@@ -82,6 +84,7 @@ impl<C: Carrier> Handed<C> {
             busy_poll: Duration::ZERO,
             seed: u64::from_le_bytes(seed.try_into()?),
             boot_nonce: boot_nonce.try_into()?,
+            vmm: true,
         };
         let live = Arc::new(LiveFile::create()?);
         let mut note = Note::open(&dir)?;
@@ -152,7 +155,8 @@ impl Registered {
         let Some(registration) = self.0.take() else {
             return Ok(());
         };
-        let path = format!("/v1/vms/{}", registration.vm.name);
+        // Insisting: it is held by us.
+        let path = format!("/v1/vms/{}?force=true", registration.vm.name);
         registration.ask("DELETE", &path, b"").map(drop)
     }
 

@@ -3,10 +3,10 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 
-use adit_port::control::{HANDOVER_FDS_MAX, Handover, Status, Stuck};
+use adit_port::control::{HANDOVER_FDS_MAX, Handover, Held, Status, Stuck};
 use adit_port::control_io::{ControlError, Message, send_all};
 
-use crate::host::{Control, Host};
+use crate::host::{Control, Host, Port};
 
 fn try_hand_over(control: &Control, seq: u64, fds: usize) -> Result<(), ControlError> {
     let null = File::open("/dev/null").unwrap();
@@ -115,4 +115,59 @@ fn a_vm_that_needs_a_power_cycle_is_named_until_it_has_its_session() {
     control.say(&Message::Status(status), None);
     host.until("it is up again", |h| (state(h).0 == "up").then_some(()));
     assert_eq!(state(&host).1, "");
+}
+
+#[test]
+fn a_vm_that_its_vmm_holds_is_that_vmms_to_remove() {
+    let (mut host, _) = Host::new(&[], "");
+    host.start();
+    let (port, other) = (host.port("b", 4), host.port("c", 5));
+    for vm in [r#"{"name":"b","cid":4}"#, r#"{"name":"c","cid":5}"#] {
+        let added = host.api("POST", "/v1/vms", vm);
+        assert_eq!(added.status, 200, "{}", added.body);
+    }
+    let [held, free] = [&port, &other].map(Port::connected);
+    held.say(&Message::Held(Held {}), None);
+    let pid = std::process::id();
+    host.until("it is held", |h| {
+        (h.get("/v1/vms/b")["held_by"] == pid).then_some(())
+    });
+    host.until("the other is up", |h| {
+        (h.get("/v1/vms/c")["state"] == "up").then_some(())
+    });
+    assert!(host.get("/v1/vms/c")["held_by"].is_null());
+    for (method, path) in [("DELETE", "/v1/vms/b"), ("POST", "/v1/vms/b/reload")] {
+        let refused = host.api(method, path, "null");
+        assert_eq!(refused.status, 409, "{}", refused.body);
+        let says = |what: &str| refused.body.contains(what);
+        assert!(
+            says("\"held\"") && says(&pid.to_string()),
+            "{}",
+            refused.body
+        );
+    }
+    // Neither aditd's end nor that of all port processes is the VM's.
+    std::thread::scope(|s| {
+        let host = &host;
+        let ended = s.spawn(|| host.api("POST", "/v1/shutdown?ports=true", "").status);
+        assert!(matches!(free.hear(), Some((Message::Quit(_), _))));
+        drop((free, other));
+        assert!(held.hear().is_none());
+        assert_eq!(ended.join().unwrap(), 202);
+    });
+    assert!(host.ended());
+    // It is known to the next one, and whoever insists is obeyed.
+    host.start();
+    let held = port.connected();
+    held.say(&Message::Held(Held {}), None);
+    host.until("it is held again", |h| {
+        (h.get("/v1/vms/b")["held_by"] == pid).then_some(())
+    });
+    std::thread::scope(|s| {
+        let removed = s.spawn(|| host.api("DELETE", "/v1/vms/b?force=true", "").status);
+        assert!(matches!(held.hear(), Some((Message::Quit(_), _))));
+        drop((held, port));
+        assert_eq!(removed.join().unwrap(), 204);
+    });
+    assert_eq!(host.api("GET", "/v1/vms/b", "").status, 404);
 }

@@ -68,6 +68,11 @@ impl Host {
         (Self { dir, aditd: None }, ports)
     }
 
+    /// The socket of a VM that is not in the configuration.
+    pub fn port(&self, name: &str, cid: u64) -> Port {
+        Port::new(self.dir.path(), name, cid)
+    }
+
     /// Starts aditd and waits until it serves.
     pub fn start(&mut self) {
         self.start_with(20_000);

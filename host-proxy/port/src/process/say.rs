@@ -3,7 +3,7 @@
 use adit_channel::carrier::Carrier;
 
 use super::Process;
-use crate::control::{Status, Stuck};
+use crate::control::{Held, Status, Stuck};
 use crate::control_io::Message;
 
 impl<C: Carrier> Process<C> {
@@ -41,8 +41,11 @@ impl<C: Carrier> Process<C> {
             } == *said
         });
         if !unchanged {
-            self.said = Some(status.clone());
+            let first = self.said.replace(status.clone()).is_none();
             self.say(Message::Status(status), vec![]);
+            if first && self.options.vmm {
+                self.say(Message::Held(Held {}), vec![]);
+            }
         }
     }
 
