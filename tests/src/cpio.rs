@@ -12,6 +12,10 @@ pub struct Writer<W> {
     inode: u32,
 }
 
+/// An archive fills its last page. QEMU's microvm puts an initramfs at the very end of memory, where its firmware puts the ACPI
+/// tables: 3 KiB in the last page, which it loads first. One that ends in that page takes them from the guest, or not, by its
+/// length; one that is whole pages long ends before it.
+const PAGE: usize = 4096;
 const MODE_DIR: u32 = 0o040_000;
 const MODE_FILE: u32 = 0o100_000;
 const MODE_LINK: u32 = 0o120_000;
@@ -77,6 +81,8 @@ impl<W: Write> Writer<W> {
     pub fn finish(mut self) -> io::Result<W> {
         self.inode = 0;
         self.entry("TRAILER!!!", 0, &[])?;
+        let padding = self.written.wrapping_neg() % PAGE;
+        self.put(&[0; PAGE][..padding])?;
         Ok(self.out)
     }
 
@@ -104,5 +110,21 @@ impl<W: Write> Writer<W> {
     fn pad(&mut self) -> io::Result<()> {
         let padding = self.written.wrapping_neg() % 4;
         self.put(&[0; 3][..padding])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_archive_is_whole_pages_long_and_so_is_one_behind_it() {
+        let mut archive = Vec::new();
+        for len in [0, 1, 3000, 4096, 10_000] {
+            let mut writer = Writer::new(archive);
+            writer.file("a", 0o644, &vec![b'x'; len]).unwrap();
+            archive = writer.finish().unwrap();
+            assert_eq!(archive.len() % PAGE, 0, "{len}");
+        }
     }
 }
