@@ -22,20 +22,33 @@ pub enum Accel {
 }
 
 impl Accel {
-    /// KVM where the processor shows it and /dev/kvm opens; a nested KVM without either boots no Linux.
+    /// KVM where there is a plain one.
     pub fn detect() -> Self {
+        match Self::plain_kvm() {
+            Ok(()) => Self::Kvm,
+            Err(_) => Self::Tcg,
+        }
+    }
+
+    /// Whether the processor shows KVM's half of it and /dev/kvm opens; a nested KVM without either boots no Linux.
+    ///
+    /// # Errors
+    /// Why Linux does not boot on this machine's KVM.
+    pub fn plain_kvm() -> Result<(), String> {
+        fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .map_err(|e| format!("/dev/kvm: {e}"))?;
         let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let flags = info
             .lines()
             .find(|l| l.starts_with("flags"))
             .unwrap_or_default();
-        let shown = flags.split_whitespace().any(|f| f == "vmx" || f == "svm");
-        let opens = fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/kvm")
-            .is_ok();
-        if shown && opens { Self::Kvm } else { Self::Tcg }
+        if flags.split_whitespace().any(|f| f == "vmx" || f == "svm") {
+            return Ok(());
+        }
+        Err("/dev/kvm opens, and the processor shows neither vmx nor svm".into())
     }
 
     /// As QEMU and people write it.

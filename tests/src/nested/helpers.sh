@@ -1,5 +1,6 @@
-# In L1: functions that the scripts share.
-fail() { [ -f "$LOG" ] && tail -n 25 "$LOG"; tail -n 5 /tmp/vmm.err; echo "NESTED-FAIL $*"; }
+# In L1, and where there is plain KVM: functions that the scripts share. T is where files go.
+T=${T:-/tmp} L2=${L2:-/l2}
+fail() { [ -f "$LOG" ] && tail -n 25 "$LOG"; tail -n 5 $T/vmm.err; echo "NESTED-FAIL $*"; }
 # until_said TEXT SECONDS: until the guest has said it on its serial line.
 until_said() {
     n=$(($2 * 10))
@@ -9,11 +10,11 @@ until_said() {
         sleep 0.1
     done
 }
-start() { : > "$LOG"; adit-vmm run "$@" --serial $LOG 2>/tmp/vmm.err </dev/null & VMM=$!; }
+start() { : > "$LOG"; adit-vmm run "$@" --serial $LOG 2>$T/vmm.err </dev/null & VMM=$!; }
 # ended STATUS TEXT: adit-vmm ends with this status, and says this.
 ended() {
     wait $VMM; rc=$?
     [ $rc = $1 ] || fail "adit-vmm ended with $rc, not $1"
-    grep -q "$2" /tmp/vmm.err || fail "adit-vmm did not say '$2'"
+    grep -q "$2" $T/vmm.err || fail "adit-vmm did not say '$2'"
 }
 now() { read -r up _ < /proc/uptime; echo "$up"; }

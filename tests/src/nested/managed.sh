@@ -14,12 +14,12 @@ serve() {
         n=$((n - 1)); [ $n -gt 0 ] || { fail "no aditd: $(tail -n 3 $AD/log)"; return; }; sleep 0.1
     done
 }
-page() { [ "$(curl -sS -m 20 http://web-1/ 2>&1)" = "this is web-1" ] || { [ "$1" = quiet ] || fail "no page: $1"; return 1; }; }
+page() { [ "$(curl -sS -m 20 http://web-1/ 2>&1)" = "this is web-1" ] || { fail "no page: $1"; return 1; }; }
 serve
 echo "SHOW aditd serves, and knows no VM ($(now) s)"
 start --kernel /l2/web-1/vmlinux --initrd /l2/web-1/initrd --memory 256M \
     --cmdline "console=ttyS0 quiet panic=-1 mitigations=off" \
-    --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --allow 80,7 --allow-vsock 5000 --api /tmp/api
+    --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --allow 80,7,81 --allow-vsock 5000 --api /tmp/api
 until_said ADIT-READY 120
 adit wait web-1 --for agent --timeout 60s || fail "no agent: $(adit vm show web-1)"
 echo "SHOW adit-vmm has registered web-1 and booted Debian: its agent is there ($(now) s)"
@@ -50,28 +50,46 @@ adit task watch --timeout 60s
 adit task ls | tee /tmp/tasks
 grep -q "hello from web-1" /tmp/tasks && echo "SHOW a signed goal ran in it: hello from web-1" || fail "task"
 pidof adit-port && fail "there is a port process beside the VMM"
-kill -9 $ADITD; wait $ADITD
-serve
-adit wait web-1 --for agent --timeout 60s || fail "no agent after aditd was killed: $(adit vm show web-1)"
-page "after aditd was killed" && echo "SHOW aditd was killed, and serves again"
 cat > /tmp/goal.yaml <<END
-steps: [{id: long, script: {interpreter: /bin/sh, script: "echo start >> /tmp/starts; sleep 5; echo started \$(wc -l < /tmp/starts) times"}}]
+steps: [{id: long, script: {interpreter: /bin/sh, script: "echo start >> /tmp/starts; nc -l -s 127.0.0.1 -p 81 < /dev/null > /dev/null; echo started \$(wc -l < /tmp/starts) times"}}]
 END
 ( cd /tmp && adit goal apply goal.yaml --sign /etc/fleet.key --to web-1 ) || fail "goal"
-n=100; until adit task ls | grep -q started; do n=$((n - 1)); [ $n -gt 0 ] || { fail "the task does not start"; break; }; sleep 0.1; done
+# It ends when somebody dials it: until then whatever happens, happens while it runs.
+runs() { adit task ls | grep -q " long .* started " || fail "$1: $(adit task ls)"; }
+n=100; until adit task ls | grep -q " long .* started "; do n=$((n - 1)); [ $n -gt 0 ] || { fail "the task does not start"; break; }; sleep 0.1; done
+kill -9 $ADITD; wait $ADITD
+serve
+begin=$(now)
+adit wait web-1 --for agent --timeout 60s || fail "no agent after aditd was killed: $(adit vm show web-1)"
+echo "SHOW aditd was killed while a task runs: the agent is back ($begin .. $(now) s)"
+page "after aditd was killed" && runs "after aditd was killed" && echo "SHOW it serves again, and the task runs on"
+# What its VMM holds is not removed by mistake, and goes on.
+adit vm rm web-1 >/tmp/rm 2>&1 && fail "a VM was removed while it runs"
+grep -q "its VMM" /tmp/rm && page "after a refused rm" || fail "$(cat /tmp/rm)"
 api() { curl -sS -m 60 --unix-socket /tmp/api -X PUT "$@"; }
 api http://vm/pause; api -d '{"dir":"/tmp/snap"}' http://vm/snapshot
-echo "SHOW while a task runs, the VM is paused and written down; its VMM is killed ($(now) s)"
-kill -9 $VMM; wait $VMM; sleep 1
-pidof adit-port >/dev/null || fail "aditd did not start a port process for a VM without one"
+echo "SHOW still in mid-task, the VM is paused and written down; its VMM is killed ($(now) s)"
+kill -9 $VMM; wait $VMM
+n=300; until pidof adit-port >/dev/null; do n=$((n - 1)); [ $n -gt 0 ] || { fail "aditd did not start a port process for a VM without one"; break; }; sleep 0.1; done
 begin=$(now)
 adit-vmm restore --from /tmp/snap --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --serial $LOG 2>/tmp/vmm.err </dev/null & VMM=$!
-until page quiet; do kill -0 $VMM || { fail "no restore"; break; }; sleep 0.1; done
-echo "SHOW restored in another process: http://web-1/ answers again ($begin .. $(now) s)"
-# The agent speaks again when its task has ended: it has nothing to say before.
+adit wait web-1 --for agent --timeout 60s || fail "no agent after the restore: $(cat /tmp/vmm.err; adit vm show web-1)"
+echo "SHOW restored in another process: the agent is back ($begin .. $(now) s)"
+page "after the restore" && runs "after the restore" && echo "SHOW http://web-1/ answers again, and the task runs on"
+# A clone does not pass for its origin: not under its name, and under another it is shown for what it is.
+adit-vmm restore --from /tmp/snap --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --serial /tmp/clone.log >/tmp/clone 2>&1 </dev/null &&
+    fail "a clone took its origin's place"
+grep -q "web-1. runs" /tmp/clone || fail "$(cat /tmp/clone)"
+adit-vmm restore --from /tmp/snap --vsock cid=4 --aditd $ADIT_SOCKET --name web-2 --serial /tmp/clone.log >/tmp/clone 2>&1 </dev/null & CLONE=$!
+n=100; until adit vm show web-2 2>/dev/null | grep -q "enrolled as .web-1"; do
+    n=$((n - 1)); [ $n -gt 0 ] || { fail "no clone: $(cat /tmp/clone; adit vm show web-2)"; break; }; sleep 0.1
+done
+page "beside its clone" && runs "beside its clone" && echo "SHOW a clone is refused web-1's name, and shown as one under another ($(now) s)"
+kill -TERM $CLONE; wait $CLONE
+curl -sS -m 20 http://web-1:81/ >/dev/null 2>&1
 adit task watch --timeout 60s
 adit task ls | tee /tmp/tasks
-grep -q "started 1 times" /tmp/tasks && echo "SHOW the task of before ended: started 1 times" || fail "a task of before the snapshot"
+grep -q "started 1 times" /tmp/tasks && echo "SHOW the task of before ended, through both: started 1 times" || fail "a task of before the snapshot"
 kill -TERM $VMM; ended 0 stopped
 adit vm ls | grep -q web-1 && fail "an ended VM is still on the map"
 echo "SHOW stopped, and off the map"

@@ -40,6 +40,63 @@ pub struct Inner<'a> {
     pub packed: bool,
 }
 
+impl Inner<'_> {
+    /// Writes what it boots below `to`; what that is made of goes to `dir`.
+    fn write(&self, to: &Path, dir: &Path) -> anyhow::Result<()> {
+        let to = to.join(self.identity.name);
+        fs::create_dir_all(&to)?;
+        let files = overlay(&self.identity, &dir.join(self.identity.name))?;
+        self.image.with_overlay(&files, &to.join("initrd"))?;
+        match self.packed {
+            false => fs::copy(&self.image.vmlinux, to.join("vmlinux"))?,
+            true => fs::copy(&self.image.bzimage, to.join("bzimage"))?,
+        };
+        Ok(())
+    }
+}
+
+/// Runs a script for L1 on this machine itself, whose KVM boots Linux, with `programs` in its path. Returns what it said.
+///
+/// # Errors
+/// A file cannot be written, or the script does not end in time.
+pub fn here(
+    inner: &[Inner<'_>],
+    programs: &[PathBuf],
+    script: &str,
+    dir: &Path,
+    limit: Duration,
+) -> anyhow::Result<String> {
+    let bin = dir.join("bin");
+    fs::create_dir_all(&bin)?;
+    for program in programs {
+        let name = program.file_name().context("no program")?;
+        std::os::unix::fs::symlink(program, bin.join(name))?;
+    }
+    let l2 = dir.join("l2");
+    for guest in inner {
+        guest.write(&l2, dir)?;
+    }
+    let mut path = bin.into_os_string();
+    path.push(":/sbin:/usr/sbin:");
+    path.push(std::env::var_os("PATH").unwrap_or_default());
+    let log = fs::File::create(dir.join("serial.log"))?;
+    // What it has left running ends with it.
+    let script = format!("trap 'kill $(jobs -p) 2>/dev/null' EXIT\n{script}");
+    let mut shell = bound("sh")
+        .args(["-c", &script])
+        .env("PATH", path)
+        .env("T", dir)
+        .env("L2", l2)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .map(Reaped)?;
+    let ended = wait_for("the script's end", limit, || Ok(shell.0.try_wait()?));
+    ended.with_context(|| serial(dir))?;
+    Ok(serial(dir))
+}
+
 /// A running L1.
 #[derive(Debug)]
 pub struct Nested {
@@ -84,14 +141,7 @@ impl Nested {
             fs::set_permissions(&to, fs::Permissions::from_mode(0o755))?;
         }
         for guest in inner {
-            let to = root.join("l2").join(guest.identity.name);
-            fs::create_dir_all(&to)?;
-            let files = overlay(&guest.identity, &dir.join(guest.identity.name))?;
-            guest.image.with_overlay(&files, &to.join("initrd"))?;
-            match guest.packed {
-                false => fs::copy(&guest.image.vmlinux, to.join("vmlinux"))?,
-                true => fs::copy(&guest.image.bzimage, to.join("bzimage"))?,
-            };
+            guest.write(&root.join("l2"), dir)?;
         }
         let initrd = dir.join("initrd");
         image.with_overlay(&root, &initrd)?;
