@@ -18,7 +18,7 @@ aditd run --config $AD/aditd.toml 2>/tmp/aditd.log &
 n=300; until adit vm show qemu >/dev/null 2>&1; do n=$((n - 1)); [ $n -gt 0 ] || { fail "no aditd"; break; }; sleep 0.1; done
 ARGS="console=ttyS0 quiet panic=-1 mitigations=off"
 ours() {
-    adit-vmm run --kernel /l2/ours/vmlinux --initrd /l2/ours/initrd --memory 256M --cmdline "$ARGS" --serial /tmp/serial.log \
+    exec adit-vmm run --kernel /l2/ours/vmlinux --initrd /l2/ours/initrd --memory 256M --cmdline "$ARGS" --serial /tmp/serial.log \
         --vsock cid=3 --aditd $ADIT_SOCKET --name ours --allow-vsock 5000
 }
 qemu() {
@@ -45,8 +45,7 @@ round() {
     done
     end=$(now)
     echo "FIGURE $1 ready $(awk "BEGIN { print $end - $begin }") s"
-    case $1 in ours) pid=$(pidof adit-vmm) ;; *) pid=$(pidof qemu-system-x86_64) ;; esac
-    echo "FIGURE $1 memory-beyond-guest $(beyond $pid) KiB"
+    echo "FIGURE $1 memory-beyond-guest $(beyond $job) KiB"
     for len in 64 65536; do
         all=$(count exits) mmio=$(count mmio_exits)
         us=$(adit-testguest rtt 127.0.0.1:7080 vsock-5000.$1:5000 $len 200) || fail "$1: no echo"
@@ -55,7 +54,7 @@ round() {
         echo "FIGURE $1 exits-$len $(awk "BEGIN { print ($(count exits) - $all) / 220 }") a-trip"
         echo "FIGURE $1 exits-to-vmm-$len $(awk "BEGIN { print ($(count mmio_exits) - $mmio) / 220 }") a-trip"
     done
-    kill $pid; wait $job
+    kill $job; wait $job
     echo "$1 has ended"
 }
 for n in 1 2 3; do round ours; round qemu; done

@@ -4,6 +4,7 @@
 mod bench;
 mod bench_ring_guest;
 mod bench_vmm;
+mod boots;
 mod demo;
 mod fuzz;
 mod progress;
@@ -30,6 +31,7 @@ Examples:
   cargo xtask sim --seeds 1000000
   cargo xtask fuzz engine_ops --minutes 10
   cargo xtask soak --minutes 60        # a real guest echoes odd pieces; every byte is compared
+  cargo xtask soak --boots 50          # adit-vmm boots Debian again and again; one that hangs is told
   cargo xtask sanitize                 # ThreadSanitizer over what shares memory";
 
 /// Shows, tests and measures adit.
@@ -58,7 +60,7 @@ enum Command {
     Sim(sim::Options),
     /// Look for inputs that break a rule
     Fuzz(fuzz::Options),
-    /// Echo streams of every length through a real guest, for an hour
+    /// Echo streams of every length through a real guest, for an hour; or boot adit-vmm again and again
     Soak(soak::Options),
     /// Run what shares memory between threads under ThreadSanitizer
     Sanitize,

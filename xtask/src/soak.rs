@@ -39,6 +39,9 @@ pub struct Options {
     /// What lengths and pieces are drawn from
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Boot adit-vmm so many times in place of that
+    #[arg(long, value_name = "N", conflicts_with_all = ["minutes", "seed"])]
+    boots: Option<u32>,
 }
 
 /// What went through so far.
@@ -54,6 +57,9 @@ struct Tally {
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
     setup::run()?;
+    if let Some(boots) = options.boots {
+        return crate::boots::run(boots, options.kernel);
+    }
     let bins = setup::host_binaries(true)?;
     setup::guest_binaries()?;
     let image = Image::build(options.kernel, &|what| progress::line(what))?;

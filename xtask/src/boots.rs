@@ -1,0 +1,75 @@
+//! `cargo xtask soak --boots 50`: adit-vmm boots Debian so many times in a row, on one processor and on two in turns, in one
+//! emulated guest that has KVM (L1). A boot that hangs, for want of a clock to calibrate against, ends it.
+
+use std::path::Path;
+use std::time::Duration;
+
+use adit_tests::guest::Identity;
+use adit_tests::image::{Image, Kernel};
+use adit_tests::nested::{HELPERS, Inner, Nested};
+
+use crate::{progress, setup};
+
+/// A boot takes 3 s to 20 s, by what else the machine does.
+const BOOT_LIMIT: Duration = Duration::from_secs(60);
+
+/// In L2: it was up, and that was all.
+const INNER: &str = r#"
+echo "CPUS $(nproc) CLOCK $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
+poweroff -f
+"#;
+
+/// In L1. LOG and what the VMM said are the last boot's.
+const OUTER: &str = r#"
+LOG=/tmp/boot.log n=0
+while [ $n -lt $BOOTS ]; do
+    n=$((n + 1)) cpus=$((2 - n % 2)) begin=$(now)
+    start --kernel /l2/vm/vmlinux --initrd /l2/vm/initrd --memory 192M --cpus $cpus \
+        --cmdline "console=ttyS0 quiet panic=-1 mitigations=off"
+    until_said ADIT-READY 60 || break
+    echo "BOOTED $n $(awk "BEGIN { print $(now) - $begin }")"
+    ended 0 "switched itself off"
+    grep -q "CPUS $cpus CLOCK kvm-clock" $LOG || fail "$(grep CPUS $LOG)"
+done
+echo NESTED-DONE boots
+"#;
+
+pub fn run(boots: u32, kernel: Kernel) -> anyhow::Result<bool> {
+    setup::guest_binaries()?;
+    setup::vmm_binary()?;
+    let image = |kernel| Image::build(kernel, &|what| progress::line(what));
+    let (outer, inner) = (image(Kernel::V6_1)?, image(kernel)?);
+    let dir = adit_tests::target().join("tests/boots");
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&dir)?;
+    let guest = Inner {
+        image: &inner,
+        identity: Identity {
+            name: "vm",
+            vhost_socket: Path::new(""),
+            agent: None,
+            trust: None,
+            script: INNER,
+            boot_files: false,
+        },
+        packed: false,
+    };
+    let programs = [(adit_tests::vmm_bin(), "/bin/adit-vmm".to_owned())];
+    let script = format!("{HELPERS}\nBOOTS={boots}\n{OUTER}");
+    let mut l1 = Nested::boot(&outer, &[guest], &programs, &script, &dir)?;
+    let mut took = Vec::new();
+    l1.follow("NESTED-DONE", BOOT_LIMIT * (boots + 1), |line| {
+        let seconds = line.strip_prefix("BOOTED ").and_then(|l| l.split_once(' '));
+        took.extend(seconds.and_then(|(_, s)| s.parse::<f64>().ok()));
+    })?;
+    took.sort_by(f64::total_cmp);
+    println!(
+        "{} boots of {boots}, Linux {}: ready after {:.1} s (least), {:.1} s (middle), {:.1} s (most)",
+        took.len(),
+        kernel.name(),
+        took.first().copied().unwrap_or_default(),
+        took.get(took.len() / 2).copied().unwrap_or_default(),
+        took.last().copied().unwrap_or_default(),
+    );
+    Ok(took.len() == boots as usize)
+}
