@@ -300,6 +300,11 @@ mod mapped {
             Ok(unsafe { Self::from_raw(base, total, Arc::new(reservation)) })
         }
 
+        /// Where it begins in this process: for a VMM, which tells its kernel.
+        pub fn address(&self) -> usize {
+            self.raw.base.as_ptr().expose_provenance()
+        }
+
         /// A part of guest memory, for a VMM. What the ring writes there is not marked in a dirty bitmap: a region that
         /// is shared with the host is made anew after a migration, and never moved.
         ///

@@ -12,6 +12,7 @@
 //! lines in pairs.
 
 use core::fmt;
+use core::ops::Range;
 
 use crc::{CRC_32_ISCSI, Crc};
 
@@ -196,6 +197,13 @@ impl Spec {
         DATA + rings
             .map(|lane| lane.to_guest + lane.to_host)
             .sum::<usize>()
+    }
+
+    /// Bytes that only the host writes, in whole pages: head and the host's words, then records to the guest. A VMM can
+    /// show them to its guest for reading only.
+    pub fn written_by_host(&self) -> [Range<usize>; 2] {
+        let records: usize = self.lanes().iter().map(|lane| lane.to_guest).sum();
+        [0..GUEST_WORD, DATA..DATA + records]
     }
 
     fn limit(&self) -> usize {
@@ -466,6 +474,28 @@ mod tests {
                 let (word, low) = (bit / 64, bit % 64 < 32);
                 let free = matches!(word, 3 | 4 | 6 | 7) || word == 1 || word == 5 && !low;
                 assert!(free, "bit {bit}: {other:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_host_writes_is_no_page_of_the_guests() {
+        let region = region();
+        let host = region.spec().written_by_host();
+        let is_host = |at: usize| host.iter().any(|range| range.contains(&at));
+        let ends = host.iter().flat_map(|range| [range.start, range.end]);
+        assert!(ends.into_iter().all(|end| end.is_multiple_of(PAGE)));
+        assert!(is_host(0) && is_host(HOST_WORD) && !is_host(GUEST_WORD) && !is_host(ACCEPTED));
+        for lane in 0..2 {
+            for side in [Side::Guest, Side::Host] {
+                let g = region.geometry(lane, side, false, false);
+                let to_guest = side == Side::Guest;
+                for at in [g.data, g.data + g.size - 1, g.space_wake_at] {
+                    assert_eq!(is_host(at), to_guest, "{at}");
+                }
+                for at in [g.cons, g.data_wake_at] {
+                    assert_eq!(is_host(at), !to_guest, "{at}");
+                }
             }
         }
     }

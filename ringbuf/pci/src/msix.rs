@@ -1,0 +1,70 @@
+//! MSI-X (PCI Local Bus 3.0 §6.8.2): a table of messages, each masked or not, and what is pending behind a mask.
+
+use crate::config::{PENDING_AT, copy_out};
+use crate::function::VECTORS;
+
+const ENTRY: usize = 16;
+pub(crate) const TABLE_BYTES: usize = ENTRY * VECTORS;
+/// Of an entry: what can be written. Addresses are aligned to four bytes; of the control word it is the mask.
+const WRITABLE: [u8; ENTRY] = [
+    0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0,
+];
+const CONTROL: usize = 12;
+
+/// What an interrupt is: a write on the bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Where to.
+    pub address: u64,
+    /// What.
+    pub data: u32,
+}
+
+/// Table and pending bits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Msix {
+    pub(crate) table: [u8; TABLE_BYTES],
+    /// By vector.
+    pub(crate) pending: u8,
+}
+
+impl Msix {
+    /// After a reset every vector is masked.
+    pub(crate) fn new() -> Self {
+        let mut table = [0; TABLE_BYTES];
+        for vector in 0..VECTORS {
+            table[ENTRY * vector + CONTROL] = 1;
+        }
+        Self { table, pending: 0 }
+    }
+
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut page = [0; PENDING_AT + 1];
+        page[..TABLE_BYTES].copy_from_slice(&self.table);
+        page[PENDING_AT] = self.pending;
+        copy_out(&page, offset, data);
+    }
+
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
+        let Ok(offset) = usize::try_from(offset) else {
+            return;
+        };
+        let there = self.table.iter_mut().zip(WRITABLE.iter().cycle());
+        for ((byte, writable), new) in there.skip(offset).zip(data) {
+            *byte = *byte & !writable | new & writable;
+        }
+    }
+
+    /// The message of a vector that is not masked.
+    pub(crate) fn message(&self, vector: usize) -> Option<Message> {
+        let entry = self.table.get(ENTRY * vector..)?.get(..ENTRY)?;
+        let word = |at: usize| {
+            let bytes: [u8; 4] = std::array::from_fn(|n| entry[at + n]);
+            u32::from_le_bytes(bytes)
+        };
+        (word(CONTROL) & 1 == 0).then(|| Message {
+            address: u64::from(word(0)) | u64::from(word(4)) << 32,
+            data: word(8),
+        })
+    }
+}
