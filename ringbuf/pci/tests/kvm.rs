@@ -1,0 +1,366 @@
+//! The function in a real VM, whose guest is a few instructions in real mode: so all of it lies below 1 MiB.
+#![cfg(feature = "kvm")]
+#![allow(unsafe_code)] // KVM is told where the guest's memory lies
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use adit_ring_pci::kvm::{Place, Plugged};
+use adit_ringbuf::region::{Region, Spec};
+use adit_ringbuf::session::Host;
+use adit_ringbuf::{Mapped, RingMem};
+use adit_ringbuf_io::doorbell::Doorbell;
+use kvm_bindings::{KVM_IRQCHIP_IOAPIC, kvm_irqchip, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+const CODE: u64 = 0x1000;
+const RAM: usize = 0x1_0000;
+const CONFIG: u64 = 0xd_0000;
+const REGISTERS: u64 = 0xd_1000;
+const MSIX: u64 = 0xd_2000;
+const REGION: u64 = 0xe_0000;
+const REGION_BYTES: usize = 0x1_0000;
+const PAGE: u16 = 0x1000;
+/// Vectors of the guest's.
+const OF_MESSAGE: u8 = 0x41;
+const OF_LINE: u8 = 0x42;
+const LINE: u32 = 23;
+/// An interrupt takes microseconds.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// What the guest does.
+enum Do {
+    /// Reads 32 bits and says them.
+    Say(u64, u16),
+    Store32(u64, u16, u32),
+    Store16(u64, u16, u16),
+}
+
+/// In machine code of 16 bits: `mov ax, SEGMENT; mov ds, ax; ...`, and at the end `out 0xff, al`.
+fn assemble(program: &[Do]) -> Vec<u8> {
+    let mut code = Vec::new();
+    for step in program {
+        let (Do::Say(base, at) | Do::Store32(base, at, _) | Do::Store16(base, at, _)) = step;
+        code.push(0xb8);
+        code.extend(((base >> 4) as u16).to_le_bytes());
+        code.extend([0x8e, 0xd8]);
+        match step {
+            Do::Say(..) => {
+                code.extend([0x66, 0xa1]);
+                code.extend(at.to_le_bytes());
+                code.extend([0x66, 0xe7, 0x10]); // out 0x10, eax
+            }
+            Do::Store32(_, _, value) => {
+                code.extend([0x66, 0xc7, 0x06]);
+                code.extend(at.to_le_bytes());
+                code.extend(value.to_le_bytes());
+            }
+            Do::Store16(_, _, value) => {
+                code.extend([0xc7, 0x06]);
+                code.extend(at.to_le_bytes());
+                code.extend(value.to_le_bytes());
+            }
+        }
+    }
+    code.extend([0xe6, 0xff]);
+    code
+}
+
+struct Vm {
+    // Dropped before what KVM was told of.
+    vcpu: VcpuFd,
+    function: Plugged,
+    vm: Arc<VmFd>,
+    ram: Mapped,
+    region: Mapped,
+    rings: [adit_ring_pci::kvm::Interrupt; 2],
+    heard: [EventFd; 2],
+    /// Accesses that came to the VMM.
+    exits: usize,
+}
+
+fn spec() -> Spec {
+    Spec::uniform(1, 8192)
+}
+
+/// `None`, and why: there is no KVM here, or none of this kind.
+fn vm() -> Option<Vm> {
+    let made = || -> Result<Vm, Box<dyn std::error::Error>> {
+        let vm = Arc::new(Kvm::new()?.create_vm()?);
+        vm.create_irq_chip()?;
+        let ram = Mapped::anonymous(RAM)?;
+        let slot = kvm_userspace_memory_region {
+            slot: 0,
+            guest_phys_addr: 0,
+            memory_size: RAM as u64,
+            userspace_addr: ram.address() as u64,
+            flags: 0,
+        };
+        // SAFETY: the mapping is kept beside the VM, and dropped behind it; nobody makes references to it.
+        unsafe { vm.set_user_memory_region(slot)? };
+        let vcpu = vm.create_vcpu(0)?;
+        let region = Mapped::anonymous(REGION_BYTES)?;
+        let place = Place {
+            config_at: CONFIG,
+            windows: [
+                CONFIG + 0x1000..REGION,
+                REGION..REGION + REGION_BYTES as u64,
+            ],
+            slot: 1,
+            line: LINE,
+            messages: LINE + 1,
+        };
+        let function = Plugged::new(vm.clone(), region.clone(), &spec(), place)?;
+        let (rings, heard) = function.bells()?;
+        Ok(Vm {
+            vcpu,
+            function,
+            vm,
+            ram,
+            region,
+            rings,
+            heard,
+            exits: 0,
+        })
+    };
+    let made = made();
+    if let Err(e) = &made {
+        println!("skipped: no KVM with interrupt chips here: {e}");
+    }
+    made.ok()
+}
+
+impl Vm {
+    /// Has the guest do this; returns what it said.
+    fn run(&mut self, program: &[Do]) -> Vec<u32> {
+        self.ram.write(CODE as usize, &assemble(program));
+        let mut sregs = self.vcpu.get_sregs().unwrap();
+        (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        self.vcpu.set_sregs(&sregs).unwrap();
+        let mut regs = self.vcpu.get_regs().unwrap();
+        (regs.rip, regs.rflags) = (CODE, 2);
+        self.vcpu.set_regs(&regs).unwrap();
+        let mut said = Vec::new();
+        loop {
+            match self.vcpu.run().unwrap() {
+                VcpuExit::IoOut(0x10, data) => {
+                    said.push(u32::from_le_bytes(data.try_into().unwrap()));
+                }
+                VcpuExit::IoOut(0xff, _) => return said,
+                VcpuExit::MmioRead(at, data) => {
+                    self.exits += 1;
+                    data.fill(0xff);
+                    self.function.read(at, data);
+                }
+                VcpuExit::MmioWrite(at, data) => {
+                    self.exits += 1;
+                    self.function.write(at, data).unwrap();
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Gives the BARs their addresses, and switches them on.
+    fn place(&mut self) {
+        self.run(&[
+            Do::Store32(CONFIG, 0x10, REGISTERS as u32),
+            Do::Store32(CONFIG, 0x14, MSIX as u32),
+            Do::Store32(CONFIG, 0x18, REGION as u32),
+            Do::Store16(CONFIG, 4, 6),
+        ]);
+    }
+
+    /// Whether an interrupt comes to the guest's local APIC: KVM takes some of them there on a thread of its own.
+    fn gets(&self, vector: u8) -> bool {
+        let begin = Instant::now();
+        while begin.elapsed() < LIMIT {
+            if self.waits(vector) {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        false
+    }
+
+    /// Whether an interrupt waits there, and takes it away.
+    fn waits(&self, vector: u8) -> bool {
+        let mut lapic = self.vcpu.get_lapic().unwrap();
+        // IRR: 32 bits every 16 bytes from 0x200 on.
+        let at = 0x200 + usize::from(vector / 32) * 16 + usize::from(vector % 32 / 8);
+        let waits = lapic.regs[at] >> (vector % 8) & 1 == 1;
+        if !waits {
+            return false;
+        }
+        lapic.regs[at] &= !(1 << (vector % 8));
+        self.vcpu.set_lapic(&lapic).unwrap();
+        true
+    }
+
+    /// The local APIC is on, and the line's input of the IOAPIC sends it a vector, on edges.
+    fn chips(&self) {
+        let mut lapic = self.vcpu.get_lapic().unwrap();
+        lapic.regs[0xf1] |= 1;
+        self.vcpu.set_lapic(&lapic).unwrap();
+        let mut chip = kvm_irqchip {
+            chip_id: KVM_IRQCHIP_IOAPIC,
+            ..Default::default()
+        };
+        self.vm.get_irqchip(&mut chip).unwrap();
+        // SAFETY: KVM has filled in the IOAPIC's state, as it was asked to.
+        unsafe { chip.chip.ioapic.redirtbl[LINE as usize].bits = u64::from(OF_LINE) };
+        self.vm.set_irqchip(&chip).unwrap();
+    }
+}
+
+#[test]
+fn a_guest_finds_the_function_and_its_region_and_rings_without_an_exit() {
+    let Some(mut vm) = vm() else { return };
+    let host = Host::offer(vm.region.clone(), spec(), 1).unwrap();
+    // Configuration space is read in place.
+    let ids = vm.run(&[Do::Say(CONFIG, 0), Do::Say(CONFIG, 0x3c)]);
+    assert_eq!((&ids[..], vm.exits), (&[0x1110_1af4, 0x100][..], 0));
+    // A BAR is nowhere before it is placed, and its size is what stays of all ones.
+    let size = vm.run(&[
+        Do::Say(REGION, 0),
+        Do::Store32(CONFIG, 0x18, u32::MAX),
+        Do::Say(CONFIG, 0x18),
+    ]);
+    assert_eq!(size, [u32::MAX, !(REGION_BYTES as u32 - 1) | 0xc]);
+    vm.place();
+    vm.exits = 0;
+    // The region is memory.
+    let said = vm.run(&[
+        Do::Say(REGION, 0),
+        Do::Say(REGION, 4),
+        Do::Store32(REGION, 2 * PAGE + 64, 0x1234_5678),
+        Do::Say(REGION, 2 * PAGE + 64),
+    ]);
+    assert_eq!(said[..2], [0x5449_4441, 0x3147_4e52]);
+    assert_eq!(said[2], 0x1234_5678);
+    assert_eq!(vm.region.load(2 * usize::from(PAGE) + 64), 0x1234_5678);
+    // So are the doorbells eventfds.
+    vm.run(&[Do::Store32(REGISTERS, 12, 1)]);
+    assert_eq!(vm.exits, 0);
+    assert!(vm.heard[0].read().is_err());
+    assert_eq!(vm.heard[1].read().unwrap(), 1);
+    vm.run(&[
+        Do::Store32(REGISTERS, 12, 0),
+        Do::Store32(REGISTERS, 12, 1 << 16),
+    ]);
+    assert_eq!(vm.heard[0].read().unwrap(), 1);
+    assert!(vm.heard[1].read().is_err());
+    drop(host);
+}
+
+/// A guest's root cannot write what is the host's to write, though it is memory for it.
+#[test]
+fn pages_that_only_the_host_writes_are_not_the_guests_to_write() {
+    let Some(mut vm) = vm() else { return };
+    vm.place();
+    let [head, records] = spec().written_by_host();
+    let region = Region::new(spec(), 1).unwrap();
+    assert_eq!(region.spec().bytes(), 28_672);
+    let bytes = region.spec().bytes();
+    for at in (0..REGION_BYTES).step_by(PAGE.into()) {
+        let host = head.contains(&at) || records.contains(&at);
+        let at16 = at as u16 + 8;
+        let said = vm.run(&[Do::Store32(REGION, at16, 7), Do::Say(REGION, at16)]);
+        let there = vm.region.load(at + 8);
+        let wanted = if host { 0 } else { 7 };
+        assert_eq!(
+            (said[0], there),
+            (wanted, wanted.into()),
+            "{at:#x} of {bytes:#x}"
+        );
+    }
+}
+
+#[test]
+fn bars_move_and_go_with_the_guests_will() {
+    let Some(mut vm) = vm() else { return };
+    vm.place();
+    vm.region.store(8, 5);
+    // Memory off: nothing is there.
+    let said = vm.run(&[
+        Do::Say(REGION, 8),
+        Do::Store16(CONFIG, 4, 0),
+        Do::Say(REGION, 8),
+        Do::Store32(REGISTERS, 12, 0),
+        Do::Store16(CONFIG, 4, 2),
+        Do::Say(REGION, 8),
+    ]);
+    assert_eq!(said, [5, u32::MAX, 5]);
+    assert!(vm.heard[0].read().is_err());
+    // Over each other, and away again; a doorbell follows its BAR.
+    vm.run(&[
+        Do::Store32(CONFIG, 0x10, MSIX as u32),
+        Do::Store32(CONFIG, 0x14, REGISTERS as u32),
+        Do::Store32(MSIX, 12, 0),
+        Do::Store32(REGISTERS, 12, 1),
+    ]);
+    assert_eq!(vm.heard[0].read().unwrap(), 1);
+    assert!(vm.heard[1].read().is_err());
+}
+
+#[test]
+fn the_host_interrupts_by_the_pin_or_by_a_message() {
+    let Some(mut vm) = vm() else { return };
+    vm.chips();
+    vm.place();
+    // Nobody wants it yet.
+    vm.rings[0].ring().unwrap();
+    assert!(!vm.waits(OF_LINE));
+    vm.run(&[Do::Store32(REGISTERS, 0, u32::MAX)]);
+    assert!(vm.gets(OF_LINE));
+    // As uio_pci_generic and the agent: disabled, cleared, enabled; and what rang in between.
+    vm.exits = 0;
+    let said = vm.run(&[
+        Do::Say(CONFIG, 4),
+        Do::Store16(CONFIG, 4, 0x406),
+        Do::Say(REGISTERS, 4),
+    ]);
+    assert_eq!((said[0] >> 19 & 1, said[1], vm.exits), (1, 1, 2));
+    vm.rings[1].ring().unwrap();
+    assert!(!vm.waits(OF_LINE));
+    vm.run(&[Do::Store16(CONFIG, 4, 6)]);
+    assert!(vm.gets(OF_LINE));
+    // Messages: masked, and not.
+    vm.run(&[
+        Do::Store32(MSIX, 0, 0xfee0_0000),
+        Do::Store32(MSIX, 8, OF_MESSAGE.into()),
+        Do::Store16(CONFIG, 0x42, 0x8000),
+    ]);
+    vm.rings[0].ring().unwrap();
+    assert!(!vm.waits(OF_MESSAGE));
+    vm.run(&[Do::Store32(MSIX, 12, 0)]);
+    assert!(vm.gets(OF_MESSAGE));
+    vm.rings[0].ring().unwrap();
+    assert!(vm.gets(OF_MESSAGE));
+    assert!(!vm.waits(OF_LINE));
+    // The chips' own routes are still there.
+    vm.run(&[Do::Store16(CONFIG, 0x42, 0), Do::Say(REGISTERS, 4)]);
+    vm.rings[0].ring().unwrap();
+    assert!(vm.gets(OF_LINE));
+}
+
+#[test]
+fn a_restored_function_is_where_it_was_with_another_region() {
+    let Some(mut held) = vm() else { return };
+    held.place();
+    held.run(&[Do::Store32(REGISTERS, 0, u32::MAX)]);
+    let state = held.function.save();
+    drop(held);
+    let mut vm = vm().unwrap();
+    vm.chips();
+    vm.region.store(8, 9);
+    vm.function.restore(&state).unwrap();
+    vm.rings[0].ring().unwrap();
+    assert!(vm.gets(OF_LINE));
+    let said = vm.run(&[Do::Say(CONFIG, 0x18), Do::Say(REGION, 8)]);
+    assert_eq!(said, [REGION as u32 | 0xc, 9]);
+    vm.run(&[Do::Store32(REGISTERS, 12, 0)]);
+    assert_eq!(vm.heard[0].read().unwrap(), 1);
+    assert!(vm.function.restore(&state[1..]).is_err());
+}
