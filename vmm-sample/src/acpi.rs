@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! RSDP ─► XSDT ─┬► FADT (reduced hardware: sleep and reset registers) ─► DSDT: _S5, COM1, one LNRO0005 a virtio device
-//!               └► MADT: local APICs, one IOAPIC
+//!               ├► MADT: local APICs, one IOAPIC
+//!               └► MCFG: PCI, if the VM has a ring; the rest of it is in the DSDT
 //! ```
 //! Debian's kernels are built without `virtio_mmio.device=`: they find virtio-mmio devices here and nowhere else.
 
@@ -11,10 +12,12 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
     EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
 };
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, AmlSink, aml};
+use acpi_tables::{Aml, aml};
+use adit_ring_pci::kvm::Place;
 use anyhow::ensure;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -29,8 +32,8 @@ pub const SLEEP_TYPE_OFF: u8 = 5;
 const GENERATION_CHANGED: u8 = 0x80;
 /// Value that resets, as the i8042 knows it.
 const RESET: u8 = 0xfe;
-/// FADT boot flags: no VGA, no MSI from here, no CMOS clock.
-const BOOT_FLAGS: u16 = 1 << 2 | 1 << 3 | 1 << 5;
+/// FADT boot flags: no VGA, no CMOS clock.
+const BOOT_FLAGS: u16 = 1 << 2 | 1 << 5;
 
 /// A virtio-mmio window and its interrupt.
 #[derive(Clone, Copy, Debug)]
@@ -39,25 +42,22 @@ pub struct Window {
     pub gsi: u32,
 }
 
-struct Table(Vec<u8>);
-
-impl AmlSink for Table {
-    fn byte(&mut self, byte: u8) {
-        self.0.push(byte);
-    }
-}
-
 fn bytes(aml: &dyn Aml) -> Vec<u8> {
-    let mut table = Table(Vec::new());
+    let mut table = Vec::new();
     aml.to_aml_bytes(&mut table);
-    table.0
+    table
 }
 
 /// Writes all tables into guest memory.
 ///
 /// # Errors
 /// They do not fit.
-pub fn write(memory: &GuestMemoryMmap, cpus: u8, windows: &[Window]) -> anyhow::Result<()> {
+pub fn write(
+    memory: &GuestMemoryMmap,
+    cpus: u8,
+    windows: &[Window],
+    ring: Option<&Place>,
+) -> anyhow::Result<()> {
     let mut at = layout::ACPI_TABLES;
     let mut put = |table: Vec<u8>| -> anyhow::Result<u64> {
         let here = at;
@@ -66,12 +66,17 @@ pub fn write(memory: &GuestMemoryMmap, cpus: u8, windows: &[Window]) -> anyhow::
         memory.write_slice(&table, GuestAddress(here))?;
         Ok(here)
     };
-    let dsdt = put(dsdt(windows))?;
+    let dsdt = put(dsdt(windows, ring))?;
     let fadt = put(fadt(dsdt))?;
     let madt = put(madt(cpus))?;
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if let Some(place) = ring {
+        let mut mcfg = MCFG::new(OEM, TABLE, REVISION);
+        place.add_ecam(&mut mcfg);
+        xsdt.add_entry(put(bytes(&mcfg))?);
+    }
     let xsdt = put(bytes(&xsdt))?;
     memory.write_slice(&bytes(&Rsdp::new(OEM, xsdt)), layout::RSDP)?;
     Ok(())
@@ -113,7 +118,7 @@ fn madt(cpus: u8) -> Vec<u8> {
     bytes(&madt)
 }
 
-fn dsdt(windows: &[Window]) -> Vec<u8> {
+fn dsdt(windows: &[Window], ring: Option<&Place>) -> Vec<u8> {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);
     let off = aml::Package::new(vec![&SLEEP_TYPE_OFF, &aml::ZERO, &aml::ZERO, &aml::ZERO]);
     dsdt.append_slice(&bytes(&aml::Name::new("_S5_".into(), &off)));
@@ -133,6 +138,7 @@ fn dsdt(windows: &[Window]) -> Vec<u8> {
         let name = format!("V{n:03}");
         dsdt.append_slice(&device(&name, &"LNRO0005", n, &registers, window.gsi));
     }
+    dsdt.append_slice(&ring.map(Place::aml).unwrap_or_default());
     bytes(&dsdt)
 }
 

@@ -8,6 +8,7 @@ use crate::acpi::SLEEP_TYPE_OFF;
 use crate::console::Console;
 use crate::exit::{Exit, Reason};
 use crate::layout::{I8042_COMMAND, I8042_DATA, MMIO_LEN, SERIAL_PORT, SLEEP_CONTROL};
+use crate::pci::Pci;
 use crate::virtio::mmio::Transport;
 use vm_superio::{I8042Device, Trigger};
 
@@ -32,6 +33,8 @@ pub struct Bus {
     keyboard: Mutex<I8042Device<ResetLine>>,
     /// With the start of their windows.
     pub virtio: Vec<(u64, Mutex<Transport>)>,
+    /// If there is one.
+    pub pci: Option<Pci>,
     exit: Arc<Exit>,
 }
 
@@ -48,6 +51,7 @@ impl Bus {
             console,
             keyboard: Mutex::new(I8042Device::new(ResetLine(exit.clone()))),
             virtio: virtio.map(|(base, t)| (base, Mutex::new(t))).collect(),
+            pci: None,
             exit,
         }
     }
@@ -92,7 +96,10 @@ impl Bus {
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
         match self.window(address) {
             Some((transport, offset)) => transport.read(offset, data),
-            None => data.fill(0xff),
+            None => {
+                data.fill(0xff);
+                let _ = self.pci.as_ref().map(|p| p.function.read(address, data));
+            }
         }
     }
 
@@ -100,6 +107,8 @@ impl Bus {
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
         if let Some((mut transport, offset)) = self.window(address) {
             transport.write(offset, data);
+        } else if let Some(Err(e)) = self.pci.as_ref().map(|p| p.function.write(address, data)) {
+            eprintln!("adit-vmm: the ring's function: {e}");
         }
     }
 }

@@ -1,14 +1,17 @@
 //! A machine held, written down, and gone on with: here, or in another process.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use kvm_ioctls::VcpuFd;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::bus::lock;
 use crate::cpu_state::{ChipState, CpuState};
+use crate::layout;
 use crate::machine::Machine;
 use crate::snapshot::{self, State};
 
@@ -71,6 +74,7 @@ impl Machine {
             cpus,
             chips,
             line: self.bus.console.save(),
+            ring: self.bus.pci.as_ref().map(|pci| pci.function.save().into()),
             devices: self.held.take().context("the machine runs")?,
         };
         let written = snapshot::write(dir, &state, &self.memory);
@@ -93,10 +97,22 @@ impl Machine {
             saved.restore(&lock(vcpu))?;
         }
         state.chips.restore(&self.vm)?;
+        match (&self.bus.pci, &state.ring) {
+            (Some(pci), Some(saved)) => pci.function.restore(saved)?,
+            (None, None) => {}
+            _ => bail!("either the snapshot has a ring, or this machine: give it the same"),
+        }
         for ((_, transport), saved) in self.bus.virtio.iter().zip(&state.devices) {
             lock(transport).restore(saved)?;
         }
         self.new_generation()?;
         Ok(self.generation.write(1)?)
+    }
+
+    /// This is another life of the machine: a clone's kernel must not draw the random numbers of its origin.
+    pub(crate) fn new_generation(&self) -> anyhow::Result<()> {
+        let mut id = [0; 16];
+        File::open("/dev/urandom")?.read_exact(&mut id)?;
+        Ok(self.memory.write_slice(&id, layout::GENERATION)?)
     }
 }

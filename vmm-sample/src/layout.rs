@@ -9,8 +9,10 @@
 //! | 0x20000 | 0x21000 | command line |
 //! | 0x9fc00 | 0x100000 | no RAM for the kernel: generation id at 0xdf000, ACPI tables from 0xe0000, reset vector |
 //! | 0x100000 | 3 GiB | RAM: kernel, initramfs at the end |
-//! | 3 GiB | 4 GiB | no RAM: virtio-mmio windows at 0xd0000000, IOAPIC, LAPIC, KVM's own pages |
-//! | 4 GiB | | more RAM |
+//! | 3 GiB | 4 GiB | no RAM: virtio-mmio windows at 0xd0000000, PCI from 0xe0000000, IOAPIC, LAPIC, KVM's own pages |
+//! | 4 GiB | | more RAM; behind it, from a GiB on, the ring |
+
+use std::ops::Range;
 
 use vm_memory::GuestAddress;
 
@@ -41,6 +43,9 @@ pub const GAP_END: u64 = 4 << 30;
 pub const MMIO_BASE: u64 = 0xd000_0000;
 /// Bytes of one virtio-mmio window.
 pub const MMIO_LEN: u64 = 0x1000;
+/// Configuration space of the PCI bus's first device but one, and where its BARs of 32 bits may lie.
+pub const RING_CONFIG: u64 = 0xe000_0000 + (1 << 15);
+pub const PCI_WINDOW: Range<u64> = 0xe010_0000..0xe020_0000;
 pub const IOAPIC: u32 = 0xfec0_0000;
 pub const LAPIC: u32 = 0xfee0_0000;
 /// Three pages for KVM's task state segment (Intel without unrestricted guest), and one for its page table.
@@ -53,7 +58,9 @@ pub const SERIAL_GSI: u32 = 4;
 pub const EVENT_GSI: u32 = 5;
 /// Interrupts of virtio devices; the IOAPIC has 24 inputs.
 pub const FIRST_GSI: u32 = 6;
-pub const LAST_GSI: u32 = 23;
+pub const LAST_GSI: u32 = 22;
+/// Interrupt of the ring's pin; behind it, and behind the IOAPIC's, those of its messages.
+pub const RING_GSI: u32 = 23;
 /// ACPI sleep control and status registers.
 pub const SLEEP_CONTROL: u16 = 0x600;
 pub const SLEEP_STATUS: u16 = 0x601;

@@ -21,6 +21,7 @@ mod layout;
 mod machine;
 pub mod memory;
 mod options;
+mod pci;
 mod run;
 pub mod seccomp;
 mod snapshot;

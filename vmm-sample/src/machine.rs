@@ -1,16 +1,12 @@
 //! A VM put together: memory, interrupt chips, processors, devices; booted, started, ended. How it is held: `hold`.
 
-use std::fs::File;
-use std::io::Read;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, bail};
 use kvm_bindings::KVM_API_VERSION;
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
-use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
-use vm_memory::Bytes;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::acpi::{self, Window};
@@ -19,9 +15,10 @@ use crate::console::{Console, Line, LineState};
 use crate::exit::{Exit, Reason};
 use crate::gate::Gate;
 use crate::options::Boot;
+use crate::pci::Pci;
 use crate::seccomp::{Filters, Thread};
-use crate::virtio::mmio::{Transport, TransportState, USED_BUFFER};
-use crate::virtio::{Device, Memory};
+use crate::virtio::mmio::TransportState;
+use crate::virtio::{Device, Memory, plug};
 use crate::{boot, cpu, layout, memory};
 
 /// Processors at most: the ids of local APICs are a byte, and one is the IOAPIC's.
@@ -30,7 +27,7 @@ pub const CPUS_MAX: u8 = 32;
 /// A VM. Fields are dropped in this order: KVM lets go of the memory before it is unmapped.
 pub struct Machine {
     pub(crate) vcpus: Vec<Arc<Mutex<VcpuFd>>>,
-    pub(crate) vm: VmFd,
+    pub(crate) vm: Arc<VmFd>,
     pub(crate) kvm: Kvm,
     windows: Vec<Window>,
     /// The interrupt that says that the generation changed.
@@ -77,7 +74,8 @@ pub fn kvm() -> anyhow::Result<Kvm> {
 }
 
 impl Machine {
-    /// Makes a machine whose processors are blank: it is [booted](Self::boot) or [restored](Self::restore).
+    /// Makes a machine whose processors are blank: it is [booted](Self::boot) or [restored](Self::restore). `ring`: bytes
+    /// of the VM's ring, if it has one.
     ///
     /// # Errors
     /// KVM is not there or refuses, or there is too little memory.
@@ -87,9 +85,10 @@ impl Machine {
         memory: Memory,
         devices: Vec<Box<dyn Device>>,
         line: &LineState,
+        ring: Option<usize>,
     ) -> anyhow::Result<Self> {
         let kvm = kvm()?;
-        let vm = kvm.create_vm().context("KVM makes no VM")?;
+        let vm = Arc::new(kvm.create_vm().context("KVM makes no VM")?);
         memory::register(&vm, &memory)?;
         vm.set_tss_address(layout::KVM_TSS)
             .context("KVM_SET_TSS_ADDR")?;
@@ -115,7 +114,7 @@ impl Machine {
                 base: at.start(),
                 gsi: gsis.allocate_id()?,
             };
-            let transport = transport(&vm, (n, window), device, memory.clone())?;
+            let transport = plug(&vm, (n, window), device, memory.clone())?;
             transports.push((window.base, transport));
             windows.push(window);
         }
@@ -125,6 +124,8 @@ impl Machine {
             let vcpu = vm.create_vcpu(id.into()).context("KVM_CREATE_VCPU")?;
             vcpus.push(Arc::new(Mutex::new(vcpu)));
         }
+        let mut bus = Bus::new(console, transports, exit.clone());
+        bus.pci = ring.map(|b| Pci::new(&vm, &memory, b)).transpose()?;
         Ok(Self {
             vcpus,
             vm,
@@ -132,7 +133,7 @@ impl Machine {
             windows,
             generation,
             held: None,
-            bus: Arc::new(Bus::new(console, transports, exit.clone())),
+            bus: Arc::new(bus),
             exit,
             gate: Arc::new(Gate::closed()?),
             threads: Vec::new(),
@@ -147,7 +148,8 @@ impl Machine {
     pub fn boot(&self, boot: &Boot) -> anyhow::Result<()> {
         // At most CPUS_MAX.
         let count = self.vcpus.len() as u8;
-        acpi::write(&self.memory, count, &self.windows)?;
+        let place = self.bus.pci.as_ref().map(|pci| &pci.place);
+        acpi::write(&self.memory, count, &self.windows, place)?;
         for (id, vcpu) in (0..).zip(&self.vcpus) {
             cpu::configure(&self.kvm, &lock(vcpu), id, count)?;
         }
@@ -155,13 +157,6 @@ impl Machine {
         let (initrd, cmdline) = (boot.initrd.as_deref(), &boot.cmdline);
         let entry = boot::load(&self.memory, &boot.kernel, initrd, cmdline)?;
         boot::set(&lock(&self.vcpus[0]), &self.memory, entry)
-    }
-
-    /// This is another life of the machine: a clone's kernel must not draw the random numbers of its origin.
-    pub(crate) fn new_generation(&self) -> anyhow::Result<()> {
-        let mut id = [0; 16];
-        File::open("/dev/urandom")?.read_exact(&mut id)?;
-        Ok(self.memory.write_slice(&id, layout::GENERATION)?)
     }
 
     /// Starts the threads, which wait until the machine [`goes on`](Self::resume).
@@ -193,25 +188,4 @@ impl Machine {
     pub fn end(&mut self) {
         self.gate.end(std::mem::take(&mut self.threads));
     }
-}
-
-/// Puts a device's window on the bus. QueueNotify and the acknowledgement of used buffers are KVM's to hear.
-fn transport(
-    vm: &VmFd,
-    (n, window): (u32, Window),
-    device: Box<dyn Device>,
-    memory: Memory,
-) -> anyhow::Result<Transport> {
-    let at = |register: u32| IoEventAddress::Mmio(window.base + u64::from(register));
-    for (queue, kick) in (0u32..).zip(device.kicks()) {
-        vm.register_ioevent(kick, &at(VIRTIO_MMIO_QUEUE_NOTIFY), queue)?;
-    }
-    // Nobody listens.
-    let heard = EventFd::new(EFD_NONBLOCK)?;
-    vm.register_ioevent(&heard, &at(VIRTIO_MMIO_INTERRUPT_ACK), USED_BUFFER)?;
-    let irq = EventFd::new(EFD_NONBLOCK)?;
-    vm.register_irqfd(&irq, window.gsi)?;
-    let transport = Transport::new(device, memory, irq)?;
-    memory::register_window(vm, n, window.base, transport.page().mapping())?;
-    Ok(transport)
 }

@@ -9,14 +9,14 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::console::Line;
 use crate::machine::CPUS_MAX;
+use crate::pci::REGION_MAX;
 use crate::seccomp::Filters;
-use crate::virtio::vsock::Owner;
 use adit_port::vmm::Registration;
 
 const EXAMPLES: &str = "\
 Examples:
   adit-vmm run --kernel /boot/vmlinuz --initrd initrd --cmdline 'console=ttyS0' --vsock cid=3,uds=/run/web-1.vsock
-  adit-vmm run --kernel vmlinux --initrd initrd --vsock cid=3 --aditd /run/adit/aditd.sock --name web-1 --allow 80,22
+  adit-vmm run --kernel vmlinux --initrd initrd --vsock cid=3 --aditd /run/adit/aditd.sock --name web-1 --allow 80,22 --ring
   adit-vmm run --kernel vmlinux --disk state.ext4 --cpus 2 --memory 1G --serial web-1.log
   curl --unix-socket web-1.api -X PUT http://vm/pause; curl --unix-socket web-1.api -X PUT -d '{\"dir\":\"snap\"}' http://vm/snapshot
   adit-vmm restore --from snap --vsock cid=3,uds=/run/web-1.vsock
@@ -104,6 +104,9 @@ pub struct Host {
     /// The VM's name in aditd
     #[arg(long, requires = "aditd")]
     name: Option<String>,
+    /// Give the guest a ring beside its vsock: so much memory that it shares with the host, a power of two
+    #[arg(long, value_name = "SIZE", num_args = 0..=1, default_missing_value = "4M", value_parser = ring, requires = "aditd")]
+    pub ring: Option<usize>,
     /// TCP ports of the guest that aditd lets clients reach
     #[arg(long, value_delimiter = ',', requires = "aditd")]
     allow: Vec<u16>,
@@ -131,19 +134,19 @@ impl Host {
         }
     }
 
-    /// Who has the host's ends of the guest's streams.
+    /// How aditd is to know the VM; none: the guest's streams end on sockets.
     ///
     /// # Errors
     /// Two owners were named.
-    pub fn owner(&self, vsock: &VsockOptions) -> anyhow::Result<Owner> {
+    pub fn registration(&self, vsock: &VsockOptions) -> anyhow::Result<Option<Registration>> {
         let (Some(aditd), Some(name)) = (&self.aditd, &self.name) else {
-            return Ok(Owner::Sockets(vsock.uds.clone()));
+            return Ok(None);
         };
         ensure!(
             vsock.uds.is_none(),
             "uds= and --aditd exclude each other: the guest's channel has one owner"
         );
-        Ok(Owner::Aditd(Registration {
+        Ok(Some(Registration {
             aditd: aditd.clone(),
             vm: NewVm {
                 name: name.clone(),
@@ -169,6 +172,12 @@ fn vsock(text: &str) -> Result<VsockOptions, String> {
     }
     let cid = cid.ok_or("it needs cid=N")?;
     Ok(VsockOptions { cid, uds })
+}
+
+fn ring(text: &str) -> Result<usize, String> {
+    let fits = Some(size(text)?).filter(|&b| b.is_power_of_two() && b <= REGION_MAX);
+    fits.map(|b| b as usize)
+        .ok_or_else(|| "a power of two, 1G at most".to_owned())
 }
 
 fn size(text: &str) -> Result<u64, String> {

@@ -15,6 +15,7 @@ use crate::virtio::Device;
 use crate::virtio::block::Block;
 use crate::virtio::vsock::{Owner, Vsock};
 use crate::{bare, events, memory, snapshot};
+use adit_port::rings::{self, RingSender};
 use adit_port::vmm::Registered;
 use nix::sys::signalfd::SignalFd;
 
@@ -44,33 +45,41 @@ fn ended(reason: Reason) -> ExitCode {
 
 type Devices = Vec<Box<dyn Device>>;
 
-/// The devices in the order of their windows, and the VM's entry in aditd's map.
-fn devices(host: &Host, filters: &Filters) -> anyhow::Result<(Devices, Option<Registered>)> {
+/// What aditd has of the VM: its entry, and the way for its ring.
+type Served = Option<(Registered, Option<RingSender>)>;
+
+/// The devices in the order of their windows.
+fn devices(host: &Host, filters: &Filters) -> anyhow::Result<(Devices, Served)> {
     let mut devices = Devices::new();
-    let mut registered = None;
+    let mut served = None;
     if let Some(disk) = &host.disk {
         devices.push(Box::new(Block::open(disk, filters)?));
     }
     if let Some(vsock) = &host.vsock {
-        let owner = host.owner(vsock)?;
-        devices.push(Box::new(Vsock::new(vsock.cid, &owner, filters)?));
-        if let Owner::Aditd(registration) = owner {
+        let registration = host.registration(vsock)?;
+        let (sender, inbox) = host.ring.map(|_| rings::channel()).transpose()?.unzip();
+        let owner = match &registration {
+            Some(registration) => Owner::Aditd(registration.clone(), inbox),
+            None => Owner::Sockets(vsock.uds.clone()),
+        };
+        devices.push(Box::new(Vsock::new(vsock.cid, owner, filters)?));
+        if let Some(registration) = registration {
             // Not before the thread is there that answers aditd.
-            registered = Some(registration.register()?);
+            served = Some((registration.register()?, sender));
         }
     }
-    Ok((devices, registered))
+    Ok((devices, served))
 }
 
 fn run(options: &Run) -> anyhow::Result<Reason> {
     let signals = events::signals()?;
     let filters = options.host.filters()?;
     let memory = Arc::new(memory::allocate(options.memory)?);
-    let (devices, registered) = devices(&options.host, &filters)?;
-    let (cpus, serial) = (options.cpus, &options.host.serial);
-    let machine = Machine::new(cpus, serial, memory, devices, &LineState::default())?;
+    let (devices, served) = devices(&options.host, &filters)?;
+    let (cpus, host, line) = (options.cpus, &options.host, LineState::default());
+    let machine = Machine::new(cpus, &host.serial, memory, devices, &line, host.ring)?;
     machine.boot(&options.boot)?;
-    go(machine, signals, &options.host, &filters, registered)
+    go(machine, signals, host, &filters, served)
 }
 
 fn restore(options: &Restore) -> anyhow::Result<Reason> {
@@ -83,10 +92,11 @@ fn restore(options: &Restore) -> anyhow::Result<Reason> {
         (1..=CPUS_MAX).contains(&cpus),
         "the snapshot has {cpus} processors"
     );
-    let (devices, registered) = devices(&options.host, &filters)?;
-    let machine = Machine::new(cpus, &options.host.serial, memory, devices, &state.line)?;
+    let host = &options.host;
+    let (devices, served) = devices(host, &filters)?;
+    let machine = Machine::new(cpus, &host.serial, memory, devices, &state.line, host.ring)?;
     machine.restore(&state)?;
-    go(machine, signals, &options.host, &filters, registered)
+    go(machine, signals, host, &filters, served)
 }
 
 /// From the first instruction to the end.
@@ -95,14 +105,17 @@ fn go(
     signals: SignalFd,
     host: &Host,
     filters: &Filters,
-    registered: Option<Registered>,
+    served: Served,
 ) -> anyhow::Result<Reason> {
+    if let (Some(pci), Some((_, Some(rings)))) = (&machine.bus.pci, &served) {
+        pci.attach(rings)?;
+    }
     machine.start(filters)?;
     machine.resume()?;
     let machine = Arc::new(Mutex::new(machine));
     let reason = events::until_end(&machine, signals, host.api.as_deref());
     lock(&machine).end();
-    if let Some(mut registered) = registered {
+    if let Some((mut registered, _)) = served {
         if let Ok(Reason::Reset) = reason {
             // Whoever supervises this process starts it again.
             registered.keep();

@@ -26,7 +26,7 @@ use crate::memory;
 use crate::virtio::mmio::TransportState;
 
 const MAGIC: [u8; 8] = *b"ADITVMMS";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Bytes of a state's body at most.
 const BODY_MAX: u64 = 16 << 20;
 const PAGE: usize = 4096;
@@ -38,6 +38,8 @@ pub struct State {
     pub cpus: Vec<CpuState>,
     pub chips: ChipState,
     pub line: LineState,
+    /// Its function; the ring itself is another in each life.
+    pub ring: Option<Vec<u8>>,
     pub devices: Vec<TransportState>,
 }
 

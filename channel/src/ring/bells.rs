@@ -27,34 +27,35 @@ impl std::fmt::Debug for RingBells {
 }
 
 impl RingBells {
+    /// Of two that this side rings, and two that it hears: data, then space.
+    pub fn new<R, H>([data, space]: [R; 2], [data_heard, space_heard]: [H; 2]) -> Self
+    where
+        R: Doorbell + Send + 'static,
+        H: Waiter + Send + 'static,
+    {
+        Self {
+            data: Box::new(data),
+            space: Box::new(space),
+            data_heard: Box::new(data_heard),
+            space_heard: Box::new(space_heard),
+        }
+    }
+
     /// The host's of four.
     pub fn of_host(bells: Bells) -> Self {
-        Self {
-            data: Box::new(bells.guest_data),
-            space: Box::new(bells.guest_space),
-            data_heard: Box::new(bells.host_data),
-            space_heard: Box::new(bells.host_space),
-        }
+        let rings = [bells.guest_data, bells.guest_space];
+        Self::new(rings, [bells.host_data, bells.host_space])
     }
 
     /// The guest's of four.
     pub fn of_guest(bells: Bells) -> Self {
-        Self {
-            data: Box::new(bells.host_data),
-            space: Box::new(bells.host_space),
-            data_heard: Box::new(bells.guest_data),
-            space_heard: Box::new(bells.guest_space),
-        }
+        let rings = [bells.host_data, bells.host_space];
+        Self::new(rings, [bells.guest_data, bells.guest_space])
     }
 
     /// None: the other side looks by itself, and so does this one.
     pub fn polled() -> Self {
-        Self {
-            data: Box::new(Polled),
-            space: Box::new(Polled),
-            data_heard: Box::new(Polled),
-            space_heard: Box::new(Polled),
-        }
+        Self::new([Polled; 2], [Polled; 2])
     }
 
     /// Tells whether this side hears nothing, and so must look by itself.

@@ -34,9 +34,9 @@ const SAY_LIMIT: Duration = Duration::from_secs(2);
 /// What is known of a ring besides what it does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RingInfo {
-    /// The way that it came, for people: `attach socket`, `ivshmem`.
+    /// The way that it came, for people: `attach socket`, `ivshmem`, `PCI function`.
     pub path: &'static str,
-    /// What its memory is, for people: `memfd`.
+    /// What its memory is, for people: `memfd`, `VMM's own`.
     pub memory: &'static str,
     /// Bytes of the region.
     pub bytes: u64,
@@ -100,18 +100,18 @@ impl GuestBell {
     }
 
     /// Puts itself before a doorbell.
-    fn before<D: Doorbell + Send + 'static>(&self, event: D) -> Box<Either<D>> {
+    fn before(&self, event: ring::Ring) -> ring::Ring {
         let bell = self.clone();
         Box::new(Either { event, bell })
     }
 }
 
-struct Either<D> {
-    event: D,
+struct Either {
+    event: ring::Ring,
     bell: GuestBell,
 }
 
-impl<D: Doorbell> Doorbell for Either<D> {
+impl Doorbell for Either {
     fn ring(&self) -> io::Result<()> {
         match &*self.bell.lock() {
             None => self.event.ring(),
@@ -155,13 +155,27 @@ impl RingSender {
         path: &'static str,
         kind: &'static str,
     ) -> Result<(u64, u64), RingError> {
+        self.attach_kept(memory, RingBells::of_host(bells), path, kind, Vec::new())
+    }
+
+    /// The same where the guest is rung by more than an eventfd.
+    ///
+    /// # Errors
+    /// As [`attach`](Self::attach).
+    pub fn attach_with(
+        &self,
+        memory: Mapped,
+        bells: RingBells,
+        path: &'static str,
+        kind: &'static str,
+    ) -> Result<(u64, u64), RingError> {
         self.attach_kept(memory, bells, path, kind, Vec::new())
     }
 
     fn attach_kept(
         &self,
         memory: Mapped,
-        bells: Bells,
+        bells: RingBells,
         path: &'static str,
         kind: &'static str,
         kept: Vec<OwnedFd>,
@@ -182,10 +196,9 @@ impl RingSender {
             line_ns: ring::line_ns(&memory),
         };
         let bells = RingBells {
-            data: self.guest.before(bells.guest_data),
-            space: self.guest.before(bells.guest_space),
-            data_heard: Box::new(bells.host_data),
-            space_heard: Box::new(bells.host_space),
+            data: self.guest.before(bells.data),
+            space: self.guest.before(bells.space),
+            ..bells
         };
         let carrier = RingCarrier::host(memory, spec, epoch, bells)?;
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -321,7 +334,7 @@ impl RingSockets {
             let fd = bell.fd().ok_or("a doorbell without a descriptor")?;
             kept.push(fd.try_clone_to_owned()?);
         }
-        let (memory, bells) = (given.memory, given.bells);
+        let (memory, bells) = (given.memory, RingBells::of_host(given.bells));
         let made = self
             .out
             .attach_kept(memory, bells, "ivshmem", "memfd", kept)?;

@@ -33,6 +33,7 @@ use crate::control_io::{Message, receive_all, send_all};
 use crate::keep::{Keeping, Note};
 use crate::place::{Place, PlaceError, connect_control};
 use crate::process::{Options, Process};
+use crate::rings::RingInbox;
 
 /// How long aditd may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -60,11 +61,12 @@ pub struct Handed<C: Carrier> {
 }
 
 impl<C: Carrier> Handed<C> {
-    /// Takes the place of the VM's port process.
+    /// Takes the place of the VM's port process. `rings`: where the VM's ring comes out, if it can have one
+    /// ([`rings::channel`](crate::rings::channel)).
     ///
     /// # Errors
     /// Another process has it, or it cannot be made.
-    pub fn new(carrier: C, with: &Registration) -> anyhow::Result<Self> {
+    pub fn new(carrier: C, with: &Registration, rings: Option<RingInbox>) -> anyhow::Result<Self> {
         let run = with.aditd.parent().unwrap_or(Path::new("."));
         let dir = run.join("vm").join(&with.vm.name);
         let place = take(&dir, &with.vm.name)?;
@@ -93,7 +95,10 @@ impl<C: Carrier> Handed<C> {
         // Signals are the main thread's.
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?;
         let stop = OwnedFd::from(stop);
-        let process = Process::new(options, carrier, live, keeping, place.control, stop)?;
+        let mut process = Process::new(options, carrier, live, keeping, place.control, stop)?;
+        if let Some(rings) = rings {
+            process = process.with_rings(rings)?;
+        }
         Ok(Self {
             process,
             _lock: place.lock,

@@ -6,9 +6,15 @@ pub mod vsock;
 
 use std::sync::Arc;
 
+use kvm_ioctls::{IoEventAddress, VmFd};
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY};
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::acpi::Window;
+use crate::memory;
+use mmio::{Transport, USED_BUFFER};
 
 pub use mmio::Interrupt;
 
@@ -58,4 +64,25 @@ pub trait Device: Send {
     fn restore(&mut self, state: &[u8], with: Option<Activation>) -> anyhow::Result<()>;
     /// The driver reset the device: no queue is touched any more when this returns.
     fn reset(&mut self);
+}
+
+/// Makes a device's window known to KVM. QueueNotify and the acknowledgement of used buffers are KVM's to hear.
+pub(crate) fn plug(
+    vm: &VmFd,
+    (n, window): (u32, Window),
+    device: Box<dyn Device>,
+    memory: Memory,
+) -> anyhow::Result<Transport> {
+    let at = |register: u32| IoEventAddress::Mmio(window.base + u64::from(register));
+    for (queue, kick) in (0u32..).zip(device.kicks()) {
+        vm.register_ioevent(kick, &at(VIRTIO_MMIO_QUEUE_NOTIFY), queue)?;
+    }
+    // Nobody listens.
+    let heard = EventFd::new(EFD_NONBLOCK)?;
+    vm.register_ioevent(&heard, &at(VIRTIO_MMIO_INTERRUPT_ACK), USED_BUFFER)?;
+    let irq = EventFd::new(EFD_NONBLOCK)?;
+    vm.register_irqfd(&irq, window.gsi)?;
+    let transport = Transport::new(device, memory, irq)?;
+    memory::register_window(vm, n, window.base, transport.page().mapping())?;
+    Ok(transport)
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use adit_channel::device::{DeviceState, FEATURES, GuestCid, QUEUE_MAX, Signal, VsockDevice};
 use adit_channel::hybrid::Host;
 use adit_channel::linked::{self, Held, Remote};
+use adit_port::rings::RingInbox;
 use adit_port::vmm::{Handed, Registration};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_queue::Queue;
@@ -31,8 +32,8 @@ type Linked = linked::Linked<Memory>;
 pub enum Owner {
     /// Whoever connects to this socket; nobody, without one.
     Sockets(Option<PathBuf>),
-    /// aditd.
-    Aditd(Registration),
+    /// aditd; and where the VM's ring comes out, if it has one.
+    Aditd(Registration, Option<RingInbox>),
 }
 
 /// The device's face towards the transport.
@@ -57,7 +58,7 @@ impl Vsock {
     ///
     /// # Errors
     /// The owner's sockets cannot be made, or there are no descriptors to be had.
-    pub fn new(cid: GuestCid, owner: &Owner, filters: &Filters) -> anyhow::Result<Self> {
+    pub fn new(cid: GuestCid, owner: Owner, filters: &Filters) -> anyhow::Result<Self> {
         let event = || EventFd::new(EFD_NONBLOCK);
         let kicks = [event()?, event()?, event()?];
         let device = VsockDevice::new(cid, 1)?;
@@ -71,8 +72,8 @@ impl Vsock {
                 let host = Host::new(carrier, uds.as_deref(), u64::from_le_bytes(seed))?;
                 Box::new(|| eprintln!("adit-vmm: vsock ends: {}", host.run()))
             }
-            Owner::Aditd(registration) => {
-                let handed = Handed::new(carrier, registration)?;
+            Owner::Aditd(registration, rings) => {
+                let handed = Handed::new(carrier, &registration, rings)?;
                 Box::new(|| match handed.run() {
                     Ok(()) => eprintln!("adit-vmm: aditd has let the VM go: it has no channel now"),
                     Err(e) => eprintln!("adit-vmm: vsock ends: {e:#}"),

@@ -129,7 +129,7 @@ impl Vm {
         let uds = dir.path().join("v");
         let listener = UnixListener::bind(dir.path().join(format!("v_{SERVED}"))).expect("free");
         let cid = GuestCid::new(3).expect("a guest's CID");
-        let device = Vsock::new(cid, &Owner::Sockets(Some(uds)), filters).expect("a device");
+        let device = Vsock::new(cid, Owner::Sockets(Some(uds)), filters).expect("a device");
         let (kicks, irq, vsock) = window(Box::new(device), &memory);
         let file = dir.path().join("disk");
         std::fs::write(&file, [0xd1; 4096]).expect("a disk");
