@@ -28,6 +28,8 @@ const FILE_SYSTEM: [&str; 2] = ["crc32c_generic", "ext4"];
 const SPARE: [&str; 1] = ["vsock_loopback"];
 /// What drives an ivshmem function with interrupts from user space: loaded where there is an IOMMU.
 const RING: [&str; 2] = ["vfio_pci", "vfio_iommu_type1"];
+/// The same with its pin's interrupt: loaded where there is such a function.
+const UIO: [&str; 1] = ["uio_pci_generic"];
 /// Programs of ours that every test guest has.
 const PROGRAMS: [&str; 2] = ["adit-testguest", "adit-hostile"];
 const DISK_MIB: u64 = 64;
@@ -341,9 +343,10 @@ fn initramfs(modules: &Path) -> anyhow::Result<Vec<u8>> {
     )?;
     archive.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
     let mut listed = BTreeSet::new();
-    let lists: [(&str, Vec<&str>); 3] = [
+    let lists: [(&str, Vec<&str>); 4] = [
         ("modules", MODULES.into_iter().chain(FILE_SYSTEM).collect()),
         ("modules-ring", RING.into()),
+        ("modules-uio", UIO.into()),
         ("modules-spare", SPARE.into()),
     ];
     for (list, wanted) in lists {

@@ -58,46 +58,88 @@ pub fn memory(fd: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<Mapped>
     Ok(unsafe { Mapped::from_raw(base, len, Arc::new(mapping)) })
 }
 
-/// A register of 32 bits that rings a doorbell of the host when this value is stored.
+/// A BAR of registers.
 #[derive(Clone, Debug)]
-pub struct Register {
-    mapping: Arc<Mapping>,
-    at: usize,
-    value: u32,
-}
+pub struct Registers(Arc<Mapping>);
 
-impl Register {
-    /// Maps a BAR of registers; `at`: where in it the one is. Every one of `values` becomes a doorbell.
+impl Registers {
+    /// Maps one.
     ///
     /// # Errors
-    /// The kernel refuses, or there is no such register in the BAR.
-    pub fn map<const N: usize>(
-        fd: BorrowedFd<'_>,
-        offset: u64,
-        len: usize,
-        at: usize,
-        values: [u32; N],
-    ) -> io::Result<[Self; N]> {
-        if !at.is_multiple_of(4) || at.checked_add(4).is_none_or(|end| end > len) {
+    /// The kernel refuses.
+    pub fn map(fd: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<Self> {
+        Ok(Self(Arc::new(Mapping::new(fd, offset, len)?)))
+    }
+
+    /// A register of 32 bits.
+    ///
+    /// # Errors
+    /// There is none such in the BAR.
+    pub fn word(&self, at: usize) -> io::Result<Word> {
+        let inside = at.checked_add(4).is_some_and(|end| end <= self.0.len);
+        if !at.is_multiple_of(4) || !inside {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let mapping = Arc::new(Mapping::new(fd, offset, len)?);
-        Ok(values.map(|value| Self {
-            mapping: mapping.clone(),
+        Ok(Word {
+            mapping: self.0.clone(),
             at,
+        })
+    }
+
+    /// A register that rings a doorbell of the host, another one with each of `values`.
+    ///
+    /// # Errors
+    /// There is none such in the BAR.
+    pub fn doorbells<const N: usize>(
+        &self,
+        at: usize,
+        values: [u32; N],
+    ) -> io::Result<[Register; N]> {
+        let word = self.word(at)?;
+        Ok(values.map(|value| Register {
+            word: word.clone(),
             value,
         }))
     }
+}
+
+/// A register of 32 bits.
+#[derive(Clone, Debug)]
+pub struct Word {
+    mapping: Arc<Mapping>,
+    at: usize,
+}
+
+impl Word {
+    fn bits(&self) -> &AtomicU32 {
+        // SAFETY: the register is in the mapping and aligned, as was checked when this was made; an aligned access of 32
+        // bits is one access of the bus.
+        unsafe { AtomicU32::from_ptr(self.mapping.base.as_ptr().cast::<u8>().add(self.at).cast()) }
+    }
+
+    /// Reads it.
+    pub fn load(&self) -> u32 {
+        self.bits().load(Ordering::Relaxed)
+    }
+
+    /// Writes it.
+    pub fn store(&self, value: u32) {
+        self.bits().store(value, Ordering::Relaxed);
+    }
+}
+
+/// A register of 32 bits that rings a doorbell of the host when this value is stored.
+#[derive(Clone, Debug)]
+pub struct Register {
+    word: Word,
+    value: u32,
 }
 
 impl Doorbell for Register {
     fn ring(&self) -> io::Result<()> {
         // What was stored to the ring before is seen by whoever hears it.
         fence(Ordering::SeqCst);
-        // SAFETY: the register is in the mapping and aligned, as was checked when it was mapped; an aligned store of 32
-        // bits is one access of the bus.
-        unsafe { AtomicU32::from_ptr(self.mapping.base.as_ptr().cast::<u8>().add(self.at).cast()) }
-            .store(self.value, Ordering::Relaxed);
+        self.word.store(self.value);
         Ok(())
     }
 }

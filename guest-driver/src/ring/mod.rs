@@ -3,15 +3,17 @@
 //! | way | memory | the host rings us | we ring the host | needs |
 //! |---|---|---|---|---|
 //! | vfio | region 2 | MSI-X, as an eventfd | a store to BAR0 | an IOMMU and vfio-pci |
+//! | uio | `resource2` | its pin, as a file that counts | a store to BAR0 | an interrupt pin, uio_pci_generic, no lockdown |
 //! | sysfs | `resource2` | a byte over vsock, or we poll | a store to BAR0 | no lockdown |
 //!
 //! The first that works is taken. A function that somebody else has, or whose memory begins with something else, is left as
-//! it was. There is no third way: `/dev/mem` and `resource2_wc` would be.
+//! it was. There is no fourth way: `/dev/mem` and `resource2_wc` would be.
 
 mod link;
 mod map;
 mod pci;
 mod sysfs;
+mod uio;
 mod vfio;
 
 use std::fmt;
@@ -37,6 +39,7 @@ use pci::Function;
 
 pub use link::{Carriers, Link};
 pub use map::Register;
+pub use uio::Line;
 
 /// BARs of ivshmem.
 const REGISTERS_BAR: usize = 0;
@@ -53,6 +56,9 @@ pub enum OpenError {
         /// Which.
         bar: usize,
     },
+    /// It raises no interrupt without a message.
+    #[error("it has no interrupt pin")]
+    NoPin,
     /// The kernel gives no device's memory to user space.
     #[error(
         "the kernel is locked down ({level}): sysfs gives no device's memory out; give the VM an IOMMU, or stay on vsock"
@@ -77,6 +83,8 @@ pub enum OpenError {
 pub enum How {
     /// Through vfio, with interrupts.
     Msix,
+    /// Through uio, with its pin's.
+    Uio,
     /// Through sysfs, without.
     Sysfs,
 }
@@ -85,6 +93,7 @@ impl fmt::Display for How {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Msix => "vfio, MSI-X",
+            Self::Uio => "uio, INTx",
             Self::Sysfs => "sysfs",
         })
     }
@@ -95,6 +104,8 @@ impl fmt::Display for How {
 pub enum Ear {
     /// An interrupt.
     Event(EventFd),
+    /// The function's pin.
+    Line(Line),
     /// A byte on a stream that is nonblocking. At its end the other one, too, is told.
     Stream(Arc<Conn>, SyncSender<()>),
     /// Nothing: its owner polls.
@@ -105,6 +116,7 @@ impl Waiter for Ear {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Event(event) => event.fd(),
+            Self::Line(line) => line.fd(),
             Self::Stream(conn, _) => Some(conn.as_fd()),
             Self::Deaf => None,
         }
@@ -114,6 +126,7 @@ impl Waiter for Ear {
         use std::os::fd::AsRawFd;
         match self {
             Self::Event(event) => event.clear(),
+            Self::Line(line) => line.clear(),
             Self::Deaf => Ok(()),
             Self::Stream(conn, ended) => {
                 let mut bytes = [0; 64];
@@ -178,7 +191,7 @@ impl Device {
     /// How it hears the host.
     pub fn hears(&self) -> Hears {
         match self.data_ear {
-            Ear::Event(_) => Hears::Interrupts,
+            Ear::Event(_) | Ear::Line(_) => Hears::Interrupts,
             Ear::Stream(..) => Hears::Stream,
             Ear::Deaf => Hears::Nothing,
         }
@@ -242,6 +255,7 @@ fn open(function: &Function) -> Result<Device, OpenError> {
     match function.driver() {
         // As the agent before this one left it.
         Some(driver) if driver == vfio::DRIVER => return vfio::open(function, DOORBELL),
+        Some(driver) if driver == uio::DRIVER => return uio::open(function, DOORBELL),
         Some(driver) => {
             let why = format!("driver {driver} has it");
             return Err(OpenError::Io(io::Error::other(why)));
@@ -253,15 +267,21 @@ fn open(function: &Function) -> Result<Device, OpenError> {
     if matches!(plain, Err(OpenError::Region(_))) {
         return plain;
     }
-    if !function.has_iommu() {
-        let why = "no IOMMU stands before it, so it has no interrupts";
-        return plain.map(|device| because(device, why.into()));
+    let mut why = "no IOMMU stands before it".to_owned();
+    if function.has_iommu() {
+        match vfio::open(function, DOORBELL) {
+            Ok(device) => return Ok(device),
+            Err(e) => why = chain(&e),
+        }
     }
-    let refused = plain.err();
-    match (vfio::open(function, DOORBELL), refused) {
-        (Ok(device), _) => Ok(device),
-        (Err(_), Some(refused)) => Err(refused),
-        (Err(e), None) => sysfs::open(function, DOORBELL).map(|device| because(device, chain(&e))),
+    // The other ways have its memory as this one has.
+    drop(plain?);
+    match uio::open(function, DOORBELL) {
+        Ok(device) => Ok(because(device, why)),
+        Err(e) => {
+            let why = format!("{why}; {}", chain(&e));
+            sysfs::open(function, DOORBELL).map(|device| because(device, why))
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 /// Where the kernel lists them.
 pub const DEVICES: &str = "/sys/bus/pci/devices";
@@ -12,6 +13,9 @@ const VENDOR: u32 = 0x1af4;
 const IVSHMEM: u32 = 0x1110;
 /// A flag of a BAR: it is memory (Linux `IORESOURCE_MEM`).
 const MEMORY: u64 = 0x200;
+
+/// In configuration space: which pin it has, or none.
+const INTERRUPT_PIN: usize = 0x3d;
 
 /// A BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +75,19 @@ impl Function {
         Some(link.file_name()?.to_string_lossy().into_owned())
     }
 
+    /// Whether it has an interrupt pin.
+    pub fn has_pin(&self) -> bool {
+        // Whoever may look at anything may look at the first 64 bytes.
+        let config = fs::read(self.dir.join("config")).unwrap_or_default();
+        config.get(INTERRUPT_PIN).is_some_and(|&pin| pin != 0)
+    }
+
+    /// The name of its device file below `/dev`, if its driver is one of uio's.
+    pub fn uio(&self) -> Option<String> {
+        let mut entries = fs::read_dir(self.dir.join("uio")).ok()?;
+        entries.next()?.ok()?.file_name().into_string().ok()
+    }
+
     /// Whether an IOMMU stands before it.
     pub fn has_iommu(&self) -> bool {
         self.dir.join("iommu_group").exists()
@@ -88,7 +105,7 @@ impl Function {
     ///
     /// # Errors
     /// Another driver has it, or the one wanted does not take it.
-    pub fn bind(&self, driver: &str) -> io::Result<()> {
+    fn bind(&self, driver: &str) -> io::Result<()> {
         match self.driver() {
             Some(has) if has == driver => return Ok(()),
             Some(has) => return Err(io::Error::other(format!("driver {has} has it"))),
@@ -113,8 +130,33 @@ impl Function {
         }
     }
 
+    /// Gives it to a driver, and takes it back if `take` fails of what that makes of it.
+    ///
+    /// # Errors
+    /// It cannot be bound, or `take` fails.
+    pub fn with_driver<T, E: From<io::Error>>(
+        &self,
+        driver: &str,
+        take: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
+        let had = self.driver().is_some();
+        if !had {
+            // Where modules are loaded on demand; a kernel that has it built in, or no modprobe, is as well.
+            let mut modprobe = Command::new("modprobe");
+            modprobe.args(["-q", driver]);
+            let quiet = modprobe.stdin(Stdio::null()).stderr(Stdio::null()).status();
+            drop(quiet);
+        }
+        self.bind(driver)?;
+        let taken = take();
+        if taken.is_err() && !had {
+            self.release();
+        }
+        taken
+    }
+
     /// Takes it from its driver again.
-    pub fn release(&self) {
+    fn release(&self) {
         let _ = fs::write(self.dir.join("driver/unbind"), &self.address);
         let _ = fs::write(self.dir.join("driver_override"), "\n");
     }
@@ -154,6 +196,15 @@ mod tests {
         let bytes = |bytes| Some(Bar { bytes });
         assert_eq!(bars, [bytes(256), None, bytes(8 << 20), None, None]);
         assert!(found[0].bar(2).is_none() && !found[1].has_iommu());
+        assert!(!found[1].has_pin() && found[1].uio().is_none());
+        let mut config = [0; 64];
+        fs::write(dir.join("config"), config).unwrap();
+        assert!(!found[1].has_pin());
+        config[0x3d] = 1;
+        fs::write(dir.join("config"), config).unwrap();
+        fs::create_dir_all(dir.join("uio/uio3")).unwrap();
+        assert!(found[1].has_pin());
+        assert_eq!(found[1].uio().as_deref(), Some("uio3"));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use adit_ringbuf::region::Region;
 
-use super::map::{self, Register};
+use super::map::{self, Registers};
 use super::pci::Function;
 use super::{Device, Ear, How, OpenError, REGISTERS_BAR, SHARED_BAR, doorbell_values};
 
@@ -19,18 +19,25 @@ const LOCKDOWN: &str = "/sys/kernel/security/lockdown";
 /// # Errors
 /// The kernel does not give its memory out, under lockdown for instance.
 pub fn open(function: &Function, register: usize) -> Result<Device, OpenError> {
+    function.enable().map_err(refused)?;
+    take(function, register).map(|(device, _)| device)
+}
+
+/// Maps what it has, which it decodes already.
+///
+/// # Errors
+/// As [`open`].
+pub fn take(function: &Function, register: usize) -> Result<(Device, Registers), OpenError> {
     let bar = |n| function.bar(n).ok_or(OpenError::NoBar { bar: n });
     let (registers, shared) = (bar(REGISTERS_BAR)?, bar(SHARED_BAR)?);
-    function.enable().map_err(refused)?;
     // Never `resource2_wc`: write-combined stores overtake each other, and a ring is made of their order.
     let memory = resource(function, SHARED_BAR)?;
     let memory = map::memory(memory.as_fd(), 0, shared.bytes).map_err(refused)?;
     Region::read(&memory)?;
     let file = resource(function, REGISTERS_BAR)?;
-    let values = doorbell_values();
-    let [data, space] =
-        Register::map(file.as_fd(), 0, registers.bytes, register, values).map_err(refused)?;
-    Ok(Device {
+    let registers = Registers::map(file.as_fd(), 0, registers.bytes).map_err(refused)?;
+    let [data, space] = registers.doorbells(register, doorbell_values())?;
+    let device = Device {
         function: function.address.clone(),
         memory,
         data,
@@ -40,7 +47,8 @@ pub fn open(function: &Function, register: usize) -> Result<Device, OpenError> {
         how: How::Sysfs,
         why: String::new(),
         vfio: None,
-    })
+    };
+    Ok((device, registers))
 }
 
 fn resource(function: &Function, bar: usize) -> Result<fs::File, OpenError> {

@@ -1,13 +1,12 @@
 //! A function through vfio-pci: its memory, its doorbell register, and MSI-X vectors as eventfds. Needs an IOMMU.
 
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use adit_ringbuf::region::Region;
 use adit_ringbuf_io::doorbell::event_fd;
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioError};
 
-use super::map::{self, Register};
+use super::map::{self, Registers};
 use super::pci::Function;
 use super::{Device, Ear, How, OpenError, doorbell_values};
 
@@ -26,20 +25,7 @@ pub const DRIVER: &str = "vfio-pci";
 /// # Errors
 /// There is no vfio here, or it does not give the function out.
 pub fn open(function: &Function, register: usize) -> Result<Device, OpenError> {
-    let had = function.driver().is_some();
-    if !had {
-        // Where modules are loaded on demand; a kernel that has it built in, or no modprobe, is as well.
-        let mut modprobe = Command::new("modprobe");
-        modprobe.args(["-q", DRIVER]);
-        let quiet = modprobe.stdin(Stdio::null()).stderr(Stdio::null()).status();
-        drop(quiet);
-    }
-    function.bind(DRIVER)?;
-    let opened = take(function, register);
-    if opened.is_err() && !had {
-        function.release();
-    }
-    opened
+    function.with_driver(DRIVER, || take(function, register))
 }
 
 fn take(function: &Function, register: usize) -> Result<Device, OpenError> {
@@ -56,13 +42,8 @@ fn take(function: &Function, register: usize) -> Result<Device, OpenError> {
     let fd = map::descriptor(&device);
     let memory = map::memory(fd, at(SHARED), bytes(SHARED))?;
     Region::read(&memory)?;
-    let [data, space] = Register::map(
-        fd,
-        at(REGISTERS),
-        bytes(REGISTERS),
-        register,
-        doorbell_values(),
-    )?;
+    let registers = Registers::map(fd, at(REGISTERS), bytes(REGISTERS))?;
+    let [data, space] = registers.doorbells(register, doorbell_values())?;
     let (data_ear, space_ear) = (event_fd()?, event_fd()?);
     device.enable_msix(vec![&data_ear, &space_ear])?;
     Ok(Device {

@@ -16,6 +16,11 @@ if [ -d /sys/kernel/iommu_groups/0 ]; then
         insmod /lib/adit/$m.ko || echo "ADIT-ERROR insmod $m"
     done < /lib/adit/modules-ring
 fi
+if grep -qs 0x1110 /sys/bus/pci/devices/*/device; then
+    while read -r m; do
+        insmod /lib/adit/$m.ko || echo "ADIT-ERROR insmod $m"
+    done < /lib/adit/modules-uio
+fi
 if [ -b /dev/vda ]; then
     mount -t ext4 /dev/vda /var/lib || echo "ADIT-ERROR no state disk"
 fi

@@ -31,6 +31,7 @@ pub fn echo(port: Option<u32>) -> anyhow::Result<()> {
     }
     let hears = match device.data_ear {
         Ear::Event(_) => "msix",
+        Ear::Line(_) => "intx",
         Ear::Stream(..) => "vsock",
         Ear::Deaf => "polling",
     };
