@@ -14,15 +14,26 @@ serve() {
         n=$((n - 1)); [ $n -gt 0 ] || { fail "no aditd: $(tail -n 3 $AD/log)"; return; }; sleep 0.1
     done
 }
+# ring WHEN: until the agent's services go over the ring, whose pin rings the guest.
+ring() {
+    n=100; until adit vm show web-1 >/tmp/show && grep -q "^carrier  *ring" /tmp/show; do
+        n=$((n - 1)); [ $n -gt 0 ] || { fail "no ring $1: $(cat /tmp/show)"; return; }; sleep 0.1
+    done
+    grep -q "^ring memory .* by PCI function" /tmp/show || fail "$1: $(cat /tmp/show)"
+    page "over the ring $1"
+    [ "$(curl -sS -m 20 http://web-1/big?mb=1 | wc -c)" = 1048576 ] || fail "a megabyte over the ring $1"
+}
 page() { [ "$(curl -sS -m 20 http://web-1/ 2>&1)" = "this is web-1" ] || { fail "no page: $1"; return 1; }; }
 serve
 echo "SHOW aditd serves, and knows no VM ($(now) s)"
 start --kernel /l2/web-1/vmlinux --initrd /l2/web-1/initrd --memory 256M \
     --cmdline "console=ttyS0 quiet panic=-1 mitigations=off" \
-    --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --allow 80,7,81 --allow-vsock 5000 --api /tmp/api
+    --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --allow 80,7,81 --allow-vsock 5000 --api /tmp/api --ring
 until_said ADIT-READY 120
 adit wait web-1 --for agent --timeout 60s || fail "no agent: $(adit vm show web-1)"
 echo "SHOW adit-vmm has registered web-1 and booted Debian: its agent is there ($(now) s)"
+grep -q 'ring-found .*by="uio, INTx"' $LOG || fail "the agent has no ring by uio"
+ring first && echo "SHOW its services go over shared memory: a PCI function that stock Linux drives by uio_pci_generic ($(now) s)"
 page "first" && echo "SHOW curl -x aditd http://web-1/: this is web-1"
 # A neighbour whose root drives the socket device by hand. web-1 never notices; nor does adit-vmm, which grows by nothing.
 # Resident KiB beside the guest's memory, which is the one large mapping.
@@ -72,15 +83,16 @@ echo "SHOW still in mid-task, the VM is paused and written down; its VMM is kill
 kill -9 $VMM; wait $VMM
 n=300; until pidof adit-port >/dev/null; do n=$((n - 1)); [ $n -gt 0 ] || { fail "aditd did not start a port process for a VM without one"; break; }; sleep 0.1; done
 begin=$(now)
-adit-vmm restore --from /tmp/snap --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --serial $LOG 2>/tmp/vmm.err </dev/null & VMM=$!
+adit-vmm restore --from /tmp/snap --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --ring --serial $LOG 2>/tmp/vmm.err </dev/null & VMM=$!
 adit wait web-1 --for agent --timeout 60s || fail "no agent after the restore: $(cat /tmp/vmm.err; adit vm show web-1)"
 echo "SHOW restored in another process: the agent is back ($begin .. $(now) s)"
 page "after the restore" && runs "after the restore" && echo "SHOW http://web-1/ answers again, and the task runs on"
+ring "after the restore" && echo "SHOW over a new ring, in a new epoch ($begin .. $(now) s)"
 # A clone does not pass for its origin: not under its name, and under another it is shown for what it is.
-adit-vmm restore --from /tmp/snap --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --serial /tmp/clone.log >/tmp/clone 2>&1 </dev/null &&
+adit-vmm restore --from /tmp/snap --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --ring --serial /tmp/clone.log >/tmp/clone 2>&1 </dev/null &&
     fail "a clone took its origin's place"
 grep -q "web-1. runs" /tmp/clone || fail "$(cat /tmp/clone)"
-adit-vmm restore --from /tmp/snap --vsock cid=4 --aditd $ADIT_SOCKET --name web-2 --serial /tmp/clone.log >/tmp/clone 2>&1 </dev/null & CLONE=$!
+adit-vmm restore --from /tmp/snap --vsock cid=4 --aditd $ADIT_SOCKET --name web-2 --ring --serial /tmp/clone.log >/tmp/clone 2>&1 </dev/null & CLONE=$!
 n=100; until adit vm show web-2 2>/dev/null | grep -q "enrolled as .web-1"; do
     n=$((n - 1)); [ $n -gt 0 ] || { fail "no clone: $(cat /tmp/clone; adit vm show web-2)"; break; }; sleep 0.1
 done
