@@ -5,7 +5,8 @@
 //!        ▲                                                                   │ clear
 //!        └── command, bit 10 clear ◄── IntrStatus is read, which clears it ◄─┘
 //! ```
-//! What rings between the last two raises the pin when it is enabled: no ring is lost.
+//! What rings between the last two raises the pin when it is enabled: no ring is lost. A function that offers pulses
+//! (`adit-ring-pci`) needs neither of the two: the pin stays disabled after the first, and is pulsed all the same.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
@@ -27,16 +28,27 @@ const INTX_DISABLE: u16 = 1 << 10;
 /// In BAR 0: which vectors raise the pin, and which have.
 const INTR_MASK: usize = 0;
 const INTR_STATUS: usize = 4;
+/// Zero where it is not known.
+const FEATURES: usize = 16;
+/// Features: IntrMask has the bit that makes each interrupt a pulse.
+const PULSES_OFFERED: u32 = 1;
+const PULSES: u32 = 1 << 31;
 
 /// Hears a function's pin.
 #[derive(Debug)]
 pub struct Line {
     /// Readable when the pin was raised since the last read.
     counter: File,
-    config: File,
-    /// What enables the pin.
-    command: u16,
+    /// How the next interrupt is had; none: it comes by itself.
+    enable: Option<Enable>,
+}
+
+/// Clears the function's status and enables the pin.
+#[derive(Debug)]
+struct Enable {
     status: Word,
+    config: File,
+    command: u16,
 }
 
 /// Opens it.
@@ -65,22 +77,51 @@ impl Line {
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(Path::new("/dev").join(name))?;
-        let config = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(function.dir.join("config"))?;
+        // Where the kernel has no interrupt for it, this fails.
+        take_count(&counter)?;
+        let mask = registers.word(INTR_MASK)?;
+        let features = registers
+            .word(FEATURES)
+            .map_or(0, |features| features.load());
+        if features & PULSES_OFFERED != 0 {
+            mask.store(u32::MAX);
+            let enable = None;
+            return Ok(Self { counter, enable });
+        }
+        mask.store(!PULSES);
+        let enable = Enable::new(function, registers)?;
+        // An agent before this one may have left it disabled.
+        enable.again()?;
+        let enable = Some(enable);
+        Ok(Self { counter, enable })
+    }
+}
+
+impl Enable {
+    fn new(function: &Function, registers: &Registers) -> io::Result<Self> {
+        let mut options = OpenOptions::new();
+        let config = options.read(true).write(true);
+        let config = config.open(function.dir.join("config"))?;
         let mut command = [0; 2];
         config.read_exact_at(&mut command, COMMAND)?;
-        let line = Self {
-            counter,
+        Ok(Self {
+            status: registers.word(INTR_STATUS)?,
             config,
             command: u16::from_le_bytes(command) & !INTX_DISABLE,
-            status: registers.word(INTR_STATUS)?,
-        };
-        registers.word(INTR_MASK)?.store(u32::MAX);
-        // An agent before this one may have left it disabled. Where the kernel has no interrupt for it, this fails.
-        line.clear()?;
-        Ok(line)
+        })
+    }
+
+    fn again(&self) -> io::Result<()> {
+        self.status.load();
+        let command = self.command.to_le_bytes();
+        self.config.write_all_at(&command, COMMAND)
+    }
+}
+
+fn take_count(mut counter: &File) -> io::Result<()> {
+    match counter.read(&mut [0; 4]) {
+        Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(e),
+        _ => Ok(()),
     }
 }
 
@@ -90,12 +131,7 @@ impl Waiter for Line {
     }
 
     fn clear(&self) -> io::Result<()> {
-        match { &self.counter }.read(&mut [0; 4]) {
-            Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(e),
-            _ => {}
-        }
-        self.status.load();
-        self.config
-            .write_all_at(&self.command.to_le_bytes(), COMMAND)
+        take_count(&self.counter)?;
+        self.enable.as_ref().map_or(Ok(()), Enable::again)
     }
 }

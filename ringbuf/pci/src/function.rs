@@ -14,7 +14,11 @@
 //!               └ MSI-X off: IntrStatus |= 1 << n
 //!                   IntrStatus & IntrMask ≠ 0: status bit 3; command bit 10 clear ──► line: true
 //!                   a read of IntrStatus clears it ─────────────────────────────────► line: false
+//!                   IntrMask bit 31: whatever command bit 10 and IntrStatus say ────► pulse
 //! ```
+//! The last is this function's own, and what makes the pin as cheap as a message. A handler as that of `uio_pci_generic` reads
+//! status, finds bit 3 as it was, and command bit 10 set as it left it: it writes nothing. Whoever waits has nothing to clear
+//! or enable, and so an interrupt costs the guest no way out to the VMM at all. Bit 0 of Features says that it can be had.
 
 use std::ops::Range;
 
@@ -32,7 +36,14 @@ pub const VECTORS: usize = ivshmem::VECTORS as usize;
 /// Registers of BAR 0.
 const INTR_MASK: u64 = 0;
 const INTR_STATUS: u64 = 4;
+const POSITION: u64 = 8;
 pub(crate) const DOORBELL: u64 = 12;
+/// The last of them, which ivshmem does not have: [`PULSES_OFFERED`].
+const FEATURES: u64 = 16;
+/// Features: IntrMask has [`PULSES`].
+const PULSES_OFFERED: u32 = 1;
+/// IntrMask: each interrupt is one pulse.
+pub(crate) const PULSES: u32 = 1 << 31;
 
 /// Where a guest may put BARs: addresses that are nobody else's. The first lies below 4 GiB, for what has 32 bits.
 pub type Windows = [Range<u64>; 2];
@@ -56,6 +67,8 @@ pub struct Changes {
     pub send: [bool; VECTORS],
     /// Raise the line, or lower it. Edges are enough: who disables the pin and enables it again finds it raised anew.
     pub line: Option<bool>,
+    /// Raise the line and lower it.
+    pub pulse: bool,
     /// The guest rang these doorbells of the host.
     pub rung: [bool; VECTORS],
 }
@@ -135,9 +148,16 @@ impl Function {
     pub fn read(&mut self, address: u64, data: &mut [u8]) -> Option<Changes> {
         match self.decode(address)? {
             (Bar::Registers, offset) => {
-                let words = [self.mask, self.status, GUEST_PEER.into()];
-                let bytes = words.map(u32::to_le_bytes);
-                copy_out(bytes.as_flattened(), offset, data);
+                let mut bytes = [0; FEATURES as usize + 4];
+                for (at, word) in [
+                    (INTR_MASK, self.mask),
+                    (INTR_STATUS, self.status),
+                    (POSITION, GUEST_PEER.into()),
+                    (FEATURES, PULSES_OFFERED),
+                ] {
+                    bytes[at as usize..][..4].copy_from_slice(&word.to_le_bytes());
+                }
+                copy_out(&bytes, offset, data);
                 let end = offset.saturating_add(data.len() as u64);
                 if offset < INTR_STATUS + 4 && end > INTR_STATUS {
                     self.status = 0;
@@ -152,13 +172,17 @@ impl Function {
 
     /// Writes memory, if it is this function's.
     pub fn write(&mut self, address: u64, data: &[u8]) -> Option<Changes> {
-        let mut rung = [false; VECTORS];
+        let (mut rung, mut pulse) = ([false; VECTORS], false);
         match self.decode(address)? {
             (Bar::Registers, offset) => {
                 // Registers are written whole.
                 let value = <[u8; 4]>::try_from(data).map(u32::from_le_bytes);
                 match (offset, value) {
-                    (INTR_MASK, Ok(value)) => self.mask = value & INTERRUPTS,
+                    (INTR_MASK, Ok(value)) => {
+                        self.mask = value & MASK_BITS;
+                        // What rang before is not lost.
+                        pulse = self.pulses(self.status);
+                    }
                     (DOORBELL, Ok(value)) if value >> 16 == u32::from(HOST_PEER) => {
                         let vector = (value & 0xffff) as usize;
                         if let Some(bell) = rung.get_mut(vector) {
@@ -174,6 +198,7 @@ impl Function {
         }
         Some(Changes {
             rung,
+            pulse,
             ..self.settle()
         })
     }
@@ -188,7 +213,15 @@ impl Function {
             true => self.msix.pending |= 1 << vector,
             false => self.status |= 1 << vector,
         }
-        self.settle()
+        Changes {
+            pulse: self.pulses(1 << vector),
+            ..self.settle()
+        }
+    }
+
+    /// Whether one of these vectors is a pulse now.
+    fn pulses(&self, vectors: u32) -> bool {
+        !self.has_msix() && self.mask & PULSES != 0 && self.mask & vectors != 0
     }
 
     fn has_msix(&self) -> bool {
@@ -218,9 +251,10 @@ impl Function {
             bars: Bar::ALL.map(|bar| self.place(bar)),
             messages: std::array::from_fn(|vector| self.message(vector)),
         };
-        let raised = !self.has_msix() && self.status & self.mask != 0;
+        let raised = !self.has_msix() && self.status & self.mask & INTERRUPTS != 0;
         self.config.set_pending(raised);
-        let line = raised && self.config.u16(COMMAND) & INTX_DISABLE == 0;
+        let level = self.mask & PULSES == 0 && self.config.u16(COMMAND) & INTX_DISABLE == 0;
+        let line = raised && level;
         let mut send = [false; VECTORS];
         for (vector, send) in send.iter_mut().enumerate() {
             let bit = 1 << vector;
@@ -233,6 +267,7 @@ impl Function {
             rewired: wiring != self.wiring,
             send,
             line: (line != self.line).then_some(line),
+            pulse: false,
             rung: [false; VECTORS],
         };
         (self.wiring, self.line) = (wiring, line);
@@ -245,12 +280,11 @@ impl Function {
         (self.wiring, self.windows) = (told.wiring, told.windows);
         self.line = false;
         let changes = self.settle();
-        let line = if told.line {
-            Some(self.line)
-        } else {
-            changes.line
-        };
-        Changes { line, ..changes }
+        Changes {
+            line: told.line.then_some(self.line).or(changes.line),
+            pulse: self.pulses(self.status),
+            ..changes
+        }
     }
 
     /// An empty one of its kind.
@@ -261,6 +295,8 @@ impl Function {
 
 /// Bits of IntrMask and IntrStatus: one a vector.
 pub(crate) const INTERRUPTS: u32 = (1 << VECTORS) - 1;
+/// Bits of IntrMask.
+pub(crate) const MASK_BITS: u32 = INTERRUPTS | PULSES;
 
 #[cfg(test)]
 mod tests;

@@ -243,6 +243,7 @@ impl Inner {
             rewired,
             send,
             line,
+            pulse,
             rung,
         } = changes;
         self.show();
@@ -255,7 +256,7 @@ impl Inner {
         }
         let messages = self.messages.iter().zip(send);
         let host = self.host.iter().zip(rung);
-        let line = std::iter::once((&self.line, line == Some(true)));
+        let line = std::iter::once((&self.line, pulse || line == Some(true)));
         for (event, due) in messages.chain(line).chain(host) {
             if due {
                 // Full of rings that nobody took: it has rung.

@@ -7,7 +7,7 @@
 //!
 //! | BAR | what | bytes |
 //! |---|---|---|
-//! | 0 | registers: 0 IntrMask, 4 IntrStatus (a read clears it), 8 IVPosition, 12 Doorbell (peer << 16, vector) | 4096 |
+//! | 0 | registers: 0 IntrMask, 4 IntrStatus (a read clears it), 8 IVPosition, 12 Doorbell (peer << 16, vector), 16 Features | 4096 |
 //! | 1 | MSI-X: table at 0, pending bits at 0x800 | 4096 |
 //! | 2 | the region: 64 bits wide, prefetchable, memory of the VMM's | a power of two |
 //!

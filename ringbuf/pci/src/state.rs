@@ -17,7 +17,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::config::{Bar, CACHE_LINE, COMMAND, INTERRUPT_LINE, MSIX_CONTROL};
-use crate::function::{Changes, Function, INTERRUPTS};
+use crate::function::{Changes, Function, INTERRUPTS, MASK_BITS};
 use crate::msix::TABLE_BYTES;
 
 const MAGIC: [u8; 8] = *b"ADITPCIF";
@@ -127,7 +127,7 @@ impl Function {
         }
         other.msix.write(0, &wire.table);
         other.msix.pending = wire.pending & INTERRUPTS as u8;
-        other.mask = u32::from_le(wire.mask) & INTERRUPTS;
+        other.mask = u32::from_le(wire.mask) & MASK_BITS;
         other.status = u32::from_le(wire.status) & INTERRUPTS;
         if other.wire() != wire {
             return Err(StateError::Register);

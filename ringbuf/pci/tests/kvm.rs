@@ -312,7 +312,7 @@ fn the_host_interrupts_by_the_pin_or_by_a_message() {
     // Nobody wants it yet.
     vm.rings[0].ring().unwrap();
     assert!(!vm.waits(OF_LINE));
-    vm.run(&[Do::Store32(REGISTERS, 0, u32::MAX)]);
+    vm.run(&[Do::Store32(REGISTERS, 0, 3)]);
     assert!(vm.gets(OF_LINE));
     // As uio_pci_generic and the agent: disabled, cleared, enabled; and what rang in between.
     vm.exits = 0;
@@ -345,11 +345,31 @@ fn the_host_interrupts_by_the_pin_or_by_a_message() {
     assert!(vm.gets(OF_LINE));
 }
 
+/// What the agent takes of uio: the handler's read is in place, and there is nothing to write.
+#[test]
+fn an_interrupt_by_pulses_costs_the_guest_no_exit() {
+    let Some(mut vm) = vm() else { return };
+    vm.chips();
+    vm.place();
+    vm.run(&[
+        Do::Store32(REGISTERS, 0, 1 << 31 | 3),
+        Do::Store16(CONFIG, 4, 0x406),
+    ]);
+    vm.exits = 0;
+    for _ in 0..3 {
+        vm.rings[0].ring().unwrap();
+        assert!(vm.gets(OF_LINE));
+        let said = vm.run(&[Do::Say(CONFIG, 4)]);
+        assert_eq!((said[0] >> 19 & 1, said[0] >> 10 & 1), (1, 1));
+    }
+    assert_eq!(vm.exits, 0);
+}
+
 #[test]
 fn a_restored_function_is_where_it_was_with_another_region() {
     let Some(mut held) = vm() else { return };
     held.place();
-    held.run(&[Do::Store32(REGISTERS, 0, u32::MAX)]);
+    held.run(&[Do::Store32(REGISTERS, 0, 3)]);
     let state = held.function.save();
     drop(held);
     let mut vm = vm().unwrap();

@@ -19,6 +19,7 @@ ring() {
     n=100; until adit vm show web-1 >/tmp/show && grep -q "^carrier  *ring" /tmp/show; do
         n=$((n - 1)); [ $n -gt 0 ] || { fail "no ring $1: $(cat /tmp/show)"; return; }; sleep 0.1
     done
+    attached=$(now)
     grep -q "^ring memory .* by PCI function" /tmp/show || fail "$1: $(cat /tmp/show)"
     page "over the ring $1"
     [ "$(curl -sS -m 20 http://web-1/big?mb=1 | wc -c)" = 1048576 ] || fail "a megabyte over the ring $1"
@@ -61,6 +62,7 @@ adit task watch --timeout 60s
 adit task ls | tee /tmp/tasks
 grep -q "hello from web-1" /tmp/tasks && echo "SHOW a signed goal ran in it: hello from web-1" || fail "task"
 pidof adit-port && fail "there is a port process beside the VMM"
+adit vm show web-1 | grep latency
 cat > /tmp/goal.yaml <<END
 steps: [{id: long, script: {interpreter: /bin/sh, script: "echo start >> /tmp/starts; nc -l -s 127.0.0.1 -p 81 < /dev/null > /dev/null; echo started \$(wc -l < /tmp/starts) times"}}]
 END

@@ -60,7 +60,7 @@ fn placed() -> Function {
 /// With its interrupts on BAR 0 switched on.
 fn listening() -> Function {
     let mut function = placed();
-    let _ = store(&mut function, LOW, u32::MAX);
+    let _ = store(&mut function, LOW, INTERRUPTS);
     function
 }
 
@@ -185,6 +185,34 @@ fn what_rang_while_the_pin_was_disabled_raises_it_when_it_is_enabled() {
     let _ = command(&mut function, MEMORY | INTX_DISABLE);
     assert_eq!(function.interrupt(0), Changes::default());
     assert_eq!(command(&mut function, MEMORY).line, Some(true));
+}
+
+/// As `uio_pci_generic` and the agent do it where it can be had: the handler disables the pin once, and nobody enables it.
+#[test]
+fn a_guest_that_takes_pulses_clears_and_enables_nothing() {
+    let mut function = placed();
+    assert_eq!(load(&mut function, LOW + 16), PULSES_OFFERED);
+    // What rang before it was there is a pulse as well.
+    assert_eq!(function.interrupt(0), Changes::default());
+    let changes = store(&mut function, LOW, u32::MAX);
+    assert!(changes.pulse && changes.line.is_none());
+    assert_eq!(load(&mut function, LOW), MASK_BITS);
+    let _ = command(&mut function, MEMORY | INTX_DISABLE);
+    for vector in [0, 1, 1, 0] {
+        let pulse = Changes {
+            pulse: true,
+            ..Changes::default()
+        };
+        assert_eq!(function.interrupt(vector), pulse);
+        assert_eq!(config(&function, 4) >> 19 & 1, 1);
+    }
+    let mut other = self::function();
+    assert!(other.restore(&function.save()).unwrap().pulse);
+    // Only of the vectors that it wants, and not beside messages.
+    let _ = store(&mut function, LOW, PULSES | 1);
+    assert!(!function.interrupt(1).pulse && function.interrupt(0).pulse);
+    let _ = function.config_write(MSIX_CONTROL as u64, &MSIX_ENABLE.to_le_bytes());
+    assert!(!function.interrupt(0).pulse);
 }
 
 #[test]
