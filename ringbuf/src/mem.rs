@@ -172,6 +172,7 @@ mod mapped {
     use nix::fcntl::{FcntlArg, SealFlag, fcntl};
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+    use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
     use vm_memory::bitmap::Bitmap;
     use vm_memory::guest_memory::GuestMemorySliceIterator;
     use vm_memory::{
@@ -205,6 +206,9 @@ mod mapped {
         /// It could shrink under us: a touch would be SIGBUS.
         #[error("memory is not a memfd sealed against shrinking and growing")]
         NotSealed,
+        /// It takes huge pages, which may be gone when it is touched: SIGBUS as well.
+        #[error("memory is of huge pages, which nobody reserves")]
+        HugePages,
         /// It is shorter than was said.
         #[error("memory has {bytes} bytes, {wanted} were said")]
         Short {
@@ -344,11 +348,16 @@ mod mapped {
         }
     }
 
-    /// A memfd that cannot shrink, of at least so many bytes.
+    /// A memfd that cannot shrink, nor lack pages, of at least so many bytes.
     fn sealed(fd: OwnedFd, bytes: usize) -> Result<File, MemfdError> {
         let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_err(|_| MemfdError::NotSealed)?;
         if !SealFlag::from_bits_truncate(seals).contains(SEALS) {
             return Err(MemfdError::NotSealed);
+        }
+        // Only memory has seals, so that none of what is asked here waits for anybody's file system.
+        let pages = fstatfs(&fd).map_err(std::io::Error::from)?;
+        if pages.filesystem_type() == HUGETLBFS_MAGIC {
+            return Err(MemfdError::HugePages);
         }
         let file = File::from(fd);
         let (there, wanted) = (file.metadata()?.len(), bytes as u64);

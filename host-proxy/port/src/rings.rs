@@ -22,6 +22,7 @@ use adit_ringbuf::{Mapped, RingMem};
 use adit_ringbuf_io::attach::{self, Bells, Code, Socket};
 use adit_ringbuf_io::doorbell::{Doorbell, Waiter, from_passed};
 use adit_ringbuf_io::ivshmem::{self, Alive, Given};
+use adit_ringbuf_io::passed;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -347,6 +348,8 @@ impl RingSockets {
     /// # Errors
     /// There is no thread to be had.
     pub fn spawn(mut self) -> io::Result<()> {
+        // This process may be about to give up making threads.
+        passed::prepare();
         let run = move || {
             while let Err(e) = self.turn() {
                 // Whatever is short may come back; asking again at once would spin.

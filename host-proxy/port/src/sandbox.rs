@@ -114,6 +114,7 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_close,
         libc::SYS_flock,
         libc::SYS_fstat,
+        libc::SYS_fstatfs,
         libc::SYS_lseek,
         libc::SYS_eventfd2,
         // Memory for a ring: no file has a name.

@@ -1,8 +1,11 @@
 //! The real `adit-port` with a ring: a VMM that takes it from ivshmem.sock, and the agent's end in this process. There is
 //! no vsock here, so what is served is served over the ring.
 
-use std::io::{IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
+mod guest;
+mod running;
+mod vmm;
+
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -11,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use adit_channel::hello::{self, Accept, Hello};
-use adit_channel::ring::{RingBells, RingCarrier};
+use adit_channel::ring::RingCarrier;
 use adit_channel::shard::{Handle, Shard, ShardThread};
 use adit_channel::stream::{Listener, Stream, Target as To};
 use adit_engine::{EngineConfig, How};
@@ -20,11 +23,9 @@ use adit_port::control::{
 };
 use adit_port::control_io::{Message, receive_all, send, send_all};
 use adit_port::place::connect_control;
+use adit_ringbuf::RingMem;
 use adit_ringbuf::region::Features;
-use adit_ringbuf::{Mapped, RingMem};
-use adit_ringbuf_io::attach::Bells;
-use adit_ringbuf_io::doorbell::from_passed;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use vmm::{Vmm, start};
 
 const MIB: usize = 1;
 const LIMIT: Duration = Duration::from_secs(30);
@@ -165,78 +166,31 @@ impl Port {
     }
 }
 
-/// What QEMU is told.
-struct Vmm {
-    socket: UnixStream,
-    memory: Mapped,
-    bells: Bells,
+/// A VMM as this file's port process has it.
+fn connect(port: &Port) -> Vmm {
+    Vmm::ivshmem(&port.dir(), MIB << 20)
 }
 
-impl Vmm {
-    fn connect(port: &Port) -> Self {
-        let socket = UnixStream::connect(port.dir().join(IVSHMEM_SOCKET)).unwrap();
-        let mut fds: Vec<OwnedFd> = (0..7).filter_map(|_| message(&socket).1).collect();
-        let memory = Mapped::from_memfd(fds.remove(0), MIB << 20).unwrap();
-        let mut bell = || from_passed(fds.remove(0)).unwrap();
-        let (host_data, host_space) = (bell(), bell());
-        let (guest_data, guest_space) = (bell(), bell());
-        let bells = Bells {
-            guest_data,
-            guest_space,
-            host_data,
-            host_space,
-        };
-        Self {
-            socket,
-            memory,
-            bells,
-        }
-    }
-
-    /// The agent comes, and echoes every service.
-    fn agent(&self) -> Agent {
-        let bells = RingBells::of_guest(self.bells.try_clone().unwrap());
-        let start = u64::from(std::process::id()) << 32 | nanos();
-        let carrier = wait("a region", || {
-            let bells = RingBells::of_guest(self.bells.try_clone().unwrap());
-            RingCarrier::guest(self.memory.clone(), start, Features::NONE, bells).ok()
-        });
-        drop(bells);
-        let mut shard = Shard::new().unwrap();
-        let port = shard.add(carrier, EngineConfig::default(), 3).unwrap();
-        let handle = shard.handle(port);
-        let thread = shard.spawn("agent").unwrap();
-        serve(handle.listen(hello::PORT).unwrap());
-        Agent {
-            handle,
-            _thread: thread,
-        }
+/// The agent comes, and echoes every service.
+fn boot(vmm: &Vmm) -> Agent {
+    let carrier = wait("a region", || {
+        let (memory, bells) = (vmm.memory.clone(), vmm.guest_bells());
+        RingCarrier::guest(memory, start(), Features::NONE, bells).ok()
+    });
+    let mut shard = Shard::new().unwrap();
+    let port = shard.add(carrier, EngineConfig::default(), 3).unwrap();
+    let handle = shard.handle(port);
+    let thread = shard.spawn("agent").unwrap();
+    serve(handle.listen(hello::PORT).unwrap());
+    Agent {
+        handle,
+        _thread: thread,
     }
 }
 
 struct Agent {
     handle: Handle,
     _thread: ShardThread,
-}
-
-fn nanos() -> u64 {
-    let now = std::time::SystemTime::now();
-    let since = now.duration_since(std::time::UNIX_EPOCH).unwrap();
-    u64::from(since.subsec_nanos())
-}
-
-fn message(from: &UnixStream) -> (i64, Option<OwnedFd>) {
-    let mut bytes = [0; 8];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let parts = &mut [IoSliceMut::new(&mut bytes)];
-    let got = recvmsg(from, parts, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
-    assert_eq!(got.bytes, 8);
-    let fd = control.drain().find_map(|m| match m {
-        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-        _ => None,
-    });
-    (i64::from_le_bytes(bytes), fd)
 }
 
 fn serve(listener: Listener) {
@@ -294,8 +248,8 @@ fn carry(tunnel: &UnixStream, len: usize) {
 fn services_go_over_the_ring_and_what_the_agent_dials_is_the_agents() {
     let mut port = Port::start();
     assert_eq!(port.dial(1, "tcp:7"), Err(DialError::NoSession));
-    let vmm = Vmm::connect(&port);
-    let agent = vmm.agent();
+    let vmm = connect(&port);
+    let agent = boot(&vmm);
     let status = port.wait_ring(|ring| ring.running);
     assert_eq!(
         (status.memory.as_str(), status.bytes),
@@ -344,8 +298,8 @@ fn services_go_over_the_ring_and_what_the_agent_dials_is_the_agents() {
 #[test]
 fn aditd_goes_and_tunnels_stay_a_killed_port_process_has_its_ring_attached_anew() {
     let mut port = Port::start();
-    let vmm = Vmm::connect(&port);
-    let _agent = vmm.agent();
+    let vmm = connect(&port);
+    let _agent = boot(&vmm);
     port.wait_ring(|ring| ring.running);
     port.wait_kept(RING_FDS);
     let mut tunnel = port.tunnel(1);
@@ -375,20 +329,20 @@ fn aditd_goes_and_tunnels_stay_a_killed_port_process_has_its_ring_attached_anew(
 #[test]
 fn a_vmm_that_goes_ends_the_ring_and_the_next_has_memory_of_its_own() {
     let mut port = Port::start();
-    let first = Vmm::connect(&port);
-    let agent = first.agent();
+    let first = connect(&port);
+    let agent = boot(&first);
     port.wait_ring(|ring| ring.running);
     // A second one is turned away meanwhile.
     let mut second = UnixStream::connect(port.dir().join(IVSHMEM_SOCKET)).unwrap();
     assert_eq!(second.read(&mut [0; 8]).unwrap(), 0);
     carry(&port.tunnel(1), 10_000);
-    drop(first.socket);
+    drop(first.talk);
     let status = port.wait_ring(|ring| ring.memory.is_empty());
     assert!(!status.running, "{status:?}");
     port.wait_kept(0);
     assert_eq!(port.dial(2, "tcp:7"), Err(DialError::NoSession));
-    let next = Vmm::connect(&port);
-    let _agent = next.agent();
+    let next = connect(&port);
+    let _agent = boot(&next);
     port.wait_ring(|ring| ring.running);
     // Whoever holds on to the old memory writes to nobody.
     for at in (0..1 << 20).step_by(8) {

@@ -3,149 +3,24 @@
 
 mod guest;
 mod running;
+mod vmm;
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use adit_channel::hello::{self, Accept, Common, Hello};
-use adit_channel::ring::{RingBells, RingCarrier};
-use adit_channel::shard::{Shard, ShardThread};
+use adit_channel::hello;
 use adit_channel::sink::Sink;
-use adit_channel::stream::Stream;
-use adit_engine::EngineConfig;
-use adit_port::control::{IVSHMEM_SOCKET, RING_PEER_PORT, RING_SOCKET, Ring, Target};
-use adit_port::control_io::{Message, receive};
+use adit_port::control::{IVSHMEM_SOCKET, RING_PEER_PORT, RING_SOCKET, Target};
+use adit_port::control_io::Message;
 use adit_ringbuf::Mapped;
-use adit_ringbuf::region::Features;
 use adit_ringbuf_io::attach::{AttachError, Bells, Code, Offer, Socket};
-use running::{Aditd, Running};
-
-const BYTES: usize = 4 << 20;
-const LONG: Duration = Duration::from_secs(20);
+use running::Running;
+use vmm::{BYTES, LONG, Vmm, echoed, offer, wait_dialed, wait_ring};
 
 fn service() -> Target {
     Target::Service("tcp:80".parse().unwrap())
-}
-
-fn offer(vm: &str, bytes: usize) -> Offer {
-    Offer {
-        vm: vm.into(),
-        bytes: bytes as u64,
-        lanes: 2,
-    }
-}
-
-/// A VMM with a ring, and the guest in it.
-struct Vmm {
-    socket: Socket,
-    fd: OwnedFd,
-    memory: Mapped,
-    bells: Bells,
-}
-
-impl Vmm {
-    fn attach(dir: &Path) -> Result<Self, AttachError> {
-        let (memory, fd) = Mapped::memfd(BYTES).unwrap();
-        let bells = Bells::new().unwrap();
-        let socket = Socket::connect(&dir.join(RING_SOCKET)).unwrap();
-        socket.offer(&offer("web-1", BYTES), 1, fd.as_fd(), &bells)?;
-        Ok(Self {
-            socket,
-            fd,
-            memory,
-            bells,
-        })
-    }
-
-    /// Boots a guest whose agent greets and echoes.
-    fn boot(&self) -> Agent {
-        let bells = RingBells::of_guest(self.bells.try_clone().unwrap());
-        Agent::start(self.memory.clone(), bells)
-    }
-}
-
-struct Agent {
-    handle: adit_channel::shard::Handle,
-    _thread: ShardThread,
-}
-
-impl Agent {
-    fn start(memory: Mapped, bells: RingBells) -> Self {
-        let carrier = RingCarrier::guest(memory, 0x1234_5678, Features::NONE, bells).unwrap();
-        let mut shard = Shard::new().unwrap();
-        let port = shard.add(carrier, EngineConfig::default(), 9).unwrap();
-        let handle = shard.handle(port);
-        let thread = shard.spawn("guest").unwrap();
-        Self {
-            handle,
-            _thread: thread,
-        }
-    }
-
-    fn serve(&self) {
-        let listener = self.handle.listen(hello::PORT).unwrap();
-        std::thread::spawn(move || {
-            while let Ok(incoming) = listener.accept() {
-                let stream = incoming.accept().unwrap();
-                std::thread::spawn(move || greet_and_echo(&stream));
-            }
-        });
-    }
-}
-
-fn greet_and_echo(stream: &Stream) {
-    let (mut reader, mut writer) = (stream, stream);
-    let Ok(Hello::Open(_)) = hello::read(&mut reader) else {
-        return;
-    };
-    let common = Common {
-        features: 0,
-        epoch: 0,
-        boot_nonce: [7; 16],
-    };
-    let accept = Accept {
-        common,
-        version: hello::VERSION,
-    };
-    let _ = writer.write_all(&Hello::Accept(accept).encode());
-    let _ = std::io::copy(&mut reader, &mut writer);
-    let _ = stream.shutdown(adit_engine::How::Send);
-}
-
-/// Waits until the ring is as wanted.
-fn wait_ring(aditd: &Aditd, want: impl Fn(&Ring) -> bool) -> Ring {
-    let until = Instant::now() + LONG;
-    loop {
-        assert!(Instant::now() < until, "the ring is never like that");
-        if let (Message::Ring(ring), _) = receive(&aditd.0).unwrap().expect("connection")
-            && want(&ring)
-        {
-            return ring;
-        }
-    }
-}
-
-fn wait_dialed(aditd: &Aditd) -> Message {
-    let until = Instant::now() + LONG;
-    loop {
-        assert!(Instant::now() < until, "no answer");
-        if let Some((message, _)) = aditd.heard() {
-            return message;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-fn echoed(mut socket: &UnixStream, text: &[u8]) {
-    socket.set_nonblocking(false).unwrap();
-    socket.set_read_timeout(Some(LONG)).unwrap();
-    socket.write_all(text).unwrap();
-    let mut got = vec![0; text.len()];
-    socket.read_exact(&mut got).unwrap();
-    assert_eq!(got, text);
 }
 
 #[test]
@@ -181,7 +56,7 @@ fn a_service_takes_the_ring_while_it_runs_and_vsock_before_and_after() {
     assert!(matches!(message, Message::Dialed(d) if d.id == 2));
     drop(far);
     // The VMM goes, and with it the ring: its stream ends, and the next dial asks the guest's vsock.
-    drop(vmm.socket);
+    drop(vmm.talk);
     let gone = wait_ring(&aditd, |ring| !ring.running);
     assert!(gone.why.contains("the ring went"), "{}", gone.why);
     let ended = (&tunnel).read(&mut [0; 8]);

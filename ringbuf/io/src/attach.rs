@@ -19,7 +19,7 @@
 //! | 24 | u64 zero |
 //!
 //! Little-endian. A packet of more than 4 KiB or 8 descriptors, or with anything that is not said here, ends the
-//! conversation; every descriptor that came with it is closed.
+//! conversation; every descriptor that came with it is closed ([`crate::passed`] says by whom).
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -38,7 +38,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::doorbell::{borrow, from_passed};
+use crate::doorbell::borrow;
+use crate::passed::{self, Passed};
 
 const MAGIC: [u8; 8] = *b"ADITATT1";
 /// Of the conversation.
@@ -74,6 +75,11 @@ pub enum AttachError {
     /// What came is not what belongs here.
     #[error("attach packet: {0}")]
     Malformed(&'static str),
+    /// What came before cannot be closed: its file system does not answer. The fault of whoever passed it.
+    #[error(
+        "too many descriptors that were passed cannot be closed, for their file system does not answer"
+    )]
+    Overfull,
     /// The memory that came is no memory for a ring.
     #[error("region")]
     Memory(#[from] MemfdError),
@@ -256,7 +262,7 @@ struct Packet {
     what: u16,
     epoch: u64,
     body: Vec<u8>,
-    fds: Vec<OwnedFd>,
+    fds: Vec<Passed>,
 }
 
 impl Socket {
@@ -319,16 +325,19 @@ impl Socket {
 
     fn recv(&self) -> Result<Packet, AttachError> {
         let bad = |what| Err(AttachError::Malformed(what));
+        if passed::overfull() {
+            return Err(AttachError::Overfull);
+        }
         let mut packet = [0; PACKET_MAX];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let parts = &mut [IoSliceMut::new(&mut packet)];
         let got = recvmsg(&self.0, parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
         // Owned before anything is looked at: whatever is refused is closed.
-        let mut fds = Vec::new();
+        let mut fds: Vec<Passed> = Vec::new();
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
-                fds.extend(rights);
+                fds.extend(rights.map(Passed::from));
             }
         }
         if got.bytes == 0 && fds.is_empty() {
@@ -373,7 +382,7 @@ impl Socket {
         &self,
         what: What,
         fds: usize,
-    ) -> Result<(T, u64, Vec<OwnedFd>), AttachError> {
+    ) -> Result<(T, u64, Vec<Passed>), AttachError> {
         let packet = self.recv()?;
         if packet.what == What::Refuse as u16 {
             let Refuse { code, text } = body(&packet.body)?;
@@ -433,10 +442,11 @@ impl Socket {
             let code = match &e {
                 AttachError::Version { .. } => Code::Version,
                 AttachError::Memory(_) | AttachError::Doorbell { .. } => Code::Memory,
+                AttachError::Overfull => Code::Busy,
                 _ => Code::Malformed,
             };
             // It may be gone already.
-            let _ = socket.refuse(code, &e.to_string());
+            let _ = socket.refuse(code, &chain(&e));
             e
         })
     }
@@ -457,11 +467,11 @@ impl Socket {
             let bytes = bytes.ok_or(AttachError::Malformed("bytes of the region"))?;
             let mut fds = fds.into_iter();
             let memory = fds.next().ok_or(AttachError::Malformed("no memory"))?;
-            let memory = Mapped::from_memfd(memory, bytes)?;
+            let memory = memory.memory(bytes)?;
             let mut which = 0;
             let mut bell = || {
                 let fd = fds.next().ok_or(AttachError::Malformed("no doorbell"))?;
-                let bell = from_passed(fd);
+                let bell = fd.doorbell();
                 which += 1;
                 bell.map_err(|source| AttachError::Doorbell {
                     which: which - 1,
@@ -522,6 +532,17 @@ fn shown(text: &str) -> String {
         (*bytes <= TEXT_MAX).then_some(c)
     });
     fit.filter(|c| !c.is_control()).collect()
+}
+
+/// An error and its causes in one line.
+fn chain(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut source = e.source();
+    while let Some(e) = source {
+        text += &format!(": {e}");
+        source = e.source();
+    }
+    text
 }
 
 fn body<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, AttachError> {

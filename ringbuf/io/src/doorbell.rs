@@ -9,8 +9,9 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rustix::fs::FileType;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::passed::Passed;
 
 /// Wakes the other side.
 pub trait Doorbell {
@@ -41,22 +42,25 @@ pub fn event_fd() -> io::Result<EventFd> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }
 
-/// A doorbell that somebody passed.
+/// A doorbell that somebody passed. What is none is let go of as [`crate::passed`] says.
 ///
 /// # Errors
 /// It is no eventfd, or cannot be examined.
 pub fn from_passed(fd: OwnedFd) -> io::Result<EventFd> {
-    let none = || io::Error::new(io::ErrorKind::InvalidInput, "no eventfd");
-    // Nothing that has a type: a file, a pipe, a device, all of which could be somebody's file system in user space.
-    let mode = rustix::fs::fstat(&fd)?.st_mode;
-    if FileType::from_raw_mode(mode) != FileType::Unknown {
-        return Err(none());
-    }
+    Passed::from(fd).doorbell()
+}
+
+pub(crate) fn no_eventfd() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "no eventfd")
+}
+
+/// The same, of what is known to be no file, pipe or device.
+pub(crate) fn from_nameless(fd: OwnedFd) -> io::Result<EventFd> {
     fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    // Of what has none, only an eventfd takes eight bytes of zero, and they change nothing. (A process that has given up
+    // Of what has no name, only an eventfd takes eight bytes of zero, and they change nothing. (A process that has given up
     // its files cannot ask /proc.)
     if rustix::io::write(&fd, &0u64.to_ne_bytes()) != Ok(8) {
-        return Err(none());
+        return Err(no_eventfd());
     }
     // SAFETY: the descriptor is open, an eventfd, and owned by nobody else from here on.
     Ok(unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) })

@@ -11,6 +11,7 @@ pub mod attach;
 pub mod blocking;
 pub mod doorbell;
 pub mod ivshmem;
+pub mod passed;
 mod spin;
 
 pub use spin::Spin;

@@ -1,6 +1,7 @@
 //! A guest in software on the other side of a real vhost-user socket: the harness's driver as a carrier under a port
 //! of its own, so that the guest's streams end in ordinary sockets too.
 #![allow(unsafe_code)] // the crate's eventfd type lends no `BorrowedFd`
+#![allow(dead_code)] // each test file uses its part
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -103,13 +104,11 @@ impl DriverCarrier {
     }
 
     /// The VMM's end of the socket, to say more on it.
-    #[allow(dead_code)] // not every test file does
     pub fn frontend(&self) -> Frontend {
         self.frontend.clone()
     }
 
     /// The memory table as it was handed over, and the descriptor in it.
-    #[allow(dead_code)]
     pub fn table(&self) -> (VhostUserMemoryRegionInfo, File) {
         let file = self.memory.try_clone().unwrap();
         (region(&file), file)

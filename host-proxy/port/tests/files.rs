@@ -1,0 +1,216 @@
+//! What a VMM may send in place of memory and doorbells to the real `adit-port`: files of a file system that never answers,
+//! memory whose pages may run out, memory that nobody may write, descriptors in another order.
+
+mod fuse;
+mod guest;
+mod running;
+mod vmm;
+
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use adit_port::control::RING_SOCKET;
+use adit_ringbuf::Mapped;
+use adit_ringbuf_io::attach::{AttachError, Bells, Code, Offer, Socket};
+use adit_ringbuf_io::doorbell::Waiter;
+use running::Running;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use vmm::{BYTES, LONG, Vmm, offer, wait_ring};
+
+/// An answer that waits for nobody's file system.
+const SOON: Duration = Duration::from_secs(5);
+
+fn connect(running: &Running) -> Socket {
+    let socket = Socket::connect(&running.dir.join(RING_SOCKET)).unwrap();
+    socket.answer_within(LONG).unwrap();
+    socket
+}
+
+/// An offer with any five descriptors.
+fn offered(running: &Running, offer: &Offer, fds: [&OwnedFd; 5]) -> AttachError {
+    let socket = connect(running);
+    // What a VMM says first, and the offer: the head of each, as the attach socket has it.
+    for (what, body, fds) in [
+        (1u16, postcard::to_allocvec("a VMM").unwrap(), &[][..]),
+        (2, postcard::to_allocvec(offer).unwrap(), &fds[..]),
+    ] {
+        let mut packet = b"ADITATT1\x01\0".to_vec();
+        packet.extend(what.to_le_bytes());
+        packet.extend((fds.len() as u16).to_le_bytes());
+        packet.extend([0; 18]);
+        packet.extend(body);
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        let mut space = vec![std::mem::MaybeUninit::uninit(); 256];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(&fds)));
+        let parts = [std::io::IoSlice::new(&packet)];
+        // It may have refused already.
+        let _ = sendmsg(&socket, &parts, &mut control, SendFlags::NOSIGNAL);
+    }
+    loop {
+        match socket.wait() {
+            // Its hello, and that it closed the socket without reading all of it.
+            AttachError::Malformed(_) => {}
+            AttachError::Io(e) if e.kind() == ErrorKind::ConnectionReset => {}
+            refused => return refused,
+        }
+    }
+}
+
+fn code(e: &AttachError) -> Option<Code> {
+    match e {
+        AttachError::Refused { code, .. } => Some(*code),
+        _ => None,
+    }
+}
+
+fn text(e: &AttachError) -> &str {
+    match e {
+        AttachError::Refused { text, .. } => text,
+        _ => "",
+    }
+}
+
+/// The process still serves: a VMM in order is taken.
+fn serves(running: &mut Running) {
+    let aditd = running.connect();
+    let vmm = Vmm::attach(&running.dir).expect("taken");
+    let _agent = vmm.boot();
+    wait_ring(&aditd, |ring| ring.running);
+}
+
+fn bell(bells: &Bells) -> OwnedFd {
+    bells.host_data.fd().unwrap().try_clone_to_owned().unwrap()
+}
+
+fn descriptors(running: &Running) -> usize {
+    let dir = format!("/proc/{}/fd", running.child.id());
+    std::fs::read_dir(dir).unwrap().count()
+}
+
+/// The file system's server, in a process of its own.
+#[test]
+fn server() {
+    fuse::serve();
+}
+
+/// Memory, a doorbell, and descriptors too many, whose server answers nothing, not even whether they may be closed.
+#[test]
+fn files_of_a_file_system_that_never_answers_keep_nobody_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut running = Running::start();
+    let aditd = running.connect();
+    // Declared before what is open: the server goes first.
+    let (file, bells, memory);
+    let Some(mute) = fuse::Mute::mount(dir.path(), "server") else {
+        return;
+    };
+    file = OwnedFd::from(mute.open());
+    bells = Bells::new().unwrap();
+    memory = Mapped::memfd(BYTES).unwrap().1;
+    let good = bell(&bells);
+    let before = descriptors(&running);
+    let offer = offer("web-1", BYTES);
+    for round in 0..4 {
+        for fds in [
+            [&file, &good, &good, &good, &good],
+            [&memory, &file, &good, &good, &good],
+            [&memory, &good, &good, &good, &file],
+            [&file, &file, &file, &file, &file],
+        ] {
+            let begin = Instant::now();
+            let refused = offered(&running, &offer, fds);
+            assert_eq!(code(&refused), Some(Code::Memory), "{refused:?}");
+            assert!(
+                begin.elapsed() < SOON,
+                "round {round}: {:?}",
+                begin.elapsed()
+            );
+        }
+    }
+    let begin = Instant::now();
+    serves(&mut running);
+    assert!(
+        begin.elapsed() < SOON,
+        "the next VMM: {:?}",
+        begin.elapsed()
+    );
+    // As many as are let wait, and nobody with more of them is listened to.
+    let refused = loop {
+        let refused = offered(&running, &offer, [&file; 5]);
+        if code(&refused) != Some(Code::Memory) {
+            break refused;
+        }
+        assert!(descriptors(&running) < before + 200);
+    };
+    assert_eq!(code(&refused), Some(Code::Busy), "{refused:?}");
+    drop(aditd);
+    // The server ends, and with it all waiting.
+    drop(mute);
+    let until = Instant::now() + LONG;
+    while descriptors(&running) > before + 2 {
+        assert!(Instant::now() < until, "{} left", descriptors(&running));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    serves(&mut running);
+    drop((file, bells, memory));
+}
+
+#[test]
+fn r13_memory_of_huge_pages_or_without_a_right_to_write_is_refused() {
+    let mut running = Running::start();
+    running.connect();
+    let refused = |memory: &OwnedFd, seals| {
+        fcntl_add_seals(memory, seals).unwrap();
+        let bells = Bells::new().unwrap();
+        let offered = connect(&running).offer(&offer("web-1", BYTES), 1, memory.as_fd(), &bells);
+        let refused = offered.expect_err("no memory for a ring");
+        assert_eq!(code(&refused), Some(Code::Memory), "{refused:?}");
+        refused
+    };
+    let fixed = SealFlags::SHRINK | SealFlags::GROW;
+    let plain = memfd_create("plain", MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&plain, BYTES as u64).unwrap();
+    refused(&plain, fixed | SealFlags::WRITE);
+    let flags = MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    match memfd_create("huge", flags) {
+        Ok(huge) => {
+            ftruncate(&huge, BYTES as u64).unwrap();
+            let refused = refused(&huge, fixed);
+            assert!(text(&refused).contains("huge pages"), "{refused:?}");
+        }
+        Err(e) => println!("skipped: this machine has no huge pages: {e}"),
+    }
+    serves(&mut running);
+}
+
+#[test]
+fn descriptors_in_another_order_and_of_which_the_vmm_has_closed_its_own() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let memory = Mapped::memfd(BYTES).unwrap().1;
+    let bells = Bells::new().unwrap();
+    let good = bell(&bells);
+    let offer = offer("web-1", BYTES);
+    for fds in [
+        [&good, &memory, &good, &good, &good],
+        [&good, &good, &good, &good, &memory],
+        [&memory, &memory, &memory, &memory, &memory],
+        [&good, &good, &good, &good, &good],
+    ] {
+        let refused = offered(&running, &offer, fds);
+        assert_eq!(code(&refused), Some(Code::Memory), "{refused:?}");
+    }
+    // All that the VMM has left is the socket: what it passed is the other side's.
+    let (region, fd) = Mapped::memfd(BYTES).unwrap();
+    let socket = connect(&running);
+    let epoch = socket.offer(&offer, 1, fd.as_fd(), &bells).unwrap();
+    drop((region, fd, bells, good));
+    wait_ring(&aditd, |ring| !ring.memory.is_empty());
+    assert!(epoch > 0);
+    drop(socket);
+    wait_ring(&aditd, |ring| ring.memory.is_empty());
+    serves(&mut running);
+}
