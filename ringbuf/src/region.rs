@@ -28,10 +28,12 @@ pub const MAJOR: u16 = 1;
 /// Added to without harm to those who know less.
 pub const MINOR: u16 = 0;
 
-/// Offsets of the state words.
-pub(crate) const HOST_WORD: usize = PAGE;
-pub(crate) const GUEST_WORD: usize = 2 * PAGE;
-pub(crate) const ACCEPTED: usize = 2 * PAGE + 8;
+/// Offset of the host's state word, and of the page that it alone writes.
+pub const HOST_WORD: usize = PAGE;
+/// Offset of the guest's, likewise.
+pub const GUEST_WORD: usize = 2 * PAGE;
+/// Offset of the features that the guest takes.
+pub const ACCEPTED: usize = GUEST_WORD + 8;
 
 const DATA: usize = 3 * PAGE;
 const HEAD: usize = 256;

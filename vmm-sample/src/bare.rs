@@ -169,6 +169,21 @@ fn start(kvm: &Kvm, vcpu: &VcpuFd, entry: u64, task: Task, bytes: u64) -> anyhow
     .context("KVM_SET_REGS")
 }
 
+/// The guest half of ring and engine; returns a line that says what they do, or why nothing was tried.
+///
+/// # Errors
+/// The guest does not do what it should.
+pub fn ring(image: &Path) -> anyhow::Result<String> {
+    if let Err(e) = kvm() {
+        return Ok(format!("skipped: {e:#}"));
+    }
+    let figures = adit_bare::figures::measure(|region, bytes| {
+        let mut guest = Bare::new(image, Task::Streams, Some((region, bytes)))?;
+        Ok(Box::new(move || guest.run()))
+    });
+    figures.map(|figures| figures.to_string())
+}
+
 /// Memory, exits, an ioeventfd and an irqfd; returns a line that says what was seen.
 ///
 /// # Errors

@@ -41,6 +41,9 @@ pub enum Command {
     Bare {
         /// The image: adit-bare, built for x86_64-unknown-none
         image: PathBuf,
+        /// Have it run the guest half of ring and engine, and print what they do
+        #[arg(long)]
+        ring: bool,
     },
 }
 

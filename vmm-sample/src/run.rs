@@ -24,10 +24,13 @@ pub fn main() -> ExitCode {
     let done = match Options::parse().command {
         Command::Run(options) => run(&options).map(ended),
         Command::Restore(options) => restore(&options).map(ended),
-        Command::Bare { image } => bare::smoke(&image).map(|said| {
-            println!("{said}");
-            ExitCode::SUCCESS
-        }),
+        Command::Bare { image, ring } => {
+            let tried = if ring { bare::ring } else { bare::smoke }(&image);
+            tried.map(|said| {
+                println!("{said}");
+                ExitCode::SUCCESS
+            })
+        }
     };
     match done {
         Ok(status) => status,

@@ -11,7 +11,7 @@ use adit_bare::streams;
 use adit_channel::dial::DialError;
 use adit_channel::ring::{self, RingBells, RingCarrier};
 use adit_channel::shard::Shard;
-use adit_channel::stream::Target;
+use adit_channel::stream::{Dialer, Stream, Target};
 use adit_engine::{EngineConfig, How};
 use adit_ringbuf::region::{Lane, Side, Spec};
 use adit_ringbuf::session::{Ends, Event, Host};
@@ -132,6 +132,17 @@ fn a_guest_in_user_mode_ends_when_its_host_breaks_the_ring() {
     assert!(said.contains("ring: "), "{said}");
 }
 
+/// Dials, as often as there is no session yet.
+fn dial(dialer: &Dialer, port: u32) -> Result<Stream, DialError> {
+    let target = Target { port, hello: None };
+    loop {
+        match dialer.dial(&target, LIMIT) {
+            Err(DialError::NoSession) => thread::sleep(Duration::from_millis(1)),
+            other => return other,
+        }
+    }
+}
+
 /// The engine on both sides: in a guest without an operating system, and in a shard.
 #[test]
 fn a_guest_in_user_mode_serves_streams() {
@@ -147,17 +158,8 @@ fn a_guest_in_user_mode_serves_streams() {
     let port = shard.add(carrier, EngineConfig::default(), 7).unwrap();
     let dialer = shard.handle(port).dialer();
     let thread = shard.spawn("ring").unwrap();
-    let dial = |port| {
-        let target = Target { port, hello: None };
-        loop {
-            match dialer.dial(&target, LIMIT) {
-                Err(DialError::NoSession) => thread::sleep(Duration::from_millis(1)),
-                other => return other,
-            }
-        }
-    };
     for len in [1usize, 63, 4096, 65_537, 1 << 20] {
-        let stream = dial(streams::PORT).unwrap();
+        let stream = dial(&dialer, streams::PORT).unwrap();
         let sent: Vec<u8> = (0..len).map(|n| (n * 31 + n / 251) as u8).collect();
         let mut back = Vec::new();
         thread::scope(|scope| {
@@ -169,9 +171,91 @@ fn a_guest_in_user_mode_serves_streams() {
         });
         assert!(back == sent, "{len} bytes came back as {}", back.len());
     }
-    assert!(dial(streams::PORT + 1).is_err(), "nobody listens there");
+    assert!(
+        dial(&dialer, streams::PORT + 1).is_err(),
+        "nobody listens there"
+    );
     drop((dialer, thread));
     assert_eq!(guest.join().unwrap(), (Verdict::Done, String::new()));
+}
+
+/// The hostile guest: R1 to R8, R10, R15 and R16 of the attack catalogue, one after the other. Another VM on the host's
+/// shard echoes through all of it, and afterwards the region serves a guest in order.
+#[test]
+fn r01_to_r16_a_guest_in_user_mode_breaks_every_rule_and_hurts_nobody_else() {
+    let Some(image) = image() else { return };
+    let (memory, fd) = Mapped::memfd(REGION_BYTES as usize).unwrap();
+    let guest_of = |task| {
+        let region = (File::from(fd.try_clone().unwrap()), REGION_BYTES);
+        let mut guest = Bare::new(&image, task, Some(region)).unwrap();
+        thread::spawn(move || guest.run().unwrap())
+    };
+    let spec = ring::spec(REGION_BYTES as usize).unwrap();
+    let attacked = RingCarrier::host(memory, spec, 1, RingBells::polled()).unwrap();
+    let (other, _) = Mapped::memfd(REGION_BYTES as usize).unwrap();
+    let beside = RingCarrier::host(other.clone(), spec, 1, RingBells::polled()).unwrap();
+    let mut shard = Shard::new().unwrap();
+    let config = EngineConfig::default();
+    let [attacked, beside] =
+        [attacked, beside].map(|carrier| shard.add(carrier, config, 7).unwrap());
+    let [attacked, beside] = [attacked, beside].map(|port| shard.handle(port).dialer());
+    let host = shard.spawn("ring").unwrap();
+    let neighbour = thread::spawn(move || streams::serve(other, || adit_engine::Tick(0)));
+    let mut echo = dial(&beside, streams::PORT).unwrap();
+
+    let rude = guest_of(Task::Rude);
+    let mut echoes = 0;
+    while !rude.is_finished() {
+        echo.set_deadline(Some(std::time::Instant::now() + LIMIT));
+        echo.write_all(b"undisturbed").unwrap();
+        echo.read_exact(&mut [0; 11]).unwrap();
+        echoes += 1;
+    }
+    let (verdict, said) = rude.join().unwrap();
+    println!("{said}{echoes} echoes of the other VM meanwhile");
+    assert_eq!(verdict, Verdict::Done, "{said}");
+    assert!(echoes > 100, "{echoes} echoes");
+    let cases = adit_bare::rude::cases::<Mapped>();
+    assert_eq!(said.lines().count(), cases.len(), "{said}");
+    for (name, _) in cases {
+        let line = said.lines().find(|line| line.starts_with(name)).unwrap();
+        assert!(!line.contains(" 0 sessions"), "{line}");
+        // Packets of nobody's, and doorbells that there are not, end no session.
+        if ["r08-ids", "r10-doorbells"].contains(&name) {
+            assert!(line.ends_with(" 0 ended"), "{line}");
+        }
+    }
+
+    let honest = guest_of(Task::Streams);
+    let mut stream = dial(&attacked, streams::PORT).unwrap();
+    stream.write_all(&[3; 10_000]).unwrap();
+    stream.read_exact(&mut [0; 10_000]).unwrap();
+    drop((echo, stream, attacked, beside, host));
+    assert_eq!(honest.join().unwrap(), (Verdict::Done, String::new()));
+    neighbour.join().unwrap().unwrap();
+}
+
+/// The command that prints the figures of ring and engine in such a guest.
+#[test]
+fn the_figures_of_ring_and_engine_are_printed_or_why_there_are_none() {
+    let Some(image) = std::env::var_os("ADIT_BARE_IMAGE") else {
+        println!("skipped: ADIT_BARE_IMAGE is not set; `cargo xtask test` builds the image");
+        return;
+    };
+    let out = std::process::Command::new(env!("CARGO_BIN_EXE_adit-vmm"))
+        .args(["bare", "--ring"])
+        .arg(image)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&out.stdout);
+    let errors = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{said}{errors}");
+    print!("{said}");
+    let skipped = said.starts_with("skipped: ") && !std::path::Path::new("/dev/kvm").exists();
+    assert!(
+        skipped || said.contains("64 B there and back") && said.contains("MiB/s"),
+        "{said}"
+    );
 }
 
 #[test]

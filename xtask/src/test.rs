@@ -216,6 +216,8 @@ fn bare() -> anyhow::Result<()> {
             "adit-vmm-sample",
             "--test",
             "bare",
+            "--test",
+            "bare_cycles",
             "--",
             "--nocapture",
         ],

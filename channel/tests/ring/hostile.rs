@@ -1,5 +1,5 @@
 //! A peer that writes what it likes into the region (ATTACKS R1 to R11, through the carrier): the session ends, its
-//! streams with it, and the next one begins within a second; nothing else of this process is touched.
+//! streams with it, and the next one begins within a second; another VM on the same shard echoes through all of it.
 
 use std::io::{Read, Write};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use adit_ringbuf::region::Side;
 use adit_ringbuf::{Mapped, RingMem};
 use adit_ringbuf_io::doorbell::Doorbell;
 
-use crate::world::{End, LONG, Region, SOON, dial, echo, serve, shard};
+use crate::world::{End, LONG, Region, SOON, Shared, dial, echo, serve, shard};
 
 const PORT: u32 = 741;
 
@@ -38,7 +38,8 @@ fn places(mem: &impl RingMem) -> Places {
 /// Breaks the region under a running session, and sees it torn and begun anew.
 fn broken_by(what: &str, lie: impl Fn(&Mapped, &Places)) {
     let region = Region::new();
-    let host = End::spawn(region.host());
+    let shared = Shared::spawn(&region);
+    let host = &shared.end;
     let guest = End::spawn(region.guest());
     serve(guest.listen(PORT), echo);
     let old = host.dial(PORT);
@@ -59,6 +60,7 @@ fn broken_by(what: &str, lie: impl Fn(&Mapped, &Places)) {
     drop(stream);
     let took = begin.elapsed();
     assert!(took < SOON, "{what}: {took:?}");
+    shared.others_lived(what);
 }
 
 /// The next record header of a lane: the first word that is zero. Records begin at whole lines.
@@ -127,7 +129,8 @@ fn r7_state_word_of_another_session() {
 /// host is out of room.
 fn consumer_says(what: &str, lie: impl Fn(u64) -> u64 + Send + 'static) {
     let region = Region::new();
-    let host = End::spawn(region.host());
+    let shared = Shared::spawn(&region);
+    let host = &shared.end;
     let guest = End::spawn(region.guest());
     serve(guest.listen(PORT), |mut stream| {
         let _ = std::io::copy(&mut stream, &mut std::io::sink());
@@ -160,6 +163,7 @@ fn consumer_says(what: &str, lie: impl Fn(u64) -> u64 + Send + 'static) {
     let begin = Instant::now();
     drop(host.dial(PORT));
     assert!(begin.elapsed() < SOON, "{what}");
+    shared.others_lived(what);
 }
 
 #[test]
@@ -253,7 +257,8 @@ fn r11_a_guest_that_never_takes_a_record_is_no_hang_and_no_spin() {
 #[test]
 fn r1_a_guest_that_rewrites_everything_all_the_time() {
     let region = Region::new();
-    let host = End::spawn(region.host());
+    let shared = Shared::spawn(&region);
+    let host = &shared.end;
     let guest = End::spawn(region.guest());
     serve(guest.listen(PORT), echo);
     drop(host.dial(PORT));
@@ -301,4 +306,5 @@ fn r1_a_guest_that_rewrites_everything_all_the_time() {
     stream.write_all(b"well?").expect("room");
     let mut buf = [0; 5];
     stream.read_exact(&mut buf).expect("an answer");
+    shared.others_lived("rewritten");
 }

@@ -1,7 +1,10 @@
 //! Two shards on two mappings of one region.
 
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use adit_channel::dial::DialError;
@@ -128,6 +131,60 @@ pub fn dial(handle: &Handle, port: u32) -> Stream {
             }
             stream => return stream.expect("a stream"),
         }
+    }
+}
+
+/// The host's end of a region on a shard that serves another VM as well, whose stream is in use all the while.
+pub struct Shared {
+    pub end: End,
+    over: Arc<AtomicBool>,
+    echoing: JoinHandle<u32>,
+    _other: (Region, End),
+}
+
+/// Where the other VM echoes.
+const OTHERS_PORT: u32 = 7;
+
+impl Shared {
+    pub fn spawn(region: &Region) -> Self {
+        let other = Region::new();
+        let mut shard = Shard::new().expect("an epoll set");
+        let config = EngineConfig::default();
+        let [at, beside] = [(region, 7), (&other, 8)]
+            .map(|(region, seed)| shard.add(region.host(), config, seed).expect("a port"));
+        let (handle, beside) = (shard.handle(at), shard.handle(beside));
+        let thread = shard.spawn("both").expect("a thread");
+        let guest = End::spawn(other.guest());
+        serve(guest.listen(OTHERS_PORT), echo);
+        let stream = dial(&beside, OTHERS_PORT);
+        let over = Arc::new(AtomicBool::new(false));
+        let ends = over.clone();
+        let echoing = std::thread::spawn(move || {
+            let mut echoes = 0;
+            while !ends.load(Ordering::SeqCst) {
+                stream.set_deadline(Some(Instant::now() + LONG));
+                (&stream).write_all(b"undisturbed").expect("room");
+                (&stream).read_exact(&mut [0; 11]).expect("an answer");
+                echoes += 1;
+            }
+            echoes
+        });
+        Self {
+            end: End {
+                handle,
+                _thread: thread,
+            },
+            over,
+            echoing,
+            _other: (other, guest),
+        }
+    }
+
+    /// The other VM never noticed.
+    pub fn others_lived(self, what: &str) {
+        self.over.store(true, Ordering::SeqCst);
+        let echoes = self.echoing.join().expect("no error");
+        assert!(echoes > 10, "{what}: {echoes} echoes beside it");
     }
 }
 

@@ -1,67 +1,49 @@
-//! `ring-rude CASE`: a guest's root that rewrites its ring's region while the host uses it. The verdict stands on the
-//! serial line: afterwards an honest session carries a stream again.
+//! `ring-rude BOOT`: a guest's root that rewrites its ring's region while the host uses it, one case of
+//! [`adit_bare::rude`] after the other. The verdict stands on the serial line: afterwards an honest session carries a
+//! stream again.
 
+use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use adit_bare::rude::{Attack, cases};
 use adit_channel::hello::{self, Common, Hello, Open, Status};
-use adit_guest_driver::ring::{self, Device};
+use adit_engine::Tick;
+use adit_guest_driver::ring::{self, Device, Register};
 use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::ring::{RingEnd, carrier};
+use adit_ringbuf::Mapped;
 use adit_ringbuf::region::Features;
-use adit_ringbuf::session::{Event, Guest};
-use adit_ringbuf::{Mapped, RingMem};
+use adit_ringbuf::session::Guest;
 use adit_ringbuf_io::doorbell::Doorbell;
 use anyhow::{Context, bail, ensure};
 
-/// How long each attack lasts, and how often it begins anew.
-const ATTACK: Duration = Duration::from_millis(400);
-const ROUNDS: usize = 8;
+/// How long each case lasts.
+const ATTACK: Duration = Duration::from_millis(500);
 const LIMIT: Duration = Duration::from_secs(20);
-const PAGE: usize = 4096;
+/// Peers of an ivshmem doorbell, and vectors of each.
+const PEERS: u32 = 1 << 16;
+/// Where that doorbell is in BAR0.
+const DOORBELL: usize = 12;
 
-type Attack = fn(&Device, &mut Guest<Mapped>, &mut Random) -> anyhow::Result<()>;
-
-/// What is rewritten, while both sides are attached.
-const CASES: [(&str, Attack); 8] = [
-    ("head", |d, _, r| words(d, r, 0..PAGE)),
-    ("host-words", |d, _, r| words(d, r, PAGE..2 * PAGE)),
-    ("guest-words", |d, _, r| words(d, r, 2 * PAGE..3 * PAGE)),
-    ("records", |d, _, r| words(d, r, 3 * PAGE..d.memory.len())),
-    ("everything", |d, _, r| words(d, r, 0..d.memory.len())),
-    ("frames", frames),
-    ("states", states),
-    ("doorbells", doorbells),
+/// Cases of a boot.
+const BOOTS: [(&str, &[&str]); 7] = [
+    ("positions", &["r02-positions-ahead", "r03-positions-back"]),
+    ("fetches", &["r01-fetched-twice"]),
+    ("records", &["r04-pads", "r05-borders", "r06-headers"]),
+    ("messages", &["r07-messages", "r08-ids"]),
+    ("handshakes", &["r15-handshakes", "r16-ranges"]),
+    ("doorbells", &["r10-doorbells", FOREIGN]),
+    ("everything", &["everything"]),
 ];
-
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() >> 16) as usize % n
-    }
-
-    /// Any number, and often one that is near to something.
-    fn word(&mut self) -> u64 {
-        let n = self.next();
-        match n % 4 {
-            0 => n >> 8,
-            1 => 1 << (n >> 8 & 63),
-            2 => (n >> 8 & 0xffff) | 1 << 31,
-            _ => u64::MAX - (n >> 8 & 0xff),
-        }
-    }
-}
+/// Doorbells of every peer that there could be: another VM's, if its region could be reached from here.
+const FOREIGN: &str = "foreign-peers";
+/// Cases that no session may end of: what they send is nobody's.
+const HARMLESS: [&str; 2] = ["r08-ids", "r10-doorbells"];
 
 pub fn list() {
-    CASES.iter().for_each(|(name, _)| println!("{name}"));
+    BOOTS.iter().for_each(|(name, _)| println!("{name}"));
 }
 
 pub fn rude(name: &str) -> anyhow::Result<()> {
@@ -72,53 +54,82 @@ pub fn rude(name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run(name: &str) -> anyhow::Result<String> {
-    let case = CASES.iter().find(|(n, _)| *n == name);
-    let (_, attack) = case.with_context(|| format!("no case `{name}`"))?;
-    let find = || ring::find(&mut String::new()).context("no ring");
-    let device = find()?;
-    let mut head = vec![0; PAGE];
-    device.memory.read(0, &mut head);
-    let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ u64::from(std::process::id()));
-    honest(find()?, &mut random).context("before the attack")?;
-    let mut attached = 0;
-    for _ in 0..ROUNDS {
-        // What was rewritten of the head is this guest's own loss.
-        device.memory.write(0, &head);
-        let Ok(mut guest) = attach(&device, &mut random) else {
-            continue;
-        };
-        attached += 1;
-        attack(&device, &mut guest, &mut random)?;
-    }
-    device.memory.write(0, &head);
-    device.memory.zero(2 * PAGE, PAGE);
-    honest(find()?, &mut random).context("after the attack")?;
-    ensure!(
-        attached > ROUNDS / 2,
-        "{attached} of {ROUNDS} attacks met a session"
-    );
-    Ok(format!("{attached} sessions attacked"))
+fn find() -> anyhow::Result<Device> {
+    ring::find(&mut String::new()).context("no ring")
 }
 
-/// A session of the layer below, which the attacks ride on.
-fn attach(device: &Device, random: &mut Random) -> anyhow::Result<Guest<Mapped>> {
-    let mut guest = Guest::find(device.memory.clone(), random.next(), Features::NONE)?;
-    let _ = guest.attach();
-    let begin = Instant::now();
-    while begin.elapsed() < LIMIT {
-        device.data.ring()?;
-        if let Some(Event::Attached { .. }) = guest.poll()?.event {
-            device.data.ring()?;
-            return Ok(guest);
+fn run(name: &str) -> anyhow::Result<String> {
+    let boot = BOOTS.iter().find(|(n, _)| *n == name);
+    let (_, names) = boot.with_context(|| format!("no boot `{name}`"))?;
+    let device = find()?;
+    let seed = u64::from(std::process::id()) << 32 | 0x9e37_79b9;
+    honest(find()?).context("before the attack")?;
+    let mut seen = Vec::new();
+    for name in *names {
+        if *name == FOREIGN {
+            seen.push(format!("{name} {} rung", foreign_peers(&device)?));
+            continue;
         }
-        std::thread::sleep(Duration::from_millis(1));
+        let (sessions, lost) = attack(&device, name, seed)?;
+        ensure!(sessions > 0, "{name} met no session");
+        ensure!(
+            !HARMLESS.contains(name) || lost == 0,
+            "{name} ended {lost} sessions"
+        );
+        honest(find()?).with_context(|| format!("after {name}"))?;
+        seen.push(format!(
+            "{name} {sessions} sessions, {lost} ended by the host"
+        ));
     }
-    bail!("the host does not answer")
+    Ok(seen.join("; "))
+}
+
+/// Returns how many sessions there were, and how many of them the host ended.
+fn attack(device: &Device, name: &str, seed: u64) -> anyhow::Result<(u32, u32)> {
+    let memory = device.memory.clone();
+    // Its own requests are no one's that was here before.
+    let guest = Guest::find(memory.clone(), seed ^ nanos(), Features::NONE)?;
+    let begin = Instant::now();
+    let now = || Tick(begin.elapsed().as_nanos() as u64);
+    let ring = || {
+        // A store to a register does not fail.
+        let _ = device.data.ring();
+        let _ = device.space.ring();
+    };
+    let case = cases::<Mapped>().into_iter().find(|(n, _)| *n == name);
+    let (_, case) = case.with_context(|| format!("no case `{name}`"))?;
+    let mut attack = Attack::new(memory, guest, seed, &ring, &now, ATTACK.as_nanos() as u64);
+    attack.run(case);
+    Ok((attack.sessions, attack.lost))
+}
+
+/// Stores every peer and vector that there could be to the function's doorbell register.
+fn foreign_peers(device: &Device) -> anyhow::Result<u32> {
+    const AT_ONCE: usize = 256;
+    let registers = format!("/sys/bus/pci/devices/{}/resource0", device.function);
+    let file = File::options().read(true).write(true).open(registers)?;
+    let len = usize::try_from(file.metadata()?.len())?;
+    let mut rung = 0;
+    for first in (0..2 * PEERS).step_by(AT_ONCE) {
+        let values: [u32; AT_ONCE] = std::array::from_fn(|n| {
+            let n = first + n as u32;
+            ((n % PEERS) << 16) | (n / PEERS)
+        });
+        for register in Register::map(file.as_fd(), 0, len, DOORBELL, values)? {
+            register.ring()?;
+            rung += 1;
+        }
+    }
+    Ok(rung)
+}
+
+fn nanos() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(1, |since| since.as_nanos() as u64)
 }
 
 /// A stream to the host, and its answer.
-fn honest(device: Device, random: &mut Random) -> anyhow::Result<()> {
+fn honest(device: Device) -> anyhow::Result<()> {
     let begin = Instant::now();
     let (memory, bells, _kept) = device.split();
     let end = RingEnd::start(carrier(memory, bells)?)?;
@@ -131,7 +142,7 @@ fn honest(device: Device, random: &mut Random) -> anyhow::Result<()> {
     };
     stream.set_timeout(Some(LIMIT))?;
     let common = Common {
-        epoch: random.next(),
+        epoch: nanos(),
         ..Common::default()
     };
     let open = Open::new("none".parse()?, common);
@@ -140,68 +151,4 @@ fn honest(device: Device, random: &mut Random) -> anyhow::Result<()> {
         Hello::Refuse(refuse) if refuse.status == Status::UnknownService => Ok(()),
         other => bail!("{other:?}"),
     }
-}
-
-/// Random words at random places, and the doorbells rung all the while.
-fn words(device: &Device, random: &mut Random, at: std::ops::Range<usize>) -> anyhow::Result<()> {
-    let begin = Instant::now();
-    while begin.elapsed() < ATTACK {
-        for _ in 0..256 {
-            let place = at.start + 8 * random.below((at.end - at.start) / 8);
-            device.memory.store(place, random.word());
-        }
-        device.data.ring()?;
-        device.space.ring()?;
-    }
-    Ok(())
-}
-
-/// Records in order with frames that are not: any port, length, type and operation.
-fn frames(device: &Device, guest: &mut Guest<Mapped>, random: &mut Random) -> anyhow::Result<()> {
-    let begin = Instant::now();
-    let mut lanes = Vec::new();
-    for lane in 0..2 {
-        lanes.extend(guest.ends(lane, true)?);
-    }
-    let mut buf = vec![0; 64 << 10];
-    while begin.elapsed() < ATTACK {
-        for ends in &mut lanes {
-            let len = random.below(200);
-            let mut record: Vec<u8> = (0..len).map(|_| random.next() as u8).collect();
-            if len >= 24 && random.below(4) > 0 {
-                // Ports and operations that are near to right.
-                record[4..8].copy_from_slice(&741u32.to_le_bytes());
-                record[22] = 1;
-                record[23] = 1 + random.below(8) as u8;
-            }
-            // Full, or the session is over: both are what comes of it.
-            let _ = ends.producer.try_push(&record);
-            let _ = ends.producer.publish();
-            let _ = ends.consumer.pop(&mut buf);
-            let _ = ends.consumer.release();
-        }
-        device.data.ring()?;
-    }
-    Ok(())
-}
-
-/// The state word through all that it may be, and may not.
-fn states(device: &Device, _: &mut Guest<Mapped>, random: &mut Random) -> anyhow::Result<()> {
-    let begin = Instant::now();
-    while begin.elapsed() < ATTACK {
-        let word = random.next() << 8 | random.below(9) as u64;
-        device.memory.store(2 * PAGE, word);
-        device.data.ring()?;
-    }
-    Ok(())
-}
-
-/// Doorbells, and nothing else.
-fn doorbells(device: &Device, _: &mut Guest<Mapped>, _: &mut Random) -> anyhow::Result<()> {
-    let begin = Instant::now();
-    while begin.elapsed() < ATTACK {
-        device.data.ring()?;
-        device.space.ring()?;
-    }
-    Ok(())
 }

@@ -89,7 +89,7 @@ adit-vmm restore --from /tmp/snap --vsock cid=3 --aditd $ADIT_SOCKET --name web-
 adit wait web-1 --for agent --timeout 60s || fail "no agent after the restore: $(cat /tmp/vmm.err; adit vm show web-1)"
 echo "SHOW restored in another process: the agent is back ($begin .. $(now) s)"
 page "after the restore" && runs "after the restore" && echo "SHOW http://web-1/ answers again, and the task runs on"
-ring "after the restore" && echo "SHOW over a new ring, in a new epoch ($begin .. $(now) s)"
+ring "after the restore" && echo "SHOW over a new ring, attached in a new epoch ($begin .. $attached s)"
 # A clone does not pass for its origin: not under its name, and under another it is shown for what it is.
 adit-vmm restore --from /tmp/snap --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --ring --serial /tmp/clone.log >/tmp/clone 2>&1 </dev/null &&
     fail "a clone took its origin's place"

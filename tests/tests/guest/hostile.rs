@@ -96,10 +96,11 @@ fn hostile_guests_hurt_nobody_but_themselves() {
     }
 }
 
-/// A guest that rewrites the region of its ring from inside. An honest neighbour has a ring, too: a tunnel over it lives
-/// through all of it, for the two share nothing.
+/// R1 to R8, R10, R15 and R16 from inside a guest that rewrites the region of its ring (`adit_bare::rude`), and one that
+/// looks for the doorbells of others. An honest neighbour has a ring, too: a tunnel over it lives through all of it, for
+/// the two share nothing.
 #[test]
-fn guests_that_rewrite_their_ring_hurt_nobody_but_themselves() {
+fn r01_to_r16_guests_that_rewrite_their_ring_hurt_nobody_but_themselves() {
     let Some(bins) = bins() else { return };
     let image = Image::build(Kernel::V6_1, &|what| println!("{what}")).unwrap();
     let host = Host::start_with(&bins, &["web-1", "bad"], crate::RING).unwrap();

@@ -52,6 +52,8 @@ pub enum Task {
     Echo = 1,
     /// Serve streams until the host closes the session.
     Streams = 2,
+    /// Break every rule of the ring, one after the other, and say what came of it.
+    Rude = 3,
 }
 
 /// How it went.

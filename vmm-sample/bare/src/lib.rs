@@ -5,7 +5,12 @@
 //! boots.
 #![no_std]
 extern crate alloc;
+#[cfg(feature = "host")]
+extern crate std;
 
 pub mod abi;
+#[cfg(feature = "host")]
+pub mod figures;
 pub mod ring;
+pub mod rude;
 pub mod streams;

@@ -13,6 +13,7 @@ use adit_bare::abi::{
     Task, Verdict,
 };
 use adit_bare::ring::{self, EchoError};
+use adit_bare::rude::{self, Attack};
 use adit_bare::streams;
 use adit_engine::Tick;
 use adit_ringbuf::Raw;
@@ -25,6 +26,9 @@ const HEAP_BYTES: usize = 1 << 20;
 #[global_allocator]
 static HEAP: LockedHeap = LockedHeap::empty();
 
+/// How long each case of a hostile guest lasts.
+const RUDE_NS: u64 = 300_000_000;
+
 /// The first interrupt controller's command port, and "show which lines were pulled".
 const PIC: u16 = 0x20;
 const PIC_READ_REQUESTS: u8 = 0x0a;
@@ -34,16 +38,18 @@ const LOOKS: u32 = 100_000;
 /// What the VMM jumps to.
 #[unsafe(no_mangle)]
 extern "C" fn _start(task: u64, region_bytes: usize, tsc_khz: u64) -> ! {
+    // ns = ticks * scale / 2^32, for no division.
+    let scale = (1_000_000u128 << 32) / u128::from(tsc_khz.max(1));
+    let now = || Tick(((u128::from(ticks()) * scale) >> 32) as u64);
     let done = if task == Task::Smoke as u64 {
         smoke()
     } else if task == Task::Echo as u64 {
         ended(ring::echo(region(region_bytes)))
+    } else if task == Task::Rude as u64 {
+        ended(rude(region(region_bytes), now))
     } else {
         // SAFETY: nothing was allocated before, and nothing else uses this memory.
         unsafe { HEAP.lock().init(HEAP_START as *mut u8, HEAP_BYTES) };
-        // ns = ticks * scale / 2^32, for no division.
-        let scale = (1_000_000u128 << 32) / u128::from(tsc_khz.max(1));
-        let now = || Tick(((u128::from(ticks()) * scale) >> 32) as u64);
         ended(streams::serve(region(region_bytes), now))
     };
     end(done.map_or_else(|failed| failed, |()| Verdict::Done))
@@ -67,6 +73,20 @@ fn ended(done: Result<u64, EchoError>) -> Result<(), Verdict> {
         let _ = writeln!(Text, "ring: {e}");
         Verdict::Ring
     })
+}
+
+/// Every case for a while; what came of each over the text port.
+fn rude(mem: Raw, now: impl Fn() -> Tick) -> Result<u64, EchoError> {
+    // Nobody sleeps here.
+    let ring_nobody = || {};
+    for (name, case) in rude::cases() {
+        let guest = ring::find(mem)?;
+        let mut attack = Attack::new(mem, guest, ticks(), &ring_nobody, &now, RUDE_NS);
+        attack.run(case);
+        let (sessions, lost) = (attack.sessions, attack.lost);
+        let _ = writeln!(Text, "{name}: {sessions} sessions, {lost} ended");
+    }
+    Ok(0)
 }
 
 fn smoke() -> Result<(), Verdict> {

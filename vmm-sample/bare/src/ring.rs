@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use adit_ringbuf::region::{Features, RegionError};
+use adit_ringbuf::region::{Features, GUEST_WORD, RegionError};
 use adit_ringbuf::session::{Event, Guest};
 use adit_ringbuf::{Corrupt, GeometryError, Pace, PushError, RingMem};
 
@@ -56,15 +56,27 @@ impl From<Corrupt> for EchoError {
 /// # Errors
 /// There is no region that this side can use.
 pub fn attach<M: RingMem + Clone>(mem: M) -> Result<(Guest<M>, u64), EchoError> {
-    // Nobody was here before: any start is as good as another.
-    let mut guest = Guest::find(mem, 1 << 8, Features::NONE)?;
+    let mut guest = find(mem)?;
     let _ = guest.attach();
     loop {
-        if let Some(Event::Attached { epoch, .. }) = guest.poll()?.event {
-            return Ok((guest, epoch));
+        match guest.poll()?.event {
+            Some(Event::Attached { epoch, .. }) => return Ok((guest, epoch)),
+            // Whoever was here before left something that the host took for a lie.
+            Some(Event::Lost(_)) => {
+                let _ = guest.attach();
+            }
+            None => core::hint::spin_loop(),
         }
-        core::hint::spin_loop();
     }
+}
+
+/// Looks for the region, and counts on from the requests of whoever was here before.
+///
+/// # Errors
+/// There is no region that this side can use.
+pub fn find<M: RingMem + Clone>(mem: M) -> Result<Guest<M>, RegionError> {
+    let before = mem.load(GUEST_WORD) >> 8;
+    Guest::find(mem, (before + 1) << 8, Features::NONE)
 }
 
 /// Sends every record of lane 0 back, looking on all the time, until the host ends the session. Returns how many there

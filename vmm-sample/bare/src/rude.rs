@@ -1,0 +1,495 @@
+//! What a hostile guest does to its ring, by the rows of the attack catalogue: the same attacks for a guest without an
+//! operating system, for a real one, and for a process in place of one.
+//!
+//! A case begins in a session, and asks for another one whenever the host ended that. What the host makes of it is not
+//! seen from here, but for sessions that ended.
+
+use adit_engine::{FRAME_BYTES, Op, PacketHeader, Tick};
+use adit_ringbuf::layout::PAGE;
+use adit_ringbuf::region::{ACCEPTED, GUEST_WORD, HOST_WORD, Side};
+use adit_ringbuf::session::{Ends, Event, Guest, State};
+use adit_ringbuf::{Geometry, RingMem};
+
+/// A record's header: it is all there.
+const COMMITTED: u64 = 1 << 31;
+/// It is a pad.
+const PAD: u64 = 1 << 32;
+/// Words of a region's first page, which both sides read and the host alone should write.
+const HEAD_WORDS: usize = PAGE / 8;
+/// How long the first session of a case may be in coming.
+const PATIENCE_NS: u64 = 10_000_000_000;
+/// Stores between two rings of the doorbells.
+const STORES: usize = 256;
+/// The agent's port on the host, and one that nobody listens at.
+const PORTS: [u32; 2] = [741, 9];
+
+/// Repeatable noise (xorshift).
+#[derive(Debug)]
+pub struct Noise(u64);
+
+impl Noise {
+    /// Any seed but zero; of zero, one.
+    pub fn new(seed: u64) -> Self {
+        Self(seed.max(1))
+    }
+
+    /// The next number.
+    pub fn number(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.number() >> 16) as usize % n.max(1)
+    }
+
+    fn one_of(&mut self, words: &[u64]) -> u64 {
+        words[self.below(words.len())]
+    }
+
+    /// Any number, and often one that is near to something.
+    fn word(&mut self) -> u64 {
+        let n = self.number();
+        match n % 4 {
+            0 => n >> 8,
+            1 => 1 << (n >> 8 & 63),
+            2 => (n >> 8 & 0xffff) | COMMITTED,
+            _ => u64::MAX - (n >> 8 & 0xff),
+        }
+    }
+}
+
+/// A case at work.
+pub struct Attack<'a, M> {
+    mem: M,
+    guest: Guest<M>,
+    noise: Noise,
+    ring: &'a dyn Fn(),
+    now: &'a dyn Fn() -> Tick,
+    /// When it is over: from the first session on, so much later.
+    until: u64,
+    lasts_ns: u64,
+    head: [u64; HEAD_WORDS],
+    /// Of the session that there is.
+    ends: Option<[Ends<M>; 2]>,
+    /// Sessions that the host ended.
+    pub lost: u32,
+    /// Sessions that there were.
+    pub sessions: u32,
+}
+
+/// What is done.
+pub type Case<M> = fn(&mut Attack<'_, M>);
+
+/// The cases, by names that begin with their row.
+pub fn cases<M: RingMem + Clone>() -> [(&'static str, Case<M>); 12] {
+    [
+        ("r01-fetched-twice", |a| a.fetched_twice()),
+        ("r02-positions-ahead", |a| a.positions_ahead()),
+        ("r03-positions-back", |a| a.positions_back()),
+        ("r04-pads", |a| a.pads()),
+        ("r05-borders", |a| a.borders()),
+        ("r06-headers", |a| a.headers()),
+        ("r07-messages", |a| a.messages()),
+        ("r08-ids", |a| a.ids()),
+        ("r10-doorbells", |a| a.doorbells()),
+        ("r15-handshakes", |a| a.handshakes()),
+        ("r16-ranges", |a| a.ranges()),
+        ("everything", |a| a.everything()),
+    ]
+}
+
+impl<'a, M: RingMem + Clone> Attack<'a, M> {
+    /// Takes a guest that looked for a region and found one. `ring`: rings both of the host's doorbells. `now`: a clock; each
+    /// case lasts `lasts_ns` from its first session on, for which it waits as long as a host that was attacked before may
+    /// let it wait.
+    pub fn new(
+        mem: M,
+        guest: Guest<M>,
+        seed: u64,
+        ring: &'a dyn Fn(),
+        now: &'a dyn Fn() -> Tick,
+        lasts_ns: u64,
+    ) -> Self {
+        let head = core::array::from_fn(|n| mem.load(8 * n));
+        Self {
+            mem,
+            guest,
+            noise: Noise::new(seed),
+            ring,
+            now,
+            until: now().0 + PATIENCE_NS,
+            lasts_ns,
+            head,
+            ends: None,
+            lost: 0,
+            sessions: 0,
+        }
+    }
+
+    /// Does it, and leaves the region as somebody who begins anew needs it.
+    pub fn run(&mut self, case: Case<M>) {
+        let _ = self.guest.attach();
+        case(self);
+        self.mend();
+        // Its next guest counts on from here, and not from what the host has answered.
+        let next = (self.mem.load(HOST_WORD) >> 8) + 1;
+        self.mem.zero(GUEST_WORD, PAGE);
+        self.mem.store(GUEST_WORD, next << 8 | State::Closed as u64);
+        (self.ring)();
+    }
+
+    /// What was rewritten of the head is this guest's own loss, and its own to repair.
+    fn mend(&self) {
+        for (n, &word) in self.head.iter().enumerate() {
+            // The epoch is the host's to count, and its checksum goes with it: it writes both before it answers.
+            self.mem.store(8 * n, word);
+        }
+    }
+
+    fn goes_on(&self) -> bool {
+        (self.now)().0 < self.until
+    }
+
+    /// Waits until both sides are in a session, and begins another where there is none. False: the time is over.
+    fn session(&mut self) -> bool {
+        while self.goes_on() {
+            if self.alive() {
+                return true;
+            }
+            (self.ring)();
+            core::hint::spin_loop();
+        }
+        false
+    }
+
+    /// The same, with this side's ends, which are given back ([`keep`](Self::keep)) for as long as the session lasts.
+    fn ends(&mut self) -> Option<[Ends<M>; 2]> {
+        if !self.session() {
+            return None;
+        }
+        if let Some(ends) = self.ends.take() {
+            return Some(ends);
+        }
+        let ends = |lane| self.guest.ends(lane, true).ok().flatten();
+        Some([ends(0)?, ends(1)?])
+    }
+
+    fn keep(&mut self, ends: [Ends<M>; 2]) {
+        self.ends = Some(ends);
+        (self.ring)();
+    }
+
+    /// Looks at the host's word, and asks again where a session ended.
+    fn step(&mut self) {
+        match self.guest.poll().map(|turn| turn.event) {
+            Ok(None) => return,
+            Ok(Some(Event::Attached { .. })) => {
+                if self.sessions == 0 {
+                    self.until = (self.now)().0 + self.lasts_ns;
+                }
+                self.sessions += 1;
+            }
+            Ok(Some(Event::Lost(_))) => {
+                self.lost += 1;
+                self.again();
+            }
+            // Its head was rewritten.
+            Err(_) => self.again(),
+        }
+        self.ends = None;
+    }
+
+    fn again(&mut self) {
+        self.mend();
+        let _ = self.guest.attach();
+    }
+
+    fn alive(&mut self) -> bool {
+        self.step();
+        self.guest.state() == State::Run
+    }
+
+    /// The rings of a lane: the one to the host, the one to the guest.
+    fn lane(&self, lane: usize) -> Option<[Geometry; 2]> {
+        let region = self.guest.region()?;
+        let of = |towards| region.geometry(lane, towards, false, false);
+        Some([of(Side::Host), of(Side::Guest)])
+    }
+
+    fn store_random(&mut self, from: usize, to: usize) {
+        for _ in 0..STORES {
+            let at = from + 8 * self.noise.below((to - from) / 8);
+            let word = self.noise.word();
+            self.mem.store(at, word);
+        }
+        (self.ring)();
+    }
+
+    /// A packet that any guest could send.
+    fn packet(&mut self, op: Op) -> PacketHeader {
+        let port = self.noise.number() as u32;
+        PacketHeader {
+            src_port: port,
+            dst_port: PORTS[self.noise.below(2)],
+            len: 0,
+            kind: 1,
+            op: op as u16,
+            flags: 0,
+            buf_alloc: 1 << 16,
+            fwd_cnt: 0,
+        }
+    }
+
+    /// Sends a packet as it should be sent; what does not fit is not missed.
+    fn send(ends: &mut Ends<M>, header: &PacketHeader, body: &[u8]) {
+        let len = FRAME_BYTES + body.len();
+        if let Ok(mut grant) = ends.producer.reserve(len) {
+            grant.write(0, &header.to_frame());
+            grant.write(FRAME_BYTES, body);
+            let _ = grant.commit();
+        }
+        let _ = ends.producer.publish();
+    }
+
+    /// Throws away what the host said.
+    fn hear(ends: &mut Ends<M>) {
+        while let Ok(Some(record)) = ends.consumer.peek() {
+            record.take();
+        }
+        let _ = ends.consumer.release();
+    }
+
+    /// Words that the host reads change while it reads them.
+    fn fetched_twice(&mut self) {
+        while self.session() {
+            let Some([to_host, _]) = self.lane(1) else {
+                continue;
+            };
+            for _ in 0..64 {
+                let wanted = [COMMITTED | 24, COMMITTED | 0x7fff_ffff, 0, u64::MAX];
+                for n in 0..16 {
+                    let word = self.noise.one_of(&wanted);
+                    self.mem.store(to_host.data + 64 * (n % 8), word);
+                    self.mem.store(to_host.data + 64 * (n % 8), COMMITTED | 24);
+                }
+                (self.ring)();
+            }
+            self.store_random(GUEST_WORD + 8, GUEST_WORD + PAGE);
+        }
+    }
+
+    /// Makes the host write, so that it looks at what this side says of its position, and says `position` of it.
+    fn positions(&mut self, position: fn(&mut Noise, u64) -> u64) {
+        while let Some(mut ends) = self.ends() {
+            for (lane, ends) in ends.iter_mut().enumerate() {
+                for _ in 0..STORES {
+                    let header = self.packet(Op::Request);
+                    Self::send(ends, &header, &[]);
+                }
+                let Some([_, to_guest]) = self.lane(lane) else {
+                    continue;
+                };
+                let said = position(&mut self.noise, to_guest.size as u64);
+                self.mem.store(to_guest.cons, said);
+            }
+            self.keep(ends);
+        }
+    }
+
+    /// More was taken than was ever written.
+    fn positions_ahead(&mut self) {
+        self.positions(|noise, size| {
+            noise.one_of(&[size, size + 1, 1 << 31, u32::MAX.into(), u64::MAX, 1 << 63])
+        });
+    }
+
+    /// Less was taken than before; and the host's own words, which it never reads back.
+    fn positions_back(&mut self) {
+        self.positions(|noise, size| noise.number() % size);
+        self.again();
+        while self.session() {
+            self.store_random(HOST_WORD + 8, HOST_WORD + PAGE);
+        }
+    }
+
+    /// The first header of a session is one of these.
+    fn first_header(&mut self, header: fn(&mut Noise, Geometry) -> u64) {
+        while self.session() {
+            let lane = self.noise.below(2);
+            let Some([to_host, _]) = self.lane(lane) else {
+                continue;
+            };
+            let word = header(&mut self.noise, to_host);
+            self.mem.store(to_host.data, word);
+            (self.ring)();
+        }
+    }
+
+    /// Pads that end before the ring does, behind it, or nowhere.
+    fn pads(&mut self) {
+        self.first_header(|noise, ring| {
+            let size = ring.size as u64;
+            let len = [0, 8, 56, size - 64, size - 8, size, size + 8, 0x7fff_ffff];
+            PAD | COMMITTED | noise.one_of(&len)
+        });
+    }
+
+    /// Lengths at every border: of records, and of what a packet says that it has.
+    fn borders(&mut self) {
+        while let Some(mut ends) = self.ends() {
+            let body = [7; 100];
+            for len in [0, 1, 99, 100, 101, 1 << 16, (1 << 16) + 1, u32::MAX] {
+                for op in [Op::Request, Op::Response, Op::Shutdown, Op::Rw] {
+                    let header = PacketHeader {
+                        len,
+                        ..self.packet(op)
+                    };
+                    ends.iter_mut()
+                        .for_each(|ends| Self::send(ends, &header, &body));
+                }
+            }
+            ends.iter_mut().for_each(Self::hear);
+            self.keep(ends);
+            if self.noise.below(16) > 0 {
+                continue;
+            }
+            let Some([to_host, _]) = self.lane(0) else {
+                continue;
+            };
+            let max = to_host.record_max as u64;
+            let len = [0, 1, 7, 8, 23, max, max + 1, max + 8, 0x7fff_ffff];
+            let word = COMMITTED | self.noise.one_of(&len);
+            // Wherever the next header is, one of these is it.
+            for at in (0..to_host.size).step_by(64) {
+                self.mem.store(to_host.data + at, word);
+            }
+            (self.ring)();
+        }
+    }
+
+    /// Headers without the bit that all need, of kinds that there are not, with bits that mean nothing.
+    fn headers(&mut self) {
+        self.first_header(|noise, _| match noise.below(4) {
+            0 => noise.number() & 0x7fff_ffff | 1,
+            1 => COMMITTED | 24 | (2 + noise.number() % 254) << 32,
+            2 => COMMITTED | 24 | 1 << (40 + noise.below(24)),
+            _ => noise.word(),
+        });
+    }
+
+    /// Every operation, type and flag in every state of the session, and every state in between.
+    fn messages(&mut self) {
+        let mut n = 0u32;
+        while let Some(mut ends) = self.ends() {
+            for _ in 0..STORES {
+                n = n.wrapping_add(1);
+                let header = PacketHeader {
+                    op: (n & 0xff) as u16,
+                    kind: [1, 1, 1, 0, 2, 255][n as usize / 256 % 6],
+                    flags: self.noise.number() as u32 & 0xffff,
+                    ..self.packet(Op::Rw)
+                };
+                Self::send(&mut ends[n as usize % 2], &header, &[1; 8]);
+            }
+            ends.iter_mut().for_each(Self::hear);
+            self.keep(ends);
+            if n.is_multiple_of(16 * STORES as u32) {
+                let word = self.noise.number() << 8 | self.noise.below(256) as u64;
+                self.mem.store(GUEST_WORD, word);
+                (self.ring)();
+            }
+        }
+    }
+
+    /// Packets of streams that there are not, and of numbers that nobody has: they are nobody's, and the session goes on.
+    fn ids(&mut self) {
+        while let Some(mut ends) = self.ends() {
+            for op in [
+                Op::Response,
+                Op::Shutdown,
+                Op::Rw,
+                Op::CreditUpdate,
+                Op::CreditRequest,
+                Op::Rst,
+            ] {
+                let random = [0; 4].map(|_: u32| self.noise.number() as u32);
+                let header = PacketHeader {
+                    src_port: random[0],
+                    dst_port: random[1],
+                    buf_alloc: random[2],
+                    fwd_cnt: random[3],
+                    ..self.packet(op)
+                };
+                ends.iter_mut()
+                    .for_each(|ends| Self::send(ends, &header, &[]));
+            }
+            ends.iter_mut().for_each(Self::hear);
+            self.keep(ends);
+        }
+    }
+
+    /// Doorbells without end, and nothing behind them.
+    fn doorbells(&mut self) {
+        while self.session() {
+            (0..STORES).for_each(|_| (self.ring)());
+        }
+    }
+
+    /// Features that were not offered, ones that change later, a second request in a session, the same one again.
+    fn handshakes(&mut self) {
+        while self.session() {
+            let bits = self.noise.word();
+            self.mem.store(ACCEPTED, bits);
+            (self.ring)();
+            if !self.alive() {
+                continue;
+            }
+            // By hand: a request that this side does not count, answered, and taken with more than was offered.
+            let request = self.noise.number() >> 9 | 1;
+            self.mem
+                .store(GUEST_WORD, request << 8 | State::Want as u64);
+            (self.ring)();
+            let ready = request << 8 | State::Ready as u64;
+            while self.goes_on() && self.mem.load(HOST_WORD) != ready {
+                (self.ring)();
+                core::hint::spin_loop();
+            }
+            self.mem.store(ACCEPTED, 1 << self.noise.below(64));
+            self.mem.store(GUEST_WORD, request << 8 | State::Run as u64);
+            (self.ring)();
+            // The same one a second time, and the one before it.
+            for old in [request, request.wrapping_sub(1)] {
+                self.mem.store(GUEST_WORD, old << 8 | State::Want as u64);
+                (self.ring)();
+            }
+            self.again();
+        }
+    }
+
+    /// Offsets and sizes of rings that overlap, overflow and end outside; the host wrote them and never reads them.
+    fn ranges(&mut self) {
+        while self.session() {
+            for _ in 0..STORES {
+                let at = 8 * self.noise.below(32);
+                let word =
+                    self.noise
+                        .one_of(&[0, 8, 4096, 1 << 31, 1 << 63, u64::MAX - 4095, u64::MAX]);
+                self.mem.store(at, word);
+            }
+            (self.ring)();
+            // A session that begins on such a head.
+            let _ = self.guest.attach();
+            (self.ring)();
+        }
+    }
+
+    fn everything(&mut self) {
+        let bytes = self.mem.len();
+        while self.session() {
+            (0..8).for_each(|_| self.store_random(0, bytes));
+        }
+    }
+}
