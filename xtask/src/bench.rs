@@ -6,7 +6,7 @@ use std::process::Command;
 
 use adit_tests::process::output;
 
-use crate::{bench_ring_guest, bench_vmm, progress, setup};
+use crate::{bench_vmm, progress, setup};
 
 /// The vsock backend that ours is compared with, from the package registry.
 const PEER: (&str, &str) = ("vhost-device-vsock", "0.3.0");
@@ -48,7 +48,7 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
         Name::Guest => guest(&own),
         Name::Ring => ring(&own),
         Name::Carrier => carrier(&own),
-        Name::RingGuest => bench_ring_guest::run(options.json).map(|()| true),
+        Name::RingGuest => ring_guest(&own),
         Name::Vmm => bench_vmm::run(options.json).map(|()| true),
     }
 }
@@ -77,9 +77,7 @@ fn carrier(own: &[&str]) -> anyhow::Result<bool> {
 
 /// The ring beside its peers; those that need more than Rust stand in a workspace of their own.
 fn ring(own: &[&str]) -> anyhow::Result<bool> {
-    let plot = adit_tests::target().join("bench").join("ring.svg");
-    std::fs::create_dir_all(plot.parent().unwrap_or(&plot))?;
-    let plot = plot.display().to_string();
+    let plot = plot("ring.svg")?;
     let mut args = [own, &["--rounds", "15", "--plot", &plot]].concat();
     let peers = ring_peers();
     if let Err(e) = &peers {
@@ -117,6 +115,24 @@ fn guest(own: &[&str]) -> anyhow::Result<bool> {
     args.extend(peer.iter().flat_map(|path| ["--peer", path]));
     bench("guest", &args)?;
     Ok(true)
+}
+
+/// A real guest's ring, and the plot of it.
+fn ring_guest(own: &[&str]) -> anyhow::Result<bool> {
+    setup::run()?;
+    setup::guest_binaries()?;
+    let binaries = setup::host_binaries(true)?.display().to_string();
+    let plot = plot("which-carrier.svg")?;
+    let args = ["--binaries", &binaries, "--plot", &plot];
+    bench("ring_guest", &[own, &args].concat())?;
+    Ok(true)
+}
+
+/// Where a bench draws.
+fn plot(name: &str) -> anyhow::Result<String> {
+    let dir = adit_tests::target().join("bench");
+    std::fs::create_dir_all(&dir)?;
+    Ok(dir.join(name).display().to_string())
 }
 
 /// Where the peer is; `None`, said, if it cannot be had.

@@ -2,7 +2,6 @@
 //! toolchain needs nothing else.
 
 mod bench;
-mod bench_ring_guest;
 mod bench_vmm;
 mod boots;
 mod demo;
