@@ -190,12 +190,13 @@ const SYSTEMD: &str = "\
 Description=adit guest agent
 After=local-fs.target
 ConditionVirtualization=vm
+StartLimitIntervalSec=0
 
 [Service]
 ExecStartPre=-/sbin/modprobe -q vmw_vsock_virtio_transport
 ExecStart=/usr/sbin/adit-guest run
 Restart=always
-RestartSec=1
+RestartSec=250ms
 Delegate=yes
 KillMode=control-group
 TimeoutStopSec=10
@@ -238,7 +239,8 @@ start_pre() {
 /// The supervising loop is a child of init; `stop` ends the loop first, so that it starts nothing new.
 const BUSYBOX: &str = "\
 #!/bin/sh
-# adit guest agent: start | stop | restart. Starts it again a second after it ended, whatever ended it.
+# adit guest agent: start | stop | restart. Starts it again when it ended, whatever ended it: in a moment, or in a second
+# if it had only just begun.
 PIDFILE=/run/adit-guest.pid
 case \"$1\" in
 start)
@@ -249,9 +251,12 @@ start)
 		agent=
 		trap 'kill $agent 2>/dev/null; exit 0' TERM
 		while :; do
+			read -r began rest </proc/uptime
 			/usr/sbin/adit-guest run </dev/null &
 			agent=$!
 			wait $agent
+			read -r now rest </proc/uptime
+			if [ $((${now%.*} - ${began%.*})) -ge 1 ]; then sleep 0.1 2>/dev/null && continue; fi
 			sleep 1
 		done
 	) &
