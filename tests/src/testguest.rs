@@ -14,7 +14,9 @@
 //! - `bench NAME CID ECHO SINK [FIGURE]`: measure against such ports (`guest/bench.rs`)
 //! - `ring-echo [PORT]`: find the ring and send back the records of its second lane; with PORT, a stream to it rings us
 //!   where there is no interrupt. Says RING-ATTACHED
-//! - `ring-rude CASE`, `ring-rude list`: rewrite the ring's region in such a way; a verdict as of `adit-hostile`
+//! - `ring-poison PORT`: on each stream to PORT, read how many times the ring's region is to be poisoned, from beside
+//!   whoever uses it, 5 ms apart; do it, and answer with a byte
+//! - `ring-rude BOOT`, `ring-rude list`: rewrite the ring's region in such ways; a verdict as of `adit-hostile`
 //! - `dial-host N`: dial the host's well-known port N times in quick succession; each is answered with a refusal
 
 #![allow(unsafe_code)] // `kexec`: one system call that no crate wraps
@@ -56,6 +58,7 @@ fn main() -> anyhow::Result<()> {
         ["kexec", kernel, initrd] => kexec(kernel, initrd),
         ["ring-echo"] => ring::echo(None),
         ["ring-echo", port] => ring::echo(Some(port.parse()?)),
+        ["ring-poison", port] => ring::poison(port.parse()?),
         ["ring-rude", "list"] => {
             rude::list();
             Ok(())
@@ -70,7 +73,7 @@ fn main() -> anyhow::Result<()> {
         }
         _ => {
             anyhow::bail!(
-                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | hold PORT | rtt PROXY TO LEN TIMES | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | ring-echo [PORT] | ring-rude CASE | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
+                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | hold PORT | rtt PROXY TO LEN TIMES | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | ring-echo [PORT] | ring-poison PORT | ring-rude BOOT | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
             )
         }
     }

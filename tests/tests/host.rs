@@ -4,10 +4,17 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
+use adit_channel::ring::{RingBells, RingCarrier};
+use adit_channel::shard::Shard;
+use adit_engine::EngineConfig;
+use adit_ringbuf::Mapped;
+use adit_ringbuf::region::Features;
+use adit_ringbuf_io::attach::{Bells, Offer, Socket};
 use adit_tests::host::Host;
 
 fn start(vms: &[&str]) -> Option<(Host, PathBuf)> {
@@ -305,4 +312,51 @@ fn idle_processes_are_small() {
         println!("aditd {aditd} KiB, port process {port} KiB");
         assert!(port <= 2 << 10, "port process: {port} KiB");
     }
+}
+
+/// A VMM at `ring.sock`, and a guest in it that takes the ring up: what `adit vm show` tells of each step.
+#[test]
+fn vm_show_tells_which_carrier_is_taken_and_why() {
+    let Some((host, _)) = start(&["a"]) else {
+        return;
+    };
+    let shows = |what: &str| {
+        adit_tests::process::wait_for(what, std::time::Duration::from_secs(20), || {
+            let (_, said) = adit(&host, &["vm", "show", "a"]);
+            Ok(said.contains(what).then_some(said))
+        })
+        .unwrap()
+    };
+    shows("carrier        vsock: no VMM has handed a ring over");
+    let bytes = 4 << 20;
+    let (memory, fd) = Mapped::memfd(bytes).unwrap();
+    let bells = Bells::new().unwrap();
+    let ring = host.vhost_socket("a").with_file_name("ring.sock");
+    let socket = Socket::connect(&ring).unwrap();
+    let offer = Offer {
+        vm: "a".into(),
+        bytes: bytes as u64,
+        lanes: 2,
+    };
+    socket.offer(&offer, 1, fd.as_fd(), &bells).unwrap();
+    let said = shows("carrier        vsock: the guest has not taken the ring up");
+    assert!(
+        said.contains("ring memory    memfd by attach socket, 4096 KiB, ")
+            && said.contains(" ns a line, 0 streams"),
+        "{said}"
+    );
+    let carrier = RingCarrier::guest(memory, 1 << 20, Features::NONE, RingBells::of_guest(bells));
+    let mut shard = Shard::new().unwrap();
+    shard
+        .add(carrier.unwrap(), EngineConfig::default(), 9)
+        .unwrap();
+    let guest = shard.spawn("guest").unwrap();
+    let said = shows("carrier        ring: both sides use the ring");
+    // Nobody is there at the other end of vsock, and nothing is measured that could not be compared.
+    assert!(!said.contains("latency"), "{said}");
+    drop(socket);
+    let said =
+        shows("carrier        vsock: the ring went: the other side closed the attach socket");
+    assert!(!said.contains("ring memory"), "{said}");
+    drop(guest);
 }

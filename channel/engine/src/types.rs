@@ -129,7 +129,7 @@ impl fmt::Display for ResetReason {
             Self::Credit => "the peer sent without credit",
             Self::Protocol(v) => return write!(f, "the peer broke the protocol: {v}"),
             Self::Epoch => "a new session began",
-            Self::CarrierFault => "the carrier is broken",
+            Self::CarrierFault => "carrier fault",
             Self::Local => "reset locally",
         })
     }

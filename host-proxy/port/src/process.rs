@@ -123,6 +123,8 @@ struct Rings {
     docked: Option<(u64, RingInfo)>,
     /// Why there is none, for people.
     why: String,
+    /// Streams that ended with the carrier's fault, in this turn.
+    faulted: u32,
 }
 
 impl Aditd {
@@ -215,6 +217,7 @@ impl<C: Carrier> Process<C> {
                 News::Notice(port, notice) => self.notice(port, notice),
             }
         }
+        self.log_faulted();
         self.say_status();
         self.say_ring();
         self.say_kept();
@@ -514,7 +517,10 @@ impl<C: Carrier> Process<C> {
                     self.dial_failed(id, asked, &error);
                 }
             }
-            Notice::Closed { stream, .. } => drop(self.forget((port, stream))),
+            Notice::Closed { stream, reason } => {
+                self.ring_stream_closed(port, reason);
+                drop(self.forget((port, stream)));
+            }
             Notice::Session { epoch } if port != self.port => self.ring_session(epoch),
             Notice::Session { epoch } => {
                 tracing::info!(

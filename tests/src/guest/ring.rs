@@ -1,11 +1,13 @@
-//! `ring-echo`: the guest's half of the ring, by itself.
+//! `ring-echo`: the guest's half of the ring, by itself; `ring-poison`: a process beside that half that breaks it.
 
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use adit_guest_driver::ring::{self, Ear};
-use adit_ringbuf::region::Features;
+use adit_ringbuf::RingMem;
+use adit_ringbuf::region::{Features, GUEST_WORD};
 use adit_ringbuf::session::{Event, Guest};
 use adit_ringbuf_io::Spin;
 use adit_ringbuf_io::blocking::{Error, Receiver, Sender};
@@ -70,4 +72,22 @@ pub fn echo(port: Option<u32>) -> anyhow::Result<()> {
             Err(e) => return Err(e.into()),
         }
     }
+}
+
+pub fn poison(port: u32) -> anyhow::Result<()> {
+    let listener = VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, port)?;
+    for stream in listener.incoming() {
+        let mut stream = stream?;
+        let mut times = [0];
+        stream.read_exact(&mut times)?;
+        let device = ring::find(&mut String::new()).context("no ring")?;
+        for _ in 0..times[0] {
+            // No state of any guest: the host takes it for a lie, whatever the agent says.
+            device.memory.store(GUEST_WORD, u64::MAX);
+            device.data.ring()?;
+            thread::sleep(Duration::from_millis(5));
+        }
+        stream.write_all(&times)?;
+    }
+    Ok(())
 }

@@ -45,8 +45,13 @@ impl Setup {
 }
 
 fn setup(kernel: Kernel, iommu: bool) -> Option<Setup> {
+    setup_with(kernel, iommu, "")
+}
+
+/// The same, in a guest that runs a script.
+fn setup_with(kernel: Kernel, iommu: bool, script: &str) -> Option<Setup> {
     let host = Host::start_with(&bins()?, &["web-1"], RING).unwrap();
-    Some(boot_with(kernel, host, "", false, Some(iommu)))
+    Some(boot_with(kernel, host, script, false, Some(iommu)))
 }
 
 fn job(kernel: Kernel, iommu: bool, doorbell: &str) {
@@ -56,8 +61,36 @@ fn job(kernel: Kernel, iommu: bool, doorbell: &str) {
     setup.wait_ring();
     let (_, shown) = setup.adit(&["vm", "show", "web-1"]);
     println!("{shown}");
-    assert!(shown.contains(doorbell), "{shown}");
+    assert_eq!(plain(&shown), as_the_readme(doorbell), "{shown}");
     setup.job();
+}
+
+/// The lines of `adit vm show` that tell of carriers, without the machine's numbers and directories.
+fn plain(shown: &str) -> Vec<String> {
+    let told = ["carrier", "ring", "latency"];
+    let lines = shown.lines().filter(|l| told.iter().any(|t| l.contains(t)));
+    let word = |word: &str| match word {
+        path if path.starts_with('/') => path.rsplit('/').next().unwrap_or_default().to_owned(),
+        number if number.parse::<u64>().is_ok() => "N".to_owned(),
+        word => word.to_owned(),
+    };
+    let line = |line: &str| {
+        line.split_whitespace()
+            .map(word)
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    lines.map(line).collect()
+}
+
+/// What the tour of the README shows, of a guest that is rung in such a way.
+fn as_the_readme(doorbell: &str) -> Vec<String> {
+    let readme = std::fs::read_to_string(adit_tests::root().join("README.md")).unwrap();
+    let shown = readme.split("$ adit vm show web-1 | grep").nth(1).unwrap();
+    let (_, shown) = shown.split_once('\n').unwrap();
+    let (shown, _) = shown.split_once("```").unwrap();
+    assert!(shown.contains("ring doorbell  interrupt"), "{shown}");
+    plain(&shown.replace("interrupt", doorbell))
 }
 
 #[test]
@@ -103,9 +136,10 @@ impl Setup {
     /// Somebody was killed: the old tunnel ends, the ring is attached anew, and what follows goes over it.
     fn anew(&self, what: &str, mut old: TcpStream, since: Instant) {
         must_end(&mut old, what);
+        let ended = Instant::now();
         // Whoever was killed, aditd hears of it a moment after the tunnel has ended.
         self.served(since);
-        let took = self.wait_carrier("ring", since);
+        let took = self.wait_carrier("ring", ended);
         println!("{what}: the ring again after {} ms", took.as_millis());
         assert!(took < Duration::from_secs(10), "{what}: {took:?}");
         echo(&self.host, "web-1:7", 300_000);
@@ -114,12 +148,83 @@ impl Setup {
     }
 }
 
+/// A process that has the region beside the agent: sysfs gives it to whoever is root, vfio to one.
+const POISON: &str = "adit-testguest ring-poison 5001 > /dev/console 2>&1 &\n";
+
+/// The ring breaks under the agent: its streams end with the carrier's fault, what is dialled while it is broken takes vsock
+/// and stays there, and the ring is attached anew, with another epoch, within a second.
+fn poisoned(setup: &Setup) {
+    let epochs = || -> Vec<u64> {
+        let log = setup.host.port_log("web-1");
+        let begun = log.lines().filter(|l| l.contains("session of the ring on"));
+        let epoch = |l: &str| l.split("epoch=").nth(1)?.split(' ').next()?.parse().ok();
+        begun.filter_map(epoch).collect()
+    };
+    let mut old = setup.tunnel();
+    let before = epochs();
+    let mut poison = connect(setup.host.proxy(), "vsock-5001.web-1:5001").unwrap();
+    // For a second: long enough to look at it.
+    poison.write_all(&[200]).unwrap();
+    must_end(&mut old, "the ring was poisoned");
+    let broken = wait_for("vsock", LIMIT, || {
+        let carrier = setup.vm()["carrier"].clone();
+        Ok((carrier["kind"] == "vsock").then_some(carrier))
+    });
+    let why = broken.unwrap()["why"].clone();
+    assert!(
+        why.as_str()
+            .is_some_and(|w| w.starts_with("the ring broke: ")),
+        "{why}"
+    );
+    let mut over_vsock = loop {
+        let tunnel = setup.tunnel();
+        // The ring may have come and gone meanwhile; a stream that it took ends with it, and is none of these.
+        let ring = setup.vm()["carrier"].clone();
+        if ring["kind"] == "vsock" && ring["streams"] == 0 {
+            break tunnel;
+        }
+    };
+    poison.read_exact(&mut [0]).unwrap();
+    setup.wait_ring();
+    assert!(alive(&mut over_vsock), "no stream changes its carrier");
+    let log = setup.host.port_log("web-1");
+    assert!(log.contains("reason=carrier fault"), "{log}");
+    let after = epochs();
+    assert!(after.last() > before.last(), "{before:?}, then {after:?}");
+
+    // A session that lasted a second is forgiven for: one more fault, and how long the ring is away.
+    std::thread::sleep(Duration::from_secs(1));
+    let (mut tunnel, before) = (setup.tunnel(), epochs().len());
+    let mut poison = connect(setup.host.proxy(), "vsock-5001.web-1:5001").unwrap();
+    poison.write_all(&[1]).unwrap();
+    must_end(&mut tunnel, "the ring was poisoned once");
+    let begin = Instant::now();
+    wait_for("another epoch", LIMIT, || {
+        Ok((epochs().len() > before).then_some(()))
+    })
+    .unwrap();
+    println!(
+        "poisoned: the ring again after {} ms",
+        begin.elapsed().as_millis()
+    );
+    assert!(
+        begin.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        begin.elapsed()
+    );
+    let mut tunnel = setup.tunnel();
+    assert!(alive(&mut tunnel) && setup.carrier() == "ring" && alive(&mut over_vsock));
+}
+
 /// The agent (its supervisor starts another), aditd, the port process, and the guest itself.
 fn killed(iommu: bool) {
-    let Some(mut setup) = setup(Kernel::V6_1, iommu) else {
+    let Some(mut setup) = setup_with(Kernel::V6_1, iommu, if iommu { "" } else { POISON }) else {
         return;
     };
     setup.wait_ring();
+    if !iommu {
+        poisoned(&setup);
+    }
 
     // aditd: the port process keeps ring and tunnels, and the next aditd finds both.
     let mut tunnel = setup.tunnel();

@@ -11,7 +11,7 @@ use adit_channel::port::Port;
 use adit_channel::ring::bell::BELL_PORT;
 use adit_channel::ring::{Dock, RingState};
 use adit_channel::shard::PortIndex;
-use adit_engine::EngineConfig;
+use adit_engine::{EngineConfig, ResetReason};
 
 use super::bell::Bell;
 use super::{Asked, KEY_RINGS, Process, RingNews, Rings, dial, failed};
@@ -51,6 +51,7 @@ impl<C: Carrier> Process<C> {
             inbox,
             docked: None,
             why: NONE_YET.to_owned(),
+            faulted: 0,
         });
         Ok(self)
     }
@@ -98,6 +99,21 @@ impl<C: Carrier> Process<C> {
     pub(super) fn ring_session(&mut self, epoch: Option<u64>) {
         let what = if epoch.is_some() { "on" } else { "off" };
         tracing::info!(epoch, "session of the ring {what}");
+    }
+
+    pub(super) fn ring_stream_closed(&mut self, port: PortIndex, reason: Option<ResetReason>) {
+        if let (Some(rings), Some(ResetReason::CarrierFault)) = (&mut self.rings, reason) {
+            rings.faulted += u32::from(rings.port == port);
+        }
+    }
+
+    /// Says how many streams the ring took with it: one line for all of them.
+    pub(super) fn log_faulted(&mut self) {
+        let Some(rings) = &mut self.rings else { return };
+        if let streams @ 1.. = std::mem::take(&mut rings.faulted) {
+            let reason = ResetReason::CarrierFault;
+            tracing::info!(streams, %reason, "streams of the ring ended");
+        }
     }
 
     /// A dial over a ring that nobody serves there goes over vsock; any other is told.
