@@ -38,7 +38,7 @@ use crate::log;
 use pci::Function;
 
 pub use link::{Carriers, Link};
-pub use map::Register;
+pub use map::{Register, Registers};
 pub use uio::Line;
 
 /// BARs of ivshmem.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use adit_bare::rude::{Attack, cases};
 use adit_channel::hello::{self, Common, Hello, Open, Status};
 use adit_engine::Tick;
-use adit_guest_driver::ring::{self, Device, Register};
+use adit_guest_driver::ring::{self, Device, Registers};
 use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::ring::{RingEnd, carrier};
 use adit_ringbuf::Mapped;
@@ -124,13 +124,14 @@ fn foreign_peers(device: &Device) -> anyhow::Result<u32> {
     let registers = format!("/sys/bus/pci/devices/{}/resource0", device.function);
     let file = File::options().read(true).write(true).open(registers)?;
     let len = usize::try_from(file.metadata()?.len())?;
+    let registers = Registers::map(file.as_fd(), 0, len)?;
     let mut rung = 0;
     for first in (0..2 * PEERS).step_by(AT_ONCE) {
         let values: [u32; AT_ONCE] = std::array::from_fn(|n| {
             let n = first + n as u32;
             ((n % PEERS) << 16) | (n / PEERS)
         });
-        for register in Register::map(file.as_fd(), 0, len, DOORBELL, values)? {
+        for register in registers.doorbells(DOORBELL, values)? {
             register.ring()?;
             rung += 1;
         }
