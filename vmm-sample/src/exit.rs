@@ -1,21 +1,24 @@
 //! How a VM comes to its end: the first reason wins, and the main thread is woken for it.
 
-use std::fmt;
 use std::sync::Mutex;
 
 use crate::bus::lock;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Why a VM ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Reason {
     /// The guest switched itself off.
+    #[error("the guest switched itself off")]
     PowerOff,
     /// The guest asked for a reset: i8042, ACPI, or a triple fault.
+    #[error("the guest asked for a reset")]
     Reset,
     /// The operator asked for it.
+    #[error("stopped")]
     Stopped,
     /// KVM, or the VMM itself, cannot go on.
+    #[error("{0}")]
     Fault(String),
 }
 
@@ -26,17 +29,6 @@ impl Reason {
             Self::PowerOff | Self::Stopped => 0,
             Self::Reset => 3,
             Self::Fault(_) => 1,
-        }
-    }
-}
-
-impl fmt::Display for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::PowerOff => f.write_str("the guest switched itself off"),
-            Self::Reset => f.write_str("the guest asked for a reset"),
-            Self::Stopped => f.write_str("stopped"),
-            Self::Fault(what) => f.write_str(what),
         }
     }
 }

@@ -12,7 +12,6 @@ pub mod bus;
 pub mod console;
 mod cpu;
 mod cpu_state;
-mod eventfd;
 mod events;
 pub mod exit;
 mod gate;

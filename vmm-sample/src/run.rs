@@ -32,13 +32,10 @@ pub fn main() -> ExitCode {
             })
         }
     };
-    match done {
-        Ok(status) => status,
-        Err(e) => {
-            eprintln!("adit-vmm: {e:#}");
-            ExitCode::FAILURE
-        }
-    }
+    done.unwrap_or_else(|e| {
+        eprintln!("adit-vmm: {e:#}");
+        ExitCode::FAILURE
+    })
 }
 
 fn ended(reason: Reason) -> ExitCode {

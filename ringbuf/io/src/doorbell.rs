@@ -66,7 +66,8 @@ pub(crate) fn from_nameless(fd: OwnedFd) -> io::Result<EventFd> {
     Ok(unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) })
 }
 
-pub(crate) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+/// What vmm-sys-util lends of an eventfd, with its lifetime.
+pub fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the eventfd keeps its descriptor open for as long as it is borrowed.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

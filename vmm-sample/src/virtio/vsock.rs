@@ -12,12 +12,12 @@ use adit_channel::hybrid::Host;
 use adit_channel::linked::{self, Held, Remote};
 use adit_port::rings::RingInbox;
 use adit_port::vmm::{Handed, Registration};
+use adit_ringbuf_io::doorbell::borrow;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Activation, Device, Interrupt, Memory};
-use crate::eventfd::duplicate;
 use crate::seccomp::{Filters, Thread};
 
 /// Entries of each queue at most.
@@ -62,9 +62,8 @@ impl Vsock {
         let event = || EventFd::new(EFD_NONBLOCK);
         let kicks = [event()?, event()?, event()?];
         let device = VsockDevice::new(cid, 1)?;
-        let [rx, tx, event] = &kicks;
-        let copies = [duplicate(rx)?, duplicate(tx)?, duplicate(event)?];
-        let (carrier, remote) = linked::link(device, copies)?;
+        let copy = |i: usize| borrow(&kicks[i]).try_clone_to_owned();
+        let (carrier, remote) = linked::link(device, [copy(0)?, copy(1)?, copy(2)?])?;
         let run: Box<dyn FnOnce() + Send> = match owner {
             Owner::Sockets(uds) => {
                 let mut seed = [0; 8];
