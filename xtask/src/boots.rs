@@ -21,13 +21,13 @@ poweroff -f
 
 /// In L1. LOG and what the VMM said are the last boot's.
 const OUTER: &str = r#"
-LOG=/tmp/boot.log n=0
-while [ $n -lt $BOOTS ]; do
-    n=$((n + 1)) cpus=$((2 - n % 2)) begin=$(now)
+LOG=/tmp/boot.log boot=0
+while [ $boot -lt $BOOTS ]; do
+    boot=$((boot + 1)) cpus=$((2 - boot % 2)) begin=$(now)
     start --kernel /l2/vm/vmlinux --initrd /l2/vm/initrd --memory 192M --cpus $cpus \
         --cmdline "console=ttyS0 quiet panic=-1 mitigations=off"
     until_said ADIT-READY 60 || break
-    echo "BOOTED $n $(awk "BEGIN { print $(now) - $begin }")"
+    echo "BOOTED $boot $(awk "BEGIN { print $(now) - $begin }")"
     ended 0 "switched itself off"
     grep -q "CPUS $cpus CLOCK kvm-clock" $LOG || fail "$(grep CPUS $LOG)"
 done
