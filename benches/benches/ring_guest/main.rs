@@ -43,6 +43,7 @@ const SIZE_ROUNDS: usize = 100;
 
 /// What one way there and back was measured to do.
 pub struct Row {
+    /// How it goes, for people.
     pub name: &'static str,
     /// Round trips of 64 bytes, us: one after the other, and with a pause.
     rtt_us: Vec<f64>,

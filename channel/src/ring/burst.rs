@@ -317,9 +317,7 @@ impl Carrier for RingCarrier {
     }
 
     fn rest(&self) -> Option<Duration> {
-        let held = self
-            .hold
-            .map(|until| until.saturating_duration_since(Instant::now()));
+        let held = self.hold.rest(Instant::now());
         let deaf = self.bells.deaf().then_some(LOOK_EVERY);
         [held, deaf].into_iter().flatten().min()
     }

@@ -20,6 +20,7 @@ pub mod bell;
 mod bells;
 mod burst;
 mod dock;
+mod hold;
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -33,15 +34,11 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 pub use bells::{Hear, Ring, RingBells};
 pub use burst::{RingPacket, RingSlot};
 pub use dock::Dock;
+use hold::Hold;
 
 use crate::carrier::CarrierFault;
 use crate::device::aside::Aside;
 
-/// After a fault the next session begins so much later, and twice as much each time, up to the most.
-const HOLD_FIRST: Duration = Duration::from_millis(10);
-const HOLD_MOST: Duration = Duration::from_millis(500);
-/// A session that lasted so long is forgiven for.
-const FORGIVEN: Duration = Duration::from_secs(1);
 /// A side that hears no doorbell looks so often while nothing comes; its shard may look on in between.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// A peer that changes its mind faster than this is looked at again in the next burst.
@@ -159,10 +156,8 @@ pub struct RingCarrier {
     /// Of the running session: both lanes, or one for both.
     ways: Vec<Way>,
     epoch: Option<u64>,
-    began: Option<Instant>,
-    /// No session before then.
-    hold: Option<Instant>,
-    hold_for: Duration,
+    /// When there may be no session.
+    hold: Hold,
     /// What the shell was not told yet; a later change makes an earlier one void.
     change: Option<SessionChange>,
     /// Readable while there is a change to tell.
@@ -247,9 +242,7 @@ impl RingCarrier {
             bells,
             ways: Vec::new(),
             epoch: None,
-            began: None,
-            hold: None,
-            hold_for: HOLD_FIRST,
+            hold: Hold::default(),
             change: None,
             changed: EventFd::from_flags(flags)?,
             data: Wake::No,
@@ -266,10 +259,10 @@ impl RingCarrier {
 
     /// How it is.
     pub fn state(&self) -> RingState {
-        match (self.epoch, self.hold) {
+        match (self.epoch, self.hold.is_on()) {
             (Some(epoch), _) => RingState::Running { epoch },
-            (None, Some(_)) => RingState::Held,
-            (None, None) => RingState::Waiting,
+            (None, true) => RingState::Held,
+            (None, false) => RingState::Waiting,
         }
     }
 
@@ -298,13 +291,13 @@ impl RingCarrier {
 
     /// Looks at the other side's state, and goes along.
     fn look(&mut self) {
-        if self.hold.is_some_and(|until| Instant::now() < until) {
-            return;
-        }
-        if self.hold.take().is_some()
-            && let Role::Guest(guest) = &mut self.role
-        {
-            self.data = guest.attach();
+        if self.hold.is_on() {
+            if !self.hold.ends(Instant::now()) {
+                return;
+            }
+            if let Role::Guest(guest) = &mut self.role {
+                self.data = guest.attach();
+            }
         }
         for _ in 0..TURNS_MAX {
             let turn = match &mut self.role {
@@ -327,7 +320,7 @@ impl RingCarrier {
                 Some(Event::Lost(lost)) => self.lost(lost),
                 None => {}
             }
-            if turn.wake == Wake::No || self.hold.is_some() {
+            if turn.wake == Wake::No || self.hold.is_on() {
                 break;
             }
         }
@@ -357,7 +350,7 @@ impl RingCarrier {
             }
         }
         self.epoch = Some(epoch);
-        self.began = Some(Instant::now());
+        self.hold.began(Instant::now());
         self.counters.sessions += 1;
         self.tell(SessionChange::Attached { epoch });
     }
@@ -378,7 +371,7 @@ impl RingCarrier {
             self.tell(SessionChange::Lost(reason));
         }
         self.forget();
-        if self.hold.is_none()
+        if !self.hold.is_on()
             && let Role::Guest(guest) = &mut self.role
         {
             self.data = guest.attach();
@@ -397,13 +390,7 @@ impl RingCarrier {
     fn failed(&mut self, why: &str) {
         why.clone_into(&mut self.last_fault);
         self.counters.faults += 1;
-        let now = Instant::now();
-        let lasted = self.began.take().map(|began| now - began);
-        if lasted.is_some_and(|lasted| lasted >= FORGIVEN) {
-            self.hold_for = HOLD_FIRST;
-        }
-        self.hold = Some(now + self.hold_for);
-        self.hold_for = (self.hold_for * 2).min(HOLD_MOST);
+        self.hold.fault(Instant::now());
     }
 
     fn tell(&mut self, change: SessionChange) {

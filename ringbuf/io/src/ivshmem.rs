@@ -27,7 +27,6 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use adit_ringbuf::region::{Lane, Spec};
 use adit_ringbuf::{Mapped, MemfdError};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, sendmsg};
 
@@ -78,21 +77,6 @@ pub enum IvshmemError {
     Spoke,
 }
 
-/// What a region of so many bytes is: two lanes, the second twice as large, in three quarters of it.
-///
-/// # Errors
-/// It is no power of two, or out of range.
-pub fn spec(bytes: usize) -> Result<Spec, IvshmemError> {
-    if !bytes.is_power_of_two() || !(BYTES_MIN..=BYTES_MAX).contains(&bytes) {
-        return Err(IvshmemError::Size { bytes });
-    }
-    let lane = |size| Lane {
-        to_guest: size,
-        to_host: size,
-    };
-    Ok(Spec::new(&[lane(bytes / 8), lane(bytes / 4)]))
-}
-
 /// A VMM that was given a region.
 #[derive(Debug)]
 pub struct Given {
@@ -119,7 +103,9 @@ impl Server {
     /// # Errors
     /// The size is out of range, or the socket cannot be made nonblocking.
     pub fn new(listener: UnixListener, bytes: usize) -> Result<Self, IvshmemError> {
-        spec(bytes)?;
+        if !bytes.is_power_of_two() || !(BYTES_MIN..=BYTES_MAX).contains(&bytes) {
+            return Err(IvshmemError::Size { bytes });
+        }
         listener.set_nonblocking(true)?;
         Ok(Self {
             listener,

@@ -5,12 +5,13 @@ use std::net::TcpStream;
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use adit_channel::ring::spec;
 use adit_ringbuf::Mapped;
 use adit_ringbuf::session::{self, Event, Lost};
 use adit_ringbuf_io::Spin;
 use adit_ringbuf_io::blocking::{Receiver, Sender};
 use adit_ringbuf_io::doorbell::Doorbell;
-use adit_ringbuf_io::ivshmem::{Given, Server, spec};
+use adit_ringbuf_io::ivshmem::{Given, Server};
 use adit_tests::connect::{connect, pattern};
 use adit_tests::guest::{Guest, Identity, Ring};
 use adit_tests::host::Host;

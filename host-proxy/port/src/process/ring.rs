@@ -6,6 +6,7 @@
 use std::io;
 
 use adit_channel::carrier::Carrier;
+use adit_channel::dial;
 use adit_channel::either::Either;
 use adit_channel::port::Port;
 use adit_channel::ring::bell::BELL_PORT;
@@ -14,7 +15,8 @@ use adit_channel::shard::PortIndex;
 use adit_engine::{EngineConfig, ResetReason};
 
 use super::bell::Bell;
-use super::{Asked, KEY_RINGS, Process, RingNews, Rings, dial, failed};
+use super::dials::failed;
+use super::{Asked, KEY_RINGS, Process, RingNews, Rings};
 use crate::control::{Ring, Target};
 use crate::control_io::Message;
 use crate::rings::RingInbox;
