@@ -14,6 +14,7 @@ use adit_port::control::RING_SOCKET;
 use adit_ringbuf::Mapped;
 use adit_ringbuf_io::attach::{AttachError, Bells, Code, Offer, Socket};
 use adit_ringbuf_io::doorbell::Waiter;
+use adit_ringbuf_io::passed::PENDING_MAX;
 use running::Running;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -143,7 +144,7 @@ fn files_of_a_file_system_that_never_answers_keep_nobody_waiting() {
         if code(&refused) != Some(Code::Memory) {
             break refused;
         }
-        assert!(descriptors(&running) < before + 200);
+        assert!(descriptors(&running) < before + PENDING_MAX + 20);
     };
     assert_eq!(code(&refused), Some(Code::Busy), "{refused:?}");
     drop(aditd);

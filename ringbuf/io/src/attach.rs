@@ -84,7 +84,7 @@ pub enum AttachError {
     #[error("region")]
     Memory(#[from] MemfdError),
     /// One of the doorbells is none.
-    #[error("doorbell {which}: {source}")]
+    #[error("doorbell {which}")]
     Doorbell {
         /// Which, from zero.
         which: usize,

@@ -19,6 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
 
 use adit_ringbuf::{Mapped, MemfdError};
 use rustix::fs::{AtFlags, FileType, StatxFlags, fcntl_get_seals, statx};
@@ -27,7 +28,9 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::doorbell;
 
 /// Descriptors that wait to be closed at most, but for those that came in one packet with the last of them.
-pub const PENDING_MAX: usize = 64;
+pub const PENDING_MAX: usize = 256;
+/// How long those who come next wait for files that are closed in order, only many at once.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 static PENDING: AtomicUsize = AtomicUsize::new(0);
 static CLOSER: OnceLock<Option<Sender<OwnedFd>>> = OnceLock::new();
@@ -53,9 +56,16 @@ fn closer() -> Option<&'static Sender<OwnedFd>> {
     CLOSER.get_or_init(start).as_ref()
 }
 
-/// Whether so many wait to be closed that no more can be taken.
+/// Whether so many wait to be closed, and go on waiting, that no more can be taken.
 pub(crate) fn overfull() -> bool {
-    PENDING.load(Ordering::Relaxed) >= PENDING_MAX
+    let begin = Instant::now();
+    while PENDING.load(Ordering::Relaxed) >= PENDING_MAX {
+        if begin.elapsed() >= PATIENCE {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    false
 }
 
 /// A descriptor of which nothing is known.
