@@ -13,10 +13,11 @@ use adit_channel::ring::{self, RingBells, RingCarrier};
 use adit_channel::shard::Shard;
 use adit_channel::stream::{Dialer, Stream, Target};
 use adit_engine::{EngineConfig, How};
-use adit_ringbuf::region::{Lane, Side, Spec};
+use adit_ringbuf::region::{Lane, Region, Side, Spec};
 use adit_ringbuf::session::{Ends, Event, Host};
 use adit_ringbuf::{Mapped, PushError, RingMem};
 use adit_vmm_sample::bare::{self, Bare};
+use nix::fcntl::{FallocateFlags, fallocate};
 
 const REGION_BYTES: u64 = 2 * REGION_UNIT;
 const LIMIT: Duration = Duration::from_secs(20);
@@ -143,9 +144,9 @@ fn dial(dialer: &Dialer, port: u32) -> Result<Stream, DialError> {
     }
 }
 
-/// The engine on both sides: in a guest without an operating system, and in a shard.
+/// The engine on both sides: in a guest without an operating system, and in a shard. Neither has a doorbell: both look on.
 #[test]
-fn a_guest_in_user_mode_serves_streams() {
+fn r17_a_guest_in_user_mode_serves_streams() {
     let mut carrier = None;
     let guest = start(Task::Streams, |memory| {
         let spec = ring::spec(REGION_BYTES as usize).unwrap();
@@ -233,6 +234,101 @@ fn r01_to_r16_a_guest_in_user_mode_breaks_every_rule_and_hurts_nobody_else() {
     drop((echo, stream, attacked, beside, host));
     assert_eq!(honest.join().unwrap(), (Verdict::Done, String::new()));
     neighbour.join().unwrap().unwrap();
+}
+
+/// A guest that echoes records and takes none of lane bulk: whoever dials it there is told in time.
+#[test]
+fn r11_a_guest_in_user_mode_that_never_takes_a_packet_is_no_hang() {
+    let mut carrier = None;
+    let guest = start(Task::Echo, |memory| {
+        let spec = ring::spec(REGION_BYTES as usize).unwrap();
+        carrier = RingCarrier::host(memory, spec, 1, RingBells::polled()).ok();
+    });
+    let (Some(guest), Some(carrier)) = (guest, carrier) else {
+        return;
+    };
+    let mut shard = Shard::new().unwrap();
+    let port = shard.add(carrier, EngineConfig::default(), 7).unwrap();
+    let dialer = shard.handle(port).dialer();
+    let thread = shard.spawn("ring").unwrap();
+    let target = Target {
+        port: streams::PORT,
+        hello: None,
+    };
+    let told = loop {
+        match dialer.dial(&target, Duration::from_millis(500)) {
+            Err(DialError::NoSession) => thread::sleep(Duration::from_millis(1)),
+            other => break other.map(drop),
+        }
+    };
+    assert_eq!(told, Err(DialError::Timeout));
+    drop((dialer, thread));
+    assert_eq!(guest.join().unwrap(), (Verdict::Done, String::new()));
+}
+
+/// The region's pages are taken away under both: they are zero then, which breaks the session and nothing else; and what was
+/// between the host's records before that was nothing.
+#[test]
+fn r13_r14_pages_that_go_are_no_fault_and_what_is_between_records_is_nothing() {
+    let Some(image) = image() else { return };
+    let (memory, fd) = Mapped::memfd(REGION_BYTES as usize).unwrap();
+    let spec = ring::spec(REGION_BYTES as usize).unwrap();
+    let carrier = RingCarrier::host(memory.clone(), spec, 1, RingBells::polled()).unwrap();
+    let region = (File::from(fd.try_clone().unwrap()), REGION_BYTES);
+    let mut guest = Bare::new(&image, Task::Streams, Some(region)).unwrap();
+    let guest = thread::spawn(move || guest.run().unwrap());
+    let mut shard = Shard::new().unwrap();
+    let port = shard.add(carrier, EngineConfig::default(), 7).unwrap();
+    let dialer = shard.handle(port).dialer();
+    let thread = shard.spawn("ring").unwrap();
+    let mut stream = dial(&dialer, streams::PORT).unwrap();
+    let mut sent = 0;
+    for n in 0..200usize {
+        let len = n * 37 % 1500 + 1;
+        sent += len;
+        stream.write_all(&vec![0xc5; len]).unwrap();
+        stream.read_exact(&mut vec![0; len]).unwrap();
+    }
+    let read = Region::read(&memory).unwrap();
+    let mut found = 0;
+    for lane in 0..2 {
+        let ring = read.geometry(lane, Side::Guest, false, false);
+        let (mut at, mut bytes) = (0, vec![0; ring.size]);
+        memory.read(ring.data, &mut bytes);
+        loop {
+            let word = memory.load(ring.data + at);
+            if word == 0 {
+                break;
+            }
+            let end = at + 8 + (word & 0x7fff_ffff) as usize;
+            found += bytes[at + 8..end].iter().filter(|&&b| b == 0xc5).count();
+            at = end.next_multiple_of(ring.align);
+            assert!(bytes[end..at].iter().all(|&b| b == 0), "padding");
+        }
+        assert!(
+            bytes[at..].iter().all(|&b| b == 0),
+            "behind the last record"
+        );
+    }
+    assert!(found >= sent, "{found} of {sent} bytes were found");
+
+    assert!(
+        File::from(fd.try_clone().unwrap()).set_len(4096).is_err(),
+        "cut"
+    );
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(&fd, hole, 0, REGION_BYTES as i64).unwrap();
+    // The host hears of it from the guest, or the guest from the host; nobody is told by a signal.
+    stream.set_deadline(Some(std::time::Instant::now() + LIMIT));
+    while stream.write_all(&[1; 1 << 16]).is_ok() {
+        fallocate(&fd, hole, 0, REGION_BYTES as i64).unwrap();
+    }
+    drop((stream, dialer, thread));
+    let (verdict, said) = guest.join().unwrap();
+    assert!(
+        [Verdict::Ring, Verdict::Done].contains(&verdict),
+        "{verdict:?}: {said}"
+    );
 }
 
 /// The command that prints the figures of ring and engine in such a guest.

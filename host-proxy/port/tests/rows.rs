@@ -594,6 +594,61 @@ fn r17_guests_without_doorbells(way: Way) {
     rig.ends_well();
 }
 
+/// Two VMs: whatever one guest writes to its region, and whichever of its doorbells it rings, the other's are its own.
+fn two_guests_cannot_reach_each_other(way: Way) {
+    let [mut one, mut other] = [(); 2].map(|()| {
+        let mut running = Running::start();
+        let aditd = running.connect();
+        let vmm = Vmm::by(way, &running.dir);
+        wait_ring(&aditd, |ring| !ring.memory.is_empty());
+        (running, aditd, vmm)
+    });
+    let inode = |fd: &OwnedFd| rustix::fs::fstat(fd).unwrap().st_ino;
+    assert_ne!(inode(&one.2.fd), inode(&other.2.fd));
+    let agent = other.2.boot();
+    agent.serve();
+    wait_ring(&other.1, |ring| ring.running);
+    let stream = tunnel(&other.1, 1);
+    echoed(&stream, b"before");
+    let all = |memory: &Mapped| {
+        let mut bytes = vec![0; BYTES];
+        memory.read(0, &mut bytes);
+        bytes
+    };
+    // Until its own two sides have gone to sleep.
+    let mut before = all(&other.2.memory);
+    loop {
+        std::thread::sleep(Duration::from_millis(100));
+        let after = std::mem::replace(&mut before, all(&other.2.memory));
+        if after == before {
+            break;
+        }
+    }
+    // Everything of its own that the first guest can reach.
+    let switches = other.0.status("voluntary_ctxt_switches");
+    for at in (0..BYTES).step_by(8) {
+        one.2.memory.store(at, 0xdead_beef_dead_beef);
+    }
+    let bells = &one.2.bells;
+    for _ in 0..1000 {
+        for bell in [
+            &bells.host_data,
+            &bells.host_space,
+            &bells.guest_data,
+            &bells.guest_space,
+        ] {
+            bell.ring().unwrap();
+        }
+    }
+    assert!(before == all(&other.2.memory), "its memory changed");
+    let woken = other.0.status("voluntary_ctxt_switches") - switches;
+    assert!(woken < 10, "it woke up {woken} times");
+    echoed(&stream, b"afterwards");
+    for (running, ..) in [&mut one, &mut other] {
+        assert!(running.child.try_wait().unwrap().is_none(), "it ended");
+    }
+}
+
 /// Every row, by both ways.
 macro_rules! by_both {
     ($($row:ident),* $(,)?) => {
@@ -624,4 +679,5 @@ by_both!(
     r15_handshakes_that_are_changed_afterwards,
     r16_ranges_that_are_none,
     r17_guests_without_doorbells,
+    two_guests_cannot_reach_each_other,
 );
