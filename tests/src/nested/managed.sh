@@ -36,12 +36,12 @@ echo "SHOW adit-vmm has registered web-1 and booted Debian: its agent is there (
 grep -q 'ring-found .*by="uio, INTx"' $LOG || fail "the agent has no ring by uio"
 ring first && echo "SHOW its services go over shared memory: a PCI function that stock Linux drives by uio_pci_generic ($(now) s)"
 page "first" && echo "SHOW curl -x aditd http://web-1/: this is web-1"
-# A neighbour whose root drives the socket device by hand. web-1 never notices; nor does adit-vmm, which grows by nothing.
+# A neighbour whose root drives the socket device by hand, and writes over the ring. web-1 never notices; nor does adit-vmm, which grows by nothing.
 # Resident KiB beside the guest's memory, which is the one large mapping.
 beyond() { awk '/^Size:/ { size = $2 } /^Rss:/ && size < 120000 { sum += $2 } END { print sum }' /proc/$1/smaps; }
 hostile() {
     WEB=$VMM LOG=/tmp/bad.log
-    start --kernel /l2/web-1/vmlinux --initrd /l2/web-1/initrd --memory 128M --vsock cid=4 --aditd $ADIT_SOCKET --name bad \
+    start --kernel /l2/web-1/vmlinux --initrd /l2/web-1/initrd --memory 128M --vsock cid=4 --aditd $ADIT_SOCKET --name bad --ring \
         --cmdline "console=ttyS0 quiet panic=-1 mitigations=off hostile"
     until_said HOSTILE-DONE 120
     grep HOSTILE- $LOG
