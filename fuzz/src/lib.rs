@@ -12,6 +12,7 @@
 //! | `record` | the producer's: a ring's memory | a second reader |
 //! | `ring_ops` | calls of both ends in any order, and a peer that writes over any word | a queue |
 //! | `ring_packet` | the other side's of a ring: packets, a new beginning, any word of the region | what was put in, both ways; `shell` |
+//! | `ring_function` | the guest's of a ring's PCI function: accesses, and states from anywhere | a second reader of what it saves |
 //! | `attach` | both sides' words, and the head of a region | who begins anew comes to run |
 //! | `succession` | a predecessor's, in its guest's hands: handover record, live file, unread bytes | a verdict in time, no leak, no thread lost |
 //!
@@ -31,6 +32,7 @@ mod mem_table;
 mod pattern;
 mod port_packet;
 mod record;
+mod ring_function;
 mod ring_ops;
 mod ring_packet;
 mod shell;
@@ -44,7 +46,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 11] = [
+pub const TARGETS: [(&str, Target); 12] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -56,6 +58,7 @@ pub const TARGETS: [(&str, Target); 11] = [
     ("ring_ops", ring_ops::run),
     ("attach", attach::run),
     ("ring_packet", ring_packet::run),
+    ("ring_function", ring_function::run),
 ];
 
 /// Where the seeds of a target lie.

@@ -69,6 +69,7 @@ wrong "does not fit" --kernel /l2/old/vmlinux --initrd /l2/old/initrd --memory 6
 wrong "64 to" --kernel /l2/old/vmlinux --memory 1M
 wrong "cannot open disk" --kernel /l2/old/vmlinux --disk /nowhere
 wrong "CIDs are 3" --kernel /l2/old/vmlinux --vsock cid=2
+wrong "power of two" --kernel /l2/old/vmlinux --ring 3M
 mv /dev/kvm /dev/kvm.away
 wrong "there is no /dev/kvm" --kernel /l2/old/vmlinux
 mv /dev/kvm.away /dev/kvm

@@ -6,8 +6,8 @@
 //! | vsock | what a shard may (`SYSTEM_CALLS`), and what its owner does: accept, connect, say who we are, draw seeds |
 //! | disk | seek, read, write and sync the file that it has |
 //!
-//! None may open a file, map code, start a process or make a thread. The main thread, which hears the operator and no
-//! guest, has no filter. Another call ends the process with a line that names thread and call.
+//! None may open a file, map code, start a process or make a thread. The main thread, which hears the operator, and the one
+//! that tells KVM where the ring lies have no filter. Another call ends the process with a line that names thread and call.
 
 #![allow(unsafe_code)] // a signal handler reads what the kernel says of the call, and ends the process
 
