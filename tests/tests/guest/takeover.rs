@@ -117,9 +117,9 @@ fn port_killed(kernel: Kernel) {
     };
     let boot = setup.boot_id();
     assert_eq!(boot.len(), 36, "{boot}");
-    // A task is running when the channel breaks.
+    // A task is running when the channel breaks, and as long as nobody dials it.
     let task = setup.order(
-        "steps: [{id: long, script: {interpreter: /bin/sh, script: \"echo begun >> /var/lib/long; sync; sleep 4; echo finished\"}}]\n",
+        "steps: [{id: long, script: {interpreter: /bin/sh, script: \"echo begun >> /var/lib/long; sync; nc -l -p 81 < /dev/null > /dev/null; echo finished\"}}]\n",
     );
     wait_for("the task", SOON, || {
         let list = setup.adit(&["task", "ls", "--goal", &task]).1;
@@ -128,13 +128,19 @@ fn port_killed(kernel: Kernel) {
     .unwrap();
     let mut seed = u64::from(std::process::id());
     println!("seed {seed}");
-    let mut took = Vec::new();
+    let (mut took, mut back) = (Vec::new(), Vec::new());
     for _ in 0..6 {
         let killed = setup.kill_in_echo(1 + next(&mut seed), || setup.kill_port());
         took.push(setup.served(killed));
+        // Its agent is there as soon, task or no task.
+        setup.wait_agent();
+        back.push(killed.elapsed());
+        let list = setup.adit(&["task", "ls", "--goal", &task]).1;
+        assert!(list.contains(" started "), "{list}\n{}", setup.logs());
     }
-    println!("{}: served again after {took:?}", kernel.name());
-    setup.wait_agent();
+    let kernel = kernel.name();
+    println!("{kernel}: served again after {took:?}, the agent back after {back:?}");
+    connect(setup.host.proxy(), "web-1:81").unwrap();
     let list = setup.finish(&task);
     assert!(
         list.contains("done") && list.contains("finished"),
