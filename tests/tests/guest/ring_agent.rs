@@ -10,9 +10,12 @@ use adit_tests::image::Kernel;
 use adit_tests::process::wait_for;
 
 use crate::restarts::must_end;
+use crate::stalls::{push, take_back};
 use crate::{BOOT, RING, Setup, bins, boot_with, echo, run_goal};
 
 const LIMIT: Duration = Duration::from_secs(20);
+/// More than all buffers between a writer and a reader that stopped.
+const STOPPED_MAX: u64 = 64 << 20;
 const HELLO: &str =
     "steps: [{id: hi, script: {interpreter: /bin/sh, script: \"echo over the ring\"}}]\n";
 
@@ -38,6 +41,18 @@ impl Setup {
         for len in [1, 4096, 65_537, 4 << 20] {
             echo(&self.host, "web-1:7", len);
         }
+        // In quick succession, one after the other.
+        for n in 0..300 {
+            echo(&self.host, "web-1:7", n * 37 % 5000 + 1);
+        }
+        // A reader stops: the others go on, and then it has all that was kept for it.
+        let mut stopped = self.tunnel();
+        let pushed = push(&mut stopped, STOPPED_MAX);
+        assert!(pushed < STOPPED_MAX, "nobody held it back");
+        for _ in 0..10 {
+            echo(&self.host, "web-1:7", 50_000);
+        }
+        take_back(&mut stopped, pushed);
         let list = run_goal(self, HELLO);
         assert!(list.contains("over the ring"), "{list}");
         assert_eq!(self.vm()["carrier"]["kind"], "ring");

@@ -17,11 +17,11 @@ const TUNNELS: u64 = 1000;
 /// Written into each tunnel at most while nobody reads.
 const PUSHED_MAX: u64 = 64 << 10;
 
-/// Writes until the tunnel takes no more. Returns how much it took.
-fn push(stream: &mut TcpStream) -> u64 {
+/// Writes until the tunnel takes no more, or it took enough. Returns how much it took.
+pub fn push(stream: &mut TcpStream, most: u64) -> u64 {
     stream.set_nonblocking(true).unwrap();
     let mut at = 0;
-    while at < PUSHED_MAX {
+    while at < most {
         let bytes: Vec<u8> = (at..at + 4096).map(pattern).collect();
         match stream.write(&bytes) {
             Ok(n) => at += n as u64,
@@ -69,7 +69,7 @@ fn a_stalled_vm_with_a_thousand_tunnels_leaves_the_others_alone() {
         .collect();
     let qemu = Pid::from_raw(i32::try_from(guests[0].pid()).unwrap());
     kill(qemu, Signal::SIGSTOP).unwrap();
-    let pushed: Vec<u64> = tunnels.iter_mut().map(push).collect();
+    let pushed: Vec<u64> = tunnels.iter_mut().map(|t| push(t, PUSHED_MAX)).collect();
     for _ in 0..20 {
         echo(&host, "vsock-5000.web-2:5000", 100_000);
     }
@@ -77,8 +77,13 @@ fn a_stalled_vm_with_a_thousand_tunnels_leaves_the_others_alone() {
     assert!(listed.status.success());
     kill(qemu, Signal::SIGCONT).unwrap();
     for (stream, pushed) in tunnels.iter_mut().zip(pushed) {
-        let mut back = vec![0; usize::try_from(pushed).unwrap()];
-        stream.read_exact(&mut back).unwrap();
-        assert!((0..).zip(&back).all(|(i, &b)| b == pattern(i)));
+        take_back(stream, pushed);
     }
+}
+
+/// Reads what was pushed.
+pub fn take_back(stream: &mut TcpStream, pushed: u64) {
+    let mut back = vec![0; usize::try_from(pushed).unwrap()];
+    stream.read_exact(&mut back).unwrap();
+    assert!((0..).zip(&back).all(|(i, &b)| b == pattern(i)));
 }
