@@ -3,7 +3,7 @@
 //!
 //! | row | host's end | guest's end |
 //! |---|---|---|
-//! | records, guest polls | the bare ring | `ring-echo`, which never sleeps |
+//! | records | the bare ring | `ring-echo`, which never sleeps, or is rung by an interrupt or by a byte over vsock |
 //! | vsock port | a tunnel to a plain vsock port | an echo on AF_VSOCK |
 //! | tunnel | CONNECT through aditd | the agent, and a TCP echo behind it |
 
@@ -16,9 +16,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use adit_benches::report::{Better, Figure, median};
+use adit_ringbuf::Wake;
 use adit_ringbuf::session::{self, Event};
 use adit_ringbuf_io::Spin;
 use adit_ringbuf_io::blocking::{Receiver, Sender};
+use adit_ringbuf_io::doorbell::Doorbell;
 use adit_ringbuf_io::ivshmem::Server;
 use adit_tests::connect::connect;
 use adit_tests::guest::{Guest, Identity, Ring};
@@ -26,6 +28,7 @@ use adit_tests::host::Host;
 use adit_tests::image::{Image, Kernel};
 use adit_tests::process::wait_for;
 use anyhow::Context;
+use vmm_sys_util::eventfd::EventFd;
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// Round trips of 64 bytes one after the other; and with a pause between them, so that whoever waits has gone to sleep.
@@ -61,12 +64,24 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     };
     let image = Image::build(Kernel::V6_1, &|what| eprintln!("{what}"))?;
-    let [polling, port] = bare(&image, &bins)?;
-    let [tunnel, _] = tunnels(&image, &bins, None)?;
-    let [byte, _] = tunnels(&image, &bins, Some(false))?;
+    let [polling, port] = bare(&image, &bins, Rung::Polls)?;
+    let [byte, _] = bare(&image, &bins, Rung::Byte)?;
     // A machine with an IOMMU, emulated, is a slower one: it has its own vsock beside it.
-    let [msix, msix_port] = tunnels(&image, &bins, Some(true))?;
-    let rows = [polling, port, tunnel, byte, msix, msix_port];
+    let [msix, msix_port] = bare(&image, &bins, Rung::Interrupt)?;
+    let tunnels = [Over::Vsock, Over::RingByte, Over::VsockQ35, Over::RingQ35];
+    let tunnels = tunnels.map(|by| tunnel(&image, &bins, by));
+    let [tunnel, tunnel_byte, tunnel_q35, tunnel_msix] = tunnels;
+    let rows = [
+        polling,
+        byte,
+        port,
+        msix,
+        msix_port,
+        tunnel?,
+        tunnel_byte?,
+        tunnel_q35?,
+        tunnel_msix?,
+    ];
     for row in &rows {
         for (what, unit, better, values) in [
             ("64 B", "us", Better::Lower, &row.rtt_us),
@@ -76,26 +91,27 @@ fn main() -> anyhow::Result<()> {
             Figure::alone(format!("{}: {what}", row.name), unit, better, values).print(json);
         }
     }
-    let [polling, port, tunnel, byte, msix, msix_port] = &rows;
+    let [
+        polling,
+        byte,
+        port,
+        msix,
+        msix_port,
+        tunnel,
+        tunnel_byte,
+        tunnel_q35,
+        tunnel_msix,
+    ] = &rows;
     let less = |name: &str, a: &[f64], b: &[f64], must, aim| {
         let figure = Figure::alone(name, "us", Better::Lower, a);
         figure.beside("vsock", b, must, aim).print(json);
     };
-    less("polling, 64 B", &polling.rtt_us, &port.rtt_us, 0.05, 0.01);
-    less(
-        "idle, MSI-X, 64 B",
-        &msix.idle_us,
-        &msix_port.idle_us,
-        0.5,
-        0.3,
-    );
-    less(
-        "idle, a byte over vsock, 64 B",
-        &byte.idle_us,
-        &tunnel.idle_us,
-        1.0,
-        0.3,
-    );
+    let (ours, theirs) = (&polling.rtt_us, &port.rtt_us);
+    less("polling, 64 B", ours, theirs, 0.05, 0.01);
+    let (ours, theirs) = (&msix.idle_us, &msix_port.idle_us);
+    less("asleep, MSI-X, 64 B", ours, theirs, 0.5, 0.3);
+    let (ours, theirs) = (&byte.idle_us, &port.idle_us);
+    less("asleep, a byte over vsock, 64 B", ours, theirs, 1.0, 1.0);
     let more = |name: &str, a: &Row, b: &Row, must, aim| {
         let figure = Figure::alone(name, "MiB/s", Better::Higher, &[a.bulk_mib_s]);
         figure
@@ -103,8 +119,20 @@ fn main() -> anyhow::Result<()> {
             .print(json);
     };
     more("polling, 64 KiB", polling, port, 8.0, 20.0);
-    more("tunnel, a byte over vsock, 64 KiB", byte, tunnel, 2.0, 5.0);
-    more("tunnel, MSI-X, 64 KiB", msix, msix_port, 2.0, 5.0);
+    more(
+        "tunnel, a byte over vsock, 64 KiB",
+        tunnel_byte,
+        tunnel,
+        2.0,
+        5.0,
+    );
+    more(
+        "tunnel, MSI-X (q35), 64 KiB",
+        tunnel_msix,
+        tunnel_q35,
+        2.0,
+        5.0,
+    );
     if let Some(path) = after("--plot") {
         match plot::draw(&rows, &path) {
             Ok(()) => eprintln!("plot over sizes: {path}"),
@@ -130,46 +158,82 @@ fn identity<'a>(socket: &'a Path, agent: Option<&'a Path>, script: &'a str) -> I
     }
 }
 
-/// A guest whose ring is echoed by a program that polls, and its vsock.
-fn bare(image: &Image, bins: &Path) -> anyhow::Result<[Row; 2]> {
+/// How the guest hears the host.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Rung {
+    /// It never sleeps.
+    Polls,
+    /// A byte on a stream over vsock.
+    Byte,
+    /// MSI-X.
+    Interrupt,
+}
+
+/// Rings it.
+enum Bell {
+    Event(EventFd),
+    Stream(TcpStream),
+}
+
+impl Doorbell for Bell {
+    fn ring(&self) -> std::io::Result<()> {
+        match self {
+            Self::Event(event) => event.ring(),
+            Self::Stream(stream) => { stream }.write_all(&[1]),
+        }
+    }
+}
+
+/// A guest whose ring is echoed by a program, and its vsock.
+fn bare(image: &Image, bins: &Path, rung: Rung) -> anyhow::Result<[Row; 2]> {
     let host = Host::start(bins, &["web-1"])?;
     host.wait_port("web-1")?;
     let socket = host.dir().join("bench.sock");
     let mut server = Server::new(UnixListener::bind(&socket)?, BYTES)?;
     let vhost = host.vhost_socket("web-1");
-    let script = "adit-testguest ring-echo > /dev/console 2>&1 &\n";
+    let port = if rung == Rung::Byte { "5001" } else { "" };
+    let script = format!("adit-testguest ring-echo {port} > /dev/console 2>&1 &\n");
     let ring = Ring {
         socket: &socket,
-        iommu: false,
+        iommu: rung == Rung::Interrupt,
         parameters: "",
     };
-    let who = identity(&vhost, None, script);
+    let who = identity(&vhost, None, &script);
     let mut guest = Guest::boot_with(image, &who, Some(ring), &host.dir().join("web-1"))?;
     let given = wait_for("QEMU", LIMIT, || Ok(server.accept()?))?;
     let epoch = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     let spec = adit_channel::ring::spec(BYTES).context("room for a region")?;
     let mut session = session::Host::offer(given.memory.clone(), spec, epoch)?;
     guest.wait_ready(LIMIT)?;
+    let bells = given.bells.try_clone()?;
+    let [data, space] = match rung {
+        Rung::Byte => {
+            guest.wait_serial("listens", LIMIT, |log| log.contains("RING-LISTENS"))?;
+            let stream = connect(host.proxy(), "vsock-5001.web-1:5001")?;
+            stream.set_nodelay(true)?;
+            [Bell::Stream(stream.try_clone()?), Bell::Stream(stream)]
+        }
+        _ => [bells.guest_data, bells.guest_space].map(Bell::Event),
+    };
     wait_for("the guest attaches", LIMIT, || {
-        let attached = matches!(session.poll().event, Some(Event::Attached { .. }));
+        let turn = session.poll();
+        if turn.wake == Wake::Yes {
+            data.ring()?;
+        }
+        let attached = matches!(turn.event, Some(Event::Attached { .. }));
         Ok(attached.then_some(()))
     })?;
     let ends = session.ends(LANE, true)?;
-    let bells = given.bells.try_clone()?;
-    let mut to = Sender::new(
-        ends.producer,
-        bells.guest_data,
-        bells.host_space,
-        Spin::default(),
-    );
-    let mut from = Receiver::new(
-        ends.consumer,
-        bells.guest_space,
-        bells.host_data,
-        Spin::default(),
-    );
+    let spin = Spin::default();
+    let mut to = Sender::new(ends.producer, data, bells.host_space, spin);
+    let mut from = Receiver::new(ends.consumer, space, bells.host_data, spin);
     let (piece, mut back) = (vec![0x5a; BULK], vec![0; BULK]);
-    let polling = measure("records, guest polls", |len, count| {
+    let (name, port) = match rung {
+        Rung::Polls => ("ring, guest polls", "vsock"),
+        Rung::Byte => ("ring, a byte over vsock", "vsock, beside the byte"),
+        Rung::Interrupt => ("ring, MSI-X (q35)", "vsock (q35)"),
+    };
+    let records = measure(name, |len, count| {
         // As many on the way as the ring has room for, without ever waiting for a reader that waits for us.
         let (mut sent, mut got) = (0, 0);
         while got < count {
@@ -182,44 +246,54 @@ fn bare(image: &Image, bins: &Path) -> anyhow::Result<[Row; 2]> {
         }
         Ok(())
     })?;
-    let port = over(
-        "vsock port",
-        &connect(host.proxy(), "vsock-5000.web-1:5000")?,
-    )?;
+    let port = over(port, &connect(host.proxy(), "vsock-5000.web-1:5000")?)?;
     drop(guest);
-    Ok([polling, port])
+    Ok([records, port])
 }
 
-/// A tunnel to the agent's TCP echo; with a ring, behind an IOMMU or not, or without one. And a plain vsock port of the same
-/// guest, without the agent.
-fn tunnels(image: &Image, bins: &Path, iommu: Option<bool>) -> anyhow::Result<[Row; 2]> {
+/// What a tunnel to the agent takes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Over {
+    Vsock,
+    /// On a machine that has the function, and nobody who makes its memory a region.
+    VsockQ35,
+    RingByte,
+    RingQ35,
+}
+
+/// A tunnel to the agent's TCP echo.
+fn tunnel(image: &Image, bins: &Path, by: Over) -> anyhow::Result<Row> {
     let host = Host::start_with(bins, &["web-1"], "ivshmem_mib = 8")?;
     host.wait_port("web-1")?;
-    let (vhost, server) = (host.vhost_socket("web-1"), host.ivshmem_socket("web-1"));
+    let vhost = host.vhost_socket("web-1");
+    let (served, unused) = (host.ivshmem_socket("web-1"), host.dir().join("unused.sock"));
+    let mut nobody = Server::new(UnixListener::bind(&unused)?, BYTES)?;
     let agent = adit_tests::guest_bin("adit-guest");
     let who = identity(&vhost, Some(&agent), "");
-    let ring = iommu.map(|iommu| Ring {
-        socket: &server,
-        iommu,
+    let (name, socket, wanted) = match by {
+        Over::Vsock => ("tunnel, vsock", None, "vsock"),
+        Over::VsockQ35 => ("tunnel, vsock (q35)", Some(&unused), "vsock"),
+        Over::RingByte => ("tunnel, ring, a byte over vsock", Some(&served), "ring"),
+        Over::RingQ35 => ("tunnel, ring, MSI-X (q35)", Some(&served), "ring"),
+    };
+    let ring = socket.map(|socket| Ring {
+        socket,
+        iommu: by != Over::RingByte,
         parameters: "",
     });
     let mut guest = Guest::boot_with(image, &who, ring, &host.dir().join("web-1"))?;
+    let _memory = match by {
+        Over::VsockQ35 => Some(wait_for("QEMU", LIMIT, || Ok(nobody.accept()?))?),
+        _ => None,
+    };
     guest.wait_ready(LIMIT)?;
-    let wanted = if iommu.is_some() { "ring" } else { "vsock" };
     host.adit(&["wait", "web-1", "--for", "agent", "--timeout", "60s"])?;
     wait_for(wanted, LIMIT, || {
         let out = host.adit(&["vm", "show", "web-1", "-o", "json"])?;
         let vm: serde_json::Value = serde_json::from_slice(&out.stdout)?;
         Ok((vm["carrier"]["kind"] == wanted).then_some(()))
     })?;
-    let (name, port) = match iommu {
-        None => ("tunnel, vsock", "vsock port, with an agent"),
-        Some(false) => ("tunnel, ring, a byte over vsock", "vsock port, with a ring"),
-        Some(true) => ("tunnel, ring, MSI-X (q35)", "vsock port (q35)"),
-    };
-    let tunnel = over(name, &connect(host.proxy(), "web-1:7")?)?;
-    let plain = over(port, &connect(host.proxy(), "vsock-5000.web-1:5000")?)?;
-    Ok([tunnel, plain])
+    over(name, &connect(host.proxy(), "web-1:7")?)
 }
 
 fn over(name: &'static str, stream: &TcpStream) -> anyhow::Result<Row> {
