@@ -99,7 +99,8 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
         let Some(active) = self.active.as_mut().filter(|a| !a.torn) else {
             return;
         };
-        // Left from a burst that ended in a fault.
+        // Left from a burst before.
+        self.ahead.clear();
         self.aside.release();
         let mem = self.snapshot.insert(active.mem.memory());
         for ring in [&mut active.rx, &mut active.tx] {
@@ -127,25 +128,27 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             let Some(head) = next_head(mem, ring, &mut chains_left)? else {
                 return Ok(None);
             };
-            let read = Permissions::Read;
-            let total = match chain::walk(mem, ring, head, read, TX_CHAIN_MAX, &mut self.segs) {
+            let segs = &mut self.segs;
+            let walked = match self.ahead.take(segs) {
+                Some((ahead, walked)) if ahead == head => walked,
+                _ => chain::walk(mem, ring, head, Permissions::Read, TX_CHAIN_MAX, segs),
+            };
+            ring.advance();
+            self.ahead.look(mem, ring, TX_CHAIN_MAX);
+            let total = match walked {
                 Ok(total) if total >= HEADER_BYTES as u64 => total,
                 Ok(len) => {
                     let why = Malformed::TooSmall { len };
                     self.counters.refused(&why, head);
-                    ring.advance();
                     give_back(mem, ring, &mut self.aside, head)?;
                     continue;
                 }
                 Err(why) => {
                     self.counters.refused(&why, head);
-                    ring.advance();
                     give_back(mem, ring, &mut self.aside, head)?;
                     continue;
                 }
             };
-            ring.advance();
-            self.ahead.look(mem, ring);
             let (mut bytes, mut cursor) = ([0; HEADER_BYTES], Cursor::default());
             if let Err(e) = cursor.copy_out(mem, &self.segs, &mut bytes) {
                 tracing::debug!(error = %e, "header is not accessible");

@@ -16,6 +16,7 @@ use virtio_bindings::bindings::virtio_ring::{
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
 
+use super::ahead;
 use super::ring::{QUEUE_MAX, Ring};
 
 /// Most descriptors of one indirect table.
@@ -64,17 +65,33 @@ pub(crate) fn walk<M: GuestMemory>(
     limit: u64,
     segs: &mut Vec<Seg>,
 ) -> Result<u64, Malformed> {
+    let desc = fetch(mem, ring.desc_table(), head)?;
+    walk_from(mem, ring, (head, desc), access, limit, segs)
+}
+
+/// As `walk`, of a chain whose first descriptor was fetched.
+pub(crate) fn walk_from<M: GuestMemory>(
+    mem: &M,
+    ring: &Ring,
+    (head, first): (u16, Descriptor),
+    access: Permissions,
+    limit: u64,
+    segs: &mut Vec<Seg>,
+) -> Result<u64, Malformed> {
     segs.clear();
     let writable = access.has_write();
     let (mut table, mut entries) = (ring.desc_table(), ring.size());
     let (mut index, mut left, mut nested) = (head, entries, false);
-    let mut total = 0u64;
+    let (mut total, mut first) = (0u64, Some(first));
     loop {
         if index >= entries {
             return Err(Malformed::Index { index, entries });
         }
         left = left.checked_sub(1).ok_or(Malformed::TooLong { entries })?;
-        let desc = fetch(mem, table, index)?;
+        let desc = match first.take() {
+            Some(desc) => desc,
+            None => fetch(mem, table, index)?,
+        };
         let flags = u32::from(desc.flags());
         if flags & VRING_DESC_F_INDIRECT != 0 {
             if nested {
@@ -98,7 +115,7 @@ pub(crate) fn walk<M: GuestMemory>(
                 return Err(Malformed::TooLarge { limit });
             }
             if addr.0.checked_add(u64::from(len)).is_none()
-                || !mem.check_range(addr, len as usize, access)
+                || !lies_in(mem, addr, len as usize, access)
             {
                 return Err(Malformed::Buffer { addr: addr.0, len });
             }
@@ -111,23 +128,30 @@ pub(crate) fn walk<M: GuestMemory>(
     }
 }
 
-fn fetch<M: GuestMemory>(
+/// Tells whether a buffer is in guest memory, and asks for what it begins with: it is read or written soon.
+fn lies_in<M: GuestMemory>(mem: &M, addr: GuestAddress, len: usize, access: Permissions) -> bool {
+    let Ok(mut slices) = mem.get_slices(addr, len, access) else {
+        return false;
+    };
+    match slices.next() {
+        Some(Ok(slice)) => {
+            ahead::soon(&slice);
+            slice.len() == len || mem.check_range(addr, len, access)
+        }
+        _ => false,
+    }
+}
+
+/// Fetches a descriptor.
+pub(crate) fn fetch<M: GuestMemory>(
     mem: &M,
     table: GuestAddress,
     index: u16,
 ) -> Result<Descriptor, Malformed> {
     let bad = Malformed::Table { addr: table.0 };
     let addr = table.0.checked_add(16 * u64::from(index)).ok_or(bad)?;
-    fetch_at(mem, GuestAddress(addr)).map_err(|_| bad)
-}
-
-/// The descriptor at an address.
-pub(crate) fn fetch_at<M: GuestMemory>(
-    mem: &M,
-    addr: GuestAddress,
-) -> Result<Descriptor, GuestMemoryError> {
     let mut desc = Descriptor::default();
-    read(mem, addr, desc.as_mut_slice())?;
+    read(mem, GuestAddress(addr), desc.as_mut_slice()).map_err(|_| bad)?;
     Ok(desc)
 }
 

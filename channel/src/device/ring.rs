@@ -166,8 +166,8 @@ impl Ring {
         Ok(Some(head))
     }
 
-    /// Where the descriptor lies at which the chain `n` behind the next one begins, if the driver is known to have posted it.
-    pub(crate) fn ahead<M: GuestMemory>(&self, mem: &M, n: u16) -> Option<GuestAddress> {
+    /// Head of the chain `n` behind the next one, if the driver is known to have posted it and it is one.
+    pub(crate) fn ahead<M: GuestMemory>(&self, mem: &M, n: u16) -> Option<u16> {
         let at = self.next_avail + Wrapping(n);
         if (self.seen_avail - at).0.wrapping_sub(1) >= self.size {
             return None;
@@ -175,8 +175,7 @@ impl Ring {
         let slot = u64::from(at.0 % self.size);
         let offset = RING_HEADER + slot * AVAIL_ELEMENT;
         let head = self.load(mem, self.avail, offset, Ordering::Relaxed).ok()?;
-        let head = u64::from(head.min(self.size - 1));
-        self.desc.0.checked_add(16 * head).map(GuestAddress)
+        (head < self.size).then_some(head)
     }
 
     /// Takes the chain that `peek` showed.
