@@ -6,7 +6,9 @@ if grep -q hostile /proc/cmdline; then
         adit-hostile $case 20
     done
     /etc/init.d/S50adit-guest stop
-    echo HOSTILE-CASE everything
-    adit-testguest ring-rude everything
+    for case in positions everything; do
+        echo HOSTILE-CASE $case
+        adit-testguest ring-rude $case
+    done
     echo HOSTILE-DONE
 fi

@@ -107,6 +107,10 @@ grep -q "begun 1 times" /tmp/tasks && echo "SHOW the task of before ended, throu
 kill -TERM $VMM; ended 0 stopped
 adit vm ls | grep -q web-1 && fail "an ended VM is still on the map"
 echo "SHOW stopped, and off the map"
+adit-vmm restore --from /tmp/snap --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --serial /tmp/clone.log >/tmp/clone 2>&1 </dev/null && fail "a VM lost its ring"
+grep -q "give it the same" /tmp/clone || fail "$(cat /tmp/clone)"
+adit-vmm restore --from /tmp/snap --vsock cid=3 --aditd $ADIT_SOCKET --name web-1 --ring 8M --serial /tmp/clone.log >/tmp/clone 2>&1 </dev/null && fail "a ring grew"
+grep -q "give it the same" /tmp/clone || fail "$(cat /tmp/clone)"
 start --kernel /l2/web-1/vmlinux --vsock cid=3 --aditd /nowhere/aditd.sock --name web-2
 wait $VMM; grep -q "no aditd at /nowhere" /tmp/vmm.err || fail "$(cat /tmp/vmm.err)"
 echo NESTED-DONE managed
