@@ -82,6 +82,8 @@ fn main() -> anyhow::Result<()> {
 fn tcp_echo(port: u16) -> anyhow::Result<()> {
     for stream in TcpListener::bind(("127.0.0.1", port))?.incoming() {
         let stream = stream?;
+        // Or the last piece of an answer waits 40 ms for an acknowledgement.
+        stream.set_nodelay(true)?;
         thread::Builder::new()
             .stack_size(128 << 10)
             .spawn(move || {
