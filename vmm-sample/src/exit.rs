@@ -44,10 +44,8 @@ impl Exit {
     /// # Errors
     /// There is no descriptor to be had.
     pub fn new() -> std::io::Result<Self> {
-        Ok(Self {
-            reason: Mutex::new(None),
-            event: EventFd::new(EFD_NONBLOCK)?,
-        })
+        let (reason, event) = (Mutex::new(None), EventFd::new(EFD_NONBLOCK)?);
+        Ok(Self { reason, event })
     }
 
     /// Ends the VM, unless it is ending already.

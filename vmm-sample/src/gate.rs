@@ -44,13 +44,9 @@ impl Gate {
     /// The signal cannot be handled.
     pub fn closed() -> anyhow::Result<Self> {
         register_signal_handler(SIGRTMIN(), heard)?;
-        Ok(Self {
-            inner: Mutex::new(Inner {
-                state: State::Closed,
-                waiting: 0,
-            }),
-            changed: Condvar::new(),
-        })
+        let (state, waiting) = (State::Closed, 0);
+        let (inner, changed) = (Mutex::new(Inner { state, waiting }), Condvar::new());
+        Ok(Self { inner, changed })
     }
 
     /// Called by the threads between two pieces of work; waits while the gate is closed, with what is under way `settled`
