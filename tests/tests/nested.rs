@@ -63,11 +63,11 @@ wrong() { # TEXT ARGS...: fails at once, and says this
     [ $rc = 2 ] || { [ $rc = 1 ] && [ $(wc -l < /tmp/wrong) = 1 ]; } || fail "adit-vmm $*: status $rc: $(cat /tmp/wrong)"
     grep -q "$text" /tmp/wrong || fail "adit-vmm $*: $(cat /tmp/wrong)"
 }
-wrong "cannot open kernel /nowhere" --kernel /nowhere
+wrong "cannot open kernel \"/nowhere\" (name one to read)" --kernel /nowhere
 wrong "no x86-64 kernel" --kernel /etc/rc
 wrong "does not fit" --kernel /l2/old/vmlinux --initrd /l2/old/initrd --memory 64M
 wrong "64 to" --kernel /l2/old/vmlinux --memory 1M
-wrong "cannot open disk" --kernel /l2/old/vmlinux --disk /nowhere
+wrong "cannot open disk /nowhere (name one to write)" --kernel /l2/old/vmlinux --disk /nowhere
 wrong "CIDs are 3" --kernel /l2/old/vmlinux --vsock cid=2
 wrong "power of two" --kernel /l2/old/vmlinux --ring 3M
 mv /dev/kvm /dev/kvm.away

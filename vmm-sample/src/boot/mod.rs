@@ -100,7 +100,7 @@ pub fn load(
 }
 
 fn open(path: &Path, what: &str) -> anyhow::Result<File> {
-    File::open(path).with_context(|| format!("cannot open {what} {}", path.display()))
+    File::open(path).with_context(|| format!("cannot open {what} {path:?} (name one to read)"))
 }
 
 /// Puts the initramfs at the end of low memory, below `limit` and above `floor`.

@@ -76,7 +76,7 @@ impl Block {
             .read(true)
             .write(true)
             .open(path)
-            .with_context(|| format!("cannot open disk {}", path.display()))?;
+            .with_context(|| format!("cannot open disk {} (name one to write)", path.display()))?;
         let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock)
             .map_err(|(_, e)| anyhow::anyhow!("disk {} is another VM's: {e}", path.display()))?;
         let len = file.seek(SeekFrom::End(0))?;
