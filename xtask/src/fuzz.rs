@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Output, Stdio};
 
 use anyhow::{Context, bail};
 
@@ -13,12 +13,14 @@ use crate::progress;
 const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares -Clink-dead-code";
+/// Targets at a time: each has one thread.
+const AT_ONCE: usize = 2;
 const HOST: &str = "x86_64-unknown-linux-gnu";
 
 /// What to fuzz, and for how long.
 #[derive(clap::Args)]
 pub struct Options {
-    /// One target; all of them in turn otherwise
+    /// One target; all of them, two at a time, otherwise
     target: Option<String>,
     /// For each target
     #[arg(long, default_value_t = 1.0)]
@@ -39,8 +41,8 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
     let seconds = (options.minutes * 60.0).ceil() as u64;
     let binary = build()?;
     let mut whole = true;
-    for name in names {
-        whole &= fuzz(&binary, &name, seconds, options.runs)?;
+    for names in names.chunks(AT_ONCE) {
+        whole &= fuzz(&binary, names, seconds, options.runs)?;
     }
     Ok(whole)
 }
@@ -48,9 +50,9 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
 /// A short run of every target.
 pub fn smoke() -> anyhow::Result<()> {
     let binary = build()?;
-    for name in targets()? {
-        if !fuzz(&binary, &name, 10, None)? {
-            bail!("{name} broke a rule");
+    for names in targets()?.chunks(AT_ONCE) {
+        if !fuzz(&binary, names, 10, None)? {
+            bail!("{} broke a rule", names.join(" or "));
         }
     }
     Ok(())
@@ -85,13 +87,39 @@ fn build() -> anyhow::Result<PathBuf> {
     Ok(dir.join(HOST).join("fuzz/adit-fuzz"))
 }
 
-fn fuzz(binary: &Path, name: &str, seconds: u64, runs: Option<u64>) -> anyhow::Result<bool> {
+/// Runs targets side by side; returns whether none of them found anything.
+fn fuzz(binary: &Path, names: &[String], seconds: u64, runs: Option<u64>) -> anyhow::Result<bool> {
+    let what = format!("{}, {seconds} s at most", names.join(" and "));
+    let started = || names.iter().map(|name| start(binary, name, seconds, runs));
+    let ended = progress::during(&what, || {
+        let children = started().collect::<anyhow::Result<Vec<_>>>()?;
+        // What a child says fits its pipe only if somebody reads meanwhile.
+        std::thread::scope(|scope| {
+            let wait = |child: Child| scope.spawn(|| child.wait_with_output());
+            let waiting: Vec<_> = children.into_iter().map(wait).collect();
+            let joined = waiting.into_iter().map(|w| w.join().expect("no panic"));
+            Ok(joined.collect::<std::io::Result<Vec<_>>>()?)
+        })
+    })?;
+    let reported = names
+        .iter()
+        .zip(&ended)
+        .map(|(name, out)| report(name, out));
+    Ok(reported.fold(true, |whole, ok| whole & ok))
+}
+
+/// Where what a target finds is kept: new ways, and what broke a rule.
+fn kept(name: &str) -> [PathBuf; 2] {
     let base = adit_tests::target().join("fuzz");
-    let seeds = adit_tests::root().join("fuzz/corpus").join(name);
-    let (corpus, found) = (
-        base.join("corpus").join(name),
-        base.join("found").join(name),
-    );
+    ["corpus", "found"].map(|kind| base.join(kind).join(name))
+}
+
+fn seeds(name: &str) -> PathBuf {
+    adit_tests::root().join("fuzz/corpus").join(name)
+}
+
+fn start(binary: &Path, name: &str, seconds: u64, runs: Option<u64>) -> anyhow::Result<Child> {
+    let [corpus, found] = kept(name);
     fs::create_dir_all(&corpus)?;
     fs::create_dir_all(&found)?;
     let mut command = Command::new(binary);
@@ -106,10 +134,13 @@ fn fuzz(binary: &Path, name: &str, seconds: u64, runs: Option<u64>) -> anyhow::R
         .arg(format!("-artifact_prefix={}/", found.display()))
         .args(runs.map(|n| format!("-runs={n}")))
         .arg(&corpus)
-        .arg(&seeds);
-    let out = progress::during(&format!("{name}, {seconds} s at most"), || {
-        Ok(command.output()?)
-    })?;
+        .arg(seeds(name))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    Ok(command.spawn()?)
+}
+
+fn report(name: &str, out: &Output) -> bool {
     let said = String::from_utf8_lossy(&out.stderr);
     let count = said
         .lines()
@@ -121,11 +152,12 @@ fn fuzz(binary: &Path, name: &str, seconds: u64, runs: Option<u64>) -> anyhow::R
     if !out.status.success() {
         let tail: Vec<&str> = said.lines().rev().take(30).collect();
         tail.iter().rev().for_each(|line| eprintln!("{line}"));
+        let [_, found] = kept(name);
         eprintln!(
             "the input is in {}: add it to {} with the fix",
             found.display(),
-            seeds.display()
+            seeds(name).display()
         );
     }
-    Ok(out.status.success())
+    out.status.success()
 }

@@ -102,7 +102,7 @@ const CHECKS: [Step; 10] = [
     },
     Step {
         name: "fuzz targets, 10 s each",
-        budget_s: 240,
+        budget_s: 150,
         run: crate::fuzz::smoke,
     },
     Step {
