@@ -93,8 +93,9 @@ pub fn write(dir: &Path, state: &State, memory: &GuestMemoryMmap) -> anyhow::Res
 /// It is not there, cut, altered, or of another version.
 pub fn read(dir: &Path) -> anyhow::Result<State> {
     let path = dir.join("state");
-    let mut file = File::open(&path)
-        .with_context(|| format!("no snapshot in {}: cannot open state", dir.display()))?;
+    let mut file = File::open(&path).with_context(|| {
+        format!("no snapshot in {dir:?} (its API writes one): cannot open state")
+    })?;
     let (mut magic, mut version, mut len) = ([0; 8], [0; 4], [0; 8]);
     let mut digest = [0; 32];
     let mut head = || -> std::io::Result<()> {

@@ -10,7 +10,7 @@ use adit_bare::abi::{REGION_UNIT, Task, Verdict};
 use adit_bare::streams;
 use adit_channel::dial::DialError;
 use adit_channel::ring::{self, RingBells, RingCarrier};
-use adit_channel::shard::Shard;
+use adit_channel::shard::{Shard, ShardThread};
 use adit_channel::stream::{Dialer, Stream, Target};
 use adit_engine::{EngineConfig, How};
 use adit_ringbuf::region::{Lane, Region, Side, Spec};
@@ -133,11 +133,24 @@ fn a_guest_in_user_mode_ends_when_its_host_breaks_the_ring() {
     assert!(said.contains("ring: "), "{said}");
 }
 
+/// The host's half of the engine, on a shard's thread, over a region that such a guest runs on.
+fn engines(task: Task) -> Option<(thread::JoinHandle<(Verdict, String)>, Dialer, ShardThread)> {
+    let mut carrier = None;
+    let guest = start(task, |memory| {
+        let spec = ring::spec(REGION_BYTES as usize).unwrap();
+        carrier = Some(RingCarrier::host(memory, spec, 1, RingBells::polled()).unwrap());
+    })?;
+    let mut shard = Shard::new().unwrap();
+    let port = shard.add(carrier?, EngineConfig::default(), 7).unwrap();
+    let dialer = shard.handle(port).dialer();
+    Some((guest, dialer, shard.spawn("ring").unwrap()))
+}
+
 /// Dials, as often as there is no session yet.
-fn dial(dialer: &Dialer, port: u32) -> Result<Stream, DialError> {
+fn dial(dialer: &Dialer, port: u32, limit: Duration) -> Result<Stream, DialError> {
     let target = Target { port, hello: None };
     loop {
-        match dialer.dial(&target, LIMIT) {
+        match dialer.dial(&target, limit) {
             Err(DialError::NoSession) => thread::sleep(Duration::from_millis(1)),
             other => return other,
         }
@@ -147,20 +160,11 @@ fn dial(dialer: &Dialer, port: u32) -> Result<Stream, DialError> {
 /// The engine on both sides: in a guest without an operating system, and in a shard. Neither has a doorbell: both look on.
 #[test]
 fn r17_a_guest_in_user_mode_serves_streams() {
-    let mut carrier = None;
-    let guest = start(Task::Streams, |memory| {
-        let spec = ring::spec(REGION_BYTES as usize).unwrap();
-        carrier = RingCarrier::host(memory, spec, 1, RingBells::polled()).ok();
-    });
-    let (Some(guest), Some(carrier)) = (guest, carrier) else {
+    let Some((guest, dialer, thread)) = engines(Task::Streams) else {
         return;
     };
-    let mut shard = Shard::new().unwrap();
-    let port = shard.add(carrier, EngineConfig::default(), 7).unwrap();
-    let dialer = shard.handle(port).dialer();
-    let thread = shard.spawn("ring").unwrap();
     for len in [1usize, 63, 4096, 65_537, 1 << 20] {
-        let stream = dial(&dialer, streams::PORT).unwrap();
+        let stream = dial(&dialer, streams::PORT, LIMIT).unwrap();
         let sent: Vec<u8> = (0..len).map(|n| (n * 31 + n / 251) as u8).collect();
         let mut back = Vec::new();
         thread::scope(|scope| {
@@ -173,7 +177,7 @@ fn r17_a_guest_in_user_mode_serves_streams() {
         assert!(back == sent, "{len} bytes came back as {}", back.len());
     }
     assert!(
-        dial(&dialer, streams::PORT + 1).is_err(),
+        dial(&dialer, streams::PORT + 1, LIMIT).is_err(),
         "nobody listens there"
     );
     drop((dialer, thread));
@@ -202,7 +206,7 @@ fn r01_to_r16_a_guest_in_user_mode_breaks_every_rule_and_hurts_nobody_else() {
     let [attacked, beside] = [attacked, beside].map(|port| shard.handle(port).dialer());
     let host = shard.spawn("ring").unwrap();
     let neighbour = thread::spawn(move || streams::serve(other, || adit_engine::Tick(0)));
-    let mut echo = dial(&beside, streams::PORT).unwrap();
+    let mut echo = dial(&beside, streams::PORT, LIMIT).unwrap();
 
     let rude = guest_of(Task::Rude);
     let mut echoes = 0;
@@ -228,7 +232,7 @@ fn r01_to_r16_a_guest_in_user_mode_breaks_every_rule_and_hurts_nobody_else() {
     }
 
     let honest = guest_of(Task::Streams);
-    let mut stream = dial(&attacked, streams::PORT).unwrap();
+    let mut stream = dial(&attacked, streams::PORT, LIMIT).unwrap();
     stream.write_all(&[3; 10_000]).unwrap();
     stream.read_exact(&mut [0; 10_000]).unwrap();
     drop((echo, stream, attacked, beside, host));
@@ -239,29 +243,11 @@ fn r01_to_r16_a_guest_in_user_mode_breaks_every_rule_and_hurts_nobody_else() {
 /// A guest that echoes records and takes none of lane bulk: whoever dials it there is told in time.
 #[test]
 fn r11_a_guest_in_user_mode_that_never_takes_a_packet_is_no_hang() {
-    let mut carrier = None;
-    let guest = start(Task::Echo, |memory| {
-        let spec = ring::spec(REGION_BYTES as usize).unwrap();
-        carrier = RingCarrier::host(memory, spec, 1, RingBells::polled()).ok();
-    });
-    let (Some(guest), Some(carrier)) = (guest, carrier) else {
+    let Some((guest, dialer, thread)) = engines(Task::Echo) else {
         return;
     };
-    let mut shard = Shard::new().unwrap();
-    let port = shard.add(carrier, EngineConfig::default(), 7).unwrap();
-    let dialer = shard.handle(port).dialer();
-    let thread = shard.spawn("ring").unwrap();
-    let target = Target {
-        port: streams::PORT,
-        hello: None,
-    };
-    let told = loop {
-        match dialer.dial(&target, Duration::from_millis(500)) {
-            Err(DialError::NoSession) => thread::sleep(Duration::from_millis(1)),
-            other => break other.map(drop),
-        }
-    };
-    assert_eq!(told, Err(DialError::Timeout));
+    let told = dial(&dialer, streams::PORT, Duration::from_millis(500));
+    assert_eq!(told.map(drop), Err(DialError::Timeout));
     drop((dialer, thread));
     assert_eq!(guest.join().unwrap(), (Verdict::Done, String::new()));
 }
@@ -281,7 +267,7 @@ fn r13_r14_pages_that_go_are_no_fault_and_what_is_between_records_is_nothing() {
     let port = shard.add(carrier, EngineConfig::default(), 7).unwrap();
     let dialer = shard.handle(port).dialer();
     let thread = shard.spawn("ring").unwrap();
-    let mut stream = dial(&dialer, streams::PORT).unwrap();
+    let mut stream = dial(&dialer, streams::PORT, LIMIT).unwrap();
     let mut sent = 0;
     for n in 0..200usize {
         let len = n * 37 % 1500 + 1;
