@@ -35,8 +35,11 @@ fn image() -> Option<PathBuf> {
     Some(image.into())
 }
 
+/// A guest that runs on a thread: how it ends, and what it says.
+type Running = thread::JoinHandle<(Verdict, String)>;
+
 /// A region that this side has not begun to use, and a guest that runs over it on a thread.
-fn start(task: Task, offer: impl FnOnce(Mapped)) -> Option<thread::JoinHandle<(Verdict, String)>> {
+fn start(task: Task, offer: impl FnOnce(Mapped)) -> Option<Running> {
     let image = image()?;
     let (memory, fd) = Mapped::memfd(REGION_BYTES as usize).unwrap();
     offer(memory);
@@ -48,7 +51,7 @@ fn start(task: Task, offer: impl FnOnce(Mapped)) -> Option<thread::JoinHandle<(V
 struct Echo {
     memory: Mapped,
     host: Host<Mapped>,
-    guest: Option<thread::JoinHandle<(Verdict, String)>>,
+    guest: Option<Running>,
 }
 
 impl Echo {
@@ -134,7 +137,7 @@ fn a_guest_in_user_mode_ends_when_its_host_breaks_the_ring() {
 }
 
 /// The host's half of the engine, on a shard's thread, over a region that such a guest runs on.
-fn engines(task: Task) -> Option<(thread::JoinHandle<(Verdict, String)>, Dialer, ShardThread)> {
+fn engines(task: Task) -> Option<(Running, Dialer, ShardThread)> {
     let mut carrier = None;
     let guest = start(task, |memory| {
         let spec = ring::spec(REGION_BYTES as usize).unwrap();
