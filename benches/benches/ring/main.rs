@@ -9,6 +9,7 @@
 mod figures;
 mod others;
 mod ours;
+#[path = "../common/plot.rs"]
 mod plot;
 
 use std::collections::BTreeMap;
@@ -17,8 +18,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use adit_benches::duel::{self, Ends, Home, RING};
+use adit_benches::report::median;
 use adit_ringbuf_io::Spin;
 use others::Flags;
+use plot::Plot;
 
 /// Sizes of the plot; the figures are of some of them.
 pub const SIZES: [usize; 6] = [64, 256, 1024, 4096, 16_384, 65_536];
@@ -242,9 +245,27 @@ fn main() {
         .iter()
         .for_each(|figure| figure.print(json));
     if let Some(path) = after("--plot") {
-        match plot::draw(&all, &path) {
+        match plot(&all).draw(&SIZES, &path) {
             Ok(()) => eprintln!("plot over sizes: {path}"),
             Err(e) => eprintln!("no plot: {path}: {e}"),
         }
+    }
+}
+
+/// GB/s of every contender over message sizes.
+fn plot(all: &Rounds) -> Plot<'static> {
+    let gb_s = |name, size| {
+        let of = all.of(name, size);
+        (!of.is_empty()).then(|| (size as f64, median(of) * size as f64 / 1e9))
+    };
+    let line = |&name| {
+        let points: Vec<_> = SIZES.iter().filter_map(|&size| gb_s(name, size)).collect();
+        (name, points, if name == "ours" { 4 } else { 2 })
+    };
+    let lines = STREAMS.iter().chain(&PEERS).map(line);
+    Plot {
+        caption: "One way between two processes, copied in and out",
+        y: ("GB/s", 0.03..60.0),
+        lines: lines.filter(|(_, points, _)| !points.is_empty()).collect(),
     }
 }

@@ -7,6 +7,7 @@
 //! | vsock port | a tunnel to a plain vsock port | an echo on AF_VSOCK |
 //! | tunnel | CONNECT through aditd | the agent, and a TCP echo behind it |
 
+#[path = "../common/plot.rs"]
 mod plot;
 
 use std::io::{Read, Write};
@@ -28,6 +29,7 @@ use adit_tests::host::Host;
 use adit_tests::image::{Image, Kernel};
 use adit_tests::process::wait_for;
 use anyhow::Context;
+use plot::Plot;
 use vmm_sys_util::eventfd::EventFd;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -41,20 +43,20 @@ const BYTES: usize = 8 << 20;
 /// The lane that `ring-echo` sends back.
 const LANE: usize = 1;
 /// Bytes of a message of the plot, and round trips of each.
-pub const SIZES: [usize; 6] = [64, 256, 1 << 10, 4 << 10, 16 << 10, 64 << 10];
+const SIZES: [usize; 6] = [64, 256, 1 << 10, 4 << 10, 16 << 10, 64 << 10];
 const SIZE_ROUNDS: usize = 100;
 
 /// What one way there and back was measured to do.
-pub struct Row {
+struct Row {
     /// How it goes, for people.
-    pub name: &'static str,
+    name: &'static str,
     /// Round trips of 64 bytes, us: one after the other, and with a pause.
     rtt_us: Vec<f64>,
     idle_us: Vec<f64>,
     /// 64 KiB pieces there and back, MiB/s.
     bulk_mib_s: f64,
     /// Middle round trip of a message of each of [`SIZES`], us.
-    pub sizes_us: Vec<f64>,
+    sizes_us: Vec<f64>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -135,12 +137,33 @@ fn main() -> anyhow::Result<()> {
         5.0,
     );
     if let Some(path) = after("--plot") {
-        match plot::draw(&rows, &path) {
+        match plot(&rows).draw(&SIZES, &path) {
             Ok(()) => eprintln!("plot over sizes: {path}"),
             Err(e) => eprintln!("no plot: {path}: {e}"),
         }
     }
     Ok(())
+}
+
+/// How long a message takes there and back, by carrier, over its size.
+fn plot(rows: &[Row]) -> Plot<'_> {
+    let all = || rows.iter().flat_map(|row| row.sizes_us.iter().copied());
+    let (least, most) = (all().fold(f64::MAX, f64::min), all().fold(0.0, f64::max));
+    let line = |row: &'_ Row| {
+        let points = SIZES.iter().zip(&row.sizes_us);
+        let points = points.map(|(&size, &us)| (size as f64, us)).collect();
+        let width = if row.name.contains("vsock port") {
+            2
+        } else {
+            4
+        };
+        (row.name, points, width)
+    };
+    Plot {
+        caption: "A message there and back: a real guest in QEMU",
+        y: ("us, the middle one", least * 0.7..most * 1.5),
+        lines: rows.iter().map(line).collect(),
+    }
 }
 
 /// The word behind another one on the command line.
