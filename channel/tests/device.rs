@@ -1,4 +1,4 @@
-//! The device with a well-behaved driver: shapes of chains (R30), bursts, notifications, descriptors, dirty pages.
+//! The device with a well-behaved driver: shapes of chains (R30), bursts, descriptors, dirty pages.
 
 mod common;
 
@@ -10,9 +10,7 @@ use std::sync::Arc;
 use adit_benches::queue::{NEXT, WRITE};
 use adit_benches::{Driver, DriverConfig, RxShape, memory};
 use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, SetAside, TxSlot};
-use adit_channel::device::{
-    FEATURES, HEADER_BYTES, HOST_CID, PAYLOAD_MAX, RX_QUEUE, TX_QUEUE, VsockDevice,
-};
+use adit_channel::device::{FEATURES, HEADER_BYTES, HOST_CID, PAYLOAD_MAX, RX_QUEUE, VsockDevice};
 use adit_engine::{Lane, ResetReason, SessionChange};
 use common::{CID, Rig, Signals, cid, pattern, rw, scatter, wire_bytes};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
@@ -174,55 +172,6 @@ fn both_kernels_receive_what_the_host_sends() {
 }
 
 #[test]
-fn used_index_is_published_once_a_small_burst_and_in_order() {
-    let mut rig = Rig::new();
-    for i in 0..10 {
-        assert!(rig.driver.send(&rw(i), b"x", 1));
-    }
-    rig.driver.tx.publish();
-    rig.device.begin();
-    for i in 0..10 {
-        let packet = rig.device.rx().expect("no fault").expect("a packet");
-        assert_eq!(packet.header().src_port, i);
-        drop(packet);
-        assert_eq!(rig.driver.tx.used_idx(), 0, "before the flush");
-    }
-    rig.device.flush();
-    assert_eq!(rig.driver.tx.used_idx(), 10);
-    assert_eq!(rig.signals.count(TX_QUEUE), 1);
-    assert_eq!(rig.driver.reap_tx(), 10);
-    rig.device.flush();
-    assert_eq!(
-        rig.signals.count(TX_QUEUE),
-        1,
-        "nothing new, no notification"
-    );
-}
-
-#[test]
-fn a_full_queue_is_given_back_by_quarters() {
-    let mut rig = Rig::new();
-    let size = rig.driver.tx.size();
-    for i in 0..size {
-        assert!(rig.driver.send(&rw(u32::from(i)), b"x", 1));
-    }
-    rig.driver.tx.publish();
-    rig.device.begin();
-    for i in 0..size {
-        let packet = rig.device.rx().expect("no fault").expect("a packet");
-        drop(packet);
-        let quarter = size / 4;
-        assert_eq!(rig.driver.tx.used_idx(), i / quarter * quarter);
-    }
-    // The driver asked for a notification of the first one, and not again.
-    assert_eq!(rig.signals.count(TX_QUEUE), 1);
-    rig.device.flush();
-    assert_eq!(rig.driver.tx.used_idx(), size);
-    assert_eq!(rig.signals.count(TX_QUEUE), 1);
-    assert_eq!(rig.driver.reap_tx(), usize::from(size));
-}
-
-#[test]
 fn a_slot_that_is_not_committed_is_given_again() {
     let mut rig = Rig::new();
     rig.device.begin();
@@ -246,108 +195,6 @@ fn tx_is_taken_while_rx_is_full() {
         rig.assert_works();
     }
     assert!(!rig.send(&rw(1), b"still full").expect("no fault"));
-}
-
-#[test]
-fn event_idx_suppresses_notifications_the_driver_did_not_ask_for() {
-    let mut rig = Rig::new();
-    rig.driver.tx.set_used_event(5);
-    for i in 0..8 {
-        rig.driver.send(&rw(i), b"x", 1);
-        rig.driver.tx.publish();
-        rig.receive().expect("no fault");
-        // used_event 5: told when the index goes from 5 to 6.
-        assert_eq!(rig.signals.count(TX_QUEUE), u64::from(i >= 5), "packet {i}");
-    }
-    // A burst that jumps over the event tells too.
-    rig.driver.tx.set_used_event(10);
-    for i in 0..5 {
-        rig.driver.send(&rw(i), b"x", 1);
-    }
-    rig.driver.tx.publish();
-    rig.receive().expect("no fault");
-    assert_eq!(rig.signals.count(TX_QUEUE), 2);
-}
-
-#[test]
-fn notifications_follow_the_flag_without_event_idx() {
-    let config = DriverConfig {
-        event_idx: false,
-        ..DriverConfig::LINUX_6_1
-    };
-    let features = FEATURES & !(1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX);
-    let driver = Driver::new(memory::anonymous(), cid(), config);
-    let mut rig = Rig::on(driver, features);
-    rig.driver.tx.disable_callback();
-    rig.assert_works();
-    assert_eq!(rig.signals.count(TX_QUEUE), 0);
-    rig.driver.tx.enable_callback();
-    rig.assert_works();
-    assert_eq!(rig.signals.count(TX_QUEUE), 1);
-    // Kicks: off in a burst, on when armed.
-    let rx_only = Interest {
-        rx: true,
-        tx: false,
-    };
-    rig.device.begin();
-    rig.driver.send(&rw(1), b"x", 1);
-    assert!(!rig.driver.tx.publish(), "busy: no kick");
-    while rig.device.rx().expect("no fault").is_some() {}
-    rig.device.flush();
-    assert_eq!(rig.device.arm(rx_only), Armed::Sleep);
-    rig.driver.send(&rw(1), b"x", 1);
-    assert!(rig.driver.tx.publish(), "asleep: a kick");
-}
-
-#[test]
-fn arm_looks_again_and_then_asks_for_one_kick() {
-    let mut rig = Rig::new();
-    let rx_only = Interest {
-        rx: true,
-        tx: false,
-    };
-    rig.driver.send(&rw(1), b"x", 1);
-    rig.driver.tx.publish();
-    assert_eq!(rig.device.arm(rx_only), Armed::WorkAppeared);
-    assert_eq!(rig.receive().expect("no fault").len(), 1);
-    assert_eq!(rig.device.arm(rx_only), Armed::Sleep);
-    rig.driver.send(&rw(1), b"x", 1);
-    assert!(rig.driver.tx.publish(), "the first packet kicks");
-    for _ in 0..10 {
-        rig.driver.send(&rw(1), b"x", 1);
-        assert!(!rig.driver.tx.publish(), "the others need not");
-    }
-    assert_eq!(rig.receive().expect("no fault").len(), 11);
-}
-
-#[test]
-fn rx_buffers_kick_only_when_they_are_waited_for() {
-    let mut rig = Rig::new();
-    let mut payload = Vec::new();
-    let rx_only = Interest {
-        rx: true,
-        tx: false,
-    };
-    let both = Interest { rx: true, tx: true };
-    assert_eq!(
-        rig.device.arm(both),
-        Armed::WorkAppeared,
-        "buffers are there"
-    );
-    assert_eq!(rig.device.arm(rx_only), Armed::Sleep);
-    while rig.send(&rw(1), b"fill").expect("no fault") {}
-    assert_eq!(rig.device.arm(rx_only), Armed::Sleep);
-    rig.driver.receive(&mut payload).expect("a packet");
-    assert!(!rig.driver.rx.publish(), "nobody waits");
-    assert!(rig.send(&rw(1), b"fill").expect("no fault"));
-    assert_eq!(rig.device.arm(both), Armed::Sleep);
-    rig.driver.receive(&mut payload).expect("a packet");
-    assert!(rig.driver.rx.publish(), "the device waits");
-    assert_eq!(
-        rig.signals.count(RX_QUEUE),
-        1,
-        "used_event 0 was passed once"
-    );
 }
 
 #[test]

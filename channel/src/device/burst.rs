@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use adit_engine::Lane;
 use vm_memory::{GuestAddressSpace, GuestMemory, Permissions};
@@ -9,10 +10,11 @@ use vm_memory::{GuestAddressSpace, GuestMemory, Permissions};
 use super::aside::Aside;
 use super::chain::{self, Cursor, Malformed};
 use super::iovec;
+use super::notice;
 use super::packet::{HEADER_BYTES, HOST_CID, PAYLOAD_MAX, WireHeader};
 use super::ring::Ring;
 use super::slot::{self, GuestPacket, GuestSlot, Lent};
-use super::{Counters, VsockDevice, WAKER_SESSION};
+use super::{Counters, TX_QUEUE, VsockDevice, WAKER_SESSION};
 use crate::carrier::{Armed, Carrier, CarrierCaps, CarrierFault, Interest, Woken};
 
 /// Truesize that newer Linux guests charge for a queued packet, bytes (`SKB_TRUESIZE(0)`).
@@ -134,6 +136,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
                 _ => chain::walk(mem, ring, head, Permissions::Read, TX_CHAIN_MAX, segs),
             };
             ring.advance();
+            self.notice.took(segs.len());
             self.ahead.look(mem, ring, TX_CHAIN_MAX);
             let total = match walked {
                 Ok(total) if total >= HEADER_BYTES as u64 => total,
@@ -257,6 +260,9 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
 
     fn arm(&mut self, interest: Interest) -> Armed {
         self.publish();
+        if self.notice.sleep() {
+            self.tell_driver(TX_QUEUE);
+        }
         // A change that was not told wakes by itself, and the burst after it looks at the rings.
         let untold = self.change.is_some();
         let Some(active) = self.active.as_mut().filter(|a| !a.torn && !untold) else {
@@ -290,6 +296,11 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
         } else {
             Armed::Sleep
         }
+    }
+
+    fn rest(&self) -> Option<Duration> {
+        let active = self.active.as_ref().filter(|a| !a.torn)?;
+        active.tx.is_untold().then_some(notice::REST)
     }
 
     fn tear(&mut self) {

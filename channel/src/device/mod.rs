@@ -27,6 +27,7 @@ mod burst;
 pub(crate) mod chain;
 mod error;
 pub(crate) mod iovec;
+mod notice;
 mod packet;
 pub(crate) mod ring;
 mod slot;
@@ -55,6 +56,7 @@ use crate::carrier::CarrierFault;
 use ahead::Ahead;
 use aside::Aside;
 use chain::Seg;
+use notice::Notice;
 use ring::Ring;
 
 /// Index of the queue towards the guest.
@@ -82,6 +84,12 @@ pub(crate) const WAKERS: u32 = 3;
 pub trait Signal: Send + Sync {
     /// Tells the driver that `queue` has used buffers.
     fn signal(&self, queue: u16);
+
+    /// Whether one interrupt serves all queues. Such a driver looks at each of them whenever it is interrupted, so that of
+    /// the packets it sent it is told with ours, or [some time](notice).
+    fn is_shared(&self) -> bool {
+        false
+    }
 }
 
 /// A queue that the bus has configured.
@@ -157,6 +165,7 @@ pub struct VsockDevice<M: GuestAddressSpace> {
     /// Packets of the running burst whose payload goes out together.
     aside: Aside,
     ahead: Ahead,
+    notice: Notice,
     fault: Option<CarrierFault>,
     counters: Counters,
     /// Epoch of the next session.
@@ -185,6 +194,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             segs: Vec::new(),
             aside: Aside::default(),
             ahead: Ahead::default(),
+            notice: Notice::default(),
             fault: None,
             counters: Counters::default(),
         })
@@ -262,6 +272,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         drop(snapshot);
         self.segs.reserve(usize::from(rx.size().max(tx.size())));
         self.fault = None;
+        self.notice = Notice::default();
         self.active = Some(Active {
             mem,
             rx,
@@ -353,21 +364,47 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         self.counters
     }
 
-    /// Returns queue `index` to the driver's notice: publishes, and signals if it asked for it.
+    /// Shows the driver what was used, and tells it. Of what it sent it may hear [later](notice).
     fn publish(&mut self) {
         let (Some(active), Some(mem)) = (&mut self.active, &self.snapshot) else {
             return;
         };
-        for (queue, ring) in [(RX_QUEUE, &mut active.rx), (TX_QUEUE, &mut active.tx)] {
+        for ring in [&mut active.rx, &mut active.tx] {
             match ring.publish(&**mem) {
                 Ok(false) => {}
-                Ok(true) => {
-                    self.counters.signals += 1;
-                    active.signal.signal(queue);
-                }
+                Ok(true) => self.notice.moved(),
                 Err(fault) => {
                     self.fault.get_or_insert(fault);
                 }
+            }
+        }
+        let due = !active.signal.is_shared() || self.notice.is_much(active.tx.size());
+        self.tell_driver(RX_QUEUE);
+        if due {
+            self.tell_driver(TX_QUEUE);
+        }
+    }
+
+    /// Notifies the driver of what it was shown on a queue, if it asked for it.
+    fn tell_driver(&mut self, queue: u16) {
+        let (Some(active), Some(mem)) = (&mut self.active, &self.snapshot) else {
+            return;
+        };
+        let ring = match queue {
+            RX_QUEUE => &mut active.rx,
+            _ => {
+                self.notice.told();
+                &mut active.tx
+            }
+        };
+        match ring.must_tell(&**mem) {
+            Ok(false) => {}
+            Ok(true) => {
+                self.counters.signals += 1;
+                active.signal.signal(queue);
+            }
+            Err(fault) => {
+                self.fault.get_or_insert(fault);
             }
         }
     }

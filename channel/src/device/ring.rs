@@ -7,7 +7,7 @@
 //! Rules:
 //! - Both our indices are private; the guest's are read once, checked, and kept (`seen_avail`).
 //! - Used elements are plain stores; the index that covers them is stored `Release` in [`Ring::publish`], and only
-//!   after a SeqCst fence is it asked whether the driver wants to hear of it: SYNC(used) pairs with the driver's
+//!   after a SeqCst fence does [`Ring::must_tell`] ask whether the driver wants to hear of it: SYNC(used) pairs with the driver's
 //!   "store used_event, full barrier, load used index".
 //! - [`Ring::enable_notify`] stores where we stopped, fences, and looks again: SYNC(avail) pairs with the driver's
 //!   "store avail index, full barrier, load avail_event".
@@ -43,6 +43,8 @@ pub(crate) struct Ring {
     seen_avail: Wrapping<u16>,
     next_used: Wrapping<u16>,
     published_used: Wrapping<u16>,
+    /// Up to where it was asked whether the driver wants to hear; `None`: another device stood here, and it is not known.
+    told_used: Option<Wrapping<u16>>,
     /// Notifications from the driver are switched off (without EVENT_IDX only).
     quiet: bool,
 }
@@ -85,6 +87,7 @@ impl Ring {
             seen_avail: Wrapping(queue.next_avail()),
             next_used: Wrapping(queue.next_used()),
             published_used: Wrapping(queue.next_used()),
+            told_used: (queue.next_used() == 0).then_some(Wrapping(0)),
             quiet: false,
         })
     }
@@ -205,14 +208,24 @@ impl Ring {
         (self.next_used - self.published_used).0
     }
 
-    /// Shows the driver all used elements since the last call. Returns true if it must be notified.
+    /// Shows the driver all used elements since the last call. Returns whether there were any.
     pub(crate) fn publish<M: GuestMemory>(&mut self, mem: &M) -> Result<bool, CarrierFault> {
-        let (old, new) = (self.published_used, self.next_used);
-        if old == new {
+        if self.published_used == self.next_used {
             return Ok(false);
         }
-        self.store(mem, self.used, 2, new.0, Ordering::Release)?;
-        self.published_used = new;
+        self.store(mem, self.used, 2, self.next_used.0, Ordering::Release)?;
+        self.published_used = self.next_used;
+        Ok(true)
+    }
+
+    /// Tells whether the driver must be notified of what was published since the last call.
+    pub(crate) fn must_tell<M: GuestMemory>(&mut self, mem: &M) -> Result<bool, CarrierFault> {
+        let (old, new) = (self.told_used, self.published_used);
+        if old == Some(new) {
+            return Ok(false);
+        }
+        self.told_used = Some(new);
+        let Some(old) = old else { return Ok(true) };
         // SYNC(used): the index is out before the driver's wish is read.
         fence(Ordering::SeqCst);
         if self.event_idx {
@@ -224,6 +237,11 @@ impl Ring {
             let flags = self.load(mem, self.avail, 0, Ordering::Relaxed)?;
             Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
         }
+    }
+
+    /// Whether something was published, by us or the device before, since `must_tell` was asked.
+    pub(crate) fn is_untold(&self) -> bool {
+        self.told_used != Some(self.published_used)
     }
 
     /// Asks for a kick with the next chain. Returns true if one is there already.

@@ -295,7 +295,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
                 self.counters.malformed_chains += 1;
             }
             ring.push_used(mem, head, if told { event.len() as u32 } else { 0 })?;
-            if ring.publish(mem)? {
+            if ring.publish(mem)? && ring.must_tell(mem)? {
                 self.counters.signals += 1;
                 active.signal.signal(EVENT_QUEUE);
             }

@@ -18,17 +18,25 @@ pub fn cid() -> GuestCid {
 
 /// Counts notifications of each queue.
 #[derive(Default)]
-pub struct Signals(pub [AtomicU64; 3]);
+pub struct Signals {
+    counts: [AtomicU64; 3],
+    /// As if one interrupt served all of them.
+    shared: bool,
+}
 
 impl Signals {
     pub fn count(&self, queue: u16) -> u64 {
-        self.0[usize::from(queue)].load(Ordering::SeqCst)
+        self.counts[usize::from(queue)].load(Ordering::SeqCst)
     }
 }
 
 impl Signal for Signals {
     fn signal(&self, queue: u16) {
-        self.0[usize::from(queue)].fetch_add(1, Ordering::SeqCst);
+        self.counts[usize::from(queue)].fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn is_shared(&self) -> bool {
+        self.shared
     }
 }
 
@@ -51,7 +59,18 @@ impl Rig {
     }
 
     pub fn on(driver: Driver, features: u64) -> Self {
-        let signals = Arc::new(Signals::default());
+        Self::signalled(driver, features, false)
+    }
+
+    /// One whose queues share an interrupt.
+    pub fn sharing() -> Self {
+        let driver = Driver::new(memory::anonymous(), cid(), DriverConfig::LINUX_6_1);
+        Self::signalled(driver, FEATURES, true)
+    }
+
+    fn signalled(driver: Driver, features: u64, shared: bool) -> Self {
+        let counts = Default::default();
+        let signals = Arc::new(Signals { counts, shared });
         let mut device = Device::new(cid(), 1).expect("a descriptor");
         device.ack_features(features).expect("offered features");
         device

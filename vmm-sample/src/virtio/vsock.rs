@@ -5,7 +5,6 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use adit_channel::device::{DeviceState, FEATURES, GuestCid, QUEUE_MAX, Signal, VsockDevice};
 use adit_channel::hybrid::Host;
@@ -45,11 +44,13 @@ pub struct Vsock {
     held: Option<Held>,
 }
 
-struct Irq(Arc<Interrupt>);
-
-impl Signal for Irq {
+impl Signal for Interrupt {
     fn signal(&self, _queue: u16) {
-        self.0.used();
+        self.used();
+    }
+
+    fn is_shared(&self) -> bool {
+        true
     }
 }
 
@@ -120,9 +121,8 @@ impl Device for Vsock {
     fn activate(&mut self, with: Activation) -> anyhow::Result<()> {
         let queues = <[Queue; 3]>::try_from(with.queues)
             .map_err(|_| anyhow::anyhow!("a vsock device has three queues"))?;
-        let signal = Arc::new(Irq(with.interrupt));
-        let activate =
-            move |linked: &mut Linked| linked.activate(with.features, with.memory, queues, signal);
+        let (features, memory, irq) = (with.features, with.memory, with.interrupt);
+        let activate = move |linked: &mut Linked| linked.activate(features, memory, queues, irq);
         Ok(self.remote.ask(activate)??)
     }
 
@@ -143,8 +143,8 @@ impl Device for Vsock {
             "the saved vsock device and its driver disagree: the guest had broken it, and must reset it first"
         );
         let Some(with) = with else { return Ok(()) };
-        let signal = Arc::new(Irq(with.interrupt));
-        let restore = move |linked: &mut Linked| linked.restore(&state, with.memory, signal);
+        let restore =
+            move |linked: &mut Linked| linked.restore(&state, with.memory, with.interrupt);
         Ok(self.remote.ask(restore)??)
     }
 
