@@ -1,13 +1,13 @@
 //! The agent's end of the `tasks` service: dial, say who we are, resend what was not acknowledged, pull.
 //!
-//! Connected and idle it sits in one blocking read: no timer, no wake-up. A stream that fails is dialled again after a
-//! jittered delay that doubles up to five seconds, whether a task runs or not; everything that matters across that is in
-//! the journal, and a task that runs on is announced and reported on the stream that is there then.
+//! Connected and idle it sits in one blocking read: no timer, no wake-up. A stream that had lasted is dialled again at once,
+//! and from then on after a jittered delay that doubles up to five seconds, whether a task runs or not; everything that
+//! matters across that is in the journal, and a task that runs on is announced and reported on the stream that is there then.
 
 use std::io::{self, ErrorKind, Write};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use adit_channel::frame::{self, Header};
 use adit_channel::hello::{self, Hello, Open};
@@ -28,6 +28,9 @@ use crate::{facts, log};
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// Longest delay before dialling again.
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// A stream that was there for so long ended because something happened to it, not because the host wants none: who took its
+/// place is there already. One that is ended as soon as it is there is dialled after a delay, or it would be so for ever.
+const LASTED: Duration = Duration::from_secs(1);
 /// How long the host may take to answer the hello, and to take our bytes while it does.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 /// Version of every kind of message.
@@ -68,13 +71,16 @@ impl Client {
 
     /// Dials, works until the stream fails, and dials again.
     pub fn run(mut self) -> ! {
-        let (mut delay, mut last) = (BACKOFF_MIN, String::new());
+        let (mut pace, mut last) = (Pace(BACKOFF_MIN), String::new());
         loop {
             let error = match self.dial() {
                 Ok(conn) => {
-                    (delay, last) = (BACKOFF_MIN, String::new());
+                    last = String::new();
                     log::event("connected", &[("service", &SERVICE)]);
-                    self.session(&conn).unwrap_or_else(|e| e)
+                    let begin = Instant::now();
+                    let ended = self.session(&conn).unwrap_or_else(|e| e);
+                    pace = Pace::after(begin.elapsed());
+                    ended
                 }
                 Err(e) => e,
             };
@@ -84,8 +90,7 @@ impl Client {
                 log::event("disconnected", &[("service", &SERVICE), ("error", &text)]);
                 last = text;
             }
-            thread::sleep(jittered(delay));
-            delay = (delay * 2).min(BACKOFF_MAX);
+            thread::sleep(jittered(pace.next()));
         }
     }
 
@@ -256,6 +261,25 @@ fn invalid(what: &str) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, what.to_owned())
 }
 
+/// How long to wait before the next dial.
+struct Pace(Duration);
+
+impl Pace {
+    /// Begins after a stream that was there for so long.
+    fn after(lasted: Duration) -> Self {
+        Self(match lasted >= LASTED {
+            true => Duration::ZERO,
+            false => BACKOFF_MIN,
+        })
+    }
+
+    fn next(&mut self) -> Duration {
+        let delay = self.0;
+        self.0 = (delay * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
+        delay
+    }
+}
+
 /// Between half and all of a delay, so that the guests of a restarted host do not come back in step.
 fn jittered(delay: Duration) -> Duration {
     let part = getrandom::u32().unwrap_or(0) % 1024;
@@ -272,5 +296,15 @@ mod tests {
             let d = jittered(BACKOFF_MAX);
             assert!(d >= BACKOFF_MAX / 2 && d <= BACKOFF_MAX);
         }
+    }
+
+    #[test]
+    fn a_stream_that_lasted_is_dialled_again_at_once_and_no_other() {
+        let millis = |mut pace: Pace| [(); 8].map(|()| pace.next().as_millis());
+        let doubled = [100, 200, 400, 800, 1600, 3200, 5000, 5000];
+        assert_eq!(millis(Pace::after(LASTED / 2)), doubled);
+        assert_eq!(millis(Pace::after(LASTED))[0], 0);
+        assert_eq!(millis(Pace::after(LASTED))[1..], doubled[..7]);
+        assert_eq!(jittered(Duration::ZERO), Duration::ZERO);
     }
 }
