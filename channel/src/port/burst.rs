@@ -42,7 +42,9 @@ impl<C: Carrier> Port<C> {
     /// Moves what there is to move, within a budget.
     pub fn poll(&mut self, now: Tick, budget: Budget) -> Turn {
         self.counters.polls += 1;
+        let before = self.counters;
         let ends = self.burst(now, budget);
+        self.burst_over(now, before, &ends);
         let again = match ends {
             Ok((End::Budget, _) | (_, End::Budget)) => {
                 self.flush();
@@ -74,7 +76,7 @@ impl<C: Carrier> Port<C> {
             let ns = u64::try_from(rest.as_nanos()).unwrap_or(u64::MAX);
             Tick(now.0.saturating_add(ns))
         });
-        let deadline = [self.engine.poll_timeout(), dial, rest]
+        let deadline = [self.engine.poll_timeout(), dial, rest, self.wakers.until()]
             .into_iter()
             .flatten()
             .min();
@@ -85,8 +87,9 @@ impl<C: Carrier> Port<C> {
     pub(crate) fn look(&mut self, now: Tick, budget: Budget) -> bool {
         self.counters.polls += 1;
         let packets = |c: &PortCounters| (c.packets_from_guest, c.packets_to_guest);
-        let before = packets(&self.counters);
+        let before = self.counters;
         let ends = self.burst(now, budget);
+        self.burst_over(now, before, &ends);
         self.flush();
         if let Err(fault) = ends {
             self.carrier_fault(now, &fault);
@@ -95,7 +98,24 @@ impl<C: Carrier> Port<C> {
         for local in self.wakes.drain(..) {
             local.notify();
         }
-        before != packets(&self.counters)
+        packets(&before) != packets(&self.counters)
+    }
+
+    /// Whoever rings for nothing, again and again, is not heard for a while: work that the peer rings for is a packet of
+    /// its own, or room that was waited for.
+    fn burst_over(
+        &mut self,
+        now: Tick,
+        before: PortCounters,
+        ends: &Result<(End, End), CarrierFault>,
+    ) {
+        let room = self.starved && self.counters.packets_to_guest > before.packets_to_guest;
+        let found = room || self.counters.packets_from_guest > before.packets_from_guest;
+        self.starved = matches!(ends, Ok((_, End::NoSlot)));
+        let counters = &mut self.counters;
+        if let Err(e) = self.wakers.burst(now, found, &self.watch, counters) {
+            self.unheard(now, &e);
+        }
     }
 
     /// See [`Carrier::glance`].

@@ -19,9 +19,11 @@
 mod burst;
 mod entry;
 mod lifecycle;
+mod patience;
 mod succession;
 #[cfg(test)]
 mod tests;
+mod wakers;
 pub(crate) mod watch;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -41,6 +43,7 @@ use crate::hello::Accept;
 use crate::live::LiveTable;
 use crate::sink::{Local, ServiceEvent, Sink};
 use entry::{Entry, Phase};
+use wakers::Wakers;
 use watch::{Token, Watch};
 
 /// Sinks that outlive their streams at a time.
@@ -141,6 +144,10 @@ pub struct PortCounters {
     pub faults: u64,
     /// Calls of `poll`.
     pub polls: u64,
+    /// Those of them that a descriptor of the carrier's asked for, and that found nothing.
+    pub in_vain: u64,
+    /// Times that the carrier's descriptors were not heard for a while, because of too many of those.
+    pub unheard: u64,
 }
 
 /// One VM's channel.
@@ -148,7 +155,9 @@ pub struct Port<C: Carrier> {
     engine: Engine,
     carrier: C,
     watch: Watch,
-    wakers: Vec<OwnedFd>,
+    wakers: Wakers,
+    /// The last burst had something to send, and no slot for it.
+    starved: bool,
     entries: Vec<Option<Entry>>,
     /// When dials end, soonest first.
     deadlines: BTreeMap<(Tick, u32), StreamId>,
@@ -189,7 +198,8 @@ impl<C: Carrier> Port<C> {
             engine: Engine::new(config, seed),
             carrier,
             watch,
-            wakers: Vec::new(),
+            wakers: Wakers::default(),
+            starved: false,
             entries: Vec::new(),
             deadlines: BTreeMap::new(),
             lingering: Vec::new(),
@@ -201,7 +211,7 @@ impl<C: Carrier> Port<C> {
             live: None,
             inherited: Vec::new(),
         };
-        port.watch_wakers()?;
+        port.wakers.renew(&port.carrier, &port.watch)?;
         Ok(port)
     }
 
@@ -381,14 +391,20 @@ impl<C: Carrier> Port<C> {
     fn woken(&mut self, now: Tick, id: u32) {
         let woken = self.carrier.woken(id);
         if woken.wakers_changed
-            && let Err(e) = self.watch_wakers()
+            && let Err(e) = self.wakers.renew(&self.carrier, &self.watch)
         {
-            // Without wakers the channel would hang silently.
-            self.fault(now, &format!("cannot watch the carrier's descriptors: {e}"));
+            self.unheard(now, &e);
         }
+        let change = woken.session.is_some() || woken.wakers_changed;
+        self.wakers.rang(change);
         if let Some(change) = woken.session {
             self.session(now, change);
         }
+    }
+
+    /// Without wakers the channel would hang silently.
+    fn unheard(&mut self, now: Tick, e: &io::Error) {
+        self.fault(now, &format!("cannot watch the carrier's descriptors: {e}"));
     }
 
     fn session(&mut self, now: Tick, change: SessionChange) {
@@ -412,22 +428,6 @@ impl<C: Carrier> Port<C> {
 
     fn carrier_fault(&mut self, now: Tick, fault: &CarrierFault) {
         self.fault(now, &fault.to_string());
-    }
-
-    fn watch_wakers(&mut self) -> io::Result<()> {
-        for fd in self.wakers.drain(..) {
-            self.watch.remove(fd.as_fd());
-        }
-        // Duplicates: what is registered can be taken out again whatever the carrier did to its own.
-        let mut fds = Vec::new();
-        self.carrier
-            .wakers(&mut |fd, id| fds.push((fd.try_clone_to_owned(), id)));
-        for (fd, id) in fds {
-            let fd = fd?;
-            self.watch.add_level(fd.as_fd(), Token::Waker(id))?;
-            self.wakers.push(fd);
-        }
-        Ok(())
     }
 
     fn sink_ready(&mut self, now: Tick, slot: u32, generation: u32, flags: EpollFlags) {
@@ -509,9 +509,7 @@ impl<C: Carrier> Port<C> {
 
 impl<C: Carrier> Drop for Port<C> {
     fn drop(&mut self) {
-        for fd in &self.wakers {
-            self.watch.remove(fd.as_fd());
-        }
+        self.wakers.leave(&self.watch);
         let entries = self.entries.drain(..).flatten();
         for sink in entries.filter_map(|entry| entry.sink) {
             match sink {

@@ -14,8 +14,9 @@ use adit_engine::{EngineConfig, Lane, ResetReason};
 use adit_ringbuf::region::Side;
 use adit_ringbuf::{Mapped, RingMem};
 use adit_ringbuf_io::doorbell::Doorbell;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
-use crate::world::{End, LONG, Region, SOON, Shared, dial, echo, serve, shard};
+use crate::world::{End, LONG, Region, SOON, Shared, dial, echo, pattern, serve, shard};
 
 const PORT: u32 = 741;
 
@@ -212,6 +213,86 @@ fn r10_doorbell_storm_stops_nobody_else() {
     over.store(true, Ordering::SeqCst);
     let rung = storm.join().expect("no panic");
     assert!(rung > 1000 && echoes > 200, "{echoes} echoes, {rung} rings");
+}
+
+/// A doorbell that never falls silent is heard a few times a second, once it has been heard in vain; what its guest says
+/// meanwhile comes through.
+#[test]
+fn r10_a_doorbell_that_never_falls_silent_is_heard_a_few_times_a_second() {
+    let mut region = Region::new();
+    // It is read one ring at a time, and has more of them than a test lasts.
+    let endless = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC | EFD_SEMAPHORE).expect("an eventfd");
+    region.bells.host_space = endless;
+    let (mut host, at) = shard(region.host());
+    let guest = End::spawn(region.guest());
+    serve(guest.listen(PORT), echo);
+    while host.port(at).epoch().is_none() {
+        host.turn(Some(LONG)).expect("a turn");
+    }
+    region.bells.host_space.write(1 << 60).expect("room");
+    let awake = |host: &mut Shard<_>| {
+        let (begin, before) = (Instant::now(), host.wakeups());
+        while begin.elapsed() < Duration::from_secs(1) {
+            host.turn(Some(Duration::from_secs(1))).expect("a turn");
+            while host.poll_news().is_some() {}
+        }
+        host.wakeups() - before
+    };
+    // The first ones, and then each pause ends with two: its time is over, and it rings.
+    let woke = awake(&mut host);
+    let counters = host.port(at).counters();
+    assert!(woke < 200, "{woke} wake-ups in a second, {counters:?}");
+    assert!(counters.unheard > 0, "{counters:?}");
+    // A whole stream through it, with a loud doorbell.
+    let handle = host.handle(at);
+    let _thread = host.spawn("loud").expect("a thread");
+    let stream = dial(&handle, PORT);
+    stream.set_deadline(Some(Instant::now() + LONG));
+    let sent = pattern(3 << 20, 1);
+    let mut got = vec![0; sent.len()];
+    std::thread::scope(|scope| {
+        scope.spawn(|| (&stream).write_all(&sent).expect("room"));
+        (&stream).read_exact(&mut got).expect("an answer");
+    });
+    assert!(got == sent);
+}
+
+/// Whoever rings because it has something to say is heard each time, however it comes: single messages between which both
+/// sides sleep, and as much as the ring takes.
+#[test]
+fn r10_a_guest_in_order_is_never_unheard() {
+    let region = Region::new();
+    let (mut host, at) = shard(region.host());
+    let handle = host.handle(at);
+    let over = Arc::new(AtomicBool::new(false));
+    let ends = over.clone();
+    let turning = std::thread::spawn(move || {
+        while !ends.load(Ordering::SeqCst) {
+            host.turn(Some(Duration::from_millis(10))).expect("a turn");
+            while host.poll_news().is_some() {}
+        }
+        host.port(at).counters()
+    });
+    let guest = End::spawn(region.guest());
+    serve(guest.listen(PORT), echo);
+    let stream = dial(&handle, PORT);
+    stream.set_deadline(Some(Instant::now() + 3 * LONG));
+    for n in 0..1000u64 {
+        (&stream).write_all(&n.to_le_bytes()).expect("room");
+        (&stream).read_exact(&mut [0; 8]).expect("an answer");
+        std::thread::sleep(Duration::from_micros(n * 37 % 300));
+    }
+    let sent = pattern(16 << 20, 1);
+    let mut got = vec![0; sent.len()];
+    std::thread::scope(|scope| {
+        scope.spawn(|| (&stream).write_all(&sent).expect("room"));
+        (&stream).read_exact(&mut got).expect("an answer");
+    });
+    assert!(got == sent);
+    over.store(true, Ordering::SeqCst);
+    let counters = turning.join().expect("no panic");
+    println!("{counters:?}");
+    assert_eq!(counters.unheard, 0, "{counters:?}");
 }
 
 /// A guest that attached and then does nothing: whoever dials it is told in time, and nobody spins.

@@ -1,13 +1,49 @@
-//! What a guest and a client do to streams: R26, R38, R44, R45, R49, R50, R52, R54-R56.
+//! What a guest and a client do to streams: R10, R26, R38, R44, R45, R49, R50, R52, R54-R56.
 
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use adit_benches::stream::GuestStream;
 use adit_channel::device::{HOST_CID, WireHeader};
 use adit_engine::{Op, PacketHeader, ResetReason};
+use vhost::VhostBackend;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
 use crate::common::{CID, pattern};
 use crate::world::{HOST_PORT, SEND, World};
+
+/// Kicks without end behind which nothing is, on either queue: a few are heard each second; and what is kicked for once in
+/// a while comes through.
+#[test]
+fn r10_kicks_for_nothing_are_heard_a_few_times_a_second() {
+    for queue in [0, 1] {
+        let mut world = World::new();
+        let at = world.open();
+        // It is read one kick at a time, and has more of them than a test lasts.
+        let endless = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC | EFD_SEMAPHORE).expect("an eventfd");
+        endless.write(1 << 60).expect("room");
+        let set = world.vm.frontend.set_vring_kick(queue, &endless);
+        set.expect("a kick of its own");
+        let (begin, before) = (Instant::now(), world.shard.wakeups());
+        while begin.elapsed() < Duration::from_secs(1) {
+            let turned = world.shard.turn(Some(Duration::from_secs(1)));
+            turned.expect("a turn");
+            while world.shard.poll_news().is_some() {}
+        }
+        let woke = world.shard.wakeups() - before;
+        let counters = world.shard.port(world.port).counters();
+        assert!(woke < 200, "{woke} wake-ups in a second, {counters:?}");
+        assert!(counters.unheard > 0, "{counters:?}");
+        let bytes = pattern(100_000, 3);
+        let (mut sent, mut got) = (0, Vec::new());
+        world.until(|w| {
+            sent += w.guest_writes(at, &bytes[sent..]);
+            w.client_reads(at, &mut got);
+            got.len() == bytes.len()
+        });
+        assert!(got == bytes);
+    }
+}
 
 #[test]
 fn r26_a_guest_that_never_looks_at_used_buffers_bounds_itself() {

@@ -1,0 +1,77 @@
+//! A process that rings two doorbells as fast as it can, and what that costs the process that hears them.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use adit_ringbuf_io::attach::Bells;
+use adit_ringbuf_io::doorbell::borrow;
+use nix::unistd::{SysconfVar, sysconf};
+
+/// Set for the child, and for tests: how many seconds a storm lasts.
+const SECONDS: &str = "ADIT_STORM_SECONDS";
+const CHILD: &str = "ADIT_STORM_CHILD";
+
+/// Not a test by itself: the process that rings the doorbells that it has as its input and its error output.
+#[test]
+fn child() {
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    let bells: Vec<File> = [std::io::stdin().as_fd(), std::io::stderr().as_fd()]
+        .map(|fd| fd.try_clone_to_owned().unwrap().into())
+        .into();
+    let (begin, mut rung) = (Instant::now(), 0u64);
+    while begin.elapsed() < lasts() {
+        for _ in 0..1000 {
+            for mut bell in &bells {
+                // Full: nobody hears it.
+                let _ = bell.write(&1u64.to_ne_bytes());
+                rung += 1;
+            }
+        }
+    }
+    println!("STORM {rung}");
+}
+
+/// How long a storm lasts: two seconds, or as many as the environment says.
+pub fn lasts() -> Duration {
+    let seconds = std::env::var(SECONDS).ok().and_then(|s| s.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(2))
+}
+
+/// Rings both of the host's doorbells from another process; returns how often.
+pub fn storm(bells: &Bells) -> u64 {
+    let own = |bell| -> OwnedFd { borrow(bell).try_clone_to_owned().unwrap() };
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["storm::child", "--exact", "--nocapture"])
+        .env(CHILD, "1")
+        .stdin(own(&bells.host_data))
+        .stdout(Stdio::piped())
+        .stderr(own(&bells.host_space))
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    let out = child.stdout.as_mut().unwrap();
+    out.read_to_string(&mut said).unwrap();
+    child.wait().unwrap();
+    let rung = said.lines().find_map(|l| l.split("STORM ").nth(1));
+    rung.and_then(|n| n.parse().ok())
+        .expect("it says how often")
+}
+
+/// Processor time of a process so far.
+pub fn cpu(pid: u32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // Behind the name, which may hold anything: state is field 3, utime 14, stime 15.
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    let fields: Vec<&str> = fields.split(' ').collect();
+    let ticks: u64 = fields[11..13]
+        .iter()
+        .map(|f| f.parse::<u64>().unwrap())
+        .sum();
+    let hz = sysconf(SysconfVar::CLK_TCK).unwrap().unwrap();
+    Duration::from_millis(ticks * 1000 / hz.cast_unsigned())
+}
