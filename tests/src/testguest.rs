@@ -16,13 +16,15 @@
 //!   where there is no interrupt. Says RING-ATTACHED
 //! - `ring-poison PORT`: on each stream to PORT, read how many times the ring's region is to be poisoned, from beside
 //!   whoever uses it, 5 ms apart; do it, and answer with a byte
-//! - `ring-rude BOOT`, `ring-rude list`: rewrite the ring's region in such ways; a verdict as of `adit-hostile`
+//! - `ring-rude BOOT`, `ring-rude CASE`, `ring-rude list`: rewrite the ring's region in such ways; a verdict as of `adit-hostile`
 //! - `dial-host N`: dial the host's well-known port N times in quick succession; each is answered with a refusal
 
 #![allow(unsafe_code)] // `kexec`: one system call that no crate wraps
 
 #[path = "guest/bench.rs"]
 mod bench;
+#[path = "guest/dull.rs"]
+mod dull;
 #[path = "guest/ring.rs"]
 mod ring;
 #[path = "guest/rude.rs"]

@@ -1,6 +1,6 @@
-//! `ring-rude BOOT`: a guest's root that rewrites its ring's region while the host uses it, one case of
-//! [`adit_bare::rude`] after the other. The verdict stands on the serial line: afterwards an honest session carries a
-//! stream again.
+//! `ring-rude BOOT`, or a case: a guest's root that rewrites its ring's region while the host uses it, one case of
+//! [`adit_bare::rude`] after the other, and some that need a system, or somebody at the other end ([`dull`](super::dull)).
+//! The verdict stands on the serial line: afterwards an honest session carries a stream again.
 
 use std::fs::File;
 use std::io::Write;
@@ -19,22 +19,34 @@ use adit_ringbuf::session::Guest;
 use adit_ringbuf_io::doorbell::Doorbell;
 use anyhow::{Context, bail, ensure};
 
+use super::dull;
+
 /// How long each case lasts at first.
 const ATTACK: Duration = Duration::from_millis(500);
-const LIMIT: Duration = Duration::from_secs(20);
+pub(super) const LIMIT: Duration = Duration::from_secs(20);
 /// Peers of an ivshmem doorbell, and vectors of each.
 const PEERS: u32 = 1 << 16;
 /// Where that doorbell is in BAR0.
 const DOORBELL: usize = 12;
 
 /// Cases of a boot.
-const BOOTS: [(&str, &[&str]); 7] = [
-    ("positions", &["r02-positions-ahead", "r03-positions-back"]),
-    ("fetches", &["r01-fetched-twice"]),
+const BOOTS: [(&str, &[&str]); 6] = [
+    (
+        "positions",
+        &[
+            dull::BETWEEN,
+            "r01-fetched-twice",
+            "r02-positions-ahead",
+            "r03-positions-back",
+        ],
+    ),
     ("records", &["r04-pads", "r05-borders", "r06-headers"]),
     ("messages", &["r07-messages", "r08-ids"]),
     ("handshakes", &["r15-handshakes", "r16-ranges"]),
-    ("doorbells", &["r10-doorbells", FOREIGN]),
+    (
+        "doorbells",
+        &["r10-doorbells", FOREIGN, dull::POLLS, dull::MUTE],
+    ),
     ("everything", &["everything"]),
 ];
 /// Doorbells of every peer that there could be: another VM's, if its region could be reached from here.
@@ -62,20 +74,25 @@ pub fn rude(name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn find() -> anyhow::Result<Device> {
+pub(super) fn find() -> anyhow::Result<Device> {
     ring::find(&mut String::new()).context("no ring")
 }
 
 fn run(name: &str) -> anyhow::Result<String> {
     let boot = BOOTS.iter().find(|(n, _)| *n == name);
-    let (_, names) = boot.with_context(|| format!("no boot `{name}`"))?;
+    let names: &[&str] = boot.map_or(std::slice::from_ref(&name), |(_, names)| names);
     let device = find()?;
     let seed = u64::from(std::process::id()) << 32 | 0x9e37_79b9;
     honest(find()?).context("before the attack")?;
     let mut seen = Vec::new();
-    for name in *names {
+    for name in names {
         if *name == FOREIGN {
             seen.push(format!("{name} {} rung", foreign_peers(&device)?));
+            continue;
+        }
+        if let Some(case) = dull::case(name) {
+            seen.push(format!("{name} {}", case()?));
+            honest(find()?).with_context(|| format!("after {name}"))?;
             continue;
         }
         let (begin, refused) = (Instant::now(), REFUSED.contains(name));
@@ -139,7 +156,7 @@ fn foreign_peers(device: &Device) -> anyhow::Result<u32> {
     Ok(rung)
 }
 
-fn nanos() -> u64 {
+pub(super) fn nanos() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.map_or(1, |since| since.as_nanos() as u64)
 }
@@ -158,13 +175,18 @@ fn honest(device: Device) -> anyhow::Result<()> {
 }
 
 fn asked(end: &RingEnd) -> anyhow::Result<()> {
+    ask(end, "none")
+}
+
+/// Asks the host for a service that there is not, and has its answer.
+pub(super) fn ask(end: &RingEnd, service: &str) -> anyhow::Result<()> {
     let stream = end.dial_host()?;
     stream.set_timeout(Some(LIMIT))?;
     let common = Common {
         epoch: nanos(),
         ..Common::default()
     };
-    let open = Open::new("none".parse()?, common);
+    let open = Open::new(service.parse()?, common);
     (&stream).write_all(&Hello::Open(open).encode())?;
     match hello::read(&mut &stream)? {
         Hello::Refuse(refuse) if refuse.status == Status::UnknownService => Ok(()),

@@ -35,14 +35,18 @@ adit wait web-1 --for agent --timeout 60s || fail "no agent: $(adit vm show web-
 echo "SHOW adit-vmm has registered web-1 and booted Debian: its agent is there ($(now) s)"
 grep -q 'ring-found .*by="uio, INTx"' $LOG || fail "the agent has no ring by uio"
 ring first && echo "SHOW its services go over shared memory: a PCI function that stock Linux drives by uio_pci_generic ($(now) s)"
+idle
 page "first" && echo "SHOW curl -x aditd http://web-1/: this is web-1"
 # A neighbour whose root drives the socket device by hand, and writes over the ring. web-1 never notices; nor does adit-vmm, which grows by nothing.
 # Resident KiB beside the guest's memory, which is the one large mapping.
 beyond() { awk '/^Size:/ { size = $2 } /^Rss:/ && size < 120000 { sum += $2 } END { print sum }' /proc/$1/smaps; }
 hostile() {
     WEB=$VMM LOG=/tmp/bad.log
-    start --kernel /l2/web-1/vmlinux --initrd /l2/web-1/initrd --memory 128M --vsock cid=4 --aditd $ADIT_SOCKET --name bad --ring \
+    start --kernel /l2/web-1/vmlinux --initrd /l2/web-1/initrd --memory 128M --vsock cid=4 --aditd $ADIT_SOCKET --name bad --allow 80 --ring \
         --cmdline "console=ttyS0 quiet panic=-1 mitigations=off hostile"
+    until_said RING-MUTE 120
+    told=$(curl -sS -m 20 -o /dev/null -w '%{http_code}' http://bad/)
+    [ "$told" = 504 ] || fail "a guest that takes nothing of its ring: $told"
     until_said HOSTILE-DONE 120
     grep HOSTILE- $LOG
     grep -q HOSTILE-FAILED $LOG && fail "a hostile guest"

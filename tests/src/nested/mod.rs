@@ -27,6 +27,7 @@ const RUDE: &str = include_str!("rude.s");
 /// Shell functions for L1's scripts.
 pub const HELPERS: &str = include_str!("helpers.sh");
 const MANAGED: &str = include_str!("managed.sh");
+const IDLE: &str = include_str!("idle.sh");
 const HOSTILE: &str = include_str!("hostile.sh");
 
 /// A guest of L1.
@@ -192,7 +193,7 @@ impl Nested {
             &outer,
             &inner,
             &programs,
-            &format!("{HELPERS}\n{MANAGED}"),
+            &format!("{HELPERS}\n{IDLE}\n{MANAGED}"),
             dir,
         )
     }

@@ -96,11 +96,11 @@ fn hostile_guests_hurt_nobody_but_themselves() {
     }
 }
 
-/// R1 to R8, R10, R15 and R16 from inside a guest that rewrites the region of its ring (`adit_bare::rude`), and one that
-/// looks for the doorbells of others. An honest neighbour has a ring, too: a tunnel over it lives through all of it, for
+/// R1 to R8, R10, R15 and R16 from inside a guest that rewrites the region of its ring (`adit_bare::rude`), R11, R14 and
+/// R17 by one that is of no use to its host, and one that looks for the doorbells of others. An honest neighbour has a ring, too: a tunnel over it lives through all of it, for
 /// the two share nothing.
 #[test]
-fn r01_to_r16_guests_that_rewrite_their_ring_hurt_nobody_but_themselves() {
+fn r01_to_r17_guests_that_rewrite_their_ring_hurt_nobody_but_themselves() {
     let Some(bins) = bins() else { return };
     let image = Image::build(Kernel::V6_1, &|what| println!("{what}")).unwrap();
     let host = Host::start_with(&bins, &["web-1", "bad"], crate::RING).unwrap();
@@ -127,15 +127,32 @@ fn r01_to_r16_guests_that_rewrite_their_ring_hurt_nobody_but_themselves() {
         .unwrap();
     let cases = String::from_utf8(list.stdout).unwrap();
     assert!(cases.lines().count() >= 6, "{cases}");
+    let mut mutes = 0;
     let ports = ["web-1", "bad"].map(|vm| port_pid(&host, vm));
     for case in cases.lines() {
         let script = format!("adit-testguest ring-rude {case} > /dev/console 2>&1 &\n");
         let dir = host.dir().join(case);
         let mut guest = boot_with(&image, &host, "bad", &dir, &script, None, true);
-        guest
-            .wait_serial(case, CASE, |log| log.contains("HOSTILE-"))
-            .unwrap_or_else(|e| panic!("{e:#}\n{}\n{}", host.log(), host.port_log("bad")));
-        let serial = guest.serial();
+        let mut said = |text: &[&str]| {
+            guest
+                .wait_serial(case, CASE, |log| {
+                    let whole = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
+                    text.iter().any(|t| whole.contains(t))
+                })
+                .unwrap_or_else(|e| panic!("{e:#}\n{}\n{}", host.log(), host.port_log("bad")));
+            guest.serial()
+        };
+        let told = said(&["RING-MUTE", "HOSTILE-"])
+            .contains("RING-MUTE")
+            .then(|| dialled(&host, ports[1]));
+        let serial = said(&["HOSTILE-"]);
+        if let Some((answer, woken)) = told {
+            let typed = ["HTTP/1.1 504", "connection_timeout"].map(|t| answer.contains(t));
+            let log = host.port_log("bad");
+            assert_eq!(typed, [true; 2], "{answer}\n{serial}\n{log}");
+            assert!(woken < 100, "it woke up {woken} times");
+            mutes += 1;
+        }
         let verdict = serial.lines().find(|l| l.contains("HOSTILE-")).unwrap();
         let [aditd, own, other] = [u64::from(host.pid()), ports[1], ports[0]].map(anonymous_kib);
         println!("{verdict} (aditd {aditd} KiB, its port {own} KiB, the neighbour's {other} KiB)");
@@ -152,4 +169,19 @@ fn r01_to_r16_guests_that_rewrite_their_ring_hurt_nobody_but_themselves() {
         assert_eq!(carrier("web-1")["kind"], "ring");
         assert_eq!(ports, ["web-1", "bad"].map(|vm| port_pid(&host, vm)));
     }
+    assert_eq!(mutes, 1, "a guest that takes nothing");
+}
+
+/// What is told to whoever dials the guest over HTTP, and how often its port process woke up meanwhile.
+fn dialled(host: &Host, port: u64) -> (String, u64) {
+    let switches = || {
+        let status = std::fs::read_to_string(format!("/proc/{port}/status")).unwrap();
+        let lines = status.lines().filter(|l| l.contains("ctxt_switches:"));
+        let count = |l: &str| l.split_whitespace().nth(1)?.parse::<u64>().ok();
+        lines.filter_map(count).sum::<u64>()
+    };
+    let before = switches();
+    let out = host.curl(&["http://bad/"]).unwrap();
+    let answer = String::from_utf8_lossy(&out.stdout).into_owned();
+    (answer, switches() - before)
 }

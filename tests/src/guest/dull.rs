@@ -1,0 +1,151 @@
+//! Guests that break no rule of a ring and are of no use to their host all the same: R11, R14, R17 of the attack catalogue.
+
+use std::time::{Duration, Instant};
+
+use adit_channel::ring::RingBells;
+use adit_guest_driver::transport::ring::{RingEnd, carrier};
+use adit_ringbuf::region::{Features, Region, Side};
+use adit_ringbuf::session::{Guest, State};
+use adit_ringbuf::{Mapped, RingMem};
+use adit_ringbuf_io::doorbell::{Doorbell, Polled};
+use anyhow::{Context, ensure};
+
+use super::rude::{LIMIT, ask, find, nanos};
+
+/// R11: attached, it takes no record and rings no doorbell. Says `RING-MUTE`: the host is to dial it then.
+pub const MUTE: &str = "r11-mute";
+/// R14: reads what is between the host's records, and behind the last of them.
+pub const BETWEEN: &str = "r14-between-records";
+/// R17: it looks on, and never asks to be rung.
+pub const POLLS: &str = "r17-no-hints";
+
+/// Questions of a case.
+const QUESTIONS: usize = 100;
+/// The longest name of a service that is asked for.
+const NAME_MAX: usize = 40;
+
+type Case = fn() -> anyhow::Result<String>;
+
+pub fn case(name: &str) -> Option<Case> {
+    match name {
+        MUTE => Some(mute),
+        BETWEEN => Some(between_records),
+        POLLS => Some(polls),
+        _ => None,
+    }
+}
+
+/// Asks the host so many times for services that it does not have, with names of all lengths.
+fn questions(end: &RingEnd) -> anyhow::Result<()> {
+    let begin = Instant::now();
+    let mut n = 0;
+    while n < QUESTIONS {
+        // The first ones may come before the session.
+        match ask(end, &"n".repeat(n % NAME_MAX + 1)) {
+            Err(_) if n == 0 && begin.elapsed() < LIMIT => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            asked => {
+                asked.with_context(|| format!("question {n}"))?;
+                n += 1;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The records that the host has written since the session began, by lane: where each ends, and where the next begins.
+fn records(memory: &Mapped) -> anyhow::Result<[Vec<[usize; 2]>; 2]> {
+    let region = Region::read(memory)?;
+    Ok([0, 1].map(|lane| {
+        let ring = region.geometry(lane, Side::Guest, false, false);
+        let (mut records, mut at) = (Vec::new(), 0);
+        while at < ring.size {
+            let word = memory.load(ring.data + at);
+            if word == 0 {
+                break;
+            }
+            let end = at + 8 + (word & 0x7fff_ffff) as usize;
+            at = end.next_multiple_of(ring.align);
+            records.push([end, at]);
+        }
+        records
+    }))
+}
+
+/// The rings that the host writes, byte by byte.
+fn written(memory: &Mapped) -> anyhow::Result<[Vec<u8>; 2]> {
+    let region = Region::read(memory)?;
+    Ok([0, 1].map(|lane| {
+        let ring = region.geometry(lane, Side::Guest, false, false);
+        let mut bytes = vec![0; ring.size];
+        memory.read(ring.data, &mut bytes);
+        bytes
+    }))
+}
+
+fn between_records() -> anyhow::Result<String> {
+    let device = find()?;
+    let memory = device.memory.clone();
+    // Of sessions before: this guest was sent it.
+    let before = written(&memory)?;
+    let (own, bells, _kept) = device.split();
+    let end = RingEnd::start(carrier(own, bells)?)?;
+    questions(&end)?;
+    drop(end);
+    let (after, lanes) = (written(&memory)?, records(&memory)?);
+    for (lane, records) in lanes.iter().enumerate() {
+        let nothing = |from: usize, to: usize| {
+            let known = |at: usize| [0, before[lane][at]].contains(&after[lane][at]);
+            let new = (from..to).find(|&at| !known(at));
+            ensure!(new.is_none(), "lane {lane}: something at {new:?}");
+            Ok(())
+        };
+        for &[end, next] in records {
+            nothing(end, next)?;
+        }
+        nothing(
+            records.last().map_or(0, |&[_, next]| next),
+            after[lane].len(),
+        )?;
+    }
+    let records: usize = lanes.iter().map(Vec::len).sum();
+    ensure!(records >= 2 * QUESTIONS, "{records} records");
+    Ok(format!("nothing between {records} records"))
+}
+
+fn polls() -> anyhow::Result<String> {
+    let (memory, bells, _kept) = find()?.split();
+    let bells = RingBells {
+        data_heard: Box::new(Polled),
+        space_heard: Box::new(Polled),
+        ..bells
+    };
+    let end = RingEnd::start(carrier(memory, bells)?)?;
+    questions(&end)?;
+    Ok(format!("{QUESTIONS} answers"))
+}
+
+fn mute() -> anyhow::Result<String> {
+    let device = find()?;
+    let mut guest = Guest::find(device.memory.clone(), nanos(), Features::NONE)?;
+    let _ = guest.attach();
+    let begin = Instant::now();
+    while guest.state() != State::Run {
+        ensure!(begin.elapsed() < LIMIT, "no session");
+        device.data.ring()?;
+        let _ = guest.poll()?;
+    }
+    device.data.ring()?;
+    println!("RING-MUTE");
+    // What somebody has dialled, and that the host has given up. (Lane control has the host's own question: how long it
+    // takes.)
+    while records(&device.memory)?[1].len() < 2 {
+        ensure!(begin.elapsed() < LIMIT, "the host does not give up");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    ensure!(guest.poll()?.event.is_none(), "the session ended");
+    let _ = guest.close();
+    device.data.ring()?;
+    Ok("the host gave up".to_owned())
+}
