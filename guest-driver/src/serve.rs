@@ -3,7 +3,7 @@
 //! `hello open {service tcp:PORT}` → policy → dial 127.0.0.1, then ::1 → `accept` or `refuse {why}` → relay. The answer
 //! carries the result of the local dial, so the host can tell "not allowed" from "nobody listens" from "busy".
 
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -136,7 +136,7 @@ impl Server {
 
     fn serve(&self, conn: impl HostStream) {
         let _ = conn.limit(Some(HELLO_LIMIT));
-        let open = match conn.hello() {
+        let open = match hello::read(&mut conn.bytes()) {
             Ok(Hello::Open(open)) => open,
             Ok(_) => return log::event("hello-refused", &[("error", &"not an open")]),
             Err(e) if e.kind() == ErrorKind::UnexpectedEof => return,
@@ -154,7 +154,7 @@ impl Server {
                     common: self.identity.common(),
                     version,
                 });
-                if conn.say(&accept.encode()).is_err() {
+                if conn.bytes().write_all(&accept.encode()).is_err() {
                     return local.reset_on_close();
                 }
                 if let Err(e) = conn.join(local) {
@@ -181,12 +181,12 @@ impl Server {
         };
         let common = self.identity.common();
         let accept = Hello::Accept(Accept { common, version });
-        conn.say(&accept.encode())?;
+        conn.bytes().write_all(&accept.encode())?;
         let mut buf = [0; 1024];
         loop {
-            match conn.hear(&mut buf)? {
+            match conn.bytes().read(&mut buf)? {
                 0 => return conn.end(),
-                n => conn.say(&buf[..n])?,
+                n => conn.bytes().write_all(&buf[..n])?,
             }
         }
     }
@@ -206,7 +206,7 @@ impl Server {
             errno,
             text,
         });
-        let _ = conn.say(&hello.encode());
+        let _ = conn.bytes().write_all(&hello.encode());
         let _ = conn.end();
     }
 

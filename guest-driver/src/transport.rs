@@ -9,10 +9,9 @@ pub mod ring;
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-
 use std::time::Duration;
 
-use adit_channel::hello::{self, Hello, PORT};
+use adit_channel::hello::PORT;
 use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType};
 use vsock::{VsockAddr, VsockListener};
@@ -57,23 +56,8 @@ pub trait HostStream: Send + 'static {
     /// The kernel refuses.
     fn limit(&self, limit: Option<Duration>) -> io::Result<()>;
 
-    /// Reads the hello.
-    ///
-    /// # Errors
-    /// It ended, said something else, or took too long.
-    fn hello(&self) -> io::Result<Hello>;
-
-    /// Reads some bytes; 0: it ended.
-    ///
-    /// # Errors
-    /// It was reset, or took too long.
-    fn hear(&self, bytes: &mut [u8]) -> io::Result<usize>;
-
-    /// Writes bytes, all of them.
-    ///
-    /// # Errors
-    /// It was reset, or took too long.
-    fn say(&self, bytes: &[u8]) -> io::Result<()>;
+    /// To read what comes, and to write.
+    fn bytes(&self) -> impl Read + Write;
 
     /// Ends our direction.
     ///
@@ -93,16 +77,8 @@ impl HostStream for Conn {
         self.set_timeout(limit)
     }
 
-    fn hello(&self) -> io::Result<Hello> {
-        hello::read(&mut { self })
-    }
-
-    fn hear(&self, bytes: &mut [u8]) -> io::Result<usize> {
-        { self }.read(bytes)
-    }
-
-    fn say(&self, bytes: &[u8]) -> io::Result<()> {
-        { self }.write_all(bytes)
+    fn bytes(&self) -> impl Read + Write {
+        self
     }
 
     fn end(&self) -> io::Result<()> {

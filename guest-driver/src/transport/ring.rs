@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use adit_channel::dial::DialError;
-use adit_channel::hello::{self, Hello, PORT};
+use adit_channel::hello::PORT;
 use adit_channel::ring::{RingBells, RingCarrier, RingError};
 use adit_channel::shard::{Handle, Shard, ShardThread};
 use adit_channel::stream::{Listener, Stream, Target};
@@ -82,16 +82,8 @@ impl HostStream for Stream {
         Ok(())
     }
 
-    fn hello(&self) -> io::Result<Hello> {
-        hello::read(&mut { self })
-    }
-
-    fn hear(&self, bytes: &mut [u8]) -> io::Result<usize> {
-        { self }.read(bytes)
-    }
-
-    fn say(&self, bytes: &[u8]) -> io::Result<()> {
-        { self }.write_all(bytes)
+    fn bytes(&self) -> impl Read + Write {
+        self
     }
 
     fn end(&self) -> io::Result<()> {
