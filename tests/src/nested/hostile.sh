@@ -1,9 +1,10 @@
-# In L2, when its command line says so: root takes the socket device from the kernel, and drives it by hand; then it writes
-# over the memory that it shares with the host.
+# In L2, when its command line says so, and once it is dialled: root takes the socket device from the kernel, and drives it by
+# hand; then it writes over the memory that it shares with the host.
 if grep -q hostile /proc/cmdline; then
+    nc -l -p 81 < /dev/null > /dev/null
     for case in $(adit-hostile list); do
         echo HOSTILE-CASE $case
-        adit-hostile $case 20
+        adit-hostile $case 60
     done
     /etc/init.d/S50adit-guest stop
     # The host dials the one that is mute.

@@ -23,6 +23,17 @@ for m in $(cat /lib/adit/kvm); do insmod /lib/adit/$m.ko; done
 [ -c /dev/kvm ] || echo "NESTED-FAIL no /dev/kvm in L1"
 "#;
 
+/// Where L1 has the target directory of [`Nested::itself`].
+const TARGET: &str = "/target";
+/// Makes it one in which there is nothing to build: what is not needed is empty, what is made of other files is newer, and apt
+/// knows the kernel that is there.
+pub const BUILT: &str = r#"
+export CARGO_TARGET_DIR=/target ADIT_TEST_BINS=/target/debug
+printf '#!/bin/sh\necho "Depends: %s"\n' $(ls /target/guest/cache) > /bin/apt-cache
+chmod +x /bin/apt-cache
+touch /target/guest/cache/$(ls /target/guest/cache)/vmlinux /target/guest/state.ext4 /target/guest/initrd-*
+"#;
+
 const RUDE: &str = include_str!("rude.s");
 /// Shell functions for L1's scripts.
 pub const HELPERS: &str = include_str!("helpers.sh");
@@ -154,21 +165,26 @@ impl Nested {
         })
     }
 
-    /// Boots L1 to show the main job through `adit-vmm`: aditd serves a VM that has no port process beside its VMM, through a
-    /// killed aditd, a hostile neighbour, and a killed VMM whose VM was written down. Lines for people begin with `SHOW`.
+    /// Boots L1 to show the main job through `adit-vmm`: aditd serves VMs that have no port process beside their VMMs, through a
+    /// killed aditd, a hostile neighbour, and killed VMMs whose VMs were written down. `web-1` runs `kernel`, its neighbour the
+    /// other. Lines for people begin with `SHOW`.
     ///
     /// # Errors
     /// As [`boot`](Self::boot), or `bins` lacks aditd, adit-port or adit.
     pub fn managed(bins: &Path, kernel: Kernel, dir: &Path) -> anyhow::Result<Self> {
         let image = |kernel| Image::build(kernel, &|what| println!("{what}"));
-        let (outer, debian) = (image(Kernel::V6_1)?, image(kernel)?);
+        let (old, new) = (image(Kernel::V6_1)?, image(Kernel::V6_12)?);
+        let (web, neighbour) = match kernel {
+            Kernel::V6_1 => (&old, &new),
+            Kernel::V6_12 => (&new, &old),
+        };
         let mut key = Command::new(bins.join("adit"));
         output(key.args(["key", "new", "fleet.key"]).current_dir(dir))?;
         let (agent, trust) = (crate::guest_bin("adit-guest"), dir.join("fleet.key.pub"));
-        let inner = [Inner {
-            image: &debian,
+        let inner = [("web-1", web), ("web-2", neighbour)].map(|(name, image)| Inner {
+            image,
             identity: Identity {
-                name: "web-1",
+                name,
                 vhost_socket: Path::new(""),
                 agent: Some(&agent),
                 trust: Some(&trust),
@@ -176,7 +192,7 @@ impl Nested {
                 boot_files: false,
             },
             packed: false,
-        }];
+        });
         let mut programs = vec![
             (crate::vmm_bin(), "/bin/adit-vmm".to_owned()),
             (dir.join("fleet.key"), "/etc/fleet.key".to_owned()),
@@ -189,13 +205,8 @@ impl Nested {
         {
             programs.extend(Self::with_libraries(program, &dir.join("stripped"))?);
         }
-        Self::boot(
-            &outer,
-            &inner,
-            &programs,
-            &format!("{HELPERS}\n{IDLE}\n{MANAGED}"),
-            dir,
-        )
+        let script = format!("{HELPERS}\n{IDLE}\n{MANAGED}");
+        Self::boot(&old, &inner, &programs, &script, dir)
     }
 
     /// Kernels that are rude to their VMM, one for each way to end: power-off, triple fault, halt.
@@ -235,6 +246,31 @@ impl Nested {
         for path in list.split_whitespace().filter(|w| w.starts_with('/')) {
             files.push((PathBuf::from(path), path.to_owned()));
         }
+        Ok(files)
+    }
+
+    /// What L1 needs to run this very program, whose tests boot `image` where plain KVM is: the program, and a target directory,
+    /// [`TARGET`], with what it would otherwise build there.
+    ///
+    /// # Errors
+    /// As [`with_libraries`](Self::with_libraries).
+    pub fn itself(image: &Image, dir: &Path) -> anyhow::Result<Vec<(PathBuf, String)>> {
+        let mut files = Self::with_libraries(&std::env::current_exe()?, dir)?;
+        // Under a name that is the same after each build.
+        if let Some((_, name)) = files.first_mut() {
+            *name = "/bin/itself".to_owned();
+        }
+        files.extend(Self::with_libraries(Path::new("/usr/bin/setpriv"), dir)?);
+        let guest = ["adit-guest", "adit-testguest", "adit-hostile"].map(crate::guest_bin);
+        let boots = [image.bzimage.clone(), image.initrd.clone()];
+        let built = guest.into_iter().chain(boots).chain([crate::vmm_bin()]);
+        let target = crate::target();
+        files.extend(built.map(|file| {
+            let below = file.strip_prefix(&target).unwrap_or(&file);
+            let to = Path::new(TARGET).join(below);
+            let to = to.to_string_lossy().into_owned();
+            (file, to)
+        }));
         Ok(files)
     }
 
