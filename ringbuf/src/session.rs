@@ -290,7 +290,8 @@ impl<M: RingMem + Clone> Host<M> {
 
     fn refuse(&mut self, lost: Lost) -> Turn {
         if self.at.state == State::Poisoned {
-            return Turn::NOTHING;
+            // What stands there may stand in place of a request that this side has never seen: its guest is to look.
+            return Turn::of(None);
         }
         self.say(self.at.request, State::Poisoned);
         Turn::of(Some(Event::Lost(lost)))
@@ -395,6 +396,11 @@ impl<M: RingMem + Clone> Guest<M> {
             (State::Run, State::Closed) if same => self.lose(Lost::Closed),
             (State::Run | State::Want, State::Poisoned) if same => self.lose(Lost::Poisoned),
             (State::Run, _) => self.refuse(corrupt("host's answer", word, self.at.encode())),
+            // Something in this guest wrote over the request before the host saw it: nobody else would ever say it again.
+            (State::Want, _) if self.mem.load(GUEST_WORD) != self.at.encode() => {
+                self.say(self.at.request, State::Want);
+                Turn::of(None)
+            }
             _ => Turn::NOTHING,
         })
     }

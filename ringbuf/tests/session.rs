@@ -319,6 +319,33 @@ fn a_word_that_nobody_says_is_waited_out_until_the_host_answers() {
     both.attach();
 }
 
+/// The guest's request is written over, by something beside it in its VM, before the host has seen it: whatever the host was
+/// at, the doorbell that is rung with it has the guest say it again.
+#[test]
+fn a_request_that_was_written_over_is_said_again() {
+    for own in [State::Offered, State::Poisoned, State::Closed] {
+        let mut both = offered(spec());
+        if own != State::Offered {
+            both.attach();
+            let _ = match own {
+                State::Poisoned => both.host.poison(),
+                _ => both.host.close(),
+            };
+            let _ = both.guest.poll().unwrap();
+        }
+        assert_eq!(both.host.state(), own);
+        for _ in 0..3 {
+            let _ = both.guest.attach();
+            both.memory.store(GUEST_WORD, u64::MAX);
+            assert_eq!(both.host.poll().wake, Wake::Yes);
+        }
+        both.memory.store(GUEST_WORD, u64::MAX);
+        let (host, _) = both.settle();
+        let attached = matches!(host.last(), Some(Event::Attached { .. }));
+        assert!(attached && both.guest.state() == State::Run, "{own:?}");
+    }
+}
+
 /// A host that lies about its region when the guest is about to use it.
 #[test]
 fn r16_ranges_that_overlap_overflow_or_end_outside_are_refused() {
