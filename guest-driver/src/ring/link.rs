@@ -23,9 +23,13 @@ use crate::serve::Server;
 use crate::transport::ring::{RingEnd, carrier};
 use crate::transport::{Listen, Transport, Vsock};
 
-/// How long until the ring is looked for again.
-const AGAIN: Duration = Duration::from_millis(200);
+/// How long until the ring is looked for again, and twice as long each time that it was not there, or not for long.
+const AGAIN: Duration = Duration::from_millis(10);
 const AGAIN_MAX: Duration = Duration::from_secs(5);
+/// One that lasted so long is looked for at once.
+const LASTED: Duration = Duration::from_secs(1);
+/// How long until a host that has forgotten is told again how we hear.
+const TELL_AGAIN: Duration = Duration::from_millis(200);
 /// How long after the agent's start a ring that may be there is waited for, and how often it is looked for.
 const EXPECTED: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(5);
@@ -93,18 +97,16 @@ impl Link {
     }
 
     fn run(&self, server: &Arc<Server>) {
-        let mut wait = AGAIN;
+        let mut again = Again::default();
         // What is said once is not said again for as long as it is so.
         let mut said = String::new();
         while super::present() {
-            match attach(&mut said) {
-                Ok(running) => {
-                    (wait, said) = (AGAIN, String::new());
-                    self.serve(running, server);
-                }
-                Err(_) => wait = (wait * 2).min(AGAIN_MAX),
+            let begin = Instant::now();
+            if let Ok(running) = attach(&mut said) {
+                said.clear();
+                self.serve(running, server);
             }
-            thread::sleep(wait);
+            thread::sleep(again.wait(begin.elapsed()));
         }
     }
 
@@ -136,6 +138,26 @@ impl Link {
     }
 }
 
+/// How long until the ring is looked for again.
+struct Again(Duration);
+
+impl Default for Again {
+    fn default() -> Self {
+        Self(AGAIN)
+    }
+}
+
+impl Again {
+    /// It was there for so long, or was not.
+    fn wait(&mut self, lasted: Duration) -> Duration {
+        if lasted >= LASTED {
+            self.0 = AGAIN;
+        }
+        let next = (self.0 * 2).min(AGAIN_MAX);
+        std::mem::replace(&mut self.0, next)
+    }
+}
+
 /// Tells the host again how we hear, whenever it has forgotten: for ever.
 fn say_again(mut said: Option<Conn>) {
     loop {
@@ -144,7 +166,7 @@ fn say_again(mut said: Option<Conn>) {
             Some(conn) => drop((&conn).read(&mut [0])),
             None => thread::sleep(AGAIN_MAX),
         }
-        thread::sleep(AGAIN);
+        thread::sleep(TELL_AGAIN);
         said = tell(Hears::Interrupts).ok();
     }
 }
@@ -204,5 +226,27 @@ impl<T: Transport> Transport for Carriers<T> {
     fn dial_host(&self) -> io::Result<Conn> {
         // Not attached, or it ended: the host is there all the same.
         self.ring.dial_host().or_else(|_| self.vsock.dial_host())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_that_is_back_within_a_second_is_found_within_a_second() {
+        let (mut again, at) = (Again::default(), Duration::ZERO);
+        // Its bell ended; it is looked for at once, and again and again.
+        for back in (0..1000).map(Duration::from_millis) {
+            let mut now = again.wait(LASTED);
+            while now < back {
+                now += again.wait(at);
+            }
+            assert!(now - back <= back.max(AGAIN) + AGAIN, "{back:?}: {now:?}");
+        }
+        // One that goes as soon as it has come is no reason to hurry.
+        let waits: Vec<_> = (0..12).map(|_| again.wait(LASTED / 2)).collect();
+        assert_eq!(waits.last(), Some(&AGAIN_MAX));
+        assert!(waits.is_sorted());
     }
 }
