@@ -1,5 +1,6 @@
 //! The whole of it over the ring: the agent's services by name, a signed goal, and what happens when somebody is killed.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
@@ -8,12 +9,17 @@ use adit_tests::connect::connect;
 use adit_tests::host::Host;
 use adit_tests::image::Kernel;
 use adit_tests::process::wait_for;
+use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::restarts::must_end;
 use crate::stalls::{push, take_back};
 use crate::{BOOT, RING, Setup, bins, boot_with, echo, run_goal};
 
 const LIMIT: Duration = Duration::from_secs(20);
+/// A ring that ended is attached anew so soon, once both sides are there.
+const AGAIN: Duration = Duration::from_secs(1);
+/// As [`RING`] has it.
+const RING_BYTES: u64 = 8 << 20;
 /// More than all buffers between a writer and a reader that stopped.
 const STOPPED_MAX: u64 = 64 << 20;
 const HELLO: &str =
@@ -142,21 +148,47 @@ impl Setup {
         since.elapsed()
     }
 
+    /// Within a second of when it can be.
+    fn ring_again(&self, what: &str, since: Instant) {
+        let took = self.wait_carrier("ring", since);
+        println!("{what}: the ring again after {} ms", took.as_millis());
+        assert!(
+            took < AGAIN,
+            "{what}: {took:?}\n{:#}\n{}",
+            self.vm(),
+            self.logs()
+        );
+    }
+
+    /// Agents that the guest has started since QEMU was.
+    fn agents(&self) -> usize {
+        self.guest.serial().matches("adit-guest: ready").count()
+    }
+
+    /// Waits until the guest is up again, and has started an agent in place of those `before`.
+    fn wait_booted(&mut self, before: usize) -> Instant {
+        self.guest.wait_ready(BOOT).unwrap();
+        wait_for("the agent's start", LIMIT, || {
+            Ok((self.agents() > before).then(Instant::now))
+        })
+        .unwrap()
+    }
+
     fn tunnel(&self) -> TcpStream {
         let mut tunnel = connect(self.host.proxy(), "web-1:7").unwrap();
         assert!(alive(&mut tunnel));
         tunnel
     }
 
-    /// Somebody was killed: the old tunnel ends, the ring is attached anew, and what follows goes over it.
-    fn anew(&self, what: &str, mut old: TcpStream, since: Instant) {
+    /// Somebody was killed: the old tunnel ends, the ring is attached anew, and what follows goes over it. `since`: when it
+    /// could be; `None`: since somebody answers again.
+    fn anew(&self, what: &str, mut old: TcpStream, since: Option<Instant>) {
         must_end(&mut old, what);
-        let ended = Instant::now();
         // Whoever was killed, aditd hears of it a moment after the tunnel has ended.
-        self.served(since);
-        let took = self.wait_carrier("ring", ended);
-        println!("{what}: the ring again after {} ms", took.as_millis());
-        assert!(took < Duration::from_secs(10), "{what}: {took:?}");
+        let served = self.served(Instant::now());
+        println!("{what}: an answer again after {} ms", served.as_millis());
+        let since = since.unwrap_or_else(Instant::now);
+        self.ring_again(what, since);
         echo(&self.host, "web-1:7", 300_000);
         let mut tunnel = self.tunnel();
         assert!(alive(&mut tunnel) && self.carrier() == "ring", "{what}");
@@ -218,15 +250,7 @@ fn poisoned(setup: &Setup) {
         Ok((epochs().len() > before).then_some(()))
     })
     .unwrap();
-    println!(
-        "poisoned: the ring again after {} ms",
-        begin.elapsed().as_millis()
-    );
-    assert!(
-        begin.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        begin.elapsed()
-    );
+    setup.ring_again("poisoned", begin);
     let mut tunnel = setup.tunnel();
     assert!(alive(&mut tunnel) && setup.carrier() == "ring" && alive(&mut over_vsock));
 }
@@ -246,39 +270,63 @@ fn killed(iommu: bool) {
     setup.host.kill();
     assert!(alive(&mut tunnel), "without aditd");
     setup.host.launch().unwrap();
-    let took = setup.wait_carrier("ring", Instant::now());
-    assert!(alive(&mut tunnel), "with the next aditd, after {took:?}");
+    setup.ring_again("aditd was killed", Instant::now());
+    assert!(alive(&mut tunnel), "with the next aditd");
     setup.wait_agent();
 
     // The agent.
-    let begin = Instant::now();
     setup.order(
         "steps: [{id: kill, script: {interpreter: /bin/sh, script: \"killall -9 adit-guest\"}}]\n",
     );
-    setup.anew("the agent was killed", tunnel, begin);
+    setup.anew("the agent was killed", tunnel, None);
     setup.wait_agent();
 
     // The port process: the region, which it left with aditd, is offered anew.
     let tunnel = setup.tunnel();
-    let begin = Instant::now();
     setup.kill_port();
-    setup.anew("the port process was killed", tunnel, begin);
+    setup.anew("the port process was killed", tunnel, None);
     setup.wait_agent();
 
     // The guest, by itself: the function is the same, and so is the region.
-    let tunnel = setup.tunnel();
+    let (tunnel, before) = (setup.tunnel(), setup.agents());
     setup.order("steps: [{id: reboot, script: {interpreter: /bin/sh, script: \"reboot -f\"}}]\n");
-    setup.guest.wait_ready(BOOT).unwrap();
-    setup.anew("the guest rebooted", tunnel, Instant::now());
+    let booted = setup.wait_booted(before);
+    setup.anew("the guest rebooted", tunnel, Some(booted));
     setup.wait_agent();
 
     // The VMM: the next one has a region of its own.
     let tunnel = setup.tunnel();
     setup.guest.power_cycle().unwrap();
-    setup.guest.wait_ready(BOOT).unwrap();
-    setup.anew("power cut", tunnel, Instant::now());
+    let booted = setup.wait_booted(0);
+    setup.anew("power cut", tunnel, Some(booted));
     setup.wait_agent();
+    if !iommu {
+        cut(&setup);
+    }
     setup.job();
+}
+
+/// R13: QEMU, or whoever took its place, cannot make the ring's memory shorter. It can take its pages away, which are zero
+/// then: that ends the session, and nobody; the next one writes anew what it needs.
+fn cut(setup: &Setup) {
+    let ring = std::fs::read_dir(format!("/proc/{}/fd", setup.guest.pid())).unwrap();
+    let ring = ring
+        .filter_map(|fd| File::options().write(true).open(fd.ok()?.path()).ok())
+        .find(|file| file.metadata().is_ok_and(|m| m.len() == RING_BYTES));
+    let ring = ring.expect("QEMU has the ring's memory");
+    for bytes in [0, 4096, RING_BYTES / 2, 2 * RING_BYTES] {
+        assert!(ring.set_len(bytes).is_err(), "made {bytes} bytes long");
+    }
+    let (mut tunnel, port) = (setup.tunnel(), setup.vm()["port_pid"].clone());
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let begin = Instant::now();
+    while begin.elapsed() < LIMIT && tunnel.write_all(&[7; 1 << 16]).is_ok() {
+        fallocate(&ring, hole, 0, RING_BYTES as i64).unwrap();
+    }
+    must_end(&mut tunnel, "the ring's pages were taken away");
+    echo(&setup.host, "vsock-5000.web-1:5000", 100_000);
+    setup.ring_again("pages taken away", Instant::now());
+    assert_eq!(setup.vm()["port_pid"], port);
 }
 
 #[test]
