@@ -77,6 +77,7 @@ wrong "64 to" --kernel /l2/old/vmlinux --memory 1M
 wrong "cannot open disk /nowhere (name one to write)" --kernel /l2/old/vmlinux --disk /nowhere
 wrong "CIDs are 3" --kernel /l2/old/vmlinux --vsock cid=2
 wrong "power of two" --kernel /l2/old/vmlinux --ring 3M
+( ulimit -v 300000; wrong "give it less (--memory)" --kernel /l2/old/vmlinux --memory 512M )
 mv /dev/kvm /dev/kvm.away
 wrong "there is no /dev/kvm" --kernel /l2/old/vmlinux
 mv /dev/kvm.away /dev/kvm

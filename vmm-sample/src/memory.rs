@@ -43,7 +43,7 @@ pub fn check(bytes: u64) -> anyhow::Result<()> {
 pub fn allocate(bytes: u64) -> anyhow::Result<GuestMemoryMmap> {
     check(bytes)?;
     let regions: anyhow::Result<_> = ranges(bytes).into_iter().map(region).collect();
-    let regions = regions.with_context(|| format!("no {} MiB for the guest", bytes >> 20));
+    let regions = regions.context("there is no room for so much memory: give it less (--memory)");
     Ok(GuestMemoryMmap::from_regions(regions?)?)
 }
 
