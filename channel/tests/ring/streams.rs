@@ -121,6 +121,7 @@ fn one_reader_of_a_hundred_stops_and_the_others_go_on() {
     let (host, guest) = pair();
     // The first stream's server never reads.
     let first = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let taken = first.clone();
     serve(guest.listen(PORT), move |stream| {
         if first.swap(false, std::sync::atomic::Ordering::SeqCst) {
             std::thread::park_timeout(LONG);
@@ -128,8 +129,11 @@ fn one_reader_of_a_hundred_stops_and_the_others_go_on() {
         echo(stream);
     });
     within(LONG, move || {
-        let stopped = host.dial(PORT);
-        let filler = stopped;
+        let filler = host.dial(PORT);
+        // Or another stream's server would be the one that never reads.
+        while taken.load(std::sync::atomic::Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
         let filling = std::thread::spawn(move || {
             filler.set_deadline(Some(std::time::Instant::now() + Duration::from_secs(1)));
             let mut sent = 0usize;
