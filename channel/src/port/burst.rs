@@ -42,7 +42,7 @@ impl<C: Carrier> Port<C> {
     /// Moves what there is to move, within a budget.
     pub fn poll(&mut self, now: Tick, budget: Budget) -> Turn {
         self.counters.polls += 1;
-        let before = self.counters;
+        let before = self.packets();
         let ends = self.burst(now, budget);
         self.burst_over(now, before, &ends);
         let again = match ends {
@@ -86,8 +86,7 @@ impl<C: Carrier> Port<C> {
     /// As `poll` by a shell that comes again soon: kicks are not asked for. Returns true if something moved.
     pub(crate) fn look(&mut self, now: Tick, budget: Budget) -> bool {
         self.counters.polls += 1;
-        let packets = |c: &PortCounters| (c.packets_from_guest, c.packets_to_guest);
-        let before = self.counters;
+        let before = self.packets();
         let ends = self.burst(now, budget);
         self.burst_over(now, before, &ends);
         self.flush();
@@ -98,7 +97,17 @@ impl<C: Carrier> Port<C> {
         for local in self.wakes.drain(..) {
             local.notify();
         }
-        packets(&before) != packets(&self.counters)
+        before != self.packets()
+    }
+
+    /// Packets from the guest and to it so far.
+    fn packets(&self) -> (u64, u64) {
+        let PortCounters {
+            packets_from_guest,
+            packets_to_guest,
+            ..
+        } = self.counters;
+        (packets_from_guest, packets_to_guest)
     }
 
     /// Whoever rings for nothing, again and again, is not heard for a while: work that the peer rings for is a packet of
@@ -106,11 +115,11 @@ impl<C: Carrier> Port<C> {
     fn burst_over(
         &mut self,
         now: Tick,
-        before: PortCounters,
+        (from, to): (u64, u64),
         ends: &Result<(End, End), CarrierFault>,
     ) {
-        let room = self.starved && self.counters.packets_to_guest > before.packets_to_guest;
-        let found = room || self.counters.packets_from_guest > before.packets_from_guest;
+        let room = self.starved && self.counters.packets_to_guest > to;
+        let found = room || self.counters.packets_from_guest > from;
         self.starved = matches!(ends, Ok((_, End::NoSlot)));
         let counters = &mut self.counters;
         if let Err(e) = self.wakers.burst(now, found, &self.watch, counters) {
