@@ -105,7 +105,7 @@ impl Engine {
             return;
         };
         let s = &mut self.table[slot];
-        if s.may_send() {
+        if s.offered != readable && s.may_send() {
             s.offered = readable;
             self.settle(slot);
         }
@@ -129,7 +129,6 @@ impl Engine {
                     }
                 }
                 self.owe_credit(slot);
-                self.settle(slot);
             }
             Phase::Draining(reason) => {
                 s.rx.take(n);

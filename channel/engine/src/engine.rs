@@ -155,8 +155,8 @@ impl Engine {
         Some(slot)
     }
 
-    /// Brings lists and timers in line with a stream that changed. Every input and command ends here; O(1), or O(log n)
-    /// if a deadline changed.
+    /// Brings lists and timers in line with a stream that changed. Every input and command that changes what is read here
+    /// ends here; O(1), or O(log n) if a deadline changed.
     pub(crate) fn settle(&mut self, slot: u32) {
         let probe_at = self.after(PROBE_FIRST_NS);
         let overhead = self.cfg.packet_overhead;

@@ -142,10 +142,12 @@ impl Engine {
     fn on_stream(&mut self, slot: u32, op: Op, h: &PacketHeader, body_len: u32) -> Disposition {
         let probe_at = self.after(PROBE_FIRST_NS);
         let s = &mut self.table[slot];
-        match s.tx.update(h.buf_alloc, h.fwd_cnt) {
-            Ok(true) if s.blocked => (s.probe_at, s.probe_after) = (probe_at, PROBE_FIRST_NS),
-            Ok(_) => {}
+        let news = match s.tx.update(h.buf_alloc, h.fwd_cnt) {
+            Ok(news) => news,
             Err(v) => return self.fault(slot, v),
+        };
+        if news && s.blocked {
+            (s.probe_at, s.probe_after) = (probe_at, PROBE_FIRST_NS);
         }
         let disposition = match (op, s.phase) {
             (Op::Response, Phase::Requested) if s.owed & owe::REQUEST == 0 => {
@@ -153,6 +155,10 @@ impl Engine {
                 Disposition::Consume
             }
             (Op::Rw, Phase::Open) if s.peer_shut & SHUTDOWN_SEND == 0 => {
+                // Credit is news to one who has something to send.
+                if news && s.offered > 0 {
+                    self.settle(slot);
+                }
                 return self.on_data(slot, h.len, body_len);
             }
             (Op::Shutdown, Phase::Open | Phase::Offered) => {
@@ -204,7 +210,6 @@ impl Engine {
             s.rx.take(len);
             self.owe_credit(slot);
         }
-        self.settle(slot);
         if discard || len == 0 {
             return Disposition::Consume;
         }
@@ -214,12 +219,15 @@ impl Engine {
         }
     }
 
-    /// Owes a credit update if the peer should hear of what was taken.
+    /// Owes a credit update if the peer should hear of what was taken: all that receiving and taking change for `settle`.
     pub(crate) fn owe_credit(&mut self, slot: u32) {
         let s = &mut self.table[slot];
         // After its SHUTDOWN the peer sends nothing that it would need credit for.
-        if s.phase == Phase::Open && s.peer_shut & SHUTDOWN_SEND == 0 && s.rx.update_due() {
+        let owes = s.owed & owe::CREDIT_UPDATE != 0;
+        let hears = s.phase == Phase::Open && s.peer_shut & SHUTDOWN_SEND == 0;
+        if hears && !owes && s.rx.update_due() {
             s.owed |= owe::CREDIT_UPDATE;
+            self.settle(slot);
         }
     }
 

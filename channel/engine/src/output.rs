@@ -250,10 +250,10 @@ impl Engine {
             Lane::Control => self.control_run.saturating_add(1),
             Lane::Bulk => 0,
         };
+        self.settle(slot);
         if self.table.first(ListId::data(lane)) == Some(slot) {
             self.table.rotate(ListId::data(lane));
         }
-        self.settle(slot);
         header
     }
 

@@ -238,6 +238,7 @@ impl Table {
     }
 
     /// Lists a slot (at the end, if it is not there yet) or takes it off.
+    #[inline]
     pub(crate) fn set(&mut self, list: ListId, slot: u32, on: bool) {
         match (self.link(list, slot).on, on) {
             (false, true) => self.push(list, slot),
@@ -248,7 +249,9 @@ impl Table {
 
     /// Moves the first of a list to its end.
     pub(crate) fn rotate(&mut self, list: ListId) {
-        if let Some(slot) = self.first(list) {
+        if let Some(slot) = self.first(list)
+            && self.crowded(list)
+        {
             self.remove(list, slot);
             self.push(list, slot);
         }
@@ -260,6 +263,7 @@ impl Table {
         ends.head != ends.tail
     }
 
+    #[inline]
     fn link(&mut self, list: ListId, slot: u32) -> &mut Link {
         &mut self.slots[slot as usize].links[list.link()]
     }

@@ -32,12 +32,16 @@ impl Timers {
     }
 
     /// Sets the deadline of a slot; `NEVER` clears it.
+    #[inline]
     pub(crate) fn set(&mut self, slot: u32, at: u64) {
-        let s = slot as usize;
-        let before = core::mem::replace(&mut self.when[s], at);
-        if before == at {
-            return;
+        let before = core::mem::replace(&mut self.when[slot as usize], at);
+        if before != at {
+            self.changed(slot, before, at);
         }
+    }
+
+    fn changed(&mut self, slot: u32, before: u64, at: u64) {
+        let s = slot as usize;
         match (self.place[s], at) {
             (ABSENT, _) => {
                 self.heap.push(slot);

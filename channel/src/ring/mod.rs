@@ -116,11 +116,15 @@ impl Staged {
 
 impl Way {
     /// Puts the staged packet into the ring: it was staged because there was room, and there is no less of it.
+    #[inline]
     fn unstage(&mut self) -> Result<Wake, CarrierFault> {
-        let len = std::mem::take(&mut self.staged.len);
-        if len == 0 {
-            return Ok(Wake::No);
+        match std::mem::take(&mut self.staged.len) {
+            0 => Ok(Wake::No),
+            len => self.put_staged(len),
         }
+    }
+
+    fn put_staged(&mut self, len: usize) -> Result<Wake, CarrierFault> {
         match self.ends.producer.reserve(len) {
             Ok(mut grant) => {
                 grant.write(0, &self.staged.bytes[..len]);
