@@ -249,8 +249,8 @@ impl Nested {
         Ok(files)
     }
 
-    /// What L1 needs to run this very program, whose tests boot `image` where plain KVM is: the program, and a target directory,
-    /// [`TARGET`], with what it would otherwise build there.
+    /// What L1 needs to run this very program, whose tests boot `image` where plain KVM is: the program, and a target directory
+    /// with what it would otherwise build there, which [`BUILT`] finishes.
     ///
     /// # Errors
     /// As [`with_libraries`](Self::with_libraries).
