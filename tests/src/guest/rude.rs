@@ -1,5 +1,5 @@
 //! `ring-rude BOOT`, or a case: a guest's root that rewrites its ring's region while the host uses it, one case of
-//! [`adit_bare::rude`] after the other, and some that need a system, or somebody at the other end ([`dull`](super::dull)).
+//! [`adit_bare::rude`] after the other, and some that need a system, or somebody at the other end ([`dull`]).
 //! The verdict stands on the serial line: afterwards an honest session carries a stream again.
 
 use std::fs::File;
