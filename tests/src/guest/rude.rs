@@ -22,7 +22,7 @@ use anyhow::{Context, bail, ensure};
 use super::dull;
 
 /// How long each case lasts at first.
-const ATTACK: Duration = Duration::from_millis(500);
+const ATTACK: Duration = Duration::from_millis(300);
 pub(super) const LIMIT: Duration = Duration::from_secs(20);
 /// Peers of an ivshmem doorbell, and vectors of each.
 const PEERS: u32 = 1 << 16;

@@ -8,7 +8,7 @@ if grep -q hostile /proc/cmdline; then
     done
     /etc/init.d/S50adit-guest stop
     # The host dials the one that is mute.
-    for case in positions r10-doorbells r17-no-hints r11-mute everything; do
+    for case in positions records messages handshakes r10-doorbells r17-no-hints r11-mute everything; do
         echo HOSTILE-CASE $case
         adit-testguest ring-rude $case
     done
