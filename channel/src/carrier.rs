@@ -37,6 +37,8 @@ pub struct CarrierCaps {
     pub lanes: bool,
     /// See `EngineConfig::tells_reason`.
     pub tells_reason: bool,
+    /// Packets in a row for one socket are written when they have so many bytes.
+    pub run_bytes: u32,
 }
 
 /// The session is broken for good: the guest (or whoever writes our memory) broke the rules of the transport.

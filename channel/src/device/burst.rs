@@ -90,6 +90,8 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             packet_overhead: PACKET_OVERHEAD,
             lanes: false,
             tells_reason: false,
+            // More does not make the system call cheaper.
+            run_bytes: 64 << 10,
         }
     }
 

@@ -26,9 +26,6 @@ struct Run {
     len: u32,
 }
 
-/// A run is written when it has so many bytes: more does not make the system call cheaper.
-const RUN_BYTES: u32 = 64 << 10;
-
 enum Sent {
     /// Something went into a slot.
     Packet(u64),
@@ -206,7 +203,7 @@ impl<C: Carrier> Port<C> {
                             let so_far = run.take().map_or(0, |r| r.len);
                             let len = so_far + len;
                             *run = Some(Run { stream, len });
-                            if kept == SetAside::Full || len >= RUN_BYTES {
+                            if kept == SetAside::Full || len >= self.carrier.caps().run_bytes {
                                 self.deliver_run(now, run.take())?;
                             }
                             continue;

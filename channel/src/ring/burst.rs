@@ -24,6 +24,8 @@ pub(super) const CAPS: CarrierCaps = CarrierCaps {
     packet_overhead: 0,
     lanes: true,
     tells_reason: true,
+    // Several of the largest packets: what of a write fills no TCP segment goes as one of its own.
+    run_bytes: 256 << 10,
 };
 /// Smallest payload that a slot has room for, bytes: less at the end of the ring is left as a pad, and less in all waits.
 const SLOT_LEAST: usize = 1024;

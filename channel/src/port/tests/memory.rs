@@ -115,6 +115,7 @@ impl Carrier for Memory {
             packet_overhead: 0,
             lanes: false,
             tells_reason: false,
+            run_bytes: 64 << 10,
         }
     }
     fn begin(&mut self) {}

@@ -186,6 +186,7 @@ impl Carrier for DriverCarrier {
             packet_overhead: 0,
             lanes: false,
             tells_reason: false,
+            run_bytes: 64 << 10,
         }
     }
     fn begin(&mut self) {}
