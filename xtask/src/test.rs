@@ -1,8 +1,9 @@
 //! `cargo xtask test`: every check, in order of how soon it tells something, with a table of seconds at the end.
 
-use std::path::Path;
+use std::ffi::OsStr;
 use std::time::{Duration, Instant};
 
+use adit_tests::guest::CPU;
 use adit_tests::image::{Image, Kernel};
 
 use crate::{progress, setup};
@@ -221,7 +222,7 @@ fn bare() -> anyhow::Result<()> {
             "--",
             "--nocapture",
         ],
-        ("ADIT_BARE_IMAGE", &image),
+        &[("ADIT_BARE_IMAGE", image.as_os_str())],
     )
 }
 
@@ -240,18 +241,20 @@ fn with_binaries(file: &str, threads: &str) -> anyhow::Result<()> {
         "--test-threads",
         threads,
     ];
-    tested(&args, ("ADIT_TEST_BINS", &bins))
+    let cpu = OsStr::new("max,-erms,-fsrm");
+    tested(&args, &[("ADIT_TEST_BINS", bins.as_os_str()), (CPU, cpu)])
 }
 
 /// Tests that find what was built for them in their environment.
-fn tested(args: &[&str], (name, value): (&str, &Path)) -> anyhow::Result<()> {
+fn tested(args: &[&str], found: &[(&str, &OsStr)]) -> anyhow::Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = std::process::Command::new(cargo)
         .args(args)
-        .env(name, value)
+        .envs(found.iter().copied())
         .current_dir(adit_tests::root())
         .status()?;
-    let (value, args) = (value.display(), args.join(" "));
-    anyhow::ensure!(status.success(), "again: {name}={value} cargo {args}");
+    let found = found.iter().map(|(n, v)| format!("{n}={} ", v.display()));
+    let (found, args) = (found.collect::<String>(), args.join(" "));
+    anyhow::ensure!(status.success(), "again: {found}cargo {args}");
     Ok(())
 }

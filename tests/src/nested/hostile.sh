@@ -4,7 +4,7 @@ if grep -q hostile /proc/cmdline; then
     nc -l -p 81 < /dev/null > /dev/null
     for case in $(adit-hostile list); do
         echo HOSTILE-CASE $case
-        adit-hostile $case 60
+        adit-hostile $case 120
     done
     /etc/init.d/S50adit-guest stop
     # The host dials the one that is mute.
