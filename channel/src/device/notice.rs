@@ -11,8 +11,9 @@
 
 use std::time::Duration;
 
-/// How long the device sleeps at most while there is something that the driver was not told.
-pub(crate) const REST: Duration = Duration::from_millis(1);
+/// How long the device sleeps at most while there is something that the driver was not told: longer than an answer takes, on
+/// an emulated machine as well.
+pub(crate) const REST: Duration = Duration::from_millis(10);
 /// Sleeps after which the driver is told in any case.
 const SLEEPS_MAX: u32 = 64;
 
