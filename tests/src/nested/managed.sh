@@ -59,6 +59,8 @@ away() {
     api http://vm/pause; api -d "{\"dir\":\"/tmp/$VM.snap\"}" http://vm/snapshot
     kill -9 $VMM; wait $VMM
     n=300; until pidof adit-port >/dev/null; do n=$((n - 1)); [ $n -gt 0 ] || { fail "aditd did not start a port process for a VM without one"; break; }; sleep 0.1; done
+    # It has begun: what comes next does not wait for it to come up only to have it leave.
+    sleep 0.4
     echo "SHOW $VM was paused and written down; its VMM is killed ($(now) s)"
 }
 # back ARGS...: another process goes on with it, and its agent is there. It has dialled once, as soon as it heard that its streams
