@@ -86,7 +86,7 @@ pub trait Signal: Send + Sync {
     fn signal(&self, queue: u16);
 
     /// Whether one interrupt serves all queues. Such a driver looks at each of them whenever it is interrupted, so that of
-    /// the packets it sent it is told with ours, or some time (`notice`).
+    /// the packets it sent it need not be told each time: it hears of many at once (`notice`).
     fn is_shared(&self) -> bool {
         false
     }
