@@ -52,6 +52,11 @@ impl Signal for Irq {
         // It fails only when it is full: the driver has not looked yet, and will.
         let _ = self.0.write(1);
     }
+
+    /// The driver looks at every queue when it is interrupted, and need not be for each packet it sent.
+    fn is_shared(&self) -> bool {
+        true
+    }
 }
 
 /// 2. What the host serves: here on the event thread, between two packets. A `Sink::Fd` would be a socket, and a

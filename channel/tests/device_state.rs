@@ -59,7 +59,7 @@ fn a_restored_device_goes_on_where_it_stood_in_a_new_session() {
     // What the guest sent after the snapshot was taken is not lost, what came before is not seen twice.
     send(&mut rig, b"after");
     another(&mut rig, &state).unwrap();
-    let begun = SessionChange::Attached { epoch: 2 };
+    let begun = SessionChange::Restored { epoch: 2 };
     assert_eq!(rig.device.take_session_change(), Some(begun));
     let packets = rig.receive().unwrap();
     assert_eq!(packets.len(), 1);

@@ -168,6 +168,10 @@ fn a_socket_that_a_killed_process_left_is_taken() {
 fn a_held_device_stands_still_and_goes_on_in_another() {
     let mut rig = Rig::new();
     let (state, held) = rig.remote.hold().unwrap();
+    // A stream that the snapshot cuts: the guest hears that it is gone by an event, and gets no reset, which would let its
+    // reader take it for complete.
+    let cut = GuestStream::new(1023, 7000).payload(4);
+    rig.send(&cut, b"more");
     let request = GuestStream::new(1024, 7001).header(Op::Request);
     rig.send(&request, &[]);
     std::thread::yield_now();
@@ -183,7 +187,13 @@ fn a_held_device_stands_still_and_goes_on_in_another() {
     restored.unwrap().unwrap();
     std::mem::swap(&mut other.driver, &mut rig.driver);
     std::mem::swap(&mut other.event, &mut rig.event);
-    assert_eq!(other.receive().0.op, Op::Rst as u16, "nobody serves it");
+    let (refused, _) = other.receive();
+    let (op, of) = (refused.op, refused.dst_port);
+    assert_eq!((op, of), (Op::Rst as u16, 1024), "nobody serves 7001");
+    // It has asked for a stream: what it does not know now is reset.
+    let stray = GuestStream::new(1022, 7000).payload(4);
+    other.send(&stray, b"what");
+    assert_eq!(other.receive().0.dst_port, 1022);
     // The guest has a buffer for the news only now.
     let (addr, mem) = (memory::rx_page(0), other.driver.memory().clone());
     other.event.add(&[Buffer { addr, len: 4 }], true).unwrap();

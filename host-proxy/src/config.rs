@@ -47,7 +47,7 @@ const CID_MAX: u64 = u32::MAX as u64 - 1;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read the configuration {}", path.display())]
+    #[error("cannot read the configuration {} (`aditd --help` shows a short one)", path.display())]
     Read {
         /// The file.
         path: PathBuf,

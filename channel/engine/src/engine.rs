@@ -54,6 +54,8 @@ pub const LISTEN_MAX: u32 = 1024;
 pub struct Engine {
     pub(crate) cfg: EngineConfig,
     pub(crate) attached: bool,
+    /// The peer does not know yet that its streams of a former session are gone: see [`crate::SessionChange::Restored`].
+    pub(crate) restored: bool,
     /// Latest time seen.
     pub(crate) now: Tick,
     pub(crate) table: Table,
@@ -77,6 +79,7 @@ impl Engine {
         let cfg = cfg.sane();
         Self {
             attached: false,
+            restored: false,
             now: Tick(0),
             table: Table::new(cfg.max_streams),
             pool: Pool::new(cfg.pool_bytes, cfg.initial_window),

@@ -33,7 +33,12 @@ impl Engine {
         match (op, found) {
             (Op::Rst, None) => Disposition::Consume,
             (Op::Rst, Some(slot)) => self.on_rst(slot, h),
-            (Op::Request, found) => self.on_request(found, h, lane),
+            (Op::Request, found) => {
+                self.restored = false;
+                self.on_request(found, h, lane)
+            }
+            // The guest is about to hear that this stream is gone.
+            (_, None) if self.restored => Disposition::Consume,
             (_, None) => self.refuse(h, lane),
             (_, Some(slot)) if !self.table[slot].live() => Disposition::Consume,
             (op, Some(slot)) => self.on_stream(slot, op, h, body_len),
@@ -286,10 +291,13 @@ impl Engine {
     pub fn handle_session(&mut self, now: Tick, change: SessionChange) {
         self.see(now);
         let (attached, reason) = match change {
-            SessionChange::Attached { .. } => (true, ResetReason::Epoch),
+            SessionChange::Attached { .. } | SessionChange::Restored { .. } => {
+                (true, ResetReason::Epoch)
+            }
             SessionChange::Lost(reason) => (false, reason),
         };
         self.attached = attached;
+        self.restored = matches!(change, SessionChange::Restored { .. });
         self.rst.clear();
         for slot in 0..self.table.len() {
             match self.table[slot].phase {

@@ -221,6 +221,13 @@ pub enum SessionChange {
         /// Number of the session, for the caller's records; the engine treats every attach as new.
         epoch: u64,
     },
+    /// Like `Attached`, on the queues of a saved device, whose carrier tells the guest that its streams are gone. Until the
+    /// guest asks for a new stream, packets of the old ones get no reset: a reset that came before that news would let a
+    /// reader in the guest take its stream for complete (Linux), where the news is ECONNRESET.
+    Restored {
+        /// Number of the session.
+        epoch: u64,
+    },
     /// The session ended: whatever was open ends with this reason.
     Lost(ResetReason),
 }

@@ -252,6 +252,18 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         queues: VirtQueues,
         signal: Arc<dyn Signal>,
     ) -> Result<(), ActivateError> {
+        let epoch = self.go_live(mem, queues, signal)?;
+        self.tell(SessionChange::Attached { epoch });
+        Ok(())
+    }
+
+    /// Returns the number of the session; the caller says what kind it is.
+    fn go_live(
+        &mut self,
+        mem: M,
+        queues: VirtQueues,
+        signal: Arc<dyn Signal>,
+    ) -> Result<u64, ActivateError> {
         if self.active.is_some() {
             return Err(ActivateError::Active);
         }
@@ -284,8 +296,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         });
         let epoch = self.epoch;
         self.epoch += 1;
-        self.tell(SessionChange::Attached { epoch });
-        Ok(())
+        Ok(epoch)
     }
 
     fn tell(&mut self, change: SessionChange) {

@@ -20,6 +20,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use adit_engine::SessionChange;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddressSpace, Permissions};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -256,11 +257,16 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         let (acked, epoch) = (self.acked, self.epoch);
         self.ack_features(wire.features)?;
         self.epoch = epoch.max(wire.next_epoch);
-        if let Err(e) = self.activate(mem, queues, signal) {
-            (self.acked, self.epoch) = (acked, epoch);
-            return Err(e.into());
+        match self.go_live(mem, queues, signal) {
+            Ok(epoch) => {
+                self.tell(SessionChange::Restored { epoch });
+                Ok(())
+            }
+            Err(e) => {
+                (self.acked, self.epoch) = (acked, epoch);
+                Err(e.into())
+            }
         }
-        Ok(())
     }
 
     /// Tells the guest that its connections are gone (TRANSPORT_RESET on the event queue). True: told, or there is nobody to

@@ -409,7 +409,7 @@ impl<C: Carrier> Port<C> {
 
     fn session(&mut self, now: Tick, change: SessionChange) {
         self.epoch = match change {
-            SessionChange::Attached { epoch } => Some(epoch),
+            SessionChange::Attached { epoch } | SessionChange::Restored { epoch } => Some(epoch),
             SessionChange::Lost(_) => None,
         };
         self.session_changed(change);

@@ -32,7 +32,9 @@ impl<C: Carrier> Port<C> {
     pub(super) fn session_changed(&mut self, change: SessionChange) {
         let Some(live) = &mut self.live else { return };
         match change {
-            SessionChange::Attached { epoch } => live.set_epoch(epoch),
+            SessionChange::Attached { epoch } | SessionChange::Restored { epoch } => {
+                live.set_epoch(epoch);
+            }
             // The guest's driver ends its streams by itself.
             SessionChange::Lost(_) => {
                 for (local_port, peer_port) in self.inherited.drain(..) {

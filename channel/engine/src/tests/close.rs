@@ -342,3 +342,33 @@ fn resets_say_why_where_the_carrier_tells() {
         r.empty();
     }
 }
+
+#[test]
+fn streams_that_a_restored_guest_still_has_get_no_reset_until_it_asks_for_one() {
+    let mut r = Rig::new(EngineConfig::default());
+    let stream = r.open(9);
+    let epoch = Some(ResetReason::Epoch);
+    r.e.handle_session(r.now, SessionChange::Restored { epoch: 2 });
+    assert_eq!(
+        r.events(),
+        [Event::Closed {
+            stream,
+            reason: epoch
+        }]
+    );
+    assert_eq!(r.data(9, 4), Disposition::Consume);
+    assert_eq!(r.credit(9, 256 << 10, 4), Disposition::Consume);
+    assert_eq!(r.shut(9, SHUTDOWN_SEND), Disposition::Consume);
+    assert_eq!(r.ops(), [], "a reader would take the stream for complete");
+    // It has heard.
+    let _ = r.open(10);
+    assert_eq!(r.data(9, 4), Disposition::Consume);
+    assert_eq!(r.ops(), [(Op::Rst, 9)]);
+    // A session that begins anew tells nobody anything.
+    r.e.handle_session(r.now, SessionChange::Restored { epoch: 3 });
+    r.e.handle_session(r.now, SessionChange::Attached { epoch: 4 });
+    r.events();
+    assert_eq!(r.data(10, 4), Disposition::Consume);
+    assert_eq!(r.ops(), [(Op::Rst, 10)]);
+    r.empty();
+}
