@@ -99,7 +99,7 @@ const CHECKS: [Step; 10] = [
     Step {
         name: "host processes",
         budget_s: 60,
-        run: || with_binaries("host", "1"),
+        run: || with_binaries("host"),
     },
     Step {
         name: "fuzz targets, 10 s each",
@@ -107,9 +107,9 @@ const CHECKS: [Step; 10] = [
         run: crate::fuzz::smoke,
     },
     Step {
-        name: "benches start",
+        name: "benches build",
         budget_s: 120,
-        run: || setup::cargo(&["bench", "--quiet", "-p", "adit-benches", "--no-run"]),
+        run: benches,
     },
 ];
 
@@ -126,13 +126,13 @@ const GUESTS: [Step; 4] = [
     },
     Step {
         name: "real guests",
-        budget_s: 400,
-        run: || with_binaries("guest", "1"),
+        budget_s: 300,
+        run: || with_binaries("guest"),
     },
     Step {
         name: "a VMM's guests, in a guest",
         budget_s: 100,
-        run: || with_binaries("nested", "2"),
+        run: || with_binaries("nested"),
     },
 ];
 
@@ -185,17 +185,8 @@ fn print_table(table: &[(&Step, Duration, bool)]) {
 }
 
 fn documentation() -> anyhow::Result<()> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = std::process::Command::new(cargo)
-        .args(["doc", "--quiet", "--workspace", "--no-deps"])
-        .env("RUSTDOCFLAGS", "-D warnings")
-        .current_dir(adit_tests::root())
-        .status()?;
-    anyhow::ensure!(
-        status.success(),
-        "cargo doc failed: RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps"
-    );
-    Ok(())
+    let strict = ("RUSTDOCFLAGS", OsStr::new("-D warnings"));
+    cargo_with(&["doc", "--quiet", "--workspace", "--no-deps"], &[strict])
 }
 
 fn images() -> anyhow::Result<()> {
@@ -210,7 +201,7 @@ fn images() -> anyhow::Result<()> {
 /// On whatever KVM this machine has; without one the tests say so and pass.
 fn bare() -> anyhow::Result<()> {
     let image = setup::bare_image()?;
-    tested(
+    cargo_with(
         &[
             "test",
             "-p",
@@ -226,9 +217,15 @@ fn bare() -> anyhow::Result<()> {
     )
 }
 
-/// Runs a file of tests that start the real binaries, so many at a time: two emulated guests with an aditd and its port
-/// process each only wait for each other on two cores, but two that have all of theirs inside, on one processor, do not.
-fn with_binaries(file: &str, threads: &str) -> anyhow::Result<()> {
+/// Without the optimisation over all crates, which takes half of the time and cannot fail.
+fn benches() -> anyhow::Result<()> {
+    let args = ["bench", "--quiet", "-p", "adit-benches", "--no-run"];
+    let lto = ("CARGO_PROFILE_BENCH_LTO", OsStr::new("off"));
+    cargo_with(&args, &[lto])
+}
+
+/// Runs a file of tests that start the real binaries, two at a time: what a guest waits for leaves a processor to another.
+fn with_binaries(file: &str) -> anyhow::Result<()> {
     let bins = setup::host_binaries(false)?;
     let args = [
         "test",
@@ -239,22 +236,22 @@ fn with_binaries(file: &str, threads: &str) -> anyhow::Result<()> {
         "--",
         "--nocapture",
         "--test-threads",
-        threads,
+        "2",
     ];
     let cpu = OsStr::new("max,-erms,-fsrm");
-    tested(&args, &[("ADIT_TEST_BINS", bins.as_os_str()), (CPU, cpu)])
+    cargo_with(&args, &[("ADIT_TEST_BINS", bins.as_os_str()), (CPU, cpu)])
 }
 
-/// Tests that find what was built for them in their environment.
-fn tested(args: &[&str], found: &[(&str, &OsStr)]) -> anyhow::Result<()> {
+/// Cargo, with something in its environment.
+fn cargo_with(args: &[&str], env: &[(&str, &OsStr)]) -> anyhow::Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = std::process::Command::new(cargo)
         .args(args)
-        .envs(found.iter().copied())
+        .envs(env.iter().copied())
         .current_dir(adit_tests::root())
         .status()?;
-    let found = found.iter().map(|(n, v)| format!("{n}={} ", v.display()));
-    let (found, args) = (found.collect::<String>(), args.join(" "));
-    anyhow::ensure!(status.success(), "again: {found}cargo {args}");
+    let env = env.iter().map(|(n, v)| format!("{n}='{}' ", v.display()));
+    let (env, args) = (env.collect::<String>(), args.join(" "));
+    anyhow::ensure!(status.success(), "again: {env}cargo {args}");
     Ok(())
 }

@@ -205,6 +205,8 @@ fn sockets_are_sinks_and_every_byte_is_copied_once_a_side() {
     for socket in [&client, &server] {
         socket.set_nonblocking(true).expect("a socket");
     }
+    // Before the dial, which waits for 2 s: on a busy machine it takes as long.
+    let sent = pattern(3 << 20, 5);
     let request = adit_channel::dial::DialRequest {
         port: PORT,
         hello: None,
@@ -217,7 +219,6 @@ fn sockets_are_sinks_and_every_byte_is_copied_once_a_side() {
         .dial(now, request, sink)
         .expect("a session");
     let mut far = Some(Sink::Fd(far.into()));
-    let sent = pattern(3 << 20, 5);
     let (mut written, mut got) = (0, Vec::<u8>::new());
     let mut buf = vec![0; 1 << 20];
     let mut turns = 0;
