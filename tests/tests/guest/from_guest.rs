@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::mpsc::{self, Sender};
 use std::time::Duration;
 
 use adit_port::control::{CONTROL_SOCKET, Kept, VHOST_SOCKET};
@@ -65,14 +66,19 @@ fn serve(port: u32, fd: OwnedFd) {
     }
 }
 
-/// Takes streams until the port process ends.
-fn accept(control: &OwnedFd) {
+/// Takes streams until the port process ends; says which of them have ended as they should.
+fn accept(control: &OwnedFd, whole: &Sender<u32>) {
     loop {
         let mut fds = [PollFd::new(control.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::NONE).unwrap();
         match control_io::receive(control) {
             Ok(Some((Message::Incoming(incoming), Some(fd)))) => {
-                std::thread::spawn(move || serve(incoming.port, fd));
+                let whole = whole.clone();
+                std::thread::spawn(move || {
+                    serve(incoming.port, fd);
+                    // The test may be over.
+                    let _ = whole.send(incoming.port);
+                });
             }
             // What a successor of the port process would need: nobody here starts one.
             Ok(Some((Message::Handover(handover), _))) => {
@@ -111,7 +117,8 @@ fn dials_of(kernel: Kernel) {
         Ok(connect(fd.as_raw_fd(), &at).is_ok().then_some(fd))
     })
     .unwrap();
-    std::thread::spawn(move || accept(&control));
+    let (whole, served) = mpsc::channel();
+    std::thread::spawn(move || accept(&control, &whole));
 
     let who = Identity {
         name: "bare",
@@ -125,6 +132,8 @@ fn dials_of(kernel: Kernel) {
     guest
         .wait_serial("guest's own dials", BOOT, |log| log.contains("DIALS-OK"))
         .unwrap();
+    // The guest's last stream: what it sent is on its way when it says so.
+    while served.recv_timeout(SILENCE).expect("all came back") != HOST_FIRST {}
 }
 
 #[test]
