@@ -88,7 +88,9 @@ impl Shell {
     pub fn session(&mut self, on: Option<()>) {
         self.epoch += 1;
         let change = match on {
-            Some(()) if self.epoch % 2 == 0 => SessionChange::Restored { epoch: self.epoch },
+            Some(()) if self.epoch.is_multiple_of(2) => {
+                SessionChange::Restored { epoch: self.epoch }
+            }
             Some(()) => SessionChange::Attached { epoch: self.epoch },
             None => SessionChange::Lost(ResetReason::CarrierFault),
         };
