@@ -112,6 +112,8 @@ fn files_of_a_file_system_that_never_answers_keep_nobody_waiting() {
     bells = Bells::new().unwrap();
     memory = Mapped::memfd(BYTES).unwrap().1;
     let good = bell(&bells);
+    // It has opened all that it opens for whoever comes.
+    aditd.wait_status(|_| true);
     let before = descriptors(&running);
     let offer = offer("web-1", BYTES);
     for round in 0..4 {
