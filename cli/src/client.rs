@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use adit_api::ErrorBody;
 use bytes::Bytes;
@@ -20,12 +21,23 @@ const ANSWER_MAX: usize = 64 << 20;
 /// Where aditd listens.
 pub struct Client {
     socket: PathBuf,
+    limit: Duration,
 }
 
 impl Client {
-    pub fn new(socket: &Path) -> Self {
+    /// `limit`: how long aditd may take to answer.
+    pub fn new(socket: &Path, limit: Duration) -> Self {
         Self {
             socket: socket.to_owned(),
+            limit,
+        }
+    }
+
+    /// For a request that aditd answers only after this long.
+    pub fn patient(&self, wait: Duration) -> Self {
+        Self {
+            socket: self.socket.clone(),
+            limit: self.limit.saturating_add(wait),
         }
     }
 
@@ -56,10 +68,28 @@ impl Client {
 
     /// GETs a body that comes bit by bit.
     pub async fn stream(&self, path: &str) -> Result<Lines, Failure> {
+        let answer = self.in_time(self.send(Method::GET, path, None)).await?;
         Ok(Lines {
-            body: self.send(Method::GET, path, None).await?.into_body(),
+            body: answer.into_body(),
             buffer: Vec::new(),
         })
+    }
+
+    async fn in_time<T>(
+        &self,
+        answer: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Failure> {
+        let limit = self.limit;
+        let late = |_| {
+            Failure::new(
+                "unreachable",
+                format!("aditd takes connections, but has not answered for {limit:?}"),
+            )
+            .help("what was asked may still be done; look at `systemctl status aditd` and `journalctl -u aditd`, or give it longer with --request-timeout")
+        };
+        tokio::time::timeout(self.limit, answer)
+            .await
+            .map_err(late)?
     }
 
     async fn bytes(
@@ -68,11 +98,14 @@ impl Client {
         path: &str,
         body: Option<Vec<u8>>,
     ) -> Result<Bytes, Failure> {
-        let answer = self.send(method, path, body).await?;
-        let body = Limited::new(answer.into_body(), ANSWER_MAX).collect().await;
-        Ok(body
-            .map_err(|e| Failure::new("cut-off", format!("aditd's answer was cut off: {e}")))?
-            .to_bytes())
+        self.in_time(async {
+            let answer = self.send(method, path, body).await?;
+            let body = Limited::new(answer.into_body(), ANSWER_MAX).collect().await;
+            let body = body
+                .map_err(|e| Failure::new("cut-off", format!("aditd's answer was cut off: {e}")))?;
+            Ok(body.to_bytes())
+        })
+        .await
     }
 
     async fn send(

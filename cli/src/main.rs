@@ -13,6 +13,7 @@ mod vm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
@@ -46,6 +47,9 @@ struct Cli {
         value_name = "PATH"
     )]
     socket: PathBuf,
+    /// How long aditd may take to answer a request; `wait` and `watch` have their own --timeout beside it
+    #[arg(long, value_parser = output::duration, default_value = "60s", global = true, value_name = "DURATION")]
+    request_timeout: Duration,
     /// How to print: a table for people, JSON for programs
     #[arg(short, long, value_enum, default_value_t = Format::Table, global = true)]
     output: Format,
@@ -94,7 +98,7 @@ fn main() -> ExitCode {
 }
 
 async fn run(cli: &Cli) -> Result<ExitCode, Failure> {
-    let client = Client::new(&cli.socket);
+    let client = Client::new(&cli.socket, cli.request_timeout);
     match &cli.command {
         Command::Vm(command) => vm::run(command, &client, cli.output).await?,
         Command::Wait(wait) => vm::wait(wait, &client, cli.output).await?,

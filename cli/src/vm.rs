@@ -125,7 +125,7 @@ pub async fn wait(wait: &Wait, client: &Client, format: Format) -> Result<(), Fa
         path(&wait.vm)?,
         wait.timeout.as_millis()
     );
-    let vm: Vm = client.get(&url).await?;
+    let vm: Vm = client.patient(wait.timeout).get(&url).await?;
     match format {
         Format::Json => output::json(&vm),
         Format::Table => {

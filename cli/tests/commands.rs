@@ -117,6 +117,29 @@ fn without_aditd_it_says_what_to_start() {
 }
 
 #[test]
+fn an_aditd_that_does_not_answer_is_not_waited_for_without_end() {
+    let dir = tempfile::tempdir().unwrap();
+    // The kernel takes the connection; nobody else does.
+    let _mute = std::os::unix::net::UnixListener::bind(dir.path().join("none.sock")).unwrap();
+    for args in [
+        &["vm", "ls"][..],
+        &["wait", "web-1", "--for", "agent", "--timeout", "10ms"],
+        &["task", "watch"],
+    ] {
+        let out = adit(
+            dir.path(),
+            &[args, &["--request-timeout", "100ms"]].concat(),
+        );
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(3), "{args:?}: {said}");
+        assert!(
+            said.contains("has not answered") && said.contains("systemctl status"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
 fn help_teaches_and_completions_exist() {
     let dir = tempfile::tempdir().unwrap();
     let help = text(&adit(dir.path(), &["--help"]).stdout);
