@@ -69,7 +69,7 @@ impl<C: Carrier> Handed<C> {
     pub fn new(carrier: C, with: &Registration, rings: Option<RingInbox>) -> anyhow::Result<Self> {
         let run = with.aditd.parent().unwrap_or(Path::new("."));
         let dir = run.join("vm").join(&with.vm.name);
-        let place = take(&dir, &with.vm.name)?;
+        let place = take(&dir, &with.vm.name, TAKE_LIMIT)?;
         // No VMM but this one: nobody is to connect another.
         drop(place.vhost);
         drop((place.ring, place.ivshmem));
@@ -115,12 +115,12 @@ impl<C: Carrier> Handed<C> {
 }
 
 /// Takes the VM's directory; from a port process that serves no VMM, too. aditd starts one where it finds nobody: after this
-/// VMM was killed, or while it was away for a reboot.
-fn take(dir: &Path, name: &str) -> anyhow::Result<Place> {
+/// VMM was killed, or while it was away for a reboot. One that does not answer is given up after `limit`.
+fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
     let begin = Instant::now();
     loop {
         match Place::take(dir) {
-            Err(PlaceError::AlreadyRunning(_)) if begin.elapsed() < TAKE_LIMIT => {}
+            Err(PlaceError::AlreadyRunning(_)) if begin.elapsed() < limit => {}
             taken => return Ok(taken?),
         }
         // Not listening yet, or ending: in a moment.
@@ -128,6 +128,9 @@ fn take(dir: &Path, name: &str) -> anyhow::Result<Place> {
             std::thread::sleep(Duration::from_millis(5));
             continue;
         };
+        // Only for its time limit.
+        let socket = UnixStream::from(socket);
+        socket.set_read_timeout(Some(limit))?;
         // The first that it says.
         let Ok(Some((Message::Status(status), _))) = receive_all(&socket) else {
             continue;
@@ -231,5 +234,20 @@ impl Drop for Registered {
         if let Err(e) = self.leave() {
             tracing::warn!(error = %format!("{e:#}"), "the VM stays on the map");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_process_that_is_stopped_is_not_waited_for_without_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("web-1");
+        // It takes no connection, and says nothing on the one that the kernel has taken for it.
+        let _mute = Place::take(&at).unwrap();
+        let refused = take(&at, "web-1", Duration::from_millis(20)).unwrap_err();
+        assert!(refused.to_string().contains("already running"), "{refused}");
     }
 }
