@@ -11,9 +11,16 @@ until_said() {
     done
 }
 start() { : > "$LOG"; adit-vmm run "$@" --serial $LOG 2>$T/vmm.err </dev/null & VMM=$!; }
+# gone PID SECONDS: until this process has ended; returns what it ended with. One that does not is killed, with SIGABRT.
+gone() {
+    ( sleep $2; kill -ABRT $1 ) & dog=$!
+    wait $1; rc=$?
+    kill $dog; wait $dog
+    return $rc
+}
 # ended STATUS TEXT: adit-vmm ends with this status, and says this.
 ended() {
-    wait $VMM; rc=$?
+    gone $VMM 60; rc=$?
     [ $rc = $1 ] || fail "adit-vmm ended with $rc, not $1"
     grep -q "$2" $T/vmm.err || fail "adit-vmm did not say '$2'"
 }

@@ -97,7 +97,9 @@ main_job again
 # Its root drives the socket device by hand, and writes over the ring. web-1 never notices; nor does adit-vmm, which grows by nothing.
 # Resident KiB beside the guest's memory, which is the one large mapping.
 beyond() { awk '/^Size:/ { size = $2 } /^Rss:/ && size < 120000 { sum += $2 } END { print sum }' /proc/$1/smaps; }
-curl -sS -m 20 http://$VM:81/ >/dev/null 2>&1
+# It is dialled, and the one who listens there only hangs up.
+said=$(curl -sS -m 20 http://$VM:81/ 2>&1)
+echo "$said" | grep -q "connection closed" || fail "nobody has told it to begin: $said"
 until_said RING-MUTE 120
 told=$(curl -sS -m 20 -o /dev/null -w '%{http_code}' http://$VM/)
 [ "$told" = 504 ] || fail "a guest that takes nothing of its ring: $told"
@@ -135,7 +137,7 @@ ring "after the restore" && echo "SHOW over a new ring, attached in a new epoch 
 awk "BEGIN { exit !($attached - $there <= 5) }" || fail "the ring is back at $attached, the agent at $there"
 page "after the restore" && runs "after the restore" && echo "SHOW http://web-1/ answers again, and the task runs on"
 # A clone does not pass for its origin: not under its name, and under another it is shown for what it is.
-clone="adit-vmm restore --from /tmp/web-1.snap --aditd $ADIT_SOCKET --serial /tmp/clone.log"
+clone="timeout 60 adit-vmm restore --from /tmp/web-1.snap --aditd $ADIT_SOCKET --serial /tmp/clone.log"
 $clone --vsock cid=3 --name web-1 --ring >/tmp/clone 2>&1 </dev/null && fail "a clone took its origin's place"
 grep -q "web-1. runs" /tmp/clone || fail "$(cat /tmp/clone)"
 $clone --vsock cid=5 --name twin --ring >/tmp/clone 2>&1 </dev/null & CLONE=$!
@@ -143,7 +145,7 @@ n=100; until adit vm show twin 2>/dev/null | grep -q "enrolled as .web-1"; do
     n=$((n - 1)); [ $n -gt 0 ] || { fail "no clone: $(cat /tmp/clone; adit vm show twin)"; break; }; sleep 0.1
 done
 page "beside its clone" && runs "beside its clone" && echo "SHOW a clone is refused web-1's name, and shown as one under another ($(now) s)"
-kill -TERM $CLONE; wait $CLONE
+kill -TERM $CLONE; gone $CLONE 60
 curl -sS -m 20 http://web-1:81/ >/dev/null 2>&1
 adit task watch --timeout 60s
 adit task ls | tee /tmp/tasks
@@ -157,5 +159,5 @@ grep -q "give it the same" /tmp/clone || fail "$(cat /tmp/clone)"
 $clone --vsock cid=3 --name web-1 --ring 8M >/tmp/clone 2>&1 </dev/null && fail "a ring grew"
 grep -q "give it the same" /tmp/clone || fail "$(cat /tmp/clone)"
 start --kernel /l2/web-1/vmlinux --vsock cid=3 --aditd /nowhere/aditd.sock --name twin
-wait $VMM; grep -q "no aditd at /nowhere" /tmp/vmm.err || fail "$(cat /tmp/vmm.err)"
+gone $VMM 60; grep -q "no aditd at /nowhere" /tmp/vmm.err || fail "$(cat /tmp/vmm.err)"
 echo NESTED-DONE managed
