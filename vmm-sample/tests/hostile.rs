@@ -154,17 +154,25 @@ fn r34_nothing_is_completed_to_a_queue_that_was_reset() {
         bytes
     };
     let mut under_way = 0;
-    for _ in 0..300 {
+    for round in 0..300 {
         let mut stream = vm.open();
-        // The host sends, the guest sends, and at some moment of that it resets.
+        // The host sends, the guest sends, and at some moment of that it resets; or while the device's thread stands still.
         stream.client.write_all(&[9; 50_000]).unwrap();
+        let stands = round % 4 == 0;
+        if stands {
+            vm.transport().pause().unwrap();
+        }
         for _ in 0..8 {
             let header = stream.guest.payload(4000);
             vm.driver.send(&header, &[3; 4000], 1000);
         }
         vm.driver.tx.publish();
-        vm.kick(1);
-        (0..noise.below(3000)).for_each(|_| std::hint::spin_loop());
+        if stands {
+            vm.transport().resume();
+        } else {
+            vm.kick(1);
+            (0..1 << noise.below(12)).for_each(|_| std::hint::spin_loop());
+        }
         vm.put(VIRTIO_MMIO_STATUS, 0);
         under_way += u32::from(vm.driver.tx.used_idx() != vm.driver.tx.avail_idx());
         let after = rings(&vm);
