@@ -586,13 +586,15 @@ fn r17_guests_without_doorbells(way: Way) {
     let progress = tunnel(&rig.aditd, 1);
     echoed(&progress, &[3; 300_000]);
     drop((agent, progress));
+    wait_ring(&rig.aditd, |ring| !ring.running);
     let bells = rig.vmm.guest_bells();
     let mute = rig.vmm.boot_with(RingBells {
         data: Box::new(Dumb),
         space: Box::new(Dumb),
         ..bells
     });
-    mute.serve();
+    // Not while the host is awake for its own message: it would find the answer without a doorbell.
+    mute.serve_after(Duration::from_millis(100));
     // Its requests are not heard: they are rung for here, until both sides are in a session.
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -602,16 +604,19 @@ fn r17_guests_without_doorbells(way: Way) {
                 std::thread::sleep(Duration::from_millis(5));
             }
         });
-        wait_ring(&rig.aditd, |ring| !ring.running);
         wait_ring(&rig.aditd, |ring| ring.running);
         over.store(true, Ordering::SeqCst);
     });
-    rig.aditd.dial(2, service());
-    let answer = wait_dialed(&rig.aditd);
-    assert!(
-        matches!(&answer, Message::DialFailed(f) if f.id == 2 && f.error == DialError::Timeout),
-        "{answer:?}"
-    );
+    // The host may be awake for something else, its pings at the start among it, and find the answer.
+    let gives_up = (2..6).any(|id| {
+        rig.aditd.dial(id, service());
+        match wait_dialed(&rig.aditd) {
+            Message::Dialed(dialed) if dialed.id == id => false,
+            Message::DialFailed(f) if f.id == id && f.error == DialError::Timeout => true,
+            other => panic!("{other:?}"),
+        }
+    });
+    assert!(gives_up, "who hears it without a doorbell?");
     drop(mute);
     rig.ends_well();
 }

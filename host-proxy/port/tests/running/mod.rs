@@ -61,7 +61,11 @@ impl Running {
         let end = Instant::now() + Duration::from_secs(30);
         loop {
             if let Ok(sock) = connect_control(&self.dir) {
-                return Aditd(sock);
+                let sock = UnixStream::from(sock);
+                // What is never said fails the test that waits for it.
+                sock.set_read_timeout(Some(Duration::from_secs(60)))
+                    .unwrap();
+                return Aditd(sock.into());
             }
             assert!(self.child.try_wait().unwrap().is_none(), "it ended");
             assert!(Instant::now() < end, "it does not listen");

@@ -163,9 +163,15 @@ impl Agent {
     }
 
     pub fn serve(&self) {
+        self.serve_after(Duration::ZERO);
+    }
+
+    /// The same, and each stream waits this long for its answer.
+    pub fn serve_after(&self, pause: Duration) {
         let listener = self.handle.listen(hello::PORT).unwrap();
         std::thread::spawn(move || {
             while let Ok(incoming) = listener.accept() {
+                std::thread::sleep(pause);
                 let Ok(stream) = incoming.accept() else {
                     continue;
                 };
