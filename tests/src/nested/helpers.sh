@@ -1,6 +1,6 @@
 # In L1, and where there is plain KVM: functions that the scripts share. T is where files go.
 T=${T:-/tmp} L2=${L2:-/l2}
-fail() { [ -f "$LOG" ] && tail -n 25 "$LOG"; tail -n 5 $T/vmm.err; echo "NESTED-FAIL $*"; }
+fail() { [ -f "$LOG" ] && tail -n 80 "$LOG"; tail -n 5 $T/vmm.err; echo "NESTED-FAIL $*"; }
 # until_said TEXT SECONDS: until the guest has said it on its serial line.
 until_said() {
     n=$(($2 * 10))
