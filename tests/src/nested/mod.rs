@@ -347,12 +347,11 @@ static TAKEN: Mutex<BTreeMap<usize, u32>> = Mutex::new(BTreeMap::new());
 struct Processor(usize);
 
 impl Processor {
-    /// The one with the fewest L1s of this process; not the first one if there is a choice, which has most of the interrupts.
+    /// The one with the fewest L1s of this process.
     fn take() -> anyhow::Result<Self> {
         let may = sched_getaffinity(Pid::from_raw(0))?;
         let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
         let least = (0..CpuSet::count())
-            .rev()
             .filter(|&n| may.is_set(n).unwrap_or(false))
             .min_by_key(|n| taken.get(n).copied().unwrap_or(0))
             .context("no processor")?;
