@@ -420,7 +420,8 @@ fn scribble(dma: &Dma, stop: &AtomicBool) {
 
 /// R21-R24: nothing that was checked stays as it was.
 fn rewritten_rings(d: &mut Driver) -> anyhow::Result<String> {
-    let (stop, sessions) = (AtomicBool::new(false), d.storm(40));
+    // One without and one with EVENT_IDX at the least.
+    let (stop, sessions) = (AtomicBool::new(false), d.storm(40).max(2));
     let dma = Arc::clone(&d.dma);
     std::thread::scope(|scope| {
         scope.spawn(|| scribble(&dma, &stop));

@@ -59,6 +59,8 @@ pub const TX_BUFFERS: usize = 0x10_0000;
 const QUEUE_PART: usize = 0x8000;
 const PATIENCE: Duration = Duration::from_secs(20);
 const BREATH: Duration = Duration::from_millis(10);
+/// Somebody else may need the processor.
+const POLL: Duration = Duration::from_micros(100);
 
 /// A packet's header, any value in any field.
 #[derive(Clone, Copy, Debug)]
@@ -111,7 +113,7 @@ pub fn wait<T>(
         if let Some(found) = ask()? {
             return Ok(found);
         }
-        thread::yield_now();
+        thread::sleep(POLL);
     }
     bail!("{what}: not after {} s", PATIENCE.as_secs())
 }

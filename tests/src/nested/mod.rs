@@ -1,18 +1,17 @@
 //! A guest that runs guests: a Debian guest (L1) on a processor of QEMU's with SVM has a real /dev/kvm, in which
 //! `adit-vmm` boots Debian (L2). So the VMM is tested whole on any machine.
 
-use std::collections::BTreeMap;
+mod emulator;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use nix::sched::{CpuSet, sched_getaffinity};
-use nix::unistd::Pid;
 
+use self::emulator::Processor;
 use crate::guest::{Identity, overlay, tsc_arguments};
 use crate::image::{Image, Kernel};
 use crate::process::{Reaped, bound, output, wait_for};
@@ -335,38 +334,6 @@ fn serial(dir: &Path) -> String {
     String::from_utf8_lossy(&log).replace('\r', "")
 }
 
-/// L1s on each processor.
-static TAKEN: Mutex<BTreeMap<usize, u32>> = Mutex::new(BTreeMap::new());
-
-/// The processor that an L1 runs on.
-///
-/// QEMU's emulated SVM marks an interrupt of L2's as pending without a lock (`helper_vmrun`: `interrupt_request |= ...`, QEMU
-/// 7.2), while another thread may just mark one of L1's there, which is lost: of the timer, and nothing ever wakes L1 up again.
-/// It is one instruction, so it is whole where all threads of QEMU share a processor.
-#[derive(Debug)]
-struct Processor(usize);
-
-impl Processor {
-    /// The one with the fewest L1s of this process.
-    fn take() -> anyhow::Result<Self> {
-        let may = sched_getaffinity(Pid::from_raw(0))?;
-        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-        let least = (0..CpuSet::count())
-            .filter(|&n| may.is_set(n).unwrap_or(false))
-            .min_by_key(|n| taken.get(n).copied().unwrap_or(0))
-            .context("no processor")?;
-        *taken.entry(least).or_default() += 1;
-        Ok(Self(least))
-    }
-}
-
-impl Drop for Processor {
-    fn drop(&mut self) {
-        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-        taken.entry(self.0).and_modify(|n| *n -= 1);
-    }
-}
-
 fn start(
     image: &Image,
     initrd: &Path,
@@ -378,8 +345,8 @@ fn start(
         "console=ttyS0 quiet panic=-1 mitigations=off{}",
         tsc_arguments()
     );
-    let child = bound("taskset")
-        .args(["-c", &processor.0.to_string(), "qemu-system-x86_64"])
+    let child = processor
+        .qemu(dir)?
         // Always emulated: the same everywhere, and needs nothing of the host. It moves strings a byte at a time where it says
         // that it is fast at them.
         .args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,-erms,-fsrm"])
