@@ -90,16 +90,16 @@ LOG=/tmp/rude.log
 dd if=/dev/zero of=/tmp/rude.disk bs=1M count=0 seek=1 2>/dev/null
 rude() { start --kernel /l2/rude$1 --memory 64M --disk /tmp/rude.disk --vsock cid=3,uds=/tmp/rude; }
 rude 0; ended 0 "switched itself off"
-[ $(tr -cd x < $LOG | wc -c) -ge 20000 ] || fail "the serial line lost bytes"
+[ $(tr -cd x < $LOG | wc -c) -ge 5000 ] || fail "the serial line lost bytes"
 rude 1; ended 3 "asked for a reset"
-rude 2; n=300; until [ $(tr -cd x < $LOG | wc -c) -ge 20000 ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "halting guest"; break; }; sleep 0.1; done
+rude 2; n=300; until [ $(tr -cd x < $LOG | wc -c) -ge 5000 ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "halting guest"; break; }; sleep 0.1; done
 kill -TERM $VMM; ended 0 stopped
 # At a terminal every key is the guest's, at once; ctrl-a x is not.
 mkdir -p /dev/pts; mount -t devpts devpts /dev/pts
 mkfifo /tmp/keys
 script -qec "adit-vmm run --kernel /l2/rude2 --memory 64M" /tmp/typescript </tmp/keys >/tmp/screen 2>&1 & VMM=$!
 exec 9>/tmp/keys
-n=300; until [ $(tr -cd x < /tmp/screen | wc -c) -ge 20000 ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "guest at a terminal: $(tail -c 300 /tmp/screen)"; break; }; sleep 0.1; done
+n=300; until [ $(tr -cd x < /tmp/screen | wc -c) -ge 5000 ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "guest at a terminal: $(tail -c 300 /tmp/screen)"; break; }; sleep 0.1; done
 printf 'a\003\001x' >&9
 wait $VMM || fail "at a terminal: $?"
 grep -q "adit-vmm: stopped" /tmp/screen || fail "at a terminal: $(tail -c 300 /tmp/screen)"

@@ -51,7 +51,7 @@ _start:
     cmp $5, %ecx
     jb 2b
 # Doorbells of queues that there are and are not, without end for a device.
-    mov $20000, %ecx
+    mov $5000, %ecx
 5:  mov %ecx, %eax
     and $3, %eax
     mov %eax, 0xd0000050
@@ -62,7 +62,7 @@ _start:
 # The serial line.
     mov $0x3f8, %edx
     mov $0x78, %al
-    mov $20000, %ecx
+    mov $5000, %ecx
 6:  out %al, %dx
     loop 6b
 .endif
