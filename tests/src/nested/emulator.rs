@@ -1,5 +1,5 @@
-//! The emulated processor that L1 runs on. QEMU's SVM has two faults that a guest of a guest meets about once in thirty runs of
-//! a minute (seen in 7.2, which Debian 12 has): an L1 that runs around them does not hang, and L2's kernel does not panic.
+//! The emulated processor that L1 runs on. QEMU's SVM (7.2, which Debian 12 has) has two faults that a guest of a guest meets
+//! now and then: L1 sleeps for ever, or L2's kernel panics. Here is how L1 runs around them.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -52,8 +52,8 @@ impl Processor {
             return Ok(command);
         };
         let Some(program) = delivers_once(fs::read(&installed)?) else {
-            println!(
-                "{} is no QEMU 7.2 as Debian 12 has it, and runs as it is",
+            eprintln!(
+                "{} is not Debian 12's QEMU 7.2: if its SVM delivers an interrupt twice, a guest of a guest may panic",
                 installed.display()
             );
             command.arg(installed);
