@@ -46,11 +46,8 @@ impl Processor {
     pub(super) fn qemu(&self, dir: &Path) -> anyhow::Result<Command> {
         let mut command = bound("taskset");
         command.args(["-c", &self.0.to_string()]);
-        let Some(installed) = installed() else {
-            // It fails as the missing program does.
-            command.arg(QEMU);
-            return Ok(command);
-        };
+        let installed = installed()
+            .with_context(|| format!("there is no {QEMU}: apt-get install qemu-system-x86"))?;
         let Some(program) = delivers_once(fs::read(&installed)?) else {
             eprintln!(
                 "{} is not Debian 12's QEMU 7.2: if its SVM delivers an interrupt twice, a guest of a guest may panic",

@@ -366,6 +366,6 @@ fn start(
         .stdout(Stdio::null())
         .stderr(err)
         .spawn()
-        .context("cannot start qemu-system-x86_64: apt-get install qemu-system-x86")?;
+        .context("cannot start taskset: apt-get install util-linux")?;
     Ok(Reaped(child))
 }
