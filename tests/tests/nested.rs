@@ -101,7 +101,7 @@ script -qec "adit-vmm run --kernel /l2/rude2 --memory 64M" /tmp/typescript </tmp
 exec 9>/tmp/keys
 n=300; until [ $(tr -cd x < /tmp/screen | wc -c) -ge 5000 ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "guest at a terminal: $(tail -c 300 /tmp/screen)"; break; }; sleep 0.1; done
 printf 'a\003\001x' >&9
-wait $VMM || fail "at a terminal: $?"
+gone $VMM 60 || fail "at a terminal: $?"
 grep -q "adit-vmm: stopped" /tmp/screen || fail "at a terminal: $(tail -c 300 /tmp/screen)"
 echo NESTED-DONE rude
 "#;
@@ -167,7 +167,7 @@ adit-vmm restore --from /tmp/snap --disk /tmp/disk.clone --vsock cid=4,uds=/tmp/
 until_said "HELD-ENDED ConnectionReset" 20
 lives $LOG /tmp/v2; lives /tmp/v1.log /tmp/v1
 until_said FORKED 20
-for pid in $VMM $FIRST; do kill $pid; wait $pid || fail "restored VM: $?"; done
+for pid in $VMM $FIRST; do kill $pid; gone $pid 60 || fail "restored VM: $?"; done
 
 wrong() { text=$1; shift; adit-vmm restore "$@" --serial /tmp/w.log </dev/null >/tmp/wrong 2>&1 && fail "$*"; grep -q "$text" /tmp/wrong || fail "$*: $(cat /tmp/wrong)"; }
 wrong "cannot open state" --from /nowhere

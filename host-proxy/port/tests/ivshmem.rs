@@ -75,12 +75,19 @@ fn wait<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// aditd's end of the port process in `dir`. What is never said fails the test that waits for it.
+fn control(dir: &Path) -> OwnedFd {
+    let socket = UnixStream::from(wait("it listens", || connect_control(dir).ok()));
+    socket.set_read_timeout(Some(LIMIT)).unwrap();
+    socket.into()
+}
+
 impl Port {
     fn start() -> Self {
         let run = tempfile::tempdir().unwrap();
         let dir = run.path().join("web-1");
         let child = spawn(&dir, None);
-        let aditd = wait("it listens", || connect_control(&dir).ok());
+        let aditd = control(&dir);
         Self {
             child,
             run,
@@ -98,7 +105,7 @@ impl Port {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         self.child = spawn(&self.dir(), self.kept.as_ref());
-        self.aditd = wait("it listens", || connect_control(&self.dir()).ok());
+        self.aditd = control(&self.dir());
     }
 
     /// The next frame; what is to be kept is.
@@ -304,7 +311,7 @@ fn aditd_goes_and_tunnels_stay_a_killed_port_process_has_its_ring_attached_anew(
     port.wait_kept(RING_FDS);
     let mut tunnel = port.tunnel(1);
     // aditd dies, and comes back.
-    port.aditd = wait("it listens", || connect_control(&port.dir()).ok());
+    port.aditd = control(&port.dir());
     port.kept = None;
     port.wait_kept(RING_FDS);
     tunnel.write_all(b"x").unwrap();

@@ -47,7 +47,8 @@ impl Processor {
         let mut command = bound("taskset");
         command.args(["-c", &self.0.to_string()]);
         let installed = installed()
-            .with_context(|| format!("there is no {QEMU}: apt-get install qemu-system-x86"))?;
+            .with_context(|| format!("there is no {QEMU}: apt-get install qemu-system-x86"))?
+            .canonicalize()?;
         let Some(program) = delivers_once(fs::read(&installed)?) else {
             eprintln!(
                 "{} is not Debian 12's QEMU 7.2: if its SVM delivers an interrupt twice, a guest of a guest may panic",
