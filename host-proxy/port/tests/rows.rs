@@ -32,7 +32,7 @@ use running::{Aditd, Running};
 use rustix::fs::{FallocateFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate};
 use vmm::{Agent, BYTES, LONG, Talk, Vmm, Way, echoed, offer, start, wait_dialed, wait_ring};
 
-/// How long an attack lasts.
+/// How long an attack lasts, as a rule.
 const ATTACK: Duration = Duration::from_millis(500);
 /// A session is there again within a second; other tests on the same processors may have them for longer.
 const SOON: Duration = Duration::from_secs(5);
@@ -161,6 +161,10 @@ impl Rig {
 
     /// A case of the hostile guest, which says of its sessions how many there were and how many of them the host ended.
     fn case(&self, name: &str) -> (u32, u32) {
+        self.case_for(name, ATTACK)
+    }
+
+    fn case_for(&self, name: &str, lasts: Duration) -> (u32, u32) {
         let memory = self.vmm.memory.clone();
         let guest = Guest::find(memory.clone(), start(), Features::NONE).unwrap();
         let begin = Instant::now();
@@ -174,14 +178,7 @@ impl Rig {
             .into_iter()
             .find(|(n, _)| *n == name)
             .expect("such a case");
-        let mut attack = Attack::new(
-            memory,
-            guest,
-            start(),
-            &ring,
-            &now,
-            ATTACK.as_nanos() as u64,
-        );
+        let mut attack = Attack::new(memory, guest, start(), &ring, &now, lasts.as_nanos() as u64);
         attack.run(case);
         println!(
             "{name}: {} sessions, {} ended",
@@ -193,11 +190,14 @@ impl Rig {
 }
 
 impl Rig {
-    /// A case, until the host has ended a session of it: on a busy machine it takes its time to get so far.
+    /// A case, until the host has ended a session of it: on a busy machine it takes its time to get so far, as to fill a
+    /// ring, so that every attempt lasts twice as long as the one before.
     fn torn(&self, name: &str) {
         let until = Instant::now() + LONG;
-        while self.case(name).1 == 0 {
+        let mut lasts = ATTACK;
+        while self.case_for(name, lasts).1 == 0 {
             assert!(Instant::now() < until, "{name}: nothing of it was refused");
+            lasts *= 2;
         }
     }
 }

@@ -11,6 +11,7 @@ extern crate std;
 pub mod abi;
 #[cfg(feature = "host")]
 pub mod figures;
+pub mod noise;
 pub mod ring;
 pub mod rude;
 pub mod streams;

@@ -10,8 +10,10 @@ use adit_ringbuf::region::{ACCEPTED, GUEST_WORD, HOST_WORD, Side};
 use adit_ringbuf::session::{Ends, Event, Guest, State};
 use adit_ringbuf::{Geometry, RingMem};
 
+use crate::noise::Noise;
+
 /// A record's header: it is all there.
-const COMMITTED: u64 = 1 << 31;
+pub(crate) const COMMITTED: u64 = 1 << 31;
 /// It is a pad.
 const PAD: u64 = 1 << 32;
 /// Words of a region's first page, which both sides read and the host alone should write.
@@ -22,44 +24,6 @@ const PATIENCE_NS: u64 = 10_000_000_000;
 const STORES: usize = 256;
 /// The agent's port on the host, and one that nobody listens at.
 const PORTS: [u32; 2] = [741, 9];
-
-/// Repeatable noise (xorshift).
-#[derive(Debug)]
-pub struct Noise(u64);
-
-impl Noise {
-    /// Any seed but zero; of zero, one.
-    pub fn new(seed: u64) -> Self {
-        Self(seed.max(1))
-    }
-
-    /// The next number.
-    pub fn number(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.number() >> 16) as usize % n.max(1)
-    }
-
-    fn one_of(&mut self, words: &[u64]) -> u64 {
-        words[self.below(words.len())]
-    }
-
-    /// Any number, and often one that is near to something.
-    fn word(&mut self) -> u64 {
-        let n = self.number();
-        match n % 4 {
-            0 => n >> 8,
-            1 => 1 << (n >> 8 & 63),
-            2 => (n >> 8 & 0xffff) | COMMITTED,
-            _ => u64::MAX - (n >> 8 & 0xff),
-        }
-    }
-}
 
 /// A case at work.
 pub struct Attack<'a, M> {
@@ -309,6 +273,8 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
     /// Less was taken than before; and the host's own words, which it never reads back.
     fn positions_back(&mut self) {
         self.positions(|noise, size| noise.number() % size);
+        // As long once more: the time that there was is over.
+        self.until = (self.now)().0 + self.lasts_ns;
         self.again();
         while self.session() {
             self.store_random(HOST_WORD + 8, HOST_WORD + PAGE);
@@ -438,6 +404,19 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
         }
     }
 
+    /// Waits until the host's word is such a one. None: the time is over.
+    fn host_word(&self, wanted: impl Fn(u64) -> bool) -> Option<u64> {
+        while self.goes_on() {
+            let word = self.mem.load(HOST_WORD);
+            if wanted(word) {
+                return Some(word);
+            }
+            (self.ring)();
+            core::hint::spin_loop();
+        }
+        None
+    }
+
     /// Features that were not offered, ones that change later, a second request in a session, the same one again.
     fn handshakes(&mut self) {
         while self.session() {
@@ -453,13 +432,15 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
                 .store(GUEST_WORD, request << 8 | State::Want as u64);
             (self.ring)();
             let ready = request << 8 | State::Ready as u64;
-            while self.goes_on() && self.mem.load(HOST_WORD) != ready {
-                (self.ring)();
-                core::hint::spin_loop();
-            }
+            self.host_word(|word| word == ready);
             self.mem.store(ACCEPTED, 1 << self.noise.below(64));
             self.mem.store(GUEST_WORD, request << 8 | State::Run as u64);
             (self.ring)();
+            // Its answer is waited for: what comes next ends the session for another reason, seen first as a rule.
+            let poisoned = request << 8 | State::Poisoned as u64;
+            if self.host_word(|word| word != ready) == Some(poisoned) {
+                self.lost += 1;
+            }
             // The same one a second time, and the one before it.
             for old in [request, request.wrapping_sub(1)] {
                 self.mem.store(GUEST_WORD, old << 8 | State::Want as u64);
