@@ -11,6 +11,9 @@ use serde_json::json;
 
 use crate::host::*;
 
+/// An agent is back within a second; other tests on the same processors may have them for longer.
+const SOON: Duration = Duration::from_secs(5);
+
 /// Plays the host until the agent pulls with nothing left to do (true) or is gone (false). The first report counts.
 fn serve(host: &Host, task: &adit_tasks::wire::Task, terminal: &mut Option<Report>) -> bool {
     let (mut session, _) = host.accept();
@@ -133,7 +136,7 @@ fn a_stream_that_ends_in_mid_task_is_replaced_at_once_and_the_task_reported_once
             let lost = Instant::now();
             drop(session);
             session = host.accept().0;
-            assert!(lost.elapsed() < Duration::from_secs(1), "{}", host.log());
+            assert!(lost.elapsed() < SOON, "{}", host.log());
             let said = session.next().unwrap();
             assert!(matches!(said, Some(Said::Started)), "{}", host.log());
         }

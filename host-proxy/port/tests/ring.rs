@@ -10,17 +10,44 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use adit_channel::hello;
+use adit_channel::hello::{self, Hello};
 use adit_channel::sink::Sink;
 use adit_port::control::{IVSHMEM_SOCKET, RING_PEER_PORT, RING_SOCKET, Target};
 use adit_port::control_io::Message;
 use adit_ringbuf::Mapped;
 use adit_ringbuf_io::attach::{AttachError, Bells, Code, Offer, Socket};
+use guest::Guest;
 use running::Running;
 use vmm::{BYTES, LONG, Vmm, echoed, offer, wait_dialed, wait_ring};
 
+/// A session is there again within a second; other tests on the same processors may have them for longer.
+const SOON: Duration = Duration::from_secs(5);
+
 fn service() -> Target {
     Target::Service("tcp:80".parse().unwrap())
+}
+
+/// Waits until the guest's vsock is asked for the service; the host's own round trips are not it.
+fn asked_for_service(guest: &mut Guest) {
+    loop {
+        let (far, theirs) = UnixStream::pair().unwrap();
+        far.set_nonblocking(true).unwrap();
+        guest.accept_at(|port| port == hello::PORT, Sink::Fd(theirs.into()));
+        let mut said = Vec::new();
+        let asked = guest.until(|_| {
+            let mut buf = [0; 256];
+            match { &far }.read(&mut buf) {
+                Ok(0) => return Some(None),
+                Ok(n) => said.extend_from_slice(&buf[..n]),
+                Err(e) => assert_eq!(e.kind(), ErrorKind::WouldBlock),
+            }
+            hello::read(&mut said.as_slice()).ok().map(Some)
+        });
+        if matches!(&asked, Some(Hello::Open(open)) if Target::Service(open.service.clone()) == service())
+        {
+            return;
+        }
+    }
 }
 
 #[test]
@@ -51,7 +78,7 @@ fn a_service_takes_the_ring_while_it_runs_and_vsock_before_and_after() {
     // A plain vsock port is reached over vsock, ring or no ring.
     aditd.dial(2, Target::VsockPort(22));
     let (far, theirs) = UnixStream::pair().unwrap();
-    guest.accept(Sink::Fd(theirs.into()));
+    guest.accept_at(|port| port == 22, Sink::Fd(theirs.into()));
     // News of the ring may come first.
     let dialed = |(message, _): &(Message, _)| matches!(message, Message::Dialed(d) if d.id == 2);
     guest.until(|_| aditd.heard().filter(dialed));
@@ -65,12 +92,11 @@ fn a_service_takes_the_ring_while_it_runs_and_vsock_before_and_after() {
         matches!(&ended, Ok(0)) || ended.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset)
     );
     aditd.dial(3, service());
-    let (_far, theirs) = UnixStream::pair().unwrap();
-    guest.accept(Sink::Fd(theirs.into()));
+    asked_for_service(&mut guest);
 }
 
 #[test]
-fn a_ring_that_breaks_ends_its_streams_and_comes_back_within_a_second() {
+fn a_ring_that_breaks_ends_its_streams_and_comes_back_soon() {
     use adit_ringbuf::RingMem;
     use adit_ringbuf_io::doorbell::Doorbell;
     let mut running = Running::start();
@@ -93,7 +119,7 @@ fn a_ring_that_breaks_ends_its_streams_and_comes_back_within_a_second() {
         matches!(&ended, Ok(0)) || ended.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset)
     );
     wait_ring(&aditd, |ring| ring.running);
-    assert!(begin.elapsed() < Duration::from_secs(1));
+    assert!(begin.elapsed() < SOON);
     aditd.dial(2, service());
     assert!(matches!(wait_dialed(&aditd), Message::Dialed(d) if d.id == 2));
 }
@@ -108,8 +134,7 @@ fn a_guest_that_serves_nothing_on_its_ring_is_dialled_over_vsock() {
     let _agent = vmm.boot();
     wait_ring(&aditd, |ring| ring.running);
     aditd.dial(1, service());
-    let (_far, theirs) = UnixStream::pair().unwrap();
-    guest.accept(Sink::Fd(theirs.into()));
+    asked_for_service(&mut guest);
 }
 
 #[test]
@@ -247,8 +272,16 @@ fn vmms_that_send_nothing_nonsense_or_die_in_the_middle_cost_the_next_one_a_mome
         "{:?}",
         begin.elapsed()
     );
-    let after = descriptors(&running);
-    assert!(after < before + 40, "{before} descriptors, then {after}");
+    // What is refused is closed in the background: to close another's file may take as long as it likes.
+    let until = Instant::now() + LONG;
+    loop {
+        let after = descriptors(&running);
+        if after < before + 40 {
+            break;
+        }
+        assert!(Instant::now() < until, "{before} descriptors, then {after}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 fn descriptors(running: &Running) -> usize {

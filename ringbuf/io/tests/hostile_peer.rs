@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use adit_ringbuf::region::{Features, Spec};
+use adit_ringbuf::region::{Features, HOST_WORD, Spec};
 use adit_ringbuf::session::{Event, Guest, Host, State};
 use adit_ringbuf::{Geometry, Mapped, Producer, PushError, RingMem};
 use adit_ringbuf_io::Spin;
@@ -14,6 +14,8 @@ use adit_ringbuf_io::attach::Bells;
 use adit_ringbuf_io::blocking::{Receiver, Sender};
 
 const REGION: &str = "ADIT_HOSTILE_REGION";
+/// How long the peer waits for its host, when it does.
+const PATIENCE: Duration = Duration::from_millis(20);
 
 fn spec() -> Spec {
     Spec::uniform(2, 4096)
@@ -61,9 +63,13 @@ fn peer() {
         // It attaches as it should, works for a moment, and then writes over everything.
         if let Ok(mut guest) = Guest::find(memory.clone(), noise.word() << 8, Features::NONE) {
             let _ = guest.attach();
-            for _ in 0..noise.below(200) {
+            // Every second time it gives the host the time to come to run.
+            let hurries = noise.below(2) == 0;
+            let (begin, turns) = (Instant::now(), noise.below(200));
+            for n in 0.. {
                 let _ = guest.poll();
-                if guest.state() == State::Run {
+                let run = memory.load(HOST_WORD) & 0xff == State::Run as u64;
+                if run || n >= turns && (hurries || begin.elapsed() > PATIENCE) {
                     break;
                 }
                 std::thread::yield_now();
