@@ -241,7 +241,8 @@ fn a_second_vmm_beside_the_first_is_refused_and_the_first_goes_on() {
 #[test]
 fn vmms_that_send_nothing_nonsense_or_die_in_the_middle_cost_the_next_one_a_moment() {
     let mut running = Running::start();
-    running.connect();
+    // It has opened all that it opens for whoever comes.
+    running.connect().wait_status(|_| true);
     let path = running.dir.join(RING_SOCKET);
     // One that says nothing, for as long as it likes.
     let _mute = Socket::connect(&path).unwrap();
@@ -264,7 +265,7 @@ fn vmms_that_send_nothing_nonsense_or_die_in_the_middle_cost_the_next_one_a_mome
         let flags = rustix::net::SendFlags::NOSIGNAL;
         rustix::net::sendmsg(&socket, &parts, &mut control, flags).unwrap();
     }
-    let before = descriptors(&running);
+    let before = running.descriptors().len();
     let begin = Instant::now();
     serves(&mut running);
     assert!(
@@ -272,21 +273,7 @@ fn vmms_that_send_nothing_nonsense_or_die_in_the_middle_cost_the_next_one_a_mome
         "{:?}",
         begin.elapsed()
     );
-    // What is refused is closed in the background: to close another's file may take as long as it likes.
-    let until = Instant::now() + LONG;
-    loop {
-        let after = descriptors(&running);
-        if after < before + 40 {
-            break;
-        }
-        assert!(Instant::now() < until, "{before} descriptors, then {after}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn descriptors(running: &Running) -> usize {
-    let dir = format!("/proc/{}/fd", running.child.id());
-    std::fs::read_dir(dir).unwrap().count()
+    running.shrinks_to([before + 40, usize::MAX]);
 }
 
 /// Comes and goes, in every way: the process has as many descriptors and mappings as before.
@@ -294,10 +281,6 @@ fn descriptors(running: &Running) -> usize {
 fn r12_vmms_that_come_and_go_leave_nothing_behind() {
     let mut running = Running::start();
     let aditd = running.connect();
-    let mappings = |running: &Running| {
-        let maps = format!("/proc/{}/maps", running.child.id());
-        std::fs::read_to_string(maps).unwrap().lines().count()
-    };
     let round = |boot: bool| {
         let vmm = Vmm::attach(&running.dir).expect("taken");
         wait_ring(&aditd, |ring| !ring.memory.is_empty());
@@ -309,21 +292,9 @@ fn r12_vmms_that_come_and_go_leave_nothing_behind() {
         wait_ring(&aditd, |ring| ring.memory.is_empty());
     };
     (0..10).for_each(|n| round(n % 2 == 0));
-    let before = (descriptors(&running), mappings(&running));
+    let before = running.counts();
     (0..100).for_each(|n| round(n % 2 == 0));
-    // What is told is not yet closed.
-    let until = Instant::now() + LONG;
-    loop {
-        let after = (descriptors(&running), mappings(&running));
-        if after.0 <= before.0 && after.1 <= before.1 {
-            break;
-        }
-        assert!(
-            Instant::now() < until,
-            "{before:?} descriptors and mappings, then {after:?}"
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    running.shrinks_to(before);
 }
 
 #[test]

@@ -357,25 +357,11 @@ fn r12_rings_that_go_in_the_middle_of_a_copy(way: Way) {
         }
         // The first ones bring what stays. The ring that came last may not be in use yet.
         if n == 3 {
-            before = Some(counts(&rig.running));
+            before = Some(rig.running.counts());
         }
     }
-    let before = before.unwrap();
-    let until = Instant::now() + LONG;
-    // What is told is not yet closed.
-    while counts(&rig.running)
-        .iter()
-        .zip(before)
-        .any(|(is, was)| *is > was + RING_MAX)
-    {
-        assert!(
-            Instant::now() < until,
-            "{before:?} descriptors and mappings, then {:?}: {:#?}",
-            counts(&rig.running),
-            descriptors(&rig.running)
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    rig.running
+        .shrinks_to(before.unwrap().map(|n| n + RING_MAX));
     rig.ends_well();
 }
 
@@ -393,21 +379,6 @@ fn wait_end(tunnel: &UnixStream) {
             }
         }
     }
-}
-
-/// What each descriptor is.
-fn descriptors(running: &Running) -> Vec<std::path::PathBuf> {
-    let fds = std::fs::read_dir(format!("/proc/{}/fd", running.child.id())).unwrap();
-    let links = fds.map(|fd| std::fs::read_link(fd.unwrap().path()));
-    links.filter_map(Result::ok).collect()
-}
-
-/// Descriptors and mappings.
-fn counts(running: &Running) -> [usize; 2] {
-    let of = |what: &str| format!("/proc/{}/{what}", running.child.id());
-    let maps = std::fs::read_to_string(of("maps")).unwrap();
-    let fds = std::fs::read_dir(of("fd")).unwrap();
-    [fds.count(), maps.lines().count()]
 }
 
 /// The memory cannot be made shorter, or longer; its pages can be taken away, which are zero then, and no fault.

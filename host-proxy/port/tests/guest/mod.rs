@@ -290,16 +290,13 @@ impl Guest {
     /// The same, of those to such a port: beside a ring, the host measures how long vsock takes whenever it likes.
     pub fn accept_at(&mut self, wanted: impl Fn(u32) -> bool, sink: Sink) {
         let stream = self.until(|g| {
-            let asked = |n: &Notice| match *n {
-                Notice::Incoming {
-                    stream, local_port, ..
-                } if wanted(local_port) => Some(stream),
+            let at = g.heard.iter().position(
+                |n| matches!(n, Notice::Incoming { local_port, .. } if wanted(*local_port)),
+            )?;
+            match g.heard.remove(at) {
+                Notice::Incoming { stream, .. } => Some(stream),
                 _ => None,
-            };
-            let (at, stream) =
-                (g.heard.iter().enumerate()).find_map(|(at, n)| Some((at, asked(n)?)))?;
-            g.heard.remove(at);
-            Some(stream)
+            }
         });
         let now = self.shard.now();
         let port = self.shard.port_mut(self.port);

@@ -81,6 +81,38 @@ impl Running {
         digits.unwrap().parse().unwrap()
     }
 
+    /// What each descriptor is.
+    pub fn descriptors(&self) -> Vec<PathBuf> {
+        let dir = format!("/proc/{}/fd", self.child.id());
+        let links = std::fs::read_dir(dir).unwrap();
+        links
+            .filter_map(|link| std::fs::read_link(link.unwrap().path()).ok())
+            .collect()
+    }
+
+    /// How many descriptors and mappings there are.
+    pub fn counts(&self) -> [usize; 2] {
+        let maps = format!("/proc/{}/maps", self.child.id());
+        let maps = std::fs::read_to_string(maps).unwrap();
+        [self.descriptors().len(), maps.lines().count()]
+    }
+
+    /// Waits until there are no more than so many: what is told to be gone is not yet closed, and what was refused is
+    /// closed in the background, for to close another's file may take as long as it likes.
+    #[track_caller]
+    pub fn shrinks_to(&self, most: [usize; 2]) {
+        let end = Instant::now() + Duration::from_secs(20);
+        while std::iter::zip(self.counts(), most).any(|(is, most)| is > most) {
+            assert!(
+                Instant::now() < end,
+                "{:?} descriptors and mappings, at most {most:?}: {:#?}",
+                self.counts(),
+                self.descriptors()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     pub fn ended(&mut self) -> std::process::ExitStatus {
         self.child.wait().unwrap()
     }
