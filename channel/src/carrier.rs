@@ -131,6 +131,10 @@ pub trait Carrier {
     fn rest(&self) -> Option<Duration> {
         None
     }
+    /// Tells whether the peer stands still and may go on: its session is held, and nothing moves.
+    fn is_paused(&self) -> bool {
+        false
+    }
     /// A glance of a shell that looks on: false if a burst would surely find nothing from the peer. A carrier that is
     /// glanced at keeps its own distance from a peer that writes; the shell pauses for one that cannot tell (`None`).
     fn glance(&mut self) -> Option<bool> {
@@ -194,6 +198,10 @@ macro_rules! carried_by {
 
         fn rest(&self) -> Option<::std::time::Duration> {
             self.$field.rest()
+        }
+
+        fn is_paused(&self) -> bool {
+            self.$field.is_paused()
         }
     };
 }

@@ -84,6 +84,7 @@ impl DialError {
             Some(
                 ResetReason::Peer
                 | ResetReason::Told(_)
+                | ResetReason::HungUp
                 | ResetReason::Credit
                 | ResetReason::Protocol(_),
             )

@@ -85,6 +85,10 @@ impl<A: Carrier, B: Carrier> Carrier for Either<A, B> {
         both!(self, c => c.rest())
     }
 
+    fn is_paused(&self) -> bool {
+        both!(self, c => c.is_paused())
+    }
+
     fn glance(&mut self) -> Option<bool> {
         both!(self, c => c.glance())
     }

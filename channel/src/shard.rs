@@ -46,6 +46,8 @@ pub const SYSTEM_CALLS: &[libc::c_long] = &[
     libc::SYS_sendmsg,
     libc::SYS_shutdown,
     libc::SYS_setsockopt,
+    libc::SYS_sendto,
+    libc::SYS_getsockname,
     // A device that starts or stops: its descriptors are watched anew.
     libc::SYS_fcntl,
     libc::SYS_close,
@@ -495,7 +497,10 @@ impl<C: Carrier> Shard<C> {
             Command::Changed(p, stream) => self.port_mut(PortIndex(p)).local_changed(now, stream),
             Command::Reset(p, stream, why) => self.port_mut(PortIndex(p)).reset(now, stream, why),
             Command::Attach(p, stream, sink) => {
-                self.port_mut(PortIndex(p)).attach(now, stream, sink, &[]);
+                let port = self.port_mut(PortIndex(p));
+                // Whoever splices is an agent, and so has a port process at the other end.
+                port.expect_order(stream);
+                port.attach(now, stream, sink, &[]);
             }
             Command::Stop => self.stopped = true,
         }

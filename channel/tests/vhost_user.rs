@@ -127,7 +127,6 @@ fn ready(carrier: &VhostUserCarrier, stop: &OwnedFd) -> Vec<Option<u32>> {
 
 const EPOCH_1: SessionChange = SessionChange::Attached { epoch: 1 };
 const EPOCH_2: SessionChange = SessionChange::Attached { epoch: 2 };
-const STOPPED: SessionChange = SessionChange::Lost(ResetReason::Epoch);
 const GONE: SessionChange = SessionChange::Lost(ResetReason::CarrierFault);
 
 #[test]
@@ -169,9 +168,8 @@ fn stop_answers_with_the_base_and_completes_nothing_afterwards() {
     for i in 0..10 {
         vm.round_trip(i, b"before");
     }
-    // The guest's driver resets the device: QEMU disables, then asks for the bases.
+    // The VM is paused: QEMU disables, then asks for the bases.
     vm.enable(false);
-    assert_eq!(shard.change(), STOPPED);
     let bases: Vec<_> = [0, 1]
         .map(|q| vm.frontend.get_vring_base(q).expect("base"))
         .into();
@@ -187,9 +185,11 @@ fn stop_answers_with_the_base_and_completes_nothing_afterwards() {
         vm.set_ring(queue, base as u16);
     }
     vm.enable(true);
-    assert_eq!(shard.change(), EPOCH_2);
     vm.await_packet(99, b"while stopped");
     vm.round_trip(100, b"after");
+    // It was one session throughout.
+    drop(vm);
+    assert_eq!(shard.change(), GONE);
     shard.end();
 }
 
@@ -202,7 +202,6 @@ fn a_driver_that_starts_over_begins_at_zero() {
     for queue in [0, 1] {
         vm.frontend.get_vring_base(queue).expect("base");
     }
-    assert_eq!(shard.change(), STOPPED);
     // A reboot: rings zeroed, the same memory.
     for queue in [RX_QUEUE, TX_QUEUE] {
         for addr in memory::queue_addrs(queue) {

@@ -91,6 +91,9 @@ impl Shell {
             Some(()) if self.epoch.is_multiple_of(2) => {
                 SessionChange::Restored { epoch: self.epoch }
             }
+            Some(()) if self.epoch.is_multiple_of(3) => {
+                SessionChange::Continued { epoch: self.epoch }
+            }
             Some(()) => SessionChange::Attached { epoch: self.epoch },
             None => SessionChange::Lost(ResetReason::CarrierFault),
         };
@@ -98,6 +101,12 @@ impl Shell {
         self.events(&mut Input(&[]));
         assert!(self.known.is_empty(), "a stream outlived its session");
         assert_eq!((self.engine.streams(), self.engine.lent()), (0, 0));
+        // A driver that lives on is told of what it had; no other is told anything.
+        if matches!(change, SessionChange::Continued { .. }) {
+            while let Some(t) = self.engine.poll_transmit(self.now, 0) {
+                assert_eq!((t.header.op, t.body), (Op::Rst as u16, None));
+            }
+        }
         assert!(!self.engine.wants_transmit());
         assert_eq!(self.engine.poll_timeout(), None);
         self.credit.clear();
@@ -189,7 +198,9 @@ impl Shell {
                     }
                 }
                 Event::Connected { stream } => assert!(!self.get(stream).incoming),
-                Event::Writable { stream } | Event::PeerShutdown { stream, .. } => {
+                Event::Writable { stream }
+                | Event::PeerShutdown { stream, .. }
+                | Event::HungUp { stream } => {
                     self.get(stream);
                 }
                 Event::Closed { stream, reason } => {

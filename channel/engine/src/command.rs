@@ -141,8 +141,9 @@ impl Engine {
         }
     }
 
-    /// Ends one direction or both, in order. Send: once everything offered is sent, the peer sees the end. Receive: what
-    /// was delivered and not consumed, and what comes, is dropped. Both: from now on the `shutdown_timeout` runs.
+    /// Ends one direction or both. Send: once everything offered is sent, the peer sees the end. Receive: what was delivered
+    /// and not consumed, and what comes, is dropped. Both: from now on the `shutdown_timeout` runs; a peer that was not
+    /// told the end of our sending before sees that we hung up.
     pub fn shutdown(&mut self, now: Tick, s: StreamId, how: How) {
         self.see(now);
         let Some(slot) = self.table.get(s) else {
@@ -158,6 +159,7 @@ impl Engine {
         match s.phase {
             Phase::Requested | Phase::Offered | Phase::Open => {
                 let before = s.local_shut;
+                s.orderly |= how == How::Send;
                 s.local_shut |= flags;
                 if s.phase == Phase::Open && before != BOTH && s.local_shut == BOTH {
                     s.deadline = shutdown_at;

@@ -240,7 +240,13 @@ impl Engine {
     fn on_shutdown(&mut self, slot: u32, flags: u32) {
         let s = &mut self.table[slot];
         let news = flags & !s.peer_shut;
+        let at_once = flags == BOTH && news & SHUTDOWN_SEND != 0;
         s.peer_shut |= flags;
+        if at_once && s.phase == Phase::Open {
+            s.offered = 0;
+            s.events |= tell::HUNG_UP;
+            return self.drain(slot, Some(ResetReason::HungUp), true);
+        }
         if news & SHUTDOWN_RCV != 0 {
             s.offered = 0;
             s.events |= tell::PEER_RCV;
@@ -287,23 +293,33 @@ impl Engine {
         self.settle(slot);
     }
 
-    /// A session began or ended: every stream of the old one ends, and nothing of it is sent any more.
+    /// A session began or ended: every stream of the old one ends. What the peer would be told of that is kept until it is
+    /// known whether its driver lives on.
     pub fn handle_session(&mut self, now: Tick, change: SessionChange) {
         self.see(now);
-        let (attached, reason) = match change {
+        // The second: whether the peer still has the streams of the session before, or may have them.
+        let (reason, keeps) = match change {
             SessionChange::Attached { .. } | SessionChange::Restored { .. } => {
-                (true, ResetReason::Epoch)
+                (ResetReason::Epoch, false)
             }
-            SessionChange::Lost(reason) => (false, reason),
+            SessionChange::Continued { .. } => (ResetReason::Epoch, true),
+            SessionChange::Lost(reason) => (reason, true),
         };
-        self.attached = attached;
+        self.attached = !matches!(change, SessionChange::Lost(_));
         self.restored = matches!(change, SessionChange::Restored { .. });
-        self.rst.clear();
+        if !keeps {
+            self.rst.clear();
+        }
         for slot in 0..self.table.len() {
             match self.table[slot].phase {
                 Phase::Free => {}
+                Phase::Ended(_) if keeps => {}
                 Phase::Ended(_) => self.withdraw_rst(slot),
-                _ => self.end(slot, Some(reason), false),
+                // The peer has closed already, and was answered.
+                Phase::Draining(_) if self.table[slot].owed & owe::RST == 0 => {
+                    self.end(slot, Some(reason), false);
+                }
+                _ => self.end(slot, Some(reason), keeps),
             }
         }
     }

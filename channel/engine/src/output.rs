@@ -48,6 +48,8 @@ impl Engine {
                 _ => How::Both,
             };
             (shut, Event::PeerShutdown { stream, how })
+        } else if s.events & tell::HUNG_UP != 0 {
+            (tell::HUNG_UP, Event::HungUp { stream })
         } else {
             let reason = match s.phase {
                 Phase::Ended(reason) => reason,

@@ -42,7 +42,8 @@ pub(crate) mod tell {
     pub(crate) const WRITABLE: u8 = 4;
     pub(crate) const PEER_RCV: u8 = 8;
     pub(crate) const PEER_SEND: u8 = 16;
-    pub(crate) const CLOSED: u8 = 32;
+    pub(crate) const HUNG_UP: u8 = 32;
+    pub(crate) const CLOSED: u8 = 64;
 }
 
 /// ns that a stream is blocked before it asks the peer for its credit: peers tell by themselves, but an older Linux keeps
@@ -73,6 +74,9 @@ pub(crate) struct Stream {
     pub(crate) local_shut: u32,
     pub(crate) told_shut: u32,
     pub(crate) peer_shut: u32,
+    /// The caller ended its sending by itself, before or without the other direction: the peer is told so in a packet of
+    /// its own, since both at once is how a process that died looks.
+    pub(crate) orderly: bool,
     /// The caller wants no more bytes: what comes is taken and dropped.
     pub(crate) discard: bool,
     /// `owe` bits.
@@ -107,6 +111,7 @@ impl Stream {
         local_shut: 0,
         told_shut: 0,
         peer_shut: 0,
+        orderly: false,
         discard: false,
         owed: 0,
         events: 0,
@@ -127,7 +132,7 @@ impl Stream {
     }
 
     /// Returns the SHUTDOWN flags to tell the peer, 0 if there is no news. "No more is sent" waits until everything that
-    /// was offered is sent (R57).
+    /// was offered is sent (R57). Flags of packets add up; both at once say that nothing was ended in order.
     pub(crate) fn shut_due(&self) -> u32 {
         if self.phase != Phase::Open {
             return 0;
@@ -141,10 +146,10 @@ impl Stream {
         if (want | self.told_shut) & self.peer_shut & SHUTDOWN_SEND != 0 {
             want |= SHUTDOWN_RCV;
         }
-        if want & !self.told_shut == 0 {
-            0
-        } else {
-            want | self.told_shut
+        match want & !self.told_shut {
+            0 => 0,
+            news if self.orderly && news & SHUTDOWN_SEND != 0 => SHUTDOWN_SEND,
+            _ => want | self.told_shut,
         }
     }
 

@@ -117,6 +117,9 @@ pub enum ResetReason {
     CarrierFault,
     /// We reset it.
     Local,
+    /// The peer closed both directions at once, without having ended its sending first: its process died, or broke the
+    /// stream off. What it sent arrived; whether that was all, nobody said.
+    HungUp,
 }
 
 impl fmt::Display for ResetReason {
@@ -131,6 +134,7 @@ impl fmt::Display for ResetReason {
             Self::Epoch => "a new session began",
             Self::CarrierFault => "carrier fault",
             Self::Local => "reset locally",
+            Self::HungUp => "the peer hung up without ending its sending first",
         })
     }
 }
@@ -176,6 +180,7 @@ impl PeerReason {
             ResetReason::Peer
             | ResetReason::Told(_)
             | ResetReason::Epoch
+            | ResetReason::HungUp
             | ResetReason::CarrierFault => return None,
         })
     }
@@ -221,6 +226,12 @@ pub enum SessionChange {
         /// Number of the session, for the caller's records; the engine treats every attach as new.
         epoch: u64,
     },
+    /// Like `Attached`, but with a driver that still has streams of a session before: each of them that this engine knew
+    /// gets a reset, ahead of everything else.
+    Continued {
+        /// Number of the session.
+        epoch: u64,
+    },
     /// Like `Attached`, on the queues of a saved device, whose carrier tells the guest that its streams are gone. Until the
     /// guest asks for a new stream, packets of the old ones get no reset: a reset that came before that news would let a
     /// reader in the guest take its stream for complete (Linux), where the news is ECONNRESET.
@@ -228,7 +239,8 @@ pub enum SessionChange {
         /// Number of the session.
         epoch: u64,
     },
-    /// The session ended: whatever was open ends with this reason.
+    /// The session ended: whatever was open ends with this reason. The resets that the peer would get are kept, in case its
+    /// driver lives on: see `Continued`.
     Lost(ResetReason),
 }
 
@@ -281,6 +293,13 @@ pub enum Event {
         stream: StreamId,
         /// What is newly shut.
         how: How,
+    },
+    /// The peer closed both directions at once, without having ended its sending first. A program that closes its socket
+    /// when it is done does so, and so does the system of one that was killed. `Closed` with `HungUp` follows once what was
+    /// delivered is consumed.
+    HungUp {
+        /// Which stream.
+        stream: StreamId,
     },
     /// The stream is gone; its id is stale from now on. `None`: both directions ended in order, and every byte that was
     /// delivered has been `consumed`.

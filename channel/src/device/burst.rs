@@ -305,9 +305,14 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
         active.tx.is_untold().then_some(notice::REST)
     }
 
+    fn is_paused(&self) -> bool {
+        self.halted
+    }
+
     fn tear(&mut self) {
         self.snapshot = None;
         self.fault = None;
+        self.halted = false;
         if let Some(active) = self.active.as_mut().filter(|a| !a.torn) {
             active.torn = true;
             self.counters.faults += 1;

@@ -3,12 +3,16 @@
 //!
 //! ```text
 //! Inactive ── activate ──► Active ── tear (fault of the guest) ──► Torn
-//!     ▲                      │                                       │
-//!     └───────── reset ──────┴───────────────── reset ───────────────┘
+//!     ▲                    │  ▲  │                                     │
+//!     │               halt ▼  │ go_on                                  │
+//!     │                  Halted │                                      │
+//!     └───────── reset ────┴────┴─────────────── reset ────────────────┘
 //! ```
 //!
 //! - Inactive: features and queues are being negotiated; the carrier side yields nothing.
 //! - Active: the queues were taken over by value, so nothing that the bus does later can change them.
+//! - Halted: the VM is paused. The session goes on, its streams are held; the queues are the bus's again, and `go_on` takes
+//!   them where `halt` left them. Whether it is the same driver the bus must know.
 //! - Torn: the guest broke the rules of the transport; nothing is read from it until it resets the device.
 //!
 //! Queue 0 carries packets to the guest (RX), queue 1 packets from it (TX), queue 2 events. The device implements
@@ -158,6 +162,8 @@ pub struct VsockDevice<M: GuestAddressSpace> {
     guest_cid: GuestCid,
     acked: u64,
     active: Option<Active<M>>,
+    /// The session goes on without queues.
+    halted: bool,
     /// The memory of the running burst.
     snapshot: Option<M::T>,
     /// The chain in hand; empty between calls, kept for its allocation.
@@ -190,6 +196,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             guest_cid,
             acked: 0,
             active: None,
+            halted: false,
             snapshot: None,
             segs: Vec::new(),
             aside: Aside::default(),
@@ -213,9 +220,9 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
     /// Takes the features that the driver chose.
     ///
     /// # Errors
-    /// A bit was not offered, or the device is active: nothing changes.
+    /// A bit was not offered, or a session is on: nothing changes.
     pub fn ack_features(&mut self, acked: u64) -> Result<(), DeviceError> {
-        if self.active.is_some() {
+        if self.active.is_some() || self.halted && acked != self.acked {
             return Err(DeviceError::Active);
         }
         let unknown = acked & !FEATURES;
@@ -252,18 +259,83 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         queues: VirtQueues,
         signal: Arc<dyn Signal>,
     ) -> Result<(), ActivateError> {
-        let epoch = self.go_live(mem, queues, signal)?;
+        let epoch = self.begin_session(mem, queues, signal)?;
         self.tell(SessionChange::Attached { epoch });
         Ok(())
     }
 
+    /// As [`activate`](Self::activate), for a driver that still has streams of a session before.
+    ///
+    /// # Errors
+    /// As [`activate`](Self::activate).
+    pub fn activate_continued(
+        &mut self,
+        mem: M,
+        queues: VirtQueues,
+        signal: Arc<dyn Signal>,
+    ) -> Result<(), ActivateError> {
+        let epoch = self.begin_session(mem, queues, signal)?;
+        self.tell(SessionChange::Continued { epoch });
+        Ok(())
+    }
+
+    /// Stops the queues of a session that may go on: nothing is completed any more, and the shell is told nothing. Returns
+    /// where they stood; `None` if there is no session that could go on.
+    pub fn halt(&mut self) -> Option<Stopped> {
+        if self.change.is_some() {
+            // The shell has not heard of it yet.
+            return None;
+        }
+        let active = self.active.take_if(|a| !a.torn)?;
+        self.snapshot = None;
+        self.segs.clear();
+        self.aside.release();
+        self.fault = None;
+        self.halted = true;
+        Some(Stopped {
+            bases: [active.rx.base(), active.tx.base()],
+            kicks: active.kicks,
+        })
+    }
+
+    /// Goes on with the session that `halt` left, on the queues of the same driver.
+    ///
+    /// # Errors
+    /// The device is not halted, or a queue cannot be used: it stays halted.
+    pub fn go_on(
+        &mut self,
+        mem: M,
+        queues: VirtQueues,
+        signal: Arc<dyn Signal>,
+    ) -> Result<(), ActivateError> {
+        if !self.halted {
+            return Err(ActivateError::Active);
+        }
+        self.go_live(mem, queues, signal)?;
+        self.halted = false;
+        Ok(())
+    }
+
     /// Returns the number of the session; the caller says what kind it is.
-    fn go_live(
+    fn begin_session(
         &mut self,
         mem: M,
         queues: VirtQueues,
         signal: Arc<dyn Signal>,
     ) -> Result<u64, ActivateError> {
+        self.go_live(mem, queues, signal)?;
+        self.halted = false;
+        let epoch = self.epoch;
+        self.epoch += 1;
+        Ok(epoch)
+    }
+
+    fn go_live(
+        &mut self,
+        mem: M,
+        queues: VirtQueues,
+        signal: Arc<dyn Signal>,
+    ) -> Result<(), ActivateError> {
         if self.active.is_some() {
             return Err(ActivateError::Active);
         }
@@ -294,9 +366,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             signal,
             torn: false,
         });
-        let epoch = self.epoch;
-        self.epoch += 1;
-        Ok(epoch)
+        Ok(())
     }
 
     fn tell(&mut self, change: SessionChange) {
@@ -310,7 +380,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         self.change.take()
     }
 
-    /// Tells whether the device is active (torn or not).
+    /// Tells whether the device is active (torn or not; not halted).
     pub fn is_active(&self) -> bool {
         self.active.is_some()
     }
@@ -357,7 +427,12 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         self.fault = None;
         self.acked = 0;
         match self.active.take() {
-            None => Stopped::default(),
+            None => {
+                if std::mem::take(&mut self.halted) {
+                    self.tell(SessionChange::Lost(reason));
+                }
+                Stopped::default()
+            }
             Some(active) => {
                 if !active.torn {
                     self.tell(SessionChange::Lost(reason));

@@ -257,7 +257,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         let (acked, epoch) = (self.acked, self.epoch);
         self.ack_features(wire.features)?;
         self.epoch = epoch.max(wire.next_epoch);
-        match self.go_live(mem, queues, signal) {
+        match self.begin_session(mem, queues, signal) {
             Ok(epoch) => {
                 self.tell(SessionChange::Restored { epoch });
                 Ok(())

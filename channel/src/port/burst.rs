@@ -369,8 +369,12 @@ impl<C: Carrier> Port<C> {
                 Fill::Empty => self.engine.offer(stream, 0),
                 Fill::End => {
                     entry.sink_done = true;
+                    let how = match entry.is_sink_gone() {
+                        true => How::Both,
+                        false => How::Send,
+                    };
                     self.engine.offer(stream, 0);
-                    self.engine.shutdown(now, stream, How::Send);
+                    self.engine.shutdown(now, stream, how);
                 }
                 Fill::Broken(e) => {
                     tracing::debug!(error = %e, "sink failed");

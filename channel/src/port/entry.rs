@@ -11,7 +11,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use adit_engine::StreamId;
-use nix::sys::socket::{MsgFlags, Shutdown, send, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{
+    MsgFlags, Shutdown, UnixAddr, getsockname, send, setsockopt, shutdown, sockopt,
+};
 
 use crate::carrier::{CarrierFault, RxPacket, TxSlot};
 use crate::dial::Dial;
@@ -51,6 +53,9 @@ pub(super) struct Entry {
     pub(super) hung_up: bool,
     /// The port is told when the sink has room.
     pub(super) room_watched: bool,
+    /// The other side is an agent, or a port process: it ends its sending before it closes, so a stream that is closed
+    /// without was broken off. Of others that is not known: most programs just close.
+    pub(super) ends_in_order: bool,
     /// The sink sends no more, and the engine knows.
     pub(super) sink_done: bool,
     /// The peer sends no more.
@@ -106,6 +111,7 @@ impl Entry {
             readable: false,
             hung_up: false,
             room_watched: false,
+            ends_in_order: false,
             sink_done: false,
             peer_done: false,
             told_done: false,
@@ -279,6 +285,35 @@ impl Entry {
         self.told_done = true;
     }
 
+    /// Tells the sink that the peer takes no more, as far as its kind can tell: whoever writes to a Unix socket gets EPIPE.
+    pub(super) fn tell_deaf(&mut self) {
+        match &self.sink {
+            // To whom order matters, a socket that is shut both ways is one that was broken off.
+            Some(Sink::Fd(fd)) if !self.ends_in_order => {
+                // It may be gone already, which its own events tell.
+                let _ = shutdown(fd.as_raw_fd(), Shutdown::Read);
+            }
+            Some(Sink::Local(end)) => {
+                let mut state = end.0.lock();
+                state.peer_deaf = true;
+                state.to_guest.clear();
+                self.wake = true;
+            }
+            Some(Sink::Fd(_) | Sink::Inline(_)) | None => {}
+        }
+    }
+
+    /// Tells, at the end of what a sink had, whether whoever has its other end closed it altogether. A TCP socket cannot
+    /// tell; one that was told the peer's end may close when it likes.
+    pub(super) fn is_sink_gone(&self) -> bool {
+        let gone = |fd: BorrowedFd<'_>| {
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            // Sends nothing, and fails like a byte would.
+            send(fd.as_raw_fd(), &[], flags) == Err(nix::errno::Errno::EPIPE)
+        };
+        !self.told_done && self.fd().is_some_and(gone)
+    }
+
     /// Shows an inline service something; returns the bytes that it took.
     pub(super) fn service_event(&mut self, event: ServiceEvent<'_>) -> usize {
         let Some(Sink::Inline(service)) = &mut self.sink else {
@@ -401,20 +436,34 @@ impl Entry {
     }
 }
 
-/// Closes a socket so that its other end sees a reset rather than an end, as far as its kind can tell the two apart.
-pub(super) fn abort(fd: OwnedFd) {
-    let now = libc::linger {
-        l_onoff: 1,
+/// From now on a close is a reset to the other end, as far as the socket's kind can tell, whoever closes it: a process that
+/// is killed, too. Until [`finish`].
+pub(super) fn reset_on_close(fd: BorrowedFd<'_>, on: bool) {
+    let linger = libc::linger {
+        l_onoff: on.into(),
         l_linger: 0,
     };
     // TCP: close sends RST. Unix sockets have no such thing and ignore it.
-    let _ = setsockopt(&fd, sockopt::Linger, &now);
+    let _ = setsockopt(&fd, sockopt::Linger, &linger);
 }
 
-/// Closes a socket in order; duplicates that others hold do not keep its other end waiting.
-pub(super) fn finish(fd: OwnedFd) {
+/// Closes a socket so that its other end sees a reset rather than an end, as far as its kind can tell the two apart: of a
+/// Unix socket the other end sees that nothing can be written to it either.
+pub(super) fn abort(fd: OwnedFd) {
+    reset_on_close(fd.as_fd(), true);
+}
+
+/// Ends a socket in order; duplicates that others hold do not keep its other end waiting. It can be closed then.
+pub(super) fn finish(fd: BorrowedFd<'_>) {
+    reset_on_close(fd, false);
     // It may be gone already.
     let _ = shutdown(fd.as_raw_fd(), Shutdown::Write);
+}
+
+/// Tells whether a socket's other end sees, at its end, whether it was closed, too.
+pub(super) fn shows_close(fd: BorrowedFd<'_>) -> bool {
+    let name = getsockname::<UnixAddr>(fd.as_raw_fd());
+    name.is_ok()
 }
 
 /// Writes held bytes to a socket until it takes no more.

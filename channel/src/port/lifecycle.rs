@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use adit_engine::{Event, How, ResetReason, StreamId, Tick};
 
+use nix::sys::epoll::EpollFlags;
+
 use super::entry::{self, Entry, Phase};
 use super::watch::Token;
 use super::{LINGER_BYTES_MAX, LINGER_MAX, Linger, Notice, Port};
@@ -42,6 +44,7 @@ impl<C: Carrier> Port<C> {
             Event::Connected { stream } => self.connected(now, stream),
             Event::Writable { stream } => self.settle(now, stream.slot()),
             Event::PeerShutdown { stream, how } => self.peer_shutdown(now, stream, how),
+            Event::HungUp { stream } => self.hung_up(now, stream),
             Event::Closed { stream, reason } => self.closed(stream, reason),
         }
     }
@@ -98,6 +101,7 @@ impl<C: Carrier> Port<C> {
             Some(Ok(accept)) => {
                 if let Some(entry) = self.entry(stream) {
                     entry.phase = Phase::Open;
+                    entry.ends_in_order = true;
                 }
                 self.deadlines.retain(|_, waiting| *waiting != stream);
                 self.dialed(now, stream, Some(accept));
@@ -161,14 +165,25 @@ impl<C: Carrier> Port<C> {
             entry.readable = false;
             entry.sink_done = true;
             entry.out.clear();
-            if let Some(Sink::Local(end)) = &entry.sink {
-                let mut state = end.0.lock();
-                state.peer_deaf = true;
-                state.to_guest.clear();
-                entry.wake = true;
-            }
+            entry.tell_deaf();
             self.engine.shutdown(now, stream, How::Send);
         }
+        self.settle(now, stream.slot());
+    }
+
+    /// The guest closed without having ended its sending: most programs do when they are done, an agent when it dies.
+    fn hung_up(&mut self, now: Tick, stream: StreamId) {
+        let Some(entry) = self.entry(stream) else {
+            return;
+        };
+        if !entry.ends_in_order {
+            return self.peer_shutdown(now, stream, How::Both);
+        }
+        // `Closed` resets its sink, once that has what was sent.
+        entry.readable = false;
+        entry.sink_done = true;
+        entry.out.clear();
+        entry.tell_deaf();
         self.settle(now, stream.slot());
     }
 
@@ -190,13 +205,20 @@ impl<C: Carrier> Port<C> {
             || entry.peer_done
                 && matches!(
                     reason,
-                    Some(ResetReason::Peer | ResetReason::Told(_) | ResetReason::Timeout)
+                    Some(
+                        ResetReason::Peer
+                            | ResetReason::Told(_)
+                            | ResetReason::Timeout
+                            | ResetReason::HungUp
+                    )
                 );
+        let reason = reason.filter(|_| !(complete && reason == Some(ResetReason::HungUp)));
         match entry.sink.take() {
             Some(Sink::Fd(fd)) => {
                 self.watch.remove(fd.as_fd());
                 if complete {
-                    self.linger(fd, std::mem::take(&mut entry.held));
+                    let held = std::mem::take(&mut entry.held);
+                    self.linger(fd, held, entry.ends_in_order);
                 } else {
                     entry::abort(fd);
                 }
@@ -215,10 +237,16 @@ impl<C: Carrier> Port<C> {
         self.notices.push_back(Notice::Closed { stream, reason });
     }
 
-    /// Keeps a socket until it took what is held for it. An unfinished one is reset rather than cut short.
-    fn linger(&mut self, fd: OwnedFd, held: VecDeque<u8>) {
+    /// Keeps a socket until it took what is held for it. An unfinished one is reset rather than cut short. Where it matters
+    /// `in_order`, a Unix socket is kept until its other end is closed: closed by us, its reader would find that it was
+    /// broken off.
+    fn linger(&mut self, fd: OwnedFd, held: VecDeque<u8>, in_order: bool) {
+        let keep = in_order && entry::shows_close(fd.as_fd());
         if held.is_empty() {
-            return entry::finish(fd);
+            entry::finish(fd.as_fd());
+            if !keep {
+                return;
+            }
         }
         let waiting = self.lingering.iter().flatten();
         let (count, bytes) = waiting.fold((0, 0), |(n, b), l| (n + 1, b + l.held.len()));
@@ -236,20 +264,24 @@ impl<C: Carrier> Port<C> {
         if free.is_none() {
             self.lingering.push(None);
         }
-        self.lingering[index] = Some(Linger { fd, held });
+        self.lingering[index] = Some(Linger { fd, held, keep });
     }
 
-    pub(super) fn linger_ready(&mut self, index: usize) {
+    pub(super) fn linger_ready(&mut self, index: usize, flags: EpollFlags) {
         let Some(Some(linger)) = self.lingering.get_mut(index) else {
             return;
         };
-        let done = match entry::write_held(linger.fd.as_fd(), &mut linger.held) {
-            Ok(_) => linger.held.is_empty(),
-            Err(_) => true,
-        };
+        let mut gone = flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
+        if !linger.held.is_empty() {
+            let written = entry::write_held(linger.fd.as_fd(), &mut linger.held);
+            gone |= written.is_err();
+            if linger.held.is_empty() {
+                entry::finish(linger.fd.as_fd());
+            }
+        }
+        let done = gone || linger.held.is_empty() && !linger.keep;
         if done && let Some(linger) = self.lingering[index].take() {
             self.watch.remove(linger.fd.as_fd());
-            entry::finish(linger.fd);
             while self.lingering.last().is_some_and(Option::is_none) {
                 self.lingering.pop();
             }

@@ -174,10 +174,12 @@ pub struct Port<C: Carrier> {
     inherited: Vec<(u32, u32)>,
 }
 
-/// A sink whose stream ended in order before the sink took everything.
+/// A sink whose stream ended in order before the sink took everything, or before its other end was closed.
 struct Linger {
     fd: OwnedFd,
     held: VecDeque<u8>,
+    /// Until the other end is closed.
+    keep: bool,
 }
 
 impl<C: Carrier> Port<C> {
@@ -240,6 +242,11 @@ impl<C: Carrier> Port<C> {
     /// Epoch of the session that is on.
     pub fn epoch(&self) -> Option<u64> {
         self.epoch
+    }
+
+    /// Tells whether the guest stands still: the session is on, and its streams are held.
+    pub fn is_paused(&self) -> bool {
+        self.carrier.is_paused()
     }
 
     /// The last transport fault, for people; empty if none.
@@ -348,6 +355,14 @@ impl<C: Carrier> Port<C> {
         self.set_sink(now, stream, sink)
     }
 
+    /// Says of a stream that its other side ends its sending before it closes: closed without, it was broken off. So it is
+    /// of each that was dialled with a hello.
+    pub fn expect_order(&mut self, stream: StreamId) {
+        if let Some(entry) = self.entry(stream) {
+            entry.ends_in_order = true;
+        }
+    }
+
     /// Shuts down directions of a stream.
     pub fn shutdown(&mut self, now: Tick, stream: StreamId, how: How) {
         self.engine.shutdown(now, stream, how);
@@ -383,7 +398,7 @@ impl<C: Carrier> Port<C> {
         match token {
             Token::Waker(id) => self.woken(now, id),
             Token::Sink { slot, generation } => self.sink_ready(now, slot, generation, flags),
-            Token::Linger(index) => self.linger_ready(index as usize),
+            Token::Linger(index) => self.linger_ready(index as usize, flags),
             Token::Commands | Token::Extra(_) => {}
         }
     }
@@ -409,7 +424,9 @@ impl<C: Carrier> Port<C> {
 
     fn session(&mut self, now: Tick, change: SessionChange) {
         self.epoch = match change {
-            SessionChange::Attached { epoch } | SessionChange::Restored { epoch } => Some(epoch),
+            SessionChange::Attached { epoch }
+            | SessionChange::Continued { epoch }
+            | SessionChange::Restored { epoch } => Some(epoch),
             SessionChange::Lost(_) => None,
         };
         self.session_changed(change);
@@ -449,8 +466,13 @@ impl<C: Carrier> Port<C> {
         if flags.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP) {
             entry.readable = true;
         }
+        // Its end was told already, and now nobody takes what the peer sends.
+        let deaf = flags.contains(EpollFlags::EPOLLHUP) && entry.sink_done && !entry.told_done;
         if flags.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLHUP) {
             self.room(now, slot);
+        }
+        if deaf {
+            self.engine.shutdown(now, id, How::Receive);
         }
         self.settle(now, slot);
     }
@@ -486,9 +508,14 @@ impl<C: Carrier> Port<C> {
         let Some(entry) = self.entry(stream) else {
             return false;
         };
-        if let Sink::Local(end) = &sink {
-            end.0.lock().open = true;
-            entry.wake = true;
+        match &sink {
+            // If this process is killed, nobody may take the stream for complete.
+            Sink::Fd(fd) => entry::reset_on_close(fd.as_fd(), true),
+            Sink::Local(end) => {
+                end.0.lock().open = true;
+                entry.wake = true;
+            }
+            Sink::Inline(_) => {}
         }
         entry.sink = Some(sink);
         entry.room_watched = false;

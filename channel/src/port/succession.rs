@@ -32,15 +32,16 @@ impl<C: Carrier> Port<C> {
     pub(super) fn session_changed(&mut self, change: SessionChange) {
         let Some(live) = &mut self.live else { return };
         match change {
+            // Its driver is new, or told by itself: it has none of the predecessor's streams.
             SessionChange::Attached { epoch } | SessionChange::Restored { epoch } => {
                 live.set_epoch(epoch);
-            }
-            // The guest's driver ends its streams by itself.
-            SessionChange::Lost(_) => {
                 for (local_port, peer_port) in self.inherited.drain(..) {
                     live.closed(local_port, peer_port);
                 }
             }
+            SessionChange::Continued { epoch } => live.set_epoch(epoch),
+            // Whose driver comes next is not known yet.
+            SessionChange::Lost(_) => {}
         }
     }
 

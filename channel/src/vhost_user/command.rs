@@ -16,13 +16,37 @@ pub(super) struct Start {
     pub(super) features: u64,
     pub(super) queues: VirtQueues,
     pub(super) calls: [Option<OwnedFd>; 2],
+    /// Whose rings they are.
+    pub(super) driver: Driver,
+}
+
+/// Who is behind the rings of a session that begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Driver {
+    /// The one of the session that was paused: nothing is different, so its streams go on.
+    Same,
+    /// One that has used these rings before: it may have streams, of which the device knows nothing any more.
+    LivesOn,
+    /// One that has just begun.
+    New,
+}
+
+/// Where rings were stopped.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Paused {
+    /// Positions of both queues.
+    pub(super) bases: [u16; 2],
+    /// There is a session to go on with.
+    pub(super) held: bool,
 }
 
 /// A change of the device, applied between bursts.
 pub(super) enum Command {
     Start(Box<Start>, Answer<Result<(), ActivateError>>),
-    /// Answered with the positions of both queues; nothing is completed after the answer.
-    Stop(ResetReason, Answer<[u16; 2]>),
+    /// The rings stop, and the session's streams are held. Nothing is completed after the answer.
+    Pause(Answer<Paused>),
+    /// The session is over, paused or not.
+    End(ResetReason, Answer<()>),
     Memory(VmMemoryRef, Answer<Result<(), ActivateError>>),
     Call(u16, Option<OwnedFd>),
     Kick(u16, OwnedFd),

@@ -3,8 +3,10 @@
 //! ```text
 //! Stopped ── both rings {num, addr, kick, enabled} + memory + features ──► Running
 //!    ▲                                                                       │
-//!    └── GET_VRING_BASE, ENABLE 0, RESET_OWNER, frontend gone ───────────────┘
+//!    └── GET_VRING_BASE, ENABLE 0 (paused), RESET_OWNER, frontend gone ──────┘
 //! ```
+//! A pause keeps the session: it goes on where the rings start with the features, addresses and positions that they had.
+//!
 //! The order of messages within Stopped does not matter. While Running, what the device was built from is fixed;
 //! the memory table and the kick and call descriptors may be replaced.
 //!
@@ -28,7 +30,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 use vhost::{self, VhostUserMemoryRegionBase};
 use virtio_queue::{Queue, QueueState, QueueT};
 
-use super::command::{Command, Link, ShardGone, Start};
+use super::command::{Command, Driver, Link, Paused, ShardGone, Start};
 use super::memory::{MemTable, MemoryPolicy};
 use crate::device::{FEATURES, GuestCid, VirtQueue, VirtQueues};
 
@@ -54,6 +56,14 @@ struct Vring {
     enabled: bool,
 }
 
+/// What is the same for as long as it is the same driver: features, and of each ring size, addresses and position. A driver
+/// that was reset begins at position 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Setup {
+    features: u64,
+    rings: [(u16, [u64; 3], u16); QUEUES],
+}
+
 /// The state of one frontend's connection.
 pub(super) struct Handler {
     guest_cid: GuestCid,
@@ -65,6 +75,8 @@ pub(super) struct Handler {
     table: Option<MemTable>,
     vrings: [Vring; QUEUES],
     running: bool,
+    /// The session that is paused, as it was.
+    paused: Option<Setup>,
     /// Something changed that a successor must know.
     changed: bool,
     /// The next message may be one that the predecessor has handled already.
@@ -99,6 +111,7 @@ impl Handler {
             table: None,
             vrings: Default::default(),
             running: false,
+            paused: None,
             changed: false,
             perhaps_again: false,
         }
@@ -106,7 +119,7 @@ impl Handler {
 
     /// The connection is over: ends the session and forgets everything.
     pub(super) fn gone(&mut self) {
-        if let Err(e) = self.stop(ResetReason::CarrierFault) {
+        if let Err(e) = self.end(ResetReason::CarrierFault) {
             tracing::debug!(error = %e, "frontend gone");
         }
         self.features = None;
@@ -175,7 +188,10 @@ impl Handler {
             features: features & FEATURES,
             queues,
             calls: [rx_call, tx_call],
+            driver: self.driver(),
         };
+        // Whatever comes of it, the session that was paused is no more.
+        self.paused = None;
         self.link
             .ask(|answer| Command::Start(Box::new(start), answer))?
             .map_err(refused)?;
@@ -187,18 +203,51 @@ impl Handler {
         Ok(())
     }
 
-    /// Ends the session if there is one, and learns where the rings stand.
-    fn stop(&mut self, reason: ResetReason) -> Result<()> {
+    /// The rings as they are described now; `None`: something is missing.
+    fn setup(&self) -> Option<Setup> {
+        let mut rings = [(0, [0; 3], 0); QUEUES];
+        for (ring, vring) in rings.iter_mut().zip(&self.vrings) {
+            *ring = (vring.size, vring.addrs?, vring.base);
+        }
+        Some(Setup {
+            features: self.features?,
+            rings,
+        })
+    }
+
+    /// Who is behind the rings that are about to start.
+    fn driver(&self) -> Driver {
+        if self.paused.is_some() && self.paused == self.setup() {
+            Driver::Same
+        } else if self.vrings.iter().all(|vring| vring.base == 0) {
+            Driver::New
+        } else {
+            Driver::LivesOn
+        }
+    }
+
+    /// Stops the rings if they run, and learns where they stand. The session's streams are held.
+    fn pause(&mut self) -> Result<()> {
         if !self.running {
             return Ok(());
         }
         self.running = false;
         self.changed = true;
-        let bases = self.link.ask(|answer| Command::Stop(reason, answer))?;
+        let Paused { bases, held } = self.link.ask(Command::Pause)?;
         for (vring, base) in self.vrings.iter_mut().zip(bases) {
             vring.base = base;
         }
+        self.paused = self.setup().filter(|_| held);
         Ok(())
+    }
+
+    /// Ends the session if there is one, paused or not.
+    fn end(&mut self, reason: ResetReason) -> Result<()> {
+        if !std::mem::take(&mut self.running) & self.paused.take().is_none() {
+            return Ok(());
+        }
+        self.changed = true;
+        Ok(self.link.ask(|answer| Command::End(reason, answer))?)
     }
 }
 
@@ -259,7 +308,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn reset_owner(&mut self) -> Result<()> {
-        self.stop(ResetReason::Epoch)?;
+        self.end(ResetReason::Epoch)?;
         self.changed = true;
         self.features = None;
         self.vrings = Default::default();
@@ -378,7 +427,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         self.vring(index)?;
-        self.stop(ResetReason::Epoch)?;
+        self.pause()?;
         let vring = self.vring(index)?;
         // A stopped ring starts with the next SET_VRING_KICK.
         vring.kick = None;
@@ -433,11 +482,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
         self.vring(index)?.enabled = enable;
         self.changed = true;
-        if enable {
-            self.settle()
-        } else {
-            self.stop(ResetReason::Epoch)
-        }
+        if enable { self.settle() } else { self.pause() }
     }
 
     fn get_config(

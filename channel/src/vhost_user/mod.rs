@@ -11,8 +11,12 @@
 //!   `Command` when the device must change; the shard applies it between two bursts.
 //! - The session begins when both rings are started (SET_VRING_KICK) and enabled, in whatever order the messages
 //!   came; the first burst looks at the rings before it sleeps, so a kick that came too early is not lost.
-//! - It ends when a ring is stopped or disabled, or the frontend goes. GET_VRING_BASE is answered by the shard, so
-//!   nothing is completed after it. QEMU stops the rings when the guest's driver resets the device.
+//! - A ring that is stopped or disabled pauses it: that is how a paused VM looks (QMP `stop`, a backup, an I/O error), and
+//!   the streams are held. GET_VRING_BASE is answered by the shard, so nothing is completed after it.
+//! - It goes on when the rings start again with the same features, ring addresses and positions. Anything else is another
+//!   session: QEMU also stops the rings when the guest's driver resets the device, and that driver begins at position 0.
+//!   One that does not lives on, and gets a reset for each stream that it may still have.
+//! - It ends when the frontend goes, or says RESET_OWNER.
 //! - One frontend at a time; when it goes, the next one is accepted.
 //! - A process that is killed can have a successor on the same frontend: `handover` says what it is given, `intake` why
 //!   no message is lost or answered twice, [`live`](crate::live) what the guest's streams are told.
@@ -37,10 +41,11 @@ use adit_engine::ResetReason;
 
 use crate::carrier::{Carrier, Woken};
 use crate::device::{
-    ActivateError, Counters, GuestCid, QUEUE_MAX, RX_QUEUE, TX_QUEUE, VsockDevice, WAKERS, drain,
+    ActivateError, Counters, GuestCid, QUEUE_MAX, RX_QUEUE, Stopped, TX_QUEUE, VsockDevice, WAKERS,
+    drain,
 };
 use crate::live::LiveFile;
-use command::{Calls, Command, Start};
+use command::{Calls, Command, Driver, Paused, Start};
 pub use handover::{DESCRIPTORS_MAX, Handover, RECORD_MAX, VERSION as HANDOVER_VERSION};
 pub use memory::{MemoryPolicy, VmMemory};
 use thread::Frontend;
@@ -152,7 +157,7 @@ impl VhostUserCarrier {
         self.device.counters()
     }
 
-    /// Tells whether a session is on.
+    /// Tells whether a session is on, or paused.
     pub fn is_attached(&self) -> bool {
         self.attached
     }
@@ -166,15 +171,15 @@ impl VhostUserCarrier {
         match command {
             Command::Start(start, answer) => {
                 let result = self.start(*start);
-                if result.is_ok() {
-                    self.attached = true;
-                    woken.session = self.device.take_session_change();
-                    woken.wakers_changed = true;
-                }
+                self.attached = result.is_ok();
+                woken.session = self.device.take_session_change();
+                woken.wakers_changed = true;
                 answer.give(result);
             }
-            Command::Stop(reason, answer) => {
-                answer.give(self.stop(reason, woken));
+            Command::Pause(answer) => answer.give(self.pause(woken)),
+            Command::End(reason, answer) => {
+                let _ = self.end(reason, woken);
+                answer.give(());
             }
             Command::Memory(mem, answer) => answer.give(self.device.set_memory(mem)),
             Command::Call(queue, call) => self.calls.replace(queue, call),
@@ -189,21 +194,50 @@ impl VhostUserCarrier {
         let [rx, tx] = start.calls;
         self.calls.replace(RX_QUEUE, rx);
         self.calls.replace(TX_QUEUE, tx);
+        let calls = self.calls.clone();
+        if start.driver == Driver::Same && self.device.is_paused() {
+            let gone_on = self.device.go_on(start.mem, start.queues, calls);
+            if gone_on.is_err() {
+                self.device.reset(ResetReason::CarrierFault);
+            }
+            return gone_on;
+        }
+        // Does nothing where no session is paused. What begins now ends the streams, if it begins.
+        self.device.reset(ResetReason::Epoch);
         // Offered features only: the thread has checked that.
         if self.device.ack_features(start.features).is_err() {
             return Err(ActivateError::Active);
         }
-        self.device
-            .activate(start.mem, start.queues, self.calls.clone())
+        match start.driver {
+            Driver::New => self.device.activate(start.mem, start.queues, calls),
+            Driver::Same | Driver::LivesOn => {
+                self.device
+                    .activate_continued(start.mem, start.queues, calls)
+            }
+        }
     }
 
-    fn stop(&mut self, reason: ResetReason, woken: &mut Woken) -> [u16; 2] {
+    fn pause(&mut self, woken: &mut Woken) -> Paused {
+        let halted = self.device.halt();
+        let held = halted.is_some();
+        let bases = match halted {
+            Some(stopped) => self.stopped(stopped, woken),
+            None => self.end(ResetReason::Epoch, woken),
+        };
+        Paused { bases, held }
+    }
+
+    fn end(&mut self, reason: ResetReason, woken: &mut Woken) -> [u16; 2] {
         let stopped = self.device.reset(reason);
+        self.attached = false;
+        woken.session = self.device.take_session_change();
+        self.stopped(stopped, woken)
+    }
+
+    fn stopped(&mut self, stopped: Stopped, woken: &mut Woken) -> [u16; 2] {
         self.retired.extend(stopped.kicks.into_iter().flatten());
         self.calls.clear();
         woken.wakers_changed = true;
-        self.attached = false;
-        woken.session = self.device.take_session_change();
         stopped.bases
     }
 }

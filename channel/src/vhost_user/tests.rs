@@ -17,7 +17,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Result, VhostUserBackendReqHandlerMut};
 use virtio_queue::QueueT;
 
-use super::command::{Command, Link, Start};
+use super::command::{Command, Driver, Link, Paused, Start};
 use super::handler::Handler;
 use super::memory::{MemTable, MemoryPolicy, TableError};
 use crate::device::{FEATURES, GuestCid};
@@ -33,10 +33,12 @@ const ALL: u64 = FEATURES | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 enum Asked {
     /// With the positions that the queues begin at, and whether each kick descriptor was readable already.
     Start {
+        driver: Driver,
         bases: [u16; 2],
         kicked: [bool; 2],
     },
-    Stop,
+    Pause,
+    End,
     Memory,
     Call,
     Kick,
@@ -149,9 +151,14 @@ fn answer(commands: &Receiver<Command>, asked: &Mutex<Vec<Asked>>) {
                 asked.push(describe(&start));
                 answer.give(Ok(()));
             }
-            Command::Stop(_, answer) => {
-                asked.push(Asked::Stop);
-                answer.give([7, 9]);
+            Command::Pause(answer) => {
+                asked.push(Asked::Pause);
+                let bases = [7, 9];
+                answer.give(Paused { bases, held: true });
+            }
+            Command::End(_, answer) => {
+                asked.push(Asked::End);
+                answer.give(());
             }
             Command::Memory(_, answer) => {
                 asked.push(Asked::Memory);
@@ -166,6 +173,7 @@ fn answer(commands: &Receiver<Command>, asked: &Mutex<Vec<Asked>>) {
 fn describe(start: &Start) -> Asked {
     let queues = [&start.queues.rx, &start.queues.tx];
     Asked::Start {
+        driver: start.driver,
         bases: queues.map(|q| q.queue.next_avail()),
         kicked: queues.map(|q| q.kick.as_ref().is_some_and(readable)),
     }
@@ -250,6 +258,7 @@ fn r31_every_order_of_messages_starts_one_session_and_loses_no_kick() {
             }
         }
         let started = Asked::Start {
+            driver: Driver::New,
             bases: [0, 0],
             kicked: [true, false],
         };
@@ -274,29 +283,108 @@ fn a_stopped_ring_tells_its_base_and_needs_a_new_kick() {
     let mut rig = Rig::running();
     assert_eq!({ rig.handler.get_vring_base(0).expect("good").num }, 7);
     assert_eq!({ rig.handler.get_vring_base(1).expect("good").num }, 9);
-    assert_eq!(rig.asked()[1..], [Asked::Stop], "stopped once");
+    assert_eq!(rig.asked()[1..], [Asked::Pause], "stopped once");
     rig.handler.set_vring_enable(0, true).expect("good");
     rig.handler.set_vring_kick(0, Some(event(0))).expect("good");
     assert_eq!(rig.asked().len(), 2, "ring 1 has no kick");
     rig.handler.set_vring_kick(1, Some(event(0))).expect("good");
-    let resumed = Asked::Start {
-        bases: [7, 9],
+    assert_eq!(rig.asked()[2..], [RESUMED]);
+}
+
+const RESUMED: Asked = Asked::Start {
+    driver: Driver::Same,
+    bases: [7, 9],
+    kicked: [false, false],
+};
+
+#[test]
+fn a_disabled_ring_pauses_the_session_and_goes_on_where_it_stood() {
+    let mut rig = Rig::running();
+    rig.handler.set_vring_enable(1, false).expect("good");
+    assert_eq!(rig.asked()[1..], [Asked::Pause]);
+    rig.handler.set_vring_enable(1, true).expect("good");
+    assert_eq!(rig.asked()[2..], [RESUMED]);
+}
+
+/// What QEMU does for `stop` and `cont`, and in between what another driver would do differently.
+#[test]
+fn r51_a_paused_session_goes_on_only_with_the_very_same_driver() {
+    type Change = fn(&mut Rig);
+    let other = |driver, bases| Asked::Start {
+        driver,
+        bases,
         kicked: [false, false],
     };
-    assert_eq!(rig.asked()[2..], [resumed]);
+    let (moved, fresh): (Change, Change) = (
+        |rig| {
+            let flags = VhostUserVringAddrFlags::empty();
+            let at = USER + 0x3_0000;
+            let (used, avail) = (at + 0x2000, at + 0x1000);
+            let moved = rig.handler.set_vring_addr(0, flags, at, used, avail, 0);
+            moved.expect("good");
+        },
+        |rig| {
+            for ring in 0..2 {
+                rig.handler.set_vring_base(ring, 0).expect("good");
+            }
+        },
+    );
+    let cases: [(&str, Change, Asked); 7] = [
+        ("nothing", |_| {}, RESUMED),
+        ("memory anew", |rig| rig.table().expect("good"), RESUMED),
+        ("another address", moved, other(Driver::LivesOn, [7, 9])),
+        (
+            "another size",
+            |rig| rig.handler.set_vring_num(1, 64).expect("good"),
+            other(Driver::LivesOn, [7, 9]),
+        ),
+        (
+            "another position",
+            |rig| rig.handler.set_vring_base(1, 8).expect("good"),
+            other(Driver::LivesOn, [7, 8]),
+        ),
+        (
+            "other features",
+            |rig| rig.handler.set_features(ALL & !1).expect("good"),
+            other(Driver::LivesOn, [7, 9]),
+        ),
+        ("a driver that begins", fresh, other(Driver::New, [0, 0])),
+    ];
+    for (what, change, expected) in cases {
+        let mut rig = Rig::running();
+        for ring in 0..2 {
+            rig.handler.set_vring_enable(ring, false).expect("good");
+        }
+        let bases = [0, 1].map(|ring| rig.handler.get_vring_base(ring).expect("good").num);
+        assert_eq!(bases, [7, 9]);
+        change(&mut rig);
+        for ring in 0..2 {
+            let kick = rig.handler.set_vring_kick(ring, Some(event(0)));
+            kick.expect("good");
+        }
+        for ring in 0..2 {
+            rig.handler.set_vring_enable(ring, true).expect("good");
+        }
+        assert_eq!(rig.asked()[1..], [Asked::Pause, expected], "{what}");
+        // Whatever goes wrong later, a pause is used once.
+        rig.handler.gone();
+        assert_eq!(rig.asked()[3..], [Asked::End], "{what}");
+    }
 }
 
 #[test]
-fn a_disabled_ring_ends_the_session_and_goes_on_where_it_stood() {
-    let mut rig = Rig::running();
-    rig.handler.set_vring_enable(1, false).expect("good");
-    assert_eq!(rig.asked()[1..], [Asked::Stop]);
-    rig.handler.set_vring_enable(1, true).expect("good");
-    let resumed = Asked::Start {
-        bases: [7, 9],
-        kicked: [false, false],
-    };
-    assert_eq!(rig.asked()[2..], [resumed]);
+fn a_paused_session_ends_with_its_frontend_and_with_an_owner_that_resets() {
+    for reset in [false, true] {
+        let mut rig = Rig::running();
+        rig.handler.set_vring_enable(0, false).expect("good");
+        match reset {
+            true => rig.handler.reset_owner().expect("good"),
+            false => rig.handler.gone(),
+        }
+        assert_eq!(rig.asked()[1..], [Asked::Pause, Asked::End]);
+        rig.handler.gone();
+        assert_eq!(rig.asked().len(), 3, "ended once");
+    }
 }
 
 #[test]

@@ -5,8 +5,9 @@ use std::os::fd::AsRawFd;
 
 use adit_benches::queue::Buffer;
 use adit_benches::{DriverConfig, memory};
-use adit_channel::device::{HEADER_BYTES, HOST_CID, WireHeader};
+use adit_channel::device::{FEATURES, HEADER_BYTES, HOST_CID, WireHeader};
 use adit_engine::{Op, ResetReason};
+use vhost::vhost_user::message::VhostUserVirtioFeatures;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
@@ -26,16 +27,28 @@ fn r51_a_thousand_pauses_under_traffic_and_each_time_it_goes_on() {
                 },
             );
         }
+        // One stream throughout: a pause is nothing that either end of it could notice.
+        let at = world.open();
+        let epoch = world.shard.port(world.port).epoch();
+        let (mut sent, mut got) = (0, Vec::new());
+        let bytes = pattern(500 * 3000, 9);
         for i in 0..500 {
-            let at = world.open();
             world.exchange(at, 100 + i);
-            let left = pattern(3000, 9);
-            world.guest_writes(at, &left);
+            let until = (i + 1) * 3000;
+            sent += world.guest_writes(at, &bytes[sent..until]);
             world.vm.driver.tx.publish();
             let bases = world.stop();
-            assert_eq!(world.shard.port(world.port).streams(), 0);
+            let port = world.shard.port(world.port);
+            assert_eq!((port.streams(), port.is_paused()), (1, true));
             world.resume(bases);
+            world.until(|w| {
+                sent += w.guest_writes(at, &bytes[sent..until]);
+                w.client_reads(at, &mut got);
+                got.len() == until
+            });
         }
+        assert!(got == bytes);
+        assert_eq!(world.shard.port(world.port).epoch(), epoch);
         world.alive();
     }
 }
@@ -72,8 +85,10 @@ fn r58_closes_resets_and_driver_resets_in_any_order_leave_nothing_and_lose_nothi
             1 => world.say(at, Op::Rst, 0),
             2 => world.say(at, Op::Shutdown, 3),
             3 => {
+                // Paused, and gone when it goes on.
                 let bases = world.stop();
                 world.resume(bases);
+                world.say(at, Op::Rst, 0);
             }
             _ => {
                 resets += 1;
@@ -101,6 +116,32 @@ fn r58_closes_resets_and_driver_resets_in_any_order_leave_nothing_and_lose_nothi
     }
     world.until(|w| w.shard.port(w.port).streams() == 0);
     assert!(resets > 20);
+    world.alive();
+}
+
+/// A driver that lives on, on a device that is not what it was: of its streams nobody may be left waiting.
+#[test]
+fn r58_streams_of_a_driver_that_lives_on_get_a_reset_each() {
+    let mut world = World::new();
+    let indirect = false;
+    let config = DriverConfig::LINUX_6_1;
+    world.alive();
+    reboot(&mut world, DriverConfig { indirect, ..config });
+    for _ in 0..20 {
+        let at = world.open();
+        world.exchange(at, 1000);
+    }
+    let bases = world.stop();
+    let frontend = world.vm.frontend.clone();
+    // Indirect descriptors, which this driver does not use.
+    let features = (FEATURES | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()) & !(1 << 28);
+    frontend.set_features(features).expect("offered");
+    world.resume(bases);
+    world.until(|w| w.streams.iter().all(|s| s.reset));
+    assert_eq!(world.shard.port(world.port).streams(), 0);
+    assert_eq!(world.shard.port(world.port).epoch(), Some(3));
+    assert!(world.strays.is_empty());
+    world.streams.clear();
     world.alive();
 }
 

@@ -257,24 +257,25 @@ impl World {
             [0, 1].map(|q| frontend.get_vring_base(q).expect("base") as u16)
         });
         self.until(|_| asked.is_finished());
-        self.streams.clear();
         asked.join().expect("answered")
     }
 
     /// Starts the rings where they stand.
     pub fn resume(&mut self, bases: [u16; 2]) {
-        let before = self.shard.port(self.port).epoch();
+        assert!(self.shard.port(self.port).is_paused());
         for (queue, base) in [(RX_QUEUE, bases[0]), (TX_QUEUE, bases[1])] {
             self.vm.set_ring(queue, base);
         }
         self.vm.enable(true);
-        self.until(|w| w.shard.port(w.port).epoch() > before);
+        self.until(|w| !w.shard.port(w.port).is_paused());
     }
 }
 
 /// The guest's driver resets the device and starts over, in the same memory.
 pub fn reboot(world: &mut World, config: DriverConfig) {
+    let before = world.shard.port(world.port).epoch();
     world.stop();
+    world.streams.clear();
     for queue in [RX_QUEUE, TX_QUEUE] {
         for addr in memory::queue_addrs(queue) {
             world.vm.driver.write(addr, &[0; 0x1000]);
@@ -287,4 +288,5 @@ pub fn reboot(world: &mut World, config: DriverConfig) {
     let features = FEATURES & !off | protocol;
     world.vm.frontend.set_features(features).expect("offered");
     world.resume([0, 0]);
+    assert!(world.shard.port(world.port).epoch() > before);
 }

@@ -123,7 +123,7 @@ pub struct Status {
     pub cid: u64,
     /// Process id.
     pub pid: u32,
-    /// A VMM is connected and the guest's driver runs.
+    /// A VMM is connected and the guest's driver runs. Not while the VM is paused, whose streams are held.
     pub session: bool,
     /// Counts sessions: changes whenever every stream ended.
     pub epoch: u64,

@@ -127,6 +127,7 @@ impl<M: RingMem> Service<M> {
                     // It has said all: when that is back with it, so have we.
                     self.engine.shutdown(now, stream, How::Send);
                 }
+                Event::HungUp { stream } => self.engine.shutdown(now, stream, How::Send),
                 Event::Closed { stream, .. } => {
                     self.held[stream.slot() as usize] = Vec::new();
                 }

@@ -568,6 +568,7 @@ fn random_packets_leave_nothing_behind() {
         }
         r.e.handle_session(r.now, SessionChange::Lost(ResetReason::CarrierFault));
         r.events();
+        r.e.handle_session(r.now, SessionChange::Attached { epoch: 2 });
         r.empty();
     }
 }

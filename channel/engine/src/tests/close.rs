@@ -30,11 +30,14 @@ fn r49_peer_ends_its_sending_and_gets_a_mebibyte_back() {
     }
     r.events();
     r.e.shutdown(r.now, s, How::Send);
-    // Both have ended their sending: the full SHUTDOWN asks for the RST.
-    let last = r.sent();
+    // The end of ours by itself, or the peer would take us for dead. Both have ended then: the full SHUTDOWN asks for the RST.
+    let last: Vec<_> = r.sent().iter().map(|h| (h.op, h.flags)).collect();
     assert_eq!(
-        (last.len(), last[0].op, last[0].flags),
-        (1, Op::Shutdown as u16, 3)
+        last,
+        [
+            (Op::Shutdown as u16, SHUTDOWN_SEND),
+            (Op::Shutdown as u16, 3)
+        ]
     );
     assert_eq!(r.op(Op::Rst, 9), Disposition::Consume);
     assert_eq!(r.events(), [closed(s)]);
@@ -64,19 +67,115 @@ fn r49_we_end_our_sending_and_get_a_mebibyte_back() {
         r.e.consumed(r.now, s, 1024);
         r.sent();
     }
-    r.shut(9, 3);
+    r.shut(9, SHUTDOWN_SEND);
+    assert_eq!(r.sent()[0].flags, 3, "both have ended");
+    r.op(Op::Rst, 9);
     assert_eq!(
         r.events(),
         [
             Event::PeerShutdown {
                 stream: s,
-                how: How::Both
+                how: How::Send
             },
             closed(s)
         ]
     );
-    assert_eq!(r.ops(), [(Op::Rst, 9)]);
+    assert!(r.sent().is_empty());
     r.empty();
+}
+
+/// Whoever ends says so before it closes; whoever dies closes both directions at once (R117).
+#[test]
+fn r117_both_directions_closed_at_once_is_no_end() {
+    for (before, hung_up) in [
+        (0, true),
+        (SHUTDOWN_RCV, true),
+        (SHUTDOWN_SEND, false),
+        (3, false),
+    ] {
+        for we_ended in [false, true] {
+            let mut r = Rig::new(EngineConfig::default());
+            let s = r.open(9);
+            let _ = r.data(9, 100);
+            if we_ended {
+                r.e.shutdown(r.now, s, How::Send);
+                r.sent();
+            }
+            match before {
+                0 => {}
+                3 => {
+                    r.shut(9, SHUTDOWN_RCV);
+                    r.shut(9, SHUTDOWN_SEND);
+                }
+                flags => drop(r.shut(9, flags)),
+            }
+            r.shut(9, 3);
+            let seen = r.events();
+            let told = seen.contains(&Event::HungUp { stream: s });
+            assert_eq!(told, hung_up, "{before} {we_ended}: {seen:?}");
+            // What it sent is delivered all the same, and then its end is told.
+            r.sent();
+            r.e.consumed(r.now, s, 100);
+            let reason = hung_up.then_some(ResetReason::HungUp);
+            assert_eq!(r.events(), [Event::Closed { stream: s, reason }]);
+            r.empty();
+        }
+    }
+}
+
+/// The same from our side: what `shutdown` was asked for decides what the peer sees.
+#[test]
+fn r117_only_an_end_of_sending_that_was_asked_for_is_told_alone() {
+    for (asked, told) in [
+        (&[How::Both][..], &[3][..]),
+        (&[How::Send], &[SHUTDOWN_SEND]),
+        (&[How::Receive], &[SHUTDOWN_RCV]),
+        (&[How::Send, How::Receive], &[SHUTDOWN_SEND, 3]),
+        (&[How::Receive, How::Send], &[SHUTDOWN_SEND, 3]),
+    ] {
+        let mut r = Rig::new(EngineConfig::default());
+        let s = r.open(9);
+        for how in asked {
+            r.e.shutdown(r.now, s, *how);
+        }
+        let flags: Vec<_> = r.sent().iter().map(|h| h.flags).collect();
+        assert_eq!(flags, told, "{asked:?}");
+    }
+}
+
+/// A driver that lives on has streams that nobody here knows any more: each gets its reset, and no other driver does.
+#[test]
+fn r117_a_driver_that_lives_on_hears_of_every_stream_that_ended_without_it() {
+    let ends = |by_stop, next: SessionChange| {
+        let mut r = Rig::new(EngineConfig::default());
+        let [s, reset, answered, again] = [1, 2, 3, 6].map(|port| r.open(port));
+        let _ = r.data(3, 10);
+        r.shut(3, 3);
+        assert_eq!(r.ops(), [(Op::Rst, 3)], "its sink drains");
+        r.e.reset(r.now, reset, ResetReason::Local);
+        let unsent = r.e.connect(r.now, 4, Kind::Stream, Lane::Bulk).unwrap();
+        r.op(Op::Rw, 5);
+        if by_stop {
+            r.e.handle_session(r.now, SessionChange::Lost(ResetReason::Epoch));
+            assert!(r.sent().is_empty());
+        }
+        r.e.handle_session(r.now, next);
+        let gone = r.events();
+        for stream in [s, reset, answered, unsent, again] {
+            let closed = |e: &&Event| matches!(e, Event::Closed { stream: s, .. } if *s == stream);
+            assert_eq!(gone.iter().filter(closed).count(), 1);
+        }
+        let mut told = r.ops();
+        r.empty();
+        told.sort_by_key(|&(_, port)| port);
+        told
+    };
+    for by_stop in [false, true] {
+        let lives = ends(by_stop, SessionChange::Continued { epoch: 2 });
+        assert_eq!(lives, [1, 2, 5, 6].map(|port| (Op::Rst, port)));
+        assert_eq!(ends(by_stop, SessionChange::Attached { epoch: 2 }), []);
+        assert_eq!(ends(by_stop, SessionChange::Restored { epoch: 2 }), []);
+    }
 }
 
 #[test]
@@ -91,7 +190,10 @@ fn r57_send_then_close_loses_nothing_to_a_slow_sink() {
                 len: 5000
             }
         );
-        r.shut(9, if by_rst { SHUTDOWN_SEND } else { 3 });
+        r.shut(9, SHUTDOWN_SEND);
+        if !by_rst {
+            r.shut(9, 3);
+        }
         if by_rst {
             r.e.shutdown(r.now, s, How::Send);
             r.sent();
@@ -285,17 +387,19 @@ fn session_change_ends_every_stream_once() {
             r.sent().is_empty(),
             "the new session has never heard of them"
         );
-        r.empty();
-        if change == SessionChange::Lost(reason) {
+        if change != SessionChange::Lost(reason) {
+            r.empty();
+        } else {
             assert_eq!(
                 r.op(Op::Request, 9),
                 Disposition::Ignore(unexpected(Op::Request))
             );
             let refused = r.e.connect(r.now, 1, Kind::Stream, Lane::Bulk);
             assert_eq!(refused, Err(ConnectError::NoSession));
-        } else {
-            r.open(9);
+            r.e.handle_session(r.now, SessionChange::Attached { epoch: 3 });
         }
+        r.empty();
+        r.open(9);
     }
 }
 

@@ -192,7 +192,7 @@ impl World {
                     end.closed = Some(reason);
                     self.sides[side].done.push(end);
                 }
-                Event::Writable { .. } | Event::PeerShutdown { .. } => {}
+                Event::Writable { .. } | Event::PeerShutdown { .. } | Event::HungUp { .. } => {}
             }
         }
     }

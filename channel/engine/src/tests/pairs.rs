@@ -78,6 +78,14 @@ fn the_account_follows_the_table_through_anything() {
             .handle_session(rig.now, SessionChange::Lost(ResetReason::Epoch));
         while rig.e.poll_event().is_some() {}
         follow(&mut rig.e, &mut pairs);
+        // Kept until it is known whose driver comes next.
+        let next = match seed % 2 {
+            0 => SessionChange::Attached { epoch: 3 },
+            _ => SessionChange::Continued { epoch: 3 },
+        };
+        rig.e.handle_session(rig.now, next);
+        while rig.e.poll_transmit(rig.now, 4096).is_some() {}
+        follow(&mut rig.e, &mut pairs);
         assert!(pairs.is_empty(), "seed {seed}: {pairs:?}");
     }
 }

@@ -22,7 +22,7 @@ impl<C: Carrier> Process<C> {
             vm: self.options.vm.clone(),
             cid: self.options.cid,
             pid: std::process::id(),
-            session: ring || port.epoch().is_some(),
+            session: ring || port.epoch().is_some() && !port.is_paused(),
             epoch: self.last_epoch,
             // The table has far fewer.
             streams: streams + port.streams() as u32,
