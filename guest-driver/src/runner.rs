@@ -158,6 +158,13 @@ impl Runner {
             task_id: task.task_id,
         });
         let executed = match step.work() {
+            // Journaled as any end of a step: a goal may let the steps after it run.
+            Some(Work::Script(_)) if !self.script_enabled => Executed::refused(
+                "policy: scripts are switched off in this guest ([script] enabled = false)",
+            ),
+            Some(Work::File(_)) if !self.file_enabled => Executed::refused(
+                "policy: files are switched off in this guest ([file] enabled = false)",
+            ),
             Some(Work::Script(script)) => script::run(script, &name, &self.scripts),
             Some(Work::File(file)) => file::write(file, &self.file_policy),
             None => Executed::failed("the step says nothing that this agent can do"),
@@ -217,21 +224,7 @@ impl Runner {
             );
         }
         let journal = self.journal.as_mut().map_err(|e| e.to_string())?;
-        let admitted = self.verifier.verify(task, journal)?;
-        match admitted.step.work() {
-            Some(Work::Script(_)) if !self.script_enabled => {
-                return Err(
-                    "policy: scripts are switched off in this guest ([script] enabled = false)"
-                        .into(),
-                );
-            }
-            Some(Work::File(_)) if !self.file_enabled => {
-                return Err(
-                    "policy: files are switched off in this guest ([file] enabled = false)".into(),
-                );
-            }
-            _ => {}
-        }
+        let admitted = self.verifier.verify(task, journal, self.unsaved.as_ref())?;
         let origin = Origin {
             key: admitted.key.0.into(),
             seq: admitted.last.key_seq,

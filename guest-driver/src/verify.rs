@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use adit_tasks::admit::{History, LastGoal};
 use adit_tasks::key::KeyError;
-use adit_tasks::wire::{Outcome, Task, TaskId};
+use adit_tasks::wire::{Outcome, Report, Task, TaskId};
 use adit_tasks::{Admitted, KeyId, TrustStore, VmId, admit};
 
 use crate::config::Config;
@@ -98,14 +98,20 @@ impl Verifier {
         u16::try_from(self.trust.len()).unwrap_or(u16::MAX)
     }
 
-    /// Decides whether a task may run here and now.
+    /// Decides whether a task may run here and now. `unsaved`: a result that the journal could not take.
     ///
     /// # Errors
     /// Why not; begins with a stable code.
-    pub fn verify(&self, task: &Task, journal: &mut Journal) -> Result<Admitted, String> {
+    pub fn verify(
+        &self,
+        task: &Task,
+        journal: &mut Journal,
+        unsaved: Option<&Report>,
+    ) -> Result<Admitted, String> {
         let now = i64::try_from(facts::now_ms()).unwrap_or(i64::MAX);
         let past = Past {
             journal: RefCell::new(journal),
+            unsaved,
             failed: Cell::new(None),
         };
         let admitted = admit(task, &self.trust, &self.vm_id, now, &past);
@@ -144,6 +150,7 @@ fn add_file(trust: &mut TrustStore, file: &Path) -> Result<(), KeyFileError> {
 /// The journal as `admit` asks it.
 struct Past<'j> {
     journal: RefCell<&'j mut Journal>,
+    unsaved: Option<&'j Report>,
     failed: Cell<Option<JournalError>>,
 }
 
@@ -163,12 +170,22 @@ impl History for Past<'_> {
             .map(|(key_seq, digest)| LastGoal { key_seq, digest })
     }
 
+    /// As the agent reports it when it is asked again.
     fn outcome(&self, task: &TaskId) -> Option<Outcome> {
+        if let Some(report) = self.unsaved.filter(|r| r.task_id == *task) {
+            return Some(report.outcome);
+        }
         let phase = self.journal.borrow_mut().phase(task);
         match self.ask(phase)? {
             Phase::Result(report) => Some(report.outcome),
             Phase::Acked(outcome) => Some(outcome),
-            Phase::Received | Phase::Started { .. } => None,
+            // One task runs at a time: this one has ended, and its result could not be stored.
+            Phase::Started { .. } => Some(Outcome::Interrupted),
+            Phase::Received => None,
         }
+    }
+
+    fn begun(&self, task: &TaskId) -> bool {
+        self.outcome(task).is_some()
     }
 }

@@ -1,5 +1,9 @@
 //! What a guest checks before it does anything with a task, in this order: a trust anchor, the envelope's form, the
-//! signature, the goal's form, audience, time, sequence, step, attempt, task id. Pure: journal and clock are handed in.
+//! signature, the goal's form, audience, time, sequence, step, attempt, task id, order. Pure: journal and clock are handed in.
+//!
+//! Order rule: a step runs when every earlier step of its goal is done here, or has ended otherwise and the goal lets later
+//! steps run then (`continue_on_error`); and while no later step has begun. The guest's own journal says so, not the host.
+//! A refusal leaves no trace, so that the same step runs once it comes in its turn.
 //!
 //! Sequence rule: the goals of one key are run in the order of `key_seq`. One lower than the highest that was admitted,
 //! or the same with other content, is a replay. So a goal that arrives late is refused rather than run out of order.
@@ -7,7 +11,7 @@
 use crate::dsse::{Envelope, VerifyError};
 use crate::key::{KeyId, TrustStore};
 use crate::plan::task_id;
-use crate::wire::{Outcome, Task};
+use crate::wire::{Outcome, Task, TaskId};
 use crate::{Goal, Step, VmId};
 
 /// The last goal that was admitted from a key.
@@ -24,7 +28,9 @@ pub trait History {
     /// The last goal admitted from a key.
     fn last_goal(&self, key: &KeyId) -> Option<LastGoal>;
     /// How a task ended here, if it did.
-    fn outcome(&self, task: &crate::wire::TaskId) -> Option<Outcome>;
+    fn outcome(&self, task: &TaskId) -> Option<Outcome>;
+    /// Whether a task has begun here, ended or not.
+    fn begun(&self, task: &TaskId) -> bool;
 }
 
 /// A task that may run.
@@ -59,7 +65,8 @@ fn deny<T>(code: &'static str, text: impl Into<String>) -> Result<T, Denial> {
 ///
 /// # Errors
 /// A [`Denial`] with one of the codes `no-trust-anchor`, `bad-envelope`, `untrusted-key`, `bad-signature`, `bad-goal`,
-/// `wrong-target`, `not-yet-valid`, `expired`, `replay`, `unknown-step`, `attempt`, `task-id-mismatch`.
+/// `wrong-target`, `not-yet-valid`, `expired`, `replay`, `unknown-step`, `attempt`, `task-id-mismatch`,
+/// `out-of-order`.
 pub fn admit(
     task: &Task,
     trust: &TrustStore,
@@ -129,6 +136,7 @@ pub fn admit(
             "the id is not that of goal, VM, step and attempt",
         );
     }
+    check_order(&goal, step, &digest, me, history)?;
     Ok(Admitted {
         key,
         last,
@@ -159,6 +167,49 @@ fn check_attempt(
             "attempt",
             format!("attempt {before} was not interrupted here"),
         ),
+    }
+}
+
+/// The host's word alone would let it run a step whose preparation failed, or never came.
+fn check_order(
+    goal: &Goal,
+    step: &Step,
+    digest: &[u8; 32],
+    me: &VmId,
+    history: &dyn History,
+) -> Result<(), Denial> {
+    let at = |s: &Step, attempt| task_id(digest, me, &s.id, attempt);
+    let earlier = || goal.steps.iter().take_while(|s| s.id != step.id);
+    for before in earlier() {
+        let mut attempt = 1;
+        // Only an attempt that was interrupted has one after it.
+        while history.begun(&at(before, attempt + 1)) {
+            attempt += 1;
+        }
+        let ended = match history.outcome(&at(before, attempt)) {
+            Some(Outcome::Done) => continue,
+            Some(_) if before.continue_on_error => continue,
+            Some(outcome) => format!("ended here as {outcome:?}"),
+            None => "has not ended here".into(),
+        };
+        return deny(
+            "out-of-order",
+            format!(
+                "step `{}` comes after `{}`, which {ended}",
+                step.id, before.id
+            ),
+        );
+    }
+    let later = goal.steps.iter().skip(earlier().count() + 1);
+    match later.into_iter().find(|s| history.begun(&at(s, 1))) {
+        Some(after) => deny(
+            "out-of-order",
+            format!(
+                "step `{}` comes before `{}`, which has begun here",
+                step.id, after.id
+            ),
+        ),
+        None => Ok(()),
     }
 }
 
