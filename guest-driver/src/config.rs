@@ -25,6 +25,8 @@ use std::path::{Path, PathBuf};
 use adit_tasks::VmId;
 use serde::Deserialize;
 
+use crate::owned::{self, Writable};
+
 /// Where the configuration is if nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/adit-guest/adit-guest.toml";
 /// Most ports that may be listed.
@@ -92,6 +94,9 @@ pub struct Config {
     /// The file executor.
     #[serde(default)]
     pub file: FileConfig,
+    /// This file, if others than root may write it: whom it names is not trusted then.
+    #[serde(skip)]
+    pub writable: Option<(PathBuf, Writable)>,
 }
 
 /// `[script]`.
@@ -147,11 +152,15 @@ impl Config {
     /// # Errors
     /// It cannot be read, or something in it is wrong; says where.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        let read = |source| ConfigError::Read {
             path: path.into(),
             source,
-        })?;
-        Self::parse(path, &text)
+        };
+        let text = fs::read_to_string(path).map_err(read)?;
+        let meta = fs::metadata(path).map_err(read)?;
+        let mut config = Self::parse(path, &text)?;
+        config.writable = owned::check(&meta).err().map(|w| (path.to_owned(), w));
+        Ok(config)
     }
 
     /// Checks the text of a file; `path` is for messages only.

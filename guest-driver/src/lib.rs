@@ -19,6 +19,7 @@ pub mod facts;
 pub mod install;
 pub mod journal;
 pub mod log;
+mod owned;
 pub mod relay;
 pub mod ring;
 pub mod run;

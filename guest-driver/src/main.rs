@@ -170,7 +170,8 @@ fn into_image(
 
 fn status(path: PathBuf) -> anyhow::Result<()> {
     let config = Config::load(&path)?;
-    let anchors = Verifier::load(&config).anchors();
+    let verifier = Verifier::load(&config);
+    let anchors = verifier.anchors();
     let running = std::fs::exists(config.state_dir.join("journal.redb")).unwrap_or(false);
     println!("config   {}", path.display());
     println!("vm       {}", config.vm_id);

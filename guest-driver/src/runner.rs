@@ -218,10 +218,7 @@ impl Runner {
     /// Verifies a task and takes it up to `started`; the error begins with a stable code.
     fn accept(&mut self, task: &Task) -> Result<Step, String> {
         if self.verifier.anchors() == 0 {
-            return Err(
-                "no-trust-anchor: this image trusts no key; it was installed without --trust"
-                    .into(),
-            );
+            return Err(self.verifier.why_no_anchor());
         }
         let journal = self.journal.as_mut().map_err(|e| e.to_string())?;
         let admitted = self.verifier.verify(task, journal, self.unsaved.as_ref())?;

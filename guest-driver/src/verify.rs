@@ -2,11 +2,13 @@
 //!
 //! Trust anchors are the keys in `trust_dir/*.pub`. A file that others than its owner may write, or that belongs to
 //! neither root nor the agent's user, is no anchor; nor is one with a malformed line. Both are said and skipped, so that
-//! a mistake leaves less trust, never more.
+//! a mistake leaves less trust, never more. Where others may write the directory, or the configuration that names it,
+//! nothing in it is an anchor.
 
 use std::cell::{Cell, RefCell};
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use adit_tasks::admit::{History, LastGoal};
@@ -16,6 +18,7 @@ use adit_tasks::{Admitted, KeyId, TrustStore, VmId, admit};
 
 use crate::config::Config;
 use crate::journal::{Journal, JournalError, Phase};
+use crate::owned::{self, Writable};
 use crate::{facts, log};
 
 /// Longest key file.
@@ -32,13 +35,15 @@ pub struct KeyFileError {
 #[derive(Debug, thiserror::Error)]
 enum Why {
     #[error("cannot be read: {0}")]
-    Read(std::io::Error),
+    Read(io::Error),
+    #[error("is not a regular file")]
+    Kind,
     #[error("{0}")]
     Key(KeyError),
     #[error("holds no key; make one with `adit key new`")]
     Empty,
-    #[error("uid {uid} with mode {mode:04o} lets others than root write it")]
-    Writable { uid: u32, mode: u32 },
+    #[error(transparent)]
+    Writable(#[from] Writable),
     #[error("{len} bytes, at most {KEY_FILE_MAX} are read")]
     TooLong { len: u64 },
 }
@@ -46,6 +51,8 @@ enum Why {
 /// Checks tasks.
 pub struct Verifier {
     trust: TrustStore,
+    /// Why there is no anchor, whatever `trust_dir` holds.
+    distrusted: Option<KeyFileError>,
     vm_id: VmId,
 }
 
@@ -53,19 +60,34 @@ impl Verifier {
     /// Reads the anchors of the image.
     pub fn load(config: &Config) -> Self {
         let mut trust = TrustStore::default();
-        let entries = fs::read_dir(&config.trust_dir)
-            .map(|d| d.flatten().map(|e| e.path()).collect::<Vec<_>>());
-        let mut files = entries.unwrap_or_default();
-        files.retain(|p| p.extension().is_some_and(|e| e == "pub"));
-        files.sort();
-        for file in files {
-            if let Err(e) = add_file(&mut trust, &file) {
-                log::event("anchor-skipped", &[("error", &e)]);
+        let distrusted = match key_files(config) {
+            Ok(files) => {
+                for file in files {
+                    if let Err(e) = add_file(&mut trust, &file) {
+                        log::event("anchor-skipped", &[("error", &e)]);
+                    }
+                }
+                None
             }
-        }
+            Err(e) => {
+                log::event("anchors-skipped", &[("error", &e)]);
+                Some(e)
+            }
+        };
         Self {
             trust,
+            distrusted,
             vm_id: config.vm_id.clone(),
+        }
+    }
+
+    /// Why no key is trusted, for a report.
+    pub fn why_no_anchor(&self) -> String {
+        match &self.distrusted {
+            Some(e) => format!("no-trust-anchor: {e}"),
+            None => {
+                "no-trust-anchor: this image trusts no key; it was installed without --trust".into()
+            }
         }
     }
 
@@ -123,25 +145,52 @@ impl Verifier {
     }
 }
 
-fn add_file(trust: &mut TrustStore, file: &Path) -> Result<(), KeyFileError> {
+/// The files that may hold anchors.
+fn key_files(config: &Config) -> Result<Vec<PathBuf>, KeyFileError> {
+    let dir = &config.trust_dir;
+    let of = |file: &Path| {
+        let file = file.to_owned();
+        move |why| KeyFileError { file, why }
+    };
+    if let Some((file, writable)) = &config.writable {
+        return Err(of(file)(Why::Writable(*writable)));
+    }
+    let meta = match fs::metadata(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        meta => meta.map_err(Why::Read).map_err(of(dir))?,
+    };
+    owned::check(&meta)
+        .map_err(Why::Writable)
+        .map_err(of(dir))?;
+    let entries = fs::read_dir(dir).map_err(Why::Read).map_err(of(dir))?;
+    let mut files: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
+    files.retain(|p| p.extension().is_some_and(|e| e == "pub"));
+    files.sort();
+    Ok(files)
+}
+
+fn add_file(trust: &mut TrustStore, path: &Path) -> Result<(), KeyFileError> {
     let of = |why| KeyFileError {
-        file: file.to_owned(),
+        file: path.to_owned(),
         why,
     };
-    let meta = fs::metadata(file).map_err(|e| of(Why::Read(e)))?;
-    let owner_ok = meta.uid() == 0 || meta.uid() == nix::unistd::geteuid().as_raw();
-    if !owner_ok || meta.mode() & 0o022 != 0 {
-        return Err(of(Why::Writable {
-            uid: meta.uid(),
-            mode: meta.mode() & 0o7777,
-        }));
+    // Opened once, so that what is checked is what is read; a fifo is not waited for.
+    let mut options = fs::OpenOptions::new();
+    let options = options.read(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path).map_err(|e| of(Why::Read(e)))?;
+    let meta = file.metadata().map_err(|e| of(Why::Read(e)))?;
+    if !meta.is_file() {
+        return Err(of(Why::Kind));
     }
+    owned::check(&meta).map_err(|e| of(e.into()))?;
     if meta.len() > KEY_FILE_MAX {
         return Err(of(Why::TooLong { len: meta.len() }));
     }
     // All of a file or nothing of it.
     let mut with = trust.clone();
-    let text = fs::read_to_string(file).map_err(|e| of(Why::Read(e)))?;
+    let mut text = String::new();
+    let read = file.take(KEY_FILE_MAX).read_to_string(&mut text);
+    read.map_err(|e| of(Why::Read(e)))?;
     with.add_text(&text).map_err(|e| of(Why::Key(e)))?;
     *trust = with;
     Ok(())

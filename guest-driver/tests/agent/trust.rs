@@ -39,6 +39,45 @@ fn an_anchor_that_others_may_write_is_none() {
 }
 
 #[test]
+fn r113_a_trust_dir_or_configuration_that_others_may_write_or_own_makes_no_anchor() {
+    use std::os::unix::fs::PermissionsExt;
+    let foreign = nix::unistd::geteuid().is_root();
+    for (what, mode, owner) in [
+        ("trust", 0o777, None),
+        ("trust", 0o770, None),
+        ("trust", 0o755, Some(65534)),
+        ("trust/manager.pub", 0o644, Some(65534)),
+        ("trust/manager.pub", 0o620, None),
+        ("adit-guest.toml", 0o666, None),
+        ("adit-guest.toml", 0o644, Some(65534)),
+    ] {
+        if owner.is_some() && !foreign {
+            eprintln!("skipped: only root can give {what} away");
+            continue;
+        }
+        let mut host = Host::new();
+        let path = host.path(what);
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        std::os::unix::fs::chown(&path, owner, owner).unwrap();
+        let file = host.path("count");
+        let task = task(host.goal(1, json!([counting(&file, "")])), "count", 1);
+        host.start(None);
+        let (mut session, facts) = host.accept();
+        assert_eq!(facts.anchors, 0, "{what} {mode:o} {owner:?}");
+        let report = session.run(&task);
+        refused(&report, "no-trust-anchor");
+        // The report names what is wrong where that is not one key of several.
+        let named = report.reason.contains(path.to_str().unwrap());
+        assert!(named || what.ends_with(".pub"), "{}", report.reason);
+        assert_eq!(lines(&file), 0);
+    }
+    let mut host = Host::new();
+    fs::set_permissions(host.path("trust"), fs::Permissions::from_mode(0o755)).unwrap();
+    host.start(None);
+    assert_eq!(host.accept().1.anchors, 1);
+}
+
+#[test]
 fn r83_a_missing_or_damaged_signature_is_refused_and_nothing_runs() {
     let mut host = Host::new();
     let file = host.path("count");
