@@ -187,12 +187,35 @@ pub struct FileStep {
     /// Mode as octal text.
     #[serde(default = "mode")]
     pub mode: String,
-    /// Owner by name or number.
+    /// Owner by name or number (see [`Principal`]).
     #[serde(default = "root_user")]
     pub owner: String,
     /// Group by name or number.
     #[serde(default = "root_user")]
     pub group: String,
+}
+
+/// A user or a group, as a step names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Principal<'a> {
+    /// By number. Never 2^32 - 1, which tells the kernel "leave it as it is".
+    Number(u32),
+    /// By name, to be looked up in the guest.
+    Name(&'a str),
+}
+
+impl<'a> Principal<'a> {
+    /// Reads digits as a number and anything else as a name; `None`: it is neither.
+    pub fn parse(text: &'a str) -> Option<Self> {
+        let first = text.bytes().next()?;
+        if text.bytes().all(|b| b.is_ascii_digit()) {
+            let number = text.parse().ok().filter(|&n: &u32| n != u32::MAX);
+            return number.map(Self::Number);
+        }
+        // `+5` and `-1` are meant as numbers, and no system has such a name.
+        let odd = |c: char| c.is_control() || c.is_whitespace() || matches!(c, ':' | '/' | ',');
+        (!matches!(first, b'+' | b'-') && !text.contains(odd)).then_some(Self::Name(text))
+    }
 }
 
 impl FileStep {
@@ -363,8 +386,14 @@ fn check_script(s: &Script, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
 fn check_file(f: &FileStep, at: &dyn Fn(&str) -> String) -> Result<(), GoalError> {
     let at = |key: &str| at(&format!("file.{key}"));
     absolute(&f.path, &at("path"))?;
-    no_nul(&f.owner, &at("owner"))?;
-    no_nul(&f.group, &at("group"))?;
+    for (key, text) in [("owner", &f.owner), ("group", &f.group)] {
+        if Principal::parse(text).is_none() {
+            return bad(
+                &at(key),
+                format!("must be a name, or a number from 0 to {}", u32::MAX - 1),
+            );
+        }
+    }
     if f.path.split('/').any(|part| part == ".." || part == ".") {
         return bad(&at("path"), "must not have `.` or `..` in it");
     }
@@ -449,6 +478,42 @@ pub(crate) mod tests {
 
     fn parse(text: &str) -> Result<Goal, GoalError> {
         Goal::parse_unverified(text.as_bytes())
+    }
+
+    #[test]
+    fn r113_an_owner_is_a_name_or_a_number_that_means_somebody() {
+        for good in [
+            "root",
+            "0",
+            "005",
+            "4294967294",
+            "www-data",
+            "dom.user",
+            "a+b",
+        ] {
+            assert!(Principal::parse(good).is_some(), "{good}");
+        }
+        let bad = [
+            "",
+            "+5",
+            "-1",
+            "+",
+            "4294967295",
+            "4294967296",
+            "99999999999999999999",
+        ];
+        for bad in bad.into_iter().chain(["a b", "a:b", "a/b", "a\n", " 5"]) {
+            assert_eq!(Principal::parse(bad), None, "{bad}");
+            for key in ["owner", "group"] {
+                let mut goal: serde_json::Value = serde_json::from_str(GOOD).unwrap();
+                goal["steps"][1]["file"][key] = bad.into();
+                let parsed = parse(&goal.to_string());
+                let Err(GoalError::Value { key: at, .. }) = parsed else {
+                    panic!("{key} {bad:?} is taken")
+                };
+                assert_eq!(at, format!("steps[1].file.{key}"));
+            }
+        }
     }
 
     #[test]
