@@ -86,7 +86,7 @@ pub struct Restore {
 
 #[derive(Debug, Args)]
 pub struct Host {
-    /// Where the serial line ends: stdio (ctrl-a x stops the VM) or a file
+    /// Where the serial line ends: stdio (ctrl-a x stops the VM) or a file, of 64 MiB at most
     #[arg(long, default_value = "stdio")]
     pub serial: Line,
     /// Socket of the operator's API: GET /vm, PUT /pause, /resume, /snapshot, /stop
