@@ -21,7 +21,8 @@ use nix::unistd::{Gid, Group, Uid, UnlinkatFlags, User, fchown, fsync, unlinkat}
 use rustix::fs::{XattrFlags, fgetxattr, flistxattr, fsetxattr};
 use sha2::{Digest, Sha256};
 
-use adit_tasks::goal::{FileStep, Principal};
+use adit_tasks::Principal;
+use adit_tasks::goal::FileStep;
 
 use super::Executed;
 
