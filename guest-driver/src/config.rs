@@ -6,6 +6,7 @@
 //! state_dir = "/var/lib/adit-guest"        # the journal
 //! run_dir = "/run/adit-guest"              # texts of running scripts; should be a tmpfs
 //! allow_ports = [80, 22]                   # local TCP ports that the host may reach; default none
+//! clock = "own"                            # "host": the guest takes the host's time whenever the agent connects or pulls
 //!
 //! [script]
 //! enabled = true
@@ -88,6 +89,9 @@ pub struct Config {
     /// Local TCP ports that the host may reach.
     #[serde(default)]
     pub allow_ports: Vec<u16>,
+    /// Whose clock the guest's is.
+    #[serde(default)]
+    pub clock: ClockSource,
     /// The script executor.
     #[serde(default)]
     pub script: ScriptConfig,
@@ -97,6 +101,18 @@ pub struct Config {
     /// This file, if others than root may write it: whom it names is not trusted then.
     #[serde(skip)]
     pub writable: Option<(PathBuf, Writable)>,
+}
+
+/// Whose clock the guest's is. A host whose time is taken decides with it which goals are valid now, though never which were
+/// signed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClockSource {
+    /// Its own: whatever else in the guest sets it.
+    #[default]
+    Own,
+    /// The host's: it is set when it is off by a second or more.
+    Host,
 }
 
 /// `[script]`.

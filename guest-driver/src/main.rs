@@ -184,6 +184,7 @@ fn status(path: PathBuf) -> anyhow::Result<()> {
         }
     );
     println!("ports    {:?}", config.allow_ports);
+    println!("clock    {}", format!("{:?}", config.clock).to_lowercase());
     println!(
         "scripts  {}",
         if config.script.enabled { "on" } else { "off" }

@@ -19,7 +19,7 @@ use adit_tasks::{Admitted, KeyId, TrustStore, VmId, admit};
 use crate::config::Config;
 use crate::journal::{Journal, JournalError, Phase};
 use crate::owned::{self, Writable};
-use crate::{facts, log};
+use crate::{clock, log};
 
 /// Longest key file.
 const KEY_FILE_MAX: u64 = 64 * 1024;
@@ -46,6 +46,26 @@ enum Why {
     Writable(#[from] Writable),
     #[error("{len} bytes, at most {KEY_FILE_MAX} are read")]
     TooLong { len: u64 },
+}
+
+/// Why a task may not run here and now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Denied {
+    /// It never may; begins with a stable code.
+    Refused(String),
+    /// It may later.
+    NotYet {
+        /// From this time on, unix ms.
+        not_before_ms: u64,
+        /// Begins with a stable code.
+        text: String,
+    },
+}
+
+impl From<String> for Denied {
+    fn from(why: String) -> Self {
+        Self::Refused(why)
+    }
 }
 
 /// Checks tasks.
@@ -123,14 +143,14 @@ impl Verifier {
     /// Decides whether a task may run here and now. `unsaved`: a result that the journal could not take.
     ///
     /// # Errors
-    /// Why not; begins with a stable code.
+    /// Why not.
     pub fn verify(
         &self,
         task: &Task,
         journal: &mut Journal,
         unsaved: Option<&Report>,
-    ) -> Result<Admitted, String> {
-        let now = i64::try_from(facts::now_ms()).unwrap_or(i64::MAX);
+    ) -> Result<Admitted, Denied> {
+        let now = i64::try_from(clock::now_ms()).unwrap_or(i64::MAX);
         let past = Past {
             journal: RefCell::new(journal),
             unsaved,
@@ -139,8 +159,14 @@ impl Verifier {
         let admitted = admit(task, &self.trust, &self.vm_id, now, &past);
         match past.failed.take() {
             // What could not be read might have said no.
-            Some(e) => Err(e.to_string()),
-            None => admitted.map_err(|denial| denial.to_string()),
+            Some(e) => Err(e.to_string().into()),
+            None => admitted.map_err(|denial| match denial.not_before_ms {
+                Some(ms) => Denied::NotYet {
+                    not_before_ms: u64::try_from(ms).unwrap_or(0),
+                    text: denial.to_string(),
+                },
+                None => denial.to_string().into(),
+            }),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! What a guest checks before it does anything with a task, in this order: a trust anchor, the envelope's form, the
-//! signature, the goal's form, audience, time, sequence, step, attempt, task id, order. Pure: journal and clock are handed in.
+//! signature, the goal's form, audience, end, sequence, step, attempt, task id, order, beginning. Pure: journal and clock are
+//! handed in. The beginning comes last, so that a task that is only too early can be kept until its time comes.
 //!
 //! Order rule: a step runs when every earlier step of its goal is done here, or has ended otherwise and the goal lets later
 //! steps run then (`continue_on_error`); and while no later step has begun. The guest's own journal says so, not the host.
@@ -7,6 +8,8 @@
 //!
 //! Sequence rule: the goals of one key are run in the order of `key_seq`. One lower than the highest that was admitted,
 //! or the same with other content, is a replay. So a goal that arrives late is refused rather than run out of order.
+
+use jiff::Timestamp;
 
 use crate::dsse::{Envelope, VerifyError};
 use crate::key::{KeyId, TrustStore};
@@ -52,12 +55,15 @@ pub struct Denial {
     pub code: &'static str,
     /// For people.
     pub text: String,
+    /// From when it may run, unix ms: time is all that it lacks (`not-yet-valid`).
+    pub not_before_ms: Option<i64>,
 }
 
 fn deny<T>(code: &'static str, text: impl Into<String>) -> Result<T, Denial> {
     Err(Denial {
         code,
         text: text.into(),
+        not_before_ms: None,
     })
 }
 
@@ -95,11 +101,9 @@ pub fn admit(
             format!("the goal is for {}, this guest is {me}", vms.join(", ")),
         );
     }
-    if now_unix_ms < goal.not_before.as_millisecond() {
-        return deny("not-yet-valid", format!("valid from {}", goal.not_before));
-    }
     if now_unix_ms > goal.not_after.as_millisecond() {
-        return deny("expired", format!("was valid until {}", goal.not_after));
+        let text = format!("was valid until {}, {}", goal.not_after, clock(now_unix_ms));
+        return deny("expired", text);
     }
     let (key, digest) = (verified.key(), verified.digest());
     let last = LastGoal {
@@ -137,11 +141,27 @@ pub fn admit(
         );
     }
     check_order(&goal, step, &digest, me, history)?;
+    let not_before_ms = goal.not_before.as_millisecond();
+    if now_unix_ms < not_before_ms {
+        return Err(Denial {
+            code: "not-yet-valid",
+            text: format!("valid from {}, {}", goal.not_before, clock(now_unix_ms)),
+            not_before_ms: Some(not_before_ms),
+        });
+    }
     Ok(Admitted {
         key,
         last,
         step: step.clone(),
     })
+}
+
+/// Whose clock is wrong cannot be known here, so the refusal says what this one shows.
+fn clock(now_unix_ms: i64) -> String {
+    match Timestamp::from_millisecond(now_unix_ms) {
+        Ok(now) => format!("and this guest's clock says {now}"),
+        Err(_) => format!("and this guest's clock is {now_unix_ms} ms off 1970"),
+    }
 }
 
 /// A further attempt is the guest's own to allow: the host's word alone would let it run a step as often as it likes.

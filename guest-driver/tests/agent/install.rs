@@ -125,3 +125,12 @@ fn r113_modes_do_not_depend_on_the_umask_of_whoever_installs() {
         }
     }
 }
+
+#[test]
+fn r113_an_agent_that_is_started_with_a_strict_umask_makes_directories_that_its_tasks_can_use() {
+    let mut host = crate::host::Host::new();
+    host.start(None);
+    host.accept();
+    let mode = |path: &str| fs::metadata(host.path(path)).unwrap().permissions().mode() & 0o7777;
+    assert_eq!((mode("run"), mode("state")), (0o711, 0o700));
+}

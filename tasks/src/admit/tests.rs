@@ -118,6 +118,28 @@ fn r84_wrong_vm_time_or_signer_is_refused() {
 }
 
 #[test]
+fn a_task_that_is_only_too_early_says_so_and_both_ends_of_time_tell_the_guests_clock() {
+    let (good, _) = task(GOOD, "hello", 1);
+    let none = Seen::default();
+    let at = |task: &Task, now| admit(task, &trust(), &me(), now, &none).unwrap_err();
+    let early = at(&good, NOW - 86_400_000);
+    assert_eq!(early.code, "not-yet-valid");
+    assert_eq!(early.not_before_ms, Some(NOW - 2 * 3_600_000));
+    assert!(early.text.contains("2026-11-20T00:00:00Z"), "{early}");
+    let late = at(&good, NOW + 86_400_000);
+    assert_eq!((late.code, late.not_before_ms), ("expired", None));
+    assert!(late.text.contains("2026-11-22T00:00:00Z"), "{late}");
+    // What no time can mend is not kept: another id, another step's turn.
+    let other_id = Task {
+        task_id: [9; 16],
+        ..good
+    };
+    assert_eq!(at(&other_id, NOW - 86_400_000).code, "task-id-mismatch");
+    let (second, _) = task(GOOD, "motd", 1);
+    assert_eq!(at(&second, NOW - 86_400_000).code, "out-of-order");
+}
+
+#[test]
 fn r84_the_host_can_change_neither_step_nor_id() {
     let (good, _) = task(GOOD, "hello", 1);
     let none = Seen::default();
