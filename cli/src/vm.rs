@@ -224,6 +224,14 @@ fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         ["ivshmem".into(), vm.ivshmem_socket.clone()],
         ["carrier".into(), carrier(&vm.carrier)],
     ];
+    rows.extend(vm.clock_ahead_ms.map(|ms| ["clock".into(), clock(ms)]));
+    rows.extend(vm.holding.iter().map(|held| {
+        let said = format!(
+            "task {}: its goal is valid from {}, and the guest's clock said {}",
+            held.task_id, held.valid_from, held.guest_time
+        );
+        ["holds".into(), said]
+    }));
     rows.extend(vm.kernel.iter().map(|k| ["kernel".into(), k.clone()]));
     rows.extend(vm.port_pid.iter().map(|pid| match vm.held_by {
         Some(_) => ["held by".into(), format!("its VMM, process {pid}")],
@@ -263,6 +271,17 @@ fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
     Ok(())
 }
 
+/// `300.0 s behind this host's`: a message's way is part of it, so that less than a second means nothing.
+fn clock(ahead_ms: i64) -> String {
+    let tenths = ahead_ms.unsigned_abs() / 100;
+    let side = match ahead_ms {
+        ms if ms.unsigned_abs() < 1000 => return "as this host's".into(),
+        ms if ms < 0 => "behind",
+        _ => "ahead of",
+    };
+    format!("{}.{} s {side} this host's", tenths / 10, tenths % 10)
+}
+
 /// `ring: both sides use the ring`, `vsock: no VMM has handed a ring over`.
 fn carrier(carrier: &Carrier) -> String {
     let kind = match carrier.kind {
@@ -281,4 +300,22 @@ fn join(ports: &[impl ToString]) -> String {
         .map(ToString::to_string)
         .collect::<Vec<_>>()
         .join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_says_which_side_of_the_hosts_it_is_on() {
+        for (ms, want) in [
+            (0, "as this host's"),
+            (-999, "as this host's"),
+            (-300_050, "300.0 s behind this host's"),
+            (86_400_100, "86400.1 s ahead of this host's"),
+            (i64::MIN, "9223372036854775.8 s behind this host's"),
+        ] {
+            assert_eq!(clock(ms), want);
+        }
+    }
 }

@@ -3,8 +3,14 @@
 //! Connected and idle it sits in one blocking read: no timer, no wake-up. A stream that had lasted is dialled again at once,
 //! and from then on after a jittered delay that doubles up to five seconds, whether a task runs or not; everything that
 //! matters across that is in the journal, and a task that runs on is announced and reported on the stream that is there then.
+//!
+//! A task whose goal is not yet valid is kept, and begun when it is, by the guest's clock. What comes behind it waits: goals of a
+//! key run in their order. If its stream ends, it is let go, and the host hands it out again. Whose clock is off is seen: the
+//! agent says what its own shows ahead of every pull, and the host answers with its own, which the guest takes if its
+//! configuration says so.
 
 use std::io::{self, ErrorKind, Write};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,13 +18,17 @@ use std::time::{Duration, Instant};
 use adit_channel::frame::{self, Header};
 use adit_channel::hello::{self, Hello, Open};
 use adit_tasks::hex;
-use adit_tasks::wire::{Facts, Pull, Report, ReportAck, SERVICE, Task, WireKind};
+use adit_tasks::wire::{Clock, Facts, Held, Pull, Report, ReportAck, SERVICE, Task, WireKind};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::clock;
+use crate::config::ClockSource;
 use crate::conn::Conn;
 use crate::crash::{self, Point};
-use crate::runner::Runner;
+use crate::runner::{Handled, Runner};
 use crate::running::{Hand, News, Running};
 use crate::serve::Identity;
 use crate::transport::Transport;
@@ -33,6 +43,10 @@ const BACKOFF_MAX: Duration = Duration::from_secs(5);
 const LASTED: Duration = Duration::from_secs(1);
 /// How long the host may take to answer the hello, and to take our bytes while it does.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
+/// How long the host may take to say what its clock shows, for that to be of use.
+const CLOCK_ANSWER_MAX: Duration = Duration::from_secs(5);
+/// The guest's clock is left alone while it is off by less, ms.
+const CLOCK_STEP_MIN_MS: u64 = 1000;
 /// Version of every kind of message.
 const VERSION: u16 = 1;
 /// Longest body from the host: an envelope of 256 KiB and the fields around it.
@@ -45,12 +59,20 @@ pub struct Client {
     facts: Facts,
     hand: Hand,
     running: Option<Running>,
+    clock: ClockSource,
+    /// The clock message that the host has not answered, and when it was sent.
+    clock_asked: Option<(u32, Instant)>,
     last_id: u32,
 }
 
 impl Client {
-    /// Works through this transport with this runner.
-    pub fn new(transport: Arc<dyn Transport>, identity: Arc<Identity>, runner: Runner) -> Self {
+    /// Works through this transport with this runner. `clock`: whose clock the guest's is.
+    pub fn new(
+        transport: Arc<dyn Transport>,
+        identity: Arc<Identity>,
+        runner: Runner,
+        clock: ClockSource,
+    ) -> Self {
         let facts = Facts {
             agent_version: env!("CARGO_PKG_VERSION").into(),
             kernel: facts::kernel(),
@@ -65,6 +87,8 @@ impl Client {
             facts,
             hand: Hand::new(runner),
             running: None,
+            clock,
+            clock_asked: None,
             last_id: 0,
         }
     }
@@ -121,9 +145,11 @@ impl Client {
     fn session(&mut self, conn: &Conn) -> io::Result<io::Error> {
         let facts = self.facts.clone();
         self.send(conn, WireKind::Facts, &facts)?;
+        self.clock_asked = None;
+        self.tell_clock(conn)?;
         if let Some(running) = self.running.take() {
             // Begun on a stream that is no more. Nothing is pulled before it has ended: the host would hand it out again.
-            // Its report is among those below; or it was refused, and is handed out again.
+            // Its report is among those below; or it was refused, or is to wait, and is handed out again.
             self.until_ended(conn, running)?;
         }
         let unacknowledged = self.hand.free().unacknowledged();
@@ -131,6 +157,7 @@ impl Client {
             self.deliver(conn, &report)?;
         }
         loop {
+            self.tell_clock(conn)?;
             let epoch = self.identity.common().epoch;
             let id = self.send(conn, WireKind::Pull, &Pull { epoch })?;
             let Some(task) = self.receive::<Task>(conn, WireKind::Task, id)? else {
@@ -139,16 +166,85 @@ impl Client {
                     "host ended the stream",
                 ));
             };
-            let running = self.hand.begin(task)?;
-            let report = self.until_ended(conn, running)?;
+            let report = self.work(conn, &task)?;
             self.deliver(conn, &report)?;
         }
     }
 
+    /// Brings a task to its end, at its time.
+    fn work(&mut self, conn: &Conn, task: &Task) -> io::Result<Report> {
+        loop {
+            let running = self.hand.begin(task.clone())?;
+            match self.until_ended(conn, running)? {
+                Handled::Ended(report) => return Ok(report),
+                Handled::NotYet(not_before_ms) => self.hold(conn, task, not_before_ms)?,
+            }
+        }
+    }
+
+    /// Waits until the time of a task has come, or the clock was set, or the stream ends.
+    fn hold(&mut self, conn: &Conn, task: &Task, not_before_ms: u64) -> io::Result<()> {
+        let held = Held {
+            task_id: task.task_id,
+            not_before_ms,
+            now_ms: clock::now_ms(),
+        };
+        self.tell(conn, WireKind::Held, &held)?;
+        self.tell_clock(conn)?;
+        let alarm = clock::Alarm::at(not_before_ms)?;
+        while clock::now_ms() < not_before_ms {
+            let mut fds =
+                [alarm.as_fd(), conn.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                Err(e) => return Err(e.into()),
+                Ok(_) => {}
+            }
+            if fds[0].any().unwrap_or(true) {
+                break;
+            }
+            self.nothing_asked(conn)?;
+        }
+        Ok(())
+    }
+
+    /// Says what the guest's clock shows. A host that knows how answers with its own.
+    fn tell_clock(&mut self, conn: &Conn) -> io::Result<()> {
+        let unix_ms = clock::now_ms();
+        let id = self.tell(conn, WireKind::Clock, &Clock { unix_ms })?;
+        self.clock_asked = Some((id, Instant::now()));
+        Ok(())
+    }
+
+    /// The host says what its clock shows.
+    fn heard_clock(&mut self, header: &Header, body: &[u8]) -> io::Result<()> {
+        let host: Clock = header
+            .decode(body)
+            .map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?;
+        let Some((_, asked)) = self.clock_asked.take_if(|(id, _)| *id == header.id) else {
+            return Ok(());
+        };
+        let took = asked.elapsed();
+        if self.clock == ClockSource::Own || took > CLOCK_ANSWER_MAX {
+            return Ok(());
+        }
+        // The answer was on its way for half of that.
+        let way = u64::try_from(took.as_millis() / 2).unwrap_or(0);
+        let (now, to) = (clock::now_ms(), host.unix_ms.saturating_add(way));
+        if now.abs_diff(to) < CLOCK_STEP_MIN_MS {
+            return Ok(());
+        }
+        match clock::set_ms(to) {
+            Ok(()) => log::event("clock-set", &[("from_ms", &now), ("to_ms", &to)]),
+            Err(e) => log::event("clock-not-set", &[("to_ms", &to), ("error", &e)]),
+        }
+        Ok(())
+    }
+
     /// Waits for a task's end. If the stream ends before, the task runs on, and the next stream takes it up.
-    fn until_ended(&mut self, conn: &Conn, mut running: Running) -> io::Result<Report> {
+    fn until_ended(&mut self, conn: &Conn, mut running: Running) -> io::Result<Handled> {
         match self.follow(conn, &mut running) {
-            Ok(()) => Ok(running.report()),
+            Ok(()) => Ok(running.handled()),
             Err(e) => {
                 self.running = Some(running);
                 Err(e)
@@ -173,13 +269,21 @@ impl Client {
     }
 
     /// The host speaks where nothing was asked: what can be ignored, or the end.
-    fn nothing_asked(&self, conn: &Conn) -> io::Result<()> {
+    fn nothing_asked(&mut self, conn: &Conn) -> io::Result<()> {
         match frame::read(&mut &*conn, BODY_MAX)? {
-            Some((header, _)) => ignorable(&header),
+            Some((header, body)) => self.aside(&header, &body),
             None => Err(io::Error::new(
                 ErrorKind::UnexpectedEof,
-                "host ended the stream while a task runs",
+                "host ended the stream while a task runs or is held",
             )),
+        }
+    }
+
+    /// A frame that answers no question that is waited for.
+    fn aside(&mut self, header: &Header, body: &[u8]) -> io::Result<()> {
+        match header.kind == WireKind::HostClock as u16 && header.version == VERSION {
+            true => self.heard_clock(header, body),
+            false => ignorable(header),
         }
     }
 
@@ -204,14 +308,31 @@ impl Client {
         Ok(())
     }
 
-    fn send<T: Serialize>(&mut self, mut conn: &Conn, kind: WireKind, body: &T) -> io::Result<u32> {
+    fn send<T: Serialize>(&mut self, conn: &Conn, kind: WireKind, body: &T) -> io::Result<u32> {
+        self.send_with(conn, kind, 0, body)
+    }
+
+    /// As `send`, for what a host of the version before skips.
+    fn tell<T: Serialize>(&mut self, conn: &Conn, kind: WireKind, body: &T) -> io::Result<u32> {
+        self.send_with(conn, kind, frame::IGNORABLE, body)
+    }
+
+    fn send_with<T: Serialize>(
+        &mut self,
+        mut conn: &Conn,
+        kind: WireKind,
+        flags: u32,
+        body: &T,
+    ) -> io::Result<u32> {
         self.last_id = self.last_id.wrapping_add(1).max(1);
-        conn.write_all(&encode(kind, self.last_id, body)?)?;
+        let bytes = frame::encode(kind as u16, VERSION, self.last_id, flags, body);
+        let bytes = bytes.map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?;
+        conn.write_all(&bytes)?;
         Ok(self.last_id)
     }
 
     fn receive<T: DeserializeOwned>(
-        &self,
+        &mut self,
         conn: &Conn,
         kind: WireKind,
         id: u32,
@@ -232,7 +353,7 @@ impl Client {
                     .map(Some)
                     .map_err(|e| io::Error::new(ErrorKind::InvalidData, e));
             }
-            ignorable(&header)?;
+            self.aside(&header, &body)?;
         }
     }
 }
@@ -250,11 +371,6 @@ fn ignorable(header: &Header) -> io::Result<()> {
         )));
     }
     Ok(())
-}
-
-fn encode<T: Serialize>(kind: WireKind, id: u32, body: &T) -> io::Result<Vec<u8>> {
-    frame::encode(kind as u16, VERSION, id, 0, body)
-        .map_err(|e| io::Error::new(ErrorKind::InvalidData, e))
 }
 
 fn invalid(what: &str) -> io::Error {

@@ -6,6 +6,7 @@
 //! state_dir = "/var/lib/adit-guest"        # the journal
 //! run_dir = "/run/adit-guest"              # texts of running scripts; should be a tmpfs
 //! allow_ports = [80, 22]                   # local TCP ports that the host may reach; default none
+//! clock = "own"                            # "host": the guest takes the host's time whenever the agent connects or pulls
 //!
 //! [script]
 //! enabled = true
@@ -24,6 +25,8 @@ use std::path::{Path, PathBuf};
 
 use adit_tasks::VmId;
 use serde::Deserialize;
+
+use crate::owned::{self, Writable};
 
 /// Where the configuration is if nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/adit-guest/adit-guest.toml";
@@ -86,12 +89,30 @@ pub struct Config {
     /// Local TCP ports that the host may reach.
     #[serde(default)]
     pub allow_ports: Vec<u16>,
+    /// Whose clock the guest's is.
+    #[serde(default)]
+    pub clock: ClockSource,
     /// The script executor.
     #[serde(default)]
     pub script: ScriptConfig,
     /// The file executor.
     #[serde(default)]
     pub file: FileConfig,
+    /// This file, if others than root may write it: whom it names is not trusted then.
+    #[serde(skip)]
+    pub writable: Option<(PathBuf, Writable)>,
+}
+
+/// Whose clock the guest's is. A host whose time is taken decides with it which goals are valid now, though never which were
+/// signed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClockSource {
+    /// Its own: whatever else in the guest sets it.
+    #[default]
+    Own,
+    /// The host's: it is set when it is off by a second or more.
+    Host,
 }
 
 /// `[script]`.
@@ -147,11 +168,15 @@ impl Config {
     /// # Errors
     /// It cannot be read, or something in it is wrong; says where.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        let read = |source| ConfigError::Read {
             path: path.into(),
             source,
-        })?;
-        Self::parse(path, &text)
+        };
+        let text = fs::read_to_string(path).map_err(read)?;
+        let meta = fs::metadata(path).map_err(read)?;
+        let mut config = Self::parse(path, &text)?;
+        config.writable = owned::check(&meta).err().map(|w| (path.to_owned(), w));
+        Ok(config)
     }
 
     /// Checks the text of a file; `path` is for messages only.

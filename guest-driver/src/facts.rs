@@ -33,12 +33,6 @@ pub fn os() -> String {
     cut(&pretty_name(&text.unwrap_or_default()))
 }
 
-/// Milliseconds since 1970 by the guest's clock.
-pub fn now_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
-}
-
 fn pretty_name(os_release: &str) -> String {
     let value = os_release
         .lines()

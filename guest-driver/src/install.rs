@@ -1,15 +1,18 @@
 //! `adit-guest install`: puts agent, service, configuration and trust anchor into an image's root.
 //!
 //! Every file is written beside its place and renamed, and only if it differs, so that installing twice changes
-//! nothing and a cut installation leaves no half file. An existing configuration is replaced: the command line says
+//! nothing and a cut installation leaves no half file. No link in the image leads out of it (`image`). An existing configuration is replaced: the command line says
 //! what the image is to be.
 
+mod image;
+
 use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use adit_tasks::VmId;
+
+use image::Image;
 
 /// Where the agent goes.
 const BINARY: &str = "usr/sbin/adit-guest";
@@ -68,11 +71,12 @@ fn at<'p>(what: &'static str, path: &'p Path) -> impl Fn(io::Error) -> InstallEr
 /// Something cannot be read or written; what was written before is complete and harmless.
 pub fn install(what: &Install<'_>) -> Result<Vec<String>, InstallError> {
     let root = what.root;
-    fs::read_dir(root).map_err(at("use root", root))?;
+    let image = Image::open(root).map_err(at("use root", root))?;
     let mut said = Vec::new();
     let mut put = |path: &str, content: &[u8], mode: u32| -> Result<(), InstallError> {
         let full = root.join(path);
-        let changed = place(&full, content, mode).map_err(at("write", &full))?;
+        let changed = image.place(path, content, mode);
+        let changed = changed.map_err(at("write", &full))?;
         said.push(format!(
             "{} /{path}",
             if changed { "wrote " } else { "keeps " }
@@ -114,7 +118,8 @@ pub fn install(what: &Install<'_>) -> Result<Vec<String>, InstallError> {
     }
     if let Some((path, target)) = link {
         let full = root.join(path);
-        let changed = place_link(&full, target).map_err(at("link", &full))?;
+        let changed = image.place_link(path, target);
+        let changed = changed.map_err(at("link", &full))?;
         said.push(format!(
             "{} /{path} -> {target}",
             if changed { "wrote " } else { "keeps " }
@@ -138,50 +143,6 @@ fn config(what: &Install<'_>) -> String {
          vm_id = \"{}\"\ntrust_dir = \"/{TRUST_DIR}\"\nstate_dir = \"/var/lib/adit-guest\"\nallow_ports = [{ports}]\n",
         what.vm_id
     )
-}
-
-/// Writes a file unless it is there already; true if it changed.
-fn place(path: &Path, content: &[u8], mode: u32) -> io::Result<bool> {
-    let meta = fs::symlink_metadata(path);
-    let same_mode = meta.is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o7777 == mode);
-    if same_mode && fs::read(path)? == content {
-        return Ok(false);
-    }
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    let private = path.to_string_lossy().contains("/etc/adit-guest/");
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(if private { 0o700 } else { 0o755 })
-        .create(dir)?;
-    let temp = dir.join(format!(".adit-install-{}.tmp", std::process::id()));
-    let written = (|| {
-        let mut file = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(mode)
-            .open(&temp)?;
-        file.write_all(content)?;
-        file.set_permissions(fs::Permissions::from_mode(mode))?;
-        file.sync_all()?;
-        fs::rename(&temp, path)?;
-        fs::File::open(dir)?.sync_all()
-    })();
-    if written.is_err() {
-        let _ = fs::remove_file(&temp);
-    }
-    written.map(|()| true)
-}
-
-fn place_link(path: &Path, target: &str) -> io::Result<bool> {
-    if fs::read_link(path).is_ok_and(|t| t == Path::new(target)) {
-        return Ok(false);
-    }
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    fs::create_dir_all(dir)?;
-    let temp = dir.join(format!(".adit-install-{}.tmp", std::process::id()));
-    symlink(target, &temp)?;
-    fs::rename(&temp, path)?;
-    Ok(true)
 }
 
 /// Tasks configure the system, so the file system stays writable; what no executor needs is taken away.
@@ -279,6 +240,8 @@ esac
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
     use crate::config::Config;
 
@@ -353,7 +316,8 @@ mod tests {
         let script = BUSYBOX
             .replace("/usr/sbin/adit-guest run", &at("agent"))
             .replace("/run/adit-guest.pid", &at("pid"));
-        place(Path::new(&at("S50")), script.as_bytes(), 0o755).unwrap();
+        let image = Image::open(dir.path()).unwrap();
+        image.place("S50", script.as_bytes(), 0o755).unwrap();
         assert!(
             Command::new("mkfifo")
                 .arg(at("fifo"))
@@ -362,7 +326,7 @@ mod tests {
                 .success()
         );
         let agent = format!("#!/bin/sh\necho $$ >{}\nexec sleep 1000\n", at("fifo"));
-        place(Path::new(&at("agent")), agent.as_bytes(), 0o755).unwrap();
+        image.place("agent", agent.as_bytes(), 0o755).unwrap();
         let run = |verb: &str| {
             let mut command = Command::new(at("S50"));
             assert!(

@@ -125,7 +125,15 @@ fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
 }
 
 fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
-    postcard::from_bytes(bytes).map_err(|e| JournalError::Corrupt(e.to_string()))
+    match postcard::take_from_bytes(bytes) {
+        Ok((value, [])) => Ok(value),
+        // As much a sign of damage as a value that is cut.
+        Ok((_, rest)) => Err(JournalError::Corrupt(format!(
+            "an entry has {} bytes behind its end",
+            rest.len()
+        ))),
+        Err(e) => Err(JournalError::Corrupt(e.to_string())),
+    }
 }
 
 impl Journal {
@@ -140,6 +148,10 @@ impl Journal {
             .mode(0o700)
             .create(dir);
         made.map_err(|e| JournalError::from(redb::Error::Io(e)))?;
+        let meta = std::fs::metadata(dir).map_err(|e| JournalError::from(redb::Error::Io(e)))?;
+        // Who may write it can put an older journal in its place, and what ran would run again.
+        crate::owned::check(&meta)
+            .map_err(|e| JournalError::Unavailable(format!("{}: {e}", dir.display())))?;
         let mut journal = Self {
             path: dir.join(FILE),
             db: None,
@@ -335,6 +347,17 @@ impl Journal {
         })
     }
 
+    /// Every key's floor, read once.
+    fn floors(&mut self) -> Result<Vec<Floor>> {
+        self.with(|db| {
+            let tx = db.begin_read().map_err(any)?;
+            let floors = tx.open_table(FLOORS).map_err(any)?;
+            let rows = floors.iter().map_err(any)?;
+            rows.map(|row| decode(row.map_err(any)?.1.value()))
+                .collect()
+        })
+    }
+
     fn collect<T>(&mut self, pick: impl Fn(TaskId, Phase) -> Option<T>) -> Result<Vec<T>> {
         self.with(|db| {
             let tx = db.begin_read().map_err(any)?;
@@ -391,6 +414,7 @@ fn make_room(
 pub fn check(dir: &Path) -> Result<()> {
     let mut journal = Journal::open(dir)?;
     journal.collect(|_, _| None::<()>)?;
+    journal.floors()?;
     Ok(())
 }
 

@@ -5,12 +5,14 @@
 //!   host ◀══ AF_VSOCK 741 ══ client ── runner ──▶ verify ▸ journal ▸ exec::{script, file} ▸ journal
 //! ```
 //! Two threads when idle, both blocked in one system call: the listener in `accept`, the client in `read`. Each stream
-//! has a thread of its own while it lives, and so has the task that runs. There is no runtime and no timer.
+//! has a thread of its own while it lives, and so has the task that runs. There is no runtime, and no timer but that of a task
+//! whose goal is not yet valid.
 //!
 //! What it never does: run anything that no trust anchor of the image has signed, pass an argument through a shell,
 //! follow a symbolic link when it writes a file, start a task id twice.
 
 pub mod client;
+pub mod clock;
 pub mod config;
 pub mod conn;
 pub mod crash;
@@ -19,6 +21,7 @@ pub mod facts;
 pub mod install;
 pub mod journal;
 pub mod log;
+mod owned;
 pub mod relay;
 pub mod ring;
 pub mod run;

@@ -170,7 +170,8 @@ fn into_image(
 
 fn status(path: PathBuf) -> anyhow::Result<()> {
     let config = Config::load(&path)?;
-    let anchors = Verifier::load(&config).anchors();
+    let verifier = Verifier::load(&config);
+    let anchors = verifier.anchors();
     let running = std::fs::exists(config.state_dir.join("journal.redb")).unwrap_or(false);
     println!("config   {}", path.display());
     println!("vm       {}", config.vm_id);
@@ -183,6 +184,7 @@ fn status(path: PathBuf) -> anyhow::Result<()> {
         }
     );
     println!("ports    {:?}", config.allow_ports);
+    println!("clock    {}", format!("{:?}", config.clock).to_lowercase());
     println!(
         "scripts  {}",
         if config.script.enabled { "on" } else { "off" }

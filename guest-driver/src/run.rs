@@ -53,6 +53,8 @@ pub fn run(
     ring: Option<Link>,
 ) -> Result<(), RunError> {
     let config = Config::load(config_path)?;
+    // Whoever starts the agent may have any: what it makes has the modes that it says.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let system = |what| move |source: std::io::Error| RunError::System { what, source };
     let listener = transport.listen().map_err(|source| RunError::Listen {
         hint: listen_hint(&source),
@@ -93,7 +95,7 @@ pub fn run(
             .map_err(system("start the ring's thread"))?;
     }
     let runner = Runner::new(&config, own, verifier, journal, identity.boot_nonce);
-    let client = Client::new(transport, identity.clone(), runner);
+    let client = Client::new(transport, identity.clone(), runner, config.clock);
     let client = thread::Builder::new()
         .name("client".into())
         .spawn(|| client.run());

@@ -3,6 +3,7 @@
 //! ```text
 //! id known ──▶ its stored result, never a second run
 //! not verified, journal unusable ──▶ refused, nothing was done, nothing is journaled
+//! valid only later ──▶ not yet: nothing was done, nothing is journaled, and the client asks again when its time comes
 //! else: received ▸ started ▸ effect ▸ result          (▸ = on disk before the next)
 //! ```
 
@@ -17,8 +18,17 @@ use crate::crash::{self, Point};
 use crate::exec::file::FilePolicy;
 use crate::exec::{Executed, cgroup, file, script, tree};
 use crate::journal::{Journal, JournalError, Origin, Phase};
-use crate::verify::Verifier;
-use crate::{facts, log};
+use crate::verify::{Denied, Verifier};
+use crate::{clock, log};
+
+/// What came of a task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Handled {
+    /// Its terminal state.
+    Ended(Report),
+    /// It may run from this time on, unix ms by the guest's clock.
+    NotYet(u64),
+}
 
 /// Runs what it is told by those whom the image trusts.
 pub struct Runner {
@@ -125,7 +135,7 @@ impl Runner {
 
     /// Brings a task to its terminal state, or finds the one that it has. `announce` is called once it is on disk that
     /// it begins.
-    pub fn handle(&mut self, task: &Task, announce: impl FnOnce(&Started)) -> Report {
+    pub fn handle(&mut self, task: &Task, announce: impl FnOnce(&Started)) -> Handled {
         let name = hex(&task.task_id);
         if let Some(known) = self.known(&task.task_id) {
             log::event(
@@ -135,17 +145,25 @@ impl Runner {
                     ("outcome", &format!("{:?}", known.outcome)),
                 ],
             );
-            return known;
+            return Handled::Ended(known);
         }
         let step = match self.accept(task) {
             Ok(step) => step,
-            Err(why) => {
+            Err(Denied::Refused(why)) => {
                 log::event("refused", &[("task", &name), ("why", &why)]);
-                return report(task.task_id, Executed::refused(why), 0, self.boot_nonce);
+                let refused = Executed::refused(why);
+                return Handled::Ended(report(task.task_id, refused, 0, self.boot_nonce));
+            }
+            Err(Denied::NotYet {
+                not_before_ms,
+                text,
+            }) => {
+                log::event("held", &[("task", &name), ("why", &text)]);
+                return Handled::NotYet(not_before_ms);
             }
         };
         crash::at(Point::Started);
-        let started_ms = facts::now_ms();
+        let started_ms = clock::now_ms();
         log::event(
             "started",
             &[
@@ -158,6 +176,13 @@ impl Runner {
             task_id: task.task_id,
         });
         let executed = match step.work() {
+            // Journaled as any end of a step: a goal may let the steps after it run.
+            Some(Work::Script(_)) if !self.script_enabled => Executed::refused(
+                "policy: scripts are switched off in this guest ([script] enabled = false)",
+            ),
+            Some(Work::File(_)) if !self.file_enabled => Executed::refused(
+                "policy: files are switched off in this guest ([file] enabled = false)",
+            ),
             Some(Work::Script(script)) => script::run(script, &name, &self.scripts),
             Some(Work::File(file)) => file::write(file, &self.file_policy),
             None => Executed::failed("the step says nothing that this agent can do"),
@@ -179,7 +204,7 @@ impl Runner {
             ],
         );
         crash::at(Point::ResultStored);
-        report
+        Handled::Ended(report)
     }
 
     /// The terminal state of a task that was begun before.
@@ -208,30 +233,13 @@ impl Runner {
         }
     }
 
-    /// Verifies a task and takes it up to `started`; the error begins with a stable code.
-    fn accept(&mut self, task: &Task) -> Result<Step, String> {
+    /// Verifies a task and takes it up to `started`.
+    fn accept(&mut self, task: &Task) -> Result<Step, Denied> {
         if self.verifier.anchors() == 0 {
-            return Err(
-                "no-trust-anchor: this image trusts no key; it was installed without --trust"
-                    .into(),
-            );
+            return Err(self.verifier.why_no_anchor().into());
         }
         let journal = self.journal.as_mut().map_err(|e| e.to_string())?;
-        let admitted = self.verifier.verify(task, journal)?;
-        match admitted.step.work() {
-            Some(Work::Script(_)) if !self.script_enabled => {
-                return Err(
-                    "policy: scripts are switched off in this guest ([script] enabled = false)"
-                        .into(),
-                );
-            }
-            Some(Work::File(_)) if !self.file_enabled => {
-                return Err(
-                    "policy: files are switched off in this guest ([file] enabled = false)".into(),
-                );
-            }
-            _ => {}
-        }
+        let admitted = self.verifier.verify(task, journal, self.unsaved.as_ref())?;
         let origin = Origin {
             key: admitted.key.0.into(),
             seq: admitted.last.key_seq,
@@ -243,7 +251,7 @@ impl Runner {
             .map_err(|e| e.to_string())?;
         crash::at(Point::Stored);
         journal
-            .started(&task.task_id, facts::now_ms())
+            .started(&task.task_id, clock::now_ms())
             .map_err(|e| e.to_string())?;
         Ok(admitted.step)
     }
@@ -266,7 +274,7 @@ fn report(task_id: TaskId, executed: Executed, started_ms: u64, boot_nonce: [u8;
         exit,
         reason,
         started_ms,
-        ended_ms: facts::now_ms(),
+        ended_ms: clock::now_ms(),
         stdout,
         stderr,
         boot_nonce,

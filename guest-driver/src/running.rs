@@ -13,12 +13,12 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use adit_tasks::wire::{Report, Started, Task, TaskId};
+use adit_tasks::wire::{Started, Task, TaskId};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::conn::Conn;
-use crate::runner::Runner;
+use crate::runner::{Handled, Runner};
 
 /// Stack of a task's thread: touched as deep as a goal is nested, which its parser bounds.
 const STACK_BYTES: usize = 2 * 1024 * 1024;
@@ -51,10 +51,10 @@ impl Hand {
             .spawn(move || {
                 // Nobody reads it any more only when the agent ends.
                 let began = |_: &Started| drop(tell.write_all(b"b"));
-                let report = hand.free().handle(&task, began);
+                let handled = hand.free().handle(&task, began);
                 // The end of the news, now that the runner is free.
                 drop(tell);
-                report
+                handled
             })?;
         Ok(Running {
             task_id,
@@ -71,7 +71,7 @@ pub struct Running {
     /// It is on disk that it begins.
     began: bool,
     news: PipeReader,
-    thread: JoinHandle<Report>,
+    thread: JoinHandle<Handled>,
 }
 
 /// What there is to be done about it.
@@ -79,7 +79,7 @@ pub struct Running {
 pub enum News {
     /// It begins.
     Began,
-    /// It has its terminal state.
+    /// It has its terminal state, or its time has not come.
     Ended,
     /// The stream has bytes, or has ended; nothing is new with the task.
     Stream,
@@ -113,10 +113,10 @@ impl Running {
         Ok(if began { News::Began } else { News::Ended })
     }
 
-    /// Its report, at its end.
-    pub fn report(self) -> Report {
+    /// What came of it, at its end.
+    pub fn handled(self) -> Handled {
         match self.thread.join() {
-            Ok(report) => report,
+            Ok(handled) => handled,
             // As if it had not had a thread: the agent ends, and its successor reports the task as interrupted.
             Err(panic) => std::panic::resume_unwind(panic),
         }

@@ -2,21 +2,24 @@
 //!
 //! Trust anchors are the keys in `trust_dir/*.pub`. A file that others than its owner may write, or that belongs to
 //! neither root nor the agent's user, is no anchor; nor is one with a malformed line. Both are said and skipped, so that
-//! a mistake leaves less trust, never more.
+//! a mistake leaves less trust, never more. Where others may write the directory, or the configuration that names it,
+//! nothing in it is an anchor.
 
 use std::cell::{Cell, RefCell};
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use adit_tasks::admit::{History, LastGoal};
 use adit_tasks::key::KeyError;
-use adit_tasks::wire::{Outcome, Task, TaskId};
+use adit_tasks::wire::{Outcome, Report, Task, TaskId};
 use adit_tasks::{Admitted, KeyId, TrustStore, VmId, admit};
 
 use crate::config::Config;
 use crate::journal::{Journal, JournalError, Phase};
-use crate::{facts, log};
+use crate::owned::{self, Writable};
+use crate::{clock, log};
 
 /// Longest key file.
 const KEY_FILE_MAX: u64 = 64 * 1024;
@@ -32,20 +35,44 @@ pub struct KeyFileError {
 #[derive(Debug, thiserror::Error)]
 enum Why {
     #[error("cannot be read: {0}")]
-    Read(std::io::Error),
+    Read(io::Error),
+    #[error("is not a regular file")]
+    Kind,
     #[error("{0}")]
     Key(KeyError),
     #[error("holds no key; make one with `adit key new`")]
     Empty,
-    #[error("uid {uid} with mode {mode:04o} lets others than root write it")]
-    Writable { uid: u32, mode: u32 },
+    #[error(transparent)]
+    Writable(#[from] Writable),
     #[error("{len} bytes, at most {KEY_FILE_MAX} are read")]
     TooLong { len: u64 },
+}
+
+/// Why a task may not run here and now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Denied {
+    /// It never may; begins with a stable code.
+    Refused(String),
+    /// It may later.
+    NotYet {
+        /// From this time on, unix ms.
+        not_before_ms: u64,
+        /// Begins with a stable code.
+        text: String,
+    },
+}
+
+impl From<String> for Denied {
+    fn from(why: String) -> Self {
+        Self::Refused(why)
+    }
 }
 
 /// Checks tasks.
 pub struct Verifier {
     trust: TrustStore,
+    /// Why there is no anchor, whatever `trust_dir` holds.
+    distrusted: Option<KeyFileError>,
     vm_id: VmId,
 }
 
@@ -53,19 +80,34 @@ impl Verifier {
     /// Reads the anchors of the image.
     pub fn load(config: &Config) -> Self {
         let mut trust = TrustStore::default();
-        let entries = fs::read_dir(&config.trust_dir)
-            .map(|d| d.flatten().map(|e| e.path()).collect::<Vec<_>>());
-        let mut files = entries.unwrap_or_default();
-        files.retain(|p| p.extension().is_some_and(|e| e == "pub"));
-        files.sort();
-        for file in files {
-            if let Err(e) = add_file(&mut trust, &file) {
-                log::event("anchor-skipped", &[("error", &e)]);
+        let distrusted = match key_files(config) {
+            Ok(files) => {
+                for file in files {
+                    if let Err(e) = add_file(&mut trust, &file) {
+                        log::event("anchor-skipped", &[("error", &e)]);
+                    }
+                }
+                None
             }
-        }
+            Err(e) => {
+                log::event("anchors-skipped", &[("error", &e)]);
+                Some(e)
+            }
+        };
         Self {
             trust,
+            distrusted,
             vm_id: config.vm_id.clone(),
+        }
+    }
+
+    /// Why no key is trusted, for a report.
+    pub fn why_no_anchor(&self) -> String {
+        match &self.distrusted {
+            Some(e) => format!("no-trust-anchor: {e}"),
+            None => {
+                "no-trust-anchor: this image trusts no key; it was installed without --trust".into()
+            }
         }
     }
 
@@ -98,44 +140,83 @@ impl Verifier {
         u16::try_from(self.trust.len()).unwrap_or(u16::MAX)
     }
 
-    /// Decides whether a task may run here and now.
+    /// Decides whether a task may run here and now. `unsaved`: a result that the journal could not take.
     ///
     /// # Errors
-    /// Why not; begins with a stable code.
-    pub fn verify(&self, task: &Task, journal: &mut Journal) -> Result<Admitted, String> {
-        let now = i64::try_from(facts::now_ms()).unwrap_or(i64::MAX);
+    /// Why not.
+    pub fn verify(
+        &self,
+        task: &Task,
+        journal: &mut Journal,
+        unsaved: Option<&Report>,
+    ) -> Result<Admitted, Denied> {
+        let now = i64::try_from(clock::now_ms()).unwrap_or(i64::MAX);
         let past = Past {
             journal: RefCell::new(journal),
+            unsaved,
             failed: Cell::new(None),
         };
         let admitted = admit(task, &self.trust, &self.vm_id, now, &past);
         match past.failed.take() {
             // What could not be read might have said no.
-            Some(e) => Err(e.to_string()),
-            None => admitted.map_err(|denial| denial.to_string()),
+            Some(e) => Err(e.to_string().into()),
+            None => admitted.map_err(|denial| match denial.not_before_ms {
+                Some(ms) => Denied::NotYet {
+                    not_before_ms: u64::try_from(ms).unwrap_or(0),
+                    text: denial.to_string(),
+                },
+                None => denial.to_string().into(),
+            }),
         }
     }
 }
 
-fn add_file(trust: &mut TrustStore, file: &Path) -> Result<(), KeyFileError> {
+/// The files that may hold anchors.
+fn key_files(config: &Config) -> Result<Vec<PathBuf>, KeyFileError> {
+    let dir = &config.trust_dir;
+    let of = |file: &Path| {
+        let file = file.to_owned();
+        move |why| KeyFileError { file, why }
+    };
+    if let Some((file, writable)) = &config.writable {
+        return Err(of(file)(Why::Writable(*writable)));
+    }
+    let meta = match fs::metadata(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        meta => meta.map_err(Why::Read).map_err(of(dir))?,
+    };
+    owned::check(&meta)
+        .map_err(Why::Writable)
+        .map_err(of(dir))?;
+    let entries = fs::read_dir(dir).map_err(Why::Read).map_err(of(dir))?;
+    let mut files: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
+    files.retain(|p| p.extension().is_some_and(|e| e == "pub"));
+    files.sort();
+    Ok(files)
+}
+
+fn add_file(trust: &mut TrustStore, path: &Path) -> Result<(), KeyFileError> {
     let of = |why| KeyFileError {
-        file: file.to_owned(),
+        file: path.to_owned(),
         why,
     };
-    let meta = fs::metadata(file).map_err(|e| of(Why::Read(e)))?;
-    let owner_ok = meta.uid() == 0 || meta.uid() == nix::unistd::geteuid().as_raw();
-    if !owner_ok || meta.mode() & 0o022 != 0 {
-        return Err(of(Why::Writable {
-            uid: meta.uid(),
-            mode: meta.mode() & 0o7777,
-        }));
+    // Opened once, so that what is checked is what is read; a fifo is not waited for.
+    let mut options = fs::OpenOptions::new();
+    let options = options.read(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path).map_err(|e| of(Why::Read(e)))?;
+    let meta = file.metadata().map_err(|e| of(Why::Read(e)))?;
+    if !meta.is_file() {
+        return Err(of(Why::Kind));
     }
+    owned::check(&meta).map_err(|e| of(e.into()))?;
     if meta.len() > KEY_FILE_MAX {
         return Err(of(Why::TooLong { len: meta.len() }));
     }
     // All of a file or nothing of it.
     let mut with = trust.clone();
-    let text = fs::read_to_string(file).map_err(|e| of(Why::Read(e)))?;
+    let mut text = String::new();
+    let read = file.take(KEY_FILE_MAX).read_to_string(&mut text);
+    read.map_err(|e| of(Why::Read(e)))?;
     with.add_text(&text).map_err(|e| of(Why::Key(e)))?;
     *trust = with;
     Ok(())
@@ -144,6 +225,7 @@ fn add_file(trust: &mut TrustStore, file: &Path) -> Result<(), KeyFileError> {
 /// The journal as `admit` asks it.
 struct Past<'j> {
     journal: RefCell<&'j mut Journal>,
+    unsaved: Option<&'j Report>,
     failed: Cell<Option<JournalError>>,
 }
 
@@ -163,12 +245,22 @@ impl History for Past<'_> {
             .map(|(key_seq, digest)| LastGoal { key_seq, digest })
     }
 
+    /// As the agent reports it when it is asked again.
     fn outcome(&self, task: &TaskId) -> Option<Outcome> {
+        if let Some(report) = self.unsaved.filter(|r| r.task_id == *task) {
+            return Some(report.outcome);
+        }
         let phase = self.journal.borrow_mut().phase(task);
         match self.ask(phase)? {
             Phase::Result(report) => Some(report.outcome),
             Phase::Acked(outcome) => Some(outcome),
-            Phase::Received | Phase::Started { .. } => None,
+            // One task runs at a time: this one has ended, and its result could not be stored.
+            Phase::Started { .. } => Some(Outcome::Interrupted),
+            Phase::Received => None,
         }
+    }
+
+    fn begun(&self, task: &TaskId) -> bool {
+        self.outcome(task).is_some()
     }
 }

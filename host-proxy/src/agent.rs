@@ -12,7 +12,7 @@ use std::time::Duration;
 use adit_channel::hello::{self, Accept, Common, Hello, Refuse, Status};
 use adit_channel::{frame, hello::Open};
 use adit_port::control::Incoming;
-use adit_tasks::wire::{self, Facts, Pull, Report, ReportAck, Started, WireKind};
+use adit_tasks::wire::{self, Clock, Facts, Held, Pull, Report, ReportAck, Started, WireKind};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -217,11 +217,23 @@ async fn handle(
     let bad = |e: frame::FrameError| io::Error::new(io::ErrorKind::InvalidData, e);
     let is = |kind: WireKind| header.kind == kind as u16 && header.version == VERSION;
     vm.agent_seen(None);
+    if !is(WireKind::Clock) && !is(WireKind::Held) {
+        vm.agent_holds(None);
+    }
     if is(WireKind::Facts) {
         let facts: Facts = header.decode(body).map_err(bad)?;
         let facts = bounded(facts);
         tracing::info!(vm = %vm.config.name, agent = facts.agent_version, anchors = facts.anchors, "agent ready");
         vm.agent_seen(Some(facts));
+    } else if is(WireKind::Clock) {
+        let guest: Clock = header.decode(body).map_err(bad)?;
+        let now = state.now_ms();
+        vm.agent_clock(guest.unix_ms, now);
+        let unix_ms = u64::try_from(now).unwrap_or(0);
+        send(writer, WireKind::HostClock, header.id, &Clock { unix_ms }).await?;
+    } else if is(WireKind::Held) {
+        let held: Held = header.decode(body).map_err(bad)?;
+        vm.agent_holds(Some(held));
     } else if is(WireKind::Pull) {
         let _: Pull = header.decode(body).map_err(bad)?;
         return Ok(Some(header.id));

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
-use adit_api::{Carrier, CarrierKind, Vm, VmState};
+use adit_api::{Carrier, CarrierKind, Holding, Vm, VmState};
 use adit_port::control::{IVSHMEM_SOCKET, RING_SOCKET, Ring, VHOST_SOCKET};
 use adit_tasks::VmId;
-use adit_tasks::wire::Facts;
+use adit_tasks::wire::{Facts, Held};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -48,6 +48,9 @@ pub enum AddError {
 #[derive(Debug, Default)]
 struct AgentState {
     facts: Option<Facts>,
+    /// How far its clock is ahead, ms.
+    clock_ahead_ms: Option<i64>,
+    held: Option<Held>,
     seen: Option<Instant>,
     connected: Option<CancellationToken>,
 }
@@ -241,6 +244,21 @@ impl VmEntry {
         self.touch();
     }
 
+    /// The agent has said what its clock shows.
+    pub fn agent_clock(&self, guest_ms: u64, now_ms: i64) {
+        let guest_ms = i64::try_from(guest_ms).unwrap_or(i64::MAX);
+        self.agent().clock_ahead_ms = Some(guest_ms.saturating_sub(now_ms));
+        self.touch();
+    }
+
+    /// The agent holds a task that is not yet valid by its clock, or goes on.
+    pub fn agent_holds(&self, held: Option<Held>) {
+        let before = std::mem::replace(&mut self.agent().held, held);
+        if before != held {
+            self.touch();
+        }
+    }
+
     /// Whether an agent is connected and has said who it is.
     pub fn ready(&self) -> bool {
         let agent = self.agent();
@@ -276,6 +294,12 @@ impl VmEntry {
             enrolled_as: facts
                 .map(|f| f.vm_id.clone())
                 .filter(|id| id != self.config.name.as_str()),
+            clock_ahead_ms: agent.clock_ahead_ms,
+            holding: agent.held.filter(|_| connected).map(|held| Holding {
+                task_id: adit_tasks::hex(&held.task_id),
+                valid_from: rfc3339(held.not_before_ms),
+                guest_time: rfc3339(held.now_ms),
+            }),
             // A connection that is open is heard from now.
             last_seen_ms: agent.seen.map(|seen| if connected { 0 } else { age(seen) }),
             epoch: status.as_ref().map_or(0, |s| s.epoch),
@@ -299,6 +323,10 @@ impl VmEntry {
     fn agent(&self) -> MutexGuard<'_, AgentState> {
         self.agent.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn rfc3339(ms: u64) -> String {
+    crate::queue::rfc3339(i64::try_from(ms).unwrap_or(i64::MAX))
 }
 
 /// All VMs by name.

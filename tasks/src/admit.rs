@@ -1,13 +1,20 @@
 //! What a guest checks before it does anything with a task, in this order: a trust anchor, the envelope's form, the
-//! signature, the goal's form, audience, time, sequence, step, attempt, task id. Pure: journal and clock are handed in.
+//! signature, the goal's form, audience, end, sequence, step, attempt, task id, order, beginning. Pure: journal and clock are
+//! handed in. The beginning comes last, so that a task that is only too early can be kept until its time comes.
+//!
+//! Order rule: a step runs when every earlier step of its goal is done here, or has ended otherwise and the goal lets later
+//! steps run then (`continue_on_error`); and while no later step has begun. The guest's own journal says so, not the host.
+//! A refusal leaves no trace, so that the same step runs once it comes in its turn.
 //!
 //! Sequence rule: the goals of one key are run in the order of `key_seq`. One lower than the highest that was admitted,
 //! or the same with other content, is a replay. So a goal that arrives late is refused rather than run out of order.
 
+use jiff::Timestamp;
+
 use crate::dsse::{Envelope, VerifyError};
 use crate::key::{KeyId, TrustStore};
 use crate::plan::task_id;
-use crate::wire::{Outcome, Task};
+use crate::wire::{Outcome, Task, TaskId};
 use crate::{Goal, Step, VmId};
 
 /// The last goal that was admitted from a key.
@@ -24,7 +31,9 @@ pub trait History {
     /// The last goal admitted from a key.
     fn last_goal(&self, key: &KeyId) -> Option<LastGoal>;
     /// How a task ended here, if it did.
-    fn outcome(&self, task: &crate::wire::TaskId) -> Option<Outcome>;
+    fn outcome(&self, task: &TaskId) -> Option<Outcome>;
+    /// Whether a task has begun here, ended or not.
+    fn begun(&self, task: &TaskId) -> bool;
 }
 
 /// A task that may run.
@@ -46,12 +55,15 @@ pub struct Denial {
     pub code: &'static str,
     /// For people.
     pub text: String,
+    /// From when it may run, unix ms: time is all that it lacks (`not-yet-valid`).
+    pub not_before_ms: Option<i64>,
 }
 
 fn deny<T>(code: &'static str, text: impl Into<String>) -> Result<T, Denial> {
     Err(Denial {
         code,
         text: text.into(),
+        not_before_ms: None,
     })
 }
 
@@ -59,7 +71,8 @@ fn deny<T>(code: &'static str, text: impl Into<String>) -> Result<T, Denial> {
 ///
 /// # Errors
 /// A [`Denial`] with one of the codes `no-trust-anchor`, `bad-envelope`, `untrusted-key`, `bad-signature`, `bad-goal`,
-/// `wrong-target`, `not-yet-valid`, `expired`, `replay`, `unknown-step`, `attempt`, `task-id-mismatch`.
+/// `wrong-target`, `not-yet-valid`, `expired`, `replay`, `unknown-step`, `attempt`, `task-id-mismatch`,
+/// `out-of-order`.
 pub fn admit(
     task: &Task,
     trust: &TrustStore,
@@ -88,11 +101,9 @@ pub fn admit(
             format!("the goal is for {}, this guest is {me}", vms.join(", ")),
         );
     }
-    if now_unix_ms < goal.not_before.as_millisecond() {
-        return deny("not-yet-valid", format!("valid from {}", goal.not_before));
-    }
     if now_unix_ms > goal.not_after.as_millisecond() {
-        return deny("expired", format!("was valid until {}", goal.not_after));
+        let text = format!("was valid until {}, {}", goal.not_after, clock(now_unix_ms));
+        return deny("expired", text);
     }
     let (key, digest) = (verified.key(), verified.digest());
     let last = LastGoal {
@@ -129,11 +140,28 @@ pub fn admit(
             "the id is not that of goal, VM, step and attempt",
         );
     }
+    check_order(&goal, step, &digest, me, history)?;
+    let not_before_ms = goal.not_before.as_millisecond();
+    if now_unix_ms < not_before_ms {
+        return Err(Denial {
+            code: "not-yet-valid",
+            text: format!("valid from {}, {}", goal.not_before, clock(now_unix_ms)),
+            not_before_ms: Some(not_before_ms),
+        });
+    }
     Ok(Admitted {
         key,
         last,
         step: step.clone(),
     })
+}
+
+/// Whose clock is wrong cannot be known here, so the refusal says what this one shows.
+fn clock(now_unix_ms: i64) -> String {
+    match Timestamp::from_millisecond(now_unix_ms) {
+        Ok(now) => format!("and this guest's clock says {now}"),
+        Err(_) => format!("and this guest's clock is {now_unix_ms} ms off 1970"),
+    }
 }
 
 /// A further attempt is the guest's own to allow: the host's word alone would let it run a step as often as it likes.
@@ -159,6 +187,49 @@ fn check_attempt(
             "attempt",
             format!("attempt {before} was not interrupted here"),
         ),
+    }
+}
+
+/// The host's word alone would let it run a step whose preparation failed, or never came.
+fn check_order(
+    goal: &Goal,
+    step: &Step,
+    digest: &[u8; 32],
+    me: &VmId,
+    history: &dyn History,
+) -> Result<(), Denial> {
+    let at = |s: &Step, attempt| task_id(digest, me, &s.id, attempt);
+    let earlier = || goal.steps.iter().take_while(|s| s.id != step.id);
+    for before in earlier() {
+        let mut attempt = 1;
+        // Only an attempt that was interrupted has one after it.
+        while history.begun(&at(before, attempt + 1)) {
+            attempt += 1;
+        }
+        let ended = match history.outcome(&at(before, attempt)) {
+            Some(Outcome::Done) => continue,
+            Some(_) if before.continue_on_error => continue,
+            Some(outcome) => format!("ended here as {outcome:?}"),
+            None => "has not ended here".into(),
+        };
+        return deny(
+            "out-of-order",
+            format!(
+                "step `{}` comes after `{}`, which {ended}",
+                step.id, before.id
+            ),
+        );
+    }
+    let later = goal.steps.iter().skip(earlier().count() + 1);
+    match later.into_iter().find(|s| history.begun(&at(s, 1))) {
+        Some(after) => deny(
+            "out-of-order",
+            format!(
+                "step `{}` comes before `{}`, which has begun here",
+                step.id, after.id
+            ),
+        ),
+        None => Ok(()),
     }
 }
 

@@ -166,6 +166,9 @@ impl Draft {
             .valid_for
             .split_at_checked(self.valid_for.len().saturating_sub(1))
             .ok_or_else(bad)?;
+        if !number.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(bad());
+        }
         let n: i64 = number.parse().ok().filter(|&n| n > 0).ok_or_else(bad)?;
         let factor = match unit {
             "s" => 1,
@@ -235,6 +238,7 @@ mod tests {
                 "steps[1].id",
             ),
             ("2h", "2 hours", "1:12", "valid_for"),
+            ("2h", "+2h", "1:12", "valid_for"),
         ] {
             let e = Draft::parse(&GOOD.replacen(from, to, 1), "g.yaml").unwrap_err();
             assert!(

@@ -20,6 +20,7 @@ use uuid::Uuid;
 use crate::VmId;
 use crate::dsse::Verified;
 use crate::object::{self, Object};
+use crate::principal::Principal;
 
 /// The planner that this build has.
 pub const PLANNER: u16 = 1;
@@ -187,7 +188,7 @@ pub struct FileStep {
     /// Mode as octal text.
     #[serde(default = "mode")]
     pub mode: String,
-    /// Owner by name or number.
+    /// Owner by name or number (see [`Principal`]).
     #[serde(default = "root_user")]
     pub owner: String,
     /// Group by name or number.
@@ -363,8 +364,14 @@ fn check_script(s: &Script, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
 fn check_file(f: &FileStep, at: &dyn Fn(&str) -> String) -> Result<(), GoalError> {
     let at = |key: &str| at(&format!("file.{key}"));
     absolute(&f.path, &at("path"))?;
-    no_nul(&f.owner, &at("owner"))?;
-    no_nul(&f.group, &at("group"))?;
+    for (key, text) in [("owner", &f.owner), ("group", &f.group)] {
+        if Principal::parse(text).is_none() {
+            return bad(
+                &at(key),
+                format!("must be a name, or a number from 0 to {}", u32::MAX - 1),
+            );
+        }
+    }
     if f.path.split('/').any(|part| part == ".." || part == ".") {
         return bad(&at("path"), "must not have `.` or `..` in it");
     }

@@ -11,6 +11,7 @@
 //! | `draft` | what a person writes (feature `yaml`) |
 //! | `dsse`, `key` | envelopes and signatures; keys and trust anchors |
 //! | `plan` | goal and VM → tasks with derived ids |
+//! | `principal` | whom a file is to belong to |
 //! | `admit` | what a guest checks before it does anything |
 //! | `wire` | messages of the `tasks` service |
 #![forbid(unsafe_code)]
@@ -23,6 +24,7 @@ pub mod goal;
 pub mod key;
 mod object;
 pub mod plan;
+mod principal;
 mod vm_id;
 pub mod wire;
 
@@ -30,6 +32,7 @@ pub use admit::{Admitted, Denial, admit};
 pub use goal::{Goal, Step};
 pub use key::{KeyId, PublicKey, TrustStore};
 pub use plan::{PlannedTask, plan, task_id};
+pub use principal::Principal;
 pub use vm_id::{VmId, VmIdError};
 
 /// Lower-case hex.

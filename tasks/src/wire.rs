@@ -6,13 +6,19 @@
 //! ```text
 //! guest                                   host
 //!   Facts ────────────────────────────────▶   agent is ready
+//!   Clock ────────────────────────────────▶   before every pull, so that a clock that is off is seen
+//!   ◀───────────────────────────── HostClock   for a guest that takes it
 //!   Pull{known digests} ──────────────────▶   held until there is a task: no polling, no timer
 //!   ◀──────────────────────────────── Task
+//!   Held{task_id, until} ─────────────────▶   its goal is not yet valid by the guest's clock; begun when it is
 //!   Started{task_id} ─────────────────────▶   advisory: journaled already
 //!   Report ───────────────────────────────▶   sent again on every connection until acknowledged
 //!   ◀─────────────────────────── ReportAck    the host has it on disk; the guest may forget the result
 //!   Pull …
 //! ```
+//! `Clock` and `Held` have the flag IGNORABLE: a host that does not know them skips them, and `HostClock` goes only to a guest
+//! that has sent a `Clock`.
+//!
 //! A task carries no content of its own: goal envelope, step and attempt; the guest derives the rest.
 
 use serde::{Deserialize, Serialize};
@@ -31,6 +37,9 @@ pub enum WireKind {
     Started = 4,
     Report = 5,
     ReportAck = 6,
+    Clock = 7,
+    HostClock = 8,
+    Held = 9,
 }
 
 /// 16 bytes that name one attempt of one step for one VM: see `task_id`.
@@ -135,4 +144,46 @@ pub struct Report {
 pub struct ReportAck {
     /// Which task.
     pub task_id: TaskId,
+}
+
+/// What the sender's clock says: of a guest in `Clock`, of the host in `HostClock`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clock {
+    /// Unix time in ms.
+    pub unix_ms: u64,
+}
+
+/// The guest has a task whose goal is not yet valid by its clock, and keeps it until it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// Which task.
+    pub task_id: TaskId,
+    /// Unix time in ms from which its goal is valid.
+    pub not_before_ms: u64,
+    /// Unix time in ms by the guest's clock.
+    pub now_ms: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_messages_about_clocks_have_golden_bytes() {
+        let bytes = |m: postcard::Result<Vec<u8>>| crate::hex(&m.unwrap());
+        let unix_ms = 1_795_219_200_000;
+        assert_eq!(
+            bytes(postcard::to_stdvec(&Clock { unix_ms })),
+            "80b09cdb9f34"
+        );
+        let held = Held {
+            task_id: [0xab; 16],
+            not_before_ms: unix_ms,
+            now_ms: 300,
+        };
+        let want = format!("{}80b09cdb9f34ac02", "ab".repeat(16));
+        assert_eq!(bytes(postcard::to_stdvec(&held)), want);
+        let numbers = [WireKind::Clock, WireKind::HostClock, WireKind::Held].map(|k| k as u16);
+        assert_eq!(numbers, [7, 8, 9]);
+    }
 }

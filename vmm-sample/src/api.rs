@@ -131,7 +131,11 @@ fn request(client: &mut UnixStream) -> anyhow::Result<(String, String, Vec<u8>)>
                 .iter()
                 .find(|h| h.name.eq_ignore_ascii_case("content-length"));
             let length = match length {
-                Some(h) => std::str::from_utf8(h.value)?.trim().parse::<usize>()?,
+                // Digits only, as HTTP has it: `parse` takes a sign too.
+                Some(h) => match std::str::from_utf8(h.value)?.trim() {
+                    text if text.bytes().all(|b| b.is_ascii_digit()) => text.parse::<usize>()?,
+                    text => anyhow::bail!("content-length `{}` is no number", text.escape_debug()),
+                },
                 None => 0,
             };
             anyhow::ensure!(length <= REQUEST_MAX, "the body is too long");

@@ -1,6 +1,8 @@
-//! The serial line: a 16550 whose output goes to the terminal or to a file.
+//! The serial line: a 16550 whose output goes to the terminal or to a file. A file has an end ([`FILE_MAX`]): a guest that
+//! writes for ever must not fill the host's disk. The thread that writes may open and cut no file (`seccomp`), so the rest is
+//! dropped, with a line that says so.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -12,6 +14,9 @@ use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::lock;
+
+/// Most bytes of the file that a serial line ends in.
+pub const FILE_MAX: u64 = 64 << 20;
 
 /// Where the line ends.
 #[derive(Clone, Debug)]
@@ -56,6 +61,47 @@ impl Write for Out {
     }
 }
 
+/// A file up to its last byte.
+struct Bounded {
+    file: File,
+    left: u64,
+}
+
+impl Bounded {
+    /// Goes on with a file that may have bytes already. What is no regular file (a pipe, a terminal) has no end.
+    fn new(file: File, max: u64) -> io::Result<Self> {
+        let meta = file.metadata()?;
+        let left = match meta.is_file() {
+            true => max.saturating_sub(meta.len()),
+            false => u64::MAX,
+        };
+        Ok(Self { file, left })
+    }
+}
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.left == 0 {
+            return Ok(bytes.len());
+        }
+        let fits = usize::try_from(self.left).unwrap_or(usize::MAX);
+        let written = self.file.write(&bytes[..bytes.len().min(fits)])?;
+        self.left -= written as u64;
+        if self.left == 0 {
+            self.file.write_all(END)?;
+        }
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The last line of a file that is full.
+const END: &[u8] =
+    b"\nadit-vmm: this file is full: what the guest writes from here on is dropped\n";
+
 /// The serial line.
 pub struct Console(Mutex<Serial<Irq, NoEvents, Out>>);
 
@@ -89,7 +135,16 @@ impl Console {
             Line::Stdio => Box::new(io::stdout()),
             Line::File(path) => {
                 let file = OpenOptions::new().create(true).append(true).open(path);
-                Box::new(file.with_context(|| format!("cannot write {}", path.display()))?)
+                let file = file.and_then(|file| Bounded::new(file, FILE_MAX));
+                let file = file.with_context(|| format!("cannot write {}", path.display()))?;
+                if file.left == 0 {
+                    let mib = FILE_MAX >> 20;
+                    let path = path.display();
+                    eprintln!(
+                        "adit-vmm: {path} has {mib} MiB and takes no more of the serial line: move it away"
+                    );
+                }
+                Box::new(file)
             }
         };
         let serial = Serial::from_state(&state.0, Irq(interrupt), NoEvents, Out(out))
@@ -121,5 +176,60 @@ impl Console {
     /// How much can be typed now.
     pub fn room(&self) -> usize {
         lock(&self.0).fifo_capacity()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all(to: &mut Bounded, bytes: &[u8]) {
+        to.write_all(bytes).unwrap();
+    }
+
+    #[test]
+    fn a_file_takes_so_much_and_says_that_it_is_full_also_in_the_next_life() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("serial");
+        let open = || {
+            let file = OpenOptions::new().create(true).append(true).open(&path);
+            Bounded::new(file.unwrap(), 10).unwrap()
+        };
+        all(&mut open(), b"1234");
+        let mut line = open();
+        all(&mut line, b"5678");
+        all(&mut line, b"90 is lost");
+        all(&mut line, b"and this");
+        assert_eq!(std::fs::read(&path).unwrap(), [b"1234567890", END].concat());
+        let mut line = open();
+        assert_eq!(line.left, 0);
+        all(&mut line, b"nor more of it");
+        assert_eq!(std::fs::read(&path).unwrap(), [b"1234567890", END].concat());
+    }
+
+    #[test]
+    fn what_is_no_file_has_no_end() {
+        let null = OpenOptions::new().append(true).open("/dev/null").unwrap();
+        assert_eq!(Bounded::new(null, 1).unwrap().left, u64::MAX);
+    }
+
+    /// The whole line, from the guest's register to the file.
+    #[test]
+    fn a_guest_that_writes_for_ever_fills_no_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("serial");
+        // Sparse: so much was written before.
+        std::fs::File::create(&path)
+            .unwrap()
+            .set_len(FILE_MAX - 3)
+            .unwrap();
+        let irq = EventFd::new(0).unwrap();
+        let line = Line::File(path.clone());
+        let console = Console::open(&line, irq, &LineState::default()).unwrap();
+        for _ in 0..10_000 {
+            console.write(0, b'x');
+        }
+        let len = std::fs::metadata(&path).unwrap().len();
+        assert_eq!(len, FILE_MAX + END.len() as u64);
     }
 }

@@ -86,7 +86,7 @@ pub struct Restore {
 
 #[derive(Debug, Args)]
 pub struct Host {
-    /// Where the serial line ends: stdio (ctrl-a x stops the VM) or a file
+    /// Where the serial line ends: stdio (ctrl-a x stops the VM) or a file, of 64 MiB at most
     #[arg(long, default_value = "stdio")]
     pub serial: Line,
     /// Socket of the operator's API: GET /vm, PUT /pause, /resume, /snapshot, /stop
@@ -166,7 +166,7 @@ fn vsock(text: &str) -> Result<VsockOptions, String> {
     for part in text.split(',') {
         match part.split_once('=') {
             Some(("cid", n)) => {
-                let n: u64 = n.parse().map_err(|e| format!("cid `{n}`: {e}"))?;
+                let n = number(n).map_err(|e| format!("cid {e}"))?;
                 cid = Some(GuestCid::new(n).ok_or("guests' CIDs are 3 to 4294967294")?);
             }
             Some(("uds", path)) => uds = Some(path.into()),
@@ -183,14 +183,46 @@ fn ring(text: &str) -> Result<usize, String> {
         .ok_or_else(|| "a power of two, 1G at most".to_owned())
 }
 
+/// Digits only: `parse` takes a sign, too.
+fn number(text: &str) -> Result<u64, String> {
+    if !text.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(format!("`{text}`: digits only"));
+    }
+    text.parse().map_err(|e| format!("`{text}`: {e}"))
+}
+
 fn size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.as_bytes().last() {
         Some(b'M') => (&text[..text.len() - 1], 20),
         Some(b'G') => (&text[..text.len() - 1], 30),
         _ => return Err("a number with M or G, such as 512M".to_owned()),
     };
-    let number: u64 = digits.parse().map_err(|e| format!("`{digits}`: {e}"))?;
-    number
+    number(digits)?
         .checked_mul(1 << shift)
         .ok_or_else(|| "too large".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_digits_and_nothing_else() {
+        assert_eq!(size("512M"), Ok(512 << 20));
+        for bad in [
+            "+512M",
+            "-1M",
+            "M",
+            "",
+            "512",
+            " 1M",
+            "99999999999999999999M",
+        ] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+        assert!(vsock("cid=3").is_ok());
+        for bad in ["cid=+3", "cid=-3", "cid=", "cid=2", "cid=0x3"] {
+            assert!(vsock(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -119,7 +119,15 @@ pub fn read(dir: &Path) -> anyhow::Result<State> {
         "{} is cut or altered",
         path.display()
     );
-    postcard::from_bytes(&body).with_context(|| format!("{} is no state", path.display()))
+    let (state, rest) = postcard::take_from_bytes(&body)
+        .with_context(|| format!("{} is no state", path.display()))?;
+    let extra = rest.len();
+    ensure!(
+        extra == 0,
+        "{} has {extra} bytes behind its state",
+        path.display()
+    );
+    Ok(state)
 }
 
 /// Maps a snapshot's memory.

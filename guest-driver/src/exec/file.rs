@@ -2,8 +2,12 @@
 //!
 //! The directory is opened once, beneath its root, with `openat2(RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)`; everything
 //! after that names single path components relative to that descriptor, so that nobody who swaps directories for links
-//! meanwhile can lead the write elsewhere (R89, R90). Order: temporary file (`O_EXCL`), content, owner, mode, fsync,
-//! rename, fsync of the directory: a crash leaves the old file or the new one.
+//! meanwhile can lead the write elsewhere (R89, R90). Order: temporary file (`O_EXCL`), content, owner, extended attributes,
+//! mode, fsync, rename, fsync of the directory: a crash leaves the old file or the new one.
+//!
+//! The new file has the old one's extended attributes: security labels, access lists, those of users. Those that speak of the
+//! content are left out, as any write drops them. Other names of the old file (hard links) keep the old content, which the
+//! output says.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -12,13 +16,19 @@ use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat, openat2, renameat};
-use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstatat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat};
 use nix::unistd::{Gid, Group, Uid, UnlinkatFlags, User, fchown, fsync, unlinkat};
+use rustix::fs::{XattrFlags, fgetxattr, flistxattr, fsetxattr};
 use sha2::{Digest, Sha256};
 
+use adit_tasks::Principal;
 use adit_tasks::goal::FileStep;
 
 use super::Executed;
+
+/// Attributes that hold for the old content only: rights given to a program, measurements of it. A write drops the first, and
+/// the kernel makes the others anew.
+const OF_CONTENT: [&[u8]; 3] = [b"security.capability", b"security.ima", b"security.evm"];
 
 /// Where this guest lets files be written.
 #[derive(Clone, Debug, Default)]
@@ -48,17 +58,30 @@ fn failed(what: &str, path: &Path, e: impl Into<io::Error>) -> FileError {
     }
 }
 
+/// What became of the file.
+enum Placed {
+    Unchanged,
+    /// Written; so many other names are still those of the old file.
+    Written {
+        others: u64,
+    },
+}
+
 /// Writes it, or says why not; an unchanged file is not written again.
 pub fn write(step: &FileStep, policy: &FilePolicy) -> Executed {
     match place(step, policy) {
-        Ok(true) => Executed::done(format!("{}: written\n", step.path)),
-        Ok(false) => Executed::done(format!("{}: unchanged\n", step.path)),
+        Ok(Placed::Unchanged) => Executed::done(format!("{}: unchanged\n", step.path)),
+        Ok(Placed::Written { others: 0 }) => Executed::done(format!("{}: written\n", step.path)),
+        Ok(Placed::Written { others }) => Executed::done(format!(
+            "{}: written\n{}: the old file had {others} other names (hard links), which still have its old content\n",
+            step.path, step.path
+        )),
         Err(FileError::Denied(why)) => Executed::refused(format!("path-denied: {why}")),
         Err(FileError::Failed(why)) => Executed::failed(why),
     }
 }
 
-fn place(step: &FileStep, policy: &FilePolicy) -> Result<bool, FileError> {
+fn place(step: &FileStep, policy: &FilePolicy) -> Result<Placed, FileError> {
     let path = Path::new(&step.path);
     let unusable = |what| FileError::Failed(format!("{what} of {} cannot be used", step.path));
     let content = step.bytes().ok_or_else(|| unusable("content"))?;
@@ -66,13 +89,15 @@ fn place(step: &FileStep, policy: &FilePolicy) -> Result<bool, FileError> {
     let target = resolve(path, policy)?;
     let dir = open_dir(&target)?;
     let (uid, gid) = owner(step)?;
+    let mut old = None;
     match fstatat(&dir, target.name, AtFlags::AT_SYMLINK_NOFOLLOW) {
         Err(Errno::ENOENT) => {}
         Err(e) => return Err(failed("cannot stat", path, e)),
         Ok(stat) if kind(&stat) == SFlag::S_IFREG => {
             if same(&dir, target.name, &stat, &content, (uid, gid, mode)) {
-                return Ok(false);
+                return Ok(Placed::Unchanged);
             }
+            old = Some(open_old(&dir, target.name).map_err(|e| failed("cannot open", path, e))?);
         }
         Ok(_) => {
             return Err(FileError::Denied(format!(
@@ -82,12 +107,29 @@ fn place(step: &FileStep, policy: &FilePolicy) -> Result<bool, FileError> {
         }
     }
     let temp = format!(".adit-{:x}.tmp", u64::from_be_bytes(digest8(target.name)));
-    let written = replace(&dir, &temp, target.name, &content, (uid, gid, mode));
+    let others = match &old {
+        Some(old) => {
+            fstat(old)
+                .map_err(|e| failed("cannot stat", path, e))?
+                .st_nlink
+        }
+        None => 1,
+    };
+    let written = replace(
+        &dir,
+        &temp,
+        target.name,
+        &content,
+        (uid, gid, mode),
+        old.as_ref(),
+    );
     if written.is_err() {
         let _ = unlinkat(&dir, temp.as_str(), UnlinkatFlags::NoRemoveDir);
     }
     written
-        .map(|()| true)
+        .map(|()| Placed::Written {
+            others: others.saturating_sub(1),
+        })
         .map_err(|e| failed("cannot write", path, e))
 }
 
@@ -174,16 +216,18 @@ fn owner(step: &FileStep) -> Result<(Uid, Gid), FileError> {
     let unknown = |what: &str, name: &str| {
         FileError::Failed(format!("{what} {name:?} is not known in this guest"))
     };
-    let uid = match (step.owner.parse(), User::from_name(&step.owner)) {
-        (Ok(number), _) => Uid::from_raw(number),
-        (_, Ok(Some(user))) => user.uid,
-        _ => return Err(unknown("owner", &step.owner)),
+    let uid = match Principal::parse(&step.owner) {
+        Some(Principal::Number(number)) => Some(Uid::from_raw(number)),
+        Some(Principal::Name(name)) => User::from_name(name).ok().flatten().map(|u| u.uid),
+        None => None,
     };
-    let gid = match (step.group.parse(), Group::from_name(&step.group)) {
-        (Ok(number), _) => Gid::from_raw(number),
-        (_, Ok(Some(group))) => group.gid,
-        _ => return Err(unknown("group", &step.group)),
+    let gid = match Principal::parse(&step.group) {
+        Some(Principal::Number(number)) => Some(Gid::from_raw(number)),
+        Some(Principal::Name(name)) => Group::from_name(name).ok().flatten().map(|g| g.gid),
+        None => None,
     };
+    let uid = uid.ok_or_else(|| unknown("owner", &step.owner))?;
+    let gid = gid.ok_or_else(|| unknown("group", &step.group))?;
     Ok((uid, gid))
 }
 
@@ -201,13 +245,46 @@ fn same(
     {
         return false;
     }
-    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    let Ok(fd) = openat(dir, name, flags, Mode::empty()) else {
+    let Ok(fd) = open_old(dir, name) else {
         return false;
     };
     let mut found = Vec::new();
     let limit = content.len() as u64 + 1;
     File::from(fd).take(limit).read_to_end(&mut found).is_ok() && found == content
+}
+
+fn open_old(dir: &OwnedFd, name: &str) -> nix::Result<OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    openat(dir, name, flags, Mode::empty())
+}
+
+/// Gives a new file the extended attributes of the old one.
+fn keep_attributes(old: &OwnedFd, new: &File) -> io::Result<()> {
+    // What a list and a value may have at most: XATTR_LIST_MAX, XATTR_SIZE_MAX.
+    let mut names = vec![0; 64 << 10];
+    let mut value = vec![0; 64 << 10];
+    let listed = match flistxattr(old, &mut names[..]) {
+        Err(rustix::io::Errno::OPNOTSUPP) => 0,
+        listed => listed?,
+    };
+    for name in names[..listed].split(|&b| b == 0).filter(|n| !n.is_empty()) {
+        if OF_CONTENT.contains(&name) {
+            continue;
+        }
+        let kept = fgetxattr(old, name, &mut value[..])
+            .and_then(|n| fsetxattr(new, name, &value[..n], XattrFlags::empty()));
+        match kept {
+            // Taken away meanwhile.
+            Ok(()) | Err(rustix::io::Errno::NODATA) => {}
+            Err(e) => {
+                let name = String::from_utf8_lossy(name);
+                let e = io::Error::from(e);
+                let text = format!("the old file's attribute {name} cannot be kept: {e}");
+                return Err(io::Error::new(e.kind(), text));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn replace(
@@ -216,6 +293,7 @@ fn replace(
     name: &str,
     content: &[u8],
     want: (Uid, Gid, Mode),
+    old: Option<&OwnedFd>,
 ) -> io::Result<()> {
     let (uid, gid, mode) = want;
     let flags =
@@ -228,8 +306,9 @@ fn replace(
     })?;
     let mut file = File::from(fd);
     file.write_all(content)?;
-    // Owner before mode: changing the owner clears set-id bits.
+    // Owner before mode: changing the owner clears set-id bits. Access lists before mode: the mode is what was declared.
     fchown(&file, Some(uid), Some(gid))?;
+    old.map_or(Ok(()), |old| keep_attributes(old, &file))?;
     fchmod(&file, mode)?;
     file.sync_all()?;
     renameat(dir, temp, dir, name)?;

@@ -132,3 +132,47 @@ fn r100_a_place_that_cannot_be_a_directory_is_unavailable() {
         Err(JournalError::Unavailable(_))
     ));
 }
+
+#[test]
+fn r100_an_entry_with_bytes_behind_its_end_is_named_as_corrupt() {
+    for table in ["tasks", "floors"] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(dir.path()).unwrap();
+        journal.received(&id(1), &origin(7)).unwrap();
+        let longer = |bytes: &[u8]| [bytes, &[0]].concat();
+        journal
+            .with(|db| {
+                let tx = db.begin_write().map_err(any)?;
+                if table == "tasks" {
+                    let mut tasks = tx.open_table(TASKS).map_err(any)?;
+                    let old = longer(tasks.get(&id(1)).map_err(any)?.unwrap().value());
+                    tasks.insert(&id(1), old.as_slice()).map_err(any)?;
+                } else {
+                    let mut floors = tx.open_table(FLOORS).map_err(any)?;
+                    let old = longer(floors.get(&b"k"[..]).map_err(any)?.unwrap().value());
+                    floors.insert(&b"k"[..], old.as_slice()).map_err(any)?;
+                }
+                Ok(tx.commit().map_err(any)?)
+            })
+            .unwrap();
+        let corrupt = |e| matches!(e, JournalError::Corrupt(_));
+        match table {
+            "tasks" => assert!(journal.phase(&id(1)).is_err_and(corrupt)),
+            _ => assert!(journal.floor(b"k").is_err_and(corrupt)),
+        }
+        drop(journal);
+        assert!(check(dir.path()).is_err_and(corrupt), "{table}");
+    }
+}
+
+#[test]
+fn a_directory_that_others_may_write_is_no_place_for_a_journal() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let set = |mode| std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(mode));
+    set(0o777).unwrap();
+    let opened = Journal::open(dir.path());
+    assert!(matches!(opened, Err(JournalError::Unavailable(_))));
+    set(0o755).unwrap();
+    assert!(Journal::open(dir.path()).is_ok());
+}

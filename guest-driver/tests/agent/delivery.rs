@@ -21,7 +21,7 @@ fn serve(host: &Host, task: &adit_tasks::wire::Task, terminal: &mut Option<Repor
         match session.next() {
             Ok(Some(Said::Pull(_))) if terminal.is_some() => return true,
             Ok(Some(Said::Pull(id))) => session.task(id, task),
-            Ok(Some(Said::Started)) => {}
+            Ok(Some(Said::Started | Said::Held(_))) => {}
             Ok(Some(Said::Report(id, report))) => {
                 let first = terminal.get_or_insert_with(|| report.clone());
                 assert_eq!(

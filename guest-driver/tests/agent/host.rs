@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use adit_channel::frame;
 use adit_channel::hello::{self, Accept, Common, Hello};
-use adit_tasks::wire::{Facts, Outcome, Pull, Report, ReportAck, Started, Task, WireKind};
+use adit_tasks::wire::{
+    Clock, Facts, Held, Outcome, Pull, Report, ReportAck, Started, Task, WireKind,
+};
 use adit_tasks::{PublicKey, VmId, task_id};
 use ed25519_dalek::SigningKey;
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
@@ -30,6 +32,7 @@ pub struct Host {
 
 pub enum Said {
     Pull(u32),
+    Held(Held),
     Started,
     Report(u32, Report),
 }
@@ -75,8 +78,20 @@ impl Host {
 
     /// Starts the agent; with a kill point it ends there by itself.
     pub fn start(&mut self, crash_at: Option<&str>) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_adit-guest"));
+        self.start_with("ADIT_TEST_CRASH_AT", crash_at);
+    }
+
+    /// Starts the agent with a clock that is so far ahead.
+    pub fn start_ahead(&mut self, ahead_ms: i64) {
+        self.start_with("ADIT_TEST_CLOCK_AHEAD_MS", Some(&ahead_ms.to_string()));
+    }
+
+    fn start_with(&mut self, name: &str, value: Option<&str>) {
+        // Whoever starts an agent may have any umask.
+        let mut command = Command::new("sh");
         command
+            .args(["-c", "umask 077; exec \"$@\"", "sh"])
+            .arg(env!("CARGO_BIN_EXE_adit-guest"))
             .args(["run", "--config"])
             .arg(self.path("adit-guest.toml"));
         command
@@ -91,7 +106,7 @@ impl Host {
             .stdin(Stdio::null())
             .stderr(log)
             .env_remove("ADIT_TEST_CRASH_AT");
-        command.envs(crash_at.map(|p| ("ADIT_TEST_CRASH_AT", p)));
+        command.envs(value.map(|v| (name, v)));
         self.agent = Some(command.spawn().unwrap());
     }
 
@@ -132,7 +147,12 @@ impl Host {
         stream.write_all(&Hello::Accept(accept).encode()).unwrap();
         let (header, body) = frame::read(&mut stream, frame::LEN_MAX).unwrap().unwrap();
         assert_eq!(header.kind, WireKind::Facts as u16);
-        (Session(stream), header.decode(&body).unwrap())
+        let session = Session {
+            stream,
+            clock: None,
+            clocks: Vec::new(),
+        };
+        (session, header.decode(&body).unwrap())
     }
 
     /// Signs a goal for this VM with these steps.
@@ -160,18 +180,39 @@ impl Drop for Host {
     }
 }
 
-pub struct Session(UnixStream);
+pub struct Session {
+    stream: UnixStream,
+    /// What the host's clock shows, for a host that answers; none: one of the version before.
+    pub clock: Option<u64>,
+    /// What the guest's clock showed.
+    pub clocks: Vec<u64>,
+}
 
 impl Session {
     /// The agent's next message; none if it is gone.
     pub fn next(&mut self) -> io::Result<Option<Said>> {
-        let Some((header, body)) = frame::read(&mut self.0, frame::LEN_MAX)? else {
-            return Ok(None);
+        let (header, body) = loop {
+            let Some((header, body)) = frame::read(&mut self.stream, frame::LEN_MAX)? else {
+                return Ok(None);
+            };
+            if header.kind != WireKind::Clock as u16 {
+                break (header, body);
+            }
+            assert_eq!(header.flags, frame::IGNORABLE);
+            self.clocks
+                .push(header.decode::<Clock>(&body).unwrap().unix_ms);
+            if let Some(unix_ms) = self.clock {
+                self.send(WireKind::HostClock, header.id, &Clock { unix_ms });
+            }
         };
         Ok(Some(match header.kind {
             k if k == WireKind::Pull as u16 => {
                 assert_eq!(header.decode::<Pull>(&body).unwrap().epoch, 3);
                 Said::Pull(header.id)
+            }
+            k if k == WireKind::Held as u16 => {
+                assert_eq!(header.flags, frame::IGNORABLE);
+                Said::Held(header.decode(&body).unwrap())
             }
             k if k == WireKind::Started as u16 => {
                 header.decode::<Started>(&body).unwrap();
@@ -187,7 +228,7 @@ impl Session {
     fn send<T: Serialize>(&mut self, kind: WireKind, id: u32, body: &T) {
         // A write to an agent that is dead shows at the next read.
         let _ = self
-            .0
+            .stream
             .write_all(&frame::encode(kind as u16, 1, id, 0, body).unwrap());
     }
 
@@ -215,7 +256,7 @@ impl Session {
                     self.task(id, task);
                 }
                 Said::Pull(_) => panic!("pulled again without a report"),
-                Said::Started => {}
+                Said::Started | Said::Held(_) => {}
                 Said::Report(id, report) => {
                     self.ack(id, &report);
                     if report.task_id == task.task_id && handed_out {

@@ -2,6 +2,8 @@
 //!
 //! Only the carrier is another: Unix sockets in a directory stand for AF_VSOCK, which this machine may not have.
 
+mod clock;
 mod delivery;
 mod host;
+mod install;
 mod trust;

@@ -61,6 +61,12 @@ pub struct Vm {
     pub kernel: Option<String>,
     /// Id that the image was enrolled with, if it is not this VM's: a fault.
     pub enrolled_as: Option<String>,
+    /// How far the guest's clock was ahead of this host's when the agent told it last, ms; negative: behind.
+    #[serde(default)]
+    pub clock_ahead_ms: Option<i64>,
+    /// What the agent holds because its goal is not yet valid by the guest's clock.
+    #[serde(default)]
+    pub holding: Option<Holding>,
     /// Milliseconds since the agent was last heard; none if never.
     pub last_seen_ms: Option<u64>,
     /// Counts sessions.
@@ -91,6 +97,17 @@ pub struct Vm {
     pub ivshmem_socket: String,
     /// The last fault of its transport, if any.
     pub fault: Option<String>,
+}
+
+/// A task that waits in the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holding {
+    /// 32 hex digits.
+    pub task_id: String,
+    /// RFC 3339; from when its goal is valid.
+    pub valid_from: String,
+    /// RFC 3339; what the guest's clock showed when it said so.
+    pub guest_time: String,
 }
 
 /// What carries bytes between host and guest.

@@ -365,6 +365,13 @@ impl Agent {
             .unwrap()
     }
 
+    /// The next frame, which is of this kind.
+    pub fn hear_kind(&mut self, kind: WireKind) -> (Header, Vec<u8>) {
+        let (header, body) = self.hear();
+        assert_eq!(header.kind, kind as u16);
+        (header, body)
+    }
+
     /// Asks for a task, and waits for it.
     pub fn pull(&mut self) -> Task {
         self.say(WireKind::Pull, 7, &Pull { epoch: 1 });

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use adit_channel::hello::{self, Hello};
 use adit_tasks::dsse;
-use adit_tasks::wire::{Outcome, Pull, WireKind};
+use adit_tasks::wire::{Clock, Held, Outcome, Pull, WireKind};
 use ed25519_dalek::SigningKey;
 use serde_json::json;
 
@@ -235,4 +235,50 @@ fn r104_reports_that_were_not_asked_for_change_nothing() {
         states(&host),
         [state("one", 1, "failed"), state("two", 1, "skipped")]
     );
+}
+
+#[test]
+fn a_guests_clock_and_what_it_holds_are_shown_and_the_hosts_clock_is_told_to_who_asks() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let mut agent = ports[0].connected().agent();
+    // An agent of the version before tells no clock.
+    agent.say(WireKind::Report, 9, &report([9; 16], Outcome::Done));
+    agent.hear_kind(WireKind::ReportAck);
+    let vm = host.get("/v1/vms/a");
+    assert!(vm["clock_ahead_ms"].is_null() && vm["holding"].is_null());
+    let now = || {
+        let since = std::time::UNIX_EPOCH.elapsed().unwrap();
+        i64::try_from(since.as_millis()).unwrap()
+    };
+    let (before, ahead) = (now(), -300_000);
+    let unix_ms = u64::try_from(before + ahead).unwrap();
+    agent.say(WireKind::Clock, 11, &Clock { unix_ms });
+    let (header, body) = agent.hear_kind(WireKind::HostClock);
+    let told: Clock = header.decode(&body).unwrap();
+    let (told, after) = (i64::try_from(told.unix_ms).unwrap(), now());
+    assert_eq!(header.id, 11);
+    assert!((before..=after).contains(&told));
+    let shown = host.get("/v1/vms/a")["clock_ahead_ms"].as_i64().unwrap();
+    assert_eq!(shown, ahead - (told - before));
+    // It holds a task; whatever it says next, it goes on.
+    apply(&host, 1);
+    let task_id = agent.pull().task_id;
+    let held = Held {
+        task_id,
+        not_before_ms: 1_795_219_200_000,
+        now_ms: 1_795_132_800_000,
+    };
+    agent.say(WireKind::Held, 12, &held);
+    let holding = host.until("it is shown", |h| {
+        Some(h.get("/v1/vms/a")["holding"].clone()).filter(|v| v.is_object())
+    });
+    assert_eq!(
+        holding,
+        json!({"task_id": adit_tasks::hex(&task_id), "valid_from": "2026-11-21T00:00:00Z",
+               "guest_time": "2026-11-20T00:00:00Z"})
+    );
+    assert_eq!(states(&host)[0], state("one", 1, "leased"));
+    agent.report(task_id, Outcome::Done);
+    assert!(host.get("/v1/vms/a")["holding"].is_null());
 }

@@ -164,3 +164,90 @@ fn a_missing_directory_or_owner_fails_by_name() {
     );
     assert!(!root.join("f").exists());
 }
+
+#[test]
+fn r113_a_replaced_file_keeps_its_attributes_but_not_those_of_its_content() {
+    let (_dir, root, policy) = room();
+    let path = root.join("f");
+    fs::write(&path, "old").unwrap();
+    let set = |name: &str, value: &[u8]| {
+        rustix::fs::setxattr(&path, name, value, XattrFlags::empty()).map_err(io::Error::from)
+    };
+    // An access list: user 1 may read, as any program of this user's may say of its own file.
+    let acl = [
+        &[2, 0, 0, 0][..],
+        &[1, 0, 6, 0, 255, 255, 255, 255],
+        &[2, 0, 4, 0, 1, 0, 0, 0],
+        &[4, 0, 4, 0, 255, 255, 255, 255],
+        &[16, 0, 4, 0, 255, 255, 255, 255],
+        &[32, 0, 0, 0, 255, 255, 255, 255],
+    ]
+    .concat();
+    let mut kept = vec![("user.adit", b"label".to_vec())];
+    if let Err(e) = set("user.adit", b"label") {
+        eprintln!("skipped: this file system keeps no attributes: {e}");
+        return;
+    }
+    match set("system.posix_acl_access", &acl) {
+        Ok(()) => kept.push(("system.posix_acl_access", acl)),
+        Err(e) => eprintln!("skipped: access lists: {e}"),
+    }
+    // A file capability (version 2, none in it); only root may.
+    let capability = [&[0, 0, 0, 2][..], &[0; 16]].concat();
+    if let Err(e) = set("security.capability", &capability) {
+        eprintln!("skipped: capabilities: {e}");
+    }
+    let got = write(&step(&path), &policy);
+    assert_eq!(got.outcome, Outcome::Done, "{}", got.reason);
+    assert_eq!(fs::read_to_string(&path).unwrap(), "new");
+    let get = |name: &str| {
+        let mut value = vec![0; 1024];
+        let n = rustix::fs::getxattr(&path, name, &mut value[..])?;
+        value.truncate(n);
+        Ok::<_, rustix::io::Errno>(value)
+    };
+    for (name, value) in kept {
+        assert_eq!(get(name).unwrap(), value, "{name}");
+    }
+    assert_eq!(get("security.capability"), Err(rustix::io::Errno::NODATA));
+    let mode = fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o640, "the declared mode holds");
+}
+
+#[test]
+fn r113_other_names_of_a_replaced_file_are_told() {
+    let (_dir, root, policy) = room();
+    let path = root.join("f");
+    fs::write(&path, "old").unwrap();
+    for other in ["second", "third"] {
+        fs::hard_link(&path, root.join(other)).unwrap();
+    }
+    let said = |e: Executed| String::from_utf8(e.stdout.head).unwrap();
+    let first = said(write(&step(&path), &policy));
+    assert!(first.contains("2 other names"), "{first}");
+    assert_eq!(fs::read_to_string(root.join("second")).unwrap(), "old");
+    let other = FileStep {
+        content: Some("newer".into()),
+        ..step(&path)
+    };
+    assert!(said(write(&other, &policy)).ends_with("/f: written\n"));
+}
+
+#[test]
+fn r113_an_owner_that_is_no_number_or_means_nobody_is_not_taken_for_one() {
+    let (_dir, root, policy) = room();
+    let path = root.join("f");
+    for bad in ["4294967295", "+0", "-1", "", "4294967296"] {
+        for owner in [true, false] {
+            let mut step = step(&path);
+            *(if owner {
+                &mut step.owner
+            } else {
+                &mut step.group
+            }) = bad.into();
+            let got = write(&step, &policy);
+            assert_eq!(got.outcome, Outcome::Failed, "{bad}: {}", got.reason);
+            assert!(!path.exists(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! Whether anybody but root and the agent's own user can change a file or a directory.
+//!
+//! What the agent believes (its configuration, trust anchors, journal) is worth as much as the directory that it lies in:
+//! who may write that can put another file in its place.
+
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+
+/// Others can change it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("uid {uid} with mode {mode:04o} lets others than root write it")]
+pub struct Writable {
+    /// Its owner.
+    pub uid: u32,
+    /// Its permission bits.
+    pub mode: u32,
+}
+
+/// Checks owner and mode.
+///
+/// # Errors
+/// Others than root and the agent's own user can change it.
+pub fn check(meta: &Metadata) -> Result<(), Writable> {
+    let (uid, mode) = (meta.uid(), meta.mode() & 0o7777);
+    let ours = uid == 0 || uid == nix::unistd::geteuid().as_raw();
+    match ours && mode & 0o022 == 0 {
+        true => Ok(()),
+        false => Err(Writable { uid, mode }),
+    }
+}
