@@ -118,7 +118,55 @@ fn exit_codes_and_signals_are_told_apart() {
         (code("exit 3").outcome, code("exit 3").exit),
         (Outcome::Failed, Some(3))
     );
-    assert_eq!(code("kill -9 $$").exit, Some(137));
+    let killed = code("kill -9 $$");
+    assert_eq!(
+        (killed.exit, killed.reason.as_str()),
+        (Some(137), "killed by signal 9")
+    );
+    // What a program says itself is never taken for a signal.
+    for said in [129, 137, 255] {
+        let got = code(&format!("exit {said}"));
+        assert_eq!(
+            (got.exit, got.reason),
+            (Some(said), format!("exit status {said}"))
+        );
+    }
+}
+
+#[test]
+fn r113_the_tasks_user_can_open_its_output_again() {
+    let _alone = alone();
+    let mut script =
+        script("echo out >/dev/stdout; echo err >/dev/stderr; echo more >>/dev/stdout");
+    if Uid::effective().is_root() {
+        script.run_as = "nobody".into();
+    }
+    let got = exec(&script, "113", None, 30_000);
+    assert_eq!(
+        (text(&got.stdout).as_str(), text(&got.stderr).as_str()),
+        ("out\nmore\n", "err\n"),
+        "{}",
+        got.reason
+    );
+}
+
+#[test]
+fn r113_a_script_runs_although_its_directory_was_removed() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let place = Place {
+        cgroups: None,
+        dir: dir.path().join("run"),
+    };
+    prepare(&place.dir).unwrap();
+    fs::remove_dir(&place.dir).unwrap();
+    let got = run_for(&script("echo ran"), "114", &place, Duration::from_secs(30));
+    assert_eq!(
+        (got.outcome, text(&got.stdout).as_str()),
+        (Outcome::Done, "ran\n"),
+        "{}",
+        got.reason
+    );
 }
 
 #[test]
