@@ -6,7 +6,9 @@
 //!   The pipes belong to that user, so that it can open /dev/stdout and /dev/stderr.
 //! - The agent reads both pipes until the child has ended and never waits for a pipe that a survivor holds open (R93, R95).
 //! - At the timeout: SIGTERM to the process group, a second later SIGKILL to the whole tree, session or not (R95).
-//! - When the script ends by itself, what is left in its session is killed; a daemon that made its own session stays.
+//! - When the script ends by itself, what is left in its session is killed; a daemon that made its own session stays, also
+//!   when the agent ends or is started again (see `cgroup`). A daemon of a script that still runs then ends with it.
+//! - Of what the agent has taken for itself (see `protect`), the child has nothing.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -27,9 +29,10 @@ use nix::unistd::{Gid, Pid, Uid, User, getgrouplist};
 
 use super::Executed;
 use super::capture::Capture;
+use super::reap::{self, Claim};
 use super::tree::{MARKER, Tree};
 use crate::crash::{self, Point};
-use crate::{log, sys};
+use crate::{log, protect, sys};
 
 /// Between SIGTERM and SIGKILL at a timeout.
 const GRACE: Duration = Duration::from_secs(1);
@@ -86,12 +89,12 @@ pub fn run(script: &Script, task: &str, place: &Place) -> Executed {
 fn run_for(script: &Script, task: &str, place: &Place, timeout: Duration) -> Executed {
     let tree = Tree::new(task, place.cgroups.as_deref());
     let text = place.dir.join(format!("{task}.script"));
-    let executed = match start(script, task, &text, &tree) {
-        Ok(child) => supervise(child, script, timeout, &tree),
-        Err(why) => Executed::failed(why),
+    let (pid, executed) = match start(script, task, &text, &tree) {
+        Ok(child) => (child.pid, supervise(child, script, timeout, &tree)),
+        Err(why) => (0, Executed::failed(why)),
     };
     let _ = fs::remove_file(&text);
-    let daemons = tree.release();
+    let daemons = tree.release(pid);
     if daemons > 0 {
         log::event("daemons-left", &[("task", &task), ("count", &daemons)]);
     }
@@ -101,6 +104,8 @@ fn run_for(script: &Script, task: &str, place: &Place, timeout: Duration) -> Exe
 /// A running child and the ends of its pipes.
 struct Running {
     child: Child,
+    /// Dropped after the child's status was taken.
+    _claim: Claim,
     pid: i32,
     pidfd: OwnedFd,
     out: Pipe,
@@ -119,6 +124,7 @@ fn start(script: &Script, task: &str, text: &Path, tree: &Tree) -> Result<Runnin
         cgroup: tree.procs(),
         user: credentials(&user)?,
         cwd: CString::new(script.cwd.as_str()).map_err(|_| "cwd has a NUL byte".to_owned())?,
+        before: protect::before(),
     };
     let mut command = Command::new(&script.interpreter);
     command.arg(text).args(&script.args).env_clear();
@@ -131,7 +137,8 @@ fn start(script: &Script, task: &str, text: &Path, tree: &Tree) -> Result<Runnin
     let pipe = || output_pipe(&user).map_err(|e| format!("cannot make a pipe: {e}"));
     let ([out, to_out], [err, to_err]) = (pipe()?, pipe()?);
     command.stdin(Stdio::null()).stdout(to_out).stderr(to_err);
-    let child = sys::spawn(&mut command, setup).map_err(|e| explain(script, &e))?;
+    let child = reap::spawn(|| sys::spawn(&mut command, setup));
+    let child = child.map_err(|e| explain(script, &e))?;
     crash::at(Point::Spawned);
     Running::new(child, [out, err], script.output_cap as usize)
         .map_err(|e| format!("cannot watch the child: {e}"))
@@ -198,7 +205,11 @@ fn credentials(user: &User) -> Result<Option<(Vec<Gid>, Gid, Uid)>, String> {
 }
 
 impl Running {
-    fn new(mut child: Child, [out, err]: [OwnedFd; 2], cap: usize) -> io::Result<Self> {
+    fn new(
+        (mut child, claim): (Child, Claim),
+        [out, err]: [OwnedFd; 2],
+        cap: usize,
+    ) -> io::Result<Self> {
         let pid = child.id() as i32;
         // Not reaped before `status` below, so the number cannot be another process's.
         let pidfd = sys::pidfd_open(Pid::from_raw(pid)).inspect_err(|_| {
@@ -208,6 +219,7 @@ impl Running {
         let (out, err) = (Pipe::new(out, cap)?, Pipe::new(err, cap)?);
         Ok(Self {
             child,
+            _claim: claim,
             pid,
             pidfd,
             out,
@@ -311,7 +323,7 @@ fn supervise(mut child: Running, script: &Script, timeout: Duration, tree: &Tree
     } else {
         let _ = kill(Pid::from_raw(-child.pid), Signal::SIGTERM);
         child.until_end(Instant::now() + GRACE, &mut buf);
-        tree.kill()
+        tree.kill(child.pid)
     };
     child.out.drain(&mut buf);
     child.err.drain(&mut buf);
@@ -332,6 +344,12 @@ fn supervise(mut child: Running, script: &Script, timeout: Duration, tree: &Tree
         }
         (true, Some(status)) => (Outcome::Failed, how_ended(status)),
     };
+    if outcome != Outcome::Done {
+        for limit in tree.hit() {
+            reason.push_str("; ");
+            reason.push_str(&limit);
+        }
+    }
     if !clean {
         reason.push_str("; some of its processes could not be killed");
     }
