@@ -26,6 +26,8 @@ pub struct Host {
     listener: UnixListener,
     agent: Option<Child>,
     pub key: SigningKey,
+    /// Shell text that is run in the agent's process before the agent.
+    pub prelude: &'static str,
 }
 
 pub enum Said {
@@ -66,6 +68,7 @@ impl Host {
             listener,
             agent: None,
             key: SigningKey::from_bytes(&[7; 32]),
+            prelude: ":",
         }
     }
 
@@ -75,8 +78,10 @@ impl Host {
 
     /// Starts the agent; with a kill point it ends there by itself.
     pub fn start(&mut self, crash_at: Option<&str>) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_adit-guest"));
+        let mut command = Command::new("sh");
         command
+            .args(["-c", &format!("{}; exec \"$@\"", self.prelude), "sh"])
+            .arg(env!("CARGO_BIN_EXE_adit-guest"))
             .args(["run", "--config"])
             .arg(self.path("adit-guest.toml"));
         command
@@ -93,6 +98,10 @@ impl Host {
             .env_remove("ADIT_TEST_CRASH_AT");
         command.envs(crash_at.map(|p| ("ADIT_TEST_CRASH_AT", p)));
         self.agent = Some(command.spawn().unwrap());
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.agent.as_ref().unwrap().id() as i32
     }
 
     /// SIGKILL, as a power cut.

@@ -4,4 +4,5 @@
 
 mod delivery;
 mod host;
+mod own;
 mod trust;
