@@ -4,6 +4,7 @@ pub mod capture;
 pub mod cgroup;
 pub mod file;
 pub mod proc;
+pub mod reap;
 pub mod script;
 pub mod tree;
 

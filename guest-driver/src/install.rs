@@ -145,7 +145,11 @@ fn config(what: &Install<'_>) -> String {
     )
 }
 
-/// Tasks configure the system, so the file system stays writable; what no executor needs is taken away.
+/// Tasks are children of the agent, and may be told to do whatever root can. So nothing stands here that a child inherits
+/// and could not give back: no filter of system calls, no bounding set, no limit, no mount namespace, nothing that switches
+/// one of these on by the way (`ProtectClock`, `LockPersonality`, …), no score. What the agent can give back it takes by
+/// itself (`protect.rs`). Tasks have cgroups outside of the unit's (`exec/cgroup.rs`); where they cannot, they are below it,
+/// and then, too, neither a restart ends the daemons that they left, nor one that runs out of memory the agent.
 const SYSTEMD: &str = "\
 [Unit]
 Description=adit guest agent
@@ -159,23 +163,19 @@ ExecStart=/usr/sbin/adit-guest run
 Restart=always
 RestartSec=250ms
 Delegate=yes
-KillMode=control-group
+KillMode=process
+OOMPolicy=continue
 TimeoutStopSec=10
 StateDirectory=adit-guest
 StateDirectoryMode=0700
 UMask=0022
-OOMScoreAdjust=-500
 TasksMax=4096
-LimitCORE=0
-LockPersonality=yes
-RestrictRealtime=yes
-ProtectClock=yes
-ProtectKernelLogs=yes
 
 [Install]
 WantedBy=multi-user.target
 ";
 
+/// As for systemd: no limit, no score, no capability. OpenRC ends the supervised process and leaves what is beside it.
 const OPENRC: &str = "\
 #!/sbin/openrc-run
 description=\"adit guest agent\"
@@ -359,6 +359,66 @@ mod tests {
             std::thread::yield_now();
         }
         assert!(!fs::exists(at("pid")).unwrap());
+    }
+
+    #[test]
+    fn r114_no_init_gives_the_agent_what_its_tasks_would_inherit() {
+        // Of the unit's own, or of its cgroup, in which no task is.
+        let harmless = [
+            "ExecStartPre",
+            "ExecStart",
+            "Restart",
+            "RestartSec",
+            "Delegate",
+            "KillMode",
+            "OOMPolicy",
+            "TimeoutStopSec",
+            "StateDirectory",
+            "StateDirectoryMode",
+            // Every task gets one of its own.
+            "UMask",
+            "TasksMax",
+        ];
+        let service = SYSTEMD.split("[Service]").nth(1).unwrap();
+        let service = service.split("[Install]").next().unwrap();
+        for line in service.lines().filter(|l| !l.is_empty()) {
+            let (key, value) = line.split_once('=').unwrap();
+            assert!(harmless.contains(&key), "{line}");
+            assert!(key != "KillMode" || value == "process", "{line}");
+        }
+        for (text, init) in [(OPENRC, "OpenRC"), (BUSYBOX, "busybox")] {
+            for taken in [
+                "ulimit",
+                "oom",
+                "capabilities",
+                "no_new_privs",
+                "secbits",
+                "rc_cgroup",
+            ] {
+                assert!(!text.contains(taken), "{init}: {taken}");
+            }
+        }
+    }
+
+    #[test]
+    fn systemd_has_nothing_to_say_against_its_unit() {
+        let _alone = crate::exec::alone();
+        let dir = tempfile::tempdir().unwrap();
+        let unit = dir.path().join("adit-guest.service");
+        fs::write(&unit, SYSTEMD.replace("/usr/sbin/adit-guest", "/bin/true")).unwrap();
+        let verify = std::process::Command::new("systemd-analyze")
+            .args(["verify", "--man=no", "--recursive-errors=no"])
+            .arg(&unit)
+            .output();
+        let Ok(out) = verify else {
+            return eprintln!("skipped: systemd-analyze is not installed");
+        };
+        let said = String::from_utf8_lossy(&out.stderr);
+        let of_unit = said
+            .lines()
+            .filter(|l| l.contains("adit-guest"))
+            .collect::<Vec<_>>();
+        assert!(out.status.success() && of_unit.is_empty(), "{said}");
     }
 
     #[test]

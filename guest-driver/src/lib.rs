@@ -4,9 +4,9 @@
 //!   host ══ AF_VSOCK 741 ══▶ serve ── policy ──▶ relay ══ TCP ══▶ 127.0.0.1:PORT
 //!   host ◀══ AF_VSOCK 741 ══ client ── runner ──▶ verify ▸ journal ▸ exec::{script, file} ▸ journal
 //! ```
-//! Two threads when idle, both blocked in one system call: the listener in `accept`, the client in `read`. Each stream
-//! has a thread of its own while it lives, and so has the task that runs. There is no runtime, and no timer but that of a task
-//! whose goal is not yet valid.
+//! Three threads when idle, each blocked in one system call: the listener in `accept`, the client in `read`, the reaper of
+//! tasks' orphans in `read` of a signal. Each stream has a thread of its own while it lives, and so has the task that runs.
+//! There is no runtime, and no timer but that of a task whose goal is not yet valid.
 //!
 //! What it never does: run anything that no trust anchor of the image has signed, pass an argument through a shell,
 //! follow a symbolic link when it writes a file, start a task id twice.
@@ -22,6 +22,7 @@ pub mod install;
 pub mod journal;
 pub mod log;
 mod owned;
+pub mod protect;
 pub mod relay;
 pub mod ring;
 pub mod run;

@@ -8,14 +8,14 @@ use std::thread;
 
 use crate::client::Client;
 use crate::config::{Config, ConfigError};
-use crate::exec::cgroup;
+use crate::exec::{cgroup, reap};
 use crate::journal::{Journal, JournalError};
 use crate::ring::Link;
 use crate::runner::Runner;
 use crate::serve::{Identity, Server};
 use crate::transport::Transport;
 use crate::verify::Verifier;
-use crate::{facts, log};
+use crate::{facts, log, protect};
 
 /// Why the agent cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +56,8 @@ pub fn run(
     // Whoever starts the agent may have any: what it makes has the modes that it says.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let system = |what| move |source: std::io::Error| RunError::System { what, source };
+    reap::hold_signal().map_err(system("keep the signal of ended children"))?;
+    protect::take();
     let listener = transport.listen().map_err(|source| RunError::Listen {
         hint: listen_hint(&source),
         source,
@@ -64,6 +66,7 @@ pub fn run(
     become_reaper.map_err(|e| system("become the reaper of tasks' orphans")(e.into()))?;
     // Optional: without one the tree is followed by parenthood.
     let _ = cgroup::mount_if_absent();
+    cgroup::leave_task();
     let verifier = Verifier::load(&config);
     let identity = Arc::new(Identity {
         boot_nonce: facts::boot_nonce(),
@@ -89,6 +92,8 @@ pub fn run(
             ],
         );
     }
+    // The check of the journal was waited for by itself; from here on whoever starts a process claims it.
+    reap::start().map_err(system("start the thread that reaps tasks' orphans"))?;
     let server = Server::new(config.allow_ports.clone(), identity.clone());
     if let Some(ring) = ring {
         ring.start(server.clone())

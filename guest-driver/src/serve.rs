@@ -2,24 +2,38 @@
 //!
 //! `hello open {service tcp:PORT}` → policy → dial 127.0.0.1, then ::1 → `accept` or `refuse {why}` → relay. The answer
 //! carries the result of the local dial, so the host can tell "not allowed" from "nobody listens" from "busy".
+//!
+//! Descriptors are shared out by number, since the kernel gives out the lowest that is free: those below [`Shares::ceiling`]
+//! are for tunnels, those above for the agent's own stream, its journal and its tasks. A stream beyond the tunnels' share
+//! is told so, always: also the one for which there is no descriptor at all.
 
+use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::Duration;
 
 use adit_channel::hello::{self, Accept, Common, Hello, Open, Refuse, Status};
 use adit_channel::ring::bell::PING;
 
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+
 use crate::conn::Conn;
 use crate::log;
 use crate::transport::{HostStream, Listen};
 
-/// Most streams at a time; more are refused as busy.
+/// Most streams at a time; more are refused as busy. There are fewer where the limit of descriptors is too low for so many.
 pub const CONNS_MAX: usize = 512;
+/// Descriptors that are no tunnel's: a task takes some 16 from its first line to its last, the agent and its ring as many.
+const RESERVED: u64 = 64;
+/// Descriptors of a tunnel: the host's stream, the local one.
+const TUNNEL: u64 = 2;
+/// How long a refusal may take that the listener itself sends.
+const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
 /// How long the host may take for its hello, and for taking our answer.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 /// How long a local dial may take if the host names no shorter deadline.
@@ -54,11 +68,41 @@ impl Identity {
     }
 }
 
+/// What tunnels may have of this process' descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shares {
+    /// Most streams at a time.
+    streams: usize,
+    /// The first descriptor that is no tunnel's.
+    ceiling: RawFd,
+}
+
+impl Shares {
+    /// Of so many descriptors. Where there are very few, tunnels have half of them.
+    fn of(limit: u64) -> Self {
+        let ceiling = limit - RESERVED.min(limit / 2);
+        Self {
+            streams: usize::try_from(ceiling / TUNNEL).map_or(CONNS_MAX, |n| n.min(CONNS_MAX)),
+            ceiling: RawFd::try_from(ceiling).unwrap_or(RawFd::MAX),
+        }
+    }
+
+    fn now() -> Self {
+        let limit = getrlimit(Resource::RLIMIT_NOFILE);
+        Self::of(limit.map_or(RLIM_INFINITY, |(soft, _)| soft))
+    }
+
+    fn exceeded_by(&self, fd: impl AsFd) -> bool {
+        fd.as_fd().as_raw_fd() >= self.ceiling
+    }
+}
+
 /// Serves the host's streams.
 pub struct Server {
     ports: Vec<u16>,
     identity: Arc<Identity>,
     active: AtomicUsize,
+    shares: Shares,
 }
 
 /// Counts a stream for as long as it lives.
@@ -85,6 +129,10 @@ impl Refusal {
             text: text.into(),
         }
     }
+
+    fn busy(why: impl std::fmt::Display) -> Self {
+        Self::new(Status::Busy, format!("the guest is busy: {why}"))
+    }
 }
 
 impl Server {
@@ -94,6 +142,7 @@ impl Server {
             ports,
             identity,
             active: AtomicUsize::new(0),
+            shares: Shares::now(),
         })
     }
 
@@ -102,14 +151,26 @@ impl Server {
     /// # Errors
     /// The listener failed for good.
     pub fn run(self: &Arc<Self>, listener: &dyn Listen) -> io::Result<()> {
+        // Taken back for as long as it takes to refuse a stream for which there is no descriptor.
+        let mut spare = spare();
         loop {
             match listener.accept() {
-                Ok(Some(conn)) => self.admit(conn),
+                Ok(Some(conn)) => {
+                    spare = spare.or_else(self::spare);
+                    if spare.is_some() && !self.shares.exceeded_by(&conn) {
+                        self.admit(conn);
+                    } else {
+                        self.turn_away(&conn, "it has no descriptors left");
+                    }
+                }
                 Ok(None) => log::event("stream-refused", &[("why", &"peer is not the host")]),
                 Err(e) if short_of_resources(&e) => {
                     log::event("accept-failed", &[("error", &e)]);
-                    // Only streams that end free what is short; asking again at once would spin.
-                    thread::sleep(Duration::from_millis(100));
+                    if spare.take().is_none() {
+                        // Only what ends elsewhere frees what is short; asking again at once would spin.
+                        thread::sleep(Duration::from_millis(100));
+                        spare = self::spare();
+                    }
                 }
                 Err(e) => return Err(e),
             }
@@ -118,20 +179,35 @@ impl Server {
 
     /// Serves one stream on a thread, or refuses it.
     pub fn admit(self: &Arc<Self>, conn: impl HostStream) {
-        if self.active.fetch_add(1, Ordering::Relaxed) >= CONNS_MAX {
+        let most = self.shares.streams;
+        if self.active.fetch_add(1, Ordering::Relaxed) >= most {
             self.active.fetch_sub(1, Ordering::Relaxed);
-            return self.refuse(
-                &conn,
-                Refusal::new(Status::Busy, format!("{CONNS_MAX} streams are open")),
-            );
+            return self.turn_away(&conn, &format!("{most} streams are open"));
         }
         let slot = Slot(self.clone());
+        // Handed over once there is a thread: with one that does not start, the stream would end without an answer.
+        let (give, take) = sync_channel(1);
         let started = thread::Builder::new()
             .stack_size(STACK_BYTES)
-            .spawn(move || slot.0.serve(conn));
-        if let Err(e) = started {
-            log::event("stream-refused", &[("why", &e)]);
+            .spawn(move || {
+                if let Ok(conn) = take.recv() {
+                    slot.0.serve(conn);
+                }
+            });
+        match started {
+            Ok(_) => drop(give.send(conn)),
+            Err(e) => {
+                log::event("stream-refused", &[("why", &e)]);
+                self.turn_away(&conn, &e.to_string());
+            }
         }
+    }
+
+    /// Refuses a stream as busy, unheard.
+    fn turn_away(&self, conn: &impl HostStream, why: &str) {
+        // Whoever does not take the refusal keeps no other stream waiting for long.
+        let _ = conn.limit(Some(REFUSAL_LIMIT));
+        self.refuse(conn, Refusal::busy(why));
     }
 
     fn serve(&self, conn: impl HostStream) {
@@ -231,13 +307,18 @@ impl Server {
             0 => DIAL_LIMIT,
             ms => DIAL_LIMIT.min(Duration::from_millis(ms.into())),
         };
-        dial(port, limit)
-            .map(|local| (version, local))
-            .map_err(|e| Refusal {
-                status: Status::DialFailed,
-                errno: errno_of(&e),
-                text: format!("127.0.0.1:{port}: {e}"),
-            })
+        let local = dial(port, limit).map_err(|e| Refusal {
+            status: match short_of_resources(&e) {
+                true => Status::Busy,
+                false => Status::DialFailed,
+            },
+            errno: errno_of(&e),
+            text: format!("127.0.0.1:{port}: {e}"),
+        })?;
+        if self.shares.exceeded_by(&local) {
+            return Err(Refusal::busy("it has no descriptors left for tunnels"));
+        }
+        Ok((version, local))
     }
 }
 
@@ -263,8 +344,13 @@ fn errno_of(e: &io::Error) -> u16 {
 fn short_of_resources(e: &io::Error) -> bool {
     matches!(
         e.raw_os_error(),
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS | libc::EADDRNOTAVAIL)
     )
+}
+
+/// A descriptor that can be had back.
+fn spare() -> Option<File> {
+    File::open("/dev/null").ok()
 }
 
 #[cfg(test)]

@@ -12,9 +12,13 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::resource::setrlimit;
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Pid, Uid};
+
+use crate::protect::Before;
 
 /// Opens a descriptor that means this process and no later one with the same number.
 pub fn pidfd_open(pid: Pid) -> nix::Result<OwnedFd> {
@@ -48,6 +52,8 @@ pub struct ChildSetup {
     pub user: Option<(Vec<Gid>, Gid, Uid)>,
     /// Working directory, entered as that user.
     pub cwd: CString,
+    /// What the agent has taken for itself since its start, and the child gets back.
+    pub before: Before,
 }
 
 /// Starts a program in its own session with default signals, umask 022, no inherited descriptors and the given user.
@@ -60,6 +66,7 @@ pub fn spawn(command: &mut Command, setup: ChildSetup) -> io::Result<Child> {
         if let Some(procs) = &setup.cgroup {
             nix::unistd::write(procs, b"0")?;
         }
+        give_back(&setup.before)?;
         close_inherited();
         default_signals();
         nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
@@ -74,6 +81,20 @@ pub fn spawn(command: &mut Command, setup: ChildSetup) -> io::Result<Child> {
     // SAFETY: between fork and exec the closure makes only async-signal-safe system calls: it neither allocates (paths
     // are C strings, groups a ready vector) nor takes a lock.
     unsafe { command.pre_exec(enter) }.spawn()
+}
+
+/// Makes the child what it would be if the agent had taken nothing for itself: still as root, since its own user may not be
+/// allowed to. A child that would keep the agent's place does not start.
+fn give_back(before: &Before) -> io::Result<()> {
+    for &(which, soft, hard) in &before.limits {
+        setrlimit(which, soft, hard)?;
+    }
+    if let Some(score) = &before.oom_score {
+        let file = c"/proc/self/oom_score_adj";
+        let file = nix::fcntl::open(file, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+        nix::unistd::write(&file, score.as_bytes())?;
+    }
+    Ok(())
 }
 
 /// Marks every descriptor above 2 close-on-exec: those that whoever started the agent left open.
@@ -96,6 +117,12 @@ fn close_inherited() {
         // SAFETY: F_SETFD on a number that is no descriptor fails with EBADF and does nothing.
         unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
     }
+}
+
+/// Gives a signal its default effect.
+pub fn default_signal(signal: Signal) {
+    // SAFETY: SIG_DFL installs no code of ours.
+    unsafe { libc::signal(signal as libc::c_int, libc::SIG_DFL) };
 }
 
 /// Undoes what a shell or nohup left ignored; std resets only the mask and SIGPIPE.

@@ -1,10 +1,20 @@
 //! A cgroup v2 for each task, where there is a cgroup2 mount that we may write: the one container that no fork,
 //! setsid or double fork leaves, with `cgroup.kill` (Linux 5.14) to end it at once.
 //!
-//! Only the core files are used; no controller has to be enabled, and none of the distribution's own layout is touched.
+//! ```text
+//! MOUNT/adit-tasks               memory and pids are switched on for what is below; no process is in it
+//! MOUNT/adit-tasks/adit-task-ID  one task, and what daemons it left; removed when it is empty
+//! ```
+//! It lies beside the agent's own cgroup and not below it: nothing of what the agent's service is given holds for a task,
+//! a service manager that ends or restarts the agent ends no daemon with it, and the agent's cgroup may have processes of
+//! its own (where controllers are switched on, a cgroup has processes or children with them, never both). Where that
+//! place cannot be had, tasks are below the agent's cgroup, without limits.
+//!
+//! No goal declares limits yet, so each task has a share of the guest: three quarters of its memory, half of its process
+//! numbers. Who takes more is ended, alone and whole, before the guest's services and the agent are short.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -16,18 +26,79 @@ use super::proc;
 /// Prefix of our directories, followed by the task id in hex.
 const PREFIX: &str = "adit-task-";
 
-/// The directory in which task cgroups are made: the agent's own cgroup.
+/// Where they lie.
+const TASKS: &str = "adit-tasks";
+
+/// The directory in which task cgroups are made.
 pub fn base() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = own.lines().find_map(|l| l.strip_prefix("0::/"))?;
+    let mount = mount_point(&mounts)?;
+    let tasks = mount.join(TASKS);
+    if tasks.is_dir() || fs::create_dir(&tasks).is_ok() {
+        switch_on(&mount);
+        switch_on(&tasks);
+        return Some(tasks);
+    }
     // An agent that was itself started from within a task must not nest below it.
-    let path = path
-        .split('/')
-        .take_while(|p| !p.starts_with(PREFIX))
-        .collect::<PathBuf>();
-    let base = mount_point(&mounts)?.join(path);
+    let own = own_path()?;
+    let own = own.split('/').take_while(|p| !p.starts_with(PREFIX));
+    let base = mount.join(own.collect::<PathBuf>());
     base.is_dir().then_some(base)
+}
+
+/// Has what is below a cgroup limited, as far as this kernel can: one that is missing must not take the other along.
+fn switch_on(dir: &Path) {
+    for controller in ["+memory", "+pids"] {
+        let _ = fs::write(dir.join("cgroup.subtree_control"), controller);
+    }
+}
+
+/// This process' cgroup, without the first slash.
+fn own_path() -> Option<String> {
+    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = own.lines().find_map(|l| l.strip_prefix("0::/"));
+    path.map(str::to_owned)
+}
+
+/// Leaves the cgroup of the task that started this agent, if one did, together with whoever supervises the agent: what
+/// ends that task must not end them.
+pub fn leave_task() {
+    if own_path().is_none_or(|own| task_of(&own).is_none()) {
+        return;
+    }
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    if let Some(mount) = mount_point(&mounts) {
+        for pid in proc::lineage().into_iter().filter(|&pid| of(pid).is_some()) {
+            let _ = fs::write(mount.join("cgroup.procs"), pid.to_string());
+        }
+    }
+}
+
+/// The task in whose cgroup a process is, as hex.
+pub fn of(pid: i32) -> Option<String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    task_of(text.lines().find_map(|l| l.strip_prefix("0::/"))?)
+}
+
+fn task_of(path: &str) -> Option<String> {
+    let name = path.split('/').find_map(|p| p.strip_prefix(PREFIX))?;
+    Some(name.to_owned())
+}
+
+/// What a task may have of this guest: most bytes of memory, most processes and threads.
+fn shares() -> [(&'static str, Option<u64>); 2] {
+    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = info.lines().find_map(|l| l.strip_prefix("MemTotal:"));
+    let kib = kib.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
+    let kernel = |name: &str| -> Option<u64> {
+        let text = fs::read_to_string(format!("/proc/sys/kernel/{name}")).ok()?;
+        text.trim().parse().ok()
+    };
+    let numbers = kernel("threads-max").min(kernel("pid_max"));
+    [
+        ("memory.max", kib.map(|kib| kib * 1024 / 4 * 3)),
+        ("pids.max", numbers.map(|n| n / 2)),
+    ]
 }
 
 /// Mount point of the first cgroup2 file system: `id parent dev root MOUNT options … - cgroup2 …`.
@@ -64,10 +135,18 @@ pub fn mount_if_absent() -> io::Result<()> {
 pub struct Cgroup(PathBuf);
 
 impl Cgroup {
-    /// Makes the task's cgroup; none if the kernel or our rights do not allow it.
+    /// Makes the task's cgroup, with its limits where the kernel has them; none if the kernel or our rights do not allow it.
     pub fn create(base: &Path, task: &str) -> Option<Self> {
+        sweep(base);
         let dir = base.join(format!("{PREFIX}{task}"));
         fs::create_dir(&dir).ok()?;
+        for (file, share) in shares() {
+            if let Some(share) = share {
+                let _ = fs::write(dir.join(file), share.to_string());
+            }
+        }
+        // A task without one of its processes is not what was ordered.
+        let _ = fs::write(dir.join("memory.oom.group"), "1");
         Some(Self(dir))
     }
 
@@ -126,21 +205,50 @@ impl Cgroup {
         text.lines().filter_map(|l| l.parse().ok()).collect()
     }
 
-    /// Removes it; what still runs in it (a daemon that the script was to start) goes to the agent's own cgroup.
-    pub fn release(self) -> usize {
-        let left = self.members();
-        if let (false, Some(parent)) = (left.is_empty(), self.0.parent()) {
-            for pid in &left {
-                if let Ok(mut f) = OpenOptions::new()
-                    .write(true)
-                    .open(parent.join("cgroup.procs"))
-                {
-                    let _ = write!(f, "{pid}");
-                }
-            }
+    /// Which limits it ran into, for people.
+    pub fn hit(&self) -> Vec<String> {
+        let events = |file: &str, key: &str| {
+            let text = fs::read_to_string(self.0.join(file)).unwrap_or_default();
+            let count = text
+                .lines()
+                .find_map(|l| l.strip_prefix(key)?.trim().parse().ok());
+            count.is_some_and(|n: u64| n > 0)
+        };
+        let limit = |file: &str| fs::read_to_string(self.0.join(file)).unwrap_or_default();
+        let mut hit = Vec::new();
+        if events("memory.events", "oom_kill ") {
+            let bytes = limit("memory.max").trim().parse::<u64>();
+            let most = bytes.map_or(String::new(), |n| {
+                format!(", a task may have {} MiB", n >> 20)
+            });
+            hit.push(format!("it was killed because memory ran out{most}"));
         }
+        if events("pids.events", "max ") {
+            let most = limit("pids.max");
+            hit.push(format!("it reached its limit of {} processes", most.trim()));
+        }
+        hit
+    }
+
+    /// Gives it up, and returns how many processes go on in it: daemons that the script was to start. They stay in it, so
+    /// that nobody takes them for another task's, and the next task removes what has become empty.
+    pub fn release(self) -> usize {
+        let left = self.members().len();
         let _ = fs::remove_dir(&self.0);
-        left.len()
+        left
+    }
+}
+
+/// Removes the cgroups in which nothing runs any more; the kernel keeps the others.
+fn sweep(base: &Path) {
+    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
+        if entry
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(PREFIX.as_bytes())
+        {
+            let _ = fs::remove_dir(entry.path());
+        }
     }
 }
 

@@ -47,6 +47,18 @@ pub fn table() -> HashMap<i32, Proc> {
     pids.filter_map(|pid| Some((pid, read(pid)?))).collect()
 }
 
+/// This process and its ancestors, without process 1.
+pub fn lineage() -> Vec<i32> {
+    let mut line = vec![std::process::id() as i32];
+    while let Some(parent) = line.last().and_then(|&pid| read(pid)).map(|p| p.parent)
+        && parent > 1
+        && !line.contains(&parent)
+    {
+        line.push(parent);
+    }
+    line
+}
+
 /// `pid (comm) state ppid pgrp session …`; comm may hold anything, blanks and parentheses too.
 fn parse_stat(pid: i32, stat: &[u8]) -> Option<Proc> {
     let close = stat.iter().rposition(|&b| b == b')')?;

@@ -3,17 +3,21 @@
 //! - The text is a file that only its user can read: `INTERPRETER FILE ARGS…`.
 //! - The child gets exactly: the declared environment plus `PATH`, `HOME`, `USER`, `LANG` and `ADIT_TASK_ID`, /dev/null
 //!   as standard input, two pipes, umask 022, default signals, its own session, the declared user and directory (R92, R97).
+//!   The pipes belong to that user, so that it can open /dev/stdout and /dev/stderr.
 //! - The agent reads both pipes until the child has ended and never waits for a pipe that a survivor holds open (R93, R95).
 //! - At the timeout: SIGTERM to the process group, a second later SIGKILL to the whole tree, session or not (R95).
-//! - When the script ends by itself, what is left in its session is killed; a daemon that made its own session stays.
+//! - When the script ends by itself, what is left in its session is killed; a daemon that made its own session stays, also
+//!   when the agent ends or is started again (see `cgroup`). A daemon of a script that still runs then ends with it.
+//! - Of what the agent has taken for itself (see `protect`), the child has nothing.
 
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use adit_tasks::goal::Script;
@@ -21,14 +25,14 @@ use adit_tasks::wire::Outcome;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Gid, Pid, Uid, User, getgrouplist};
 
 use super::Executed;
 use super::capture::Capture;
+use super::reap::{self, Claim};
 use super::tree::{MARKER, Tree};
 use crate::crash::{self, Point};
-use crate::{log, sys};
+use crate::{log, protect, sys};
 
 /// Between SIGTERM and SIGKILL at a timeout.
 const GRACE: Duration = Duration::from_secs(1);
@@ -85,12 +89,12 @@ pub fn run(script: &Script, task: &str, place: &Place) -> Executed {
 fn run_for(script: &Script, task: &str, place: &Place, timeout: Duration) -> Executed {
     let tree = Tree::new(task, place.cgroups.as_deref());
     let text = place.dir.join(format!("{task}.script"));
-    let executed = match start(script, task, &text, &tree) {
-        Ok(child) => supervise(child, script, timeout, &tree),
-        Err(why) => Executed::failed(why),
+    let (pid, executed) = match start(script, task, &text, &tree) {
+        Ok(child) => (child.pid, supervise(child, script, timeout, &tree)),
+        Err(why) => (0, Executed::failed(why)),
     };
     let _ = fs::remove_file(&text);
-    let daemons = tree.release();
+    let daemons = tree.release(pid);
     if daemons > 0 {
         log::event("daemons-left", &[("task", &task), ("count", &daemons)]);
     }
@@ -99,6 +103,9 @@ fn run_for(script: &Script, task: &str, place: &Place, timeout: Duration) -> Exe
 
 /// A running child and the ends of its pipes.
 struct Running {
+    child: Child,
+    /// Dropped after the child's status was taken.
+    _claim: Claim,
     pid: i32,
     pidfd: OwnedFd,
     out: Pipe,
@@ -109,7 +116,7 @@ fn start(script: &Script, task: &str, text: &Path, tree: &Tree) -> Result<Runnin
     let user =
         User::from_name(&script.run_as).map_err(|e| format!("user {:?}: {e}", script.run_as))?;
     let user = user.ok_or_else(|| format!("user {:?} is not in /etc/passwd", script.run_as))?;
-    write_text(text, &script.script, &user).map_err(|e| match e.raw_os_error() {
+    hand_over(text, &script.script, &user).map_err(|e| match e.raw_os_error() {
         Some(libc::ENOSPC | libc::EDQUOT) => format!("no-space: {}: {e}", text.display()),
         _ => format!("cannot hand over the script as {}: {e}", text.display()),
     })?;
@@ -117,6 +124,7 @@ fn start(script: &Script, task: &str, text: &Path, tree: &Tree) -> Result<Runnin
         cgroup: tree.procs(),
         user: credentials(&user)?,
         cwd: CString::new(script.cwd.as_str()).map_err(|_| "cwd has a NUL byte".to_owned())?,
+        before: protect::before(),
     };
     let mut command = Command::new(&script.interpreter);
     command.arg(text).args(&script.args).env_clear();
@@ -126,14 +134,35 @@ fn start(script: &Script, task: &str, text: &Path, tree: &Tree) -> Result<Runnin
         .env("USER", &user.name)
         .env("LANG", "C.UTF-8");
     command.envs(&script.env).env(MARKER, task);
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let child = sys::spawn(&mut command, setup).map_err(|e| explain(script, &e))?;
+    let pipe = || output_pipe(&user).map_err(|e| format!("cannot make a pipe: {e}"));
+    let ([out, to_out], [err, to_err]) = (pipe()?, pipe()?);
+    command.stdin(Stdio::null()).stdout(to_out).stderr(to_err);
+    let child = reap::spawn(|| sys::spawn(&mut command, setup));
+    let child = child.map_err(|e| explain(script, &e))?;
     crash::at(Point::Spawned);
-    Running::new(child, script.output_cap as usize)
+    Running::new(child, [out, err], script.output_cap as usize)
         .map_err(|e| format!("cannot watch the child: {e}"))
+}
+
+/// The reading and the writing end. A pipe belongs to whoever made it, and only its owner may open it again by the name
+/// /dev/stdout.
+fn output_pipe(user: &User) -> io::Result<[OwnedFd; 2]> {
+    let (reader, writer) = io::pipe()?;
+    if user.uid != Uid::effective() {
+        nix::unistd::fchown(&writer, Some(user.uid), Some(user.gid))?;
+    }
+    Ok([reader.into(), writer.into()])
+}
+
+/// Writes the text; makes its directory anew if it is gone: who cleans /run must not end every later task.
+fn hand_over(path: &Path, text: &str, user: &User) -> io::Result<()> {
+    match (write_text(path, text, user), path.parent()) {
+        (Err(e), Some(dir)) if e.kind() == ErrorKind::NotFound => {
+            prepare(dir)?;
+            write_text(path, text, user)
+        }
+        (done, _) => done,
+    }
 }
 
 /// The text as a new file that only its reader can read.
@@ -176,18 +205,21 @@ fn credentials(user: &User) -> Result<Option<(Vec<Gid>, Gid, Uid)>, String> {
 }
 
 impl Running {
-    fn new(mut child: Child, cap: usize) -> io::Result<Self> {
+    fn new(
+        (mut child, claim): (Child, Claim),
+        [out, err]: [OwnedFd; 2],
+        cap: usize,
+    ) -> io::Result<Self> {
         let pid = child.id() as i32;
-        // Not reaped before `waitid` below, so the number cannot be another process's.
+        // Not reaped before `status` below, so the number cannot be another process's.
         let pidfd = sys::pidfd_open(Pid::from_raw(pid)).inspect_err(|_| {
             let _ = child.kill();
             let _ = child.wait();
         })?;
-        let (out, err) = (
-            Pipe::new(child.stdout.take(), cap)?,
-            Pipe::new(child.stderr.take(), cap)?,
-        );
+        let (out, err) = (Pipe::new(out, cap)?, Pipe::new(err, cap)?);
         Ok(Self {
+            child,
+            _claim: claim,
             pid,
             pidfd,
             out,
@@ -213,6 +245,11 @@ impl Running {
                 return true;
             }
         }
+    }
+
+    /// Reaps the child. None if it is not dead (an uninterruptible wait).
+    fn status(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
     }
 
     fn poll(&self, limit: Duration) -> [bool; 3] {
@@ -244,13 +281,10 @@ struct Pipe {
 }
 
 impl Pipe {
-    fn new(end: Option<impl Into<OwnedFd>>, cap: usize) -> io::Result<Self> {
-        let file = end.map(|e| File::from(e.into()));
-        if let Some(f) = &file {
-            fcntl(f, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-        }
+    fn new(end: OwnedFd, cap: usize) -> io::Result<Self> {
+        fcntl(&end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         Ok(Self {
-            file,
+            file: Some(end.into()),
             capture: Capture::new(cap),
         })
     }
@@ -289,12 +323,13 @@ fn supervise(mut child: Running, script: &Script, timeout: Duration, tree: &Tree
     } else {
         let _ = kill(Pid::from_raw(-child.pid), Signal::SIGTERM);
         child.until_end(Instant::now() + GRACE, &mut buf);
-        tree.kill()
+        tree.kill(child.pid)
     };
     child.out.drain(&mut buf);
     child.err.drain(&mut buf);
-    let status = exit_status(&child.pidfd);
+    let status = child.status();
     crash::at(Point::ChildDone);
+    let exit = status.and_then(exit_code);
     let (outcome, mut reason) = match (in_time, status) {
         (false, _) => (
             Outcome::TimedOut,
@@ -303,41 +338,42 @@ fn supervise(mut child: Running, script: &Script, timeout: Duration, tree: &Tree
                 timeout.as_millis()
             ),
         ),
-        (true, Some(code)) if script.success_codes.contains(&code) => {
+        (true, None) => (Outcome::Failed, "the child's status is lost".into()),
+        (true, Some(_)) if exit.is_some_and(|code| script.success_codes.contains(&code)) => {
             (Outcome::Done, String::new())
         }
-        (true, Some(code)) if code > 128 => (
-            Outcome::Failed,
-            format!("exit status {code} (signal {})", code - 128),
-        ),
-        (true, Some(code)) => (Outcome::Failed, format!("exit status {code}")),
-        (true, None) => (Outcome::Failed, "the child's status is lost".into()),
+        (true, Some(status)) => (Outcome::Failed, how_ended(status)),
     };
+    if outcome != Outcome::Done {
+        for limit in tree.hit() {
+            reason.push_str("; ");
+            reason.push_str(&limit);
+        }
+    }
     if !clean {
         reason.push_str("; some of its processes could not be killed");
     }
     let (stdout, stderr) = (child.out.capture.finish(), child.err.capture.finish());
     Executed {
         outcome,
-        exit: status,
+        exit,
         reason,
         stdout,
         stderr,
     }
 }
 
-/// Reaps the child: its code, or 128 + the signal. None if it is not dead (an uninterruptible wait).
-fn exit_status(pidfd: &OwnedFd) -> Option<i32> {
-    loop {
-        match waitid(
-            Id::PIDFd(pidfd.as_fd()),
-            WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG,
-        ) {
-            Ok(WaitStatus::Exited(_, code)) => return Some(code),
-            Ok(WaitStatus::Signaled(_, signal, _)) => return Some(128 + signal as i32),
-            Err(nix::errno::Errno::EINTR) => {}
-            _ => return None,
-        }
+/// What the report calls the exit status: the child's code, or 128 + the signal that ended it, as shells have it.
+fn exit_code(status: ExitStatus) -> Option<i32> {
+    status.code().or(status.signal().map(|signal| 128 + signal))
+}
+
+/// A code above 128 is a code all the same: only the kernel knows whether there was a signal.
+fn how_ended(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (_, Some(signal)) => format!("killed by signal {signal}"),
+        (Some(code), None) => format!("exit status {code}"),
+        (None, None) => status.to_string(),
     }
 }
 

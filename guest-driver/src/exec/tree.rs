@@ -2,9 +2,18 @@
 //!
 //! With a cgroup the kernel knows them all. Without one the agent is their *subreaper*: a process whose parent has died
 //! becomes the agent's child, so that every descendant of the task stays a descendant of the agent. Daemons that an
-//! earlier task left on purpose are descendants too, so those that exist when a task starts are remembered and spared.
-//! After a crash of the agent that link is cut; then the environment marker `ADIT_TASK_ID` and the sessions of the
-//! processes that bear it are what is left to find them by.
+//! earlier task left on purpose are descendants too, and so are workers that they start while a later task runs. Whose a
+//! process is, is told by, in this order:
+//!
+//! 1. its cgroup, if it is a task's;
+//! 2. what it descends from: a process from before the task, or the script;
+//! 3. its session, if that is from before the task (and its leader is the one from then: numbers come again);
+//! 4. the marker `ADIT_TASK_ID` in its environment, if a daemon from before the task bears the same.
+//!
+//! Without a cgroup a daemon's worker that has left its parent, its session *and* its environment behind cannot be told
+//! from the running task's processes, and ends with them at a timeout.
+//! After a crash of the agent the descent is cut; then the marker and the sessions of the processes that bear it are what
+//! is left to find them by.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -13,33 +22,67 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::wait::{WaitPidFlag, waitpid};
-use nix::unistd::Pid;
 
-use super::cgroup::Cgroup;
+use super::cgroup::{self, Cgroup};
 use super::proc::{self, Proc, ProcId};
+use super::reap;
 
 /// Environment variable that every process of a task inherits.
 pub const MARKER: &str = "ADIT_TASK_ID";
 /// How long killing may take before it is given up as impossible (a process in an uninterruptible wait).
 const KILL_LIMIT: Duration = Duration::from_secs(4);
 
+/// Most dying processes that are waited for at a time: each has a descriptor.
+const AWAITED_MAX: usize = 16;
+
 /// The processes of one task.
 #[derive(Debug)]
 pub struct Tree {
+    task: String,
     cgroup: Option<Cgroup>,
-    /// Descendants of the agent that are not of this task.
-    spared: HashSet<ProcId>,
+    before: Before,
+}
+
+/// What descended from the agent before the task.
+#[derive(Debug, Default)]
+struct Before {
+    processes: HashSet<ProcId>,
+    /// Sessions, each with its leader's start if that still lived.
+    sessions: HashMap<i32, Option<u64>>,
+    /// Tasks whose marker they bear.
+    tasks: HashSet<Vec<u8>>,
+}
+
+impl Before {
+    fn look() -> Self {
+        let table = proc::table();
+        let mut before = Self::default();
+        for p in table.values().filter(|p| descends(&table, p)) {
+            let leader = table.get(&p.session).map(|leader| leader.id.start);
+            before.processes.insert(p.id);
+            before.sessions.insert(p.session, leader);
+            before.tasks.extend(marker(p.id.pid));
+        }
+        before
+    }
+
+    fn has(&self, table: &HashMap<i32, Proc>, p: &Proc) -> bool {
+        let same = |leader: &Option<u64>| match table.get(&p.session) {
+            // While anything is in the session, its number is not given out again.
+            None => true,
+            Some(now) => *leader == Some(now.id.start),
+        };
+        self.processes.contains(&p.id) || self.sessions.get(&p.session).is_some_and(same)
+    }
 }
 
 impl Tree {
     /// Prepares for a task whose id is this hex; `base` is where cgroups can be made, if anywhere.
     pub fn new(task: &str, base: Option<&Path>) -> Self {
-        let table = proc::table();
-        let spared = descendants(&table, &HashSet::new()).map(|p| p.id).collect();
         Self {
+            task: task.to_owned(),
+            before: Before::look(),
             cgroup: base.and_then(|b| Cgroup::create(b, task)),
-            spared,
         }
     }
 
@@ -48,17 +91,42 @@ impl Tree {
         self.cgroup.as_ref().and_then(Cgroup::procs)
     }
 
-    /// Kills everything; false if something could not be killed.
-    pub fn kill(&self) -> bool {
+    /// Which limits the task ran into, for people.
+    pub fn hit(&self) -> Vec<String> {
+        self.cgroup.as_ref().map(Cgroup::hit).unwrap_or_default()
+    }
+
+    /// Kills everything; false if something could not be killed. `script` is the pid of the script, dead or not.
+    pub fn kill(&self, script: i32) -> bool {
         let until = Instant::now() + KILL_LIMIT;
         let in_cgroup = self.cgroup.as_ref().is_none_or(|c| c.kill(until));
         // Also with a cgroup: a privileged child can move itself out of it.
-        in_cgroup
-            & kill_until(until, || {
-                descendants(&proc::table(), &self.spared)
-                    .map(|p| p.id)
-                    .collect()
-            })
+        in_cgroup & kill_until(until, || self.members(script))
+    }
+
+    fn members(&self, script: i32) -> Vec<ProcId> {
+        let table = proc::table();
+        let live = table.values().filter(|p| !p.zombie);
+        live.filter(|p| self.owns(&table, p, script))
+            .map(|p| p.id)
+            .collect()
+    }
+
+    /// Whether a process is this task's, see the top of this file.
+    fn owns(&self, table: &HashMap<i32, Proc>, p: &Proc, script: i32) -> bool {
+        if !descends(table, p) {
+            return false;
+        }
+        if let Some(task) = cgroup::of(p.id.pid) {
+            return task == self.task;
+        }
+        let (mut by_script, mut by_before) = (p.session == script, false);
+        for at in ancestry(table, p) {
+            by_before |= self.before.has(table, at);
+            by_script |= at.id.pid == script;
+        }
+        let theirs = || marker(p.id.pid).is_some_and(|task| self.before.tasks.contains(&task));
+        !by_before && (by_script || !theirs())
     }
 
     /// Kills what is left in the script's own session after the script ended by itself: background jobs. A daemon,
@@ -74,17 +142,10 @@ impl Tree {
         kill_until(Instant::now() + KILL_LIMIT, members)
     }
 
-    /// Reaps what became our child and ended, and removes the cgroup; returns how many daemons go on.
-    pub fn release(self) -> usize {
-        let me = std::process::id() as i32;
-        let table = proc::table();
-        for p in table
-            .values()
-            .filter(|p| p.zombie && p.parent == me && !self.spared.contains(&p.id))
-        {
-            let _ = waitpid(Pid::from_raw(p.id.pid), Some(WaitPidFlag::WNOHANG));
-        }
-        let ours = descendants(&table, &self.spared).count();
+    /// Reaps what became our child and ended, and gives the cgroup up; returns how many daemons go on.
+    pub fn release(self, script: i32) -> usize {
+        reap::orphans();
+        let ours = self.members(script).len();
         self.cgroup.map_or(0, Cgroup::release).max(ours)
     }
 }
@@ -101,15 +162,15 @@ pub fn kill_orphans(task: &str, base: Option<&Path>) -> bool {
 
 /// Processes that bear the marker of a task, and everything in their sessions.
 fn marked(task: &str) -> Vec<ProcId> {
-    let want = format!("{MARKER}={task}");
-    let bears = |pid: i32| {
-        let env = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        env.split(|&b| b == 0).any(|v| v == want.as_bytes())
-    };
     let table = proc::table();
-    let live = || table.values().filter(|p| !p.zombie);
+    // An agent that the task itself restarted bears its marker, and so does whoever supervises it.
+    let us = proc::lineage();
+    let live = || {
+        let others = table.values().filter(|p| !us.contains(&p.id.pid));
+        others.filter(|p| !p.zombie)
+    };
     let found: HashSet<i32> = live()
-        .filter(|p| bears(p.id.pid))
+        .filter(|p| marker(p.id.pid).is_some_and(|of| of == task.as_bytes()))
         .map(|p| p.id.pid)
         .collect();
     // Only sessions that the task made itself: their leader bears the marker or is gone.
@@ -125,34 +186,34 @@ fn marked(task: &str) -> Vec<ProcId> {
         .collect()
 }
 
-/// Live descendants of this process that neither are spared nor descend from a spared one.
-fn descendants<'t>(
-    table: &'t HashMap<i32, Proc>,
-    spared: &HashSet<ProcId>,
-) -> impl Iterator<Item = &'t Proc> {
+/// The task whose marker a process bears, as hex.
+fn marker(pid: i32) -> Option<Vec<u8>> {
+    let env = fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let key = [MARKER.as_bytes(), b"="].concat();
+    let value = env
+        .split(|&b| b == 0)
+        .find_map(|v| v.strip_prefix(&key[..]));
+    value.map(<[u8]>::to_vec)
+}
+
+/// Whether a process descends from this one.
+fn descends(table: &HashMap<i32, Proc>, p: &Proc) -> bool {
     let me = std::process::id() as i32;
-    let mut ours = Vec::new();
-    for p in table.values().filter(|p| !p.zombie && p.id.pid != me) {
-        let (mut at, mut steps) = (p, 0);
-        // The table is not one instant: a parent may be gone or a number reused, so the walk is bounded.
-        let of_ours = loop {
-            steps += 1;
-            if spared.contains(&at.id) || steps > table.len() {
-                break false;
-            }
-            if at.parent == me {
-                break true;
-            }
-            match table.get(&at.parent) {
-                Some(parent) if at.parent > 1 => at = parent,
-                _ => break false,
-            }
-        };
-        if of_ours {
-            ours.push(p);
-        }
-    }
-    ours.into_iter()
+    p.id.pid != me
+        && ancestry(table, p)
+            .last()
+            .is_some_and(|top| top.parent == me)
+}
+
+/// A process and its ancestors, up to the child of this process or of process 1.
+fn ancestry<'t>(table: &'t HashMap<i32, Proc>, p: &'t Proc) -> impl Iterator<Item = &'t Proc> {
+    let me = std::process::id() as i32;
+    let up = move |at: &&'t Proc| match at.parent {
+        parent if parent == me || parent <= 1 => None,
+        parent => table.get(&parent),
+    };
+    // The table is not one instant: a parent may be gone or a number reused, so the walk is bounded.
+    std::iter::successors(Some(p), up).take(table.len())
 }
 
 /// Kills until nothing is left: a fork between look and kill is found on the next turn.
@@ -166,7 +227,12 @@ fn kill_until(until: Instant, members: impl Fn() -> Vec<ProcId>) -> bool {
         if left.is_zero() {
             return false;
         }
-        let dying: Vec<OwnedFd> = found.into_iter().filter_map(proc::kill).collect();
+        let mut dying: Vec<OwnedFd> = Vec::new();
+        for fd in found.into_iter().filter_map(proc::kill) {
+            if dying.len() < AWAITED_MAX {
+                dying.push(fd);
+            }
+        }
         let mut fds: Vec<PollFd> = dying
             .iter()
             .map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN))

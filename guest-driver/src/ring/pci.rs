@@ -5,6 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::exec::reap;
+
 /// Where the kernel lists them.
 pub const DEVICES: &str = "/sys/bus/pci/devices";
 /// Red Hat's vendor, which QEMU's devices have.
@@ -144,8 +146,8 @@ impl Function {
             // Where modules are loaded on demand; a kernel that has it built in, or no modprobe, is as well.
             let mut modprobe = Command::new("modprobe");
             modprobe.args(["-q", driver]);
-            let quiet = modprobe.stdin(Stdio::null()).stderr(Stdio::null()).status();
-            drop(quiet);
+            let quiet = modprobe.stdin(Stdio::null()).stderr(Stdio::null());
+            drop(reap::status(quiet));
         }
         self.bind(driver)?;
         let taken = take();

@@ -109,7 +109,7 @@ fn an_interrupted_step_runs_again_only_as_an_allowed_attempt() {
     }
 }
 
-fn fifo(path: &Path) {
+pub fn fifo(path: &Path) {
     let made = Command::new("mkfifo").arg(path).status().unwrap();
     assert!(made.success());
 }

@@ -28,6 +28,8 @@ pub struct Host {
     listener: UnixListener,
     agent: Option<Child>,
     pub key: SigningKey,
+    /// Shell text that is run in the agent's process before the agent.
+    pub prelude: &'static str,
 }
 
 pub enum Said {
@@ -69,6 +71,7 @@ impl Host {
             listener,
             agent: None,
             key: SigningKey::from_bytes(&[7; 32]),
+            prelude: ":",
         }
     }
 
@@ -90,7 +93,7 @@ impl Host {
         // Whoever starts an agent may have any umask.
         let mut command = Command::new("sh");
         command
-            .args(["-c", "umask 077; exec \"$@\"", "sh"])
+            .args(["-c", &format!("umask 077; {}; exec \"$@\"", self.prelude), "sh"])
             .arg(env!("CARGO_BIN_EXE_adit-guest"))
             .args(["run", "--config"])
             .arg(self.path("adit-guest.toml"));
@@ -108,6 +111,10 @@ impl Host {
             .env_remove("ADIT_TEST_CRASH_AT");
         command.envs(value.map(|v| (name, v)));
         self.agent = Some(command.spawn().unwrap());
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.agent.as_ref().unwrap().id() as i32
     }
 
     /// SIGKILL, as a power cut.

@@ -6,4 +6,5 @@ mod clock;
 mod delivery;
 mod host;
 mod install;
+mod own;
 mod trust;

@@ -118,7 +118,55 @@ fn exit_codes_and_signals_are_told_apart() {
         (code("exit 3").outcome, code("exit 3").exit),
         (Outcome::Failed, Some(3))
     );
-    assert_eq!(code("kill -9 $$").exit, Some(137));
+    let killed = code("kill -9 $$");
+    assert_eq!(
+        (killed.exit, killed.reason.as_str()),
+        (Some(137), "killed by signal 9")
+    );
+    // What a program says itself is never taken for a signal.
+    for said in [129, 137, 255] {
+        let got = code(&format!("exit {said}"));
+        assert_eq!(
+            (got.exit, got.reason),
+            (Some(said), format!("exit status {said}"))
+        );
+    }
+}
+
+#[test]
+fn r113_the_tasks_user_can_open_its_output_again() {
+    let _alone = alone();
+    let mut script =
+        script("echo out >/dev/stdout; echo err >/dev/stderr; echo more >>/dev/stdout");
+    if Uid::effective().is_root() {
+        script.run_as = "nobody".into();
+    }
+    let got = exec(&script, "113", None, 30_000);
+    assert_eq!(
+        (text(&got.stdout).as_str(), text(&got.stderr).as_str()),
+        ("out\nmore\n", "err\n"),
+        "{}",
+        got.reason
+    );
+}
+
+#[test]
+fn r113_a_script_runs_although_its_directory_was_removed() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let place = Place {
+        cgroups: None,
+        dir: dir.path().join("run"),
+    };
+    prepare(&place.dir).unwrap();
+    fs::remove_dir(&place.dir).unwrap();
+    let got = run_for(&script("echo ran"), "114", &place, Duration::from_secs(30));
+    assert_eq!(
+        (got.outcome, text(&got.stdout).as_str()),
+        (Outcome::Done, "ran\n"),
+        "{}",
+        got.reason
+    );
 }
 
 #[test]
@@ -222,6 +270,66 @@ fn r95_a_result_does_not_wait_for_a_pipe_that_a_daemon_holds() {
     assert_eq!((living("9501"), living("9502")), (1, 0));
     assert!(super::super::tree::kill_orphans("9501", None));
     assert_eq!(living("9501"), 0);
+}
+
+/// A daemon that starts two workers when it is told to, each of which it is not the parent of: one in its session, one in
+/// a session of the worker's own.
+const WORKERS: &str = "setsid sh -c 'echo begun >\"$1\"; read go <\"$0\"; (sleep 1000 &); (setsid sleep 1000 &); \
+                       echo did >\"$1\"; exec sleep 1000' \"$1\" \"$2\" >/dev/null 2>&1 & cat \"$2\"";
+
+fn workers_of_an_earlier_task_are_not_a_later_ones(
+    earlier: &str,
+    later: &str,
+    base: Option<PathBuf>,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let fifos = ["go", "did"].map(|name| dir.path().join(name));
+    for path in &fifos {
+        nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    }
+    let mut daemon = script(WORKERS);
+    daemon.args = fifos
+        .iter()
+        .map(|f| f.to_str().unwrap().to_owned())
+        .collect();
+    let got = exec(&daemon, earlier, base.clone(), 30_000);
+    assert_eq!(got.outcome, Outcome::Done, "{}", got.reason);
+    let tree = Tree::new(later, base.as_deref());
+    fs::write(&fifos[0], "go\n").unwrap();
+    assert_eq!(fs::read_to_string(&fifos[1]).unwrap(), "did\n");
+    // The kernel lists what is after exec only; a worker may not have come so far.
+    while living(earlier) < 3 {
+        std::thread::yield_now();
+    }
+    assert!(tree.kill(0));
+    assert_eq!((living(earlier), tree.release(0)), (3, 0));
+    assert!(super::super::tree::kill_orphans(earlier, base.as_deref()));
+    assert_eq!(living(earlier), 0);
+}
+
+#[test]
+fn r95_workers_that_an_earlier_daemon_starts_are_not_a_later_tasks_without_a_cgroup() {
+    let _alone = alone();
+    workers_of_an_earlier_task_are_not_a_later_ones("9504", "9505", None);
+}
+
+#[test]
+fn r95_workers_that_an_earlier_daemon_starts_are_not_a_later_tasks_with_a_cgroup() {
+    let _alone = alone();
+    let Some(base) = cgroup::base() else {
+        return eprintln!("skipped: no cgroup2 here");
+    };
+    let [earlier, later] = ["9504", "9505"].map(|task| format!("{task}{}", std::process::id()));
+    let Some(probe) = cgroup::Cgroup::create(&base, &earlier) else {
+        return eprintln!("skipped: cgroup2 is read-only");
+    };
+    probe.release();
+    workers_of_an_earlier_task_are_not_a_later_ones(&earlier, &later, Some(base.clone()));
+    // What a daemon was in is removed by the next task, once it is empty.
+    assert!(cgroup::Cgroup::create(&base, &later).is_some_and(|c| c.release() == 0));
+    for task in [earlier, later] {
+        assert!(cgroup::Cgroup::find(&base, &task).is_none(), "{task} stays");
+    }
 }
 
 #[test]
