@@ -248,16 +248,17 @@ async fn reload_vm(Shared(state): Shared<App>, Path(name): Path<String>) -> Answ
         "there is no port process that another could replace",
         "a new build of it serves once the VM is ended and started again, or restored from a snapshot",
     )?;
-    let running = vm.link().and_then(|l| Some((l.status()?, l)));
-    let Some((status, link)) = running else {
+    let running = vm
+        .link()
+        .and_then(|l| Some((l.status()?, vm.port_pid()?, l)));
+    let Some((status, pid, link)) = running else {
         let message = format!("`{name}` has no port process now: one is being started");
         return Err(ApiError::new(StatusCode::CONFLICT, "down", message)
             .help("`adit vm show` says why, if it does not come"));
     };
     if status.session && !vm.keeper.has_frontend() {
         let message = format!(
-            "port process {} of `{name}` has handed nothing over that a new one could go on with",
-            status.pid
+            "port process {pid} of `{name}` has handed nothing over that a new one could go on with"
         );
         return Err(ApiError::new(StatusCode::CONFLICT, "not-kept", message)
             .help("power-cycle the VM after you have ended that process: the new build is started then"));
@@ -267,7 +268,8 @@ async fn reload_vm(Shared(state): Shared<App>, Path(name): Path<String>) -> Answ
     let replaced = async {
         loop {
             let now = vm.link().and_then(|l| l.status());
-            if now.is_some_and(|now| now.pid != status.pid && now.session >= status.session)
+            let another = vm.port_pid().is_some_and(|now| now != pid);
+            if now.is_some_and(|now| another && now.session >= status.session)
                 || vm.stuck().is_some()
                 || changes.changed().await.is_err()
             {

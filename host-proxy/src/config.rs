@@ -10,6 +10,9 @@
 //! [metrics]
 //! listen = "127.0.0.1:7081"         # optional; they are on the API socket too
 //!
+//! [ports]
+//! uids = "70000-78191"              # optional: where aditd is root, each VM's port process is another of these users
+//!
 //! [[vm]]
 //! name = "web-1"
 //! cid = 3
@@ -82,6 +85,8 @@ pub struct Config {
     pub metrics: Option<Listen>,
     /// Limits.
     pub limits: Limits,
+    /// Port processes.
+    pub ports: Ports,
     /// The VMs that are always there.
     pub vm: Vec<VmConfig>,
 }
@@ -110,6 +115,90 @@ impl Default for Limits {
             queued_per_vm: 1024,
             connections: 4096,
         }
+    }
+}
+
+/// `[ports]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Ports {
+    /// Users that port processes run as, one a VM. None: [`UidRange::default`], as far as aditd can.
+    pub uids: Option<UidRange>,
+}
+
+/// User ids, and group ids of the same numbers, that are nobody else's: `FIRST-LAST`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct UidRange {
+    first: u32,
+    last: u32,
+}
+
+/// `nobody`, on every system.
+const UID_NOBODY: u32 = 65_534;
+
+impl UidRange {
+    /// The lowest.
+    pub fn first(self) -> u32 {
+        self.first
+    }
+
+    /// The highest.
+    pub fn last(self) -> u32 {
+        self.last
+    }
+
+    /// Whether it is one of them.
+    pub fn contains(self, uid: u32) -> bool {
+        (self.first..=self.last).contains(&uid)
+    }
+
+    /// All of them.
+    pub fn iter(self) -> impl Iterator<Item = u32> {
+        self.first..=self.last
+    }
+}
+
+impl Default for UidRange {
+    /// Above what distributions give to users, services and dynamic users (65,535 at most), below what they give to users'
+    /// containers (100,000 and more): two for each VM that there may be.
+    fn default() -> Self {
+        Self {
+            first: 70_000,
+            last: 78_191,
+        }
+    }
+}
+
+impl std::str::FromStr for UidRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let ends = text.split_once('-');
+        let ends = ends.and_then(|(a, b)| Some((a.trim().parse().ok()?, b.trim().parse().ok()?)));
+        let (first, last) = ends.ok_or("use FIRST-LAST, such as \"70000-78191\"")?;
+        let range = Self { first, last };
+        if first == 0 || last == u32::MAX || first > last {
+            return Err(format!("{range} are no users from 1 to {}", u32::MAX - 1));
+        }
+        if range.contains(UID_NOBODY) {
+            return Err(format!("{range} has {UID_NOBODY}, which is nobody's own"));
+        }
+        Ok(range)
+    }
+}
+
+impl TryFrom<String> for UidRange {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl std::fmt::Display for UidRange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}-{}", self.first, self.last)
     }
 }
 
@@ -151,6 +240,7 @@ impl Default for Config {
             },
             metrics: None,
             limits: Limits::default(),
+            ports: Ports::default(),
             vm: Vec::new(),
         }
     }
@@ -299,6 +389,9 @@ mod tests {
                 3,
                 "lissten",
             ),
+            ("[ports]\nuids = \"0-70000\"\n".to_owned(), 2, "uids"),
+            ("[ports]\nuids = \"65000-66000\"\n".to_owned(), 2, "uids"),
+            ("[ports]\nuids = \"70000\"\n".to_owned(), 2, "uids"),
             (format!("{vm}alow = [80]\n"), 4, "alow"),
             (format!("{vm}allow = [70000]\n"), 4, "allow"),
             (format!("{vm}ivshmem_mib = 6\n"), 1, "ivshmem_mib"),

@@ -5,6 +5,7 @@
 //! | `config` | `aditd.toml` |
 //! | `registry` | the VMs and how each one's channel stands |
 //! | `supervisor`, `ports` | a port process a VM: found or started, spoken to |
+//! | `uids`, `whose` | a user for each of them; which process it is |
 //! | `keeper`, `fdstore` | what a port process's successor needs; kept over the end of aditd by systemd |
 //! | `proxy` | the HTTP forward proxy |
 //! | `agent` | the tasks service that guests dial |
@@ -26,6 +27,8 @@ pub mod queue;
 pub mod registry;
 pub mod state;
 pub mod supervisor;
+pub mod uids;
+pub mod whose;
 
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
@@ -68,7 +71,8 @@ pub async fn run(
     getrandom::fill(&mut boot_nonce)
         .map_err(|e| anyhow::anyhow!("no randomness to be had: {e}"))?;
     let store = FdStore::new(passed);
-    let state = State::new(config, port_binary, db, boot_nonce, store);
+    let uids = uids::Uids::new(&config)?;
+    let state = State::new(config, port_binary, db, boot_nonce, store, uids);
 
     let proxy = bind(state.config.proxy.listen, "[proxy]").await?;
     let metrics = match &state.config.metrics {
@@ -158,6 +162,7 @@ pub(crate) async fn add_vm(
     tokio::spawn(supervisor::supervise(
         vm.clone(),
         state.port_binary.clone(),
+        state.uids.clone(),
         on_incoming,
     ));
     Ok(vm)

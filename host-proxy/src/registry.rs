@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{VMS_MAX, VmConfig};
 use crate::keeper::Keeper;
 use crate::ports::Link;
+use crate::whose::PortProcess;
 
 /// Streams to the tasks service that one guest holds open at most: its agent's, and a few that replace each other.
 pub const AGENT_STREAMS_MAX: usize = 4;
@@ -82,6 +83,8 @@ pub struct VmEntry {
     /// Its port process is its VMM.
     held: AtomicBool,
     link: watch::Sender<Option<Arc<Link>>>,
+    /// Who is at the other end of the link.
+    process: Mutex<Option<Arc<PortProcess>>>,
     agent: Mutex<AgentState>,
     /// Changes whenever its state may have.
     changed: watch::Sender<u64>,
@@ -98,6 +101,18 @@ impl VmEntry {
     pub fn set_link(&self, link: Option<Arc<Link>>) {
         self.link.send_replace(link);
         self.touch();
+    }
+
+    /// Notes who is at the other end of the link.
+    pub fn set_process(&self, process: Option<Arc<PortProcess>>) {
+        let mut noted = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        *noted = process;
+    }
+
+    /// Process id of whoever serves it, as the kernel has it.
+    pub fn port_pid(&self) -> Option<u32> {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        process.as_ref().map(|process| process.pid())
     }
 
     /// Its supervisor ends, and with it whatever held the port process.
@@ -119,10 +134,8 @@ impl VmEntry {
 
     /// The process that runs it and has its device, and takes it off the map when it ends; none: a port process serves it.
     pub fn held_by(&self) -> Option<u32> {
-        let status = self.link().and_then(|l| l.status());
-        status
-            .map(|s| s.pid)
-            .filter(|_| self.held.load(Ordering::Acquire))
+        let held = |_: &u32| self.held.load(Ordering::Acquire);
+        self.port_pid().filter(held)
     }
 
     /// Notes why there is no port process, or that there is one. Returns whether that is news.
@@ -307,7 +320,7 @@ impl VmEntry {
             queued: self.open_tasks.load(Ordering::Relaxed),
             allow: self.config.allow.clone(),
             allow_vsock: self.config.allow_vsock.clone(),
-            port_pid: status.as_ref().map(|s| s.pid),
+            port_pid: self.port_pid(),
             held_by: self.held_by(),
             vhost_socket: self.dir.join(VHOST_SOCKET).display().to_string(),
             carrier: self.carrier(),
@@ -377,6 +390,7 @@ impl Registry {
             supervised: AtomicBool::new(true),
             held: AtomicBool::new(false),
             link: watch::Sender::new(None),
+            process: Mutex::default(),
             agent: Mutex::default(),
             changed: watch::Sender::new(0),
             open_tasks: AtomicU32::new(0),

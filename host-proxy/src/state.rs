@@ -18,6 +18,7 @@ use crate::fdstore::FdStore;
 use crate::metrics::Metrics;
 use crate::queue;
 use crate::registry::{Registry, VmEntry};
+use crate::uids::Uids;
 
 /// Events that a slow watcher may be behind; one more and it starts over.
 const EVENTS_BEHIND_MAX: usize = 1024;
@@ -28,6 +29,8 @@ pub struct State {
     pub config: Config,
     /// The port process's program.
     pub port_binary: PathBuf,
+    /// The users that port processes run as; none: aditd's own.
+    pub uids: Option<Arc<Uids>>,
     /// The VMs.
     pub registry: Registry,
     /// The database.
@@ -56,11 +59,13 @@ impl State {
         db: Db,
         boot_nonce: [u8; 16],
         fd_store: FdStore,
+        uids: Option<Uids>,
     ) -> Arc<Self> {
         Arc::new(Self {
             registry: Registry::new(&config.run_dir),
             config,
             port_binary,
+            uids: uids.map(Arc::new),
             db,
             fd_store,
             metrics: Metrics::default(),

@@ -6,11 +6,12 @@
 //!        ▲                     (with what is kept)                  │
 //!        └──── at once; back-off 50 ms … 2 s if it is short-lived ◄─┘
 //! ```
+//! Who answers is asked of the kernel ([`whose`](crate::whose)); who it is to be, of [`uids`](crate::uids).
 //! A port process outlives aditd: it is its own process group, and its sockets are where the next aditd looks. One that
 //! is killed has a successor on the same VMM, for which [`Keeper`](crate::keeper::Keeper) keeps what it needs.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -26,6 +27,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::ports::{Link, Said};
 use crate::registry::VmEntry;
+use crate::uids::Uids;
+use crate::whose::PortProcess;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
@@ -39,16 +42,24 @@ const REASON_MAX: usize = 500;
 const START_LIMIT: Duration = Duration::from_secs(10);
 /// A port process is looked for so often while it starts.
 const START_LOOK: Duration = Duration::from_millis(10);
+/// How long one that is told to end may take.
+const QUIT_LIMIT: Duration = Duration::from_secs(2);
 
-/// Follows a VM's port process until the VM is removed, and ends it then.
-pub async fn supervise(vm: Arc<VmEntry>, binary: PathBuf, on_incoming: impl Fn(Incoming, OwnedFd)) {
+/// Follows a VM's port process until the VM is removed, and ends it then. `uids`: the users that port processes run as.
+pub async fn supervise(
+    vm: Arc<VmEntry>,
+    binary: PathBuf,
+    uids: Option<Arc<Uids>>,
+    on_incoming: impl Fn(Incoming, OwnedFd),
+) {
     let mut wait = BACKOFF_MIN;
     let mut short = 0;
     while !vm.removed.is_cancelled() {
-        let (ended, ran) = match reach(&vm, &binary).await {
-            Ok(socket) => {
+        let (ended, ran) = match reach(&vm, &binary, uids.as_deref()).await {
+            Ok((socket, process)) => {
                 let begin = tokio::time::Instant::now();
-                (follow(&vm, socket, &on_incoming).await, begin.elapsed())
+                let ended = follow(&vm, socket, process, &on_incoming).await;
+                (ended, begin.elapsed())
             }
             Err(e) => (Err(e.to_string()), Duration::ZERO),
         };
@@ -78,6 +89,9 @@ pub async fn supervise(vm: Arc<VmEntry>, binary: PathBuf, on_incoming: impl Fn(I
         let _ = send(&socket, &Message::Quit(Quit {}), None);
     }
     vm.keeper.remove();
+    if let Some(uids) = uids {
+        uids.leave(vm.config.name.as_str());
+    }
     vm.supervisor_ended();
 }
 
@@ -85,9 +99,11 @@ pub async fn supervise(vm: Arc<VmEntry>, binary: PathBuf, on_incoming: impl Fn(I
 async fn follow(
     vm: &Arc<VmEntry>,
     socket: OwnedFd,
+    process: PortProcess,
     on_incoming: &impl Fn(Incoming, OwnedFd),
 ) -> Result<(), String> {
     let (link, driver) = Link::new();
+    let process = Arc::new(process);
     let (known, wrong) = (AtomicBool::new(false), OnceLock::new());
     let is_wrong = CancellationToken::new();
     let mut statuses = link.watch();
@@ -96,10 +112,11 @@ async fn follow(
             vm.set_stuck(None);
         }
         if (status.vm.as_str(), status.cid) != (vm.config.name.as_str(), vm.config.cid) {
-            wrong.get_or_init(|| wrong_vm(vm, status));
+            wrong.get_or_init(|| wrong_vm(vm, &process, status));
             is_wrong.cancel();
         } else if !known.swap(true, Ordering::Relaxed) {
             vm.set_trouble(None);
+            vm.set_process(Some(process.clone()));
             vm.set_link(Some(link.clone()));
         }
     };
@@ -108,6 +125,10 @@ async fn follow(
         _ if !known.load(Ordering::Relaxed) => {}
         Said::Incoming(incoming, fd) => on_incoming(incoming, fd),
         Said::Ring(ring) => vm.set_ring(Some(ring)),
+        // Its word does not make it what nobody may replace.
+        Said::Held if process.is_ours() => {
+            tracing::error!(vm = %vm.config.name, "a port process says that it is a VMM");
+        }
         Said::Held => vm.set_held(true),
         Said::Handover(handover, fds) => {
             let seq = handover.seq;
@@ -130,9 +151,10 @@ async fn follow(
         ended = run => ended,
         () = is_wrong.cancelled() => Ok(()),
         () = async { while statuses.changed().await.is_ok() { vm.touch(); } std::future::pending().await } => Ok(()),
-        () = async { vm.removed.cancelled().await; link.quit().await; std::future::pending().await } => Ok(()),
+        () = quit_when_removed(vm, &link, &process) => Ok(()),
     };
     vm.set_link(None);
+    vm.set_process(None);
     vm.set_ring(None);
     vm.set_held(false);
     if let Some(why) = wrong.into_inner() {
@@ -145,11 +167,22 @@ async fn follow(
     Ok(())
 }
 
-fn wrong_vm(vm: &VmEntry, status: &Status) -> String {
+/// Tells a removed VM's port process to end, and sees to it that it does. A VMM goes when it likes.
+async fn quit_when_removed(vm: &VmEntry, link: &Link, process: &PortProcess) {
+    vm.removed.cancelled().await;
+    // One that does not read cannot be told.
+    let _ = tokio::time::timeout(QUIT_LIMIT, link.quit()).await;
+    if !process.is_ours() {
+        return std::future::pending().await;
+    }
+    process.end_within(QUIT_LIMIT).await;
+}
+
+fn wrong_vm(vm: &VmEntry, process: &PortProcess, status: &Status) -> String {
     format!(
         "process {} in {} serves `{}` with CID {}, and the VM is `{}` with CID {}: end its VMM and that process, or set its \
          old CID again",
-        status.pid,
+        process.pid(),
         vm.dir.display(),
         status.vm.escape_debug(),
         status.cid,
@@ -159,11 +192,19 @@ fn wrong_vm(vm: &VmEntry, status: &Status) -> String {
 }
 
 /// Connects to the port process that is there, or to a new one.
-async fn reach(vm: &VmEntry, binary: &Path) -> io::Result<OwnedFd> {
+async fn reach(
+    vm: &VmEntry,
+    binary: &Path,
+    uids: Option<&Uids>,
+) -> io::Result<(OwnedFd, PortProcess)> {
     let path = vm.dir.join(CONTROL_SOCKET);
-    if let Ok(socket) = dial(&path) {
-        tracing::info!(vm = %vm.config.name, "port process found");
-        return Ok(socket);
+    let own = uids.map(|uids| uids.of(vm.config.name.as_str()));
+    let own = own.transpose()?;
+    if let Ok(socket) = dial(&path)
+        && let Some(process) = PortProcess::behind(socket.as_fd(), &vm.dir, own, None)?
+    {
+        tracing::info!(vm = %vm.config.name, pid = process.pid(), "port process found");
+        return Ok((socket, process));
     }
     std::fs::DirBuilder::new()
         .recursive(true)
@@ -189,6 +230,9 @@ async fn reach(vm: &VmEntry, binary: &Path) -> io::Result<OwnedFd> {
         .arg(vm.config.busy_poll_us.to_string())
         .arg("--ivshmem-mib")
         .arg(vm.config.ivshmem_mib.to_string())
+        .args(own.map(|own| format!("--uid={own}")))
+        // Nothing of what aditd was told, by systemd or by a person, is its business.
+        .env_clear()
         .stdin(stdin)
         .stdout(Stdio::null())
         // A file: a pipe that nobody reads any more would stop it.
@@ -197,10 +241,17 @@ async fn reach(vm: &VmEntry, binary: &Path) -> io::Result<OwnedFd> {
         .process_group(0)
         .spawn()
         .map_err(|e| io::Error::new(e.kind(), format!("cannot start {}: {e}", binary.display())))?;
+    // Its number is its own until it is waited for.
+    let started = child.id().map(PortProcess::started).transpose()?;
     let deadline = tokio::time::Instant::now() + START_LIMIT;
-    let socket = loop {
+    let reached = loop {
         match dial(&path) {
-            Ok(socket) => break socket,
+            Ok(socket) => {
+                let behind = PortProcess::behind(socket.as_fd(), &vm.dir, own, started.as_ref())?;
+                if let Some(process) = behind {
+                    break (socket, process);
+                }
+            }
             Err(e) if tokio::time::Instant::now() >= deadline => return Err(e),
             Err(_) => {}
         }
@@ -214,7 +265,7 @@ async fn reach(vm: &VmEntry, binary: &Path) -> io::Result<OwnedFd> {
     };
     // Reaped when it ends, should this aditd still be there.
     tokio::spawn(async move { child.wait().await });
-    Ok(socket)
+    Ok(reached)
 }
 
 fn log_file(dir: &Path) -> io::Result<std::fs::File> {

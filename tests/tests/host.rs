@@ -100,6 +100,64 @@ fn a_killed_port_process_and_a_reloaded_one_are_replaced() {
     );
 }
 
+/// What /proc says of a process.
+fn proc(pid: u64, file: &str) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap()
+}
+
+fn user(pid: u64) -> u32 {
+    let status = proc(pid, "status");
+    let line = status.lines().find_map(|l| l.strip_prefix("Uid:")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+fn signal(pid: u64, signal: nix::sys::signal::Signal) {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+    nix::sys::signal::kill(pid, signal).unwrap();
+}
+
+#[test]
+fn r115_each_port_process_is_a_user_of_its_own_that_its_successor_is_again() {
+    let Some((mut host, _)) = start(&["a", "b"]) else {
+        return;
+    };
+    let before = port_pids(&host, 2);
+    for &pid in &before {
+        assert_eq!(proc(pid, "environ"), "");
+    }
+    let users: Vec<u32> = before.iter().map(|&pid| user(pid)).collect();
+    if !nix::unistd::Uid::effective().is_root() {
+        println!("skipped: users of their own take root");
+        assert!(host.log().contains("run as aditd's own user"));
+        return;
+    }
+    assert!(users[0] != users[1] && users.iter().all(|u| *u >= 70_000));
+    // The next aditd knows them again, and gives the same users to those that it starts itself.
+    host.kill();
+    host.launch().unwrap();
+    assert_eq!(port_pids(&host, 2), before);
+    signal(before[0], nix::sys::signal::Signal::SIGKILL);
+    let after =
+        adit_tests::process::wait_for("another", std::time::Duration::from_secs(30), || {
+            let now = port_pids(&host, 2);
+            Ok((now[0] != before[0]).then_some(now))
+        })
+        .unwrap();
+    let again: Vec<u32> = after.iter().map(|&pid| user(pid)).collect();
+    assert_eq!(again, users);
+    // One that does not hear that it is to end is ended.
+    signal(after[1], nix::sys::signal::Signal::SIGSTOP);
+    host.shut_down().unwrap();
+    host.kill();
+    let gone = || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", after[1]));
+        // A zombie at most, if whoever reaps orphans is slow.
+        let ended = stat.is_err() || stat.is_ok_and(|s| s.contains(") Z "));
+        Ok(ended.then_some(()))
+    };
+    adit_tests::process::wait_for("its end", std::time::Duration::from_secs(30), gone).unwrap();
+}
+
 #[test]
 fn a_killed_aditd_serves_a_hundred_vms_again() {
     let names: Vec<String> = (0..100).map(|n| format!("vm-{n}")).collect();

@@ -3,10 +3,12 @@
 //! | thread | may |
 //! |---|---|
 //! | vCPU | run the guest (KVM_RUN is the only ioctl), signal other threads, write the serial line |
-//! | vsock | what a shard may (`SYSTEM_CALLS`), and what its owner does: accept, connect, say who we are, draw seeds |
+//! | vsock | what a shard may (`SYSTEM_CALLS`), and what its owner does: accept, say who we are, draw seeds |
+//! | vsock, with sockets of the host's | the same, and connect to Unix sockets for what the guest dials |
 //! | disk | seek, read, write and sync the file that it has |
 //!
-//! None may open a file, map code, start a process or make a thread. The main thread, which hears the operator, and the one
+//! None may open a file, map code, start a process or make a thread, and none has a capability, whoever runs the VMM. What
+//! a call does depends on its arguments: they are those of a port process (`adit_port::sandbox::by_argument`). The main thread, which hears the operator, and the one
 //! that tells KVM where the ring lies have no filter. Another call ends the process with a line that names thread and call.
 
 #![allow(unsafe_code)] // a signal handler reads what the kernel says of the call, and ends the process
@@ -14,6 +16,7 @@
 use std::collections::BTreeMap;
 
 use adit_channel::shard::SYSTEM_CALLS;
+use adit_port::{privilege, sandbox};
 use anyhow::Context;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -26,11 +29,16 @@ use vmm_sys_util::signal::register_signal_handler;
 pub enum Thread {
     /// Runs the guest.
     Vcpu,
-    /// Has the vsock device.
+    /// Has the vsock device, and aditd or nobody on the host's side.
     Vsock,
     /// Has the disk.
     Disk,
+    /// Has the vsock device, and connects to sockets of the host.
+    Hybrid,
 }
+
+/// As they are numbered.
+const THREADS: [Thread; 4] = [Thread::Vcpu, Thread::Vsock, Thread::Disk, Thread::Hybrid];
 
 /// `_IO(0xae, 0x80)`.
 const KVM_RUN: u64 = 0xae80;
@@ -42,6 +50,7 @@ const COMMON: &[libc::c_long] = &[
     libc::SYS_futex,
     libc::SYS_brk,
     libc::SYS_mmap,
+    libc::SYS_mprotect,
     libc::SYS_mremap,
     libc::SYS_munmap,
     libc::SYS_madvise,
@@ -61,10 +70,10 @@ const VSOCK: &[libc::c_long] = &[
     libc::SYS_recvfrom,
     libc::SYS_sendto,
     libc::SYS_accept4,
-    libc::SYS_socket,
     libc::SYS_socketpair,
-    libc::SYS_connect,
     libc::SYS_getsockopt,
+    // Sockets are made nonblocking.
+    libc::SYS_ioctl,
     libc::SYS_getpid,
     // Seeds of hash maps.
     libc::SYS_getrandom,
@@ -84,49 +93,53 @@ fn program(thread: Thread) -> anyhow::Result<BpfProgram> {
         Thread::Vcpu => &[COMMON],
         Thread::Vsock => &[COMMON, SYSTEM_CALLS, VSOCK],
         Thread::Disk => &[COMMON, DISK],
+        Thread::Hybrid => &[COMMON, SYSTEM_CALLS, VSOCK, &[libc::SYS_connect]],
     };
     let calls = calls.iter().copied().flatten();
     let mut rules: BTreeMap<_, _> = calls.map(|&call| (call, vec![])).collect();
-    let ioctl = match thread {
-        Thread::Vcpu => Some(KVM_RUN),
-        // Sockets are made nonblocking.
-        Thread::Vsock => Some(u64::from(libc::FIONBIO as u32)),
-        Thread::Disk => None,
-    };
-    if let Some(request) = ioctl {
-        rules.insert(libc::SYS_ioctl, vec![argument(1, request)?]);
+    for (call, ways) in sandbox::by_argument()? {
+        rules.entry(call).and_modify(|any| *any = ways);
     }
-    // Memory, but no code.
-    let no_code = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
-    let condition = SeccompCondition::new(2, SeccompCmpArgLen::Dword, no_code, 0)?;
-    let no_code = vec![SeccompRule::new(vec![condition])?];
-    rules.insert(libc::SYS_mmap, no_code.clone());
-    rules.insert(libc::SYS_mprotect, no_code);
+    match thread {
+        Thread::Vcpu => {
+            rules.insert(libc::SYS_ioctl, vec![rule(&[argument(1, KVM_RUN)?])?]);
+        }
+        Thread::Hybrid => {
+            let unix = argument(0, libc::AF_UNIX as u64)?;
+            let stream = (libc::SOCK_STREAM | libc::SOCK_CLOEXEC) as u64;
+            let stream = rule(&[unix, argument(1, stream)?])?;
+            rules.insert(libc::SYS_socket, vec![stream]);
+        }
+        Thread::Vsock | Thread::Disk => {}
+    }
     let (otherwise, listed) = (SeccompAction::Trap, SeccompAction::Allow);
     let filter = SeccompFilter::new(rules, otherwise, listed, TargetArch::x86_64)?;
     Ok(filter.try_into()?)
 }
 
-fn argument(index: u8, value: u64) -> anyhow::Result<SeccompRule> {
-    let condition = SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)?;
-    Ok(SeccompRule::new(vec![condition])?)
+fn argument(index: u8, value: u64) -> anyhow::Result<SeccompCondition> {
+    let (int, is) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
+    Ok(SeccompCondition::new(index, int, is, value)?)
+}
+
+fn rule(arguments: &[SeccompCondition]) -> anyhow::Result<SeccompRule> {
+    Ok(SeccompRule::new(arguments.to_vec())?)
 }
 
 /// The filters, made before any thread is.
 #[derive(Clone, Debug, Default)]
-pub struct Filters(Option<[BpfProgram; 3]>);
+pub struct Filters(Option<[BpfProgram; THREADS.len()]>);
 
 impl Filters {
     /// # Errors
     /// They cannot be made.
     pub fn on() -> anyhow::Result<Self> {
         register_signal_handler(libc::SIGSYS, forbidden)?;
-        let filters = [Thread::Vcpu, Thread::Vsock, Thread::Disk].map(program);
-        let [vcpu, vsock, disk] = filters;
-        Ok(Self(Some([vcpu?, vsock?, disk?])))
+        let [vcpu, vsock, disk, hybrid] = THREADS.map(program);
+        Ok(Self(Some([vcpu?, vsock?, disk?, hybrid?])))
     }
 
-    /// Confines the calling thread for the rest of its life.
+    /// Confines the calling thread for the rest of its life: its calls, and without any capability.
     ///
     /// # Errors
     /// The kernel takes no filter.
@@ -134,6 +147,7 @@ impl Filters {
         let Some(filters) = &self.0 else {
             return Ok(());
         };
+        privilege::drop_capabilities().context("cannot drop capabilities")?;
         seccompiler::apply_filter(&filters[thread as usize])
             .context("this kernel takes no seccomp filter: --no-seccomp runs without")
     }

@@ -1,4 +1,5 @@
 //! What the filters of the guest-driven threads do to a thread that asks for more.
+#![allow(unsafe_code)] // attempts are made with arguments that no library would pass
 
 mod common;
 
@@ -9,10 +10,11 @@ use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 
 const CHILD: &str = "ADIT_VMM_FORBIDDEN_CALL";
 const TEST: &str = "a_forbidden_call_ends_the_process_with_a_report";
-const THREADS: [(&str, Thread); 3] = [
+const THREADS: [(&str, Thread); 4] = [
     ("vcpu0", Thread::Vcpu),
     ("vsock", Thread::Vsock),
     ("disk", Thread::Disk),
+    ("hybrid", Thread::Hybrid),
 ];
 
 /// Runs itself again: what is forbidden ends a process.
@@ -39,6 +41,112 @@ fn a_forbidden_call_ends_the_process_with_a_report() {
         assert_eq!(out.status.code(), Some(1), "{said}");
         let call = format!("may not make: {} by {name}", libc::SYS_openat);
         assert!(said.contains(&call), "{said}");
+    }
+}
+
+/// What a guest that has taken the vsock thread over might try: a system call, and its arguments.
+fn kit(stream: libc::c_long) -> Vec<(&'static str, libc::c_long, [libc::c_long; 6])> {
+    let int = |n: i32| libc::c_long::from(n);
+    let parent = int(nix::unistd::getppid().as_raw());
+    static VALUE: [u32; 4] = [7; 4];
+    let value = VALUE.as_ptr() as libc::c_long;
+    let option = |option| [stream, int(libc::SOL_SOCKET), int(option), value, 4, 0];
+    let control = |command, value| [stream, int(command), value, 0, 0, 0];
+    let (pair, datagram) = (libc::SYS_socketpair, int(libc::SOCK_DGRAM));
+    let urge = int(libc::SIGURG);
+    vec![
+        ("a datagram pair", pair, [1, datagram, 0, value, 0, 0]),
+        ("a socket", libc::SYS_socket, [2, 1, 0, 0, 0, 0]),
+        (
+            "a datagram socket",
+            libc::SYS_socket,
+            [1, datagram, 0, 0, 0, 0],
+        ),
+        (
+            "to an address",
+            libc::SYS_sendto,
+            [stream, value, 4, 0, value, 16],
+        ),
+        ("SO_MARK", libc::SYS_setsockopt, option(libc::SO_MARK)),
+        (
+            "SO_PASSCRED",
+            libc::SYS_setsockopt,
+            option(libc::SO_PASSCRED),
+        ),
+        ("F_SETOWN", libc::SYS_fcntl, control(libc::F_SETOWN, parent)),
+        ("F_SETSIG", libc::SYS_fcntl, control(10, 9)),
+        ("FIOASYNC", libc::SYS_ioctl, control(0x5452, value)),
+        ("kill", libc::SYS_kill, [parent, urge, 0, 0, 0, 0]),
+        ("tgkill", libc::SYS_tgkill, [parent, parent, urge, 0, 0, 0]),
+        ("ptrace", libc::SYS_ptrace, [0x4206, parent, 0, 0, 0, 0]),
+        ("dumpable", libc::SYS_prctl, [4, 1, 0, 0, 0, 0]),
+        ("code", libc::SYS_mmap, [0, 4096, 7, 0x22, -1, 0]),
+        ("unshare", libc::SYS_unshare, [0x1000_0000, 0, 0, 0, 0, 0]),
+        ("setuid", libc::SYS_setuid, [0, 0, 0, 0, 0, 0]),
+        ("mount", libc::SYS_mount, [0, 0, 0, 0, 0, 0]),
+        ("keyctl", libc::SYS_keyctl, [0, -3, 1, 0, 0, 0]),
+    ]
+}
+
+#[test]
+fn r115_a_vsock_thread_reaches_nothing_beyond_its_descriptors() {
+    const CHILD: &str = "ADIT_VMM_ESCAPE";
+    const TEST: &str = "r115_a_vsock_thread_reaches_nothing_beyond_its_descriptors";
+    let stream = std::os::unix::net::UnixStream::pair().unwrap();
+    let kit = kit(std::os::fd::AsRawFd::as_raw_fd(&stream.0).into());
+    if let Ok(child) = std::env::var(CHILD) {
+        let (kind, nth) = child.split_once(' ').unwrap();
+        let (_, kind) = THREADS.into_iter().find(|(n, _)| kind == *n).unwrap();
+        let (_, call, [a, b, c, d, e, f]) = kit[nth.parse::<usize>().unwrap()];
+        let filters = Filters::on().unwrap();
+        let run = move || {
+            filters.apply(kind).unwrap();
+            // SAFETY: pointers among the arguments lead to a static, which the kernel only reads; the pair that is written
+            // there is never made.
+            unsafe { libc::syscall(call, a, b, c, d, e, f) };
+        };
+        let thread = std::thread::Builder::new().name("taken".to_owned());
+        let _ = thread.spawn(run).unwrap().join();
+        return;
+    }
+    for kind in ["vsock", "hybrid"] {
+        for (nth, (what, call, _)) in kit.iter().enumerate() {
+            let out = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", TEST, "--nocapture"])
+                .env(CHILD, format!("{kind} {nth}"))
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&out.stderr);
+            let reported = format!("may not make: {call:03} by taken");
+            let ended = out.status.code() == Some(1) && said.contains(&reported);
+            assert!(ended, "{what} by {kind}: {}: {said}", out.status);
+        }
+    }
+}
+
+/// Whoever runs the VMM: what is a guest's has no capability.
+#[test]
+fn r115_guest_driven_threads_have_no_capability() {
+    let filters = Filters::on().unwrap();
+    for (name, kind) in THREADS {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (hold, held) = std::sync::mpsc::channel::<()>();
+        let filters = filters.clone();
+        let run = move || {
+            let id = nix::unistd::gettid();
+            filters.apply(kind).unwrap();
+            tell.send(id).unwrap();
+            let _ = held.recv();
+        };
+        let thread = std::thread::spawn(run);
+        let path = format!("/proc/self/task/{}/status", told.recv().unwrap());
+        let status = std::fs::read_to_string(path).unwrap();
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            let none = format!("{set}:\t0000000000000000");
+            assert!(status.contains(&none), "{name}: {status}");
+        }
+        drop(hold);
+        thread.join().unwrap();
     }
 }
 

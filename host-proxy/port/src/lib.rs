@@ -7,10 +7,13 @@
 //! | `rings` | how rings come to the port: the attach socket, ivshmem, a VMM of this process |
 //! | `keep` | what a successor needs, on its way to `aditd` |
 //! | `place` | the VM's directory: lock, sockets |
+//! | `born` | which process it is |
+//! | `privilege` | a user of its own, and no capability |
 //! | `sandbox` | landlock and seccomp |
 //! | `vmm` | for a VMM that has the device itself: to be its VM's port process (feature `vmm`) |
 //! | `log` | lines to stderr, limited and escaped |
 
+pub mod born;
 pub mod control;
 pub mod control_io;
 #[cfg(feature = "shell")]
@@ -19,6 +22,8 @@ pub mod keep;
 pub mod log;
 #[cfg(feature = "shell")]
 pub mod place;
+#[cfg(feature = "shell")]
+pub mod privilege;
 #[cfg(feature = "shell")]
 pub mod process;
 #[cfg(feature = "shell")]

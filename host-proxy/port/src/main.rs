@@ -15,6 +15,7 @@ use adit_port::control_io::{Message, receive_all};
 use adit_port::keep::{Keeping, Note};
 use adit_port::log;
 use adit_port::place::Place;
+use adit_port::privilege;
 use adit_port::process::{Options, Process};
 use adit_port::rings::{self, RingSockets};
 use adit_port::sandbox;
@@ -52,15 +53,20 @@ struct Args {
     /// Go on in place of a process that was killed: what it left is on the standard input, a SOCK_SEQPACKET socket.
     #[arg(long)]
     resume: bool,
+    /// Serve as this user and group, which are the VM's alone: for a process that root starts. Without it, as whoever starts it.
+    #[arg(long, value_name = "ID", value_parser = clap::value_parser!(u32).range(1..i64::from(u32::MAX)))]
+    uid: Option<u32>,
     /// error, warn, info, debug or trace.
     #[arg(long, default_value = "info")]
     log_level: tracing::Level,
 }
 
+/// As aditd has it (`adit_tasks::VmId`): no path, and no second spelling.
 fn vm_name(text: &str) -> Result<String, String> {
-    let ok = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-._".contains(&b);
-    if text.is_empty() || text.len() > 63 || !text.bytes().all(ok) {
-        return Err("use 1 to 63 of a-z 0-9 - . _".into());
+    let ok = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    let outer = text.starts_with('-') || text.ends_with('-');
+    if text.is_empty() || text.len() > 63 || outer || !text.bytes().all(ok) {
+        return Err("use 1 to 63 of a-z, 0-9 and inner -".into());
     }
     Ok(text.to_owned())
 }
@@ -84,7 +90,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<()> {
-    let place = Place::take(&args.dir)?;
+    let place = Place::prepare(&args.dir)?;
     let left = Left::find(&args)?;
     raise_descriptor_limit();
     let stop = stop_signals().context("cannot watch signals")?;
@@ -93,7 +99,11 @@ fn run(args: Args) -> anyhow::Result<()> {
         .and_then(|mut f| f.read_exact(&mut random))
         .context("cannot read /dev/urandom")?;
     let (boot_nonce, seed) = random.split_at(16);
-    // From here on there is a guest to be afraid of: files go before its thread is there, system calls after.
+    // From here on there is a guest to be afraid of: rights and files go before its thread is there, system calls after.
+    if !privilege::give_up(args.uid).context("it keeps privileges")? {
+        tracing::debug!("started without the right to empty its capability bounding set");
+    }
+    place.listen().context("cannot listen on ctl.sock")?;
     let files = sandbox::lock_files().context("no sandbox")?;
     if !files {
         tracing::warn!("the kernel has no landlock: only seccomp confines this process");

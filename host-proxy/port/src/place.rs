@@ -18,6 +18,7 @@ use nix::sys::stat::{Mode, umask};
 
 use adit_ringbuf_io::attach;
 
+use crate::born::Born;
 use crate::control::{CONTROL_SOCKET, IVSHMEM_SOCKET, RING_SOCKET, VHOST_SOCKET};
 
 /// Why the directory cannot be used. The caller's fault, or the machine's.
@@ -68,11 +69,25 @@ pub struct Place {
 const PATH_MAX: usize = 107;
 
 impl Place {
-    /// Makes and locks the directory, and binds the sockets.
+    /// Makes and locks the directory, binds the sockets, and listens.
     ///
     /// # Errors
     /// As [`PlaceError`] says.
     pub fn take(dir: &Path) -> Result<Self, PlaceError> {
+        let place = Self::prepare(dir)?;
+        place.listen().map_err(|source| PlaceError::Io {
+            what: "listen on",
+            path: dir.join(CONTROL_SOCKET),
+            source,
+        })?;
+        Ok(place)
+    }
+
+    /// The same, but `aditd` cannot connect before [`listen`](Self::listen).
+    ///
+    /// # Errors
+    /// As [`PlaceError`] says.
+    pub fn prepare(dir: &Path) -> Result<Self, PlaceError> {
         let failed = |what, path: &Path| {
             let path = path.to_owned();
             move |source: io::Error| PlaceError::Io { what, path, source }
@@ -101,6 +116,7 @@ impl Place {
             }
             Err((_, e)) => return Err(failed("lock", &path)(e.into())),
         };
+        Born::note(dir).map_err(failed("note the process in", dir))?;
         let path = free_path(dir, VHOST_SOCKET)?;
         let vhost = UnixListener::bind(&path).map_err(failed("bind", &path))?;
         let path = free_path(dir, RING_SOCKET)?;
@@ -117,6 +133,14 @@ impl Place {
             ivshmem,
             lock,
         })
+    }
+
+    /// Lets `aditd` connect. It is told the user that the caller is now (SO_PEERCRED).
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn listen(&self) -> io::Result<()> {
+        Ok(listen(&self.control, Backlog::new(8)?)?)
     }
 }
 
@@ -149,7 +173,6 @@ fn seqpacket(flags: SockFlag) -> nix::Result<OwnedFd> {
 fn bind_control(path: &Path) -> io::Result<OwnedFd> {
     let sock = seqpacket(SockFlag::SOCK_NONBLOCK)?;
     bind(sock.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&sock, Backlog::new(8)?)?;
     Ok(sock)
 }
 

@@ -4,9 +4,11 @@
 //! 1. [`lock_files`], while there is one thread (landlock holds for the calling thread and its children): no file, no
 //!    TCP, no abstract socket, no signal to others. A kernel without landlock is said so and goes on.
 //! 2. [`lock_calls`], when all threads are there, for all of them: seccomp. What opens or asks for files gets an error;
-//!    anything else that is not on the list ends the process.
+//!    anything else that is not on the list ends the process. What is on it is there with the arguments that the loop uses:
+//!    stream pairs and no datagrams, nothing sent to an address, no signal by a descriptor, none to another process.
 //!
-//! A process that is taken over by its guest still has: the guest's own memory, its tunnels, and two sockets.
+//! Who it is, is [`privilege`](crate::privilege)'s. A process that is taken over by its guest still has: the guest's own
+//! memory, its tunnels, and two sockets.
 
 use std::collections::BTreeMap;
 
@@ -63,7 +65,8 @@ pub fn lock_calls() -> Result<(), SandboxError> {
     Ok(())
 }
 
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+/// System calls by number, each with the ways in which it may be made; none: any.
+pub type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 fn compile(
     mismatch: SeccompAction,
@@ -91,7 +94,6 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_writev,
         libc::SYS_recvfrom,
         libc::SYS_recvmsg,
-        libc::SYS_sendto,
         libc::SYS_sendmsg,
         libc::SYS_sendfile,
         // Waiting.
@@ -106,19 +108,13 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_sched_yield,
         // Descriptors.
         libc::SYS_accept4,
-        libc::SYS_socketpair,
         libc::SYS_shutdown,
-        libc::SYS_getsockopt,
-        libc::SYS_setsockopt,
-        libc::SYS_fcntl,
         libc::SYS_close,
-        libc::SYS_flock,
         libc::SYS_fstat,
         libc::SYS_fstatfs,
         libc::SYS_lseek,
         libc::SYS_eventfd2,
         // Memory for a ring: no file has a name.
-        libc::SYS_memfd_create,
         libc::SYS_ftruncate,
         // Memory.
         libc::SYS_munmap,
@@ -140,49 +136,158 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_sigaltstack,
         libc::SYS_getpid,
         libc::SYS_gettid,
-        libc::SYS_tgkill,
     ];
     #[cfg(target_arch = "x86_64")]
     calls.extend([libc::SYS_epoll_wait, libc::SYS_poll]);
     let mut rules: Rules = calls.into_iter().map(|call| (call, vec![])).collect();
     rules.extend(refused());
-    // Memory that is not executable.
-    let no_exec = |rules: &mut Rules, call| -> Result<(), seccompiler::BackendError> {
-        let exec = libc::PROT_EXEC as u64;
-        let rule = masked(2, exec, 0)?;
-        rules.insert(call, vec![rule]);
-        Ok(())
-    };
-    no_exec(&mut rules, libc::SYS_mmap)?;
-    no_exec(&mut rules, libc::SYS_mprotect)?;
-    // A descriptor's metadata, not a path's; a descriptor's nonblocking flag and what is left to read, no other ioctl.
-    let empty_path = libc::AT_EMPTY_PATH as u64;
-    rules.insert(
-        libc::SYS_newfstatat,
-        vec![masked(3, empty_path, empty_path)?],
-    );
-    rules.insert(libc::SYS_statx, vec![masked(2, empty_path, empty_path)?]);
-    rules.insert(
-        libc::SYS_ioctl,
-        vec![
-            masked(1, u64::from(u32::MAX), u64::from(libc::FIONBIO as u32))?,
-            masked(1, u64::from(u32::MAX), u64::from(libc::FIONREAD as u32))?,
-        ],
-    );
-    // A Rust panic's abort and a name for a thread.
-    let set_name = libc::PR_SET_NAME as u64;
-    rules.insert(
-        libc::SYS_prctl,
-        vec![masked(0, u64::from(u32::MAX), set_name)?],
-    );
+    rules.extend(by_argument()?);
     Ok(rules)
 }
 
-/// The call is matched if its argument, masked, has this value.
-fn masked(index: u8, mask: u64, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
-    let op = SeccompCmpOp::MaskedEq(mask);
-    let condition = SeccompCondition::new(index, SeccompCmpArgLen::Dword, op, value)?;
-    SeccompRule::new(vec![condition])
+/// The calls of a thread that serves streams which depend on their arguments, for a VMM's filter too: what else they do
+/// would reach beyond the descriptors that the thread has.
+///
+/// # Errors
+/// The rules are malformed.
+pub fn by_argument() -> Result<Rules, seccompiler::BackendError> {
+    let socket = libc::SOL_SOCKET as u32;
+    let new_flags = (libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) as u32;
+    let memfd_flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    let empty_path = libc::AT_EMPTY_PATH as u32;
+    let no_code = masked(2, libc::PROT_EXEC as u32, 0);
+    // The time limits have two numbers each, and libraries try both.
+    let options = [
+        libc::SO_LINGER,
+        libc::SO_RCVTIMEO,
+        libc::SO_SNDTIMEO,
+        66,
+        67,
+    ];
+    // No owner, no signal, no lease, no lock, no notice of a directory.
+    let commands = [
+        libc::F_DUPFD_CLOEXEC,
+        libc::F_GETFD,
+        libc::F_SETFD,
+        libc::F_GETFL,
+        libc::F_SETFL,
+        libc::F_GET_SEALS,
+        libc::F_ADD_SEALS,
+    ];
+    // What is nonblocking, and what is left to read; nothing of a terminal.
+    let requests = [libc::FIONBIO, libc::FIONREAD];
+    [
+        // Where the other end is, and nowhere else. Datagrams alone have an address in their message, and there are none.
+        (libc::SYS_sendto, vec![vec![no_pointer(4)]]),
+        (
+            libc::SYS_socketpair,
+            vec![vec![
+                equal(0, libc::AF_UNIX as u32),
+                masked(1, !new_flags, libc::SOCK_STREAM as u32),
+                equal(2, 0),
+            ]],
+        ),
+        (libc::SYS_getsockopt, vec![vec![equal(1, socket)]]),
+        (
+            libc::SYS_setsockopt,
+            each(options, |option| {
+                vec![equal(1, socket), equal(2, option as u32)]
+            }),
+        ),
+        (
+            libc::SYS_fcntl,
+            each(commands, |command| vec![equal(1, command as u32)]),
+        ),
+        (
+            libc::SYS_ioctl,
+            each(requests, |request| vec![equal(1, request as u32)]),
+        ),
+        // A lock is let go with its file.
+        (libc::SYS_flock, vec![vec![equal(1, libc::LOCK_UN as u32)]]),
+        // Memory that is not executable; for a ring, of a file that has no name.
+        (libc::SYS_mmap, vec![vec![no_code]]),
+        (libc::SYS_mprotect, vec![vec![no_code]]),
+        (
+            libc::SYS_memfd_create,
+            vec![vec![masked(1, !memfd_flags, 0)]],
+        ),
+        // A descriptor's metadata.
+        (
+            libc::SYS_newfstatat,
+            vec![vec![masked(3, empty_path, empty_path)]],
+        ),
+        (
+            libc::SYS_statx,
+            vec![vec![masked(2, empty_path, empty_path)]],
+        ),
+        // A name for a thread, and the end of a Rust panic: a signal to this process.
+        (
+            libc::SYS_prctl,
+            each([libc::PR_SET_NAME, libc::PR_GET_NAME], |what| {
+                vec![equal(0, what as u32)]
+            }),
+        ),
+        (libc::SYS_tgkill, vec![vec![equal(0, std::process::id())]]),
+    ]
+    .into_iter()
+    .map(|(call, ways)| {
+        let rules = ways.into_iter().map(|arguments| {
+            let conditions: Result<_, _> = arguments.into_iter().map(Argument::condition).collect();
+            SeccompRule::new(conditions?)
+        });
+        Ok((call, rules.collect::<Result<_, _>>()?))
+    })
+    .collect()
+}
+
+/// What one argument of a call must be: the bits that are looked at, and their value.
+#[derive(Clone, Copy)]
+struct Argument {
+    number: u8,
+    /// Of 64 bits; else of 32, which is all of an `int`.
+    wide: bool,
+    mask: u64,
+    value: u64,
+}
+
+impl Argument {
+    fn condition(self) -> Result<SeccompCondition, seccompiler::BackendError> {
+        let width = match self.wide {
+            true => SeccompCmpArgLen::Qword,
+            false => SeccompCmpArgLen::Dword,
+        };
+        let looks = SeccompCmpOp::MaskedEq(self.mask);
+        SeccompCondition::new(self.number, width, looks, self.value)
+    }
+}
+
+fn equal(number: u8, value: u32) -> Argument {
+    masked(number, u32::MAX, value)
+}
+
+fn masked(number: u8, mask: u32, value: u32) -> Argument {
+    Argument {
+        number,
+        wide: false,
+        mask: mask.into(),
+        value: value.into(),
+    }
+}
+
+fn no_pointer(number: u8) -> Argument {
+    Argument {
+        number,
+        wide: true,
+        mask: u64::MAX,
+        value: 0,
+    }
+}
+
+fn each<T>(
+    of: impl IntoIterator<Item = T>,
+    way: impl Fn(T) -> Vec<Argument>,
+) -> Vec<Vec<Argument>> {
+    of.into_iter().map(way).collect()
 }
 
 #[cfg(test)]

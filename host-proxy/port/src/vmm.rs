@@ -20,13 +20,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use adit_api::{ErrorBody, NewVm, Vm, VmState};
+use adit_api::{ErrorBody, NewVm, Vm, VmId, VmState};
 use adit_channel::carrier::Carrier;
 use adit_channel::hello;
 use adit_channel::live::LiveFile;
 use anyhow::{Context, bail};
 use nix::fcntl::Flock;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use crate::control::{IVSHMEM_SOCKET, Quit, RING_SOCKET, VHOST_SOCKET};
 use crate::control_io::{Message, receive_all, send_all};
@@ -65,10 +66,9 @@ impl<C: Carrier> Handed<C> {
     /// ([`rings::channel`](crate::rings::channel)).
     ///
     /// # Errors
-    /// Another process has it, or it cannot be made.
+    /// The VM's name is none, another process has its place, or that cannot be made.
     pub fn new(carrier: C, with: &Registration, rings: Option<RingInbox>) -> anyhow::Result<Self> {
-        let run = with.aditd.parent().unwrap_or(Path::new("."));
-        let dir = run.join("vm").join(&with.vm.name);
+        let dir = with.dir()?;
         let place = take(&dir, &with.vm.name, TAKE_LIMIT)?;
         // No VMM but this one: nobody is to connect another.
         drop(place.vhost);
@@ -128,6 +128,8 @@ fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
             std::thread::sleep(Duration::from_millis(5));
             continue;
         };
+        // Which process it is, is for the kernel to say.
+        let pid = getsockopt(&socket, PeerCredentials)?.pid();
         // Only for its time limit.
         let socket = UnixStream::from(socket);
         socket.set_read_timeout(Some(limit))?;
@@ -135,12 +137,11 @@ fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
         let Ok(Some((Message::Status(status), _))) = receive_all(&socket) else {
             continue;
         };
-        let comm = fs::read_to_string(format!("/proc/{}/comm", status.pid)).unwrap_or_default();
+        let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         let serves = status.session || Note::open(dir)?.orphan().is_some();
         if comm.trim_end() != "adit-port" || serves {
             bail!(
-                "`{name}` runs: process {} serves it, with a VMM connected; end that VM first",
-                status.pid
+                "`{name}` runs: process {pid} serves it, with a VMM connected; end that VM first"
             );
         }
         // It hears the newest connection only, and aditd may just have made one: again.
@@ -175,6 +176,13 @@ impl Registered {
 }
 
 impl Registration {
+    /// Where the VM's port process is: below aditd's own directory, whatever the VM calls itself.
+    fn dir(&self) -> anyhow::Result<PathBuf> {
+        let name: VmId = self.vm.name.parse()?;
+        let run = self.aditd.parent().unwrap_or(Path::new("."));
+        Ok(run.join("vm").join(name.as_str()))
+    }
+
     /// Tells aditd that there is such a VM; a [`Handed`] of it must answer by then.
     ///
     /// # Errors
@@ -240,6 +248,24 @@ impl Drop for Registered {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn r116_a_name_that_is_a_path_leads_nowhere() {
+        let named = |name: &str| Registration {
+            aditd: "/run/adit/aditd.sock".into(),
+            vm: NewVm {
+                name: name.into(),
+                cid: 3,
+                allow: vec![],
+                allow_vsock: vec![],
+            },
+        };
+        let dir = named("web-1").dir().unwrap();
+        assert_eq!(dir, Path::new("/run/adit/vm/web-1"));
+        for name in ["..", ".", "../..", "/etc", "a/../../b", ""] {
+            named(name).dir().unwrap_err();
+        }
+    }
 
     #[test]
     fn a_port_process_that_is_stopped_is_not_waited_for_without_end() {

@@ -65,6 +65,10 @@ impl Vsock {
         let device = VsockDevice::new(cid, 1)?;
         let copy = |i: usize| borrow(&kicks[i]).try_clone_to_owned();
         let (carrier, remote) = linked::link(device, [copy(0)?, copy(1)?, copy(2)?])?;
+        let kind = match owner {
+            Owner::Sockets(Some(_)) => Thread::Hybrid,
+            Owner::Sockets(None) | Owner::Aditd(..) => Thread::Vsock,
+        };
         let run: Box<dyn FnOnce() + Send> = match owner {
             Owner::Sockets(uds) => {
                 let mut seed = [0; 8];
@@ -83,7 +87,7 @@ impl Vsock {
         let filters = filters.clone();
         std::thread::Builder::new()
             .name("vsock".to_owned())
-            .spawn(move || match filters.apply(Thread::Vsock) {
+            .spawn(move || match filters.apply(kind) {
                 Ok(()) => run(),
                 Err(e) => eprintln!("adit-vmm: no vsock: {e:#}"),
             })?;

@@ -47,9 +47,16 @@ pub fn command(dir: &Path) -> Command {
 
 impl Running {
     pub fn start() -> Self {
+        Self::start_with(|_| {})
+    }
+
+    /// With something changed.
+    pub fn start_with(change: impl FnOnce(&mut Command)) -> Self {
         let run = tempfile::tempdir().unwrap();
         let dir = run.path().join("web-1");
-        let child = command(&dir).spawn().unwrap();
+        let mut command = command(&dir);
+        change(&mut command);
+        let child = command.spawn().unwrap();
         Self {
             child,
             _run: run,

@@ -1,0 +1,74 @@
+//! Which process it is: a number that may go to another one, and when it began, which cannot.
+//!
+//! Whoever takes a VM's directory notes itself there, ahead of its first listener and of giving up the rights to write there.
+//! So the note is the word of a process that no guest has had in its hands yet.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+/// Name of the note in the VM's directory.
+pub const NOTE: &str = "port.pid";
+
+/// One process of this machine, since it was booted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Born {
+    /// Its number.
+    pub pid: i32,
+    /// When it began, in the kernel's ticks since boot.
+    pub ticks: u64,
+}
+
+impl Born {
+    /// Returns which process has this number now. `None`: there is none, or /proc does not say.
+    pub fn of(pid: i32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // Field 22, counted from behind the name, which may hold anything.
+        let ticks = stat.rsplit_once(") ")?.1.split(' ').nth(19)?;
+        Some(Self {
+            pid,
+            ticks: ticks.parse().ok()?,
+        })
+    }
+
+    /// Notes that the calling process has taken this directory.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn note(dir: &Path) -> io::Result<()> {
+        // Its own number always fits; where /proc is missing, nobody can compare either.
+        let pid = std::process::id().cast_signed();
+        let ticks = Self::of(pid).map_or(0, |born| born.ticks);
+        let (path, new) = (dir.join(NOTE), dir.join("port.pid.new"));
+        fs::write(&new, format!("{pid} {ticks}\n"))?;
+        fs::rename(&new, &path)
+    }
+
+    /// Returns which process took this directory last. `None`: nobody noted it.
+    pub fn noted(dir: &Path) -> Option<Self> {
+        let text = fs::read_to_string(dir.join(NOTE)).ok()?;
+        let (pid, ticks) = text.trim_end().split_once(' ')?;
+        Some(Self {
+            pid: pid.parse().ok()?,
+            ticks: ticks.parse().ok()?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_tells_this_process_from_any_other_of_its_number() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Born::noted(dir.path()), None);
+        Born::note(dir.path()).unwrap();
+        let noted = Born::noted(dir.path()).unwrap();
+        let us = Born::of(std::process::id().cast_signed()).unwrap();
+        assert_eq!(noted, us);
+        assert!(us.ticks > 0);
+        let parent = Born::of(nix::unistd::getppid().as_raw()).unwrap();
+        assert!(parent != us && parent.ticks <= us.ticks);
+    }
+}
