@@ -1,8 +1,8 @@
 //! The `tasks` service: the host's end of `adit_tasks::wire`. The VM is the one whose port process the stream came from;
 //! nothing that the agent says about itself changes that.
 //!
-//! The agent pulls and is then held until a task is queued: no polling on either side. A reader task takes its frames, so
-//! that a pull that waits notices the end of the connection at once.
+//! The agent pulls and is then held until a task is queued: no polling on either side. Its frames are read beside that, so
+//! that a pull that waits notices the end of the connection at once. Both are one task: dropped, nothing of it is left.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -144,38 +144,51 @@ async fn converse(
     state: &Arc<State>,
     vm: &Arc<VmEntry>,
     reader: OwnedReadHalf,
+    writer: OwnedWriteHalf,
+) -> io::Result<()> {
+    let (to, frames) = mpsc::channel(AHEAD_MAX);
+    // Not a task of its own: it would outlive this future, which is dropped when a newer connection replaces this one (R106).
+    let reading = read_frames(reader, to);
+    let answering = answer(state, vm, frames, writer);
+    tokio::pin!(answering);
+    tokio::select! {
+        result = &mut answering => result,
+        // What was read ahead of the end is answered first.
+        () = reading => answering.await,
+    }
+}
+
+/// Answers an agent's frames until there are no more, and hands tasks out.
+async fn answer(
+    state: &Arc<State>,
+    vm: &Arc<VmEntry>,
+    mut frames: mpsc::Receiver<io::Result<Frame>>,
     mut writer: OwnedWriteHalf,
 ) -> io::Result<()> {
-    let (to, mut frames) = mpsc::channel(AHEAD_MAX);
-    let reading = tokio::spawn(read_frames(reader, to));
     // The id of the pull that waits.
     let mut pulling: Option<u32> = None;
-    let result = loop {
+    loop {
         // Registered before the queue is looked at, so that a task queued in between is not missed.
         let queued = vm.queued.notified();
         tokio::pin!(queued);
         queued.as_mut().enable();
         if let Some(id) = pulling {
-            match hand_out(state, vm, id, &mut writer).await {
-                Ok(true) => pulling = None,
-                Ok(false) => {}
-                Err(e) => break Err(e),
+            if hand_out(state, vm, id, &mut writer).await? {
+                pulling = None;
             }
         }
         tokio::select! {
             next = frames.recv() => match next {
-                None => break Ok(()),
-                Some(Err(e)) => break Err(e),
-                Some(Ok((header, body))) => match handle(state, vm, &header, &body, &mut writer).await {
-                    Ok(pull) => pulling = pull.or(pulling),
-                    Err(e) => break Err(e),
-                },
+                None => return Ok(()),
+                Some(next) => {
+                    let (header, body) = next?;
+                    let pull = handle(state, vm, &header, &body, &mut writer).await?;
+                    pulling = pull.or(pulling);
+                }
             },
             () = &mut queued, if pulling.is_some() => {}
         }
-    };
-    reading.abort();
-    result
+    }
 }
 
 /// Sends the VM's next task, if there is one. It is leased on disk before it is sent.

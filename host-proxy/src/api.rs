@@ -159,8 +159,12 @@ async fn add_vm(Shared(state): Shared<App>, body: Bytes) -> Answer<Vm> {
         allow_vsock: new.allow_vsock,
         busy_poll_us: 0,
         ivshmem_mib: crate::config::default_ivshmem_mib(),
+        allow_any_memory: false,
     };
-    config.check().map_err(|(key, why)| bad(key, why))?;
+    config
+        .check()
+        .and_then(|()| state.config.check_paths(&config.name))
+        .map_err(|(key, why)| bad(key, why))?;
     let vm = crate::add_vm(&state, config.clone(), true).await?;
     Ok(Json(vm.show()))
 }
@@ -317,9 +321,11 @@ async fn wait_vm(
     };
     let limit = Duration::from_millis(q.timeout_ms).min(WAIT_MAX);
     if tokio::time::timeout(limit, ready).await.is_err() {
-        let state = vm.show().state;
-        let message = format!("`{name}` is not ready after {limit:?}: its channel is {state:?}");
-        let help = "down: see RUN/vm/NAME/port.log; waiting: no VMM or guest driver; up: adit-guest does not run in it";
+        let (state, fault) = (vm.show().state, vm.show().fault);
+        let fault = fault.map_or_else(String::new, |fault| format!(" ({fault})"));
+        let message =
+            format!("`{name}` is not ready after {limit:?}: its channel is {state:?}{fault}");
+        let help = "down: `adit vm show` says why; waiting: no VMM or guest driver; up: adit-guest does not run in it";
         return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "timeout", message).help(help));
     }
     Ok(Json(vm.show()))

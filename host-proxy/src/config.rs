@@ -20,6 +20,7 @@
 //! allow_vsock = [5000]              # plain AF_VSOCK ports, reached as vsock-5000.web-1
 //! busy_poll_us = 50                 # optional: look on before sleeping; for vCPUs with cores of their own
 //! ivshmem_mib = 4                   # optional: what a QEMU that connects to RUN/vm/NAME/ivshmem.sock is given
+//! allow_any_memory = true           # optional: its memory may be any file (memory-backend-file), not only a sealed memfd
 //! ```
 //! An unknown key is an error that names file, line and key: a misspelt limit must not silently be no limit.
 
@@ -28,6 +29,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use adit_port::control::{IVSHMEM_SOCKET, SOCKET_PATH_MAX};
 use adit_tasks::VmId;
 use serde::Deserialize;
 
@@ -223,6 +225,10 @@ pub struct VmConfig {
     /// MiB of the region that a QEMU with an ivshmem function is given: a power of two, at most 1,024.
     #[serde(default = "default_ivshmem_mib")]
     pub ivshmem_mib: u32,
+    /// Its VMM may hand any file over as guest memory (`memory-backend-file,share=on`). Whoever can truncate that file can
+    /// end the VM's port process (SIGBUS); without it, memory is a memfd that is sealed against that.
+    #[serde(default)]
+    pub allow_any_memory: bool,
 }
 
 /// [`VmConfig::ivshmem_mib`] where nothing is said.
@@ -327,10 +333,12 @@ impl Config {
                 format!("at most {VMS_MAX} VMs are allowed"),
             ));
         }
+        fits(&config.api_socket()).map_err(|message| error(1, Some("run_dir".into()), message))?;
         let (mut names, mut cids) = (BTreeMap::new(), BTreeMap::new());
         for (nth, vm) in config.vm.iter().enumerate() {
             let line = vm_line(text, nth);
             vm.check()
+                .and_then(|()| config.check_paths(&vm.name))
                 .map_err(|(key, message)| error(line, Some(key.into()), message))?;
             if names.insert(&vm.name, nth).is_some() {
                 return Err(error(
@@ -351,10 +359,36 @@ impl Config {
         Ok(config)
     }
 
+    /// Checks that the sockets of a VM can be bound: its port process would find that out too late.
+    ///
+    /// # Errors
+    /// The key at fault, and why.
+    pub fn check_paths(&self, vm: &VmId) -> Result<(), (&'static str, String)> {
+        // Its longest.
+        fits(&vm_dir(&self.run_dir, vm).join(IVSHMEM_SOCKET)).map_err(|why| ("run_dir", why))
+    }
+
     /// The API's socket.
     pub fn api_socket(&self) -> PathBuf {
         self.run_dir.join("aditd.sock")
     }
+}
+
+/// A VM's directory.
+pub fn vm_dir(run_dir: &Path, vm: &VmId) -> PathBuf {
+    run_dir.join("vm").join(vm.as_str())
+}
+
+/// Whether a path can be a socket's.
+fn fits(path: &Path) -> Result<(), String> {
+    let len = path.as_os_str().len();
+    if len <= SOCKET_PATH_MAX {
+        return Ok(());
+    }
+    Err(format!(
+        "the socket {} has a path of {len} bytes, and at most {SOCKET_PATH_MAX} are possible: use a shorter run_dir",
+        path.display()
+    ))
 }
 
 /// Line of the n-th `[[vm]]`.
@@ -378,6 +412,30 @@ mod tests {
     #[test]
     fn an_empty_file_is_a_configuration() {
         assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn a_run_dir_that_is_too_long_for_a_socket_is_refused() {
+        let vm = "[[vm]]\nname = \"web-1\"\ncid = 3\n";
+        // `/` and the rest of RUN/vm/web-1/ivshmem.sock.
+        let rest = 1 + "/vm/web-1/ivshmem.sock".len();
+        let dir = |len: usize| format!("run_dir = \"/{}\"\n", "x".repeat(len));
+        parse(&(dir(SOCKET_PATH_MAX - rest) + vm)).unwrap();
+        for (text, line) in [
+            (dir(SOCKET_PATH_MAX - rest + 1) + vm, 2),
+            (dir(SOCKET_PATH_MAX), 1),
+        ] {
+            let e = parse(&text).unwrap_err();
+            let ConfigError::Value {
+                line: at,
+                key: Some(key),
+                ..
+            } = &e
+            else {
+                panic!("{e}")
+            };
+            assert_eq!((*at, key.as_str()), (line, "run_dir"), "{e}");
+        }
     }
 
     #[test]

@@ -194,6 +194,7 @@ async fn load_vms(state: &Arc<State>) -> anyhow::Result<()> {
                 allow_vsock: serde_json::from_str(&allow_vsock).ok()?,
                 busy_poll_us: 0,
                 ivshmem_mib: crate::config::default_ivshmem_mib(),
+                allow_any_memory: false,
             })
         })();
         let added = match config {

@@ -13,7 +13,7 @@ use adit_tasks::wire::{Facts, Held};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{VMS_MAX, VmConfig};
+use crate::config::{VMS_MAX, VmConfig, vm_dir};
 use crate::keeper::Keeper;
 use crate::ports::Link;
 use crate::whose::PortProcess;
@@ -377,7 +377,7 @@ impl Registry {
             return Err(AddError::Full);
         }
         let entry = Arc::new(VmEntry {
-            dir: self.run_dir.join("vm").join(config.name.as_str()),
+            dir: vm_dir(&self.run_dir, &config.name),
             config,
             queued: Notify::new(),
             removed: CancellationToken::new(),
@@ -439,6 +439,7 @@ mod tests {
             allow_vsock: vec![],
             busy_poll_us: 0,
             ivshmem_mib: crate::config::default_ivshmem_mib(),
+            allow_any_memory: false,
         }
     }
 

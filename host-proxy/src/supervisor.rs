@@ -40,6 +40,10 @@ const SHORT_MAX: u32 = 8;
 const REASON_MAX: usize = 500;
 /// How long a new port process may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(10);
+/// Bytes at the end of a log that are looked at.
+const LOG_TAIL: u64 = 4096;
+/// Lines of them that are shown: an error may be followed by a hint.
+const LOG_LINES: usize = 3;
 /// A port process is looked for so often while it starts.
 const START_LOOK: Duration = Duration::from_millis(10);
 /// How long one that is told to end may take.
@@ -56,9 +60,15 @@ pub async fn supervise(
     let mut short = 0;
     while !vm.removed.is_cancelled() {
         let (ended, ran) = match reach(&vm, &binary, uids.as_deref()).await {
-            Ok((socket, process)) => {
+            Ok((socket, process, started)) => {
                 let begin = tokio::time::Instant::now();
-                let ended = follow(&vm, socket, process, &on_incoming).await;
+                let ended = match follow(&vm, socket, process, &on_incoming).await {
+                    Ok(true) => Ok(()),
+                    // What ended it before it served stands in its log only.
+                    Ok(false) if !vm.removed.is_cancelled() => Err(unserved(&vm, started).await),
+                    Ok(false) => Ok(()),
+                    Err(why) => Err(why),
+                };
                 (ended, begin.elapsed())
             }
             Err(e) => (Err(e.to_string()), Duration::ZERO),
@@ -96,12 +106,13 @@ pub async fn supervise(
 }
 
 /// Follows a port process until it goes, if it is this VM's; nothing is dialled and nobody let in before it said so.
+/// Returns whether it did.
 async fn follow(
     vm: &Arc<VmEntry>,
     socket: OwnedFd,
     process: PortProcess,
     on_incoming: &impl Fn(Incoming, OwnedFd),
-) -> Result<(), String> {
+) -> Result<bool, String> {
     let (link, driver) = Link::new();
     let process = Arc::new(process);
     let (known, wrong) = (AtomicBool::new(false), OnceLock::new());
@@ -164,7 +175,61 @@ async fn follow(
         Ok(()) => tracing::info!(vm = %vm.config.name, "port process has gone"),
         Err(e) => tracing::warn!(vm = %vm.config.name, error = %e, "control connection failed"),
     }
-    Ok(())
+    Ok(known.into_inner())
+}
+
+/// A port process that was started, until it is known to serve.
+struct Started {
+    /// Its status, once it has ended.
+    ended: tokio::task::JoinHandle<io::Result<std::process::ExitStatus>>,
+    log: PathBuf,
+    /// Where what it says begins in the log.
+    from: u64,
+}
+
+/// Why a port process went before it said whom it serves.
+async fn unserved(vm: &VmEntry, started: Option<Started>) -> String {
+    let Some(started) = started else {
+        let at = vm.dir.join(CONTROL_SOCKET);
+        return format!(
+            "the process at {} closes its connections without a word",
+            at.display()
+        );
+    };
+    match tokio::time::timeout(START_LIMIT, started.ended).await {
+        Ok(Ok(Ok(status))) => why_ended(status, &started.log, started.from),
+        _ => format!(
+            "the port process does not serve; {} may say why",
+            started.log.display()
+        ),
+    }
+}
+
+/// A status and what was said before it, in one line: the log is a file that nobody looks at.
+fn why_ended(status: std::process::ExitStatus, log: &Path, from: u64) -> String {
+    let said = last_words(log, from).unwrap_or_default();
+    match said.is_empty() {
+        true => format!("the port process ended: {status}"),
+        false => format!("the port process ended ({status}): {said}"),
+    }
+}
+
+/// The last lines that were added to a log since `from`.
+fn last_words(log: &Path, from: u64) -> io::Result<String> {
+    use std::io::{Read, Seek, SeekFrom};
+    let mut file = std::fs::File::open(log)?;
+    let len = file.metadata()?.len();
+    // A log that is shorter now was begun anew.
+    let from = if from > len { 0 } else { from };
+    file.seek(SeekFrom::Start(from.max(len.saturating_sub(LOG_TAIL))))?;
+    let mut text = Vec::new();
+    file.take(LOG_TAIL).read_to_end(&mut text)?;
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<_> = text.lines().filter(|l| !l.trim().is_empty()).collect();
+    let last = lines[lines.len().saturating_sub(LOG_LINES)..].join("; ");
+    // It may have been in a guest's hands.
+    let last: String = last.chars().take(REASON_MAX).collect();
+    Ok(last.escape_debug().to_string())
 }
 
 /// Tells a removed VM's port process to end, and sees to it that it does. A VMM goes when it likes.
@@ -196,7 +261,7 @@ async fn reach(
     vm: &VmEntry,
     binary: &Path,
     uids: Option<&Uids>,
-) -> io::Result<(OwnedFd, PortProcess)> {
+) -> io::Result<(OwnedFd, PortProcess, Option<Started>)> {
     let path = vm.dir.join(CONTROL_SOCKET);
     let own = uids.map(|uids| uids.of(vm.config.name.as_str()));
     let own = own.transpose()?;
@@ -204,7 +269,7 @@ async fn reach(
         && let Some(process) = PortProcess::behind(socket.as_fd(), &vm.dir, own, None)?
     {
         tracing::info!(vm = %vm.config.name, pid = process.pid(), "port process found");
-        return Ok((socket, process));
+        return Ok((socket, process, None));
     }
     std::fs::DirBuilder::new()
         .recursive(true)
@@ -218,6 +283,9 @@ async fn reach(
         Some(socket) => (Some("--resume"), Stdio::from(socket)),
         None => (None, Stdio::null()),
     };
+    let log = vm.dir.join("port.log");
+    let stderr = log_file(&log)?;
+    let from = stderr.metadata()?.len();
     let mut child = Command::new(binary)
         .args(resume)
         .arg("--name")
@@ -230,13 +298,14 @@ async fn reach(
         .arg(vm.config.busy_poll_us.to_string())
         .arg("--ivshmem-mib")
         .arg(vm.config.ivshmem_mib.to_string())
+        .args(vm.config.allow_any_memory.then_some("--allow-any-memory"))
         .args(own.map(|own| format!("--uid={own}")))
         // Nothing of what aditd was told, by systemd or by a person, is its business.
         .env_clear()
         .stdin(stdin)
         .stdout(Stdio::null())
         // A file: a pipe that nobody reads any more would stop it.
-        .stderr(log_file(&vm.dir)?)
+        .stderr(stderr)
         // Not the terminal's group: Ctrl-C ends aditd, and not the VMs' channels.
         .process_group(0)
         .spawn()
@@ -256,23 +325,21 @@ async fn reach(
             Err(_) => {}
         }
         if let Some(status) = child.try_wait()? {
-            return Err(io::Error::other(format!(
-                "{} ended: {status}",
-                binary.display()
-            )));
+            return Err(io::Error::other(why_ended(status, &log, from)));
         }
         tokio::time::sleep(START_LOOK).await;
     };
     // Reaped when it ends, should this aditd still be there.
-    tokio::spawn(async move { child.wait().await });
-    Ok(reached)
+    let ended = tokio::spawn(async move { child.wait().await });
+    let (socket, process) = reached;
+    Ok((socket, process, Some(Started { ended, log, from })))
 }
 
-fn log_file(dir: &Path) -> io::Result<std::fs::File> {
+fn log_file(log: &Path) -> io::Result<std::fs::File> {
     std::fs::OpenOptions::new()
         .create(true)
         .append(true)
-        .open(dir.join("port.log"))
+        .open(log)
 }
 
 fn dial(path: &Path) -> io::Result<OwnedFd> {

@@ -109,6 +109,13 @@ impl Estate {
         }
     }
 
+    /// The frontend said what cannot be taken: whoever asks for the VM is told why.
+    pub(super) fn refuse(&mut self, why: String) {
+        if let Some(keeper) = &mut self.keeper {
+            keeper.refused(why);
+        }
+    }
+
     /// The predecessor's frontend is of no use.
     pub(super) fn give_up(&mut self, why: String) {
         self.step(Step::Idle);

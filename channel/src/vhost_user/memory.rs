@@ -58,7 +58,7 @@ pub(super) enum TableError {
         file_bytes: u64,
     },
     #[error(
-        "region {index}: memory is not a memfd sealed against shrinking; use memory-backend-memfd with seal=on, or allow any file for this VM"
+        "region {index}: memory is not a memfd sealed against shrinking: use memory-backend-memfd with seal=on (QEMU's default), or allow any file as this VM's memory (allow_any_memory = true in aditd.toml)"
     )]
     NotSealed { index: usize },
     #[error("region {index}: cannot be mapped: {reason}")]

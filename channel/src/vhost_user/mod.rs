@@ -69,6 +69,8 @@ pub trait Keeper: Send {
     fn keep(&mut self, handover: Option<Handover>);
     /// The predecessor's frontend cannot be taken over: its VM has no channel until its VMM connects anew.
     fn stuck(&mut self, why: String);
+    /// The frontend was cut off: it said what cannot be taken, and this is why.
+    fn refused(&mut self, _why: String) {}
     /// The connection was let go of as [`Releaser::release`] asked.
     fn released(&mut self);
 }

@@ -241,7 +241,10 @@ impl Serving {
         self.estate.forget();
         match end {
             Error::Disconnected => tracing::info!(vm = self.vm, "vhost-user frontend gone"),
-            e => tracing::warn!(vm = self.vm, error = %e, "vhost-user frontend cut off"),
+            e => {
+                tracing::warn!(vm = self.vm, error = %e, "vhost-user frontend cut off");
+                self.estate.refuse(format!("the VMM was cut off: {e}"));
+            }
         }
         false
     }

@@ -93,7 +93,11 @@ impl Host {
         // Whoever starts an agent may have any umask.
         let mut command = Command::new("sh");
         command
-            .args(["-c", &format!("umask 077; {}; exec \"$@\"", self.prelude), "sh"])
+            .args([
+                "-c",
+                &format!("umask 077; {}; exec \"$@\"", self.prelude),
+                "sh",
+            ])
             .arg(env!("CARGO_BIN_EXE_adit-guest"))
             .args(["run", "--config"])
             .arg(self.path("adit-guest.toml"));

@@ -49,6 +49,8 @@ struct State {
     /// An `aditd` is connected, and answers.
     keeping: bool,
     stuck: Option<String>,
+    /// Why the last frontend was cut off.
+    refused: Option<String>,
     released: bool,
 }
 
@@ -99,6 +101,7 @@ impl Keeping {
                 acked: 0,
                 keeping: false,
                 stuck,
+                refused: None,
                 released: false,
             }),
             acked: Condvar::new(),
@@ -193,6 +196,16 @@ impl Keeping {
         self.shared.lock().stuck.clone()
     }
 
+    /// Why the last frontend was cut off, if it was and none has had a session since.
+    pub fn refused(&self) -> Option<String> {
+        self.shared.lock().refused.clone()
+    }
+
+    /// A session began.
+    pub fn accepted(&self) {
+        self.shared.lock().refused = None;
+    }
+
     /// Asks the frontend's thread to let go.
     pub fn release(&self) {
         match &self.releaser {
@@ -236,6 +249,11 @@ impl Keeper for ThreadKeeper {
 
     fn stuck(&mut self, why: String) {
         self.shared.lock().stuck = Some(why);
+        self.shared.wake();
+    }
+
+    fn refused(&mut self, why: String) {
+        self.shared.lock().refused = Some(why);
         self.shared.wake();
     }
 

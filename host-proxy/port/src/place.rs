@@ -19,7 +19,7 @@ use nix::sys::stat::{Mode, umask};
 use adit_ringbuf_io::attach;
 
 use crate::born::Born;
-use crate::control::{CONTROL_SOCKET, IVSHMEM_SOCKET, RING_SOCKET, VHOST_SOCKET};
+use crate::control::{CONTROL_SOCKET, IVSHMEM_SOCKET, RING_SOCKET, SOCKET_PATH_MAX, VHOST_SOCKET};
 
 /// Why the directory cannot be used. The caller's fault, or the machine's.
 #[derive(Debug, thiserror::Error)]
@@ -64,9 +64,6 @@ pub struct Place {
     /// Held for as long as the process lives.
     pub lock: Flock<File>,
 }
-
-/// Bytes of a socket's path at most (`sun_path` less the NUL).
-const PATH_MAX: usize = 107;
 
 impl Place {
     /// Makes and locks the directory, binds the sockets, and listens.
@@ -148,11 +145,11 @@ impl Place {
 fn free_path(dir: &Path, name: &str) -> Result<PathBuf, PlaceError> {
     let path = dir.join(name);
     let len = path.as_os_str().len();
-    if len > PATH_MAX {
+    if len > SOCKET_PATH_MAX {
         return Err(PlaceError::PathTooLong {
             path,
             len,
-            max: PATH_MAX,
+            max: SOCKET_PATH_MAX,
         });
     }
     match std::fs::remove_file(&path) {

@@ -427,6 +427,9 @@ impl<C: Carrier> Process<C> {
                     if epoch.is_some() { "on" } else { "off" }
                 );
                 self.last_epoch = epoch.unwrap_or(self.last_epoch);
+                if epoch.is_some() {
+                    self.keeping.accepted();
+                }
             }
         }
     }

@@ -14,11 +14,18 @@ use adit_channel::dial::DialRequest;
 use adit_channel::hello::{self, Accept, Common, Hello};
 use adit_channel::port::Notice;
 use adit_channel::sink::Sink;
-use adit_port::control::{Cancel, Dial, DialError, Incoming, PACKET_MAX, Quit, Target};
+use adit_port::control::{
+    Cancel, Dial, DialError, Incoming, PACKET_MAX, Quit, Target, VHOST_SOCKET,
+};
 use adit_port::control_io::{Message, receive};
 use guest::Guest;
 use nix::sys::socket::MsgFlags;
 use running::{Aditd, CID, Running, command};
+use vhost::vhost_user::message::{
+    VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
 fn socket() -> (UnixStream, Sink) {
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -394,4 +401,48 @@ fn an_idle_process_does_not_wake() {
         guest.shard.turn(Some(Duration::from_millis(1))).unwrap();
     }
     assert_eq!(running.status("voluntary_ctxt_switches"), before);
+}
+
+/// Hands a plain file over as guest memory (`memory-backend-file,share=on`). Returns whether it is taken.
+fn offer_file(running: &Running) -> bool {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let mut frontend = Frontend::connect(running.dir.join(VHOST_SOCKET), 2).unwrap();
+    frontend.set_owner().unwrap();
+    let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+    frontend.get_features().unwrap();
+    frontend.set_features(protocol).unwrap();
+    let ack = frontend.get_protocol_features().unwrap() & VhostUserProtocolFeatures::REPLY_ACK;
+    frontend.set_protocol_features(ack).unwrap();
+    frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    let region = VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: 1 << 20,
+        userspace_addr: 0x7000_0000_0000,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    };
+    frontend.set_mem_table(&[region]).is_ok()
+}
+
+#[test]
+fn memory_from_a_file_is_refused_with_the_setting_that_allows_it_and_taken_with_it() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    assert!(!offer_file(&running));
+    let said = aditd.wait_status(|s| !s.last_fault.is_empty()).last_fault;
+    assert!(said.contains("allow_any_memory = true"), "{said}");
+    // A VMM that is served has no fault any more.
+    let _guest = running.boot(&[]);
+    aditd.wait_status(|s| s.session && s.last_fault.is_empty());
+
+    running.child.kill().unwrap();
+    running.ended();
+    running.child = command(&running.dir)
+        .arg("--allow-any-memory")
+        .spawn()
+        .unwrap();
+    let aditd = running.connect();
+    assert!(offer_file(&running));
+    assert_eq!(aditd.wait_status(|_| true).last_fault, "");
 }

@@ -1,7 +1,8 @@
 //! What a port process, perhaps in its guest's hands, can make aditd keep and say.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 
 use adit_port::control::{HANDOVER_FDS_MAX, Handover, Held, Status, Stuck};
 use adit_port::control_io::{ControlError, Message, send_all};
@@ -170,4 +171,44 @@ fn a_vm_that_its_vmm_holds_is_that_vmms_to_remove() {
         assert_eq!(removed.join().unwrap(), 204);
     });
     assert_eq!(host.api("GET", "/v1/vms/b", "").status, 404);
+}
+
+fn fault(host: &Host, vm: &str) -> String {
+    let vm = host.get(&format!("/v1/vms/{vm}"));
+    vm["fault"].as_str().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn why_a_port_process_ends_at_its_start_is_shown_with_its_vm() {
+    let bin = tempfile::tempdir().unwrap();
+    let failing = bin.path().join("failing");
+    let more = "[[vm]]\nname = \"b\"\ncid = 4\n";
+    let (mut host, ports) = Host::new(&[("a", 3)], more);
+    let script = "#!/bin/sh\necho 'adit-port: no sandbox: the kernel says no' >&2\nexit 3\n";
+    std::fs::write(&failing, script).unwrap();
+    std::fs::set_permissions(&failing, Permissions::from_mode(0o755)).unwrap();
+    host.port_bin = failing.clone();
+    host.start();
+    host.until("what it said itself", |host| {
+        let fault = fault(host, "b");
+        (fault.contains("no sandbox") && fault.contains("exit status: 3")).then_some(())
+    });
+    // One that says nothing, and one that cannot be started.
+    std::fs::write(&failing, "#!/bin/sh\nkill -9 $$\n").unwrap();
+    host.until("its end", |host| {
+        fault(host, "b").contains("SIGKILL").then_some(())
+    });
+    std::fs::remove_file(&failing).unwrap();
+    host.until("that it is not there", |host| {
+        fault(host, "b").contains("cannot start").then_some(())
+    });
+    // One that is there, and goes before it said anything.
+    ports[0].hang_up();
+    host.until("that it says nothing", |host| {
+        fault(host, "a").contains("without a word").then_some(())
+    });
+    let _control = ports[0].connected();
+    host.until("that it serves", |host| {
+        fault(host, "a").is_empty().then_some(())
+    });
 }

@@ -6,7 +6,7 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -28,6 +28,8 @@ pub const HANG: Duration = Duration::from_secs(30);
 pub struct Host {
     dir: tempfile::TempDir,
     aditd: Option<Child>,
+    /// What it starts where nobody listens.
+    pub port_bin: PathBuf,
 }
 
 /// The control socket of one VM.
@@ -65,7 +67,12 @@ impl Host {
             .iter()
             .map(|(name, cid)| Port::new(dir.path(), name, *cid));
         let ports = ports.collect();
-        (Self { dir, aditd: None }, ports)
+        let host = Self {
+            dir,
+            aditd: None,
+            port_bin: "/bin/false".into(),
+        };
+        (host, ports)
     }
 
     /// The socket of a VM that is not in the configuration.
@@ -91,7 +98,8 @@ impl Host {
             .arg("-c")
             .arg(format!("ulimit -n {descriptors}; exec \"$@\""));
         command.arg("sh").arg(env!("CARGO_BIN_EXE_aditd"));
-        command.args(["run", "--port-bin", "/bin/false", "--config"]);
+        command.args(["run", "--port-bin"]).arg(&self.port_bin);
+        command.arg("--config");
         command.arg(self.dir.path().join("aditd.toml"));
         command.stdin(Stdio::null()).stderr(log);
         self.aditd = Some(command.spawn().unwrap());
@@ -228,6 +236,11 @@ impl Port {
             name: name.into(),
             cid,
         }
+    }
+
+    /// Takes aditd's connection and closes it.
+    pub fn hang_up(&self) {
+        drop(self.listener.accept().unwrap());
     }
 
     /// Takes aditd's connection and says who this is.

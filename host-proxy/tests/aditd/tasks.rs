@@ -1,14 +1,16 @@
 //! Goals and agents: what was acknowledged is never lost, and one guest is no burden to the rest.
 
 use std::collections::BTreeSet;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use adit_channel::frame;
 use adit_channel::hello::{self, Hello};
 use adit_tasks::dsse;
 use adit_tasks::wire::{Clock, Held, Outcome, Pull, WireKind};
 use ed25519_dalek::SigningKey;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 
 use crate::host::{Answer, Host, open, report};
@@ -281,4 +283,47 @@ fn a_guests_clock_and_what_it_holds_are_shown_and_the_hosts_clock_is_told_to_who
     assert_eq!(states(&host)[0], state("one", 1, "leased"));
     agent.report(task_id, Outcome::Done);
     assert!(host.get("/v1/vms/a")["holding"].is_null());
+}
+
+/// What aditd has open.
+fn open_descriptors(host: &Host) -> usize {
+    let dir = format!("/proc/{}/fd", host.pid());
+    std::fs::read_dir(dir).unwrap().count()
+}
+
+#[test]
+fn r106_an_agent_that_is_replaced_leaves_nothing_behind() {
+    const TIMES: usize = 1_000;
+    // A report of this size is announced, and half of it never comes.
+    const HALF: usize = 64 << 10;
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard.min(8192).max(soft), hard).unwrap();
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let half = frame::encode(WireKind::Report as u16, 1, 9, 0, &vec![7_u8; 2 * HALF]).unwrap();
+    let half = &half[..HALF];
+    let mut first = control.agent();
+    let mut start = 0;
+    // The guest's ends stay open: what aditd has of them must not.
+    let mut guests = Vec::new();
+    first.stream.write_all(half).unwrap();
+    let mut older = first;
+    for n in 0..TIMES {
+        let mut newer = control.agent();
+        newer.stream.write_all(half).unwrap();
+        // Ended for the guest; its place among the VM's streams is free.
+        assert_eq!(older.stream.read(&mut [0]).unwrap_or(0), 0);
+        if n == 9 {
+            start = open_descriptors(&host);
+        }
+        guests.push(std::mem::replace(&mut older, newer));
+    }
+    host.until("what was replaced is closed", |host| {
+        (open_descriptors(host) <= start + 4).then_some(())
+    });
+    // And the last one is served.
+    let mut last = control.agent();
+    assert_eq!(apply(&host, 1).status, 200);
+    last.pull();
 }

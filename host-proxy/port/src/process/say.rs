@@ -6,6 +6,9 @@ use super::Process;
 use crate::control::{Held, Status, Stuck};
 use crate::control_io::Message;
 
+/// Characters of a fault that are told.
+const FAULT_MAX: usize = 500;
+
 impl<C: Carrier> Process<C> {
     /// Tells `aditd` how the channel stands, if that changed: once a turn, and only when nothing else waits.
     pub(super) fn say_status(&mut self) {
@@ -31,7 +34,7 @@ impl<C: Carrier> Process<C> {
                 bytes.1 + counters.bytes_from_guest,
             ),
             faults: faults + counters.faults,
-            last_fault: port.last_fault().to_owned(),
+            last_fault: self.last_fault(),
         };
         let unchanged = self.said.as_ref().is_some_and(|said| {
             let bytes = said.bytes;
@@ -47,6 +50,14 @@ impl<C: Carrier> Process<C> {
                 self.say(Message::Held(Held {}), vec![]);
             }
         }
+    }
+
+    /// What keeps a VMM from having its channel, else what ended its last session.
+    fn last_fault(&self) -> String {
+        let port = self.shard.port(self.port);
+        let refused = self.keeping.refused();
+        let fault = refused.unwrap_or_else(|| port.last_fault().to_owned());
+        fault.chars().take(FAULT_MAX).collect()
     }
 
     /// Tells `aditd` what a successor would need, if that changed.
