@@ -6,12 +6,19 @@
 //! guest ── dials port 7000 ──► connect PATH_7000 ──► its bytes; refused if nothing listens there
 //! ```
 //! Once a stream is open its socket belongs to the shard, which moves bytes between it and guest memory with one copy.
+//!
+//! All of it is on the thread that moves the bytes, so nothing here waits: neither for a client that says nothing
+//! (`clients`), nor for a listener that takes nothing (`reach`).
+
+mod clients;
+mod reach;
 
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::time::Duration;
 
 use adit_engine::{EngineConfig, ResetReason, StreamId, Tick};
 
@@ -20,48 +27,28 @@ use crate::dial::DialRequest;
 use crate::port::Notice;
 use crate::shard::{News, PortIndex, Shard};
 use crate::sink::Sink;
+use crate::socket_path;
+use clients::{Clients, Said};
+use reach::{Reach, Reached};
 
 const KEY_LISTENER: u32 = 0;
-/// Keys of clients that have not said what they want.
+/// The key of the client in the first place.
 const KEY_FIRST: u32 = 1;
-/// Those at most: one more is turned away.
-const ASKING_MAX: usize = 64;
-/// `CONNECT 4294967295\n`.
-const LINE_MAX: usize = 19;
 /// How long a guest may take to answer.
 const DIAL_LIMIT_NS: u64 = 5_000_000_000;
-
-struct Asking {
-    socket: UnixStream,
-    line: Vec<u8>,
-}
-
-/// Binds a socket; one that a killed process left is taken away.
-///
-/// # Errors
-/// Somebody listens there, or it cannot be made.
-pub fn bind(path: &Path) -> io::Result<UnixListener> {
-    let refused = io::ErrorKind::ConnectionRefused;
-    if UnixStream::connect(path).is_err_and(|e| e.kind() == refused) {
-        std::fs::remove_file(path)?;
-    }
-    UnixListener::bind(path).map_err(|e| {
-        let path = path.display();
-        io::Error::new(
-            e.kind(),
-            format!("cannot listen on {path}: {e}: is it another VM's?"),
-        )
-    })
-}
+/// How long no client is taken when there are no descriptors for one: it would be tried again and again.
+const REST_NS: u64 = 100_000_000;
 
 /// A shard with the guest's port in it, and the loop around them.
 pub struct Host<C: Carrier> {
     shard: Shard<C>,
     port: PortIndex,
-    uds: Option<(UnixListener, PathBuf)>,
-    asking: HashMap<u32, Asking>,
-    next_key: u32,
+    listener: Option<UnixListener>,
+    /// Until when no client is taken.
+    rests: Option<Tick>,
+    clients: Clients,
     dialing: HashMap<StreamId, UnixStream>,
+    reach: Option<Reach>,
 }
 
 impl<C: Carrier> Host<C> {
@@ -69,80 +56,152 @@ impl<C: Carrier> Host<C> {
     /// for [`Shard::add`].
     ///
     /// # Errors
-    /// The socket cannot be made, or there are no descriptors to be had.
+    /// The socket cannot be made ([`socket_path::SocketPathError`] says why), or there are no descriptors to be had.
     pub fn new(carrier: C, uds: Option<&Path>, seed: u64) -> io::Result<Self> {
         let mut shard = Shard::new()?;
         let port = shard.add(carrier, EngineConfig::default(), seed)?;
         // Whatever the guest asks for is looked for as a socket.
         shard.port_mut(port).listen_to_all();
-        let uds = uds.map(|path| -> io::Result<_> {
-            let listener = bind(path)?;
+        let listener = uds.map(|path| -> io::Result<_> {
+            let listener = socket_path::listen(path)?;
             listener.set_nonblocking(true)?;
             shard.watch(listener.as_fd(), KEY_LISTENER)?;
-            Ok((listener, path.to_owned()))
+            Ok(listener)
         });
         Ok(Self {
+            listener: listener.transpose()?,
             shard,
             port,
-            uds: uds.transpose()?,
-            asking: HashMap::new(),
-            next_key: KEY_FIRST,
+            rests: None,
+            clients: Clients::default(),
             dialing: HashMap::new(),
+            reach: uds.map(Reach::new),
         })
     }
 
     /// Serves until the process ends; returns why the kernel would not have it.
     pub fn run(mut self) -> io::Error {
         loop {
-            if let Err(e) = self.shard.turn(None) {
+            if let Err(e) = self.turn(None) {
                 return e;
             }
-            while let Some(news) = self.shard.poll_news() {
-                match news {
-                    News::Ready { key: KEY_LISTENER } => self.accept(),
-                    News::Ready { key } => self.asked(key),
-                    News::Notice(_, notice) => self.notice(notice),
-                }
-            }
         }
     }
+
+    /// Waits once, at most for `limit`, and handles what came.
+    fn turn(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        let now = self.shard.now();
+        let until = |at: Tick| Duration::from_nanos(at.0.saturating_sub(now.0));
+        let wait = self.deadline().map(until);
+        self.shard.turn(wait.into_iter().chain(limit).min())?;
+        while let Some(news) = self.shard.poll_news() {
+            match news {
+                News::Ready { key: KEY_LISTENER } => self.accept(),
+                News::Ready { key } => self.asked((key - KEY_FIRST) as usize),
+                News::Notice(_, notice) => self.notice(notice),
+            }
+        }
+        self.pass_time(self.shard.now());
+        Ok(())
+    }
+
+    /// When something of ours is due.
+    fn deadline(&self) -> Option<Tick> {
+        let retry = self.reach.as_ref().and_then(Reach::retry_at);
+        let all = [self.clients.deadline(), self.rests, retry];
+        all.into_iter().flatten().min()
+    }
+
+    fn pass_time(&mut self, now: Tick) {
+        while let Some(place) = self.clients.late(now) {
+            self.turn_away(place);
+        }
+        if self.rests.is_some_and(|at| at <= now) {
+            self.rest(None);
+        }
+        let reached = self.reach.as_mut().map(|r| r.retry(now));
+        for (stream, reached) in reached.into_iter().flatten() {
+            self.reached(now, stream, reached);
+        }
+    }
+
+    // ---- clients of the host's
 
     fn accept(&mut self) {
-        let Some((listener, _)) = &self.uds else {
+        let Some(listener) = &self.listener else {
             return;
         };
-        // Gone again, or no descriptors left: the client sees its connection end.
-        let Ok((socket, _)) = listener.accept() else {
-            return;
-        };
-        let key = self.next_key;
-        let room = self.asking.len() < ASKING_MAX && socket.set_nonblocking(true).is_ok();
-        if room && self.shard.watch(socket.as_fd(), key).is_ok() {
-            let line = Vec::new();
-            self.asking.insert(key, Asking { socket, line });
-            self.next_key = self.next_key.checked_add(1).unwrap_or(KEY_FIRST);
+        match listener.accept() {
+            Ok((socket, _)) => self.enter(socket),
+            // Gone again.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
+            // There are no descriptors. It waits in the backlog, so the listener stays readable.
+            Err(e) => match self.clients.oldest() {
+                Some(place) => self.turn_away(place),
+                None => {
+                    tracing::warn!(error = %e, "no client can be taken");
+                    self.rest(Some(Tick(self.shard.now().0.saturating_add(REST_NS))));
+                }
+            },
         }
     }
 
-    /// A client says which port it wants, byte by byte: what is behind the line is the guest's.
-    fn asked(&mut self, key: u32) {
-        let Some(asking) = self.asking.get_mut(&key) else {
+    /// Does not look at the listener for a while, or does again.
+    fn rest(&mut self, until: Option<Tick>) {
+        let Some(listener) = &self.listener else {
             return;
         };
-        let port = loop {
-            let mut byte = [0];
-            match asking.socket.read(&mut byte) {
-                Ok(1) if byte[0] == b'\n' => break parse(&asking.line),
-                Ok(1) if asking.line.len() < LINE_MAX => asking.line.push(byte[0]),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                _ => break None,
-            }
+        self.rests = until;
+        if until.is_some() {
+            self.shard.unwatch(listener.as_fd());
+        } else if self.shard.watch(listener.as_fd(), KEY_LISTENER).is_err() {
+            // No memory for it now.
+            self.rests = Some(Tick(self.shard.now().0.saturating_add(REST_NS)));
+        }
+    }
+
+    fn enter(&mut self, socket: UnixStream) {
+        let place = self.clients.free().or_else(|| {
+            let oldest = self.clients.oldest()?;
+            self.turn_away(oldest);
+            Some(oldest)
+        });
+        let Some(place) = place else { return };
+        // There are few places.
+        let key = KEY_FIRST + place as u32;
+        let watched = socket
+            .set_nonblocking(true)
+            .and_then(|()| self.shard.watch(socket.as_fd(), key));
+        if watched.is_ok() {
+            self.clients.enter(place, socket, self.shard.now());
+            // Most have said their line by now.
+            self.asked(place);
+        }
+    }
+
+    fn leave(&mut self, place: usize) -> Option<UnixStream> {
+        let client = self.clients.leave(place)?;
+        self.shard.unwatch(client.socket.as_fd());
+        Some(client.socket)
+    }
+
+    /// A client's connection ends.
+    fn turn_away(&mut self, place: usize) {
+        tracing::debug!("a client that says nothing is turned away");
+        drop(self.leave(place));
+    }
+
+    /// A client says which port it wants.
+    fn asked(&mut self, place: usize) {
+        let port = match self.clients.read(place) {
+            Said::NotYet => return,
+            Said::Port(port) => Some(port),
+            Said::Nonsense => None,
         };
-        let Some(Asking { socket, .. }) = self.asking.remove(&key) else {
+        let (Some(socket), Some(port)) = (self.leave(place), port) else {
             return;
         };
-        self.shard.unwatch(socket.as_fd());
-        let Some(port) = port else { return };
         let now = self.shard.now();
         let request = DialRequest {
             port,
@@ -156,22 +215,17 @@ impl<C: Carrier> Host<C> {
         }
     }
 
+    // ---- what the guest's port says
+
     fn notice(&mut self, notice: Notice) {
         let now = self.shard.now();
         match notice {
             Notice::Incoming {
                 stream, local_port, ..
             } => {
-                let to = self
-                    .uds
-                    .as_ref()
-                    .map(|(_, path)| socket_of(path, local_port));
-                let socket = to.and_then(|path| UnixStream::connect(path).ok());
-                let port = self.shard.port_mut(self.port);
-                match socket {
-                    Some(socket) => port.accept(now, stream, Some(Sink::Fd(OwnedFd::from(socket)))),
-                    None => port.refuse(now, stream),
-                }
+                let reach = self.reach.as_mut();
+                let reached = reach.map_or(Reached::Nobody, |r| r.dial(now, stream, local_port));
+                self.reached(now, stream, reached);
             }
             Notice::Dialed { stream, .. } => {
                 let port = self.shard.port_mut(self.port);
@@ -187,23 +241,23 @@ impl<C: Carrier> Host<C> {
                 }
             }
             Notice::DialFailed { stream, .. } => drop(self.dialing.remove(&stream)),
-            Notice::Closed { .. } | Notice::Session { .. } => {}
+            Notice::Closed { stream, .. } => {
+                // Its time is up, or the guest gave it up.
+                self.reach.iter_mut().for_each(|r| r.forget(stream));
+            }
+            Notice::Session { .. } => {}
+        }
+    }
+
+    fn reached(&mut self, now: Tick, stream: StreamId, reached: Reached) {
+        let port = self.shard.port_mut(self.port);
+        match reached {
+            Reached::Socket(s) => port.accept(now, stream, Some(Sink::Fd(OwnedFd::from(s)))),
+            Reached::Nobody => port.refuse(now, stream),
+            Reached::Later => {}
         }
     }
 }
 
-fn parse(line: &[u8]) -> Option<u32> {
-    std::str::from_utf8(line)
-        .ok()?
-        .strip_prefix("CONNECT ")?
-        .trim_end()
-        .parse()
-        .ok()
-}
-
-/// Where the host serves a port of its own.
-fn socket_of(path: &Path, port: u32) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!("_{port}"));
-    name.into()
-}
+#[cfg(test)]
+mod tests;

@@ -28,6 +28,8 @@ pub mod ring;
 pub mod shard;
 #[cfg(feature = "device")]
 pub mod sink;
+#[cfg(feature = "socket-path")]
+pub mod socket_path;
 #[cfg(feature = "device")]
 pub mod stream;
 #[cfg(feature = "vhost-user")]

@@ -28,10 +28,12 @@ use crate::polling::Polling;
 use crate::port::watch::{Token, Watch};
 use crate::port::{Budget, Notice, Port, Turn};
 use crate::sink::{LocalEnd, Sink};
-use crate::stream::{Accepting, Incoming};
+use crate::stream::{Accepting, Incoming, ListenError};
 
 /// Ports of one shard at most.
 pub const PORTS_MAX: usize = 4095;
+/// Largest key of a descriptor of the owner's: what there is room for in an epoll token.
+pub const KEY_MAX: u32 = crate::port::watch::LOW as u32;
 /// The system calls of a shard with devices in its own process, once they are active: what a VMM's seccomp filter must
 /// allow on that thread. The second half is the allocator's; waits of libc use one of the two forms of epoll.
 pub const SYSTEM_CALLS: &[libc::c_long] = &[
@@ -258,12 +260,17 @@ impl<C: Carrier> Shard<C> {
     /// Watches a descriptor of the owner, level-triggered, for reading.
     ///
     /// # Errors
-    /// It cannot be watched.
+    /// It cannot be watched, or the key is above [`KEY_MAX`].
     pub fn watch(&self, fd: BorrowedFd<'_>, key: u32) -> io::Result<()> {
+        if key > KEY_MAX {
+            // Cut to fit, it would be another's.
+            let why = format!("key {key} of a descriptor is above {KEY_MAX}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
         self.watch.add_level(fd, Token::Extra(key))
     }
 
-    /// Also watches it for room to write, or no longer.
+    /// Also watches it for room to write, or no longer. The key is that of [`watch`](Self::watch).
     ///
     /// # Errors
     /// It is not being watched.
@@ -482,9 +489,16 @@ impl<C: Carrier> Shard<C> {
                 }
             }
             Command::Listen(p, at, accepting) => {
-                let listened = self.port_mut(PortIndex(p)).listen(at);
+                // One that was dropped makes way.
+                let taken = self.listeners.get(&(p, at)).is_some_and(|l| l.is_open());
+                let listened = match taken {
+                    true => Err(ListenError::Taken { port: at }),
+                    false => (self.port_mut(PortIndex(p)).listen(at)).map_err(Into::into),
+                };
+                if listened.is_ok() {
+                    self.listeners.insert((p, at), accepting.clone());
+                }
                 accepting.listening(listened);
-                self.listeners.insert((p, at), accepting);
             }
             Command::Accept(p, stream, end) => {
                 self.port_mut(PortIndex(p))

@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use adit_engine::{How, Lane, ListenError, ResetReason, StreamId};
+use adit_engine::{How, Lane, ResetReason, StreamId};
 
 use crate::dial::{DialError, DialRequest};
 use crate::hello::{Accept, Open};
@@ -407,6 +407,40 @@ mod for_tokio {
     }
 }
 
+/// Why a host port cannot be listened on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ListenError {
+    /// Somebody in this process does. The caller's fault.
+    #[error("port {port} has a listener already: drop that one first, or choose another port")]
+    Taken {
+        /// Which.
+        port: u32,
+    },
+    /// Too many ports. The caller's fault.
+    #[error("{0}: drop another listener's shard, or serve more than one service on a port")]
+    TableFull(adit_engine::ListenError),
+    /// The shard is gone.
+    #[error("the shard is gone")]
+    Gone,
+}
+
+impl From<adit_engine::ListenError> for ListenError {
+    fn from(e: adit_engine::ListenError) -> Self {
+        Self::TableFull(e)
+    }
+}
+
+impl From<ListenError> for io::Error {
+    fn from(e: ListenError) -> Self {
+        let kind = match e {
+            ListenError::Taken { .. } => io::ErrorKind::AddrInUse,
+            ListenError::TableFull(_) => io::ErrorKind::Other,
+            ListenError::Gone => io::ErrorKind::NotConnected,
+        };
+        Self::new(kind, e)
+    }
+}
+
 /// A listener's queue, as the shard sees it.
 #[derive(Debug, Default)]
 pub(crate) struct Accepting {
@@ -437,6 +471,11 @@ impl Accepting {
         self.changed.notify_all();
     }
 
+    /// Tells whether somebody may still accept.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.lock().closed
+    }
+
     /// Gives a stream to whoever accepts; false = nobody will.
     pub(crate) fn offer(&self, incoming: Incoming) -> bool {
         let mut state = self.lock();
@@ -465,16 +504,15 @@ impl Accepting {
 pub struct Listener(Arc<Accepting>);
 
 impl Handle {
-    /// Listens on a host port for what the guest dials.
+    /// Listens on a host port for what the guest dials. A port has one listener; once that is dropped, it may have another.
     ///
     /// # Errors
-    /// Too many ports, or the shard is gone.
-    pub fn listen(&self, port: u32) -> io::Result<Listener> {
+    /// The port has a listener, there are too many ports, or the shard is gone.
+    pub fn listen(&self, port: u32) -> Result<Listener, ListenError> {
         let accepting = Arc::new(Accepting::default());
-        let gone = || io::Error::from(io::ErrorKind::NotConnected);
         let command = Command::Listen(self.port, port, accepting.clone());
         if !self.inbox.send(command) {
-            return Err(gone());
+            return Err(ListenError::Gone);
         }
         let mut state = accepting.lock();
         while state.listening.is_none() && !state.closed {
@@ -482,7 +520,7 @@ impl Handle {
         }
         let listening = state.listening;
         drop(state);
-        listening.ok_or_else(gone)?.map_err(io::Error::other)?;
+        listening.ok_or(ListenError::Gone)??;
         Ok(Listener(accepting))
     }
 }

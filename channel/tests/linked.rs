@@ -13,8 +13,9 @@ use adit_benches::queue::{Buffer, DriverQueue};
 use adit_benches::stream::GuestStream;
 use adit_benches::{Driver, DriverConfig, VmMemory, memory};
 use adit_channel::device::{EVENT_QUEUE, FEATURES, VsockDevice};
-use adit_channel::hybrid::{Host, bind};
+use adit_channel::hybrid::Host;
 use adit_channel::linked::{Remote, link};
+use adit_channel::socket_path::connect_now;
 use adit_engine::{Op, PacketHeader};
 use common::{Signals, cid};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -152,16 +153,65 @@ fn both_sides_connect_through_sockets() {
         client.write_all(line.as_bytes()).unwrap();
         assert_eq!(client.read(&mut [0]).unwrap_or(0), 0, "{line:?}");
     }
-    assert!(bind(&rig.uds).is_err(), "it is in use");
 }
 
 #[test]
-fn a_socket_that_a_killed_process_left_is_taken() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("v");
-    drop(bind(&path).unwrap());
-    assert!(path.exists());
-    bind(&path).unwrap();
+fn lines_that_other_vmms_take_reach_the_guest() {
+    let mut rig = Rig::new();
+    for line in ["connect 5000\n", "CONNECT  5000\n", " Connect\t5000 \r\n"] {
+        let mut client = UnixStream::connect(&rig.uds).unwrap();
+        client.write_all(line.as_bytes()).unwrap();
+        let (request, _) = rig.receive();
+        let asked = (request.op, request.dst_port);
+        assert_eq!(asked, (Op::Request as u16, 5000), "{line:?}");
+        let refused = GuestStream::new(5000, request.src_port).header(Op::Rst);
+        rig.send(&refused, &[]);
+        assert_eq!(client.read(&mut [0]).unwrap_or(0), 0, "{line:?}");
+    }
+}
+
+#[test]
+fn clients_that_say_nothing_lock_nobody_out() {
+    let mut rig = Rig::new();
+    let connect = || UnixStream::connect(&rig.uds).unwrap();
+    let _silent: Vec<_> = (0..100).map(|_| connect()).collect();
+    let mut client = connect();
+    client.write_all(b"CONNECT 5000\n").unwrap();
+    let (request, _) = rig.receive();
+    assert_eq!((request.op, request.dst_port), (Op::Request as u16, 5000));
+}
+
+#[test]
+fn r119_a_listener_that_takes_nothing_holds_up_its_own_streams_only() {
+    let mut rig = Rig::new();
+    let at = |port: u32| PathBuf::from(format!("{}_{port}", rig.uds.display()));
+    let busy = UnixListener::bind(at(7000)).unwrap();
+    let served = UnixListener::bind(at(7001)).unwrap();
+    let mut backlog = 0;
+    while connect_now(&at(7000)).is_ok() {
+        backlog += 1;
+    }
+    let mut dial = |from, to| {
+        let request = GuestStream::new(from, to).header(Op::Request);
+        rig.send(&request, &[]);
+    };
+    dial(1024, 7000);
+    dial(1025, 7000);
+    dial(1026, 7001);
+    // The one behind them is not held up.
+    let (answer, _) = rig.receive();
+    assert_eq!((answer.op, answer.dst_port), (Op::Response as u16, 1026));
+    let _kept = served.accept().unwrap();
+    // With room for one of them, the first that came has it; the other is told when its time is up.
+    busy.accept().unwrap();
+    let (answer, _) = rig.receive();
+    assert_eq!((answer.op, answer.dst_port), (Op::Response as u16, 1024));
+    let (answer, _) = rig.receive();
+    assert_eq!((answer.op, answer.dst_port), (Op::Rst as u16, 1025));
+    // Nobody connects for it any more.
+    busy.set_nonblocking(true).unwrap();
+    let taken = std::iter::from_fn(|| busy.accept().ok()).count();
+    assert_eq!(taken, backlog);
 }
 
 #[test]

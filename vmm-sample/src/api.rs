@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use adit_channel::socket_path;
 use anyhow::Context;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use serde::Deserialize;
@@ -51,7 +52,7 @@ impl Api {
     /// # Errors
     /// The socket cannot be made.
     pub fn open(path: &Path, machine: Arc<Mutex<Machine>>) -> anyhow::Result<Self> {
-        let listener = adit_channel::hybrid::bind(path)?;
+        let listener = socket_path::listen(path)?;
         std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
         Ok(Self {
@@ -170,7 +171,7 @@ impl MutEventSubscriber for Api {
 
 impl Drop for Api {
     fn drop(&mut self) {
-        // Gone already is fine.
-        let _ = std::fs::remove_file(&self.path);
+        // Gone already is fine, and what is no socket is not ours.
+        let _ = socket_path::remove(&self.path);
     }
 }

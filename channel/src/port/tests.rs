@@ -2,6 +2,7 @@
 //! shards until its condition holds, and fails after so many turns.
 
 mod memory;
+mod names;
 mod pair;
 
 use std::io::{self, Read, Write};

@@ -20,7 +20,8 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 const SINK_EDGES: EpollFlags = EpollFlags::EPOLLIN
     .union(EpollFlags::EPOLLRDHUP)
     .union(EpollFlags::EPOLLET);
-const LOW: u64 = (1 << 24) - 1;
+/// What the fields of a token hold.
+pub(crate) const LOW: u64 = (1 << 24) - 1;
 
 /// Which descriptor became ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -16,6 +16,7 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{Mode, umask};
 
+use adit_channel::socket_path::{self, PATH_MAX, SocketPathError};
 use adit_ringbuf_io::attach;
 
 use crate::born::Born;
@@ -37,6 +38,9 @@ pub enum PlaceError {
         /// What a socket's path may have.
         max: usize,
     },
+    /// What is at a socket's path is no socket, and stays.
+    #[error(transparent)]
+    Socket(#[from] SocketPathError),
     /// The file system says no.
     #[error("cannot {what} {}", .path.display())]
     Io {
@@ -141,7 +145,7 @@ impl Place {
     }
 }
 
-/// Clears a stale socket away.
+/// Clears a stale socket away. Nobody is asked whether it listens: a process that ends may close its sockets after its lock.
 fn free_path(dir: &Path, name: &str) -> Result<PathBuf, PlaceError> {
     let path = dir.join(name);
     let len = path.as_os_str().len();
@@ -152,14 +156,8 @@ fn free_path(dir: &Path, name: &str) -> Result<PathBuf, PlaceError> {
             max: SOCKET_PATH_MAX,
         });
     }
-    match std::fs::remove_file(&path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(PlaceError::Io {
-            what: "remove the stale socket",
-            path,
-            source: e,
-        }),
-        _ => Ok(path),
-    }
+    socket_path::remove(&path)?;
+    Ok(path)
 }
 
 fn seqpacket(flags: SockFlag) -> nix::Result<OwnedFd> {
@@ -176,11 +174,14 @@ fn bind_control(path: &Path) -> io::Result<OwnedFd> {
 /// Connects to a port process's control socket.
 ///
 /// # Errors
-/// Nothing listens there (`ConnectionRefused`), or there is no socket (`NotFound`).
+/// Nothing listens there (`ConnectionRefused`), there is no socket (`NotFound`), or the process that listens takes nobody
+/// (`WouldBlock`): it is not waited for, since it may be stopped.
 pub fn connect_control(dir: &Path) -> io::Result<OwnedFd> {
-    let sock = seqpacket(SockFlag::empty())?;
+    let sock = seqpacket(SockFlag::SOCK_NONBLOCK)?;
     connect(sock.as_raw_fd(), &UnixAddr::new(&dir.join(CONTROL_SOCKET))?)?;
-    Ok(sock)
+    let sock = UnixStream::from(sock);
+    sock.set_nonblocking(false)?;
+    Ok(sock.into())
 }
 
 #[cfg(test)]
@@ -208,6 +209,22 @@ mod tests {
         );
         let _second = Place::take(&at).unwrap();
         connect_control(&at).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_socket_is_no_stale_socket() {
+        for name in [CONTROL_SOCKET, VHOST_SOCKET, RING_SOCKET, IVSHMEM_SOCKET] {
+            let dir = tempfile::tempdir().unwrap();
+            let at = dir.path().join(name);
+            std::fs::write(&at, "precious").unwrap();
+            let refused = Place::take(dir.path()).unwrap_err();
+            let why = matches!(
+                refused,
+                PlaceError::Socket(SocketPathError::NotASocket { .. })
+            );
+            assert!(why, "{refused}");
+            assert_eq!(std::fs::read(&at).unwrap(), b"precious");
+        }
     }
 
     #[test]

@@ -273,7 +273,15 @@ mod tests {
         let at = dir.path().join("web-1");
         // It takes no connection, and says nothing on the one that the kernel has taken for it.
         let _mute = Place::take(&at).unwrap();
-        let refused = take(&at, "web-1", Duration::from_millis(20)).unwrap_err();
-        assert!(refused.to_string().contains("already running"), "{refused}");
+        let refused = || take(&at, "web-1", Duration::from_millis(20)).map(drop);
+        let said = refused().unwrap_err().to_string();
+        assert!(said.contains("already running"), "{said}");
+        // Nor once the kernel takes no more for it.
+        let mut waiting = Vec::new();
+        while let Ok(socket) = connect_control(&at) {
+            waiting.push(socket);
+        }
+        let said = refused().unwrap_err().to_string();
+        assert!(said.contains("already running"), "{said}");
     }
 }

@@ -83,6 +83,36 @@ fn pool_bounds_the_sum_and_leaves_newcomers_a_floor() {
     assert_eq!(r.ops(), [(Op::Rst, 3)]);
 }
 
+/// Nothing is left to lend, so every stream has the least window there is. It is still worth a packet: the peer is told of
+/// a quarter of it at the least, and never asked to send a byte at a time.
+#[test]
+fn a_short_pool_deals_in_no_silly_windows() {
+    let cfg = EngineConfig::default();
+    let cfg = EngineConfig {
+        pool_bytes: u64::from(WINDOW_FLOOR) * u64::from(cfg.max_streams),
+        ..cfg
+    };
+    let mut r = Rig::new(cfg);
+    let s = r.open(9);
+    assert_eq!(r.e.lent(), u64::from(WINDOW_FLOOR));
+    let (mut told, mut in_view, mut sent, mut updates) = (0, 0, 0, 0);
+    for _ in 0..10_000 {
+        // It sends what it may, and the sink takes it byte by byte.
+        let n = WINDOW_FLOOR - in_view;
+        if n > 0 {
+            assert!(n >= WINDOW_FLOOR / 4 || sent == 0, "{n} bytes are free");
+            assert!(matches!(r.data(9, n), Disposition::Deliver { .. }));
+            (sent, in_view) = (sent + n, in_view + n);
+        }
+        r.e.consumed(r.now, s, 1);
+        for h in r.sent() {
+            assert_eq!(Op::parse(h.op), Some(Op::CreditUpdate));
+            (in_view, told, updates) = (sent - h.fwd_cnt, h.fwd_cnt, updates + 1);
+        }
+    }
+    assert!(told >= 10_000 - WINDOW_FLOOR / 4 && updates <= told / (WINDOW_FLOOR / 4));
+}
+
 #[test]
 fn r54_credit_is_told_before_the_peer_stalls_and_not_for_every_packet() {
     for window in [1, 2, 3, 5, 64, 8192] {

@@ -17,8 +17,9 @@ use adit_channel::port::Notice;
 use adit_channel::ring::bell::{BELL_PORT, Hears, PING};
 use adit_channel::shard::PortIndex;
 use adit_channel::sink::{Service, ServiceEvent, Sink, StreamIo};
-use adit_engine::{Lane, StreamId, Tick};
+use adit_engine::{StreamId, Tick};
 
+use super::dials::LANE;
 use super::{At, KEY_BELL, Process};
 use crate::rings::GuestBell;
 
@@ -202,7 +203,8 @@ impl<C: Carrier> Process<C> {
             port: hello::PORT,
             hello: Some(Open::new(service, Common::default())),
             deadline: Some(Tick(now.0.saturating_add(limit))),
-            lane: Lane::Control,
+            // What is shown is what clients' dials have.
+            lane: LANE,
         };
         let Some(rings) = &mut self.rings else { return };
         // Without the ring there is nothing to compare.

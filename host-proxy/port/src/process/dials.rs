@@ -7,12 +7,15 @@ use adit_channel::dial::{self, DialRequest};
 use adit_channel::hello::{self, Common, Open};
 use adit_channel::shard::PortIndex;
 use adit_channel::sink::Sink;
-use adit_engine::Tick;
+use adit_engine::{Lane, Tick};
 
 use super::{Asked, Process};
 use crate::chain;
 use crate::control::{Attach, DIALS_MAX, Dial, DialError, DialFailed, PREFIX_MAX, Target};
 use crate::control_io::Message;
+
+/// The lane of what is dialled, and of what is measured to tell how long that takes.
+pub(super) const LANE: Lane = Lane::Bulk;
 
 impl<C: Carrier> Process<C> {
     pub(super) fn dial(&mut self, dial: Dial) -> Result<(), &'static str> {
@@ -90,7 +93,7 @@ impl<C: Carrier> Process<C> {
             port,
             hello,
             deadline,
-            lane: adit_engine::Lane::Bulk,
+            lane: LANE,
         }
     }
 

@@ -1,0 +1,235 @@
+//! Clients that have not said yet which port they want.
+//!
+//! A client has a place, and its place is its key: used again, so it never outgrows a key. Who stays silent has its place
+//! for a minute, and for less if others need it: the one that came first and has said nothing makes way. So nobody is
+//! locked out by those who say nothing.
+
+use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
+
+use adit_engine::Tick;
+
+/// Those at most.
+pub(super) const CLIENTS_MAX: usize = 64;
+/// How long a client may take to say its line.
+pub(super) const LINE_LIMIT_NS: u64 = 60_000_000_000;
+/// Bytes of a line with its end, as the other VMMs have it.
+pub(super) const LINE_MAX: usize = 32;
+
+/// One that has not said its line.
+pub(super) struct Client {
+    pub(super) socket: UnixStream,
+    line: Vec<u8>,
+    since: Tick,
+}
+
+/// What came of a look at a client.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Said {
+    /// Its line has no end yet.
+    NotYet,
+    /// It wants this port of the guest.
+    Port(u32),
+    /// It went, or wants something else.
+    Nonsense,
+}
+
+#[derive(Default)]
+pub(super) struct Clients {
+    places: Vec<Option<Client>>,
+}
+
+impl Clients {
+    /// A free place; `None`: somebody has to make way.
+    pub(super) fn free(&mut self) -> Option<usize> {
+        let free = self.places.iter().position(Option::is_none);
+        if free.is_none() && self.places.len() < CLIENTS_MAX {
+            self.places.push(None);
+            return Some(self.places.len() - 1);
+        }
+        free
+    }
+
+    /// Puts a client into a free place.
+    pub(super) fn enter(&mut self, place: usize, socket: UnixStream, since: Tick) {
+        let line = Vec::new();
+        self.places[place] = Some(Client {
+            socket,
+            line,
+            since,
+        });
+    }
+
+    pub(super) fn leave(&mut self, place: usize) -> Option<Client> {
+        self.places.get_mut(place)?.take()
+    }
+
+    /// Who makes way: the first that came of those who said nothing, or of all.
+    pub(super) fn oldest(&self) -> Option<usize> {
+        let all = self.with_places();
+        let first = all.min_by_key(|(_, client)| (!client.line.is_empty(), client.since))?;
+        Some(first.0)
+    }
+
+    /// When the first of them has taken too long.
+    pub(super) fn deadline(&self) -> Option<Tick> {
+        let since = self.with_places().map(|(_, client)| client.since).min()?;
+        Some(Tick(since.0.saturating_add(LINE_LIMIT_NS)))
+    }
+
+    /// One that has taken too long.
+    pub(super) fn late(&self, now: Tick) -> Option<usize> {
+        let late = |c: &Client| now.0.saturating_sub(c.since.0) >= LINE_LIMIT_NS;
+        let mut all = self.with_places();
+        all.find(|(_, client)| late(client)).map(|(place, _)| place)
+    }
+
+    fn with_places(&self) -> impl Iterator<Item = (usize, &Client)> {
+        let places = self.places.iter().enumerate();
+        places.filter_map(|(place, client)| Some((place, client.as_ref()?)))
+    }
+
+    /// Reads a client's line, byte by byte: what is behind it is the guest's.
+    pub(super) fn read(&mut self, place: usize) -> Said {
+        let Some(Some(client)) = self.places.get_mut(place) else {
+            return Said::NotYet;
+        };
+        loop {
+            let mut byte = [0];
+            match client.socket.read(&mut byte) {
+                Ok(1) => client.line.push(byte[0]),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Said::NotYet,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                _ => return Said::Nonsense,
+            }
+            if byte == *b"\n" {
+                return parse(&client.line).map_or_else(|| client.nonsense(), Said::Port);
+            }
+            if client.line.len() >= LINE_MAX {
+                return client.nonsense();
+            }
+        }
+    }
+}
+
+impl Client {
+    fn nonsense(&self) -> Said {
+        let said = self.line.escape_ascii().to_string();
+        tracing::info!(said, "a client is refused: it has to say `CONNECT PORT`");
+        Said::Nonsense
+    }
+}
+
+/// As lenient as Firecracker and Cloud Hypervisor: in any case, with any blanks, whatever comes behind the port.
+fn parse(line: &[u8]) -> Option<u32> {
+    let mut words = std::str::from_utf8(line).ok()?.split_whitespace();
+    let verb = words.next()?;
+    let port = words.next()?;
+    verb.eq_ignore_ascii_case("connect")
+        .then(|| port.parse().ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn lines_that_other_vmms_take_are_taken() {
+        for line in [
+            "CONNECT 5000\n",
+            "connect 5000\n",
+            "Connect  5000 \r\n",
+            " CONNECT\t5000\n",
+            "CONNECT 5000 please\n",
+            "CONNECT +5000\n",
+        ] {
+            assert_eq!(parse(line.as_bytes()), Some(5000), "{line:?}");
+        }
+        assert_eq!(parse(b"CONNECT 4294967295\n"), Some(u32::MAX));
+        for line in [
+            "CONNECT\n",
+            "CONNECT 4294967296\n",
+            "CONNECT -1\n",
+            "CONNECT5000\n",
+            "GET / HTTP/1.1\n",
+            "\n",
+            "5000\n",
+        ] {
+            assert_eq!(parse(line.as_bytes()), None, "{line:?}");
+        }
+    }
+
+    fn client(clients: &mut Clients, since: u64) -> (usize, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let place = clients.free().unwrap();
+        clients.enter(place, ours, Tick(since));
+        (place, theirs)
+    }
+
+    #[test]
+    fn a_line_comes_in_pieces_and_what_is_behind_it_stays() {
+        let mut clients = Clients::default();
+        let (place, mut theirs) = client(&mut clients, 0);
+        for byte in b"CONNECT 7" {
+            theirs.write_all(&[*byte]).unwrap();
+            assert_eq!(clients.read(place), Said::NotYet);
+        }
+        theirs.write_all(b"\nrest").unwrap();
+        assert_eq!(clients.read(place), Said::Port(7));
+        let mut rest = [0; 4];
+        let mut socket = clients.leave(place).unwrap().socket;
+        socket.read_exact(&mut rest).unwrap();
+        assert_eq!(&rest, b"rest");
+        // A line without an end is one that is too long.
+        let (place, mut theirs) = client(&mut clients, 0);
+        theirs.write_all(&[b' '; LINE_MAX]).unwrap();
+        assert_eq!(clients.read(place), Said::Nonsense);
+    }
+
+    #[test]
+    fn r118_a_place_is_used_again_and_the_silent_make_way_first() {
+        let mut clients = Clients::default();
+        let mut theirs: Vec<_> = (0..CLIENTS_MAX as u64)
+            .map(|since| client(&mut clients, since).1)
+            .collect();
+        assert_eq!(clients.free(), None);
+        // The first two have begun to speak.
+        for place in [0, 1] {
+            theirs[place].write_all(b"CONN").unwrap();
+            assert_eq!(clients.read(place), Said::NotYet);
+        }
+        assert_eq!(clients.oldest(), Some(2));
+        clients.leave(2).unwrap();
+        for since in 100..10_000 {
+            let (place, _theirs) = client(&mut clients, since);
+            assert_eq!(place, 2);
+            clients.leave(place).unwrap();
+        }
+        for place in 2..CLIENTS_MAX {
+            clients.leave(place);
+        }
+        assert_eq!(
+            clients.oldest(),
+            Some(0),
+            "one that began is better than none"
+        );
+    }
+
+    #[test]
+    fn a_silent_client_has_a_deadline() {
+        let mut clients = Clients::default();
+        assert_eq!(clients.deadline(), None);
+        let (second, _b) = client(&mut clients, 9);
+        let (first, _a) = client(&mut clients, 5);
+        let deadline = clients.deadline().unwrap();
+        assert_eq!(deadline, Tick(5 + LINE_LIMIT_NS));
+        assert_eq!(clients.late(Tick(deadline.0 - 1)), None);
+        assert_eq!(clients.late(deadline), Some(first));
+        clients.leave(first);
+        assert_eq!(clients.late(deadline), None);
+        assert_eq!(clients.late(Tick(deadline.0 + 4)), Some(second));
+    }
+}

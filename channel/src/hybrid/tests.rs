@@ -1,0 +1,89 @@
+//! A host's side whose guest never starts its driver.
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::process::Command;
+use std::sync::Arc;
+
+use nix::sys::eventfd::EventFd;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use vm_memory::GuestMemoryMmap;
+
+use super::*;
+use crate::device::{GuestCid, VsockDevice};
+use crate::linked::{Linked, link};
+
+const CHILD: &str = "ADIT_TEST_FEW_DESCRIPTORS";
+
+type Silent = Host<Linked<Arc<GuestMemoryMmap>>>;
+
+fn host(uds: &Path) -> Silent {
+    let device = VsockDevice::new(GuestCid::new(3).unwrap(), 1).unwrap();
+    let kick = || OwnedFd::from(EventFd::new().unwrap());
+    let (linked, _) = link(device, [kick(), kick(), kick()]).unwrap();
+    Host::new(linked, Some(uds), 7).unwrap()
+}
+
+/// In a process of its own, whose descriptors run out.
+#[test]
+fn without_descriptors_a_client_waits_and_nothing_spins() {
+    if std::env::var_os(CHILD).is_none() {
+        let name = "hybrid::tests::without_descriptors_a_client_waits_and_nothing_spins";
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        let child = child.args([name, "--exact", "--nocapture"]).env(CHILD, "1");
+        let done = child.output().unwrap();
+        assert!(
+            done.status.success(),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let uds = dir.path().join("v");
+    let mut host = host(&uds);
+    let mut client = UnixStream::connect(&uds).unwrap();
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, 3, hard).unwrap();
+    let zero = Some(Duration::ZERO);
+    while host.rests.is_none() {
+        host.turn(zero).unwrap();
+    }
+    // Until its rest is over it is not even told of the client that waits.
+    let (rests, wakeups) = (host.rests, host.shard.wakeups());
+    host.turn(None).unwrap();
+    assert!(host.shard.wakeups() <= wakeups + 2 && host.rests != rests);
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+    client.write_all(b"CONNECT 5000\n").unwrap();
+    client.set_nonblocking(true).unwrap();
+    // It is heard, and learns that there is no driver.
+    while client.read(&mut [0]).is_err() {
+        host.turn(zero).unwrap();
+    }
+    assert_eq!(host.rests, None);
+}
+
+/// A client that was turned away sees the end of its connection.
+#[test]
+fn the_first_of_too_many_silent_clients_makes_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let uds = dir.path().join("v");
+    let mut host = host(&uds);
+    let mut clients = Vec::new();
+    for _ in 0..clients::CLIENTS_MAX + 3 {
+        clients.push(UnixStream::connect(&uds).unwrap());
+        host.turn(Some(Duration::ZERO)).unwrap();
+    }
+    for (n, client) in clients.iter().enumerate() {
+        client.set_nonblocking(true).unwrap();
+        let gone = { client }.read(&mut [0]).is_ok();
+        assert_eq!(gone, n < 3, "{n}");
+    }
+    // Those that remain have a deadline.
+    let deadline = host.deadline().unwrap();
+    host.pass_time(Tick(deadline.0 + clients::LINE_LIMIT_NS));
+    for client in &mut clients {
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    }
+    assert_eq!(host.deadline(), None);
+}

@@ -1,0 +1,245 @@
+//! Paths of Unix sockets: taken if free, also from a process that was killed; never from anything that is no socket.
+//!
+//! | at the path | is |
+//! |---|---|
+//! | nothing | free |
+//! | a socket that nobody listens on | removed: a killed process left it |
+//! | a socket that somebody listens on | [`SocketPathError::InUse`] |
+//! | anything else, also a link | [`SocketPathError::NotASocket`], and stays |
+//!
+//! That `connect` is refused does not tell: Linux refuses it for a regular file, too.
+
+use std::fs::FileType;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+
+/// Bytes of a socket's path at most (`sun_path` less the NUL).
+pub const PATH_MAX: usize = 107;
+
+/// Why a socket cannot be made at a path. The caller's fault.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketPathError {
+    /// It would have to be deleted, and may be somebody's.
+    #[error("{} is {what} and no socket: move it away, or choose another path", .path.display())]
+    NotASocket {
+        /// Where.
+        path: PathBuf,
+        /// What is there.
+        what: &'static str,
+    },
+    /// A process listens there.
+    #[error("a process listens on {} already: end it if it is an old one, or choose another path", .0.display())]
+    InUse(PathBuf),
+    /// The path is longer than a socket's may be.
+    #[error("path of {len} bytes is too long for a socket (at most {PATH_MAX}): {}; choose a shorter one", .path.display())]
+    TooLong {
+        /// The path.
+        path: PathBuf,
+        /// Its length.
+        len: usize,
+    },
+    /// The file system says no.
+    #[error("cannot {what} {}", .path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl From<SocketPathError> for io::Error {
+    fn from(e: SocketPathError) -> Self {
+        let kind = match &e {
+            SocketPathError::NotASocket { .. } => io::ErrorKind::AlreadyExists,
+            SocketPathError::InUse(_) => io::ErrorKind::AddrInUse,
+            SocketPathError::TooLong { .. } => io::ErrorKind::InvalidFilename,
+            SocketPathError::Io { source, .. } => source.kind(),
+        };
+        Self::new(kind, e)
+    }
+}
+
+/// Listens at a path. A socket that nobody listens on any more is removed first.
+///
+/// # Errors
+/// Something is there that must stay, or the socket cannot be made.
+pub fn listen(path: &Path) -> Result<UnixListener, SocketPathError> {
+    check_len(path)?;
+    if is_socket(path)? {
+        match connect_now(path) {
+            // Nobody has it bound, or nobody listens any more.
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => remove(path)?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            // Of another type (`EPROTOTYPE`), or its backlog is full (`EAGAIN`): somebody has it all the same.
+            Ok(_) => return Err(SocketPathError::InUse(path.to_owned())),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                return Err(SocketPathError::InUse(path.to_owned()));
+            }
+            Err(e) if e.raw_os_error() == Some(Errno::EPROTOTYPE as i32) => {
+                return Err(SocketPathError::InUse(path.to_owned()));
+            }
+            Err(e) => return Err(failed("connect to", path)(e)),
+        }
+    }
+    UnixListener::bind(path).map_err(failed("listen on", path))
+}
+
+/// Removes a socket, or finds nothing there. For whoever knows by other means that nobody listens on it: by a lock, or
+/// because it was its own.
+///
+/// # Errors
+/// Something else is there, and stays; or the socket cannot be removed.
+pub fn remove(path: &Path) -> Result<(), SocketPathError> {
+    if !is_socket(path)? {
+        return Ok(());
+    }
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Connects without waiting. `WouldBlock`: the listener's backlog is full.
+///
+/// # Errors
+/// Nobody listens there, or the path is none for a socket.
+pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(fd.into())
+}
+
+/// Checks a path's length.
+///
+/// # Errors
+/// It is too long for a socket.
+pub fn check_len(path: &Path) -> Result<(), SocketPathError> {
+    let len = path.as_os_str().len();
+    match len <= PATH_MAX {
+        true => Ok(()),
+        false => Err(SocketPathError::TooLong {
+            path: path.to_owned(),
+            len,
+        }),
+    }
+}
+
+/// Tells whether a socket is there; `false`: nothing is.
+fn is_socket(path: &Path) -> Result<bool, SocketPathError> {
+    match std::fs::symlink_metadata(path) {
+        Ok(meta) if meta.file_type().is_socket() => Ok(true),
+        Ok(meta) => Err(SocketPathError::NotASocket {
+            path: path.to_owned(),
+            what: name(meta.file_type()),
+        }),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(failed("look at", path)(e)),
+    }
+}
+
+fn name(kind: FileType) -> &'static str {
+    match () {
+        () if kind.is_file() => "a regular file",
+        () if kind.is_dir() => "a directory",
+        () if kind.is_symlink() => "a symbolic link",
+        () if kind.is_fifo() => "a pipe",
+        () => "a device",
+    }
+}
+
+fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SocketPathError {
+    let path = path.to_owned();
+    move |source| SocketPathError::Io { what, path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::fs::symlink;
+
+    use nix::sys::socket::{Backlog, bind, listen as listen_on};
+
+    fn seqpacket(path: &Path) -> OwnedFd {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+        bind(fd.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
+        listen_on(&fd, Backlog::new(1).unwrap()).unwrap();
+        fd
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_taken_whatever_its_type() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v");
+        drop(listen(&path).unwrap());
+        drop(listen(&path).unwrap());
+        remove(&path).unwrap();
+        drop(seqpacket(&path));
+        drop(listen(&path).unwrap());
+        remove(&path).unwrap();
+        assert!(!path.exists());
+        remove(&path).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_socket_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("file"), "precious").unwrap();
+        std::fs::create_dir(at("dir")).unwrap();
+        drop(UnixListener::bind(at("dead")).unwrap());
+        symlink(at("dead"), at("link")).unwrap();
+        symlink(at("nowhere"), at("dangling")).unwrap();
+        for name in ["file", "dir", "link", "dangling"] {
+            for result in [listen(&at(name)).map(drop), remove(&at(name))] {
+                let error = result.unwrap_err();
+                assert!(
+                    matches!(error, SocketPathError::NotASocket { .. }),
+                    "{error}"
+                );
+            }
+        }
+        assert_eq!(std::fs::read(at("file")).unwrap(), b"precious");
+        assert!(at("dead").exists() && at("link").is_symlink() && at("dangling").is_symlink());
+    }
+
+    #[test]
+    fn somebodys_socket_stays_also_with_a_full_backlog_or_of_another_type() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v");
+        let theirs = listen(&path).unwrap();
+        let in_use = || matches!(listen(&path), Err(SocketPathError::InUse(_)));
+        assert!(in_use());
+        let mut waiting = Vec::new();
+        while let Ok(client) = connect_now(&path) {
+            waiting.push(client);
+        }
+        assert!(in_use(), "with {} connections waiting", waiting.len());
+        drop((theirs, waiting));
+        remove(&path).unwrap();
+        let _packets = seqpacket(&path);
+        assert!(in_use());
+    }
+
+    #[test]
+    fn a_path_too_long_says_so() {
+        let path = Path::new("/tmp").join("x".repeat(PATH_MAX));
+        let error = listen(&path).unwrap_err();
+        assert!(
+            matches!(error, SocketPathError::TooLong { len, .. } if len > PATH_MAX),
+            "{error}"
+        );
+    }
+}
