@@ -10,6 +10,13 @@
 //! [metrics]
 //! listen = "127.0.0.1:7081"         # optional; they are on the API socket too
 //!
+//! [limits]                          # all optional; these are the defaults
+//! queued_per_vm = 1024              # tasks that wait for one VM
+//! connections = 4096                # clients of the proxy at the same time
+//! kept_days = 30                    # what has ended is forgotten after this long, ...
+//! kept_per_vm = 10000               # ... and the oldest when a VM has more tasks than this, ...
+//! kept_mib_per_vm = 64              # ... or more output than this
+//!
 //! [[vm]]
 //! name = "web-1"
 //! cid = 3
@@ -102,6 +109,12 @@ pub struct Limits {
     pub queued_per_vm: u32,
     /// Client connections of the proxy at most.
     pub connections: usize,
+    /// Days that ended tasks are kept at most.
+    pub kept_days: u32,
+    /// Ended tasks of one VM that are kept at most.
+    pub kept_per_vm: u32,
+    /// MiB of output of one VM's tasks that are kept at most.
+    pub kept_mib_per_vm: u32,
 }
 
 impl Default for Limits {
@@ -109,6 +122,9 @@ impl Default for Limits {
         Self {
             queued_per_vm: 1024,
             connections: 4096,
+            kept_days: 30,
+            kept_per_vm: 10_000,
+            kept_mib_per_vm: 64,
         }
     }
 }
