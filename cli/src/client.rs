@@ -18,6 +18,9 @@ use crate::error::Failure;
 /// Most bytes of one answer that is read whole.
 const ANSWER_MAX: usize = 64 << 20;
 
+/// Elements of a list's page.
+const PAGE: usize = 500;
+
 /// Where aditd listens.
 pub struct Client {
     socket: PathBuf,
@@ -44,6 +47,22 @@ impl Client {
     /// GETs JSON.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
         decode(&self.bytes(Method::GET, path, None).await?)
+    }
+
+    /// GETs a list that comes in pages: all of it. `path` has a query.
+    pub async fn get_all<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, Failure> {
+        let mut all = Vec::new();
+        let mut after = String::from("0");
+        loop {
+            let path = format!("{path}&limit={PAGE}&after={after}");
+            let (bytes, next) = self.whole(Method::GET, &path, None).await?;
+            all.extend(decode::<Vec<T>>(&bytes)?);
+            // An aditd of before has no pages, and has said all at once.
+            match next {
+                Some(next) => after = next,
+                None => return Ok(all),
+            }
+        }
     }
 
     /// GETs raw bytes.
@@ -98,12 +117,28 @@ impl Client {
         path: &str,
         body: Option<Vec<u8>>,
     ) -> Result<Bytes, Failure> {
+        Ok(self.whole(method, path, body).await?.0)
+    }
+
+    /// A whole answer, and the cursor of the list's next page.
+    async fn whole(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> Result<(Bytes, Option<String>), Failure> {
         self.in_time(async {
             let answer = self.send(method, path, body).await?;
+            let next = answer.headers().get(adit_api::NEXT);
+            // It goes into a path.
+            let next = next
+                .and_then(|v| v.to_str().ok())
+                .filter(|v| !v.is_empty() && v.bytes().all(|b| b.is_ascii_alphanumeric()));
+            let next = next.map(str::to_owned);
             let body = Limited::new(answer.into_body(), ANSWER_MAX).collect().await;
             let body = body
                 .map_err(|e| Failure::new("cut-off", format!("aditd's answer was cut off: {e}")))?;
-            Ok(body.to_bytes())
+            Ok((body.to_bytes(), next))
         })
         .await
     }

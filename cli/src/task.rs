@@ -65,7 +65,7 @@ pub async fn run(
 ) -> Result<ExitCode, Failure> {
     match command {
         TaskCommand::Ls { vm, goal, state } => {
-            let tasks: Vec<Task> = client.get(&list_path(vm, goal, state)?).await?;
+            let tasks: Vec<Task> = client.get_all(&list_path(vm, goal, state)?).await?;
             match format {
                 Format::Json => output::json(&tasks)?,
                 Format::Table => list(&tasks),
@@ -120,7 +120,8 @@ async fn resolve(client: &Client, id: &str) -> Result<Task, Failure> {
     if id.len() == 32 {
         return client.get(&format!("/v1/tasks/{id}")).await;
     }
-    let mut found: Vec<Task> = client.get::<Vec<Task>>("/v1/tasks").await?;
+    let mut found: Vec<Task> = client.get(&format!("/v1/tasks?id={id}&limit=500")).await?;
+    // An aditd of before does not know `id`, and lists all of them.
     found.retain(|t| t.task_id.starts_with(id));
     match found.len() {
         1 => Ok(found.swap_remove(0)),

@@ -262,15 +262,14 @@ async fn handle(
     } else if is(WireKind::Report) {
         let report: Report = header.decode(body).map_err(bad)?;
         let task_id = report.task_id;
-        if take_report(state, vm, report).await? {
-            send(
-                writer,
-                WireKind::ReportAck,
-                header.id,
-                &ReportAck { task_id },
-            )
-            .await?;
-        }
+        take_report(state, vm, report).await?;
+        send(
+            writer,
+            WireKind::ReportAck,
+            header.id,
+            &ReportAck { task_id },
+        )
+        .await?;
     } else if header.flags & frame::IGNORABLE == 0 {
         return Err(bad(frame::FrameError::Unknown {
             kind: header.kind,
@@ -280,13 +279,18 @@ async fn handle(
     Ok(None)
 }
 
-/// Persists a report. Returns whether to acknowledge it: it is on disk, or it can never be of use here.
-async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> io::Result<bool> {
+/// Persists a report. Afterwards it is to be acknowledged: it is on disk, or it can never be of use here.
+async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> io::Result<()> {
     let name = vm.config.name.to_string();
     let (now, id) = (state.now_ms(), adit_tasks::hex(&report.task_id));
+    let keep = state.keep();
     let taken = state
         .db
-        .run(move |c| queue::finish(c, &name, &report, now))
+        .run(move |c| {
+            let changed = queue::finish(c, &name, &report, now)?;
+            queue::retention::trim(c, &name, &keep)?;
+            Ok(changed)
+        })
         .await;
     match taken {
         Ok(changed) => {
@@ -296,15 +300,17 @@ async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> i
             // An attempt that was cut off may have queued the next one, which may wait until it expires.
             vm.queued.notify_waiters();
             state.expiry.notify_one();
-            Ok(true)
+            Ok(())
         }
         Err(QueueError::Unknown) => {
             tracing::warn!(vm = %vm.config.name, task = id, "report for a task that is not this VM's");
-            Ok(true)
+            Ok(())
         }
         Err(QueueError::NotLeased) => {
+            // As after a database was put back from an older copy. The guest waits for an answer to every report and sends
+            // nothing else meanwhile; when the task is handed out, its journal answers again.
             tracing::warn!(vm = %vm.config.name, task = id, "report for a task that was not handed out");
-            Ok(false)
+            Ok(())
         }
         Err(e) => Err(io::Error::other(e)),
     }

@@ -16,7 +16,8 @@ use serde::Deserialize;
 use tokio::sync::broadcast::error::RecvError;
 
 use crate::config::VmConfig;
-use crate::queue::{self, Filter, QueueError};
+use crate::queue::page::{self, Filter, PAGE_MAX, Page};
+use crate::queue::{self, QueueError};
 use crate::registry::{AddError, VmEntry};
 use crate::state::State;
 
@@ -220,12 +221,12 @@ async fn remove_vm(
     }
     vm.removed.cancel();
     port_gone(&vm).await;
-    let key = vm.config.name.to_string();
+    let (key, now) = (vm.config.name.to_string(), state.now_ms());
     let ended = state
         .db
         .run::<_, QueueError, _>(move |c| {
             c.execute("DELETE FROM vms WHERE name = ?1", [&key])?;
-            queue::remove_vm(c, &key)
+            queue::remove_vm(c, &key, now)
         })
         .await?;
     state.count_ended(&ended);
@@ -346,6 +347,7 @@ async fn add_goal(Shared(state): Shared<App>, body: Bytes) -> Answer<Goal> {
     let new = queue::NewGoal {
         goal,
         digest,
+        signer: queue::schema::signer(&envelope),
         envelope: new.envelope.into_bytes(),
         vms: vms.iter().map(|vm| vm.config.name.clone()).collect(),
         now_ms: state.now_ms(),
@@ -402,18 +404,7 @@ async fn show_goal(Shared(state): Shared<App>, Path(id): Path<String>) -> Answer
     let goal_id = id.clone();
     let ((digest, accepted_ms), tasks) = state
         .db
-        .run::<_, QueueError, _>(move |c| {
-            Ok((
-                queue::goal(c, &id)?,
-                queue::tasks(
-                    c,
-                    &Filter {
-                        goal: Some(id),
-                        ..Filter::default()
-                    },
-                )?,
-            ))
-        })
+        .run::<_, QueueError, _>(move |c| Ok((queue::goal(c, &id)?, queue::of_goal(c, &id)?)))
         .await?;
     Ok(Json(Goal {
         goal_id,
@@ -428,26 +419,96 @@ struct TaskQuery {
     vm: Option<String>,
     goal: Option<String>,
     state: Option<String>,
+    id: Option<String>,
+    limit: Option<usize>,
+    #[serde(default)]
+    after: i64,
 }
 
-async fn list_tasks(Shared(state): Shared<App>, Query(q): Query<TaskQuery>) -> Answer<Vec<Task>> {
+async fn list_tasks(
+    Shared(state): Shared<App>,
+    Query(q): Query<TaskQuery>,
+) -> Result<Response, ApiError> {
+    let id = match q.id {
+        Some(digits) => Some(page::id_range(&digits).ok_or_else(bad_id)?),
+        None => None,
+    };
     let filter = Filter {
         vm: q.vm,
         goal: q.goal,
         state: q.state,
+        id,
         open: false,
     };
-    Ok(Json(state.db.run(move |c| queue::tasks(c, &filter)).await?))
+    let (tasks, next) = page_of(&state, &filter, q.after, q.limit.unwrap_or(PAGE_MAX)).await?;
+    if q.limit.is_some() || next.is_none() {
+        let mut response = Json(tasks).into_response();
+        if let Some(next) = next {
+            response.headers_mut().insert(adit_api::NEXT, next.into());
+        }
+        return Ok(response);
+    }
+    // All of them: as they are read, so that a long list is never in memory as a whole.
+    let first = Some((tasks, next, true));
+    let pages = futures_util::stream::unfold((state, filter, first), |(state, filter, at)| async {
+        let (tasks, next, is_first) = at?;
+        let text = array_part(&tasks, is_first, next.is_none());
+        let at = match next {
+            None => Ok(None),
+            Some(after) => page_of(&state, &filter, after, PAGE_MAX)
+                .await
+                .map(|(tasks, next)| Some((tasks, next, false)))
+                // The answer is cut off: whoever reads it finds no end of the array.
+                .map_err(|_| std::io::Error::other("the database says no")),
+        };
+        match at {
+            Ok(at) => Some((Ok(text), (state, filter, at))),
+            Err(e) => Some((Err(e), (state, filter, None))),
+        }
+    });
+    let body = Body::from_stream(pages);
+    Ok(([("content-type", "application/json")], body).into_response())
+}
+
+async fn page_of(
+    state: &State,
+    filter: &Filter,
+    after: i64,
+    limit: usize,
+) -> Result<Page, QueueError> {
+    let filter = filter.clone();
+    state
+        .db
+        .run(move |c| page::page(c, &filter, after, limit))
+        .await
+}
+
+/// Some elements of a JSON array.
+fn array_part(tasks: &[Task], first: bool, last: bool) -> Bytes {
+    let mut text = vec![if first { b'[' } else { b',' }];
+    for (at, task) in tasks.iter().enumerate() {
+        if at > 0 {
+            text.push(b',');
+        }
+        // Strings and numbers always serialise.
+        text.extend(serde_json::to_vec(task).unwrap_or_default());
+    }
+    if last {
+        text.push(b']');
+    }
+    text.into()
+}
+
+fn bad_id() -> ApiError {
+    ApiError::new(
+        StatusCode::NOT_FOUND,
+        "unknown-task",
+        "a task id is 32 hex digits",
+    )
 }
 
 fn task_id(text: &str) -> Result<TaskId, ApiError> {
-    unhex(text).ok_or_else(|| {
-        ApiError::new(
-            StatusCode::NOT_FOUND,
-            "unknown-task",
-            "a task id is 32 hex digits",
-        )
-    })
+    unhex(text).ok_or_else(bad_id)
 }
 
 async fn show_task(Shared(state): Shared<App>, Path(id): Path<String>) -> Answer<Task> {
@@ -508,15 +569,23 @@ async fn events(
         goal: goal.clone(),
         ..Filter::default()
     };
-    let present = state.db.run(move |c| queue::tasks(c, &filter)).await?;
+    let mut present = page_of(&state, &filter, 0, PAGE_MAX).await?;
     let (to, from) = tokio::sync::mpsc::channel::<Result<Bytes, std::convert::Infallible>>(64);
     tokio::spawn(async move {
         let mut open = std::collections::HashMap::new();
-        for task in present {
-            track(&mut open, &task);
-            if to.send(Ok(line(&state.event(task)))).await.is_err() {
-                return;
+        loop {
+            let (tasks, next) = present;
+            for task in tasks {
+                track(&mut open, &task);
+                if to.send(Ok(line(&state.event(task)))).await.is_err() {
+                    return;
+                }
             }
+            let Some(after) = next else { break };
+            present = match page_of(&state, &filter, after, PAGE_MAX).await {
+                Ok(page) => page,
+                Err(_) => return, // cut off; whoever watches asks again
+            };
         }
         while !open.is_empty() {
             let event = tokio::select! {

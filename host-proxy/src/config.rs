@@ -10,6 +10,13 @@
 //! [metrics]
 //! listen = "127.0.0.1:7081"         # optional; they are on the API socket too
 //!
+//! [limits]                          # all optional; these are the defaults
+//! queued_per_vm = 1024              # tasks that wait for one VM
+//! connections = 4096                # clients of the proxy at the same time
+//! kept_days = 30                    # what has ended is forgotten after this long, ...
+//! kept_per_vm = 10000               # ... and the oldest when a VM has more tasks than this, ...
+//! kept_mib_per_vm = 64              # ... or more output than this
+//!
 //! [ports]
 //! uids = "70000-78191"              # optional: where aditd is root, each VM's port process is another of these users
 //!
@@ -29,7 +36,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use adit_port::control::{IVSHMEM_SOCKET, SOCKET_PATH_MAX};
+use adit_channel::socket_path::PATH_MAX;
+use adit_port::control::IVSHMEM_SOCKET;
 use adit_tasks::VmId;
 use serde::Deserialize;
 
@@ -109,6 +117,12 @@ pub struct Limits {
     pub queued_per_vm: u32,
     /// Client connections of the proxy at most.
     pub connections: usize,
+    /// Days that ended tasks are kept at most.
+    pub kept_days: u32,
+    /// Ended tasks of one VM that are kept at most.
+    pub kept_per_vm: u32,
+    /// MiB of output of one VM's tasks that are kept at most.
+    pub kept_mib_per_vm: u32,
 }
 
 impl Default for Limits {
@@ -116,6 +130,9 @@ impl Default for Limits {
         Self {
             queued_per_vm: 1024,
             connections: 4096,
+            kept_days: 30,
+            kept_per_vm: 10_000,
+            kept_mib_per_vm: 64,
         }
     }
 }
@@ -382,11 +399,11 @@ pub fn vm_dir(run_dir: &Path, vm: &VmId) -> PathBuf {
 /// Whether a path can be a socket's.
 fn fits(path: &Path) -> Result<(), String> {
     let len = path.as_os_str().len();
-    if len <= SOCKET_PATH_MAX {
+    if len <= PATH_MAX {
         return Ok(());
     }
     Err(format!(
-        "the socket {} has a path of {len} bytes, and at most {SOCKET_PATH_MAX} are possible: use a shorter run_dir",
+        "the socket {} has a path of {len} bytes, and at most {PATH_MAX} are possible: use a shorter run_dir",
         path.display()
     ))
 }
@@ -420,11 +437,8 @@ mod tests {
         // `/` and the rest of RUN/vm/web-1/ivshmem.sock.
         let rest = 1 + "/vm/web-1/ivshmem.sock".len();
         let dir = |len: usize| format!("run_dir = \"/{}\"\n", "x".repeat(len));
-        parse(&(dir(SOCKET_PATH_MAX - rest) + vm)).unwrap();
-        for (text, line) in [
-            (dir(SOCKET_PATH_MAX - rest + 1) + vm, 2),
-            (dir(SOCKET_PATH_MAX), 1),
-        ] {
+        parse(&(dir(PATH_MAX - rest) + vm)).unwrap();
+        for (text, line) in [(dir(PATH_MAX - rest + 1) + vm, 2), (dir(PATH_MAX), 1)] {
             let e = parse(&text).unwrap_err();
             let ConfigError::Value {
                 line: at,

@@ -2,12 +2,16 @@
 //!
 //! A job is a closure over the connection. Those that have gathered while the last commit was on its way to the disk run
 //! in one transaction, each in a savepoint of its own, and are answered after the commit: an answer means "on disk".
+//!
+//! After a commit that failed, nobody knows what is in the kernel's cache and what is on the disk (a failed fsync may drop
+//! pages, and the next one may succeed). So it is treated as a crash: the connection is closed, and the file is opened and
+//! checked again, as at the start.
 
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode};
+use rusqlite::{Connection, ErrorCode, OptionalExtension};
 use tokio::sync::oneshot;
 
 /// Jobs in one transaction at most.
@@ -16,6 +20,12 @@ const BATCH_MAX: usize = 256;
 const WAITING_MAX: usize = 1024;
 /// How long the database may be locked by somebody else (an operator with `sqlite3`).
 const BUSY: Duration = Duration::from_secs(10);
+
+/// Largest database that is checked whole when it is opened, bytes: one that is larger would keep the host's VMs waiting.
+const CHECK_MAX: u64 = 1 << 30;
+
+/// A step of the schema: the one at place N (from 0) brings a database from version N to N + 1.
+pub type Migration = fn(&Connection) -> rusqlite::Result<()>;
 
 /// Why a job has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +46,20 @@ pub enum DbError {
         /// Ours.
         known: i64,
     },
+    /// A database, and not one of aditd's.
+    #[error("{path} is the database of another program: it has tables, and no schema version")]
+    Foreign {
+        /// The file.
+        path: String,
+    },
+    /// Its pages contradict each other: the disk, or who copied it, has damaged it.
+    #[error("{path} is damaged: {found}")]
+    Damaged {
+        /// The file.
+        path: String,
+        /// What SQLite's check found first.
+        found: String,
+    },
     /// The thread has ended.
     #[error("database is closed")]
     Closed,
@@ -50,6 +74,11 @@ impl DbError {
             }
             Self::Sqlite(e) if e.sqlite_error_code() == Some(ErrorCode::NotADatabase) => {
                 "move it away and start again: its queue is lost, no VM is"
+            }
+            Self::Foreign { .. } => "set another state_dir, or move the file away",
+            Self::Damaged { .. } => {
+                "copy it with its -wal file, then either save what can be read (`sqlite3 FILE .recover | sqlite3 NEW`, \
+                 `PRAGMA user_version` as before) or move both away: the queue is lost then, no VM is"
             }
             Self::Newer { .. } => {
                 "start the newer aditd, or move the file away: its queue is lost, no VM is"
@@ -73,35 +102,17 @@ pub struct Db {
 }
 
 impl Db {
-    /// Opens (or makes) the database and starts its thread.
+    /// Opens (or makes) the database, checks it, brings it to the newest schema, and starts its thread.
     ///
     /// # Errors
-    /// The file cannot be opened, is no database, or is of a newer aditd.
-    pub fn open(path: &Path, schema: &str, version: i64) -> Result<Self, DbError> {
-        let connection = Connection::open(path)?;
-        connection.busy_timeout(BUSY)?;
-        // WAL and FULL: a commit that returned survives loss of power; readers never wait.
-        connection.pragma_update(None, "journal_mode", "WAL")?;
-        connection.pragma_update(None, "synchronous", "FULL")?;
-        connection.pragma_update(None, "foreign_keys", true)?;
-        connection.pragma_update(None, "cache_size", -2048)?;
-        let found: i64 = connection.pragma_query_value(None, "user_version", |r| r.get(0))?;
-        if found > version {
-            return Err(DbError::Newer {
-                path: path.display().to_string(),
-                found,
-                known: version,
-            });
-        }
-        if found < version {
-            connection.execute_batch(&format!(
-                "BEGIN IMMEDIATE; {schema} PRAGMA user_version = {version}; COMMIT;"
-            ))?;
-        }
+    /// The file cannot be opened, is no database, is damaged, or is of a newer aditd. It is left as it was.
+    pub fn open(path: &Path, migrations: &'static [Migration]) -> Result<Self, DbError> {
+        let connection = prepare(path, migrations)?;
         let (jobs, receiver) = sync_channel(WAITING_MAX);
+        let path = path.to_owned();
         std::thread::Builder::new()
             .name("database".into())
-            .spawn(move || run(connection, &receiver))
+            .spawn(move || run(connection, &path, migrations, &receiver))
             .map_err(|e| DbError::Commit(e.to_string()))?;
         Ok(Self { jobs })
     }
@@ -160,33 +171,136 @@ fn in_savepoint<T, E: From<rusqlite::Error>>(
     result
 }
 
-fn run(connection: Connection, jobs: &Receiver<Job>) {
+/// Opens the file, and writes nothing to it before it is known to be whole and ours.
+fn prepare(path: &Path, migrations: &[Migration]) -> Result<Connection, DbError> {
+    let name = || path.display().to_string();
+    let known = i64::try_from(migrations.len()).unwrap_or(i64::MAX);
+    let mut connection = Connection::open(path)?;
+    connection.busy_timeout(BUSY)?;
+    let damaged = |e: rusqlite::Error| match e.sqlite_error_code() {
+        Some(ErrorCode::DatabaseCorrupt) => DbError::Damaged {
+            path: name(),
+            found: e.to_string(),
+        },
+        _ => e.into(),
+    };
+    let found: i64 = connection
+        .pragma_query_value(None, "user_version", |r| r.get(0))
+        .map_err(damaged)?;
+    if found > known {
+        return Err(DbError::Newer {
+            path: name(),
+            found,
+            known,
+        });
+    }
+    let tables: i64 = connection
+        .query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get(0))
+        .map_err(damaged)?;
+    if found <= 0 && tables > 0 {
+        return Err(DbError::Foreign { path: name() });
+    }
+    check(&connection, path)
+        .map_err(damaged)?
+        .map_or(Ok(()), |found| {
+            Err(DbError::Damaged {
+                path: name(),
+                found,
+            })
+        })?;
+    // WAL and FULL: a commit that returned survives loss of power; readers never wait.
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    connection.pragma_update(None, "cache_size", -2048)?;
+    for (at, migrate) in migrations
+        .iter()
+        .enumerate()
+        .skip(usize::try_from(found).unwrap_or(0))
+    {
+        // All of a step or nothing of it.
+        let step = connection.transaction()?;
+        migrate(&step)?;
+        step.pragma_update(
+            None,
+            "user_version",
+            i64::try_from(at + 1).unwrap_or(i64::MAX),
+        )?;
+        step.commit()?;
+    }
+    Ok(connection)
+}
+
+/// Returns what is wrong with the file, if something is.
+fn check(connection: &Connection, path: &Path) -> rusqlite::Result<Option<String>> {
+    let len = std::fs::metadata(path).map_or(0, |m| m.len());
+    if len > CHECK_MAX {
+        tracing::warn!(path = %path.display(), len, "too large to be checked at the start: `sqlite3 FILE 'PRAGMA integrity_check'` does");
+        return Ok(None);
+    }
+    let said: String = connection.query_row("PRAGMA integrity_check(1)", [], |r| r.get(0))?;
+    if said != "ok" {
+        return Ok(Some(said));
+    }
+    let orphan = connection.query_row("PRAGMA foreign_key_check", [], |r| r.get::<_, String>(0));
+    Ok(orphan
+        .optional()?
+        .map(|table| format!("a row of `{table}` names one that is not there")))
+}
+
+fn run(connection: Connection, path: &Path, migrations: &[Migration], jobs: &Receiver<Job>) {
+    let mut open = Some(connection);
     while let Ok(first) = jobs.recv() {
-        if let Err(e) = connection.execute_batch("BEGIN IMMEDIATE") {
-            tracing::error!(error = %e, "no transaction to be had");
-            first(Err(e.to_string()))(Ok(()));
-            continue;
-        }
-        let mut answers = vec![first(Ok(&connection))];
-        // After some errors SQLite has rolled back already. A job after that would be a transaction of its own, on disk
-        // although it is answered with an error: it waits for the next one.
-        while answers.len() < BATCH_MAX && !connection.is_autocommit() {
-            let Ok(job) = jobs.try_recv() else { break };
-            answers.push(job(Ok(&connection)));
-        }
-        let committed = connection
-            .execute_batch("COMMIT")
-            .map_err(|e| e.to_string());
-        if let Err(e) = &committed {
-            tracing::error!(error = %e, "commit failed: nothing of it is acknowledged");
-            if !connection.is_autocommit()
-                && let Err(e) = connection.execute_batch("ROLLBACK")
-            {
-                tracing::error!(error = %e, "rollback failed");
+        let connection = match open.take().map_or_else(|| prepare(path, migrations), Ok) {
+            Ok(connection) => connection,
+            Err(e) => {
+                tracing::error!(error = %e, remedy = e.remedy(), "the database is not to be had");
+                first(Err(e.to_string()))(Ok(()));
+                continue;
             }
-        }
-        for answer in answers {
-            answer(committed.clone());
+        };
+        if batch(&connection, first, jobs) {
+            open = Some(connection);
+        } else if let Err((_, e)) = connection.close() {
+            tracing::error!(error = %e, "the database does not close");
+        } else {
+            tracing::warn!("the database is opened and checked again");
         }
     }
+}
+
+/// Runs the jobs that wait in one transaction. Returns whether the connection is still to be trusted.
+fn batch(connection: &Connection, first: Job, jobs: &Receiver<Job>) -> bool {
+    if let Err(e) = connection.execute_batch("BEGIN IMMEDIATE") {
+        tracing::error!(error = %e, "no transaction to be had");
+        first(Err(e.to_string()))(Ok(()));
+        return e.sqlite_error_code() == Some(ErrorCode::DatabaseBusy);
+    }
+    let mut answers = vec![first(Ok(connection))];
+    // After some errors SQLite has rolled back already. A job after that would be a transaction of its own, on disk
+    // although it is answered with an error: it waits for the next one.
+    while answers.len() < BATCH_MAX && !connection.is_autocommit() {
+        let Ok(job) = jobs.try_recv() else { break };
+        answers.push(job(Ok(connection)));
+    }
+    // An error that ended the transaction before is of a statement; SQLite has put things right, and said so to its job.
+    let is_open = !connection.is_autocommit();
+    let committed = connection.execute_batch("COMMIT");
+    let mut trusted = true;
+    if let Err(e) = &committed {
+        tracing::error!(error = %e, "commit failed: nothing of it is acknowledged");
+        // No room is no doubt about what is on the disk.
+        trusted = !is_open || e.sqlite_error_code() == Some(ErrorCode::DiskFull);
+        if !connection.is_autocommit()
+            && let Err(e) = connection.execute_batch("ROLLBACK")
+        {
+            tracing::error!(error = %e, "rollback failed");
+            trusted = false;
+        }
+    }
+    let committed = committed.map_err(|e| e.to_string());
+    for answer in answers {
+        answer(committed.clone());
+    }
+    trusted
 }

@@ -65,7 +65,7 @@ pub async fn run(
     make_dir(&config.state_dir)?;
     let _lock = lock(&config.run_dir)?;
     let path = config.state_dir.join("aditd.db");
-    let db = Db::open(&path, queue::SCHEMA, queue::VERSION)
+    let db = Db::open(&path, queue::schema::MIGRATIONS)
         .map_err(|e| anyhow::anyhow!("cannot use {}: {e}; {}", path.display(), e.remedy()))?;
     let mut boot_nonce = [0; 16];
     getrandom::fill(&mut boot_nonce)

@@ -6,9 +6,15 @@
 //!    └─► expired (not_after passed, or its VM was removed)   └─► an earlier step did not succeed: skipped
 //! ```
 //! - The tasks of a VM are handed out one by one, in order of `key_seq`, step and attempt.
+//! - A goal whose `not_before` is to come is held, and so are the later ones of its key: the guest runs a key's goals in
+//!   the order of their sequence, and refuses one that was overtaken.
 //! - A lease does not end: a task that is not terminal is handed out again when the agent pulls again, and the guest's
 //!   journal answers for it.
-//! - The first terminal state stands.
+//! - The first terminal state stands. What has ended is kept for a while ([`retention`]).
+
+pub mod page;
+pub mod retention;
+pub mod schema;
 
 use adit_api::{Task, TaskState};
 use adit_tasks::wire::{Captured, Outcome, Report, TaskId};
@@ -18,39 +24,14 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::db::DbError;
 
-/// Version of the schema.
-pub const VERSION: i64 = 1;
 /// Attempts of an idempotent step at most.
 pub const ATTEMPTS_MAX: u32 = 3;
 /// Most bytes of a reason that are kept.
 const REASON_MAX: usize = 1024;
-/// Most bytes of captured output, head and tail, of one stream.
-const OUTPUT_MAX: usize = adit_tasks::goal::OUTPUT_CAP_MAX as usize;
 /// How long after its goal's `not_after` a task that was handed out may still be running: as long as any step may.
 const SILENCE_MAX_MS: i64 = adit_tasks::goal::TIMEOUT_MAX_S as i64 * 1000;
 /// Bytes of stdout in lists.
 const PREVIEW_BYTES: usize = 200;
-
-/// The tables.
-pub const SCHEMA: &str = "
-CREATE TABLE vms (
-    name TEXT PRIMARY KEY, cid INTEGER NOT NULL UNIQUE, allow TEXT NOT NULL, allow_vsock TEXT NOT NULL
-) STRICT;
-CREATE TABLE goals (
-    digest BLOB PRIMARY KEY, goal_id TEXT NOT NULL UNIQUE, key_seq INTEGER NOT NULL, not_after_ms INTEGER NOT NULL,
-    envelope BLOB NOT NULL, accepted_ms INTEGER NOT NULL
-) STRICT;
-CREATE TABLE tasks (
-    task_id BLOB PRIMARY KEY, digest BLOB NOT NULL REFERENCES goals, vm TEXT NOT NULL, step TEXT NOT NULL,
-    step_no INTEGER NOT NULL, attempt INTEGER NOT NULL, idempotent INTEGER NOT NULL, continue_on_error INTEGER NOT NULL,
-    state TEXT NOT NULL, exit INTEGER, reason TEXT NOT NULL DEFAULT '', queued_ms INTEGER NOT NULL,
-    started_ms INTEGER, ended_ms INTEGER,
-    out_head BLOB NOT NULL DEFAULT x'', out_tail BLOB NOT NULL DEFAULT x'', out_total INTEGER NOT NULL DEFAULT 0,
-    err_head BLOB NOT NULL DEFAULT x'', err_tail BLOB NOT NULL DEFAULT x'', err_total INTEGER NOT NULL DEFAULT 0
-) STRICT;
-CREATE INDEX tasks_open ON tasks (vm, state);
-CREATE INDEX tasks_of_goal ON tasks (digest);
-";
 
 const OPEN: &str = "('queued', 'leased', 'started')";
 const TASK_COLUMNS: &str = "t.task_id, g.goal_id, t.vm, t.step, t.attempt, t.state, t.exit, t.reason, t.queued_ms, \
@@ -100,6 +81,8 @@ pub struct NewGoal {
     pub digest: [u8; 32],
     /// Exactly as signed.
     pub envelope: Vec<u8>,
+    /// Who claims to have signed it.
+    pub signer: String,
     /// VMs to queue it for.
     pub vms: Vec<VmId>,
     /// Unix time.
@@ -123,7 +106,8 @@ pub fn add_goal(c: &Connection, new: &NewGoal) -> Result<Vec<Task>, QueueError> 
         Some(_) => {}
         None => {
             c.execute(
-                "INSERT INTO goals VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+                "INSERT INTO goals (digest, goal_id, key_seq, not_after_ms, envelope, accepted_ms, not_before_ms, signer) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
                 params![
                     new.digest,
                     goal_id,
@@ -131,11 +115,18 @@ pub fn add_goal(c: &Connection, new: &NewGoal) -> Result<Vec<Task>, QueueError> 
                     i64::try_from(new.goal.key_seq).unwrap_or(i64::MAX),
                     new.goal.not_after.as_millisecond(),
                     new.envelope,
-                    new.now_ms
+                    new.now_ms,
+                    new.goal.not_before.as_millisecond(),
+                    new.signer,
                 ],
             )?;
         }
     }
+    let held = new.goal.not_before.as_millisecond() > new.now_ms;
+    let reason = match held {
+        true => format!("held until {}", new.goal.not_before),
+        false => String::new(),
+    };
     for vm in &new.vms {
         // All steps of a goal are queued together: handed over again, nothing is added, so nothing can be too much.
         let sql = "SELECT EXISTS (SELECT 1 FROM tasks WHERE digest = ?1 AND vm = ?2)";
@@ -154,7 +145,7 @@ pub fn add_goal(c: &Connection, new: &NewGoal) -> Result<Vec<Task>, QueueError> 
         for (step_no, t) in tasks.iter().enumerate() {
             c.execute(
                 "INSERT OR IGNORE INTO tasks (task_id, digest, vm, step, step_no, attempt, idempotent, continue_on_error, \
-                 state, queued_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 'queued', ?9)",
+                 state, queued_ms, output_cap, reason) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 'queued', ?9, ?10, ?11)",
                 params![
                     t.task_id,
                     new.digest,
@@ -164,18 +155,14 @@ pub fn add_goal(c: &Connection, new: &NewGoal) -> Result<Vec<Task>, QueueError> 
                     t.attempt,
                     t.idempotent,
                     t.continue_on_error,
-                    new.now_ms
+                    new.now_ms,
+                    schema::output_cap(&new.goal, &t.step_id),
+                    reason,
                 ],
             )?;
         }
     }
-    tasks(
-        c,
-        &Filter {
-            goal: Some(goal_id),
-            ..Filter::default()
-        },
-    )
+    of_goal(c, &goal_id)
 }
 
 /// Number of a VM's tasks that are not terminal.
@@ -198,11 +185,13 @@ pub struct Handout {
     pub task: Option<Task>,
 }
 
-/// Leases the next task of a VM. What waited beyond its goal's `not_after` is left to `expire`.
+/// Leases the next task of a VM. What waited beyond its goal's `not_after` is left to `expire`, and what is held waits.
 pub fn lease(c: &Connection, vm: &str, now_ms: i64) -> Result<Option<Handout>, QueueError> {
     let sql = format!(
         "SELECT t.task_id, g.envelope, t.step, t.attempt FROM tasks t JOIN goals g USING (digest) \
-         WHERE t.vm = ?1 AND t.state IN {OPEN} AND NOT (t.state = 'queued' AND g.not_after_ms < ?2) ORDER BY g.key_seq, t.digest, t.step_no, t.attempt LIMIT 1"
+         WHERE t.vm = ?1 AND t.state IN {OPEN} AND NOT (t.state = 'queued' AND g.not_after_ms < ?2) \
+         AND (t.state != 'queued' OR NOT EXISTS (SELECT 1 FROM tasks h JOIN goals hg USING (digest) WHERE h.vm = ?1 AND h.state = 'queued' \
+         AND hg.not_before_ms > ?2 AND hg.signer = g.signer AND (hg.key_seq < g.key_seq OR h.digest = t.digest))) ORDER BY g.key_seq, t.digest, t.step_no, t.attempt LIMIT 1"
     );
     let row = c
         .query_row(&sql, params![vm, now_ms], |r| {
@@ -213,7 +202,7 @@ pub fn lease(c: &Connection, vm: &str, now_ms: i64) -> Result<Option<Handout>, Q
         return Ok(None);
     };
     let changed = c.execute(
-        "UPDATE tasks SET state = 'leased' WHERE task_id = ?1 AND state = 'queued'",
+        "UPDATE tasks SET state = 'leased', reason = '' WHERE task_id = ?1 AND state = 'queued'",
         [id],
     )?;
     Ok(Some(Handout {
@@ -252,24 +241,25 @@ pub fn finish(
 ) -> Result<Vec<Task>, QueueError> {
     let row = c
         .query_row(
-            "SELECT state, digest, step, step_no, attempt, idempotent, continue_on_error FROM tasks \
+            "SELECT state, digest, step, step_no, attempt, idempotent, continue_on_error, output_cap FROM tasks \
              WHERE task_id = ?1 AND vm = ?2",
             params![report.task_id, vm],
             |r| {
                 let state: String = r.get(0)?;
                 Ok((state, r.get::<_, [u8; 32]>(1)?, r.get::<_, String>(2)?, r.get::<_, i64>(3)?,
-                    r.get::<_, u32>(4)?, r.get::<_, bool>(5)?, r.get::<_, bool>(6)?))
+                    r.get::<_, u32>(4)?, r.get::<_, bool>(5)?, r.get::<_, bool>(6)?,
+                    r.get::<_, u32>(7)?))
             },
         )
         .optional()?;
-    let (state, digest, step, step_no, attempt, idempotent, continue_on_error) =
+    let (state, digest, step, step_no, attempt, idempotent, continue_on_error, output_cap) =
         row.ok_or(QueueError::Unknown)?;
     match state.as_str() {
         "leased" | "started" => {}
         "queued" => return Err(QueueError::NotLeased),
         _ => return Ok(Vec::new()),
     }
-    store(c, report)?;
+    store(c, report, output_cap as usize, now_ms)?;
     let mut changed = vec![report.task_id];
     let again = report.outcome == Outcome::Interrupted && idempotent && attempt < ATTEMPTS_MAX;
     if again {
@@ -277,30 +267,32 @@ pub fn finish(
         let next = task_id(&digest, &vm_id, &step, attempt + 1);
         c.execute(
             "INSERT OR IGNORE INTO tasks (task_id, digest, vm, step, step_no, attempt, idempotent, continue_on_error, \
-             state, queued_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6, 1, ?7, 'queued', ?8)",
-            params![next, digest, vm, step, step_no, attempt + 1, continue_on_error, now_ms],
+             state, queued_ms, output_cap) VALUES (?1, ?2, ?3, ?4, ?5, ?6, 1, ?7, 'queued', ?8, ?9)",
+            params![next, digest, vm, step, step_no, attempt + 1, continue_on_error, now_ms, output_cap],
         )?;
         // Ahead of the one that ended: at no time is nothing open for whoever watches the goal.
         changed.insert(0, next);
     } else if report.outcome != Outcome::Done && !continue_on_error {
-        changed.extend(skip_after(c, &digest, vm, step_no, &step)?);
+        changed.extend(skip_after(c, &digest, vm, step_no, &step, now_ms)?);
     }
     changed.iter().map(|id| task(c, id)).collect()
 }
 
-fn store(c: &Connection, report: &Report) -> Result<(), QueueError> {
+/// Writes a report down. What it says of the guest's own is cut to what its goal allowed (R112).
+fn store(c: &Connection, report: &Report, cap: usize, now_ms: i64) -> Result<(), QueueError> {
     let mut reason = report.reason.clone();
     let mut end = reason.len().min(REASON_MAX);
     while !reason.is_char_boundary(end) {
         end -= 1;
     }
     reason.truncate(end);
-    let cut = |bytes: &[u8]| bytes[..bytes.len().min(OUTPUT_MAX)].to_vec();
+    let (out, err) = (cut(&report.stdout, cap), cut(&report.stderr, cap));
+    let kept = [&out.head, &out.tail, &err.head, &err.tail].map(Vec::len);
     let total = |o: &Captured| i64::try_from(o.total).unwrap_or(i64::MAX);
     let time = |ms: u64| i64::try_from(ms).ok().filter(|&ms| ms > 0);
     c.execute(
         "UPDATE tasks SET state = ?2, exit = ?3, reason = ?4, started_ms = ?5, ended_ms = ?6, out_head = ?7, out_tail = ?8, \
-         out_total = ?9, err_head = ?10, err_tail = ?11, err_total = ?12 WHERE task_id = ?1",
+         out_total = ?9, err_head = ?10, err_tail = ?11, err_total = ?12, closed_ms = ?13, kept_bytes = ?14 WHERE task_id = ?1",
         params![
             report.task_id,
             state_name(TaskState::from(report.outcome)),
@@ -308,15 +300,33 @@ fn store(c: &Connection, report: &Report) -> Result<(), QueueError> {
             reason,
             time(report.started_ms),
             time(report.ended_ms),
-            cut(&report.stdout.head),
-            cut(&report.stdout.tail),
-            total(&report.stdout),
-            cut(&report.stderr.head),
-            cut(&report.stderr.tail),
-            total(&report.stderr),
+            out.head,
+            out.tail,
+            total(&out),
+            err.head,
+            err.tail,
+            total(&err),
+            now_ms,
+            i64::try_from(kept.iter().sum::<usize>()).unwrap_or(i64::MAX),
         ],
     )?;
     Ok(())
+}
+
+/// The first half and the last half of `cap` bytes, as an honest guest cuts them itself.
+fn cut(said: &Captured, cap: usize) -> Captured {
+    let sent = said.head.len() + said.tail.len();
+    // That much there was at least, whatever it says.
+    let total = said.total.max(sent as u64);
+    let (mut head, mut tail) = (said.head.clone(), said.tail.clone());
+    if sent > cap {
+        if tail.is_empty() {
+            tail = head.split_off(head.len() / 2);
+        }
+        head.truncate(cap / 2);
+        tail.drain(..tail.len().saturating_sub(cap / 2));
+    }
+    Captured { head, tail, total }
 }
 
 /// Later steps of the goal on this VM will not run.
@@ -326,19 +336,20 @@ fn skip_after(
     vm: &str,
     step_no: i64,
     step: &str,
+    now_ms: i64,
 ) -> Result<Vec<TaskId>, QueueError> {
-    let sql = "UPDATE tasks SET state = 'skipped', reason = ?4 \
+    let sql = "UPDATE tasks SET state = 'skipped', reason = ?4, closed_ms = ?5 \
                WHERE digest = ?1 AND vm = ?2 AND step_no > ?3 AND state = 'queued' RETURNING task_id";
     let mut statement = c.prepare_cached(sql)?;
     let reason = format!("step `{step}` did not succeed");
     let ids = statement
-        .query_map(params![digest, vm, step_no, reason], |r| r.get(0))?
+        .query_map(params![digest, vm, step_no, reason, now_ms], |r| r.get(0))?
         .collect::<Result<_, _>>()?;
     Ok(ids)
 }
 
 /// Ends tasks that still wait after their goal's `not_after`, and those of which nothing was heard long after it.
-/// Returns them, and when the next one is due.
+/// Returns them, and when there is next something to do: one is due, or one that was held may begin.
 pub fn expire(c: &Connection, now_ms: i64) -> Result<(Vec<Task>, Option<i64>), QueueError> {
     let of_goals = "digest IN (SELECT digest FROM goals WHERE not_after_ms < ?1)";
     let mut ended = end(
@@ -348,6 +359,7 @@ pub fn expire(c: &Connection, now_ms: i64) -> Result<(Vec<Task>, Option<i64>), Q
              WHERE state = 'queued' AND {of_goals}"
         ),
         now_ms,
+        now_ms,
     )?;
     ended.extend(end(
         c,
@@ -356,61 +368,63 @@ pub fn expire(c: &Connection, now_ms: i64) -> Result<(Vec<Task>, Option<i64>), Q
              WHERE state IN ('leased', 'started') AND {of_goals}"
         ),
         now_ms - SILENCE_MAX_MS,
+        now_ms,
     )?);
     let sql = format!(
         "SELECT min(g.not_after_ms + CASE t.state WHEN 'queued' THEN 0 ELSE {SILENCE_MAX_MS} END) \
          FROM tasks t JOIN goals g USING (digest) WHERE t.state IN {OPEN}"
     );
-    let next: Option<i64> = c.query_row(&sql, [], |r| r.get(0))?;
-    Ok((ended, next))
+    let due: Option<i64> = c.query_row(&sql, [], |r| r.get(0))?;
+    let sql = "SELECT min(g.not_before_ms) FROM tasks t JOIN goals g USING (digest) \
+               WHERE t.state = 'queued' AND g.not_before_ms > ?1";
+    let held: Option<i64> = c.query_row(sql, [now_ms], |r| r.get(0))?;
+    Ok((ended, due.into_iter().chain(held).min()))
 }
 
 /// Ends every task of a VM that is removed. Returns those that were open.
-pub fn remove_vm(c: &Connection, vm: &str) -> Result<Vec<Task>, QueueError> {
+pub fn remove_vm(c: &Connection, vm: &str, now_ms: i64) -> Result<Vec<Task>, QueueError> {
     end(
         c,
         "state = CASE state WHEN 'queued' THEN 'expired' ELSE 'lost_contact' END, reason = 'the VM was removed' \
          WHERE state IN ('queued', 'leased', 'started') AND vm = ?1",
         vm,
+        now_ms,
     )
 }
 
+/// VMs for which something that was held may begin: its `not_before` is in (since, now].
+pub fn released(c: &Connection, since_ms: i64, now_ms: i64) -> Result<Vec<String>, QueueError> {
+    let sql = "SELECT DISTINCT t.vm FROM tasks t JOIN goals g USING (digest) \
+               WHERE t.state = 'queued' AND g.not_before_ms > ?1 AND g.not_before_ms <= ?2";
+    let mut statement = c.prepare_cached(sql)?;
+    let vms = statement.query_map([since_ms, now_ms], |r| r.get(0))?;
+    Ok(vms.collect::<Result<_, _>>()?)
+}
+
 /// Ends the tasks that `set` names, with one parameter.
-fn end(c: &Connection, set: &str, of: impl rusqlite::ToSql) -> Result<Vec<Task>, QueueError> {
+fn end(
+    c: &Connection,
+    set: &str,
+    of: impl rusqlite::ToSql,
+    now_ms: i64,
+) -> Result<Vec<Task>, QueueError> {
     let ids: Vec<TaskId> = c
-        .prepare_cached(&format!("UPDATE tasks SET {set} RETURNING task_id"))?
-        .query_map([of], |r| r.get(0))?
+        .prepare_cached(&format!(
+            "UPDATE tasks SET closed_ms = ?2, {set} RETURNING task_id"
+        ))?
+        .query_map(params![of, now_ms], |r| r.get(0))?
         .collect::<Result<_, _>>()?;
     ids.iter().map(|id| task(c, id)).collect()
 }
 
-/// Which tasks to list.
-#[derive(Clone, Debug, Default)]
-pub struct Filter {
-    /// Of this VM.
-    pub vm: Option<String>,
-    /// Of this goal.
-    pub goal: Option<String>,
-    /// In this state.
-    pub state: Option<String>,
-    /// Not terminal.
-    pub open: bool,
-}
-
-/// Lists tasks, the oldest goal first.
-pub fn tasks(c: &Connection, filter: &Filter) -> Result<Vec<Task>, QueueError> {
-    let open = if filter.open {
-        format!(" AND t.state IN {OPEN}")
-    } else {
-        String::new()
-    };
+/// A goal's tasks, in order of VM, step and attempt.
+pub fn of_goal(c: &Connection, goal_id: &str) -> Result<Vec<Task>, QueueError> {
     let sql = format!(
-        "SELECT {TASK_COLUMNS} FROM tasks t JOIN goals g USING (digest) WHERE (?1 IS NULL OR t.vm = ?1) \
-         AND (?2 IS NULL OR g.goal_id = ?2) AND (?3 IS NULL OR t.state = ?3){open} \
-         ORDER BY g.accepted_ms, g.key_seq, t.digest, t.vm, t.step_no, t.attempt"
+        "SELECT {TASK_COLUMNS} FROM tasks t JOIN goals g USING (digest) WHERE g.goal_id = ?1 \
+         ORDER BY t.vm, t.step_no, t.attempt"
     );
     let mut statement = c.prepare_cached(&sql)?;
-    let rows = statement.query_map(params![filter.vm, filter.goal, filter.state], row_to_task)?;
+    let rows = statement.query_map([goal_id], row_to_task)?;
     Ok(rows.collect::<Result<_, _>>()?)
 }
 

@@ -16,7 +16,7 @@ use crate::config::Config;
 use crate::db::Db;
 use crate::fdstore::FdStore;
 use crate::metrics::Metrics;
-use crate::queue;
+use crate::queue::{self, retention, retention::Keep};
 use crate::registry::{Registry, VmEntry};
 use crate::uids::Uids;
 
@@ -119,8 +119,51 @@ impl State {
         }
     }
 
-    /// Ends tasks whose goal's time is over, exactly when it is.
+    /// How much is kept of what has ended.
+    pub fn keep(&self) -> Keep {
+        let limits = &self.config.limits;
+        Keep {
+            age_ms: i64::from(limits.kept_days) * 86_400_000,
+            tasks: limits.kept_per_vm,
+            bytes: u64::from(limits.kept_mib_per_vm) << 20,
+        }
+    }
+
+    /// Wakes the agents that wait for a goal which was held until now.
+    async fn release(&self, since: &mut i64, now: i64) {
+        let from = *since;
+        match self.db.run(move |c| queue::released(c, from, now)).await {
+            Ok(vms) => {
+                *since = now;
+                let vms = vms
+                    .iter()
+                    .filter_map(|vm| self.registry.get(&vm.parse().ok()?));
+                vms.for_each(|vm| vm.queued.notify_waiters());
+            }
+            Err(e) => tracing::error!(error = %e, "cannot look for what was held"),
+        }
+    }
+
+    /// Forgets what ended long ago. Returns when to look again.
+    async fn retire(&self, now: i64) -> Option<i64> {
+        let keep = self.keep();
+        match self.db.run(move |c| retention::retire(c, &keep, now)).await {
+            Ok((gone, next)) => {
+                if gone > 0 {
+                    tracing::info!(gone, "tasks that ended long ago are forgotten");
+                }
+                next
+            }
+            Err(e) => {
+                tracing::error!(error = %e, "cannot forget what ended long ago");
+                None
+            }
+        }
+    }
+
+    /// Ends tasks whose goal's time is over, exactly when it is; begins what was held; forgets what ended long ago.
     pub async fn expire_tasks(self: Arc<Self>) {
+        let mut released = self.now_ms();
         while !self.stop.is_cancelled() {
             let changed = self.expiry.notified();
             tokio::pin!(changed);
@@ -128,6 +171,7 @@ impl State {
             let now = self.now_ms();
             let next = match self.db.run(move |c| queue::expire(c, now)).await {
                 Ok((ended, next)) => {
+                    self.release(&mut released, now).await;
                     self.count_ended(&ended);
                     let names: BTreeSet<VmId> =
                         ended.iter().filter_map(|t| t.vm.parse().ok()).collect();
@@ -135,7 +179,7 @@ impl State {
                     for vm in names.iter().filter_map(|name| self.registry.get(name)) {
                         self.refresh_open_tasks(&vm).await;
                     }
-                    next
+                    next.into_iter().chain(self.retire(now).await).min()
                 }
                 Err(e) => {
                     tracing::error!(error = %e, "cannot look for expired tasks");

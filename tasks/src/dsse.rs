@@ -146,6 +146,11 @@ impl Envelope {
         &self.payload
     }
 
+    /// Who claims to have signed first: to keep a queue's order by, never to trust.
+    pub fn unverified_signer(&self) -> Option<KeyId> {
+        self.signatures.first().map(|(id, _)| *id)
+    }
+
     /// sha256 of the payload.
     pub fn digest(&self) -> [u8; 32] {
         Sha256::digest(&self.payload).into()

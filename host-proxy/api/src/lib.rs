@@ -13,7 +13,8 @@
 //! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 |
 //! | `POST /v1/goals` | `NewGoal` → `Goal` (on disk when answered) |
 //! | `GET /v1/goals/{goal_id}` | → `Goal` |
-//! | `GET /v1/tasks?vm=&goal=&state=` | → `Vec<Task>` |
+//! | `GET /v1/tasks?vm=&goal=&state=&id=` | → `Vec<Task>`, in the order in which they were queued; `id`: the first digits |
+//! | `GET /v1/tasks?…&limit=N&after=CURSOR` | → at most N (and at most 500) of them; the field `adit-next` has the next page's cursor, and is not there with the last page |
 //! | `GET /v1/tasks/{task_id}` | → `Task` |
 //! | `GET /v1/tasks/{task_id}/output?stream=stdout` | raw bytes (head, a line that says what is missing, tail) |
 //! | `GET /v1/events?goal=` | `application/x-ndjson` of `TaskEvent`: first the present state, then changes; ends when every task of `goal` is terminal |
@@ -30,6 +31,9 @@ use serde::{Deserialize, Serialize};
 
 /// Version of these types, in every top-level answer.
 pub const SCHEMA_VERSION: u32 = 1;
+
+/// Header field with the cursor of a list's next page.
+pub const NEXT: &str = "adit-next";
 
 /// State of a VM's channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

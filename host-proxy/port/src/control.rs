@@ -50,8 +50,6 @@ pub const VHOST_SOCKET: &str = "vhost.sock";
 pub const RING_SOCKET: &str = "ring.sock";
 /// Name of the ivshmem socket in the VM's directory.
 pub const IVSHMEM_SOCKET: &str = "ivshmem.sock";
-/// Bytes of a socket's path at most (`sun_path` less the NUL).
-pub const SOCKET_PATH_MAX: usize = 107;
 /// `peer_port` of an [`Incoming`] that came over a ring: whoever is at its other end owns the device, which takes root.
 pub const RING_PEER_PORT: u32 = 0;
 

@@ -20,7 +20,7 @@ use adit_channel::socket_path::{self, PATH_MAX, SocketPathError};
 use adit_ringbuf_io::attach;
 
 use crate::born::Born;
-use crate::control::{CONTROL_SOCKET, IVSHMEM_SOCKET, RING_SOCKET, SOCKET_PATH_MAX, VHOST_SOCKET};
+use crate::control::{CONTROL_SOCKET, IVSHMEM_SOCKET, RING_SOCKET, VHOST_SOCKET};
 
 /// Why the directory cannot be used. The caller's fault, or the machine's.
 #[derive(Debug, thiserror::Error)]
@@ -149,11 +149,11 @@ impl Place {
 fn free_path(dir: &Path, name: &str) -> Result<PathBuf, PlaceError> {
     let path = dir.join(name);
     let len = path.as_os_str().len();
-    if len > SOCKET_PATH_MAX {
+    if len > PATH_MAX {
         return Err(PlaceError::PathTooLong {
             path,
             len,
-            max: SOCKET_PATH_MAX,
+            max: PATH_MAX,
         });
     }
     socket_path::remove(&path)?;

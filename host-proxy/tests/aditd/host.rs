@@ -14,7 +14,7 @@ use adit_channel::frame::{self, Header};
 use adit_channel::hello::{Common, Hello, Open};
 use adit_port::control::{CONTROL_SOCKET, Dial, Dialed, Incoming, Status};
 use adit_port::control_io::{ControlError, Message, receive, send};
-use adit_tasks::wire::{Facts, Outcome, Pull, Report, Task, TaskId, WireKind};
+use adit_tasks::wire::{Facts, Outcome, Pull, Report, ReportAck, Task, TaskId, WireKind};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, setsockopt, socket, sockopt,
 };
@@ -203,11 +203,30 @@ impl Answer {
             .split_once("\r\n\r\n")
             .ok_or_else(|| io::Error::other(format!("no answer: {text:?}")))?;
         let status = head.split(' ').nth(1).and_then(|s| s.parse().ok());
+        let head = head.to_lowercase();
+        let body = match head.contains("transfer-encoding: chunked") {
+            true => dechunked(body).ok_or_else(|| io::Error::other("the body is cut off"))?,
+            false => body.to_owned(),
+        };
         Ok(Self {
             status: status.ok_or_else(|| io::Error::other("no status"))?,
-            head: head.to_lowercase(),
-            body: body.to_owned(),
+            head,
+            body,
         })
+    }
+}
+
+/// A body without its chunks; none: it has no end.
+fn dechunked(mut chunks: &str) -> Option<String> {
+    let mut body = String::new();
+    loop {
+        let (len, rest) = chunks.split_once("\r\n")?;
+        let len = usize::from_str_radix(len, 16).ok()?;
+        if len == 0 {
+            return Some(body);
+        }
+        body.push_str(rest.get(..len)?);
+        chunks = rest.get(len..)?.strip_prefix("\r\n")?;
     }
 }
 
@@ -401,8 +420,15 @@ impl Agent {
     /// Reports and waits until that is on disk.
     pub fn report(&mut self, task_id: TaskId, outcome: Outcome) {
         self.say(WireKind::Report, 9, &report(task_id, outcome));
-        let (header, _) = self.hear();
+        self.acknowledged(task_id);
+    }
+
+    /// Waits until a report is on disk.
+    pub fn acknowledged(&mut self, task_id: TaskId) {
+        let (header, body) = self.hear();
         assert_eq!((header.kind, header.id), (WireKind::ReportAck as u16, 9));
+        let ack: ReportAck = header.decode(&body).unwrap();
+        assert_eq!(ack.task_id, task_id);
     }
 }
 

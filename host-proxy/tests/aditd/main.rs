@@ -4,5 +4,6 @@
 mod cut;
 mod handover;
 mod host;
+mod kept;
 mod proxy;
 mod tasks;

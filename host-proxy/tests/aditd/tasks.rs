@@ -21,9 +21,14 @@ fn goal_id(n: u64) -> String {
 
 /// A request body with a signed goal for VM `a`; two steps, the second idempotent.
 fn goal(n: u64, not_after: &str) -> String {
+    goal_from(n, "2020-01-01T00:00:00Z", not_after)
+}
+
+/// The same, and when it may begin.
+pub fn goal_from(n: u64, not_before: &str, not_after: &str) -> String {
     let step = |id: &str, idempotent: bool| json!({"id": id, "idempotent": idempotent, "script": {"interpreter": "/bin/sh", "script": "x"}});
     let payload = json!({
-        "goal_id": goal_id(n), "key_seq": n + 1, "audience": {"vms": ["a"]}, "not_before": "2020-01-01T00:00:00Z",
+        "goal_id": goal_id(n), "key_seq": n + 1, "audience": {"vms": ["a"]}, "not_before": not_before,
         "not_after": not_after, "min_planner": 1, "steps": [step("one", false), step("two", true)],
     });
     let envelope = dsse::sign(
@@ -33,9 +38,9 @@ fn goal(n: u64, not_after: &str) -> String {
     json!({ "envelope": envelope }).to_string()
 }
 
-const LATER: &str = "2100-01-01T00:00:00Z";
+pub const LATER: &str = "2100-01-01T00:00:00Z";
 
-fn apply(host: &Host, n: u64) -> Answer {
+pub fn apply(host: &Host, n: u64) -> Answer {
     host.api("POST", "/v1/goals", &goal(n, LATER))
 }
 

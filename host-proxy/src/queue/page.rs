@@ -1,0 +1,73 @@
+//! Lists of tasks, in pages: a host that has worked for months has more of them than an answer should hold.
+//!
+//! The order is that in which they were queued. A page's cursor is the place of its last row, so a list goes on where it
+//! was although rows came and went meanwhile.
+
+use adit_api::Task;
+use adit_tasks::unhex;
+use adit_tasks::wire::TaskId;
+use rusqlite::{Connection, params};
+
+use super::{OPEN, QueueError, TASK_COLUMNS, row_to_task};
+
+/// Most tasks of a page.
+pub const PAGE_MAX: usize = 500;
+
+/// Which tasks to list.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Of this VM.
+    pub vm: Option<String>,
+    /// Of this goal.
+    pub goal: Option<String>,
+    /// In this state.
+    pub state: Option<String>,
+    /// Whose id is in this range, both ends included.
+    pub id: Option<(TaskId, TaskId)>,
+    /// Not terminal.
+    pub open: bool,
+}
+
+/// Some tasks, and where the next ones are if there are more.
+pub type Page = (Vec<Task>, Option<i64>);
+
+/// Lists at most `limit` tasks (and at most [`PAGE_MAX`]) behind a cursor; 0 is the start.
+///
+/// # Errors
+/// The database says no.
+pub fn page(c: &Connection, filter: &Filter, after: i64, limit: usize) -> Result<Page, QueueError> {
+    let limit = limit.clamp(1, PAGE_MAX);
+    let open = match filter.open {
+        true => format!(" AND t.state IN {OPEN}"),
+        false => String::new(),
+    };
+    let id = match filter.id {
+        Some(_) => " AND t.task_id BETWEEN ?5 AND ?6",
+        None => "",
+    };
+    let (low, high) = filter.id.unzip();
+    let sql = format!(
+        "SELECT {TASK_COLUMNS}, t.rowid FROM tasks t JOIN goals g USING (digest) WHERE t.rowid > ?1 \
+         AND (?2 IS NULL OR t.vm = ?2) AND (?3 IS NULL OR g.goal_id = ?3) AND (?4 IS NULL OR t.state = ?4) \
+         {id}{open} ORDER BY t.rowid LIMIT ?7"
+    );
+    let mut statement = c.prepare_cached(&sql)?;
+    let more = i64::try_from(limit + 1).unwrap_or(i64::MAX);
+    let of = params![after, filter.vm, filter.goal, filter.state, low, high, more];
+    let rows = statement.query_map(of, |r| Ok((row_to_task(r)?, r.get::<_, i64>("rowid")?)))?;
+    let mut rows: Vec<(Task, i64)> = rows.collect::<Result<_, _>>()?;
+    // One more was asked for, to know whether it is there.
+    let more = rows.len() > limit;
+    rows.truncate(limit);
+    let next = rows.last().map(|(_, at)| *at).filter(|_| more);
+    Ok((rows.into_iter().map(|(task, _)| task).collect(), next))
+}
+
+/// The ids that begin with some hex digits; none: they are no such digits.
+pub fn id_range(digits: &str) -> Option<(TaskId, TaskId)> {
+    if digits.len() > 32 {
+        return None;
+    }
+    let end = |with: &str| unhex(&format!("{digits}{}", with.repeat(32 - digits.len())));
+    Some((end("0")?, end("f")?))
+}

@@ -1,0 +1,100 @@
+//! The tables, and how those of an earlier aditd become today's: one step a version, none is ever changed again.
+
+use adit_tasks::goal::{OUTPUT_CAP_MAX, Work};
+use adit_tasks::{Goal, dsse};
+use rusqlite::{Connection, params};
+
+use crate::db::Migration;
+
+/// All steps, the first from nothing.
+pub const MIGRATIONS: &[Migration] = &[first, limits];
+
+/// Most bytes of each stream that are kept of a file step: it runs nothing, and says a word or two.
+const FILE_CAP: u32 = 4096;
+
+/// Bytes of each output stream that a goal lets a step keep.
+pub(super) fn output_cap(goal: &Goal, step: &str) -> u32 {
+    match goal.step(step).and_then(|s| s.work()) {
+        Some(Work::Script(script)) => script.output_cap,
+        Some(Work::File(_)) => FILE_CAP,
+        None => OUTPUT_CAP_MAX,
+    }
+}
+
+/// Version 1.
+fn first(c: &Connection) -> rusqlite::Result<()> {
+    c.execute_batch(
+        "
+CREATE TABLE vms (
+    name TEXT PRIMARY KEY, cid INTEGER NOT NULL UNIQUE, allow TEXT NOT NULL, allow_vsock TEXT NOT NULL
+) STRICT;
+CREATE TABLE goals (
+    digest BLOB PRIMARY KEY, goal_id TEXT NOT NULL UNIQUE, key_seq INTEGER NOT NULL, not_after_ms INTEGER NOT NULL,
+    envelope BLOB NOT NULL, accepted_ms INTEGER NOT NULL
+) STRICT;
+CREATE TABLE tasks (
+    task_id BLOB PRIMARY KEY, digest BLOB NOT NULL REFERENCES goals, vm TEXT NOT NULL, step TEXT NOT NULL,
+    step_no INTEGER NOT NULL, attempt INTEGER NOT NULL, idempotent INTEGER NOT NULL, continue_on_error INTEGER NOT NULL,
+    state TEXT NOT NULL, exit INTEGER, reason TEXT NOT NULL DEFAULT '', queued_ms INTEGER NOT NULL,
+    started_ms INTEGER, ended_ms INTEGER,
+    out_head BLOB NOT NULL DEFAULT x'', out_tail BLOB NOT NULL DEFAULT x'', out_total INTEGER NOT NULL DEFAULT 0,
+    err_head BLOB NOT NULL DEFAULT x'', err_tail BLOB NOT NULL DEFAULT x'', err_total INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE INDEX tasks_open ON tasks (vm, state);
+CREATE INDEX tasks_of_goal ON tasks (digest);
+",
+    )
+}
+
+/// Version 2: what a goal allows is known without its envelope; when a task ended by this host's clock, and how much of
+/// it is kept.
+fn limits(c: &Connection) -> rusqlite::Result<()> {
+    c.execute_batch(
+        "
+ALTER TABLE goals ADD COLUMN not_before_ms INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE goals ADD COLUMN signer TEXT NOT NULL DEFAULT '';
+ALTER TABLE tasks ADD COLUMN output_cap INTEGER NOT NULL DEFAULT 262144;
+ALTER TABLE tasks ADD COLUMN closed_ms INTEGER;
+ALTER TABLE tasks ADD COLUMN kept_bytes INTEGER NOT NULL DEFAULT 0;
+UPDATE tasks SET closed_ms = queued_ms,
+    kept_bytes = length(out_head) + length(out_tail) + length(err_head) + length(err_tail)
+    WHERE state NOT IN ('queued', 'leased', 'started');
+CREATE INDEX tasks_closed ON tasks (vm, closed_ms, kept_bytes) WHERE closed_ms IS NOT NULL;
+CREATE INDEX tasks_by_age ON tasks (closed_ms) WHERE closed_ms IS NOT NULL;
+CREATE INDEX tasks_of_vm ON tasks (vm);
+",
+    )?;
+    let digests: Vec<[u8; 32]> = c
+        .prepare("SELECT DISTINCT digest FROM tasks WHERE closed_ms IS NULL")?
+        .query_map([], |r| r.get(0))?
+        .collect::<Result<_, _>>()?;
+    for digest in digests {
+        let sql = "SELECT envelope FROM goals WHERE digest = ?1";
+        let envelope: Vec<u8> = c.query_row(sql, [digest], |r| r.get(0))?;
+        // One that is not understood is handed out as ever; the guest refuses it.
+        let Ok(envelope) = dsse::Envelope::parse(&envelope) else {
+            continue;
+        };
+        let Ok(goal) = Goal::parse_unverified(envelope.unverified_payload()) else {
+            continue;
+        };
+        c.execute(
+            "UPDATE goals SET not_before_ms = ?2, signer = ?3 WHERE digest = ?1",
+            params![digest, goal.not_before.as_millisecond(), signer(&envelope)],
+        )?;
+        for step in &goal.steps {
+            c.execute(
+                "UPDATE tasks SET output_cap = ?3 WHERE digest = ?1 AND step = ?2",
+                params![digest, step.id, output_cap(&goal, &step.id)],
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// Who claims to have signed it.
+pub fn signer(envelope: &dsse::Envelope) -> String {
+    envelope
+        .unverified_signer()
+        .map_or_else(String::new, |id| id.to_string())
+}

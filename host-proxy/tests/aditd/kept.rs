@@ -1,0 +1,134 @@
+//! What is kept of tasks, how it is listed, and when they are handed out.
+
+use std::time::{Duration, SystemTime};
+
+use adit_tasks::wire::{Captured, Outcome, Pull, WireKind};
+use jiff::Timestamp;
+
+use crate::host::{Host, report};
+use crate::tasks::{LATER, apply, goal_from};
+
+#[test]
+fn r112_ended_tasks_are_kept_within_the_vms_quota_and_listed_in_pages() {
+    let (mut host, ports) = Host::new(
+        &[("a", 3)],
+        "[limits]\nkept_per_vm = 7\nkept_mib_per_vm = 1",
+    );
+    host.start();
+    let mut agent = ports[0].connected().agent();
+    for n in 1..=6 {
+        assert_eq!(apply(&host, n).status, 200);
+        for _ in 0..2 {
+            let id = agent.pull().task_id;
+            agent.report(id, Outcome::Done);
+        }
+    }
+    // 12 have ended; 7 are kept, the newest.
+    let all = host.get("/v1/tasks");
+    let all = all.as_array().unwrap();
+    assert_eq!(all.len(), 7);
+    assert_eq!(
+        host.api("GET", "/v1/goals/01937b5e-0000-7000-8000-000000000001", "")
+            .status,
+        404
+    );
+    let (mut got, mut after) = (Vec::new(), String::from("0"));
+    loop {
+        let answer = host.api("GET", &format!("/v1/tasks?limit=3&after={after}"), "");
+        let page: Vec<serde_json::Value> = serde_json::from_str(&answer.body).unwrap();
+        assert!(page.len() <= 3);
+        got.extend(page);
+        let next = answer
+            .head
+            .lines()
+            .find_map(|l| l.strip_prefix("adit-next: "));
+        match next {
+            Some(next) => after = next.to_owned(),
+            None => break,
+        }
+    }
+    assert_eq!(&got, all);
+    let id = all[2]["task_id"].as_str().unwrap();
+    let one = host.get(&format!("/v1/tasks?id={id}"));
+    assert_eq!(one.as_array().unwrap()[..], all[2..3]);
+    // What a guest sends beyond what its goal allows (64 KiB of each stream) is cut, and nothing is kept beyond 1 MiB.
+    let large = Captured {
+        head: vec![b'x'; 100 << 10],
+        tail: vec![b'y'; 100 << 10],
+        total: 1 << 20,
+    };
+    for n in 7..=10 {
+        apply(&host, n);
+        for _ in 0..2 {
+            let id = agent.pull().task_id;
+            let mut report = report(id, Outcome::Done);
+            report.stdout = large.clone();
+            report.stderr = large.clone();
+            agent.say(WireKind::Report, 9, &report);
+            agent.acknowledged(id);
+        }
+    }
+    let kept = host.get("/v1/tasks");
+    assert_eq!(kept.as_array().unwrap().len(), 7);
+    for task in kept.as_array().unwrap() {
+        let id = task["task_id"].as_str().unwrap();
+        let output = host.api("GET", &format!("/v1/tasks/{id}/output"), "").body;
+        assert!(output.len() < (64 << 10) + 64, "{}", output.len());
+    }
+}
+
+#[test]
+fn a_list_of_several_pages_is_one_json_array() {
+    let (mut host, _ports) = Host::new(&[("a", 3)], "[limits]\nqueued_per_vm = 1000000");
+    host.start();
+    for n in 0..260 {
+        assert_eq!(apply(&host, n).status, 200);
+    }
+    let tasks = host.get("/v1/tasks");
+    let mut ids: Vec<_> = tasks
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|t| t["task_id"].to_string())
+        .collect();
+    ids.sort();
+    ids.dedup();
+    assert_eq!(ids.len(), 520);
+    // Nothing is too much for a page, and nothing is no page.
+    let page = |limit: &str| {
+        host.get(&format!("/v1/tasks?limit={limit}"))
+            .as_array()
+            .unwrap()
+            .len()
+    };
+    assert_eq!((page("1000000"), page("0")), (500, 1));
+}
+
+#[test]
+fn a_goal_whose_time_is_to_come_is_held_and_handed_out_when_it_is_there() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let mut agent = ports[0].connected().agent();
+    // The pull is there first: it is woken by nothing but the time.
+    agent.say(WireKind::Pull, 7, &Pull { epoch: 1 });
+    let at = Timestamp::try_from(SystemTime::now() + Duration::from_secs(2)).unwrap();
+    let answer = host.api("POST", "/v1/goals", &goal_from(1, &at.to_string(), LATER));
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert!(answer.body.contains("held until"), "{}", answer.body);
+    assert_eq!(agent.task().step_id, "one");
+    assert!(Timestamp::now() >= at);
+}
+
+#[test]
+fn a_report_of_a_task_that_was_not_handed_out_is_answered_and_changes_nothing() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let mut agent = ports[0].connected().agent();
+    assert_eq!(apply(&host, 1).status, 200);
+    let tasks = host.get("/v1/tasks");
+    let id = adit_tasks::unhex(tasks[0]["task_id"].as_str().unwrap()).unwrap();
+    // As after the database was put back from an older copy. Without an answer the guest would wait for ever.
+    agent.report(id, Outcome::Done);
+    assert_eq!(host.get("/v1/tasks"), tasks);
+    assert_eq!(agent.pull().task_id, id);
+}
