@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use adit_port::control::DialFailed;
+use adit_port::control::{DialFailed, Target};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::header::{
@@ -15,6 +15,7 @@ use hyper::{Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
+use super::ends::{self, GuestIo};
 use super::problem::{Body, Problem};
 use super::{authority, dial, internal, socket_pair};
 use crate::state::State;
@@ -51,6 +52,8 @@ pub(super) async fn handle(
     ours.set_nonblocking(true)
         .map_err(|e| internal("no socket", e))?;
     let ours = UnixStream::from_std(ours).map_err(|e| internal("no socket", e))?;
+    // Of a listener without an agent nobody knows: most programs just close.
+    let ours = GuestIo::new(ours, matches!(to.target, Target::Service(_)));
     stream
         .attach(OwnedFd::from(theirs), Vec::new())
         .await
@@ -72,11 +75,7 @@ pub(super) async fn handle(
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(ours))
         .await
         .map_err(broken)?;
-    tokio::spawn(async move {
-        if let Err(e) = connection.await {
-            tracing::debug!(error = %e, "connection to a guest ended");
-        }
-    });
+    tokio::spawn(ends::drive(connection));
     let mut response = sender.send_request(request).await.map_err(broken)?;
     strip_hop_by_hop(response.headers_mut());
     response.headers_mut().append(VIA, VIA_ADIT);

@@ -12,6 +12,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
+use super::ends::ClientIo;
 use super::problem::{Body, Problem};
 use super::{authority, dial};
 use crate::ports::DialedStream;
@@ -48,9 +49,10 @@ pub(super) async fn handle(
 async fn hand_over(upgrade: OnUpgrade, stream: DialedStream) -> Result<(), String> {
     let upgraded = upgrade.await.map_err(|e| e.to_string())?;
     let Parts { io, read_buf, .. } = upgraded
-        .downcast::<TokioIo<TcpStream>>()
+        .downcast::<TokioIo<ClientIo>>()
         .map_err(|_| "not a TCP client".to_owned())?;
-    let client = io.into_inner().into_std().map_err(|e| e.to_string())?;
+    let client = io.into_inner().into_tcp().and_then(TcpStream::into_std);
+    let client = client.map_err(|e| e.to_string())?;
     if read_buf.len() > PREFIX_MAX {
         return Err(format!(
             "{} bytes were sent ahead of the answer",

@@ -7,6 +7,7 @@
 mod absolute;
 pub mod authority;
 mod connect;
+mod ends;
 pub mod problem;
 
 use std::convert::Infallible;
@@ -26,6 +27,7 @@ use tokio::sync::Semaphore;
 use crate::ports::DialedStream;
 use crate::state::State;
 use authority::Destination;
+use ends::{Answered, ClientIo, UnderWay};
 use problem::{Body, Problem};
 
 /// How long a client may take for its header.
@@ -73,9 +75,15 @@ pub async fn serve(state: Arc<State>, listener: TcpListener) {
 async fn connection(state: Arc<State>, client: TcpStream) {
     let _ = client.set_nodelay(true);
     let stop = state.stop.clone();
+    let under_way = UnderWay::default();
+    let client = ClientIo::new(client, under_way.clone());
     let service = service_fn(|request: Request<Incoming>| {
         let state = state.clone();
-        async move { Ok::<_, Infallible>(answer(&state, request).await) }
+        let under_way = under_way.clone();
+        async move {
+            let answer = answer(&state, request).await;
+            Ok::<_, Infallible>(answer.map(|body| Answered::new(body, under_way)))
+        }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -165,3 +165,62 @@ fn r53_a_line_without_an_end_and_bytes_that_are_no_text_end_their_own_client() {
     }
     served(&host, &control);
 }
+
+/// How a guest's answer without a length stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    /// The server ends it, as the port process passes that on.
+    Ended,
+    /// Server or agent broke it off, or the port process is gone: its socket is closed, and its end was not told.
+    BrokenOff,
+    /// aditd is killed.
+    Killed,
+}
+
+/// Half of an answer must not pass for a whole one, whatever its framing and whoever dies (the guest's side of it: `close`).
+#[test]
+fn r117_an_answer_that_is_cut_never_looks_complete() {
+    const HALF: &[u8] = b"the first half of what there is to say";
+    for version in ["1.1", "1.0"] {
+        for stop in [Stop::Ended, Stop::BrokenOff, Stop::Killed] {
+            let (mut host, ports) = Host::new(&[("a", 3)], "");
+            host.start();
+            let control = ports[0].connected();
+            let mut client = host.proxy();
+            let request = format!("GET http://a/ HTTP/{version}\r\nHost: a\r\n\r\n");
+            client.write_all(request.as_bytes()).unwrap();
+            control.dialed(control.dial().id);
+            let (mut guest, _) = control.attached();
+            read_until(&mut guest, b"\r\n\r\n");
+            // Without a length its end is all that says that it is complete.
+            guest.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
+            guest.write_all(HALF).unwrap();
+            let mut said = Vec::new();
+            while !said.windows(HALF.len()).any(|w| w == HALF) {
+                let mut some = [0; 512];
+                let n = client.read(&mut some).unwrap();
+                assert!(
+                    n > 0,
+                    "{version} {stop:?}: {}",
+                    String::from_utf8_lossy(&said)
+                );
+                said.extend(&some[..n]);
+            }
+            match stop {
+                Stop::Ended => guest.shutdown(Shutdown::Write).unwrap(),
+                Stop::BrokenOff => drop(guest.shutdown(Shutdown::Both)),
+                Stop::Killed => host.kill(),
+            }
+            let end = client.read_to_end(&mut said).map_err(|e| e.kind());
+            let whole = if version == "1.1" {
+                said.ends_with(b"\r\n0\r\n\r\n")
+            } else {
+                end.is_ok()
+            };
+            assert_eq!(whole, stop == Stop::Ended, "{version} {stop:?}: {end:?}");
+            if stop != Stop::Ended {
+                assert_eq!(end, Err(ErrorKind::ConnectionReset), "{version} {stop:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! An end is told apart from a stream that was broken off, on both sides of a relayed request.
+//!
+//! | towards | an end | broken off |
+//! |---|---|---|
+//! | the guest ([`GuestIo`]) | end of file, and the port process still takes bytes | end of file, and it takes none (EPIPE): it closed |
+//! | the client ([`ClientIo`]) | the last chunk, FIN | RST; no last chunk |
+//!
+//! A Unix socket has no reset. So whoever ends something in order ends its sending, and closes only after the other side
+//! has closed; a process that dies cannot keep to that. And a TCP socket over which an answer is under way is set so that
+//! its close is a reset, whoever closes it.
+
+use std::io::{self, IoSlice};
+use std::os::fd::AsRawFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::{Body as HttpBody, Frame, SizeHint};
+use hyper_util::rt::TokioIo;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+use super::problem::Body;
+
+/// How long a guest may take to end a stream that we have ended.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+/// Whether an answer is under way on a client's connection.
+pub(super) type UnderWay = Arc<AtomicBool>;
+
+/// A stream to a guest. Where its other side ends in order, as an agent does, an end without that is an error.
+pub(super) struct GuestIo {
+    inner: UnixStream,
+    in_order: bool,
+    /// We have ended our sending, so that nothing can be told any more.
+    ended: bool,
+}
+
+impl GuestIo {
+    pub(super) fn new(inner: UnixStream, in_order: bool) -> Self {
+        Self {
+            inner,
+            in_order,
+            ended: false,
+        }
+    }
+
+    fn is_broken_off(&self) -> bool {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        // Sends nothing, and fails like a byte would.
+        let probe = || send(self.inner.as_raw_fd(), &[], flags);
+        self.in_order && !self.ended && probe() == Err(Errno::EPIPE)
+    }
+
+    /// Ends the stream in order, and waits a while for the guest to do so.
+    async fn end(mut self) -> io::Result<()> {
+        self.shutdown().await?;
+        let mut rest = [0; 4096];
+        while self.inner.read(&mut rest).await? > 0 {}
+        Ok(())
+    }
+}
+
+/// Drives a connection to a guest until it is over, and ends it in order.
+pub(super) async fn drive<B>(
+    connection: hyper::client::conn::http1::Connection<TokioIo<GuestIo>, B>,
+) where
+    B: HttpBody + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let ended = async {
+        let io = connection.without_shutdown().await?.io.into_inner();
+        let _ = tokio::time::timeout(END_LIMIT, io.end()).await;
+        Ok::<_, hyper::Error>(())
+    };
+    if let Err(e) = ended.await {
+        tracing::debug!(error = %e, "connection to a guest ended");
+    }
+}
+
+impl AsyncRead for GuestIo {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let (before, room) = (buf.filled().len(), buf.remaining());
+        let read = Pin::new(&mut self.inner).poll_read(cx, buf);
+        let at_end = matches!(read, Poll::Ready(Ok(()))) && buf.filled().len() == before;
+        if at_end && room > 0 && self.is_broken_off() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+        }
+        read
+    }
+}
+
+impl AsyncWrite for GuestIo {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.ended = true;
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+/// A client's connection. While an answer is under way, closing it is a reset: also when this process dies.
+pub(super) struct ClientIo {
+    inner: Option<TcpStream>,
+    under_way: UnderWay,
+    resets: bool,
+}
+
+impl ClientIo {
+    pub(super) fn new(inner: TcpStream, under_way: UnderWay) -> Self {
+        Self {
+            inner: Some(inner),
+            under_way,
+            resets: false,
+        }
+    }
+
+    /// The socket, for whoever serves the client from now on: it is reset unless that one ends it.
+    pub(super) fn into_tcp(mut self) -> io::Result<TcpStream> {
+        self.set(true);
+        self.inner
+            .take()
+            .ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    fn set(&mut self, resets: bool) {
+        if let Some(tcp) = self.inner.as_ref().filter(|_| resets != self.resets) {
+            let linger = nix::libc::linger {
+                l_onoff: resets.into(),
+                l_linger: 0,
+            };
+            // It fails for no socket that is one.
+            let _ = setsockopt(tcp, sockopt::Linger, &linger);
+            self.resets = resets;
+        }
+    }
+
+    fn follow(&mut self) {
+        self.set(self.under_way.load(Ordering::Acquire));
+    }
+
+    fn with<T>(
+        &mut self,
+        call: impl FnOnce(Pin<&mut TcpStream>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        match &mut self.inner {
+            Some(tcp) => call(Pin::new(tcp)),
+            None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        }
+    }
+}
+
+impl Drop for ClientIo {
+    fn drop(&mut self) {
+        self.follow();
+    }
+}
+
+impl AsyncRead for ClientIo {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.with(|tcp| tcp.poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for ClientIo {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.follow();
+        self.with(|tcp| tcp.poll_write(cx, buf))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.follow();
+        self.with(|tcp| tcp.poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.follow();
+        self.with(|tcp| tcp.poll_flush(cx))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.follow();
+        self.with(|tcp| tcp.poll_shutdown(cx))
+    }
+}
+
+/// The body of an answer, which is under way until it has ended in order.
+pub(super) struct Answered {
+    inner: Body,
+    under_way: UnderWay,
+}
+
+impl Answered {
+    pub(super) fn new(inner: Body, under_way: UnderWay) -> Self {
+        under_way.store(!inner.is_end_stream(), Ordering::Release);
+        Self { inner, under_way }
+    }
+}
+
+impl HttpBody for Answered {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let next = Pin::new(&mut self.inner).poll_frame(cx);
+        let ended = match &next {
+            Poll::Ready(None) => true,
+            Poll::Ready(Some(Ok(_))) => self.inner.is_end_stream(),
+            Poll::Ready(Some(Err(_))) | Poll::Pending => false,
+        };
+        if ended {
+            self.under_way.store(false, Ordering::Release);
+        }
+        next
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
