@@ -6,7 +6,11 @@
 //!            ◀── dir 1: buf 64 KiB ──┘
 //! ```
 //! - Each direction ends alone: an end of file is passed on as a shutdown *after* everything before it was written.
-//! - A read error ends that direction the hard way: what was read is still delivered, then both sides are cut.
+//! - A read error ends that direction the hard way: what was read is still delivered, then both sides are cut. So does an end
+//!   of file of the host's side if nothing can be written to it either: that is how a reset, and a host that died, look on
+//!   AF_VSOCK and on Unix sockets. Once our own direction has ended, the two cannot be told apart any more.
+//! - What is cut is closed without a shutdown: the host tells that from an end, and of TCP it is a reset. The same becomes of
+//!   both if this process is killed.
 //! - A write error stops that direction only; the other one is read to its end first, because a server that refuses a
 //!   body has usually sent the reason why.
 //! - One thread, no timer: it sleeps in `poll` and asks only for what it can act on, so that a full buffer or a hang-up
@@ -91,10 +95,11 @@ impl Dir {
     }
 
     /// Moves what can be moved now; true if anything changed.
-    fn pump(&mut self, mut from: &Conn, mut to: &Conn) -> bool {
+    fn pump(&mut self, mut from: &Conn, mut to: &Conn, broken_off: impl Fn() -> bool) -> bool {
         let mut progress = false;
         if self.wants_read() && self.readable {
             match from.read(&mut self.buf[self.end..]) {
+                Ok(0) if broken_off() => (self.source, progress) = (Source::Failed, true),
                 Ok(0) => (self.source, progress) = (Source::Ended, true),
                 Ok(n) => (self.end, progress) = (self.end + n, true),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => self.readable = false,
@@ -129,26 +134,25 @@ impl Dir {
     }
 }
 
-/// Relays until both directions have ended; closes nothing (the caller drops the streams).
+/// Relays between a host and a local port until both directions have ended; closes nothing (the caller drops the streams).
 ///
 /// # Errors
 /// Only if the streams cannot be polled at all.
 pub fn relay(a: &Conn, b: &Conn) -> io::Result<Moved> {
     a.set_nonblocking()?;
     b.set_nonblocking()?;
+    b.reset_on_close(true);
     let mut dirs = [Dir::new(), Dir::new()];
     loop {
         let [ab, ba] = &mut dirs;
-        let progress = ab.pump(a, b) | ba.pump(b, a);
+        let answering = ba.sink != Sink::Shut;
+        let progress = ab.pump(a, b, || answering && a.is_broken_off()) | ba.pump(b, a, || false);
         let failed = dirs
             .iter()
             .any(|d| d.source == Source::Failed && (!d.pending() || d.finished()));
         if failed || dirs.iter().all(Dir::finished) {
             let aborted = failed || dirs.iter().any(|d| d.sink == Sink::Failed);
-            if aborted {
-                a.reset_on_close();
-                b.reset_on_close();
-            }
+            b.reset_on_close(aborted);
             return Ok(Moved {
                 a_to_b: dirs[0].moved,
                 b_to_a: dirs[1].moved,

@@ -231,7 +231,7 @@ impl Server {
                     version,
                 });
                 if conn.bytes().write_all(&accept.encode()).is_err() {
-                    return local.reset_on_close();
+                    return local.reset_on_close(true);
                 }
                 if let Err(e) = conn.join(local) {
                     log::event("relay-failed", &[("service", &open.service), ("error", &e)]);

@@ -92,37 +92,69 @@ fn bytes_before_a_full_close_are_delivered() {
     join.join().unwrap();
 }
 
-#[test]
-fn a_vanished_host_resets_the_local_port() {
+/// A host's side as a socket whose closing can be seen, a local server's as TCP.
+fn served() -> (UnixStream, TcpStream, JoinHandle<Moved>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let b = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (mut local, _) = listener.accept().unwrap();
+    let (local, _) = listener.accept().unwrap();
     let (host, a) = UnixStream::pair().unwrap();
     let join =
         thread::spawn(move || relay(&OwnedFd::from(a).into(), &OwnedFd::from(b).into()).unwrap());
-    // Both sides of the host's stream are gone while the server still answers: a write to it fails.
-    drop(host);
-    assert_eq!(local.read(&mut [0; 1]).unwrap(), 0);
-    let _ = local.write_all(b"answer to nobody");
-    assert!(join.join().unwrap().aborted);
-    assert!(local.write_all(b"more").is_err(), "the server is not told");
+    (host, local, join)
+}
+
+/// How a side stops, after some bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    Ends,
+    Closes,
+    Resets,
 }
 
 #[test]
-fn a_reset_by_the_server_still_delivers_what_it_sent_and_ends() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let b = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (mut local, _) = listener.accept().unwrap();
-    let (mut host, a) = UnixStream::pair().unwrap();
-    let join =
-        thread::spawn(move || relay(&OwnedFd::from(a).into(), &OwnedFd::from(b).into()).unwrap());
-    local.write_all(b"413").unwrap();
-    let mut got = [0; 3];
-    host.read_exact(&mut got).unwrap();
-    assert_eq!(&got, b"413");
-    Conn::from(OwnedFd::from(local)).reset_on_close();
-    assert_eq!(host.read(&mut [0; 1]).unwrap_or(0), 0);
-    assert!(join.join().unwrap().aborted);
+fn r117_the_local_server_sees_whether_the_host_ended_or_broke_off() {
+    for stop in [Stop::Ends, Stop::Closes] {
+        let (mut host, mut local, join) = served();
+        host.write_all(b"half of a body").unwrap();
+        let mut got = [0; 14];
+        local.read_exact(&mut got).unwrap();
+        match stop {
+            Stop::Ends => host.shutdown(std::net::Shutdown::Write).unwrap(),
+            _ => drop(host.shutdown(std::net::Shutdown::Both)),
+        }
+        let end = local.read(&mut [0; 1]).map_err(|e| e.kind());
+        let expected = match stop {
+            Stop::Ends => Ok(0),
+            _ => Err(ErrorKind::ConnectionReset),
+        };
+        assert_eq!(end, expected, "{stop:?}");
+        drop(local);
+        assert_eq!(join.join().unwrap().aborted, stop != Stop::Ends, "{stop:?}");
+    }
+}
+
+#[test]
+fn r117_the_host_sees_whether_the_local_server_ended_or_broke_off() {
+    for stop in [Stop::Ends, Stop::Resets] {
+        let (mut host, mut local, join) = served();
+        local.write_all(b"413").unwrap();
+        let mut got = [0; 3];
+        host.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"413");
+        match stop {
+            Stop::Ends => local.shutdown(std::net::Shutdown::Write).unwrap(),
+            _ => Conn::from(OwnedFd::from(local.try_clone().unwrap())).reset_on_close(true),
+        }
+        let server = (stop == Stop::Ends).then_some(local);
+        assert_eq!(host.read(&mut [0; 1]).unwrap(), 0);
+        // What it sent has arrived either way, and after that: an end leaves the other direction open.
+        let host = Conn::from(OwnedFd::from(host));
+        assert_eq!(host.is_broken_off(), stop == Stop::Resets, "{stop:?}");
+        host.shutdown_write().ok();
+        drop(host);
+        drop(server);
+        assert_eq!(join.join().unwrap().aborted, stop != Stop::Ends, "{stop:?}");
+    }
 }
 
 #[test]
