@@ -1,6 +1,6 @@
 //! The agent's end of the `tasks` service: dial, say who we are, resend what was not acknowledged, pull.
 //!
-//! Connected and idle it sits in one blocking read: no timer, no wake-up. A stream that had lasted is dialled again at once,
+//! Connected and idle it sits in one blocking read: no timer, no wake-up. Only while the host owes an answer there is a limit. A stream that had lasted is dialled again at once,
 //! and from then on after a jittered delay that doubles up to five seconds, whether a task runs or not; everything that
 //! matters across that is in the journal, and a task that runs on is announced and reported on the stream that is there then.
 //!
@@ -47,6 +47,9 @@ const HELLO_LIMIT: Duration = Duration::from_secs(10);
 const CLOCK_ANSWER_MAX: Duration = Duration::from_secs(5);
 /// The guest's clock is left alone while it is off by less, ms.
 const CLOCK_STEP_MIN_MS: u64 = 1000;
+/// How long the host may take to acknowledge a report. One that does not has perhaps forgotten the stream, and nobody would
+/// ever say so.
+const OWED_LIMIT: Duration = Duration::from_secs(30);
 /// Version of every kind of message.
 const VERSION: u16 = 1;
 /// Longest body from the host: an envelope of 256 KiB and the fields around it.
@@ -291,14 +294,23 @@ impl Client {
     fn deliver(&mut self, conn: &Conn, report: &Report) -> io::Result<()> {
         let id = self.send(conn, WireKind::Report, report)?;
         crash::at(Point::Sent);
-        let ack: ReportAck = self
-            .receive(conn, WireKind::ReportAck, id)?
+        conn.set_timeout(Some(OWED_LIMIT))?;
+        let heard = self.receive(conn, WireKind::ReportAck, id);
+        let ack: ReportAck = heard
+            .map_err(|e| match e.kind() {
+                ErrorKind::WouldBlock | ErrorKind::TimedOut => io::Error::new(
+                    ErrorKind::TimedOut,
+                    format!("host acknowledged no report within {OWED_LIMIT:?}: dialling anew"),
+                ),
+                _ => e,
+            })?
             .ok_or_else(|| {
                 io::Error::new(
                     ErrorKind::UnexpectedEof,
                     "host ended the stream before its acknowledgement",
                 )
             })?;
+        conn.set_timeout(None)?;
         if ack.task_id != report.task_id {
             return Err(invalid("host acknowledged another task than it was sent"));
         }

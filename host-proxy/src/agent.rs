@@ -17,6 +17,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::queue::{self, QueueError};
 use crate::registry::VmEntry;
@@ -30,6 +31,8 @@ const HELLO_LIMIT: Duration = Duration::from_secs(5);
 const FRAME_MAX: u32 = frame::LEN_MAX;
 /// Frames read ahead.
 const AHEAD_MAX: usize = 4;
+/// How long an agent may say nothing at all after it was given a task.
+const OWED_LIMIT: Duration = Duration::from_secs(30);
 /// Version of every message of this service.
 const VERSION: u16 = 1;
 
@@ -167,6 +170,8 @@ async fn answer(
 ) -> io::Result<()> {
     // The id of the pull that waits.
     let mut pulling: Option<u32> = None;
+    // Until when something must be heard of the task that was handed out.
+    let mut owed: Option<Instant> = None;
     loop {
         // Registered before the queue is looked at, so that a task queued in between is not missed.
         let queued = vm.queued.notified();
@@ -175,18 +180,29 @@ async fn answer(
         if let Some(id) = pulling {
             if hand_out(state, vm, id, &mut writer).await? {
                 pulling = None;
+                owed = Some(Instant::now() + OWED_LIMIT);
             }
         }
         tokio::select! {
             next = frames.recv() => match next {
                 None => return Ok(()),
                 Some(next) => {
+                    owed = None;
                     let (header, body) = next?;
                     let pull = handle(state, vm, &header, &body, &mut writer).await?;
                     pulling = pull.or(pulling);
                 }
             },
             () = &mut queued, if pulling.is_some() => {}
+            () = tokio::time::sleep_until(owed.unwrap_or_else(Instant::now)), if owed.is_some() => {
+                if vm.session() {
+                    // It has perhaps forgotten the stream. It dials anew, and the task is handed out again.
+                    let text = format!("the agent said nothing of a task within {OWED_LIMIT:?}");
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+                }
+                // A VM that is paused says nothing either.
+                owed = Some(Instant::now() + OWED_LIMIT);
+            }
         }
     }
 }

@@ -304,3 +304,27 @@ fn a_hostile_host_ends_its_stream_and_no_more() {
     let (mut session, _) = host.accept();
     assert_eq!(session.run(&task).outcome, Outcome::Done);
 }
+
+/// A host that has forgotten the stream acknowledges nothing, and nobody says so: it is dialled anew.
+#[test]
+fn a_report_that_is_not_acknowledged_is_delivered_on_a_new_stream() {
+    let mut host = Host::new();
+    let file = host.path("count");
+    let task = task(host.goal(1, json!([counting(&file, "")])), "count", 1);
+    host.start(None);
+    let (mut silent, _) = host.accept();
+    let mut reported = false;
+    while !reported {
+        match silent.next().unwrap().unwrap() {
+            Said::Pull(id) => silent.task(id, &task),
+            Said::Started | Said::Held(_) => {}
+            Said::Report(..) => reported = true,
+        }
+    }
+    // Its end stays open.
+    let mut terminal = None;
+    assert!(serve(&host, &task, &mut terminal), "{}", host.log());
+    assert_eq!(terminal.unwrap().outcome, Outcome::Done);
+    assert_eq!(lines(&file), 1);
+    drop(silent);
+}

@@ -13,7 +13,7 @@ use ed25519_dalek::SigningKey;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 
-use crate::host::{Answer, Host, open, report};
+use crate::host::{Answer, HANG, Host, open, report};
 
 fn goal_id(n: u64) -> String {
     format!("01937b5e-0000-7000-8000-{n:012x}")
@@ -331,4 +331,19 @@ fn r106_an_agent_that_is_replaced_leaves_nothing_behind() {
     let mut last = control.agent();
     assert_eq!(apply(&host, 1).status, 200);
     last.pull();
+}
+
+/// An agent that is given a task and says nothing has perhaps lost the stream: it is ended, and the task handed out again.
+#[test]
+fn an_agent_that_says_nothing_of_its_task_is_cut_off_and_the_next_one_has_it() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let mut silent = control.agent();
+    assert_eq!(apply(&host, 1).status, 200);
+    let task = silent.pull();
+    silent.stream.set_read_timeout(Some(2 * HANG)).unwrap();
+    assert_eq!(silent.stream.read(&mut [0]).unwrap_or(0), 0);
+    let mut next = control.agent();
+    assert_eq!(next.pull().task_id, task.task_id);
 }
