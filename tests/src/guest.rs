@@ -1,7 +1,7 @@
 //! A guest: one QEMU process without any network device, its serial line in a file.
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -157,6 +157,34 @@ impl Guest {
     pub fn press(&self, keys: &[u8]) -> anyhow::Result<()> {
         let mut line = UnixStream::connect(self.dir.join("serial.sock"))?;
         Ok(line.write_all(keys)?)
+    }
+
+    /// Has QEMU do something (QMP): `stop` and `cont` are what `virsh suspend` and `resume` do, and a backup.
+    ///
+    /// # Errors
+    /// QEMU is gone, or says no.
+    pub fn qmp(&self, command: &str) -> anyhow::Result<()> {
+        let mut line = UnixStream::connect(self.dir.join("qmp.sock"))?;
+        line.set_read_timeout(Some(Duration::from_secs(30)))?;
+        let mut said = BufReader::new(line.try_clone()?).lines();
+        // The greeting, then an answer to each; events come in between.
+        let mut heard = |what: &str| -> anyhow::Result<()> {
+            loop {
+                let answer = said.next().context("QEMU closed the connection")??;
+                if answer.contains("\"error\"") {
+                    bail!("{command}: {answer}");
+                }
+                if answer.contains(what) {
+                    return Ok(());
+                }
+            }
+        };
+        heard("\"QMP\"")?;
+        for command in ["qmp_capabilities", command] {
+            writeln!(line, "{{\"execute\": \"{command}\"}}")?;
+            heard("\"return\"")?;
+        }
+        Ok(())
     }
 
     /// Kills QEMU, as a power cut would.
@@ -349,6 +377,8 @@ fn qemu_args(
         &format!("if=none,id=state,format=raw,file={}", disk.display()),
         "-device",
         "virtio-blk-pci-non-transitional,drive=state",
+        "-qmp",
+        &format!("unix:{}/qmp.sock,server=on,wait=off", dir.display()),
     ]
     .map(str::to_owned)
     .into();

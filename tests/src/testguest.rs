@@ -1,6 +1,7 @@
 //! `adit-testguest`: what the test guest serves. One static binary; a thread a connection.
 //!
 //! - `http PORT NAME`: `/` is NAME's page; `/big?mb=N` is N MiB of the test pattern; `/slow?mb=N` the same at 8 MiB/s
+//!   `/ended`, `/waits` and `/cut` begin an answer without a length, and then end it, wait for the client's end, or reset
 //! - `tcp-echo PORT`, `vsock-echo PORT`: send back what comes, end when it ends
 //! - `dial-echo PORT FIRST`: dial the host: PORT echoes 1 B to 64 MiB in odd pieces, and many streams in quick succession;
 //!   on FIRST the host speaks and ends first, and gets all of it back afterwards. Says DIALS-OK
@@ -381,6 +382,24 @@ fn answer(mut stream: &TcpStream, name: &str) -> io::Result<()> {
     while line.trim_end() != "" {
         line.clear();
         reader.read_line(&mut line)?;
+    }
+    if ["/ended", "/waits", "/cut"].contains(&path.as_str()) {
+        // Only how it stops says whether that was all.
+        stream.write_all(b"HTTP/1.1 200 OK\r\n\r\nthe first half")?;
+        match path.as_str() {
+            "/waits" => drop(reader.read(&mut [0])?),
+            "/cut" => {
+                // Sent, and not only queued, when the reset comes.
+                thread::sleep(Duration::from_millis(200));
+                let now = nix::libc::linger {
+                    l_onoff: 1,
+                    l_linger: 0,
+                };
+                nix::sys::socket::setsockopt(stream, nix::sys::socket::sockopt::Linger, &now)?;
+            }
+            _ => {}
+        }
+        return Ok(());
     }
     let mib = path.split("mb=").nth(1).and_then(|n| n.parse::<u64>().ok());
     let Some(mib) = mib else {

@@ -12,8 +12,10 @@ use adit_tests::guest::{Guest, Identity};
 use adit_tests::host::Host;
 use adit_tests::image::{Image, Kernel};
 
+mod cuts;
 mod from_guest;
 mod hostile;
+mod pauses;
 mod restarts;
 mod ring;
 mod ring_agent;

@@ -35,7 +35,7 @@ fn booted_again(setup: &mut Setup) {
 }
 
 /// Everything works in the new session.
-fn whole_again(setup: &Setup) {
+pub fn whole_again(setup: &Setup) {
     setup.wait_agent();
     echo(&setup.host, "web-1:7", 200_000);
     echo(&setup.host, "vsock-5000.web-1:5000", 200_000);

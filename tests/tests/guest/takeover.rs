@@ -51,7 +51,7 @@ impl Setup {
     }
 
     /// Runs a line of shell in the guest; its last word on standard output.
-    fn ask(&self, line: &str) -> String {
+    pub fn ask(&self, line: &str) -> String {
         let id = self.order(&format!(
             "steps: [{{id: ask, script: {{interpreter: /bin/sh, script: \"{line}\"}}}}]\n"
         ));
