@@ -1,0 +1,83 @@
+//! A guest whose clock is off: what is only early is held, whoever looks sees why, and a guest may take the host's time.
+
+use adit_tests::image::Kernel;
+use adit_tests::process::wait_for;
+use serde_json::Value;
+
+use crate::{BOOT, Setup, run_goal, setup};
+
+const MINUTE_MS: i64 = 60_000;
+const HOUR_MS: i64 = 60 * MINUTE_MS;
+
+/// A key on the serial line sets the clock an hour ahead.
+const SCRIPT: &str = "( read -r key < /dev/ttyS0; date -s @$(( $(date +%s) + 3600 )) ) &\n";
+
+fn step(id: &str, text: &str) -> String {
+    format!("steps: [{{id: {id}, script: {{interpreter: /bin/sh, script: \"{text}\"}}}}]\n")
+}
+
+/// Waits until the VM is shown so, and returns that.
+fn shown(setup: &Setup, what: &str, ok: impl Fn(&Value) -> bool) -> Value {
+    let show = || setup.adit(&["-o", "json", "vm", "show", "web-1"]).1;
+    let found = wait_for(what, BOOT, || {
+        let vm: Value = serde_json::from_str(&show())?;
+        Ok(ok(&vm).then_some(vm))
+    });
+    found.unwrap_or_else(|e| {
+        let (serial, log) = (setup.guest.serial(), setup.host.log());
+        panic!("{e}\n{}\n{serial}\n{log}", show())
+    })
+}
+
+/// The clock is so far ahead, to the minute: an emulated guest hears and is heard late.
+fn shown_ahead(setup: &Setup, ms: i64) -> Value {
+    shown(setup, &format!("clock ahead by {ms} ms"), |vm| {
+        let told = vm["clock_ahead_ms"].as_i64();
+        told.is_some_and(|told| (told - ms).abs() < MINUTE_MS)
+    })
+}
+
+fn is_done(list: &str, step: &str) -> bool {
+    let line = list.lines().find(|l| l.contains(&format!(" {step} ")));
+    line.is_some_and(|l| l.contains("done"))
+}
+
+fn off(kernel: Kernel) {
+    let Some(setup) = setup(kernel, SCRIPT, false) else {
+        return;
+    };
+    shown_ahead(&setup, 0);
+    let list = run_goal(&setup, &step("slow", "date -s @$(( $(date +%s) - 3600 ))"));
+    assert!(is_done(&list, "slow"), "{list}");
+    // Told with the next pull, and again with what is held.
+    shown_ahead(&setup, -HOUR_MS);
+    setup.order(&step("held", "date"));
+    shown(&setup, "a task is held", |vm| vm["holding"].is_object());
+    let (_, list) = setup.adit(&["task", "ls"]);
+    assert!(list.contains("leased"), "{list}");
+    // Somebody sets it right: what is held begins at once, not in an hour.
+    setup.guest.press(b"\n").unwrap();
+    setup.adit(&["task", "watch", "--timeout", "60s"]);
+    let (_, list) = setup.adit(&["task", "ls"]);
+    assert!(is_done(&list, "held"), "{list}\n{}", setup.guest.serial());
+    let vm = shown_ahead(&setup, 0);
+    assert!(vm["holding"].is_null(), "{vm}");
+    // A guest that takes the host's time, and is a day ahead, beyond the end of every goal.
+    let text = "sed -i '1i clock = \\\"host\\\"' /etc/adit-guest/adit-guest.toml; \
+                date -s @$(( $(date +%s) + 86400 )); kill -9 $(pidof adit-guest)";
+    let list = run_goal(&setup, &step("ahead", text));
+    assert!(list.contains("interrupted"), "{list}");
+    let list = run_goal(&setup, &step("taken", "date"));
+    assert!(is_done(&list, "taken"), "{list}\n{}", setup.guest.serial());
+    shown_ahead(&setup, 0);
+}
+
+#[test]
+fn clock_6_1() {
+    off(Kernel::V6_1);
+}
+
+#[test]
+fn clock_6_12() {
+    off(Kernel::V6_12);
+}
