@@ -71,7 +71,7 @@ impl RingEnd {
     /// # Errors
     /// There are too many listeners, or the end is gone.
     pub fn streams(&self) -> io::Result<Listener> {
-        self.handle.listen(PORT)
+        Ok(self.handle.listen(PORT)?)
     }
 }
 
