@@ -168,7 +168,7 @@ pub struct UnixDir(pub std::path::PathBuf);
 impl Transport for UnixDir {
     fn listen(&self) -> io::Result<Box<dyn Listen>> {
         let path = self.0.join("guest.sock");
-        let _ = std::fs::remove_file(&path);
+        adit_channel::socket_path::remove(&path)?;
         Ok(Box::new(std::os::unix::net::UnixListener::bind(path)?))
     }
 

@@ -30,14 +30,14 @@ pub mod supervisor;
 pub mod uids;
 pub mod whose;
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_channel::hello;
+use adit_channel::{hello, socket_path};
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::{TcpListener, UnixListener};
@@ -117,7 +117,7 @@ pub async fn run(
         tracing::info!("requests that are still under way are cut off");
     }
     tasks.shutdown().await;
-    let _ = std::fs::remove_file(state.config.api_socket());
+    let _ = socket_path::remove(&state.config.api_socket());
     let _ = std::fs::remove_file(state.config.run_dir.join("proxy.addr"));
     Ok(())
 }
@@ -260,12 +260,8 @@ async fn bind(address: std::net::SocketAddr, section: &str) -> anyhow::Result<Tc
 }
 
 fn bind_api(path: &Path) -> anyhow::Result<UnixListener> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            return Err(e).with_context(|| format!("cannot remove the old {}", path.display()));
-        }
-        _ => {}
-    }
+    // The lock of the directory is ours: nobody listens there.
+    socket_path::remove(path)?;
     let listener = UnixListener::bind(path).with_context(|| {
         format!(
             "cannot listen on {} (at most 107 bytes of path)",
@@ -297,5 +293,22 @@ async fn stop_signal() {
     tokio::select! {
         _ = term.recv() => {}
         _ = int.recv() => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use adit_channel::socket_path::SocketPathError;
+
+    #[test]
+    fn what_is_no_socket_at_the_apis_path_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("aditd.sock");
+        std::fs::write(&path, "precious").unwrap();
+        let refused = bind_api(&path).unwrap_err();
+        let why = refused.downcast_ref();
+        assert!(matches!(why, Some(SocketPathError::NotASocket { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     }
 }

@@ -31,6 +31,8 @@ use crate::machine::Machine;
 /// A request's bytes at most, and how long it may take to come: the main thread waits for it.
 const REQUEST_MAX: usize = 8192;
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How long nobody is taken when there are no descriptors for one.
+const REST: Duration = Duration::from_millis(100);
 
 /// The listening socket; its file goes with it.
 pub struct Api {
@@ -164,7 +166,11 @@ impl MutEventSubscriber for Api {
             // A client that went away needs no answer.
             Ok((client, _)) => drop(self.serve(client)),
             Err(e) if e.kind() == ErrorKind::WouldBlock => {}
-            Err(e) => eprintln!("adit-vmm: API: {e}"),
+            Err(e) => {
+                eprintln!("adit-vmm: API: {e}");
+                // The client waits in the backlog: asking again at once would spin.
+                std::thread::sleep(REST);
+            }
         }
     }
 }

@@ -12,16 +12,41 @@ use vm_memory::GuestMemoryMmap;
 use super::*;
 use crate::device::{GuestCid, VsockDevice};
 use crate::linked::{Linked, link};
+use crate::socket_path::SocketPathError;
 
 const CHILD: &str = "ADIT_TEST_FEW_DESCRIPTORS";
 
 type Silent = Host<Linked<Arc<GuestMemoryMmap>>>;
 
+fn kicks() -> [OwnedFd; 3] {
+    [(); 3].map(|()| EventFd::new().unwrap().into())
+}
+
 fn host(uds: &Path) -> Silent {
     let device = VsockDevice::new(GuestCid::new(3).unwrap(), 1).unwrap();
-    let kick = || OwnedFd::from(EventFd::new().unwrap());
-    let (linked, _) = link(device, [kick(), kick(), kick()]).unwrap();
+    let (linked, _) = link(device, kicks()).unwrap();
     Host::new(linked, Some(uds), 7).unwrap()
+}
+
+/// `connect` is refused for it, as for a socket that was left behind.
+#[test]
+fn a_file_at_the_sockets_path_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let uds = dir.path().join("v");
+    std::fs::write(&uds, "precious").unwrap();
+    let device = VsockDevice::new(GuestCid::new(3).unwrap(), 1).unwrap();
+    let (linked, _) = link(device, kicks()).unwrap();
+    let linked: Linked<Arc<GuestMemoryMmap>> = linked;
+    let refused = Host::new(linked, Some(&uds), 7).map(drop).unwrap_err();
+    let why = refused.get_ref().and_then(|e| e.downcast_ref());
+    assert!(matches!(
+        why,
+        Some(SocketPathError::NotASocket {
+            what: "a regular file",
+            ..
+        })
+    ));
+    assert_eq!(std::fs::read(&uds).unwrap(), b"precious");
 }
 
 /// In a process of its own, whose descriptors run out.

@@ -25,6 +25,7 @@ use adit_channel::ring::Dock;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::Sink;
 use adit_engine::{EngineConfig, ResetReason, StreamId, Tick};
+use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, accept4, socketpair};
 
 use crate::chain;
@@ -78,6 +79,8 @@ pub struct Process<C: Carrier> {
     port: PortIndex,
     rings: Option<Rings>,
     listener: OwnedFd,
+    /// Closed for `aditd`'s next connection when tunnels have taken all other descriptors.
+    spare: Option<OwnedFd>,
     stop: OwnedFd,
     aditd: Option<Aditd>,
     said: Option<Status>,
@@ -166,6 +169,7 @@ impl<C: Carrier> Process<C> {
             port,
             rings: None,
             listener: control,
+            spare: Some(stop.try_clone()?),
             stop,
             aditd: None,
             said: None,
@@ -226,10 +230,15 @@ impl<C: Carrier> Process<C> {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let sock = match accept4(self.listener.as_raw_fd(), flags) {
             Ok(fd) => own(fd),
-            Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => return,
+            Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNABORTED) => return,
+            // It waits in the backlog, and would be told of again and again.
+            Err(Errno::EMFILE | Errno::ENFILE) if self.spare.take().is_some() => {
+                return self.accept();
+            }
             Err(e) => {
                 tracing::warn!(error = %e, "cannot accept a control connection");
-                return;
+                // Its descriptor is the next one's.
+                return self.disconnect("a newer connection needs its descriptor");
             }
         };
         // What the last one said before it went is not less said for it.
@@ -269,6 +278,9 @@ impl<C: Carrier> Process<C> {
             let port = self.shard.port_mut(port);
             port.reset(now, stream, ResetReason::Local);
         }
+        // What was its descriptor is kept for the next one.
+        drop(aditd.sock);
+        self.spare = self.spare.take().or_else(|| self.stop.try_clone().ok());
     }
 
     fn control_ready(&mut self) {

@@ -446,3 +446,39 @@ fn memory_from_a_file_is_refused_with_the_setting_that_allows_it_and_taken_with_
     assert!(offer_file(&running));
     assert_eq!(aditd.wait_status(|_| true).last_fault, "");
 }
+
+/// One descriptor is kept for `aditd`: it comes through, again and again, when there is no other.
+#[test]
+fn aditd_is_heard_when_there_is_no_descriptor_left() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    aditd.wait_status(|_| true);
+    let numbers = || {
+        let dir = std::fs::read_dir(format!("/proc/{}/fd", running.child.id())).unwrap();
+        let names = dir.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.map(|n| n.parse().unwrap()).collect::<Vec<u32>>()
+    };
+    let connected = numbers().len();
+    drop(aditd);
+    let end = std::time::Instant::now() + Duration::from_secs(30);
+    while numbers().len() == connected {
+        assert!(std::time::Instant::now() < end);
+        std::thread::yield_now();
+    }
+    // What is free from here on is out of reach.
+    let numbers = numbers();
+    let free = (0..).find(|n| !numbers.contains(n)).unwrap();
+    let mut limit = std::process::Command::new("prlimit");
+    limit.arg(format!("--pid={}", running.child.id()));
+    match limit.arg(format!("--nofile={free}:")).status() {
+        Ok(done) => assert!(done.success()),
+        Err(e) => return println!("skipped: no prlimit: {e}"),
+    }
+    let mut before = None;
+    for _ in 0..3 {
+        // The one before is still connected when the next one comes.
+        before = Some(running.connect());
+        before.iter().for_each(|a| drop(a.wait_status(|_| true)));
+    }
+    drop(before);
+}

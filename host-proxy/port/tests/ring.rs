@@ -12,10 +12,12 @@ use std::time::{Duration, Instant};
 
 use adit_channel::hello::{self, Hello};
 use adit_channel::sink::Sink;
+use adit_engine::{Op, PacketHeader};
 use adit_port::control::{IVSHMEM_SOCKET, RING_PEER_PORT, RING_SOCKET, Target};
 use adit_port::control_io::Message;
 use adit_ringbuf::Mapped;
 use adit_ringbuf_io::attach::{AttachError, Bells, Code, Offer, Socket};
+use adit_ringbuf_io::doorbell::Doorbell;
 use guest::Guest;
 use running::Running;
 use vmm::{BYTES, LONG, Vmm, echoed, offer, wait_dialed, wait_ring};
@@ -95,10 +97,44 @@ fn a_service_takes_the_ring_while_it_runs_and_vsock_before_and_after() {
     asked_for_service(&mut guest);
 }
 
+/// What is shown as latency is what a client's dial has: its lane may be full of others' bytes, lane control is not.
+#[test]
+fn round_trips_are_measured_on_the_lane_of_dials() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let vmm = Vmm::attach(&running.dir).expect("taken");
+    let memory = vmm.memory.clone();
+    let attach = std::thread::spawn(move || adit_bare::ring::attach(memory).unwrap());
+    let begin = Instant::now();
+    while !attach.is_finished() {
+        vmm.bells.host_data.ring().unwrap();
+        std::thread::yield_now();
+        assert!(begin.elapsed() < LONG);
+    }
+    let (guest, _) = attach.join().unwrap();
+    // It has said that it is there since the last of those.
+    vmm.bells.host_data.ring().unwrap();
+    // One round trip is begun with the session, and never answered here; the other request is the dial's.
+    wait_ring(&aditd, |ring| ring.running);
+    aditd.dial(1, service());
+    let mut lanes = [0, 1].map(|n| guest.ends(n, false).unwrap().unwrap());
+    let (mut asked, mut record) = ([0, 0], [0; 4096]);
+    while asked.iter().sum::<u32>() < 2 {
+        for (lane, asked) in lanes.iter_mut().zip(&mut asked) {
+            while lane.consumer.pop(&mut record).unwrap().is_some() {
+                let header = PacketHeader::from_frame(record.first_chunk().unwrap());
+                *asked += u32::from(header.op == Op::Request as u16);
+            }
+        }
+        std::thread::yield_now();
+        assert!(begin.elapsed() < LONG, "{asked:?}");
+    }
+    assert_eq!(asked, [0, 2], "on lane control, on lane bulk");
+}
+
 #[test]
 fn a_ring_that_breaks_ends_its_streams_and_comes_back_soon() {
     use adit_ringbuf::RingMem;
-    use adit_ringbuf_io::doorbell::Doorbell;
     let mut running = Running::start();
     let aditd = running.connect();
     let vmm = Vmm::attach(&running.dir).expect("taken");

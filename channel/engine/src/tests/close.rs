@@ -476,3 +476,22 @@ fn streams_that_a_restored_guest_still_has_get_no_reset_until_it_asks_for_one() 
     assert_eq!(r.ops(), [(Op::Rst, 10)]);
     r.empty();
 }
+
+/// A slot's generations begin again after 2^32 streams: the name before stays stale, and the stream is like any other.
+#[test]
+fn r118_a_slot_outlives_its_generations() {
+    let mut r = Rig::new(EngineConfig::default());
+    let slot = r.open(1).slot();
+    r.op(Op::Rst, 1);
+    r.events();
+    r.e.table[slot].generation = u32::MAX;
+    let last = r.open(2);
+    assert_eq!((last.slot(), last.generation()), (slot, u32::MAX));
+    r.op(Op::Rst, 2);
+    r.events();
+    let next = r.open(3);
+    assert_eq!((next.slot(), next.generation()), (slot, 0));
+    r.e.reset(r.now, last, ResetReason::Local);
+    assert_eq!((r.e.ports(last), r.events().len()), (None, 0));
+    assert!(matches!(r.data(3, 5), Disposition::Deliver { stream, .. } if stream == next));
+}
