@@ -30,6 +30,8 @@ const PORT_END_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long it may take until a new port process serves in place of another.
 const RELOAD_LIMIT: Duration = Duration::from_secs(10);
+/// How long a port process may take until it has made place.
+const RELEASE_LIMIT: Duration = Duration::from_secs(3);
 
 type App = Arc<State>;
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -255,12 +257,13 @@ async fn reload_vm(Shared(state): Shared<App>, Path(name): Path<String>) -> Answ
     )?;
     let running = vm
         .link()
-        .and_then(|l| Some((l.status()?, vm.port_pid()?, l)));
-    let Some((status, pid, link)) = running else {
+        .and_then(|l| Some((l.status()?, vm.process()?, l)));
+    let Some((status, process, link)) = running else {
         let message = format!("`{name}` has no port process now: one is being started");
         return Err(ApiError::new(StatusCode::CONFLICT, "down", message)
             .help("`adit vm show` says why, if it does not come"));
     };
+    let pid = process.pid();
     if status.session && !vm.keeper.has_frontend() {
         let message = format!(
             "port process {pid} of `{name}` has handed nothing over that a new one could go on with"
@@ -269,8 +272,10 @@ async fn reload_vm(Shared(state): Shared<App>, Path(name): Path<String>) -> Answ
             .help("power-cycle the VM after you have ended that process: the new build is started then"));
     }
     let mut changes = vm.watch();
-    link.release().await;
     let replaced = async {
+        // One that does not hear it is ended all the same: what the next one needs is here.
+        let _ = tokio::time::timeout(RELEASE_LIMIT, link.release()).await;
+        process.end_within(RELEASE_LIMIT).await;
         loop {
             let now = vm.link().and_then(|l| l.status());
             let another = vm.port_pid().is_some_and(|now| now != pid);

@@ -109,10 +109,15 @@ impl VmEntry {
         *noted = process;
     }
 
+    /// Who is at the other end of the link, if one is connected.
+    pub fn process(&self) -> Option<Arc<PortProcess>> {
+        let process = self.process.lock();
+        process.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Process id of whoever serves it, as the kernel has it.
     pub fn port_pid(&self) -> Option<u32> {
-        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
-        process.as_ref().map(|process| process.pid())
+        self.process().map(|process| process.pid())
     }
 
     /// Its supervisor ends, and with it whatever held the port process.

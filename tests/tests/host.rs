@@ -145,7 +145,11 @@ fn r115_each_port_process_is_a_user_of_its_own_that_its_successor_is_again() {
         .unwrap();
     let again: Vec<u32> = after.iter().map(|&pid| user(pid)).collect();
     assert_eq!(again, users);
-    // One that does not hear that it is to end is ended.
+    // One that does not hear that it is to make place, or to end, is ended.
+    signal(after[0], nix::sys::signal::Signal::SIGSTOP);
+    let (code, said) = adit(&host, &["vm", "reload", "a"]);
+    assert_eq!(code, 0, "{said}");
+    assert_ne!(port_pids(&host, 2)[0], after[0]);
     signal(after[1], nix::sys::signal::Signal::SIGSTOP);
     host.shut_down().unwrap();
     host.kill();

@@ -16,6 +16,9 @@ use rustix::thread::{
 
 /// Threads of one VM's user at most: those of a process that ends, and of its successor.
 const THREADS_MAX: u64 = 64;
+/// Bytes of memory of its own at most. What it shares with its guest is no part of that. It uses some MiB; frames for an
+/// aditd that does not read may come to a quarter of this.
+const OWN_MEMORY_MAX: u64 = 1 << 30;
 
 /// Why the process still has what it should not have. It must not go on.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +42,7 @@ pub fn give_up(own: Option<u32>) -> Result<bool, PrivilegeError> {
     for resource in [Resource::RLIMIT_CORE, Resource::RLIMIT_MEMLOCK] {
         limit(resource, 0).map_err(failed("set its limits"))?;
     }
+    limit(Resource::RLIMIT_DATA, OWN_MEMORY_MAX).map_err(failed("set its limits"))?;
     if let Some(own) = own {
         limit(Resource::RLIMIT_NPROC, THREADS_MAX).map_err(failed("set its limits"))?;
         let (uid, gid) = (Uid::from_raw(own), Gid::from_raw(own));

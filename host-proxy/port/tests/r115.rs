@@ -535,6 +535,11 @@ const KIT: &[Attempt] = &[
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as usize;
         call(libc::SYS_mmap, [0, 4096, code, flags, usize::MAX, 0])
     }),
+    ("memory without end", Works, |_| {
+        let access = (libc::PROT_READ | libc::PROT_WRITE) as usize;
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as usize;
+        call(libc::SYS_mmap, [0, 2 << 30, access, flags, usize::MAX, 0])
+    }),
     ("a lock of a file", Works, |scene| {
         let on = scene.terminal.as_ref().unwrap_or(&scene.stream.0);
         call(
