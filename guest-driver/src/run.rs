@@ -54,7 +54,7 @@ pub fn run(
 ) -> Result<(), RunError> {
     let config = Config::load(config_path)?;
     let system = |what| move |source: std::io::Error| RunError::System { what, source };
-    reap::hold_signal().map_err(system("keep the signal of ended children"))?;
+    reap::hold_signals().map_err(system("hold the signals of ended children"))?;
     protect::take();
     let listener = transport.listen().map_err(|source| RunError::Listen {
         hint: listen_hint(&source),

@@ -239,15 +239,18 @@ impl Cgroup {
     }
 }
 
-/// Removes the cgroups in which nothing runs any more; the kernel keeps the others.
+/// Removes the cgroups in which nothing runs any more; the kernel keeps the others. One in which nothing has run yet may be
+/// about to be entered: it is its maker's.
 fn sweep(base: &Path) {
-    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
-        if entry
-            .file_name()
-            .as_encoded_bytes()
-            .starts_with(PREFIX.as_bytes())
-        {
-            let _ = fs::remove_dir(entry.path());
+    let used = |dir: &Path| {
+        let stat = fs::read_to_string(dir.join("cpu.stat")).unwrap_or_default();
+        !stat.lines().any(|l| l == "usage_usec 0")
+    };
+    let entries = fs::read_dir(base).into_iter().flatten().flatten();
+    for dir in entries.map(|e| e.path()) {
+        let name = dir.file_name().unwrap_or_default().as_encoded_bytes();
+        if name.starts_with(PREFIX.as_bytes()) && used(&dir) {
+            let _ = fs::remove_dir(&dir);
         }
     }
 }
