@@ -56,7 +56,7 @@ pub fn run(
     // Whoever starts the agent may have any: what it makes has the modes that it says.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let system = |what| move |source: std::io::Error| RunError::System { what, source };
-    reap::hold_signal().map_err(system("keep the signal of ended children"))?;
+    reap::hold_signals().map_err(system("hold the signals of ended children"))?;
     protect::take();
     let listener = transport.listen().map_err(|source| RunError::Listen {
         hint: listen_hint(&source),

@@ -2,7 +2,7 @@
 //! setsid or double fork leaves, with `cgroup.kill` (Linux 5.14) to end it at once.
 //!
 //! ```text
-//! MOUNT/adit-tasks               memory and pids are switched on for what is below; no process is in it
+//! MOUNT/adit-tasks               controllers are switched on for what is below; no process is in it
 //! MOUNT/adit-tasks/adit-task-ID  one task, and what daemons it left; removed when it is empty
 //! ```
 //! It lies beside the agent's own cgroup and not below it: nothing of what the agent's service is given holds for a task,
@@ -10,8 +10,10 @@
 //! its own (where controllers are switched on, a cgroup has processes or children with them, never both). Where that
 //! place cannot be had, tasks are below the agent's cgroup, without limits.
 //!
-//! No goal declares limits yet, so each task has a share of the guest: three quarters of its memory, half of its process
-//! numbers. Who takes more is ended, alone and whole, before the guest's services and the agent are short.
+//! No goal declares limits yet, so each task has a share of the guest: three quarters of its memory, a quarter of its process
+//! numbers (the kernel gives each user half of them, and would be the first to refuse, without a word of why). Who takes more
+//! is ended, alone and whole, before the guest's services and the agent are short. All tasks together have as much of a
+//! processor that is short as one process of the guest: a thousand of them must not keep the agent from ending them.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -46,9 +48,9 @@ pub fn base() -> Option<PathBuf> {
     base.is_dir().then_some(base)
 }
 
-/// Has what is below a cgroup limited, as far as this kernel can: one that is missing must not take the other along.
+/// Has what is below a cgroup limited, as far as this kernel can: one that is missing must not take the others along.
 fn switch_on(dir: &Path) {
-    for controller in ["+memory", "+pids"] {
+    for controller in ["+memory", "+pids", "+cpu"] {
         let _ = fs::write(dir.join("cgroup.subtree_control"), controller);
     }
 }
@@ -97,7 +99,7 @@ fn shares() -> [(&'static str, Option<u64>); 2] {
     let numbers = kernel("threads-max").min(kernel("pid_max"));
     [
         ("memory.max", kib.map(|kib| kib * 1024 / 4 * 3)),
-        ("pids.max", numbers.map(|n| n / 2)),
+        ("pids.max", numbers.map(|n| n / 4)),
     ]
 }
 
@@ -239,15 +241,18 @@ impl Cgroup {
     }
 }
 
-/// Removes the cgroups in which nothing runs any more; the kernel keeps the others.
+/// Removes the cgroups in which nothing runs any more; the kernel keeps the others. One in which nothing has run yet may be
+/// about to be entered: it is its maker's.
 fn sweep(base: &Path) {
-    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
-        if entry
-            .file_name()
-            .as_encoded_bytes()
-            .starts_with(PREFIX.as_bytes())
-        {
-            let _ = fs::remove_dir(entry.path());
+    let used = |dir: &Path| {
+        let stat = fs::read_to_string(dir.join("cpu.stat")).unwrap_or_default();
+        !stat.lines().any(|l| l == "usage_usec 0")
+    };
+    let entries = fs::read_dir(base).into_iter().flatten().flatten();
+    for dir in entries.map(|e| e.path()) {
+        let name = dir.file_name().unwrap_or_default().as_encoded_bytes();
+        if name.starts_with(PREFIX.as_bytes()) && used(&dir) {
+            let _ = fs::remove_dir(&dir);
         }
     }
 }

@@ -17,8 +17,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
-use super::proc;
-use crate::sys;
+use super::{proc, script};
+use crate::{log, sys};
 
 /// Stack of the reaping thread; the process table is on the heap.
 const STACK_BYTES: usize = 128 * 1024;
@@ -88,15 +88,20 @@ fn reap(pid: Pid) {
     let _ = waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG);
 }
 
-/// Keeps the signal that tells of a child's end from every thread that begins later; a reaper takes it instead. For the
-/// first thread, before there are others.
+/// What the reaping thread takes: a child's end, and the order to stop.
+fn signals() -> SigSet {
+    SigSet::from_iter([Signal::SIGCHLD, Signal::SIGTERM])
+}
+
+/// Keeps these signals from every thread that begins later; a reaper takes them instead. For the first thread, before there
+/// are others.
 ///
 /// # Errors
 /// The kernel refuses.
-pub fn hold_signal() -> io::Result<()> {
+pub fn hold_signals() -> io::Result<()> {
     // Whoever started us may have it ignored, and then no child can be waited for.
     sys::default_signal(Signal::SIGCHLD);
-    Ok(SigSet::from(Signal::SIGCHLD).thread_block()?)
+    Ok(signals().thread_block()?)
 }
 
 /// Starts the reaping thread, for as long as the process lives.
@@ -104,15 +109,15 @@ pub fn hold_signal() -> io::Result<()> {
 /// # Errors
 /// There is no descriptor or thread to be had.
 pub fn start() -> io::Result<()> {
-    let ends = SignalFd::with_flags(&SigSet::from(Signal::SIGCHLD), SfdFlags::SFD_CLOEXEC)?;
+    let arrived = SignalFd::with_flags(&signals(), SfdFlags::SFD_CLOEXEC)?;
     let reaper = thread::Builder::new().name("reaper".into());
     reaper.stack_size(STACK_BYTES).spawn(move || {
         loop {
             orphans();
-            if let Err(e) = ends.read_signal()
-                && e != Errno::EINTR
-            {
-                return crate::log::event("reaper-failed", &[("error", &e)]);
+            match arrived.read_signal() {
+                Ok(Some(signal)) if signal.ssi_signo == Signal::SIGTERM as u32 => script::stop(),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(e) => return log::event("reaper-failed", &[("error", &e)]),
             }
         }
     })?;

@@ -18,6 +18,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use adit_tasks::goal::Script;
@@ -30,7 +31,7 @@ use nix::unistd::{Gid, Pid, Uid, User, getgrouplist};
 use super::Executed;
 use super::capture::Capture;
 use super::reap::{self, Claim};
-use super::tree::{MARKER, Tree};
+use super::tree::{MARKER, Tree, kill_orphans};
 use crate::crash::{self, Point};
 use crate::{log, protect, sys};
 
@@ -87,6 +88,7 @@ pub fn run(script: &Script, task: &str, place: &Place) -> Executed {
 }
 
 fn run_for(script: &Script, task: &str, place: &Place, timeout: Duration) -> Executed {
+    *running() = Some((task.to_owned(), place.cgroups.clone()));
     let tree = Tree::new(task, place.cgroups.as_deref());
     let text = place.dir.join(format!("{task}.script"));
     let (pid, executed) = match start(script, task, &text, &tree) {
@@ -98,7 +100,27 @@ fn run_for(script: &Script, task: &str, place: &Place, timeout: Duration) -> Exe
     if daemons > 0 {
         log::event("daemons-left", &[("task", &task), ("count", &daemons)]);
     }
+    *running() = None;
     executed
+}
+
+/// The script that runs, and where its cgroup is.
+type Job = (String, Option<PathBuf>);
+
+fn running() -> MutexGuard<'static, Option<Job>> {
+    static RUNNING: Mutex<Option<Job>> = Mutex::new(None);
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends this process, and the script that runs before: nobody would watch its time. The lock stays taken, so that the end
+/// of the script is no result: the next agent reports it as interrupted.
+pub fn stop() -> ! {
+    let running = running();
+    if let Some((task, cgroups)) = &*running {
+        let dead = kill_orphans(task, cgroups.as_deref());
+        log::event("stopped", &[("task", task), ("killed", &dead)]);
+    }
+    std::process::exit(0)
 }
 
 /// A running child and the ends of its pipes.

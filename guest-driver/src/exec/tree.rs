@@ -61,7 +61,10 @@ impl Before {
             let leader = table.get(&p.session).map(|leader| leader.id.start);
             before.processes.insert(p.id);
             before.sessions.insert(p.session, leader);
-            before.tasks.extend(marker(p.id.pid));
+            // In a task's cgroup it is known by that.
+            if cgroup::of(p.id.pid).is_none() {
+                before.tasks.extend(marker(p.id.pid));
+            }
         }
         before
     }

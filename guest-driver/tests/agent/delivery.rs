@@ -181,7 +181,7 @@ fn a_stream_that_ends_in_mid_task_is_replaced_at_once_and_the_task_reported_once
     }
 }
 
-fn in_environment(task: &str) -> usize {
+pub fn in_environment(task: &str) -> usize {
     let want = format!("ADIT_TASK_ID={task}");
     let bears = |dir: &Path| {
         let env = fs::read(dir.join("environ")).unwrap_or_default();

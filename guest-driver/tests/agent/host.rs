@@ -129,6 +129,14 @@ impl Host {
         }
     }
 
+    /// SIGTERM, as a service manager.
+    pub fn stop(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.pid());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        let status = self.agent.take().unwrap().wait().unwrap();
+        assert!(status.success(), "{status}: {}", self.log());
+    }
+
     /// Waits until the agent has ended at its kill point.
     pub fn wait_for_crash(&mut self) {
         use std::os::unix::process::ExitStatusExt;

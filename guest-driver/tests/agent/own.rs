@@ -13,7 +13,7 @@ use adit_tasks::hex;
 use adit_tasks::wire::{Outcome, Report};
 use serde_json::{Value, json};
 
-use crate::delivery::fifo;
+use crate::delivery::{fifo, in_environment};
 use crate::host::*;
 
 /// Nothing that is waited for here takes this long.
@@ -197,4 +197,33 @@ fn r114_a_daemon_of_a_finished_task_outlives_the_agent() {
     fs::write(&go, "go\n").unwrap();
     assert_eq!(fs::read_to_string(&did).unwrap(), "did\n");
     assert!(tree::kill_orphans(&hex(&task.task_id), None));
+}
+
+#[test]
+fn a_stopped_agent_ends_the_task_that_runs_and_the_next_reports_it_interrupted() {
+    let mut host = Host::new();
+    let [go, did] = ["go", "did"].map(|name| host.path(name));
+    fifo(&go);
+    fifo(&did);
+    // Whatever it does against it.
+    let text = "trap '' TERM; setsid sleep 1000 & echo up >\"$2\"; sleep 1000; sleep 1000";
+    let task = task(host.goal(1, json!([shell(text, &[&go, &did])])), "it", 1);
+    host.start(None);
+    let (mut session, _) = host.accept();
+    let Some(Said::Pull(id)) = session.next().unwrap() else {
+        panic!("{}", host.log())
+    };
+    session.task(id, &task);
+    assert_eq!(fs::read_to_string(&did).unwrap(), "up\n");
+    let name = hex(&task.task_id);
+    assert!(in_environment(&name) >= 2);
+    host.stop();
+    assert_eq!(in_environment(&name), 0, "{}", host.log());
+    host.start(None);
+    let (mut session, _) = host.accept();
+    let Some(Said::Report(id, report)) = session.next().unwrap() else {
+        panic!("{}", host.log())
+    };
+    assert_eq!(report.outcome, Outcome::Interrupted, "{}", report.reason);
+    session.ack(id, &report);
 }
