@@ -13,6 +13,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde::Deserialize;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::broadcast::error::RecvError;
 
 use crate::config::VmConfig;
@@ -22,7 +23,7 @@ use crate::registry::{AddError, VmEntry};
 use crate::state::State;
 
 /// Most bytes of a request's body: an envelope inside JSON.
-const BODY_MAX: usize = 2 * dsse::ENVELOPE_MAX + 4096;
+pub const BODY_MAX: usize = 2 * dsse::ENVELOPE_MAX + 4096;
 /// Longest wait for a VM.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
 /// How long a port process that was told to end may take.
@@ -297,6 +298,15 @@ async fn reload_vm(Shared(state): Shared<App>, Path(name): Path<String>) -> Answ
     Ok(Json(vm.show()))
 }
 
+/// Those who wait are not all who may ask: the operator gets through.
+fn patient(state: &State) -> Result<OwnedSemaphorePermit, ApiError> {
+    state.patient.clone().try_acquire_owned().map_err(|_| {
+        let message = "too many requests wait for something to happen already";
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "busy", message)
+            .help("end some of `adit wait` and `adit task watch`, or raise the limit of open files of aditd")
+    })
+}
+
 #[derive(Deserialize)]
 struct WaitQuery {
     #[serde(rename = "for")]
@@ -317,6 +327,7 @@ async fn wait_vm(
             "`for` is `agent`",
         ));
     }
+    let _patient = patient(&state)?;
     let mut changes = vm.watch();
     let ready = async {
         while !vm.ready() {
@@ -566,6 +577,7 @@ async fn events(
     Shared(state): Shared<App>,
     Query(q): Query<EventQuery>,
 ) -> Result<Response, ApiError> {
+    let patient = patient(&state)?;
     // Before the query, so that no change falls in between.
     let mut changes = state.subscribe();
     let goal = q.goal;
@@ -577,6 +589,7 @@ async fn events(
     let mut present = page_of(&state, &filter, 0, PAGE_MAX).await?;
     let (to, from) = tokio::sync::mpsc::channel::<Result<Bytes, std::convert::Infallible>>(64);
     tokio::spawn(async move {
+        let _patient = patient;
         let mut open = std::collections::HashMap::new();
         loop {
             let (tasks, next) = present;

@@ -1,7 +1,7 @@
 //! `aditd.toml`: where things are, which VMs there are, what of them may be reached.
 //!
 //! ```toml
-//! run_dir = "/run/adit"             # sockets: aditd.sock, proxy.addr, vm/NAME/{vhost,ctl}.sock
+//! run_dir = "/run/adit"             # sockets: aditd.sock, proxy.addr, metrics.addr, vm/NAME/{vhost,ctl}.sock
 //! state_dir = "/var/lib/adit"       # the database
 //!
 //! [proxy]
@@ -12,7 +12,10 @@
 //!
 //! [limits]                          # all optional; these are the defaults
 //! queued_per_vm = 1024              # tasks that wait for one VM
-//! connections = 4096                # clients of the proxy at the same time
+//! connections = 4096                # clients of the proxy at the same time; fewer where descriptors are few
+//! connections_per_client = 2048     # of one client (an address; a user, where it is this host's): half
+//! requests_per_vm = 1024            # to one VM that are under way: a quarter
+//! response_s = 60                   # what a VM may take to begin an answer: 504 then
 //! kept_days = 30                    # what has ended is forgotten after this long, ...
 //! kept_per_vm = 10000               # ... and the oldest when a VM has more tasks than this, ...
 //! kept_mib_per_vm = 64              # ... or more output than this
@@ -117,6 +120,12 @@ pub struct Limits {
     pub queued_per_vm: u32,
     /// Client connections of the proxy at most.
     pub connections: usize,
+    /// Client connections of one client at most; if nothing is said, half of all.
+    pub connections_per_client: Option<usize>,
+    /// Requests to one VM that are under way at most; if nothing is said, a quarter of all connections.
+    pub requests_per_vm: Option<usize>,
+    /// Seconds that a VM may take until its answer begins, from when it has the request.
+    pub response_s: u32,
     /// Days that ended tasks are kept at most.
     pub kept_days: u32,
     /// Ended tasks of one VM that are kept at most.
@@ -130,6 +139,9 @@ impl Default for Limits {
         Self {
             queued_per_vm: 1024,
             connections: 4096,
+            connections_per_client: None,
+            requests_per_vm: None,
+            response_s: 60,
             kept_days: 30,
             kept_per_vm: 10_000,
             kept_mib_per_vm: 64,

@@ -3,6 +3,7 @@
 //! | module | what |
 //! |---|---|
 //! | `config` | `aditd.toml` |
+//! | `listen` | what every listener has: caps, shares, deadlines, descriptors in reserve |
 //! | `registry` | the VMs and how each one's channel stands |
 //! | `supervisor`, `ports` | a port process a VM: found or started, spoken to |
 //! | `uids`, `whose` | a user for each of them; which process it is |
@@ -20,6 +21,7 @@ pub mod config;
 pub mod db;
 pub mod fdstore;
 pub mod keeper;
+pub mod listen;
 pub mod metrics;
 pub mod ports;
 pub mod proxy;
@@ -40,11 +42,12 @@ use std::time::Duration;
 use adit_channel::{hello, socket_path};
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 use config::{Config, VmConfig};
 use db::Db;
 use fdstore::FdStore;
+use listen::Gate;
 use queue::QueueError;
 use registry::VmEntry;
 use state::State;
@@ -80,7 +83,10 @@ pub async fn run(
         None => None,
     };
     let api = bind_api(&state.config.api_socket())?;
-    write_address(&state.config.run_dir, &proxy.local_addr()?.to_string())?;
+    if let Some(metrics) = &metrics {
+        write_address(&state.config.run_dir, "metrics.addr", metrics)?;
+    }
+    write_address(&state.config.run_dir, "proxy.addr", &proxy)?;
 
     load_vms(&state).await?;
     state.fd_store.forget_others();
@@ -100,12 +106,26 @@ pub async fn run(
     tasks.spawn(state.clone().expire_tasks());
     if let Some(listener) = metrics {
         let app = api::observe(state.clone()).with_state(state.clone());
-        tasks.spawn(async move { drop(axum::serve(listener, app).await) });
+        let (gate, room) = (Gate::new(state.room.metrics), state.room);
+        let spares = move |client: &TcpStream| room.spares(client);
+        tasks.spawn(listen::serve(
+            listener,
+            app,
+            gate,
+            0,
+            spares,
+            state.stop.clone(),
+        ));
     }
-    let stop = state.stop.clone();
-    let served =
-        axum::serve(api, api::router(state.clone())).with_graceful_shutdown(stop.cancelled_owned());
-    let server = tokio::spawn(async move { served.await });
+    let server = tokio::spawn(listen::serve(
+        api,
+        api::router(state.clone()),
+        Gate::new(state.room.api),
+        api::BODY_MAX,
+        // What the others leave is for this one.
+        |_: &UnixStream| true,
+        state.stop.clone(),
+    ));
     tokio::select! {
         () = stop_signal() => tracing::info!("told to stop; port processes go on"),
         () = state.stop.cancelled() => tracing::info!("told to stop by the API"),
@@ -118,7 +138,9 @@ pub async fn run(
     }
     tasks.shutdown().await;
     let _ = socket_path::remove(&state.config.api_socket());
-    let _ = std::fs::remove_file(state.config.run_dir.join("proxy.addr"));
+    for file in ["proxy.addr", "metrics.addr"] {
+        let _ = std::fs::remove_file(state.config.run_dir.join(file));
+    }
     Ok(())
 }
 
@@ -274,9 +296,9 @@ fn bind_api(path: &Path) -> anyhow::Result<UnixListener> {
 }
 
 /// Whole or not at all: somebody may be waiting for the file.
-fn write_address(run_dir: &Path, address: &str) -> anyhow::Result<()> {
-    let (path, new) = (run_dir.join("proxy.addr"), run_dir.join("proxy.addr.new"));
-    std::fs::write(&new, format!("{address}\n"))
+fn write_address(run_dir: &Path, file: &str, listener: &TcpListener) -> anyhow::Result<()> {
+    let (path, new) = (run_dir.join(file), run_dir.join(format!("{file}.new")));
+    std::fs::write(&new, format!("{}\n", listener.local_addr()?))
         .and_then(|()| std::fs::rename(&new, &path))
         .with_context(|| format!("cannot write {}", path.display()))
 }

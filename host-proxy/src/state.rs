@@ -8,13 +8,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use adit_api::{Task, TaskEvent};
 use adit_tasks::VmId;
 use jiff::Timestamp;
-use tokio::sync::{Notify, broadcast};
+use tokio::sync::{Notify, Semaphore, broadcast};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::db::Db;
 use crate::fdstore::FdStore;
+use crate::listen::{Room, Shares};
 use crate::metrics::Metrics;
 use crate::queue::{self, retention, retention::Keep};
 use crate::registry::{Registry, VmEntry};
@@ -39,6 +40,12 @@ pub struct State {
     pub fd_store: FdStore,
     /// Counters.
     pub metrics: Metrics,
+    /// How many connections there may be.
+    pub room: Room,
+    /// Each VM's share of the requests that are under way through the proxy.
+    pub vm_shares: Arc<Shares<VmId>>,
+    /// Requests of the API that wait for something to happen: half of its connections at most.
+    pub patient: Arc<Semaphore>,
     /// Drawn once a process.
     pub boot_nonce: [u8; 16],
     /// Stops everything.
@@ -61,7 +68,12 @@ impl State {
         fd_store: FdStore,
         uids: Option<Uids>,
     ) -> Arc<Self> {
+        let room = Room::of_process(config.limits.connections);
+        let per_vm = config.limits.requests_per_vm.unwrap_or(room.proxy / 4);
         Arc::new(Self {
+            room,
+            vm_shares: Shares::new(per_vm.max(1)),
+            patient: Arc::new(Semaphore::new((room.api / 2).max(1))),
             registry: Registry::new(&config.run_dir),
             config,
             port_binary,

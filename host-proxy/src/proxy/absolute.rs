@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use adit_port::control::{DialFailed, Target};
 use http_body_util::BodyExt;
@@ -16,6 +17,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
 use super::ends::{self, GuestIo};
+use super::patience::{Moved, Noted, Shared, in_time};
 use super::problem::{Body, Problem};
 use super::{authority, dial, internal, socket_pair};
 use crate::state::State;
@@ -47,8 +49,11 @@ pub(super) async fn handle(
     let to = authority::parse(named, Some(HTTP))?;
     // The target decides, never the Host field (R65).
     let host = HeaderValue::from_str(named).map_err(|_| bad("the authority is no header value"))?;
-    let stream = dial(state, &to).await?;
+    let (stream, share) = dial(state, &to).await?;
     let (ours, theirs) = socket_pair().map_err(|e| internal("no socket", e))?;
+    if !state.room.spares(&ours) || !state.room.spares(&theirs) {
+        return Err(Problem::busy("aditd has few descriptors left"));
+    }
     ours.set_nonblocking(true)
         .map_err(|e| internal("no socket", e))?;
     let ours = UnixStream::from_std(ours).map_err(|e| internal("no socket", e))?;
@@ -76,10 +81,22 @@ pub(super) async fn handle(
         .await
         .map_err(broken)?;
     tokio::spawn(ends::drive(connection));
-    let mut response = sender.send_request(request).await.map_err(broken)?;
+    let moved = Moved::now();
+    let request = request.map(|body| Noted::new(body, moved.clone()));
+    let limit = Duration::from_secs(state.config.limits.response_s.into());
+    let mut response = in_time(sender.send_request(request), &moved, limit)
+        .await
+        .ok_or_else(|| {
+            let detail = format!(
+                "VM `{}` port {}: no answer began within {limit:?}",
+                to.vm, to.port
+            );
+            Problem::new(StatusCode::GATEWAY_TIMEOUT, "http_response_timeout", detail)
+        })?
+        .map_err(broken)?;
     strip_hop_by_hop(response.headers_mut());
     response.headers_mut().append(VIA, VIA_ADIT);
-    Ok(response.map(BodyExt::boxed))
+    Ok(response.map(|body| Shared::new(body, share).boxed()))
 }
 
 /// Takes out what concerns one connection only (RFC 9110 §7.6.1), and what is meant for this proxy.

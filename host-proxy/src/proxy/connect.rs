@@ -31,12 +31,14 @@ pub(super) async fn handle(
         ));
     };
     let to = authority::parse(&named, None)?;
-    let stream = dial(state, &to).await?;
+    let (stream, share) = dial(state, &to).await?;
     let upgrade = hyper::upgrade::on(&mut request);
     state.clients.spawn(async move {
         if let Err(e) = hand_over(upgrade, stream).await {
             tracing::debug!(vm = %to.vm, error = %e, "tunnel not begun");
         }
+        // From here on the tunnel is the port process's.
+        drop(share);
     });
     Ok(Response::new(
         Empty::<Bytes>::new()

@@ -8,6 +8,7 @@ mod absolute;
 pub mod authority;
 mod connect;
 mod ends;
+mod patience;
 pub mod problem;
 
 use std::convert::Infallible;
@@ -16,22 +17,27 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adit_port::control::{PREFIX_MAX, Target};
+use adit_tasks::VmId;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
+use crate::listen::{Gate, HEADER_LIMIT, Place, Share, Shares};
 use crate::ports::DialedStream;
 use crate::state::State;
 use authority::Destination;
 use ends::{Answered, ClientIo, UnderWay};
 use problem::{Body, Problem};
 
-/// How long a client may take for its header.
-const HEADER_LIMIT: Duration = Duration::from_secs(10);
+/// Connections that are being refused at the same time; more of them are closed without a word.
+const REFUSALS_MAX: usize = 8;
+/// How long a client may take to hear that it is refused.
+const REFUSAL_LIMIT: Duration = Duration::from_secs(2);
 /// Most bytes of a header. hyper reads no further ahead, so what a client sends behind a CONNECT fits into `Attach`.
 const HEADER_MAX: usize = PREFIX_MAX;
 /// Most header fields.
@@ -41,43 +47,77 @@ const DIAL_LIMIT: Duration = Duration::from_secs(10);
 
 /// Serves clients until told to stop; returns when the requests that were under way have ended.
 pub async fn serve(state: Arc<State>, listener: TcpListener) {
-    let slots = Arc::new(Semaphore::new(state.config.limits.connections));
+    let max = state.room.proxy;
+    let gate = Gate::new(max);
+    let of_each = state.config.limits.connections_per_client;
+    let clients = Shares::new(of_each.unwrap_or(max / 2).max(1));
+    let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
     loop {
-        // A slot first: what is not accepted waits in the kernel's backlog, bounded.
-        let accept = async {
-            let slot = slots.clone().acquire_owned().await;
-            (slot, listener.accept().await)
-        };
-        let (slot, accepted) = tokio::select! {
-            accepted = accept => accepted,
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
             () = state.stop.cancelled() => break,
         };
-        match accepted {
-            Ok((client, _)) => {
-                let of_client = state.clone();
+        let (client, from) = match accepted {
+            Ok(accepted) => accepted,
+            Err(e) => {
+                tracing::warn!(error = %e, "cannot accept");
+                gate.evict();
+                // Only what ends frees descriptors; asking again at once would spin.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        if !state.room.spares(&client) {
+            // Silent ones have the descriptors that the next one needs.
+            gate.evict();
+            continue;
+        }
+        let Some(share) = clients.take(from.ip()) else {
+            let why = format!("this client has {} connections open", clients.max());
+            if let Ok(slot) = refusals.clone().try_acquire_owned() {
                 state.clients.spawn(async move {
-                    connection(of_client, client).await;
+                    refuse(client, &Problem::busy(why)).await;
                     drop(slot);
                 });
             }
-            Err(e) => {
-                tracing::warn!(error = %e, "cannot accept");
-                // Only what ends frees descriptors; asking again at once would spin.
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        }
+            continue;
+        };
+        // What is not let in waits in the kernel's backlog, bounded.
+        let place = tokio::select! {
+            place = gate.enter() => place,
+            () = state.stop.cancelled() => break,
+        };
+        let of_client = state.clone();
+        state.clients.spawn(async move {
+            connection(of_client, client, &place).await;
+            drop((place, share));
+        });
     }
     drop(listener);
     state.clients.close();
     state.clients.wait().await;
 }
 
-async fn connection(state: Arc<State>, client: TcpStream) {
+/// Says why there is no connection to be had, whatever was asked.
+async fn refuse(mut client: TcpStream, problem: &Problem) {
+    let said = async {
+        client.write_all(problem.text().as_bytes()).await?;
+        client.shutdown().await?;
+        // Closed with something unread, the answer would be lost.
+        let mut asked = [0; 4096];
+        while client.read(&mut asked).await? > 0 {}
+        io::Result::Ok(())
+    };
+    let _ = tokio::time::timeout(REFUSAL_LIMIT, said).await;
+}
+
+async fn connection(state: Arc<State>, client: TcpStream, place: &Place) {
     let _ = client.set_nodelay(true);
     let stop = state.stop.clone();
     let under_way = UnderWay::default();
     let client = ClientIo::new(client, under_way.clone());
     let service = service_fn(|request: Request<Incoming>| {
+        place.spoke();
         let state = state.clone();
         let under_way = under_way.clone();
         async move {
@@ -97,6 +137,7 @@ async fn connection(state: Arc<State>, client: TcpStream) {
     tokio::pin!(served);
     let ended = tokio::select! {
         ended = served.as_mut() => ended,
+        () = place.evicted.cancelled() => return,
         () = stop.cancelled() => {
             served.as_mut().graceful_shutdown();
             served.await
@@ -122,8 +163,9 @@ async fn answer(state: &Arc<State>, request: Request<Incoming>) -> Response<Body
     response
 }
 
-/// Checks who is meant and whether that is allowed, and dials.
-async fn dial(state: &State, to: &Destination) -> Result<DialedStream, Problem> {
+/// Checks who is meant and whether that is allowed, and dials. The share is the VM's of the proxy: for as long as the
+/// request needs aditd.
+async fn dial(state: &State, to: &Destination) -> Result<(DialedStream, Share<VmId>), Problem> {
     let Some(vm) = state.registry.get(&to.vm) else {
         let detail = format!(
             "no VM is named `{}` on this host (`adit vm ls` lists them)",
@@ -161,9 +203,13 @@ async fn dial(state: &State, to: &Destination) -> Result<DialedStream, Problem> 
             "its port process does not run",
         ));
     };
-    link.dial(to.target.clone(), DIAL_LIMIT)
-        .await
-        .map_err(|e| Problem::of_dial(to, &e))
+    let Some(share) = state.vm_shares.take(to.vm.clone()) else {
+        let max = state.vm_shares.max();
+        let detail = format!("VM `{}` has {max} requests under way already", to.vm);
+        return Err(Problem::busy(detail));
+    };
+    let stream = link.dial(to.target.clone(), DIAL_LIMIT).await;
+    Ok((stream.map_err(|e| Problem::of_dial(to, &e))?, share))
 }
 
 /// A pair of connected Unix stream sockets.

@@ -44,6 +44,15 @@ impl Problem {
         }
     }
 
+    /// Somebody has all that may be had of something right now.
+    pub fn busy(detail: impl Into<String>) -> Self {
+        Self::later(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "connection_limit_reached",
+            detail,
+        )
+    }
+
     /// The VM has no channel right now.
     pub fn no_channel(vm: &str, why: &str) -> Self {
         Self::later(
@@ -101,10 +110,26 @@ impl Problem {
         }
     }
 
+    /// The same as bytes of HTTP/1.1, for a client that is not served at all.
+    pub fn text(&self) -> String {
+        let (line, retry) = (self.line(), self.retry_after.unwrap_or(1));
+        format!(
+            "HTTP/1.1 {}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\nConnection: close\r\n\
+             Retry-After: {retry}\r\nProxy-Status: {}\r\n\r\n{line}",
+            self.status,
+            line.len(),
+            proxy_status(self.error, &self.detail),
+        )
+    }
+
+    fn line(&self) -> String {
+        // Part of it may be a guest's, and the reader a terminal (R72).
+        self.detail.chars().flat_map(shown).chain(['\n']).collect()
+    }
+
     /// The answer.
     pub fn response(&self) -> Response<Body> {
-        // Part of it may be a guest's, and the reader a terminal (R72).
-        let line: String = self.detail.chars().flat_map(shown).chain(['\n']).collect();
+        let line = self.line();
         let mut response = Response::new(Full::from(line).map_err(|never| match never {}).boxed());
         *response.status_mut() = self.status;
         let headers = response.headers_mut();

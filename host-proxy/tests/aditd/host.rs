@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddrV4, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -156,8 +156,25 @@ impl Host {
     }
 
     pub fn proxy(&self) -> TcpStream {
-        let address = fs::read_to_string(self.dir.path().join("run/proxy.addr")).unwrap();
-        let stream = TcpStream::connect(address.trim()).unwrap();
+        self.tcp("proxy.addr", [127, 0, 0, 1])
+    }
+
+    /// Connects to the listener whose address is in this file, as a client with this address.
+    pub fn tcp(&self, file: &str, from: [u8; 4]) -> TcpStream {
+        let address = fs::read_to_string(self.dir.path().join("run").join(file)).unwrap();
+        let to: SocketAddrV4 = address.trim().parse().unwrap();
+        use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+        let sock = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        bind(&sock, &SocketAddrV4::new(from.into(), 0)).unwrap();
+        connect(&sock, &to).unwrap();
+        let stream = TcpStream::from(sock);
+        stream.set_read_timeout(Some(HANG)).unwrap();
+        stream
+    }
+
+    /// Connects to the operator's socket.
+    pub fn operator(&self) -> UnixStream {
+        let stream = UnixStream::connect(self.dir.path().join("run/aditd.sock")).unwrap();
         stream.set_read_timeout(Some(HANG)).unwrap();
         stream
     }

@@ -5,5 +5,6 @@ mod cut;
 mod handover;
 mod host;
 mod kept;
+mod limits;
 mod proxy;
 mod tasks;

@@ -10,7 +10,7 @@ use adit_port::control_io::Message;
 use crate::host::{Answer, Host};
 
 /// Reads until the end of a header.
-fn head(stream: &mut impl Read) -> String {
+pub fn head(stream: &mut impl Read) -> String {
     let (mut text, mut byte) = (Vec::new(), [0]);
     while !text.ends_with(b"\r\n\r\n") {
         stream.read_exact(&mut byte).unwrap();
@@ -20,7 +20,7 @@ fn head(stream: &mut impl Read) -> String {
 }
 
 /// Waits for the end of a stream.
-fn drained(stream: &mut UnixStream) -> bool {
+pub fn drained(stream: &mut UnixStream) -> bool {
     let mut rest = Vec::new();
     match stream.read_to_end(&mut rest) {
         Ok(_) => true,

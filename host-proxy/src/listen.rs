@@ -1,0 +1,357 @@
+//! What every listener has (I8): a cap on its connections, a share of it for each client, a deadline for a request's header,
+//! and descriptors that it leaves to the operator's socket.
+//!
+//! Where a listener is full, the connection that has said nothing for longest makes room: idle connections lock nobody out.
+//! The kernel gives out the lowest free descriptor, so one whose number is high tells that the process has few left; whoever
+//! may do without gives it back then ([`Room::spares`]).
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::serve::Listener;
+use http_body_util::{BodyExt, Limited};
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use nix::sys::resource::{Resource, getrlimit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// How long a client may take for a request's header, and again for its body.
+pub const HEADER_LIMIT: Duration = Duration::from_secs(10);
+/// How long a client of the API may read nothing of its answer.
+const READ_LIMIT: Duration = Duration::from_secs(30);
+/// Descriptors that are left to the operator's socket and to aditd itself at most.
+const RESERVE_MAX: usize = 256;
+/// Connections of the API at most.
+const API_MAX: usize = 128;
+/// Connections of the metrics' listener at most.
+const METRICS_MAX: usize = 64;
+/// Descriptors that a request through the proxy takes: the client's, and both ends of a pair.
+const OF_A_REQUEST: usize = 3;
+
+/// How many connections there may be, by how many descriptors this process may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Descriptors from this number on are not for clients of the proxy, of metrics, and for guests.
+    spare_from: usize,
+    /// Connections of the API.
+    pub api: usize,
+    /// Connections of the metrics' listener.
+    pub metrics: usize,
+    /// Connections of the proxy.
+    pub proxy: usize,
+}
+
+impl Room {
+    /// Divides what the process has; `proxy` is what the configuration allows.
+    pub fn of_process(proxy: usize) -> Self {
+        let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
+        Self::new(usize::try_from(soft).unwrap_or(usize::MAX), proxy)
+    }
+
+    fn new(descriptors: usize, proxy: usize) -> Self {
+        let reserve = (descriptors / 4).clamp(8, RESERVE_MAX);
+        let metrics = (descriptors / 16).clamp(2, METRICS_MAX);
+        let spare_from = descriptors.saturating_sub(reserve);
+        Self {
+            spare_from,
+            api: (reserve / 2).min(API_MAX),
+            metrics,
+            proxy: (spare_from.saturating_sub(metrics) / OF_A_REQUEST).clamp(1, proxy.max(1)),
+        }
+    }
+
+    /// Whether a client's or a guest's new descriptor leaves enough to others.
+    pub fn spares(&self, fd: &impl AsRawFd) -> bool {
+        usize::try_from(fd.as_raw_fd()).is_ok_and(|fd| fd < self.spare_from)
+    }
+}
+
+/// So much for each of many, and no more.
+#[derive(Debug)]
+pub struct Shares<K: Eq + Hash> {
+    max: usize,
+    held: Mutex<HashMap<K, usize>>,
+}
+
+/// One of a [`Shares`]. Dropped = given back.
+#[derive(Debug)]
+pub struct Share<K: Eq + Hash> {
+    of: Arc<Shares<K>>,
+    key: K,
+}
+
+impl<K: Eq + Hash + Clone> Shares<K> {
+    /// `max` for each.
+    pub fn new(max: usize) -> Arc<Self> {
+        Arc::new(Self {
+            max,
+            held: Mutex::default(),
+        })
+    }
+
+    /// Takes one; none: `key` has all that it may.
+    pub fn take(self: &Arc<Self>, key: K) -> Option<Share<K>> {
+        let mut held = self.held();
+        let of_key = held.entry(key.clone()).or_insert(0);
+        if *of_key >= self.max {
+            return None;
+        }
+        *of_key += 1;
+        Some(Share {
+            of: self.clone(),
+            key,
+        })
+    }
+
+    /// How many each may have.
+    pub fn max(&self) -> usize {
+        self.max
+    }
+}
+
+impl<K: Eq + Hash> Shares<K> {
+    fn held(&self) -> MutexGuard<'_, HashMap<K, usize>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<K: Eq + Hash> Drop for Share<K> {
+    fn drop(&mut self) {
+        let mut held = self.of.held();
+        // Whoever has none has no entry: the map is as large as there are connections.
+        match held.get_mut(&self.key) {
+            Some(n) if *n > 1 => *n -= 1,
+            _ => drop(held.remove(&self.key)),
+        }
+    }
+}
+
+/// The connections of a listener.
+#[derive(Debug)]
+pub struct Gate {
+    slots: Arc<Semaphore>,
+    /// Those that have asked for nothing yet, by age.
+    silent: Mutex<BTreeMap<u64, CancellationToken>>,
+    next: AtomicU64,
+}
+
+/// A connection's place. Dropped = free.
+#[derive(Debug)]
+pub struct Place {
+    gate: Arc<Gate>,
+    nth: u64,
+    /// Another one needs the place, and this one has said nothing yet.
+    pub evicted: CancellationToken,
+    _slot: Option<OwnedSemaphorePermit>,
+}
+
+impl Gate {
+    /// So many connections at the same time.
+    pub fn new(max: usize) -> Arc<Self> {
+        Arc::new(Self {
+            slots: Arc::new(Semaphore::new(max)),
+            silent: Mutex::default(),
+            next: AtomicU64::new(0),
+        })
+    }
+
+    /// Waits for a place; the oldest silent connection makes it, if there is none.
+    pub async fn enter(self: &Arc<Self>) -> Place {
+        let slot = match self.slots.clone().try_acquire_owned() {
+            Ok(slot) => Some(slot),
+            Err(_) => {
+                self.evict();
+                // It is never closed.
+                self.slots.clone().acquire_owned().await.ok()
+            }
+        };
+        let nth = self.next.fetch_add(1, Ordering::Relaxed);
+        let evicted = CancellationToken::new();
+        self.silent().insert(nth, evicted.clone());
+        Place {
+            gate: self.clone(),
+            nth,
+            evicted,
+            _slot: slot,
+        }
+    }
+
+    /// Ends the oldest silent connection.
+    pub fn evict(&self) {
+        if let Some((_, oldest)) = self.silent().pop_first() {
+            oldest.cancel();
+        }
+    }
+
+    fn silent(&self) -> MutexGuard<'_, BTreeMap<u64, CancellationToken>> {
+        self.silent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Place {
+    /// A whole request has come: it is not cut off for another.
+    pub fn spoke(&self) {
+        self.gate.silent().remove(&self.nth);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.spoke();
+    }
+}
+
+/// Serves the API, or a part of it, one request a connection, until told to stop; `spares` says which connections leave
+/// enough descriptors to others.
+pub async fn serve<L>(
+    mut listener: L,
+    app: Router,
+    gate: Arc<Gate>,
+    body_max: usize,
+    spares: impl Fn(&L::Io) -> bool,
+    stop: CancellationToken,
+) where
+    L: Listener,
+    L::Io: AsRawFd,
+{
+    let app = TowerToHyperService::new(app);
+    let clients = TaskTracker::new();
+    loop {
+        let (client, _) = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => break,
+        };
+        if !spares(&client) {
+            // The next one may have the descriptor of a connection that says nothing.
+            gate.evict();
+            continue;
+        }
+        let place = tokio::select! {
+            place = gate.enter() => place,
+            () = stop.cancelled() => break,
+        };
+        clients.spawn(connection(
+            client,
+            place,
+            app.clone(),
+            body_max,
+            stop.clone(),
+        ));
+    }
+    drop(listener);
+    clients.close();
+    clients.wait().await;
+}
+
+async fn connection<I>(
+    client: I,
+    place: Place,
+    app: TowerToHyperService<Router>,
+    body_max: usize,
+    stop: CancellationToken,
+) where
+    I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
+{
+    let mut client = tokio_io_timeout::TimeoutWriter::new(client);
+    client.set_timeout(Some(READ_LIMIT));
+    let client = Box::pin(client);
+    let (place, app) = (&place, &app);
+    let service = service_fn(|request: Request<Incoming>| async move {
+        let (parts, body) = request.into_parts();
+        let whole = Limited::new(body, body_max).collect();
+        let body = match tokio::time::timeout(HEADER_LIMIT, whole).await {
+            Ok(Ok(body)) => body.to_bytes(),
+            Ok(Err(_)) => {
+                let why = format!("a request has at most {body_max} bytes, and all of them\n");
+                return Ok(refusal(StatusCode::PAYLOAD_TOO_LARGE, why));
+            }
+            Err(_) => {
+                let why = format!("the request's body did not come within {HEADER_LIMIT:?}\n");
+                return Ok(refusal(StatusCode::REQUEST_TIMEOUT, why));
+            }
+        };
+        place.spoke();
+        let request = Request::from_parts(parts, axum::body::Body::from(body));
+        app.call(request).await
+    });
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_LIMIT)
+        // So a connection either says its request or is silent, and a client asks as easily anew.
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(client), service);
+    tokio::pin!(served);
+    let ended = tokio::select! {
+        ended = served.as_mut() => ended,
+        () = place.evicted.cancelled() => return,
+        () = stop.cancelled() => {
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
+    };
+    if let Err(e) = ended {
+        tracing::debug!(error = %e, "client connection ended");
+    }
+}
+
+fn refusal(status: StatusCode, why: String) -> Response {
+    (status, why).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_operators_socket_has_room_whatever_the_limit_of_descriptors() {
+        for descriptors in [32, 128, 256, 1024, 20_000, 1 << 20] {
+            let room = Room::new(descriptors, 4096);
+            let clients = room.metrics + OF_A_REQUEST * room.proxy;
+            assert!(clients + room.api < descriptors, "{descriptors}: {room:?}");
+            assert!(room.api >= 4 && room.metrics >= 2 && room.proxy >= 1);
+        }
+        assert_eq!(Room::new(20_000, 4096).proxy, 4096);
+    }
+
+    #[test]
+    fn a_share_is_given_back_and_leaves_nothing_behind() {
+        let shares = Shares::new(2);
+        let (one, two) = (shares.take("a"), shares.take("a"));
+        assert!(one.is_some() && two.is_some() && shares.take("a").is_none());
+        let other = shares.take("b");
+        assert!(other.is_some());
+        drop(one);
+        assert!(shares.take("a").is_some());
+        drop((two, other));
+        assert!(shares.held().is_empty());
+    }
+
+    #[tokio::test]
+    async fn the_oldest_silent_connection_makes_room_and_one_that_spoke_does_not() {
+        let gate = Gate::new(2);
+        let (spoke, silent) = (gate.enter().await, gate.enter().await);
+        spoke.spoke();
+        let of_silent = silent.evicted.clone();
+        let entering = tokio::spawn({
+            let gate = gate.clone();
+            async move { gate.enter().await }
+        });
+        of_silent.cancelled().await;
+        drop(silent);
+        let third = entering.await.unwrap();
+        assert!(!spoke.evicted.is_cancelled() && !third.evicted.is_cancelled());
+    }
+}

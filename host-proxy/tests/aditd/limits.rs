@@ -1,0 +1,202 @@
+//! One client, or one VM, has its share of aditd and no more (R108, R110, I7, I8).
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use crate::host::{Answer, Host};
+use crate::proxy::{drained, head};
+
+const ONE: [u8; 4] = [127, 0, 0, 1];
+const OTHER: [u8; 4] = [127, 0, 0, 2];
+
+/// The whole answer to a request.
+fn ask(mut client: TcpStream, request: &str) -> Answer {
+    client.write_all(request.as_bytes()).unwrap();
+    answer(&mut client)
+}
+
+fn answer(client: &mut impl Read) -> Answer {
+    let mut said = Vec::new();
+    client.read_to_end(&mut said).unwrap();
+    Answer::parse(&said).unwrap()
+}
+
+fn get(path: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+}
+
+#[test]
+fn r108_idle_connections_on_every_listener_leave_the_operators_socket_answering() {
+    for descriptors in [128, 256] {
+        let (mut host, ports) = Host::new(&[("a", 3)], "[metrics]\nlisten = \"127.0.0.1:0\"");
+        host.start_with(descriptors);
+        let control = ports[0].connected();
+        let mut idle: Vec<Box<dyn Read>> = Vec::new();
+        let mut started = Vec::new();
+        for n in 0..400u16 {
+            idle.push(Box::new(host.tcp("metrics.addr", ONE)));
+            idle.push(Box::new(host.operator()));
+            // From many addresses: no one's share ends this.
+            let from = [127, 1, (n >> 8) as u8, n as u8];
+            let mut client = host.tcp("proxy.addr", from);
+            if n % 2 == 0 {
+                client.write_all(b"GET http://a/ HT").unwrap();
+            }
+            started.push(client);
+        }
+        assert_eq!(host.api("GET", "/healthz", "").status, 200);
+        assert_eq!(host.get("/v1/vms/a")["name"], "a");
+        let answer = ask(host.tcp("metrics.addr", OTHER), &get("/metrics"));
+        assert_eq!(answer.status, 200);
+        // And the proxy serves whoever says what it wants.
+        let mut client = host.tcp("proxy.addr", OTHER);
+        client
+            .write_all(b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n")
+            .unwrap();
+        control.dialed(control.dial().id);
+        assert!(head(&mut client).starts_with("HTTP/1.1 200 "));
+    }
+}
+
+#[test]
+fn r108_a_silent_connection_is_closed_by_every_listener() {
+    let (mut host, _ports) = Host::new(&[], "[metrics]\nlisten = \"127.0.0.1:0\"");
+    host.start();
+    let mut rest = Vec::new();
+    let (mut metrics, mut operator) = (host.tcp("metrics.addr", ONE), host.operator());
+    let mut body = host.operator();
+    body.write_all(b"POST /v1/goals HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
+        .unwrap();
+    // Its read has a deadline of its own, far later.
+    metrics.read_to_end(&mut rest).unwrap();
+    operator.read_to_end(&mut rest).unwrap();
+    host.proxy().read_to_end(&mut rest).unwrap();
+    assert_eq!(answer(&mut body).status, 408);
+}
+
+#[test]
+fn r108_whoever_waits_for_events_leaves_room_for_others() {
+    let (mut host, _ports) = Host::new(&[("a", 3)], "");
+    host.start_with(128);
+    let mut waiting = Vec::new();
+    let mut busy = 0;
+    for _ in 0..40 {
+        let mut client = host.operator();
+        client
+            .write_all(get("/v1/vms/a/wait?for=agent&timeout_ms=3600000").as_bytes())
+            .unwrap();
+        waiting.push(client);
+    }
+    // Each is in, or is told so.
+    assert_eq!(host.api("GET", "/healthz", "").status, 200);
+    for client in &mut waiting {
+        client.set_nonblocking(true).unwrap();
+        let mut said = [0; 4096];
+        if matches!(client.read(&mut said), Ok(n) if said[..n].starts_with(b"HTTP/1.1 503 ")) {
+            busy += 1;
+        }
+    }
+    assert!(busy >= 1);
+    assert_eq!(host.api("GET", "/v1/vms", "").status, 200);
+}
+
+#[test]
+fn r110_a_vm_that_answers_nothing_has_its_share_of_the_proxy_and_no_more() {
+    let (mut host, ports) = Host::new(
+        &[("a", 3), ("b", 4)],
+        "[limits]\nconnections = 40\nconnections_per_client = 40",
+    );
+    host.start();
+    let (a, b) = (ports[0].connected(), ports[1].connected());
+    let mut clients: Vec<_> = (0..30).map(|_| host.proxy()).collect();
+    for client in &mut clients {
+        client.write_all(get("http://a/").as_bytes()).unwrap();
+    }
+    // A quarter of them is dialled, and the port process says nothing.
+    let dials: Vec<_> = (0..10).map(|_| a.dial().id).collect();
+    let mut client = host.proxy();
+    client.write_all(get("http://b/").as_bytes()).unwrap();
+    b.dialed(b.dial().id);
+    let (mut guest, _) = b.attached();
+    head(&mut guest);
+    guest
+        .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        .unwrap();
+    assert_eq!(answer(&mut client).body, "ok");
+    let refused: Vec<_> = clients
+        .drain(10..)
+        .map(|mut client| answer(&mut client))
+        .collect();
+    for answer in &refused {
+        assert_eq!(answer.status, 503, "{}", answer.body);
+        assert!(answer.head.contains("connection_limit_reached"));
+    }
+    // A share that is given back is there for the next one.
+    a.dialed(dials[0]);
+    let (guest, _) = a.attached();
+    drop(guest);
+    assert_eq!(answer(&mut clients[0]).status, 502);
+    let mut client = host.proxy();
+    client.write_all(get("http://a/").as_bytes()).unwrap();
+    a.dial();
+}
+
+#[test]
+fn r110_a_client_has_its_share_of_the_proxy_and_no_more() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "[limits]\nconnections_per_client = 4");
+    host.start();
+    let control = ports[0].connected();
+    let held: Vec<_> = (0..4).map(|_| host.tcp("proxy.addr", ONE)).collect();
+    for _ in 0..3 {
+        let answer = answer(&mut host.tcp("proxy.addr", ONE));
+        assert_eq!(answer.status, 503, "{}", answer.body);
+        assert!(answer.head.contains("connection_limit_reached"));
+    }
+    let mut client = host.tcp("proxy.addr", OTHER);
+    client
+        .write_all(b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n")
+        .unwrap();
+    control.dialed(control.dial().id);
+    assert!(head(&mut client).starts_with("HTTP/1.1 200 "));
+    drop(held);
+    // It is let in again, as soon as its connections are seen to be closed.
+    host.until("the client is let in", |h| {
+        let answer = ask(h.tcp("proxy.addr", ONE), &get("http://nobody/"));
+        (answer.status == 404).then_some(())
+    });
+}
+
+#[test]
+fn r110_an_answer_that_does_not_begin_in_time_is_given_up_and_told() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "[limits]\nresponse_s = 1");
+    host.start();
+    let control = ports[0].connected();
+    let mut client = host.proxy();
+    client.write_all(get("http://a/never").as_bytes()).unwrap();
+    control.dialed(control.dial().id);
+    let (mut guest, _) = control.attached();
+    head(&mut guest);
+    let answer = answer(&mut client);
+    assert_eq!(answer.status, 504, "{}", answer.body);
+    assert!(
+        answer.head.contains("error=http_response_timeout"),
+        "{}",
+        answer.head
+    );
+    assert!(drained(&mut guest), "the guest's stream goes on");
+    // An answer that has begun has all the time that it needs.
+    let mut client = host.proxy();
+    client.write_all(get("http://a/slow").as_bytes()).unwrap();
+    control.dialed(control.dial().id);
+    let (mut guest, _) = control.attached();
+    head(&mut guest);
+    guest
+        .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n")
+        .unwrap();
+    assert!(head(&mut client).starts_with("HTTP/1.1 200 "));
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    guest.write_all(b"ok").unwrap();
+    let mut two = [0; 2];
+    client.read_exact(&mut two).unwrap();
+    assert_eq!(&two, b"ok");
+}
