@@ -3,7 +3,7 @@
 //! `hello open {service tcp:PORT}` → policy → dial 127.0.0.1, then ::1 → `accept` or `refuse {why}` → relay. The answer
 //! carries the result of the local dial, so the host can tell "not allowed" from "nobody listens" from "busy".
 //!
-//! Descriptors are shared out by number, since the kernel gives out the lowest that is free: those below [`Shares::ceiling`]
+//! Descriptors are shared out by number, since the kernel gives out the lowest that is free: those below `Shares::ceiling`
 //! are for tunnels, those above for the agent's own stream, its journal and its tasks. A stream beyond the tunnels' share
 //! is told so, always: also the one for which there is no descriptor at all.
 

@@ -86,13 +86,14 @@ pub fn spawn(command: &mut Command, setup: ChildSetup) -> io::Result<Child> {
 /// Makes the child what it would be if the agent had taken nothing for itself: still as root, since its own user may not be
 /// allowed to. A child that would keep the agent's place does not start.
 fn give_back(before: &Before) -> io::Result<()> {
-    for &(which, soft, hard) in &before.limits {
-        setrlimit(which, soft, hard)?;
-    }
     if let Some(score) = &before.oom_score {
         let file = c"/proc/self/oom_score_adj";
         let file = nix::fcntl::open(file, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
         nix::unistd::write(&file, score.as_bytes())?;
+    }
+    // Last: the agent's descriptors are still open, and there may be more of them than the child's limit.
+    for &(which, soft, hard) in &before.limits {
+        setrlimit(which, soft, hard)?;
     }
     Ok(())
 }
