@@ -18,7 +18,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use adit_channel::socket_path;
 use anyhow::Context;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use serde::Deserialize;
@@ -31,8 +30,6 @@ use crate::machine::Machine;
 /// A request's bytes at most, and how long it may take to come: the main thread waits for it.
 const REQUEST_MAX: usize = 8192;
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How long nobody is taken when there are no descriptors for one.
-const REST: Duration = Duration::from_millis(100);
 
 /// The listening socket; its file goes with it.
 pub struct Api {
@@ -54,7 +51,7 @@ impl Api {
     /// # Errors
     /// The socket cannot be made.
     pub fn open(path: &Path, machine: Arc<Mutex<Machine>>) -> anyhow::Result<Self> {
-        let listener = socket_path::listen(path)?;
+        let listener = adit_channel::socket_path::listen(path)?;
         std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
         Ok(Self {
@@ -117,8 +114,7 @@ impl Api {
 }
 
 fn failed(status: u16, why: &anyhow::Error) -> Answer {
-    let why = format!("{why:#}");
-    let body = serde_json::json!({ "error": why });
+    let body = serde_json::json!({ "error": format!("{why:#}") });
     (status, Some(format!("{body}\n")))
 }
 
@@ -129,10 +125,8 @@ fn request(client: &mut UnixStream) -> anyhow::Result<(String, String, Vec<u8>)>
         let mut headers = [httparse::EMPTY_HEADER; 32];
         let mut request = httparse::Request::new(&mut headers);
         if let httparse::Status::Complete(head) = request.parse(&bytes)? {
-            let length = request
-                .headers
-                .iter()
-                .find(|h| h.name.eq_ignore_ascii_case("content-length"));
+            let mut headers = request.headers.iter();
+            let length = headers.find(|h| h.name.eq_ignore_ascii_case("content-length"));
             let length = match length {
                 // Digits only, as HTTP has it: `parse` takes a sign too.
                 Some(h) => match std::str::from_utf8(h.value)?.trim() {
@@ -168,8 +162,7 @@ impl MutEventSubscriber for Api {
             Err(e) if e.kind() == ErrorKind::WouldBlock => {}
             Err(e) => {
                 eprintln!("adit-vmm: API: {e}");
-                // The client waits in the backlog: asking again at once would spin.
-                std::thread::sleep(REST);
+                std::thread::sleep(PATIENCE / 10); // the client stays in the backlog: this would spin
             }
         }
     }
@@ -178,6 +171,6 @@ impl MutEventSubscriber for Api {
 impl Drop for Api {
     fn drop(&mut self) {
         // Gone already is fine, and what is no socket is not ours.
-        let _ = socket_path::remove(&self.path);
+        let _ = adit_channel::socket_path::remove(&self.path);
     }
 }
