@@ -12,7 +12,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use adit_port::place::Place;
 use adit_port::{born, privilege, sandbox};
@@ -234,7 +234,7 @@ const KIT: &[Attempt] = &[
     ("SO_MARK", WorksForRoot, |scene| {
         set_option(&scene.stream.0, libc::SOL_SOCKET, libc::SO_MARK)
     }),
-    ("SO_PRIORITY", Works, |scene| {
+    ("SO_PRIORITY", WorksForRoot, |scene| {
         set_option(&scene.stream.0, libc::SOL_SOCKET, libc::SO_PRIORITY)
     }),
     ("SO_PASSCRED", Works, |scene| {
@@ -556,6 +556,22 @@ const KIT: &[Attempt] = &[
     ("iopl", Depends, |_| call(libc::SYS_iopl, [3])),
 ];
 
+/// Another process. Dropped = ended, by its own id.
+struct Sleeper(Child);
+
+impl Sleeper {
+    fn start() -> Self {
+        Self(Command::new("sleep").arg("1000").spawn().unwrap())
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// The child: enters the sandbox as `adit-port` does, tries one thing, and ends with a status that says what came of it.
 fn child(name: &str) -> ! {
     let scene = Scene::of_child();
@@ -607,14 +623,14 @@ fn r115_nothing_leaves_the_sandbox() {
     fs::set_permissions(&at, fs::Permissions::from_mode(0o777)).unwrap();
     daemon.set_nonblocking(true).unwrap();
     let escaped = || daemon.recv(&mut [0; 64]).is_ok();
-    let mut sleeper = Command::new("sleep");
-    let mut other = sleeper.arg("1000").spawn().unwrap();
+    let mut other = Sleeper::start();
+    let other_id = other.0.id();
 
     let attempt = |name: &str, inside: bool| {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", TEST, "--nocapture"]);
         command.env(ATTEMPT, name).env(DIR, &dir);
-        command.env(OTHER, other.id().to_string());
+        command.env(OTHER, other_id.to_string());
         if inside {
             command.env(INSIDE, "1");
         }
@@ -650,11 +666,9 @@ fn r115_nothing_leaves_the_sandbox() {
     assert!(through.is_empty(), "got through: {through:#?}");
     assert!(!escaped(), "another daemon was told something");
     assert!(
-        other.try_wait().unwrap().is_none(),
+        other.0.try_wait().unwrap().is_none(),
         "another process was ended"
     );
-    other.kill().unwrap();
-    other.wait().unwrap();
     println!("{killed} attempts ended the process, {refused} were refused");
 }
 
