@@ -2,17 +2,55 @@
 //!
 //! `adit-guest: NAME key=value …`. Values that a peer or a task chose are escaped, so that no value can forge a
 //! second line or a terminal sequence. A line that cannot be written is dropped: logging never stops the agent.
+//! What a client can make happen as often as it likes is one line a second ([`BY_PEERS`]), with a count of the others.
 
 use std::fmt::{Display, Write as _};
 use std::io::Write as _;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Most bytes of one value; the rest is cut and marked.
 const VALUE_MAX: usize = 512;
 
+/// Events that come with every stream that a client or a process of this guest opens.
+const BY_PEERS: [&str; 6] = [
+    "stream-refused",
+    "hello-refused",
+    "relay-failed",
+    "accept-failed",
+    "ring-failed",
+    "ring-ended",
+];
+/// Such an event has one line in this time.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// When each of them was written last, and how many were left out since.
+static WRITTEN: Mutex<[Option<(Instant, u64)>; BY_PEERS.len()]> =
+    Mutex::new([None; BY_PEERS.len()]);
+
 /// Writes one event line.
 pub fn event(name: &str, fields: &[(&str, &dyn Display)]) {
-    let line = format_line(name, fields);
+    let mut line = format_line(name, fields);
+    if let Some(nth) = BY_PEERS.iter().position(|of| *of == name) {
+        let mut written = WRITTEN.lock().unwrap_or_else(PoisonError::into_inner);
+        match admit(&mut written[nth], Instant::now()) {
+            None => return,
+            Some(0) => {}
+            Some(left) => line.insert_str(line.len() - 1, &format!(" left_out={left}")),
+        }
+    }
     let _ = std::io::stderr().lock().write_all(line.as_bytes());
+}
+
+/// Whether a line may be written now, and how many were left out before it.
+fn admit(last: &mut Option<(Instant, u64)>, now: Instant) -> Option<u64> {
+    match last {
+        Some((at, left)) if now.duration_since(*at) < PERIOD => {
+            *left += 1;
+            None
+        }
+        _ => Some(last.replace((now, 0)).map_or(0, |(_, left)| left)),
+    }
 }
 
 fn format_line(name: &str, fields: &[(&str, &dyn Display)]) -> String {
@@ -57,6 +95,15 @@ mod tests {
         assert_eq!(line.matches('\n').count(), 1);
         assert!(line.is_ascii() && !line.contains('\x1b'), "{line}");
         assert!(line.ends_with(" vm=web-1\n"));
+    }
+
+    #[test]
+    fn r111_what_peers_cause_is_a_line_a_second_with_a_count() {
+        let (mut last, now) = (None, Instant::now());
+        let written = (0..100_000).filter(|_| admit(&mut last, now).is_some());
+        assert_eq!(written.count(), 1);
+        assert_eq!(admit(&mut last, now + PERIOD), Some(99_999));
+        assert_eq!(admit(&mut last, now + 2 * PERIOD), Some(0));
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! | `agent` | the tasks service that guests dial |
 //! | `queue`, `db` | the durable queue; the thread that commits it |
 //! | `api`, `metrics` | JSON on a Unix socket; counters |
+//! | `log` | lines to stderr, one a kind a second |
 //! | `state` | what they share |
 #![forbid(unsafe_code)]
 
@@ -22,6 +23,7 @@ pub mod db;
 pub mod fdstore;
 pub mod keeper;
 pub mod listen;
+pub mod log;
 pub mod metrics;
 pub mod ports;
 pub mod proxy;

@@ -9,7 +9,6 @@ use adit_host_proxy::config::{Config, DEFAULT_PATH};
 use clap::{Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
-use tracing_subscriber::EnvFilter;
 
 const EXAMPLE: &str = "\
 A configuration:
@@ -66,7 +65,7 @@ fn main() -> ExitCode {
             port_bin,
             log_json,
         } => {
-            start_log(log_json);
+            adit_host_proxy::log::start(log_json);
             run(&config, port_bin)
         }
     };
@@ -76,18 +75,6 @@ fn main() -> ExitCode {
             eprintln!("aditd: {e:#}");
             ExitCode::FAILURE
         }
-    }
-}
-
-fn start_log(json: bool) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    if json {
-        log.json().init();
-    } else {
-        log.with_ansi(false).init();
     }
 }
 

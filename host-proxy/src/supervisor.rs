@@ -10,9 +10,9 @@
 //! A port process outlives aditd: it is its own process group, and its sockets are where the next aditd looks. One that
 //! is killed has a successor on the same VMM, for which [`Keeper`](crate::keeper::Keeper) keeps what it needs.
 
-use std::io;
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,6 +38,14 @@ const SHORT: Duration = Duration::from_secs(1);
 const SHORT_MAX: u32 = 8;
 /// Characters of a port process's reason that are shown.
 const REASON_MAX: usize = 500;
+/// A port process's log, and what it was before.
+const LOG: &str = "port.log";
+const LOG_PAST: &str = "port.log.1";
+/// Bytes of each at most, but for what is written until the next look; without aditd a port process writes four times as
+/// much and then nothing more (`adit_port::log`).
+const LOG_MAX: u64 = 1 << 20;
+/// How often a log's length is looked at.
+const LOG_LOOK: Duration = Duration::from_secs(5);
 /// How long a new port process may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes at the end of a log that are looked at.
@@ -163,6 +171,7 @@ async fn follow(
         () = is_wrong.cancelled() => Ok(()),
         () = async { while statuses.changed().await.is_ok() { vm.touch(); } std::future::pending().await } => Ok(()),
         () = quit_when_removed(vm, &link, &process) => Ok(()),
+        () = keep_log_short(vm) => Ok(()),
     };
     vm.set_link(None);
     vm.set_process(None);
@@ -216,8 +225,8 @@ fn why_ended(status: std::process::ExitStatus, log: &Path, from: u64) -> String 
 
 /// The last lines that were added to a log since `from`.
 fn last_words(log: &Path, from: u64) -> io::Result<String> {
-    use std::io::{Read, Seek, SeekFrom};
-    let mut file = std::fs::File::open(log)?;
+    use std::io::SeekFrom;
+    let mut file = open_log(log, std::fs::OpenOptions::new().read(true).append(true))?;
     let len = file.metadata()?.len();
     // A log that is shorter now was begun anew.
     let from = if from > len { 0 } else { from };
@@ -283,8 +292,8 @@ async fn reach(
         Some(socket) => (Some("--resume"), Stdio::from(socket)),
         None => (None, Stdio::null()),
     };
-    let log = vm.dir.join("port.log");
-    let stderr = log_file(&log)?;
+    let log = vm.dir.join(LOG);
+    let stderr = log_file(&vm.dir)?;
     let from = stderr.metadata()?.len();
     let mut child = Command::new(binary)
         .args(resume)
@@ -335,11 +344,53 @@ async fn reach(
     Ok((socket, process, Some(Started { ended, log, from })))
 }
 
-fn log_file(log: &Path) -> io::Result<std::fs::File> {
-    std::fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(log)
+fn log_file(dir: &Path) -> io::Result<std::fs::File> {
+    shorten(dir)?;
+    open_log(&dir.join(LOG), std::fs::OpenOptions::new().append(true))
+}
+
+/// The directory is the port process's, too: what it puts in a log's place is not followed.
+fn open_log(path: &Path, how: &mut std::fs::OpenOptions) -> io::Result<std::fs::File> {
+    how.create(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)
+}
+
+/// Looks after the log of a port process for as long as it is followed.
+async fn keep_log_short(vm: &VmEntry) {
+    let mut look = tokio::time::interval(LOG_LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        look.tick().await;
+        if let Err(e) = shorten(&vm.dir) {
+            tracing::warn!(vm = %vm.config.name, error = %e, "port.log is not cut");
+        }
+    }
+}
+
+/// Moves the end of a log that is too long into the file of its past, and empties it. Whoever writes it has it open for
+/// appending, and goes on at its start.
+fn shorten(dir: &Path) -> io::Result<()> {
+    let path = dir.join(LOG);
+    let long = std::fs::symlink_metadata(&path).is_ok_and(|m| m.is_file() && m.len() > LOG_MAX);
+    if !long {
+        return Ok(());
+    }
+    let mut log = open_log(&path, std::fs::OpenOptions::new().read(true).write(true))?;
+    let mut end = Vec::new();
+    log.seek(io::SeekFrom::End(
+        -i64::try_from(LOG_MAX).unwrap_or(i64::MAX),
+    ))?;
+    (&log).take(LOG_MAX).read_to_end(&mut end)?;
+    let past = dir.join(LOG_PAST);
+    // Made anew, so that it is a file of ours.
+    match std::fs::remove_file(&past) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    open_log(&past, std::fs::OpenOptions::new().write(true))?.write_all(&end)?;
+    log.set_len(0)
 }
 
 fn dial(path: &Path) -> io::Result<OwnedFd> {

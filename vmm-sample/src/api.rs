@@ -7,35 +7,59 @@
 //! | `PUT /snapshot` `{"dir":"PATH"}` | writes the held VM to a new directory | 204; 409 while it runs |
 //! | `PUT /stop` | ends the VM, as pulling its plug would | 204 |
 //!
-//! Errors: status and `{"error":"..."}`. Who can open the socket owns the VM: it is made 0600.
+//! Errors: status and `{"error":"..."}`. Who can open the socket owns the VM: it is made 0600. A client that says nothing
+//! waits beside the others; one that has begun must be done in a second, since the main thread waits for it.
 
+use std::collections::VecDeque;
 use std::fs::Permissions;
 use std::io::{ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use serde::Deserialize;
+use vmm_sys_util::epoll::EventSet;
 
 use crate::bus::lock;
 use crate::events::watch;
 use crate::exit::Reason;
 use crate::machine::Machine;
 
-/// A request's bytes at most, and how long it may take to come: the main thread waits for it.
+/// A request's bytes at most, and how long all of it may take to come: the main thread waits for it.
 const REQUEST_MAX: usize = 8192;
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Clients that have said nothing yet; the oldest makes room for one more.
+const SILENT_MAX: usize = 16;
 
 /// The listening socket; its file goes with it.
 pub struct Api {
     listener: UnixListener,
     path: PathBuf,
     machine: Arc<Mutex<Machine>>,
+    silent: Silent,
+}
+
+/// Clients that have said nothing yet, the oldest first.
+#[derive(Default)]
+struct Silent(VecDeque<UnixStream>);
+
+impl Silent {
+    /// Adds one. Returns the one that makes room for it.
+    fn add(&mut self, client: UnixStream) -> Option<UnixStream> {
+        self.0.push_back(client);
+        (self.0.len() > SILENT_MAX).then(|| self.0.pop_front())?
+    }
+
+    /// Takes the one with this descriptor out.
+    fn take(&mut self, fd: RawFd) -> Option<UnixStream> {
+        let at = self.0.iter().position(|client| client.as_raw_fd() == fd)?;
+        self.0.remove(at)
+    }
 }
 
 #[derive(Deserialize)]
@@ -58,12 +82,12 @@ impl Api {
             listener,
             path: path.to_owned(),
             machine,
+            silent: Silent::default(),
         })
     }
 
     fn serve(&self, mut client: UnixStream) -> anyhow::Result<()> {
         client.set_nonblocking(false)?;
-        client.set_read_timeout(Some(PATIENCE))?;
         client.set_write_timeout(Some(PATIENCE))?;
         let (status, body) = match request(&mut client) {
             Ok((method, path, body)) => self.answer(&method, &path, &body),
@@ -121,6 +145,7 @@ fn failed(status: u16, why: &anyhow::Error) -> Answer {
 /// Reads one request: method, path and body.
 fn request(client: &mut UnixStream) -> anyhow::Result<(String, String, Vec<u8>)> {
     let mut bytes = Vec::new();
+    let due = Instant::now() + PATIENCE;
     loop {
         let mut headers = [httparse::EMPTY_HEADER; 32];
         let mut request = httparse::Request::new(&mut headers);
@@ -144,6 +169,13 @@ fn request(client: &mut UnixStream) -> anyhow::Result<(String, String, Vec<u8>)>
         }
         anyhow::ensure!(bytes.len() < 2 * REQUEST_MAX, "the request is too long");
         let mut some = [0; 1024];
+        // Of the whole request: a byte now and then is not progress.
+        let left = due.saturating_duration_since(Instant::now());
+        anyhow::ensure!(
+            !left.is_zero(),
+            "the request did not come within {PATIENCE:?}"
+        );
+        client.set_read_timeout(Some(left))?;
         let n = client.read(&mut some).context("the request did not come")?;
         anyhow::ensure!(n > 0, "the request is cut");
         bytes.extend_from_slice(&some[..n]);
@@ -155,10 +187,23 @@ impl MutEventSubscriber for Api {
         watch(ops, self.listener.as_raw_fd());
     }
 
-    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let fd = events.fd();
+        if fd != self.listener.as_raw_fd() {
+            if let Some(client) = self.silent.take(fd) {
+                unwatch(ops, &client);
+                // A client that went away needs no answer.
+                drop(self.serve(client));
+            }
+            return;
+        }
         match self.listener.accept() {
-            // A client that went away needs no answer.
-            Ok((client, _)) => drop(self.serve(client)),
+            Ok((client, _)) => {
+                watch(ops, client.as_raw_fd());
+                if let Some(oldest) = self.silent.add(client) {
+                    unwatch(ops, &oldest);
+                }
+            }
             Err(e) if e.kind() == ErrorKind::WouldBlock => {}
             Err(e) => {
                 eprintln!("adit-vmm: API: {e}");
@@ -168,9 +213,59 @@ impl MutEventSubscriber for Api {
     }
 }
 
+/// A descriptor that is closed while it is watched would be found under its number later.
+fn unwatch(ops: &mut EventOps<'_>, client: &UnixStream) {
+    if let Err(e) = ops.remove(Events::new(client, EventSet::IN)) {
+        eprintln!("adit-vmm: API: {e:?}");
+    }
+}
+
 impl Drop for Api {
     fn drop(&mut self) {
         // Gone already is fine, and what is no socket is not ours.
         let _ = adit_channel::socket_path::remove(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn r108_a_request_that_comes_byte_by_byte_is_given_up() {
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+        let drip = std::thread::spawn(move || {
+            let head = b"GET /vm HTTP/1.1\r\nx: "
+                .iter()
+                .chain(std::iter::repeat(&b'a'));
+            for byte in head {
+                if theirs.write_all(&[*byte]).is_err() {
+                    return;
+                }
+                std::thread::sleep(PATIENCE / 50);
+            }
+        });
+        assert!(request(&mut ours).is_err());
+        drop(ours);
+        drip.join().unwrap();
+    }
+
+    #[test]
+    fn r108_the_oldest_silent_client_makes_room() {
+        let mut silent = Silent::default();
+        let mut theirs = Vec::new();
+        for _ in 0..140 {
+            let (ours, client) = UnixStream::pair().unwrap();
+            drop(silent.add(ours));
+            theirs.push(client);
+        }
+        assert_eq!(silent.0.len(), SILENT_MAX);
+        let newest = silent.0.back().unwrap().as_raw_fd();
+        assert!(silent.take(newest).is_some() && silent.take(newest).is_none());
+        let open = theirs.iter_mut().filter_map(|client| {
+            client.set_nonblocking(true).unwrap();
+            client.read(&mut [0]).err()
+        });
+        assert_eq!(open.count(), SILENT_MAX - 1);
     }
 }

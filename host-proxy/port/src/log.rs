@@ -1,15 +1,21 @@
 //! Log lines to stderr: at most [`LINES_PER_SECOND`], control characters escaped, so that a guest can neither fill
-//! the disk nor write to somebody's terminal.
+//! the disk nor write to somebody's terminal. Where stderr is a file, aditd cuts it; while there is no aditd, nothing is
+//! written beyond [`FILE_MAX`].
 
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::sys::stat::fstat;
 use tracing::Level;
 use tracing_subscriber::fmt::MakeWriter;
 
 /// Lines a second at most; the number of lines left out is said.
 pub const LINES_PER_SECOND: u32 = 20;
+
+/// Length of the file behind stderr from which on nothing is written to it.
+pub const FILE_MAX: u64 = 4 << 20;
 
 /// Starts logging.
 pub fn start(level: Level) {
@@ -56,7 +62,22 @@ impl<'a> MakeWriter<'a> for Lines {
 
     fn make_writer(&'a self) -> Line {
         let mut second = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        Line(second.admit(Instant::now()))
+        if has_room(io::stderr()) {
+            Line(second.admit(Instant::now()))
+        } else {
+            second.dropped += 1;
+            Line(None)
+        }
+    }
+}
+
+/// Whether a line more makes no file too long.
+fn has_room(file: impl AsFd) -> bool {
+    match fstat(file) {
+        Ok(stat) if stat.st_mode & libc::S_IFMT == libc::S_IFREG => {
+            u64::try_from(stat.st_size).is_ok_and(|len| len < FILE_MAX)
+        }
+        _ => true,
     }
 }
 
@@ -102,6 +123,18 @@ mod tests {
         let written = (0..100).filter(|_| second.admit(now).is_some()).count();
         assert_eq!(written, LINES_PER_SECOND as usize);
         assert_eq!(second.admit(now + Duration::from_secs(1)), Some(80));
+    }
+
+    #[test]
+    fn r111_a_file_that_nobody_cuts_is_written_up_to_its_limit() {
+        let file = tempfile::tempfile().unwrap();
+        assert!(has_room(&file));
+        file.set_len(FILE_MAX).unwrap();
+        assert!(!has_room(&file));
+        file.set_len(0).unwrap();
+        assert!(has_room(&file));
+        let (pipe, _other) = io::pipe().unwrap();
+        assert!(has_room(&pipe));
     }
 
     #[test]

@@ -163,13 +163,20 @@ impl Host {
     pub fn tcp(&self, file: &str, from: [u8; 4]) -> TcpStream {
         let address = fs::read_to_string(self.dir.path().join("run").join(file)).unwrap();
         let to: SocketAddrV4 = address.trim().parse().unwrap();
-        use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
-        let sock = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
+        // Not for the processes that tests start at the same time.
+        let flags = SocketFlags::CLOEXEC;
+        let sock = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
         bind(&sock, &SocketAddrV4::new(from.into(), 0)).unwrap();
         connect(&sock, &to).unwrap();
         let stream = TcpStream::from(sock);
         stream.set_read_timeout(Some(HANG)).unwrap();
         stream
+    }
+
+    /// A file in a VM's directory.
+    pub fn in_vm(&self, vm: &str, file: &str) -> PathBuf {
+        self.dir.path().join("run/vm").join(vm).join(file)
     }
 
     /// Connects to the operator's socket.

@@ -200,3 +200,45 @@ fn r110_an_answer_that_does_not_begin_in_time_is_given_up_and_told() {
     client.read_exact(&mut two).unwrap();
     assert_eq!(&two, b"ok");
 }
+
+#[test]
+fn r111_what_a_client_makes_aditd_say_is_a_line_a_second_with_a_count() {
+    let (mut host, _ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let begin = std::time::Instant::now();
+    for _ in 0..300 {
+        assert_eq!(ask(host.proxy(), &get("http://nobody/")).status, 404);
+    }
+    let lines = |h: &Host| h.log().matches("request refused").count();
+    // However slow this machine is: one at the beginning of each second.
+    let seconds = usize::try_from(begin.elapsed().as_secs()).unwrap() + 1;
+    assert!((1..=seconds).contains(&lines(&host)), "{}", host.log());
+    host.until("the next line has the count", |h| {
+        ask(h.proxy(), &get("http://nobody/"));
+        h.log()
+            .contains("lines like the next one left out")
+            .then_some(())
+    });
+}
+
+#[test]
+fn r111_the_log_of_a_port_process_is_cut_while_it_writes() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    let (log, past) = (host.in_vm("a", "port.log"), host.in_vm("a", "port.log.1"));
+    let options = || {
+        let mut options = std::fs::OpenOptions::new();
+        options.create(true).append(true).open(&log).unwrap()
+    };
+    let mut port = options();
+    port.write_all(&vec![b'x'; 3 << 20]).unwrap();
+    port.write_all(b"the end").unwrap();
+    host.start();
+    let _control = ports[0].connected();
+    let len = |path: &std::path::Path| std::fs::metadata(path).map_or(0, |m| m.len());
+    host.until("the log is cut", |_| (len(&log) == 0).then_some(()));
+    assert_eq!(len(&past), 1 << 20);
+    assert!(std::fs::read(&past).unwrap().ends_with(b"the end"));
+    // Whoever writes it goes on where it begins now.
+    port.write_all(b"and on").unwrap();
+    assert_eq!(std::fs::read(&log).unwrap(), b"and on");
+}
