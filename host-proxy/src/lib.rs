@@ -20,6 +20,7 @@ pub mod db;
 pub mod fdstore;
 pub mod keeper;
 pub mod metrics;
+pub mod passing;
 pub mod ports;
 pub mod proxy;
 pub mod queue;

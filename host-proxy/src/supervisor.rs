@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use adit_passed::Passed;
 use adit_port::control::{CONTROL_SOCKET, Incoming, Quit, Status};
 use adit_port::control_io::{Message, send};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
@@ -45,7 +46,7 @@ const LOG_LINES: usize = 3;
 const START_LOOK: Duration = Duration::from_millis(10);
 
 /// Follows a VM's port process until the VM is removed, and ends it then.
-pub async fn supervise(vm: Arc<VmEntry>, binary: PathBuf, on_incoming: impl Fn(Incoming, OwnedFd)) {
+pub async fn supervise(vm: Arc<VmEntry>, binary: PathBuf, on_incoming: impl Fn(Incoming, Passed)) {
     let mut wait = BACKOFF_MIN;
     let mut short = 0;
     while !vm.removed.is_cancelled() {
@@ -85,7 +86,8 @@ pub async fn supervise(vm: Arc<VmEntry>, binary: PathBuf, on_incoming: impl Fn(I
     }
     // One that nobody was connected to, or that was not taken for this VM's, holds its directory.
     if let Ok(socket) = dial(&vm.dir.join(CONTROL_SOCKET)) {
-        // It ends by itself, whatever else it is saying.
+        // It ends by itself, whatever else it is saying, and passing.
+        let socket = Passed::new(socket, vm.keeper.closer());
         let _ = send(&socket, &Message::Quit(Quit {}), None);
     }
     vm.keeper.remove();
@@ -97,9 +99,9 @@ pub async fn supervise(vm: Arc<VmEntry>, binary: PathBuf, on_incoming: impl Fn(I
 async fn follow(
     vm: &Arc<VmEntry>,
     socket: OwnedFd,
-    on_incoming: &impl Fn(Incoming, OwnedFd),
+    on_incoming: &impl Fn(Incoming, Passed),
 ) -> Result<bool, String> {
-    let (link, driver) = Link::new();
+    let (link, driver) = Link::new(vm.keeper.closer());
     let (known, wrong) = (AtomicBool::new(false), OnceLock::new());
     let is_wrong = CancellationToken::new();
     let mut statuses = link.watch();
@@ -226,6 +228,11 @@ fn wrong_vm(vm: &VmEntry, status: &Status) -> String {
 
 /// Connects to the port process that is there, or to a new one.
 async fn reach(vm: &VmEntry, binary: &Path) -> io::Result<(OwnedFd, Option<Started>)> {
+    if vm.keeper.closer().is_full() {
+        return Err(io::Error::other(
+            "too many descriptors that its port process passed cannot be closed: their file system does not answer",
+        ));
+    }
     let path = vm.dir.join(CONTROL_SOCKET);
     if let Ok(socket) = dial(&path) {
         tracing::info!(vm = %vm.config.name, "port process found");

@@ -24,12 +24,13 @@ use adit_api::{ErrorBody, NewVm, Vm, VmState};
 use adit_channel::carrier::Carrier;
 use adit_channel::hello;
 use adit_channel::live::LiveFile;
+use adit_passed::Closer;
 use anyhow::{Context, bail};
 use nix::fcntl::Flock;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::control::{IVSHMEM_SOCKET, Quit, RING_SOCKET, VHOST_SOCKET};
-use crate::control_io::{Message, receive_all, send_all};
+use crate::control_io::{Message, receive_passed, send_all};
 use crate::keep::{Keeping, Note};
 use crate::place::{Place, PlaceError, connect_control};
 use crate::process::{Options, Process};
@@ -67,6 +68,8 @@ impl<C: Carrier> Handed<C> {
     /// # Errors
     /// Another process has it, or it cannot be made.
     pub fn new(carrier: C, with: &Registration, rings: Option<RingInbox>) -> anyhow::Result<Self> {
+        // Before the threads of the VM may no longer make any.
+        Closer::shared().prepare();
         let run = with.aditd.parent().unwrap_or(Path::new("."));
         let dir = run.join("vm").join(&with.vm.name);
         let place = take(&dir, &with.vm.name, TAKE_LIMIT)?;
@@ -117,7 +120,7 @@ impl<C: Carrier> Handed<C> {
 /// Takes the VM's directory; from a port process that serves no VMM, too. aditd starts one where it finds nobody: after this
 /// VMM was killed, or while it was away for a reboot. One that does not answer is given up after `limit`.
 fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
-    let begin = Instant::now();
+    let (begin, closer) = (Instant::now(), Closer::shared());
     loop {
         match Place::take(dir) {
             Err(PlaceError::AlreadyRunning(_)) if begin.elapsed() < limit => {}
@@ -132,7 +135,7 @@ fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
         let socket = UnixStream::from(socket);
         socket.set_read_timeout(Some(limit))?;
         // The first that it says.
-        let Ok(Some((Message::Status(status), _))) = receive_all(&socket) else {
+        let Ok(Some((Message::Status(status), _))) = receive_passed(&socket, &closer) else {
             continue;
         };
         let comm = fs::read_to_string(format!("/proc/{}/comm", status.pid)).unwrap_or_default();
@@ -146,7 +149,7 @@ fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
         // It hears the newest connection only, and aditd may just have made one: again.
         if send_all(&socket, &Message::Quit(Quit {}), &[]).is_ok() {
             // Until it has gone.
-            while let Ok(Some(_)) = receive_all(&socket) {}
+            while let Ok(Some(_)) = receive_passed(&socket, &closer) {}
         }
     }
 }

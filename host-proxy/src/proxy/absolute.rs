@@ -13,10 +13,10 @@ use hyper::header::{
 use hyper::http::uri::PathAndQuery;
 use hyper::{Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
 
 use super::problem::{Body, Problem};
 use super::{authority, dial, internal, socket_pair};
+use crate::passing::Socket;
 use crate::state::State;
 
 /// Port of `http://`.
@@ -48,9 +48,7 @@ pub(super) async fn handle(
     let host = HeaderValue::from_str(named).map_err(|_| bad("the authority is no header value"))?;
     let stream = dial(state, &to).await?;
     let (ours, theirs) = socket_pair().map_err(|e| internal("no socket", e))?;
-    ours.set_nonblocking(true)
-        .map_err(|e| internal("no socket", e))?;
-    let ours = UnixStream::from_std(ours).map_err(|e| internal("no socket", e))?;
+    let ours = Socket::new(ours, stream.closer()).map_err(|e| internal("no socket", e))?;
     stream
         .attach(OwnedFd::from(theirs), Vec::new())
         .await

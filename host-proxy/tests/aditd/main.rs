@@ -2,7 +2,12 @@
 #![allow(missing_docs)]
 
 mod cut;
+mod foreign;
+#[path = "../../port/tests/fuse/mod.rs"]
+mod fuse;
 mod handover;
 mod host;
+#[path = "../../port/tests/kinds/mod.rs"]
+mod kinds;
 mod proxy;
 mod tasks;
