@@ -33,7 +33,7 @@ fn r109_what_the_kernel_installed_is_closed_when_the_rest_does_not_fit() {
         let most = kinds::with_room_for(&kinds::open_in(pid), room);
         let full = rustix::process::Rlimit {
             current: Some(most as u64),
-            ..limits.clone()
+            ..limits
         };
         rustix::process::setrlimit(rustix::process::Resource::Nofile, full).unwrap();
         let got = receive(&to, &mut [0; 8], RecvFlags::empty(), &closer);
