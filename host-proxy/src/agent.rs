@@ -5,20 +5,19 @@
 //! that a pull that waits notices the end of the connection at once. Both are one task: dropped, nothing of it is left.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use adit_channel::hello::{self, Accept, Common, Hello, Refuse, Status};
 use adit_channel::{frame, hello::Open};
+use adit_passed::Passed;
 use adit_port::control::Incoming;
 use adit_tasks::wire::{self, Clock, Facts, Held, Pull, Report, ReportAck, Started, WireKind};
-use tokio::io::AsyncWriteExt;
-use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use crate::passing::Socket;
 use crate::queue::{self, QueueError};
 use crate::registry::VmEntry;
 use crate::state::State;
@@ -37,7 +36,7 @@ const OWED_LIMIT: Duration = Duration::from_secs(30);
 const VERSION: u16 = 1;
 
 /// Takes one stream that the guest dialled, unless so many of its kind are open that it must end.
-pub fn accept(state: &Arc<State>, vm: &Arc<VmEntry>, incoming: Incoming, fd: OwnedFd) {
+pub fn accept(state: &Arc<State>, vm: &Arc<VmEntry>, incoming: Incoming, fd: Passed) {
     // Apart: what any process of the guest can open must not keep the agent out.
     let slots = if incoming.peer_port < PRIVILEGED {
         &vm.agent_streams
@@ -56,7 +55,7 @@ pub fn accept(state: &Arc<State>, vm: &Arc<VmEntry>, incoming: Incoming, fd: Own
 }
 
 /// Serves one stream that the guest dialled.
-async fn serve(state: Arc<State>, vm: Arc<VmEntry>, incoming: Incoming, fd: OwnedFd) {
+async fn serve(state: Arc<State>, vm: Arc<VmEntry>, incoming: Incoming, fd: Passed) {
     let name = vm.config.name.clone();
     match session(&state, &vm, &incoming, fd).await {
         Ok(()) => tracing::info!(vm = %name, "agent has gone"),
@@ -68,11 +67,9 @@ async fn session(
     state: &Arc<State>,
     vm: &Arc<VmEntry>,
     incoming: &Incoming,
-    fd: OwnedFd,
+    fd: Passed,
 ) -> io::Result<()> {
-    let stream = std::os::unix::net::UnixStream::from(fd);
-    stream.set_nonblocking(true)?;
-    let mut stream = UnixStream::from_std(stream)?;
+    let mut stream = Socket::new(fd.unix_stream()?.into_inner()?, vm.keeper.closer())?;
     let open = match tokio::time::timeout(HELLO_LIMIT, hello::read_async(&mut stream)).await {
         Ok(Ok(Hello::Open(open))) => open,
         Ok(Ok(_)) => return Err(io::Error::other("the guest's hello is no open")),
@@ -103,7 +100,7 @@ async fn session(
             .encode(),
         )
         .await?;
-    let (reader, writer) = stream.into_split();
+    let (reader, writer) = tokio::io::split(stream);
     let token = vm.agent_connected();
     let result = tokio::select! {
         result = converse(state, vm, reader, writer) => result,
@@ -129,7 +126,7 @@ fn check(open: &Open, peer_port: u32) -> Result<(), (Status, &'static str)> {
 
 type Frame = (frame::Header, Vec<u8>);
 
-async fn read_frames(mut reader: OwnedReadHalf, to: mpsc::Sender<io::Result<Frame>>) {
+async fn read_frames(mut reader: ReadHalf<Socket>, to: mpsc::Sender<io::Result<Frame>>) {
     loop {
         let next = match frame::read_async(&mut reader, FRAME_MAX).await {
             Ok(Some(next)) => Ok(next),
@@ -146,8 +143,8 @@ async fn read_frames(mut reader: OwnedReadHalf, to: mpsc::Sender<io::Result<Fram
 async fn converse(
     state: &Arc<State>,
     vm: &Arc<VmEntry>,
-    reader: OwnedReadHalf,
-    writer: OwnedWriteHalf,
+    reader: ReadHalf<Socket>,
+    writer: WriteHalf<Socket>,
 ) -> io::Result<()> {
     let (to, frames) = mpsc::channel(AHEAD_MAX);
     // Not a task of its own: it would outlive this future, which is dropped when a newer connection replaces this one (R106).
@@ -166,7 +163,7 @@ async fn answer(
     state: &Arc<State>,
     vm: &Arc<VmEntry>,
     mut frames: mpsc::Receiver<io::Result<Frame>>,
-    mut writer: OwnedWriteHalf,
+    mut writer: WriteHalf<Socket>,
 ) -> io::Result<()> {
     // The id of the pull that waits.
     let mut pulling: Option<u32> = None;
@@ -177,11 +174,11 @@ async fn answer(
         let queued = vm.queued.notified();
         tokio::pin!(queued);
         queued.as_mut().enable();
-        if let Some(id) = pulling {
-            if hand_out(state, vm, id, &mut writer).await? {
-                pulling = None;
-                owed = Some(Instant::now() + OWED_LIMIT);
-            }
+        if let Some(id) = pulling
+            && hand_out(state, vm, id, &mut writer).await?
+        {
+            pulling = None;
+            owed = Some(Instant::now() + OWED_LIMIT);
         }
         tokio::select! {
             next = frames.recv() => match next {
@@ -212,7 +209,7 @@ async fn hand_out(
     state: &Arc<State>,
     vm: &Arc<VmEntry>,
     pull: u32,
-    writer: &mut OwnedWriteHalf,
+    writer: &mut WriteHalf<Socket>,
 ) -> io::Result<bool> {
     let (name, now) = (vm.config.name.to_string(), state.now_ms());
     let leased = state
@@ -241,7 +238,7 @@ async fn handle(
     vm: &Arc<VmEntry>,
     header: &frame::Header,
     body: &[u8],
-    writer: &mut OwnedWriteHalf,
+    writer: &mut WriteHalf<Socket>,
 ) -> io::Result<Option<u32>> {
     let bad = |e: frame::FrameError| io::Error::new(io::ErrorKind::InvalidData, e);
     let is = |kind: WireKind| header.kind == kind as u16 && header.version == VERSION;
@@ -345,7 +342,7 @@ fn bounded(facts: Facts) -> Facts {
 }
 
 async fn send(
-    writer: &mut OwnedWriteHalf,
+    writer: &mut WriteHalf<Socket>,
     kind: WireKind,
     id: u32,
     body: &impl serde::Serialize,

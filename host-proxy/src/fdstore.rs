@@ -18,8 +18,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Mutex, PoisonError};
 
+use adit_passed::{Closer, Passed};
 use adit_port::control::Handover;
-use adit_port::control_io::{ControlError, Message, receive_all, send_all};
+use adit_port::control_io::{ControlError, Message, receive_passed, send_all};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socketpair,
@@ -41,12 +42,14 @@ pub struct FdStore {
 pub struct Slot {
     names: [String; 2],
     send: OwnedFd,
-    receive: OwnedFd,
+    /// What a handover brought waits in it.
+    receive: Passed,
+    closer: Closer,
     full: bool,
 }
 
 /// A handover that an earlier aditd kept.
-pub type Left = (Handover, Vec<OwnedFd>);
+pub type Left = (Handover, Vec<Passed>);
 
 fn names(vm: &str) -> [String; 2] {
     [format!("adit.{vm}.send"), format!("adit.{vm}.receive")]
@@ -68,7 +71,7 @@ impl FdStore {
     ///
     /// # Errors
     /// The service manager cannot be told, or there is no socket to be had: nothing is kept over the end of this aditd.
-    pub fn slot(&self, vm: &str) -> io::Result<Option<(Slot, Option<Left>)>> {
+    pub fn slot(&self, vm: &str, closer: &Closer) -> io::Result<Option<(Slot, Option<Left>)>> {
         let names = names(vm);
         let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
         let (send, receive) = (left.remove(&names[0]), left.remove(&names[1]));
@@ -81,7 +84,8 @@ impl FdStore {
             let mut slot = Slot {
                 names,
                 send,
-                receive,
+                receive: Passed::new(receive, closer),
+                closer: closer.clone(),
                 full: false,
             };
             let found = slot.drain();
@@ -100,12 +104,12 @@ impl FdStore {
             notify(&format!("FDSTOREREMOVE=1\nFDNAME={name}\n"), None)?;
             notify(&format!("FDSTORE=1\nFDNAME={name}\n"), Some(end.as_fd()))?;
         }
-        let full = false;
         let slot = Slot {
             names,
             send,
-            receive,
-            full,
+            receive: Passed::new(receive, closer),
+            closer: closer.clone(),
+            full: false,
         };
         Ok(Some((slot, None)))
     }
@@ -113,9 +117,10 @@ impl FdStore {
     /// Lets go of what belongs to VMs that are no more. To be called when all were asked for.
     pub fn forget_others(&self) {
         let left = std::mem::take(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner));
-        for name in left.into_keys() {
+        for (name, fd) in left {
             tracing::info!(name, "descriptor of a VM that is no more");
             remove(&name);
+            drop(Passed::from(fd));
         }
     }
 }
@@ -125,11 +130,11 @@ impl Slot {
     ///
     /// # Errors
     /// It cannot be sent: the last one stays.
-    pub fn put(&mut self, handover: &Handover, fds: &[OwnedFd]) -> Result<(), ControlError> {
+    pub fn put(&mut self, handover: &Handover, fds: &[impl AsFd]) -> Result<(), ControlError> {
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         send_all(&self.send, &Message::Handover(handover.clone()), &fds)?;
         if std::mem::replace(&mut self.full, true) {
-            receive_all(&self.receive)?;
+            receive_passed(&self.receive, &self.closer)?;
         }
         Ok(())
     }
@@ -148,7 +153,7 @@ impl Slot {
         self.full = false;
         let mut last = None;
         for _ in 0..LEFT_MAX {
-            match receive_all(&self.receive) {
+            match receive_passed(&self.receive, &self.closer) {
                 Ok(Some((Message::Handover(handover), fds))) => last = Some((handover, fds)),
                 Ok(_) => {}
                 Err(e) if e.would_block() => break,
@@ -207,7 +212,8 @@ mod tests {
 
     /// Both ends as systemd has them, under their names.
     fn stored(slot: &Slot) -> Vec<(String, OwnedFd)> {
-        let ends = [&slot.send, &slot.receive].map(|fd| fd.try_clone().unwrap());
+        let ends = [slot.send.as_fd(), slot.receive.as_fd()];
+        let ends = ends.map(|fd| fd.try_clone_to_owned().unwrap());
         slot.names.clone().into_iter().zip(ends).collect()
     }
 
@@ -218,7 +224,8 @@ mod tests {
         Slot {
             names: names("web-1"),
             send,
-            receive,
+            receive: receive.into(),
+            closer: Closer::shared(),
             full: false,
         }
     }
@@ -234,25 +241,32 @@ mod tests {
         drop(slot);
         for _ in 0..3 {
             let store = FdStore::new(passed);
-            let (slot, left) = store.slot("web-1").unwrap().unwrap();
+            let (slot, left) = store.slot("web-1", &Closer::shared()).unwrap().unwrap();
             let (handover, fds) = left.unwrap();
             assert_eq!((handover.seq, fds.len()), (300, 1));
             passed = stored(&slot);
         }
         // Killed between the new packet and the old one's end.
         let store = FdStore::new(passed);
-        let (slot, _) = store.slot("web-1").unwrap().unwrap();
+        let (slot, _) = store.slot("web-1", &Closer::shared()).unwrap().unwrap();
         let (newer, fds) = handover(301);
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         send_all(&slot.send, &Message::Handover(newer), &fds).unwrap();
         let store = FdStore::new(stored(&slot));
-        let (mut slot, left) = store.slot("web-1").unwrap().unwrap();
+        let (mut slot, left) = store.slot("web-1", &Closer::shared()).unwrap().unwrap();
         assert_eq!(left.unwrap().0.seq, 301);
         slot.clear();
         let store = FdStore::new(stored(&slot));
-        assert!(store.slot("web-1").unwrap().unwrap().1.is_none());
+        assert!(
+            store
+                .slot("web-1", &Closer::shared())
+                .unwrap()
+                .unwrap()
+                .1
+                .is_none()
+        );
         // Another VM has nothing there, and without a service manager there is no store.
-        assert!(store.slot("web-2").unwrap().is_none());
+        assert!(store.slot("web-2", &Closer::shared()).unwrap().is_none());
     }
 
     #[test]
@@ -293,7 +307,7 @@ mod tests {
                 )
                 .unwrap();
                 let store = FdStore::new(stored(&slot));
-                let (mut slot, left) = store.slot("web-1").unwrap().unwrap();
+                let (mut slot, left) = store.slot("web-1", &Closer::shared()).unwrap().unwrap();
                 let seq = left.map(|(handover, _)| handover.seq);
                 // One that says other bytes in the right form cannot be told: its record is checked by who goes on with it.
                 let right = Message::decode(&packet).ok().flatten();
@@ -304,7 +318,7 @@ mod tests {
                 // And the place is of use.
                 slot.put(&handover(8).0, &fds).unwrap();
                 let store = FdStore::new(stored(&slot));
-                let (_, left) = store.slot("web-1").unwrap().unwrap();
+                let (_, left) = store.slot("web-1", &Closer::shared()).unwrap().unwrap();
                 assert_eq!(left.unwrap().0.seq, 8);
             }
         }

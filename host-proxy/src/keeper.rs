@@ -7,24 +7,34 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::fdstore::{FdStore, Slot};
+use adit_passed::{Closer, Passed};
 use adit_port::control::Handover;
 use adit_port::control_io::{ControlError, Message, send_all};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 /// One VM's last handover.
 #[derive(Debug, Default)]
-pub struct Keeper(Mutex<State>);
+pub struct Keeper {
+    state: Mutex<State>,
+    closer: Closer,
+}
 
 #[derive(Debug, Default)]
 struct State {
-    kept: Option<(Handover, Vec<OwnedFd>)>,
+    kept: Option<(Handover, Vec<Passed>)>,
     slot: Option<Slot>,
 }
 
 impl Keeper {
+    /// What closes the descriptors that come from this VM's port process: they may be anything, also what cannot be closed, and
+    /// no other VM, and nothing else here, may wait for that (R105).
+    pub fn closer(&self) -> &Closer {
+        &self.closer
+    }
+
     /// Takes up what an earlier aditd kept for this VM, and keeps it in the store from now on, if there is one.
     pub fn open(&self, store: &FdStore, vm: &str) {
-        match store.slot(vm) {
+        match store.slot(vm, &self.closer) {
             Ok(None) => {}
             Ok(Some((slot, left))) => {
                 let mut state = self.lock();
@@ -38,7 +48,7 @@ impl Keeper {
     }
 
     /// Keeps this in place of the last one.
-    pub fn keep(&self, handover: Handover, fds: Vec<OwnedFd>) {
+    pub fn keep(&self, handover: Handover, fds: Vec<Passed>) {
         let mut state = self.lock();
         if let Some(slot) = &mut state.slot
             && let Err(e) = slot.put(&handover, &fds)
@@ -95,6 +105,6 @@ impl Keeper {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

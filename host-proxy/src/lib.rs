@@ -25,6 +25,7 @@ pub mod keeper;
 pub mod listen;
 pub mod log;
 pub mod metrics;
+pub mod passing;
 pub mod ports;
 pub mod proxy;
 pub mod queue;

@@ -8,19 +8,26 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use adit_passed::{Closer, Passed};
 use adit_port::control::{
     Attach, Cancel, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Handover, Incoming, Kept, Quit,
     Release, Ring, Status, Target,
 };
-use adit_port::control_io::{ControlError, Message, receive_all, send};
+use adit_port::control_io::{ControlError, Message, receive_passed, send};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::passing;
+
 /// How long after a dial's own deadline a port process that says nothing is waited for.
 const ANSWER_GRACE: Duration = Duration::from_secs(5);
+/// How long what the port process passed may take to be closed before it is given up for that.
+const CLOSE_LIMIT: Duration = Duration::from_secs(5);
+/// It is looked at so often.
+const CLOSE_LOOK: Duration = Duration::from_millis(2);
 /// Frames to a port process that wait at most.
 const OUTBOX_MAX: usize = 2 * DIALS_MAX;
 
@@ -29,6 +36,8 @@ type Waiting = HashMap<u64, oneshot::Sender<Result<Dialed, DialFailed>>>;
 /// A connected port process.
 #[derive(Debug)]
 pub struct Link {
+    /// Of the descriptors that the port process passes.
+    closer: Closer,
     outbox: mpsc::Sender<(Message, Option<OwnedFd>)>,
     waiting: Mutex<Waiting>,
     next_id: AtomicU64,
@@ -41,9 +50,9 @@ pub enum Said<'a> {
     /// How the channel stands.
     Status(&'a Status),
     /// The guest has dialled.
-    Incoming(Incoming, OwnedFd),
+    Incoming(Incoming, Passed),
     /// What a successor needs; [`Link::kept`] tells that it is kept.
-    Handover(Handover, Vec<OwnedFd>),
+    Handover(Handover, Vec<Passed>),
     /// How the VM's ring stands.
     Ring(Ring),
     /// The VMM has no channel until it connects anew, and why; empty: it has.
@@ -62,9 +71,10 @@ pub struct DialedStream {
 
 impl Link {
     /// Makes the link and the loop that drives it; `incoming` gets what the guest dials.
-    pub fn new() -> (Arc<Self>, Driver) {
+    pub fn new(closer: &Closer) -> (Arc<Self>, Driver) {
         let (outbox, inbox) = mpsc::channel(OUTBOX_MAX);
         let link = Arc::new(Self {
+            closer: closer.clone(),
             outbox,
             waiting: Mutex::default(),
             next_id: AtomicU64::new(1),
@@ -165,6 +175,11 @@ impl Link {
 }
 
 impl DialedStream {
+    /// What closes descriptors that come from the stream's other side.
+    pub fn closer(&self) -> &Closer {
+        &self.link.closer
+    }
+
     /// Makes a stream socket the other end; from now on it needs aditd no more.
     ///
     /// # Errors
@@ -207,7 +222,7 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Runs until the port process closes the connection or breaks the protocol.
+    /// Runs on a connected socket, until the port process closes the connection or breaks the protocol.
     ///
     /// # Errors
     /// The socket failed, or a frame is none of ours.
@@ -217,23 +232,40 @@ impl Driver {
         mut on: impl FnMut(Said<'_>),
     ) -> Result<(), ControlError> {
         // Only its readiness is tokio's: packets go through `control_io`, whatever the type of the socket.
-        let socket = UnixStream::from_std(socket.into())?;
+        let closer = &self.link.closer;
+        let socket = passing::Socket::new(socket.into(), closer)?;
+        let socket = socket.stream();
         let inbox = &mut self.inbox;
         let link = &self.link;
         let write = async {
             while let Some((message, fd)) = inbox.recv().await {
                 let fd = fd.as_ref().map(AsFd::as_fd);
                 // Each packet is sent whole or not at all.
-                when_ready(&socket, Interest::WRITABLE, |sock| send(sock, &message, fd)).await?;
+                when_ready(socket, Interest::WRITABLE, |sock| send(sock, &message, fd)).await?;
             }
             Ok(())
         };
         let read = async {
-            #[allow(clippy::redundant_closure)]
-            // `receive_all` itself is not general over the borrow
-            while let Some((message, mut fds)) =
-                when_ready(&socket, Interest::READABLE, |sock| receive_all(sock)).await?
-            {
+            loop {
+                // What is closed in order, only much at once, is waited for.
+                let begin = Instant::now();
+                while closer.is_full() && begin.elapsed() < CLOSE_LIMIT {
+                    tokio::time::sleep(CLOSE_LOOK).await;
+                }
+                let receive = |sock: BorrowedFd<'_>| receive_passed(sock, closer);
+                let (message, mut fds) = match when_ready(socket, Interest::READABLE, receive).await
+                {
+                    Ok(Some(received)) => received,
+                    Ok(None) => break,
+                    // The guest's stream ends, and nothing else.
+                    Err(ControlError::NoDescriptors { message })
+                        if matches!(*message, Message::Incoming(_)) =>
+                    {
+                        tracing::warn!("no descriptor left for a stream that a guest dialled");
+                        continue;
+                    }
+                    Err(e) => return Err(e),
+                };
                 match (message, fds.len()) {
                     (Message::Status(status), _) => {
                         on(Said::Status(&status));

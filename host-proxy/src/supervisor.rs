@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use adit_passed::Passed;
 use adit_port::control::{CONTROL_SOCKET, Incoming, Quit, Status};
 use adit_port::control_io::{Message, send};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
@@ -62,7 +63,7 @@ pub async fn supervise(
     vm: Arc<VmEntry>,
     binary: PathBuf,
     uids: Option<Arc<Uids>>,
-    on_incoming: impl Fn(Incoming, OwnedFd),
+    on_incoming: impl Fn(Incoming, Passed),
 ) {
     let mut wait = BACKOFF_MIN;
     let mut short = 0;
@@ -103,7 +104,8 @@ pub async fn supervise(
     }
     // One that nobody was connected to, or that was not taken for this VM's, holds its directory.
     if let Ok(socket) = dial(&vm.dir.join(CONTROL_SOCKET)) {
-        // It ends by itself, whatever else it is saying.
+        // It ends by itself, whatever else it is saying, and passing.
+        let socket = Passed::new(socket, vm.keeper.closer());
         let _ = send(&socket, &Message::Quit(Quit {}), None);
     }
     vm.keeper.remove();
@@ -119,9 +121,9 @@ async fn follow(
     vm: &Arc<VmEntry>,
     socket: OwnedFd,
     process: PortProcess,
-    on_incoming: &impl Fn(Incoming, OwnedFd),
+    on_incoming: &impl Fn(Incoming, Passed),
 ) -> Result<bool, String> {
-    let (link, driver) = Link::new();
+    let (link, driver) = Link::new(vm.keeper.closer());
     let process = Arc::new(process);
     let (known, wrong) = (AtomicBool::new(false), OnceLock::new());
     let is_wrong = CancellationToken::new();
@@ -271,6 +273,11 @@ async fn reach(
     binary: &Path,
     uids: Option<&Uids>,
 ) -> io::Result<(OwnedFd, PortProcess, Option<Started>)> {
+    if vm.keeper.closer().is_full() {
+        return Err(io::Error::other(
+            "too many descriptors that its port process passed cannot be closed: their file system does not answer",
+        ));
+    }
     let path = vm.dir.join(CONTROL_SOCKET);
     let own = uids.map(|uids| uids.of(vm.config.name.as_str()));
     let own = own.transpose()?;

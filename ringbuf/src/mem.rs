@@ -206,9 +206,16 @@ mod mapped {
         /// It could shrink under us: a touch would be SIGBUS.
         #[error("memory is not a memfd sealed against shrinking and growing")]
         NotSealed,
-        /// It takes huge pages, which may be gone when it is touched: SIGBUS as well.
-        #[error("memory is of huge pages, which nobody reserves")]
-        HugePages,
+        /// It has huge pages, of which a part cannot be unmapped.
+        #[error(
+            "memory has huge pages of {page} bytes, and {wanted} bytes are no whole number of them"
+        )]
+        HugePages {
+            /// Bytes of a page.
+            page: u64,
+            /// What was said.
+            wanted: u64,
+        },
         /// It is shorter than was said.
         #[error("memory has {bytes} bytes, {wanted} were said")]
         Short {
@@ -265,7 +272,11 @@ mod mapped {
         }
 
         fn map(file: File, bytes: usize) -> Result<Self, MemfdError> {
-            let region = MmapRegion::<()>::from_file(FileOffset::new(file, 0), bytes);
+            // Reserved (no MAP_NORESERVE): huge pages that are not to be had are said so here, and not by a SIGBUS.
+            let prot = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE).bits();
+            let flags = MapFlags::MAP_SHARED.bits();
+            let file = Some(FileOffset::new(file, 0));
+            let region = MmapRegion::<()>::build(file, bytes, prot, flags);
             Ok(region.map_err(failed)?.into())
         }
 
@@ -348,7 +359,7 @@ mod mapped {
         }
     }
 
-    /// A memfd that cannot shrink, nor lack pages, of at least so many bytes.
+    /// A memfd that cannot shrink, of at least so many bytes.
     fn sealed(fd: OwnedFd, bytes: usize) -> Result<File, MemfdError> {
         let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_err(|_| MemfdError::NotSealed)?;
         if !SealFlag::from_bits_truncate(seals).contains(SEALS) {
@@ -356,11 +367,13 @@ mod mapped {
         }
         // Only memory has seals, so that none of what is asked here waits for anybody's file system.
         let pages = fstatfs(&fd).map_err(std::io::Error::from)?;
-        if pages.filesystem_type() == HUGETLBFS_MAGIC {
-            return Err(MemfdError::HugePages);
+        let (page, wanted) = (pages.block_size(), bytes as u64);
+        let page = u64::try_from(page).unwrap_or(u64::MAX).max(1);
+        if pages.filesystem_type() == HUGETLBFS_MAGIC && !wanted.is_multiple_of(page) {
+            return Err(MemfdError::HugePages { page, wanted });
         }
         let file = File::from(fd);
-        let (there, wanted) = (file.metadata()?.len(), bytes as u64);
+        let there = file.metadata()?.len();
         if there < wanted {
             return Err(MemfdError::Short {
                 bytes: there,

@@ -130,6 +130,11 @@ impl Handler {
         self.perhaps_again = false;
     }
 
+    /// What may be guest memory.
+    pub(super) fn policy(&self) -> MemoryPolicy {
+        self.policy
+    }
+
     /// A message was handled. Returns whether it changed what a successor must know.
     pub(super) fn handled(&mut self) -> bool {
         self.perhaps_again = false;

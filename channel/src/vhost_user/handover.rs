@@ -9,10 +9,10 @@
 //! the golden bytes below stay. Whoever keeps a handover passes it on as it is; nothing in it is believed: memory is
 //! checked and mapped, and rings are checked, as if the frontend had just said it.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 
+use adit_passed::Passed;
 use serde::{Deserialize, Serialize};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 
@@ -113,16 +113,16 @@ pub(super) struct Record {
 /// The descriptors of a ring.
 #[derive(Debug, Default)]
 pub(super) struct RingFds {
-    pub(super) kick: Option<OwnedFd>,
-    pub(super) call: Option<OwnedFd>,
+    pub(super) kick: Option<Passed>,
+    pub(super) call: Option<Passed>,
 }
 
-/// A handover taken apart.
+/// A handover taken apart; what its descriptors are is not known yet.
 #[derive(Debug)]
 pub(super) struct Parts {
     pub(super) record: Record,
-    pub(super) frontend: OwnedFd,
-    pub(super) memory: Vec<File>,
+    pub(super) frontend: Passed,
+    pub(super) memory: Vec<Passed>,
     pub(super) rings: [RingFds; 2],
 }
 
@@ -141,6 +141,8 @@ impl Handover {
     }
 
     pub(super) fn parse(self) -> Result<Parts, HandoverError> {
+        // Whatever is refused, nobody here waits for its close.
+        let mut fds = self.fds.into_iter().map(Passed::from).collect::<Vec<_>>();
         let len = self.bytes.len();
         let malformed = HandoverError::Malformed { len };
         let Some((version, body)) = self.bytes.split_first_chunk::<2>() else {
@@ -157,20 +159,16 @@ impl Handover {
         if record.regions.len() > REGIONS_MAX || record.changes >= COUNT_END {
             return Err(malformed);
         }
-        let (found, expected) = (self.fds.len(), record.descriptors());
+        let (found, expected) = (fds.len(), record.descriptors());
         let wrong = HandoverError::Descriptors { found, expected };
         if found != expected {
             return Err(wrong);
         }
-        let mut fds = self.fds.into_iter();
+        let mut fds = fds.drain(..);
         let Some(frontend) = fds.next() else {
             return Err(wrong);
         };
-        let memory = fds
-            .by_ref()
-            .take(record.regions.len())
-            .map(File::from)
-            .collect();
+        let memory = fds.by_ref().take(record.regions.len()).collect();
         let mut ring = |r: &RingRecord| RingFds {
             kick: r.kick.then(|| fds.next()).flatten(),
             call: r.call.then(|| fds.next()).flatten(),
@@ -188,6 +186,8 @@ impl Handover {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
 
     fn sample() -> Record {

@@ -15,33 +15,30 @@
 //! - What is left: a message whose pieces came one by one (no frontend in use does that) is taken piece by piece; one
 //!   that changed something while nobody kept it (`aditd` was down). Then the successor says so and lets go.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use adit_passed::{Apart, Closer, Passed, Received};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send};
 use nix::unistd::{Whence, lseek};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
-};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::handler::Handler;
 use super::handover::{Handover, HandoverError, Parts, REGIONS_MAX};
+use super::memory;
 use super::{Keeper, thread::Control};
 use crate::live::{LiveFile, Reply, Step};
 
 const HEADER_BYTES: usize = 12;
 /// Bytes of a message's body at most, as crate `vhost` takes.
 const BODY_MAX: usize = 4096;
-/// What the kernel attaches at most (SCM_MAX_FD): with room for all, none is lost unseen.
-const SCM_FDS_MAX: usize = 253;
 
 /// Why no more messages are taken.
 pub(super) enum Ended {
@@ -127,14 +124,17 @@ impl Estate {
 
 struct Message {
     bytes: Vec<u8>,
+    /// What the message may bring, and is.
     fds: Vec<OwnedFd>,
+    /// What came with it, and does not belong to it: until it is taken, so that the socket does not close it.
+    _others: Vec<Passed>,
     /// Not in the socket any more.
     taken: bool,
 }
 
-/// One frontend's connection.
+/// One frontend's connection. What its VMM passed may wait in it: it is closed apart.
 pub(super) struct Intake {
-    frontend: UnixStream,
+    frontend: Apart<UnixStream>,
     /// The other end of the socket that `requests` reads.
     inner: UnixStream,
     requests: BackendReqHandler<Mutex<Handler>>,
@@ -142,7 +142,10 @@ pub(super) struct Intake {
 }
 
 impl Intake {
-    pub(super) fn new(frontend: UnixStream, handler: Arc<Mutex<Handler>>) -> std::io::Result<Self> {
+    pub(super) fn new(
+        frontend: Apart<UnixStream>,
+        handler: Arc<Mutex<Handler>>,
+    ) -> std::io::Result<Self> {
         let (inner, theirs) = UnixStream::pair()?;
         Ok(Self {
             frontend,
@@ -159,12 +162,13 @@ impl Intake {
         estate: &mut Estate,
     ) -> Result<Self, ResumeError> {
         let parts = handover.parse()?;
+        let frontend = parts.frontend.try_clone().map_err(HandoverError::Io)?;
+        let frontend = frontend.unix_stream().map_err(HandoverError::Io)?;
         let live = estate.live.clone().ok_or(ResumeError::Table)?;
         let unsent = examine(&live, &parts)?;
         estate.changes = parts.record.changes;
         live.set_changes(estate.changes);
-        let frontend = parts.frontend.try_clone().map_err(HandoverError::Io)?;
-        let mut intake = Self::new(frontend.into(), handler).map_err(HandoverError::Io)?;
+        let mut intake = Self::new(frontend, handler).map_err(HandoverError::Io)?;
         // What the crate itself remembers of the negotiation.
         let said = [
             (FrontendReq::GET_FEATURES, None),
@@ -251,18 +255,18 @@ impl Intake {
             }
             let mut bytes = vec![0; HEADER_BYTES + body_len(&head)?];
             let peek = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-            let (n, mut fds) = match self.receive(&mut bytes, peek) {
+            let got = match self.receive(&mut bytes, peek) {
                 Err(Errno::EAGAIN | Errno::EINTR) => continue,
                 received => received?,
             };
-            // A peek at a message without descriptors looks on and shows those of the next one (Linux up to 6.18).
-            fds.truncate(descriptors_of(&bytes));
-            if n == bytes.len() {
-                return Ok(Message {
-                    bytes,
-                    fds,
-                    taken: false,
-                });
+            if got.table_full {
+                // Nothing is lost: it is still there when a tunnel has ended.
+                tracing::warn!("no descriptors left for what the VMM passes: it waits");
+                control.pause()?;
+                continue;
+            }
+            if got.bytes == bytes.len() {
+                return self.admit(bytes, got.fds, false);
             }
             return self.pieces(control, estate);
         }
@@ -285,23 +289,53 @@ impl Intake {
                 bytes.resize(HEADER_BYTES + body, 0);
             }
             self.wait(control)?;
-            let (n, more) = match self.receive(&mut bytes[len..], RecvFlags::DONTWAIT) {
+            let got = match self.receive(&mut bytes[len..], RecvFlags::DONTWAIT) {
                 Err(Errno::EAGAIN | Errno::EINTR) => continue,
                 received => received?,
             };
-            if n == 0 {
+            if got.table_full {
+                return Err(Errno::EMFILE.into());
+            }
+            if got.bytes == 0 {
                 return Err(Ended::Gone(Error::Disconnected));
             }
-            len += n;
-            fds.extend(more);
+            len += got.bytes;
+            fds.extend(got.fds);
             if fds.len() > REGIONS_MAX {
                 return Err(Ended::Gone(Error::IncorrectFds));
             }
         }
+        self.admit(bytes, fds, true)
+    }
+
+    /// Takes of what came with a message what it may bring, if it is that. Crate `vhost` closes descriptors wherever it is,
+    /// and nobody may wait for a file's server there.
+    fn admit(&self, bytes: Vec<u8>, mut fds: Vec<Passed>, taken: bool) -> Result<Message, Ended> {
+        let (what, count) = descriptors_of(&bytes);
+        // A peek at a message without descriptors looks on and shows those of the next one (Linux up to 6.18).
+        let others = fds.split_off(fds.len().min(count));
+        let refused = |e: Box<dyn std::error::Error + Send + Sync>| {
+            let e = std::io::Error::new(std::io::ErrorKind::InvalidInput, e);
+            Ended::Gone(Error::ReqHandlerError(e))
+        };
+        let fds = match what {
+            Some(Brings::Memory) => {
+                let policy = self.handler().policy();
+                let files = memory::take(fds, policy).map_err(|e| refused(e.into()))?;
+                files.into_iter().map(OwnedFd::from).collect()
+            }
+            Some(Brings::Doorbell(what)) => {
+                let bells = fds.into_iter().map(Passed::eventfd);
+                let bells = bells.collect::<std::io::Result<_>>();
+                bells.map_err(|e| refused(format!("{what} descriptor: {e}").into()))?
+            }
+            None => vec![],
+        };
         Ok(Message {
             bytes,
             fds,
-            taken: true,
+            _others: others,
+            taken,
         })
     }
 
@@ -317,24 +351,14 @@ impl Intake {
         }
     }
 
-    fn receive(&self, bytes: &mut [u8], flags: RecvFlags) -> Result<(usize, Vec<OwnedFd>), Errno> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_FDS_MAX))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let flags = flags | RecvFlags::CMSG_CLOEXEC;
-        let received = recvmsg(
-            &self.frontend,
-            &mut [IoSliceMut::new(bytes)],
-            &mut control,
-            flags,
-        )
-        .map_err(|e| Errno::from_raw(e.raw_os_error()))?;
-        let mut fds = Vec::new();
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(rights) = message {
-                fds.extend(rights);
-            }
+    fn receive(&self, bytes: &mut [u8], flags: RecvFlags) -> Result<Received, Errno> {
+        let closer = Closer::shared();
+        if closer.stays_full() {
+            tracing::warn!("what the VMM passed cannot be closed: no more is taken from it");
+            return Err(Errno::EMFILE);
         }
-        Ok((received.bytes, fds))
+        let got = adit_passed::receive(&self.frontend, bytes, flags, &closer);
+        got.map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
     }
 
     /// Takes the message that was peeked at out of the socket, in one call.
@@ -381,6 +405,7 @@ impl Intake {
         let message = Message {
             bytes,
             fds: vec![],
+            _others: vec![],
             taken: true,
         };
         let ended = |e| match e {
@@ -426,22 +451,32 @@ fn body_len(head: &[u8; HEADER_BYTES]) -> Result<usize, Ended> {
     }
 }
 
-/// How many descriptors come with a message, as it says itself.
-fn descriptors_of(message: &[u8]) -> usize {
+/// What a message may bring.
+enum Brings {
+    Memory,
+    Doorbell(&'static str),
+}
+
+/// Which descriptors come with a message, and how many, as it says itself.
+fn descriptors_of(message: &[u8]) -> (Option<Brings>, usize) {
     let word = |at: usize| {
         let bytes = message.get(at..at + 4).and_then(|b| b.first_chunk());
         bytes.map_or(0, |b| u32::from_ne_bytes(*b))
     };
     // VHOST_USER_VRING_NOFD_MASK
     const NO_FD: u32 = 1 << 8;
-    match FrontendReq::try_from(word(0)) {
-        Ok(FrontendReq::SET_MEM_TABLE) => word(HEADER_BYTES) as usize,
-        Ok(
-            FrontendReq::SET_VRING_KICK | FrontendReq::SET_VRING_CALL | FrontendReq::SET_VRING_ERR,
-        ) => usize::from(word(HEADER_BYTES) & NO_FD == 0),
+    let what = match FrontendReq::try_from(word(0)) {
+        Ok(FrontendReq::SET_MEM_TABLE) => {
+            return (Some(Brings::Memory), word(HEADER_BYTES) as usize);
+        }
+        Ok(FrontendReq::SET_VRING_KICK) => "kick",
+        Ok(FrontendReq::SET_VRING_CALL) => "call",
+        Ok(FrontendReq::SET_VRING_ERR) => "error",
         // What else may come with one is not supported.
-        _ => 0,
-    }
+        _ => return (None, 0),
+    };
+    let count = usize::from(word(HEADER_BYTES) & NO_FD == 0);
+    (Some(Brings::Doorbell(what)), count)
 }
 
 fn forward(inner: &UnixStream, message: &Message) -> Result<(), Ended> {

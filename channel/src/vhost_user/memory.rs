@@ -5,7 +5,7 @@
 //! | 1..=32 regions, as many descriptors | refused by crate `vhost` |
 //! | nothing wraps: gpa, user address, offset, each + size | refused |
 //! | regions overlap neither in guest nor in user addresses | refused |
-//! | offset + size lies within the file | refused, else a touch is SIGBUS |
+//! | offset + size lies within the file; of huge pages, whole ones | refused, else a touch is SIGBUS |
 //! | the file cannot shrink (F_SEAL_SHRINK), unless the VM's policy says otherwise | refused |
 //!
 //! A refused table changes nothing; descriptors are closed with the values that own them.
@@ -14,8 +14,9 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use adit_passed::Passed;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::stat::{SFlag, fstat};
+use rustix::fs::{AtFlags, FileType, StatxFlags, fstatfs, statx};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
@@ -34,6 +35,9 @@ pub enum MemoryPolicy {
     /// Any file, e.g. on hugetlbfs. Whoever can truncate it can end the process that maps it (SIGBUS).
     AnyFile,
 }
+
+/// `f_type` of memory in huge pages.
+const HUGETLBFS_MAGIC: u128 = 0x958458f6;
 
 /// A memory table was refused: the frontend's fault.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +65,10 @@ pub(super) enum TableError {
         "region {index}: memory is not a memfd sealed against shrinking: use memory-backend-memfd with seal=on (QEMU's default), or allow any file as this VM's memory (allow_any_memory = true in aditd.toml)"
     )]
     NotSealed { index: usize },
+    #[error(
+        "region {index}: offset or size is not a whole number of its huge pages of {page} bytes"
+    )]
+    Pages { index: usize, page: u64 },
     #[error("region {index}: cannot be mapped: {reason}")]
     Map { index: usize, reason: String },
 }
@@ -115,7 +123,10 @@ impl MemTable {
             let failed = |reason: String| TableError::Map { index, reason };
             let offset = FileOffset::from_arc(ours.file.clone(), ours.offset);
             let size = usize::try_from(ours.size).map_err(|e| failed(e.to_string()))?;
-            let mmap = MmapRegion::from_file(offset, size).map_err(|e| failed(e.to_string()))?;
+            // Reserved (no MAP_NORESERVE): huge pages that are not to be had are said so here, and not by a SIGBUS.
+            let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+            let mmap = MmapRegion::build(Some(offset), size, prot, flags)
+                .map_err(|e| failed(e.to_string()))?;
             let gpa = GuestAddress(region.guest_phys_addr);
             mapped.push(
                 GuestRegionMmap::new(mmap, gpa)
@@ -157,6 +168,18 @@ impl MemTable {
             (offset < r.size).then(|| r.gpa + offset)
         })
     }
+}
+
+/// Takes descriptors of which nothing is known for memory: as far as that can be told without asking a file system.
+pub(super) fn take(fds: Vec<Passed>, policy: MemoryPolicy) -> Result<Vec<File>, TableError> {
+    let take = |(index, fd): (usize, Passed)| match policy {
+        MemoryPolicy::SealedMemfd => fd.memory().map_err(|_| TableError::NotSealed { index }),
+        MemoryPolicy::AnyFile => fd
+            .regular_file()
+            .map_err(|_| TableError::NotAFile { index }),
+    };
+    let taken = fds.into_iter().enumerate().map(take);
+    taken.map(|fd| fd.map(File::from)).collect()
 }
 
 fn check_ranges(index: usize, region: &VhostUserMemoryRegion) -> Result<(), TableError> {
@@ -201,29 +224,40 @@ fn check_file(
     file: &File,
     policy: MemoryPolicy,
 ) -> Result<(), TableError> {
-    let stat = fstat(file.as_fd()).map_err(|e| TableError::Map {
-        index,
-        reason: e.to_string(),
-    })?;
-    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
+    // First: only memory has seals, so that whoever is asked next answers at once.
+    let seals = fcntl(file, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_truncate);
+    if policy == MemoryPolicy::SealedMemfd
+        && !seals.is_ok_and(|seals| seals.contains(SealFlag::F_SEAL_SHRINK))
+    {
+        return Err(TableError::NotSealed { index });
+    }
+    let failed = |reason: String| TableError::Map { index, reason };
+    // By what the kernel knows itself: a file's server may never answer.
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let wanted = StatxFlags::TYPE | StatxFlags::SIZE;
+    let stat = statx(file, c"", flags, wanted).map_err(|e| failed(e.to_string()))?;
+    if FileType::from_raw_mode(stat.stx_mode.into()) != FileType::RegularFile {
         return Err(TableError::NotAFile { index });
     }
+    if seals.is_ok() {
+        // A part of a huge page cannot be unmapped.
+        let pages = fstatfs(file).map_err(|e| failed(e.to_string()))?;
+        let page = u64::try_from(pages.f_bsize).unwrap_or(u64::MAX).max(1);
+        let whole = |n: u64| n.is_multiple_of(page);
+        if u128::try_from(pages.f_type) == Ok(HUGETLBFS_MAGIC)
+            && !(whole(region.mmap_offset) && whole(region.memory_size))
+        {
+            return Err(TableError::Pages { index, page });
+        }
+    }
     let end = region.mmap_offset + region.memory_size;
-    let file_bytes = u64::try_from(stat.st_size).unwrap_or(0);
+    let file_bytes = stat.stx_size;
     if end > file_bytes {
         return Err(TableError::PastEnd {
             index,
             end,
             file_bytes,
         });
-    }
-    if policy == MemoryPolicy::SealedMemfd {
-        let seals = fcntl(file, FcntlArg::F_GET_SEALS)
-            .map(SealFlag::from_bits_truncate)
-            .unwrap_or(SealFlag::empty());
-        if !seals.contains(SealFlag::F_SEAL_SHRINK) {
-            return Err(TableError::NotSealed { index });
-        }
     }
     Ok(())
 }

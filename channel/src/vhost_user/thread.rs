@@ -8,6 +8,7 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use adit_passed::{Apart, Closer};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, Signal};
@@ -30,7 +31,7 @@ pub(super) struct Control {
     release: AtomicBool,
     stop_event: EventFd,
     /// The connection, to cut it off from outside.
-    current: Mutex<Option<UnixStream>>,
+    current: Mutex<Option<Apart<UnixStream>>>,
 }
 
 impl Control {
@@ -52,7 +53,20 @@ impl Control {
         self.stop_event.as_fd()
     }
 
+    /// Waits a moment for what there is not now.
+    pub(super) fn pause(&self) -> Result<(), Ended> {
+        let mut stop = [PollFd::new(self.stop_event(), PollFlags::POLLIN)];
+        // Interrupted: the moment is shorter.
+        let _ = poll(&mut stop, PollTimeout::from(ACCEPT_RETRY_MS));
+        match self.stopping() {
+            true => Err(Ended::Stop),
+            false => Ok(()),
+        }
+    }
+
     fn set_current(&self, connection: Option<UnixStream>) {
+        // What its VMM passed may wait in it.
+        let connection = connection.map(|fd| Apart::new(fd, &Closer::shared()));
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = connection;
     }
 }
@@ -202,6 +216,7 @@ impl Serving {
 
     fn begin(&mut self, connection: UnixStream) -> Option<Intake> {
         tracing::info!(vm = self.vm, "vhost-user frontend connected");
+        let connection = Apart::new(connection, &Closer::shared());
         let begun = Intake::new(connection, self.handler.clone());
         begun
             .inspect_err(
@@ -235,6 +250,8 @@ impl Serving {
                 Err(Ended::Gone(e)) => break e,
             }
         };
+        // Its close may take its time; its end is told now.
+        let _ = intake.socket().shutdown(std::net::Shutdown::Both);
         drop(intake);
         self.control.set_current(None);
         self.handler().gone();

@@ -11,7 +11,8 @@ use adit_channel::device::GuestCid;
 use adit_channel::hello;
 use adit_channel::live::LiveFile;
 use adit_channel::vhost_user::{self, MemoryPolicy, VhostUserCarrier, VhostUserConfig};
-use adit_port::control_io::{Message, receive_all};
+use adit_passed::{Closer, Passed};
+use adit_port::control_io::{Message, receive_passed};
 use adit_port::keep::{Keeping, Note};
 use adit_port::log;
 use adit_port::place::Place;
@@ -90,6 +91,8 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<()> {
+    // No thread may be there before the file system is taken away.
+    Closer::shared().hold();
     let place = Place::prepare(&args.dir)?;
     let left = Left::find(&args)?;
     raise_descriptor_limit();
@@ -149,7 +152,7 @@ struct Left {
     live: Arc<LiveFile>,
     handover: Option<vhost_user::Handover>,
     /// Descriptors of a ring, or none.
-    ring: Vec<OwnedFd>,
+    ring: Vec<Passed>,
     note: Note,
     stuck: Option<String>,
 }
@@ -199,19 +202,22 @@ impl Left {
 }
 
 /// Takes what `aditd` passes on.
-fn received() -> anyhow::Result<(LiveFile, Option<vhost_user::Handover>, Vec<OwnedFd>)> {
-    let (message, mut fds) = receive_all(std::io::stdin())?.context("it is closed")?;
+fn received() -> anyhow::Result<(LiveFile, Option<vhost_user::Handover>, Vec<Passed>)> {
+    let received = receive_passed(std::io::stdin(), &Closer::shared())?;
+    let (message, mut fds) = received.context("it is closed")?;
     let Message::Handover(handover) = message else {
         anyhow::bail!("another frame: {:?}", message.kind());
     };
     let others = fds.len().checked_sub(handover.ring.into());
     let ring = fds.split_off(others.context("it lacks the ring's descriptors")?);
     let mut fds = fds.into_iter();
-    let live = LiveFile::open(fds.next().context("it lacks the live table")?)?;
+    let live = fds.next().context("it lacks the live table")?;
+    let live = LiveFile::open(live.memory()?)?;
     let bytes = handover.record;
     let handover = (!bytes.is_empty()).then(|| vhost_user::Handover {
         bytes,
-        fds: fds.collect(),
+        // Until it is parsed, which looks at nothing of them before.
+        fds: fds.filter_map(Passed::trust).collect(),
     });
     Ok((live, handover, ring))
 }

@@ -296,6 +296,13 @@ impl<C: Carrier> Process<C> {
                     }
                 }
                 Ok(None) => return self.disconnect("it closed the connection"),
+                // One tunnel less, and not the connection.
+                Err(ControlError::NoDescriptors { message }) => {
+                    tracing::warn!("no descriptor left for a tunnel");
+                    if let Message::Attach(attach) = *message {
+                        self.cancel(attach.id);
+                    }
+                }
                 Err(e) if e.would_block() => return,
                 // It went without reading what we said: told once, ahead of what it said itself.
                 Err(ControlError::Io(e)) if e.kind() == io::ErrorKind::ConnectionReset => {}
@@ -357,12 +364,7 @@ impl<C: Carrier> Process<C> {
             Message::Dial(dial) => self.dial(dial),
             Message::Attach(attach) => self.attach(attach, fd),
             Message::Cancel(cancel) => {
-                let aditd = self.aditd.as_mut();
-                let at = aditd.and_then(|a| a.by_id.get(&cancel.id).map(|asked| asked.at));
-                if let Some(at) = at {
-                    self.forget(at);
-                    self.reset(at);
-                }
+                self.cancel(cancel.id);
                 Ok(())
             }
             Message::Quit(_) => {
@@ -387,6 +389,15 @@ impl<C: Carrier> Process<C> {
             | Message::Ring(_)
             | Message::Held(_)
             | Message::Incoming(_) => Err("it sent a frame that only a port process sends"),
+        }
+    }
+
+    fn cancel(&mut self, id: u64) {
+        let aditd = self.aditd.as_ref();
+        let at = aditd.and_then(|a| a.by_id.get(&id).map(|asked| asked.at));
+        if let Some(at) = at {
+            self.forget(at);
+            self.reset(at);
         }
     }
 

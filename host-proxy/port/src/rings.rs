@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use adit_channel::ring::{self, RingBells, RingCarrier, RingError};
+use adit_passed::Passed;
 use adit_ringbuf::region::RegionError;
 use adit_ringbuf::{Mapped, RingMem};
 use adit_ringbuf_io::attach::{self, Bells, Code, Socket};
@@ -284,7 +285,7 @@ impl RingSockets {
 
     /// Goes on with the QEMU of a process that was killed: `left` is what that one kept of its ring, or nothing. What is of
     /// no use keeps nobody else out.
-    pub fn resume(&mut self, left: Vec<OwnedFd>) {
+    pub fn resume(&mut self, left: Vec<Passed>) {
         if left.is_empty() {
             return;
         }
@@ -295,9 +296,9 @@ impl RingSockets {
 
     fn take_up(
         &mut self,
-        left: Vec<OwnedFd>,
+        left: Vec<Passed>,
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        let left: Result<[OwnedFd; RING_FDS], _> = left.try_into();
+        let left: Result<[Passed; RING_FDS], _> = left.try_into();
         let [
             vmm,
             memory_fd,
@@ -306,6 +307,7 @@ impl RingSockets {
             host_data,
             host_space,
         ] = left.map_err(|_| "another number of descriptors")?;
+        let memory_fd = memory_fd.memory()?;
         let memory = Mapped::from_memfd(memory_fd.try_clone()?, self.ivshmem_bytes)?;
         let bells = Bells {
             guest_data: from_passed(guest_data)?,
@@ -313,7 +315,7 @@ impl RingSockets {
             host_data: from_passed(host_data)?,
             host_space: from_passed(host_space)?,
         };
-        self.ivshmem.resume(vmm.into());
+        self.ivshmem.resume(vmm.unix_stream()?);
         self.give(Given {
             memory,
             memory_fd,

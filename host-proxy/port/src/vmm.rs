@@ -24,13 +24,14 @@ use adit_api::{ErrorBody, NewVm, Vm, VmId, VmState};
 use adit_channel::carrier::Carrier;
 use adit_channel::hello;
 use adit_channel::live::LiveFile;
+use adit_passed::Closer;
 use anyhow::{Context, bail};
 use nix::fcntl::Flock;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use crate::control::{IVSHMEM_SOCKET, Quit, RING_SOCKET, VHOST_SOCKET};
-use crate::control_io::{Message, receive_all, send_all};
+use crate::control_io::{Message, receive_passed, send_all};
 use crate::keep::{Keeping, Note};
 use crate::place::{Place, PlaceError, connect_control};
 use crate::process::{Options, Process};
@@ -68,6 +69,8 @@ impl<C: Carrier> Handed<C> {
     /// # Errors
     /// The VM's name is none, another process has its place, or that cannot be made.
     pub fn new(carrier: C, with: &Registration, rings: Option<RingInbox>) -> anyhow::Result<Self> {
+        // Before the threads of the VM may no longer make any.
+        Closer::shared().prepare();
         let dir = with.dir()?;
         let place = take(&dir, &with.vm.name, TAKE_LIMIT)?;
         // No VMM but this one: nobody is to connect another.
@@ -117,7 +120,7 @@ impl<C: Carrier> Handed<C> {
 /// Takes the VM's directory; from a port process that serves no VMM, too. aditd starts one where it finds nobody: after this
 /// VMM was killed, or while it was away for a reboot. One that does not answer is given up after `limit`.
 fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
-    let begin = Instant::now();
+    let (begin, closer) = (Instant::now(), Closer::shared());
     loop {
         match Place::take(dir) {
             Err(PlaceError::AlreadyRunning(_)) if begin.elapsed() < limit => {}
@@ -134,7 +137,7 @@ fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
         let socket = UnixStream::from(socket);
         socket.set_read_timeout(Some(limit))?;
         // The first that it says.
-        let Ok(Some((Message::Status(status), _))) = receive_all(&socket) else {
+        let Ok(Some((Message::Status(status), _))) = receive_passed(&socket, &closer) else {
             continue;
         };
         let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
@@ -147,7 +150,7 @@ fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
         // It hears the newest connection only, and aditd may just have made one: again.
         if send_all(&socket, &Message::Quit(Quit {}), &[]).is_ok() {
             // Until it has gone.
-            while let Ok(Some(_)) = receive_all(&socket) {}
+            while let Ok(Some(_)) = receive_passed(&socket, &closer) {}
         }
     }
 }

@@ -153,9 +153,9 @@ fn files_of_a_file_system_that_never_answers_keep_nobody_waiting() {
 }
 
 #[test]
-fn r13_memory_of_huge_pages_or_without_a_right_to_write_is_refused() {
+fn r13_memory_without_a_right_to_write_is_refused_and_of_huge_pages_taken_if_there_are_any() {
     let mut running = Running::start();
-    running.connect();
+    let aditd = running.connect();
     let refused = |memory: &OwnedFd, seals| {
         fcntl_add_seals(memory, seals).unwrap();
         let bells = Bells::new().unwrap();
@@ -172,8 +172,23 @@ fn r13_memory_of_huge_pages_or_without_a_right_to_write_is_refused() {
     match memfd_create("huge", flags) {
         Ok(huge) => {
             ftruncate(&huge, BYTES as u64).unwrap();
-            let refused = refused(&huge, fixed);
+            fcntl_add_seals(&huge, fixed).unwrap();
+            let bells = Bells::new().unwrap();
+            // A region ends where a page does.
+            let part = offer("web-1", BYTES - 4096);
+            let refused = connect(&running).offer(&part, 1, huge.as_fd(), &bells);
+            let refused = refused.expect_err("a part of a page");
+            assert_eq!(code(&refused), Some(Code::Memory), "{refused:?}");
             assert!(text(&refused).contains("huge pages"), "{refused:?}");
+            let socket = connect(&running);
+            match socket.offer(&offer("web-1", BYTES), 1, huge.as_fd(), &bells) {
+                Ok(_) => drop(wait_ring(&aditd, |ring| !ring.memory.is_empty())),
+                // None are to be had, which is found out before anything is touched.
+                Err(e) => {
+                    println!("memory of huge pages: {e}");
+                    assert_eq!(code(&e), Some(Code::Memory), "{e:?}");
+                }
+            };
         }
         Err(e) => println!("skipped: this machine has no huge pages: {e}"),
     }

@@ -14,12 +14,12 @@ use hyper::header::{
 use hyper::http::uri::PathAndQuery;
 use hyper::{Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
 
 use super::ends::{self, GuestIo};
 use super::patience::{Moved, Noted, Shared, in_time};
 use super::problem::{Body, Problem};
 use super::{authority, dial, internal, socket_pair};
+use crate::passing::Socket;
 use crate::state::State;
 
 /// Port of `http://`.
@@ -54,9 +54,7 @@ pub(super) async fn handle(
     if !state.room.spares(&ours) || !state.room.spares(&theirs) {
         return Err(Problem::busy("aditd has few descriptors left"));
     }
-    ours.set_nonblocking(true)
-        .map_err(|e| internal("no socket", e))?;
-    let ours = UnixStream::from_std(ours).map_err(|e| internal("no socket", e))?;
+    let ours = Socket::new(ours, stream.closer()).map_err(|e| internal("no socket", e))?;
     // Of a listener without an agent nobody knows: most programs just close.
     let ours = GuestIo::new(ours, matches!(to.target, Target::Service(_)));
     stream

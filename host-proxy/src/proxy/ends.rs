@@ -23,9 +23,10 @@ use hyper_util::rt::TokioIo;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
 
 use super::problem::Body;
+use crate::passing::Socket;
 
 /// How long a guest may take to end a stream that we have ended.
 const END_LIMIT: Duration = Duration::from_secs(10);
@@ -35,14 +36,14 @@ pub(super) type UnderWay = Arc<AtomicBool>;
 
 /// A stream to a guest. Where its other side ends in order, as an agent does, an end without that is an error.
 pub(super) struct GuestIo {
-    inner: UnixStream,
+    inner: Socket,
     in_order: bool,
     /// We have ended our sending, so that nothing can be told any more.
     ended: bool,
 }
 
 impl GuestIo {
-    pub(super) fn new(inner: UnixStream, in_order: bool) -> Self {
+    pub(super) fn new(inner: Socket, in_order: bool) -> Self {
         Self {
             inner,
             in_order,
@@ -53,7 +54,7 @@ impl GuestIo {
     fn is_broken_off(&self) -> bool {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         // Sends nothing, and fails like a byte would.
-        let probe = || send(self.inner.as_raw_fd(), &[], flags);
+        let probe = || send(self.inner.stream().as_raw_fd(), &[], flags);
         self.in_order && !self.ended && probe() == Err(Errno::EPIPE)
     }
 

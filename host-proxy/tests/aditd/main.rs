@@ -2,9 +2,14 @@
 #![allow(missing_docs)]
 
 mod cut;
+mod foreign;
+#[path = "../../port/tests/fuse/mod.rs"]
+mod fuse;
 mod handover;
 mod host;
 mod kept;
+#[path = "../../port/tests/kinds/mod.rs"]
+mod kinds;
 mod limits;
 mod proxy;
 mod tasks;

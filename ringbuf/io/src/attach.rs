@@ -19,27 +19,27 @@
 //! | 24 | u64 zero |
 //!
 //! Little-endian. A packet of more than 4 KiB or 8 descriptors, or with anything that is not said here, ends the
-//! conversation; every descriptor that came with it is closed ([`crate::passed`] says by whom).
+//! conversation; every descriptor that came with it is closed ([`adit_passed`] says by whom).
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
+use adit_passed::{Closer, Passed, receive};
 use adit_ringbuf::{Mapped, MemfdError};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
-    accept_with, bind, connect, listen, recvmsg, sendmsg, socket_with, socketpair,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType, accept_with, bind, connect, listen, sendmsg, socket_with, socketpair,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::doorbell::borrow;
-use crate::passed::{self, Passed};
+use crate::passed;
 
 const MAGIC: [u8; 8] = *b"ADITATT1";
 /// Of the conversation.
@@ -54,8 +54,6 @@ const OFFER_FDS: usize = 5;
 /// Bytes of a text at most; of a VM's name.
 const TEXT_MAX: usize = 512;
 const NAME_MAX: usize = 64;
-/// The kernel attaches no more to one packet (SCM_MAX_FD): with room for all, none is lost unseen.
-const SCM_FDS_MAX: usize = 253;
 
 /// The conversation cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +78,9 @@ pub enum AttachError {
         "too many descriptors that were passed cannot be closed, for their file system does not answer"
     )]
     Overfull,
+    /// What came could not be taken in: this process' descriptors are all in use. Nobody's fault; it may be tried again.
+    #[error("this process has no descriptors left for what was passed")]
+    NoDescriptors,
     /// The memory that came is no memory for a ring.
     #[error("region")]
     Memory(#[from] MemfdError),
@@ -205,9 +206,9 @@ impl Bells {
     }
 }
 
-/// One end of the conversation.
+/// One end of the conversation. What waits in it is closed with it, so it is as [`adit_passed`] has it.
 #[derive(Debug)]
-pub struct Socket(OwnedFd);
+pub struct Socket(Passed);
 
 /// Where VMMs knock.
 #[derive(Debug)]
@@ -230,7 +231,7 @@ impl Listener {
     /// # Errors
     /// There are no descriptors left.
     pub fn accept(&self) -> io::Result<Socket> {
-        Ok(Socket(accept_with(&self.0, SocketFlags::CLOEXEC)?))
+        Ok(accept_with(&self.0, SocketFlags::CLOEXEC)?.into())
     }
 }
 
@@ -248,7 +249,7 @@ impl AsFd for Socket {
 
 impl From<OwnedFd> for Socket {
     fn from(fd: OwnedFd) -> Self {
-        Self(fd)
+        Self(fd.into())
     }
 }
 
@@ -273,7 +274,7 @@ impl Socket {
     pub fn connect(path: &Path) -> io::Result<Self> {
         let fd = seqpacket()?;
         connect(&fd, &SocketAddrUnix::new(path)?)?;
-        Ok(Self(fd))
+        Ok(fd.into())
     }
 
     /// Both ends.
@@ -283,7 +284,7 @@ impl Socket {
     pub fn pair() -> io::Result<(Self, Self)> {
         let kind = SocketType::SEQPACKET;
         let (a, b) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
-        Ok((Self(a), Self(b)))
+        Ok((a.into(), b.into()))
     }
 
     /// How long to wait for the other side's answer; before, for ever.
@@ -325,28 +326,20 @@ impl Socket {
 
     fn recv(&self) -> Result<Packet, AttachError> {
         let bad = |what| Err(AttachError::Malformed(what));
-        if passed::overfull() {
+        let closer = Closer::shared();
+        if closer.stays_full() {
             return Err(AttachError::Overfull);
         }
         let mut packet = [0; PACKET_MAX];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_FDS_MAX))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let parts = &mut [IoSliceMut::new(&mut packet)];
-        let got = recvmsg(&self.0, parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
-        // Owned before anything is looked at: whatever is refused is closed.
-        let mut fds: Vec<Passed> = Vec::new();
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(rights) = message {
-                fds.extend(rights.map(Passed::from));
-            }
+        let got = receive(&self.0, &mut packet, RecvFlags::empty(), &closer)?;
+        let fds = got.fds;
+        if got.table_full {
+            return Err(AttachError::NoDescriptors);
         }
         if got.bytes == 0 && fds.is_empty() {
             return Err(AttachError::Gone);
         }
-        if got
-            .flags
-            .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-        {
+        if got.cut {
             return bad("longer than a packet may be");
         }
         if got.bytes < HEAD {
@@ -442,7 +435,7 @@ impl Socket {
             let code = match &e {
                 AttachError::Version { .. } => Code::Version,
                 AttachError::Memory(_) | AttachError::Doorbell { .. } => Code::Memory,
-                AttachError::Overfull => Code::Busy,
+                AttachError::Overfull | AttachError::NoDescriptors => Code::Busy,
                 _ => Code::Malformed,
             };
             // It may be gone already.
@@ -467,11 +460,11 @@ impl Socket {
             let bytes = bytes.ok_or(AttachError::Malformed("bytes of the region"))?;
             let mut fds = fds.into_iter();
             let memory = fds.next().ok_or(AttachError::Malformed("no memory"))?;
-            let memory = memory.memory(bytes)?;
+            let memory = passed::memory(memory, bytes)?;
             let mut which = 0;
             let mut bell = || {
                 let fd = fds.next().ok_or(AttachError::Malformed("no doorbell"))?;
-                let bell = fd.doorbell();
+                let bell = passed::doorbell(fd);
                 which += 1;
                 bell.map_err(|source| AttachError::Doorbell {
                     which: which - 1,

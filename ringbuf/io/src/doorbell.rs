@@ -6,12 +6,12 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::time::Duration;
 
+use adit_passed::Passed;
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::passed::Passed;
+use crate::passed;
 
 /// Wakes the other side.
 pub trait Doorbell {
@@ -42,28 +42,18 @@ pub fn event_fd() -> io::Result<EventFd> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }
 
-/// A doorbell that somebody passed. What is none is let go of as [`crate::passed`] says.
+/// A doorbell that somebody passed. What is none is closed as [`adit_passed`] says.
 ///
 /// # Errors
 /// It is no eventfd, or cannot be examined.
-pub fn from_passed(fd: OwnedFd) -> io::Result<EventFd> {
-    Passed::from(fd).doorbell()
+pub fn from_passed(fd: impl Into<Passed>) -> io::Result<EventFd> {
+    passed::doorbell(fd.into())
 }
 
-pub(crate) fn no_eventfd() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, "no eventfd")
-}
-
-/// The same, of what is known to be no file, pipe or device.
-pub(crate) fn from_nameless(fd: OwnedFd) -> io::Result<EventFd> {
-    fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    // Of what has no name, only an eventfd takes eight bytes of zero, and they change nothing. (A process that has given up
-    // its files cannot ask /proc.)
-    if rustix::io::write(&fd, &0u64.to_ne_bytes()) != Ok(8) {
-        return Err(no_eventfd());
-    }
+/// The same, of what is known to be one.
+pub(crate) fn of_eventfd(fd: OwnedFd) -> EventFd {
     // SAFETY: the descriptor is open, an eventfd, and owned by nobody else from here on.
-    Ok(unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) })
+    unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) }
 }
 
 /// What vmm-sys-util lends of an eventfd, with its lifetime.

@@ -27,6 +27,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use adit_passed::{Apart, Closer};
 use adit_ringbuf::{Mapped, MemfdError};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, sendmsg};
 
@@ -94,7 +95,7 @@ pub struct Given {
 pub struct Server {
     listener: UnixListener,
     bytes: usize,
-    client: Option<UnixStream>,
+    client: Option<Apart<UnixStream>>,
 }
 
 impl Server {
@@ -115,7 +116,7 @@ impl Server {
     }
 
     /// Goes on with a client that a predecessor accepted.
-    pub fn resume(&mut self, client: UnixStream) {
+    pub fn resume(&mut self, client: Apart<UnixStream>) {
         self.client = Some(client);
     }
 
@@ -135,7 +136,7 @@ impl Server {
     /// It was not let in. Call again until there is nobody.
     pub fn accept(&mut self) -> Result<Option<Given>, IvshmemError> {
         let socket = match self.listener.accept() {
-            Ok((socket, _)) => socket,
+            Ok((socket, _)) => Apart::new(socket, &Closer::shared()),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(e) => return Err(e.into()),
         };
@@ -163,7 +164,8 @@ impl Server {
         let Some(client) = &self.client else {
             return Ok(Alive::No);
         };
-        let said = recv(client, &mut [0u8; 8], RecvFlags::DONTWAIT);
+        // Only looked at: descriptors that came with it would be closed by whoever took it, and here nobody may wait.
+        let said = recv(client, &mut [0u8; 8], RecvFlags::DONTWAIT | RecvFlags::PEEK);
         match said {
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(Alive::Yes),
             _ => self.client = None,

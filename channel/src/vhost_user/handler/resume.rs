@@ -1,14 +1,15 @@
 //! What a handler hands to its successor, and how that one goes on.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
 
-use vhost::vhost_user::Result;
+use adit_passed::Passed;
+use vhost::vhost_user::{Error, Result};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Handler, QUEUES, Vring, refused};
 use crate::vhost_user::handover::{Handover, HandoverError, Parts, Record, Region, RingRecord};
-use crate::vhost_user::memory::MemTable;
+use crate::vhost_user::memory::{self, MemTable};
 
 impl Handler {
     /// Everything that the frontend said, with duplicates of its descriptors.
@@ -54,7 +55,8 @@ impl Handler {
         let record = parts.record;
         if !record.regions.is_empty() {
             let regions: Vec<_> = record.regions.iter().map(Region::as_message).collect();
-            let table = MemTable::map(&regions, parts.memory, self.policy).map_err(refused)?;
+            let files = memory::take(parts.memory, self.policy).map_err(refused)?;
+            let table = MemTable::map(&regions, files, self.policy).map_err(refused)?;
             self.table = Some(table);
         }
         for ((vring, ring), fds) in self.vrings.iter_mut().zip(record.rings).zip(parts.rings) {
@@ -68,8 +70,8 @@ impl Handler {
                 base: ring.base,
                 addrs: ring.addrs,
                 lag: ring.lag,
-                kick: fds.kick,
-                call: fds.call,
+                kick: doorbell(fds.kick)?,
+                call: doorbell(fds.call)?,
                 enabled: ring.enabled,
             };
         }
@@ -85,6 +87,11 @@ impl Handler {
             )),
         }
     }
+}
+
+fn doorbell(fd: Option<Passed>) -> Result<Option<OwnedFd>> {
+    let doorbell = fd.map(Passed::eventfd).transpose();
+    doorbell.map_err(Error::ReqHandlerError)
 }
 
 /// Where a used ring stands in guest memory.

@@ -51,7 +51,8 @@ impl Torn {
         let (mut frontend, ours) = UnixStream::pair().unwrap();
         let live = Arc::new(LiveFile::create().unwrap());
         let mut estate = estate(&live);
-        let mut intake = Intake::new(ours.try_clone().unwrap(), handler()).unwrap();
+        let socket = Apart::new(ours.try_clone().unwrap(), &Closer::shared());
+        let mut intake = Intake::new(socket, handler()).unwrap();
         frontend.write_all(&ASK).unwrap();
         let control = Control::new().unwrap();
         assert!(intake.step(&control, &mut estate).is_ok());

@@ -17,7 +17,13 @@ fn hand_over(rig: &Rig) -> Handover {
 fn advance(parts: &Parts, used: [u16; 2]) {
     for (index, used) in (1..).zip(used) {
         let at = 0x1_0000 * index + 0x2000 + 2;
-        let written = parts.memory[0].write_all_at(&used.to_le_bytes(), at);
+        let memory = File::from(
+            parts.memory[0]
+                .as_fd()
+                .try_clone_to_owned()
+                .expect("one more"),
+        );
+        let written = memory.write_all_at(&used.to_le_bytes(), at);
         written.expect("guest memory");
     }
 }

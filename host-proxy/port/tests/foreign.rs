@@ -1,0 +1,306 @@
+//! R105 and R109 against the real `adit-port`: descriptors that are neither doorbells nor memory, by every socket that a VMM
+//! has, and a table of descriptors that is full when some come.
+
+mod fuse;
+mod guest;
+mod kinds;
+mod running;
+mod vmm;
+
+use std::io::{IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use adit_port::control::{Attach, DialFailed, IVSHMEM_SOCKET, RING_SOCKET, Target, VHOST_SOCKET};
+use adit_port::control_io::{Message, receive};
+use adit_ringbuf::Mapped;
+use adit_ringbuf_io::attach::{AttachError, Bells, Code, Socket};
+use adit_ringbuf_io::doorbell::Waiter;
+use kinds::Foreign;
+use running::{Aditd, Running};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use vmm::{BYTES, LONG, Vmm, message, offer, wait_ring};
+
+const SET_MEM_TABLE: u32 = 5;
+const KICK: u32 = 12;
+const CALL: u32 = 13;
+const ERR: u32 = 14;
+
+/// The file system's server, in a process of its own.
+#[test]
+fn server() {
+    fuse::serve();
+}
+
+fn pass(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    let mut space = vec![MaybeUninit::uninit(); 1024];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(fds)));
+    sendmsg(
+        socket,
+        &[IoSlice::new(bytes)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )
+    .unwrap();
+}
+
+/// A message of vhost-user, version 1.
+fn vhost(request: u32, body: &[u8]) -> Vec<u8> {
+    let head = [request, 1, body.len() as u32];
+    let head = head.iter().flat_map(|word| word.to_ne_bytes());
+    head.chain(body.iter().copied()).collect()
+}
+
+/// A message that brings descriptors: so many.
+fn bringing(request: u32, regions: u32) -> Vec<u8> {
+    if request != SET_MEM_TABLE {
+        return vhost(request, &0u64.to_ne_bytes());
+    }
+    let mut body = [regions.to_ne_bytes(), [0; 4]].concat();
+    for n in 0..u64::from(regions) {
+        for word in [n << 20, 1 << 20, (7 << 40) + (n << 20), 0] {
+            body.extend(word.to_ne_bytes());
+        }
+    }
+    vhost(request, &body)
+}
+
+/// The loop answers, whoever waits for a close.
+fn answers(aditd: &Aditd, id: &mut u64) {
+    *id += 1;
+    aditd.dial(*id, Target::VsockPort(9));
+    loop {
+        match receive(&aditd.0).unwrap().expect("connection").0 {
+            Message::DialFailed(DialFailed { id: of, .. }) if of == *id => return,
+            Message::Dialed(_) => panic!("nobody listens"),
+            _ => {}
+        }
+    }
+}
+
+/// What may be passed, with a file whose server answers nothing where there can be one.
+fn foreign(mute: Option<&fuse::Mute>) -> (Vec<Foreign>, kinds::Far) {
+    let (mut all, far) = kinds::all();
+    all.extend(mute.map(|mute| Foreign {
+        name: "a file whose server is silent",
+        fd: mute.open().into(),
+    }));
+    (all, far)
+}
+
+#[test]
+fn r105_only_eventfds_are_doorbells_and_only_sealed_memory_is_the_guests() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut running = Running::start();
+    let aditd = running.connect();
+    // Gone before the process, which cannot end while it waits for it.
+    let mute = fuse::Mute::mount(dir.path(), "server");
+    let mut dials = 0;
+    let mut fars = Vec::new();
+    for (request, said) in [
+        (KICK, "kick descriptor: not an eventfd"),
+        (CALL, "call descriptor: not an eventfd"),
+        (ERR, "error descriptor: not an eventfd"),
+        (SET_MEM_TABLE, "not a memfd sealed against shrinking"),
+    ] {
+        let (all, far) = foreign(mute.as_ref());
+        fars.push(far);
+        for (n, kind) in all.into_iter().enumerate() {
+            let name = kind.name;
+            let mut frontend = UnixStream::connect(running.dir.join(VHOST_SOCKET)).unwrap();
+            frontend.set_read_timeout(Some(LONG)).unwrap();
+            pass(&frontend, &bringing(request, 1), &[kind.fd.as_fd()]);
+            kind.close();
+            let end = frontend.read(&mut [0]).map_err(|e| e.kind());
+            assert!(
+                matches!(end, Ok(0) | Err(std::io::ErrorKind::ConnectionReset)),
+                "{said}, {name}: {end:?}"
+            );
+            if n == 0 {
+                aditd.wait_status(|s| s.last_fault.contains(said));
+            }
+            answers(&aditd, &mut dials);
+        }
+    }
+    // A message that brings none, with some beside it.
+    let (lingers, far) = kinds::lingering();
+    fars.push(far);
+    let mut frontend = UnixStream::connect(running.dir.join(VHOST_SOCKET)).unwrap();
+    frontend.set_read_timeout(Some(LONG)).unwrap();
+    pass(&frontend, &vhost(1, &[]), &[lingers.as_fd()]);
+    kinds::close(lingers);
+    frontend.read_exact(&mut [0; 20]).unwrap();
+    answers(&aditd, &mut dials);
+    drop(frontend);
+    // The next VMM is served, while all of that still waits.
+    let _guest = running.boot(&[]);
+    aditd.wait_status(|s| s.session && s.last_fault.is_empty());
+    drop(mute);
+    drop(fars);
+}
+
+#[test]
+fn r105_a_ring_is_made_of_doorbells_and_sealed_memory_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut running = Running::start();
+    let aditd = running.connect();
+    // Gone before the process, which cannot end while it waits for it.
+    let mute = fuse::Mute::mount(dir.path(), "server");
+    let mut dials = 0;
+    let (_, memory) = Mapped::memfd(BYTES).unwrap();
+    let bells = Bells::new().unwrap();
+    let bell = bells.host_data.fd().unwrap().try_clone_to_owned().unwrap();
+    let mut fars = Vec::new();
+    for at in [0, 1, 4] {
+        let (all, far) = foreign(mute.as_ref());
+        fars.push(far);
+        for kind in all {
+            let name = kind.name;
+            let socket = Socket::connect(&running.dir.join(RING_SOCKET)).unwrap();
+            socket.answer_within(LONG).unwrap();
+            let mut fds = [&memory, &bell, &bell, &bell, &bell].map(OwnedFd::as_fd);
+            fds[at] = kind.fd.as_fd();
+            pass(
+                &socket,
+                &attach(1, &postcard::to_allocvec("a VMM").unwrap(), 0),
+                &[],
+            );
+            let body = postcard::to_allocvec(&offer("web-1", BYTES)).unwrap();
+            pass(&socket, &attach(2, &body, 5), &fds);
+            kind.close();
+            let refused = loop {
+                match socket.wait() {
+                    // Its hello.
+                    AttachError::Malformed(_) => {}
+                    refused => break refused,
+                }
+            };
+            let AttachError::Refused { code, .. } = refused else {
+                panic!("{at}, {name}: {refused:?}")
+            };
+            assert_eq!(code, Code::Memory, "{at}, {name}");
+            answers(&aditd, &mut dials);
+        }
+    }
+    // A client of the other socket has nothing to say, with or without descriptors.
+    let client = UnixStream::connect(running.dir.join(IVSHMEM_SOCKET)).unwrap();
+    (0..7).for_each(|_| drop(message(&client)));
+    wait_ring(&aditd, |ring| !ring.memory.is_empty());
+    let (lingers, far) = kinds::lingering();
+    fars.push(far);
+    pass(&client, &[0; 8], &[lingers.as_fd()]);
+    kinds::close(lingers);
+    wait_ring(&aditd, |ring| ring.memory.is_empty());
+    answers(&aditd, &mut dials);
+    // Both are served.
+    let vmm = Vmm::attach(&running.dir).expect("taken");
+    let agent = vmm.boot();
+    wait_ring(&aditd, |ring| ring.running);
+    drop((agent, vmm));
+    wait_ring(&aditd, |ring| ring.memory.is_empty());
+    let vmm = Vmm::ivshmem(&running.dir, BYTES);
+    wait_ring(&aditd, |ring| !ring.memory.is_empty());
+    let _agent = vmm.boot();
+    wait_ring(&aditd, |ring| ring.running);
+    drop(mute);
+    drop(fars);
+}
+
+/// A packet of the attach socket.
+fn attach(what: u16, body: &[u8], fds: u16) -> Vec<u8> {
+    let mut packet = b"ADITATT1\x01\0".to_vec();
+    packet.extend(what.to_le_bytes());
+    packet.extend(fds.to_le_bytes());
+    packet.extend([0; 18]);
+    packet.extend(body);
+    packet
+}
+
+/// Waits until it has no more than so many.
+#[track_caller]
+fn returns_to(running: &Running, before: usize) {
+    let end = Instant::now() + LONG;
+    while running.descriptors().len() > before {
+        assert!(Instant::now() < end, "{:#?}", running.descriptors());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn r109_what_a_vmm_passes_waits_while_the_table_is_full() {
+    let mut running = Running::start();
+    running.connect().wait_status(|_| true);
+    let mut frontend = UnixStream::connect(running.dir.join(VHOST_SOCKET)).unwrap();
+    frontend.set_read_timeout(Some(LONG)).unwrap();
+    pass(&frontend, &vhost(1, &[]), &[]);
+    frontend.read_exact(&mut [0; 20]).unwrap();
+    let (pid, before) = (running.child.id(), running.descriptors().len());
+    // Seven regions where three descriptors fit.
+    kinds::limit(pid, Some(3));
+    let memory: Vec<_> = (0..7).map(|_| Mapped::memfd(1 << 20).unwrap().1).collect();
+    let fds: Vec<_> = memory.iter().map(AsFd::as_fd).collect();
+    pass(&frontend, &bringing(SET_MEM_TABLE, 7), &fds);
+    pass(&frontend, &vhost(1, &[]), &[]);
+    for _ in 0..3 {
+        returns_to(&running, before);
+    }
+    kinds::limit(pid, None);
+    // It is taken, and so is what was said behind it.
+    frontend.read_exact(&mut [0; 20]).unwrap();
+    drop(frontend);
+    returns_to(&running, before);
+}
+
+#[test]
+fn r109_a_ring_that_does_not_fit_into_a_full_table_is_refused() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    aditd.wait_status(|_| true);
+    let socket = Socket::connect(&running.dir.join(RING_SOCKET)).unwrap();
+    socket.answer_within(LONG).unwrap();
+    pass(
+        &socket,
+        &attach(1, &postcard::to_allocvec("a VMM").unwrap(), 0),
+        &[],
+    );
+    // Its hello: it has accepted.
+    assert!(matches!(socket.wait(), AttachError::Malformed(_)));
+    let (pid, before) = (running.child.id(), running.descriptors().len());
+    kinds::limit(pid, Some(2));
+    let (_, memory) = Mapped::memfd(BYTES).unwrap();
+    let body = postcard::to_allocvec(&offer("web-1", BYTES)).unwrap();
+    pass(&socket, &attach(2, &body, 5), &[memory.as_fd(); 5]);
+    let refused = socket.wait();
+    let AttachError::Refused { code, text } = refused else {
+        panic!("{refused:?}")
+    };
+    assert_eq!(code, Code::Busy, "{text}");
+    returns_to(&running, before - 1);
+    kinds::limit(pid, None);
+    let vmm = Vmm::attach(&running.dir).expect("taken");
+    let _agent = vmm.boot();
+    wait_ring(&aditd, |ring| ring.running);
+}
+
+#[test]
+fn r109_a_tunnel_that_does_not_fit_into_a_full_table_is_no_end_of_the_connection() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    aditd.wait_status(|_| true);
+    let (pid, before) = (running.child.id(), running.descriptors().len());
+    let mut dials = 100;
+    for _ in 0..3 {
+        kinds::limit(pid, Some(0));
+        let (_near, far) = UnixStream::pair().unwrap();
+        let (id, prefix) = (1, vec![]);
+        aditd.say(Message::Attach(Attach { id, prefix }), Some(&far));
+        answers(&aditd, &mut dials);
+        returns_to(&running, before);
+    }
+    kinds::limit(pid, None);
+    let _guest = running.boot(&[]);
+    aditd.wait_status(|s| s.session);
+}

@@ -1,0 +1,117 @@
+//! Descriptors that are neither a doorbell nor memory, of every kind that a VMM may pass.
+#![allow(dead_code)] // each test file uses its part
+
+use std::fs::File;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::libc;
+use nix::sys::epoll::{Epoll, EpollCreateFlags};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
+
+/// For longer than any test takes.
+const LINGER_S: i32 = 3600;
+
+/// The limit of descriptors with which a process that has these open can open so many more.
+pub fn with_room_for(open: &[usize], more: usize) -> usize {
+    let mut limit = 0;
+    let mut free = 0;
+    while free < more || open.contains(&limit) {
+        free += usize::from(!open.contains(&limit));
+        limit += 1;
+    }
+    limit
+}
+
+/// The numbers of what a process has open.
+pub fn open_in(pid: u32) -> Vec<usize> {
+    let dir = format!("/proc/{pid}/fd");
+    let mut open = Vec::new();
+    for entry in std::fs::read_dir(&dir).unwrap() {
+        let path = entry.unwrap().path();
+        let number: Option<usize> = path
+            .file_name()
+            .and_then(|name| name.to_str()?.parse().ok());
+        // Not the directory itself, which is being read.
+        if std::fs::read_link(&path).is_ok_and(|to| to != std::path::Path::new(&dir)) {
+            open.extend(number);
+        }
+    }
+    open
+}
+
+/// Lets a process open so many more than it has, or as many as most may.
+pub fn limit(pid: u32, room: Option<usize>) {
+    let limit = room.map_or(4096, |more| with_room_for(&open_in(pid), more));
+    let done = std::process::Command::new("prlimit")
+        .args([format!("--pid={pid}"), format!("--nofile={limit}:")])
+        .status()
+        .unwrap();
+    assert!(done.success());
+}
+
+pub struct Foreign {
+    pub name: &'static str,
+    pub fd: OwnedFd,
+}
+
+impl Foreign {
+    /// Leaves it to whom it was passed.
+    pub fn close(self) {
+        close(self.fd);
+    }
+}
+
+/// Closes a descriptor that was passed. If the other side was faster, this is the last one, and its close is what waits: not
+/// for the test.
+pub fn close(fd: OwnedFd) {
+    std::thread::spawn(move || drop(fd));
+}
+
+/// The other end of a connection that lingers. Dropped, whoever waits in a close goes on.
+pub struct Far(TcpStream);
+
+/// A TCP socket whose last close waits: it has data that the other end does not read.
+pub fn lingering() -> (OwnedFd, Far) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (far, _) = listener.accept().unwrap();
+    near.set_nonblocking(true).unwrap();
+    while { &near }.write(&[7; 1 << 16]).is_ok() {}
+    near.set_nonblocking(false).unwrap();
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: LINGER_S,
+    };
+    setsockopt(&near, sockopt::Linger, &linger).unwrap();
+    (near.into(), Far(far))
+}
+
+/// One of each kind, and what lets go of those whose close waits.
+pub fn all() -> (Vec<Foreign>, Far) {
+    let (lingers, far) = lingering();
+    let (_, pipe) = std::io::pipe().unwrap();
+    let plain = tempfile::tempfile().unwrap();
+    plain.set_len(1 << 20).unwrap();
+    let path = open("/etc/passwd", OFlags::PATH, Mode::empty()).unwrap();
+    let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+    let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::empty()).unwrap();
+    let epoll = Epoll::new(EpollCreateFlags::empty()).unwrap();
+    let kinds = [
+        ("a socket that lingers", lingers),
+        ("a pidfd", pidfd),
+        ("a directory", File::open("/").unwrap().into()),
+        ("an O_PATH descriptor", path),
+        ("a file", plain.into()),
+        ("a device", File::open("/dev/null").unwrap().into()),
+        ("a pipe", pipe.into()),
+        ("a timer", timer.as_fd().try_clone_to_owned().unwrap()),
+        ("an epoll set", epoll.0),
+    ];
+    let kinds = kinds.map(|(name, fd)| Foreign { name, fd });
+    (kinds.into(), far)
+}

@@ -1,0 +1,167 @@
+//! R105 and R109 in aditd: descriptors that cannot be closed, from a port process that may be in its guest's hands. aditd has
+//! one thread for everybody.
+
+use std::fs::File;
+use std::io::{IoSlice, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use adit_channel::hello;
+use adit_port::control::{HANDOVER_FDS_MAX, Handover, Incoming, Quit};
+use adit_port::control_io::{Message, send_all};
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+
+use crate::fuse::Mute;
+use crate::host::{Control, Host};
+use crate::kinds::{self, Foreign};
+
+/// The file system's server, in a process of its own.
+#[test]
+fn server() {
+    crate::fuse::serve();
+}
+
+fn hand_over(control: &Control, seq: u64, fds: &[BorrowedFd<'_>]) {
+    let (record, ring) = (vec![7; 9], 0);
+    let message = Message::Handover(Handover { seq, record, ring });
+    send_all(&control.0, &message, fds).unwrap();
+}
+
+/// Passes bytes and descriptors on a Unix socket.
+fn pass(socket: &impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    let socket = socket.as_fd().as_raw_fd();
+    sendmsg::<UnixAddr>(socket, &[IoSlice::new(bytes)], &rights, flags, None).unwrap();
+}
+
+/// The API answers; so does the proxy, which serves another VM.
+fn answers(host: &Host) {
+    assert_eq!(host.get("/v1/vms").as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn r105_what_a_port_process_passes_is_closed_by_nobody_who_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut host, ports) = Host::new(&[("a", 3), ("b", 4)], "");
+    host.start();
+    // Gone before aditd, which cannot end while it waits for it.
+    let mute = Mute::mount(dir.path(), "foreign::server");
+    let mut control = ports[0].connected();
+    let other = ports[1].connected();
+    let null = File::open("/dev/null").unwrap();
+    let mut fars = Vec::new();
+    let mut foreign = || {
+        let (mut all, far) = kinds::all();
+        fars.push(far);
+        all.extend(mute.as_ref().map(|mute| Foreign {
+            name: "a file whose server is silent",
+            fd: mute.open().into(),
+        }));
+        all
+    };
+    // Kept, and replaced.
+    for (n, kind) in (1..).zip(foreign()) {
+        hand_over(&control, 2 * n, &[kind.fd.as_fd()]);
+        hand_over(&control, 2 * n + 1, &[null.as_fd()]);
+        kind.close();
+        answers(&host);
+    }
+    // As a stream that the guest dialled.
+    for kind in foreign() {
+        let (port, peer_port) = (hello::PORT, 700);
+        let incoming = Message::Incoming(Incoming { port, peer_port });
+        send_all(&control.0, &incoming, &[kind.fd.as_fd()]).unwrap();
+        kind.close();
+        answers(&host);
+    }
+    // With a frame that has none, or one of more than there can be: that costs the connection.
+    let (seq, record, ring) = (1000, vec![7; 9], 0);
+    let many = Message::Handover(Handover { seq, record, ring });
+    let quit = Message::Quit(Quit {});
+    let cases = [(&quit, 1), (&many, HANDOVER_FDS_MAX + 1), (&quit, 9)];
+    let mut kinds = foreign();
+    // Not dropped here: that would be waited for.
+    kinds.drain(cases.len()..).for_each(Foreign::close);
+    for (kind, (frame, count)) in kinds.into_iter().zip(cases) {
+        let frame = frame.encode().unwrap();
+        pass(&control.0, &frame, &vec![kind.fd.as_fd(); count]);
+        kind.close();
+        answers(&host);
+        control = ports[0].connected();
+    }
+    // While all of that waits, both VMs' agents are served.
+    other.agent();
+    control.agent();
+    answers(&host);
+    drop(mute);
+    drop(fars);
+}
+
+#[test]
+fn r105_descriptors_on_a_guests_stream_hold_nobody_up() {
+    let (mut host, ports) = Host::new(&[("a", 3), ("b", 4)], "");
+    host.start();
+    let control = ports[0].connected();
+    let _other = ports[1].connected();
+    let mut fars = Vec::new();
+    let mut lingering = || {
+        let (lingers, far) = kinds::lingering();
+        fars.push(far);
+        lingers
+    };
+    // With what the agent says, read or not.
+    let agent = control.agent();
+    let fd = lingering();
+    pass(&agent.stream, &[0], &[fd.as_fd()]);
+    kinds::close(fd);
+    answers(&host);
+    let newer = control.agent();
+    let fd = lingering();
+    pass(&newer.stream, &[0; 1 << 10], &[fd.as_fd()]);
+    kinds::close(fd);
+    drop(newer);
+    answers(&host);
+    // With a server's answer to a request.
+    let mut client = host.proxy();
+    client
+        .write_all(b"GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n")
+        .unwrap();
+    control.dialed(control.dial().id);
+    let (guest, _) = control.attached();
+    let fd = lingering();
+    pass(&guest, b"HTTP/1.1 200 OK\r\n", &[fd.as_fd()]);
+    kinds::close(fd);
+    answers(&host);
+    drop((client, guest));
+    answers(&host);
+    drop(fars);
+}
+
+#[test]
+fn r109_a_handover_that_does_not_fit_leaves_nothing_in_a_full_table() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let mut control = ports[0].connected();
+    assert_eq!(host.get("/v1/vms").as_array().unwrap().len(), 1);
+    let before = kinds::open_in(host.pid()).len();
+    let memory: OwnedFd = tempfile::tempfile().unwrap().into();
+    for _ in 0..5 {
+        kinds::limit(host.pid(), Some(6));
+        hand_over(&control, 1, &[memory.as_fd(); HANDOVER_FDS_MAX]);
+        // It cannot be kept: the connection ends, and is made again.
+        let anew = ports[0].connected();
+        host.until("nothing is left", |host| {
+            (kinds::open_in(host.pid()).len() <= before).then_some(())
+        });
+        control = anew;
+    }
+    kinds::limit(host.pid(), None);
+    hand_over(&control, 1, &[memory.as_fd(); HANDOVER_FDS_MAX]);
+    loop {
+        if let Message::Kept(kept) = control.hear().unwrap().0 {
+            assert_eq!(kept.seq, 1);
+            break;
+        }
+    }
+}
