@@ -13,7 +13,7 @@
 //! [limits]                          # all optional; these are the defaults
 //! queued_per_vm = 1024              # tasks that wait for one VM
 //! connections = 4096                # clients of the proxy at the same time; fewer where descriptors are few
-//! connections_per_client = 2048     # of one client (an address; a user, where it is this host's): half
+//! connections_per_client = 2048     # of one address (all of this host's users have one): half
 //! requests_per_vm = 1024            # to one VM that are under way: a quarter
 //! response_s = 60                   # what a VM may take to begin an answer: 504 then
 //! kept_days = 30                    # what has ended is forgotten after this long, ...

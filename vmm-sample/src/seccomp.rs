@@ -16,12 +16,10 @@
 use std::collections::BTreeMap;
 
 use adit_channel::shard::SYSTEM_CALLS;
-use adit_port::{privilege, sandbox};
+use adit_port::privilege;
+use adit_port::sandbox::{by_argument, exactly};
 use anyhow::Context;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use vmm_sys_util::signal::register_signal_handler;
 
 /// A kind of thread.
@@ -37,11 +35,10 @@ pub enum Thread {
     Hybrid,
 }
 
-/// As they are numbered.
-const THREADS: [Thread; 4] = [Thread::Vcpu, Thread::Vsock, Thread::Disk, Thread::Hybrid];
-
 /// `_IO(0xae, 0x80)`.
-const KVM_RUN: u64 = 0xae80;
+const KVM_RUN: u32 = 0xae80;
+/// Family and type of the sockets that are made.
+const UNIX_STREAM: [(u8, u32); 2] = [(0, 1), (1, (libc::SOCK_STREAM | libc::SOCK_CLOEXEC) as u32)];
 /// What every thread does: allocate, wait, hear a signal, say a line, end.
 const COMMON: &[libc::c_long] = &[
     libc::SYS_read,
@@ -97,19 +94,12 @@ fn program(thread: Thread) -> anyhow::Result<BpfProgram> {
     };
     let calls = calls.iter().copied().flatten();
     let mut rules: BTreeMap<_, _> = calls.map(|&call| (call, vec![])).collect();
-    for (call, ways) in sandbox::by_argument()? {
+    for (call, ways) in by_argument()? {
         rules.entry(call).and_modify(|any| *any = ways);
     }
     match thread {
-        Thread::Vcpu => {
-            rules.insert(libc::SYS_ioctl, vec![rule(&[argument(1, KVM_RUN)?])?]);
-        }
-        Thread::Hybrid => {
-            let unix = argument(0, libc::AF_UNIX as u64)?;
-            let stream = (libc::SOCK_STREAM | libc::SOCK_CLOEXEC) as u64;
-            let stream = rule(&[unix, argument(1, stream)?])?;
-            rules.insert(libc::SYS_socket, vec![stream]);
-        }
+        Thread::Vcpu => drop(rules.insert(libc::SYS_ioctl, vec![exactly(&[(1, KVM_RUN)])?])),
+        Thread::Hybrid => drop(rules.insert(libc::SYS_socket, vec![exactly(&UNIX_STREAM)?])),
         Thread::Vsock | Thread::Disk => {}
     }
     let (otherwise, listed) = (SeccompAction::Trap, SeccompAction::Allow);
@@ -117,25 +107,17 @@ fn program(thread: Thread) -> anyhow::Result<BpfProgram> {
     Ok(filter.try_into()?)
 }
 
-fn argument(index: u8, value: u64) -> anyhow::Result<SeccompCondition> {
-    let (int, is) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
-    Ok(SeccompCondition::new(index, int, is, value)?)
-}
-
-fn rule(arguments: &[SeccompCondition]) -> anyhow::Result<SeccompRule> {
-    Ok(SeccompRule::new(arguments.to_vec())?)
-}
-
 /// The filters, made before any thread is.
 #[derive(Clone, Debug, Default)]
-pub struct Filters(Option<[BpfProgram; THREADS.len()]>);
+pub struct Filters(Option<[BpfProgram; 4]>);
 
 impl Filters {
     /// # Errors
     /// They cannot be made.
     pub fn on() -> anyhow::Result<Self> {
         register_signal_handler(libc::SIGSYS, forbidden)?;
-        let [vcpu, vsock, disk, hybrid] = THREADS.map(program);
+        let threads = [Thread::Vcpu, Thread::Vsock, Thread::Disk, Thread::Hybrid];
+        let [vcpu, vsock, disk, hybrid] = threads.map(program);
         Ok(Self(Some([vcpu?, vsock?, disk?, hybrid?])))
     }
 

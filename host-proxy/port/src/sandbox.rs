@@ -240,6 +240,15 @@ pub fn by_argument() -> Result<Rules, seccompiler::BackendError> {
     .collect()
 }
 
+/// A call that is made with these arguments, of 32 bits: their numbers, and what they are.
+///
+/// # Errors
+/// The rule is malformed.
+pub fn exactly(arguments: &[(u8, u32)]) -> Result<SeccompRule, seccompiler::BackendError> {
+    let conditions = arguments.iter().map(|&(n, is)| equal(n, is).condition());
+    SeccompRule::new(conditions.collect::<Result<_, _>>()?)
+}
+
 /// What one argument of a call must be: the bits that are looked at, and their value.
 #[derive(Clone, Copy)]
 struct Argument {

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use adit_api::{ErrorBody, NewVm, Vm, VmId, VmState};
+use adit_api::{ErrorBody, NewVm, Vm, VmId, VmIdError, VmState};
 use adit_channel::carrier::Carrier;
 use adit_channel::hello;
 use adit_channel::live::LiveFile;
@@ -153,6 +153,14 @@ fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
             while let Ok(Some(_)) = receive_passed(&socket, &closer) {}
         }
     }
+}
+
+/// Takes text for a VM's name, which is a directory's, too: for a command line.
+///
+/// # Errors
+/// It has another form; says which it must have.
+pub fn vm_name(text: &str) -> Result<String, VmIdError> {
+    Ok(text.parse::<VmId>()?.into())
 }
 
 /// The VM's entry in aditd's map; dropped = taken out.

@@ -1,0 +1,39 @@
+//! What the command line refuses by its form.
+
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+
+#[test]
+fn r116_a_name_that_is_a_path_is_refused_by_its_form() {
+    let dir = tempfile::tempdir().unwrap();
+    let (run, kernel) = (dir.path().join("run"), dir.path().join("absent"));
+    std::fs::create_dir_all(run.join("vm")).unwrap();
+    let said = |name: &str| {
+        let mut vmm = Command::new(env!("CARGO_BIN_EXE_adit-vmm"));
+        vmm.args(["run", "--vsock", "cid=3", "--kernel"])
+            .arg(&kernel);
+        vmm.arg("--aditd").arg(run.join("aditd.sock"));
+        let out = vmm.arg(format!("--name={name}")).output().unwrap();
+        (
+            out.status.code(),
+            String::from_utf8_lossy(&out.stderr).into_owned(),
+        )
+    };
+    // It ends for another reason.
+    let (code, text) = said("web-1");
+    assert!(code == Some(1) && !text.contains("--name"), "{text}");
+    let mode = || std::fs::metadata(dir.path()).unwrap().permissions().mode();
+    let open = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(dir.path(), open).unwrap();
+    let before = mode();
+    for name in [
+        "..", ".", "../..", "a/b", "/etc", "", "a.b", "-a", "A", "a\n",
+    ] {
+        let (code, text) = said(name);
+        assert!(
+            code == Some(2) && text.contains("--name"),
+            "{name:?}: {text}"
+        );
+        assert_eq!(mode(), before, "{name:?}");
+    }
+}
