@@ -112,8 +112,10 @@ fn r105_only_eventfds_are_doorbells_and_only_sealed_memory_is_the_guests() {
             let name = kind.name;
             let mut frontend = UnixStream::connect(running.dir.join(VHOST_SOCKET)).unwrap();
             frontend.set_read_timeout(Some(LONG)).unwrap();
-            pass(&frontend, &bringing(request, 1), &[kind.fd.as_fd()]);
-            kind.close();
+            kinds::stopped(running.child.id(), || {
+                pass(&frontend, &bringing(request, 1), &[kind.fd.as_fd()]);
+                kind.close();
+            });
             let end = frontend.read(&mut [0]).map_err(|e| e.kind());
             assert!(
                 matches!(end, Ok(0) | Err(std::io::ErrorKind::ConnectionReset)),
@@ -130,8 +132,10 @@ fn r105_only_eventfds_are_doorbells_and_only_sealed_memory_is_the_guests() {
     fars.push(far);
     let mut frontend = UnixStream::connect(running.dir.join(VHOST_SOCKET)).unwrap();
     frontend.set_read_timeout(Some(LONG)).unwrap();
-    pass(&frontend, &vhost(1, &[]), &[lingers.as_fd()]);
-    kinds::close(lingers);
+    kinds::stopped(running.child.id(), || {
+        pass(&frontend, &vhost(1, &[]), &[lingers.as_fd()]);
+        drop(lingers);
+    });
     frontend.read_exact(&mut [0; 20]).unwrap();
     answers(&aditd, &mut dials);
     drop(frontend);
@@ -161,16 +165,18 @@ fn r105_a_ring_is_made_of_doorbells_and_sealed_memory_only() {
             let name = kind.name;
             let socket = Socket::connect(&running.dir.join(RING_SOCKET)).unwrap();
             socket.answer_within(LONG).unwrap();
-            let mut fds = [&memory, &bell, &bell, &bell, &bell].map(OwnedFd::as_fd);
-            fds[at] = kind.fd.as_fd();
             pass(
                 &socket,
                 &attach(1, &postcard::to_allocvec("a VMM").unwrap(), 0),
                 &[],
             );
             let body = postcard::to_allocvec(&offer("web-1", BYTES)).unwrap();
-            pass(&socket, &attach(2, &body, 5), &fds);
-            kind.close();
+            kinds::stopped(running.child.id(), || {
+                let mut fds = [&memory, &bell, &bell, &bell, &bell].map(OwnedFd::as_fd);
+                fds[at] = kind.fd.as_fd();
+                pass(&socket, &attach(2, &body, 5), &fds);
+                kind.close();
+            });
             let refused = loop {
                 match socket.wait() {
                     // Its hello.
@@ -191,8 +197,10 @@ fn r105_a_ring_is_made_of_doorbells_and_sealed_memory_only() {
     wait_ring(&aditd, |ring| !ring.memory.is_empty());
     let (lingers, far) = kinds::lingering();
     fars.push(far);
-    pass(&client, &[0; 8], &[lingers.as_fd()]);
-    kinds::close(lingers);
+    kinds::stopped(running.child.id(), || {
+        pass(&client, &[0; 8], &[lingers.as_fd()]);
+        drop(lingers);
+    });
     wait_ring(&aditd, |ring| ring.memory.is_empty());
     answers(&aditd, &mut dials);
     // Both are served.

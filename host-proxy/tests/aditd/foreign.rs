@@ -62,17 +62,21 @@ fn r105_what_a_port_process_passes_is_closed_by_nobody_who_is_waited_for() {
     };
     // Kept, and replaced.
     for (n, kind) in (1..).zip(foreign()) {
-        hand_over(&control, 2 * n, &[kind.fd.as_fd()]);
-        hand_over(&control, 2 * n + 1, &[null.as_fd()]);
-        kind.close();
+        kinds::stopped(host.pid(), || {
+            hand_over(&control, 2 * n, &[kind.fd.as_fd()]);
+            hand_over(&control, 2 * n + 1, &[null.as_fd()]);
+            kind.close();
+        });
         answers(&host);
     }
     // As a stream that the guest dialled.
     for kind in foreign() {
         let (port, peer_port) = (hello::PORT, 700);
         let incoming = Message::Incoming(Incoming { port, peer_port });
-        send_all(&control.0, &incoming, &[kind.fd.as_fd()]).unwrap();
-        kind.close();
+        kinds::stopped(host.pid(), || {
+            send_all(&control.0, &incoming, &[kind.fd.as_fd()]).unwrap();
+            kind.close();
+        });
         answers(&host);
     }
     // With a frame that has none, or one of more than there can be: that costs the connection.
@@ -85,8 +89,10 @@ fn r105_what_a_port_process_passes_is_closed_by_nobody_who_is_waited_for() {
     kinds.drain(cases.len()..).for_each(Foreign::close);
     for (kind, (frame, count)) in kinds.into_iter().zip(cases) {
         let frame = frame.encode().unwrap();
-        pass(&control.0, &frame, &vec![kind.fd.as_fd(); count]);
-        kind.close();
+        kinds::stopped(host.pid(), || {
+            pass(&control.0, &frame, &vec![kind.fd.as_fd(); count]);
+            kind.close();
+        });
         answers(&host);
         control = ports[0].connected();
     }
@@ -113,14 +119,17 @@ fn r105_descriptors_on_a_guests_stream_hold_nobody_up() {
     // With what the agent says, read or not.
     let agent = control.agent();
     let fd = lingering();
-    pass(&agent.stream, &[0], &[fd.as_fd()]);
-    kinds::close(fd);
+    kinds::stopped(host.pid(), || {
+        pass(&agent.stream, &[0], &[fd.as_fd()]);
+        drop(fd);
+    });
     answers(&host);
     let newer = control.agent();
     let fd = lingering();
-    pass(&newer.stream, &[0; 1 << 10], &[fd.as_fd()]);
-    kinds::close(fd);
-    drop(newer);
+    kinds::stopped(host.pid(), || {
+        pass(&newer.stream, &[0; 1 << 10], &[fd.as_fd()]);
+        drop((fd, newer));
+    });
     answers(&host);
     // With a server's answer to a request.
     let mut client = host.proxy();
@@ -130,8 +139,10 @@ fn r105_descriptors_on_a_guests_stream_hold_nobody_up() {
     control.dialed(control.dial().id);
     let (guest, _) = control.attached();
     let fd = lingering();
-    pass(&guest, b"HTTP/1.1 200 OK\r\n", &[fd.as_fd()]);
-    kinds::close(fd);
+    kinds::stopped(host.pid(), || {
+        pass(&guest, b"HTTP/1.1 200 OK\r\n", &[fd.as_fd()]);
+        drop(fd);
+    });
     answers(&host);
     drop((client, guest));
     answers(&host);

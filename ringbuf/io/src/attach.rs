@@ -331,7 +331,13 @@ impl Socket {
             return Err(AttachError::Overfull);
         }
         let mut packet = [0; PACKET_MAX];
-        let got = receive(&self.0, &mut packet, RecvFlags::empty(), &closer)?;
+        let got = loop {
+            // A process that is stopped and goes on is interrupted in a call that has a time limit (signal(7)).
+            match receive(&self.0, &mut packet, RecvFlags::empty(), &closer) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                received => break received?,
+            }
+        };
         let fds = got.fds;
         if got.table_full {
             return Err(AttachError::NoDescriptors);
