@@ -49,7 +49,7 @@ pub const SYSTEM_CALLS: &[libc::c_long] = &[
     libc::SYS_shutdown,
     libc::SYS_setsockopt,
     libc::SYS_sendto,
-    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
     // A device that starts or stops: its descriptors are watched anew.
     libc::SYS_fcntl,
     libc::SYS_close,

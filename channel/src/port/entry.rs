@@ -11,9 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use adit_engine::StreamId;
-use nix::sys::socket::{
-    MsgFlags, Shutdown, UnixAddr, getsockname, send, setsockopt, shutdown, sockopt,
-};
+use nix::sys::socket::{MsgFlags, Shutdown, send, setsockopt, shutdown, sockopt};
 
 use crate::carrier::{CarrierFault, RxPacket, TxSlot};
 use crate::dial::Dial;
@@ -462,8 +460,7 @@ pub(super) fn finish(fd: BorrowedFd<'_>) {
 
 /// Tells whether a socket's other end sees, at its end, whether it was closed, too.
 pub(super) fn shows_close(fd: BorrowedFd<'_>) -> bool {
-    let name = getsockname::<UnixAddr>(fd.as_raw_fd());
-    name.is_ok()
+    rustix::net::sockopt::socket_domain(fd) == Ok(rustix::net::AddressFamily::UNIX)
 }
 
 /// Writes held bytes to a socket until it takes no more.
