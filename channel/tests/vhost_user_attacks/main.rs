@@ -1,5 +1,6 @@
 //! Hostile and unlucky guests over a real vhost-user socket: frontend, frontend's thread, shard, port, client's socket.
 
+mod closes;
 #[path = "../common/mod.rs"]
 mod common;
 mod sessions;

@@ -33,6 +33,8 @@ pub struct Stream {
     /// What the guest received.
     pub got: Vec<u8>,
     pub shut: bool,
+    /// Flags of each SHUTDOWN that came.
+    pub flags: Vec<u32>,
     pub reset: bool,
 }
 
@@ -102,6 +104,8 @@ impl World {
             s.guest.handle(&h, payload.len());
             s.got.extend_from_slice(&payload);
             s.shut |= h.op == Op::Shutdown as u16 && h.flags & SEND != 0;
+            s.flags
+                .extend((h.op == Op::Shutdown as u16).then_some(h.flags));
             s.reset |= h.op == Op::Rst as u16;
             if s.guest.owes_credit() {
                 let update = s.guest.header(Op::CreditUpdate);
@@ -172,6 +176,7 @@ impl World {
             client,
             got,
             shut,
+            flags: Vec::new(),
             reset,
         });
         let at = self.streams.len() - 1;

@@ -4,8 +4,8 @@
 //! region ══ shard's thread: port, engine ══ socketpair ── Conn ── serve, relay, client
 //! ```
 //! A thread of its own moves the bytes, asleep until the host's doorbell or a socket wakes it; the rest of the agent sees
-//! streams like any others. Sessions that end and begin are its business: the listener stays, old streams end. As on any
-//! Unix socket, a reset reads as an end.
+//! streams like any others. Sessions that end and begin are its business: the listener stays, old streams end. Of a stream that
+//! was reset the near socket is at its end, and takes nothing any more; of one that ended it still does.
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;

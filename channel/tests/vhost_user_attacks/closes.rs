@@ -1,0 +1,109 @@
+//! Who sees what of a close (R117): each end, each way of closing, through a Unix socket; with and without an agent's order.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+
+use adit_engine::Op;
+
+use crate::common::pattern;
+use crate::world::{SEND, World};
+
+const RECEIVE: u32 = 1;
+const BOTH: u32 = SEND | RECEIVE;
+
+/// What a client finds: the bytes up to the end of the stream, and whether another byte is taken then.
+fn found(world: &mut World, at: usize) -> (Vec<u8>, bool) {
+    let mut got = Vec::new();
+    world.until(|w| w.client_reads(at, &mut got));
+    let taken = match world.streams[at].client.write(b"!") {
+        Ok(n) => n == 1,
+        Err(e) => {
+            assert_eq!(e.kind(), ErrorKind::BrokenPipe);
+            false
+        }
+    };
+    (got, taken)
+}
+
+#[test]
+fn r117_a_client_sees_at_once_what_the_guest_closed() {
+    let bytes = pattern(3000, 1);
+    // What the guest says, whether its side is known to end in order; whether the client can still write at the end.
+    for (flags, in_order, taken) in [
+        (&[SEND][..], false, true),
+        (&[BOTH], false, false),
+        (&[SEND, BOTH], false, false),
+        (&[SEND], true, true),
+        (&[BOTH], true, false),
+        // It has ended in order, so nothing else must be seen, however late the client looks.
+        (&[SEND, BOTH], true, true),
+    ] {
+        let mut world = World::new();
+        let at = world.open();
+        if in_order {
+            let id = world.streams[at].id;
+            world.shard.port_mut(world.port).expect_order(id);
+        }
+        assert_eq!(world.guest_writes(at, &bytes), bytes.len());
+        for flags in flags {
+            world.say(at, Op::Shutdown, *flags);
+        }
+        if *flags != [SEND] {
+            world.until(|w| w.shard.port(w.port).streams() == 0);
+        }
+        let (got, took) = found(&mut world, at);
+        assert!(got == bytes, "{flags:?} {in_order}: what was sent arrives");
+        assert_eq!(took, taken, "{flags:?} {in_order}");
+        world.streams.clear();
+        world.turns(10);
+        world.alive();
+    }
+}
+
+#[test]
+fn r117_a_guest_that_reads_no_more_is_not_written_to() {
+    let mut world = World::new();
+    let at = world.open();
+    world.say(at, Op::Shutdown, RECEIVE);
+    world.until(|w| match w.streams[at].client.write(b"!") {
+        Ok(_) => false,
+        Err(e) => e.kind() == ErrorKind::BrokenPipe,
+    });
+    // The other direction is open.
+    let bytes = pattern(3000, 2);
+    assert_eq!(world.guest_writes(at, &bytes), bytes.len());
+    let mut got = Vec::new();
+    world.until(|w| {
+        w.client_reads(at, &mut got);
+        got.len() == bytes.len()
+    });
+    assert!(got == bytes);
+}
+
+#[test]
+fn r117_a_guest_is_told_of_a_close_as_a_whole_and_of_an_end_alone() {
+    for (closes, told) in [(true, BOTH), (false, SEND)] {
+        let mut world = World::new();
+        let at = world.open();
+        // Part of it is still on its way when the client is gone.
+        let bytes = pattern(6000, 3);
+        world.streams[at].client.write_all(&bytes).expect("room");
+        let client = world.streams[at].client.try_clone().expect("a descriptor");
+        match closes {
+            true => client.shutdown(Shutdown::Both).expect("open"),
+            false => client.shutdown(Shutdown::Write).expect("open"),
+        }
+        world.until(|w| !w.streams[at].flags.is_empty());
+        assert!(world.streams[at].got == bytes);
+        assert_eq!(world.streams[at].flags, [told], "closes: {closes}");
+        if !closes {
+            // Its answer, and its end.
+            assert_eq!(world.guest_writes(at, b"answer"), 6);
+            world.say(at, Op::Shutdown, SEND);
+            let mut got = Vec::new();
+            world.until(|w| w.client_reads(at, &mut got));
+            assert_eq!(got, b"answer");
+            assert_eq!((&client).read(&mut [0]).expect("the end"), 0);
+        }
+    }
+}
