@@ -277,8 +277,12 @@ impl VmEntry {
         }
     }
 
-    /// Whether an agent is connected and has said who it is.
+    /// Whether an agent is connected and has said who it is. Not while its VM is paused, or on its way through a reboot: its
+    /// streams are held then.
     pub fn ready(&self) -> bool {
+        if !self.session() {
+            return false;
+        }
         let agent = self.agent();
         agent.facts.is_some() && agent.connected.as_ref().is_some_and(|t| !t.is_cancelled())
     }

@@ -41,7 +41,7 @@ pub const NEXT: &str = "adit-next";
 pub enum VmState {
     /// The port process does not run (yet).
     Down,
-    /// The port process waits for a VMM or for the guest's driver.
+    /// The port process waits for a VMM or for the guest's driver, or the VM is paused.
     Waiting,
     /// The guest's driver runs; no agent has spoken yet.
     Up,

@@ -286,6 +286,21 @@ impl Port {
         drop(self.listener.accept().unwrap());
     }
 
+    /// What it says of itself, with a guest's driver that runs or does not.
+    pub fn status(&self, session: bool) -> Status {
+        Status {
+            vm: self.name.clone(),
+            cid: self.cid,
+            pid: std::process::id(),
+            session,
+            epoch: 1,
+            streams: 0,
+            bytes: (0, 0),
+            faults: 0,
+            last_fault: String::new(),
+        }
+    }
+
     /// Takes aditd's connection and says who this is.
     pub fn connected(&self) -> Control {
         self.connected_as(self.cid)
@@ -299,15 +314,8 @@ impl Port {
             let control = Control(stream.into());
             limit(&control.0);
             let status = Message::Status(Status {
-                vm: self.name.clone(),
                 cid,
-                pid: std::process::id(),
-                session: true,
-                epoch: 1,
-                streams: 0,
-                bytes: (0, 0),
-                faults: 0,
-                last_fault: String::new(),
+                ..self.status(true)
             });
             match send(&control.0, &status, None) {
                 Ok(()) => return control,

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use adit_channel::frame;
 use adit_channel::hello::{self, Hello};
+use adit_port::control_io::Message;
 use adit_tasks::dsse;
 use adit_tasks::wire::{Clock, Held, Outcome, Pull, WireKind};
 use ed25519_dalek::SigningKey;
@@ -346,4 +347,34 @@ fn an_agent_that_says_nothing_of_its_task_is_cut_off_and_the_next_one_has_it() {
     assert_eq!(silent.stream.read(&mut [0]).unwrap_or(0), 0);
     let mut next = control.agent();
     assert_eq!(next.pull().task_id, task.task_id);
+}
+
+/// Its agent's stream is held, and nobody is there to serve.
+#[test]
+fn r51_a_paused_vm_is_not_ready_and_is_again_without_a_new_stream() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let mut agent = control.agent();
+    agent.say(WireKind::Report, 9, &report([9; 16], Outcome::Done));
+    agent.hear_kind(WireKind::ReportAck);
+    let wait = |ms: u32| {
+        let path = format!("/v1/vms/a/wait?for=agent&timeout_ms={ms}");
+        host.api("GET", &path, "").status
+    };
+    assert_eq!(wait(60_000), 200);
+    let says = |session| {
+        let status = ports[0].status(session);
+        control.say(&Message::Status(status), None);
+        let state = if session { "ready" } else { "waiting" };
+        host.until("the state follows", |h| {
+            (h.get("/v1/vms/a")["state"] == state).then_some(())
+        });
+    };
+    says(false);
+    assert_eq!(wait(10), 408);
+    says(true);
+    assert_eq!(wait(60_000), 200);
+    assert_eq!(apply(&host, 1).status, 200);
+    agent.pull();
 }
