@@ -2,7 +2,7 @@
 //!
 //! `adit-guest: NAME key=value …`. Values that a peer or a task chose are escaped, so that no value can forge a
 //! second line or a terminal sequence. A line that cannot be written is dropped: logging never stops the agent.
-//! What a client can make happen as often as it likes is one line a second ([`BY_PEERS`]), with a count of the others.
+//! What a client can make happen as often as it likes is one line a second (`BY_PEERS`), with a count of the others.
 
 use std::fmt::{Display, Write as _};
 use std::io::Write as _;
