@@ -501,9 +501,10 @@ async fn page_of(
 
 /// Some elements of a JSON array.
 fn array_part(tasks: &[Task], first: bool, last: bool) -> Bytes {
-    let mut text = vec![if first { b'[' } else { b',' }];
+    let mut text = Vec::from(if first { &b"["[..] } else { b"" });
     for (at, task) in tasks.iter().enumerate() {
-        if at > 0 {
+        // A page may be empty: what was on it has changed meanwhile.
+        if at > 0 || !first {
             text.push(b',');
         }
         // Strings and numbers always serialise.
@@ -698,4 +699,20 @@ async fn readyz(Shared(state): Shared<App>) -> Response {
 
 fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     serde_json::from_slice(body).map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, "bad-json", e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_in_parts_is_one_array_also_where_a_page_is_empty() {
+        let parts = [
+            array_part(&[], true, false),
+            array_part(&[], false, false),
+            array_part(&[], false, true),
+        ];
+        let value: serde_json::Value = serde_json::from_slice(&parts.concat()).unwrap();
+        assert_eq!(value, serde_json::json!([]));
+    }
 }

@@ -181,7 +181,16 @@ impl State {
             tokio::pin!(changed);
             changed.as_mut().enable();
             let now = self.now_ms();
-            let next = match self.db.run(move |c| queue::expire(c, now)).await {
+            let keep = self.keep();
+            let expired = self.db.run(move |c| {
+                let (ended, next) = queue::expire(c, now)?;
+                let vms: BTreeSet<&str> = ended.iter().map(|t| t.vm.as_str()).collect();
+                for vm in vms {
+                    retention::trim(c, vm, &keep)?;
+                }
+                Ok::<_, queue::QueueError>((ended, next))
+            });
+            let next = match expired.await {
                 Ok((ended, next)) => {
                     self.release(&mut released, now).await;
                     self.count_ended(&ended);

@@ -340,6 +340,11 @@ async fn reach(
             Err(e) if tokio::time::Instant::now() >= deadline => return Err(e),
             Err(_) => {}
         }
+        if tokio::time::Instant::now() >= deadline {
+            let at = path.display();
+            let text = format!("who listens at {at} is not the port process that was started");
+            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+        }
         if let Some(status) = child.try_wait()? {
             return Err(io::Error::other(why_ended(status, &log, from)));
         }

@@ -240,7 +240,9 @@ impl Engine {
     fn on_shutdown(&mut self, slot: u32, flags: u32) {
         let s = &mut self.table[slot];
         let news = flags & !s.peer_shut;
-        let at_once = flags == BOTH && news & SHUTDOWN_SEND != 0;
+        // An engine of the version before adds the flags up when it ends after us; on a carrier of ours nothing else does so.
+        let adds_up = self.cfg.tells_reason && s.told_shut & SHUTDOWN_SEND != 0;
+        let at_once = flags == BOTH && news & SHUTDOWN_SEND != 0 && !adds_up;
         s.peer_shut |= flags;
         if at_once && s.phase == Phase::Open {
             s.offered = 0;

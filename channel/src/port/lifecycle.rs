@@ -10,7 +10,7 @@ use nix::sys::epoll::EpollFlags;
 
 use super::entry::{self, Entry, Phase};
 use super::watch::Token;
-use super::{LINGER_BYTES_MAX, LINGER_MAX, Linger, Notice, Port};
+use super::{KEPT_MAX, LINGER_BYTES_MAX, LINGER_MAX, Linger, Notice, Port};
 use crate::carrier::Carrier;
 use crate::dial::DialError;
 use crate::hello::Accept;
@@ -248,9 +248,17 @@ impl<C: Carrier> Port<C> {
                 return;
             }
         }
+        // What is only kept holds nothing but its descriptor, of which a stream had one.
         let waiting = self.lingering.iter().flatten();
-        let (count, bytes) = waiting.fold((0, 0), |(n, b), l| (n + 1, b + l.held.len()));
-        if count >= LINGER_MAX || bytes + held.len() > LINGER_BYTES_MAX {
+        let (count, bytes, kept) = waiting.fold((0, 0, 0), |(n, b, k), l| match l.held.len() {
+            0 => (n, b, k + 1),
+            len => (n + 1, b + len, k),
+        });
+        let full = match held.len() {
+            0 => kept >= KEPT_MAX,
+            len => count >= LINGER_MAX || bytes + len > LINGER_BYTES_MAX,
+        };
+        if full {
             return entry::abort(fd);
         }
         let free = self.lingering.iter().position(Option::is_none);

@@ -48,6 +48,8 @@ use watch::{Token, Watch};
 
 /// Sinks that outlive their streams at a time.
 pub const LINGER_MAX: usize = 256;
+/// Sinks at a time that took everything, and are kept until their other end is closed: as many as a VM has streams.
+pub const KEPT_MAX: usize = 1024;
 /// Bytes held for those in all.
 pub const LINGER_BYTES_MAX: usize = 1 << 20;
 

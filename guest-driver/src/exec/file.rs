@@ -258,8 +258,32 @@ fn open_old(dir: &OwnedFd, name: &str) -> nix::Result<OwnedFd> {
     openat(dir, name, flags, Mode::empty())
 }
 
+/// The attribute that holds a file's access list.
+const ACCESS_LIST: &[u8] = b"system.posix_acl_access";
+
+/// Takes from an access list what a mode does not give (`posix_acl_xattr.h`: a version, then entries of tag, rights and id).
+/// Set as it was, it would give the old file's readers the new content until the mode is set.
+fn limit_access(list: &mut [u8], mode: Mode) {
+    const HEADER: usize = 4;
+    const ENTRY: usize = 8;
+    let rights = |shift: u32| ((mode.bits() >> shift) & 7) as u16;
+    let tag = |entry: &[u8]| u16::from_le_bytes([entry[0], entry[1]]);
+    let entries = list.get_mut(HEADER..).unwrap_or_default();
+    let (owner, group, mask, others) = (1, 4, 0x10, 0x20);
+    let masked = entries.chunks_exact(ENTRY).any(|e| tag(e) == mask);
+    for entry in entries.chunks_exact_mut(ENTRY) {
+        let now = match tag(entry) {
+            t if t == owner => rights(6),
+            t if t == mask || t == group && !masked => rights(3),
+            t if t == others => rights(0),
+            _ => continue,
+        };
+        entry[2..4].copy_from_slice(&now.to_le_bytes());
+    }
+}
+
 /// Gives a new file the extended attributes of the old one.
-fn keep_attributes(old: &OwnedFd, new: &File) -> io::Result<()> {
+fn keep_attributes(old: &OwnedFd, new: &File, mode: Mode) -> io::Result<()> {
     // What a list and a value may have at most: XATTR_LIST_MAX, XATTR_SIZE_MAX.
     let mut names = vec![0; 64 << 10];
     let mut value = vec![0; 64 << 10];
@@ -271,8 +295,12 @@ fn keep_attributes(old: &OwnedFd, new: &File) -> io::Result<()> {
         if OF_CONTENT.contains(&name) {
             continue;
         }
-        let kept = fgetxattr(old, name, &mut value[..])
-            .and_then(|n| fsetxattr(new, name, &value[..n], XattrFlags::empty()));
+        let kept = fgetxattr(old, name, &mut value[..]).and_then(|n| {
+            if name == ACCESS_LIST {
+                limit_access(&mut value[..n], mode);
+            }
+            fsetxattr(new, name, &value[..n], XattrFlags::empty())
+        });
         match kept {
             // Taken away meanwhile.
             Ok(()) | Err(rustix::io::Errno::NODATA) => {}
@@ -308,7 +336,7 @@ fn replace(
     file.write_all(content)?;
     // Owner before mode: changing the owner clears set-id bits. Access lists before mode: the mode is what was declared.
     fchown(&file, Some(uid), Some(gid))?;
-    old.map_or(Ok(()), |old| keep_attributes(old, &file))?;
+    old.map_or(Ok(()), |old| keep_attributes(old, &file, mode))?;
     fchmod(&file, mode)?;
     file.sync_all()?;
     renameat(dir, temp, dir, name)?;

@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::process::{Child, Command, ExitStatus};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -25,6 +26,9 @@ const STACK_BYTES: usize = 128 * 1024;
 
 /// Pids of children that somebody waits for.
 static CLAIMED: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
+
+/// Children that are being started.
+static STARTING: AtomicUsize = AtomicUsize::new(0);
 
 fn claimed() -> MutexGuard<'static, BTreeSet<i32>> {
     CLAIMED.lock().unwrap_or_else(PoisonError::into_inner)
@@ -47,12 +51,19 @@ impl Drop for Claim {
 /// # Errors
 /// It does not start. Nothing is claimed then.
 pub fn spawn(start: impl FnOnce() -> io::Result<Child>) -> io::Result<(Child, Claim)> {
-    let mut claimed = claimed();
-    // A start that fails waits for its child in here, which would panic if there were none.
-    let child = start()?;
-    let pid = child.id() as i32;
-    claimed.insert(pid);
-    Ok((child, Claim(pid)))
+    STARTING.fetch_add(1, Ordering::SeqCst);
+    let started = {
+        let mut claimed = claimed();
+        // A start that fails waits for its child in here, which would panic if there were none.
+        start().map(|child| {
+            let pid = child.id() as i32;
+            claimed.insert(pid);
+            (child, Claim(pid))
+        })
+    };
+    STARTING.fetch_sub(1, Ordering::SeqCst);
+    orphans();
+    started
 }
 
 /// Runs a command to its end.
@@ -65,7 +76,13 @@ pub fn status(command: &mut Command) -> io::Result<ExitStatus> {
 }
 
 /// Waits for every child that has ended and is nobody's.
+///
+/// Not while a child is being started, which may take long (a working directory that does not answer): whoever starts it
+/// looks afterwards.
 pub fn orphans() {
+    if STARTING.load(Ordering::SeqCst) > 0 {
+        return;
+    }
     let claimed = claimed();
     let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     loop {

@@ -265,6 +265,8 @@ impl<C: Carrier> Process<C> {
 
     fn disconnect(&mut self, why: &str) {
         let Some(aditd) = self.aditd.take() else {
+            // It was used, and nobody came.
+            self.spare = self.spare.take().or_else(|| self.stop.try_clone().ok());
             return;
         };
         self.keeping.set_connected(false);

@@ -239,8 +239,8 @@ pub(super) struct Answered {
 }
 
 impl Answered {
-    pub(super) fn new(inner: Body, under_way: UnderWay) -> Self {
-        under_way.store(!inner.is_end_stream(), Ordering::Release);
+    pub(super) fn new(inner: Body, under_way: UnderWay, head: bool) -> Self {
+        under_way.store(!head && !inner.is_end_stream(), Ordering::Release);
         Self { inner, under_way }
     }
 }

@@ -120,9 +120,11 @@ async fn connection(state: Arc<State>, client: TcpStream, place: &Place) {
         place.spoke();
         let state = state.clone();
         let under_way = under_way.clone();
+        // Of an answer to HEAD there is no body to come, whatever it says.
+        let head = request.method() == Method::HEAD;
         async move {
             let answer = answer(&state, request).await;
-            Ok::<_, Infallible>(answer.map(|body| Answered::new(body, under_way)))
+            Ok::<_, Infallible>(answer.map(|body| Answered::new(body, under_way, head)))
         }
     });
     let served = http1::Builder::new()

@@ -224,3 +224,19 @@ fn r117_an_answer_that_is_cut_never_looks_complete() {
         }
     }
 }
+
+/// An answer to HEAD has no body to come, whatever its head says: it is complete.
+#[test]
+fn r117_an_answer_to_head_ends_in_order() {
+    let (mut host, _ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    for _ in 0..20 {
+        let mut client = host.proxy();
+        client
+            .write_all(b"HEAD http://nobody/ HTTP/1.1\r\nHost: nobody\r\nConnection: close\r\n\r\n")
+            .unwrap();
+        let mut said = Vec::new();
+        client.read_to_end(&mut said).unwrap();
+        assert!(said.starts_with(b"HTTP/1.1 404"), "{said:?}");
+    }
+}

@@ -114,7 +114,9 @@ fn a_goal_whose_time_is_to_come_is_held_and_handed_out_when_it_is_there() {
     let at = Timestamp::try_from(SystemTime::now() + Duration::from_secs(2)).unwrap();
     let answer = host.api("POST", "/v1/goals", &goal_from(1, &at.to_string(), LATER));
     assert_eq!(answer.status, 200, "{}", answer.body);
-    assert!(answer.body.contains("held until"), "{}", answer.body);
+    // A busy machine may take longer than that to answer.
+    let held = answer.body.contains("held until");
+    assert!(held || Timestamp::now() >= at, "{}", answer.body);
     assert_eq!(agent.task().step_id, "one");
     assert!(Timestamp::now() >= at);
 }

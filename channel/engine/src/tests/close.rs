@@ -123,6 +123,27 @@ fn r117_both_directions_closed_at_once_is_no_end() {
     }
 }
 
+/// Over a ring an engine of the version before ends with both flags when we have ended already: that is an end. Of one that
+/// has not heard ours it is none.
+#[test]
+fn r117_over_a_ring_both_flags_after_our_end_are_an_end() {
+    for (we_ended, expected) in [(true, None), (false, Some(ResetReason::HungUp))] {
+        let mut r = Rig::new(EngineConfig {
+            tells_reason: true,
+            ..EngineConfig::default()
+        });
+        let s = r.open(9);
+        if we_ended {
+            r.e.shutdown(r.now, s, How::Send);
+            r.sent();
+        }
+        r.shut(9, 3);
+        let closed = r.events().pop();
+        let reason = expected;
+        assert_eq!(closed, Some(Event::Closed { stream: s, reason }));
+    }
+}
+
 /// The same from our side: what `shutdown` was asked for decides what the peer sees.
 #[test]
 fn r117_only_an_end_of_sending_that_was_asked_for_is_told_alone() {

@@ -251,3 +251,41 @@ fn r113_an_owner_that_is_no_number_or_means_nobody_is_not_taken_for_one() {
         }
     }
 }
+
+/// The old file's readers must not have the new content, not even for a moment.
+#[test]
+fn r113_an_access_list_gives_no_more_than_the_mode() {
+    let entry = |tag: u16, rights: u16, id: u32| {
+        let mut bytes = tag.to_le_bytes().to_vec();
+        bytes.extend(rights.to_le_bytes());
+        bytes.extend(id.to_le_bytes());
+        bytes
+    };
+    let list = |entries: &[Vec<u8>]| [&2u32.to_le_bytes()[..], &entries.concat()].concat();
+    let (owner, user, group, mask, others) = (1, 2, 4, 0x10, 0x20);
+    let mut full = list(&[
+        entry(owner, 6, 0),
+        entry(user, 4, 1000),
+        entry(group, 4, 0),
+        entry(mask, 4, 0),
+        entry(others, 4, 0),
+    ]);
+    limit_access(&mut full, Mode::from_bits_truncate(0o600));
+    let expected = list(&[
+        entry(owner, 6, 0),
+        entry(user, 4, 1000),
+        entry(group, 4, 0),
+        // What a named user has counts only as far as the mask goes.
+        entry(mask, 0, 0),
+        entry(others, 0, 0),
+    ]);
+    assert_eq!(full, expected);
+    // Without a mask the group's entry is the mode's.
+    let mut small = list(&[entry(owner, 7, 0), entry(group, 7, 0), entry(others, 7, 0)]);
+    limit_access(&mut small, Mode::from_bits_truncate(0o640));
+    let expected = list(&[entry(owner, 6, 0), entry(group, 4, 0), entry(others, 0, 0)]);
+    assert_eq!(small, expected);
+    for len in 0..20 {
+        limit_access(&mut vec![0xff; len], Mode::from_bits_truncate(0o777));
+    }
+}
