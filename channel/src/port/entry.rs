@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use adit_engine::StreamId;
-use nix::sys::socket::{MsgFlags, Shutdown, send, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, send, setsockopt, shutdown, sockopt};
 
 use crate::carrier::{CarrierFault, RxPacket, TxSlot};
 use crate::dial::Dial;
@@ -460,7 +460,9 @@ pub(super) fn finish(fd: BorrowedFd<'_>) {
 
 /// Tells whether a socket's other end sees, at its end, whether it was closed, too.
 pub(super) fn shows_close(fd: BorrowedFd<'_>) -> bool {
-    rustix::net::sockopt::socket_domain(fd) == Ok(rustix::net::AddressFamily::UNIX)
+    // Of a Unix socket the kernel knows whose its other end is; of any other it says that nobody's is.
+    let peer = getsockopt(&fd, sockopt::PeerCredentials);
+    peer.is_ok_and(|peer| peer.uid() != libc::uid_t::MAX)
 }
 
 /// Writes held bytes to a socket until it takes no more.
@@ -535,5 +537,22 @@ fn write_queue<S: TxSlot>(
 fn shrink(queue: &mut VecDeque<u8>) {
     if queue.is_empty() && queue.capacity() > KEEP_MAX {
         *queue = VecDeque::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn only_a_unix_socket_shows_that_it_was_closed() {
+        let (a, b) = UnixStream::pair().unwrap();
+        assert!(shows_close(a.as_fd()) && shows_close(b.as_fd()));
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let tcp = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert!(!shows_close(tcp.as_fd()));
     }
 }
