@@ -37,8 +37,14 @@ pub enum Thread {
 
 /// `_IO(0xae, 0x80)`.
 const KVM_RUN: u32 = 0xae80;
-/// Family and type of the sockets that are made.
-const UNIX_STREAM: [(u8, u32); 2] = [(0, 1), (1, (libc::SOCK_STREAM | libc::SOCK_CLOEXEC) as u32)];
+/// Family and type of the sockets that are made: nonblocking, so that no listener holds the thread up.
+const UNIX_STREAM: [(u8, u32); 2] = [
+    (0, libc::AF_UNIX as u32),
+    (
+        1,
+        (libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) as u32,
+    ),
+];
 /// What every thread does: allocate, wait, hear a signal, say a line, end.
 const COMMON: &[libc::c_long] = &[
     libc::SYS_read,
