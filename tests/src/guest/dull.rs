@@ -141,9 +141,8 @@ fn mute() -> anyhow::Result<String> {
     }
     device.data.ring()?;
     println!("RING-MUTE");
-    // What somebody has dialled, and that the host has given up. (Lane control has the host's own question: how long it
-    // takes.)
-    while records(&device.memory)?[1].len() < 2 {
+    // What somebody has dialled, and that the host has given up; and the same of the host's own question, how long it takes.
+    while records(&device.memory)?[1].len() < 4 {
         ensure!(begin.elapsed() < LIMIT, "the host does not give up");
         std::thread::sleep(Duration::from_millis(5));
     }
