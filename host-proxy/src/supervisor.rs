@@ -45,8 +45,9 @@ const LOG_PAST: &str = "port.log.1";
 /// Bytes of each at most, but for what is written until the next look; without aditd a port process writes four times as
 /// much and then nothing more (`adit_port::log`).
 const LOG_MAX: u64 = 1 << 20;
-/// How often a log's length is looked at.
+/// How often a log's length is looked at while the VM's state changes, and while it does not.
 const LOG_LOOK: Duration = Duration::from_secs(5);
+const LOG_LOOK_IDLE: Duration = Duration::from_secs(600);
 /// How long a new port process may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes at the end of a log that are looked at.
@@ -371,12 +372,19 @@ fn open_log(path: &Path, how: &mut std::fs::OpenOptions) -> io::Result<std::fs::
 
 /// Looks after the log of a port process for as long as it is followed.
 async fn keep_log_short(vm: &VmEntry) {
-    let mut look = tokio::time::interval(LOG_LOOK);
-    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut changes = vm.watch();
     loop {
-        look.tick().await;
         if let Err(e) = shorten(&vm.dir) {
             tracing::warn!(vm = %vm.config.name, error = %e, "port.log is not cut");
+        }
+        // Whoever has much to say changes something. While nothing happens nobody is woken.
+        let looked = tokio::time::Instant::now();
+        while looked.elapsed() < LOG_LOOK {
+            match tokio::time::timeout(LOG_LOOK_IDLE, changes.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return std::future::pending().await,
+                Err(_) => break,
+            }
         }
     }
 }
