@@ -28,7 +28,9 @@ pub mod ring;
 pub mod shard;
 #[cfg(feature = "device")]
 pub mod sink;
-#[cfg(feature = "socket-path")]
+#[cfg(feature = "socket")]
+pub mod socket_end;
+#[cfg(feature = "socket")]
 pub mod socket_path;
 #[cfg(feature = "device")]
 pub mod stream;

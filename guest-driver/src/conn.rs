@@ -6,7 +6,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use nix::errno::Errno;
+use adit_channel::socket_end;
 use nix::sys::socket::{self, MsgFlags, Shutdown, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
@@ -49,22 +49,13 @@ impl Conn {
     /// Tells whether the peer closed its side altogether, rather than ended its sending, which reads the same: then nothing can
     /// be written any more. To be asked at the end of what it sent, and while our own direction is open.
     pub fn is_broken_off(&self) -> bool {
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        // Sends nothing, and fails like a byte would.
-        socket::send(self.0.as_raw_fd(), &[], flags) == Err(Errno::EPIPE)
+        socket_end::is_closed(&self.0)
     }
 
     /// Makes closing tell the peer "reset" instead of "end", or not, where the family can (TCP). It holds for whoever closes:
     /// a process that is killed, too.
     pub fn reset_on_close(&self, on: bool) {
-        let _ = socket::setsockopt(
-            &self.0,
-            sockopt::Linger,
-            &libc::linger {
-                l_onoff: on.into(),
-                l_linger: 0,
-            },
-        );
+        socket_end::reset_on_close(&self.0, on);
     }
 }
 

@@ -39,7 +39,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use adit_channel::socket_path::PATH_MAX;
+use adit_channel::socket_path;
 use adit_port::control::IVSHMEM_SOCKET;
 use adit_tasks::VmId;
 use serde::Deserialize;
@@ -362,7 +362,8 @@ impl Config {
                 format!("at most {VMS_MAX} VMs are allowed"),
             ));
         }
-        fits(&config.api_socket()).map_err(|message| error(1, Some("run_dir".into()), message))?;
+        socket_path::check_len(&config.api_socket())
+            .map_err(|e| error(1, Some("run_dir".into()), e.to_string()))?;
         let (mut names, mut cids) = (BTreeMap::new(), BTreeMap::new());
         for (nth, vm) in config.vm.iter().enumerate() {
             let line = vm_line(text, nth);
@@ -394,7 +395,8 @@ impl Config {
     /// The key at fault, and why.
     pub fn check_paths(&self, vm: &VmId) -> Result<(), (&'static str, String)> {
         // Its longest.
-        fits(&vm_dir(&self.run_dir, vm).join(IVSHMEM_SOCKET)).map_err(|why| ("run_dir", why))
+        let longest = vm_dir(&self.run_dir, vm).join(IVSHMEM_SOCKET);
+        socket_path::check_len(&longest).map_err(|e| ("run_dir", e.to_string()))
     }
 
     /// The API's socket.
@@ -406,18 +408,6 @@ impl Config {
 /// A VM's directory.
 pub fn vm_dir(run_dir: &Path, vm: &VmId) -> PathBuf {
     run_dir.join("vm").join(vm.as_str())
-}
-
-/// Whether a path can be a socket's.
-fn fits(path: &Path) -> Result<(), String> {
-    let len = path.as_os_str().len();
-    if len <= PATH_MAX {
-        return Ok(());
-    }
-    Err(format!(
-        "the socket {} has a path of {len} bytes, and at most {PATH_MAX} are possible: use a shorter run_dir",
-        path.display()
-    ))
 }
 
 /// Line of the n-th `[[vm]]`.
@@ -432,6 +422,8 @@ fn vm_line(text: &str, nth: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use adit_channel::socket_path::PATH_MAX;
+
     use super::*;
 
     fn parse(text: &str) -> Result<Config, ConfigError> {

@@ -12,8 +12,10 @@ use adit_port::control::Handover;
 use adit_port::control_io::{ControlError, Message, send_all};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
+use crate::listen::closing_max;
+
 /// One VM's last handover.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Keeper {
     state: Mutex<State>,
     closer: Closer,
@@ -23,6 +25,15 @@ pub struct Keeper {
 struct State {
     kept: Option<(Handover, Vec<Passed>)>,
     slot: Option<Slot>,
+}
+
+impl Default for Keeper {
+    fn default() -> Self {
+        Self {
+            state: Mutex::default(),
+            closer: Closer::new(closing_max()),
+        }
+    }
 }
 
 impl Keeper {

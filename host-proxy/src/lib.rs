@@ -287,12 +287,8 @@ async fn bind(address: std::net::SocketAddr, section: &str) -> anyhow::Result<Tc
 fn bind_api(path: &Path) -> anyhow::Result<UnixListener> {
     // The lock of the directory is ours: nobody listens there.
     socket_path::remove(path)?;
-    let listener = UnixListener::bind(path).with_context(|| {
-        format!(
-            "cannot listen on {} (at most 107 bytes of path)",
-            path.display()
-        )
-    })?;
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
     // The directory is 0700: nobody came in between.
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)

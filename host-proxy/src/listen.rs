@@ -38,8 +38,21 @@ const RESERVE_MAX: usize = 256;
 const API_MAX: usize = 128;
 /// Connections of the metrics' listener at most.
 const METRICS_MAX: usize = 64;
+/// Descriptors of a VM that may wait to be closed at least.
+const CLOSING_MIN: usize = 8;
 /// Descriptors that a request through the proxy takes: the client's, and both ends of a pair.
 const OF_A_REQUEST: usize = 3;
+
+/// How many descriptors this process may have.
+fn descriptors() -> usize {
+    let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
+    usize::try_from(soft).unwrap_or(usize::MAX)
+}
+
+/// Descriptors of one VM that may wait to be closed: with more of them in the table there would be none left for others.
+pub fn closing_max() -> usize {
+    (descriptors() / 16).max(CLOSING_MIN)
+}
 
 /// How many connections there may be, by how many descriptors this process may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,8 +70,7 @@ pub struct Room {
 impl Room {
     /// Divides what the process has; `proxy` is what the configuration allows.
     pub fn of_process(proxy: usize) -> Self {
-        let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
-        Self::new(usize::try_from(soft).unwrap_or(usize::MAX), proxy)
+        Self::new(descriptors(), proxy)
     }
 
     fn new(descriptors: usize, proxy: usize) -> Self {

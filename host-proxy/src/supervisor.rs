@@ -21,8 +21,7 @@ use std::time::Duration;
 
 use adit_passed::Passed;
 use adit_port::control::{CONTROL_SOCKET, Incoming, Quit, Status};
-use adit_port::control_io::{Message, send};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use adit_port::control_io::{self, Message, send};
 use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
@@ -104,7 +103,7 @@ pub async fn supervise(
         }
     }
     // One that nobody was connected to, or that was not taken for this VM's, holds its directory.
-    if let Ok(socket) = dial(&vm.dir.join(CONTROL_SOCKET)) {
+    if let Ok(socket) = control_io::connect(&vm.dir.join(CONTROL_SOCKET)) {
         // It ends by itself, whatever else it is saying, and passing.
         let socket = Passed::new(socket, vm.keeper.closer());
         let _ = send(&socket, &Message::Quit(Quit {}), None);
@@ -282,7 +281,7 @@ async fn reach(
     let path = vm.dir.join(CONTROL_SOCKET);
     let own = uids.map(|uids| uids.of(vm.config.name.as_str()));
     let own = own.transpose()?;
-    if let Ok(socket) = dial(&path)
+    if let Ok(socket) = control_io::connect(&path)
         && let Some(process) = PortProcess::behind(socket.as_fd(), &vm.dir, own, None)?
     {
         tracing::info!(vm = %vm.config.name, pid = process.pid(), "port process found");
@@ -331,7 +330,7 @@ async fn reach(
     let started = child.id().map(PortProcess::started).transpose()?;
     let deadline = tokio::time::Instant::now() + START_LIMIT;
     let reached = loop {
-        match dial(&path) {
+        match control_io::connect(&path) {
             Ok(socket) => {
                 let behind = PortProcess::behind(socket.as_fd(), &vm.dir, own, started.as_ref())?;
                 if let Some(process) = behind {
@@ -411,12 +410,4 @@ fn shorten(dir: &Path) -> io::Result<()> {
     }
     open_log(&past, std::fs::OpenOptions::new().write(true))?.write_all(&end)?;
     log.set_len(0)
-}
-
-fn dial(path: &Path) -> io::Result<OwnedFd> {
-    use std::os::fd::AsRawFd;
-    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-    connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-    Ok(fd)
 }

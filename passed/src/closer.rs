@@ -14,11 +14,12 @@ const STACK_BYTES: usize = 64 << 10;
 static SHARED: OnceLock<Closer> = OnceLock::new();
 
 /// One owner's queue of descriptors to be closed. Its thread is there while there is something to close.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Closer(Arc<Inner>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Inner {
+    max: usize,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -35,7 +36,22 @@ struct State {
     held: bool,
 }
 
+impl Default for Closer {
+    fn default() -> Self {
+        Self::new(PENDING_MAX)
+    }
+}
+
 impl Closer {
+    /// A closer of so many descriptors at a time, [`PENDING_MAX`] at most: whoever has several owners leaves room for all.
+    pub fn new(max: usize) -> Self {
+        Self(Arc::new(Inner {
+            max: max.clamp(1, PENDING_MAX),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }))
+    }
+
     /// The closer of this process: for whoever serves one VM only.
     pub fn shared() -> Self {
         SHARED.get_or_init(Self::default).clone()
@@ -65,14 +81,14 @@ impl Closer {
 
     /// Whether so many wait to be closed that nothing more must be taken for this owner.
     pub fn is_full(&self) -> bool {
-        self.lock().pending >= PENDING_MAX
+        self.lock().pending >= self.0.max
     }
 
     /// The same, for a thread that can wait a moment for those that are closed in order.
     pub fn stays_full(&self) -> bool {
         let end = Instant::now() + PATIENCE;
         let mut state = self.lock();
-        while state.pending >= PENDING_MAX {
+        while state.pending >= self.0.max {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return true;

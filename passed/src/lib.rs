@@ -18,7 +18,7 @@
 //! - [`receive`] is the one place that takes descriptors out of a socket. Each is owned before anything else is looked at,
 //!   also where the kernel could install only some of them because the table was full.
 //! - A [`Closer`] is one owner's queue: whatever one VM passes never keeps another VM's descriptors open. While
-//!   [`PENDING_MAX`] of its descriptors wait to be closed, its owner listens to nobody ([`Closer::is_full`]).
+//!   [`PENDING_MAX`] of its descriptors (or fewer) wait to be closed, its owner listens to nobody ([`Closer::is_full`]).
 //! - A Unix socket on which descriptors can wait is closed by a closer, too ([`Apart`]): the kernel closes those
 //!   within the socket's own close. For the same reason such a socket is never read without room for descriptors.
 #![forbid(unsafe_code)]

@@ -11,11 +11,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use adit_engine::StreamId;
-use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, send, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, send, shutdown, sockopt};
 
 use crate::carrier::{CarrierFault, RxPacket, TxSlot};
 use crate::dial::Dial;
 use crate::sink::{ServiceEvent, Sink, Straight, StreamIo};
+use crate::socket_end;
 
 /// Payload is copied through a buffer of this many bytes where it goes to no descriptor.
 const CHUNK: usize = 4096;
@@ -304,12 +305,7 @@ impl Entry {
     /// Tells, at the end of what a sink had, whether whoever has its other end closed it altogether. A TCP socket cannot
     /// tell; one that was told the peer's end may close when it likes.
     pub(super) fn is_sink_gone(&self) -> bool {
-        let gone = |fd: BorrowedFd<'_>| {
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            // Sends nothing, and fails like a byte would.
-            send(fd.as_raw_fd(), &[], flags) == Err(nix::errno::Errno::EPIPE)
-        };
-        !self.told_done && self.fd().is_some_and(gone)
+        !self.told_done && self.fd().is_some_and(socket_end::is_closed)
     }
 
     /// Shows an inline service something; returns the bytes that it took.
@@ -434,26 +430,15 @@ impl Entry {
     }
 }
 
-/// From now on a close is a reset to the other end, as far as the socket's kind can tell, whoever closes it: a process that
-/// is killed, too. Until [`finish`].
-pub(super) fn reset_on_close(fd: BorrowedFd<'_>, on: bool) {
-    let linger = libc::linger {
-        l_onoff: on.into(),
-        l_linger: 0,
-    };
-    // TCP: close sends RST. Unix sockets have no such thing and ignore it.
-    let _ = setsockopt(&fd, sockopt::Linger, &linger);
-}
-
 /// Closes a socket so that its other end sees a reset rather than an end, as far as its kind can tell the two apart: of a
 /// Unix socket the other end sees that nothing can be written to it either.
 pub(super) fn abort(fd: OwnedFd) {
-    reset_on_close(fd.as_fd(), true);
+    socket_end::reset_on_close(fd, true);
 }
 
 /// Ends a socket in order; duplicates that others hold do not keep its other end waiting. It can be closed then.
 pub(super) fn finish(fd: BorrowedFd<'_>) {
-    reset_on_close(fd, false);
+    socket_end::reset_on_close(fd, false);
     // It may be gone already.
     let _ = shutdown(fd.as_raw_fd(), Shutdown::Write);
 }

@@ -42,6 +42,7 @@ use crate::dial::{Dial, DialError, DialRequest};
 use crate::hello::Accept;
 use crate::live::LiveTable;
 use crate::sink::{Local, ServiceEvent, Sink};
+use crate::socket_end;
 use entry::{Entry, Phase};
 use wakers::Wakers;
 use watch::{Token, Watch};
@@ -512,7 +513,7 @@ impl<C: Carrier> Port<C> {
         };
         match &sink {
             // If this process is killed, nobody may take the stream for complete.
-            Sink::Fd(fd) => entry::reset_on_close(fd.as_fd(), true),
+            Sink::Fd(fd) => socket_end::reset_on_close(fd, true),
             Sink::Local(end) => {
                 end.0.lock().open = true;
                 entry.wake = true;

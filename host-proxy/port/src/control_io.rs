@@ -11,10 +11,13 @@
 use std::io::{self, IoSlice};
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use adit_channel::frame::{self, FrameError, HEADER_LEN, Header, IGNORABLE};
 use adit_passed::{Closer, Passed};
-use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socket,
+};
 use rustix::net::RecvFlags;
 
 use crate::control::{
@@ -26,6 +29,27 @@ use crate::control::{
 const VERSION: u16 = 1;
 /// Version of a handover with a ring.
 const HANDOVER_VERSION: u16 = 2;
+
+/// Makes a control socket. It never waits.
+///
+/// # Errors
+/// There are no descriptors left.
+pub fn seqpacket() -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let sock = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    Ok(sock)
+}
+
+/// Connects to a control socket, and to nothing that has to be waited for: whoever listens may be stopped.
+///
+/// # Errors
+/// Nothing listens there (`ConnectionRefused`), there is no socket (`NotFound`), or the process that listens takes nobody
+/// (`WouldBlock`).
+pub fn connect(path: &Path) -> io::Result<OwnedFd> {
+    let sock = seqpacket()?;
+    nix::sys::socket::connect(sock.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(sock)
+}
 
 /// One control frame, either direction.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,16 +11,15 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
-};
+use nix::sys::socket::{Backlog, UnixAddr, bind, listen};
 use nix::sys::stat::{Mode, umask};
 
-use adit_channel::socket_path::{self, PATH_MAX, SocketPathError};
+use adit_channel::socket_path::{self, SocketPathError};
 use adit_ringbuf_io::attach;
 
 use crate::born::Born;
 use crate::control::{CONTROL_SOCKET, IVSHMEM_SOCKET, RING_SOCKET, VHOST_SOCKET};
+use crate::control_io;
 
 /// Why the directory cannot be used. The caller's fault, or the machine's.
 #[derive(Debug, thiserror::Error)]
@@ -28,17 +27,7 @@ pub enum PlaceError {
     /// Another process serves it.
     #[error("already running: another port process serves {}", .0.display())]
     AlreadyRunning(PathBuf),
-    /// A path is longer than a socket's may be.
-    #[error("path of {len} bytes is too long for a socket (at most {max}): {}; use a shorter run directory", .path.display())]
-    PathTooLong {
-        /// The path.
-        path: PathBuf,
-        /// Its length.
-        len: usize,
-        /// What a socket's path may have.
-        max: usize,
-    },
-    /// What is at a socket's path is no socket, and stays.
+    /// There can be no socket at that path, or what is there is none, and stays.
     #[error(transparent)]
     Socket(#[from] SocketPathError),
     /// The file system says no.
@@ -148,37 +137,23 @@ impl Place {
 /// Clears a stale socket away. Nobody is asked whether it listens: a process that ends may close its sockets after its lock.
 fn free_path(dir: &Path, name: &str) -> Result<PathBuf, PlaceError> {
     let path = dir.join(name);
-    let len = path.as_os_str().len();
-    if len > PATH_MAX {
-        return Err(PlaceError::PathTooLong {
-            path,
-            len,
-            max: PATH_MAX,
-        });
-    }
+    socket_path::check_len(&path)?;
     socket_path::remove(&path)?;
     Ok(path)
 }
 
-fn seqpacket(flags: SockFlag) -> nix::Result<OwnedFd> {
-    let flags = flags | SockFlag::SOCK_CLOEXEC;
-    socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
-}
-
 fn bind_control(path: &Path) -> io::Result<OwnedFd> {
-    let sock = seqpacket(SockFlag::SOCK_NONBLOCK)?;
+    let sock = control_io::seqpacket()?;
     bind(sock.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(sock)
 }
 
-/// Connects to a port process's control socket.
+/// Connects to the control socket in a VM's directory; the connection is blocking.
 ///
 /// # Errors
-/// Nothing listens there (`ConnectionRefused`), there is no socket (`NotFound`), or the process that listens takes nobody
-/// (`WouldBlock`): it is not waited for, since it may be stopped.
+/// As [`control_io::connect`].
 pub fn connect_control(dir: &Path) -> io::Result<OwnedFd> {
-    let sock = seqpacket(SockFlag::SOCK_NONBLOCK)?;
-    connect(sock.as_raw_fd(), &UnixAddr::new(&dir.join(CONTROL_SOCKET))?)?;
+    let sock = control_io::connect(&dir.join(CONTROL_SOCKET))?;
     let sock = UnixStream::from(sock);
     sock.set_nonblocking(false)?;
     Ok(sock.into())
@@ -233,7 +208,7 @@ mod tests {
         let at = dir.path().join("x".repeat(100));
         assert!(matches!(
             Place::take(&at),
-            Err(PlaceError::PathTooLong { .. })
+            Err(PlaceError::Socket(SocketPathError::TooLong { .. }))
         ));
     }
 }

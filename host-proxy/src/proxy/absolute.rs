@@ -15,8 +15,9 @@ use hyper::http::uri::PathAndQuery;
 use hyper::{Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 
+use super::bodies::Watched;
 use super::ends::{self, GuestIo};
-use super::patience::{Moved, Noted, Shared, in_time};
+use super::patience::{Moved, in_time};
 use super::problem::{Body, Problem};
 use super::{authority, dial, internal, socket_pair};
 use crate::passing::Socket;
@@ -80,7 +81,7 @@ pub(super) async fn handle(
         .map_err(broken)?;
     tokio::spawn(ends::drive(connection));
     let moved = Moved::now();
-    let request = request.map(|body| Noted::new(body, moved.clone()));
+    let request = request.map(|body| Watched::new(body, moved.clone()));
     let limit = Duration::from_secs(state.config.limits.response_s.into());
     let mut response = in_time(sender.send_request(request), &moved, limit)
         .await
@@ -94,7 +95,7 @@ pub(super) async fn handle(
         .map_err(broken)?;
     strip_hop_by_hop(response.headers_mut());
     response.headers_mut().append(VIA, VIA_ADIT);
-    Ok(response.map(|body| Shared::new(body, share).boxed()))
+    Ok(response.map(|body| Watched::new(body, share).boxed()))
 }
 
 /// Takes out what concerns one connection only (RFC 9110 §7.6.1), and what is meant for this proxy.

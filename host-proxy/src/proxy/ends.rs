@@ -10,21 +10,19 @@
 //! its close is a reset, whoever closes it.
 
 use std::io::{self, IoSlice};
-use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
-use hyper::body::{Body as HttpBody, Frame, SizeHint};
+use adit_channel::socket_end;
+use hyper::body::Body as HttpBody;
 use hyper_util::rt::TokioIo;
-use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::bodies::{Watch, Watched};
 use super::problem::Body;
 use crate::passing::Socket;
 
@@ -32,7 +30,8 @@ use crate::passing::Socket;
 const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// Whether an answer is under way on a client's connection.
-pub(super) type UnderWay = Arc<AtomicBool>;
+#[derive(Clone, Default)]
+pub(super) struct UnderWay(Arc<AtomicBool>);
 
 /// A stream to a guest. Where its other side ends in order, as an agent does, an end without that is an error.
 pub(super) struct GuestIo {
@@ -52,10 +51,7 @@ impl GuestIo {
     }
 
     fn is_broken_off(&self) -> bool {
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        // Sends nothing, and fails like a byte would.
-        let probe = || send(self.inner.stream().as_raw_fd(), &[], flags);
-        self.in_order && !self.ended && probe() == Err(Errno::EPIPE)
+        self.in_order && !self.ended && socket_end::is_closed(self.inner.stream())
     }
 
     /// Ends the stream in order, and waits a while for the guest to do so.
@@ -157,18 +153,13 @@ impl ClientIo {
 
     fn set(&mut self, resets: bool) {
         if let Some(tcp) = self.inner.as_ref().filter(|_| resets != self.resets) {
-            let linger = nix::libc::linger {
-                l_onoff: resets.into(),
-                l_linger: 0,
-            };
-            // It fails for no socket that is one.
-            let _ = setsockopt(tcp, sockopt::Linger, &linger);
+            socket_end::reset_on_close(tcp, resets);
             self.resets = resets;
         }
     }
 
     fn follow(&mut self) {
-        self.set(self.under_way.load(Ordering::Acquire));
+        self.set(self.under_way.0.load(Ordering::Acquire));
     }
 
     fn with<T>(
@@ -232,44 +223,16 @@ impl AsyncWrite for ClientIo {
     }
 }
 
-/// The body of an answer, which is under way until it has ended in order.
-pub(super) struct Answered {
-    inner: Body,
-    under_way: UnderWay,
+/// An answer is under way until its body has ended in order; to HEAD there comes none.
+pub(super) fn answered(body: Body, under_way: UnderWay, head: bool) -> Watched<Body, UnderWay> {
+    under_way
+        .0
+        .store(!head && !body.is_end_stream(), Ordering::Release);
+    Watched::new(body, under_way)
 }
 
-impl Answered {
-    pub(super) fn new(inner: Body, under_way: UnderWay, head: bool) -> Self {
-        under_way.store(!head && !inner.is_end_stream(), Ordering::Release);
-        Self { inner, under_way }
-    }
-}
-
-impl HttpBody for Answered {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let next = Pin::new(&mut self.inner).poll_frame(cx);
-        let ended = match &next {
-            Poll::Ready(None) => true,
-            Poll::Ready(Some(Ok(_))) => self.inner.is_end_stream(),
-            Poll::Ready(Some(Err(_))) | Poll::Pending => false,
-        };
-        if ended {
-            self.under_way.store(false, Ordering::Release);
-        }
-        next
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+impl Watch for UnderWay {
+    fn ended(&self) {
+        self.0.store(false, Ordering::Release);
     }
 }

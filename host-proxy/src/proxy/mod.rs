@@ -6,6 +6,7 @@
 
 mod absolute;
 pub mod authority;
+mod bodies;
 mod connect;
 mod ends;
 mod patience;
@@ -31,7 +32,7 @@ use crate::listen::{Gate, HEADER_LIMIT, Place, Share, Shares};
 use crate::ports::DialedStream;
 use crate::state::State;
 use authority::Destination;
-use ends::{Answered, ClientIo, UnderWay};
+use ends::{ClientIo, UnderWay};
 use problem::{Body, Problem};
 
 /// Connections that are being refused at the same time; more of them are closed without a word.
@@ -124,7 +125,7 @@ async fn connection(state: Arc<State>, client: TcpStream, place: &Place) {
         let head = request.method() == Method::HEAD;
         async move {
             let answer = answer(&state, request).await;
-            Ok::<_, Infallible>(answer.map(|body| Answered::new(body, under_way, head)))
+            Ok::<_, Infallible>(answer.map(|body| ends::answered(body, under_way, head)))
         }
     });
     let served = http1::Builder::new()
