@@ -5,8 +5,8 @@
 //! | `config` | `aditd.toml` |
 //! | `listen` | what every listener has: caps, shares, deadlines, descriptors in reserve |
 //! | `registry` | the VMs and how each one's channel stands |
-//! | `supervisor`, `ports` | a port process a VM: found or started, spoken to |
-//! | `uids`, `whose` | a user for each of them; which process it is |
+//! | `supervisor`, `spawn`, `ports` | a port process a VM: found or started; from which thread; spoken to |
+//! | `uids`, `cgroup`, `whose` | a user and a cgroup for each of them; which process it is |
 //! | `keeper`, `fdstore` | what a port process's successor needs; kept over the end of aditd by systemd |
 //! | `proxy` | the HTTP forward proxy |
 //! | `agent` | the tasks service that guests dial |
@@ -14,10 +14,11 @@
 //! | `api`, `metrics` | JSON on a Unix socket; counters |
 //! | `log` | lines to stderr, one a kind a second |
 //! | `state` | what they share |
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)] // but for `spawn`
 
 pub mod agent;
 pub mod api;
+pub mod cgroup;
 pub mod config;
 pub mod db;
 pub mod fdstore;
@@ -30,6 +31,7 @@ pub mod ports;
 pub mod proxy;
 pub mod queue;
 pub mod registry;
+pub mod spawn;
 pub mod state;
 pub mod supervisor;
 pub mod uids;
@@ -38,33 +40,38 @@ pub mod whose;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use adit_channel::{hello, socket_path};
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::Uid;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
+use cgroup::Cgroups;
 use config::{Config, VmConfig};
 use db::Db;
 use fdstore::FdStore;
 use listen::Gate;
 use queue::QueueError;
 use registry::VmEntry;
+use spawn::Spawner;
 use state::State;
+use supervisor::Launch;
 
 /// How long requests that are under way may go on after the stop.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 
-/// Runs until told to stop. Port processes, and the tunnels in them, go on. `passed` is what systemd held for us, by name.
+/// Runs until told to stop. Port processes, and the tunnels in them, go on. `spawner` starts
+/// them; `passed` is what systemd held for us, by name.
 ///
 /// # Errors
 /// One line that says what to do: another aditd runs, a port is busy, a directory or the database cannot be used.
 pub async fn run(
     config: Config,
-    port_binary: PathBuf,
+    spawner: Arc<Spawner>,
     passed: Vec<(String, OwnedFd)>,
 ) -> anyhow::Result<()> {
     make_dir(&config.run_dir)?;
@@ -77,8 +84,12 @@ pub async fn run(
     getrandom::fill(&mut boot_nonce)
         .map_err(|e| anyhow::anyhow!("no randomness to be had: {e}"))?;
     let store = FdStore::new(passed);
-    let uids = uids::Uids::new(&config)?;
-    let state = State::new(config, port_binary, db, boot_nonce, store, uids);
+    let launch = Launch {
+        spawner,
+        uids: uids::Uids::new(&config)?,
+        cgroups: Uid::effective().is_root().then(Cgroups::new).flatten(),
+    };
+    let state = State::new(config, launch, db, boot_nonce, store);
 
     let proxy = bind(state.config.proxy.listen, "[proxy]").await?;
     let metrics = match &state.config.metrics {
@@ -186,8 +197,7 @@ pub(crate) async fn add_vm(
     };
     tokio::spawn(supervisor::supervise(
         vm.clone(),
-        state.port_binary.clone(),
-        state.uids.clone(),
+        state.launch.clone(),
         on_incoming,
     ));
     Ok(vm)

@@ -1,7 +1,6 @@
 //! What the parts of aditd share.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -19,7 +18,7 @@ use crate::listen::{Room, Shares};
 use crate::metrics::Metrics;
 use crate::queue::{self, retention, retention::Keep};
 use crate::registry::{Registry, VmEntry};
-use crate::uids::Uids;
+use crate::supervisor::Launch;
 
 /// Events that a slow watcher may be behind; one more and it starts over.
 const EVENTS_BEHIND_MAX: usize = 1024;
@@ -28,10 +27,8 @@ const EVENTS_BEHIND_MAX: usize = 1024;
 pub struct State {
     /// As read at start.
     pub config: Config,
-    /// The port process's program.
-    pub port_binary: PathBuf,
-    /// The users that port processes run as; none: aditd's own.
-    pub uids: Option<Arc<Uids>>,
+    /// What a port process is started with.
+    pub launch: Arc<Launch>,
     /// The VMs.
     pub registry: Registry,
     /// The database.
@@ -62,11 +59,10 @@ impl State {
     /// Puts the parts together.
     pub fn new(
         config: Config,
-        port_binary: PathBuf,
+        launch: Launch,
         db: Db,
         boot_nonce: [u8; 16],
         fd_store: FdStore,
-        uids: Option<Uids>,
     ) -> Arc<Self> {
         let room = Room::of_process(config.limits.connections);
         let per_vm = config.limits.requests_per_vm.unwrap_or(room.proxy / 4);
@@ -76,8 +72,7 @@ impl State {
             patient: Arc::new(Semaphore::new((room.api / 2).max(1))),
             registry: Registry::new(&config.run_dir),
             config,
-            port_binary,
-            uids: uids.map(Arc::new),
+            launch: Arc::new(launch),
             db,
             fd_store,
             metrics: Metrics::default(),

@@ -29,13 +29,14 @@ pub struct PrivilegeError {
     source: io::Error,
 }
 
-/// Gives every privilege up, and becomes the user and group `own`, if one is named; that takes root. To be called while
-/// there is one thread. Returns false if capabilities stay within its bounds, which takes another program to gain them, and
+/// Gives every privilege up, and becomes the user and group `own`, if one is named; that takes root. No file may become
+/// longer than `file_max_bytes` (but twice [`FILE_MAX`](crate::log::FILE_MAX) at least): its log is a file, and memory for a ring is one, too.
+/// To be called while there is one thread. Returns false if capabilities stay within its bounds, which takes another program to gain them, and
 /// no such program is ever started.
 ///
 /// # Errors
 /// The kernel refuses.
-pub fn give_up(own: Option<u32>) -> Result<bool, PrivilegeError> {
+pub fn give_up(own: Option<u32>, file_max_bytes: u64) -> Result<bool, PrivilegeError> {
     let failed = |what| move |source: io::Error| PrivilegeError { what, source };
     let bounded = empty_bounds().map_err(failed("empty the capability bounding set"))?;
     // Guest memory is in a core, and locked memory is no part of what it does.
@@ -43,6 +44,9 @@ pub fn give_up(own: Option<u32>) -> Result<bool, PrivilegeError> {
         limit(resource, 0).map_err(failed("set its limits"))?;
     }
     limit(Resource::RLIMIT_DATA, OWN_MEMORY_MAX).map_err(failed("set its limits"))?;
+    // In its guest's hands it could write its log until the disk is full.
+    let file_max = file_max_bytes.max(2 * crate::log::FILE_MAX);
+    limit(Resource::RLIMIT_FSIZE, file_max).map_err(failed("set its limits"))?;
     if let Some(own) = own {
         limit(Resource::RLIMIT_NPROC, THREADS_MAX).map_err(failed("set its limits"))?;
         let (uid, gid) = (Uid::from_raw(own), Gid::from_raw(own));
