@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use adit_engine::{FRAME_BYTES, Lane, PacketHeader};
+use adit_engine::{Lane, PACKET_HEADER_BYTES, PacketHeader};
 use adit_ringbuf::{Armed as Ready, Grant, Mapped, PushError, RingMem, Wake};
 use vm_memory::GuestAddress;
 
@@ -145,7 +145,7 @@ impl RingCarrier {
                 more |= armed == Ready::Ready;
             }
             if interest.tx && way.starved {
-                let least = FRAME_BYTES + SLOT_LEAST;
+                let least = PACKET_HEADER_BYTES + SLOT_LEAST;
                 let (armed, wake) = way.ends.producer.arm_space(least)?;
                 self.data = self.data.or(wake);
                 more |= armed == Ready::Ready;
@@ -184,18 +184,18 @@ impl Carrier for RingCarrier {
             return Ok(None);
         };
         self.pace.came(len);
-        if len < FRAME_BYTES {
+        if len < PACKET_HEADER_BYTES {
             return Err(CarrierFault {
                 what: "record is shorter than a frame; bytes",
                 value: len as u64,
-                limit: FRAME_BYTES as u64,
+                limit: PACKET_HEADER_BYTES as u64,
             });
         }
-        let mut frame = [0; FRAME_BYTES];
+        let mut frame = [0; PACKET_HEADER_BYTES];
         let is_small = len <= SMALL;
         if is_small {
             RingMem::read(&self.mem, at, &mut self.small[..len]);
-            frame.copy_from_slice(&self.small[..FRAME_BYTES]);
+            frame.copy_from_slice(&self.small[..PACKET_HEADER_BYTES]);
         } else {
             RingMem::read(&self.mem, at, &mut frame);
         }
@@ -203,16 +203,16 @@ impl Carrier for RingCarrier {
         self.control_run = if control { self.control_run + 1 } else { 0 };
         self.counters.records_in += 1;
         // A record is at most a quarter of 2 GiB.
-        let remaining = (len - FRAME_BYTES) as u32;
+        let remaining = (len - PACKET_HEADER_BYTES) as u32;
         Ok(Some(RingPacket {
             mem: &self.mem,
-            seg: seg(at + FRAME_BYTES, remaining),
+            seg: seg(at + PACKET_HEADER_BYTES, remaining),
             cursor: Cursor::default(),
-            header: PacketHeader::from_frame(&frame),
+            header: PacketHeader::from_ring_bytes(&frame),
             lane: if control { Lane::Control } else { Lane::Bulk },
             remaining,
             small: if is_small {
-                &self.small[FRAME_BYTES..len]
+                &self.small[PACKET_HEADER_BYTES..len]
             } else {
                 &[]
             },
@@ -237,8 +237,12 @@ impl Carrier for RingCarrier {
             self.data = self.data.or(way.ends.producer.publish());
         }
         let want = want.min(PAYLOAD_MAX) as usize;
-        let least = FRAME_BYTES + want.min(SLOT_LEAST);
-        let grant = match way.ends.producer.reserve_some(least, FRAME_BYTES + want) {
+        let least = PACKET_HEADER_BYTES + want.min(SLOT_LEAST);
+        let grant = match way
+            .ends
+            .producer
+            .reserve_some(least, PACKET_HEADER_BYTES + want)
+        {
             Ok(grant) => grant,
             Err(PushError::Full) => {
                 way.starved = true;
@@ -255,10 +259,10 @@ impl Carrier for RingCarrier {
         };
         way.starved = false;
         // At most PAYLOAD_MAX.
-        let capacity = (grant.len() - FRAME_BYTES) as u32;
+        let capacity = (grant.len() - PACKET_HEADER_BYTES) as u32;
         Ok(Some(RingSlot {
             mem: &self.mem,
-            seg: seg(grant.at() + FRAME_BYTES, capacity),
+            seg: seg(grant.at() + PACKET_HEADER_BYTES, capacity),
             cursor: Cursor::default(),
             grant,
             staged: Some(&mut way.staged),
@@ -432,9 +436,9 @@ impl RingSlot<'_> {
     /// It is not small: what was put in so far goes into the grant, and the rest behind it.
     fn unstage(&mut self) {
         if let Some(staged) = self.staged.take() {
-            let end = FRAME_BYTES + self.written as usize;
+            let end = PACKET_HEADER_BYTES + self.written as usize;
             self.grant
-                .write(FRAME_BYTES, &staged.bytes[FRAME_BYTES..end]);
+                .write(PACKET_HEADER_BYTES, &staged.bytes[PACKET_HEADER_BYTES..end]);
         }
     }
 
@@ -452,7 +456,7 @@ impl TxSlot for RingSlot<'_> {
 
     fn write(&mut self, src: &[u8]) -> Result<usize, CarrierFault> {
         let n = src.len().min((self.capacity - self.written) as usize);
-        let at = FRAME_BYTES + self.written as usize;
+        let at = PACKET_HEADER_BYTES + self.written as usize;
         match &mut self.staged {
             Some(staged) if at + n <= SMALL => staged.bytes[at..at + n].copy_from_slice(&src[..n]),
             _ => {
@@ -487,11 +491,11 @@ impl TxSlot for RingSlot<'_> {
             len: self.written,
             ..*h
         };
-        let frame = h.to_frame();
+        let frame = h.to_ring_bytes();
         self.counters.records_out += 1;
-        let len = FRAME_BYTES + self.written as usize;
+        let len = PACKET_HEADER_BYTES + self.written as usize;
         if let Some(staged) = self.staged {
-            staged.bytes[..FRAME_BYTES].copy_from_slice(&frame);
+            staged.bytes[..PACKET_HEADER_BYTES].copy_from_slice(&frame);
             staged.len = len;
             return self.grant.unused();
         }

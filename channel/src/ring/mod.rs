@@ -7,7 +7,7 @@
 //! ```
 //! - Lane 0 carries [`Lane::Control`], lane 1 [`Lane::Bulk`]; a region with one lane has both on it. A stream keeps to the
 //!   lane that it was asked for on, so its packets keep their order.
-//! - A packet is a record: its frame ([`FRAME_BYTES`]), then its payload. The frame is copied out once and parsed from the copy; the payload
+//! - A packet is a record: its frame ([`PACKET_HEADER_BYTES`]), then its payload. The frame is copied out once and parsed from the copy; the payload
 //!   goes from the ring to a descriptor with one `sendmsg`, or is copied out once. Whatever the peer writes into it
 //!   meanwhile is what it sent.
 //! - A slot is as much of the ring as is free, at most 64 KiB of payload, filled in place by `recvmsg`, and committed as
@@ -25,7 +25,7 @@ mod hold;
 use std::io;
 use std::time::{Duration, Instant};
 
-use adit_engine::{FRAME_BYTES, Lane, ResetReason, SessionChange};
+use adit_engine::{Lane, PACKET_HEADER_BYTES, ResetReason, SessionChange};
 use adit_ringbuf::region::{self, Features, RegionError, Spec};
 use adit_ringbuf::session::{Ends, Event, Guest, Host, Lost, Turn};
 use adit_ringbuf::{Corrupt, Mapped, Pace, PushError, RingMem, Wake};
@@ -98,7 +98,7 @@ enum Role {
 }
 
 /// Bytes of a small record.
-const SMALL: usize = FRAME_BYTES + 256;
+const SMALL: usize = PACKET_HEADER_BYTES + 256;
 
 /// A small record of this process's own.
 #[derive(Debug)]

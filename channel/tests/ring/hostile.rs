@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use adit_channel::dial::{DialError, DialRequest};
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, Shard};
-use adit_engine::FRAME_BYTES;
+use adit_engine::PACKET_HEADER_BYTES;
 use adit_engine::{EngineConfig, Lane, ResetReason};
 use adit_ringbuf::region::Side;
 use adit_ringbuf::{Mapped, RingMem};
@@ -109,7 +109,7 @@ fn r4_pad_that_ends_elsewhere() {
 
 #[test]
 fn r5_record_shorter_than_a_frame() {
-    for len in [0, 1, FRAME_BYTES as u64 - 1] {
+    for len in [0, 1, PACKET_HEADER_BYTES as u64 - 1] {
         broken_by("short", |mem, at| {
             mem.store(next_header(mem, at.data[1]), COMMITTED | len);
         });
