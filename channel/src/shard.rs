@@ -301,7 +301,7 @@ impl<C: Carrier> Shard<C> {
             false => EpollTimeout::ZERO,
         };
         if wait != EpollTimeout::ZERO && self.polling.is_on() {
-            self.look_on(timeout)?;
+            self.poll_before_sleep(timeout)?;
             if !self.news.is_empty() || self.stopped {
                 return Ok(());
             }
@@ -335,7 +335,7 @@ impl<C: Carrier> Shard<C> {
 
     /// Looks at the ports and at the kernel until nothing has come for a while, or there is news. Ports are not armed
     /// meanwhile, so guests need not kick; they are when it returns.
-    fn look_on(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+    fn poll_before_sleep(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         let begin = Instant::now();
         let until = begin + self.polling.run(timeout);
         let (mut last, mut came) = (begin, false);
@@ -357,7 +357,7 @@ impl<C: Carrier> Shard<C> {
             let now = self.inbox.tick(instant);
             let mut all_glance = true;
             for (i, port) in self.ports.iter_mut().enumerate() {
-                moved |= port.look(now, glimpse);
+                moved |= port.poll_unarmed(now, glimpse);
                 all_glance &= port.glance().is_some();
                 self.dirty[i] = true;
             }
@@ -377,7 +377,7 @@ impl<C: Carrier> Shard<C> {
             let mut glance = || ports.iter_mut().any(|p| p.glance() != Some(false));
             stirred = all_glance && (0..GLANCES).any(|_| glance());
         }
-        self.polling.looked(came);
+        self.polling.polled(came);
         self.poll_ports();
         Ok(())
     }

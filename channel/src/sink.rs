@@ -191,7 +191,7 @@ pub(crate) struct LocalState {
     /// The guest sends no more (behind `to_app`).
     pub(crate) peer_done: bool,
     /// The guest receives no more.
-    pub(crate) peer_deaf: bool,
+    pub(crate) peer_recv_done: bool,
     /// The application sends no more (behind `to_guest`).
     pub(crate) send_done: bool,
     /// The application reads no more.

@@ -136,7 +136,7 @@ impl LocalState {
 
     /// Takes bytes for the guest: `None` = no room.
     fn put(&mut self, src: &[u8]) -> Option<io::Result<usize>> {
-        if self.send_done || self.peer_deaf || self.closed {
+        if self.send_done || self.peer_recv_done || self.closed {
             let broken = || Err(io::ErrorKind::BrokenPipe.into());
             return Some(match self.reason {
                 Some(_) => Err(self.reset_error()),

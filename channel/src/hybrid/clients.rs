@@ -1,36 +1,36 @@
-//! Clients that have not said yet which port they want.
+//! Clients that have not sent yet which port they want.
 //!
-//! A client has a place, and its place is its key: used again, so it never outgrows a key. Who stays silent has its place
-//! for a minute, and for less if others need it: the one that came first and has said nothing makes way. So nobody is
-//! locked out by those who say nothing.
+//! A client has an index here, and its epoll key is derived from the index. Indices are reused, so a key never
+//! overflows. A silent client keeps its index for a minute. If others need the index, the client that connected first
+//! and has sent nothing loses it earlier. So silent clients cannot lock others out.
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 
 use adit_engine::Tick;
 
-/// Those at most.
+/// Maximum number of such clients.
 pub(super) const CLIENTS_MAX: usize = 64;
-/// How long a client may take to say its line.
+/// Time in ns that a client may take to send its line.
 pub(super) const LINE_LIMIT_NS: u64 = 60_000_000_000;
-/// Bytes of a line with its end, as the other VMMs have it.
+/// Maximum length of a line with its end, as in the other VMMs.
 pub(super) const LINE_MAX: usize = 32;
 
-/// One that has not said its line.
+/// A client that has not sent its line yet.
 pub(super) struct Client {
     pub(super) socket: UnixStream,
     line: Vec<u8>,
     since: Tick,
 }
 
-/// What came of a look at a client.
+/// The result of reading from a client.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Said {
-    /// Its line has no end yet.
+    /// The line is not complete yet.
     NotYet,
-    /// It wants this port of the guest.
+    /// The client wants this port of the guest.
     Port(u32),
-    /// It went, or wants something else.
+    /// The client is gone, or sent something else.
     Nonsense,
 }
 
@@ -40,7 +40,7 @@ pub(super) struct Clients {
 }
 
 impl Clients {
-    /// A free place; `None`: somebody has to make way.
+    /// Returns a free index. `None`: a client must be disconnected first.
     pub(super) fn free(&mut self) -> Option<usize> {
         let free = self.places.iter().position(Option::is_none);
         if free.is_none() && self.places.len() < CLIENTS_MAX {
@@ -50,7 +50,7 @@ impl Clients {
         free
     }
 
-    /// Puts a client into a free place.
+    /// Stores a client at a free index.
     pub(super) fn enter(&mut self, place: usize, socket: UnixStream, since: Tick) {
         let line = Vec::new();
         self.places[place] = Some(Client {
@@ -64,20 +64,20 @@ impl Clients {
         self.places.get_mut(place)?.take()
     }
 
-    /// Who makes way: the first that came of those who said nothing, or of all.
+    /// The client to disconnect: the one that connected first among those that sent nothing, or among all.
     pub(super) fn oldest(&self) -> Option<usize> {
         let all = self.with_places();
         let first = all.min_by_key(|(_, client)| (!client.line.is_empty(), client.since))?;
         Some(first.0)
     }
 
-    /// When the first of them has taken too long.
+    /// The earliest time at which a client has taken too long.
     pub(super) fn deadline(&self) -> Option<Tick> {
         let since = self.with_places().map(|(_, client)| client.since).min()?;
         Some(Tick(since.0.saturating_add(LINE_LIMIT_NS)))
     }
 
-    /// One that has taken too long.
+    /// A client that has taken too long.
     pub(super) fn late(&self, now: Tick) -> Option<usize> {
         let late = |c: &Client| now.0.saturating_sub(c.since.0) >= LINE_LIMIT_NS;
         let mut all = self.with_places();
@@ -89,7 +89,7 @@ impl Clients {
         places.filter_map(|(place, client)| Some((place, client.as_ref()?)))
     }
 
-    /// Reads a client's line, byte by byte: what is behind it is the guest's.
+    /// Reads a client's line byte by byte, because the bytes after it belong to the guest.
     pub(super) fn read(&mut self, place: usize) -> Said {
         let Some(Some(client)) = self.places.get_mut(place) else {
             return Said::NotYet;
@@ -115,12 +115,12 @@ impl Clients {
 impl Client {
     fn nonsense(&self) -> Said {
         let said = self.line.escape_ascii().to_string();
-        tracing::info!(said, "a client is refused: it has to say `CONNECT PORT`");
+        tracing::info!(said, "a client is refused: it has to send `CONNECT PORT`");
         Said::Nonsense
     }
 }
 
-/// As lenient as Firecracker and Cloud Hypervisor: in any case, with any blanks, whatever comes behind the port.
+/// As tolerant as Firecracker and Cloud Hypervisor: any case, any blanks, anything after the port.
 fn parse(line: &[u8]) -> Option<u32> {
     let mut words = std::str::from_utf8(line).ok()?.split_whitespace();
     let verb = words.next()?;
@@ -136,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_that_other_vmms_take_are_taken() {
+    fn lines_that_other_vmms_accept_are_accepted() {
         for line in [
             "CONNECT 5000\n",
             "connect 5000\n",
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_comes_in_pieces_and_what_is_behind_it_stays() {
+    fn a_line_may_come_in_pieces_and_bytes_after_it_stay_in_the_socket() {
         let mut clients = Clients::default();
         let (place, mut theirs) = client(&mut clients, 0);
         for byte in b"CONNECT 7" {
@@ -183,20 +183,20 @@ mod tests {
         let mut socket = clients.leave(place).unwrap().socket;
         socket.read_exact(&mut rest).unwrap();
         assert_eq!(&rest, b"rest");
-        // A line without an end is one that is too long.
+        // A line without an end is too long.
         let (place, mut theirs) = client(&mut clients, 0);
         theirs.write_all(&[b' '; LINE_MAX]).unwrap();
         assert_eq!(clients.read(place), Said::Nonsense);
     }
 
     #[test]
-    fn r118_a_place_is_used_again_and_the_silent_make_way_first() {
+    fn r118_indices_are_reused_and_silent_clients_are_disconnected_first() {
         let mut clients = Clients::default();
         let mut theirs: Vec<_> = (0..CLIENTS_MAX as u64)
             .map(|since| client(&mut clients, since).1)
             .collect();
         assert_eq!(clients.free(), None);
-        // The first two have begun to speak.
+        // The first two have started to send.
         for place in [0, 1] {
             theirs[place].write_all(b"CONN").unwrap();
             assert_eq!(clients.read(place), Said::NotYet);
@@ -214,7 +214,7 @@ mod tests {
         assert_eq!(
             clients.oldest(),
             Some(0),
-            "one that began is better than none"
+            "a client that has started goes last"
         );
     }
 
