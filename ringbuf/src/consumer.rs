@@ -82,7 +82,7 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
 
     /// Returns true if a header was written at the next position, without checking it. For a caller that polls.
     #[inline(always)]
-    pub fn stirs(&self) -> bool {
+    pub fn has_header(&self) -> bool {
         self.mem.load(self.plan.offset(self.tail)) != layout::EMPTY
     }
 
