@@ -29,7 +29,7 @@ use crate::port::Notice;
 use crate::shard::{News, PortIndex, Shard};
 use crate::sink::Sink;
 use crate::socket_path;
-use clients::{Clients, Said};
+use clients::{Clients, Request};
 use reach::{Reach, Reached};
 
 const KEY_LISTENER: u32 = 0;
@@ -46,7 +46,7 @@ pub struct Host<C: Carrier> {
     port: PortIndex,
     listener: Option<UnixListener>,
     /// No client is accepted until this time.
-    rests: Option<Tick>,
+    paused_until: Option<Tick>,
     clients: Clients,
     dialing: HashMap<StreamId, UnixStream>,
     reach: Option<Reach>,
@@ -74,7 +74,7 @@ impl<C: Carrier> Host<C> {
             listener: listener.transpose()?,
             shard,
             port,
-            rests: None,
+            paused_until: None,
             clients: Clients::default(),
             dialing: HashMap::new(),
             reach: uds.map(Reach::new),
@@ -99,7 +99,7 @@ impl<C: Carrier> Host<C> {
         while let Some(news) = self.shard.poll_news() {
             match news {
                 News::Ready { key: KEY_LISTENER } => self.accept(),
-                News::Ready { key } => self.asked((key - KEY_FIRST) as usize),
+                News::Ready { key } => self.read_request((key - KEY_FIRST) as usize),
                 News::Notice(_, notice) => self.notice(notice),
             }
         }
@@ -110,16 +110,16 @@ impl<C: Carrier> Host<C> {
     /// The next deadline of this file's own timers.
     fn deadline(&self) -> Option<Tick> {
         let retry = self.reach.as_ref().and_then(Reach::retry_at);
-        let all = [self.clients.deadline(), self.rests, retry];
+        let all = [self.clients.deadline(), self.paused_until, retry];
         all.into_iter().flatten().min()
     }
 
     fn pass_time(&mut self, now: Tick) {
-        while let Some(place) = self.clients.late(now) {
-            self.disconnect(place);
+        while let Some(index) = self.clients.late(now) {
+            self.disconnect(index);
         }
-        if self.rests.is_some_and(|at| at <= now) {
-            self.rest(None);
+        if self.paused_until.is_some_and(|at| at <= now) {
+            self.pause_accepting(None);
         }
         let reached = self.reach.as_mut().map(|r| r.retry(now));
         for (stream, reached) in reached.into_iter().flatten() {
@@ -132,74 +132,74 @@ impl<C: Carrier> Host<C> {
             return;
         };
         match listener.accept() {
-            Ok((socket, _)) => self.enter(socket),
+            Ok((socket, _)) => self.add_client(socket),
             // The client is already gone.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
             // There are no descriptors left. The client waits in the backlog, so the listener stays readable.
             Err(e) => match self.clients.oldest() {
-                Some(place) => self.disconnect(place),
+                Some(index) => self.disconnect(index),
                 None => {
                     tracing::warn!(error = %e, "cannot accept a client");
-                    self.rest(Some(Tick(self.shard.now().0.saturating_add(REST_NS))));
+                    self.pause_accepting(Some(Tick(self.shard.now().0.saturating_add(REST_NS))));
                 }
             },
         }
     }
 
     /// Stops watching the listener until a time, or watches it again.
-    fn rest(&mut self, until: Option<Tick>) {
+    fn pause_accepting(&mut self, until: Option<Tick>) {
         let Some(listener) = &self.listener else {
             return;
         };
-        self.rests = until;
+        self.paused_until = until;
         if until.is_some() {
             self.shard.unwatch(listener.as_fd());
         } else if self.shard.watch(listener.as_fd(), KEY_LISTENER).is_err() {
             // There is no memory for the registration now.
-            self.rests = Some(Tick(self.shard.now().0.saturating_add(REST_NS)));
+            self.paused_until = Some(Tick(self.shard.now().0.saturating_add(REST_NS)));
         }
     }
 
-    fn enter(&mut self, socket: UnixStream) {
-        let place = self.clients.free().or_else(|| {
+    fn add_client(&mut self, socket: UnixStream) {
+        let index = self.clients.free().or_else(|| {
             let oldest = self.clients.oldest()?;
             self.disconnect(oldest);
             Some(oldest)
         });
-        let Some(place) = place else { return };
+        let Some(index) = index else { return };
         // The index is less than CLIENTS_MAX.
-        let key = KEY_FIRST + place as u32;
+        let key = KEY_FIRST + index as u32;
         let watched = socket
             .set_nonblocking(true)
             .and_then(|()| self.shard.watch(socket.as_fd(), key));
         if watched.is_ok() {
-            self.clients.enter(place, socket, self.shard.now());
+            self.clients.insert(index, socket, self.shard.now());
             // Most clients have sent their line by now.
-            self.asked(place);
+            self.read_request(index);
         }
     }
 
-    fn leave(&mut self, place: usize) -> Option<UnixStream> {
-        let client = self.clients.leave(place)?;
+    fn remove_client(&mut self, index: usize) -> Option<UnixStream> {
+        let client = self.clients.remove(index)?;
         self.shard.unwatch(client.socket.as_fd());
         Some(client.socket)
     }
 
     /// Closes a client's connection.
-    fn disconnect(&mut self, place: usize) {
+    fn disconnect(&mut self, index: usize) {
         tracing::debug!("a client that sent no port number is disconnected");
-        drop(self.leave(place));
+        drop(self.remove_client(index));
     }
 
     /// A client has sent which port it wants.
-    fn asked(&mut self, place: usize) {
-        let port = match self.clients.read(place) {
-            Said::NotYet => return,
-            Said::Port(port) => Some(port),
-            Said::Nonsense => None,
+    fn read_request(&mut self, index: usize) {
+        let port = match self.clients.read(index) {
+            Request::Incomplete => return,
+            Request::Port(port) => Some(port),
+            Request::Invalid => None,
         };
-        let (Some(socket), Some(port)) = (self.leave(place), port) else {
+        let (Some(socket), Some(port)) = (self.remove_client(index), port) else {
             return;
         };
         let now = self.shard.now();

@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn a_successor_finds_the_pairs_and_keeps_those_it_uses_itself() {
+    fn a_successor_finds_the_pairs_and_keeps_those_that_it_uses() {
         let file = Arc::new(LiveFile::create().unwrap());
         let (mut table, _) = LiveTable::new(file.clone());
         for peer in 1..=3 {

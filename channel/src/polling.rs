@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn off_unless_asked_for_and_never_beyond_the_cap() {
+    fn polling_is_off_by_default_and_never_exceeds_the_cap() {
         assert!(!Polling::default().is_on());
         assert!(!Polling::new(Duration::ZERO).is_on());
         let long = Polling::new(Duration::from_secs(5));

@@ -65,7 +65,7 @@ pub trait Service: Send {
 /// What a service may do with its stream.
 pub struct StreamIo<'a> {
     pub(crate) out: &'a mut VecDeque<u8>,
-    pub(crate) straight: Option<Straight<'a>>,
+    pub(crate) straight: Option<DirectWrite<'a>>,
     pub(crate) taken: usize,
     pub(crate) more: bool,
     pub(crate) done: bool,
@@ -73,7 +73,7 @@ pub struct StreamIo<'a> {
 }
 
 /// The packet that is sent next. Bytes that fit are written into it without being queued.
-pub(crate) struct Straight<'a> {
+pub(crate) struct DirectWrite<'a> {
     pub(crate) put: &'a mut dyn FnMut(&[u8]) -> usize,
     pub(crate) room: usize,
 }

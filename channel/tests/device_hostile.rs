@@ -379,7 +379,7 @@ fn r23_rx_buffers_over_regions_are_split_and_holes_refused() {
 }
 
 #[test]
-fn r28_lengths_around_the_header() {
+fn r28_packets_shorter_than_a_header_are_refused() {
     let mut rig = Rig::new();
     let a = memory::tx_payload(0);
     rig.driver.write(a, &wire_bytes(&rw(2), b"abc"));
@@ -499,7 +499,7 @@ fn r29_malformed_chains_do_not_leak_heads() {
 }
 
 #[test]
-fn r29_a_full_queue_of_malformed_chains_in_one_burst() {
+fn r29_a_full_queue_of_malformed_chains_is_returned_in_one_burst() {
     let mut rig = Rig::new();
     rig.driver.tx.write_desc(0, 1 << 40, 100, 0, 0);
     for _ in 0..128 {

@@ -82,7 +82,7 @@ impl Guest {
         }
     }
 
-    fn say(&mut self, port: u32, op: Op, flags: u32) {
+    fn send_op(&mut self, port: u32, op: Op, flags: u32) {
         if let Some(open) = self.open.get_mut(&port) {
             let h = PacketHeader {
                 flags,
@@ -133,17 +133,17 @@ impl Guest {
         let ended = h.op == Op::Rst as u16;
         if h.op == Op::Request as u16 {
             let answer = [Op::Response, Op::Rst][usize::from(self.random.below(8) == 0)];
-            self.say(port, answer, 0);
+            self.send_op(port, answer, 0);
         }
         if h.op == Op::Shutdown as u16 && h.flags & BOTH == BOTH {
-            self.say(port, Op::Rst, 0);
+            self.send_op(port, Op::Rst, 0);
         }
         match self.random.below(12) {
             _ if ended => {}
             // Some of these follow directly after the response.
-            0 => self.say(port, Op::Rst, 0),
-            1 => self.say(port, Op::Shutdown, BOTH),
-            2 => self.say(port, Op::Shutdown, 2),
+            0 => self.send_op(port, Op::Rst, 0),
+            1 => self.send_op(port, Op::Shutdown, BOTH),
+            2 => self.send_op(port, Op::Shutdown, 2),
             3 | 4 => {
                 let open = self
                     .open
@@ -153,7 +153,7 @@ impl Guest {
                     self.send(&h, &[9; 500]);
                 }
             }
-            _ => self.say(port, Op::CreditUpdate, 0),
+            _ => self.send_op(port, Op::CreditUpdate, 0),
         }
         if ended {
             self.open.remove(&port);
@@ -180,7 +180,7 @@ impl Guest {
         let features = FEATURES | protocol;
         self.vm.frontend.set_features(features).expect("offered");
         for queue in [RX_QUEUE, TX_QUEUE] {
-            self.vm.set_ring(queue, 0);
+            self.vm.set_vring(queue, 0);
         }
         self.vm.enable(true);
     }
@@ -367,7 +367,7 @@ impl Guest {
             if h.op == Op::Request as u16 {
                 let stream = GuestStream::new(GUEST_PORT, port);
                 self.open.insert(port, Open { stream, got: 0 });
-                self.say(port, Op::Response, 0);
+                self.send_op(port, Op::Response, 0);
             }
             let Some(open) = self.open.get_mut(&port) else {
                 continue;
@@ -376,7 +376,7 @@ impl Guest {
             open.got += payload.len();
             if h.op == Op::Shutdown as u16 {
                 assert_eq!(open.got, SENT);
-                self.say(port, Op::Shutdown, BOTH);
+                self.send_op(port, Op::Shutdown, BOTH);
             }
         }
     }

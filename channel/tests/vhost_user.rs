@@ -182,7 +182,7 @@ fn stop_answers_with_the_base_and_completes_nothing_afterwards() {
     assert_eq!(vm.driver.tx.used_idx(), 10);
     // Resumed at the same positions, with the packets that were sent meanwhile.
     for (queue, base) in [(RX_QUEUE, bases[0]), (TX_QUEUE, bases[1])] {
-        vm.set_ring(queue, base as u16);
+        vm.set_vring(queue, base as u16);
     }
     vm.enable(true);
     vm.await_packet(99, b"while stopped");
@@ -218,7 +218,7 @@ fn a_restarted_driver_begins_at_position_zero() {
 }
 
 #[test]
-fn r33_a_thousand_frontends_come_and_go() {
+fn r33_a_thousand_frontends_leak_nothing() {
     let shard = Shard::new();
     for i in 1..=1000 {
         let mut vm = Vm::start(&shard.socket);

@@ -146,7 +146,7 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         let pad = self.pad(total);
         let need = pad + total + HEADER as u64;
         if need > self.free() {
-            self.look_at_consumer()?;
+            self.load_consumer()?;
             if need > self.free() {
                 return Err(PushError::Full);
             }
@@ -177,7 +177,7 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         let most = most.clamp(least, max) as u64;
         let whole = self.plan.total(most) + HEADER as u64;
         if whole > self.free() {
-            self.look_at_consumer()?;
+            self.load_consumer()?;
         }
         let to_end = self.plan.left_to_end(self.head);
         let short = self.plan.total(least as u64);
@@ -213,7 +213,7 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
 
     /// Loads the consumer's position, once.
     #[cold]
-    fn look_at_consumer(&mut self) -> Result<(), Corrupt> {
+    fn load_consumer(&mut self) -> Result<(), Corrupt> {
         if let Some(corrupt) = self.corrupt {
             return Err(corrupt);
         }
@@ -316,7 +316,7 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         self.mem.store_relaxed(self.plan.at.space_wake_at, wake_at);
         // SYNC(space): pairs with the fence in `release`.
         self.mem.fence();
-        self.look_at_consumer()?;
+        self.load_consumer()?;
         let armed = if need > self.free() {
             Armed::Sleep
         } else {

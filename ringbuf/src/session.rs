@@ -261,7 +261,7 @@ impl<M: RingMem + Clone> Host<M> {
         clean(&self.mem, &self.region, View::new(Side::Host, own, own));
         let written = self.region.write(&self.mem);
         debug_assert!(written.is_ok(), "the region fitted when it was offered");
-        self.say(request, State::Ready);
+        self.set_state(request, State::Ready);
     }
 
     fn run(&mut self) -> Turn {
@@ -271,7 +271,7 @@ impl<M: RingMem + Clone> Host<M> {
             return self.refuse(corrupt("features accepted", accepted.0, offered.0));
         }
         self.features = accepted;
-        self.say(self.at.request, State::Run);
+        self.set_state(self.at.request, State::Run);
         let epoch = self.region.epoch();
         Turn::of(Some(Event::Attached {
             epoch,
@@ -279,13 +279,13 @@ impl<M: RingMem + Clone> Host<M> {
         }))
     }
 
-    fn say(&mut self, request: u64, state: State) {
+    fn set_state(&mut self, request: u64, state: State) {
         self.at = Word { request, state };
         self.mem.store(HOST_WORD, self.at.encode());
     }
 
     fn lose(&mut self, lost: Lost) -> Turn {
-        self.say(self.at.request, State::Closed);
+        self.set_state(self.at.request, State::Closed);
         Turn::of(Some(Event::Lost(lost)))
     }
 
@@ -295,19 +295,19 @@ impl<M: RingMem + Clone> Host<M> {
             // checks its word.
             return Turn::of(None);
         }
-        self.say(self.at.request, State::Poisoned);
+        self.set_state(self.at.request, State::Poisoned);
         Turn::of(Some(Event::Lost(lost)))
     }
 
     /// Ends the session because the guest broke one of its rings.
     pub fn poison(&mut self) -> Wake {
-        self.say(self.at.request, State::Poisoned);
+        self.set_state(self.at.request, State::Poisoned);
         Wake::Yes
     }
 
     /// Ends the session.
     pub fn close(&mut self) -> Wake {
-        self.say(self.at.request, State::Closed);
+        self.set_state(self.at.request, State::Closed);
         Wake::Yes
     }
 
@@ -373,7 +373,7 @@ impl<M: RingMem + Clone> Guest<M> {
     pub fn attach(&mut self) -> Wake {
         let next = (self.at.request + 1) & (u64::MAX >> 8);
         self.region = None;
-        self.say(next.max(1), State::Want);
+        self.set_state(next.max(1), State::Want);
         Wake::Yes
     }
 
@@ -404,7 +404,7 @@ impl<M: RingMem + Clone> Guest<M> {
             // Something in this guest overwrote the request before the host saw it. Without a repetition the host
             // would never see it.
             (State::Want, _) if self.mem.load(GUEST_WORD) != self.at.encode() => {
-                self.say(self.at.request, State::Want);
+                self.set_state(self.at.request, State::Want);
                 Turn::of(None)
             }
             _ => Turn::NOTHING,
@@ -413,25 +413,25 @@ impl<M: RingMem + Clone> Guest<M> {
 
     fn run(&mut self) -> Result<Turn, RegionError> {
         let region = Region::read(&self.mem).inspect_err(|_| {
-            self.say(self.at.request, State::Poisoned);
+            self.set_state(self.at.request, State::Poisoned);
         })?;
         let features = region.spec().features.both(self.can);
         let view = View::new(Side::Guest, self.can, features);
         clean(&self.mem, &region, view);
         self.mem.store_relaxed(ACCEPTED, features.0);
         (self.region, self.features) = (Some(region), features);
-        self.say(self.at.request, State::Run);
+        self.set_state(self.at.request, State::Run);
         let epoch = region.epoch();
         Ok(Turn::of(Some(Event::Attached { epoch, features })))
     }
 
-    fn say(&mut self, request: u64, state: State) {
+    fn set_state(&mut self, request: u64, state: State) {
         self.at = Word { request, state };
         self.mem.store(GUEST_WORD, self.at.encode());
     }
 
     fn lose(&mut self, lost: Lost) -> Turn {
-        self.say(self.at.request, State::Closed);
+        self.set_state(self.at.request, State::Closed);
         self.region = None;
         Turn::of(Some(Event::Lost(lost)))
     }
@@ -440,7 +440,7 @@ impl<M: RingMem + Clone> Guest<M> {
         if self.at.state == State::Poisoned {
             return Turn::NOTHING;
         }
-        self.say(self.at.request, State::Poisoned);
+        self.set_state(self.at.request, State::Poisoned);
         self.region = None;
         Turn::of(Some(Event::Lost(lost)))
     }
@@ -448,14 +448,14 @@ impl<M: RingMem + Clone> Guest<M> {
     /// Ends the session because the host broke one of its rings.
     pub fn poison(&mut self) -> Wake {
         self.region = None;
-        self.say(self.at.request, State::Poisoned);
+        self.set_state(self.at.request, State::Poisoned);
         Wake::Yes
     }
 
     /// Ends the session.
     pub fn close(&mut self) -> Wake {
         self.region = None;
-        self.say(self.at.request, State::Closed);
+        self.set_state(self.at.request, State::Closed);
         Wake::Yes
     }
 

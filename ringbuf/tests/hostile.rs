@@ -16,7 +16,7 @@ fn watched(size: usize) -> (Watched<Lie>, Geometry) {
 
 /// Each call loads each shared word at most once, so a value that changes between loads has no effect.
 #[test]
-fn r01_every_shared_word_is_fetched_once_a_call() {
+fn r01_each_call_loads_each_shared_word_at_most_once() {
     let (mem, geometry) = watched(256);
     let mut producer = Producer::new(&mem, geometry, true).unwrap();
     let mut consumer = Consumer::new(&mem, geometry, true).unwrap();
@@ -126,7 +126,7 @@ fn r03_a_consumer_that_goes_back_ends_the_ring() {
 
 /// Every header value around every limit, at every position of a small ring (R5, R6).
 #[test]
-fn r06_every_length_kind_and_bit_of_a_header() {
+fn r06_only_valid_headers_are_accepted() {
     let geometry = Geometry::alone(128, 8);
     let max = geometry.record_max as u64;
     for steps in 0..16u64 {
@@ -208,7 +208,7 @@ fn r14_padding_holds_no_private_data() {
 /// R5: offsets and lengths at their limits, in every pair. The geometry is refused or correct; no arithmetic
 /// overflows.
 #[test]
-fn r05_offsets_and_lengths_at_their_borders() {
+fn r05_offsets_and_lengths_at_their_limits_are_refused_or_exact() {
     let memory = Mapped::anonymous(1 << 16).unwrap();
     let borders = [
         0,

@@ -116,7 +116,7 @@ impl Pair {
 
 /// Every sequence of five calls on rings of two sizes, with both alignments (R4, R6).
 #[test]
-fn r04_every_short_sequence_on_small_rings() {
+fn r04_every_short_sequence_equals_a_queue() {
     for (size, align) in [(64, 8), (128, 8), (256, 64), (512, 64)] {
         let max = Geometry::alone(size, align).record_max;
         let lens = [0, 1, max / 2 + 1, max];

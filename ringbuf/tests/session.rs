@@ -221,7 +221,7 @@ fn word(request: u64, state: u64) -> u64 {
 /// R7, R8: every state word in every state of this side gives a result and never a panic. Only a RUN that both agreed
 /// on starts a session.
 #[test]
-fn r07_every_word_in_every_state_of_the_host() {
+fn r07_the_host_answers_every_word_in_every_state() {
     for own in [
         State::Offered,
         State::Ready,
@@ -272,7 +272,7 @@ fn reach(both: &mut Both, own: State) {
 }
 
 #[test]
-fn r07_every_word_in_every_state_of_the_guest() {
+fn r07_the_guest_answers_every_word_in_every_state() {
     for own in [State::Closed, State::Want, State::Run, State::Poisoned] {
         for said in 0..=255 {
             for near in [true, false] {

@@ -39,7 +39,7 @@ impl Ahead {
     }
 
     /// Looks ahead after a chain was taken. A malformed chain is only reported when it is taken later.
-    pub(crate) fn look<M: GuestMemory>(&mut self, mem: &M, vq: &Virtqueue, limit: u64) {
+    pub(crate) fn prefetch<M: GuestMemory>(&mut self, mem: &M, vq: &Virtqueue, limit: u64) {
         let first = |head| chain::fetch(mem, vq.desc_table(), head).ok();
         let second = self.third.take().or_else(|| {
             let head = vq.ahead(mem, 0)?;

@@ -12,7 +12,7 @@ use super::chain::{self, Cursor, Malformed};
 use super::iovec;
 use super::notice;
 use super::packet::{HEADER_BYTES, HOST_CID, PAYLOAD_MAX, WireHeader};
-use super::slot::{self, GuestPacket, GuestSlot, Lent};
+use super::slot::{self, GuestPacket, GuestSlot, Parts};
 use super::virtqueue::Virtqueue;
 use super::{Counters, TX_QUEUE, VsockDevice, WAKER_SESSION};
 use crate::carrier::{Armed, Carrier, CarrierCaps, CarrierFault, Interest, Woken};
@@ -139,7 +139,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             };
             vq.advance();
             self.notice.took(segs.len());
-            self.ahead.look(mem, vq, TX_CHAIN_MAX);
+            self.ahead.prefetch(mem, vq, TX_CHAIN_MAX);
             let total = match walked {
                 Ok(total) if total >= HEADER_BYTES as u64 => total,
                 Ok(len) => {
@@ -174,7 +174,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             break (head, wire.header(), cursor, remaining);
         };
         self.counters.packets_from_guest += 1;
-        let lent = Lent {
+        let parts = Parts {
             mem,
             vq,
             segs: &self.segs,
@@ -183,7 +183,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             fault: &mut self.fault,
         };
         Ok(Some(GuestPacket::new(
-            lent, head, header, cursor, remaining,
+            parts, head, header, cursor, remaining,
         )))
     }
 
@@ -211,7 +211,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             }
         };
         let capacity = (total - HEADER_BYTES as u64).min(u64::from(PAYLOAD_MAX)) as u32;
-        let lent = Lent {
+        let parts = Parts {
             mem,
             vq,
             segs: &self.segs,
@@ -219,7 +219,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             aside: &mut self.aside,
             fault: &mut self.fault,
         };
-        Ok(Some(GuestSlot::new(lent, head, self.guest_cid, capacity)))
+        Ok(Some(GuestSlot::new(parts, head, self.guest_cid, capacity)))
     }
 
     fn write_aside(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {

@@ -309,7 +309,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         if !self.halted {
             return Err(ActivateError::Active);
         }
-        self.go_live(mem, queues, signal)?;
+        self.take_over_queues(mem, queues, signal)?;
         self.halted = false;
         Ok(())
     }
@@ -321,14 +321,14 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         queues: VirtQueues,
         signal: Arc<dyn Signal>,
     ) -> Result<u64, ActivateError> {
-        self.go_live(mem, queues, signal)?;
+        self.take_over_queues(mem, queues, signal)?;
         self.halted = false;
         let epoch = self.epoch;
         self.epoch += 1;
         Ok(epoch)
     }
 
-    fn go_live(
+    fn take_over_queues(
         &mut self,
         mem: M,
         queues: VirtQueues,

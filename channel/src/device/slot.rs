@@ -18,7 +18,7 @@ use super::{Counters, GuestCid, iovec};
 use crate::carrier::{CarrierFault, RxPacket, SetAside, TxSlot};
 
 /// The parts of the device that a packet or slot borrows.
-pub(super) struct Lent<'a, M> {
+pub(super) struct Parts<'a, M> {
     pub(super) mem: &'a M,
     pub(super) vq: &'a mut Virtqueue,
     pub(super) segs: &'a [Seg],
@@ -29,7 +29,7 @@ pub(super) struct Lent<'a, M> {
     pub(super) fault: &'a mut Option<CarrierFault>,
 }
 
-impl<M: GuestMemory> Lent<'_, M> {
+impl<M: GuestMemory> Parts<'_, M> {
     fn give_back(&mut self, head: u16, len: u32) {
         if let Err(fault) = self.vq.push_used(self.mem, head, len) {
             self.fault.get_or_insert(fault);
@@ -39,7 +39,7 @@ impl<M: GuestMemory> Lent<'_, M> {
 
 /// A packet from the guest, in the buffers that the guest's driver posted.
 pub struct GuestPacket<'a, M: GuestMemory> {
-    lent: Lent<'a, M>,
+    parts: Parts<'a, M>,
     head: u16,
     header: PacketHeader,
     cursor: Cursor,
@@ -49,14 +49,14 @@ pub struct GuestPacket<'a, M: GuestMemory> {
 impl<'a, M: GuestMemory> GuestPacket<'a, M> {
     /// `cursor` must be after the header, with `remaining` bytes left.
     pub(super) fn new(
-        lent: Lent<'a, M>,
+        parts: Parts<'a, M>,
         head: u16,
         header: PacketHeader,
         cursor: Cursor,
         remaining: u32,
     ) -> Self {
         Self {
-            lent,
+            parts,
             head,
             header,
             cursor,
@@ -67,7 +67,7 @@ impl<'a, M: GuestMemory> GuestPacket<'a, M> {
     fn moved(&mut self, n: usize) {
         // The caller asked for at most `remaining` bytes.
         self.remaining -= n as u32;
-        self.lent.counters.bytes_copied += n as u64;
+        self.parts.counters.bytes_copied += n as u64;
     }
 }
 
@@ -84,7 +84,7 @@ impl<M: GuestMemory> RxPacket for GuestPacket<'_, M> {
         let want = dst.len().min(self.remaining as usize);
         let n = self
             .cursor
-            .copy_out(self.lent.mem, self.lent.segs, &mut dst[..want])
+            .copy_out(self.parts.mem, self.parts.segs, &mut dst[..want])
             .map_err(|e| payload_fault(&e))?;
         self.moved(n);
         Ok(n)
@@ -92,7 +92,7 @@ impl<M: GuestMemory> RxPacket for GuestPacket<'_, M> {
 
     fn write_to(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize> {
         let max = max.min(self.remaining) as usize;
-        let n = iovec::write_to(self.lent.mem, self.lent.segs, &mut self.cursor, fd, max)?;
+        let n = iovec::write_to(self.parts.mem, self.parts.segs, &mut self.cursor, fd, max)?;
         self.moved(n);
         Ok(n)
     }
@@ -100,22 +100,22 @@ impl<M: GuestMemory> RxPacket for GuestPacket<'_, M> {
     fn set_aside(&mut self, len: u32) -> SetAside {
         let len = len.min(self.remaining);
         self.remaining -= len;
-        self.lent.aside.add(self.lent.segs, &mut self.cursor, len)
+        self.parts.aside.add(self.parts.segs, &mut self.cursor, len)
     }
 }
 
 impl<M: GuestMemory> Drop for GuestPacket<'_, M> {
     fn drop(&mut self) {
         // The used length is 0, because the device wrote nothing into a TX chain. Chains are returned in their order.
-        if !self.lent.aside.hold_back(self.head) {
-            self.lent.give_back(self.head, 0);
+        if !self.parts.aside.hold_back(self.head) {
+            self.parts.give_back(self.head, 0);
         }
     }
 }
 
 /// A slot for a packet, in buffers that the guest's driver posted.
 pub struct GuestSlot<'a, M: GuestMemory> {
-    lent: Lent<'a, M>,
+    parts: Parts<'a, M>,
     head: u16,
     guest_cid: GuestCid,
     cursor: Cursor,
@@ -125,11 +125,11 @@ pub struct GuestSlot<'a, M: GuestMemory> {
 
 impl<'a, M: GuestMemory> GuestSlot<'a, M> {
     /// `segs` must have room for the header and at least `capacity` bytes.
-    pub(super) fn new(lent: Lent<'a, M>, head: u16, guest_cid: GuestCid, capacity: u32) -> Self {
+    pub(super) fn new(parts: Parts<'a, M>, head: u16, guest_cid: GuestCid, capacity: u32) -> Self {
         let mut cursor = Cursor::default();
-        cursor.advance(lent.segs, HEADER_BYTES);
+        cursor.advance(parts.segs, HEADER_BYTES);
         Self {
-            lent,
+            parts,
             head,
             guest_cid,
             cursor,
@@ -141,7 +141,7 @@ impl<'a, M: GuestMemory> GuestSlot<'a, M> {
     fn moved(&mut self, n: usize) {
         // The caller asked for at most `capacity - written` bytes.
         self.written += n as u32;
-        self.lent.counters.bytes_copied += n as u64;
+        self.parts.counters.bytes_copied += n as u64;
     }
 }
 
@@ -154,7 +154,7 @@ impl<M: GuestMemory> TxSlot for GuestSlot<'_, M> {
         let want = src.len().min((self.capacity - self.written) as usize);
         let n = self
             .cursor
-            .copy_in(self.lent.mem, self.lent.segs, &src[..want])
+            .copy_in(self.parts.mem, self.parts.segs, &src[..want])
             .map_err(|e| payload_fault(&e))?;
         self.moved(n);
         Ok(n)
@@ -169,7 +169,7 @@ impl<M: GuestMemory> TxSlot for GuestSlot<'_, M> {
                 "no room in the slot",
             ));
         }
-        let n = iovec::read_from(self.lent.mem, self.lent.segs, &mut self.cursor, fd, max)?;
+        let n = iovec::read_from(self.parts.mem, self.parts.segs, &mut self.cursor, fd, max)?;
         self.moved(n);
         Ok(n)
     }
@@ -181,14 +181,14 @@ impl<M: GuestMemory> TxSlot for GuestSlot<'_, M> {
             ..*h
         };
         let wire = WireHeader::new(HOST_CID, self.guest_cid.get(), &h).to_bytes();
-        let lent = &mut self.lent;
-        if let Err(e) = Cursor::default().copy_in(lent.mem, lent.segs, &wire) {
-            lent.fault.get_or_insert(payload_fault(&e));
+        let parts = &mut self.parts;
+        if let Err(e) = Cursor::default().copy_in(parts.mem, parts.segs, &wire) {
+            parts.fault.get_or_insert(payload_fault(&e));
             return;
         }
-        lent.vq.advance();
-        lent.counters.packets_to_guest += 1;
-        lent.give_back(self.head, HEADER_BYTES as u32 + self.written);
+        parts.vq.advance();
+        parts.counters.packets_to_guest += 1;
+        parts.give_back(self.head, HEADER_BYTES as u32 + self.written);
     }
 }
 

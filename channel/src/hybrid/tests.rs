@@ -71,13 +71,13 @@ fn without_descriptors_a_client_waits_and_nothing_spins() {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, 3, hard).unwrap();
     let zero = Some(Duration::ZERO);
-    while host.rests.is_none() {
+    while host.paused_until.is_none() {
         host.turn(zero).unwrap();
     }
     // During the pause the loop does not even wake for the waiting client.
-    let (rests, wakeups) = (host.rests, host.shard.wakeups());
+    let (paused_until, wakeups) = (host.paused_until, host.shard.wakeups());
     host.turn(None).unwrap();
-    assert!(host.shard.wakeups() <= wakeups + 2 && host.rests != rests);
+    assert!(host.shard.wakeups() <= wakeups + 2 && host.paused_until != paused_until);
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
     client.write_all(b"CONNECT 5000\n").unwrap();
     client.set_nonblocking(true).unwrap();
@@ -85,7 +85,7 @@ fn without_descriptors_a_client_waits_and_nothing_spins() {
     while client.read(&mut [0]).is_err() {
         host.turn(zero).unwrap();
     }
-    assert_eq!(host.rests, None);
+    assert_eq!(host.paused_until, None);
 }
 
 /// A disconnected client sees the end of its connection.

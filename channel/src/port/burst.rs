@@ -4,7 +4,7 @@ use std::io;
 
 use adit_engine::{Disposition, How, Lane, ResetReason, StreamId, Tick, Transmit};
 
-use super::entry::{Fill, Undelivered};
+use super::entry::{DeliveryError, Fill};
 use super::succession::next_reset;
 use super::{Budget, Port, PortCounters, Turn};
 use crate::carrier::{Armed, Carrier, CarrierFault, Interest, RxPacket, SetAside, TxSlot};
@@ -213,8 +213,8 @@ impl<C: Carrier> Port<C> {
                     match entry.deliver(&mut packet, len, copied) {
                         Ok(0) => {}
                         Ok(n) => self.engine.consumed(now, stream, n),
-                        Err(Undelivered::Carrier(fault)) => return Err(fault),
-                        Err(Undelivered::Sink(e)) => {
+                        Err(DeliveryError::Carrier(fault)) => return Err(fault),
+                        Err(DeliveryError::Sink(e)) => {
                             tracing::debug!(error = %e, "sink failed");
                             self.counters.sink_failures += 1;
                             self.engine.reset(now, stream, ResetReason::Local);

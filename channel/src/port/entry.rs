@@ -16,7 +16,7 @@ use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, send, shutdown, sockopt};
 
 use crate::carrier::{CarrierFault, RxPacket, TxSlot};
 use crate::dial::Dial;
-use crate::sink::{ServiceEvent, Sink, Straight, StreamIo};
+use crate::sink::{DirectWrite, ServiceEvent, Sink, StreamIo};
 use crate::socket_end;
 
 /// Size of the buffer through which payload is copied if the sink is not a descriptor.
@@ -85,14 +85,14 @@ pub(super) enum Fill {
 }
 
 /// Why a delivery failed.
-pub(super) enum Undelivered {
+pub(super) enum DeliveryError {
     /// The sink is broken: the stream ends.
     Sink(io::Error),
     /// The carrier is broken.
     Carrier(CarrierFault),
 }
 
-impl From<CarrierFault> for Undelivered {
+impl From<CarrierFault> for DeliveryError {
     fn from(fault: CarrierFault) -> Self {
         Self::Carrier(fault)
     }
@@ -146,16 +146,16 @@ impl Entry {
         packet: &mut P,
         len: u32,
         copied: Copied<'_>,
-    ) -> Result<u32, Undelivered> {
+    ) -> Result<u32, DeliveryError> {
         if !self.is_open() || !self.held.is_empty() {
             self.hold(packet, len, copied)?;
-            return self.flush(copied).map_err(Undelivered::Sink);
+            return self.flush(copied).map_err(DeliveryError::Sink);
         }
         let taken = match &mut self.sink {
             Some(Sink::Fd(fd)) => match packet.write_to(fd.as_fd(), len) {
                 Ok(n) => n as u32,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => 0,
-                Err(e) => return Err(Undelivered::Sink(e)),
+                Err(e) => return Err(DeliveryError::Sink(e)),
             },
             Some(Sink::Local(end)) => {
                 let mut state = end.0.lock();
@@ -172,7 +172,7 @@ impl Entry {
             Some(Sink::Inline(_)) => return self.serve(packet, len, &mut [0; CHUNK], copied),
             None => {
                 self.hold(packet, len, copied)?;
-                return self.flush(copied).map_err(Undelivered::Sink);
+                return self.flush(copied).map_err(DeliveryError::Sink);
             }
         };
         self.hold(packet, len - taken, copied)?;
@@ -186,7 +186,7 @@ impl Entry {
         mut len: u32,
         buf: &mut [u8],
         copied: Copied<'_>,
-    ) -> Result<u32, Undelivered> {
+    ) -> Result<u32, DeliveryError> {
         let mut taken = 0;
         while len > 0 {
             let want = buf.len().min(len as usize);
@@ -201,7 +201,7 @@ impl Entry {
                 self.hold(packet, len, copied)?;
                 if len > 0 {
                     // Show the bytes that it left again, with more bytes after them.
-                    taken += self.flush(copied).map_err(Undelivered::Sink)?;
+                    taken += self.flush(copied).map_err(DeliveryError::Sink)?;
                 }
                 break;
             }
@@ -416,7 +416,7 @@ impl Entry {
                     }
                 };
                 let mut io = StreamIo::new(&mut self.out);
-                io.straight = Some(Straight {
+                io.straight = Some(DirectWrite {
                     put: &mut put,
                     room: len as usize,
                 });

@@ -538,7 +538,7 @@ impl<C: Carrier> Port<C> {
 
 impl<C: Carrier> Drop for Port<C> {
     fn drop(&mut self) {
-        self.wakers.leave(&self.watch);
+        self.wakers.unregister(&self.watch);
         let entries = self.entries.drain(..).flatten();
         for sink in entries.filter_map(|entry| entry.sink) {
             match sink {

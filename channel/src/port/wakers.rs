@@ -22,7 +22,7 @@ pub(super) struct Wakers {
 impl Wakers {
     /// Registers the carrier's current wakers.
     pub(super) fn renew<C: Carrier>(&mut self, carrier: &C, watch: &Watch) -> io::Result<()> {
-        self.leave(watch);
+        self.unregister(watch);
         self.fds.clear();
         let mut fds = Vec::new();
         carrier.wakers(&mut |fd, id| fds.push((fd.try_clone_to_owned(), id)));
@@ -31,18 +31,18 @@ impl Wakers {
         }
         match self.limit.until() {
             Some(_) => Ok(()),
-            None => self.join(watch),
+            None => self.register(watch),
         }
     }
 
-    fn join(&self, watch: &Watch) -> io::Result<()> {
+    fn register(&self, watch: &Watch) -> io::Result<()> {
         self.fds
             .iter()
             .try_for_each(|(fd, id)| watch.add_level(fd.as_fd(), Token::Waker(*id)))
     }
 
     /// Removes the wakers from the epoll set.
-    pub(super) fn leave(&self, watch: &Watch) {
+    pub(super) fn unregister(&self, watch: &Watch) {
         self.fds.iter().for_each(|(fd, _)| watch.remove(fd.as_fd()));
     }
 
@@ -67,11 +67,11 @@ impl Wakers {
             Action::None => Ok(()),
             Action::Mute => {
                 counters.mutes += 1;
-                self.leave(watch);
+                self.unregister(watch);
                 Ok(())
             }
             // A signal during the pause is noticed at once, because the descriptor is still readable.
-            Action::Unmute => self.join(watch),
+            Action::Unmute => self.register(watch),
         }
     }
 

@@ -56,7 +56,7 @@ pub(super) enum Command {
 pub(super) struct Answer<T>(SyncSender<T>);
 
 impl<T> Answer<T> {
-    pub(super) fn give(self, value: T) {
+    pub(super) fn send(self, value: T) {
         // An error means that the asking thread has ended.
         let _ = self.0.try_send(value);
     }

@@ -118,7 +118,7 @@ impl Handler {
     }
 
     /// The connection is over: ends the session and forgets everything.
-    pub(super) fn gone(&mut self) {
+    pub(super) fn disconnected(&mut self) {
         if let Err(e) = self.end(ResetReason::CarrierFault) {
             tracing::debug!(error = %e, "frontend gone");
         }

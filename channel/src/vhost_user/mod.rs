@@ -181,14 +181,14 @@ impl VhostUserCarrier {
                 self.attached = result.is_ok();
                 woken.session = self.device.take_session_change();
                 woken.wakers_changed = true;
-                answer.give(result);
+                answer.send(result);
             }
-            Command::Pause(answer) => answer.give(self.pause(woken)),
+            Command::Pause(answer) => answer.send(self.pause(woken)),
             Command::End(reason, answer) => {
                 let _ = self.end(reason, woken);
-                answer.give(());
+                answer.send(());
             }
-            Command::Memory(mem, answer) => answer.give(self.device.set_memory(mem)),
+            Command::Memory(mem, answer) => answer.send(self.device.set_memory(mem)),
             Command::Call(queue, call) => self.calls.replace(queue, call),
             Command::Kick(queue, kick) => {
                 self.retired.extend(self.device.set_kick(queue, Some(kick)));

@@ -30,7 +30,7 @@ const ALL: u64 = FEATURES | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
 /// A command that the shard received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Asked {
+enum Received {
     /// With the start positions of the queues, and whether each kick descriptor was already readable.
     Start {
         driver: Driver,
@@ -47,7 +47,7 @@ enum Asked {
 /// A handler whose shard accepts everything, and stops at positions 7 and 9.
 struct Rig {
     handler: Handler,
-    asked: Arc<Mutex<Vec<Asked>>>,
+    asked: Arc<Mutex<Vec<Received>>>,
     shard: Option<JoinHandle<()>>,
 }
 
@@ -72,7 +72,7 @@ impl Rig {
         }
     }
 
-    fn asked(&self) -> Vec<Asked> {
+    fn received(&self) -> Vec<Received> {
         self.asked.lock().expect("not poisoned").clone()
     }
 
@@ -81,7 +81,7 @@ impl Rig {
         self.handler.set_features(ALL)?;
         self.table()?;
         for index in [0, 1] {
-            self.ring(index)?;
+            self.vring(index)?;
         }
         self.handler.set_vring_enable(0, true)
     }
@@ -90,7 +90,7 @@ impl Rig {
         let mut rig = Self::new();
         rig.all_but_last_enable().expect("good messages");
         rig.handler.set_vring_enable(1, true).expect("good");
-        assert_eq!(rig.asked().len(), 1);
+        assert_eq!(rig.received().len(), 1);
         rig
     }
 
@@ -101,7 +101,7 @@ impl Rig {
             .map(|_| ())
     }
 
-    fn ring(&mut self, index: u32) -> Result<()> {
+    fn vring(&mut self, index: u32) -> Result<()> {
         self.handler.set_vring_num(index, 128)?;
         self.handler.set_vring_base(index, 0)?;
         self.addr(index)?;
@@ -143,36 +143,36 @@ fn handler_without_shard() -> Handler {
     Handler::new(cid, 1024, MemoryPolicy::SealedMemfd, link)
 }
 
-fn answer(commands: &Receiver<Command>, asked: &Mutex<Vec<Asked>>) {
+fn answer(commands: &Receiver<Command>, asked: &Mutex<Vec<Received>>) {
     while let Ok(command) = commands.recv() {
         let mut asked = asked.lock().expect("not poisoned");
         match command {
             Command::Start(start, answer) => {
                 asked.push(describe(&start));
-                answer.give(Ok(()));
+                answer.send(Ok(()));
             }
             Command::Pause(answer) => {
-                asked.push(Asked::Pause);
+                asked.push(Received::Pause);
                 let bases = [7, 9];
-                answer.give(Paused { bases, held: true });
+                answer.send(Paused { bases, held: true });
             }
             Command::End(_, answer) => {
-                asked.push(Asked::End);
-                answer.give(());
+                asked.push(Received::End);
+                answer.send(());
             }
             Command::Memory(_, answer) => {
-                asked.push(Asked::Memory);
-                answer.give(Ok(()));
+                asked.push(Received::Memory);
+                answer.send(Ok(()));
             }
-            Command::Call(..) => asked.push(Asked::Call),
-            Command::Kick(..) => asked.push(Asked::Kick),
+            Command::Call(..) => asked.push(Received::Call),
+            Command::Kick(..) => asked.push(Received::Kick),
         }
     }
 }
 
-fn describe(start: &Start) -> Asked {
+fn describe(start: &Start) -> Received {
     let queues = [&start.queues.rx, &start.queues.tx];
-    Asked::Start {
+    Received::Start {
         driver: start.driver,
         bases: queues.map(|q| q.queue.next_avail()),
         kicked: queues.map(|q| q.kick.as_ref().is_some_and(readable)),
@@ -233,7 +233,7 @@ fn r31_every_order_of_messages_starts_one_session_and_loses_no_kick() {
         rig.handler.set_vring_enable(1, true).expect("good");
         let mut table_is_there = false;
         for &message in order {
-            assert_eq!(rig.asked(), [], "{order:?}: too early");
+            assert_eq!(rig.received(), [], "{order:?}: too early");
             let result = match message {
                 0 => rig.handler.set_features(ALL),
                 TABLE => rig.table().and_then(|()| rig.addr(1)),
@@ -252,18 +252,18 @@ fn r31_every_order_of_messages_starts_one_session_and_loses_no_kick() {
                 return;
             }
             // If the base is the last message, the vring is running already, and the message is refused.
-            if rig.asked().len() == 1 && message != order[6] {
+            if rig.received().len() == 1 && message != order[6] {
                 assert_eq!(order[6], 6, "{order:?}: only the base has a default");
                 assert!(rig.handler.set_vring_base(0, 5).is_err());
                 break;
             }
         }
-        let started = Asked::Start {
+        let started = Received::Start {
             driver: Driver::New,
             bases: [0, 0],
             kicked: [true, false],
         };
-        assert_eq!(rig.asked(), [started], "{order:?}");
+        assert_eq!(rig.received(), [started], "{order:?}");
     });
     assert_eq!(orders, 5040);
 }
@@ -273,10 +273,10 @@ fn r31_without_protocol_features_vrings_are_enabled_from_the_start() {
     let mut rig = Rig::new();
     rig.handler.set_features(FEATURES).expect("good");
     rig.table().expect("good");
-    rig.ring(0).expect("good");
-    assert_eq!(rig.asked(), []);
-    rig.ring(1).expect("good");
-    assert_eq!(rig.asked().len(), 1);
+    rig.vring(0).expect("good");
+    assert_eq!(rig.received(), []);
+    rig.vring(1).expect("good");
+    assert_eq!(rig.received().len(), 1);
 }
 
 #[test]
@@ -284,15 +284,15 @@ fn a_stopped_vring_returns_its_base_and_needs_a_new_kick() {
     let mut rig = Rig::running();
     assert_eq!({ rig.handler.get_vring_base(0).expect("good").num }, 7);
     assert_eq!({ rig.handler.get_vring_base(1).expect("good").num }, 9);
-    assert_eq!(rig.asked()[1..], [Asked::Pause], "stopped once");
+    assert_eq!(rig.received()[1..], [Received::Pause], "stopped once");
     rig.handler.set_vring_enable(0, true).expect("good");
     rig.handler.set_vring_kick(0, Some(event(0))).expect("good");
-    assert_eq!(rig.asked().len(), 2, "vring 1 has no kick");
+    assert_eq!(rig.received().len(), 2, "vring 1 has no kick");
     rig.handler.set_vring_kick(1, Some(event(0))).expect("good");
-    assert_eq!(rig.asked()[2..], [RESUMED]);
+    assert_eq!(rig.received()[2..], [RESUMED]);
 }
 
-const RESUMED: Asked = Asked::Start {
+const RESUMED: Received = Received::Start {
     driver: Driver::Same,
     bases: [7, 9],
     kicked: [false, false],
@@ -302,16 +302,16 @@ const RESUMED: Asked = Asked::Start {
 fn a_disabled_vring_pauses_the_session_and_continues_at_its_position() {
     let mut rig = Rig::running();
     rig.handler.set_vring_enable(1, false).expect("good");
-    assert_eq!(rig.asked()[1..], [Asked::Pause]);
+    assert_eq!(rig.received()[1..], [Received::Pause]);
     rig.handler.set_vring_enable(1, true).expect("good");
-    assert_eq!(rig.asked()[2..], [RESUMED]);
+    assert_eq!(rig.received()[2..], [RESUMED]);
 }
 
 /// The messages of QEMU for `stop` and `cont`, with changes in between that another driver would make.
 #[test]
 fn r51_a_paused_session_continues_only_with_the_same_driver() {
     type Change = fn(&mut Rig);
-    let other = |driver, bases| Asked::Start {
+    let other = |driver, bases| Received::Start {
         driver,
         bases,
         kicked: [false, false],
@@ -330,7 +330,7 @@ fn r51_a_paused_session_continues_only_with_the_same_driver() {
             }
         },
     );
-    let cases: [(&str, Change, Asked); 7] = [
+    let cases: [(&str, Change, Received); 7] = [
         ("nothing", |_| {}, RESUMED),
         ("memory anew", |rig| rig.table().expect("good"), RESUMED),
         ("another address", moved, other(Driver::Continued, [7, 9])),
@@ -370,10 +370,10 @@ fn r51_a_paused_session_continues_only_with_the_same_driver() {
         for ring in 0..2 {
             rig.handler.set_vring_enable(ring, true).expect("good");
         }
-        assert_eq!(rig.asked()[1..], [Asked::Pause, expected], "{what}");
+        assert_eq!(rig.received()[1..], [Received::Pause, expected], "{what}");
         // Whatever happens later, a pause is used only once.
-        rig.handler.gone();
-        assert_eq!(rig.asked()[3..], [Asked::End], "{what}");
+        rig.handler.disconnected();
+        assert_eq!(rig.received()[3..], [Received::End], "{what}");
     }
 }
 
@@ -384,11 +384,11 @@ fn a_paused_session_ends_when_the_frontend_goes_or_resets_the_owner() {
         rig.handler.set_vring_enable(0, false).expect("good");
         match reset {
             true => rig.handler.reset_owner().expect("good"),
-            false => rig.handler.gone(),
+            false => rig.handler.disconnected(),
         }
-        assert_eq!(rig.asked()[1..], [Asked::Pause, Asked::End]);
-        rig.handler.gone();
-        assert_eq!(rig.asked().len(), 3, "ended once");
+        assert_eq!(rig.received()[1..], [Received::Pause, Received::End]);
+        rig.handler.disconnected();
+        assert_eq!(rig.received().len(), 3, "ended once");
     }
 }
 
@@ -404,15 +404,20 @@ fn r20_a_running_vring_cannot_be_changed() {
     // Setting the same value again is not a change.
     rig.addr(0).expect("the same");
     rig.handler.set_features(ALL).expect("the same");
-    assert_eq!(rig.asked().len(), 1);
+    assert_eq!(rig.received().len(), 1);
     // Memory, kick and call may be replaced.
     rig.table().expect("good");
     rig.handler.set_vring_call(0, Some(event(0))).expect("good");
     rig.handler.set_vring_call(1, None).expect("polling");
     rig.handler.set_vring_kick(1, Some(event(0))).expect("good");
     rig.end();
-    let more = [Asked::Memory, Asked::Call, Asked::Call, Asked::Kick];
-    assert_eq!(rig.asked()[1..], more);
+    let more = [
+        Received::Memory,
+        Received::Call,
+        Received::Call,
+        Received::Kick,
+    ];
+    assert_eq!(rig.received()[1..], more);
 }
 
 #[test]
@@ -435,7 +440,7 @@ fn r21_invalid_vring_numbers_are_refused() {
     for bit in [1, 2, 26, 34, 63] {
         assert!(rig.handler.set_features(ALL | 1 << bit).is_err());
     }
-    assert_eq!(rig.asked(), []);
+    assert_eq!(rig.received(), []);
 }
 
 #[test]
@@ -444,7 +449,7 @@ fn a_misaligned_vring_or_one_outside_memory_is_refused_at_session_start() {
         let mut rig = Rig::new();
         rig.handler.set_features(ALL).expect("good");
         rig.table().expect("good");
-        rig.ring(1).expect("good");
+        rig.vring(1).expect("good");
         rig.handler.set_vring_enable(1, true).expect("good");
         rig.handler.set_vring_enable(0, true).expect("good");
         rig.handler.set_vring_num(0, 128).expect("good");
@@ -453,7 +458,7 @@ fn a_misaligned_vring_or_one_outside_memory_is_refused_at_session_start() {
         let (used, avail) = (USER + 0x1_2000, USER + 0x1_1000);
         let result = rig.handler.set_vring_addr(0, flags, wrong, used, avail, 0);
         assert!(result.is_err(), "{wrong:#x}");
-        assert_eq!(rig.asked(), []);
+        assert_eq!(rig.received(), []);
     }
 }
 
@@ -612,7 +617,7 @@ fn r32_refused_and_replaced_tables_leave_no_mapping_and_no_descriptor() {
     }
     // A refused table changes nothing: the old one still translates.
     rig.addr(0).expect("the same address");
-    rig.handler.gone();
+    rig.handler.disconnected();
     assert_eq!(count(name), (0, 0));
     // A pipe that is passed as memory is closed too.
     let (mut reader, writer) = std::io::pipe().expect("pipe");

@@ -234,7 +234,7 @@ impl Serving {
             }
             Err(e) => {
                 tracing::error!(vm = self.vm, error = %e, "vhost-user frontend cannot be taken over");
-                self.handler().gone();
+                self.handler().disconnected();
                 self.continuity.give_up(e.to_string());
                 None
             }
@@ -255,7 +255,7 @@ impl Serving {
         let _ = intake.socket().shutdown(std::net::Shutdown::Both);
         drop(intake);
         self.control.set_current(None);
-        self.handler().gone();
+        self.handler().disconnected();
         self.continuity.forget();
         match end {
             Error::Disconnected => tracing::info!(vm = self.vm, "vhost-user frontend gone"),

@@ -74,7 +74,7 @@ impl Vm {
         self.frontend.set_features(FEATURES | protocol).expect("ok");
         self.set_table();
         for (queue, base) in [(RX_QUEUE, 0), (TX_QUEUE, 0)] {
-            self.set_ring(queue, base);
+            self.set_vring(queue, base);
         }
     }
 
@@ -101,7 +101,7 @@ impl Vm {
         }
     }
 
-    pub fn set_ring(&self, queue: u16, base: u16) {
+    pub fn set_vring(&self, queue: u16, base: u16) {
         let index = usize::from(queue);
         let size = self.queue(queue).size();
         let [desc, avail, used] = self.queue(queue).addrs().map(|a| self.host_address(a));

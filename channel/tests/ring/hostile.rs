@@ -80,35 +80,35 @@ fn next_header(mem: &Mapped, data: usize) -> usize {
 const COMMITTED: u64 = 1 << 31;
 
 #[test]
-fn r6_record_header_with_a_length_beyond_every_record() {
+fn r6_a_record_longer_than_allowed_ends_the_session() {
     broken_by("length", |mem, at| {
         mem.store(next_header(mem, at.data[1]), COMMITTED | 0x7fff_ffff);
     });
 }
 
 #[test]
-fn r6_record_header_with_reserved_bits() {
+fn r6_a_record_header_with_reserved_bits_ends_the_session() {
     broken_by("bits", |mem, at| {
         mem.store(next_header(mem, at.data[1]), 1 << 50 | COMMITTED | 24);
     });
 }
 
 #[test]
-fn r6_record_without_the_committed_bit() {
+fn r6_a_record_without_the_committed_bit_ends_the_session() {
     broken_by("uncommitted", |mem, at| {
         mem.store(next_header(mem, at.data[0]), 24);
     });
 }
 
 #[test]
-fn r4_pad_with_a_wrong_end() {
+fn r4_a_pad_with_a_wrong_end_ends_the_session() {
     broken_by("pad", |mem, at| {
         mem.store(next_header(mem, at.data[1]), 1 << 32 | COMMITTED | 64);
     });
 }
 
 #[test]
-fn r5_record_shorter_than_a_packet_header() {
+fn r5_a_record_shorter_than_a_packet_header_ends_the_session() {
     for len in [0, 1, PACKET_HEADER_BYTES as u64 - 1] {
         broken_by("short", |mem, at| {
             mem.store(next_header(mem, at.data[1]), COMMITTED | len);
@@ -117,12 +117,12 @@ fn r5_record_shorter_than_a_packet_header() {
 }
 
 #[test]
-fn r7_state_word_without_meaning() {
+fn r7_an_invalid_state_word_ends_the_session() {
     broken_by("state", |mem, _| mem.store(2 * 4096, u64::MAX));
 }
 
 #[test]
-fn r7_state_word_of_another_session() {
+fn r7_a_state_word_of_another_session_ends_the_session() {
     broken_by("request", |mem, _| mem.store(2 * 4096, 0x1234_5604));
 }
 
@@ -168,12 +168,12 @@ fn broken_by_position(what: &str, lie: impl Fn(u64) -> u64 + Send + 'static) {
 }
 
 #[test]
-fn r2_consumer_position_beyond_what_was_written() {
+fn r2_a_consumer_position_beyond_what_was_written_ends_the_session() {
     broken_by_position("ahead", |_| u64::MAX / 2);
 }
 
 #[test]
-fn r3_consumer_that_goes_back() {
+fn r3_a_consumer_position_that_decreases_ends_the_session() {
     broken_by_position("back", |_| 8);
 }
 
@@ -338,7 +338,7 @@ fn r11_a_guest_that_never_takes_a_record_causes_no_hang_and_no_spin() {
 /// For a while random words are written over everything that the guest may write. No panic, no hang, and then a new
 /// session.
 #[test]
-fn r1_a_guest_that_rewrites_everything_all_the_time() {
+fn r1_a_guest_that_rewrites_everything_ends_only_its_session() {
     let region = Region::new();
     let shared = Shared::spawn(&region);
     let host = &shared.end;

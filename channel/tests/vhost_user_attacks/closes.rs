@@ -48,7 +48,7 @@ fn r117_a_client_sees_at_once_what_the_guest_closed() {
         }
         assert_eq!(world.guest_writes(at, &bytes), bytes.len());
         for flags in flags {
-            world.say(at, Op::Shutdown, *flags);
+            world.send_op(at, Op::Shutdown, *flags);
         }
         if *flags != [SEND] {
             world.until(|w| w.shard.port(w.port).streams() == 0);
@@ -58,7 +58,7 @@ fn r117_a_client_sees_at_once_what_the_guest_closed() {
         assert_eq!(took, taken, "{flags:?} {in_order}");
         world.streams.clear();
         world.turns(10);
-        world.alive();
+        world.assert_works();
     }
 }
 
@@ -66,7 +66,7 @@ fn r117_a_client_sees_at_once_what_the_guest_closed() {
 fn r117_a_client_cannot_write_to_a_guest_that_reads_no_more() {
     let mut world = World::new();
     let at = world.open();
-    world.say(at, Op::Shutdown, RECEIVE);
+    world.send_op(at, Op::Shutdown, RECEIVE);
     world.until(|w| match w.streams[at].client.write(b"!") {
         Ok(_) => false,
         Err(e) => e.kind() == ErrorKind::BrokenPipe,
@@ -101,7 +101,7 @@ fn r117_a_guest_sees_a_close_with_both_flags_and_an_end_with_one() {
         if !closes {
             // The guest's answer, and its end.
             assert_eq!(world.guest_writes(at, b"answer"), 6);
-            world.say(at, Op::Shutdown, SEND);
+            world.send_op(at, Op::Shutdown, SEND);
             let mut got = Vec::new();
             world.until(|w| w.client_reads(at, &mut got));
             assert_eq!(got, b"answer");

@@ -49,7 +49,7 @@ fn r51_a_stream_survives_a_thousand_pauses_under_traffic() {
         }
         assert!(got == bytes);
         assert_eq!(world.shard.port(world.port).epoch(), epoch);
-        world.alive();
+        world.assert_works();
     }
 }
 
@@ -82,13 +82,13 @@ fn r58_closes_resets_and_driver_resets_in_any_order_leak_and_lose_nothing() {
                     .port_mut(world.port)
                     .reset(now, id, ResetReason::Local);
             }
-            1 => world.say(at, Op::Rst, 0),
-            2 => world.say(at, Op::Shutdown, 3),
+            1 => world.send_op(at, Op::Rst, 0),
+            2 => world.send_op(at, Op::Shutdown, 3),
             3 => {
                 // Paused, and reset right after the pause.
                 let bases = world.stop();
                 world.resume(bases);
-                world.say(at, Op::Rst, 0);
+                world.send_op(at, Op::Rst, 0);
             }
             _ => {
                 resets += 1;
@@ -116,7 +116,7 @@ fn r58_closes_resets_and_driver_resets_in_any_order_leak_and_lose_nothing() {
     }
     world.until(|w| w.shard.port(w.port).streams() == 0);
     assert!(resets > 20);
-    world.alive();
+    world.assert_works();
 }
 
 /// The driver stays the same, but the device's setup changes. Each of its streams must end; none may hang.
@@ -125,7 +125,7 @@ fn r58_each_stream_of_a_continued_driver_gets_a_reset() {
     let mut world = World::new();
     let indirect = false;
     let config = DriverConfig::LINUX_6_1;
-    world.alive();
+    world.assert_works();
     reboot(&mut world, DriverConfig { indirect, ..config });
     for _ in 0..20 {
         let at = world.open();
@@ -142,7 +142,7 @@ fn r58_each_stream_of_a_continued_driver_gets_a_reset() {
     assert_eq!(world.shard.port(world.port).epoch(), Some(3));
     assert!(world.strays.is_empty());
     world.streams.clear();
-    world.alive();
+    world.assert_works();
 }
 
 /// Guest address of the second memory slot.

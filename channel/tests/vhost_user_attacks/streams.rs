@@ -138,7 +138,7 @@ fn r44_a_guest_cannot_use_another_cid() {
     );
     assert_eq!(world.shard.port(world.port).streams(), 0);
     assert!(world.strays.is_empty(), "answered: {:?}", world.strays);
-    world.alive();
+    world.assert_works();
 }
 
 #[test]
@@ -158,14 +158,14 @@ fn r45_a_reset_is_not_answered_and_a_reused_pair_works() {
             .shard
             .port_mut(world.port)
             .reset(now, id, ResetReason::Local);
-        world.say(at, Op::Rst, 0);
+        world.send_op(at, Op::Rst, 0);
         let again = world.open_from(77);
         world.exchange(again, 500);
         assert!(
             !world.streams[again].reset,
             "the reset of the earlier stream ended the new one"
         );
-        world.say(again, Op::Rst, 0);
+        world.send_op(again, Op::Rst, 0);
         world.until(|w| w.shard.port(w.port).streams() == 0);
     }
 }
@@ -175,7 +175,7 @@ fn r49_half_close_each_way_then_a_mebibyte_the_other() {
     let mut world = World::new();
     let bytes = pattern(1 << 20, 3);
     let at = world.open();
-    world.say(at, Op::Shutdown, SEND);
+    world.send_op(at, Op::Shutdown, SEND);
     let mut nothing = Vec::new();
     world.until(|w| w.client_reads(at, &mut nothing));
     assert!(nothing.is_empty());
@@ -283,5 +283,5 @@ fn r56_message_sockets_are_refused_in_their_own_type() {
         world.until(|w| w.strays.pop() == Some((55, Op::Rst as u16)));
         assert_eq!(world.shard.port(world.port).streams(), 0);
     }
-    world.alive();
+    world.assert_works();
 }

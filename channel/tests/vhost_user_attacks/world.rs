@@ -135,7 +135,7 @@ impl World {
         }
     }
 
-    pub fn say(&mut self, at: usize, op: Op, flags: u32) {
+    pub fn send_op(&mut self, at: usize, op: Op, flags: u32) {
         let h = PacketHeader {
             flags,
             ..self.streams[at].guest.header(op)
@@ -249,7 +249,7 @@ impl World {
         );
     }
 
-    pub fn alive(&mut self) {
+    pub fn assert_works(&mut self) {
         let at = self.open();
         self.exchange(at, 1000);
     }
@@ -269,7 +269,7 @@ impl World {
     pub fn resume(&mut self, bases: [u16; 2]) {
         assert!(self.shard.port(self.port).is_paused());
         for (queue, base) in [(RX_QUEUE, bases[0]), (TX_QUEUE, bases[1])] {
-            self.vm.set_ring(queue, base);
+            self.vm.set_vring(queue, base);
         }
         self.vm.enable(true);
         self.until(|w| !w.shard.port(w.port).is_paused());

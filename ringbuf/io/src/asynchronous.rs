@@ -25,13 +25,13 @@ pub struct Receiver<M> {
     data: AsyncFd<Bell>,
 }
 
-async fn rung(bell: &AsyncFd<Bell>) -> io::Result<()> {
+async fn wait_for(bell: &AsyncFd<Bell>) -> io::Result<()> {
     let mut ready = bell.readable().await?;
     ready.clear_ready();
     ready.get_inner().0.clear()
 }
 
-fn ring(bell: &EventFd, wake: Wake) -> io::Result<()> {
+fn signal(bell: &EventFd, wake: Wake) -> io::Result<()> {
     match wake {
         Wake::Yes => bell.ring(),
         Wake::No => Ok(()),
@@ -58,15 +58,15 @@ impl<M: RingMem> Sender<M> {
     pub async fn send(&mut self, record: &[u8]) -> Result<(), Error> {
         loop {
             match self.producer.try_push(record) {
-                Ok(wake) => return Ok(ring(&self.data, wake)?),
+                Ok(wake) => return Ok(signal(&self.data, wake)?),
                 Err(PushError::Full) => {}
                 Err(PushError::TooLong { len, max }) => return Err(Error::TooLong { len, max }),
                 Err(PushError::Corrupt(corrupt)) => return Err(corrupt.into()),
             }
             let (armed, wake) = self.producer.arm_space(record.len())?;
-            ring(&self.data, wake)?;
+            signal(&self.data, wake)?;
             if armed == Armed::Sleep {
-                rung(&self.space).await?;
+                wait_for(&self.space).await?;
             }
         }
     }
@@ -92,7 +92,7 @@ impl<M: RingMem> Receiver<M> {
     pub fn try_recv(&mut self, buf: &mut [u8]) -> Result<Option<usize>, Error> {
         let found = self.consumer.pop(buf)?;
         if found.is_none() || self.consumer.wants_release() {
-            ring(&self.space, self.consumer.release())?;
+            signal(&self.space, self.consumer.release())?;
         }
         Ok(found)
     }
@@ -108,9 +108,9 @@ impl<M: RingMem> Receiver<M> {
                 return Ok(len);
             }
             let (armed, wake) = self.consumer.arm_data()?;
-            ring(&self.space, wake)?;
+            signal(&self.space, wake)?;
             if armed == Armed::Sleep {
-                rung(&self.data).await?;
+                wait_for(&self.data).await?;
             }
         }
     }

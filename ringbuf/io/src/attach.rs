@@ -388,12 +388,12 @@ impl Socket {
         let packet = self.recv()?;
         if packet.what == What::Refuse as u16 {
             let Refuse { code, text } = body(&packet.body)?;
-            let text = shown(&text);
+            let text = sanitized(&text);
             return Err(AttachError::Refused { code, text });
         }
         if packet.what == What::Detach as u16 {
             let Detach { text } = body(&packet.body)?;
-            return Err(AttachError::Detached(shown(&text)));
+            return Err(AttachError::Detached(sanitized(&text)));
         }
         if packet.what != what as u16 {
             return Err(AttachError::Malformed("unexpected type of packet"));
@@ -448,7 +448,7 @@ impl Socket {
                 _ => Code::Malformed,
             };
             // The VMM may be gone already.
-            let _ = socket.refuse(code, &chain(&e));
+            let _ = socket.refuse(code, &with_causes(&e));
             e
         })
     }
@@ -505,7 +505,7 @@ impl Socket {
     /// # Errors
     /// The other side closed the socket.
     pub fn refuse(self, code: Code, text: &str) -> Result<(), AttachError> {
-        let text = shown(text);
+        let text = sanitized(text);
         self.send(What::Refuse, 0, &Refuse { code, text }, &[])
     }
 
@@ -514,7 +514,7 @@ impl Socket {
     /// # Errors
     /// The other side closed the socket.
     pub fn detach(self, text: &str) -> Result<(), AttachError> {
-        let text = shown(text);
+        let text = sanitized(text);
         self.send(What::Detach, 0, &Detach { text }, &[])
     }
 
@@ -528,7 +528,7 @@ impl Socket {
 }
 
 /// Makes a text safe to show: limits its length and removes control characters, which a terminal would act on.
-fn shown(text: &str) -> String {
+fn sanitized(text: &str) -> String {
     let fit = text.chars().scan(0, |bytes, c| {
         *bytes += c.len_utf8();
         (*bytes <= TEXT_MAX).then_some(c)
@@ -537,7 +537,7 @@ fn shown(text: &str) -> String {
 }
 
 /// An error and its causes, in one line.
-fn chain(e: &dyn std::error::Error) -> String {
+fn with_causes(e: &dyn std::error::Error) -> String {
     let mut text = e.to_string();
     let mut source = e.source();
     while let Some(e) = source {

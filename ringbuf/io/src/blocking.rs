@@ -91,10 +91,10 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Sender<M, D, W> {
     /// The doorbell is broken.
     pub fn flush(&mut self) -> Result<(), Error> {
         let wake = self.producer.publish();
-        self.ring(wake)
+        self.signal(wake)
     }
 
-    fn ring(&mut self, wake: Wake) -> Result<(), Error> {
+    fn signal(&mut self, wake: Wake) -> Result<(), Error> {
         if wake == Wake::Yes {
             self.rings += 1;
             self.data.ring()?;
@@ -104,7 +104,7 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Sender<M, D, W> {
 
     fn put(&mut self, record: &[u8], limit: Option<Duration>) -> Result<(), Error> {
         match try_put(&mut self.producer, record)? {
-            Some(wake) => self.ring(wake),
+            Some(wake) => self.signal(wake),
             None => self.wait(record, limit),
         }
     }
@@ -116,15 +116,15 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Sender<M, D, W> {
         loop {
             let producer = &mut self.producer;
             if let Some(wake) = self.spin.poll(|| try_put(producer, record))? {
-                return self.ring(wake);
+                return self.signal(wake);
             }
             let (armed, wake) = self.producer.arm_space(record.len())?;
-            self.ring(wake)?;
+            self.signal(wake)?;
             if armed == Armed::Sleep {
                 sleep(&self.space, rest(deadline)?)?;
             }
             if let Some(wake) = try_put(&mut self.producer, record)? {
-                return self.ring(wake);
+                return self.signal(wake);
             }
         }
     }
@@ -216,10 +216,10 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Receiver<M, D, W> {
 
     fn release(&mut self) -> Result<(), Error> {
         let wake = self.consumer.release();
-        self.ring(wake)
+        self.signal(wake)
     }
 
-    fn ring(&mut self, wake: Wake) -> Result<(), Error> {
+    fn signal(&mut self, wake: Wake) -> Result<(), Error> {
         if wake == Wake::Yes {
             self.rings += 1;
             self.space.ring()?;
@@ -244,7 +244,7 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Receiver<M, D, W> {
                 return Ok(len);
             }
             let (armed, wake) = self.consumer.arm_data()?;
-            self.ring(wake)?;
+            self.signal(wake)?;
             if armed == Armed::Sleep {
                 sleep(&self.data, rest(deadline)?)?;
             }

@@ -150,7 +150,7 @@ impl Server {
         socket.set_nonblocking(true)?;
         let (memory, memory_fd) = Mapped::memfd(self.bytes)?;
         let bells = Bells::new()?;
-        introduce(socket.as_fd(), memory_fd.as_fd(), &bells)?;
+        send_setup(socket.as_fd(), memory_fd.as_fd(), &bells)?;
         self.client = Some(socket);
         Ok(Some(Given {
             memory,
@@ -190,23 +190,27 @@ pub enum Alive {
     No,
 }
 
-fn introduce(
+fn send_setup(
     to: BorrowedFd<'_>,
     memory: BorrowedFd<'_>,
     bells: &Bells,
 ) -> Result<(), IvshmemError> {
     let (host, guest) = (i64::from(HOST_PEER), i64::from(GUEST_PEER));
-    say(to, VERSION, None)?;
-    say(to, guest, None)?;
-    say(to, MEMORY, Some(memory))?;
+    send_message(to, VERSION, None)?;
+    send_message(to, guest, None)?;
+    send_message(to, MEMORY, Some(memory))?;
     // In the order of the vectors.
-    say(to, host, Some(borrow(&bells.host_data)))?;
-    say(to, host, Some(borrow(&bells.host_space)))?;
-    say(to, guest, Some(borrow(&bells.guest_data)))?;
-    say(to, guest, Some(borrow(&bells.guest_space)))
+    send_message(to, host, Some(borrow(&bells.host_data)))?;
+    send_message(to, host, Some(borrow(&bells.host_space)))?;
+    send_message(to, guest, Some(borrow(&bells.guest_data)))?;
+    send_message(to, guest, Some(borrow(&bells.guest_space)))
 }
 
-fn say(to: BorrowedFd<'_>, what: i64, fd: Option<BorrowedFd<'_>>) -> Result<(), IvshmemError> {
+fn send_message(
+    to: BorrowedFd<'_>,
+    what: i64,
+    fd: Option<BorrowedFd<'_>>,
+) -> Result<(), IvshmemError> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let fds = fd.as_slice();

@@ -10,7 +10,7 @@ use adit_ringbuf::session::{Event, Guest, Host};
 use adit_ringbuf::{Mapped, MemfdError};
 use adit_ringbuf_io::attach::{AttachError, Bells, Code, Listener, Socket};
 use adit_ringbuf_io::doorbell::{Doorbell, Waiter};
-use common::{converse, meet, offer, packet, send};
+use common::{hello_and_send, offer, packet, run_server_against, send};
 
 #[test]
 fn a_region_is_handed_over_and_both_sides_attach() {
@@ -60,7 +60,7 @@ fn a_region_is_handed_over_and_both_sides_attach() {
 }
 
 fn refused_for_memory(fd: impl AsFd + Send + Sync, bytes: usize) -> AttachError {
-    let (offered, told) = meet(|socket| {
+    let (offered, told) = run_server_against(|socket| {
         let bells = Bells::new().unwrap();
         socket.offer(&offer(bytes), 1, fd.as_fd(), &bells)
     });
@@ -91,7 +91,7 @@ fn r13_memory_that_could_shrink_is_refused() {
 fn doorbells_that_are_not_eventfds_are_refused() {
     let (memory, fd) = Mapped::memfd(1 << 16).unwrap();
     let null = std::fs::File::open("/dev/null").unwrap();
-    let (offered, told) = meet(|socket| {
+    let (offered, told) = run_server_against(|socket| {
         let fds = [
             fd.as_fd(),
             null.as_fd(),
@@ -99,7 +99,7 @@ fn doorbells_that_are_not_eventfds_are_refused() {
             null.as_fd(),
             null.as_fd(),
         ];
-        converse(&socket, &packet(2, &offer(1 << 16), 5), &fds)
+        hello_and_send(&socket, &packet(2, &offer(1 << 16), 5), &fds)
     });
     assert!(matches!(
         offered,
@@ -142,9 +142,9 @@ fn descriptors_of_other_kinds_are_refused_as_doorbells() {
 
 #[test]
 fn a_vmm_that_dies_during_the_handshake_is_reported_as_gone() {
-    let (offered, ()) = meet(drop);
+    let (offered, ()) = run_server_against(drop);
     assert!(matches!(offered, Err(AttachError::Gone)));
-    let (offered, ()) = meet(|socket| send(&socket, &packet(1, &"x", 0), &[]));
+    let (offered, ()) = run_server_against(|socket| send(&socket, &packet(1, &"x", 0), &[]));
     assert!(matches!(
         offered,
         Err(AttachError::Gone | AttachError::Io(_))

@@ -35,7 +35,7 @@ impl Rig {
         self.dir.path().join("ivshmem.sock")
     }
 
-    fn knock(&self) -> UnixStream {
+    fn connect(&self) -> UnixStream {
         UnixStream::connect(self.path()).unwrap()
     }
 }
@@ -66,7 +66,7 @@ struct Vm {
     bells: [EventFd; 4],
 }
 
-fn introduced(socket: &UnixStream) -> Vm {
+fn receive_setup(socket: &UnixStream) -> Vm {
     assert!(matches!(message(socket), (0, None)), "version");
     assert!(matches!(message(socket), (1, None)), "its id");
     let (what, fd) = message(socket);
@@ -80,7 +80,7 @@ fn introduced(socket: &UnixStream) -> Vm {
     Vm { memory, bells }
 }
 
-fn rung(bell: &EventFd) -> bool {
+fn was_signalled(bell: &EventFd) -> bool {
     let fd = bell.fd().unwrap();
     let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::ZERO).unwrap() == 1 && bell.clear().is_ok()
@@ -90,9 +90,9 @@ fn rung(bell: &EventFd) -> bool {
 fn a_client_gets_the_region_and_four_doorbells_in_their_order() {
     let mut rig = Rig::new();
     assert!(rig.server.accept().unwrap().is_none());
-    let qemu = rig.knock();
+    let qemu = rig.connect();
     let given = rig.server.accept().unwrap().unwrap();
-    let vm = introduced(&qemu);
+    let vm = receive_setup(&qemu);
     let ours = &given.bells;
     // Each doorbell signals its counterpart on the other side, and no other.
     let [host_data, host_space, guest_data, guest_space] = &vm.bells;
@@ -104,9 +104,9 @@ fn a_client_gets_the_region_and_four_doorbells_in_their_order() {
     ];
     for (n, (from, _)) in pairs.iter().enumerate() {
         from.ring().unwrap();
-        let heard: Vec<bool> = pairs.iter().map(|(_, to)| rung(to)).collect();
+        let signalled: Vec<bool> = pairs.iter().map(|(_, to)| was_signalled(to)).collect();
         let expected: Vec<bool> = (0..4).map(|i| i == n).collect();
-        assert_eq!(heard, expected, "doorbell {n}");
+        assert_eq!(signalled, expected, "doorbell {n}");
     }
     // Both sides have the same region: a session starts and a record passes.
     let mut host = Host::offer(given.memory, Spec::uniform(2, BYTES / 8), 1).unwrap();
@@ -128,9 +128,9 @@ fn a_client_gets_the_region_and_four_doorbells_in_their_order() {
 #[test]
 fn a_second_client_is_disconnected_and_the_first_is_not_affected() {
     let mut rig = Rig::new();
-    let first = rig.knock();
+    let first = rig.connect();
     let given = rig.server.accept().unwrap().unwrap();
-    let mut second = rig.knock();
+    let mut second = rig.connect();
     assert!(matches!(rig.server.accept(), Err(IvshmemError::Busy)));
     assert_eq!(
         second.read(&mut [0; 8]).unwrap(),
@@ -138,31 +138,31 @@ fn a_second_client_is_disconnected_and_the_first_is_not_affected() {
         "the second client gets no byte"
     );
     assert_eq!(rig.server.look().unwrap(), Alive::Yes);
-    let vm = introduced(&first);
+    let vm = receive_setup(&first);
     vm.bells[0].ring().unwrap();
-    assert!(rung(&given.bells.host_data));
+    assert!(was_signalled(&given.bells.host_data));
 }
 
 #[test]
 fn the_next_client_shares_nothing_with_the_one_before() {
     let mut rig = Rig::new();
-    let first = rig.knock();
+    let first = rig.connect();
     let given = rig.server.accept().unwrap().unwrap();
-    let old = introduced(&first);
+    let old = receive_setup(&first);
     given.memory.store(4096, 0x5ec7e7);
     drop(first);
     // The server has not noticed that the first client is gone when the next one connects.
-    let second = rig.knock();
+    let second = rig.connect();
     let next = rig.server.accept().unwrap().unwrap();
-    let new = introduced(&second);
+    let new = receive_setup(&second);
     assert_eq!(new.memory.load(4096), 0);
     old.memory.store(8192, 0xbad);
     for bell in &old.bells {
         bell.ring().unwrap();
     }
     assert_eq!(next.memory.load(8192), 0);
-    assert!(!rung(&next.bells.host_data) && !rung(&next.bells.host_space));
-    assert!(new.bells.iter().all(|bell| !rung(bell)));
+    assert!(!was_signalled(&next.bells.host_data) && !was_signalled(&next.bells.host_space));
+    assert!(new.bells.iter().all(|bell| !was_signalled(bell)));
 }
 
 #[test]
@@ -170,13 +170,13 @@ fn a_client_that_dies_early_or_sends_data_does_not_affect_the_next() {
     let mut rig = Rig::new();
     for _ in 0..20 {
         // The client is gone before it is accepted.
-        drop(rig.knock());
+        drop(rig.connect());
         match rig.server.accept() {
             Ok(Some(_)) => assert_eq!(rig.server.look().unwrap(), Alive::No),
             other => assert!(matches!(other, Err(IvshmemError::Io(_))), "{other:?}"),
         }
         // The client is gone after three of seven messages.
-        let half = rig.knock();
+        let half = rig.connect();
         let given = rig.server.accept().unwrap().unwrap();
         for _ in 0..3 {
             let _ = message(&half);
@@ -184,16 +184,16 @@ fn a_client_that_dies_early_or_sends_data_does_not_affect_the_next() {
         drop((half, given));
         assert_eq!(rig.server.look().unwrap(), Alive::No);
         // The client sends data.
-        let mut loud = rig.knock();
+        let mut loud = rig.connect();
         let given = rig.server.accept().unwrap().unwrap();
         loud.write_all(&[0x5a; 100_000]).unwrap();
         assert!(matches!(rig.server.look(), Err(IvshmemError::Spoke)));
         assert!(rig.server.client().is_none());
         drop((loud, given));
     }
-    let qemu = rig.knock();
+    let qemu = rig.connect();
     let _given = rig.server.accept().unwrap().unwrap();
-    introduced(&qemu);
+    receive_setup(&qemu);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use adit_ringbuf::region::{Features, Spec};
 use adit_ringbuf::session::{Event, Guest, Host};
 use adit_ringbuf_io::attach::{AttachError, Bells, Offer, Socket};
 use adit_ringbuf_io::ivshmem::{Alive, Server};
-use common::{converse, meet, offer, packet, send};
+use common::{hello_and_send, offer, packet, run_server_against, send};
 
 fn counts() -> (usize, usize) {
     let fds = std::fs::read_dir("/proc/self/fd").unwrap().count();
@@ -92,7 +92,8 @@ fn every_malformed_packet_is_refused() {
         ("bytes", name("a", 1, u64::MAX), 5),
     ];
     for (what, bytes, count) in cases {
-        let (offered, answer) = meet(|socket| converse(&socket, &bytes, &vec![fd.as_fd(); count]));
+        let (offered, answer) =
+            run_server_against(|socket| hello_and_send(&socket, &bytes, &vec![fd.as_fd(); count]));
         assert!(offered.is_err(), "{what}");
         assert_eq!(answer, Some(4), "{what}: {offered:?}");
         let version = matches!(offered, Err(AttachError::Version { found: 2 }));

@@ -131,7 +131,7 @@ impl Plugged {
         for (event, gsi) in messages.iter().zip(place.messages..) {
             vm.register_irqfd(event, gsi)?;
         }
-        let mut wires = Wires {
+        let mut wires = KvmWiring {
             host: [host[0].try_clone()?, host[1].try_clone()?],
             pieces: pieces(bytes, spec),
             now: Wiring::default(),
@@ -140,7 +140,7 @@ impl Plugged {
             memory,
             vm,
         };
-        wires.give(0, place.config_at, 0..CONFIG_PAGE as usize, true)?;
+        wires.map_slot(0, place.config_at, 0..CONFIG_PAGE as usize, true)?;
         let (sender, wanted) = channel::<(Wiring, SyncSender<_>)>();
         let thread = thread::Builder::new().name("ring-pci".into());
         thread.spawn(move || {
@@ -299,7 +299,7 @@ fn pieces(bytes: usize, spec: &Spec) -> [(Range<usize>, bool); PIECES as usize] 
 }
 
 /// What KVM has been configured with.
-struct Wires {
+struct KvmWiring {
     vm: Arc<VmFd>,
     page: Mapped,
     memory: Mapped,
@@ -309,7 +309,7 @@ struct Wires {
     now: Wiring,
 }
 
-impl Wires {
+impl KvmWiring {
     /// Gives KVM the differences to `wanted`. Carries out all of them, and returns the first refusal.
     fn apply(&mut self, wanted: &Wiring) -> Result<(), kvm_ioctls::Error> {
         let was = std::mem::replace(&mut self.now, *wanted);
@@ -332,11 +332,11 @@ impl Wires {
             for (slot, (piece, for_reading)) in (1..).zip(self.pieces.clone()) {
                 // KVM cannot change the bytes of an existing slot. Delete it first.
                 if was.bars[2].is_some() {
-                    let _ = self.give(slot, 0, 0..0, for_reading);
+                    let _ = self.map_slot(slot, 0, 0..0, for_reading);
                 }
                 if let Some(at) = region {
                     let at = at + piece.start as u64;
-                    done = done.and(self.give(slot, at, piece, for_reading));
+                    done = done.and(self.map_slot(slot, at, piece, for_reading));
                 }
             }
         }
@@ -348,7 +348,7 @@ impl Wires {
 
     /// Maps bytes into the guest. Slot 0 is configuration space, the others are the region. An empty range deletes the
     /// slot.
-    fn give(
+    fn map_slot(
         &self,
         slot: u32,
         at: u64,
@@ -412,10 +412,10 @@ fn chip_route(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
     entry
 }
 
-impl Drop for Wires {
+impl Drop for KvmWiring {
     fn drop(&mut self) {
         // KVM must forget the mappings before they are unmapped.
         let _ = self.apply(&Wiring::default());
-        let _ = self.give(0, 0, 0..0, true);
+        let _ = self.map_slot(0, 0, 0..0, true);
     }
 }

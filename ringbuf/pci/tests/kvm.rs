@@ -32,7 +32,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// One step of the guest program.
 enum Do {
     /// Reads 32 bits and outputs them.
-    Say(u64, u16),
+    Output(u64, u16),
     Store32(u64, u16, u32),
     Store16(u64, u16, u16),
 }
@@ -41,12 +41,12 @@ enum Do {
 fn assemble(program: &[Do]) -> Vec<u8> {
     let mut code = Vec::new();
     for step in program {
-        let (Do::Say(base, at) | Do::Store32(base, at, _) | Do::Store16(base, at, _)) = step;
+        let (Do::Output(base, at) | Do::Store32(base, at, _) | Do::Store16(base, at, _)) = step;
         code.push(0xb8);
         code.extend(((base >> 4) as u16).to_le_bytes());
         code.extend([0x8e, 0xd8]);
         match step {
-            Do::Say(..) => {
+            Do::Output(..) => {
                 code.extend([0x66, 0xa1]);
                 code.extend(at.to_le_bytes());
                 code.extend([0x66, 0xe7, 0x10]); // out 0x10, eax
@@ -74,8 +74,8 @@ struct Vm {
     vm: Arc<VmFd>,
     ram: Mapped,
     region: Mapped,
-    rings: [adit_ring_pci::kvm::Interrupt; 2],
-    heard: [EventFd; 2],
+    interrupts: [adit_ring_pci::kvm::Interrupt; 2],
+    host_doorbells: [EventFd; 2],
     /// Number of accesses that exited to the VMM.
     exits: usize,
 }
@@ -112,15 +112,15 @@ fn vm() -> Option<Vm> {
             messages: LINE + 1,
         };
         let function = Plugged::new(vm.clone(), region.clone(), &spec(), place)?;
-        let (rings, heard) = function.bells()?;
+        let (interrupts, host_doorbells) = function.bells()?;
         Ok(Vm {
             vcpu,
             function,
             vm,
             ram,
             region,
-            rings,
-            heard,
+            interrupts,
+            host_doorbells,
             exits: 0,
         })
     };
@@ -220,23 +220,23 @@ fn a_guest_uses_region_and_doorbells_without_an_exit() {
     let Some(mut vm) = vm() else { return };
     let host = Host::offer(vm.region.clone(), spec(), 1).unwrap();
     // Reads of configuration space do not exit.
-    let ids = vm.run(&[Do::Say(CONFIG, 0), Do::Say(CONFIG, 0x3c)]);
+    let ids = vm.run(&[Do::Output(CONFIG, 0), Do::Output(CONFIG, 0x3c)]);
     assert_eq!((&ids[..], vm.exits), (&[0x1110_1af4, 0x100][..], 0));
     // A BAR is not decoded before it has an address. Its size is what remains after writing all ones.
     let size = vm.run(&[
-        Do::Say(REGION, 0),
+        Do::Output(REGION, 0),
         Do::Store32(CONFIG, 0x18, u32::MAX),
-        Do::Say(CONFIG, 0x18),
+        Do::Output(CONFIG, 0x18),
     ]);
     assert_eq!(size, [u32::MAX, !(REGION_BYTES as u32 - 1) | 0xc]);
     vm.place();
     vm.exits = 0;
     // Accesses to the region do not exit.
     let said = vm.run(&[
-        Do::Say(REGION, 0),
-        Do::Say(REGION, 4),
+        Do::Output(REGION, 0),
+        Do::Output(REGION, 4),
         Do::Store32(REGION, 2 * PAGE + 64, 0x1234_5678),
-        Do::Say(REGION, 2 * PAGE + 64),
+        Do::Output(REGION, 2 * PAGE + 64),
     ]);
     assert_eq!(said[..2], [0x5449_4441, 0x3147_4e52]);
     assert_eq!(said[2], 0x1234_5678);
@@ -244,14 +244,14 @@ fn a_guest_uses_region_and_doorbells_without_an_exit() {
     // Writes to the doorbells do not exit either: they are ioeventfds.
     vm.run(&[Do::Store32(REGISTERS, 12, 1)]);
     assert_eq!(vm.exits, 0);
-    assert!(vm.heard[0].read().is_err());
-    assert_eq!(vm.heard[1].read().unwrap(), 1);
+    assert!(vm.host_doorbells[0].read().is_err());
+    assert_eq!(vm.host_doorbells[1].read().unwrap(), 1);
     vm.run(&[
         Do::Store32(REGISTERS, 12, 0),
         Do::Store32(REGISTERS, 12, 1 << 16),
     ]);
-    assert_eq!(vm.heard[0].read().unwrap(), 1);
-    assert!(vm.heard[1].read().is_err());
+    assert_eq!(vm.host_doorbells[0].read().unwrap(), 1);
+    assert!(vm.host_doorbells[1].read().is_err());
     drop(host);
 }
 
@@ -267,7 +267,7 @@ fn a_guest_cannot_write_pages_that_only_the_host_writes() {
     for at in (0..REGION_BYTES).step_by(PAGE.into()) {
         let host = head.contains(&at) || records.contains(&at);
         let at16 = at as u16 + 8;
-        let said = vm.run(&[Do::Store32(REGION, at16, 7), Do::Say(REGION, at16)]);
+        let said = vm.run(&[Do::Store32(REGION, at16, 7), Do::Output(REGION, at16)]);
         let there = vm.region.load(at + 8);
         let wanted = if host { 0 } else { 7 };
         assert_eq!(
@@ -285,15 +285,15 @@ fn a_guest_can_move_and_disable_its_bars() {
     vm.region.store(8, 5);
     // Memory decoding is off: reads find nothing.
     let said = vm.run(&[
-        Do::Say(REGION, 8),
+        Do::Output(REGION, 8),
         Do::Store16(CONFIG, 4, 0),
-        Do::Say(REGION, 8),
+        Do::Output(REGION, 8),
         Do::Store32(REGISTERS, 12, 0),
         Do::Store16(CONFIG, 4, 2),
-        Do::Say(REGION, 8),
+        Do::Output(REGION, 8),
     ]);
     assert_eq!(said, [5, u32::MAX, 5]);
-    assert!(vm.heard[0].read().is_err());
+    assert!(vm.host_doorbells[0].read().is_err());
     // Two BARs overlap and are separated again. The doorbell follows its BAR.
     vm.run(&[
         Do::Store32(CONFIG, 0x10, MSIX as u32),
@@ -301,8 +301,8 @@ fn a_guest_can_move_and_disable_its_bars() {
         Do::Store32(MSIX, 12, 0),
         Do::Store32(REGISTERS, 12, 1),
     ]);
-    assert_eq!(vm.heard[0].read().unwrap(), 1);
-    assert!(vm.heard[1].read().is_err());
+    assert_eq!(vm.host_doorbells[0].read().unwrap(), 1);
+    assert!(vm.host_doorbells[1].read().is_err());
 }
 
 #[test]
@@ -311,19 +311,19 @@ fn the_host_interrupts_by_the_pin_or_by_a_message() {
     vm.chips();
     vm.place();
     // The guest has not enabled any interrupt yet.
-    vm.rings[0].ring().unwrap();
+    vm.interrupts[0].ring().unwrap();
     assert!(!vm.waits(OF_LINE));
     vm.run(&[Do::Store32(REGISTERS, 0, 3)]);
     assert!(vm.gets(OF_LINE));
     // The sequence of uio_pci_generic and the agent: disable, clear, enable. An interrupt in between is not lost.
     vm.exits = 0;
     let said = vm.run(&[
-        Do::Say(CONFIG, 4),
+        Do::Output(CONFIG, 4),
         Do::Store16(CONFIG, 4, 0x406),
-        Do::Say(REGISTERS, 4),
+        Do::Output(REGISTERS, 4),
     ]);
     assert_eq!((said[0] >> 19 & 1, said[1], vm.exits), (1, 1, 2));
-    vm.rings[1].ring().unwrap();
+    vm.interrupts[1].ring().unwrap();
     assert!(!vm.waits(OF_LINE));
     vm.run(&[Do::Store16(CONFIG, 4, 6)]);
     assert!(vm.gets(OF_LINE));
@@ -333,16 +333,16 @@ fn the_host_interrupts_by_the_pin_or_by_a_message() {
         Do::Store32(MSIX, 8, OF_MESSAGE.into()),
         Do::Store16(CONFIG, 0x42, 0x8000),
     ]);
-    vm.rings[0].ring().unwrap();
+    vm.interrupts[0].ring().unwrap();
     assert!(!vm.waits(OF_MESSAGE));
     vm.run(&[Do::Store32(MSIX, 12, 0)]);
     assert!(vm.gets(OF_MESSAGE));
-    vm.rings[0].ring().unwrap();
+    vm.interrupts[0].ring().unwrap();
     assert!(vm.gets(OF_MESSAGE));
     assert!(!vm.waits(OF_LINE));
     // The default routes of the interrupt chips still exist.
-    vm.run(&[Do::Store16(CONFIG, 0x42, 0), Do::Say(REGISTERS, 4)]);
-    vm.rings[0].ring().unwrap();
+    vm.run(&[Do::Store16(CONFIG, 0x42, 0), Do::Output(REGISTERS, 4)]);
+    vm.interrupts[0].ring().unwrap();
     assert!(vm.gets(OF_LINE));
 }
 
@@ -358,9 +358,9 @@ fn an_interrupt_by_pulses_costs_the_guest_no_exit() {
     ]);
     vm.exits = 0;
     for _ in 0..3 {
-        vm.rings[0].ring().unwrap();
+        vm.interrupts[0].ring().unwrap();
         assert!(vm.gets(OF_LINE));
-        let said = vm.run(&[Do::Say(CONFIG, 4)]);
+        let said = vm.run(&[Do::Output(CONFIG, 4)]);
         assert_eq!((said[0] >> 19 & 1, said[0] >> 10 & 1), (1, 1));
     }
     assert_eq!(vm.exits, 0);
@@ -377,11 +377,11 @@ fn a_restored_function_has_the_same_addresses_and_a_new_region() {
     vm.chips();
     vm.region.store(8, 9);
     vm.function.restore(&state).unwrap();
-    vm.rings[0].ring().unwrap();
+    vm.interrupts[0].ring().unwrap();
     assert!(vm.gets(OF_LINE));
-    let said = vm.run(&[Do::Say(CONFIG, 0x18), Do::Say(REGION, 8)]);
+    let said = vm.run(&[Do::Output(CONFIG, 0x18), Do::Output(REGION, 8)]);
     assert_eq!(said, [REGION as u32 | 0xc, 9]);
     vm.run(&[Do::Store32(REGISTERS, 12, 0)]);
-    assert_eq!(vm.heard[0].read().unwrap(), 1);
+    assert_eq!(vm.host_doorbells[0].read().unwrap(), 1);
     assert!(vm.function.restore(&state[1..]).is_err());
 }

@@ -473,7 +473,7 @@ fn resets_carry_a_reason_if_the_carrier_has_one() {
 }
 
 #[test]
-fn streams_that_a_restored_guest_still_has_get_no_reset_until_it_asks_for_one() {
+fn a_restored_guest_gets_no_resets_until_it_opens_a_stream() {
     let mut r = Rig::new(EngineConfig::default());
     let stream = r.open(9);
     let epoch = Some(ResetReason::Epoch);

@@ -36,11 +36,11 @@ fn successor(parts: Parts) -> Rig {
 }
 
 fn starts(rig: &Rig) -> Vec<[u16; 2]> {
-    let start = |asked: &Asked| match asked {
-        Asked::Start { bases, .. } => Some(*bases),
+    let start = |asked: &Received| match asked {
+        Received::Start { bases, .. } => Some(*bases),
         _ => None,
     };
-    rig.asked().iter().filter_map(start).collect()
+    rig.received().iter().filter_map(start).collect()
 }
 
 #[test]

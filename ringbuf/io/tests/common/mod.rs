@@ -17,7 +17,7 @@ pub fn offer(bytes: usize) -> Offer {
 }
 
 /// Runs a server against the VMM code in `vmm`. Returns the server's result and the VMM's.
-pub fn meet<T: Send>(vmm: impl FnOnce(Socket) -> T + Send) -> (Result<Offered, AttachError>, T) {
+pub fn run_server_against<T: Send>(vmm: impl FnOnce(Socket) -> T + Send) -> (Result<Offered, AttachError>, T) {
     let (near, far) = Socket::pair().unwrap();
     near.answer_within(Duration::from_secs(10)).unwrap();
     far.answer_within(Duration::from_secs(10)).unwrap();
@@ -55,16 +55,16 @@ pub fn send(socket: &Socket, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
 }
 
 /// Receives the next packet and returns its type.
-pub fn heard(socket: &Socket) -> Option<u16> {
+pub fn next_packet_type(socket: &Socket) -> Option<u16> {
     let mut buf = [0; 4096];
     let (n, _) = rustix::net::recv(socket, &mut buf[..], rustix::net::RecvFlags::empty()).ok()?;
     (n >= 32).then(|| u16::from_le_bytes([buf[10], buf[11]]))
 }
 
 /// Says hello, sends the bytes, and returns the type of the answer.
-pub fn converse(socket: &Socket, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Option<u16> {
+pub fn hello_and_send(socket: &Socket, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Option<u16> {
     send(socket, &packet(1, &"by hand", 0), &[]);
-    assert_eq!(heard(socket), Some(1));
+    assert_eq!(next_packet_type(socket), Some(1));
     send(socket, bytes, fds);
-    heard(socket)
+    next_packet_type(socket)
 }
