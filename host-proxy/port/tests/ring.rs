@@ -122,7 +122,7 @@ fn round_trips_are_measured_on_the_lane_of_dials() {
     while asked.iter().sum::<u32>() < 2 {
         for (lane, asked) in lanes.iter_mut().zip(&mut asked) {
             while lane.consumer.pop(&mut record).unwrap().is_some() {
-                let header = PacketHeader::from_frame(record.first_chunk().unwrap());
+                let header = PacketHeader::from_ring_bytes(record.first_chunk().unwrap());
                 *asked += u32::from(header.op == Op::Request as u16);
             }
         }

@@ -4,7 +4,7 @@
 //! A case begins in a session, and asks for another one whenever the host ended that. What the host makes of it is not
 //! seen from here, but for sessions that ended.
 
-use adit_engine::{FRAME_BYTES, Op, PacketHeader, Tick};
+use adit_engine::{Op, PACKET_HEADER_BYTES, PacketHeader, Tick};
 use adit_ringbuf::layout::PAGE;
 use adit_ringbuf::region::{ACCEPTED, GUEST_WORD, HOST_WORD, Side};
 use adit_ringbuf::session::{Ends, Event, Guest, State};
@@ -209,10 +209,10 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
 
     /// Sends a packet as it should be sent; what does not fit is not missed.
     fn send(ends: &mut Ends<M>, header: &PacketHeader, body: &[u8]) {
-        let len = FRAME_BYTES + body.len();
+        let len = PACKET_HEADER_BYTES + body.len();
         if let Ok(mut grant) = ends.producer.reserve(len) {
-            grant.write(0, &header.to_frame());
-            grant.write(FRAME_BYTES, body);
+            grant.write(0, &header.to_ring_bytes());
+            grant.write(PACKET_HEADER_BYTES, body);
             let _ = grant.commit();
         }
         let _ = ends.producer.publish();
