@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use adit_bare::rude::{Attack, cases};
+use adit_bare::attacks::{Attack, cases};
 use adit_channel::ring::RingBells;
 use adit_engine::Tick;
 use adit_port::control::{DialError, RING_SOCKET, Target};
