@@ -69,9 +69,7 @@ impl std::str::FromStr for Kernel {
         match s {
             "6.1" => Ok(Self::V6_1),
             "6.12" => Ok(Self::V6_12),
-            _ => Err(format!(
-                "`{s}` is no kernel that is known here: 6.1 or 6.12"
-            )),
+            _ => Err(format!("`{s}` is not a known kernel: use 6.1 or 6.12")),
         }
     }
 }
@@ -236,21 +234,18 @@ fn extract(bzimage: &Path, to: &Path) -> anyhow::Result<()> {
     };
     let header = (bytes.get(0x1f1), word(0x248), word(0x24c));
     let (Some(&sectors), Some(offset), Some(len)) = header else {
-        bail!("{} is no bzImage", bzimage.display())
+        bail!("{} is not a bzImage", bzimage.display())
     };
     let begin = (usize::from(sectors) + 1) * 512 + offset;
     let payload = bytes
         .get(begin..begin + len)
-        .ok_or_else(|| anyhow!("{} is cut", bzimage.display()))?;
+        .ok_or_else(|| anyhow!("{} is cut off", bzimage.display()))?;
     let tool = match payload {
         [0x02, 0x21, 0x4c, 0x18, ..] => "lz4",
         [0xfd, b'7', b'z', ..] => "xz",
         [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
         [0x1f, 0x8b, ..] => "gzip",
-        _ => bail!(
-            "{} is packed in a way that is not known here",
-            bzimage.display()
-        ),
+        _ => bail!("{} has an unknown compression", bzimage.display()),
     };
     // The length follows the compressed kernel, so the tools warn about trailing bytes.
     let elf = filter(tool, &["-dcq"], payload)?;

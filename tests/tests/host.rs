@@ -394,7 +394,7 @@ fn vm_show_says_which_carrier_is_used_and_why() {
         })
         .unwrap()
     };
-    shows("carrier        vsock: no VMM has handed a ring over");
+    shows("carrier        vsock: no VMM has offered a ring");
     let bytes = 4 << 20;
     let (memory, fd) = Mapped::memfd(bytes).unwrap();
     let bells = Bells::new().unwrap();
@@ -406,7 +406,7 @@ fn vm_show_says_which_carrier_is_used_and_why() {
         lanes: 2,
     };
     socket.offer(&offer, 1, fd.as_fd(), &bells).unwrap();
-    let said = shows("carrier        vsock: the guest has not taken the ring up");
+    let said = shows("carrier        vsock: the guest does not use the ring yet");
     assert!(
         said.contains("ring memory    memfd by attach socket, 4096 KiB, ")
             && said.contains(" ns a line, 0 streams"),
@@ -422,8 +422,9 @@ fn vm_show_says_which_carrier_is_used_and_why() {
     // Nobody is at the other end of vsock, so there is nothing to compare and no latency is measured.
     assert!(!said.contains("latency"), "{said}");
     drop(socket);
-    let said =
-        shows("carrier        vsock: the ring went: the other side closed the attach socket");
+    let said = shows(
+        "carrier        vsock: the ring was removed: the other side closed the attach socket",
+    );
     assert!(!said.contains("ring memory"), "{said}");
     drop(guest);
 }

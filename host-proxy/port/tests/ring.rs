@@ -88,7 +88,7 @@ fn a_service_uses_the_ring_while_it_runs_and_vsock_before_and_after() {
     // The VMM ends, and with it the ring: the ring's stream ends, and the next dial uses the guest's vsock.
     drop(vmm.talk);
     let gone = wait_ring(&aditd, |ring| !ring.running);
-    assert!(gone.why.contains("the ring went"), "{}", gone.why);
+    assert!(gone.why.contains("the ring was removed"), "{}", gone.why);
     let ended = (&tunnel).read(&mut [0; 8]);
     assert!(
         matches!(&ended, Ok(0)) || ended.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset)
@@ -190,7 +190,7 @@ fn what_the_guest_dials_over_its_ring_reaches_aditd() {
         if let Some((Message::Incoming(incoming), fd)) = aditd.heard() {
             break (incoming, fd.unwrap());
         }
-        assert!(Instant::now() < until, "not told");
+        assert!(Instant::now() < until, "aditd did not get the stream");
     };
     assert_eq!(
         (incoming.port, incoming.peer_port),

@@ -93,7 +93,7 @@ fn run(name: &str) -> anyhow::Result<String> {
     let mut seen = Vec::new();
     for name in names {
         if *name == FOREIGN {
-            seen.push(format!("{name} {} rung", foreign_peers(&device)?));
+            seen.push(format!("{name} {} doorbells", foreign_peers(&device)?));
             continue;
         }
         if let Some(case) = ring_unhelpful::case(name) {

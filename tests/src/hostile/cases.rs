@@ -486,5 +486,5 @@ fn reset_storm(d: &mut Driver) -> anyhow::Result<String> {
         d.kick(TX);
     }
     d.honest()?;
-    Ok(format!("{sessions} sessions reset under way"))
+    Ok(format!("{sessions} sessions reset with packets in flight"))
 }
