@@ -98,7 +98,7 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
         let _ = self.guest.attach();
         case(self);
         self.mend();
-        // The next guest counts on from its own request, not from the host's answer: so leave one that is one higher.
+        // The next guest counts on from the request in this word, not from the host's answer. So leave one that is higher.
         let next = (self.mem.load(HOST_WORD) >> 8) + 1;
         self.mem.zero(GUEST_WORD, PAGE);
         self.mem.store(GUEST_WORD, next << 8 | State::Closed as u64);
