@@ -1,4 +1,4 @@
-//! `ring-echo`: the guest's half of the ring, by itself; `ring-poison`: a process beside that half that breaks it.
+//! `ring-echo`: only the guest's side of the ring. `ring-poison`: a process that breaks the ring while another one uses it.
 
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -15,12 +15,12 @@ use adit_ringbuf_io::doorbell::Doorbell;
 use anyhow::Context;
 use vsock::VsockListener;
 
-/// The lane that is echoed.
+/// The lane of the echo.
 const LANE: usize = 1;
 /// How long the host may take to answer.
 const LIMIT: Duration = Duration::from_secs(30);
-/// So often it looks at the session: one that nobody rings, and one that is. To have its clock wake it soon is a write to an
-/// emulated timer each time it waits, which whoever measures a sleeper would measure.
+/// How often it checks the session: without a doorbell, and with one. Frequent checks write an emulated timer before each wait,
+/// and a measurement of a sleeping guest would then measure that.
 const LOOK: Duration = Duration::from_millis(100);
 const RUNG_LOOK: Duration = Duration::from_secs(5);
 
@@ -30,7 +30,7 @@ pub fn echo(port: Option<u32>) -> anyhow::Result<()> {
         let listener = VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, port)?;
         println!("RING-LISTENS");
         let (stream, _) = listener.accept()?;
-        // To the end of this program it is heard.
+        // The stream stays open to the end of this program.
         let _ = device.hear(OwnedFd::from(stream).into())?;
     }
     let (hears, look) = match device.data_ear {
@@ -84,7 +84,7 @@ pub fn poison(port: u32) -> anyhow::Result<()> {
         stream.read_exact(&mut times)?;
         let device = ring::find(&mut String::new()).context("no ring")?;
         for _ in 0..times[0] {
-            // No state of any guest: the host takes it for a lie, whatever the agent says.
+            // No guest writes this state, so the host must reject it, whatever the agent writes.
             device.memory.store(GUEST_WORD, u64::MAX);
             device.data.ring()?;
             thread::sleep(Duration::from_millis(5));

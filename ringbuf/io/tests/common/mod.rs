@@ -17,7 +17,9 @@ pub fn offer(bytes: usize) -> Offer {
 }
 
 /// Runs a server against the VMM code in `vmm`. Returns the server's result and the VMM's.
-pub fn run_server_against<T: Send>(vmm: impl FnOnce(Socket) -> T + Send) -> (Result<Offered, AttachError>, T) {
+pub fn run_server_against<T: Send>(
+    vmm: impl FnOnce(Socket) -> T + Send,
+) -> (Result<Offered, AttachError>, T) {
     let (near, far) = Socket::pair().unwrap();
     near.answer_within(Duration::from_secs(10)).unwrap();
     far.answer_within(Duration::from_secs(10)).unwrap();
