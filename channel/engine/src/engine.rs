@@ -87,7 +87,7 @@ impl Engine {
             restored: false,
             now: Tick(0),
             table: Table::new(cfg.max_streams),
-            pool: Pool::new(cfg.pool_bytes, cfg.initial_window),
+            pool: Pool::new(cfg.pool_bytes, cfg.initial_window, cfg.max_window),
             timers: Timers::default(),
             rst: RstSet::new(),
             ephemeral: PortAllocator::new(EPHEMERAL_MIN, EPHEMERAL_MAX, seed),

@@ -3,9 +3,12 @@
 use super::*;
 use crate::{ConnectError, credit::WINDOW_FLOOR};
 
+/// The first window of the first stream of an engine with the default configuration.
+const FIRST: u32 = 64 << 10;
+
 /// The peer sends all that it may, and the sink takes it. Returns the last announced window.
 fn stream_through(r: &mut Rig, port: u32, s: StreamId, bytes: u64) -> u32 {
-    let (mut told, mut fwd, mut sent) = (EngineConfig::default().initial_window, 0u32, 0u32);
+    let (mut told, mut fwd, mut sent) = (FIRST, 0u32, 0u32);
     let mut total = 0u64;
     while total < bytes {
         let n = (told - sent.wrapping_sub(fwd)).min(4096);
@@ -29,7 +32,7 @@ fn a_window_grows_by_use_and_is_returned_at_the_end() {
     let cfg = EngineConfig::default();
     let mut r = Rig::new(cfg);
     let s = r.open(9);
-    assert_eq!(r.e.lent(), u64::from(cfg.initial_window));
+    assert_eq!(r.e.lent(), u64::from(FIRST));
     assert_eq!(stream_through(&mut r, 9, s, 4 << 20), cfg.max_window);
     assert_eq!(r.e.lent(), u64::from(cfg.max_window));
     r.op(Op::Rst, 9);
@@ -47,7 +50,24 @@ fn small_messages_do_not_grow_a_window() {
         r.e.consumed(r.now, s, 64);
         r.sent();
     }
-    assert_eq!(r.e.lent(), u64::from(cfg.initial_window));
+    assert_eq!(r.e.lent(), u64::from(FIRST));
+}
+
+#[test]
+fn a_first_window_is_a_share_of_the_free_pool() {
+    let cfg = EngineConfig::default();
+    let mut r = Rig::new(cfg);
+    let mut windows = Vec::new();
+    for port in 0..800 {
+        let before = r.e.lent();
+        r.open(port);
+        windows.push(r.e.lent() - before);
+    }
+    // The first bytes of a stream fit while there are few, and many streams leave something for the next.
+    assert_eq!(windows[0], u64::from(FIRST));
+    assert!(windows.is_sorted_by(|a, b| a >= b));
+    assert_eq!(windows[500], u64::from(cfg.initial_window));
+    assert!(windows[799] >= u64::from(WINDOW_FLOOR));
 }
 
 #[test]
