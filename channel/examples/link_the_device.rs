@@ -20,14 +20,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::device::{FEATURES, GuestCid, Signal, VirtQueues, VsockDevice, WireHeader};
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::{Service, ServiceEvent, Sink, StreamIo};
 use adit_channel::stream::{Dialer, Target};
 use adit_engine::{EngineConfig, Op, ResetReason};
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig, memory};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};

@@ -9,12 +9,12 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::Sink;
 use adit_engine::{EngineConfig, Op};
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{Device, Signals, cid};
 
 const RUNS: u32 = 100_000;

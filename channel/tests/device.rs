@@ -7,11 +7,11 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use adit_benches::queue::{NEXT, WRITE};
-use adit_benches::{Driver, DriverConfig, RxShape, memory};
 use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, SetAside, TxSlot};
 use adit_channel::device::{FEATURES, HEADER_BYTES, HOST_CID, PAYLOAD_MAX, RX_QUEUE, VsockDevice};
 use adit_engine::{Lane, ResetReason, SessionChange};
+use adit_testkit::queue::{NEXT, WRITE};
+use adit_testkit::{Driver, DriverConfig, RxShape, memory};
 use common::{CID, Rig, Signals, cid, pattern, rw, scatter, wire_bytes};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use proptest::prelude::*;
@@ -458,7 +458,7 @@ fn memory_is_replaced_between_bursts() {
     let held = Arc::strong_count(rig.driver.memory());
     assert_eq!(held, 3, "the driver and its two queues only");
     let small = Arc::new(
-        adit_benches::VmMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory"),
+        adit_testkit::VmMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory"),
     );
     assert!(rig.device.set_memory(small).is_err());
 }

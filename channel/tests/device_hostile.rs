@@ -4,14 +4,14 @@ mod common;
 
 use std::sync::Arc;
 
-use adit_benches::queue::{Buffer, INDIRECT, NEXT, WRITE};
-use adit_benches::{Driver, DriverConfig, VmMemory, memory};
 use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, TxSlot};
 use adit_channel::device::{
     ActivateError, DeviceError, FEATURES, HEADER_BYTES, HOST_CID, PAYLOAD_MAX, QUEUE_MAX, RX_QUEUE,
     VirtQueues, WireHeader,
 };
 use adit_engine::Lane;
+use adit_testkit::queue::{Buffer, INDIRECT, NEXT, WRITE};
+use adit_testkit::{Driver, DriverConfig, VmMemory, memory};
 use common::{CID, Device, Rig, Signals, cid, pattern, rw, wire_bytes};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::desc::split::Descriptor;

@@ -8,11 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use adit_benches::queue::Buffer;
-use adit_benches::{Driver, DriverConfig, VmMemory, memory};
 use adit_channel::carrier::{Armed, Carrier, CarrierFault, Interest, RxPacket, TxSlot};
 use adit_channel::device::{FEATURES, HEADER_BYTES, VsockDevice};
 use adit_engine::{Lane, ResetReason};
+use adit_testkit::queue::Buffer;
+use adit_testkit::{Driver, DriverConfig, VmMemory, memory};
 use common::{Rig, Signals, cid, pattern, rw, scatter, wire_bytes};
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::{Error as MemoryError, GuestMemorySliceIterator};

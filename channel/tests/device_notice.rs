@@ -2,10 +2,10 @@
 
 mod common;
 
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket};
 use adit_channel::device::{FEATURES, RX_QUEUE, TX_QUEUE, VsockDevice};
 use adit_engine::ResetReason;
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{Rig, cid, rw};
 use virtio_queue::QueueT;
 

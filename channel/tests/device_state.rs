@@ -4,12 +4,12 @@ mod common;
 
 use std::sync::Arc;
 
-use adit_benches::queue::{Buffer, DriverQueue};
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::device::{
     DeviceState, EVENT_QUEUE, FEATURES, RestoreError, STATE_BYTES, StateError,
 };
 use adit_engine::{Op, SessionChange};
+use adit_testkit::queue::{Buffer, DriverQueue};
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{Device, Rig, Signals, cid};
 use vm_memory::Bytes;
 
@@ -42,7 +42,7 @@ fn another(rig: &mut Rig, state: &DeviceState) -> Result<(), RestoreError> {
 }
 
 fn send(rig: &mut Rig, payload: &[u8]) {
-    let mut stream = adit_benches::stream::GuestStream::new(1024, 7);
+    let mut stream = adit_testkit::stream::GuestStream::new(1024, 7);
     let header = stream.payload(payload.len() as u32);
     assert!(rig.driver.send(&header, payload, 4096));
     rig.driver.tx.publish();

@@ -9,13 +9,13 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::device::FEATURES;
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, SYSTEM_CALLS, Shard};
 use adit_channel::sink::Sink;
 use adit_engine::{EngineConfig, Op, ResetReason, StreamId};
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{Device, Signals, cid};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 

@@ -9,14 +9,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use adit_benches::queue::{Buffer, DriverQueue};
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig, VmMemory, memory};
 use adit_channel::device::{EVENT_QUEUE, FEATURES, VsockDevice};
 use adit_channel::hybrid::Host;
 use adit_channel::linked::{Remote, link};
 use adit_channel::socket_path::connect_now;
 use adit_engine::{Op, PacketHeader};
+use adit_testkit::queue::{Buffer, DriverQueue};
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig, VmMemory, memory};
 use common::{Signals, cid};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vm_memory::{Bytes, GuestAddress};

@@ -14,14 +14,14 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::device::{FEATURES, RX_QUEUE, TX_QUEUE};
 use adit_channel::dial::DialError;
 use adit_channel::shard::{Shard, ShardThread};
 use adit_channel::stream::{Dialer, Stream, Target};
 use adit_channel::vhost_user::{VhostUserCarrier, VhostUserConfig};
 use adit_engine::{EngineConfig, How, Op, PacketHeader, ResetReason};
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{cid, pattern};
 use vhost::VhostBackend;
 use vhost::vhost_user::message::VhostUserVirtioFeatures;

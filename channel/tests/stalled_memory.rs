@@ -15,13 +15,13 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use adit_benches::memory;
-use adit_benches::queue::Buffer;
-use adit_benches::stream::GuestStream;
 use adit_channel::device::{HEADER_BYTES, HOST_CID, TX_QUEUE, WireHeader};
 use adit_channel::shard::{Shard, ShardThread};
 use adit_channel::vhost_user::{VhostUserCarrier, VhostUserConfig};
 use adit_engine::{EngineConfig, Op};
+use adit_testkit::memory;
+use adit_testkit::queue::Buffer;
+use adit_testkit::stream::GuestStream;
 use common::{CID, cid, pattern};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::poll::PollTimeout;

@@ -6,10 +6,10 @@ mod common;
 
 use std::sync::Arc;
 
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::carrier::{Carrier, RxPacket, TxSlot};
 use adit_channel::device::{FEATURES, VirtQueues};
 use adit_engine::Lane;
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{Device, Signals, cid, rw};
 use virtio_queue::QueueT;
 
@@ -98,7 +98,7 @@ impl Run {
                 let head = self.driver.tx.next_head().map(memory::tx_payload);
                 if let Some(addr) = head {
                     let len = 7;
-                    let buffer = adit_benches::queue::Buffer { addr, len };
+                    let buffer = adit_testkit::queue::Buffer { addr, len };
                     self.driver.send_buffers(&[buffer]);
                 }
             }

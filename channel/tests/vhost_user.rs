@@ -12,11 +12,11 @@ use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, TxSlot};
 use adit_channel::device::{Counters, RX_QUEUE, TX_QUEUE};
 use adit_channel::vhost_user::{VhostUserCarrier, VhostUserConfig};
 use adit_engine::{Lane, PacketHeader, ResetReason, SessionChange};
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{cid, rw};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd as StopEvent};

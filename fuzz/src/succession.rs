@@ -13,13 +13,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use adit_benches::memory;
 use adit_channel::device::GuestCid;
 use adit_channel::live::LiveFile;
 use adit_channel::shard::Shard;
 use adit_channel::vhost_user::{Handover, Keeper, VhostUserCarrier, VhostUserConfig};
 use adit_engine::EngineConfig;
 use adit_passed::Closer;
+use adit_testkit::memory;
 use arbitrary::{Result, Unstructured};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 

@@ -4,11 +4,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use adit_benches::queue::Buffer;
-use adit_benches::{Driver, DriverConfig, VmMemory, memory};
 use adit_channel::carrier::{Carrier, CarrierFault, RxPacket, TxSlot};
 use adit_channel::device::{FEATURES, GuestCid, HOST_CID, Signal, VsockDevice, WireHeader};
 use adit_engine::{Kind, Lane, Op, PacketHeader, SessionChange};
+use adit_testkit::queue::Buffer;
+use adit_testkit::{Driver, DriverConfig, VmMemory, memory};
 
 pub const CID: u64 = 3;
 

@@ -7,9 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use adit_benches::queue::DriverQueue;
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::device::{FEATURES, RX_QUEUE, TX_QUEUE};
+use adit_testkit::queue::DriverQueue;
+use adit_testkit::{Driver, DriverConfig, memory};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };

@@ -3,10 +3,10 @@
 use std::io::{ErrorKind, Read};
 use std::os::fd::AsRawFd;
 
-use adit_benches::queue::Buffer;
-use adit_benches::{DriverConfig, memory};
 use adit_channel::device::{FEATURES, HEADER_BYTES, HOST_CID, WireHeader};
 use adit_engine::{Op, ResetReason};
+use adit_testkit::queue::Buffer;
+use adit_testkit::{DriverConfig, memory};
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};

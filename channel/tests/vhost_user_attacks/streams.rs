@@ -3,9 +3,9 @@
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use adit_benches::stream::GuestStream;
 use adit_channel::device::{HOST_CID, WireHeader};
 use adit_engine::{Op, PacketHeader, ResetReason};
+use adit_testkit::stream::GuestStream;
 use vhost::VhostBackend;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 

@@ -5,14 +5,14 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::device::{FEATURES, HOST_CID, RX_QUEUE, TX_QUEUE};
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::Sink;
 use adit_channel::vhost_user::{VhostUserCarrier, VhostUserConfig};
 use adit_engine::{EngineConfig, Op, PacketHeader, StreamId};
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig, memory};
 use vhost::VhostBackend;
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
 
