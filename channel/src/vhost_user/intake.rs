@@ -68,7 +68,7 @@ pub(super) enum ResumeError {
         "the predecessor was killed while it took a message of the frontend in pieces: the rest cannot be distinguished from the next message"
     )]
     Pieces,
-    #[error("the frontend made {by} change(s) that were not stored")]
+    #[error("the frontend made {by} change(s) that nobody kept for a successor")]
     Behind { by: u64 },
     #[error("the live file of the predecessor is invalid")]
     Table,
