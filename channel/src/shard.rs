@@ -7,8 +7,7 @@
 //! owner ◄── poll_news(): Notice, Ready ───────────┘
 //! ```
 //! - The owner calls [`Shard::turn`] in its own loop (a thread, a VMM's event loop that watches the shard's
-//!   descriptor, a port
-//!   process), or runs the shard on a thread with [`Shard::spawn`].
+//!   descriptor, a port process), or runs the shard on a thread with [`Shard::spawn`].
 //! - Each `Port` has a budget per turn, and they take turns.
 //! - Before it sleeps the shard may poll for a while ([`Shard::busy_poll`]). This is off by default.
 //! - There is no periodic tick: the epoll timeout is the earliest deadline of any `Port`, and infinite if there is

@@ -7,18 +7,14 @@
 //! killed      ◄──────── it is read and handled again ────────────────────────► │ ◄───── the successor replies ─────► │
 //! ```
 //! - Handling a message twice has the same result as once. All messages except GET_VRING_BASE only set a value, and at
-//!   the
-//!   second GET_VRING_BASE the vrings are already stopped.
+//!   the second GET_VRING_BASE the vrings are already stopped.
 //! - *Was it taken?* A frontend waits for a reply that it has asked for. So a message with a reply was taken if the
-//!   socket is
-//!   empty. Without a reply it does not matter.
+//!   socket is empty. Without a reply it does not matter.
 //! - *Was the reply sent?* It is sent with `sendfile` from the live file. The file offset is shared with the
-//!   successor's
-//!   duplicate, and it moves in the same system call.
+//!   successor's duplicate, and it moves in the same system call.
 //! - Two cases remain. A message whose pieces arrive separately (no known frontend does that) is taken piece by piece.
-//!   And a
-//!   change may have been made while nothing could store it (`aditd` was down). In both cases the successor reports the error
-//!   and closes the connection.
+//!   And a change may have been made while nothing could store it (`aditd` was down). In both cases the successor
+//!   reports the error and closes the connection.
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;

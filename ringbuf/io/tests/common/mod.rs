@@ -1,5 +1,5 @@
 //! A VMM whose packets are written by hand, and the server that it talks to.
-#![allow(dead_code)] // #![allow(dead_code)] // each test file uses only a part
+#![allow(dead_code)] // each test file uses only a part
 
 use std::io::IoSlice;
 use std::os::fd::BorrowedFd;
@@ -17,7 +17,9 @@ pub fn offer(bytes: usize) -> Offer {
 }
 
 /// Runs a server against the VMM code in `vmm`. Returns the server's result and the VMM's.
-pub fn run_server_against<T: Send>(vmm: impl FnOnce(Socket) -> T + Send) -> (Result<Offered, AttachError>, T) {
+pub fn run_server_against<T: Send>(
+    vmm: impl FnOnce(Socket) -> T + Send,
+) -> (Result<Offered, AttachError>, T) {
     let (near, far) = Socket::pair().unwrap();
     near.answer_within(Duration::from_secs(10)).unwrap();
     far.answer_within(Duration::from_secs(10)).unwrap();
