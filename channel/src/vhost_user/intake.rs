@@ -172,7 +172,7 @@ impl Intake {
         live.set_changes(continuity.changes);
         let mut intake = Self::new(frontend, handler).map_err(HandoverError::Io)?;
         // Crate `vhost` stores these parts of the negotiation itself.
-        let said = [
+        let replayed = [
             (FrontendReq::GET_FEATURES, None),
             (
                 FrontendReq::SET_PROTOCOL_FEATURES,
@@ -180,7 +180,7 @@ impl Intake {
             ),
             (FrontendReq::SET_FEATURES, parts.record.features),
         ];
-        for (code, value) in said {
+        for (code, value) in replayed {
             if code == FrontendReq::GET_FEATURES || value.is_some() {
                 intake.replay(code, value).map_err(ResumeError::Refused)?;
             }
