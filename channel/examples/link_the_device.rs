@@ -62,8 +62,7 @@ impl Signal for Irq {
 }
 
 /// 2. A service of the host. Here it runs on the event thread, between two packets. A `Sink::Fd` would use a socket,
-///    and a
-///    `Listener` passes streams to other threads.
+///    and a `Listener` passes streams to other threads.
 struct Echo;
 
 impl Service for Echo {

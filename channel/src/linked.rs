@@ -207,7 +207,7 @@ impl<M: GuestAddressSpace> Linked<M> {
     fn inform_guest(&mut self) {
         if self.owes_reset {
             match self.device.tell_transport_reset() {
-                Ok(told) => self.owes_reset = !told,
+                Ok(informed) => self.owes_reset = !informed,
                 // The guest broke its event queue.
                 Err(_) => {
                     self.owes_reset = false;

@@ -16,11 +16,9 @@
 //! Rules:
 //! - Every field is one aligned 8-byte store, so after a kill it has either the old or the new value.
 //! - A pair is entered before anything of it is published to the guest, and removed after the last of it was
-//!   published. So
-//!   the file may list a pair too many (an unnecessary reset), but never one too few.
+//!   published. So the file may list a pair too many (an unnecessary reset), but never one too few.
 //! - The file is sealed to its size. A successor checks all content that it uses, because the guest may have
-//!   controlled the
-//!   dead process.
+//!   controlled the dead process.
 
 // Without vhost-user the functions for the frontend's thread are unused.
 #![cfg_attr(not(feature = "vhost-user"), allow(dead_code))]
@@ -431,7 +429,7 @@ mod tests {
         file.store(AT_USED, u64::MAX);
         let (mut table, inherited) = LiveTable::new(file);
         assert_eq!(inherited.len(), 1000);
-        table.opened(9, 9); // table.opened(9, 9); // no room: a log line, and no other effect
+        table.opened(9, 9); // no room: a log line, and no other effect
         for (local, peer) in inherited {
             table.closed(local, peer);
         }

@@ -1,7 +1,7 @@
 //! How long a shard polls before it sleeps. The time is bounded, and shorter if earlier polling found nothing.
 //!
 //! ```text
-//! window:  limit/8 ..= limit     halves when polling found nothing, doubles when work came while polling or soon after the sleep
+//! window:  limit/8 ..= limit     halves if polling found nothing, doubles if work came meanwhile or soon after
 //! ```
 //! An idle shard sleeps: after its last work it polls once, and not again before it is woken.
 

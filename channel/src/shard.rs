@@ -7,8 +7,7 @@
 //! owner ◄── poll_news(): Notice, Ready ───────────┘
 //! ```
 //! - The owner calls [`Shard::turn`] in its own loop (a thread, a VMM's event loop that watches the shard's
-//!   descriptor, a port
-//!   process), or runs the shard on a thread with [`Shard::spawn`].
+//!   descriptor, a port process), or runs the shard on a thread with [`Shard::spawn`].
 //! - Each `Port` has a budget per turn, and they take turns.
 //! - Before it sleeps the shard may poll for a while ([`Shard::busy_poll`]). This is off by default.
 //! - There is no periodic tick: the epoll timeout is the earliest deadline of any `Port`, and infinite if there is
@@ -365,7 +364,7 @@ impl<C: Carrier> Shard<C> {
                 self.dirty[i] = true;
             }
             instant = Instant::now();
-            let told = self.ports.iter().any(Port::has_notice);
+            let has_notice = self.ports.iter().any(Port::has_notice);
             if moved {
                 (last, came) = (instant, true);
                 // A pause while a stream flows. Without it each round would find only single packets.
@@ -373,7 +372,7 @@ impl<C: Carrier> Shard<C> {
                 (0..pauses).for_each(|_| std::hint::spin_loop());
             }
             let over = instant >= until || instant - last >= self.polling.window();
-            if told || over || self.stopped || !self.news.is_empty() {
+            if has_notice || over || self.stopped || !self.news.is_empty() {
                 break;
             }
             let ports = &mut self.ports;
@@ -442,7 +441,7 @@ impl<C: Carrier> Shard<C> {
             while let Some(notice) = port.poll_notice() {
                 // At most 4,095, so it fits.
                 let index = i as u16;
-                let asked = match &notice {
+                let listener = match &notice {
                     Notice::Incoming { local_port, .. } => {
                         self.listeners.get(&(index, *local_port))
                     }
@@ -455,7 +454,7 @@ impl<C: Carrier> Shard<C> {
                         local_port,
                         peer_port,
                     },
-                ) = (asked, &notice)
+                ) = (listener, &notice)
                 else {
                     self.news.push_back(News::Notice(PortIndex(index), notice));
                     continue;

@@ -253,7 +253,7 @@ impl LocalState {
     /// Number of bytes that the application's side accepts now.
     pub(crate) fn room(&self) -> usize {
         if self.recv_done {
-            usize::MAX // usize::MAX // they are dropped
+            usize::MAX // they are dropped
         } else {
             LOCAL_MAX.saturating_sub(self.to_app.len())
         }

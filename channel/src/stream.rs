@@ -2,8 +2,7 @@
 //!
 //! - Calls block by default. With the `tokio` feature the same `Stream` is `AsyncRead + AsyncWrite`.
 //! - A stream that is dropped before both directions ended is reset. After [`Stream::shutdown`] of the sending
-//!   direction the
-//!   bytes that were written still arrive.
+//!   direction the bytes that were written still arrive.
 //! - A stream that was reset returns an error after all earlier bytes were read. So truncated data is never silent.
 
 use std::collections::VecDeque;

@@ -482,10 +482,10 @@ fn r29_malformed_chains_do_not_leak_heads() {
     let mut rig = Rig::new();
     let a = memory::tx_payload(0);
     let bad = [
-        (a, 10, 0, 0),            // (a, 10, 0, 0),            // too short
-        (a, 100, WRITE, 0),       // (a, 100, WRITE, 0),       // wrong direction
-        (1 << 40, 100, 0, 0),     // (1 << 40, 100, 0, 0),     // in a gap
-        (a, 100, NEXT, u16::MAX), // (a, 100, NEXT, u16::MAX), // outside the table
+        (a, 10, 0, 0),            // too short
+        (a, 100, WRITE, 0),       // wrong direction
+        (1 << 40, 100, 0, 0),     // in a gap
+        (a, 100, NEXT, u16::MAX), // outside the table
     ];
     for i in 0..2 * 128 {
         rig.driver.tx.pop_used();

@@ -16,11 +16,11 @@
 //! (`/proc/self/fd` would identify an eventfd without the write, but a sandboxed process cannot read it. Among files
 //! without a type only an eventfd takes the write, and adding zero does not change it.)
 //!
-//! - [`receive`] is the only function that takes descriptors out of a socket. It owns each of them before it looks at
+//! - [`receive()`] is the only function that takes descriptors out of a socket. It owns each of them before it looks at
 //!   anything else. This also holds when the descriptor table was full and the kernel could install only some of them.
 //! - A [`Closer`] is the queue of one owner, so a slow close for one VM never delays the descriptors of another VM.
-//!   While
-//!   [`PENDING_MAX`] (or the closer's smaller limit) of them wait, the owner receives nothing more ([`Closer::is_full`]).
+//!   While [`PENDING_MAX`] (or the closer's smaller limit) of them wait, the owner receives nothing more
+//!   ([`Closer::is_full`]).
 //! - A Unix socket in which descriptors can wait is closed by a closer too ([`Apart`]), because the kernel closes the
 //!   waiting descriptors inside the socket's own close. For the same reason every read of such a socket has room for
 //!   descriptors: the kernel would close those that do not fit.

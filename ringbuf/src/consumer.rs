@@ -41,7 +41,7 @@ impl<M: RingMem> Consumer<M> {
 }
 
 impl<M: RingMem, P: Policy> Consumer<M, P> {
-    #[doc(hidden)] // #[doc(hidden)] // used by the bench that measures the cost of the checks
+    #[doc(hidden)] // used by the bench that measures the cost of the checks
     pub fn with_policy(mem: M, geometry: Geometry, events: bool) -> Result<Self, GeometryError> {
         let plan = geometry.check(&mem)?;
         Ok(Self {

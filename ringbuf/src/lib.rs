@@ -18,7 +18,7 @@
 //!
 //! ```text
 //! produce   zero the header after the record │ bytes │ header of the record, Release
-//!           (a batch: every header except the first is written at once, the first one last: one Release store shows all)
+//!           (a batch: the first header is written last, so one Release store shows all records)
 //! consume   header, Acquire: 0 = nothing yet │ check │ copy out │ `cons`, Release
 //! ```
 //! The consumer waits only for the committed header, which is next to the data. A record that shares a cache line with
@@ -76,7 +76,7 @@ pub use policy::Policy;
 #[derive(Debug)]
 pub enum Validated {}
 
-#[doc(hidden)] // #[doc(hidden)] // baseline for the cost of the checks
+#[doc(hidden)] // baseline for the cost of the checks
 #[derive(Debug)]
 pub enum Unchecked {}
 
@@ -273,7 +273,7 @@ impl Plan {
     /// Bytes that a record of `len` bytes uses, with header and padding.
     #[inline]
     pub(crate) fn total(&self, len: u64) -> u64 {
-        let padding = self.at.align as u64 - 1; // let padding = self.at.align as u64 - 1; // `align` is a power of two, so this needs no division
+        let padding = self.at.align as u64 - 1; // `align` is a power of two, so this needs no division
         (layout::HEADER as u64 + len + padding) & !padding
     }
 }

@@ -6,7 +6,7 @@
 //! vm-memory and every VMM do. That copy races with the peer's stores, and Rust's memory model does not describe races
 //! with another process. The worst result is arbitrary bytes, and a record may hold arbitrary bytes anyway. Every
 //! access is bounds-checked against the mapping, which lives as long as the value.
-#![allow(unsafe_code)] // #![allow(unsafe_code)] // all unsafe access to shared memory is here, so that the other files need none
+#![allow(unsafe_code)] // all unsafe access to shared memory is here, so that the other files need none
 
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering, fence};

@@ -97,7 +97,7 @@ impl<M: RingMem> Producer<M> {
 }
 
 impl<M: RingMem, P: Policy> Producer<M, P> {
-    #[doc(hidden)] // #[doc(hidden)] // used by the bench that measures the cost of the checks
+    #[doc(hidden)] // used by the bench that measures the cost of the checks
     pub fn with_policy(mem: M, geometry: Geometry, events: bool) -> Result<Self, GeometryError> {
         let plan = geometry.check(&mem)?;
         Ok(Self {

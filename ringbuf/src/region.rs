@@ -410,7 +410,7 @@ impl Region {
         }
         let mut again = region.words();
         for n in [1, 3, CRC / 8] {
-            again[n] = words[n]; // again[n] = words[n]; // the words that may differ: minor version, features, and the checksum over them
+            again[n] = words[n]; // the words that may differ: minor version, features, and the checksum over them
         }
         match words.iter().zip(&again).position(|(was, is)| was != is) {
             Some(n) => Err(RegionError::Field {

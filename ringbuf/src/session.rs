@@ -9,7 +9,7 @@
 //! OFFERED  ──────►            created, or created again: any earlier session is over
 //!          ◄──────  WANT n    one more than the last number; the first number is random
 //! READY n  ──────►            new epoch; the host's words and the first headers of its rings are zero
-//!          ◄──────  RUN n     the guest has read the head once, zeroed its own words, and written the accepted features
+//!          ◄──────  RUN n     it has read the head once, zeroed its words, and written the accepted features
 //! RUN n                       both use the lanes
 //!
 //! POISONED: this side saw the other side break the protocol. CLOSED: this side is done. Both end the session with that

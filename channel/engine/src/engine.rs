@@ -47,11 +47,9 @@ pub const LISTEN_MAX: u32 = 1024;
 /// - *inputs* `handle_packet`, `handle_timeout`, `handle_session`: something happened outside. They take the time as a
 ///   parameter;
 /// - *commands* `listen`, `connect`, `answer`, `offer`, `consumed`, `shutdown`, `reset`: the shell asks for something.
-///   A
-///   stale [`StreamId`] is ignored;
+///   A stale [`StreamId`] is ignored;
 /// - *outputs*: after any of these, poll in this order: `poll_event` until `None`, `poll_transmit` until `None` or
-///   until
-///   there is no slot, then `poll_timeout`.
+///   until there is no slot, then `poll_timeout`.
 ///
 /// Between a `poll_transmit` that asks for a body and its `commit_body` the shell may only call `offer`. If it has
 /// nothing to commit, it calls `offer(s, 0)` and polls again.

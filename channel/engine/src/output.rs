@@ -27,7 +27,7 @@ impl Engine {
         let stream = self.table.id(slot);
         let s = &mut self.table[slot];
         let shut = s.events & (event::PEER_RCV | event::PEER_SEND);
-        let (told, event) = if s.events & event::INCOMING != 0 {
+        let (delivered, event) = if s.events & event::INCOMING != 0 {
             let (local_port, peer_port) = (s.local_port, s.peer_port);
             s.announced = true;
             self.known += 1;
@@ -62,7 +62,7 @@ impl Engine {
             (event::CLOSED, Event::Closed { stream, reason })
         };
         let s = &mut self.table[slot];
-        s.events &= !told;
+        s.events &= !delivered;
         if s.events == 0 {
             self.table.set(ListId::Events, slot, false);
             self.free_if_done(slot);

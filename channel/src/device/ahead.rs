@@ -4,7 +4,7 @@
 //!
 //! When a chain is taken, the next chain is walked and its buffers are prefetched, and so is the table of the third
 //! chain. No descriptor is read twice because of this, and nothing outlives the burst.
-#![allow(unsafe_code)] // #![allow(unsafe_code)] // one prefetch instruction, which only affects caches
+#![allow(unsafe_code)] // one prefetch instruction, which only affects caches
 
 use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_INDIRECT;
 use virtio_queue::desc::split::Descriptor;

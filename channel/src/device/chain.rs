@@ -7,8 +7,7 @@
 //!
 //! Rules:
 //! - Each descriptor is read once. All errors in a chain are found before any of its bytes is used, so a refused chain
-//!   has had
-//!   no effect and its head can be returned.
+//!   has had no effect and its head can be returned.
 //! - After `walk` every buffer is known to be in guest memory. A buffer may span adjacent regions, but never a gap.
 //! - A chain has at most as many descriptors as its table.
 

@@ -7,7 +7,7 @@
 //! Sockets are used with MSG_DONTWAIT and MSG_NOSIGNAL. So they need not be nonblocking (all duplicates of the socket
 //! share that flag), and a closed peer is `BrokenPipe`, not SIGPIPE. Other descriptors (pipes) use `writev` and
 //! `readv`. The caller must make them nonblocking, and the process must ignore SIGPIPE, as Rust's runtime does.
-#![allow(unsafe_code)] // #![allow(unsafe_code)] // raw iovecs into guest memory; every block has a SAFETY comment
+#![allow(unsafe_code)] // raw iovecs into guest memory; every block has a SAFETY comment
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};

@@ -12,8 +12,7 @@
 //! - Inactive: features and queues are being negotiated. The carrier returns no packets and no slots.
 //! - Active: the device owns the queues by value, so the bus cannot change them any more.
 //! - Halted: the VM is paused. The session and its streams are kept. The bus has the queues again, and `go_on`
-//!   continues at
-//!   the positions where `halt` stopped. The bus must know whether the driver is still the same.
+//!   continues at the positions where `halt` stopped. The bus must know whether the driver is still the same.
 //! - Torn: the guest broke the rules of the transport. Nothing is read from it until it resets the device.
 //!
 //! Queue 0 carries packets to the guest (RX), queue 1 packets from it (TX), queue 2 events. The device implements

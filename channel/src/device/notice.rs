@@ -22,8 +22,8 @@ const SLEEPS_MAX: u32 = 64;
 /// What has happened since the last notification.
 #[derive(Debug, Default)]
 pub(crate) struct Notice {
-    /// Number of buffers of the taken chains: at least the number of descriptors, except that an indirect table needs
-    /// only one.
+    /// Number of buffers of the taken chains. At least the number of their descriptors, because an indirect table uses
+    /// one descriptor for several buffers.
     buffers: usize,
     sleeps: u32,
     /// A buffer was returned, on either queue, since the last sleep.

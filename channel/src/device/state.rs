@@ -298,17 +298,17 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             let limit = u64::from(u32::MAX);
             let walked = chain::walk(mem, queue, head, Permissions::Write, limit, &mut self.segs);
             let event = EVENT_TRANSPORT_RESET.to_le_bytes();
-            let told = matches!(walked, Ok(room) if room >= EVENT_BYTES)
+            let fits = matches!(walked, Ok(room) if room >= EVENT_BYTES)
                 && Cursor::default().copy_in(mem, &self.segs, &event).is_ok();
-            if !told {
+            if !fits {
                 self.counters.malformed_chains += 1;
             }
-            queue.push_used(mem, head, if told { event.len() as u32 } else { 0 })?;
+            queue.push_used(mem, head, if fits { event.len() as u32 } else { 0 })?;
             if queue.publish(mem)? && queue.must_notify(mem)? {
                 self.counters.signals += 1;
                 active.signal.signal(EVENT_QUEUE);
             }
-            if told {
+            if fits {
                 return Ok(true);
             }
         }

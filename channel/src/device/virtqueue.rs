@@ -7,12 +7,10 @@
 //! Rules:
 //! - Both of the device's indices are private. The driver's index is read once, checked, and kept (`seen_avail`).
 //! - Used elements are plain stores. [`Virtqueue::publish`] stores the index that covers them with `Release`. Only
-//!   after a
-//!   SeqCst fence does [`Virtqueue::must_notify`] check whether the driver wants a notification: SYNC(used) pairs with the
-//!   driver's "store used_event, full barrier, load used index".
+//!   after a SeqCst fence does [`Virtqueue::must_notify`] check whether the driver wants a notification: SYNC(used)
+//!   pairs with the driver's "store used_event, full barrier, load used index".
 //! - [`Virtqueue::enable_notify`] stores the position where the device stopped, does a fence, and reads the index
-//!   again:
-//!   SYNC(avail) pairs with the driver's "store avail index, full barrier, load avail_event".
+//!   again: SYNC(avail) pairs with the driver's "store avail index, full barrier, load avail_event".
 
 use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};

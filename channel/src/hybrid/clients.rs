@@ -114,8 +114,8 @@ impl Clients {
 
 impl Client {
     fn invalid(&self) -> Request {
-        let said = self.line.escape_ascii().to_string();
-        tracing::info!(said, "a client is refused: it has to send `CONNECT PORT`");
+        let line = self.line.escape_ascii().to_string();
+        tracing::info!(line, "a client is refused: it has to send `CONNECT PORT`");
         Request::Invalid
     }
 }

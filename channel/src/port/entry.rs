@@ -1,7 +1,7 @@
 //! One stream in the shell: its sink, the bytes that are held for it, and how bytes move.
 //!
 //! ```text
-//! from the guest:  RxPacket ──writev──► sink       bytes that the sink does not accept: `held`, within the stream's window
+//! from the guest:  RxPacket ──writev──► sink     bytes that it does not accept: `held`, within the stream's window
 //! to the guest:    `out`, then the sink ──readv──► TxSlot
 //! ```
 //! Rule: the bytes in `held` use credit that was really lent. The credit is returned (`consumed`) when the sink

@@ -191,7 +191,7 @@ impl<C: Carrier> Port<C> {
 
     fn closed(&mut self, stream: StreamId, reason: Option<ResetReason>) {
         if self.entry(stream).is_none() {
-            return; // return; // a failed dial, which was reported already
+            return; // a failed dial, which was reported already
         }
         self.fail_dial(stream, DialError::from_reason(reason));
         let Some(mut entry) = self

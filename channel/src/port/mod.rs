@@ -10,8 +10,7 @@
 //!
 //! Rules:
 //! - RX always drains. The credit of its stream limits a sink that is not read; packets are never left in the queue
-//!   for it. So
-//!   one stopped reader does not stop other streams.
+//!   for it. So one stopped reader does not stop other streams.
 //! - A sink is watched edge-triggered: after `WouldBlock` it is not tried again before the next edge.
 //! - The engine's stream table, its credit pool and the `*_MAX` here bound everything that can grow.
 //!
@@ -456,7 +455,7 @@ impl<C: Carrier> Port<C> {
         };
         let id = entry.id;
         if Token::sink(id) != (Token::Sink { slot, generation }) {
-            return; // return; // an event for an earlier stream of this slot
+            return; // an event for an earlier stream of this slot
         }
         if flags.contains(EpollFlags::EPOLLERR) {
             self.counters.sink_failures += 1;

@@ -2,7 +2,7 @@
 //! time.
 //!
 //! ```text
-//! watched ── FRUITLESS_MAX signals in a row without work ──► muted 1 ms ─► watched ─ again ─► muted 2 ms … 16 ms at most
+//! watched ── FRUITLESS_MAX fruitless signals in a row ──► muted 1 ms ─► watched ─ again ─► muted 2 ms … 16 ms at most
 //!   ▲                                                          │              │
 //!   └─────────────── work of the peer was found ───────────────┴──────────────┘   or no signal for 50 ms
 //! ```
@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use adit_engine::Tick;
 
-/// Number of signals in a row without work after which the doorbells are muted.
+/// Number of fruitless signals in a row after which the doorbells are muted.
 pub(super) const FRUITLESS_MAX: u32 = 16;
 /// Length of the first pause. Each pause is twice as long as the last, up to `MOST`: 63 wake-ups per second.
 const FIRST: Duration = Duration::from_millis(1);
@@ -37,7 +37,7 @@ pub(super) enum Action {
 pub(super) struct WakeupLimit {
     /// A doorbell was signalled since the last burst.
     signalled: bool,
-    /// Number of signals in a row without work.
+    /// Number of fruitless signals in a row.
     fruitless: u32,
     /// Time of the last such signal.
     last: Tick,

@@ -359,11 +359,11 @@ impl Carrier for RingCarrier {
 
     fn wakers(&self, visit: &mut dyn FnMut(BorrowedFd<'_>, u32)) {
         visit(self.changed.as_fd(), WAKER_CHANGED);
-        let heard = [
+        let waiters = [
             (&self.bells.data_heard, WAKER_DATA),
             (&self.bells.space_heard, WAKER_SPACE),
         ];
-        for (bell, id) in heard {
+        for (bell, id) in waiters {
             if let Some(fd) = bell.fd() {
                 visit(fd, id);
             }

@@ -6,19 +6,17 @@
 //!     └──────── a new epoch ─────────────┘     the attach protocol repeats (adit_ringbuf::session)
 //! ```
 //! - Lane 0 carries [`Lane::Control`], lane 1 [`Lane::Bulk`]; a region with one lane carries both on it. A stream
-//!   stays on the
-//!   lane on which it was requested, so its packets keep their order.
+//!   stays on the lane on which it was requested, so its packets keep their order.
 //! - A packet is a record: its header ([`PACKET_HEADER_BYTES`]), then its payload. The header is copied out once and
-//!   parsed
-//!   from the copy. The payload goes from the ring to a descriptor with one `sendmsg`, or is copied out once. If the peer
-//!   changes the payload meanwhile, it only changes what it sent.
+//!   parsed from the copy. The payload goes from the ring to a descriptor with one `sendmsg`, or is copied out once.
+//!   If the peer changes the payload meanwhile, it only changes what it sent.
 //! - A slot is as much of the ring as is free, with at most 64 KiB of payload. `recvmsg` fills it in place, and it is
 //!   committed with the length that was filled.
 //! - Space is given back in bursts. A burst publishes once and signals at most two doorbells, and only if the peer
 //!   sleeps.
 //! - Whatever a peer does to the ring ends only its session ([`Carrier::tear`](crate::carrier::Carrier::tear)). Its
-//!   streams
-//!   end with `CarrierFault`. The next session begins after 10 ms, or after up to half a second if faults repeat.
+//!   streams end with `CarrierFault`. The next session begins after 10 ms, or after up to half a second if faults
+//!   repeat.
 
 pub mod bell;
 mod bells;
@@ -35,7 +33,7 @@ use adit_ringbuf::session::{Ends, Event, Guest, Host, Lost, Turn};
 use adit_ringbuf::{Corrupt, Mapped, Pace, PushError, RingMem, Wake};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-pub use bells::{BoxedDoorbell, BoxedWaiter, RingBells};
+pub use bells::{Hear, Ring, RingBells};
 pub use burst::{RingPacket, RingSlot};
 pub use dock::Dock;
 use retry_delay::RetryDelay;

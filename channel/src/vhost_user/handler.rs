@@ -274,7 +274,7 @@ fn build(vring: &Vring, queue_max: u16, table: &MemTable) -> Result<VirtQueue> {
         max_size: queue_max,
         next_avail: vring.base,
         next_used: 0,
-        event_idx_enabled: false, // event_idx_enabled: false, // the device's own `Virtqueue` handles it
+        event_idx_enabled: false, // the device's own `Virtqueue` handles it
         size: vring.size,
         ready: true,
         desc_table,
@@ -513,7 +513,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         _buf: &[u8],
         _flags: VhostUserConfigFlags,
     ) -> Result<()> {
-        Ok(()) // Ok(()) // read-only, but the driver may try to write
+        Ok(()) // read-only, but the driver may try to write
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {

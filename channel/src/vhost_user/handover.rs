@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! bytes        u16 version (little-endian), then `Record` of that version in postcard
-//! descriptors  the frontend's socket · one for each memory region · vring 0: kick, call · vring 1: kick, call (if present)
+//! descriptors  the frontend's socket · one per memory region · vring 0: kick, call · vring 1: kick, call (if present)
 //! ```
 //! A build reads its own version and the previous one. Version 1 is the first. A change of [`Record`] is a new
 //! version, and the golden bytes below stay. The process that keeps a handover passes it on unchanged. Nothing in it

@@ -7,18 +7,14 @@
 //! killed      ◄──────── it is read and handled again ────────────────────────► │ ◄───── the successor replies ─────► │
 //! ```
 //! - Handling a message twice has the same result as once. All messages except GET_VRING_BASE only set a value, and at
-//!   the
-//!   second GET_VRING_BASE the vrings are already stopped.
+//!   the second GET_VRING_BASE the vrings are already stopped.
 //! - *Was it taken?* A frontend waits for a reply that it has asked for. So a message with a reply was taken if the
-//!   socket is
-//!   empty. Without a reply it does not matter.
+//!   socket is empty. Without a reply it does not matter.
 //! - *Was the reply sent?* It is sent with `sendfile` from the live file. The file offset is shared with the
-//!   successor's
-//!   duplicate, and it moves in the same system call.
+//!   successor's duplicate, and it moves in the same system call.
 //! - Two cases remain. A message whose pieces arrive separately (no known frontend does that) is taken piece by piece.
-//!   And a
-//!   change may have been made while nothing could store it (`aditd` was down). In both cases the successor reports the error
-//!   and closes the connection.
+//!   And a change may have been made while nothing could store it (`aditd` was down). In both cases the successor
+//!   reports the error and closes the connection.
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -68,7 +64,7 @@ pub(super) enum ResumeError {
         "the predecessor was killed while it took a message of the frontend in pieces: the rest cannot be distinguished from the next message"
     )]
     Pieces,
-    #[error("the frontend made {by} change(s) that were not stored")]
+    #[error("the frontend made {by} change(s) that nobody kept for a successor")]
     Behind { by: u64 },
     #[error("the live file of the predecessor is invalid")]
     Table,
@@ -176,7 +172,7 @@ impl Intake {
         live.set_changes(continuity.changes);
         let mut intake = Self::new(frontend, handler).map_err(HandoverError::Io)?;
         // Crate `vhost` stores these parts of the negotiation itself.
-        let said = [
+        let replayed = [
             (FrontendReq::GET_FEATURES, None),
             (
                 FrontendReq::SET_PROTOCOL_FEATURES,
@@ -184,7 +180,7 @@ impl Intake {
             ),
             (FrontendReq::SET_FEATURES, parts.record.features),
         ];
-        for (code, value) in said {
+        for (code, value) in replayed {
             if code == FrontendReq::GET_FEATURES || value.is_some() {
                 intake.replay(code, value).map_err(ResumeError::Refused)?;
             }

@@ -7,19 +7,16 @@
 //! ```
 //!
 //! - Reading the socket blocks, and a frontend may stop in the middle of a message. So each VM has a small thread for
-//!   it,
-//!   which shares nothing with the data path. The thread stores and checks the frontend's configuration, and sends a
-//!   `Command` when the device must change. The shard applies it between two bursts.
+//!   it, which shares nothing with the data path. The thread stores and checks the frontend's configuration, and sends
+//!   a `Command` when the device must change. The shard applies it between two bursts.
 //! - The session begins when both vrings are started (SET_VRING_KICK) and enabled, whatever the order of the messages.
-//!   The
-//!   first burst checks the virtqueues before it sleeps, so an earlier kick is not lost.
+//!   The first burst checks the virtqueues before it sleeps, so an earlier kick is not lost.
 //! - A stopped or disabled vring pauses the session. That is what a paused VM looks like (QMP `stop`, a backup, an I/O
-//!   error),
-//!   so the streams are kept. The shard answers GET_VRING_BASE, so no buffer is completed after the answer.
+//!   error), so the streams are kept. The shard answers GET_VRING_BASE, so no buffer is completed after the answer.
 //! - The session continues if the vrings start again with the same features, addresses and positions. Otherwise a new
-//!   session
-//!   begins. QEMU also stops the vrings when the guest's driver resets the device, and that driver starts at position 0. A
-//!   driver at another position has not restarted; it gets a reset for each stream that it may still have.
+//!   session begins. QEMU also stops the vrings when the guest's driver resets the device, and that driver starts at
+//!   position 0. A driver at another position has not restarted; it gets a reset for each stream that it may still
+//!   have.
 //! - The session ends when the frontend disconnects or sends RESET_OWNER.
 //! - There is one frontend at a time. When it disconnects, the next one is accepted.
 //! - A successor of a killed process can continue with the same frontend. `handover` describes the state that it gets,

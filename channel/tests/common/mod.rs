@@ -1,5 +1,5 @@
 //! A device and the test harness's driver, on the same guest memory.
-#![allow(dead_code)] // #![allow(dead_code)] // each test file uses only a part
+#![allow(dead_code)] // each test file uses only a part
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

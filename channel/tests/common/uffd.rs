@@ -1,7 +1,7 @@
 //! userfaultfd(2): pages that are missing in a range of this process's memory, and threads that block on them.
 //!
 //! The crate `userfaultfd` generates its bindings with libclang, which the four calls here do not need.
-#![allow(unsafe_code)] // #![allow(unsafe_code)] // ioctls with pointers to kernel structures, and a descriptor from a raw system call
+#![allow(unsafe_code)] // ioctls with pointers to kernel structures, and a descriptor from a raw system call
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};

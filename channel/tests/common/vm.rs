@@ -1,6 +1,6 @@
 //! The VMM's side of a vhost-user socket: a real frontend (crate `vhost`), and the test harness's driver on a shared
 //! memfd.
-#![allow(dead_code)] // #![allow(dead_code)] // each test file uses only a part
+#![allow(dead_code)] // each test file uses only a part
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;

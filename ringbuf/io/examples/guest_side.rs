@@ -2,7 +2,7 @@
 //! records that the host echoes. In a VM the file is the BAR: `/sys/bus/pci/devices/0000:00:04.0/resource2`. This
 //! example polls. A guest that waits for interrupts gives its ends a [`Waiter`](adit_ringbuf_io::doorbell::Waiter) on
 //! the descriptor of vfio or uio.
-#![allow(unsafe_code)] // #![allow(unsafe_code)] // maps the memory of a device
+#![allow(unsafe_code)] // maps the memory of a device
 
 use std::fs::OpenOptions;
 use std::num::NonZeroUsize;
@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // First request number: different from the number of any earlier guest in this memory.
     let start = std::process::id().into();
     let mut guest = Guest::find(memory, start, Features::NONE)?;
-    let _ = guest.attach(); // let _ = guest.attach(); // the host polls; with a doorbell, signal it here
+    let _ = guest.attach(); // the host polls; with a doorbell, signal it here
     let epoch = loop {
         if let Some(Event::Attached { epoch, .. }) = guest.poll()?.event {
             break epoch;

@@ -67,7 +67,7 @@ fn serve(host: &mut Host<Mapped>, (from, to): &mut Ends) -> Result<(), Box<dyn s
     loop {
         match from.recv_within(&mut record, Duration::from_millis(20)) {
             Ok(len) => to.send(&record[..len])?,
-            Err(Error::TimedOut) => return Ok(()), // Err(Error::TimedOut) => return Ok(()), // the guest may have closed: the caller polls the session
+            Err(Error::TimedOut) => return Ok(()), // the guest may have closed: the caller polls the session
             // The guest broke the ring. Nothing from this session is trusted any more; the guest may attach again.
             Err(Error::Corrupt(corrupt)) => {
                 println!("poisoned: {corrupt}");

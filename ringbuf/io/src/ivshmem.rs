@@ -168,12 +168,12 @@ impl Server {
             return Ok(Alive::No);
         };
         // Peek only: taking a message would close its descriptors on this thread, which must not block.
-        let said = recv(client, &mut [0u8; 8], RecvFlags::DONTWAIT | RecvFlags::PEEK);
-        match said {
+        let peeked = recv(client, &mut [0u8; 8], RecvFlags::DONTWAIT | RecvFlags::PEEK);
+        match peeked {
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(Alive::Yes),
             _ => self.client = None,
         }
-        match said {
+        match peeked {
             Ok((0, _)) | Err(rustix::io::Errno::CONNRESET) => Ok(Alive::No),
             Ok(_) => Err(IvshmemError::Spoke),
             Err(e) => Err(IvshmemError::Io(e.into())),

@@ -280,12 +280,12 @@ impl Function {
     /// Replaces the state with `other`, whose changes were never reported to the VMM. If the line is up it is raised
     /// again, because an edge may have been lost.
     pub(crate) fn replace_with(&mut self, other: Self) -> Changes {
-        let told = std::mem::replace(self, other);
-        (self.wiring, self.windows) = (told.wiring, told.windows);
+        let reported = std::mem::replace(self, other);
+        (self.wiring, self.windows) = (reported.wiring, reported.windows);
         self.line = false;
         let changes = self.settle();
         Changes {
-            line: told.line.then_some(self.line).or(changes.line),
+            line: reported.line.then_some(self.line).or(changes.line),
             pulse: self.pulses(self.status),
             ..changes
         }

@@ -170,8 +170,8 @@ impl Plugged {
     pub fn bells(&self) -> io::Result<([Interrupt; VECTORS], [EventFd; VECTORS])> {
         let [data, space] = &lock(&self.0).host;
         let interrupt = |vector| Interrupt(self.0.clone(), vector);
-        let heard = [data.try_clone()?, space.try_clone()?];
-        Ok(([0, 1].map(interrupt), heard))
+        let host = [data.try_clone()?, space.try_clone()?];
+        Ok(([0, 1].map(interrupt), host))
     }
 
     /// Handles a read of configuration space or a BAR that exited to the VMM. Returns false if the address does not

@@ -17,17 +17,15 @@
 //! host's interrupt ─────────────────────────────┘
 //! ```
 //! - [`Function`] is a state machine without an operating system: bytes in, bytes out, and what the VMM must do. It
-//!   allocates nothing. It handles accesses of any width at any offset: unknown locations read as zero or all ones, and
-//!   writes to them have no effect.
+//!   allocates nothing. It handles accesses of any width at any offset: unknown locations read as zero or all ones,
+//!   and writes to them have no effect.
 //! - `kvm::Plugged` (feature `kvm`) connects it to a KVM virtual machine: memory slots for the region, with the pages
-//!   that
-//!   only the host writes read-only for the guest; ioeventfds for its doorbells; irqfds for its interrupts. The guest reads
-//!   configuration space without an exit.
+//!   that only the host writes read-only for the guest; ioeventfds for its doorbells; irqfds for its interrupts. The
+//!   guest reads configuration space without an exit.
 //! - A guest may choose the addresses of the BARs inside the windows that the VMM sets. A BAR outside them is not
 //!   decoded.
 //! - A [saved](Function::save) state is checked as strictly as the guest's writes. The region is not saved: a restored
-//!   VM
-//!   gets a new region, and so a new epoch.
+//!   VM gets a new region, and so a new epoch.
 
 #[cfg(feature = "kvm")]
 mod acpi;

@@ -1,6 +1,6 @@
 //! The function in a real VM. The guest is a few real-mode instructions, so everything is below 1 MiB.
 #![cfg(feature = "kvm")]
-#![allow(unsafe_code)] // #![allow(unsafe_code)] // KVM gets the address of the guest's memory
+#![allow(unsafe_code)] // KVM gets the address of the guest's memory
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
 //! Memory in which a test can watch every load and replace its result.
-#![allow(dead_code)] // #![allow(dead_code)] // each test file uses only a part
+#![allow(dead_code)] // each test file uses only a part
 
 use std::cell::{Cell, RefCell};
 

@@ -1,5 +1,5 @@
 //! A VMM whose packets are written by hand, and the server that it talks to.
-#![allow(dead_code)] // #![allow(dead_code)] // each test file uses only a part
+#![allow(dead_code)] // each test file uses only a part
 
 use std::io::IoSlice;
 use std::os::fd::BorrowedFd;
