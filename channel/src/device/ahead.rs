@@ -4,14 +4,13 @@
 //!
 //! When a chain is taken, the next chain is walked and its buffers are prefetched, and so is the table of the third
 //! chain. No descriptor is read twice because of this, and nothing outlives the burst.
-#![allow(unsafe_code)] // one prefetch instruction, which only affects caches
 
 use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_INDIRECT;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::bitmap::BitmapSlice;
-use vm_memory::{GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{GuestMemory, Permissions};
 
 use super::chain::{self, Malformed, Seg};
+use super::prefetch;
 use super::virtqueue::Virtqueue;
 
 /// The chains after the current one.
@@ -51,7 +50,7 @@ impl Ahead {
             && let Ok(mut slices) = mem.get_slices(desc.addr(), 1, Permissions::Read)
             && let Some(Ok(slice)) = slices.next()
         {
-            soon(&slice);
+            prefetch::first_line(&slice);
         }
         self.next = second.map(|(head, desc)| {
             let read = Permissions::Read;
@@ -59,18 +58,4 @@ impl Ahead {
             (head, walked)
         });
     }
-}
-
-/// Prefetches the first cache line of a buffer.
-pub(crate) fn soon<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) {
-    let guard = slice.ptr_guard();
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch is only a hint. It changes no memory and cannot fault, at any address.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(guard.as_ptr().cast());
-    }
-    // Stable Rust has no prefetch for other architectures.
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = guard;
 }

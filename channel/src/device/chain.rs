@@ -17,7 +17,7 @@ use virtio_bindings::bindings::virtio_ring::{
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
 
-use super::ahead;
+use super::prefetch;
 use super::virtqueue::{QUEUE_MAX, Virtqueue};
 
 /// Maximum number of descriptors in one indirect table.
@@ -136,7 +136,7 @@ fn lies_in<M: GuestMemory>(mem: &M, addr: GuestAddress, len: usize, access: Perm
     };
     match slices.next() {
         Some(Ok(slice)) => {
-            ahead::soon(&slice);
+            prefetch::first_line(&slice);
             slice.len() == len || mem.check_range(addr, len, access)
         }
         _ => false,

@@ -33,6 +33,7 @@ mod error;
 pub(crate) mod iovec;
 mod notice;
 mod packet;
+mod prefetch;
 mod slot;
 mod state;
 pub(crate) mod virtqueue;

@@ -31,10 +31,11 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
+use super::Keeper;
+use super::control::Control;
 use super::handler::Handler;
 use super::handover::{Handover, HandoverError, Parts, REGIONS_MAX};
 use super::memory;
-use super::{Keeper, thread::Control};
 use crate::live::{LiveFile, Reply, Step};
 
 const HEADER_BYTES: usize = 12;
@@ -269,7 +270,9 @@ impl Intake {
                 tracing::warn!(
                     "no free descriptors for those that the VMM passes: its message waits"
                 );
-                control.pause()?;
+                if !control.pause() {
+                    return Err(Ended::Stop);
+                }
                 continue;
             }
             if got.bytes == bytes.len() {

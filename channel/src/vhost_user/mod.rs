@@ -26,6 +26,7 @@
 //! two queues), REPLY_ACK (implemented by crate `vhost`). The frontend keeps the event queue to itself.
 
 mod command;
+mod control;
 mod handler;
 mod handover;
 mod intake;

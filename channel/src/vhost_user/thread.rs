@@ -1,9 +1,9 @@
 //! The thread that communicates with one VM's frontend.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -16,60 +16,12 @@ use vhost::vhost_user::Error;
 
 use super::VhostUserConfig;
 use super::command::{Command, Link};
+use super::control::{ACCEPT_RETRY_MS, Control};
 use super::handler::Handler;
 use super::handover::Handover;
 use super::intake::{Continuity, Ended, Intake};
 
 const STACK_BYTES: usize = 128 * 1024;
-/// Pause in ms after a failed accept (no free descriptors).
-const ACCEPT_RETRY_MS: u16 = 100;
-
-/// Shared by the carrier and the thread, to end the thread.
-pub(super) struct Control {
-    stop: AtomicBool,
-    /// Stop between two messages, and leave the connection to a successor.
-    release: AtomicBool,
-    stop_event: EventFd,
-    /// The connection, so that it can be cut off from outside.
-    current: Mutex<Option<Apart<UnixStream>>>,
-}
-
-impl Control {
-    pub(super) fn new() -> io::Result<Self> {
-        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
-        Ok(Self {
-            stop: AtomicBool::new(false),
-            release: AtomicBool::new(false),
-            stop_event: EventFd::from_flags(flags)?,
-            current: Mutex::new(None),
-        })
-    }
-
-    pub(super) fn stopping(&self) -> bool {
-        self.stop.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn stop_event(&self) -> BorrowedFd<'_> {
-        self.stop_event.as_fd()
-    }
-
-    /// Waits a moment, for a resource that is missing now.
-    pub(super) fn pause(&self) -> Result<(), Ended> {
-        let mut stop = [PollFd::new(self.stop_event(), PollFlags::POLLIN)];
-        // After EINTR the pause is only shorter.
-        let _ = poll(&mut stop, PollTimeout::from(ACCEPT_RETRY_MS));
-        match self.stopping() {
-            true => Err(Ended::Stop),
-            false => Ok(()),
-        }
-    }
-
-    fn set_current(&self, connection: Option<UnixStream>) {
-        // Descriptors from its VMM may wait in this socket.
-        let connection = connection.map(|fd| Apart::new(fd, &Closer::shared()));
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = connection;
-    }
-}
 
 /// Releases a frontend's connection for a successor.
 #[derive(Clone)]

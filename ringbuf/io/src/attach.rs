@@ -38,7 +38,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::doorbell::borrow;
+use crate::doorbell::{self, borrow};
 use crate::passed;
 
 const MAGIC: [u8; 8] = *b"ADITATT1";
@@ -473,7 +473,7 @@ impl Socket {
             let mut which = 0;
             let mut bell = || {
                 let fd = fds.next().ok_or(AttachError::Malformed("no doorbell"))?;
-                let bell = passed::doorbell(fd);
+                let bell = doorbell::from_passed(fd);
                 which += 1;
                 bell.map_err(|source| AttachError::Doorbell {
                     which: which - 1,

@@ -11,8 +11,6 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::passed;
-
 /// Wakes the other side.
 pub trait Doorbell {
     /// Signals the doorbell. Several signals before the other side looks count as one.
@@ -48,11 +46,11 @@ pub fn event_fd() -> io::Result<EventFd> {
 /// # Errors
 /// It is not an eventfd, or it cannot be examined.
 pub fn from_passed(fd: impl Into<Passed>) -> io::Result<EventFd> {
-    passed::doorbell(fd.into())
+    Ok(of_eventfd(fd.into().eventfd()?))
 }
 
 /// Wraps a descriptor that is known to be an eventfd.
-pub(crate) fn of_eventfd(fd: OwnedFd) -> EventFd {
+fn of_eventfd(fd: OwnedFd) -> EventFd {
     // SAFETY: the descriptor is open, is an eventfd, and has no other owner from here on.
     unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) }
 }

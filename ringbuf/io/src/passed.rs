@@ -1,13 +1,8 @@
-//! Converts passed descriptors to what a ring needs: memory and doorbells. [`adit_passed`] explains how they are
+//! Converts passed descriptors to the memory of a ring ([`doorbell`](crate::doorbell) has the other half). [`adit_passed`] explains how they are
 //! recognised, and how everything else is closed.
-
-use std::io;
 
 use adit_passed::{Closer, Passed};
 use adit_ringbuf::{Mapped, MemfdError};
-use vmm_sys_util::eventfd::EventFd;
-
-use crate::doorbell;
 
 pub use adit_passed::PENDING_MAX;
 
@@ -21,9 +16,4 @@ pub fn prepare() {
 pub(crate) fn memory(fd: Passed, bytes: usize) -> Result<Mapped, MemfdError> {
     let fd = fd.memory().map_err(|_| MemfdError::NotSealed)?;
     Mapped::from_memfd(fd, bytes)
-}
-
-/// Converts a passed descriptor to a doorbell.
-pub(crate) fn doorbell(fd: Passed) -> io::Result<EventFd> {
-    Ok(doorbell::of_eventfd(fd.eventfd()?))
 }

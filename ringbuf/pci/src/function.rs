@@ -24,7 +24,7 @@
 
 use std::ops::Range;
 
-use adit_ringbuf_io::ivshmem::{self, GUEST_PEER, HOST_PEER};
+use adit_ringbuf_io::ivshmem::{GUEST_PEER, HOST_PEER};
 
 use crate::config::{
     BARS, Bar, COMMAND, CONFIG_BYTES, Config, INTX_DISABLE, MASTER, MEMORY, MSIX_CONTROL,
@@ -32,8 +32,7 @@ use crate::config::{
 };
 use crate::msix::{Message, Msix};
 
-/// Number of vectors, and of the host's doorbells: one for data, one for space.
-pub const VECTORS: usize = ivshmem::VECTORS as usize;
+pub use crate::msix::VECTORS;
 
 /// Registers of BAR 0.
 const INTR_MASK: u64 = 0;

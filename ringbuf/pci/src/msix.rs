@@ -1,9 +1,12 @@
 //! MSI-X (PCI Local Bus 3.0 §6.8.2): a table of messages, each with a mask bit, and the pending bits of masked
 //! vectors.
 
-use crate::config::{PENDING_AT, copy_out};
-use crate::function::VECTORS;
+use adit_ringbuf_io::ivshmem;
 
+use crate::config::{PENDING_AT, copy_out};
+
+/// Number of vectors, and of the host's doorbells: one for data, one for space.
+pub const VECTORS: usize = ivshmem::VECTORS as usize;
 const ENTRY: usize = 16;
 pub(crate) const TABLE_BYTES: usize = ENTRY * VECTORS;
 /// Writable bits of an entry: the address, aligned to four bytes, the data, and of the control word only the mask bit.
