@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 
 use super::ends::ClientIo;
 use super::problem::{Body, Problem};
-use super::{authority, dial};
+use super::{admit, authority, dial};
 use crate::ports::DialedStream;
 use crate::state::State;
 
@@ -31,7 +31,8 @@ pub(super) async fn handle(
         ));
     };
     let to = authority::parse(&named, None)?;
-    let (stream, share) = dial(state, &to).await?;
+    let admitted = admit(state, &to)?;
+    let (stream, share) = (dial(&admitted.link, &to).await?, admitted.share);
     let upgrade = hyper::upgrade::on(&mut request);
     state.clients.spawn(async move {
         if let Err(e) = hand_over(upgrade, stream).await {

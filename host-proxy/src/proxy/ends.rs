@@ -12,13 +12,12 @@
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use adit_channel::socket_end;
-use hyper::body::Body as HttpBody;
-use hyper_util::rt::TokioIo;
+use hyper::body::Body as _;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -33,19 +32,36 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 #[derive(Clone, Default)]
 pub(super) struct UnderWay(Arc<AtomicBool>);
 
+/// How many bytes have come from a guest over a stream.
+#[derive(Clone, Default)]
+pub(super) struct Heard(Arc<AtomicU64>);
+
+impl Heard {
+    pub(super) fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, bytes: usize) {
+        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
 /// A stream to a guest. Where its other side ends in order, as an agent does, an end without that is an error.
 pub(super) struct GuestIo {
     inner: Socket,
     in_order: bool,
+    heard: Heard,
     /// We have ended our sending, so that nothing can be told any more.
     ended: bool,
 }
 
 impl GuestIo {
-    pub(super) fn new(inner: Socket, in_order: bool) -> Self {
+    pub(super) fn new(inner: Socket, in_order: bool, heard: Heard) -> Self {
         Self {
             inner,
             in_order,
+            heard,
             ended: false,
         }
     }
@@ -55,28 +71,14 @@ impl GuestIo {
     }
 
     /// Ends the stream in order, and waits a while for the guest to do so.
-    async fn end(mut self) -> io::Result<()> {
-        self.shutdown().await?;
-        let mut rest = [0; 4096];
-        while self.inner.read(&mut rest).await? > 0 {}
-        Ok(())
-    }
-}
-
-/// Drives a connection to a guest until it is over, and ends it in order.
-pub(super) async fn drive<B>(
-    connection: hyper::client::conn::http1::Connection<TokioIo<GuestIo>, B>,
-) where
-    B: HttpBody + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    let ended = async {
-        let io = connection.without_shutdown().await?.io.into_inner();
-        let _ = tokio::time::timeout(END_LIMIT, io.end()).await;
-        Ok::<_, hyper::Error>(())
-    };
-    if let Err(e) = ended.await {
-        tracing::debug!(error = %e, "connection to a guest ended");
+    pub(super) async fn end(mut self) {
+        let ended = async {
+            self.shutdown().await?;
+            let mut rest = [0; 4096];
+            while self.inner.read(&mut rest).await? > 0 {}
+            io::Result::Ok(())
+        };
+        let _ = tokio::time::timeout(END_LIMIT, ended).await;
     }
 }
 
@@ -88,8 +90,9 @@ impl AsyncRead for GuestIo {
     ) -> Poll<io::Result<()>> {
         let (before, room) = (buf.filled().len(), buf.remaining());
         let read = Pin::new(&mut self.inner).poll_read(cx, buf);
-        let at_end = matches!(read, Poll::Ready(Ok(()))) && buf.filled().len() == before;
-        if at_end && room > 0 && self.is_broken_off() {
+        let bytes = buf.filled().len() - before;
+        self.heard.add(bytes);
+        if matches!(read, Poll::Ready(Ok(()))) && bytes == 0 && room > 0 && self.is_broken_off() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
         read
@@ -232,7 +235,7 @@ pub(super) fn answered(body: Body, under_way: UnderWay, head: bool) -> Watched<B
 }
 
 impl Watch for UnderWay {
-    fn ended(&self) {
+    fn ended(&mut self) {
         self.0.store(false, Ordering::Release);
     }
 }

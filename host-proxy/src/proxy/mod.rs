@@ -9,8 +9,12 @@ pub mod authority;
 mod bodies;
 mod connect;
 mod ends;
+mod fields;
+mod guest;
 mod patience;
+pub mod pool;
 pub mod problem;
+mod upgrade;
 
 use std::convert::Infallible;
 use std::io;
@@ -27,9 +31,11 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
 
 use crate::listen::{Gate, HEADER_LIMIT, Place, Share, Shares};
-use crate::ports::DialedStream;
+use crate::ports::{DialedStream, Link};
+use crate::registry::VmEntry;
 use crate::state::State;
 use authority::Destination;
 use ends::{ClientIo, UnderWay};
@@ -69,8 +75,9 @@ pub async fn serve(state: Arc<State>, listener: TcpListener) {
             }
         };
         if !state.room.spares(&client) {
-            // Silent ones have the descriptors that the next one needs.
+            // Silent ones have the descriptors that the next one needs, and so have connections to guests that wait.
             gate.evict();
+            state.pool.clear();
             continue;
         }
         let Some(share) = clients.take(from.ip()) else {
@@ -117,14 +124,16 @@ async fn connection(state: Arc<State>, client: TcpStream, place: &Place) {
     let stop = state.stop.clone();
     let under_way = UnderWay::default();
     let client = ClientIo::new(client, under_way.clone());
+    let tunnels = TaskTracker::new();
     let service = service_fn(|request: Request<Incoming>| {
         place.spoke();
         let state = state.clone();
+        let tunnels = tunnels.clone();
         let under_way = under_way.clone();
         // Of an answer to HEAD there is no body to come, whatever it says.
         let head = request.method() == Method::HEAD;
         async move {
-            let answer = answer(&state, request).await;
+            let answer = answer(&state, &tunnels, request).await;
             Ok::<_, Infallible>(answer.map(|body| ends::answered(body, under_way, head)))
         }
     });
@@ -133,6 +142,9 @@ async fn connection(state: Arc<State>, client: TcpStream, place: &Place) {
         .header_read_timeout(HEADER_LIMIT)
         .max_buf_size(HEADER_MAX)
         .max_headers(FIELDS_MAX)
+        // Names of fields go on as they came, and ours look like most.
+        .preserve_header_case(true)
+        .title_case_headers(true)
         // Without half-close: a client that goes away while the guest thinks takes its stream along. A tunnel has left
         // hyper before its half-closes matter.
         .serve_connection(TokioIo::new(client), service)
@@ -149,14 +161,21 @@ async fn connection(state: Arc<State>, client: TcpStream, place: &Place) {
     if let Err(e) = ended {
         tracing::debug!(error = %e, "client connection ended");
     }
+    // An upgraded connection is still the client's, with its place and its share.
+    tunnels.close();
+    tunnels.wait().await;
 }
 
-async fn answer(state: &Arc<State>, request: Request<Incoming>) -> Response<Body> {
+async fn answer(
+    state: &Arc<State>,
+    tunnels: &TaskTracker,
+    request: Request<Incoming>,
+) -> Response<Body> {
     let connect = request.method() == Method::CONNECT;
     let result = if connect {
         connect::handle(state, request).await
     } else {
-        absolute::handle(state, request).await
+        absolute::handle(state, tunnels, request).await
     };
     let response = result.unwrap_or_else(|problem| {
         tracing::info!(status = problem.status.as_u16(), detail = %problem.detail.escape_debug(), "request refused");
@@ -166,9 +185,16 @@ async fn answer(state: &Arc<State>, request: Request<Incoming>) -> Response<Body
     response
 }
 
-/// Checks who is meant and whether that is allowed, and dials. The share is the VM's of the proxy: for as long as the
-/// request needs aditd.
-async fn dial(state: &State, to: &Destination) -> Result<(DialedStream, Share<VmId>), Problem> {
+/// A request that may be carried.
+struct Admitted {
+    vm: Arc<VmEntry>,
+    link: Arc<Link>,
+    /// The VM's, of the proxy: for as long as the request needs aditd.
+    share: Share<VmId>,
+}
+
+/// Checks who is meant and whether that is allowed.
+fn admit(state: &State, to: &Destination) -> Result<Admitted, Problem> {
     let Some(vm) = state.registry.get(&to.vm) else {
         let detail = format!(
             "no VM is named `{}` on this host (`adit vm ls` lists them)",
@@ -211,8 +237,13 @@ async fn dial(state: &State, to: &Destination) -> Result<(DialedStream, Share<Vm
         let detail = format!("VM `{}` has {max} requests under way already", to.vm);
         return Err(Problem::busy(detail));
     };
+    Ok(Admitted { vm, link, share })
+}
+
+/// Dials into a VM.
+async fn dial(link: &Arc<Link>, to: &Destination) -> Result<DialedStream, Problem> {
     let stream = link.dial(to.target.clone(), DIAL_LIMIT).await;
-    Ok((stream.map_err(|e| Problem::of_dial(to, &e))?, share))
+    stream.map_err(|e| Problem::of_dial(to, &e))
 }
 
 /// A pair of connected Unix stream sockets.

@@ -7,9 +7,13 @@ mod foreign;
 mod fuse;
 mod handover;
 mod host;
+mod http;
 mod kept;
 #[path = "../../port/tests/kinds/mod.rs"]
 mod kinds;
 mod limits;
+mod pool;
 mod proxy;
+mod server;
 mod tasks;
+mod upgrade;
