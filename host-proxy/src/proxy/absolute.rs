@@ -12,7 +12,7 @@ use hyper::header::{
     TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
 };
 use hyper::http::uri::PathAndQuery;
-use hyper::{Request, Response, StatusCode, Uri};
+use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 
 use super::bodies::Watched;
@@ -25,12 +25,15 @@ use crate::state::State;
 
 /// Port of `http://`.
 const HTTP: u16 = 80;
+/// Most header fields of an answer. Programs set a cookie for each thing that they keep; curl takes as many, too.
+const ANSWER_FIELDS_MAX: usize = 1000;
 const VIA_ADIT: HeaderValue = HeaderValue::from_static("1.1 adit");
 
-/// Carries one request to the VM that its target names.
+/// Carries one request to the VM that its target names; `no_path`: the target ends with the authority.
 pub(super) async fn handle(
     state: &Arc<State>,
     mut request: Request<Incoming>,
+    no_path: bool,
 ) -> Result<Response<Body>, Problem> {
     let uri = request.uri().clone();
     let bad = |detail: &str| Problem::new(StatusCode::BAD_REQUEST, "http_request_error", detail);
@@ -67,16 +70,16 @@ pub(super) async fn handle(
     strip_hop_by_hop(headers);
     headers.insert(HOST, host);
     headers.append(VIA, VIA_ADIT);
-    // Not by way of its text: the path of `http://VM?q` is empty, and written as `/`.
-    let path = uri.path_and_query().cloned();
-    *request.uri_mut() = Uri::from(path.unwrap_or(PathAndQuery::from_static("/")));
+    *request.uri_mut() = origin(request.method(), &uri, no_path);
     *request.version_mut() = hyper::Version::HTTP_11;
 
     let broken = |e: hyper::Error| {
         let detail = format!("VM `{}` port {}: {e}", to.vm, to.port);
         Problem::new(StatusCode::BAD_GATEWAY, "http_response_incomplete", detail)
     };
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(ours))
+    let (mut sender, connection) = hyper::client::conn::http1::Builder::new()
+        .max_headers(ANSWER_FIELDS_MAX)
+        .handshake(TokioIo::new(ours))
         .await
         .map_err(broken)?;
     tokio::spawn(ends::drive(connection));
@@ -96,6 +99,17 @@ pub(super) async fn handle(
     strip_hop_by_hop(response.headers_mut());
     response.headers_mut().append(VIA, VIA_ADIT);
     Ok(response.map(|body| Watched::new(body, share).boxed()))
+}
+
+/// The target as the VM's server has it.
+fn origin(method: &Method, target: &Uri, no_path: bool) -> Uri {
+    if no_path && method == Method::OPTIONS {
+        // It asks for the whole server (RFC 9112 §3.2.4).
+        return Uri::from_static("*");
+    }
+    // Not by way of its text: the path of `http://VM?q` is empty, and written as `/`.
+    let path = target.path_and_query().cloned();
+    Uri::from(path.unwrap_or(PathAndQuery::from_static("/")))
 }
 
 /// Takes out what concerns one connection only (RFC 9110 §7.6.1), and what is meant for this proxy.
