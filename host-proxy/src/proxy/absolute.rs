@@ -12,10 +12,8 @@ use http_body_util::{BodyExt, Empty};
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{EXPECT, HOST, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::uri::PathAndQuery;
-use hyper::upgrade::OnUpgrade;
-use hyper::{Request, Response, StatusCode, Uri, Version};
+use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use super::authority::Destination;
 use super::bodies::{Expected, Watched};
@@ -24,23 +22,24 @@ use super::guest::{Answering, GiveBack, Guest};
 use super::patience::Moved;
 use super::pool::Route;
 use super::problem::{Body, Problem};
-use super::{Admitted, admit, authority, upgrade};
+use super::upgrade::Upgraded;
+use super::{Admitted, admit, authority};
 use crate::state::State;
 
 /// Port of `http://`.
 const HTTP: u16 = 80;
 
-/// Carries one request to the VM that its target names. What goes on after its answer is one of the client's `tunnels`.
+/// Carries one request to the VM that its target names; `no_path`: the target ends with the authority. If the server changed to
+/// another protocol, that is what goes on after the answer.
 pub(super) async fn handle(
-    state: &Arc<State>,
-    tunnels: &TaskTracker,
-    mut request: Request<Incoming>,
-) -> Result<Response<Body>, Problem> {
+    state: &State,
+    request: Request<Incoming>,
+    no_path: bool,
+) -> Result<(Response<Body>, Option<Upgraded>), Problem> {
     let (to, host) = target(request.uri())?;
     let admitted = admit(state, &to)?;
-    let client = hyper::upgrade::on(&mut request);
     let moved = Moved::now();
-    let (request, trailers, upgrades) = outgoing(request, host, &moved);
+    let (request, trailers, upgrades) = outgoing(request, host, no_path, &moved);
     // A connection that a server knows as one client's is not for others.
     let bound = fields::binds_connection(request.headers());
     let route = Route::new(&admitted.vm, &to.target, &admitted.link);
@@ -56,12 +55,8 @@ pub(super) async fn handle(
     match response.status() {
         StatusCode::SWITCHING_PROTOCOLS if upgrades => {
             hop.upgrade_only().put_into(response.headers_mut());
-            // The guest's side of it is the driver's, not hyper's.
-            response.extensions_mut().remove::<OnUpgrade>();
-            let carried =
-                upgrade::carry(state.stop.clone(), client, guest.switched(), admitted.share);
-            tunnels.spawn(carried);
-            return Ok(response.map(|_| nothing()));
+            let upgraded = Upgraded::new(guest, admitted.share);
+            return Ok((response.map(|_| nothing()), Some(upgraded)));
         }
         StatusCode::SWITCHING_PROTOCOLS => {
             let detail = format!(
@@ -87,7 +82,8 @@ pub(super) async fn handle(
         back.now();
     }
     let answering = Answering::new(back, admitted.share);
-    Ok(response.map(|body| Watched::new(body, answering).boxed()))
+    let response = response.map(|body| Watched::new(body, answering).boxed());
+    Ok((response, None))
 }
 
 /// Whom a request is for, and the `Host` that says so.
@@ -112,10 +108,22 @@ fn target(uri: &Uri) -> Result<(Destination, HeaderValue), Problem> {
     Ok((to, host))
 }
 
+/// The target as the VM's server has it.
+fn origin(method: &Method, target: &Uri, no_path: bool) -> Uri {
+    if no_path && method == Method::OPTIONS {
+        // It asks for the whole server (RFC 9112 §3.2.4).
+        return Uri::from_static("*");
+    }
+    // Not by way of its text: the path of `http://VM?q` is empty, and written as `/`.
+    let path = target.path_and_query().cloned();
+    Uri::from(path.unwrap_or(PathAndQuery::from_static("/")))
+}
+
 /// The request as the guest's server gets it; whether the client takes trailers, and whether it may upgrade.
 fn outgoing(
     request: Request<Incoming>,
     host: HeaderValue,
+    no_path: bool,
     moved: &Arc<Moved>,
 ) -> (Request<Body>, bool, bool) {
     let received = request.version();
@@ -128,9 +136,7 @@ fn outgoing(
     parts.headers.insert(HOST, host);
     fields::add_via(&mut parts.headers, received);
     hop.put_into(&mut parts.headers);
-    // Not by way of its text: the path of `http://VM?q` is empty, and written as `/`.
-    let path = parts.uri.path_and_query().cloned();
-    parts.uri = Uri::from(path.unwrap_or(PathAndQuery::from_static("/")));
+    parts.uri = origin(&parts.method, &parts.uri, no_path);
     parts.version = Version::HTTP_11;
     let (is_empty, has_length) = (body.is_end_stream(), body.size_hint().exact().is_some());
     let expects = parts.headers.get(EXPECT).is_some_and(|expect| {
@@ -174,9 +180,9 @@ async fn ask(
 ) -> Result<(Guest, Response<Incoming>), Problem> {
     let limit = Duration::from_secs(state.config.limits.response_s.into());
     let repeatable = request.body().is_end_stream() && request.method().is_idempotent();
-    let waiting = route
-        .filter(|_| repeatable)
-        .and_then(|r| state.pool.take(r));
+    // Any other request takes its place all the same: a server that serves one connection at a time is free then.
+    let waiting = route.and_then(|r| state.pool.take(r));
+    let waiting = waiting.filter(|_| repeatable);
     let mut request = request;
     if let Some(mut guest) = waiting {
         let (parts, nothing_yet) = request.into_parts();

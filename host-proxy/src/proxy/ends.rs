@@ -154,6 +154,11 @@ impl ClientIo {
             .ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
+    /// The socket, to look at.
+    pub(super) fn tcp(&self) -> Option<&TcpStream> {
+        self.inner.as_ref()
+    }
+
     fn set(&mut self, resets: bool) {
         if let Some(tcp) = self.inner.as_ref().filter(|_| resets != self.resets) {
             socket_end::reset_on_close(tcp, resets);

@@ -24,6 +24,9 @@ use crate::passing::Socket;
 use crate::state::State;
 use adit_tasks::VmId;
 
+/// Most header fields of an answer. Programs set a cookie for each thing that they keep; curl takes as many, too.
+const FIELDS_MAX: usize = 1000;
+
 /// What is left of a connection that speaks HTTP no more: the stream, and what was read from it already.
 pub(super) type Left = Parts<TokioIo<GuestIo>>;
 
@@ -69,6 +72,7 @@ impl Guest {
         let (sender, connection) = Builder::new()
             .preserve_header_case(true)
             .title_case_headers(true)
+            .max_headers(FIELDS_MAX)
             .handshake(TokioIo::new(ours))
             .await
             .map_err(|e| incomplete(to, &e))?;

@@ -7,47 +7,52 @@ use std::io;
 
 use adit_channel::socket_end;
 use adit_tasks::VmId;
-use hyper::upgrade::{OnUpgrade, Parts};
-use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use super::ends::ClientIo;
-use super::guest::Left;
+use super::client::Client;
+use super::guest::{Guest, Left};
 use crate::listen::Share;
 
-/// Carries both directions to their ends. `share`: the VM's, of the requests that are under way.
-pub(super) async fn carry(
-    stop: CancellationToken,
-    client: OnUpgrade,
+/// A guest's server that changed, and waits for its client.
+pub(super) struct Upgraded {
     guest: oneshot::Receiver<Left>,
-    share: Share<VmId>,
-) {
-    tokio::select! {
-        ended = both_ways(client, guest) => {
-            if let Err(e) = ended {
-                tracing::debug!(error = %e, "an upgraded connection broke off");
-            }
-        }
-        () = stop.cancelled() => {}
-    }
-    drop(share);
+    /// The VM's, of the proxy: the request is still under way.
+    _share: Share<VmId>,
 }
 
-async fn both_ways(client: OnUpgrade, guest: oneshot::Receiver<Left>) -> io::Result<()> {
-    let guest = guest.await.map_err(io::Error::other)?;
-    let upgraded = client.await.map_err(io::Error::other)?;
-    let Parts { io, read_buf, .. } = upgraded
-        .downcast::<TokioIo<ClientIo>>()
-        .map_err(|_| io::Error::other("not a TCP client"))?;
+impl Upgraded {
+    pub(super) fn new(guest: Guest, share: Share<VmId>) -> Self {
+        Self {
+            guest: guest.switched(),
+            _share: share,
+        }
+    }
+
+    /// Carries both directions to their ends.
+    pub(super) async fn carry(self, client: Client, stop: &CancellationToken) {
+        tokio::select! {
+            ended = both_ways(client, self.guest) => {
+                if let Err(e) = ended {
+                    tracing::debug!(error = %e, "an upgraded connection broke off");
+                }
+            }
+            () = stop.cancelled() => {}
+        }
+    }
+}
+
+async fn both_ways(client: Client, guest: oneshot::Receiver<Left>) -> io::Result<()> {
+    let (client, ahead) = client.into_tunnel();
     // From here on closing it is a reset.
-    let mut client = io.into_inner().into_tcp()?;
+    let mut client = client.into_tcp()?;
+    let guest = guest.await.map_err(io::Error::other)?;
     {
         let (from_client, to_client) = client.split();
         let (from_guest, to_guest) = tokio::io::split(guest.io.into_inner());
         tokio::try_join!(
-            one_way(read_buf.chain(from_client), to_guest),
+            one_way((&ahead[..]).chain(from_client), to_guest),
             one_way(guest.read_buf.chain(from_guest), to_client),
         )?;
     }
