@@ -11,5 +11,8 @@ mod kept;
 #[path = "../../port/tests/kinds/mod.rs"]
 mod kinds;
 mod limits;
+mod patience;
 mod proxy;
+mod refused;
+mod smuggle;
 mod tasks;

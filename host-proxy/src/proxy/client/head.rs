@@ -261,7 +261,7 @@ fn framing(fields: &[httparse::Header<'_>], http_11: bool) -> Result<Body, Probl
         }
         (None, Some(coding)) => {
             if !http_11 {
-                return bad("HTTP/1.0 has no Transfer-Encoding");
+                return bad("a request of HTTP/1.0 has no Transfer-Encoding");
             }
             if codings.next().is_some() {
                 return bad("Transfer-Encoding is there twice");
@@ -289,7 +289,9 @@ fn host(fields: &[httparse::Header<'_>], http_11: bool) -> Result<(), Problem> {
     let mut hosts = fields.iter().filter(|f| is(f, "host"));
     let Some(host) = hosts.next() else {
         return if http_11 {
-            Err(Problem::malformed("a request of HTTP/1.1 has a Host field"))
+            Err(Problem::malformed(
+                "the request has no Host field, which HTTP/1.1 needs",
+            ))
         } else {
             Ok(())
         };
