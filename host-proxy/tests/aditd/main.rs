@@ -12,8 +12,12 @@ mod kept;
 #[path = "../../port/tests/kinds/mod.rs"]
 mod kinds;
 mod limits;
+mod patience;
 mod pool;
 mod proxy;
+mod proxy;
+mod refused;
 mod server;
+mod smuggle;
 mod tasks;
 mod upgrade;

@@ -12,9 +12,8 @@
 //! | a target that is no URI | 400, and which byte it is |
 //!
 //! A `Host` that differs from the target's authority is no error: the target decides, and the field is replaced
-//! (RFC 9112 §3.2.2). `Upgrade` concerns this hop only and is left out. Where a byte of path or query is one that URIs do not
-//! have and clients send all the same (`"`, `<`, `>`, a backtick, what is no UTF-8), it is carried percent-encoded, as a browser
-//! has it.
+//! (RFC 9112 §3.2.2). Where a byte of path or query is one that URIs do not have and clients send all the same (`"`, `<`, `>`,
+//! a backtick, what is no UTF-8), it is carried percent-encoded, as a browser has it.
 
 use bytes::{Buf, BytesMut};
 use hyper::{Method, StatusCode, Uri};
@@ -126,7 +125,7 @@ pub(super) fn check(head: &[u8]) -> Result<Head, Problem> {
     for part in [method.as_str().as_bytes(), b" ", &text, b" ", version] {
         bytes.extend_from_slice(part);
     }
-    for field in fields.iter().filter(|f| !is(f, "upgrade")) {
+    for field in fields.iter() {
         for part in [b"\r\n", field.name.as_bytes(), b": ", value(field)] {
             bytes.extend_from_slice(part);
         }
@@ -261,7 +260,7 @@ fn framing(fields: &[httparse::Header<'_>], http_11: bool) -> Result<Body, Probl
         }
         (None, Some(coding)) => {
             if !http_11 {
-                return bad("HTTP/1.0 has no Transfer-Encoding");
+                return bad("a request of HTTP/1.0 has no Transfer-Encoding");
             }
             if codings.next().is_some() {
                 return bad("Transfer-Encoding is there twice");
@@ -289,7 +288,9 @@ fn host(fields: &[httparse::Header<'_>], http_11: bool) -> Result<(), Problem> {
     let mut hosts = fields.iter().filter(|f| is(f, "host"));
     let Some(host) = hosts.next() else {
         return if http_11 {
-            Err(Problem::malformed("a request of HTTP/1.1 has a Host field"))
+            Err(Problem::malformed(
+                "the request has no Host field, which HTTP/1.1 needs",
+            ))
         } else {
             Ok(())
         };
