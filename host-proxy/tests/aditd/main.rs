@@ -15,7 +15,6 @@ mod limits;
 mod patience;
 mod pool;
 mod proxy;
-mod proxy;
 mod refused;
 mod server;
 mod smuggle;
