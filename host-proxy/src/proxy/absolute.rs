@@ -19,6 +19,7 @@ use super::authority::Destination;
 use super::bodies::{Expected, Watched};
 use super::fields::{self, Hop};
 use super::guest::{Answering, GiveBack, Guest};
+use super::interim::Interim;
 use super::patience::Moved;
 use super::pool::Route;
 use super::problem::{Body, Problem};
@@ -29,23 +30,29 @@ use crate::state::State;
 /// Port of `http://`.
 const HTTP: u16 = 80;
 
-/// Carries one request to the VM that its target names; `no_path`: the target ends with the authority. If the server changed to
-/// another protocol, that is what goes on after the answer.
+/// Carries one request to the VM that its target names; `no_path`: the target ends with the authority. Interim answers go to the
+/// client by way of `interim`. If the server changed to another protocol, that is what goes on after the answer.
 pub(super) async fn handle(
     state: &State,
+    interim: &Interim,
     request: Request<Incoming>,
     no_path: bool,
 ) -> Result<(Response<Body>, Option<Upgraded>), Problem> {
     let (to, host) = target(request.uri())?;
     let admitted = admit(state, &to)?;
     let moved = Moved::now();
-    let (request, trailers, upgrades) = outgoing(request, host, no_path, &moved);
+    let (request, asked) = outgoing(request, host, no_path, &moved, interim);
     // A connection that a server knows as one client's is not for others.
     let bound = fields::binds_connection(request.headers());
     let route = Route::new(&admitted.vm, &to.target, &admitted.link);
-    let route = route.filter(|_| !bound && !upgrades);
+    let route = route.filter(|_| !bound && !asked.upgrade);
 
-    let (guest, mut response) = ask(state, &admitted, &to, route.as_ref(), request, &moved).await?;
+    let answer = ask(state, &admitted, &to, route.as_ref(), request, &moved).await;
+    if answer.is_err() {
+        interim.forget();
+    }
+    let (guest, mut response) = answer?;
+    interim.written().await;
 
     let received = response.version();
     let bound = fields::binds_connection(response.headers());
@@ -53,7 +60,7 @@ pub(super) async fn handle(
     fields::add_via(response.headers_mut(), received);
     *response.version_mut() = Version::HTTP_11;
     match response.status() {
-        StatusCode::SWITCHING_PROTOCOLS if upgrades => {
+        StatusCode::SWITCHING_PROTOCOLS if asked.upgrade => {
             hop.upgrade_only().put_into(response.headers_mut());
             let upgraded = Upgraded::new(guest, admitted.share);
             return Ok((response.map(|_| nothing()), Some(upgraded)));
@@ -70,7 +77,7 @@ pub(super) async fn handle(
         StatusCode::UPGRADE_REQUIRED => hop.upgrade_only().put_into(response.headers_mut()),
         _ => {}
     }
-    if !trailers {
+    if !asked.trailers {
         fields::without_trailers(response.headers_mut());
     }
     // A server of HTTP/1.0 says nothing of how its connection goes on that all agree on.
@@ -119,53 +126,62 @@ fn origin(method: &Method, target: &Uri, no_path: bool) -> Uri {
     Uri::from(path.unwrap_or(PathAndQuery::from_static("/")))
 }
 
-/// The request as the guest's server gets it; whether the client takes trailers, and whether it may upgrade.
+/// What the client of a request takes.
+struct Asked {
+    /// Trailers behind the answer.
+    trailers: bool,
+    /// Another protocol.
+    upgrade: bool,
+}
+
+/// The request as the guest's server gets it.
 fn outgoing(
     request: Request<Incoming>,
     host: HeaderValue,
     no_path: bool,
     moved: &Arc<Moved>,
-) -> (Request<Body>, bool, bool) {
+    interim: &Interim,
+) -> (Request<Body>, Asked) {
     let received = request.version();
+    let http_11 = received == Version::HTTP_11;
     let (mut parts, body) = request.into_parts();
     let mut hop = Hop::take_from(&mut parts.headers);
-    if received != Version::HTTP_11 {
-        hop.upgrade = None;
-    }
-    let (trailers, upgrades) = (hop.trailers, hop.upgrade.is_some());
+    hop.upgrade = hop.upgrade.filter(|_| http_11);
+    let asked = Asked {
+        trailers: hop.trailers,
+        upgrade: hop.upgrade.is_some(),
+    };
     parts.headers.insert(HOST, host);
     fields::add_via(&mut parts.headers, received);
     hop.put_into(&mut parts.headers);
     parts.uri = origin(&parts.method, &parts.uri, no_path);
     parts.version = Version::HTTP_11;
-    let (is_empty, has_length) = (body.is_end_stream(), body.size_hint().exact().is_some());
-    let expects = parts.headers.get(EXPECT).is_some_and(|expect| {
-        received == Version::HTTP_11 && expect.as_bytes().eq_ignore_ascii_case(b"100-continue")
-    });
-    if is_empty {
-        return (Request::from_parts(parts, nothing()), trailers, upgrades);
-    }
-    if !has_length {
+    if !body.is_end_stream() && body.size_hint().exact().is_none() {
         // hyper would send a GET without its body.
-        parts
-            .headers
-            .insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        let chunked = HeaderValue::from_static("chunked");
+        parts.headers.insert(TRANSFER_ENCODING, chunked);
     }
-    let mut request = Request::from_parts(parts, ());
+    let expect = parts.headers.get(EXPECT).filter(|_| http_11);
+    let expects = expect.is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+
     let wanted = CancellationToken::new();
-    if expects {
-        let wanted = wanted.clone();
-        hyper::ext::on_informational(&mut request, move |said| {
-            if said.status() == StatusCode::CONTINUE {
-                wanted.cancel();
-            }
-        });
-    } else {
-        wanted.cancel();
-    }
-    let body = Expected::new(body, wanted);
-    let body = Watched::new(body, moved.clone()).boxed();
-    (request.map(|()| body), trailers, upgrades)
+    let body = match (body.is_end_stream(), expects) {
+        (true, _) => nothing(),
+        (false, true) => Watched::new(Expected::new(body, wanted.clone()), moved.clone()).boxed(),
+        (false, false) => Watched::new(body, moved.clone()).boxed(),
+    };
+    let mut request = Request::from_parts(parts, body);
+    let (moved, interim) = (moved.clone(), interim.clone());
+    hyper::ext::on_informational(&mut request, move |said| {
+        // The server is there, and at work.
+        moved.note();
+        if said.status() == StatusCode::CONTINUE {
+            wanted.cancel();
+        } else if http_11 {
+            interim.push(said.status(), said.headers().clone());
+        }
+    });
+    (request, asked)
 }
 
 /// Asks the guest's server: over a connection that waits, if there is one and the request may be made twice, else over a

@@ -13,7 +13,7 @@ use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use adit_channel::socket_end;
@@ -22,6 +22,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::bodies::{Watch, Watched};
+use super::interim::Interim;
 use super::problem::Body;
 use crate::passing::Socket;
 
@@ -134,14 +135,16 @@ impl AsyncWrite for GuestIo {
 pub(super) struct ClientIo {
     inner: Option<TcpStream>,
     under_way: UnderWay,
+    interim: Interim,
     resets: bool,
 }
 
 impl ClientIo {
-    pub(super) fn new(inner: TcpStream, under_way: UnderWay) -> Self {
+    pub(super) fn new(inner: TcpStream, under_way: UnderWay, interim: Interim) -> Self {
         Self {
             inner: Some(inner),
             under_way,
+            interim,
             resets: false,
         }
     }
@@ -168,6 +171,15 @@ impl ClientIo {
 
     fn follow(&mut self) {
         self.set(self.under_way.0.load(Ordering::Acquire));
+    }
+
+    /// Before anything else is written: the rest of an interim answer.
+    fn poll_writable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.follow();
+        match &mut self.inner {
+            Some(tcp) => self.interim.poll_finish(cx, tcp),
+            None => Poll::Ready(Ok(())),
+        }
     }
 
     fn with<T>(
@@ -203,7 +215,7 @@ impl AsyncWrite for ClientIo {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.follow();
+        ready!(self.poll_writable(cx))?;
         self.with(|tcp| tcp.poll_write(cx, buf))
     }
 
@@ -212,7 +224,7 @@ impl AsyncWrite for ClientIo {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.follow();
+        ready!(self.poll_writable(cx))?;
         self.with(|tcp| tcp.poll_write_vectored(cx, bufs))
     }
 
@@ -222,7 +234,11 @@ impl AsyncWrite for ClientIo {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.follow();
-        self.with(|tcp| tcp.poll_flush(cx))
+        let this = &mut *self;
+        if let Some(tcp) = &mut this.inner {
+            ready!(this.interim.poll_write(cx, tcp))?;
+        }
+        this.with(|tcp| tcp.poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

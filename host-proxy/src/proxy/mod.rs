@@ -12,6 +12,7 @@ mod connect;
 mod ends;
 mod fields;
 mod guest;
+mod interim;
 mod linger;
 mod own;
 mod patience;
@@ -42,6 +43,7 @@ use authority::Destination;
 use client::{Client, FIELDS_MAX, HEADER_MAX, Notes};
 use connect::Tunnel;
 use ends::{ClientIo, UnderWay};
+use interim::Interim;
 use problem::{Body, Problem};
 use upgrade::Upgraded;
 
@@ -127,13 +129,14 @@ async fn connection(state: Arc<State>, client: TcpStream, place: Place) {
     let (place, stop) = (Arc::new(place), state.stop.clone());
     let (under_way, notes) = (UnderWay::default(), Notes::default());
     let onward = Mutex::new(None);
-    let client = ClientIo::new(client, under_way.clone());
+    let interim = Interim::default();
+    let client = ClientIo::new(client, under_way.clone(), interim.clone());
     let client = Client::new(client, place.clone(), notes.clone());
     let service = service_fn(|request: Request<Incoming>| {
         let under_way = under_way.clone();
         // Of an answer to HEAD there is no body to come, whatever it says.
         let head = request.method() == Method::HEAD;
-        let answered = answer(&state, &notes, &onward, request);
+        let answered = answer(&state, &notes, &interim, &onward, request);
         async move {
             let answer = answered.await;
             Ok::<_, Infallible>(answer.map(|body| ends::answered(body, under_way, head)))
@@ -182,6 +185,7 @@ async fn connection(state: Arc<State>, client: TcpStream, place: Place) {
 async fn answer(
     state: &Arc<State>,
     notes: &Notes,
+    interim: &Interim,
     onward: &Mutex<Option<Onward>>,
     mut request: Request<Incoming>,
 ) -> Response<Body> {
@@ -192,7 +196,7 @@ async fn answer(
     } else if let Some(answer) = own::answer(&mut request) {
         Ok((answer, None))
     } else {
-        let answered = absolute::handle(state, request, notes.has_no_path()).await;
+        let answered = absolute::handle(state, interim, request, notes.has_no_path()).await;
         answered.map(|(answer, upgraded)| (answer, upgraded.map(Onward::Upgraded)))
     };
     let result = result.map(|(answer, next)| {

@@ -16,7 +16,7 @@ impl Moved {
         Arc::new(Self(Mutex::new(Instant::now())))
     }
 
-    fn note(&self) {
+    pub(super) fn note(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 

@@ -251,7 +251,7 @@ fn a_server_that_knows_no_expectation_gets_the_body_all_the_same() {
 }
 
 #[test]
-fn other_interim_answers_do_not_hide_the_final_one() {
+fn other_interim_answers_are_carried_ahead_of_the_final_one() {
     let (host, _ports, control) = started();
     let (mut client, mut guest, _) = asked(
         &host,
@@ -260,14 +260,54 @@ fn other_interim_answers_do_not_hide_the_final_one() {
     );
     guest
         .write_all(
+            b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\nConnection: x\r\n\r\n",
+        )
+        .unwrap();
+    // It does not wait for the final one.
+    let hints = "HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n";
+    assert_eq!(next_head(&mut client).unwrap(), hints);
+    guest
+        .write_all(
             b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
         )
         .unwrap();
+    assert_eq!(next_head(&mut client).unwrap(), hints);
     let said = rest(&mut client);
     assert!(
-        said.contains("HTTP/1.1 200 OK\r\n") && said.ends_with("ok"),
+        said.starts_with("HTTP/1.1 200 OK\r\n") && said.ends_with("ok"),
         "{said}"
     );
+}
+
+#[test]
+fn a_client_of_http_1_0_gets_no_interim_answer_and_no_client_waits_for_too_many() {
+    let (host, _ports, control) = started();
+    let hints = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n";
+    let ok = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+    let (mut client, mut guest, _) =
+        asked(&host, &control, "GET http://a/ HTTP/1.0\r\nHost: a\r\n\r\n");
+    guest.write_all(&[&hints[..], ok].concat()).unwrap();
+    assert!(next_head(&mut client).unwrap().starts_with("HTTP/1.0 200 "));
+    // As many as a guest likes do not pile up.
+    let (host, _ports, control) = started();
+    let (mut client, mut guest, _) =
+        asked(&host, &control, "GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n");
+    let writer = std::thread::spawn(move || {
+        for _ in 0..100_000 {
+            guest.write_all(hints).unwrap();
+        }
+        guest.write_all(ok).unwrap();
+        guest
+    });
+    let last = loop {
+        let head = next_head(&mut client).unwrap();
+        if !head.starts_with("HTTP/1.1 103 ") {
+            break head;
+        }
+    };
+    assert!(last.starts_with("HTTP/1.1 200 "), "{last}");
+    until(&mut client, "ok");
+    writer.join().unwrap();
 }
 
 #[test]
