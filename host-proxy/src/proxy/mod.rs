@@ -1,6 +1,6 @@
 //! The HTTP/1.1 forward proxy: absolute-form and CONNECT, to VMs by name.
 //!
-//! [`client`] checks each request before hyper reads it; what is refused there, or later, has a [`Problem`] for its answer, and
+//! `client` checks each request before hyper reads it; what is refused there, or later, has a [`Problem`] for its answer, and
 //! ends its connection. A request is then: authority → VM → allow-list → dial → relay. aditd is in the way of an absolute-form
 //! body, and out of the way of a CONNECT tunnel.
 
