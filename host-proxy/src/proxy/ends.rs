@@ -140,13 +140,18 @@ pub(super) struct ClientIo {
 }
 
 impl ClientIo {
-    pub(super) fn new(inner: TcpStream, under_way: UnderWay, interim: Interim) -> Self {
+    pub(super) fn new(inner: TcpStream, under_way: UnderWay) -> Self {
         Self {
             inner: Some(inner),
             under_way,
-            interim,
+            interim: Interim::default(),
             resets: false,
         }
+    }
+
+    /// What goes to the client ahead of an answer.
+    pub(super) fn interim(&self) -> Interim {
+        self.interim.clone()
     }
 
     /// The socket, for whoever serves the client from now on: it is reset unless that one ends it.

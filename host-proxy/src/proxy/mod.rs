@@ -1,6 +1,6 @@
 //! The HTTP/1.1 forward proxy: absolute-form and CONNECT, to VMs by name.
 //!
-//! [`client`] checks each request before hyper reads it; what is refused there, or later, has a [`Problem`] for its answer, and
+//! `client` checks each request before hyper reads it; what is refused there, or later, has a [`Problem`] for its answer, and
 //! ends its connection. A request is then: authority → VM → allow-list → dial → relay. aditd is in the way of an absolute-form
 //! body, and out of the way of a CONNECT tunnel.
 
@@ -129,8 +129,8 @@ async fn connection(state: Arc<State>, client: TcpStream, place: Place) {
     let (place, stop) = (Arc::new(place), state.stop.clone());
     let (under_way, notes) = (UnderWay::default(), Notes::default());
     let onward = Mutex::new(None);
-    let interim = Interim::default();
-    let client = ClientIo::new(client, under_way.clone(), interim.clone());
+    let client = ClientIo::new(client, under_way.clone());
+    let interim = client.interim();
     let client = Client::new(client, place.clone(), notes.clone());
     let service = service_fn(|request: Request<Incoming>| {
         let under_way = under_way.clone();

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::host::{Answer, Control, Host};
@@ -114,8 +114,8 @@ fn r71_a_client_that_leaves_a_silent_answer_takes_its_stream_along() {
     assert!(drained(&mut guest), "the guest's stream goes on");
 }
 
-/// What a program says when its input is a request and then an end.
-fn piped(host: &Host, program: &[&str], request: &str) -> Option<std::process::Child> {
+/// A program that speaks to the proxy; none: it is not there.
+fn spawned(host: &Host, program: &[&str]) -> Option<Child> {
     let to = host.proxy().peer_addr().unwrap();
     let args = program[1..].iter().map(|arg| {
         let arg = arg.replace("ADDR", &to.ip().to_string());
@@ -126,21 +126,10 @@ fn piped(host: &Host, program: &[&str], request: &str) -> Option<std::process::C
         .args(args)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped());
-    match command.spawn() {
-        Ok(mut child) => {
-            child
-                .stdin
-                .take()
-                .unwrap()
-                .write_all(request.as_bytes())
-                .unwrap();
-            Some(child)
-        }
-        Err(e) => {
-            eprintln!("skipped: no {} ({e})", program[0]);
-            None
-        }
-    }
+    command
+        .spawn()
+        .inspect_err(|e| eprintln!("skipped: no {} ({e})", program[0]))
+        .ok()
 }
 
 #[test]
@@ -156,9 +145,13 @@ fn netcats_and_socat_get_their_answer() {
     ] {
         for version in ["1.1", "1.0"] {
             let request = GET.replace("1.1\r\n", &format!("{version}\r\nConnection: close\r\n"));
-            let Some(child) = piped(&host, program, &request) else {
+            let Some(mut child) = spawned(&host, program) else {
                 continue;
             };
+            // Its input ends with the request.
+            let mut input = child.stdin.take().unwrap();
+            input.write_all(request.as_bytes()).unwrap();
+            drop(input);
             guest(&control).write_all(OK).unwrap();
             let out = child.wait_with_output().unwrap();
             let said = String::from_utf8_lossy(&out.stdout);
@@ -230,4 +223,65 @@ fn a_kept_connection_that_is_idle_makes_room() {
         .write_all(b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n")
         .unwrap();
     assert!(head(&mut kept[3]).starts_with("HTTP/1.1 200 "));
+}
+
+#[test]
+fn programs_tunnel_through_the_proxy_as_ssh_has_them() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    for program in [
+        &["socat", "-", "PROXY:ADDR:A:80,proxyport=PORT"][..],
+        &["nc.openbsd", "-X", "connect", "-x", "ADDR:PORT", "a.", "80"],
+        &[
+            "ncat",
+            "--proxy",
+            "ADDR:PORT",
+            "--proxy-type",
+            "http",
+            "A.adit",
+            "80",
+        ],
+    ] {
+        let Some(mut child) = spawned(&host, program) else {
+            continue;
+        };
+        control.dialed(control.dial().id);
+        let (mut guest, ahead) = control.attached();
+        assert!(ahead.is_empty());
+        let (mut input, mut output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        input.write_all(b"up").unwrap();
+        let mut two = [0; 2];
+        guest.read_exact(&mut two).unwrap();
+        guest.write_all(b"down").unwrap();
+        let mut four = [0; 4];
+        output.read_exact(&mut four).unwrap();
+        assert_eq!((&two, &four), (b"up", b"down"), "{program:?}");
+        drop((input, guest));
+        child.wait().unwrap();
+    }
+}
+
+#[test]
+fn an_upload_that_waits_for_its_100_is_told_to_go_on_only_if_it_is_carried() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    let expecting = |name: &str| {
+        format!(
+            "POST http://{name}/ HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n"
+        )
+    };
+    let mut client = host.proxy();
+    client.write_all(expecting("nobody").as_bytes()).unwrap();
+    assert!(head(&mut client).starts_with("HTTP/1.1 404 "));
+    let mut client = host.proxy();
+    client.write_all(expecting("a").as_bytes()).unwrap();
+    let mut guest = guest(&control);
+    assert_eq!(head(&mut client), "HTTP/1.1 100 Continue\r\n\r\n");
+    client.write_all(b"body").unwrap();
+    let mut body = [0; 4];
+    guest.read_exact(&mut body).unwrap();
+    guest.write_all(OK).unwrap();
+    assert!(head(&mut client).starts_with("HTTP/1.1 200 "));
 }

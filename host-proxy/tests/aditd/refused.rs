@@ -276,3 +276,28 @@ fn an_answer_may_have_many_header_fields() {
         }
     }
 }
+
+/// A library that sends all before it reads.
+#[test]
+fn pythons_client_hears_why_its_upload_is_refused() {
+    let (mut host, _ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let to = host.proxy().peer_addr().unwrap();
+    const SCRIPT: &str = "import http.client, sys\n\
+        for path in ['http://nobody/', 'http://a:81/', '/']:\n\
+        \x20   c = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]))\n\
+        \x20   c.request('POST', path, body=b'x' * (8 << 20))\n\
+        \x20   r = c.getresponse()\n\
+        \x20   print(r.status, len(r.read()) > 0)\n";
+    let mut python = Command::new("python3");
+    python.args(["-c", SCRIPT, &to.ip().to_string(), &to.port().to_string()]);
+    match python.output() {
+        Ok(out) => assert_eq!(
+            String::from_utf8_lossy(&out.stdout),
+            "404 True\n403 True\n400 True\n",
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        ),
+        Err(e) => eprintln!("skipped: no python3 ({e})"),
+    }
+}

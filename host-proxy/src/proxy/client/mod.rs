@@ -54,6 +54,8 @@ pub(super) const HEADER_MAX: usize = PREFIX_MAX;
 pub(super) const FIELDS_MAX: usize = 100;
 /// How long a connection may be idle between two requests.
 pub const IDLE_LIMIT: Duration = Duration::from_secs(75);
+/// How long a client may take nothing of its answer.
+const TAKE_LIMIT: Duration = Duration::from_secs(300);
 /// Bytes that are read at once while a head comes.
 const PIECE: usize = 4096;
 
@@ -112,6 +114,8 @@ pub(super) struct Client {
     answered: bool,
     /// hyper has nothing left to write.
     flushed: bool,
+    /// Until when the client must take something, where it takes nothing.
+    stalled: Option<Pin<Box<Sleep>>>,
     /// Until when the next head, or its first byte, must have come.
     due: Pin<Box<Sleep>>,
     idle: bool,
@@ -132,6 +136,7 @@ impl Client {
             http_11: false,
             answered: false,
             flushed: true,
+            stalled: None,
             due: Box::pin(sleep(HEADER_LIMIT)),
             idle: false,
             place,
@@ -277,6 +282,24 @@ impl Client {
         Poll::Ready(Ok(()))
     }
 
+    /// What a write came to; an error if it waits for a client that takes nothing.
+    fn taken(
+        &mut self,
+        cx: &mut Context<'_>,
+        wrote: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        (self.answered, self.flushed) = (true, false);
+        if wrote.is_ready() {
+            self.stalled = None;
+            return wrote;
+        }
+        let due = self
+            .stalled
+            .get_or_insert_with(|| Box::pin(sleep(TAKE_LIMIT)));
+        ready!(due.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+
     /// While a request is under way: what the client sends meanwhile is kept, and one that is gone is an error.
     fn poll_there(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         while !self.ended && self.ahead.len() < HEADER_MAX - PIECE {
@@ -330,8 +353,8 @@ impl AsyncWrite for Client {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        (self.answered, self.flushed) = (true, false);
-        Pin::new(&mut self.io).poll_write(cx, buf)
+        let wrote = Pin::new(&mut self.io).poll_write(cx, buf);
+        self.taken(cx, wrote)
     }
 
     fn poll_write_vectored(
@@ -339,8 +362,8 @@ impl AsyncWrite for Client {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        (self.answered, self.flushed) = (true, false);
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+        let wrote = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
+        self.taken(cx, wrote)
     }
 
     fn is_write_vectored(&self) -> bool {
