@@ -6,6 +6,7 @@
 //!
 //! [proxy]
 //! listen = "127.0.0.1:7080"         # port 0 = any; the address is written to RUN/proxy.addr
+//! open = false                      # true: `listen` may be an address that other machines reach, and they may use it
 //!
 //! [metrics]
 //! listen = "127.0.0.1:7081"         # optional; they are on the API socket too
@@ -93,7 +94,7 @@ pub struct Config {
     /// The database.
     pub state_dir: PathBuf,
     /// The forward proxy.
-    pub proxy: Listen,
+    pub proxy: Proxy,
     /// Metrics over TCP, if wanted.
     pub metrics: Option<Listen>,
     /// Limits.
@@ -102,6 +103,41 @@ pub struct Config {
     pub ports: Ports,
     /// The VMs that are always there.
     pub vm: Vec<VmConfig>,
+}
+
+/// `[proxy]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Proxy {
+    /// IP address and port.
+    pub listen: SocketAddr,
+    /// The address need not be a loopback address. Whoever reaches it reaches every port that a VM allows: the proxy has no
+    /// authentication.
+    pub open: bool,
+}
+
+impl Default for Proxy {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 7080)),
+            open: false,
+        }
+    }
+}
+
+impl Proxy {
+    /// Checks that nobody is served without the operator's word.
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        if self.open || self.listen.ip().to_canonical().is_loopback() {
+            return Ok(());
+        }
+        let why = format!(
+            "{} is no loopback address, and whoever reaches it may use the proxy, without authentication: \
+             use 127.0.0.1, or set `open = true` in [proxy]",
+            self.listen
+        );
+        Err(("listen", why))
+    }
 }
 
 /// A TCP address to listen on.
@@ -270,9 +306,7 @@ impl Default for Config {
         Self {
             run_dir: "/run/adit".into(),
             state_dir: "/var/lib/adit".into(),
-            proxy: Listen {
-                listen: SocketAddr::from(([127, 0, 0, 1], 7080)),
-            },
+            proxy: Proxy::default(),
             metrics: None,
             limits: Limits::default(),
             ports: Ports::default(),
@@ -355,6 +389,9 @@ impl Config {
                 ));
             }
         }
+        config.proxy.check().map_err(|(key, message)| {
+            error(key_line(text, "[proxy]", key), Some(key.into()), message)
+        })?;
         if config.vm.len() > VMS_MAX {
             return Err(error(
                 1,
@@ -410,6 +447,15 @@ pub fn vm_dir(run_dir: &Path, vm: &VmId) -> PathBuf {
     run_dir.join("vm").join(vm.as_str())
 }
 
+/// Line of a key of a table; 1 if it is written in another way.
+fn key_line(text: &str, table: &str, key: &str) -> usize {
+    let lines = text.lines().map(str::trim_start).enumerate();
+    let mut in_table = lines.skip_while(|(_, line)| !line.starts_with(table));
+    in_table
+        .find(|(_, line)| line.split('=').next().is_some_and(|k| k.trim() == key))
+        .map_or(1, |(at, _)| at + 1)
+}
+
 /// Line of the n-th `[[vm]]`.
 fn vm_line(text: &str, nth: usize) -> usize {
     let is_vm = |(_, l): &(usize, &str)| l.trim_start().starts_with("[[vm]]");
@@ -453,6 +499,35 @@ mod tests {
                 panic!("{e}")
             };
             assert_eq!((*at, key.as_str()), (line, "run_dir"), "{e}");
+        }
+    }
+
+    #[test]
+    fn a_proxy_for_other_machines_needs_the_operators_word() {
+        let listen = |address: &str| format!("[proxy]\nlisten = \"{address}\"\n");
+        for address in [
+            "127.0.0.1:1",
+            "127.8.9.1:1",
+            "[::1]:1",
+            "[::ffff:127.0.0.1]:1",
+        ] {
+            parse(&listen(address)).unwrap();
+        }
+        for address in [
+            "0.0.0.0:7080",
+            "[::]:7080",
+            "192.0.2.1:7080",
+            "[fe80::1]:7080",
+            "[::ffff:192.0.2.1]:7080",
+        ] {
+            let e = parse(&listen(address)).unwrap_err();
+            let ConfigError::Value { line: 2, key, .. } = &e else {
+                panic!("{e}")
+            };
+            assert_eq!(key.as_deref(), Some("listen"), "{e}");
+            let open = parse(&(listen(address) + "open = true\n")).unwrap();
+            assert_eq!(open.proxy.listen.to_string(), address);
+            parse(&(listen(address) + "open = false\n")).unwrap_err();
         }
     }
 

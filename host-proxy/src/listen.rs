@@ -1,7 +1,7 @@
 //! What every listener has (I8): a cap on its connections, a share of it for each client, a deadline for a request's header,
 //! and descriptors that it leaves to the operator's socket.
 //!
-//! Where a listener is full, the connection that has said nothing for longest makes room: idle connections lock nobody out.
+//! Where a listener is full, the connection that has been silent for longest makes room: idle connections lock nobody out.
 //! The kernel gives out the lowest free descriptor, so one whose number is high tells that the process has few left; whoever
 //! may do without gives it back then ([`Room::spares`]).
 
@@ -155,7 +155,7 @@ impl<K: Eq + Hash> Drop for Share<K> {
 #[derive(Debug)]
 pub struct Gate {
     slots: Arc<Semaphore>,
-    /// Those that have asked for nothing yet, by age.
+    /// Those that have asked for nothing yet, or are idle again, by age.
     silent: Mutex<BTreeMap<u64, CancellationToken>>,
     next: AtomicU64,
 }
@@ -164,8 +164,9 @@ pub struct Gate {
 #[derive(Debug)]
 pub struct Place {
     gate: Arc<Gate>,
-    nth: u64,
-    /// Another one needs the place, and this one has said nothing yet.
+    /// Its age among the silent ones.
+    nth: AtomicU64,
+    /// Another one needs the place, and nothing is under way on this one.
     pub evicted: CancellationToken,
     _slot: Option<OwnedSemaphorePermit>,
 }
@@ -190,15 +191,14 @@ impl Gate {
                 self.slots.clone().acquire_owned().await.ok()
             }
         };
-        let nth = self.next.fetch_add(1, Ordering::Relaxed);
-        let evicted = CancellationToken::new();
-        self.silent().insert(nth, evicted.clone());
-        Place {
+        let place = Place {
             gate: self.clone(),
-            nth,
-            evicted,
+            nth: AtomicU64::new(0),
+            evicted: CancellationToken::new(),
             _slot: slot,
-        }
+        };
+        place.idle();
+        place
     }
 
     /// Ends the oldest silent connection.
@@ -216,7 +216,16 @@ impl Gate {
 impl Place {
     /// A whole request has come: it is not cut off for another.
     pub fn spoke(&self) {
-        self.gate.silent().remove(&self.nth);
+        let nth = self.nth.load(Ordering::Relaxed);
+        self.gate.silent().remove(&nth);
+    }
+
+    /// Nothing is under way any more: it makes room, after those that have been silent for longer.
+    pub fn idle(&self) {
+        self.spoke();
+        let nth = self.gate.next.fetch_add(1, Ordering::Relaxed);
+        self.nth.store(nth, Ordering::Relaxed);
+        self.gate.silent().insert(nth, self.evicted.clone());
     }
 }
 
@@ -365,5 +374,19 @@ mod tests {
         drop(silent);
         let third = entering.await.unwrap();
         assert!(!spoke.evicted.is_cancelled() && !third.evicted.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_idle_again_makes_room_after_those_that_are_so_for_longer() {
+        let gate = Gate::new(2);
+        let (first, second) = (gate.enter().await, gate.enter().await);
+        first.spoke();
+        first.idle();
+        gate.evict();
+        assert!(second.evicted.is_cancelled() && !first.evicted.is_cancelled());
+        gate.evict();
+        assert!(first.evicted.is_cancelled());
+        drop((first, second));
+        assert!(gate.silent().is_empty());
     }
 }

@@ -16,6 +16,7 @@ use crate::db::Db;
 use crate::fdstore::FdStore;
 use crate::listen::{Room, Shares};
 use crate::metrics::Metrics;
+use crate::proxy::pool::Pool;
 use crate::queue::{self, retention, retention::Keep};
 use crate::registry::{Registry, VmEntry};
 use crate::supervisor::Launch;
@@ -41,6 +42,8 @@ pub struct State {
     pub room: Room,
     /// Each VM's share of the requests that are under way through the proxy.
     pub vm_shares: Arc<Shares<VmId>>,
+    /// Connections to guests' servers that wait for the next request.
+    pub pool: Arc<Pool>,
     /// Requests of the API that wait for something to happen: half of its connections at most.
     pub patient: Arc<Semaphore>,
     /// Drawn once a process.
@@ -69,6 +72,7 @@ impl State {
         Arc::new(Self {
             room,
             vm_shares: Shares::new(per_vm.max(1)),
+            pool: Pool::new(room.proxy),
             patient: Arc::new(Semaphore::new((room.api / 2).max(1))),
             registry: Registry::new(&config.run_dir),
             config,

@@ -7,9 +7,16 @@ mod foreign;
 mod fuse;
 mod handover;
 mod host;
+mod http;
 mod kept;
 #[path = "../../port/tests/kinds/mod.rs"]
 mod kinds;
 mod limits;
+mod patience;
+mod pool;
 mod proxy;
+mod refused;
+mod server;
+mod smuggle;
 mod tasks;
+mod upgrade;

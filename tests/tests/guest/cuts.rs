@@ -22,7 +22,8 @@ fn begun(setup: &Setup, path: &str) -> [(&'static str, TcpStream, Vec<u8>); 2] {
             ),
         };
         client.set_read_timeout(Some(BOOT)).unwrap();
-        let request = format!("GET {target}{path} HTTP/1.1\r\nHost: web-1\r\n\r\n");
+        let request =
+            format!("GET {target}{path} HTTP/1.1\r\nHost: web-1\r\nConnection: close\r\n\r\n");
         client.write_all(request.as_bytes()).unwrap();
         let (mut said, mut some) = (Vec::new(), [0; 512]);
         while !said.windows(HALF.len()).any(|w| w == HALF) {

@@ -1,3 +1,4 @@
+use adit_ringbuf_io::ivshmem;
 use proptest::prelude::*;
 
 use super::*;
