@@ -1,17 +1,19 @@
-//! `aditd`: the host's daemon. `aditd run` serves, `aditd check-config` checks a file.
+//! `aditd`: the host's daemon. `aditd run` serves, `aditd check-config` checks a file, `aditd example-config` prints one.
 #![allow(unsafe_code)] // systemd passes descriptors as numbers
 
+use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use adit_host_proxy::config::{Config, DEFAULT_PATH};
+use adit_host_proxy::config::{self, Config, DEFAULT_PATH};
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 
 const EXAMPLE: &str = "\
-A configuration:
+A configuration (`aditd example-config` prints one with every key):
   [proxy]
   listen = \"127.0.0.1:7080\"
   [[vm]]
@@ -21,15 +23,15 @@ A configuration:
 
 Then:
   aditd check-config /etc/adit/aditd.toml
-  aditd run
+  aditd run                 # SIGHUP: read the configuration again
   curl -x http://127.0.0.1:7080 http://web-1/
 
 The VMM of web-1 connects to /run/adit/vm/web-1/vhost.sock (vhost-user-vsock).
-Tunnels live in a port process for each VM and outlive aditd.";
+Each VM has a port process (adit-port) that holds its tunnels. It outlives aditd.";
 
 /// Carries management traffic and signed tasks to VMs by name.
 #[derive(Parser)]
-#[command(version, after_help = EXAMPLE)]
+#[command(name = "aditd", version, after_help = EXAMPLE)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -37,29 +39,32 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Serve until SIGTERM
+    /// Serve until SIGTERM; SIGHUP applies a changed configuration
     Run {
-        /// Configuration
+        /// Configuration file
         #[arg(long, default_value = DEFAULT_PATH, value_name = "FILE")]
         config: PathBuf,
-        /// The port process's program; default: adit-port beside this one
+        /// Program of the port processes [default: adit-port in the directory of aditd]
         #[arg(long, env = "ADIT_PORT_BIN", value_name = "FILE")]
         port_bin: Option<PathBuf>,
-        /// Log lines as JSON
+        /// Write log lines as JSON
         #[arg(long)]
         log_json: bool,
     },
-    /// Check a configuration and say what it means
+    /// Check a configuration: name every mistake, or print what it makes aditd serve
     CheckConfig {
-        /// Configuration
+        /// Configuration file
         #[arg(default_value = DEFAULT_PATH)]
         file: PathBuf,
     },
+    /// Print a configuration with every key, its meaning, default and limit, all in comments
+    ExampleConfig,
 }
 
 fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::CheckConfig { file } => check(&file),
+        Command::ExampleConfig => print(&config::example()),
         Command::Run {
             config,
             port_bin,
@@ -78,15 +83,18 @@ fn main() -> ExitCode {
     }
 }
 
-fn check(file: &std::path::Path) -> anyhow::Result<()> {
+fn check(file: &Path) -> anyhow::Result<()> {
     let config = Config::load(file)?;
-    println!(
-        "{}: ok, {} VMs, proxy on {}",
-        file.display(),
-        config.vm.len(),
-        config.proxy.listen
-    );
-    Ok(())
+    print(&format!("{}: ok\n{}", file.display(), config.summary()))
+}
+
+/// Prints on the standard output. A reader that has seen enough (`| head`) is no error.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("cannot write to the standard output"),
+    }
 }
 
 /// What the process has from its parent and must not depend on.
@@ -102,7 +110,7 @@ fn settle() {
     }
 }
 
-fn run(file: &std::path::Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
+fn run(file: &Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
     let passed = passed_on();
     let config = Config::load(file)?;
     settle();

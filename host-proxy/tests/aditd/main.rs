@@ -1,6 +1,7 @@
 //! The whole aditd, with the test at the other end of its control sockets.
 #![allow(missing_docs)]
 
+mod commands;
 mod cut;
 mod foreign;
 #[path = "../../port/tests/fuse/mod.rs"]
