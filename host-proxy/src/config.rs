@@ -168,7 +168,7 @@ pub struct VmConfig {
 }
 
 /// Default of [`VmConfig::ivshmem_mib`].
-pub const fn default_ivshmem_mib() -> u32 {
+const fn default_ivshmem_mib() -> u32 {
     4
 }
 
@@ -189,31 +189,53 @@ impl Default for Config {
 }
 
 impl VmConfig {
+    /// Makes a VM with the defaults of all that is not required.
+    pub fn new(name: VmId, cid: u64) -> Self {
+        Self {
+            name,
+            cid,
+            allow: Vec::new(),
+            allow_vsock: Vec::new(),
+            busy_poll_us: 0,
+            ivshmem_mib: default_ivshmem_mib(),
+            allow_any_memory: false,
+        }
+    }
+
     /// Checks what the types do not say.
     ///
     /// # Errors
     /// The key at fault, and why.
     pub fn check(&self) -> Result<(), (&'static str, String)> {
         if !(CID_MIN..=CID_MAX).contains(&self.cid) {
-            return Err((
-                "cid",
-                format!("{} is reserved: use {CID_MIN} to {CID_MAX}", self.cid),
-            ));
+            let why = format!("it takes {CID_MIN} to {CID_MAX}, not {}", self.cid);
+            return Err(("cid", why));
         }
         if self.busy_poll_us > BUSY_POLL_US_MAX {
-            let why = format!("{} is more than {BUSY_POLL_US_MAX}", self.busy_poll_us);
+            let why = format!(
+                "it takes 0 to {BUSY_POLL_US_MAX}, not {}",
+                self.busy_poll_us
+            );
             return Err(("busy_poll_us", why));
         }
         let mib = self.ivshmem_mib;
         if !mib.is_power_of_two() || mib > IVSHMEM_MIB_MAX {
-            let why = format!("{mib} is no power of two from 1 to {IVSHMEM_MIB_MAX}");
+            let why = format!("it takes a power of two from 1 to {IVSHMEM_MIB_MAX}, not {mib}");
             return Err(("ivshmem_mib", why));
         }
-        if self.allow.len() > ALLOW_MAX || self.allow_vsock.len() > ALLOW_MAX {
-            return Err(("allow", format!("at most {ALLOW_MAX} ports may be listed")));
+        for (key, len) in [
+            ("allow", self.allow.len()),
+            ("allow_vsock", self.allow_vsock.len()),
+        ] {
+            if len > ALLOW_MAX {
+                return Err((
+                    key,
+                    format!("it takes at most {ALLOW_MAX} ports, not {len}"),
+                ));
+            }
         }
         if self.allow.contains(&0) {
-            return Err(("allow", "0 is not a port".into()));
+            return Err(("allow", "it takes ports from 1 to 65535, not 0".into()));
         }
         Ok(())
     }

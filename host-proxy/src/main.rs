@@ -112,7 +112,9 @@ fn settle() {
 
 fn run(file: &Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
     let passed = passed_on();
-    let config = Config::load(file)?;
+    // Whatever becomes of the working directory, SIGHUP reads the same file.
+    let file = std::path::absolute(file)?;
+    let config = Config::load(&file)?;
     settle();
     let beside = || Ok::<_, std::io::Error>(std::env::current_exe()?.with_file_name("adit-port"));
     let port_bin = port_bin.map_or_else(beside, Ok)?;
@@ -124,7 +126,7 @@ fn run(file: &Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(adit_host_proxy::run(config, port_bin, passed))
+        .block_on(adit_host_proxy::run(config, file, port_bin, passed))
 }
 
 /// What systemd held for an earlier aditd. To be called once, before anything else is opened.

@@ -9,6 +9,8 @@ use std::path::Path;
 
 /// Name of the note in the VM's directory.
 pub const NOTE: &str = "port.pid";
+/// Name of a note that is not whole yet.
+pub const NEW_NOTE: &str = "port.pid.new";
 
 /// One process of this machine, since it was booted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +41,7 @@ impl Born {
         // Its own number always fits; where /proc is missing, nobody can compare either.
         let pid = std::process::id().cast_signed();
         let ticks = Self::of(pid).map_or(0, |born| born.ticks);
-        let (path, new) = (dir.join(NOTE), dir.join("port.pid.new"));
+        let (path, new) = (dir.join(NOTE), dir.join(NEW_NOTE));
         fs::write(&new, format!("{pid} {ticks}\n"))?;
         fs::rename(&new, &path)
     }

@@ -50,6 +50,10 @@ pub const VHOST_SOCKET: &str = "vhost.sock";
 pub const RING_SOCKET: &str = "ring.sock";
 /// Name of the ivshmem socket in the VM's directory.
 pub const IVSHMEM_SOCKET: &str = "ivshmem.sock";
+/// Name of the lock in the VM's directory: whoever serves the VM holds it.
+pub const LOCK: &str = "lock";
+/// Name of the note in the VM's directory that says which VMM is connected.
+pub const VMM_NOTE: &str = "vmm";
 /// `peer_port` of an [`Incoming`] that came over a ring: whoever is at its other end owns the device, which takes root.
 pub const RING_PEER_PORT: u32 = 0;
 

@@ -232,12 +232,14 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// SIGTERM and SIGINT as a descriptor. Threads made later inherit that they are blocked.
+/// SIGTERM and SIGINT as a descriptor; SIGHUP is ignored. Threads made later inherit that they are blocked.
 fn stop_signals() -> nix::Result<OwnedFd> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
     signals.thread_block()?;
+    // Blocked, and never taken: aditd's whole control group may get it (`systemctl kill -s HUP`), and means aditd only.
+    SigSet::from(Signal::SIGHUP).thread_block()?;
     let fd = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     Ok(fd.into())
 }

@@ -1,8 +1,10 @@
 //! The whole aditd, with the test at the other end of its control sockets.
 #![allow(missing_docs)]
 
+mod changes;
 mod commands;
 mod cut;
+mod faults;
 mod foreign;
 #[path = "../../port/tests/fuse/mod.rs"]
 mod fuse;
@@ -13,4 +15,5 @@ mod kept;
 mod kinds;
 mod limits;
 mod proxy;
+mod reload;
 mod tasks;
