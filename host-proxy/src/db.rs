@@ -14,6 +14,8 @@ use std::time::Duration;
 use rusqlite::{Connection, ErrorCode, OptionalExtension};
 use tokio::sync::oneshot;
 
+use crate::disk;
+
 /// Jobs in one transaction at most.
 const BATCH_MAX: usize = 256;
 /// Jobs that wait at most; one more waits outside.
@@ -66,11 +68,16 @@ pub enum DbError {
 }
 
 impl DbError {
-    /// What whoever started aditd can do about a database that does not open.
-    pub fn remedy(&self) -> &'static str {
+    /// What whoever started aditd can do about the database at `path`, which does not open.
+    pub fn remedy(&self, path: &Path) -> &'static str {
+        // Without room, SQLite reports an I/O error for the files beside the database.
+        let is_full = path.parent().is_some_and(disk::is_full);
         match self {
-            Self::Sqlite(e) if e.sqlite_error_code() == Some(ErrorCode::DiskFull) => {
-                "make room there and start again: nothing that was acknowledged is lost"
+            Self::Sqlite(e)
+                if e.sqlite_error_code() == Some(ErrorCode::DiskFull)
+                    || is_full && e.sqlite_error_code() == Some(ErrorCode::SystemIoFailure) =>
+            {
+                "the disk is full: make room and start again; nothing that was acknowledged is lost"
             }
             Self::Sqlite(e) if e.sqlite_error_code() == Some(ErrorCode::NotADatabase) => {
                 "move it away and start again: its queue is lost, no VM is"
@@ -254,7 +261,7 @@ fn run(connection: Connection, path: &Path, migrations: &[Migration], jobs: &Rec
         let connection = match open.take().map_or_else(|| prepare(path, migrations), Ok) {
             Ok(connection) => connection,
             Err(e) => {
-                tracing::error!(error = %e, remedy = e.remedy(), "the database is not to be had");
+                tracing::error!(error = %e, remedy = e.remedy(path), "the database cannot be opened");
                 first(Err(e.to_string()))(Ok(()));
                 continue;
             }
@@ -262,7 +269,7 @@ fn run(connection: Connection, path: &Path, migrations: &[Migration], jobs: &Rec
         if batch(&connection, first, jobs) {
             open = Some(connection);
         } else if let Err((_, e)) = connection.close() {
-            tracing::error!(error = %e, "the database does not close");
+            tracing::error!(error = %e, "cannot close the database");
         } else {
             tracing::warn!("the database is opened and checked again");
         }
@@ -272,7 +279,7 @@ fn run(connection: Connection, path: &Path, migrations: &[Migration], jobs: &Rec
 /// Runs the jobs that wait in one transaction. Returns whether the connection is still to be trusted.
 fn batch(connection: &Connection, first: Job, jobs: &Receiver<Job>) -> bool {
     if let Err(e) = connection.execute_batch("BEGIN IMMEDIATE") {
-        tracing::error!(error = %e, "no transaction to be had");
+        tracing::error!(error = %e, "cannot begin a transaction");
         first(Err(e.to_string()))(Ok(()));
         return e.sqlite_error_code() == Some(ErrorCode::DatabaseBusy);
     }
@@ -288,7 +295,7 @@ fn batch(connection: &Connection, first: Job, jobs: &Receiver<Job>) -> bool {
     let committed = connection.execute_batch("COMMIT");
     let mut trusted = true;
     if let Err(e) = &committed {
-        tracing::error!(error = %e, "commit failed: nothing of it is acknowledged");
+        tracing::error!(error = %e, "commit failed: its jobs are answered with an error");
         // No room is no doubt about what is on the disk.
         trusted = !is_open || e.sqlite_error_code() == Some(ErrorCode::DiskFull);
         if !connection.is_autocommit()

@@ -11,7 +11,7 @@
 //! | `keeper`, `fdstore` | what a port process's successor needs; kept over the end of aditd by systemd |
 //! | `proxy` | the HTTP forward proxy |
 //! | `agent` | the tasks service that guests dial |
-//! | `queue`, `db` | the durable queue; the thread that commits it |
+//! | `queue`, `db`, `disk` | the durable queue; the thread that commits it; whether its disk is full |
 //! | `api`, `metrics` | JSON on a Unix socket; counters |
 //! | `log` | lines to stderr, one of each kind a second |
 //! | `state` | what they share |
@@ -21,6 +21,7 @@ pub mod agent;
 pub mod api;
 pub mod config;
 pub mod db;
+pub mod disk;
 pub mod fault;
 pub mod fdstore;
 pub mod keeper;
@@ -73,14 +74,15 @@ pub async fn run(
     port_binary: PathBuf,
     passed: Vec<(String, OwnedFd)>,
 ) -> anyhow::Result<()> {
-    // From here on: one that comes early is for later.
+    // A signal that comes before aditd serves is handled as soon as it does.
     let hangup = signal(SignalKind::hangup()).context("cannot watch SIGHUP")?;
+    let stopped = stop_signals().context("cannot watch SIGTERM")?;
     make_dir(&config.run_dir)?;
     make_dir(&config.state_dir)?;
     let _lock = lock(&config.run_dir)?;
     let path = config.state_dir.join("aditd.db");
     let db = Db::open(&path, queue::schema::MIGRATIONS)
-        .map_err(|e| anyhow::anyhow!("cannot use {}: {e}; {}", path.display(), e.remedy()))?;
+        .map_err(|e| anyhow::anyhow!("cannot use {}: {e}; {}", path.display(), e.remedy(&path)))?;
     let mut boot_nonce = [0; 16];
     getrandom::fill(&mut boot_nonce)
         .map_err(|e| anyhow::anyhow!("cannot get random numbers: {e}"))?;
@@ -132,7 +134,7 @@ pub async fn run(
         state.stop.clone(),
     ));
     tokio::select! {
-        () = stop_signal() => tracing::info!("told to stop; port processes go on"),
+        () = stopped => tracing::info!("told to stop; port processes go on"),
         () = state.stop.cancelled() => tracing::info!("told to stop by the API"),
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
@@ -187,11 +189,13 @@ fn lock(run_dir: &Path) -> anyhow::Result<Flock<std::fs::File>> {
         .read(true)
         .write(true)
         .mode(0o600)
-        .open(&path)?;
+        .open(&path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(mut lock) => {
-            lock.set_len(0)?;
-            write!(lock, "{}", std::process::id())?;
+            lock.set_len(0)
+                .and_then(|()| write!(lock, "{}", std::process::id()))
+                .with_context(|| format!("cannot write {}", path.display()))?;
             Ok(lock)
         }
         Err(_) => {
@@ -229,18 +233,18 @@ fn write_address(run_dir: &Path, file: &str, listener: &TcpListener) -> anyhow::
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-async fn stop_signal() {
-    let (term, int) = (
-        signal(SignalKind::terminate()),
-        signal(SignalKind::interrupt()),
+/// Watches the signals that stop aditd, from now on. Returns what ends at the first of them.
+fn stop_signals() -> std::io::Result<impl Future<Output = ()>> {
+    let (mut term, mut int) = (
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
     );
-    let (Ok(mut term), Ok(mut int)) = (term, int) else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
-    }
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+    })
 }
 
 #[cfg(test)]

@@ -217,6 +217,13 @@ async fn unserved(vm: &VmEntry, started: Option<Started>) -> String {
 fn why_ended(status: std::process::ExitStatus, log: &Path, from: u64) -> String {
     let said = last_words(log, from).unwrap_or_default();
     match said.is_empty() {
+        // Then its log cannot say why.
+        true if log.parent().is_some_and(crate::disk::is_full) => {
+            format!(
+                "the port process ended ({status}), and the disk of {} is full",
+                log.display()
+            )
+        }
         true => format!("the port process ended: {status}"),
         false => format!("the port process ended ({status}): {said}"),
     }

@@ -90,27 +90,36 @@ async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
 /// Removes a VM: its port process and its tunnels end, its open tasks too, and its directory goes.
 ///
 /// # Errors
-/// The database says no. The VM is then without a port process; the call can be repeated.
+/// The database refuses: the VM goes on as before.
 pub async fn remove(state: &Arc<State>, vm: &Arc<VmEntry>) -> Result<(), QueueError> {
     let _changing = vm.changing.lock().await;
+    // First: if it fails, the VM goes on as before.
+    end_tasks(state, vm).await?;
     vm.removed.cancel();
     port_gone(vm).await;
-    let (key, now) = (vm.config.name.to_string(), state.now_ms());
-    let ended = state
-        .db
-        .run::<_, QueueError, _>(move |c| {
-            c.execute("DELETE FROM vms WHERE name = ?1", [&key])?;
-            queue::remove_vm(c, &key, now)
-        })
-        .await?;
-    state.count_ended(&ended);
-    state.publish(ended);
+    // Of goals that came meanwhile. Those that stay in the database end when their goal does.
+    if let Err(e) = end_tasks(state, vm).await {
+        tracing::warn!(vm = %vm.config.name, error = %e, "the removed VM's last tasks are not ended");
+    }
     if let Err(e) = vm_dir::remove(&state.config.run_dir, &vm.config.name).await {
         let dir = vm.dir.display();
         tracing::warn!(vm = %vm.config.name, %dir, error = %e, "the removed VM's directory stays");
     }
     // Only now is the name free: whoever takes it gets a port process and a directory of its own.
     state.registry.remove(&vm.config.name);
+    Ok(())
+}
+
+/// Takes a VM's row out of the database, and ends its open tasks.
+async fn end_tasks(state: &State, vm: &VmEntry) -> Result<(), QueueError> {
+    let (key, now) = (vm.config.name.to_string(), state.now_ms());
+    let ended = state.db.run::<_, QueueError, _>(move |c| {
+        c.execute("DELETE FROM vms WHERE name = ?1", [&key])?;
+        queue::remove_vm(c, &key, now)
+    });
+    let ended = ended.await?;
+    state.count_ended(&ended);
+    state.publish(ended);
     Ok(())
 }
 

@@ -131,6 +131,17 @@ fn quit_and_sigterm_end_it_in_order() {
 }
 
 #[test]
+fn sighup_is_for_aditd_and_does_not_end_it() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    aditd.wait_status(|_| true);
+    let pid = nix::unistd::Pid::from_raw(running.child.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    aditd.say(Message::Quit(Quit {}), None);
+    assert!(running.ended().success());
+}
+
+#[test]
 fn a_dial_without_a_guest_fails_at_once() {
     let mut running = Running::start();
     let aditd = running.connect();

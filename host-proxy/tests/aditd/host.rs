@@ -35,7 +35,7 @@ pub struct Host {
 /// The control socket of one VM.
 pub struct Port {
     listener: UnixListener,
-    name: String,
+    pub name: String,
     cid: u64,
 }
 
@@ -185,6 +185,14 @@ impl Host {
         let stream = TcpStream::from(sock);
         stream.set_read_timeout(Some(HANG)).unwrap();
         stream
+    }
+
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    pub fn config_file(&self) -> PathBuf {
+        self.dir.path().join("aditd.toml")
     }
 
     /// A file in a VM's directory.

@@ -6,6 +6,7 @@ mod commands;
 mod cut;
 mod faults;
 mod foreign;
+mod full_disk;
 #[path = "../../port/tests/fuse/mod.rs"]
 mod fuse;
 mod handover;
