@@ -16,9 +16,9 @@ use tokio::sync::oneshot;
 
 use crate::disk;
 
-/// Jobs in one transaction at most.
+/// Most jobs in one transaction.
 const BATCH_MAX: usize = 256;
-/// Jobs that wait at most; one more waits outside.
+/// Most jobs in the queue. Whoever has another one waits until there is room.
 const WAITING_MAX: usize = 1024;
 /// How long the database may be locked by somebody else (an operator with `sqlite3`).
 const BUSY: Duration = Duration::from_secs(10);
@@ -32,7 +32,7 @@ pub type Migration = fn(&Connection) -> rusqlite::Result<()>;
 /// Why a job has no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum DbError {
-    /// SQLite says no: disk full, a broken file, …
+    /// SQLite reports an error: the disk is full, the file is broken, …
     #[error("database: {0}")]
     Sqlite(#[from] rusqlite::Error),
     /// The transaction that the job was in could not be committed.
@@ -49,7 +49,7 @@ pub enum DbError {
         known: i64,
     },
     /// A database, and not one of aditd's.
-    #[error("{path} is the database of another program: it has tables, and no schema version")]
+    #[error("{path} is the database of another program: it has tables, but no schema version")]
     Foreign {
         /// The file.
         path: String,
@@ -80,26 +80,25 @@ impl DbError {
                 "the disk is full: make room and start again; nothing that was acknowledged is lost"
             }
             Self::Sqlite(e) if e.sqlite_error_code() == Some(ErrorCode::NotADatabase) => {
-                "move it away and start again: its queue is lost, no VM is"
+                "move it away and start again: its tasks are lost, and the VMs that were added with `adit vm add`"
             }
             Self::Foreign { .. } => "set another state_dir, or move the file away",
             Self::Damaged { .. } => {
                 "copy it with its -wal file, then either save what can be read (`sqlite3 FILE .recover | sqlite3 NEW`, \
-                 `PRAGMA user_version` as before) or move both away: the queue is lost then, no VM is"
+                 `PRAGMA user_version` as before) or move both away: then its tasks are lost, and the VMs that were added \
+                 with `adit vm add`"
             }
             Self::Newer { .. } => {
-                "start the newer aditd, or move the file away: its queue is lost, no VM is"
+                "start the newer aditd, or move the file away: then its tasks are lost, and the VMs that were added with `adit vm add`"
             }
-            _ => {
-                "look at the disk and at who may write there; a broken file can be moved away: its queue is lost, no VM is"
-            }
+            _ => "check the disk, and that aditd may write there",
         }
     }
 }
 
 /// Tells a job's owner after the commit.
 type Answer = Box<dyn FnOnce(Result<(), String>) + Send>;
-/// Without a transaction to be in, a job is not run.
+/// A job. Where no transaction can be made, it gets the reason in place of the connection.
 type Job = Box<dyn FnOnce(Result<&Connection, String>) -> Answer + Send>;
 
 /// Handle to the database thread.
@@ -252,7 +251,7 @@ fn check(connection: &Connection, path: &Path) -> rusqlite::Result<Option<String
     let orphan = connection.query_row("PRAGMA foreign_key_check", [], |r| r.get::<_, String>(0));
     Ok(orphan
         .optional()?
-        .map(|table| format!("a row of `{table}` names one that is not there")))
+        .map(|table| format!("a row of `{table}` refers to one that does not exist")))
 }
 
 fn run(connection: Connection, path: &Path, migrations: &[Migration], jobs: &Receiver<Job>) {
@@ -290,13 +289,13 @@ fn batch(connection: &Connection, first: Job, jobs: &Receiver<Job>) -> bool {
         let Ok(job) = jobs.try_recv() else { break };
         answers.push(job(Ok(connection)));
     }
-    // An error that ended the transaction before is of a statement; SQLite has put things right, and said so to its job.
+    // A transaction that has ended before its commit was rolled back by SQLite, and the job that failed knows.
     let is_open = !connection.is_autocommit();
     let committed = connection.execute_batch("COMMIT");
     let mut trusted = true;
     if let Err(e) = &committed {
         tracing::error!(error = %e, "commit failed: its jobs are answered with an error");
-        // No room is no doubt about what is on the disk.
+        // A full disk leaves no doubt about what was written.
         trusted = !is_open || e.sqlite_error_code() == Some(ErrorCode::DiskFull);
         if !connection.is_autocommit()
             && let Err(e) = connection.execute_batch("ROLLBACK")

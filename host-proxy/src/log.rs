@@ -20,7 +20,7 @@ use tracing_subscriber::{EnvFilter, Layer};
 const KINDS_MAX: usize = 16_384;
 /// Most characters of a VM's name, and of a kind, that are looked at.
 const NAME_MAX: usize = 64;
-/// A kind has one line in this time.
+/// In this time a kind has one line.
 const PERIOD: Duration = Duration::from_secs(1);
 
 /// Starts logging.
@@ -51,7 +51,7 @@ impl Kinds {
         let over = |since: Instant| now.duration_since(since) >= PERIOD;
         let mut kind = kind;
         if self.0.len() >= KINDS_MAX && !self.0.contains_key(&kind) {
-            // Whose second is over, and who left nothing out, is as good as new.
+            // An entry whose second is over and that left nothing out is not needed.
             self.0.retain(|_, (since, left)| *left > 0 || !over(*since));
             if self.0.len() >= KINDS_MAX {
                 kind = None;
@@ -95,7 +95,7 @@ impl<S: Subscriber> Filter<S> for Limit {
         };
         if let Some(left @ 1..) = admitted {
             let line = left_out(self.json, left, meta.target(), &of.vm);
-            // A line that cannot be written stops nobody.
+            // A line that cannot be written is dropped.
             let _ = std::io::stderr().write_all(line.as_bytes());
         }
         admitted.is_some()

@@ -77,7 +77,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("aditd: {e:#}");
+            // `eprintln!` would panic where nothing can be written.
+            let _ = writeln!(std::io::stderr(), "aditd: {e:#}");
             ExitCode::FAILURE
         }
     }
@@ -97,11 +98,11 @@ fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
-/// What the process has from its parent and must not depend on.
+/// Sets what the process inherits and must not depend on.
 fn settle() {
     // The database holds what guests are told to do and what they answered; sockets are as private.
     umask(Mode::from_bits_truncate(0o077));
-    // A client is a descriptor or three; the customary 1,024 are fewer than clients and VMs may be.
+    // A client takes up to three descriptors; the usual 1,024 are too few for the clients and VMs that there may be.
     if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && soft < hard
         && let Err(e) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
@@ -129,12 +130,12 @@ fn run(file: &Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
         .block_on(adit_host_proxy::run(config, file, port_bin, passed))
 }
 
-/// What systemd held for an earlier aditd. To be called once, before anything else is opened.
+/// Takes the descriptors that systemd held for an earlier aditd. To be called once, before anything else is opened.
 fn passed_on() -> Vec<(String, OwnedFd)> {
     let passed = match sd_notify::listen_fds_with_names() {
         Ok(passed) => passed,
         Err(e) => {
-            tracing::warn!(error = %e, "what the service manager passed on is not understood");
+            tracing::warn!(error = %e, "cannot take the descriptors that the service manager passed");
             return vec![];
         }
     };

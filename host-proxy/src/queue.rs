@@ -24,7 +24,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::db::DbError;
 
-/// Attempts of an idempotent step at most.
+/// Most attempts of an idempotent step.
 pub const ATTEMPTS_MAX: u32 = 3;
 /// Most bytes of a reason that are kept.
 const REASON_MAX: usize = 1024;
@@ -37,7 +37,7 @@ const OPEN: &str = "('queued', 'leased', 'started')";
 const TASK_COLUMNS: &str = "t.task_id, g.goal_id, t.vm, t.step, t.attempt, t.state, t.exit, t.reason, t.queued_ms, \
      t.started_ms, t.ended_ms, t.out_total, t.err_total, coalesce(substr(t.out_head, 1, 200), x'')";
 
-/// Why a goal is not taken.
+/// Why a request to the queue fails.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
     /// The same id with other content.
@@ -62,7 +62,7 @@ pub enum QueueError {
     /// A report for a task that was never handed to this VM.
     #[error("the task was not handed to this VM")]
     NotLeased,
-    /// The database says no.
+    /// The database failed.
     #[error(transparent)]
     Db(#[from] DbError),
 }
@@ -316,7 +316,7 @@ fn store(c: &Connection, report: &Report, cap: usize, now_ms: i64) -> Result<(),
 /// The first half and the last half of `cap` bytes, as an honest guest cuts them itself.
 fn cut(said: &Captured, cap: usize) -> Captured {
     let sent = said.head.len() + said.tail.len();
-    // That much there was at least, whatever it says.
+    // There was at least that much, whatever it says.
     let total = said.total.max(sent as u64);
     let (mut head, mut tail) = (said.head.clone(), said.tail.clone());
     if sent > cap {

@@ -141,3 +141,18 @@ pub fn until_end(
         events.run().context("event loop")?;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_that_goes_away_ends_the_vm_as_sigterm_does() {
+        let signals = signals().unwrap();
+        for signal in [Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT] {
+            nix::sys::signal::raise(signal).unwrap();
+            let taken = signals.read_signal().unwrap().unwrap();
+            assert_eq!(taken.ssi_signo, signal as u32);
+        }
+    }
+}

@@ -1,6 +1,6 @@
 //! `adit-port`: serves one VM. Started by `aditd`, and lives on without it.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -84,7 +84,8 @@ fn main() -> ExitCode {
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("adit-port: {e:#}");
+            // Its log may be on a full disk: `eprintln!` would panic.
+            let _ = writeln!(std::io::stderr(), "adit-port: {e:#}");
             ExitCode::FAILURE
         }
     }

@@ -131,6 +131,17 @@ fn quit_and_sigterm_end_it_in_order() {
 }
 
 #[test]
+fn an_error_that_cannot_be_written_is_an_exit_status_and_no_panic() {
+    let mut running = Running::start();
+    running.connect();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+    // Its place is taken.
+    let mut second = command(&running.dir);
+    let status = second.stderr(full.unwrap()).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+}
+
+#[test]
 fn sighup_is_for_aditd_and_does_not_end_it() {
     let mut running = Running::start();
     let aditd = running.connect();

@@ -144,7 +144,7 @@ pub(super) async fn list(
                 .await
                 .map(|(tasks, next)| Some((tasks, next, false)))
                 // The answer is cut off: whoever reads it finds no end of the array.
-                .map_err(|_| std::io::Error::other("the database says no")),
+                .map_err(|_| std::io::Error::other("the database failed")),
         };
         match at {
             Ok(at) => Some((Ok(text), (state, filter, at))),

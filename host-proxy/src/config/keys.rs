@@ -90,6 +90,18 @@ impl Key {
         }
     }
 
+    /// What makes a changed value take effect.
+    pub fn applied_by(&self) -> &'static str {
+        match self.path {
+            "vm.cid" => "a restart of aditd, once the VM has ended",
+            "vm.busy_poll_us" | "vm.ivshmem_mib" | "vm.allow_any_memory" => {
+                "a reload of aditd, and then `adit vm reload`"
+            }
+            _ if self.section() == "vm" => "a reload of aditd",
+            _ => "a restart of aditd",
+        }
+    }
+
     /// Whether the file must have it, in each of its sections.
     pub(super) fn is_required(&self) -> bool {
         self.default == REQUIRED
@@ -234,7 +246,7 @@ const KEYS: &[Key] = &[
     },
     Key {
         path: "vm.allow",
-        meaning: "Guest TCP ports that clients may reach, through the agent.",
+        meaning: "Guest TCP ports that clients may reach, through the agent. Streams that are open go on when a port is removed.",
         default: "[]",
         example: "[80, 22]",
         kind: Kind::Numbers {
@@ -244,7 +256,8 @@ const KEYS: &[Key] = &[
     },
     Key {
         path: "vm.allow_vsock",
-        meaning: "Guest AF_VSOCK ports that clients may reach, without the agent: as host name vsock-PORT.NAME.",
+        meaning: "Guest AF_VSOCK ports that clients may reach, without the agent: as host name vsock-PORT.NAME. Streams that are \
+                  open go on when a port is removed.",
         default: "[]",
         example: "[5000]",
         kind: Kind::Numbers { min: 0, max: U32 },
@@ -308,7 +321,11 @@ pub fn example() -> String {
             false => format!("Default: {}", key.default),
         };
         wrap(&mut text, key.meaning);
-        wrap(&mut text, &format!("{default}. Takes {}.", key.limit()));
+        let (limit, by) = (key.limit(), key.applied_by());
+        wrap(
+            &mut text,
+            &format!("{default}. Takes {limit}. A change takes {by}."),
+        );
         let _ = writeln!(text, "#{} = {}", key.name(), key.example);
     }
     text

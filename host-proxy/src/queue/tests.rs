@@ -429,7 +429,7 @@ fn r79_a_damaged_truncated_or_foreign_file_is_refused_by_name_and_left_as_it_is(
                     e,
                     DbError::Damaged { .. } | DbError::Foreign { .. } | DbError::Newer { .. }
                 ) || matches!(&e, DbError::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::NotADatabase));
-                assert!(by_name && !e.remedy().is_empty(), "{what}: {e:?}");
+                assert!(by_name && !e.remedy(&path).is_empty(), "{what}: {e:?}");
                 assert_eq!(std::fs::read(&path).unwrap(), bytes, "{what}: written to");
                 false
             }

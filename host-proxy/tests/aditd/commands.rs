@@ -72,3 +72,12 @@ fn a_reader_that_has_gone_ends_it_quietly_and_a_full_disk_with_a_word() {
         assert!(!said.contains("panicked"), "{said}");
     }
 }
+
+#[test]
+fn an_error_that_cannot_be_written_anywhere_is_an_exit_status_and_no_panic() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_aditd"));
+    command.args(["check-config", "/nonexistent"]);
+    let status = command.stderr(full.unwrap()).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+}
