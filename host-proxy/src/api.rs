@@ -1,5 +1,8 @@
 //! The JSON API on the Unix socket; `adit_api` lists the endpoints and has the types.
 
+mod lists;
+mod wait;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +11,7 @@ use adit_tasks::wire::TaskId;
 use adit_tasks::{VmId, dsse, hex, unhex};
 use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, Path, Query, State as Shared};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -24,8 +27,6 @@ use crate::state::State;
 
 /// Most bytes of a request's body: an envelope inside JSON.
 pub const BODY_MAX: usize = 2 * dsse::ENVELOPE_MAX + 4096;
-/// Longest wait for a VM.
-const WAIT_MAX: Duration = Duration::from_secs(3600);
 /// How long a port process that was told to end may take.
 const PORT_END_LIMIT: Duration = Duration::from_secs(5);
 
@@ -43,8 +44,8 @@ pub fn router(state: App) -> Router {
         .route("/v1/vms", get(list_vms).post(add_vm))
         .route("/v1/vms/{name}", get(show_vm).delete(remove_vm))
         .route("/v1/vms/{name}/reload", post(reload_vm))
-        .route("/v1/vms/{name}/wait", get(wait_vm))
-        .route("/v1/goals", post(add_goal))
+        .route("/v1/vms/{name}/wait", get(wait::wait_vm))
+        .route("/v1/goals", get(lists::goals).post(add_goal))
         .route("/v1/goals/{id}", get(show_goal))
         .route("/v1/tasks", get(list_tasks))
         .route("/v1/tasks/{id}", get(show_task))
@@ -114,9 +115,12 @@ impl From<QueueError> for ApiError {
         use StatusCode as S;
         match &e {
             QueueError::GoalTaken { .. } => Self::new(S::CONFLICT, "goal-taken", e),
+            QueueError::GoalExpired { .. } => Self::new(S::UNPROCESSABLE_ENTITY, "expired", e)
+                .help("sign it again: its time begins when it is signed"),
             QueueError::Full { .. } => Self::new(S::TOO_MANY_REQUESTS, "queue-full", e)
                 .help("wait until its tasks are done (`adit task ls --vm …`), or raise [limits] queued_per_vm"),
             QueueError::Unknown => Self::new(S::NOT_FOUND, "unknown-task", e).help("`adit task ls` lists them"),
+            QueueError::UnknownGoal => Self::new(S::NOT_FOUND, "unknown-goal", e).help("`adit goal ls` lists them"),
             QueueError::NotLeased => Self::new(S::CONFLICT, "not-leased", e),
             QueueError::Db(db) => {
                 tracing::error!(error = %db, "database");
@@ -307,47 +311,6 @@ fn patient(state: &State) -> Result<OwnedSemaphorePermit, ApiError> {
     })
 }
 
-#[derive(Deserialize)]
-struct WaitQuery {
-    #[serde(rename = "for")]
-    condition: String,
-    timeout_ms: u64,
-}
-
-async fn wait_vm(
-    Shared(state): Shared<App>,
-    Path(name): Path<String>,
-    Query(q): Query<WaitQuery>,
-) -> Answer<Vm> {
-    let vm = find(&state, &name)?;
-    if q.condition != "agent" {
-        return Err(ApiError::new(
-            StatusCode::BAD_REQUEST,
-            "usage",
-            "`for` is `agent`",
-        ));
-    }
-    let _patient = patient(&state)?;
-    let mut changes = vm.watch();
-    let ready = async {
-        while !vm.ready() {
-            if changes.changed().await.is_err() {
-                return;
-            }
-        }
-    };
-    let limit = Duration::from_millis(q.timeout_ms).min(WAIT_MAX);
-    if tokio::time::timeout(limit, ready).await.is_err() {
-        let (state, fault) = (vm.show().state, vm.show().fault);
-        let fault = fault.map_or_else(String::new, |fault| format!(" ({fault})"));
-        let message =
-            format!("`{name}` is not ready after {limit:?}: its channel is {state:?}{fault}");
-        let help = "down: `adit vm show` says why; waiting: no VMM or guest driver; up: adit-guest does not run in it";
-        return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "timeout", message).help(help));
-    }
-    Ok(Json(vm.show()))
-}
-
 // ---- goals and tasks
 
 async fn add_goal(Shared(state): Shared<App>, body: Bytes) -> Answer<Goal> {
@@ -439,6 +402,8 @@ struct TaskQuery {
     limit: Option<usize>,
     #[serde(default)]
     after: i64,
+    newest: Option<usize>,
+    before: Option<i64>,
 }
 
 async fn list_tasks(
@@ -456,7 +421,14 @@ async fn list_tasks(
         id,
         open: false,
     };
+    lists::check_state(&filter)?;
+    if let Some(limit) = q.newest {
+        return lists::newest_tasks(&state, filter, q.before, limit).await;
+    }
     let (tasks, next) = page_of(&state, &filter, q.after, q.limit.unwrap_or(PAGE_MAX)).await?;
+    if tasks.is_empty() {
+        lists::check_names(&state, &filter).await?;
+    }
     if q.limit.is_some() || next.is_none() {
         let mut response = Json(tasks).into_response();
         if let Some(next) = next {
@@ -543,7 +515,7 @@ async fn task_output(
     Shared(state): Shared<App>,
     Path(id): Path<String>,
     Query(q): Query<OutputQuery>,
-) -> Result<Vec<u8>, ApiError> {
+) -> Result<Response, ApiError> {
     let id = task_id(&id)?;
     let stderr = match q.stream.as_deref() {
         None | Some("stdout") => false,
@@ -558,14 +530,17 @@ async fn task_output(
     };
     let out = state.db.run(move |c| queue::output(c, &id, stderr)).await?;
     let kept = (out.head.len() + out.tail.len()) as u64;
+    let missing = out.total.saturating_sub(kept);
+    let mut head = HeaderMap::new();
     let mut bytes = out.head;
-    if out.total > kept {
-        bytes.extend_from_slice(
-            format!("\n[adit: {} bytes left out]\n", out.total - kept).as_bytes(),
-        );
+    if missing > 0 {
+        if let Ok(value) = format!("{} {missing}", bytes.len()).parse() {
+            head.insert(adit_api::LEFT_OUT, value);
+        }
+        bytes.extend_from_slice(adit_api::left_out(missing).as_bytes());
     }
     bytes.extend_from_slice(&out.tail);
-    Ok(bytes)
+    Ok((head, bytes).into_response())
 }
 
 #[derive(Deserialize)]
@@ -573,7 +548,8 @@ struct EventQuery {
     goal: Option<String>,
 }
 
-/// Present state first, then changes, until nothing that was asked for can change any more.
+/// Present state first, then changes, until nothing that was asked for can change any more. A stream that ends for another
+/// reason is cut off, so that nobody takes its end for the end of the tasks.
 async fn events(
     Shared(state): Shared<App>,
     Query(q): Query<EventQuery>,
@@ -588,7 +564,11 @@ async fn events(
         ..Filter::default()
     };
     let mut present = page_of(&state, &filter, 0, PAGE_MAX).await?;
-    let (to, from) = tokio::sync::mpsc::channel::<Result<Bytes, std::convert::Infallible>>(64);
+    if present.0.is_empty() {
+        lists::check_names(&state, &filter).await?;
+    }
+    let (to, from) = tokio::sync::mpsc::channel::<std::io::Result<Bytes>>(64);
+    let cut_off = |why: &str| Err(std::io::Error::other(why.to_owned()));
     tokio::spawn(async move {
         let _patient = patient;
         let mut open = std::collections::HashMap::new();
@@ -603,14 +583,20 @@ async fn events(
             let Some(after) = next else { break };
             present = match page_of(&state, &filter, after, PAGE_MAX).await {
                 Ok(page) => page,
-                Err(_) => return, // cut off; whoever watches asks again
+                Err(_) => {
+                    let _ = to.send(cut_off("the database says no")).await;
+                    return;
+                }
             };
         }
         while !open.is_empty() {
             let event = tokio::select! {
                 event = changes.recv() => event,
                 () = to.closed() => return,
-                () = state.stop.cancelled() => return,
+                () = state.stop.cancelled() => {
+                    let _ = to.send(cut_off("aditd ends")).await;
+                    return;
+                }
             };
             match event {
                 Ok(event) if goal.as_ref().is_none_or(|g| *g == event.task.goal_id) => {
@@ -620,8 +606,11 @@ async fn events(
                     }
                 }
                 Ok(_) => {}
-                // It read too slowly: the stream is cut, and it asks again.
-                Err(RecvError::Lagged(_) | RecvError::Closed) => return,
+                // It read too slowly, and must ask again.
+                Err(RecvError::Lagged(_) | RecvError::Closed) => {
+                    let _ = to.send(cut_off("too far behind")).await;
+                    return;
+                }
             }
         }
     });

@@ -1,22 +1,25 @@
-//! `adit goal …`: sign a goal, hand it over, show it.
+//! `adit goal apply`: signs a goal and hands it over, in one or in two runs.
 
 use std::fs;
 use std::io::Read;
 use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
 
 use adit_api::{Goal, NewGoal};
 use adit_tasks::VmId;
 use adit_tasks::draft::{Draft, Inputs};
 use adit_tasks::dsse;
-use clap::{Args, Subcommand};
+use clap::Args;
 use jiff::Timestamp;
 
+use super::show;
 use crate::client::Client;
 use crate::error::Failure;
-use crate::output::{self, Format};
-use crate::{key, task};
+use crate::output::{self, Format, duration, span};
+use crate::{completion, key, task};
 
-const EXAMPLE: &str = "\
+pub const EXAMPLE: &str = "\
 A goal, in YAML:
   valid_for: 24h
   steps:
@@ -27,20 +30,14 @@ A goal, in YAML:
       file: {path: /etc/motd, content: \"managed by adit\\n\", mode: \"0644\"}
 
   adit goal apply hello.yaml --sign fleet.key --to web-1,web-2
+  adit goal apply hello.yaml --sign fleet.key --to web-1 --watch --timeout 10m
   adit goal apply hello.yaml --sign fleet.key --to web-1 --save signed.json --dry-run
-  adit goal apply signed.json";
+  adit goal apply signed.json
 
-#[derive(Subcommand)]
-pub enum GoalCommand {
-    /// Sign a goal and hand it to aditd, which queues its tasks
-    #[command(after_help = EXAMPLE)]
-    Apply(Apply),
-    /// Show a goal and its tasks
-    Show {
-        /// Its id
-        id: String,
-    },
-}
+A goal is valid from its signing for as long as `valid_for` says (24h if it says nothing). One whose time is over is refused.
+
+Exit status: 0 it is queued, and with --watch every step has succeeded; 1 it is refused; 4 there is no such VM; 5 with --watch:
+a step did not succeed; 124 --timeout is over.";
 
 #[derive(Args)]
 pub struct Apply {
@@ -50,7 +47,7 @@ pub struct Apply {
     #[arg(long, value_name = "KEY")]
     sign: Option<PathBuf>,
     /// VMs that it is for; of a signed goal: those of its audience that it is queued for
-    #[arg(long, value_delimiter = ',', value_name = "VM,…")]
+    #[arg(long, value_delimiter = ',', value_name = "VM,…", add = completion::vms())]
     to: Vec<String>,
     /// Queue it even for VMs that its audience does not name: they will refuse it
     #[arg(long)]
@@ -61,45 +58,38 @@ pub struct Apply {
     /// Print what would be signed, and hand nothing over
     #[arg(long)]
     dry_run: bool,
+    /// Then watch its tasks until all have ended, as `adit task watch --goal` does
+    #[arg(long, conflicts_with = "dry_run")]
+    watch: bool,
+    /// With --watch: give up after this long (exit status 124)
+    #[arg(
+        long,
+        requires = "watch",
+        value_parser = duration,
+        value_name = "DURATION"
+    )]
+    timeout: Option<Duration>,
 }
 
-pub async fn run(command: &GoalCommand, client: &Client, format: Format) -> Result<(), Failure> {
-    match command {
-        GoalCommand::Apply(apply) => run_apply(apply, client, format).await,
-        GoalCommand::Show { id } => {
-            let id: uuid::Uuid = id.parse().map_err(|_| {
-                Failure::new(
-                    "unknown-goal",
-                    format!("`{}` is no goal id", output::escape(id)),
-                )
-            })?;
-            show(&client.get(&format!("/v1/goals/{id}")).await?, format)
-        }
-    }
-}
-
-async fn run_apply(apply: &Apply, client: &Client, format: Format) -> Result<(), Failure> {
+pub async fn run(apply: &Apply, client: &Client, format: Format) -> Result<ExitCode, Failure> {
     let text = read(&apply.file)?;
     let envelope = match &apply.sign {
         Some(key_file) => {
             let payload = payload(apply, &text)?;
             if apply.dry_run {
-                println!("{}", String::from_utf8_lossy(&payload));
+                output::line(String::from_utf8_lossy(&payload))?;
             }
             dsse::sign(&payload, &key::read(key_file)?)
         }
         None => text,
     };
-    dsse::Envelope::parse(envelope.as_bytes()).map_err(|e| {
-        Failure::new("bad-goal", format!("{}: {e}", apply.file.display()))
-            .help("a goal that is not signed yet needs --sign KEY and --to VM,…")
-    })?;
+    check(&envelope, apply)?;
     if let Some(file) = &apply.save {
         fs::write(file, &envelope)
             .map_err(|e| Failure::io(&format!("cannot write {}", file.display()), &e))?;
     }
     if apply.dry_run {
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
     let new = NewGoal {
         envelope,
@@ -107,7 +97,35 @@ async fn run_apply(apply: &Apply, client: &Client, format: Format) -> Result<(),
         relay_unchecked: apply.relay_unchecked,
     };
     let goal: Goal = client.post("/v1/goals", &new).await?;
-    show(&goal, format)
+    show(&goal, format)?;
+    match apply.watch {
+        true => task::watch(client, Some(goal.goal_id), apply.timeout, format).await,
+        false => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Checks what is handed over: that it is a signed goal, and that its time is not over.
+fn check(envelope: &str, apply: &Apply) -> Result<(), Failure> {
+    let file = apply.file.display();
+    let envelope = dsse::Envelope::parse(envelope.as_bytes()).map_err(|e| {
+        Failure::new("bad-goal", format!("{file} is not a signed goal: {e}"))
+            .help("a goal that is not signed yet needs --sign KEY and --to VM,…")
+    })?;
+    let goal = adit_tasks::Goal::parse_unverified(envelope.unverified_payload())
+        .map_err(|e| Failure::new("bad-goal", format!("{file}: what is signed is no goal: {e}")))?;
+    let past = Duration::try_from(Timestamp::now().duration_since(goal.not_after));
+    match past {
+        Ok(past) if !past.is_zero() => {
+            let message = format!(
+                "{file}: the goal was valid until {}, which was {} ago",
+                goal.not_after,
+                span(past)
+            );
+            Err(Failure::new("expired", message)
+                .help("sign it again: its time begins when it is signed"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn read(file: &PathBuf) -> Result<String, Failure> {
@@ -124,7 +142,7 @@ fn read(file: &PathBuf) -> Result<String, Failure> {
 fn payload(apply: &Apply, text: &str) -> Result<Vec<u8>, Failure> {
     if apply.to.is_empty() {
         return Err(
-            Failure::new("usage", "nobody is named that the goal is for")
+            Failure::new("usage", "no VM is named that the goal is for")
                 .help("name VMs with --to web-1,web-2"),
         );
     }
@@ -137,7 +155,11 @@ fn payload(apply: &Apply, text: &str) -> Result<Vec<u8>, Failure> {
         })
     });
     let draft = Draft::parse(text, &apply.file.display().to_string()).map_err(|e| {
-        Failure::new("bad-goal", e.to_string()).help("`adit goal apply --help` shows a goal")
+        let help = match dsse::Envelope::parse(text.as_bytes()) {
+            Ok(_) => "this goal is signed already: leave --sign out",
+            Err(_) => "`adit goal apply --help` shows a goal",
+        };
+        Failure::new("bad-goal", e.to_string()).help(help)
     })?;
     let now = Timestamp::now();
     let inputs = Inputs {
@@ -150,18 +172,4 @@ fn payload(apply: &Apply, text: &str) -> Result<Vec<u8>, Failure> {
     draft
         .into_payload(inputs)
         .map_err(|e| Failure::new("bad-goal", format!("{}: {e}", apply.file.display())))
-}
-
-fn show(goal: &Goal, format: Format) -> Result<(), Failure> {
-    if format == Format::Json {
-        return output::json(goal);
-    }
-    println!(
-        "goal {} ({} tasks, sha256 {})",
-        goal.goal_id,
-        goal.tasks.len(),
-        task::short(&goal.digest)
-    );
-    task::list(&goal.tasks);
-    Ok(())
 }
