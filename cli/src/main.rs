@@ -43,6 +43,9 @@ Exit status:
   124  the time of --timeout is over
   141  whoever reads standard output has closed it, as with `adit vm ls | head -1`";
 
+/// Heading of the options that every command has.
+const EVERYWHERE: &str = "Options of every command";
+
 /// Where aditd listens if nobody says otherwise.
 const SOCKET: &str = "/run/adit/aditd.sock";
 
@@ -52,13 +55,13 @@ const SOCKET: &str = "/run/adit/aditd.sock";
 struct Cli {
     /// Socket of aditd [env: ADIT_SOCKET] [default: /run/adit/aditd.sock]
     // Not by clap's `env` and `default_value`: its messages would name the option as one that was given.
-    #[arg(long, global = true, value_name = "PATH")]
+    #[arg(long, global = true, value_name = "PATH", help_heading = EVERYWHERE)]
     socket: Option<PathBuf>,
     /// How long aditd may take to answer a request; the --timeout of a command that waits is beside it [default: 60s]
-    #[arg(long, value_parser = output::duration, global = true, value_name = "DURATION")]
+    #[arg(long, value_parser = output::duration, global = true, value_name = "DURATION", help_heading = EVERYWHERE)]
     request_timeout: Option<Duration>,
     /// How to print [default: table]
-    #[arg(short, long, value_enum, global = true, value_name = "FORMAT")]
+    #[arg(short, long, value_enum, global = true, value_name = "FORMAT", help_heading = EVERYWHERE)]
     output: Option<Format>,
     #[command(subcommand)]
     command: Command,

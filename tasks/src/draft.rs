@@ -11,6 +11,7 @@
 //! ```
 
 mod place;
+mod words;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -32,7 +33,7 @@ pub enum DraftError {
         line: u64,
         /// From 1; 0 if the parser does not say.
         column: u64,
-        /// What the parser says.
+        /// What is wrong.
         message: String,
     },
     /// A value that has the right type and cannot be used.
@@ -52,7 +53,7 @@ pub enum DraftError {
 
 /// A draft.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a goal (keys with values)")]
 pub struct Draft {
     /// How long it may be begun after signing: `30m`, `24h`, `7d`.
     #[serde(default = "day")]
@@ -63,6 +64,14 @@ pub struct Draft {
 
 fn day() -> String {
     "24h".into()
+}
+
+/// A mode of five digits with the zero in front left out, which a guest of before does not take.
+fn with_four_digits(mut step: Step) -> Step {
+    if let Some(file) = step.file.as_mut().filter(|file| file.mode.len() == 5) {
+        file.mode.remove(0);
+    }
+    step
 }
 
 /// What is filled in at signing.
@@ -92,7 +101,7 @@ impl Draft {
             let e = e.without_snippet();
             let at = e.location();
             let (line, column) = at.map_or((0, 0), |l| (l.line(), l.column()));
-            let message = e.to_string();
+            let message = e.render_with_formatter(&words::Words);
             // The parser says the place again at its end.
             let message = message
                 .strip_suffix(&format!(" at line {line}, column {column}"))
@@ -121,7 +130,8 @@ impl Draft {
         };
         check_steps(&draft.steps).map_err(value)?;
         draft.seconds().map_err(value)?;
-        Ok(draft)
+        let steps = draft.steps.into_iter().map(with_four_digits).collect();
+        Ok(Self { steps, ..draft })
     }
 
     /// Makes the payload to sign.

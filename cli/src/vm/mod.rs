@@ -74,6 +74,7 @@ pub enum VmCommand {
 
 #[derive(Args)]
 #[command(group = ArgGroup::new("change").required(true).multiple(true))]
+#[command(override_usage = "adit vm set <NAME> [--allow PORT,…] [--allow-vsock PORT,…] [--busy-poll-us MICROSECONDS]")]
 pub struct Set {
     /// Its name
     #[arg(add = completion::vms())]

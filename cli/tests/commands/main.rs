@@ -1,9 +1,18 @@
 //! The real `adit` binary, as a person calls it.
+#![allow(missing_docs)]
+
+mod completing;
+mod fake;
+mod goals;
+mod lists;
+mod printing;
+mod waiting;
+mod watching;
 
 use std::path::Path;
 use std::process::{Command, Output};
 
-fn adit(dir: &Path, args: &[&str]) -> Output {
+pub fn adit(dir: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_adit"))
         .args(args)
         .current_dir(dir)
@@ -12,7 +21,7 @@ fn adit(dir: &Path, args: &[&str]) -> Output {
         .expect("adit starts")
 }
 
-fn text(bytes: &[u8]) -> String {
+pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
