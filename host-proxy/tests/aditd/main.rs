@@ -1,6 +1,7 @@
 //! The whole aditd, with the test at the other end of its control sockets.
 #![allow(missing_docs)]
 
+mod asked;
 mod cut;
 mod foreign;
 #[path = "../../port/tests/fuse/mod.rs"]
