@@ -11,7 +11,6 @@
 //! ```
 
 mod place;
-mod words;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -33,7 +32,7 @@ pub enum DraftError {
         line: u64,
         /// From 1; 0 if the parser does not say.
         column: u64,
-        /// What is wrong.
+        /// What the parser says.
         message: String,
     },
     /// A value that has the right type and cannot be used.
@@ -53,7 +52,7 @@ pub enum DraftError {
 
 /// A draft.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a goal (keys with values)")]
+#[serde(deny_unknown_fields)]
 pub struct Draft {
     /// How long it may be begun after signing: `30m`, `24h`, `7d`.
     #[serde(default = "day")]
@@ -64,14 +63,6 @@ pub struct Draft {
 
 fn day() -> String {
     "24h".into()
-}
-
-/// A mode of five digits with the zero in front left out, which a guest of before does not take.
-fn with_four_digits(mut step: Step) -> Step {
-    if let Some(file) = step.file.as_mut().filter(|file| file.mode.len() == 5) {
-        file.mode.remove(0);
-    }
-    step
 }
 
 /// What is filled in at signing.
@@ -101,7 +92,7 @@ impl Draft {
             let e = e.without_snippet();
             let at = e.location();
             let (line, column) = at.map_or((0, 0), |l| (l.line(), l.column()));
-            let message = e.render_with_formatter(&words::Words);
+            let message = e.to_string();
             // The parser says the place again at its end.
             let message = message
                 .strip_suffix(&format!(" at line {line}, column {column}"))
@@ -130,8 +121,7 @@ impl Draft {
         };
         check_steps(&draft.steps).map_err(value)?;
         draft.seconds().map_err(value)?;
-        let steps = draft.steps.into_iter().map(with_four_digits).collect();
-        Ok(Self { steps, ..draft })
+        Ok(draft)
     }
 
     /// Makes the payload to sign.

@@ -61,7 +61,7 @@ pub enum GoalError {
 
 /// A goal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a goal (keys with values)")]
+#[serde(deny_unknown_fields)]
 pub struct Goal {
     /// Names it.
     pub goal_id: Uuid,
@@ -83,7 +83,7 @@ pub struct Goal {
 
 /// Whom a goal is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "an audience (keys with values)")]
+#[serde(deny_unknown_fields)]
 pub struct Audience {
     /// Ids of VMs.
     pub vms: Vec<VmId>,
@@ -91,7 +91,7 @@ pub struct Audience {
 
 /// One step: exactly one of `script` and `file`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a step (keys with values)")]
+#[serde(deny_unknown_fields)]
 pub struct Step {
     /// Names it within its goal: `[a-z0-9_-]`, 1 to 64 bytes.
     pub id: String,
@@ -140,7 +140,7 @@ impl Step {
 /// A program to run: `interpreter SCRIPT-FILE args…`, never through a shell of ours. The text is handed over as a
 /// temporary file that only the user it runs as can read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a script (keys with values)")]
+#[serde(deny_unknown_fields)]
 pub struct Script {
     /// Absolute path of the program that reads the text.
     pub interpreter: String,
@@ -175,7 +175,7 @@ pub struct Script {
 
 /// A file to write: whole, atomically.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a file (keys with values)")]
+#[serde(deny_unknown_fields)]
 pub struct FileStep {
     /// Absolute path under a root that the guest allows; no symbolic link on the way is followed.
     pub path: String,
@@ -185,7 +185,7 @@ pub struct FileStep {
     /// Content as base64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content_base64: Option<String>,
-    /// Mode as octal text: three or four digits, and a 0 in front of four of them if somebody likes.
+    /// Mode as octal text.
     #[serde(default = "mode")]
     pub mode: String,
     /// Owner by name or number (see [`Principal`]).
@@ -209,14 +209,9 @@ impl FileStep {
 
     /// The mode bits; `None` cannot happen in a goal that was parsed.
     pub fn mode_bits(&self) -> Option<u32> {
-        let digits = match self.mode.strip_prefix('0') {
-            Some(four) if four.len() == 4 => four,
-            _ => &self.mode,
-        };
-        let octal = digits.bytes().all(|b| matches!(b, b'0'..=b'7'));
-        (octal && matches!(digits.len(), 3 | 4))
-            .then(|| u32::from_str_radix(digits, 8).ok())
-            .flatten()
+        u32::from_str_radix(&self.mode, 8).ok().filter(|&m| {
+            m <= 0o7777 && (3..=4).contains(&self.mode.len()) && !self.mode.starts_with('+')
+        })
     }
 }
 
@@ -384,7 +379,7 @@ fn check_file(f: &FileStep, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
         return bad(&at("path"), "must name a file, not a directory");
     }
     if f.mode_bits().is_none() {
-        return bad(&at("mode"), "must be three or four octal digits, such as \"0644\" or \"2775\"");
+        return bad(&at("mode"), "must be octal, such as \"0644\"");
     }
     if f.content.is_some() == f.content_base64.is_some() {
         return bad(

@@ -17,7 +17,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
         impl<'de, T: Deserialize<'de>> Visitor<'de> for Fields<T> {
             type Value = T;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("keys with values")
+                f.write_str("an object")
             }
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
                 T::deserialize(MapAccessDeserializer::new(map))
@@ -49,27 +49,9 @@ pub(crate) fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
         .collect())
 }
 
-/// What a parser expects, without the types of this program.
-pub(crate) fn plain(message: &str) -> String {
-    let mut text = message.to_owned();
-    for (types, words) in [
-        (&["a sequence"][..], "a list"),
-        (&["a map"], "keys with values"),
-        (&["a string"], "text"),
-        (&["a boolean"], "true or false"),
-        (&["i8", "i16", "i32", "i64"], "a whole number"),
-        (&["u8", "u16", "u32", "u64", "usize"], "a whole number from 0"),
-    ] {
-        for name in types {
-            text = text.replace(&format!("expected {name}"), &format!("expected {words}"));
-        }
-    }
-    text
-}
-
 /// A message that quotes what a peer sent: no control byte, at most 512 characters (R72).
 pub(crate) fn shown(message: &impl fmt::Display) -> String {
-    let text = plain(&message.to_string());
+    let text = message.to_string();
     text.chars().take(512).flat_map(|c| {
         // Quotes and backslashes stay readable; what a terminal would obey does not.
         let obeyed = c.is_control() || matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
