@@ -1,23 +1,7 @@
 //! `/etc/adit-guest/adit-guest.toml`: what this guest is, whom it trusts, what it lets the host reach.
 //!
-//! ```toml
-//! vm_id = "web-1"                          # required; the audience of goals is checked against it
-//! trust_dir = "/etc/adit-guest/trust"      # one public key a file, *.pub; none = no task is run
-//! state_dir = "/var/lib/adit-guest"        # the journal
-//! run_dir = "/run/adit-guest"              # texts of running scripts; should be a tmpfs
-//! allow_ports = [80, 22]                   # local TCP ports that the host may reach; default none
-//! clock = "own"                            # "host": the guest takes the host's time whenever the agent connects or pulls
-//!
-//! [script]
-//! enabled = true
-//!
-//! [file]
-//! enabled = true
-//! roots = ["/etc", "/opt", "/srv", "/tmp", "/var"]
-//! ```
-//! The default roots keep the file executor away from programs and boot files (`/usr`, `/bin`, `/boot`, `/root`); the
-//! agent's own configuration and state are refused under any root. A key that is not known is an error that names file,
-//! line and key: a misspelt limit must not silently be no limit.
+//! `dist/adit-guest.toml.example` has every key, its meaning, default and limit; a test holds it to [`Config`]. A key that
+//! is not known is an error that names file, line and key: a misspelt limit must not silently be no limit.
 
 use std::fs;
 use std::io;
@@ -73,7 +57,10 @@ pub enum ConfigError {
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a configuration with the key `vm_id`"
+)]
 pub struct Config {
     /// The id that the image was enrolled with.
     pub vm_id: VmId,
@@ -117,7 +104,7 @@ pub enum ClockSource {
 
 /// `[script]`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [script]")]
 pub struct ScriptConfig {
     /// Whether scripts may run at all.
     pub enabled: bool,
@@ -125,7 +112,7 @@ pub struct ScriptConfig {
 
 /// `[file]`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [file]")]
 pub struct FileConfig {
     /// Whether files may be written at all.
     pub enabled: bool,
@@ -190,7 +177,7 @@ impl Config {
                 path: path.into(),
                 line: line_of(text, at),
                 key: key_at(text, at),
-                message: e.message().replace('\n', " "),
+                message: adit_tasks::plain(e.message()),
             }
         })?;
         let value = |key: &'static str, message: String| ConfigError::Value {
@@ -243,65 +230,4 @@ fn key_at(text: &str, at: usize) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(text: &str) -> Result<Config, ConfigError> {
-        Config::parse(Path::new("/etc/adit-guest/adit-guest.toml"), text)
-    }
-
-    #[test]
-    fn one_line_is_enough_and_allows_nothing() {
-        let c = parse("vm_id = \"web-1\"\n").unwrap();
-        assert!(c.allow_ports.is_empty());
-        assert_eq!(c.state_dir, Path::new("/var/lib/adit-guest"));
-        assert!(!c.file.roots.contains(&PathBuf::from("/")));
-    }
-
-    #[test]
-    fn an_unknown_key_names_file_line_and_key() {
-        for (text, line, key) in [
-            ("vm_id = \"a\"\nalow_ports = [80]\n", 2, "alow_ports"),
-            (
-                "vm_id = \"a\"\n[script]\nenabled = true\n\nshell = true\n",
-                5,
-                "shell",
-            ),
-            (
-                "vm_id = \"a\"\nallow_ports = [80, 70000]\n",
-                2,
-                "allow_ports",
-            ),
-            ("vm_id = \"Web\"\n", 1, "vm_id"),
-        ] {
-            let e = parse(text).unwrap_err();
-            let ConfigError::Parse {
-                line: at,
-                key: Some(found),
-                ..
-            } = &e
-            else {
-                panic!("{e}")
-            };
-            assert_eq!((*at, found.as_str()), (line, key), "{e}");
-            assert!(
-                e.to_string().starts_with(&format!(
-                    "/etc/adit-guest/adit-guest.toml:{line}: key `{key}`: "
-                )),
-                "{e}"
-            );
-        }
-    }
-
-    #[test]
-    fn values_that_cannot_be_used_are_refused() {
-        for text in [
-            "",
-            "vm_id = \"a\"\nallow_ports = [0]\n",
-            "vm_id = \"a\"\nstate_dir = \"var\"\n",
-            "vm_id = \"a\"\n[file]\nroots = [\"etc\"]\n",
-        ] {
-            assert!(parse(text).is_err(), "{text}");
-        }
-    }
-}
+mod tests;
