@@ -1,10 +1,10 @@
-//! What the command line refuses by its form.
+//! Options that are refused because of their form alone.
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 #[test]
-fn r116_a_name_that_is_a_path_is_refused_by_its_form() {
+fn r116_a_vm_name_that_is_a_path_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (run, kernel) = (dir.path().join("run"), dir.path().join("absent"));
     std::fs::create_dir_all(run.join("vm")).unwrap();
@@ -19,7 +19,7 @@ fn r116_a_name_that_is_a_path_is_refused_by_its_form() {
             String::from_utf8_lossy(&out.stderr).into_owned(),
         )
     };
-    // It ends for another reason.
+    // A good name passes, and the command fails for another reason.
     let (code, text) = said("web-1");
     assert!(code == Some(1) && !text.contains("--name"), "{text}");
     let mode = || std::fs::metadata(dir.path()).unwrap().permissions().mode();
