@@ -196,7 +196,12 @@ impl Client {
             .header("host", "aditd")
             .header("content-type", "application/json")
             .body(Full::new(Bytes::from(body.unwrap_or_default())))
-            .map_err(|e| Failure::new("usage", format!("`{path}` cannot be the path of a request: {e}")))?;
+            .map_err(|e| {
+                Failure::new(
+                    "usage",
+                    format!("`{path}` cannot be the path of a request: {e}"),
+                )
+            })?;
         let answer = sender.send_request(request).await.map_err(broken)?;
         if answer.status().is_success() {
             return Ok(answer);

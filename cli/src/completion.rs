@@ -107,9 +107,8 @@ pub fn goals() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         let path = format!("/v1/goals?newest={OFFERED_MAX}");
         let goals: Vec<GoalSummary> = ask(&path).unwrap_or_default();
-        let offer = |g: GoalSummary| {
-            CompletionCandidate::new(g.goal_id).help(Some(g.accepted_at.into()))
-        };
+        let offer =
+            |g: GoalSummary| CompletionCandidate::new(g.goal_id).help(Some(g.accepted_at.into()));
         goals.into_iter().rev().map(offer).collect()
     })
 }

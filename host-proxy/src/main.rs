@@ -1,4 +1,5 @@
 //! `aditd`: the host's daemon. `aditd run` serves, `aditd check-config` checks a file.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 #![allow(unsafe_code)] // systemd passes descriptors as numbers
 
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -58,7 +59,11 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let result = match Args::parse().command {
+    let args: Args = match adit_print::parse("aditd") {
+        Ok(args) => args,
+        Err(done) => return done,
+    };
+    let result = match args.command {
         Command::CheckConfig { file } => check(&file),
         Command::Run {
             config,
@@ -71,21 +76,18 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("aditd: {e:#}");
-            ExitCode::FAILURE
-        }
+        Err(e) => adit_print::failed("aditd", e.as_ref()),
     }
 }
 
 fn check(file: &std::path::Path) -> anyhow::Result<()> {
     let config = Config::load(file)?;
-    println!(
+    adit_print::line(format_args!(
         "{}: ok, {} VMs, proxy on {}",
         file.display(),
         config.vm.len(),
         config.proxy.listen
-    );
+    ))?;
     Ok(())
 }
 

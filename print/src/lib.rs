@@ -75,7 +75,15 @@ pub fn bytes(bytes: &[u8]) -> Result<(), PrintError> {
 /// Prints a line to standard error, with one write.
 pub fn note(text: impl Display) {
     // Nobody is left to be told that this failed.
-    let _ = io::stderr().lock().write_all(format!("{text}\n").as_bytes());
+    let _ = io::stderr()
+        .lock()
+        .write_all(format!("{text}\n").as_bytes());
+}
+
+/// [`note()`] with the arguments of `format!`.
+#[macro_export]
+macro_rules! note {
+    ($($text:tt)*) => { $crate::note(::core::format_args!($($text)*)) };
 }
 
 /// Says why a command failed, with its causes, and returns its exit status: [`CLOSED_PIPE`] and no word for a closed

@@ -109,7 +109,7 @@ impl Drop for Keyboard {
 /// Watches a descriptor for reading.
 pub fn watch(ops: &mut EventOps<'_>, fd: i32) {
     if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
-        eprintln!("adit-vmm: a descriptor cannot be watched: {e}");
+        adit_print::note!("adit-vmm: a descriptor cannot be watched: {e}");
     }
 }
 

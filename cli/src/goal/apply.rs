@@ -111,8 +111,12 @@ fn check(envelope: &str, apply: &Apply) -> Result<(), Failure> {
         Failure::new("bad-goal", format!("{file} is not a signed goal: {e}"))
             .help("a goal that is not signed yet needs --sign KEY and --to VM,…")
     })?;
-    let goal = adit_tasks::Goal::parse_unverified(envelope.unverified_payload())
-        .map_err(|e| Failure::new("bad-goal", format!("{file}: what is signed is no goal: {e}")))?;
+    let goal = adit_tasks::Goal::parse_unverified(envelope.unverified_payload()).map_err(|e| {
+        Failure::new(
+            "bad-goal",
+            format!("{file}: what is signed is no goal: {e}"),
+        )
+    })?;
     let past = Duration::try_from(Timestamp::now().duration_since(goal.not_after));
     match past {
         Ok(past) if !past.is_zero() => {
@@ -141,10 +145,8 @@ fn read(file: &PathBuf) -> Result<String, Failure> {
 /// The bytes to sign.
 fn payload(apply: &Apply, text: &str) -> Result<Vec<u8>, Failure> {
     if apply.to.is_empty() {
-        return Err(
-            Failure::new("usage", "no VM is named that the goal is for")
-                .help("name VMs with --to web-1,web-2"),
-        );
+        return Err(Failure::new("usage", "no VM is named that the goal is for")
+            .help("name VMs with --to web-1,web-2"));
     }
     let vms = apply.to.iter().map(|name| {
         name.parse::<VmId>().map_err(|e| {

@@ -67,10 +67,11 @@ pub async fn resolve(client: &Client, id: &str) -> Result<String, Failure> {
     match found.len() {
         1 => Ok(found.swap_remove(0).goal_id),
         0 => Err(unknown()),
-        _ => Err(
-            Failure::new("ambiguous", format!("the ids of several goals end with `{id}`"))
-                .help("give more digits"),
-        ),
+        _ => Err(Failure::new(
+            "ambiguous",
+            format!("the ids of several goals end with `{id}`"),
+        )
+        .help("give more digits")),
     }
 }
 

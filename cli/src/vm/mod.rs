@@ -74,7 +74,9 @@ pub enum VmCommand {
 
 #[derive(Args)]
 #[command(group = ArgGroup::new("change").required(true).multiple(true))]
-#[command(override_usage = "adit vm set <NAME> [--allow PORT,…] [--allow-vsock PORT,…] [--busy-poll-us MICROSECONDS]")]
+#[command(
+    override_usage = "adit vm set <NAME> [--allow PORT,…] [--allow-vsock PORT,…] [--busy-poll-us MICROSECONDS]"
+)]
 pub struct Set {
     /// Its name
     #[arg(add = completion::vms())]
@@ -104,7 +106,10 @@ impl<T: FromStr> FromStr for Ports<T> {
             p.parse()
                 .map_err(|_| format!("`{p}` is no port: write 80,22 or none"))
         };
-        text.split(',').map(port).collect::<Result<_, _>>().map(Self)
+        text.split(',')
+            .map(port)
+            .collect::<Result<_, _>>()
+            .map(Self)
     }
 }
 
@@ -140,7 +145,9 @@ pub async fn run(command: &VmCommand, client: &Client, format: Format) -> Result
             match format {
                 Format::Json => output::json(&vm),
                 Format::Table => {
-                    let pid = vm.port_pid.map_or_else(|| "-".into(), |pid| pid.to_string());
+                    let pid = vm
+                        .port_pid
+                        .map_or_else(|| "-".into(), |pid| pid.to_string());
                     output::line(format_args!("{name} is served by process {pid}"))
                 }
             }

@@ -101,7 +101,10 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
     rows.extend(vm.enrolled_as.iter().map(|id| {
         [
             "fault".into(),
-            format!("the image is enrolled as `{id}`: build it again with --vm-id {}", vm.name),
+            format!(
+                "the image is enrolled as `{id}`: build it again with --vm-id {}",
+                vm.name
+            ),
         ]
     }));
     if let Some(memory) = &vm.carrier.memory {

@@ -49,7 +49,9 @@ fn without_aditd_there_are_no_names_and_no_word_of_it() {
 fn every_shell_has_a_script() {
     let dir = Fake::absent();
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
-        let out = command(dir.path(), &["completion", shell]).output().unwrap();
+        let out = command(dir.path(), &["completion", shell])
+            .output()
+            .unwrap();
         assert!(out.status.success(), "{}", text(&out.stderr));
         assert!(text(&out.stdout).contains("COMPLETE"), "{shell}");
     }

@@ -29,7 +29,10 @@ fn a_signed_goal_whose_time_is_over_is_not_handed_over() {
     let out = fake.adit(&["goal", "apply", "s.json"]);
     let said = text(&out.stderr);
     assert_eq!(out.status.code(), Some(1), "{said}");
-    assert!(said.contains("expired") && said.contains("2021-01-01"), "{said}");
+    assert!(
+        said.contains("expired") && said.contains("2021-01-01"),
+        "{said}"
+    );
     assert!(fake.asked().is_empty());
     signed(&fake, "2100-01-01T00:00:00Z");
     let out = fake.adit(&["goal", "apply", "s.json"]);
@@ -57,7 +60,14 @@ fn dry_run(yaml: &str) -> Output {
     fs::write(fake.dir().join("g.yaml"), yaml).unwrap();
     assert!(fake.adit(&["key", "new", "k"]).status.success());
     let args = [
-        "goal", "apply", "g.yaml", "--sign", "k", "--to", "web-1", "--dry-run",
+        "goal",
+        "apply",
+        "g.yaml",
+        "--sign",
+        "k",
+        "--to",
+        "web-1",
+        "--dry-run",
     ];
     fake.adit(&args)
 }
@@ -77,7 +87,10 @@ fn a_mode_may_have_a_leading_zero_before_four_digits() {
 #[test]
 fn mistakes_in_a_goal_are_told_in_its_own_words() {
     for (yaml, words) in [
-        ("steps: [{id: a, id: b, file: {path: /x}}]", "`id` is given twice"),
+        (
+            "steps: [{id: a, id: b, file: {path: /x}}]",
+            "`id` is given twice",
+        ),
         ("valid_for: 1h", "`steps` is missing"),
         ("steps: [{id: a, scrpt: {}}]", "unknown key `scrpt`"),
         ("steps: 7", "`steps`: must be a list"),
@@ -94,7 +107,17 @@ fn mistakes_in_a_goal_are_told_in_its_own_words() {
         assert_eq!(out.status.code(), Some(1), "{yaml}: {said}");
         assert!(said.contains(words), "{yaml}: {said}");
         for foreign in [
-            "Policy", "Options", "Option<", "struct", "u32", "i64", "u64", "deserialize", "variant", "serde", "enum",
+            "Policy",
+            "Options",
+            "Option<",
+            "struct",
+            "u32",
+            "i64",
+            "u64",
+            "deserialize",
+            "variant",
+            "serde",
+            "enum",
         ] {
             assert!(!said.contains(foreign), "{yaml}: {said}");
         }

@@ -35,7 +35,10 @@ fn a_list_of_tasks_is_the_newest_and_says_that_there_are_more() {
     for column in ["TASK", "GOAL", "AGE"] {
         assert!(lines[0].contains(column), "{list}");
     }
-    assert!(lines[1].contains("deadbeef") && lines[1].contains("one"), "{list}");
+    assert!(
+        lines[1].contains("deadbeef") && lines[1].contains("one"),
+        "{list}"
+    );
     // Pages are asked for until the limit is reached or there are no more.
     for args in [&["task", "ls"][..], &["task", "ls", "--all"]] {
         let out = fake.adit(args);
@@ -80,7 +83,12 @@ fn filters_that_make_no_sense_are_errors() {
         (&["task", "output", "77"], 4),
     ] {
         let out = fake.adit(args);
-        assert_eq!(out.status.code(), Some(code), "{args:?}: {}", text(&out.stderr));
+        assert_eq!(
+            out.status.code(),
+            Some(code),
+            "{args:?}: {}",
+            text(&out.stderr)
+        );
     }
 }
 
@@ -108,7 +116,11 @@ fn goals_are_listed_with_key_age_and_how_far_they_are() {
     assert_eq!(json[0].failed, 45);
     // The last digits name it.
     assert!(fake.adit(&["goal", "show", "beef"]).status.success());
-    assert!(fake.asked().iter().any(|a| a.path == format!("/v1/goals/{GOAL}")));
+    assert!(
+        fake.asked()
+            .iter()
+            .any(|a| a.path == format!("/v1/goals/{GOAL}"))
+    );
 }
 
 #[test]
@@ -125,7 +137,10 @@ fn a_vm_is_changed_only_in_what_is_given() {
         let out = fake.adit(&[&["vm", "set", "web-1"], args].concat());
         assert!(out.status.success(), "{}", text(&out.stderr));
         let asked = fake.asked().pop().unwrap();
-        assert_eq!((asked.method.as_str(), asked.path.as_str()), ("PATCH", "/v1/vms/web-1"));
+        assert_eq!(
+            (asked.method.as_str(), asked.path.as_str()),
+            ("PATCH", "/v1/vms/web-1")
+        );
         let said: serde_json::Value = serde_json::from_str(&asked.body).unwrap();
         assert_eq!(said, body);
     }

@@ -47,7 +47,11 @@ fn a_closed_pipe_ends_every_command_without_a_word() {
         drop(reader);
         let out = into(&fake, args, writer);
         let said = text(&out.stderr);
-        assert_eq!((out.status.code(), said.as_str()), (Some(141), ""), "{args:?}");
+        assert_eq!(
+            (out.status.code(), said.as_str()),
+            (Some(141), ""),
+            "{args:?}"
+        );
     }
 }
 
@@ -98,7 +102,13 @@ fn json_is_json_for_version_and_output() {
     let out = json(&["task", "output", "3"]);
     assert_eq!((&out["head"], &out["tail"]), (&json!("ab"), &json!("cd")));
     assert_eq!(out["encoding"], "utf-8");
-    assert_eq!((&out["total_bytes"], &out["left_out_bytes"]), (&json!(74), &json!(70)));
+    assert_eq!(
+        (&out["total_bytes"], &out["left_out_bytes"]),
+        (&json!(74), &json!(70))
+    );
     let err = json(&["task", "output", "3", "--stream", "stderr"]);
-    assert_eq!((&err["encoding"], &err["head"]), (&json!("base64"), &json!("/wA=")));
+    assert_eq!(
+        (&err["encoding"], &err["head"]),
+        (&json!("base64"), &json!("/wA="))
+    );
 }

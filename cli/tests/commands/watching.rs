@@ -89,7 +89,12 @@ fn a_step_that_succeeded_when_it_was_tried_again_is_a_success() {
     });
     for args in [&["task", "watch"][..], &["task", "watch", "--goal", GOAL]] {
         let out = fake.adit(args);
-        assert_eq!(out.status.code(), Some(0), "{args:?}: {}", text(&out.stderr));
+        assert_eq!(
+            out.status.code(),
+            Some(0),
+            "{args:?}: {}",
+            text(&out.stderr)
+        );
     }
 }
 
@@ -110,7 +115,12 @@ fn an_unknown_goal_and_nothing_to_watch_are_not_found() {
         &["goal", "show", "no id"],
     ] {
         let out = fake.adit(args);
-        assert_eq!(out.status.code(), Some(4), "{args:?}: {}", text(&out.stderr));
+        assert_eq!(
+            out.status.code(),
+            Some(4),
+            "{args:?}: {}",
+            text(&out.stderr)
+        );
     }
 }
 
@@ -136,8 +146,15 @@ fn an_output_that_is_not_there_yet_is_said_or_waited_for() {
     });
     let out = fake.adit(&["task", "output", "3"]);
     let said = text(&out.stderr);
-    assert_eq!((out.status.code(), out.stdout.len()), (Some(1), 0), "{said}");
-    assert!(said.contains("not-ended") && said.contains("started"), "{said}");
+    assert_eq!(
+        (out.status.code(), out.stdout.len()),
+        (Some(1), 0),
+        "{said}"
+    );
+    assert!(
+        said.contains("not-ended") && said.contains("started"),
+        "{said}"
+    );
     let out = fake.adit(&["task", "output", "3", "--wait"]);
     assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
     assert_eq!(text(&out.stdout), "all of it\n");

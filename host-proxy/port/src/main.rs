@@ -1,4 +1,5 @@
 //! `adit-port` serves one VM. `aditd` starts it, and it survives `aditd`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 use std::io::Read;
 use std::os::fd::OwnedFd;
@@ -79,14 +80,14 @@ fn ivshmem_mib(text: &str) -> Result<usize, String> {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = match adit_print::parse("adit-port") {
+        Ok(args) => args,
+        Err(done) => return done,
+    };
     log::start(args.log_level);
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("adit-port: {e:#}");
-            ExitCode::FAILURE
-        }
+        Err(e) => adit_print::failed("adit-port", e.as_ref()),
     }
 }
 

@@ -54,11 +54,7 @@ fn summary(r: &Row<'_>) -> rusqlite::Result<GoalSummary> {
     })
 }
 
-fn count(
-    c: &Connection,
-    digest: &[u8; 32],
-    goal: GoalSummary,
-) -> Result<GoalSummary, QueueError> {
+fn count(c: &Connection, digest: &[u8; 32], goal: GoalSummary) -> Result<GoalSummary, QueueError> {
     // With max(), SQLite takes the other columns from the row that has the maximum.
     let sql = format!(
         "SELECT count(DISTINCT vm), count(DISTINCT step_no), coalesce(sum(state IN {OPEN}), 0), \

@@ -36,7 +36,13 @@ pub type Page = (Vec<Task>, Option<i64>);
 /// # Errors
 /// The database says no.
 pub fn page(c: &Connection, filter: &Filter, after: i64, limit: usize) -> Result<Page, QueueError> {
-    select(c, filter, "t.rowid > ?1 {filter} ORDER BY t.rowid", after, limit)
+    select(
+        c,
+        filter,
+        "t.rowid > ?1 {filter} ORDER BY t.rowid",
+        after,
+        limit,
+    )
 }
 
 /// Lists the newest tasks before a cursor, at most `limit` (and at most [`PAGE_MAX`]), in the same order; `i64::MAX` is the

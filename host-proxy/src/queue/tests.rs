@@ -718,10 +718,20 @@ fn a_goal_in_a_list_counts_each_step_once_by_its_last_attempt() {
 fn goals_are_found_by_their_last_digits_and_come_in_pages() {
     let c = open();
     for n in 1..6 {
-        add_goal(&c, &NewGoal { max_queued: 99, ..goal(n, n.into()) }).unwrap();
+        add_goal(
+            &c,
+            &NewGoal {
+                max_queued: 99,
+                ..goal(n, n.into())
+            },
+        )
+        .unwrap();
     }
     let ids = |goals: &[adit_api::GoalSummary]| -> Vec<char> {
-        goals.iter().filter_map(|g| g.goal_id.chars().last()).collect()
+        goals
+            .iter()
+            .filter_map(|g| g.goal_id.chars().last())
+            .collect()
     };
     let (some, earlier) = goals::newest(&c, None, i64::MAX, 2).unwrap();
     assert_eq!(ids(&some), ['4', '5']);
@@ -749,6 +759,9 @@ fn a_goal_whose_time_is_over_is_refused_unless_it_is_known_already() {
         vms: vec!["web-2".parse().unwrap()],
         ..late(2)
     };
-    assert!(matches!(add_goal(&c, &other), Err(QueueError::GoalExpired { .. })));
+    assert!(matches!(
+        add_goal(&c, &other),
+        Err(QueueError::GoalExpired { .. })
+    ));
     assert_eq!(states(&c).len(), 2);
 }

@@ -25,7 +25,11 @@ fn a_wait_for_a_vm_that_is_removed_ends_at_once() {
     let control = port.connected();
     let mut waiting = host.operator();
     let path = "/v1/vms/b/wait?for=agent&timeout_ms=3600000";
-    write!(waiting, "GET {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").unwrap();
+    write!(
+        waiting,
+        "GET {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
+    )
+    .unwrap();
     std::thread::scope(|s| {
         let removed = s.spawn(|| host.api("DELETE", "/v1/vms/b", "").status);
         let mut text = Vec::new();
@@ -44,7 +48,10 @@ fn a_wait_that_is_over_says_what_is_known_of_the_agent() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     host.start();
     let control = ports[0].connected();
-    let wait = || host.api("GET", "/v1/vms/a/wait?for=agent&timeout_ms=1", "").body;
+    let wait = || {
+        host.api("GET", "/v1/vms/a/wait?for=agent&timeout_ms=1", "")
+            .body
+    };
     host.until("its driver runs", |h| {
         (h.get("/v1/vms/a")["state"] == "up").then_some(())
     });
@@ -73,11 +80,18 @@ fn filters_that_name_nothing_known_are_errors() {
         ("/v1/tasks?vm=b&newest=5", "unknown-vm"),
         ("/v1/tasks?vm=B..", "unknown-vm"),
         (&format!("/v1/tasks?goal={unknown}"), "unknown-goal"),
-        (&format!("/v1/tasks?goal={unknown}&newest=5"), "unknown-goal"),
+        (
+            &format!("/v1/tasks?goal={unknown}&newest=5"),
+            "unknown-goal",
+        ),
         (&format!("/v1/events?goal={unknown}"), "unknown-goal"),
         (&format!("/v1/goals/{unknown}"), "unknown-goal"),
     ] {
-        assert_eq!(code(&host.api("GET", path, "")), (404, want.into()), "{path}");
+        assert_eq!(
+            code(&host.api("GET", path, "")),
+            (404, want.into()),
+            "{path}"
+        );
     }
     let dnoe = host.api("GET", "/v1/tasks?state=dnoe", "");
     assert_eq!(code(&dnoe), (400, "usage".into()));
@@ -133,7 +147,10 @@ fn the_newest_tasks_and_goals_are_listed_with_where_the_earlier_ones_are() {
     assert_eq!(field(&answer), None);
     let goals = host.get("/v1/goals?newest=1");
     let goal = &goals.as_array().unwrap()[0];
-    assert_eq!((&goal["goal_id"], &goal["open"]), (&goal_id(3).into(), &2.into()));
+    assert_eq!(
+        (&goal["goal_id"], &goal["open"]),
+        (&goal_id(3).into(), &2.into())
+    );
     assert_eq!(goal["signer"].as_str().unwrap().len(), 32);
 }
 
@@ -165,7 +182,11 @@ fn an_output_with_something_missing_says_where() {
     agent.acknowledged(id);
     let path = format!("/v1/tasks/{}/output", adit_tasks::hex(&id));
     let answer = host.api("GET", &path, "");
-    assert!(answer.head.contains("adit-left-out: 2 70"), "{}", answer.head);
+    assert!(
+        answer.head.contains("adit-left-out: 2 70"),
+        "{}",
+        answer.head
+    );
     assert_eq!(answer.body, format!("ab{}cd", adit_api::left_out(70)));
     let answer = host.api("GET", &format!("{path}?stream=stderr"), "");
     assert!(!answer.head.contains("adit-left-out"), "{}", answer.head);
@@ -185,7 +206,10 @@ fn a_check_that_cannot_be_printed_is_no_panic() {
     drop(reader);
     let out = check().stdout(writer).output().unwrap();
     assert_eq!((out.status.code(), out.stderr.len()), (Some(141), 0));
-    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let full = std::fs::File::options()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
     let out = check().stdout(full).output().unwrap();
     assert_eq!(out.status.code(), Some(1));
     assert!(!out.stderr.is_empty());
