@@ -10,10 +10,11 @@ use std::path::{Path, PathBuf};
 use adit_tasks::VmId;
 use serde::Deserialize;
 
-use crate::owned::{self, Writable};
-
 /// Where the configuration is if nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/adit-guest/adit-guest.toml";
+/// Exit status of a configuration that cannot be used (`EX_CONFIG` of sysexits.h). Init systems do not start the agent again
+/// then: only whoever writes the file can help.
+pub const BAD_CONFIG: u8 = 78;
 /// Most ports that may be listed.
 const PORTS_MAX: usize = 256;
 
@@ -85,9 +86,9 @@ pub struct Config {
     /// The file executor.
     #[serde(default)]
     pub file: FileConfig,
-    /// This file, if others than root may write it: whom it names is not trusted then.
+    /// This file.
     #[serde(skip)]
-    pub writable: Option<(PathBuf, Writable)>,
+    pub path: PathBuf,
 }
 
 /// Whose clock the guest's is. A host whose time is taken decides with it which goals are valid now, though never which were
@@ -160,18 +161,15 @@ impl Config {
             source,
         };
         let text = fs::read_to_string(path).map_err(read)?;
-        let meta = fs::metadata(path).map_err(read)?;
-        let mut config = Self::parse(path, &text)?;
-        config.writable = owned::check(&meta).err().map(|w| (path.to_owned(), w));
-        Ok(config)
+        Self::parse(path, &text)
     }
 
-    /// Checks the text of a file; `path` is for messages only.
+    /// Checks the text of a file.
     ///
     /// # Errors
     /// Something in it is wrong; says where.
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text).map_err(|e| {
+        let mut config: Self = toml::from_str(text).map_err(|e| {
             let at = e.span().map_or(0, |s| s.start);
             ConfigError::Parse {
                 path: path.into(),
@@ -213,6 +211,7 @@ impl Config {
         if config.allow_ports.contains(&0) {
             return Err(value("allow_ports", "0 is not a port".into()));
         }
+        path.clone_into(&mut config.path);
         Ok(config)
     }
 }

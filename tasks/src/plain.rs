@@ -61,6 +61,7 @@ fn of_yaml(what: &str) -> Option<String> {
     Some(match what {
         "expected mapping start" => "must be a mapping of keys to values".into(),
         "expected sequence start" => "must be a list".into(),
+        "unexpected end of input" => "the text ends where a value should be".into(),
         "expected string scalar" => "must be text".into(),
         "cannot deserialize null into string; use Option<String>" => {
             "must be text, and there is nothing; write \"\" for empty text".into()
@@ -101,7 +102,7 @@ fn expected(must: &str) -> String {
         "i32" => whole(i32::MIN.into(), i32::MAX.into()),
         "i64" => whole(i64::MIN.into(), i64::MAX.into()),
         "f64" => "a number".into(),
-        "bool" | "a boolean" => "true or false".into(),
+        "bool" | "boolean" | "a boolean" => "true or false".into(),
         "a string" | "string" => "text".into(),
         "path string" => "a path".into(),
         "a sequence" => "a list".into(),
