@@ -1,6 +1,6 @@
 //! Command line of `adit-guest`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use adit_guest_driver::run::{self, RunError};
 use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::Vsock;
 use adit_guest_driver::{journal, show};
+use adit_print::PrintError;
 use adit_tasks::VmId;
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
@@ -90,7 +91,11 @@ enum InitArg {
 }
 
 fn main() -> ExitCode {
-    let done = match Args::parse().command {
+    let args: Args = match adit_print::parse("adit-guest") {
+        Ok(args) => args,
+        Err(done) => return done,
+    };
+    let done = match args.command {
         #[cfg(not(feature = "test-util"))]
         Cmd::Run { config } => on_vsock(config),
         #[cfg(feature = "test-util")]
@@ -117,10 +122,12 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            // One line, whatever a cause brings along; nowhere to write it is no reason to panic.
-            let text = format!("{e:#}").replace('\n', " ");
-            let _ = writeln!(io::stderr(), "adit-guest: {text}");
-            ExitCode::from(exit_status(&e))
+            let code = exit_status(&e);
+            if code != adit_print::CLOSED_PIPE {
+                // One line, whatever a cause brings along.
+                adit_print::note!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
+            }
+            ExitCode::from(code)
         }
     }
 }
@@ -194,17 +201,19 @@ fn check_config(file: &Path) -> anyhow::Result<()> {
     ))
 }
 
-/// Writes to standard output. A reader that has seen enough (`| head`) is no error.
+/// Writes to standard output.
 fn print(text: &str) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        done => done.context("cannot write to standard output"),
-    }
+    Ok(adit_print::bytes(text.as_bytes())?)
 }
 
-/// [`BAD_CONFIG`] for a configuration that cannot be used, 1 for all else.
+/// [`BAD_CONFIG`] for a configuration that cannot be used, [`CLOSED_PIPE`] where nobody reads standard output any more, 1
+/// for all else.
+///
+/// [`CLOSED_PIPE`]: adit_print::CLOSED_PIPE
 fn exit_status(e: &anyhow::Error) -> u8 {
+    if let Some(PrintError::Closed) = e.downcast_ref() {
+        return adit_print::CLOSED_PIPE;
+    }
     let config =
         e.is::<ConfigError>() || matches!(e.downcast_ref::<RunError>(), Some(RunError::Config(_)));
     if config { BAD_CONFIG } else { 1 }
