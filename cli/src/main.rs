@@ -29,7 +29,8 @@ Examples:
   adit wait web-1 --for agent --timeout 30s
   adit key new fleet.key
   adit goal apply patch.yaml --sign fleet.key --to web-1,web-2
-  adit task watch
+  adit task watch                                  # or `adit goal apply … --watch`
+  adit task ls --state failed
   adit task output 3f2a --stream stderr
   curl -x http://127.0.0.1:7080 http://web-1/      # the proxy needs no adit command
 

@@ -349,7 +349,7 @@ fn a_vm_without_a_guest_is_503_and_says_why() {
         "{said}"
     );
     let (code, said) = adit(&host, &["wait", "a", "--timeout", "50ms"]);
-    assert!(code == 124 && said.contains("Waiting"), "{said}");
+    assert!(code == 124 && said.contains("waiting"), "{said}");
 }
 
 /// RssAnon of a process, KiB.

@@ -46,7 +46,7 @@ pub struct Apply {
     /// Private key to sign with
     #[arg(long, value_name = "KEY")]
     sign: Option<PathBuf>,
-    /// VMs that it is for; of a signed goal: those of its audience that it is queued for
+    /// VMs that it is for; of a goal that is signed already: those of its audience for which it is queued
     #[arg(long, value_delimiter = ',', value_name = "VM,…", add = completion::vms())]
     to: Vec<String>,
     /// Queue it even for VMs that its audience does not name: they will refuse it
@@ -58,10 +58,10 @@ pub struct Apply {
     /// Print what would be signed, and hand nothing over
     #[arg(long)]
     dry_run: bool,
-    /// Then watch its tasks until all have ended, as `adit task watch --goal` does
+    /// Watch its tasks afterwards until all have ended, as `adit task watch --goal` does
     #[arg(long, conflicts_with = "dry_run")]
     watch: bool,
-    /// With --watch: give up after this long (exit status 124)
+    /// With --watch: give up after this long, for example 30s or 5m (exit status 124)
     #[arg(
         long,
         requires = "watch",

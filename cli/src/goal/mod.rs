@@ -24,7 +24,7 @@ pub enum GoalCommand {
     Ls(ls::Ls),
     /// Show a goal and its tasks
     Show {
-        /// Its id, or the last digits of it
+        /// Id of the goal, or the last digits of it
         #[arg(add = completion::goals())]
         id: String,
     },

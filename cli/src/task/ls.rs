@@ -24,10 +24,10 @@ AGE is the time since a task was queued; TRY counts the attempts of its step.";
 
 #[derive(Args)]
 pub struct Ls {
-    /// Only this VM's; a VM that was removed has tasks as long as they are kept
+    /// Only those of this VM; the tasks of a removed VM are kept for a while
     #[arg(long, add = completion::vms())]
     vm: Option<String>,
-    /// Only this goal's: its id, or the last digits of it
+    /// Only those of this goal: its id, or the last digits of it
     #[arg(long, add = completion::goals())]
     goal: Option<String>,
     /// Only those in this state

@@ -35,17 +35,17 @@ pub enum TaskCommand {
     Ls(ls::Ls),
     /// Show one task
     Show {
-        /// Its id, or the first digits of it
+        /// Id of the task, or the first digits of it
         #[arg(add = completion::tasks())]
         id: String,
     },
     /// Print every change until all tasks have ended; exit status 5 if a step did not succeed
     #[command(after_help = WATCH_EXAMPLE)]
     Watch {
-        /// Only this goal's tasks: its id, or the last digits of it
+        /// Only the tasks of this goal: its id, or the last digits of it
         #[arg(long, add = completion::goals())]
         goal: Option<String>,
-        /// Give up after this long (exit status 124)
+        /// Give up after this long, for example 30s or 5m (exit status 124)
         #[arg(long, value_parser = duration, value_name = "DURATION")]
         timeout: Option<Duration>,
     },

@@ -36,7 +36,7 @@ pub struct Output {
     /// Wait until the task has ended
     #[arg(long)]
     wait: bool,
-    /// With --wait: give up after this long (exit status 124)
+    /// With --wait: give up after this long, for example 30s or 5m (exit status 124)
     #[arg(
         long,
         requires = "wait",

@@ -15,6 +15,12 @@ use crate::output::{self, Format};
 
 pub use wait::{Wait, wait};
 
+const ADD_EXAMPLE: &str = "\
+Example:
+  adit vm add web-3 --cid 5 --allow 80,22
+
+`vhost-user` in the answer is the socket that its VMM connects to. The VMs of aditd.toml need not be added.";
+
 const SET_EXAMPLE: &str = "\
 Examples:
   adit vm set web-1 --allow 80,443
@@ -29,13 +35,14 @@ pub enum VmCommand {
     Ls,
     /// Show one VM
     Show {
-        /// Its name
+        /// Name of the VM
         #[arg(add = completion::vms())]
         name: String,
     },
     /// Add a VM; it is kept over restarts of aditd
+    #[command(after_help = ADD_EXAMPLE)]
     Add {
-        /// Its name: a-z, 0-9 and inner '-'
+        /// Name of the VM: a-z, 0-9 and inner '-'
         name: String,
         /// Its CID: 3 or more, and no other VM's
         #[arg(long)]
@@ -54,7 +61,7 @@ pub enum VmCommand {
     ///
     /// Open tunnels and the agent's connection end; the VM keeps its channel.
     Reload {
-        /// Its name
+        /// Name of the VM
         #[arg(add = completion::vms())]
         name: String,
     },
@@ -63,7 +70,7 @@ pub enum VmCommand {
     /// Its open tasks end as `expired`, or as `lost_contact` if they were handed out. A VM that its VMM has registered
     /// (`adit-vmm --aditd`) is removed by that VMM when the VM ends; until then this command is refused.
     Rm {
-        /// Its name
+        /// Name of the VM
         #[arg(add = completion::vms())]
         name: String,
         /// Remove it even while its VMM holds it: the VM runs on, without a channel until it is started again
@@ -78,7 +85,7 @@ pub enum VmCommand {
     override_usage = "adit vm set <NAME> [--allow PORT,…] [--allow-vsock PORT,…] [--busy-poll-us MICROSECONDS]"
 )]
 pub struct Set {
-    /// Its name
+    /// Name of the VM
     #[arg(add = completion::vms())]
     name: String,
     /// Guest TCP ports that may be reached from now on, in place of those before; `none` for none

@@ -41,7 +41,7 @@ pub struct Wait {
         value_name = "CONDITION"
     )]
     condition: For,
-    /// Give up after this long; an aditd that is not up yet is waited for as well
+    /// Give up after this long, for example 30s or 5m; an aditd that is not up yet is waited for as well
     #[arg(long, value_parser = duration, default_value = "60s", value_name = "DURATION")]
     timeout: Duration,
 }
