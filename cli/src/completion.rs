@@ -1,6 +1,6 @@
 //! `adit completion SHELL`: what a shell sources, and what it asks this program while somebody types.
 //!
-//! The shell's script calls `adit` again, with `COMPLETE` set, for every word that is completed. So options and values
+//! The shell's script calls `adit` again, with `ADIT_COMPLETE` set, for every word that is completed. So options and values
 //! are always those of the `adit` that is installed, and names come from the `aditd` that runs. If there is none, or it
 //! does not answer at once, there are no names, and nothing is said of it: somebody is in the middle of a line.
 
@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// Tasks and goals that are offered at most: the newest.
 const OFFERED_MAX: usize = 50;
 /// How the shell's script asks.
-const VARIABLE: &str = "COMPLETE";
+const VARIABLE: &str = "ADIT_COMPLETE";
 
 const EXAMPLE: &str = "\
 Examples:
@@ -48,8 +48,10 @@ pub fn asked() -> Option<ExitCode> {
     match env.try_complete(std::env::args_os(), here.as_deref()) {
         Ok(false) => None,
         Ok(true) => Some(ExitCode::SUCCESS),
-        // The shell has gone, or is none that is known.
-        Err(_) => Some(ExitCode::FAILURE),
+        Err(e) => {
+            adit_print::note!("adit: cannot complete by {VARIABLE}: {e}");
+            Some(ExitCode::FAILURE)
+        }
     }
 }
 

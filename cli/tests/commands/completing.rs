@@ -9,7 +9,7 @@ use crate::text;
 fn complete(dir: &std::path::Path, words: &[&str]) -> Vec<String> {
     let args = [&["--", "adit"], words].concat();
     let mut command = command(dir, &args);
-    command.env("COMPLETE", "bash").env("_CLAP_IFS", "\n");
+    command.env("ADIT_COMPLETE", "bash").env("_CLAP_IFS", "\n");
     command.env("_CLAP_COMPLETE_INDEX", words.len().to_string());
     command.env("_CLAP_COMPLETE_COMP_TYPE", "9");
     let out = command.output().unwrap();
@@ -53,6 +53,6 @@ fn every_shell_has_a_script() {
             .output()
             .unwrap();
         assert!(out.status.success(), "{}", text(&out.stderr));
-        assert!(text(&out.stdout).contains("COMPLETE"), "{shell}");
+        assert!(text(&out.stdout).contains("ADIT_COMPLETE"), "{shell}");
     }
 }

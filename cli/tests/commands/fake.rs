@@ -90,7 +90,7 @@ pub fn command(dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_adit"));
     command.args(args).current_dir(dir);
     command.env("ADIT_SOCKET", dir.join("aditd.sock"));
-    command.env_remove("COMPLETE");
+    command.env_remove("ADIT_COMPLETE");
     command
 }
 

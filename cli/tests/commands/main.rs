@@ -158,3 +158,27 @@ fn help_teaches_and_completions_exist() {
     assert!(text(&adit(dir.path(), &["completion", "bash"]).stdout).contains("complete"));
     assert_eq!(adit(dir.path(), &["frobnicate"]).status.code(), Some(2));
 }
+
+#[test]
+fn a_wrong_command_line_is_status_2_and_names_no_option_that_nobody_gave() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("g.yaml"), "steps: []").unwrap();
+    for args in [
+        &["vm", "show"][..],
+        &["vm", "add", "x"],
+        &["goal", "apply", "g.yaml", "--sign", "k"],
+        &["wait", "web-1", "--timeout", "soon"],
+    ] {
+        let out = adit(dir.path(), args);
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{args:?}: {said}");
+        assert!(!said.contains("--socket"), "{args:?}: {said}");
+    }
+    let help = text(&adit(dir.path(), &["--help"]).stdout);
+    for status in ["0", "1", "2", "3", "4", "5", "124", "141"] {
+        let told = help
+            .lines()
+            .any(|l| l.trim_start().starts_with(&format!("{status}  ")));
+        assert!(told, "{status}: {help}");
+    }
+}
