@@ -85,10 +85,8 @@ pub fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) -> Result
     Ok(adit_print::bytes(text.as_bytes())?)
 }
 
-/// Prints a key and its value a line, values aligned.
-pub fn pairs(rows: &[[String; 2]]) -> Result<(), Failure> {
-    let width = rows.iter().map(|[key, _]| key.chars().count()).max();
-    let width = width.unwrap_or(0);
+/// Prints a key and its value a line; `width`: of the column of keys.
+pub fn pairs(width: usize, rows: &[[String; 2]]) -> Result<(), Failure> {
     let mut text = String::new();
     for [key, value] in rows {
         // Writing to a String cannot fail.

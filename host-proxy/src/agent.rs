@@ -19,8 +19,8 @@ use tokio::time::Instant;
 
 use crate::passing::Socket;
 use crate::queue::{self, QueueError};
-use crate::registry::VmEntry;
 use crate::state::State;
+use crate::vm::VmEntry;
 
 /// Ports below need CAP_NET_BIND_SERVICE in the guest: who dials from one is no unprivileged process (R59).
 const PRIVILEGED: u32 = 1024;

@@ -1,18 +1,19 @@
-//! `aditd`: names, HTTP and tasks of one host. Maps no guest memory: that do the port processes, one a VM.
+//! `aditd`: names, HTTP and tasks of one host. It never maps guest memory; each VM's port process does.
 //!
 //! | module | what |
 //! |---|---|
-//! | `config` | `aditd.toml` |
+//! | `config`, `reload` | `aditd.toml`; what SIGHUP applies of it |
 //! | `listen` | what every listener has: caps, shares, deadlines, descriptors in reserve |
-//! | `registry` | the VMs and how each one's channel stands |
-//! | `supervisor`, `ports` | a port process a VM: found or started, spoken to |
-//! | `uids`, `whose` | a user for each of them; which process it is |
+//! | `registry`, `vm`, `fault` | the VMs by name; one of them; what is wrong with it |
+//! | `vms`, `vm_dir` | how a VM comes, changes and goes; what becomes of its directory |
+//! | `supervisor`, `link` | finds or starts a VM's port process; speaks to it |
+//! | `uids`, `whose` | a user for each port process; which process answers |
 //! | `keeper`, `fdstore` | what a port process's successor needs; kept over the end of aditd by systemd |
 //! | `proxy` | the HTTP forward proxy |
 //! | `agent` | the tasks service that guests dial |
 //! | `queue`, `db` | the durable queue; the thread that commits it |
 //! | `api`, `metrics` | JSON on a Unix socket; counters |
-//! | `log` | lines to stderr, one a kind a second |
+//! | `log` | lines to stderr, one of each kind a second |
 //! | `state` | what they share |
 #![forbid(unsafe_code)]
 
@@ -20,53 +21,60 @@ pub mod agent;
 pub mod api;
 pub mod config;
 pub mod db;
+pub mod fault;
 pub mod fdstore;
 pub mod keeper;
+pub mod link;
 pub mod listen;
 pub mod log;
 pub mod metrics;
 pub mod passing;
-pub mod ports;
 pub mod proxy;
 pub mod queue;
 pub mod registry;
+pub mod reload;
 pub mod state;
 pub mod supervisor;
 pub mod uids;
+pub mod vm;
+pub mod vm_dir;
+pub mod vms;
 pub mod whose;
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
-use adit_channel::{hello, socket_path};
+use adit_channel::socket_path;
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
 
-use config::{Config, VmConfig};
+use config::Config;
 use db::Db;
 use fdstore::FdStore;
 use listen::Gate;
-use queue::QueueError;
-use registry::VmEntry;
 use state::State;
 
 /// How long requests that are under way may go on after the stop.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 
-/// Runs until told to stop. Port processes, and the tunnels in them, go on. `passed` is what systemd held for us, by name.
+/// Runs until told to stop. Port processes, and the tunnels in them, go on. `file` is where the configuration was read
+/// from; `passed` is what systemd held for us, by name.
 ///
 /// # Errors
 /// One line that says what to do: another aditd runs, a port is busy, a directory or the database cannot be used.
 pub async fn run(
     config: Config,
+    file: PathBuf,
     port_binary: PathBuf,
     passed: Vec<(String, OwnedFd)>,
 ) -> anyhow::Result<()> {
+    // From here on: one that comes early is for later.
+    let hangup = signal(SignalKind::hangup()).context("cannot watch SIGHUP")?;
     make_dir(&config.run_dir)?;
     make_dir(&config.state_dir)?;
     let _lock = lock(&config.run_dir)?;
@@ -75,7 +83,7 @@ pub async fn run(
         .map_err(|e| anyhow::anyhow!("cannot use {}: {e}; {}", path.display(), e.remedy()))?;
     let mut boot_nonce = [0; 16];
     getrandom::fill(&mut boot_nonce)
-        .map_err(|e| anyhow::anyhow!("no randomness to be had: {e}"))?;
+        .map_err(|e| anyhow::anyhow!("cannot get random numbers: {e}"))?;
     let store = FdStore::new(passed);
     let uids = uids::Uids::new(&config)?;
     let state = State::new(config, port_binary, db, boot_nonce, store, uids);
@@ -91,22 +99,16 @@ pub async fn run(
     }
     write_address(&state.config.run_dir, "proxy.addr", &proxy)?;
 
-    load_vms(&state).await?;
+    vms::load(&state).await?;
     state.fd_store.forget_others();
     tracing::info!(proxy = %proxy.local_addr()?, api = %state.config.api_socket().display(), "serving");
-    let status = format!(
-        "proxy on {}, {} VMs",
-        proxy.local_addr()?,
-        state.registry.all().len()
-    );
-    let _ = sd_notify::notify(&[
-        sd_notify::NotifyState::Ready,
-        sd_notify::NotifyState::Status(&status),
-    ]);
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tell_status(&state);
 
     let mut tasks = tokio::task::JoinSet::new();
     let clients = tokio::spawn(proxy::serve(state.clone(), proxy));
     tasks.spawn(state.clone().expire_tasks());
+    tasks.spawn(reload::at_hangup(state.clone(), file, hangup));
     if let Some(listener) = metrics {
         let app = api::observe(state.clone()).with_state(state.clone());
         let (gate, room) = (Gate::new(state.room.metrics), state.room);
@@ -147,94 +149,19 @@ pub async fn run(
     Ok(())
 }
 
-/// Adds a VM and starts to look after it; `keep` writes it down, so that it is there after a restart.
-///
-/// # Errors
-/// Its name or CID is taken, or it cannot be written down.
-pub(crate) async fn add_vm(
-    state: &Arc<State>,
-    config: VmConfig,
-    keep: bool,
-) -> Result<Arc<VmEntry>, api::ApiError> {
-    let vm = state.registry.add(config.clone())?;
-    vm.keeper.open(&state.fd_store, config.name.as_str());
-    if keep {
-        // Lists of numbers always serialise.
-        let allow = serde_json::to_string(&config.allow).unwrap_or_default();
-        let allow_vsock = serde_json::to_string(&config.allow_vsock).unwrap_or_default();
-        let name = config.name.to_string();
-        let kept = state.db.run::<_, QueueError, _>(move |c| {
-            let row = rusqlite::params![
-                name,
-                i64::try_from(config.cid).unwrap_or(i64::MAX),
-                allow,
-                allow_vsock
-            ];
-            Ok(c.execute("INSERT OR REPLACE INTO vms VALUES (?1, ?2, ?3, ?4)", row)?)
-        });
-        if let Err(e) = kept.await {
-            state.registry.remove(&vm.config.name);
-            return Err(e.into());
-        }
+/// Tells the service manager how things are, for `systemctl status`.
+fn tell_status(state: &State) {
+    let vms = state.registry.all().len();
+    let mut status = format!("{vms} VMs");
+    let reloaded = state.reloads.show();
+    if let Some(error) = reloaded.error {
+        status.push_str(&format!("; configuration refused: {error}"));
     }
-    state.refresh_open_tasks(&vm).await;
-    let (for_agents, of_vm) = (state.clone(), vm.clone());
-    let on_incoming = move |incoming: adit_port::control::Incoming, fd| {
-        if incoming.port == hello::PORT {
-            agent::accept(&for_agents, &of_vm, incoming, fd);
-        }
-    };
-    tokio::spawn(supervisor::supervise(
-        vm.clone(),
-        state.port_binary.clone(),
-        state.uids.clone(),
-        on_incoming,
-    ));
-    Ok(vm)
-}
-
-/// VMs of the configuration, then those that were added by the API and do not clash with them.
-async fn load_vms(state: &Arc<State>) -> anyhow::Result<()> {
-    for vm in state.config.vm.clone() {
-        if add_vm(state, vm, false).await.is_err() {
-            bail!("the VMs of the configuration clash"); // it was checked when it was read
-        }
+    if !reloaded.restart.is_empty() {
+        status.push_str("; a restart is needed for ");
+        status.push_str(&reloaded.restart.join(", "));
     }
-    let rows = state
-        .db
-        .run::<Vec<(String, u64, String, String)>, QueueError, _>(|c| {
-            let mut statement =
-                c.prepare("SELECT name, cid, allow, allow_vsock FROM vms ORDER BY name")?;
-            let rows = statement.query_map([], |r| {
-                Ok((r.get(0)?, r.get::<_, u32>(1)?.into(), r.get(2)?, r.get(3)?))
-            })?;
-            Ok(rows.collect::<Result<_, _>>()?)
-        });
-    for (name, cid, allow, allow_vsock) in rows.await? {
-        let config = (|| {
-            Some(VmConfig {
-                name: name.parse().ok()?,
-                cid,
-                allow: serde_json::from_str(&allow).ok()?,
-                allow_vsock: serde_json::from_str(&allow_vsock).ok()?,
-                busy_poll_us: 0,
-                ivshmem_mib: crate::config::default_ivshmem_mib(),
-                allow_any_memory: false,
-            })
-        })();
-        let added = match config {
-            Some(config) => add_vm(state, config, false).await.is_ok(),
-            None => false,
-        };
-        if !added {
-            tracing::error!(
-                vm = name,
-                cid,
-                "a VM that was added earlier clashes with the configuration: not served"
-            );
-        }
-    }
-    Ok(())
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(&status)]);
 }
 
 fn make_dir(dir: &Path) -> anyhow::Result<()> {
@@ -270,7 +197,7 @@ fn lock(run_dir: &Path) -> anyhow::Result<Flock<std::fs::File>> {
         Err(_) => {
             let pid = std::fs::read_to_string(&path).unwrap_or_default();
             bail!(
-                "aditd runs already in {} (process {}): stop it, or set another run_dir",
+                "aditd runs in {} already (process {}): stop it, or set another run_dir",
                 run_dir.display(),
                 pid.trim()
             )
@@ -303,7 +230,6 @@ fn write_address(run_dir: &Path, file: &str, listener: &TcpListener) -> anyhow::
 }
 
 async fn stop_signal() {
-    use tokio::signal::unix::{SignalKind, signal};
     let (term, int) = (
         signal(SignalKind::terminate()),
         signal(SignalKind::interrupt()),

@@ -1,18 +1,18 @@
-//! `aditd`: the host's daemon. `aditd run` serves, `aditd check-config` checks a file.
+//! `aditd`: the host's daemon. `aditd run` serves, `aditd check-config` checks a file, `aditd example-config` prints one.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 #![allow(unsafe_code)] // systemd passes descriptors as numbers
 
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use adit_host_proxy::config::{Config, DEFAULT_PATH};
+use adit_host_proxy::config::{self, Config, DEFAULT_PATH};
 use clap::{Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 
 const EXAMPLE: &str = "\
-A configuration:
+A configuration (`aditd example-config` prints one with every key):
   [proxy]
   listen = \"127.0.0.1:7080\"
   [[vm]]
@@ -22,15 +22,15 @@ A configuration:
 
 Then:
   aditd check-config /etc/adit/aditd.toml
-  aditd run
+  aditd run                 # SIGHUP: read the configuration again
   curl -x http://127.0.0.1:7080 http://web-1/
 
 The VMM of web-1 connects to /run/adit/vm/web-1/vhost.sock (vhost-user-vsock).
-Tunnels live in a port process for each VM and outlive aditd.";
+Each VM has a port process (adit-port) that holds its tunnels. It outlives aditd.";
 
 /// Carries management traffic and signed tasks to VMs by name.
 #[derive(Parser)]
-#[command(version, after_help = EXAMPLE)]
+#[command(name = "aditd", version, after_help = EXAMPLE)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -38,24 +38,26 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Serve until SIGTERM
+    /// Serve until SIGTERM; SIGHUP applies a changed configuration
     Run {
-        /// Configuration
+        /// Configuration file
         #[arg(long, default_value = DEFAULT_PATH, value_name = "FILE")]
         config: PathBuf,
-        /// The port process's program; default: adit-port beside this one
+        /// Program of the port processes [default: adit-port in the directory of aditd]
         #[arg(long, env = "ADIT_PORT_BIN", value_name = "FILE")]
         port_bin: Option<PathBuf>,
-        /// Log lines as JSON
+        /// Write log lines as JSON
         #[arg(long)]
         log_json: bool,
     },
-    /// Check a configuration and say what it means
+    /// Check a configuration: name every mistake, or print what it makes aditd serve
     CheckConfig {
-        /// Configuration
+        /// Configuration file
         #[arg(default_value = DEFAULT_PATH)]
         file: PathBuf,
     },
+    /// Print a configuration with every key, its meaning, default and limit, all in comments
+    ExampleConfig,
 }
 
 fn main() -> ExitCode {
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
     };
     let result = match args.command {
         Command::CheckConfig { file } => check(&file),
+        Command::ExampleConfig => print(&config::example()),
         Command::Run {
             config,
             port_bin,
@@ -80,15 +83,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn check(file: &std::path::Path) -> anyhow::Result<()> {
+fn check(file: &Path) -> anyhow::Result<()> {
     let config = Config::load(file)?;
-    adit_print::line(format_args!(
-        "{}: ok, {} VMs, proxy on {}",
-        file.display(),
-        config.vm.len(),
-        config.proxy.listen
-    ))?;
-    Ok(())
+    print(&format!("{}: ok\n{}", file.display(), config.summary()))
+}
+
+/// Writes to standard output.
+fn print(text: &str) -> anyhow::Result<()> {
+    Ok(adit_print::bytes(text.as_bytes())?)
 }
 
 /// What the process has from its parent and must not depend on.
@@ -104,9 +106,11 @@ fn settle() {
     }
 }
 
-fn run(file: &std::path::Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
+fn run(file: &Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
     let passed = passed_on();
-    let config = Config::load(file)?;
+    // Whatever becomes of the working directory, SIGHUP reads the same file.
+    let file = std::path::absolute(file)?;
+    let config = Config::load(&file)?;
     settle();
     let beside = || Ok::<_, std::io::Error>(std::env::current_exe()?.with_file_name("adit-port"));
     let port_bin = port_bin.map_or_else(beside, Ok)?;
@@ -118,7 +122,7 @@ fn run(file: &std::path::Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> 
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(adit_host_proxy::run(config, port_bin, passed))
+        .block_on(adit_host_proxy::run(config, file, port_bin, passed))
 }
 
 /// What systemd held for an earlier aditd. To be called once, before anything else is opened.

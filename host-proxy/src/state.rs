@@ -18,16 +18,20 @@ use crate::fdstore::FdStore;
 use crate::listen::{Room, Shares};
 use crate::metrics::Metrics;
 use crate::queue::{self, retention, retention::Keep};
-use crate::registry::{Registry, VmEntry};
+use crate::registry::Registry;
+use crate::reload::Reloads;
 use crate::uids::Uids;
+use crate::vm::VmEntry;
 
 /// Events that a slow watcher may be behind; one more and it starts over.
 const EVENTS_BEHIND_MAX: usize = 1024;
 
 /// Shared by all tasks of the process.
 pub struct State {
-    /// As read at start.
+    /// As read at start; of its VMs, [`registry`](Self::registry) has those that are served now.
     pub config: Config,
+    /// What became of the configuration file since then.
+    pub reloads: Reloads,
     /// The port process's program.
     pub port_binary: PathBuf,
     /// The users that port processes run as; none: aditd's own.
@@ -76,6 +80,7 @@ impl State {
             patient: Arc::new(Semaphore::new((room.api / 2).max(1))),
             registry: Registry::new(&config.run_dir),
             config,
+            reloads: Reloads::default(),
             port_binary,
             uids: uids.map(Arc::new),
             db,

@@ -26,6 +26,8 @@ pub fn signals() -> anyhow::Result<SignalFd> {
     let mut set = SigSet::empty();
     set.add(Signal::SIGTERM);
     set.add(Signal::SIGINT);
+    // Its terminal has gone: QEMU ends then, too.
+    set.add(Signal::SIGHUP);
     set.thread_block()?;
     Ok(SignalFd::with_flags(
         &set,
@@ -33,7 +35,7 @@ pub fn signals() -> anyhow::Result<SignalFd> {
     )?)
 }
 
-/// SIGTERM and SIGINT end the VM, like pulling its plug. The VM's own end wakes the loop.
+/// SIGTERM, SIGINT and SIGHUP end the VM, like pulling its plug. The VM's own end wakes the loop.
 struct Ends(SignalFd, Arc<Exit>);
 
 impl MutEventSubscriber for Ends {

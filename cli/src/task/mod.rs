@@ -138,5 +138,5 @@ fn show(t: &Task, format: Format) -> Result<(), Failure> {
         ("ended", or_dash(&t.ended_at)),
         ("output", format!("{out} B stdout, {err} B stderr")),
     ];
-    print::pairs(&rows.map(|(key, value)| [key.to_owned(), value]))
+    print::pairs(8, &rows.map(|(key, value)| [key.to_owned(), value]))
 }

@@ -128,7 +128,7 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         let said = format!("64 B there and back: ring {ring:.0} us, vsock {vsock:.0} us");
         rows.push(["latency".into(), said]);
     }
-    output::pairs(&rows)
+    output::pairs(14, &rows)
 }
 
 /// `300.0 s behind this host's`. The time that a message takes is part of it, so less than a second means nothing.

@@ -8,7 +8,7 @@
 //! | `GET /v1/vms` | → `Vec<Vm>` |
 //! | `POST /v1/vms` | `NewVm` → `Vm`; 409 for a taken name or CID |
 //! | `GET /v1/vms/{name}` | → `Vm` |
-//! | `PATCH /v1/vms/{name}` | `VmChange` → `Vm`; what cannot change while a VM runs is refused with the reason |
+//! | `PATCH /v1/vms/{name}` | `VmChange` → `Vm`; 409 for a VM of `aditd.toml`, 422 for what cannot change |
 //! | `DELETE /v1/vms/{name}?force=true` | ends its port process; 409 for a VM that its VMM holds, without `force` |
 //! | `POST /v1/vms/{name}/reload` | a new port process goes on with the VMM → `Vm` once it serves; streams end |
 //! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 says what is known; 404 if it is removed meanwhile |
@@ -21,6 +21,7 @@
 //! | `GET /v1/tasks/{task_id}` | → `Task` |
 //! | `GET /v1/tasks/{task_id}/output?stream=stdout` | raw bytes (head, a line that says what is missing, tail); the field `adit-left-out` has the head's length and the number of missing bytes |
 //! | `GET /v1/events?goal=` | `application/x-ndjson` of `TaskEvent`: first the present state, then changes; ends when every task of `goal` is terminal. A body that is cut off (no last chunk) ended for another reason: ask again |
+//! | `GET /v1/config` | → `ConfigStatus`: what became of the configuration file |
 //! | `POST /v1/shutdown?ports=true` | stops aditd, with `ports=true` the port processes too; not VMMs that are their VMs' own |
 //! | `GET /metrics`, `/healthz`, `/readyz` | |
 //!
@@ -81,7 +82,7 @@ pub struct Vm {
     pub agent: Option<String>,
     /// Kernel release that the agent told.
     pub kernel: Option<String>,
-    /// Id that the image was enrolled with, if it is not this VM's: a fault.
+    /// Id that the image was enrolled with, if it is not this VM's. `fault` says so, too.
     pub enrolled_as: Option<String>,
     /// How far the guest's clock was ahead of this host's when the agent told it last, ms; negative: behind.
     #[serde(default)]
@@ -101,6 +102,12 @@ pub struct Vm {
     pub allow: Vec<u16>,
     /// Plain AF_VSOCK ports that may be reached as `VM:vsock-PORT`.
     pub allow_vsock: Vec<u32>,
+    /// Microseconds that its port process polls before it sleeps.
+    #[serde(default)]
+    pub busy_poll_us: u32,
+    /// Settings that its port process was not started with: it has them after `POST …/reload`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pending: Vec<String>,
     /// Process id of its port process.
     pub port_pid: Option<u32>,
     /// That process is the VM's VMM, which has registered it: it takes the VM off the map when the VM ends.
@@ -117,7 +124,8 @@ pub struct Vm {
     /// Where a stock QEMU is given a ring (`-chardev socket` of `-device ivshmem-doorbell`).
     #[serde(default)]
     pub ivshmem_socket: String,
-    /// The last fault of its transport, if any.
+    /// Everything that is wrong with it, the gravest first: it needs a power cycle, has no port process, its guest broke the
+    /// protocol, or its image is another VM's.
     pub fault: Option<String>,
 }
 
@@ -185,19 +193,30 @@ pub struct NewVm {
     pub allow_vsock: Vec<u32>,
 }
 
-/// Changes a VM while it runs: what is given is set, and the rest stays.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Changes settings of a VM; what is not given stays.
+#[derive(Serialize, Deserialize, Default, Debug, Clone)]
 #[serde(deny_unknown_fields)]
 pub struct VmChange {
-    /// Guest TCP ports that may be reached.
+    /// Guest TCP ports that may be reached from now on. Streams that are open go on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow: Option<Vec<u16>>,
-    /// Plain AF_VSOCK ports that may be reached.
+    /// Plain AF_VSOCK ports that may be reached from now on. Streams that are open go on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow_vsock: Option<Vec<u32>>,
-    /// How long the port process polls before it sleeps, microseconds.
+    /// Microseconds that its port process polls before it sleeps. The port process has it after `POST …/reload`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub busy_poll_us: Option<u32>,
+}
+
+/// What became of the configuration file when it was read last: at the start, or at SIGHUP.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigStatus {
+    /// How often it was read; 1 after the start.
+    pub reads: u64,
+    /// Why it was refused; none: it is applied, but for what `restart` names.
+    pub error: Option<String>,
+    /// What differs from what is running, and takes a restart.
+    pub restart: Vec<String>,
 }
 
 /// Hands a signed goal over.

@@ -236,12 +236,14 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// A descriptor for SIGTERM and SIGINT. Threads made later inherit that both are blocked.
+/// A descriptor for SIGTERM and SIGINT; SIGHUP is ignored. Threads made later inherit that all of them are blocked.
 fn stop_signals() -> nix::Result<OwnedFd> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
     signals.thread_block()?;
+    // Blocked, and never taken: aditd's whole control group may get it (`systemctl kill -s HUP`), and means aditd only.
+    SigSet::from(Signal::SIGHUP).thread_block()?;
     let fd = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     Ok(fd.into())
 }

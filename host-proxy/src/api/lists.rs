@@ -7,9 +7,10 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
-use super::{ApiError, App, State, find};
+use super::{ApiError, App, find};
 use crate::queue::page::{self, Filter, PAGE_MAX};
 use crate::queue::{self, QueueError, goals};
+use crate::state::State;
 
 #[derive(Deserialize)]
 pub(super) struct GoalQuery {

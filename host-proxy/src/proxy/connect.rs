@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 use super::ends::ClientIo;
 use super::problem::{Body, Problem};
 use super::{authority, dial};
-use crate::ports::DialedStream;
+use crate::link::DialedStream;
 use crate::state::State;
 
 /// Answers a CONNECT.

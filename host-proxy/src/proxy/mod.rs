@@ -28,8 +28,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
+use crate::link::DialedStream;
 use crate::listen::{Gate, HEADER_LIMIT, Place, Share, Shares};
-use crate::ports::DialedStream;
 use crate::state::State;
 use authority::Destination;
 use ends::{ClientIo, UnderWay};
@@ -181,8 +181,8 @@ async fn dial(state: &State, to: &Destination) -> Result<(DialedStream, Share<Vm
         ));
     };
     let allowed = match &to.target {
-        Target::Service(_) => u16::try_from(to.port).is_ok_and(|p| vm.config.allow.contains(&p)),
-        Target::VsockPort(port) => vm.config.allow_vsock.contains(port),
+        Target::Service(_) => u16::try_from(to.port).is_ok_and(|p| vm.spec().allow.contains(&p)),
+        Target::VsockPort(port) => vm.spec().allow_vsock.contains(port),
     };
     if !allowed {
         let list = if matches!(to.target, Target::Service(_)) {

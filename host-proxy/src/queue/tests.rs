@@ -356,6 +356,8 @@ async fn r79_a_database_of_version_1_opens_with_all_that_is_in_it() {
     let envelope = adit_tasks::dsse::sign(payload.as_bytes(), &key);
     let c = Connection::open(&path).unwrap();
     c.execute_batch(VERSION_1).unwrap();
+    let vm = "INSERT INTO vms VALUES ('web-1', 3, '[80,22]', '[5000]')";
+    c.execute(vm, []).unwrap();
     let (id, ended) = ([4u8; 16], [5u8; 16]);
     c.execute(
         "INSERT INTO goals VALUES (?1, 'g', 5, ?2, ?3, 1)",
@@ -389,6 +391,15 @@ async fn r79_a_database_of_version_1_opens_with_all_that_is_in_it() {
     let not_before = BEFORE - 7_200_000;
     assert_eq!(row(id), (not_before, true, 100, None, 0));
     assert_eq!(row(ended), (not_before, true, 100, Some(17), 3));
+    let spec = other.query_row(
+        "SELECT spec FROM vms WHERE name = 'web-1' AND cid = 3",
+        [],
+        |r| r.get::<_, String>(0),
+    );
+    let spec: crate::config::VmConfig = serde_json::from_str(&spec.unwrap()).unwrap();
+    let mut want = crate::config::VmConfig::new("web-1".parse().unwrap(), 3);
+    (want.allow, want.allow_vsock) = (vec![80, 22], vec![5000]);
+    assert_eq!(spec, want);
 }
 
 #[test]

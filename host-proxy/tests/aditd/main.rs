@@ -2,7 +2,10 @@
 #![allow(missing_docs)]
 
 mod asked;
+mod changes;
+mod commands;
 mod cut;
+mod faults;
 mod foreign;
 #[path = "../../port/tests/fuse/mod.rs"]
 mod fuse;
@@ -13,4 +16,5 @@ mod kept;
 mod kinds;
 mod limits;
 mod proxy;
+mod reload;
 mod tasks;
