@@ -1,11 +1,12 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket; signs goals here, so that no key leaves the manager.
 //!
-//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `completion`); `client` speaks HTTP, `output` prints,
+//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `config`, `completion`); `client` speaks HTTP, `output` prints,
 //! `error` says what failed, why and what to do next, and maps it to an exit status.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod client;
 mod completion;
+mod config;
 mod error;
 mod goal;
 mod key;
@@ -84,6 +85,9 @@ enum Command {
     Key(key::KeyCommand),
     /// Wait until a VM is ready
     Wait(vm::Wait),
+    /// Show whether aditd runs by its configuration file as it is now
+    #[command(after_help = config::EXAMPLE)]
+    Config,
     /// Print the completions for a shell
     Completion(completion::Completion),
     /// Print the version
@@ -129,6 +133,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Goal(command) => return goal::run(command, &client, format).await,
         Command::Task(command) => return task::run(command, &client, format).await,
         Command::Key(command) => key::run(command, format)?,
+        Command::Config => config::show(&client, format).await?,
         Command::Completion(completion) => completion::print(completion)?,
         Command::Version => version(format)?,
     }

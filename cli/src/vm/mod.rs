@@ -25,8 +25,10 @@ const SET_EXAMPLE: &str = "\
 Examples:
   adit vm set web-1 --allow 80,443
   adit vm set web-1 --allow-vsock none
+  adit vm set web-1 --busy-poll-us 50 && adit vm reload web-1
 
-What a running VM depends on (its name, its CID, the memory of its ring) cannot be changed: remove the VM and add it again.";
+Open streams go on. A VM of aditd.toml is changed there, and `systemctl reload aditd` applies it. Its name, its CID and the
+memory of its ring cannot be changed: remove the VM and add it again.";
 
 #[derive(Subcommand)]
 pub enum VmCommand {
@@ -94,7 +96,8 @@ pub struct Set {
     /// Plain AF_VSOCK ports that may be reached from now on, in place of those before; `none` for none
     #[arg(long, value_name = "PORT,…", group = "change")]
     allow_vsock: Option<Ports<u32>>,
-    /// How long its port process polls before it sleeps, in microseconds: faster answers for a busy core; 0 = not at all
+    /// How long its port process polls before it sleeps, in microseconds: faster answers for a busy core; 0 = not at all.
+    /// In force after `adit vm reload`
     #[arg(long, value_name = "MICROSECONDS", group = "change")]
     busy_poll_us: Option<u32>,
 }

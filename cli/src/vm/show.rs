@@ -79,11 +79,20 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         ["tasks queued".into(), vm.queued.to_string()],
         ["allowed ports".into(), ports(join(&vm.allow))],
         ["allowed vsock".into(), ports(join(&vm.allow_vsock))],
+        ["busy poll".into(), format!("{} us", vm.busy_poll_us)],
         ["vhost-user".into(), vm.vhost_socket.clone()],
         ["ring".into(), vm.ring_socket.clone()],
         ["ivshmem".into(), vm.ivshmem_socket.clone()],
         ["carrier".into(), carrier(&vm.carrier)],
     ];
+    if !vm.pending.is_empty() {
+        let said = format!(
+            "{}: in force after `adit vm reload {}`",
+            vm.pending.join(", "),
+            vm.name
+        );
+        rows.push(["pending".into(), said]);
+    }
     rows.extend(vm.clock_ahead_ms.map(|ms| ["clock".into(), clock(ms)]));
     rows.extend(vm.holding.iter().map(|held| {
         let said = format!(
@@ -98,7 +107,9 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         None => ["port process".into(), pid.to_string()],
     }));
     rows.extend(vm.fault.iter().map(|f| ["fault".into(), f.clone()]));
-    rows.extend(vm.enrolled_as.iter().map(|id| {
+    // An aditd of before does not name this among the faults.
+    let enrolled_as = vm.enrolled_as.iter().filter(|_| vm.fault.is_none());
+    rows.extend(enrolled_as.map(|id| {
         [
             "fault".into(),
             format!(

@@ -153,3 +153,41 @@ fn a_vm_is_changed_only_in_what_is_given() {
     }
     assert!(fake.asked().is_empty());
 }
+
+#[test]
+fn a_configuration_that_was_refused_is_an_error_and_what_waits_for_a_restart_is_named() {
+    for (status, code, word) in [
+        (
+            json!({"reads": 2, "error": "line 7", "restart": []}),
+            1,
+            "line 7",
+        ),
+        (
+            json!({"reads": 2, "error": null, "restart": ["run_dir"]}),
+            0,
+            "run_dir",
+        ),
+    ] {
+        let fake = Fake::start(move |_| Say::Json(status.clone()));
+        let out = fake.adit(&["config"]);
+        let said = text(&out.stdout) + &text(&out.stderr);
+        assert_eq!(out.status.code(), Some(code), "{said}");
+        assert!(said.contains(word), "{said}");
+    }
+}
+
+#[test]
+fn a_vm_shows_what_is_in_force_only_after_a_reload() {
+    let fake = Fake::start(|_| {
+        let mut vm = vm("web-1");
+        vm["busy_poll_us"] = json!(50);
+        vm["pending"] = json!(["busy_poll_us"]);
+        Say::Json(vm)
+    });
+    let out = fake.adit(&["vm", "show", "web-1"]);
+    let said = text(&out.stdout);
+    assert!(
+        said.contains("50 us") && said.contains("adit vm reload web-1"),
+        "{said}"
+    );
+}
