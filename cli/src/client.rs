@@ -295,7 +295,10 @@ fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
     serde_json::from_slice(bytes).map_err(|e| {
         Failure::new(
             "bad-answer",
-            format!("aditd's answer is not understood: {e}"),
+            format!(
+                "aditd's answer is not understood: {}",
+                adit_tasks::plain(&e.to_string())
+            ),
         )
         .help(
             "adit and aditd should be of one version: compare `adit version` and `aditd --version`",

@@ -68,7 +68,7 @@ fn an_aditd_that_does_not_come_back_is_unreachable_within_the_requests_time() {
             _ => Say::HangUp,
         }
     });
-    let out = fake.adit(&["task", "watch", "--request-timeout", "300ms"]);
+    let out = fake.adit(&["task", "watch", "--request-timeout", "3s"]);
     let said = text(&out.stderr);
     assert_eq!(out.status.code(), Some(3), "{said}");
     assert!(said.contains("aditd ended the stream"), "{said}");

@@ -393,7 +393,7 @@ pub struct Task {
 /// A change of a task.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskEvent {
-    /// Counts changes on this host.
+    /// Counts changes on this host; 0 where `adit task watch -o json` has asked for the task after a stream ended.
     pub seq: u64,
     /// The task as it is now.
     pub task: Task,

@@ -216,5 +216,8 @@ async fn readyz(Shared(state): Shared<App>) -> Response {
 }
 
 fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    serde_json::from_slice(body).map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, "bad-json", e))
+    serde_json::from_slice(body).map_err(|e| {
+        let message = adit_tasks::plain(&e.to_string());
+        ApiError::new(StatusCode::BAD_REQUEST, "bad-json", message)
+    })
 }
