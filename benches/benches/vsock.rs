@@ -1,5 +1,5 @@
-//! `cargo bench --bench vsock [-- --json]`: the virtio-vsock device and the port above it, driven in this process by the
-//! software guest driver. No root, no daemon. Absolute times mean nothing on a shared machine: read the ratios.
+//! `cargo bench --bench vsock [-- --json]`: the virtio-vsock device and the port above it, in this process with the software
+//! guest driver. Needs no root and no daemon. On a shared machine absolute times mean nothing: compare the ratios.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -18,9 +18,9 @@ use adit_engine::{EngineConfig, Kind, Op, PacketHeader};
 use virtio_queue::{QueueOwnedT, QueueT};
 
 const ROUNDS: usize = 21;
-/// Packets in one measured burst: most of a queue of 128 with two descriptors each, sent through indirect tables.
+/// Packets in one measured burst. They fill most of a queue of 128; each has two descriptors, sent through an indirect table.
 const BURST: usize = 100;
-/// Bursts a round.
+/// Bursts in a round.
 const BURSTS: usize = 200;
 const HOST_PORT: u32 = 741;
 
@@ -46,13 +46,13 @@ fn ns_each(elapsed: Duration, n: usize) -> f64 {
 
 // ---- the device alone
 
-/// Cost of a TX packet with 64 bytes: our device, and the bare walk that any device on `virtio-queue` does at least.
+/// Cost of a TX packet with 64 bytes: in our device, and in the bare walk that every device on `virtio-queue` needs at least.
 fn packet_cost(cid: GuestCid) -> Vec<Figure> {
     let (mut ours, mut walk, mut own) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         let mut driver = Driver::new(memory::anonymous(), cid, DriverConfig::LINUX_6_1);
         let mut device = active_device(&driver, cid);
-        // There is no port to tell of the session.
+        // No port handles the session here.
         let _ = device.take_session_change();
         let (took, posting) = bursts(&mut driver, |_| take_packets(&mut device));
         ours.push(took);
@@ -80,7 +80,7 @@ fn packet_cost(cid: GuestCid) -> Vec<Figure> {
     ]
 }
 
-/// Returns the time of a packet in the device, and in the harness.
+/// Returns the time per packet in the device, and in the harness.
 fn bursts(driver: &mut Driver, mut device: impl FnMut(&VmMemory) -> usize) -> (f64, f64) {
     let mem = driver.memory().clone();
     let header = PacketHeader {
@@ -123,7 +123,7 @@ fn take_packets(device: &mut Device) -> usize {
 
 fn bare_walk(mem: &VmMemory, queue: &mut virtio_queue::Queue) -> usize {
     let (mut n, mut packet) = (0, [0; HEADER_BYTES + 64]);
-    // Chains are taken one by one: the iterator borrows the queue that `add_used` needs.
+    // One chain at a time: the iterator borrows the queue that `add_used` needs.
     while let Some(chain) = queue.iter(mem).expect("a ready queue").next() {
         let head = chain.head_index();
         let mut reader = chain.reader(mem).expect("readable");
@@ -166,7 +166,7 @@ struct Rig {
     port: PortIndex,
     guest: GuestStream,
     payload: Vec<u8>,
-    /// Payload bytes that came, from the first packet on.
+    /// Payload bytes received, from the first packet on.
     received: usize,
 }
 
@@ -206,7 +206,7 @@ impl Rig {
         rig
     }
 
-    /// The driver kicks, the shard takes its turn.
+    /// The driver kicks, and the shard runs one turn.
     fn turn(&mut self) {
         self.driver.tx.publish();
         self.shard.port_mut(self.port);
@@ -214,7 +214,7 @@ impl Rig {
         self.driver.reap_tx();
     }
 
-    /// Takes what came; returns its payload bytes.
+    /// Receives packets; returns their payload bytes.
     fn receive(&mut self) -> usize {
         let mut bytes = 0;
         while let Some(wire) = self.driver.receive(&mut self.payload) {
@@ -231,7 +231,7 @@ impl Rig {
         bytes
     }
 
-    /// Sends a packet, if credit and queue take it.
+    /// Sends a packet if credit and queue allow it.
     fn send(&mut self, payload: &[u8]) -> bool {
         if self.guest.credit() < payload.len() as u32 {
             return false;
@@ -319,7 +319,7 @@ fn stream(first: bool, config: DriverConfig, cid: GuestCid) -> Vec<Figure> {
     figures
 }
 
-/// Medians of rounds of 2,000 round trips, and p99 over p50 of each.
+/// Medians of rounds of 2,000 round trips, and p99/p50 of each round.
 fn round_trips(config: DriverConfig, cid: GuestCid) -> (Vec<f64>, Vec<f64>) {
     let mut rig = Rig::new(config, cid, Sink::Inline(Box::new(Echo)));
     let (mut p50s, mut ratios) = (Vec::new(), Vec::new());
@@ -353,7 +353,7 @@ fn upload(rig: &mut Rig, size: usize) -> f64 {
     let begin = Instant::now();
     let mut sent = 0;
     while sent < BULK_BYTES {
-        // What the window does not take at once is sent in smaller packets, as Linux does.
+        // As Linux does: what does not fit the window is sent in smaller packets.
         let mut n = size;
         while n > 0 && sent < BULK_BYTES {
             n = size.min(rig.guest.credit() as usize);
@@ -368,7 +368,7 @@ fn upload(rig: &mut Rig, size: usize) -> f64 {
     mib_per_s(sent, begin.elapsed())
 }
 
-/// Reads a socket to nowhere on a thread of its own.
+/// A thread reads the socket and discards the data.
 fn upload_to_socket(config: DriverConfig, cid: GuestCid, size: usize) -> f64 {
     let (ours, mut theirs) = UnixStream::pair().expect("sockets");
     let reader = std::thread::spawn(move || {
@@ -382,7 +382,7 @@ fn upload_to_socket(config: DriverConfig, cid: GuestCid, size: usize) -> f64 {
     rate
 }
 
-/// Writes a socket full on a thread of its own.
+/// A thread writes to the socket whenever it has room.
 fn download_from_socket(config: DriverConfig, cid: GuestCid, size: usize) -> f64 {
     let (ours, mut theirs) = UnixStream::pair().expect("sockets");
     let writer = std::thread::spawn(move || {

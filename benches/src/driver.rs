@@ -29,7 +29,7 @@ pub struct DriverConfig {
     pub rx: RxShape,
     /// VIRTIO_RING_F_EVENT_IDX was negotiated.
     pub event_idx: bool,
-    /// TX chains of more than one buffer go through an indirect table.
+    /// TX chains of more than one buffer use an indirect table.
     pub indirect: bool,
 }
 
@@ -56,7 +56,7 @@ pub struct Driver {
     mem: Arc<VmMemory>,
     config: DriverConfig,
     cid: u64,
-    /// The packet in hand; empty between calls, kept for its allocation.
+    /// Buffers of the packet being sent. Empty between calls; a field so that the allocation is reused.
     buffers: Vec<Buffer>,
     /// Queue 0: packets from the host.
     pub rx: DriverQueue,
@@ -101,13 +101,13 @@ impl Driver {
         }
     }
 
-    /// Posts RX buffers until descriptors run out. Returns true if the device wants a kick.
+    /// Posts RX buffers until no descriptors are left. Returns true if the device wants a kick.
     pub fn fill_rx(&mut self) -> bool {
         while self.post_rx() {}
         self.rx.publish()
     }
 
-    /// Posts one RX buffer without showing it. False: no descriptors left.
+    /// Posts one RX buffer, but does not publish it. Returns false if no descriptors are left.
     pub fn post_rx(&mut self) -> bool {
         let Some(head) = self.rx.next_head() else {
             return false;
@@ -138,7 +138,7 @@ impl Driver {
     }
 
     /// Sends a packet: the header in a descriptor of its own, then the payload in pieces of at most `piece` bytes.
-    /// Returns false when the queue is full. Not shown to the device before `tx.publish()`.
+    /// Returns false when the queue is full. The device sees the packet after `tx.publish()`.
     pub fn send(&mut self, h: &PacketHeader, payload: &[u8], piece: usize) -> bool {
         let h = PacketHeader {
             len: payload.len() as u32,
@@ -152,7 +152,7 @@ impl Driver {
         self.send_wire(&wire, payload.len(), piece)
     }
 
-    /// As `send`, with `len` bytes of whatever lies in the payload area: what it costs is not the harness's copying.
+    /// As `send`, with `len` bytes of old data from the payload area: the measurement then has no copy by the harness.
     pub fn send_unwritten(&mut self, h: &PacketHeader, len: usize) -> bool {
         let h = PacketHeader {
             len: len as u32,
@@ -161,7 +161,7 @@ impl Driver {
         self.send_wire(&WireHeader::new(self.cid, HOST_CID, &h), len, len.max(1))
     }
 
-    /// As `send`, with a header as it is and `len` bytes of whatever lies in the payload area.
+    /// As `send`, with this header unchanged and `len` bytes of old data from the payload area.
     pub fn send_wire(&mut self, wire: &WireHeader, len: usize, piece: usize) -> bool {
         assert!(len <= PAYLOAD_MAX && piece > 0);
         let Some(head) = self.tx.next_head() else {
@@ -189,7 +189,7 @@ impl Driver {
         sent
     }
 
-    /// Sends a chain of buffers as they are.
+    /// Sends a chain of exactly these buffers.
     pub fn send_buffers(&mut self, buffers: &[Buffer]) -> bool {
         let indirect =
             self.config.indirect && buffers.len() > 1 && buffers.len() <= memory::INDIRECT_MAX;
@@ -200,7 +200,7 @@ impl Driver {
         }
     }
 
-    /// Takes sent packets back; returns how many.
+    /// Takes back the buffers of sent packets. Returns how many packets.
     pub fn reap_tx(&mut self) -> usize {
         let mut n = 0;
         while self.tx.pop_used().is_some() {
@@ -209,8 +209,8 @@ impl Driver {
         n
     }
 
-    /// Takes a packet from the host without its payload, whose length it returns, and posts its buffer again, not yet
-    /// shown.
+    /// Receives a packet without its payload; returns header and payload length. Posts the buffer again, but does not publish
+    /// it.
     pub fn receive_header(&mut self) -> Option<(WireHeader, usize)> {
         let (head, len) = self.rx.pop_used()?;
         let header = match self.config.rx {
@@ -224,7 +224,7 @@ impl Driver {
         Some((WireHeader::from_bytes(&bytes), len))
     }
 
-    /// Takes a packet from the host into `payload` (cleared first) and posts its buffer again, not yet shown.
+    /// Receives a packet into `payload`, which is cleared first. Posts the buffer again, but does not publish it.
     pub fn receive(&mut self, payload: &mut Vec<u8>) -> Option<WireHeader> {
         let (head, len) = self.rx.pop_used()?;
         let mut bytes = [0; HEADER_BYTES];

@@ -1,7 +1,7 @@
-//! Two processes pinned to two processors, and messages between them: what every contender of the ring bench is made to do.
+//! Two processes pinned to two processors, and messages between them: the work of every contender in the ring bench.
 //!
-//! A contender is set up before the fork, and each process takes its end. One that lives in one heap (rtrb) is run by two
-//! threads instead, which costs it nothing. Every message is copied in, and out into another buffer; its number stands at
+//! A contender is set up before the fork, and each process gets one end. A contender that lives in one heap (rtrb) runs in two
+//! threads instead, which is no disadvantage. Every message is copied in, and copied out into another buffer. Its number is at
 //! both ends of it and is checked.
 #![allow(unsafe_code)] // fork
 
@@ -12,24 +12,24 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork};
 
-/// Bytes of a ring, and of a peer's.
+/// Bytes of a ring, ours or a contender's.
 pub const RING: usize = 1 << 20;
 /// Bytes that one measurement of a bulk size moves.
 const BULK: usize = 64 << 20;
-/// Messages of one measurement at most.
+/// Most messages of one measurement.
 const MESSAGES: usize = 500_000;
-/// A cell takes no longer.
+/// Longest time of one cell.
 const SECONDS_MAX: u32 = 10;
 /// Round trips of one measurement.
 const TRIPS: usize = 20_000;
 
-/// Sends whole messages; waits for room as it likes.
+/// Sends whole messages; waits for room in its own way.
 pub trait Send1: Send {
     /// Copies a message in.
     fn send(&mut self, message: &[u8]);
-    /// Shows what was held back.
+    /// Publishes messages that were held back.
     fn finish(&mut self) {}
-    /// How often it woke the other side, where it counts.
+    /// How many doorbells it sent per message, if it counts them.
     fn rings(&self) -> f64 {
         0.0
     }
@@ -59,26 +59,26 @@ impl<R: Receive1 + ?Sized> Receive1 for Box<R> {
     }
 }
 
-/// Both ends of a contender's way.
+/// Both ends of a contender's channel.
 pub type Ends = (Box<dyn Send1>, Box<dyn Receive1>);
 
-/// Where its ends are run.
+/// Where the ends of a contender run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Home {
-    /// In a process each.
+    /// Each in its own process.
     Processes,
-    /// In a thread each.
+    /// Each in its own thread.
     Threads,
 }
 
 fn pin(cpu: usize) {
     let mut set = CpuSet::new();
-    // Refused: another set of processors is ours, and the figures are worse for all alike.
+    // Fails if this processor is not in our set. Then the figures of all contenders are equally worse.
     let _ = set.set(cpu);
     let _ = sched_setaffinity(Pid::from_raw(0), &set);
 }
 
-/// Runs `near` on processor 0 and `far` on processor 1; returns what each says.
+/// Runs `near` on processor 0 and `far` on processor 1. Returns their results.
 ///
 /// # Panics
 /// One of them fails.
@@ -107,10 +107,10 @@ fn processes(
 ) -> (Vec<f64>, Vec<f64>) {
     let (mut out, mut back) = pipe().expect("a pipe");
     nix::unistd::alarm::set(SECONDS_MAX);
-    // SAFETY: the bench has one thread, so the child may do whatever its parent may.
+    // SAFETY: the bench has one thread, so the child may do everything that its parent may.
     match unsafe { fork() }.expect("a process") {
         ForkResult::Child => {
-            // Neither side looks on for the other when that is gone.
+            // Without a limit, each side would poll for ever once the other one is gone.
             nix::unistd::alarm::set(SECONDS_MAX);
             let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
             drop(out);
@@ -139,7 +139,7 @@ fn processes(
     }
 }
 
-/// Messages of one measurement of a size.
+/// How many messages of this size one measurement sends.
 pub fn count(size: usize) -> usize {
     (BULK / size).clamp(400, MESSAGES)
 }
@@ -151,17 +151,17 @@ pub fn stamp(message: &mut [u8], n: usize) {
     message[end..].copy_from_slice(&n.to_le_bytes());
 }
 
-/// Holds both ends of a message against its number.
+/// Checks the number at both ends of a message.
 ///
 /// # Panics
-/// It is another one.
+/// It is another message.
 pub fn check(message: &[u8], n: usize) {
     let end = message.len() - 8;
     let right = message[..8] == n.to_le_bytes() && message[end..] == n.to_le_bytes();
     assert!(right, "message {n} is another one");
 }
 
-/// Messages a second once it flows, and wake-ups per message.
+/// Messages per second after a warm-up, and doorbells per message.
 pub fn stream(home: Home, (mut s, mut r): Ends, size: usize) -> [f64; 2] {
     let count = count(size);
     let warm = count / 8;
@@ -220,12 +220,12 @@ pub fn round_trip(home: Home, there: Ends, back: Ends, size: usize) -> [f64; 2] 
     [near[0], near[1]]
 }
 
-/// How many trips there are, for a far side that answers by itself.
+/// The number of round trips, for a far side that runs by itself.
 pub const fn trip_count() -> usize {
     TRIPS
 }
 
-/// Makes the trips; returns median and 99th percentile, ns.
+/// Makes the round trips. Returns median and 99th percentile, ns.
 pub fn trips(mut trip: impl FnMut(usize)) -> Vec<f64> {
     let mut last = Instant::now();
     let mut times: Vec<f64> = (0..TRIPS)
@@ -240,8 +240,8 @@ pub fn trips(mut trip: impl FnMut(usize)) -> Vec<f64> {
     warm(&mut times)
 }
 
-/// Median and 99th percentile of the second half of some times: the first ones find pages that were never touched, and a
-/// far side that is not there yet.
+/// Median and 99th percentile of the second half of the times. In the first half, pages are touched for the first time, and the
+/// far side may not be there yet.
 pub fn warm(times: &mut [f64]) -> Vec<f64> {
     let half = times.len() / 2;
     let warm = &mut times[half..];

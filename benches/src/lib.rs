@@ -1,6 +1,6 @@
 //! The virtio test harness: a software guest driver for the virtio-vsock device, in this process.
 //!
-//! It posts what Linux posts, ring for ring, so that a test or a bench drives the device without a VM:
+//! It posts the same buffers as Linux, so that a test or a bench drives the device without a VM:
 //!
 //! | | Linux 6.1 | Linux 6.12 |
 //! |---|---|---|
@@ -8,12 +8,12 @@
 //! | TX | header + 1 data descriptor | header + 1..17 data descriptors |
 //! | both | queue size 128, EVENT_IDX, indirect descriptors for TX when there is more than one buffer |
 //!
-//! - [`memory`]: guest memory, anonymous or in a sealed memfd, and where things lie in it.
+//! - [`memory`]: guest memory, anonymous or in a sealed memfd, and its layout.
 //! - [`queue`]: the driver's side of one split virtqueue, down to raw descriptors for hostile tests.
 //! - [`driver`]: both queues of a virtio-vsock driver.
 //! - [`session`]: the device as a carrier whose session begins.
 //! - [`duel`]: two processes that send messages to each other, for the ring bench.
-//! - [`report`]: how figures are printed; [`realtime`]: benches that other work must not disturb.
+//! - [`report`]: prints figures; [`realtime`]: runs benches undisturbed by other work.
 //! - [`stream`]: the guest's side of one connection: credit, fwd_cnt, half-close.
 //!
 //! What it is **not**: a model of the guest kernel's sockets. A real guest is booted in `tests/`.

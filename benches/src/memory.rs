@@ -1,4 +1,4 @@
-//! Guest memory of the harness and where the driver's things lie in it.
+//! The harness's guest memory and its layout.
 //!
 //! | guest address | what |
 //! |---|---|
@@ -17,33 +17,33 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice,
 };
 
-/// Guest memory, as `channel` takes it.
+/// Guest memory of the type that `channel` needs.
 pub type VmMemory = GuestMemoryMmap<()>;
 
 /// Largest queue for which the layout has room.
 pub const QUEUE_MAX: u16 = 256;
-/// Bytes of guest memory that the layout needs.
+/// Bytes that the layout needs.
 pub const MEMORY_BYTES: usize = 0x200_0000;
-/// Payload bytes of one TX packet at most.
+/// Most payload bytes of one TX packet.
 pub const PAYLOAD_MAX: usize = 64 * 1024;
-/// Bytes of a page that RX buffers are made of.
+/// Bytes of the pages that RX buffers consist of.
 pub const PAGE_BYTES: usize = 4096;
-/// Descriptors of one indirect table at most.
+/// Most descriptors of one indirect table.
 pub const INDIRECT_MAX: usize = 64;
 
 /// Makes zeroed guest memory of this process.
 ///
 /// # Panics
-/// When there is no memory to be had.
+/// There is no memory.
 pub fn anonymous() -> Arc<VmMemory> {
     let ranges = [(GuestAddress(0), MEMORY_BYTES)];
     Arc::new(VmMemory::from_ranges(&ranges).expect("guest memory"))
 }
 
-/// Makes guest memory in a memfd that cannot shrink, as QEMU does; the file goes to a vhost-user backend.
+/// Makes guest memory in a memfd that cannot shrink, as QEMU does. The file is for a vhost-user backend.
 ///
 /// # Panics
-/// When there is no memory to be had.
+/// There is no memory.
 pub fn memfd() -> (Arc<VmMemory>, File) {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let file = File::from(memfd_create(c"guest", flags).expect("memfd"));
@@ -56,8 +56,8 @@ pub fn memfd() -> (Arc<VmMemory>, File) {
     (Arc::new(mem), file)
 }
 
-/// The region at guest address 0, where the queues lie: a driver need not search for it at each access, which would cost
-/// more than the access.
+/// The region at guest address 0, where the queues are. A driver that searched for it at each access would spend more time on
+/// the search than on the access.
 ///
 /// # Panics
 /// There is no memory.

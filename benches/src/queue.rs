@@ -36,7 +36,7 @@ pub struct DriverQueue {
     addrs: [u64; 3],
     event_idx: bool,
     free: Vec<u16>,
-    /// Descriptors of the chain that begins at each head.
+    /// Descriptors of the chain that starts at each head.
     chains: Vec<Vec<u16>>,
     avail: u16,
     published: u16,
@@ -60,7 +60,7 @@ impl DriverQueue {
         }
     }
 
-    /// Returns the queue as the bus would hand it to the device.
+    /// Returns the queue as a transport would hand it to the device.
     pub fn queue(&self) -> Queue {
         let mut queue = Queue::new(1024).expect("a power of two");
         let [desc, avail, used] = self.addrs.map(|a| (Some(a as u32), Some((a >> 32) as u32)));
@@ -88,12 +88,12 @@ impl DriverQueue {
         self.free.len()
     }
 
-    /// Next free descriptor: what `add` will use as head.
+    /// Next free descriptor, which `add` will use as head.
     pub fn next_head(&self) -> Option<u16> {
         self.free.last().copied()
     }
 
-    /// Posts a chain of direct descriptors, not yet shown to the device. `None`: no descriptors left.
+    /// Posts a chain of direct descriptors, but does not publish it. `None`: no descriptors are left.
     pub fn add(&mut self, buffers: &[Buffer], write: bool) -> Option<u16> {
         if self.free.len() < buffers.len() {
             return None;
@@ -113,7 +113,7 @@ impl DriverQueue {
         Some(head)
     }
 
-    /// Posts a chain through an indirect table, not yet shown to the device.
+    /// Posts a chain through an indirect table, but does not publish it.
     pub fn add_indirect(&mut self, buffers: &[Buffer], write: bool) -> Option<u16> {
         assert!(buffers.len() <= memory::INDIRECT_MAX);
         let head = self.free.pop()?;
@@ -135,7 +135,7 @@ impl DriverQueue {
         Some(head)
     }
 
-    /// Shows the device what was added. Returns true if it wants a kick.
+    /// Publishes what was added. Returns true if the device wants a kick.
     pub fn publish(&mut self) -> bool {
         let (old, new) = (self.published, self.avail);
         self.store(self.addrs[1] + 2, new, Ordering::Release);
@@ -168,7 +168,7 @@ impl DriverQueue {
         Some((head, len))
     }
 
-    /// Asks for a notification with the next used chain. Returns true if one is there already.
+    /// Asks for an interrupt with the next used chain. Returns true if a used chain is there already.
     pub fn enable_callback(&mut self) -> bool {
         self.set_used_event(self.last_used);
         self.store(self.addrs[1], 0, Ordering::Relaxed);
@@ -176,7 +176,7 @@ impl DriverQueue {
         self.load(self.addrs[2] + 2, Ordering::Relaxed) != self.last_used
     }
 
-    /// Says that notifications are not needed (without EVENT_IDX).
+    /// Says that interrupts are not needed (without EVENT_IDX).
     pub fn disable_callback(&mut self) {
         if !self.event_idx {
             self.store(self.addrs[1], 1, Ordering::Relaxed);
@@ -185,7 +185,7 @@ impl DriverQueue {
 
     // ---- raw access, for hostile drivers
 
-    /// Writes a descriptor as it is.
+    /// Writes a descriptor without checks.
     pub fn write_desc(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
         let at = (self.addrs[0] + 16 * u64::from(index)) as usize;
         memory::first(&self.mem)
@@ -193,14 +193,14 @@ impl DriverQueue {
             .expect("descriptor table");
     }
 
-    /// Puts `head` into the available ring, not yet shown to the device.
+    /// Puts `head` into the available ring, but does not publish it.
     pub fn push(&mut self, head: u16) {
         let slot = u64::from(self.avail % self.size);
         self.store(self.addrs[1] + 4 + 2 * slot, head, Ordering::Relaxed);
         self.avail = self.avail.wrapping_add(1);
     }
 
-    /// Writes the available index as it is.
+    /// Writes the available index without checks.
     pub fn set_avail_idx(&mut self, idx: u16) {
         self.avail = idx;
         self.published = idx;
@@ -212,12 +212,12 @@ impl DriverQueue {
         self.published
     }
 
-    /// Returns the used index as it lies in memory.
+    /// Returns the used index from memory.
     pub fn used_idx(&self) -> u16 {
         self.load(self.addrs[2] + 2, Ordering::Acquire)
     }
 
-    /// Writes the index at which the driver wants a notification.
+    /// Writes the index at which the driver wants an interrupt.
     pub fn set_used_event(&self, idx: u16) {
         let addr = self.addrs[1] + 4 + 2 * u64::from(self.size);
         self.store(addr, idx, Ordering::Relaxed);

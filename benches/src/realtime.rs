@@ -1,10 +1,10 @@
-//! Benches that other work on the machine must not disturb.
+//! Runs a bench so that other work on the machine does not disturb it.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// Starts this program again as SCHED_FIFO (`chrt`, which root may), unless it is that already. Where that is refused,
-/// says so and goes on.
+/// Starts this program again as SCHED_FIFO (with `chrt`, which needs root), unless it runs so already. If that fails, prints
+/// the reason and continues.
 pub fn realtime() {
     const MARK: &str = "ADIT_BENCH_REALTIME";
     if std::env::var_os(MARK).is_some() {

@@ -1,8 +1,8 @@
-//! How a figure is printed: a line of a table for people, one JSON object a line for programs.
+//! Prints figures: one line of a table for people, or one JSON object a line for programs.
 
 use serde::Serialize;
 
-/// Which way is good.
+/// Whether more or less is better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Better {
@@ -12,32 +12,32 @@ pub enum Better {
     Lower,
 }
 
-/// A measured figure, beside its peer's in the same run where there is one.
+/// A measured figure, with a peer's figure of the same run if there is one.
 #[derive(Clone, Debug, Serialize)]
 pub struct Figure {
     /// What was measured.
     pub name: String,
-    /// Of `ours` and `peer`.
+    /// Unit of `ours` and `peer`.
     pub unit: &'static str,
     /// Median over the rounds.
     pub ours: f64,
     /// The peer's median over the same rounds.
     pub peer: Option<f64>,
-    /// Who the peer is.
+    /// The peer's name.
     pub peer_name: Option<&'static str>,
     /// `ours / peer`.
     pub ratio: Option<f64>,
-    /// Which way is good.
+    /// Whether more or less is better.
     pub better: Better,
-    /// Goal for the ratio; for the figure itself where there is no peer.
+    /// Goal for the ratio, or for the figure itself without a peer.
     pub must: Option<f64>,
-    /// What we aim for.
+    /// The better value that we aim for.
     pub aim: Option<f64>,
     /// Whether the goal is met.
     pub met: Option<bool>,
     /// Whether the aim is met.
     pub aim_met: Option<bool>,
-    /// How many rounds the medians are of.
+    /// Number of rounds.
     pub rounds: usize,
 }
 
@@ -65,7 +65,7 @@ impl Figure {
         }
     }
 
-    /// Puts the peer beside it, with goals for the ratio.
+    /// Adds the peer's figure, with goals for the ratio.
     pub fn beside(mut self, peer: &'static str, rounds: &[f64], must: f64, aim: f64) -> Self {
         let theirs = median(rounds);
         let ratio = self.ours / theirs;
@@ -92,7 +92,7 @@ impl Figure {
     /// Prints it.
     pub fn print(&self, json: bool) {
         if json {
-            // Numbers and texts always serialise.
+            // It cannot fail: a figure has only numbers and texts.
             println!("{}", serde_json::to_string(self).unwrap_or_default());
             return;
         }
@@ -112,14 +112,14 @@ impl Figure {
     }
 }
 
-/// The middle value; 0 of none.
+/// The median; 0 for no values.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
 }
 
-/// Shows how many rounds are done: a bar on a terminal, nothing elsewhere but a line at the beginning.
+/// Shows the progress of the rounds: a bar on a terminal, otherwise only a line at the start.
 pub fn rounds(count: u64) -> indicatif::ProgressBar {
     let bar = indicatif::ProgressBar::new(count);
     if bar.is_hidden() {

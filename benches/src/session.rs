@@ -1,4 +1,4 @@
-//! A device that is active when its port first looks.
+//! A device that is already active when its port first polls it.
 
 use std::sync::Arc;
 
@@ -10,17 +10,17 @@ use crate::memory::VmMemory;
 /// The device of the harness.
 pub type Device = VsockDevice<Arc<VmMemory>>;
 
-/// Nobody to notify: the harness looks by itself.
+/// Discards the interrupts: the harness polls.
 struct Quiet;
 
 impl Signal for Quiet {
     fn signal(&self, _queue: u16) {}
 }
 
-/// Makes a device that a driver is attached to.
+/// Makes a device with this driver attached.
 ///
 /// # Panics
-/// The harness made a driver that the device does not take.
+/// The device refuses the driver that the harness made.
 pub fn active_device(driver: &Driver, cid: GuestCid) -> Device {
     let mut device = Device::new(cid, 1).expect("a descriptor");
     device.ack_features(FEATURES).expect("offered features");

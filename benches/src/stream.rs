@@ -1,4 +1,4 @@
-//! The guest's side of one stream: what Linux's `virtio_transport_common.c` keeps for a connected socket.
+//! The guest's side of one stream: the state that Linux's `virtio_transport_common.c` keeps for a connected socket.
 
 use adit_engine::{Kind, Op, PacketHeader};
 
@@ -9,7 +9,7 @@ pub struct GuestStream {
     pub port: u32,
     /// Port on the host.
     pub host_port: u32,
-    /// What the guest offers as buffer.
+    /// The buffer size that the guest announces.
     pub buf_alloc: u32,
     fwd_cnt: u32,
     last_fwd_cnt: u32,
@@ -36,7 +36,7 @@ impl GuestStream {
         }
     }
 
-    /// Returns a packet's header; it tells the credit.
+    /// Returns the header of a packet, which also tells the host the guest's credit.
     pub fn header(&mut self, op: Op) -> PacketHeader {
         self.last_fwd_cnt = self.fwd_cnt;
         PacketHeader {
@@ -60,25 +60,25 @@ impl GuestStream {
         }
     }
 
-    /// Bytes that the host takes now.
+    /// How many bytes the host accepts now.
     pub fn credit(&self) -> u32 {
         let in_flight = self.tx_cnt.wrapping_sub(self.peer_fwd_cnt);
         self.peer_buf_alloc.saturating_sub(in_flight)
     }
 
-    /// Bytes sent that the host has not said it took.
+    /// Bytes sent that the host has not confirmed.
     pub fn in_flight(&self) -> u32 {
         self.tx_cnt.wrapping_sub(self.peer_fwd_cnt)
     }
 
-    /// Learns the credit from a packet of the host, and takes its payload.
+    /// Takes the credit from the header of a host's packet, and counts its payload.
     pub fn handle(&mut self, h: &PacketHeader, payload: usize) {
         self.peer_buf_alloc = h.buf_alloc;
         self.peer_fwd_cnt = h.fwd_cnt;
         self.fwd_cnt = self.fwd_cnt.wrapping_add(payload as u32);
     }
 
-    /// Tells whether Linux would send a credit update: the host knows of less than half of the buffer.
+    /// Tells whether Linux would send a credit update: the host knows of less than half of the free buffer.
     pub fn owes_credit(&self) -> bool {
         self.fwd_cnt.wrapping_sub(self.last_fwd_cnt) > self.buf_alloc / 2
     }

@@ -1,7 +1,7 @@
-//! A region's head and both sides' words, of which each side writes whatever it likes: two sides that attach, restart, close
-//! and poison in any order, with words of any value written over theirs in between.
+//! Target `attach`: a region's head and both sides' state words, which each side can overwrite at will. Two sides attach, restart,
+//! close and poison in any order, and words of any value overwrite theirs in between.
 //!
-//! Input: lanes, sizes, alignment; then operations. Undisturbed, both come to run on the same epoch and exchange a record.
+//! Input: lanes, sizes, alignment; then operations. Without overwriting, both sides reach the same epoch and exchange a record.
 
 use adit_ringbuf::region::{Features, Lane, Region, Spec};
 use adit_ringbuf::session::{Event, Guest, Host, State};
@@ -71,7 +71,7 @@ fn play(memory: &Mapped, mut input: Input<'_>) {
                 _ => drop(guest.poison()),
             },
             6 => {
-                // The head, the state words, or the words of the lanes.
+                // Overwrite the head, the state words, or the words of the lanes.
                 let page = input.pick(&[0, 4096, 8192]);
                 let at = page + ((usize::from(input.u16()) % 2048) & !7);
                 memory.store(at, input.u64());
@@ -87,7 +87,7 @@ fn play(memory: &Mapped, mut input: Input<'_>) {
     settle(memory, spec, host.region().epoch());
 }
 
-/// Whatever was before: who begins anew comes to an end.
+/// Whatever happened before: two new sides reach a session.
 fn settle(memory: &Mapped, spec: Spec, epoch: u64) {
     let mut host = Host::offer(memory, spec, epoch + 1).expect("it fitted before");
     let mut guest = Guest::find(memory, 77 << 8, Features::NONE).expect("just made");

@@ -1,11 +1,11 @@
 //! Target `descriptor_chain`: a virtqueue whose every descriptor the input chooses, over memory with a seam, a hole and an
-//! end. The device's walk is compared with [`Model`], which follows the specification and knows nothing of the device.
+//! end. The device's walk is compared with [`Model`], which follows the specification and is independent of the device.
 //!
 //! | guest address | what |
 //! |---|---|
 //! | 0x1000..0x4000 | region A: the queue (descriptors +0, available +0x200, used +0x300), the table at 0x1400, a header at 0x2000 |
 //! | 0x4000..0x6000 | region B, which touches A |
-//! | 0x6000..0x8000 | nothing |
+//! | 0x6000..0x8000 | a hole |
 //! | 0x8000..0x9000 | region C |
 
 mod check;
@@ -42,19 +42,19 @@ const AVAIL: u64 = 0x1200;
 const USED: u64 = 0x1300;
 const TABLE: u64 = 0x1400;
 const HEADER: u64 = 0x2000;
-/// The other queue, which stays empty.
+/// The other queue, which is always empty.
 const IDLE: u64 = 0x3000;
 const USED_RINGS: [(u64, u64); 2] = [(USED, 0x100), (IDLE + 0x300, 0x100)];
-/// Everything that the device looks at by itself.
+/// Everything that the device reads by itself.
 const RINGS: [(u64, u64); 2] = [(DESC, 0x500), (IDLE, 0x400)];
 const TABLE_ENTRIES: u16 = 16;
-/// Bytes that one bit of the dirty bitmap stands for.
+/// Bytes for each bit of the dirty bitmap.
 const DIRTY_BYTES: NonZeroUsize = NonZeroUsize::new(16).unwrap();
 
 /// Feature bit of indirect descriptors.
 const F_INDIRECT: u64 = 1 << 28;
 
-/// What memory holds before a case.
+/// The content of memory before a case.
 static PATTERN: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(|| {
     let byte = |at: u32| (at >> 8) as u8 ^ (at as u8).wrapping_mul(31);
     (0..0x9000).map(byte).collect()
@@ -67,7 +67,7 @@ impl Signal for Quiet {
     fn signal(&self, _queue: u16) {}
 }
 
-/// What survives from one input to the next.
+/// Reused from one input to the next.
 struct Fixture {
     mem: Arc<Memory>,
     device: VsockDevice<Arc<Memory>>,
@@ -81,7 +81,7 @@ thread_local! {
 impl Fixture {
     fn new() -> Self {
         let regions = REGIONS.map(|(at, len)| {
-            // Finer than pages, so that each copy is seen by itself.
+            // Finer than pages, so that each copy is visible on its own.
             let bitmap = AtomicBitmap::new(len as usize, DIRTY_BYTES);
             let region = MmapRegionBuilder::new_with_bitmap(len as usize, bitmap)
                 .with_mmap_prot((ProtFlags::PROT_READ | ProtFlags::PROT_WRITE).bits())
@@ -103,14 +103,14 @@ impl Fixture {
 /// Runs one input.
 pub fn run(data: &[u8]) {
     FIXTURE.with_borrow_mut(|kept| {
-        // Taken out while it is used: what a panic leaves behind is not used again.
+        // Taken out while it is used: after a panic it is not reused.
         let mut fixture = kept.take().unwrap_or_else(Fixture::new);
         Case::new(&mut fixture, &mut Input(data)).run();
         *kept = Some(fixture);
     });
 }
 
-/// What one input says.
+/// One input, decoded.
 struct Case<'f> {
     fixture: &'f mut Fixture,
     size: u16,
@@ -118,7 +118,7 @@ struct Case<'f> {
     to_guest: bool,
     through_fd: bool,
     base: u16,
-    /// What the driver added to the available index.
+    /// How far the driver advanced the available index.
     added: u16,
     heads: Vec<u16>,
     /// Bytes that the host writes into each slot.
@@ -184,7 +184,7 @@ impl<'f> Case<'f> {
             let slot = self.base.wrapping_add(i as u16) % self.size;
             write(AVAIL + 4 + 2 * u64::from(slot), &head.to_le_bytes());
         }
-        // The rest of the input lies where a buffer may be.
+        // The rest of the input is data where a buffer may be.
         write(0x2100, input.bytes(256));
     }
 
@@ -257,7 +257,7 @@ impl<'f> Case<'f> {
         }
     }
 
-    /// Heads that the device sees before it finds a fault; whether it finds one.
+    /// The heads that the device sees before it finds a fault, and whether it finds one.
     fn good_heads(&self) -> (Vec<u16>, bool) {
         if self.added > self.size {
             return (vec![], true);
@@ -279,14 +279,14 @@ impl<'f> Case<'f> {
         }
     }
 
-    /// Takes all packets; returns the used elements to expect, the bytes that may have changed, whether a fault came.
+    /// Receives all packets. Returns the expected used elements, the bytes that may have changed, and whether there was a fault.
     fn packets(&mut self, before: &Image) -> Outcome {
         let (heads, fault) = self.good_heads();
         let mut model = self.model(before);
         let (mut expected, mut aliased) = (Vec::new(), false);
         for &head in &heads {
             if let Some(buffers) = model.walk(head) {
-                // What lies in a used ring changes while packets are taken.
+                // A buffer inside a used ring changes while packets are received.
                 aliased |= overlap(&buffers, &USED_RINGS);
                 let bytes = model.bytes(&buffers);
                 let wire = WireHeader::from_bytes(bytes.first_chunk().expect("44 bytes"));
@@ -362,7 +362,7 @@ impl<'f> Case<'f> {
             let chain = loop {
                 let Some(head) = heads.next() else { break None };
                 let chain = model.walk(head);
-                // A table that the device writes over is another table from then on.
+                // If the device writes to a table, that table changes.
                 wild |= overlap(&model.tables, &USED_RINGS)
                     || touched
                         .iter()
@@ -402,7 +402,7 @@ impl<'f> Case<'f> {
             let h = PacketHeader { len: n as u32, ..h };
             let mut bytes = WireHeader::new(HOST_CID, CID, &h).to_bytes().to_vec();
             bytes.extend(&payload);
-            // A driver that has its rings or tables overwritten sees whatever it sees: only bounds are checked then.
+            // If the driver's rings or tables are overwritten, its view is undefined: only bounds are checked then.
             wild = overlap(&buffers, &RINGS);
             used.push((head, 44 + n as u32));
             touched.push(Touched { buffers, bytes });
@@ -413,5 +413,5 @@ impl<'f> Case<'f> {
     }
 }
 
-/// Used elements to expect (`None`: the driver had its own rings overwritten), writes, whether a fault came.
+/// Expected used elements (`None`: the driver's own rings were overwritten), writes, and whether there was a fault.
 type Outcome = (Option<Vec<(u16, u32)>>, Vec<Touched>, bool);

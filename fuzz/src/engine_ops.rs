@@ -33,13 +33,13 @@ pub fn run(data: &[u8]) {
                 _ => shell.events(input),
             },
         }
-        // The count of streams that are known moves with events only, the shell's with them.
+        // The engine counts a stream as known until its event is polled, and the shell does the same.
         shell.events(input);
     }
     shell.session(None);
 }
 
-/// A packet: mostly of a stream that there is, mostly of an operation that there is.
+/// A packet: mostly with a known stream and a known operation.
 pub fn packet(input: &mut Input<'_>, shell: &Shell) -> PacketHeader {
     let shape = input.u8();
     let (dst_port, src_port) = match shell.ports(input.u8()) {

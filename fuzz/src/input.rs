@@ -1,6 +1,6 @@
-//! Takes an input apart: a cursor that reads as zeroes behind its end, so that every prefix of an input is an input.
+//! A cursor over an input. Behind the end it reads zeroes, so every prefix of an input is an input too.
 
-/// The rest of an input.
+/// The part of an input that is not read yet.
 #[derive(Clone, Copy, Debug)]
 pub struct Input<'a>(pub &'a [u8]);
 
@@ -43,24 +43,24 @@ impl<'a> Input<'a> {
         usize::from(self.u8()) % n
     }
 
-    /// Takes a byte and chooses.
+    /// Takes a byte and chooses one of `from`.
     pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len())]
     }
 
-    /// Takes a bit (of a byte).
+    /// Takes a byte and returns one bit of it.
     pub fn flag(&mut self) -> bool {
         self.u8() & 1 == 1
     }
 
-    /// Takes up to `n` bytes as they are.
+    /// Takes up to `n` bytes.
     pub fn bytes(&mut self, n: usize) -> &'a [u8] {
         let (taken, rest) = self.0.split_at(n.min(self.0.len()));
         self.0 = rest;
         taken
     }
 
-    /// Takes a number near where arithmetic goes wrong, or any, or a small one.
+    /// Takes a number: near a limit of arithmetic, or any, or a small one.
     pub fn edge32(&mut self) -> u32 {
         match self.u8() {
             0x00..=0x7f => u32::from(self.u16()),

@@ -1,4 +1,4 @@
-//! libFuzzer's end of the target that `ADIT_FUZZ_TARGET` names.
+//! The program for libFuzzer. It runs the target that `ADIT_FUZZ_TARGET` names.
 #![no_main]
 
 use std::sync::LazyLock;
@@ -9,7 +9,7 @@ static TARGET: LazyLock<Target> = LazyLock::new(|| {
     let name = std::env::var("ADIT_FUZZ_TARGET").unwrap_or_default();
     let found = TARGETS.iter().find(|(n, _)| *n == name);
     found
-        .unwrap_or_else(|| panic!("ADIT_FUZZ_TARGET=`{name}` is no target"))
+        .unwrap_or_else(|| panic!("ADIT_FUZZ_TARGET=`{name}` is not a target"))
         .1
 });
 

@@ -1,5 +1,5 @@
-//! Target `mem_table`: tables of memory regions over real descriptors, against the rules in 128-bit arithmetic. What is
-//! taken is touched at both ends (SIGBUS would end the process); what is refused leaves nothing behind.
+//! Target `mem_table`: tables of memory regions over real descriptors, against the rules in 128-bit arithmetic. Accepted memory is
+//! accessed at both ends (a mistake would be a SIGBUS, which ends the process). A refused table leaves nothing behind.
 
 use std::fs::File;
 use std::io::Seek;
@@ -13,19 +13,19 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::input::Input;
 
 const PAGE: u64 = 4096;
-/// Executions between two looks at what the process holds.
+/// Executions between two checks for leaks.
 const LOOK_EVERY: u64 = 1024;
 
-/// A descriptor to hand over.
+/// A descriptor that a region can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     /// 16 pages that cannot shrink.
     Sealed,
     /// A page and a half that cannot shrink.
     Odd,
-    /// 16 pages that can.
+    /// 16 pages that can shrink.
     Loose,
-    /// No file.
+    /// Not a file.
     Device,
 }
 
@@ -63,14 +63,14 @@ pub(crate) fn memfd(bytes: u64, sealed: bool) -> File {
     file
 }
 
-/// Descriptors and mappings of this process.
+/// Number of descriptors and mappings of this process.
 pub(crate) fn held() -> (usize, usize) {
     let fds = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
     let maps = std::fs::read_to_string("/proc/self/maps").map_or(0, |s| s.lines().count());
     (fds, maps)
 }
 
-/// Asserts that nothing piles up: others of this process hold some, too.
+/// Asserts that their number does not grow. Some slack is allowed, because other code of this process has some too.
 pub(crate) fn assert_no_leak(before: (usize, usize)) {
     let now = held();
     assert!(
@@ -172,7 +172,7 @@ fn case(fixture: &Fixture, input: &mut Input<'_>) {
     }
 }
 
-/// The rules.
+/// The rules: whether the table must be accepted.
 fn good(regions: &[Region], policy: MemoryPolicy) -> bool {
     let wide = |start: u64, size: u64| (u128::from(start), u128::from(start) + u128::from(size));
     let apart = |a: (u128, u128), b: (u128, u128)| a.1 <= b.0 || b.1 <= a.0;
@@ -212,7 +212,7 @@ fn touch(fixture: &Fixture, mem: &VmMemoryRef, regions: &[Region]) {
             assert_eq!(got, value, "mapped from somewhere else");
         }
     }
-    // What a duplicate shares with its original is left alone.
+    // The position in the file is shared with the original descriptor, and must not change.
     let at = { &fixture.files[0].1 }.stream_position();
     assert_eq!(at.ok(), Some(0));
 }

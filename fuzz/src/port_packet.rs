@@ -1,4 +1,4 @@
-//! A guest that frames its packets well and says anything in them, to a port that serves echoes.
+//! Target `port_packet`: a guest with well-framed packets of any content, and a port that echoes.
 
 use std::cell::OnceCell;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
-//! A ring whose memory the peer wrote: headers, lengths, pads and positions of any kind. Whatever a consumer takes is what a
-//! second reader, which knows nothing of the first, finds there; whatever it refuses stays refused.
+//! Target `record`: a ring whose memory the peer wrote, with headers, lengths, pads and positions of any kind. Every record that a
+//! consumer returns is the one that an independent second reader finds there. After an error the consumer returns nothing more.
 //!
-//! Input: size, alignment, whether rings wrap, words to write where (pairs of place and word), the rest over the records.
+//! Input: size, alignment, whether rings wrap, words to write (pairs of place and value), and the rest over the records.
 
 use adit_ringbuf::layout::Header;
 use adit_ringbuf::{Consumer, Geometry, Mapped, RingMem};
@@ -36,7 +36,7 @@ fn attack(memory: &Mapped, mut input: Input<'_>) {
 
     let (mut tail, mut released) = (0u64, 0u64);
     let mut buf = [0; 4096];
-    // A ring holds no more records than headers.
+    // A ring has at most as many records as headers fit.
     for _ in 0..=size / 8 {
         let expected = second_reader(memory, &geometry, &mut tail, released);
         let got = consumer.pop(&mut buf);
@@ -65,7 +65,7 @@ fn attack(memory: &Mapped, mut input: Input<'_>) {
     }
 }
 
-/// The next record's length; `Err`: nobody may write this. Goes on behind pads.
+/// The next record's length, behind pads. `Err`: nobody may write this.
 fn second_reader(
     memory: &Mapped,
     geometry: &Geometry,

@@ -1,6 +1,6 @@
-//! A PCI function in a guest's hands: accesses of any width anywhere, a host that rings, a VM that is held, and states from
-//! anywhere. What the VMM was told, change by change, is what a second reader makes of the function's saved state, and
-//! nothing of the function lies outside of the windows.
+//! Target `ring_function`: a PCI function that a guest controls, with accesses of any width and address, a host that sends
+//! doorbells, a VM that is paused, and saved states of any origin. What the VMM was told step by step must equal what a second
+//! reader computes from the function's saved state, and nothing of the function is outside the windows.
 //!
 //! Input: operations.
 
@@ -12,7 +12,7 @@ const REGION: u64 = 1 << 16;
 const LOW: u64 = 0xe010_0000;
 const HIGH: u64 = 0x1_4000_0000;
 const WINDOWS: Windows = [LOW..LOW + 0x4000, HIGH..HIGH + 2 * REGION];
-/// What a kernel writes to configuration space: where, and what.
+/// What a kernel writes to configuration space: offsets and values.
 const KERNELS: [(u64, u32); 11] = [
     (0x10, LOW as u32),
     (0x14, LOW as u32 + 0x1000),
@@ -22,14 +22,14 @@ const KERNELS: [(u64, u32); 11] = [
     (4, 0x6),
     (4, 0x406),
     (0x40, 0x8000_0000),
-    // Behind the ends of the windows; below its own.
+    // Behind the end of a window; before its start.
     (0x10, LOW as u32 + 0x4000),
     (0x18, (HIGH + 2 * REGION) as u32),
     (0x1c, 0),
 ];
 const BASES: [u64; 6] = [LOW, LOW + 0x1000, LOW + 0x1800, HIGH, 0, u64::MAX - 0xffff];
 
-/// What a VMM knows by what it was told.
+/// What a VMM knows from the changes that it was told.
 #[derive(Default)]
 struct Told {
     wiring: Wiring,
@@ -47,7 +47,7 @@ impl Told {
         assert!((0..VECTORS).all(sendable), "a message that there is not");
     }
 
-    /// Compares with a state that this reads by itself.
+    /// Compares that with the saved state, which is decoded independently here.
     fn check(&self, function: &Function) {
         let state = function.save();
         let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|n| state[at + n]));

@@ -1,5 +1,5 @@
-//! Both ends of a ring, in any order of calls, held against a queue; and a peer that writes over any word of it, after which
-//! the ends may refuse, but never hand out what was not there, and never go beyond the ring.
+//! Target `ring_ops`: both ends of a ring with calls in any order, compared with a queue; and a peer that overwrites any word of
+//! it. After that the ends may fail, but never return a record that was not there, and never access memory outside the ring.
 //!
 //! Input: size, alignment, wraps, events, then operations.
 
@@ -29,7 +29,7 @@ fn play(memory: &Mapped, mut input: Input<'_>) {
     let events = input.flag();
     let mut producer = Producer::new(memory, geometry, events).expect("a ring");
     let mut consumer = Consumer::new(memory, geometry, events).expect("a ring");
-    // Committed, shown, and how many bytes they are: what an honest ring would do.
+    // Records that a correct ring would hold: committed, and published.
     let (mut committed, mut shown) = (VecDeque::new(), VecDeque::new());
     let mut honest = true;
     let mut next = 0u8;
@@ -43,7 +43,7 @@ fn play(memory: &Mapped, mut input: Input<'_>) {
                 let taken = match producer.reserve(len) {
                     Ok(mut grant) => {
                         grant.write(0, &record);
-                        // Dropped: there is no record.
+                        // Dropped, so there is no record.
                         input.flag() && {
                             let _ = grant.commit();
                             true
@@ -109,7 +109,7 @@ fn play(memory: &Mapped, mut input: Input<'_>) {
     }
 }
 
-/// As much as there is room for, of which some is used.
+/// Reserves as much as fits, and commits a part of it.
 fn some(
     producer: &mut Producer<&Mapped>,
     [least, most]: [usize; 2],
@@ -131,7 +131,7 @@ fn some(
     let record = vec![next; used];
     let spoilt = input.flag();
     if spoilt {
-        // More was written than is used.
+        // Write more than is committed.
         let all = vec![0xff; grant.len()];
         grant.write(0, &all);
     }

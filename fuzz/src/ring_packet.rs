@@ -1,6 +1,6 @@
-//! Target `ring_packet`: the other side of a ring, which sends packets, well-framed or not, begins anew, and writes over
-//! any word of the region. While it keeps the rules, every packet goes through ring, carrier and engine and is compared with
-//! what went in, both ways; when it breaks one, the session ends in a fault or goes on, and nothing else happens.
+//! Target `ring_packet`: the other side of a ring, which sends packets, well-framed or not, restarts, and overwrites any word of
+//! the region. While it follows the rules, every packet goes through ring, carrier and engine and is compared with what was sent,
+//! in both directions. If it breaks one, the session ends with a fault or continues, and nothing else may happen.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -17,11 +17,11 @@ use crate::input::Input;
 use crate::pattern::{Sent, body, fill};
 use crate::shell::Shell;
 
-/// Head, both sides' words, and a ring each way.
+/// Head, both sides' words, and a ring in each direction.
 const HEAD: usize = 3 * 4096;
 const RING: usize = 8192;
 const BYTES: usize = HEAD + 2 * RING;
-/// Packets that a burst sends at most.
+/// Most packets that a burst sends.
 const SENT_MAX: usize = 64;
 
 thread_local! {
@@ -38,7 +38,7 @@ struct World {
     to_host: VecDeque<Sent>,
     to_guest: VecDeque<Sent>,
     serial: u8,
-    /// The guest broke a rule: whatever comes is right, but a panic.
+    /// The guest broke a rule: from now on everything except a panic is allowed.
     wild: bool,
 }
 
@@ -72,7 +72,7 @@ pub fn run(data: &[u8]) {
 }
 
 impl World {
-    /// The guest begins anew: what was under way is lost.
+    /// The guest restarts; what was in flight is lost.
     fn attach(&mut self) {
         self.ends = None;
         self.to_host.clear();
@@ -123,7 +123,7 @@ impl World {
     }
 
     fn send(&mut self, input: &mut Input<'_>) {
-        // The numbers that a frame has room for.
+        // Only as many bits as a frame has.
         let h = PacketHeader::from_frame(&packet(input, &self.shell).to_frame());
         let shape = input.u8();
         let len = match shape & 3 {
@@ -140,7 +140,7 @@ impl World {
         };
         self.serial = self.serial.wrapping_add(1);
         let record = [&h.to_frame(), body(self.serial, len)].concat();
-        // A frame that is cut off is the end of the session.
+        // A frame that is too short ends the session.
         let cut = shape & 0xf0 == 0xf0;
         let record = if cut {
             &record[..input.below(FRAME_BYTES)]
@@ -155,7 +155,7 @@ impl World {
         }
     }
 
-    /// Any word, by any value.
+    /// Overwrites any word with any value.
     fn scribble(&mut self, input: &mut Input<'_>) {
         let page = input.pick(&[0, 4096, 8192, HEAD, HEAD + RING]);
         let at = page + (usize::from(input.u16()) % 4096) / 8 * 8;
@@ -201,7 +201,7 @@ impl World {
         let _ = self.host.arm(interest);
     }
 
-    /// False: the ring broke.
+    /// Returns false if the ring broke.
     fn transmit(&mut self) -> bool {
         for _ in 0..SENT_MAX {
             let slot = match self.host.tx(Lane::Bulk, 1500) {
@@ -222,7 +222,7 @@ impl World {
         true
     }
 
-    /// The guest takes what came.
+    /// The guest receives all records.
     fn receive(&mut self) {
         let mut record = [0; RING];
         let Some(ends) = &mut self.ends else { return };

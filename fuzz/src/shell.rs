@@ -1,9 +1,9 @@
-//! The smallest shell around an engine, for targets: it remembers what it was told and asserts what must always hold.
+//! The smallest shell around an engine, for targets: it records the engine's outputs and asserts what must always hold.
 //!
-//! - Ids are told of once, ended once, and never heard of again.
-//! - What is delivered lies inside the windows that are lent, and these inside the pool.
-//! - What is sent lies inside the credit that the peer gave.
-//! - Outputs end: nothing is polled for ever.
+//! - A stream id is announced once, ends once, and does not appear again.
+//! - Delivered bytes are inside the granted windows, and the windows are inside the pool.
+//! - Sent bytes are inside the peer's credit.
+//! - Outputs end: no poll returns something for ever.
 
 use std::collections::BTreeMap;
 
@@ -14,10 +14,10 @@ use adit_engine::{
 
 use crate::input::Input;
 
-/// Ports that are listened on.
+/// Ports with a listener.
 pub const SERVICES: [u32; 2] = [741, 22];
 
-/// What the shell knows of a stream.
+/// What the shell knows about a stream.
 #[derive(Clone, Copy, Debug)]
 struct Known {
     id: StreamId,
@@ -26,32 +26,32 @@ struct Known {
     held: u64,
 }
 
-/// What the peer may be sent on a port pair (ours, its).
+/// What may be sent to the peer on a port pair (ours, its).
 #[derive(Clone, Copy, Debug, Default)]
 struct Credit {
     sent: u64,
-    /// Largest window, and most bytes taken, that it spoke of and could mean.
+    /// The largest window, and the most received bytes, that the peer announced and could mean.
     window: u64,
     taken: u64,
 }
 
-/// An engine and what it has said.
+/// An engine and its outputs.
 pub struct Shell {
     /// The engine.
     pub engine: Engine,
-    /// The present.
+    /// The current time.
     pub now: Tick,
     config: EngineConfig,
     known: BTreeMap<u32, Known>,
     credit: BTreeMap<(u32, u32), Credit>,
     stale: Vec<StreamId>,
-    /// Ports and window of the packet that was handled last.
+    /// Ports and window of the last packet.
     asked: ((u32, u32), u64),
     epoch: u64,
 }
 
 impl Shell {
-    /// Makes an engine with a configuration of the input's choice, and a session.
+    /// Makes an engine with a session. The input chooses the configuration.
     pub fn new(input: &mut Input<'_>) -> Self {
         let mut config = EngineConfig {
             max_streams: input.pick(&[1, 2, 8, 64]),
@@ -84,7 +84,7 @@ impl Shell {
         shell
     }
 
-    /// The session begins anew, or ends.
+    /// The session restarts or ends.
     pub fn session(&mut self, on: Option<()>) {
         self.epoch += 1;
         let change = match on {
@@ -101,7 +101,7 @@ impl Shell {
         self.events(&mut Input(&[]));
         assert!(self.known.is_empty(), "a stream outlived its session");
         assert_eq!((self.engine.streams(), self.engine.lent()), (0, 0));
-        // A driver that lives on is told of what it had; no other is told anything.
+        // A driver that continues gets resets for its old streams. A new one gets nothing.
         if matches!(change, SessionChange::Continued { .. }) {
             while let Some(t) = self.engine.poll_transmit(self.now, 0) {
                 assert_eq!((t.header.op, t.body), (Op::Rst as u16, None));
@@ -112,11 +112,11 @@ impl Shell {
         self.credit.clear();
     }
 
-    /// A packet from the peer. Returns how many of its bytes go to a sink.
+    /// Handles a packet from the peer. Returns how many of its bytes go to a sink.
     pub fn packet(&mut self, h: &PacketHeader, body: u32) -> u32 {
         let pair = (h.dst_port, h.src_port);
         let credit = self.credit.entry(pair).or_default();
-        // The most that it can mean by the lower half of a count.
+        // `fwd_cnt` is the lower half of a count: the most that it can mean.
         let ahead = u64::from((credit.sent as u32).wrapping_sub(h.fwd_cnt));
         if let Some(taken) = credit.sent.checked_sub(ahead) {
             credit.window = credit.window.max(u64::from(h.buf_alloc));
@@ -141,7 +141,7 @@ impl Shell {
         delivered
     }
 
-    /// Time passes, mostly to a deadline.
+    /// Time passes, mostly until a deadline.
     pub fn wait(&mut self, input: &mut Input<'_>) {
         let at = match (input.u8() & 3, self.engine.poll_timeout()) {
             (0, _) => self.now.0.saturating_add(input.u64() >> input.u8().min(63)),
@@ -160,7 +160,7 @@ impl Shell {
         self.check();
     }
 
-    /// Hears all events; incoming streams are answered as the input says.
+    /// Polls all events. The input decides the answer to an incoming stream.
     pub fn events(&mut self, input: &mut Input<'_>) {
         let most = 8 * self.config.max_streams.max(1) + 8;
         for _ in 0..most {
@@ -242,7 +242,7 @@ impl Shell {
         );
     }
 
-    /// Something that the shell wants, of a stream of the input's choice: one that is known, or was.
+    /// A command of the shell for a stream that the input chooses: one that is known, or was.
     pub fn command(&mut self, input: &mut Input<'_>) {
         let which = input.u8();
         let ids: Vec<StreamId> = self
@@ -291,7 +291,7 @@ impl Shell {
         }
     }
 
-    /// Ports of a stream that is known, for a packet to hit.
+    /// Ports of a known stream, so that a packet can hit it.
     pub fn ports(&self, which: u8) -> Option<(u32, u32)> {
         let n = self.known.len().max(1);
         self.known
@@ -300,7 +300,7 @@ impl Shell {
             .map(|k| k.ports)
     }
 
-    /// What goes out next into a slot of this size.
+    /// The next packet for a slot of this size.
     pub fn transmit(&mut self, capacity: u32) -> Option<Transmit> {
         let t = self.engine.poll_transmit(self.now, capacity);
         if let Some(Transmit {
@@ -316,7 +316,7 @@ impl Shell {
         t
     }
 
-    /// `n` bytes of the last packet's body are in its slot.
+    /// Reports that `n` bytes of the last packet's body are in its slot.
     pub fn commit(&mut self, id: StreamId, n: u32) -> PacketHeader {
         let h = self.engine.commit_body(self.now, id, n);
         assert_eq!((h.op, h.len), (Op::Rw as u16, n));
@@ -330,7 +330,7 @@ impl Shell {
         h
     }
 
-    /// Sends all that there is, in packets of at most `capacity` bytes; at most `bodies` with a body.
+    /// Sends everything, in packets of at most `capacity` bytes. At most `bodies` packets have a body.
     pub fn send_all(&mut self, capacity: u32, bodies: u32, fill: u8) {
         let (mut owed, mut left) = (0, bodies);
         while left > 0 {

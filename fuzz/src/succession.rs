@@ -1,5 +1,5 @@
-//! What a process in its guest's hands leaves behind for its successor: the record of its frontend, the live file, and what
-//! stands unread in the frontend's socket. The successor goes on or says that it cannot, and nothing else.
+//! Target `succession`: what a process that its guest controlled leaves for its successor: the record of its frontend, the live
+//! file, and the unread bytes in the frontend's socket. The successor continues or reports that it cannot; nothing else.
 //!
 //! Input: number of descriptors, step, changes, place and length of the reply (8 bytes each), number of pairs, pairs, number
 //! of unread bytes, those, record.
@@ -23,14 +23,14 @@ use adit_passed::Closer;
 use arbitrary::{Result, Unstructured};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-/// Where the live file has them (adit-channel, `live.rs`).
+/// Offsets in the live file (adit-channel, `live.rs`).
 const AT_CHANGES: u64 = 16;
 const AT_PAIRS: u64 = 16384;
 const PATIENCE: Duration = Duration::from_secs(10);
 const SLACK: usize = 16;
 
 thread_local! {
-    /// Inputs so far, and descriptors after the first.
+    /// Number of inputs so far, and number of descriptors after the first.
     static RUNS: Cell<(u64, usize)> = const { Cell::new((0, 0)) };
 }
 
@@ -52,7 +52,7 @@ impl Keeper for Told {
 pub fn run(data: &[u8]) {
     let _ = attack(&mut Unstructured::new(data));
     let (runs, open) = RUNS.get();
-    // What was passed is closed by a thread of its own.
+    // Another thread closes the descriptors that were passed: wait for it.
     while runs.is_multiple_of(256) && Closer::shared().pending() > 0 {
         std::thread::yield_now();
     }
@@ -119,7 +119,7 @@ fn succeed(live: LiveFile, bytes: Vec<u8>, fds: Vec<OwnedFd>, frontend: UnixStre
         .expect("a port");
     shard.port_mut(port).keep_live(live);
     verdict(&mut shard, &told);
-    // What the frontend had left unread is a message, or the end of it.
+    // The unread bytes are a message, or an incomplete one at the end of the connection.
     let _ = frontend.shutdown(std::net::Shutdown::Write);
     for _ in 0..4 {
         turn(&mut shard);
@@ -137,7 +137,7 @@ fn verdict(shard: &mut Shard<VhostUserCarrier>, told: &Receiver<Verdict>) {
         match told.recv_timeout(Duration::from_micros(50)) {
             Ok(Verdict) => return,
             Err(RecvTimeoutError::Disconnected) => panic!("the frontend's thread has ended"),
-            // It may be asking the shard.
+            // The frontend's thread may be waiting for the shard.
             Err(RecvTimeoutError::Timeout) => turn(shard),
         }
         assert!(Instant::now() < end, "no verdict");

@@ -1,5 +1,5 @@
-//! Target `vhost_user_messages`: a frontend that says anything, with any descriptors, over a real socket to a real backend
-//! with its thread; this side is also the shard. The next input is the next frontend, which must be served.
+//! Target `vhost_user_messages`: a frontend that sends anything, with any descriptors, over a real socket to a real backend
+//! with its thread. The target is also the shard. The next input is the next frontend, which must be served.
 
 use std::fs::File;
 use std::io::{ErrorKind, IoSlice, Read};
@@ -23,9 +23,9 @@ use crate::mem_table::{assert_no_leak, held, memfd};
 const MEMORY_BYTES: u64 = 0x1_0000;
 const USER: u64 = 0x7f00_0000_0000;
 const LOOK_EVERY: u64 = 1024;
-/// Longer than anything here takes, ms.
+/// Longer than anything in this target takes, ms.
 const PATIENCE_MS: u16 = 20_000;
-/// Messages of one input at most: all of them fit into the socket's buffer.
+/// Most messages of one input: they all fit into the socket's buffer.
 const MESSAGES_MAX: usize = 48;
 const SOCKET: u64 = u64::MAX;
 
@@ -48,7 +48,7 @@ const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9;
 struct Fixture {
     carrier: VhostUserCarrier,
     address: SocketAddr,
-    /// Memory of the guest, then what else can be handed over.
+    /// The guest's memory, then other files that can be passed.
     files: [File; 5],
     events: [EventFd; 2],
     runs: u64,
@@ -128,7 +128,7 @@ impl<'f> Case<'f> {
     }
 
     fn run(mut self, input: &mut Input<'_>) {
-        // Whatever the last one did, this one is heard, by a device at rest.
+        // Whatever the last frontend did, this one is answered, and the device is in its first state.
         assert!(self.say(GET_FEATURES, VERSION, &[], &[]));
         while self.received.len() < 20 {
             assert!(self.turn(), "not served");
@@ -151,7 +151,7 @@ impl<'f> Case<'f> {
         self.check_replies();
     }
 
-    /// Says something, or does something in memory that is shared; false when nobody listens any more.
+    /// Sends a message, or changes shared memory. Returns false when the connection is closed.
     fn step(&mut self, input: &mut Input<'_>) -> bool {
         match input.u8() % 16 {
             0 | 1 => self.start(input),
@@ -165,7 +165,7 @@ impl<'f> Case<'f> {
             }
             3 => {
                 let queue = input.below(2);
-                // Where `start` puts the available rings.
+                // `start` puts the available rings there.
                 let at = 0x1000 * (1 + queue as u64) + 0x402;
                 let index = u16::from(input.u8()).to_le_bytes();
                 self.fixture.files[0].write_at(&index, at).expect("memory");
@@ -178,7 +178,7 @@ impl<'f> Case<'f> {
         }
     }
 
-    /// Everything that makes a session, but for what the input leaves out.
+    /// Sends all messages that make a session, except those that the input leaves out.
     fn start(&mut self, input: &mut Input<'_>) -> bool {
         let without = input.u16();
         let features = FEATURES | PROTOCOL_FEATURES;
@@ -232,7 +232,7 @@ impl<'f> Case<'f> {
             .all(|(code, body, fds)| self.say(code, VERSION, &body, &fds))
     }
 
-    /// A message that exists, with a body of its shape.
+    /// Sends an existing message with a body of its shape.
     fn known(&mut self, input: &mut Input<'_>) -> bool {
         let code = u32::from(input.u8() % 46);
         let shape = input.u8();
@@ -302,7 +302,7 @@ impl<'f> Case<'f> {
             .collect()
     }
 
-    /// Anything at all.
+    /// Sends any bytes.
     fn raw(&mut self, input: &mut Input<'_>) -> bool {
         let fds = self.fds(input);
         let n = 1 + usize::from(input.u8() & 63);
@@ -341,7 +341,7 @@ impl<'f> Case<'f> {
     fn watch(&mut self) {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("epoll");
         let add = |fd: BorrowedFd<'_>, id: u64| {
-            // The same descriptor may be both kicks.
+            // Fails if both kicks are the same descriptor.
             let _ = epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, id));
         };
         add(self.socket.as_fd(), SOCKET);
@@ -355,7 +355,7 @@ impl<'f> Case<'f> {
         self.poll(EpollTimeout::ZERO)
     }
 
-    /// Waits for the backend and does what it asks for; false when it has closed the connection.
+    /// Waits for the backend and does what it asks for. Returns false when it has closed the connection.
     fn turn(&mut self) -> bool {
         self.poll(EpollTimeout::from(PATIENCE_MS))
     }
@@ -364,7 +364,7 @@ impl<'f> Case<'f> {
         let mut ready = [EpollEvent::empty(); 8];
         let n = loop {
             match self.epoll.wait(&mut ready, timeout) {
-                // libFuzzer's own timer.
+                // libFuzzer's timer signal.
                 Err(Errno::EINTR) => {}
                 n => break n.expect("epoll"),
             }
@@ -392,7 +392,7 @@ impl<'f> Case<'f> {
                 Ok(0) => return false,
                 Ok(n) => self.received.extend_from_slice(&buf[..n]),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return true,
-                // It closed with bytes unread.
+                // The backend closed without reading everything.
                 Err(_) => return false,
             }
         }
@@ -428,7 +428,7 @@ impl<'f> Case<'f> {
         }
     }
 
-    /// Whole answers, no more than there were questions.
+    /// Checks that answers are complete, and no more than there were requests.
     fn check_replies(&self) {
         let (mut rest, mut replies) = (&self.received[..], 0);
         while !rest.is_empty() {
@@ -440,7 +440,7 @@ impl<'f> Case<'f> {
             rest = body.get(word(8) as usize..).expect("a whole body");
             replies += 1;
         }
-        // Raw bytes may hold more than one message, of 12 bytes at least.
+        // Raw bytes may contain several messages; each has at least 12 bytes.
         assert!(replies <= 6 * self.messages, "{replies} answers");
     }
 }

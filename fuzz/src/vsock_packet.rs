@@ -1,5 +1,5 @@
-//! Target `vsock_packet`: a driver whose rings are in order and whose packets are not. Every packet goes through guest
-//! memory, rings, device and engine; what comes out is compared with what went in, both ways.
+//! Target `vsock_packet`: a driver whose virtqueues are valid and whose packets are not. Every packet goes through guest memory,
+//! virtqueues, device and engine. The results are compared with what was sent, in both directions.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ impl Signal for Quiet {
     fn signal(&self, _queue: u16) {}
 }
 
-/// What survives from one input to the next.
+/// Reused from one input to the next.
 struct Fixture {
     mem: Arc<VmMemory>,
     device: Device,
@@ -53,9 +53,9 @@ struct World<'f> {
     device: &'f mut Device,
     driver: Driver,
     shell: Shell,
-    /// What the device is to yield.
+    /// Packets that the device must return.
     to_host: VecDeque<Sent>,
-    /// What the guest is to receive.
+    /// Packets that the guest must receive.
     to_guest: VecDeque<Sent>,
     foreign: u64,
     serial: u8,
@@ -108,7 +108,7 @@ impl<'f> World<'f> {
                 0..=7 => self.send(input),
                 8..=10 => self.burst(input),
                 11 => {
-                    // The guest posts what it has, or some of it.
+                    // The guest posts some or all of its buffers.
                     for _ in 0..=input.u8() % QUEUE as u8 {
                         self.driver.post_rx();
                     }
@@ -120,7 +120,7 @@ impl<'f> World<'f> {
             }
             self.shell.events(input);
         }
-        // The input has ended: nothing is late any more.
+        // The input has ended, so no packet may be missing any more.
         self.burst(input);
         self.receive();
         self.driver.reap_tx();
@@ -150,7 +150,7 @@ impl<'f> World<'f> {
             1 => h.len as usize % 8192,
             _ => 0,
         };
-        // It says what it sends, or not.
+        // The length in the header may be wrong.
         if shape & 0x0c != 0 && (h.op == Op::Rw as u16) {
             h.len = len as u32;
         }
@@ -174,7 +174,7 @@ impl<'f> World<'f> {
             .driver
             .send_wire(&WireHeader::new(src, dst, &h), len, piece)
         {
-            return; // more descriptors than are left
+            return; // not enough descriptors are left
         }
         self.driver.tx.publish();
         if (src, dst) == (CID, HOST_CID) {
@@ -202,7 +202,7 @@ impl<'f> World<'f> {
         }
         self.transmit();
         self.device.flush();
-        // The guest may send at the very moment at which the host goes to sleep.
+        // The guest may send just when the host goes to sleep.
         let late = input.u8() & 3 == 3;
         if late {
             let before = self.sent();
@@ -218,7 +218,7 @@ impl<'f> World<'f> {
         });
     }
 
-    /// Packets that the device has not yielded or dropped yet.
+    /// Packets that the device has not returned or dropped yet.
     fn sent(&self) -> u64 {
         self.to_host.len() as u64 + self.foreign
     }
@@ -250,7 +250,7 @@ impl<'f> World<'f> {
         }
     }
 
-    /// The guest takes what came, and posts its buffers again.
+    /// The guest receives all packets, and posts the buffers again.
     fn receive(&mut self) {
         let mut payload = Vec::new();
         while let Some(wire) = self.driver.receive(&mut payload) {

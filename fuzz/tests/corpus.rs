@@ -1,10 +1,10 @@
-//! Every seed, and a fixed number of inputs made from them: on any toolchain, without libFuzzer.
+//! Runs every seed, and a fixed number of mutants of the seeds, on any toolchain and without libFuzzer.
 
 use std::fs;
 
 use adit_fuzz::{TARGETS, corpus};
 
-/// Inputs made from the seeds of each target.
+/// Mutants of each target.
 const MUTANTS: u64 = 4_000;
 
 struct Noise(u64);
@@ -50,14 +50,14 @@ impl Noise {
 }
 
 #[test]
-fn seeds_and_what_is_near_them_break_no_rule() {
+fn seeds_and_their_mutants_break_no_rule() {
     for (name, run) in TARGETS {
         let dir = corpus(name);
         let mut paths: Vec<_> = fs::read_dir(&dir)
             .unwrap_or_else(|e| panic!("{}: {e}", dir.display()))
             .map(|entry| entry.unwrap().path())
             .collect();
-        // The same mutants everywhere.
+        // Sorted, so that the mutants are the same everywhere.
         paths.sort();
         let seeds: Vec<Vec<u8>> = paths.iter().map(|path| fs::read(path).unwrap()).collect();
         assert!(!seeds.is_empty(), "{name} has no seeds");

@@ -1,13 +1,12 @@
 //! `aditd`: the host's daemon. `aditd run` serves, `aditd check-config` checks a file, `aditd example-config` prints one.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 #![allow(unsafe_code)] // systemd passes descriptors as numbers
 
-use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use adit_host_proxy::config::{self, Config, DEFAULT_PATH};
-use anyhow::Context;
 use clap::{Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
@@ -62,7 +61,11 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let result = match Args::parse().command {
+    let args: Args = match adit_print::parse("aditd") {
+        Ok(args) => args,
+        Err(done) => return done,
+    };
+    let result = match args.command {
         Command::CheckConfig { file } => check(&file),
         Command::ExampleConfig => print(&config::example()),
         Command::Run {
@@ -76,11 +79,7 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            // `eprintln!` would panic where nothing can be written.
-            let _ = writeln!(std::io::stderr(), "aditd: {e:#}");
-            ExitCode::FAILURE
-        }
+        Err(e) => adit_print::failed("aditd", e.as_ref()),
     }
 }
 
@@ -89,13 +88,9 @@ fn check(file: &Path) -> anyhow::Result<()> {
     print(&format!("{}: ok\n{}", file.display(), config.summary()))
 }
 
-/// Prints on the standard output. A reader that has seen enough (`| head`) is no error.
+/// Writes to standard output.
 fn print(text: &str) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        written => written.context("cannot write to the standard output"),
-    }
+    Ok(adit_print::bytes(text.as_bytes())?)
 }
 
 /// Sets what the process inherits and must not depend on.

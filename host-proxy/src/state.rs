@@ -124,7 +124,7 @@ impl State {
     /// Counts tasks that ended.
     pub fn count_ended(&self, tasks: &[Task]) {
         for task in tasks.iter().filter(|t| t.state.is_terminal()) {
-            self.metrics.task_ended(queue::state_name(task.state));
+            self.metrics.task_ended(task.state.name());
         }
     }
 

@@ -248,6 +248,10 @@ fn vms_are_added_kept_and_removed_and_taken_names_are_refused() {
         adit(&host, &["vm", "add", "b", "--cid", "9", "--allow", "80"]).0,
         0
     );
+    let (code, said) = adit(&host, &["vm", "set", "b", "--allow", "443,80"]);
+    assert!(code == 0 && said.contains("443, 80"), "{said}");
+    let (code, said) = adit(&host, &["vm", "set", "a", "--allow", "443"]);
+    assert!(code == 1 && said.contains("aditd.toml"), "{said}");
     for args in [
         ["vm", "add", "b", "--cid", "10"],
         ["vm", "add", "c", "--cid", "9"],
@@ -349,7 +353,7 @@ fn a_vm_without_a_guest_is_503_and_says_why() {
         "{said}"
     );
     let (code, said) = adit(&host, &["wait", "a", "--timeout", "50ms"]);
-    assert!(code == 124 && said.contains("Waiting"), "{said}");
+    assert!(code == 124 && said.contains("waiting"), "{said}");
 }
 
 /// RssAnon of a process, KiB.

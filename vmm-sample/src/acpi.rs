@@ -1,11 +1,11 @@
-//! ACPI tables: processors, interrupts, power, and where the devices are.
+//! ACPI tables: processors, interrupts, power, and the addresses of the devices.
 //!
 //! ```text
 //! RSDP ─► XSDT ─┬► FADT (reduced hardware: sleep and reset registers) ─► DSDT: _S5, COM1, one LNRO0005 a virtio device
 //!               ├► MADT: local APICs, one IOAPIC
-//!               └► MCFG: PCI, if the VM has a ring; the rest of it is in the DSDT
+//!               └► MCFG: PCI, if the VM has a ring; the rest of PCI is in the DSDT
 //! ```
-//! Debian's kernels are built without `virtio_mmio.device=`: they find virtio-mmio devices here and nowhere else.
+//! Debian's kernels are built without `virtio_mmio.device=`, so they find virtio-mmio devices only here.
 
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -26,11 +26,11 @@ use crate::layout;
 const OEM: [u8; 6] = *b"ADIT  ";
 const TABLE: [u8; 8] = *b"ADITVMM ";
 const REVISION: u32 = 1;
-/// Sleep type of "off", by our own choice.
+/// Sleep type of "off". Any value would do; the DSDT tells it to the guest.
 pub const SLEEP_TYPE_OFF: u8 = 5;
-/// What the generation id notifies of.
+/// Notification of the generation id: it changed.
 const GENERATION_CHANGED: u8 = 0x80;
-/// Value that resets, as the i8042 knows it.
+/// Value that resets, as for the i8042.
 const RESET: u8 = 0xfe;
 /// FADT boot flags: no VGA, no CMOS clock.
 const BOOT_FLAGS: u16 = 1 << 2 | 1 << 5;
@@ -113,7 +113,7 @@ fn madt(cpus: u8) -> Vec<u8> {
     for id in 0..cpus {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
-    // Its id must not be a processor's; input 0 is GSI 0.
+    // The id must differ from those of the processors. Input 0 is GSI 0.
     madt.add_structure(IoApic::new(cpus, layout::IOAPIC, 0));
     bytes(&madt)
 }
@@ -133,7 +133,7 @@ fn dsdt(windows: &[Window], ring: Option<&Place>) -> Vec<u8> {
     dsdt.append_slice(&serial);
     dsdt.append_slice(&generation());
     for (n, window) in windows.iter().enumerate() {
-        // Windows lie below 4 GiB.
+        // Windows are below 4 GiB.
         let registers = aml::Memory32Fixed::new(true, window.base as u32, layout::MMIO_LEN as u32);
         let name = format!("V{n:03}");
         dsdt.append_slice(&device(&name, &"LNRO0005", n, &registers, window.gsi));
@@ -143,7 +143,7 @@ fn dsdt(windows: &[Window], ring: Option<&Place>) -> Vec<u8> {
 }
 
 /// The generation id (Microsoft's "Virtual Machine Generation ID"), and the event device (ACPI 6.5 §5.6.9) whose interrupt
-/// says that it changed. A clone's kernel draws new random numbers.
+/// says that the id changed. The kernel of a clone then draws new random numbers.
 fn generation() -> Vec<u8> {
     let address = layout::GENERATION.0;
     let hid = aml::Name::new("_HID".into(), &"ADITGENI");
@@ -166,13 +166,13 @@ fn generation() -> Vec<u8> {
     [bytes(&id), bytes(&event)].concat()
 }
 
-/// A device of the system bus: what it is, which of those, where its registers are, and its edge-triggered interrupt.
+/// A device of the system bus: its kind, its number within that kind, its registers, and its edge-triggered interrupt.
 fn device(name: &str, hid: &dyn Aml, uid: usize, registers: &dyn Aml, gsi: u32) -> Vec<u8> {
     let interrupt = aml::Interrupt::new(true, true, false, false, gsi);
     let resources = aml::ResourceTemplate::new(vec![registers, &interrupt]);
     let hid = aml::Name::new("_HID".into(), hid);
     let uid = aml::Name::new("_UID".into(), &uid);
-    // Its accesses to memory are coherent, as all are here.
+    // DMA is coherent, as always on x86.
     let coherent = aml::Name::new("_CCA".into(), &aml::ONE);
     let resources = aml::Name::new("_CRS".into(), &resources);
     let path = format!("_SB_.{name}");

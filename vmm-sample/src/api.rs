@@ -1,14 +1,14 @@
-//! The operator's API: HTTP/1.1 on a Unix socket, one request a connection, answered on the main thread.
+//! The operator's API: HTTP/1.1 on a Unix socket, one request a connection. The main thread answers.
 //!
 //! | request | does | answers |
 //! |---|---|---|
-//! | `GET /vm` | | 200 `{"state":"running"}`: or `paused` |
-//! | `PUT /pause`, `PUT /resume` | holds the VM, lets it go on | 204, also when it was so already |
-//! | `PUT /snapshot` `{"dir":"PATH"}` | writes the held VM to a new directory | 204; 409 while it runs |
-//! | `PUT /stop` | ends the VM, as pulling its plug would | 204 |
+//! | `GET /vm` | | 200 `{"state":"running"}`, or `paused` |
+//! | `PUT /pause`, `PUT /resume` | holds the VM, lets it continue | 204, also if it was in that state before |
+//! | `PUT /snapshot` `{"dir":"PATH"}` | writes the held VM to a new directory | 204; 409 while the VM runs |
+//! | `PUT /stop` | ends the VM, like pulling its plug | 204 |
 //!
-//! Errors: status and `{"error":"..."}`. Who can open the socket owns the VM: it is made 0600. A client that says nothing
-//! waits beside the others; one that has begun must be done in a second, since the main thread waits for it.
+//! Errors: status and `{"error":"..."}`. Whoever can open the socket controls the VM, so the socket has mode 0600. A client
+//! that sends nothing holds up nobody. A client that has begun has one second, because the main thread waits for it.
 
 use std::collections::VecDeque;
 use std::fs::Permissions;
@@ -30,13 +30,14 @@ use crate::events::watch;
 use crate::exit::Reason;
 use crate::machine::Machine;
 
-/// A request's bytes at most, and how long all of it may take to come: the main thread waits for it.
+/// Longest request, bytes.
 const REQUEST_MAX: usize = 8192;
+/// Longest time of one request: the main thread waits for it.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Clients that have said nothing yet; the oldest makes room for one more.
+/// Clients that may be connected without having sent anything. One more closes the oldest.
 const SILENT_MAX: usize = 16;
 
-/// The listening socket; its file goes with it.
+/// The listening socket. Drop removes its file.
 pub struct Api {
     listener: UnixListener,
     path: PathBuf,
@@ -44,18 +45,18 @@ pub struct Api {
     silent: Silent,
 }
 
-/// Clients that have said nothing yet, the oldest first.
+/// Clients that have sent nothing yet, the oldest first.
 #[derive(Default)]
 struct Silent(VecDeque<UnixStream>);
 
 impl Silent {
-    /// Adds one. Returns the one that makes room for it.
+    /// Adds a client. Returns the oldest one if there are now too many.
     fn add(&mut self, client: UnixStream) -> Option<UnixStream> {
         self.0.push_back(client);
         (self.0.len() > SILENT_MAX).then(|| self.0.pop_front())?
     }
 
-    /// Takes the one with this descriptor out.
+    /// Removes the client with this descriptor.
     fn take(&mut self, fd: RawFd) -> Option<UnixStream> {
         let at = self.0.iter().position(|client| client.as_raw_fd() == fd)?;
         self.0.remove(at)
@@ -68,7 +69,7 @@ struct Snapshot {
     dir: PathBuf,
 }
 
-/// Status and JSON, or nothing.
+/// Status, and a JSON body if there is one.
 type Answer = (u16, Option<String>);
 
 impl Api {
@@ -153,7 +154,7 @@ fn request(client: &mut UnixStream) -> anyhow::Result<(String, String, Vec<u8>)>
             let mut headers = request.headers.iter();
             let length = headers.find(|h| h.name.eq_ignore_ascii_case("content-length"));
             let length = match length {
-                // Digits only, as HTTP has it: `parse` takes a sign too.
+                // HTTP allows digits only; `parse` alone would accept a sign.
                 Some(h) => match std::str::from_utf8(h.value)?.trim() {
                     text if text.bytes().all(|b| b.is_ascii_digit()) => text.parse::<usize>()?,
                     text => anyhow::bail!("content-length `{}` is no number", text.escape_debug()),
@@ -169,7 +170,7 @@ fn request(client: &mut UnixStream) -> anyhow::Result<(String, String, Vec<u8>)>
         }
         anyhow::ensure!(bytes.len() < 2 * REQUEST_MAX, "the request is too long");
         let mut some = [0; 1024];
-        // Of the whole request: a byte now and then is not progress.
+        // The time is for the whole request: a client that sends a byte now and then must not extend it.
         let left = due.saturating_duration_since(Instant::now());
         anyhow::ensure!(
             !left.is_zero(),
@@ -192,7 +193,7 @@ impl MutEventSubscriber for Api {
         if fd != self.listener.as_raw_fd() {
             if let Some(client) = self.silent.take(fd) {
                 unwatch(ops, &client);
-                // A client that went away needs no answer.
+                // An error here means that the client is gone; it needs no answer.
                 drop(self.serve(client));
             }
             return;
@@ -206,23 +207,24 @@ impl MutEventSubscriber for Api {
             }
             Err(e) if e.kind() == ErrorKind::WouldBlock => {}
             Err(e) => {
-                eprintln!("adit-vmm: API: {e}");
-                std::thread::sleep(PATIENCE / 10); // the client stays in the backlog: this would spin
+                adit_print::note!("adit-vmm: API: {e}");
+                std::thread::sleep(PATIENCE / 10); // the client stays in the backlog, so without a pause this would spin
             }
         }
     }
 }
 
-/// A descriptor that is closed while it is watched would be found under its number later.
+/// Stops watching a client. Without this the event manager would keep the number of a closed descriptor, and the next client may
+/// get that number.
 fn unwatch(ops: &mut EventOps<'_>, client: &UnixStream) {
     if let Err(e) = ops.remove(Events::new(client, EventSet::IN)) {
-        eprintln!("adit-vmm: API: {e:?}");
+        adit_print::note!("adit-vmm: API: {e:?}");
     }
 }
 
 impl Drop for Api {
     fn drop(&mut self) {
-        // Gone already is fine, and what is no socket is not ours.
+        // An error means that the file is gone, or that a file of somebody else is there now.
         let _ = adit_channel::socket_path::remove(&self.path);
     }
 }
@@ -232,7 +234,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn r108_a_request_that_comes_byte_by_byte_is_given_up() {
+    fn r108_a_request_that_comes_byte_by_byte_is_refused() {
         let (mut ours, mut theirs) = UnixStream::pair().unwrap();
         let drip = std::thread::spawn(move || {
             let head = b"GET /vm HTTP/1.1\r\nx: "

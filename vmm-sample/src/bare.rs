@@ -1,8 +1,8 @@
 //! `adit-vmm bare`: a guest without an operating system that runs in user mode from its first instruction.
 //!
-//! Some machines have a KVM that runs user mode natively and emulates kernel mode, too little of it for Linux. This
-//! guest never enters kernel mode, so it runs there, and on every other KVM, at full speed: a smoke test of memory,
-//! exits, ioeventfd and irqfd, and the guest half of a ring.
+//! Some machines have a KVM that runs user mode natively and emulates kernel mode, but not well enough for Linux. This guest
+//! never enters kernel mode, so it runs at full speed there as on every other KVM: a smoke test of memory, exits, ioeventfd
+//! and irqfd, and the guest's side of a ring.
 
 use std::fs::File;
 use std::io::Write;
@@ -10,8 +10,8 @@ use std::path::Path;
 use std::thread;
 
 use adit_bare::abi::{
-    DEVICE, LINE, MAIL, MAILBOX, MEMORY, PAGE_TABLES, PORT_BELL, PORT_ECHO, PORT_TEXT,
-    PORT_VERDICT, REGION, REGION_UNIT, RINGS, STACK_TOP, Task, Verdict,
+    DEVICE, DOORBELLS, LINE, MAIL, MAILBOX, MEMORY, PAGE_TABLES, PORT_DOORBELL, PORT_ECHO,
+    PORT_TEXT, PORT_VERDICT, REGION, REGION_UNIT, STACK_TOP, Task, Verdict,
 };
 use anyhow::{Context, bail, ensure};
 use kvm_bindings::{kvm_regs, kvm_segment};
@@ -28,14 +28,14 @@ const LARGE_PAGE: u64 = 1 << 7;
 const PAGE: u64 = 4096;
 const ENTRIES: u64 = 512;
 const CR0_PE_MP_NE_PG: u64 = 1 << 31 | 1 << 5 | 1 << 1 | 1;
-/// PAE, and the registers that compiled code uses.
+/// PAE, and the SSE registers that compiled code uses.
 const CR4_PAE_SSE: u64 = 1 << 10 | 1 << 9 | 1 << 5;
 const EFER_LMA_LME: u64 = 1 << 10 | 1 << 8;
-/// The bit that is always set, and ports for user mode.
+/// The bit that is always set, and I/O ports for user mode.
 const RFLAGS_IOPL3: u64 = 3 << 12 | 1 << 1;
 const RING_3: u8 = 3;
 
-/// A guest that is ready to run. Dropped before its memory is.
+/// A guest that is ready to run. `vm` is dropped before `memory`.
 pub struct Bare {
     vcpu: VcpuFd,
     vm: VmFd,
@@ -45,10 +45,10 @@ pub struct Bare {
 }
 
 impl Bare {
-    /// Loads an image. `region`: a file and its bytes, whole [`REGION_UNIT`]s, for the guest to have at [`REGION`].
+    /// Loads an image. `region` is a file and its length, a multiple of [`REGION_UNIT`], that the guest sees at [`REGION`].
     ///
     /// # Errors
-    /// There is no KVM, it cannot do what is needed, or the file is no image.
+    /// There is no KVM, it lacks something that is needed, or the file is not an image.
     pub fn new(image: &Path, task: Task, region: Option<(File, u64)>) -> anyhow::Result<Self> {
         let kvm = kvm()?;
         let vm = kvm.create_vm().context("KVM_CREATE_VM")?;
@@ -56,7 +56,7 @@ impl Bare {
         let bytes = region.as_ref().map_or(0, |(_, bytes)| *bytes);
         ensure!(
             bytes.is_multiple_of(REGION_UNIT) && bytes <= ENTRIES * REGION_UNIT,
-            "a region is a whole number of {REGION_UNIT} bytes, up to a GiB"
+            "a region is a multiple of {REGION_UNIT} bytes, up to 1 GiB"
         );
         let mut ranges = vec![(GuestAddress(0), MEMORY as usize, None)];
         ranges.extend(region.map(|(file, bytes)| {
@@ -69,7 +69,7 @@ impl Bare {
             .with_context(|| format!("{}: `cargo xtask test` builds it", image.display()))?;
         let loaded = Elf::load(&memory, None, &mut file, None);
         let entry = loaded
-            .with_context(|| format!("{} is no image", image.display()))?
+            .with_context(|| format!("{} is not an image", image.display()))?
             .kernel_load;
         map(&memory)?;
         let vcpu = vm.create_vcpu(0).context("KVM_CREATE_VCPU")?;
@@ -83,10 +83,10 @@ impl Bare {
         })
     }
 
-    /// Runs it to its verdict; returns it and what the guest said.
+    /// Runs the guest to its verdict. Returns the verdict and the guest's text.
     ///
     /// # Errors
-    /// It did something that it has no business with.
+    /// The guest did something that the image never does.
     pub fn run(&mut self) -> anyhow::Result<(Verdict, String)> {
         loop {
             match self.vcpu.run().context("KVM_RUN")? {
@@ -98,7 +98,7 @@ impl Bare {
                 VcpuExit::IoOut(PORT_VERDICT, bytes) => {
                     let verdict = word(bytes)?;
                     let verdict = Verdict::from_u32(verdict)
-                        .with_context(|| format!("no verdict: {verdict}"))?;
+                        .with_context(|| format!("the guest's verdict is unknown: {verdict}"))?;
                     return Ok((verdict, String::from_utf8_lossy(&self.text).into_owned()));
                 }
                 other => bail!("the guest stopped: {other:?}"),
@@ -118,7 +118,7 @@ fn answer(bytes: &mut [u8], asked: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Identity page tables for the first two GiB, all of it for user mode: what is no memory is a device.
+/// Identity page tables for the first two GiB, all of it accessible to user mode. What is not memory there is a device.
 fn map(memory: &GuestMemoryMmap) -> anyhow::Result<()> {
     let page = |n: u64| PAGE_TABLES + n * PAGE;
     let write = |entry: u64, at: u64| memory.write_obj(entry | USER, GuestAddress(at));
@@ -133,7 +133,7 @@ fn map(memory: &GuestMemoryMmap) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Registers as if a kernel had just returned to user mode.
+/// Sets the registers as if a kernel had just returned to user mode.
 fn start(kvm: &Kvm, vcpu: &VcpuFd, entry: u64, task: Task, bytes: u64) -> anyhow::Result<()> {
     let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES);
     vcpu.set_cpuid2(&cpuid.context("KVM_GET_SUPPORTED_CPUID")?)
@@ -169,10 +169,10 @@ fn start(kvm: &Kvm, vcpu: &VcpuFd, entry: u64, task: Task, bytes: u64) -> anyhow
     .context("KVM_SET_REGS")
 }
 
-/// The guest half of ring and engine; returns a line that says what they do, or why nothing was tried.
+/// Runs the guest's side of ring and engine. Returns a line with the figures, or with the reason why nothing ran.
 ///
 /// # Errors
-/// The guest does not do what it should.
+/// The guest failed.
 pub fn ring(image: &Path) -> anyhow::Result<String> {
     if let Err(e) = kvm() {
         return Ok(format!("skipped: {e:#}"));
@@ -184,33 +184,33 @@ pub fn ring(image: &Path) -> anyhow::Result<String> {
     figures.map(|figures| figures.to_string())
 }
 
-/// Memory, exits, an ioeventfd and an irqfd; returns a line that says what was seen.
+/// Tries memory, exits, an ioeventfd and an irqfd. Returns a line with the result.
 ///
 /// # Errors
-/// One of them does not do what it should.
+/// One of them does not work.
 pub fn smoke(image: &Path) -> anyhow::Result<String> {
     let mut guest = Bare::new(image, Task::Smoke, None)?;
-    // A counter, which is read when all rings are in, whoever is faster.
-    let bell = EventFd::new(libc::EFD_CLOEXEC)?;
+    // A counter: all writes before a read count, so it does not matter whether the guest or the thread below is faster.
+    let doorbell = EventFd::new(libc::EFD_CLOEXEC)?;
     let line = EventFd::new(libc::EFD_CLOEXEC)?;
-    let address = IoEventAddress::Pio(PORT_BELL.into());
+    let address = IoEventAddress::Pio(PORT_DOORBELL.into());
     let vm = &guest.vm;
-    vm.register_ioevent(&bell, &address, NoDatamatch)
+    vm.register_ioevent(&doorbell, &address, NoDatamatch)
         .context("KVM_IOEVENTFD")?;
     vm.register_irqfd(&line, LINE).context("KVM_IRQFD")?;
     let (verdict, said) = thread::scope(|scope| {
         scope.spawn(|| {
-            let mut rings = 0;
-            while rings < RINGS {
-                // The guest ends without an answer to what is not heard.
-                let Ok(n) = bell.read() else { return };
-                rings += n;
+            let mut writes = 0;
+            while writes < DOORBELLS {
+                // Without the line, the guest's verdict is `Interrupt`.
+                let Ok(n) = doorbell.read() else { return };
+                writes += n;
             }
             let _ = line.write(1);
         });
         let done = guest.run();
-        // Whoever still waits for a bell that was never rung.
-        let _ = bell.write(RINGS);
+        // Wakes the thread if it still waits for a write that the guest never made.
+        let _ = doorbell.write(DOORBELLS);
         done
     })?;
     let _ = std::io::stderr().write_all(said.as_bytes());
@@ -221,6 +221,6 @@ pub fn smoke(image: &Path) -> anyhow::Result<String> {
         "the guest's memory is not this process's: {mail:#x}"
     );
     Ok(format!(
-        "bare guest: memory, ports, device memory, {RINGS} rings of an ioeventfd and an irqfd's line: all as they should be"
+        "bare guest: memory, ports, device memory, {DOORBELLS} writes to an ioeventfd and an irqfd's line: all as they should be"
     ))
 }

@@ -1,6 +1,6 @@
-//! Ports and MMIO windows: which device answers an access of the guest.
+//! I/O ports and MMIO windows: finds the device that answers an access of the guest.
 //!
-//! An address that nobody owns reads as all ones and swallows writes, as on a real machine.
+//! An address without a device reads as all ones and ignores writes, as on a real machine.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,10 +12,10 @@ use crate::pci::Pci;
 use crate::virtio::mmio::Transport;
 use vm_superio::{I8042Device, Trigger};
 
-/// SLP_EN of the sleep control register (ACPI 6.5 §4.8.3.7); the type stands in the three bits above 1.
+/// SLP_EN of the sleep control register (ACPI 6.5 §4.8.3.7). The sleep type is in the three bits from bit 2 on.
 const SLEEP_ENABLE: u8 = 1 << 5;
 
-/// Resets by the keyboard controller end the VM.
+/// A reset by the keyboard controller ends the VM.
 pub struct ResetLine(Arc<Exit>);
 
 impl Trigger for ResetLine {
@@ -26,25 +26,26 @@ impl Trigger for ResetLine {
     }
 }
 
-/// Everything that a guest reaches by port or MMIO access; the vCPU threads share it.
+/// Everything that a guest reaches by port or MMIO access. All vCPU threads share it.
 pub struct Bus {
     /// The serial line.
     pub console: Arc<Console>,
     keyboard: Mutex<I8042Device<ResetLine>>,
-    /// With the start of their windows.
+    /// Each with the start of its window.
     pub virtio: Vec<(u64, Mutex<Transport>)>,
-    /// If there is one.
+    /// The PCI bus, if there is one.
     pub pci: Option<Pci>,
     exit: Arc<Exit>,
 }
 
-/// A panic in one device must not stop the others: what it left is still in order, or it would not have been written.
+/// Locks even after a panic of another thread: one device's panic must not stop the others, and the guarded values are valid
+/// at every step.
 pub fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
     of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Bus {
-    /// A bus with these devices on it; asked for a reset or to switch off, it ends the VM.
+    /// A bus with these devices. A reset or a power-off by the guest ends the VM through `exit`.
     pub fn new(console: Arc<Console>, virtio: Vec<(u64, Transport)>, exit: Arc<Exit>) -> Self {
         let virtio = virtio.into_iter();
         Self {
@@ -56,10 +57,10 @@ impl Bus {
         }
     }
 
-    /// Reads a port.
+    /// Answers a read of an I/O port.
     pub fn port_in(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
-        // Devices on ports are a byte wide.
+        // All devices on I/O ports have registers of one byte.
         let [byte] = data else { return };
         match port {
             SERIAL_PORT..=0x3ff => *byte = self.console.read((port - SERIAL_PORT) as u8),
@@ -70,7 +71,7 @@ impl Bus {
         }
     }
 
-    /// Writes a port.
+    /// Handles a write to an I/O port.
     pub fn port_out(&self, port: u16, data: &[u8]) {
         let &[byte] = data else { return };
         match port {
@@ -92,7 +93,7 @@ impl Bus {
         })
     }
 
-    /// Reads memory that is no RAM.
+    /// Answers a read of an address that is not RAM.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
         match self.window(address) {
             Some((transport, offset)) => transport.read(offset, data),
@@ -103,12 +104,12 @@ impl Bus {
         }
     }
 
-    /// Writes memory that is no RAM.
+    /// Handles a write to an address that is not RAM.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
         if let Some((mut transport, offset)) = self.window(address) {
             transport.write(offset, data);
         } else if let Some(Err(e)) = self.pci.as_ref().map(|p| p.function.write(address, data)) {
-            eprintln!("adit-vmm: the ring's function: {e}");
+            adit_print::note!("adit-vmm: the ring's PCI function: {e}");
         }
     }
 }

@@ -1,6 +1,6 @@
-//! The serial line: a 16550 whose output goes to the terminal or to a file. A file has an end ([`FILE_MAX`]): a guest that
-//! writes for ever must not fill the host's disk. The thread that writes may open and cut no file (`seccomp`), so the rest is
-//! dropped, with a line that says so.
+//! The serial line: a 16550 whose output goes to the terminal or to a file. The file's length is limited ([`FILE_MAX`]): a
+//! guest that writes without end must not fill the host's disk. The thread that writes may not open or truncate a file
+//! (`seccomp`), so it cannot rotate the file either: the rest of the output is dropped, and a last line says so.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -15,15 +15,15 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::lock;
 
-/// Most bytes of the file that a serial line ends in.
+/// Longest file with a serial line's output, bytes.
 pub const FILE_MAX: u64 = 64 << 20;
 
-/// Where the line ends.
+/// Where the line's output goes.
 #[derive(Clone, Debug)]
 pub enum Line {
     /// This process's terminal.
     Stdio,
-    /// A file; nothing can be typed.
+    /// A file. There is no input then.
     File(PathBuf),
 }
 
@@ -37,7 +37,7 @@ impl std::str::FromStr for Line {
     }
 }
 
-/// The interrupt of the line.
+/// The line's interrupt.
 pub struct Irq(EventFd);
 
 impl Trigger for Irq {
@@ -47,7 +47,7 @@ impl Trigger for Irq {
     }
 }
 
-/// Output that never fails: a guest does not stop because a log is full or a terminal is gone.
+/// Output that never fails: a guest must not stop because a disk is full or a terminal is closed.
 struct Out(Box<dyn Write + Send>);
 
 impl Write for Out {
@@ -61,14 +61,14 @@ impl Write for Out {
     }
 }
 
-/// A file up to its last byte.
+/// A file with a limited length.
 struct Bounded {
     file: File,
     left: u64,
 }
 
 impl Bounded {
-    /// Goes on with a file that may have bytes already. What is no regular file (a pipe, a terminal) has no end.
+    /// Appends to a file that may have content already. Something else than a regular file (a pipe, a terminal) has no limit.
     fn new(file: File, max: u64) -> io::Result<Self> {
         let meta = file.metadata()?;
         let left = match meta.is_file() {
@@ -105,11 +105,11 @@ const END: &[u8] =
 /// The serial line.
 pub struct Console(Mutex<Serial<Irq, NoEvents, Out>>);
 
-/// The line's registers, and what was typed and not read.
+/// The line's registers, and the input that the guest has not read yet.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct LineState(#[serde(with = "Registers")] SerialState);
 
-/// What a [`SerialState`] is, for `serde`.
+/// The fields of [`SerialState`], for `serde`.
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "SerialState")]
 struct Registers {
@@ -126,10 +126,10 @@ struct Registers {
 }
 
 impl Console {
-    /// Opens the line; `interrupt` is the irqfd of its GSI. `state`: of a line that was saved.
+    /// Opens the line. `interrupt` is the irqfd of its GSI, `state` the state of a saved line.
     ///
     /// # Errors
-    /// The file cannot be written, or the state is no line's.
+    /// The file cannot be written, or the state is invalid.
     pub fn open(line: &Line, interrupt: EventFd, state: &LineState) -> anyhow::Result<Arc<Self>> {
         let out: Box<dyn Write + Send> = match line {
             Line::Stdio => Box::new(io::stdout()),
@@ -140,8 +140,8 @@ impl Console {
                 if file.left == 0 {
                     let mib = FILE_MAX >> 20;
                     let path = path.display();
-                    eprintln!(
-                        "adit-vmm: {path} has {mib} MiB and takes no more of the serial line: move it away"
+                    adit_print::note!(
+                        "adit-vmm: {path} has {mib} MiB, so the serial line's output is dropped: move the file away"
                     );
                 }
                 Box::new(file)
@@ -152,7 +152,7 @@ impl Console {
         Ok(Arc::new(Self(Mutex::new(serial))))
     }
 
-    /// The registers, and what was typed and not read.
+    /// The registers, and the input that the guest has not read yet.
     pub fn save(&self) -> LineState {
         LineState(lock(&self.0).state())
     }
@@ -164,16 +164,16 @@ impl Console {
 
     /// Writes a register.
     pub fn write(&self, register: u8, value: u8) {
-        // Fails when nothing listens to the interrupt any more: the VM is ending.
+        // Fails only if the interrupt's descriptor is closed: the VM is ending.
         let _ = lock(&self.0).write(register, value);
     }
 
-    /// Types; returns how many bytes the line took.
+    /// Adds input. Returns how many bytes fitted.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
         lock(&self.0).enqueue_raw_bytes(bytes).unwrap_or(0)
     }
 
-    /// How much can be typed now.
+    /// How many bytes of input fit now.
     pub fn room(&self) -> usize {
         lock(&self.0).fifo_capacity()
     }
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_takes_so_much_and_says_that_it_is_full_also_in_the_next_life() {
+    fn a_file_ends_at_its_limit_with_a_line_that_says_so_also_when_it_is_opened_again() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("serial");
         let open = || {
@@ -208,17 +208,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_has_no_end() {
+    fn a_pipe_or_device_has_no_limit() {
         let null = OpenOptions::new().append(true).open("/dev/null").unwrap();
         assert_eq!(Bounded::new(null, 1).unwrap().left, u64::MAX);
     }
 
-    /// The whole line, from the guest's register to the file.
+    /// Tests the whole path, from the guest's register to the file.
     #[test]
-    fn a_guest_that_writes_for_ever_fills_no_disk() {
+    fn a_guest_that_writes_without_end_fills_no_disk() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("serial");
-        // Sparse: so much was written before.
+        // A sparse file, nearly full.
         std::fs::File::create(&path)
             .unwrap()
             .set_len(FILE_MAX - 3)

@@ -1,7 +1,7 @@
-//! What a virtual processor is: its CPUID, the registers that firmware would have set, its local APIC.
+//! A virtual processor before its first instruction: CPUID, the registers that firmware would have set, the local APIC.
 //!
-//! The guest must never have to measure its clock: with ACPI's reduced hardware Linux has no timer to measure it against
-//! and hangs now and then. It is told three times: by kvmclock, by the hypervisor's frequency leaf, and by leaf 0x15.
+//! The guest must never have to measure its clock: with ACPI's reduced hardware Linux has no timer to measure it against, and
+//! sometimes hangs. So the guest gets the frequency in three ways: kvmclock, the hypervisor's frequency leaf, and leaf 0x15.
 
 use anyhow::{Context, bail};
 use kvm_bindings::{
@@ -18,7 +18,7 @@ const MODE_NMI: i8 = 4;
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
-/// Enabled, and all memory is write-back: without it Linux warns and runs slowly on Intel.
+/// Enabled, and all memory is write-back: otherwise Linux warns, and runs slowly on Intel.
 const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 
 const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
@@ -28,7 +28,7 @@ const LEAF_HYPERVISOR_FREQUENCIES: u32 = 0x4000_0010;
 /// KVM's local APICs count at 1 GHz.
 const APIC_BUS_KHZ: u32 = 1_000_000;
 
-/// Gives a processor its CPUID, registers and local APIC as they are after firmware has run.
+/// Gives a processor the CPUID, registers and local APIC that it would have after firmware ran.
 ///
 /// # Errors
 /// KVM refuses one of them.
@@ -49,7 +49,7 @@ pub fn configure(kvm: &Kvm, vcpu: &VcpuFd, id: u8, count: u8) -> anyhow::Result<
         .set_msrs(&Msrs::from_entries(&msrs)?)
         .context("KVM_SET_MSRS")?;
     if set != msrs.len() {
-        bail!("KVM does not take MSR {:#x}", msrs[set].index);
+        bail!("KVM does not accept MSR {:#x}", msrs[set].index);
     }
     vcpu.set_fpu(&kvm_fpu {
         fcw: 0x37f,
@@ -63,7 +63,7 @@ pub fn configure(kvm: &Kvm, vcpu: &VcpuFd, id: u8, count: u8) -> anyhow::Result<
     vcpu.set_lapic(&lapic).context("KVM_SET_LAPIC")
 }
 
-/// Bits 8 to 10 of the register.
+/// Sets bits 8 to 10 of the register.
 fn delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: i8) {
     let byte = &mut lapic.regs[register + 1];
     *byte = *byte & !7 | mode;
@@ -85,7 +85,7 @@ fn cpuid(kvm: &Kvm, id: u8, count: u8, tsc_khz: u32) -> anyhow::Result<CpuId> {
                     entry.ecx |= LEAF1_ECX_TSC_DEADLINE;
                 }
             }
-            // Topology: the host's is not the guest's. x2APIC id of this processor; one thread a core, one package.
+            // Topology: KVM reports the host's. The guest has one thread a core and one package; edx is the x2APIC id.
             0xb | 0x1f => {
                 entry.edx = u32::from(id);
                 (entry.eax, entry.ebx) = match entry.index {
@@ -96,9 +96,9 @@ fn cpuid(kvm: &Kvm, id: u8, count: u8, tsc_khz: u32) -> anyhow::Result<CpuId> {
                 let level = entry.index.min(2);
                 entry.ecx = entry.index | if level < 2 { (level + 1) << 8 } else { 0 };
             }
-            // Reported as KVM reports it, this would be the TSC of the host's crystal.
+            // KVM would report the TSC frequency of the host's crystal.
             0x15 if tsc_khz != 0 => {
-                // TSC = ecx * ebx / eax, with ecx in Hz; Linux computes in kHz and 32 bits.
+                // TSC = ecx * ebx / eax, with ecx in Hz. Linux computes in kHz and 32 bits, so the factors are small.
                 (entry.eax, entry.ebx, entry.ecx) = (1000, tsc_khz / 1000, APIC_BUS_KHZ * 1000);
             }
             LEAF_HYPERVISOR => {

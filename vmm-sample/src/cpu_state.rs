@@ -1,4 +1,4 @@
-//! What KVM holds of a machine, read out and put back.
+//! A machine's state inside KVM: saved and restored.
 
 #![allow(unsafe_code)] // KVM_SET_XSAVE reads as much as the guest has enabled
 
@@ -13,7 +13,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
-/// Bytes that KVM_GET_XSAVE gives.
+/// The size of KVM_GET_XSAVE's answer.
 const XSAVE_BYTES: i32 = 4096;
 
 /// A processor.
@@ -39,16 +39,16 @@ pub struct ChipState {
 }
 
 impl CpuState {
-    /// Reads a processor that does not run.
+    /// Saves a processor. It must not be running.
     ///
     /// # Errors
-    /// KVM refuses, or the processor has state for which there is no room.
+    /// KVM refuses, or the processor has state that does not fit.
     pub fn save(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd) -> anyhow::Result<Self> {
         ensure!(
             vm.check_extension_int(Cap::Xsave2) <= XSAVE_BYTES,
-            "this processor has more vector state (AMX) than a snapshot holds"
+            "this processor has more vector state (AMX) than a snapshot can hold"
         );
-        // The order is KVM's: the run state first, for it may change the rest; events last.
+        // KVM prescribes the order: the run state first, because reading it may change the rest; events last.
         let mp = vcpu.get_mp_state().context("KVM_GET_MP_STATE")?;
         Ok(Self {
             mp,
@@ -68,10 +68,10 @@ impl CpuState {
         })
     }
 
-    /// Makes a new processor what the saved one was.
+    /// Gives a new processor the saved state.
     ///
     /// # Errors
-    /// KVM refuses: another host, or a damaged state.
+    /// KVM refuses: the host differs too much, or the state is damaged.
     pub fn restore(&self, vcpu: &VcpuFd) -> anyhow::Result<()> {
         let cpuid = CpuId::from_entries(&self.cpuid)?;
         vcpu.set_cpuid2(&cpuid).context("KVM_SET_CPUID2")?;
@@ -90,7 +90,7 @@ impl CpuState {
             let set = vcpu
                 .set_msrs(&Msrs::from_entries(left)?)
                 .context("KVM_SET_MSRS")?;
-            // One that can be read and not written on this host: the guest finds the host's value.
+            // This MSR can be read but not written on this host. Skip it: the guest finds the host's value.
             left = left.get(set + 1..).unwrap_or_default();
         }
         vcpu.set_vcpu_events(&self.events)
@@ -98,7 +98,7 @@ impl CpuState {
     }
 }
 
-/// All that KVM knows of and this processor has; the deadline of its timer last, which needs the clock before it.
+/// All MSRs that KVM knows and this processor has. The timer's deadline is last: to restore it, the clock must be set.
 fn msrs(kvm: &Kvm, vcpu: &VcpuFd) -> anyhow::Result<Vec<kvm_msr_entry>> {
     let list = kvm.get_msr_index_list().context("KVM_GET_MSR_INDEX_LIST")?;
     let mut wanted: Vec<_> = list
@@ -139,7 +139,7 @@ impl ChipState {
             irqchips.push(chip);
         }
         let mut clock = vm.get_clock().context("KVM_GET_CLOCK")?;
-        // Whether it is stable is for the restoring host to say.
+        // The restoring host decides whether its clock is stable.
         clock.flags = 0;
         Ok(Self { irqchips, clock })
     }

@@ -1,4 +1,4 @@
-//! The main thread: what is typed, and the VM's end.
+//! The main thread: waits for input, the operator's requests and the VM's end.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -18,10 +18,10 @@ use crate::console::Console;
 use crate::exit::{Exit, Reason};
 use crate::machine::Machine;
 
-/// The signals that end the VM, as a descriptor. To be called before any thread is made: they inherit that it is blocked.
+/// A descriptor for the signals that end the VM. Call this before any thread is created: threads inherit the signal mask.
 ///
 /// # Errors
-/// There is no descriptor to be had.
+/// No descriptor is left.
 pub fn signals() -> anyhow::Result<SignalFd> {
     let mut set = SigSet::empty();
     set.add(Signal::SIGTERM);
@@ -35,7 +35,7 @@ pub fn signals() -> anyhow::Result<SignalFd> {
     )?)
 }
 
-/// SIGTERM, SIGINT and SIGHUP end the VM, as pulling its plug would; its end wakes the loop.
+/// SIGTERM, SIGINT and SIGHUP end the VM, like pulling its plug. The VM's own end wakes the loop.
 struct Ends(SignalFd, Arc<Exit>);
 
 impl MutEventSubscriber for Ends {
@@ -45,12 +45,12 @@ impl MutEventSubscriber for Ends {
     }
 
     fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
-        // Unless it is ending for another reason.
+        // Keeps an earlier reason, if there is one.
         self.1.end(Reason::Stopped);
     }
 }
 
-/// What is typed goes to the serial line, every key of it: a terminal is raw while the VM runs. Ctrl-A x stops the VM.
+/// Sends all input to the serial line. A terminal is in raw mode while the VM runs; Ctrl-A x stops the VM.
 struct Keyboard {
     line: Arc<Console>,
     exit: Arc<Exit>,
@@ -62,7 +62,7 @@ const ESCAPE: u8 = 1;
 
 impl Keyboard {
     fn new(line: Arc<Console>, exit: Arc<Exit>) -> Self {
-        // Fails where it is no terminal.
+        // Fails if standard input is not a terminal.
         let _ = io::stdin().lock().set_raw_mode();
         Self {
             line,
@@ -76,7 +76,7 @@ impl Keyboard {
             match (std::mem::take(&mut self.escaped), byte) {
                 (false, ESCAPE) => self.escaped = true,
                 (true, b'x') => self.exit.end(Reason::Stopped),
-                // Ctrl-A twice is one for the guest.
+                // Ctrl-A twice sends one to the guest.
                 _ => drop(self.line.type_in(&[byte])),
             }
         }
@@ -85,7 +85,7 @@ impl Keyboard {
 
 impl MutEventSubscriber for Keyboard {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        // A file or /dev/null cannot be watched: nothing is typed.
+        // epoll refuses a file or /dev/null: then there is no input.
         let _ = ops.add(Events::new_raw(libc::STDIN_FILENO, EventSet::IN));
     }
 
@@ -94,9 +94,9 @@ impl MutEventSubscriber for Keyboard {
         let room = self.line.room().min(bytes.len());
         match nix::unistd::read(io::stdin().as_fd(), &mut bytes[..room]) {
             Ok(n) if n > 0 => self.typed(&bytes[..n]),
-            // Nothing fits: it is asked again at once, until the guest has read.
+            // The guest has no room for input. The descriptor stays readable, so this is called again at once.
             Ok(_) if room == 0 => std::thread::yield_now(),
-            // The end, or a terminal that is gone.
+            // End of input, or the terminal was closed.
             _ => drop(ops.remove(events)),
         }
     }
@@ -111,14 +111,14 @@ impl Drop for Keyboard {
 /// Watches a descriptor for reading.
 pub fn watch(ops: &mut EventOps<'_>, fd: i32) {
     if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
-        eprintln!("adit-vmm: a descriptor cannot be watched: {e}");
+        adit_print::note!("adit-vmm: a descriptor cannot be watched: {e}");
     }
 }
 
-/// Serves until the VM ends.
+/// Runs the event loop until the VM ends.
 ///
 /// # Errors
-/// The API's socket cannot be made, or the kernel refuses to wait.
+/// The API's socket cannot be made, or waiting fails.
 pub fn until_end(
     machine: &Arc<Mutex<Machine>>,
     signals: SignalFd,

@@ -1,4 +1,4 @@
-//! How a VM comes to its end: the first reason wins, and the main thread is woken for it.
+//! The end of a VM: the first reason counts, and the main thread is woken.
 
 use std::sync::Mutex;
 
@@ -17,13 +17,13 @@ pub enum Reason {
     /// The operator asked for it.
     #[error("stopped")]
     Stopped,
-    /// KVM, or the VMM itself, cannot go on.
+    /// KVM, or the VMM itself, cannot continue.
     #[error("{0}")]
     Fault(String),
 }
 
 impl Reason {
-    /// The process's exit status: a supervisor that wants reboots starts a VM again on 3.
+    /// The process's exit status: a supervisor that wants reboots starts the VM again after status 3.
     pub fn status(&self) -> u8 {
         match self {
             Self::PowerOff | Self::Stopped => 0,
@@ -33,7 +33,7 @@ impl Reason {
     }
 }
 
-/// The one place where an end is announced.
+/// Where all threads announce the end.
 #[derive(Debug)]
 pub struct Exit {
     reason: Mutex<Option<Reason>>,
@@ -42,7 +42,7 @@ pub struct Exit {
 
 impl Exit {
     /// # Errors
-    /// There is no descriptor to be had.
+    /// No descriptor is left.
     pub fn new() -> std::io::Result<Self> {
         let (reason, event) = (Mutex::new(None), EventFd::new(EFD_NONBLOCK)?);
         Ok(Self { reason, event })
@@ -51,7 +51,7 @@ impl Exit {
     /// Ends the VM, unless it is ending already.
     pub fn end(&self, reason: Reason) {
         lock(&self.reason).get_or_insert(reason);
-        // It fails only when it is readable already.
+        // Fails only if the counter is full, and then it is readable.
         let _ = self.event.write(1);
     }
 
@@ -60,7 +60,7 @@ impl Exit {
         &self.event
     }
 
-    /// Why it is ending, if it is.
+    /// The reason, once the VM is ending.
     pub fn reason(&self) -> Option<Reason> {
         lock(&self.reason).clone()
     }

@@ -1,4 +1,4 @@
-//! Threads that can be held: the processors and the devices' event loops stop at a gate between two pieces of work.
+//! Holds threads: processors and event loops wait at a gate between two pieces of work while it is closed.
 //!
 //! ```text
 //! open ── close ──► closed: every thread waits at the gate, nothing in the VM moves ── open ──► open
@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::bus::lock;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-/// A signal that comes before the thread is in the kernel is lost, so it is sent until it was heard.
+/// A signal that arrives before the thread enters the kernel has no effect, so it is sent again until the thread has reacted.
 const AGAIN: Duration = Duration::from_millis(1);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +28,7 @@ struct Inner {
     waiting: usize,
 }
 
-/// See above.
+/// See the diagram above.
 #[derive(Debug)]
 pub struct Gate {
     inner: Mutex<Inner>,
@@ -38,7 +38,7 @@ pub struct Gate {
 extern "C" fn heard(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl Gate {
-    /// A gate that starts closed. `SIGRTMIN` is from now on what ends a thread's system call.
+    /// Makes a closed gate. From now on `SIGRTMIN` interrupts a thread's system call.
     ///
     /// # Errors
     /// The signal cannot be handled.
@@ -49,15 +49,15 @@ impl Gate {
         Ok(Self { inner, changed })
     }
 
-    /// Called by the threads between two pieces of work; waits while the gate is closed, with what is under way `settled`
-    /// before. False: the thread is to return.
+    /// Called by the threads between two pieces of work. Waits while the gate is closed; `settle` finishes what is half done
+    /// before that. Returns false if the thread must end.
     pub fn pass(&self, settle: impl FnOnce()) -> bool {
         let mut inner = lock(&self.inner);
         if inner.state == State::Closed {
             drop(inner);
             settle();
             inner = lock(&self.inner);
-            // Opened again meanwhile: nobody waits.
+            // The gate was opened during `settle`.
             if inner.state != State::Closed {
                 return inner.state != State::Ended;
             }
@@ -72,7 +72,7 @@ impl Gate {
         inner.state != State::Ended
     }
 
-    /// Closes the gate and waits until each of these threads, all that pass this gate, stands at it.
+    /// Closes the gate and waits until all threads are waiting at it. `threads` must be all threads that call `pass`.
     pub fn close(&self, threads: &[JoinHandle<()>]) {
         let mut inner = lock(&self.inner);
         inner.state = State::Closed;
@@ -85,7 +85,7 @@ impl Gate {
         }
     }
 
-    /// Lets the threads go on.
+    /// Lets the threads continue.
     pub fn open(&self) {
         lock(&self.inner).state = State::Open;
         self.changed.notify_all();
@@ -100,7 +100,7 @@ impl Gate {
             std::thread::sleep(AGAIN);
         }
         for thread in threads {
-            // It panicked: its message is out, and the VM is ending.
+            // An error is a panic. Its message was printed, and the VM is ending.
             let _ = thread.join();
         }
     }
@@ -108,7 +108,7 @@ impl Gate {
 
 fn interrupt(threads: &[JoinHandle<()>]) {
     for thread in threads.iter().filter(|t| !t.is_finished()) {
-        // It ended just now.
+        // An error means that the thread has ended.
         let _ = thread.kill(SIGRTMIN());
     }
 }

@@ -1,4 +1,4 @@
-//! A machine held, written down, and gone on with: here, or in another process.
+//! Pauses a machine, saves it, and continues it here or in another process.
 
 use std::fs::File;
 use std::io::Read;
@@ -21,10 +21,10 @@ impl Machine {
         self.held.is_some()
     }
 
-    /// Holds everything that moves in the VM: processors first, for devices answer them.
+    /// Pauses everything in the VM: processors first, because devices must answer them.
     ///
     /// # Errors
-    /// A device cannot be held; everything goes on.
+    /// A device cannot be paused. The machine continues.
     pub fn pause(&mut self) -> anyhow::Result<()> {
         if self.is_paused() {
             return Ok(());
@@ -42,10 +42,10 @@ impl Machine {
         Ok(())
     }
 
-    /// Lets it go on.
+    /// Continues.
     ///
     /// # Errors
-    /// None that leaves the machine held.
+    /// None today; none may leave the machine paused.
     pub fn resume(&mut self) -> anyhow::Result<()> {
         self.held = None;
         for (_, transport) in &self.bus.virtio {
@@ -53,7 +53,7 @@ impl Machine {
         }
         if !self.threads.is_empty() {
             for vcpu in &self.vcpus {
-                // The guest's watchdog forgives the pause; EINVAL: it has no kvmclock.
+                // The guest's watchdog must not count the pause. EINVAL: the guest has no kvmclock.
                 let _ = lock(vcpu).kvmclock_ctrl();
             }
         }
@@ -61,10 +61,10 @@ impl Machine {
         Ok(())
     }
 
-    /// Writes the held machine to a directory.
+    /// Writes the paused machine to a directory.
     ///
     /// # Errors
-    /// It is not held, or cannot be written.
+    /// The machine is not paused, or the directory cannot be written.
     pub fn snapshot(&mut self, dir: &Path) -> anyhow::Result<()> {
         let save = |vcpu: &Arc<Mutex<VcpuFd>>| CpuState::save(&self.kvm, &self.vm, &lock(vcpu));
         let cpus = self.vcpus.iter().map(save).collect::<Result<_, _>>()?;
@@ -82,14 +82,14 @@ impl Machine {
         written
     }
 
-    /// Goes on where a machine was held; its memory is this one's already.
+    /// Loads a saved state. The memory of this machine must be the snapshot's already.
     ///
     /// # Errors
     /// The state does not fit this machine.
     pub fn restore(&self, state: &State) -> anyhow::Result<()> {
         ensure!(
             state.devices.len() == self.bus.virtio.len(),
-            "the snapshot has {} virtio devices, and this machine {}: give it the same",
+            "the snapshot has {} virtio devices, and this machine {}: give it the same devices",
             state.devices.len(),
             self.bus.virtio.len()
         );
@@ -100,7 +100,9 @@ impl Machine {
         match (&self.bus.pci, &state.ring) {
             (Some(pci), Some(saved)) => pci.function.restore(saved)?,
             (None, None) => {}
-            _ => bail!("either the snapshot has a ring, or this machine: give it the same"),
+            _ => {
+                bail!("only one of snapshot and machine has a ring: start it with the same --ring")
+            }
         }
         for ((_, transport), saved) in self.bus.virtio.iter().zip(&state.devices) {
             lock(transport).restore(saved)?;
@@ -109,7 +111,7 @@ impl Machine {
         Ok(self.generation.write(1)?)
     }
 
-    /// This is another life of the machine: a clone's kernel must not draw the random numbers of its origin.
+    /// Sets a new generation id: the kernel of a clone must not draw the random numbers of its origin.
     pub(crate) fn new_generation(&self) -> anyhow::Result<()> {
         let mut id = [0; 16];
         File::open("/dev/urandom")?.read_exact(&mut id)?;

@@ -1,8 +1,9 @@
 //! `adit-vmm`: a small VMM on rust-vmm crates that boots stock Linux and has adit's virtio-vsock device in its own process.
 //!
-//! Written to be read: `run` follows a command from its first line to its last, `machine` puts a VM together, `boot` and
-//! `acpi` tell the kernel where it is, `vcpu` and [`bus`] answer the guest, [`virtio`] holds transport and devices. It is a
-//! program: what is public here is what its tests drive without KVM.
+//! Written to be read: `run` follows a command from start to end, `machine` puts a VM together, `boot` and `acpi` tell the
+//! kernel where everything is, `vcpu` and [`bus`] answer the guest, [`virtio`] holds transport and devices. This is a program:
+//! what is public here is public for tests that run without KVM.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod acpi;
 mod api;

@@ -1,4 +1,4 @@
-//! A VM put together: memory, interrupt chips, processors, devices; booted, started, ended. How it is held: `hold`.
+//! A VM: memory, interrupt chips, processors, devices. Made, booted, started and ended here; paused in `hold`.
 
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -21,18 +21,18 @@ use crate::virtio::mmio::TransportState;
 use crate::virtio::{Device, Memory, plug};
 use crate::{boot, cpu, layout, memory};
 
-/// Processors at most: the ids of local APICs are a byte, and one is the IOAPIC's.
+/// Processors at most. Ids of local APICs are a byte, and one of them is the IOAPIC's.
 pub const CPUS_MAX: u8 = 32;
 
-/// A VM. Fields are dropped in this order: KVM lets go of the memory before it is unmapped.
+/// A VM. Fields are dropped in this order: KVM must be closed before the guest's memory is unmapped.
 pub struct Machine {
     pub(crate) vcpus: Vec<Arc<Mutex<VcpuFd>>>,
     pub(crate) vm: Arc<VmFd>,
     pub(crate) kvm: Kvm,
     windows: Vec<Window>,
-    /// The interrupt that says that the generation changed.
+    /// The interrupt that announces a new generation id.
     pub(crate) generation: EventFd,
-    /// What the devices were when they were held; none while the machine runs.
+    /// The states of the devices while the machine is paused; `None` while it runs.
     pub(crate) held: Option<Vec<TransportState>>,
     pub bus: Arc<Bus>,
     pub exit: Arc<Exit>,
@@ -41,7 +41,7 @@ pub struct Machine {
     pub memory: Memory,
 }
 
-/// Opens KVM and looks whether it can do what is needed.
+/// Opens KVM and checks that it can do what is needed.
 ///
 /// # Errors
 /// It cannot; the message says what to do.
@@ -56,7 +56,7 @@ pub fn kvm() -> anyhow::Result<Kvm> {
         _ => anyhow::anyhow!("/dev/kvm: {e}"),
     })?;
     if kvm.get_api_version() != KVM_API_VERSION as i32 {
-        bail!("/dev/kvm speaks another version than {KVM_API_VERSION}");
+        bail!("/dev/kvm has another version of its API than {KVM_API_VERSION}");
     }
     let needed = [
         Cap::Irqchip,
@@ -74,11 +74,11 @@ pub fn kvm() -> anyhow::Result<Kvm> {
 }
 
 impl Machine {
-    /// Makes a machine whose processors are blank: it is [booted](Self::boot) or [restored](Self::restore). `ring`: bytes
-    /// of the VM's ring, if it has one.
+    /// Makes a machine with blank processors; next it is [booted](Self::boot) or [restored](Self::restore). `ring` is the
+    /// length in bytes of the VM's ring, if it has one.
     ///
     /// # Errors
-    /// KVM is not there or refuses, or there is too little memory.
+    /// KVM is missing or refuses, or there is too little memory.
     pub fn new(
         cpus: u8,
         serial: &Line,
@@ -88,7 +88,7 @@ impl Machine {
         ring: Option<usize>,
     ) -> anyhow::Result<Self> {
         let kvm = kvm()?;
-        let vm = Arc::new(kvm.create_vm().context("KVM makes no VM")?);
+        let vm = Arc::new(kvm.create_vm().context("KVM_CREATE_VM")?);
         memory::register(&vm, &memory)?;
         vm.set_tss_address(layout::KVM_TSS)
             .context("KVM_SET_TSS_ADDR")?;
@@ -141,12 +141,12 @@ impl Machine {
         })
     }
 
-    /// Loads a kernel; the first processor begins there, the others wait until they are called.
+    /// Loads a kernel. The first processor starts there; the others wait until the guest starts them.
     ///
     /// # Errors
     /// A file cannot be used.
     pub fn boot(&self, boot: &Boot) -> anyhow::Result<()> {
-        // At most CPUS_MAX.
+        // Fits: CPUS_MAX is a u8.
         let count = self.vcpus.len() as u8;
         let place = self.bus.pci.as_ref().map(|pci| &pci.place);
         acpi::write(&self.memory, count, &self.windows, place)?;
@@ -159,10 +159,10 @@ impl Machine {
         boot::set(&lock(&self.vcpus[0]), &self.memory, entry)
     }
 
-    /// Starts the threads, which wait until the machine [`goes on`](Self::resume).
+    /// Starts the threads. They wait until the machine [continues](Self::resume).
     ///
     /// # Errors
-    /// There is no thread to be had.
+    /// A thread cannot be created.
     pub fn start(&mut self, filters: &Filters) -> anyhow::Result<()> {
         for (id, fd) in (0..).zip(&self.vcpus) {
             let vcpu = crate::vcpu::Vcpu {

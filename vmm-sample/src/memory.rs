@@ -1,6 +1,6 @@
-//! Guest memory: made, given to KVM.
+//! Guest memory: mapped in this process, and registered with KVM.
 
-#![allow(unsafe_code)] // memory is mapped on large pages, and KVM is told raw addresses of what lives as long as the VM
+#![allow(unsafe_code)] // maps memory on large pages, and gives KVM raw addresses of mappings that live as long as the VM
 
 use anyhow::{Context, ensure};
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
@@ -11,11 +11,11 @@ use vm_memory::{GuestRegionMmap, MmapRegion};
 
 use crate::layout::{GAP_END, GAP_START};
 
-/// Less than this boots no distribution's kernel.
+/// No distribution's kernel boots with less.
 pub const MIN_BYTES: u64 = 64 << 20;
 const MAX_BYTES: u64 = 1 << 40;
 const HUGE: usize = 2 << 20;
-/// KVM's memory slots: RAM has those below.
+/// The first memory slot of KVM for a register window. The slots below are RAM.
 const FIRST_WINDOW: u32 = 2;
 
 /// Guest addresses and lengths of `bytes` of RAM.
@@ -28,7 +28,7 @@ pub fn ranges(bytes: u64) -> Vec<(GuestAddress, usize)> {
     ranges
 }
 
-/// Looks whether a guest can have so many bytes.
+/// Checks that a guest can have so many bytes.
 ///
 /// # Errors
 /// It cannot.
@@ -39,30 +39,30 @@ pub fn check(bytes: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes guest memory; no page of it is there before the guest touches it.
+/// Maps guest memory. The host allocates a page when the guest first touches it.
 pub fn allocate(bytes: u64) -> anyhow::Result<GuestMemoryMmap> {
     check(bytes)?;
     let regions: anyhow::Result<_> = ranges(bytes).into_iter().map(region).collect();
-    let regions = regions.context("there is no room for so much memory: give it less (--memory)");
+    let regions = regions.context("not enough memory on this host: give the guest less (--memory)");
     Ok(GuestMemoryMmap::from_regions(regions?)?)
 }
 
-/// Pages of 2 MiB of the guest are pages of this process, so that KVM maps them whole: a boot has 15,000 faults less.
+/// Maps a region on a boundary of 2 MiB, so that KVM can map large pages: that saves 15,000 page faults in a boot.
 fn region((start, len): (GuestAddress, usize)) -> anyhow::Result<GuestRegionMmap> {
     let (may, how) = (
         PROT_READ | PROT_WRITE,
         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
     );
-    // SAFETY: a new mapping, wherever there is room.
+    // SAFETY: a new mapping at an address that the kernel chooses.
     let room = unsafe { libc::mmap(std::ptr::null_mut(), len + HUGE, may, how, -1, 0) };
     ensure!(room != MAP_FAILED, std::io::Error::last_os_error());
     let at = room.wrapping_byte_add(room.cast::<u8>().align_offset(HUGE));
-    // SAFETY: `len` bytes of that mapping, which stays for as long as the process.
+    // SAFETY: these `len` bytes are inside that mapping, which stays until the process ends.
     let mapping = unsafe { MmapRegion::build_raw(at.cast(), len, may, how) }?;
-    GuestRegionMmap::new(mapping, start).context("memory ends behind the last address")
+    GuestRegionMmap::new(mapping, start).context("the memory exceeds the address space")
 }
 
-/// Tells KVM where the guest's memory lies in this process.
+/// Tells KVM where the guest's memory is in this process.
 ///
 /// `memory` must live as long as `vm`: `Machine` holds both, in that order.
 pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> anyhow::Result<()> {
@@ -74,7 +74,7 @@ pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Shows a page of registers to the guest: it reads them there, and what it writes is an exit. `n`: which window.
+/// Maps a page of registers into the guest, read-only: a read costs no exit, a write exits. `n` is the number of the window.
 ///
 /// `page` must live as long as `vm`.
 pub fn register_window(vm: &VmFd, n: u32, at: u64, page: &MmapRegion) -> anyhow::Result<()> {
@@ -91,7 +91,7 @@ fn give(vm: &VmFd, slot: u32, at: u64, host: (u64, u64), flags: u32) -> anyhow::
         memory_size: host.1,
         flags,
     };
-    // SAFETY: address and length are those of one whole mapping, which the callers' callers keep for as long as the VM
-    // exists; mappings do not overlap, and slots are numbered apart.
-    unsafe { vm.set_user_memory_region(region) }.context("KVM does not take the guest's memory")
+    // SAFETY: address and length are those of one whole mapping, which the callers of our callers keep for as long as the VM
+    // exists. Mappings do not overlap, and every slot has its own number.
+    unsafe { vm.set_user_memory_region(region) }.context("KVM does not accept the guest's memory")
 }

@@ -21,7 +21,7 @@ Examples:
   curl --unix-socket web-1.api -X PUT http://vm/pause; curl --unix-socket web-1.api -X PUT -d '{\"dir\":\"snap\"}' http://vm/snapshot
   adit-vmm restore --from snap --vsock cid=3,uds=/run/web-1.vsock
 
-Exit status: 0 the guest switched itself off, 3 it asked for a reset (start it again), 1 it could not go on.";
+Exit status: 0 the guest switched itself off, 3 it asked for a reset (start it again), 1 an error.";
 
 /// A small VMM that boots stock Linux with adit's vsock device in it.
 #[derive(Debug, Parser)]
@@ -35,19 +35,19 @@ pub struct Options {
 pub enum Command {
     /// Boot a kernel and run it to its end
     Run(Run),
-    /// Go on where a VM was held: PUT /snapshot of its API wrote it
+    /// Continue a VM from a snapshot, which PUT /snapshot of its API wrote
     Restore(Restore),
-    /// Try KVM with a guest that needs no Linux, and no more of KVM than user mode
+    /// Try KVM with a guest that needs no Linux, and only user mode of KVM
     Bare {
         /// The image: adit-bare, built for x86_64-unknown-none
         image: PathBuf,
-        /// Have it run the guest half of ring and engine, and print what they do
+        /// Run the guest's side of ring and engine, and print figures
         #[arg(long)]
         ring: bool,
     },
 }
 
-/// What is booted.
+/// What to boot.
 #[derive(Debug, Args)]
 pub struct Boot {
     /// ELF kernel with a PVH note, or bzImage
@@ -77,7 +77,7 @@ pub struct Run {
 
 #[derive(Debug, Args)]
 pub struct Restore {
-    /// The snapshot's directory; it stays as it is, and may be restored again
+    /// The snapshot's directory; it does not change, and may be restored again
     #[arg(long, value_name = "DIR")]
     pub from: PathBuf,
     #[command(flatten)]
@@ -86,7 +86,7 @@ pub struct Restore {
 
 #[derive(Debug, Args)]
 pub struct Host {
-    /// Where the serial line ends: stdio (ctrl-a x stops the VM) or a file, of 64 MiB at most
+    /// The serial line's other end: stdio (ctrl-a x stops the VM) or a file, of 64 MiB at most
     #[arg(long, default_value = "stdio")]
     pub serial: Line,
     /// Socket of the operator's API: GET /vm, PUT /pause, /resume, /snapshot, /stop
@@ -98,7 +98,7 @@ pub struct Host {
     /// Disk image, which the guest sees as /dev/vda
     #[arg(long, value_name = "FILE")]
     pub disk: Option<PathBuf>,
-    /// cid=N[,uds=PATH]: the guest's address, and a socket as Firecracker has it (CONNECT PORT; PATH_PORT for the guest's dials)
+    /// cid=N[,uds=PATH]: the guest's address, and a Unix socket as in Firecracker (CONNECT PORT; PATH_PORT for the guest's dials)
     #[arg(long, value_parser = vsock)]
     pub vsock: Option<VsockOptions>,
     /// Have aditd serve the VM: its API socket (RUN_DIR/aditd.sock)
@@ -107,7 +107,7 @@ pub struct Host {
     /// The VM's name in aditd
     #[arg(long, requires = "aditd", value_parser = vm_name)]
     name: Option<String>,
-    /// Give the guest a ring beside its vsock: so much memory that it shares with the host, a power of two
+    /// Give the guest a ring beside its vsock: memory of this size, a power of two, that it shares with the host
     #[arg(long, value_name = "SIZE", num_args = 0..=1, default_missing_value = "4M", value_parser = ring, requires = "aditd")]
     pub ring: Option<usize>,
     /// TCP ports of the guest that aditd lets clients reach
@@ -126,7 +126,7 @@ pub struct VsockOptions {
 }
 
 impl Host {
-    /// What the guest's threads may ask of the kernel.
+    /// The seccomp filters of the guest-driven threads.
     ///
     /// # Errors
     /// The filters cannot be made.
@@ -137,10 +137,10 @@ impl Host {
         }
     }
 
-    /// How aditd is to know the VM; none: the guest's streams end on sockets.
+    /// How aditd will know the VM. `None`: the guest's streams go to Unix sockets.
     ///
     /// # Errors
-    /// Two owners were named.
+    /// The options name two owners of the guest's channel.
     pub fn registration(&self, vsock: &VsockOptions) -> anyhow::Result<Option<Registration>> {
         let (Some(aditd), Some(name)) = (&self.aditd, &self.name) else {
             return Ok(None);
@@ -183,7 +183,7 @@ fn ring(text: &str) -> Result<usize, String> {
         .ok_or_else(|| "a power of two, 1G at most".to_owned())
 }
 
-/// Digits only: `parse` takes a sign, too.
+/// Digits only; `parse` alone would accept a sign.
 fn number(text: &str) -> Result<u64, String> {
     if !text.bytes().all(|b| b.is_ascii_digit()) {
         return Err(format!("`{text}`: digits only"));

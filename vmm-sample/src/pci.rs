@@ -1,5 +1,5 @@
-//! The PCI bus, which is there for one function: the VM's ring. What the function is, and how KVM is told, is the library's
-//! (`adit_ring_pci`); here is where it lies, and whose it is.
+//! The PCI bus, with one function on it: the VM's ring. The library `adit_ring_pci` is the function and its connection to KVM;
+//! this file chooses its addresses and interrupts, and who uses it.
 
 use std::sync::Arc;
 
@@ -13,21 +13,21 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::layout;
 
-/// KVM's memory slots behind those of any number of windows.
+/// The first memory slot of KVM for the ring. The slots below belong to RAM and register windows.
 const FIRST_SLOT: u32 = 64;
-/// Bytes of a region at most, and the multiple at which the window for it begins.
+/// Longest region, bytes. The window for it starts at a multiple of this.
 pub const REGION_MAX: u64 = 1 << 30;
 
 /// The bus.
 pub struct Pci {
-    /// All that is on it.
+    /// The only function on the bus.
     pub function: Plugged,
     region: Mapped,
     pub place: Place,
 }
 
 impl Pci {
-    /// A bus with a ring of so many bytes on it, for a VM with this RAM and interrupt chips.
+    /// Makes a bus with a ring of so many bytes. `ram` is the VM's memory.
     ///
     /// # Errors
     /// There is no memory for the ring, or KVM refuses.
@@ -51,10 +51,10 @@ impl Pci {
         })
     }
 
-    /// Offers the ring to the guest. `to`: who has the host's end of it.
+    /// Offers the ring to the guest. `to` leads to whoever uses the host's end.
     ///
     /// # Errors
-    /// There are no descriptors left.
+    /// No descriptors are left.
     pub fn attach(&self, to: &RingSender) -> anyhow::Result<()> {
         let (rings, heard) = self.function.bells()?;
         let bells = RingBells::new(rings, heard);

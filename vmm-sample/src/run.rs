@@ -1,9 +1,7 @@
-//! A command from its first line to its last.
+//! The commands, from start to end.
 
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
-
-use clap::Parser;
 
 use crate::bus::lock;
 use crate::console::LineState;
@@ -19,33 +17,34 @@ use adit_port::rings::{self, RingSender};
 use adit_port::vmm::Registered;
 use nix::sys::signalfd::SignalFd;
 
-/// The program.
+/// The program's entry.
 pub fn main() -> ExitCode {
-    let done = match Options::parse().command {
+    let options: Options = match adit_print::parse("adit-vmm") {
+        Ok(options) => options,
+        Err(done) => return done,
+    };
+    let done = match options.command {
         Command::Run(options) => run(&options).map(ended),
         Command::Restore(options) => restore(&options).map(ended),
         Command::Bare { image, ring } => {
             let tried = if ring { bare::ring } else { bare::smoke }(&image);
-            tried.map(|said| {
-                println!("{said}");
-                ExitCode::SUCCESS
+            tried.and_then(|said| {
+                adit_print::line(&said)?;
+                Ok(ExitCode::SUCCESS)
             })
         }
     };
-    done.unwrap_or_else(|e| {
-        eprintln!("adit-vmm: {e:#}");
-        ExitCode::FAILURE
-    })
+    done.unwrap_or_else(|e| adit_print::failed("adit-vmm", e.as_ref()))
 }
 
 fn ended(reason: Reason) -> ExitCode {
-    eprintln!("adit-vmm: {reason}");
+    adit_print::note!("adit-vmm: {reason}");
     ExitCode::from(reason.status())
 }
 
 type Devices = Vec<Box<dyn Device>>;
 
-/// What aditd has of the VM: its entry, and the way for its ring.
+/// The VM's entry in aditd, and where its ring is sent.
 type Served = Option<(Registered, Option<RingSender>)>;
 
 /// The devices in the order of their windows.
@@ -64,7 +63,7 @@ fn devices(host: &Host, filters: &Filters) -> anyhow::Result<(Devices, Served)> 
         };
         devices.push(Box::new(Vsock::new(vsock.cid, owner, filters)?));
         if let Some(registration) = registration {
-            // Not before the thread is there that answers aditd.
+            // Register only now: the thread that answers aditd must exist first.
             served = Some((registration.register()?, sender));
         }
     }
@@ -99,7 +98,7 @@ fn restore(options: &Restore) -> anyhow::Result<Reason> {
     go(machine, signals, host, &filters, served)
 }
 
-/// From the first instruction to the end.
+/// Runs the machine from its first instruction to its end.
 fn go(
     mut machine: Machine,
     signals: SignalFd,
@@ -117,10 +116,10 @@ fn go(
     lock(&machine).end();
     if let Some((mut registered, _)) = served {
         if let Ok(Reason::Reset) = reason {
-            // Whoever supervises this process starts it again.
+            // Keep the entry: a supervisor starts this process again.
             registered.keep();
         } else if let Err(e) = registered.leave() {
-            eprintln!("adit-vmm: {e:#}");
+            adit_print::note!("adit-vmm: {e:#}");
         }
     }
     reason

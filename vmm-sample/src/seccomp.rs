@@ -1,17 +1,18 @@
-//! What the threads that a guest drives may ask of the kernel: a guest that takes one over finds little.
+//! The system calls of the threads that a guest drives: a guest that takes over one of them must not gain much.
 //!
 //! | thread | may |
 //! |---|---|
 //! | vCPU | run the guest (KVM_RUN is the only ioctl), signal other threads, write the serial line |
-//! | vsock | what a shard may (`SYSTEM_CALLS`), and what its owner does: accept, say who we are, draw seeds |
-//! | vsock, with sockets of the host's | the same, and connect to Unix sockets for what the guest dials |
-//! | disk | seek, read, write and sync the file that it has |
+//! | vsock | what a shard may (`SYSTEM_CALLS`), and what its owner needs: accept, send our pid, draw seeds |
+//! | vsock, with Unix sockets on the host | the same, and connect to Unix sockets for the guest's dials |
+//! | disk | seek, read, write and sync its file |
 //!
-//! None may open a file, map code, start a process or make a thread, and none has a capability, whoever runs the VMM. What
-//! a call does depends on its arguments: they are those of a port process (`adit_port::sandbox::by_argument`). The main thread, which hears the operator, and the one
-//! that tells KVM where the ring lies have no filter. Another call ends the process with a line that names thread and call.
+//! None may open a file, map code, or create a process or a thread. None has a capability, whoever runs the VMM. Where a call's
+//! effect depends on its arguments, the filter checks them as a port process's does (`adit_port::sandbox::by_argument`). Two
+//! threads have no filter: the main thread, which serves the operator, and the one that tells KVM where the ring is. A call
+//! that is not allowed ends the process, with a line that names thread and call.
 
-#![allow(unsafe_code)] // a signal handler reads what the kernel says of the call, and ends the process
+#![allow(unsafe_code)] // a signal handler reads which call was forbidden, and ends the process
 
 use std::collections::BTreeMap;
 
@@ -27,17 +28,17 @@ use vmm_sys_util::signal::register_signal_handler;
 pub enum Thread {
     /// Runs the guest.
     Vcpu,
-    /// Has the vsock device, and aditd or nobody on the host's side.
+    /// Runs the vsock device. On the host's side is aditd or nobody.
     Vsock,
-    /// Has the disk.
+    /// Runs the disk.
     Disk,
-    /// Has the vsock device, and connects to sockets of the host.
+    /// Runs the vsock device, and connects to Unix sockets on the host.
     Hybrid,
 }
 
 /// `_IO(0xae, 0x80)`.
 const KVM_RUN: u32 = 0xae80;
-/// Family and type of the sockets that are made: nonblocking, so that no listener holds the thread up.
+/// Family and type of the sockets that it makes. They are nonblocking, so that no listener can block the thread.
 const UNIX_STREAM: [(u8, u32); 2] = [
     (0, libc::AF_UNIX as u32),
     (
@@ -45,7 +46,7 @@ const UNIX_STREAM: [(u8, u32); 2] = [
         (libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) as u32,
     ),
 ];
-/// What every thread does: allocate, wait, hear a signal, say a line, end.
+/// Needed by every thread: allocate, wait, handle a signal, print a line, end.
 const COMMON: &[libc::c_long] = &[
     libc::SYS_read,
     libc::SYS_write,
@@ -65,7 +66,7 @@ const COMMON: &[libc::c_long] = &[
     libc::SYS_sigaltstack,
     libc::SYS_exit,
     libc::SYS_exit_group,
-    // A thread's name, for the report.
+    // To read the thread's name for the report of a forbidden call.
     libc::SYS_prctl,
 ];
 const VSOCK: &[libc::c_long] = &[
@@ -75,12 +76,12 @@ const VSOCK: &[libc::c_long] = &[
     libc::SYS_accept4,
     libc::SYS_socketpair,
     libc::SYS_getsockopt,
-    // Sockets are made nonblocking.
+    // Makes sockets nonblocking.
     libc::SYS_ioctl,
     libc::SYS_getpid,
     // Seeds of hash maps.
     libc::SYS_getrandom,
-    // The lock of a place that is let go.
+    // Unlocks a port process's directory.
     libc::SYS_flock,
 ];
 const DISK: &[libc::c_long] = &[
@@ -113,13 +114,13 @@ fn program(thread: Thread) -> anyhow::Result<BpfProgram> {
     Ok(filter.try_into()?)
 }
 
-/// The filters, made before any thread is.
+/// The compiled filters. They are made before any thread exists.
 #[derive(Clone, Debug, Default)]
 pub struct Filters(Option<[BpfProgram; 4]>);
 
 impl Filters {
     /// # Errors
-    /// They cannot be made.
+    /// A filter cannot be compiled.
     pub fn on() -> anyhow::Result<Self> {
         register_signal_handler(libc::SIGSYS, forbidden)?;
         let threads = [Thread::Vcpu, Thread::Vsock, Thread::Disk, Thread::Hybrid];
@@ -127,23 +128,23 @@ impl Filters {
         Ok(Self(Some([vcpu?, vsock?, disk?, hybrid?])))
     }
 
-    /// Confines the calling thread for the rest of its life: its calls, and without any capability.
+    /// Confines the calling thread for the rest of its life: filters its calls, and drops its capabilities.
     ///
     /// # Errors
-    /// The kernel takes no filter.
+    /// The kernel refuses the filter.
     pub fn apply(&self, thread: Thread) -> anyhow::Result<()> {
         let Some(filters) = &self.0 else {
             return Ok(());
         };
         privilege::drop_capabilities().context("cannot drop capabilities")?;
         seccompiler::apply_filter(&filters[thread as usize])
-            .context("this kernel takes no seccomp filter: --no-seccomp runs without")
+            .context("this kernel does not accept a seccomp filter: run with --no-seccomp")
     }
 }
 
-/// Ends the process and says why. Only what may be called from a signal handler.
+/// Prints which call was forbidden, and ends the process. Makes only calls that are allowed in a signal handler.
 extern "C" fn forbidden(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    /// Of `si_syscall` in a siginfo of SIGSYS (include/uapi/asm-generic/siginfo.h).
+    /// Offset of `si_syscall` in a siginfo of SIGSYS (include/uapi/asm-generic/siginfo.h).
     const SYSCALL_OFFSET: usize = 24;
     // SAFETY: the kernel passes a whole siginfo_t (128 bytes) to a handler that was installed with SA_SIGINFO.
     let call = unsafe { info.cast::<u8>().add(SYSCALL_OFFSET).cast::<i32>().read() };
@@ -154,7 +155,7 @@ extern "C" fn forbidden(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     for (place, power) in [100, 10, 1].into_iter().enumerate() {
         line[digits + place] = b'0' + (call / power % 10) as u8;
     }
-    // SAFETY: PR_GET_NAME writes at most 16 bytes, which `name` has, and is on the list.
+    // SAFETY: PR_GET_NAME writes at most 16 bytes, and `name` has 16. The filter allows prctl.
     unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
     for (to, from) in line[67..]
         .iter_mut()
@@ -162,7 +163,7 @@ extern "C" fn forbidden(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     {
         *to = from;
     }
-    // SAFETY: a plain write of bytes that live on this stack; then the end, without running anything of the process's.
+    // SAFETY: writes bytes of this stack; then ends the process without running any of its code.
     unsafe {
         libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len());
         libc::_exit(1);

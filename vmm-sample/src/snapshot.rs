@@ -1,11 +1,11 @@
-//! A held machine on disk: `DIR/state` and `DIR/memory`.
+//! A paused machine on disk: `DIR/state` and `DIR/memory`.
 //!
 //! `state`: magic `ADITVMMS`, version (u32), length of the body (u64), SHA-256 of the body, body (postcard). `memory`: the
-//! guest's memory from address 0 on, without its gaps; pages of zeroes are holes. A file that was cut or altered by accident
-//! is refused. One that was altered on purpose can do what a guest can: nothing in it is an address of this process.
+//! guest's memory from address 0 on, without the gaps; pages of zeroes are holes. A file that was cut off or changed by accident
+//! is refused. A file that was changed on purpose can do what a guest can: nothing in it is an address of this process.
 //!
-//! The memory of a restored machine is a private mapping of the file: it starts at once, and as many machines as one likes
-//! start from the same snapshot.
+//! A restored machine maps the memory file privately. So it starts at once, and many machines can start from the same
+//! snapshot.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -27,24 +27,24 @@ use crate::virtio::mmio::TransportState;
 
 const MAGIC: [u8; 8] = *b"ADITVMMS";
 const VERSION: u32 = 3;
-/// Bytes of a state's body at most.
+/// Longest body of a state file, bytes.
 const BODY_MAX: u64 = 16 << 20;
 const PAGE: usize = 4096;
 
-/// All but the memory.
+/// Everything except the memory.
 #[derive(Serialize, Deserialize)]
 pub struct State {
     pub memory: u64,
     pub cpus: Vec<CpuState>,
     pub chips: ChipState,
     pub line: LineState,
-    /// Its function; the ring itself is another in each life.
+    /// The ring's PCI function. The ring itself is made new.
     pub ring: Option<Vec<u8>>,
     pub devices: Vec<TransportState>,
 }
 
 fn create(path: &Path) -> anyhow::Result<File> {
-    // A guest's memory is its owner's business. A snapshot in use is not written over: machines may be running from it.
+    // Only the owner may read a guest's memory. An existing snapshot is never overwritten: machines may be running from it.
     let mut options = fs::OpenOptions::new();
     options.write(true).create_new(true).mode(0o600);
     options
@@ -55,7 +55,7 @@ fn create(path: &Path) -> anyhow::Result<File> {
 /// Writes a snapshot.
 ///
 /// # Errors
-/// There is one in `dir`, or no room.
+/// The directory has a snapshot already, or the disk is full.
 pub fn write(dir: &Path, state: &State, memory: &GuestMemoryMmap) -> anyhow::Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let mut file = create(&dir.join("memory"))?;
@@ -83,18 +83,18 @@ pub fn write(dir: &Path, state: &State, memory: &GuestMemoryMmap) -> anyhow::Res
     file.write_all(&(body.len() as u64).to_le_bytes())?;
     file.write_all(&Sha256::digest(&body))?;
     file.write_all(&body)?;
-    // Written last: a snapshot with a state is whole.
+    // Written last, so a snapshot that has a state is complete.
     Ok(file.sync_all()?)
 }
 
 /// Reads a snapshot's state.
 ///
 /// # Errors
-/// It is not there, cut, altered, or of another version.
+/// The file is missing, cut off, changed, or of another version.
 pub fn read(dir: &Path) -> anyhow::Result<State> {
     let path = dir.join("state");
     let mut file = File::open(&path).with_context(|| {
-        format!("no snapshot in {dir:?} (its API writes one): cannot open state")
+        format!("cannot open the snapshot in {dir:?} (PUT /snapshot of a VM's API writes one)")
     })?;
     let (mut magic, mut version, mut len) = ([0; 8], [0; 4], [0; 8]);
     let mut digest = [0; 32];
@@ -104,10 +104,10 @@ pub fn read(dir: &Path) -> anyhow::Result<State> {
         file.read_exact(&mut len)?;
         file.read_exact(&mut digest)
     };
-    head().with_context(|| format!("{} is cut", path.display()))?;
+    head().with_context(|| format!("{} is cut off", path.display()))?;
     if magic != MAGIC || u32::from_le_bytes(version) != VERSION {
         bail!(
-            "{} is no snapshot of version {VERSION}: it was written by another adit-vmm",
+            "{} is not a snapshot of version {VERSION}: another version of adit-vmm wrote it",
             path.display()
         );
     }
@@ -116,15 +116,15 @@ pub fn read(dir: &Path) -> anyhow::Result<State> {
     file.take(BODY_MAX).read_to_end(&mut body)?;
     ensure!(
         body.len() as u64 == len && Sha256::digest(&body)[..] == digest,
-        "{} is cut or altered",
+        "{} is cut off or changed",
         path.display()
     );
     let (state, rest) = postcard::take_from_bytes(&body)
-        .with_context(|| format!("{} is no state", path.display()))?;
+        .with_context(|| format!("{} is not a valid state", path.display()))?;
     let extra = rest.len();
     ensure!(
         extra == 0,
-        "{} has {extra} bytes behind its state",
+        "{} has {extra} bytes after its state",
         path.display()
     );
     Ok(state)
@@ -133,14 +133,14 @@ pub fn read(dir: &Path) -> anyhow::Result<State> {
 /// Maps a snapshot's memory.
 ///
 /// # Errors
-/// The file is not there, or has not the length that the state says.
+/// The file is missing, or its length is not the one in the state.
 pub fn map(dir: &Path, state: &State) -> anyhow::Result<GuestMemoryMmap> {
     memory::check(state.memory)?;
     let path = dir.join("memory");
     let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
     ensure!(
         file.metadata()?.len() == state.memory,
-        "{} is cut: it should have {} bytes",
+        "{} has the wrong length: it should have {} bytes",
         path.display(),
         state.memory
     );
@@ -151,7 +151,7 @@ pub fn map(dir: &Path, state: &State) -> anyhow::Result<GuestMemoryMmap> {
         let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
         let mapping = MmapRegion::build(Some(offset), len, read | write, flags)?;
         let region =
-            GuestRegionMmap::new(mapping, start).context("memory ends behind the last address")?;
+            GuestRegionMmap::new(mapping, start).context("the memory exceeds the address space")?;
         regions.push(region);
         at += len as u64;
     }

@@ -1,4 +1,4 @@
-//! A processor's thread: run the guest until it does something that KVM does not do by itself, do that, go on.
+//! A processor's thread: runs the guest until an exit that KVM does not handle, handles it, and repeats.
 
 use std::sync::{Arc, Mutex};
 
@@ -11,7 +11,7 @@ use crate::gate::Gate;
 /// What a processor's thread needs.
 pub struct Vcpu {
     pub id: u8,
-    /// Locked while it runs: whoever else wants it closes the gate first.
+    /// Locked while the processor runs. Whoever else needs it must close the gate first.
     pub fd: Arc<Mutex<VcpuFd>>,
     pub bus: Arc<Bus>,
     pub exit: Arc<Exit>,
@@ -24,7 +24,7 @@ impl Vcpu {
         while self.gate.pass(|| self.settle()) {
             if let Err(reason) = self.once() {
                 self.exit.end(reason);
-                // Nothing more of this guest runs here; the gate still counts on this thread.
+                // The guest runs no more on this processor, but `Gate::close` still waits for this thread.
                 while self.gate.pass(|| ()) {
                     std::thread::park_timeout(std::time::Duration::from_millis(10));
                 }
@@ -33,15 +33,15 @@ impl Vcpu {
         }
     }
 
-    /// KVM finishes an access that was answered with the next entry only: registers are not to be read before.
+    /// Lets KVM finish an access that was answered: it does so at the next entry only, and registers are wrong until then.
     fn settle(&self) {
         lock(&self.fd).set_kvm_immediate_exit(1);
-        // An access in pieces exits for each; the last entry ends with EINTR, and whatever else it is ends the VM later.
+        // An access in several pieces exits for each. The last entry ends with EINTR; any other result ends the VM later.
         while let Ok(true) = self.once() {}
         lock(&self.fd).set_kvm_immediate_exit(0);
     }
 
-    /// Runs the guest until it needs something, and does that. False: it was only interrupted.
+    /// Runs the guest until an exit, and handles it. Returns false if the run was only interrupted.
     fn once(&self) -> Result<bool, Reason> {
         let stop = |why| Err(Reason::Fault(format!("processor {}: {why}", self.id)));
         let mut fd = lock(&self.fd);
@@ -50,12 +50,12 @@ impl Vcpu {
             Ok(VcpuExit::IoOut(port, data)) => self.bus.port_out(port, data),
             Ok(VcpuExit::MmioRead(address, data)) => self.bus.mmio_read(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => self.bus.mmio_write(address, data),
-            // A triple fault: what a kernel does that has no other way to reset.
+            // A triple fault: a kernel's last way to reset.
             Ok(VcpuExit::Shutdown) => return Err(Reason::Reset),
             Ok(VcpuExit::Intr) => return Ok(false),
             Ok(VcpuExit::FailEntry(why, _)) => return stop(format!("cannot be entered: {why:#x}")),
             Ok(other) => return stop(format!("stopped: {other:?}")),
-            // A signal, to make us look at the gate; EAGAIN: this processor was not started yet.
+            // EINTR: a signal, so that this thread reaches the gate. EAGAIN: the guest has not started this processor yet.
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(false),
             Err(e) => return stop(format!("KVM_RUN: {e}")),
         }

@@ -1,5 +1,6 @@
-//! R12, where a guest without Linux has the ring: guests that end in the middle of a copy keep nothing. Alone in its
-//! process, which counts what it has open. `cargo xtask test` builds the image and names it.
+//! R12 with a guest without Linux: guests that end in the middle of a copy leave no descriptor and no mapping behind. This test
+//! counts those of its process, so it has a file, and with it a process, of its own. `cargo xtask test` builds the image and
+//! names it.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -19,7 +20,7 @@ use adit_vmm_sample::bare::Bare;
 const REGION_BYTES: u64 = 2 * REGION_UNIT;
 const LIMIT: Duration = Duration::from_secs(20);
 const CYCLES: u32 = 40;
-/// Mappings that an allocator may make meanwhile.
+/// Mappings that the allocator may add meanwhile.
 const ARENAS: usize = 8;
 
 fn counts() -> [usize; 2] {
@@ -63,7 +64,7 @@ fn r12_guests_that_end_in_the_middle_of_a_copy_leave_nothing() {
         };
         stream.set_deadline(Some(Instant::now() + LIMIT));
         thread::scope(|scope| {
-            // It ends when the host does.
+            // The write fails when the host ends.
             scope.spawn(|| while (&stream).write_all(&[7; 1 << 16]).is_ok() {});
             (&stream).read_exact(&mut vec![0; 1 << 18]).unwrap();
             drop((dialer, host));

@@ -1,4 +1,5 @@
-//! A device that is started and stopped without end keeps nothing: R12. Alone in its process, which counts what it has open.
+//! R12: a device that is started and stopped again and again keeps nothing. This test counts its process's descriptors and
+//! mappings, so it has a file, and with it a process, of its own.
 
 mod common;
 
@@ -8,7 +9,7 @@ use common::{Noise, Vm, until};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 
 const CYCLES: u32 = 10_000;
-/// Mappings that an allocator may make meanwhile.
+/// Mappings that the allocator may add meanwhile.
 const ARENAS: usize = 8;
 
 fn count(of: &str) -> usize {
@@ -22,12 +23,12 @@ fn count(of: &str) -> usize {
 }
 
 #[test]
-fn r12_ten_thousand_sessions_end_under_way_and_leave_nothing() {
+fn r12_ten_thousand_interrupted_sessions_leave_no_descriptor_and_no_mapping() {
     let mut vm = Vm::new();
     let mut noise = Noise(12);
     vm.honest();
     vm.put(VIRTIO_MMIO_STATUS, 0);
-    // The last streams' sockets go when the device's thread has heard of their end.
+    // The sockets of the last streams are closed once the device's thread has seen that the streams ended.
     vm.settle();
     let before = ["fd", "maps"].map(count);
     for cycle in 0..CYCLES {
@@ -36,13 +37,13 @@ fn r12_ten_thousand_sessions_end_under_way_and_leave_nothing() {
         if cycle % 16 == 0 {
             let mut stream = vm.open();
             vm.exchange(&mut stream, 1000);
-            // Bytes both ways that nobody will ever take.
+            // Bytes in both directions that nobody will read.
             let header = stream.guest.payload(1000);
             vm.driver.send(&header, &[7; 1000], 400);
             vm.driver.tx.publish();
             vm.kick(1);
         } else {
-            // A connection whose request the device may or may not have seen.
+            // A connection request. The device may have seen it or not when the session ends.
             let mut guest = adit_benches::stream::GuestStream::new(900, 7999);
             let request = guest.header(Op::Request);
             vm.driver.send(&request, &[], 1);
@@ -52,7 +53,7 @@ fn r12_ten_thousand_sessions_end_under_way_and_leave_nothing() {
         }
         vm.put(VIRTIO_MMIO_STATUS, 0);
     }
-    // The last streams' sockets go when the device's thread has heard of their end.
+    // The sockets of the last streams are closed once the device's thread has seen that the streams ended.
     vm.settle();
     until("the descriptors of before", || count("fd") <= before[0]);
     let maps = count("maps");

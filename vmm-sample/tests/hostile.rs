@@ -10,7 +10,7 @@ use adit_benches::{DriverConfig, VmMemory, memory};
 use adit_channel::device::{HEADER_BYTES, HOST_CID, RX_QUEUE, WireHeader};
 use adit_engine::{Kind, Op, PacketHeader};
 use adit_vmm_sample::memory::ranges;
-use common::{DISK, DISK_RING, Noise, VSOCK, Vm, heard, until};
+use common::{DISK, DISK_RING, Noise, VSOCK, Vm, until, until_kick_is_read};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -20,7 +20,7 @@ const OK: u8 = 0;
 /// A disk request's header.
 const HEADER: u64 = 0x9_0000;
 
-/// A packet that is not answered: a reset of a stream that never was.
+/// A packet that gets no answer: a reset of a stream that never existed.
 fn reset_of_nothing(port: u32) -> PacketHeader {
     PacketHeader {
         src_port: port,
@@ -34,13 +34,13 @@ fn reset_of_nothing(port: u32) -> PacketHeader {
     }
 }
 
-/// Memory as guests of more than 3 GiB have it: two regions and a hole between. No page is there before it is touched.
+/// Memory like that of a guest with more than 3 GiB: two regions with a hole between them. A page exists once it is touched.
 fn two_regions() -> Arc<VmMemory> {
     Arc::new(VmMemory::from_ranges(&ranges((3 << 30) + (64 << 20))).unwrap())
 }
 
-/// The driver stores its index while the vsock thread loads it, again and again where one store changes both bytes. A half of
-/// it would be an index that goes back or jumps, which ends the session.
+/// The driver stores its index while the vsock thread loads it, again and again with stores that change both bytes. If a load
+/// could see half of a store, the index would jump or go back, and that ends the session.
 #[test]
 fn r24_an_index_that_changes_while_it_is_read_is_whole() {
     let mut vm = Vm::new();
@@ -54,7 +54,7 @@ fn r24_an_index_that_changes_while_it_is_read_is_whole() {
     }
     let (mut sent, mut borders) = (0u32, 0);
     while sent < 100_000 {
-        // Up to just before the border between the bytes, or over it.
+        // Stop just below a multiple of 256, or go over it.
         let at = sent as u16 % 256;
         let batch = if at >= 0xfc { 8 } else { (0xfc - at).min(64) };
         borders += u32::from(at >= 0xfc);
@@ -71,14 +71,14 @@ fn r24_an_index_that_changes_while_it_is_read_is_whole() {
         sent += u32::from(batch);
     }
     assert!(borders > 300);
-    vm.given_back();
+    vm.until_tx_is_returned();
     vm.honest();
 }
 
-/// Guest memory gives less than was asked for where a region ends: into the hole, behind the last byte, around the end of the
-/// address space. Bytes that are there are used, and none that are not.
+/// Buffers that are only partly in guest memory: they end in the hole, behind the last byte, or wrap around the address space.
+/// The device uses the bytes that exist, and no others.
 #[test]
-fn r25_buffers_that_memory_gives_in_part_are_given_back() {
+fn r25_buffers_partly_outside_memory_are_returned() {
     let mut vm = Vm::on(two_regions(), DriverConfig::LINUX_6_12);
     vm.boot();
     let (hole, end) = (3u64 << 30, (4u64 << 30) + (64 << 20));
@@ -101,12 +101,12 @@ fn r25_buffers_that_memory_gives_in_part_are_given_back() {
         assert!(vm.driver.send_buffers(&[len_bytes]));
         assert!(vm.driver.send_buffers(&[header, len_bytes]));
         vm.driver.tx.publish();
-        vm.given_back();
+        vm.until_tx_is_returned();
         vm.driver.reap_tx();
     }
     let mut stream = vm.open();
     vm.exchange(&mut stream, 10_000);
-    // The same towards the guest: first the bad buffers, then good ones.
+    // The same in the other direction: first the bad buffers, then good ones.
     vm.boot();
     let mut stream = vm.open();
     while vm.driver.rx.pop_used().is_some() {}
@@ -119,7 +119,7 @@ fn r25_buffers_that_memory_gives_in_part_are_given_back() {
     vm.kick(usize::from(RX_QUEUE));
     stream.client.write_all(&[1; 64]).unwrap();
     vm.settle();
-    // The disk: into memory that is there in part, and to a place that ends in the hole.
+    // The disk: into memory that exists in part, and to an address that ends in the hole.
     let mut ring = vm.boot_disk(DISK_RING);
     for (addr, len) in lies {
         for kind in [READ, WRITE] {
@@ -130,7 +130,7 @@ fn r25_buffers_that_memory_gives_in_part_are_given_back() {
             assert_eq!(ring.used(&vm), before.wrapping_add(1));
         }
     }
-    // Rings and buffers in the second region are as good as any.
+    // Queues and buffers in the second region work like those in the first.
     let mut ring = vm.boot_disk(4 << 30);
     ring.request(&vm, READ, (4 << 30) + 0x8000, (end - 4096, 4096));
     assert_eq!(ring.answer(&vm, (4 << 30) + 0x8000), OK);
@@ -139,7 +139,7 @@ fn r25_buffers_that_memory_gives_in_part_are_given_back() {
     vm.honest();
 }
 
-/// What the driver gave to a device and took away again by a reset stays as it is from then on.
+/// After a reset, the device writes no more to the buffers that the driver had posted.
 #[test]
 fn r34_nothing_is_completed_to_a_queue_that_was_reset() {
     let mut vm = Vm::new();
@@ -156,7 +156,7 @@ fn r34_nothing_is_completed_to_a_queue_that_was_reset() {
     let mut under_way = 0;
     for round in 0..300 {
         let mut stream = vm.open();
-        // The host sends, the guest sends, and at some moment of that it resets; or while the device's thread stands still.
+        // The host sends, the guest sends, and the guest resets at some moment of that, or while the device's thread is idle.
         stream.client.write_all(&[9; 50_000]).unwrap();
         let stands = round % 4 == 0;
         if stands {
@@ -186,7 +186,7 @@ fn r34_nothing_is_completed_to_a_queue_that_was_reset() {
         under_way > 30,
         "{under_way} of 300 resets came before all was taken"
     );
-    // The disk: 4 MiB take a while to read.
+    // The disk: reading 4 MiB takes a while.
     let into = memory::tx_payload(0);
     for _ in 0..100 {
         let mut ring = vm.boot_disk(DISK_RING);
@@ -202,14 +202,14 @@ fn r34_nothing_is_completed_to_a_queue_that_was_reset() {
         };
         let after = look(&vm);
         vm.disk_kick.write(1).unwrap();
-        heard(&vm.disk_kick);
+        until_kick_is_read(&vm.disk_kick);
         assert_eq!(look(&vm), after);
     }
     vm.honest();
 }
 
 #[test]
-fn r51_a_thousand_pauses_under_traffic_and_each_time_it_goes_on() {
+fn r51_a_thousand_pauses_under_traffic_lose_nothing() {
     for event_idx in [true, false] {
         let config = DriverConfig {
             event_idx,
@@ -219,7 +219,7 @@ fn r51_a_thousand_pauses_under_traffic_and_each_time_it_goes_on() {
         vm.boot();
         let mut stream = vm.open();
         for n in 0..1000 {
-            // Bytes are on their way both ways when it is held.
+            // Bytes are in flight in both directions when the device is paused.
             stream.client.write_all(&[5; 3000]).unwrap();
             let header = stream.guest.payload(3000);
             assert!(vm.driver.send(&header, &[5; 3000], 4096));
@@ -230,12 +230,12 @@ fn r51_a_thousand_pauses_under_traffic_and_each_time_it_goes_on() {
             if n % 100 == 0 {
                 std::thread::yield_now();
                 let still = [vm.driver.rx.used_idx(), vm.driver.tx.used_idx()];
-                assert_eq!(used, still, "a device that is held moves");
+                assert_eq!(used, still, "a paused device used a buffer");
             }
             drop(held);
             vm.transport().resume();
             let (mut here, mut there) = (0, 0);
-            until("what was under way arrives", || {
+            until("the bytes in flight arrive", || {
                 let mut got = Vec::new();
                 vm.turn(&mut [&mut stream], &mut got);
                 here += got.iter().map(|(_, bytes)| bytes.len()).sum::<usize>();
@@ -248,24 +248,24 @@ fn r51_a_thousand_pauses_under_traffic_and_each_time_it_goes_on() {
     }
 }
 
-/// A restored guest has no buffer for the event that tells it so: it is told as soon as it has one, once.
+/// A restored guest that has no buffer for the TRANSPORT_RESET event gets the event as soon as it posts one, and only once.
 #[test]
-fn r60_a_guest_without_an_event_buffer_is_told_when_it_has_one() {
+fn r60_a_restored_guest_gets_its_event_once_it_has_a_buffer() {
     let mut origin = Vm::new();
     let mut stream = origin.open();
     origin.exchange(&mut stream, 5000);
     let held = origin.transport().pause().unwrap();
     let mut vm = Vm::on(origin.memory.clone(), origin.config);
     vm.transport().restore(&held).unwrap();
-    // The driver is the same, and does not know yet.
+    // The guest's driver continues; it does not know of the restore yet.
     std::mem::swap(&mut vm.driver, &mut origin.driver);
     std::mem::swap(&mut vm.event, &mut origin.event);
     assert_eq!(vm.event.used_idx(), 0);
-    // What it still sends on its old stream is taken, and gets no reset: a reader would take that for a good end.
+    // Packets on its old stream get no answer. A reset would look to a reader like a regular end of the stream.
     let header = stream.guest.payload(10);
     vm.driver.send(&header, &[0; 10], 10);
     let taken = vm.driver.tx.used_idx().wrapping_add(1);
-    until("it is taken", || {
+    until("the packet is consumed", || {
         vm.turn(&mut [], &mut Vec::new());
         vm.driver.tx.used_idx() == taken
     });
@@ -280,7 +280,7 @@ fn r60_a_guest_without_an_event_buffer_is_told_when_it_has_one() {
         let wanted = vm.event.publish();
         assert!(wanted || n > 0, "the device waits for a buffer");
         vm.kick(2);
-        heard(&vm.kicks[2]);
+        until_kick_is_read(&vm.kicks[2]);
         vm.settle();
         until("the event", || vm.event.used_idx() == 1);
     }

@@ -1,10 +1,10 @@
-//! What the command line refuses by its form.
+//! Options that are refused because of their form alone.
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 #[test]
-fn r116_a_name_that_is_a_path_is_refused_by_its_form() {
+fn r116_a_vm_name_that_is_a_path_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (run, kernel) = (dir.path().join("run"), dir.path().join("absent"));
     std::fs::create_dir_all(run.join("vm")).unwrap();
@@ -19,7 +19,7 @@ fn r116_a_name_that_is_a_path_is_refused_by_its_form() {
             String::from_utf8_lossy(&out.stderr).into_owned(),
         )
     };
-    // It ends for another reason.
+    // A good name passes, and the command fails for another reason.
     let (code, text) = said("web-1");
     assert!(code == Some(1) && !text.contains("--name"), "{text}");
     let mode = || std::fs::metadata(dir.path()).unwrap().permissions().mode();
@@ -36,4 +36,32 @@ fn r116_a_name_that_is_a_path_is_refused_by_its_form() {
         );
         assert_eq!(mode(), before, "{name:?}");
     }
+}
+
+#[test]
+fn what_cannot_be_printed_is_no_panic() {
+    let vmm = |args: &[&str]| {
+        let mut vmm = Command::new(env!("CARGO_BIN_EXE_adit-vmm"));
+        vmm.args(args);
+        vmm
+    };
+    let full = || {
+        std::fs::File::options()
+            .write(true)
+            .open("/dev/full")
+            .unwrap()
+    };
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let out = vmm(&["--help"]).stdout(writer).output().unwrap();
+    assert_eq!((out.status.code(), out.stderr.len()), (Some(141), 0));
+    let out = vmm(&["--help"]).stdout(full()).output().unwrap();
+    assert_eq!(out.status.code(), Some(1));
+    assert!(!out.stderr.is_empty());
+    // An error keeps its status where nobody can be told of it.
+    let absent = ["run", "--kernel", "/absent"];
+    assert_eq!(
+        vmm(&absent).stderr(full()).status().unwrap().code(),
+        Some(1)
+    );
 }

@@ -1,4 +1,4 @@
-//! Registers in every state, over the bus, against the real devices: R15, R16, R20, R35.
+//! Register writes in every state, over the bus, to the real devices: R15, R16, R20, R35.
 
 mod common;
 
@@ -7,14 +7,14 @@ use common::{DISK, VSOCK, Vm};
 use virtio_bindings::virtio_mmio::*;
 use vm_memory::{Bytes, GuestAddress};
 
-/// What a driver writes to the status register, in this order.
+/// The values that a driver writes to the status register, in order.
 const STATES: [u32; 5] = [0, 1, 3, 0xb, 0xf];
 const NEEDS_RESET: u32 = 0x40;
 const VERSION_1: u64 = 1 << 32;
-/// Behind the end of RAM.
+/// An address behind the end of RAM.
 const NOWHERE: u64 = 1 << 40;
 
-/// The window as a snapshot would have it.
+/// The saved state of the vsock window.
 fn saved(vm: &Vm) -> TransportState {
     let mut transport = vm.transport();
     let state = transport.pause().unwrap();
@@ -27,7 +27,7 @@ fn bytes(vm: &Vm) -> Vec<u8> {
 }
 
 #[test]
-fn a_driver_that_keeps_the_rules_is_served_again_and_again() {
+fn a_well_behaved_driver_is_served_again_and_again() {
     let mut vm = Vm::new();
     assert_eq!(vm.get(VIRTIO_MMIO_MAGIC_VALUE), 0x7472_6976);
     assert_eq!(vm.get(VIRTIO_MMIO_DEVICE_ID), 19);
@@ -40,7 +40,7 @@ fn a_driver_that_keeps_the_rules_is_served_again_and_again() {
 }
 
 #[test]
-fn r20_every_register_in_every_state_does_no_harm() {
+fn r20_any_register_write_in_any_state_does_no_harm() {
     let mut vm = Vm::new();
     for base in [VSOCK, DISK] {
         for status in STATES {
@@ -63,7 +63,7 @@ fn r20_every_register_in_every_state_does_no_harm() {
 }
 
 #[test]
-fn r20_a_live_queue_stays_where_it_was() {
+fn r20_registers_written_later_do_not_move_an_active_queue() {
     let mut vm = Vm::new();
     let mut stream = vm.open();
     vm.exchange(&mut stream, 100);
@@ -89,7 +89,7 @@ fn r15_what_was_negotiated_stays_until_a_reset() {
     let mut vm = Vm::new();
     let mut stream = vm.open();
     let before = bytes(&vm);
-    // A second handshake, backwards, forwards, with more features, with none, in halves that do not exist.
+    // A second handshake: backwards, forwards, with more features, with none, in halves that do not exist.
     for status in [3, 1, 0xb, 0x8, 0x4, 0xf, 0xff] {
         vm.put(VIRTIO_MMIO_STATUS, status);
         for half in [0, 1, 2, u32::MAX] {
@@ -100,9 +100,9 @@ fn r15_what_was_negotiated_stays_until_a_reset() {
         assert_eq!(vm.status(), 0xf);
     }
     vm.put(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1);
-    assert_eq!(bytes(&vm), before, "the same session");
+    assert_eq!(bytes(&vm), before, "the session changed");
     vm.exchange(&mut stream, 1000);
-    // One feature that was not offered, or none of the new standard's: never FEATURES_OK, nor anything behind it.
+    // A feature that was not offered, or no VERSION_1: FEATURES_OK is refused, and so is everything after it.
     for bit in (0..64).filter(|bit| adit_channel::device::FEATURES & 1 << bit == 0) {
         vm.negotiate(VSOCK, VERSION_1 | 1 << bit);
         vm.put(VIRTIO_MMIO_STATUS, 0xf);
@@ -110,7 +110,7 @@ fn r15_what_was_negotiated_stays_until_a_reset() {
     }
     vm.negotiate(VSOCK, 0);
     vm.put(VIRTIO_MMIO_STATUS, 0xf);
-    assert_eq!(vm.status(), 3, "no legacy driver");
+    assert_eq!(vm.status(), 3, "a legacy driver is refused");
     vm.negotiate(VSOCK, VERSION_1);
     vm.put(VIRTIO_MMIO_DRIVER_FEATURES, u32::MAX);
     assert_eq!(vm.status(), 0xb);
@@ -147,7 +147,7 @@ fn r16_queues_that_overflow_or_end_outside_are_refused() {
                 let status = vm.get_at(base, VIRTIO_MMIO_STATUS);
                 assert_eq!(status, 0xf | NEEDS_RESET, "{base:#x} {part} {addr:#x}");
                 let why = vm.get_at(base, VIRTIO_MMIO_INTERRUPT_STATUS);
-                assert_eq!(why, 3, "it says so");
+                assert_eq!(why, 3, "InterruptStatus says so");
                 vm.put_at(base, VIRTIO_MMIO_INTERRUPT_ACK, 2);
                 assert_eq!(vm.get_at(base, VIRTIO_MMIO_INTERRUPT_STATUS), 1);
                 refused += 1;
@@ -156,17 +156,17 @@ fn r16_queues_that_overflow_or_end_outside_are_refused() {
     }
     assert_eq!(refused, 3 * bad.len() * 4);
     vm.honest();
-    // A table of a million descriptors, of which none is looked at beyond the first few.
+    // A table of a million descriptors; the device must read only the first few.
     let table = adit_benches::memory::tx_payload(0);
     vm.driver.tx.write_desc(0, table, 16 << 20, 4, 0);
     vm.driver.tx.push(0);
     vm.driver.tx.publish();
-    vm.given_back();
+    vm.until_tx_is_returned();
     vm.honest();
 }
 
 #[test]
-fn r35_a_saved_window_fits_its_own_kind_only() {
+fn r35_a_saved_window_fits_only_a_device_of_its_kind() {
     let mut vm = Vm::new();
     let head = GuestAddress(vm.driver.tx.addrs()[1] + 2);
     vm.memory.write_obj(7u16, head).unwrap();
@@ -175,8 +175,11 @@ fn r35_a_saved_window_fits_its_own_kind_only() {
     let other = Vm::on(vm.memory.clone(), vm.config);
     other.transport().restore(&saved).unwrap();
     assert_eq!(other.status(), 0xf);
-    assert!(other.irq.read().is_ok(), "one that may be lost");
-    // What was altered is refused, or stays inside guest memory.
+    assert!(
+        other.irq.read().is_ok(),
+        "an interrupt, because one may have been lost"
+    );
+    // A damaged state is refused, or has no effect outside guest memory.
     for at in 0..bytes.len() {
         let mut bytes = bytes.clone();
         bytes[at] ^= 0xff;

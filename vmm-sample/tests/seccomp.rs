@@ -1,5 +1,5 @@
-//! What the filters of the guest-driven threads do to a thread that asks for more.
-#![allow(unsafe_code)] // attempts are made with arguments that no library would pass
+//! The filters of the guest-driven threads: calls that are not on the list end the process.
+#![allow(unsafe_code)] // makes calls with arguments that no library would pass
 
 mod common;
 
@@ -17,7 +17,7 @@ const THREADS: [(&str, Thread); 4] = [
     ("hybrid", Thread::Hybrid),
 ];
 
-/// Runs itself again: what is forbidden ends a process.
+/// The forbidden call ends the process, so the test runs itself again as a child.
 #[test]
 fn a_forbidden_call_ends_the_process_with_a_report() {
     if let Some(child) = std::env::var_os(CHILD) {
@@ -44,7 +44,7 @@ fn a_forbidden_call_ends_the_process_with_a_report() {
     }
 }
 
-/// What a guest that has taken the vsock thread over might try: a system call, and its arguments.
+/// Calls that a guest might try after it took over the vsock thread, with their arguments.
 fn kit(stream: libc::c_long) -> Vec<(&'static str, libc::c_long, [libc::c_long; 6])> {
     let int = |n: i32| libc::c_long::from(n);
     let parent = int(nix::unistd::getppid().as_raw());
@@ -89,9 +89,9 @@ fn kit(stream: libc::c_long) -> Vec<(&'static str, libc::c_long, [libc::c_long; 
 }
 
 #[test]
-fn r115_a_vsock_thread_reaches_nothing_beyond_its_descriptors() {
+fn r115_a_vsock_thread_has_no_access_beyond_its_descriptors() {
     const CHILD: &str = "ADIT_VMM_ESCAPE";
-    const TEST: &str = "r115_a_vsock_thread_reaches_nothing_beyond_its_descriptors";
+    const TEST: &str = "r115_a_vsock_thread_has_no_access_beyond_its_descriptors";
     let stream = std::os::unix::net::UnixStream::pair().unwrap();
     let kit = kit(std::os::fd::AsRawFd::as_raw_fd(&stream.0).into());
     if let Ok(child) = std::env::var(CHILD) {
@@ -101,8 +101,8 @@ fn r115_a_vsock_thread_reaches_nothing_beyond_its_descriptors() {
         let filters = Filters::on().unwrap();
         let run = move || {
             filters.apply(kind).unwrap();
-            // SAFETY: pointers among the arguments lead to a static, which the kernel only reads; the pair that is written
-            // there is never made.
+            // SAFETY: pointers among the arguments lead to a static that the kernel only reads. The one call that would
+            // write there, socketpair, is stopped by the filter.
             unsafe { libc::syscall(call, a, b, c, d, e, f) };
         };
         let thread = std::thread::Builder::new().name("taken".to_owned());
@@ -124,7 +124,7 @@ fn r115_a_vsock_thread_reaches_nothing_beyond_its_descriptors() {
     }
 }
 
-/// Whoever runs the VMM: what is a guest's has no capability.
+/// Guest-driven threads have no capability, whoever runs the VMM.
 #[test]
 fn r115_guest_driven_threads_have_no_capability() {
     let filters = Filters::on().unwrap();
@@ -150,11 +150,11 @@ fn r115_guest_driven_threads_have_no_capability() {
     }
 }
 
-/// A guest's registers are written on a processor's thread, and what they ask for is done within the filters of all three.
+/// A vCPU thread writes the registers, and the device threads do the work: each within its filter.
 #[test]
-fn devices_are_started_stopped_and_held_within_the_filters() {
+fn devices_start_stop_and_pause_within_the_filters() {
     const CHILD: &str = "ADIT_VMM_REGISTERS";
-    const TEST: &str = "devices_are_started_stopped_and_held_within_the_filters";
+    const TEST: &str = "devices_start_stop_and_pause_within_the_filters";
     if std::env::var_os(CHILD).is_none() {
         let mut child = std::process::Command::new(std::env::current_exe().unwrap());
         let child = child.args(["--exact", TEST, "--nocapture"]).env(CHILD, "1");

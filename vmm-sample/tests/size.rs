@@ -1,14 +1,14 @@
-//! The VMM is there to be read in an evening: it stays as short as that.
+//! The VMM is written to be read in an evening, so its length is limited.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Lines of all of it, of what brings a guest to its first instruction and answers it, and of a file; tests at a file's end
-/// are not among them.
+/// Most lines of the whole program, of the part that brings a guest to its first instruction and answers it, and of one file.
+/// Tests at the end of a file do not count.
 const ALL_MAX: usize = 4200;
 const BOOT_MAX: usize = 1600;
 const FILE_MAX: usize = 500;
-/// Files and directories of the second.
+/// Files and directories of that part.
 const BOOT: [&str; 11] = [
     "acpi.rs",
     "boot",
@@ -34,7 +34,7 @@ fn files(dir: &Path, found: &mut Vec<PathBuf>) {
 }
 
 #[test]
-fn it_is_read_in_an_evening() {
+fn the_program_can_be_read_in_an_evening() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut found = Vec::new();
     files(&src, &mut found);

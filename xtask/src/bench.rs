@@ -1,5 +1,5 @@
-//! `cargo xtask bench NAME`: runs the benches of that name and passes their lines through. Its exit status says whether it
-//! could measure, never how good the figures are.
+//! `cargo xtask bench NAME` runs the benches of that name and prints their lines. The exit status says whether they could measure,
+//! not whether the figures are good.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -8,23 +8,23 @@ use adit_tests::process::output;
 
 use crate::{bench_vmm, progress, setup};
 
-/// The vsock backend that ours is compared with, from the package registry.
+/// The vsock backend that ours is compared with, from crates.io.
 const PEER: (&str, &str) = ("vhost-device-vsock", "0.3.0");
 
 /// The benches.
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Name {
-    /// Device and port, then our backend beside vhost-device-vsock, and tunnels beside socat and haproxy
+    /// Device and port; our backend and vhost-device-vsock; tunnels, socat and haproxy
     Vsock,
-    /// Real guests on our backend and on the peer's
+    /// Real guests on our backend and on vhost-device-vsock
     Guest,
-    /// The ring beside its peers and the machine's limits
+    /// The ring, other ways to send messages, and the machine's limits
     Ring,
-    /// Streams over the ring beside the bare ring and Unix sockets
+    /// Streams over the ring, the bare ring, and Unix sockets
     Carrier,
-    /// A real guest's ring beside its vsock
+    /// A real guest's ring and its vsock
     RingGuest,
-    /// adit-vmm beside QEMU's microvm
+    /// adit-vmm and QEMU's microvm
     Vmm,
 }
 
@@ -40,7 +40,7 @@ pub struct Options {
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
     let json = options.json.then_some("--json");
-    // In turn with whatever else the machine runs, wake-ups would be measured on the scheduler's terms.
+    // In real time: otherwise the scheduler's delays would be measured with each wake-up.
     let realtime = nix::unistd::geteuid().is_root().then_some("--realtime");
     let own: Vec<&str> = json.into_iter().chain(realtime).collect();
     match options.name {
@@ -58,7 +58,7 @@ fn vsock(own: &[&str]) -> anyhow::Result<bool> {
     let peer = peer();
     let mut args = own.to_vec();
     args.extend(peer.iter().flat_map(|path| ["--peer", path]));
-    // What a tunnel is made of, and what relays TCP.
+    // Build the programs of a tunnel, and install the relays.
     setup::run()?;
     let binaries = setup::host_binaries(true)?.display().to_string();
     args.extend(["--binaries", &binaries]);
@@ -75,13 +75,13 @@ fn carrier(own: &[&str]) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// The ring beside its peers; those that need more than Rust stand in a workspace of their own.
+/// The ring and others. Those that need more than Rust to build are in a workspace of their own.
 fn ring(own: &[&str]) -> anyhow::Result<bool> {
     let plot = plot("ring.svg")?;
     let mut args = [own, &["--rounds", "15", "--plot", &plot]].concat();
     let peers = ring_peers();
     if let Err(e) = &peers {
-        eprintln!("skipped: iceoryx2, shmem-ipc and ipmpsc, for they do not build: {e:#}");
+        eprintln!("skipped: iceoryx2, shmem-ipc and ipmpsc do not build: {e:#}");
     }
     let peers = peers.ok().map(|path| path.display().to_string());
     args.extend(peers.iter().flat_map(|path| ["--peers", path]));
@@ -93,7 +93,7 @@ fn ring(own: &[&str]) -> anyhow::Result<bool> {
 fn ring_peers() -> anyhow::Result<PathBuf> {
     setup::libclang()?;
     let target = adit_tests::target().join("peers").join("ring");
-    progress::during("building the peers of the ring", || {
+    progress::during("building the other rings", || {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = Command::new(cargo);
         command
@@ -106,7 +106,7 @@ fn ring_peers() -> anyhow::Result<PathBuf> {
     Ok(target.join("release/adit-bench-peers"))
 }
 
-/// Real guests on both backends in turn.
+/// Real guests on both backends.
 fn guest(own: &[&str]) -> anyhow::Result<bool> {
     let peer = peer();
     setup::run()?;
@@ -117,7 +117,7 @@ fn guest(own: &[&str]) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// A real guest's ring, and the plot of it.
+/// A real guest's ring, with a plot.
 fn ring_guest(own: &[&str]) -> anyhow::Result<bool> {
     setup::run()?;
     setup::guest_binaries()?;
@@ -128,18 +128,18 @@ fn ring_guest(own: &[&str]) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// Where a bench draws.
+/// The path of a bench's plot.
 fn plot(name: &str) -> anyhow::Result<String> {
     let dir = adit_tests::target().join("bench");
     std::fs::create_dir_all(&dir)?;
     Ok(dir.join(name).display().to_string())
 }
 
-/// Where the peer is; `None`, said, if it cannot be had.
+/// The path of the peer. Prints the reason and returns `None` if it cannot be installed.
 fn peer() -> Option<String> {
     let peer = install();
     if let Err(e) = &peer {
-        eprintln!("skipped: {}, for it cannot be installed: {e:#}", PEER.0);
+        eprintln!("skipped: {} cannot be installed: {e:#}", PEER.0);
     }
     peer.ok().map(|path| path.display().to_string())
 }

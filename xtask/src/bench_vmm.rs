@@ -1,9 +1,9 @@
-//! `cargo xtask bench vmm`: adit-vmm beside QEMU's microvm, both with KVM, in turns, in one emulated guest (L1): the same kernel,
-//! initramfs, aditd and client. Emulated, every figure is larger than on hardware; only the ratios mean something.
+//! `cargo xtask bench vmm`: compares adit-vmm with QEMU's microvm. Both run with KVM, in turn, in one emulated guest (L1), with the
+//! same kernel, initramfs, aditd and client. Under emulation every figure is larger than on hardware: only the ratios count.
 //!
-//! QEMU's device is on PCI with MSI-X and in a process of its own, ours on virtio-mmio and in the VMM. An interrupt of
-//! virtio-mmio is acknowledged, which is an exit to KVM that MSI-X does not have. Exits of a round trip are printed, and how
-//! many of them went on to the VMM.
+//! QEMU's device is on PCI with MSI-X and in a process of its own. Ours is on virtio-mmio and in the VMM. A virtio-mmio interrupt
+//! is acknowledged, which costs an exit to KVM; with MSI-X there is none. For a round trip, the number of exits is printed, and
+//! how many of them reached the VMM.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,9 +17,9 @@ use anyhow::Context;
 
 use crate::{progress, setup};
 
-/// All of it takes two minutes on an idle machine.
+/// The bench takes two minutes on an idle machine.
 const LIMIT: Duration = Duration::from_secs(900);
-/// What QEMU's microvm loads into the guest besides the kernel.
+/// Files that QEMU's microvm loads into the guest besides the kernel.
 const FIRMWARE: [&str; 4] = [
     "/usr/share/qemu/qboot.rom",
     "/usr/share/qemu/pvh.bin",

@@ -1,4 +1,4 @@
-# In L1: each VMM in turn boots the same guest; figures on the serial line.
+# Runs in L1: boots the same guest on each VMM in turn, and prints figures on the serial line.
 AD=/tmp/adit
 export ADIT_SOCKET=$AD/run/aditd.sock
 mkdir -p $AD
@@ -27,9 +27,9 @@ qemu() {
         -serial file:/tmp/serial.log -kernel /l2/qemu/vmlinux -initrd /l2/qemu/initrd -append "$ARGS" \
         -chardev socket,id=vu,path=$AD/run/vm/qemu/vhost.sock -device vhost-user-vsock-pci-non-transitional,chardev=vu
 }
-# Resident KiB that are not the guest's memory, which is the one large mapping.
+# Resident KiB without the guest's memory, which is the one large mapping.
 beyond() { awk '/^Size:/ { size = $2 } /^Rss:/ && size < 250000 { sum += $2 } END { print sum }' /proc/$1/smaps; }
-# What KVM has counted so far.
+# KVM's counters.
 mount -t debugfs debugfs /sys/kernel/debug
 count() { cat /sys/kernel/debug/kvm/$1; }
 round() {
@@ -39,7 +39,7 @@ round() {
     job=$!
     until adit wait $1 --for agent --timeout 5s >/dev/null 2>&1; do
         kill -0 $job 2>/dev/null || { fail "$1 ended: no agent"; return; }
-        # A minute, and more on a machine that others use too.
+        # Two minutes, because the machine may be busy.
         tries=$((tries - 1)); [ $tries -gt 0 ] || { adit vm show $1; fail "$1: no agent"; kill $job; return; }
         sleep 0.05
     done
@@ -50,7 +50,7 @@ round() {
         all=$(count exits) mmio=$(count mmio_exits)
         us=$(adit-testguest rtt 127.0.0.1:7080 vsock-5000.$1:5000 $len 200) || fail "$1: no echo"
         echo "FIGURE $1 rtt-$len $us us"
-        # 200 and the 20 before them.
+        # The program makes 20 round trips before the 200.
         echo "FIGURE $1 exits-$len $(awk "BEGIN { print ($(count exits) - $all) / 220 }") a-trip"
         echo "FIGURE $1 exits-to-vmm-$len $(awk "BEGIN { print ($(count mmio_exits) - $mmio) / 220 }") a-trip"
     done

@@ -1,5 +1,5 @@
-//! `cargo xtask soak --boots 50`: adit-vmm boots Debian so many times in a row, on one processor and on two in turns, in one
-//! emulated guest that has KVM (L1). A boot that hangs, for want of a clock to calibrate against, ends it.
+//! `cargo xtask soak --boots 50`: adit-vmm boots Debian 50 times, on one processor and on two in turn, in one emulated guest that
+//! has KVM (L1). The first boot that hangs ends the run; the known cause of a hang is a missing clock to calibrate against.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,16 +10,16 @@ use adit_tests::nested::{HELPERS, Inner, Nested};
 
 use crate::{progress, setup};
 
-/// A boot takes 3 s to 20 s, by what else the machine does.
+/// A boot takes 3 s to 20 s, depending on the machine's other work.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 
-/// In L2: it was up, and that was all.
+/// Runs in L2: prints that it is up, then ends.
 const INNER: &str = r#"
 echo "CPUS $(nproc) CLOCK $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
 poweroff -f
 "#;
 
-/// In L1. LOG and what the VMM said are the last boot's.
+/// Runs in L1. LOG is the serial line and the VMM's output of the last boot.
 const OUTER: &str = r#"
 LOG=/tmp/boot.log boot=0
 while [ $boot -lt $BOOTS ]; do
@@ -64,7 +64,7 @@ pub fn run(boots: u32, kernel: Kernel) -> anyhow::Result<bool> {
     })?;
     took.sort_by(f64::total_cmp);
     println!(
-        "{} boots of {boots}, Linux {}: ready after {:.1} s (least), {:.1} s (middle), {:.1} s (most)",
+        "{} boots of {boots}, Linux {}: ready after {:.1} s (least), {:.1} s (median), {:.1} s (most)",
         took.len(),
         kernel.name(),
         took.first().copied().unwrap_or_default(),

@@ -1,5 +1,5 @@
-//! `cargo xtask fuzz`: the targets of `fuzz/` under libFuzzer. The instrumentation is LLVM's own and needs no nightly
-//! compiler. What it finds new is kept in `target/fuzz/corpus`; what breaks a rule, in `target/fuzz/found`.
+//! `cargo xtask fuzz` runs the targets of `fuzz/` under libFuzzer. The instrumentation is LLVM's own and needs no nightly compiler.
+//! New inputs are kept in `target/fuzz/corpus`, and inputs that break a rule in `target/fuzz/found`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,23 +9,23 @@ use anyhow::{Context, bail};
 
 use crate::progress;
 
-/// What libFuzzer needs of the compiler.
+/// Compiler flags for libFuzzer's instrumentation.
 const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares -Clink-dead-code";
-/// Targets at a time: each has one thread.
+/// How many targets run at a time. Each has one thread.
 const AT_ONCE: usize = 2;
 const HOST: &str = "x86_64-unknown-linux-gnu";
 
 /// What to fuzz, and for how long.
 #[derive(clap::Args)]
 pub struct Options {
-    /// One target; all of them, two at a time, otherwise
+    /// One target; by default all of them, two at a time
     target: Option<String>,
-    /// For each target
+    /// Time for each target
     #[arg(long, default_value_t = 1.0)]
     minutes: f64,
-    /// End after so many inputs, if that is sooner
+    /// End each target after so many inputs, if that is sooner
     #[arg(long)]
     runs: Option<u64>,
 }
@@ -34,7 +34,7 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
     let mut names = targets()?;
     if let Some(name) = &options.target {
         if !names.contains(name) {
-            bail!("`{name}` is no target: {}", names.join(", "));
+            bail!("`{name}` is not a target: {}", names.join(", "));
         }
         names.retain(|n| n == name);
     }
@@ -58,7 +58,7 @@ pub fn smoke() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Each has its seeds.
+/// The names of all targets: each has a directory of seeds.
 fn targets() -> anyhow::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(adit_tests::root().join("fuzz/corpus"))? {
@@ -87,13 +87,13 @@ fn build() -> anyhow::Result<PathBuf> {
     Ok(dir.join(HOST).join("fuzz/adit-fuzz"))
 }
 
-/// Runs targets side by side; returns whether none of them found anything.
+/// Runs several targets at once. Returns whether none of them found anything.
 fn fuzz(binary: &Path, names: &[String], seconds: u64, runs: Option<u64>) -> anyhow::Result<bool> {
     let what = format!("{}, {seconds} s at most", names.join(" and "));
     let started = || names.iter().map(|name| start(binary, name, seconds, runs));
     let ended = progress::during(&what, || {
         let children = started().collect::<anyhow::Result<Vec<_>>>()?;
-        // What a child says fits its pipe only if somebody reads meanwhile.
+        // Read the output of all children meanwhile: a child blocks when its pipe is full.
         std::thread::scope(|scope| {
             let wait = |child: Child| scope.spawn(|| child.wait_with_output());
             let waiting: Vec<_> = children.into_iter().map(wait).collect();
@@ -108,7 +108,7 @@ fn fuzz(binary: &Path, names: &[String], seconds: u64, runs: Option<u64>) -> any
     Ok(reported.fold(true, |whole, ok| whole & ok))
 }
 
-/// Where what a target finds is kept: new ways, and what broke a rule.
+/// The directories for a target's new inputs, and for inputs that broke a rule.
 fn kept(name: &str) -> [PathBuf; 2] {
     let base = adit_tests::target().join("fuzz");
     ["corpus", "found"].map(|kind| base.join(kind).join(name))

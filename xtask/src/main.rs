@@ -1,4 +1,4 @@
-//! `cargo xtask`: what a newcomer types. `demo` and `test` install what is missing, so that a fresh Debian 12 with a Rust
+//! `cargo xtask`: the commands for a newcomer. `demo` and `test` install what is missing, so that a fresh Debian 12 with a Rust
 //! toolchain needs nothing else.
 
 mod bench;
@@ -30,8 +30,8 @@ Examples:
   cargo xtask sim --seeds 1000000
   cargo xtask fuzz engine_ops --minutes 10
   cargo xtask soak --minutes 60        # a real guest echoes odd pieces; every byte is compared
-  cargo xtask soak --boots 50          # adit-vmm boots Debian again and again; one that hangs is told
-  cargo xtask sanitize                 # ThreadSanitizer over what shares memory";
+  cargo xtask soak --boots 50          # adit-vmm boots Debian again and again, until a boot hangs
+  cargo xtask sanitize                 # ThreadSanitizer over shared memory";
 
 /// Shows, tests and measures adit.
 #[derive(Parser)]
@@ -43,17 +43,17 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Do the main job in front of you, with real VMs
+    /// Show what adit does, with real VMs
     Demo(demo::Options),
-    /// Pass every test; set up what is missing first
+    /// Run every test; set up what is missing first
     Test(test::Options),
-    /// Build what a guest boots
+    /// Build a guest's kernel, initramfs and disk
     GuestImage {
         /// 6.1 or 6.12
         #[arg(long, default_value = "6.1")]
         kernel: Kernel,
     },
-    /// Measure beside a peer in the same run
+    /// Measure, and compare with a peer in the same run
     Bench(bench::Options),
     /// Run engine pairs in virtual time, with lost doorbells, delays, resets and starved sides
     Sim(sim::Options),
@@ -61,7 +61,7 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Echo streams of every length through a real guest, for an hour; or boot adit-vmm again and again
     Soak(soak::Options),
-    /// Run what shares memory between threads under ThreadSanitizer
+    /// Run tests of shared memory under ThreadSanitizer
     Sanitize,
 }
 

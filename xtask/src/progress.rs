@@ -1,16 +1,16 @@
-//! A line for every wait: a spinner on a terminal, plain lines elsewhere. On stderr, so that stdout stays for results.
+//! Shows every wait on stderr: as a spinner on a terminal, as plain lines elsewhere. Stdout has only results.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Says one thing.
+/// Prints a line.
 pub fn line(text: &str) {
     eprintln!("  … {text}");
 }
 
-/// Does something that takes time, and says how long it took.
+/// Does something that takes time, and prints how long it took.
 pub fn during<T>(what: &str, work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     let begin = Instant::now();
     let bar = std::io::stderr().is_terminal().then(|| {

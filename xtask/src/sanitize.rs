@@ -1,8 +1,8 @@
-//! `cargo xtask sanitize`: what shares memory between threads, under ThreadSanitizer. The standard library is built with it,
-//! from rust-src, which rustup brings.
+//! `cargo xtask sanitize` runs tests of memory that threads share under ThreadSanitizer. The standard library is built with it
+//! too, from rust-src, which rustup installs.
 //!
-//! Left out are the tests in which one side writes over the other's memory on purpose: those race, and say so. Two mappings
-//! of one memfd are two places to ThreadSanitizer; what is ordered between them is loom's to show.
+//! Tests in which one side overwrites the other's memory on purpose are left out: they race by design. ThreadSanitizer treats two
+//! mappings of one memfd as different memory, so it cannot check the ordering between them; loom does.
 
 use std::process::Command;
 
@@ -11,7 +11,7 @@ use anyhow::bail;
 
 use crate::progress;
 
-/// Package, test target, what of it is left out.
+/// Package, test target, and its tests that are left out.
 const TESTS: [(&str, &str, &[&str]); 6] = [
     ("adit-ringbuf", "session", &[]),
     (
@@ -45,12 +45,12 @@ pub fn run() -> anyhow::Result<bool> {
             progress::line(&format!("left out: {package} {test} {name}"));
         }
         if !command.status()?.success() {
-            eprintln!("ThreadSanitizer, or a test, has something to say of {package} {test}");
+            eprintln!("ThreadSanitizer or a test failed in {package} {test}");
             sound = false;
         }
     }
     if !sound {
-        bail!("not sound: what is said stands above");
+        bail!("not sound: see the output above");
     }
     Ok(true)
 }

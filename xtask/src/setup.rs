@@ -1,4 +1,4 @@
-//! What a fresh machine lacks: Debian packages, Rust targets; and the binaries that the rest is about.
+//! Installs what a fresh machine lacks: Debian packages and Rust targets. Builds the binaries that tests and benches need.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 
 use crate::progress;
 
-/// Programs that are needed, and the packages that bring them.
+/// Programs that are needed, and their packages.
 const PROGRAMS: [(&str, &str); 16] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
@@ -27,14 +27,14 @@ const PROGRAMS: [(&str, &str); 16] = [
     ("socat", "socat"),
     ("haproxy", "haproxy"),
 ];
-/// Rust targets: guest binaries; the engine without an operating system.
+/// Rust targets: for guest binaries, and for the engine without an operating system.
 const TARGETS: [&str; 3] = [
     "x86_64-unknown-linux-musl",
     "x86_64-unknown-none",
     "aarch64-unknown-none",
 ];
 
-/// Installs what is missing; not as root, says the one line that would.
+/// Installs what is missing. Without root, prints the command to run.
 pub fn run() -> anyhow::Result<()> {
     let missing: Vec<&str> = PROGRAMS
         .iter()
@@ -57,7 +57,7 @@ pub fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What iceoryx2 needs to build, and nothing else here does.
+/// Installs what only iceoryx2 needs to build.
 pub fn libclang() -> anyhow::Result<()> {
     let lib = Path::new("/usr/lib");
     let there = ["llvm-14", "llvm-16", "llvm-19"].iter().any(|llvm| {
@@ -71,7 +71,7 @@ pub fn libclang() -> anyhow::Result<()> {
     }
 }
 
-/// Installs packages; not as root, says the one line that would.
+/// Installs packages. Without root, prints the command to run.
 fn packages(missing: &[&str]) -> anyhow::Result<()> {
     if missing.is_empty() {
         return Ok(());
@@ -109,7 +109,7 @@ fn on_path(program: &str) -> bool {
         .any(|dir| dir.join(program).exists())
 }
 
-/// cargo, quiet but for its errors.
+/// Runs cargo, which prints only errors.
 pub fn cargo(args: &[&str]) -> anyhow::Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
@@ -146,7 +146,7 @@ pub fn guest_binaries() -> anyhow::Result<()> {
     })
 }
 
-/// Builds adit-vmm so that it runs in the guest of its tests, which has no libraries.
+/// Builds adit-vmm statically: the guest of its tests has no libraries.
 pub fn vmm_binary() -> anyhow::Result<()> {
     progress::during("building adit-vmm (static)", || {
         cargo(&[
@@ -162,7 +162,7 @@ pub fn vmm_binary() -> anyhow::Result<()> {
     })
 }
 
-/// Builds the image of the guest without Linux; returns where it is.
+/// Builds the image of the guest without Linux. Returns its path.
 pub fn bare_image() -> anyhow::Result<PathBuf> {
     let args = |verb| {
         let image = ["--features", "image", "--bin", "adit-bare", "--target"];
@@ -174,7 +174,7 @@ pub fn bare_image() -> anyhow::Result<PathBuf> {
         .concat()
     };
     progress::during("building the guest without Linux", || {
-        // No other target has it, so the workspace's lint does not see it.
+        // The workspace's clippy run skips the image, because it needs this target.
         cargo(&[&args("clippy")[..], &["--", "-D", "warnings"]].concat())?;
         cargo(&args("build"))
     })?;
@@ -182,7 +182,7 @@ pub fn bare_image() -> anyhow::Result<PathBuf> {
     Ok(dir.join("release/adit-bare"))
 }
 
-/// Builds aditd, adit-port and adit; returns where they are.
+/// Builds aditd, adit-port and adit. Returns their directory.
 pub fn host_binaries(release: bool) -> anyhow::Result<PathBuf> {
     let mut args = vec![
         "build",

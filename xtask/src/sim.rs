@@ -1,4 +1,4 @@
-//! `cargo xtask sim`: engine pairs in virtual time, many seeds, at release speed.
+//! `cargo xtask sim` runs engine pairs in virtual time, with many seeds, in a release build.
 
 use std::process::Command;
 
@@ -10,7 +10,7 @@ pub struct Options {
     /// How many seeds
     #[arg(long, default_value_t = 100_000, conflicts_with = "seed")]
     seeds: u64,
-    /// The first of them
+    /// The first seed
     #[arg(long, default_value_t = 0, conflicts_with = "seed")]
     first: u64,
     /// Replay one seed
@@ -29,7 +29,7 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
         .env("ADIT_SIM_SEEDS", seeds.to_string())
         .status()?;
     if !status.success() {
-        bail!("a seed failed: its number stands above");
+        bail!("a seed failed: see its number above");
     }
     Ok(true)
 }

@@ -1,7 +1,7 @@
-//! `cargo xtask soak`: a real guest whose tunnels echo streams of every length in odd pieces for as long as it is told to.
+//! `cargo xtask soak`: tunnels to a real guest echo streams of every length, for a given time.
 //!
-//! Two streams at a time, 1 B to 64 MiB each, written and read in pieces that keep to nobody's buffer sizes, with a half-close
-//! at the end. Every byte is compared. It ends early with the first byte that is wrong, or 30 s of silence.
+//! Two streams at a time, of 1 B to 64 MiB, written and read in pieces whose sizes match no buffer, with a half-close at the end.
+//! Every byte is compared. The first wrong byte, or 30 s of silence, ends the run.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -24,34 +24,34 @@ const BOOT_LIMIT: Duration = Duration::from_secs(120);
 const STREAMS: u64 = 2;
 /// Longest stream, bytes.
 const LENGTH_MAX: u64 = 64 << 20;
-/// Most that is written or read at once, bytes.
+/// Largest piece that is written or read at once, bytes.
 const PIECE_MAX: u64 = 200_003;
 
 /// How long, and with which guest.
 #[derive(clap::Args)]
 pub struct Options {
-    /// For so long
+    /// How long
     #[arg(long, default_value_t = 60.0)]
     minutes: f64,
     /// 6.1 or 6.12
     #[arg(long, default_value = "6.1")]
     kernel: Kernel,
-    /// What lengths and pieces are drawn from
+    /// Seed of the lengths and pieces
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Boot adit-vmm so many times in place of that
+    /// Instead, boot adit-vmm so many times
     #[arg(long, value_name = "N", conflicts_with_all = ["minutes", "seed"])]
     boots: Option<u32>,
 }
 
-/// What went through so far.
+/// Counters so far.
 #[derive(Clone, Copy, Default)]
 struct Tally {
     streams: u64,
     bytes: u64,
-    /// Times that the guest did not answer a dial in time.
+    /// How often the guest did not answer a dial in time.
     late: u64,
-    /// Longest time without a byte while some were owed.
+    /// Longest time without a byte while some were expected.
     silence: Duration,
 }
 
@@ -154,7 +154,7 @@ fn port(host: &Host) -> anyhow::Result<(u64, usize)> {
 fn shown(tally: &Mutex<Tally>, begin: Instant) -> String {
     let t = *lock(tally);
     format!(
-        "{:.0} s: {} streams, {} MiB each way, every byte as it was sent; longest silence {:.2} s, {} dials answered late",
+        "{:.0} s: {} streams, {} MiB in each direction, all bytes correct; longest silence {:.2} s, {} dials answered late",
         begin.elapsed().as_secs_f64(),
         t.streams,
         t.bytes >> 20,
@@ -163,7 +163,7 @@ fn shown(tally: &Mutex<Tally>, begin: Instant) -> String {
     )
 }
 
-/// A guest whose processor is busy with others answers late, which the proxy says (504): counted, and no fault of a stream.
+/// Dials. A guest with a busy processor may answer late, which the proxy reports with 504: that is counted, but is not an error.
 fn dial(proxy: SocketAddr, tally: &Mutex<Tally>) -> anyhow::Result<Option<TcpStream>> {
     match connect(proxy, &format!("{VM}:7")) {
         Ok(stream) => Ok(Some(stream)),
@@ -229,7 +229,7 @@ fn stream(
     })
 }
 
-/// SplitMix64: the same draws for the same seed.
+/// SplitMix64: the same seed gives the same numbers.
 struct Random(u64);
 
 impl Random {
@@ -240,7 +240,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Short ones as often as long ones.
+    /// A length. Short ones are as frequent as long ones.
     fn length(&mut self) -> u64 {
         let up_to = 1 << (self.next() % (LENGTH_MAX.ilog2() as u64 + 1));
         1 + self.next() % up_to

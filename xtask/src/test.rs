@@ -1,4 +1,4 @@
-//! `cargo xtask test`: every check, in order of how soon it tells something, with a table of seconds at the end.
+//! `cargo xtask test`: every check, the quickest first, with a table of seconds at the end.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
@@ -11,15 +11,15 @@ use adit_tests::image::{Image, Kernel};
 
 use crate::{progress, setup};
 
-/// What to leave out.
+/// What to skip.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Leave out the real guests
+    /// Skip the real guests
     #[arg(long)]
     no_guests: bool,
 }
 
-/// A step, the seconds that it should take at most on two cores, and how to do it.
+/// A step, the seconds that it should take at most on two cores, and its function.
 struct Step {
     name: &'static str,
     budget_s: u64,
@@ -142,7 +142,7 @@ const GUESTS: [Step; 4] = [
 pub fn run(options: &Options) -> anyhow::Result<bool> {
     setup::run()?;
     let steps: Vec<&Step> = if options.no_guests {
-        eprintln!("real guests are left out: --no-guests");
+        eprintln!("skipped: real guests (--no-guests)");
         CHECKS.iter().collect()
     } else {
         CHECKS.iter().chain(&GUESTS).collect()
@@ -160,8 +160,12 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
         }
     }
     print_table(&table);
-    for test in SECOND.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-        eprintln!("needed a second try, and is to be mended: {test}");
+    for test in PASSED_ON_SECOND_RUN
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .iter()
+    {
+        eprintln!("passed only on its second run, so it must be fixed: {test}");
     }
     match failed {
         None => Ok(true),
@@ -204,7 +208,7 @@ fn images() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// On whatever KVM this machine has; without one the tests say so and pass.
+/// Uses the machine's KVM. Without KVM the tests print that and pass.
 fn bare() -> anyhow::Result<()> {
     let image = setup::bare_image()?;
     cargo_with(
@@ -223,10 +227,10 @@ fn bare() -> anyhow::Result<()> {
     )
 }
 
-/// Tests that failed, and passed when they were run once more.
-static SECOND: Mutex<Vec<String>> = Mutex::new(Vec::new());
+/// Tests that failed, and passed on the second run.
+static PASSED_ON_SECOND_RUN: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// What a test of the real binaries is run with, but for which.
+/// The environment of tests that run the real binaries.
 struct Real {
     file: &'static str,
     bins: std::path::PathBuf,
@@ -238,7 +242,7 @@ impl Real {
         Ok(Self { file, bins })
     }
 
-    /// Two at a time: what a guest waits for leaves a processor to another.
+    /// Two at a time: while one guest waits, another one can use its processor.
     fn args<'a>(&'a self, which: &[&'a str]) -> Vec<&'a str> {
         let all = ["test", "-p", "adit-tests", "--test", self.file, "--"];
         let how = ["--nocapture", "--test-threads", "2"];
@@ -257,22 +261,24 @@ fn with_binaries(file: &'static str) -> anyhow::Result<()> {
     cargo_with(&real.args(&[]), &real.env())
 }
 
-/// The same of tests that boot guests. One that fails is run once more by itself: an emulated machine on a busy one has bad
-/// moments of its own. Both outcomes are printed, and the test is named at the end.
+/// The same for tests that boot guests. A test that fails is run once more by itself, because an emulated machine can fail when
+/// the real one is busy. Both results are printed, and the test is named at the end.
 fn with_guests(file: &'static str) -> anyhow::Result<()> {
     let real = Real::of(file)?;
     let failed = failures(&real.args(&[]), &real.env())?;
     for test in failed {
-        eprintln!("== {file}: {test} failed; once more, by itself");
+        eprintln!("== {file}: {test} failed; running it once more by itself");
         cargo_with(&real.args(&["--exact", &test]), &real.env())?;
         eprintln!("== {file}: {test} failed once, and passed once");
-        let mut second = SECOND.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut second = PASSED_ON_SECOND_RUN
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         second.push(format!("{file}: {test}"));
     }
     Ok(())
 }
 
-/// Runs tests and shows what they print. Returns the names of those that failed.
+/// Runs tests and prints their output. Returns the names of those that failed.
 fn failures(args: &[&str], env: &[(&str, &OsStr)]) -> anyhow::Result<Vec<String>> {
     let mut cargo = cargo_command(args, env).stdout(Stdio::piped()).spawn()?;
     let (mut failed, mut listed) = (Vec::new(), false);
@@ -280,7 +286,7 @@ fn failures(args: &[&str], env: &[(&str, &OsStr)]) -> anyhow::Result<Vec<String>
         let line = line?;
         println!("{line}");
         match (line.as_str(), line.strip_prefix("    ")) {
-            // Said twice: with what each printed, and in the end with the names alone.
+            // The list comes twice: first with each test's output, and at the end with the names alone.
             ("failures:", _) => (listed, failed) = (true, Vec::new()),
             (_, Some(name)) if listed && !name.contains(' ') => failed.push(name.to_owned()),
             ("", _) => {}
@@ -290,7 +296,7 @@ fn failures(args: &[&str], env: &[(&str, &OsStr)]) -> anyhow::Result<Vec<String>
     let status = cargo.wait()?;
     anyhow::ensure!(
         status.success() || !failed.is_empty(),
-        "cargo {}: {status}, and no test is named",
+        "cargo {}: {status}, but no failed test is named",
         args.join(" ")
     );
     Ok(failed)
@@ -305,7 +311,7 @@ fn cargo_command(args: &[&str], env: &[(&str, &OsStr)]) -> Command {
     cargo
 }
 
-/// Cargo, with something in its environment.
+/// Runs cargo with additional environment variables.
 fn cargo_with(args: &[&str], env: &[(&str, &OsStr)]) -> anyhow::Result<()> {
     let status = cargo_command(args, env).status()?;
     let env = env.iter().map(|(n, v)| format!("{n}='{}' ", v.display()));

@@ -1,4 +1,4 @@
-//! Figures of many connections at a time, and of none: ours, by itself.
+//! Figures of our backend with very many connections, and with none.
 
 use std::time::{Duration, Instant};
 
@@ -48,7 +48,7 @@ fn open_many(backend: &mut Backend, n: usize) -> anyhow::Result<Vec<Key>> {
     Ok(keys)
 }
 
-/// RTT with 10,000 streams open against one, memory of each, and the most that are taken.
+/// RTT with 10,000 open streams against one, memory of a stream, and the largest number of streams.
 fn many(options: &Options) -> anyhow::Result<Vec<Figure>> {
     let (mut alone, mut crowded, mut memory) = (Vec::new(), Vec::new(), Vec::new());
     let mut one = ours()?;
@@ -131,7 +131,7 @@ fn move_on(backend: &mut Backend, others: &[Open], stopped: Option<&Open>) -> an
     Ok(moved as f64 / begin.elapsed().as_secs_f64() / f64::from(1 << 20))
 }
 
-/// Context switches of the whole process in a second without traffic, one stream open.
+/// Context switches of the whole process in a second without traffic, with one open stream.
 fn idle(options: &Options) -> anyhow::Result<Figure> {
     let mut backends = vec![ours()?];
     if let Some(peer) = &options.peer {
@@ -145,7 +145,7 @@ fn idle(options: &Options) -> anyhow::Result<Figure> {
     for backend in &mut backends {
         let open = measure::open_socket(backend)?;
         measure::round_trips_on(backend, &open, 64)?;
-        // What the last round trip left to do is done.
+        // Wait until the work after the last round trip is done.
         std::thread::sleep(Duration::from_millis(300));
         let before = backend.usage()?.switches;
         std::thread::sleep(Duration::from_secs(1));
@@ -168,7 +168,7 @@ fn idle(options: &Options) -> anyhow::Result<Figure> {
     })
 }
 
-/// Copies of a payload byte in our process or by the kernel on its behalf, 64 KiB each way through sockets.
+/// How often a payload byte is copied, in our process or by the kernel for it: 64 KiB in each direction through sockets.
 fn copies(_: &Options) -> anyhow::Result<Figure> {
     let mut backend = ours()?;
     let before = backend.totals()?;

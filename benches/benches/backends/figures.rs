@@ -1,4 +1,4 @@
-//! Which cells are measured in a round, and the table that comes of them.
+//! The cells of a round, and the table of their results.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ const PEER: &str = "vhost-device-vsock";
 const SIZES: [(usize, &str); 3] = [(65536, "64 KiB"), (4096, "4 KiB"), (64, "64 B")];
 const SPACING: Duration = Duration::from_millis(5);
 
-/// A series of one measurement: who, and what.
+/// Which backend, and which end of its streams.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Who {
     Socket,
@@ -123,7 +123,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Each backend is started anew, and cells take turns.
+/// Runs one round. Each backend is started anew, and the backends take turns in each cell.
 fn round(options: &Options, series: &mut Series) -> anyhow::Result<()> {
     let peer = options.peer.as_deref();
     let mut everyone = OURS.to_vec();
@@ -146,7 +146,7 @@ fn round(options: &Options, series: &mut Series) -> anyhow::Result<()> {
         };
         if let Err(e) = run(series, backend) {
             series.failed(name, who, &e);
-            // A stream that hangs may have taken the backend with it.
+            // A stream that hangs may have broken the backend.
             *backend = start(who.kind())?;
         }
         Ok(())
@@ -198,7 +198,7 @@ fn round(options: &Options, series: &mut Series) -> anyhow::Result<()> {
                 let failed = made.failed as f64 / (made.completed + made.failed) as f64;
                 series.push(&format!("{name} failed"), who, 100.0 * failed);
                 if made.failed > 0 && who == Who::Peer {
-                    // What it lost track of must not slow the next cell.
+                    // Connections that the peer lost track of must not slow the next cell.
                     *backend = start(Kind::Peer)?;
                 }
                 Ok(())
@@ -237,7 +237,7 @@ fn table(series: &Series, peer: bool) -> Vec<Figure> {
     out
 }
 
-/// The rows of `who` that have the peer beside them.
+/// The rows of `who` that are compared with the peer.
 fn compared(series: &Series, peer: bool, who: Who, out: &mut Vec<Figure>) {
     let end = who.name();
     let mut row = |name: String, key: &str, unit, scale: f64, better, goals: (f64, f64)| {
@@ -282,7 +282,7 @@ fn compared(series: &Series, peer: bool, who: Who, out: &mut Vec<Figure>) {
     }
 }
 
-/// What the harness's own thread costs in a cell: the host program's socket alone.
+/// The cost of the harness's own thread in a cell: only the host program's socket.
 fn harness() -> Vec<Figure> {
     let mut rates = Vec::new();
     for _ in 0..5 {

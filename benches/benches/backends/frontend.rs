@@ -1,4 +1,4 @@
-//! The software guest driver behind a real vhost-user socket: does what QEMU does before the guest runs.
+//! Connects the software guest driver to a real vhost-user socket: does what QEMU does before the guest runs.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -14,24 +14,24 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Where the VMM's process would have the guest's memory mapped.
+/// Address of the guest's memory in the process of an imaginary VMM.
 const USER_ADDRESS: u64 = 0x7000_0000_0000;
 
-/// A driver whose queues a backend in another process serves.
+/// A driver whose queues are served by a backend in another process.
 pub struct Attached {
     /// Its queues.
     pub driver: Driver,
     kicks: [EventFd; 2],
-    /// Kicks that were written.
+    /// Number of kicks.
     pub kicked: u64,
     _calls: [EventFd; 2],
     _memory: File,
-    // Last: the backend sees the end of the socket before its memory goes.
+    // Dropped last: the backend must see the end of the socket before its memory is gone.
     _frontend: Frontend,
 }
 
 impl Attached {
-    /// Hands memory and queues to the backend that listens on `socket`, and starts them.
+    /// Gives memory and queues to the backend that listens on `socket`, and starts the queues.
     pub fn new(socket: &Path, cid: GuestCid, config: DriverConfig) -> anyhow::Result<Self> {
         let (mem, file) = memfd();
         let driver = Driver::new(mem, cid, config);
@@ -89,12 +89,12 @@ impl Attached {
         Ok(())
     }
 
-    /// Shows the backend what was posted, and kicks if it asked for that.
+    /// Publishes what was posted, and kicks if the backend wants it.
     pub fn publish(&mut self) {
         let wanted = [self.driver.rx.publish(), self.driver.tx.publish()];
         for (kick, _) in self.kicks.iter().zip(wanted).filter(|(_, wanted)| *wanted) {
             self.kicked += 1;
-            // It fails only when it is readable already.
+            // Fails only if the counter is full, and then it is readable.
             let _ = kick.write(1);
         }
     }
@@ -104,7 +104,7 @@ fn event() -> anyhow::Result<EventFd> {
     Ok(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?)
 }
 
-/// Connects as soon as the backend, which was just started, listens.
+/// Connects to the backend, which was just started; waits until it listens.
 fn connect(socket: &Path) -> anyhow::Result<Frontend> {
     let end = Instant::now() + Duration::from_secs(10);
     loop {

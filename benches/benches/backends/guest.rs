@@ -1,5 +1,5 @@
-//! A guest with many streams on one driver, on the thread of whoever calls [`Guest::pump`]: no sleep, no lock, so that
-//! what is measured is the backend.
+//! A guest with many streams on one driver. It runs on the thread that calls [`Guest::pump`], without a sleep or a lock, so that
+//! the backend is what is measured.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -10,22 +10,22 @@ use anyhow::bail;
 
 use crate::frontend::Attached;
 
-/// What a guest does before a measurement gives up.
+/// How long a measurement waits for progress.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 const SHUTDOWN_BOTH: u32 = 3;
 
 /// A stream of the guest, by its ports.
 pub struct Conn {
     credit: GuestStream,
-    /// Open now.
+    /// The stream is open.
     pub open: bool,
-    /// Ended by the host.
+    /// The host ended the stream.
     pub ended: bool,
-    /// Payload bytes that came.
+    /// Payload bytes received.
     pub received: u64,
-    /// The host opened it.
+    /// The host opened the stream.
     accepted: bool,
-    /// Sends back what comes.
+    /// The guest echoes what it receives.
     echo: bool,
     owed: Vec<u8>,
 }
@@ -42,11 +42,11 @@ pub struct Guest {
     /// Streams with bytes to send back.
     owing: Vec<Key>,
     payload: Vec<u8>,
-    /// Packets to send as soon as there is room.
+    /// Packets to send once there is room.
     replies: Vec<PacketHeader>,
-    /// Streams that the host opens do not send back what comes.
+    /// Do not echo on streams that the host opens.
     pub silent: bool,
-    /// Copies payload out of RX buffers, and keeps it, for the transfer that is checked.
+    /// If set, payload is copied out of RX buffers to here, for the transfer that is checked.
     pub keep: Option<Vec<u8>>,
 }
 
@@ -65,11 +65,11 @@ impl Guest {
         }
     }
 
-    /// Asks for a stream to a port of the host, and waits until it is open.
+    /// Asks for a stream to a host port, and waits until it is open.
     pub fn connect(&mut self, host_port: u32) -> anyhow::Result<Key> {
         let key = self.request(host_port);
         let end = Instant::now() + PATIENCE;
-        // Credit comes with the answer.
+        // The host's answer carries the credit.
         while !self.conn(key).open {
             self.pump();
             if self.conn(key).ended || Instant::now() > end {
@@ -79,7 +79,7 @@ impl Guest {
         Ok(key)
     }
 
-    /// Asks for a stream, and does not wait.
+    /// Asks for a stream without waiting.
     pub fn request(&mut self, host_port: u32) -> Key {
         self.next_port += 1;
         let mut credit = GuestStream::new(self.next_port, host_port);
@@ -102,18 +102,18 @@ impl Guest {
         self.conns.values().filter(|c| c.open && !c.ended).count()
     }
 
-    /// Returns a stream that the host opened and that goes on.
+    /// Returns a stream that the host opened and that has not ended.
     pub fn accepted(&self) -> Option<Key> {
         let mut host = self.conns.iter().filter(|(_, c)| c.accepted && !c.ended);
         host.next().map(|(key, _)| *key)
     }
 
-    /// Forgets streams that ended.
+    /// Removes streams that ended.
     pub fn forget_ended(&mut self) {
         self.conns.retain(|_, c| !c.ended);
     }
 
-    /// Ends a stream at once.
+    /// Resets a stream.
     pub fn reset(&mut self, key: Key) {
         if let Some(mut conn) = self.conns.remove(&key)
             && !conn.ended
@@ -122,7 +122,7 @@ impl Guest {
         }
     }
 
-    /// Sends `len` bytes of whatever lies in the payload buffers, or `bytes`, in one packet. False: no credit or room.
+    /// Sends one packet: `bytes`, or `len` bytes of old data in the payload buffers. Returns false without credit or room.
     pub fn send(&mut self, key: Key, len: usize, bytes: Option<&[u8]>) -> bool {
         let Some(conn) = self.conns.get_mut(&key).filter(|c| c.open && !c.ended) else {
             return false;
@@ -143,8 +143,8 @@ impl Guest {
         sent
     }
 
-    /// Sends packets of `size` bytes of whatever lies in the payload buffers until there is no credit or no room; the last
-    /// one may be smaller, as in Linux, if `split` says so. Returns how many bytes were sent.
+    /// Sends packets of `size` bytes of old data in the payload buffers while there is credit and room. With `split`, the last
+    /// packet may be smaller, as in Linux. Returns how many bytes were sent.
     pub fn fill(&mut self, key: Key, size: usize, split: bool) -> u64 {
         let Some(conn) = self.conns.get_mut(&key).filter(|c| c.open && !c.ended) else {
             return 0;
@@ -165,17 +165,17 @@ impl Guest {
         }
     }
 
-    /// Bytes that the host takes now.
+    /// How many bytes the host accepts now.
     pub fn credit(&self, key: Key) -> usize {
         self.conns[&key].credit.credit() as usize
     }
 
-    /// Bytes sent that the host has not said it took.
+    /// Bytes sent that the host has not confirmed.
     pub fn in_flight(&self, key: Key) -> u64 {
         u64::from(self.conns[&key].credit.in_flight())
     }
 
-    /// One look at both queues: takes what came, answers, publishes. Returns payload bytes that came.
+    /// Polls both queues once: handles packets, answers, publishes. Returns the payload bytes received.
     pub fn pump(&mut self) -> usize {
         self.attached.driver.reap_tx();
         let mut bytes = 0;
@@ -214,7 +214,7 @@ impl Guest {
             return;
         }
         let Some(conn) = self.conns.get_mut(&key) else {
-            // What Linux does for a socket that it does not have.
+            // Linux answers like this if it does not know the socket.
             if h.op != Op::Rst as u16 {
                 self.replies.push(rst(key));
             }

@@ -1,5 +1,5 @@
-//! Our backend in a process of its own: the channel's vhost-user carrier on one shard, with the host's side as the peer
-//! and Firecracker have it (a "hybrid" Unix socket), and services that end in this process.
+//! Our backend in a process of its own: the channel's vhost-user carrier on one shard. On the host's side are a Unix socket as
+//! the peer and Firecracker have it (a "hybrid" socket), and services in this process.
 //!
 //! | who dials | how |
 //! |---|---|
@@ -7,7 +7,7 @@
 //! | the guest, any other port | we connect to `UDS_port` |
 //! | the guest, [`ECHO`], [`DRAIN`], [`SOURCE`]… | a service on the shard's thread |
 //!
-//! On its standard input it is asked for [`Totals`], a line each time, and ends with the end of it.
+//! Each line on standard input asks for [`Totals`]. The process ends at the end of standard input.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -26,19 +26,19 @@ use adit_engine::{EngineConfig, StreamId};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
-/// Sends back.
+/// Echoes.
 pub const ECHO: u32 = 7;
-/// Takes and forgets.
+/// Reads and discards.
 pub const DRAIN: u32 = 9;
-/// Sends without end, written in pieces of 64 bytes.
+/// Writes without end, in pieces of 64 bytes.
 pub const SOURCE_64: u32 = 1064;
 /// The same in pieces of 4 KiB.
 pub const SOURCE_4K: u32 = 5096;
 /// The same in pieces of 64 KiB.
 pub const SOURCE_64K: u32 = 66536;
-/// Ports of the guest's that end in Unix sockets.
+/// Guest ports that lead to Unix sockets.
 pub const SOCKETS: std::ops::Range<u32> = 2000..2002;
-/// Connections at a time in the bench profile.
+/// Streams that may be open at a time.
 pub const STREAMS: u32 = 16_384;
 
 const LISTENER: u32 = 0;
@@ -46,20 +46,20 @@ const STDIN: u32 = 1;
 const CLIENTS: u32 = 2;
 const LINE_MAX: usize = 32;
 
-/// What the backend did so far.
+/// Counters of the backend since its start.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Totals {
-    /// Payload bytes, both ways.
+    /// Payload bytes in both directions.
     pub payload: u64,
     /// Copies of payload from or to guest memory, by us or by the kernel, bytes.
     pub guest_copies: u64,
     /// Copies through memory of the process beside these, bytes.
     pub copies_beside: u64,
-    /// Packets, both ways.
+    /// Packets in both directions.
     pub packets: u64,
-    /// Times the guest was notified.
+    /// Interrupts sent to the guest.
     pub signals: u64,
-    /// Times the shard came out of epoll.
+    /// How often the shard returned from epoll.
     pub wakeups: u64,
 }
 
@@ -68,13 +68,13 @@ struct Backend {
     port: adit_channel::shard::PortIndex,
     uds: PathBuf,
     listener: UnixListener,
-    /// Host programs that have not written their line yet.
+    /// Host programs that have not sent their line yet.
     clients: HashMap<u32, (UnixStream, Vec<u8>)>,
     next_client: u32,
     dials: HashMap<StreamId, (UnixStream, u32)>,
 }
 
-/// Serves until the standard input ends.
+/// Serves until the end of standard input.
 pub fn serve(dir: &Path, busy_poll: Duration) -> anyhow::Result<()> {
     let listener = UnixListener::bind(dir.join("vhost.sock"))?;
     let cid = GuestCid::new(3).context("a guest's CID")?;
@@ -85,7 +85,7 @@ pub fn serve(dir: &Path, busy_poll: Duration) -> anyhow::Result<()> {
     let mut shard = Shard::new()?;
     shard.busy_poll(busy_poll);
     let config = EngineConfig {
-        // An eighth is kept for streams that the host opens.
+        // More than asked for, because the engine keeps an eighth for streams that the host opens.
         max_streams: STREAMS + STREAMS / 4,
         pool_bytes: u64::from(STREAMS) * (8 << 10),
         ..EngineConfig::default()
@@ -141,7 +141,7 @@ impl Backend {
         }
     }
 
-    /// Reads a client's line, byte by byte: what follows is the stream's.
+    /// Reads a client's line byte by byte: what follows belongs to the stream.
     fn line(&mut self, key: u32) {
         let Some((client, line)) = self.clients.get_mut(&key) else {
             return;
@@ -200,7 +200,7 @@ impl Backend {
         }
     }
 
-    /// Answers a question on the standard input. Returns false at its end.
+    /// Answers a request on standard input. Returns false at its end.
     fn totals(&mut self) -> anyhow::Result<bool> {
         if std::io::stdin().read(&mut [0])? == 0 {
             return Ok(false);

@@ -1,12 +1,13 @@
-//! `cargo bench --bench backends [-- --peer PATH] [--binaries DIR] [--rounds N] [--only CELL] [--realtime] [--json]`: our vhost-user backend, in a process of its own,
-//! beside the `vhost-device-vsock` binary, both driven by the same software guest, cell by cell in turn; medians.
+//! `cargo bench --bench backends [-- --peer PATH] [--binaries DIR] [--rounds N] [--only CELL] [--realtime] [--json]`: our
+//! vhost-user backend beside the `vhost-device-vsock` binary. Each is a process of its own, and the same software guest drives
+//! both. The backends take turns in each cell. The figures are medians.
 //!
-//! - The guest and the host's program are one thread that never sleeps, so that the backend is what is measured; it has
-//!   the other core of two. What that thread costs is printed too.
-//! - "socket": the host's end of a stream is a Unix socket, reached as the peer and Firecracker have it. "in process": it is
-//!   a service inside our backend; the peer has no such thing, so its socket stands beside it.
-//! - With `--realtime` (root) the harness and both backends run as SCHED_FIFO: other work on the machine does not count.
-//! - Failures are figures, not skipped. Without `--peer` ours runs alone. `cargo xtask bench vsock` installs the peer.
+//! - The guest and the host program are one thread that never sleeps, so that the backend is what is measured. The backend has
+//!   the other of two cores. The cost of the harness's thread is printed too.
+//! - "socket": the host's end of a stream is a Unix socket, reached as with the peer and Firecracker. "in process": it is a
+//!   service inside our backend. The peer has no such thing, so it is compared with the peer's socket.
+//! - With `--realtime` (root) the harness and both backends run as SCHED_FIFO, so other work on the machine does not disturb.
+//! - A failure is a figure, not a skipped cell. Without `--peer` ours runs alone. `cargo xtask bench vsock` installs the peer.
 
 mod crowd;
 mod figures;
@@ -22,19 +23,19 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-/// What the command line says.
+/// The command line.
 pub struct Options {
     peer: Option<PathBuf>,
-    /// Where aditd and adit-port are, for tunnels.
+    /// Directory of aditd and adit-port, for tunnels.
     binaries: Option<PathBuf>,
     rounds: usize,
     json: bool,
-    /// Only cells whose name has this in it: `64 KiB up`, `rtt`, `connections`, `crowd`…
+    /// Run only cells whose name contains this: `64 KiB up`, `rtt`, `connections`, `crowd`…
     only: Option<String>,
 }
 
 impl Options {
-    /// Tells whether a cell is to be measured.
+    /// Tells whether a cell should run.
     fn wants(&self, cell: &str) -> bool {
         self.only.as_ref().is_none_or(|only| cell.contains(only))
     }
@@ -63,7 +64,7 @@ fn main() -> anyhow::Result<()> {
             "--realtime" => adit_benches::realtime::realtime(),
             "--only" => options.only = Some(value()?),
             "--json" => options.json = true,
-            // What `cargo bench` passes.
+            // Arguments that `cargo bench` adds.
             _ => {}
         }
     }

@@ -1,4 +1,4 @@
-//! The measurements: each runs against one backend for a short while and returns one number.
+//! The measurements. Each runs against one backend for a short time and returns one number.
 
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::os::fd::AsRawFd;
@@ -24,13 +24,13 @@ const CHECKED: usize = 256 << 10;
 /// Where the host's end of a stream is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// A host program behind a Unix socket: a part of the harness's loop.
+    /// A host program behind a Unix socket. It is a part of the harness's loop.
     Socket,
     /// A service inside the backend.
     Inline,
 }
 
-/// A stream of the guest, and the host program's socket where there is one.
+/// A stream of the guest, and the host program's socket if there is one.
 pub struct Open {
     /// The guest's side.
     pub key: Key,
@@ -64,14 +64,14 @@ fn open_inline(backend: &mut Backend, port: u32) -> anyhow::Result<Open> {
     Ok(Open { key, host: None })
 }
 
-/// Ends a stream, and lets the backend see it.
+/// Ends a stream, and lets the backend handle that.
 pub fn close(backend: &mut Backend, open: Open) {
     backend.guest.reset(open.key);
     drop(open.host);
     backend.guest.pump();
 }
 
-/// Bytes a second from the guest to the host, in packets of `size`, and the backend's CPU time, ns a byte.
+/// Bytes per second from the guest to the host, in packets of `size`; and the backend's CPU time, ns per byte.
 pub fn upload(backend: &mut Backend, end: End, size: usize) -> anyhow::Result<(f64, f64)> {
     let open = match end {
         End::Socket => open_socket(backend)?,
@@ -80,7 +80,7 @@ pub fn upload(backend: &mut Backend, end: End, size: usize) -> anyhow::Result<(f
     let (mut sent, mut got) = (0, 0);
     let mut buf = vec![0; SPAN];
     let result = steady(backend, |backend| {
-        // As Linux does: what the window does not take at once goes in smaller packets.
+        // As Linux does: what does not fit the window is sent in smaller packets.
         sent += backend.guest.fill(open.key, size, size > 64);
         backend.guest.pump();
         match &open.host {
@@ -94,7 +94,7 @@ pub fn upload(backend: &mut Backend, end: End, size: usize) -> anyhow::Result<(f
     result
 }
 
-/// Bytes a second from the host to the guest, written in pieces of `size`, and the backend's CPU time, ns a byte.
+/// Bytes per second from the host to the guest, written in pieces of `size`; and the backend's CPU time, ns per byte.
 pub fn download(backend: &mut Backend, end: End, size: usize) -> anyhow::Result<(f64, f64)> {
     let open = match (end, size) {
         (End::Socket, _) => open_socket(backend)?,
@@ -115,14 +115,14 @@ pub fn download(backend: &mut Backend, end: End, size: usize) -> anyhow::Result<
     result
 }
 
-/// What a host program writes: pieces of one size, each a message of its own to the socket, as many in one system call as a
-/// fast program could have ready. One call a piece would measure the calls.
+/// What a host program writes: pieces of one size. Each piece is a message of its own to the socket. One system call writes as
+/// many as a fast program could have ready: with a call for each piece, the calls would be measured.
 struct Pieces {
     size: usize,
     count: usize,
     bytes: Vec<u8>,
     headers: MultiHeaders<()>,
-    /// Bytes of the first piece that were taken before.
+    /// Bytes of the first piece that were already written.
     offset: usize,
 }
 
@@ -164,7 +164,7 @@ fn alive(backend: &Backend, key: Key) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Repeats `step`, which returns the bytes moved so far, and measures once it is warm.
+/// Repeats `step`, which returns the bytes moved so far. The measurement starts after a warm-up.
 fn steady(
     backend: &mut Backend,
     mut step: impl FnMut(&mut Backend) -> anyhow::Result<u64>,
@@ -189,13 +189,13 @@ fn steady(
     let (took, after) = (begin.elapsed(), backend.usage()?);
     let bytes = (moved - warm) as f64;
     if bytes == 0.0 {
-        bail!("the stream stands still");
+        bail!("the stream makes no progress");
     }
     let cpu = (after.cpu_ns - before.cpu_ns) as f64 / bytes;
     Ok((bytes / took.as_secs_f64(), cpu))
 }
 
-/// Reads what a host program's socket has; returns how many bytes.
+/// Reads what a host program's socket has. Returns how many bytes.
 pub fn read_all(mut host: &UnixStream, buf: &mut [u8]) -> anyhow::Result<u64> {
     let mut total = 0;
     for _ in 0..4 {
@@ -209,7 +209,7 @@ pub fn read_all(mut host: &UnixStream, buf: &mut [u8]) -> anyhow::Result<u64> {
     Ok(total)
 }
 
-/// Round trips of `size` bytes, ns: the guest sends, the host sends back. Sorted.
+/// Round trips of `size` bytes, ns, sorted: the guest sends, the host echoes.
 pub fn round_trips(backend: &mut Backend, end: End, size: usize) -> anyhow::Result<Vec<f64>> {
     let open = match end {
         End::Socket => open_socket(backend)?,
@@ -220,7 +220,7 @@ pub fn round_trips(backend: &mut Backend, end: End, size: usize) -> anyhow::Resu
     times
 }
 
-/// As `round_trips`, on a stream that is open.
+/// As `round_trips`, on an open stream.
 pub fn round_trips_on(backend: &mut Backend, open: &Open, size: usize) -> anyhow::Result<Vec<f64>> {
     let mut times = Vec::with_capacity(ROUND_TRIPS);
     let mut buf = [0; SPAN];
@@ -259,25 +259,25 @@ fn patient(begin: Instant) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What came of many short connections.
+/// Results of many short connections.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Connections {
-    /// Echoes that came back whole.
+    /// Connections whose echo was complete.
     pub completed: u64,
-    /// Connections that ended or stood still before that.
+    /// Connections that ended or hung before that.
     pub failed: u64,
-    /// Time in connections (not between them).
+    /// Time spent in connections, without the pauses between them.
     pub busy: Duration,
 }
 
 impl Connections {
-    /// Completed a second of time spent in connections, failed ones included.
+    /// Completed connections per second of time in connections, failed ones included in the time.
     pub fn rate(&self) -> f64 {
         self.completed as f64 / self.busy.as_secs_f64()
     }
 }
 
-/// A host program connects to the guest, has 64 bytes echoed, and closes; again and again, `spacing` apart.
+/// A host program connects to the guest, waits for the echo of 64 bytes, and closes; `n` times, with a pause of `spacing`.
 pub fn connections(backend: &mut Backend, spacing: Duration, n: u64) -> Connections {
     let mut out = Connections::default();
     let begin = Instant::now();
@@ -323,7 +323,7 @@ fn read_some(
     max: usize,
     started: Instant,
 ) -> anyhow::Result<()> {
-    /// Longer than any that completes.
+    /// Longer than any connection that completes.
     const LIMIT: Duration = Duration::from_millis(200);
     let mut buf = [0; 64];
     loop {
@@ -338,12 +338,12 @@ fn read_some(
             Err(e) => return Err(e.into()),
         }
         if started.elapsed() > LIMIT {
-            bail!("stands still");
+            bail!("no progress");
         }
     }
 }
 
-/// A stream each way with known bytes, compared at the other end.
+/// Sends known bytes in both directions, and compares them at the other end.
 pub fn checked_transfer(backend: &mut Backend) -> anyhow::Result<()> {
     let open = open_socket(backend)?;
     let mut host = open.host.as_ref().context("a socket")?;
@@ -372,7 +372,7 @@ pub fn checked_transfer(backend: &mut Backend) -> anyhow::Result<()> {
         patient(begin)?;
     }
     if got != bytes {
-        bail!("other bytes came out on the host than the guest sent");
+        bail!("the host received other bytes than the guest sent");
     }
     backend.guest.keep = Some(Vec::new());
     let mut sent = 0;
@@ -386,13 +386,13 @@ pub fn checked_transfer(backend: &mut Backend) -> anyhow::Result<()> {
         patient(begin)?;
     }
     if backend.guest.keep.take().as_ref() != Some(&bytes) {
-        bail!("other bytes came out in the guest than the host sent");
+        bail!("the guest received other bytes than the host sent");
     }
     close(backend, open);
     Ok(())
 }
 
-/// Bytes a second that one thread writes to a Unix socket and reads from its other end.
+/// Bytes per second that one thread writes to a Unix socket and reads from its other end.
 pub fn socket_alone() -> anyhow::Result<f64> {
     let (mut a, mut b) = UnixStream::pair()?;
     let (piece, mut buf) = (vec![7; SPAN], vec![0; SPAN]);

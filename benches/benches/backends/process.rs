@@ -1,4 +1,4 @@
-//! A backend as a process: started, asked what it used, ended.
+//! A backend as a process: starts it, asks for its counters, ends it.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
@@ -13,37 +13,37 @@ use crate::frontend::Attached;
 use crate::guest::Guest;
 use crate::hybrid::{SOCKETS, Totals};
 
-/// What a VM gets whose vCPUs do not need the backend's core, microseconds.
+/// The polling time for a VM whose vCPUs do not need the backend's core, microseconds.
 pub const BUSY_POLL_US: u32 = 50;
 
 /// Which backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// This program, as in `hybrid`; it looks on for [`BUSY_POLL_US`] before it sleeps.
+    /// This program, as in `hybrid`. It polls for [`BUSY_POLL_US`] before it sleeps.
     Ours,
-    /// The same, but it sleeps at once: the default.
+    /// The same, but it sleeps at once, which is the default.
     OursSleeping,
     /// `vhost-device-vsock`.
     Peer,
 }
 
-/// A running backend with a guest on it.
+/// A running backend with a guest.
 pub struct Backend {
     /// The guest.
     pub guest: Guest,
     child: Child,
     questions: Option<(ChildStdin, BufReader<ChildStdout>)>,
     dir: tempfile::TempDir,
-    /// Where the guest's streams to [`SOCKETS`] end.
+    /// Where the guest's streams to [`SOCKETS`] arrive.
     pub listeners: Vec<UnixListener>,
 }
 
-/// What a process used.
+/// What a process has used.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Usage {
     /// CPU time of all threads, ns.
     pub cpu_ns: u64,
-    /// Times that a thread went to sleep or was put off the CPU.
+    /// How often a thread slept or was preempted.
     pub switches: u64,
     /// Anonymous memory, bytes.
     pub anon: u64,
@@ -83,7 +83,7 @@ impl Backend {
             .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
-        // It logs broken connections by the thousand.
+        // The peer logs thousands of broken connections.
         command.env("RUST_LOG", "off").stderr(Stdio::null());
         let mut child = command
             .spawn()
@@ -103,12 +103,12 @@ impl Backend {
         })
     }
 
-    /// Where host programs connect to.
+    /// The socket that host programs connect to.
     pub fn uds(&self) -> PathBuf {
         self.dir.path().join("uds")
     }
 
-    /// Asks our backend what it did.
+    /// Asks our backend for its counters.
     pub fn totals(&mut self) -> anyhow::Result<Totals> {
         let (ask, answer) = self.questions.as_mut().context("no pipe to the backend")?;
         ask.write_all(b"?")?;
@@ -117,7 +117,7 @@ impl Backend {
         Ok(serde_json::from_str(&line)?)
     }
 
-    /// Reads what the process used so far.
+    /// Reads what the process has used.
     pub fn usage(&self) -> anyhow::Result<Usage> {
         let proc = PathBuf::from(format!("/proc/{}", self.child.id()));
         let mut usage = Usage::default();
@@ -138,7 +138,7 @@ impl Backend {
 
 impl Drop for Backend {
     fn drop(&mut self) {
-        // Gone already, at worst.
+        // An error means that the process has ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

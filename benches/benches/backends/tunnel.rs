@@ -1,11 +1,11 @@
 //! A CONNECT tunnel through a real `aditd` and its port process, beside `socat` and haproxy, which relay TCP.
 //!
 //! ```text
-//! ours:    software guest ── virtqueues ── adit-port ── TCP ── client        (aditd made the tunnel and is out of it)
+//! ours:    software guest ── virtqueues ── adit-port ── TCP ── client        (aditd made the tunnel, but carries no bytes)
 //! relays:  TCP server     ──   TCP     ──   relay    ── TCP ── client
 //! ```
-//! Client, and guest or server, are one thread that never sleeps, as everywhere here; only its cost of the far side differs:
-//! packets in queues against a socket. Relays use buffers of 64 KiB and one thread.
+//! Client, and guest or server, are one thread that never sleeps, as in all these benches. The thread's cost differs only at the
+//! far side: packets in queues, or a socket. Relays use buffers of 64 KiB and one thread.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -28,7 +28,7 @@ use crate::measure::CELL;
 const PIECE: usize = 64 << 10;
 const WARM: usize = 4 << 20;
 
-/// Measures each in turn.
+/// Measures the tunnel and the relays in turn.
 pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
     let Some(binaries) = &options.binaries else {
         return Ok(Vec::new());
@@ -66,7 +66,7 @@ pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
     Ok(out)
 }
 
-/// Repeats `step`, which returns the bytes that arrived, and measures once it is warm. MiB a second.
+/// Repeats `step`, which returns the bytes that arrived. The measurement starts after a warm-up. MiB per second.
 fn steady(mut step: impl FnMut() -> anyhow::Result<usize>) -> anyhow::Result<f64> {
     let (give_up, mut moved) = (Instant::now() + PATIENCE, 0);
     while moved < WARM {
@@ -102,13 +102,13 @@ fn give(mut to: &TcpStream) -> anyhow::Result<()> {
     }
 }
 
-/// Ends with its processes.
+/// Child processes, which end when this is dropped.
 struct Processes(Vec<Child>);
 
 impl Drop for Processes {
     fn drop(&mut self) {
         for child in &mut self.0 {
-            // A port process is aditd's child, and outlives it unless it is told.
+            // The port process is aditd's child, and survives it unless it is killed.
             let path = format!("/proc/{0}/task/{0}/children", child.id());
             let children = std::fs::read_to_string(path).unwrap_or_default();
             let _ = child.kill();
@@ -121,7 +121,7 @@ impl Drop for Processes {
 }
 
 struct Tunnel {
-    // Before the processes: the port sees its frontend go first.
+    // Dropped before the processes, so that the port process sees its frontend go first.
     guest: Guest,
     key: Key,
     client: TcpStream,
@@ -164,7 +164,7 @@ impl Tunnel {
         let (client, key) = loop {
             match connect(&mut guest, addr.trim()) {
                 Ok(made) => break made,
-                // The port's word that the guest is up may be under way.
+                // aditd may not know yet that the guest is up.
                 Err(e) if Instant::now() > end => return Err(e),
                 Err(_) => guest.forget_ended(),
             }
@@ -193,7 +193,7 @@ impl Tunnel {
     }
 
     fn upload(&mut self) -> anyhow::Result<f64> {
-        // What is still on its way to the client goes first.
+        // First let the bytes in flight reach the client.
         while self.guest.in_flight(self.key) > 0 && take(&self.client)? > 0 {
             self.guest.pump();
         }
@@ -242,7 +242,7 @@ impl Relay {
         let dir = tempfile::tempdir()?;
         let server = TcpListener::bind("127.0.0.1:0")?;
         let to = server.local_addr()?.port();
-        // Neither can say which port it got: one that was free a moment ago.
+        // The relays cannot report a port that the kernel chose, so take one that was free just now.
         let at = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let mut command = Command::new(name);
         if name == "socat" {

@@ -1,5 +1,5 @@
-//! Two partitions at native speed: this process, and a guest without an operating system that runs in user mode on KVM.
-//! Beside it the very same code in a second process, so that the difference is the partition.
+//! Two partitions at native speed: this process, and a guest without an operating system in user mode on KVM. A second process
+//! runs the same code for comparison: the difference is the cost of the partition.
 
 use std::fs::File;
 use std::path::Path;
@@ -15,8 +15,8 @@ use adit_vmm_sample::bare::Bare;
 const BYTES: usize = REGION_UNIT as usize;
 const SIZE: usize = 64;
 
-/// Median and 99th percentile of a round trip of 64 bytes over the ring, ns, both sides looking on. `image`: what the guest
-/// runs; `None`: another process echoes.
+/// Median and 99th percentile of a round trip of 64 bytes over the ring, ns. Both sides poll. `image` is the guest's; `None`:
+/// another process echoes.
 pub fn round_trip(image: Option<&Path>) -> [f64; 2] {
     let (memory, fd) = Mapped::memfd(BYTES).expect("memory");
     let lane = Lane {
@@ -24,7 +24,7 @@ pub fn round_trip(image: Option<&Path>) -> [f64; 2] {
         to_host: 256 << 10,
     };
     let mut host = Host::offer(memory.clone(), Spec::new(&[lane]), 1).expect("a region");
-    // The guest is made before anybody looks on, and a VM belongs to the process that made it: it runs on a thread.
+    // The guest is made before anybody polls. A VM belongs to the process that made it, so the guest runs on a thread.
     let guest = image.map(|image| {
         let region = (File::from(fd), BYTES as u64);
         Bare::new(image, Task::Echo, Some(region)).expect("a guest")

@@ -1,9 +1,9 @@
-//! `cargo bench --bench carrier [-- --rounds N] [--realtime] [--image FILE] [--json]`: streams over the ring beside the bare ring that they
-//! run on, and beside what a Unix socket does, in the same run, round by round.
+//! `cargo bench --bench carrier [-- --rounds N] [--realtime] [--image FILE] [--json]`: streams over the ring, compared with the
+//! bare ring below them and with a Unix socket, in the same run, round by round.
 //!
-//! - A cell is a process of its own that forks: two processes pinned to two processors ([`adit_benches::duel`]), a port
-//!   and a shard in each. `--cell NAME` runs one and prints its numbers.
-//! - Shards look on, as the ends of the bare ring do; tokio's sleep, as eventfds do.
+//! - A cell is a process of its own that forks: two processes pinned to two processors ([`adit_benches::duel`]), with a port
+//!   and a shard in each. `--cell NAME` runs one cell and prints its numbers.
+//! - Shards poll, as the ends of the bare ring do. The cells with tokio and with eventfds sleep.
 
 mod bare;
 #[path = "../ring/others.rs"]
@@ -22,12 +22,12 @@ use std::process::Command;
 use adit_benches::duel::{self, Home, RING};
 use adit_benches::report::{Better, Figure};
 
-/// Bytes of a write of the bulk figure.
+/// Bytes of a write in the bulk cells.
 pub const BULK: usize = 64 << 10;
-/// Bytes of a question and of its answer.
+/// Bytes of a message in the round trips.
 pub const SMALL: usize = 64;
 
-/// Runs one cell here.
+/// Runs one cell in this process.
 fn cell(name: &str) -> Vec<f64> {
     let processes = Home::Processes;
     match name {
@@ -57,16 +57,16 @@ const CELLS: [&str; 7] = [
     "trip eventfd",
 ];
 
-/// Cells beside a guest: KVM makes one with the help of threads of the kernel, which a side that looks on in real time
-/// would keep from both processors.
+/// Cells that run beside a guest. They never run in real time: to make a guest, KVM needs threads of the kernel, and a side that
+/// polls in real time would keep them from running.
 const BESIDE_A_GUEST: [&str; 2] = ["trip process", "trip guest"];
 
-/// The word behind another one on the command line.
+/// The argument after `name` on the command line.
 fn after(name: &str) -> Option<String> {
     std::env::args().skip_while(|arg| arg != name).nth(1)
 }
 
-/// What the guest without Linux runs (`--image`); `None`: there is no image, or no KVM.
+/// The image of the guest without Linux (`--image`). `None`: there is no image, or no KVM.
 fn image() -> Option<PathBuf> {
     let image = PathBuf::from(after("--image")?);
     let kvm = std::fs::File::options()
@@ -76,7 +76,7 @@ fn image() -> Option<PathBuf> {
     kvm.ok().map(|_| image)
 }
 
-/// A cell in a process of its own.
+/// Runs a cell in a process of its own.
 fn apart(name: &str) -> Vec<f64> {
     let this = std::env::current_exe().expect("this program");
     let mut command = Command::new("chrt");
@@ -145,7 +145,7 @@ fn figures(all: &BTreeMap<&str, Vec<f64>>) -> Vec<Figure> {
         figures.push(guest.beside("two processes", of("trip process"), 1.3, 1.1));
     } else {
         eprintln!(
-            "skipped: a guest on KVM: no /dev/kvm that opens, or no --image (`cargo xtask bench carrier` builds it)"
+            "skipped: a guest on KVM: /dev/kvm cannot be opened, or there is no --image (`cargo xtask bench carrier` builds it)"
         );
     }
     figures

@@ -1,4 +1,4 @@
-//! Streams between inline services: what a service that needs latency, or speed, is made of.
+//! Streams between inline services: the fastest way to use a stream.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,13 +17,13 @@ use adit_ringbuf_io::attach::Bells;
 
 use super::{BULK, SMALL};
 
-/// Where the far side listens.
+/// The port that the far side listens on.
 pub const PORT: u32 = 741;
 const BYTES: usize = 4 << 20;
-/// Whether it is done is seen at least so often.
-const LOOK: Duration = Duration::from_millis(20);
+/// Longest turn of a shard: after each turn it is checked whether the work is done.
+const TURN_MAX: Duration = Duration::from_millis(20);
 
-/// Both ends of a region, to be run by a process each.
+/// Both ends of a region, each for a process.
 pub fn carriers() -> (RingCarrier, RingCarrier) {
     let (near, fd) = Mapped::memfd(BYTES).expect("memory");
     let far = Mapped::from_memfd(fd, BYTES).expect("memory");
@@ -35,10 +35,10 @@ pub fn carriers() -> (RingCarrier, RingCarrier) {
     (host.expect("a region"), guest.expect("a region"))
 }
 
-/// A shard with one port, in the process that it is for.
+/// A shard with one port. It belongs to one process.
 type Side = (Shard<RingCarrier>, PortIndex);
 
-/// Both sides, made before they are pinned: a shard that has one processor only does not look on.
+/// Makes both sides before they are pinned: a shard that sees only one processor does not poll.
 fn sides() -> (Side, Side) {
     let (near, far) = carriers();
     (shard(near), shard(far))
@@ -51,11 +51,11 @@ fn shard(carrier: RingCarrier) -> Side {
     (shard, port.expect("a port"))
 }
 
-/// Dials with a service, and turns until it is done.
+/// Dials with a service, and runs the shard until `done`.
 fn run_near((mut shard, port): Side, lane: Lane, service: Box<dyn Service>, done: &AtomicBool) {
     let mut service = Some(service);
     while !done.load(Ordering::Relaxed) {
-        shard.turn(Some(LOOK)).expect("a turn");
+        shard.turn(Some(TURN_MAX)).expect("a turn");
         while let Some(news) = shard.poll_news() {
             if let News::Notice(_, Notice::Session { epoch: Some(_) }) = news {
                 let request = DialRequest {
@@ -73,13 +73,13 @@ fn run_near((mut shard, port): Side, lane: Lane, service: Box<dyn Service>, done
     }
 }
 
-/// Accepts one stream with a service, and turns until it is done.
+/// Accepts one stream with a service, and runs the shard until `done`.
 fn run_far((mut shard, port): Side, service: Box<dyn Service>, done: &AtomicBool) {
     shard.port_mut(port).listen(PORT).expect("free");
     let mut service = Some(service);
     let mut ended = false;
     while !ended && !done.load(Ordering::Relaxed) {
-        shard.turn(Some(LOOK)).expect("a turn");
+        shard.turn(Some(TURN_MAX)).expect("a turn");
         while let Some(news) = shard.poll_news() {
             match news {
                 News::Notice(_, Notice::Incoming { stream, .. }) => {
@@ -96,7 +96,7 @@ fn run_far((mut shard, port): Side, service: Box<dyn Service>, done: &AtomicBool
     }
 }
 
-/// Writes a message whenever one can go straight into a packet.
+/// Writes a message whenever it fits directly into a packet.
 struct Source {
     message: Vec<u8>,
     sent: usize,
@@ -119,7 +119,7 @@ impl Service for Source {
     }
 }
 
-/// Takes messages as they come, a copy of its own in pieces, and holds both ends of each against its number.
+/// Reads messages piece by piece, copies them, and checks the number at both ends of each.
 struct Drain {
     ends: [u8; 16],
     filled: usize,
@@ -138,7 +138,7 @@ impl Service for Drain {
         io.take(bytes.len());
         while !bytes.is_empty() {
             let n = bytes.len().min(BULK - self.filled);
-            // The first eight bytes and the last.
+            // Looks for the message's first eight bytes and last eight bytes.
             for (at, end) in [(0, 0), (BULK - 8, 8)] {
                 let (from, to) = (at.max(self.filled), (at + 8).min(self.filled + n));
                 if from < to {
@@ -168,7 +168,7 @@ impl Service for Drain {
     }
 }
 
-/// Messages a second of one stream.
+/// Messages per second on one stream.
 pub fn bulk() -> Vec<f64> {
     let (near, far) = sides();
     let count = duel::count(BULK);
@@ -180,7 +180,7 @@ pub fn bulk() -> Vec<f64> {
                 sent: 0,
                 count,
             };
-            // Until the far side ends: it is this one's peer, and has the clock.
+            // The near side runs until its process ends: the far side has the clock.
             let over = Arc::new(AtomicBool::new(false));
             let service = Ends {
                 inner: source,
@@ -200,7 +200,7 @@ pub fn bulk() -> Vec<f64> {
                 rate: Arc::clone(&rate),
                 done,
             };
-            // It tells its end, and turns until the near side has heard it.
+            // The far side ends the stream, and runs until the near side has ended it too.
             run_far(far, Box::new(drain), &AtomicBool::new(false));
             let rate = *rate.lock().expect("one thread");
             vec![rate]
@@ -209,7 +209,7 @@ pub fn bulk() -> Vec<f64> {
     rate
 }
 
-/// Notes that the other side has ended, and ends too.
+/// Wraps a service: when the peer ends the stream, sets a flag and ends the stream too.
 struct Ends<S> {
     inner: S,
     over: Arc<AtomicBool>,
@@ -226,7 +226,7 @@ impl<S: Service> Service for Ends<S> {
     }
 }
 
-/// Asks, and asks again when it was answered.
+/// Sends one message, waits for its echo, and repeats.
 struct Asker {
     message: [u8; SMALL],
     asked: usize,
@@ -260,7 +260,7 @@ impl Service for Asker {
     }
 }
 
-/// Sends back what comes.
+/// Echoes.
 struct Echo;
 
 impl Service for Echo {

@@ -1,4 +1,4 @@
-//! Streams between tasks of tokio: the shard on a thread, the application asleep until it is woken, once a burst.
+//! Streams between tokio tasks: the shard runs on a thread, and the task sleeps until the shard wakes it, once a burst.
 
 use std::time::Duration;
 

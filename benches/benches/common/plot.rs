@@ -1,24 +1,24 @@
-//! The plot over message sizes, as SVG.
+//! Plots figures over message sizes, as SVG.
 
 use std::error::Error;
 use std::ops::Range;
 
 use plotters::prelude::*;
 
-/// What is drawn; both axes are logarithmic.
+/// A plot. Both axes are logarithmic.
 pub struct Plot<'a> {
-    /// Said above it.
+    /// The text above it.
     pub caption: &'a str,
-    /// What `y` counts, and from where to where it is shown.
+    /// The label of the y axis, and its range.
     pub y: (&'a str, Range<f64>),
     pub lines: Vec<Line<'a>>,
 }
 
-/// A line: its name, its points, and how many pixels it is wide.
+/// A line: its name, its points, and its width in pixels.
 pub type Line<'a> = (&'a str, Vec<(f64, f64)>, u32);
 
 impl Plot<'_> {
-    /// Draws it over `sizes`, bytes of a message.
+    /// Draws it over `sizes`, which are message lengths in bytes.
     pub fn draw(self, sizes: &[usize], path: &str) -> Result<(), Box<dyn Error>> {
         let root = SVGBackend::new(path, (900, 560)).into_drawing_area();
         root.fill(&WHITE)?;

@@ -5,11 +5,11 @@
 //! a boot:  backend ─ QEMU ─ guest: adit-testguest bench ─► CID 2 ─► backend ─► Unix socket ─► echo, sink (threads here)
 //!                                                       └► CID 1, vsock_loopback: the floor, no device at all
 //! ```
-//! - The guest measures by its own clock: 64 B there and back, and 64 KiB writes until the host has all of them.
-//! - The host's end is a Unix socket for both, as the peer has it. Ours is also measured as a VM with `busy_poll_us` has it.
-//! - With `--realtime` (root) QEMU, backend and host's program run as SCHED_FIFO: other work on the machine does not count.
-//! - Without KVM the guest's CPU is emulated, and its kernel is most of every figure: only what stands side by side counts.
-//! - The peer hangs for ever with a 6.12 guest that writes more than 32 KiB at a time: a failure after 10 s, printed as such.
+//! - The guest measures with its own clock: round trips of 64 B, and 64 KiB writes until the host has all of them.
+//! - The host's end is a Unix socket for both, as the peer requires. Ours is also measured as a VM with `busy_poll_us` set.
+//! - With `--realtime` (root) QEMU, backend and host program run as SCHED_FIFO, so other work on the machine does not disturb.
+//! - Without KVM the guest's CPU is emulated, and its kernel is most of every figure: only compare figures of one run.
+//! - The peer hangs with a 6.12 guest that writes more than 32 KiB at a time. That is printed as a failure after 10 s.
 
 #[path = "../backends/hybrid.rs"]
 mod hybrid;
@@ -30,10 +30,10 @@ use anyhow::Context;
 const PEER: &str = "vhost-device-vsock";
 const ECHO: u32 = hybrid::SOCKETS.start;
 const SINK: u32 = hybrid::SOCKETS.start + 1;
-/// What `busy_poll_us` is in the row that has it.
+/// `busy_poll_us` of the row that is measured with it.
 const BUSY_POLL_US: u32 = 50;
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
-/// For the measurements of one boot, hangs among them.
+/// Limit for all measurements of one boot, including those that hang.
 const MEASURE_LIMIT: Duration = Duration::from_secs(180);
 const MIB: f64 = 1024.0 * 1024.0;
 
@@ -49,12 +49,12 @@ struct Options {
     peer: Option<PathBuf>,
     rounds: usize,
     kernels: Vec<Kernel>,
-    /// Only the figures whose name has this in it.
+    /// Measure only figures whose name contains this.
     only: String,
     json: bool,
 }
 
-/// Values of each figure of each boot: `host rtt_ns`, `loopback bytes_per_s`…
+/// The values of each figure in each boot: `host rtt_ns`, `loopback bytes_per_s`…
 #[derive(Default)]
 struct Series {
     values: BTreeMap<(Who, String), Vec<f64>>,
@@ -86,7 +86,7 @@ fn main() -> anyhow::Result<()> {
             "--only" => options.only = value()?,
             "--realtime" => adit_benches::realtime::realtime(),
             "--json" => options.json = true,
-            // What `cargo bench` passes.
+            // Arguments that `cargo bench` adds.
             _ => {}
         }
     }
@@ -103,7 +103,7 @@ fn measure(options: &Options, kernel: Kernel) -> anyhow::Result<()> {
     everyone.extend(options.peer.is_some().then_some(Who::Peer));
     let (mut series, begin) = (Series::default(), Instant::now());
     for round in 0..options.rounds {
-        // Each goes first in turn.
+        // The order rotates, so that each backend is first in turn.
         let at = round % everyone.len();
         everyone.rotate_left(at);
         for &who in &everyone {
@@ -132,13 +132,13 @@ fn measure(options: &Options, kernel: Kernel) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Boots a guest, waits until it has measured, and returns what it said.
+/// Boots a guest, waits until it has measured, and returns its output.
 fn boot(who: Who, options: &Options, image: &Image) -> anyhow::Result<String> {
     let dir = tempfile::tempdir()?;
     serve(dir.path(), ECHO, echo)?;
     serve(dir.path(), SINK, sink)?;
     let socket = dir.path().join("vhost.sock");
-    // Ended after QEMU, which says so when its backend goes first.
+    // Dropped after QEMU, which would complain if its backend ended first.
     let _backend = backend(who, options.peer.as_deref(), dir.path())?;
     wait_for("the backend listens", BOOT_LIMIT, || {
         Ok(socket.exists().then_some(()))
@@ -159,7 +159,7 @@ fn boot(who: Who, options: &Options, image: &Image) -> anyhow::Result<String> {
     };
     let mut guest = Guest::boot(image, &identity, &dir.path().join("guest"))?;
     guest.wait_ready(BOOT_LIMIT)?;
-    guest.wait_serial("its figures", MEASURE_LIMIT, |log| {
+    guest.wait_serial("the guest's figures", MEASURE_LIMIT, |log| {
         log.contains("ADIT-MEASURED")
     })?;
     let said = guest.serial();
@@ -188,12 +188,12 @@ fn backend(who: Who, peer: Option<&Path>, dir: &Path) -> anyhow::Result<Reaped> 
         }
     };
     command.env("RUST_LOG", "off").stderr(Stdio::null());
-    // Ours ends with its standard input.
+    // Ours ends at the end of its standard input.
     command.stdin(Stdio::piped()).stdout(Stdio::null());
     Ok(Reaped(command.spawn().context("cannot start the backend")?))
 }
 
-/// The host's program on a port: a thread a connection.
+/// The host's program on a port, with a thread for each connection.
 fn serve(dir: &Path, port: u32, each: fn(UnixStream) -> io::Result<()>) -> anyhow::Result<()> {
     let listener = UnixListener::bind(dir.join(format!("uds_{port}")))?;
     std::thread::spawn(move || {
@@ -214,7 +214,7 @@ fn echo(mut stream: UnixStream) -> io::Result<()> {
     }
 }
 
-/// Takes as many bytes as the first eight say, and answers with one.
+/// Reads as many bytes as the first eight say, and answers with one byte.
 fn sink(mut stream: UnixStream) -> io::Result<()> {
     let (mut len, mut buf) = ([0; 8], vec![0; 256 << 10]);
     stream.read_exact(&mut len)?;
@@ -230,7 +230,7 @@ fn sink(mut stream: UnixStream) -> io::Result<()> {
 
 const LINE: &str = "ADIT-BENCH ";
 
-/// What a boot's guest said, in a line.
+/// The output of one boot's guest, in a line.
 fn shown(said: &str) -> String {
     let lines = said.lines().filter_map(|l| l.trim().strip_prefix(LINE));
     lines.collect::<Vec<_>>().join(", ")
@@ -295,7 +295,7 @@ impl Series {
                     false => figure.beside(PEER, &peer, must, aim),
                 });
             }
-            // Without a device: of all boots, whoever the backend was.
+            // Independent of the device, so the boots of all backends count.
             let floor = [Who::Ours, Who::OursPolling, Who::Peer].map(|who| scaled(who, "loopback"));
             let name = format!("{what}, {guest} guest to itself (vsock_loopback): the floor");
             let floor = floor.concat();

@@ -1,4 +1,4 @@
-//! What the cells add up to, beside its goals.
+//! Computes the figures from the cells, with their goals.
 
 use adit_benches::report::{Better, Figure, median};
 
@@ -88,7 +88,7 @@ fn small(all: &Rounds) -> Vec<Figure> {
     figures
 }
 
-/// Bytes a second, in GB.
+/// GB per second.
 fn rate(all: &Rounds, name: &str, size: usize) -> Vec<f64> {
     let scale = size as f64 / 1e9;
     all.of(name, size).iter().map(|n| n * scale).collect()
@@ -149,7 +149,7 @@ fn asleep(all: &Rounds) -> Vec<Figure> {
     let lower = |name: &str, unit, rounds| Figure::alone(name, unit, Better::Lower, rounds);
     vec![
         lower(
-            "RTT 64 B, looks on for 50 us, then sleeps",
+            "RTT 64 B, polls for 50 us, then sleeps",
             "ns",
             all.of("RTT ours, lines, sleeping", 64),
         )
@@ -167,7 +167,7 @@ fn asleep(all: &Rounds) -> Vec<Figure> {
         )
         .beside("raw eventfds", all.of("eventfds", 64), 1.08, 1.03),
         Figure::alone(
-            "64 KiB over 256 KiB, looks on, then sleeps",
+            "64 KiB over 256 KiB, polls, then sleeps",
             "GB/s",
             Better::Higher,
             &rate(all, "ours, small, sleeping", 65_536),

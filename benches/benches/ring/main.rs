@@ -1,10 +1,10 @@
-//! `cargo bench --bench ring [-- --rounds N] [--realtime] [--peers PROGRAM] [--plot FILE] [--json]`: the ring beside its
-//! peers and the limits of the machine, in the same run, round by round.
+//! `cargo bench --bench ring [-- --rounds N] [--realtime] [--peers PROGRAM] [--plot FILE] [--json]`: the ring compared with other
+//! ways to send messages and with the limits of the machine, in the same run, round by round.
 //!
-//! - A cell, one contender doing one thing, is a process of its own that forks: two processes pinned to two processors
-//!   ([`adit_benches::duel`]). `--cell KIND NAME SIZE` runs one and prints its numbers.
-//! - `--peers`: the program that runs the cells of rings which only build with more than Rust (`benches/peers`).
-//! - Ours polls as its peers do, but where it says that it sleeps.
+//! - A cell is one contender with one task. It is a process of its own that forks: two processes pinned to two processors
+//!   ([`adit_benches::duel`]). `--cell KIND NAME SIZE` runs one cell and prints its numbers.
+//! - `--peers`: the program with the contenders that need more than Rust to build (`benches/peers`).
+//! - Ours polls like its peers, except where its name says that it sleeps.
 
 mod figures;
 mod others;
@@ -23,12 +23,12 @@ use adit_ringbuf_io::Spin;
 use others::Flags;
 use plot::Plot;
 
-/// Sizes of the plot; the figures are of some of them.
+/// Message sizes of the plot. The figures use some of them.
 pub const SIZES: [usize; 6] = [64, 256, 1024, 4096, 16_384, 65_536];
-/// The smaller ring of one figure.
+/// Bytes of the smaller ring that one figure uses.
 const SMALL: usize = 256 << 10;
 
-/// Contenders of streams, and of round trips, that this program runs.
+/// Contenders that this program runs.
 const STREAMS: [&str; 7] = [
     "ours",
     "rtrb",
@@ -38,10 +38,10 @@ const STREAMS: [&str; 7] = [
     "cross-core stream",
     "published index",
 ];
-/// Those that the other program runs.
+/// Contenders that the other program runs.
 const PEERS: [&str; 3] = ["iceoryx2", "shmem-ipc", "ipmpsc"];
 
-/// Values of every cell, a round each.
+/// Values of every cell, one for each round.
 #[derive(Default)]
 pub struct Rounds(BTreeMap<(String, usize), Vec<f64>>);
 
@@ -86,7 +86,7 @@ fn contender(name: &str, size: usize) -> (Home, Ends) {
     }
 }
 
-/// Runs one cell here.
+/// Runs one cell in this process.
 fn cell(kind: &str, name: &str, size: usize) -> Vec<f64> {
     match kind {
         "stream" => {
@@ -110,14 +110,14 @@ fn cell(kind: &str, name: &str, size: usize) -> Vec<f64> {
     }
 }
 
-/// Cells in processes of their own.
+/// Runs cells in processes of their own.
 struct Cells {
     this: PathBuf,
     peers: Option<PathBuf>,
 }
 
 impl Cells {
-    /// A cell's numbers; an error says what it printed.
+    /// Returns a cell's numbers. An error has the cell's output.
     fn run(
         &self,
         program: &PathBuf,
@@ -137,7 +137,7 @@ impl Cells {
         Ok(said.split_whitespace().map(number).collect())
     }
 
-    /// The numbers of a cell of ours, which never fails.
+    /// The numbers of a cell of ours. It must not fail.
     fn ours(&self, kind: &str, name: &str, size: usize) -> Vec<f64> {
         self.run(&self.this, kind, name, size)
             .unwrap_or_else(|why| panic!("cell {why}"))
@@ -156,7 +156,7 @@ impl Cells {
             for (program, name) in self.peers.iter().flat_map(|p| PEERS.map(|n| (p, n))) {
                 match self.run(program, "stream", name, size) {
                     Ok(said) => all.add(name, size, said[0]),
-                    // A peer that loses a message, or hangs, is counted, and the round goes on.
+                    // A peer that loses a message or hangs is counted, and the round continues.
                     Err(why) => {
                         let why = why.lines().find(|l| l.contains("message")).unwrap_or(&why);
                         eprintln!("{name} failed at {size} bytes: {why}");

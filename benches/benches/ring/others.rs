@@ -1,4 +1,4 @@
-//! Contenders that need nothing but themselves, and the limits of the machine.
+//! The other contenders, except those of `benches/peers`; and the limits of the machine.
 
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::OwnedFd;
@@ -9,11 +9,11 @@ use adit_ringbuf::{Mapped, RingMem};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 
-/// rtrb with bytes as elements, whole messages at a time.
+/// rtrb with bytes as elements. It sends whole messages.
 struct Bytes<T> {
     end: T,
     batch: usize,
-    /// Messages of a batch, or what is left of one.
+    /// Messages of a batch that are not sent or not read yet.
     held: Vec<u8>,
     at: usize,
 }
@@ -65,7 +65,7 @@ impl Receive1 for Bytes<rtrb::Consumer<u8>> {
     }
 }
 
-/// rtrb as it is fastest for long messages: one call copies a message in, or out.
+/// rtrb in its fastest form for long messages: one call copies a message in or out.
 pub fn rtrb_bytes(batch: usize) -> Ends {
     let (producer, consumer) = rtrb::RingBuffer::new(RING);
     let sender = Bytes {
@@ -107,7 +107,7 @@ impl Receive1 for Elements<rtrb::Consumer<[u8; 64]>> {
     }
 }
 
-/// rtrb as it is fastest for messages of 64 bytes.
+/// rtrb in its fastest form for messages of 64 bytes.
 pub fn rtrb_elements() -> Ends {
     let (producer, consumer) = rtrb::RingBuffer::new(RING / 64);
     (Box::new(Elements(producer)), Box::new(Elements(consumer)))
@@ -171,8 +171,8 @@ pub fn seqpacket() -> Ends {
     (Box::new(File(a)), Box::new(File(b)))
 }
 
-/// The limit of what copies: slots of one size in memory that both map; copies in and out, and of everything else as little
-/// as can be: the writer tells every 16 KiB or slot, the reader every eighth of the ring.
+/// The limit for everything that copies: slots of one size in memory that both sides map. Copies in and out, and does as little
+/// else as possible: the writer publishes every 16 KiB or slot, the reader every eighth of the ring.
 struct Slots {
     mem: Mapped,
     slot: usize,
@@ -180,7 +180,7 @@ struct Slots {
     tell: u64,
     done: u64,
     told: u64,
-    /// The other side's count, as last seen.
+    /// The other side's counter when it was last read.
     seen: u64,
 }
 
@@ -250,8 +250,8 @@ impl Receive1 for Slots {
     }
 }
 
-/// The other layout that a ring of records could have: lengths in band, and the writer's position published in a line of
-/// its own. Nothing is checked in it, and nothing sleeps: it shows what the layout costs, at its best.
+/// The other possible layout of a ring of records: lengths in band, and the writer's position published in a cache line of its
+/// own. Checks nothing and never sleeps: it shows the best that this layout can do.
 struct Published {
     mem: Mapped,
     batch: u64,
@@ -278,7 +278,7 @@ pub fn published(batch: u64) -> Ends {
 impl Published {
     const SIZE: u64 = RING as u64;
 
-    /// Where a record of so many bytes goes: not over the end.
+    /// Where a record of so many bytes goes. A record never wraps.
     fn place(&self, total: u64) -> u64 {
         let left = Self::SIZE - self.own % Self::SIZE;
         if left < total {
@@ -340,14 +340,14 @@ impl Receive1 for Published {
     }
 }
 
-/// What flags alone cost there and back, ns, median and 99th percentile.
+/// What a round trip with flags alone takes, ns, median and 99th percentile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flags {
-    /// One line for both ways.
+    /// One cache line for both directions.
     OneLine,
-    /// A line each way.
+    /// One cache line for each direction.
     TwoLines,
-    /// A line each way, and a line of payload behind each.
+    /// One cache line for each direction, and a cache line of payload behind each.
     Payload,
 }
 
@@ -392,7 +392,7 @@ pub fn flags(kind: Flags) -> Vec<f64> {
     said
 }
 
-/// Two processes that wake each other by eventfds, and sleep in between.
+/// Two processes that wake each other with eventfds, and sleep in between.
 pub fn eventfds() -> Vec<f64> {
     let bell = || EventFd::from_value_and_flags(0, EfdFlags::empty()).expect("an eventfd");
     let (there, back) = (bell(), bell());

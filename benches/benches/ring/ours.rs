@@ -1,4 +1,4 @@
-//! Our ring as a contender: polling and event-driven; alone, in batches, with several lanes.
+//! Our ring as a contender: polling and sleeping; alone, in batches, with several lanes.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use adit_ringbuf_io::Spin;
 use adit_ringbuf_io::attach::Bells;
 use adit_ringbuf_io::blocking::{Receiver, Sender};
 
-/// Two mappings of the same memory, as two partitions have it.
+/// Two mappings of the same memory, one for each side.
 fn mappings(bytes: usize) -> [Mapped; 2] {
     let (near, fd) = Mapped::memfd(bytes).expect("memory");
     [near, Mapped::from_memfd(fd, bytes).expect("memory")]
@@ -82,12 +82,12 @@ fn polling_with<P: Policy>(size: usize, batch: usize, align: usize) -> Ends {
     (Box::new(sender), Box::new(receiver))
 }
 
-/// Ends that look on all the time.
+/// Ends that poll all the time.
 pub fn polling(size: usize, batch: usize, align: usize) -> Ends {
     polling_with::<Validated>(size, batch, align)
 }
 
-/// The same, and the peer is believed.
+/// The same, without the checks of what the peer wrote.
 pub fn unchecked() -> Ends {
     polling_with::<Unchecked>(RING, 1, 8)
 }
@@ -110,7 +110,7 @@ impl Receive1 for Waiting<Receiver<Mapped>> {
     }
 }
 
-/// Ends that look on for so long, and then sleep.
+/// Ends that poll for a while, and then sleep.
 pub fn waiting(size: usize, align: usize, spin: Spin) -> Ends {
     let geometry = Geometry::alone(size, align);
     let [near, far] = mappings(geometry.bytes());
@@ -130,7 +130,7 @@ fn processor_time() -> Duration {
     spent.expect("a clock").into()
 }
 
-/// A message a millisecond, answered at once: the part of a processor that the dearer side spends, in percent.
+/// A message each millisecond, answered at once. Returns the share of a processor that the more expensive side uses, percent.
 pub fn rate() -> Vec<f64> {
     const MESSAGES: u32 = 300;
     let spin = Spin::default();
@@ -165,7 +165,7 @@ pub fn rate() -> Vec<f64> {
     vec![near[0].max(far[0])]
 }
 
-/// A region with two lanes, attached, each side's ends of every lane.
+/// A region with two lanes and a session. Returns each side's ends of every lane.
 fn attached(size: usize) -> [[session::Ends<Mapped>; 2]; 2] {
     let spec = Spec::uniform(2, size);
     let [near, far] = mappings(spec.bytes());
@@ -183,7 +183,8 @@ fn attached(size: usize) -> [[session::Ends<Mapped>; 2]; 2] {
     ]
 }
 
-/// An echo of 64 bytes over lane 0, while lane 1 is full both ways and is pushed at, or empty: median ns.
+/// Round trips of 64 bytes on lane 0, while lane 1 is full in both directions and both sides try to send on it, or while lane 1
+/// is empty. Median, ns.
 pub fn lanes(full: bool) -> Vec<f64> {
     let [[mut to, mut bulk], [mut there, mut stuck]] = attached(RING);
     if full {
@@ -230,7 +231,7 @@ pub fn lanes(full: bool) -> Vec<f64> {
     near
 }
 
-/// Both directions at once, each side sending and receiving in turn: messages a second, of both.
+/// Both directions at once; each side sends and receives in turn. Messages per second, of both directions.
 pub fn duplex(size: usize) -> Vec<f64> {
     let [[a, _], [b, _]] = attached(RING);
     let side = |mut ends: session::Ends<Mapped>| {

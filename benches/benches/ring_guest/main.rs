@@ -1,9 +1,9 @@
-//! `cargo bench --bench ring_guest -- --binaries DIR [--plot FILE] [--json]`: a real guest's ring beside the vsock of the same
-//! guest, in one run. `cargo xtask bench ring-guest` builds what it needs.
+//! `cargo bench --bench ring_guest -- --binaries DIR [--plot FILE] [--json]`: a real guest's ring compared with the vsock of the
+//! same guest, in one run. `cargo xtask bench ring-guest` builds what it needs.
 //!
 //! | row | host's end | guest's end |
 //! |---|---|---|
-//! | records | the bare ring | `ring-echo`, which never sleeps, or is rung by an interrupt or by a byte over vsock |
+//! | records | the bare ring | `ring-echo`: polls, or gets its doorbell by an interrupt or by a byte over vsock |
 //! | vsock port | a tunnel to a plain vsock port | an echo on AF_VSOCK |
 //! | tunnel | CONNECT through aditd | the agent, and a TCP echo behind it |
 
@@ -33,29 +33,29 @@ use plot::Plot;
 use vmm_sys_util::eventfd::EventFd;
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// Round trips of 64 bytes one after the other; and with a pause between them, so that whoever waits has gone to sleep.
+/// Round trips of 64 bytes: without a pause, and with one, so that whoever waits has gone to sleep.
 const ROUNDS: usize = 1000;
 const IDLE_ROUNDS: usize = 300;
 const PAUSE: Duration = Duration::from_millis(1);
 const BULK: usize = 64 << 10;
 const BULK_ROUNDS: usize = 256;
 const BYTES: usize = 8 << 20;
-/// The lane that `ring-echo` sends back.
+/// The lane that `ring-echo` echoes.
 const LANE: usize = 1;
-/// Bytes of a message of the plot, and round trips of each.
+/// Message sizes of the plot, and round trips of each.
 const SIZES: [usize; 6] = [64, 256, 1 << 10, 4 << 10, 16 << 10, 64 << 10];
 const SIZE_ROUNDS: usize = 100;
 
-/// What one way there and back was measured to do.
+/// The figures of one way to the guest.
 struct Row {
-    /// How it goes, for people.
+    /// The name of the way, for people.
     name: &'static str,
-    /// Round trips of 64 bytes, us: one after the other, and with a pause.
+    /// Round trips of 64 bytes, us: without a pause, and with one.
     rtt_us: Vec<f64>,
     idle_us: Vec<f64>,
-    /// 64 KiB pieces there and back, MiB/s.
+    /// Echo of 64 KiB pieces, MiB/s.
     bulk_mib_s: f64,
-    /// Middle round trip of a message of each of [`SIZES`], us.
+    /// Median round trip of a message of each of [`SIZES`], us.
     sizes_us: Vec<f64>,
 }
 
@@ -66,11 +66,11 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     };
     let image = Image::build(Kernel::V6_1, &|what| eprintln!("{what}"))?;
-    // A guest that polls has no processor left for its vsock: that of one that sleeps is what it is held against.
-    let [polling, _] = bare(&image, &bins, Rung::Polls)?;
-    let [byte, port] = bare(&image, &bins, Rung::Byte)?;
-    // A machine with an IOMMU, emulated, is a slower one: it has its own vsock beside it.
-    let [msix, msix_port] = bare(&image, &bins, Rung::Interrupt)?;
+    // A guest that polls leaves no processor to its vsock, so it is compared with the vsock of a guest that sleeps.
+    let [polling, _] = bare(&image, &bins, Signal::Polls)?;
+    let [byte, port] = bare(&image, &bins, Signal::Byte)?;
+    // The emulated machine with an IOMMU is slower, so it is compared with its own vsock.
+    let [msix, msix_port] = bare(&image, &bins, Signal::Interrupt)?;
     let tunnels = [Over::Vsock, Over::RingByte, Over::VsockQ35, Over::RingQ35];
     let tunnels = tunnels.map(|by| tunnel(&image, &bins, by));
     let [tunnel, tunnel_byte, tunnel_q35, tunnel_msix] = tunnels;
@@ -145,7 +145,7 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How long a message takes there and back, by carrier, over its size.
+/// The round trip time over the size of a message, for each carrier.
 fn plot(rows: &[Row]) -> Plot<'_> {
     let all = || rows.iter().flat_map(|row| row.sizes_us.iter().copied());
     let (least, most) = (all().fold(f64::MAX, f64::min), all().fold(0.0, f64::max));
@@ -161,12 +161,12 @@ fn plot(rows: &[Row]) -> Plot<'_> {
     };
     Plot {
         caption: "A message there and back: a real guest in QEMU",
-        y: ("us, the middle one", least * 0.7..most * 1.5),
+        y: ("us, median", least * 0.7..most * 1.5),
         lines: rows.iter().map(line).collect(),
     }
 }
 
-/// The word behind another one on the command line.
+/// The argument after `name` on the command line.
 fn after(name: &str) -> Option<String> {
     std::env::args().skip_while(|arg| arg != name).nth(1)
 }
@@ -182,24 +182,24 @@ fn identity<'a>(socket: &'a Path, agent: Option<&'a Path>, script: &'a str) -> I
     }
 }
 
-/// How the guest hears the host.
+/// How the host signals the guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Rung {
-    /// It never sleeps.
+enum Signal {
+    /// Not at all: the guest polls.
     Polls,
-    /// A byte on a stream over vsock.
+    /// By a byte on a stream over vsock.
     Byte,
-    /// MSI-X.
+    /// By MSI-X.
     Interrupt,
 }
 
-/// Rings it.
-enum Bell {
+/// The guest's doorbell.
+enum GuestDoorbell {
     Event(EventFd),
     Stream(TcpStream),
 }
 
-impl Doorbell for Bell {
+impl Doorbell for GuestDoorbell {
     fn ring(&self) -> std::io::Result<()> {
         match self {
             Self::Event(event) => event.ring(),
@@ -208,18 +208,18 @@ impl Doorbell for Bell {
     }
 }
 
-/// A guest whose ring is echoed by a program, and its vsock.
-fn bare(image: &Image, bins: &Path, rung: Rung) -> anyhow::Result<[Row; 2]> {
+/// Measures a guest with a program that echoes its ring, and the guest's vsock.
+fn bare(image: &Image, bins: &Path, signal: Signal) -> anyhow::Result<[Row; 2]> {
     let host = Host::start(bins, &["web-1"])?;
     host.wait_port("web-1")?;
     let socket = host.dir().join("bench.sock");
     let mut server = Server::new(UnixListener::bind(&socket)?, BYTES)?;
     let vhost = host.vhost_socket("web-1");
-    let port = if rung == Rung::Byte { "5001" } else { "" };
+    let port = if signal == Signal::Byte { "5001" } else { "" };
     let script = format!("adit-testguest ring-echo {port} > /dev/console 2>&1 &\n");
     let ring = Ring {
         socket: &socket,
-        iommu: rung == Rung::Interrupt,
+        iommu: signal == Signal::Interrupt,
         parameters: "",
     };
     let who = identity(&vhost, None, &script);
@@ -230,14 +230,17 @@ fn bare(image: &Image, bins: &Path, rung: Rung) -> anyhow::Result<[Row; 2]> {
     let mut session = session::Host::offer(given.memory.clone(), spec, epoch)?;
     guest.wait_ready(LIMIT)?;
     let bells = given.bells.try_clone()?;
-    let [data, space] = match rung {
-        Rung::Byte => {
+    let [data, space] = match signal {
+        Signal::Byte => {
             guest.wait_serial("listens", LIMIT, |log| log.contains("RING-LISTENS"))?;
             let stream = connect(host.proxy(), "vsock-5001.web-1:5001")?;
             stream.set_nodelay(true)?;
-            [Bell::Stream(stream.try_clone()?), Bell::Stream(stream)]
+            [
+                GuestDoorbell::Stream(stream.try_clone()?),
+                GuestDoorbell::Stream(stream),
+            ]
         }
-        _ => [bells.guest_data, bells.guest_space].map(Bell::Event),
+        _ => [bells.guest_data, bells.guest_space].map(GuestDoorbell::Event),
     };
     wait_for("the guest attaches", LIMIT, || {
         let turn = session.poll();
@@ -252,13 +255,13 @@ fn bare(image: &Image, bins: &Path, rung: Rung) -> anyhow::Result<[Row; 2]> {
     let mut to = Sender::new(ends.producer, data, bells.host_space, spin);
     let mut from = Receiver::new(ends.consumer, space, bells.host_data, spin);
     let (piece, mut back) = (vec![0x5a; BULK], vec![0; BULK]);
-    let (name, port) = match rung {
-        Rung::Polls => ("ring, guest polls", "vsock, guest polls"),
-        Rung::Byte => ("ring, a byte over vsock", "vsock"),
-        Rung::Interrupt => ("ring, MSI-X (q35)", "vsock (q35)"),
+    let (name, port) = match signal {
+        Signal::Polls => ("ring, guest polls", "vsock, guest polls"),
+        Signal::Byte => ("ring, a byte over vsock", "vsock"),
+        Signal::Interrupt => ("ring, MSI-X (q35)", "vsock (q35)"),
     };
     let records = measure(name, |len, count| {
-        // As many on the way as the ring has room for, without ever waiting for a reader that waits for us.
+        // Send as much as the ring has room for. Never block on a full ring: the guest would then wait for us to read.
         let (mut sent, mut got) = (0, 0);
         while got < count {
             while sent < count && sent - got < 8 {
@@ -275,17 +278,17 @@ fn bare(image: &Image, bins: &Path, rung: Rung) -> anyhow::Result<[Row; 2]> {
     Ok([records, port])
 }
 
-/// What a tunnel to the agent takes.
+/// The carrier of a tunnel to the agent.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Over {
     Vsock,
-    /// On a machine that has the function, and nobody who makes its memory a region.
+    /// The machine has the ring's function, but nobody made its memory a region.
     VsockQ35,
     RingByte,
     RingQ35,
 }
 
-/// A tunnel to the agent's TCP echo.
+/// Measures a tunnel to the agent's TCP echo.
 fn tunnel(image: &Image, bins: &Path, by: Over) -> anyhow::Result<Row> {
     let host = Host::start_with(bins, &["web-1"], "ivshmem_mib = 8")?;
     host.wait_port("web-1")?;
@@ -330,7 +333,7 @@ fn over(name: &'static str, stream: &TcpStream) -> anyhow::Result<Row> {
             { stream }.read_exact(&mut back[..len])?;
             return Ok(());
         }
-        // Both ways at once, as an echo needs it.
+        // Write and read at once: the echo needs it.
         std::thread::scope(|scope| {
             let sending =
                 scope.spawn(|| (0..count).try_for_each(|_| { stream }.write_all(&piece[..len])));
@@ -341,7 +344,7 @@ fn over(name: &'static str, stream: &TcpStream) -> anyhow::Result<Row> {
     })
 }
 
-/// `go(len, count)`: so many pieces of that length there and back.
+/// Runs all measurements. `go(len, count)` makes `count` round trips of `len` bytes.
 fn measure(
     name: &'static str,
     mut go: impl FnMut(usize, usize) -> anyhow::Result<()>,

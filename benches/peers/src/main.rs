@@ -1,5 +1,5 @@
-//! Cells of the ring bench that need more than Rust to build: `ring-peers --cell stream NAME SIZE` prints messages a second.
-//! Two processes, pinned, each message copied in and out and checked, as [`adit_benches::duel`] does with every contender.
+//! Contenders of the ring bench that need more than Rust to build: `ring-peers --cell stream NAME SIZE` prints messages per
+//! second. Two pinned processes; each message is copied in and out and checked, as in [`adit_benches::duel`].
 
 use std::fs::File;
 use std::sync::OnceLock;
@@ -27,7 +27,7 @@ fn main() {
     println!("{}", duel::stream(Home::Processes, ends, size)[0]);
 }
 
-/// An end that is made in the process that uses it: the library would not survive a fork.
+/// An end that is made in the process that uses it, because the library does not survive a fork.
 struct Late<T>(OnceLock<T>, Box<dyn Fn() -> T + Send>);
 
 impl<T> Late<T> {
@@ -62,7 +62,7 @@ struct Subscribed {
 
 struct Iceoryx<T>(Late<T>);
 
-// SAFETY: each end is made, used and dropped by one process that has one thread.
+// SAFETY: each end is made, used and dropped by one process, which has one thread.
 #[allow(unsafe_code)]
 unsafe impl<T> Send for Iceoryx<T> {}
 
@@ -92,7 +92,7 @@ fn iceoryx2(size: usize) -> Ends {
             .backpressure_strategy(BackpressureStrategy::RetryUntilDelivered)
             .create()
             .expect("a publisher");
-        // What is published before anybody listens is for nobody.
+        // A message published before the subscriber exists would be lost.
         while service.dynamic_config().number_of_subscribers() == 0 {
             std::thread::yield_now();
         }
@@ -141,7 +141,7 @@ impl Receive1 for Iceoryx<Subscribed> {
 
 struct Shared<T>(T);
 
-/// Bytes as elements; it never sleeps, so nobody is woken.
+/// Bytes as elements. It never sleeps, so nothing must be woken.
 fn shmem_ipc() -> Ends {
     let sender = sharedring::Sender::<u8>::new(RING).expect("a ring");
     let copy = |file: &File| file.try_clone().expect("a descriptor");
@@ -162,7 +162,7 @@ impl Send1 for Shared<sharedring::Sender<u8>> {
             let mut sent = 0;
             let status = self.0.sender_mut().send(|to, room| {
                 sent = room.min(rest.len());
-                // SAFETY: the ring has `room` bytes there, which are the sender's until this returns.
+                // SAFETY: the ring has `room` bytes there, which belong to the sender until this returns.
                 #[allow(unsafe_code)]
                 unsafe {
                     std::ptr::copy_nonoverlapping(rest.as_ptr(), to, sent);
@@ -185,7 +185,7 @@ impl Receive1 for Shared<sharedring::Receiver<u8>> {
             let mut taken = 0;
             let status = self.0.receiver_mut().recv(|from, there| {
                 taken = there.min(message.len() - at);
-                // SAFETY: the ring has `there` bytes there, which are the receiver's until this returns.
+                // SAFETY: the ring has `there` bytes there, which belong to the receiver until this returns.
                 #[allow(unsafe_code)]
                 unsafe {
                     std::ptr::copy_nonoverlapping(from, message[at..].as_mut_ptr(), taken);
@@ -208,7 +208,7 @@ fn ipmpsc(size: usize) -> Ends {
     let path = std::env::temp_dir().join(unique("ipmpsc"));
     let path = path.display().to_string();
     let ring = SharedRingBuffer::create(&path, RING.max(8 * size) as u32).expect("a ring");
-    // It stays open on both sides of the fork; its name is not needed any more afterwards.
+    // It stays open on both sides of the fork; its name is not needed any more.
     let (to, from) = (ring.clone(), ring);
     let sender = Late::new(move || Sender::new(to.clone()));
     let receiver = Late::new(move || Receiver::new(from.clone()));

@@ -1,4 +1,4 @@
-//! What is left in memory when a burst is over: used elements, writes and their marks.
+//! Checks memory after a burst: used elements, writes, and their marks in the dirty bitmap.
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, bitmap::Bitmap};
 
@@ -21,7 +21,7 @@ impl Case<'_> {
         }
     }
 
-    /// Nothing changed that was not to, what was to did, and all of it is marked.
+    /// Checks that exactly the expected bytes changed, and that all of them are marked.
     pub(super) fn check_writes(&self, before: &Image, after: &Image, touched: &[Touched]) {
         let mut expected = before.clone();
         for t in touched {
@@ -37,7 +37,7 @@ impl Case<'_> {
                 .iter()
                 .any(|&&(start, len)| at >= start && at - start < len)
         };
-        // By the line, since most lines did not change.
+        // Compare whole lines first, since most did not change.
         for line in (0..0x9000usize).step_by(256) {
             let range = line..line + 256;
             if before.0[range.clone()] == after.0[range.clone()] {
@@ -48,7 +48,7 @@ impl Case<'_> {
                 assert!(self.dirty(at as u64), "{at:#x} is not marked dirty");
             }
         }
-        // What two buffers share is whichever came last, and rings are the device's.
+        // Skip bytes that two buffers share (the later write wins), and rings (the device writes them).
         let mut buffers: Vec<_> = touched.iter().flat_map(|t| &t.buffers).copied().collect();
         buffers.sort_unstable();
         let shared = buffers.windows(2).any(|w| w[0].0 + w[0].1 > w[1].0);
@@ -74,7 +74,7 @@ impl Case<'_> {
     }
 }
 
-/// What the host wrote into a chain.
+/// The host's writes to a chain.
 pub(super) struct Touched {
     pub(super) buffers: Vec<(u64, u64)>,
     pub(super) bytes: Vec<u8>,
@@ -93,9 +93,9 @@ impl Touched {
     }
 }
 
-/// Tells whether a range of one list has a byte in common with one of the other.
+/// Tells whether a range in one list overlaps a range in the other.
 pub(super) fn overlap(a: &[(u64, u64)], b: &[(u64, u64)]) -> bool {
-    // An end may lie behind the last address only where nothing is.
+    // Only a range in a hole can end behind the last address, so saturating is correct.
     let apart = |x: &(u64, u64), y: &(u64, u64)| x.0.saturating_add(x.1) <= y.0;
     a.iter()
         .any(|x| b.iter().any(|y| !apart(x, y) && !apart(y, x)))

@@ -1,4 +1,4 @@
-//! What the specification says of a chain: the walk that the device's is compared with, over a copy of memory.
+//! A walk of a chain by the specification, over a copy of memory. The device's walk is compared with it.
 
 use adit_channel::device::PAYLOAD_MAX;
 use vm_memory::{Bytes, GuestAddress};
@@ -46,7 +46,7 @@ impl Desc {
             _ => input.edge32(),
         };
         let bits = input.u8();
-        // Mostly one of the flags that exist; all sixteen bits at times.
+        // Mostly one of the flags that exist; sometimes all sixteen bits.
         let flags = if bits & 0xc0 == 0xc0 {
             input.u16()
         } else {
@@ -90,7 +90,7 @@ impl Image {
         Self(bytes)
     }
 
-    /// The bytes at an address, if they are all memory.
+    /// The bytes at an address. `None` if some are not memory.
     pub(super) fn get(&self, addr: u64, len: u64) -> Option<&[u8]> {
         let end = addr.checked_add(len)?;
         let inside = (0x1000..=0x6000).contains(&addr) && end <= 0x6000
@@ -116,7 +116,7 @@ pub(super) struct Model<'a> {
     pub(super) size: u16,
     pub(super) indirect: bool,
     pub(super) writable: bool,
-    /// Indirect tables that were looked at.
+    /// Indirect tables that the walk read.
     pub(super) tables: Vec<(u64, u64)>,
 }
 

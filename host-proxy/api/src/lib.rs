@@ -11,17 +11,21 @@
 //! | `PATCH /v1/vms/{name}` | `VmChange` → `Vm`; 409 for a VM of `aditd.toml`, 422 for what cannot change |
 //! | `DELETE /v1/vms/{name}?force=true` | ends its port process; 409 for a VM that its VMM holds, without `force` |
 //! | `POST /v1/vms/{name}/reload` | a new port process goes on with the VMM → `Vm` once it serves; streams end |
-//! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 |
-//! | `POST /v1/goals` | `NewGoal` → `Goal` (on disk when answered) |
+//! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 says what is known; 404 if it is removed meanwhile |
+//! | `POST /v1/goals` | `NewGoal` → `Goal` (on disk when answered); 422 for one whose `not_after` has passed |
+//! | `GET /v1/goals?newest=N&before=CURSOR&id=` | → `Vec<GoalSummary>`: the newest N (at most 500) before the cursor, in the order in which they were accepted; `id`: the last digits; the field `adit-earlier` has the cursor of those before, and is not there with the first page |
 //! | `GET /v1/goals/{goal_id}` | → `Goal` |
 //! | `GET /v1/tasks?vm=&goal=&state=&id=` | → `Vec<Task>`, in the order in which they were queued; `id`: the first digits |
 //! | `GET /v1/tasks?…&limit=N&after=CURSOR` | → at most N (and at most 500) of them; the field `adit-next` has the next page's cursor, and is not there with the last page |
+//! | `GET /v1/tasks?…&newest=N&before=CURSOR` | → the newest N (at most 500) of them before the cursor, still in that order; `adit-earlier` as above |
 //! | `GET /v1/tasks/{task_id}` | → `Task` |
-//! | `GET /v1/tasks/{task_id}/output?stream=stdout` | raw bytes (head, a line that says what is missing, tail) |
-//! | `GET /v1/events?goal=` | `application/x-ndjson` of `TaskEvent`: first the present state, then changes; ends when every task of `goal` is terminal |
+//! | `GET /v1/tasks/{task_id}/output?stream=stdout` | raw bytes (head, a line that says what is missing, tail); the field `adit-left-out` has the head's length and the number of missing bytes |
+//! | `GET /v1/events?goal=` | `application/x-ndjson` of `TaskEvent`: first the present state, then changes; ends when every task of `goal` is terminal. A body that is cut off (no last chunk) ended for another reason: ask again |
 //! | `GET /v1/config` | → `ConfigStatus`: what became of the configuration file |
 //! | `POST /v1/shutdown?ports=true` | stops aditd, with `ports=true` the port processes too; not VMMs that are their VMs' own |
 //! | `GET /metrics`, `/healthz`, `/readyz` | |
+//!
+//! A filter that names an unknown VM or goal is 404, and one that names an unknown state is 400: no empty list.
 //!
 //! Errors: status and `ErrorBody`.
 #![forbid(unsafe_code)]
@@ -36,6 +40,17 @@ pub const SCHEMA_VERSION: u32 = 1;
 
 /// Header field with the cursor of a list's next page.
 pub const NEXT: &str = "adit-next";
+
+/// Header field with the cursor of a list's earlier elements, where the newest were asked for.
+pub const EARLIER: &str = "adit-earlier";
+
+/// Header field of a task's output of which something is missing: where, and how many bytes.
+pub const LEFT_OUT: &str = "adit-left-out";
+
+/// What a task's output has in place of bytes that are missing.
+pub fn left_out(bytes: u64) -> String {
+    format!("\n[adit: {bytes} bytes left out]\n")
+}
 
 /// State of a VM's channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -231,6 +246,35 @@ pub struct Goal {
     pub tasks: Vec<Task>,
 }
 
+/// A goal in a list: how far it is. Each step on each VM counts once, by its last attempt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GoalSummary {
+    /// From its payload.
+    pub goal_id: String,
+    /// sha256 of the payload, hex.
+    pub digest: String,
+    /// Id of the key that signed it, as the goal itself says: 32 hex digits, or empty where that is not known.
+    pub signer: String,
+    /// Counts the goals of its key.
+    pub key_seq: u64,
+    /// RFC 3339; when this host accepted it.
+    pub accepted_at: String,
+    /// RFC 3339; from when it is valid.
+    pub not_before: String,
+    /// RFC 3339; until when it is valid.
+    pub not_after: String,
+    /// VMs for which this host has tasks of it.
+    pub vms: u32,
+    /// Steps of which this host has tasks.
+    pub steps: u32,
+    /// Steps on VMs that have not ended.
+    pub open: u32,
+    /// Steps on VMs that succeeded.
+    pub done: u32,
+    /// Steps on VMs that ended otherwise.
+    pub failed: u32,
+}
+
 /// State of a task on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -260,6 +304,43 @@ pub enum TaskState {
 }
 
 impl TaskState {
+    /// All of them, in the order in which a task may take them.
+    pub const ALL: [Self; 11] = [
+        Self::Queued,
+        Self::Leased,
+        Self::Started,
+        Self::Done,
+        Self::Failed,
+        Self::TimedOut,
+        Self::Interrupted,
+        Self::Refused,
+        Self::Skipped,
+        Self::Expired,
+        Self::LostContact,
+    ];
+
+    /// Its name in JSON, in lists and in aditd's database.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Leased => "leased",
+            Self::Started => "started",
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::TimedOut => "timed_out",
+            Self::Interrupted => "interrupted",
+            Self::Refused => "refused",
+            Self::Skipped => "skipped",
+            Self::Expired => "expired",
+            Self::LostContact => "lost_contact",
+        }
+    }
+
+    /// The state of a name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.name() == name)
+    }
+
     /// True for a state that never changes again.
     pub fn is_terminal(self) -> bool {
         !matches!(self, Self::Queued | Self::Leased | Self::Started)
@@ -312,7 +393,7 @@ pub struct Task {
 /// A change of a task.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskEvent {
-    /// Counts changes on this host.
+    /// Counts changes on this host; 0 where `adit task watch -o json` has asked for the task after a stream ended.
     pub seq: u64,
     /// The task as it is now.
     pub task: Task,

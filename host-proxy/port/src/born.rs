@@ -1,7 +1,8 @@
-//! Which process it is: a number that may go to another one, and when it began, which cannot.
+//! Identifies a process: by its pid, which the kernel may give to another process later, and by its start time, which differs
+//! then.
 //!
-//! Whoever takes a VM's directory notes itself there, ahead of its first listener and of giving up the rights to write there.
-//! So the note is the word of a process that no guest has had in its hands yet.
+//! A process that locks a VM's directory writes a note with both there. It does so before its first listener exists and before
+//! it gives up the right to write there. So no guest could have had control of the process when it wrote the note.
 
 use std::fs;
 use std::io;
@@ -12,20 +13,20 @@ pub const NOTE: &str = "port.pid";
 /// Name of a note that is not whole yet.
 pub const NEW_NOTE: &str = "port.pid.new";
 
-/// One process of this machine, since it was booted.
+/// One process of this machine since the last boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Born {
-    /// Its number.
+    /// Its pid.
     pub pid: i32,
-    /// When it began, in the kernel's ticks since boot.
+    /// Its start time, in the kernel's ticks since boot.
     pub ticks: u64,
 }
 
 impl Born {
-    /// Returns which process has this number now. `None`: there is none, or /proc does not say.
+    /// Returns the process that has this pid now. `None`: there is none, or /proc does not say.
     pub fn of(pid: i32) -> Option<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // Field 22, counted from behind the name, which may hold anything.
+        // Field 22. Count from behind the process's name, which may contain anything.
         let ticks = stat.rsplit_once(") ")?.1.split(' ').nth(19)?;
         Some(Self {
             pid,
@@ -33,12 +34,12 @@ impl Born {
         })
     }
 
-    /// Notes that the calling process has taken this directory.
+    /// Notes that the calling process has locked this directory.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn note(dir: &Path) -> io::Result<()> {
-        // Its own number always fits; where /proc is missing, nobody can compare either.
+        // A pid always fits. Without /proc the start time is 0, but then nobody can compare it either.
         let pid = std::process::id().cast_signed();
         let ticks = Self::of(pid).map_or(0, |born| born.ticks);
         let (path, new) = (dir.join(NOTE), dir.join(NEW_NOTE));
@@ -46,7 +47,7 @@ impl Born {
         fs::rename(&new, &path)
     }
 
-    /// Returns which process took this directory last. `None`: nobody noted it.
+    /// Returns the process that locked this directory last. `None`: there is no note.
     pub fn noted(dir: &Path) -> Option<Self> {
         let text = fs::read_to_string(dir.join(NOTE)).ok()?;
         let (pid, ticks) = text.trim_end().split_once(' ')?;

@@ -1,45 +1,45 @@
-//! How `aditd` and a VM's port process speak: frames over a `SOCK_SEQPACKET` Unix socket, descriptors by SCM_RIGHTS.
+//! The protocol between `aditd` and a VM's port process: frames over a `SOCK_SEQPACKET` Unix socket, descriptors by SCM_RIGHTS.
 //!
 //! ```text
 //! RUN/vm/NAME/            0700, one directory a VM
 //!   vhost.sock            the VMM connects here (vhost-user)
 //!   ctl.sock              aditd connects here; a newer connection replaces the older one
-//!   ring.sock             a VMM hands a ring over here (adit_ringbuf_io::attach)
-//!   ivshmem.sock          QEMU's ivshmem-doorbell connects here, and is given a ring
+//!   ring.sock             a VMM offers a ring here (adit_ringbuf_io::attach)
+//!   ivshmem.sock          QEMU's ivshmem-doorbell connects here, and gets a ring
 //!
 //! aditd                                    port process
 //!   connect ───────────────────────────────▶
-//!   ◀─────────────────────────── Status (at once, and whenever it changes)
+//!   ◀─────────────────────────── Status (after connecting, and on every change)
 //!   Dial{id, to} ──────────────────────────▶  request, hello
 //!   ◀────────────────── Dialed{id} or DialFailed{id, ..}
 //!   Attach{id, prefix} + 1 fd ─────────────▶  the fd is the tunnel from now on, and outlives aditd
-//!   ◀──────────────────────── Incoming{port} + 1 fd     (guest dialled a port that aditd serves)
-//!   ◀─────────────────────────── Ring (at once, and whenever it changes)
+//!   ◀──────────────────────── Incoming{port} + 1 fd     (the guest dialled a port that aditd serves)
+//!   ◀─────────────────────────── Ring (after connecting, and on every change)
 //!
-//!   ◀──────────────── Handover{seq, record} + all its descriptors   (at once, and whenever the frontend changed them)
+//!   ◀──────────────── Handover{seq, record} + all its descriptors   (after connecting, and whenever the frontend changed them)
 //!   Kept{seq} ─────────────────────────────▶  the frontend gets its answer
-//!   Release ───────────────────────────────▶  it ends, and leaves the frontend to the next one
-//!   ◀──────────────────────────────── Stuck (no successor can go on with the VMM)
-//!   ◀───────────────────────────────── Held (behind the first Status: this end is the VM's VMM itself)
+//!   Release ───────────────────────────────▶  it ends, and leaves the frontend to its successor
+//!   ◀──────────────────────────────── Stuck (no successor can serve the VMM that is connected)
+//!   ◀───────────────────────────────── Held (after the first Status: this end is the VM's VMM itself)
 //!
-//! aditd ── Handover, as it was, on the standard input ──▶ the next port process
+//! aditd ── Handover, unchanged, on the standard input ──▶ the next port process
 //! ```
-//! One packet holds one frame: `adit_channel::frame` header (kind, version 1), then postcard. Both sides are ours and
-//! of one build or the next: unknown kinds are errors except with the frame's `IGNORABLE` flag.
+//! One packet holds one frame: `adit_channel::frame` header (kind, version 1), then postcard. Both sides are adit's, and of the
+//! same build or of neighbouring ones: an unknown kind is an error unless the frame has the `IGNORABLE` flag.
 
 use adit_channel::name::ServiceName;
 use serde::{Deserialize, Serialize};
 
-/// Most bytes of one control packet.
+/// Longest control packet, bytes.
 pub const PACKET_MAX: usize = 64 << 10;
-/// Most bytes that `Attach` may carry ahead of the tunnel's own.
+/// Most bytes that `Attach` may carry: they go to the guest before those of the descriptor.
 pub const PREFIX_MAX: usize = 32 << 10;
-/// Dials that one port process has in flight or unattached at a time.
+/// Most dials of one port process that are in flight or not attached yet.
 pub const DIALS_MAX: usize = 1024;
-/// Descriptors that come with one `Handover` at most: the live table, and those of
+/// Most descriptors of one `Handover`: the live table, and those of
 /// `adit_channel::vhost_user::Handover`.
 pub const HANDOVER_FDS_MAX: usize = 44;
-/// Descriptors of a ring in a `Handover`, behind all others: QEMU's connection, the memory, the doorbells (data and space
+/// Descriptors of a ring in a `Handover`, after all others: QEMU's connection, the memory, the doorbells (data and space
 /// of the guest, data and space of the host).
 pub const RING_FDS: usize = 6;
 /// Name of the control socket in the VM's directory.
@@ -54,10 +54,10 @@ pub const IVSHMEM_SOCKET: &str = "ivshmem.sock";
 pub const LOCK: &str = "lock";
 /// Name of the note in the VM's directory that says which VMM is connected.
 pub const VMM_NOTE: &str = "vmm";
-/// `peer_port` of an [`Incoming`] that came over a ring: whoever is at its other end owns the device, which takes root.
+/// `peer_port` of an [`Incoming`] that arrived over a ring. It needs no check: only root in the guest can use the ring's device.
 pub const RING_PEER_PORT: u32 = 0;
 
-/// Frame kinds. The number is wire format.
+/// Frame kinds. The numbers are part of the wire format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 #[allow(missing_docs)]
@@ -78,12 +78,12 @@ pub enum ControlKind {
     Held = 23,
 }
 
-/// Where a dial goes inside the VM.
+/// The destination of a dial inside the VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Target {
-    /// A service of the agent: hello on the well-known port.
+    /// A service of the agent: hello on the agent's port.
     Service(ServiceName),
-    /// A plain AF_VSOCK listener of a guest that may have no agent: no hello.
+    /// A plain AF_VSOCK listener. The guest may have no agent, so there is no hello.
     VsockPort(u32),
 }
 
@@ -92,25 +92,25 @@ pub enum Target {
 pub struct Dial {
     /// Chosen by aditd, unique on this connection.
     pub id: u64,
-    /// Where to.
+    /// The destination.
     pub to: Target,
-    /// For request, response and hello together.
+    /// Limit for request, response and hello together.
     pub deadline_ms: u32,
 }
 
-/// Makes the descriptor that comes with it (a stream socket) the other end of a dialled stream.
+/// Makes the descriptor in this packet (a stream socket) the other end of a dialled stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attach {
     /// A dial that was answered by `Dialed`.
     pub id: u64,
-    /// Bytes for the guest that aditd had read from the client already; at most [`PREFIX_MAX`].
+    /// Bytes for the guest that aditd had already read from the client; at most [`PREFIX_MAX`].
     pub prefix: Vec<u8>,
 }
 
-/// Gives up a dial, answered or not.
+/// Abandons a dial, answered or not.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cancel {
-    /// Which.
+    /// The dial.
     pub id: u64,
 }
 
@@ -118,7 +118,7 @@ pub struct Cancel {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quit {}
 
-/// What the port process is and how its VM's channel stands.
+/// The port process, and the state of its VM's channel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// The VM's name as given at start.
@@ -127,11 +127,11 @@ pub struct Status {
     pub cid: u64,
     /// Process id.
     pub pid: u32,
-    /// A VMM is connected and the guest's driver runs. Not while the VM is paused, whose streams are held.
+    /// A VMM is connected and the guest's driver runs. False while the VM is paused; its streams are then held.
     pub session: bool,
-    /// Counts sessions: changes whenever every stream ended.
+    /// Counts sessions: it changes whenever all streams ended.
     pub epoch: u64,
-    /// Streams open now.
+    /// Open streams.
     pub streams: u32,
     /// Payload bytes since start: to the guest, from the guest.
     pub bytes: (u64, u64),
@@ -144,7 +144,7 @@ pub struct Status {
 /// The dial reached a listener that accepted (and, for a service, said accept). Attach a descriptor to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dialed {
-    /// Which dial.
+    /// The dial.
     pub id: u64,
     /// The agent's boot nonce; zeros for a plain port.
     pub boot_nonce: [u8; 16],
@@ -155,26 +155,26 @@ pub struct Dialed {
 pub enum DialError {
     /// No VMM connected, or the guest's driver is not up: 503.
     NoSession,
-    /// Nobody listens on that vsock port: for a service, the agent does not run: 503; for a plain port 502.
+    /// No listener on that vsock port. For a service the agent does not run: 503; for a plain port: 502.
     Refused,
     /// No answer in time: 504.
     Timeout,
     /// The stream ended before the answer: 502.
     Reset,
-    /// Something else than adit answered: 502.
+    /// The answer is not adit's: 502.
     Foreign,
-    /// The agent's hello said no: status and errno are in `DialFailed`.
+    /// The agent's hello refused: status and errno are in `DialFailed`.
     HelloRefused,
-    /// A limit of the port process is reached: 503.
+    /// The port process has reached a limit: 503.
     Busy,
 }
 
 /// The dial failed; its id is free again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DialFailed {
-    /// Which dial.
+    /// The dial.
     pub id: u64,
-    /// The class.
+    /// The kind of failure.
     pub error: DialError,
     /// `adit_channel::hello::Status` of a refused hello, else 0.
     pub status: u16,
@@ -184,8 +184,8 @@ pub struct DialFailed {
     pub text: String,
 }
 
-/// The guest dialled a port that aditd serves; the descriptor that comes with it is the stream (a Unix stream socket,
-/// half-close kept). The hello is still to be read from it.
+/// The guest dialled a port that aditd serves. The descriptor in this packet is the stream (a Unix stream socket that keeps
+/// half-close). The hello has not been read from it yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Incoming {
     /// The host port that was dialled.
@@ -194,15 +194,15 @@ pub struct Incoming {
     pub peer_port: u32,
 }
 
-/// Everything that another process needs to go on with the frontend in place of this one. `aditd` keeps the last one, with
-/// its descriptors, and understands none of it.
+/// Everything that another process needs to serve the frontend in place of this one. `aditd` keeps the latest one with its
+/// descriptors, and does not interpret it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Handover {
     /// Counts from 1 in each process.
     pub seq: u64,
-    /// As `adit_channel::vhost_user::Handover`; empty: no frontend is connected, and the live table comes alone.
+    /// As `adit_channel::vhost_user::Handover`. Empty: no frontend is connected, and the live table is the only descriptor.
     pub record: Vec<u8>,
-    /// A ring's descriptors behind the others: none, or [`RING_FDS`]. Frames of version 1 lack this field and have none.
+    /// Descriptors of a ring after the others: none, or [`RING_FDS`]. Frames of version 1 lack this field and have none.
     pub ring: u8,
 }
 
@@ -213,46 +213,46 @@ pub(crate) struct HandoverV1 {
     pub(crate) record: Vec<u8>,
 }
 
-/// `aditd` has it, and the one before no more.
+/// `aditd` keeps the state with this number, and no older one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kept {
-    /// Which.
+    /// The number.
     pub seq: u64,
 }
 
-/// Ends the port process, and leaves its frontend to a successor: streams end, the VM's channel does not.
+/// Ends the port process but not the VM's channel: its frontend goes to a successor, and the streams end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Release {}
 
-/// A VMM is connected to a process that is no more, and nobody can go on in its place: it has no channel until it connects
-/// anew, which QEMU does when the VM is power-cycled.
+/// A VMM is still connected to a process that has ended, and no successor can serve it. The VM has no channel until the VMM
+/// connects again, which QEMU does when the VM is power-cycled.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stuck {
-    /// Why, for people; empty: no longer.
+    /// The reason, for people. Empty: this state is over.
     pub reason: String,
 }
 
-/// The process at this end is the VM's VMM: it runs the VM, and takes it off the map when the VM ends.
+/// The process at this end is the VM's VMM. It runs the VM, and removes the VM's entry when the VM ends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {}
 
-/// Which carrier a service's dials take, and how the VM's ring stands.
+/// Which carrier new streams to services use, and the state of the VM's ring.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ring {
-    /// New dials of services take the ring; else they take vsock.
+    /// New dials of services use the ring; otherwise they use vsock.
     pub running: bool,
-    /// Why, for people.
+    /// The reason, for people.
     pub why: String,
-    /// What its memory is and how it came, for people; empty: there is no ring.
+    /// The kind of memory and how the ring arrived, for people. Empty: there is no ring.
     pub memory: String,
     /// Bytes of the region.
     pub bytes: u64,
-    /// What a read of a line of the memory takes on the host, ns, as measured when it came.
+    /// Time to read one cache line of the memory on the host, ns, measured when the ring arrived.
     pub line_ns: u32,
-    /// How the guest hears us, as `adit_channel::ring::bell::Hears`; 0: it has not said.
+    /// How the guest is woken, as `adit_channel::ring::bell::Hears`; 0: it has not said.
     pub hears: u8,
-    /// 64 bytes to the agent and back on an open stream, over the ring and over vsock, ns; 0: not measured.
+    /// Round trip of 64 bytes to the agent on an open stream, over the ring and over vsock, ns; 0: not measured.
     pub rtt_ns: (u64, u64),
-    /// Streams open over it now.
+    /// Open streams over the ring.
     pub streams: u32,
 }

@@ -1,12 +1,12 @@
 //! Control frames on a `SOCK_SEQPACKET` Unix socket: one packet, one frame, and the descriptors that belong to it.
 //!
-//! Both sides use it: the port process from its epoll loop, `aditd` inside `AsyncFd::try_io` (on a nonblocking
-//! socket every function here returns `WouldBlock` as the socket does). Nothing is queued or buffered.
+//! Both sides use it: the port process in its epoll loop, `aditd` inside `AsyncFd::try_io`. On a nonblocking socket every
+//! function here returns `WouldBlock` when the socket does. Nothing is queued or buffered.
 //!
 //! Rules:
-//! - A packet that was cut (`MSG_TRUNC`), a frame with bytes behind it, an unknown kind without `IGNORABLE`, and a
-//!   descriptor with a kind that has none are errors; the connection is of no use after one. Every descriptor that
-//!   came with a refused packet is closed.
+//! - These are errors: a truncated packet (`MSG_TRUNC`), a frame with bytes after it, an unknown kind without `IGNORABLE`, and
+//!   a descriptor with a kind that has none. After an error the connection cannot be used any more. All descriptors of a
+//!   refused packet are closed.
 //! - Received descriptors are close-on-exec from the start.
 use std::io::{self, IoSlice};
 use std::ops::RangeInclusive;
@@ -30,7 +30,7 @@ const VERSION: u16 = 1;
 /// Version of a handover with a ring.
 const HANDOVER_VERSION: u16 = 2;
 
-/// Makes a control socket. It never waits.
+/// Makes a nonblocking control socket.
 ///
 /// # Errors
 /// There are no descriptors left.
@@ -40,10 +40,10 @@ pub fn seqpacket() -> io::Result<OwnedFd> {
     Ok(sock)
 }
 
-/// Connects to a control socket, and to nothing that has to be waited for: whoever listens may be stopped.
+/// Connects to a control socket. Never blocks, even if the listening process is stopped.
 ///
 /// # Errors
-/// Nothing listens there (`ConnectionRefused`), there is no socket (`NotFound`), or the process that listens takes nobody
+/// Nothing listens there (`ConnectionRefused`), there is no socket (`NotFound`), or the backlog of the listening process is full
 /// (`WouldBlock`).
 pub fn connect(path: &Path) -> io::Result<OwnedFd> {
     let sock = seqpacket()?;
@@ -51,7 +51,7 @@ pub fn connect(path: &Path) -> io::Result<OwnedFd> {
     Ok(sock)
 }
 
-/// One control frame, either direction.
+/// One control frame, in either direction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
     /// To the port process.
@@ -74,7 +74,7 @@ pub enum Message {
     Kept(Kept),
     /// To the port process.
     Release(Release),
-    /// To `aditd`, and from it to the next port process; with up to [`HANDOVER_FDS_MAX`] descriptors.
+    /// To `aditd`, and from it to the next port process, with up to [`HANDOVER_FDS_MAX`] descriptors.
     Handover(Handover),
     /// To `aditd`.
     Stuck(Stuck),
@@ -84,52 +84,54 @@ pub enum Message {
     Held(Held),
 }
 
-/// Why a packet is no control frame. The sender's fault, except `Io`.
+/// Why a packet is not a control frame. The sender's fault, except `Io` and `NoDescriptors`.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
-    /// The socket failed. `WouldBlock` is among them.
+    /// The socket failed. `WouldBlock` counts as a failure here.
     #[error("control socket failed")]
     Io(#[from] io::Error),
     /// The packet is longer than a control packet may be.
     #[error("control packet is longer than {PACKET_MAX} bytes")]
     TooLong,
-    /// The packet is shorter than its frame, or than a header.
-    #[error("control packet of {len} bytes is cut")]
+    /// The packet is shorter than its frame says, or than a header.
+    #[error("control packet of {len} bytes is cut off")]
     Cut {
         /// Bytes received.
         len: usize,
     },
-    /// Header or body are malformed, or the kind is unknown.
+    /// Header or body is malformed, or the kind is unknown.
     #[error("control frame is malformed")]
     Frame(#[from] FrameError),
-    /// The packet's descriptors could not be taken in: this process' are all in use. Nobody's fault.
+    /// This process had no free descriptor for those in the packet. Not the sender's fault.
     #[error("no descriptors left for those that came with a control packet")]
     NoDescriptors {
-        /// What it said.
+        /// The packet's message.
         message: Box<Message>,
     },
-    /// What the other side passed earlier cannot be closed. Its fault.
+    /// Descriptors that the other side passed earlier cannot be closed. Its fault.
     #[error("too many descriptors that the other side passed cannot be closed")]
     Overfull,
-    /// Another number of descriptors than the kind has.
-    #[error("control frame of kind {kind} came with {found} descriptors, which it does not have")]
+    /// The frame came with a number of descriptors that its kind does not have.
+    #[error(
+        "control frame of kind {kind} came with {found} descriptors, which this kind does not have"
+    )]
     Descriptors {
         /// The frame's kind.
         kind: u16,
-        /// How many came.
+        /// Number of descriptors.
         found: usize,
     },
 }
 
 impl ControlError {
-    /// Tells that nothing was there to receive, or no room to send.
+    /// Tells whether there was nothing to receive, or no room to send.
     pub fn would_block(&self) -> bool {
         matches!(self, Self::Io(e) if e.kind() == io::ErrorKind::WouldBlock)
     }
 }
 
 impl Message {
-    /// Its number on the wire.
+    /// Its kind.
     pub fn kind(&self) -> ControlKind {
         match self {
             Self::Dial(_) => ControlKind::Dial,
@@ -149,7 +151,7 @@ impl Message {
         }
     }
 
-    /// Descriptors that go with it.
+    /// How many descriptors it has.
     fn descriptors(&self) -> RangeInclusive<usize> {
         match self {
             Self::Attach(_) | Self::Incoming(_) => 1..=1,
@@ -185,7 +187,7 @@ impl Message {
             Self::Incoming(m) => frame::encode(kind, VERSION, 0, 0, m),
             Self::Kept(m) => frame::encode(kind, VERSION, 0, 0, m),
             Self::Release(m) => frame::encode(kind, VERSION, 0, 0, m),
-            // An aditd of before these kinds does without them.
+            // As version 1, which an older aditd understands.
             Self::Handover(m) if m.ring == 0 => {
                 let (seq, record) = (m.seq, m.record.clone());
                 frame::encode(kind, VERSION, 0, IGNORABLE, &HandoverV1 { seq, record })
@@ -201,7 +203,7 @@ impl Message {
         Ok(bytes)
     }
 
-    /// Decodes one packet; `None` for a kind that may be skipped.
+    /// Decodes one packet. Returns `None` for an unknown kind with `IGNORABLE`.
     ///
     /// # Errors
     /// As [`ControlError`] says.
@@ -262,7 +264,7 @@ impl Message {
     }
 }
 
-/// Sends one frame with the descriptor that belongs to it, if any. The caller's descriptor stays open.
+/// Sends one frame with its descriptor, if it has one. The caller's descriptor stays open.
 ///
 /// # Errors
 /// As [`send_all`].
@@ -274,10 +276,10 @@ pub fn send(
     send_all(sock, message, fd.as_slice())
 }
 
-/// Sends one frame with the descriptors that belong to it. The caller's descriptors stay open.
+/// Sends one frame with its descriptors. The caller's descriptors stay open.
 ///
 /// # Errors
-/// The socket fails or is full (`WouldBlock`), the frame is too long, or the descriptors do not fit the kind.
+/// The socket fails or is full (`WouldBlock`), the frame is too long, or the kind has another number of descriptors.
 pub fn send_all(
     sock: impl AsFd,
     message: &Message,
@@ -296,7 +298,7 @@ pub fn send_all(
             None,
         );
         match sent {
-            // A packet goes whole or not at all.
+            // SOCK_SEQPACKET sends a packet completely or not at all.
             Ok(_) => return Ok(()),
             Err(nix::errno::Errno::EINTR) => {}
             Err(e) => return Err(io::Error::from(e).into()),
@@ -304,7 +306,7 @@ pub fn send_all(
     }
 }
 
-/// Receives the next frame and its descriptor, or the first of them. `None` at the end: the other side is gone.
+/// Receives the next frame and its first descriptor, if it has one. `None`: the other side closed the connection.
 ///
 /// # Errors
 /// As [`receive_all`].
@@ -313,7 +315,7 @@ pub fn receive(sock: impl AsFd) -> Result<Option<(Message, Option<OwnedFd>)>, Co
     Ok(received.map(|(message, fds)| (message, fds.into_iter().next())))
 }
 
-/// Receives the next frame and its descriptors, of a process that is trusted. `None` at the end: the other side is gone.
+/// Receives the next frame and its descriptors from a trusted process. `None`: the other side closed the connection.
 ///
 /// # Errors
 /// As [`receive_passed`].
@@ -323,12 +325,12 @@ pub fn receive_all(sock: impl AsFd) -> Result<Option<(Message, Vec<OwnedFd>)>, C
     Ok(received.map(|(message, fds)| (message, trust(fds))))
 }
 
-/// Receives the next frame and its descriptors, of which nothing is known; `closer` closes those that nobody takes. `None`
-/// at the end: the other side is gone.
+/// Receives the next frame and its descriptors from a process that is not trusted. `closer` closes descriptors that nobody uses.
+/// `None`: the other side closed the connection.
 ///
 /// # Errors
-/// The socket fails or is empty (`WouldBlock`); there are no descriptors left; or the packet is not one of ours: close the
-/// connection.
+/// The socket fails or is empty (`WouldBlock`); no descriptors are left; or the packet is not a control frame, and then the
+/// caller must close the connection.
 pub fn receive_passed(
     sock: impl AsFd,
     closer: &Closer,
@@ -546,7 +548,7 @@ mod tests {
             raw_send(&a, bytes, fds);
             assert!(matches!(receive(&b), Err(ControlError::Descriptors { .. })));
         }
-        // Other tests of this process open descriptors too, but not hundreds.
+        // Other tests of this process open descriptors too, but never hundreds.
         let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
         while open_fds() >= 150 {
             assert!(std::time::Instant::now() < end, "{} are open", open_fds());

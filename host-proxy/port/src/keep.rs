@@ -1,13 +1,13 @@
-//! What a successor of this process needs, on its way from the frontend's thread to `aditd`; and a note of the VMM that
-//! is connected, for the case that nobody kept anything.
+//! Sends what a successor of this process needs from the frontend's thread to `aditd`. Also writes a note about the connected
+//! VMM, for the case that this process is killed while no `aditd` keeps anything.
 //!
 //! ```text
 //! frontend's thread ── keep ─► latest ── loop ─► Handover ─► aditd
 //!         │ waits, at most KEEP_LIMIT             Kept ◄─────┘
 //!         └─► answers the frontend
 //! ```
-//! Without an `aditd` nothing is waited for: the next one is given the latest as soon as it connects. If this process is
-//! killed before that, its successor finds the note, sees that the VMM still runs, and says that it is stuck.
+//! Without an `aditd` the thread does not wait: the next `aditd` gets the latest state when it connects. If this process is
+//! killed before that, its successor finds the note, sees that the VMM still runs, and reports that it is stuck.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -25,17 +25,17 @@ use crate::control::{HANDOVER_FDS_MAX, Handover, RING_FDS};
 
 const _: () = assert!(HANDOVER_FDS_MAX == 1 + adit_channel::vhost_user::DESCRIPTORS_MAX + RING_FDS);
 
-/// How long a frontend is kept waiting for an `aditd` that is connected and does not answer.
+/// How long a frontend waits for an `aditd` that is connected but does not answer.
 pub const KEEP_LIMIT: Duration = Duration::from_secs(1);
 /// Name of the note in the VM's directory.
 pub const NOTE: &str = crate::control::VMM_NOTE;
-/// The note is overwritten, never truncated: `PID\n`, filled up with spaces.
+/// The note is overwritten, never truncated: `PID\n`, padded with spaces.
 const NOTE_BYTES: usize = 16;
 
-/// The latest state, with the number that it is kept under.
+/// The latest state and its number.
 #[derive(Debug, Default)]
 pub struct Latest {
-    /// Counts from 1; 0: nothing was said yet.
+    /// Counts from 1; 0: there is no state yet.
     pub seq: u64,
     /// `None`: no frontend.
     pub handover: Option<vhost_user::Handover>,
@@ -49,7 +49,7 @@ struct State {
     /// An `aditd` is connected, and answers.
     keeping: bool,
     stuck: Option<String>,
-    /// Why the last frontend was cut off.
+    /// Why the last frontend was disconnected.
     refused: Option<String>,
     released: bool,
 }
@@ -57,7 +57,7 @@ struct State {
 struct Shared {
     state: Mutex<State>,
     acked: Condvar,
-    /// Readable for the loop: there is news.
+    /// Readable when the loop must look at the state.
     news: EventFd,
 }
 
@@ -67,29 +67,29 @@ impl Shared {
     }
 
     fn wake(&self) {
-        // Fails only when it is readable already.
+        // Fails only if the counter is full, and then it is readable.
         let _ = self.news.write(1);
     }
 }
 
-/// The loop's end.
+/// The end that belongs to the loop.
 pub struct Keeping {
     shared: Arc<Shared>,
     live: Arc<LiveFile>,
     releaser: Option<Releaser>,
 }
 
-/// The frontend's thread's end.
+/// The end that belongs to the frontend's thread.
 pub struct ThreadKeeper {
     shared: Arc<Shared>,
     note: Note,
 }
 
 impl Keeping {
-    /// Makes both ends; `stuck`: why no frontend was taken over although there is one.
+    /// Makes both ends. `stuck`: why a VMM that is still connected to a predecessor cannot be served.
     ///
     /// # Errors
-    /// There is no descriptor to be had.
+    /// No descriptor is left.
     pub fn new(
         live: Arc<LiveFile>,
         note: Note,
@@ -119,12 +119,12 @@ impl Keeping {
         Ok((keeping, keeper))
     }
 
-    /// What lets the frontend go.
+    /// Sets what asks the frontend's thread to release its frontend.
     pub fn set_releaser(&mut self, releaser: Releaser) {
         self.releaser = Some(releaser);
     }
 
-    /// Readable when there is news.
+    /// Readable when the loop must look at the state.
     pub fn news(&self) -> BorrowedFd<'_> {
         self.shared.news.as_fd()
     }
@@ -134,7 +134,7 @@ impl Keeping {
         let _ = self.shared.news.read();
     }
 
-    /// An `aditd` came or went.
+    /// `aditd` connected or disconnected.
     pub fn set_connected(&self, connected: bool) {
         self.shared.lock().keeping = connected;
         self.shared.acked.notify_all();
@@ -143,19 +143,19 @@ impl Keeping {
         }
     }
 
-    /// `aditd` has what was said under this number.
+    /// `aditd` keeps the state with this number.
     pub fn kept(&self, seq: u64) {
         let mut state = self.shared.lock();
         state.acked = state.acked.max(seq.min(state.latest.seq));
-        // It answers, if late.
+        // It answers, even if late.
         state.keeping = true;
         self.shared.acked.notify_all();
     }
 
-    /// Returns what is newer than `said`: the frame, and duplicates of the descriptors.
+    /// Returns the state if it is newer than `said`: the frame, and duplicates of the descriptors.
     ///
     /// # Errors
-    /// There are no descriptors to be had.
+    /// No descriptors are left.
     pub fn newer_than(&self, said: u64) -> io::Result<Option<(Handover, Vec<OwnedFd>)>> {
         let state = self.shared.lock();
         let Latest {
@@ -181,7 +181,7 @@ impl Keeping {
         Ok(Some((Handover { seq, record, ring }, fds)))
     }
 
-    /// Keeps a ring's descriptors from now on; empty: no longer any.
+    /// Keeps these descriptors of a ring from now on. Empty: there is no ring.
     pub fn set_ring(&self, fds: Vec<OwnedFd>) {
         debug_assert!(fds.is_empty() || fds.len() == RING_FDS);
         let mut state = self.shared.lock();
@@ -191,22 +191,22 @@ impl Keeping {
         self.shared.wake();
     }
 
-    /// Why the VMM that is there cannot be served, if so.
+    /// Why the VMM that is connected to a predecessor cannot be served, if there is one.
     pub fn stuck(&self) -> Option<String> {
         self.shared.lock().stuck.clone()
     }
 
-    /// Why the last frontend was cut off, if it was and none has had a session since.
+    /// Why the last frontend was disconnected, unless a session began since.
     pub fn refused(&self) -> Option<String> {
         self.shared.lock().refused.clone()
     }
 
-    /// A session began.
+    /// A session began: forgets why the last frontend was disconnected.
     pub fn accepted(&self) {
         self.shared.lock().refused = None;
     }
 
-    /// Asks the frontend's thread to let go.
+    /// Asks the frontend's thread to release its frontend.
     pub fn release(&self) {
         match &self.releaser {
             Some(releaser) => releaser.release(),
@@ -217,7 +217,7 @@ impl Keeping {
         }
     }
 
-    /// The frontend was let go of.
+    /// Tells whether the frontend was released.
     pub fn released(&self) -> bool {
         self.shared.lock().released
     }
@@ -238,7 +238,9 @@ impl Keeper for ThreadKeeper {
         while state.keeping && state.acked < seq {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                tracing::warn!("aditd does not keep what it is told: the frontend waits no longer");
+                tracing::warn!(
+                    "aditd does not confirm that it keeps the state: the frontend waits no longer"
+                );
                 state.keeping = false;
                 return;
             }
@@ -263,11 +265,11 @@ impl Keeper for ThreadKeeper {
     }
 }
 
-/// A file that says which VMM is connected.
+/// A file with the pid of the connected VMM.
 #[derive(Debug)]
 pub struct Note {
     file: File,
-    /// What stands in it.
+    /// The file's content.
     pid: Option<i32>,
 }
 
@@ -275,7 +277,7 @@ impl Note {
     /// Opens the note of a VM's directory.
     ///
     /// # Errors
-    /// It cannot be made.
+    /// The file cannot be made.
     pub fn open(dir: &Path) -> io::Result<Self> {
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false);
@@ -284,7 +286,7 @@ impl Note {
         Ok(Self { file, pid })
     }
 
-    /// Returns the process that was connected to our predecessor when that was killed, if it still runs. 0 = one of
+    /// Returns the process that was connected to a predecessor when that was killed, if it still runs. 0 is a process of
     /// another PID namespace.
     pub fn orphan(&self) -> Option<i32> {
         let pid = self.pid?;
@@ -292,7 +294,7 @@ impl Note {
         (pid == 0 || runs_since_before(pid, written)).then_some(pid)
     }
 
-    /// The VMM that was left behind is another's business now.
+    /// Empties the note: the VMM that a predecessor left was taken over or is gone.
     pub fn clear(&mut self) {
         self.set(None);
     }
@@ -315,7 +317,7 @@ impl Note {
         };
         match write(&self.file) {
             Ok(()) => self.pid = pid,
-            Err(e) => tracing::warn!(error = %e, "the VMM is not noted"),
+            Err(e) => tracing::warn!(error = %e, "cannot write the note about the VMM"),
         }
     }
 }
@@ -331,18 +333,18 @@ fn peer_pid(socket: &OwnedFd) -> i32 {
     getsockopt(socket, PeerCredentials).map_or(0, |c| c.pid())
 }
 
-/// Whether a process runs that had begun when the note was written: its number may have gone to another one since.
+/// Tells whether the process with this pid started before the note was written. If not, it is another process with the same pid.
 fn runs_since_before(pid: i32, written: SystemTime) -> bool {
     let Some(age) = age_of(pid) else { return false };
     let since_note = SystemTime::now().duration_since(written);
-    // A second for clocks that tick apart.
+    // One second of tolerance, because the two clocks differ in their resolution.
     age + Duration::from_secs(1) >= since_note.unwrap_or_default()
 }
 
-/// Time since a process began. `None`: it does not run, or /proc does not say.
+/// Time since a process started. `None`: it does not run, or /proc does not say.
 fn age_of(pid: i32) -> Option<Duration> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // Fields 3 and 22, counted from behind the name, which may hold anything.
+    // Fields 3 and 22. Count from behind the process's name, which may contain anything.
     let mut fields = stat.rsplit_once(") ")?.1.split(' ');
     if matches!(fields.next()?, "Z" | "X") {
         return None;
@@ -350,7 +352,7 @@ fn age_of(pid: i32) -> Option<Duration> {
     let started: f64 = fields.nth(18)?.parse().ok()?;
     let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
     let uptime: f64 = uptime.split(' ').next()?.parse().ok()?;
-    // The kernel tells ticks of 1/100 s, whatever it counts in (USER_HZ).
+    // The kernel reports ticks of 1/100 s (USER_HZ), whatever it uses itself.
     Duration::try_from_secs_f64((uptime - started / 100.0).max(0.0)).ok()
 }
 
@@ -381,7 +383,7 @@ mod tests {
         keeper.keep(Some(handover(ours)));
         let note = Note::open(dir.path()).unwrap();
         assert_eq!(note.orphan(), i32::try_from(std::process::id()).ok());
-        // Its number belongs to a process that began long after the note was written.
+        // The pid belongs to a process that started long after the note was written.
         let long_ago = SystemTime::now() - Duration::from_secs(100_000_000);
         note.file.set_modified(long_ago).unwrap();
         assert_eq!(note.orphan(), None);
@@ -415,7 +417,7 @@ mod tests {
     #[test]
     fn a_frontend_waits_for_an_aditd_that_answers_and_for_no_other() {
         let (keeping, mut keeper, _dir) = rig();
-        keeper.keep(None); // nobody is connected
+        keeper.keep(None); // no aditd is connected
         keeping.set_connected(true);
         let thread = std::thread::spawn(move || {
             let (ours, _theirs) = UnixStream::pair().unwrap();
@@ -433,7 +435,7 @@ mod tests {
         assert!(!thread.is_finished());
         keeping.kept(2);
         let mut keeper = thread.join().unwrap();
-        // It goes while something is to be kept.
+        // aditd disconnects while the thread waits for it.
         let thread = std::thread::spawn(move || keeper.keep(None));
         keeping.set_connected(false);
         thread.join().unwrap();

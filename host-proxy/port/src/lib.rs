@@ -1,16 +1,16 @@
-//! A VM's port process: device, engine and that VM's tunnels. Parses no HTTP; `aditd` maps no guest memory.
+//! A VM's port process: device, engine and the VM's tunnels. It parses no HTTP, and `aditd` never maps guest memory.
 //!
 //! | module | what |
 //! |---|---|
-//! | `control`, `control_io` | how `aditd` and a port process speak: all that there is without the `shell` feature |
+//! | `control`, `control_io` | the protocol with `aditd`: the only modules without the `shell` feature |
 //! | `process` | the loop: control frames, notices of the port, status |
-//! | `rings` | how rings come to the port: the attach socket, ivshmem, a VMM of this process |
-//! | `keep` | what a successor needs, on its way to `aditd` |
+//! | `rings` | how the port gets rings: the attach socket, ivshmem, a VMM in this process |
+//! | `keep` | sends what a successor needs to `aditd` |
 //! | `place` | the VM's directory: lock, sockets |
-//! | `born` | which process it is |
+//! | `born` | identifies a process by pid and start time |
 //! | `privilege` | a user of its own, and no capability |
 //! | `sandbox` | landlock and seccomp |
-//! | `vmm` | for a VMM that has the device itself: to be its VM's port process (feature `vmm`) |
+//! | `vmm` | lets a VMM with the device in its own process be its VM's port process (feature `vmm`) |
 //! | `log` | lines to stderr, limited and escaped |
 
 pub mod born;

@@ -1,6 +1,6 @@
-//! Log lines to stderr: at most [`LINES_PER_SECOND`], control characters escaped, so that a guest can neither fill
-//! the disk nor write to somebody's terminal. Where stderr is a file, aditd cuts it; while there is no aditd, nothing is
-//! written beyond [`FILE_MAX`].
+//! Log lines to stderr: at most [`LINES_PER_SECOND`], with control characters escaped, so that a guest can neither fill the disk
+//! nor send escape sequences to a terminal. If stderr is a file, aditd truncates it. Without an aditd the file grows to
+//! [`FILE_MAX`] at most.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -11,10 +11,10 @@ use nix::sys::stat::fstat;
 use tracing::Level;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Lines a second at most; the number of lines left out is said.
+/// Most lines per second. A line says how many were left out.
 pub const LINES_PER_SECOND: u32 = 20;
 
-/// Length of the file behind stderr from which on nothing is written to it.
+/// If stderr is a file of at least this length, nothing more is written to it.
 pub const FILE_MAX: u64 = 4 << 20;
 
 /// Starts logging.
@@ -27,7 +27,7 @@ pub fn start(level: Level) {
         .init();
 }
 
-/// Counts lines of the running second.
+/// Counts the lines of the current second.
 #[derive(Debug, Default)]
 struct Lines(Mutex<Second>);
 
@@ -39,7 +39,7 @@ struct Second {
 }
 
 impl Second {
-    /// Whether a line may be written now, and how many were left out before it.
+    /// Returns `Some` if a line may be written now, with the number of lines that were left out before it.
     fn admit(&mut self, now: Instant) -> Option<u64> {
         if self
             .began
@@ -71,7 +71,7 @@ impl<'a> MakeWriter<'a> for Lines {
     }
 }
 
-/// Whether a line more makes no file too long.
+/// Tells whether the file has room for one more line.
 fn has_room(file: impl AsFd) -> bool {
     match fstat(file) {
         Ok(stat) if stat.st_mode & libc::S_IFMT == libc::S_IFREG => {
@@ -81,7 +81,7 @@ fn has_room(file: impl AsFd) -> bool {
     }
 }
 
-/// One line: written if `Some`, with the number of lines that were left out before it.
+/// One line. `None`: it is left out. `Some`: it is written, with the number of lines that were left out before it.
 struct Line(Option<u64>);
 
 impl Write for Line {

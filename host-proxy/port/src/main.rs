@@ -1,6 +1,7 @@
-//! `adit-port`: serves one VM. Started by `aditd`, and lives on without it.
+//! `adit-port` serves one VM. `aditd` starts it, and it survives `aditd`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -42,19 +43,19 @@ struct Args {
     /// Host port that the guest may dial; repeat for more.
     #[arg(long = "serve-port", value_name = "PORT", default_values_t = [hello::PORT])]
     serve_ports: Vec<u32>,
-    /// Look on for so many microseconds (at most 1000) before sleeping: for VMs whose vCPUs have cores of their own.
+    /// Poll for so many microseconds (at most 1000) before sleeping: for VMs whose vCPUs have cores of their own.
     #[arg(long, value_name = "US", default_value_t = 0)]
     busy_poll_us: u64,
-    /// Give a QEMU that connects to ivshmem.sock so many MiB, a power of two up to 1024.
+    /// Memory of the ring for a QEMU that connects to ivshmem.sock, MiB: a power of two up to 1024.
     #[arg(long, value_name = "MIB", default_value_t = 4, value_parser = ivshmem_mib)]
     ivshmem_mib: usize,
-    /// Take guest memory from any file (hugetlbfs), not from sealed memfds only.
+    /// Accept guest memory from any file (hugetlbfs), not only from sealed memfds.
     #[arg(long)]
     allow_any_memory: bool,
-    /// Go on in place of a process that was killed: what it left is on the standard input, a SOCK_SEQPACKET socket.
+    /// Take over from a process that was killed: its state arrives on the standard input, a SOCK_SEQPACKET socket.
     #[arg(long)]
     resume: bool,
-    /// Serve as this user and group, which are the VM's alone: for a process that root starts. Without it, as whoever starts it.
+    /// Run as this user and group, which belong to this VM alone. Needs root. Without it, the user does not change.
     #[arg(long, value_name = "ID", value_parser = clap::value_parser!(u32).range(1..i64::from(u32::MAX)))]
     uid: Option<u32>,
     /// error, warn, info, debug or trace.
@@ -62,7 +63,7 @@ struct Args {
     log_level: tracing::Level,
 }
 
-/// As aditd has it (`adit_tasks::VmId`): no path, and no second spelling.
+/// The same rules as aditd's (`adit_tasks::VmId`): a name is never a path, and has only one spelling.
 fn vm_name(text: &str) -> Result<String, String> {
     let ok = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     let outer = text.starts_with('-') || text.ends_with('-');
@@ -79,20 +80,19 @@ fn ivshmem_mib(text: &str) -> Result<usize, String> {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = match adit_print::parse("adit-port") {
+        Ok(args) => args,
+        Err(done) => return done,
+    };
     log::start(args.log_level);
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            // Its log may be on a full disk: `eprintln!` would panic.
-            let _ = writeln!(std::io::stderr(), "adit-port: {e:#}");
-            ExitCode::FAILURE
-        }
+        Err(e) => adit_print::failed("adit-port", e.as_ref()),
     }
 }
 
 fn run(args: Args) -> anyhow::Result<()> {
-    // No thread may be there before the file system is taken away.
+    // Landlock applies to the calling thread and its children, so no thread may exist yet.
     Closer::shared().hold();
     let place = Place::prepare(&args.dir)?;
     let left = Left::find(&args)?;
@@ -103,12 +103,12 @@ fn run(args: Args) -> anyhow::Result<()> {
         .and_then(|mut f| f.read_exact(&mut random))
         .context("cannot read /dev/urandom")?;
     let (boot_nonce, seed) = random.split_at(16);
-    // From here on there is a guest to be afraid of: rights and files go before its thread is there, system calls after.
-    if !privilege::give_up(args.uid).context("it keeps privileges")? {
+    // The guest comes after this. Give up rights and files before its thread exists, and system calls after.
+    if !privilege::give_up(args.uid).context("cannot give up privileges")? {
         tracing::debug!("started without the right to empty its capability bounding set");
     }
     place.listen().context("cannot listen on ctl.sock")?;
-    let files = sandbox::lock_files().context("no sandbox")?;
+    let files = sandbox::lock_files().context("cannot enter the sandbox")?;
     if !files {
         tracing::warn!("the kernel has no landlock: only seccomp confines this process");
     }
@@ -143,12 +143,12 @@ fn run(args: Args) -> anyhow::Result<()> {
     sockets.spawn().context("cannot serve ring.sock")?;
     let process = Process::new(options, carrier, left.live, keeping, control, stop)?;
     let mut process = process.with_rings(inbox)?;
-    sandbox::lock_calls().context("no sandbox")?;
+    sandbox::lock_calls().context("cannot enter the sandbox")?;
     tracing::info!(pid = std::process::id(), "serving");
     process.run().context("the loop ended")
 }
 
-/// What a predecessor left.
+/// What a predecessor left for this process.
 struct Left {
     live: Arc<LiveFile>,
     handover: Option<vhost_user::Handover>,
@@ -171,11 +171,14 @@ impl Left {
                 stuck: None,
             });
         }
-        // It comes from a process that may have been in its guest's hands: what is of no use must not keep the next VMM out.
+        // The state comes from a process that its guest may have controlled. If it is unusable, still serve the next VMM.
         let lost = match &resumed {
             Err(e) => {
-                tracing::error!(error = format!("{e:#}"), "nothing to go on with");
-                format!("whose successor cannot use what it left ({e:#})")
+                tracing::error!(
+                    error = format!("{e:#}"),
+                    "cannot take over from the predecessor"
+                );
+                format!("and its successor cannot use what it left ({e:#})")
             }
             Ok(_) => "while no aditd kept its descriptors".to_owned(),
         };
@@ -185,8 +188,8 @@ impl Left {
                 pid => format!("VMM process {pid}"),
             };
             format!(
-                "{vmm} is connected to a port process that was killed {lost}: power-cycle the VM, for QEMU does not \
-                 connect again"
+                "{vmm} is connected to a port process that was killed {lost}: power-cycle the VM, because QEMU does not \
+                connect again"
             )
         });
         if stuck.is_none() {
@@ -202,7 +205,7 @@ impl Left {
     }
 }
 
-/// Takes what `aditd` passes on.
+/// Receives what `aditd` passes on from a predecessor.
 fn received() -> anyhow::Result<(LiveFile, Option<vhost_user::Handover>, Vec<Passed>)> {
     let received = receive_passed(std::io::stdin(), &Closer::shared())?;
     let (message, mut fds) = received.context("it is closed")?;
@@ -217,13 +220,13 @@ fn received() -> anyhow::Result<(LiveFile, Option<vhost_user::Handover>, Vec<Pas
     let bytes = handover.record;
     let handover = (!bytes.is_empty()).then(|| vhost_user::Handover {
         bytes,
-        // Until it is parsed, which looks at nothing of them before.
+        // Not checked here: parsing checks each before its first use.
         fds: fds.filter_map(Passed::trust).collect(),
     });
     Ok((live, handover, ring))
 }
 
-/// As many tunnels as the machine lets us have.
+/// Raises the limit of descriptors as far as allowed: each tunnel needs some.
 fn raise_descriptor_limit() {
     if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && soft < hard
@@ -233,7 +236,7 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// SIGTERM and SIGINT as a descriptor; SIGHUP is ignored. Threads made later inherit that they are blocked.
+/// A descriptor for SIGTERM and SIGINT; SIGHUP is ignored. Threads made later inherit that all of them are blocked.
 fn stop_signals() -> nix::Result<OwnedFd> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);

@@ -1,6 +1,6 @@
-//! The VM's directory: made private, locked by the process that serves it, and the sockets in it.
+//! The VM's directory: private, locked by the process that serves the VM, and with its sockets.
 //!
-//! The lock is what keeps two processes apart; a socket file that is there while the lock was free is stale.
+//! Only the lock keeps two processes apart. A socket file that exists while nobody has the lock is stale.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io;
@@ -24,37 +24,37 @@ use crate::control_io;
 /// Why the directory cannot be used. The caller's fault, or the machine's.
 #[derive(Debug, thiserror::Error)]
 pub enum PlaceError {
-    /// Another process serves it.
+    /// Another process serves the VM.
     #[error("already running: another port process serves {}", .0.display())]
     AlreadyRunning(PathBuf),
-    /// There can be no socket at that path, or what is there is none, and stays.
+    /// The path is unsuitable for a socket, or the file there is not a socket and is left alone.
     #[error(transparent)]
     Socket(#[from] SocketPathError),
-    /// The file system says no.
+    /// The file system refuses.
     #[error("cannot {what} {}", .path.display())]
     Io {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
-        /// Where.
+        /// Its path.
         path: PathBuf,
-        /// Why not.
+        /// The error.
         #[source]
         source: io::Error,
     },
 }
 
-/// The VM's directory, ours until this is dropped.
+/// The VM's directory. It is locked until this is dropped.
 #[derive(Debug)]
 pub struct Place {
-    /// Where the VMM connects.
+    /// The VMM connects here.
     pub vhost: UnixListener,
-    /// Where `aditd` connects; nonblocking.
+    /// `aditd` connects here. Nonblocking.
     pub control: OwnedFd,
-    /// Where a VMM hands a ring over.
+    /// A VMM offers a ring here.
     pub ring: attach::Listener,
-    /// Where a stock QEMU is given one.
+    /// A stock QEMU gets a ring here.
     pub ivshmem: UnixListener,
-    /// Held for as long as the process lives.
+    /// Held until this is dropped.
     pub lock: Flock<File>,
 }
 
@@ -82,7 +82,7 @@ impl Place {
             let path = path.to_owned();
             move |source: io::Error| PlaceError::Io { what, path, source }
         };
-        // Sockets are as private as their directory.
+        // Sockets must be as private as their directory.
         umask(Mode::from_bits_truncate(0o077));
         DirBuilder::new()
             .recursive(true)
@@ -113,7 +113,7 @@ impl Place {
         let ring = attach::Listener::bind(&path).map_err(failed("bind", &path))?;
         let path = free_path(dir, IVSHMEM_SOCKET)?;
         let ivshmem = UnixListener::bind(&path).map_err(failed("bind", &path))?;
-        // The last one: who reaches it finds the others there.
+        // Bound last: who can reach it can reach the others.
         let path = free_path(dir, CONTROL_SOCKET)?;
         let control = bind_control(&path).map_err(failed("bind", &path))?;
         Ok(Self {
@@ -125,7 +125,7 @@ impl Place {
         })
     }
 
-    /// Lets `aditd` connect. It is told the user that the caller is now (SO_PEERCRED).
+    /// Lets `aditd` connect. From SO_PEERCRED it learns the user of the moment of this call.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -134,7 +134,7 @@ impl Place {
     }
 }
 
-/// Clears a stale socket away. Nobody is asked whether it listens: a process that ends may close its sockets after its lock.
+/// Removes a stale socket. Does not try to connect to it first: a process that ends may close its sockets after its lock.
 fn free_path(dir: &Path, name: &str) -> Result<PathBuf, PlaceError> {
     let path = dir.join(name);
     socket_path::check_len(&path)?;
@@ -177,7 +177,7 @@ mod tests {
             Err(PlaceError::AlreadyRunning(_))
         ));
         connect_control(&at).unwrap();
-        drop(first); // the socket files stay behind, as after a kill
+        drop(first); // the socket files stay, as after a kill
         assert_eq!(
             connect_control(&at).unwrap_err().kind(),
             io::ErrorKind::ConnectionRefused

@@ -1,9 +1,9 @@
-//! What the process is once its files are open and its sockets are bound: a user of its own, and nobody's superior.
+//! What the process gives up once its files are open and its sockets are bound: it becomes a user of its own, without any
+//! capability.
 //!
-//! It is started as root where `aditd` is root, since the VM's directory is root's. Before it has a guest, a VMM or an
-//! `aditd` to hear, it takes the VM's own user id, and with it no group, no capability, and no way to any: so what it could
-//! still reach by a system call that its filter allows is nobody's but its VM's. Its directory stays root's.
-
+//! Where `aditd` is root, it starts the process as root, because the VM's directory belongs to root. Before the process serves a
+//! guest, a VMM or `aditd`, it changes to the VM's own user id, and gives up all groups and capabilities and every way to regain
+//! them. So what a process can reach by the system calls that its filter allows belongs to its VM. Its directory stays root's.
 use std::io;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -14,13 +14,13 @@ use rustix::thread::{
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
 };
 
-/// Threads of one VM's user at most: those of a process that ends, and of its successor.
+/// Most threads of one VM's user: those of a process that ends, and of its successor.
 const THREADS_MAX: u64 = 64;
-/// Bytes of memory of its own at most. What it shares with its guest is no part of that. It uses some MiB; frames for an
-/// aditd that does not read may come to a quarter of this.
+/// Most bytes of its own memory. Memory shared with its guest does not count. The process uses some MiB; frames for an aditd
+/// that does not read may take up to a quarter of this.
 const OWN_MEMORY_MAX: u64 = 1 << 30;
 
-/// Why the process still has what it should not have. It must not go on.
+/// Why the process still has a privilege. It must end.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {what}")]
 pub struct PrivilegeError {
@@ -29,16 +29,16 @@ pub struct PrivilegeError {
     source: io::Error,
 }
 
-/// Gives every privilege up, and becomes the user and group `own`, if one is named; that takes root. To be called while
-/// there is one thread. Returns false if capabilities stay within its bounds, which takes another program to gain them, and
-/// no such program is ever started.
+/// Gives up every privilege, and becomes the user and group `own`, if given, which needs root. Call this while there is only
+/// one thread. Returns false if the capability bounding set could not be emptied. That is harmless: only another program could
+/// gain capabilities, and the process never starts one.
 ///
 /// # Errors
 /// The kernel refuses.
 pub fn give_up(own: Option<u32>) -> Result<bool, PrivilegeError> {
     let failed = |what| move |source: io::Error| PrivilegeError { what, source };
     let bounded = empty_bounds().map_err(failed("empty the capability bounding set"))?;
-    // Guest memory is in a core, and locked memory is no part of what it does.
+    // A core dump would contain guest memory, and the process never locks memory.
     for resource in [Resource::RLIMIT_CORE, Resource::RLIMIT_MEMLOCK] {
         limit(resource, 0).map_err(failed("set its limits"))?;
     }
@@ -54,7 +54,7 @@ pub fn give_up(own: Option<u32>) -> Result<bool, PrivilegeError> {
         become_own().map_err(|e| failed("become the VM's own user")(e.into()))?;
     }
     match clear_ambient_capability_set() {
-        // A kernel without them.
+        // An old kernel has no ambient capabilities.
         Ok(()) | Err(Errno::INVAL) => {}
         Err(e) => return Err(failed("clear the ambient capabilities")(e.into())),
     }
@@ -63,7 +63,7 @@ pub fn give_up(own: Option<u32>) -> Result<bool, PrivilegeError> {
     Ok(bounded)
 }
 
-/// Takes every capability from the calling thread.
+/// Drops all capabilities of the calling thread.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -80,9 +80,9 @@ fn empty_bounds() -> io::Result<bool> {
     for bit in 0..u64::BITS {
         match remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << bit)) {
             Ok(()) => {}
-            // The kernel knows no more of them.
+            // The kernel knows no higher capability.
             Err(Errno::INVAL) => break,
-            // Not root, or not wholly.
+            // Not root, or root without CAP_SETPCAP.
             Err(Errno::PERM) => return Ok(false),
             Err(e) => return Err(e.into()),
         }
@@ -90,7 +90,7 @@ fn empty_bounds() -> io::Result<bool> {
     Ok(true)
 }
 
-/// Lowers a limit for good.
+/// Lowers a limit, soft and hard.
 fn limit(resource: Resource, most: u64) -> io::Result<()> {
     let (_, hard) = getrlimit(resource)?;
     let most = most.min(hard);

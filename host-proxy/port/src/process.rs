@@ -1,16 +1,15 @@
 //! The loop of a port process: one shard with one port, and `aditd` on the other end of the control socket.
 //!
 //! ```text
-//! Dial ─► asked ─ Dialed ─► waiting ─ Attach ─► a tunnel: knows aditd no more
+//! Dial ─► asked ─ Dialed ─► waiting ─ Attach ─► a tunnel: independent of aditd
 //!           └── DialFailed     └─ Cancel, or aditd gone ─► reset
 //! ```
 //! Rules:
-//! - `aditd` may go and return: tunnels live on, what was dialled and not attached is reset, and what the guest dials
-//!   meanwhile is refused (it tries again).
-//! - A newer connection replaces the older one. A frame that breaks the protocol costs the connection, not the VM.
-//! - What a successor needs goes to `aditd` as soon as it changes, and to every new `aditd` behind its first status.
-//! - Frames that the socket does not take wait in an outbox of at most [`OUTBOX_MAX`]; one more costs the connection.
-
+//! - `aditd` may disconnect and connect again. Tunnels continue; streams that were dialled but not attached are reset; what the
+//!   guest dials meanwhile is refused, and the guest tries again.
+//! - A newer connection replaces the older one. A frame that breaks the protocol ends the connection, not the VM.
+//! - What a successor needs goes to `aditd` as soon as it changes, and to every new `aditd` after its first status.
+//! - Frames that the socket does not accept wait in an outbox of at most [`OUTBOX_MAX`]. One more ends the connection.
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -35,9 +34,9 @@ use crate::keep::Keeping;
 use crate::rings::{RingInbox, RingInfo, RingNews};
 use bell::Bell;
 
-/// Frames that wait for `aditd` at most.
+/// Most frames that wait for `aditd`.
 pub const OUTBOX_MAX: usize = 4 * DIALS_MAX;
-/// Frames taken from `aditd` in one turn.
+/// Most frames that are read from `aditd` in one turn.
 const FRAMES_A_TURN: usize = 64;
 
 mod bell;
@@ -52,7 +51,7 @@ const KEY_KEEP: u32 = 4;
 const KEY_RINGS: u32 = 5;
 const KEY_BELL: u32 = 6;
 
-/// What a port process is told at start.
+/// Parameters of a port process.
 #[derive(Debug)]
 pub struct Options {
     /// The VM's name.
@@ -61,11 +60,11 @@ pub struct Options {
     pub cid: u64,
     /// Host ports that the guest may dial.
     pub serve_ports: Vec<u32>,
-    /// How long to look on before sleeping (`Shard::busy_poll`); zero: not at all.
+    /// How long to poll before sleeping (`Shard::busy_poll`). Zero: never.
     pub busy_poll: Duration,
-    /// Unpredictable for the guest.
+    /// Must be unpredictable for the guest.
     pub seed: u64,
-    /// Drawn once a process.
+    /// Drawn once per process.
     pub boot_nonce: [u8; 16],
     /// This process runs the VM itself.
     pub vmm: bool,
@@ -74,18 +73,18 @@ pub struct Options {
 /// A port process.
 pub struct Process<C: Carrier> {
     options: Options,
-    /// Of the VM's vsock, and of its ring if it can have one.
+    /// One port for the VM's vsock, and one for its ring if it can have one.
     shard: Shard<Either<C, Dock>>,
     port: PortIndex,
     rings: Option<Rings>,
     listener: OwnedFd,
-    /// Closed for `aditd`'s next connection when tunnels have taken all other descriptors.
+    /// A reserve descriptor. It is closed to accept `aditd`'s next connection when tunnels use all others.
     spare: Option<OwnedFd>,
     stop: OwnedFd,
     aditd: Option<Aditd>,
     said: Option<Status>,
     said_ring: Option<crate::control::Ring>,
-    /// What a successor needs; the last of it that this `aditd` was told, and what it was told of being stuck.
+    /// What a successor needs. `said_seq` and `said_stuck` are what this `aditd` was last sent of it.
     keeping: Keeping,
     said_seq: u64,
     said_stuck: Option<String>,
@@ -93,7 +92,7 @@ pub struct Process<C: Carrier> {
     done: bool,
 }
 
-/// The connection to `aditd` and what lives only as long as it.
+/// The connection to `aditd`, and what ends with it.
 struct Aditd {
     sock: OwnedFd,
     outbox: VecDeque<(Message, Vec<OwnedFd>)>,
@@ -105,10 +104,10 @@ struct Aditd {
 /// A stream of one of the ports.
 type At = (PortIndex, StreamId);
 
-/// A dial that has no other end yet.
+/// A dial whose stream has no other end yet.
 struct Asked {
     at: At,
-    /// Over a ring whose other end turns out not to serve, it is dialled again over vsock.
+    /// To dial again over vsock if nobody serves the ring's other end.
     again: Option<Dial>,
     deadline: Option<Tick>,
 }
@@ -118,11 +117,11 @@ struct Rings {
     port: PortIndex,
     inbox: RingInbox,
     bell: Bell,
-    /// The one that is docked.
+    /// The current ring.
     docked: Option<(u64, RingInfo)>,
-    /// Why there is none, for people.
+    /// Why there is no ring, for people.
     why: String,
-    /// Streams that ended with the carrier's fault, in this turn.
+    /// Streams that ended in this turn because the carrier failed.
     faulted: u32,
 }
 
@@ -139,7 +138,7 @@ impl Aditd {
 }
 
 impl<C: Carrier> Process<C> {
-    /// Makes the process around a carrier. `control` is the bound control socket; it ends when `stop` is readable.
+    /// Makes the process around a carrier. `control` is the bound control socket. The process ends when `stop` is readable.
     ///
     /// # Errors
     /// A descriptor cannot be watched, or there are too many ports to serve.
@@ -182,10 +181,10 @@ impl<C: Carrier> Process<C> {
         })
     }
 
-    /// Runs until told to quit.
+    /// Runs until it is told to quit.
     ///
     /// # Errors
-    /// The kernel refuses to wait.
+    /// Waiting fails.
     pub fn run(&mut self) -> io::Result<()> {
         while !self.done {
             self.turn(None)?;
@@ -193,10 +192,10 @@ impl<C: Carrier> Process<C> {
         Ok(())
     }
 
-    /// Waits once and handles what came.
+    /// Waits once, and handles what happened.
     ///
     /// # Errors
-    /// The kernel refuses to wait.
+    /// Waiting fails.
     pub fn turn(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.shard.turn(timeout)?;
         while let Some(news) = self.shard.poll_news() {
@@ -231,17 +230,17 @@ impl<C: Carrier> Process<C> {
         let sock = match accept4(self.listener.as_raw_fd(), flags) {
             Ok(fd) => own(fd),
             Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNABORTED) => return,
-            // It waits in the backlog, and would be told of again and again.
+            // Free a descriptor: otherwise the connection would stay in the backlog, and epoll would report it without end.
             Err(Errno::EMFILE | Errno::ENFILE) if self.spare.take().is_some() => {
                 return self.accept();
             }
             Err(e) => {
                 tracing::warn!(error = %e, "cannot accept a control connection");
-                // Its descriptor is the next one's.
+                // Close the current connection: the next one can then use its descriptor.
                 return self.disconnect("a newer connection needs its descriptor");
             }
         };
-        // What the last one said before it went is not less said for it.
+        // Handle the frames that the previous connection sent before it ended.
         self.control_ready();
         self.disconnect("replaced by a newer connection");
         if let Err(e) = self.shard.watch(sock.as_fd(), KEY_CONTROL) {
@@ -265,7 +264,7 @@ impl<C: Carrier> Process<C> {
 
     fn disconnect(&mut self, why: &str) {
         let Some(aditd) = self.aditd.take() else {
-            // It was used, and nobody came.
+            // The reserve was used, but no connection came.
             self.spare = self.spare.take().or_else(|| self.stop.try_clone().ok());
             return;
         };
@@ -280,7 +279,7 @@ impl<C: Carrier> Process<C> {
             let port = self.shard.port_mut(port);
             port.reset(now, stream, ResetReason::Local);
         }
-        // What was its descriptor is kept for the next one.
+        // Makes a new reserve from its descriptor.
         drop(aditd.sock);
         self.spare = self.spare.take().or_else(|| self.stop.try_clone().ok());
     }
@@ -298,7 +297,7 @@ impl<C: Carrier> Process<C> {
                     }
                 }
                 Ok(None) => return self.disconnect("it closed the connection"),
-                // One tunnel less, and not the connection.
+                // Only this tunnel fails; the connection continues.
                 Err(ControlError::NoDescriptors { message }) => {
                     tracing::warn!("no descriptor left for a tunnel");
                     if let Message::Attach(attach) = *message {
@@ -306,7 +305,7 @@ impl<C: Carrier> Process<C> {
                     }
                 }
                 Err(e) if e.would_block() => return,
-                // It went without reading what we said: told once, ahead of what it said itself.
+                // The peer closed without reading our frames. The kernel reports that once, before the frames that the peer sent.
                 Err(ControlError::Io(e)) if e.kind() == io::ErrorKind::ConnectionReset => {}
                 Err(e) => return self.disconnect(&chain(&e)),
             }
@@ -336,12 +335,12 @@ impl<C: Carrier> Process<C> {
                 Ok(()) => drop(aditd.outbox.pop_front()),
                 Err(e) if e.would_block() => break,
                 Err(ControlError::Io(e)) => {
-                    // It is gone. What it said before stands unread yet; its end comes behind that.
-                    tracing::debug!(error = %e, "aditd cannot be told any more");
+                    // The peer is gone. Frames that it sent before can still be read; the end of the connection comes after them.
+                    tracing::debug!(error = %e, "cannot send to aditd any more");
                     aditd.outbox.clear();
                 }
                 Err(e) => {
-                    // Ours to blame, and of no use to repeat.
+                    // Our own fault, so sending again would not help.
                     tracing::error!(error = %chain(&e), "frame not sent");
                     aditd.outbox.pop_front();
                 }
@@ -359,7 +358,7 @@ impl<C: Carrier> Process<C> {
         }
     }
 
-    // ---- what aditd says
+    // ---- frames from aditd
 
     fn message(&mut self, message: Message, fd: Option<OwnedFd>) -> Result<(), &'static str> {
         match message {
@@ -379,7 +378,7 @@ impl<C: Carrier> Process<C> {
                 Ok(())
             }
             Message::Release(_) => {
-                tracing::info!("told to make place for a successor");
+                tracing::info!("told to make room for a successor");
                 self.keeping.release();
                 Ok(())
             }
@@ -413,7 +412,7 @@ impl<C: Carrier> Process<C> {
         port.reset(now, stream, ResetReason::Local);
     }
 
-    // ---- what the port says
+    // ---- notices of the ports
 
     fn notice(&mut self, port: PortIndex, notice: Notice) {
         if self.bell_notice(port, &notice) {
@@ -487,7 +486,7 @@ impl<C: Carrier> Process<C> {
     }
 }
 
-#[allow(unsafe_code)] // nix returns a number here
+#[allow(unsafe_code)] // nix returns a number
 fn own(fd: i32) -> OwnedFd {
     // SAFETY: `accept4` has just returned this descriptor; nothing else knows it.
     unsafe { OwnedFd::from_raw_fd(fd) }

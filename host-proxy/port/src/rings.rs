@@ -1,12 +1,12 @@
-//! How a ring comes to a VM's port: somebody hands memory and doorbells over, and the loop docks what was made of them.
+//! How a VM's port gets a ring: somebody offers memory and doorbells, and the loop docks the carrier made of them.
 //!
 //! ```text
 //! ring.sock      a VMM that speaks adit's attach protocol ──┐
 //! ivshmem.sock   a stock QEMU, `-device ivshmem-doorbell` ──┼─► RingSender ── RingNews ──► the loop's Dock
 //! a VMM that has the port in its own process ───────────────┘
 //! ```
-//! Both sockets are served by a thread of their own, so that a VMM that is slow, or hostile, keeps nobody but itself
-//! waiting. The last ring that came is the VM's; one that goes takes only itself away.
+//! One thread serves both sockets, so a slow or hostile VMM delays only this VM's rings. The newest ring is the VM's. When an
+//! older one ends, the newer one stays.
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -30,47 +30,47 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::chain;
 use crate::control::RING_FDS;
 
-/// How long a VMM may take for each thing that it has to say.
+/// How long a VMM may take for each of its messages.
 const SAY_LIMIT: Duration = Duration::from_secs(2);
 
-/// What is known of a ring besides what it does.
+/// A ring's properties.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RingInfo {
-    /// The way that it came, for people: `attach socket`, `ivshmem`, `PCI function`.
+    /// How it arrived, for people: `attach socket`, `ivshmem`, `PCI function`.
     pub path: &'static str,
-    /// What its memory is, for people: `memfd`, `VMM's own`.
+    /// The kind of its memory, for people: `memfd`, `VMM's own`.
     pub memory: &'static str,
     /// Bytes of the region.
     pub bytes: u64,
-    /// What a read of a line of it takes, ns.
+    /// Time to read one cache line of it, ns.
     pub line_ns: u32,
 }
 
-/// What came of a ring.
+/// News of a ring.
 #[derive(Debug)]
 pub enum RingNews {
-    /// It is there.
+    /// It was added.
     Came {
-        /// Which.
+        /// Its number.
         id: u64,
         /// The host's end of it.
         carrier: Box<RingCarrier>,
-        /// What it is.
+        /// Its properties.
         info: RingInfo,
-        /// What a successor of this process needs to go on with it: [`RING_FDS`] descriptors, or none where the VMM
-        /// comes again by itself.
+        /// What a successor of this process needs to continue with it: [`RING_FDS`] descriptors, or none if the VMM
+        /// connects again by itself.
         kept: Vec<OwnedFd>,
     },
-    /// It is not any more.
+    /// It was removed.
     Went {
-        /// Which.
+        /// Its number.
         id: u64,
         /// Why, for people.
         why: String,
     },
 }
 
-/// Where rings are handed in.
+/// Where rings are offered.
 #[derive(Clone, Debug)]
 pub struct RingSender {
     news: Sender<RingNews>,
@@ -79,7 +79,7 @@ pub struct RingSender {
     guest: GuestBell,
 }
 
-/// Where they come out.
+/// Where the loop receives them.
 #[derive(Debug)]
 pub struct RingInbox {
     news: Receiver<RingNews>,
@@ -87,12 +87,12 @@ pub struct RingInbox {
     guest: GuestBell,
 }
 
-/// Rings the guest: by what its VMM gave, or by a byte on a stream where the guest has no interrupt.
+/// The guest's doorbell: the one that its VMM gave, or a byte on a stream if the guest has no interrupt.
 #[derive(Clone, Debug, Default)]
 pub struct GuestBell(Arc<Mutex<Option<UnixStream>>>);
 
 impl GuestBell {
-    /// From now on by bytes on this stream, which is nonblocking; or no longer.
+    /// Uses bytes on this nonblocking stream from now on. `None`: uses the VMM's doorbell again.
     pub fn set(&self, stream: Option<UnixStream>) {
         *self.lock() = stream;
     }
@@ -101,7 +101,7 @@ impl GuestBell {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts itself before a doorbell.
+    /// Wraps a doorbell: uses it while there is no stream.
     fn before(&self, event: ring::Ring) -> ring::Ring {
         let bell = self.clone();
         Box::new(Either { event, bell })
@@ -118,7 +118,7 @@ impl Doorbell for Either {
         match &*self.bell.lock() {
             None => self.event.ring(),
             Some(stream) => {
-                // Full: it has rung. At its end: its reader tells.
+                // Full: a wake-up is pending. Closed: whoever reads from the stream finds out.
                 let _ = { stream }.write(&[1]);
                 Ok(())
             }
@@ -126,10 +126,10 @@ impl Doorbell for Either {
     }
 }
 
-/// Both ends of the way.
+/// Makes both ends of a queue for rings.
 ///
 /// # Errors
-/// There is no descriptor to be had.
+/// No descriptor is left.
 pub fn channel() -> io::Result<(RingSender, RingInbox)> {
     let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
     let bell = Arc::new(bell);
@@ -145,7 +145,7 @@ pub fn channel() -> io::Result<(RingSender, RingInbox)> {
 }
 
 impl RingSender {
-    /// Makes memory a region of this VM and offers it to the guest that has it. Returns the ring's number, for
+    /// Makes this memory a region and offers it to the guest, which has the memory too. Returns the ring's number, for
     /// [`detach`](Self::detach), and the region's epoch.
     ///
     /// # Errors
@@ -160,7 +160,7 @@ impl RingSender {
         self.attach_kept(memory, RingBells::of_host(bells), path, kind, Vec::new())
     }
 
-    /// The same where the guest is rung by more than an eventfd.
+    /// The same, if the guest has another doorbell than an eventfd.
     ///
     /// # Errors
     /// As [`attach`](Self::attach).
@@ -188,7 +188,7 @@ impl RingSender {
             value: bytes as u64,
             limit: ring::BYTES_MIN as u64,
         })?;
-        // Above every epoch that any memory of this host has had.
+        // Higher than every epoch that any memory of this host has had.
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let epoch = u64::try_from(now.unwrap_or_default().as_nanos()).unwrap_or(u64::MAX);
         let info = RingInfo {
@@ -214,31 +214,31 @@ impl RingSender {
         Ok((id, epoch))
     }
 
-    /// The ring's memory is nobody's any more.
+    /// Removes the ring with this number.
     pub fn detach(&self, id: u64, why: &str) {
         let why = why.to_owned();
         self.tell(RingNews::Went { id, why });
     }
 
     fn tell(&self, news: RingNews) {
-        // The loop is gone: so is this process.
+        // An error means that the loop has ended, and so does this process.
         let _ = self.news.send(news);
         let _ = self.bell.write(1);
     }
 }
 
 impl RingInbox {
-    /// Readable when something came.
+    /// Readable when there is news.
     pub fn bell(&self) -> BorrowedFd<'_> {
         self.bell.as_fd()
     }
 
-    /// What rings the guest of every ring that comes out of here.
+    /// The guest's doorbell, shared by all rings of this inbox.
     pub fn guest_bell(&self) -> GuestBell {
         self.guest.clone()
     }
 
-    /// What came since the last time.
+    /// Returns the news since the last call.
     pub fn take(&self) -> Vec<RingNews> {
         let _ = self.bell.read();
         self.news.try_iter().collect()
@@ -253,9 +253,9 @@ pub struct RingSockets {
     ivshmem: ivshmem::Server,
     ivshmem_bytes: usize,
     out: RingSender,
-    /// The VMM on the attach socket, and its ring.
+    /// The VMM on the attach socket, and its ring's number.
     attached: Option<(Socket, u64)>,
-    /// The ring of the client of the ivshmem socket.
+    /// The number of the ring of the ivshmem socket's client.
     given: Option<u64>,
 }
 
@@ -283,14 +283,14 @@ impl RingSockets {
         })
     }
 
-    /// Goes on with the QEMU of a process that was killed: `left` is what that one kept of its ring, or nothing. What is of
-    /// no use keeps nobody else out.
+    /// Continues with the QEMU of a process that was killed. `left` is what that process kept of its ring, or empty. If it is
+    /// unusable, other VMMs are still served.
     pub fn resume(&mut self, left: Vec<Passed>) {
         if left.is_empty() {
             return;
         }
         if let Err(e) = self.take_up(left) {
-            tracing::error!(error = %chain(&*e), "the ring that was left is of no use");
+            tracing::error!(error = %chain(&*e), "the predecessor's ring cannot be used");
         }
     }
 
@@ -323,7 +323,7 @@ impl RingSockets {
         })
     }
 
-    /// Makes a ring of what the client of the ivshmem socket has.
+    /// Makes a ring from what the ivshmem socket's client has.
     fn give(&mut self, given: Given) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let vmm = self.ivshmem.client().ok_or("it has gone")?;
         let mut kept = vec![vmm.try_clone_to_owned()?, given.memory_fd];
@@ -345,17 +345,17 @@ impl RingSockets {
         Ok(())
     }
 
-    /// Serves them on a thread, until the process ends.
+    /// Serves both sockets on a thread until the process ends.
     ///
     /// # Errors
-    /// There is no thread to be had.
+    /// No thread can be created.
     pub fn spawn(mut self) -> io::Result<()> {
-        // This process may be about to give up making threads.
+        // Must be first: this process may give up the right to create threads.
         passed::prepare();
         let run = move || {
             while let Err(e) = self.turn() {
-                // Whatever is short may come back; asking again at once would spin.
-                tracing::warn!(error = %e, "sockets of the ring");
+                // A shortage may pass. Trying again at once would spin.
+                tracing::warn!(error = %e, "the ring's sockets cannot be served; trying again");
                 std::thread::sleep(SAY_LIMIT);
             }
         };
@@ -365,7 +365,7 @@ impl RingSockets {
         Ok(())
     }
 
-    /// Serves for ever.
+    /// Serves both sockets. Returns only on an error.
     fn turn(&mut self) -> io::Result<()> {
         loop {
             let attached = self.attached.as_ref().map(|(socket, _)| socket.as_fd());

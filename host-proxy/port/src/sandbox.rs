@@ -1,13 +1,12 @@
-//! What is left to the process once its sockets are bound: nothing of the file system, no new sockets to anywhere, and
-//! the system calls of its loop.
+//! Confines the process once its sockets are bound: no file system, no new connections, and only the system calls of its loop.
 //!
-//! 1. [`lock_files`], while there is one thread (landlock holds for the calling thread and its children): no file, no
-//!    TCP, no abstract socket, no signal to others. A kernel without landlock is said so and goes on.
-//! 2. [`lock_calls`], when all threads are there, for all of them: seccomp. What opens or asks for files gets an error;
-//!    anything else that is not on the list ends the process. What is on it is there with the arguments that the loop uses:
-//!    stream pairs and no datagrams, nothing sent to an address, no signal by a descriptor, none to another process.
+//! 1. [`lock_files`], while there is one thread (landlock applies to the calling thread and its children): no file, no
+//!    TCP, no abstract socket, no signal to others. Without landlock in the kernel, the process logs that and continues.
+//! 2. [`lock_calls`], once all threads exist, for all of them: seccomp. Calls that open or query files return an error. Any
+//!    other call that is not on the list ends the process. Listed calls are allowed only with the arguments that the loop uses:
+//!    stream pairs but no datagrams, nothing sent to an address, no signal by a descriptor, none to another process.
 //!
-//! Who it is, is [`privilege`](crate::privilege)'s. A process that is taken over by its guest still has: the guest's own
+//! [`privilege`](crate::privilege) decides which user the process is. A guest that takes the process over still has: its own
 //! memory, its tunnels, and two sockets.
 
 use std::collections::BTreeMap;
@@ -21,7 +20,7 @@ use seccompiler::{
     SeccompRule, apply_filter_all_threads,
 };
 
-/// Why there is no sandbox. The machine's fault: the process must not go on.
+/// Why there is no sandbox. The machine's fault; the process must end.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
     /// Landlock failed, other than by being absent.
@@ -30,15 +29,15 @@ pub enum SandboxError {
     /// Seccomp failed.
     #[error("seccomp failed")]
     Seccomp(#[from] seccompiler::Error),
-    /// The list cannot be compiled.
+    /// The filter cannot be compiled.
     #[error("seccomp filter is malformed")]
     Filter(#[from] seccompiler::BackendError),
 }
 
-/// Takes the file system and the network away. Returns false if the kernel has no landlock.
+/// Gives up the file system and the network. Returns false if the kernel has no landlock.
 ///
 /// # Errors
-/// Landlock is there and fails.
+/// The kernel has landlock, and it fails.
 pub fn lock_files() -> Result<bool, SandboxError> {
     let status = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
@@ -50,22 +49,22 @@ pub fn lock_files() -> Result<bool, SandboxError> {
     Ok(status.ruleset != RulesetStatus::NotEnforced)
 }
 
-/// Takes all system calls away but those of the loop, from every thread of the process.
+/// Gives up all system calls except those of the loop, in every thread of the process.
 ///
 /// # Errors
 /// The kernel has no seccomp, or the architecture is not supported.
 pub fn lock_calls() -> Result<(), SandboxError> {
-    // The more severe of two filters' verdicts holds.
+    // With two filters, the stricter verdict counts.
     let listed = compile(SeccompAction::KillProcess, SeccompAction::Allow, allowed()?)?;
     let errno = SeccompAction::Errno(libc::EACCES as u32);
     let softly = compile(SeccompAction::Allow, errno, refused())?;
-    // Each installs for all threads, and sets no_new_privs.
+    // Each call installs its filter in all threads, and sets no_new_privs.
     apply_filter_all_threads(&softly)?;
     apply_filter_all_threads(&listed)?;
     Ok(())
 }
 
-/// System calls by number, each with the ways in which it may be made; none: any.
+/// System calls by number. Each has the allowed forms of its arguments; no forms: any arguments are allowed.
 pub type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 fn compile(
@@ -77,7 +76,7 @@ fn compile(
     Ok(SeccompFilter::new(rules, mismatch, matched, arch)?.try_into()?)
 }
 
-/// Calls that a library may try and that get `EACCES`.
+/// Calls that a library may try. They return `EACCES`.
 fn refused() -> Rules {
     let mut calls = vec![libc::SYS_openat, libc::SYS_readlinkat, libc::SYS_faccessat];
     #[cfg(target_arch = "x86_64")]
@@ -87,7 +86,7 @@ fn refused() -> Rules {
 
 fn allowed() -> Result<Rules, seccompiler::BackendError> {
     let mut calls = vec![
-        // Bytes.
+        // Read and write.
         libc::SYS_read,
         libc::SYS_readv,
         libc::SYS_write,
@@ -96,7 +95,7 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_recvmsg,
         libc::SYS_sendmsg,
         libc::SYS_sendfile,
-        // Waiting.
+        // Wait.
         libc::SYS_epoll_pwait,
         libc::SYS_epoll_ctl,
         libc::SYS_ppoll,
@@ -114,7 +113,7 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_fstatfs,
         libc::SYS_lseek,
         libc::SYS_eventfd2,
-        // Memory for a ring: no file has a name.
+        // Memory for a ring: its file has no name.
         libc::SYS_ftruncate,
         // Memory.
         libc::SYS_munmap,
@@ -123,11 +122,11 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_brk,
         libc::SYS_membarrier,
         libc::SYS_getrandom,
-        // What a thread does while it starts: the frontend's thread may still be at it.
+        // A starting thread needs these, and the frontend's thread may still be starting.
         libc::SYS_rseq,
         libc::SYS_set_robust_list,
         libc::SYS_sched_getaffinity,
-        // Ends.
+        // End.
         libc::SYS_exit,
         libc::SYS_exit_group,
         libc::SYS_rt_sigreturn,
@@ -145,8 +144,8 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
     Ok(rules)
 }
 
-/// The calls of a thread that serves streams which depend on their arguments, for a VMM's filter too: what else they do
-/// would reach beyond the descriptors that the thread has.
+/// The calls of a thread that serves streams whose effect depends on their arguments; also for a VMM's filter. With other
+/// arguments they would have effects beyond the descriptors that the thread has.
 ///
 /// # Errors
 /// The rules are malformed.
@@ -156,7 +155,7 @@ pub fn by_argument() -> Result<Rules, seccompiler::BackendError> {
     let memfd_flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     let empty_path = libc::AT_EMPTY_PATH as u32;
     let no_code = masked(2, libc::PROT_EXEC as u32, 0);
-    // The time limits have two numbers each, and libraries try both.
+    // The two timeout options have two numbers each, and libraries try both.
     let options = [
         libc::SO_LINGER,
         libc::SO_RCVTIMEO,
@@ -164,7 +163,7 @@ pub fn by_argument() -> Result<Rules, seccompiler::BackendError> {
         66,
         67,
     ];
-    // No owner, no signal, no lease, no lock, no notice of a directory.
+    // No owner, no signal, no lease, no lock, no notification about a directory.
     let commands = [
         libc::F_DUPFD_CLOEXEC,
         libc::F_GETFD,
@@ -174,10 +173,10 @@ pub fn by_argument() -> Result<Rules, seccompiler::BackendError> {
         libc::F_GET_SEALS,
         libc::F_ADD_SEALS,
     ];
-    // What is nonblocking, and what is left to read; nothing of a terminal.
+    // Nonblocking mode, and how much can be read; no terminal.
     let requests = [libc::FIONBIO, libc::FIONREAD];
     [
-        // Where the other end is, and nowhere else. Datagrams alone have an address in their message, and there are none.
+        // Send only to the connected peer. Only datagrams carry an address in sendmsg, and the process cannot make any.
         (libc::SYS_sendto, vec![vec![no_pointer(4)]]),
         (
             libc::SYS_socketpair,
@@ -202,9 +201,9 @@ pub fn by_argument() -> Result<Rules, seccompiler::BackendError> {
             libc::SYS_ioctl,
             each(requests, |request| vec![equal(1, request as u32)]),
         ),
-        // A lock is let go with its file.
+        // flock only to unlock; closing the file unlocks too.
         (libc::SYS_flock, vec![vec![equal(1, libc::LOCK_UN as u32)]]),
-        // Memory that is not executable; for a ring, of a file that has no name.
+        // Memory that is not executable. For a ring it is mapped from a file without a name.
         (libc::SYS_mmap, vec![vec![no_code]]),
         (libc::SYS_mprotect, vec![vec![no_code]]),
         (
@@ -220,7 +219,7 @@ pub fn by_argument() -> Result<Rules, seccompiler::BackendError> {
             libc::SYS_statx,
             vec![vec![masked(2, empty_path, empty_path)]],
         ),
-        // A name for a thread, and the end of a Rust panic: a signal to this process.
+        // prctl names a thread. A panic of Rust ends with a signal to the own process.
         (
             libc::SYS_prctl,
             each([libc::PR_SET_NAME, libc::PR_GET_NAME], |what| {
@@ -240,7 +239,7 @@ pub fn by_argument() -> Result<Rules, seccompiler::BackendError> {
     .collect()
 }
 
-/// A call that is made with these arguments, of 32 bits: their numbers, and what they are.
+/// Allows a call with exactly these 32-bit arguments, given as pairs of number and value.
 ///
 /// # Errors
 /// The rule is malformed.
@@ -249,11 +248,11 @@ pub fn exactly(arguments: &[(u8, u32)]) -> Result<SeccompRule, seccompiler::Back
     SeccompRule::new(conditions.collect::<Result<_, _>>()?)
 }
 
-/// What one argument of a call must be: the bits that are looked at, and their value.
+/// What one argument must be: which bits are compared, and their value.
 #[derive(Clone, Copy)]
 struct Argument {
     number: u8,
-    /// Of 64 bits; else of 32, which is all of an `int`.
+    /// Compares 64 bits; otherwise 32, which is all of an `int`.
     wide: bool,
     mask: u64,
     value: u64,

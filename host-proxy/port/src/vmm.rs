@@ -1,16 +1,15 @@
-//! A VMM that has the device in its own process, and hands the host's side over to aditd.
+//! For a VMM with the device in its own process: hands the host's side over to aditd.
 //!
 //! ```text
-//! the VMM ─── takes RUN/vm/NAME: lock and ctl.sock, where a port process of aditd's would be
+//! the VMM ─── locks RUN/vm/NAME and listens on ctl.sock, as a port process of aditd's would
 //!    │        POST /v1/vms ──► aditd: the VM is known, and its supervisor finds ctl.sock answering
-//!    │        ◄── Dial, Attach (with a client's socket) ── the same frames as to any port process
+//!    │        ◄── Dial, Attach (with a client's socket) ── the same frames as for any port process
 //!    └─ at the end: DELETE /v1/vms/NAME; not when the guest only asked for a reset
 //! ```
-//! Until then the entry is this process's (`Held`): aditd refuses to let anybody else take it out, unless he insists.
+//! Until then this process owns the entry (`Held`): aditd lets nobody else remove it, except with `force`.
 //!
-//! So a VM whose VMM has the device in its own process needs no `adit-port` beside it, and aditd no second way to speak:
-//! this process *is* the VM's port process. aditd may die and return, as with any other. What goes with this process is
-//! the VM itself, so there is nothing to keep for a successor.
+//! So this process *is* the VM's port process. The VM needs no `adit-port`, and aditd no second protocol. aditd may end and
+//! start again, as with any port process. If this process ends, the VM ends too, so nothing is kept for a successor.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -39,41 +38,41 @@ use crate::rings::RingInbox;
 
 /// How long aditd may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
-/// How long an idle port process may take to make place.
+/// How long an idle port process may take to make room.
 const TAKE_LIMIT: Duration = Duration::from_secs(5);
-/// How long aditd may take until it has found us.
+/// How long aditd may take to find this process.
 const LINK_LIMIT: Duration = Duration::from_secs(3);
-/// Bytes of an answer at most.
+/// Longest answer, bytes.
 const ANSWER_MAX: u64 = 1 << 20;
 
-/// What aditd is told of the VM.
+/// How aditd will know the VM.
 #[derive(Clone, Debug)]
 pub struct Registration {
     /// aditd's API socket.
     pub aditd: PathBuf,
-    /// Its entry.
+    /// The VM's entry.
     pub vm: NewVm,
 }
 
-/// What serves the device of a VM that aditd serves: the loop of its thread.
+/// The loop that serves the device of a VM that aditd knows. It runs on a thread of its own.
 pub struct Handed<C: Carrier> {
     process: Process<C>,
-    /// The directory is ours for as long as the thread runs.
+    /// Keeps the directory locked while the thread runs.
     _lock: Flock<fs::File>,
 }
 
 impl<C: Carrier> Handed<C> {
-    /// Takes the place of the VM's port process. `rings`: where the VM's ring comes out, if it can have one
+    /// Takes the place of the VM's port process. The VM's ring arrives in `rings`, if it can have one
     /// ([`rings::channel`](crate::rings::channel)).
     ///
     /// # Errors
-    /// The VM's name is none, another process has its place, or that cannot be made.
+    /// The VM's name is invalid, another process serves the VM, or a socket cannot be made.
     pub fn new(carrier: C, with: &Registration, rings: Option<RingInbox>) -> anyhow::Result<Self> {
-        // Before the threads of the VM may no longer make any.
+        // Must be first: the VM's threads give up the right to create threads.
         Closer::shared().prepare();
         let dir = with.dir()?;
         let place = take(&dir, &with.vm.name, TAKE_LIMIT)?;
-        // No VMM but this one: nobody is to connect another.
+        // Only this VMM uses the device, so no other one may connect.
         drop(place.vhost);
         drop((place.ring, place.ivshmem));
         for socket in [VHOST_SOCKET, RING_SOCKET, IVSHMEM_SOCKET] {
@@ -95,7 +94,7 @@ impl<C: Carrier> Handed<C> {
         let mut note = Note::open(&dir)?;
         note.clear();
         let (keeping, _) = Keeping::new(live.clone(), note, None)?;
-        // Signals are the main thread's.
+        // Signals are handled on the main thread.
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?;
         let stop = OwnedFd::from(stop);
         let mut process = Process::new(options, carrier, live, keeping, place.control, stop)?;
@@ -108,17 +107,17 @@ impl<C: Carrier> Handed<C> {
         })
     }
 
-    /// Serves until aditd lets the VM go, or the process ends. Then the VM runs on without a channel.
+    /// Serves until aditd removes the VM, or the process ends. After that the VM runs on without a channel.
     ///
     /// # Errors
-    /// The kernel refuses to wait, or aditd breaks the protocol.
+    /// Waiting fails, or aditd breaks the protocol.
     pub fn run(mut self) -> anyhow::Result<()> {
         Ok(self.process.run()?)
     }
 }
 
-/// Takes the VM's directory; from a port process that serves no VMM, too. aditd starts one where it finds nobody: after this
-/// VMM was killed, or while it was away for a reboot. One that does not answer is given up after `limit`.
+/// Locks the VM's directory. A port process that serves no VMM must make room: aditd starts one if it finds none, for example
+/// after this VMM was killed, or while it was away for a reboot. One that does not answer is given up after `limit`.
 fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
     let (begin, closer) = (Instant::now(), Closer::shared());
     loop {
@@ -126,17 +125,17 @@ fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
             Err(PlaceError::AlreadyRunning(_)) if begin.elapsed() < limit => {}
             taken => return Ok(taken?),
         }
-        // Not listening yet, or ending: in a moment.
+        // It does not listen yet, or it is ending: try again.
         let Ok(socket) = connect_control(dir) else {
             std::thread::sleep(Duration::from_millis(5));
             continue;
         };
-        // Which process it is, is for the kernel to say.
+        // The kernel says which process it is.
         let pid = getsockopt(&socket, PeerCredentials)?.pid();
-        // Only for its time limit.
+        // For the time limits of a UnixStream.
         let socket = UnixStream::from(socket);
         socket.set_read_timeout(Some(limit))?;
-        // The first that it says.
+        // A port process sends its status first.
         let Ok(Some((Message::Status(status), _))) = receive_passed(&socket, &closer) else {
             continue;
         };
@@ -147,27 +146,27 @@ fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
                 "`{name}` runs: process {pid} serves it, with a VMM connected; end that VM first"
             );
         }
-        // It hears the newest connection only, and aditd may just have made one: again.
+        // It serves only the newest connection, and that may be one of aditd's by now: then try again.
         if send_all(&socket, &Message::Quit(Quit {}), &[]).is_ok() {
-            // Until it has gone.
+            // Wait until it has ended.
             while let Ok(Some(_)) = receive_passed(&socket, &closer) {}
         }
     }
 }
 
-/// Takes text for a VM's name, which is a directory's, too: for a command line.
+/// Parses the name of a VM, which is also the name of a directory. For a command line.
 ///
 /// # Errors
-/// It has another form; says which it must have.
+/// The name has another form. The error says which form it must have.
 pub fn vm_name(text: &str) -> Result<String, VmIdError> {
     Ok(text.parse::<VmId>()?.into())
 }
 
-/// The VM's entry in aditd's map; dropped = taken out.
+/// The VM's entry in aditd. Drop removes it.
 pub struct Registered(Option<Registration>);
 
 impl Registered {
-    /// Takes the entry out.
+    /// Removes the entry.
     ///
     /// # Errors
     /// aditd does not answer: the entry stays.
@@ -175,39 +174,39 @@ impl Registered {
         let Some(registration) = self.0.take() else {
             return Ok(());
         };
-        // Insisting: it is held by us.
+        // With `force`, because the entry is `Held` by this process.
         let path = format!("/v1/vms/{}?force=true", registration.vm.name);
         registration.ask("DELETE", &path, b"").map(drop)
     }
 
-    /// Leaves the entry there: the VM is only away for a moment.
+    /// Keeps the entry: the VM is away only for a short time.
     pub fn keep(&mut self) {
         self.0 = None;
     }
 }
 
 impl Registration {
-    /// Where the VM's port process is: below aditd's own directory, whatever the VM calls itself.
+    /// The directory of the VM's port process. It is always below aditd's own, whatever the VM's name is.
     fn dir(&self) -> anyhow::Result<PathBuf> {
         let name: VmId = self.vm.name.parse()?;
         let run = self.aditd.parent().unwrap_or(Path::new("."));
         Ok(run.join("vm").join(name.as_str()))
     }
 
-    /// Tells aditd that there is such a VM; a [`Handed`] of it must answer by then.
+    /// Tells aditd about the VM. The VM's [`Handed`] must be answering already.
     ///
     /// # Errors
-    /// aditd is not there, or does not want it.
+    /// aditd does not run, or refuses the VM.
     pub fn register(self) -> anyhow::Result<Registered> {
         let body = serde_json::to_vec(&self.vm)?;
         let (status, said) = self.ask("POST", "/v1/vms", &body)?;
-        // It is known from before a reboot, a kill or a restore: with its tasks, which go on.
+        // aditd knows the VM from before a reboot, a kill or a restore: the entry and its tasks go on.
         let known = status == 409 && self.show().is_some_and(|vm| vm.cid == self.vm.cid);
         if status / 100 != 2 && !known {
             let why = serde_json::from_str::<ErrorBody>(&said).map_or(said, |e| e.message);
             bail!("aditd answers {status}: {}", why.escape_debug());
         }
-        // A guest that goes on redials at once, and would be refused.
+        // Wait until aditd has found this process: a guest that continues dials again at once, and would be refused.
         let begin = Instant::now();
         while self.show().is_none_or(|vm| vm.state == VmState::Down) && begin.elapsed() < LINK_LIMIT
         {
@@ -216,7 +215,7 @@ impl Registration {
         Ok(Registered(Some(self)))
     }
 
-    /// What aditd says of the VM.
+    /// aditd's view of the VM.
     fn show(&self) -> Option<Vm> {
         let (_, said) = self
             .ask("GET", &format!("/v1/vms/{}", self.vm.name), b"")
@@ -224,7 +223,7 @@ impl Registration {
         serde_json::from_str(&said).ok()
     }
 
-    /// Returns status and body.
+    /// Sends a request. Returns status and body.
     fn ask(&self, method: &str, path: &str, body: &[u8]) -> anyhow::Result<(u16, String)> {
         let no_aditd = || format!("no aditd at {}", self.aditd.display());
         let mut socket = UnixStream::connect(&self.aditd).with_context(no_aditd)?;
@@ -251,7 +250,7 @@ impl Registration {
 impl Drop for Registered {
     fn drop(&mut self) {
         if let Err(e) = self.leave() {
-            tracing::warn!(error = %format!("{e:#}"), "the VM stays on the map");
+            tracing::warn!(error = %format!("{e:#}"), "the VM's entry in aditd was not removed");
         }
     }
 }
@@ -282,12 +281,12 @@ mod tests {
     fn a_port_process_that_is_stopped_is_not_waited_for_without_end() {
         let dir = tempfile::tempdir().unwrap();
         let at = dir.path().join("web-1");
-        // It takes no connection, and says nothing on the one that the kernel has taken for it.
+        // It accepts no connection, and sends nothing on the one that the kernel accepted for it.
         let _mute = Place::take(&at).unwrap();
         let refused = || take(&at, "web-1", Duration::from_millis(20)).map(drop);
         let said = refused().unwrap_err().to_string();
         assert!(said.contains("already running"), "{said}");
-        // Nor once the kernel takes no more for it.
+        // The same when its backlog is full.
         let mut waiting = Vec::new();
         while let Ok(socket) = connect_control(&at) {
             waiting.push(socket);

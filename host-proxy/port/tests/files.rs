@@ -1,5 +1,5 @@
-//! What a VMM may send in place of memory and doorbells to the real `adit-port`: files of a file system that never answers,
-//! memory whose pages may run out, memory that nobody may write, descriptors in another order.
+//! Bad memory and doorbells that a VMM sends to the real `adit-port`: files of a file system that never answers, memory whose
+//! pages may run out, memory that cannot be written, descriptors in another order.
 
 mod fuse;
 mod guest;
@@ -20,7 +20,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vmm::{BYTES, LONG, Vmm, offer, wait_ring};
 
-/// An answer that waits for nobody's file system.
+/// Longer than an answer takes when it does not wait for a file system.
 const SOON: Duration = Duration::from_secs(5);
 
 fn connect(running: &Running) -> Socket {
@@ -29,10 +29,10 @@ fn connect(running: &Running) -> Socket {
     socket
 }
 
-/// An offer with any five descriptors.
+/// Sends an offer with five descriptors of any kind. Returns why it was refused.
 fn offered(running: &Running, offer: &Offer, fds: [&OwnedFd; 5]) -> AttachError {
     let socket = connect(running);
-    // What a VMM says first, and the offer: the head of each, as the attach socket has it.
+    // Messages of the attach socket, each with its head: the VMM's hello, then the offer.
     for (what, body, fds) in [
         (1u16, postcard::to_allocvec("a VMM").unwrap(), &[][..]),
         (2, postcard::to_allocvec(offer).unwrap(), &fds[..]),
@@ -47,12 +47,12 @@ fn offered(running: &Running, offer: &Offer, fds: [&OwnedFd; 5]) -> AttachError 
         let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(&fds)));
         let parts = [std::io::IoSlice::new(&packet)];
-        // It may have refused already.
+        // Fails if the process has refused already.
         let _ = sendmsg(&socket, &parts, &mut control, SendFlags::NOSIGNAL);
     }
     loop {
         match socket.wait() {
-            // Its hello, and that it closed the socket without reading all of it.
+            // The process's hello. After it comes the refusal, or the end of the socket.
             AttachError::Malformed(_) => {}
             AttachError::Io(e) if e.kind() == ErrorKind::ConnectionReset => {}
             refused => return refused,
@@ -74,7 +74,7 @@ fn text(e: &AttachError) -> &str {
     }
 }
 
-/// The process still serves: a VMM in order is taken.
+/// Checks that the process still serves a well-behaved VMM.
 fn serves(running: &mut Running) {
     let aditd = running.connect();
     let vmm = Vmm::attach(&running.dir).expect("taken");
@@ -86,19 +86,19 @@ fn bell(bells: &Bells) -> OwnedFd {
     bells.host_data.fd().unwrap().try_clone_to_owned().unwrap()
 }
 
-/// The file system's server, in a process of its own.
+/// Not a test by itself: the server of the file system, which runs in a process of its own.
 #[test]
 fn server() {
     fuse::serve();
 }
 
-/// Memory, a doorbell, and descriptors too many, whose server answers nothing, not even whether they may be closed.
+/// Memory, a doorbell and extra descriptors from a file system whose server answers nothing, not even a close.
 #[test]
-fn files_of_a_file_system_that_never_answers_keep_nobody_waiting() {
+fn files_of_a_file_system_that_never_answers_delay_nobody() {
     let dir = tempfile::tempdir().unwrap();
     let mut running = Running::start();
     let aditd = running.connect();
-    // Declared before what is open: the server goes first.
+    // Declared first, so that the server ends before these are closed.
     let (file, bells, memory);
     let Some(mute) = fuse::Mute::mount(dir.path(), "server") else {
         return;
@@ -107,7 +107,7 @@ fn files_of_a_file_system_that_never_answers_keep_nobody_waiting() {
     bells = Bells::new().unwrap();
     memory = Mapped::memfd(BYTES).unwrap().1;
     let good = bell(&bells);
-    // It has opened all that it opens for whoever comes.
+    // Wait until the process has opened everything that it opens for any client.
     aditd.wait_status(|_| true);
     let before = running.descriptors().len();
     let offer = offer("web-1", BYTES);
@@ -135,7 +135,7 @@ fn files_of_a_file_system_that_never_answers_keep_nobody_waiting() {
         "the next VMM: {:?}",
         begin.elapsed()
     );
-    // As many as are let wait, and nobody with more of them is listened to.
+    // Some closes may wait. When there are too many of them, a VMM that brings more is refused.
     let refused = loop {
         let refused = offered(&running, &offer, [&file; 5]);
         if code(&refused) != Some(Code::Memory) {
@@ -145,7 +145,7 @@ fn files_of_a_file_system_that_never_answers_keep_nobody_waiting() {
     };
     assert_eq!(code(&refused), Some(Code::Busy), "{refused:?}");
     drop(aditd);
-    // The server ends, and with it all waiting.
+    // The server ends, and with it all waiting closes.
     drop(mute);
     running.shrinks_to([before + 2, usize::MAX]);
     serves(&mut running);
@@ -153,7 +153,7 @@ fn files_of_a_file_system_that_never_answers_keep_nobody_waiting() {
 }
 
 #[test]
-fn r13_memory_without_a_right_to_write_is_refused_and_of_huge_pages_taken_if_there_are_any() {
+fn r13_memory_without_write_permission_is_refused_and_huge_pages_are_accepted() {
     let mut running = Running::start();
     let aditd = running.connect();
     let refused = |memory: &OwnedFd, seals| {
@@ -174,7 +174,7 @@ fn r13_memory_without_a_right_to_write_is_refused_and_of_huge_pages_taken_if_the
             ftruncate(&huge, BYTES as u64).unwrap();
             fcntl_add_seals(&huge, fixed).unwrap();
             let bells = Bells::new().unwrap();
-            // A region ends where a page does.
+            // The length of a region must be a multiple of the page size.
             let part = offer("web-1", BYTES - 4096);
             let refused = connect(&running).offer(&part, 1, huge.as_fd(), &bells);
             let refused = refused.expect_err("a part of a page");
@@ -183,7 +183,7 @@ fn r13_memory_without_a_right_to_write_is_refused_and_of_huge_pages_taken_if_the
             let socket = connect(&running);
             match socket.offer(&offer("web-1", BYTES), 1, huge.as_fd(), &bells) {
                 Ok(_) => drop(wait_ring(&aditd, |ring| !ring.memory.is_empty())),
-                // None are to be had, which is found out before anything is touched.
+                // No huge page is free. The process must find that out before it touches the memory.
                 Err(e) => {
                     println!("memory of huge pages: {e}");
                     assert_eq!(code(&e), Some(Code::Memory), "{e:?}");
@@ -196,7 +196,7 @@ fn r13_memory_without_a_right_to_write_is_refused_and_of_huge_pages_taken_if_the
 }
 
 #[test]
-fn descriptors_in_another_order_and_of_which_the_vmm_has_closed_its_own() {
+fn descriptors_are_used_by_their_order_and_survive_the_vmms_own_close() {
     let mut running = Running::start();
     let aditd = running.connect();
     let memory = Mapped::memfd(BYTES).unwrap().1;
@@ -212,7 +212,7 @@ fn descriptors_in_another_order_and_of_which_the_vmm_has_closed_its_own() {
         let refused = offered(&running, &offer, fds);
         assert_eq!(code(&refused), Some(Code::Memory), "{refused:?}");
     }
-    // All that the VMM has left is the socket: what it passed is the other side's.
+    // The VMM closes everything except the socket. The process must have its own copies.
     let (region, fd) = Mapped::memfd(BYTES).unwrap();
     let socket = connect(&running);
     let epoch = socket.offer(&offer, 1, fd.as_fd(), &bells).unwrap();

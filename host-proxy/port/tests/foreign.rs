@@ -1,5 +1,5 @@
-//! R105 and R109 against the real `adit-port`: descriptors that are neither doorbells nor memory, by every socket that a VMM
-//! has, and a table of descriptors that is full when some come.
+//! R105 and R109 against the real `adit-port`: descriptors that are neither doorbells nor memory, over every socket that a VMM
+//! can use; and descriptors that arrive while the process has none free.
 
 mod fuse;
 mod guest;
@@ -28,7 +28,7 @@ const KICK: u32 = 12;
 const CALL: u32 = 13;
 const ERR: u32 = 14;
 
-/// The file system's server, in a process of its own.
+/// Not a test by itself: the server of the file system, which runs in a process of its own.
 #[test]
 fn server() {
     fuse::serve();
@@ -54,7 +54,7 @@ fn vhost(request: u32, body: &[u8]) -> Vec<u8> {
     head.chain(body.iter().copied()).collect()
 }
 
-/// A message that brings descriptors: so many.
+/// A message that carries so many descriptors.
 fn bringing(request: u32, regions: u32) -> Vec<u8> {
     if request != SET_MEM_TABLE {
         return vhost(request, &0u64.to_ne_bytes());
@@ -68,7 +68,7 @@ fn bringing(request: u32, regions: u32) -> Vec<u8> {
     vhost(request, &body)
 }
 
-/// The loop answers, whoever waits for a close.
+/// Checks that the loop answers while closes are waiting.
 fn answers(aditd: &Aditd, id: &mut u64) {
     *id += 1;
     aditd.dial(*id, Target::VsockPort(9));
@@ -81,7 +81,7 @@ fn answers(aditd: &Aditd, id: &mut u64) {
     }
 }
 
-/// What may be passed, with a file whose server answers nothing where there can be one.
+/// Descriptors of every kind, with a file whose server answers nothing if the machine allows one.
 fn foreign(mute: Option<&fuse::Mute>) -> (Vec<Foreign>, kinds::Far) {
     let (mut all, far) = kinds::all();
     all.extend(mute.map(|mute| Foreign {
@@ -92,11 +92,11 @@ fn foreign(mute: Option<&fuse::Mute>) -> (Vec<Foreign>, kinds::Far) {
 }
 
 #[test]
-fn r105_only_eventfds_are_doorbells_and_only_sealed_memory_is_the_guests() {
+fn r105_only_eventfds_are_doorbells_and_only_sealed_memory_is_guest_memory() {
     let dir = tempfile::tempdir().unwrap();
     let mut running = Running::start();
     let aditd = running.connect();
-    // Gone before the process, which cannot end while it waits for it.
+    // Dropped before the process, which cannot end while one of its closes waits for the server.
     let mute = fuse::Mute::mount(dir.path(), "server");
     let mut dials = 0;
     let mut fars = Vec::new();
@@ -127,7 +127,7 @@ fn r105_only_eventfds_are_doorbells_and_only_sealed_memory_is_the_guests() {
             answers(&aditd, &mut dials);
         }
     }
-    // A message that brings none, with some beside it.
+    // A message without descriptors of its own, with some attached.
     let (lingers, far) = kinds::lingering();
     fars.push(far);
     let mut frontend = UnixStream::connect(running.dir.join(VHOST_SOCKET)).unwrap();
@@ -139,7 +139,7 @@ fn r105_only_eventfds_are_doorbells_and_only_sealed_memory_is_the_guests() {
     frontend.read_exact(&mut [0; 20]).unwrap();
     answers(&aditd, &mut dials);
     drop(frontend);
-    // The next VMM is served, while all of that still waits.
+    // The next VMM is served while all those closes still wait.
     let _guest = running.boot(&[]);
     aditd.wait_status(|s| s.session && s.last_fault.is_empty());
     drop(mute);
@@ -147,11 +147,11 @@ fn r105_only_eventfds_are_doorbells_and_only_sealed_memory_is_the_guests() {
 }
 
 #[test]
-fn r105_a_ring_is_made_of_doorbells_and_sealed_memory_only() {
+fn r105_a_ring_accepts_only_doorbells_and_sealed_memory() {
     let dir = tempfile::tempdir().unwrap();
     let mut running = Running::start();
     let aditd = running.connect();
-    // Gone before the process, which cannot end while it waits for it.
+    // Dropped before the process, which cannot end while one of its closes waits for the server.
     let mute = fuse::Mute::mount(dir.path(), "server");
     let mut dials = 0;
     let (_, memory) = Mapped::memfd(BYTES).unwrap();
@@ -179,7 +179,7 @@ fn r105_a_ring_is_made_of_doorbells_and_sealed_memory_only() {
             });
             let refused = loop {
                 match socket.wait() {
-                    // Its hello.
+                    // The process's hello.
                     AttachError::Malformed(_) => {}
                     refused => break refused,
                 }
@@ -191,7 +191,7 @@ fn r105_a_ring_is_made_of_doorbells_and_sealed_memory_only() {
             answers(&aditd, &mut dials);
         }
     }
-    // A client of the other socket has nothing to say, with or without descriptors.
+    // A client of the ivshmem socket never sends anything. If it does, with or without descriptors, the connection ends.
     let client = UnixStream::connect(running.dir.join(IVSHMEM_SOCKET)).unwrap();
     (0..7).for_each(|_| drop(message(&client)));
     wait_ring(&aditd, |ring| !ring.memory.is_empty());
@@ -203,7 +203,7 @@ fn r105_a_ring_is_made_of_doorbells_and_sealed_memory_only() {
     });
     wait_ring(&aditd, |ring| ring.memory.is_empty());
     answers(&aditd, &mut dials);
-    // Both are served.
+    // Well-behaved VMMs are served on both sockets.
     let vmm = Vmm::attach(&running.dir).expect("taken");
     let agent = vmm.boot();
     wait_ring(&aditd, |ring| ring.running);
@@ -217,7 +217,7 @@ fn r105_a_ring_is_made_of_doorbells_and_sealed_memory_only() {
     drop(fars);
 }
 
-/// A packet of the attach socket.
+/// A message of the attach socket.
 fn attach(what: u16, body: &[u8], fds: u16) -> Vec<u8> {
     let mut packet = b"ADITATT1\x01\0".to_vec();
     packet.extend(what.to_le_bytes());
@@ -227,7 +227,7 @@ fn attach(what: u16, body: &[u8], fds: u16) -> Vec<u8> {
     packet
 }
 
-/// Waits until it has no more than so many.
+/// Waits until the process has at most so many descriptors.
 #[track_caller]
 fn returns_to(running: &Running, before: usize) {
     let end = Instant::now() + LONG;
@@ -238,7 +238,7 @@ fn returns_to(running: &Running, before: usize) {
 }
 
 #[test]
-fn r109_what_a_vmm_passes_waits_while_the_table_is_full() {
+fn r109_descriptors_of_a_vmm_wait_while_none_is_free() {
     let mut running = Running::start();
     running.connect().wait_status(|_| true);
     let mut frontend = UnixStream::connect(running.dir.join(VHOST_SOCKET)).unwrap();
@@ -246,7 +246,7 @@ fn r109_what_a_vmm_passes_waits_while_the_table_is_full() {
     pass(&frontend, &vhost(1, &[]), &[]);
     frontend.read_exact(&mut [0; 20]).unwrap();
     let (pid, before) = (running.child.id(), running.descriptors().len());
-    // Seven regions where three descriptors fit.
+    // Seven regions, but only three free descriptors.
     kinds::limit(pid, Some(3));
     let memory: Vec<_> = (0..7).map(|_| Mapped::memfd(1 << 20).unwrap().1).collect();
     let fds: Vec<_> = memory.iter().map(AsFd::as_fd).collect();
@@ -256,14 +256,14 @@ fn r109_what_a_vmm_passes_waits_while_the_table_is_full() {
         returns_to(&running, before);
     }
     kinds::limit(pid, None);
-    // It is taken, and so is what was said behind it.
+    // The message is handled now, and so is the one behind it.
     frontend.read_exact(&mut [0; 20]).unwrap();
     drop(frontend);
     returns_to(&running, before);
 }
 
 #[test]
-fn r109_a_ring_that_does_not_fit_into_a_full_table_is_refused() {
+fn r109_a_ring_for_which_no_descriptor_is_free_is_refused() {
     let mut running = Running::start();
     let aditd = running.connect();
     aditd.wait_status(|_| true);
@@ -274,7 +274,7 @@ fn r109_a_ring_that_does_not_fit_into_a_full_table_is_refused() {
         &attach(1, &postcard::to_allocvec("a VMM").unwrap(), 0),
         &[],
     );
-    // Its hello: it has accepted.
+    // The process's hello: the connection was accepted.
     assert!(matches!(socket.wait(), AttachError::Malformed(_)));
     let (pid, before) = (running.child.id(), running.descriptors().len());
     kinds::limit(pid, Some(2));
@@ -294,7 +294,7 @@ fn r109_a_ring_that_does_not_fit_into_a_full_table_is_refused() {
 }
 
 #[test]
-fn r109_a_tunnel_that_does_not_fit_into_a_full_table_is_no_end_of_the_connection() {
+fn r109_a_tunnel_for_which_no_descriptor_is_free_does_not_end_the_connection() {
     let mut running = Running::start();
     let aditd = running.connect();
     aditd.wait_status(|_| true);

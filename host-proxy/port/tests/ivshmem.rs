@@ -1,5 +1,5 @@
-//! The real `adit-port` with a ring: a VMM that takes it from ivshmem.sock, and the agent's end in this process. There is
-//! no vsock here, so what is served is served over the ring.
+//! The real `adit-port` with a ring: a VMM gets it from ivshmem.sock, and this process is the agent. There is no vsock here, so
+//! everything is served over the ring.
 
 mod guest;
 mod running;
@@ -30,7 +30,7 @@ use vmm::{Vmm, start};
 const MIB: usize = 1;
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// A port process, and `aditd`'s end of it.
+/// A port process, and `aditd`'s connection to it.
 struct Port {
     child: Child,
     run: tempfile::TempDir,
@@ -75,7 +75,7 @@ fn wait<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// aditd's end of the port process in `dir`. What is never said fails the test that waits for it.
+/// Connects to the port process in `dir`, as aditd does. A read that gets nothing fails the test after a while.
 fn control(dir: &Path) -> OwnedFd {
     let socket = UnixStream::from(wait("it listens", || connect_control(dir).ok()));
     socket.set_read_timeout(Some(LIMIT)).unwrap();
@@ -100,7 +100,7 @@ impl Port {
         self.run.path().join("web-1")
     }
 
-    /// Kills it, and starts another on what it left.
+    /// Kills the process, and starts a successor with its state.
     fn succeed(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -108,7 +108,7 @@ impl Port {
         self.aditd = control(&self.dir());
     }
 
-    /// The next frame; what is to be kept is.
+    /// Receives the next frame. Keeps it if it is a handover.
     fn hear(&mut self) -> (Message, Vec<OwnedFd>) {
         let (message, fds) = receive_all(&self.aditd).unwrap().expect("connection");
         if let Message::Handover(handover) = &message {
@@ -130,7 +130,7 @@ impl Port {
         }
     }
 
-    /// Until what a successor needs has a ring, or has none.
+    /// Waits until the handover has so many descriptors: a ring adds some.
     fn wait_kept(&mut self, fds: usize) {
         while self
             .kept
@@ -173,12 +173,12 @@ impl Port {
     }
 }
 
-/// A VMM as this file's port process has it.
+/// Connects as the VMM.
 fn connect(port: &Port) -> Vmm {
     Vmm::ivshmem(&port.dir(), MIB << 20)
 }
 
-/// The agent comes, and echoes every service.
+/// Starts the agent, which echoes every service.
 fn boot(vmm: &Vmm) -> Agent {
     let carrier = wait("a region", || {
         let (memory, bells) = (vmm.memory.clone(), vmm.guest_bells());
@@ -237,7 +237,7 @@ fn echo(mut stream: &Stream) -> std::io::Result<()> {
     std::io::copy(&mut stream, &mut std::io::sink()).map(drop)
 }
 
-/// There and back, to the end.
+/// Sends bytes and compares their echo.
 fn carry(tunnel: &UnixStream, len: usize) {
     let sent: Vec<u8> = (0..len).map(|n| (n / 7) as u8).collect();
     let mut back = Vec::new();
@@ -252,7 +252,7 @@ fn carry(tunnel: &UnixStream, len: usize) {
 }
 
 #[test]
-fn services_go_over_the_ring_and_what_the_agent_dials_is_the_agents() {
+fn services_use_the_ring_and_the_agents_dials_reach_aditd() {
     let mut port = Port::start();
     assert_eq!(port.dial(1, "tcp:7"), Err(DialError::NoSession));
     let vmm = connect(&port);
@@ -265,9 +265,9 @@ fn services_go_over_the_ring_and_what_the_agent_dials_is_the_agents() {
     for (id, len) in [(2, 1), (3, 100_000), (4, 3 << 20)] {
         carry(&port.tunnel(id), len);
     }
-    // A service that is refused is not tried over vsock: the agent has answered.
+    // A refused service is not tried over vsock, because the agent has answered.
     assert_eq!(port.dial(5, "none"), Err(DialError::HelloRefused));
-    // A plain vsock port is no business of the ring.
+    // A plain vsock port never uses the ring.
     let to = Target::VsockPort(22);
     let deadline_ms = 5000;
     let id = 6;
@@ -303,14 +303,14 @@ fn services_go_over_the_ring_and_what_the_agent_dials_is_the_agents() {
 }
 
 #[test]
-fn aditd_goes_and_tunnels_stay_a_killed_port_process_has_its_ring_attached_anew() {
+fn tunnels_outlive_aditd_and_the_ring_outlives_a_killed_port_process() {
     let mut port = Port::start();
     let vmm = connect(&port);
     let _agent = boot(&vmm);
     port.wait_ring(|ring| ring.running);
     port.wait_kept(RING_FDS);
     let mut tunnel = port.tunnel(1);
-    // aditd dies, and comes back.
+    // aditd ends, and the next one connects.
     port.aditd = control(&port.dir());
     port.kept = None;
     port.wait_kept(RING_FDS);
@@ -320,7 +320,7 @@ fn aditd_goes_and_tunnels_stay_a_killed_port_process_has_its_ring_attached_anew(
     for _ in 0..5 {
         let begin = Instant::now();
         port.succeed();
-        // The old stream has ended, and not as if all were said.
+        // The old stream has ended, with an error and not as if it were complete.
         assert!(matches!(tunnel.read(&mut [0]), Ok(0) | Err(_)));
         port.wait_ring(|ring| ring.running);
         println!("attached anew after {} ms", begin.elapsed().as_millis());
@@ -334,12 +334,12 @@ fn aditd_goes_and_tunnels_stay_a_killed_port_process_has_its_ring_attached_anew(
 }
 
 #[test]
-fn a_vmm_that_goes_ends_the_ring_and_the_next_has_memory_of_its_own() {
+fn the_ring_ends_with_its_vmm_and_the_next_vmm_gets_new_memory() {
     let mut port = Port::start();
     let first = connect(&port);
     let agent = boot(&first);
     port.wait_ring(|ring| ring.running);
-    // A second one is turned away meanwhile.
+    // A second VMM is refused meanwhile.
     let mut second = UnixStream::connect(port.dir().join(IVSHMEM_SOCKET)).unwrap();
     assert_eq!(second.read(&mut [0; 8]).unwrap(), 0);
     carry(&port.tunnel(1), 10_000);
@@ -351,7 +351,7 @@ fn a_vmm_that_goes_ends_the_ring_and_the_next_has_memory_of_its_own() {
     let next = connect(&port);
     let _agent = boot(&next);
     port.wait_ring(|ring| ring.running);
-    // Whoever holds on to the old memory writes to nobody.
+    // Writing to the old memory has no effect on anybody.
     for at in (0..1 << 20).step_by(8) {
         first.memory.store(at, u64::MAX);
     }

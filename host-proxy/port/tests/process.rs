@@ -1,5 +1,5 @@
-//! The real `adit-port` binary: started, spoken to over its control socket, with a guest in software behind its
-//! vhost-user socket, and its sandbox on.
+//! The real `adit-port` binary in its sandbox: a test is `aditd` on its control socket, and a software guest is behind its
+//! vhost-user socket.
 
 mod guest;
 mod running;
@@ -78,7 +78,7 @@ fn tunnel(aditd: &Aditd, guest: &mut Guest, id: u64) -> (UnixStream, UnixStream)
 }
 
 #[test]
-fn starts_in_its_sandbox_and_tells_its_status() {
+fn it_starts_in_its_sandbox_and_sends_its_status() {
     let mut running = Running::start();
     let aditd = running.connect();
     let status = aditd.wait_status(|_| true);
@@ -100,7 +100,7 @@ fn starts_in_its_sandbox_and_tells_its_status() {
 }
 
 #[test]
-fn a_second_process_in_the_same_place_is_refused_and_a_killed_one_is_replaced() {
+fn a_second_process_in_the_same_directory_is_refused_and_a_killed_one_is_replaced() {
     let mut running = Running::start();
     running.connect();
     let second = command(&running.dir)
@@ -117,7 +117,7 @@ fn a_second_process_in_the_same_place_is_refused_and_a_killed_one_is_replaced() 
 }
 
 #[test]
-fn quit_and_sigterm_end_it_in_order() {
+fn quit_and_sigterm_end_it_with_success() {
     let mut running = Running::start();
     let aditd = running.connect();
     aditd.wait_status(|_| true);
@@ -166,7 +166,7 @@ fn a_dial_without_a_guest_fails_at_once() {
 }
 
 #[test]
-fn r53_a_frame_that_is_cut_or_breaks_the_protocol_costs_its_connection_only() {
+fn r53_a_truncated_or_forbidden_frame_ends_its_connection_only() {
     let mut running = Running::start();
     let aditd = running.connect();
     let mut guest = running.boot(&[22]);
@@ -188,7 +188,7 @@ fn r53_a_frame_that_is_cut_or_breaks_the_protocol_costs_its_connection_only() {
     ]);
     for bytes in wrong {
         let aditd = running.connect();
-        // An empty packet is what the end of a connection looks like.
+        // The kernel reports an empty packet like the end of the connection.
         nix::sys::socket::send(aditd.0.as_raw_fd(), &bytes, MsgFlags::empty()).unwrap();
         let end = loop {
             match receive(&aditd.0) {
@@ -197,10 +197,10 @@ fn r53_a_frame_that_is_cut_or_breaks_the_protocol_costs_its_connection_only() {
             }
         };
         assert!(matches!(end, Ok(None)), "{} bytes: {end:?}", bytes.len());
-        // The tunnel knows nothing of it.
+        // The tunnel is unaffected.
         carry(&mut guest, &near, &far, b"still there");
     }
-    // A megabyte does not even leave the sender.
+    // The kernel refuses to send a megabyte in one packet.
     let aditd = running.connect();
     let sent = nix::sys::socket::send(aditd.0.as_raw_fd(), &[b'a'; 1 << 20], MsgFlags::empty());
     assert_eq!(sent, Err(nix::errno::Errno::EMSGSIZE));
@@ -209,7 +209,7 @@ fn r53_a_frame_that_is_cut_or_breaks_the_protocol_costs_its_connection_only() {
 }
 
 #[test]
-fn r49_a_tunnel_carries_bytes_and_half_closes_both_ways_and_outlives_aditd() {
+fn r49_a_tunnel_carries_bytes_and_half_closes_in_both_directions_and_outlives_aditd() {
     let mut running = Running::start();
     let aditd = running.connect();
     let mut guest = running.boot(&[22]);
@@ -218,7 +218,7 @@ fn r49_a_tunnel_carries_bytes_and_half_closes_both_ways_and_outlives_aditd() {
     let data = pattern(1 << 20);
     carry(&mut guest, &near, &far, &data);
     carry(&mut guest, &far, &near, &data);
-    // aditd dies; another one comes; the tunnel knows neither.
+    // aditd ends and another one connects; the tunnel is unaffected.
     drop(aditd);
     let aditd = running.connect();
     let status = guest.until(|_| {
@@ -238,10 +238,10 @@ fn r49_a_tunnel_carries_bytes_and_half_closes_both_ways_and_outlives_aditd() {
     carry(&mut guest, &near, &far, b"again");
 }
 
-/// An aditd that is killed has said its last; what it said before is done, also where it had not read everything itself, and
-/// where the next one knocks already.
+/// Frames that aditd sent before it was killed still count, also if it had not read everything itself, and if the next aditd is
+/// connecting already.
 #[test]
-fn what_aditd_said_before_it_was_killed_is_done() {
+fn frames_that_aditd_sent_before_it_was_killed_are_handled() {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use nix::sys::signal::{Signal, kill};
     use std::os::fd::AsFd;
@@ -264,7 +264,7 @@ fn what_aditd_said_before_it_was_killed_is_done() {
             let mut fds = [PollFd::new(aditd.0.as_fd(), PollFlags::POLLIN)];
             (poll(&mut fds, PollTimeout::ZERO) == Ok(1)).then_some(())
         });
-        // A stopped process reads nothing before everything is said and over.
+        // Stop the process, so that it reads only after aditd has sent everything and ended.
         kill(pid, Signal::SIGSTOP).unwrap();
         let near = aditd.attach(1, b"");
         drop(aditd);
@@ -285,7 +285,7 @@ fn r55_a_stopped_reader_does_not_stop_other_tunnels() {
     let (stuck, unread) = tunnel(&aditd, &mut guest, 1);
     let (near, far) = tunnel(&aditd, &mut guest, 2);
     let data = pattern(1 << 20);
-    // Both ways: nobody reads `stuck`, nobody reads `unread`.
+    // In both directions: nobody reads `stuck`, and nobody reads `unread`.
     for (id, end) in [(3, &stuck), (4, &unread)] {
         let mut quiet = 0;
         guest.until(|_| {
@@ -336,7 +336,7 @@ fn a_service_is_reached_through_its_hello() {
 }
 
 #[test]
-fn what_aditd_left_unattached_is_reset() {
+fn dials_that_aditd_never_attached_are_reset_when_it_ends() {
     let mut running = Running::start();
     let aditd = running.connect();
     let mut guest = running.boot(&[22]);
@@ -369,7 +369,7 @@ fn what_aditd_left_unattached_is_reset() {
 }
 
 #[test]
-fn the_guests_dial_reaches_aditd_and_is_refused_without_one() {
+fn the_guests_dial_reaches_aditd_and_is_refused_without_aditd() {
     let mut running = Running::start();
     let aditd = running.connect();
     let mut guest = running.boot(&[]);
@@ -398,7 +398,7 @@ fn the_guests_dial_reaches_aditd_and_is_refused_without_one() {
     let data = pattern(300_000);
     carry(&mut guest, &end, &served, &data);
     carry(&mut guest, &served, &end, &data);
-    // A port that is not served, and the served one without aditd.
+    // A port that aditd does not serve, and then a served port without aditd.
     let (_, other) = dial(&mut guest, 80);
     assert_eq!(read_end(&mut guest, &other), b"");
     drop(aditd);
@@ -407,14 +407,14 @@ fn the_guests_dial_reaches_aditd_and_is_refused_without_one() {
 }
 
 #[test]
-fn an_idle_process_does_not_wake() {
+fn an_idle_process_does_not_wake_up() {
     let mut running = Running::start();
     let aditd = running.connect();
     let mut guest = running.boot(&[22]);
     aditd.wait_status(|s| s.session);
     let (near, far) = tunnel(&aditd, &mut guest, 1);
     carry(&mut guest, &near, &far, b"x");
-    // What the last bytes caused (a credit update, a status) is over after a quiet moment of the guest.
+    // Wait until the guest has been quiet for a moment: the last bytes still cause a credit update and a status.
     for _ in 0..50 {
         guest.shard.turn(Some(Duration::from_millis(1))).unwrap();
     }
@@ -425,7 +425,7 @@ fn an_idle_process_does_not_wake() {
     assert_eq!(running.status("voluntary_ctxt_switches"), before);
 }
 
-/// Hands a plain file over as guest memory (`memory-backend-file,share=on`). Returns whether it is taken.
+/// Offers a plain file as guest memory (`memory-backend-file,share=on`). Returns whether it is accepted.
 fn offer_file(running: &Running) -> bool {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
@@ -448,13 +448,13 @@ fn offer_file(running: &Running) -> bool {
 }
 
 #[test]
-fn memory_from_a_file_is_refused_with_the_setting_that_allows_it_and_taken_with_it() {
+fn memory_from_a_file_is_refused_with_a_hint_and_accepted_if_allowed() {
     let mut running = Running::start();
     let aditd = running.connect();
     assert!(!offer_file(&running));
     let said = aditd.wait_status(|s| !s.last_fault.is_empty()).last_fault;
     assert!(said.contains("allow_any_memory = true"), "{said}");
-    // A VMM that is served has no fault any more.
+    // Once a VMM is served, the fault is cleared.
     let _guest = running.boot(&[]);
     aditd.wait_status(|s| s.session && s.last_fault.is_empty());
 
@@ -469,9 +469,9 @@ fn memory_from_a_file_is_refused_with_the_setting_that_allows_it_and_taken_with_
     assert_eq!(aditd.wait_status(|_| true).last_fault, "");
 }
 
-/// One descriptor is kept for `aditd`: it comes through, again and again, when there is no other.
+/// One descriptor is reserved for `aditd`: it can connect again and again when no other is left.
 #[test]
-fn aditd_is_heard_when_there_is_no_descriptor_left() {
+fn aditd_can_connect_when_no_descriptor_is_left() {
     let mut running = Running::start();
     let aditd = running.connect();
     aditd.wait_status(|_| true);
@@ -487,7 +487,7 @@ fn aditd_is_heard_when_there_is_no_descriptor_left() {
         assert!(std::time::Instant::now() < end);
         std::thread::yield_now();
     }
-    // What is free from here on is out of reach.
+    // Set the limit so that no further descriptor can be opened.
     let numbers = numbers();
     let free = (0..).find(|n| !numbers.contains(n)).unwrap();
     let mut limit = std::process::Command::new("prlimit");
@@ -498,7 +498,7 @@ fn aditd_is_heard_when_there_is_no_descriptor_left() {
     }
     let mut before = None;
     for _ in 0..3 {
-        // The one before is still connected when the next one comes.
+        // The previous connection is still open when the next one comes.
         before = Some(running.connect());
         before.iter().for_each(|a| drop(a.wait_status(|_| true)));
     }

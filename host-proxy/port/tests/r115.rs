@@ -1,5 +1,5 @@
-//! R115: what a port process that is in its guest's hands can still reach. Each attempt is made from inside the sandbox, by
-//! a process that has entered it as `adit-port` does, and what came of it is looked at from outside.
+//! R115: what a port process can still reach when its guest controls it. A child enters the sandbox as `adit-port` does, makes
+//! one attempt, and the test checks the effect from outside.
 #![allow(unsafe_code)] // attempts are bare system calls, with arguments that no library would pass
 
 mod guest;
@@ -21,31 +21,31 @@ use nix::unistd::Uid;
 use running::{Running, command};
 use rustix::thread::{CapabilitySet, capabilities};
 
-/// What the child is to try, and where.
+/// Which attempt the child makes, and where.
 const ATTEMPT: &str = "ADIT_R115_ATTEMPT";
 const DIR: &str = "ADIT_R115_DIR";
 const OTHER: &str = "ADIT_R115_OTHER";
 /// Whether the child enters the sandbox first.
 const INSIDE: &str = "ADIT_R115_INSIDE";
 const TEST: &str = "r115_nothing_leaves_the_sandbox";
-/// No user of any machine that runs this; two VMs.
+/// User ids that no machine which runs this test uses: one for each of two VMs.
 const OWN: u32 = 70_001;
 const OTHERS: u32 = 70_002;
 /// Exit statuses of the child.
 const GOT_THROUGH: i32 = 42;
 const REFUSED: i32 = 43;
 
-/// What a child has to try its luck on.
+/// What the attempts are made on.
 struct Scene {
-    /// Directory of this VM.
+    /// This VM's directory.
     dir: String,
-    /// Directory of another one.
+    /// Another VM's directory.
     other_dir: String,
-    /// Socket of another daemon, open to everybody.
+    /// The socket of another daemon. Everybody may use it.
     daemon: String,
-    /// Another process, of another user.
+    /// Another user's process.
     other: i32,
-    /// A socket pair, as every tunnel has.
+    /// A socket pair, such as every tunnel has.
     stream: (OwnedFd, OwnedFd),
     /// A terminal.
     terminal: Option<OwnedFd>,
@@ -68,13 +68,13 @@ impl Scene {
     }
 }
 
-/// A system call: its number, its arguments. Returns what the kernel says, errors as negative numbers.
+/// Makes a system call. Returns the kernel's result; errors are negative.
 fn call<const N: usize>(number: libc::c_long, arguments: [usize; N]) -> i64 {
     let mut all = [0; 6];
     all[..N].copy_from_slice(&arguments);
     let [a, b, c, d, e, f] = all;
-    // SAFETY: pointers among the arguments lead to objects of the callers' that outlive the call, or to nothing, which
-    // the kernel checks.
+    // SAFETY: a pointer among the arguments leads to an object of the caller that outlives the call, or is invalid, and then
+    // the kernel returns an error.
     let result = unsafe { libc::syscall(number, a, b, c, d, e, f) };
     match result {
         -1 => -i64::from(nix::errno::Errno::last_raw()),
@@ -136,12 +136,12 @@ fn control(on: &OwnedFd, command: i32, argument: usize) -> i64 {
     )
 }
 
-/// Whether it gets through without a sandbox, too: then nobody would notice if the attempt were made wrongly.
+/// Whether the attempt succeeds without the sandbox. This shows that the attempt itself is made correctly.
 #[derive(Clone, Copy, PartialEq)]
 enum Outside {
-    /// It does for everybody.
+    /// For everybody.
     Works,
-    /// It does for root.
+    /// For root.
     WorksForRoot,
     /// It depends on the machine.
     Depends,
@@ -150,7 +150,7 @@ use Outside::{Depends, Works, WorksForRoot};
 
 type Attempt = (&'static str, Outside, fn(&Scene) -> i64);
 
-/// The kit. Each returns what the kernel said: not negative = it got through.
+/// All attempts. Each returns the kernel's result; it succeeded if that is not negative.
 const KIT: &[Attempt] = &[
     // Sockets of every family and type.
     ("socket inet stream", Works, |_| {
@@ -308,7 +308,7 @@ const KIT: &[Attempt] = &[
             iov_base: (&raw mut byte).cast(),
             iov_len: 1,
         };
-        // Where the same program, which is not moved, has the same byte is not known: a fault there is a way in as well.
+        // The other process runs the same program, but the address may be invalid there: EFAULT counts as success too.
         let there = &raw const here as usize;
         let said = call(
             libc::SYS_process_vm_readv,
@@ -439,7 +439,7 @@ const KIT: &[Attempt] = &[
     ("fork", Works, |_| {
         let said = call(libc::SYS_clone, [libc::SIGCHLD as usize, 0, 0, 0, 0]);
         if said == 0 {
-            // SAFETY: the child of a fork ends at once.
+            // SAFETY: the fork's child ends at once.
             unsafe { libc::_exit(0) };
         }
         said
@@ -459,7 +459,7 @@ const KIT: &[Attempt] = &[
         how[4] = libc::SIGCHLD as u64;
         let said = call(libc::SYS_clone3, [how.as_ptr() as usize, 88]);
         if said == 0 {
-            // SAFETY: as above.
+            // SAFETY: the fork's child ends at once.
             unsafe { libc::_exit(0) };
         }
         said
@@ -490,7 +490,7 @@ const KIT: &[Attempt] = &[
     ("a filter of its own", Depends, |_| {
         call(libc::SYS_seccomp, [0, 0, 0])
     }),
-    // The kernel's machinery.
+    // Facilities of the kernel.
     ("keyctl", Depends, |_| {
         call(libc::SYS_keyctl, [0, -3isize as usize, 1])
     }),
@@ -556,7 +556,7 @@ const KIT: &[Attempt] = &[
     ("iopl", Depends, |_| call(libc::SYS_iopl, [3])),
 ];
 
-/// Another process. Dropped = ended, by its own id.
+/// Another process. Drop ends it by its pid.
 struct Sleeper(Child);
 
 impl Sleeper {
@@ -572,7 +572,7 @@ impl Drop for Sleeper {
     }
 }
 
-/// The child: enters the sandbox as `adit-port` does, tries one thing, and ends with a status that says what came of it.
+/// The child: enters the sandbox as `adit-port` does, makes one attempt, and ends with a status that tells the result.
 fn child(name: &str) -> ! {
     let scene = Scene::of_child();
     let attempt = KIT.iter().find(|(n, ..)| *n == name);
@@ -581,7 +581,7 @@ fn child(name: &str) -> ! {
         sandbox::lock_files().unwrap();
         sandbox::lock_calls().unwrap();
     }
-    // What the loop does itself goes on.
+    // What the loop itself does must still work in the sandbox.
     let status = match attempt {
         None => 0,
         Some((_, _, attempt)) => match attempt(&scene) {
@@ -589,7 +589,7 @@ fn child(name: &str) -> ! {
             _ => REFUSED,
         },
     };
-    // SAFETY: ends without running anything more.
+    // SAFETY: only ends the process; no other code of it runs.
     unsafe { libc::_exit(status) }
 }
 
@@ -602,7 +602,7 @@ fn r115_nothing_leaves_the_sandbox() {
     if !root {
         println!("skipped: a user of its own takes root; the filters are tried all the same");
     }
-    // A container's root is not wholly root.
+    // Root in a container may lack capabilities.
     let wanted = CapabilitySet::SYS_ADMIN
         | CapabilitySet::SYS_PTRACE
         | CapabilitySet::SYS_CHROOT
@@ -617,7 +617,7 @@ fn r115_nothing_leaves_the_sandbox() {
     fs::create_dir(&other_dir).unwrap();
     fs::write(other_dir.join("port.log"), "another VM's").unwrap();
     fs::set_permissions(&other_dir, fs::Permissions::from_mode(0o700)).unwrap();
-    // A daemon that takes datagrams from everybody, and believes what the kernel says of their sender.
+    // A daemon that accepts datagrams from everybody, and trusts what the kernel says about the sender.
     let at = run.path().join("daemon");
     let daemon = UnixDatagram::bind(&at).unwrap();
     fs::set_permissions(&at, fs::Permissions::from_mode(0o777)).unwrap();
@@ -637,7 +637,7 @@ fn r115_nothing_leaves_the_sandbox() {
         command.stdout(Stdio::null()).stderr(Stdio::null());
         command.status().unwrap()
     };
-    // One that tries nothing comes to its end.
+    // A child without an attempt ends with success.
     assert_eq!(attempt("nothing", true).code(), Some(0));
     let (mut killed, mut refused) = (0, 0);
     let (mut through, mut idle) = (Vec::new(), Vec::new());
@@ -651,7 +651,7 @@ fn r115_nothing_leaves_the_sandbox() {
             if *name == "datagram to a daemon" {
                 assert!(escaped());
             }
-            // It was let do what it likes.
+            // Without the sandbox the attempt may have had effects: undo them.
             let _ = fs::remove_file(dir.join("new"));
             let _ = fs::remove_file(dir.join("link"));
         }
@@ -664,7 +664,7 @@ fn r115_nothing_leaves_the_sandbox() {
     }
     assert!(idle.is_empty(), "do nothing outside of it: {idle:#?}");
     assert!(through.is_empty(), "got through: {through:#?}");
-    assert!(!escaped(), "another daemon was told something");
+    assert!(!escaped(), "another daemon received something");
     assert!(
         other.0.try_wait().unwrap().is_none(),
         "another process was ended"
@@ -699,7 +699,7 @@ fn r115_it_runs_as_its_vms_own_user_without_any_capability() {
     let aditd = running.connect();
     aditd.wait_status(|_| true);
     let pid = running.child.id().cast_signed();
-    // Every thread, whenever it was made.
+    // Every thread, including those that were made before the change.
     for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
         let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
         let none = "0000000000000000";
@@ -718,7 +718,7 @@ fn r115_it_runs_as_its_vms_own_user_without_any_capability() {
             assert_eq!(is, [&user, &user, "", none]);
         }
     }
-    // Who listens is what the kernel says, and the note in the directory says the same.
+    // The kernel's view of who listens, and the note in the directory, must agree.
     let peer = getsockopt(&aditd.0, PeerCredentials).unwrap();
     let us = Uid::effective().as_raw();
     assert_eq!((peer.pid(), peer.uid()), (pid, own.unwrap_or(us)));
@@ -726,18 +726,18 @@ fn r115_it_runs_as_its_vms_own_user_without_any_capability() {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     let core = limits.lines().find(|l| l.starts_with("Max core")).unwrap();
     assert!(core.split_whitespace().nth(4) == Some("0"), "{core}");
-    // Its directory stays its starter's, and closed to it.
+    // The directory still belongs to whoever started the process, and the process cannot open it.
     for file in ["", "ctl.sock", "vhost.sock", "port.pid"] {
         let meta = fs::metadata(running.dir.join(file)).unwrap();
         assert_eq!((meta.uid(), meta.mode() & 0o077), (us, 0), "{file}");
     }
-    // A guest is served as ever.
+    // A guest is still served.
     let _guest = running.boot(&[22]);
     aditd.wait_status(|s| s.session);
 }
 
 #[test]
-fn r115_a_user_that_it_cannot_become_is_no_reason_to_serve_as_another() {
+fn r115_if_it_cannot_become_its_own_user_it_does_not_serve() {
     if Uid::effective().is_root() {
         println!("skipped: root can become anybody");
         return;

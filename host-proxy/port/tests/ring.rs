@@ -1,5 +1,5 @@
-//! The real `adit-port`, its sandbox on, with a ring beside the vsock: a VMM hands one over, well and badly; which carrier
-//! a dial takes; what becomes of streams when the ring goes.
+//! The real `adit-port` in its sandbox, with a ring beside its vsock: VMMs that offer a ring, well-behaved and not; which carrier
+//! a dial uses; what happens to streams when the ring ends.
 
 mod guest;
 mod running;
@@ -22,14 +22,14 @@ use guest::Guest;
 use running::Running;
 use vmm::{BYTES, LONG, Vmm, echoed, offer, wait_dialed, wait_ring};
 
-/// A session is there again within a second; other tests on the same processors may have them for longer.
+/// A session returns within a second, unless other tests use the processors.
 const SOON: Duration = Duration::from_secs(5);
 
 fn service() -> Target {
     Target::Service("tcp:80".parse().unwrap())
 }
 
-/// Waits until the guest's vsock is asked for the service; the host's own round trips are not it.
+/// Waits until the guest is dialled for the service over vsock. Ignores the host's own measurement of round trips.
 fn asked_for_service(guest: &mut Guest) {
     loop {
         let (far, theirs) = UnixStream::pair().unwrap();
@@ -53,7 +53,7 @@ fn asked_for_service(guest: &mut Guest) {
 }
 
 #[test]
-fn a_service_takes_the_ring_while_it_runs_and_vsock_before_and_after() {
+fn a_service_uses_the_ring_while_it_runs_and_vsock_before_and_after() {
     let mut running = Running::start();
     let aditd = running.connect();
     let none = wait_ring(&aditd, |_| true);
@@ -65,7 +65,7 @@ fn a_service_takes_the_ring_while_it_runs_and_vsock_before_and_after() {
         ("memfd by attach socket", BYTES as u64, false)
     );
     assert!(ring.line_ns < 1000, "{} ns a line", ring.line_ns);
-    // The guest has vsock too, and nobody greets there.
+    // The guest has vsock too, but its agent does not answer there.
     let mut guest = running.boot(&[hello::PORT, 22]);
     aditd.wait_status(|s| s.session);
     let agent = vmm.boot();
@@ -77,15 +77,15 @@ fn a_service_takes_the_ring_while_it_runs_and_vsock_before_and_after() {
     );
     let tunnel = aditd.attach(1, b"");
     echoed(&tunnel, &[3; 100_000]);
-    // A plain vsock port is reached over vsock, ring or no ring.
+    // A plain vsock port is reached over vsock, with or without a ring.
     aditd.dial(2, Target::VsockPort(22));
     let (far, theirs) = UnixStream::pair().unwrap();
     guest.accept_at(|port| port == 22, Sink::Fd(theirs.into()));
-    // News of the ring may come first.
+    // A frame about the ring may come first.
     let dialed = |(message, _): &(Message, _)| matches!(message, Message::Dialed(d) if d.id == 2);
     guest.until(|_| aditd.heard().filter(dialed));
     drop(far);
-    // The VMM goes, and with it the ring: its stream ends, and the next dial asks the guest's vsock.
+    // The VMM ends, and with it the ring: the ring's stream ends, and the next dial uses the guest's vsock.
     drop(vmm.talk);
     let gone = wait_ring(&aditd, |ring| !ring.running);
     assert!(gone.why.contains("the ring went"), "{}", gone.why);
@@ -97,7 +97,7 @@ fn a_service_takes_the_ring_while_it_runs_and_vsock_before_and_after() {
     asked_for_service(&mut guest);
 }
 
-/// What is shown as latency is what a client's dial has: its lane may be full of others' bytes, lane control is not.
+/// The latency that is shown must be that of clients' dials. Their lane may be full of other bytes, while lane control is not.
 #[test]
 fn round_trips_are_measured_on_the_lane_of_dials() {
     let mut running = Running::start();
@@ -112,9 +112,9 @@ fn round_trips_are_measured_on_the_lane_of_dials() {
         assert!(begin.elapsed() < LONG);
     }
     let (guest, _) = attach.join().unwrap();
-    // It has said that it is there since the last of those.
+    // The guest may have changed its word after the last of those doorbells, so send one more.
     vmm.bells.host_data.ring().unwrap();
-    // One round trip is begun with the session, and never answered here; the other request is the dial's.
+    // The session starts a measurement, which nobody answers here. The second request is the dial's.
     wait_ring(&aditd, |ring| ring.running);
     aditd.dial(1, service());
     let mut lanes = [0, 1].map(|n| guest.ends(n, false).unwrap().unwrap());
@@ -133,7 +133,7 @@ fn round_trips_are_measured_on_the_lane_of_dials() {
 }
 
 #[test]
-fn a_ring_that_breaks_ends_its_streams_and_comes_back_soon() {
+fn a_broken_ring_ends_its_streams_and_is_attached_again_soon() {
     use adit_ringbuf::RingMem;
     let mut running = Running::start();
     let aditd = running.connect();
@@ -161,7 +161,7 @@ fn a_ring_that_breaks_ends_its_streams_and_comes_back_soon() {
 }
 
 #[test]
-fn a_guest_that_serves_nothing_on_its_ring_is_dialled_over_vsock() {
+fn a_dial_uses_vsock_if_the_guest_does_not_serve_its_ring() {
     let mut running = Running::start();
     let aditd = running.connect();
     let mut guest = running.boot(&[hello::PORT]);
@@ -174,7 +174,7 @@ fn a_guest_that_serves_nothing_on_its_ring_is_dialled_over_vsock() {
 }
 
 #[test]
-fn what_the_guest_dials_over_its_ring_is_the_agents() {
+fn what_the_guest_dials_over_its_ring_reaches_aditd() {
     let mut running = Running::start();
     let aditd = running.connect();
     let vmm = Vmm::attach(&running.dir).expect("taken");
@@ -204,7 +204,7 @@ fn what_the_guest_dials_over_its_ring_is_the_agents() {
 
 // ---- hostile VMMs on the attach socket
 
-/// The process still serves: a VMM in order is taken.
+/// Checks that the process still serves a well-behaved VMM.
 fn serves(running: &mut Running) {
     let aditd = running.connect();
     let vmm = Vmm::attach(&running.dir).expect("taken");
@@ -258,7 +258,7 @@ fn a_vmm_of_another_vm_is_refused() {
 }
 
 #[test]
-fn a_second_vmm_beside_the_first_is_refused_and_the_first_goes_on() {
+fn a_second_vmm_is_refused_and_the_first_one_keeps_its_ring() {
     let mut running = Running::start();
     let aditd = running.connect();
     let vmm = Vmm::attach(&running.dir).expect("taken");
@@ -275,14 +275,14 @@ fn a_second_vmm_beside_the_first_is_refused_and_the_first_goes_on() {
 }
 
 #[test]
-fn vmms_that_send_nothing_nonsense_or_die_in_the_middle_cost_the_next_one_a_moment() {
+fn vmms_that_send_nothing_or_nonsense_or_die_delay_the_next_one_only_briefly() {
     let mut running = Running::start();
-    // It has opened all that it opens for whoever comes.
+    // Wait until the process has opened everything that it opens for any client.
     running.connect().wait_status(|_| true);
     let path = running.dir.join(RING_SOCKET);
-    // One that says nothing, for as long as it likes.
+    // A VMM that sends nothing and stays.
     let _mute = Socket::connect(&path).unwrap();
-    // One that dies before it says anything, and one with bytes that are no packet, and with too many descriptors.
+    // VMMs that end before they send anything, that send bytes which are no message, and that send too many descriptors.
     drop(Socket::connect(&path).unwrap());
     for (bytes, fds) in [
         (&b"GET / HTTP/1.1"[..], 0),
@@ -312,7 +312,7 @@ fn vmms_that_send_nothing_nonsense_or_die_in_the_middle_cost_the_next_one_a_mome
     running.shrinks_to([before + 40, usize::MAX]);
 }
 
-/// Comes and goes, in every way: the process has as many descriptors and mappings as before.
+/// VMMs connect and leave in every way: afterwards the process has as many descriptors and mappings as before.
 #[test]
 fn r12_vmms_that_come_and_go_leave_nothing_behind() {
     let mut running = Running::start();
@@ -334,7 +334,7 @@ fn r12_vmms_that_come_and_go_leave_nothing_behind() {
 }
 
 #[test]
-fn an_ivshmem_client_is_given_a_ring_of_its_own() {
+fn an_ivshmem_client_gets_a_ring_of_its_own() {
     let mut running = Running::start();
     let aditd = running.connect();
     let client = UnixStream::connect(running.dir.join(IVSHMEM_SOCKET)).unwrap();

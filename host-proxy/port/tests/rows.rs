@@ -1,8 +1,8 @@
-//! R1 to R17 of the attack catalogue, against the real `adit-port` with its sandbox on, through each socket that a ring
-//! comes by: `attach_socket::r..` and `ivshmem::r..`. The hostile guest, or VMM, is this process.
+//! R1 to R17 of the attack catalogue against the real `adit-port` in its sandbox, over each socket by which a ring can arrive:
+//! `attach_socket::r..` and `ivshmem::r..`. This process is the hostile guest or VMM.
 //!
-//! While each attack runs, a tunnel of another VM, through a port process of its own, must go on; afterwards the attacked
-//! process, which is the same, serves the same VM again, and has grown within bounds.
+//! During each attack, a tunnel of another VM through its own port process must work. Afterwards the attacked process must be the
+//! same one, must serve the same VM again, and must not have grown beyond a limit.
 
 mod guest;
 mod running;
@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use adit_bare::rude::{Attack, cases};
+use adit_bare::attacks::{Attack, cases};
 use adit_channel::ring::RingBells;
 use adit_engine::Tick;
 use adit_port::control::{DialError, RING_SOCKET, Target};
@@ -32,9 +32,9 @@ use running::{Aditd, Running};
 use rustix::fs::{FallocateFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate};
 use vmm::{Agent, BYTES, LONG, Talk, Vmm, Way, echoed, offer, start, wait_dialed, wait_ring};
 
-/// How long an attack lasts, as a rule.
+/// How long most attacks last.
 const ATTACK: Duration = Duration::from_millis(500);
-/// A session is there again within a second; other tests on the same processors may have them for longer.
+/// A session returns within a second, unless other tests use the processors.
 const SOON: Duration = Duration::from_secs(5);
 /// Most anonymous memory of an attacked process, KiB.
 const PORT_MAX_KIB: u64 = 8 << 10;
@@ -43,7 +43,7 @@ fn service() -> Target {
     Target::Service("tcp:80".parse().unwrap())
 }
 
-/// Another VM, in order: a tunnel over its ring, in use.
+/// Another VM with a well-behaved guest, and a tunnel over its ring that is in use.
 struct Neighbour {
     over: Arc<AtomicBool>,
     echoing: Option<JoinHandle<u32>>,
@@ -76,15 +76,15 @@ impl Neighbour {
         }
     }
 
-    /// It never noticed.
-    fn lived(mut self) {
+    /// Checks that the tunnel worked all the time.
+    fn assert_undisturbed(mut self) {
         self.over.store(true, Ordering::SeqCst);
         let echoes = self.echoing.take().unwrap().join().expect("no error");
         assert!(echoes > 20, "{echoes} echoes");
     }
 }
 
-/// A port process that is attacked, and a VMM with its ring.
+/// The attacked port process, and a VMM with its ring.
 struct Rig {
     running: Running,
     aditd: Aditd,
@@ -93,7 +93,7 @@ struct Rig {
     neighbour: Neighbour,
 }
 
-/// Dials, as often as an old session is still ending.
+/// Dials until it works: an old session may still be ending.
 fn tunnel(aditd: &Aditd, id: u64) -> UnixStream {
     let until = Instant::now() + SOON;
     for id in (id << 16).. {
@@ -124,7 +124,7 @@ impl Rig {
         }
     }
 
-    /// A guest in order, attached.
+    /// Attaches a well-behaved guest.
     fn agent(&self) -> Agent {
         let agent = self.vmm.boot();
         agent.serve();
@@ -132,26 +132,26 @@ impl Rig {
         agent
     }
 
-    /// How often the process was woken, or made to wait.
+    /// Context switches of the process.
     fn switches(&self) -> u64 {
         let of = |which| self.running.status(which);
         of("voluntary_ctxt_switches") + of("nonvoluntary_ctxt_switches")
     }
 
-    /// The process is the same, has not grown, and serves this VM; the neighbour's tunnel lives.
+    /// Checks that the process is the same, has not grown, and serves this VM; and that the neighbour's tunnel works.
     fn ends_well(mut self) {
         let kib = self.running.status("RssAnon");
         assert!(kib < PORT_MAX_KIB, "{kib} KiB");
         assert!(self.running.child.try_wait().unwrap().is_none(), "it ended");
-        // Whatever was said of the ring meanwhile is old; a new connection is told how it is.
+        // Frames about the ring from before are outdated. A new connection gets the current state.
         self.aditd = self.running.connect();
         let _agent = self.agent();
         let tunnel = tunnel(&self.aditd, 99);
         echoed(&tunnel, &[5; 50_000]);
-        self.neighbour.lived();
+        self.neighbour.assert_undisturbed();
     }
 
-    /// The guest's VMM ends, and the next one comes: for guests that have lost their region by their own doing.
+    /// Ends the VMM and starts another one: for attacks in which the guest destroys its own region.
     fn next_vmm(&mut self) {
         self.vmm.talk = Talk::Nothing;
         wait_ring(&self.aditd, |ring| ring.memory.is_empty());
@@ -159,7 +159,7 @@ impl Rig {
         wait_ring(&self.aditd, |ring| !ring.memory.is_empty());
     }
 
-    /// A case of the hostile guest, which says of its sessions how many there were and how many of them the host ended.
+    /// Runs a case of the hostile guest. Returns how many sessions it had, and how many of them the host ended.
     fn case(&self, name: &str) -> (u32, u32) {
         self.case_for(name, ATTACK)
     }
@@ -190,9 +190,9 @@ impl Rig {
 }
 
 impl Rig {
-    /// A case, until the host has ended a session of it: on a busy machine it takes its time to get so far, as to fill a
-    /// ring, so that every attempt lasts twice as long as the one before.
-    fn torn(&self, name: &str) {
+    /// Runs a case until the host has ended a session of it. On a busy machine an attempt may end before it reaches that point
+    /// (to fill a ring takes time), so each attempt is twice as long as the one before.
+    fn until_ended(&self, name: &str) {
         let until = Instant::now() + LONG;
         let mut lasts = ATTACK;
         while self.case_for(name, lasts).1 == 0 {
@@ -202,53 +202,53 @@ impl Rig {
     }
 }
 
-/// The hostile guest's cases that the host must end sessions of.
-fn torn(way: Way, name: &str) {
+/// A case in which the host must end a session.
+fn ends_session(way: Way, name: &str) {
     let rig = Rig::start(way);
-    rig.torn(name);
+    rig.until_ended(name);
     rig.ends_well();
 }
 
-/// What is fetched is valid, or ends the session: which of them it is, chance says.
-fn r01_words_that_change_between_two_looks(way: Way) {
+/// The host must accept a word or end the session; which of the two depends on timing.
+fn r01_words_that_change_between_two_reads(way: Way) {
     let rig = Rig::start(way);
     rig.case("r01-fetched-twice");
     rig.ends_well();
 }
 
-fn r02_positions_of_what_was_never_written(way: Way) {
-    torn(way, "r02-positions-ahead");
+fn r02_positions_ahead_of_everything_written(way: Way) {
+    ends_session(way, "r02-positions-ahead");
 }
 
 fn r03_positions_that_go_back(way: Way) {
-    torn(way, "r03-positions-back");
+    ends_session(way, "r03-positions-back");
 }
 
-fn r04_pads_that_end_elsewhere(way: Way) {
-    torn(way, "r04-pads");
+fn r04_pads_that_end_at_wrong_places(way: Way) {
+    ends_session(way, "r04-pads");
 }
 
-fn r05_offsets_and_lengths_at_their_borders(way: Way) {
-    torn(way, "r05-borders");
+fn r05_offsets_and_lengths_at_their_limits(way: Way) {
+    ends_session(way, "r05-borders");
 }
 
 fn r06_headers_that_no_producer_writes(way: Way) {
-    torn(way, "r06-headers");
+    ends_session(way, "r06-headers");
 }
 
 fn r07_every_message_in_every_state(way: Way) {
-    torn(way, "r07-messages");
+    ends_session(way, "r07-messages");
 }
 
-fn r08_ids_that_nobody_has(way: Way) {
+fn r08_ids_of_unknown_streams(way: Way) {
     let rig = Rig::start(way);
     let (_, lost) = rig.case("r08-ids");
     assert_eq!(lost, 0, "r08-ids ended sessions");
     rig.ends_well();
 }
 
-/// Both sides sleep between any two echoes, and are woken by the other's doorbell; then all at once.
-fn r09_nobody_sleeps_over_a_record(way: Way) {
+/// Both sides sleep between two echoes, and the other side's doorbell wakes them; then everything at once.
+fn r09_no_side_sleeps_while_a_record_waits(way: Way) {
     let rig = Rig::start(way);
     let agent = rig.agent();
     let tunnel = tunnel(&rig.aditd, 1);
@@ -256,7 +256,7 @@ fn r09_nobody_sleeps_over_a_record(way: Way) {
         echoed(&tunnel, &n.to_le_bytes());
         std::thread::sleep(Duration::from_micros(n * 37 % 2000));
     }
-    // More than a ring holds, so that each side waits for space as well.
+    // More than a ring holds, so that each side also waits for space.
     let sent: Vec<u8> = (0..16 << 20).map(|n: u32| (n / 7) as u8).collect();
     let mut back = Vec::new();
     std::thread::scope(|scope| {
@@ -271,8 +271,8 @@ fn r09_nobody_sleeps_over_a_record(way: Way) {
     rig.ends_well();
 }
 
-/// Whatever another process rings, and it rings a million times a second: the port process is woken a few times a second,
-/// and takes next to nothing of a core. (`ADIT_STORM_SECONDS=60` for as long as the catalogue says.)
+/// Another process writes a doorbell a million times a second. The port process must wake up only a few times a second, and use
+/// next to nothing of a core. (`ADIT_STORM_SECONDS=60` for as long as the catalogue says.)
 fn r10_doorbells_without_end(way: Way) {
     let rig = Rig::start(way);
     let (_, lost) = rig.case("r10-doorbells");
@@ -292,14 +292,14 @@ fn r10_doorbells_without_end(way: Way) {
     );
     assert!(woken < 300.0, "{woken} wake-ups a second");
     assert!(share <= 0.05, "{share} of a core");
-    // What the guest has to say comes through at once afterwards, and the ring was never lost.
+    // Afterwards the guest's data passes at once, and the ring was never lost.
     echoed(&tunnel(&rig.aditd, 1), &[7; 50_000]);
     drop(agent);
     rig.ends_well();
 }
 
-/// A guest that attached, and takes nothing: whoever dials it is told in time, and nobody spins.
-fn r11_a_guest_that_never_takes_a_record(way: Way) {
+/// A guest that attached but reads nothing: a dial to it fails in time, and nobody spins.
+fn r11_a_guest_that_never_reads_a_record(way: Way) {
     let rig = Rig::start(way);
     let mut guest = Guest::find(rig.vmm.memory.clone(), start(), Features::NONE).unwrap();
     let _ = guest.attach();
@@ -323,12 +323,12 @@ fn r11_a_guest_that_never_takes_a_record(way: Way) {
     rig.ends_well();
 }
 
-/// What a ring may bring with it, of descriptors and of mappings. One that stays of each round would be 36.
+/// Most descriptors and mappings of one ring. If each round left one, there would be 36.
 const RING_MAX: usize = 12;
 
-/// The VMM ends, or the region is offered anew, in the middle of what is copied: descriptors and mappings are as many
-/// as before, but for those of one ring.
-fn r12_rings_that_go_in_the_middle_of_a_copy(way: Way) {
+/// The VMM ends, or the region is offered again, while data is copied: afterwards there are as many descriptors and mappings as
+/// before, apart from those of one ring.
+fn r12_rings_that_end_in_the_middle_of_a_copy(way: Way) {
     let mut rig = Rig::start(way);
     let mut before = None;
     for n in 0..40 {
@@ -343,19 +343,19 @@ fn r12_rings_that_go_in_the_middle_of_a_copy(way: Way) {
         if n % 2 == 0 {
             rig.next_vmm();
         } else {
-            // Its guest begins anew under it.
+            // The guest starts again on the new region.
             drop(agent.take());
             agent = Some(rig.vmm.boot());
         }
         wait_end(&tunnel);
-        // It may be closed on both sides already.
+        // An error means that both sides are closed already.
         let _ = tunnel.shutdown(Shutdown::Both);
         copying.join().unwrap();
         drop((agent, tunnel));
         if n % 2 == 1 {
             rig.next_vmm();
         }
-        // The first ones bring what stays. The ring that came last may not be in use yet.
+        // The first rounds allocate what stays. The newest ring may not be in use yet.
         if n == 3 {
             before = Some(rig.running.counts());
         }
@@ -381,8 +381,8 @@ fn wait_end(tunnel: &UnixStream) {
     }
 }
 
-/// The memory cannot be made shorter, or longer; its pages can be taken away, which are zero then, and no fault.
-fn r13_memory_that_is_cut_under_the_host(way: Way) {
+/// The memory cannot be truncated or extended. Its pages can be removed; they then read as zero, without a fault.
+fn r13_memory_that_is_truncated_under_the_host(way: Way) {
     let mut rig = Rig::start(way);
     let agent = rig.agent();
     let tunnel = tunnel(&rig.aditd, 1);
@@ -402,13 +402,13 @@ fn r13_memory_that_is_cut_under_the_host(way: Way) {
         rig.vmm.bells.host_space.ring().unwrap();
     }
     drop((agent, tunnel));
-    // There is no region any more, by the guest's own doing.
+    // The guest has destroyed its own region.
     rig.next_vmm();
     rig.ends_well();
 }
 
-/// What the host writes and what it leaves out: between the records, and behind the last of them, there is nothing.
-fn r14_nothing_of_the_hosts_between_its_records(way: Way) {
+/// Between the host's records, and behind the last of them, the memory is zero: the host leaks nothing there.
+fn r14_no_data_of_the_host_between_its_records(way: Way) {
     let rig = Rig::start(way);
     let agent = rig.agent();
     let mut tunnel = tunnel(&rig.aditd, 1);
@@ -427,7 +427,7 @@ fn r14_nothing_of_the_hosts_between_its_records(way: Way) {
     let mut canaries = 0;
     for lane in 0..2 {
         let ring = region.geometry(lane, Side::Guest, false, false);
-        // Or what stands there is of two times around.
+        // Otherwise the ring would hold records of two rounds.
         assert!(2 * total < ring.size || lane == 0);
         let mut at = 0;
         loop {
@@ -453,13 +453,13 @@ fn r14_nothing_of_the_hosts_between_its_records(way: Way) {
     rig.ends_well();
 }
 
-/// Features that were not offered, a second handshake and an old one in a session; and the socket's own.
+/// Features that were not offered; a second and a repeated handshake in a session; and handshakes on the socket.
 fn r15_handshakes_that_are_changed_afterwards(way: Way) {
     let mut rig = Rig::start(way);
-    rig.torn("r15-handshakes");
+    rig.until_ended("r15-handshakes");
     match way {
         Way::Attach => {
-            // Another version, and an offer behind the one that was taken.
+            // Another version, and a second offer after an accepted one.
             let socket = Socket::connect(&rig.running.dir.join(RING_SOCKET)).unwrap();
             let mut hello = [0; 34];
             hello[..8].copy_from_slice(b"ADITATT1");
@@ -474,7 +474,7 @@ fn r15_handshakes_that_are_changed_afterwards(way: Way) {
             assert!(again.is_err(), "offered twice");
         }
         Way::Ivshmem => {
-            // One that listens only, and speaks.
+            // The ivshmem client must only listen; here it sends something.
             let Talk::Ivshmem(taken) = &rig.vmm.talk else {
                 panic!("given by another socket")
             };
@@ -507,13 +507,13 @@ fn code(e: &AttachError) -> Option<Code> {
     }
 }
 
-/// Ranges that overlap, overflow and end outside: in the region's head, and in what a VMM says of its memory.
-fn r16_ranges_that_are_none(way: Way) {
+/// Ranges that overlap, overflow and end outside: in the region's head, and in a VMM's description of its memory.
+fn r16_invalid_ranges(way: Way) {
     let mut rig = Rig::start(way);
     let (sessions, _) = rig.case("r16-ranges");
     assert!(
         sessions > 1,
-        "the host believed a head that it wrote itself"
+        "the host trusted a head that the guest had rewritten"
     );
     if way == Way::Attach {
         rig.vmm.talk = Talk::Nothing;
@@ -544,17 +544,17 @@ fn r16_ranges_that_are_none(way: Way) {
     rig.ends_well();
 }
 
-/// A doorbell that is dumb.
-struct Dumb;
+/// A doorbell that does nothing.
+struct Silent;
 
-impl Doorbell for Dumb {
+impl Doorbell for Silent {
     fn ring(&self) -> io::Result<()> {
         Ok(())
     }
 }
 
-/// A guest that looks on and never asks to be rung, which is its right; and one that never rings, which costs those who
-/// dial it their time, and nobody a processor.
+/// A guest that polls and never asks for a doorbell, which is allowed. And a guest that never sends a doorbell, which delays
+/// those who dial it, but makes nobody spin.
 fn r17_guests_without_doorbells(way: Way) {
     let rig = Rig::start(way);
     let bells = rig.vmm.guest_bells();
@@ -571,13 +571,13 @@ fn r17_guests_without_doorbells(way: Way) {
     wait_ring(&rig.aditd, |ring| !ring.running);
     let bells = rig.vmm.guest_bells();
     let mute = rig.vmm.boot_with(RingBells {
-        data: Box::new(Dumb),
-        space: Box::new(Dumb),
+        data: Box::new(Silent),
+        space: Box::new(Silent),
         ..bells
     });
-    // Not while the host is awake for its own message: it would find the answer without a doorbell.
+    // Not at once: while the host is awake for its own message, it would find the answer without a doorbell.
     mute.serve_after(Duration::from_millis(100));
-    // Its requests are not heard: they are rung for here, until both sides are in a session.
+    // The guest's requests come without a doorbell. This thread sends one instead, until both sides are in a session.
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -589,7 +589,7 @@ fn r17_guests_without_doorbells(way: Way) {
         wait_ring(&rig.aditd, |ring| ring.running);
         over.store(true, Ordering::SeqCst);
     });
-    // The host may be awake for something else, its pings at the start among it, and find the answer.
+    // The host may be awake for something else, such as its measurement at the start, and find the answer.
     let gives_up = (2..6).any(|id| {
         rig.aditd.dial(id, service());
         match wait_dialed(&rig.aditd) {
@@ -598,12 +598,12 @@ fn r17_guests_without_doorbells(way: Way) {
             other => panic!("{other:?}"),
         }
     });
-    assert!(gives_up, "who hears it without a doorbell?");
+    assert!(gives_up, "the host found every answer without a doorbell");
     drop(mute);
     rig.ends_well();
 }
 
-/// Two VMs: whatever one guest writes to its region, and whichever of its doorbells it rings, the other's are its own.
+/// Two VMs: whatever one guest writes to its region, and whichever of its doorbells it uses, the other VM is unaffected.
 fn two_guests_cannot_reach_each_other(way: Way) {
     let [mut one, mut other] = [(); 2].map(|()| {
         let mut running = Running::start();
@@ -624,7 +624,7 @@ fn two_guests_cannot_reach_each_other(way: Way) {
         memory.read(0, &mut bytes);
         bytes
     };
-    // Until its own two sides have gone to sleep.
+    // Wait until the second VM's two sides sleep.
     let mut before = all(&other.2.memory);
     loop {
         std::thread::sleep(Duration::from_millis(100));
@@ -633,7 +633,7 @@ fn two_guests_cannot_reach_each_other(way: Way) {
             break;
         }
     }
-    // Everything of its own that the first guest can reach.
+    // Everything that the first guest can reach.
     let switches = other.0.status("voluntary_ctxt_switches");
     for at in (0..BYTES).step_by(8) {
         one.2.memory.store(at, 0xdead_beef_dead_beef);
@@ -658,7 +658,7 @@ fn two_guests_cannot_reach_each_other(way: Way) {
     }
 }
 
-/// Every row, by both ways.
+/// Runs every row over both sockets.
 macro_rules! by_both {
     ($($row:ident),* $(,)?) => {
         mod attach_socket {
@@ -671,22 +671,22 @@ macro_rules! by_both {
 }
 
 by_both!(
-    r01_words_that_change_between_two_looks,
-    r02_positions_of_what_was_never_written,
+    r01_words_that_change_between_two_reads,
+    r02_positions_ahead_of_everything_written,
     r03_positions_that_go_back,
-    r04_pads_that_end_elsewhere,
-    r05_offsets_and_lengths_at_their_borders,
+    r04_pads_that_end_at_wrong_places,
+    r05_offsets_and_lengths_at_their_limits,
     r06_headers_that_no_producer_writes,
     r07_every_message_in_every_state,
-    r08_ids_that_nobody_has,
-    r09_nobody_sleeps_over_a_record,
+    r08_ids_of_unknown_streams,
+    r09_no_side_sleeps_while_a_record_waits,
     r10_doorbells_without_end,
-    r11_a_guest_that_never_takes_a_record,
-    r12_rings_that_go_in_the_middle_of_a_copy,
-    r13_memory_that_is_cut_under_the_host,
-    r14_nothing_of_the_hosts_between_its_records,
+    r11_a_guest_that_never_reads_a_record,
+    r12_rings_that_end_in_the_middle_of_a_copy,
+    r13_memory_that_is_truncated_under_the_host,
+    r14_no_data_of_the_host_between_its_records,
     r15_handshakes_that_are_changed_afterwards,
-    r16_ranges_that_are_none,
+    r16_invalid_ranges,
     r17_guests_without_doorbells,
     two_guests_cannot_reach_each_other,
 );

@@ -1,5 +1,5 @@
-//! A port process is killed with SIGKILL again and again, at seeded points: a new one goes on with the same VMM, whose
-//! connection is never made anew. The guest in software checks both rings and every stream.
+//! A port process is killed with SIGKILL again and again at seeded points. Each time a successor continues with the same VMM,
+//! which never connects again. The software guest checks both virtqueues and every stream.
 
 mod guest;
 
@@ -40,7 +40,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 type KeptHandover = Arc<Mutex<Option<(Handover, Vec<OwnedFd>)>>>;
 
-/// What `aditd` does: keeps what it is told, and listens.
+/// Does what `aditd` does: keeps handovers, and collects the other frames.
 struct Aditd {
     socket: OwnedFd,
     heard: Receiver<(Message, Option<OwnedFd>)>,
@@ -57,7 +57,7 @@ impl Aditd {
                     Message::Handover(handover) => {
                         let seq = handover.seq;
                         *kept.lock().unwrap() = Some((handover, fds));
-                        // It may be dead already.
+                        // An error means that the process has ended.
                         let _ = send(&ours, &Message::Kept(Kept { seq }), None);
                     }
                     other => drop(sender.send((other, fds.into_iter().next()))),
@@ -75,7 +75,7 @@ impl Aditd {
         send(&self.socket, &message, fd.map(AsFd::as_fd)).unwrap();
     }
 
-    /// The next frame that is no status; `None` = nothing now.
+    /// The next frame that is not a status. `None`: there is none now.
     fn heard(&self) -> Option<(Message, Option<OwnedFd>)> {
         self.heard
             .try_iter()
@@ -83,7 +83,7 @@ impl Aditd {
     }
 }
 
-/// A VM's directory and the process that serves it now.
+/// A VM's directory, and its current process.
 struct Vm {
     dir: PathBuf,
     child: Child,
@@ -151,8 +151,8 @@ impl Vm {
         Pid::from_raw(self.child.id() as i32)
     }
 
-    /// Waits until the killed process is gone, and everything that it said was heard.
-    fn bury(&mut self) {
+    /// Waits until the killed process has ended and all its frames were read.
+    fn reap(&mut self) {
         self.child.wait().unwrap();
         if let Some(aditd) = self.aditd.take() {
             aditd.thread.join().unwrap();
@@ -161,7 +161,7 @@ impl Vm {
 
     fn kill(&mut self) {
         kill(self.pid(), Signal::SIGKILL).unwrap();
-        self.bury();
+        self.reap();
     }
 
     fn succeed(&mut self) {
@@ -184,7 +184,7 @@ impl Vm {
         })
     }
 
-    /// Waits for the word that no successor can go on, without a guest.
+    /// Waits until the process reports that no successor can continue. No guest runs.
     fn wait_stuck(&self) -> String {
         loop {
             if let (Message::Stuck(stuck), _) = self.aditd().heard.recv_timeout(PATIENCE).unwrap() {
@@ -199,7 +199,7 @@ impl Vm {
     }
 }
 
-/// xorshift: the same points for the same seed.
+/// xorshift: the same seed gives the same points.
 struct Seeded(u64);
 
 impl Seeded {
@@ -241,7 +241,7 @@ fn tunnel(vm: &Vm, guest: &mut Guest, id: u64) -> (UnixStream, UnixStream) {
     (near, far)
 }
 
-/// Dials from the guest; returns the guest's end and the one that `aditd` was given.
+/// Dials from the guest. Returns the guest's end, and the end that `aditd` got.
 fn incoming(vm: &Vm, guest: &mut Guest) -> (UnixStream, UnixStream) {
     let request = DialRequest {
         port: hello::PORT,
@@ -261,12 +261,12 @@ fn incoming(vm: &Vm, guest: &mut Guest) -> (UnixStream, UnixStream) {
     (near, far)
 }
 
-/// Bytes that only one place of one stream has.
+/// Bytes that tell their position in the stream.
 fn pattern(at: u64) -> u8 {
     (at.wrapping_mul(2_654_435_761) >> 13) as u8
 }
 
-/// One direction of a stream in use.
+/// One direction of a stream.
 struct Flow {
     from: UnixStream,
     to: UnixStream,
@@ -285,7 +285,7 @@ impl Flow {
         [flow(near, far), flow(far, near)]
     }
 
-    /// Moves what can be moved; every byte that arrives is the right one.
+    /// Moves as many bytes as possible, and checks every byte that arrives.
     fn go(&mut self) {
         let mut buf = [0; 8192];
         for (i, byte) in buf.iter_mut().enumerate() {
@@ -301,7 +301,7 @@ impl Flow {
     }
 }
 
-/// Runs streams until `bytes` have arrived, kills the process some ns later, and goes on until it is dead.
+/// Runs streams until `bytes` have arrived, kills the process `ns` later, and runs on until it is dead.
 fn kill_in_traffic(vm: &mut Vm, guest: &mut Guest, flows: &mut [Flow], bytes: u64, ns: u64) {
     guest.until(|_| {
         flows.iter_mut().for_each(Flow::go);
@@ -325,10 +325,10 @@ fn kill_in_traffic(vm: &mut Vm, guest: &mut Guest, flows: &mut [Flow], bytes: u6
         dead.load(Ordering::SeqCst).then_some(())
     });
     killer.join().unwrap();
-    vm.bury();
+    vm.reap();
 }
 
-/// Reads to the end, however the stream ended.
+/// Reads to the end of the stream, which may be an error.
 fn ended(guest: &mut Guest, socket: &UnixStream) {
     guest.until(|_| {
         let mut buf = [0; 4096];
@@ -353,7 +353,7 @@ fn served(vm: &Vm, guest: &mut Guest, id: u64) {
 }
 
 #[test]
-fn killed_at_seeded_points_under_traffic_and_its_successor_serves() {
+fn killed_at_seeded_points_under_traffic_its_successor_serves() {
     let mut vm = Vm::new();
     let mut guest = vm.boot(&[22]);
     vm.wait_status(&mut guest, |s| s.session);
@@ -388,12 +388,12 @@ fn killed_at_seeded_points_under_traffic_and_its_successor_serves() {
         slowest = slowest.max(begin.elapsed());
         vm.wait_status(&mut guest, |s| s.streams == 0);
         descriptors.push(vm.descriptors());
-        // Nothing asked for a session of its own: the guest's driver never noticed.
+        // The guest's driver noticed nothing: there was no new session.
         let session = |n: &Notice| matches!(n, Notice::Session { .. });
         assert!(!guest.heard.iter().any(session));
     }
     println!("slowest takeover with 200 kB served: {slowest:?}");
-    // One may be on its way to `aditd`, and none is left over from one process to the next.
+    // One descriptor may be on its way to `aditd`. No process inherits one too many from another.
     let (least, most) = (descriptors.iter().min(), descriptors.iter().max());
     assert!(
         most.zip(least)
@@ -403,7 +403,7 @@ fn killed_at_seeded_points_under_traffic_and_its_successor_serves() {
 }
 
 #[test]
-fn killed_while_the_frontend_speaks_and_every_message_is_answered_once() {
+fn killed_while_the_frontend_speaks_every_message_is_answered_once() {
     let mut vm = Vm::new();
     let mut guest = vm.boot(&[22]);
     vm.wait_status(&mut guest, |s| s.session);
@@ -447,13 +447,13 @@ fn killed_while_the_frontend_speaks_and_every_message_is_answered_once() {
 }
 
 #[test]
-fn a_successor_resets_a_guest_that_posts_no_buffers_once_it_does() {
+fn a_successor_resets_streams_once_the_guest_posts_buffers() {
     let mut vm = Vm::new();
     let mut guest = vm.boot(&[22]);
     vm.wait_status(&mut guest, |s| s.session);
     let (_near, far) = tunnel(&vm, &mut guest, 1);
     vm.kill();
-    // Its successor is killed before the guest has run at all, and so on: the pair stays in the table.
+    // The next successors are killed before the guest has run at all: the pair must stay in the table.
     for _ in 0..3 {
         vm.succeed();
         vm.kill();
@@ -465,7 +465,7 @@ fn a_successor_resets_a_guest_that_posts_no_buffers_once_it_does() {
 }
 
 #[test]
-fn released_it_ends_in_order_and_its_successor_goes_on() {
+fn after_a_release_it_ends_with_success_and_its_successor_continues() {
     let mut vm = Vm::new();
     let mut guest = vm.boot(&[22]);
     vm.wait_status(&mut guest, |s| s.session);
@@ -476,31 +476,31 @@ fn released_it_ends_in_order_and_its_successor_goes_on() {
             true => kill(vm.pid(), Signal::SIGTERM).unwrap(),
         }
         assert!(vm.child.wait().unwrap().success());
-        vm.bury();
+        vm.reap();
         ended(&mut guest, &near);
         vm.succeed();
         vm.wait_status(&mut guest, |s| s.session);
         ended(&mut guest, &far);
         served(&vm, &mut guest, 1);
     }
-    // Told to quit, it ends the VMM's connection, and keeps nothing.
+    // When told to quit, it ends the VMM's connection, and nothing is kept.
     vm.aditd().say(Message::Quit(Quit {}), None);
-    vm.bury();
+    vm.reap();
 }
 
 #[test]
-fn a_vmm_that_nobody_kept_is_named_until_it_connects_anew() {
+fn a_vmm_whose_state_nobody_kept_is_named_until_it_connects_again() {
     let mut vm = Vm::new();
     let mut guest = vm.boot(&[22]);
     vm.wait_status(&mut guest, |s| s.session);
     vm.kill();
-    *vm.kept.lock().unwrap() = None; // as when aditd was killed, too
+    *vm.kept.lock().unwrap() = None; // as if aditd had been killed too
     vm.succeed();
     let reason = vm.wait_stuck();
     let ours = format!("VMM process {} is connected", std::process::id());
     assert!(reason.starts_with(&ours), "{reason}");
     assert!(reason.contains("power-cycle"), "{reason}");
-    // A third one knows it, too.
+    // The next successor names it too.
     vm.kill();
     *vm.kept.lock().unwrap() = None;
     vm.succeed();
@@ -508,7 +508,7 @@ fn a_vmm_that_nobody_kept_is_named_until_it_connects_anew() {
     let mut guest = vm.boot(&[22]);
     vm.wait_status(&mut guest, |s| s.session);
     served(&vm, &mut guest, 1);
-    // And where the VMM is gone before its port process is killed, there is nothing to name.
+    // If the VMM ends before its port process is killed, nothing is named.
     drop(guest);
     loop {
         let kept = vm.kept.lock().unwrap();
@@ -526,14 +526,14 @@ fn a_vmm_that_nobody_kept_is_named_until_it_connects_anew() {
 }
 
 #[test]
-fn what_changed_while_nobody_kept_it_cannot_be_resumed_and_is_said_so() {
+fn changes_that_nobody_kept_cannot_be_resumed_and_the_reason_says_so() {
     let mut vm = Vm::new();
     let mut guest = vm.boot(&[22]);
     vm.wait_status(&mut guest, |s| s.session);
     while vm.kept.lock().unwrap().is_none() {
         std::thread::yield_now();
     }
-    // aditd is gone when the memory table changes.
+    // The memory table changes without an aditd.
     let aditd = vm.aditd.take().unwrap();
     nix::sys::socket::shutdown(aditd.socket.as_raw_fd(), nix::sys::socket::Shutdown::Both).unwrap();
     aditd.thread.join().unwrap();
@@ -549,7 +549,7 @@ fn what_changed_while_nobody_kept_it_cannot_be_resumed_and_is_said_so() {
 }
 
 #[test]
-fn a_message_that_came_in_pieces_cannot_be_resumed_and_is_said_so() {
+fn a_partly_received_message_cannot_be_resumed_and_the_reason_says_so() {
     let mut vm = Vm::new();
     let mut frontend = UnixStream::connect(vm.dir.join(VHOST_SOCKET)).unwrap();
     let words = |words: [u32; 3]| {
@@ -558,7 +558,7 @@ fn a_message_that_came_in_pieces_cannot_be_resumed_and_is_said_so() {
             .flat_map(|w| w.to_ne_bytes())
             .collect::<Vec<_>>()
     };
-    // SET_OWNER: a change, so that something is kept. It comes byte by byte, and is answered all the same.
+    // SET_OWNER is a change, so the state is kept. It arrives byte by byte, and still gets its answer.
     let get_features = words([1, 1, 0]);
     for byte in &get_features {
         frontend.write_all(&[*byte]).unwrap();
@@ -569,7 +569,7 @@ fn a_message_that_came_in_pieces_cannot_be_resumed_and_is_said_so() {
     while vm.kept.lock().unwrap().is_none() {
         std::thread::yield_now();
     }
-    // Half of a header, and the process is killed once it has taken it.
+    // Half of a header. The process is killed after it has read that.
     frontend.write_all(&get_features[..7]).unwrap();
     let end = Instant::now() + PATIENCE;
     while rustix::io::ioctl_fionread(vm.kept_frontend()).unwrap() > 0 {
@@ -591,14 +591,14 @@ fn table(bytes: &[u8], seals: SealFlag) -> OwnedFd {
     file.into()
 }
 
-/// Every corrupt form of what was kept: each one of a good handover's parts changed.
+/// Every corrupt form of a good handover, each with one part changed.
 fn corrupt(good: &(Handover, Vec<OwnedFd>)) -> Vec<(String, Handover, Vec<OwnedFd>)> {
     let (handover, fds) = good;
     let file = File::from(fds[0].try_clone().unwrap());
     let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
     file.read_exact_at(&mut bytes, 0).unwrap();
     let shrink = SealFlag::F_SEAL_SHRINK;
-    // Each with a table of its own: whoever takes it up writes to it.
+    // Each has a live table of its own, because a successor writes to it.
     let all = || {
         let others = fds[1..].iter().map(|fd| fd.try_clone().unwrap());
         std::iter::once(table(&bytes, shrink)).chain(others)
@@ -616,7 +616,7 @@ fn corrupt(good: &(Handover, Vec<OwnedFd>)) -> Vec<(String, Handover, Vec<OwnedF
     };
     let record = &handover.record;
     for at in 0..record.len() {
-        // Cut to nothing, it is a good one: of a process without a frontend.
+        // An empty record is valid: the process had no frontend.
         add(
             format!("cut at {at}"),
             record[..at].to_vec(),
@@ -666,7 +666,7 @@ fn corrupt(good: &(Handover, Vec<OwnedFd>)) -> Vec<(String, Handover, Vec<OwnedF
             table(&vec![0; bytes.len()], shrink),
         ),
     ];
-    // Magic, epoch, changes, step, place and length of the reply, pairs in use; and all of the pairs.
+    // Magic, epoch, changes, step, place and length of the reply, pairs in use; and the pairs themselves.
     for word in (0..7).chain([16384 / 8]) {
         for value in [u64::MAX, 1 << 63, 17] {
             let mut bytes = bytes.clone();
@@ -687,14 +687,14 @@ fn corrupt(good: &(Handover, Vec<OwnedFd>)) -> Vec<(String, Handover, Vec<OwnedF
 }
 
 #[test]
-fn r35_every_corrupt_form_of_what_was_kept_leaves_a_process_that_serves_the_next_vmm() {
+fn r35_with_any_corrupt_handover_the_process_still_serves_the_next_vmm() {
     let mut vm = Vm::new();
     let mut guest = vm.boot(&[22]);
     vm.wait_status(&mut guest, |s| s.session);
     let _tunnel = tunnel(&vm, &mut guest, 1);
     vm.kill();
     let good = vm.kept.lock().unwrap().take().unwrap();
-    // The VMM is gone as well, so that whoever can go on with it finds its end.
+    // The VMM ends too, so a successor that could continue would see the end of the connection.
     drop(guest);
     let forms = corrupt(&good);
     println!("{} forms", forms.len());
@@ -710,7 +710,7 @@ fn r35_every_corrupt_form_of_what_was_kept_leaves_a_process_that_serves_the_next
     }
 }
 
-/// Dials until the guest hears of it: the session that is told of first may be the one that was taken over.
+/// Dials until the guest gets the dial: the session that is reported first may be the one that was taken over.
 fn reached(vm: &Vm, guest: &mut Guest) {
     let incoming = |n: &Notice| matches!(n, Notice::Incoming { .. });
     let (mut id, deadline_ms) = (10, 5000);
@@ -741,7 +741,7 @@ fn reached(vm: &Vm, guest: &mut Guest) {
 }
 
 impl Vm {
-    /// The frontend's socket as the port process has it.
+    /// The frontend's socket, from the port process's handover.
     fn kept_frontend(&self) -> OwnedFd {
         let kept = self.kept.lock().unwrap();
         kept.as_ref().unwrap().1[1].try_clone().unwrap()

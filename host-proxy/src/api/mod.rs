@@ -1,9 +1,12 @@
 //! The JSON API on the Unix socket; `adit_api` lists the endpoints and has the types.
 //!
-//! `vms` has what is asked of VMs, `tasks` of goals and tasks; here is the rest, and how a request fails.
+//! `vms` has what is asked of VMs (`wait`: when they are ready), `tasks` of goals and tasks (`lists`: the newest of them, and
+//! filters that name nothing); here is the rest, and how a request fails.
 
+mod lists;
 mod tasks;
 mod vms;
+mod wait;
 
 use std::sync::Arc;
 
@@ -38,8 +41,8 @@ pub fn router(state: App) -> Router {
             get(vms::show).patch(vms::change).delete(vms::remove),
         )
         .route("/v1/vms/{name}/reload", post(vms::reload))
-        .route("/v1/vms/{name}/wait", get(vms::wait))
-        .route("/v1/goals", post(tasks::add_goal))
+        .route("/v1/vms/{name}/wait", get(wait::wait_vm))
+        .route("/v1/goals", get(lists::goals).post(tasks::add_goal))
         .route("/v1/goals/{id}", get(tasks::show_goal))
         .route("/v1/tasks", get(tasks::list))
         .route("/v1/tasks/{id}", get(tasks::show))
@@ -110,9 +113,12 @@ impl From<QueueError> for ApiError {
         use StatusCode as S;
         match &e {
             QueueError::GoalTaken { .. } => Self::new(S::CONFLICT, "goal-taken", e),
+            QueueError::GoalExpired { .. } => Self::new(S::UNPROCESSABLE_ENTITY, "expired", e)
+                .help("sign it again: its time begins when it is signed"),
             QueueError::Full { .. } => Self::new(S::TOO_MANY_REQUESTS, "queue-full", e)
                 .help("wait until its tasks are done (`adit task ls --vm …`), or raise [limits] queued_per_vm"),
             QueueError::Unknown => Self::new(S::NOT_FOUND, "unknown-task", e).help("`adit task ls` lists them"),
+            QueueError::UnknownGoal => Self::new(S::NOT_FOUND, "unknown-goal", e).help("`adit goal ls` lists them"),
             QueueError::NotLeased => Self::new(S::CONFLICT, "not-leased", e),
             QueueError::Db(db) => {
                 tracing::error!(error = %db, "the database refused a request");
@@ -210,5 +216,8 @@ async fn readyz(Shared(state): Shared<App>) -> Response {
 }
 
 fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    serde_json::from_slice(body).map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, "bad-json", e))
+    serde_json::from_slice(body).map_err(|e| {
+        let message = adit_tasks::plain(&e.to_string());
+        ApiError::new(StatusCode::BAD_REQUEST, "bad-json", message)
+    })
 }

@@ -8,12 +8,12 @@ use adit_tasks::{dsse, hex, unhex};
 use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, Query, State as Shared};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use tokio::sync::broadcast::error::RecvError;
 
-use super::{Answer, ApiError, App, find, parse, patient};
+use super::{Answer, ApiError, App, find, lists, parse, patient};
 use crate::queue::page::{self, Filter, PAGE_MAX, Page};
 use crate::queue::{self, QueueError};
 use crate::state::State;
@@ -108,6 +108,8 @@ pub(super) struct TaskQuery {
     limit: Option<usize>,
     #[serde(default)]
     after: i64,
+    newest: Option<usize>,
+    before: Option<i64>,
 }
 
 pub(super) async fn list(
@@ -125,7 +127,14 @@ pub(super) async fn list(
         id,
         open: false,
     };
+    lists::check_state(&filter)?;
+    if let Some(limit) = q.newest {
+        return lists::newest_tasks(&state, filter, q.before, limit).await;
+    }
     let (tasks, next) = page_of(&state, &filter, q.after, q.limit.unwrap_or(PAGE_MAX)).await?;
+    if tasks.is_empty() {
+        lists::check_names(&state, &filter).await?;
+    }
     if q.limit.is_some() || next.is_none() {
         let mut response = Json(tasks).into_response();
         if let Some(next) = next {
@@ -212,7 +221,7 @@ pub(super) async fn output(
     Shared(state): Shared<App>,
     Path(id): Path<String>,
     Query(q): Query<OutputQuery>,
-) -> Result<Vec<u8>, ApiError> {
+) -> Result<Response, ApiError> {
     let id = task_id(&id)?;
     let stderr = match q.stream.as_deref() {
         None | Some("stdout") => false,
@@ -227,14 +236,17 @@ pub(super) async fn output(
     };
     let out = state.db.run(move |c| queue::output(c, &id, stderr)).await?;
     let kept = (out.head.len() + out.tail.len()) as u64;
+    let missing = out.total.saturating_sub(kept);
+    let mut head = HeaderMap::new();
     let mut bytes = out.head;
-    if out.total > kept {
-        bytes.extend_from_slice(
-            format!("\n[adit: {} bytes left out]\n", out.total - kept).as_bytes(),
-        );
+    if missing > 0 {
+        if let Ok(value) = format!("{} {missing}", bytes.len()).parse() {
+            head.insert(adit_api::LEFT_OUT, value);
+        }
+        bytes.extend_from_slice(adit_api::left_out(missing).as_bytes());
     }
     bytes.extend_from_slice(&out.tail);
-    Ok(bytes)
+    Ok((head, bytes).into_response())
 }
 
 #[derive(Deserialize)]
@@ -242,7 +254,8 @@ pub(super) struct EventQuery {
     goal: Option<String>,
 }
 
-/// Present state first, then changes, until nothing that was asked for can change any more.
+/// Present state first, then changes, until nothing that was asked for can change any more. A stream that ends for another
+/// reason is cut off, so that nobody takes its end for the end of the tasks.
 pub(super) async fn events(
     Shared(state): Shared<App>,
     Query(q): Query<EventQuery>,
@@ -257,7 +270,11 @@ pub(super) async fn events(
         ..Filter::default()
     };
     let mut present = page_of(&state, &filter, 0, PAGE_MAX).await?;
-    let (to, from) = tokio::sync::mpsc::channel::<Result<Bytes, std::convert::Infallible>>(64);
+    if present.0.is_empty() {
+        lists::check_names(&state, &filter).await?;
+    }
+    let (to, from) = tokio::sync::mpsc::channel::<std::io::Result<Bytes>>(64);
+    let cut_off = |why: &str| Err(std::io::Error::other(why.to_owned()));
     tokio::spawn(async move {
         let _patient = patient;
         let mut open = std::collections::HashMap::new();
@@ -272,14 +289,20 @@ pub(super) async fn events(
             let Some(after) = next else { break };
             present = match page_of(&state, &filter, after, PAGE_MAX).await {
                 Ok(page) => page,
-                Err(_) => return, // cut off; whoever watches asks again
+                Err(_) => {
+                    let _ = to.send(cut_off("the database says no")).await;
+                    return;
+                }
             };
         }
         while !open.is_empty() {
             let event = tokio::select! {
                 event = changes.recv() => event,
                 () = to.closed() => return,
-                () = state.stop.cancelled() => return,
+                () = state.stop.cancelled() => {
+                    let _ = to.send(cut_off("aditd ends")).await;
+                    return;
+                }
             };
             match event {
                 Ok(event) if goal.as_ref().is_none_or(|g| *g == event.task.goal_id) => {
@@ -289,8 +312,11 @@ pub(super) async fn events(
                     }
                 }
                 Ok(_) => {}
-                // It read too slowly: the stream is cut, and it asks again.
-                Err(RecvError::Lagged(_) | RecvError::Closed) => return,
+                // It read too slowly, and must ask again.
+                Err(RecvError::Lagged(_) | RecvError::Closed) => {
+                    let _ = to.send(cut_off("too far behind")).await;
+                    return;
+                }
             }
         }
     });

@@ -10,13 +10,11 @@ use axum::extract::{Path, Query, State as Shared};
 use axum::http::StatusCode;
 use serde::Deserialize;
 
-use super::{Answer, ApiError, App, find, parse, patient};
+use super::{Answer, ApiError, App, find, parse};
 use crate::config::VmConfig;
 use crate::vm::{Origin, VmEntry};
 use crate::vms;
 
-/// Longest wait for a VM.
-const WAIT_MAX: Duration = Duration::from_secs(3600);
 /// How long it may take until a new port process serves in place of another.
 const RELOAD_LIMIT: Duration = Duration::from_secs(10);
 /// How long a port process may take until it has made place.
@@ -211,47 +209,6 @@ pub(super) async fn reload(Shared(state): Shared<App>, Path(name): Path<String>)
             ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
                 .help("`adit vm show` and RUN/vm/NAME/port.log say why"),
         );
-    }
-    Ok(Json(vm.show()))
-}
-
-#[derive(Deserialize)]
-pub(super) struct WaitQuery {
-    #[serde(rename = "for")]
-    condition: String,
-    timeout_ms: u64,
-}
-
-pub(super) async fn wait(
-    Shared(state): Shared<App>,
-    Path(name): Path<String>,
-    Query(q): Query<WaitQuery>,
-) -> Answer<Vm> {
-    let vm = find(&state, &name)?;
-    if q.condition != "agent" {
-        return Err(ApiError::new(
-            StatusCode::BAD_REQUEST,
-            "usage",
-            "`for` is `agent`",
-        ));
-    }
-    let _patient = patient(&state)?;
-    let mut changes = vm.watch();
-    let ready = async {
-        while !vm.ready() {
-            if changes.changed().await.is_err() {
-                return;
-            }
-        }
-    };
-    let limit = Duration::from_millis(q.timeout_ms).min(WAIT_MAX);
-    if tokio::time::timeout(limit, ready).await.is_err() {
-        let (state, fault) = (vm.show().state, vm.show().fault);
-        let fault = fault.map_or_else(String::new, |fault| format!(" ({fault})"));
-        let message =
-            format!("`{name}` is not ready after {limit:?}: its channel is {state:?}{fault}");
-        let help = "down: `adit vm show` says why; waiting: no VMM or guest driver; up: adit-guest does not run in it";
-        return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "timeout", message).help(help));
     }
     Ok(Json(vm.show()))
 }

@@ -63,7 +63,7 @@ fn a_reader_that_has_gone_ends_it_quietly_and_a_full_disk_with_a_word() {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let gone = run(writer.into());
-        assert_eq!((gone.status.code(), text(&gone.stderr)), (Some(0), ""));
+        assert_eq!((gone.status.code(), text(&gone.stderr)), (Some(141), ""));
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
         let full = run(full.unwrap().into());
         let said = text(&full.stderr);

@@ -1,4 +1,4 @@
-//! Clients that die in the middle of what they say, or never come to its end (R53): only they are closed.
+//! Clients that die in the middle of a request, or never finish one (R53): only their own connection is closed.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -16,11 +16,11 @@ const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 /// How a client dies.
 #[derive(Clone, Copy, Debug)]
 enum Death {
-    /// Its socket is closed.
+    /// The client closes its socket.
     Close,
-    /// Its kernel resets the connection.
+    /// The client's kernel resets the connection.
     Reset,
-    /// It ends its sending, and waits for what comes.
+    /// The client shuts its sending side down, and waits for the answer.
     HalfClose,
 }
 
@@ -46,7 +46,7 @@ fn die(mut client: TcpStream, how: Death) {
     }
 }
 
-/// A whole request, answered by the guest.
+/// Makes a complete request, which the guest answers.
 fn served(host: &Host, control: &Control) {
     let mut client = host.proxy();
     client
@@ -70,7 +70,7 @@ fn read_until(stream: &mut impl Read, end: &[u8]) {
 }
 
 #[test]
-fn r53_a_client_that_dies_at_any_byte_of_its_request_is_the_only_one_closed() {
+fn r53_a_client_that_dies_at_any_byte_of_its_request_loses_only_its_own_connection() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     host.start();
     let control = ports[0].connected();
@@ -86,7 +86,7 @@ fn r53_a_client_that_dies_at_any_byte_of_its_request_is_the_only_one_closed() {
             client.write_all(&POST[..cut]).unwrap();
             die(client, how);
         }
-        // Not one of them was a request: the next dial that the port process hears of is this one's.
+        // None of these was a request: the next dial that the port process gets belongs to this one.
         served(&host, &control);
         for cut in body..POST.len() {
             let mut client = host.proxy();
@@ -95,7 +95,7 @@ fn r53_a_client_that_dies_at_any_byte_of_its_request_is_the_only_one_closed() {
             let (mut guest, _) = control.attached();
             read_until(&mut guest, b"\r\n\r\n");
             die(client, how);
-            // Its stream ends with it, and what the guest has of the body has no end.
+            // Its stream ends with it, and the part of the body that the guest has is visibly incomplete.
             let mut rest = Vec::new();
             let end = guest.read_to_end(&mut rest).map_err(|e| e.kind());
             assert!(
@@ -109,11 +109,11 @@ fn r53_a_client_that_dies_at_any_byte_of_its_request_is_the_only_one_closed() {
 }
 
 #[test]
-fn r53_a_line_without_an_end_and_bytes_that_are_no_text_end_their_own_client() {
+fn r53_endless_lines_and_bytes_that_are_not_text_end_their_own_connection_only() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     host.start();
     let control = ports[0].connected();
-    // They stay, and say no more.
+    // These clients stay connected and send no more.
     let halves: Vec<TcpStream> = (0..64)
         .map(|i| {
             let mut client = host.proxy();
@@ -137,7 +137,7 @@ fn r53_a_line_without_an_end_and_bytes_that_are_no_text_end_their_own_client() {
     wrong.extend((0..CONNECT.len() - 2).map(|at| with(at, 0)));
     for bytes in wrong {
         let mut client = host.proxy();
-        // It is cut off before it has said all.
+        // The connection may be closed before all is sent.
         let _ = client.write_all(&bytes);
         let mut said = Vec::new();
         let end = client.read_to_end(&mut said).map_err(|e| e.kind());
@@ -152,7 +152,7 @@ fn r53_a_line_without_an_end_and_bytes_that_are_no_text_end_their_own_client() {
         );
     }
     served(&host, &control);
-    // Those that said no more are closed in time, too, each by itself.
+    // The clients that sent no more are closed after their time, each on its own.
     for mut client in halves {
         client
             .set_read_timeout(Some(HANG + Duration::from_secs(10)))
@@ -166,20 +166,20 @@ fn r53_a_line_without_an_end_and_bytes_that_are_no_text_end_their_own_client() {
     served(&host, &control);
 }
 
-/// How a guest's answer without a length stops.
+/// How a guest's answer without a length ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stop {
-    /// The server ends it, as the port process passes that on.
+    /// The server ends it regularly, and the port process passes that on.
     Ended,
-    /// Server or agent broke it off, or the port process is gone: its socket is closed, and its end was not told.
+    /// Server, agent or port process broke off: the socket is closed without the regular end.
     BrokenOff,
     /// aditd is killed.
     Killed,
 }
 
-/// Half of an answer must not pass for a whole one, whatever its framing and whoever dies (the guest's side of it: `close`).
+/// A partial answer must not look complete, whatever its framing and whichever process dies (for the guest's side, see `close`).
 #[test]
-fn r117_an_answer_that_is_cut_never_looks_complete() {
+fn r117_a_partial_answer_never_looks_complete() {
     const HALF: &[u8] = b"the first half of what there is to say";
     for version in ["1.1", "1.0"] {
         for stop in [Stop::Ended, Stop::BrokenOff, Stop::Killed] {
@@ -192,7 +192,7 @@ fn r117_an_answer_that_is_cut_never_looks_complete() {
             control.dialed(control.dial().id);
             let (mut guest, _) = control.attached();
             read_until(&mut guest, b"\r\n\r\n");
-            // Without a length its end is all that says that it is complete.
+            // Without a length, only its end says that it is complete.
             guest.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
             guest.write_all(HALF).unwrap();
             let mut said = Vec::new();
@@ -225,9 +225,9 @@ fn r117_an_answer_that_is_cut_never_looks_complete() {
     }
 }
 
-/// An answer to HEAD has no body to come, whatever its head says: it is complete.
+/// The answer to HEAD has no body, whatever its header says: it is complete.
 #[test]
-fn r117_an_answer_to_head_ends_in_order() {
+fn r117_an_answer_to_head_ends_regularly() {
     let (mut host, _ports) = Host::new(&[("a", 3)], "");
     host.start();
     for _ in 0..20 {

@@ -1,5 +1,5 @@
-//! R105 and R109 in aditd: descriptors that cannot be closed, from a port process that may be in its guest's hands. aditd has
-//! one thread for everybody.
+//! R105 and R109 in aditd: descriptors that cannot be closed, from a port process that its guest may control. aditd has one
+//! thread for everybody.
 
 use std::fs::File;
 use std::io::{IoSlice, Write};
@@ -14,7 +14,7 @@ use crate::fuse::Mute;
 use crate::host::{Control, Host};
 use crate::kinds::{self, Foreign};
 
-/// The file system's server, in a process of its own.
+/// Not a test by itself: the server of the file system, which runs in a process of its own.
 #[test]
 fn server() {
     crate::fuse::serve();
@@ -26,7 +26,7 @@ fn hand_over(control: &Control, seq: u64, fds: &[BorrowedFd<'_>]) {
     send_all(&control.0, &message, fds).unwrap();
 }
 
-/// Passes bytes and descriptors on a Unix socket.
+/// Sends bytes and descriptors on a Unix socket.
 fn pass(socket: &impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
     let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
@@ -35,17 +35,17 @@ fn pass(socket: &impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
     sendmsg::<UnixAddr>(socket, &[IoSlice::new(bytes)], &rights, flags, None).unwrap();
 }
 
-/// The API answers; so does the proxy, which serves another VM.
+/// Checks that the API answers, and that the proxy serves another VM.
 fn answers(host: &Host) {
     assert_eq!(host.get("/v1/vms").as_array().unwrap().len(), 2);
 }
 
 #[test]
-fn r105_what_a_port_process_passes_is_closed_by_nobody_who_is_waited_for() {
+fn r105_closing_what_a_port_process_passed_delays_nobody() {
     let dir = tempfile::tempdir().unwrap();
     let (mut host, ports) = Host::new(&[("a", 3), ("b", 4)], "");
     host.start();
-    // Gone before aditd, which cannot end while it waits for it.
+    // Dropped before aditd, which cannot end while one of its closes waits for the server.
     let mute = Mute::mount(dir.path(), "foreign::server");
     let mut control = ports[0].connected();
     let other = ports[1].connected();
@@ -60,7 +60,7 @@ fn r105_what_a_port_process_passes_is_closed_by_nobody_who_is_waited_for() {
         }));
         all
     };
-    // Kept, and replaced.
+    // In handovers, each of which replaces the one before.
     for (n, kind) in (1..).zip(foreign()) {
         kinds::stopped(host.pid(), || {
             hand_over(&control, 2 * n, &[kind.fd.as_fd()]);
@@ -79,13 +79,13 @@ fn r105_what_a_port_process_passes_is_closed_by_nobody_who_is_waited_for() {
         });
         answers(&host);
     }
-    // With a frame that has none, or one of more than there can be: that costs the connection.
+    // With a frame that has no descriptors, or one with more than allowed: that ends the connection.
     let (seq, record, ring) = (1000, vec![7; 9], 0);
     let many = Message::Handover(Handover { seq, record, ring });
     let quit = Message::Quit(Quit {});
     let cases = [(&quit, 1), (&many, HANDOVER_FDS_MAX + 1), (&quit, 9)];
     let mut kinds = foreign();
-    // Not dropped here: that would be waited for.
+    // Not dropped here, because these closes would wait.
     kinds.drain(cases.len()..).for_each(Foreign::close);
     for (kind, (frame, count)) in kinds.into_iter().zip(cases) {
         let frame = frame.encode().unwrap();
@@ -96,7 +96,7 @@ fn r105_what_a_port_process_passes_is_closed_by_nobody_who_is_waited_for() {
         answers(&host);
         control = ports[0].connected();
     }
-    // While all of that waits, both VMs' agents are served.
+    // While all those closes wait, the agents of both VMs are served.
     other.agent();
     control.agent();
     answers(&host);
@@ -105,7 +105,7 @@ fn r105_what_a_port_process_passes_is_closed_by_nobody_who_is_waited_for() {
 }
 
 #[test]
-fn r105_descriptors_on_a_guests_stream_hold_nobody_up() {
+fn r105_descriptors_on_a_guests_stream_delay_nobody() {
     let (mut host, ports) = Host::new(&[("a", 3), ("b", 4)], "");
     host.start();
     let control = ports[0].connected();
@@ -116,7 +116,7 @@ fn r105_descriptors_on_a_guests_stream_hold_nobody_up() {
         fars.push(far);
         lingers
     };
-    // With what the agent says, read or not.
+    // With the agent's bytes, read or not.
     let agent = control.agent();
     let fd = lingering();
     kinds::stopped(host.pid(), || {
@@ -150,7 +150,7 @@ fn r105_descriptors_on_a_guests_stream_hold_nobody_up() {
 }
 
 #[test]
-fn r109_a_handover_that_does_not_fit_leaves_nothing_in_a_full_table() {
+fn r109_a_handover_for_which_no_descriptor_is_free_leaves_none_behind() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     host.start();
     let mut control = ports[0].connected();
@@ -160,7 +160,7 @@ fn r109_a_handover_that_does_not_fit_leaves_nothing_in_a_full_table() {
     for _ in 0..5 {
         kinds::limit(host.pid(), Some(6));
         hand_over(&control, 1, &[memory.as_fd(); HANDOVER_FDS_MAX]);
-        // It cannot be kept: the connection ends, and is made again.
+        // It cannot be kept, so the connection ends and aditd connects again.
         let anew = ports[0].connected();
         host.until("nothing is left", |host| {
             (kinds::open_in(host.pid()).len() <= before).then_some(())

@@ -1,4 +1,4 @@
-//! What a port process, perhaps in its guest's hands, can make aditd keep and say.
+//! What aditd keeps and shows of a port process that its guest may control.
 
 use std::fs::{File, Permissions};
 use std::os::fd::AsFd;
@@ -24,7 +24,7 @@ fn hand_over(control: &Control, seq: u64, fds: usize) {
     try_hand_over(control, seq, fds).unwrap();
 }
 
-/// Waits until aditd has said that it keeps this.
+/// Waits until aditd confirms that it keeps the state with this number.
 fn kept(control: &Control, seq: u64) {
     loop {
         if let Message::Kept(kept) = control.hear().unwrap().0 {
@@ -56,7 +56,7 @@ fn a_handover_replaces_the_one_before_with_all_its_descriptors() {
     host.until("what was replaced is closed", |host| {
         (descriptors(host) <= before + 2).then_some(())
     });
-    // The last of many counts, whatever number it bears; fewer descriptors are kept then.
+    // The last handover counts, whatever its number is. It has fewer descriptors, so fewer are kept.
     hand_over(&control, 1, 1);
     kept(&control, 1);
     host.until("and all but one", |host| {
@@ -65,13 +65,13 @@ fn a_handover_replaces_the_one_before_with_all_its_descriptors() {
 }
 
 #[test]
-fn what_a_process_of_another_vm_hands_over_is_not_kept() {
+fn a_handover_of_another_vms_process_is_not_kept() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     host.start();
     let control = ports[0].connected_as(99);
-    // aditd may have let go of it already.
+    // aditd may have closed the connection already.
     let _ = try_hand_over(&control, 1, HANDOVER_FDS_MAX);
-    // It does, without a word. (Reset: what it said lies unread.)
+    // aditd closes it without an answer. (ECONNRESET: it did not read everything.)
     assert!(!matches!(
         adit_port::control_io::receive(&control.0),
         Ok(Some(_))
@@ -92,7 +92,7 @@ fn a_vm_that_needs_a_power_cycle_is_named_until_it_has_its_session() {
         (vm["state"].as_str().unwrap_or_default().to_owned(), fault)
     };
     host.until("it is up", |h| (state(h).0 == "up").then_some(()));
-    // Nothing was handed over: the running VM could not be taken over.
+    // Nothing was handed over, so a reload could not take over the running VM.
     let refused = host.api("POST", "/v1/vms/a/reload", "null");
     assert_eq!(refused.status, 409, "{}", refused.body);
     assert!(refused.body.contains("not-kept"), "{}", refused.body);
@@ -123,7 +123,7 @@ fn a_vm_that_needs_a_power_cycle_is_named_until_it_has_its_session() {
 }
 
 #[test]
-fn a_vm_that_its_vmm_holds_is_that_vmms_to_remove() {
+fn only_its_vmm_can_remove_a_held_vm() {
     let (mut host, _) = Host::new(&[], "");
     host.start();
     let (port, other) = (host.port("b", 4), host.port("c", 5));
@@ -151,7 +151,7 @@ fn a_vm_that_its_vmm_holds_is_that_vmms_to_remove() {
             refused.body
         );
     }
-    // Neither aditd's end nor that of all port processes is the VM's.
+    // Both aditd and all port processes end; the VM's entry must stay.
     std::thread::scope(|s| {
         let host = &host;
         let ended = s.spawn(|| host.api("POST", "/v1/shutdown?ports=true", "").status);
@@ -161,7 +161,7 @@ fn a_vm_that_its_vmm_holds_is_that_vmms_to_remove() {
         assert_eq!(ended.join().unwrap(), 202);
     });
     assert!(host.ended());
-    // It is known to the next one, and whoever insists is obeyed.
+    // The next aditd knows it as held too, and removes it only with `force`.
     host.start();
     let held = port.connected();
     held.say(&Message::Held(Held {}), None);
@@ -183,7 +183,7 @@ fn fault(host: &Host, vm: &str) -> String {
 }
 
 #[test]
-fn why_a_port_process_ends_at_its_start_is_shown_with_its_vm() {
+fn the_reason_why_a_port_process_ends_at_its_start_is_shown_with_its_vm() {
     let bin = tempfile::tempdir().unwrap();
     let failing = bin.path().join("failing");
     let more = "[[vm]]\nname = \"b\"\ncid = 4\n";
@@ -197,7 +197,7 @@ fn why_a_port_process_ends_at_its_start_is_shown_with_its_vm() {
         let fault = fault(host, "b");
         (fault.contains("no sandbox") && fault.contains("exit status: 3")).then_some(())
     });
-    // One that says nothing, and one that cannot be started.
+    // A process that prints nothing, and one that cannot be started.
     std::fs::write(&failing, "#!/bin/sh\nkill -9 $$\n").unwrap();
     host.until("its end", |host| {
         fault(host, "b").contains("SIGKILL").then_some(())
@@ -206,7 +206,7 @@ fn why_a_port_process_ends_at_its_start_is_shown_with_its_vm() {
     host.until("that it is not there", |host| {
         fault(host, "b").contains("cannot start").then_some(())
     });
-    // One that is there, and goes before it said anything.
+    // A process that runs, but ends before it sends a status.
     ports[0].hang_up();
     host.until("that it says nothing", |host| {
         fault(host, "a").contains("without a word").then_some(())

@@ -1,5 +1,5 @@
-//! A whole aditd in a directory of its own, and the other end of its control sockets: what a port process says, said by
-//! the test, so that it can also say what a hostile guest makes it say.
+//! A whole aditd in a directory of its own, with the test on the other end of its control sockets: the test plays the port
+//! processes, so it can also send what a hostile guest would.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -21,14 +21,14 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike};
 use serde_json::Value;
 
-/// Nothing here takes this long unless it hangs.
+/// Longer than anything in these tests takes.
 pub const HANG: Duration = Duration::from_secs(30);
 
 /// aditd and the directory that it works in.
 pub struct Host {
     dir: tempfile::TempDir,
     aditd: Option<Child>,
-    /// What it starts where nobody listens.
+    /// The program that it starts as a VM's port process.
     pub port_bin: PathBuf,
 }
 
@@ -39,7 +39,7 @@ pub struct Port {
     cid: u64,
 }
 
-/// A connection of aditd to it.
+/// A connection of aditd to such a socket.
 pub struct Control(pub OwnedFd);
 
 /// An answer of the API or of the proxy.
@@ -50,7 +50,7 @@ pub struct Answer {
 }
 
 impl Host {
-    /// Makes the directory, and a socket for each VM; aditd is not started yet.
+    /// Makes the directory, and a socket for each VM. Does not start aditd yet.
     pub fn new(vms: &[(&str, u64)], more: &str) -> (Self, Vec<Port>) {
         let dir = tempfile::tempdir().unwrap();
         let at = dir.path().display();
@@ -85,7 +85,7 @@ impl Host {
         self.start_with(20_000);
     }
 
-    /// Starts aditd with so many descriptors to use.
+    /// Starts aditd with this limit of descriptors.
     pub fn start_with(&mut self, descriptors: u32) {
         let _ = fs::remove_file(self.dir.path().join("run/proxy.addr"));
         let log = fs::OpenOptions::new()
@@ -152,7 +152,7 @@ impl Host {
         fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 
-    /// Looks again and again until there is something.
+    /// Calls `look` until it returns something.
     pub fn until<T>(&self, what: &str, mut look: impl FnMut(&Self) -> Option<T>) -> T {
         let begin = std::time::Instant::now();
         loop {
@@ -172,12 +172,12 @@ impl Host {
         self.tcp("proxy.addr", [127, 0, 0, 1])
     }
 
-    /// Connects to the listener whose address is in this file, as a client with this address.
+    /// Connects to the listener whose address is in this file. `from` is the client's address.
     pub fn tcp(&self, file: &str, from: [u8; 4]) -> TcpStream {
         let address = fs::read_to_string(self.dir.path().join("run").join(file)).unwrap();
         let to: SocketAddrV4 = address.trim().parse().unwrap();
         use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
-        // Not for the processes that tests start at the same time.
+        // CLOEXEC, because other tests start processes at the same time.
         let flags = SocketFlags::CLOEXEC;
         let sock = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
         bind(&sock, &SocketAddrV4::new(from.into(), 0)).unwrap();
@@ -207,7 +207,7 @@ impl Host {
         stream
     }
 
-    /// Asks the API. Fails as the connection does.
+    /// Makes a request to the API. Fails if the connection fails.
     pub fn try_api(&self, method: &str, path: &str, body: &str) -> io::Result<Answer> {
         let mut stream = UnixStream::connect(self.dir.path().join("run/aditd.sock"))?;
         stream.set_read_timeout(Some(HANG))?;
@@ -261,7 +261,7 @@ impl Answer {
     }
 }
 
-/// A body without its chunks; none: it has no end.
+/// Decodes a chunked body. `None`: its end is missing.
 fn dechunked(mut chunks: &str) -> Option<String> {
     let mut body = String::new();
     loop {
@@ -302,12 +302,12 @@ impl Port {
         }
     }
 
-    /// Takes aditd's connection and closes it.
+    /// Accepts aditd's connection and closes it.
     pub fn hang_up(&self) {
         drop(self.listener.accept().unwrap());
     }
 
-    /// What it says of itself, with a guest's driver that runs or does not.
+    /// The status of this port process. `session`: whether the guest's driver runs.
     pub fn status(&self, session: bool) -> Status {
         Status {
             vm: self.name.clone(),
@@ -322,16 +322,16 @@ impl Port {
         }
     }
 
-    /// Takes aditd's connection and says who this is.
+    /// Accepts aditd's connection and sends the status.
     pub fn connected(&self) -> Control {
         self.connected_as(self.cid)
     }
 
-    /// As somebody else.
+    /// The same with another CID.
     pub fn connected_as(&self, cid: u64) -> Control {
         loop {
             let (stream, _) = self.listener.accept().unwrap();
-            // Packets go through `control_io`, whatever the type of the socket.
+            // The std type serves only to accept; packets are sent and received by `control_io`.
             let control = Control(stream.into());
             limit(&control.0);
             let status = Message::Status(Status {
@@ -340,7 +340,7 @@ impl Port {
             });
             match send(&control.0, &status, None) {
                 Ok(()) => return control,
-                // Of an aditd that was killed since it connected: the next one is behind it.
+                // The connection of an aditd that was killed; the next aditd's is behind it.
                 Err(ControlError::Io(e)) if e.kind() == io::ErrorKind::BrokenPipe => {}
                 Err(e) => panic!("{e}"),
             }
@@ -353,12 +353,12 @@ impl Control {
         send(&self.0, message, fd.map(AsFd::as_fd)).unwrap();
     }
 
-    /// The next frame; none at the end.
+    /// Receives the next frame. `None`: the connection ended.
     pub fn hear(&self) -> Option<(Message, Option<OwnedFd>)> {
         receive(&self.0).unwrap()
     }
 
-    /// The next dial.
+    /// Receives the next dial.
     pub fn dial(&self) -> Dial {
         loop {
             match self.hear().unwrap().0 {
@@ -369,13 +369,13 @@ impl Control {
         }
     }
 
-    /// Says that a dial reached the guest.
+    /// Sends that a dial reached the guest.
     pub fn dialed(&self, id: u64) {
         let boot_nonce = [1; 16];
         self.say(&Message::Dialed(Dialed { id, boot_nonce }), None);
     }
 
-    /// The socket that is attached next, with the bytes ahead of it.
+    /// Receives the next attached socket, with its prefix.
     pub fn attached(&self) -> (UnixStream, Vec<u8>) {
         let Some((Message::Attach(attach), Some(fd))) = self.hear() else {
             panic!("not an attach")
@@ -386,7 +386,7 @@ impl Control {
         (stream, attach.prefix)
     }
 
-    /// The guest dials the tasks service from this port of its own.
+    /// The guest dials the tasks service; `peer_port` is its own port.
     pub fn incoming(&self, peer_port: u32) -> UnixStream {
         let (guest, host) = UnixStream::pair().unwrap();
         let port = adit_channel::hello::PORT;
@@ -398,7 +398,7 @@ impl Control {
         guest
     }
 
-    /// An agent that has been let in and has said who it is.
+    /// An agent that was accepted and has sent its hello.
     pub fn agent(&self) -> Agent {
         let mut stream = self.incoming(700);
         open(&mut stream, "tasks");
@@ -450,7 +450,7 @@ impl Agent {
             .unwrap()
     }
 
-    /// The next frame, which is of this kind.
+    /// Receives the next frame, which must be of this kind.
     pub fn hear_kind(&mut self, kind: WireKind) -> (Header, Vec<u8>) {
         let (header, body) = self.hear();
         assert_eq!(header.kind, kind as u16);
@@ -470,7 +470,7 @@ impl Agent {
         header.decode(&body).unwrap()
     }
 
-    /// Reports and waits until that is on disk.
+    /// Reports, and waits until the report is on disk.
     pub fn report(&mut self, task_id: TaskId, outcome: Outcome) {
         self.say(WireKind::Report, 9, &report(task_id, outcome));
         self.acknowledged(task_id);

@@ -1,4 +1,4 @@
-//! What is kept of tasks, how it is listed, and when they are handed out.
+//! Which tasks are kept, how they are listed, and when they are handed out.
 
 use std::time::{Duration, SystemTime};
 
@@ -23,7 +23,7 @@ fn r112_ended_tasks_are_kept_within_the_vms_quota_and_listed_in_pages() {
             agent.report(id, Outcome::Done);
         }
     }
-    // 12 have ended; 7 are kept, the newest.
+    // 12 tasks have ended. The newest 7 are kept.
     let all = host.get("/v1/tasks");
     let all = all.as_array().unwrap();
     assert_eq!(all.len(), 7);
@@ -51,7 +51,7 @@ fn r112_ended_tasks_are_kept_within_the_vms_quota_and_listed_in_pages() {
     let id = all[2]["task_id"].as_str().unwrap();
     let one = host.get(&format!("/v1/tasks?id={id}"));
     assert_eq!(one.as_array().unwrap()[..], all[2..3]);
-    // What a guest sends beyond what its goal allows (64 KiB of each stream) is cut, and nothing is kept beyond 1 MiB.
+    // Output beyond the goal's limit (64 KiB of each stream) is cut off, and no more than 1 MiB is kept.
     let large = Captured {
         head: vec![b'x'; 100 << 10],
         tail: vec![b'y'; 100 << 10],
@@ -94,7 +94,7 @@ fn a_list_of_several_pages_is_one_json_array() {
     ids.sort();
     ids.dedup();
     assert_eq!(ids.len(), 520);
-    // Nothing is too much for a page, and nothing is no page.
+    // A page may have any length but 0.
     let page = |limit: &str| {
         host.get(&format!("/v1/tasks?limit={limit}"))
             .as_array()
@@ -105,11 +105,11 @@ fn a_list_of_several_pages_is_one_json_array() {
 }
 
 #[test]
-fn a_goal_whose_time_is_to_come_is_held_and_handed_out_when_it_is_there() {
+fn a_goal_that_is_not_valid_yet_is_held_and_handed_out_when_its_time_comes() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     host.start();
     let mut agent = ports[0].connected().agent();
-    // The pull is there first: it is woken by nothing but the time.
+    // The pull comes first. Only the time can wake it.
     agent.say(WireKind::Pull, 7, &Pull { epoch: 1 });
     let at = Timestamp::try_from(SystemTime::now() + Duration::from_secs(2)).unwrap();
     let answer = host.api("POST", "/v1/goals", &goal_from(1, &at.to_string(), LATER));
@@ -122,14 +122,14 @@ fn a_goal_whose_time_is_to_come_is_held_and_handed_out_when_it_is_there() {
 }
 
 #[test]
-fn a_report_of_a_task_that_was_not_handed_out_is_answered_and_changes_nothing() {
+fn a_report_of_an_unknown_task_is_acknowledged_and_changes_nothing() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     host.start();
     let mut agent = ports[0].connected().agent();
     assert_eq!(apply(&host, 1).status, 200);
     let tasks = host.get("/v1/tasks");
     let id = adit_tasks::unhex(tasks[0]["task_id"].as_str().unwrap()).unwrap();
-    // As after the database was put back from an older copy. Without an answer the guest would wait for ever.
+    // For example after the database was restored from an older copy. Without an answer the guest would wait for ever.
     agent.report(id, Outcome::Done);
     assert_eq!(host.get("/v1/tasks"), tasks);
     assert_eq!(agent.pull().task_id, id);

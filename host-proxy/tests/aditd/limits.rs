@@ -1,4 +1,4 @@
-//! One client, or one VM, has its share of aditd and no more (R108, R110, I7, I8).
+//! No client and no VM uses more than its share of aditd (R108, R110, I7, I8).
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -9,7 +9,7 @@ use crate::proxy::{drained, head};
 const ONE: [u8; 4] = [127, 0, 0, 1];
 const OTHER: [u8; 4] = [127, 0, 0, 2];
 
-/// The whole answer to a request.
+/// Sends a request, and returns the complete answer.
 fn ask(mut client: TcpStream, request: &str) -> Answer {
     client.write_all(request.as_bytes()).unwrap();
     answer(&mut client)
@@ -36,7 +36,7 @@ fn r108_idle_connections_on_every_listener_leave_the_operators_socket_answering(
         for n in 0..400u16 {
             idle.push(Box::new(host.tcp("metrics.addr", ONE)));
             idle.push(Box::new(host.operator()));
-            // From many addresses: no one's share ends this.
+            // From many addresses, so that no client's share is the limit.
             let from = [127, 1, (n >> 8) as u8, n as u8];
             let mut client = host.tcp("proxy.addr", from);
             if n % 2 == 0 {
@@ -48,7 +48,7 @@ fn r108_idle_connections_on_every_listener_leave_the_operators_socket_answering(
         assert_eq!(host.get("/v1/vms/a")["name"], "a");
         let answer = ask(host.tcp("metrics.addr", OTHER), &get("/metrics"));
         assert_eq!(answer.status, 200);
-        // And the proxy serves whoever says what it wants.
+        // The proxy still serves a client that sends its request.
         let mut client = host.tcp("proxy.addr", OTHER);
         client
             .write_all(b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n")
@@ -67,7 +67,7 @@ fn r108_a_silent_connection_is_closed_by_every_listener() {
     let mut body = host.operator();
     body.write_all(b"POST /v1/goals HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
         .unwrap();
-    // Its read has a deadline of its own, far later.
+    // The deadline of the server is far earlier than that of this read.
     metrics.read_to_end(&mut rest).unwrap();
     operator.read_to_end(&mut rest).unwrap();
     host.proxy().read_to_end(&mut rest).unwrap();
@@ -75,7 +75,7 @@ fn r108_a_silent_connection_is_closed_by_every_listener() {
 }
 
 #[test]
-fn r108_whoever_waits_for_events_leaves_room_for_others() {
+fn r108_clients_that_wait_for_events_leave_room_for_others() {
     let (mut host, _ports) = Host::new(&[("a", 3)], "");
     host.start_with(128);
     let mut waiting = Vec::new();
@@ -87,7 +87,7 @@ fn r108_whoever_waits_for_events_leaves_room_for_others() {
             .unwrap();
         waiting.push(client);
     }
-    // Each is in, or is told so.
+    // Each is connected, or is refused with 503.
     assert_eq!(host.api("GET", "/healthz", "").status, 200);
     for client in &mut waiting {
         client.set_nonblocking(true).unwrap();
@@ -101,7 +101,7 @@ fn r108_whoever_waits_for_events_leaves_room_for_others() {
 }
 
 #[test]
-fn r110_a_vm_that_answers_nothing_has_its_share_of_the_proxy_and_no_more() {
+fn r110_a_vm_that_answers_nothing_uses_only_its_share_of_the_proxy() {
     let (mut host, ports) = Host::new(
         &[("a", 3), ("b", 4)],
         "[limits]\nconnections = 40\nconnections_per_client = 40",
@@ -112,7 +112,7 @@ fn r110_a_vm_that_answers_nothing_has_its_share_of_the_proxy_and_no_more() {
     for client in &mut clients {
         client.write_all(get("http://a/").as_bytes()).unwrap();
     }
-    // A quarter of them is dialled, and the port process says nothing.
+    // A quarter of the requests is dialled, and the port process does not answer.
     let dials: Vec<_> = (0..10).map(|_| a.dial().id).collect();
     let mut client = host.proxy();
     client.write_all(get("http://b/").as_bytes()).unwrap();
@@ -131,7 +131,7 @@ fn r110_a_vm_that_answers_nothing_has_its_share_of_the_proxy_and_no_more() {
         assert_eq!(answer.status, 503, "{}", answer.body);
         assert!(answer.head.contains("connection_limit_reached"));
     }
-    // A share that is given back is there for the next one.
+    // A freed share can be used again.
     a.dialed(dials[0]);
     let (guest, _) = a.attached();
     drop(guest);
@@ -142,7 +142,7 @@ fn r110_a_vm_that_answers_nothing_has_its_share_of_the_proxy_and_no_more() {
 }
 
 #[test]
-fn r110_a_client_has_its_share_of_the_proxy_and_no_more() {
+fn r110_a_client_uses_only_its_share_of_the_proxy() {
     let (mut host, ports) = Host::new(&[("a", 3)], "[limits]\nconnections_per_client = 4");
     host.start();
     let control = ports[0].connected();
@@ -159,7 +159,7 @@ fn r110_a_client_has_its_share_of_the_proxy_and_no_more() {
     control.dialed(control.dial().id);
     assert!(head(&mut client).starts_with("HTTP/1.1 200 "));
     drop(held);
-    // It is let in again, as soon as its connections are seen to be closed.
+    // The client is served again once aditd has seen that its connections are closed.
     host.until("the client is let in", |h| {
         let answer = ask(h.tcp("proxy.addr", ONE), &get("http://nobody/"));
         (answer.status == 404).then_some(())
@@ -167,7 +167,7 @@ fn r110_a_client_has_its_share_of_the_proxy_and_no_more() {
 }
 
 #[test]
-fn r110_an_answer_that_does_not_begin_in_time_is_given_up_and_told() {
+fn r110_an_answer_that_does_not_begin_in_time_ends_in_504() {
     let (mut host, ports) = Host::new(&[("a", 3)], "[limits]\nresponse_s = 1");
     host.start();
     let control = ports[0].connected();
@@ -184,7 +184,7 @@ fn r110_an_answer_that_does_not_begin_in_time_is_given_up_and_told() {
         answer.head
     );
     assert!(drained(&mut guest), "the guest's stream goes on");
-    // An answer that has begun has all the time that it needs.
+    // An answer that has begun may take any time.
     let mut client = host.proxy();
     client.write_all(get("http://a/slow").as_bytes()).unwrap();
     control.dialed(control.dial().id);
@@ -202,7 +202,7 @@ fn r110_an_answer_that_does_not_begin_in_time_is_given_up_and_told() {
 }
 
 #[test]
-fn r111_what_a_client_makes_aditd_say_is_a_line_a_second_with_a_count() {
+fn r111_a_client_can_cause_one_log_line_a_second_with_a_count() {
     let (mut host, _ports) = Host::new(&[("a", 3)], "");
     host.start();
     let begin = std::time::Instant::now();
@@ -210,7 +210,7 @@ fn r111_what_a_client_makes_aditd_say_is_a_line_a_second_with_a_count() {
         assert_eq!(ask(host.proxy(), &get("http://nobody/")).status, 404);
     }
     let lines = |h: &Host| h.log().matches("request refused").count();
-    // However slow this machine is: one at the beginning of each second.
+    // On a slow machine there may be a line for each second.
     let seconds = usize::try_from(begin.elapsed().as_secs()).unwrap() + 1;
     assert!((1..=seconds).contains(&lines(&host)), "{}", host.log());
     host.until("the next line has the count", |h| {
@@ -222,7 +222,7 @@ fn r111_what_a_client_makes_aditd_say_is_a_line_a_second_with_a_count() {
 }
 
 #[test]
-fn r111_the_log_of_a_port_process_is_cut_while_it_writes() {
+fn r111_the_log_of_a_port_process_is_truncated_while_it_writes() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     let (log, past) = (host.in_vm("a", "port.log"), host.in_vm("a", "port.log.1"));
     let options = || {
@@ -238,7 +238,7 @@ fn r111_the_log_of_a_port_process_is_cut_while_it_writes() {
     host.until("the log is cut", |_| (len(&log) == 0).then_some(()));
     assert_eq!(len(&past), 1 << 20);
     assert!(std::fs::read(&past).unwrap().ends_with(b"the end"));
-    // Whoever writes it goes on where it begins now.
+    // The writer continues at the new end of the file.
     port.write_all(b"and on").unwrap();
     assert_eq!(std::fs::read(&log).unwrap(), b"and on");
 }

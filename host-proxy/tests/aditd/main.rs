@@ -1,6 +1,7 @@
-//! The whole aditd, with the test at the other end of its control sockets.
+//! Tests of the whole aditd. The test is at the other end of its control sockets.
 #![allow(missing_docs)]
 
+mod asked;
 mod changes;
 mod commands;
 mod cut;

@@ -1,4 +1,4 @@
-//! What a client and a port process see of the proxy.
+//! The proxy as a client and a port process see it.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -29,7 +29,7 @@ pub fn drained(stream: &mut UnixStream) -> bool {
 }
 
 #[test]
-fn a_tunnel_gets_what_was_sent_ahead_and_outlives_aditd() {
+fn a_tunnel_gets_bytes_sent_before_the_answer_and_outlives_aditd() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     host.start();
     let control = ports[0].connected();
@@ -52,7 +52,7 @@ fn a_tunnel_gets_what_was_sent_ahead_and_outlives_aditd() {
 }
 
 #[test]
-fn absolute_form_is_the_guests_own_request_and_nothing_of_the_hop() {
+fn an_absolute_form_request_reaches_the_guest_without_the_hops_headers() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     host.start();
     let control = ports[0].connected();
@@ -88,7 +88,7 @@ fn absolute_form_is_the_guests_own_request_and_nothing_of_the_hop() {
 }
 
 #[test]
-fn r71_a_client_that_leaves_takes_its_stream_along() {
+fn r71_a_client_that_leaves_ends_its_stream() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     host.start();
     let control = ports[0].connected();
@@ -99,7 +99,7 @@ fn r71_a_client_that_leaves_takes_its_stream_along() {
     control.dialed(control.dial().id);
     let (mut guest, _) = control.attached();
     head(&mut guest);
-    // As curl --max-time does: the guest has not answered, and nobody waits for it any more.
+    // As with curl --max-time: the guest has not answered, and nobody waits for it any more.
     drop(client);
     assert!(drained(&mut guest), "the guest's stream goes on");
 }
@@ -136,7 +136,7 @@ fn r62_a_port_process_of_another_cid_is_not_this_vms() {
 }
 
 #[test]
-fn r72_what_a_guest_says_reaches_the_terminal_as_text() {
+fn r72_control_characters_in_a_guests_text_do_not_reach_the_terminal() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     host.start();
     let control = ports[0].connected();
@@ -161,7 +161,7 @@ fn r72_what_a_guest_says_reaches_the_terminal_as_text() {
 }
 
 #[test]
-fn r64_a_plain_port_takes_no_second_port_that_is_none() {
+fn r64_a_plain_port_refuses_an_invalid_second_port() {
     let (mut host, _ports) = Host::new(&[("a", 3)], "");
     host.start();
     for port in ["0", "65536", "+80", "080"] {
@@ -176,7 +176,7 @@ fn r64_a_plain_port_takes_no_second_port_that_is_none() {
 }
 
 #[test]
-fn a_stop_lets_a_request_that_is_under_way_end() {
+fn a_stop_lets_a_running_request_finish() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     host.start();
     let control = ports[0].connected();

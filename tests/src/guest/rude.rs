@@ -1,5 +1,5 @@
 //! `ring-rude BOOT`, or a case: a guest's root that rewrites its ring's region while the host uses it, one case of
-//! [`adit_bare::rude`] after the other, and some that need a system, or somebody at the other end ([`dull`]).
+//! [`adit_bare::attacks`] after the other, and some that need a system, or somebody at the other end ([`dull`]).
 //! The verdict stands on the serial line: afterwards an honest session carries a stream again.
 
 use std::fs::File;
@@ -7,7 +7,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use adit_bare::rude::{Attack, cases};
+use adit_bare::attacks::{Attack, cases};
 use adit_channel::hello::{self, Common, Hello, Open, Status};
 use adit_engine::Tick;
 use adit_guest_driver::ring::{self, Device, Registers};

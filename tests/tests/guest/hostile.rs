@@ -96,7 +96,7 @@ fn hostile_guests_hurt_nobody_but_themselves() {
     }
 }
 
-/// R1 to R8, R10, R15 and R16 from inside a guest that rewrites the region of its ring (`adit_bare::rude`), R11, R14 and
+/// R1 to R8, R10, R15 and R16 from inside a guest that rewrites the region of its ring (`adit_bare::attacks`), R11, R14 and
 /// R17 by one that is of no use to its host, and one that looks for the doorbells of others. An honest neighbour has a ring, too: a tunnel over it lives through all of it, for
 /// the two share nothing.
 #[test]

@@ -1,48 +1,48 @@
-//! Addresses, ports and values: the image's side of the VMM.
+//! Addresses, ports and values that the image and its VMM agree on.
 //!
 //! | guest-physical | what |
 //! |---|---|
 //! | 0x1000 | page tables, 4 pages |
 //! | 0x20_0000 | the image |
 //! | up to 0x40_0000 | its stack |
-//! | 0x3000_0000 | nothing: an access leaves the guest |
+//! | 0x3000_0000 | no memory: an access exits to the VMM |
 //! | 0x4000_0000 | the ring's region, if there is one |
 //!
-//! It begins at the ELF entry with [`Task`] in `rdi`, the region's bytes in `rsi` and the clock's kHz in `rdx`, as a C
-//! function would.
+//! The guest starts at the ELF entry as if that were a C function: [`Task`] is in `rdi`, the length of the region in bytes in
+//! `rsi`, and the clock's kHz in `rdx`.
 
-/// Bytes of memory from 0 on.
+/// Bytes of memory from address 0 on.
 pub const MEMORY: u64 = 4 << 20;
-/// First of the page tables: the top, one below it, and the directories of the first two GiB.
+/// The first page table: the top level. The next level and the directories of the first two GiB follow it.
 pub const PAGE_TABLES: u64 = 0x1000;
-/// Above its stack.
+/// The stack grows down from here.
 pub const STACK_TOP: u64 = MEMORY;
-/// No memory, but mapped for the guest: a device.
+/// Mapped for the guest, but not memory: a device.
 pub const DEVICE: u64 = 0x3000_0000;
 /// The ring's region.
 pub const REGION: u64 = 0x4000_0000;
-/// A region is a whole number of these bytes, and not more than a directory maps.
+/// The length of a region is a multiple of these bytes, and at most what one page directory maps.
 pub const REGION_UNIT: u64 = 2 << 20;
-/// Where the image leaves a word for the VMM to find.
+/// The image writes [`MAIL`] here, and the VMM checks it.
 pub const MAILBOX: u64 = MEMORY / 2 - 4096;
 
-/// Characters for whoever reads, one at a time.
+/// Text for the person who runs the VMM, one byte at a time.
 pub const PORT_TEXT: u16 = 0x3f8;
-/// A 32-bit question: the answer is its complement.
+/// The guest writes 32 bits and reads back their complement.
 pub const PORT_ECHO: u16 = 0x510;
-/// An ioeventfd: no store to it leaves the guest.
-pub const PORT_BELL: u16 = 0x514;
-/// A 32-bit [`Verdict`], the last that it does.
+/// An ioeventfd: a write to it does not exit to the VMM.
+pub const PORT_DOORBELL: u16 = 0x514;
+/// A 32-bit [`Verdict`]. The guest does nothing after it.
 pub const PORT_VERDICT: u16 = 0x518;
 
-/// Line of the interrupt controller that the VMM's irqfd pulls when the bell has rung.
+/// Line of the interrupt controller. The VMM raises it with an irqfd after it received the doorbell.
 pub const LINE: u32 = 5;
-/// Rings of the bell in the smoke test.
-pub const RINGS: u64 = 3;
-/// What the image leaves in the mailbox.
+/// Writes to the doorbell in the smoke test.
+pub const DOORBELLS: u64 = 3;
+/// The value that the image leaves in the mailbox.
 pub const MAIL: u64 = 0x6164_6974_2062_6172;
 
-/// What the image is to do.
+/// What the image does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Task {
@@ -52,30 +52,30 @@ pub enum Task {
     Echo = 1,
     /// Serve streams until the host closes the session.
     Streams = 2,
-    /// Break every rule of the ring, one after the other, and say what came of it.
-    Rude = 3,
+    /// Break every rule of the ring, one after the other, and report how the host reacted.
+    Attacks = 3,
 }
 
-/// How it went.
+/// The result of the image's run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Verdict {
-    /// All of it held.
+    /// Everything worked.
     Done = 1,
-    /// A store to memory was not there any more.
+    /// A load from memory did not return what was stored there.
     Memory = 2,
-    /// A port or a device gave another answer.
+    /// A port or a device returned a wrong answer.
     Exit = 3,
-    /// The irqfd's line was never seen.
+    /// The interrupt of the irqfd never arrived.
     Interrupt = 4,
-    /// The ring's region or its host broke a rule.
+    /// The ring's region is invalid, or its host broke a rule.
     Ring = 5,
-    /// A panic; what it said came over the text port.
+    /// The image panicked; its message went to the text port.
     Panic = 6,
 }
 
 impl Verdict {
-    /// What a number stands for.
+    /// The verdict with this number.
     pub fn from_u32(n: u32) -> Option<Self> {
         [
             Self::Done,

@@ -1,17 +1,16 @@
-//! What a guest without an operating system does, and how it and its VMM understand each other.
+//! A guest without an operating system, and the interface between it and its VMM.
 //!
-//! The image runs in user mode with the right to use ports, on identity page tables that the VMM made: no kernel and no
-//! interrupt handler. So it runs at full speed even under a KVM that emulates kernel mode, where no Linux
-//! boots.
+//! The image runs in user mode, may use I/O ports, and has identity page tables that the VMM made. It has no kernel and no
+//! interrupt handler. So it runs at full speed even under a KVM that emulates kernel mode, where no Linux boots.
 #![no_std]
 extern crate alloc;
 #[cfg(feature = "host")]
 extern crate std;
 
 pub mod abi;
+pub mod attacks;
 #[cfg(feature = "host")]
 pub mod figures;
 pub mod noise;
 pub mod ring;
-pub mod rude;
 pub mod streams;

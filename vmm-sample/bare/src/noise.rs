@@ -1,13 +1,13 @@
-//! Numbers that look random, the same ones for the same seed.
+//! Pseudo-random numbers: the same seed gives the same numbers.
 
-use crate::rude::COMMITTED;
+use crate::attacks::COMMITTED;
 
-/// Repeatable noise (xorshift).
+/// A xorshift generator.
 #[derive(Debug)]
 pub struct Noise(u64);
 
 impl Noise {
-    /// Any seed but zero; of zero, one.
+    /// Starts from a seed. The generator would stay at zero, so zero becomes one.
     pub fn new(seed: u64) -> Self {
         Self(seed.max(1))
     }
@@ -20,17 +20,17 @@ impl Noise {
         self.0
     }
 
-    /// One that is less than `n`, which is one at least.
+    /// A number less than `n`. `n` is at least one.
     pub fn below(&mut self, n: usize) -> usize {
         (self.number() >> 16) as usize % n.max(1)
     }
 
-    /// One of these.
+    /// One of `words`.
     pub fn one_of(&mut self, words: &[u64]) -> u64 {
         words[self.below(words.len())]
     }
 
-    /// Any number, and often one that is near to a limit of a ring's.
+    /// A random number. Often it is near one of a ring's limits.
     pub fn word(&mut self) -> u64 {
         let n = self.number();
         match n % 4 {

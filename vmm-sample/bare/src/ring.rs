@@ -1,4 +1,4 @@
-//! The guest half of a ring: attach, and echo.
+//! The guest's side of a ring: attaches, and echoes records.
 
 use core::fmt;
 
@@ -6,21 +6,21 @@ use adit_ringbuf::region::{Features, GUEST_WORD, RegionError};
 use adit_ringbuf::session::{Event, Guest};
 use adit_ringbuf::{Corrupt, GeometryError, Pace, PushError, RingMem};
 
-/// Longest record that it echoes, bytes.
+/// Longest record that [`echo`] accepts, bytes.
 pub const RECORD_MAX: usize = 4096;
-/// Looks in vain between two looks at the host's state.
-pub(crate) const LOOKS: u32 = 4096;
+/// Polls without a record before the host's state is checked.
+pub(crate) const POLLS_PER_CHECK: u32 = 4096;
 
 /// The host, or its region, broke a rule.
 #[derive(Debug)]
 pub enum EchoError {
-    /// The region is none.
+    /// The region is invalid.
     Region(RegionError),
-    /// The memory does not hold what its head says.
+    /// The memory is smaller than the region's head says.
     Geometry(GeometryError),
-    /// A word of the host's that nobody may write.
+    /// The host wrote an invalid word.
     Corrupt(Corrupt),
-    /// A record that is longer than this side takes, or an answer that fits no ring.
+    /// A record is longer than this side accepts, or an answer does not fit the ring.
     Record(PushError),
 }
 
@@ -51,17 +51,17 @@ impl From<Corrupt> for EchoError {
     }
 }
 
-/// Looks for the region and waits until the host and this side use it; returns the epoch, too.
+/// Finds the region and waits until a session begins. Returns the session's epoch as well.
 ///
 /// # Errors
-/// There is no region that this side can use.
+/// This side cannot use the region.
 pub fn attach<M: RingMem + Clone>(mem: M) -> Result<(Guest<M>, u64), EchoError> {
     let mut guest = find(mem)?;
     let _ = guest.attach();
     loop {
         match guest.poll()?.event {
             Some(Event::Attached { epoch, .. }) => return Ok((guest, epoch)),
-            // Whoever was here before left something that the host took for a lie.
+            // The guest before this one left words that the host rejected: ask again.
             Some(Event::Lost(_)) => {
                 let _ = guest.attach();
             }
@@ -70,20 +70,19 @@ pub fn attach<M: RingMem + Clone>(mem: M) -> Result<(Guest<M>, u64), EchoError> 
     }
 }
 
-/// Looks for the region, and counts on from the requests of whoever was here before.
+/// Finds the region. The new guest's requests count on from those of the guest before it.
 ///
 /// # Errors
-/// There is no region that this side can use.
+/// This side cannot use the region.
 pub fn find<M: RingMem + Clone>(mem: M) -> Result<Guest<M>, RegionError> {
     let before = mem.load(GUEST_WORD) >> 8;
     Guest::find(mem, (before + 1) << 8, Features::NONE)
 }
 
-/// Sends every record of lane 0 back, looking on all the time, until the host ends the session. Returns how many there
-/// were.
+/// Echoes every record of lane 0 until the host ends the session. Never sleeps: it polls. Returns the number of records.
 ///
 /// # Errors
-/// The host broke a rule; it was told so.
+/// The host broke a rule. This side has reported that to the host.
 pub fn echo<M: RingMem + Clone>(mem: M) -> Result<u64, EchoError> {
     let (mut guest, _) = attach(mem)?;
     let Some(mut ends) = guest.ends(0, false)? else {
@@ -99,7 +98,7 @@ pub fn echo<M: RingMem + Clone>(mem: M) -> Result<u64, EchoError> {
             let _ = ends.consumer.release();
             pace.missed();
             missed += 1;
-            if missed % LOOKS == 0
+            if missed % POLLS_PER_CHECK == 0
                 && let Some(Event::Lost(_)) = guest.poll()?.event
             {
                 return Ok(count);

@@ -1,4 +1,4 @@
-//! The guest half of the channel: the engine over a ring, and a service that echoes.
+//! The guest's side of the channel: the engine over a ring, with an echo service.
 
 use alloc::vec::Vec;
 
@@ -9,27 +9,27 @@ use adit_engine::{
 use adit_ringbuf::session::{self, Ends};
 use adit_ringbuf::{Pace, PushError, RingMem};
 
-use crate::ring::{EchoError, LOOKS, attach};
+use crate::ring::{EchoError, POLLS_PER_CHECK, attach};
 
-/// The port that echoes.
+/// The port of the echo service.
 pub const PORT: u32 = 7;
-/// Longest payload that it takes or makes in one packet, bytes.
+/// Longest payload of one packet in either direction, bytes.
 const PAYLOAD_MAX: usize = 64 << 10;
-/// Bytes that all streams may have under way.
+/// Bytes that all streams together may have in flight.
 const POOL: u64 = 256 << 10;
 const STREAMS: u32 = 16;
 
 struct Service<M> {
     engine: Engine,
     lanes: Vec<Ends<M>>,
-    /// By slot: what came of a stream and was not sent back yet. It is inside the stream's window, which is lent from the
-    /// pool.
+    /// Bytes received and not sent back yet, by the stream's slot. The stream's window, which comes from the pool, limits
+    /// them.
     held: Vec<Vec<u8>>,
     buf: Vec<u8>,
 }
 
-/// Serves streams on [`PORT`] until the host ends the session, looking on all the time. `now`: a clock that never goes
-/// back. Returns how many packets there were.
+/// Serves streams on [`PORT`] until the host ends the session. Never sleeps: it polls. `now` is a clock that never goes
+/// back. Returns the number of packets.
 ///
 /// # Errors
 /// The host broke a rule of the ring.
@@ -54,7 +54,7 @@ pub fn serve<M: RingMem + Clone>(mem: M, now: impl Fn() -> Tick) -> Result<u64, 
         held: alloc::vec![Vec::new(); STREAMS as usize],
         buf: alloc::vec![0; FRAME_BYTES + PAYLOAD_MAX],
     };
-    // One port on a fresh engine: there is room for it.
+    // It cannot fail: one port on a new engine.
     let _ = service.engine.listen(PORT, Kind::Stream);
     let change = SessionChange::Attached { epoch };
     service.engine.handle_session(now(), change);
@@ -68,7 +68,7 @@ pub fn serve<M: RingMem + Clone>(mem: M, now: impl Fn() -> Tick) -> Result<u64, 
         }
         pace.missed();
         missed += 1;
-        if missed % LOOKS == 0 {
+        if missed % POLLS_PER_CHECK == 0 {
             service.engine.handle_timeout(now());
             if let Some(session::Event::Lost(_)) = guest.poll()?.event {
                 return Ok(packets);
@@ -78,7 +78,7 @@ pub fn serve<M: RingMem + Clone>(mem: M, now: impl Fn() -> Tick) -> Result<u64, 
 }
 
 impl<M: RingMem> Service<M> {
-    /// Takes what is there, and sends what may be sent.
+    /// Handles all packets that have arrived, and sends what may be sent.
     fn burst(&mut self, now: Tick, pace: &mut Pace) -> Result<u64, EchoError> {
         let mut came = 0;
         for n in 0..self.lanes.len() {
@@ -102,7 +102,7 @@ impl<M: RingMem> Service<M> {
     fn packet(&mut self, now: Tick, lane: Lane, len: usize) {
         let record = &self.buf[..len.min(self.buf.len())];
         let Some((frame, body)) = record.split_first_chunk::<FRAME_BYTES>() else {
-            return; // no packet: nobody's stream depends on it
+            return; // too short for a packet: no stream depends on it
         };
         let header = PacketHeader::from_frame(frame);
         let there = body.len() as u32;
@@ -124,7 +124,7 @@ impl<M: RingMem> Service<M> {
                     stream,
                     how: How::Send | How::Both,
                 } => {
-                    // It has said all: when that is back with it, so have we.
+                    // The peer sends no more. The engine ends our side too, after everything has been echoed.
                     self.engine.shutdown(now, stream, How::Send);
                 }
                 Event::HungUp { stream } => self.engine.shutdown(now, stream, How::Send),
@@ -172,7 +172,7 @@ impl<M: RingMem> Service<M> {
     }
 }
 
-/// What a ring's number means.
+/// The lane with this index.
 fn lane(n: usize) -> Lane {
     if n == 0 { Lane::Control } else { Lane::Bulk }
 }

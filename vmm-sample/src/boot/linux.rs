@@ -1,4 +1,4 @@
-//! What the 64-bit entry of a bzImage is told.
+//! What the 64-bit entry of a bzImage gets: Linux's `boot_params`.
 
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
@@ -10,7 +10,7 @@ use crate::layout::{CMDLINE, CMDLINE_MAX, RSDP, ZERO_PAGE};
 
 /// E820 type of RAM.
 const RAM: u32 = 1;
-/// `type_of_loader`: none of those that have a number.
+/// `type_of_loader`: a boot loader without a number of its own.
 const LOADER_OTHER: u8 = 0xff;
 
 pub fn configure(

@@ -1,7 +1,7 @@
-//! A kernel file to a first instruction: the kernel, its initramfs and command line in guest memory, and what the boot
-//! protocol wants beside them.
+//! From a kernel file to the first instruction: puts the kernel, its initramfs, its command line and the tables of the boot
+//! protocol into guest memory.
 //!
-//! | file | protocol | entry | told by |
+//! | file | protocol | entry | parameters |
 //! |---|---|---|---|
 //! | ELF with a Xen note | PVH (`include/xen/interface/hvm/start_info.h`) | 32-bit, no paging | rbx → start info |
 //! | bzImage | Linux 64-bit (Documentation/arch/x86/boot.rst) | 64-bit, 1 GiB mapped | rsi → zero page |
@@ -42,14 +42,14 @@ fn usable(memory: &GuestMemoryMmap) -> Vec<(u64, u64)> {
     usable
 }
 
-/// All that there is of firmware: Linux without EFI, told that ACPI's hardware is reduced, reboots by a jump to the BIOS.
-/// `mov al, 0xfe; out 0x64, al; hlt`: the keyboard controller resets the machine.
+/// All the firmware that there is. Linux without EFI and with ACPI's reduced hardware reboots by a jump to the BIOS, so code
+/// must be there. `mov al, 0xfe; out 0x64, al; hlt`: the keyboard controller resets the machine.
 const FIRMWARE: [u8; 5] = [0xb0, 0xfe, 0xe6, I8042_COMMAND as u8, 0xf4];
 
-/// Loads everything. Returns where the boot processor begins.
+/// Loads everything. Returns where the boot processor starts.
 ///
 /// # Errors
-/// A file cannot be read, is no kernel, or does not fit.
+/// A file cannot be read, is not a kernel, or does not fit.
 pub fn load(
     memory: &GuestMemoryMmap,
     kernel: &Path,
@@ -59,7 +59,7 @@ pub fn load(
     let mut file = open(kernel, "kernel")?;
     let mut magic = [0; 4];
     file.read_exact(&mut magic)
-        .with_context(|| format!("{} is no kernel: it is too short", kernel.display()))?;
+        .with_context(|| format!("{} is not a kernel: it is too short", kernel.display()))?;
     file.rewind()?;
     let mut line = Cmdline::new(CMDLINE_MAX)?;
     line.insert_str(cmdline)
@@ -68,7 +68,7 @@ pub fn load(
     memory.write_slice(&FIRMWARE, GuestAddress(RESET_VECTOR))?;
     let no_kernel = || {
         format!(
-            "{} does not fit into the guest's memory, or is no x86-64 kernel: an ELF file with a PVH note or a bzImage is",
+            "{} does not fit into the guest's memory, or is not an x86-64 kernel (an ELF file with a PVH note, or a bzImage)",
             kernel.display()
         )
     };
@@ -87,7 +87,7 @@ pub fn load(
     }
     let loaded = BzImage::load(memory, None, &mut file, himem).with_context(no_kernel)?;
     let header = loaded.setup_header.with_context(no_kernel)?;
-    // A decompressing kernel needs room behind its file: init_size from its preferred address on.
+    // A compressed kernel unpacks itself to its preferred address and needs init_size bytes there.
     let end = header.pref_address.max(loaded.kernel_load.0) + u64::from(header.init_size);
     let initrd = place(
         memory,
@@ -100,10 +100,11 @@ pub fn load(
 }
 
 fn open(path: &Path, what: &str) -> anyhow::Result<File> {
-    File::open(path).with_context(|| format!("cannot open {what} {path:?} (name one to read)"))
+    File::open(path)
+        .with_context(|| format!("cannot open {what} {path:?}: name a file that can be read"))
 }
 
-/// Puts the initramfs at the end of low memory, below `limit` and above `floor`.
+/// Puts the initramfs at the end of low memory, but below `limit` and not below `floor`.
 fn place(
     memory: &GuestMemoryMmap,
     initrd: Option<&Path>,

@@ -1,4 +1,4 @@
-//! What the PVH entry is told.
+//! What the PVH entry gets: `hvm_start_info`.
 
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};

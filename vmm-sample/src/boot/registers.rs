@@ -18,10 +18,10 @@ const EFER_LMA: u64 = 1 << 10;
 const RFLAGS: u64 = 1 << 1;
 const PRESENT_WRITABLE: u64 = 0b11;
 const LARGE_PAGE: u64 = 1 << 7;
-/// The 64-bit entry stands behind the 32-bit one.
+/// The 64-bit entry is so many bytes behind the 32-bit one.
 const ENTRY_64: u64 = 0x200;
 
-/// How the boot processor begins.
+/// How the boot processor starts.
 #[derive(Clone, Copy, Debug)]
 pub enum Entry {
     /// 32 bits, no paging, at this address.
@@ -45,7 +45,7 @@ fn segment(index: u16, type_: u8, long: bool) -> kvm_segment {
     }
 }
 
-/// A segment as the guest would read it from its descriptor table.
+/// A segment as a descriptor of the guest's GDT.
 fn descriptor(s: &kvm_segment) -> u64 {
     let limit = u64::from(s.limit >> (12 * u32::from(s.g)));
     let access = u64::from(s.type_ | s.s << 4 | s.dpl << 5 | s.present << 7);

@@ -1,5 +1,4 @@
-//! A disk (virtio 1.3 §5.2) on a file: read, write, flush, serial number. Requests run on a thread of their own, one after
-//! the other.
+//! A disk (virtio 1.3 §5.2) on a file: read, write, flush, serial number. One thread handles all requests, one after the other.
 //!
 //! ```text
 //! chain: header (16 bytes, read) │ data (read or written) │ status (1 byte, written)
@@ -33,9 +32,9 @@ use crate::seccomp::{Filters, Thread};
 
 const SECTOR: u64 = 512;
 const QUEUE: u16 = 256;
-/// Data of one request at most: the same page may stand in every descriptor of a chain.
+/// Data of one request at most. The chain alone is no limit: the same page may be in every descriptor.
 const REQUEST_MAX: usize = 8 << 20;
-/// Copied at a time.
+/// Bytes that are copied at a time.
 const PIECE: usize = 64 << 10;
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
@@ -43,7 +42,7 @@ const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_BLK_F_SEG_MAX;
 const SERIAL: &[u8] = b"adit-vmm-disk";
 
-/// What the disk's thread works on.
+/// The state of the disk's thread.
 pub struct Disk {
     file: Flock<File>,
     sectors: u64,
@@ -59,7 +58,7 @@ struct Active {
     interrupt: Arc<Interrupt>,
 }
 
-/// The device's face towards the transport.
+/// The disk as the transport sees it.
 pub struct Block {
     disk: Arc<Mutex<Disk>>,
     kick: EventFd,
@@ -70,19 +69,25 @@ impl Block {
     /// Opens a disk and starts its thread.
     ///
     /// # Errors
-    /// The file cannot be opened, is no disk, or another process has it.
+    /// The file cannot be opened, is not a disk, or another process uses it.
     pub fn open(path: &Path, filters: &Filters) -> anyhow::Result<Self> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .open(path)
-            .with_context(|| format!("cannot open disk {} (name one to write)", path.display()))?;
-        let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock)
-            .map_err(|(_, e)| anyhow::anyhow!("disk {} is another VM's: {e}", path.display()))?;
+            .with_context(|| {
+                format!(
+                    "cannot open disk {}: name a file that can be written",
+                    path.display()
+                )
+            })?;
+        let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| {
+            anyhow::anyhow!("disk {} is in use by another VM: {e}", path.display())
+        })?;
         let len = file.seek(SeekFrom::End(0))?;
         anyhow::ensure!(
             len.is_multiple_of(SECTOR),
-            "disk {} is no whole number of sectors",
+            "disk {} does not consist of whole sectors of 512 bytes",
             path.display()
         );
         let kick = EventFd::new(EFD_NONBLOCK)?;
@@ -97,12 +102,12 @@ impl Block {
         let mut events = EventManager::<Arc<Mutex<Disk>>>::new()?;
         events.add_subscriber(disk.clone());
         let filters = filters.clone();
-        // It ends with the process: what a request writes is in the page cache before the guest is told.
+        // The thread ends with the process. That loses nothing: a write is in the page cache before the guest gets its answer.
         std::thread::Builder::new()
             .name("disk".to_owned())
             .spawn(move || {
                 if let Err(e) = filters.apply(Thread::Disk) {
-                    return eprintln!("adit-vmm: no disk: {e:#}");
+                    return adit_print::note!("adit-vmm: the disk cannot be used: {e:#}");
                 }
                 while let Ok(_) | Err(event_manager::Error::Epoll(_)) = events.run() {}
             })?;
@@ -140,7 +145,10 @@ impl Device for Block {
     fn activate(&mut self, with: Activation) -> anyhow::Result<()> {
         let [queue] = <[Queue; 1]>::try_from(with.queues)
             .map_err(|_| anyhow::anyhow!("a disk has one queue"))?;
-        anyhow::ensure!(queue.is_valid(&*with.memory), "the queue is not in memory");
+        anyhow::ensure!(
+            queue.is_valid(&*with.memory),
+            "the queue is not in the guest's memory"
+        );
         lock(&self.disk).active = Some(Active {
             memory: with.memory,
             queue,
@@ -150,7 +158,7 @@ impl Device for Block {
     }
 
     fn pause(&mut self) -> anyhow::Result<Vec<u8>> {
-        // Between two requests: what was taken was given back.
+        // The lock is free between two requests only, so every chain that was read has been returned.
         let mut disk = lock(&self.disk);
         disk.held = true;
         disk.file.sync_data()?;
@@ -160,12 +168,12 @@ impl Device for Block {
 
     fn resume(&mut self) {
         lock(&self.disk).held = false;
-        // What was kicked meanwhile was not looked at.
+        // Notifications of the meantime were ignored.
         let _ = self.kick.write(1);
     }
 
     fn restore(&mut self, state: &[u8], with: Option<Activation>) -> anyhow::Result<()> {
-        let state = <[u8; 2]>::try_from(state).context("no saved disk")?;
+        let state = <[u8; 2]>::try_from(state).context("the saved state is not a disk's")?;
         let position = u16::from_le_bytes(state);
         let Some(mut with) = with else { return Ok(()) };
         for queue in &mut with.queues {
@@ -183,12 +191,12 @@ impl Device for Block {
 impl MutEventSubscriber for Disk {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         if let Err(e) = ops.add(Events::new_raw(self.kick.as_raw_fd(), EventSet::IN)) {
-            eprintln!("adit-vmm: disk: {e}");
+            adit_print::note!("adit-vmm: disk: {e}");
         }
     }
 
     fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
-        // Nonblocking; empty when a reset drained it.
+        // It is nonblocking, and empty if a reset drained it.
         let _ = self.kick.read();
         if self.held {
             return;
@@ -198,7 +206,9 @@ impl MutEventSubscriber for Disk {
         };
         match self.serve(&mut active) {
             Ok(()) => self.active = Some(active),
-            Err(e) => eprintln!("adit-vmm: disk stops until the guest resets it: {e:#}"),
+            Err(e) => {
+                adit_print::note!("adit-vmm: the disk stops until the guest resets it: {e:#}")
+            }
         }
     }
 }
@@ -215,7 +225,7 @@ impl Disk {
                 active.queue.add_used(&*memory, head, written)?;
                 left -= 1;
                 if left == 0 {
-                    // A reset, or the end, gets its turn.
+                    // Return after one queue's worth of requests, so that a reset or the VM's end need not wait longer.
                     self.kick.write(1)?;
                     break;
                 }
@@ -229,7 +239,7 @@ impl Disk {
         }
     }
 
-    /// Does one request; returns how many bytes were written to the guest. An error: the chain has no place for a status.
+    /// Handles one request. Returns how many bytes were written to the guest. Fails if the chain has no room for a status.
     fn request(
         &mut self,
         memory: &GuestMemoryMmap,
@@ -260,11 +270,11 @@ impl Disk {
             Err(_) => VIRTIO_BLK_S_IOERR,
         };
         status.write_all(&[code as u8])?;
-        // A chain's bytes were counted in 32 bits when it was walked.
+        // It fits: a chain's length was computed in 32 bits before.
         Ok((writer.bytes_written() + 1) as u32)
     }
 
-    /// Looks whether a request lies on the disk, and goes there.
+    /// Checks that a request is within the disk, and seeks to it.
     fn seek(&mut self, sector: u64, bytes: usize) -> io::Result<()> {
         let end = sector.checked_add(bytes as u64 / SECTOR);
         let inside = end.is_some_and(|end| end <= self.sectors);

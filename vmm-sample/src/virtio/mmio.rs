@@ -4,12 +4,12 @@
 //! 0 ─► ACKNOWLEDGE ─► DRIVER ─► FEATURES_OK ─► DRIVER_OK        any state ── status 0 ──► 0
 //!                    features   queues         activated        a fault adds NEEDS_RESET
 //! ```
-//! A register written out of turn is ignored: features before FEATURES_OK only, queues between it and DRIVER_OK.
+//! A write at the wrong time is ignored: features are written before FEATURES_OK, queues between it and DRIVER_OK.
 //!
-//! What the guest reads lies in a page that KVM maps for reading: reading a register leaves the guest's processor where it is,
-//! and only writes come here. Two of those do not either, being ioeventfds: QueueNotify, and the acknowledgement of a used
-//! buffer's interrupt. So an interrupt costs the guest no way out to this process. It need not be remembered for that: the line
-//! is this device's own and edge-triggered, so that InterruptStatus may say "used buffers" always.
+//! What the guest reads is in a page that KVM maps read-only. So a read costs no exit, and only writes arrive here. Two kinds of
+//! writes do not arrive either, because they are ioeventfds: QueueNotify, and the acknowledgement of a used buffer's interrupt.
+//! So an interrupt causes no exit to this process. The device need not know whether it was acknowledged: the line is the
+//! device's own and edge-triggered, so InterruptStatus can always say "used buffers".
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -35,10 +35,10 @@ const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 pub const WINDOW: usize = 0x1000;
 /// InterruptStatus: a queue may have used buffers.
 pub const USED_BUFFER: u32 = 1 << 0;
-/// InterruptStatus: the configuration changed, or the device wants to be reset.
+/// InterruptStatus: the configuration changed, or the device needs a reset.
 const CONFIG_CHANGED: u32 = 1 << 1;
 
-/// What the guest reads.
+/// The page that the guest reads.
 #[derive(Debug)]
 pub struct Page(MmapRegion);
 
@@ -55,7 +55,7 @@ impl Page {
     }
 }
 
-/// A device's interrupt: an irqfd, and the register in which the driver reads why.
+/// A device's interrupt: an irqfd, and the register in which the driver reads the reason.
 #[derive(Debug)]
 pub struct Interrupt {
     page: Arc<Page>,
@@ -65,13 +65,13 @@ pub struct Interrupt {
 impl Interrupt {
     /// A queue has used buffers.
     pub fn used(&self) {
-        // It fails only when it is full: an interrupt is on its way.
+        // Fails only if the counter is full, and then an interrupt is pending.
         let _ = self.irq.write(1);
     }
 
-    /// The device wants to be reset, or no longer.
+    /// Says whether the device needs a reset.
     fn needs_reset(&self, yes: bool) {
-        // The driver reads the reason after the interrupt came, so it stands there before.
+        // Write the reason first: the driver reads it after the interrupt.
         let why = if yes { CONFIG_CHANGED } else { 0 };
         self.page
             .put(VIRTIO_MMIO_INTERRUPT_STATUS, USED_BUFFER | why);
@@ -81,7 +81,7 @@ impl Interrupt {
     }
 }
 
-/// What a queue's registers say.
+/// The registers of a queue.
 #[derive(Clone, Default, Serialize, Deserialize)]
 struct QueueRegisters {
     size: u16,
@@ -91,7 +91,7 @@ struct QueueRegisters {
 }
 
 impl QueueRegisters {
-    /// The queue of a device that takes so many entries.
+    /// Makes the queue of a device that allows `max` entries.
     fn queue(&self, max: u16, event_idx: bool) -> anyhow::Result<Queue> {
         let mut queue = Queue::new(max)?;
         let [desc, avail, used] = self.addresses.map(GuestAddress);
@@ -133,7 +133,7 @@ impl Registers {
     }
 }
 
-/// A saved window with its device.
+/// The saved state of a window and its device.
 #[derive(Serialize, Deserialize)]
 pub struct TransportState {
     device_id: u32,
@@ -141,7 +141,7 @@ pub struct TransportState {
     device: Vec<u8>,
 }
 
-/// A window.
+/// A window with its device.
 pub struct Transport {
     device: Box<dyn Device>,
     memory: Memory,
@@ -157,10 +157,10 @@ fn set_half(register: &mut u64, high: bool, value: u32) {
 }
 
 impl Transport {
-    /// A window of this device, which interrupts by `irq`.
+    /// Makes a window for this device. `irq` is its interrupt.
     ///
     /// # Errors
-    /// There is no memory for its page.
+    /// There is no memory for the window's page.
     pub fn new(device: Box<dyn Device>, memory: Memory, irq: EventFd) -> anyhow::Result<Self> {
         let page = Arc::new(Page(MmapRegion::new(WINDOW)?));
         let fixed = [
@@ -178,7 +178,7 @@ impl Transport {
         for (register, value) in fixed {
             page.put(register, value);
         }
-        // No configuration here ever changes, so its generation does not, and writes to it are ignored.
+        // The configuration never changes, so its generation stays 0, and writes to it are ignored.
         let config = VIRTIO_MMIO_CONFIG as usize;
         page.0
             .as_volatile_slice()
@@ -197,20 +197,20 @@ impl Transport {
         Ok(transport)
     }
 
-    /// What the guest reads.
+    /// The page that the guest reads.
     pub fn page(&self) -> &Page {
         &self.page
     }
 
-    /// Reads the window, as the guest does.
+    /// Reads from the window, as the guest would.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         let page = self.page.0.as_volatile_slice();
         data.fill(0);
-        // Behind the end: zeroes.
+        // Behind the end of the page, `data` stays zero.
         let _ = page.read(data, usize::try_from(offset).unwrap_or(WINDOW));
     }
 
-    /// Shows the registers that depend on others.
+    /// Updates the page's registers that depend on others.
     fn show(&self) {
         let registers = &self.registers;
         let features = match registers.device_features_sel {
@@ -228,7 +228,7 @@ impl Transport {
         self.page.put(VIRTIO_MMIO_STATUS, registers.status);
     }
 
-    /// Writes the window.
+    /// Handles the guest's write to the window.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         // Registers are 32 bits wide and are written whole (§4.2.2.2).
         let (Ok(offset), Ok(data)) = (u32::try_from(offset), <[u8; 4]>::try_from(data)) else {
@@ -268,7 +268,7 @@ impl Transport {
             return;
         };
         match offset {
-            // Too large or no power of two: the queue keeps what it has.
+            // A size that is too large or no power of two is ignored.
             VIRTIO_MMIO_QUEUE_NUM if value <= max.into() && value.is_power_of_two() => {
                 queue.size = value as u16;
             }
@@ -293,7 +293,7 @@ impl Transport {
         if value == 0 {
             return self.reset();
         }
-        // Bits are only ever added, each after those before it.
+        // Bits can only be added, and each only after those before it.
         let steps = [
             VIRTIO_CONFIG_S_ACKNOWLEDGE,
             VIRTIO_CONFIG_S_DRIVER,
@@ -322,7 +322,7 @@ impl Transport {
         wanted & !self.device.features() == 0 && wanted & VERSION_1 != 0
     }
 
-    /// What the device gets: copies, so that registers written later change nothing.
+    /// Copies what the device gets, so that later register writes change nothing.
     fn activation(&self) -> anyhow::Result<Activation> {
         let features = self.registers.driver_features;
         let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
@@ -341,17 +341,17 @@ impl Transport {
         let activation = self.activation();
         let activated = activation.and_then(|with| self.device.activate(with));
         if let Err(e) = activated {
-            eprintln!("adit-vmm: virtio device {}: {e:#}", self.device.id());
+            adit_print::note!("adit-vmm: virtio device {}: {e:#}", self.device.id());
             self.registers.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
             self.show();
             self.interrupt.needs_reset(true);
         }
     }
 
-    /// Holds the device; returns the window.
+    /// Pauses the device. Returns the state of window and device.
     ///
     /// # Errors
-    /// The device cannot be held.
+    /// The device cannot be paused.
     pub fn pause(&mut self) -> anyhow::Result<TransportState> {
         Ok(TransportState {
             device_id: self.device.id(),
@@ -360,15 +360,15 @@ impl Transport {
         })
     }
 
-    /// Lets the device go on.
+    /// Lets the device continue.
     pub fn resume(&mut self) {
         self.device.resume();
     }
 
-    /// Makes a new window what the saved one was.
+    /// Loads a saved state into a new window.
     ///
     /// # Errors
-    /// It is another device's, or its queues cannot be used.
+    /// The state is another device's, or its queues cannot be used.
     pub fn restore(&mut self, state: &TransportState) -> anyhow::Result<()> {
         let id = self.device.id();
         anyhow::ensure!(
@@ -381,12 +381,12 @@ impl Transport {
         let active = self.registers.is(VIRTIO_CONFIG_S_DRIVER_OK) && !broken;
         anyhow::ensure!(
             !active || self.features_fit(),
-            "saved features are not on offer"
+            "the snapshot's driver uses features that this device does not offer"
         );
         let with = active.then(|| self.activation()).transpose()?;
         self.device.restore(&state.device, with)?;
         self.show();
-        // One that was on its way when the machine was held may be lost; one too many does no harm.
+        // An interrupt may have been lost when the machine was paused. One too many does no harm.
         match broken {
             true => self.interrupt.needs_reset(true),
             false => self.interrupt.used(),
@@ -399,7 +399,7 @@ impl Transport {
         self.registers = Registers::new(self.device.queue_sizes());
         self.interrupt.needs_reset(false);
         for kick in self.device.kicks() {
-            // Empty already: nobody kicked. What is left of the old queues must not wake the new ones.
+            // An old notification must not wake the new queues. An error means that there was none.
             let _ = kick.read();
         }
     }

@@ -1,4 +1,4 @@
-//! Virtio devices: what a transport needs of one, and the ones that there are.
+//! Virtio devices: what a transport needs of a device, and the devices themselves.
 
 pub mod block;
 pub mod mmio;
@@ -18,55 +18,55 @@ use mmio::{Transport, USED_BUFFER};
 
 pub use mmio::Interrupt;
 
-/// Guest memory as devices hold it.
+/// Guest memory as devices share it.
 pub type Memory = Arc<GuestMemoryMmap>;
 
-/// What a driver and a transport agreed upon.
+/// What a driver and a transport agreed on.
 pub struct Activation {
-    /// The guest's.
+    /// The guest's memory.
     pub memory: Memory,
-    /// What both have.
+    /// Features that both support.
     pub features: u64,
     /// Ready and checked, one for each size in [`Device::queue_sizes`].
     pub queues: Vec<Queue>,
-    /// How to tell the driver.
+    /// Interrupts the driver.
     pub interrupt: Arc<Interrupt>,
 }
 
 /// A device behind a transport; called from vCPU threads.
 pub trait Device: Send {
-    /// Its number in virtio 1.3 §5.
+    /// Its number (virtio 1.3 §5).
     fn id(&self) -> u32;
-    /// Features on offer.
+    /// The features that it offers.
     fn features(&self) -> u64;
-    /// Entries of each queue at most.
+    /// Largest size of each queue, in entries.
     fn queue_sizes(&self) -> &'static [u16];
-    /// Nonblocking eventfds on which the driver kicks its queues, in the same order.
+    /// Nonblocking eventfds by which the driver notifies its queues, in the same order.
     fn kicks(&self) -> Vec<&EventFd>;
     /// Its configuration space, which never changes.
     fn config(&self) -> Vec<u8>;
-    /// DRIVER_OK: the queues are the device's.
+    /// DRIVER_OK: the device may use the queues from now on.
     ///
     /// # Errors
-    /// They cannot be used.
+    /// The queues cannot be used.
     fn activate(&mut self, with: Activation) -> anyhow::Result<()>;
-    /// Touches nothing of the guest's from now on until it is [resumed](Self::resume). Returns what the device is.
+    /// Stops using the guest's memory until [`resume`](Self::resume). Returns the device's state.
     ///
     /// # Errors
-    /// It cannot be held.
+    /// The device cannot be paused.
     fn pause(&mut self) -> anyhow::Result<Vec<u8>>;
-    /// Goes on.
+    /// Continues after [`pause`](Self::pause).
     fn resume(&mut self);
-    /// Becomes what [`pause`](Self::pause) returned; `with`: of a device that was activated.
+    /// Loads a state that [`pause`](Self::pause) returned. `with` is given if the device was activated.
     ///
     /// # Errors
-    /// The state is no such device's, or the queues cannot be used.
+    /// The state is not of such a device, or the queues cannot be used.
     fn restore(&mut self, state: &[u8], with: Option<Activation>) -> anyhow::Result<()>;
-    /// The driver reset the device: no queue is touched any more when this returns.
+    /// The driver resets the device. After this returns, the device does not use its queues any more.
     fn reset(&mut self);
 }
 
-/// Makes a device's window known to KVM. QueueNotify and the acknowledgement of used buffers are KVM's to hear.
+/// Registers a device's window with KVM. KVM handles QueueNotify and the acknowledgement of used buffers without an exit here.
 pub(crate) fn plug(
     vm: &VmFd,
     (n, window): (u32, Window),
@@ -77,9 +77,9 @@ pub(crate) fn plug(
     for (queue, kick) in (0u32..).zip(device.kicks()) {
         vm.register_ioevent(kick, &at(VIRTIO_MMIO_QUEUE_NOTIFY), queue)?;
     }
-    // Nobody listens.
-    let heard = EventFd::new(EFD_NONBLOCK)?;
-    vm.register_ioevent(&heard, &at(VIRTIO_MMIO_INTERRUPT_ACK), USED_BUFFER)?;
+    // Nobody reads it: the acknowledgement has no effect.
+    let ignored = EventFd::new(EFD_NONBLOCK)?;
+    vm.register_ioevent(&ignored, &at(VIRTIO_MMIO_INTERRUPT_ACK), USED_BUFFER)?;
     let irq = EventFd::new(EFD_NONBLOCK)?;
     vm.register_irqfd(&irq, window.gsi)?;
     let transport = Transport::new(device, memory, irq)?;

@@ -1,6 +1,6 @@
-//! adit's virtio-vsock device in this process, on a thread of its own: registers are written on vCPU threads and carried out
-//! there, between two bursts (`adit_channel::linked`). What is above the engine is the owner's choice: sockets
-//! (`adit_channel::hybrid`), or aditd, for which this process is then the VM's port process (`adit_port::vmm`).
+//! adit's virtio-vsock device in this process, on a thread of its own. The vCPU threads handle register writes and send the
+//! effects to that thread, which applies them between two bursts (`adit_channel::linked`). The owner chooses what is above the
+//! engine: Unix sockets (`adit_channel::hybrid`), or aditd. With aditd this process is the VM's port process (`adit_port::vmm`).
 
 use std::fs::File;
 use std::io::Read;
@@ -19,23 +19,23 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{Activation, Device, Interrupt, Memory};
 use crate::seccomp::{Filters, Thread};
 
-/// Entries of each queue at most.
+/// Largest size of each queue, in entries.
 const QUEUE: u16 = 256;
 const _: () = assert!(QUEUE <= QUEUE_MAX);
 
-/// The carrier that is given to a shard, or to whoever has one.
+/// The carrier that a shard gets.
 type Linked = linked::Linked<Memory>;
 
-/// Who has the host's ends of the streams.
+/// Who uses the host's ends of the streams.
 #[derive(Debug)]
 pub enum Owner {
-    /// Whoever connects to this socket; nobody, without one.
+    /// Whoever connects to this Unix socket. `None`: nobody.
     Sockets(Option<PathBuf>),
-    /// aditd; and where the VM's ring comes out, if it has one.
+    /// aditd. The inbox is where the VM's ring arrives, if it has one.
     Aditd(Registration, Option<RingInbox>),
 }
 
-/// The device's face towards the transport.
+/// The device as the transport sees it.
 pub struct Vsock {
     cid: GuestCid,
     /// RX, TX, events.
@@ -55,10 +55,10 @@ impl Signal for Interrupt {
 }
 
 impl Vsock {
-    /// Makes the device of the guest `cid`, and its thread.
+    /// Makes the device of the guest `cid`, and starts its thread.
     ///
     /// # Errors
-    /// The owner's sockets cannot be made, or there are no descriptors to be had.
+    /// The owner's sockets cannot be made, or no descriptors are left.
     pub fn new(cid: GuestCid, owner: Owner, filters: &Filters) -> anyhow::Result<Self> {
         let event = || EventFd::new(EFD_NONBLOCK);
         let kicks = [event()?, event()?, event()?];
@@ -74,13 +74,17 @@ impl Vsock {
                 let mut seed = [0; 8];
                 File::open("/dev/urandom")?.read_exact(&mut seed)?;
                 let host = Host::new(carrier, uds.as_deref(), u64::from_le_bytes(seed))?;
-                Box::new(|| eprintln!("adit-vmm: vsock ends: {}", host.run()))
+                Box::new(|| adit_print::note!("adit-vmm: the vsock device ends: {}", host.run()))
             }
             Owner::Aditd(registration, rings) => {
                 let handed = Handed::new(carrier, &registration, rings)?;
                 Box::new(|| match handed.run() {
-                    Ok(()) => eprintln!("adit-vmm: aditd has let the VM go: it has no channel now"),
-                    Err(e) => eprintln!("adit-vmm: vsock ends: {e:#}"),
+                    Ok(()) => {
+                        adit_print::note!(
+                            "adit-vmm: aditd removed the VM: the guest has no channel now"
+                        )
+                    }
+                    Err(e) => adit_print::note!("adit-vmm: the vsock device ends: {e:#}"),
                 })
             }
         };
@@ -89,7 +93,7 @@ impl Vsock {
             .name("vsock".to_owned())
             .spawn(move || match filters.apply(kind) {
                 Ok(()) => run(),
-                Err(e) => eprintln!("adit-vmm: no vsock: {e:#}"),
+                Err(e) => adit_print::note!("adit-vmm: the vsock device cannot be used: {e:#}"),
             })?;
         Ok(Self {
             cid,
@@ -144,7 +148,7 @@ impl Device for Vsock {
         let state = DeviceState::parse(state)?;
         anyhow::ensure!(
             state.has_session() == with.is_some(),
-            "the saved vsock device and its driver disagree: the guest had broken it, and must reset it first"
+            "the saved vsock device had been broken by its guest, which must reset it before the VM is saved"
         );
         let Some(with) = with else { return Ok(()) };
         let restore =
@@ -153,7 +157,7 @@ impl Device for Vsock {
     }
 
     fn reset(&mut self) {
-        // No thread any more: it touches nothing.
+        // An error means that the thread has ended, so nothing uses the queues.
         let _ = self.remote.ask(Linked::reset);
     }
 }

@@ -1,6 +1,6 @@
-//! A machine without processors: the VMM's bus, transport and devices on guest memory, with the harness' driver where a guest's
-//! kernel would be. Registers go over the bus, kicks through the eventfds that KVM would ring; no KVM is needed.
-#![allow(dead_code)] // each test file uses its part
+//! A machine without processors: the VMM's bus, transport and devices on guest memory, with the harness's driver in place of a
+//! guest's kernel. Registers are written over the bus, and kicks go to the eventfds that KVM would signal. Needs no KVM.
+#![allow(dead_code)] // each test file uses only a part of it
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
@@ -27,18 +27,18 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Where the windows of vsock and disk are.
+/// Windows of the vsock device and the disk.
 pub const VSOCK: u64 = 0xd000_0000;
 pub const DISK: u64 = VSOCK + 0x1000;
-/// A port of the host's that somebody serves.
+/// A host port with a listener.
 const SERVED: u32 = 7000;
-/// A hang.
+/// After this time a test has hung.
 const PATIENCE: Duration = Duration::from_secs(30);
 const DISK_BYTES: u64 = 16 << 20;
-/// Where a disk's ring lies.
+/// Address of the disk's queue.
 pub const DISK_RING: u64 = 0x8_0000;
 
-/// Waits for what must come.
+/// Waits for a condition; fails after [`PATIENCE`].
 #[track_caller]
 pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     let begin = Instant::now();
@@ -48,10 +48,10 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// Waits until a kick was taken, without taking it.
+/// Waits until the device has read a kick, without reading the kick here.
 #[track_caller]
-pub fn heard(kick: &EventFd) {
-    until("the kick is heard", || {
+pub fn until_kick_is_read(kick: &EventFd) {
+    until("the device reads the kick", || {
         let epoll = Epoll::new().expect("an epoll set");
         let readable = EpollEvent::new(EventSet::IN, 0);
         let watch = epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), readable);
@@ -60,7 +60,7 @@ pub fn heard(kick: &EventFd) {
     });
 }
 
-/// Repeatable noise (Knuth's MMIX generator).
+/// Pseudo-random numbers from a seed (Knuth's MMIX generator).
 pub struct Noise(pub u64);
 
 impl Noise {
@@ -73,27 +73,27 @@ impl Noise {
     }
 }
 
-/// A guest's stream and its other end.
+/// A guest's stream and its host end.
 pub struct Stream {
     pub guest: GuestStream,
     pub client: UnixStream,
 }
 
-/// See above.
+/// See the top of the file.
 pub struct Vm {
     pub bus: Bus,
     pub memory: Memory,
     pub driver: Driver,
     pub event: DriverQueue,
     pub config: DriverConfig,
-    /// Of RX, TX and events; of the disk.
+    /// Of the vsock device: RX, TX and events. The disk's is `disk_kick`.
     pub kicks: Vec<EventFd>,
     pub disk_kick: EventFd,
     pub irq: EventFd,
     listener: UnixListener,
     dir: tempfile::TempDir,
     next: u32,
-    /// Ports of ours that were reset.
+    /// Our ports that got a reset.
     pub resets: BTreeSet<u32>,
 }
 
@@ -101,7 +101,7 @@ fn event() -> EventFd {
     EventFd::new(EFD_NONBLOCK).expect("a descriptor")
 }
 
-/// A device in its window: its kicks, its interrupt and its transport.
+/// Makes a window for a device: its kicks, its interrupt and its transport.
 fn window(device: Box<dyn Device>, memory: &Memory) -> (Vec<EventFd>, EventFd, Transport) {
     let copy = |kick: &EventFd| kick.try_clone().expect("a descriptor");
     let kicks = device.kicks().into_iter().map(copy).collect();
@@ -111,19 +111,19 @@ fn window(device: Box<dyn Device>, memory: &Memory) -> (Vec<EventFd>, EventFd, T
 }
 
 impl Vm {
-    /// A machine with Linux 6.12's driver on it, running.
+    /// A running machine with Linux 6.12's driver.
     pub fn new() -> Self {
         let mut vm = Self::on(adit_benches::memory::anonymous(), DriverConfig::LINUX_6_12);
         vm.boot();
         vm
     }
 
-    /// A machine on this memory, whose devices nobody has touched.
+    /// A machine on this memory. Its devices are in their first state.
     pub fn on(memory: Memory, config: DriverConfig) -> Self {
         Self::filtered(memory, config, &Filters::default())
     }
 
-    /// The same, whose devices' threads are confined.
+    /// The same, with seccomp filters on the devices' threads.
     pub fn filtered(memory: Memory, config: DriverConfig, filters: &Filters) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let uds = dir.path().join("v");
@@ -185,7 +185,7 @@ impl Vm {
         lock(&self.bus.virtio[0].1)
     }
 
-    /// Up to FEATURES_OK with these features.
+    /// Negotiates these features, up to FEATURES_OK.
     pub fn negotiate(&self, base: u64, features: u64) {
         for status in [0, 1, 3] {
             self.put_at(base, VIRTIO_MMIO_STATUS, status);
@@ -198,7 +198,7 @@ impl Vm {
         self.put_at(base, VIRTIO_MMIO_STATUS, 0xb);
     }
 
-    /// A queue's registers: size, and where descriptors, available and used ring are.
+    /// Writes a queue's registers: size, and the addresses of descriptors, available ring and used ring.
     pub fn queue_at(&self, base: u64, queue: u32, size: u32, addrs: [u64; 3]) {
         self.put_at(base, VIRTIO_MMIO_QUEUE_SEL, queue);
         self.put_at(base, VIRTIO_MMIO_QUEUE_NUM, size);
@@ -219,7 +219,7 @@ impl Vm {
         1 << 32 | 1 << 28 | event_idx
     }
 
-    /// What a kernel does when it finds the device; begins anew if it had it already.
+    /// Starts the vsock device as a kernel would. Resets it first if it was started before.
     pub fn boot(&mut self) {
         self.negotiate(VSOCK, self.features());
         self.driver = Driver::empty(
@@ -244,7 +244,7 @@ impl Vm {
         self.kick(0);
     }
 
-    /// Starts the disk with its ring at `ring`.
+    /// Starts the disk with its queue at `ring`.
     pub fn boot_disk(&self, ring: u64) -> DiskRing {
         self.negotiate(DISK, 1 << 32);
         let addrs = [ring, ring + 0x1000, ring + 0x2000];
@@ -258,12 +258,12 @@ impl Vm {
         DiskRing { ring, avail: 0 }
     }
 
-    /// What KVM does with a write to QueueNotify.
+    /// Writes the eventfd that KVM would signal for QueueNotify.
     pub fn kick(&self, queue: usize) {
         self.kicks[queue].write(1).expect("a kick");
     }
 
-    /// Shows the device what was posted; takes what came.
+    /// Lets the device see what was posted, and collects what it sent.
     pub fn turn(&mut self, streams: &mut [&mut Stream], got: &mut Vec<(PacketHeader, Vec<u8>)>) {
         if self.driver.tx.publish() {
             self.kick(1);
@@ -290,7 +290,7 @@ impl Vm {
         self.driver.reap_tx();
     }
 
-    /// The guest connects to the host.
+    /// Connects from the guest to the host.
     #[track_caller]
     pub fn open(&mut self) -> Stream {
         self.next += 1;
@@ -311,7 +311,7 @@ impl Vm {
         Stream { guest, client }
     }
 
-    /// `len` bytes each way.
+    /// Sends `len` bytes in each direction and compares them.
     #[track_caller]
     pub fn exchange(&mut self, stream: &mut Stream, len: usize) {
         let bytes: Vec<u8> = (0..len).map(|i| (i * 7 + len) as u8).collect();
@@ -351,7 +351,7 @@ impl Vm {
         assert!(there == bytes && here == bytes, "bytes changed");
     }
 
-    /// A driver that keeps the rules is served: what stands at the end of every attack.
+    /// Checks that a well-behaved driver is served. Every attack ends with this.
     #[track_caller]
     pub fn honest(&mut self) {
         self.boot();
@@ -359,15 +359,15 @@ impl Vm {
         self.exchange(&mut stream, 10_000);
     }
 
-    /// Waits until the device has given back all that was sent.
+    /// Waits until the device has returned all buffers of the TX queue.
     #[track_caller]
-    pub fn given_back(&mut self) {
+    pub fn until_tx_is_returned(&mut self) {
         self.kick(1);
         let want = self.driver.tx.avail_idx();
         until("all is given back", || self.driver.tx.used_idx() == want);
     }
 
-    /// The vsock thread has finished whatever it was at when this was called.
+    /// Waits until the vsock thread has finished what it was doing when this was called.
     pub fn settle(&self) {
         let mut transport = self.transport();
         transport.pause().expect("it can be held");
@@ -375,14 +375,14 @@ impl Vm {
     }
 }
 
-/// The driver's side of the disk's ring.
+/// The driver's side of the disk's queue.
 pub struct DiskRing {
     ring: u64,
     avail: u16,
 }
 
 impl DiskRing {
-    /// Posts a request: header at `header`, its data, a status byte behind the header.
+    /// Posts a request: a header at `header`, its data, and a status byte behind the header.
     pub fn request(&mut self, vm: &Vm, kind: u32, header: u64, data: (u64, u32)) {
         let mem = &vm.memory;
         let put = |at: u64, value: u64| mem.write_obj(value, GuestAddress(at)).expect("memory");
@@ -407,7 +407,7 @@ impl DiskRing {
         vm.disk_kick.write(1).expect("a kick");
     }
 
-    /// Waits until it was answered; its status.
+    /// Waits for the answer; returns its status.
     #[track_caller]
     pub fn answer(&self, vm: &Vm, header: u64) -> u8 {
         until("the disk answers", || self.used(vm) == self.avail);

@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: two real VMs without a network device, and the whole main job in front of whoever types it.
+//! `cargo xtask demo`: two real VMs without a network device, and everything that adit does with them, step by step.
 
 mod stage;
 mod steps;
@@ -20,13 +20,13 @@ pub struct Options {
     /// Guest kernel: 6.1 or 6.12
     #[arg(long, default_value = "6.1")]
     kernel: Kernel,
-    /// Leave it all running at the end, to explore; Enter or Ctrl-C ends it
+    /// Leave everything running at the end, to explore; Enter or Ctrl-C ends it
     #[arg(long)]
     keep: bool,
-    /// Through adit-vmm, snapshot and restore included, in an emulated guest that has KVM
+    /// Use adit-vmm, with snapshot and restore, in an emulated guest that has KVM
     #[arg(long, conflicts_with_all = ["keep", "json"])]
     vmm: bool,
-    /// End with one JSON line that sums it up
+    /// End with one line of JSON that sums it up
     #[arg(long)]
     json: bool,
 }
@@ -88,9 +88,9 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
     println!(
         "\n{} in {:.0} s",
         if ok {
-            "all of it worked"
+            "everything worked"
         } else {
-            "NOT all of it worked"
+            "NOT everything worked"
         },
         begin.elapsed().as_secs_f64()
     );

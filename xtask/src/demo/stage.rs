@@ -1,4 +1,4 @@
-//! What the demo plays on: aditd, two guests, and a way to run what a user would type.
+//! The demo's aditd and guests, and a way to run the commands that a user would type.
 
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -21,14 +21,14 @@ pub struct Stage {
     image: Image,
 }
 
-/// What a command said, stdout and stderr.
+/// A command's output, stdout and stderr.
 pub struct Said {
     pub code: i32,
     pub text: String,
 }
 
 impl Stage {
-    /// Starts aditd and makes the manager's key, whose public half goes into the guests.
+    /// Starts aditd and makes the manager's key. The public half goes into the guests.
     pub fn set(bins: &Path, image: Image) -> anyhow::Result<Self> {
         let host = progress::during("starting aditd", || {
             let host = Host::start(bins, &VMS)?;
@@ -46,7 +46,7 @@ impl Stage {
         Ok(stage)
     }
 
-    /// Boots both guests; returns the seconds that each took to be ready.
+    /// Boots both guests. Returns how many seconds each took until it was ready.
     pub fn boot(&mut self) -> anyhow::Result<Vec<f64>> {
         let (trust, agent) = (
             self.host.dir().join("fleet.key.pub"),
@@ -117,7 +117,7 @@ impl Stage {
         Ok(said(&self.host.curl(args)?).text)
     }
 
-    /// Begins a download through the proxy (`true` = through CONNECT), and waits for its first bytes.
+    /// Starts a download through the proxy, with CONNECT if `connect`, and waits for its first bytes.
     pub fn download(&self, connect: bool, url: &str) -> anyhow::Result<Child> {
         let proxy = format!("http://{}", self.host.proxy());
         let how: &[&str] = if connect { &["-p"] } else { &[] };
@@ -154,14 +154,14 @@ impl Stage {
         Ok(child)
     }
 
-    /// Writes a goal and hands it over.
+    /// Writes a goal to a file and applies it.
     pub fn goal(&self, file: &str, text: &str, to: &str, more: &[&str]) -> anyhow::Result<String> {
         std::fs::write(self.host.dir().join(file), text)?;
         let args = ["apply", file, "--sign", "fleet.key", "--to", to];
         self.apply(&[&args, more].concat())
     }
 
-    /// Hands a goal over; returns its id (none after `--dry-run`).
+    /// Applies a goal. Returns its id, which is empty with `--dry-run`.
     pub fn apply(&self, args: &[&str]) -> anyhow::Result<String> {
         let said = self.adit(&[&["goal"], args].concat())?;
         ensure!(said.code == 0, "{}", said.text);
@@ -204,7 +204,7 @@ impl Stage {
         })
     }
 
-    /// Everything that was logged.
+    /// All logs.
     pub fn logs(&self) -> String {
         let mut text = format!("aditd:\n{}", self.host.log());
         for (guest, vm) in self.guests.iter().zip(VMS) {
@@ -241,7 +241,7 @@ fn said(out: &Output) -> Said {
     }
 }
 
-/// Checks that a text says something.
+/// Checks that a text contains another one.
 pub fn expect(text: &str, what: &str) -> anyhow::Result<()> {
     if !text.contains(what) {
         bail!("expected `{what}` in:\n{text}");
@@ -249,7 +249,7 @@ pub fn expect(text: &str, what: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ctrl-C ends what would outlive us: the port processes. aditd and QEMU are killed by the kernel when we end.
+/// Ctrl-C ends what would survive this process: the port processes. The kernel kills aditd and QEMU when this process ends.
 pub fn clean_up_on_signal(stage: &Stage) {
     use nix::sys::signal::{SigSet, Signal};
     let mut signals = SigSet::empty();

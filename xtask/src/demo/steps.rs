@@ -1,4 +1,4 @@
-//! The steps, each with the commands that a user would type. A step returns its evidence, or says what was wrong.
+//! The demo's steps. Each runs commands that a user would type, and returns its evidence, or what was wrong.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ pub struct Step {
     pub run: fn(&mut Stage) -> anyhow::Result<String>,
 }
 
-/// All of them, in order.
+/// All steps, in order.
 pub const ALL: [Step; 10] = [
     Step {
         name: "vms",
@@ -28,7 +28,7 @@ pub const ALL: [Step; 10] = [
     },
     Step {
         name: "failures",
-        title: "failures are answers",
+        title: "failures have a status and a reason",
         run: failures,
     },
     Step {
@@ -38,7 +38,7 @@ pub const ALL: [Step; 10] = [
     },
     Step {
         name: "refused",
-        title: "what was not signed so, or not for this VM, the guest refuses",
+        title: "the guest refuses what was changed after signing, or is for another VM",
         run: refused,
     },
     Step {
@@ -63,7 +63,7 @@ pub const ALL: [Step; 10] = [
     },
     Step {
         name: "late-result",
-        title: "a result that nobody took arrives after a reboot",
+        title: "a result that aditd missed arrives after a reboot",
         run: late_result,
     },
 ];
@@ -82,7 +82,7 @@ fn by_name(stage: &mut Stage) -> anyhow::Result<String> {
     let mut pages = String::new();
     for vm in VMS {
         for how in [&[][..], &["-p"]] {
-            // For CONNECT curl adds the port by itself.
+            // With CONNECT curl adds the port by itself.
             let said = stage.curl(&[how, &[&format!("http://{vm}/")]].concat())?;
             expect(&said, &format!("this is {vm}"))?;
             pages += said.lines().last().unwrap_or_default();
@@ -167,7 +167,11 @@ fn refused(stage: &mut Stage) -> anyhow::Result<String> {
         &["--save", "one.json", "--dry-run"],
     )?;
     let said = stage.adit(&["goal", "apply", "one.json", "--to", "web-2"])?;
-    ensure!(said.code == 1, "aditd says so at once: {}", said.text);
+    ensure!(
+        said.code == 1,
+        "aditd must refuse it at once: {}",
+        said.text
+    );
     let id = stage.apply(&["apply", "one.json", "--to", "web-2", "--relay-unchecked"])?;
     let tasks = stage.finish(&id)?;
     ensure!(
@@ -177,7 +181,7 @@ fn refused(stage: &mut Stage) -> anyhow::Result<String> {
     Ok(format!("{tampered}\n{}", tasks[0].reason))
 }
 
-/// A step that notes on the guest's disk that it began, then goes on for a while.
+/// A step that notes on the guest's disk that it has started, then runs for a while.
 fn noted(name: &str, then: &str, idempotent: bool) -> String {
     format!(
         "steps:\n  - id: {name}\n    idempotent: {idempotent}\n    script:\n      interpreter: /bin/sh\n      script: |\n        \
@@ -185,7 +189,7 @@ fn noted(name: &str, then: &str, idempotent: bool) -> String {
     )
 }
 
-/// How often a noted step has begun on a VM.
+/// How often such a step has started on a VM.
 fn begun(stage: &Stage, name: &str, vm: &str) -> anyhow::Result<String> {
     let text = format!(
         "steps: [{{id: count, script: {{interpreter: /bin/sh, script: \"wc -l < /var/lib/{name}\"}}}}]\n"
@@ -284,7 +288,7 @@ fn port_killed(stage: &mut Stage) -> anyhow::Result<String> {
     ensure!(tasks.len() == 1 && tasks[0].state == "done", "{tasks:?}");
     let times = begun(stage, "under", "web-1")?;
     ensure!(times == "1", "it began {times} times");
-    // The same on purpose: a new adit-port under a running VM.
+    // The same on purpose: a reload starts a new adit-port under a running VM.
     let said = stage.adit(&["vm", "reload", "web-1"])?;
     ensure!(said.code == 0, "{}", said.text);
     expect(&stage.curl(&["http://web-1/"])?, "this is web-1")?;
@@ -350,7 +354,7 @@ fn late_result(stage: &mut Stage) -> anyhow::Result<String> {
     stage.wait_state(&id, "started")?;
     println!("$ kill -9 {}    # aditd", stage.host.pid());
     stage.host.kill();
-    // The agent says on its console when the result is on its disk.
+    // The agent prints on its console when the result is on its disk.
     stage.guests[1].wait_serial("result on the guest's disk", BOOT_LIMIT, |log| {
         let since = log.rfind("step=late").unwrap_or(log.len());
         log[since..].contains("adit-guest: ended")

@@ -1,7 +1,7 @@
-//! The guest's bell, and how long a round trip takes: what a ring has beside its memory.
+//! The guest's doorbell over vsock, and the measurement of round trips: what a ring needs beside its memory.
 //!
-//! A guest that the ring cannot interrupt is rung on the stream that it opened to [`BELL_PORT`]; every guest says there how
-//! it hears. Only the agent can: the source port is a privileged one.
+//! If the ring's device cannot interrupt the guest, the host writes a byte to the stream that the guest opened to [`BELL_PORT`].
+//! Every guest opens that stream, and says there how it is woken. Only the agent can open it: the source port is privileged.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
@@ -25,30 +25,31 @@ use crate::rings::GuestBell;
 
 /// Source ports below this are the agent's.
 const PRIVILEGED: u32 = 1024;
-/// Round trips of each carrier that are measured, once a session, and their bytes.
+/// Round trips that are measured on each carrier, once a session.
 const PINGS: usize = 32;
+/// Bytes of one message.
 const PING_BYTES: usize = 64;
 const PING_LIMIT: Duration = Duration::from_secs(2);
 
-/// What is known of the guest's end.
+/// The guest's end of the doorbell.
 pub(super) struct Bell {
     guest: GuestBell,
-    /// Our end of its stream.
+    /// Our end of the guest's stream.
     heard_on: Option<UnixStream>,
-    /// `None`: it has not said.
+    /// How the guest is woken. `None`: it has not said.
     pub(super) hears: Option<Hears>,
     ping: Option<Ping>,
-    /// Of the ring, of vsock; 0: not measured.
+    /// Of the ring and of vsock; 0: not measured.
     pub(super) rtt_ns: (u64, u64),
 }
 
-/// A stream on which is measured, and what came of it.
+/// A stream on which round trips are measured, and the result.
 struct Ping {
     at: At,
     middle_ns: Arc<AtomicU64>,
 }
 
-/// The host's end of it: sends, and takes the time until it has it back.
+/// The host's end of that stream: sends, and measures the time until the echo is complete.
 struct Pinger {
     began: Instant,
     back: usize,
@@ -101,21 +102,21 @@ impl Bell {
 }
 
 impl<C: Carrier> Process<C> {
-    /// Handles what is the bell's business; returns whether it was.
+    /// Handles notices about the doorbell and the measurement. Returns whether this was one.
     pub(super) fn bell_notice(&mut self, port: PortIndex, notice: &Notice) -> bool {
         let Some(rings) = &mut self.rings else {
             return false;
         };
         match *notice {
             Notice::Session { .. } => {
-                // What was measured was another session's.
+                // The results belong to another session.
                 rings.bell.ping = None;
                 rings.bell.rtt_ns = (0, 0);
                 let ring = rings.port;
                 self.ping(ring);
                 false
             }
-            // The agent is there, and listens: it may not have when it attached.
+            // The agent listens now. Perhaps it did not yet when the session began.
             Notice::Incoming { .. } | Notice::Dialed { .. }
                 if port == rings.port && rings.bell.rtt_ns.1 == 0 =>
             {
@@ -151,7 +152,7 @@ impl<C: Carrier> Process<C> {
         let Ok((ours, theirs)) = pair else {
             return self.shard.port_mut(self.port).refuse(now, stream);
         };
-        // A newer one replaces the older: the agent was started anew.
+        // A newer stream replaces the older one: the agent was restarted.
         self.bell_ended();
         let sink = Some(Sink::Fd(theirs.into()));
         self.shard.port_mut(self.port).accept(now, stream, sink);
@@ -160,11 +161,11 @@ impl<C: Carrier> Process<C> {
             .and_then(|()| self.shard.watch(ours.as_fd(), KEY_BELL));
         match (watched, &mut self.rings) {
             (Ok(()), Some(rings)) => rings.bell.heard_on = Some(ours),
-            _ => tracing::warn!("the guest's bell is not heard"),
+            _ => tracing::warn!("cannot watch the guest's doorbell stream"),
         }
     }
 
-    /// Something came on the guest's stream.
+    /// The guest's stream is readable.
     pub(super) fn bell_ready(&mut self) {
         let Some(bell) = self.rings.as_mut().map(|rings| &mut rings.bell) else {
             return;
@@ -178,7 +179,7 @@ impl<C: Carrier> Process<C> {
                 bell.hears = Hears::parse(said[0]);
                 if bell.hears == Some(Hears::Stream) {
                     bell.guest.set(ours.try_clone().ok());
-                    // What was rung into the void before.
+                    // Wakes the guest for a doorbell that was sent before this stream existed.
                     let _ = { ours }.write(&[1]);
                 }
             }
@@ -194,7 +195,7 @@ impl<C: Carrier> Process<C> {
         }
     }
 
-    /// Has the agent send back what is sent, if the port has a session.
+    /// Starts a measurement: the agent echoes what is sent. Does nothing if the ring has no session.
     fn ping(&mut self, port: PortIndex) {
         let Ok(service) = PING.parse() else { return };
         let now = self.shard.now();
@@ -203,11 +204,11 @@ impl<C: Carrier> Process<C> {
             port: hello::PORT,
             hello: Some(Open::new(service, Common::default())),
             deadline: Some(Tick(now.0.saturating_add(limit))),
-            // What is shown is what clients' dials have.
+            // Measured on the same lane that clients' dials use.
             lane: LANE,
         };
         let Some(rings) = &mut self.rings else { return };
-        // Without the ring there is nothing to compare.
+        // The measurement compares ring and vsock, so it needs both.
         if self.shard.port(rings.port).epoch().is_none() {
             return;
         }
@@ -227,8 +228,8 @@ impl<C: Carrier> Process<C> {
 
     fn pinged(&mut self, port: PortIndex, middle_ns: u64) {
         let Some(rings) = &mut self.rings else { return };
-        // The ring's first round trips are those of an agent that has just started, perhaps in a guest that has: they count
-        // for nothing, or vsock's would be of a calmer time.
+        // The ring's first measurement does not count: the agent has just started, and perhaps the guest too. Vsock is
+        // measured later, at a calmer time, so then the ring is measured again.
         let (vsock, ring) = (self.port, rings.port);
         match (port == vsock, rings.bell.rtt_ns.1) {
             (true, _) => {

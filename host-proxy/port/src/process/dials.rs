@@ -1,4 +1,4 @@
-//! Dials that `aditd` asks for: over which port, and what becomes of each until it has its other end.
+//! Dials for `aditd`: chooses the port, and tracks each dial until its stream has another end.
 
 use std::os::fd::OwnedFd;
 
@@ -14,7 +14,7 @@ use crate::chain;
 use crate::control::{Attach, DIALS_MAX, Dial, DialError, DialFailed, PREFIX_MAX, Target};
 use crate::control_io::Message;
 
-/// The lane of what is dialled, and of what is measured to tell how long that takes.
+/// The lane of dialled streams. Round trips are measured on it too.
 pub(super) const LANE: Lane = Lane::Bulk;
 
 impl<C: Carrier> Process<C> {
@@ -36,7 +36,7 @@ impl<C: Carrier> Process<C> {
         let id = dial.id;
         let asked = match self.ring_for(&dial.to) {
             Some(ring) => self.ask(ring, dial.clone(), deadline).or_else(|e| {
-                // It went in this very turn.
+                // The ring ended in this turn.
                 tracing::debug!(error = %e, "ring not dialled");
                 self.ask(self.port, dial, deadline)
             }),
@@ -108,7 +108,7 @@ impl<C: Carrier> Process<C> {
         let aditd = self.aditd.as_ref();
         let at = aditd.and_then(|a| a.by_id.get(&attach.id).map(|asked| asked.at));
         let (Some(fd), Some((port, stream))) = (fd, at) else {
-            // The guest ended the stream meanwhile: the socket closes.
+            // The guest has ended the stream meanwhile: the socket is closed.
             return Ok(());
         };
         let now = self.shard.now();
@@ -121,7 +121,7 @@ impl<C: Carrier> Process<C> {
     }
 }
 
-/// What `aditd` is told of a dial that failed.
+/// The frame for a dial that failed.
 pub(super) fn failed(id: u64, error: &dial::DialError) -> DialFailed {
     let (mut status, mut errno) = (0, 0);
     let class = match error {

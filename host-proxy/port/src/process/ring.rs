@@ -1,7 +1,7 @@
 //! The VM's ring: a second port beside the one of its vsock.
 //!
-//! Which of them a dial takes is decided once, when it is made: a service of the agent takes the ring while both sides use
-//! it, whatever is dialled as a vsock port takes vsock. No stream changes its carrier: those of a ring that fails end.
+//! A dial chooses its port once: a service of the agent uses the ring while both sides use it, and a plain vsock port always
+//! uses vsock. A stream never changes its carrier. If the ring fails, its streams end.
 
 use std::io;
 
@@ -21,7 +21,7 @@ use crate::control::{Ring, Target};
 use crate::control_io::Message;
 use crate::rings::RingInbox;
 
-/// What is said while none ever came.
+/// Reason in the status before the first ring.
 const NONE_YET: &str = "no VMM has handed a ring over";
 
 /// The dock of the second port.
@@ -33,7 +33,7 @@ fn dock<C: Carrier>(port: &Port<Either<C, Dock>>) -> Option<&Dock> {
 }
 
 impl<C: Carrier> Process<C> {
-    /// Lets the VM have a ring, whenever one comes out of `inbox`.
+    /// Lets the VM have a ring. Rings arrive in `inbox`.
     ///
     /// # Errors
     /// There are no descriptors left.
@@ -58,7 +58,7 @@ impl<C: Carrier> Process<C> {
         Ok(self)
     }
 
-    /// The port that a dial takes if not that of the vsock.
+    /// The ring's port, if a dial to this target should use it.
     pub(super) fn ring_for(&self, to: &Target) -> Option<PortIndex> {
         let Target::Service(_) = to else { return None };
         let rings = self.rings.as_ref()?;
@@ -81,13 +81,13 @@ impl<C: Carrier> Process<C> {
                     info,
                     kept,
                 } => {
-                    tracing::info!(path = info.path, bytes = info.bytes, "a ring came");
+                    tracing::info!(path = info.path, bytes = info.bytes, "a ring was added");
                     dock.dock(*carrier);
                     rings.docked = Some((id, info));
                     self.keeping.set_ring(kept);
                 }
                 RingNews::Went { id, why } if rings.docked.as_ref().is_some_and(|d| d.0 == id) => {
-                    tracing::info!(why, "the ring went");
+                    tracing::info!(why, "the ring was removed");
                     dock.undock();
                     rings.docked = None;
                     self.keeping.set_ring(Vec::new());
@@ -109,7 +109,7 @@ impl<C: Carrier> Process<C> {
         }
     }
 
-    /// Says how many streams the ring took with it: one line for all of them.
+    /// Logs how many streams ended with the ring: one line for all of them.
     pub(super) fn log_faulted(&mut self) {
         let Some(rings) = &mut self.rings else { return };
         if let streams @ 1.. = std::mem::take(&mut rings.faulted) {
@@ -118,7 +118,7 @@ impl<C: Carrier> Process<C> {
         }
     }
 
-    /// A dial over a ring that nobody serves there goes over vsock; any other is told.
+    /// A dial over the ring failed. If nobody served it there, dials again over vsock; otherwise reports the failure.
     pub(super) fn dial_failed(&mut self, id: u64, asked: Asked, error: &dial::DialError) {
         use dial::DialError::{NoSession, Refused};
         let mut error = error.clone();
@@ -130,7 +130,7 @@ impl<C: Carrier> Process<C> {
                     }
                     return;
                 }
-                // That of the vsock is as good a reason, where there is one.
+                // The VM has no vsock session: then report why the ring failed.
                 Err(NoSession) => {}
                 Err(e) => error = e,
             }
@@ -138,12 +138,12 @@ impl<C: Carrier> Process<C> {
         self.say(Message::DialFailed(failed(id, &error)), vec![]);
     }
 
-    /// Tells `aditd` how the ring stands, if that changed.
+    /// Tells `aditd` the state of the ring, if it changed.
     pub(super) fn say_ring(&mut self) {
         let (Some(rings), Some(aditd)) = (&self.rings, &self.aditd) else {
             return;
         };
-        // Behind the status: before it says whose it is, nothing of a process counts.
+        // After the status: aditd ignores other frames until the status has said which VM this is.
         if self.said.is_none() || !aditd.outbox.is_empty() {
             return;
         }
@@ -170,7 +170,7 @@ impl<C: Carrier> Process<C> {
             line_ns: info.map_or(0, |i| i.line_ns),
             hears: rings.bell.hears.map_or(0, |hears| hears as u8),
             rtt_ns: rings.bell.rtt_ns,
-            // The table has far fewer.
+            // It fits: the table has far fewer.
             streams: port.streams() as u32,
         };
         if self.said_ring.as_ref() != Some(&ring) {
@@ -179,7 +179,7 @@ impl<C: Carrier> Process<C> {
         }
     }
 
-    /// What the ring's port adds to a status: a session, streams, bytes each way, faults.
+    /// What the ring's port adds to a status: whether it has a session, streams, bytes in each direction, faults.
     pub(super) fn ring_counts(&self) -> (bool, u32, (u64, u64), u64) {
         let Some(rings) = &self.rings else {
             return Default::default();

@@ -1,4 +1,4 @@
-//! What a process tells `aditd` without being asked.
+//! What a process sends to `aditd` without a request.
 
 use adit_channel::carrier::Carrier;
 
@@ -6,11 +6,11 @@ use super::Process;
 use crate::control::{Held, Status, Stuck};
 use crate::control_io::Message;
 
-/// Characters of a fault that are told.
+/// Longest text of a fault, in characters.
 const FAULT_MAX: usize = 500;
 
 impl<C: Carrier> Process<C> {
-    /// Tells `aditd` how the channel stands, if that changed: once a turn, and only when nothing else waits.
+    /// Tells `aditd` the state of the channel, if it changed: once a turn, and only when nothing else waits to be sent.
     pub(super) fn say_status(&mut self) {
         let port = self.shard.port(self.port);
         let Some(aditd) = &self.aditd else {
@@ -27,7 +27,7 @@ impl<C: Carrier> Process<C> {
             pid: std::process::id(),
             session: ring || port.epoch().is_some() && !port.is_paused(),
             epoch: self.last_epoch,
-            // The table has far fewer.
+            // It fits: the table has far fewer.
             streams: streams + port.streams() as u32,
             bytes: (
                 bytes.0 + counters.bytes_to_guest,
@@ -52,7 +52,7 @@ impl<C: Carrier> Process<C> {
         }
     }
 
-    /// What keeps a VMM from having its channel, else what ended its last session.
+    /// Why a VMM cannot get its channel; otherwise, why the last session ended.
     fn last_fault(&self) -> String {
         let port = self.shard.port(self.port);
         let refused = self.keeping.refused();
@@ -60,7 +60,7 @@ impl<C: Carrier> Process<C> {
         fault.chars().take(FAULT_MAX).collect()
     }
 
-    /// Tells `aditd` what a successor would need, if that changed.
+    /// Sends `aditd` what a successor would need, if it changed.
     pub(super) fn say_kept(&mut self) {
         if self.aditd.is_none() {
             return;
@@ -71,7 +71,7 @@ impl<C: Carrier> Process<C> {
                 self.said_seq = handover.seq;
                 self.say(Message::Handover(handover), fds);
             }
-            Err(e) => tracing::warn!(error = %e, "state not handed over"),
+            Err(e) => tracing::warn!(error = %e, "cannot hand the state over to aditd"),
         }
         let stuck = self.keeping.stuck();
         if stuck != self.said_stuck {

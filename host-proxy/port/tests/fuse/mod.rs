@@ -1,7 +1,7 @@
-//! A file system in user space with one file, whose server lets it be opened and then never answers again.
+//! A file system in user space with one file. Its server answers an open, and then nothing more.
 //!
-//! The server is a process of its own, for whoever closes such a file waits until the server is gone; and it goes by
-//! itself after a while, for the same reason.
+//! The server is a process of its own, because a close of such a file waits until the server ends. It also ends by itself after
+//! a while, so that no test can hang on it.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -12,15 +12,15 @@ use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-/// Where the server finds what it is to serve.
+/// Tells the server where to mount. Only the server's process has it.
 const SERVES: &str = "ADIT_TEST_FUSE";
-/// However a test ends.
+/// The server's longest life.
 const LIFE: Duration = Duration::from_secs(60);
 
 const OPEN: u32 = 14;
 const INIT: u32 = 26;
 
-/// A file of nobody's. Dropped, its server is killed, and everybody who waits for it goes on.
+/// The file system. Drop kills its server, and with that every waiting call on the file returns.
 pub struct Mute {
     server: Child,
     at: PathBuf,
@@ -35,8 +35,8 @@ impl Drop for Mute {
 }
 
 impl Mute {
-    /// Mounts it; `test` is the test of this program that calls [`serve`]. `None`, with the reason printed, where nobody
-    /// may mount.
+    /// Mounts it. `test` is the test of this program that calls [`serve`]. Prints the reason and returns `None` if mounting is
+    /// not possible.
     pub fn mount(dir: &Path, test: &str) -> Option<Self> {
         if let Err(e) = File::options().read(true).write(true).open("/dev/fuse") {
             println!("skipped: /dev/fuse: {e}");
@@ -69,7 +69,7 @@ impl Mute {
         Some(mute)
     }
 
-    /// The file, opened. It must be closed after the server is gone.
+    /// Opens the file. Close it only after the server has ended.
     pub fn open(&self) -> File {
         File::options()
             .read(true)
@@ -79,7 +79,7 @@ impl Mute {
     }
 }
 
-/// Serves, in a process that was started for it; any other returns at once.
+/// The server, if this process was started as one; otherwise returns at once.
 pub fn serve() {
     let Some(at) = std::env::var_os(SERVES) else {
         return;
@@ -105,7 +105,7 @@ pub fn serve() {
         std::process::exit(0)
     });
     let mut request = vec![0; 1 << 17];
-    // An error: it was unmounted.
+    // An error means that the file system was unmounted.
     while let Ok(len) = fuse.read(&mut request) {
         let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| request[at + n]));
         let unique: [u8; 8] = std::array::from_fn(|n| request[8 + n]);
@@ -119,7 +119,7 @@ pub fn serve() {
                 body.into()
             }
             OPEN => vec![0; 16],
-            // How long it is, what is in it, whether it may be closed: never.
+            // Everything else gets no answer: length, content, close.
             _ => continue,
         };
         let mut answer = Vec::new();

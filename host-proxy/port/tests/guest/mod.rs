@@ -1,7 +1,7 @@
-//! A guest in software on the other side of a real vhost-user socket: the harness's driver as a carrier under a port
-//! of its own, so that the guest's streams end in ordinary sockets too.
+//! A software guest on the other side of a real vhost-user socket: the harness's driver as a carrier under a port of its own, so
+//! that the guest's streams end in ordinary sockets too.
 #![allow(unsafe_code)] // the crate's eventfd type lends no `BorrowedFd`
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test file uses only a part of it
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -26,7 +26,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Where the VMM's process would have the guest's memory mapped.
+/// Address of the guest's memory in the process of an imaginary VMM.
 const USER_ADDRESS: u64 = 0x7000_0000_0000;
 const PAYLOAD: usize = 4096;
 
@@ -35,7 +35,7 @@ pub struct DriverCarrier {
     driver: Driver,
     kicks: [EventFd; 2],
     calls: [EventFd; 2],
-    /// Duplicates, to lend.
+    /// Duplicates of the calls, because the crate's type cannot lend a `BorrowedFd`.
     wakers: [OwnedFd; 2],
     attached: bool,
     frontend: Frontend,
@@ -43,7 +43,7 @@ pub struct DriverCarrier {
 }
 
 impl DriverCarrier {
-    /// Does what QEMU does: hands over memory and queues, and starts them.
+    /// Does what QEMU does: passes memory and queues, and starts the queues.
     pub fn connect(socket: &Path, cid: u64) -> Self {
         let (mem, file) = memfd();
         let cid = GuestCid::new(cid).unwrap();
@@ -85,11 +85,11 @@ impl DriverCarrier {
             frontend.set_vring_kick(i, &kicks[i]).unwrap();
             frontend.set_vring_enable(i, true).unwrap();
         }
-        // The first wake-up begins the guest's own session.
+        // The first wake-up starts the guest's own session.
         calls[0].write(1).unwrap();
         let wakers = calls.each_ref().map(|call| {
             let raw = call.try_clone().unwrap().into_raw_fd();
-            // SAFETY: the duplicate has just been given up by its only owner.
+            // SAFETY: `into_raw_fd` gave up the only ownership of this duplicate.
             unsafe { OwnedFd::from_raw_fd(raw) }
         });
         Self {
@@ -103,12 +103,12 @@ impl DriverCarrier {
         }
     }
 
-    /// The VMM's end of the socket, to say more on it.
+    /// The VMM's end of the socket, to send more messages.
     pub fn frontend(&self) -> Frontend {
         self.frontend.clone()
     }
 
-    /// The memory table as it was handed over, and the descriptor in it.
+    /// The memory table that was passed, and its descriptor.
     pub fn table(&self) -> (VhostUserMemoryRegionInfo, File) {
         let file = self.memory.try_clone().unwrap();
         (region(&file), file)
@@ -125,7 +125,7 @@ fn region(file: &File) -> VhostUserMemoryRegionInfo {
     }
 }
 
-/// A packet from the host, copied out already.
+/// A packet from the host, already copied.
 pub struct Packet {
     header: PacketHeader,
     body: VecDeque<u8>,
@@ -242,7 +242,7 @@ impl Carrier for DriverCarrier {
     }
 }
 
-/// The guest: its port, and what it heard.
+/// The guest: its port, and the notices that it got.
 pub struct Guest {
     pub shard: Shard<DriverCarrier>,
     pub port: PortIndex,
@@ -282,12 +282,12 @@ impl Guest {
         panic!("not reached in 30 s; heard {:?}", self.heard);
     }
 
-    /// Accepts the next stream that the host dials, onto this socket.
+    /// Accepts the next stream that the host dials, with this sink.
     pub fn accept(&mut self, sink: Sink) {
         self.accept_at(|_| true, sink);
     }
 
-    /// The same, of those to such a port: beside a ring, the host measures how long vsock takes whenever it likes.
+    /// The same, but only streams to certain ports: if the VM has a ring, the host also measures round trips over vsock.
     pub fn accept_at(&mut self, wanted: impl Fn(u32) -> bool, sink: Sink) {
         let stream = self.until(|g| {
             let at = g.heard.iter().position(

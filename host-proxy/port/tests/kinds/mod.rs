@@ -1,5 +1,5 @@
-//! Descriptors that are neither a doorbell nor memory, of every kind that a VMM may pass.
-#![allow(dead_code)] // each test file uses its part
+//! Descriptors that are neither a doorbell nor memory, one of every kind that a VMM can pass.
+#![allow(dead_code)] // each test file uses only a part of it
 
 use std::fs::File;
 use std::io::Write;
@@ -15,10 +15,10 @@ use nix::unistd::Pid;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 
-/// For longer than any test takes.
+/// Longer than any test takes.
 const LINGER_S: i32 = 3600;
 
-/// The limit of descriptors with which a process that has these open can open so many more.
+/// The descriptor limit with which a process that has these open can open so many more.
 pub fn with_room_for(open: &[usize], more: usize) -> usize {
     let mut limit = 0;
     let mut free = 0;
@@ -29,7 +29,7 @@ pub fn with_room_for(open: &[usize], more: usize) -> usize {
     limit
 }
 
-/// The numbers of what a process has open.
+/// The numbers of a process's open descriptors.
 pub fn open_in(pid: u32) -> Vec<usize> {
     let dir = format!("/proc/{pid}/fd");
     let mut open = Vec::new();
@@ -38,7 +38,7 @@ pub fn open_in(pid: u32) -> Vec<usize> {
         let number: Option<usize> = path
             .file_name()
             .and_then(|name| name.to_str()?.parse().ok());
-        // Not the directory itself, which is being read.
+        // Not the descriptor by which the directory is being read.
         if std::fs::read_link(&path).is_ok_and(|to| to != std::path::Path::new(&dir)) {
             open.extend(number);
         }
@@ -46,7 +46,7 @@ pub fn open_in(pid: u32) -> Vec<usize> {
     open
 }
 
-/// Lets a process open so many more than it has, or as many as most may.
+/// Limits a process to so many more descriptors than it has open. `None`: the most that are allowed.
 pub fn limit(pid: u32, room: Option<usize>) {
     let limit = room.map_or(4096, |more| with_room_for(&open_in(pid), more));
     let done = std::process::Command::new("prlimit")
@@ -62,7 +62,8 @@ pub struct Foreign {
 }
 
 impl Foreign {
-    /// Leaves the last one to whom it was passed, who is [`stopped`]. One whose close waits for its server would keep us, too.
+    /// Closes our copy while the receiver is [`stopped`], so that the receiver's close is the last one. A file whose close
+    /// waits for its server is never closed here: our close would wait too.
     pub fn close(self) {
         match self.name.contains("silent") {
             true => std::mem::forget(self.fd),
@@ -71,12 +72,12 @@ impl Foreign {
     }
 }
 
-/// Passes something while whoever it is passed to is stopped, so that he closes it last.
+/// Runs `pass` while the receiving process is stopped, so that it closes last.
 pub fn stopped(pid: u32, pass: impl FnOnce()) {
     let signal = |signal| kill(Pid::from_raw(pid.cast_signed()), signal).unwrap();
     signal(Signal::SIGSTOP);
     let stops = |task: std::io::Result<std::fs::DirEntry>| {
-        // One that has ended meanwhile needs no stop.
+        // A thread that has ended meanwhile need not be stopped.
         let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default();
         let state = stat
             .rsplit_once(") ")
@@ -93,10 +94,10 @@ pub fn stopped(pid: u32, pass: impl FnOnce()) {
     signal(Signal::SIGCONT);
 }
 
-/// The other end of a connection that lingers. Dropped, whoever waits in a close goes on.
+/// The other end of a connection that lingers. Drop lets a waiting close return.
 pub struct Far(TcpStream);
 
-/// A TCP socket whose last close waits: it has data that the other end does not read.
+/// A TCP socket whose last close waits, because the other end does not read its data.
 pub fn lingering() -> (OwnedFd, Far) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -112,7 +113,7 @@ pub fn lingering() -> (OwnedFd, Far) {
     (near.into(), Far(far))
 }
 
-/// One of each kind, and what lets go of those whose close waits.
+/// One descriptor of each kind, and what lets the waiting closes return.
 pub fn all() -> (Vec<Foreign>, Far) {
     let (lingers, far) = lingering();
     let (_, pipe) = std::io::pipe().unwrap();

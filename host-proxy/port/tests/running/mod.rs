@@ -1,5 +1,5 @@
-//! The real binary, and the other end of its control socket.
-#![allow(dead_code)] // each test file uses its part
+//! Runs the real binary, with the test on the other end of its control socket.
+#![allow(dead_code)] // each test file uses only a part of it
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -16,7 +16,7 @@ use crate::guest::Guest;
 
 pub const CID: u64 = 5;
 
-/// A running port process. Dropped = killed, by its own id.
+/// A running port process. Drop kills it by its pid.
 pub struct Running {
     pub child: Child,
     _run: tempfile::TempDir,
@@ -50,7 +50,7 @@ impl Running {
         Self::start_with(|_| {})
     }
 
-    /// With something changed.
+    /// Starts it with a changed command.
     pub fn start_with(change: impl FnOnce(&mut Command)) -> Self {
         let run = tempfile::tempdir().unwrap();
         let dir = run.path().join("web-1");
@@ -69,7 +69,7 @@ impl Running {
         loop {
             if let Ok(sock) = connect_control(&self.dir) {
                 let sock = UnixStream::from(sock);
-                // What is never said fails the test that waits for it.
+                // A read that gets nothing fails the test after a while.
                 sock.set_read_timeout(Some(Duration::from_secs(60)))
                     .unwrap();
                 return Aditd(sock.into());
@@ -88,7 +88,7 @@ impl Running {
         digits.unwrap().parse().unwrap()
     }
 
-    /// What each descriptor is.
+    /// What each open descriptor is.
     pub fn descriptors(&self) -> Vec<PathBuf> {
         let dir = format!("/proc/{}/fd", self.child.id());
         let links = std::fs::read_dir(dir).unwrap();
@@ -97,15 +97,15 @@ impl Running {
             .collect()
     }
 
-    /// How many descriptors and mappings there are.
+    /// The number of descriptors, and of mappings.
     pub fn counts(&self) -> [usize; 2] {
         let maps = format!("/proc/{}/maps", self.child.id());
         let maps = std::fs::read_to_string(maps).unwrap();
         [self.descriptors().len(), maps.lines().count()]
     }
 
-    /// Waits until there are no more than so many: what is told to be gone is not yet closed, and what was refused is
-    /// closed in the background, for to close another's file may take as long as it likes.
+    /// Waits until there are at most so many. A frame may announce an end before the descriptor is closed, and refused
+    /// descriptors are closed in the background, because a close may take any time.
     #[track_caller]
     pub fn shrinks_to(&self, most: [usize; 2]) {
         let end = Instant::now() + Duration::from_secs(20);
@@ -129,7 +129,7 @@ impl Running {
     }
 }
 
-/// The other end of the control socket.
+/// A connection to the control socket.
 pub struct Aditd(pub OwnedFd);
 
 impl Aditd {
@@ -142,7 +142,7 @@ impl Aditd {
         poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
     }
 
-    /// The next frame that is no status; `None` = nothing now.
+    /// Receives the next frame that is not a status. `None`: there is none now.
     pub fn heard(&self) -> Option<(Message, Option<OwnedFd>)> {
         while self.ready() {
             match receive(&self.0).unwrap().expect("connection") {

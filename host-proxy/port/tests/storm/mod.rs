@@ -1,4 +1,4 @@
-//! A process that rings two doorbells as fast as it can, and what that costs the process that hears them.
+//! A process that writes two doorbells as fast as it can, and what that costs the process that receives them.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -10,11 +10,11 @@ use adit_ringbuf_io::attach::Bells;
 use adit_ringbuf_io::doorbell::borrow;
 use nix::unistd::{SysconfVar, sysconf};
 
-/// Set for the child, and for tests: how many seconds a storm lasts.
+/// Set for the child, and by tests: how many seconds a storm lasts.
 const SECONDS: &str = "ADIT_STORM_SECONDS";
 const CHILD: &str = "ADIT_STORM_CHILD";
 
-/// Not a test by itself: the process that rings the doorbells that it has as its input and its error output.
+/// Not a test by itself: the process that writes the doorbells, which are its standard input and standard error.
 #[test]
 fn child() {
     if std::env::var_os(CHILD).is_none() {
@@ -27,7 +27,7 @@ fn child() {
     while begin.elapsed() < lasts() {
         for _ in 0..1000 {
             for mut bell in &bells {
-                // Full: nobody hears it.
+                // An error means that the counter is full: nobody reads it.
                 let _ = bell.write(&1u64.to_ne_bytes());
                 rung += 1;
             }
@@ -42,7 +42,7 @@ pub fn lasts() -> Duration {
     Duration::from_secs(seconds.unwrap_or(2))
 }
 
-/// Rings both of the host's doorbells from another process; returns how often.
+/// Writes both of the host's doorbells from another process. Returns how often.
 pub fn storm(bells: &Bells) -> u64 {
     let own = |bell| -> OwnedFd { borrow(bell).try_clone_to_owned().unwrap() };
     let mut child = Command::new(std::env::current_exe().unwrap())
@@ -62,10 +62,10 @@ pub fn storm(bells: &Bells) -> u64 {
         .expect("it says how often")
 }
 
-/// Processor time of a process so far.
+/// Processor time of a process since its start.
 pub fn cpu(pid: u32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    // Behind the name, which may hold anything: state is field 3, utime 14, stime 15.
+    // Count from behind the process's name, which may contain anything: state is field 3, utime 14, stime 15.
     let (_, fields) = stat.rsplit_once(") ").unwrap();
     let fields: Vec<&str> = fields.split(' ').collect();
     let ticks: u64 = fields[11..13]

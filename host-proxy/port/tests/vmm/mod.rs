@@ -1,5 +1,5 @@
-//! Both ways in which a VMM comes to have a ring, and an agent in its guest, all of it in this process.
-#![allow(dead_code)] // each test file uses its part
+//! Both ways for a VMM to have a ring, and an agent in its guest, all in this process.
+#![allow(dead_code)] // each test file uses only a part of it
 
 use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -25,27 +25,27 @@ use crate::running::Aditd;
 
 /// Bytes of a region.
 pub const BYTES: usize = 4 << 20;
-/// Longer than anything here takes.
+/// Longer than anything in these tests takes.
 pub const LONG: Duration = Duration::from_secs(20);
 
-/// How the VMM has it.
+/// How the VMM gets the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
-    /// It hands its own region over.
+    /// It offers its own region.
     Attach,
-    /// It is given one, as QEMU is.
+    /// It gets one, as QEMU does.
     Ivshmem,
 }
 
-/// What the VMM speaks over; closed, the VMM is gone.
+/// The VMM's connection. When it is closed, the VMM is gone.
 pub enum Talk {
     Attach(Socket),
     Ivshmem(UnixStream),
-    /// It is gone.
+    /// Closed.
     Nothing,
 }
 
-/// A VMM with a ring, and the guest in it.
+/// A VMM with a ring, and its guest.
 pub struct Vmm {
     pub talk: Talk,
     pub fd: OwnedFd,
@@ -121,23 +121,23 @@ impl Vmm {
         }
     }
 
-    /// What its guest has of the doorbells.
+    /// The guest's doorbells.
     pub fn guest_bells(&self) -> RingBells {
         RingBells::of_guest(self.bells.try_clone().unwrap())
     }
 
-    /// Boots a guest whose agent greets and echoes, once it serves.
+    /// Boots a guest whose agent answers the hello and echoes, once it serves.
     pub fn boot(&self) -> Agent {
         self.boot_with(self.guest_bells())
     }
 
-    /// The same, with other doorbells.
+    /// The same with other doorbells.
     pub fn boot_with(&self, bells: RingBells) -> Agent {
         Agent::start(self.memory.clone(), bells)
     }
 }
 
-/// Differs from call to call, as a guest's first request should.
+/// A number that differs in every call, as a guest's first request should.
 pub fn start() -> u64 {
     let now = std::time::SystemTime::now();
     let since = now.duration_since(std::time::UNIX_EPOCH).unwrap();
@@ -166,7 +166,7 @@ impl Agent {
         self.serve_after(Duration::ZERO);
     }
 
-    /// The same, and each stream waits this long for its answer.
+    /// The same, but each stream waits so long for its answer.
     pub fn serve_after(&self, pause: Duration) {
         let listener = self.handle.listen(hello::PORT).unwrap();
         std::thread::spawn(move || {
@@ -200,7 +200,7 @@ fn greet_and_echo(stream: &Stream) {
     let _ = stream.shutdown(How::Send);
 }
 
-/// Waits until the ring is as wanted.
+/// Waits until the ring's status is as wanted.
 pub fn wait_ring(aditd: &Aditd, want: impl Fn(&Ring) -> bool) -> Ring {
     let until = Instant::now() + LONG;
     loop {

@@ -1,8 +1,8 @@
-//! What a hostile guest does to its ring, by the rows of the attack catalogue: the same attacks for a guest without an
-//! operating system, for a real one, and for a process in place of one.
+//! A hostile guest's attacks on its ring, one case for each row of the attack catalogue. A guest without an operating system,
+//! a real guest and a process that plays the guest all run the same cases.
 //!
-//! A case begins in a session, and asks for another one whenever the host ended that. What the host makes of it is not
-//! seen from here, but for sessions that ended.
+//! A case starts in a session, and asks for a new session whenever the host ended the last one. All that an attack can observe
+//! of the host's reaction is that sessions ended.
 
 use adit_engine::{FRAME_BYTES, Op, PacketHeader, Tick};
 use adit_ringbuf::layout::PAGE;
@@ -12,42 +12,42 @@ use adit_ringbuf::{Geometry, RingMem};
 
 use crate::noise::Noise;
 
-/// A record's header: it is all there.
+/// Bit of a record's header: the record is complete.
 pub(crate) const COMMITTED: u64 = 1 << 31;
-/// It is a pad.
+/// Bit of a record's header: the record is a pad.
 const PAD: u64 = 1 << 32;
-/// Words of a region's first page, which both sides read and the host alone should write.
+/// Words in the region's first page. Both sides read it; only the host should write it.
 const HEAD_WORDS: usize = PAGE / 8;
-/// How long the first session of a case may be in coming.
+/// How long a case waits for its first session.
 const PATIENCE_NS: u64 = 10_000_000_000;
-/// Stores between two rings of the doorbells.
+/// Stores between two doorbells.
 const STORES: usize = 256;
-/// The agent's port on the host, and one that nobody listens at.
+/// The agent's port on the host, and a port without a listener.
 const PORTS: [u32; 2] = [741, 9];
 
-/// A case at work.
+/// An attack while it runs.
 pub struct Attack<'a, M> {
     mem: M,
     guest: Guest<M>,
     noise: Noise,
-    ring: &'a dyn Fn(),
+    doorbell: &'a dyn Fn(),
     now: &'a dyn Fn() -> Tick,
-    /// When it is over: from the first session on, so much later.
+    /// The end of the attack: `lasts_ns` after its first session began.
     until: u64,
     lasts_ns: u64,
     head: [u64; HEAD_WORDS],
-    /// Of the session that there is.
+    /// This side's ends in the current session.
     ends: Option<[Ends<M>; 2]>,
     /// Sessions that the host ended.
     pub lost: u32,
-    /// Sessions that there were.
+    /// Sessions that began.
     pub sessions: u32,
 }
 
-/// What is done.
+/// One attack.
 pub type Case<M> = fn(&mut Attack<'_, M>);
 
-/// The cases, by names that begin with their row.
+/// All cases. Each name starts with its row in the catalogue.
 pub fn cases<M: RingMem + Clone>() -> [(&'static str, Case<M>); 12] {
     [
         ("r01-fetched-twice", |a| a.fetched_twice()),
@@ -66,14 +66,14 @@ pub fn cases<M: RingMem + Clone>() -> [(&'static str, Case<M>); 12] {
 }
 
 impl<'a, M: RingMem + Clone> Attack<'a, M> {
-    /// Takes a guest that looked for a region and found one. `ring`: rings both of the host's doorbells. `now`: a clock; each
-    /// case lasts `lasts_ns` from its first session on, for which it waits as long as a host that was attacked before may
-    /// let it wait.
+    /// Prepares an attack by a guest that has found its region. `doorbell` signals both of the host's doorbells, `now` is a
+    /// clock. The attack lasts `lasts_ns` from its first session on. It waits for that session as long as a host may delay
+    /// it after an earlier attack.
     pub fn new(
         mem: M,
         guest: Guest<M>,
         seed: u64,
-        ring: &'a dyn Fn(),
+        doorbell: &'a dyn Fn(),
         now: &'a dyn Fn() -> Tick,
         lasts_ns: u64,
     ) -> Self {
@@ -82,7 +82,7 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
             mem,
             guest,
             noise: Noise::new(seed),
-            ring,
+            doorbell,
             now,
             until: now().0 + PATIENCE_NS,
             lasts_ns,
@@ -93,22 +93,22 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
         }
     }
 
-    /// Does it, and leaves the region as somebody who begins anew needs it.
+    /// Runs the case, then leaves the region in a state from which a new guest can attach.
     pub fn run(&mut self, case: Case<M>) {
         let _ = self.guest.attach();
         case(self);
         self.mend();
-        // Its next guest counts on from here, and not from what the host has answered.
+        // The next guest counts on from its own request, not from the host's answer: so leave one that is one higher.
         let next = (self.mem.load(HOST_WORD) >> 8) + 1;
         self.mem.zero(GUEST_WORD, PAGE);
         self.mem.store(GUEST_WORD, next << 8 | State::Closed as u64);
-        (self.ring)();
+        (self.doorbell)();
     }
 
-    /// What was rewritten of the head is this guest's own loss, and its own to repair.
+    /// Restores the region's first page. Overwriting it harms this guest only, so this guest must repair it.
     fn mend(&self) {
         for (n, &word) in self.head.iter().enumerate() {
-            // The epoch is the host's to count, and its checksum goes with it: it writes both before it answers.
+            // The host counts the epoch and computes the checksum over it. It writes both before it answers.
             self.mem.store(8 * n, word);
         }
     }
@@ -117,19 +117,19 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
         (self.now)().0 < self.until
     }
 
-    /// Waits until both sides are in a session, and begins another where there is none. False: the time is over.
+    /// Waits until both sides are in a session; asks for a new one if there is none. Returns false when the time is over.
     fn session(&mut self) -> bool {
         while self.goes_on() {
             if self.alive() {
                 return true;
             }
-            (self.ring)();
+            (self.doorbell)();
             core::hint::spin_loop();
         }
         false
     }
 
-    /// The same, with this side's ends, which are given back ([`keep`](Self::keep)) for as long as the session lasts.
+    /// Like [`session`](Self::session), but returns this side's ends. The caller returns them with [`keep`](Self::keep).
     fn ends(&mut self) -> Option<[Ends<M>; 2]> {
         if !self.session() {
             return None;
@@ -143,10 +143,10 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
 
     fn keep(&mut self, ends: [Ends<M>; 2]) {
         self.ends = Some(ends);
-        (self.ring)();
+        (self.doorbell)();
     }
 
-    /// Looks at the host's word, and asks again where a session ended.
+    /// Reads the host's state, and asks for a new session if the last one ended.
     fn step(&mut self) {
         match self.guest.poll().map(|turn| turn.event) {
             Ok(None) => return,
@@ -160,7 +160,7 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
                 self.lost += 1;
                 self.again();
             }
-            // Its head was rewritten.
+            // The attack overwrote the region's head.
             Err(_) => self.again(),
         }
         self.ends = None;
@@ -176,7 +176,7 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
         self.guest.state() == State::Run
     }
 
-    /// The rings of a lane: the one to the host, the one to the guest.
+    /// The two rings of a lane: to the host, and to the guest.
     fn lane(&self, lane: usize) -> Option<[Geometry; 2]> {
         let region = self.guest.region()?;
         let of = |towards| region.geometry(lane, towards, false, false);
@@ -189,10 +189,10 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
             let word = self.noise.word();
             self.mem.store(at, word);
         }
-        (self.ring)();
+        (self.doorbell)();
     }
 
-    /// A packet that any guest could send.
+    /// A valid packet.
     fn packet(&mut self, op: Op) -> PacketHeader {
         let port = self.noise.number() as u32;
         PacketHeader {
@@ -207,7 +207,7 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
         }
     }
 
-    /// Sends a packet as it should be sent; what does not fit is not missed.
+    /// Sends a packet correctly. A packet that does not fit is dropped.
     fn send(ends: &mut Ends<M>, header: &PacketHeader, body: &[u8]) {
         let len = FRAME_BYTES + body.len();
         if let Ok(mut grant) = ends.producer.reserve(len) {
@@ -218,15 +218,15 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
         let _ = ends.producer.publish();
     }
 
-    /// Throws away what the host said.
-    fn hear(ends: &mut Ends<M>) {
+    /// Discards what the host sent.
+    fn discard(ends: &mut Ends<M>) {
         while let Ok(Some(record)) = ends.consumer.peek() {
             record.take();
         }
         let _ = ends.consumer.release();
     }
 
-    /// Words that the host reads change while it reads them.
+    /// Changes words while the host reads them.
     fn fetched_twice(&mut self) {
         while self.session() {
             let Some([to_host, _]) = self.lane(1) else {
@@ -239,13 +239,14 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
                     self.mem.store(to_host.data + 64 * (n % 8), word);
                     self.mem.store(to_host.data + 64 * (n % 8), COMMITTED | 24);
                 }
-                (self.ring)();
+                (self.doorbell)();
             }
             self.store_random(GUEST_WORD + 8, GUEST_WORD + PAGE);
         }
     }
 
-    /// Makes the host write, so that it looks at what this side says of its position, and says `position` of it.
+    /// Stores `position` as this side's consumer position. The packets before it make the host answer, so that the host
+    /// reads the position.
     fn positions(&mut self, position: fn(&mut Noise, u64) -> u64) {
         while let Some(mut ends) = self.ends() {
             for (lane, ends) in ends.iter_mut().enumerate() {
@@ -263,17 +264,17 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
         }
     }
 
-    /// More was taken than was ever written.
+    /// The consumer position is ahead of everything that was written.
     fn positions_ahead(&mut self) {
         self.positions(|noise, size| {
             noise.one_of(&[size, size + 1, 1 << 31, u32::MAX.into(), u64::MAX, 1 << 63])
         });
     }
 
-    /// Less was taken than before; and the host's own words, which it never reads back.
+    /// The consumer position goes back. Then the host's own words are overwritten, which the host never reads back.
     fn positions_back(&mut self) {
         self.positions(|noise, size| noise.number() % size);
-        // As long once more: the time that there was is over.
+        // The time is over: start a second period for the second attack.
         self.until = (self.now)().0 + self.lasts_ns;
         self.again();
         while self.session() {
@@ -281,7 +282,7 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
         }
     }
 
-    /// The first header of a session is one of these.
+    /// Overwrites the first record header of each session.
     fn first_header(&mut self, header: fn(&mut Noise, Geometry) -> u64) {
         while self.session() {
             let lane = self.noise.below(2);
@@ -290,11 +291,11 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
             };
             let word = header(&mut self.noise, to_host);
             self.mem.store(to_host.data, word);
-            (self.ring)();
+            (self.doorbell)();
         }
     }
 
-    /// Pads that end before the ring does, behind it, or nowhere.
+    /// Pads that end before the end of the ring, behind it, or nowhere.
     fn pads(&mut self) {
         self.first_header(|noise, ring| {
             let size = ring.size as u64;
@@ -303,7 +304,7 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
         });
     }
 
-    /// Lengths at every border: of records, and of what a packet says that it has.
+    /// Lengths at every limit, of records and in packet headers.
     fn borders(&mut self) {
         while let Some(mut ends) = self.ends() {
             let body = [7; 100];
@@ -317,7 +318,7 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
                         .for_each(|ends| Self::send(ends, &header, &body));
                 }
             }
-            ends.iter_mut().for_each(Self::hear);
+            ends.iter_mut().for_each(Self::discard);
             self.keep(ends);
             if self.noise.below(16) > 0 {
                 continue;
@@ -328,15 +329,15 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
             let max = to_host.record_max as u64;
             let len = [0, 1, 7, 8, 23, max, max + 1, max + 8, 0x7fff_ffff];
             let word = COMMITTED | self.noise.one_of(&len);
-            // Wherever the next header is, one of these is it.
+            // Covers every place where the next header can be.
             for at in (0..to_host.size).step_by(64) {
                 self.mem.store(to_host.data + at, word);
             }
-            (self.ring)();
+            (self.doorbell)();
         }
     }
 
-    /// Headers without the bit that all need, of kinds that there are not, with bits that mean nothing.
+    /// Headers without the bit that every header has, of unknown kinds, and with undefined bits.
     fn headers(&mut self) {
         self.first_header(|noise, _| match noise.below(4) {
             0 => noise.number() & 0x7fff_ffff | 1,
@@ -346,7 +347,7 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
         });
     }
 
-    /// Every operation, type and flag in every state of the session, and every state in between.
+    /// Every operation, type and flag, in every state of the session and between two states.
     fn messages(&mut self) {
         let mut n = 0u32;
         while let Some(mut ends) = self.ends() {
@@ -360,17 +361,17 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
                 };
                 Self::send(&mut ends[n as usize % 2], &header, &[1; 8]);
             }
-            ends.iter_mut().for_each(Self::hear);
+            ends.iter_mut().for_each(Self::discard);
             self.keep(ends);
             if n.is_multiple_of(16 * STORES as u32) {
                 let word = self.noise.number() << 8 | self.noise.below(256) as u64;
                 self.mem.store(GUEST_WORD, word);
-                (self.ring)();
+                (self.doorbell)();
             }
         }
     }
 
-    /// Packets of streams that there are not, and of numbers that nobody has: they are nobody's, and the session goes on.
+    /// Packets of unknown streams, and with random ids. The host ignores them, and the session goes on.
     fn ids(&mut self) {
         while let Some(mut ends) = self.ends() {
             for op in [
@@ -392,65 +393,65 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
                 ends.iter_mut()
                     .for_each(|ends| Self::send(ends, &header, &[]));
             }
-            ends.iter_mut().for_each(Self::hear);
+            ends.iter_mut().for_each(Self::discard);
             self.keep(ends);
         }
     }
 
-    /// Doorbells without end, and nothing behind them.
+    /// Doorbells without end, with no work behind them.
     fn doorbells(&mut self) {
         while self.session() {
-            (0..STORES).for_each(|_| (self.ring)());
+            (0..STORES).for_each(|_| (self.doorbell)());
         }
     }
 
-    /// Waits until the host's word is such a one. None: the time is over.
+    /// Waits for a value of the host's word. Returns `None` when the time is over.
     fn host_word(&self, wanted: impl Fn(u64) -> bool) -> Option<u64> {
         while self.goes_on() {
             let word = self.mem.load(HOST_WORD);
             if wanted(word) {
                 return Some(word);
             }
-            (self.ring)();
+            (self.doorbell)();
             core::hint::spin_loop();
         }
         None
     }
 
-    /// Features that were not offered, ones that change later, a second request in a session, the same one again.
+    /// Features that were not offered, features that change later, a second request in a session, a repeated request.
     fn handshakes(&mut self) {
         while self.session() {
             let bits = self.noise.word();
             self.mem.store(ACCEPTED, bits);
-            (self.ring)();
+            (self.doorbell)();
             if !self.alive() {
                 continue;
             }
-            // By hand: a request that this side does not count, answered, and taken with more than was offered.
+            // A handshake by hand: a request that `guest` does not know of; after the answer, features that were not offered.
             let request = self.noise.number() >> 9 | 1;
             self.mem
                 .store(GUEST_WORD, request << 8 | State::Want as u64);
-            (self.ring)();
+            (self.doorbell)();
             let ready = request << 8 | State::Ready as u64;
             self.host_word(|word| word == ready);
             self.mem.store(ACCEPTED, 1 << self.noise.below(64));
             self.mem.store(GUEST_WORD, request << 8 | State::Run as u64);
-            (self.ring)();
-            // Its answer is waited for: what comes next ends the session for another reason, seen first as a rule.
+            (self.doorbell)();
+            // Wait for the reaction: otherwise the next request would most often end the session first, for another reason.
             let poisoned = request << 8 | State::Poisoned as u64;
             if self.host_word(|word| word != ready) == Some(poisoned) {
                 self.lost += 1;
             }
-            // The same one a second time, and the one before it.
+            // Repeat this request, and the one before it.
             for old in [request, request.wrapping_sub(1)] {
                 self.mem.store(GUEST_WORD, old << 8 | State::Want as u64);
-                (self.ring)();
+                (self.doorbell)();
             }
             self.again();
         }
     }
 
-    /// Offsets and sizes of rings that overlap, overflow and end outside; the host wrote them and never reads them.
+    /// Ring offsets and sizes that overlap, overflow or end outside the region. The host wrote them and never reads them.
     fn ranges(&mut self) {
         while self.session() {
             for _ in 0..STORES {
@@ -460,10 +461,10 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
                         .one_of(&[0, 8, 4096, 1 << 31, 1 << 63, u64::MAX - 4095, u64::MAX]);
                 self.mem.store(at, word);
             }
-            (self.ring)();
+            (self.doorbell)();
             // A session that begins on such a head.
             let _ = self.guest.attach();
-            (self.ring)();
+            (self.doorbell)();
         }
     }
 
