@@ -8,7 +8,7 @@ use adit_api::ErrorBody;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
-use hyper::{Method, Request, Response};
+use hyper::{HeaderMap, Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -18,8 +18,11 @@ use crate::error::Failure;
 /// Most bytes of one answer that is read whole.
 const ANSWER_MAX: usize = 64 << 20;
 
-/// Elements of a list's page.
+/// Most elements of a list's page.
 const PAGE: usize = 500;
+
+/// How long aditd may take to answer if nobody says otherwise.
+pub const REQUEST_LIMIT: Duration = Duration::from_secs(60);
 
 /// Where aditd listens.
 pub struct Client {
@@ -44,30 +47,55 @@ impl Client {
         }
     }
 
+    /// How long aditd may take to answer.
+    pub fn limit(&self) -> Duration {
+        self.limit
+    }
+
     /// GETs JSON.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        decode(&self.bytes(Method::GET, path, None).await?)
+        decode(&self.whole(Method::GET, path, None).await?.body)
     }
 
-    /// GETs a list that comes in pages: all of it. `path` has a query.
-    pub async fn get_all<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, Failure> {
-        let mut all = Vec::new();
-        let mut after = String::from("0");
-        loop {
-            let path = format!("{path}&limit={PAGE}&after={after}");
-            let (bytes, next) = self.whole(Method::GET, &path, None).await?;
-            all.extend(decode::<Vec<T>>(&bytes)?);
-            // An aditd of before has no pages, and has said all at once.
-            match next {
-                Some(next) => after = next,
-                None => return Ok(all),
+    /// GETs the newest elements of a list, at most this many (none: all), the newest last; and whether there are more.
+    /// `path` has a query.
+    pub async fn newest<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        limit: Option<usize>,
+    ) -> Result<(Vec<T>, bool), Failure> {
+        let (mut pages, mut got, mut before) = (Vec::new(), 0, String::new());
+        let earlier = loop {
+            let wanted = limit.map_or(PAGE, |limit| (limit - got).min(PAGE));
+            let path = format!("{path}&newest={wanted}{before}");
+            let answer = self.whole(Method::GET, &path, None).await?;
+            let page: Vec<T> = decode(&answer.body)?;
+            got += page.len();
+            pages.push(page);
+            let done = limit.is_some_and(|limit| got >= limit);
+            match answer.word(adit_api::EARLIER) {
+                Some(_) if done => break true,
+                Some(cursor) => before = format!("&before={cursor}"),
+                None => break false,
             }
-        }
+        };
+        let mut all: Vec<T> = pages.into_iter().rev().flatten().collect();
+        // An aditd of before does not know `newest`, and has said all at once.
+        let surplus = all.len().saturating_sub(limit.unwrap_or(usize::MAX));
+        all.drain(..surplus);
+        Ok((all, earlier || surplus > 0))
     }
 
-    /// GETs raw bytes.
-    pub async fn get_bytes(&self, path: &str) -> Result<Bytes, Failure> {
-        self.bytes(Method::GET, path, None).await
+    /// GETs raw bytes, with the value of a header field.
+    pub async fn get_bytes(
+        &self,
+        path: &str,
+        field: &str,
+    ) -> Result<(Bytes, Option<String>), Failure> {
+        let answer = self.whole(Method::GET, path, None).await?;
+        let value = answer.head.get(field).and_then(|v| v.to_str().ok());
+        let value = value.map(str::to_owned);
+        Ok((answer.body, value))
     }
 
     /// POSTs JSON and reads JSON.
@@ -76,13 +104,31 @@ impl Client {
         path: &str,
         body: &impl Serialize,
     ) -> Result<T, Failure> {
+        self.exchange(Method::POST, path, body).await
+    }
+
+    /// PATCHes with JSON and reads JSON.
+    pub async fn patch<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Failure> {
+        self.exchange(Method::PATCH, path, body).await
+    }
+
+    async fn exchange<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Failure> {
         let body = serde_json::to_vec(body).map_err(|e| Failure::new("internal", e.to_string()))?;
-        decode(&self.bytes(Method::POST, path, Some(body)).await?)
+        decode(&self.whole(method, path, Some(body)).await?.body)
     }
 
     /// DELETEs.
     pub async fn delete(&self, path: &str) -> Result<(), Failure> {
-        self.bytes(Method::DELETE, path, None).await.map(drop)
+        self.whole(Method::DELETE, path, None).await.map(drop)
     }
 
     /// GETs a body that comes bit by bit.
@@ -104,41 +150,27 @@ impl Client {
                 "unreachable",
                 format!("aditd takes connections, but has not answered for {limit:?}"),
             )
-            .help("what was asked may still be done; look at `systemctl status aditd` and `journalctl -u aditd`, or give it longer with --request-timeout")
+            .help("it may still do what was asked; look at `systemctl status aditd` and `journalctl -u aditd`, or give it longer with --request-timeout")
         };
         tokio::time::timeout(self.limit, answer)
             .await
             .map_err(late)?
     }
 
-    async fn bytes(
-        &self,
-        method: Method,
-        path: &str,
-        body: Option<Vec<u8>>,
-    ) -> Result<Bytes, Failure> {
-        Ok(self.whole(method, path, body).await?.0)
-    }
-
-    /// A whole answer, and the cursor of the list's next page.
     async fn whole(
         &self,
         method: Method,
         path: &str,
         body: Option<Vec<u8>>,
-    ) -> Result<(Bytes, Option<String>), Failure> {
+    ) -> Result<Answer, Failure> {
         self.in_time(async {
-            let answer = self.send(method, path, body).await?;
-            let next = answer.headers().get(adit_api::NEXT);
-            // It goes into a path.
-            let next = next
-                .and_then(|v| v.to_str().ok())
-                .filter(|v| !v.is_empty() && v.bytes().all(|b| b.is_ascii_alphanumeric()));
-            let next = next.map(str::to_owned);
-            let body = Limited::new(answer.into_body(), ANSWER_MAX).collect().await;
+            let (head, body) = self.send(method, path, body).await?.into_parts();
+            let body = Limited::new(body, ANSWER_MAX).collect().await;
             let body = body
-                .map_err(|e| Failure::new("cut-off", format!("aditd's answer was cut off: {e}")))?;
-            Ok((body.to_bytes(), next))
+                .map_err(|e| Failure::new("cut-off", format!("aditd's answer was cut off: {e}")))?
+                .to_bytes();
+            let head = head.headers;
+            Ok(Answer { head, body })
         })
         .await
     }
@@ -164,7 +196,12 @@ impl Client {
             .header("host", "aditd")
             .header("content-type", "application/json")
             .body(Full::new(Bytes::from(body.unwrap_or_default())))
-            .map_err(|e| Failure::new("usage", format!("`{path}` is no request path: {e}")))?;
+            .map_err(|e| {
+                Failure::new(
+                    "usage",
+                    format!("`{path}` cannot be the path of a request: {e}"),
+                )
+            })?;
         let answer = sender.send_request(request).await.map_err(broken)?;
         if answer.status().is_success() {
             return Ok(answer);
@@ -195,15 +232,31 @@ impl Client {
                 "the socket is left over from an aditd that ended: start it again with `aditd run`"
             }
             io::ErrorKind::PermissionDenied => {
-                "run as the user that aditd runs as (the socket is 0600)"
+                "only the user that aditd runs as may use its socket (mode 0600): try it as root"
             }
             _ => "check that aditd runs",
         };
-        Failure::new(
+        let mut failure = Failure::new(
             "unreachable",
             format!("cannot reach aditd at {socket}: {e}"),
-        )
-        .help(help)
+        );
+        failure.passing = e.kind() != io::ErrorKind::PermissionDenied;
+        failure.help(help)
+    }
+}
+
+/// A whole answer.
+struct Answer {
+    head: HeaderMap,
+    body: Bytes,
+}
+
+impl Answer {
+    /// A header field whose value may go into a path.
+    fn word(&self, field: &str) -> Option<&str> {
+        let value = self.head.get(field)?.to_str().ok()?;
+        let fit = !value.is_empty() && value.bytes().all(|b| b.is_ascii_alphanumeric());
+        fit.then_some(value)
     }
 }
 
@@ -214,7 +267,7 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Returns the next line as JSON, or `None` at the end.
+    /// Returns the next line as JSON, or `None` at the end, which says nothing of why it ends.
     pub async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, Failure> {
         loop {
             if let Some(end) = self.buffer.iter().position(|&b| b == b'\n') {
@@ -242,7 +295,10 @@ fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
     serde_json::from_slice(bytes).map_err(|e| {
         Failure::new(
             "bad-answer",
-            format!("aditd's answer is not understood: {e}"),
+            format!(
+                "aditd's answer is not understood: {}",
+                adit_tasks::plain(&e.to_string())
+            ),
         )
         .help(
             "adit and aditd should be of one version: compare `adit version` and `aditd --version`",

@@ -3,10 +3,13 @@
 use std::io;
 use std::process::ExitCode;
 
+use adit_print::PrintError;
 use serde::Serialize;
 
 use crate::output::{Format, escape};
 
+/// Exit status 2: the command line asks for something that makes no sense, as clap has it.
+const USAGE: u8 = 2;
 /// Exit status 3: aditd cannot be reached.
 const UNREACHABLE: u8 = 3;
 /// Exit status 4: what was named does not exist.
@@ -25,6 +28,9 @@ pub struct Failure {
     pub message: String,
     /// What to do next; may be empty.
     pub help: String,
+    /// aditd may be there again if it is asked a little later.
+    #[serde(skip)]
+    pub passing: bool,
     #[serde(skip)]
     exit: u8,
 }
@@ -32,8 +38,10 @@ pub struct Failure {
 impl Failure {
     pub fn new(code: &str, message: impl Into<String>) -> Self {
         let exit = match code {
-            "unreachable" => UNREACHABLE,
+            "usage" => USAGE,
+            "unreachable" | "cut-off" => UNREACHABLE,
             "timeout" => TIMEOUT,
+            "nothing-open" => NOT_FOUND,
             c if c.starts_with("unknown-") => NOT_FOUND,
             _ => 1,
         };
@@ -41,6 +49,7 @@ impl Failure {
             code: code.to_owned(),
             message: message.into(),
             help: String::new(),
+            passing: matches!(code, "unreachable" | "cut-off"),
             exit,
         }
     }
@@ -59,19 +68,36 @@ impl Failure {
     }
 }
 
-/// Prints a failure and returns its exit status.
+impl From<PrintError> for Failure {
+    fn from(e: PrintError) -> Self {
+        match &e {
+            PrintError::Closed => Self {
+                exit: adit_print::CLOSED_PIPE,
+                ..Self::new("closed-pipe", e.to_string())
+            },
+            PrintError::Failed(why) => Self::io(&e.to_string(), why),
+        }
+    }
+}
+
+/// Prints a failure and returns its exit status. Whoever has closed standard output gets no word.
 pub fn report(failure: &Failure, format: Format) -> ExitCode {
+    let code = ExitCode::from(failure.exit);
+    if failure.exit == adit_print::CLOSED_PIPE {
+        return code;
+    }
     match format {
         Format::Json => {
             let text = serde_json::to_string(&serde_json::json!({ "error": failure }));
-            eprintln!("{}", text.unwrap_or_default());
+            adit_print::note(text.unwrap_or_default());
         }
         Format::Table => {
-            eprintln!("error[{}]: {}", failure.code, escape(&failure.message));
+            let mut text = format!("error[{}]: {}", failure.code, escape(&failure.message));
             if !failure.help.is_empty() {
-                eprintln!("  help: {}", escape(&failure.help));
+                text.push_str(&format!("\n  help: {}", escape(&failure.help)));
             }
+            adit_print::note(text);
         }
     }
-    ExitCode::from(failure.exit)
+    code
 }

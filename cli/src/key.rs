@@ -14,22 +14,28 @@ use zeroize::Zeroizing;
 use crate::error::Failure;
 use crate::output::{self, Format};
 
+const EXAMPLE: &str = "\
+Example:
+  adit key new fleet.key --comment \"fleet 2027\"
+  adit-guest install --root /mnt/image --init systemd --vm-id web-1 --trust fleet.key.pub";
+
 #[derive(Subcommand)]
 pub enum KeyCommand {
     /// Make a key: FILE is private (0600), FILE.pub goes into VM images
+    #[command(after_help = EXAMPLE)]
     New {
-        /// Where the private key goes
+        /// File for the private key
         file: PathBuf,
-        /// Called so in lists; default: the file's name
+        /// Name of the key in lists [default: the file's name]
         #[arg(long)]
         comment: Option<String>,
-        /// Replace a key that is there
+        /// Replace the key that is in FILE, which is lost then
         #[arg(long)]
         force: bool,
     },
     /// Print the public line of a key
     Show {
-        /// The private key
+        /// File with the private key
         file: PathBuf,
     },
 }
@@ -70,17 +76,14 @@ fn show(key: &PublicKey, format: Format) -> Result<(), Failure> {
         Format::Json => output::json(
             &serde_json::json!({ "id": key.id().to_string(), "public": key.to_string() }),
         ),
-        Format::Table => {
-            println!("{key}");
-            Ok(())
-        }
+        Format::Table => output::line(key),
     }
 }
 
 fn new(file: &Path, comment: Option<&str>, force: bool, format: Format) -> Result<(), Failure> {
     let mut seed = Zeroizing::new([0; 32]);
     getrandom::fill(seed.as_mut())
-        .map_err(|e| Failure::new("io", format!("no randomness to be had: {e}")))?;
+        .map_err(|e| Failure::new("io", format!("the system gives no random numbers: {e}")))?;
     let key = SigningKey::from_bytes(&seed);
     let public = PublicKey::of(&key, comment.unwrap_or(&stem(file)));
     write(file, 0o600, &Zeroizing::new(format_private(&key)), force)?;
@@ -90,13 +93,11 @@ fn new(file: &Path, comment: Option<&str>, force: bool, format: Format) -> Resul
     show(&public, format)?;
     if format == Format::Table {
         let public_file = Path::new(&public_file).display();
-        eprintln!(
-            "private key in {} (keep it), public key in {public_file}",
+        adit_print::note(format_args!(
+            "the private key is in {} (keep it safe), the public key in {public_file}\n\
+             put the public key into an image: adit-guest install --root DIR --init systemd --vm-id NAME --trust {public_file}",
             file.display()
-        );
-        eprintln!(
-            "put it into an image: adit-guest install --root DIR --init systemd --vm-id NAME --trust {public_file}"
-        );
+        ));
     }
     Ok(())
 }

@@ -1,9 +1,12 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket; signs goals here, so that no key leaves the manager.
 //!
-//! A command is a module of its own (`vm`, `goal`, `task`, `key`); `client` speaks HTTP, `output` prints, `error` says
-//! what failed, why and what to do next, and maps it to an exit status.
+//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `config`, `completion`); `client` speaks HTTP, `output` prints,
+//! `error` says what failed, why and what to do next, and maps it to an exit status.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod client;
+mod completion;
+mod config;
 mod error;
 mod goal;
 mod key;
@@ -15,7 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 
 use client::Client;
 use error::Failure;
@@ -27,45 +30,54 @@ Examples:
   adit wait web-1 --for agent --timeout 30s
   adit key new fleet.key
   adit goal apply patch.yaml --sign fleet.key --to web-1,web-2
-  adit task watch
+  adit task watch                                  # or `adit goal apply … --watch`
+  adit task ls --state failed
   adit task output 3f2a --stream stderr
   curl -x http://127.0.0.1:7080 http://web-1/      # the proxy needs no adit command
 
 Exit status:
-  0 ok   1 failed   2 usage   3 aditd cannot be reached   4 not found   5 a task did not succeed   124 timeout";
+    0  done; of `task watch`: every step has succeeded
+    1  failed; standard error says what, why and what to do next
+    2  usage: a wrong option, argument or value
+    3  aditd cannot be reached, or does not answer
+    4  not found: no such VM, goal or task, or nothing to watch
+    5  a step did not succeed (`task watch`, `goal apply --watch`)
+  124  the time of --timeout is over
+  141  whoever reads standard output has closed it, as with `adit vm ls | head -1`";
 
-/// Reach VMs that have no network, and give them signed work.
+/// Heading of the options that every command has.
+const EVERYWHERE: &str = "Options of every command";
+
+/// Where aditd listens if nobody says otherwise.
+const SOCKET: &str = "/run/adit/aditd.sock";
+
+/// Reach VMs that have no network, and give them signed work
 #[derive(Parser)]
 #[command(name = "adit", version, after_help = EXAMPLES, disable_help_subcommand = true)]
 struct Cli {
-    /// Socket of aditd
-    #[arg(
-        long,
-        env = "ADIT_SOCKET",
-        default_value = "/run/adit/aditd.sock",
-        global = true,
-        value_name = "PATH"
-    )]
-    socket: PathBuf,
-    /// How long aditd may take to answer a request; `wait` and `watch` have their own --timeout beside it
-    #[arg(long, value_parser = output::duration, default_value = "60s", global = true, value_name = "DURATION")]
-    request_timeout: Duration,
-    /// How to print: a table for people, JSON for programs
-    #[arg(short, long, value_enum, default_value_t = Format::Table, global = true)]
-    output: Format,
+    /// Socket of aditd [env: ADIT_SOCKET] [default: /run/adit/aditd.sock]
+    // Not by clap's `env` and `default_value`: its messages would name the option as one that was given.
+    #[arg(long, global = true, value_name = "PATH", help_heading = EVERYWHERE)]
+    socket: Option<PathBuf>,
+    /// How long aditd may take to answer a request; the --timeout of a command that waits is beside it [default: 60s]
+    #[arg(long, value_parser = output::duration, global = true, value_name = "DURATION", help_heading = EVERYWHERE)]
+    request_timeout: Option<Duration>,
+    /// How to print [default: table]
+    #[arg(short, long, value_enum, global = true, value_name = "FORMAT", help_heading = EVERYWHERE)]
+    output: Option<Format>,
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// List, show, add and remove VMs
+    /// List, show, add, change and remove VMs
     #[command(subcommand)]
     Vm(vm::VmCommand),
-    /// Sign a goal and hand it over; show one
+    /// Sign a goal and hand it over; list and show goals
     #[command(subcommand)]
     Goal(goal::GoalCommand),
-    /// See what became of the tasks
+    /// List, show and watch tasks, and print what they wrote
     #[command(subcommand)]
     Task(task::TaskCommand),
     /// Make and show the keys that goals are signed with
@@ -73,42 +85,65 @@ enum Command {
     Key(key::KeyCommand),
     /// Wait until a VM is ready
     Wait(vm::Wait),
-    /// Print completions for a shell, for example `adit completion bash > /etc/bash_completion.d/adit`
-    Completion {
-        /// Which shell
-        shell: clap_complete::Shell,
-    },
+    /// Show whether aditd runs by its configuration file as it is now
+    #[command(after_help = config::EXAMPLE)]
+    Config,
+    /// Print the completions for a shell
+    Completion(completion::Completion),
     /// Print the version
     Version,
 }
 
+/// The socket: as given, else as the environment has it, else the default.
+fn socket(given: Option<PathBuf>) -> PathBuf {
+    let by_environment = || std::env::var_os("ADIT_SOCKET").filter(|path| !path.is_empty());
+    given
+        .or_else(|| by_environment().map(PathBuf::from))
+        .unwrap_or_else(|| SOCKET.into())
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    if let Some(done) = completion::asked() {
+        return done;
+    }
+    let cli = match adit_print::parse::<Cli>("adit") {
+        Ok(cli) => cli,
+        Err(done) => return done,
+    };
+    let format = cli.output.unwrap_or(Format::Table);
     let runtime = match tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
     {
         Ok(runtime) => runtime,
-        Err(e) => return error::report(&Failure::io("cannot start", &e), cli.output),
+        Err(e) => return error::report(&Failure::io("cannot start", &e), format),
     };
-    match runtime.block_on(run(&cli)) {
+    match runtime.block_on(run(cli, format)) {
         Ok(code) => code,
-        Err(failure) => error::report(&failure, cli.output),
+        Err(failure) => error::report(&failure, format),
     }
 }
 
-async fn run(cli: &Cli) -> Result<ExitCode, Failure> {
-    let client = Client::new(&cli.socket, cli.request_timeout);
+async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
+    let limit = cli.request_timeout.unwrap_or(client::REQUEST_LIMIT);
+    let client = Client::new(&socket(cli.socket), limit);
     match &cli.command {
-        Command::Vm(command) => vm::run(command, &client, cli.output).await?,
-        Command::Wait(wait) => vm::wait(wait, &client, cli.output).await?,
-        Command::Goal(command) => goal::run(command, &client, cli.output).await?,
-        Command::Task(command) => return task::run(command, &client, cli.output).await,
-        Command::Key(command) => key::run(command, cli.output)?,
-        Command::Completion { shell } => {
-            clap_complete::generate(*shell, &mut Cli::command(), "adit", &mut std::io::stdout());
-        }
-        Command::Version => println!("adit {}", env!("CARGO_PKG_VERSION")),
+        Command::Vm(command) => vm::run(command, &client, format).await?,
+        Command::Wait(wait) => vm::wait(wait, &client, format).await?,
+        Command::Goal(command) => return goal::run(command, &client, format).await,
+        Command::Task(command) => return task::run(command, &client, format).await,
+        Command::Key(command) => key::run(command, format)?,
+        Command::Config => config::show(&client, format).await?,
+        Command::Completion(completion) => completion::print(completion)?,
+        Command::Version => version(format)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn version(format: Format) -> Result<(), Failure> {
+    let version = env!("CARGO_PKG_VERSION");
+    match format {
+        Format::Json => output::json(&serde_json::json!({ "name": "adit", "version": version })),
+        Format::Table => output::line(format_args!("adit {version}")),
+    }
 }

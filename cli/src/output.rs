@@ -1,8 +1,10 @@
 //! Printing: tables for people, JSON for programs, and nothing from a guest that could drive a terminal (R72).
 
-use std::fmt::Write as _;
-use std::io::{self, IsTerminal, Write as _};
+use std::fmt::{Display, Write as _};
+use std::io::{self, IsTerminal};
+use std::time::Duration;
 
+use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::error::Failure;
@@ -32,28 +34,33 @@ pub fn escape(text: &str) -> String {
 }
 
 /// Prints bytes that a guest wrote: as they are into a pipe or file, escaped (but for newline and tab) on a terminal.
-pub fn foreign_bytes(bytes: &[u8]) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    if !out.is_terminal() {
-        return out.write_all(bytes).and_then(|()| out.flush());
+pub fn foreign_bytes(bytes: &[u8]) -> Result<(), Failure> {
+    if !io::stdout().is_terminal() {
+        return Ok(adit_print::bytes(bytes)?);
     }
+    let mut text = String::new();
     for line in String::from_utf8_lossy(bytes).split_inclusive('\n') {
-        let (text, end) = line.strip_suffix('\n').map_or((line, ""), |l| (l, "\n"));
-        let cells: Vec<String> = text.split('\t').map(escape).collect();
-        write!(out, "{}{end}", cells.join("\t"))?;
+        let (cells, end) = line.strip_suffix('\n').map_or((line, ""), |l| (l, "\n"));
+        let cells: Vec<String> = cells.split('\t').map(escape).collect();
+        text.push_str(&cells.join("\t"));
+        text.push_str(end);
     }
-    out.flush()
+    Ok(adit_print::bytes(text.as_bytes())?)
+}
+
+/// Prints a line.
+pub fn line(text: impl Display) -> Result<(), Failure> {
+    Ok(adit_print::line(text)?)
 }
 
 /// Prints a value as one line of JSON.
 pub fn json(value: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string(value).map_err(|e| Failure::new("internal", e.to_string()))?;
-    println!("{text}");
-    Ok(())
+    line(text)
 }
 
 /// Prints rows under a heading, columns aligned, the last one unpadded.
-pub fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) {
+pub fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) -> Result<(), Failure> {
     let rows: Vec<[String; N]> = rows
         .iter()
         .map(|row| row.each_ref().map(|cell| escape(cell)))
@@ -64,22 +71,28 @@ pub fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) {
             *w = (*w).max(cell.chars().count());
         }
     }
-    let line = |cells: [&str; N]| {
-        let mut text = String::new();
-        for (i, (cell, w)) in cells.iter().zip(width).enumerate() {
+    let mut text = String::new();
+    let headings = [heading.map(str::to_owned)];
+    for row in headings.iter().chain(&rows) {
+        let mut line = String::new();
+        for (cell, w) in row.iter().zip(width) {
             // Writing to a String cannot fail.
-            let _ = if i + 1 == N {
-                write!(text, "{cell}")
-            } else {
-                write!(text, "{cell:<w$}  ")
-            };
+            let _ = write!(line, "{cell:<w$}  ");
         }
-        println!("{}", text.trim_end());
-    };
-    line(heading);
-    for row in &rows {
-        line(row.each_ref().map(String::as_str));
+        text.push_str(line.trim_end());
+        text.push('\n');
     }
+    Ok(adit_print::bytes(text.as_bytes())?)
+}
+
+/// Prints a key and its value a line; `width`: of the column of keys.
+pub fn pairs(width: usize, rows: &[[String; 2]]) -> Result<(), Failure> {
+    let mut text = String::new();
+    for [key, value] in rows {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{key:<width$} {}", escape(value));
+    }
+    Ok(adit_print::bytes(text.as_bytes())?)
 }
 
 /// Says how long ago something was.
@@ -87,13 +100,33 @@ pub fn ago(ms: Option<u64>) -> String {
     match ms {
         None => "never".into(),
         Some(ms) if ms < 60_000 => format!("{}.{}s ago", ms / 1000, ms % 1000 / 100),
-        Some(ms) if ms < 3_600_000 => format!("{}m ago", ms / 60_000),
-        Some(ms) => format!("{}h ago", ms / 3_600_000),
+        Some(ms) => format!("{} ago", span(Duration::from_millis(ms))),
+    }
+}
+
+/// Says how long ago a time in RFC 3339 was: `12s`, `5m`, `3h`, `9d`; what is no time or is to come is shown as it is.
+pub fn age(at: &str, now: Timestamp) -> String {
+    let Ok(then) = at.parse::<Timestamp>() else {
+        return at.to_owned();
+    };
+    match Duration::try_from(now.duration_since(then)) {
+        Ok(past) => span(past),
+        Err(_) => at.to_owned(),
+    }
+}
+
+/// The largest unit of a span of time, whole.
+pub fn span(span: Duration) -> String {
+    match span.as_secs() {
+        s if s < 60 => format!("{s}s"),
+        s if s < 3600 => format!("{}m", s / 60),
+        s if s < 172_800 => format!("{}h", s / 3600),
+        s => format!("{}d", s / 86_400),
     }
 }
 
 /// Reads `30s`, `500ms`, `2m`, `1h` (or plain seconds).
-pub fn duration(text: &str) -> Result<std::time::Duration, String> {
+pub fn duration(text: &str) -> Result<Duration, String> {
     let at = text
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(text.len());
@@ -108,7 +141,7 @@ pub fn duration(text: &str) -> Result<std::time::Duration, String> {
         "h" => n.checked_mul(3_600_000),
         _ => return Err(format!("`{unit}` is no unit of time: write ms, s, m or h")),
     };
-    ms.map(std::time::Duration::from_millis)
+    ms.map(Duration::from_millis)
         .ok_or_else(|| format!("`{text}` is too long"))
 }
 
@@ -123,6 +156,21 @@ mod tests {
             "a\\u{1b}[2Jb\\r\\n\\u{202e}"
         );
         assert_eq!(escape("grün 日本"), "grün 日本");
+    }
+
+    #[test]
+    fn an_age_is_the_largest_unit() {
+        let now: Timestamp = "2026-11-20T22:00:00Z".parse().unwrap();
+        for (at, want) in [
+            ("2026-11-20T22:00:00Z", "0s"),
+            ("2026-11-20T21:58:01Z", "1m"),
+            ("2026-11-19T21:00:00Z", "25h"),
+            ("2026-11-11T22:00:00Z", "9d"),
+            ("2026-11-20T22:00:09Z", "2026-11-20T22:00:09Z"),
+            ("soon", "soon"),
+        ] {
+            assert_eq!(age(at, now), want);
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! configuration says so.
 
 use std::io::{self, ErrorKind, Write};
+use std::mem;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
@@ -28,6 +29,7 @@ use crate::clock;
 use crate::config::ClockSource;
 use crate::conn::Conn;
 use crate::crash::{self, Point};
+use crate::live::Live;
 use crate::runner::{Handled, Runner};
 use crate::running::{Hand, News, Running};
 use crate::serve::Identity;
@@ -59,38 +61,28 @@ const BODY_MAX: u32 = 264 * 1024;
 pub struct Client {
     transport: Arc<dyn Transport>,
     identity: Arc<Identity>,
-    facts: Facts,
+    live: Arc<Live>,
     hand: Hand,
     running: Option<Running>,
-    clock: ClockSource,
     /// The clock message that the host has not answered, and when it was sent.
     clock_asked: Option<(u32, Instant)>,
     last_id: u32,
 }
 
 impl Client {
-    /// Works through this transport with this runner. `clock`: whose clock the guest's is.
+    /// Works through this transport with this runner.
     pub fn new(
         transport: Arc<dyn Transport>,
         identity: Arc<Identity>,
+        live: Arc<Live>,
         runner: Runner,
-        clock: ClockSource,
     ) -> Self {
-        let facts = Facts {
-            agent_version: env!("CARGO_PKG_VERSION").into(),
-            kernel: facts::kernel(),
-            os: facts::os(),
-            vm_id: runner.vm_id().to_string(),
-            anchors: runner.anchors(),
-            boot_nonce: identity.boot_nonce,
-        };
         Self {
             transport,
             identity,
-            facts,
+            live,
             hand: Hand::new(runner),
             running: None,
-            clock,
             clock_asked: None,
             last_id: 0,
         }
@@ -121,6 +113,17 @@ impl Client {
         }
     }
 
+    fn facts(&self) -> Facts {
+        Facts {
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            kernel: facts::kernel(),
+            os: facts::os(),
+            vm_id: self.live.config().vm_id.to_string(),
+            anchors: self.live.anchors().count(),
+            boot_nonce: self.identity.boot_nonce,
+        }
+    }
+
     fn dial(&self) -> io::Result<Conn> {
         let conn = self.transport.dial_host()?;
         conn.set_timeout(Some(HELLO_LIMIT))?;
@@ -146,21 +149,26 @@ impl Client {
 
     /// One connection's work. It ends only by failing; the inner error is the clean end.
     fn session(&mut self, conn: &Conn) -> io::Result<io::Error> {
-        let facts = self.facts.clone();
+        let facts = self.facts();
         self.send(conn, WireKind::Facts, &facts)?;
-        self.clock_asked = None;
         self.tell_clock(conn)?;
+        // Told again only where something came in between.
+        let mut clock_is_fresh = true;
         if let Some(running) = self.running.take() {
             // Begun on a stream that is no more. Nothing is pulled before it has ended: the host would hand it out again.
             // Its report is among those below; or it was refused, or is to wait, and is handed out again.
             self.until_ended(conn, running)?;
+            clock_is_fresh = false;
         }
         let unacknowledged = self.hand.free().unacknowledged();
         for report in unacknowledged {
             self.deliver(conn, &report)?;
+            clock_is_fresh = false;
         }
         loop {
-            self.tell_clock(conn)?;
+            if !mem::take(&mut clock_is_fresh) {
+                self.tell_clock(conn)?;
+            }
             let epoch = self.identity.common().epoch;
             let id = self.send(conn, WireKind::Pull, &Pull { epoch })?;
             let Some(task) = self.receive::<Task>(conn, WireKind::Task, id)? else {
@@ -228,7 +236,7 @@ impl Client {
             return Ok(());
         };
         let took = asked.elapsed();
-        if self.clock == ClockSource::Own || took > CLOCK_ANSWER_MAX {
+        if self.live.config().clock == ClockSource::Own || took > CLOCK_ANSWER_MAX {
             return Ok(());
         }
         // The answer was on its way for half of that.

@@ -1,23 +1,7 @@
 //! `/etc/adit-guest/adit-guest.toml`: what this guest is, whom it trusts, what it lets the host reach.
 //!
-//! ```toml
-//! vm_id = "web-1"                          # required; the audience of goals is checked against it
-//! trust_dir = "/etc/adit-guest/trust"      # one public key a file, *.pub; none = no task is run
-//! state_dir = "/var/lib/adit-guest"        # the journal
-//! run_dir = "/run/adit-guest"              # texts of running scripts; should be a tmpfs
-//! allow_ports = [80, 22]                   # local TCP ports that the host may reach; default none
-//! clock = "own"                            # "host": the guest takes the host's time whenever the agent connects or pulls
-//!
-//! [script]
-//! enabled = true
-//!
-//! [file]
-//! enabled = true
-//! roots = ["/etc", "/opt", "/srv", "/tmp", "/var"]
-//! ```
-//! The default roots keep the file executor away from programs and boot files (`/usr`, `/bin`, `/boot`, `/root`); the
-//! agent's own configuration and state are refused under any root. A key that is not known is an error that names file,
-//! line and key: a misspelt limit must not silently be no limit.
+//! `dist/adit-guest.toml.example` has every key, its meaning, default and limit; a test holds it to [`Config`]. A key that
+//! is not known is an error that names file, line and key: a misspelt limit must not silently be no limit.
 
 use std::fs;
 use std::io;
@@ -26,10 +10,11 @@ use std::path::{Path, PathBuf};
 use adit_tasks::VmId;
 use serde::Deserialize;
 
-use crate::owned::{self, Writable};
-
 /// Where the configuration is if nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/adit-guest/adit-guest.toml";
+/// Exit status of a configuration that cannot be used (`EX_CONFIG` of sysexits.h). Init systems do not start the agent again
+/// then: only whoever writes the file can help.
+pub const BAD_CONFIG: u8 = 78;
 /// Most ports that may be listed.
 const PORTS_MAX: usize = 256;
 
@@ -73,7 +58,10 @@ pub enum ConfigError {
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a configuration with the key `vm_id`"
+)]
 pub struct Config {
     /// The id that the image was enrolled with.
     pub vm_id: VmId,
@@ -98,9 +86,9 @@ pub struct Config {
     /// The file executor.
     #[serde(default)]
     pub file: FileConfig,
-    /// This file, if others than root may write it: whom it names is not trusted then.
+    /// This file.
     #[serde(skip)]
-    pub writable: Option<(PathBuf, Writable)>,
+    pub path: PathBuf,
 }
 
 /// Whose clock the guest's is. A host whose time is taken decides with it which goals are valid now, though never which were
@@ -117,7 +105,7 @@ pub enum ClockSource {
 
 /// `[script]`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [script]")]
 pub struct ScriptConfig {
     /// Whether scripts may run at all.
     pub enabled: bool,
@@ -125,7 +113,7 @@ pub struct ScriptConfig {
 
 /// `[file]`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [file]")]
 pub struct FileConfig {
     /// Whether files may be written at all.
     pub enabled: bool,
@@ -173,24 +161,21 @@ impl Config {
             source,
         };
         let text = fs::read_to_string(path).map_err(read)?;
-        let meta = fs::metadata(path).map_err(read)?;
-        let mut config = Self::parse(path, &text)?;
-        config.writable = owned::check(&meta).err().map(|w| (path.to_owned(), w));
-        Ok(config)
+        Self::parse(path, &text)
     }
 
-    /// Checks the text of a file; `path` is for messages only.
+    /// Checks the text of a file.
     ///
     /// # Errors
     /// Something in it is wrong; says where.
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text).map_err(|e| {
+        let mut config: Self = toml::from_str(text).map_err(|e| {
             let at = e.span().map_or(0, |s| s.start);
             ConfigError::Parse {
                 path: path.into(),
                 line: line_of(text, at),
                 key: key_at(text, at),
-                message: e.message().replace('\n', " "),
+                message: adit_tasks::plain(e.message()),
             }
         })?;
         let value = |key: &'static str, message: String| ConfigError::Value {
@@ -226,6 +211,7 @@ impl Config {
         if config.allow_ports.contains(&0) {
             return Err(value("allow_ports", "0 is not a port".into()));
         }
+        path.clone_into(&mut config.path);
         Ok(config)
     }
 }
@@ -243,65 +229,4 @@ fn key_at(text: &str, at: usize) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(text: &str) -> Result<Config, ConfigError> {
-        Config::parse(Path::new("/etc/adit-guest/adit-guest.toml"), text)
-    }
-
-    #[test]
-    fn one_line_is_enough_and_allows_nothing() {
-        let c = parse("vm_id = \"web-1\"\n").unwrap();
-        assert!(c.allow_ports.is_empty());
-        assert_eq!(c.state_dir, Path::new("/var/lib/adit-guest"));
-        assert!(!c.file.roots.contains(&PathBuf::from("/")));
-    }
-
-    #[test]
-    fn an_unknown_key_names_file_line_and_key() {
-        for (text, line, key) in [
-            ("vm_id = \"a\"\nalow_ports = [80]\n", 2, "alow_ports"),
-            (
-                "vm_id = \"a\"\n[script]\nenabled = true\n\nshell = true\n",
-                5,
-                "shell",
-            ),
-            (
-                "vm_id = \"a\"\nallow_ports = [80, 70000]\n",
-                2,
-                "allow_ports",
-            ),
-            ("vm_id = \"Web\"\n", 1, "vm_id"),
-        ] {
-            let e = parse(text).unwrap_err();
-            let ConfigError::Parse {
-                line: at,
-                key: Some(found),
-                ..
-            } = &e
-            else {
-                panic!("{e}")
-            };
-            assert_eq!((*at, found.as_str()), (line, key), "{e}");
-            assert!(
-                e.to_string().starts_with(&format!(
-                    "/etc/adit-guest/adit-guest.toml:{line}: key `{key}`: "
-                )),
-                "{e}"
-            );
-        }
-    }
-
-    #[test]
-    fn values_that_cannot_be_used_are_refused() {
-        for text in [
-            "",
-            "vm_id = \"a\"\nallow_ports = [0]\n",
-            "vm_id = \"a\"\nstate_dir = \"var\"\n",
-            "vm_id = \"a\"\n[file]\nroots = [\"etc\"]\n",
-        ] {
-            assert!(parse(text).is_err(), "{text}");
-        }
-    }
-}
+mod tests;

@@ -1,7 +1,10 @@
-//! Kill points: where a test ends the agent as a power cut or the OOM killer would.
+//! Fault points: where a test ends the agent as a power cut or the OOM killer would, or fills its disk.
 //!
-//! With the feature `test-util`, `ADIT_TEST_CRASH_AT=NAME` makes the process send itself SIGKILL at that point. Without
-//! the feature, which no image has, this file is empty calls.
+//! With the feature `test-util`, `ADIT_TEST_CRASH_AT=NAME` makes the process send itself SIGKILL at that point, and
+//! `ADIT_TEST_DISK_FULL_AT=NAME` makes the journal's write that leads to that point fail for want of space. Without the
+//! feature, which no image has, this file is empty calls.
+
+use std::io;
 
 /// The points, in the order in which a task passes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +51,23 @@ pub fn at(point: Point) {
     }
 }
 
+/// Fails as a full disk does if a test asked for it.
+#[cfg(feature = "test-util")]
+pub fn disk_full(point: Point) -> io::Result<()> {
+    match std::env::var_os("ADIT_TEST_DISK_FULL_AT").is_some_and(|want| want == point.name()) {
+        true => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+        false => Ok(()),
+    }
+}
+
 /// Does nothing in a build that goes into an image.
 #[cfg(not(feature = "test-util"))]
 #[inline(always)]
 pub fn at(_: Point) {}
+
+/// Does nothing in a build that goes into an image.
+#[cfg(not(feature = "test-util"))]
+#[inline(always)]
+pub fn disk_full(_: Point) -> io::Result<()> {
+    Ok(())
+}

@@ -17,7 +17,7 @@ pub struct Executed {
     pub outcome: Outcome,
     /// Exit status, 128+N for a signal; none if no process ran.
     pub exit: Option<i32>,
-    /// Why, if the outcome is not `Done`.
+    /// Why, if the outcome is not `Done`; then, what else is to be said of it.
     pub reason: String,
     /// Standard output.
     pub stdout: Captured,

@@ -6,10 +6,16 @@
 //!    └ agent ended here: nothing ran; the host hands it out again
 //! ```
 //! Every arrow is one transaction with an fsync. An id that was `started` is never started again. Of every signing key
-//! the highest sequence is kept for ever; a finished task of a *lower* sequence cannot be admitted again, so only such
+//! the highest sequence is kept forever; a finished task of a *lower* sequence cannot be admitted again, so only such
 //! entries are dropped when the journal is full. If none can be, the next task is refused: `journal-full`.
 //!
-//! A damaged file must not take the agent down with it: [`check`] reads everything once in a process of its own.
+//! A full disk: a task starts only once `received`, `started` and the space for its result are on disk (`reserve`);
+//! else it is refused, `no-space`, and nothing has run.
+//!
+//! A damaged file must not take the agent down with it: [`open_checked`] has a process of its own read everything first.
+
+mod checked;
+mod reserve;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,6 +26,11 @@ use redb::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use checked::{check, open_checked};
+use reserve::Reserve;
+
+use crate::crash::{self, Point};
+
 /// Most tasks that are remembered.
 pub const JOURNAL_MAX: u64 = 4096;
 /// Most keys whose sequence is remembered; a key is named by a trust anchor, so an image has few.
@@ -27,6 +38,7 @@ const KEYS_MAX: u64 = 256;
 /// Bytes of pages held in memory.
 const CACHE_BYTES: usize = 128 * 1024;
 const FILE: &str = "journal.redb";
+const RESERVE_FILE: &str = "reserve";
 
 const TASKS: TableDefinition<&[u8; 16], &[u8]> = TableDefinition::new("tasks-v1");
 /// Order of arrival, for resending and for dropping.
@@ -40,7 +52,7 @@ pub enum JournalError {
     #[error("journal-full: {JOURNAL_MAX} tasks are remembered and none may be forgotten")]
     Full,
     /// The disk is full.
-    #[error("no-space: the journal cannot be written")]
+    #[error("no-space: guest disk full: journal cannot be written")]
     NoSpace(#[source] redb::Error),
     /// The file is no journal or is damaged.
     #[error("journal-corrupt: {0}")]
@@ -111,6 +123,16 @@ struct Entry {
 pub struct Journal {
     path: PathBuf,
     db: Option<Database>,
+    reserve: Reserve,
+}
+
+/// How much of a result the journal has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// All of it.
+    Whole,
+    /// The outcome; the disk had no space for the output.
+    WithoutOutput,
 }
 
 type Result<T, E = JournalError> = std::result::Result<T, E>;
@@ -136,6 +158,37 @@ fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
     }
 }
 
+fn open(path: &Path) -> Result<Database> {
+    let mut builder = Builder::new();
+    let db = builder.set_cache_size(CACHE_BYTES).create(path);
+    let db = db.map_err(any)?;
+    let tx = db.begin_write().map_err(any)?;
+    tx.open_table(TASKS).map_err(any)?;
+    tx.open_table(ORDER).map_err(any)?;
+    tx.open_table(FLOORS).map_err(any)?;
+    tx.commit().map_err(any)?;
+    Ok(db)
+}
+
+/// Makes the file under another name first: one that a full disk or a power cut left half made would be no journal, forever.
+fn make(path: &Path) -> Result<()> {
+    let new = path.with_extension("new");
+    let _ = std::fs::remove_file(&new);
+    let made = open(&new).and_then(|db| {
+        drop(db);
+        Ok(std::fs::rename(&new, path).map_err(any)?)
+    });
+    if made.is_err() {
+        let _ = std::fs::remove_file(&new);
+    }
+    made
+}
+
+fn sync(dir: &Path) -> Result<()> {
+    let synced = std::fs::File::open(dir).and_then(|d| d.sync_all());
+    Ok(synced.map_err(any)?)
+}
+
 impl Journal {
     /// Opens or makes the journal in a directory of mode 0700.
     ///
@@ -155,27 +208,20 @@ impl Journal {
         let mut journal = Self {
             path: dir.join(FILE),
             db: None,
+            reserve: Reserve::at(dir.join(RESERVE_FILE)),
         };
         journal.db()?;
         // The file's own name must survive a crash too.
-        std::fs::File::open(dir)
-            .and_then(|d| d.sync_all())
-            .map_err(|e| JournalError::from(redb::Error::Io(e)))?;
+        sync(dir)?;
         Ok(journal)
     }
 
     fn db(&mut self) -> Result<&Database> {
         if self.db.is_none() {
-            let db = Builder::new()
-                .set_cache_size(CACHE_BYTES)
-                .create(&self.path)
-                .map_err(any)?;
-            let tx = db.begin_write().map_err(any)?;
-            tx.open_table(TASKS).map_err(any)?;
-            tx.open_table(ORDER).map_err(any)?;
-            tx.open_table(FLOORS).map_err(any)?;
-            tx.commit().map_err(any)?;
-            self.db = Some(db);
+            if !std::fs::exists(&self.path).map_err(any)? {
+                make(&self.path)?;
+            }
+            self.db = Some(open(&self.path)?);
         }
         self.db
             .as_ref()
@@ -228,6 +274,7 @@ impl Journal {
     /// Full, or it cannot be written; nothing has changed then.
     pub fn received(&mut self, id: &TaskId, origin: &Origin) -> Result<()> {
         self.with(|db| {
+            crash::disk_full(Point::Stored).map_err(any)?;
             let tx = db.begin_write().map_err(any)?;
             {
                 let mut tasks = tx.open_table(TASKS).map_err(any)?;
@@ -267,21 +314,42 @@ impl Journal {
         })
     }
 
-    /// Records that the effect is about to begin.
+    /// Holds space for the result, and records that the effect is about to begin.
     ///
     /// # Errors
-    /// The task is not in `received`, or it cannot be written.
+    /// The task is not in `received`, or it cannot be written, or there is no space for its result. It must not begin then.
     pub fn started(&mut self, id: &TaskId, at_ms: u64) -> Result<()> {
+        crash::disk_full(Point::Started).map_err(any)?;
+        self.reserve.hold().map_err(any)?;
         self.advance(id, |phase| {
             (*phase == Phase::Received).then_some(Phase::Started { at_ms })
         })
     }
 
-    /// Records how it ended.
+    /// Records how it ended. On a full disk the reserve is used, and then the output is left out.
     ///
     /// # Errors
     /// The task has not begun, or it cannot be written.
-    pub fn result(&mut self, report: &Report) -> Result<()> {
+    pub fn result(&mut self, report: &Report) -> Result<Kept> {
+        match self.write_result(report) {
+            Err(JournalError::NoSpace(_)) => self.reserve.release(),
+            done => return done.map(|()| Kept::Whole),
+        }
+        match self.write_result(report) {
+            Err(JournalError::NoSpace(_)) => {}
+            done => return done.map(|()| Kept::Whole),
+        }
+        let mut short = report.clone();
+        (short.stdout, short.stderr) = Default::default();
+        crate::runner::remark(
+            &mut short.reason,
+            "guest disk full: its output could not be kept",
+        );
+        self.write_result(&short).map(|()| Kept::WithoutOutput)
+    }
+
+    fn write_result(&mut self, report: &Report) -> Result<()> {
+        crash::disk_full(Point::ResultStored).map_err(any)?;
         self.advance(&report.task_id, |phase| match phase {
             Phase::Received | Phase::Started { .. } => {
                 Some(Phase::Result(Box::new(report.clone())))
@@ -403,18 +471,6 @@ fn make_room(
     let (at, id) = oldest.ok_or(JournalError::Full)?;
     order.remove(at).map_err(any)?;
     tasks.remove(&id).map_err(any)?;
-    Ok(())
-}
-
-/// Reads everything in the journal of a directory once. Run in a process of its own: a damaged page may panic inside
-/// the database, and that must end only the check.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn check(dir: &Path) -> Result<()> {
-    let mut journal = Journal::open(dir)?;
-    journal.collect(|_, _| None::<()>)?;
-    journal.floors()?;
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 //! second line or a terminal sequence. A line that cannot be written is dropped: logging never stops the agent.
 //! What a client can make happen as often as it likes is one line a second (`BY_PEERS`), with a count of the others.
 
+use std::error::Error;
 use std::fmt::{Display, Write as _};
 use std::io::Write as _;
 use std::sync::{Mutex, PoisonError};
@@ -40,6 +41,12 @@ pub fn event(name: &str, fields: &[(&str, &dyn Display)]) {
         }
     }
     let _ = std::io::stderr().lock().write_all(line.as_bytes());
+}
+
+/// An error and what caused it, as one value.
+pub fn chain(error: &dyn Error) -> String {
+    let causes = std::iter::successors(error.source(), |&e| e.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Whether a line may be written now, and how many were left out before it.

@@ -1,17 +1,19 @@
 //! Command line of `adit-guest`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use adit_guest_driver::config::{Config, DEFAULT_PATH};
+use adit_guest_driver::config::{BAD_CONFIG, Config, ConfigError, DEFAULT_PATH};
 use adit_guest_driver::install::{Init, Install, install};
 use adit_guest_driver::ring::{Carriers, Link};
+use adit_guest_driver::run::{self, RunError};
 #[cfg(feature = "test-util")]
 use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::Vsock;
-use adit_guest_driver::verify::Verifier;
-use adit_guest_driver::{journal, run};
+use adit_guest_driver::{journal, show};
+use adit_print::PrintError;
 use adit_tasks::VmId;
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
@@ -41,15 +43,16 @@ enum Cmd {
         /// The image's root directory.
         #[arg(long)]
         root: PathBuf,
-        /// The image's init system.
+        /// The image's init system; looked for in the image if not given.
         #[arg(long)]
-        init: InitArg,
+        init: Option<InitArg>,
         /// The id that this VM is enrolled with, for example web-1.
         #[arg(long)]
         vm_id: VmId,
-        /// Public key of the manager whose goals this guest runs; without it, it runs none.
-        #[arg(long, value_name = "KEYFILE.pub")]
-        trust: Option<PathBuf>,
+        /// Public keys of the managers whose goals this guest runs: files, or directories of *.pub. May be given many times,
+        /// or as a list with commas. Without it, the guest runs no goal.
+        #[arg(long, value_name = "KEYFILE.pub|DIR", value_delimiter = ',')]
+        trust: Vec<PathBuf>,
         /// Local TCP ports that the host may reach, for example 80,22.
         #[arg(long, value_delimiter = ',')]
         allow_port: Vec<u16>,
@@ -62,6 +65,12 @@ enum Cmd {
         /// Configuration file.
         #[arg(long, default_value = DEFAULT_PATH)]
         config: PathBuf,
+    },
+    /// Check a configuration and show what is in force.
+    CheckConfig {
+        /// Configuration file.
+        #[arg(default_value = DEFAULT_PATH)]
+        file: PathBuf,
     },
     /// Print the version.
     Version,
@@ -78,10 +87,15 @@ enum InitArg {
     Systemd,
     Openrc,
     Busybox,
+    None,
 }
 
 fn main() -> ExitCode {
-    let done = match Args::parse().command {
+    let args: Args = match adit_print::parse("adit-guest") {
+        Ok(args) => args,
+        Err(done) => return done,
+    };
+    let done = match args.command {
         #[cfg(not(feature = "test-util"))]
         Cmd::Run { config } => on_vsock(config),
         #[cfg(feature = "test-util")]
@@ -100,18 +114,20 @@ fn main() -> ExitCode {
             allow_port,
             binary,
         } => into_image(root, init, vm_id, trust, allow_port, binary),
-        Cmd::Status { config } => status(config),
-        Cmd::Version => {
-            println!("adit-guest {}", env!("CARGO_PKG_VERSION"));
-            Ok(())
-        }
+        Cmd::Status { config } => status(&config),
+        Cmd::CheckConfig { file } => check_config(&file),
+        Cmd::Version => print(&format!("adit-guest {}\n", env!("CARGO_PKG_VERSION"))),
         Cmd::JournalCheck { dir } => journal::check(&dir).map_err(Into::into),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("adit-guest: {e:#}");
-            ExitCode::FAILURE
+            let code = exit_status(&e);
+            if code != adit_print::CLOSED_PIPE {
+                // One line, whatever a cause brings along.
+                adit_print::note!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
+            }
+            ExitCode::from(code)
         }
     }
 }
@@ -135,9 +151,9 @@ fn test_transport_of(arg: &str) -> anyhow::Result<Arc<dyn Transport>> {
 
 fn into_image(
     root: PathBuf,
-    init: InitArg,
+    init: Option<InitArg>,
     vm_id: VmId,
-    trust: Option<PathBuf>,
+    trust: Vec<PathBuf>,
     ports: Vec<u16>,
     binary: Option<PathBuf>,
 ) -> anyhow::Result<()> {
@@ -146,61 +162,59 @@ fn into_image(
         None => std::env::current_exe()
             .context("cannot find the agent's own binary; name one with --binary")?,
     };
-    if let Some(file) = &trust {
-        Verifier::check_key(file)?;
-    }
-    let init = match init {
+    let init = init.map(|init| match init {
         InitArg::Systemd => Init::Systemd,
         InitArg::Openrc => Init::Openrc,
         InitArg::Busybox => Init::Busybox,
-    };
+        InitArg::None => Init::None,
+    });
     let what = Install {
         root: &root,
         init,
         vm_id: &vm_id,
-        trust: trust.as_deref(),
+        trust: &trust,
         ports: &ports,
         binary: &binary,
     };
-    for line in install(&what)? {
-        println!("{line}");
-    }
-    Ok(())
+    print(&(install(&what)?.join("\n") + "\n"))
 }
 
-fn status(path: PathBuf) -> anyhow::Result<()> {
-    let config = Config::load(&path)?;
-    let verifier = Verifier::load(&config);
-    let anchors = verifier.anchors();
-    let running = std::fs::exists(config.state_dir.join("journal.redb")).unwrap_or(false);
-    println!("config   {}", path.display());
-    println!("vm       {}", config.vm_id);
-    println!(
-        "anchors  {anchors}{}",
-        if anchors == 0 {
-            " (no task will be run)"
-        } else {
-            ""
-        }
-    );
-    println!("ports    {:?}", config.allow_ports);
-    println!("clock    {}", format!("{:?}", config.clock).to_lowercase());
-    println!(
-        "scripts  {}",
-        if config.script.enabled { "on" } else { "off" }
-    );
-    println!(
-        "files    {}",
-        if config.file.enabled {
-            format!("under {:?}", config.file.roots)
-        } else {
-            "off".into()
-        }
-    );
-    println!(
-        "journal  {}{}",
-        config.state_dir.display(),
-        if running { "" } else { " (not made yet)" }
-    );
-    Ok(())
+fn status(path: &Path) -> anyhow::Result<()> {
+    let config = Config::load(path)?;
+    let journal = config.state_dir.join("journal.redb");
+    let made = match std::fs::exists(&journal) {
+        Ok(true) => "",
+        Ok(false) => " (not made yet)",
+        Err(_) => " (cannot be seen: run this as root)",
+    };
+    let head = format!("{:<15} {}\n", "config", path.display());
+    let tail = format!("{:<15} {}{made}\n", "journal", journal.display());
+    print(&(head + &show::in_force(&config) + &tail))
+}
+
+fn check_config(file: &Path) -> anyhow::Result<()> {
+    let config = Config::load(file)?;
+    print(&format!(
+        "{}: ok\n{}",
+        file.display(),
+        show::in_force(&config)
+    ))
+}
+
+/// Writes to standard output.
+fn print(text: &str) -> anyhow::Result<()> {
+    Ok(adit_print::bytes(text.as_bytes())?)
+}
+
+/// [`BAD_CONFIG`] for a configuration that cannot be used, [`CLOSED_PIPE`] where nobody reads standard output any more, 1
+/// for all else.
+///
+/// [`CLOSED_PIPE`]: adit_print::CLOSED_PIPE
+fn exit_status(e: &anyhow::Error) -> u8 {
+    if let Some(PrintError::Closed) = e.downcast_ref() {
+        return adit_print::CLOSED_PIPE;
+    }
+    let config =
+        e.is::<ConfigError>() || matches!(e.downcast_ref::<RunError>(), Some(RunError::Config(_)));
+    if config { BAD_CONFIG } else { 1 }
 }

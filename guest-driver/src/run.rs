@@ -1,7 +1,6 @@
 //! Puts the agent together: configuration, journal, listener, client.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::thread;
@@ -9,12 +8,11 @@ use std::thread;
 use crate::client::Client;
 use crate::config::{Config, ConfigError};
 use crate::exec::{cgroup, reap};
-use crate::journal::{Journal, JournalError};
+use crate::live::Live;
 use crate::ring::Link;
 use crate::runner::Runner;
 use crate::serve::{Identity, Server};
 use crate::transport::Transport;
-use crate::verify::Verifier;
 use crate::{facts, log, protect};
 
 /// Why the agent cannot run.
@@ -67,40 +65,25 @@ pub fn run(
     // Optional: without one the tree is followed by parenthood.
     let _ = cgroup::mount_if_absent();
     cgroup::leave_task();
-    let verifier = Verifier::load(&config);
+    let run_dir = config.run_dir.clone();
+    let vm_id = config.vm_id.clone();
+    crate::exec::script::prepare(&run_dir).map_err(system("make run_dir usable"))?;
     let identity = Arc::new(Identity {
         boot_nonce: facts::boot_nonce(),
         epoch: AtomicU64::new(0),
     });
-    let own = [
-        config_path,
-        &config.trust_dir,
-        &config.state_dir,
-        &config.run_dir,
-    ]
-    .map(Path::to_owned)
-    .into();
-    let (vm_id, anchors) = (config.vm_id.clone(), verifier.anchors());
-    crate::exec::script::prepare(&config.run_dir).map_err(system("make run_dir usable"))?;
-    let journal = open_journal(&config.state_dir);
-    if let Err(e) = &journal {
-        log::event(
-            "journal-failed",
-            &[
-                ("error", e),
-                ("effect", &"every task is refused; ports are served"),
-            ],
-        );
-    }
-    // The check of the journal was waited for by itself; from here on whoever starts a process claims it.
-    reap::start().map_err(system("start the thread that reaps tasks' orphans"))?;
     let server = Server::new(config.allow_ports.clone(), identity.clone());
+    let live = Arc::new(Live::new(config));
+    let hup = (live.clone(), server.clone());
+    reap::start(move || reload(&hup.0, &hup.1))
+        .map_err(system("start the thread that reaps tasks' orphans"))?;
     if let Some(ring) = ring {
         ring.start(server.clone())
             .map_err(system("start the ring's thread"))?;
     }
-    let runner = Runner::new(&config, own, verifier, journal, identity.boot_nonce);
-    let client = Client::new(transport, identity.clone(), runner, config.clock);
+    let anchors = live.anchors().count();
+    let runner = Runner::new(live.clone(), identity.boot_nonce);
+    let client = Client::new(transport, identity, live.clone(), runner);
     let client = thread::Builder::new()
         .name("client".into())
         .spawn(|| client.run());
@@ -111,13 +94,34 @@ pub fn run(
             "no-trust-anchor",
             &[
                 ("effect", &"no task will be run"),
-                ("dir", &config.trust_dir.display()),
+                ("dir", &live.config().trust_dir.display()),
             ],
         );
     }
     server
         .run(&*listener)
         .map_err(system("go on accepting streams"))
+}
+
+/// At SIGHUP.
+fn reload(live: &Live, server: &Server) {
+    let kept = match live.reload() {
+        Ok(kept) => kept,
+        Err(e) => {
+            let effect = "the configuration before stays in force";
+            return log::event(
+                "reload-failed",
+                &[("error", &log::chain(&e)), ("effect", &effect)],
+            );
+        }
+    };
+    let config = live.config();
+    server.allow(config.allow_ports.clone());
+    let (ports, anchors) = (config.allow_ports.len(), live.anchors().count());
+    log::event("reloaded", &[("ports", &ports), ("anchors", &anchors)]);
+    if !kept.is_empty() {
+        log::event("restart-needed", &[("keys", &kept.join(","))]);
+    }
 }
 
 fn listen_hint(e: &std::io::Error) -> &'static str {
@@ -128,38 +132,5 @@ fn listen_hint(e: &std::io::Error) -> &'static str {
         Some(libc::EADDRINUSE) => "another agent or program has it",
         Some(libc::EACCES | libc::EPERM) => "a port below 1024 needs root or CAP_NET_BIND_SERVICE",
         _ => "see the cause",
-    }
-}
-
-/// Opens the journal if a process of its own could read all of it: a damaged page may panic inside the database, and
-/// that must not take the ports down.
-fn open_journal(dir: &Path) -> Result<Journal, JournalError> {
-    let check = Command::new("/proc/self/exe")
-        .arg("journal-check")
-        .arg(dir)
-        .stdin(Stdio::null())
-        .output();
-    match check {
-        Ok(out) if out.status.success() => Journal::open(dir),
-        Ok(out) => {
-            let said = String::from_utf8_lossy(&out.stderr);
-            let last = said
-                .lines()
-                .last()
-                .unwrap_or_default()
-                .trim_start_matches("adit-guest: ");
-            let known = ["journal-", "no-space"]
-                .iter()
-                .any(|code| last.starts_with(code));
-            // What it says itself when it can; its panic otherwise.
-            match known {
-                true => Journal::open(dir).and(Err(JournalError::Unavailable(last.to_owned()))),
-                false => Err(JournalError::Corrupt(format!(
-                    "reading it ended with {}: {last}",
-                    out.status
-                ))),
-            }
-        }
-        Err(e) => Err(JournalError::Unavailable(format!("cannot check it: {e}"))),
     }
 }

@@ -1,24 +1,28 @@
-//! One task from frame to report: known? verified? journaled as accepted, as begun, run, journaled as ended.
+//! One task from frame to report: known? verified? journaled as accepted, as started, run, journaled as ended.
 //!
 //! ```text
 //! id known ──▶ its stored result, never a second run
-//! not verified, journal unusable ──▶ refused, nothing was done, nothing is journaled
-//! valid only later ──▶ not yet: nothing was done, nothing is journaled, and the client asks again when its time comes
+//! not verified, journal unusable, disk full ──▶ refused: nothing has run
+//! valid only later ──▶ not yet: nothing has run, and the client asks again when its time comes
 //! else: received ▸ started ▸ effect ▸ result          (▸ = on disk before the next)
 //! ```
+//! A result that the journal cannot take although space was held for it is *unsaved*: the report says so, it is delivered
+//! from memory, and no other task starts before it is written.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use adit_tasks::goal::Work;
 use adit_tasks::wire::{Outcome, Report, Started, Task, TaskId};
-use adit_tasks::{Step, VmId, hex};
+use adit_tasks::{Step, hex};
 
 use crate::config::Config;
 use crate::crash::{self, Point};
 use crate::exec::file::FilePolicy;
 use crate::exec::{Executed, cgroup, file, script, tree};
-use crate::journal::{Journal, JournalError, Origin, Phase};
-use crate::verify::{Denied, Verifier};
+use crate::journal::{self, Journal, JournalError, Kept, Origin, Phase};
+use crate::live::Live;
+use crate::verify::{Denied, verify};
 use crate::{clock, log};
 
 /// What came of a task.
@@ -30,49 +34,54 @@ pub enum Handled {
     NotYet(u64),
 }
 
-/// Runs what it is told by those whom the image trusts.
+/// Runs what those whom the image trusts have ordered.
 pub struct Runner {
-    verifier: Verifier,
+    live: Arc<Live>,
     journal: Result<Journal, JournalError>,
-    script_enabled: bool,
-    file_enabled: bool,
-    file_policy: FilePolicy,
     scripts: script::Place,
     boot_nonce: [u8; 16],
-    /// A result that the journal could not take: delivered from memory while this process lives.
-    unsaved: Option<Report>,
+    unsaved: Option<Unsaved>,
+}
+
+/// A result that the journal could not take: delivered from memory while this process lives.
+struct Unsaved {
+    report: Report,
+    /// The host has it.
+    acked: bool,
 }
 
 impl Runner {
-    /// Takes up where an earlier agent ended: kills what it left running and reports it as interrupted.
-    pub fn new(
-        config: &Config,
-        own_paths: Vec<PathBuf>,
-        verifier: Verifier,
-        journal: Result<Journal, JournalError>,
-        boot_nonce: [u8; 16],
-    ) -> Self {
+    /// Continues where an earlier agent ended: kills what it left running and reports it as interrupted.
+    pub fn new(live: Arc<Live>, boot_nonce: [u8; 16]) -> Self {
+        let scripts = script::Place {
+            cgroups: cgroup::base(),
+            dir: live.config().run_dir.clone(),
+        };
         let mut runner = Self {
-            verifier,
-            journal,
-            script_enabled: config.script.enabled,
-            file_enabled: config.file.enabled,
-            file_policy: FilePolicy {
-                roots: config.file.roots.clone(),
-                protected: own_paths,
-            },
-            scripts: script::Place {
-                cgroups: cgroup::base(),
-                dir: config.run_dir.clone(),
-            },
+            live,
+            journal: Err(JournalError::Unavailable("not open yet".into())),
+            scripts,
             boot_nonce,
             unsaved: None,
         };
-        if let Err(e) = runner.end_interrupted() {
-            log::event("journal-failed", &[("error", &e)]);
-            runner.journal = Err(e);
-        }
+        runner.open_journal();
         runner
+    }
+
+    fn open_journal(&mut self) {
+        self.journal = journal::open_checked(&self.live.config().state_dir);
+        if let Err(e) = self.end_interrupted() {
+            self.journal = Err(e);
+        }
+        if let Err(e) = &self.journal {
+            log::event(
+                "journal-failed",
+                &[
+                    ("error", e),
+                    ("effect", &"every task is refused; ports are served"),
+                ],
+            );
+        }
     }
 
     fn end_interrupted(&mut self) -> Result<(), JournalError> {
@@ -96,16 +105,6 @@ impl Runner {
         Ok(())
     }
 
-    /// The id that this image was enrolled with.
-    pub fn vm_id(&self) -> &VmId {
-        self.verifier.vm_id()
-    }
-
-    /// How many keys are trusted.
-    pub fn anchors(&self) -> u16 {
-        self.verifier.anchors()
-    }
-
     /// Reports that the host has not acknowledged, oldest first.
     pub fn unacknowledged(&mut self) -> Vec<Report> {
         let stored = self
@@ -116,21 +115,39 @@ impl Runner {
             log::event("journal-failed", &[("error", &e)]);
             Vec::new()
         });
-        reports.extend(self.unsaved.clone());
+        let unsaved = self.unsaved.iter().filter(|u| !u.acked);
+        reports.extend(unsaved.map(|u| u.report.clone()));
         reports
     }
 
     /// The host has a result on disk.
     pub fn acknowledged(&mut self, id: &TaskId) {
-        if self.unsaved.as_ref().is_some_and(|r| r.task_id == *id) {
-            self.unsaved = None;
-        }
-        if let Ok(journal) = &mut self.journal
-            && let Err(e) = journal.acked(id)
-        {
+        let unsaved = self.unsaved.as_mut().filter(|u| u.report.task_id == *id);
+        let acked = match (unsaved, &mut self.journal) {
+            (Some(unsaved), _) => {
+                unsaved.acked = true;
+                self.save()
+            }
+            (None, Ok(journal)) => journal.acked(id),
+            (None, Err(_)) => Ok(()),
+        };
+        if let Err(e) = acked {
             // It is sent again after a restart; the host keeps the first.
             log::event("journal-failed", &[("error", &e)]);
         }
+    }
+
+    /// Writes the result that the journal could not take before, if there is one.
+    fn save(&mut self) -> Result<(), JournalError> {
+        let (Some(unsaved), Ok(journal)) = (&self.unsaved, &mut self.journal) else {
+            return Ok(());
+        };
+        journal.result(&unsaved.report)?;
+        if unsaved.acked {
+            journal.acked(&unsaved.report.task_id)?;
+        }
+        self.unsaved = None;
+        Ok(())
     }
 
     /// Brings a task to its terminal state, or finds the one that it has. `announce` is called once it is on disk that
@@ -175,25 +192,21 @@ impl Runner {
         announce(&Started {
             task_id: task.task_id,
         });
+        let config = self.live.config();
         let executed = match step.work() {
             // Journaled as any end of a step: a goal may let the steps after it run.
-            Some(Work::Script(_)) if !self.script_enabled => Executed::refused(
+            Some(Work::Script(_)) if !config.script.enabled => Executed::refused(
                 "policy: scripts are switched off in this guest ([script] enabled = false)",
             ),
-            Some(Work::File(_)) if !self.file_enabled => Executed::refused(
+            Some(Work::File(_)) if !config.file.enabled => Executed::refused(
                 "policy: files are switched off in this guest ([file] enabled = false)",
             ),
             Some(Work::Script(script)) => script::run(script, &name, &self.scripts),
-            Some(Work::File(file)) => file::write(file, &self.file_policy),
+            Some(Work::File(file)) => file::write(file, &file_policy(&config)),
             None => Executed::failed("the step says nothing that this agent can do"),
         };
-        let report = report(task.task_id, executed, started_ms, self.boot_nonce);
-        if let Ok(journal) = &mut self.journal
-            && let Err(e) = journal.result(&report)
-        {
-            log::event("journal-failed", &[("error", &e)]);
-            self.unsaved = Some(report.clone());
-        }
+        let mut report = report(task.task_id, executed, started_ms, self.boot_nonce);
+        self.store(&mut report);
         // Whoever reads this may cut the power: the result is on the disk.
         log::event(
             "ended",
@@ -207,10 +220,45 @@ impl Runner {
         Handled::Ended(report)
     }
 
-    /// The terminal state of a task that was begun before.
+    /// Has the journal take a result; marks the report if it cannot.
+    fn store(&mut self, report: &mut Report) {
+        let Ok(journal) = &mut self.journal else {
+            return;
+        };
+        let error = match journal.result(report) {
+            Ok(Kept::Whole) => return,
+            Ok(Kept::WithoutOutput) => {
+                return log::event(
+                    "output-dropped",
+                    &[
+                        ("task", &hex(&report.task_id)),
+                        (
+                            "why",
+                            &"guest disk full: the journal has the result without its output",
+                        ),
+                    ],
+                );
+            }
+            Err(e) => e,
+        };
+        log::event("journal-failed", &[("error", &error)]);
+        let why = match error {
+            JournalError::NoSpace(_) => {
+                "guest disk full: this result could not be written to the guest's journal".into()
+            }
+            e => format!("this result could not be written to the guest's journal: {e}"),
+        };
+        remark(&mut report.reason, &why);
+        self.unsaved = Some(Unsaved {
+            report: report.clone(),
+            acked: false,
+        });
+    }
+
+    /// The terminal state of a task that was started before.
     fn known(&mut self, id: &TaskId) -> Option<Report> {
-        if let Some(report) = self.unsaved.as_ref().filter(|r| r.task_id == *id) {
-            return Some(report.clone());
+        if let Some(unsaved) = self.unsaved.as_ref().filter(|u| u.report.task_id == *id) {
+            return Some(unsaved.report.clone());
         }
         match self.journal.as_mut().ok()?.phase(id).ok()?? {
             Phase::Received => None,
@@ -223,7 +271,7 @@ impl Runner {
                 Some(report(*id, executed, 0, self.boot_nonce))
             }
             Phase::Started { at_ms } => {
-                let executed = Executed::failed("begun before; its result could not be stored");
+                let executed = Executed::failed("started before; its result could not be stored");
                 let executed = Executed {
                     outcome: Outcome::Interrupted,
                     ..executed
@@ -235,39 +283,70 @@ impl Runner {
 
     /// Verifies a task and takes it up to `started`.
     fn accept(&mut self, task: &Task) -> Result<Step, Denied> {
-        if self.verifier.anchors() == 0 {
-            return Err(self.verifier.why_no_anchor().into());
+        let anchors = self.live.anchors();
+        if anchors.keys.is_empty() {
+            return Err(anchors.why_none().into());
         }
+        if matches!(
+            self.journal,
+            Err(JournalError::NoSpace(_) | JournalError::Unavailable(_))
+        ) {
+            // Whatever was in its way may be gone by now.
+            self.open_journal();
+        }
+        self.save().map_err(|e| e.to_string())?;
         let journal = self.journal.as_mut().map_err(|e| e.to_string())?;
-        let admitted = self.verifier.verify(task, journal, self.unsaved.as_ref())?;
+        let (config, unsaved) = (self.live.config(), self.unsaved.as_ref());
+        let unsaved = unsaved.map(|u| &u.report);
+        let admitted = verify(task, &anchors.keys, &config.vm_id, journal, unsaved)?;
         let origin = Origin {
             key: admitted.key.0.into(),
             seq: admitted.last.key_seq,
             digest: admitted.last.digest,
         };
         crash::at(Point::Received);
+        let not_started = |e: JournalError| format!("{e}; the task was not started");
         journal
             .received(&task.task_id, &origin)
-            .map_err(|e| e.to_string())?;
+            .map_err(not_started)?;
         crash::at(Point::Stored);
         journal
             .started(&task.task_id, clock::now_ms())
-            .map_err(|e| e.to_string())?;
+            .map_err(not_started)?;
         Ok(admitted.step)
     }
+}
+
+/// Where files may be written, and never: what the agent's own configuration names.
+fn file_policy(config: &Config) -> FilePolicy {
+    let own: [&Path; 4] = [
+        &config.path,
+        &config.trust_dir,
+        &config.state_dir,
+        &config.run_dir,
+    ];
+    FilePolicy {
+        roots: config.file.roots.clone(),
+        protected: own.map(PathBuf::from).into(),
+    }
+}
+
+/// Adds a remark to the reason of a report, which may be empty.
+pub(crate) fn remark(reason: &mut String, text: &str) {
+    if !reason.is_empty() {
+        reason.push_str("; ");
+    }
+    reason.push_str(text);
 }
 
 fn report(task_id: TaskId, executed: Executed, started_ms: u64, boot_nonce: [u8; 16]) -> Report {
     let Executed {
         outcome,
         exit,
-        mut reason,
+        reason,
         stdout,
         stderr,
     } = executed;
-    if outcome == Outcome::Done {
-        reason.clear();
-    }
     Report {
         task_id,
         outcome,

@@ -11,9 +11,9 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::thread;
 use std::time::Duration;
 
@@ -99,7 +99,8 @@ impl Shares {
 
 /// Serves the host's streams.
 pub struct Server {
-    ports: Vec<u16>,
+    /// Local TCP ports that may be dialled.
+    ports: RwLock<Vec<u16>>,
     identity: Arc<Identity>,
     active: AtomicUsize,
     shares: Shares,
@@ -139,11 +140,21 @@ impl Server {
     /// Serves these local TCP ports and no others.
     pub fn new(ports: Vec<u16>, identity: Arc<Identity>) -> Arc<Self> {
         Arc::new(Self {
-            ports,
+            ports: RwLock::new(ports),
             identity,
             active: AtomicUsize::new(0),
             shares: Shares::now(),
         })
+    }
+
+    /// Serves these ports instead, from the next stream on. Streams that are open go on.
+    pub fn allow(&self, ports: Vec<u16>) {
+        *self.ports.write().unwrap_or_else(PoisonError::into_inner) = ports;
+    }
+
+    fn allows(&self, port: u16) -> bool {
+        let ports = self.ports.read().unwrap_or_else(PoisonError::into_inner);
+        ports.contains(&port)
     }
 
     /// Accepts until the listener is gone.
@@ -297,7 +308,7 @@ impl Server {
             .service
             .tcp_port()
             .ok_or_else(|| Refusal::new(Status::UnknownService, "this agent serves tcp:PORT"))?;
-        if !self.ports.contains(&port) {
+        if !self.allows(port) {
             return Err(Refusal::new(
                 Status::Denied,
                 format!("port {port} is not in the guest's allow_ports"),

@@ -1,8 +1,8 @@
 //! The `tasks` service: the host's end of `adit_tasks::wire`. The VM is the one whose port process the stream came from;
 //! nothing that the agent says about itself changes that.
 //!
-//! The agent pulls and is then held until a task is queued: no polling on either side. Its frames are read beside that, so
-//! that a pull that waits notices the end of the connection at once. Both are one task: dropped, nothing of it is left.
+//! The agent pulls, and its pull waits until a task is queued: neither side polls. Its frames are read meanwhile, so that the
+//! end of the connection is noticed at once. Reading and answering are one future: once dropped, nothing of it goes on.
 
 use std::io;
 use std::sync::Arc;
@@ -19,10 +19,10 @@ use tokio::time::Instant;
 
 use crate::passing::Socket;
 use crate::queue::{self, QueueError};
-use crate::registry::VmEntry;
 use crate::state::State;
+use crate::vm::VmEntry;
 
-/// Ports below need CAP_NET_BIND_SERVICE in the guest: who dials from one is no unprivileged process (R59).
+/// In the guest, a port below this takes CAP_NET_BIND_SERVICE: no unprivileged process dials from one (R59).
 const PRIVILEGED: u32 = 1024;
 /// How long a guest may take for its hello.
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
@@ -30,14 +30,14 @@ const HELLO_LIMIT: Duration = Duration::from_secs(5);
 const FRAME_MAX: u32 = frame::LEN_MAX;
 /// Frames read ahead.
 const AHEAD_MAX: usize = 4;
-/// How long an agent may say nothing at all after it was given a task.
+/// How long an agent may be silent after it was handed a task.
 const OWED_LIMIT: Duration = Duration::from_secs(30);
 /// Version of every message of this service.
 const VERSION: u16 = 1;
 
-/// Takes one stream that the guest dialled, unless so many of its kind are open that it must end.
+/// Serves a stream that the guest dialled. If too many of its kind are open, closes it.
 pub fn accept(state: &Arc<State>, vm: &Arc<VmEntry>, incoming: Incoming, fd: Passed) {
-    // Apart: what any process of the guest can open must not keep the agent out.
+    // Counted separately: streams that any process of the guest can open must not keep the agent out.
     let slots = if incoming.peer_port < PRIVILEGED {
         &vm.agent_streams
     } else {
@@ -58,7 +58,7 @@ pub fn accept(state: &Arc<State>, vm: &Arc<VmEntry>, incoming: Incoming, fd: Pas
 async fn serve(state: Arc<State>, vm: Arc<VmEntry>, incoming: Incoming, fd: Passed) {
     let name = vm.config.name.clone();
     match session(&state, &vm, &incoming, fd).await {
-        Ok(()) => tracing::info!(vm = %name, "agent has gone"),
+        Ok(()) => tracing::info!(vm = %name, "agent disconnected"),
         Err(e) => tracing::warn!(vm = %name, error = %e, "agent connection ended"),
     }
 }
@@ -72,7 +72,11 @@ async fn session(
     let mut stream = Socket::new(fd.unix_stream()?.into_inner()?, vm.keeper.closer())?;
     let open = match tokio::time::timeout(HELLO_LIMIT, hello::read_async(&mut stream)).await {
         Ok(Ok(Hello::Open(open))) => open,
-        Ok(Ok(_)) => return Err(io::Error::other("the guest's hello is no open")),
+        Ok(Ok(_)) => {
+            return Err(io::Error::other(
+                "the guest's first message is not an opening hello",
+            ));
+        }
         Ok(Err(e)) => return Err(e),
         Err(_) => return Err(io::ErrorKind::TimedOut.into()),
     };
@@ -153,7 +157,7 @@ async fn converse(
     tokio::pin!(answering);
     tokio::select! {
         result = &mut answering => result,
-        // What was read ahead of the end is answered first.
+        // Frames that were read before the end are answered first.
         () = reading => answering.await,
     }
 }
@@ -193,8 +197,8 @@ async fn answer(
             () = &mut queued, if pulling.is_some() => {}
             () = tokio::time::sleep_until(owed.unwrap_or_else(Instant::now)), if owed.is_some() => {
                 if vm.session() {
-                    // It has perhaps forgotten the stream. It dials anew, and the task is handed out again.
-                    let text = format!("the agent said nothing of a task within {OWED_LIMIT:?}");
+                    // It may have lost the stream. When it dials again, it gets the task again.
+                    let text = format!("the agent was silent for {OWED_LIMIT:?} after it was handed a task");
                     return Err(io::Error::new(io::ErrorKind::TimedOut, text));
                 }
                 // A VM that is paused says nothing either.
@@ -220,7 +224,7 @@ async fn hand_out(
     let Some(handout) = leased else {
         return Ok(false);
     };
-    // A guest that asks again and again for the same task is no news.
+    // None if its state is the same: a guest may ask for a task again and again.
     state.publish(handout.task);
     let task = wire::Task {
         task_id: handout.task_id,
@@ -292,7 +296,7 @@ async fn handle(
     Ok(None)
 }
 
-/// Persists a report. Afterwards it is to be acknowledged: it is on disk, or it can never be of use here.
+/// Writes a report to the database. If this succeeds it is to be acknowledged: it is on disk, or no task here can use it.
 async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> io::Result<()> {
     let name = vm.config.name.to_string();
     let (now, id) = (state.now_ms(), adit_tasks::hex(&report.task_id));
@@ -320,8 +324,8 @@ async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> i
             Ok(())
         }
         Err(QueueError::NotLeased) => {
-            // As after a database was put back from an older copy. The guest waits for an answer to every report and sends
-            // nothing else meanwhile; when the task is handed out, its journal answers again.
+            // The database may have been restored from an older copy. The guest sends nothing else until its report is
+            // answered; when the task is handed out, its journal answers again.
             tracing::warn!(vm = %vm.config.name, task = id, "report for a task that was not handed out");
             Ok(())
         }
@@ -329,7 +333,7 @@ async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> i
     }
 }
 
-/// Texts of a guest are shown, so they are cut and have no control characters.
+/// Cuts the guest's texts and removes control characters: they are shown.
 fn bounded(facts: Facts) -> Facts {
     let cut = |text: String| text.chars().filter(|c| !c.is_control()).take(128).collect();
     Facts {

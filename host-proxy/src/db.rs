@@ -14,9 +14,11 @@ use std::time::Duration;
 use rusqlite::{Connection, ErrorCode, OptionalExtension};
 use tokio::sync::oneshot;
 
-/// Jobs in one transaction at most.
+use crate::disk;
+
+/// Most jobs in one transaction.
 const BATCH_MAX: usize = 256;
-/// Jobs that wait at most; one more waits outside.
+/// Most jobs in the queue. Whoever has another one waits until there is room.
 const WAITING_MAX: usize = 1024;
 /// How long the database may be locked by somebody else (an operator with `sqlite3`).
 const BUSY: Duration = Duration::from_secs(10);
@@ -30,7 +32,7 @@ pub type Migration = fn(&Connection) -> rusqlite::Result<()>;
 /// Why a job has no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum DbError {
-    /// SQLite says no: disk full, a broken file, …
+    /// SQLite reports an error: the disk is full, the file is broken, …
     #[error("database: {0}")]
     Sqlite(#[from] rusqlite::Error),
     /// The transaction that the job was in could not be committed.
@@ -47,7 +49,7 @@ pub enum DbError {
         known: i64,
     },
     /// A database, and not one of aditd's.
-    #[error("{path} is the database of another program: it has tables, and no schema version")]
+    #[error("{path} is the database of another program: it has tables, but no schema version")]
     Foreign {
         /// The file.
         path: String,
@@ -66,33 +68,37 @@ pub enum DbError {
 }
 
 impl DbError {
-    /// What whoever started aditd can do about a database that does not open.
-    pub fn remedy(&self) -> &'static str {
+    /// What whoever started aditd can do about the database at `path`, which does not open.
+    pub fn remedy(&self, path: &Path) -> &'static str {
+        // Without room, SQLite reports an I/O error for the files beside the database.
+        let is_full = path.parent().is_some_and(disk::is_full);
         match self {
-            Self::Sqlite(e) if e.sqlite_error_code() == Some(ErrorCode::DiskFull) => {
-                "make room there and start again: nothing that was acknowledged is lost"
+            Self::Sqlite(e)
+                if e.sqlite_error_code() == Some(ErrorCode::DiskFull)
+                    || is_full && e.sqlite_error_code() == Some(ErrorCode::SystemIoFailure) =>
+            {
+                "the disk is full: make room and start again; nothing that was acknowledged is lost"
             }
             Self::Sqlite(e) if e.sqlite_error_code() == Some(ErrorCode::NotADatabase) => {
-                "move it away and start again: its queue is lost, no VM is"
+                "move it away and start again: its tasks are lost, and the VMs that were added with `adit vm add`"
             }
             Self::Foreign { .. } => "set another state_dir, or move the file away",
             Self::Damaged { .. } => {
                 "copy it with its -wal file, then either save what can be read (`sqlite3 FILE .recover | sqlite3 NEW`, \
-                 `PRAGMA user_version` as before) or move both away: the queue is lost then, no VM is"
+                 `PRAGMA user_version` as before) or move both away: then its tasks are lost, and the VMs that were added \
+                 with `adit vm add`"
             }
             Self::Newer { .. } => {
-                "start the newer aditd, or move the file away: its queue is lost, no VM is"
+                "start the newer aditd, or move the file away: then its tasks are lost, and the VMs that were added with `adit vm add`"
             }
-            _ => {
-                "look at the disk and at who may write there; a broken file can be moved away: its queue is lost, no VM is"
-            }
+            _ => "check the disk, and that aditd may write there",
         }
     }
 }
 
 /// Tells a job's owner after the commit.
 type Answer = Box<dyn FnOnce(Result<(), String>) + Send>;
-/// Without a transaction to be in, a job is not run.
+/// A job. Where no transaction can be made, it gets the reason in place of the connection.
 type Job = Box<dyn FnOnce(Result<&Connection, String>) -> Answer + Send>;
 
 /// Handle to the database thread.
@@ -245,7 +251,7 @@ fn check(connection: &Connection, path: &Path) -> rusqlite::Result<Option<String
     let orphan = connection.query_row("PRAGMA foreign_key_check", [], |r| r.get::<_, String>(0));
     Ok(orphan
         .optional()?
-        .map(|table| format!("a row of `{table}` names one that is not there")))
+        .map(|table| format!("a row of `{table}` refers to one that does not exist")))
 }
 
 fn run(connection: Connection, path: &Path, migrations: &[Migration], jobs: &Receiver<Job>) {
@@ -254,7 +260,7 @@ fn run(connection: Connection, path: &Path, migrations: &[Migration], jobs: &Rec
         let connection = match open.take().map_or_else(|| prepare(path, migrations), Ok) {
             Ok(connection) => connection,
             Err(e) => {
-                tracing::error!(error = %e, remedy = e.remedy(), "the database is not to be had");
+                tracing::error!(error = %e, remedy = e.remedy(path), "the database cannot be opened");
                 first(Err(e.to_string()))(Ok(()));
                 continue;
             }
@@ -262,7 +268,7 @@ fn run(connection: Connection, path: &Path, migrations: &[Migration], jobs: &Rec
         if batch(&connection, first, jobs) {
             open = Some(connection);
         } else if let Err((_, e)) = connection.close() {
-            tracing::error!(error = %e, "the database does not close");
+            tracing::error!(error = %e, "cannot close the database");
         } else {
             tracing::warn!("the database is opened and checked again");
         }
@@ -272,7 +278,7 @@ fn run(connection: Connection, path: &Path, migrations: &[Migration], jobs: &Rec
 /// Runs the jobs that wait in one transaction. Returns whether the connection is still to be trusted.
 fn batch(connection: &Connection, first: Job, jobs: &Receiver<Job>) -> bool {
     if let Err(e) = connection.execute_batch("BEGIN IMMEDIATE") {
-        tracing::error!(error = %e, "no transaction to be had");
+        tracing::error!(error = %e, "cannot begin a transaction");
         first(Err(e.to_string()))(Ok(()));
         return e.sqlite_error_code() == Some(ErrorCode::DatabaseBusy);
     }
@@ -283,13 +289,13 @@ fn batch(connection: &Connection, first: Job, jobs: &Receiver<Job>) -> bool {
         let Ok(job) = jobs.try_recv() else { break };
         answers.push(job(Ok(connection)));
     }
-    // An error that ended the transaction before is of a statement; SQLite has put things right, and said so to its job.
+    // A transaction that has ended before its commit was rolled back by SQLite, and the job that failed knows.
     let is_open = !connection.is_autocommit();
     let committed = connection.execute_batch("COMMIT");
     let mut trusted = true;
     if let Err(e) = &committed {
-        tracing::error!(error = %e, "commit failed: nothing of it is acknowledged");
-        // No room is no doubt about what is on the disk.
+        tracing::error!(error = %e, "commit failed: its jobs are answered with an error");
+        // A full disk leaves no doubt about what was written.
         trusted = !is_open || e.sqlite_error_code() == Some(ErrorCode::DiskFull);
         if !connection.is_autocommit()
             && let Err(e) = connection.execute_batch("ROLLBACK")

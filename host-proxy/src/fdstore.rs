@@ -1,13 +1,12 @@
-//! What is kept of port processes outlives aditd where systemd holds descriptors for it (`FileDescriptorStoreMax=`): then
-//! a port process that is killed while no aditd runs has a successor, too.
+//! Keeps the handovers of port processes over the end of aditd, where systemd holds descriptors (`FileDescriptorStoreMax=`):
+//! a port process that is killed while no aditd runs then has a successor, too.
 //!
 //! ```text
-//! aditd ── Handover + descriptors ─► [ socket pair of the VM ] ── its only reader: aditd itself, or the next one
-//!                                       ▲ both ends are duplicated in systemd's store, once a VM
+//! aditd ── Handover + descriptors ─► [ socket pair of the VM ] ── read only by aditd itself, or the next one
+//!                                       ▲ systemd's store has duplicates of both ends
 //! ```
-//! A packet with descriptors that waits in a socket keeps them open, so the store is told of a VM once, and a newer
-//! handover only replaces the packet: first the new one goes in, then the old one is taken out. Whatever is read last
-//! is the latest.
+//! A packet that waits in a socket keeps its descriptors open. So systemd is told once for each VM, and a newer handover
+//! only replaces the packet: the new one is written before the old one is read. The last packet is the latest.
 //!
 //! Source: sd_notify(3) `FDSTORE`, sd_listen_fds(3).
 
@@ -29,7 +28,7 @@ use nix::sys::socket::{
 /// Handovers of one VM that may have been left in its socket: the new one and the old.
 const LEFT_MAX: usize = 2;
 
-/// The store, and what of it was not asked for yet.
+/// The store, and what in it no VM has asked for yet.
 #[derive(Debug, Default)]
 pub struct FdStore {
     /// There is a service manager that may have a store.
@@ -42,7 +41,7 @@ pub struct FdStore {
 pub struct Slot {
     names: [String; 2],
     send: OwnedFd,
-    /// What a handover brought waits in it.
+    /// A handover is in it.
     receive: Passed,
     closer: Closer,
     full: bool,
@@ -70,7 +69,7 @@ impl FdStore {
     /// Returns a VM's place, made if need be, and what an earlier aditd left there. `None`: there is no store.
     ///
     /// # Errors
-    /// The service manager cannot be told, or there is no socket to be had: nothing is kept over the end of this aditd.
+    /// The service manager cannot be told, or no socket can be made: nothing is kept over the end of this aditd.
     pub fn slot(&self, vm: &str, closer: &Closer) -> io::Result<Option<(Slot, Option<Left>)>> {
         let names = names(vm);
         let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
@@ -114,11 +113,11 @@ impl FdStore {
         Ok(Some((slot, None)))
     }
 
-    /// Lets go of what belongs to VMs that are no more. To be called when all were asked for.
+    /// Closes what belongs to VMs that no longer exist. To be called once all VMs have a place.
     pub fn forget_others(&self) {
         let left = std::mem::take(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner));
         for (name, fd) in left {
-            tracing::info!(name, "descriptor of a VM that is no more");
+            tracing::info!(name, "closed a descriptor of a VM that no longer exists");
             remove(&name);
             drop(Passed::from(fd));
         }
@@ -144,7 +143,7 @@ impl Slot {
         self.drain();
     }
 
-    /// The VM is no more.
+    /// Gives the place up: the VM was removed.
     pub fn remove(self) {
         self.names.iter().for_each(|name| remove(name));
     }
@@ -158,7 +157,7 @@ impl Slot {
                 Ok(_) => {}
                 Err(e) if e.would_block() => break,
                 Err(e) => {
-                    tracing::warn!(error = %e, "what an earlier aditd kept is not understood")
+                    tracing::warn!(error = %e, "cannot read what an earlier aditd kept")
                 }
             }
         }
@@ -168,7 +167,7 @@ impl Slot {
 
 fn remove(name: &str) {
     if let Err(e) = notify(&format!("FDSTOREREMOVE=1\nFDNAME={name}\n"), None) {
-        tracing::warn!(error = %e, name, "the service manager is not told");
+        tracing::warn!(error = %e, name, "cannot tell the service manager");
     }
 }
 
@@ -230,22 +229,30 @@ mod tests {
         }
     }
 
+    /// Waits until its thread has closed what the tests left: on a busy machine they are faster.
+    fn closer_has_room() {
+        while Closer::shared().stays_full() {}
+    }
+
     #[test]
     fn the_last_handover_is_found_again_and_again() {
         let mut slot = slot();
         for seq in 1..=300 {
+            closer_has_room();
             let (handover, fds) = handover(seq);
             slot.put(&handover, &fds).unwrap();
         }
         let mut passed = stored(&slot);
         drop(slot);
         for _ in 0..3 {
+            closer_has_room();
             let store = FdStore::new(passed);
             let (slot, left) = store.slot("web-1", &Closer::shared()).unwrap().unwrap();
             let (handover, fds) = left.unwrap();
             assert_eq!((handover.seq, fds.len()), (300, 1));
             passed = stored(&slot);
         }
+        closer_has_room();
         // Killed between the new packet and the old one's end.
         let store = FdStore::new(passed);
         let (slot, _) = store.slot("web-1", &Closer::shared()).unwrap().unwrap();
@@ -292,6 +299,7 @@ mod tests {
         wrong.push((vec![0; 4096], 1));
         for (packet, count) in wrong {
             for with_a_good_one in [false, true] {
+                closer_has_room();
                 let mut slot = slot();
                 if with_a_good_one {
                     slot.put(&good, &fds).unwrap();
@@ -315,6 +323,7 @@ mod tests {
                 if right.is_none() {
                     assert_eq!(seq, with_a_good_one.then_some(7), "{packet:x?} {count}");
                 }
+                closer_has_room();
                 // And the place is of use.
                 slot.put(&handover(8).0, &fds).unwrap();
                 let store = FdStore::new(stored(&slot));

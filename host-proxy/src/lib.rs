@@ -1,18 +1,19 @@
-//! `aditd`: names, HTTP and tasks of one host. Maps no guest memory: that do the port processes, one a VM.
+//! `aditd`: names, HTTP and tasks of one host. It never maps guest memory; each VM's port process does.
 //!
 //! | module | what |
 //! |---|---|
-//! | `config` | `aditd.toml` |
+//! | `config`, `reload` | `aditd.toml`; what SIGHUP applies of it |
 //! | `listen` | what every listener has: caps, shares, deadlines, descriptors in reserve |
-//! | `registry` | the VMs and how each one's channel stands |
-//! | `supervisor`, `spawn`, `ports` | a port process a VM: found or started; from which thread; spoken to |
-//! | `uids`, `cgroup`, `whose` | a user and a cgroup for each of them; which process it is |
+//! | `registry`, `vm`, `fault` | the VMs by name; one of them; what is wrong with it |
+//! | `vms`, `vm_dir` | how a VM comes, changes and goes; what becomes of its directory |
+//! | `supervisor`, `spawn`, `link` | finds or starts a VM's port process; from which thread; speaks to it |
+//! | `uids`, `cgroup`, `whose` | a user and a cgroup for each port process; which process answers |
 //! | `keeper`, `fdstore` | what a port process's successor needs; kept over the end of aditd by systemd |
 //! | `proxy` | the HTTP forward proxy |
 //! | `agent` | the tasks service that guests dial |
-//! | `queue`, `db` | the durable queue; the thread that commits it |
+//! | `queue`, `db`, `disk` | the durable queue; the thread that commits it; whether its disk is full |
 //! | `api`, `metrics` | JSON on a Unix socket; counters |
-//! | `log` | lines to stderr, one a kind a second |
+//! | `log` | lines to stderr, one of each kind a second |
 //! | `state` | what they share |
 #![deny(unsafe_code)] // but for `spawn`
 
@@ -21,42 +22,47 @@ pub mod api;
 pub mod cgroup;
 pub mod config;
 pub mod db;
+pub mod disk;
+pub mod fault;
 pub mod fdstore;
 pub mod keeper;
+pub mod link;
 pub mod listen;
 pub mod log;
 pub mod metrics;
 pub mod passing;
-pub mod ports;
 pub mod proxy;
 pub mod queue;
 pub mod registry;
+pub mod reload;
 pub mod spawn;
 pub mod state;
 pub mod supervisor;
 pub mod uids;
+pub mod vm;
+pub mod vm_dir;
+pub mod vms;
 pub mod whose;
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_channel::{hello, socket_path};
+use adit_channel::socket_path;
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::Uid;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
 
 use cgroup::Cgroups;
-use config::{Config, VmConfig};
+use config::Config;
 use db::Db;
 use fdstore::FdStore;
 use listen::Gate;
-use queue::QueueError;
-use registry::VmEntry;
 use spawn::Spawner;
 use state::State;
 use supervisor::Launch;
@@ -64,25 +70,29 @@ use supervisor::Launch;
 /// How long requests that are under way may go on after the stop.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 
-/// Runs until told to stop. Port processes, and the tunnels in them, go on. `spawner` starts
-/// them; `passed` is what systemd held for us, by name.
+/// Runs until told to stop. Port processes, and the tunnels in them, go on. `file` is where the configuration was read
+/// from; `spawner` starts port processes; `passed` is what systemd held for us, by name.
 ///
 /// # Errors
 /// One line that says what to do: another aditd runs, a port is busy, a directory or the database cannot be used.
 pub async fn run(
     config: Config,
+    file: PathBuf,
     spawner: Arc<Spawner>,
     passed: Vec<(String, OwnedFd)>,
 ) -> anyhow::Result<()> {
+    // A signal that comes before aditd serves is handled as soon as it does.
+    let hangup = signal(SignalKind::hangup()).context("cannot watch SIGHUP")?;
+    let stopped = stop_signals().context("cannot watch SIGTERM")?;
     make_dir(&config.run_dir)?;
     make_dir(&config.state_dir)?;
     let _lock = lock(&config.run_dir)?;
     let path = config.state_dir.join("aditd.db");
     let db = Db::open(&path, queue::schema::MIGRATIONS)
-        .map_err(|e| anyhow::anyhow!("cannot use {}: {e}; {}", path.display(), e.remedy()))?;
+        .map_err(|e| anyhow::anyhow!("cannot use {}: {e}; {}", path.display(), e.remedy(&path)))?;
     let mut boot_nonce = [0; 16];
     getrandom::fill(&mut boot_nonce)
-        .map_err(|e| anyhow::anyhow!("no randomness to be had: {e}"))?;
+        .map_err(|e| anyhow::anyhow!("cannot get random numbers: {e}"))?;
     let store = FdStore::new(passed);
     let launch = Launch {
         spawner,
@@ -102,22 +112,16 @@ pub async fn run(
     }
     write_address(&state.config.run_dir, "proxy.addr", &proxy)?;
 
-    load_vms(&state).await?;
+    vms::load(&state).await?;
     state.fd_store.forget_others();
     tracing::info!(proxy = %proxy.local_addr()?, api = %state.config.api_socket().display(), "serving");
-    let status = format!(
-        "proxy on {}, {} VMs",
-        proxy.local_addr()?,
-        state.registry.all().len()
-    );
-    let _ = sd_notify::notify(&[
-        sd_notify::NotifyState::Ready,
-        sd_notify::NotifyState::Status(&status),
-    ]);
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tell_status(&state);
 
     let mut tasks = tokio::task::JoinSet::new();
     let clients = tokio::spawn(proxy::serve(state.clone(), proxy));
     tasks.spawn(state.clone().expire_tasks());
+    tasks.spawn(reload::at_hangup(state.clone(), file, hangup));
     if let Some(listener) = metrics {
         let app = api::observe(state.clone()).with_state(state.clone());
         let (gate, room) = (Gate::new(state.room.metrics), state.room);
@@ -141,7 +145,7 @@ pub async fn run(
         state.stop.clone(),
     ));
     tokio::select! {
-        () = stop_signal() => tracing::info!("told to stop; port processes go on"),
+        () = stopped => tracing::info!("told to stop; port processes go on"),
         () = state.stop.cancelled() => tracing::info!("told to stop by the API"),
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
@@ -158,93 +162,19 @@ pub async fn run(
     Ok(())
 }
 
-/// Adds a VM and starts to look after it; `keep` writes it down, so that it is there after a restart.
-///
-/// # Errors
-/// Its name or CID is taken, or it cannot be written down.
-pub(crate) async fn add_vm(
-    state: &Arc<State>,
-    config: VmConfig,
-    keep: bool,
-) -> Result<Arc<VmEntry>, api::ApiError> {
-    let vm = state.registry.add(config.clone())?;
-    vm.keeper.open(&state.fd_store, config.name.as_str());
-    if keep {
-        // Lists of numbers always serialise.
-        let allow = serde_json::to_string(&config.allow).unwrap_or_default();
-        let allow_vsock = serde_json::to_string(&config.allow_vsock).unwrap_or_default();
-        let name = config.name.to_string();
-        let kept = state.db.run::<_, QueueError, _>(move |c| {
-            let row = rusqlite::params![
-                name,
-                i64::try_from(config.cid).unwrap_or(i64::MAX),
-                allow,
-                allow_vsock
-            ];
-            Ok(c.execute("INSERT OR REPLACE INTO vms VALUES (?1, ?2, ?3, ?4)", row)?)
-        });
-        if let Err(e) = kept.await {
-            state.registry.remove(&vm.config.name);
-            return Err(e.into());
-        }
+/// Tells the service manager how things are, for `systemctl status`.
+fn tell_status(state: &State) {
+    let vms = state.registry.all().len();
+    let mut status = format!("{vms} VMs");
+    let reloaded = state.reloads.show();
+    if let Some(error) = reloaded.error {
+        status.push_str(&format!("; configuration refused: {error}"));
     }
-    state.refresh_open_tasks(&vm).await;
-    let (for_agents, of_vm) = (state.clone(), vm.clone());
-    let on_incoming = move |incoming: adit_port::control::Incoming, fd| {
-        if incoming.port == hello::PORT {
-            agent::accept(&for_agents, &of_vm, incoming, fd);
-        }
-    };
-    tokio::spawn(supervisor::supervise(
-        vm.clone(),
-        state.launch.clone(),
-        on_incoming,
-    ));
-    Ok(vm)
-}
-
-/// VMs of the configuration, then those that were added by the API and do not clash with them.
-async fn load_vms(state: &Arc<State>) -> anyhow::Result<()> {
-    for vm in state.config.vm.clone() {
-        if add_vm(state, vm, false).await.is_err() {
-            bail!("the VMs of the configuration clash"); // it was checked when it was read
-        }
+    if !reloaded.restart.is_empty() {
+        status.push_str("; a restart is needed for ");
+        status.push_str(&reloaded.restart.join(", "));
     }
-    let rows = state
-        .db
-        .run::<Vec<(String, u64, String, String)>, QueueError, _>(|c| {
-            let mut statement =
-                c.prepare("SELECT name, cid, allow, allow_vsock FROM vms ORDER BY name")?;
-            let rows = statement.query_map([], |r| {
-                Ok((r.get(0)?, r.get::<_, u32>(1)?.into(), r.get(2)?, r.get(3)?))
-            })?;
-            Ok(rows.collect::<Result<_, _>>()?)
-        });
-    for (name, cid, allow, allow_vsock) in rows.await? {
-        let config = (|| {
-            Some(VmConfig {
-                name: name.parse().ok()?,
-                cid,
-                allow: serde_json::from_str(&allow).ok()?,
-                allow_vsock: serde_json::from_str(&allow_vsock).ok()?,
-                busy_poll_us: 0,
-                ivshmem_mib: crate::config::default_ivshmem_mib(),
-                allow_any_memory: false,
-            })
-        })();
-        let added = match config {
-            Some(config) => add_vm(state, config, false).await.is_ok(),
-            None => false,
-        };
-        if !added {
-            tracing::error!(
-                vm = name,
-                cid,
-                "a VM that was added earlier clashes with the configuration: not served"
-            );
-        }
-    }
-    Ok(())
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(&status)]);
 }
 
 fn make_dir(dir: &Path) -> anyhow::Result<()> {
@@ -270,17 +200,19 @@ fn lock(run_dir: &Path) -> anyhow::Result<Flock<std::fs::File>> {
         .read(true)
         .write(true)
         .mode(0o600)
-        .open(&path)?;
+        .open(&path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(mut lock) => {
-            lock.set_len(0)?;
-            write!(lock, "{}", std::process::id())?;
+            lock.set_len(0)
+                .and_then(|()| write!(lock, "{}", std::process::id()))
+                .with_context(|| format!("cannot write {}", path.display()))?;
             Ok(lock)
         }
         Err(_) => {
             let pid = std::fs::read_to_string(&path).unwrap_or_default();
             bail!(
-                "aditd runs already in {} (process {}): stop it, or set another run_dir",
+                "aditd runs in {} already (process {}): stop it, or set another run_dir",
                 run_dir.display(),
                 pid.trim()
             )
@@ -312,19 +244,18 @@ fn write_address(run_dir: &Path, file: &str, listener: &TcpListener) -> anyhow::
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-async fn stop_signal() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (term, int) = (
-        signal(SignalKind::terminate()),
-        signal(SignalKind::interrupt()),
+/// Watches the signals that stop aditd, from now on. Returns what ends at the first of them.
+fn stop_signals() -> std::io::Result<impl Future<Output = ()>> {
+    let (mut term, mut int) = (
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
     );
-    let (Ok(mut term), Ok(mut int)) = (term, int) else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
-    }
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+    })
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Log lines to stderr: of each kind one a second for each VM, and how many were left out (R111).
 //!
-//! A kind is the place in the code that says it. What a guest, a client or a port process makes happen a million times is a
-//! line a second then, and no VM's lines are lost for another's.
+//! A kind is the place in the code that logs, with the line's field `kind` if it has one. What a guest, a client or a port
+//! process makes happen a million times becomes one line a second, and no VM's lines are lost because of another's.
 
 use std::collections::HashMap;
 use std::fmt::Debug;
@@ -16,11 +16,11 @@ use tracing_subscriber::layer::{Context, Filter, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
-/// Kinds, times VMs, that are counted apart; those beyond count as one.
+/// Kinds, times VMs, that are counted separately; those beyond count as one.
 const KINDS_MAX: usize = 16_384;
-/// Most characters of a VM's name that are looked at.
+/// Most characters of a VM's name, and of a kind, that are looked at.
 const NAME_MAX: usize = 64;
-/// A kind has one line in this time.
+/// In this time a kind has one line.
 const PERIOD: Duration = Duration::from_secs(1);
 
 /// Starts logging.
@@ -39,7 +39,7 @@ pub fn start(json: bool) {
     }
 }
 
-/// What is said, and of which VM; none: what does not fit into the map.
+/// Where it is logged, and of which VM and kind; none: what does not fit into the map.
 type Kind = Option<(Identifier, String)>;
 
 #[derive(Debug, Default)]
@@ -51,7 +51,7 @@ impl Kinds {
         let over = |since: Instant| now.duration_since(since) >= PERIOD;
         let mut kind = kind;
         if self.0.len() >= KINDS_MAX && !self.0.contains_key(&kind) {
-            // Whose second is over, and who left nothing out, is as good as new.
+            // An entry whose second is over and that left nothing out is not needed.
             self.0.retain(|_, (since, left)| *left > 0 || !over(*since));
             if self.0.len() >= KINDS_MAX {
                 kind = None;
@@ -85,17 +85,17 @@ impl<S: Subscriber> Filter<S> for Limit {
     }
 
     fn event_enabled(&self, event: &Event<'_>, _: &Context<'_, S>) -> bool {
-        let mut of = OfVm(String::new());
+        let mut of = Of::default();
         event.record(&mut of);
         let meta = event.metadata();
-        let kind = Some((meta.callsite(), of.0.clone()));
+        let kind = Some((meta.callsite(), format!("{} {}", of.vm, of.kind)));
         let admitted = {
             let mut kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner);
             kinds.admit(kind, Instant::now())
         };
         if let Some(left @ 1..) = admitted {
-            let line = left_out(self.json, left, meta.target(), &of.0);
-            // A line that cannot be written stops nobody.
+            let line = left_out(self.json, left, meta.target(), &of.vm);
+            // A line that cannot be written is dropped.
             let _ = std::io::stderr().write_all(line.as_bytes());
         }
         admitted.is_some()
@@ -117,14 +117,21 @@ fn left_out(json: bool, left: u64, target: &str, vm: &str) -> String {
     }
 }
 
-/// The field `vm` of an event.
-struct OfVm(String);
+/// The fields `vm` and `kind` of an event.
+#[derive(Default)]
+struct Of {
+    vm: String,
+    kind: String,
+}
 
-impl Visit for OfVm {
+impl Visit for Of {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        if field.name() == "vm" {
-            self.0 = format!("{value:?}").chars().take(NAME_MAX).collect();
-        }
+        let kept = match field.name() {
+            "vm" => &mut self.vm,
+            "kind" => &mut self.kind,
+            _ => return,
+        };
+        *kept = format!("{value:?}").chars().take(NAME_MAX).collect();
     }
 }
 

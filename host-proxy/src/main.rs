@@ -1,11 +1,12 @@
-//! `aditd`: the host's daemon. `aditd run` serves, `aditd check-config` checks a file.
+//! `aditd`: the host's daemon. `aditd run` serves, `aditd check-config` checks a file, `aditd example-config` prints one.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 #![allow(unsafe_code)] // systemd passes descriptors as numbers
 
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use adit_host_proxy::config::{Config, DEFAULT_PATH};
+use adit_host_proxy::config::{self, Config, DEFAULT_PATH};
 use adit_host_proxy::spawn::Spawner;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -13,7 +14,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 
 const EXAMPLE: &str = "\
-A configuration:
+A configuration (`aditd example-config` prints one with every key):
   [proxy]
   listen = \"127.0.0.1:7080\"
   [[vm]]
@@ -23,15 +24,15 @@ A configuration:
 
 Then:
   aditd check-config /etc/adit/aditd.toml
-  aditd run
+  aditd run                 # SIGHUP: read the configuration again
   curl -x http://127.0.0.1:7080 http://web-1/
 
 The VMM of web-1 connects to /run/adit/vm/web-1/vhost.sock (vhost-user-vsock).
-Tunnels live in a port process for each VM and outlive aditd.";
+Each VM has a port process (adit-port) that holds its tunnels. It outlives aditd.";
 
 /// Carries management traffic and signed tasks to VMs by name.
 #[derive(Parser)]
-#[command(version, after_help = EXAMPLE)]
+#[command(name = "aditd", version, after_help = EXAMPLE)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -39,29 +40,36 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Serve until SIGTERM
+    /// Serve until SIGTERM; SIGHUP applies a changed configuration
     Run {
-        /// Configuration
+        /// Configuration file
         #[arg(long, default_value = DEFAULT_PATH, value_name = "FILE")]
         config: PathBuf,
-        /// The port process's program; default: adit-port beside this one
+        /// Program of the port processes [default: adit-port in the directory of aditd]
         #[arg(long, env = "ADIT_PORT_BIN", value_name = "FILE")]
         port_bin: Option<PathBuf>,
-        /// Log lines as JSON
+        /// Write log lines as JSON
         #[arg(long)]
         log_json: bool,
     },
-    /// Check a configuration and say what it means
+    /// Check a configuration: name every mistake, or print what it makes aditd serve
     CheckConfig {
-        /// Configuration
+        /// Configuration file
         #[arg(default_value = DEFAULT_PATH)]
         file: PathBuf,
     },
+    /// Print a configuration with every key, its meaning, default and limit, all in comments
+    ExampleConfig,
 }
 
 fn main() -> ExitCode {
-    let result = match Args::parse().command {
+    let args: Args = match adit_print::parse("aditd") {
+        Ok(args) => args,
+        Err(done) => return done,
+    };
+    let result = match args.command {
         Command::CheckConfig { file } => check(&file),
+        Command::ExampleConfig => print(&config::example()),
         Command::Run {
             config,
             port_bin,
@@ -73,29 +81,25 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("aditd: {e:#}");
-            ExitCode::FAILURE
-        }
+        Err(e) => adit_print::failed("aditd", e.as_ref()),
     }
 }
 
-fn check(file: &std::path::Path) -> anyhow::Result<()> {
+fn check(file: &Path) -> anyhow::Result<()> {
     let config = Config::load(file)?;
-    println!(
-        "{}: ok, {} VMs, proxy on {}",
-        file.display(),
-        config.vm.len(),
-        config.proxy.listen
-    );
-    Ok(())
+    print(&format!("{}: ok\n{}", file.display(), config.summary()))
 }
 
-/// What the process has from its parent and must not depend on.
+/// Writes to standard output.
+fn print(text: &str) -> anyhow::Result<()> {
+    Ok(adit_print::bytes(text.as_bytes())?)
+}
+
+/// Sets what the process inherits and must not depend on.
 fn settle() {
     // The database holds what guests are told to do and what they answered; sockets are as private.
     umask(Mode::from_bits_truncate(0o077));
-    // A client is a descriptor or three; the customary 1,024 are fewer than clients and VMs may be.
+    // A client takes up to three descriptors; the usual 1,024 are too few for the clients and VMs that there may be.
     if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && soft < hard
         && let Err(e) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
@@ -104,7 +108,7 @@ fn settle() {
     }
 }
 
-fn run(file: &std::path::Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
+fn run(file: &Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
     let beside = || Ok::<_, std::io::Error>(std::env::current_exe()?.with_file_name("adit-port"));
     let port_bin = port_bin.map_or_else(beside, Ok)?;
     anyhow::ensure!(
@@ -115,20 +119,22 @@ fn run(file: &std::path::Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> 
     let spawner =
         Spawner::start(port_bin).context("cannot make the thread that starts port processes")?;
     let passed = passed_on();
-    let config = Config::load(file)?;
+    // Whatever becomes of the working directory, SIGHUP reads the same file.
+    let file = std::path::absolute(file)?;
+    let config = Config::load(&file)?;
     settle();
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(adit_host_proxy::run(config, spawner, passed))
+        .block_on(adit_host_proxy::run(config, file, spawner, passed))
 }
 
-/// What systemd held for an earlier aditd. To be called once, before anything else is opened.
+/// Takes the descriptors that systemd held for an earlier aditd. To be called once, before anything else is opened.
 fn passed_on() -> Vec<(String, OwnedFd)> {
     let passed = match sd_notify::listen_fds_with_names() {
         Ok(passed) => passed,
         Err(e) => {
-            tracing::warn!(error = %e, "what the service manager passed on is not understood");
+            tracing::warn!(error = %e, "cannot take the descriptors that the service manager passed");
             return vec![];
         }
     };

@@ -12,6 +12,7 @@
 //!   journal answers for it.
 //! - The first terminal state stands. What has ended is kept for a while ([`retention`]).
 
+pub mod goals;
 pub mod page;
 pub mod retention;
 pub mod schema;
@@ -24,7 +25,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::db::DbError;
 
-/// Attempts of an idempotent step at most.
+/// Most attempts of an idempotent step.
 pub const ATTEMPTS_MAX: u32 = 3;
 /// Most bytes of a reason that are kept.
 const REASON_MAX: usize = 1024;
@@ -37,7 +38,7 @@ const OPEN: &str = "('queued', 'leased', 'started')";
 const TASK_COLUMNS: &str = "t.task_id, g.goal_id, t.vm, t.step, t.attempt, t.state, t.exit, t.reason, t.queued_ms, \
      t.started_ms, t.ended_ms, t.out_total, t.err_total, coalesce(substr(t.out_head, 1, 200), x'')";
 
-/// Why a goal is not taken.
+/// Why a request to the queue fails.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
     /// The same id with other content.
@@ -45,6 +46,14 @@ pub enum QueueError {
     GoalTaken {
         /// Its id.
         goal_id: String,
+    },
+    /// Its time is over: no task of it would ever be handed out.
+    #[error("goal {goal_id} was valid until {until}")]
+    GoalExpired {
+        /// Its id.
+        goal_id: String,
+        /// Its `not_after`.
+        until: Timestamp,
     },
     /// Too many tasks wait already.
     #[error("{vm} has {queued} tasks waiting, at most {max} are allowed")]
@@ -57,12 +66,15 @@ pub enum QueueError {
         max: u32,
     },
     /// No such task.
-    #[error("no such task or goal")]
+    #[error("no such task")]
     Unknown,
+    /// No such goal.
+    #[error("no such goal")]
+    UnknownGoal,
     /// A report for a task that was never handed to this VM.
     #[error("the task was not handed to this VM")]
     NotLeased,
-    /// The database says no.
+    /// The database failed.
     #[error(transparent)]
     Db(#[from] DbError),
 }
@@ -101,9 +113,17 @@ pub fn add_goal(c: &Connection, new: &NewGoal) -> Result<Vec<Task>, QueueError> 
             |r| r.get(0),
         )
         .optional()?;
+    let expired = new.goal.not_after.as_millisecond() < new.now_ms;
+    let too_late = || QueueError::GoalExpired {
+        goal_id: new.goal.goal_id.to_string(),
+        until: new.goal.not_after,
+    };
     match known {
-        Some(digest) if digest != new.digest => return Err(QueueError::GoalTaken { goal_id }),
+        Some(digest) if digest != new.digest => {
+            return Err(QueueError::GoalTaken { goal_id });
+        }
         Some(_) => {}
+        None if expired => return Err(too_late()),
         None => {
             c.execute(
                 "INSERT INTO goals (digest, goal_id, key_seq, not_after_ms, envelope, accepted_ms, not_before_ms, signer) \
@@ -132,6 +152,9 @@ pub fn add_goal(c: &Connection, new: &NewGoal) -> Result<Vec<Task>, QueueError> 
         let sql = "SELECT EXISTS (SELECT 1 FROM tasks WHERE digest = ?1 AND vm = ?2)";
         if c.query_row(sql, params![new.digest, vm.as_str()], |r| r.get(0))? {
             continue;
+        }
+        if expired {
+            return Err(too_late());
         }
         let queued = queued(c, vm.as_str())?;
         let tasks = plan(&new.goal, &new.digest, vm);
@@ -295,7 +318,7 @@ fn store(c: &Connection, report: &Report, cap: usize, now_ms: i64) -> Result<(),
          out_total = ?9, err_head = ?10, err_tail = ?11, err_total = ?12, closed_ms = ?13, kept_bytes = ?14 WHERE task_id = ?1",
         params![
             report.task_id,
-            state_name(TaskState::from(report.outcome)),
+            TaskState::from(report.outcome).name(),
             report.exit,
             reason,
             time(report.started_ms),
@@ -316,7 +339,7 @@ fn store(c: &Connection, report: &Report, cap: usize, now_ms: i64) -> Result<(),
 /// The first half and the last half of `cap` bytes, as an honest guest cuts them itself.
 fn cut(said: &Captured, cap: usize) -> Captured {
     let sent = said.head.len() + said.tail.len();
-    // That much there was at least, whatever it says.
+    // There was at least that much, whatever it says.
     let total = said.total.max(sent as u64);
     let (mut head, mut tail) = (said.head.clone(), said.tail.clone());
     if sent > cap {
@@ -444,7 +467,7 @@ pub fn goal(c: &Connection, goal_id: &str) -> Result<([u8; 32], i64), QueueError
     let sql = "SELECT digest, accepted_ms FROM goals WHERE goal_id = ?1";
     c.query_row(sql, [goal_id], |r| Ok((r.get(0)?, r.get(1)?)))
         .optional()?
-        .ok_or(QueueError::Unknown)
+        .ok_or(QueueError::UnknownGoal)
 }
 
 /// What a task wrote: head, tail, and how many bytes in all.
@@ -477,7 +500,7 @@ fn row_to_task(r: &Row<'_>) -> rusqlite::Result<Task> {
         vm: r.get(2)?,
         step: r.get(3)?,
         attempt: r.get(4)?,
-        state: parse_state(&state).ok_or(rusqlite::Error::InvalidQuery)?,
+        state: TaskState::from_name(&state).ok_or(rusqlite::Error::InvalidQuery)?,
         exit: r.get(6)?,
         reason: r.get(7)?,
         queued_at: rfc3339(r.get(8)?),
@@ -491,35 +514,6 @@ fn row_to_task(r: &Row<'_>) -> rusqlite::Result<Task> {
 /// Unix milliseconds as text.
 pub fn rfc3339(ms: i64) -> String {
     Timestamp::from_millisecond(ms).map_or_else(|_| ms.to_string(), |t| t.to_string())
-}
-
-const STATES: [(TaskState, &str); 11] = [
-    (TaskState::Queued, "queued"),
-    (TaskState::Leased, "leased"),
-    (TaskState::Started, "started"),
-    (TaskState::Done, "done"),
-    (TaskState::Failed, "failed"),
-    (TaskState::TimedOut, "timed_out"),
-    (TaskState::Interrupted, "interrupted"),
-    (TaskState::Refused, "refused"),
-    (TaskState::Skipped, "skipped"),
-    (TaskState::Expired, "expired"),
-    (TaskState::LostContact, "lost_contact"),
-];
-
-/// A state's name in the database and in JSON.
-pub fn state_name(state: TaskState) -> &'static str {
-    STATES
-        .iter()
-        .find(|(s, _)| *s == state)
-        .map_or("queued", |(_, name)| name)
-}
-
-fn parse_state(text: &str) -> Option<TaskState> {
-    STATES
-        .iter()
-        .find(|(_, name)| *name == text)
-        .map(|(s, _)| *s)
 }
 
 #[cfg(test)]

@@ -18,16 +18,20 @@ use crate::listen::{Room, Shares};
 use crate::metrics::Metrics;
 use crate::proxy::pool::Pool;
 use crate::queue::{self, retention, retention::Keep};
-use crate::registry::{Registry, VmEntry};
+use crate::registry::Registry;
+use crate::reload::Reloads;
 use crate::supervisor::Launch;
+use crate::vm::VmEntry;
 
 /// Events that a slow watcher may be behind; one more and it starts over.
 const EVENTS_BEHIND_MAX: usize = 1024;
 
 /// Shared by all tasks of the process.
 pub struct State {
-    /// As read at start.
+    /// As read at start; of its VMs, [`registry`](Self::registry) has those that are served now.
     pub config: Config,
+    /// What became of the configuration file since then.
+    pub reloads: Reloads,
     /// What a port process is started with.
     pub launch: Arc<Launch>,
     /// The VMs.
@@ -76,6 +80,7 @@ impl State {
             patient: Arc::new(Semaphore::new((room.api / 2).max(1))),
             registry: Registry::new(&config.run_dir),
             config,
+            reloads: Reloads::default(),
             launch: Arc::new(launch),
             db,
             fd_store,
@@ -118,7 +123,7 @@ impl State {
     /// Counts tasks that ended.
     pub fn count_ended(&self, tasks: &[Task]) {
         for task in tasks.iter().filter(|t| t.state.is_terminal()) {
-            self.metrics.task_ended(queue::state_name(task.state));
+            self.metrics.task_ended(task.state.name());
         }
     }
 

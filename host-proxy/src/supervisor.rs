@@ -25,10 +25,10 @@ use adit_port::control_io::{self, Message, send};
 use tokio_util::sync::CancellationToken;
 
 use crate::cgroup::Cgroups;
-use crate::ports::{Link, Said};
-use crate::registry::VmEntry;
+use crate::link::{Link, Said};
 use crate::spawn::{self, Spawner};
 use crate::uids::Uids;
+use crate::vm::VmEntry;
 use crate::whose::PortProcess;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
@@ -40,8 +40,8 @@ const SHORT_MAX: u32 = 8;
 /// Characters of a port process's reason that are shown.
 const REASON_MAX: usize = 500;
 /// A port process's log, and what it was before.
-const LOG: &str = "port.log";
-const LOG_PAST: &str = "port.log.1";
+pub(crate) const LOG: &str = "port.log";
+pub(crate) const LOG_PAST: &str = "port.log.1";
 /// Bytes of each at most, but for what is written until the next look; without aditd a port process writes four times as
 /// much and then nothing more (`adit_port::log`).
 const LOG_MAX: u64 = 1 << 20;
@@ -105,9 +105,7 @@ pub async fn supervise(
             Ok(()) if short < SHORT_MAX => short += 1,
             Ok(()) => wait = (wait * 2).min(BACKOFF_MAX),
             Err(trouble) => {
-                if vm.set_trouble(Some(trouble.clone())) {
-                    tracing::error!(vm = %vm.config.name, error = trouble, "no port process");
-                }
+                vm.set_trouble(Some(trouble));
                 wait = (wait * 2).min(BACKOFF_MAX);
             }
         }
@@ -174,8 +172,7 @@ async fn follow(
             // Its words are the port process's, which may be in its guest's hands.
             let reason: String = reason.chars().take(REASON_MAX).collect();
             let reason = (!reason.is_empty()).then(|| reason.escape_debug().to_string());
-            if let Some(reason) = &reason {
-                tracing::error!(vm = %vm.config.name, reason, "the VM needs a power cycle");
+            if reason.is_some() {
                 vm.keeper.forget();
             }
             vm.set_stuck(reason);
@@ -234,6 +231,13 @@ async fn unserved(vm: &VmEntry, started: Option<Started>) -> String {
 fn why_ended(status: std::process::ExitStatus, log: &Path, from: u64) -> String {
     let said = last_words(log, from).unwrap_or_default();
     match said.is_empty() {
+        // Then its log cannot say why.
+        true if log.parent().is_some_and(crate::disk::is_full) => {
+            format!(
+                "the port process ended ({status}), and the disk of {} is full",
+                log.display()
+            )
+        }
         true => format!("the port process ended: {status}"),
         false => format!("the port process ended ({status}): {said}"),
     }
@@ -303,6 +307,7 @@ async fn reach(
         && let Some(process) = PortProcess::behind(socket.as_fd(), &vm.dir, own, None)?
     {
         tracing::info!(vm = %vm.config.name, pid = process.pid(), "port process found");
+        vm.set_started_with(vm.spec());
         return Ok((socket, process, None));
     }
     std::fs::DirBuilder::new()
@@ -316,6 +321,8 @@ async fn reach(
     let log = vm.dir.join(LOG);
     let stderr = log_file(&vm.dir)?;
     let from = stderr.metadata()?.len();
+    let spec = vm.spec();
+    vm.set_started_with(spec.clone());
     let mut command = spawner.command();
     command
         .args(left.as_ref().map(|_| "--resume"))
@@ -326,10 +333,10 @@ async fn reach(
         .arg("--dir")
         .arg(&vm.dir)
         .arg("--busy-poll-us")
-        .arg(vm.config.busy_poll_us.to_string())
+        .arg(spec.busy_poll_us.to_string())
         .arg("--ivshmem-mib")
-        .arg(vm.config.ivshmem_mib.to_string())
-        .args(vm.config.allow_any_memory.then_some("--allow-any-memory"))
+        .arg(spec.ivshmem_mib.to_string())
+        .args(spec.allow_any_memory.then_some("--allow-any-memory"))
         .args(own.map(|own| format!("--uid={own}")))
         // Nothing of what aditd was told, by systemd or by a person, is its business.
         .env_clear()

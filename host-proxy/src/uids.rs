@@ -1,4 +1,4 @@
-//! A user for each VM's port process: what one of them can do is not done to another's, nor as root.
+//! A user for each VM's port process, so that no port process has power over another one, and none is root.
 //!
 //! Which VM has which is noted where nobody but root can write, and for as long as port processes live: the group of the
 //! VM's directory. The directory itself stays root's, and closed to its group. So the next aditd finds the same users, and
@@ -23,7 +23,7 @@ pub struct Uids {
     range: UidRange,
     /// Where the VMs' directories are.
     vms: PathBuf,
-    /// Users that somebody else was when we started.
+    /// Users that had processes when aditd started.
     others: BTreeSet<u32>,
     held: Mutex<BTreeMap<u32, Holder>>,
 }
@@ -47,11 +47,11 @@ impl Uids {
             Some(why) => why,
         };
         if config.ports.uids.is_some() {
-            bail!("cannot use the `uids` of [ports]: {why}; run aditd as root, or take them out");
+            bail!("cannot use the `uids` of [ports]: {why}; run aditd as root, or remove the key");
         }
         tracing::warn!(
             why,
-            "port processes run as aditd's own user: nothing but their filters is between one VM's and another's"
+            "port processes run as aditd's own user: only their system call filters separate the VMs"
         );
         Ok(None)
     }
@@ -65,7 +65,7 @@ impl Uids {
             if range.contains(uid) {
                 let vm = entry.file_name().to_string_lossy().into_owned();
                 let active = false;
-                // Two of one group: somebody else's doing, and the second is given another.
+                // If two have one group, adit did not do it: the second VM gets another user.
                 held.entry(uid).or_insert(Holder { vm, active });
             }
         }
@@ -111,7 +111,7 @@ impl Uids {
         Ok(uid)
     }
 
-    /// The VM is no more. Its user is given again only when there is no other left.
+    /// Notes that the VM was removed. Its user goes to another VM only when no unused one is left.
     pub fn leave(&self, vm: &str) {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         for holder in held.values_mut().filter(|h| h.vm == vm) {
@@ -119,7 +119,7 @@ impl Uids {
         }
     }
 
-    /// Takes a user from a VM that is no more, and has no process left.
+    /// Takes the user of a removed VM that has no process left.
     fn take_back(&self, held: &mut BTreeMap<u32, Holder>) -> io::Result<u32> {
         let running = running()?;
         let free = |(uid, holder): &(&u32, &Holder)| !holder.active && !running.contains(uid);
@@ -143,7 +143,7 @@ impl Uids {
 fn running() -> io::Result<BTreeSet<u32>> {
     let mut users = BTreeSet::new();
     for entry in fs::read_dir("/proc")? {
-        // What has ended since is nobody.
+        // A process that has ended since does not count.
         let Ok(status) = fs::read_to_string(entry?.path().join("status")) else {
             continue;
         };
@@ -154,7 +154,7 @@ fn running() -> io::Result<BTreeSet<u32>> {
     Ok(users)
 }
 
-/// Why aditd can make no process one of these users.
+/// Why aditd cannot start processes as these users; none: it can.
 fn cannot(range: UidRange) -> Option<String> {
     if !Uid::effective().is_root() {
         return Some("aditd is not root".into());

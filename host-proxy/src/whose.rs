@@ -4,10 +4,10 @@
 //! |---|---|
 //! | the VM's own | its port process, if it is the one that was just started, or the one that noted itself in the VM's directory |
 //! | root, or aditd's | a VMM that serves its VM itself, or a port process of an aditd that had no users to give |
-//! | anybody else | nobody that is listened to |
+//! | another | not to be trusted: refused |
 //!
-//! A descriptor of the process (pidfd) is kept for as long as it is followed: its number may go to another one, and that
-//! one is neither shown nor ended in its place.
+//! A pidfd is kept for as long as the process is followed: its number may be reused, and the process that has it then must
+//! not be shown or killed instead.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,10 +20,10 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Uid;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// It is looked so often whether one has ended that was told to.
+/// How often to check whether a process that was told to end has ended.
 const END_LOOK: Duration = Duration::from_millis(10);
 
-/// A process, whatever becomes of its number.
+/// A process, identified by its pidfd.
 #[derive(Debug)]
 pub struct PortProcess {
     pid: i32,
@@ -36,7 +36,7 @@ impl PortProcess {
     /// A child that was not waited for yet, and another pidfd of it to wait with.
     ///
     /// # Errors
-    /// There is no descriptor to be had.
+    /// No descriptor can be had.
     pub fn started(pid: u32) -> io::Result<(Self, OwnedFd)> {
         let pid = pid.cast_signed();
         let fd = open(pid)?;
@@ -53,7 +53,7 @@ impl PortProcess {
     /// the port process that was just started for it. `None`: it has ended.
     ///
     /// # Errors
-    /// It is nobody that aditd may listen to; says what to do.
+    /// aditd must not trust it; the error says what to do.
     pub fn behind(
         socket: BorrowedFd<'_>,
         dir: &Path,
@@ -98,7 +98,7 @@ impl PortProcess {
         Ok(Some(process))
     }
 
-    /// Its number, as this process sees it; 0: it sees none.
+    /// Its process id; 0 if it has none in this PID namespace.
     pub fn pid(&self) -> u32 {
         self.pid.cast_unsigned()
     }
@@ -123,7 +123,10 @@ impl PortProcess {
         };
         let ended = tokio::time::timeout(limit, ended).await;
         if let (Err(_), true, Some(fd)) = (ended, self.ours, &self.fd) {
-            tracing::warn!(pid = self.pid, "it does not end when it is told to: killed");
+            tracing::warn!(
+                pid = self.pid,
+                "the port process does not end when told to: killed"
+            );
             // It may just have done so.
             let _ = pidfd_send_signal(fd, Signal::KILL);
         }

@@ -52,7 +52,10 @@ pub enum DraftError {
 
 /// A draft.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a draft: a mapping with the key `steps`"
+)]
 pub struct Draft {
     /// How long it may be begun after signing: `30m`, `24h`, `7d`.
     #[serde(default = "day")]
@@ -88,6 +91,8 @@ impl Draft {
     /// It is none; says where and why.
     pub fn parse(text: &str, file: &str) -> Result<Self, DraftError> {
         let options = serde_saphyr::options! { duplicate_keys: serde_saphyr::options::DuplicateKeyPolicy::Error };
+        let place =
+            || serde_saphyr::from_str_with_options::<place::Place>(text, options.clone()).ok();
         let parse = |e: serde_saphyr::Error| {
             let e = e.without_snippet();
             let at = e.location();
@@ -97,19 +102,26 @@ impl Draft {
             let message = message
                 .strip_suffix(&format!(" at line {line}, column {column}"))
                 .unwrap_or(&message);
+            let message = crate::plain(message);
+            // A message about a value begins with a verb; one about a key names it.
+            let key = match message.starts_with("must ") || message.starts_with("has ") {
+                true => place().and_then(|p| p.at((line, column))),
+                false => None,
+            };
+            let key = key.filter(|key| !key.is_empty());
+            let message = key.map_or(message.clone(), |key| format!("`{key}`: {message}"));
             DraftError::Parse {
                 file: file.into(),
                 line,
                 column,
-                message: shown(&message.replace('\n', " ")),
+                message: shown(&message),
             }
         };
         let draft: Self =
             serde_saphyr::from_str_with_options(text, options.clone()).map_err(parse)?;
         let value = |source: GoalError| {
-            let place = serde_saphyr::from_str_with_options::<place::Place>(text, options.clone());
-            let (line, column) = match (&source, place) {
-                (GoalError::Value { key, .. }, Ok(place)) => place.find(key),
+            let (line, column) = match (&source, place()) {
+                (GoalError::Value { key, .. }, Some(place)) => place.find(key),
                 _ => (1, 1),
             };
             DraftError::Value {
@@ -203,6 +215,93 @@ mod tests {
         let goal = Goal::parse_unverified(&payload).unwrap();
         assert_eq!(goal.not_after.to_string(), "2026-11-21T00:00:00Z");
         assert_eq!(goal.steps[0].script.as_ref().unwrap().script, "echo hi\n");
+    }
+
+    #[test]
+    fn mistakes_are_told_in_the_words_of_whoever_wrote_the_draft() {
+        let script = "interpreter: /bin/sh";
+        let and = |more: &str| format!("{script}\n      {more}");
+        for (from, to, says) in [
+            (
+                script,
+                and("timeout_s: soon"),
+                "`steps[0].script.timeout_s`: must be a whole number",
+            ),
+            (
+                script,
+                and("timeout_s: -1"),
+                "`steps[0].script.timeout_s`: must be a whole number",
+            ),
+            (
+                script,
+                and("args: one"),
+                "`steps[0].script.args`: must be a list",
+            ),
+            (
+                script,
+                and("args: [[1]]"),
+                "`steps[0].script.args[0]`: must be text",
+            ),
+            (
+                script,
+                and("env: []"),
+                "`steps[0].script.env`: must be a mapping",
+            ),
+            (
+                script,
+                and("cwd: [a]"),
+                "`steps[0].script.cwd`: must be text",
+            ),
+            (script, and("cwd: ~"), "`steps[0].script.cwd`: must be text"),
+            (
+                script,
+                and("interpreter: /bin/sh"),
+                "`interpreter` is given twice",
+            ),
+            (
+                script,
+                "interpeter: /bin/sh".into(),
+                "unknown key `interpeter`; it could be `interpreter`, `script`",
+            ),
+            (script, String::new(), "`interpreter` is missing"),
+            (
+                "{path: /etc/motd, content: hi}",
+                "motd".into(),
+                "`steps[1].file`: must be a mapping",
+            ),
+            (
+                "{path: /etc/motd, content: hi}",
+                "[a, b]".into(),
+                "`steps[1].file`: must be a mapping",
+            ),
+            (
+                "id: motd",
+                "idempotent: 7\n    id: motd".into(),
+                "`steps[1].idempotent`: must be true or false",
+            ),
+        ] {
+            let e = Draft::parse(&GOOD.replacen(from, &to, 1), "g.yaml")
+                .unwrap_err()
+                .to_string();
+            assert!(e.contains(says), "{to}: {e}");
+            for jargon in [
+                "struct",
+                "invalid",
+                "field",
+                "u32",
+                "Option",
+                "DuplicateKeyPolicy",
+                "deserialize",
+            ] {
+                assert!(!e.contains(jargon), "{to}: {e}");
+            }
+        }
+        for text in ["", "hello", "[]", "steps: 5", "steps: {}", "steps: [hello]"] {
+            let e = Draft::parse(text, "g.yaml").unwrap_err().to_string();
+            for jargon in ["struct", "invalid", "field", "expected"] {
+                assert!(!e.contains(jargon), "{text}: {e}");
+            }
+        }
     }
 
     #[test]

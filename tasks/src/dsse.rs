@@ -36,7 +36,7 @@ pub enum EnvelopeError {
         len: usize,
     },
     /// Not the JSON that it should be; says line and column.
-    #[error("envelope is malformed: {}", object::shown(.0))]
+    #[error("envelope is malformed: {}", object::shown_plain(.0))]
     Json(#[source] serde_json::Error),
     /// A type that this build does not know.
     #[error("envelope has type `{0}`, only {GOAL_TYPE} is known")]
@@ -78,7 +78,10 @@ pub enum VerifyError {
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "an envelope: an object with the keys `payload`, `payloadType` and `signatures`"
+)]
 struct RawEnvelope {
     payload: String,
     #[serde(rename = "payloadType")]
@@ -88,7 +91,10 @@ struct RawEnvelope {
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a signature: an object with the keys `keyid` and `sig`"
+)]
 struct RawSignature {
     keyid: String,
     sig: String,

@@ -41,7 +41,7 @@ pub const OUTPUT_CAP_MAX: u32 = 256 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum GoalError {
     /// Not the JSON that it should be; says line, column and key.
-    #[error("{}", object::shown(.0))]
+    #[error("{}", object::shown_plain(.0))]
     Json(#[source] serde_json::Error),
     /// A value that has the right type and cannot be used.
     #[error("`{key}`: {why}")]
@@ -61,7 +61,10 @@ pub enum GoalError {
 
 /// A goal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a goal: a mapping with the key `steps`"
+)]
 pub struct Goal {
     /// Names it.
     pub goal_id: Uuid,
@@ -83,7 +86,10 @@ pub struct Goal {
 
 /// Whom a goal is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "an audience: a mapping with the key `vms`"
+)]
 pub struct Audience {
     /// Ids of VMs.
     pub vms: Vec<VmId>,
@@ -91,7 +97,10 @@ pub struct Audience {
 
 /// One step: exactly one of `script` and `file`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a step: a mapping with the key `id`, and `script` or `file`"
+)]
 pub struct Step {
     /// Names it within its goal: `[a-z0-9_-]`, 1 to 64 bytes.
     pub id: String,
@@ -140,7 +149,10 @@ impl Step {
 /// A program to run: `interpreter SCRIPT-FILE args…`, never through a shell of ours. The text is handed over as a
 /// temporary file that only the user it runs as can read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a script: a mapping with the keys `interpreter` and `script`"
+)]
 pub struct Script {
     /// Absolute path of the program that reads the text.
     pub interpreter: String,
@@ -175,7 +187,10 @@ pub struct Script {
 
 /// A file to write: whole, atomically.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a file: a mapping with the keys `path` and `content`"
+)]
 pub struct FileStep {
     /// Absolute path under a root that the guest allows; no symbolic link on the way is followed.
     pub path: String,
@@ -185,7 +200,7 @@ pub struct FileStep {
     /// Content as base64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content_base64: Option<String>,
-    /// Mode as octal text.
+    /// Mode as octal text, up to 7777, with `0` or `0o` before it or nothing.
     #[serde(default = "mode")]
     pub mode: String,
     /// Owner by name or number (see [`Principal`]).
@@ -207,11 +222,15 @@ impl FileStep {
         }
     }
 
-    /// The mode bits; `None` cannot happen in a goal that was parsed.
+    /// The mode bits, of three or four octal digits with `0` or `0o` before them or nothing; `None` cannot happen in a goal that was parsed.
     pub fn mode_bits(&self) -> Option<u32> {
-        u32::from_str_radix(&self.mode, 8).ok().filter(|&m| {
-            m <= 0o7777 && (3..=4).contains(&self.mode.len()) && !self.mode.starts_with('+')
-        })
+        let octal = |digits: &str| {
+            let plain =
+                (3..=4).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
+            plain.then(|| u32::from_str_radix(digits, 8).ok())?
+        };
+        let marked = self.mode.strip_prefix("0o").or(self.mode.strip_prefix('0'));
+        octal(&self.mode).or_else(|| octal(marked?))
     }
 }
 
@@ -379,7 +398,10 @@ fn check_file(f: &FileStep, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
         return bad(&at("path"), "must name a file, not a directory");
     }
     if f.mode_bits().is_none() {
-        return bad(&at("mode"), "must be octal, such as \"0644\"");
+        return bad(
+            &at("mode"),
+            "must be octal digits in quotes, such as \"0644\" or \"02775\", up to \"07777\"",
+        );
     }
     if f.content.is_some() == f.content_base64.is_some() {
         return bad(
@@ -568,6 +590,38 @@ pub(crate) mod tests {
             e.len() < 1024 && !e.chars().any(char::is_control),
             "{e:.80}"
         );
+    }
+
+    #[test]
+    fn a_mode_is_octal_with_a_leading_zero_or_without() {
+        for (text, bits) in [
+            ("644", Some(0o644)),
+            ("0644", Some(0o644)),
+            ("2775", Some(0o2775)),
+            ("02775", Some(0o2775)),
+            ("0o2775", Some(0o2775)),
+            ("07777", Some(0o7777)),
+            ("000", Some(0)),
+            ("0o644", Some(0o644)),
+            ("10000", None),
+            ("010000", None),
+            ("0o10000", None),
+            ("0888", None),
+            ("+644", None),
+            ("-644", None),
+            ("0x1ff", None),
+            ("0o", None),
+            ("64", None),
+            ("0 644", None),
+            ("", None),
+        ] {
+            let mode = |text: &str| format!("\"mode\": \"{text}\", \"content\"");
+            let parsed = parse(&GOOD.replacen("\"content\"", &mode(text), 1));
+            let got = parsed
+                .ok()
+                .map(|g| g.steps[1].file.as_ref().unwrap().mode_bits());
+            assert_eq!(got, bits.map(Some), "{text}");
+        }
     }
 
     #[test]

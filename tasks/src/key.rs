@@ -193,6 +193,11 @@ impl TrustStore {
         }
     }
 
+    /// The keys, in the order of their ids.
+    pub fn keys(&self) -> impl Iterator<Item = &PublicKey> {
+        self.keys.values()
+    }
+
     /// Number of keys.
     pub fn len(&self) -> usize {
         self.keys.len()

@@ -12,6 +12,7 @@
 //! | `dsse`, `key` | envelopes and signatures; keys and trust anchors |
 //! | `plan` | goal and VM → tasks with derived ids |
 //! | `principal` | whom a file is to belong to |
+//! | `plain` | what a parser says, in plain words |
 //! | `admit` | what a guest checks before it does anything |
 //! | `wire` | messages of the `tasks` service |
 #![forbid(unsafe_code)]
@@ -23,6 +24,7 @@ pub mod dsse;
 pub mod goal;
 pub mod key;
 mod object;
+pub mod plain;
 pub mod plan;
 mod principal;
 mod vm_id;
@@ -31,6 +33,7 @@ pub mod wire;
 pub use admit::{Admitted, Denial, admit};
 pub use goal::{Goal, Step};
 pub use key::{KeyId, PublicKey, TrustStore};
+pub use plain::plain;
 pub use plan::{PlannedTask, plan, task_id};
 pub use principal::Principal;
 pub use vm_id::{VmId, VmIdError};

@@ -49,6 +49,11 @@ pub(crate) fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
         .collect())
 }
 
+/// [`shown`], in the words of whoever wrote the text that was parsed.
+pub(crate) fn shown_plain(message: &impl fmt::Display) -> String {
+    shown(&crate::plain(&message.to_string()))
+}
+
 /// A message that quotes what a peer sent: no control byte, at most 512 characters (R72).
 pub(crate) fn shown(message: &impl fmt::Display) -> String {
     let text = message.to_string();

@@ -125,7 +125,8 @@ pub struct Report {
     pub outcome: Outcome,
     /// Exit status (128+N for a signal); none if nothing ran.
     pub exit: Option<i32>,
-    /// Why, for people: empty when `Done`; for `Refused` begins with a stable code such as `wrong-target:`.
+    /// Why, for people; for `Refused` begins with a stable code such as `wrong-target:`. Empty when `Done`, unless something
+    /// about it must be known: that the guest's journal has no space for it, for example.
     pub reason: String,
     /// Unix time in ms by the guest's clock; 0 if it did not start.
     pub started_ms: u64,

@@ -253,6 +253,10 @@ fn vms_are_added_kept_and_removed_and_used_names_are_refused() {
         adit(&host, &["vm", "add", "b", "--cid", "9", "--allow", "80"]).0,
         0
     );
+    let (code, said) = adit(&host, &["vm", "set", "b", "--allow", "443,80"]);
+    assert!(code == 0 && said.contains("443, 80"), "{said}");
+    let (code, said) = adit(&host, &["vm", "set", "a", "--allow", "443"]);
+    assert!(code == 1 && said.contains("aditd.toml"), "{said}");
     for args in [
         ["vm", "add", "b", "--cid", "10"],
         ["vm", "add", "c", "--cid", "9"],
@@ -354,7 +358,7 @@ fn a_vm_without_a_guest_gets_503_with_the_reason() {
         "{said}"
     );
     let (code, said) = adit(&host, &["wait", "a", "--timeout", "50ms"]);
-    assert!(code == 124 && said.contains("Waiting"), "{said}");
+    assert!(code == 124 && said.contains("waiting"), "{said}");
 }
 
 /// RssAnon of a process, KiB.

@@ -209,7 +209,7 @@ impl MutEventSubscriber for Api {
             }
             Err(e) if e.kind() == ErrorKind::WouldBlock => {}
             Err(e) => {
-                eprintln!("adit-vmm: API: {e}");
+                adit_print::note!("adit-vmm: API: {e}");
                 std::thread::sleep(PATIENCE / 10); // the client stays in the backlog, so without a pause this would spin
             }
         }
@@ -220,7 +220,7 @@ impl MutEventSubscriber for Api {
 /// get that number.
 fn unwatch(ops: &mut EventOps<'_>, client: &UnixStream) {
     if let Err(e) = ops.remove(Events::new(client, EventSet::IN)) {
-        eprintln!("adit-vmm: API: {e:?}");
+        adit_print::note!("adit-vmm: API: {e:?}");
     }
 }
 

@@ -109,7 +109,7 @@ impl Bus {
         if let Some((mut transport, offset)) = self.window(address) {
             transport.write(offset, data);
         } else if let Some(Err(e)) = self.pci.as_ref().map(|p| p.function.write(address, data)) {
-            eprintln!("adit-vmm: the ring's PCI function: {e}");
+            adit_print::note!("adit-vmm: the ring's PCI function: {e}");
         }
     }
 }

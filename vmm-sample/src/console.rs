@@ -140,7 +140,7 @@ impl Console {
                 if file.left == 0 {
                     let mib = FILE_MAX >> 20;
                     let path = path.display();
-                    eprintln!(
+                    adit_print::note!(
                         "adit-vmm: {path} has {mib} MiB, so the serial line's output is dropped: move the file away"
                     );
                 }

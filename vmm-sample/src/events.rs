@@ -26,6 +26,8 @@ pub fn signals() -> anyhow::Result<SignalFd> {
     let mut set = SigSet::empty();
     set.add(Signal::SIGTERM);
     set.add(Signal::SIGINT);
+    // Its terminal has gone: QEMU ends then, too.
+    set.add(Signal::SIGHUP);
     set.thread_block()?;
     Ok(SignalFd::with_flags(
         &set,
@@ -33,7 +35,7 @@ pub fn signals() -> anyhow::Result<SignalFd> {
     )?)
 }
 
-/// SIGTERM and SIGINT end the VM, like pulling its plug. The VM's own end wakes the loop.
+/// SIGTERM, SIGINT and SIGHUP end the VM, like pulling its plug. The VM's own end wakes the loop.
 struct Ends(SignalFd, Arc<Exit>);
 
 impl MutEventSubscriber for Ends {
@@ -109,7 +111,7 @@ impl Drop for Keyboard {
 /// Watches a descriptor for reading.
 pub fn watch(ops: &mut EventOps<'_>, fd: i32) {
     if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
-        eprintln!("adit-vmm: a descriptor cannot be watched: {e}");
+        adit_print::note!("adit-vmm: a descriptor cannot be watched: {e}");
     }
 }
 
@@ -137,5 +139,20 @@ pub fn until_end(
             return Ok(reason);
         }
         events.run().context("event loop")?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_that_goes_away_ends_the_vm_as_sigterm_does() {
+        let signals = signals().unwrap();
+        for signal in [Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT] {
+            nix::sys::signal::raise(signal).unwrap();
+            let taken = signals.read_signal().unwrap().unwrap();
+            assert_eq!(taken.ssi_signo, signal as u32);
+        }
     }
 }

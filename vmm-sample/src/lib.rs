@@ -3,6 +3,7 @@
 //! Written to be read: `run` follows a command from start to end, `machine` puts a VM together, `boot` and `acpi` tell the
 //! kernel where everything is, `vcpu` and [`bus`] answer the guest, [`virtio`] holds transport and devices. This is a program:
 //! what is public here is public for tests that run without KVM.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod acpi;
 mod api;

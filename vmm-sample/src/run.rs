@@ -3,8 +3,6 @@
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
-use clap::Parser;
-
 use crate::bus::lock;
 use crate::console::LineState;
 use crate::exit::Reason;
@@ -21,25 +19,26 @@ use nix::sys::signalfd::SignalFd;
 
 /// The program's entry.
 pub fn main() -> ExitCode {
-    let done = match Options::parse().command {
+    let options: Options = match adit_print::parse("adit-vmm") {
+        Ok(options) => options,
+        Err(done) => return done,
+    };
+    let done = match options.command {
         Command::Run(options) => run(&options).map(ended),
         Command::Restore(options) => restore(&options).map(ended),
         Command::Bare { image, ring } => {
             let tried = if ring { bare::ring } else { bare::smoke }(&image);
-            tried.map(|said| {
-                println!("{said}");
-                ExitCode::SUCCESS
+            tried.and_then(|said| {
+                adit_print::line(&said)?;
+                Ok(ExitCode::SUCCESS)
             })
         }
     };
-    done.unwrap_or_else(|e| {
-        eprintln!("adit-vmm: {e:#}");
-        ExitCode::FAILURE
-    })
+    done.unwrap_or_else(|e| adit_print::failed("adit-vmm", e.as_ref()))
 }
 
 fn ended(reason: Reason) -> ExitCode {
-    eprintln!("adit-vmm: {reason}");
+    adit_print::note!("adit-vmm: {reason}");
     ExitCode::from(reason.status())
 }
 
@@ -120,7 +119,7 @@ fn go(
             // Keep the entry: a supervisor starts this process again.
             registered.keep();
         } else if let Err(e) = registered.leave() {
-            eprintln!("adit-vmm: {e:#}");
+            adit_print::note!("adit-vmm: {e:#}");
         }
     }
     reason

@@ -37,3 +37,31 @@ fn r116_a_vm_name_that_is_a_path_is_refused() {
         assert_eq!(mode(), before, "{name:?}");
     }
 }
+
+#[test]
+fn what_cannot_be_printed_is_no_panic() {
+    let vmm = |args: &[&str]| {
+        let mut vmm = Command::new(env!("CARGO_BIN_EXE_adit-vmm"));
+        vmm.args(args);
+        vmm
+    };
+    let full = || {
+        std::fs::File::options()
+            .write(true)
+            .open("/dev/full")
+            .unwrap()
+    };
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let out = vmm(&["--help"]).stdout(writer).output().unwrap();
+    assert_eq!((out.status.code(), out.stderr.len()), (Some(141), 0));
+    let out = vmm(&["--help"]).stdout(full()).output().unwrap();
+    assert_eq!(out.status.code(), Some(1));
+    assert!(!out.stderr.is_empty());
+    // An error keeps its status where nobody can be told of it.
+    let absent = ["run", "--kernel", "/absent"];
+    assert_eq!(
+        vmm(&absent).stderr(full()).status().unwrap().code(),
+        Some(1)
+    );
+}

@@ -3,14 +3,18 @@
 //! The agent is the reaper of its tasks' orphans: a process whose parent has died becomes the agent's child, and stays a
 //! zombie until the agent waits for it. So each end of a child wakes a thread, which waits for whatever has ended, at
 //! once. A child whose status somebody needs is *claimed*, and left to whoever claimed it; the lock is held from before
-//! its fork until it is claimed, so that it cannot be taken in between.
+//! its fork until it is claimed, so that nobody else reaps it in between.
+//!
+//! The same thread takes the agent's own signals: SIGTERM and SIGINT end it, SIGHUP reloads its configuration.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::io;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
@@ -24,14 +28,27 @@ use crate::{log, sys};
 /// Stack of the reaping thread; the process table is on the heap.
 const STACK_BYTES: usize = 128 * 1024;
 
-/// Pids of children that somebody waits for.
-static CLAIMED: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
+/// How long a start that is under way may keep the agent from ending.
+const START_LIMIT: Duration = Duration::from_secs(3);
+
+/// The children that somebody waits for.
+struct Children {
+    /// Their pids.
+    claimed: BTreeSet<i32>,
+    /// No child starts any more.
+    closed: bool,
+}
+
+static CHILDREN: Mutex<Children> = Mutex::new(Children {
+    claimed: BTreeSet::new(),
+    closed: false,
+});
 
 /// Children that are being started.
 static STARTING: AtomicUsize = AtomicUsize::new(0);
 
-fn claimed() -> MutexGuard<'static, BTreeSet<i32>> {
-    CLAIMED.lock().unwrap_or_else(PoisonError::into_inner)
+fn children() -> MutexGuard<'static, Children> {
+    CHILDREN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A child that its owner waits for; from the drop on it is anybody's.
@@ -40,8 +57,8 @@ pub struct Claim(i32);
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        claimed().remove(&self.0);
-        // Its end was told while it was claimed, and is not told again.
+        children().claimed.remove(&self.0);
+        // SIGCHLD for it came while it was claimed, and does not come again.
         orphans();
     }
 }
@@ -49,21 +66,65 @@ impl Drop for Claim {
 /// Starts a child and claims it.
 ///
 /// # Errors
-/// It does not start. Nothing is claimed then.
+/// It does not start, or the agent is ending. Nothing is claimed then.
 pub fn spawn(start: impl FnOnce() -> io::Result<Child>) -> io::Result<(Child, Claim)> {
     STARTING.fetch_add(1, Ordering::SeqCst);
     let started = {
-        let mut claimed = claimed();
-        // A start that fails waits for its child in here, which would panic if there were none.
-        start().map(|child| {
-            let pid = child.id() as i32;
-            claimed.insert(pid);
-            (child, Claim(pid))
-        })
+        let mut children = children();
+        if children.closed {
+            Err(io::Error::other("the agent is ending"))
+        } else {
+            // A start that fails waits for its child in here, which would panic if there were none.
+            start().map(|child| {
+                let pid = child.id() as i32;
+                children.claimed.insert(pid);
+                (child, Claim(pid))
+            })
+        }
     };
     STARTING.fetch_sub(1, Ordering::SeqCst);
     orphans();
     started
+}
+
+/// No child starts while this lives.
+#[derive(Debug)]
+pub struct Closed(());
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        children().closed = false;
+    }
+}
+
+/// Lets no child start from now on. One that is being started is waited for, so that it can be found afterwards by what its
+/// program has (its environment); but not for long: its working directory may not answer.
+pub fn close() -> Closed {
+    let until = Instant::now() + START_LIMIT;
+    loop {
+        match CHILDREN.try_lock() {
+            Ok(mut children) => children.closed = true,
+            Err(TryLockError::Poisoned(e)) => e.into_inner().closed = true,
+            Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                thread::sleep(Duration::from_millis(5));
+                continue;
+            }
+            Err(TryLockError::WouldBlock) => kill_unstarted(),
+        }
+        return Closed(());
+    }
+}
+
+/// Kills the children that have not reached their program yet: they still run ours.
+fn kill_unstarted() {
+    let me = std::process::id() as i32;
+    let program = |pid: i32| fs::read_link(format!("/proc/{pid}/exe")).ok();
+    let ours = program(me);
+    let table = proc::table();
+    let unstarted = table
+        .values()
+        .filter(|p| p.parent == me && !p.zombie && program(p.id.pid) == ours);
+    unstarted.for_each(|p| drop(proc::kill(p.id)));
 }
 
 /// Runs a command to its end.
@@ -83,7 +144,8 @@ pub fn orphans() {
     if STARTING.load(Ordering::SeqCst) > 0 {
         return;
     }
-    let claimed = claimed();
+    let children = children();
+    let claimed = &children.claimed;
     let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     loop {
         match waitid(Id::All, look).map(|status| status.pid()) {
@@ -105,9 +167,14 @@ fn reap(pid: Pid) {
     let _ = waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG);
 }
 
-/// What the reaping thread takes: a child's end, and the order to stop.
+/// What the reaping thread takes: a child's end, the orders to stop, the order to reload.
 fn signals() -> SigSet {
-    SigSet::from_iter([Signal::SIGCHLD, Signal::SIGTERM])
+    SigSet::from_iter([
+        Signal::SIGCHLD,
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+    ])
 }
 
 /// Keeps these signals from every thread that begins later; a reaper takes them instead. For the first thread, before there
@@ -121,22 +188,77 @@ pub fn hold_signals() -> io::Result<()> {
     Ok(signals().thread_block()?)
 }
 
-/// Starts the reaping thread, for as long as the process lives.
+/// Starts the reaping thread, for as long as the process lives. `reload` is called at each SIGHUP.
 ///
 /// # Errors
 /// There is no descriptor or thread to be had.
-pub fn start() -> io::Result<()> {
+pub fn start(reload: impl Fn() + Send + 'static) -> io::Result<()> {
     let arrived = SignalFd::with_flags(&signals(), SfdFlags::SFD_CLOEXEC)?;
     let reaper = thread::Builder::new().name("reaper".into());
     reaper.stack_size(STACK_BYTES).spawn(move || {
         loop {
             orphans();
             match arrived.read_signal() {
-                Ok(Some(signal)) if signal.ssi_signo == Signal::SIGTERM as u32 => script::stop(),
-                Ok(_) | Err(Errno::EINTR) => {}
+                Ok(Some(signal)) => match Signal::try_from(signal.ssi_signo as i32) {
+                    Ok(Signal::SIGTERM | Signal::SIGINT) => script::stop(),
+                    Ok(Signal::SIGHUP) => reload(),
+                    _ => {}
+                },
+                Ok(None) | Err(Errno::EINTR) => {}
                 Err(e) => return log::event("reaper-failed", &[("error", &e)]),
             }
         }
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::exec::alone;
+
+    #[test]
+    fn no_child_starts_once_the_agent_is_ending() {
+        let _alone = alone();
+        let closed = close();
+        let mut forked = false;
+        let started = spawn(|| {
+            forked = true;
+            Command::new("true").spawn()
+        });
+        assert!(started.is_err() && !forked);
+        drop(closed);
+        assert!(status(&mut Command::new("true")).unwrap().success());
+    }
+
+    #[test]
+    fn a_start_under_way_is_waited_for_before_the_agent_looks_for_what_runs() {
+        let _alone = alone();
+        let (inside, is_inside) = channel();
+        let (go, may_go) = channel::<()>();
+        let order = &Mutex::new(Vec::new());
+        thread::scope(|s| {
+            s.spawn(move || {
+                let (mut child, _claim) = spawn(|| {
+                    inside.send(()).unwrap();
+                    may_go.recv().unwrap();
+                    let child = Command::new("true").spawn();
+                    order.lock().unwrap().push("started");
+                    child
+                })
+                .unwrap();
+                child.wait().unwrap();
+            });
+            is_inside.recv().unwrap();
+            s.spawn(|| {
+                let closed = close();
+                order.lock().unwrap().push("closed");
+                drop(closed);
+            });
+            go.send(()).unwrap();
+        });
+        assert_eq!(*order.lock().unwrap(), ["started", "closed"]);
+    }
 }

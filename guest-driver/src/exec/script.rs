@@ -33,6 +33,7 @@ use super::capture::Capture;
 use super::reap::{self, Claim};
 use super::tree::{MARKER, Tree, kill_orphans};
 use crate::crash::{self, Point};
+use crate::runner::remark;
 use crate::{log, protect, sys};
 
 /// Between SIGTERM and SIGKILL at a timeout.
@@ -112,10 +113,12 @@ fn running() -> MutexGuard<'static, Option<Job>> {
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Ends this process, and the script that runs before: nobody would watch its time. The lock stays taken, so that the end
-/// of the script is no result: the next agent reports it as interrupted.
+/// Ends this process, and before it the script that runs: nobody would watch its time. The lock stays taken, so that the
+/// end of the script is no result: the next agent reports it as interrupted. No script starts from here on: one that did
+/// after the look would outlive the agent.
 pub fn stop() -> ! {
     let running = running();
+    let _closed = reap::close();
     if let Some((task, cgroups)) = &*running {
         let dead = kill_orphans(task, cgroups.as_deref());
         log::event("stopped", &[("task", task), ("killed", &dead)]);
@@ -368,12 +371,11 @@ fn supervise(mut child: Running, script: &Script, timeout: Duration, tree: &Tree
     };
     if outcome != Outcome::Done {
         for limit in tree.hit() {
-            reason.push_str("; ");
-            reason.push_str(&limit);
+            remark(&mut reason, &limit);
         }
     }
     if !clean {
-        reason.push_str("; some of its processes could not be killed");
+        remark(&mut reason, "some of its processes could not be killed");
     }
     let (stdout, stderr) = (child.out.capture.finish(), child.err.capture.finish());
     Executed {

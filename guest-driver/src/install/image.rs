@@ -96,6 +96,14 @@ impl Image {
         Ok((at, name))
     }
 
+    /// Tells whether there is something at a path; a link is followed, within the image.
+    pub fn has(&self, path: &str) -> bool {
+        let how = OpenHow::new()
+            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+        openat2(&self.0, path, how).is_ok()
+    }
+
     fn lookup(&self, path: &Path) -> nix::Result<OwnedFd> {
         let how = OpenHow::new()
             .flags(OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC)

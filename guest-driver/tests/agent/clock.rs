@@ -63,6 +63,16 @@ fn a_goal_that_is_not_yet_valid_is_held_across_streams_and_runs_once_the_clock_i
 }
 
 #[test]
+fn a_session_begins_with_one_message_about_the_clock() {
+    let mut host = Host::new();
+    host.start(None);
+    let (mut session, _) = host.accept();
+    let pull = session.next().unwrap();
+    assert!(matches!(pull, Some(Said::Pull(_))), "{}", host.log());
+    assert_eq!(session.clocks.len(), 1);
+}
+
+#[test]
 fn a_held_task_begins_when_its_time_has_come() {
     let mut host = Host::new();
     // Held for a second or two, unless this machine takes longer to start the agent.

@@ -89,6 +89,11 @@ impl Host {
         self.start_with("ADIT_TEST_CLOCK_AHEAD_MS", Some(&ahead_ms.to_string()));
     }
 
+    /// Starts the agent on a disk that is full whenever the journal is to reach this point.
+    pub fn start_full_at(&mut self, point: &str) {
+        self.start_with("ADIT_TEST_DISK_FULL_AT", Some(point));
+    }
+
     fn start_with(&mut self, name: &str, value: Option<&str>) {
         // Whoever starts an agent may have any umask.
         let mut command = Command::new("sh");

@@ -3,8 +3,11 @@
 //! Only the carrier is another: Unix sockets in a directory stand for AF_VSOCK, which this machine may not have.
 
 mod clock;
+mod commands;
 mod delivery;
+mod disk;
 mod host;
 mod install;
 mod own;
+mod reload;
 mod trust;

@@ -19,7 +19,7 @@ use crate::host::*;
 /// Nothing that is waited for here takes this long.
 const LIMIT: Duration = Duration::from_secs(30);
 
-fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !done() {
         assert!(begin.elapsed() < LIMIT, "{what}");
@@ -37,7 +37,7 @@ fn said(report: &Report) -> String {
 }
 
 /// The answer to a dial of a service, and the stream.
-fn dial(dir: &Path, service: &str) -> (Hello, UnixStream) {
+pub fn dial(dir: &Path, service: &str) -> (Hello, UnixStream) {
     let mut s = UnixStream::connect(dir.join("guest.sock")).unwrap();
     s.set_read_timeout(Some(LIMIT)).unwrap();
     let open = Open::new(service.parse().unwrap(), Common::default());

@@ -8,18 +8,24 @@
 //! | `GET /v1/vms` | → `Vec<Vm>` |
 //! | `POST /v1/vms` | `NewVm` → `Vm`; 409 for a taken name or CID |
 //! | `GET /v1/vms/{name}` | → `Vm` |
+//! | `PATCH /v1/vms/{name}` | `VmChange` → `Vm`; 409 for a VM of `aditd.toml`, 422 for what cannot change |
 //! | `DELETE /v1/vms/{name}?force=true` | ends its port process; 409 for a VM that its VMM holds, without `force` |
 //! | `POST /v1/vms/{name}/reload` | a new port process goes on with the VMM → `Vm` once it serves; streams end |
-//! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 |
-//! | `POST /v1/goals` | `NewGoal` → `Goal` (on disk when answered) |
+//! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 says what is known; 404 if it is removed meanwhile |
+//! | `POST /v1/goals` | `NewGoal` → `Goal` (on disk when answered); 422 for one whose `not_after` has passed |
+//! | `GET /v1/goals?newest=N&before=CURSOR&id=` | → `Vec<GoalSummary>`: the newest N (at most 500) before the cursor, in the order in which they were accepted; `id`: the last digits; the field `adit-earlier` has the cursor of those before, and is not there with the first page |
 //! | `GET /v1/goals/{goal_id}` | → `Goal` |
 //! | `GET /v1/tasks?vm=&goal=&state=&id=` | → `Vec<Task>`, in the order in which they were queued; `id`: the first digits |
 //! | `GET /v1/tasks?…&limit=N&after=CURSOR` | → at most N (and at most 500) of them; the field `adit-next` has the next page's cursor, and is not there with the last page |
+//! | `GET /v1/tasks?…&newest=N&before=CURSOR` | → the newest N (at most 500) of them before the cursor, still in that order; `adit-earlier` as above |
 //! | `GET /v1/tasks/{task_id}` | → `Task` |
-//! | `GET /v1/tasks/{task_id}/output?stream=stdout` | raw bytes (head, a line that says what is missing, tail) |
-//! | `GET /v1/events?goal=` | `application/x-ndjson` of `TaskEvent`: first the present state, then changes; ends when every task of `goal` is terminal |
+//! | `GET /v1/tasks/{task_id}/output?stream=stdout` | raw bytes (head, a line that says what is missing, tail); the field `adit-left-out` has the head's length and the number of missing bytes |
+//! | `GET /v1/events?goal=` | `application/x-ndjson` of `TaskEvent`: first the present state, then changes; ends when every task of `goal` is terminal. A body that is cut off (no last chunk) ended for another reason: ask again |
+//! | `GET /v1/config` | → `ConfigStatus`: what became of the configuration file |
 //! | `POST /v1/shutdown?ports=true` | stops aditd, with `ports=true` the port processes too; not VMMs that are their VMs' own |
 //! | `GET /metrics`, `/healthz`, `/readyz` | |
+//!
+//! A filter that names an unknown VM or goal is 404, and one that names an unknown state is 400: no empty list.
 //!
 //! Errors: status and `ErrorBody`.
 #![forbid(unsafe_code)]
@@ -34,6 +40,17 @@ pub const SCHEMA_VERSION: u32 = 1;
 
 /// Header field with the cursor of a list's next page.
 pub const NEXT: &str = "adit-next";
+
+/// Header field with the cursor of a list's earlier elements, where the newest were asked for.
+pub const EARLIER: &str = "adit-earlier";
+
+/// Header field of a task's output of which something is missing: where, and how many bytes.
+pub const LEFT_OUT: &str = "adit-left-out";
+
+/// What a task's output has in place of bytes that are missing.
+pub fn left_out(bytes: u64) -> String {
+    format!("\n[adit: {bytes} bytes left out]\n")
+}
 
 /// State of a VM's channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,7 +82,7 @@ pub struct Vm {
     pub agent: Option<String>,
     /// Kernel release that the agent told.
     pub kernel: Option<String>,
-    /// Id that the image was enrolled with, if it is not this VM's: a fault.
+    /// Id that the image was enrolled with, if it is not this VM's. `fault` says so, too.
     pub enrolled_as: Option<String>,
     /// How far the guest's clock was ahead of this host's when the agent told it last, ms; negative: behind.
     #[serde(default)]
@@ -85,6 +102,12 @@ pub struct Vm {
     pub allow: Vec<u16>,
     /// Plain AF_VSOCK ports that may be reached as `VM:vsock-PORT`.
     pub allow_vsock: Vec<u32>,
+    /// Microseconds that its port process polls before it sleeps.
+    #[serde(default)]
+    pub busy_poll_us: u32,
+    /// Settings that its port process was not started with: it has them after `POST …/reload`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pending: Vec<String>,
     /// Process id of its port process.
     pub port_pid: Option<u32>,
     /// That process is the VM's VMM, which has registered it: it takes the VM off the map when the VM ends.
@@ -101,7 +124,8 @@ pub struct Vm {
     /// Where a stock QEMU is given a ring (`-chardev socket` of `-device ivshmem-doorbell`).
     #[serde(default)]
     pub ivshmem_socket: String,
-    /// The last fault of its transport, if any.
+    /// Everything that is wrong with it, the gravest first: it needs a power cycle, has no port process, its guest broke the
+    /// protocol, or its image is another VM's.
     pub fault: Option<String>,
 }
 
@@ -169,6 +193,32 @@ pub struct NewVm {
     pub allow_vsock: Vec<u32>,
 }
 
+/// Changes settings of a VM; what is not given stays.
+#[derive(Serialize, Deserialize, Default, Debug, Clone)]
+#[serde(deny_unknown_fields)]
+pub struct VmChange {
+    /// Guest TCP ports that may be reached from now on. Streams that are open go on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow: Option<Vec<u16>>,
+    /// Plain AF_VSOCK ports that may be reached from now on. Streams that are open go on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow_vsock: Option<Vec<u32>>,
+    /// Microseconds that its port process polls before it sleeps. The port process has it after `POST …/reload`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub busy_poll_us: Option<u32>,
+}
+
+/// What became of the configuration file when it was read last: at the start, or at SIGHUP.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigStatus {
+    /// How often it was read; 1 after the start.
+    pub reads: u64,
+    /// Why it was refused; none: it is applied, but for what `restart` names.
+    pub error: Option<String>,
+    /// What differs from what is running, and takes a restart.
+    pub restart: Vec<String>,
+}
+
 /// Hands a signed goal over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -194,6 +244,35 @@ pub struct Goal {
     pub accepted_at: String,
     /// Its tasks, in order of VM and step.
     pub tasks: Vec<Task>,
+}
+
+/// A goal in a list: how far it is. Each step on each VM counts once, by its last attempt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GoalSummary {
+    /// From its payload.
+    pub goal_id: String,
+    /// sha256 of the payload, hex.
+    pub digest: String,
+    /// Id of the key that signed it, as the goal itself says: 32 hex digits, or empty where that is not known.
+    pub signer: String,
+    /// Counts the goals of its key.
+    pub key_seq: u64,
+    /// RFC 3339; when this host accepted it.
+    pub accepted_at: String,
+    /// RFC 3339; from when it is valid.
+    pub not_before: String,
+    /// RFC 3339; until when it is valid.
+    pub not_after: String,
+    /// VMs for which this host has tasks of it.
+    pub vms: u32,
+    /// Steps of which this host has tasks.
+    pub steps: u32,
+    /// Steps on VMs that have not ended.
+    pub open: u32,
+    /// Steps on VMs that succeeded.
+    pub done: u32,
+    /// Steps on VMs that ended otherwise.
+    pub failed: u32,
 }
 
 /// State of a task on the host.
@@ -225,6 +304,43 @@ pub enum TaskState {
 }
 
 impl TaskState {
+    /// All of them, in the order in which a task may take them.
+    pub const ALL: [Self; 11] = [
+        Self::Queued,
+        Self::Leased,
+        Self::Started,
+        Self::Done,
+        Self::Failed,
+        Self::TimedOut,
+        Self::Interrupted,
+        Self::Refused,
+        Self::Skipped,
+        Self::Expired,
+        Self::LostContact,
+    ];
+
+    /// Its name in JSON, in lists and in aditd's database.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Leased => "leased",
+            Self::Started => "started",
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::TimedOut => "timed_out",
+            Self::Interrupted => "interrupted",
+            Self::Refused => "refused",
+            Self::Skipped => "skipped",
+            Self::Expired => "expired",
+            Self::LostContact => "lost_contact",
+        }
+    }
+
+    /// The state of a name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.name() == name)
+    }
+
     /// True for a state that never changes again.
     pub fn is_terminal(self) -> bool {
         !matches!(self, Self::Queued | Self::Leased | Self::Started)
@@ -277,7 +393,7 @@ pub struct Task {
 /// A change of a task.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskEvent {
-    /// Counts changes on this host.
+    /// Counts changes on this host; 0 where `adit task watch -o json` has asked for the task after a stream ended.
     pub seq: u64,
     /// The task as it is now.
     pub task: Task,

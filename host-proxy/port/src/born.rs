@@ -10,6 +10,8 @@ use std::path::Path;
 
 /// Name of the note in the VM's directory.
 pub const NOTE: &str = "port.pid";
+/// Name of a note that is not whole yet.
+pub const NEW_NOTE: &str = "port.pid.new";
 
 /// One process of this machine since the last boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +42,7 @@ impl Born {
         // A pid always fits. Without /proc the start time is 0, but then nobody can compare it either.
         let pid = std::process::id().cast_signed();
         let ticks = Self::of(pid).map_or(0, |born| born.ticks);
-        let (path, new) = (dir.join(NOTE), dir.join("port.pid.new"));
+        let (path, new) = (dir.join(NOTE), dir.join(NEW_NOTE));
         fs::write(&new, format!("{pid} {ticks}\n"))?;
         fs::rename(&new, &path)
     }

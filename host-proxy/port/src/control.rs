@@ -50,6 +50,10 @@ pub const VHOST_SOCKET: &str = "vhost.sock";
 pub const RING_SOCKET: &str = "ring.sock";
 /// Name of the ivshmem socket in the VM's directory.
 pub const IVSHMEM_SOCKET: &str = "ivshmem.sock";
+/// Name of the lock in the VM's directory: whoever serves the VM holds it.
+pub const LOCK: &str = "lock";
+/// Name of the note in the VM's directory that says which VMM is connected.
+pub const VMM_NOTE: &str = "vmm";
 /// `peer_port` of an [`Incoming`] that arrived over a ring. It needs no check: only root in the guest can use the ring's device.
 pub const RING_PEER_PORT: u32 = 0;
 

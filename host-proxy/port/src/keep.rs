@@ -28,7 +28,7 @@ const _: () = assert!(HANDOVER_FDS_MAX == 1 + adit_channel::vhost_user::DESCRIPT
 /// How long a frontend waits for an `aditd` that is connected but does not answer.
 pub const KEEP_LIMIT: Duration = Duration::from_secs(1);
 /// Name of the note in the VM's directory.
-pub const NOTE: &str = "vmm";
+pub const NOTE: &str = crate::control::VMM_NOTE;
 /// The note is overwritten, never truncated: `PID\n`, padded with spaces.
 const NOTE_BYTES: usize = 16;
 

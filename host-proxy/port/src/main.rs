@@ -1,4 +1,5 @@
 //! `adit-port` serves one VM. `aditd` starts it, and it survives `aditd`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 use std::io::Read;
 use std::os::fd::OwnedFd;
@@ -79,14 +80,14 @@ fn ivshmem_mib(text: &str) -> Result<usize, String> {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = match adit_print::parse("adit-port") {
+        Ok(args) => args,
+        Err(done) => return done,
+    };
     log::start(args.log_level);
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("adit-port: {e:#}");
-            ExitCode::FAILURE
-        }
+        Err(e) => adit_print::failed("adit-port", e.as_ref()),
     }
 }
 
@@ -240,12 +241,14 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// A descriptor for SIGTERM and SIGINT. Threads made later inherit that both are blocked.
+/// A descriptor for SIGTERM and SIGINT; SIGHUP is ignored. Threads made later inherit that all of them are blocked.
 fn stop_signals() -> nix::Result<OwnedFd> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
     signals.thread_block()?;
+    // Blocked, and never taken: aditd's whole control group may get it (`systemctl kill -s HUP`), and means aditd only.
+    SigSet::from(Signal::SIGHUP).thread_block()?;
     let fd = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     Ok(fd.into())
 }

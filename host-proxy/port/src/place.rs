@@ -18,7 +18,7 @@ use adit_channel::socket_path::{self, SocketPathError};
 use adit_ringbuf_io::attach;
 
 use crate::born::Born;
-use crate::control::{CONTROL_SOCKET, IVSHMEM_SOCKET, RING_SOCKET, VHOST_SOCKET};
+use crate::control::{CONTROL_SOCKET, IVSHMEM_SOCKET, LOCK, RING_SOCKET, VHOST_SOCKET};
 use crate::control_io;
 
 /// Why the directory cannot be used. The caller's fault, or the machine's.
@@ -91,7 +91,7 @@ impl Place {
             .map_err(failed("create", dir))?;
         std::fs::set_permissions(dir, Permissions::from_mode(0o700))
             .map_err(failed("make private", dir))?;
-        let path = dir.join("lock");
+        let path = dir.join(LOCK);
         let file = OpenOptions::new()
             .write(true)
             .create(true)

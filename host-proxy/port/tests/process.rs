@@ -131,6 +131,28 @@ fn quit_and_sigterm_end_it_with_success() {
 }
 
 #[test]
+fn an_error_that_cannot_be_written_is_an_exit_status_and_no_panic() {
+    let mut running = Running::start();
+    running.connect();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+    // Its place is taken.
+    let mut second = command(&running.dir);
+    let status = second.stderr(full.unwrap()).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+}
+
+#[test]
+fn sighup_is_for_aditd_and_does_not_end_it() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    aditd.wait_status(|_| true);
+    let pid = nix::unistd::Pid::from_raw(running.child.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    aditd.say(Message::Quit(Quit {}), None);
+    assert!(running.ended().success());
+}
+
+#[test]
 fn a_dial_without_a_guest_fails_at_once() {
     let mut running = Running::start();
     let aditd = running.connect();

@@ -13,8 +13,8 @@ use tokio::net::TcpStream;
 use super::client::Client;
 use super::problem::{Body, Problem};
 use super::{admit, authority, dial};
+use crate::link::DialedStream;
 use crate::listen::Share;
-use crate::ports::DialedStream;
 use crate::state::State;
 
 /// A stream to a guest that waits for its client.

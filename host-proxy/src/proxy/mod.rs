@@ -35,10 +35,10 @@ use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
+use crate::link::{DialedStream, Link};
 use crate::listen::{Gate, Place, Share, Shares};
-use crate::ports::{DialedStream, Link};
-use crate::registry::VmEntry;
 use crate::state::State;
+use crate::vm::VmEntry;
 use authority::Destination;
 use client::{Client, FIELDS_MAX, HEADER_MAX, Notes};
 use connect::Tunnel;
@@ -239,8 +239,8 @@ fn admit(state: &State, to: &Destination) -> Result<Admitted, Problem> {
         ));
     };
     let allowed = match &to.target {
-        Target::Service(_) => u16::try_from(to.port).is_ok_and(|p| vm.config.allow.contains(&p)),
-        Target::VsockPort(port) => vm.config.allow_vsock.contains(port),
+        Target::Service(_) => u16::try_from(to.port).is_ok_and(|p| vm.spec().allow.contains(&p)),
+        Target::VsockPort(port) => vm.spec().allow_vsock.contains(port),
     };
     if !allowed {
         let list = if matches!(to.target, Target::Service(_)) {

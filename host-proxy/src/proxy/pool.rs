@@ -17,8 +17,8 @@ use adit_tasks::VmId;
 use tokio::time::Instant;
 
 use super::guest::Guest;
-use crate::ports::Link;
-use crate::registry::VmEntry;
+use crate::link::Link;
+use crate::vm::VmEntry;
 
 /// How long a connection waits. Less than the 5 s after which common servers (Apache, Node.js) close theirs.
 pub(super) const IDLE_LIMIT: Duration = Duration::from_secs(4);

@@ -36,6 +36,39 @@ pub type Page = (Vec<Task>, Option<i64>);
 /// # Errors
 /// The database says no.
 pub fn page(c: &Connection, filter: &Filter, after: i64, limit: usize) -> Result<Page, QueueError> {
+    select(
+        c,
+        filter,
+        "t.rowid > ?1 {filter} ORDER BY t.rowid",
+        after,
+        limit,
+    )
+}
+
+/// Lists the newest tasks before a cursor, at most `limit` (and at most [`PAGE_MAX`]), in the same order; `i64::MAX` is the
+/// end. The cursor of the answer is that of the tasks before these.
+///
+/// # Errors
+/// The database says no.
+pub fn newest(
+    c: &Connection,
+    filter: &Filter,
+    before: i64,
+    limit: usize,
+) -> Result<Page, QueueError> {
+    let order = "t.rowid < ?1 {filter} ORDER BY t.rowid DESC";
+    let (mut tasks, earlier) = select(c, filter, order, before, limit)?;
+    tasks.reverse();
+    Ok((tasks, earlier))
+}
+
+fn select(
+    c: &Connection,
+    filter: &Filter,
+    order: &str,
+    from: i64,
+    limit: usize,
+) -> Result<Page, QueueError> {
     let limit = limit.clamp(1, PAGE_MAX);
     let open = match filter.open {
         true => format!(" AND t.state IN {OPEN}"),
@@ -46,14 +79,16 @@ pub fn page(c: &Connection, filter: &Filter, after: i64, limit: usize) -> Result
         None => "",
     };
     let (low, high) = filter.id.unzip();
+    let filters = format!(
+        "AND (?2 IS NULL OR t.vm = ?2) AND (?3 IS NULL OR g.goal_id = ?3) AND (?4 IS NULL OR t.state = ?4){id}{open}"
+    );
     let sql = format!(
-        "SELECT {TASK_COLUMNS}, t.rowid FROM tasks t JOIN goals g USING (digest) WHERE t.rowid > ?1 \
-         AND (?2 IS NULL OR t.vm = ?2) AND (?3 IS NULL OR g.goal_id = ?3) AND (?4 IS NULL OR t.state = ?4) \
-         {id}{open} ORDER BY t.rowid LIMIT ?7"
+        "SELECT {TASK_COLUMNS}, t.rowid FROM tasks t JOIN goals g USING (digest) WHERE {} LIMIT ?7",
+        order.replace("{filter}", &filters)
     );
     let mut statement = c.prepare_cached(&sql)?;
     let more = i64::try_from(limit + 1).unwrap_or(i64::MAX);
-    let of = params![after, filter.vm, filter.goal, filter.state, low, high, more];
+    let of = params![from, filter.vm, filter.goal, filter.state, low, high, more];
     let rows = statement.query_map(of, |r| Ok((row_to_task(r)?, r.get::<_, i64>("rowid")?)))?;
     let mut rows: Vec<(Task, i64)> = rows.collect::<Result<_, _>>()?;
     // One more was asked for, to know whether it is there.
@@ -61,6 +96,15 @@ pub fn page(c: &Connection, filter: &Filter, after: i64, limit: usize) -> Result
     rows.truncate(limit);
     let next = rows.last().map(|(_, at)| *at).filter(|_| more);
     Ok((rows.into_iter().map(|(task, _)| task).collect(), next))
+}
+
+/// Whether a VM has tasks here, though it may have been removed.
+///
+/// # Errors
+/// The database says no.
+pub fn has_tasks(c: &Connection, vm: &str) -> Result<bool, QueueError> {
+    let sql = "SELECT EXISTS (SELECT 1 FROM tasks WHERE vm = ?1)";
+    Ok(c.prepare_cached(sql)?.query_row([vm], |r| r.get(0))?)
 }
 
 /// The ids that begin with some hex digits; none: they are no such digits.

@@ -7,7 +7,7 @@ use rusqlite::{Connection, params};
 use crate::db::Migration;
 
 /// All steps, the first from nothing.
-pub const MIGRATIONS: &[Migration] = &[first, limits];
+pub const MIGRATIONS: &[Migration] = &[first, limits, specs];
 
 /// Most bytes of each stream that are kept of a file step: it runs nothing, and says a word or two.
 const FILE_CAP: u32 = 4096;
@@ -90,6 +90,19 @@ CREATE INDEX tasks_of_vm ON tasks (vm);
         }
     }
     Ok(())
+}
+
+/// Version 3: all settings of a VM are one JSON value.
+fn specs(c: &Connection) -> rusqlite::Result<()> {
+    c.execute_batch(
+        "
+ALTER TABLE vms ADD COLUMN spec TEXT NOT NULL DEFAULT '';
+UPDATE vms SET
+    spec = json_object('name', name, 'cid', cid, 'allow', json(allow), 'allow_vsock', json(allow_vsock));
+ALTER TABLE vms DROP COLUMN allow;
+ALTER TABLE vms DROP COLUMN allow_vsock;
+",
+    )
 }
 
 /// Who claims to have signed it.

@@ -356,6 +356,8 @@ async fn r79_a_database_of_version_1_opens_with_all_that_is_in_it() {
     let envelope = adit_tasks::dsse::sign(payload.as_bytes(), &key);
     let c = Connection::open(&path).unwrap();
     c.execute_batch(VERSION_1).unwrap();
+    let vm = "INSERT INTO vms VALUES ('web-1', 3, '[80,22]', '[5000]')";
+    c.execute(vm, []).unwrap();
     let (id, ended) = ([4u8; 16], [5u8; 16]);
     c.execute(
         "INSERT INTO goals VALUES (?1, 'g', 5, ?2, ?3, 1)",
@@ -389,6 +391,15 @@ async fn r79_a_database_of_version_1_opens_with_all_that_is_in_it() {
     let not_before = BEFORE - 7_200_000;
     assert_eq!(row(id), (not_before, true, 100, None, 0));
     assert_eq!(row(ended), (not_before, true, 100, Some(17), 3));
+    let spec = other.query_row(
+        "SELECT spec FROM vms WHERE name = 'web-1' AND cid = 3",
+        [],
+        |r| r.get::<_, String>(0),
+    );
+    let spec: crate::config::VmConfig = serde_json::from_str(&spec.unwrap()).unwrap();
+    let mut want = crate::config::VmConfig::new("web-1".parse().unwrap(), 3);
+    (want.allow, want.allow_vsock) = (vec![80, 22], vec![5000]);
+    assert_eq!(spec, want);
 }
 
 #[test]
@@ -418,7 +429,7 @@ fn r79_a_damaged_truncated_or_foreign_file_is_refused_by_name_and_left_as_it_is(
                     e,
                     DbError::Damaged { .. } | DbError::Foreign { .. } | DbError::Newer { .. }
                 ) || matches!(&e, DbError::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::NotADatabase));
-                assert!(by_name && !e.remedy().is_empty(), "{what}: {e:?}");
+                assert!(by_name && !e.remedy(&path).is_empty(), "{what}: {e:?}");
                 assert_eq!(std::fs::read(&path).unwrap(), bytes, "{what}: written to");
                 false
             }
@@ -673,4 +684,95 @@ fn r112_a_list_comes_in_pages_and_each_task_once() {
     for wrong in ["x", "0g", &format!("{id}0")] {
         assert!(page::id_range(wrong).is_none(), "{wrong}");
     }
+}
+
+#[test]
+fn the_newest_come_in_pages_from_the_end_and_each_task_once() {
+    let c = open();
+    ended(&c, 1..9, 1);
+    let all = tasks(&c, &Filter::default()).unwrap();
+    let (mut got, mut before) = (Vec::new(), Some(i64::MAX));
+    while let Some(at) = before {
+        let (mut some, earlier) = page::newest(&c, &Filter::default(), at, 5).unwrap();
+        assert!(some.len() <= 5 && !some.is_empty());
+        some.extend(got);
+        got = some;
+        before = earlier;
+    }
+    assert_eq!(got, all);
+}
+
+#[test]
+fn a_goal_in_a_list_counts_each_step_once_by_its_last_attempt() {
+    let c = open();
+    add_goal(&c, &goal(1, 1)).unwrap();
+    let run = |outcome| {
+        let id = lease(&c, "web-1", BEFORE).unwrap().unwrap().task_id;
+        finish(&c, "web-1", &report(id, outcome), BEFORE).unwrap();
+    };
+    let counts = || {
+        let (goals, earlier) = goals::newest(&c, None, i64::MAX, 10).unwrap();
+        assert_eq!((goals.len(), earlier), (1, None));
+        assert_eq!((goals[0].vms, goals[0].steps), (1, 2));
+        (goals[0].open, goals[0].done, goals[0].failed)
+    };
+    assert_eq!(counts(), (2, 0, 0));
+    run(Outcome::Done);
+    run(Outcome::Interrupted);
+    // The second step is tried again: it has not failed.
+    assert_eq!(counts(), (1, 1, 0));
+    run(Outcome::Done);
+    assert_eq!(counts(), (0, 2, 0));
+}
+
+#[test]
+fn goals_are_found_by_their_last_digits_and_come_in_pages() {
+    let c = open();
+    for n in 1..6 {
+        add_goal(
+            &c,
+            &NewGoal {
+                max_queued: 99,
+                ..goal(n, n.into())
+            },
+        )
+        .unwrap();
+    }
+    let ids = |goals: &[adit_api::GoalSummary]| -> Vec<char> {
+        goals
+            .iter()
+            .filter_map(|g| g.goal_id.chars().last())
+            .collect()
+    };
+    let (some, earlier) = goals::newest(&c, None, i64::MAX, 2).unwrap();
+    assert_eq!(ids(&some), ['4', '5']);
+    let (some, earlier) = goals::newest(&c, None, earlier.unwrap(), 3).unwrap();
+    assert_eq!((ids(&some), earlier), (vec!['1', '2', '3'], None));
+    for (digits, found) in [("3", 1), ("0003", 1), ("00000", 0), ("%", 0), ("_3", 0)] {
+        let (some, _) = goals::newest(&c, Some(digits), i64::MAX, 9).unwrap();
+        assert_eq!(some.len(), found, "{digits}");
+    }
+}
+
+#[test]
+fn a_goal_whose_time_is_over_is_refused_unless_it_is_known_already() {
+    let c = open();
+    let late = |n| NewGoal {
+        now_ms: AFTER,
+        ..goal(n, n.into())
+    };
+    let refused = add_goal(&c, &late(1));
+    assert!(matches!(refused, Err(QueueError::GoalExpired { .. })));
+    let tasks = add_goal(&c, &goal(2, 2)).unwrap();
+    assert_eq!(add_goal(&c, &late(2)).unwrap(), tasks);
+    // For another VM it comes too late.
+    let other = NewGoal {
+        vms: vec!["web-2".parse().unwrap()],
+        ..late(2)
+    };
+    assert!(matches!(
+        add_goal(&c, &other),
+        Err(QueueError::GoalExpired { .. })
+    ));
+    assert_eq!(states(&c).len(), 2);
 }

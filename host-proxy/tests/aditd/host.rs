@@ -35,7 +35,7 @@ pub struct Host {
 /// The control socket of one VM.
 pub struct Port {
     listener: UnixListener,
-    name: String,
+    pub name: String,
     cid: u64,
 }
 
@@ -118,12 +118,25 @@ impl Host {
 
     /// SIGTERM, without waiting.
     pub fn terminate(&self) {
-        let pid = i32::try_from(self.aditd.as_ref().unwrap().id()).unwrap();
-        nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(pid),
-            nix::sys::signal::Signal::SIGTERM,
-        )
-        .unwrap();
+        self.signal(nix::sys::signal::Signal::SIGTERM);
+    }
+
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.pid().cast_signed());
+        nix::sys::signal::kill(pid, signal).unwrap();
+    }
+
+    /// Changes the configuration, and has aditd read it again. Returns what became of it.
+    pub fn reload(&self, change: impl FnOnce(String) -> String) -> Value {
+        let path = self.dir.path().join("aditd.toml");
+        let old = fs::read_to_string(&path).unwrap();
+        fs::write(&path, change(old)).unwrap();
+        let before = self.get("/v1/config")["reads"].as_u64();
+        self.signal(nix::sys::signal::Signal::SIGHUP);
+        self.until("the configuration is read", |h| {
+            let status = h.get("/v1/config");
+            (status["reads"].as_u64() > before).then_some(status)
+        })
     }
 
     /// Waits until it has ended by itself.
@@ -172,6 +185,14 @@ impl Host {
         let stream = TcpStream::from(sock);
         stream.set_read_timeout(Some(HANG)).unwrap();
         stream
+    }
+
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    pub fn config_file(&self) -> PathBuf {
+        self.dir.path().join("aditd.toml")
     }
 
     /// A file in a VM's directory.

@@ -1,8 +1,13 @@
 //! Tests of the whole aditd. The test is at the other end of its control sockets.
 #![allow(missing_docs)]
 
+mod asked;
+mod changes;
+mod commands;
 mod cut;
+mod faults;
 mod foreign;
+mod full_disk;
 #[path = "../../port/tests/fuse/mod.rs"]
 mod fuse;
 mod handover;
@@ -16,6 +21,7 @@ mod patience;
 mod pool;
 mod proxy;
 mod refused;
+mod reload;
 mod server;
 mod smuggle;
 mod tasks;

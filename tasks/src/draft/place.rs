@@ -1,5 +1,5 @@
-//! Where each value of a draft stands in its text: a mistake that only the checks find is named by its own line and
-//! column, not by a guess.
+//! Where each value of a draft is in its text. A mistake that only the checks find gets the value's own line and column,
+//! and one that the parser finds at a line and column gets the value's key.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -39,6 +39,31 @@ impl Place {
             }
         }
         (at.0.referenced.line(), at.0.referenced.column())
+    }
+}
+
+impl Place {
+    /// The path of the value that begins at a line and column; none if no value does.
+    pub(super) fn at(&self, place: (u64, u64)) -> Option<String> {
+        let inside = |inner: &Self, step: String| {
+            let rest = inner.at(place)?;
+            let dot = if rest.is_empty() || rest.starts_with('[') {
+                ""
+            } else {
+                "."
+            };
+            Some(format!("{step}{dot}{rest}"))
+        };
+        let found = match &self.0.value {
+            Inner::Map(map) => map.iter().find_map(|(key, v)| inside(v, key.clone())),
+            Inner::List(list) => {
+                let mut each = list.iter().enumerate();
+                each.find_map(|(n, v)| inside(v, format!("[{n}]")))
+            }
+            Inner::Scalar => None,
+        };
+        let here = &self.0.referenced;
+        found.or_else(|| ((here.line(), here.column()) == place).then(String::new))
     }
 }
 

@@ -329,7 +329,8 @@ fn tasks(kernel: Kernel) {
         "signed.json",
     ]);
     assert_eq!(code, 0, "{said}");
-    let (code, said) = setup.adit(&["task", "watch", "--timeout", "30s"]);
+    let goal = said.split_whitespace().nth(1).unwrap_or_default();
+    let (code, said) = setup.adit(&["task", "watch", "--goal", goal, "--timeout", "30s"]);
     let (_, list) = setup.adit(&["task", "ls"]);
     assert!(
         code == 0 || code == 5,

@@ -97,13 +97,13 @@ fn device_goes(setup: &Setup, what: &str, script: &str, then: impl FnOnce()) {
         "steps: [{{id: {what}, script: {{interpreter: /bin/sh, script: {}}}}}]\n",
         serde_json::Value::from(script)
     );
-    setup.order(&goal);
+    let goal = setup.order(&goal);
     // While no driver is known, the VM may be paused, so its streams are held until a driver is there again.
     then();
     for mut tunnel in open {
         must_end(&mut tunnel, what);
     }
-    let (code, said) = setup.adit(&["task", "watch", "--timeout", "60s"]);
+    let (code, said) = setup.adit(&["task", "watch", "--goal", &goal, "--timeout", "60s"]);
     let (_, list) = setup.adit(&["task", "ls"]);
     let line = list.lines().find(|l| l.contains(&format!(" {what} ")));
     assert!(

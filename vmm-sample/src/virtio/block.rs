@@ -107,7 +107,7 @@ impl Block {
             .name("disk".to_owned())
             .spawn(move || {
                 if let Err(e) = filters.apply(Thread::Disk) {
-                    return eprintln!("adit-vmm: the disk cannot be used: {e:#}");
+                    return adit_print::note!("adit-vmm: the disk cannot be used: {e:#}");
                 }
                 while let Ok(_) | Err(event_manager::Error::Epoll(_)) = events.run() {}
             })?;
@@ -191,7 +191,7 @@ impl Device for Block {
 impl MutEventSubscriber for Disk {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         if let Err(e) = ops.add(Events::new_raw(self.kick.as_raw_fd(), EventSet::IN)) {
-            eprintln!("adit-vmm: disk: {e}");
+            adit_print::note!("adit-vmm: disk: {e}");
         }
     }
 
@@ -206,7 +206,9 @@ impl MutEventSubscriber for Disk {
         };
         match self.serve(&mut active) {
             Ok(()) => self.active = Some(active),
-            Err(e) => eprintln!("adit-vmm: the disk stops until the guest resets it: {e:#}"),
+            Err(e) => {
+                adit_print::note!("adit-vmm: the disk stops until the guest resets it: {e:#}")
+            }
         }
     }
 }

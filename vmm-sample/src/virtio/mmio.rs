@@ -341,7 +341,7 @@ impl Transport {
         let activation = self.activation();
         let activated = activation.and_then(|with| self.device.activate(with));
         if let Err(e) = activated {
-            eprintln!("adit-vmm: virtio device {}: {e:#}", self.device.id());
+            adit_print::note!("adit-vmm: virtio device {}: {e:#}", self.device.id());
             self.registers.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
             self.show();
             self.interrupt.needs_reset(true);

@@ -74,15 +74,17 @@ impl Vsock {
                 let mut seed = [0; 8];
                 File::open("/dev/urandom")?.read_exact(&mut seed)?;
                 let host = Host::new(carrier, uds.as_deref(), u64::from_le_bytes(seed))?;
-                Box::new(|| eprintln!("adit-vmm: the vsock device ends: {}", host.run()))
+                Box::new(|| adit_print::note!("adit-vmm: the vsock device ends: {}", host.run()))
             }
             Owner::Aditd(registration, rings) => {
                 let handed = Handed::new(carrier, &registration, rings)?;
                 Box::new(|| match handed.run() {
                     Ok(()) => {
-                        eprintln!("adit-vmm: aditd removed the VM: the guest has no channel now")
+                        adit_print::note!(
+                            "adit-vmm: aditd removed the VM: the guest has no channel now"
+                        )
                     }
-                    Err(e) => eprintln!("adit-vmm: the vsock device ends: {e:#}"),
+                    Err(e) => adit_print::note!("adit-vmm: the vsock device ends: {e:#}"),
                 })
             }
         };
@@ -91,7 +93,7 @@ impl Vsock {
             .name("vsock".to_owned())
             .spawn(move || match filters.apply(kind) {
                 Ok(()) => run(),
-                Err(e) => eprintln!("adit-vmm: the vsock device cannot be used: {e:#}"),
+                Err(e) => adit_print::note!("adit-vmm: the vsock device cannot be used: {e:#}"),
             })?;
         Ok(Self {
             cid,

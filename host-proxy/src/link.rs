@@ -22,13 +22,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::passing;
 
-/// How long after a dial's own deadline a port process that says nothing is waited for.
+/// How long to wait for a port process's answer after the dial's own deadline.
 const ANSWER_GRACE: Duration = Duration::from_secs(5);
-/// How long what the port process passed may take to be closed before it is given up for that.
+/// How long descriptors that the port process passed may take to be closed before it is given up.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
-/// It is looked at so often.
+/// How often that is checked.
 const CLOSE_LOOK: Duration = Duration::from_millis(2);
-/// Frames to a port process that wait at most.
+/// Most frames that wait to be sent to a port process.
 const OUTBOX_MAX: usize = 2 * DIALS_MAX;
 
 type Waiting = HashMap<u64, oneshot::Sender<Result<Dialed, DialFailed>>>;
@@ -44,16 +44,16 @@ pub struct Link {
     status: watch::Sender<Option<Status>>,
 }
 
-/// What a port process says, other than answers.
+/// What a port process says without being asked.
 #[derive(Debug)]
 pub enum Said<'a> {
-    /// How the channel stands.
+    /// State of the channel.
     Status(&'a Status),
     /// The guest has dialled.
     Incoming(Incoming, Passed),
     /// What a successor needs; [`Link::kept`] tells that it is kept.
     Handover(Handover, Vec<Passed>),
-    /// How the VM's ring stands.
+    /// State of the VM's ring.
     Ring(Ring),
     /// The VMM has no channel until it connects anew, and why; empty: it has.
     Stuck(String),
@@ -158,14 +158,14 @@ impl Link {
         let _ = self.outbox.send((Message::Quit(Quit {}), None)).await;
     }
 
-    /// Ends the port process, and leaves its frontend to a successor.
+    /// Ends the port process; its frontend stays for a successor.
     pub async fn release(&self) {
         let _ = self.outbox.send((Message::Release(Release {}), None)).await;
     }
 
     /// Tells the port process that its handover is kept.
     pub fn kept(&self, seq: u64) {
-        // Full: it does not read, and its frontend waits only so long.
+        // If there is no room it does not read, and its frontend goes on after a while.
         let _ = self.outbox.try_send((Message::Kept(Kept { seq }), None));
     }
 
@@ -180,7 +180,7 @@ impl DialedStream {
         &self.link.closer
     }
 
-    /// Makes a stream socket the other end; from now on it needs aditd no more.
+    /// Makes a stream socket the other end. From then on the stream does not need aditd.
     ///
     /// # Errors
     /// The port process has gone.
@@ -225,7 +225,7 @@ impl Driver {
     /// Runs on a connected socket, until the port process closes the connection or breaks the protocol.
     ///
     /// # Errors
-    /// The socket failed, or a frame is none of ours.
+    /// The socket failed, or a frame is invalid.
     pub async fn run(
         mut self,
         socket: OwnedFd,
@@ -247,7 +247,7 @@ impl Driver {
         };
         let read = async {
             loop {
-                // What is closed in order, only much at once, is waited for.
+                // Many descriptors at once take a while to be closed: no more are received meanwhile.
                 let begin = Instant::now();
                 while closer.is_full() && begin.elapsed() < CLOSE_LIMIT {
                     tokio::time::sleep(CLOSE_LOOK).await;
@@ -257,7 +257,7 @@ impl Driver {
                 {
                     Ok(Some(received)) => received,
                     Ok(None) => break,
-                    // The guest's stream ends, and nothing else.
+                    // That stream of the guest is lost, and nothing else.
                     Err(ControlError::NoDescriptors { message })
                         if matches!(*message, Message::Incoming(_)) =>
                     {

@@ -1,9 +1,18 @@
 //! The real `adit` binary, as a person calls it.
+#![allow(missing_docs)]
+
+mod completing;
+mod fake;
+mod goals;
+mod lists;
+mod printing;
+mod waiting;
+mod watching;
 
 use std::path::Path;
 use std::process::{Command, Output};
 
-fn adit(dir: &Path, args: &[&str]) -> Output {
+pub fn adit(dir: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_adit"))
         .args(args)
         .current_dir(dir)
@@ -12,7 +21,7 @@ fn adit(dir: &Path, args: &[&str]) -> Output {
         .expect("adit starts")
 }
 
-fn text(bytes: &[u8]) -> String {
+pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
@@ -148,4 +157,28 @@ fn help_teaches_and_completions_exist() {
     }
     assert!(text(&adit(dir.path(), &["completion", "bash"]).stdout).contains("complete"));
     assert_eq!(adit(dir.path(), &["frobnicate"]).status.code(), Some(2));
+}
+
+#[test]
+fn a_wrong_command_line_is_status_2_and_names_no_option_that_nobody_gave() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("g.yaml"), "steps: []").unwrap();
+    for args in [
+        &["vm", "show"][..],
+        &["vm", "add", "x"],
+        &["goal", "apply", "g.yaml", "--sign", "k"],
+        &["wait", "web-1", "--timeout", "soon"],
+    ] {
+        let out = adit(dir.path(), args);
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{args:?}: {said}");
+        assert!(!said.contains("--socket"), "{args:?}: {said}");
+    }
+    let help = text(&adit(dir.path(), &["--help"]).stdout);
+    for status in ["0", "1", "2", "3", "4", "5", "124", "141"] {
+        let told = help
+            .lines()
+            .any(|l| l.trim_start().starts_with(&format!("{status}  ")));
+        assert!(told, "{status}: {help}");
+    }
 }

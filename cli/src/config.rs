@@ -1,0 +1,35 @@
+//! `adit config`: whether aditd runs by the configuration file as it is now.
+
+use adit_api::ConfigStatus;
+
+use crate::client::Client;
+use crate::error::Failure;
+use crate::output::{self, Format};
+
+pub const EXAMPLE: &str = "\
+Example:
+  systemctl reload aditd && adit config
+
+Exit status: 0 the file was taken; 1 it was refused, and aditd goes on with what it had.";
+
+pub async fn show(client: &Client, format: Format) -> Result<(), Failure> {
+    let status: ConfigStatus = client.get("/v1/config").await?;
+    if let Some(why) = status.error {
+        let message = format!("aditd has refused its configuration file: {why}");
+        return Err(Failure::new("bad-config", message)
+            .help("it goes on with what it had: mend the file, then `systemctl reload aditd`"));
+    }
+    match format {
+        Format::Json => output::json(&status),
+        Format::Table => {
+            let taken = match status.restart.is_empty() {
+                true => "as in the file",
+                false => "as in the file, but for what takes a restart",
+            };
+            let mut rows = vec![["configuration".to_owned(), taken.to_owned()]];
+            let restart = status.restart.into_iter();
+            rows.extend(restart.map(|what| ["takes a restart".to_owned(), what]));
+            output::pairs(16, &rows)
+        }
+    }
+}

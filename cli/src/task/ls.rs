@@ -1,0 +1,113 @@
+//! `adit task ls`: the newest tasks, as a table.
+
+use adit_api::{Task, TaskState};
+use clap::Args;
+use clap::builder::PossibleValuesParser;
+use jiff::Timestamp;
+
+use super::{said, short};
+use crate::client::Client;
+use crate::error::Failure;
+use crate::output::{self, Format, age};
+use crate::{completion, goal};
+
+/// Tasks and goals that are listed if nobody asks for more.
+pub const LISTED: usize = 100;
+
+pub const EXAMPLE: &str = "\
+Examples:
+  adit task ls --vm web-1 --limit 20
+  adit task ls --state failed --all
+  adit task ls -o json | jq -r '.[] | select(.exit != 0) | .task_id'
+
+AGE is the time since a task was queued; TRY counts the attempts of its step.";
+
+#[derive(Args)]
+pub struct Ls {
+    /// Only those of this VM; the tasks of a removed VM are kept for a while
+    #[arg(long, add = completion::vms())]
+    vm: Option<String>,
+    /// Only those of this goal: its id, or the last digits of it
+    #[arg(long, add = completion::goals())]
+    goal: Option<String>,
+    /// Only those in this state
+    #[arg(long, value_parser = PossibleValuesParser::new(TaskState::ALL.map(TaskState::name)))]
+    state: Option<String>,
+    /// List the newest so many; standard error says if there are more
+    #[arg(long, value_name = "N", default_value_t = LISTED, value_parser = at_least_one)]
+    limit: usize,
+    /// List all of them
+    #[arg(long, conflicts_with = "limit")]
+    all: bool,
+}
+
+/// Reads a number from 1.
+pub fn at_least_one(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|&n: &usize| n > 0);
+    number.ok_or_else(|| "write a number from 1; --all lists all".into())
+}
+
+pub async fn run(ls: &Ls, client: &Client, format: Format) -> Result<(), Failure> {
+    let limit = (!ls.all).then_some(ls.limit);
+    let (tasks, more) = client.newest(&path(ls, client).await?, limit).await?;
+    match format {
+        Format::Json => output::json(&tasks)?,
+        Format::Table => list(&tasks)?,
+    }
+    say_more("tasks", tasks.len(), more);
+    Ok(())
+}
+
+/// A list that is not whole must not look as if it were.
+pub fn say_more(what: &str, listed: usize, more: bool) {
+    if more {
+        adit_print::note(format_args!(
+            "these are the newest {listed} {what}, and there are older ones: --limit N lists more, --all lists all"
+        ));
+    }
+}
+
+async fn path(ls: &Ls, client: &Client) -> Result<String, Failure> {
+    let mut query = Vec::new();
+    if let Some(vm) = &ls.vm {
+        let vm: adit_tasks::VmId = vm.parse().map_err(|e| {
+            let message = format!("`{}` names no VM: {e}", output::escape(vm));
+            Failure::new("unknown-vm", message).help("`adit vm ls` lists the names")
+        })?;
+        query.push(format!("vm={vm}"));
+    }
+    if let Some(id) = &ls.goal {
+        query.push(format!("goal={}", goal::resolve(client, id).await?));
+    }
+    query.extend(ls.state.iter().map(|state| format!("state={state}")));
+    Ok(format!("/v1/tasks?{}", query.join("&")))
+}
+
+pub fn list(tasks: &[Task]) -> Result<(), Failure> {
+    if tasks.is_empty() {
+        return output::line("no tasks");
+    }
+    let now = Timestamp::now();
+    let rows: Vec<_> = tasks
+        .iter()
+        .map(|t| {
+            [
+                short(&t.task_id).to_owned(),
+                goal::short(&t.goal_id).to_owned(),
+                t.vm.clone(),
+                t.step.clone(),
+                t.attempt.to_string(),
+                t.state.name().into(),
+                t.exit.map_or_else(|| "-".into(), |e| e.to_string()),
+                age(&t.queued_at, now),
+                said(t),
+            ]
+        })
+        .collect();
+    output::table(
+        [
+            "TASK", "GOAL", "VM", "STEP", "TRY", "STATE", "EXIT", "AGE", "SAID",
+        ],
+        &rows,
+    )
+}

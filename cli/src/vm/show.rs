@@ -1,0 +1,192 @@
+//! How VMs are printed: a table of all, or all of one.
+
+use adit_api::{Carrier, CarrierKind, Vm, VmState};
+
+use crate::error::Failure;
+use crate::output::{self, Format, ago};
+
+fn state(vm: &Vm) -> &'static str {
+    match vm.state {
+        VmState::Down => "down",
+        VmState::Waiting => "waiting",
+        VmState::Up => "up",
+        VmState::Ready => "ready",
+        VmState::PowerCycle => "power-cycle",
+    }
+}
+
+pub fn list(vms: &[Vm], format: Format) -> Result<(), Failure> {
+    if format == Format::Json {
+        return output::json(&vms);
+    }
+    if vms.is_empty() {
+        let text = "no VMs: add one with `adit vm add NAME --cid N --allow 80`, or in aditd.toml";
+        return output::line(text);
+    }
+    let dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".into());
+    let rows: Vec<_> = vms
+        .iter()
+        .map(|vm| {
+            [
+                vm.name.clone(),
+                vm.cid.to_string(),
+                state(vm).into(),
+                dash(&vm.agent),
+                dash(&vm.kernel),
+                ago(vm.last_seen_ms),
+                vm.queued.to_string(),
+                vm.streams.to_string(),
+            ]
+        })
+        .collect();
+    output::table(
+        [
+            "VM",
+            "CID",
+            "STATE",
+            "AGENT",
+            "KERNEL",
+            "LAST-SEEN",
+            "QUEUE",
+            "STREAMS",
+        ],
+        &rows,
+    )
+}
+
+pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
+    if format == Format::Json {
+        return output::json(vm);
+    }
+    let ports = |list: String| {
+        if list.is_empty() {
+            "none".to_owned()
+        } else {
+            list
+        }
+    };
+    let mut rows = vec![
+        ["name", &vm.name].map(str::to_owned),
+        ["state", state(vm)].map(str::to_owned),
+        ["cid".into(), vm.cid.to_string()],
+        [
+            "agent".into(),
+            vm.agent.clone().unwrap_or_else(|| "not heard yet".into()),
+        ],
+        ["last seen".into(), ago(vm.last_seen_ms)],
+        ["session".into(), vm.epoch.to_string()],
+        ["streams".into(), vm.streams.to_string()],
+        ["tasks queued".into(), vm.queued.to_string()],
+        ["allowed ports".into(), ports(join(&vm.allow))],
+        ["allowed vsock".into(), ports(join(&vm.allow_vsock))],
+        ["busy poll".into(), format!("{} us", vm.busy_poll_us)],
+        ["vhost-user".into(), vm.vhost_socket.clone()],
+        ["ring".into(), vm.ring_socket.clone()],
+        ["ivshmem".into(), vm.ivshmem_socket.clone()],
+        ["carrier".into(), carrier(&vm.carrier)],
+    ];
+    if !vm.pending.is_empty() {
+        let said = format!(
+            "{}: in force after `adit vm reload {}`",
+            vm.pending.join(", "),
+            vm.name
+        );
+        rows.push(["pending".into(), said]);
+    }
+    rows.extend(vm.clock_ahead_ms.map(|ms| ["clock".into(), clock(ms)]));
+    rows.extend(vm.holding.iter().map(|held| {
+        let said = format!(
+            "task {}: its goal is valid from {}, and the guest's clock said {}",
+            held.task_id, held.valid_from, held.guest_time
+        );
+        ["holds".into(), said]
+    }));
+    rows.extend(vm.kernel.iter().map(|k| ["kernel".into(), k.clone()]));
+    rows.extend(vm.port_pid.iter().map(|pid| match vm.held_by {
+        Some(_) => ["held by".into(), format!("its VMM, process {pid}")],
+        None => ["port process".into(), pid.to_string()],
+    }));
+    rows.extend(vm.fault.iter().map(|f| ["fault".into(), f.clone()]));
+    // An aditd of before does not name this among the faults.
+    let enrolled_as = vm.enrolled_as.iter().filter(|_| vm.fault.is_none());
+    rows.extend(enrolled_as.map(|id| {
+        [
+            "fault".into(),
+            format!(
+                "the image is enrolled as `{id}`: build it again with --vm-id {}",
+                vm.name
+            ),
+        ]
+    }));
+    if let Some(memory) = &vm.carrier.memory {
+        let Carrier {
+            bytes,
+            line_ns,
+            streams,
+            ..
+        } = vm.carrier;
+        let kib = bytes / 1024;
+        rows.push([
+            "ring memory".into(),
+            format!("{memory}, {kib} KiB, {line_ns} ns a line, {streams} streams"),
+        ]);
+        let doorbell = vm.carrier.doorbell.iter();
+        rows.extend(doorbell.map(|bell| ["ring doorbell".into(), bell.clone()]));
+    }
+    if let (Some(ring), Some(vsock)) = (vm.carrier.rtt_ns, vm.carrier.vsock_rtt_ns) {
+        let us = |ns: u64| ns as f64 / 1000.0;
+        let (ring, vsock) = (us(ring), us(vsock));
+        let said = format!("64 B there and back: ring {ring:.0} us, vsock {vsock:.0} us");
+        rows.push(["latency".into(), said]);
+    }
+    output::pairs(14, &rows)
+}
+
+/// `300.0 s behind this host's`. The time that a message takes is part of it, so less than a second means nothing.
+fn clock(ahead_ms: i64) -> String {
+    let tenths = ahead_ms.unsigned_abs() / 100;
+    let side = match ahead_ms {
+        ms if ms.unsigned_abs() < 1000 => return "as this host's".into(),
+        ms if ms < 0 => "behind",
+        _ => "ahead of",
+    };
+    format!("{}.{} s {side} this host's", tenths / 10, tenths % 10)
+}
+
+/// `ring: both sides use the ring`, `vsock: no VMM has handed a ring over`.
+fn carrier(carrier: &Carrier) -> String {
+    let kind = match carrier.kind {
+        CarrierKind::Vsock => "vsock",
+        CarrierKind::Ring => "ring",
+    };
+    match carrier.why.as_str() {
+        "" => kind.to_owned(),
+        why => format!("{kind}: {why}"),
+    }
+}
+
+fn join(ports: &[impl ToString]) -> String {
+    ports
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_says_which_side_of_the_hosts_it_is_on() {
+        for (ms, want) in [
+            (0, "as this host's"),
+            (-999, "as this host's"),
+            (-300_050, "300.0 s behind this host's"),
+            (86_400_100, "86400.1 s ahead of this host's"),
+            (i64::MIN, "9223372036854775.8 s behind this host's"),
+        ] {
+            assert_eq!(clock(ms), want);
+        }
+    }
+}

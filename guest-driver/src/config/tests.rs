@@ -1,0 +1,174 @@
+//! What a configuration may say, and that the example in `dist/` says all of it.
+
+use serde::de::value::Error as Stop;
+use serde::de::{Deserializer, Error as _, Visitor};
+use serde::forward_to_deserialize_any;
+
+use super::*;
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    Config::parse(Path::new("/etc/adit-guest/adit-guest.toml"), text)
+}
+
+#[test]
+fn one_line_is_enough_and_allows_nothing() {
+    let c = parse("vm_id = \"web-1\"\n").unwrap();
+    assert!(c.allow_ports.is_empty());
+    assert_eq!(c.state_dir, Path::new("/var/lib/adit-guest"));
+    assert!(!c.file.roots.contains(&PathBuf::from("/")));
+}
+
+#[test]
+fn an_unknown_key_names_file_line_and_key() {
+    for (text, line, key) in [
+        ("vm_id = \"a\"\nalow_ports = [80]\n", 2, "alow_ports"),
+        (
+            "vm_id = \"a\"\n[script]\nenabled = true\n\nshell = true\n",
+            5,
+            "shell",
+        ),
+        (
+            "vm_id = \"a\"\nallow_ports = [80, 70000]\n",
+            2,
+            "allow_ports",
+        ),
+        ("vm_id = \"Web\"\n", 1, "vm_id"),
+    ] {
+        let e = parse(text).unwrap_err();
+        let ConfigError::Parse {
+            line: at,
+            key: Some(found),
+            ..
+        } = &e
+        else {
+            panic!("{e}")
+        };
+        assert_eq!((*at, found.as_str()), (line, key), "{e}");
+        assert!(
+            e.to_string().starts_with(&format!(
+                "/etc/adit-guest/adit-guest.toml:{line}: key `{key}`: "
+            )),
+            "{e}"
+        );
+    }
+}
+
+#[test]
+fn values_that_cannot_be_used_are_refused() {
+    for text in [
+        "",
+        "vm_id = \"a\"\nallow_ports = [0]\n",
+        "vm_id = \"a\"\nstate_dir = \"var\"\n",
+        "vm_id = \"a\"\n[file]\nroots = [\"etc\"]\n",
+    ] {
+        assert!(parse(text).is_err(), "{text}");
+    }
+}
+
+const EXAMPLE: &str = include_str!("../../dist/adit-guest.toml.example");
+
+/// Asked for a struct, it notes the keys that the struct knows, and has none of them.
+struct Keys<'k>(&'k mut Vec<&'static str>);
+
+impl<'de> Deserializer<'de> for Keys<'_> {
+    type Error = Stop;
+    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Stop> {
+        Err(Stop::custom("no struct"))
+    }
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        keys: &'static [&'static str],
+        _: V,
+    ) -> Result<V::Value, Stop> {
+        self.0.extend(keys);
+        Err(Stop::custom("keys are noted"))
+    }
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option unit unit_struct newtype_struct
+        seq tuple tuple_struct map enum identifier ignored_any
+    }
+}
+
+fn keys_of<T: for<'de> Deserialize<'de>>() -> Vec<&'static str> {
+    let mut keys = Vec::new();
+    assert!(T::deserialize(Keys(&mut keys)).is_err());
+    keys.sort_unstable();
+    assert!(!keys.is_empty());
+    keys
+}
+
+#[test]
+fn the_example_has_exactly_the_keys_that_are_known_each_explained_and_with_its_default() {
+    let example: toml::Table = EXAMPLE.parse().unwrap();
+    let mut known = keys_of::<Config>();
+    for (table, inside) in [
+        ("script", keys_of::<ScriptConfig>()),
+        ("file", keys_of::<FileConfig>()),
+    ] {
+        let mut has: Vec<&str> = example[table]
+            .as_table()
+            .unwrap()
+            .keys()
+            .map(String::as_str)
+            .collect();
+        has.sort_unstable();
+        assert_eq!(has, inside, "[{table}]");
+        known.retain(|&key| key != table);
+    }
+    let mut has: Vec<&str> = example.keys().map(String::as_str).collect();
+    has.retain(|&key| !example[key].is_table());
+    has.sort_unstable();
+    assert_eq!(has, known);
+    let lines: Vec<&str> = EXAMPLE.lines().collect();
+    for (at, line) in lines.iter().enumerate() {
+        let is_key = !line.is_empty() && !line.starts_with('#');
+        assert!(
+            !is_key || lines[at - 1].starts_with('#'),
+            "no word about {line}"
+        );
+    }
+    assert_eq!(
+        parse(EXAMPLE).unwrap(),
+        parse("vm_id = \"web-1\"\n").unwrap()
+    );
+}
+
+#[test]
+fn a_mistake_is_told_in_the_words_of_whoever_wrote_the_file() {
+    for (text, says) in [
+        ("", "`vm_id` is missing"),
+        ("vm_id = 5\n", "must be"),
+        (
+            "vm_id = \"a\"\nallow_ports = 80\n",
+            "must be a list, not 80",
+        ),
+        (
+            "vm_id = \"a\"\nallow_ports = [70000]\n",
+            "must be a whole number from 0 to 65535, not 70000",
+        ),
+        (
+            "vm_id = \"a\"\nclock = \"ntp\"\n",
+            "must be `own` or `host`, not `ntp`",
+        ),
+        (
+            "vm_id = \"a\"\nscript = true\n",
+            "must be a table, [script], not true",
+        ),
+        (
+            "vm_id = \"a\"\n[file]\nenabled = \"yes\"\n",
+            "must be true or false, not the text \"yes\"",
+        ),
+        (
+            "vm_id = \"a\"\nports = [80]\n",
+            "unknown key `ports`; it could be `vm_id`, ",
+        ),
+        ("vm_id = \"a\"\nvm_id = \"b\"\n", "duplicate key"),
+    ] {
+        let e = parse(text).unwrap_err().to_string();
+        assert!(e.contains(says), "{text}: {e}");
+        for jargon in ["struct", "invalid", "field", "u16", "expected"] {
+            assert!(!e.contains(jargon), "{text}: {e}");
+        }
+    }
+}

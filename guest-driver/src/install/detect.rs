@@ -1,0 +1,57 @@
+//! Which init system an image has.
+//!
+//! | init | by |
+//! |---|---|
+//! | systemd | `systemd` in `lib/systemd` or `usr/lib/systemd` |
+//! | OpenRC | `openrc-run` in `sbin` or `usr/sbin` |
+//! | busybox | `etc/init.d/rcS`, which runs `S??*`, where neither of the others is |
+
+use std::path::{Path, PathBuf};
+
+use super::Init;
+use super::image::Image;
+
+const SYSTEMD: [&str; 2] = ["lib/systemd/systemd", "usr/lib/systemd/systemd"];
+const OPENRC: [&str; 2] = ["sbin/openrc-run", "usr/sbin/openrc-run"];
+const BUSYBOX: [&str; 1] = ["etc/init.d/rcS"];
+
+/// It cannot be told from the image.
+#[derive(Debug, thiserror::Error)]
+pub enum Unknown {
+    /// It has none of those that are looked for.
+    #[error(
+        "{}: no init system is recognised (none of {}): name it with --init, or --init none to start the agent by other means",
+        root.display(), sought()
+    )]
+    None {
+        /// The image.
+        root: PathBuf,
+    },
+    /// It has two.
+    #[error("{}: has both systemd and OpenRC: name the one that starts it with --init", root.display())]
+    Both {
+        /// The image.
+        root: PathBuf,
+    },
+}
+
+fn sought() -> String {
+    let all = SYSTEMD.iter().chain(&OPENRC).chain(&BUSYBOX);
+    let all: Vec<String> = all.map(|path| format!("/{path}")).collect();
+    all.join(", ")
+}
+
+/// Looks for it.
+///
+/// # Errors
+/// It has none that is known, or two.
+pub(super) fn init(image: &Image, root: &Path) -> Result<Init, Unknown> {
+    let has = |paths: &[&str]| paths.iter().any(|path| image.has(path));
+    match (has(&SYSTEMD), has(&OPENRC)) {
+        (true, true) => Err(Unknown::Both { root: root.into() }),
+        (true, false) => Ok(Init::Systemd),
+        (false, true) => Ok(Init::Openrc),
+        (false, false) if has(&BUSYBOX) => Ok(Init::Busybox),
+        (false, false) => Err(Unknown::None { root: root.into() }),
+    }
+}

@@ -1,0 +1,362 @@
+//! What each init gets, and that its script or unit does what it is for.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::config::Config;
+
+/// The text of a public key.
+fn key_line(seed: u8) -> String {
+    let private = ed25519_dalek::SigningKey::from_bytes(&[seed; 32]);
+    adit_tasks::PublicKey::of(&private, "test").to_string()
+}
+
+fn install_into(root: &Path, init: Option<Init>, trust: &[PathBuf]) -> Vec<String> {
+    let vm_id = "web-1".parse().unwrap();
+    let binary = root.join("the-binary");
+    fs::write(&binary, "ELF").unwrap();
+    install(&Install {
+        root,
+        init,
+        vm_id: &vm_id,
+        trust,
+        ports: &[80, 22],
+        binary: &binary,
+    })
+    .unwrap()
+}
+
+#[test]
+fn each_init_gets_its_files_and_a_second_run_changes_nothing() {
+    for (init, file) in [
+        (
+            Init::Systemd,
+            "etc/systemd/system/multi-user.target.wants/adit-guest.service",
+        ),
+        (Init::Openrc, "etc/runlevels/default/adit-guest"),
+        (Init::Busybox, "etc/init.d/S50adit-guest"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let key = dir.path().join("manager.pub");
+        let line = key_line(7);
+        fs::write(&key, &line).unwrap();
+        let trust = [key];
+        let said = install_into(dir.path(), Some(init), &trust);
+        assert!(said.iter().all(|l| l.starts_with("wrote ")), "{said:?}");
+        assert!(
+            fs::symlink_metadata(dir.path().join(file)).is_ok(),
+            "{file}"
+        );
+        let path = dir.path().join(CONFIG);
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        let config = Config::load(&path).unwrap();
+        assert_eq!(
+            (config.vm_id.as_str(), config.allow_ports),
+            ("web-1", vec![80, 22])
+        );
+        assert_eq!(
+            fs::read(dir.path().join(TRUST_DIR).join("manager.pub")).unwrap(),
+            line.as_bytes()
+        );
+        let said = install_into(dir.path(), Some(init), &trust);
+        assert!(said.iter().all(|l| l.starts_with("keeps ")), "{said:?}");
+    }
+}
+
+fn try_install(
+    root: &Path,
+    init: Option<Init>,
+    trust: &[PathBuf],
+) -> Result<Vec<String>, InstallError> {
+    let vm_id = "web-1".parse().unwrap();
+    let binary = Path::new("/bin/true");
+    install(&Install {
+        root,
+        init,
+        vm_id: &vm_id,
+        trust,
+        ports: &[],
+        binary,
+    })
+}
+
+#[test]
+fn keys_come_from_many_files_and_directories_and_none_hides_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for (name, seed) in [
+        ("a.pub", 1),
+        ("keys/b.pub", 2),
+        ("keys/c.pub", 3),
+        ("other/a.pub", 4),
+        ("same/a.pub", 1),
+    ] {
+        fs::create_dir_all(at(name).parent().unwrap()).unwrap();
+        fs::write(at(name), key_line(seed)).unwrap();
+    }
+    fs::write(at("keys/README"), "no key").unwrap();
+    fs::create_dir_all(at("empty")).unwrap();
+    fs::write(at("bad.pub"), "ssh-ed25519 AAAA").unwrap();
+    let root = at("root");
+    fs::create_dir(&root).unwrap();
+    let init = Some(Init::None);
+    let trust = [at("a.pub"), at("keys"), at("same")];
+    try_install(&root, init, &trust).unwrap();
+    let placed = pub_files(&root.join(TRUST_DIR)).unwrap();
+    let names: Vec<_> = placed.iter().map(|p| p.file_name().unwrap()).collect();
+    assert_eq!(names, ["a.pub", "b.pub", "c.pub"]);
+    let fails = |trust: &[PathBuf]| try_install(&root, init, trust).unwrap_err();
+    let same = fails(&[at("a.pub"), at("other")]);
+    assert!(
+        matches!(&same, InstallError::SameName { one, other } if *one == at("a.pub") && *other == at("other/a.pub"))
+    );
+    assert!(matches!(fails(&[at("empty")]), InstallError::NoKeys { .. }));
+    assert!(matches!(fails(&[at("bad.pub")]), InstallError::Key(_)));
+    assert!(matches!(fails(&[at("none.pub")]), InstallError::Key(_)));
+    let many: Vec<String> = (0..=64).map(key_line).collect();
+    fs::write(at("x.pub"), many[..33].join("\n")).unwrap();
+    fs::write(at("y.pub"), many[33..].join("\n")).unwrap();
+    assert!(matches!(
+        fails(&[at("x.pub"), at("y.pub")]),
+        InstallError::TooManyKeys { count: 65 }
+    ));
+}
+
+#[test]
+fn the_images_init_is_found_or_asked_for() {
+    let made = |paths: &[&str]| {
+        let dir = tempfile::tempdir().unwrap();
+        for path in paths {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        dir
+    };
+    for (paths, service) in [
+        (
+            &["usr/lib/systemd/systemd"][..],
+            "etc/systemd/system/adit-guest.service",
+        ),
+        (
+            &["lib/systemd/systemd", "etc/init.d/rcS"],
+            "etc/systemd/system/adit-guest.service",
+        ),
+        (
+            &["sbin/openrc-run", "etc/init.d/rcS"],
+            "etc/init.d/adit-guest",
+        ),
+        (&["etc/init.d/rcS"], "etc/init.d/S50adit-guest"),
+    ] {
+        let dir = made(paths);
+        try_install(dir.path(), None, &[]).unwrap();
+        assert!(fs::exists(dir.path().join(service)).unwrap(), "{paths:?}");
+    }
+    // As in a merged image, absolute: it leads to the image's own directory.
+    let merged = made(&["usr/lib/systemd/systemd"]);
+    std::os::unix::fs::symlink("/usr/lib", merged.path().join("lib")).unwrap();
+    assert!(try_install(merged.path(), None, &[]).is_ok());
+    let both = made(&["usr/lib/systemd/systemd", "sbin/openrc-run"]);
+    let none = made(&[]);
+    for (dir, none) in [(&both, false), (&none, true)] {
+        match try_install(dir.path(), None, &[]).unwrap_err() {
+            InstallError::Init(detect::Unknown::None { .. }) => assert!(none),
+            InstallError::Init(detect::Unknown::Both { .. }) => assert!(!none),
+            other => panic!("{other}"),
+        }
+        assert!(
+            !fs::exists(dir.path().join("usr/sbin")).unwrap(),
+            "half an installation"
+        );
+        assert!(try_install(dir.path(), Some(Init::None), &[]).is_ok());
+    }
+}
+
+#[test]
+fn without_a_key_it_says_that_no_task_will_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = install_into(dir.path(), Some(Init::Busybox), &[]);
+    assert!(said.last().unwrap().contains("runs no task"));
+}
+
+/// The script as installed, with a program in the agent's place.
+struct Busybox(tempfile::TempDir);
+
+impl Busybox {
+    /// `agent`: shell text; `FIFO` in it is a fifo that this test reads.
+    fn with(agent: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let this = Self(dir);
+        let script = BUSYBOX
+            .replace("/usr/sbin/adit-guest run", &this.at("agent"))
+            .replace("/run/adit-guest.pid", &this.at("pid"));
+        let image = Image::open(this.0.path()).unwrap();
+        image.place("S50", script.as_bytes(), 0o755).unwrap();
+        let made = Command::new("mkfifo").arg(this.at("fifo")).status();
+        assert!(made.unwrap().success());
+        let agent = format!("#!/bin/sh\n{agent}\n").replace("FIFO", &this.at("fifo"));
+        image.place("agent", agent.as_bytes(), 0o755).unwrap();
+        this
+    }
+
+    fn at(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    fn run(&self, verb: &str) {
+        let mut command = Command::new(self.at("S50"));
+        command.arg(verb);
+        let silent = command.stdout(Stdio::null()).stderr(Stdio::null());
+        assert!(silent.status().unwrap().success());
+    }
+
+    /// The next line that the agent writes to the fifo.
+    fn line(&self) -> String {
+        let mut line = String::new();
+        let mut fifo = BufReader::new(fs::File::open(self.at("fifo")).unwrap());
+        fifo.read_line(&mut line).unwrap();
+        line.trim().to_owned()
+    }
+}
+
+fn until_gone(pid: i32) {
+    let Some(first) = crate::exec::proc::read(pid) else {
+        return;
+    };
+    let begin = Instant::now();
+    while crate::exec::proc::read(pid).is_some_and(|p| p.id == first.id && !p.zombie) {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{pid} goes on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn the_busybox_script_starts_the_agent_again_after_a_kill_and_stops_it() {
+    let _alone = crate::exec::alone();
+    let script = Busybox::with("echo $$ >FIFO\nexec sleep 1000");
+    let next_pid = || script.line().parse::<i32>().unwrap();
+    script.run("start");
+    let first = next_pid();
+    script.run("start");
+    crate::exec::proc::kill(crate::exec::proc::read(first).unwrap().id).unwrap();
+    let second = next_pid();
+    assert_ne!(first, second);
+    script.run("stop");
+    until_gone(second);
+    assert!(!fs::exists(script.at("pid")).unwrap());
+}
+
+#[test]
+fn the_busybox_script_passes_a_reload_on_and_goes_on_supervising() {
+    let _alone = crate::exec::alone();
+    let agent = "trap 'echo hup >FIFO' HUP\necho $$ >FIFO\nwhile :; do sleep 5 & wait $!; done";
+    let script = Busybox::with(agent);
+    script.run("start");
+    let first = script.line().parse::<i32>().unwrap();
+    for _ in 0..2 {
+        script.run("reload");
+        assert_eq!(script.line(), "hup");
+    }
+    crate::exec::proc::kill(crate::exec::proc::read(first).unwrap().id).unwrap();
+    let second = script.line().parse::<i32>().unwrap();
+    script.run("stop");
+    until_gone(second);
+}
+
+#[test]
+fn no_init_starts_an_agent_again_whose_configuration_cannot_be_used() {
+    use crate::config::BAD_CONFIG;
+    let _alone = crate::exec::alone();
+    let script = Busybox::with(&format!("cat FIFO\nexit {BAD_CONFIG}"));
+    script.run("start");
+    let supervisor = fs::read_to_string(script.at("pid")).unwrap();
+    let supervisor = supervisor.trim().parse::<i32>().unwrap();
+    fs::write(script.at("fifo"), "").unwrap();
+    until_gone(supervisor);
+    assert!(!fs::exists(script.at("pid")).unwrap());
+    let line = format!("RestartPreventExitStatus={BAD_CONFIG}");
+    assert!(SYSTEMD.lines().any(|l| l == line));
+    assert!(OPENRC.contains("$command check-config >/dev/null || return 1"));
+}
+
+#[test]
+fn r114_no_init_gives_the_agent_what_its_tasks_would_inherit() {
+    // Of the unit's own, or of its cgroup, in which no task is.
+    let harmless = [
+        "ExecStartPre",
+        "ExecStart",
+        "ExecReload",
+        "Restart",
+        "RestartSec",
+        "RestartPreventExitStatus",
+        "Delegate",
+        "KillMode",
+        "OOMPolicy",
+        "TimeoutStopSec",
+        "StateDirectory",
+        "StateDirectoryMode",
+        // Every task gets one of its own.
+        "UMask",
+        "TasksMax",
+    ];
+    let service = SYSTEMD.split("[Service]").nth(1).unwrap();
+    let service = service.split("[Install]").next().unwrap();
+    for line in service.lines().filter(|l| !l.is_empty()) {
+        let (key, value) = line.split_once('=').unwrap();
+        assert!(harmless.contains(&key), "{line}");
+        assert!(key != "KillMode" || value == "process", "{line}");
+    }
+    for (text, init) in [(OPENRC, "OpenRC"), (BUSYBOX, "busybox")] {
+        for taken in [
+            "ulimit",
+            "oom",
+            "capabilities",
+            "no_new_privs",
+            "secbits",
+            "rc_cgroup",
+        ] {
+            assert!(!text.contains(taken), "{init}: {taken}");
+        }
+    }
+}
+
+#[test]
+fn systemd_has_nothing_to_say_against_its_unit() {
+    let _alone = crate::exec::alone();
+    let dir = tempfile::tempdir().unwrap();
+    let unit = dir.path().join("adit-guest.service");
+    fs::write(&unit, SYSTEMD.replace("/usr/sbin/adit-guest", "/bin/true")).unwrap();
+    let verify = Command::new("systemd-analyze")
+        .args(["verify", "--man=no", "--recursive-errors=no"])
+        .arg(&unit)
+        .output();
+    let Ok(out) = verify else {
+        return eprintln!("skipped: systemd-analyze is not installed");
+    };
+    let said = String::from_utf8_lossy(&out.stderr);
+    let of_unit = said
+        .lines()
+        .filter(|l| l.contains("adit-guest"))
+        .collect::<Vec<_>>();
+    assert!(out.status.success() && of_unit.is_empty(), "{said}");
+}
+
+#[test]
+fn the_busybox_script_is_valid_shell() {
+    let _alone = crate::exec::alone();
+    let out = Command::new("sh")
+        .args(["-n", "-c", BUSYBOX])
+        .output()
+        .unwrap();
+    assert!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+}

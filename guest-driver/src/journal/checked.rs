@@ -1,0 +1,53 @@
+//! Opening a journal that may be damaged: a damaged page may panic inside the database, and that must not take the ports
+//! down. So a process of its own reads everything first.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use super::{Journal, JournalError, Result};
+use crate::exec::reap;
+
+/// Opens the journal if a process of its own could read all of it.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn open_checked(dir: &Path) -> Result<Journal> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("journal-check").arg(dir);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let ended = reap::spawn(|| command.spawn())
+        .and_then(|(child, _claim)| child.wait_with_output())
+        .map_err(|e| JournalError::Unavailable(format!("cannot check it: {e}")))?;
+    if ended.status.success() {
+        return Journal::open(dir);
+    }
+    let said = String::from_utf8_lossy(&ended.stderr);
+    let last = said.lines().last().unwrap_or_default();
+    let last = last.trim_start_matches("adit-guest: ");
+    // Its own words when it has some; its panic otherwise.
+    match ["journal-", "no-space"]
+        .iter()
+        .any(|code| last.starts_with(code))
+    {
+        true => Journal::open(dir).and(Err(JournalError::Unavailable(last.to_owned()))),
+        false => Err(JournalError::Corrupt(describe(&ended, last))),
+    }
+}
+
+fn describe(ended: &Output, last: &str) -> String {
+    format!("reading it ended with {}: {last}", ended.status)
+}
+
+/// Reads everything in the journal of a directory once.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check(dir: &Path) -> Result<()> {
+    let mut journal = Journal::open(dir)?;
+    journal.collect(|_, _| None::<()>)?;
+    journal.floors()?;
+    Ok(())
+}

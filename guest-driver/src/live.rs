@@ -1,0 +1,93 @@
+//! The configuration in force, which SIGHUP replaces while the agent runs.
+//!
+//! | key | takes effect |
+//! |---|---|
+//! | files in `trust_dir` | at the next task, without SIGHUP: they are read for each |
+//! | `trust_dir`, `script`, `file` | at the next task after SIGHUP |
+//! | `allow_ports` | at the next stream after SIGHUP; streams that are open go on |
+//! | `clock` | when the host tells its time after SIGHUP |
+//! | `vm_id`, `state_dir`, `run_dir` | at the next start of the agent |
+
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use adit_tasks::KeyId;
+
+use crate::config::{Config, ConfigError};
+use crate::log;
+use crate::trust::Anchors;
+
+/// The configuration in force.
+pub struct Live {
+    config: RwLock<Arc<Config>>,
+    /// What was last logged of the anchors.
+    logged: Mutex<Logged>,
+}
+
+/// The trusted keys, and why others are not.
+#[derive(Default, PartialEq, Eq)]
+struct Logged {
+    keys: Vec<KeyId>,
+    skipped: Vec<String>,
+}
+
+impl Live {
+    /// Begins with this configuration.
+    pub fn new(config: Config) -> Self {
+        Self {
+            config: RwLock::new(Arc::new(config)),
+            logged: Mutex::default(),
+        }
+    }
+
+    /// The configuration at this moment.
+    pub fn config(&self) -> Arc<Config> {
+        let config = self.config.read();
+        config.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reads the trust anchors; logs what has changed since they were last read.
+    pub fn anchors(&self) -> Anchors {
+        let anchors = Anchors::read(&self.config());
+        let skipped = anchors.skipped.iter().chain(&anchors.distrusted);
+        let now = Logged {
+            keys: anchors.keys.keys().map(|key| key.id()).collect(),
+            skipped: skipped.map(ToString::to_string).collect(),
+        };
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        if now.keys != logged.keys {
+            log::event("anchors", &[("count", &anchors.count())]);
+        }
+        for error in now.skipped.iter().filter(|e| !logged.skipped.contains(e)) {
+            log::event("anchor-skipped", &[("error", error)]);
+        }
+        *logged = now;
+        anchors
+    }
+
+    /// Reads the configuration file again. Returns the keys whose change needs a restart; they keep their old values.
+    ///
+    /// # Errors
+    /// The file cannot be used; the configuration before stays in force.
+    pub fn reload(&self) -> Result<Vec<&'static str>, ConfigError> {
+        let old = self.config();
+        let mut new = Config::load(&old.path)?;
+        let mut kept = Vec::new();
+        keep("vm_id", &mut new.vm_id, &old.vm_id, &mut kept);
+        keep("state_dir", &mut new.state_dir, &old.state_dir, &mut kept);
+        keep("run_dir", &mut new.run_dir, &old.run_dir, &mut kept);
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+        Ok(kept)
+    }
+}
+
+fn keep<T: Clone + PartialEq>(
+    key: &'static str,
+    new: &mut T,
+    old: &T,
+    kept: &mut Vec<&'static str>,
+) {
+    if new != old {
+        kept.push(key);
+        new.clone_from(old);
+    }
+}

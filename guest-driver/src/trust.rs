@@ -1,0 +1,170 @@
+//! Trust anchors: the keys in `trust_dir/*.pub`, read again for every task, so that a key that was added or removed counts
+//! from the next task on.
+//!
+//! A file that others than its owner may write, or that belongs to neither root nor the agent's user, is no anchor; nor is
+//! one with a malformed line. Both are logged and skipped, so that a mistake leaves less trust, never more. Where others may
+//! write the directory, or the configuration that names it, nothing in it is an anchor.
+
+use std::fs;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use adit_tasks::TrustStore;
+use adit_tasks::key::KeyError;
+
+use crate::config::Config;
+use crate::owned::{self, Writable};
+
+/// Longest key file.
+const KEY_FILE_MAX: u64 = 64 * 1024;
+
+/// Why a key file is no trust anchor. The fault of whoever made the image.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {why}", file.display())]
+pub struct KeyFileError {
+    file: PathBuf,
+    why: Why,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Why {
+    #[error("cannot be read: {0}")]
+    Read(io::Error),
+    #[error("is not a regular file")]
+    Kind,
+    #[error("{0}")]
+    Key(KeyError),
+    #[error("holds no key; make one with `adit key new`")]
+    Empty,
+    #[error(transparent)]
+    Writable(#[from] Writable),
+    #[error("{len} bytes, at most {KEY_FILE_MAX} are read")]
+    TooLong { len: u64 },
+}
+
+/// What the image trusts at one moment.
+#[derive(Debug, Default)]
+pub struct Anchors {
+    /// The trusted keys.
+    pub keys: TrustStore,
+    /// Files that are no anchors, and why.
+    pub skipped: Vec<KeyFileError>,
+    /// Why nothing is an anchor, whatever `trust_dir` holds.
+    pub distrusted: Option<KeyFileError>,
+}
+
+impl Anchors {
+    /// Reads the directory that a configuration names.
+    pub fn read(config: &Config) -> Self {
+        let mut anchors = Self::default();
+        match key_files(config) {
+            Ok(files) => {
+                for file in files {
+                    anchors
+                        .skipped
+                        .extend(add_file(&mut anchors.keys, &file).err());
+                }
+            }
+            Err(e) => anchors.distrusted = Some(e),
+        }
+        anchors
+    }
+
+    /// How many keys are trusted.
+    pub fn count(&self) -> u16 {
+        u16::try_from(self.keys.len()).unwrap_or(u16::MAX)
+    }
+
+    /// Why no key is trusted, for a report.
+    pub fn why_none(&self) -> String {
+        match (&self.distrusted, self.skipped.first()) {
+            (Some(e), _) | (None, Some(e)) => format!("no-trust-anchor: {e}"),
+            (None, None) => {
+                "no-trust-anchor: this image trusts no key; it was installed without --trust".into()
+            }
+        }
+    }
+}
+
+/// Checks a key file before it is put into an image, and returns its keys.
+///
+/// # Errors
+/// It holds no usable key.
+pub fn check_key(file: &Path) -> Result<TrustStore, KeyFileError> {
+    let of = |why| KeyFileError {
+        file: file.to_owned(),
+        why,
+    };
+    let text = fs::read_to_string(file).map_err(|e| of(Why::Read(e)))?;
+    let mut keys = TrustStore::default();
+    keys.add_text(&text).map_err(|e| of(Why::Key(e)))?;
+    match keys.is_empty() {
+        true => Err(of(Why::Empty)),
+        false => Ok(keys),
+    }
+}
+
+/// The files in a directory that may hold keys: `*.pub`, sorted by name.
+///
+/// # Errors
+/// The directory cannot be read.
+pub fn pub_files(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        files.push(entry?.path());
+    }
+    files.retain(|p| p.extension().is_some_and(|e| e == "pub"));
+    files.sort();
+    Ok(files)
+}
+
+/// The files that may hold anchors.
+fn key_files(config: &Config) -> Result<Vec<PathBuf>, KeyFileError> {
+    let dir = &config.trust_dir;
+    let of = |file: &Path| {
+        let file = file.to_owned();
+        move |why| KeyFileError { file, why }
+    };
+    let meta = fs::metadata(&config.path)
+        .map_err(Why::Read)
+        .map_err(of(&config.path))?;
+    owned::check(&meta)
+        .map_err(Why::Writable)
+        .map_err(of(&config.path))?;
+    let meta = match fs::metadata(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        meta => meta.map_err(Why::Read).map_err(of(dir))?,
+    };
+    owned::check(&meta)
+        .map_err(Why::Writable)
+        .map_err(of(dir))?;
+    pub_files(dir).map_err(Why::Read).map_err(of(dir))
+}
+
+fn add_file(keys: &mut TrustStore, path: &Path) -> Result<(), KeyFileError> {
+    let of = |why| KeyFileError {
+        file: path.to_owned(),
+        why,
+    };
+    // Opened once, so that what is checked is what is read; a fifo is not waited for.
+    let mut options = fs::OpenOptions::new();
+    let options = options.read(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path).map_err(|e| of(Why::Read(e)))?;
+    let meta = file.metadata().map_err(|e| of(Why::Read(e)))?;
+    if !meta.is_file() {
+        return Err(of(Why::Kind));
+    }
+    owned::check(&meta).map_err(|e| of(e.into()))?;
+    if meta.len() > KEY_FILE_MAX {
+        return Err(of(Why::TooLong { len: meta.len() }));
+    }
+    // All of a file or nothing of it.
+    let mut with = keys.clone();
+    let mut text = String::new();
+    let read = file.take(KEY_FILE_MAX).read_to_string(&mut text);
+    read.map_err(|e| of(Why::Read(e)))?;
+    with.add_text(&text).map_err(|e| of(Why::Key(e)))?;
+    *keys = with;
+    Ok(())
+}

@@ -1,0 +1,169 @@
+//! A full disk in the guest: a task starts only if its result can be written, and whoever ordered it learns what was lost.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use adit_tasks::wire::{Outcome, Report, Task};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::json;
+
+use crate::host::*;
+
+const FULL: &str = "guest disk full";
+
+fn counted(host: &Host, key_seq: u64) -> Task {
+    let step = counting(&host.path("count"), "echo out");
+    task(host.goal(key_seq, json!([step])), "count", 1)
+}
+
+fn refused_for_space(report: &Report) {
+    refused(report, "no-space");
+    let why = format!("{FULL}: journal cannot be written");
+    assert!(report.reason.contains(&why), "{}", report.reason);
+}
+
+#[test]
+fn a_task_that_the_journal_cannot_take_is_not_started_and_runs_once_there_is_space() {
+    for point in ["stored", "started"] {
+        let mut host = Host::new();
+        let task = counted(&host, 1);
+        host.start_full_at(point);
+        let (mut session, _) = host.accept();
+        refused_for_space(&session.run(&task));
+        assert_eq!(lines(&host.path("count")), 0, "{point}");
+        host.kill();
+        assert_eq!(host.run(&task).outcome, Outcome::Done, "{point}");
+        assert_eq!(lines(&host.path("count")), 1, "{point}");
+    }
+}
+
+#[test]
+fn a_result_that_the_journal_cannot_take_is_reported_with_a_mark_and_its_task_never_runs_again() {
+    let mut host = Host::new();
+    let task = counted(&host, 1);
+    host.start_full_at("result-stored");
+    let (mut session, _) = host.accept();
+    for _ in 0..2 {
+        // The second time from memory.
+        let report = session.run(&task);
+        assert_eq!((report.outcome, report.exit), (Outcome::Done, Some(0)));
+        assert_eq!(report.stdout.head, b"out\n");
+        assert!(report.reason.contains(FULL), "{:?}", report.reason);
+    }
+    // What was not written comes before any other task.
+    refused_for_space(&session.run(&counted(&host, 2)));
+    host.kill();
+    let report = host.run(&task);
+    assert_eq!(report.outcome, Outcome::Interrupted, "{}", report.reason);
+    assert_eq!(lines(&host.path("count")), 1);
+}
+
+/// A small disk in place of the agent's state directory.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    const BYTES: usize = 16 << 20;
+
+    /// None, with the reason printed, where this test may not mount.
+    fn at(path: PathBuf) -> Option<Self> {
+        fs::create_dir(&path).unwrap();
+        let options = format!("size={},mode=700", Self::BYTES);
+        let none = None::<&str>;
+        match mount(
+            none,
+            &path,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some(&options[..]),
+        ) {
+            Ok(()) => Some(Self(path)),
+            Err(e) => {
+                println!("skipped: cannot mount a tmpfs: {e}");
+                None
+            }
+        }
+    }
+
+    fn filler(&self) -> PathBuf {
+        self.0.join("filler")
+    }
+
+    /// Takes all the space that is left.
+    fn fill(&self) {
+        let mut file = fs::File::create(self.filler()).unwrap();
+        while file.write_all(&[1; 4096]).is_ok() {}
+    }
+
+    fn free(&self) {
+        fs::remove_file(self.filler()).unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// A step that fills a disk and then prints a line and much more.
+fn filling(count: &Path, filler: &Path) -> serde_json::Value {
+    let text = "echo x >>\"$1\"; cat /dev/zero >\"$2\" 2>/dev/null; echo out; head -c 200000 /dev/zero | tr '\\0' a";
+    let script = json!({"interpreter": "/bin/sh", "script": text, "args": [count, filler], "output_cap": 262_144});
+    json!({"id": "fill", "script": script})
+}
+
+#[test]
+fn a_task_that_fills_the_disk_has_its_result_kept_whole_and_the_next_is_not_started() {
+    let mut host = Host::new();
+    let Some(disk) = SmallDisk::at(host.path("state")) else {
+        return;
+    };
+    let count = host.path("count");
+    let step = filling(&count, &disk.filler());
+    let task = task(host.goal(1, json!([step])), "fill", 1);
+    host.start(None);
+    let (mut session, _) = host.accept();
+    let Some(Said::Pull(id)) = session.next().unwrap() else {
+        panic!("{}", host.log())
+    };
+    session.task(id, &task);
+    let first = loop {
+        if let Said::Report(_, report) = session.next().unwrap().unwrap() {
+            break report;
+        }
+    };
+    assert_eq!(first.outcome, Outcome::Done, "{}", first.reason);
+    assert_eq!(first.stdout.total, 200_004);
+    // Not acknowledged, and the agent is killed: it is all in the journal.
+    drop(session);
+    host.kill();
+    host.start(None);
+    let (mut session, _) = host.accept();
+    let Some(Said::Report(id, second)) = session.next().unwrap() else {
+        panic!("{}", host.log())
+    };
+    assert_eq!(second, first, "{}", host.log());
+    session.ack(id, &second);
+    refused_for_space(&session.run(&counted(&host, 2)));
+    disk.free();
+    let report = session.run(&counted(&host, 2));
+    assert_eq!(report.outcome, Outcome::Done, "{}", report.reason);
+    assert_eq!(lines(&count), 2);
+}
+
+#[test]
+fn an_agent_that_starts_on_a_full_disk_runs_tasks_once_there_is_space() {
+    let mut host = Host::new();
+    let Some(disk) = SmallDisk::at(host.path("state")) else {
+        return;
+    };
+    disk.fill();
+    host.start(None);
+    let (mut session, _) = host.accept();
+    refused_for_space(&session.run(&counted(&host, 1)));
+    disk.free();
+    let report = session.run(&counted(&host, 1));
+    assert_eq!(report.outcome, Outcome::Done, "{}", report.reason);
+    assert_eq!(lines(&host.path("count")), 1);
+}

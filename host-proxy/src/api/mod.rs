@@ -1,0 +1,223 @@
+//! The JSON API on the Unix socket; `adit_api` lists the endpoints and has the types.
+//!
+//! `vms` has what is asked of VMs (`wait`: when they are ready), `tasks` of goals and tasks (`lists`: the newest of them, and
+//! filters that name nothing); here is the rest, and how a request fails.
+
+mod lists;
+mod tasks;
+mod vms;
+mod wait;
+
+use std::sync::Arc;
+
+use adit_api::{ConfigStatus, ErrorBody};
+use adit_tasks::{VmId, dsse};
+use axum::extract::{DefaultBodyLimit, Query, State as Shared};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::Deserialize;
+use tokio::sync::OwnedSemaphorePermit;
+
+use crate::queue::QueueError;
+use crate::registry::AddError;
+use crate::state::State;
+use crate::vm::VmEntry;
+use crate::vms::{NotAdded, port_gone};
+
+/// Most bytes of a request's body: an envelope inside JSON.
+pub const BODY_MAX: usize = 2 * dsse::ENVELOPE_MAX + 4096;
+
+type App = Arc<State>;
+type Answer<T> = Result<Json<T>, ApiError>;
+
+/// All endpoints.
+pub fn router(state: App) -> Router {
+    Router::new()
+        .route("/v1/vms", get(vms::list).post(vms::add))
+        .route(
+            "/v1/vms/{name}",
+            get(vms::show).patch(vms::change).delete(vms::remove),
+        )
+        .route("/v1/vms/{name}/reload", post(vms::reload))
+        .route("/v1/vms/{name}/wait", get(wait::wait_vm))
+        .route("/v1/goals", get(lists::goals).post(tasks::add_goal))
+        .route("/v1/goals/{id}", get(tasks::show_goal))
+        .route("/v1/tasks", get(tasks::list))
+        .route("/v1/tasks/{id}", get(tasks::show))
+        .route("/v1/tasks/{id}/output", get(tasks::output))
+        .route("/v1/events", get(tasks::events))
+        .route("/v1/config", get(config))
+        .route("/v1/shutdown", post(shutdown))
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .merge(observe(state.clone()))
+        .fallback(|| async {
+            ApiError::new(
+                StatusCode::NOT_FOUND,
+                "unknown-path",
+                "there is no such path",
+            )
+        })
+        .with_state(state)
+}
+
+/// What may also be had over TCP.
+pub fn observe(state: App) -> Router<App> {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(readyz))
+        .with_state(state)
+}
+
+/// A failed request.
+pub struct ApiError(StatusCode, ErrorBody);
+
+impl ApiError {
+    fn new(status: StatusCode, code: &str, message: impl ToString) -> Self {
+        Self(
+            status,
+            ErrorBody {
+                code: code.into(),
+                message: message.to_string(),
+                help: String::new(),
+            },
+        )
+    }
+
+    fn help(mut self, help: &str) -> Self {
+        self.1.help = help.into();
+        self
+    }
+
+    fn unknown_vm(name: &str) -> Self {
+        let name: String = name.chars().take(80).collect();
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "unknown-vm",
+            format!("no VM is named `{}`", name.escape_debug()),
+        )
+        .help("`adit vm ls` lists the names")
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        (self.0, Json(self.1)).into_response()
+    }
+}
+
+impl From<QueueError> for ApiError {
+    fn from(e: QueueError) -> Self {
+        use StatusCode as S;
+        match &e {
+            QueueError::GoalTaken { .. } => Self::new(S::CONFLICT, "goal-taken", e),
+            QueueError::GoalExpired { .. } => Self::new(S::UNPROCESSABLE_ENTITY, "expired", e)
+                .help("sign it again: its time begins when it is signed"),
+            QueueError::Full { .. } => Self::new(S::TOO_MANY_REQUESTS, "queue-full", e)
+                .help("wait until its tasks are done (`adit task ls --vm …`), or raise [limits] queued_per_vm"),
+            QueueError::Unknown => Self::new(S::NOT_FOUND, "unknown-task", e).help("`adit task ls` lists them"),
+            QueueError::UnknownGoal => Self::new(S::NOT_FOUND, "unknown-goal", e).help("`adit goal ls` lists them"),
+            QueueError::NotLeased => Self::new(S::CONFLICT, "not-leased", e),
+            QueueError::Db(db) => {
+                tracing::error!(error = %db, "the database refused a request");
+                Self::new(S::INSUFFICIENT_STORAGE, "database", e)
+                    .help("nothing was accepted: check the disk of state_dir for space and errors, then try again")
+            }
+        }
+    }
+}
+
+impl From<AddError> for ApiError {
+    fn from(e: AddError) -> Self {
+        let help = match e {
+            AddError::Full => "remove one that is no longer needed: `adit vm rm`",
+            _ => "`adit vm ls` shows which names and CIDs are taken",
+        };
+        Self::new(StatusCode::CONFLICT, "taken", e).help(help)
+    }
+}
+
+impl From<NotAdded> for ApiError {
+    fn from(e: NotAdded) -> Self {
+        match e {
+            NotAdded::Refused(e) => e.into(),
+            NotAdded::NotKept(e) => e.into(),
+        }
+    }
+}
+
+fn find(state: &State, name: &str) -> Result<Arc<VmEntry>, ApiError> {
+    let id: Option<VmId> = name.parse().ok();
+    id.and_then(|id| state.registry.get(&id))
+        .ok_or_else(|| ApiError::unknown_vm(name))
+}
+
+/// A permit to wait for something. There are fewer than connections, so that waiters do not keep the operator out.
+fn patient(state: &State) -> Result<OwnedSemaphorePermit, ApiError> {
+    state.patient.clone().try_acquire_owned().map_err(|_| {
+        let message = "too many requests are waiting already";
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "busy", message).help(
+            "end some of `adit wait` and `adit task watch`, or raise aditd's limit of open files",
+        )
+    })
+}
+
+#[derive(Deserialize)]
+struct ShutdownQuery {
+    #[serde(default)]
+    ports: bool,
+}
+
+async fn shutdown(Shared(state): Shared<App>, Query(q): Query<ShutdownQuery>) -> StatusCode {
+    if q.ports {
+        let mut vms = state.registry.all();
+        // A VMM goes on with its VM, and serves the next aditd.
+        vms.retain(|vm| vm.held_by().is_none());
+        for vm in &vms {
+            vm.removed.cancel();
+        }
+        // Each supervisor passes the word on, all at the same time.
+        for vm in &vms {
+            port_gone(vm).await;
+        }
+    }
+    state.stop.cancel();
+    StatusCode::ACCEPTED
+}
+
+/// What became of the configuration file.
+async fn config(Shared(state): Shared<App>) -> Json<ConfigStatus> {
+    Json(state.reloads.show())
+}
+
+async fn metrics(Shared(state): Shared<App>) -> Response {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([("content-type", kind)], state.metrics.render(&state)).into_response()
+}
+
+async fn readyz(Shared(state): Shared<App>) -> Response {
+    let down: Vec<String> = state
+        .registry
+        .all()
+        .iter()
+        .filter(|vm| vm.link().is_none())
+        .map(|vm| vm.config.name.to_string())
+        .collect();
+    if down.is_empty() {
+        return "ready\n".into_response();
+    }
+    (
+        StatusCode::SERVICE_UNAVAILABLE,
+        format!("no port process: {}\n", down.join(", ")),
+    )
+        .into_response()
+}
+
+fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    serde_json::from_slice(body).map_err(|e| {
+        let message = adit_tasks::plain(&e.to_string());
+        ApiError::new(StatusCode::BAD_REQUEST, "bad-json", message)
+    })
+}

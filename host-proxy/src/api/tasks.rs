@@ -1,0 +1,357 @@
+//! What the API is asked of goals and tasks.
+
+use std::sync::Arc;
+
+use adit_api::{Goal, NewGoal, Task, TaskEvent, TaskState};
+use adit_tasks::wire::TaskId;
+use adit_tasks::{dsse, hex, unhex};
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, Query, State as Shared};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use tokio::sync::broadcast::error::RecvError;
+
+use super::{Answer, ApiError, App, find, lists, parse, patient};
+use crate::queue::page::{self, Filter, PAGE_MAX, Page};
+use crate::queue::{self, QueueError};
+use crate::state::State;
+use crate::vm::VmEntry;
+
+pub(super) async fn add_goal(Shared(state): Shared<App>, body: Bytes) -> Answer<Goal> {
+    let new: NewGoal = parse(&body)?;
+    let bad = |e: &dyn std::fmt::Display| {
+        ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "bad-goal", e.to_string())
+    };
+    let envelope = dsse::Envelope::parse(new.envelope.as_bytes()).map_err(|e| bad(&e))?;
+    let goal =
+        adit_tasks::Goal::parse_unverified(envelope.unverified_payload()).map_err(|e| bad(&e))?;
+    let vms = targets(&state, &new, &goal)?;
+    let (goal_id, digest) = (goal.goal_id.to_string(), envelope.digest());
+    let new = queue::NewGoal {
+        goal,
+        digest,
+        signer: queue::schema::signer(&envelope),
+        envelope: new.envelope.into_bytes(),
+        vms: vms.iter().map(|vm| vm.config.name.clone()).collect(),
+        now_ms: state.now_ms(),
+        max_queued: state.config.limits.queued_per_vm,
+    };
+    let (tasks, accepted_ms) = state
+        .db
+        .run::<_, QueueError, _>(move |c| {
+            let tasks = queue::add_goal(c, &new)?;
+            Ok((tasks, queue::goal(c, &new.goal.goal_id.to_string())?.1))
+        })
+        .await?;
+    state.publish(tasks.clone());
+    state.expiry.notify_one();
+    for vm in vms {
+        state.refresh_open_tasks(&vm).await;
+        vm.queued.notify_waiters();
+    }
+    Ok(Json(Goal {
+        goal_id,
+        digest: hex(&digest),
+        accepted_at: queue::rfc3339(accepted_ms),
+        tasks,
+    }))
+}
+
+/// The VMs that a goal is queued for: of its audience, unless the caller insists.
+fn targets(
+    state: &State,
+    new: &NewGoal,
+    goal: &adit_tasks::Goal,
+) -> Result<Vec<Arc<VmEntry>>, ApiError> {
+    let mut vms = Vec::new();
+    if new.to.is_empty() {
+        for id in &goal.audience.vms {
+            vms.push(find(state, id.as_str())?);
+        }
+        return Ok(vms);
+    }
+    for name in &new.to {
+        let vm = find(state, name)?;
+        if !goal.audience.vms.contains(&vm.config.name) && !new.relay_unchecked {
+            let message =
+                format!("the goal is not for `{name}`: its signed audience does not name it");
+            return Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "wrong-audience", message)
+                .help("sign it again with that VM in --to; --relay-unchecked queues it anyway, and the guest refuses it"));
+        }
+        vms.push(vm);
+    }
+    Ok(vms)
+}
+
+pub(super) async fn show_goal(Shared(state): Shared<App>, Path(id): Path<String>) -> Answer<Goal> {
+    let goal_id = id.clone();
+    let ((digest, accepted_ms), tasks) = state
+        .db
+        .run::<_, QueueError, _>(move |c| Ok((queue::goal(c, &id)?, queue::of_goal(c, &id)?)))
+        .await?;
+    Ok(Json(Goal {
+        goal_id,
+        digest: hex(&digest),
+        accepted_at: queue::rfc3339(accepted_ms),
+        tasks,
+    }))
+}
+
+#[derive(Deserialize)]
+pub(super) struct TaskQuery {
+    vm: Option<String>,
+    goal: Option<String>,
+    state: Option<String>,
+    id: Option<String>,
+    limit: Option<usize>,
+    #[serde(default)]
+    after: i64,
+    newest: Option<usize>,
+    before: Option<i64>,
+}
+
+pub(super) async fn list(
+    Shared(state): Shared<App>,
+    Query(q): Query<TaskQuery>,
+) -> Result<Response, ApiError> {
+    let id = match q.id {
+        Some(digits) => Some(page::id_range(&digits).ok_or_else(bad_id)?),
+        None => None,
+    };
+    let filter = Filter {
+        vm: q.vm,
+        goal: q.goal,
+        state: q.state,
+        id,
+        open: false,
+    };
+    lists::check_state(&filter)?;
+    if let Some(limit) = q.newest {
+        return lists::newest_tasks(&state, filter, q.before, limit).await;
+    }
+    let (tasks, next) = page_of(&state, &filter, q.after, q.limit.unwrap_or(PAGE_MAX)).await?;
+    if tasks.is_empty() {
+        lists::check_names(&state, &filter).await?;
+    }
+    if q.limit.is_some() || next.is_none() {
+        let mut response = Json(tasks).into_response();
+        if let Some(next) = next {
+            response.headers_mut().insert(adit_api::NEXT, next.into());
+        }
+        return Ok(response);
+    }
+    // All of them: as they are read, so that a long list is never in memory as a whole.
+    let first = Some((tasks, next, true));
+    let pages = futures_util::stream::unfold((state, filter, first), |(state, filter, at)| async {
+        let (tasks, next, is_first) = at?;
+        let text = array_part(&tasks, is_first, next.is_none());
+        let at = match next {
+            None => Ok(None),
+            Some(after) => page_of(&state, &filter, after, PAGE_MAX)
+                .await
+                .map(|(tasks, next)| Some((tasks, next, false)))
+                // The answer is cut off: whoever reads it finds no end of the array.
+                .map_err(|_| std::io::Error::other("the database failed")),
+        };
+        match at {
+            Ok(at) => Some((Ok(text), (state, filter, at))),
+            Err(e) => Some((Err(e), (state, filter, None))),
+        }
+    });
+    let body = Body::from_stream(pages);
+    Ok(([("content-type", "application/json")], body).into_response())
+}
+
+async fn page_of(
+    state: &State,
+    filter: &Filter,
+    after: i64,
+    limit: usize,
+) -> Result<Page, QueueError> {
+    let filter = filter.clone();
+    state
+        .db
+        .run(move |c| page::page(c, &filter, after, limit))
+        .await
+}
+
+/// Some elements of a JSON array.
+fn array_part(tasks: &[Task], first: bool, last: bool) -> Bytes {
+    let mut text = Vec::from(if first { &b"["[..] } else { b"" });
+    for (at, task) in tasks.iter().enumerate() {
+        // A page may be empty: what was on it has changed meanwhile.
+        if at > 0 || !first {
+            text.push(b',');
+        }
+        // Strings and numbers always serialise.
+        text.extend(serde_json::to_vec(task).unwrap_or_default());
+    }
+    if last {
+        text.push(b']');
+    }
+    text.into()
+}
+
+fn bad_id() -> ApiError {
+    ApiError::new(
+        StatusCode::NOT_FOUND,
+        "unknown-task",
+        "a task id is 32 hex digits",
+    )
+}
+
+fn task_id(text: &str) -> Result<TaskId, ApiError> {
+    unhex(text).ok_or_else(bad_id)
+}
+
+pub(super) async fn show(Shared(state): Shared<App>, Path(id): Path<String>) -> Answer<Task> {
+    let id = task_id(&id)?;
+    Ok(Json(state.db.run(move |c| queue::task(c, &id)).await?))
+}
+
+#[derive(Deserialize)]
+pub(super) struct OutputQuery {
+    #[serde(default)]
+    stream: Option<String>,
+}
+
+pub(super) async fn output(
+    Shared(state): Shared<App>,
+    Path(id): Path<String>,
+    Query(q): Query<OutputQuery>,
+) -> Result<Response, ApiError> {
+    let id = task_id(&id)?;
+    let stderr = match q.stream.as_deref() {
+        None | Some("stdout") => false,
+        Some("stderr") => true,
+        Some(_) => {
+            return Err(ApiError::new(
+                StatusCode::BAD_REQUEST,
+                "usage",
+                "`stream` is `stdout` or `stderr`",
+            ));
+        }
+    };
+    let out = state.db.run(move |c| queue::output(c, &id, stderr)).await?;
+    let kept = (out.head.len() + out.tail.len()) as u64;
+    let missing = out.total.saturating_sub(kept);
+    let mut head = HeaderMap::new();
+    let mut bytes = out.head;
+    if missing > 0 {
+        if let Ok(value) = format!("{} {missing}", bytes.len()).parse() {
+            head.insert(adit_api::LEFT_OUT, value);
+        }
+        bytes.extend_from_slice(adit_api::left_out(missing).as_bytes());
+    }
+    bytes.extend_from_slice(&out.tail);
+    Ok((head, bytes).into_response())
+}
+
+#[derive(Deserialize)]
+pub(super) struct EventQuery {
+    goal: Option<String>,
+}
+
+/// Present state first, then changes, until nothing that was asked for can change any more. A stream that ends for another
+/// reason is cut off, so that nobody takes its end for the end of the tasks.
+pub(super) async fn events(
+    Shared(state): Shared<App>,
+    Query(q): Query<EventQuery>,
+) -> Result<Response, ApiError> {
+    let patient = patient(&state)?;
+    // Before the query, so that no change falls in between.
+    let mut changes = state.subscribe();
+    let goal = q.goal;
+    let filter = Filter {
+        open: goal.is_none(),
+        goal: goal.clone(),
+        ..Filter::default()
+    };
+    let mut present = page_of(&state, &filter, 0, PAGE_MAX).await?;
+    if present.0.is_empty() {
+        lists::check_names(&state, &filter).await?;
+    }
+    let (to, from) = tokio::sync::mpsc::channel::<std::io::Result<Bytes>>(64);
+    let cut_off = |why: &str| Err(std::io::Error::other(why.to_owned()));
+    tokio::spawn(async move {
+        let _patient = patient;
+        let mut open = std::collections::HashMap::new();
+        loop {
+            let (tasks, next) = present;
+            for task in tasks {
+                track(&mut open, &task);
+                if to.send(Ok(line(&state.event(task)))).await.is_err() {
+                    return;
+                }
+            }
+            let Some(after) = next else { break };
+            present = match page_of(&state, &filter, after, PAGE_MAX).await {
+                Ok(page) => page,
+                Err(_) => {
+                    let _ = to.send(cut_off("the database says no")).await;
+                    return;
+                }
+            };
+        }
+        while !open.is_empty() {
+            let event = tokio::select! {
+                event = changes.recv() => event,
+                () = to.closed() => return,
+                () = state.stop.cancelled() => {
+                    let _ = to.send(cut_off("aditd ends")).await;
+                    return;
+                }
+            };
+            match event {
+                Ok(event) if goal.as_ref().is_none_or(|g| *g == event.task.goal_id) => {
+                    track(&mut open, &event.task);
+                    if to.send(Ok(line(&event))).await.is_err() {
+                        return;
+                    }
+                }
+                Ok(_) => {}
+                // It read too slowly, and must ask again.
+                Err(RecvError::Lagged(_) | RecvError::Closed) => {
+                    let _ = to.send(cut_off("too far behind")).await;
+                    return;
+                }
+            }
+        }
+    });
+    let body = Body::from_stream(futures_util::stream::unfold(from, |mut from| async {
+        from.recv().await.map(|item| (item, from))
+    }));
+    Ok(([("content-type", "application/x-ndjson")], body).into_response())
+}
+
+fn track(open: &mut std::collections::HashMap<String, TaskState>, task: &Task) {
+    if task.state.is_terminal() {
+        open.remove(&task.task_id);
+    } else {
+        open.insert(task.task_id.clone(), task.state);
+    }
+}
+
+fn line(event: &TaskEvent) -> Bytes {
+    let mut text = serde_json::to_vec(event).unwrap_or_default();
+    text.push(b'\n');
+    text.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_in_parts_is_one_array_also_where_a_page_is_empty() {
+        let parts = [
+            array_part(&[], true, false),
+            array_part(&[], false, false),
+            array_part(&[], false, true),
+        ];
+        let value: serde_json::Value = serde_json::from_slice(&parts.concat()).unwrap();
+        assert_eq!(value, serde_json::json!([]));
+    }
+}

@@ -1,0 +1,214 @@
+//! What the API is asked of VMs.
+
+use std::time::Duration;
+
+use adit_api::{NewVm, Vm, VmChange};
+use adit_tasks::VmId;
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::{Path, Query, State as Shared};
+use axum::http::StatusCode;
+use serde::Deserialize;
+
+use super::{Answer, ApiError, App, find, parse};
+use crate::config::VmConfig;
+use crate::vm::{Origin, VmEntry};
+use crate::vms;
+
+/// How long it may take until a new port process serves in place of another.
+const RELOAD_LIMIT: Duration = Duration::from_secs(10);
+/// How long a port process may take until it has made place.
+const RELEASE_LIMIT: Duration = Duration::from_secs(3);
+
+pub(super) async fn list(Shared(state): Shared<App>) -> Json<Vec<Vm>> {
+    Json(state.registry.all().iter().map(|vm| vm.show()).collect())
+}
+
+pub(super) async fn show(Shared(state): Shared<App>, Path(name): Path<String>) -> Answer<Vm> {
+    Ok(Json(find(&state, &name)?.show()))
+}
+
+pub(super) async fn add(Shared(state): Shared<App>, body: Bytes) -> Answer<Vm> {
+    let new: NewVm = parse(&body)?;
+    let name = new.name.parse::<VmId>();
+    let name = name.map_err(|e| bad_vm(("name", e.to_string())))?;
+    let config = VmConfig {
+        allow: new.allow,
+        allow_vsock: new.allow_vsock,
+        ..VmConfig::new(name, new.cid)
+    };
+    let checked = config.check();
+    let checked = checked.and_then(|()| state.config.check_paths(&config.name));
+    checked.map_err(bad_vm)?;
+    let vm = vms::add(&state, config, Origin::Api).await?;
+    Ok(Json(vm.show()))
+}
+
+/// Changes settings of a VM that was added over the API.
+pub(super) async fn change(
+    Shared(state): Shared<App>,
+    Path(name): Path<String>,
+    body: Bytes,
+) -> Answer<Vm> {
+    let vm = find(&state, &name)?;
+    let change = parse_change(&body)?;
+    of_the_api(&vm, "change it there, then `systemctl reload aditd`")?;
+    if change.busy_poll_us.is_some() {
+        held(
+            &vm,
+            "how that process polls is not aditd's to say",
+            "leave busy_poll_us out",
+        )?;
+    }
+    let _changing = vm.changing.lock().await;
+    if vm.removed.is_cancelled() {
+        return Err(ApiError::unknown_vm(&name));
+    }
+    let mut spec = VmConfig::clone(&vm.spec());
+    let VmChange {
+        allow,
+        allow_vsock,
+        busy_poll_us,
+    } = change;
+    spec.allow = allow.unwrap_or(spec.allow);
+    spec.allow_vsock = allow_vsock.unwrap_or(spec.allow_vsock);
+    spec.busy_poll_us = busy_poll_us.unwrap_or(spec.busy_poll_us);
+    spec.check().map_err(bad_vm)?;
+    vms::keep(&state, &spec).await?;
+    vm.set_spec(spec);
+    Ok(Json(vm.show()))
+}
+
+/// What cannot be changed over the API, why, and what can be done.
+const FIXED: [(&str, &str, &str); 4] = [
+    (
+        "name",
+        "goals are signed for it, and the guest is enrolled with it",
+        "remove the VM and add it under the new name",
+    ),
+    (
+        "cid",
+        "the running guest has it",
+        "remove the VM and add it with the new CID",
+    ),
+    ("ivshmem_mib", IN_FILE.0, IN_FILE.1),
+    ("allow_any_memory", IN_FILE.0, IN_FILE.1),
+];
+const IN_FILE: (&str, &str) = (
+    "only a VM of aditd.toml can have another value than the default",
+    "remove the VM, add it to aditd.toml, then `systemctl reload aditd`",
+);
+
+fn parse_change(body: &[u8]) -> Result<VmChange, ApiError> {
+    let fields: serde_json::Map<String, serde_json::Value> = parse(body)?;
+    let fixed = |name: &String| FIXED.iter().find(|(fixed, ..)| fixed == name);
+    if let Some((name, why, help)) = fields.keys().find_map(fixed) {
+        let message = format!("`{name}` of a VM cannot be changed: {why}");
+        let refused = ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "fixed", message);
+        return Err(refused.help(help));
+    }
+    parse(body)
+}
+
+fn bad_vm((key, why): (&str, String)) -> ApiError {
+    let message = format!("`{key}`: {why}");
+    ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "bad-vm", message)
+}
+
+/// A VM of the file is changed in the file: the API's word would be gone at the next start.
+fn of_the_api(vm: &VmEntry, help: &str) -> Result<(), ApiError> {
+    match vm.origin {
+        Origin::Api => Ok(()),
+        Origin::File => {
+            let message = format!("`{}` is configured in aditd.toml", vm.config.name);
+            let refused = ApiError::new(StatusCode::CONFLICT, "configured", message);
+            Err(refused.help(help))
+        }
+    }
+}
+
+/// What an operator must not do to a VM by mistake while its VMM holds it.
+fn held(vm: &VmEntry, what: &str, help: &str) -> Result<(), ApiError> {
+    let Some(pid) = vm.held_by() else {
+        return Ok(());
+    };
+    let message = format!(
+        "process {pid}, the VMM of `{}`, serves its channel itself: {what}",
+        vm.config.name
+    );
+    Err(ApiError::new(StatusCode::CONFLICT, "held", message).help(help))
+}
+
+#[derive(Deserialize)]
+pub(super) struct RemoveQuery {
+    #[serde(default)]
+    force: bool,
+}
+
+pub(super) async fn remove(
+    Shared(state): Shared<App>,
+    Path(name): Path<String>,
+    Query(q): Query<RemoveQuery>,
+) -> Result<StatusCode, ApiError> {
+    let vm = find(&state, &name)?;
+    of_the_api(&vm, "take it out there, then `systemctl reload aditd`")?;
+    if !q.force {
+        held(
+            &vm,
+            "removed, it would run on without a channel",
+            "end the VM, and its VMM removes it here; `adit vm rm --force` removes it all the same",
+        )?;
+    }
+    vms::remove(&state, &vm).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Replaces the port process under a running VM.
+pub(super) async fn reload(Shared(state): Shared<App>, Path(name): Path<String>) -> Answer<Vm> {
+    let vm = find(&state, &name)?;
+    held(
+        &vm,
+        "it has no port process that could be replaced",
+        "to run a new build of the VMM, end the VM and start it again, or restore it from a snapshot",
+    )?;
+    let running = vm
+        .link()
+        .and_then(|l| Some((l.status()?, vm.process()?, l)));
+    let Some((status, process, link)) = running else {
+        let message = format!("`{name}` has no port process now: one is being started");
+        return Err(ApiError::new(StatusCode::CONFLICT, "down", message)
+            .help("`adit vm show` says why, if it does not come"));
+    };
+    let pid = process.pid();
+    if status.session && !vm.keeper.has_frontend() {
+        let message = format!(
+            "port process {pid} of `{name}` has handed nothing over that a new one could go on with"
+        );
+        return Err(ApiError::new(StatusCode::CONFLICT, "not-kept", message)
+            .help("power-cycle the VM after you have ended that process: the new build is started then"));
+    }
+    let mut changes = vm.watch();
+    let replaced = async {
+        // One that does not hear it is ended all the same: what the next one needs is here.
+        let _ = tokio::time::timeout(RELEASE_LIMIT, link.release()).await;
+        process.end_within(RELEASE_LIMIT).await;
+        loop {
+            let now = vm.link().and_then(|l| l.status());
+            let another = vm.port_pid().is_some_and(|now| now != pid);
+            if now.is_some_and(|now| another && now.session >= status.session)
+                || vm.stuck().is_some()
+                || changes.changed().await.is_err()
+            {
+                return;
+            }
+        }
+    };
+    if tokio::time::timeout(RELOAD_LIMIT, replaced).await.is_err() {
+        let message = format!("`{name}`: no new port process serves after {RELOAD_LIMIT:?}");
+        return Err(
+            ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
+                .help("`adit vm show` and RUN/vm/NAME/port.log say why"),
+        );
+    }
+    Ok(Json(vm.show()))
+}

@@ -1,0 +1,438 @@
+//! Every key of `aditd.toml`: what it means, its default, its limit.
+//!
+//! This table is the only place that says so. The file is checked against it ([`check`](super::check)), the commented example
+//! ([`example`]) is made of it, and tests hold it to the types that the file is read into.
+
+use std::fmt::Write as _;
+
+use adit_tasks::VmId;
+
+use super::{ALLOW_MAX, BUSY_POLL_US_MAX, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX, UidRange};
+
+/// A key of the file.
+#[derive(Clone, Copy, Debug)]
+pub struct Key {
+    /// As `section.key`; `vm.…` is a key of every `[[vm]]`.
+    pub path: &'static str,
+    /// What it means.
+    pub meaning: &'static str,
+    /// The value where the file has none, as TOML, or in words where it depends; `required`: there is none.
+    pub default: &'static str,
+    /// A value, as TOML.
+    pub example: &'static str,
+    pub(super) kind: Kind,
+}
+
+/// What a key takes.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Kind {
+    /// IP address and port.
+    Address,
+    /// An absolute path.
+    Folder,
+    Flag,
+    Number {
+        min: u64,
+        max: u64,
+    },
+    PowerOfTwo {
+        max: u64,
+    },
+    /// A list of at most [`ALLOW_MAX`] numbers.
+    Numbers {
+        min: u64,
+        max: u64,
+    },
+    Uids,
+    VmName,
+}
+
+impl Kind {
+    /// Whether the key takes this text.
+    pub(super) fn takes_text(self, text: &str) -> bool {
+        match self {
+            Self::Address => text.parse::<std::net::SocketAddr>().is_ok(),
+            Self::Folder => std::path::Path::new(text).is_absolute(),
+            Self::Uids => text.parse::<UidRange>().is_ok(),
+            Self::VmName => text.parse::<VmId>().is_ok(),
+            _ => false,
+        }
+    }
+
+    /// Whether the key takes this number, or has it in its list.
+    pub(super) fn takes_number(self, n: u64) -> bool {
+        match self {
+            Self::Number { min, max } | Self::Numbers { min, max } => (min..=max).contains(&n),
+            Self::PowerOfTwo { max } => n.is_power_of_two() && n <= max,
+            _ => false,
+        }
+    }
+}
+
+impl Key {
+    /// What it takes, and how much of it.
+    pub fn limit(&self) -> String {
+        match self.kind {
+            Kind::Address => {
+                "an IP address and a port in quotes, such as \"127.0.0.1:7080\"".into()
+            }
+            Kind::Folder => "an absolute path in quotes".into(),
+            Kind::Flag => "true or false".into(),
+            Kind::Number { min, max } => format!("a whole number from {min} to {max}"),
+            Kind::PowerOfTwo { max } => format!("a power of two from 1 to {max}"),
+            Kind::Numbers { min, max } => {
+                format!("a list of at most {ALLOW_MAX} whole numbers from {min} to {max}")
+            }
+            Kind::Uids => {
+                "\"FIRST-LAST\": user ids from 1 to 4294967294, without 65534 (`nobody`)".into()
+            }
+            Kind::VmName => "1 to 63 of a-z, 0-9 and inner `-`, in quotes".into(),
+        }
+    }
+
+    /// What makes a changed value take effect.
+    pub fn applied_by(&self) -> &'static str {
+        match self.path {
+            "vm.cid" => "a restart of aditd, once the VM has ended",
+            "vm.busy_poll_us" | "vm.ivshmem_mib" | "vm.allow_any_memory" => {
+                "a reload of aditd, and then `adit vm reload`"
+            }
+            _ if self.section() == "vm" => "a reload of aditd",
+            _ => "a restart of aditd",
+        }
+    }
+
+    /// Whether the file must have it, in each of its sections.
+    pub(super) fn is_required(&self) -> bool {
+        self.default == REQUIRED
+    }
+
+    /// The section; empty: it stands before all sections.
+    pub(super) fn section(&self) -> &'static str {
+        self.path
+            .rsplit_once('.')
+            .map_or("", |(section, _)| section)
+    }
+
+    /// Without the section.
+    pub(super) fn name(&self) -> &'static str {
+        self.path
+            .rsplit_once('.')
+            .map_or(self.path, |(_, name)| name)
+    }
+}
+
+/// [`Key::default`] of a key that has none.
+const REQUIRED: &str = "required";
+
+/// All keys, those of a section together.
+pub fn keys() -> impl Iterator<Item = &'static Key> {
+    KEYS.iter()
+}
+
+const U32: u64 = u32::MAX as u64;
+
+const KEYS: &[Key] = &[
+    Key {
+        path: "run_dir",
+        meaning: "Directory of the sockets: aditd.sock, and vm/NAME/ with the sockets of each VM. The addresses that were \
+                  bound are written to proxy.addr and metrics.addr in it.",
+        default: "\"/run/adit\"",
+        example: "\"/run/adit\"",
+        kind: Kind::Folder,
+    },
+    Key {
+        path: "state_dir",
+        meaning: "Directory of the database: tasks, and the VMs that were added with `adit vm add`.",
+        default: "\"/var/lib/adit\"",
+        example: "\"/var/lib/adit\"",
+        kind: Kind::Folder,
+    },
+    Key {
+        path: "proxy.listen",
+        meaning: "Where the HTTP proxy listens. Port 0 takes any free port.",
+        default: "\"127.0.0.1:7080\"",
+        example: "\"127.0.0.1:7080\"",
+        kind: Kind::Address,
+    },
+    Key {
+        path: "proxy.open",
+        meaning: "Lets `listen` be an address that other machines reach. Whoever reaches it may use every port that a VM \
+                  allows: the proxy has no authentication.",
+        default: "false",
+        example: "false",
+        kind: Kind::Flag,
+    },
+    Key {
+        path: "metrics.listen",
+        meaning: "Where metrics are served over TCP. Without the section [metrics] they are served on aditd.sock only.",
+        default: REQUIRED,
+        example: "\"127.0.0.1:7081\"",
+        kind: Kind::Address,
+    },
+    Key {
+        path: "limits.queued_per_vm",
+        meaning: "Tasks that may wait for one VM. A goal that would add more is refused.",
+        default: "1024",
+        example: "1024",
+        kind: Kind::Number { min: 0, max: U32 },
+    },
+    Key {
+        path: "limits.connections",
+        meaning: "Client connections of the proxy. Where the limit of open files is low, there are fewer.",
+        default: "4096",
+        example: "4096",
+        kind: Kind::Number { min: 1, max: U32 },
+    },
+    Key {
+        path: "limits.connections_per_client",
+        meaning: "Client connections from one IP address. All users of this host share its address.",
+        default: "half of all connections",
+        example: "2048",
+        kind: Kind::Number { min: 1, max: U32 },
+    },
+    Key {
+        path: "limits.requests_per_vm",
+        meaning: "Requests to one VM that the proxy handles at the same time. A tunnel counts until it is established.",
+        default: "a quarter of all connections",
+        example: "1024",
+        kind: Kind::Number { min: 1, max: U32 },
+    },
+    Key {
+        path: "limits.response_s",
+        meaning: "Seconds that a VM may take to begin its response, counted from when it has the whole request. After that \
+                  the client gets status 504.",
+        default: "60",
+        example: "60",
+        kind: Kind::Number { min: 1, max: U32 },
+    },
+    Key {
+        path: "limits.kept_days",
+        meaning: "Days that a task is kept after it has ended.",
+        default: "30",
+        example: "30",
+        kind: Kind::Number { min: 0, max: U32 },
+    },
+    Key {
+        path: "limits.kept_per_vm",
+        meaning: "Ended tasks that are kept for one VM. Of more, the oldest are forgotten.",
+        default: "10000",
+        example: "10000",
+        kind: Kind::Number { min: 0, max: U32 },
+    },
+    Key {
+        path: "limits.kept_mib_per_vm",
+        meaning: "MiB of task output that are kept for one VM. Of more, the oldest tasks are forgotten.",
+        default: "64",
+        example: "64",
+        kind: Kind::Number { min: 0, max: U32 },
+    },
+    Key {
+        path: "ports.uids",
+        meaning: "Users that the port processes run as, one for each VM. aditd must be root for this; without the key it uses \
+                  the default if it can, and its own user if it cannot.",
+        default: "\"70000-78191\"",
+        example: "\"70000-78191\"",
+        kind: Kind::Uids,
+    },
+    Key {
+        path: "vm.name",
+        meaning: "The VM's name: the host name that clients use, and the id that goals are signed for.",
+        default: REQUIRED,
+        example: "\"web-1\"",
+        kind: Kind::VmName,
+    },
+    Key {
+        path: "vm.cid",
+        meaning: "The VM's vsock context id. No other VM of the host may have it.",
+        default: REQUIRED,
+        example: "3",
+        kind: Kind::Number {
+            min: CID_MIN,
+            max: CID_MAX,
+        },
+    },
+    Key {
+        path: "vm.allow",
+        meaning: "Guest TCP ports that clients may reach, through the agent. Streams that are open go on when a port is removed.",
+        default: "[]",
+        example: "[80, 22]",
+        kind: Kind::Numbers {
+            min: 1,
+            max: u16::MAX as u64,
+        },
+    },
+    Key {
+        path: "vm.allow_vsock",
+        meaning: "Guest AF_VSOCK ports that clients may reach, without the agent: as host name vsock-PORT.NAME. Streams that are \
+                  open go on when a port is removed.",
+        default: "[]",
+        example: "[5000]",
+        kind: Kind::Numbers { min: 0, max: U32 },
+    },
+    Key {
+        path: "vm.busy_poll_us",
+        meaning: "Microseconds that the port process polls for more work before it sleeps. Latency falls to a fraction, at the \
+                  price of CPU time: for VMs whose vCPUs have cores of their own.",
+        default: "0",
+        example: "50",
+        kind: Kind::Number {
+            min: 0,
+            max: BUSY_POLL_US_MAX as u64,
+        },
+    },
+    Key {
+        path: "vm.ivshmem_mib",
+        meaning: "MiB of shared memory that a QEMU with an ivshmem device gets for the ring.",
+        default: "4",
+        example: "4",
+        kind: Kind::PowerOfTwo {
+            max: IVSHMEM_MIB_MAX as u64,
+        },
+    },
+    Key {
+        path: "vm.allow_any_memory",
+        meaning: "Whether guest memory may be any file (`memory-backend-file,share=on`), and not only a sealed memfd. Whoever \
+                  can truncate that file can end the VM's port process.",
+        default: "false",
+        example: "true",
+        kind: Kind::Flag,
+    },
+];
+
+/// Columns of the example.
+const WIDTH: usize = 100;
+
+/// Returns a file with every key in comments: as it is, it sets nothing.
+pub fn example() -> String {
+    let mut text = String::from(
+        "# aditd.toml, with every key there is. Without the `#` in front of it, a line takes effect.\n\
+         # `aditd check-config` checks a file; `systemctl reload aditd` applies it.\n",
+    );
+    let mut section = "";
+    for key in keys() {
+        // Writing to a String cannot fail.
+        if key.section() != section {
+            section = key.section();
+            let _ = match section {
+                "vm" => write!(
+                    text,
+                    "\n# A VM; repeat the section for each one.\n#[[vm]]\n"
+                ),
+                _ => write!(text, "\n#[{section}]\n"),
+            };
+        } else {
+            text.push('\n');
+        }
+        let default = match key.is_required() {
+            true => "Required".into(),
+            false => format!("Default: {}", key.default),
+        };
+        wrap(&mut text, key.meaning);
+        let (limit, by) = (key.limit(), key.applied_by());
+        wrap(
+            &mut text,
+            &format!("{default}. Takes {limit}. A change takes {by}."),
+        );
+        let _ = writeln!(text, "#{} = {}", key.name(), key.example);
+    }
+    text
+}
+
+/// Adds a comment.
+fn wrap(text: &mut String, comment: &str) {
+    let mut line = String::from("#");
+    for word in comment.split_whitespace() {
+        if line.len() + 1 + word.len() > WIDTH {
+            text.push_str(&line);
+            text.push('\n');
+            line = String::from("#");
+        }
+        line.push(' ');
+        line.push_str(word);
+    }
+    text.push_str(&line);
+    text.push('\n');
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use serde_json::Value;
+
+    use super::super::Config;
+    use super::*;
+
+    fn parse(text: &str) -> Config {
+        Config::parse(Path::new("a.toml"), text).unwrap_or_else(|e| panic!("{e}\n{text}"))
+    }
+
+    /// The example without its `#`.
+    fn whole() -> String {
+        let is_key = |line: &str| !line.starts_with("# ") && line.starts_with('#');
+        let example = example();
+        let lines = example.lines().filter(|l| is_key(l)).map(|l| &l[1..]);
+        lines.fold(String::new(), |text, line| text + line + "\n")
+    }
+
+    /// Paths of the fields that a configuration is made of.
+    fn paths(value: &Value, prefix: &str, into: &mut BTreeSet<String>) {
+        match value {
+            Value::Object(fields) => fields
+                .iter()
+                .for_each(|(name, value)| paths(value, &format!("{prefix}.{name}"), into)),
+            Value::Array(vms) if prefix == ".vm" => {
+                vms.iter().for_each(|vm| paths(vm, prefix, into));
+            }
+            _ => drop(into.insert(prefix[1..].to_owned())),
+        }
+    }
+
+    #[test]
+    fn the_table_has_every_key_that_the_file_may_have_and_no_other() {
+        let mut known = BTreeSet::new();
+        paths(
+            &serde_json::to_value(parse(&whole())).unwrap(),
+            "",
+            &mut known,
+        );
+        let listed: BTreeSet<_> = keys().map(|k| k.path.to_owned()).collect();
+        assert_eq!(listed, known);
+    }
+
+    #[test]
+    fn the_example_beside_the_unit_is_the_tables_and_sets_nothing() {
+        let shipped = include_str!("../../dist/aditd.toml.example");
+        assert_eq!(
+            shipped,
+            example(),
+            "run `aditd example-config > host-proxy/dist/aditd.toml.example`"
+        );
+        assert_eq!(parse(shipped), Config::default());
+    }
+
+    #[test]
+    fn every_default_is_what_a_file_without_the_key_has() {
+        let vm = "[[vm]]\nname = \"a\"\ncid = 3\n";
+        for key in keys() {
+            let is_toml = format!("x = {}", key.default)
+                .parse::<toml::Table>()
+                .is_ok();
+            // `uids` is tried where it is not given, and demanded where it is.
+            if !is_toml || key.path == "ports.uids" {
+                continue;
+            }
+            let line = format!("{} = {}\n", key.name(), key.default);
+            let with = match key.section() {
+                "" => parse(&(line + vm)),
+                "vm" => parse(&format!("{vm}{line}")),
+                section => parse(&format!("[{section}]\n{line}{vm}")),
+            };
+            assert_eq!(with, parse(vm), "{}", key.path);
+        }
+        let uids = keys().find(|k| k.path == "ports.uids").unwrap().default;
+        assert_eq!(uids.trim_matches('"'), UidRange::default().to_string());
+    }
+}

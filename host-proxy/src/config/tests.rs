@@ -1,0 +1,186 @@
+//! What a file with mistakes is answered.
+
+use adit_channel::socket_path::PATH_MAX;
+
+use super::*;
+
+const VM: &str = "[[vm]]\nname = \"a\"\ncid = 3\n";
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    Config::parse(Path::new("a.toml"), text)
+}
+
+fn problems(text: &str) -> Vec<Problem> {
+    match parse(text) {
+        Err(ConfigError::Wrong { problems, .. }) => problems,
+        other => panic!("{other:?}\n{text}"),
+    }
+}
+
+#[test]
+fn an_empty_file_is_a_configuration() {
+    assert_eq!(parse("").unwrap(), Config::default());
+}
+
+#[test]
+fn a_run_dir_that_is_too_long_for_a_socket_is_refused() {
+    let vm = "[[vm]]\nname = \"web-1\"\ncid = 3\n";
+    // `/` and the rest of RUN/vm/web-1/ivshmem.sock.
+    let rest = 1 + "/vm/web-1/ivshmem.sock".len();
+    let dir = |len: usize| format!("run_dir = \"/{}\"\n", "x".repeat(len));
+    parse(&(dir(PATH_MAX - rest) + vm)).unwrap();
+    for (text, line) in [(dir(PATH_MAX - rest + 1) + vm, 3), (dir(PATH_MAX), 1)] {
+        let found = &problems(&text)[0];
+        assert_eq!(
+            (found.line, found.key.as_deref()),
+            (line, Some("run_dir")),
+            "{found:?}"
+        );
+    }
+}
+
+#[test]
+fn mistakes_name_file_line_and_key() {
+    for (text, line, key) in [
+        (
+            "\n[proxy]\nlissten = \"127.0.0.1:1\"\n".to_owned(),
+            3,
+            "lissten",
+        ),
+        ("[ports]\nuids = \"0-70000\"\n".to_owned(), 2, "uids"),
+        ("[ports]\nuids = \"65000-66000\"\n".to_owned(), 2, "uids"),
+        ("[ports]\nuids = \"70000\"\n".to_owned(), 2, "uids"),
+        (format!("{VM}alow = [80]\n"), 4, "alow"),
+        (format!("{VM}allow = [70000]\n"), 4, "allow"),
+        (format!("{VM}ivshmem_mib = 6\n"), 4, "ivshmem_mib"),
+        ("[[vm]]\nname = \"A\"\ncid = 3\n".to_owned(), 2, "name"),
+        ("[[vm]]\nname = \"a\"\ncid = 2\n".to_owned(), 3, "cid"),
+        ("[[vm]]\nname = \"a\"\n".to_owned(), 1, "cid"),
+        (format!("{VM}[[vm]]\nname = \"a\"\ncid = 4\n"), 5, "name"),
+        (format!("{VM}[[vm]]\nname = \"b\"\ncid = 3\n"), 6, "cid"),
+        (format!("{VM}cid = 4\n"), 4, "cid"),
+        ("proxy = 3\n".to_owned(), 1, "proxy"),
+        ("[vm]\nname = \"a\"\ncid = 4\n".to_owned(), 1, "vm"),
+        ("vm = [3]\n".to_owned(), 1, "vm"),
+    ] {
+        let found = &problems(&text)[0];
+        assert_eq!(
+            (found.line, found.key.as_deref()),
+            (line, Some(key)),
+            "{found:?}"
+        );
+        let said = parse(&text).unwrap_err().to_string();
+        assert!(
+            said.starts_with(&format!("a.toml:{line}: `{key}`: ")),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn every_mistake_of_a_file_is_named_at_once() {
+    let text = "run_dir = \"run\"\nstates = 1\n[limits]\nkept_days = \"x\"\nresponse_s = 0\n[[vm]]\nname = \"a\"\n";
+    let found: Vec<_> = problems(text)
+        .into_iter()
+        .map(|p| (p.line, p.key))
+        .collect();
+    let found: Vec<_> = found
+        .iter()
+        .map(|(line, key)| (*line, key.as_deref().unwrap()))
+        .collect();
+    let want = [
+        (1, "run_dir"),
+        (2, "states"),
+        (4, "kept_days"),
+        (5, "response_s"),
+        (6, "cid"),
+    ];
+    assert_eq!(found, want);
+}
+
+#[test]
+fn an_unknown_key_has_a_suggestion() {
+    for (text, suggestion) in [
+        (format!("{VM}alow = [80]\n"), "`allow`"),
+        (
+            "[proxy]\nlissten = \"127.0.0.1:1\"\n".to_owned(),
+            "`listen`",
+        ),
+        ("[limit]\n".to_owned(), "`limits`"),
+        ("statedir = \"/a\"\n".to_owned(), "`state_dir`"),
+        (format!("{VM}run_dir = \"/a\"\n"), "before all sections"),
+        ("allow = [80]\n".to_owned(), "[[vm]]"),
+        ("xyz = 1\n".to_owned(), "example-config"),
+    ] {
+        let said = &problems(&text)[0].message;
+        assert!(said.contains(suggestion), "{text}: {said}");
+    }
+}
+
+/// Just inside and just outside of every limit that the table names.
+#[test]
+fn every_limit_of_the_table_is_the_limit_and_is_named() {
+    let with = |key: &Key, value: &str| {
+        let line = format!("{} = {value}\n", key.name());
+        let listen = "listen = \"127.0.0.1:0\"\n";
+        match (key.section(), key.name()) {
+            ("vm", "cid") => format!("[[vm]]\nname = \"a\"\n{line}"),
+            ("vm", "name") => format!("[[vm]]\ncid = 3\n{line}"),
+            ("vm", _) => format!("{VM}{line}"),
+            ("", _) => line,
+            (section, "listen") => format!("[{section}]\n{line}"),
+            (section @ ("proxy" | "metrics"), _) => format!("[{section}]\n{listen}{line}"),
+            (section, _) => format!("[{section}]\n{line}"),
+        }
+    };
+    for key in keys() {
+        let (good, mut bad): (Vec<String>, Vec<String>) = match key.kind {
+            keys::Kind::Number { min, max } => (
+                vec![min.to_string(), max.to_string(), format!("0x{max:x}")],
+                vec![
+                    (i128::from(min) - 1).to_string(),
+                    (u128::from(max) + 1).to_string(),
+                ],
+            ),
+            keys::Kind::Numbers { min, max } => {
+                let list = |n: usize| format!("{:?}", vec![max; n]);
+                let one = |n: i128| format!("[{n}]");
+                (
+                    vec![one(min.into()), list(ALLOW_MAX)],
+                    vec![
+                        one(i128::from(min) - 1),
+                        one(i128::from(max) + 1),
+                        list(ALLOW_MAX + 1),
+                        "7".into(),
+                    ],
+                )
+            }
+            keys::Kind::PowerOfTwo { max } => (
+                vec!["1".into(), max.to_string()],
+                vec!["0".into(), "3".into(), (max * 2).to_string()],
+            ),
+            keys::Kind::Flag => (vec!["true".into()], vec!["1".into()]),
+            keys::Kind::Folder => (vec!["\"/a\"".into()], vec!["\"a\"".into()]),
+            keys::Kind::Address => (vec!["\"[::1]:0\"".into()], vec!["\"127.0.0.1\"".into()]),
+            keys::Kind::Uids => (vec!["\"1-2\"".into()], vec!["\"2-1\"".into()]),
+            keys::Kind::VmName => (vec!["\"a-b\"".into()], vec!["\"a-\"".into()]),
+        };
+        bad.extend(["1.5", "1979-05-27", "{}"].map(str::to_owned));
+        if !matches!(key.kind, keys::Kind::Numbers { .. }) {
+            bad.push("[]".into());
+        }
+        for value in good {
+            parse(&with(key, &value)).unwrap_or_else(|e| panic!("{e}"));
+        }
+        for value in bad {
+            let found = problems(&with(key, &value));
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert_eq!(found[0].key.as_deref(), Some(key.name()), "{found:?}");
+            let said = &found[0].message;
+            let limit = key.limit();
+            let words = ["expected", "invalid type", "struct"];
+            assert!(!words.iter().any(|w| said.contains(w)), "{said}");
+            assert!(said.contains(&limit) || said.contains("may list"), "{said}");
+        }
+    }
+}

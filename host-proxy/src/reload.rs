@@ -1,0 +1,326 @@
+//! SIGHUP: the configuration is read again, and applied as far as that is possible in a running process.
+//!
+//! A file with a mistake changes nothing. Of a good one the VMs are applied: added, removed, changed. Everything else takes
+//! a restart, as does a VM's CID; the log names what was left. `GET /v1/config` and the service's status say what became of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use adit_api::ConfigStatus;
+use adit_tasks::VmId;
+use futures_util::future::join_all;
+use tokio::signal::unix::Signal;
+
+use crate::config::{Config, VMS_MAX, VmConfig};
+use crate::state::State;
+use crate::vm::{Origin, VmEntry};
+use crate::vms;
+
+/// What became of the configuration file.
+#[derive(Debug, Default)]
+pub struct Reloads(Mutex<Outcome>);
+
+#[derive(Clone, Debug, Default)]
+struct Outcome {
+    /// How often it was read since the start.
+    reads: u64,
+    error: Option<String>,
+    restart: Vec<String>,
+}
+
+impl Reloads {
+    /// Why the file was refused the last time it was read.
+    pub fn error(&self) -> Option<String> {
+        self.get().error
+    }
+
+    /// As the API shows it.
+    pub fn show(&self) -> ConfigStatus {
+        let Outcome {
+            reads,
+            error,
+            restart,
+        } = self.get();
+        ConfigStatus {
+            // And once at the start.
+            reads: reads + 1,
+            error,
+            restart,
+        }
+    }
+
+    fn get(&self) -> Outcome {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn set(&self, outcome: Outcome) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = outcome;
+    }
+}
+
+/// Reads the configuration again at each SIGHUP.
+pub async fn at_hangup(state: Arc<State>, path: PathBuf, mut hangup: Signal) {
+    while hangup.recv().await.is_some() {
+        let mut outcome = state.reloads.get();
+        outcome.reads += 1;
+        match reload(&state, &path).await {
+            Ok(restart) => (outcome.error, outcome.restart) = (None, restart),
+            Err(error) => {
+                tracing::error!(
+                    error,
+                    "the configuration is refused: nothing of it is applied"
+                );
+                // What waited for a restart before still does.
+                outcome.error = Some(error);
+            }
+        }
+        state.reloads.set(outcome);
+        crate::tell_status(&state);
+    }
+}
+
+/// Applies the file. Returns what of it takes a restart.
+async fn reload(state: &Arc<State>, path: &Path) -> Result<Vec<String>, String> {
+    let new = Config::load(path).map_err(|e| match std::error::Error::source(&e) {
+        Some(source) => format!("{e}: {source}"),
+        None => e.to_string().replace('\n', "; "),
+    })?;
+    let mut restart = differences(&state.config, &new);
+    let plan = Plan::new(&state.registry.all(), new.vm)?;
+    restart.extend(plan.restart.iter().cloned());
+    // Each has its own time to end.
+    let removed = join_all(plan.remove.iter().map(|vm| async {
+        let removed = vms::remove(state, vm).await;
+        if let Err(e) = &removed {
+            tracing::error!(vm = %vm.config.name, error = %e, "the VM is not removed");
+        }
+        removed.is_ok()
+    }));
+    let removed = removed.await.into_iter().filter(|ok| *ok).count();
+    for (vm, spec) in &plan.change {
+        let _changing = vm.changing.lock().await;
+        vm.set_spec(spec.clone());
+        let pending = vm.pending();
+        if !pending.is_empty() {
+            let settings = pending.join(", ");
+            tracing::warn!(vm = %vm.config.name, settings, "to be applied by `adit vm reload`");
+        }
+    }
+    let (mut added, changed) = (0, plan.change.len());
+    for config in plan.add {
+        let name = config.name.clone();
+        match vms::add(state, config, Origin::File).await {
+            Ok(_) => added += 1,
+            // Somebody was faster over the API.
+            Err(e) => tracing::error!(vm = %name, error = %e, "the VM is not added"),
+        }
+    }
+    tracing::info!(added, removed, changed, "the configuration is applied");
+    if !restart.is_empty() {
+        let what = restart.join(", ");
+        tracing::warn!(
+            what,
+            "changed in the configuration, and not applied before aditd is restarted"
+        );
+    }
+    Ok(restart)
+}
+
+/// Keys outside of the VMs that differ.
+fn differences(old: &Config, new: &Config) -> Vec<String> {
+    let values = |config: &Config| {
+        let config = Config {
+            vm: Vec::new(),
+            ..config.clone()
+        };
+        let mut values = BTreeMap::new();
+        // It was read from text, and can be written as such.
+        flatten(
+            "",
+            &serde_json::to_value(&config).unwrap_or_default(),
+            &mut values,
+        );
+        values
+    };
+    let (old, new) = (values(old), values(new));
+    let keys: BTreeSet<_> = old.keys().chain(new.keys()).collect();
+    let differs = keys
+        .into_iter()
+        .filter(|key| old.get(*key) != new.get(*key));
+    differs.map(|key| format!("`{key}`")).collect()
+}
+
+fn flatten(
+    prefix: &str,
+    value: &serde_json::Value,
+    into: &mut BTreeMap<String, serde_json::Value>,
+) {
+    let Some(fields) = value.as_object() else {
+        // Also a section that is not there: it has no values.
+        if !value.is_null() {
+            into.insert(prefix.to_owned(), value.clone());
+        }
+        return;
+    };
+    for (name, value) in fields {
+        let path = match prefix {
+            "" => name.clone(),
+            _ => format!("{prefix}.{name}"),
+        };
+        flatten(&path, value, into);
+    }
+}
+
+/// What is to be done with the VMs.
+struct Plan {
+    remove: Vec<Arc<VmEntry>>,
+    change: Vec<(Arc<VmEntry>, VmConfig)>,
+    add: Vec<VmConfig>,
+    /// What cannot be done now.
+    restart: Vec<String>,
+}
+
+impl Plan {
+    /// Compares the VMs that there are with those of the file.
+    ///
+    /// # Errors
+    /// They clash with those that were added over the API.
+    fn new(present: &[Arc<VmEntry>], file: Vec<VmConfig>) -> Result<Self, String> {
+        let mut plan = Self {
+            remove: Vec::new(),
+            change: Vec::new(),
+            add: Vec::new(),
+            restart: Vec::new(),
+        };
+        let listed: BTreeSet<VmId> = file.iter().map(|vm| vm.name.clone()).collect();
+        let mut stay: BTreeMap<u64, VmId> = BTreeMap::new();
+        for vm in present {
+            let name = &vm.config.name;
+            let is_gone = vm.origin == Origin::File && !listed.contains(name);
+            match (is_gone, vm.held_by()) {
+                (true, None) => plan.remove.push(vm.clone()),
+                (is_gone, held_by) => {
+                    if is_gone && let Some(pid) = held_by {
+                        let why =
+                            format!("the removal of {name} (process {pid}, its VMM, still has it)");
+                        plan.restart.push(why);
+                    }
+                    stay.insert(vm.config.cid, name.clone());
+                }
+            }
+        }
+        for config in file {
+            let name = &config.name;
+            match present.iter().find(|vm| vm.config.name == *name) {
+                Some(vm) if vm.origin == Origin::Api => {
+                    return Err(format!(
+                        "there is a VM `{name}` already, which was added with `adit vm add`: remove it first, or take it out \
+                         of the file"
+                    ));
+                }
+                Some(vm) => {
+                    if vm.config.cid != config.cid {
+                        let cids = format!("{} instead of {}", config.cid, vm.config.cid);
+                        let why = format!("`cid` of {name} ({cids}: its VM must be ended)");
+                        plan.restart.push(why);
+                    }
+                    let cid = vm.config.cid;
+                    let spec = VmConfig { cid, ..config };
+                    if *vm.spec() != spec {
+                        plan.change.push((vm.clone(), spec));
+                    }
+                }
+                None => {
+                    if let Some(other) = stay.insert(config.cid, name.clone()) {
+                        let cid = config.cid;
+                        return Err(format!(
+                            "CID {cid} of `{name}` is the CID of `{other}` already"
+                        ));
+                    }
+                    plan.add.push(config);
+                }
+            }
+        }
+        match stay.len() > VMS_MAX {
+            true => Err(format!(
+                "there would be {} VMs, and may be {VMS_MAX}",
+                stay.len()
+            )),
+            false => Ok(plan),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(text: &str) -> Config {
+        Config::parse(Path::new("a.toml"), text).unwrap()
+    }
+
+    #[test]
+    fn every_key_outside_of_the_vms_that_differs_is_named() {
+        let old = config("");
+        let new = "run_dir = \"/a\"\n[metrics]\nlisten = \"127.0.0.1:1\"\n[limits]\nkept_days = 1\n[ports]\nuids = \"1-9\"\n\
+                   [[vm]]\nname = \"a\"\ncid = 3\n";
+        let named = differences(&old, &config(new));
+        let want = [
+            "`limits.kept_days`",
+            "`metrics.listen`",
+            "`ports.uids`",
+            "`run_dir`",
+        ];
+        assert_eq!(named, want);
+        assert!(differences(&old, &config("[limits]\nkept_days = 30\n")).is_empty());
+    }
+
+    fn vm(name: &str, cid: u64) -> VmConfig {
+        VmConfig::new(name.parse().unwrap(), cid)
+    }
+
+    fn present(vms: &[(&str, u64, Origin)]) -> Vec<Arc<VmEntry>> {
+        let entry = |(name, cid, origin): &(&str, u64, Origin)| {
+            Arc::new(VmEntry::new(
+                Path::new("/run/adit"),
+                vm(name, *cid),
+                *origin,
+            ))
+        };
+        vms.iter().map(entry).collect()
+    }
+
+    #[test]
+    fn a_cid_may_go_from_a_vm_that_is_removed_to_one_that_is_added() {
+        let plan = Plan::new(&present(&[("a", 3, Origin::File)]), vec![vm("b", 3)]).unwrap();
+        assert_eq!(
+            (plan.remove.len(), plan.add.len(), plan.restart.len()),
+            (1, 1, 0)
+        );
+    }
+
+    #[test]
+    fn vms_of_the_api_stay_and_what_clashes_with_them_is_refused() {
+        let there = present(&[("a", 3, Origin::Api), ("b", 4, Origin::File)]);
+        let plan = Plan::new(&there, vec![vm("b", 4), vm("c", 5)]).unwrap();
+        assert_eq!(
+            (plan.remove.len(), plan.change.len(), plan.add.len()),
+            (0, 0, 1)
+        );
+        for clash in [vm("a", 9), vm("c", 3)] {
+            assert!(Plan::new(&there, vec![clash]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_new_cid_waits_for_a_restart_and_its_old_one_is_not_free() {
+        let there = present(&[("a", 3, Origin::File)]);
+        let plan = Plan::new(&there, vec![vm("a", 7)]).unwrap();
+        assert_eq!((plan.change.len(), plan.restart.len()), (0, 1));
+        assert!(Plan::new(&there, vec![vm("a", 7), vm("b", 3)]).is_err());
+    }
+}

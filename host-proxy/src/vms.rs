@@ -1,0 +1,172 @@
+//! How a VM comes, changes and goes: its entry, its row in the database, its supervisor, its directory.
+//!
+//! | origin | settings are in | changed by |
+//! |---|---|---|
+//! | [`Origin::File`] | `aditd.toml` | SIGHUP ([`reload`](crate::reload)) |
+//! | [`Origin::Api`] | the database | `PATCH /v1/vms/{name}` |
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_channel::hello;
+use anyhow::bail;
+
+use crate::config::VmConfig;
+use crate::queue::{self, QueueError};
+use crate::registry::AddError;
+use crate::state::State;
+use crate::vm::{Origin, VmEntry};
+use crate::{agent, supervisor, vm_dir};
+
+/// How long a port process that was told to end may take.
+const PORT_END_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why a VM was not added.
+#[derive(Debug, thiserror::Error)]
+pub enum NotAdded {
+    /// It cannot be.
+    #[error(transparent)]
+    Refused(#[from] AddError),
+    /// The database does not take it.
+    #[error(transparent)]
+    NotKept(#[from] QueueError),
+}
+
+/// Adds a VM and starts its supervisor. One of the API is written to the database first.
+///
+/// # Errors
+/// Its name or CID is taken, or it cannot be written down.
+pub async fn add(
+    state: &Arc<State>,
+    config: VmConfig,
+    origin: Origin,
+) -> Result<Arc<VmEntry>, NotAdded> {
+    let vm = state.registry.add(config.clone(), origin)?;
+    vm.keeper.open(&state.fd_store, config.name.as_str());
+    if origin == Origin::Api
+        && let Err(e) = keep(state, &config).await
+    {
+        state.registry.remove(&config.name);
+        return Err(e.into());
+    }
+    start(state, &vm).await;
+    Ok(vm)
+}
+
+/// Writes the settings of a VM of the API to the database.
+///
+/// # Errors
+/// The database does not take them.
+pub async fn keep(state: &State, config: &VmConfig) -> Result<(), QueueError> {
+    // Strings and numbers always serialise.
+    let spec = serde_json::to_string(config).unwrap_or_default();
+    let (name, cid) = (
+        config.name.to_string(),
+        i64::try_from(config.cid).unwrap_or(i64::MAX),
+    );
+    let kept = state.db.run::<_, QueueError, _>(move |c| {
+        let sql = "INSERT OR REPLACE INTO vms (name, cid, spec) VALUES (?1, ?2, ?3)";
+        Ok(c.execute(sql, rusqlite::params![name, cid, spec])?)
+    });
+    kept.await.map(drop)
+}
+
+async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
+    state.refresh_open_tasks(vm).await;
+    let (for_agents, of_vm) = (state.clone(), vm.clone());
+    let on_incoming = move |incoming: adit_port::control::Incoming, fd| {
+        if incoming.port == hello::PORT {
+            agent::accept(&for_agents, &of_vm, incoming, fd);
+        }
+    };
+    tokio::spawn(supervisor::supervise(
+        vm.clone(),
+        state.launch.clone(),
+        on_incoming,
+    ));
+}
+
+/// Removes a VM: its port process and its tunnels end, its open tasks too, and its directory goes.
+///
+/// # Errors
+/// The database refuses: the VM goes on as before.
+pub async fn remove(state: &Arc<State>, vm: &Arc<VmEntry>) -> Result<(), QueueError> {
+    let _changing = vm.changing.lock().await;
+    // First: if it fails, the VM goes on as before.
+    end_tasks(state, vm).await?;
+    vm.removed.cancel();
+    port_gone(vm).await;
+    // Of goals that came meanwhile. Those that stay in the database end when their goal does.
+    if let Err(e) = end_tasks(state, vm).await {
+        tracing::warn!(vm = %vm.config.name, error = %e, "the removed VM's last tasks are not ended");
+    }
+    if let Err(e) = vm_dir::remove(&state.config.run_dir, &vm.config.name).await {
+        let dir = vm.dir.display();
+        tracing::warn!(vm = %vm.config.name, %dir, error = %e, "the removed VM's directory stays");
+    }
+    // Only now is the name free: whoever takes it gets a port process and a directory of its own.
+    state.registry.remove(&vm.config.name);
+    Ok(())
+}
+
+/// Takes a VM's row out of the database, and ends its open tasks.
+async fn end_tasks(state: &State, vm: &VmEntry) -> Result<(), QueueError> {
+    let (key, now) = (vm.config.name.to_string(), state.now_ms());
+    let ended = state.db.run::<_, QueueError, _>(move |c| {
+        c.execute("DELETE FROM vms WHERE name = ?1", [&key])?;
+        queue::remove_vm(c, &key, now)
+    });
+    let ended = ended.await?;
+    state.count_ended(&ended);
+    state.publish(ended);
+    Ok(())
+}
+
+/// Waits until a removed VM's supervisor has ended, and its port process with it.
+pub async fn port_gone(vm: &VmEntry) {
+    let mut changes = vm.watch();
+    let gone = async { while !vm.unsupervised() && changes.changed().await.is_ok() {} };
+    if tokio::time::timeout(PORT_END_LIMIT, gone).await.is_err() {
+        tracing::warn!(vm = %vm.config.name, "its port process does not end");
+    }
+}
+
+/// Adds the VMs of the configuration, then those of the database that do not clash with them.
+///
+/// # Errors
+/// The database cannot be read.
+pub async fn load(state: &Arc<State>) -> anyhow::Result<()> {
+    for vm in state.config.vm.clone() {
+        if let Err(e) = add(state, vm, Origin::File).await {
+            bail!("the VMs of the configuration clash: {e}"); // it was checked when it was read
+        }
+    }
+    let rows = state.db.run::<Vec<(String, String)>, QueueError, _>(|c| {
+        let mut statement = c.prepare("SELECT name, spec FROM vms ORDER BY name")?;
+        let rows = statement.query_map([], |r| Ok((r.get(0)?, r.get(1)?)))?;
+        Ok(rows.collect::<Result<_, _>>()?)
+    });
+    for (name, spec) in rows.await? {
+        let added = match serde_json::from_str::<VmConfig>(&spec) {
+            Ok(config) => state
+                .registry
+                .add(config, Origin::Api)
+                .map_err(|e| e.to_string()),
+            Err(e) => Err(e.to_string()),
+        };
+        match added {
+            Ok(vm) => {
+                vm.keeper.open(&state.fd_store, &name);
+                start(state, &vm).await;
+            }
+            Err(error) => {
+                tracing::error!(
+                    vm = name,
+                    error,
+                    "a VM that was added with `adit vm add` is not served"
+                );
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,173 @@
+//! `PATCH /v1/vms/{name}`: settings of a VM that runs. `DELETE`: what becomes of its directory.
+
+use std::io::{Read, Write};
+
+use adit_port::control_io::Message;
+use serde_json::{Value, json};
+
+use crate::host::Host;
+
+const NEW: &str = r#"{"name": "b", "cid": 4, "allow": [80]}"#;
+
+/// The proxy's status for a tunnel to a port of `b`.
+fn tunnel(host: &Host, port: u16) -> (std::net::TcpStream, String) {
+    let mut client = host.proxy();
+    write!(client, "CONNECT b:{port} HTTP/1.1\r\nhost: b\r\n\r\n").unwrap();
+    let mut head = Vec::new();
+    let mut byte = [0];
+    while !head.ends_with(b"\r\n\r\n") && client.read(&mut byte).unwrap() == 1 {
+        head.push(byte[0]);
+    }
+    let head = String::from_utf8(head).unwrap();
+    let status = head.split(' ').nth(1).unwrap_or_default().to_owned();
+    (client, status)
+}
+
+#[test]
+fn an_allow_list_changes_at_once_and_is_kept_and_open_tunnels_go_on() {
+    let (mut host, _) = Host::new(&[("a", 3)], "");
+    host.start();
+    assert_eq!(host.api("POST", "/v1/vms", NEW).status, 200);
+    let port = host.port("b", 4);
+    let control = port.connected();
+    host.until("it is up", |h| {
+        (h.get("/v1/vms/b")["state"] == "up").then_some(())
+    });
+    let (mut open, mut inside) = std::thread::scope(|s| {
+        let client = s.spawn(|| tunnel(&host, 80));
+        let dial = control.dial();
+        control.dialed(dial.id);
+        let (inside, _) = control.attached();
+        let (client, status) = client.join().unwrap();
+        assert_eq!(status, "200");
+        (client, inside)
+    });
+    let answer = host.api(
+        "PATCH",
+        "/v1/vms/b",
+        r#"{"allow": [22], "allow_vsock": [5000]}"#,
+    );
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let vm: Value = serde_json::from_str(&answer.body).unwrap();
+    assert_eq!(
+        (&vm["allow"], &vm["allow_vsock"]),
+        (&json!([22]), &json!([5000]))
+    );
+    assert_eq!(tunnel(&host, 80).1, "403");
+    open.write_all(b"still here").unwrap();
+    let mut got = [0; 10];
+    inside.read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"still here");
+    // What is not named stays.
+    host.api("PATCH", "/v1/vms/b", r#"{"busy_poll_us": 70}"#);
+    host.kill();
+    host.start();
+    let vm = host.get("/v1/vms/b");
+    assert_eq!(
+        (&vm["allow"], &vm["allow_vsock"]),
+        (&json!([22]), &json!([5000]))
+    );
+    assert_eq!(vm["busy_poll_us"], 70);
+}
+
+#[test]
+fn what_the_port_process_has_only_after_a_reload_is_said() {
+    let (mut host, _) = Host::new(&[("a", 3)], "");
+    host.start();
+    host.api("POST", "/v1/vms", NEW);
+    let _b = host.port("b", 4).connected();
+    host.until("it is up", |h| {
+        (h.get("/v1/vms/b")["state"] == "up").then_some(())
+    });
+    let answer = host.api("PATCH", "/v1/vms/b", r#"{"busy_poll_us": 70}"#);
+    let vm: Value = serde_json::from_str(&answer.body).unwrap();
+    assert_eq!(vm["busy_poll_us"], 70);
+    assert_eq!(vm["pending"], json!(["busy_poll_us"]));
+    // As it was: nothing is left to be done.
+    host.api("PATCH", "/v1/vms/b", r#"{"busy_poll_us": 0}"#);
+    assert_eq!(host.get("/v1/vms/b").get("pending"), None);
+}
+
+#[test]
+fn what_cannot_change_is_refused_by_name_and_changes_nothing() {
+    let (mut host, _) = Host::new(&[("a", 3)], "");
+    host.start();
+    host.api("POST", "/v1/vms", NEW);
+    let before = host.get("/v1/vms/b");
+    for (vm, body, status, code, word) in [
+        ("b", r#"{"allow": [1], "cid": 9}"#, 422, "fixed", "`cid`"),
+        ("b", r#"{"name": "c"}"#, 422, "fixed", "`name`"),
+        ("b", r#"{"ivshmem_mib": 8}"#, 422, "fixed", "`ivshmem_mib`"),
+        (
+            "b",
+            r#"{"allow": [1], "busy_poll_us": 1001}"#,
+            422,
+            "bad-vm",
+            "1000",
+        ),
+        ("b", r#"{"allow": [0]}"#, 422, "bad-vm", "`allow`"),
+        ("b", r#"{"alow": [1]}"#, 400, "bad-json", "`alow`"),
+        ("b", "7", 400, "bad-json", ""),
+        ("a", r#"{"allow": [1]}"#, 409, "configured", "aditd.toml"),
+        ("x", r#"{"allow": [1]}"#, 404, "unknown-vm", "`x`"),
+    ] {
+        let answer = host.api("PATCH", &format!("/v1/vms/{vm}"), body);
+        let error: Value = serde_json::from_str(&answer.body).unwrap();
+        assert_eq!(
+            (answer.status, error["code"].as_str()),
+            (status, Some(code)),
+            "{error}"
+        );
+        assert!(error["message"].as_str().unwrap().contains(word), "{error}");
+    }
+    let after = host.get("/v1/vms/b");
+    for key in ["allow", "busy_poll_us", "cid"] {
+        assert_eq!(before[key], after[key]);
+    }
+}
+
+#[test]
+fn a_removed_vms_directory_goes_and_what_is_not_adits_stays_and_is_named() {
+    let (mut host, _) = Host::new(&[("a", 3)], "");
+    host.start();
+    for (name, foreign) in [("b", false), ("c", true)] {
+        let cid = if foreign { 5 } else { 4 };
+        host.api(
+            "POST",
+            "/v1/vms",
+            &format!(r#"{{"name": "{name}", "cid": {cid}}}"#),
+        );
+        let port = host.port(name, cid);
+        let control = port.connected();
+        let path = format!("/v1/vms/{name}");
+        host.until("it is up", |h| {
+            (h.get(&path)["state"] == "up").then_some(())
+        });
+        std::fs::write(host.in_vm(name, "port.log"), "x").unwrap();
+        if foreign {
+            std::fs::write(host.in_vm(name, "notes"), "precious").unwrap();
+        }
+        let answer = std::thread::scope(|s| {
+            let answer = s.spawn(|| host.api("DELETE", &path, ""));
+            while let Some((message, _)) = control.hear() {
+                if matches!(message, Message::Quit(_)) {
+                    break;
+                }
+            }
+            drop(control);
+            answer.join().unwrap()
+        });
+        assert_eq!(answer.status, 204, "{}", answer.body);
+        assert_eq!(host.in_vm(name, "").exists(), foreign);
+    }
+    assert_eq!(
+        std::fs::read(host.in_vm("c", "notes")).unwrap(),
+        b"precious"
+    );
+    assert!(!host.in_vm("c", "port.log").exists());
+    let log = host.log();
+    assert!(
+        log.contains("notes") && log.contains("directory stays"),
+        "{log}"
+    );
+}

@@ -1,0 +1,83 @@
+//! What `aditd` prints: its own name, what a configuration makes it serve, what is wrong with one.
+
+use std::process::{Command, Output, Stdio};
+
+fn aditd(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_aditd"));
+    command.args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn it_says_its_own_name_and_version() {
+    let said = aditd(&["--version"]).stdout;
+    let version = env!("CARGO_PKG_VERSION");
+    assert_eq!(text(&said), format!("aditd {version}\n"));
+}
+
+#[test]
+fn a_checked_configuration_is_summed_up_and_every_mistake_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("aditd.toml");
+    let path = path.to_str().unwrap();
+    let good = "run_dir = \"/run/x\"\n[metrics]\nlisten = \"127.0.0.1:7081\"\n[[vm]]\nname = \"web-1\"\ncid = 3\n\
+                allow = [80, 22]\nallow_vsock = [5000]\n";
+    std::fs::write(path, good).unwrap();
+    let checked = aditd(&["check-config", path]);
+    assert!(checked.status.success());
+    for word in [
+        "web-1",
+        "cid 3",
+        "80, 22",
+        "5000",
+        "127.0.0.1:7080",
+        "127.0.0.1:7081",
+        "/run/x/aditd.sock",
+    ] {
+        let said = text(&checked.stdout);
+        assert!(said.contains(word), "{word}: {said}");
+    }
+    std::fs::write(
+        path,
+        format!("{good}alow = [1]\n[limits]\nkept_days = -1\n"),
+    )
+    .unwrap();
+    let checked = aditd(&["check-config", path]);
+    let said = text(&checked.stderr);
+    assert_eq!(checked.status.code(), Some(1));
+    assert!(said.contains(&format!("{path}:9: `alow`")), "{said}");
+    assert!(said.contains(&format!("{path}:11: `kept_days`")), "{said}");
+}
+
+#[test]
+fn a_reader_that_has_gone_ends_it_quietly_and_a_full_disk_with_a_word() {
+    for args in [&["example-config"][..], &["check-config", "/dev/null"]] {
+        let run = |to: Stdio| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_aditd"));
+            command.args(args).stdin(Stdio::null()).stdout(to);
+            command.output().unwrap()
+        };
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let gone = run(writer.into());
+        assert_eq!((gone.status.code(), text(&gone.stderr)), (Some(141), ""));
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+        let full = run(full.unwrap().into());
+        let said = text(&full.stderr);
+        assert_eq!(full.status.code(), Some(1));
+        assert!(said.starts_with("aditd: cannot write"), "{said}");
+        assert!(!said.contains("panicked"), "{said}");
+    }
+}
+
+#[test]
+fn an_error_that_cannot_be_written_anywhere_is_an_exit_status_and_no_panic() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_aditd"));
+    command.args(["check-config", "/nonexistent"]);
+    let status = command.stderr(full.unwrap()).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+}
