@@ -16,6 +16,7 @@
 
 mod checked;
 mod reserve;
+mod result;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,8 @@ use redb::{
 use serde::{Deserialize, Serialize};
 
 pub use checked::{check, open_checked};
+pub use result::Kept;
+
 use reserve::Reserve;
 
 use crate::crash::{self, Point};
@@ -124,15 +127,6 @@ pub struct Journal {
     path: PathBuf,
     db: Option<Database>,
     reserve: Reserve,
-}
-
-/// How much of a result the journal has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kept {
-    /// All of it.
-    Whole,
-    /// The outcome; the disk had no space for the output.
-    WithoutOutput,
 }
 
 type Result<T, E = JournalError> = std::result::Result<T, E>;
@@ -323,38 +317,6 @@ impl Journal {
         self.reserve.hold().map_err(any)?;
         self.advance(id, |phase| {
             (*phase == Phase::Received).then_some(Phase::Started { at_ms })
-        })
-    }
-
-    /// Records how it ended. On a full disk the reserve is used, and then the output is left out.
-    ///
-    /// # Errors
-    /// The task has not begun, or it cannot be written.
-    pub fn result(&mut self, report: &Report) -> Result<Kept> {
-        match self.write_result(report) {
-            Err(JournalError::NoSpace(_)) => self.reserve.release(),
-            done => return done.map(|()| Kept::Whole),
-        }
-        match self.write_result(report) {
-            Err(JournalError::NoSpace(_)) => {}
-            done => return done.map(|()| Kept::Whole),
-        }
-        let mut short = report.clone();
-        (short.stdout, short.stderr) = Default::default();
-        crate::runner::remark(
-            &mut short.reason,
-            "guest disk full: its output could not be kept",
-        );
-        self.write_result(&short).map(|()| Kept::WithoutOutput)
-    }
-
-    fn write_result(&mut self, report: &Report) -> Result<()> {
-        crash::disk_full(Point::ResultStored).map_err(any)?;
-        self.advance(&report.task_id, |phase| match phase {
-            Phase::Received | Phase::Started { .. } => {
-                Some(Phase::Result(Box::new(report.clone())))
-            }
-            _ => None,
         })
     }
 
