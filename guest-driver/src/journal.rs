@@ -1,4 +1,4 @@
-//! The journal: what this guest has accepted, begun and finished, on disk before it matters.
+//! The journal: what this guest has accepted, started and finished, on disk before anything depends on it.
 //!
 //! ```text
 //! received ──▶ started ──▶ result ──▶ acked
@@ -44,15 +44,17 @@ const FILE: &str = "journal.redb";
 const RESERVE_FILE: &str = "reserve";
 
 const TASKS: TableDefinition<&[u8; 16], &[u8]> = TableDefinition::new("tasks-v1");
-/// Order of arrival, for resending and for dropping.
+/// Order of arrival, for resending and dropping.
 const ORDER: TableDefinition<u64, &[u8; 16]> = TableDefinition::new("order-v1");
 const FLOORS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("floors-v1");
 
 /// Why the journal could not be used. The resource's fault.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
-    /// Too many tasks that may not be forgotten.
-    #[error("journal-full: {JOURNAL_MAX} tasks are remembered and none may be forgotten")]
+    /// Too many tasks that must be remembered.
+    #[error(
+        "journal-full: {JOURNAL_MAX} tasks are remembered and all of them still matter; a goal with a higher key_seq makes room"
+    )]
     Full,
     /// The disk is full.
     #[error("no-space: guest disk full: journal cannot be written")]
@@ -143,7 +145,7 @@ fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
 fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
     match postcard::take_from_bytes(bytes) {
         Ok((value, [])) => Ok(value),
-        // As much a sign of damage as a value that is cut.
+        // As much a sign of damage as a value that is too short.
         Ok((_, rest)) => Err(JournalError::Corrupt(format!(
             "an entry has {} bytes behind its end",
             rest.len()
@@ -196,7 +198,7 @@ impl Journal {
             .create(dir);
         made.map_err(|e| JournalError::from(redb::Error::Io(e)))?;
         let meta = std::fs::metadata(dir).map_err(|e| JournalError::from(redb::Error::Io(e)))?;
-        // Who may write it can put an older journal in its place, and what ran would run again.
+        // Whoever may write it can put an older journal in its place, and tasks would run again.
         crate::owned::check(&meta)
             .map_err(|e| JournalError::Unavailable(format!("{}: {e}", dir.display())))?;
         let mut journal = Self {
@@ -320,7 +322,7 @@ impl Journal {
         })
     }
 
-    /// Records that the host has the result, and forgets its output. An id that is not known is none of ours.
+    /// Records that the host has the result, and drops its output. An unknown id is ignored.
     ///
     /// # Errors
     /// It cannot be written.
