@@ -357,7 +357,7 @@ impl Journal {
         })
     }
 
-    /// Tasks that have begun and not ended, with when they began: after a start of the agent, the interrupted ones.
+    /// Tasks that have started and not ended, with the time of their start: after a start of the agent, the interrupted ones.
     ///
     /// # Errors
     /// The journal cannot be read.

@@ -58,7 +58,7 @@ pub enum EnvelopeError {
 /// Why an envelope is not trusted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VerifyError {
-    /// The guest trusts nobody.
+    /// The guest trusts no key.
     #[error("no trust anchor is installed in this guest")]
     NoAnchor,
     /// None of the signers is trusted.

@@ -191,7 +191,7 @@ pub fn hold_signals() -> io::Result<()> {
 /// Starts the reaping thread, for as long as the process lives. `reload` is called at each SIGHUP.
 ///
 /// # Errors
-/// There is no descriptor or thread to be had.
+/// There are no descriptors or threads left.
 pub fn start(reload: impl Fn() + Send + 'static) -> io::Result<()> {
     let arrived = SignalFd::with_flags(&signals(), SfdFlags::SFD_CLOEXEC)?;
     let reaper = thread::Builder::new().name("reaper".into());

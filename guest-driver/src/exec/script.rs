@@ -114,9 +114,9 @@ fn running() -> MutexGuard<'static, Option<Job>> {
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Ends this process, and before it the script that runs: nobody would watch its time. The lock stays taken, so that the
-/// end of the script is no result: the next agent reports it as interrupted. No script starts from here on: one that did
-/// after the look would outlive the agent.
+/// Ends this process, and before it the script that runs: no agent would watch its timeout. The lock stays locked, so that
+/// the script's end does not become a result: the next agent reports it as interrupted. No script starts from here on: one
+/// that started after the search would outlive the agent.
 pub fn stop() -> ! {
     let running = running();
     let _closed = reap::close();
