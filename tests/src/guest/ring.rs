@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use adit_guest_driver::ring::{self, Ear};
+use adit_guest_driver::ring::{self, Interrupt};
 use adit_ringbuf::RingMem;
 use adit_ringbuf::region::{Features, GUEST_WORD};
 use adit_ringbuf::session::{Event, Guest};
@@ -31,13 +31,13 @@ pub fn echo(port: Option<u32>) -> anyhow::Result<()> {
         println!("RING-LISTENS");
         let (stream, _) = listener.accept()?;
         // The stream stays open to the end of this program.
-        let _ = device.hear(OwnedFd::from(stream).into())?;
+        let _ = device.use_stream(OwnedFd::from(stream).into())?;
     }
-    let (hears, look) = match device.data_ear {
-        Ear::Event(_) => ("msix", RUNG_LOOK),
-        Ear::Line(_) => ("intx", RUNG_LOOK),
-        Ear::Stream(..) => ("vsock", RUNG_LOOK),
-        Ear::Deaf => ("polling", LOOK),
+    let (hears, look) = match device.data_interrupt {
+        Interrupt::Event(_) => ("msix", RUNG_LOOK),
+        Interrupt::Line(_) => ("intx", RUNG_LOOK),
+        Interrupt::Stream(..) => ("vsock", RUNG_LOOK),
+        Interrupt::Polled => ("polling", LOOK),
     };
     let nonce = adit_guest_driver::facts::boot_nonce();
     let start = u64::from_ne_bytes(std::array::from_fn(|n| nonce[n]));
@@ -55,12 +55,12 @@ pub fn echo(port: Option<u32>) -> anyhow::Result<()> {
     device.data.ring()?;
     println!(
         "RING-ATTACHED by={} hears={hears} epoch={epoch}",
-        device.how
+        device.access
     );
     let ends = guest.ends(LANE, true)?.context("not attached")?;
     let (data, space) = (device.data.clone(), device.space.clone());
-    let mut to = Sender::new(ends.producer, data, device.space_ear, Spin::default());
-    let mut from = Receiver::new(ends.consumer, space, device.data_ear, Spin::default());
+    let mut to = Sender::new(ends.producer, data, device.space_interrupt, Spin::default());
+    let mut from = Receiver::new(ends.consumer, space, device.data_interrupt, Spin::default());
     let mut record = vec![0; 256 << 10];
     loop {
         match from.recv_within(&mut record, look) {

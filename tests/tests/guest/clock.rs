@@ -12,7 +12,7 @@ const HOUR_MS: i64 = 60 * MINUTE_MS;
 /// A key on the serial line sets the clock an hour ahead.
 const SCRIPT: &str = "( read -r key < /dev/ttyS0; date -s @$(( $(date +%s) + 3600 )) ) &\n";
 
-fn step(id: &str, text: &str) -> String {
+pub fn step(id: &str, text: &str) -> String {
     format!("steps: [{{id: {id}, script: {{interpreter: /bin/sh, script: \"{text}\"}}}}]\n")
 }
 
@@ -37,7 +37,7 @@ fn shown_ahead(setup: &Setup, ms: i64) -> Value {
     })
 }
 
-fn is_done(list: &str, step: &str) -> bool {
+pub fn is_done(list: &str, step: &str) -> bool {
     let line = list.lines().find(|l| l.contains(&format!(" {step} ")));
     line.is_some_and(|l| l.contains("done"))
 }
