@@ -210,7 +210,7 @@ fn a_second_aditd_a_busy_port_and_a_bad_file_say_what_to_do() {
     let first = std::fs::read_to_string(host.dir().join("aditd.toml")).unwrap();
     let said = run("again.toml", &first);
     assert!(
-        said.contains("runs already") && said.contains(&host.pid().to_string()),
+        said.contains("already") && said.contains(&host.pid().to_string()),
         "{said}"
     );
     let dir = host.dir().display();
