@@ -228,7 +228,7 @@ fn r04_pads_that_end_elsewhere(way: Way) {
     torn(way, "r04-pads");
 }
 
-fn r05_offsets_and_lengths_at_their_limits_are_refused_or_exact(way: Way) {
+fn r05_offsets_and_lengths_at_their_borders(way: Way) {
     torn(way, "r05-borders");
 }
 
@@ -675,7 +675,7 @@ by_both!(
     r02_positions_of_what_was_never_written,
     r03_positions_that_go_back,
     r04_pads_that_end_elsewhere,
-    r05_offsets_and_lengths_at_their_limits_are_refused_or_exact,
+    r05_offsets_and_lengths_at_their_borders,
     r06_headers_that_no_producer_writes,
     r07_every_message_in_every_state,
     r08_ids_that_nobody_has,
