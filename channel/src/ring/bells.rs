@@ -4,20 +4,20 @@ use adit_ringbuf_io::attach::Bells;
 use adit_ringbuf_io::doorbell::{Doorbell, Polled, Waiter};
 
 /// A doorbell that this side signals: an eventfd, a register of a device, a byte on a socket.
-pub type Ring = Box<dyn Doorbell + Send>;
+pub type BoxedDoorbell = Box<dyn Doorbell + Send>;
 /// A doorbell that this side waits on.
-pub type Hear = Box<dyn Waiter + Send>;
+pub type BoxedWaiter = Box<dyn Waiter + Send>;
 
 /// One side's doorbells.
 pub struct RingBells {
     /// Signals the other side that there is data, or that a session begins or ends.
-    pub data: Ring,
+    pub data: BoxedDoorbell,
     /// Signals the other side that there is space.
-    pub space: Ring,
+    pub space: BoxedDoorbell,
     /// The other side has data, or its session changed.
-    pub data_heard: Hear,
+    pub data_heard: BoxedWaiter,
     /// The other side has made space. It may never be signalled if `data_heard` is used for both.
-    pub space_heard: Hear,
+    pub space_heard: BoxedWaiter,
 }
 
 impl std::fmt::Debug for RingBells {

@@ -33,7 +33,7 @@ use adit_ringbuf::session::{Ends, Event, Guest, Host, Lost, Turn};
 use adit_ringbuf::{Corrupt, Mapped, Pace, PushError, RingMem, Wake};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-pub use bells::{Hear, Ring, RingBells};
+pub use bells::{BoxedDoorbell, BoxedWaiter, RingBells};
 pub use burst::{RingPacket, RingSlot};
 pub use dock::Dock;
 use retry_delay::RetryDelay;
