@@ -216,7 +216,7 @@ mod tests {
         slot.names.clone().into_iter().zip(ends).collect()
     }
 
-    fn slot() -> Slot {
+    fn slot(closer: &Closer) -> Slot {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let kind = SockType::SeqPacket;
         let (send, receive) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
@@ -224,60 +224,58 @@ mod tests {
             names: names("web-1"),
             send,
             receive: receive.into(),
-            closer: Closer::shared(),
+            closer: closer.clone(),
             full: false,
         }
     }
 
-    /// Waits until its thread has closed what the tests left: on a busy machine they are faster.
-    fn closer_has_room() {
-        while Closer::shared().stays_full() {}
+    /// Waits until its thread has closed all that the test left: on a busy machine the test is faster.
+    fn wait_for_room(closer: &Closer) {
+        while closer.pending() > 0 {
+            std::thread::yield_now();
+        }
     }
 
     #[test]
     fn the_last_handover_is_found_again_and_again() {
-        let mut slot = slot();
+        // Its own: tests that run at the same time would fill each other's.
+        let closer = Closer::default();
+        let mut slot = slot(&closer);
         for seq in 1..=300 {
-            closer_has_room();
+            wait_for_room(&closer);
             let (handover, fds) = handover(seq);
             slot.put(&handover, &fds).unwrap();
         }
         let mut passed = stored(&slot);
         drop(slot);
         for _ in 0..3 {
-            closer_has_room();
+            wait_for_room(&closer);
             let store = FdStore::new(passed);
-            let (slot, left) = store.slot("web-1", &Closer::shared()).unwrap().unwrap();
+            let (slot, left) = store.slot("web-1", &closer).unwrap().unwrap();
             let (handover, fds) = left.unwrap();
             assert_eq!((handover.seq, fds.len()), (300, 1));
             passed = stored(&slot);
         }
-        closer_has_room();
+        wait_for_room(&closer);
         // Killed between the new packet and the old one's end.
         let store = FdStore::new(passed);
-        let (slot, _) = store.slot("web-1", &Closer::shared()).unwrap().unwrap();
+        let (slot, _) = store.slot("web-1", &closer).unwrap().unwrap();
         let (newer, fds) = handover(301);
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         send_all(&slot.send, &Message::Handover(newer), &fds).unwrap();
         let store = FdStore::new(stored(&slot));
-        let (mut slot, left) = store.slot("web-1", &Closer::shared()).unwrap().unwrap();
+        let (mut slot, left) = store.slot("web-1", &closer).unwrap().unwrap();
         assert_eq!(left.unwrap().0.seq, 301);
         slot.clear();
         let store = FdStore::new(stored(&slot));
-        assert!(
-            store
-                .slot("web-1", &Closer::shared())
-                .unwrap()
-                .unwrap()
-                .1
-                .is_none()
-        );
+        assert!(store.slot("web-1", &closer).unwrap().unwrap().1.is_none());
         // Another VM has nothing there, and without a service manager there is no store.
-        assert!(store.slot("web-2", &Closer::shared()).unwrap().is_none());
+        assert!(store.slot("web-2", &closer).unwrap().is_none());
     }
 
     #[test]
     fn r35_packets_that_are_no_handover_are_not_kept_and_hide_none() {
+        let closer = Closer::default();
         let (good, fds) = handover(7);
         let bytes = Message::Handover(good.clone()).encode().unwrap();
         let kept = Message::Kept(adit_port::control::Kept { seq: 1 });
@@ -299,8 +297,8 @@ mod tests {
         wrong.push((vec![0; 4096], 1));
         for (packet, count) in wrong {
             for with_a_good_one in [false, true] {
-                closer_has_room();
-                let mut slot = slot();
+                wait_for_room(&closer);
+                let mut slot = slot(&closer);
                 if with_a_good_one {
                     slot.put(&good, &fds).unwrap();
                 }
@@ -315,7 +313,7 @@ mod tests {
                 )
                 .unwrap();
                 let store = FdStore::new(stored(&slot));
-                let (mut slot, left) = store.slot("web-1", &Closer::shared()).unwrap().unwrap();
+                let (mut slot, left) = store.slot("web-1", &closer).unwrap().unwrap();
                 let seq = left.map(|(handover, _)| handover.seq);
                 // One that says other bytes in the right form cannot be told: its record is checked by who goes on with it.
                 let right = Message::decode(&packet).ok().flatten();
@@ -323,11 +321,11 @@ mod tests {
                 if right.is_none() {
                     assert_eq!(seq, with_a_good_one.then_some(7), "{packet:x?} {count}");
                 }
-                closer_has_room();
+                wait_for_room(&closer);
                 // And the place is of use.
                 slot.put(&handover(8).0, &fds).unwrap();
                 let store = FdStore::new(stored(&slot));
-                let (_, left) = store.slot("web-1", &Closer::shared()).unwrap().unwrap();
+                let (_, left) = store.slot("web-1", &closer).unwrap().unwrap();
                 assert_eq!(left.unwrap().0.seq, 8);
             }
         }

@@ -91,6 +91,11 @@ async fn reload(state: &Arc<State>, path: &Path) -> Result<Vec<String>, String> 
     })?;
     let mut restart = differences(&state.config, &new);
     let plan = Plan::new(&state.registry.all(), new.vm)?;
+    for vm in &plan.add {
+        // In the directory that is in use, whatever the file says now.
+        let checked = state.config.check_paths(&vm.name);
+        checked.map_err(|(_, why)| format!("`{}`: {why}", vm.name))?;
+    }
     restart.extend(plan.restart.iter().cloned());
     // Each has its own time to end.
     let removed = join_all(plan.remove.iter().map(|vm| async {

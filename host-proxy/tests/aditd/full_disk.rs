@@ -1,8 +1,9 @@
 //! A disk without room: what is asked for is refused with the reason, what was there goes on, and room is enough to recover.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use adit_port::control_io::Message;
 use nix::mount::{MsFlags, mount};
@@ -23,10 +24,16 @@ fn small_disk(at: &Path) -> bool {
     mounted.is_ok()
 }
 
-/// Takes all room that there is.
+/// Takes all room that there is, also what is given back late.
 fn fill(dir: &Path) {
-    let full = fs::write(dir.join("fill"), vec![0; 1 << 20]).unwrap_err();
-    assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    let path = dir.join("fill");
+    let mut file = fs::File::create(path).unwrap();
+    while rustix::fs::statvfs(dir).unwrap().f_bavail > 0 {
+        match file.write_all(&[0; 4096]) {
+            Err(e) => assert_eq!(e.kind(), std::io::ErrorKind::StorageFull),
+            Ok(()) => {}
+        }
+    }
 }
 
 fn add(host: &Host, name: &str, cid: u64) -> (u16, String) {
@@ -127,8 +134,15 @@ fn an_aditd_that_starts_on_a_full_disk_says_so() {
     fill(&state);
     let mut aditd = Command::new(env!("CARGO_BIN_EXE_aditd"));
     aditd.args(["run", "--port-bin", "/bin/false", "--config"]);
-    let ended = aditd.arg(host.config_file()).output().unwrap();
-    assert_eq!(ended.status.code(), Some(1));
-    let said = String::from_utf8(ended.stderr).unwrap();
+    aditd.arg(host.config_file()).stderr(Stdio::piped());
+    let mut aditd = aditd.spawn().unwrap();
+    let mut said = String::new();
+    // Up to the reason, or to the line that says that it serves.
+    let mut lines = BufReader::new(aditd.stderr.take().unwrap()).lines();
+    while !said.contains("aditd: ") && !said.contains("serving") {
+        said += &lines.next().unwrap().unwrap();
+    }
+    let _ = aditd.kill();
+    aditd.wait().unwrap();
     assert!(said.contains("the disk is full"), "{said}");
 }
