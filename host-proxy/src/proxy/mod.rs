@@ -10,7 +10,7 @@ mod bodies;
 mod client;
 mod connect;
 mod ends;
-mod linger;
+pub(crate) mod linger;
 mod own;
 mod patience;
 pub mod problem;
