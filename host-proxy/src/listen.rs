@@ -323,7 +323,7 @@ async fn connection<I>(
         ended = &mut served => ended,
         () = place.evicted.cancelled() => return,
         () = stop.cancelled() => {
-            Pin::new(&mut served).graceful_shutdown();
+            std::pin::Pin::new(&mut served).graceful_shutdown();
             (&mut served).await
         }
     };
