@@ -58,7 +58,8 @@ pub fn storm(bells: &Bells) -> u64 {
     out.read_to_string(&mut said).unwrap();
     child.wait().unwrap();
     let written = said.lines().find_map(|l| l.split("STORM ").nth(1));
-    written.and_then(|n| n.parse().ok())
+    written
+        .and_then(|n| n.parse().ok())
         .expect("it says how often")
 }
 
