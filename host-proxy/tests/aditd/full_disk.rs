@@ -29,9 +29,8 @@ fn fill(dir: &Path) {
     let path = dir.join("fill");
     let mut file = fs::File::create(path).unwrap();
     while rustix::fs::statvfs(dir).unwrap().f_bavail > 0 {
-        match file.write_all(&[0; 4096]) {
-            Err(e) => assert_eq!(e.kind(), std::io::ErrorKind::StorageFull),
-            Ok(()) => {}
+        if let Err(e) = file.write_all(&[0; 4096]) {
+            assert_eq!(e.kind(), std::io::ErrorKind::StorageFull);
         }
     }
 }
