@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -27,6 +27,8 @@ use nix::sys::resource::{Resource, getrlimit};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use crate::proxy::linger;
 
 /// How long a client may take for a request's header, and again for its body.
 pub const HEADER_LIMIT: Duration = Duration::from_secs(10);
@@ -289,11 +291,14 @@ async fn connection<I>(
     let mut client = tokio_io_timeout::TimeoutWriter::new(client);
     client.set_timeout(Some(READ_LIMIT));
     let client = Box::pin(client);
-    let (place, app) = (&place, &app);
+    let unread = AtomicBool::new(false);
+    let (place, app, is_unread) = (&place, &app, &unread);
     let service = service_fn(|request: Request<Incoming>| async move {
         let (parts, body) = request.into_parts();
         let whole = Limited::new(body, body_max).collect();
-        let body = match tokio::time::timeout(HEADER_LIMIT, whole).await {
+        let whole = tokio::time::timeout(HEADER_LIMIT, whole).await;
+        is_unread.store(!matches!(whole, Ok(Ok(_))), Ordering::Relaxed);
+        let body = match whole {
             Ok(Ok(body)) => body.to_bytes(),
             Ok(Err(_)) => {
                 let why = format!("a request has at most {body_max} bytes, and all of them\n");
@@ -308,23 +313,29 @@ async fn connection<I>(
         let request = Request::from_parts(parts, axum::body::Body::from(body));
         app.call(request).await
     });
-    let served = http1::Builder::new()
+    let mut served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_LIMIT)
         // So a connection either says its request or is silent, and a client asks as easily anew.
         .keep_alive(false)
         .serve_connection(TokioIo::new(client), service);
-    tokio::pin!(served);
     let ended = tokio::select! {
-        ended = served.as_mut() => ended,
+        ended = &mut served => ended,
         () = place.evicted.cancelled() => return,
         () = stop.cancelled() => {
-            served.as_mut().graceful_shutdown();
-            served.await
+            std::pin::Pin::new(&mut served).graceful_shutdown();
+            (&mut served).await
         }
     };
     if let Err(e) = ended {
         tracing::debug!(error = %e, "client connection ended");
+    } else if unread.load(Ordering::Relaxed) {
+        let mut client = served.into_parts().io.into_inner();
+        tokio::select! {
+            _ = linger::end(&mut client, None, true) => {}
+            () = place.evicted.cancelled() => {}
+            () = stop.cancelled() => {}
+        }
     }
 }
 

@@ -20,7 +20,7 @@ const SILENCE: Duration = Duration::from_secs(5);
 const BYTES_MAX: usize = 256 << 20;
 
 /// Says why the connection ends, if that is to be said, and ends it; `rest`: the client may be sending still.
-pub(super) async fn end(
+pub(crate) async fn end(
     client: &mut (impl AsyncRead + AsyncWrite + Unpin),
     why: Option<&Problem>,
     rest: bool,

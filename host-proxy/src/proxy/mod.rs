@@ -13,7 +13,7 @@ mod ends;
 mod fields;
 mod guest;
 mod interim;
-mod linger;
+pub(crate) mod linger;
 mod own;
 mod patience;
 pub mod pool;

@@ -301,3 +301,17 @@ fn pythons_client_hears_why_its_upload_is_refused() {
         Err(e) => eprintln!("skipped: no python3 ({e})"),
     }
 }
+
+#[test]
+fn the_operators_upload_that_is_too_large_hears_why() {
+    let (mut host, _ports) = Host::new(&[], "[metrics]\nlisten = \"127.0.0.1:0\"");
+    host.start();
+    let request = upload("/v1/goals", "");
+    let mut operator = host.operator();
+    operator.write_all(&request).unwrap();
+    let mut said = Vec::new();
+    operator.read_to_end(&mut said).unwrap();
+    assert_eq!(Answer::parse(&said).unwrap().status, 413);
+    let metrics = host.tcp("metrics.addr", [127, 0, 0, 1]);
+    assert_eq!(ask(metrics, &request).status, 413);
+}
