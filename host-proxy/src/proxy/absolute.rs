@@ -204,7 +204,11 @@ async fn ask(
         let (parts, nothing_yet) = request.into_parts();
         let first = Request::from_parts(parts.clone(), nothing());
         match guest.ask(to, first, moved, limit).await {
-            Ok(response) => return Ok((guest, response)),
+            Ok(response) if response.status() != StatusCode::REQUEST_TIMEOUT => {
+                return Ok((guest, response));
+            }
+            // Said of the time in which it waited (RFC 9110 §15.5.9).
+            Ok(_) => request = Request::from_parts(parts, nothing_yet),
             // The server was just closing it (RFC 9110 §9.2.2).
             Err(failed) if failed.unheard => request = Request::from_parts(parts, nothing_yet),
             Err(failed) => return Err(failed.problem),

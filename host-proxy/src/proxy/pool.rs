@@ -3,10 +3,10 @@
 //! - A connection is used again only for the VM and target that it was made for, over the same port process and the same
 //!   session of the guest's driver.
 //! - Only a request that may be made twice gets one: the server may be closing it at this moment, and then the request is
-//!   made once more over a new connection ([`absolute`](super::absolute)).
+//!   made once more over a new connection (`absolute`).
 //! - A connection that waits is no request under way: it has no share of the proxy. How many wait is bounded for each VM and
 //!   in all; the newest is used first, and the oldest is closed first.
-//! - It is closed after [`IDLE_LIMIT`], when its VM is removed, when descriptors are short, and whenever the guest closes it.
+//! - It is closed after `IDLE_LIMIT`, when its VM is removed, when descriptors are short, and whenever the guest closes it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};

@@ -105,6 +105,26 @@ fn a_request_that_met_a_closing_connection_is_made_once_more_over_a_new_one() {
 }
 
 #[test]
+fn a_server_that_tires_of_waiting_as_a_request_comes_is_asked_once_more() {
+    let (host, ports) = started("");
+    let n = AtomicUsize::new(0);
+    let counts = serve(ports[0].connected(), move |stream, head| {
+        match n.fetch_add(1, Ordering::SeqCst) {
+            1 => {
+                let tired = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+                stream.write_all(tired).unwrap();
+                Then::End
+            }
+            _ => ok(stream, head),
+        }
+    });
+    for _ in 0..2 {
+        assert_eq!(whole(&host).status, 200);
+    }
+    assert_eq!(counts.dials(), 2);
+}
+
+#[test]
 fn a_request_is_not_made_a_third_time() {
     let (host, ports) = started("");
     let n = AtomicUsize::new(0);
