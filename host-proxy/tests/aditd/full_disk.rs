@@ -29,9 +29,8 @@ fn fill(dir: &Path) {
     let path = dir.join("fill");
     let mut file = fs::File::create(path).unwrap();
     while rustix::fs::statvfs(dir).unwrap().f_bavail > 0 {
-        match file.write_all(&[0; 4096]) {
-            Err(e) => assert_eq!(e.kind(), std::io::ErrorKind::StorageFull),
-            Ok(()) => {}
+        if let Err(e) = file.write_all(&[0; 4096]) {
+            assert_eq!(e.kind(), std::io::ErrorKind::StorageFull);
         }
     }
 }
@@ -122,15 +121,12 @@ fn r76_a_full_disk_refuses_changes_with_the_reason_and_vms_go_on() {
 
 #[test]
 fn an_aditd_that_starts_on_a_full_disk_says_so() {
-    let (mut host, _) = Host::new(&[], "");
+    let (host, _) = Host::new(&[], "");
     let state = host.state_dir();
     fs::create_dir(&state).unwrap();
     if !small_disk(&state) {
         return;
     }
-    host.start();
-    host.terminate();
-    assert!(host.ended());
     fill(&state);
     let mut aditd = Command::new(env!("CARGO_BIN_EXE_aditd"));
     aditd.args(["run", "--port-bin", "/bin/false", "--config"]);
