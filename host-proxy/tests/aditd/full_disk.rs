@@ -121,12 +121,22 @@ fn r76_a_full_disk_refuses_changes_with_the_reason_and_vms_go_on() {
 
 #[test]
 fn an_aditd_that_starts_on_a_full_disk_says_so() {
-    let (host, _) = Host::new(&[], "");
+    let (mut host, _) = Host::new(&[], "");
     let state = host.state_dir();
     fs::create_dir(&state).unwrap();
     if !small_disk(&state) {
         return;
     }
+    host.start();
+    host.kill();
+    // Whoever closes it last removes the files beside it, for which there is no room then.
+    let path = state.join("aditd.db");
+    let db = rusqlite::Connection::open(&path).unwrap();
+    let tables = "SELECT count(*) FROM sqlite_schema";
+    db.query_row(tables, [], |row| row.get::<_, u32>(0))
+        .unwrap();
+    db.close().unwrap();
+    assert!(!path.with_extension("db-wal").exists());
     fill(&state);
     let mut aditd = Command::new(env!("CARGO_BIN_EXE_aditd"));
     aditd.args(["run", "--port-bin", "/bin/false", "--config"]);
