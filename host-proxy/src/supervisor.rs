@@ -307,7 +307,8 @@ async fn reach(
         && let Some(process) = PortProcess::behind(socket.as_fd(), &vm.dir, own, None)?
     {
         tracing::info!(vm = %vm.config.name, pid = process.pid(), "port process found");
-        vm.set_started_with(vm.spec());
+        let has = crate::arguments::settings_of(process.pid(), &vm.spec());
+        vm.set_started_with(Arc::new(has));
         return Ok((socket, process, None));
     }
     std::fs::DirBuilder::new()

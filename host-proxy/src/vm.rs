@@ -143,7 +143,7 @@ impl VmEntry {
         self.touch();
     }
 
-    /// Notes the settings that a port process was started with. One that an earlier aditd started is taken to have today's.
+    /// Notes the settings that its port process was started with.
     pub fn set_started_with(&self, spec: Arc<VmConfig>) {
         let mut started_with = self
             .started_with

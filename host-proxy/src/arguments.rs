@@ -1,0 +1,64 @@
+//! What a port process that an earlier aditd started was started with, as its command line says.
+//!
+//! Only for [`VmEntry::pending`](crate::vm::VmEntry::pending), which people read: a process can rewrite its command line.
+
+use std::fs::File;
+use std::io::Read;
+
+use crate::config::VmConfig;
+
+/// Bytes of a command line that are read.
+const LINE_MAX: u64 = 16 << 10;
+
+/// Returns `spec` with the settings that the process has. One that does not say is taken to have all of them.
+pub fn settings_of(pid: u32, spec: &VmConfig) -> VmConfig {
+    let mut settings = spec.clone();
+    let mut line = Vec::new();
+    let file = File::open(format!("/proc/{pid}/cmdline"));
+    if file
+        .and_then(|f| f.take(LINE_MAX).read_to_end(&mut line))
+        .is_err()
+    {
+        return settings;
+    }
+    let args = line.split(|byte| *byte == 0);
+    let args: Vec<_> = args.filter_map(|a| std::str::from_utf8(a).ok()).collect();
+    let value = |name: &str| {
+        let at = args.iter().position(|arg| *arg == name)?;
+        args.get(at + 1)?.parse().ok()
+    };
+    if let Some(us) = value("--busy-poll-us") {
+        settings.busy_poll_us = us;
+        settings.allow_any_memory = args.contains(&"--allow-any-memory");
+    }
+    settings.ivshmem_mib = value("--ivshmem-mib").unwrap_or(settings.ivshmem_mib);
+    settings
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn the_settings_of_a_running_process_are_read_from_its_command_line() {
+        let mut spec = VmConfig::new("a".parse().unwrap(), 3);
+        (spec.busy_poll_us, spec.ivshmem_mib) = (70, 8);
+        let mut child = Command::new("sh")
+            .args(["-c", "read line", "sh", "--busy-poll-us", "50"])
+            .args(["--ivshmem-mib", "4", "--allow-any-memory"])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let found = settings_of(child.id(), &spec);
+        assert_eq!((found.busy_poll_us, found.ivshmem_mib), (50, 4));
+        assert!(found.allow_any_memory);
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        // This process, and one that is not there, say nothing.
+        for pid in [std::process::id(), 0] {
+            assert_eq!(settings_of(pid, &spec), spec);
+        }
+    }
+}
