@@ -6,15 +6,15 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use adit_benches::report::{Better, Figure, median};
-use adit_benches::session::{Device, active_device};
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig, VmMemory, memory};
 use adit_channel::carrier::{Carrier, RxPacket};
 use adit_channel::device::{GuestCid, HEADER_BYTES};
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::{Service, ServiceEvent, Sink, StreamIo};
 use adit_engine::{EngineConfig, Kind, Op, PacketHeader};
+use adit_testkit::session::{Device, active_device};
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig, VmMemory, memory};
 use virtio_queue::{QueueOwnedT, QueueT};
 
 const ROUNDS: usize = 21;

@@ -1,5 +1,6 @@
-//! Links the virtio-vsock device into a VMM: the whole of it, on the `event-manager` that Firecracker and others use.
-//! Nothing here knows of `aditd`, or of an agent in the guest. `cargo run -p adit-channel --example link_the_device`
+//! All steps to link the virtio-vsock device into a VMM, with the `event-manager` crate that Firecracker and others
+//! use. The example knows nothing of `aditd` or of an agent in the guest. `cargo run -p adit-channel --example
+//! link_the_device`
 //!
 //! ```text
 //!  vCPU thread                          event thread                        any thread
@@ -10,8 +11,8 @@
 //!  irqfd (interrupt) ◄──────────────┘                            ▲
 //!                                                      Dialer ───┘  Stream: Read + Write
 //! ```
-//! A VMM brings five things: guest memory, the registers of its bus, ioeventfds, an irqfd and an event loop. In place of
-//! a guest's kernel stands the software driver of the benches, so that this runs anywhere.
+//! A VMM provides five things: guest memory, the registers of its bus, ioeventfds, an irqfd and an event loop. Here
+//! the software driver of the benches replaces the guest's kernel, so that the example runs anywhere.
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
@@ -19,14 +20,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::device::{FEATURES, GuestCid, Signal, VirtQueues, VsockDevice, WireHeader};
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::{Service, ServiceEvent, Sink, StreamIo};
 use adit_channel::stream::{Dialer, Target};
 use adit_engine::{EngineConfig, Op, ResetReason};
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig, memory};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -35,12 +36,12 @@ use vmm_sys_util::timerfd::TimerFd;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// Guest memory as the VMM has it: anything that is `GuestAddressSpace`.
+/// Guest memory of the VMM: any type that implements `GuestAddressSpace`.
 type Memory = Arc<memory::VmMemory>;
 
-/// A port of the host's that the guest dials.
+/// A vsock port of the host that the guest dials.
 const ECHO: u32 = 7000;
-/// A port of the guest's that the host dials.
+/// A vsock port of the guest that the host dials.
 const GUEST_PORT: u32 = 5000;
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -49,18 +50,19 @@ struct Irq(Arc<EventFd>);
 
 impl Signal for Irq {
     fn signal(&self, _queue: u16) {
-        // It fails only when it is full: the driver has not looked yet, and will.
+        // The write fails only when the counter is full. Then the driver has not handled the interrupt yet, and will.
         let _ = self.0.write(1);
     }
 
-    /// The driver looks at every queue when it is interrupted, and need not be for each packet it sent.
+    /// The driver looks at every queue after an interrupt, so it does not need an interrupt for each packet that it
+    /// sent.
     fn is_shared(&self) -> bool {
         true
     }
 }
 
-/// 2. What the host serves: here on the event thread, between two packets. A `Sink::Fd` would be a socket, and a
-///    `Listener` hands streams to other threads.
+/// 2. A service of the host. Here it runs on the event thread, between two packets. A `Sink::Fd` would use a socket,
+///    and a `Listener` passes streams to other threads.
 struct Echo;
 
 impl Service for Echo {
@@ -72,7 +74,7 @@ impl Service for Echo {
     }
 }
 
-/// 3. The device with its connections, and their place in the VMM's event loop.
+/// 3. The device with its connections, registered in the VMM's event loop.
 struct Vsock {
     shard: Shard<VsockDevice<Memory>>,
     port: PortIndex,
@@ -82,7 +84,7 @@ struct Vsock {
 impl Vsock {
     fn new(cid: GuestCid) -> Result<Self, Error> {
         let mut shard = Shard::new()?;
-        // The seed decides which ephemeral port comes first: a VMM draws it.
+        // The seed selects the first ephemeral port. A real VMM draws it at random.
         let port = shard.add(VsockDevice::new(cid, 1)?, EngineConfig::default(), 7)?;
         shard.port_mut(port).listen(ECHO)?;
         let deadline = TimerFd::new()?;
@@ -93,7 +95,8 @@ impl Vsock {
         })
     }
 
-    /// One turn, and the timer for what is due next. There is no tick: an idle device wakes nobody.
+    /// Runs one turn, and sets the timer for the next deadline. There is no periodic tick, so an idle device causes no
+    /// wake-up.
     fn turn(&mut self) -> Result<(), Error> {
         self.shard.turn(Some(Duration::ZERO))?;
         while let Some(news) = self.shard.poll_news() {
@@ -111,7 +114,7 @@ impl Vsock {
         }
         match self.shard.wait_limit() {
             None => self.deadline.clear()?,
-            // Zero would switch the timer off.
+            // A value of zero would disarm the timer.
             Some(limit) => self
                 .deadline
                 .reset(limit.max(Duration::from_nanos(1)), None)?,
@@ -122,7 +125,7 @@ impl Vsock {
 
 impl MutEventSubscriber for Vsock {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        // Kicks, sockets and the commands of other threads are all behind the one descriptor of the shard.
+        // The shard's descriptor becomes readable for kicks, for sockets and for commands of other threads.
         let shard = self.shard.as_fd().as_raw_fd();
         for fd in [shard, self.deadline.as_raw_fd()] {
             if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
@@ -133,13 +136,13 @@ impl MutEventSubscriber for Vsock {
 
     fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
         if let Err(e) = self.turn() {
-            // The guest loses its sockets; the VM goes on.
+            // The guest loses its sockets; the VM continues.
             eprintln!("vsock ends: {e}");
         }
     }
 }
 
-/// 4. The bus: what an MMIO or PCI transport does when the guest writes its registers, on the vCPU's thread.
+/// 4. The bus: what an MMIO or PCI transport does on the vCPU's thread when the guest writes its registers.
 struct Bus {
     vsock: Arc<Mutex<Vsock>>,
     kicks: [Arc<EventFd>; 2],
@@ -157,14 +160,14 @@ impl Bus {
         })
     }
 
-    /// Registers are written rarely; packets never wait for this lock.
+    /// Register writes are rare, and packets never wait for this lock.
     fn device<T>(&self, with: impl FnOnce(&mut VsockDevice<Memory>) -> T) -> T {
         let mut vsock = self.vsock.lock().unwrap_or_else(PoisonError::into_inner);
         let port = vsock.port;
         with(vsock.shard.port_mut(port).carrier_mut())
     }
 
-    /// The driver wrote DRIVER_OK. The queues are the device's from now on: nothing written to them later matters.
+    /// The driver wrote DRIVER_OK. The device takes the queues by value: later register writes do not change them.
     fn driver_ok(&self, mem: Memory, acked: u64, mut queues: VirtQueues) -> Result<(), Error> {
         queues.rx.kick = Some(self.kicks[0].as_fd().try_clone_to_owned()?);
         queues.tx.kick = Some(self.kicks[1].as_fd().try_clone_to_owned()?);
@@ -176,7 +179,7 @@ impl Bus {
         })
     }
 
-    /// The driver wrote 0 to the status: every stream ends, and nothing of the old queues is touched again.
+    /// The driver wrote 0 to the status register. Every stream ends, and the device no longer accesses the old queues.
     fn reset(&self) {
         self.device(|device| drop(device.reset(ResetReason::Epoch)));
     }
@@ -187,7 +190,7 @@ impl Bus {
     }
 }
 
-/// In place of a kernel: a driver that polls its rings when the interrupt comes.
+/// Replaces the guest's kernel: a driver that polls its queues after an interrupt.
 struct Guest {
     driver: Driver,
     kick: Arc<EventFd>,
@@ -222,7 +225,7 @@ impl Guest {
             }
             let mut fds = [PollFd::new(self.irq.as_fd(), PollFlags::POLLIN)];
             poll(&mut fds, PollTimeout::from(100u8))?;
-            // Empty: the interrupt was for something that is handled.
+            // An error means that the eventfd is empty: the interrupt was for something that is handled already.
             let _ = self.irq.read();
         }
         Err(format!("no {op:?} from the host").into())
@@ -230,11 +233,11 @@ impl Guest {
 }
 
 fn main() -> Result<(), Error> {
-    let cid = GuestCid::new(3).ok_or("guests' CIDs begin with 3")?;
+    let cid = GuestCid::new(3).ok_or("guest CIDs start at 3")?;
     let vsock = Arc::new(Mutex::new(Vsock::new(cid)?));
     let bus = Bus::new(vsock.clone())?;
 
-    // 5. The event thread that every VMM has.
+    // 5. The VMM's event thread.
     let mut events = EventManager::<Arc<Mutex<Vsock>>>::new()?;
     events.add_subscriber(vsock);
     let stop = Arc::new(AtomicBool::new(false));
@@ -265,10 +268,10 @@ fn main() -> Result<(), Error> {
     guest.expect(Op::Rw)?;
     println!("echoed: {}", String::from_utf8_lossy(&guest.payload));
     if guest.payload != b"hello from the guest" {
-        return Err("that is not what was sent".into());
+        return Err("the echo differs from the data that was sent".into());
     }
 
-    // The host dials the guest, from a thread that has nothing to do with the event loop.
+    // The host dials the guest, from a thread that is independent of the event loop.
     let dialer = bus.dialer();
     let host = std::thread::spawn(move || -> Result<Vec<u8>, Error> {
         let target = Target {

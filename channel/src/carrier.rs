@@ -1,7 +1,9 @@
-//! The joint between the shell (`Port`) and what moves packets: one session, in order, no knowledge of streams.
+//! The interface between the shell (`Port`) and the transport that moves packets. A carrier has one session, keeps
+//! packets in order, and knows no streams.
 //!
-//! RX is seen from the host: `rx` yields packets from the guest (the virtqueue's TX queue), `tx` yields slots
-//! towards the guest (buffers that the guest posted on its RX queue). A slot or a packet is never held over a burst.
+//! RX and TX are seen from the host: `rx` returns packets from the guest (the virtqueue's TX queue), and `tx` returns
+//! slots towards the guest (buffers that the guest posted on its RX queue). Neither a slot nor a packet lives longer
+//! than a burst.
 //!
 //! ```text
 //! begin → { rx* , tx* } → flush → arm ─ Sleep → wait for a waker
@@ -14,42 +16,43 @@ use std::time::Duration;
 
 use adit_engine::{Lane, PacketHeader, SessionChange};
 
-/// What became of a packet that was to wait.
+/// The result of setting a packet's payload aside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum SetAside {
-    /// This carrier keeps nothing: read it now.
+    /// This carrier cannot set payload aside: read it now.
     No,
-    /// It waits.
+    /// The payload was set aside.
     Kept,
-    /// It waits, and no other can.
+    /// The payload was set aside, and no more can be.
     Full,
 }
 
-/// What a carrier can do; the engine's configuration is derived from it, the engine never asks.
+/// What a carrier supports. The engine's configuration is derived from it; the engine never asks the carrier.
 #[derive(Clone, Copy, Debug)]
 pub struct CarrierCaps {
     /// Largest payload of one packet, bytes.
     pub max_payload: u32,
     /// See `EngineConfig::packet_overhead`.
     pub packet_overhead: u32,
-    /// It has a queue for each [`Lane`] each way; otherwise one for both.
+    /// It has a queue for each [`Lane`] in each direction; otherwise one queue for both lanes.
     pub lanes: bool,
     /// See `EngineConfig::tells_reason`.
     pub tells_reason: bool,
-    /// Packets in a row for one socket are written when they have so many bytes.
+    /// Packets in a row for one socket are written together as soon as they have this many bytes.
     pub run_bytes: u32,
 }
 
-/// The session is broken for good: the guest (or whoever writes our memory) broke the rules of the transport.
+/// The session is broken for good: the guest (or another writer of the shared memory) broke the rules of the
+/// transport.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}: {value:#x} (limit {limit:#x})")]
 pub struct CarrierFault {
-    /// Which field or rule.
+    /// The field or rule that was broken.
     pub what: &'static str,
-    /// What the peer wrote.
+    /// The value that the peer wrote.
     pub value: u64,
-    /// What it may be at most.
+    /// The largest allowed value.
     pub limit: u64,
 }
 
@@ -57,98 +60,100 @@ pub struct CarrierFault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Armed {
-    /// Nothing is pending: a waker will tell.
+    /// Nothing is pending: a waker will become readable.
     Sleep,
-    /// Work came in between: go round again.
+    /// Work arrived in the meantime: start another burst.
     WorkAppeared,
 }
 
 /// What the shell waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interest {
-    /// Packets from the guest (always, in practice: RX must drain).
+    /// Packets from the guest (always true in practice, because RX must drain).
     pub rx: bool,
-    /// A slot towards the guest: set while the engine wants to transmit and there was none.
+    /// A slot towards the guest. True while the engine has something to send and there was no slot.
     pub tx: bool,
 }
 
-/// What a waker brought.
+/// The result of handling a waker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Woken {
-    /// The session began or ended: hand it to `Engine::handle_session`.
+    /// The session began or ended: pass this to `Engine::handle_session`.
     pub session: Option<SessionChange>,
-    /// The set of wakers changed: register it anew.
+    /// The set of wakers changed: register it again.
     pub wakers_changed: bool,
 }
 
-/// Moves packets of one session in order.
+/// Moves the packets of one session, in order.
 pub trait Carrier {
-    /// A packet from the guest; dropped = consumed.
+    /// A packet from the guest. Dropping it consumes it.
     type Rx<'a>: RxPacket
     where
         Self: 'a;
-    /// A slot towards the guest; dropped without `commit` = given back unused.
+    /// A slot towards the guest. Dropping it without `commit` returns it unused.
     type Tx<'a>: TxSlot
     where
         Self: 'a;
 
-    /// Tells what this carrier can do.
+    /// Returns what this carrier supports.
     fn caps(&self) -> CarrierCaps;
-    /// Starts a burst: one snapshot of guest memory for all of it.
+    /// Starts a burst, with one snapshot of guest memory for the whole burst.
     fn begin(&mut self);
-    /// Takes the next packet from the guest. Malformed chains are returned to the guest, counted and skipped inside.
+    /// Takes the next packet from the guest. Malformed chains are returned to the guest, counted and skipped.
     ///
     /// # Errors
-    /// The transport itself is broken; the session must be torn down.
+    /// The transport is broken; the session must be torn down.
     fn rx(&mut self) -> Result<Option<Self::Rx<'_>>, CarrierFault>;
-    /// Takes the next slot towards the guest; it may be smaller than `want` payload bytes.
+    /// Takes the next slot towards the guest. It may have less room than `want` payload bytes.
     ///
     /// # Errors
-    /// The transport itself is broken; the session must be torn down.
+    /// The transport is broken; the session must be torn down.
     fn tx(&mut self, lane: Lane, want: u32) -> Result<Option<Self::Tx<'_>>, CarrierFault>;
-    /// Writes what was [set aside](RxPacket::set_aside), in order, to a descriptor, as far as it takes it.
+    /// Writes the payload that was [set aside](RxPacket::set_aside) to a descriptor, in order, as much as the
+    /// descriptor accepts.
     ///
     /// # Errors
     /// As `writev`.
     fn write_aside(&mut self, _fd: BorrowedFd<'_>) -> io::Result<usize> {
         Ok(0)
     }
-    /// Copies out what was set aside and not written.
+    /// Copies out the payload that was set aside and not written.
     ///
     /// # Errors
     /// The payload's memory cannot be read.
     fn read_aside(&mut self, _dst: &mut [u8]) -> Result<usize, CarrierFault> {
         Ok(0)
     }
-    /// Gives back the packets that were set aside, and those that came behind them.
+    /// Returns the packets whose payload was set aside to the guest, and the packets that arrived after them.
     fn release_aside(&mut self) {}
-    /// Publishes what was used since `begin` and is not published yet, and rings whom it must.
+    /// Publishes the buffers that were used and not published since `begin`, and notifies the peer if needed.
     fn flush(&mut self);
-    /// Asks to be woken, then looks again.
+    /// Asks for notifications, then checks for work again.
     fn arm(&mut self, interest: Interest) -> Armed;
-    /// How long to sleep at most, though no waker becomes readable: for a carrier whose peer cannot ring, or that has
-    /// something to do at a time.
+    /// The longest time to sleep although no waker becomes readable. For a carrier whose peer cannot signal a
+    /// doorbell, or that has work at a certain time.
     fn rest(&self) -> Option<Duration> {
         None
     }
-    /// Tells whether the peer stands still and may go on: its session is held, and nothing moves.
+    /// Returns true if the peer is paused: the session is kept, and nothing moves.
     fn is_paused(&self) -> bool {
         false
     }
-    /// A glance of a shell that looks on: false if a burst would surely find nothing from the peer. A carrier that is
-    /// glanced at keeps its own distance from a peer that writes; the shell pauses for one that cannot tell (`None`).
+    /// A cheap check for a shell that polls. `Some(false)`: a burst would find nothing from the peer. A carrier that
+    /// supports this check keeps its own distance from a peer that is writing. `None`: it has no such check, and the
+    /// shell pauses between bursts instead.
     fn glance(&mut self) -> Option<bool> {
         None
     }
-    /// Stops the session after a fault: nothing is taken from the guest until the transport is set up anew.
+    /// Stops the session after a fault. Nothing is taken from the guest until the transport is set up again.
     fn tear(&mut self);
-    /// Visits the descriptors that wake this carrier, each with the id that `woken` takes.
+    /// Visits the descriptors that wake this carrier, each with the id for `woken`.
     fn wakers(&self, visit: &mut dyn FnMut(BorrowedFd<'_>, u32));
-    /// A waker became readable: clears it and applies what it brought.
+    /// Handles a waker that became readable: resets it and applies its news.
     fn woken(&mut self, id: u32) -> Woken;
 }
 
-/// The methods that a carrier leaves to the one that it has in a field.
+/// Forwards those methods that a carrier does not implement itself to the carrier in one of its fields.
 macro_rules! carried_by {
     ($field:ident: $inner:ty) => {
         type Rx<'a>
@@ -207,17 +212,18 @@ macro_rules! carried_by {
 }
 pub(crate) use carried_by;
 
-/// A packet from the guest: header already private, payload still in guest memory.
+/// A packet from the guest. The header is a private copy; the payload is still in guest memory.
 pub trait RxPacket {
-    /// The header, fetched once.
+    /// The header. It was read from guest memory once.
     fn header(&self) -> &PacketHeader;
-    /// The lane that it came on.
+    /// The lane on which the packet arrived.
     fn lane(&self) -> Lane {
         Lane::Bulk
     }
-    /// Payload bytes not yet read; at first what the descriptors really hold after the header.
+    /// Payload bytes that were not read yet. At first these are the bytes that the descriptors actually have after the
+    /// header.
     fn remaining(&self) -> u32;
-    /// Copies payload out.
+    /// Copies payload bytes out.
     ///
     /// # Errors
     /// The payload's memory cannot be read.
@@ -227,8 +233,9 @@ pub trait RxPacket {
     /// # Errors
     /// As `writev`: `WouldBlock`, `BrokenPipe`, …
     fn write_to(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize>;
-    /// Keeps the next `len` payload bytes where they are, for one [`Carrier::write_aside`] with those of other packets.
-    /// They are written before the burst ends, and before the next packet where the answer is [`SetAside::Full`].
+    /// Leaves the next `len` payload bytes in guest memory, so that one [`Carrier::write_aside`] writes them together
+    /// with those of other packets. They are written before the burst ends. After [`SetAside::Full`] they are written
+    /// before the next packet is taken.
     fn set_aside(&mut self, _len: u32) -> SetAside {
         SetAside::No
     }
@@ -238,7 +245,7 @@ pub trait RxPacket {
 pub trait TxSlot {
     /// Payload bytes that fit after the header.
     fn capacity(&self) -> u32;
-    /// Copies payload in, after what was put in before.
+    /// Copies payload bytes in, after those that were written before.
     ///
     /// # Errors
     /// The slot's memory cannot be written.
@@ -248,6 +255,6 @@ pub trait TxSlot {
     /// # Errors
     /// As `readv`: `WouldBlock`, `ConnectionReset`, …
     fn read_from(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize>;
-    /// Writes the header and marks the slot used with what was put in.
+    /// Writes the header and marks the slot as used, with the bytes that were written.
     fn commit(self, h: &PacketHeader);
 }

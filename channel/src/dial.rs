@@ -1,64 +1,64 @@
-//! The dialler's half of the hello: `open` out, then `accept` or `refuse` in, byte by byte if need be.
+//! The dialler's half of the hello: it sends `open` and receives `accept` or `refuse`, byte by byte if necessary.
 //!
 //! ```text
-//! Requesting ── connected ──► Hello ── accept ──► done: what follows belongs to the service
+//! Requesting ── connected ──► Hello ── accept ──► done: later bytes belong to the service
 //!      │                        ├──── refuse ───► failed, with the agent's status and errno
-//!      └─ refused, timeout ─►   └──── other ────► failed, with what the bytes look like
+//!      └─ refused, timeout ─►   └──── other ────► failed, with a guess what the bytes are
 //! ```
-//! Rules: the reader never takes a byte behind the hello; foreign bytes are recognised from the first that differs
-//! (a foreign listener may send a short banner and then wait for ever); one deadline for all of it.
+//! Rules: the reader never takes a byte after the hello. Foreign bytes are recognised at the first byte that differs,
+//! because a foreign listener may send a short banner and then wait forever. One deadline covers all steps.
 
 use adit_engine::{ConnectError, Lane, PeerReason, ResetReason, Tick};
 
 use crate::hello::{self, Accept, Hello, HelloError, Open, PREFIX_LEN, Prefix, Refuse, TAIL_MAX};
 
-/// Where a dial goes and how long it may take.
+/// The target of a dial, and its time limit.
 #[derive(Clone, Debug)]
 pub struct DialRequest {
     /// vsock port inside the guest.
     pub port: u32,
-    /// Sent first, and answered before the dial is done; `None` for a plain listener.
+    /// The hello to send first. The dial completes with its answer. `None` for a listener without hellos.
     pub hello: Option<Open>,
-    /// For request, response and hello together.
+    /// Deadline for request, response and hello together.
     pub deadline: Option<Tick>,
-    /// Which lane the stream keeps to, on a carrier that has two: [`Lane::Control`] is for what is small and waited for.
+    /// The lane of the stream, on a carrier with two. [`Lane::Control`] is for small data that someone waits for.
     pub lane: Lane,
 }
 
 /// Why a dial failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DialError {
-    /// No guest driver is up.
+    /// The guest has no running driver.
     #[error("guest has no running vsock driver")]
     NoSession,
-    /// Nobody listens there.
-    #[error("nobody listens on that port of the guest")]
+    /// Nothing listens on that port of the guest.
+    #[error("nothing listens on that port of the guest")]
     Refused,
-    /// No answer in time.
+    /// No answer arrived in time.
     #[error("guest did not answer in time")]
     Timeout,
     /// The stream ended before the answer.
     #[error("guest ended the stream before it answered")]
     Reset,
-    /// The answer is no hello.
-    #[error("guest answered something else than a hello")]
+    /// The answer is not a hello.
+    #[error("the guest's answer is not a hello")]
     Foreign(#[source] HelloError),
-    /// The agent said no.
+    /// The agent refused.
     #[error("guest refused: {}", .0.text.escape_debug())]
     HelloRefused(Refuse),
     /// The agent accepted a version or feature that was not offered.
     #[error("guest chose version {version} and features {features:#x}, which were not offered")]
     NotOffered {
-        /// What it chose.
+        /// The version that it chose.
         version: u16,
-        /// What it chose.
+        /// The features that it chose.
         features: u64,
     },
-    /// A limit is reached here.
+    /// A limit of this process is reached.
     #[error("too many streams are open")]
     Busy,
-    /// The shard that owned the stream is gone, or the dial was given up.
-    #[error("dial was given up")]
+    /// The shard that owned the stream has ended, or the caller gave the dial up.
+    #[error("the dial was cancelled")]
     Cancelled,
 }
 
@@ -74,7 +74,7 @@ impl From<ConnectError> for DialError {
 }
 
 impl DialError {
-    /// What an engine's reason means to a dial that is not done.
+    /// The error of an unfinished dial for the reason of the engine.
     pub(crate) fn from_reason(reason: Option<ResetReason>) -> Self {
         match reason {
             Some(ResetReason::Refused | ResetReason::Told(PeerReason::Refused)) => Self::Refused,
@@ -93,7 +93,7 @@ impl DialError {
     }
 }
 
-/// A dial that is not done.
+/// An unfinished dial.
 #[derive(Debug)]
 pub(crate) struct Dial {
     open: Option<Open>,
@@ -108,12 +108,12 @@ impl Dial {
         }
     }
 
-    /// The bytes to send once the stream is connected; `None` = there is no hello, the dial is done.
+    /// The bytes to send when the stream is connected. `None` if there is no hello; then the dial is complete.
     pub(crate) fn open(&self) -> Option<Vec<u8>> {
         Some(Hello::Open(self.open.clone()?).encode())
     }
 
-    /// Bytes of the answer still to come, as far as is known; never more than belong to it.
+    /// Number of bytes of the answer that are known to be missing. Never more than belong to it.
     pub(crate) fn wants(&self) -> usize {
         let Some(prefix) = self.answer.first_chunk::<PREFIX_LEN>() else {
             return PREFIX_LEN - self.answer.len();
@@ -122,7 +122,7 @@ impl Dial {
         PREFIX_LEN + tail - self.answer.len()
     }
 
-    /// Takes the next bytes, at most [`wants`](Self::wants) of them. `None` = more are needed.
+    /// Takes the next bytes, at most [`wants`](Self::wants) of them. Returns `None` if more bytes are needed.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> Option<Result<Accept, DialError>> {
         self.answer.extend_from_slice(bytes);
         if self.answer.len() < PREFIX_LEN {
@@ -159,7 +159,7 @@ impl Dial {
     }
 }
 
-/// Tells whether the first bytes of an answer rule a hello out already.
+/// Returns an error if the first bytes of an answer cannot be a hello.
 fn foreign_start(start: &[u8]) -> Option<HelloError> {
     const MAGIC_LEN: usize = 8;
     let magic = Hello::Accept(Accept {
@@ -190,7 +190,7 @@ mod tests {
         })
     }
 
-    /// Feeds as the port does: never more than is wanted. Returns the outcome and what was left.
+    /// Feeds bytes as `Port` does, never more than wanted. Returns the outcome and the bytes that are left.
     fn feed<'a>(
         d: &mut Dial,
         mut bytes: &'a [u8],
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn every_flipped_byte_ends_or_waits() {
+    fn every_flipped_byte_ends_the_dial_or_waits_for_more() {
         let good = Hello::Accept(Accept {
             common: Common::default(),
             version: 1,

@@ -1,4 +1,4 @@
-//! A carrier of one of two kinds, for a shard whose ports are not all alike.
+//! A carrier of one of two kinds, for a shard with different kinds of carriers.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -10,16 +10,16 @@ use crate::carrier::{
     Armed, Carrier, CarrierCaps, CarrierFault, Interest, RxPacket, SetAside, TxSlot, Woken,
 };
 
-/// One of two kinds: of a carrier, of a packet, of a slot.
+/// A value of one of two kinds: a carrier, a packet or a slot.
 #[derive(Debug)]
 pub enum Either<A, B> {
-    /// The first.
+    /// The first kind.
     Left(A),
-    /// The second.
+    /// The second kind.
     Right(B),
 }
 
-/// Does the same with whichever it is.
+/// Calls the same method on either kind.
 macro_rules! both {
     ($either:expr, $inner:ident => $do:expr) => {
         match $either {

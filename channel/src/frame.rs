@@ -1,23 +1,24 @@
-//! Message frames for services that speak messages: a 16-byte header, then postcard.
+//! Message frames for services that exchange messages: a 16-byte header, then a postcard body.
 //!
 //! | off | size | field |
 //! |---|---|---|
-//! | 0 | 4 | body length, at most the kind's cap and [`LEN_MAX`] |
+//! | 0 | 4 | body length, at most the kind's limit and [`LEN_MAX`] |
 //! | 4 | 2 | kind |
 //! | 6 | 2 | version of that kind |
 //! | 8 | 4 | stream-local id that pairs request and response |
 //! | 12 | 4 | flags: bit 0 last, bit 1 idempotent, bit 2 ignorable |
 //!
-//! (kind, version) names a frozen struct; a change is a new version. An unknown kind with [`IGNORABLE`] is skipped.
+//! (kind, version) names a struct that never changes; a change is a new version. An unknown kind with [`IGNORABLE`] is
+//! skipped.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// Most bytes that any body may have.
+/// Largest body in bytes.
 pub const LEN_MAX: u32 = 1 << 20;
-/// Bytes of the header.
+/// Size of the header in bytes.
 pub const HEADER_LEN: usize = 16;
 /// Flag: the last frame of this id.
 pub const LAST: u32 = 1;
@@ -27,69 +28,69 @@ pub const IDEMPOTENT: u32 = 2;
 pub const IGNORABLE: u32 = 4;
 const FLAGS_KNOWN: u32 = LAST | IDEMPOTENT | IGNORABLE;
 
-/// Why bytes are no frame of ours. The peer's fault, except `Encode`.
+/// Why bytes are not a valid frame. The peer's fault, except for `Encode`.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     /// The body is longer than allowed.
-    #[error("frame of kind {kind} announces {len} bytes, at most {max} are allowed")]
+    #[error("frame of kind {kind} announces {len} bytes, but at most {max} are allowed")]
     TooLong {
         /// Kind of the frame.
         kind: u16,
         /// Announced length.
         len: u32,
-        /// Limit.
+        /// The limit.
         max: u32,
     },
-    /// A flag bit that has no meaning.
-    #[error("frame flags {flags:#x} are not all known")]
+    /// A flag bit without a meaning.
+    #[error("frame flags {flags:#x} contain unknown bits")]
     Flags {
-        /// As sent.
+        /// The flags in the frame.
         flags: u32,
     },
-    /// Nobody knows this kind and version here.
-    #[error("frame kind {kind} version {version} is not known")]
+    /// This build does not know the kind and version.
+    #[error("frame kind {kind} version {version} is unknown")]
     Unknown {
-        /// As sent.
+        /// The kind in the frame.
         kind: u16,
-        /// As sent.
+        /// The version in the frame.
         version: u16,
     },
-    /// The body is not the struct that (kind, version) names, or has bytes behind it.
+    /// The body is not the struct that (kind, version) names.
     #[error("frame kind {kind} has a malformed body")]
     Body {
         /// Kind of the frame.
         kind: u16,
-        /// What postcard says.
+        /// Error of postcard.
         #[source]
         source: postcard::Error,
     },
-    /// Bytes behind the body.
-    #[error("frame kind {kind} has {extra} bytes behind its body")]
+    /// There are bytes after the body.
+    #[error("frame kind {kind} has {extra} bytes after its body")]
     Trailing {
         /// Kind of the frame.
         kind: u16,
-        /// How many.
+        /// Number of extra bytes.
         extra: usize,
     },
-    /// A value of ours does not fit.
+    /// A value of our own cannot be encoded.
     #[error("cannot encode frame kind {kind}")]
     Encode {
         /// Kind of the frame.
         kind: u16,
-        /// What postcard says.
+        /// Error of postcard.
         #[source]
         source: postcard::Error,
     },
 }
 
-/// The header, checked.
+/// A checked header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// Bytes of the body.
+    /// Length of the body in bytes.
     pub len: u32,
-    /// What the body is.
+    /// Kind of the body.
     pub kind: u16,
-    /// Which struct of that kind.
+    /// Version of the body's struct.
     pub version: u16,
     /// Pairs request and response.
     pub id: u32,
@@ -112,7 +113,7 @@ impl Header {
     /// Checks a header.
     ///
     /// # Errors
-    /// A length over `max` (or [`LEN_MAX`]) or unknown flags; nothing was allocated.
+    /// The length is above `max` (or [`LEN_MAX`]), or a flag is unknown. Nothing was allocated.
     pub fn parse(bytes: &[u8; HEADER_LEN], max: u32) -> Result<Self, FrameError> {
         let raw: Raw = zerocopy::transmute!(*bytes);
         let (len, kind, flags, max) = (
@@ -136,10 +137,10 @@ impl Header {
         })
     }
 
-    /// Decodes the body that belongs to this header.
+    /// Decodes the body of this header.
     ///
     /// # Errors
-    /// The body is not a `T`, or has bytes behind it.
+    /// The body is not a `T`, or has extra bytes after it.
     pub fn decode<T: DeserializeOwned>(&self, body: &[u8]) -> Result<T, FrameError> {
         let (value, rest) = postcard::take_from_bytes(body).map_err(|source| FrameError::Body {
             kind: self.kind,
@@ -188,10 +189,10 @@ pub fn encode<T: Serialize>(
     Ok(out)
 }
 
-/// Reads one frame from a blocking stream; `None` at a clean end between frames.
+/// Reads one frame from a blocking stream. Returns `None` if the stream ends between two frames.
 ///
 /// # Errors
-/// The stream fails or ends inside a frame, or the header is refused (`InvalidData`, [`FrameError`] inside).
+/// The stream fails or ends inside a frame, or the header is refused (`InvalidData` with a [`FrameError`] inside).
 pub fn read(from: &mut impl std::io::Read, max: u32) -> std::io::Result<Option<(Header, Vec<u8>)>> {
     let mut head = [0; HEADER_LEN];
     let mut got = 0;
@@ -268,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_behind_the_body_are_refused() {
+    fn bytes_after_the_body_are_refused() {
         let h = Header {
             len: 2,
             kind: 1,
@@ -283,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_frame_is_an_error_not_an_end() {
+    fn a_truncated_frame_is_an_error_and_not_an_end() {
         let bytes = encode(1, 1, 0, 0, &7u32).unwrap();
         for cut in 1..bytes.len() {
             assert!(read(&mut &bytes[..cut], LEN_MAX).is_err());

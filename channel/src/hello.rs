@@ -1,4 +1,4 @@
-//! Hello: the first bytes of every stream on the well-known port, both ways (format 1, frozen).
+//! Hello: the first bytes of every stream on the well-known port, in both directions (format 1, frozen).
 //!
 //! ```text
 //! dialer ── open {service, versions, features, epoch, nonce} ──▶ listener
@@ -8,14 +8,14 @@
 //!
 //! | off | size | field | notes |
 //! |---|---|---|---|
-//! | 0 | 8 | magic `41 44 49 54 0D 0A 1A 0A` | text protocols and foreign listeners are recognised by it |
+//! | 0 | 8 | magic `41 44 49 54 0D 0A 1A 0A` | distinguishes text protocols and foreign listeners |
 //! | 8 | 1 | hello format = 1 | |
 //! | 9 | 1 | kind: 1 open, 2 accept, 3 refuse | |
 //! | 10 | 2 | tail length, at most 1024 | service name and TLVs |
 //! | 12 | 2 | version min | accept: the chosen one |
 //! | 14 | 2 | version max | accept: the chosen one |
 //! | 16 | 8 | features offered, or the chosen subset | |
-//! | 24 | 8 | epoch: the host's; a guest echoes the last one it saw, 0 = none | |
+//! | 24 | 8 | epoch: the host's; a guest repeats the last one it saw, 0 = none | |
 //! | 32 | 16 | boot nonce of the sender | |
 //! | 48 | 2 | status of a refusal | |
 //! | 50 | 1 | service name length, at most 64 | |
@@ -24,8 +24,8 @@
 //! | 56 | 8 | reserved, zero | |
 //! | 64 | … | service name, then TLVs {type u16, len u16, value}; type bit 15 = critical | |
 //!
-//! All fields little-endian. [`Prefix::parse`] reads the fixed 64 bytes and tells how long the tail is, so a reader
-//! never takes a byte that belongs to the service.
+//! All fields are little-endian. [`Prefix::parse`] reads the fixed 64 bytes and returns the length of the tail, so a
+//! reader never takes a byte that belongs to the service.
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -34,13 +34,13 @@ use crate::name::{NameError, ServiceName};
 
 /// The well-known port of both sides.
 pub const PORT: u32 = 741;
-/// The protocol version that this build speaks.
+/// The protocol version of this build.
 pub const VERSION: u16 = 1;
-/// Bytes before the tail.
+/// Number of bytes before the tail.
 pub const PREFIX_LEN: usize = 64;
-/// Most bytes of the tail.
+/// Maximum length of the tail in bytes.
 pub const TAIL_MAX: usize = 1024;
-/// Most bytes of explanation in a refusal.
+/// Maximum length of the explanation in a refusal, in bytes.
 pub const TEXT_MAX: usize = 512;
 
 const MAGIC: [u8; 8] = *b"ADIT\r\n\x1a\n";
@@ -52,64 +52,64 @@ const TLV_CRITICAL: u16 = 0x8000;
 /// Why bytes are not a hello. Always the peer's fault.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HelloError {
-    /// Something else listens or dials there.
-    #[error("peer does not speak adit: it began with {found:02x?} ({guess})")]
+    /// The peer is another program.
+    #[error("the peer does not use the adit protocol: it started with {found:02x?} ({guess})")]
     Foreign {
         /// The first eight bytes.
         found: [u8; 8],
-        /// What it looks like.
+        /// A guess which program it is.
         guess: &'static str,
     },
-    /// The frozen format has another number.
-    #[error("hello format {found}, only {FORMAT} is known")]
+    /// The format number of the hello is unknown.
+    #[error("hello format {found} is unknown; this build knows only format {FORMAT}")]
     Format {
-        /// What was sent.
+        /// The format number in the hello.
         found: u8,
     },
-    /// A field has a value that it may not have.
+    /// A field has a value that is not allowed.
     #[error("hello field {field} is {value}, limit {limit}")]
     Field {
-        /// Which field.
+        /// Name of the field.
         field: &'static str,
-        /// Its value.
+        /// Value of the field.
         value: u64,
-        /// Its limit.
+        /// Limit of the field.
         limit: u64,
     },
-    /// The tail is cut or has bytes that belong to nothing.
+    /// The tail is truncated, or has bytes that belong to nothing.
     #[error("hello tail of {len} bytes is malformed at {at}")]
     Tail {
-        /// Bytes of the tail.
+        /// Length of the tail in bytes.
         len: usize,
-        /// Where reading failed.
+        /// Offset at which parsing failed.
         at: usize,
     },
     /// A critical TLV that this build does not know.
     #[error("hello needs extension {tlv:#06x}, which this version does not know")]
     Critical {
-        /// Its type.
+        /// Type of the TLV.
         tlv: u16,
     },
-    /// The service name is no name.
-    #[error("hello names no valid service")]
+    /// The service name is invalid.
+    #[error("hello has an invalid service name")]
     Service(#[from] NameError),
 }
 
-/// Why a dial was refused by the other side.
+/// Why the other side refused a dial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Status {
-    /// No common version.
+    /// There is no common version.
     Version = 1,
-    /// No such service there.
+    /// The other side does not have this service.
     UnknownService = 2,
-    /// The service's policy says no.
+    /// The service's policy forbids the access.
     Denied = 3,
     /// The local port behind the service could not be reached.
     DialFailed = 4,
     /// A limit is reached; try again later.
     Busy = 5,
-    /// The peer is another VM than the dialer meant.
+    /// The peer is not the VM that the dialler meant.
     WrongVm = 6,
 }
 
@@ -138,9 +138,9 @@ impl Status {
 pub struct Common {
     /// Feature bits: offered in open, chosen in accept.
     pub features: u64,
-    /// The host's epoch; a guest echoes the last one it saw.
+    /// The host's epoch. A guest repeats the last one that it saw.
     pub epoch: u64,
-    /// Drawn once a boot (or process) of the sender.
+    /// Random number, drawn at each boot (or process start) of the sender.
     pub boot_nonce: [u8; 16],
 }
 
@@ -149,20 +149,20 @@ pub struct Common {
 pub struct Open {
     /// Features, epoch, nonce.
     pub common: Common,
-    /// Lowest version that the dialer speaks.
+    /// Lowest version that the dialler supports.
     pub version_min: u16,
-    /// Highest version that the dialer speaks.
+    /// Highest version that the dialler supports.
     pub version_max: u16,
-    /// What is asked for.
+    /// The requested service.
     pub service: ServiceName,
-    /// 0 control, 1 bulk.
+    /// 0 for control, 1 for bulk.
     pub lane: u8,
-    /// Milliseconds that the dialer will wait for the answer, 0 = no limit.
+    /// Time that the dialler waits for the answer, in milliseconds; 0 = no limit.
     pub deadline_ms: u32,
 }
 
 impl Open {
-    /// Asks for a service with this build's version.
+    /// Makes a request for a service with this build's version.
     pub fn new(service: ServiceName, common: Common) -> Self {
         Self {
             common,
@@ -175,29 +175,29 @@ impl Open {
     }
 }
 
-/// The listener's yes. The service's bytes follow.
+/// The listener's accept. The service's bytes follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Accept {
     /// Features, epoch, nonce.
     pub common: Common,
-    /// The version both will speak.
+    /// The version that both sides use.
     pub version: u16,
 }
 
-/// The listener's no. The stream ends after it.
+/// The listener's refusal. The stream ends after it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refuse {
     /// Features, epoch, nonce.
     pub common: Common,
     /// The class of the reason.
     pub status: Status,
-    /// errno of a failed dial, 0 = none.
+    /// errno of a failed dial; 0 = none.
     pub errno: u16,
-    /// For people; at most [`TEXT_MAX`] bytes are sent.
+    /// Explanation for people. At most [`TEXT_MAX`] bytes are sent.
     pub text: String,
 }
 
-/// Any hello.
+/// A hello of any kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Hello {
     /// From the dialer.
@@ -228,14 +228,14 @@ struct Raw {
 }
 const _: () = assert!(size_of::<Raw>() == PREFIX_LEN);
 
-/// The fixed part, checked; [`Prefix::finish`] takes the tail.
+/// The checked fixed part. [`Prefix::finish`] parses the tail.
 pub struct Prefix(Raw);
 
 impl Prefix {
     /// Checks the first 64 bytes.
     ///
     /// # Errors
-    /// Foreign bytes, an unknown format, a field out of range.
+    /// The bytes are foreign, the format is unknown, or a field is out of range.
     pub fn parse(bytes: &[u8; PREFIX_LEN]) -> Result<Self, HelloError> {
         let raw = Raw::read_from_bytes(bytes).map_err(|_| HelloError::Tail { len: 0, at: 0 })?;
         if raw.magic != MAGIC {
@@ -283,7 +283,7 @@ impl Prefix {
         }
     }
 
-    /// Bytes that follow the prefix.
+    /// Length of the tail in bytes.
     pub fn tail_len(&self) -> usize {
         self.0.tail_len.get().into()
     }
@@ -291,7 +291,7 @@ impl Prefix {
     /// Checks the tail and returns the hello.
     ///
     /// # Errors
-    /// A tail of another length or shape, an unknown critical extension, a bad name or status.
+    /// The tail has a wrong length or structure, a critical extension is unknown, or a name or status is invalid.
     pub fn finish(self, tail: &[u8]) -> Result<Hello, HelloError> {
         let raw = self.0;
         let malformed = |at| HelloError::Tail {
@@ -357,7 +357,7 @@ fn guess(first: &[u8; 8]) -> &'static str {
         b if b.starts_with(b"GET ") || b.starts_with(b"POST ") => "an HTTP client",
         b if b.starts_with(b"CONNECT ") => "a hybrid-vsock client",
         b if b[0] == 0x16 && b[1] == 3 => "TLS",
-        _ => "another product owns this port",
+        _ => "another program uses this port",
     }
 }
 
@@ -393,7 +393,7 @@ impl Hello {
             magic: MAGIC,
             format: FORMAT,
             kind,
-            // Both fit: a name has at most 64 bytes, a text at most TEXT_MAX.
+            // Both lengths fit: a name has at most 64 bytes, a text at most TEXT_MAX.
             tail_len: U16::new((name.len() + tail.len()) as u16),
             version_min: U16::new(versions.0),
             version_max: U16::new(versions.1),
@@ -416,17 +416,18 @@ fn tlv(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
     out.extend_from_slice(value);
 }
 
-/// The version that both ranges hold, if any: what an accept answers.
+/// Returns the highest version that both sides support, if any. It is the answer in an accept.
 pub fn choose_version(open: &Open) -> Option<u16> {
     (open.version_min..=open.version_max)
         .contains(&VERSION)
         .then_some(VERSION)
 }
 
-/// Reads one hello from a blocking stream, and not one byte more.
+/// Reads one hello from a blocking stream, and no byte after it.
 ///
 /// # Errors
-/// The stream fails or ends (`UnexpectedEof`), or the bytes are no hello (`InvalidData`, with a [`HelloError`] inside).
+/// The stream fails or ends (`UnexpectedEof`), or the bytes are not a hello (`InvalidData` with a [`HelloError`]
+/// inside).
 pub fn read(from: &mut impl std::io::Read) -> std::io::Result<Hello> {
     let mut prefix = [0; PREFIX_LEN];
     from.read_exact(&mut prefix)?;
@@ -511,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn foreign_listeners_are_named() {
+    fn foreign_listeners_are_recognised() {
         let mut bytes = [b' '; PREFIX_LEN];
         bytes[..8].copy_from_slice(b"SSH-2.0-");
         assert!(matches!(

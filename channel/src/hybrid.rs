@@ -1,14 +1,15 @@
-//! The host's side of one guest over Unix sockets, as Firecracker and Cloud Hypervisor have it: tools written for them work
-//! with any VMM that links this.
+//! The host's side of one guest over Unix sockets, compatible with Firecracker and Cloud Hypervisor. Tools written for
+//! those work with any VMM that links this.
 //!
 //! ```text
 //! host ── connect PATH, "CONNECT 5000\n" ──► dial port 5000 of the guest ── "OK 1073741824\n" ──► its bytes
 //! guest ── dials port 7000 ──► connect PATH_7000 ──► its bytes; refused if nothing listens there
 //! ```
-//! Once a stream is open its socket belongs to the shard, which moves bytes between it and guest memory with one copy.
+//! When a stream is open, its socket belongs to the shard, which moves bytes between it and guest memory with one
+//! copy.
 //!
-//! All of it is on the thread that moves the bytes, so nothing here waits: neither for a client that says nothing
-//! (`clients`), nor for a listener that takes nothing (`reach`).
+//! All of this runs on the thread that moves the bytes, so nothing here blocks: not for a client that sends nothing
+//! (`clients`), and not for a listener that accepts nothing (`reach`).
 
 mod clients;
 mod reach;
@@ -28,39 +29,40 @@ use crate::port::Notice;
 use crate::shard::{News, PortIndex, Shard};
 use crate::sink::Sink;
 use crate::socket_path;
-use clients::{Clients, Said};
+use clients::{Clients, Request};
 use reach::{Reach, Reached};
 
 const KEY_LISTENER: u32 = 0;
-/// The key of the client in the first place.
+/// Key of the client with index 0.
 const KEY_FIRST: u32 = 1;
-/// How long a guest may take to answer.
+/// Time in ns that a guest may take to answer.
 const DIAL_LIMIT_NS: u64 = 5_000_000_000;
-/// How long no client is taken when there are no descriptors for one: it would be tried again and again.
+/// Time in ns during which no client is accepted after the descriptors ran out. Without the pause the loop would spin.
 const REST_NS: u64 = 100_000_000;
 
-/// A shard with the guest's port in it, and the loop around them.
+/// A shard with the guest's `Port`, and the event loop around it.
 pub struct Host<C: Carrier> {
     shard: Shard<C>,
     port: PortIndex,
     listener: Option<UnixListener>,
-    /// Until when no client is taken.
-    rests: Option<Tick>,
+    /// No client is accepted until this time.
+    paused_until: Option<Tick>,
     clients: Clients,
     dialing: HashMap<StreamId, UnixStream>,
     reach: Option<Reach>,
 }
 
 impl<C: Carrier> Host<C> {
-    /// Makes the socket at `uds`; none: nobody on the host can reach the guest, nor it anybody. `seed` is drawn at random, as
-    /// for [`Shard::add`].
+    /// Makes the socket at `uds`. If `uds` is `None`, the host cannot reach the guest, and the guest cannot reach the
+    /// host. `seed` must be random, as for [`Shard::add`].
     ///
     /// # Errors
-    /// The socket cannot be made ([`socket_path::SocketPathError`] says why), or there are no descriptors to be had.
+    /// The socket cannot be made ([`socket_path::SocketPathError`] tells why), or this process has no free
+    /// descriptors.
     pub fn new(carrier: C, uds: Option<&Path>, seed: u64) -> io::Result<Self> {
         let mut shard = Shard::new()?;
         let port = shard.add(carrier, EngineConfig::default(), seed)?;
-        // Whatever the guest asks for is looked for as a socket.
+        // For each port that the guest dials, `reach` looks for a socket.
         shard.port_mut(port).listen_to_all();
         let listener = uds.map(|path| -> io::Result<_> {
             let listener = socket_path::listen(path)?;
@@ -72,14 +74,14 @@ impl<C: Carrier> Host<C> {
             listener: listener.transpose()?,
             shard,
             port,
-            rests: None,
+            paused_until: None,
             clients: Clients::default(),
             dialing: HashMap::new(),
             reach: uds.map(Reach::new),
         })
     }
 
-    /// Serves until the process ends; returns why the kernel would not have it.
+    /// Serves until the process ends. Returns only if the kernel refuses to wait, with the error.
     pub fn run(mut self) -> io::Error {
         loop {
             if let Err(e) = self.turn(None) {
@@ -88,7 +90,7 @@ impl<C: Carrier> Host<C> {
         }
     }
 
-    /// Waits once, at most for `limit`, and handles what came.
+    /// Waits once, for at most `limit`, and handles the events.
     fn turn(&mut self, limit: Option<Duration>) -> io::Result<()> {
         let now = self.shard.now();
         let until = |at: Tick| Duration::from_nanos(at.0.saturating_sub(now.0));
@@ -97,7 +99,7 @@ impl<C: Carrier> Host<C> {
         while let Some(news) = self.shard.poll_news() {
             match news {
                 News::Ready { key: KEY_LISTENER } => self.accept(),
-                News::Ready { key } => self.asked((key - KEY_FIRST) as usize),
+                News::Ready { key } => self.read_request((key - KEY_FIRST) as usize),
                 News::Notice(_, notice) => self.notice(notice),
             }
         }
@@ -105,19 +107,19 @@ impl<C: Carrier> Host<C> {
         Ok(())
     }
 
-    /// When something of ours is due.
+    /// The next deadline of this file's own timers.
     fn deadline(&self) -> Option<Tick> {
         let retry = self.reach.as_ref().and_then(Reach::retry_at);
-        let all = [self.clients.deadline(), self.rests, retry];
+        let all = [self.clients.deadline(), self.paused_until, retry];
         all.into_iter().flatten().min()
     }
 
     fn pass_time(&mut self, now: Tick) {
-        while let Some(place) = self.clients.late(now) {
-            self.turn_away(place);
+        while let Some(index) = self.clients.late(now) {
+            self.disconnect(index);
         }
-        if self.rests.is_some_and(|at| at <= now) {
-            self.rest(None);
+        if self.paused_until.is_some_and(|at| at <= now) {
+            self.pause_accepting(None);
         }
         let reached = self.reach.as_mut().map(|r| r.retry(now));
         for (stream, reached) in reached.into_iter().flatten() {
@@ -125,81 +127,79 @@ impl<C: Carrier> Host<C> {
         }
     }
 
-    // ---- clients of the host's
-
     fn accept(&mut self) {
         let Some(listener) = &self.listener else {
             return;
         };
         match listener.accept() {
-            Ok((socket, _)) => self.enter(socket),
-            // Gone again.
+            Ok((socket, _)) => self.add_client(socket),
+            // The client is already gone.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
-            // There are no descriptors. It waits in the backlog, so the listener stays readable.
+            // There are no descriptors left. The client waits in the backlog, so the listener stays readable.
             Err(e) => match self.clients.oldest() {
-                Some(place) => self.turn_away(place),
+                Some(index) => self.disconnect(index),
                 None => {
-                    tracing::warn!(error = %e, "no client can be taken");
-                    self.rest(Some(Tick(self.shard.now().0.saturating_add(REST_NS))));
+                    tracing::warn!(error = %e, "cannot accept a client");
+                    self.pause_accepting(Some(Tick(self.shard.now().0.saturating_add(REST_NS))));
                 }
             },
         }
     }
 
-    /// Does not look at the listener for a while, or does again.
-    fn rest(&mut self, until: Option<Tick>) {
+    /// Stops watching the listener until a time, or watches it again.
+    fn pause_accepting(&mut self, until: Option<Tick>) {
         let Some(listener) = &self.listener else {
             return;
         };
-        self.rests = until;
+        self.paused_until = until;
         if until.is_some() {
             self.shard.unwatch(listener.as_fd());
         } else if self.shard.watch(listener.as_fd(), KEY_LISTENER).is_err() {
-            // No memory for it now.
-            self.rests = Some(Tick(self.shard.now().0.saturating_add(REST_NS)));
+            // There is no memory for the registration now.
+            self.paused_until = Some(Tick(self.shard.now().0.saturating_add(REST_NS)));
         }
     }
 
-    fn enter(&mut self, socket: UnixStream) {
-        let place = self.clients.free().or_else(|| {
+    fn add_client(&mut self, socket: UnixStream) {
+        let index = self.clients.free().or_else(|| {
             let oldest = self.clients.oldest()?;
-            self.turn_away(oldest);
+            self.disconnect(oldest);
             Some(oldest)
         });
-        let Some(place) = place else { return };
-        // There are few places.
-        let key = KEY_FIRST + place as u32;
+        let Some(index) = index else { return };
+        // The index is less than CLIENTS_MAX.
+        let key = KEY_FIRST + index as u32;
         let watched = socket
             .set_nonblocking(true)
             .and_then(|()| self.shard.watch(socket.as_fd(), key));
         if watched.is_ok() {
-            self.clients.enter(place, socket, self.shard.now());
-            // Most have said their line by now.
-            self.asked(place);
+            self.clients.insert(index, socket, self.shard.now());
+            // Most clients have sent their line by now.
+            self.read_request(index);
         }
     }
 
-    fn leave(&mut self, place: usize) -> Option<UnixStream> {
-        let client = self.clients.leave(place)?;
+    fn remove_client(&mut self, index: usize) -> Option<UnixStream> {
+        let client = self.clients.remove(index)?;
         self.shard.unwatch(client.socket.as_fd());
         Some(client.socket)
     }
 
-    /// A client's connection ends.
-    fn turn_away(&mut self, place: usize) {
-        tracing::debug!("a client that says nothing is turned away");
-        drop(self.leave(place));
+    /// Closes a client's connection.
+    fn disconnect(&mut self, index: usize) {
+        tracing::debug!("a client that sent no port number is disconnected");
+        drop(self.remove_client(index));
     }
 
-    /// A client says which port it wants.
-    fn asked(&mut self, place: usize) {
-        let port = match self.clients.read(place) {
-            Said::NotYet => return,
-            Said::Port(port) => Some(port),
-            Said::Nonsense => None,
+    /// A client has sent which port it wants.
+    fn read_request(&mut self, index: usize) {
+        let port = match self.clients.read(index) {
+            Request::Incomplete => return,
+            Request::Port(port) => Some(port),
+            Request::Invalid => None,
         };
-        let (Some(socket), Some(port)) = (self.leave(place), port) else {
+        let (Some(socket), Some(port)) = (self.remove_client(index), port) else {
             return;
         };
         let now = self.shard.now();
@@ -209,13 +209,11 @@ impl<C: Carrier> Host<C> {
             deadline: Some(Tick(now.0 + DIAL_LIMIT_NS)),
             lane: adit_engine::Lane::Bulk,
         };
-        // Fails without a driver in the guest: the client sees the end of its connection.
+        // Fails if the guest has no driver. Then the client sees the end of its connection.
         if let Ok(stream) = self.shard.port_mut(self.port).dial(now, request, None) {
             self.dialing.insert(stream, socket);
         }
     }
-
-    // ---- what the guest's port says
 
     fn notice(&mut self, notice: Notice) {
         let now = self.shard.now();
@@ -232,7 +230,7 @@ impl<C: Carrier> Host<C> {
                 let Some(mut socket) = self.dialing.remove(&stream) else {
                     return port.reset(now, stream, ResetReason::Local);
                 };
-                // The number is the host's port of the stream in the other VMMs; nothing depends on it.
+                // Other VMMs print the stream's host port here. No client depends on the number.
                 match writeln!(socket, "OK {}", stream.slot()) {
                     Ok(()) => {
                         port.attach(now, stream, Sink::Fd(socket.into()), &[]);
@@ -242,7 +240,7 @@ impl<C: Carrier> Host<C> {
             }
             Notice::DialFailed { stream, .. } => drop(self.dialing.remove(&stream)),
             Notice::Closed { stream, .. } => {
-                // Its time is up, or the guest gave it up.
+                // The stream timed out, or the guest gave it up.
                 self.reach.iter_mut().for_each(|r| r.forget(stream));
             }
             Notice::Session { .. } => {}

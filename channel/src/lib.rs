@@ -1,4 +1,4 @@
-//! Carriers, the virtio-vsock device, ports and shards, streams, hello and message frames.
+//! Carriers, the virtio-vsock device, `Port`s and shards, streams, hello and message frames.
 #![cfg_attr(not(feature = "device"), forbid(unsafe_code))]
 
 #[cfg(feature = "device")]

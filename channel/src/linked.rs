@@ -1,4 +1,4 @@
-//! The device of a VMM that has it in its own process, on a thread of its own.
+//! The device of a VMM that runs it in the VMM's own process, on a separate thread.
 //!
 //! ```text
 //!  vCPU threads                        the thread that moves packets
@@ -7,12 +7,12 @@
 //!  kicks: ioeventfd ───────────────────────────────────┤ epoll
 //!  interrupt: irqfd ◄──────────────────────────────────┘
 //! ```
-//! The device belongs to its thread; what a register asks for is a task that this thread carries out between two bursts, so
-//! the data path has no lock. `Linked` is the carrier to give to a shard, or to whoever has one; `Remote` is the bus's.
-//! A VMM that would rather hold the device behind a lock needs none of this: `channel/examples/link_the_device.rs`.
+//! The device belongs to its thread. A register access becomes a task that this thread runs between two bursts, so the
+//! data path has no lock. `Linked` is the carrier for a shard. `Remote` is for the bus. A VMM that prefers to keep the
+//! device behind a lock needs none of this: see `channel/examples/link_the_device.rs`.
 //!
-//! The event queue is looked after here: a guest that was restored is told that its streams are gone, now or, if it has no
-//! buffer for that, when it kicks the queue.
+//! This file also serves the event queue: a restored guest is informed that its streams are gone. If the guest has no
+//! event buffer at that time, it is informed when it kicks the queue.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -35,56 +35,57 @@ type Task<M> = Box<dyn FnOnce(&mut Linked<M>) + Send>;
 const WAKER_TASKS: u32 = WAKERS;
 const WAKER_EVENT_KICK: u32 = WAKERS + 1;
 
-/// A device and its mailbox, as a carrier.
+/// A device and its task queue, as a carrier.
 pub struct Linked<M: GuestAddressSpace> {
     device: VsockDevice<M>,
     tasks: Receiver<Task<M>>,
     bell: Arc<EventFd>,
-    /// Of RX, TX and events.
+    /// Kicks of the RX, TX and event queue.
     kicks: [OwnedFd; 3],
-    /// The guest has not been told that its streams are gone.
+    /// The guest must still be informed that its streams are gone.
     owes_reset: bool,
 }
 
-/// The bus's side: has the device's thread do things.
+/// The bus's side: it runs tasks on the device's thread.
 pub struct Remote<M: GuestAddressSpace> {
     tasks: Sender<Task<M>>,
     /// Wakes the thread.
     bell: Arc<EventFd>,
 }
 
-/// The device's thread stands still for as long as this lives.
+/// The device's thread is stopped while this value lives.
 #[derive(Debug)]
 pub struct Held {
     _go_on: Sender<()>,
 }
 
-/// The thread that had the device has ended.
+/// The device's thread has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the vsock device has ended")]
 pub struct Gone;
 
-/// A device did not take what the driver set up, or a snapshot says: their fault, but for the last one.
+/// Why a device does not accept a setup: the fault of the driver or of the snapshot, except for the last variant.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
-    /// The features.
+    /// The features are wrong.
     #[error(transparent)]
     Features(#[from] DeviceError),
-    /// The queues.
+    /// The queues cannot be used.
     #[error(transparent)]
     Queues(#[from] ActivateError),
-    /// The saved state.
+    /// The saved state cannot be used.
     #[error(transparent)]
     State(#[from] RestoreError),
-    /// There is no descriptor to be had.
+    /// This process has no free descriptors.
     #[error(transparent)]
     Descriptor(#[from] io::Error),
 }
 
-/// Gives a device a mailbox. `kicks`: nonblocking eventfds that the driver's kicks of RX, TX and event queue become.
+/// Connects a device with a task queue. `kicks` are nonblocking eventfds for the driver's kicks of the RX, TX and
+/// event queue.
 ///
 /// # Errors
-/// There is no descriptor to be had.
+/// This process has no free descriptors.
 pub fn link<M: GuestAddressSpace>(
     device: VsockDevice<M>,
     kicks: [OwnedFd; 3],
@@ -107,39 +108,40 @@ pub fn link<M: GuestAddressSpace>(
 }
 
 impl<M: GuestAddressSpace + 'static> Remote<M> {
-    fn give(&self, task: Task<M>) -> Result<(), Gone> {
+    fn post(&self, task: Task<M>) -> Result<(), Gone> {
         self.tasks.send(task).map_err(|_| Gone)?;
-        // It fails only when the thread is woken already.
+        // The write fails only when the counter is full, and then the thread wakes anyway.
         let _ = self.bell.write(1);
         Ok(())
     }
 
-    /// Has the thread do something with the device between two bursts, and waits for the outcome.
+    /// Runs a function with the device on its thread, between two bursts, and waits for the result.
     ///
     /// # Errors
-    /// There is no thread.
+    /// The thread has ended.
     pub fn ask<T: Send + 'static>(
         &self,
         what: impl FnOnce(&mut Linked<M>) -> T + Send + 'static,
     ) -> Result<T, Gone> {
         let (reply, answer) = mpsc::sync_channel(1);
-        self.give(Box::new(move |linked| {
-            // Who asked is waiting below.
+        self.post(Box::new(move |linked| {
+            // The calling thread waits for this result below.
             let _ = reply.send(what(linked));
         }))?;
         answer.recv().map_err(|_| Gone)
     }
 
-    /// Stops the thread between two bursts, where no descriptor is in anybody's hand; returns what the device is there.
+    /// Stops the thread between two bursts, when no descriptor is in use. Returns the state of the device at that
+    /// point.
     ///
     /// # Errors
-    /// There is no thread.
+    /// The thread has ended.
     pub fn hold(&self) -> Result<(DeviceState, Held), Gone> {
         let (reply, answer) = mpsc::sync_channel(1);
         let (sender, go_on) = mpsc::channel();
-        self.give(Box::new(move |linked| {
+        self.post(Box::new(move |linked| {
             let _ = reply.send(linked.device.save());
-            // Until the other end is dropped.
+            // Blocks until the other end is dropped.
             let _ = go_on.recv();
         }))?;
         let state = answer.recv().map_err(|_| Gone)?;
@@ -148,10 +150,11 @@ impl<M: GuestAddressSpace + 'static> Remote<M> {
 }
 
 impl<M: GuestAddressSpace> Linked<M> {
-    /// DRIVER_OK: a session begins with these queues: RX, TX, events. The shell hears of it by itself.
+    /// DRIVER_OK: begins a session with these queues: RX, TX, events. The shell is informed through the device's
+    /// waker.
     ///
     /// # Errors
-    /// The driver set up what cannot be used, or there is no descriptor to be had.
+    /// The driver's setup cannot be used, or this process has no free descriptors.
     pub fn activate(
         &mut self,
         features: u64,
@@ -171,16 +174,16 @@ impl<M: GuestAddressSpace> Linked<M> {
         Ok(self.device.activate(mem, queues, signal)?)
     }
 
-    /// The device's own descriptors of them: it closes what it has when a session ends.
+    /// Duplicates the RX and TX kicks, because the device closes its own when a session ends.
     fn data_kicks(&self) -> io::Result<[Option<OwnedFd>; 2]> {
         let [rx, tx, _] = &self.kicks;
         Ok([Some(rx.try_clone()?), Some(tx.try_clone()?)])
     }
 
-    /// Goes on with the queues of a saved device, in a new session, of which the guest is told.
+    /// Continues with the queues of a saved device, in a new session. The guest is informed of it.
     ///
     /// # Errors
-    /// The state does not fit the memory or this device, or there is no descriptor to be had: nothing changes.
+    /// The state does not fit the memory or this device, or this process has no free descriptors. Nothing changes.
     pub fn restore(
         &mut self,
         state: &DeviceState,
@@ -190,21 +193,21 @@ impl<M: GuestAddressSpace> Linked<M> {
         let kicks = self.data_kicks()?;
         self.device.restore(state, mem, kicks, signal)?;
         self.owes_reset = true;
-        self.tell();
+        self.inform_guest();
         Ok(())
     }
 
-    /// The driver reset the device: every stream ends, and nothing of its queues is touched any more.
+    /// The driver reset the device: every stream ends, and the device no longer accesses its queues.
     pub fn reset(&mut self) {
-        // A driver that starts anew has no old streams.
+        // A driver that starts again has no old streams.
         self.owes_reset = false;
         self.device.reset(ResetReason::Epoch);
     }
 
-    fn tell(&mut self) {
+    fn inform_guest(&mut self) {
         if self.owes_reset {
             match self.device.tell_transport_reset() {
-                Ok(told) => self.owes_reset = !told,
+                Ok(informed) => self.owes_reset = !informed,
                 // The guest broke its event queue.
                 Err(_) => {
                     self.owes_reset = false;
@@ -242,7 +245,7 @@ impl<M: GuestAddressSpace> Carrier for Linked<M> {
             }
             WAKER_EVENT_KICK => {
                 drain(self.kicks[2].as_fd());
-                self.tell();
+                self.inform_guest();
             }
             id => return self.device.woken(id),
         }

@@ -1,26 +1,26 @@
-//! What a process leaves behind when it is killed: a memfd with the port pairs that were in use, and how far it had got
-//! with the frontend's last message. Whoever holds a duplicate of the descriptor can start a successor on it.
+//! What a killed process leaves for its successor: a memfd with the port pairs that were in use, and with the progress
+//! of the frontend's last message. A process that has a duplicate of the descriptor can start a successor with it.
 //!
 //! | offset | size | field | writer |
 //! |---|---|---|---|
 //! | 0 | 8 | magic `ADITLIV` and version 1 | creator |
 //! | 8 | 8 | epoch of the last session | shard |
 //! | 16 | 8 | changes of state that the frontend has made so far | frontend's thread |
-//! | 24 | 8 | step with the message in hand (`Step`) | frontend's thread |
+//! | 24 | 8 | progress of the current message (`Step`) | frontend's thread |
 //! | 32 | 8 | offset of the reply in this file | frontend's thread |
 //! | 40 | 8 | length of the reply, bytes | frontend's thread |
-//! | 48 | 8 | pairs that were ever in use: behind them nothing was written | shard |
-//! | 4,096 | 12,288 | replies, round and round | frontend's thread |
+//! | 48 | 8 | number of pair entries that were ever used: nothing is written after them | shard |
+//! | 4,096 | 12,288 | replies, used as a circular buffer | frontend's thread |
 //! | 16,384 | 8 × [`PAIRS_MAX`] | pairs: our port in the upper half, the guest's in the lower; 0 = free | shard |
 //!
 //! Rules:
-//! - Every field is one aligned 8-byte store, so a kill leaves the old value or the new one.
-//! - A pair is entered before anything of it is published to the guest, and taken out after the last of it was. What is
-//!   found here may be a pair too many (a reset for nothing), never one too few.
-//! - The file is sealed to its size. A successor believes nothing of its content but what it checks: the dead process may
-//!   have been in its guest's hands.
+//! - Every field is one aligned 8-byte store, so after a kill it has either the old or the new value.
+//! - A pair is entered before anything of it is published to the guest, and removed after the last of it was
+//!   published. So the file may list a pair too many (an unnecessary reset), but never one too few.
+//! - The file is sealed to its size. A successor checks all content that it uses, because the guest may have
+//!   controlled the dead process.
 
-// The half of the frontend's thread has no user without one.
+// Without vhost-user the functions for the frontend's thread are unused.
 #![cfg_attr(not(feature = "vhost-user"), allow(dead_code))]
 
 use std::collections::HashMap;
@@ -35,7 +35,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
-/// Pairs that a file has room for: those of a process, and as many that it inherited and has not reset yet.
+/// Number of pairs in a file: those of one process, and as many inherited ones that were not reset yet.
 pub const PAIRS_MAX: usize = 2 * STREAMS_MAX as usize;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"ADITLIV\x01");
@@ -49,50 +49,51 @@ const REPLIES: usize = 4096;
 const PAIRS: usize = 16384;
 const FILE_BYTES: usize = PAIRS + 8 * PAIRS_MAX;
 
-/// Longest reply, bytes.
+/// Longest reply in bytes.
 pub const REPLY_MAX: usize = 4096;
-/// Epochs and changes from here on no process can have counted to: there is room above them to count on.
+/// No process can reach this number of epochs or changes. Larger values in a file are invalid, so the counters cannot
+/// overflow.
 pub(crate) const COUNT_END: u64 = 1 << 48;
 
-/// Why a descriptor is no such file: the fault of whoever handed it over.
+/// Why a descriptor is not a live file: the fault of the process that passed it.
 #[derive(Debug, thiserror::Error)]
 pub enum LiveError {
     /// The descriptor cannot be examined or mapped.
-    #[error("live table cannot be used")]
+    #[error("the live file cannot be used")]
     Io(#[from] io::Error),
-    /// It could shrink under us.
-    #[error("live table is not sealed to its size")]
+    /// The file could shrink while it is mapped.
+    #[error("the live file is not sealed to its size")]
     NotSealed,
-    /// Another size.
-    #[error("live table has {found} bytes, not {FILE_BYTES}")]
+    /// The size is wrong.
+    #[error("the live file has {found} bytes, but it must have {FILE_BYTES}")]
     Size {
-        /// Its size.
+        /// Actual size in bytes.
         found: i64,
     },
-    /// Another file, or one of a newer build.
-    #[error("live table begins with {found:#x}: not one, or of another version")]
+    /// It is another file, or one of a newer build.
+    #[error("the live file starts with {found:#x}: it is another file, or of another version")]
     Magic {
-        /// What it begins with.
+        /// The first word of the file.
         found: u64,
     },
-    /// No process has had so many sessions.
-    #[error("live table tells of {found} sessions")]
+    /// The epoch is impossibly high.
+    #[error("the live file has the impossible epoch {found}")]
     Epoch {
-        /// Its epoch.
+        /// The epoch in the file.
         found: u64,
     },
 }
 
-/// How far a process had got with the frontend's message.
+/// The progress of a process with the frontend's current message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// The message, if any, is still in the socket.
+    /// The message, if there is one, is still in the socket.
     Idle,
-    /// It was handled and is being taken from the socket; then the reply, if any, is sent.
+    /// The message was handled. It is being taken from the socket; after that the reply, if there is one, is sent.
     Taking,
-    /// It was taken; its reply is being sent.
+    /// The message was taken, and its reply is being sent.
     Replying,
-    /// It came in pieces, some of which were taken before it was whole.
+    /// The message arrived in pieces, and some were taken before it was complete.
     Pieces,
 }
 
@@ -103,7 +104,7 @@ pub(crate) struct Reply {
     pub(crate) len: u64,
 }
 
-/// The file, mapped.
+/// The mapped file.
 #[derive(Debug)]
 pub struct LiveFile {
     file: Arc<File>,
@@ -111,10 +112,10 @@ pub struct LiveFile {
 }
 
 impl LiveFile {
-    /// Makes an empty one.
+    /// Creates an empty live file.
     ///
     /// # Errors
-    /// There is no memory or descriptor to be had.
+    /// The system has no memory or no descriptors left.
     pub fn create() -> io::Result<Self> {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let file = File::from(memfd_create("adit-live", flags)?);
@@ -126,10 +127,10 @@ impl LiveFile {
         Ok(live)
     }
 
-    /// Takes over the one of a predecessor.
+    /// Takes over the live file of a predecessor.
     ///
     /// # Errors
-    /// As [`LiveError`] says.
+    /// See [`LiveError`].
     pub fn open(fd: OwnedFd) -> Result<Self, LiveError> {
         let seals = fcntl(&fd, FcntlArg::F_GET_SEALS)
             .map(SealFlag::from_bits_truncate)
@@ -156,14 +157,14 @@ impl LiveFile {
         Ok(Self { file, map })
     }
 
-    /// Epoch of the last session, 0 if there was none.
+    /// Epoch of the last session; 0 if there was none.
     pub fn epoch(&self) -> u64 {
         self.load(AT_EPOCH)
     }
 
     fn load(&self, at: usize) -> u64 {
         let loaded = self.map.as_volatile_slice().load(at, Ordering::Acquire);
-        // Every offset is a constant or below PAIRS_MAX, and aligned.
+        // Every offset is aligned, and is a constant or the offset of an entry below PAIRS_MAX.
         loaded.map_or(0, u64::from_le)
     }
 
@@ -173,8 +174,6 @@ impl LiveFile {
         debug_assert!(stored.is_ok());
     }
 
-    // ---- the frontend's message in hand; one thread at a time
-
     pub(crate) fn changes(&self) -> u64 {
         self.load(AT_CHANGES)
     }
@@ -183,7 +182,7 @@ impl LiveFile {
         self.store(AT_CHANGES, n);
     }
 
-    /// `None`: nothing that this build writes.
+    /// Returns `None` if this build never writes that value.
     pub(crate) fn step(&self) -> Option<Step> {
         match self.load(AT_STEP) {
             0 => Some(Step::Idle),
@@ -204,14 +203,14 @@ impl LiveFile {
         self.store(AT_STEP, step);
     }
 
-    /// Where the last reply stands. `None` = there was none, or its place makes no sense.
+    /// The position of the last reply. Returns `None` if there was none, or the position is invalid.
     pub(crate) fn reply(&self) -> Option<Reply> {
         let (at, len) = (self.load(AT_REPLY), self.load(AT_REPLY_LEN));
         let end = at.checked_add(len)?;
         (len > 0 && at >= REPLIES as u64 && end <= PAIRS as u64).then_some(Reply { at, len })
     }
 
-    /// Writes a reply behind the last one: the kernel may still refer to that one's page.
+    /// Writes a reply after the last one, because the kernel may still refer to the page of the last one.
     pub(crate) fn write_reply(&self, bytes: &[u8]) -> io::Result<Option<Reply>> {
         if bytes.is_empty() || bytes.len() > REPLY_MAX {
             self.store(AT_REPLY_LEN, 0);
@@ -236,8 +235,6 @@ impl LiveFile {
         Ok(Some(Reply { at, len }))
     }
 
-    // ---- pairs; the shard
-
     fn pair(&self, index: u32) -> u64 {
         self.load(PAIRS + 8 * index as usize)
     }
@@ -253,23 +250,23 @@ impl AsFd for LiveFile {
     }
 }
 
-/// Who has a pair, and where it is written down.
+/// The users of a pair, and its entry in the file.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     index: u32,
-    /// A stream of ours, a reset for a predecessor's, or both.
+    /// Number of users: a stream of this process, a pending reset for a predecessor's stream, or both.
     users: u32,
 }
 
-/// The pairs of a port, kept in the file.
+/// The pairs of a `Port`, stored in the file.
 #[derive(Debug)]
 pub(crate) struct LiveTable {
     file: Arc<LiveFile>,
     places: HashMap<u64, Place>,
     free: Vec<u32>,
-    /// Records from here on were never used.
+    /// Entries from this index on were never used.
     fresh: u32,
-    /// Pairs that nobody has any more: they go once the burst is published.
+    /// Pairs without users. They are removed when the burst is published.
     leaving: Vec<u64>,
 }
 
@@ -278,7 +275,8 @@ fn key(local_port: u32, peer_port: u32) -> u64 {
 }
 
 impl LiveTable {
-    /// Reads what a predecessor left; its pairs are returned, each to be reset and then [`closed`](Self::closed).
+    /// Reads the pairs that a predecessor left and returns them. Each must be reset and then be
+    /// [`closed`](Self::closed).
     pub(crate) fn new(file: Arc<LiveFile>) -> (Self, Vec<(u32, u32)>) {
         let mut table = Self {
             file,
@@ -294,12 +292,12 @@ impl LiveTable {
             if pair == 0 {
                 continue;
             }
-            // Those below that are free stay unused for as long as this process lives but for the list.
+            // Only this process's free list tracks the free entries below.
             table.free.extend(table.fresh..index);
             table.fresh = index + 1;
             let place = Place { index, users: 1 };
             if table.places.insert(pair, place).is_some() {
-                // Twice: not written by us; the later record stands for both.
+                // A duplicate, which no correct process writes. The later entry counts for both.
                 continue;
             }
             inherited.push(((pair >> 32) as u32, pair as u32));
@@ -338,14 +336,15 @@ impl LiveTable {
                 self.file.store(AT_USED, used);
                 self.fresh - 1
             }
-            // As many streams as there can be, and as many inherited: its guest would not hear of our death.
-            None => return tracing::warn!("live table is full"),
+            // There are as many streams and inherited pairs as possible. After a kill the guest would not learn that
+            // this stream is gone.
+            None => return tracing::warn!("the live file is full"),
         };
         self.file.set_pair(index, pair);
         self.places.insert(pair, Place { index, users: 1 });
     }
 
-    /// A user of the pair is gone, or the predecessor's reset is in a slot.
+    /// A user of the pair is gone: a stream ended, or the reset for a predecessor's stream is in a slot.
     pub(crate) fn closed(&mut self, local_port: u32, peer_port: u32) {
         let pair = key(local_port, peer_port);
         if let Some(place) = self.places.get_mut(&pair) {
@@ -356,7 +355,7 @@ impl LiveTable {
         }
     }
 
-    /// What the burst did is published: pairs that nobody has go.
+    /// The burst is published: remove the pairs without users.
     pub(crate) fn published(&mut self) {
         for pair in self.leaving.drain(..) {
             if let Some(place) = self.places.get(&pair)
@@ -380,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn pairs_stay_until_what_ended_them_is_published() {
+    fn pairs_stay_until_their_end_is_published() {
         let file = Arc::new(LiveFile::create().unwrap());
         let (mut table, inherited) = LiveTable::new(file.clone());
         assert!(inherited.is_empty());
@@ -391,7 +390,7 @@ mod tests {
         assert_eq!(written(&file).len(), 2);
         table.published();
         assert_eq!(written(&file), [key(1 << 30, 22)]);
-        // Gone and there again within one burst: it stays.
+        // A pair that is closed and opened again within one burst stays in the file.
         table.closed(1 << 30, 22);
         table.opened(1 << 30, 22);
         table.published();
@@ -399,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn a_successor_finds_the_pairs_and_keeps_those_it_uses_itself() {
+    fn a_successor_finds_the_pairs_and_keeps_those_that_it_uses() {
         let file = Arc::new(LiveFile::create().unwrap());
         let (mut table, _) = LiveTable::new(file.clone());
         for peer in 1..=3 {
@@ -412,7 +411,7 @@ mod tests {
         let again = Arc::new(again);
         let (mut table, inherited) = LiveTable::new(again.clone());
         assert_eq!(inherited, [(741, 1), (741, 3)]);
-        // The guest asks anew from a port whose reset is still to be sent.
+        // The guest opens a new stream from a port whose reset is not sent yet.
         table.opened(741, 3);
         for (local, peer) in inherited {
             table.closed(local, peer);
@@ -422,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn r35_a_hostile_table_costs_no_more_than_its_size() {
+    fn r35_a_hostile_file_costs_no_more_than_its_size() {
         let file = Arc::new(LiveFile::create().unwrap());
         for index in 0..PAIRS_MAX as u32 {
             file.set_pair(index, u64::from(index % 1000) + 1);
@@ -430,7 +429,7 @@ mod tests {
         file.store(AT_USED, u64::MAX);
         let (mut table, inherited) = LiveTable::new(file);
         assert_eq!(inherited.len(), 1000);
-        table.opened(9, 9); // no room: said, and no harm
+        table.opened(9, 9); // no room: a log line, and no other effect
         for (local, peer) in inherited {
             table.closed(local, peer);
         }
@@ -438,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn r35_files_that_are_none_are_refused() {
+    fn r35_other_files_are_refused() {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let make = |len, seals| {
             let file = File::from(memfd_create("x", flags).unwrap());
@@ -469,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn r35_replies_go_round_and_nonsense_is_no_reply() {
+    fn r35_replies_wrap_around_and_an_invalid_position_is_no_reply() {
         let file = LiveFile::create().unwrap();
         assert_eq!(file.reply(), None);
         let mut last = 0;

@@ -1,4 +1,5 @@
-//! Service names, each with exactly one spelling (no case, Unicode, prefix or NUL games).
+//! Service names. Each service has exactly one spelling: there are no variants by case, Unicode, prefixes or NUL
+//! bytes.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,30 +9,31 @@ use serde::{Deserialize, Serialize};
 /// Why a name was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
-    /// Empty.
-    #[error("empty name")]
+    /// The name is empty.
+    #[error("the name is empty")]
     Empty,
-    /// Longer than the limit.
-    #[error("name of {len} bytes, at most {max} are allowed")]
+    /// The name is longer than the limit.
+    #[error("the name has {len} bytes, but at most {max} are allowed")]
     TooLong {
-        /// Bytes given.
+        /// Length in bytes.
         len: usize,
-        /// Bytes allowed.
+        /// Maximum length in bytes.
         max: usize,
     },
-    /// A byte outside of the alphabet, or one that may not stand there.
+    /// A byte that is not in the alphabet, or not allowed at its position.
     #[error("byte {byte:#04x} at {at} is not allowed: use {alphabet}")]
     BadByte {
         /// The byte.
         byte: u8,
         /// Its offset.
         at: usize,
-        /// What is allowed.
+        /// The allowed characters.
         alphabet: &'static str,
     },
 }
 
-/// Service on the well-known port: `tcp:80`, `tasks`, … One spelling: `[a-z0-9:._-]`, 1 to 64 bytes.
+/// The name of a service on the well-known port: `tcp:80`, `tasks`, … The one spelling is `[a-z0-9:._-]`, 1 to 64
+/// bytes.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ServiceName(String);
@@ -77,7 +79,7 @@ impl fmt::Display for ServiceName {
 }
 
 impl ServiceName {
-    /// Most bytes that a name may have.
+    /// Maximum length of a name in bytes.
     pub const MAX: usize = 64;
 
     /// The name as text.
@@ -85,12 +87,12 @@ impl ServiceName {
         &self.0
     }
 
-    /// The service that stands for a TCP port on the guest's loopback.
+    /// The service name for a TCP port on the guest's loopback.
     pub fn tcp(port: u16) -> Self {
         Self(format!("tcp:{port}"))
     }
 
-    /// The port of a `tcp:PORT` service in its one spelling (no sign, no leading zero, not 0).
+    /// The TCP port of a `tcp:PORT` service, in its one spelling (no sign, no leading zero, not 0).
     pub fn tcp_port(&self) -> Option<u16> {
         let digits = self.0.strip_prefix("tcp:")?;
         let port: u16 = digits.parse().ok()?;

@@ -1,20 +1,20 @@
-//! How long a shard looks on before it sleeps: bounded, and less where it was in vain.
+//! How long a shard polls before it sleeps. The time is bounded, and shorter if earlier polling found nothing.
 //!
 //! ```text
-//! window:  limit/8 ..= limit     halves when a look was in vain, doubles when work came while looking or soon after it slept
+//! window:  limit/8 ..= limit     halves if polling found nothing, doubles if work came meanwhile or soon after
 //! ```
-//! An idle shard sleeps: it looks on once after its last work, not again before it is woken.
+//! An idle shard sleeps: after its last work it polls once, and not again before it is woken.
 
 use std::time::Duration;
 
-/// Longest look before a sleep.
+/// Longest time to poll before a sleep.
 pub const BUSY_POLL_MAX: Duration = Duration::from_millis(1);
-/// After this long the shard's owner gets its turn, work or no work.
+/// After this time the shard's owner gets its turn, whether work still arrives or not.
 const RUN_MAX: Duration = Duration::from_millis(2);
-/// The window never falls below this part of the limit.
+/// The window is never shorter than the limit divided by this number.
 const LEAST: u32 = 8;
 
-/// When to look on, and for how long.
+/// Decides when to poll, and for how long.
 #[derive(Debug, Default)]
 pub(crate) struct Polling {
     limit: Duration,
@@ -22,7 +22,7 @@ pub(crate) struct Polling {
 }
 
 impl Polling {
-    /// Looks on for at most `limit`; not at all where there is one CPU only, for nobody else would run meanwhile.
+    /// Polls for at most `limit`. Never polls on a machine with one CPU, because nothing else could run meanwhile.
     pub(crate) fn new(limit: Duration) -> Self {
         let alone =
             !limit.is_zero() && std::thread::available_parallelism().is_ok_and(|n| n.get() < 2);
@@ -41,28 +41,28 @@ impl Polling {
         !self.limit.is_zero()
     }
 
-    /// How long to look since work last came.
+    /// How long to continue polling after work arrived last.
     pub(crate) fn window(&self) -> Duration {
         self.window
     }
 
-    /// How long a look may last in all.
+    /// The longest time of one polling phase.
     pub(crate) fn run(&self, timeout: Option<Duration>) -> Duration {
         timeout.map_or(RUN_MAX, |t| t.min(RUN_MAX))
     }
 
-    /// A look ended; work came during it, or not.
-    pub(crate) fn looked(&mut self, came: bool) {
+    /// A polling phase ended. `came` is true if work arrived during it.
+    pub(crate) fn polled(&mut self, came: bool) {
         self.window = match came {
             true => (self.window * 2).min(self.limit),
             false => (self.window / 2).max(self.limit / LEAST),
         };
     }
 
-    /// The shard slept that long: had it looked on so long, it would not have had to.
+    /// The shard slept for `time`. If that is less than the limit, polling would have avoided the sleep.
     pub(crate) fn slept(&mut self, time: Duration) {
         if time < self.limit {
-            self.looked(true);
+            self.polled(true);
         }
     }
 }
@@ -83,7 +83,7 @@ mod tests {
     fn window_stays_within_its_bounds() {
         let mut p = polling();
         for _ in 0..100 {
-            p.looked(false);
+            p.polled(false);
         }
         assert_eq!(p.window(), Duration::from_micros(10));
         p.slept(Duration::from_millis(5));
@@ -91,13 +91,13 @@ mod tests {
         p.slept(Duration::from_micros(60));
         assert_eq!(p.window(), Duration::from_micros(20));
         for _ in 0..100 {
-            p.looked(true);
+            p.polled(true);
         }
         assert_eq!(p.window(), Duration::from_micros(80));
     }
 
     #[test]
-    fn off_unless_asked_for_and_never_beyond_the_cap() {
+    fn polling_is_off_by_default_and_never_exceeds_the_cap() {
         assert!(!Polling::default().is_on());
         assert!(!Polling::new(Duration::ZERO).is_on());
         let long = Polling::new(Duration::from_secs(5));

@@ -1,15 +1,17 @@
-//! A shard: one epoll set, and the ports whose descriptors are in it. No lock and no other thread in the data path.
+//! A shard: one epoll set, and the [`Port`]s whose descriptors are in it. The data path uses no lock and no other
+//! thread.
 //!
 //! ```text
 //! other threads ── Handle (queue + eventfd) ──► Shard ── poll, by turns ──► Port, Port, …
 //!                                                 │ epoll: kicks, sinks, commands, the owner's own descriptors
-//! owner ◄── next(): Notice, Ready ────────────────┘
+//! owner ◄── poll_news(): Notice, Ready ───────────┘
 //! ```
-//! - The owner calls [`Shard::turn`] from a loop of its own (a thread, a VMM's event loop that watches the shard's
-//!   descriptor, a port process), or gives the loop away with [`Shard::spawn`].
-//! - A port has a budget a turn; ports take turns.
-//! - Before it sleeps it may look on for a while ([`Shard::busy_poll`]): off unless the owner says so.
-//! - There is no tick: the epoll timeout is the nearest deadline of any port, and none when nothing is pending.
+//! - The owner calls [`Shard::turn`] in its own loop (a thread, a VMM's event loop that watches the shard's
+//!   descriptor, a port process), or runs the shard on a thread with [`Shard::spawn`].
+//! - Each `Port` has a budget per turn, and they take turns.
+//! - Before it sleeps the shard may poll for a while ([`Shard::busy_poll`]). This is off by default.
+//! - There is no periodic tick: the epoll timeout is the earliest deadline of any `Port`, and infinite if there is
+//!   none.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -30,18 +32,18 @@ use crate::port::{Budget, Notice, Port, Turn};
 use crate::sink::{LocalEnd, Sink};
 use crate::stream::{Accepting, Incoming, ListenError};
 
-/// Ports of one shard at most.
+/// Maximum number of `Port`s in a shard.
 pub const PORTS_MAX: usize = 4095;
-/// Largest key of a descriptor of the owner's: what there is room for in an epoll token.
+/// Largest key of a descriptor of the owner: it must fit into an epoll token.
 pub const KEY_MAX: u32 = crate::port::watch::LOW as u32;
-/// The system calls of a shard with devices in its own process, once they are active: what a VMM's seccomp filter must
-/// allow on that thread. The second half is the allocator's; waits of libc use one of the two forms of epoll.
+/// System calls of a shard that has devices in its own process, after they are active. A VMM's seccomp filter must
+/// allow them on the shard's thread. The allocator uses the second half. The libc may use either form of epoll wait.
 pub const SYSTEM_CALLS: &[libc::c_long] = &[
     libc::SYS_epoll_pwait,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_epoll_wait,
     libc::SYS_epoll_ctl,
-    // Eventfds, then sockets.
+    // For eventfds and sockets.
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_recvmsg,
@@ -50,7 +52,7 @@ pub const SYSTEM_CALLS: &[libc::c_long] = &[
     libc::SYS_setsockopt,
     libc::SYS_sendto,
     libc::SYS_getsockopt,
-    // A device that starts or stops: its descriptors are watched anew.
+    // For a device that starts or stops, whose descriptors are registered again.
     libc::SYS_fcntl,
     libc::SYS_close,
     libc::SYS_clock_gettime,
@@ -62,34 +64,34 @@ pub const SYSTEM_CALLS: &[libc::c_long] = &[
     libc::SYS_madvise,
 ];
 
-/// Pauses after a look that found something: about a microsecond.
+/// Number of spins after a round that found something: about a microsecond.
 const BACK_OFF: u32 = 20;
-/// Glances at ports for one look, where a glance is enough to tell.
+/// Number of cheap checks (`glance`) per polling round, if all carriers support them.
 const GLANCES: u32 = 256;
-/// Looks that found something at a glance for one at the kernel.
+/// The kernel is polled once per this many rounds, if cheap checks find the work.
 const LOOKS: u32 = 8;
-/// Payload bytes of one look, each way: a quarter of the largest window.
+/// Payload bytes per polling round in each direction: a quarter of the largest window.
 const LOOK_BYTES: u64 = 128 << 10;
-/// Events taken from the kernel at a time.
+/// Number of events that are taken from the kernel at a time.
 const EVENTS: usize = 64;
 
-/// A port's place in its shard.
+/// Index of a `Port` in its shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PortIndex(pub(crate) u16);
 
-/// What the owner of a shard is told by [`Shard::poll_news`].
+/// An event for the owner of a shard, from [`Shard::poll_news`].
 #[derive(Debug)]
 pub enum News {
-    /// A descriptor that was given to [`Shard::watch`] is readable, hung up, or (if asked for) writable.
+    /// A descriptor registered with [`Shard::watch`] is readable, hung up, or (on request) writable.
     Ready {
-        /// Its key.
+        /// Key of the descriptor.
         key: u32,
     },
-    /// Something happened on a port.
+    /// A notice of a `Port`.
     Notice(PortIndex, Notice),
 }
 
-/// What other threads ask of a shard.
+/// A command of another thread to a shard.
 pub(crate) enum Command {
     Dial(u16, DialRequest, LocalEnd),
     Listen(u16, u32, Arc<Accepting>),
@@ -101,10 +103,10 @@ pub(crate) enum Command {
     Stop,
 }
 
-/// The way into a shard from other threads.
+/// The command queue of a shard, for other threads.
 #[derive(Debug)]
 pub(crate) struct Inbox {
-    /// `None`: the shard is gone.
+    /// `None` after the shard has ended.
     commands: Mutex<Option<Vec<Command>>>,
     event: EventFd,
     start: Instant,
@@ -117,7 +119,7 @@ impl std::fmt::Debug for Command {
 }
 
 impl Inbox {
-    /// Returns false if the shard is gone; the command is dropped.
+    /// Returns false if the shard has ended. The command is dropped then.
     pub(crate) fn send(&self, command: Command) -> bool {
         let mut commands = self.lock();
         let Some(queue) = commands.as_mut() else {
@@ -127,7 +129,7 @@ impl Inbox {
         let first = queue.len() == 1;
         drop(commands);
         if first {
-            // It fails only when it is readable already.
+            // The write fails only when the counter is full, and then the eventfd is readable anyway.
             let _ = self.event.write(1);
         }
         true
@@ -148,19 +150,19 @@ impl Inbox {
     }
 }
 
-/// Speaks to one port of a shard from any thread.
+/// Sends commands to one `Port` of a shard, from any thread.
 #[derive(Clone, Debug)]
 pub struct Handle {
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) port: u16,
 }
 
-/// Ports on one epoll set.
+/// Several `Port`s on one epoll set.
 pub struct Shard<C: Carrier> {
     watch: Watch,
     inbox: Arc<Inbox>,
     ports: Vec<Port<C>>,
-    /// Ports to poll: an event came, a command was given, or there is more to do.
+    /// `Port`s to poll: they had an event or a command, or have more to do.
     dirty: Vec<bool>,
     deadlines: Vec<Option<Tick>>,
     listeners: BTreeMap<(u16, u32), Arc<Accepting>>,
@@ -172,10 +174,10 @@ pub struct Shard<C: Carrier> {
 }
 
 impl<C: Carrier> Shard<C> {
-    /// Makes a shard without ports.
+    /// Makes a shard without `Port`s.
     ///
     /// # Errors
-    /// There is no descriptor to be had.
+    /// This process has no free descriptors.
     pub fn new() -> io::Result<Self> {
         let watch = Watch::new()?;
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
@@ -199,10 +201,10 @@ impl<C: Carrier> Shard<C> {
         })
     }
 
-    /// Adds a port. The seed should be unpredictable for the guest.
+    /// Adds a `Port`. The seed should be unpredictable for the guest.
     ///
     /// # Errors
-    /// Too many ports, or the carrier's descriptors cannot be watched.
+    /// The shard has too many `Port`s, or the carrier's descriptors cannot be watched.
     pub fn add(&mut self, carrier: C, config: EngineConfig, seed: u64) -> io::Result<PortIndex> {
         let index = u16::try_from(self.ports.len())
             .ok()
@@ -215,18 +217,18 @@ impl<C: Carrier> Shard<C> {
         Ok(PortIndex(index))
     }
 
-    /// Returns a port, to read from it.
+    /// Returns a `Port` for reading.
     pub fn port(&self, index: PortIndex) -> &Port<C> {
         &self.ports[usize::from(index.0)]
     }
 
-    /// Returns a port, to command it: the next turn polls it.
+    /// Returns a `Port` for commands. The next turn polls it.
     pub fn port_mut(&mut self, index: PortIndex) -> &mut Port<C> {
         self.dirty[usize::from(index.0)] = true;
         &mut self.ports[usize::from(index.0)]
     }
 
-    /// Returns what other threads use to speak to a port.
+    /// Returns a handle on a `Port`, for other threads.
     pub fn handle(&self, index: PortIndex) -> Handle {
         Handle {
             inbox: self.inbox.clone(),
@@ -239,20 +241,20 @@ impl<C: Carrier> Shard<C> {
         self.inbox.tick(Instant::now())
     }
 
-    /// Lets the shard look at its ports for up to `limit` (at most [`BUSY_POLL_MAX`](crate::polling::BUSY_POLL_MAX)) after
-    /// the last work before it sleeps: a wake-up costs tens of microseconds, a look a fraction of one. Zero, the default,
-    /// sleeps at once, and so does a process that has one CPU. Leave it off where the guests' vCPUs share the shard's CPUs:
-    /// it would take the time that they need to answer.
+    /// Makes the shard poll for up to `limit` (at most [`BUSY_POLL_MAX`](crate::polling::BUSY_POLL_MAX)) after the
+    /// last work, before it sleeps. A wake-up costs tens of microseconds, a poll a fraction of one. With zero, the
+    /// default, it sleeps at once; so does a process with one CPU. Leave it off if the guests' vCPUs share the shard's
+    /// CPUs, because polling would take the time that they need to answer.
     pub fn busy_poll(&mut self, limit: Duration) {
         self.polling = Polling::new(limit);
     }
 
-    /// How often the shard came out of the kernel.
+    /// How often the shard returned from waiting in the kernel.
     pub fn wakeups(&self) -> u64 {
         self.wakeups
     }
 
-    /// Tells whether a handle has asked the shard to stop.
+    /// Returns true if a handle has asked the shard to stop.
     pub fn stopped(&self) -> bool {
         self.stopped
     }
@@ -263,45 +265,45 @@ impl<C: Carrier> Shard<C> {
     /// It cannot be watched, or the key is above [`KEY_MAX`].
     pub fn watch(&self, fd: BorrowedFd<'_>, key: u32) -> io::Result<()> {
         if key > KEY_MAX {
-            // Cut to fit, it would be another's.
+            // A truncated key would be the key of another descriptor.
             let why = format!("key {key} of a descriptor is above {KEY_MAX}");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
         self.watch.add_level(fd, Token::Extra(key))
     }
 
-    /// Also watches it for room to write, or no longer. The key is that of [`watch`](Self::watch).
+    /// Also watches a descriptor for room to write, or stops doing so. The key is that of [`watch`](Self::watch).
     ///
     /// # Errors
-    /// It is not being watched.
+    /// The descriptor is not being watched.
     pub fn watch_writable(&self, fd: BorrowedFd<'_>, key: u32, on: bool) -> io::Result<()> {
         self.watch.set_writable(fd, Token::Extra(key), on)
     }
 
-    /// Ends [`watch`](Self::watch); to be called before the descriptor is closed.
+    /// Ends [`watch`](Self::watch). Call it before the descriptor is closed.
     pub fn unwatch(&self, fd: BorrowedFd<'_>) {
         self.watch.remove(fd);
     }
 
-    /// Takes the next news for the owner.
+    /// Takes the next event for the owner.
     #[must_use]
     pub fn poll_news(&mut self) -> Option<News> {
         self.news.pop_front()
     }
 
-    /// Waits, at most `timeout`, then handles what came, until there is news or nothing more to do now.
+    /// Waits for at most `timeout`, then handles events until there is news or nothing more to do now.
     ///
     /// # Errors
-    /// The kernel refuses to wait: the shard is of no use.
+    /// The kernel refuses to wait. The shard cannot be used any more.
     pub fn turn(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        // Commands of the owner since the last turn come first.
+        // First handle the owner's commands since the last turn.
         self.poll_ports();
         let mut wait = match self.news.is_empty() {
             true => self.timeout(timeout),
             false => EpollTimeout::ZERO,
         };
         if wait != EpollTimeout::ZERO && self.polling.is_on() {
-            self.look_on(timeout)?;
+            self.poll_before_sleep(timeout)?;
             if !self.news.is_empty() || self.stopped {
                 return Ok(());
             }
@@ -317,7 +319,7 @@ impl<C: Carrier> Shard<C> {
         Ok(())
     }
 
-    /// Takes what the kernel has; returns whether there was anything.
+    /// Handles the events that the kernel has. Returns true if there were any.
     fn events(&mut self, wait: EpollTimeout) -> io::Result<bool> {
         let mut events = [EpollEvent::empty(); EVENTS];
         let n = match self.watch.epoll().wait(&mut events, wait) {
@@ -333,51 +335,51 @@ impl<C: Carrier> Shard<C> {
         Ok(n > 0)
     }
 
-    /// Looks at the ports and at the kernel until nothing has come for a while, or there is news. Ports are not armed
-    /// meanwhile, so guests need not kick; they are when it returns.
-    fn look_on(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+    /// Polls the `Port`s and the kernel until nothing has arrived for a while, or there is news. Meanwhile the `Port`s
+    /// do not ask for notifications, so guests need not kick. Afterwards they ask again.
+    fn poll_before_sleep(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         let begin = Instant::now();
         let until = begin + self.polling.run(timeout);
         let (mut last, mut came) = (begin, false);
-        // Who sends is told of what was taken before it runs out of room.
-        let glimpse = Budget {
+        // A small budget: the peer's sender gets credit before it runs out of window.
+        let small_budget = Budget {
             bytes: self.budget.bytes.min(LOOK_BYTES),
             ..self.budget
         };
-        // Something came at the last glance, and is not kept waiting.
-        let (mut instant, mut looks, mut stirred) = (begin, 0, false);
+        // The last cheap check found something, so the next round handles it first.
+        let (mut instant, mut looks, mut found_by_glance) = (begin, 0, false);
         loop {
             let mut moved = false;
-            if looks == 0 || !stirred {
+            if looks == 0 || !found_by_glance {
                 moved = self.events(EpollTimeout::ZERO)?;
                 looks = LOOKS;
             }
             looks -= 1;
-            // The clock is read while nobody waits for it.
+            // Use the time of the last clock read. The clock is read below, after the packets were handled.
             let now = self.inbox.tick(instant);
             let mut all_glance = true;
             for (i, port) in self.ports.iter_mut().enumerate() {
-                moved |= port.look(now, glimpse);
+                moved |= port.poll_unarmed(now, small_budget);
                 all_glance &= port.glance().is_some();
                 self.dirty[i] = true;
             }
             instant = Instant::now();
-            let told = self.ports.iter().any(Port::has_notice);
+            let has_notice = self.ports.iter().any(Port::has_notice);
             if moved {
                 (last, came) = (instant, true);
-                // While a stream flows, what is looked at too often comes in single packets.
+                // A pause while a stream flows. Without it each round would find only single packets.
                 let pauses = if all_glance { 0 } else { BACK_OFF };
                 (0..pauses).for_each(|_| std::hint::spin_loop());
             }
             let over = instant >= until || instant - last >= self.polling.window();
-            if told || over || self.stopped || !self.news.is_empty() {
+            if has_notice || over || self.stopped || !self.news.is_empty() {
                 break;
             }
             let ports = &mut self.ports;
             let mut glance = || ports.iter_mut().any(|p| p.glance() != Some(false));
-            stirred = all_glance && (0..GLANCES).any(|_| glance());
+            found_by_glance = all_glance && (0..GLANCES).any(|_| glance());
         }
-        self.polling.looked(came);
+        self.polling.polled(came);
         self.poll_ports();
         Ok(())
     }
@@ -400,8 +402,8 @@ impl<C: Carrier> Shard<C> {
         }
     }
 
-    /// How long nothing needs to be done if no descriptor becomes ready: what a VMM's own event loop sets its timer to
-    /// after each turn. `None`: for ever.
+    /// Time until something must be done if no descriptor becomes ready. A VMM's own event loop sets its timer to it
+    /// after each turn. `None` means forever.
     pub fn wait_limit(&self) -> Option<Duration> {
         if self.dirty.contains(&true) || !self.news.is_empty() {
             return Some(Duration::ZERO);
@@ -411,7 +413,7 @@ impl<C: Carrier> Shard<C> {
         deadline.map(|t| Duration::from_nanos(t.0.saturating_sub(now.0)))
     }
 
-    /// The epoll timeout: rounded up, so that a deadline has passed when it ends.
+    /// The epoll timeout. It is rounded up, so that the deadline has passed when it ends.
     fn timeout(&self, limit: Option<Duration>) -> EpollTimeout {
         match [self.wait_limit(), limit].into_iter().flatten().min() {
             None => EpollTimeout::NONE,
@@ -437,9 +439,9 @@ impl<C: Carrier> Shard<C> {
                 }
             }
             while let Some(notice) = port.poll_notice() {
-                // At most 4,095 ports.
+                // At most 4,095, so it fits.
                 let index = i as u16;
-                let asked = match &notice {
+                let listener = match &notice {
                     Notice::Incoming { local_port, .. } => {
                         self.listeners.get(&(index, *local_port))
                     }
@@ -452,7 +454,7 @@ impl<C: Carrier> Shard<C> {
                         local_port,
                         peer_port,
                     },
-                ) = (asked, &notice)
+                ) = (listener, &notice)
                 else {
                     self.news.push_back(News::Notice(PortIndex(index), notice));
                     continue;
@@ -489,7 +491,7 @@ impl<C: Carrier> Shard<C> {
                 }
             }
             Command::Listen(p, at, accepting) => {
-                // One that was dropped makes way.
+                // A listener that was dropped may be replaced.
                 let taken = self.listeners.get(&(p, at)).is_some_and(|l| l.is_open());
                 let listened = match taken {
                     true => Err(ListenError::Taken { port: at }),
@@ -512,7 +514,7 @@ impl<C: Carrier> Shard<C> {
             Command::Reset(p, stream, why) => self.port_mut(PortIndex(p)).reset(now, stream, why),
             Command::Attach(p, stream, sink) => {
                 let port = self.port_mut(PortIndex(p));
-                // Whoever splices is an agent, and so has a port process at the other end.
+                // Only an agent splices, so the other end is a port process, which ends in order.
                 port.expect_order(stream);
                 port.attach(now, stream, sink, &[]);
             }
@@ -522,7 +524,7 @@ impl<C: Carrier> Shard<C> {
 }
 
 impl<C: Carrier> AsFd for Shard<C> {
-    /// Readable when a turn has something to do: for a VMM's own event loop, which also honours
+    /// Readable when a turn has something to do. For a VMM's own event loop, which must also use
     /// [`wait_limit`](Shard::wait_limit).
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.watch.as_fd()
@@ -546,7 +548,7 @@ impl<C: Carrier> Drop for Shard<C> {
     }
 }
 
-/// A shard on a thread of its own. Dropped = stopped.
+/// A shard on its own thread. Dropping it stops the shard.
 #[derive(Debug)]
 pub struct ShardThread {
     inbox: Arc<Inbox>,
@@ -554,11 +556,11 @@ pub struct ShardThread {
 }
 
 impl<C: Carrier + Send + 'static> Shard<C> {
-    /// Runs the shard on a thread. News for an owner are dropped, and what the guest asks for without a listener is
-    /// refused: speak to it through handles.
+    /// Runs the shard on a thread. News for an owner are dropped, and guest requests without a listener are refused.
+    /// Use handles to talk to the shard.
     ///
     /// # Errors
-    /// There is no thread to be had.
+    /// The thread cannot be created.
     pub fn spawn(mut self, name: &str) -> io::Result<ShardThread> {
         let inbox = self.inbox.clone();
         let run = move || {
@@ -589,7 +591,7 @@ impl Drop for ShardThread {
     fn drop(&mut self) {
         self.inbox.send(Command::Stop);
         if let Some(thread) = self.thread.take() {
-            // It panicked: nothing is left to clean up.
+            // If it panicked there is nothing left to clean up.
             let _ = thread.join();
         }
     }

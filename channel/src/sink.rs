@@ -1,10 +1,10 @@
-//! Where a stream's bytes go on the host: a socket, the application's end in this process, or a service inline.
+//! The host's end of a stream's bytes: a socket, the application's end in this process, or an inline service.
 //!
 //! | sink | thread | copies in user space | used for |
 //! |---|---|---|---|
 //! | `Fd` | shard | 0 (the kernel copies between guest memory and socket) | tunnels |
-//! | `Local` | the application's | 1 each way | `Stream` |
-//! | `Inline` | shard | 1 each way | services that need latency |
+//! | `Local` | the application's | 1 in each direction | `Stream` |
+//! | `Inline` | shard | 1 in each direction | services that need low latency |
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -17,9 +17,9 @@ use adit_engine::{ResetReason, StreamId};
 use crate::dial::DialError;
 use crate::hello::Accept;
 
-/// Bytes that a local end holds each way at most.
+/// Maximum number of bytes that a local end holds in each direction.
 pub const LOCAL_MAX: usize = 64 << 10;
-/// Bytes that an inline service may have waiting for the guest at most.
+/// Maximum number of bytes of an inline service that may wait for the guest.
 pub const INLINE_MAX: usize = 256 << 10;
 
 /// The host's end of a stream.
@@ -42,14 +42,15 @@ impl std::fmt::Debug for Sink {
     }
 }
 
-/// What happens on a stream that a service serves.
+/// An event on the stream of a service.
 #[derive(Debug)]
 pub enum ServiceEvent<'a> {
     /// The stream is open.
     Opened,
-    /// Bytes from the guest. What is not taken ([`StreamIo::take`]) comes again, with more behind it.
+    /// Bytes from the guest. Bytes that are not taken ([`StreamIo::take`]) are shown again, with later bytes after
+    /// them.
     Data(&'a [u8]),
-    /// Output has drained.
+    /// All queued output was sent.
     Writable,
     /// The guest sends no more.
     PeerDone,
@@ -61,18 +62,18 @@ pub trait Service: Send {
     fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>);
 }
 
-/// What a service may do to its stream.
+/// What a service may do with its stream.
 pub struct StreamIo<'a> {
     pub(crate) out: &'a mut VecDeque<u8>,
-    pub(crate) straight: Option<Straight<'a>>,
+    pub(crate) straight: Option<DirectWrite<'a>>,
     pub(crate) taken: usize,
     pub(crate) more: bool,
     pub(crate) done: bool,
     pub(crate) reset: bool,
 }
 
-/// The packet that is to be sent next: what fits goes into it without being queued.
-pub(crate) struct Straight<'a> {
+/// The packet that is sent next. Bytes that fit are written into it without being queued.
+pub(crate) struct DirectWrite<'a> {
     pub(crate) put: &'a mut dyn FnMut(&[u8]) -> usize,
     pub(crate) room: usize,
 }
@@ -89,19 +90,19 @@ impl<'a> StreamIo<'a> {
         }
     }
 
-    /// Bytes that `write` takes now.
+    /// Number of bytes that `write` accepts now.
     pub fn room(&self) -> usize {
         INLINE_MAX.saturating_sub(self.out.len()) + self.straight()
     }
 
-    /// Bytes of them that go straight into the packet that is sent next, copied once: some, where [`ask`](Self::ask) was
-    /// answered by [`ServiceEvent::Writable`].
+    /// How many of these bytes go directly into the packet that is sent next, and so are copied only once. It can be
+    /// above zero when [`ServiceEvent::Writable`] follows [`ask`](Self::ask).
     pub fn straight(&self) -> usize {
         let straight = self.straight.as_ref().filter(|_| self.out.is_empty());
         straight.map_or(0, |s| s.room)
     }
 
-    /// Sends bytes to the guest, or queues them; returns how many were taken.
+    /// Sends bytes to the guest or queues them. Returns how many were accepted.
     pub fn write(&mut self, bytes: &[u8]) -> usize {
         let mut n = bytes.len().min(self.straight());
         if n > 0
@@ -111,7 +112,7 @@ impl<'a> StreamIo<'a> {
             straight.room -= n;
         }
         if n < bytes.len() {
-            // What is queued must not be overtaken.
+            // Later bytes must not overtake the queued ones.
             self.straight = None;
         }
         let rest = &bytes[n..];
@@ -120,17 +121,18 @@ impl<'a> StreamIo<'a> {
         n + queued
     }
 
-    /// Says that there is more to write: [`ServiceEvent::Writable`] comes when nothing is queued and the guest takes some.
+    /// Announces that there is more to write. [`ServiceEvent::Writable`] follows when nothing is queued and the guest
+    /// has room.
     pub fn ask(&mut self) {
         self.more = true;
     }
 
-    /// Takes `n` bytes of the data shown.
+    /// Takes `n` bytes of the data that was shown.
     pub fn take(&mut self, n: usize) {
         self.taken += n;
     }
 
-    /// Sends no more after what was written.
+    /// Ends the sending after the bytes that were written.
     pub fn finish(&mut self) {
         self.done = true;
     }
@@ -141,12 +143,12 @@ impl<'a> StreamIo<'a> {
     }
 }
 
-/// The shard's handle on a stream of this process; the application holds a [`Stream`](crate::stream::Stream).
+/// The shard's end of a stream in this process. The application has a [`Stream`](crate::stream::Stream).
 #[derive(Clone, Default)]
 pub struct LocalEnd(pub(crate) Arc<Local>);
 
 impl LocalEnd {
-    /// Tells the application that its stream is gone, or never came.
+    /// Informs the application that its stream is gone, or could not be opened.
     pub(crate) fn close(&self, reason: Option<ResetReason>, error: DialError) {
         {
             let mut state = self.0.lock();
@@ -159,13 +161,13 @@ impl LocalEnd {
         self.0.notify();
     }
 
-    /// Tells the application that it gets no stream.
+    /// Informs the application that its stream could not be opened.
     pub(crate) fn fail(&self, error: DialError) {
         self.close(Some(ResetReason::Local), error);
     }
 }
 
-/// What the shard and the application share of one stream.
+/// The state of one stream that the shard and the application share.
 #[derive(Default)]
 pub(crate) struct Local {
     state: Mutex<LocalState>,
@@ -174,9 +176,9 @@ pub(crate) struct Local {
 
 #[derive(Default)]
 pub(crate) struct LocalState {
-    /// Which stream of the port it is, once there is one.
+    /// The stream of the `Port`, if there is one already.
     pub(crate) stream: Option<StreamId>,
-    /// The application gave it up before that.
+    /// The application gave up before there was a stream.
     pub(crate) abandoned: bool,
     /// The stream is open: dialled or accepted.
     pub(crate) open: bool,
@@ -188,17 +190,17 @@ pub(crate) struct LocalState {
     pub(crate) reason: Option<ResetReason>,
     pub(crate) to_app: VecDeque<u8>,
     pub(crate) to_guest: VecDeque<u8>,
-    /// The guest sends no more (behind `to_app`).
+    /// The guest sends no more (after the bytes in `to_app`).
     pub(crate) peer_done: bool,
     /// The guest receives no more.
-    pub(crate) peer_deaf: bool,
-    /// The application sends no more (behind `to_guest`).
+    pub(crate) peer_recv_done: bool,
+    /// The application sends no more (after the bytes in `to_guest`).
     pub(crate) send_done: bool,
     /// The application reads no more.
     pub(crate) recv_done: bool,
-    /// Bytes are held for the application that `to_app` had no room for.
+    /// Bytes are held for the application because `to_app` had no room for them.
     pub(crate) starved: bool,
-    /// The shard has been told of the last change and has not looked yet.
+    /// The shard was informed of the last change and has not handled it yet.
     pub(crate) kicked: bool,
     pub(crate) read_waker: Option<Waker>,
     pub(crate) write_waker: Option<Waker>,
@@ -209,7 +211,7 @@ impl Local {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a change, at most until `deadline`. Returns false when that passed.
+    /// Waits for a change, at most until `deadline`. Returns false if the deadline passed.
     pub(crate) fn wait<'a>(
         &'a self,
         guard: MutexGuard<'a, LocalState>,
@@ -234,7 +236,7 @@ impl Local {
         (guard, true)
     }
 
-    /// Tells the application that something changed: once a burst.
+    /// Informs the application of changes, once per burst.
     pub(crate) fn notify(&self) {
         let (read, write) = {
             let mut state = self.lock();
@@ -248,16 +250,16 @@ impl Local {
 }
 
 impl LocalState {
-    /// Bytes that the application's side takes now.
+    /// Number of bytes that the application's side accepts now.
     pub(crate) fn room(&self) -> usize {
         if self.recv_done {
-            usize::MAX // thrown away
+            usize::MAX // they are dropped
         } else {
             LOCAL_MAX.saturating_sub(self.to_app.len())
         }
     }
 
-    /// Gives bytes to the application; the caller has asked for `room`.
+    /// Passes bytes to the application. The caller has checked `room`.
     pub(crate) fn push(&mut self, bytes: &[u8]) {
         if !self.recv_done {
             self.to_app.extend(bytes);

@@ -1,8 +1,9 @@
-//! How an end of a socket is told apart from one that was broken off (R117), for everybody who has either to say or to see it.
+//! How to distinguish the orderly end of a socket from a broken stream (R117), for code that produces or detects
+//! either.
 //!
-//! | to say that a stream was broken off | to see it |
+//! | how to break a stream off | how to detect it |
 //! |---|---|
-//! | close without a shutdown; of TCP, which would say "end", make it a reset | at end of file: nothing can be written either |
+//! | close without a shutdown; for TCP, where that means "end", set it to send a reset | at end of file: writing fails too |
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -10,23 +11,23 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
 
-/// Makes closing a socket a reset to its other end, or an end again, as far as its kind can tell the two apart (TCP). It holds
-/// for whoever closes it: a process that is killed, too.
+/// Makes the close of a socket a reset for its other end, or an end again, if the socket's kind can show the
+/// difference (TCP). It also applies when a killed process closes the socket.
 pub fn reset_on_close(fd: impl AsFd, on: bool) {
     let linger = libc::linger {
         l_onoff: on.into(),
         l_linger: 0,
     };
-    // Other kinds ignore it; it fails for nothing that is a socket.
+    // Other kinds of sockets ignore it. It only fails for a descriptor that is not a socket.
     let _ = setsockopt(&fd, sockopt::Linger, &linger);
 }
 
-/// Tells, at the end of what a socket's other end sent, whether that end was closed altogether: on AF_VSOCK and Unix sockets it
-/// reads like an end of sending, but takes nothing any more. Once our own sending has ended nothing can be told. A TCP socket
-/// shows a reset by itself, and an end only.
+/// Returns true if the other end of a socket is closed completely. Call it at end of file. AF_VSOCK and Unix sockets
+/// report end of file also when only the sending has ended, but after a close they accept no bytes either. After our
+/// own shutdown this cannot be detected. A TCP socket reports a reset by itself, and otherwise only an end.
 pub fn is_closed(fd: impl AsFd) -> bool {
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-    // Sends nothing, and fails like a byte would.
+    // Sends nothing, and fails as the send of a byte would.
     send(fd.as_fd().as_raw_fd(), &[], flags) == Err(Errno::EPIPE)
 }
 
@@ -39,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn r117_a_closed_unix_socket_is_no_ended_one() {
+    fn r117_a_closed_unix_socket_differs_from_an_ended_one() {
         let (near, far) = UnixStream::pair().unwrap();
         assert!(!is_closed(&near));
         far.shutdown(Shutdown::Write).unwrap();
@@ -51,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn r117_a_tcp_socket_is_reset_or_ended_as_was_said_last() {
+    fn r117_the_last_setting_decides_whether_a_tcp_socket_is_reset_or_ended() {
         for resets in [true, false] {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

@@ -1,13 +1,14 @@
-//! Paths of Unix sockets: taken if free, also from a process that was killed; never from anything that is no socket.
+//! Paths of Unix sockets. A path is used if it is free, or if it has a socket that a killed process left. Nothing but
+//! a socket is ever deleted.
 //!
-//! | at the path | is |
+//! | at the path | result |
 //! |---|---|
 //! | nothing | free |
-//! | a socket that nobody listens on | removed: a killed process left it |
-//! | a socket that somebody listens on | [`SocketPathError::InUse`] |
-//! | anything else, also a link | [`SocketPathError::NotASocket`], and stays |
+//! | a socket without a listener | removed: a killed process left it |
+//! | a socket with a listener | [`SocketPathError::InUse`] |
+//! | anything else, including a link | [`SocketPathError::NotASocket`], and it stays |
 //!
-//! That `connect` is refused does not tell: Linux refuses it for a regular file, too.
+//! A refused `connect` is not enough to recognise a stale socket: Linux also refuses it for a regular file.
 
 use std::fs::FileType;
 use std::io;
@@ -19,18 +20,18 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
-/// Bytes of a socket's path at most (`sun_path` less the NUL).
+/// Maximum length of a socket's path in bytes (`sun_path` without the NUL).
 pub const PATH_MAX: usize = 107;
 
 /// Why a socket cannot be made at a path. The caller's fault.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketPathError {
-    /// It would have to be deleted, and may be somebody's.
-    #[error("{} is {what} and no socket: move it away, or choose another path", .path.display())]
+    /// The object there would have to be deleted, but it is not a socket.
+    #[error("{} is {what} and not a socket: move it away, or choose another path", .path.display())]
     NotASocket {
-        /// Where.
+        /// The path.
         path: PathBuf,
-        /// What is there.
+        /// The kind of object at the path.
         what: &'static str,
     },
     /// A process listens there.
@@ -41,15 +42,15 @@ pub enum SocketPathError {
     TooLong {
         /// The path.
         path: PathBuf,
-        /// Its length.
+        /// Its length in bytes.
         len: usize,
     },
-    /// The file system says no.
+    /// The file system returned an error.
     #[error("cannot {what} {}", .path.display())]
     Io {
-        /// What was tried.
+        /// The failed operation.
         what: &'static str,
-        /// Where.
+        /// The path.
         path: PathBuf,
         /// Why not.
         #[source]
@@ -69,18 +70,18 @@ impl From<SocketPathError> for io::Error {
     }
 }
 
-/// Listens at a path. A socket that nobody listens on any more is removed first.
+/// Listens at a path. A socket without a listener is removed first.
 ///
 /// # Errors
-/// Something is there that must stay, or the socket cannot be made.
+/// There is an object that must stay, or the socket cannot be made.
 pub fn listen(path: &Path) -> Result<UnixListener, SocketPathError> {
     check_len(path)?;
     if is_socket(path)? {
         match connect_now(path) {
-            // Nobody has it bound, or nobody listens any more.
+            // The socket is not bound, or nothing listens on it any more.
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => remove(path)?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            // Of another type (`EPROTOTYPE`), or its backlog is full (`EAGAIN`): somebody has it all the same.
+            // The socket has another type (`EPROTOTYPE`) or a full backlog (`EAGAIN`), so it is in use.
             Ok(_) => return Err(SocketPathError::InUse(path.to_owned())),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 return Err(SocketPathError::InUse(path.to_owned()));
@@ -94,11 +95,11 @@ pub fn listen(path: &Path) -> Result<UnixListener, SocketPathError> {
     UnixListener::bind(path).map_err(failed("listen on", path))
 }
 
-/// Removes a socket, or finds nothing there. For whoever knows by other means that nobody listens on it: by a lock, or
-/// because it was its own.
+/// Removes a socket, if there is one. The caller must know that nothing listens on it, for example because it holds a
+/// lock, or because the socket was its own.
 ///
 /// # Errors
-/// Something else is there, and stays; or the socket cannot be removed.
+/// Another object is there, and stays. Or the socket cannot be removed.
 pub fn remove(path: &Path) -> Result<(), SocketPathError> {
     if !is_socket(path)? {
         return Ok(());
@@ -109,10 +110,10 @@ pub fn remove(path: &Path) -> Result<(), SocketPathError> {
     }
 }
 
-/// Connects without waiting. `WouldBlock`: the listener's backlog is full.
+/// Connects without waiting. `WouldBlock` means that the listener's backlog is full.
 ///
 /// # Errors
-/// Nobody listens there, or the path is none for a socket.
+/// Nothing listens there, or the path cannot be a socket's path.
 pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -120,7 +121,7 @@ pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
     Ok(fd.into())
 }
 
-/// Checks a path's length.
+/// Checks the length of a path.
 ///
 /// # Errors
 /// It is too long for a socket.
@@ -135,7 +136,7 @@ pub fn check_len(path: &Path) -> Result<(), SocketPathError> {
     }
 }
 
-/// Tells whether a socket is there; `false`: nothing is.
+/// Returns true if there is a socket, and false if there is nothing.
 fn is_socket(path: &Path) -> Result<bool, SocketPathError> {
     match std::fs::symlink_metadata(path) {
         Ok(meta) if meta.file_type().is_socket() => Ok(true),
@@ -180,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_process_left_is_taken_whatever_its_type() {
+    fn a_stale_socket_of_any_type_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v");
         drop(listen(&path).unwrap());
@@ -194,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_stays() {
+    fn an_object_that_is_not_a_socket_is_not_deleted() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         std::fs::write(at("file"), "precious").unwrap();
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn somebodys_socket_stays_also_with_a_full_backlog_or_of_another_type() {
+    fn a_socket_in_use_is_not_deleted_even_with_a_full_backlog_or_another_type() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v");
         let theirs = listen(&path).unwrap();
@@ -234,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_too_long_says_so() {
+    fn a_path_that_is_too_long_gives_its_own_error() {
         let path = Path::new("/tmp").join("x".repeat(PATH_MAX));
         let error = listen(&path).unwrap_err();
         assert!(

@@ -1,9 +1,9 @@
-//! What an application in the shard's process uses: `Dialer`, `Stream`, `Listener`.
+//! The types for an application in the shard's process: `Dialer`, `Stream`, `Listener`.
 //!
-//! - Blocking by default; with the `tokio` feature the same `Stream` is `AsyncRead + AsyncWrite`.
-//! - A stream dropped before both directions ended is reset; after [`Stream::shutdown`] of the sending direction what
-//!   was written still arrives.
-//! - A stream that was reset says so once everything before it was read: a short end is never silent.
+//! - Calls block by default. With the `tokio` feature the same `Stream` is `AsyncRead + AsyncWrite`.
+//! - A stream that is dropped before both directions ended is reset. After [`Stream::shutdown`] of the sending
+//!   direction the bytes that were written still arrive.
+//! - A stream that was reset returns an error after all earlier bytes were read. So truncated data is never silent.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -18,15 +18,15 @@ use crate::hello::{Accept, Open};
 use crate::shard::{Command, Handle};
 use crate::sink::{LOCAL_MAX, Local, LocalEnd, LocalState, Sink};
 
-/// Streams that wait in a listener at most; more are refused.
+/// Maximum number of streams that wait in a listener. Further ones are refused.
 pub const BACKLOG_MAX: usize = 128;
 
-/// What a dial asks for.
+/// The target of a dial.
 #[derive(Clone, Debug)]
 pub struct Target {
     /// vsock port inside the guest.
     pub port: u32,
-    /// The hello to send first; `None` for a plain listener.
+    /// The hello to send first; `None` for a listener without hellos.
     pub hello: Option<Open>,
 }
 
@@ -37,7 +37,7 @@ pub struct Dialer {
 }
 
 impl Handle {
-    /// Returns a dialler for this port.
+    /// Returns a dialler for this `Port`.
     pub fn dialer(&self) -> Dialer {
         Dialer {
             handle: self.clone(),
@@ -46,14 +46,14 @@ impl Handle {
 }
 
 impl Dialer {
-    /// Dials, and waits for the answer of the guest (and, with a hello, of its agent).
+    /// Dials, and waits for the answer of the guest (and with a hello, of its agent).
     ///
     /// # Errors
-    /// As [`DialError`] says.
+    /// See [`DialError`].
     pub fn dial(&self, target: &Target, timeout: Duration) -> Result<Stream, DialError> {
         let stream = self.start(target, timeout);
         let mut state = stream.local().lock();
-        // The shard keeps the deadline.
+        // The shard checks the deadline.
         while !state.settled() {
             state = stream.local().wait(state, None).0;
         }
@@ -62,10 +62,10 @@ impl Dialer {
         failure.map_or(Ok(stream), Err)
     }
 
-    /// As [`dial`](Self::dial), for a task. Dropped = given up.
+    /// As [`dial`](Self::dial), for an async task. Dropping the future gives the dial up.
     ///
     /// # Errors
-    /// As [`DialError`] says.
+    /// See [`DialError`].
     #[cfg(feature = "tokio")]
     pub async fn dial_async(
         &self,
@@ -103,7 +103,7 @@ impl Dialer {
 }
 
 impl LocalState {
-    /// The dial is answered, one way or the other.
+    /// Returns true if the dial has succeeded or failed.
     fn settled(&self) -> bool {
         self.open || self.closed || self.failure.is_some()
     }
@@ -116,7 +116,7 @@ impl LocalState {
         io::Error::new(io::ErrorKind::ConnectionReset, why)
     }
 
-    /// Takes bytes for the application: `None` = not yet, 0 = the end.
+    /// Takes bytes for the application: `None` = none yet, 0 = the end.
     fn take(&mut self, dst: &mut [u8]) -> Option<io::Result<usize>> {
         if !self.to_app.is_empty() {
             let n = dst.len().min(self.to_app.len());
@@ -134,9 +134,9 @@ impl LocalState {
         self.closed.then(|| Err(self.reset_error()))
     }
 
-    /// Takes bytes for the guest: `None` = no room.
+    /// Adds bytes for the guest; `None` = no room.
     fn put(&mut self, src: &[u8]) -> Option<io::Result<usize>> {
-        if self.send_done || self.peer_deaf || self.closed {
+        if self.send_done || self.peer_recv_done || self.closed {
             let broken = || Err(io::ErrorKind::BrokenPipe.into());
             return Some(match self.reason {
                 Some(_) => Err(self.reset_error()),
@@ -152,7 +152,7 @@ impl LocalState {
     }
 }
 
-/// One end of a stream to or from the guest.
+/// The host's end of a stream to or from the guest.
 pub struct Stream {
     handle: Handle,
     end: LocalEnd,
@@ -185,17 +185,17 @@ impl Stream {
         self.local().lock().accept
     }
 
-    /// Why the stream ended early; `None` while it is open, and when it ended in order.
+    /// Why the stream ended early. `None` while it is open, and after it ended in order.
     pub fn reason(&self) -> Option<ResetReason> {
         self.local().lock().reason
     }
 
-    /// Blocking reads and writes fail with `TimedOut` after this time.
+    /// Sets a deadline: after it blocking reads and writes fail with `TimedOut`.
     pub fn set_deadline(&self, deadline: Option<Instant>) {
         *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
     }
 
-    /// Ends one direction or both; what was written before is sent.
+    /// Ends one direction or both. Bytes that were written before are still sent.
     ///
     /// # Errors
     /// The stream is gone.
@@ -219,8 +219,8 @@ impl Stream {
         self.send_reset(why);
     }
 
-    /// Hands the stream over to a socket: from now on the shard moves bytes between the two, without this process's
-    /// threads. Nothing that is under way is lost.
+    /// Connects the stream to a socket. From now on the shard moves bytes between the two, without the threads of this
+    /// process. No byte in transit is lost.
     pub fn splice(mut self, fd: OwnedFd) {
         let stream = self.local().lock().stream;
         if let Some(stream) = stream {
@@ -230,7 +230,7 @@ impl Stream {
         }
     }
 
-    /// Tells the shard, unless it has been told and has not looked yet.
+    /// Informs the shard of a change, unless an earlier message to it is still unhandled.
     fn changed(&self, mut state: MutexGuard<'_, LocalState>) {
         let Some(stream) = state.stream.filter(|_| !state.kicked && !state.closed) else {
             return;
@@ -244,7 +244,7 @@ impl Stream {
 
     fn send_reset(&self, why: ResetReason) {
         let mut state = self.local().lock();
-        // A dial that has no stream yet is given up when it gets one.
+        // A dial without a stream yet is given up as soon as it gets one.
         state.abandoned = true;
         if let Some(stream) = state.stream.filter(|_| !state.closed) {
             drop(state);
@@ -341,7 +341,7 @@ impl Drop for Stream {
         }
         let mut state = self.local().lock();
         if state.send_done && state.open {
-            // In order: what was written arrives, and what comes from now on goes nowhere.
+            // The stream ends in order: bytes that were written arrive, and bytes that come later are dropped.
             state.recv_done = true;
             state.to_app.clear();
             return self.changed(state);
@@ -407,20 +407,20 @@ mod for_tokio {
     }
 }
 
-/// Why a host port cannot be listened on.
+/// Why this process cannot listen on a host port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ListenError {
-    /// Somebody in this process does. The caller's fault.
-    #[error("port {port} has a listener already: drop that one first, or choose another port")]
+    /// Another listener of this process has the port. The caller's fault.
+    #[error("port {port} already has a listener: drop that one first, or choose another port")]
     Taken {
-        /// Which.
+        /// The port.
         port: u32,
     },
-    /// Too many ports. The caller's fault.
+    /// Too many ports have listeners. The caller's fault.
     #[error("{0}: drop another listener's shard, or serve more than one service on a port")]
     TableFull(adit_engine::ListenError),
-    /// The shard is gone.
-    #[error("the shard is gone")]
+    /// The shard has ended.
+    #[error("the shard has ended")]
     Gone,
 }
 
@@ -441,7 +441,7 @@ impl From<ListenError> for io::Error {
     }
 }
 
-/// A listener's queue, as the shard sees it.
+/// A listener's queue of incoming streams, shared with the shard.
 #[derive(Debug, Default)]
 pub(crate) struct Accepting {
     state: Mutex<AcceptState>,
@@ -471,12 +471,12 @@ impl Accepting {
         self.changed.notify_all();
     }
 
-    /// Tells whether somebody may still accept.
+    /// Returns true if the listener still exists.
     pub(crate) fn is_open(&self) -> bool {
         !self.lock().closed
     }
 
-    /// Gives a stream to whoever accepts; false = nobody will.
+    /// Adds a stream to the queue. Returns false if no one will accept it.
     pub(crate) fn offer(&self, incoming: Incoming) -> bool {
         let mut state = self.lock();
         if state.closed || state.waiting.len() >= BACKLOG_MAX {
@@ -499,15 +499,15 @@ impl Accepting {
     }
 }
 
-/// Accepts what the guest dials on one host port. Dropped = closed: the guest is refused from then on.
+/// Accepts streams that the guest opens to one host port. After it is dropped, the guest is refused.
 #[derive(Debug)]
 pub struct Listener(Arc<Accepting>);
 
 impl Handle {
-    /// Listens on a host port for what the guest dials. A port has one listener; once that is dropped, it may have another.
+    /// Listens on a host port for streams of the guest. A port has one listener at a time.
     ///
     /// # Errors
-    /// The port has a listener, there are too many ports, or the shard is gone.
+    /// The port has a listener, there are too many ports, or the shard has ended.
     pub fn listen(&self, port: u32) -> Result<Listener, ListenError> {
         let accepting = Arc::new(Accepting::default());
         let command = Command::Listen(self.port, port, accepting.clone());
@@ -529,7 +529,7 @@ impl Listener {
     /// Waits for the next stream.
     ///
     /// # Errors
-    /// The shard is gone.
+    /// The shard has ended.
     pub fn accept(&self) -> io::Result<Incoming> {
         let mut state = self.0.lock();
         loop {
@@ -550,10 +550,10 @@ impl Drop for Listener {
     }
 }
 
-/// A stream that the guest asked for. Dropped = refused.
+/// A stream that the guest opens. Dropping it refuses the stream.
 #[derive(Debug)]
 pub struct Incoming {
-    /// `None`: answered.
+    /// `None` after it was answered.
     handle: Option<Handle>,
     stream: StreamId,
     local_port: u32,
@@ -574,15 +574,15 @@ impl Incoming {
         self.handle = None;
     }
 
-    /// The host's port and the guest's own.
+    /// The host's port and the guest's own port.
     pub fn ports(&self) -> (u32, u32) {
         (self.local_port, self.peer_port)
     }
 
-    /// Takes the stream. If the guest gave up meanwhile, the stream says so at the first read.
+    /// Accepts the stream. If the guest gave up meanwhile, the first read returns that error.
     ///
     /// # Errors
-    /// The shard is gone.
+    /// The shard has ended.
     pub fn accept(mut self) -> io::Result<Stream> {
         let gone = || io::Error::from(io::ErrorKind::NotConnected);
         let handle = self.handle.take().ok_or_else(gone)?;
@@ -595,7 +595,7 @@ impl Incoming {
         }
     }
 
-    /// Refuses it.
+    /// Refuses the stream.
     pub fn refuse(self) {}
 }
 

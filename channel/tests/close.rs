@@ -1,5 +1,5 @@
-//! Send, then close at once, from either end, over the whole path: software driver, device, engine, port, socket.
-//! Every byte arrives before the end does (R57).
+//! Each end sends and then closes at once, over the whole path: software driver, device, engine, `Port`, socket. Every
+//! byte must arrive before the end of the stream (R57).
 
 mod common;
 
@@ -9,21 +9,21 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::Sink;
 use adit_engine::{EngineConfig, Op};
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{Device, Signals, cid};
 
 const RUNS: u32 = 100_000;
 const HOST_PORT: u32 = 741;
-/// A hang, in turns of the shard.
+/// After this number of turns of the shard a test counts as hung.
 const TURNS_MAX: u32 = 100_000;
 const BOTH: u32 = 3;
 
-/// Order matters, length matters.
+/// A hash that depends on the order and on the number of bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Hash {
     bytes: u64,
@@ -43,14 +43,14 @@ struct World {
     driver: Driver,
     shard: Shard<Device>,
     port: PortIndex,
-    /// The guest's port of the next stream.
+    /// Guest port of the next stream.
     next: u32,
     payload: Vec<u8>,
     bytes: Vec<u8>,
     noise: u64,
 }
 
-/// What the guest's end of a stream has seen.
+/// What the guest's end of a stream has received.
 #[derive(Default)]
 struct Seen {
     hash: Hash,
@@ -102,12 +102,12 @@ impl World {
         self.driver.reap_tx();
     }
 
-    /// Takes what came for the guest.
+    /// Handles the packets that arrived at the guest.
     fn receive(&mut self, guest: &mut GuestStream, seen: &mut Seen) {
         while let Some(wire) = self.driver.receive(&mut self.payload) {
             let h = wire.header();
             if h.dst_port != guest.port {
-                // A reset that an earlier stream was still owed.
+                // A reset that was still owed to an earlier stream.
                 assert_eq!(h.op, Op::Rst as u16);
                 continue;
             }
@@ -131,7 +131,7 @@ impl World {
         }
     }
 
-    /// A stream that the guest opened; the host's client end.
+    /// Opens a stream from the guest. Returns the guest's end and the host client's end.
     fn open(&mut self) -> (GuestStream, Seen, UnixStream) {
         self.next = if self.next == u32::MAX {
             1024
@@ -171,7 +171,7 @@ impl World {
         hash
     }
 
-    /// The guest writes and closes; the host reads to the end.
+    /// The guest writes and closes. The host reads to the end.
     fn guest_closes(&mut self, len: usize) {
         let (mut guest, mut seen, mut near) = self.open();
         let want = self.noise(len);
@@ -200,7 +200,7 @@ impl World {
             self.receive(&mut guest, &mut seen);
             match near.read(&mut buf) {
                 Ok(0) => {
-                    assert_eq!(got, want, "the end came early");
+                    assert_eq!(got, want, "the stream ended early");
                     self.bytes = bytes;
                     return;
                 }
@@ -212,7 +212,7 @@ impl World {
         panic!("no end: {got:?} of {want:?}");
     }
 
-    /// The host's client writes and closes; the guest reads to the end.
+    /// The host's client writes and closes. The guest reads to the end.
     fn host_closes(&mut self, len: usize) {
         let (mut guest, mut seen, near) = self.open();
         let want = self.noise(len);
@@ -226,7 +226,7 @@ impl World {
                         near = Some(client);
                         break;
                     }
-                    // All of it: closed at once, without a word.
+                    // All bytes are written: close at once, without a shutdown of the sending first.
                     Ok(_) => {
                         client.shutdown(Shutdown::Both).expect("connected");
                         break;
@@ -238,7 +238,7 @@ impl World {
             self.turn();
             self.receive(&mut guest, &mut seen);
             if seen.shutdown || seen.reset {
-                assert_eq!(seen.hash, want, "the end came early");
+                assert_eq!(seen.hash, want, "the stream ended early");
                 self.send(&mut guest, Op::Rst, 0);
                 self.turn();
                 self.bytes = bytes;
@@ -250,7 +250,7 @@ impl World {
 }
 
 #[test]
-fn r57_a_hundred_thousand_closes_right_after_the_last_byte() {
+fn r57_no_byte_is_lost_in_100_000_closes_right_after_the_last_byte() {
     for (config, runs) in [
         (DriverConfig::LINUX_6_1, RUNS / 2),
         (DriverConfig::LINUX_6_12, RUNS / 2),
@@ -267,7 +267,7 @@ fn r57_a_hundred_thousand_closes_right_after_the_last_byte() {
         }
         assert!(
             world.shard.port(world.port).streams() <= 2,
-            "streams are left"
+            "streams are left over"
         );
     }
 }

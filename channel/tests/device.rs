@@ -1,4 +1,4 @@
-//! The device with a well-behaved driver: shapes of chains (R30), bursts, descriptors, dirty pages.
+//! The device with a correct driver: shapes of chains (R30), bursts, descriptors, dirty pages.
 
 mod common;
 
@@ -7,11 +7,11 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use adit_benches::queue::{NEXT, WRITE};
-use adit_benches::{Driver, DriverConfig, RxShape, memory};
 use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, SetAside, TxSlot};
 use adit_channel::device::{FEATURES, HEADER_BYTES, HOST_CID, PAYLOAD_MAX, RX_QUEUE, VsockDevice};
 use adit_engine::{Lane, ResetReason, SessionChange};
+use adit_testkit::queue::{NEXT, WRITE};
+use adit_testkit::{Driver, DriverConfig, RxShape, memory};
 use common::{CID, Rig, Signals, cid, pattern, rw, scatter, wire_bytes};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use proptest::prelude::*;
@@ -140,7 +140,7 @@ fn r30_payload_in_1_to_17_pieces_and_in_single_bytes() {
         assert_eq!(packets[0].1, payload, "{pieces} pieces");
         rig.driver.reap_tx();
     }
-    // 44 + 84 descriptors of one byte: all that the queue has.
+    // 44 + 84 descriptors of one byte each: all descriptors of the queue.
     let payload = pattern(84, 5);
     post(&mut rig, &wire_bytes(&rw(1), &payload), &[1; 128], false);
     assert_eq!(rig.receive().expect("no fault")[0].1, payload);
@@ -172,7 +172,7 @@ fn both_kernels_receive_what_the_host_sends() {
 }
 
 #[test]
-fn a_slot_that_is_not_committed_is_given_again() {
+fn an_uncommitted_slot_is_offered_again() {
     let mut rig = Rig::new();
     rig.device.begin();
     for _ in 0..3 {
@@ -225,7 +225,7 @@ fn a_full_or_closed_descriptor_is_an_error_and_keeps_the_rest() {
     let payload = pattern(PAYLOAD_MAX as usize, 1);
     let mut written = 0;
     let mut full = false;
-    // The socket is in blocking mode: the device must not block on it all the same.
+    // The socket is in blocking mode. Even then the device must not block on it.
     while !full {
         rig.driver.send(&rw(1), &payload, 4096);
         rig.driver.tx.publish();
@@ -261,7 +261,7 @@ fn a_full_or_closed_descriptor_is_an_error_and_keeps_the_rest() {
 }
 
 #[test]
-fn packets_set_aside_go_out_together_and_come_back_in_order() {
+fn packets_set_aside_are_written_together_and_returned_in_order() {
     let mut rig = Rig::new();
     let (near, mut far) = UnixStream::pair().expect("socketpair");
     let payloads: Vec<Vec<u8>> = (1..=6u8).map(|i| pattern(40 * usize::from(i), i)).collect();
@@ -270,7 +270,7 @@ fn packets_set_aside_go_out_together_and_come_back_in_order() {
     }
     rig.driver.tx.publish();
     rig.device.begin();
-    // The third is read at once, and yet comes back behind those before it.
+    // The third packet is read at once, but its chain is returned after those before it.
     let mut expected = Vec::new();
     for (i, payload) in payloads.iter().enumerate() {
         let mut packet = rig.device.rx().expect("no fault").expect("a packet");
@@ -285,7 +285,7 @@ fn packets_set_aside_go_out_together_and_come_back_in_order() {
     assert_eq!(
         rig.driver.tx.used_idx(),
         0,
-        "nothing goes back before it was written"
+        "no chain is returned before its payload was written"
     );
     assert_eq!(
         rig.device.write_aside(near.as_fd()).expect("room"),
@@ -305,7 +305,7 @@ fn packets_set_aside_go_out_together_and_come_back_in_order() {
 }
 
 #[test]
-fn as_many_as_one_call_takes_are_set_aside_and_the_rest_stays_readable() {
+fn packets_beyond_the_set_aside_limit_stay_readable() {
     let mut rig = Rig::new();
     let (near, far) = UnixStream::pair().expect("socketpair");
     let mut n = 0;
@@ -361,9 +361,9 @@ fn every_write_to_guest_memory_is_marked_dirty() {
     let ranges = [(GuestAddress(0), memory::MEMORY_BYTES)];
     let tracked = Arc::new(Tracked::from_ranges(&ranges).expect("memory"));
     let shared = memory::anonymous();
-    // Header and payload on different pages: one copy of ours, one of the kernel's.
+    // Header and payload are on different pages: this process copies one, and the kernel the other.
     let driver = Driver::new(shared.clone(), cid(), DriverConfig::LINUX_6_1);
-    // The driver's rings, copied into memory that tracks writes; then forget those writes.
+    // Copy the driver's queues into memory that tracks writes, then clear the record of these writes.
     let mut image = vec![0; memory::MEMORY_BYTES];
     shared
         .read_slice(&mut image, GuestAddress(0))
@@ -398,14 +398,14 @@ fn every_write_to_guest_memory_is_marked_dirty() {
 }
 
 #[test]
-fn r27_descriptors_of_no_length_are_nothing_and_nothing_beyond_is_marked() {
+fn r27_empty_descriptors_are_skipped_and_no_page_beyond_is_marked_dirty() {
     type Tracked = GuestMemoryMmap<AtomicBitmap>;
     let ranges = [(GuestAddress(0), memory::MEMORY_BYTES)];
     let tracked = Arc::new(Tracked::from_ranges(&ranges).expect("memory"));
     let shared = memory::anonymous();
     let mut driver = Driver::empty(shared.clone(), cid(), DriverConfig::LINUX_6_1);
     let pages = [0, 1, 2, 3, 4].map(memory::rx_page);
-    // Lengths of 0 before, between and behind; their addresses are anything, even outside of memory.
+    // Lengths of 0 before, between and after the others. Their addresses may be anything, even outside memory.
     let chain = [
         (u64::MAX, 0),
         (pages[1], HEADER_BYTES as u32 + 10),
@@ -453,18 +453,18 @@ fn memory_is_replaced_between_bursts() {
     let old = rig.driver.memory().clone();
     old.read_slice(&mut image, GuestAddress(0)).expect("memory");
     copy.write_slice(&image, GuestAddress(0)).expect("memory");
-    rig.device.set_memory(copy).expect("rings lie in it");
+    rig.device.set_memory(copy).expect("the queues are in it");
     drop(old);
     let held = Arc::strong_count(rig.driver.memory());
     assert_eq!(held, 3, "the driver and its two queues only");
     let small = Arc::new(
-        adit_benches::VmMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory"),
+        adit_testkit::VmMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory"),
     );
     assert!(rig.device.set_memory(small).is_err());
 }
 
 #[test]
-fn no_packet_of_a_session_before_the_shell_knows_of_it() {
+fn no_packet_of_a_session_arrives_before_the_shell_knows_the_session() {
     let mut rig = Rig::new();
     let stopped = rig.device.reset(ResetReason::Epoch);
     assert_eq!(stopped.bases, [0, 0]);
@@ -478,7 +478,7 @@ fn no_packet_of_a_session_before_the_shell_knows_of_it() {
         .expect("usable");
     assert!(rig.driver.send(&rw(1), b"abc", 3));
     rig.driver.tx.publish();
-    // The port has streams of session 1 still: what the new driver sent is not theirs.
+    // The `Port` still has streams of session 1, and the new driver's packets do not belong to them.
     assert!(rig.receive().expect("no fault").is_empty());
     assert_eq!(
         rig.device.arm(Interest {
@@ -498,7 +498,7 @@ fn no_packet_of_a_session_before_the_shell_knows_of_it() {
     for id in ids {
         told = told.or(rig.device.woken(id).session);
     }
-    // Lost and attached again since the shell last looked: the later one says both.
+    // Two changes since the shell took the last one: the later one is enough.
     assert_eq!(told, Some(SessionChange::Attached { epoch: 2 }));
     assert_eq!(rig.receive().expect("no fault").len(), 1);
 }

@@ -1,17 +1,17 @@
-//! What a hostile driver does to the virtqueues: R18-R23, R28, R29, R34, R42, R44.
+//! Attacks of a hostile driver through the virtqueues: R18-R23, R28, R29, R34, R42, R44.
 
 mod common;
 
 use std::sync::Arc;
 
-use adit_benches::queue::{Buffer, INDIRECT, NEXT, WRITE};
-use adit_benches::{Driver, DriverConfig, VmMemory, memory};
 use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, TxSlot};
 use adit_channel::device::{
     ActivateError, DeviceError, FEATURES, HEADER_BYTES, HOST_CID, PAYLOAD_MAX, QUEUE_MAX, RX_QUEUE,
     VirtQueues, WireHeader,
 };
 use adit_engine::Lane;
+use adit_testkit::queue::{Buffer, INDIRECT, NEXT, WRITE};
+use adit_testkit::{Driver, DriverConfig, VmMemory, memory};
 use common::{CID, Device, Rig, Signals, cid, pattern, rw, wire_bytes};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::desc::split::Descriptor;
@@ -20,11 +20,13 @@ use vm_memory::{Bytes, GuestAddress};
 
 const HEADER: u32 = HEADER_BYTES as u32;
 
-/// Posts a raw chain; asserts that it comes back as used(0), is counted, and that the channel works on.
+/// Posts a raw chain. Asserts that it is returned with used length 0 and counted, and that the channel still works.
 fn assert_refused(rig: &mut Rig, what: &str, descriptors: &[(u64, u32, u16, u16)]) {
     let (before, used) = (rig.device.counters(), rig.driver.tx.used_idx());
     rig.post_raw(descriptors);
-    let packets = rig.receive().expect("a bad chain is no fault");
+    let packets = rig
+        .receive()
+        .expect("a malformed chain is not a fault of the transport");
     assert_eq!(packets, [], "{what}");
     let after = rig.device.counters();
     assert_eq!(
@@ -42,19 +44,19 @@ fn r18_descriptor_loops_stop_at_queue_size() {
     let mut rig = Rig::new();
     let a = memory::tx_payload(0);
     assert_refused(&mut rig, "self-loop", &[(a, 100, NEXT, 0)]);
-    // Nothing else would end this one.
+    // A walk of this chain could only be ended by the descriptor count.
     assert_refused(&mut rig, "empty self-loop", &[(a, 0, NEXT, 0)]);
     assert_refused(&mut rig, "2-loop", &[(a, 100, NEXT, 1), (a, 100, NEXT, 0)]);
     assert_refused(&mut rig, "next outside", &[(a, 100, NEXT, 128)]);
     assert_refused(&mut rig, "next far outside", &[(a, 100, NEXT, u16::MAX)]);
-    // All 128 descriptors and then the first again: one more than there are.
+    // All 128 descriptors and then the first again: one more than the table has.
     let mut chain: Vec<_> = (0..128).map(|i| (a, 1, NEXT, i + 1)).collect();
     chain[127].3 = 0;
     assert_refused(&mut rig, "n + 1", &chain);
 }
 
 #[test]
-fn r18_a_chain_of_all_descriptors_is_good() {
+fn r18_a_chain_of_all_descriptors_is_accepted() {
     let mut rig = Rig::new();
     let bytes = wire_bytes(&rw(9), &pattern(84, 1));
     let a = memory::tx_payload(0);
@@ -69,7 +71,7 @@ fn r18_a_chain_of_all_descriptors_is_good() {
 }
 
 #[test]
-fn r19_bad_indirect_tables_are_given_back() {
+fn r19_bad_indirect_tables_are_returned_unused() {
     let mut rig = Rig::new();
     let (table, a) = (memory::indirect_table(0), memory::tx_payload(0));
     rig.driver.write(a, &wire_bytes(&rw(1), b"x"));
@@ -89,7 +91,7 @@ fn r19_bad_indirect_tables_are_given_back() {
         ),
         ("size 2^32 - 16", u32::MAX - 15, INDIRECT),
     ] {
-        // Its first entry is a good packet: only the table's own description is wrong.
+        // The first entry is a valid packet; only the description of the table is wrong.
         rig.driver.write(a, &wire_bytes(&rw(1), b"x"));
         entry(&rig, 0, Descriptor::new(a, HEADER + 1, 0, 0));
         assert_refused(&mut rig, what, &[(table, len, flags, 1), (a, 1, 0, 0)]);
@@ -104,7 +106,7 @@ fn r19_bad_indirect_tables_are_given_back() {
         entry(&rig, 0, first);
         assert_refused(&mut rig, what, &[(table, len, INDIRECT, 0)]);
     }
-    // The same with a good table, behind a direct descriptor (virtio 1.3 §2.7.5.3.2).
+    // The same with a valid table, after a direct descriptor (virtio 1.3 §2.7.5.3.2).
     rig.driver.write(a, &wire_bytes(&rw(1), b"x"));
     entry(&rig, 0, Descriptor::new(a + u64::from(HEADER), 1, 0, 0));
     rig.post_raw(&[(a, HEADER, NEXT, 1), (table, 16, INDIRECT, 0)]);
@@ -178,7 +180,7 @@ fn r20_features_that_were_not_offered_are_refused() {
 fn r21_unusable_queues_refuse_activation() {
     let driver = Driver::new(memory::anonymous(), cid(), DriverConfig::LINUX_6_1);
     let good = driver.rx.queue().state();
-    // Sizes that a `Queue` cannot even hold.
+    // Sizes that a `Queue` cannot even store.
     for size in [0, 3, 127, 2048] {
         assert!(Queue::try_from(QueueState { size, ..good }).is_err());
     }
@@ -256,7 +258,7 @@ fn r21_unusable_queues_refuse_activation() {
 }
 
 #[test]
-fn r22_available_index_jump_is_one_fault_and_no_replay() {
+fn r22_a_jump_of_the_available_index_is_one_fault_without_replay() {
     for jump in [129, 32768, u16::MAX] {
         let mut rig = Rig::new();
         rig.assert_works();
@@ -265,7 +267,7 @@ fn r22_available_index_jump_is_one_fault_and_no_replay() {
         let fault = rig.receive().expect_err("a jump is a fault");
         assert_eq!((fault.value, fault.limit), (u64::from(jump), 128));
         rig.device.tear();
-        // Torn: nothing is taken, nothing is asked for, even when the index comes back.
+        // The session is torn: nothing is taken and no kick is asked for, even when the index is valid again.
         rig.driver.tx.set_avail_idx(idx.wrapping_add(1));
         assert_eq!(rig.receive().expect("no second error"), []);
         let all = Interest { rx: true, tx: true };
@@ -292,7 +294,7 @@ fn r22_jump_of_the_rx_queue_and_heads_outside_are_faults() {
     }
 }
 
-/// Two regions that touch inside the payload of head 0, then a hole, then another region.
+/// Two regions that are adjacent inside the payload of head 0, then a gap, then another region.
 fn memory_with_seam_and_hole() -> Arc<VmMemory> {
     let ranges = [
         (GuestAddress(0), SEAM as usize),
@@ -313,7 +315,7 @@ fn r23_buffers_over_regions_are_split_and_holes_refused() {
     let mem = memory_with_seam_and_hole();
     let driver = Driver::new(mem, cid(), DriverConfig::LINUX_6_1);
     let mut rig = Rig::on(driver, FEATURES);
-    // The header, and then the payload, across the seam.
+    // First the header and then the payload crosses the boundary.
     for start in [SEAM - 20, SEAM - 44, SEAM - 300] {
         let payload = pattern(1000, start as u8);
         let bytes = wire_bytes(&rw(5), &payload);
@@ -355,7 +357,7 @@ fn r23_rx_buffers_over_regions_are_split_and_holes_refused() {
     rig.driver.rx.add(&[bad], true).expect("room");
     rig.driver.rx.add(&[good], true).expect("room");
     rig.driver.rx.publish();
-    // What lies right before and behind the good buffer must stay.
+    // The bytes right before and after the valid buffer must not change.
     rig.driver.write(SEAM - 60, &[0xee; 10]);
     rig.driver.write(SEAM + 150, &[0xee; 10]);
     let payload = pattern(156, 3);
@@ -377,7 +379,7 @@ fn r23_rx_buffers_over_regions_are_split_and_holes_refused() {
 }
 
 #[test]
-fn r28_lengths_around_the_header() {
+fn r28_packets_shorter_than_a_header_are_refused() {
     let mut rig = Rig::new();
     let a = memory::tx_payload(0);
     rig.driver.write(a, &wire_bytes(&rw(2), b"abc"));
@@ -390,7 +392,7 @@ fn r28_lengths_around_the_header() {
         assert_eq!(rig.receive().expect("ok"), [(rw(2), payload.to_vec())]);
         rig.driver.tx.pop_used();
     }
-    // Empty descriptors between are skipped.
+    // Empty descriptors between the others are skipped.
     rig.post_raw(&[
         (a, 0, NEXT, 1),
         (a, 44, NEXT, 2),
@@ -414,7 +416,7 @@ fn r28_payload_over_64_kib_is_refused() {
 }
 
 #[test]
-fn r28_rx_buffers_too_small_for_a_header_are_given_back() {
+fn r28_rx_buffers_too_small_for_a_header_are_returned_unused() {
     let driver = Driver::empty(memory::anonymous(), cid(), DriverConfig::LINUX_6_1);
     let mut rig = Rig::on(driver, FEATURES);
     let a = memory::rx_page(0);
@@ -481,9 +483,9 @@ fn r29_malformed_chains_do_not_leak_heads() {
     let a = memory::tx_payload(0);
     let bad = [
         (a, 10, 0, 0),            // too short
-        (a, 100, WRITE, 0),       // for the wrong direction
-        (1 << 40, 100, 0, 0),     // in a hole
-        (a, 100, NEXT, u16::MAX), // out of the table
+        (a, 100, WRITE, 0),       // wrong direction
+        (1 << 40, 100, 0, 0),     // in a gap
+        (a, 100, NEXT, u16::MAX), // outside the table
     ];
     for i in 0..2 * 128 {
         rig.driver.tx.pop_used();
@@ -497,7 +499,7 @@ fn r29_malformed_chains_do_not_leak_heads() {
 }
 
 #[test]
-fn r29_a_full_queue_of_malformed_chains_in_one_burst() {
+fn r29_a_full_queue_of_malformed_chains_is_returned_in_one_burst() {
     let mut rig = Rig::new();
     rig.driver.tx.write_desc(0, 1 << 40, 100, 0, 0);
     for _ in 0..128 {
@@ -526,14 +528,14 @@ fn r34_reset_completes_nothing() {
 }
 
 #[test]
-fn r42_length_field_and_descriptor_bytes_are_told_apart() {
+fn r42_length_field_and_descriptor_bytes_are_kept_apart() {
     let mut rig = Rig::new();
     let a = memory::tx_payload(0);
     for len in [0, 4, 5, 6, 4096, PAYLOAD_MAX, PAYLOAD_MAX + 1, u32::MAX] {
         let mut header = rw(3);
         header.len = len;
         rig.driver.write(a, &wire_bytes(&header, b"12345"));
-        // Behind the packet lies something that must never be read.
+        // The bytes after the packet must never be read.
         rig.driver.write(a + 49, &[0xee; 64]);
         rig.post_raw(&[(a, 49, 0, 0)]);
         rig.device.begin();
@@ -579,7 +581,7 @@ fn r44_foreign_cids_are_dropped_and_counted() {
 }
 
 #[test]
-fn wrong_direction_on_rx_is_given_back() {
+fn rx_buffers_of_the_wrong_direction_are_returned_unused() {
     let driver = Driver::empty(memory::anonymous(), cid(), DriverConfig::LINUX_6_1);
     let mut rig = Rig::on(driver, FEATURES);
     let buffer = Buffer {

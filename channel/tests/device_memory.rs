@@ -1,4 +1,4 @@
-//! Guest memory that changes at any time, and guest memory that gives less than was asked for: R24, R25.
+//! Guest memory that changes at any time, and guest memory that returns less than requested: R24, R25.
 
 mod common;
 
@@ -8,32 +8,30 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use adit_benches::queue::Buffer;
-use adit_benches::{Driver, DriverConfig, VmMemory, memory};
 use adit_channel::carrier::{Armed, Carrier, CarrierFault, Interest, RxPacket, TxSlot};
 use adit_channel::device::{FEATURES, HEADER_BYTES, VsockDevice};
 use adit_engine::{Lane, ResetReason};
+use adit_testkit::queue::Buffer;
+use adit_testkit::{Driver, DriverConfig, VmMemory, memory};
 use common::{Rig, Signals, cid, pattern, rw, scatter, wire_bytes};
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::{Error as MemoryError, GuestMemorySliceIterator};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryBackend, Permissions, VolatileSlice};
 
-// ---- R24
-
-/// Chains that the driver sends: its index goes over the border between its two bytes once in 256.
+/// Number of chains that the driver sends. Once in 256, the step of its index changes both bytes of the index.
 const CHAINS: u32 = 100_000;
-/// Where in a lap of 256 a batch begins that goes over the border.
-const BEFORE_THE_BORDER: u16 = 0xfc;
+/// Value of the index's low byte at which such a batch starts.
+const BEFORE_THE_CARRY: u16 = 0xfc;
 const QUEUE: u16 = 128;
 
-/// A driver on a thread of its own stores its index while the device loads it, again and again where one store changes
-/// both bytes of it: from 0x..fc to 0x..04. A half of it would be an index that goes back by 252 or forward by 260, and
-/// either is a fault; a packet that was taken twice or too early shows in its number.
+/// A driver on its own thread stores its index while the device loads it, with many stores that change both bytes:
+/// from 0x..fc to 0x..04. A torn value would be an index that is 252 lower or 260 higher, and either is a fault. A
+/// packet that is taken twice or too early has a wrong number.
 #[test]
-fn r24_an_index_that_changes_while_it_is_read_is_the_old_one_or_the_new_one() {
+fn r24_a_concurrently_changed_index_is_read_as_old_or_new_and_never_torn() {
     let mut rig = Rig::new();
     let mut driver = rig.driver;
-    // A packet a descriptor, each with its own port, written once: what the driver does from here on is index work.
+    // One packet per descriptor, each with its own port, written once. After this the driver only changes indices.
     for head in 0..QUEUE {
         let addr = memory::tx_payload(head);
         driver.write(addr, &wire_bytes(&rw(u32::from(head)), &[]));
@@ -46,14 +44,15 @@ fn r24_an_index_that_changes_while_it_is_read_is_the_old_one_or_the_new_one() {
             let at = sent as u16 % 256;
             let batch = match at {
                 0..4 => 4,
-                BEFORE_THE_BORDER.. => 8,
-                // Up to where the next batch goes over it.
-                _ => (BEFORE_THE_BORDER - at).min(QUEUE / 2),
+                BEFORE_THE_CARRY.. => 8,
+                // Up to the position where the next such batch starts.
+                _ => (BEFORE_THE_CARRY - at).min(QUEUE / 2),
             };
             let batch = u32::from(batch).min(CHAINS - sent);
-            crossings += u32::from(at == BEFORE_THE_BORDER);
+            crossings += u32::from(at == BEFORE_THE_CARRY);
             for _ in 0..batch {
-                // The used index is loaded while the device stores it: it never goes back, nor past what was sent.
+                // The driver loads the used index while the device stores it. It must never decrease or pass the
+                // number of sent packets.
                 while (sent as u16).wrapping_sub(used) >= QUEUE {
                     let now = driver.tx.used_idx();
                     assert!(now.wrapping_sub(used) <= QUEUE, "{used:#x}, then {now:#x}");
@@ -65,7 +64,7 @@ fn r24_an_index_that_changes_while_it_is_read_is_the_old_one_or_the_new_one() {
                 sent += 1;
             }
             driver.tx.publish();
-            // When the driver wants to hear of it is its own affair, and changes all the time.
+            // The driver may change its used_event at any time.
             event = event.wrapping_mul(31).wrapping_add(7);
             driver.tx.set_used_event(event);
         }
@@ -79,7 +78,7 @@ fn r24_an_index_that_changes_while_it_is_read_is_the_old_one_or_the_new_one() {
             assert_eq!(packet.header().src_port, next % u32::from(QUEUE));
             next += 1;
         }
-        // It looks at the index once more before it sleeps.
+        // The device checks the index once more before it sleeps.
         let _ = rig.device.arm(Interest {
             rx: true,
             tx: false,
@@ -91,15 +90,13 @@ fn r24_an_index_that_changes_while_it_is_read_is_the_old_one_or_the_new_one() {
         }
     }
     let crossings = hammer.join().expect("the driver");
-    assert!(crossings > 300, "{crossings} times over the border");
+    assert!(crossings > 300, "both bytes changed only {crossings} times");
     assert_eq!(next, CHAINS);
     let stopped = rig.device.reset(ResetReason::Epoch);
     assert_eq!(stopped.bases[1], CHAINS as u16);
 }
 
-// ---- R25
-
-/// How memory fails once.
+/// How one memory access fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Failure {
     /// The last byte is missing.
@@ -108,17 +105,17 @@ enum Failure {
     HalfShort,
     /// The second half is an error.
     HalfThenError,
-    /// There is nothing to be had.
+    /// The range is missing.
     Error,
-    /// There is more than was asked for.
+    /// The range is longer than requested.
     Longer,
 }
 
-/// Guest memory that says that a range is there, and at the n-th access gives something else.
+/// Guest memory that reports every range as present, but fails in one access.
 struct Failing {
     inner: Arc<VmMemory>,
     how: Failure,
-    /// Accesses to come until then; `usize::MAX`: never.
+    /// Number of accesses before the failure; `usize::MAX` for never.
     left: AtomicUsize,
     accesses: AtomicUsize,
     happened: AtomicBool,
@@ -152,7 +149,7 @@ impl Failing {
 type Slice<'a> = VolatileSlice<'a, BS<'a, <VmMemory as GuestMemory>::Bitmap>>;
 type Slices<'a> = std::vec::IntoIter<Result<Slice<'a>, MemoryError>>;
 
-/// What an access gave.
+/// The result of an access.
 struct Given<'a>(Slices<'a>);
 
 impl<'a> Iterator for Given<'a> {
@@ -194,7 +191,7 @@ impl GuestMemory for Failing {
         if self.how == Failure::HalfThenError {
             given.push(Err(error));
         }
-        // An atomic access takes the first slice for granted, as the crate's documentation of it says.
+        // An atomic access requires a first slice, according to the documentation of vm-memory.
         if given.is_empty() {
             return Err(MemoryError::InvalidGuestAddress(addr));
         }
@@ -202,20 +199,20 @@ impl GuestMemory for Failing {
     }
 }
 
-/// The device on memory that fails, and its driver, for which it does not.
+/// The device on failing memory, and its driver, for which the memory does not fail.
 struct Bench {
     device: VsockDevice<Arc<Failing>>,
     driver: Driver,
     mem: Arc<Failing>,
 }
 
-/// What one exchange moved, and what was said of it.
+/// The bytes that one exchange moved, and the errors that it returned.
 #[derive(Debug, Default)]
 struct Moved {
-    /// From the guest: by copy, and to a socket.
+    /// Bytes from the guest: copied, and written to a socket.
     copied: Vec<u8>,
     sent: Vec<u8>,
-    /// Errors that the caller was given.
+    /// Number of errors that the caller got.
     errors: usize,
 }
 
@@ -234,7 +231,7 @@ impl Bench {
         bench
     }
 
-    /// With no failure; what the guest's driver does after a reset, too.
+    /// Activates the device while no access fails. The guest's driver does the same after a reset.
     fn activate(&mut self) {
         let at = self.mem.left.swap(usize::MAX, Ordering::Relaxed);
         for queue in [0, 1] {
@@ -265,7 +262,7 @@ impl Bench {
         self.driver.tx.publish();
         let result = self.burst(&mut moved, &theirs);
         moved.errors += usize::from(result.is_err());
-        // A fault that is found where none can be returned is told by the next call, also after `arm` found it.
+        // A fault may be found in a call that cannot return it, for example in `arm`. The next call returns it.
         self.device.flush();
         let wanted = Interest { rx: true, tx: true };
         if self.device.arm(wanted) == Armed::WorkAppeared {
@@ -324,7 +321,7 @@ impl Bench {
         Ok(())
     }
 
-    /// What the guest found.
+    /// The packets that the guest received.
     fn received(&mut self) -> Vec<Vec<u8>> {
         let (mut all, mut payload) = (Vec::new(), Vec::new());
         while self.driver.receive(&mut payload).is_some() {
@@ -342,7 +339,7 @@ fn assert_whole(bench: &mut Bench, moved: &Moved) {
 }
 
 #[test]
-fn r25_memory_that_gives_less_than_was_asked_for_is_an_error_and_moves_nothing_wrong() {
+fn r25_memory_that_returns_less_than_requested_is_an_error_and_moves_no_wrong_byte() {
     let mut bench = Bench::new(Failing::new(Failure::Error, usize::MAX));
     let moved = bench.exchange();
     let accesses = bench.mem.accesses.load(Ordering::Relaxed);
@@ -359,7 +356,7 @@ fn r25_memory_that_gives_less_than_was_asked_for_is_an_error_and_moves_nothing_w
             let mut bench = Bench::new(Failing::new(how, at));
             let moved = bench.exchange();
             assert!(bench.mem.happened.load(Ordering::Relaxed), "{how:?} {at}");
-            // What did move is what was sent, from its beginning on.
+            // The bytes that were moved are a prefix of those that were sent.
             let of = |got: &[u8], sent: Vec<u8>| sent.starts_with(got);
             assert!(
                 of(&moved.copied, pattern(TO_COPY, 1)),
@@ -375,12 +372,12 @@ fn r25_memory_that_gives_less_than_was_asked_for_is_an_error_and_moves_nothing_w
             }
             let refused = bench.device.counters().malformed_chains;
             let told = moved.errors as u64 + refused;
-            // What a hint was asked for is asked for again where it counts.
+            // A failed prefetch has no effect, because the data is read again when it is needed.
             let whole = moved.copied.len() == TO_COPY
                 && moved.sent.len() == TO_SEND
                 && received.iter().map(Vec::len).eq([TO_GUEST; 2]);
-            assert!(told > 0 || whole, "{how:?} {at}: not a word");
-            // The driver resets the device, and all is well.
+            assert!(told > 0 || whole, "{how:?} {at}: no error was returned");
+            // The driver resets the device, and the channel works again.
             bench.device.reset(ResetReason::Epoch);
             bench.activate();
             let moved = bench.exchange();

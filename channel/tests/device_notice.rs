@@ -1,11 +1,11 @@
-//! What the device and its driver tell each other, and when: kicks, used indices, notifications.
+//! When the device and its driver notify each other: kicks, used indices, notifications.
 
 mod common;
 
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket};
 use adit_channel::device::{FEATURES, RX_QUEUE, TX_QUEUE, VsockDevice};
 use adit_engine::ResetReason;
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{Rig, cid, rw};
 use virtio_queue::QueueT;
 
@@ -23,7 +23,7 @@ fn take(rig: &mut Rig, n: u32) {
     rig.receive().expect("no fault");
 }
 
-/// The device has nothing more to do, and comes back after a rest that brought nothing, if it asked for one.
+/// The device has nothing more to do. If it asked for a limited sleep, it polls again after that sleep found nothing.
 fn sleep(rig: &mut Rig) {
     assert_eq!(rig.device.arm(RX_ONLY), Armed::Sleep);
     if rig.device.rest().is_some() {
@@ -31,7 +31,7 @@ fn sleep(rig: &mut Rig) {
         rig.device.flush();
         assert_eq!(rig.device.arm(RX_ONLY), Armed::Sleep);
     }
-    assert_eq!(rig.device.rest(), None, "it sleeps for as long as it may");
+    assert_eq!(rig.device.rest(), None, "the sleep is unlimited");
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn used_index_is_published_once_a_small_burst_and_in_order() {
 }
 
 #[test]
-fn a_full_queue_is_given_back_by_quarters() {
+fn a_full_queue_is_published_by_quarters() {
     let mut rig = Rig::new();
     let size = rig.driver.tx.size();
     for i in 0..size {
@@ -75,7 +75,7 @@ fn a_full_queue_is_given_back_by_quarters() {
         let quarter = size / 4;
         assert_eq!(rig.driver.tx.used_idx(), i / quarter * quarter);
     }
-    // The driver asked for a notification of the first one, and not again.
+    // The driver asked for a notification of the first packet, and not for another.
     assert_eq!(rig.signals.count(TX_QUEUE), 1);
     rig.device.flush();
     assert_eq!(rig.driver.tx.used_idx(), size);
@@ -89,10 +89,10 @@ fn event_idx_suppresses_notifications_the_driver_did_not_ask_for() {
     rig.driver.tx.set_used_event(5);
     for i in 0..8 {
         take(&mut rig, 1);
-        // used_event 5: told when the index goes from 5 to 6.
+        // used_event is 5: the driver is notified when the index goes from 5 to 6.
         assert_eq!(rig.signals.count(TX_QUEUE), u64::from(i >= 5), "packet {i}");
     }
-    // A burst that jumps over the event tells too.
+    // A burst in which the index passes used_event notifies too.
     rig.driver.tx.set_used_event(10);
     take(&mut rig, 5);
     assert_eq!(rig.signals.count(TX_QUEUE), 2);
@@ -113,7 +113,7 @@ fn notifications_follow_the_flag_without_event_idx() {
     rig.driver.tx.enable_callback();
     rig.assert_works();
     assert_eq!(rig.signals.count(TX_QUEUE), 1);
-    // Kicks: off in a burst, on when armed.
+    // Kicks are off during a burst, and on after `arm`.
     rig.device.begin();
     rig.driver.send(&rw(1), b"x", 1);
     assert!(!rig.driver.tx.publish(), "busy: no kick");
@@ -125,7 +125,7 @@ fn notifications_follow_the_flag_without_event_idx() {
 }
 
 #[test]
-fn arm_looks_again_and_then_asks_for_one_kick() {
+fn arm_checks_again_and_then_asks_for_one_kick() {
     let mut rig = Rig::new();
     rig.driver.send(&rw(1), b"x", 1);
     rig.driver.tx.publish();
@@ -142,7 +142,7 @@ fn arm_looks_again_and_then_asks_for_one_kick() {
 }
 
 #[test]
-fn rx_buffers_kick_only_when_they_are_waited_for() {
+fn rx_buffers_kick_only_when_the_device_waits_for_them() {
     let mut rig = Rig::new();
     let mut payload = Vec::new();
     let both = Interest { rx: true, tx: true };
@@ -167,7 +167,8 @@ fn rx_buffers_kick_only_when_they_are_waited_for() {
     );
 }
 
-/// A driver that is interrupted for an answer takes its own packets back, and hears nothing of them.
+/// A driver that is interrupted for an answer also takes back the buffers of its own packets, and needs no
+/// notification for them.
 #[test]
 fn one_notification_a_round_trip() {
     for sees in [true, false] {
@@ -189,16 +190,16 @@ fn one_notification_a_round_trip() {
         assert_eq!(rig.signals.count(RX_QUEUE), 100);
         let told = rig.signals.count(TX_QUEUE);
         match sees {
-            // 200 sleeps, and once in 64 the device has not seen that the driver looks.
+            // 200 sleeps; at every 64th the device notifies, because it cannot see that the driver polls.
             true => assert!(told <= 3, "{told}"),
-            // It does not look for what it is told, and so is not told again.
+            // This driver never moves used_event, so it is not notified again.
             false => assert_eq!(told, 1),
         }
     }
 }
 
 #[test]
-fn a_driver_that_takes_back_what_it_is_told_of_is_told_of_many() {
+fn a_driver_that_takes_its_buffers_back_gets_one_notification_for_many() {
     let mut rig = Rig::sharing();
     let mut told = 0;
     for _ in 0..320 {
@@ -213,9 +214,9 @@ fn a_driver_that_takes_back_what_it_is_told_of_is_told_of_many() {
     assert_eq!(told, 10, "when half of the descriptors may be free");
 }
 
-/// Whatever its packets look like: a driver whose queue is full is told before the burst ends.
+/// Whatever the shape of its packets, a driver with a full queue is notified before the burst ends.
 #[test]
-fn half_of_the_descriptors_is_told_at_once() {
+fn half_of_the_descriptors_causes_a_notification_at_once() {
     for pieces in [1, 3, 15] {
         let mut rig = Rig::sharing();
         let (half, buffers) = (rig.driver.tx.size() / 2, pieces as u16 + 1);
@@ -229,9 +230,9 @@ fn half_of_the_descriptors_is_told_at_once() {
     }
 }
 
-/// Whether the device before had told of what it took is not known: it may have ended in between.
+/// It is unknown whether an earlier device notified the driver, because that device may have ended before it did.
 #[test]
-fn what_a_device_before_did_not_tell_is_told_by_the_next() {
+fn a_successor_sends_the_notification_that_may_be_missing() {
     let mut rig = Rig::sharing();
     take(&mut rig, 3);
     assert_eq!(rig.device.arm(RX_ONLY), Armed::Sleep);
@@ -258,9 +259,9 @@ fn what_a_device_before_did_not_tell_is_told_by_the_next() {
     assert_eq!(rig.signals.count(TX_QUEUE), 1);
 }
 
-/// A device that nothing is taken from any more does not come back for it.
+/// A torn device does not wake up for an outstanding notification.
 #[test]
-fn a_torn_device_owes_nothing() {
+fn a_torn_device_has_no_notification_pending() {
     let mut rig = Rig::sharing();
     take(&mut rig, 1);
     assert!(rig.device.rest().is_some());
@@ -269,7 +270,7 @@ fn a_torn_device_owes_nothing() {
 }
 
 #[test]
-fn a_driver_is_told_in_the_end_though_other_things_go_on() {
+fn a_driver_is_notified_in_the_end_even_under_other_traffic() {
     let mut rig = Rig::sharing();
     let mut payload = Vec::new();
     take(&mut rig, 1);

@@ -1,15 +1,15 @@
-//! A device that is saved with its VM and goes on in another process: from where it stood, or not at all (R35).
+//! A device is saved with its VM and continues in another process: exactly where it stopped, or not at all (R35).
 
 mod common;
 
 use std::sync::Arc;
 
-use adit_benches::queue::{Buffer, DriverQueue};
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::device::{
     DeviceState, EVENT_QUEUE, FEATURES, RestoreError, STATE_BYTES, StateError,
 };
 use adit_engine::{Op, SessionChange};
+use adit_testkit::queue::{Buffer, DriverQueue};
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{Device, Rig, Signals, cid};
 use vm_memory::Bytes;
 
@@ -33,7 +33,7 @@ fn rig() -> (Rig, DriverQueue) {
     (rig, event)
 }
 
-/// As if the process ended and another went on with the memory.
+/// Simulates that the process ended and another process continues with the memory.
 fn another(rig: &mut Rig, state: &DeviceState) -> Result<(), RestoreError> {
     rig.device = Device::new(cid(), 1).unwrap();
     rig.signals = Arc::new(Signals::default());
@@ -42,21 +42,21 @@ fn another(rig: &mut Rig, state: &DeviceState) -> Result<(), RestoreError> {
 }
 
 fn send(rig: &mut Rig, payload: &[u8]) {
-    let mut stream = adit_benches::stream::GuestStream::new(1024, 7);
+    let mut stream = adit_testkit::stream::GuestStream::new(1024, 7);
     let header = stream.payload(payload.len() as u32);
     assert!(rig.driver.send(&header, payload, 4096));
     rig.driver.tx.publish();
 }
 
 #[test]
-fn a_restored_device_goes_on_where_it_stood_in_a_new_session() {
+fn a_restored_device_continues_at_its_position_in_a_new_session() {
     let (mut rig, _event) = rig();
     send(&mut rig, b"before");
     assert_eq!(rig.receive().unwrap().len(), 1);
     let saved = rig.device.save();
     let state = DeviceState::parse(&saved.to_bytes()).unwrap();
     assert_eq!(state, saved);
-    // What the guest sent after the snapshot was taken is not lost, what came before is not seen twice.
+    // Packets after the snapshot are not lost, and those before it do not arrive twice.
     send(&mut rig, b"after");
     another(&mut rig, &state).unwrap();
     let begun = SessionChange::Restored { epoch: 2 };
@@ -68,12 +68,12 @@ fn a_restored_device_goes_on_where_it_stood_in_a_new_session() {
 }
 
 #[test]
-fn the_guest_is_told_as_soon_as_it_has_a_buffer_for_it() {
+fn the_guest_gets_the_reset_event_as_soon_as_it_posts_a_buffer() {
     let (mut rig, mut event) = rig();
     let state = rig.device.save();
     another(&mut rig, &state).unwrap();
     assert!(!rig.device.tell_transport_reset().unwrap(), "no buffer");
-    // Too small, and not in memory: given back unused.
+    // A buffer that is too small and one outside memory are returned unused.
     let bad = [(0x1000, 2), (u64::MAX - 7, 4)];
     for (addr, len) in bad {
         event.add(&[Buffer { addr, len }], true).unwrap();
@@ -85,7 +85,7 @@ fn the_guest_is_told_as_soon_as_it_has_a_buffer_for_it() {
     mem.write_obj(u32::MAX, vm_memory::GuestAddress(addr))
         .unwrap();
     let head = event.add(&[Buffer { addr, len: 4 }], true).unwrap();
-    assert!(event.publish(), "the device wants to be kicked for it");
+    assert!(event.publish(), "the device asks for a kick");
     assert!(rig.device.tell_transport_reset().unwrap());
     let id: u32 = mem.read_obj(vm_memory::GuestAddress(addr)).unwrap();
     assert_eq!(id, 0, "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET");
@@ -103,11 +103,14 @@ fn a_device_without_a_session_is_saved_without_one() {
     let (mut rig, _event) = rig();
     another(&mut rig, &state).unwrap();
     assert!(!rig.device.is_active());
-    assert!(rig.device.tell_transport_reset().unwrap(), "nobody to tell");
+    assert!(
+        rig.device.tell_transport_reset().unwrap(),
+        "there is no driver to inform"
+    );
 }
 
 #[test]
-fn r35_no_altered_state_is_believed() {
+fn r35_an_altered_state_is_refused_or_harmless() {
     let (mut rig, _event) = rig();
     let good = rig.device.save().to_bytes();
     for len in 0..STATE_BYTES {
@@ -127,7 +130,7 @@ fn r35_no_altered_state_is_believed() {
             refused += 1;
             continue;
         }
-        // Some bits say where in memory, or how far; whatever they say, nothing is touched outside it.
+        // Some bits are addresses or positions. Whatever they are, nothing outside guest memory is accessed.
         let _ = rig.receive();
         let _ = rig.device.tell_transport_reset();
     }

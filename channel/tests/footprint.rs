@@ -1,4 +1,4 @@
-//! What the device brings into a process that links it: few crates, no thread, no global, and few system calls.
+//! What the device adds to a process that links it: few crates, no thread, no global, and few system calls.
 
 mod common;
 
@@ -9,18 +9,18 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::device::FEATURES;
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, SYSTEM_CALLS, Shard};
 use adit_channel::sink::Sink;
 use adit_engine::{EngineConfig, Op, ResetReason, StreamId};
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{Device, Signals, cid};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 
 const HOST_PORT: u32 = 741;
-/// Crates below `adit-channel` with the device, itself and the engine among them.
+/// Maximum number of crates below `adit-channel` with the device, including itself and the engine.
 const CRATES_MAX: usize = 35;
 
 #[test]
@@ -80,7 +80,7 @@ fn the_sources_hold_no_global_and_start_threads_in_two_places_only() {
     }
     assert!(globals.is_empty(), "{globals:?}");
     threads.sort();
-    // `Shard::spawn`, which a caller asks for by name, and the frontend's thread of the vhost-user backend.
+    // `Shard::spawn`, which a caller uses on purpose, and the frontend's thread of the vhost-user backend.
     assert_eq!(threads, ["src/shard.rs", "src/vhost_user/thread.rs"]);
 }
 
@@ -130,7 +130,7 @@ impl World {
         bytes
     }
 
-    /// A stream of the guest's that ends at `far`.
+    /// A stream of the guest that is connected to `far`.
     fn connect(&mut self, from: u32, far: UnixStream) -> (GuestStream, StreamId) {
         let mut guest = GuestStream::new(from, HOST_PORT);
         let request = guest.header(Op::Request);
@@ -152,7 +152,7 @@ impl World {
         (guest, stream)
     }
 
-    /// What the guest sends comes out at `near` and is sent back, with a wait in between.
+    /// Bytes from the guest arrive at `near` and are sent back, with a wait in between.
     fn echo(&mut self, guest: &mut GuestStream, near: &mut UnixStream, bytes: &mut [u8]) {
         let header = guest.payload(bytes.len() as u32);
         assert!(self.driver.send(&header, bytes, 4096));
@@ -161,13 +161,13 @@ impl World {
         near.write_all(bytes).expect("room");
         let mut back = 0;
         while back < bytes.len() {
-            // Nothing to do for a moment: the wait itself.
+            // This turn has nothing to do and waits.
             self.turn(Duration::from_millis(1));
             back += self.receive(guest);
         }
     }
 
-    /// Streams to sockets, both ways, with waits, ends and a reset.
+    /// Streams to sockets in both directions, with waits, ends and a reset.
     fn traffic(&mut self, pairs: Vec<(UnixStream, UnixStream)>) {
         self.turn(Duration::ZERO);
         for (n, (mut near, far)) in (0..).zip(pairs) {
@@ -194,9 +194,9 @@ impl World {
 
 const CHILD: &str = "ADIT_TEST_FILTERED";
 
-/// From now on this process dies of any system call but these and the test's own.
+/// From now on any system call except these and the test's own kills this process.
 fn allow(calls: &[libc::c_long]) {
-    // Its ends of the sockets, and its end.
+    // The test's own calls: for its ends of the sockets, and to exit.
     let own = [
         libc::SYS_recvfrom,
         libc::SYS_sendto,
@@ -218,7 +218,7 @@ fn allow(calls: &[libc::c_long]) {
     apply_filter(&filter).expect("a filter");
 }
 
-/// Runs a test of this file again in a process of its own, which may die.
+/// Runs a test of this file again in a separate process, which may be killed.
 fn in_a_child(test: &str) {
     let status = Command::new(std::env::current_exe().expect("this test"))
         .args(["--exact", test])
@@ -227,15 +227,15 @@ fn in_a_child(test: &str) {
         .expect("this test");
     assert!(
         status.success(),
-        "{status} (signal {:?}): a call outside of the list; `strace -f` names it",
+        "{status} (signal {:?}): a system call that is not in the list; `strace -f` shows it",
         status.signal()
     );
 }
 
 #[test]
-fn traffic_needs_only_the_system_calls_that_are_listed() {
+fn traffic_needs_only_the_listed_system_calls() {
     if std::env::var_os(CHILD).is_none() {
-        return in_a_child("traffic_needs_only_the_system_calls_that_are_listed");
+        return in_a_child("traffic_needs_only_the_listed_system_calls");
     }
     let mut world = World::new();
     let pairs = (0..60)
@@ -246,18 +246,19 @@ fn traffic_needs_only_the_system_calls_that_are_listed() {
     std::process::exit(0);
 }
 
-/// No futex, no clock, no memory from the system: a message is a wait, its eventfd, and its socket.
+/// No futex, no clock call, no memory allocation from the system. Per message there is only one wait, the eventfd, and
+/// the socket.
 #[test]
-fn a_tunnel_that_flows_waits_reads_and_writes() {
+fn a_running_tunnel_only_waits_reads_and_writes() {
     if std::env::var_os(CHILD).is_none() {
-        return in_a_child("a_tunnel_that_flows_waits_reads_and_writes");
+        return in_a_child("a_running_tunnel_only_waits_reads_and_writes");
     }
     let mut world = World::new();
     world.turn(Duration::ZERO);
     let (mut near, far) = UnixStream::pair().expect("a pair");
     let (mut guest, _) = world.connect(1024, far);
     let mut bytes = vec![7; 8000];
-    // Everything was used once, and has its memory.
+    // Everything was used once, so all memory is allocated.
     world.echo(&mut guest, &mut near, &mut bytes);
     allow(&[
         libc::SYS_epoll_pwait,
@@ -282,7 +283,7 @@ fn traffic_starts_no_thread() {
         .map(|_| UnixStream::pair().expect("a pair"))
         .collect();
     world.traffic(pairs);
-    // The harness runs tests beside this one, each on one thread.
+    // The test harness runs other tests at the same time, each on one thread.
     let of_tests = 5 + std::thread::available_parallelism().map_or(1, usize::from);
     assert!(threads() <= of_tests, "{} threads", threads());
 }

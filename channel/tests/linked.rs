@@ -1,4 +1,4 @@
-//! A device on a thread of its own, with the host's side on Unix sockets: as a VMM links it, without the VMM.
+//! A device on its own thread, with the host's side on Unix sockets: as a VMM links it, but without a VMM.
 
 mod common;
 
@@ -9,14 +9,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use adit_benches::queue::{Buffer, DriverQueue};
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig, VmMemory, memory};
 use adit_channel::device::{EVENT_QUEUE, FEATURES, VsockDevice};
 use adit_channel::hybrid::Host;
 use adit_channel::linked::{Remote, link};
 use adit_channel::socket_path::connect_now;
 use adit_engine::{Op, PacketHeader};
+use adit_testkit::queue::{Buffer, DriverQueue};
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig, VmMemory, memory};
 use common::{Signals, cid};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vm_memory::{Bytes, GuestAddress};
@@ -50,7 +50,7 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 impl Rig {
-    /// A linked device, its thread, and a driver that has not started it.
+    /// A linked device, its thread, and a driver that has not started it yet.
     fn linked(mem: Arc<VmMemory>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let uds = dir.path().join("v");
@@ -58,7 +58,7 @@ impl Rig {
         let device = VsockDevice::new(cid(), 1).unwrap();
         let (linked, remote) = link(device, kicks.each_ref().map(duplicate)).unwrap();
         let host = Host::new(linked, Some(&uds), 7).unwrap();
-        // It ends with the process.
+        // This thread ends with the process.
         std::thread::spawn(move || host.run());
         let event = DriverQueue::new(mem.clone(), EVENT_QUEUE, 8, true);
         let driver = Driver::empty(mem, cid(), DriverConfig::LINUX_6_12);
@@ -94,7 +94,7 @@ impl Rig {
         self.kicks[1].write(1).unwrap();
     }
 
-    /// The next packet.
+    /// Waits for the next packet.
     #[track_caller]
     fn receive(&mut self) -> (PacketHeader, Vec<u8>) {
         let (mut got, mut payload) = (None, Vec::new());
@@ -113,7 +113,7 @@ impl Rig {
 #[test]
 fn both_sides_connect_through_sockets() {
     let mut rig = Rig::new();
-    // The host's side speaks first; what it sends with its line is the guest's.
+    // The host's client sends first. Bytes after its line belong to the guest.
     let mut client = UnixStream::connect(&rig.uds).unwrap();
     client.write_all(b"CONNECT 5000\nearly").unwrap();
     let (request, _) = rig.receive();
@@ -134,7 +134,7 @@ fn both_sides_connect_through_sockets() {
         said.ends_with(b"\nback")
     });
     assert!(said.starts_with(b"OK "));
-    // The guest dials a port that somebody serves, and one that nobody does.
+    // The guest dials a port with a listener, and one without.
     let served = UnixListener::bind(format!("{}_7000", rig.uds.display())).unwrap();
     for (port, op) in [(7000, Op::Response), (7001, Op::Rst)] {
         let request = GuestStream::new(1024, port).header(Op::Request);
@@ -142,7 +142,7 @@ fn both_sides_connect_through_sockets() {
         assert_eq!(rig.receive().0.op, op as u16);
     }
     served.accept().unwrap();
-    // Whatever else a client says ends that client.
+    // Any other line of a client ends that client.
     for line in [
         "CONNECT\n",
         "CONNECT 99999999999\n",
@@ -156,7 +156,7 @@ fn both_sides_connect_through_sockets() {
 }
 
 #[test]
-fn lines_that_other_vmms_take_reach_the_guest() {
+fn lines_that_other_vmms_accept_reach_the_guest() {
     let mut rig = Rig::new();
     for line in ["connect 5000\n", "CONNECT  5000\n", " Connect\t5000 \r\n"] {
         let mut client = UnixStream::connect(&rig.uds).unwrap();
@@ -171,7 +171,7 @@ fn lines_that_other_vmms_take_reach_the_guest() {
 }
 
 #[test]
-fn clients_that_say_nothing_lock_nobody_out() {
+fn silent_clients_do_not_lock_others_out() {
     let mut rig = Rig::new();
     let connect = || UnixStream::connect(&rig.uds).unwrap();
     let _silent: Vec<_> = (0..100).map(|_| connect()).collect();
@@ -182,7 +182,7 @@ fn clients_that_say_nothing_lock_nobody_out() {
 }
 
 #[test]
-fn r119_a_listener_that_takes_nothing_holds_up_its_own_streams_only() {
+fn r119_a_listener_that_accepts_nothing_delays_only_its_own_streams() {
     let mut rig = Rig::new();
     let at = |port: u32| PathBuf::from(format!("{}_{port}", rig.uds.display()));
     let busy = UnixListener::bind(at(7000)).unwrap();
@@ -198,36 +198,40 @@ fn r119_a_listener_that_takes_nothing_holds_up_its_own_streams_only() {
     dial(1024, 7000);
     dial(1025, 7000);
     dial(1026, 7001);
-    // The one behind them is not held up.
+    // The stream after them is not delayed.
     let (answer, _) = rig.receive();
     assert_eq!((answer.op, answer.dst_port), (Op::Response as u16, 1026));
     let _kept = served.accept().unwrap();
-    // With room for one of them, the first that came has it; the other is told when its time is up.
+    // With room for one of the two, the first gets it. The other gets a reset when its time is over.
     busy.accept().unwrap();
     let (answer, _) = rig.receive();
     assert_eq!((answer.op, answer.dst_port), (Op::Response as u16, 1024));
     let (answer, _) = rig.receive();
     assert_eq!((answer.op, answer.dst_port), (Op::Rst as u16, 1025));
-    // Nobody connects for it any more.
+    // No connection is attempted for it any more.
     busy.set_nonblocking(true).unwrap();
     let taken = std::iter::from_fn(|| busy.accept().ok()).count();
     assert_eq!(taken, backlog);
 }
 
 #[test]
-fn a_held_device_stands_still_and_goes_on_in_another() {
+fn a_held_device_stops_and_another_continues_from_its_state() {
     let mut rig = Rig::new();
     let (state, held) = rig.remote.hold().unwrap();
-    // A stream that the snapshot cuts: the guest hears that it is gone by an event, and gets no reset, which would let its
-    // reader take it for complete.
+    // The snapshot ends this stream. The guest learns that from an event, and gets no reset: after a reset its reader
+    // would treat the stream as complete.
     let cut = GuestStream::new(1023, 7000).payload(4);
     rig.send(&cut, b"more");
     let request = GuestStream::new(1024, 7001).header(Op::Request);
     rig.send(&request, &[]);
     std::thread::yield_now();
-    assert_eq!(rig.driver.tx.used_idx(), 0, "a device that is held moves");
+    assert_eq!(
+        rig.driver.tx.used_idx(),
+        0,
+        "a held device must not use buffers"
+    );
     assert!(state.has_session());
-    // Another goes on with its memory; this one never does.
+    // Another device continues with its memory. This one stays stopped.
     let mut other = Rig::linked(rig.driver.memory().clone());
     let mem = rig.driver.memory().clone();
     let signal = Arc::new(Signals::default());
@@ -239,12 +243,12 @@ fn a_held_device_stands_still_and_goes_on_in_another() {
     std::mem::swap(&mut other.event, &mut rig.event);
     let (refused, _) = other.receive();
     let (op, of) = (refused.op, refused.dst_port);
-    assert_eq!((op, of), (Op::Rst as u16, 1024), "nobody serves 7001");
-    // It has asked for a stream: what it does not know now is reset.
+    assert_eq!((op, of), (Op::Rst as u16, 1024), "nothing listens on 7001");
+    // The guest has requested a stream, so packets of unknown streams now get a reset.
     let stray = GuestStream::new(1022, 7000).payload(4);
     other.send(&stray, b"what");
     assert_eq!(other.receive().0.dst_port, 1022);
-    // The guest has a buffer for the news only now.
+    // Only now the guest posts a buffer for the event.
     let (addr, mem) = (memory::rx_page(0), other.driver.memory().clone());
     other.event.add(&[Buffer { addr, len: 4 }], true).unwrap();
     assert!(other.event.publish());

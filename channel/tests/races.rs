@@ -1,6 +1,6 @@
-//! Opens, closes and resets from every side at a time, over a real vhost-user socket (R58): two application threads that
-//! share their streams, the shard's thread, the frontend's thread, and a guest that answers, resets streams and resets its
-//! driver when it likes.
+//! Opens, closes and resets from every side at the same time, over a real vhost-user socket (R58). Two application
+//! threads share their streams; then there are the shard's thread, the frontend's thread, and a guest that answers,
+//! resets streams, and resets its driver at random.
 
 mod common;
 #[path = "common/vm.rs"]
@@ -14,22 +14,22 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::device::{FEATURES, RX_QUEUE, TX_QUEUE};
 use adit_channel::dial::DialError;
 use adit_channel::shard::{Shard, ShardThread};
 use adit_channel::stream::{Dialer, Stream, Target};
 use adit_channel::vhost_user::{VhostUserCarrier, VhostUserConfig};
 use adit_engine::{EngineConfig, How, Op, PacketHeader, ResetReason};
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{cid, pattern};
 use vhost::VhostBackend;
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
 use vm::{PATIENCE, Vm};
 
-/// Dials of each application thread.
+/// Number of dials of each application thread.
 const ROUNDS: usize = if cfg!(debug_assertions) { 8000 } else { 20_000 };
-/// Of so many of its packets the guest's driver is reset at one.
+/// On average the guest's driver is reset once per this many packets.
 const PACKETS_A_RESET: u64 = 400;
 const GUEST_PORT: u32 = 22;
 const BOTH: u32 = 3;
@@ -45,19 +45,19 @@ impl Random {
     }
 }
 
-/// A stream as the guest has it.
+/// A stream on the guest's side.
 struct Open {
     stream: GuestStream,
-    /// Bytes that came: a beginning of the pattern, or they are another stream's.
+    /// Number of bytes that arrived. They must be a prefix of the pattern; other bytes would come from another stream.
     got: usize,
 }
 
-/// The guest: a thread that drives its rings.
+/// The guest: a thread that drives its virtqueues.
 struct Guest {
     vm: Vm,
     open: HashMap<u32, Open>,
     random: Random,
-    /// What is to be told in numbers at the end: streams, resets of the driver.
+    /// Statistics for the end: streams, and resets of the driver.
     streams: usize,
     resets: usize,
     payload: Vec<u8>,
@@ -82,7 +82,7 @@ impl Guest {
         }
     }
 
-    fn say(&mut self, port: u32, op: Op, flags: u32) {
+    fn send_op(&mut self, port: u32, op: Op, flags: u32) {
         if let Some(open) = self.open.get_mut(&port) {
             let h = PacketHeader {
                 flags,
@@ -91,12 +91,12 @@ impl Guest {
             self.send(&h, &[]);
         }
         if op == Op::Rst {
-            // Nothing answers it.
+            // Nothing will answer it.
             self.open.remove(&port);
         }
     }
 
-    /// Takes a packet and does something about it. False: there was none.
+    /// Takes a packet and reacts to it. Returns false if there was none.
     fn step(&mut self) -> bool {
         let mut payload = std::mem::take(&mut self.payload);
         let wire = self.vm.driver.receive(&mut payload);
@@ -133,17 +133,17 @@ impl Guest {
         let ended = h.op == Op::Rst as u16;
         if h.op == Op::Request as u16 {
             let answer = [Op::Response, Op::Rst][usize::from(self.random.below(8) == 0)];
-            self.say(port, answer, 0);
+            self.send_op(port, answer, 0);
         }
         if h.op == Op::Shutdown as u16 && h.flags & BOTH == BOTH {
-            self.say(port, Op::Rst, 0);
+            self.send_op(port, Op::Rst, 0);
         }
         match self.random.below(12) {
             _ if ended => {}
-            // Also in the same breath as the response.
-            0 => self.say(port, Op::Rst, 0),
-            1 => self.say(port, Op::Shutdown, BOTH),
-            2 => self.say(port, Op::Shutdown, 2),
+            // Some of these follow directly after the response.
+            0 => self.send_op(port, Op::Rst, 0),
+            1 => self.send_op(port, Op::Shutdown, BOTH),
+            2 => self.send_op(port, Op::Shutdown, 2),
             3 | 4 => {
                 let open = self
                     .open
@@ -153,14 +153,14 @@ impl Guest {
                     self.send(&h, &[9; 500]);
                 }
             }
-            _ => self.say(port, Op::CreditUpdate, 0),
+            _ => self.send_op(port, Op::CreditUpdate, 0),
         }
         if ended {
             self.open.remove(&port);
         }
     }
 
-    /// The driver resets the device and starts over, whatever the others are doing.
+    /// The driver resets the device and starts again, at any time.
     fn reset(&mut self) {
         self.resets += 1;
         self.open.clear();
@@ -180,13 +180,13 @@ impl Guest {
         let features = FEATURES | protocol;
         self.vm.frontend.set_features(features).expect("offered");
         for queue in [RX_QUEUE, TX_QUEUE] {
-            self.vm.set_ring(queue, 0);
+            self.vm.set_vring(queue, 0);
         }
         self.vm.enable(true);
     }
 }
 
-/// What became of dials.
+/// Counts the results of dials.
 #[derive(Default)]
 struct Tally {
     dialed: AtomicUsize,
@@ -194,7 +194,7 @@ struct Tally {
     lost: AtomicUsize,
 }
 
-/// Dials, and does to its own stream and to the other thread's whatever comes to its mind.
+/// Dials, and does random operations on its own stream and on the other thread's.
 fn application(dialer: &Dialer, seed: u64, shared: &Mutex<Option<Arc<Stream>>>, tally: &Tally) {
     let mut random = Random(seed);
     let sent = pattern(SENT, 58);
@@ -205,7 +205,7 @@ fn application(dialer: &Dialer, seed: u64, shared: &Mutex<Option<Arc<Stream>>>, 
     let mut rounds = 0;
     while rounds < ROUNDS {
         rounds += 1;
-        // Some give up early.
+        // Some dials give up early.
         let limit = if random.below(20) == 0 {
             Duration::from_micros(50)
         } else {
@@ -233,7 +233,7 @@ fn application(dialer: &Dialer, seed: u64, shared: &Mutex<Option<Arc<Stream>>>, 
         stream.set_deadline(Some(Instant::now() + PATIENCE));
         let ours = Arc::new(stream);
         let theirs = shared.lock().expect("no panic").replace(ours.clone());
-        // From here on both threads may have both streams in hand. Only one writes, so that the bytes are in order.
+        // From here on both threads may use both streams. Only one of them writes, so that the bytes are in order.
         let mut written = 0;
         for _ in 0..random.below(4) {
             let n = 1 + random.below(1500) as usize;
@@ -255,7 +255,7 @@ fn application(dialer: &Dialer, seed: u64, shared: &Mutex<Option<Arc<Stream>>>, 
                         assert!(buf[..n].iter().all(|&b| b == 9));
                     }
                 }
-                // The last one to let go of it resets it.
+                // The thread that drops the last reference resets the stream.
                 4 => {
                     if let Ok(stream) = Arc::try_unwrap(stream) {
                         stream.reset(ResetReason::Local);
@@ -308,13 +308,13 @@ fn r58_opens_closes_and_resets_from_every_side_at_a_time() {
     for thread in threads {
         thread.join().expect("an application");
     }
-    // What is open still is ended by the host: nobody holds a stream any more.
+    // No thread has a stream any more, so the host must end the streams that are still open.
     let end = Instant::now() + PATIENCE;
     while !guest.open.is_empty() {
         if !guest.step() {
             assert!(
                 Instant::now() < end,
-                "{} streams are left",
+                "{} streams are left over",
                 guest.open.len()
             );
             std::thread::yield_now();
@@ -328,7 +328,7 @@ fn r58_opens_closes_and_resets_from_every_side_at_a_time() {
     );
     assert_eq!(dialed + refused + lost, 2 * ROUNDS);
     assert!(dialed > ROUNDS / 2 && guest.streams >= dialed && guest.resets > 5);
-    // And a stream that nobody disturbs goes through.
+    // A stream without disturbance works.
     let undisturbed = std::thread::spawn(move || {
         let target = Target {
             port: GUEST_PORT,
@@ -352,7 +352,7 @@ fn r58_opens_closes_and_resets_from_every_side_at_a_time() {
 }
 
 impl Guest {
-    /// Answers, takes all, and ends it as the other side does.
+    /// Answers, takes all bytes, and ends when the other side does.
     fn serve_one(&mut self, until: &JoinHandle<()>) {
         let mut payload = Vec::new();
         while !until.is_finished() {
@@ -367,7 +367,7 @@ impl Guest {
             if h.op == Op::Request as u16 {
                 let stream = GuestStream::new(GUEST_PORT, port);
                 self.open.insert(port, Open { stream, got: 0 });
-                self.say(port, Op::Response, 0);
+                self.send_op(port, Op::Response, 0);
             }
             let Some(open) = self.open.get_mut(&port) else {
                 continue;
@@ -376,7 +376,7 @@ impl Guest {
             open.got += payload.len();
             if h.op == Op::Shutdown as u16 {
                 assert_eq!(open.got, SENT);
-                self.say(port, Op::Shutdown, BOTH);
+                self.send_op(port, Op::Shutdown, BOTH);
             }
         }
     }

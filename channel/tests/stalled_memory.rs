@@ -1,5 +1,6 @@
-//! A page of one guest's memory that does not come, as while a VM is moved from one host to another: whoever touches it
-//! waits (userfaultfd). Only that guest's shard does; another VM's goes on, and when the page is there nothing is lost.
+//! A page of one guest's memory is missing for a while, as during a migration. A thread that accesses it blocks
+//! (userfaultfd). Only the shard of that guest blocks. Another VM's shard continues, and no byte is lost when the page
+//! arrives.
 
 mod common;
 #[path = "common/uffd.rs"]
@@ -14,13 +15,13 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use adit_benches::memory;
-use adit_benches::queue::Buffer;
-use adit_benches::stream::GuestStream;
 use adit_channel::device::{HEADER_BYTES, HOST_CID, TX_QUEUE, WireHeader};
 use adit_channel::shard::{Shard, ShardThread};
 use adit_channel::vhost_user::{VhostUserCarrier, VhostUserConfig};
 use adit_engine::{EngineConfig, Op};
+use adit_testkit::memory;
+use adit_testkit::queue::Buffer;
+use adit_testkit::stream::GuestStream;
 use common::{CID, cid, pattern};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::poll::PollTimeout;
@@ -28,17 +29,17 @@ use uffd::{Missing, PAGE};
 use vm::{PATIENCE, Vm};
 
 const HOST_PORT: u32 = 741;
-/// How long a page does not come.
+/// Time that a page is missing.
 const STALL: Duration = Duration::from_secs(1);
-/// Echoes of the other VM meanwhile, at the least.
+/// Minimum number of echoes of the other VM during that time.
 const ECHOES: u32 = 500;
 
-/// A VM with a shard's thread of its own, as a port process has one, and one tunnel to a socket.
+/// A VM whose shard has its own thread, as in a port process, and one tunnel to a socket.
 struct World {
     vm: Vm,
     stream: GuestStream,
     client: UnixStream,
-    /// What the guest received and nobody has looked at.
+    /// Bytes that the guest received and the test has not checked yet.
     got: Vec<u8>,
     _shard: ShardThread,
     _dir: tempfile::TempDir,
@@ -73,7 +74,7 @@ impl World {
         };
         world.publish();
         let incoming = listener.accept().expect("the guest's request");
-        // From here on the shard moves bytes between guest memory and a socket, by system calls on both.
+        // From here on the shard moves bytes between guest memory and a socket, with system calls that use both.
         incoming.accept().expect("open").splice(theirs.into());
         let end = Instant::now() + PATIENCE;
         while world.stream.credit() == 0 {
@@ -92,7 +93,7 @@ impl World {
         }
     }
 
-    /// Takes what came for the guest.
+    /// Takes the packets that arrived at the guest.
     fn receive(&mut self) {
         let mut payload = Vec::new();
         while let Some(wire) = self.vm.driver.receive(&mut payload) {
@@ -125,25 +126,25 @@ impl World {
         }
     }
 
-    /// There and back again.
+    /// One echo.
     fn echo(&mut self, number: u32) {
         let bytes = number.to_le_bytes();
         self.guest_writes(&bytes);
         let (mut there, end) = (Vec::new(), Instant::now() + PATIENCE);
         while there.len() < bytes.len() {
             there.extend(self.client_reads());
-            assert!(Instant::now() < end, "echo {number} did not come");
+            assert!(Instant::now() < end, "echo {number} did not arrive");
         }
         assert_eq!(there, bytes);
         self.client.write_all(&there).expect("room");
         while self.got.len() < bytes.len() {
             self.receive();
-            assert!(Instant::now() < end, "echo {number} did not come back");
+            assert!(Instant::now() < end, "echo {number} was not returned");
         }
         assert_eq!(self.got.split_off(0), bytes);
     }
 
-    /// Where the backend, not the driver, has the guest's memory mapped.
+    /// Address at which the backend (not the driver) has the guest's memory mapped.
     fn backends_mapping(&self) -> u64 {
         let inode = self.vm.file.metadata().expect("a file").ino().to_string();
         let maps = std::fs::read_to_string("/proc/self/maps").expect("proc");
@@ -158,7 +159,7 @@ impl World {
         start
     }
 
-    /// Takes pages away: whoever touches them finds nothing.
+    /// Removes pages, so that an access to them finds them missing.
     fn punch(&self, guest_address: u64, len: usize) {
         let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let (at, len) = (guest_address as i64, len as i64);
@@ -166,8 +167,8 @@ impl World {
     }
 }
 
-/// Waits for a touch of a missing page among `pages`, and holds it back for a second, and for as long as the other VM needs
-/// for its echoes: the VM that waits stands still. Returns the page.
+/// Waits for an access to a missing page among `pages`. Delays the page for a second, or longer until the other VM has
+/// its echoes. Meanwhile the waiting VM is blocked. Returns the page.
 fn hold(missing: &Missing, pages: Range<u64>, waiting: &mut World, other: &mut World) -> u64 {
     let page = missing.wait(PollTimeout::from(30_000u16));
     let page = page.expect("the backend touches it");
@@ -184,7 +185,7 @@ fn hold(missing: &Missing, pages: Range<u64>, waiting: &mut World, other: &mut W
 }
 
 #[test]
-fn memory_that_does_not_come_for_a_second_stalls_its_own_vm_only() {
+fn memory_missing_for_a_second_stalls_only_its_own_vm() {
     let (mut stalled, mut other) = (World::new("stalled"), World::new("other"));
     for i in 0..20 {
         stalled.echo(i);
@@ -200,7 +201,7 @@ fn memory_that_does_not_come_for_a_second_stalls_its_own_vm_only() {
         Err(e) => panic!("{e}"),
     };
 
-    // From the guest: a packet whose payload lies in a page that is not there.
+    // From the guest: a packet whose payload is in a missing page.
     let bytes: [u8; PAGE] = pattern(PAGE, 4).try_into().expect("a page");
     let head = stalled.vm.driver.tx.next_head().expect("a descriptor");
     let payload = memory::tx_payload(head);
@@ -214,7 +215,7 @@ fn memory_that_does_not_come_for_a_second_stalls_its_own_vm_only() {
         len: len as u32,
     });
     assert!(stalled.vm.driver.send_buffers(&buffers));
-    // And one behind it, whose memory is there.
+    // And a packet after it, whose memory is present.
     stalled.guest_writes(b"behind");
     let at = base + payload;
     hold(&missing, at..at + 1, &mut stalled, &mut other);
@@ -227,7 +228,7 @@ fn memory_that_does_not_come_for_a_second_stalls_its_own_vm_only() {
     }
     assert_eq!(there, [&bytes[..], b"behind"].concat());
 
-    // To the guest: every page that it posted is gone, and comes when it is asked for.
+    // To the guest: all pages that it posted are missing, and arrive on access.
     let pages = u64::from(memory::QUEUE_MAX);
     stalled.punch(memory::rx_page(0), pages as usize * PAGE);
     let answer = pattern(3 * PAGE, 7);
@@ -245,7 +246,7 @@ fn memory_that_does_not_come_for_a_second_stalls_its_own_vm_only() {
         assert!(Instant::now() < end, "{} bytes came", stalled.got.len());
     }
     assert!(stalled.got.split_off(0) == answer);
-    // As before, both of them; the kernel fills what is missing no more.
+    // Both VMs work as before. The kernel no longer reports missing pages.
     drop(missing);
     for i in 0..20 {
         stalled.echo(i);

@@ -1,22 +1,22 @@
-//! A device is dropped at any point of a burst and another one goes on at the used index of each ring: what was published
-//! is never seen twice, what was not is seen again, and nothing is lost or changes its order. For no descriptor is held
-//! over a burst, and chains are given back in the order in which they came.
+//! A device is dropped at any point of a burst, and another continues at the used index of each virtqueue. Packets
+//! that were published never arrive twice, those that were not published arrive again, and no packet is lost or out of
+//! order. This works because no descriptor is held beyond a burst, and because chains are returned in their order.
 
 mod common;
 
 use std::sync::Arc;
 
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::carrier::{Carrier, RxPacket, TxSlot};
 use adit_channel::device::{FEATURES, VirtQueues};
 use adit_engine::Lane;
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{Device, Signals, cid, rw};
 use virtio_queue::QueueT;
 
 /// VIRTIO_F_RING_EVENT_IDX.
 const EVENT_IDX: u64 = 1 << 29;
 
-/// xorshift: the same run for the same seed.
+/// xorshift random numbers: one seed repeats a run.
 struct Seeded(u64);
 
 impl Seeded {
@@ -28,7 +28,7 @@ impl Seeded {
     }
 }
 
-/// A device that goes on where the rings in guest memory say.
+/// A device that continues at the positions in guest memory.
 fn successor(driver: &Driver, features: u64) -> Device {
     let mut device = Device::new(cid(), 1).expect("a descriptor");
     device.ack_features(features).expect("offered features");
@@ -53,13 +53,13 @@ fn successor(driver: &Driver, features: u64) -> Device {
     device
 }
 
-/// The guest's and the host's packets, numbered.
+/// The packets of guest and host, with numbers.
 struct Run {
     driver: Driver,
     device: Device,
     features: u64,
     seeded: Seeded,
-    /// Next number that the guest sends, that the host expects, that the host sends, that the guest expects.
+    /// Next numbers: the guest sends, the host expects, the host sends, the guest expects.
     guest_sends: u64,
     host_expects: u64,
     host_sends: u64,
@@ -94,11 +94,11 @@ impl Run {
             }
             self.guest_sends += 1;
             if self.seeded.below(5) == 0 {
-                // Too short for a header: given back unused, in its turn.
+                // Too short for a header: it is returned unused, in its order.
                 let head = self.driver.tx.next_head().map(memory::tx_payload);
                 if let Some(addr) = head {
                     let len = 7;
-                    let buffer = adit_benches::queue::Buffer { addr, len };
+                    let buffer = adit_testkit::queue::Buffer { addr, len };
                     self.driver.send_buffers(&[buffer]);
                 }
             }
@@ -116,7 +116,7 @@ impl Run {
         self.driver.rx.publish();
     }
 
-    /// One burst; false: the device is dropped in the middle of it.
+    /// Runs one burst. Returns false if the device must be dropped in the middle of it.
     fn burst(&mut self) -> bool {
         let (mut expects, mut sends) = (self.host_expects, self.host_sends);
         self.device.begin();
@@ -125,7 +125,7 @@ impl Run {
                 break;
             };
             let mut payload = [0; 8];
-            // Perhaps none of it is read: it is consumed all the same.
+            // A packet is consumed even if nothing of it is read.
             if self.seeded.below(4) > 0 {
                 assert_eq!(packet.read(&mut payload).expect("readable"), 8);
                 assert_eq!(u64::from_le_bytes(payload), expects);
@@ -164,7 +164,7 @@ impl Run {
 }
 
 #[test]
-fn a_device_dropped_anywhere_has_a_successor_that_loses_and_repeats_nothing_published() {
+fn a_successor_loses_nothing_and_repeats_no_published_packet() {
     for seed in 1..=12 {
         let features = match seed % 2 {
             0 => FEATURES,

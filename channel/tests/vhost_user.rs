@@ -1,4 +1,4 @@
-//! The backend and a real frontend (crate `vhost`) over a socket, with the harness' driver on a shared memfd.
+//! The backend and a real frontend (crate `vhost`) over a socket, with the test harness's driver on a shared memfd.
 
 mod common;
 #[path = "common/vm.rs"]
@@ -12,18 +12,18 @@ use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket, TxSlot};
 use adit_channel::device::{Counters, RX_QUEUE, TX_QUEUE};
 use adit_channel::vhost_user::{VhostUserCarrier, VhostUserConfig};
 use adit_engine::{Lane, PacketHeader, ResetReason, SessionChange};
+use adit_testkit::{Driver, DriverConfig, memory};
 use common::{cid, rw};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd as StopEvent};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm::{PATIENCE, Vm, event, wait};
 
-/// A carrier on a thread that sends every packet back, as a shard would poll it.
+/// A carrier on a thread that echoes every packet, and polls as a shard does.
 struct Shard {
     changes: Receiver<SessionChange>,
     stop: StopEvent,
@@ -106,7 +106,7 @@ fn echo(
     }
 }
 
-/// Waits; returns the wakers that are readable, `None` for the stop event.
+/// Waits. Returns the readable wakers, with `None` for the stop event.
 fn ready(carrier: &VhostUserCarrier, stop: &OwnedFd) -> Vec<Option<u32>> {
     let mut fds: Vec<(OwnedFd, Option<u32>)> = Vec::new();
     let clone = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().expect("descriptor");
@@ -130,11 +130,11 @@ const EPOCH_2: SessionChange = SessionChange::Attached { epoch: 2 };
 const GONE: SessionChange = SessionChange::Lost(ResetReason::CarrierFault);
 
 #[test]
-fn packets_go_round_through_memfd_kicks_and_calls() {
+fn packets_are_echoed_through_memfd_kicks_and_calls() {
     let shard = Shard::new();
     let mut vm = Vm::start(&shard.socket);
     assert_eq!(shard.change(), EPOCH_1);
-    // More than the queue holds, so that positions go round.
+    // More packets than the queue has entries, so that the positions wrap.
     for i in 0..500u32 {
         let payload = common::pattern(i as usize * 7 % 4000, i as u8);
         vm.round_trip(i, &payload);
@@ -168,33 +168,33 @@ fn stop_answers_with_the_base_and_completes_nothing_afterwards() {
     for i in 0..10 {
         vm.round_trip(i, b"before");
     }
-    // The VM is paused: QEMU disables, then asks for the bases.
+    // The VM is paused: QEMU disables the vrings, then asks for their bases.
     vm.enable(false);
     let bases: Vec<_> = [0, 1]
         .map(|q| vm.frontend.get_vring_base(q).expect("base"))
         .into();
     assert_eq!(bases, [10, 10]);
-    // The guest goes on to write its rings, kick and all; nobody looks.
+    // The guest continues to write to its virtqueues and kicks, but the device must not look.
     assert!(vm.driver.send(&rw(99), b"while stopped", 5));
     vm.driver.tx.publish();
     vm.kicks[1].write(1).expect("kick");
     assert_eq!(vm.frontend.get_vring_base(1).expect("base"), 10);
     assert_eq!(vm.driver.tx.used_idx(), 10);
-    // Resumed where it stood, with what came meanwhile.
+    // Resumed at the same positions, with the packets that were sent meanwhile.
     for (queue, base) in [(RX_QUEUE, bases[0]), (TX_QUEUE, bases[1])] {
-        vm.set_ring(queue, base as u16);
+        vm.set_vring(queue, base as u16);
     }
     vm.enable(true);
     vm.await_packet(99, b"while stopped");
     vm.round_trip(100, b"after");
-    // It was one session throughout.
+    // It was one session all the time.
     drop(vm);
     assert_eq!(shard.change(), GONE);
     shard.end();
 }
 
 #[test]
-fn a_driver_that_starts_over_begins_at_zero() {
+fn a_restarted_driver_begins_at_position_zero() {
     let shard = Shard::new();
     let mut vm = Vm::start(&shard.socket);
     assert_eq!(shard.change(), EPOCH_1);
@@ -202,7 +202,7 @@ fn a_driver_that_starts_over_begins_at_zero() {
     for queue in [0, 1] {
         vm.frontend.get_vring_base(queue).expect("base");
     }
-    // A reboot: rings zeroed, the same memory.
+    // A reboot: zeroed virtqueues in the same memory.
     for queue in [RX_QUEUE, TX_QUEUE] {
         for addr in memory::queue_addrs(queue) {
             vm.driver.write(addr, &[0; 0x2000]);
@@ -218,7 +218,7 @@ fn a_driver_that_starts_over_begins_at_zero() {
 }
 
 #[test]
-fn r33_a_thousand_frontends_come_and_go() {
+fn r33_a_thousand_frontends_leak_nothing() {
     let shard = Shard::new();
     for i in 1..=1000 {
         let mut vm = Vm::start(&shard.socket);
@@ -235,11 +235,11 @@ fn r33_a_thousand_frontends_come_and_go() {
 }
 
 #[test]
-fn a_half_message_stops_only_its_own_thread() {
+fn a_partial_message_stops_only_its_own_thread() {
     let shard = Shard::new();
     let mut half = UnixStream::connect(&shard.socket).expect("a listener");
     half.write_all(&[1, 0, 0, 0, 1]).expect("room");
-    // The next frontend waits its turn; when the first is gone, it is served.
+    // The next frontend waits. It is served when the first is gone.
     let waiting = UnixStream::connect(&shard.socket).expect("the backlog");
     drop(half);
     drop(waiting);
@@ -247,14 +247,14 @@ fn a_half_message_stops_only_its_own_thread() {
     assert_eq!(shard.change(), EPOCH_1);
     vm.round_trip(1, b"served");
     drop(vm);
-    // A shard that ends while its frontend hangs in a message does not hang itself.
+    // A shard ends while its frontend is in the middle of a message. The shard must not hang.
     let mut half = UnixStream::connect(&shard.socket).expect("a listener");
     half.write_all(&[1, 0, 0, 0, 1]).expect("room");
     shard.end();
 }
 
 #[test]
-fn garbage_is_cut_off_and_the_next_frontend_served() {
+fn a_frontend_that_sends_garbage_is_cut_off_and_the_next_is_served() {
     let shard = Shard::new();
     for garbage in [
         &[0xff; 12][..],
@@ -312,7 +312,7 @@ fn call_kick_and_memory_are_replaced_while_running() {
         let f = &vm.frontend;
         f.set_vring_kick(queue, &vm.kicks[queue]).expect("kick");
         f.set_vring_call(queue, &vm.calls[queue]).expect("call");
-        // A new call descriptor is rung once: the notification may have gone to the old one.
+        // A new call descriptor is signalled once, because a notification may have gone to the old one.
         wait(&vm.calls[queue]);
     }
     for i in 0..200 {

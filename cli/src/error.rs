@@ -28,7 +28,7 @@ pub struct Failure {
     pub message: String,
     /// What to do next; may be empty.
     pub help: String,
-    /// aditd may be there again if it is asked a little later.
+    /// aditd may answer if it is asked a little later.
     #[serde(skip)]
     pub passing: bool,
     #[serde(skip)]
@@ -49,7 +49,7 @@ impl Failure {
             code: code.to_owned(),
             message: message.into(),
             help: String::new(),
-            passing: matches!(code, "unreachable" | "cut-off"),
+            passing: matches!(code, "unreachable" | "cut-off" | "busy"),
             exit,
         }
     }

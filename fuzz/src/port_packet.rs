@@ -3,13 +3,13 @@
 use std::cell::OnceCell;
 use std::sync::Arc;
 
-use adit_benches::session::{Device, active_device};
-use adit_benches::{Driver, DriverConfig, VmMemory, memory};
 use adit_channel::device::{GuestCid, HOST_CID, WireHeader};
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::{Service, ServiceEvent, Sink, StreamIo};
 use adit_engine::{EngineConfig, PacketHeader};
+use adit_testkit::session::{Device, active_device};
+use adit_testkit::{Driver, DriverConfig, VmMemory, memory};
 use arbitrary::{Result, Unstructured};
 use vm_memory::{Bytes, GuestAddress};
 

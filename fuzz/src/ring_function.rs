@@ -31,12 +31,12 @@ const BASES: [u64; 6] = [LOW, LOW + 0x1000, LOW + 0x1800, HIGH, 0, u64::MAX - 0x
 
 /// What a VMM knows from the changes that it was told.
 #[derive(Default)]
-struct Told {
+struct VmmView {
     wiring: Wiring,
     line: bool,
 }
 
-impl Told {
+impl VmmView {
     fn of(&mut self, function: &Function, changes: Changes) {
         if changes.rewired {
             assert_ne!(self.wiring, *function.wiring(), "nothing has changed");
@@ -86,7 +86,7 @@ impl Told {
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     let mut function = Function::new(REGION, WINDOWS);
-    let mut told = Told::default();
+    let mut told = VmmView::default();
     while !input.is_empty() {
         let mut there = [0; 32];
         let changes = match input.below(8) {

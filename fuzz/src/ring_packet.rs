@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use adit_channel::carrier::{Carrier, Interest, RxPacket};
 use adit_channel::ring::{RingBells, RingCarrier, RingState};
-use adit_engine::{FRAME_BYTES, Lane, PacketHeader, SessionChange};
+use adit_engine::{Lane, PACKET_HEADER_BYTES, PacketHeader, SessionChange};
 use adit_ringbuf::region::{self, Features, Spec};
 use adit_ringbuf::session::{Ends, Event, Guest};
 use adit_ringbuf::{Mapped, RingMem};
@@ -123,8 +123,8 @@ impl World {
     }
 
     fn send(&mut self, input: &mut Input<'_>) {
-        // Only as many bits as a frame has.
-        let h = PacketHeader::from_frame(&packet(input, &self.shell).to_frame());
+        // Only as many bits as a packet header has room for.
+        let h = PacketHeader::from_ring_bytes(&packet(input, &self.shell).to_ring_bytes());
         let shape = input.u8();
         let len = match shape & 3 {
             0 => h.len as usize % 64,
@@ -139,11 +139,11 @@ impl World {
             },
         };
         self.serial = self.serial.wrapping_add(1);
-        let record = [&h.to_frame(), body(self.serial, len)].concat();
-        // A frame that is too short ends the session.
+        let record = [&h.to_ring_bytes(), body(self.serial, len)].concat();
+        // A packet header that is too short ends the session.
         let cut = shape & 0xf0 == 0xf0;
         let record = if cut {
-            &record[..input.below(FRAME_BYTES)]
+            &record[..input.below(PACKET_HEADER_BYTES)]
         } else {
             &record[..]
         };
@@ -237,7 +237,7 @@ impl World {
                 continue;
             };
             let (frame, payload) = record[..len].split_first_chunk().expect("a frame");
-            assert_eq!(PacketHeader::from_frame(frame), h);
+            assert_eq!(PacketHeader::from_ring_bytes(frame), h);
             assert!(payload == body(seed, n), "payload differs");
         }
         let _ = ends.consumer.release();

@@ -130,7 +130,7 @@ impl Shell {
                 let known = self
                     .known
                     .get_mut(&stream.slot())
-                    .expect("a stream that was told of");
+                    .expect("a stream that was announced");
                 assert_eq!((known.id, known.ports), (stream, pair));
                 assert!(len > 0 && len == h.len && len <= body);
                 known.held += u64::from(len);
@@ -183,7 +183,7 @@ impl Shell {
                     assert_eq!(
                         pair,
                         (local_port, peer_port),
-                        "told of one that did not ask"
+                        "an incoming stream that did not ask"
                     );
                     let credit = Credit {
                         window,
@@ -224,7 +224,7 @@ impl Shell {
         let known = self
             .known
             .get(&stream.slot())
-            .expect("a stream that was told of");
+            .expect("a stream that was announced");
         assert_eq!(known.id, stream);
         *known
     }

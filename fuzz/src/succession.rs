@@ -13,13 +13,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use adit_benches::memory;
 use adit_channel::device::GuestCid;
 use adit_channel::live::LiveFile;
 use adit_channel::shard::Shard;
 use adit_channel::vhost_user::{Handover, Keeper, VhostUserCarrier, VhostUserConfig};
 use adit_engine::EngineConfig;
 use adit_passed::Closer;
+use adit_testkit::memory;
 use arbitrary::{Result, Unstructured};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -37,9 +37,9 @@ thread_local! {
 #[derive(Debug)]
 struct Verdict;
 
-struct Told(Sender<Verdict>);
+struct Reporter(Sender<Verdict>);
 
-impl Keeper for Told {
+impl Keeper for Reporter {
     fn keep(&mut self, _: Option<Handover>) {
         let _ = self.0.send(Verdict);
     }
@@ -110,7 +110,7 @@ fn succeed(live: LiveFile, bytes: Vec<u8>, fds: Vec<OwnedFd>, frontend: UnixStre
     let live = Arc::new(live);
     let mut config = VhostUserConfig::new(listener, cid, "fuzz");
     config.live = Some(live.clone());
-    config.keeper = Some(Box::new(Told(sender)));
+    config.keeper = Some(Box::new(Reporter(sender)));
     config.resume = Some(Handover { bytes, fds });
     let carrier = VhostUserCarrier::new(config).expect("a backend");
     let mut shard = Shard::new().expect("a shard");

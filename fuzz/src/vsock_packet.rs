@@ -4,11 +4,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use adit_benches::session::Device;
-use adit_benches::{Driver, DriverConfig, RxShape, VmMemory, memory};
 use adit_channel::carrier::{Armed, Carrier, Interest, RxPacket};
 use adit_channel::device::{FEATURES, GuestCid, HOST_CID, RX_QUEUE, Signal, TX_QUEUE, WireHeader};
 use adit_engine::{Lane, Op, ResetReason};
+use adit_testkit::session::Device;
+use adit_testkit::{Driver, DriverConfig, RxShape, VmMemory, memory};
 
 use crate::engine_ops::packet;
 use crate::input::Input;

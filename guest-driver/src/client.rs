@@ -1,13 +1,14 @@
-//! The agent's end of the `tasks` service: dial, say who we are, resend what was not acknowledged, pull.
+//! The agent's end of the `tasks` service: dial, send facts, send the reports that were not acknowledged, pull.
 //!
-//! Connected and idle it sits in one blocking read: no timer, no wake-up. Only while the host owes an answer there is a limit. A stream that had lasted is dialled again at once,
-//! and from then on after a jittered delay that doubles up to five seconds, whether a task runs or not; everything that
-//! matters across that is in the journal, and a task that runs on is announced and reported on the stream that is there then.
+//! Connected and idle it is in one blocking read: no timer, no wake-up. There is a time limit only while the host owes an
+//! answer. A stream that lasted is dialled again at once, and from then on after a jittered delay that doubles up to five
+//! seconds, whether a task runs or not. What must survive a reconnect is in the journal; a task that runs on is announced and
+//! reported on the new stream.
 //!
-//! A task whose goal is not yet valid is kept, and begun when it is, by the guest's clock. What comes behind it waits: goals of a
-//! key run in their order. If its stream ends, it is let go, and the host hands it out again. Whose clock is off is seen: the
-//! agent says what its own shows ahead of every pull, and the host answers with its own, which the guest takes if its
-//! configuration says so.
+//! A task whose goal is not yet valid by the guest's clock is held and started when it is. Later tasks wait behind it: the goals
+//! of a key run in their order. If its stream ends, it is dropped, and the host hands it out again. The agent sends the time
+//! of its clock before every pull, so that the host sees a clock that is off; the host answers with its own time, which the
+//! guest takes if its configuration says so.
 
 use std::io::{self, ErrorKind, Write};
 use std::mem;
@@ -31,7 +32,7 @@ use crate::conn::Conn;
 use crate::crash::{self, Point};
 use crate::live::Live;
 use crate::runner::{Handled, Runner};
-use crate::running::{Hand, News, Running};
+use crate::running::{Event, Running, SharedRunner};
 use crate::serve::Identity;
 use crate::transport::Transport;
 use crate::{facts, log};
@@ -40,29 +41,29 @@ use crate::{facts, log};
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// Longest delay before dialling again.
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// A stream that was there for so long ended because something happened to it, not because the host wants none: who took its
-/// place is there already. One that is ended as soon as it is there is dialled after a delay, or it would be so for ever.
+/// A stream that lasted this long did not end because the host refuses it: a new aditd is there already, and it is dialled at
+/// once. One that ends sooner is dialled after a delay, or the two would never stop.
 const LASTED: Duration = Duration::from_secs(1);
-/// How long the host may take to answer the hello, and to take our bytes while it does.
+/// How long the host may take to answer the hello, and to read our bytes meanwhile.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
-/// How long the host may take to say what its clock shows, for that to be of use.
+/// A time that the host took longer to answer with is not used.
 const CLOCK_ANSWER_MAX: Duration = Duration::from_secs(5);
-/// The guest's clock is left alone while it is off by less, ms.
+/// The guest's clock is not set while it is off by less, ms.
 const CLOCK_STEP_MIN_MS: u64 = 1000;
-/// How long the host may take to acknowledge a report. One that does not has perhaps forgotten the stream, and nobody would
-/// ever say so.
+/// How long the host may take to acknowledge a report. A host that does not may have lost the stream without an end that the
+/// guest could see.
 const OWED_LIMIT: Duration = Duration::from_secs(30);
 /// Version of every kind of message.
 const VERSION: u16 = 1;
 /// Longest body from the host: an envelope of 256 KiB and the fields around it.
 const BODY_MAX: u32 = 264 * 1024;
 
-/// Pulls and runs tasks for ever.
+/// Pulls and runs tasks until the process ends.
 pub struct Client {
     transport: Arc<dyn Transport>,
     identity: Arc<Identity>,
     live: Arc<Live>,
-    hand: Hand,
+    runner: SharedRunner,
     running: Option<Running>,
     /// The clock message that the host has not answered, and when it was sent.
     clock_asked: Option<(u32, Instant)>,
@@ -81,7 +82,7 @@ impl Client {
             transport,
             identity,
             live,
-            hand: Hand::new(runner),
+            runner: SharedRunner::new(runner),
             running: None,
             clock_asked: None,
             last_id: 0,
@@ -90,7 +91,7 @@ impl Client {
 
     /// Dials, works until the stream fails, and dials again.
     pub fn run(mut self) -> ! {
-        let (mut pace, mut last) = (Pace(BACKOFF_MIN), String::new());
+        let (mut backoff, mut last) = (Backoff(BACKOFF_MIN), String::new());
         loop {
             let error = match self.dial() {
                 Ok(conn) => {
@@ -98,18 +99,18 @@ impl Client {
                     log::event("connected", &[("service", &SERVICE)]);
                     let begin = Instant::now();
                     let ended = self.session(&conn).unwrap_or_else(|e| e);
-                    pace = Pace::after(begin.elapsed());
+                    backoff = Backoff::after(begin.elapsed());
                     ended
                 }
                 Err(e) => e,
             };
-            // One line for as long as nothing changes, however often it is tried.
+            // One line for as long as the error is the same, however often it is tried.
             let text = error.to_string();
             if text != last {
                 log::event("disconnected", &[("service", &SERVICE), ("error", &text)]);
                 last = text;
             }
-            thread::sleep(jittered(pace.next()));
+            thread::sleep(jittered(backoff.next()));
         }
     }
 
@@ -147,27 +148,27 @@ impl Client {
         }
     }
 
-    /// One connection's work. It ends only by failing; the inner error is the clean end.
+    /// One connection's work. It ends only with an error; the inner one is the host's orderly end.
     fn session(&mut self, conn: &Conn) -> io::Result<io::Error> {
         let facts = self.facts();
         self.send(conn, WireKind::Facts, &facts)?;
-        self.tell_clock(conn)?;
-        // Told again only where something came in between.
+        self.send_clock(conn)?;
+        // Not sent again before the first pull, unless something comes in between.
         let mut clock_is_fresh = true;
         if let Some(running) = self.running.take() {
-            // Begun on a stream that is no more. Nothing is pulled before it has ended: the host would hand it out again.
-            // Its report is among those below; or it was refused, or is to wait, and is handed out again.
-            self.until_ended(conn, running)?;
+            // It started on an earlier stream. Nothing is pulled before it has ended: the host would hand it out again. Its
+            // report is among those below; if it was refused or is held, the host hands it out again.
+            self.wait_for_end(conn, running)?;
             clock_is_fresh = false;
         }
-        let unacknowledged = self.hand.free().unacknowledged();
+        let unacknowledged = self.runner.lock().unacknowledged();
         for report in unacknowledged {
             self.deliver(conn, &report)?;
             clock_is_fresh = false;
         }
         loop {
             if !mem::take(&mut clock_is_fresh) {
-                self.tell_clock(conn)?;
+                self.send_clock(conn)?;
             }
             let epoch = self.identity.common().epoch;
             let id = self.send(conn, WireKind::Pull, &Pull { epoch })?;
@@ -182,11 +183,11 @@ impl Client {
         }
     }
 
-    /// Brings a task to its end, at its time.
+    /// Runs a task, once its time has come.
     fn work(&mut self, conn: &Conn, task: &Task) -> io::Result<Report> {
         loop {
-            let running = self.hand.begin(task.clone())?;
-            match self.until_ended(conn, running)? {
+            let running = self.runner.begin(task.clone())?;
+            match self.wait_for_end(conn, running)? {
                 Handled::Ended(report) => return Ok(report),
                 Handled::NotYet(not_before_ms) => self.hold(conn, task, not_before_ms)?,
             }
@@ -200,8 +201,8 @@ impl Client {
             not_before_ms,
             now_ms: clock::now_ms(),
         };
-        self.tell(conn, WireKind::Held, &held)?;
-        self.tell_clock(conn)?;
+        self.send_ignorable(conn, WireKind::Held, &held)?;
+        self.send_clock(conn)?;
         let alarm = clock::Alarm::at(not_before_ms)?;
         while clock::now_ms() < not_before_ms {
             let mut fds =
@@ -214,21 +215,21 @@ impl Client {
             if fds[0].any().unwrap_or(true) {
                 break;
             }
-            self.nothing_asked(conn)?;
+            self.read_unsolicited(conn)?;
         }
         Ok(())
     }
 
-    /// Says what the guest's clock shows. A host that knows how answers with its own.
-    fn tell_clock(&mut self, conn: &Conn) -> io::Result<()> {
+    /// Sends the guest's time. A host of this version answers with its own.
+    fn send_clock(&mut self, conn: &Conn) -> io::Result<()> {
         let unix_ms = clock::now_ms();
-        let id = self.tell(conn, WireKind::Clock, &Clock { unix_ms })?;
+        let id = self.send_ignorable(conn, WireKind::Clock, &Clock { unix_ms })?;
         self.clock_asked = Some((id, Instant::now()));
         Ok(())
     }
 
-    /// The host says what its clock shows.
-    fn heard_clock(&mut self, header: &Header, body: &[u8]) -> io::Result<()> {
+    /// The host's time: sets the guest's clock if the configuration says so.
+    fn on_host_clock(&mut self, header: &Header, body: &[u8]) -> io::Result<()> {
         let host: Clock = header
             .decode(body)
             .map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?;
@@ -239,7 +240,7 @@ impl Client {
         if self.live.config().clock == ClockSource::Own || took > CLOCK_ANSWER_MAX {
             return Ok(());
         }
-        // The answer was on its way for half of that.
+        // The answer took half of that to come.
         let way = u64::try_from(took.as_millis() / 2).unwrap_or(0);
         let (now, to) = (clock::now_ms(), host.unix_ms.saturating_add(way));
         if now.abs_diff(to) < CLOCK_STEP_MIN_MS {
@@ -252,8 +253,8 @@ impl Client {
         Ok(())
     }
 
-    /// Waits for a task's end. If the stream ends before, the task runs on, and the next stream takes it up.
-    fn until_ended(&mut self, conn: &Conn, mut running: Running) -> io::Result<Handled> {
+    /// Waits for a task's end. If the stream ends first, the task runs on, and the next stream continues with it.
+    fn wait_for_end(&mut self, conn: &Conn, mut running: Running) -> io::Result<Handled> {
         match self.follow(conn, &mut running) {
             Ok(()) => Ok(running.handled()),
             Err(e) => {
@@ -263,15 +264,15 @@ impl Client {
         }
     }
 
-    /// Says that the task has begun, now or before, and hears until it has ended whether the stream does.
+    /// Reports that the task has started, now or before, and watches the stream until the task has ended.
     fn follow(&mut self, conn: &Conn, running: &mut Running) -> io::Result<()> {
-        let mut news = News::Began;
-        while news != News::Ended {
+        let mut news = Event::Started;
+        while news != Event::Ended {
             match (news, running.started()) {
-                (News::Began, Some(started)) => {
+                (Event::Started, Some(started)) => {
                     self.send(conn, WireKind::Started, &started)?;
                 }
-                (News::Stream, _) => self.nothing_asked(conn)?,
+                (Event::Stream, _) => self.read_unsolicited(conn)?,
                 _ => {}
             }
             news = running.next(conn)?;
@@ -279,10 +280,10 @@ impl Client {
         Ok(())
     }
 
-    /// The host speaks where nothing was asked: what can be ignored, or the end.
-    fn nothing_asked(&mut self, conn: &Conn) -> io::Result<()> {
+    /// Reads a frame that answers nothing, or the end of the stream.
+    fn read_unsolicited(&mut self, conn: &Conn) -> io::Result<()> {
         match frame::read(&mut &*conn, BODY_MAX)? {
-            Some((header, body)) => self.aside(&header, &body),
+            Some((header, body)) => self.on_unsolicited(&header, &body),
             None => Err(io::Error::new(
                 ErrorKind::UnexpectedEof,
                 "host ended the stream while a task runs or is held",
@@ -290,10 +291,10 @@ impl Client {
         }
     }
 
-    /// A frame that answers no question that is waited for.
-    fn aside(&mut self, header: &Header, body: &[u8]) -> io::Result<()> {
+    /// Handles a frame that is not the answer being waited for.
+    fn on_unsolicited(&mut self, header: &Header, body: &[u8]) -> io::Result<()> {
         match header.kind == WireKind::HostClock as u16 && header.version == VERSION {
-            true => self.heard_clock(header, body),
+            true => self.on_host_clock(header, body),
             false => ignorable(header),
         }
     }
@@ -308,7 +309,9 @@ impl Client {
             .map_err(|e| match e.kind() {
                 ErrorKind::WouldBlock | ErrorKind::TimedOut => io::Error::new(
                     ErrorKind::TimedOut,
-                    format!("host acknowledged no report within {OWED_LIMIT:?}: dialling anew"),
+                    format!(
+                        "host did not acknowledge the report within {OWED_LIMIT:?}: dialling again"
+                    ),
                 ),
                 _ => e,
             })?
@@ -320,11 +323,13 @@ impl Client {
             })?;
         conn.set_timeout(None)?;
         if ack.task_id != report.task_id {
-            return Err(invalid("host acknowledged another task than it was sent"));
+            return Err(invalid(
+                "host acknowledged another task than the one reported",
+            ));
         }
         crash::at(Point::Acked);
         log::event("acknowledged", &[("task", &hex(&ack.task_id))]);
-        self.hand.free().acknowledged(&ack.task_id);
+        self.runner.lock().acknowledged(&ack.task_id);
         Ok(())
     }
 
@@ -332,8 +337,13 @@ impl Client {
         self.send_with(conn, kind, 0, body)
     }
 
-    /// As `send`, for what a host of the version before skips.
-    fn tell<T: Serialize>(&mut self, conn: &Conn, kind: WireKind, body: &T) -> io::Result<u32> {
+    /// Sends a frame that a host of an earlier version may skip.
+    fn send_ignorable<T: Serialize>(
+        &mut self,
+        conn: &Conn,
+        kind: WireKind,
+        body: &T,
+    ) -> io::Result<u32> {
         self.send_with(conn, kind, frame::IGNORABLE, body)
     }
 
@@ -364,7 +374,7 @@ impl Client {
             if header.kind == kind as u16 && header.version == VERSION {
                 if header.id != id {
                     return Err(invalid(&format!(
-                        "answer to {} where {id} was asked",
+                        "answer to message {}, expected one to {id}",
                         header.id
                     )));
                 }
@@ -373,7 +383,7 @@ impl Client {
                     .map(Some)
                     .map_err(|e| io::Error::new(ErrorKind::InvalidData, e));
             }
-            self.aside(&header, &body)?;
+            self.on_unsolicited(&header, &body)?;
         }
     }
 }
@@ -398,10 +408,10 @@ fn invalid(what: &str) -> io::Error {
 }
 
 /// How long to wait before the next dial.
-struct Pace(Duration);
+struct Backoff(Duration);
 
-impl Pace {
-    /// Begins after a stream that was there for so long.
+impl Backoff {
+    /// Starts after a stream that lasted this long.
     fn after(lasted: Duration) -> Self {
         Self(match lasted >= LASTED {
             true => Duration::ZERO,
@@ -436,11 +446,11 @@ mod tests {
 
     #[test]
     fn a_stream_that_lasted_is_dialled_again_at_once_and_no_other() {
-        let millis = |mut pace: Pace| [(); 8].map(|()| pace.next().as_millis());
+        let millis = |mut backoff: Backoff| [(); 8].map(|()| backoff.next().as_millis());
         let doubled = [100, 200, 400, 800, 1600, 3200, 5000, 5000];
-        assert_eq!(millis(Pace::after(LASTED / 2)), doubled);
-        assert_eq!(millis(Pace::after(LASTED))[0], 0);
-        assert_eq!(millis(Pace::after(LASTED))[1..], doubled[..7]);
+        assert_eq!(millis(Backoff::after(LASTED / 2)), doubled);
+        assert_eq!(millis(Backoff::after(LASTED))[0], 0);
+        assert_eq!(millis(Backoff::after(LASTED))[1..], doubled[..7]);
         assert_eq!(jittered(Duration::ZERO), Duration::ZERO);
     }
 }

@@ -1,4 +1,4 @@
-//! The guest's clock: read, set on its configuration's word, and waited for.
+//! The guest's clock: read it, set it where the configuration says so, wait for a time.
 //!
 //! A build for tests (`test-util`, which no image has) has a clock of its own: `ADIT_TEST_CLOCK_AHEAD_MS` says how far it is
 //! ahead of the system's, and setting it changes nothing else.
@@ -18,7 +18,7 @@ pub fn now_ms() -> u64 {
 /// Sets the guest's clock.
 ///
 /// # Errors
-/// The agent may not, or the time is none that the kernel takes.
+/// The agent may not, or the kernel does not accept the time.
 pub fn set_ms(to: u64) -> io::Result<()> {
     own::set_ms(to)
 }
@@ -28,20 +28,20 @@ fn system_ms() -> u64 {
     since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// The farthest that an alarm is set, in the year 2255: what the kernel counts, ns in 63 bits, ends soon after.
+/// The latest time of an alarm, in the year 2255: the kernel counts ns in 63 bits, which end soon after.
 const FAR_MS: u64 = 9_000_000_000_000;
 
 /// A descriptor that becomes readable at a time by the guest's clock, and at once when somebody sets the clock.
 pub struct Alarm(TimerFd);
 
 impl Alarm {
-    /// Set for a time that may have passed.
+    /// Sets one for a time, which may have passed.
     ///
     /// # Errors
-    /// There is no descriptor to be had.
+    /// There are no descriptors left.
     pub fn at(ms: u64) -> io::Result<Self> {
         let timer = TimerFd::new(ClockId::CLOCK_REALTIME, TimerFlags::TFD_CLOEXEC)?;
-        // Zero would disarm it. What is too far away for the kernel is as far as it can be.
+        // Zero would disarm it. A time that is too late for the kernel becomes the latest that it knows.
         let ms = ms.saturating_add_signed(own::ahead_ms().saturating_neg());
         let at = Duration::from_millis(ms.clamp(1, FAR_MS));
         let flags =
@@ -104,20 +104,20 @@ mod tests {
 
     use super::*;
 
-    fn rings(alarm: &Alarm, limit: PollTimeout) -> bool {
+    fn fires(alarm: &Alarm, limit: PollTimeout) -> bool {
         poll(&mut [PollFd::new(alarm.as_fd(), PollFlags::POLLIN)], limit).unwrap() == 1
     }
 
     #[test]
-    fn an_alarm_rings_when_its_time_has_come_and_not_before() {
+    fn an_alarm_fires_when_its_time_has_come_and_not_before() {
         for past in [0, 1, now_ms()] {
-            assert!(rings(&Alarm::at(past).unwrap(), PollTimeout::NONE));
+            assert!(fires(&Alarm::at(past).unwrap(), PollTimeout::NONE));
         }
         for far in [now_ms() + 3_600_000, u64::MAX / 2, u64::MAX] {
-            assert!(!rings(&Alarm::at(far).unwrap(), PollTimeout::ZERO));
+            assert!(!fires(&Alarm::at(far).unwrap(), PollTimeout::ZERO));
         }
         let soon = now_ms() + 20;
-        assert!(rings(&Alarm::at(soon).unwrap(), PollTimeout::NONE));
+        assert!(fires(&Alarm::at(soon).unwrap(), PollTimeout::NONE));
         assert!(now_ms() >= soon);
     }
 }

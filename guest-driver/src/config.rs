@@ -1,4 +1,4 @@
-//! `/etc/adit-guest/adit-guest.toml`: what this guest is, whom it trusts, what it lets the host reach.
+//! `/etc/adit-guest/adit-guest.toml`: the guest's id, whom it trusts, what the host may reach.
 //!
 //! `dist/adit-guest.toml.example` has every key, its meaning, default and limit; a test holds it to [`Config`]. A key that
 //! is not known is an error that names file, line and key: a misspelt limit must not silently be no limit.
@@ -77,7 +77,7 @@ pub struct Config {
     /// Local TCP ports that the host may reach.
     #[serde(default)]
     pub allow_ports: Vec<u16>,
-    /// Whose clock the guest's is.
+    /// Whose time the guest has.
     #[serde(default)]
     pub clock: ClockSource,
     /// The script executor.
@@ -91,15 +91,14 @@ pub struct Config {
     pub path: PathBuf,
 }
 
-/// Whose clock the guest's is. A host whose time is taken decides with it which goals are valid now, though never which were
-/// signed.
+/// Whose time the guest has. A host whose time is used decides by it which goals are valid now, but never which are signed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ClockSource {
-    /// Its own: whatever else in the guest sets it.
+    /// Its own: the agent never sets the clock.
     #[default]
     Own,
-    /// The host's: it is set when it is off by a second or more.
+    /// The host's: the agent sets the clock when it is off by a second or more.
     Host,
 }
 

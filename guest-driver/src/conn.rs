@@ -23,7 +23,7 @@ impl Conn {
         Ok(socket::shutdown(self.0.as_raw_fd(), Shutdown::Write)?)
     }
 
-    /// Limits how long a blocking read or write may take; `None` waits for ever.
+    /// Limits how long a blocking read or write may take; `None`: no limit.
     ///
     /// # Errors
     /// The kernel refuses the option.
@@ -46,14 +46,13 @@ impl Conn {
         Ok(())
     }
 
-    /// Tells whether the peer closed its side altogether, rather than ended its sending, which reads the same: then nothing can
-    /// be written any more. To be asked at the end of what it sent, and while our own direction is open.
+    /// Tells whether the peer has closed the stream, rather than ended its sending: both read as end of file, and after a close
+    /// nothing can be written any more. To be asked at end of file, and while our own direction is open.
     pub fn is_broken_off(&self) -> bool {
         socket_end::is_closed(&self.0)
     }
 
-    /// Makes closing tell the peer "reset" instead of "end", or not, where the family can (TCP). It holds for whoever closes:
-    /// a process that is killed, too.
+    /// Makes a close a reset instead of an end, or not, where the family can (TCP). It also holds when the process is killed.
     pub fn reset_on_close(&self, on: bool) {
         socket_end::reset_on_close(&self.0, on);
     }

@@ -43,7 +43,7 @@ impl Point {
     }
 }
 
-/// Dies here if a test asked for it.
+/// Kills this process here if a test asked for it.
 #[cfg(feature = "test-util")]
 pub fn at(point: Point) {
     if std::env::var_os("ADIT_TEST_CRASH_AT").is_some_and(|want| want == point.name()) {

@@ -42,7 +42,7 @@ impl Executed {
         }
     }
 
-    /// It was begun, or would have been, and did not work.
+    /// It was started, or should have been, and did not work.
     pub fn failed(reason: impl Into<String>) -> Self {
         Self {
             outcome: Outcome::Failed,

@@ -1,11 +1,11 @@
-//! What the agent knows of its guest: kernel, distribution, boot.
+//! What the agent says of its guest: kernel, distribution, boot.
 
 use std::fs;
 
 /// Most bytes of one fact.
 const FACT_MAX: usize = 128;
 
-/// Drawn by the kernel once a boot; zero where /proc is not mounted.
+/// A random number that the kernel draws at each boot; zero where /proc is not mounted.
 pub fn boot_nonce() -> [u8; 16] {
     let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let hex: Vec<u8> = text

@@ -1,4 +1,4 @@
-//! The journal: what this guest has accepted, begun and finished, on disk before it matters.
+//! The journal: what this guest has accepted, started and finished, on disk before anything depends on it.
 //!
 //! ```text
 //! received ──▶ started ──▶ result ──▶ acked
@@ -16,6 +16,7 @@
 
 mod checked;
 mod reserve;
+mod result;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,8 @@ use redb::{
 use serde::{Deserialize, Serialize};
 
 pub use checked::{check, open_checked};
+pub use result::Kept;
+
 use reserve::Reserve;
 
 use crate::crash::{self, Point};
@@ -41,15 +44,17 @@ const FILE: &str = "journal.redb";
 const RESERVE_FILE: &str = "reserve";
 
 const TASKS: TableDefinition<&[u8; 16], &[u8]> = TableDefinition::new("tasks-v1");
-/// Order of arrival, for resending and for dropping.
+/// Order of arrival, for resending and dropping.
 const ORDER: TableDefinition<u64, &[u8; 16]> = TableDefinition::new("order-v1");
 const FLOORS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("floors-v1");
 
 /// Why the journal could not be used. The resource's fault.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
-    /// Too many tasks that may not be forgotten.
-    #[error("journal-full: {JOURNAL_MAX} tasks are remembered and none may be forgotten")]
+    /// Too many tasks that must be remembered.
+    #[error(
+        "journal-full: {JOURNAL_MAX} tasks are remembered and all of them still matter; a goal with a higher key_seq makes room"
+    )]
     Full,
     /// The disk is full.
     #[error("no-space: guest disk full: journal cannot be written")]
@@ -126,15 +131,6 @@ pub struct Journal {
     reserve: Reserve,
 }
 
-/// How much of a result the journal has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kept {
-    /// All of it.
-    Whole,
-    /// The outcome; the disk had no space for the output.
-    WithoutOutput,
-}
-
 type Result<T, E = JournalError> = std::result::Result<T, E>;
 
 /// Turns any of redb's errors into one.
@@ -149,7 +145,7 @@ fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
 fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
     match postcard::take_from_bytes(bytes) {
         Ok((value, [])) => Ok(value),
-        // As much a sign of damage as a value that is cut.
+        // As much a sign of damage as a value that is too short.
         Ok((_, rest)) => Err(JournalError::Corrupt(format!(
             "an entry has {} bytes behind its end",
             rest.len()
@@ -202,7 +198,7 @@ impl Journal {
             .create(dir);
         made.map_err(|e| JournalError::from(redb::Error::Io(e)))?;
         let meta = std::fs::metadata(dir).map_err(|e| JournalError::from(redb::Error::Io(e)))?;
-        // Who may write it can put an older journal in its place, and what ran would run again.
+        // Whoever may write it can put an older journal in its place, and tasks would run again.
         crate::owned::check(&meta)
             .map_err(|e| JournalError::Unavailable(format!("{}: {e}", dir.display())))?;
         let mut journal = Self {
@@ -326,39 +322,7 @@ impl Journal {
         })
     }
 
-    /// Records how it ended. On a full disk the reserve is used, and then the output is left out.
-    ///
-    /// # Errors
-    /// The task has not begun, or it cannot be written.
-    pub fn result(&mut self, report: &Report) -> Result<Kept> {
-        match self.write_result(report) {
-            Err(JournalError::NoSpace(_)) => self.reserve.release(),
-            done => return done.map(|()| Kept::Whole),
-        }
-        match self.write_result(report) {
-            Err(JournalError::NoSpace(_)) => {}
-            done => return done.map(|()| Kept::Whole),
-        }
-        let mut short = report.clone();
-        (short.stdout, short.stderr) = Default::default();
-        crate::runner::remark(
-            &mut short.reason,
-            "guest disk full: its output could not be kept",
-        );
-        self.write_result(&short).map(|()| Kept::WithoutOutput)
-    }
-
-    fn write_result(&mut self, report: &Report) -> Result<()> {
-        crash::disk_full(Point::ResultStored).map_err(any)?;
-        self.advance(&report.task_id, |phase| match phase {
-            Phase::Received | Phase::Started { .. } => {
-                Some(Phase::Result(Box::new(report.clone())))
-            }
-            _ => None,
-        })
-    }
-
-    /// Records that the host has the result, and forgets its output. An id that is not known is none of ours.
+    /// Records that the host has the result, and drops its output. An unknown id is ignored.
     ///
     /// # Errors
     /// It cannot be written.
@@ -393,7 +357,7 @@ impl Journal {
         })
     }
 
-    /// Tasks that have begun and not ended, with when they began: after a start of the agent, the interrupted ones.
+    /// Tasks that have started and not ended, with the time of their start: after a start of the agent, the interrupted ones.
     ///
     /// # Errors
     /// The journal cannot be read.

@@ -5,7 +5,7 @@
 //! | files in `trust_dir` | at the next task, without SIGHUP: they are read for each |
 //! | `trust_dir`, `script`, `file` | at the next task after SIGHUP |
 //! | `allow_ports` | at the next stream after SIGHUP; streams that are open go on |
-//! | `clock` | when the host tells its time after SIGHUP |
+//! | `clock` | when the host next sends its time after SIGHUP |
 //! | `vm_id`, `state_dir`, `run_dir` | at the next start of the agent |
 
 use std::sync::{Arc, Mutex, PoisonError, RwLock};

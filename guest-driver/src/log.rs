@@ -2,7 +2,7 @@
 //!
 //! `adit-guest: NAME key=value …`. Values that a peer or a task chose are escaped, so that no value can forge a
 //! second line or a terminal sequence. A line that cannot be written is dropped: logging never stops the agent.
-//! What a client can make happen as often as it likes is one line a second (`BY_PEERS`), with a count of the others.
+//! Events that a client can cause as often as it likes get one line a second (`BY_PEERS`), with a count of the others.
 
 use std::error::Error;
 use std::fmt::{Display, Write as _};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// Most bytes of one value; the rest is cut and marked.
 const VALUE_MAX: usize = 512;
 
-/// Events that come with every stream that a client or a process of this guest opens.
+/// Events that a client, or a process of this guest, causes by opening a stream.
 const BY_PEERS: [&str; 6] = [
     "stream-refused",
     "hello-refused",
@@ -22,10 +22,10 @@ const BY_PEERS: [&str; 6] = [
     "ring-failed",
     "ring-ended",
 ];
-/// Such an event has one line in this time.
+/// Such an event gets one line in this time.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// When each of them was written last, and how many were left out since.
+/// When each of them was last written, and how many were left out since.
 static WRITTEN: Mutex<[Option<(Instant, u64)>; BY_PEERS.len()]> =
     Mutex::new([None; BY_PEERS.len()]);
 

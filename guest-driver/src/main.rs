@@ -28,7 +28,7 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Cmd {
-    /// Run the agent (the service does this).
+    /// Run the agent; the service does this.
     Run {
         /// Configuration file.
         #[arg(long, default_value = DEFAULT_PATH)]
@@ -38,7 +38,7 @@ enum Cmd {
         #[arg(long)]
         test_transport: Option<String>,
     },
-    /// Put agent, service, configuration and trust anchor into an image's root directory.
+    /// Put agent, service, configuration and trust anchors into an image's root directory.
     Install {
         /// The image's root directory.
         #[arg(long)]
@@ -74,7 +74,7 @@ enum Cmd {
     },
     /// Print the version.
     Version,
-    /// Read all of a journal once.
+    /// Read a whole journal once.
     #[command(hide = true)]
     JournalCheck {
         /// The state directory.

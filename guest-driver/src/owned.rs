@@ -1,14 +1,14 @@
 //! Whether anybody but root and the agent's own user can change a file or a directory.
 //!
-//! What the agent believes (its configuration, trust anchors, journal) is worth as much as the directory that it lies in:
-//! who may write that can put another file in its place.
+//! The agent's configuration, trust anchors and journal are only as safe as the directory that they are in: whoever may write
+//! the directory can put another file in their place.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 
-/// Others can change it.
+/// Others than root and the agent's user can change it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("uid {uid} with mode {mode:04o} lets others than root write it")]
+#[error("its owner (uid {uid}) and mode {mode:04o} let others than root write it")]
 pub struct Writable {
     /// Its owner.
     pub uid: u32,

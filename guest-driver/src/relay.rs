@@ -5,16 +5,16 @@
 //!   a (host) │                        b (local port)
 //!            ◀── dir 1: buf 64 KiB ──┘
 //! ```
-//! - Each direction ends alone: an end of file is passed on as a shutdown *after* everything before it was written.
-//! - A read error ends that direction the hard way: what was read is still delivered, then both sides are cut. So does an end
-//!   of file of the host's side if nothing can be written to it either: that is how a reset, and a host that died, look on
-//!   AF_VSOCK and on Unix sockets. Once our own direction has ended, the two cannot be told apart any more.
-//! - What is cut is closed without a shutdown: the host tells that from an end, and of TCP it is a reset. The same becomes of
-//!   both if this process is killed.
+//! - Each direction ends by itself: an end of file is passed on as a shutdown *after* everything before it was written.
+//! - After a read error what was read is still delivered, and then both sides are broken off. So they are after an end of file
+//!   of the host's side to which nothing can be written either: that is how a reset, or a host that died, looks on AF_VSOCK and
+//!   Unix sockets. Once our own direction has ended, the two cannot be told apart any more.
+//! - A stream is broken off by closing it without a shutdown: the host can tell that from an end, and on TCP it is a reset. The
+//!   same happens to both if this process is killed.
 //! - A write error stops that direction only; the other one is read to its end first, because a server that refuses a
 //!   body has usually sent the reason why.
-//! - One thread, no timer: it sleeps in `poll` and asks only for what it can act on, so that a full buffer or a hang-up
-//!   that nothing can be done about costs no wake-up.
+//! - One thread, no timer: it sleeps in `poll` and asks only for events that it can act on, so that a full buffer, or a hang-up
+//!   about which nothing can be done, costs no wake-up.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
@@ -171,8 +171,8 @@ fn wait(a: &Conn, b: &Conn, dirs: &mut [Dir; 2]) -> io::Result<()> {
         let mut want = PollFlags::empty();
         want.set(PollFlags::POLLIN, read.wants_read());
         want.set(PollFlags::POLLOUT, write.wants_write());
-        // With nothing to do on a stream that has ended its direction, only its death is news, and only while
-        // something may still have to be written to it.
+        // Of a stream that has ended its direction only a hang-up matters, and only while something may still have to be
+        // written to it.
         let watch = !want.is_empty() || (read.source == Source::Ended && !write.finished());
         watch.then_some(want)
     };

@@ -41,7 +41,7 @@ pub enum RunError {
     },
 }
 
-/// Runs the agent until its listener fails. `ring`: where a ring is kept that is looked for, and served, too.
+/// Runs the agent until its listener fails. `ring`: serve streams over a shared-memory ring too, where the guest has one.
 ///
 /// # Errors
 /// It could not start, or the listener is gone.
@@ -51,18 +51,18 @@ pub fn run(
     ring: Option<Link>,
 ) -> Result<(), RunError> {
     let config = Config::load(config_path)?;
-    // Whoever starts the agent may have any: what it makes has the modes that it says.
+    // The agent may inherit any umask: the files that it makes have the modes that it asks for.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let system = |what| move |source: std::io::Error| RunError::System { what, source };
     reap::hold_signals().map_err(system("hold the signals of ended children"))?;
-    protect::take();
+    protect::apply();
     let listener = transport.listen().map_err(|source| RunError::Listen {
         hint: listen_hint(&source),
         source,
     })?;
     let become_reaper = nix::sys::prctl::set_child_subreaper(true);
     become_reaper.map_err(|e| system("become the reaper of tasks' orphans")(e.into()))?;
-    // Optional: without one the tree is followed by parenthood.
+    // Optional: without one a task's processes are found by their parents.
     let _ = cgroup::mount_if_absent();
     cgroup::leave_task();
     let run_dir = config.run_dir.clone();
@@ -129,7 +129,7 @@ fn listen_hint(e: &std::io::Error) -> &'static str {
         Some(libc::EAFNOSUPPORT | libc::ENODEV) => {
             "this kernel has no vsock; load vmw_vsock_virtio_transport"
         }
-        Some(libc::EADDRINUSE) => "another agent or program has it",
+        Some(libc::EADDRINUSE) => "another agent or program listens there",
         Some(libc::EACCES | libc::EPERM) => "a port below 1024 needs root or CAP_NET_BIND_SERVICE",
         _ => "see the cause",
     }

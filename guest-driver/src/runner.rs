@@ -25,7 +25,7 @@ use crate::live::Live;
 use crate::verify::{Denied, verify};
 use crate::{clock, log};
 
-/// What came of a task.
+/// The result of handing a task to the runner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Handled {
     /// Its terminal state.
@@ -38,7 +38,7 @@ pub enum Handled {
 pub struct Runner {
     live: Arc<Live>,
     journal: Result<Journal, JournalError>,
-    scripts: script::Place,
+    scripts: script::Dirs,
     boot_nonce: [u8; 16],
     unsaved: Option<Unsaved>,
 }
@@ -53,7 +53,7 @@ struct Unsaved {
 impl Runner {
     /// Continues where an earlier agent ended: kills what it left running and reports it as interrupted.
     pub fn new(live: Arc<Live>, boot_nonce: [u8; 16]) -> Self {
-        let scripts = script::Place {
+        let scripts = script::Dirs {
             cgroups: cgroup::base(),
             dir: live.config().run_dir.clone(),
         };
@@ -150,8 +150,8 @@ impl Runner {
         Ok(())
     }
 
-    /// Brings a task to its terminal state, or finds the one that it has. `announce` is called once it is on disk that
-    /// it begins.
+    /// Brings a task to its terminal state, or finds the one that it has. `announce` is called once the task is on disk as
+    /// started.
     pub fn handle(&mut self, task: &Task, announce: impl FnOnce(&Started)) -> Handled {
         let name = hex(&task.task_id);
         if let Some(known) = self.known(&task.task_id) {
@@ -203,11 +203,11 @@ impl Runner {
             ),
             Some(Work::Script(script)) => script::run(script, &name, &self.scripts),
             Some(Work::File(file)) => file::write(file, &file_policy(&config)),
-            None => Executed::failed("the step says nothing that this agent can do"),
+            None => Executed::failed("the step has nothing that this agent can do"),
         };
         let mut report = report(task.task_id, executed, started_ms, self.boot_nonce);
         self.store(&mut report);
-        // Whoever reads this may cut the power: the result is on the disk.
+        // Logged only now, when the result is on disk: a test may cut the power at this line.
         log::event(
             "ended",
             &[
@@ -281,7 +281,7 @@ impl Runner {
         }
     }
 
-    /// Verifies a task and takes it up to `started`.
+    /// Verifies a task and records it up to `started`.
     fn accept(&mut self, task: &Task) -> Result<Step, Denied> {
         let anchors = self.live.anchors();
         if anchors.keys.is_empty() {
@@ -291,7 +291,7 @@ impl Runner {
             self.journal,
             Err(JournalError::NoSpace(_) | JournalError::Unavailable(_))
         ) {
-            // Whatever was in its way may be gone by now.
+            // The cause may be gone by now.
             self.open_journal();
         }
         self.save().map_err(|e| e.to_string())?;

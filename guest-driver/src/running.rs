@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! client's thread            task's thread
-//!   begin ───────────────────► Runner::handle: verified, on disk as begun
-//!   next: Began ◄── one byte ──┤  the effect
-//!   next: Ended ◄── the end ───┘  its terminal state is on disk
+//!   begin ─────────────────────► Runner::handle: verified, on disk as started
+//!   next: Started ◄── one byte ──┤  the effect
+//!   next: Ended ◄──── the end ───┘  its terminal state is on disk
 //! ```
-//! What the client waits with is a descriptor, so that it hears of its stream's end at the same time.
+//! The events come through a pipe, so that the client can wait for them and for its stream's end at the same time.
 
 use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::AsFd;
@@ -20,39 +20,39 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::conn::Conn;
 use crate::runner::{Handled, Runner};
 
-/// Stack of a task's thread: touched as deep as a goal is nested, which its parser bounds.
+/// Stack of a task's thread: used as deep as a goal is nested, which its parser bounds.
 const STACK_BYTES: usize = 2 * 1024 * 1024;
 
-/// Who runs tasks: held by a task's thread from its first line to its last, and free in between.
+/// The runner; a task's thread has it locked for as long as the task runs.
 #[derive(Clone)]
-pub struct Hand(Arc<Mutex<Runner>>);
+pub struct SharedRunner(Arc<Mutex<Runner>>);
 
-impl Hand {
-    /// Lends out this runner.
+impl SharedRunner {
+    /// Shares this runner.
     pub fn new(runner: Runner) -> Self {
         Self(Arc::new(Mutex::new(runner)))
     }
 
-    /// The runner; waits for the end of a task that runs.
-    pub fn free(&self) -> MutexGuard<'_, Runner> {
+    /// The runner; waits until a running task has ended.
+    pub fn lock(&self) -> MutexGuard<'_, Runner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins a task.
     ///
     /// # Errors
-    /// There are no descriptors or threads to be had. The task was not looked at then, and may be handed out again.
+    /// There are no descriptors or threads left. Nothing was done with the task then, and it may be handed out again.
     pub fn begin(&self, task: Task) -> io::Result<Running> {
         let (news, mut tell) = io::pipe()?;
-        let (hand, task_id) = (self.clone(), task.task_id);
+        let (runner, task_id) = (self.clone(), task.task_id);
         let thread = thread::Builder::new()
             .name("task".into())
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                // Nobody reads it any more only when the agent ends.
+                // It fails only when the agent is ending.
                 let began = |_: &Started| drop(tell.write_all(b"b"));
-                let handled = hand.free().handle(&task, began);
-                // The end of the news, now that the runner is free.
+                let handled = runner.lock().handle(&task, began);
+                // The end of the events, now that the runner is unlocked.
                 drop(tell);
                 handled
             })?;
@@ -68,35 +68,35 @@ impl Hand {
 /// A task from its frame to its report.
 pub struct Running {
     task_id: TaskId,
-    /// It is on disk that it begins.
+    /// It is on disk as started.
     began: bool,
     news: PipeReader,
     thread: JoinHandle<Handled>,
 }
 
-/// What there is to be done about it.
+/// What has happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum News {
-    /// It begins.
-    Began,
-    /// It has its terminal state, or its time has not come.
+pub enum Event {
+    /// The task has started.
+    Started,
+    /// The task has its terminal state, or its time has not come.
     Ended,
-    /// The stream has bytes, or has ended; nothing is new with the task.
+    /// The stream has bytes, or has ended.
     Stream,
 }
 
 impl Running {
-    /// What the host is told once the task has begun, on every stream.
+    /// The message that says so, if the task has started: for every stream.
     pub fn started(&self) -> Option<Started> {
         let task_id = self.task_id;
         self.began.then_some(Started { task_id })
     }
 
-    /// Waits for whatever comes next, with the task or with the stream.
+    /// Waits for the next event of the task or of the stream.
     ///
     /// # Errors
     /// The kernel refuses to wait.
-    pub fn next(&mut self, conn: &Conn) -> io::Result<News> {
+    pub fn next(&mut self, conn: &Conn) -> io::Result<Event> {
         let mut fds =
             [self.news.as_fd(), conn.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         while let Err(e) = poll(&mut fds, PollTimeout::NONE) {
@@ -104,20 +104,20 @@ impl Running {
                 return Err(e.into());
             }
         }
-        // The task first: its report goes to whichever stream is there.
+        // The task first: its report goes to whatever stream is there.
         if !fds[0].any().unwrap_or(true) {
-            return Ok(News::Stream);
+            return Ok(Event::Stream);
         }
         let began = self.news.read(&mut [0])? > 0;
         self.began |= began;
-        Ok(if began { News::Began } else { News::Ended })
+        Ok(if began { Event::Started } else { Event::Ended })
     }
 
-    /// What came of it, at its end.
+    /// The result, once it has ended.
     pub fn handled(self) -> Handled {
         match self.thread.join() {
             Ok(handled) => handled,
-            // As if it had not had a thread: the agent ends, and its successor reports the task as interrupted.
+            // As without a thread of its own: the agent ends, and the next one reports the task as interrupted.
             Err(panic) => std::panic::resume_unwind(panic),
         }
     }

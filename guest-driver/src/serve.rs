@@ -1,11 +1,11 @@
 //! The listener: streams from the host to allowed local TCP ports.
 //!
 //! `hello open {service tcp:PORT}` → policy → dial 127.0.0.1, then ::1 → `accept` or `refuse {why}` → relay. The answer
-//! carries the result of the local dial, so the host can tell "not allowed" from "nobody listens" from "busy".
+//! has the result of the local dial, so that the host can tell "not allowed" from "nobody listens" from "busy".
 //!
-//! Descriptors are shared out by number, since the kernel gives out the lowest that is free: those below `Shares::ceiling`
-//! are for tunnels, those above for the agent's own stream, its journal and its tasks. A stream beyond the tunnels' share
-//! is told so, always: also the one for which there is no descriptor at all.
+//! Descriptors are divided by number, since the kernel always uses the lowest that is free: those below `Shares::ceiling` are
+//! for tunnels, those above for the agent's own stream, its journal and its tasks. A stream beyond the tunnels' share always
+//! gets an answer that says so, even if there is no descriptor left for it.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -28,23 +28,23 @@ use crate::transport::{HostStream, Listen};
 
 /// Most streams at a time; more are refused as busy. There are fewer where the limit of descriptors is too low for so many.
 pub const CONNS_MAX: usize = 512;
-/// Descriptors that are no tunnel's: a task takes some 16 from its first line to its last, the agent and its ring as many.
+/// Descriptors that are no tunnel's: a task needs some 16, the agent and its ring as many.
 const RESERVED: u64 = 64;
 /// Descriptors of a tunnel: the host's stream, the local one.
 const TUNNEL: u64 = 2;
-/// How long a refusal may take that the listener itself sends.
+/// How long the listener itself may take to send a refusal.
 const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
-/// How long the host may take for its hello, and for taking our answer.
+/// How long the host may take to send its hello, and to read our answer.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 /// How long a local dial may take if the host names no shorter deadline.
 const DIAL_LIMIT: Duration = Duration::from_secs(5);
 /// Stack of a stream's thread: its buffers are on the heap.
 const STACK_BYTES: usize = 128 * 1024;
 
-/// What the agent says of itself in every hello.
+/// What the agent sends of itself in every hello.
 #[derive(Debug)]
 pub struct Identity {
-    /// Drawn once a boot.
+    /// A random number for this boot.
     pub boot_nonce: [u8; 16],
     /// The last epoch of the host that was seen.
     pub epoch: AtomicU64,
@@ -68,7 +68,7 @@ impl Identity {
     }
 }
 
-/// What tunnels may have of this process' descriptors.
+/// The tunnels' share of this process's descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Shares {
     /// Most streams at a time.
@@ -78,7 +78,7 @@ struct Shares {
 }
 
 impl Shares {
-    /// Of so many descriptors. Where there are very few, tunnels have half of them.
+    /// The share of so many descriptors. Where there are very few, tunnels have half of them.
     fn of(limit: u64) -> Self {
         let ceiling = limit - RESERVED.min(limit / 2);
         Self {
@@ -162,7 +162,7 @@ impl Server {
     /// # Errors
     /// The listener failed for good.
     pub fn run(self: &Arc<Self>, listener: &dyn Listen) -> io::Result<()> {
-        // Taken back for as long as it takes to refuse a stream for which there is no descriptor.
+        // Closed to make room for a stream that then is refused: without it, there would be no descriptor to answer on.
         let mut spare = spare();
         loop {
             match listener.accept() {
@@ -171,14 +171,14 @@ impl Server {
                     if spare.is_some() && !self.shares.exceeded_by(&conn) {
                         self.admit(conn);
                     } else {
-                        self.turn_away(&conn, "it has no descriptors left");
+                        self.refuse_busy(&conn, "it has no descriptors left");
                     }
                 }
                 Ok(None) => log::event("stream-refused", &[("why", &"peer is not the host")]),
                 Err(e) if short_of_resources(&e) => {
                     log::event("accept-failed", &[("error", &e)]);
                     if spare.take().is_none() {
-                        // Only what ends elsewhere frees what is short; asking again at once would spin.
+                        // Only the end of something else frees descriptors; to try again at once would spin.
                         thread::sleep(Duration::from_millis(100));
                         spare = self::spare();
                     }
@@ -193,10 +193,10 @@ impl Server {
         let most = self.shares.streams;
         if self.active.fetch_add(1, Ordering::Relaxed) >= most {
             self.active.fetch_sub(1, Ordering::Relaxed);
-            return self.turn_away(&conn, &format!("{most} streams are open"));
+            return self.refuse_busy(&conn, &format!("{most} streams are open"));
         }
         let slot = Slot(self.clone());
-        // Handed over once there is a thread: with one that does not start, the stream would end without an answer.
+        // Passed to the thread once it runs: if it does not start, the stream is still here and gets an answer.
         let (give, take) = sync_channel(1);
         let started = thread::Builder::new()
             .stack_size(STACK_BYTES)
@@ -209,21 +209,21 @@ impl Server {
             Ok(_) => drop(give.send(conn)),
             Err(e) => {
                 log::event("stream-refused", &[("why", &e)]);
-                self.turn_away(&conn, &e.to_string());
+                self.refuse_busy(&conn, &e.to_string());
             }
         }
     }
 
-    /// Refuses a stream as busy, unheard.
-    fn turn_away(&self, conn: &impl HostStream, why: &str) {
-        // Whoever does not take the refusal keeps no other stream waiting for long.
-        let _ = conn.limit(Some(REFUSAL_LIMIT));
+    /// Refuses a stream as busy without reading its hello.
+    fn refuse_busy(&self, conn: &impl HostStream, why: &str) {
+        // A peer that does not read the refusal must not keep other streams waiting for long.
+        let _ = conn.set_timeout(Some(REFUSAL_LIMIT));
         self.refuse(conn, Refusal::busy(why));
     }
 
     fn serve(&self, conn: impl HostStream) {
-        let _ = conn.limit(Some(HELLO_LIMIT));
-        let open = match hello::read(&mut conn.bytes()) {
+        let _ = conn.set_timeout(Some(HELLO_LIMIT));
+        let open = match hello::read(&mut conn.io()) {
             Ok(Hello::Open(open)) => open,
             Ok(_) => return log::event("hello-refused", &[("error", &"not an open")]),
             Err(e) if e.kind() == ErrorKind::UnexpectedEof => return,
@@ -231,7 +231,7 @@ impl Server {
         };
         self.identity.saw(&open.common);
         if open.service.as_str() == PING {
-            // Its own limits hold: the one of the hello for each read.
+            // Each read has the hello's time limit.
             let _ = self.ping(&conn, &open);
             return;
         }
@@ -241,10 +241,10 @@ impl Server {
                     common: self.identity.common(),
                     version,
                 });
-                if conn.bytes().write_all(&accept.encode()).is_err() {
+                if conn.io().write_all(&accept.encode()).is_err() {
                     return local.reset_on_close(true);
                 }
-                if let Err(e) = conn.join(local) {
+                if let Err(e) = conn.relay_to(local) {
                     log::event("relay-failed", &[("service", &open.service), ("error", &e)]);
                 }
             }
@@ -261,19 +261,19 @@ impl Server {
         }
     }
 
-    /// Sends back what comes.
+    /// Sends back what it reads.
     fn ping(&self, conn: &impl HostStream, open: &Open) -> io::Result<()> {
         let Some(version) = hello::choose_version(open) else {
             return Ok(());
         };
         let common = self.identity.common();
         let accept = Hello::Accept(Accept { common, version });
-        conn.bytes().write_all(&accept.encode())?;
+        conn.io().write_all(&accept.encode())?;
         let mut buf = [0; 1024];
         loop {
-            match conn.bytes().read(&mut buf)? {
-                0 => return conn.end(),
-                n => conn.bytes().write_all(&buf[..n])?,
+            match conn.io().read(&mut buf)? {
+                0 => return conn.end_sending(),
+                n => conn.io().write_all(&buf[..n])?,
             }
         }
     }
@@ -293,8 +293,8 @@ impl Server {
             errno,
             text,
         });
-        let _ = conn.bytes().write_all(&hello.encode());
-        let _ = conn.end();
+        let _ = conn.io().write_all(&hello.encode());
+        let _ = conn.end_sending();
     }
 
     fn connect(&self, open: &Open) -> Result<(u16, Conn), Refusal> {
@@ -335,7 +335,7 @@ impl Server {
 
 fn dial(port: u16, limit: Duration) -> io::Result<Conn> {
     let to = |ip: IpAddr| TcpStream::connect_timeout(&SocketAddr::new(ip, port), limit);
-    // The error of 127.0.0.1 is the telling one: ::1 may not exist at all.
+    // The error of 127.0.0.1 is reported: ::1 may not exist at all.
     let tcp = to(Ipv4Addr::LOCALHOST.into())
         .or_else(|e| to(Ipv6Addr::LOCALHOST.into()).map_err(|_| e))?;
     let _ = tcp.set_nodelay(true);
@@ -359,7 +359,7 @@ fn short_of_resources(e: &io::Error) -> bool {
     )
 }
 
-/// A descriptor that can be had back.
+/// A descriptor that is closed when one is needed.
 fn spare() -> Option<File> {
     File::open("/dev/null").ok()
 }

@@ -1,8 +1,8 @@
 //! The few system calls that nix and std do not wrap safely: accept4 with an owned descriptor, pidfds, and what a child
 //! does between fork and exec.
 //!
-//! `unsafe` is allowed here because a raw descriptor or pid must be taken over exactly where the kernel hands it out,
-//! and because code between fork and exec has rules that the type system does not know.
+//! `unsafe` is allowed here because a raw descriptor becomes owned exactly where the kernel returns it, and because code
+//! between fork and exec has rules that the type system does not know.
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
@@ -18,9 +18,9 @@ use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Pid, Uid};
 
-use crate::protect::Before;
+use crate::protect::Inherited;
 
-/// Opens a descriptor that means this process and no later one with the same number.
+/// Opens a descriptor for this process, and no later one with the same number.
 pub fn pidfd_open(pid: Pid) -> nix::Result<OwnedFd> {
     // SAFETY: pidfd_open takes a pid and flags by value and touches no memory of ours.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
@@ -28,7 +28,7 @@ pub fn pidfd_open(pid: Pid) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
-/// Sends a signal to the process that a pidfd means.
+/// Sends a signal to the process of a pidfd.
 pub fn pidfd_kill(pidfd: BorrowedFd<'_>, signal: Signal) -> nix::Result<()> {
     let no_info = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: the descriptor is live for the call; a null siginfo is allowed and means "as kill does".
@@ -44,7 +44,7 @@ pub fn pidfd_kill(pidfd: BorrowedFd<'_>, signal: Signal) -> nix::Result<()> {
     Errno::result(done).map(drop)
 }
 
-/// What a child is given before its program starts. Everything is made ready before the fork.
+/// What a child gets before its program starts. All of it is prepared before the fork.
 pub struct ChildSetup {
     /// `cgroup.procs` of the task's cgroup, open for writing.
     pub cgroup: Option<OwnedFd>,
@@ -52,8 +52,8 @@ pub struct ChildSetup {
     pub user: Option<(Vec<Gid>, Gid, Uid)>,
     /// Working directory, entered as that user.
     pub cwd: CString,
-    /// What the agent has taken for itself since its start, and the child gets back.
-    pub before: Before,
+    /// What the agent has changed for itself since its start, and the child gets back.
+    pub inherited: Inherited,
 }
 
 /// Starts a program in its own session with default signals, umask 022, no inherited descriptors and the given user.
@@ -66,7 +66,7 @@ pub fn spawn(command: &mut Command, setup: ChildSetup) -> io::Result<Child> {
         if let Some(procs) = &setup.cgroup {
             nix::unistd::write(procs, b"0")?;
         }
-        give_back(&setup.before)?;
+        restore(&setup.inherited)?;
         close_inherited();
         default_signals();
         nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
@@ -83,22 +83,22 @@ pub fn spawn(command: &mut Command, setup: ChildSetup) -> io::Result<Child> {
     unsafe { command.pre_exec(enter) }.spawn()
 }
 
-/// Makes the child what it would be if the agent had taken nothing for itself: still as root, since its own user may not be
-/// allowed to. A child that would keep the agent's place does not start.
-fn give_back(before: &Before) -> io::Result<()> {
-    if let Some(score) = &before.oom_score {
+/// Undoes in the child what the agent has set for itself: still as root, since the child's user may not be allowed to. If
+/// that fails, the child does not start.
+fn restore(inherited: &Inherited) -> io::Result<()> {
+    if let Some(score) = &inherited.oom_score {
         let file = c"/proc/self/oom_score_adj";
         let file = nix::fcntl::open(file, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
         nix::unistd::write(&file, score.as_bytes())?;
     }
     // Last: the agent's descriptors are still open, and there may be more of them than the child's limit.
-    for &(which, soft, hard) in &before.limits {
+    for &(which, soft, hard) in &inherited.limits {
         setrlimit(which, soft, hard)?;
     }
     Ok(())
 }
 
-/// Marks every descriptor above 2 close-on-exec: those that whoever started the agent left open.
+/// Marks every descriptor above 2 close-on-exec: the agent may have inherited some.
 fn close_inherited() {
     const CLOSE_RANGE_CLOEXEC: libc::c_uint = 4;
     // SAFETY: close_range with CLOEXEC closes nothing now and touches no memory.
@@ -113,7 +113,7 @@ fn close_inherited() {
     if done == 0 {
         return;
     }
-    // Before Linux 5.11. What is above 1024 was opened by us, and so has the flag already.
+    // Before Linux 5.11. Descriptors above 1024 were opened by us, and have the flag already.
     for fd in 3..1024 {
         // SAFETY: F_SETFD on a number that is no descriptor fails with EBADF and does nothing.
         unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
@@ -126,7 +126,7 @@ pub fn default_signal(signal: Signal) {
     unsafe { libc::signal(signal as libc::c_int, libc::SIG_DFL) };
 }
 
-/// Undoes what a shell or nohup left ignored; std resets only the mask and SIGPIPE.
+/// Signals that a shell or nohup set to be ignored get their defaults; std resets only the mask and SIGPIPE.
 fn default_signals() {
     for signal in 1..=31 {
         // SAFETY: SIG_DFL installs no code of ours; KILL and STOP fail with EINVAL and stay as they are.

@@ -1,7 +1,7 @@
 //! How the agent reaches its host, and how the host reaches it.
 //!
 //! In a guest both are AF_VSOCK on port [`PORT`]:
-//! - only CID 2, the host, is served; a process of this guest that dials by loopback is turned away;
+//! - only CID 2, the host, is served; a process of this guest that dials by loopback is refused;
 //! - the agent dials from a *privileged* source port, which a process without `CAP_NET_BIND_SERVICE` cannot bind, so
 //!   the host can tell the agent from an unprivileged process of the same guest. The same right is needed to listen.
 
@@ -29,7 +29,7 @@ pub trait Transport: Send + Sync {
     /// Binds and listens.
     ///
     /// # Errors
-    /// No such carrier in this kernel, or the port is taken.
+    /// No such carrier in this kernel, or the port is in use.
     fn listen(&self) -> io::Result<Box<dyn Listen>>;
 
     /// Dials the host's well-known port.
@@ -41,56 +41,56 @@ pub trait Transport: Send + Sync {
 
 /// Where the host's streams arrive.
 pub trait Listen: Send {
-    /// Waits for one stream; `None` = it came from somebody else than the host, and is closed.
+    /// Waits for one stream; `None`: it came from another peer than the host, and is closed.
     ///
     /// # Errors
     /// A resource is short (`EMFILE`, `ENOMEM`) or the listener is gone.
     fn accept(&self) -> io::Result<Option<Conn>>;
 }
 
-/// A stream of the host, as whoever serves it needs it.
+/// A stream that the host opened.
 pub trait HostStream: Send + 'static {
-    /// Limits how long hearing and saying may take from now on.
+    /// Limits how long a read or a write may take from now on.
     ///
     /// # Errors
     /// The kernel refuses.
-    fn limit(&self, limit: Option<Duration>) -> io::Result<()>;
+    fn set_timeout(&self, limit: Option<Duration>) -> io::Result<()>;
 
-    /// To read what comes, and to write.
-    fn bytes(&self) -> impl Read + Write;
+    /// To read and write.
+    fn io(&self) -> impl Read + Write;
 
     /// Ends our direction.
     ///
     /// # Errors
-    /// It is gone.
-    fn end(&self) -> io::Result<()>;
+    /// The stream is gone.
+    fn end_sending(&self) -> io::Result<()>;
 
-    /// Has its bytes go to a local socket and back, without a limit; may return before they ended.
+    /// Relays to a local socket and back, without a time limit; may return before the streams have ended.
     ///
     /// # Errors
     /// The bytes cannot be moved.
-    fn join(self, local: Conn) -> io::Result<()>;
+    fn relay_to(self, local: Conn) -> io::Result<()>;
 }
 
 impl HostStream for Conn {
-    fn limit(&self, limit: Option<Duration>) -> io::Result<()> {
+    fn set_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
         self.set_timeout(limit)
     }
 
-    fn bytes(&self) -> impl Read + Write {
+    fn io(&self) -> impl Read + Write {
         self
     }
 
-    fn end(&self) -> io::Result<()> {
+    fn end_sending(&self) -> io::Result<()> {
         self.shutdown_write()
     }
 
-    fn join(self, local: Self) -> io::Result<()> {
+    fn relay_to(self, local: Self) -> io::Result<()> {
         relay::relay(&self, &local).map(drop)
     }
 }
 
-/// Asks again when a signal came in between, or the stream ended before it was taken.
+/// Tries again after a signal, or if the stream ended before it was accepted.
 fn accepted<T>(mut accept: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match accept() {
@@ -111,7 +111,7 @@ pub struct Vsock;
 impl Transport for Vsock {
     fn listen(&self) -> io::Result<Box<dyn Listen>> {
         let listener = VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, PORT)?;
-        // The library asks for 128, and musl calls no more the most; a full queue resets dials that a burst brings.
+        // The library asks for 128, which is also musl's SOMAXCONN. A burst of dials overflows that, and they are reset.
         socket::listen(&listener, Backlog::MAXALLOWABLE)?;
         Ok(Box::new(listener))
     }

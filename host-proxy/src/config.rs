@@ -77,7 +77,7 @@ pub struct Config {
     /// The database.
     pub state_dir: PathBuf,
     /// The forward proxy.
-    pub proxy: Listen,
+    pub proxy: Proxy,
     /// Metrics over TCP, if wanted.
     pub metrics: Option<Listen>,
     /// Limits.
@@ -86,6 +86,40 @@ pub struct Config {
     pub ports: Ports,
     /// The VMs that are always there.
     pub vm: Vec<VmConfig>,
+}
+
+/// `[proxy]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Proxy {
+    /// IP address and port.
+    pub listen: SocketAddr,
+    /// The address need not be a loopback address. Whoever reaches it reaches every port that a VM allows: the proxy has no
+    /// authentication.
+    pub open: bool,
+}
+
+impl Default for Proxy {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 7080)),
+            open: false,
+        }
+    }
+}
+
+impl Proxy {
+    /// Checks that the operator has agreed to serve other machines.
+    fn check(&self) -> Result<(), String> {
+        if self.open || self.listen.ip().to_canonical().is_loopback() {
+            return Ok(());
+        }
+        Err(format!(
+            "{} is no loopback address, and whoever reaches it may use the proxy, without authentication: \
+             use 127.0.0.1, or set `open = true` in [proxy]",
+            self.listen
+        ))
+    }
 }
 
 /// A TCP address to listen on.
@@ -177,9 +211,7 @@ impl Default for Config {
         Self {
             run_dir: "/run/adit".into(),
             state_dir: "/var/lib/adit".into(),
-            proxy: Listen {
-                listen: SocketAddr::from(([127, 0, 0, 1], 7080)),
-            },
+            proxy: Proxy::default(),
             metrics: None,
             limits: Limits::default(),
             ports: Ports::default(),

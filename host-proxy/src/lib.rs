@@ -6,8 +6,9 @@
 //! | `listen` | what every listener has: caps, shares, deadlines, descriptors in reserve |
 //! | `registry`, `vm`, `fault` | the VMs by name; one of them; what is wrong with it |
 //! | `vms`, `vm_dir` | how a VM comes, changes and goes; what becomes of its directory |
-//! | `supervisor`, `link` | finds or starts a VM's port process; speaks to it |
-//! | `uids`, `whose`, `arguments` | a user for each port process; which process answers; what it was started with |
+//! | `supervisor`, `spawn`, `link` | finds or starts a VM's port process; from which thread; speaks to it |
+//! | `uids`, `cgroup` | a user and a cgroup for each port process |
+//! | `whose`, `arguments` | which process answers; what it was started with |
 //! | `keeper`, `fdstore` | what a port process's successor needs; kept over the end of aditd by systemd |
 //! | `proxy` | the HTTP forward proxy |
 //! | `agent` | the tasks service that guests dial |
@@ -15,11 +16,12 @@
 //! | `api`, `metrics` | JSON on a Unix socket; counters |
 //! | `log` | lines to stderr, one of each kind a second |
 //! | `state` | what they share |
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)] // but for `spawn`
 
 pub mod agent;
 pub mod api;
 pub mod arguments;
+pub mod cgroup;
 pub mod config;
 pub mod db;
 pub mod disk;
@@ -35,6 +37,7 @@ pub mod proxy;
 pub mod queue;
 pub mod registry;
 pub mod reload;
+pub mod spawn;
 pub mod state;
 pub mod supervisor;
 pub mod uids;
@@ -47,32 +50,37 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use adit_channel::socket_path;
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::Uid;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 
+use cgroup::Cgroups;
 use config::Config;
 use db::Db;
 use fdstore::FdStore;
 use listen::Gate;
+use spawn::Spawner;
 use state::State;
+use supervisor::Launch;
 
 /// How long requests that are under way may go on after the stop.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 
 /// Runs until told to stop. Port processes, and the tunnels in them, go on. `file` is where the configuration was read
-/// from; `passed` is what systemd held for us, by name.
+/// from; `spawner` starts port processes; `passed` is what systemd held for us, by name.
 ///
 /// # Errors
 /// One line that says what to do: another aditd runs, a port is busy, a directory or the database cannot be used.
 pub async fn run(
     config: Config,
     file: PathBuf,
-    port_binary: PathBuf,
+    spawner: Arc<Spawner>,
     passed: Vec<(String, OwnedFd)>,
 ) -> anyhow::Result<()> {
     // A signal that comes before aditd serves is handled as soon as it does.
@@ -88,8 +96,12 @@ pub async fn run(
     getrandom::fill(&mut boot_nonce)
         .map_err(|e| anyhow::anyhow!("cannot get random numbers: {e}"))?;
     let store = FdStore::new(passed);
-    let uids = uids::Uids::new(&config)?;
-    let state = State::new(config, port_binary, db, boot_nonce, store, uids);
+    let launch = Launch {
+        spawner,
+        uids: uids::Uids::new(&config)?,
+        cgroups: Uid::effective().is_root().then(Cgroups::new).flatten(),
+    };
+    let state = State::new(config, launch, db, boot_nonce, store);
 
     let proxy = bind(state.config.proxy.listen, "[proxy]").await?;
     let metrics = match &state.config.metrics {

@@ -1,14 +1,14 @@
 //! What every listener has (I8): a cap on its connections, a share of it for each client, a deadline for a request's header,
 //! and descriptors that it leaves to the operator's socket.
 //!
-//! Where a listener is full, the connection that has said nothing for longest makes room: idle connections lock nobody out.
+//! Where a listener is full, the connection that has been silent for longest makes room: idle connections lock nobody out.
 //! The kernel gives out the lowest free descriptor, so one whose number is high tells that the process has few left; whoever
 //! may do without gives it back then ([`Room::spares`]).
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -27,6 +27,8 @@ use nix::sys::resource::{Resource, getrlimit};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use crate::proxy::linger;
 
 /// How long a client may take for a request's header, and again for its body.
 pub const HEADER_LIMIT: Duration = Duration::from_secs(10);
@@ -155,7 +157,7 @@ impl<K: Eq + Hash> Drop for Share<K> {
 #[derive(Debug)]
 pub struct Gate {
     slots: Arc<Semaphore>,
-    /// Those that have asked for nothing yet, by age.
+    /// Those that have asked for nothing yet, or are idle again, by age.
     silent: Mutex<BTreeMap<u64, CancellationToken>>,
     next: AtomicU64,
 }
@@ -164,8 +166,9 @@ pub struct Gate {
 #[derive(Debug)]
 pub struct Place {
     gate: Arc<Gate>,
-    nth: u64,
-    /// Another one needs the place, and this one has said nothing yet.
+    /// Its age among the silent ones.
+    nth: AtomicU64,
+    /// Another one needs the place, and nothing is under way on this one.
     pub evicted: CancellationToken,
     _slot: Option<OwnedSemaphorePermit>,
 }
@@ -190,15 +193,14 @@ impl Gate {
                 self.slots.clone().acquire_owned().await.ok()
             }
         };
-        let nth = self.next.fetch_add(1, Ordering::Relaxed);
-        let evicted = CancellationToken::new();
-        self.silent().insert(nth, evicted.clone());
-        Place {
+        let place = Place {
             gate: self.clone(),
-            nth,
-            evicted,
+            nth: AtomicU64::new(0),
+            evicted: CancellationToken::new(),
             _slot: slot,
-        }
+        };
+        place.idle();
+        place
     }
 
     /// Ends the oldest silent connection.
@@ -216,7 +218,16 @@ impl Gate {
 impl Place {
     /// A whole request has come: it is not cut off for another.
     pub fn spoke(&self) {
-        self.gate.silent().remove(&self.nth);
+        let nth = self.nth.load(Ordering::Relaxed);
+        self.gate.silent().remove(&nth);
+    }
+
+    /// Nothing is under way any more: it makes room, after those that have been silent for longer.
+    pub fn idle(&self) {
+        self.spoke();
+        let nth = self.gate.next.fetch_add(1, Ordering::Relaxed);
+        self.nth.store(nth, Ordering::Relaxed);
+        self.gate.silent().insert(nth, self.evicted.clone());
     }
 }
 
@@ -280,11 +291,14 @@ async fn connection<I>(
     let mut client = tokio_io_timeout::TimeoutWriter::new(client);
     client.set_timeout(Some(READ_LIMIT));
     let client = Box::pin(client);
-    let (place, app) = (&place, &app);
+    let unread = AtomicBool::new(false);
+    let (place, app, is_unread) = (&place, &app, &unread);
     let service = service_fn(|request: Request<Incoming>| async move {
         let (parts, body) = request.into_parts();
         let whole = Limited::new(body, body_max).collect();
-        let body = match tokio::time::timeout(HEADER_LIMIT, whole).await {
+        let whole = tokio::time::timeout(HEADER_LIMIT, whole).await;
+        is_unread.store(!matches!(whole, Ok(Ok(_))), Ordering::Relaxed);
+        let body = match whole {
             Ok(Ok(body)) => body.to_bytes(),
             Ok(Err(_)) => {
                 let why = format!("a request has at most {body_max} bytes, and all of them\n");
@@ -299,23 +313,29 @@ async fn connection<I>(
         let request = Request::from_parts(parts, axum::body::Body::from(body));
         app.call(request).await
     });
-    let served = http1::Builder::new()
+    let mut served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_LIMIT)
         // So a connection either says its request or is silent, and a client asks as easily anew.
         .keep_alive(false)
         .serve_connection(TokioIo::new(client), service);
-    tokio::pin!(served);
     let ended = tokio::select! {
-        ended = served.as_mut() => ended,
+        ended = &mut served => ended,
         () = place.evicted.cancelled() => return,
         () = stop.cancelled() => {
-            served.as_mut().graceful_shutdown();
-            served.await
+            std::pin::Pin::new(&mut served).graceful_shutdown();
+            (&mut served).await
         }
     };
     if let Err(e) = ended {
         tracing::debug!(error = %e, "client connection ended");
+    } else if unread.load(Ordering::Relaxed) {
+        let mut client = served.into_parts().io.into_inner();
+        tokio::select! {
+            _ = linger::end(&mut client, None, true) => {}
+            () = place.evicted.cancelled() => {}
+            () = stop.cancelled() => {}
+        }
     }
 }
 
@@ -365,5 +385,19 @@ mod tests {
         drop(silent);
         let third = entering.await.unwrap();
         assert!(!spoke.evicted.is_cancelled() && !third.evicted.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_idle_again_makes_room_after_those_that_are_so_for_longer() {
+        let gate = Gate::new(2);
+        let (first, second) = (gate.enter().await, gate.enter().await);
+        first.spoke();
+        first.idle();
+        gate.evict();
+        assert!(second.evicted.is_cancelled() && !first.evicted.is_cancelled());
+        gate.evict();
+        assert!(first.evicted.is_cancelled());
+        drop((first, second));
+        assert!(gate.silent().is_empty());
     }
 }

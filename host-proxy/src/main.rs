@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use adit_host_proxy::config::{self, Config, DEFAULT_PATH};
+use adit_host_proxy::spawn::Spawner;
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
@@ -107,11 +109,6 @@ fn settle() {
 }
 
 fn run(file: &Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
-    let passed = passed_on();
-    // Whatever becomes of the working directory, SIGHUP reads the same file.
-    let file = std::path::absolute(file)?;
-    let config = Config::load(&file)?;
-    settle();
     let beside = || Ok::<_, std::io::Error>(std::env::current_exe()?.with_file_name("adit-port"));
     let port_bin = port_bin.map_or_else(beside, Ok)?;
     anyhow::ensure!(
@@ -119,10 +116,17 @@ fn run(file: &Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
         "{} is not there: install adit-port, or set --port-bin",
         port_bin.display()
     );
+    let spawner =
+        Spawner::start(port_bin).context("cannot make the thread that starts port processes")?;
+    let passed = passed_on();
+    // Whatever becomes of the working directory, SIGHUP reads the same file.
+    let file = std::path::absolute(file)?;
+    let config = Config::load(&file)?;
+    settle();
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(adit_host_proxy::run(config, file, port_bin, passed))
+        .block_on(adit_host_proxy::run(config, file, spawner, passed))
 }
 
 /// Takes the descriptors that systemd held for an earlier aditd. To be called once, before anything else is opened.

@@ -1,7 +1,6 @@
 //! What the parts of aditd share.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -17,10 +16,11 @@ use crate::db::Db;
 use crate::fdstore::FdStore;
 use crate::listen::{Room, Shares};
 use crate::metrics::Metrics;
+use crate::proxy::pool::Pool;
 use crate::queue::{self, retention, retention::Keep};
 use crate::registry::Registry;
 use crate::reload::Reloads;
-use crate::uids::Uids;
+use crate::supervisor::Launch;
 use crate::vm::VmEntry;
 
 /// Events that a slow watcher may be behind; one more and it starts over.
@@ -32,10 +32,8 @@ pub struct State {
     pub config: Config,
     /// What became of the configuration file since then.
     pub reloads: Reloads,
-    /// The port process's program.
-    pub port_binary: PathBuf,
-    /// The users that port processes run as; none: aditd's own.
-    pub uids: Option<Arc<Uids>>,
+    /// What a port process is started with.
+    pub launch: Arc<Launch>,
     /// The VMs.
     pub registry: Registry,
     /// The database.
@@ -48,6 +46,8 @@ pub struct State {
     pub room: Room,
     /// Each VM's share of the requests that are under way through the proxy.
     pub vm_shares: Arc<Shares<VmId>>,
+    /// Connections to guests' servers that wait for the next request.
+    pub pool: Arc<Pool>,
     /// Requests of the API that wait for something to happen: half of its connections at most.
     pub patient: Arc<Semaphore>,
     /// Drawn once a process.
@@ -66,23 +66,22 @@ impl State {
     /// Puts the parts together.
     pub fn new(
         config: Config,
-        port_binary: PathBuf,
+        launch: Launch,
         db: Db,
         boot_nonce: [u8; 16],
         fd_store: FdStore,
-        uids: Option<Uids>,
     ) -> Arc<Self> {
         let room = Room::of_process(config.limits.connections);
         let per_vm = config.limits.requests_per_vm.unwrap_or(room.proxy / 4);
         Arc::new(Self {
             room,
             vm_shares: Shares::new(per_vm.max(1)),
+            pool: Pool::new(room.proxy),
             patient: Arc::new(Semaphore::new((room.api / 2).max(1))),
             registry: Registry::new(&config.run_dir),
             config,
             reloads: Reloads::default(),
-            port_binary,
-            uids: uids.map(Arc::new),
+            launch: Arc::new(launch),
             db,
             fd_store,
             metrics: Metrics::default(),

@@ -13,8 +13,8 @@
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -22,10 +22,11 @@ use std::time::Duration;
 use adit_passed::Passed;
 use adit_port::control::{CONTROL_SOCKET, Incoming, Quit, Status};
 use adit_port::control_io::{self, Message, send};
-use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
+use crate::cgroup::Cgroups;
 use crate::link::{Link, Said};
+use crate::spawn::{self, Spawner};
 use crate::uids::Uids;
 use crate::vm::VmEntry;
 use crate::whose::PortProcess;
@@ -58,17 +59,27 @@ const START_LOOK: Duration = Duration::from_millis(10);
 /// How long one that is told to end may take.
 const QUIT_LIMIT: Duration = Duration::from_secs(2);
 
-/// Follows a VM's port process until the VM is removed, and ends it then. `uids`: the users that port processes run as.
+/// What a port process is started with.
+#[derive(Debug)]
+pub struct Launch {
+    /// What starts them.
+    pub spawner: Arc<Spawner>,
+    /// The users that port processes run as; none: aditd's own.
+    pub uids: Option<Uids>,
+    /// Where their cgroups are; none: they stay in aditd's.
+    pub cgroups: Option<Cgroups>,
+}
+
+/// Follows a VM's port process until the VM is removed, and ends it then.
 pub async fn supervise(
     vm: Arc<VmEntry>,
-    binary: PathBuf,
-    uids: Option<Arc<Uids>>,
+    launch: Arc<Launch>,
     on_incoming: impl Fn(Incoming, Passed),
 ) {
     let mut wait = BACKOFF_MIN;
     let mut short = 0;
     while !vm.removed.is_cancelled() {
-        let (ended, ran) = match reach(&vm, &binary, uids.as_deref()).await {
+        let (ended, ran) = match reach(&vm, &launch).await {
             Ok((socket, process, started)) => {
                 let begin = tokio::time::Instant::now();
                 let ended = match follow(&vm, socket, process, &on_incoming).await {
@@ -82,6 +93,9 @@ pub async fn supervise(
             }
             Err(e) => (Err(e.to_string()), Duration::ZERO),
         };
+        if let Some(cgroups) = &launch.cgroups {
+            cgroups.leave(vm.config.name.as_str());
+        }
         match ended {
             // Its VM waits.
             Ok(()) if ran >= SHORT => {
@@ -107,7 +121,7 @@ pub async fn supervise(
         let _ = send(&socket, &Message::Quit(Quit {}), None);
     }
     vm.keeper.remove();
-    if let Some(uids) = uids {
+    if let Some(uids) = &launch.uids {
         uids.leave(vm.config.name.as_str());
     }
     vm.supervisor_ended();
@@ -274,8 +288,7 @@ fn wrong_vm(vm: &VmEntry, process: &PortProcess, status: &Status) -> String {
 /// Connects to the port process that is there, or to a new one.
 async fn reach(
     vm: &VmEntry,
-    binary: &Path,
-    uids: Option<&Uids>,
+    launch: &Launch,
 ) -> io::Result<(OwnedFd, PortProcess, Option<Started>)> {
     if vm.keeper.closer().is_full() {
         return Err(io::Error::other(
@@ -283,7 +296,12 @@ async fn reach(
         ));
     }
     let path = vm.dir.join(CONTROL_SOCKET);
-    let own = uids.map(|uids| uids.of(vm.config.name.as_str()));
+    let Launch {
+        spawner,
+        uids,
+        cgroups,
+    } = launch;
+    let own = uids.as_ref().map(|uids| uids.of(vm.config.name.as_str()));
     let own = own.transpose()?;
     if let Ok(socket) = control_io::connect(&path)
         && let Some(process) = PortProcess::behind(socket.as_fd(), &vm.dir, own, None)?
@@ -301,17 +319,14 @@ async fn reach(
     if vm.keeper.has_frontend() {
         tracing::warn!(vm = %vm.config.name, "a new port process goes on with its VMM");
     }
-    let (resume, stdin) = match left {
-        Some(socket) => (Some("--resume"), Stdio::from(socket)),
-        None => (None, Stdio::null()),
-    };
     let log = vm.dir.join(LOG);
     let stderr = log_file(&vm.dir)?;
     let from = stderr.metadata()?.len();
     let spec = vm.spec();
     vm.set_started_with(spec.clone());
-    let mut child = Command::new(binary)
-        .args(resume)
+    let mut command = spawner.command();
+    command
+        .args(left.as_ref().map(|_| "--resume"))
         .arg("--name")
         .arg(vm.config.name.as_str())
         .arg("--cid")
@@ -326,21 +341,35 @@ async fn reach(
         .args(own.map(|own| format!("--uid={own}")))
         // Nothing of what aditd was told, by systemd or by a person, is its business.
         .env_clear()
-        .stdin(stdin)
-        .stdout(Stdio::null())
-        // A file: a pipe that nobody reads any more would stop it.
-        .stderr(stderr)
         // Not the terminal's group: Ctrl-C ends aditd, and not the VMs' channels.
-        .process_group(0)
-        .spawn()
-        .map_err(|e| io::Error::new(e.kind(), format!("cannot start {}: {e}", binary.display())))?;
+        .process_group(0);
+    // Its log is a file: a pipe that nobody reads any more would stop it.
+    let child = spawner.spawn(command, left, stderr.into()).await;
+    let mut child = child.map_err(|e| {
+        let binary = spawner.binary().display();
+        io::Error::new(e.kind(), format!("cannot start {binary}: {e}"))
+    })?;
     // Its number is its own until it is waited for.
-    let started = child.id().map(PortProcess::started).transpose()?;
+    if let Some(cgroups) = cgroups
+        && let Err(e) = cgroups.enter(vm.config.name.as_str(), child.id())
+    {
+        tracing::warn!(vm = %vm.config.name, error = %e, "the port process stays in aditd's cgroup");
+    }
+    let (started, pidfd) = match PortProcess::started(child.id()) {
+        Ok(started) => started,
+        Err(e) => {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(e);
+        }
+    };
+    // Reaped when it ends, should this aditd still be there.
+    let mut ended = tokio::spawn(spawn::reap(child, pidfd));
     let deadline = tokio::time::Instant::now() + START_LIMIT;
     let reached = loop {
         match control_io::connect(&path) {
             Ok(socket) => {
-                let behind = PortProcess::behind(socket.as_fd(), &vm.dir, own, started.as_ref())?;
+                let behind = PortProcess::behind(socket.as_fd(), &vm.dir, own, Some(&started))?;
                 if let Some(process) = behind {
                     break (socket, process);
                 }
@@ -353,13 +382,12 @@ async fn reach(
             let text = format!("who listens at {at} is not the port process that was started");
             return Err(io::Error::new(io::ErrorKind::TimedOut, text));
         }
-        if let Some(status) = child.try_wait()? {
+        if ended.is_finished() {
+            let status = (&mut ended).await.map_err(io::Error::other)??;
             return Err(io::Error::other(why_ended(status, &log, from)));
         }
         tokio::time::sleep(START_LOOK).await;
     };
-    // Reaped when it ends, should this aditd still be there.
-    let ended = tokio::spawn(async move { child.wait().await });
     let (socket, process) = reached;
     Ok((socket, process, Some(Started { ended, log, from })))
 }

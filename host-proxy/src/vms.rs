@@ -81,8 +81,7 @@ async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
     };
     tokio::spawn(supervisor::supervise(
         vm.clone(),
-        state.port_binary.clone(),
-        state.uids.clone(),
+        state.launch.clone(),
         on_incoming,
     ));
 }

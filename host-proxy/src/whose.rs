@@ -33,15 +33,20 @@ pub struct PortProcess {
 }
 
 impl PortProcess {
-    /// A child that was not waited for yet.
+    /// A child that was not waited for yet, and another pidfd of it to wait with.
     ///
     /// # Errors
     /// No descriptor can be had.
-    pub fn started(pid: u32) -> io::Result<Self> {
+    pub fn started(pid: u32) -> io::Result<(Self, OwnedFd)> {
         let pid = pid.cast_signed();
-        let fd = Some(open(pid)?);
-        let ours = true;
-        Ok(Self { pid, fd, ours })
+        let fd = open(pid)?;
+        let another = fd.try_clone()?;
+        let process = Self {
+            pid,
+            fd: Some(fd),
+            ours: true,
+        };
+        Ok((process, another))
     }
 
     /// The one that listens where `socket` is connected to. `dir`: the VM's directory; `own`: the VM's own user; `started`:
@@ -180,7 +185,7 @@ mod tests {
             .arg("1000")
             .spawn()
             .unwrap();
-        let process = PortProcess::started(child.id()).unwrap();
+        let (process, _) = PortProcess::started(child.id()).unwrap();
         assert!(!process.has_ended());
         let mut builder = tokio::runtime::Builder::new_current_thread();
         let runtime = builder.enable_all().build().unwrap();

@@ -1,20 +1,20 @@
-//! What is closed by a closer, whoever drops it.
+//! A descriptor that its owner's [`Closer`] closes, whichever thread drops it.
 
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::Closer;
 
-/// A descriptor whose close may take long: an end of a Unix socket in which passed descriptors may wait.
+/// A descriptor whose `close` may block: one end of a Unix socket, in whose queue passed descriptors may wait.
 #[derive(Debug)]
 pub struct Apart<T: Into<OwnedFd>> {
-    // `None` only while it is dropped.
+    // `None` only inside `drop` and `take_if`.
     fd: Option<T>,
     closer: Closer,
 }
 
 impl<T: Into<OwnedFd>> Apart<T> {
-    /// Lets `closer` close it.
+    /// Hands the close of `fd` over to `closer`.
     pub fn new(fd: T, closer: &Closer) -> Self {
         Self {
             fd: Some(fd),
@@ -22,21 +22,21 @@ impl<T: Into<OwnedFd>> Apart<T> {
         }
     }
 
-    /// Whose it is.
+    /// The closer of this descriptor.
     pub fn closer(&self) -> &Closer {
         &self.closer
     }
 
-    /// Takes it back: whoever has it now sees to its close.
+    /// Returns the descriptor. From now on the caller has to close it.
     ///
     /// # Errors
-    /// None: it is always there.
+    /// Never: the descriptor is always present.
     pub fn into_inner(self) -> std::io::Result<T> {
         self.take_if(|_| true)
             .ok_or_else(|| std::io::ErrorKind::NotFound.into())
     }
 
-    /// Takes it back; `None` if it is not what is wanted, and is left to its closer.
+    /// Returns the descriptor if `is` accepts it. If not, returns `None` and the closer closes the descriptor.
     pub(crate) fn take_if(mut self, is: impl FnOnce(&T) -> bool) -> Option<T> {
         self.fd.take_if(|fd| is(fd))
     }
@@ -47,7 +47,7 @@ impl<T: Into<OwnedFd>> Deref for Apart<T> {
 
     fn deref(&self) -> &T {
         let Some(fd) = &self.fd else {
-            unreachable!("it is taken only together with the whole")
+            unreachable!("the descriptor leaves only when the whole value does")
         };
         fd
     }

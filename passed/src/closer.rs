@@ -1,19 +1,21 @@
-//! Closes descriptors on a thread of its own, which may wait for as long as a close takes.
+//! Closes descriptors on a separate thread, which may block for as long as a close takes.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Descriptors of one closer that wait to be closed at most, but for those that came in one packet with the last of them.
+/// Maximum number of descriptors that wait in one closer. The last packet may exceed it by the descriptors that came
+/// with it.
 pub const PENDING_MAX: usize = 256;
-/// How long those who come next wait for descriptors that are closed in order, only many at once.
+/// How long [`Closer::stays_full`] waits for the queue to shrink, when the closes work and are only many.
 const PATIENCE: Duration = Duration::from_millis(200);
 const STACK_BYTES: usize = 64 << 10;
 
 static SHARED: OnceLock<Closer> = OnceLock::new();
 
-/// One owner's queue of descriptors to be closed. Its thread is there while there is something to close.
+/// One owner's queue of descriptors to close. Its thread runs only while the queue has entries, unless it was
+/// prepared.
 #[derive(Clone, Debug)]
 pub struct Closer(Arc<Inner>);
 
@@ -27,12 +29,12 @@ struct Inner {
 #[derive(Debug, Default)]
 struct State {
     queue: VecDeque<OwnedFd>,
-    /// In the queue, or being closed.
+    /// Descriptors in the queue or being closed.
     pending: usize,
     running: bool,
-    /// The thread stays when there is nothing to close.
+    /// The thread keeps running when the queue is empty.
     stays: bool,
-    /// There must be no thread yet.
+    /// No thread may be started yet.
     held: bool,
 }
 
@@ -43,7 +45,8 @@ impl Default for Closer {
 }
 
 impl Closer {
-    /// A closer of so many descriptors at a time, [`PENDING_MAX`] at most: whoever has several owners leaves room for all.
+    /// Makes a closer for at most `max` descriptors at a time, and never more than [`PENDING_MAX`]. A process with
+    /// several owners gives each a part, so that all fit in the descriptor table.
     pub fn new(max: usize) -> Self {
         Self(Arc::new(Inner {
             max: max.clamp(1, PENDING_MAX),
@@ -52,39 +55,41 @@ impl Closer {
         }))
     }
 
-    /// The closer of this process: for whoever serves one VM only.
+    /// The closer that this whole process shares. For a process that serves only one VM.
     pub fn shared() -> Self {
         SHARED.get_or_init(Self::default).clone()
     }
 
-    /// Starts no thread before [`prepare`](Self::prepare): for a process that is about to take rights from its one thread.
+    /// Forbids the thread until [`prepare`](Self::prepare) is called. For a process that is about to drop privileges,
+    /// which it must do while it has only one thread.
     pub fn hold(&self) {
         self.lock().held = true;
     }
 
-    /// Starts the thread, which stays. A process that is about to give up making threads calls this before.
+    /// Starts the thread and keeps it. A process calls this before it gives up the right to create threads.
     pub fn prepare(&self) {
         let mut state = self.lock();
         (state.stays, state.held) = (true, false);
         self.start(&mut state);
     }
 
-    /// Closes a descriptor, at some time. Never waits.
+    /// Queues a descriptor for closing. Never blocks.
     pub fn close(&self, fd: impl Into<OwnedFd>) {
         let mut state = self.lock();
         state.queue.push_back(fd.into());
         state.pending += 1;
-        // Without a thread it waits for the next descriptor, which tries again.
+        // If no thread can be started, the descriptor waits in the queue; the next call tries again.
         self.start(&mut state);
         self.0.changed.notify_all();
     }
 
-    /// Whether so many wait to be closed that nothing more must be taken for this owner.
+    /// Returns true if so many descriptors wait that this owner must not receive any more.
     pub fn is_full(&self) -> bool {
         self.lock().pending >= self.0.max
     }
 
-    /// The same, for a thread that can wait a moment for those that are closed in order.
+    /// As [`is_full`](Self::is_full), but waits up to 200 ms for the queue to shrink first. For a thread that may wait
+    /// that long.
     pub fn stays_full(&self) -> bool {
         let end = Instant::now() + PATIENCE;
         let mut state = self.lock();
@@ -99,7 +104,7 @@ impl Closer {
         false
     }
 
-    /// Descriptors that wait to be closed.
+    /// Number of descriptors that wait to be closed.
     pub fn pending(&self) -> usize {
         self.lock().pending
     }

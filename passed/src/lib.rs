@@ -1,26 +1,29 @@
-//! Descriptors that another process passed (`SCM_RIGHTS`), until it is known what they are.
+//! Descriptors that another process passed (`SCM_RIGHTS`), before this process knows what they are.
 //!
-//! Any file may be on a file system in user space (FUSE), whose server answers when it likes, or never. Whoever asks for the
-//! size of such a file waits, and so does whoever closes its descriptor, since a close asks the file system too; no signal
-//! ends that. A TCP socket with `SO_LINGER` and unsent data waits in its last close. So nothing is asked here that the
-//! kernel does not answer by itself, and a closer's own thread closes what was passed:
+//! A descriptor may be a file on a user-space file system (FUSE), whose server may answer late or never. A thread that
+//! asks for the size of such a file blocks. A thread that closes its descriptor blocks too, because a close also asks
+//! the file system. No signal interrupts either. A TCP socket with `SO_LINGER` and unsent data blocks in its last
+//! close. Therefore this crate only asks what the kernel answers by itself, and passed descriptors are closed on a
+//! separate thread:
 //!
-//! | what is wanted | how it is known | |
+//! | wanted | how it is recognised | |
 //! |---|---|---|
 //! | memory | it has seals, which only memory has (`F_GET_SEALS`) | [`Passed::memory`] |
-//! | a doorbell | it has no type of file, by what is known without asking (`AT_STATX_DONT_SYNC`), and takes eight bytes of zero | [`Passed::eventfd`] |
-//! | a Unix stream | it is a socket, of that family and type (`getsockopt`) | [`Passed::unix_stream`] |
-//! | a regular file | its type, by what is known without asking | [`Passed::regular_file`] |
+//! | a doorbell | it has no file type, according to cached attributes (`AT_STATX_DONT_SYNC`), and accepts a write of an eight-byte zero | [`Passed::eventfd`] |
+//! | a Unix stream socket | it is a socket of that family and type (`getsockopt`) | [`Passed::unix_stream`] |
+//! | a regular file | its file type, according to cached attributes | [`Passed::regular_file`] |
 //!
-//! (`/proc/self/fd` would name an eventfd without the write. A sandboxed process cannot read it; and of what has no type, the
-//! write changes only an eventfd, by nothing.)
+//! (`/proc/self/fd` would identify an eventfd without the write, but a sandboxed process cannot read it. Among files
+//! without a type only an eventfd takes the write, and adding zero does not change it.)
 //!
-//! - [`receive`] is the one place that takes descriptors out of a socket. Each is owned before anything else is looked at,
-//!   also where the kernel could install only some of them because the table was full.
-//! - A [`Closer`] is one owner's queue: whatever one VM passes never keeps another VM's descriptors open. While
-//!   [`PENDING_MAX`] of its descriptors (or fewer) wait to be closed, its owner listens to nobody ([`Closer::is_full`]).
-//! - A Unix socket on which descriptors can wait is closed by a closer, too ([`Apart`]): the kernel closes those
-//!   within the socket's own close. For the same reason such a socket is never read without room for descriptors.
+//! - [`receive()`] is the only function that takes descriptors out of a socket. It owns each of them before it looks at
+//!   anything else. This also holds when the descriptor table was full and the kernel could install only some of them.
+//! - A [`Closer`] is the queue of one owner, so a slow close for one VM never delays the descriptors of another VM.
+//!   While [`PENDING_MAX`] (or the closer's smaller limit) of them wait, the owner receives nothing more
+//!   ([`Closer::is_full`]).
+//! - A Unix socket in which descriptors can wait is closed by a closer too ([`Apart`]), because the kernel closes the
+//!   waiting descriptors inside the socket's own close. For the same reason every read of such a socket has room for
+//!   descriptors: the kernel would close those that do not fit.
 #![forbid(unsafe_code)]
 
 mod apart;
@@ -41,52 +44,52 @@ pub use apart::Apart;
 pub use closer::{Closer, PENDING_MAX};
 pub use receive::{Received, SCM_FDS_MAX, receive};
 
-/// A descriptor of which nothing is known. Dropped, it is closed by its closer.
+/// A passed descriptor of unknown kind. When it is dropped, its closer closes it.
 #[derive(Debug)]
 pub struct Passed(Apart<OwnedFd>);
 
 impl From<OwnedFd> for Passed {
-    /// Of this process' own closer.
+    /// Uses the closer that the whole process shares.
     fn from(fd: OwnedFd) -> Self {
         Self::new(fd, &Closer::shared())
     }
 }
 
 impl Passed {
-    /// Takes a descriptor that is closed by `closer`.
+    /// Takes a descriptor that `closer` will close.
     pub fn new(fd: OwnedFd, closer: &Closer) -> Self {
         Self(Apart::new(fd, closer))
     }
 
-    /// Another one of the same file.
+    /// Duplicates the descriptor.
     ///
     /// # Errors
-    /// There are no descriptors left.
+    /// This process has no free descriptors.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self::new(self.0.try_clone()?, self.0.closer()))
     }
 
-    /// Takes it for memory: the seals that it has are still to be looked at.
+    /// Converts it to memory that can be sealed. The caller still has to check which seals are set.
     ///
     /// # Errors
-    /// It is something else.
+    /// It is not such memory.
     pub fn memory(self) -> io::Result<OwnedFd> {
         let is = |fd: &OwnedFd| fcntl_get_seals(fd).is_ok();
         self.take_if(is, "not memory that can be sealed (memfd)")
     }
 
-    /// Takes it for an eventfd, which it makes nonblocking.
+    /// Converts it to an eventfd and makes it nonblocking.
     ///
     /// # Errors
-    /// It is something else.
+    /// It is not an eventfd.
     pub fn eventfd(self) -> io::Result<OwnedFd> {
         self.take_if(is_eventfd, "not an eventfd")
     }
 
-    /// Takes it for a stream socket of the Unix family. What waits in it may be anything: see [`Apart`].
+    /// Converts it to a Unix stream socket. Descriptors of any kind may wait in it: see [`Apart`].
     ///
     /// # Errors
-    /// It is something else.
+    /// It is not a Unix stream socket.
     pub fn unix_stream(self) -> io::Result<Apart<UnixStream>> {
         let closer = self.0.closer().clone();
         let is = |fd: &OwnedFd| {
@@ -97,10 +100,10 @@ impl Passed {
         Ok(Apart::new(fd.into(), &closer))
     }
 
-    /// Takes it for a regular file. Its file system may be anybody's: it is asked as soon as the file is used.
+    /// Converts it to a regular file. The file system may be FUSE, so any later use of the file may block.
     ///
     /// # Errors
-    /// It is something else.
+    /// It is not a regular file.
     pub fn regular_file(self) -> io::Result<OwnedFd> {
         let is = |fd: &OwnedFd| {
             kind(fd.as_fd()) == Some(FileType::RegularFile)
@@ -109,7 +112,7 @@ impl Passed {
         self.take_if(is, "not a regular file")
     }
 
-    /// Takes it, whatever it is: what comes from a process that is trusted.
+    /// Converts it without any check. Only for descriptors from a trusted process.
     pub fn trust(self) -> Option<OwnedFd> {
         self.0.take_if(|_| true)
     }
@@ -126,7 +129,7 @@ impl AsFd for Passed {
     }
 }
 
-/// What the kernel knows of its type by itself.
+/// The file type, from what the kernel knows without asking the file system.
 fn kind(fd: BorrowedFd<'_>) -> Option<FileType> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     let found = statx(fd, c"", flags, StatxFlags::TYPE).ok()?;

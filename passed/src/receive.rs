@@ -1,4 +1,4 @@
-//! Takes bytes and descriptors out of a Unix socket.
+//! Receives bytes and descriptors from a Unix socket.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -8,26 +8,28 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFl
 
 use crate::{Closer, Passed};
 
-/// What the kernel attaches to one message at most (SCM_MAX_FD): there is always room for all.
+/// Maximum number of descriptors that the kernel attaches to one message (SCM_MAX_FD). The buffer always has room for
+/// all.
 pub const SCM_FDS_MAX: usize = 253;
 
-/// What came with one call.
+/// The result of one receive call.
 #[derive(Debug)]
 pub struct Received {
-    /// Bytes; 0 without descriptors: the other side is gone.
+    /// Number of bytes. 0 bytes and no descriptors mean that the other side closed the socket.
     pub bytes: usize,
-    /// Descriptors, close-on-exec.
+    /// The received descriptors, close-on-exec.
     pub fds: Vec<Passed>,
-    /// A packet was longer than the room for it.
+    /// The packet was longer than the buffer; the rest is lost.
     pub cut: bool,
-    /// More descriptors were passed than are here: this process' table is full.
+    /// Some of the passed descriptors are missing, because this process's descriptor table was full.
     pub table_full: bool,
 }
 
-/// Receives from a Unix socket, as its flags and those of the socket say. `closer` closes what nobody takes.
+/// Receives from a Unix socket. `flags` and the socket decide whether it blocks. `closer` closes the descriptors that
+/// the caller drops.
 ///
 /// # Errors
-/// As the socket says: `WouldBlock` and `Interrupted` are among them.
+/// Errors of the socket, including `WouldBlock` and `Interrupted`.
 pub fn receive(
     socket: impl AsFd,
     bytes: &mut [u8],
@@ -38,7 +40,8 @@ pub fn receive(
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = flags | RecvFlags::CMSG_CLOEXEC;
     let got = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, flags)?;
-    // Owned before anything is looked at. What the kernel installed is listed, also when it could not install all (R109).
+    // Own the descriptors before anything is checked. When the kernel could not install all of them, the message still
+    // lists those that it did install (R109).
     let mut fds = Vec::new();
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(rights) = message {
@@ -49,7 +52,7 @@ pub fn receive(
         bytes: got.bytes,
         fds,
         cut: got.flags.contains(ReturnFlags::TRUNC),
-        // There was room for all that can be attached.
+        // The buffer has room for SCM_MAX_FD descriptors, so CTRUNC can only mean a full descriptor table.
         table_full: got.flags.contains(ReturnFlags::CTRUNC),
     })
 }

@@ -1,4 +1,5 @@
-//! R109: descriptors that come while the table is full. Alone in its process, whose table it fills.
+//! R109: descriptors that arrive while the descriptor table is full. This test fills the table of its process, so it
+//! is the only test in this file.
 
 #[path = "../../host-proxy/port/tests/kinds/mod.rs"]
 mod kinds;
@@ -12,7 +13,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 use rustix::net::RecvFlags;
 
 #[test]
-fn r109_what_the_kernel_installed_is_closed_when_the_rest_does_not_fit() {
+fn r109_a_full_table_leaks_none_of_the_installed_descriptors() {
     let (from, to) = UnixStream::pair().unwrap();
     let closer = Closer::default();
     let pid = std::process::id();

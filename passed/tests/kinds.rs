@@ -1,4 +1,4 @@
-//! R105: every kind of descriptor is told apart, and closed by nobody who is waited for.
+//! R105: every kind of descriptor is recognised, and no caller ever blocks in a close.
 
 #[path = "../../host-proxy/port/tests/kinds/mod.rs"]
 mod kinds;
@@ -36,7 +36,7 @@ fn r105_only_an_eventfd_is_a_doorbell_and_only_a_memfd_is_memory() {
     let event = EventFd::from_value(7).unwrap();
     let passed = Passed::from(event.as_fd().try_clone_to_owned().unwrap());
     let eventfd = passed.eventfd().unwrap();
-    // Nothing was added to it.
+    // The check added nothing to the counter.
     assert_eq!(event.read().unwrap(), 7);
     drop(eventfd);
     let memory = memfd_create("r105", MemfdFlags::ALLOW_SEALING).unwrap();
@@ -54,7 +54,7 @@ fn r105_only_an_eventfd_is_a_doorbell_and_only_a_memfd_is_memory() {
 }
 
 #[test]
-fn r105_a_close_that_waits_fills_its_own_closer_and_no_other() {
+fn r105_a_blocked_close_fills_only_its_own_closer() {
     let (stuck, other) = (Closer::default(), Closer::default());
     let (lingers, far) = kinds::lingering();
     drop(Passed::new(lingers, &stuck));
@@ -73,7 +73,7 @@ fn r105_a_close_that_waits_fills_its_own_closer_and_no_other() {
 }
 
 #[test]
-fn a_closer_that_is_held_starts_with_its_thread() {
+fn a_held_closer_closes_nothing_until_it_is_prepared() {
     let closer = Closer::default();
     closer.hold();
     drop(Passed::new(

@@ -1,4 +1,4 @@
-//! The side that reads records.
+//! The reading end of a ring.
 
 use core::marker::PhantomData;
 
@@ -7,21 +7,22 @@ use crate::{
     Armed, Corrupt, Geometry, GeometryError, Plan, Policy, RingMem, Validated, Wake, passes,
 };
 
-/// Reads records. Its own position is private; every header is fetched once and checked before a byte is touched.
+/// Reads records. Its own position is private. It loads every header once and checks it before it reads any byte of
+/// the record.
 #[derive(Debug)]
 pub struct Consumer<M, P = Validated> {
     mem: M,
     plan: Plan,
-    /// Behind the last record that was taken.
+    /// Position after the last record that was taken.
     tail: u64,
-    /// Behind the last record whose room was given back.
+    /// Position up to which the space was given back to the producer.
     released: u64,
     events: bool,
     corrupt: Option<Corrupt>,
     policy: PhantomData<P>,
 }
 
-/// A record that was checked. Its bytes are the producer's until they are copied.
+/// A record whose header was checked. The producer can still change its bytes until they are copied out.
 #[derive(Debug)]
 pub struct Record<'a, M, P = Validated> {
     consumer: &'a mut Consumer<M, P>,
@@ -29,7 +30,8 @@ pub struct Record<'a, M, P = Validated> {
 }
 
 impl<M: RingMem> Consumer<M> {
-    /// Begins a ring in zeroed memory. `events`: the producer sleeps when the ring is full and wants to be woken.
+    /// Starts a ring in zeroed memory. `events` is true if the producer sleeps when the ring is full and needs a
+    /// wake-up.
     ///
     /// # Errors
     /// The geometry does not fit the memory.
@@ -39,7 +41,7 @@ impl<M: RingMem> Consumer<M> {
 }
 
 impl<M: RingMem, P: Policy> Consumer<M, P> {
-    #[doc(hidden)] // for the bench that measures what the checks cost
+    #[doc(hidden)] // used by the bench that measures the cost of the checks
     pub fn with_policy(mem: M, geometry: Geometry, events: bool) -> Result<Self, GeometryError> {
         let plan = geometry.check(&mem)?;
         Ok(Self {
@@ -53,10 +55,10 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
         })
     }
 
-    /// Returns the next record without taking it; `None`: there is none yet.
+    /// Returns the next record without taking it, or `None` if there is none yet.
     ///
     /// # Errors
-    /// The producer broke the ring: it stays broken.
+    /// The producer broke the ring. The ring stays broken.
     #[inline(always)]
     pub fn peek(&mut self) -> Result<Option<Record<'_, M, P>>, Corrupt> {
         loop {
@@ -78,25 +80,26 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
         }
     }
 
-    /// Tells whether something was written where the next record begins, without a look at what it is: for one who looks on.
+    /// Returns true if a header was written at the next position, without checking it. For a caller that polls.
     #[inline(always)]
-    pub fn stirs(&self) -> bool {
+    pub fn has_header(&self) -> bool {
         self.mem.load(self.plan.offset(self.tail)) != layout::EMPTY
     }
 
-    /// Bytes that a record may take here: up to the end of the ring, and of what was not given back, the producer may have
-    /// reused nothing; the next header is never part of it.
+    /// Bytes that a record at the current position may use. It ends at the end of the ring, and before the space that
+    /// was not given back yet, because the producer may not have reused that space. The next header is never part of
+    /// it.
     #[inline(always)]
     fn room(&self) -> u64 {
         let room = self.plan.size() - (self.tail - self.released);
         room.min(self.plan.left_to_end(self.tail))
     }
 
-    /// Holds a header against the ring, as that of a record; returns the record's length.
+    /// Checks a header as the header of a record. Returns the length of the record.
     #[inline(always)]
     fn data(&self, word: u64) -> Option<u64> {
         let len = word.wrapping_sub(Header::data(0));
-        // Whatever else is set makes it longer than any record.
+        // Any other bit that is set makes this length larger than every allowed record.
         let fits = match P::CHECKED {
             true => len <= self.plan.at.record_max as u64 && self.plan.total(len) <= self.room(),
             false => word >> 32 == 0,
@@ -104,7 +107,7 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
         fits.then_some(len)
     }
 
-    /// Goes on behind a pad; whatever else it is, it is the end of the ring.
+    /// Skips a pad. Any other header here breaks the ring.
     #[cold]
     fn no_data(&mut self, word: u64) -> Result<(), Corrupt> {
         let (what, limit) = match Header::parse(word) {
@@ -114,7 +117,7 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
                     self.tail += total;
                     return Ok(());
                 }
-                ("end of a pad", self.room())
+                ("length of a pad", self.room())
             }
             Header::Data(len) if len > self.plan.at.record_max as u64 => {
                 ("length of a record", self.plan.at.record_max as u64)
@@ -128,8 +131,8 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
         Err(corrupt)
     }
 
-    /// Takes the next record into `buf`; `None`: there is none yet. What `buf` has no room for is dropped; the length
-    /// is the record's.
+    /// Takes the next record into `buf`; `None` if there is none yet. Bytes that do not fit into `buf` are dropped.
+    /// The returned length is the length of the whole record.
     ///
     /// # Errors
     /// As [`peek`](Self::peek).
@@ -144,11 +147,11 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
         Ok(Some(len))
     }
 
-    /// Takes records, at most `limit`, each into `buf` and on to `take`, and gives their room back with one store. Returns
-    /// how many there were.
+    /// Takes at most `limit` records. Copies each into `buf`, passes it to `take`, and gives the space of all back
+    /// with one store. Returns the number of records.
     ///
     /// # Errors
-    /// As [`peek`](Self::peek); those before it were taken.
+    /// As [`peek`](Self::peek). The records before the error were taken.
     pub fn drain(
         &mut self,
         buf: &mut [u8],
@@ -165,19 +168,19 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
         Ok((count, self.release()))
     }
 
-    /// Bytes that were taken and not given back yet.
+    /// Bytes that were taken but not given back to the producer yet.
     pub fn unreleased(&self) -> usize {
         (self.tail - self.released) as usize
     }
 
-    /// Tells whether an eighth of the ring was taken and not given back: time to, while there is more to read. When there
-    /// is not, everything is given back.
+    /// Returns true if at least an eighth of the ring was taken and not given back. A caller that still has records to
+    /// read should call [`release`](Self::release) then. A caller that has none left gives everything back anyway.
     #[inline]
     pub fn wants_release(&self) -> bool {
         self.tail - self.released >= self.plan.size() / 8
     }
 
-    /// Gives the room of everything taken back to the producer, with one store.
+    /// Gives the space of all taken records back to the producer, with one store.
     #[inline]
     pub fn release(&mut self) -> Wake {
         if self.tail == self.released {
@@ -188,7 +191,8 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
         if !self.events {
             return Wake::No;
         }
-        // SYNC(space): between "position stored" and "does it sleep?"; pairs with the fence in `arm_space`.
+        // SYNC(space): fence between "position stored" and "does the producer sleep?"; pairs with the fence in
+        // `arm_space`.
         self.mem.fence();
         let wake_at = self.mem.load(self.plan.at.space_wake_at);
         if passes(old, self.tail, wake_at) {
@@ -198,7 +202,8 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
         }
     }
 
-    /// Asks to be woken by the next record, then looks again. What was taken is given back first.
+    /// Gives back the space of all taken records, asks for a wake-up at the next record, and then checks the ring
+    /// again.
     ///
     /// # Errors
     /// As [`peek`](Self::peek).
@@ -217,22 +222,23 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
 }
 
 impl<M: RingMem, P: Policy> Record<'_, M, P> {
-    /// Bytes of the record.
+    /// Length of the record in bytes.
     pub fn len(&self) -> usize {
         self.len as usize
     }
 
-    /// Tells whether it has none.
+    /// Returns true if the record has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Where its bytes lie in the memory, in one piece, until `release`: for what moves bytes by itself.
+    /// Offset of the record's bytes in the memory. They are contiguous and stay until `release`. For a caller that
+    /// moves the bytes itself.
     pub fn at(&self) -> usize {
         self.consumer.plan.offset(self.consumer.tail) + HEADER
     }
 
-    /// Copies from an offset in the record. Returns how many bytes there were.
+    /// Copies bytes from offset `at` in the record. Returns how many bytes were copied.
     #[inline(always)]
     pub fn copy_out(&self, at: usize, buf: &mut [u8]) -> usize {
         let n = (self.len as usize).saturating_sub(at).min(buf.len());
@@ -244,7 +250,7 @@ impl<M: RingMem, P: Policy> Record<'_, M, P> {
         n
     }
 
-    /// Goes on behind it. Its room is given back with the next `release`.
+    /// Takes the record. The next `release` gives its space back.
     #[inline(always)]
     pub fn take(self) {
         self.consumer.tail += self.consumer.plan.total(self.len);

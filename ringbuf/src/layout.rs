@@ -1,22 +1,22 @@
 //! The record header, bit by bit.
 //!
-//! | bits | field | valid |
+//! | bits | field | valid values |
 //! |---|---|---|
-//! | 0..31 | length of the record, bytes | up to [`record_max`](crate::Geometry::record_max); of a pad: to the end of the ring |
+//! | 0..31 | length of the record in bytes | up to [`record_max`](crate::Geometry::record_max); for a pad: exactly to the end of the ring |
 //! | 31 | committed | 1 |
 //! | 32..40 | kind | 0 data, 1 pad |
 //! | 40..64 | reserved | 0 |
 //!
-//! All zero: nothing was written here yet.
+//! An all-zero header means that nothing was written here yet.
 
-/// Pages that the writers' words are kept apart by, bytes.
+/// Page size in bytes. The words of different writers are on different pages.
 pub const PAGE: usize = 4096;
-/// Bytes of a header.
+/// Size of a header in bytes.
 pub const HEADER: usize = 8;
-/// Largest ring, bytes: its length fits the header's field.
+/// Largest ring in bytes: the length field of a header can hold it.
 pub const SIZE_MAX: usize = 1 << 30;
 
-/// The header of what was not written yet.
+/// The header at a position where nothing was written yet.
 pub(crate) const EMPTY: u64 = 0;
 
 const LEN_BITS: u32 = 31;
@@ -30,16 +30,16 @@ const _: () = assert!(SIZE_MAX as u64 <= LEN_MASK);
 const _: () = assert!(LEN_MASK & COMMITTED == 0 && COMMITTED.trailing_zeros() == LEN_BITS);
 const _: () = assert!(RESERVED & (KIND_MASK << KIND_SHIFT) == 0);
 
-/// What a header says, before anything of it was checked against the ring.
+/// A parsed header. Its values were not checked against the ring yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Header {
-    /// Nothing yet.
+    /// Nothing was written yet.
     Empty,
-    /// A record of so many bytes.
+    /// A record of this many bytes.
     Data(u64),
-    /// So many bytes of nothing.
+    /// A pad of this many bytes.
     Pad(u64),
-    /// No producer of ours writes this.
+    /// A header that no correct producer writes.
     Bad,
 }
 
@@ -56,13 +56,13 @@ impl Header {
         }
     }
 
-    /// The word of a record of `len` bytes.
+    /// The header of a record of `len` bytes.
     #[inline]
     pub(crate) const fn data(len: u64) -> u64 {
         COMMITTED | len & LEN_MASK
     }
 
-    /// The word of a pad of `len` bytes.
+    /// The header of a pad of `len` bytes.
     pub(crate) fn pad(len: u64) -> u64 {
         1 << KIND_SHIFT | COMMITTED | len & LEN_MASK
     }

@@ -1,46 +1,48 @@
-//! A ring of records in memory that two partitions share: one producer, one consumer, no locks, no read-modify-write,
-//! and no trust. Everything that the other side can write is fetched once, checked, and then either used or the end of
+//! A ring of records in memory that two partitions share: one producer, one consumer, no locks, no read-modify-write
+//! operations, and no trust. Every value that the other side can write is loaded once and checked. A bad value ends
 //! the ring ([`Corrupt`]).
 //!
 //! # Layout of one direction
 //!
-//! Offsets are the caller's ([`Geometry`]); each word has one writer.
+//! The caller chooses the offsets ([`Geometry`]). Each word has exactly one writer.
 //!
-//! | word | size | writer | reader | ordering | valid |
+//! | word | size | writer | reader | ordering | valid values |
 //! |---|---|---|---|---|---|
-//! | record header | 8, at every record | producer | consumer | stored Release, loaded Acquire | [`layout`] |
-//! | `cons` | 8 | consumer | producer | stored Release, loaded Acquire | from the last value seen to what was produced |
-//! | `data_wake_at` | 8 | consumer | producer | relaxed, around SeqCst fences | any: a wrong one costs its writer its wake-up |
+//! | record header | 8, before every record | producer | consumer | stored Release, loaded Acquire | [`layout`] |
+//! | `cons` | 8 | consumer | producer | stored Release, loaded Acquire | from the last value seen up to the published position |
+//! | `data_wake_at` | 8 | consumer | producer | relaxed, with SeqCst fences around it | any: a wrong value only loses its own writer's wake-up |
 //! | `space_wake_at` | 8 | producer | consumer | likewise | likewise |
 //!
-//! Positions are bytes since the ring began, and never wrap in practice (u64). A record is a header, its bytes, and
-//! padding to the alignment (8 or 64 bytes); it never wraps: a pad record fills the end of the ring.
+//! Positions count bytes since the ring started. They are u64 and do not wrap in practice. A record is a header, its
+//! bytes, and padding to the alignment (8 or 64 bytes). A record never wraps: a pad record fills the end of the ring.
 //!
 //! ```text
-//! produce   zero the header behind the record │ bytes │ header of the record, Release
-//!           (a batch: every header but the first one as it comes, the first one last: one Release store shows all)
+//! produce   zero the header after the record │ bytes │ header of the record, Release
+//!           (a batch: the first header is written last, so one Release store shows all records)
 //! consume   header, Acquire: 0 = nothing yet │ check │ copy out │ `cons`, Release
 //! ```
-//! The committed header in band is the only thing a consumer waits for, so a record that fits a cache line with its
-//! header costs one line transfer.
+//! The consumer waits only for the committed header, which is next to the data. A record that shares a cache line with
+//! its header therefore costs one cache line transfer.
 //!
 //! # Why this layout
 //!
-//! The other one that a ring of records could have publishes the producer's position in a line of its own. `cargo xtask
-//! bench ring` measures both (its `published index` is unchecked, at its best). Two processes on two cores of an Intel Xeon,
-//! medians of 15 rounds, in band against published: 64 bytes one by one 2.9x, in batches of 32 0.6x, round trip of 64
-//! bytes 0.45x of the time. One line a record decides what a channel is used for most, an answer; and a batch is still ahead
-//! of every other ring there.
+//! The alternative is to publish the producer's position in a cache line of its own. `cargo xtask bench ring` measures
+//! both (its `published index` does no checks, which favours it). Measured between two processes on two cores of an
+//! Intel Xeon, medians of 15 rounds, this layout against the published index: 64 bytes one by one 2.9x, in batches of
+//! 32 0.6x, round trip of 64 bytes 0.45x of the time. A channel mostly carries single answers, and those are faster
+//! with one cache line per record. A batch is still faster than in every other ring of that bench.
 //!
 //! # Sleeping
 //!
-//! Who wants to sleep stores the position at which it wants to be woken, fences, and looks again; who moves a position
-//! over it fences, loads it, and returns [`Wake::Yes`]. Neither ever sleeps over something that is there (R9, loom).
+//! A side that wants to sleep stores the position at which it wants to be woken, does a fence, and checks again. The
+//! side that moves its position past that value does a fence, loads the value, and returns [`Wake::Yes`]. So no side
+//! sleeps while there is something for it (R9, checked by loom).
 //!
-//! # What the ring does not promise
+//! # What the ring does not guarantee
 //!
-//! Fairness, and that a peer reads. A peer that stops fills the ring: `Full`. A peer that lies ends it: `Corrupt`. The
-//! bytes of a record are what the peer wrote at the time of copying; they are copied out before anybody looks at them.
+//! It does not guarantee fairness, or that the peer reads. A peer that stops reading fills the ring: `Full`. A peer
+//! that writes invalid values ends it: `Corrupt`. The bytes of a record are whatever the peer had written at the time
+//! of the copy; they are always copied out before they are used.
 #![cfg_attr(not(feature = "std"), no_std)]
 
 use core::fmt;
@@ -61,7 +63,7 @@ pub use pace::Pace;
 pub use producer::{Grant, Producer, PushError};
 
 mod policy {
-    /// Whether the peer's words are held against the ring. Nobody but a bench may say no.
+    /// Whether values from the peer are checked. Only a bench may switch the checks off.
     pub trait Policy: Send + Sync + 'static {
         #[doc(hidden)]
         const CHECKED: bool;
@@ -70,11 +72,11 @@ mod policy {
 
 pub use policy::Policy;
 
-/// The peer is hostile: what it writes is checked.
+/// Checks everything the peer writes: the peer is hostile.
 #[derive(Debug)]
 pub enum Validated {}
 
-#[doc(hidden)] // what the checks cost is measured against it
+#[doc(hidden)] // baseline for the cost of the checks
 #[derive(Debug)]
 pub enum Unchecked {}
 
@@ -86,95 +88,101 @@ impl Policy for Unchecked {
     const CHECKED: bool = false;
 }
 
-/// Whether the other side must be woken: ring its doorbell.
+/// Whether the caller must wake the other side through its doorbell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a sleeping peer is woken by its doorbell only"]
 pub enum Wake {
-    /// It is awake, or polls.
+    /// The other side is awake, or polls.
     No,
-    /// It asked to be woken for this.
+    /// The other side sleeps and asked for this wake-up.
     Yes,
 }
 
 impl Wake {
-    /// Either of two.
+    /// `Yes` if either of the two is `Yes`.
     pub fn or(self, other: Self) -> Self {
         if self == Self::Yes { self } else { other }
     }
 }
 
-/// Whether it is safe to sleep.
+/// Whether the caller may sleep now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Armed {
-    /// Nothing is there: the doorbell will ring.
+    /// There is nothing to do: the doorbell will wake the caller.
     Sleep,
-    /// It came in between: look again.
+    /// Something arrived in the meantime: check again instead of sleeping.
     Ready,
 }
 
-/// The other side broke the ring: its fault. Nothing more is read or written; only a new epoch helps.
+/// The other side broke the ring: the peer's fault. This end reads and writes nothing more; only a new epoch helps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Corrupt {
-    /// Which field or rule.
+    /// The field or rule that was broken.
     pub what: &'static str,
-    /// What the peer wrote.
+    /// The value that the peer wrote.
     pub value: u64,
-    /// What it may be at most.
+    /// The largest allowed value.
     pub limit: u64,
 }
 
-/// The memory is too small or misaligned for a ring: the caller's fault.
+/// The memory is too small or misaligned for the ring: the caller's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GeometryError {
-    /// Which field.
+    /// The bad field.
     pub what: &'static str,
     /// Its value.
     pub value: u64,
-    /// What it may be.
+    /// The limit for the field.
     pub limit: u64,
 }
 
 impl fmt::Display for Corrupt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { what, value, limit } = self;
-        write!(f, "ring is corrupt: {what} {value:#x} (limit {limit:#x})")
+        write!(
+            f,
+            "ring is corrupt: {what} is {value:#x} (limit {limit:#x})"
+        )
     }
 }
 
 impl fmt::Display for GeometryError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { what, value, limit } = self;
-        write!(f, "no ring fits: {what} is {value:#x} (limit {limit:#x})")
+        write!(
+            f,
+            "the ring does not fit its memory: {what} is {value:#x} (limit {limit:#x})"
+        )
     }
 }
 
 impl core::error::Error for Corrupt {}
 impl core::error::Error for GeometryError {}
 
-/// Where one direction lies in its memory, bytes from the beginning.
+/// Where one direction lies in its memory, in bytes from the start of the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Records: a multiple of `align`.
+    /// Offset of the records: a multiple of `align`.
     pub data: usize,
-    /// Bytes of records: a power of two.
+    /// Size of the record area in bytes: a power of two.
     pub size: usize,
-    /// Alignment of records: 8, or 64 to give each its own cache lines.
+    /// Alignment of records: 8, or 64 to give each record its own cache lines.
     pub align: usize,
-    /// The consumer's position, in memory that only the consumer writes.
+    /// Offset of the consumer's position, in memory that only the consumer writes.
     pub cons: usize,
-    /// Where the consumer wants to be woken, likewise.
+    /// Offset of the position at which the consumer wants to be woken, in memory that only the consumer writes.
     pub data_wake_at: usize,
-    /// Where the producer wants to be woken, in memory that only the producer writes.
+    /// Offset of the position at which the producer wants to be woken, in memory that only the producer writes.
     pub space_wake_at: usize,
-    /// Longest record, bytes: at most [`record_limit`](Self::record_limit).
+    /// Longest record in bytes: at most [`record_limit`](Self::record_limit).
     pub record_max: usize,
-    /// Records go on over the end of the ring, for the memory maps it twice in a row ([`Mapped::mirrored`]); without it
-    /// a pad fills the end.
+    /// Records continue across the end of the ring, because the memory maps the ring twice in a row
+    /// ([`Mapped::mirrored`]). If false, a pad fills the end.
     pub wraps: bool,
 }
 
-/// A checked geometry, and how to find things in it.
+/// A checked geometry, and the arithmetic on it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
     pub(crate) at: Geometry,
@@ -182,7 +190,7 @@ pub(crate) struct Plan {
 }
 
 impl Geometry {
-    /// One direction in a region of its own: a page of words for each side, then `size` bytes of records.
+    /// A geometry for one direction in memory of its own: a page of words for each side, then `size` bytes of records.
     pub fn alone(size: usize, align: usize) -> Self {
         Self {
             data: 2 * layout::PAGE,
@@ -196,13 +204,13 @@ impl Geometry {
         }
     }
 
-    /// Bytes of memory that this needs.
+    /// Number of bytes of memory that this geometry needs.
     pub fn bytes(&self) -> usize {
         let mapped = if self.wraps { 2 } else { 1 };
         self.data.saturating_add(self.size.saturating_mul(mapped))
     }
 
-    /// Longest record that a ring of `size` bytes may have: two of them and a pad always fit.
+    /// Longest record that a ring of `size` bytes can have. Two such records and a pad always fit.
     pub const fn record_limit(size: usize, align: usize) -> usize {
         (size / 2).saturating_sub(layout::HEADER + align)
     }
@@ -247,13 +255,13 @@ impl Plan {
         self.at.size as u64
     }
 
-    /// Offset of a position in the memory.
+    /// Offset in the memory for a position.
     #[inline]
     pub(crate) fn offset(&self, position: u64) -> usize {
         self.at.data + (position & self.mask) as usize
     }
 
-    /// Bytes from a position to the end of the ring; of one that is mapped twice in a row, there is no end.
+    /// Bytes from a position to the end of the ring. A ring that is mapped twice in a row has no end.
     #[inline]
     pub(crate) fn left_to_end(&self, position: u64) -> u64 {
         if self.at.wraps {
@@ -262,15 +270,15 @@ impl Plan {
         self.size() - (position & self.mask)
     }
 
-    /// Bytes that a record of `len` takes.
+    /// Bytes that a record of `len` bytes uses, with header and padding.
     #[inline]
     pub(crate) fn total(&self, len: u64) -> u64 {
-        let padding = self.at.align as u64 - 1; // a power of two: no division on the path
+        let padding = self.at.align as u64 - 1; // `align` is a power of two, so this needs no division
         (layout::HEADER as u64 + len + padding) & !padding
     }
 }
 
-/// Tells whether going from `old` to `new` passes the position at which the other side wants to be woken.
+/// Returns true if the step from `old` to `new` passes the position at which the other side wants to be woken.
 #[inline]
 pub(crate) fn passes(old: u64, new: u64, wake_at: u64) -> bool {
     wake_at.wrapping_sub(old).wrapping_sub(1) < new.wrapping_sub(old)

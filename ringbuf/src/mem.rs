@@ -1,40 +1,41 @@
-//! Shared memory, as the ring needs it: words that are fetched once, and bytes that are copied. The only file that
+//! Shared memory for the ring: words that are loaded once, and bytes that are copied. This is the only file that
 //! touches mapped memory.
 //!
-//! Soundness: the other side may write any byte at any time, so no reference to the bytes is ever made. Words are
-//! accessed as atomics; bytes are copied by `copy_nonoverlapping` between the mapping and a private buffer, as vm-memory
-//! and every VMM does. That copy races with the peer's stores, which Rust's memory model does not describe for another
-//! process; what it can bring is any bytes at all, and a record's bytes are that by nature. Every access is
-//! bounds-checked against the mapping, which lives as long as the value.
-#![allow(unsafe_code)] // this file is what the others need none for
+//! Soundness: the other side may write any byte at any time, so this file never makes a reference to the bytes. Words
+//! are accessed as atomics. Bytes are copied with `copy_nonoverlapping` between the mapping and a private buffer, as
+//! vm-memory and every VMM do. That copy races with the peer's stores, and Rust's memory model does not describe races
+//! with another process. The worst result is arbitrary bytes, and a record may hold arbitrary bytes anyway. Every
+//! access is bounds-checked against the mapping, which lives as long as the value.
+#![allow(unsafe_code)] // all unsafe access to shared memory is here, so that the other files need none
 
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering, fence};
 
-/// Memory that both sides have. Loads and stores only: a peer's mapping may be read-only, and a locked instruction on
-/// memory that another partition can unmap is a hazard of its own.
+/// Memory that both sides map. It has only loads and stores. A peer's mapping may be read-only, and a locked
+/// instruction on memory that another partition can unmap is an additional hazard.
 ///
-/// Offsets are the ring's own, checked when it was made; an implementation may panic on one that is outside.
+/// The ring passes its own offsets, which were checked when the ring was made. An implementation may panic on an
+/// offset outside the memory.
 pub trait RingMem {
-    /// Bytes.
+    /// Size in bytes.
     fn len(&self) -> usize;
-    /// Tells whether there is nothing.
+    /// Returns true if the memory has no bytes.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
-    /// Loads a word, exactly once, with Acquire.
+    /// Loads a word exactly once, with Acquire.
     fn load(&self, at: usize) -> u64;
     /// Stores a word with Release.
     fn store(&self, at: usize, word: u64);
-    /// Stores a word that a later Release store will show.
+    /// Stores a word that a later Release store will publish.
     fn store_relaxed(&self, at: usize, word: u64);
-    /// Orders a store before it against a load behind it, on both sides (SeqCst).
+    /// Orders the stores before the fence against the loads after it (SeqCst). Both sides use it.
     fn fence(&self);
-    /// Copies in.
+    /// Copies bytes into the memory.
     fn write(&self, at: usize, bytes: &[u8]);
     /// Writes zeroes.
     fn zero(&self, at: usize, len: usize);
-    /// Copies out.
+    /// Copies bytes out of the memory.
     fn read(&self, at: usize, bytes: &mut [u8]);
 }
 
@@ -65,25 +66,26 @@ impl<M: RingMem + ?Sized> RingMem for &M {
     }
 }
 
-/// A mapping that somebody keeps: all that a guest without an operating system has. Elsewhere [`Mapped`] keeps it.
+/// A mapping that other code keeps alive. A guest without an operating system has nothing else. Elsewhere use
+/// [`Mapped`], which keeps the mapping alive.
 #[derive(Clone, Copy, Debug)]
 pub struct Raw {
     base: NonNull<u8>,
     len: usize,
 }
 
-// SAFETY: the pointer is to a mapping, which belongs to no thread; accesses are atomic, or copies as the head of this
-// file says.
+// SAFETY: the pointer refers to a mapping, which belongs to no thread. All accesses are atomic, or are copies as
+// described at the top of this file.
 unsafe impl Send for Raw {}
 // SAFETY: as above.
 unsafe impl Sync for Raw {}
 
 impl Raw {
-    /// Memory at an address.
+    /// Uses the memory at an address.
     ///
     /// # Safety
-    /// `len` bytes from `base` on, which is the beginning of a page, are mapped readable and writable for as long as this
-    /// value and its copies are used, no touch of them is a fault, and nobody in this program makes references to them.
+    /// `base` is the start of a page. The `len` bytes from `base` are mapped readable and writable while this value or
+    /// any copy of it is used. No access to them faults. Nothing in this program makes references to them.
     pub const unsafe fn new(base: NonNull<u8>, len: usize) -> Self {
         Self { base, len }
     }
@@ -91,28 +93,29 @@ impl Raw {
     #[inline]
     fn word(&self, at: usize) -> &AtomicU64 {
         assert!(at.is_multiple_of(8) && at < self.len & !7);
-        // SAFETY: inside of the mapping and aligned, for mappings begin at a page; shared words are accessed as
-        // atomics only.
+        // SAFETY: the word is inside the mapping and aligned, because mappings start at a page. Shared words are only
+        // accessed as atomics.
         unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(at).cast()) }
     }
 
-    /// The bytes from an offset on, which must be inside.
+    /// Pointer to the bytes from an offset on. The range must be inside the mapping.
     #[inline]
     fn bytes(&self, at: usize, len: usize) -> *mut u8 {
         assert!(at <= self.len && self.len - at >= len);
-        // SAFETY: inside of the mapping, or at its end for no bytes.
+        // SAFETY: the pointer is inside the mapping, or at its end if `len` is 0.
         unsafe { self.base.as_ptr().add(at) }
     }
 }
 
-/// Copies bytes in or out: the one place. The C library's copy stores whole lines at once where the processor can,
-/// which no loop that is compiled for every processor does; across cores that is worth more than its call.
+/// The only function that copies bytes in or out. It uses the C library's copy, which stores whole cache lines at once
+/// on processors that can do so. A loop compiled for every processor cannot. Across cores this gains more than the
+/// call costs.
 ///
 /// # Safety
-/// Both ends hold `len` bytes, and do not overlap.
+/// `from` and `to` are valid for `len` bytes and do not overlap.
 #[inline]
 unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
-    // SAFETY: as the caller says.
+    // SAFETY: the caller guarantees it.
     unsafe { core::ptr::copy_nonoverlapping(from, to, len) };
 }
 
@@ -139,13 +142,13 @@ impl RingMem for Raw {
     #[inline]
     fn write(&self, at: usize, bytes: &[u8]) {
         let to = self.bytes(at, bytes.len());
-        // SAFETY: both ends hold that many bytes; a private buffer never overlaps a shared mapping.
+        // SAFETY: both ends have that many bytes, and a private buffer never overlaps a shared mapping.
         unsafe { copy(bytes.as_ptr(), to, bytes.len()) };
     }
     #[inline]
     fn zero(&self, at: usize, len: usize) {
         let to = self.bytes(at, len);
-        // SAFETY: the mapping holds that many bytes from there on.
+        // SAFETY: the mapping has that many bytes from this offset on.
         unsafe { core::ptr::write_bytes(to, 0, len) };
     }
     #[inline]
@@ -183,11 +186,12 @@ mod mapped {
     use super::{Raw, RingMem};
     use crate::layout::PAGE;
 
-    /// A mapping: of this process alone, of a memfd that another process maps too, of guest memory, or anybody's.
+    /// A mapping: private to this process, or of a memfd that another process also maps, or of guest memory, or of any
+    /// other owner.
     #[derive(Clone)]
     pub struct Mapped {
         raw: Raw,
-        /// Keeps the mapping.
+        /// Keeps the mapping alive.
         _owner: Arc<dyn Any + Send + Sync>,
     }
 
@@ -197,39 +201,41 @@ mod mapped {
         }
     }
 
-    /// A descriptor is no memory for a ring: the fault of whoever passed it.
+    /// A descriptor cannot serve as memory for a ring: the fault of the process that passed it.
     #[derive(Debug, thiserror::Error)]
     pub enum MemfdError {
-        /// It cannot be examined, made or mapped.
+        /// The memory cannot be examined, created or mapped.
         #[error("memory cannot be used")]
         Io(#[from] std::io::Error),
-        /// It could shrink under us: a touch would be SIGBUS.
+        /// The memory could shrink while it is mapped; an access would then raise SIGBUS.
         #[error("memory is not a memfd sealed against shrinking and growing")]
         NotSealed,
-        /// It has huge pages, of which a part cannot be unmapped.
+        /// The memory has huge pages, and a part of a huge page cannot be unmapped.
         #[error(
-            "memory has huge pages of {page} bytes, and {wanted} bytes are no whole number of them"
+            "memory has huge pages of {page} bytes, and {wanted} bytes are not a whole number of them"
         )]
         HugePages {
-            /// Bytes of a page.
+            /// Page size in bytes.
             page: u64,
-            /// What was said.
+            /// The size that was asked for, in bytes.
             wanted: u64,
         },
-        /// It is shorter than was said.
-        #[error("memory has {bytes} bytes, {wanted} were said")]
+        /// The memory is shorter than announced.
+        #[error("memory has {bytes} bytes, but {wanted} were announced")]
         Short {
-            /// What there is.
+            /// Actual size in bytes.
             bytes: u64,
-            /// What there should be.
+            /// Announced size in bytes.
             wanted: u64,
         },
-        /// Guest memory does not have it in one piece.
-        #[error("guest memory at {at:#x} has no {bytes} bytes in one region, from a page on")]
+        /// Guest memory does not have the range in one piece.
+        #[error(
+            "guest memory does not have {bytes} bytes at {at:#x} in one region, starting at a page"
+        )]
         NotMapped {
-            /// Guest-physical address.
+            /// Guest-physical address of the range.
             at: u64,
-            /// How much was wanted.
+            /// Size of the range in bytes.
             bytes: usize,
         },
     }
@@ -241,18 +247,18 @@ mod mapped {
     }
 
     impl Mapped {
-        /// Zeroed memory of this process.
+        /// Maps zeroed memory that is private to this process.
         ///
         /// # Errors
-        /// There is none to be had.
+        /// The system has no memory left.
         pub fn anonymous(bytes: usize) -> Result<Self, MemfdError> {
             Ok(MmapRegion::<()>::new(bytes).map_err(failed)?.into())
         }
 
-        /// Zeroed memory that can be passed on: a memfd, sealed to its size.
+        /// Creates zeroed memory that can be passed to another process: a memfd, sealed to its size.
         ///
         /// # Errors
-        /// There is none to be had.
+        /// The system has no memory or no descriptors left.
         pub fn memfd(bytes: usize) -> Result<(Self, OwnedFd), MemfdError> {
             let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
             let io = |e: nix::errno::Errno| MemfdError::Io(e.into());
@@ -263,16 +269,17 @@ mod mapped {
             Ok((Self::map(file, bytes)?, fd))
         }
 
-        /// Maps what another process passed.
+        /// Maps a memfd that another process passed.
         ///
         /// # Errors
-        /// It is not sealed, too short, or cannot be mapped.
+        /// It is not sealed, is too short, or cannot be mapped.
         pub fn from_memfd(fd: OwnedFd, bytes: usize) -> Result<Self, MemfdError> {
             Self::map(sealed(fd, bytes)?, bytes)
         }
 
         fn map(file: File, bytes: usize) -> Result<Self, MemfdError> {
-            // Reserved (no MAP_NORESERVE): huge pages that are not to be had are said so here, and not by a SIGBUS.
+            // Without MAP_NORESERVE the kernel reserves huge pages now. If there are too few, this call fails;
+            // otherwise a later access would raise SIGBUS.
             let prot = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE).bits();
             let flags = MapFlags::MAP_SHARED.bits();
             let file = Some(FileOffset::new(file, 0));
@@ -280,12 +287,13 @@ mod mapped {
             Ok(region.map_err(failed)?.into())
         }
 
-        /// Maps what another process passed, or this one keeps, with each of its `rings` (offset, size; in order, each
-        /// begins where the one before ends) twice in a row, so that a record can go on over the end of its ring
-        /// ([`crate::Geometry::wraps`]). What is before the first ring is mapped once.
+        /// Maps a memfd with each of its `rings` twice in a row, so that a record can continue across the end of its
+        /// ring ([`crate::Geometry::wraps`]). `rings` are (offset, size) in order, and each starts where the one
+        /// before it ends. The bytes before the first ring are mapped once.
         ///
         /// # Errors
-        /// It is not sealed or too short, a ring is no whole number of pages, or there is no room for the mappings.
+        /// The memfd is not sealed or too short, a ring is not a whole number of pages, or there is no room for the
+        /// mappings.
         pub fn mirrored(
             fd: OwnedFd,
             bytes: usize,
@@ -311,20 +319,20 @@ mod mapped {
                 }
             }
             let base = reservation.base.cast();
-            // SAFETY: the reservation is mapped for as long as it lives, all of it, readable and writable.
+            // SAFETY: the reservation stays mapped while it lives, over its whole length, readable and writable.
             Ok(unsafe { Self::from_raw(base, total, Arc::new(reservation)) })
         }
 
-        /// Where it begins in this process: for a VMM, which tells its kernel.
+        /// Start address in this process. A VMM passes it to KVM.
         pub fn address(&self) -> usize {
             self.raw.base.as_ptr().expose_provenance()
         }
 
-        /// A part of guest memory, for a VMM. What the ring writes there is not marked in a dirty bitmap: a region that
-        /// is shared with the host is made anew after a migration, and never moved.
+        /// Uses a part of guest memory; for a VMM. The ring's writes are not marked in a dirty bitmap. Therefore a
+        /// region that is shared with the host is never migrated: it is created again after a migration.
         ///
         /// # Errors
-        /// No single region of guest memory has it all, or it does not begin at a page.
+        /// No single region of guest memory contains the range, or the range does not start at a page.
         pub fn guest_range<B: Bitmap + Send + Sync + 'static>(
             memory: &GuestMemoryMmap<B>,
             at: GuestAddress,
@@ -339,33 +347,33 @@ mod mapped {
             }
             let host = region.get_host_address(MemoryRegionAddress(offset.0));
             let base = NonNull::new(host.map_err(failed)?).ok_or_else(none)?;
-            // SAFETY: the region maps `rest` bytes from there on, and the clone keeps it.
+            // SAFETY: the region maps `rest` bytes from there on, and the clone keeps the region alive.
             Ok(unsafe { Self::from_raw(base, bytes, Arc::new(memory.clone())) })
         }
 
-        /// Any mapping of anybody's.
+        /// Uses any mapping that `owner` keeps alive.
         ///
         /// # Safety
-        /// `len` bytes from `base` on, which is the beginning of a page, are mapped readable and writable for as long
-        /// as `owner` lives, no touch of them is SIGBUS, and nobody in this process makes references to them.
+        /// `base` is the start of a page. The `len` bytes from `base` are mapped readable and writable while `owner`
+        /// lives. No access to them raises SIGBUS. Nothing in this program makes references to them.
         pub unsafe fn from_raw(
             base: NonNull<u8>,
             len: usize,
             owner: Arc<dyn Any + Send + Sync>,
         ) -> Self {
-            // SAFETY: as the caller says, for as long as `owner` is kept beside it.
+            // SAFETY: the caller guarantees it while `owner` lives, and `owner` is kept next to it.
             let raw = unsafe { Raw::new(base, len) };
             Self { raw, _owner: owner }
         }
     }
 
-    /// A memfd that cannot shrink, of at least so many bytes.
+    /// Checks that a memfd cannot shrink and has at least `bytes` bytes.
     fn sealed(fd: OwnedFd, bytes: usize) -> Result<File, MemfdError> {
         let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_err(|_| MemfdError::NotSealed)?;
         if !SealFlag::from_bits_truncate(seals).contains(SEALS) {
             return Err(MemfdError::NotSealed);
         }
-        // Only memory has seals, so that none of what is asked here waits for anybody's file system.
+        // Only memory has seals, so from here on no call can block on a file system.
         let pages = fstatfs(&fd).map_err(std::io::Error::from)?;
         let (page, wanted) = (pages.block_size(), bytes as u64);
         let page = u64::try_from(page).unwrap_or(u64::MAX).max(1);
@@ -383,28 +391,28 @@ mod mapped {
         Ok(file)
     }
 
-    /// Addresses that nobody else uses, to map files over.
+    /// An address range that is reserved for this value, so that files can be mapped over it.
     struct Reservation {
         base: NonNull<std::ffi::c_void>,
         len: usize,
     }
 
-    // SAFETY: addresses belong to no thread.
+    // SAFETY: an address range belongs to no thread.
     unsafe impl Send for Reservation {}
-    // SAFETY: as above; it has no methods that change anything but `map`, which is called before it is shared.
+    // SAFETY: as above. `map` is the only method that changes anything, and it is called before the value is shared.
     unsafe impl Sync for Reservation {}
 
     impl Reservation {
         fn new(len: usize) -> Result<Self, MemfdError> {
             let bytes = NonZeroUsize::new(len).ok_or_else(|| failed(nix::errno::Errno::EINVAL))?;
             let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-            // SAFETY: a new mapping at an address of the kernel's choice touches nothing that is there.
+            // SAFETY: a new mapping at an address that the kernel chooses replaces no other mapping.
             let base = unsafe { mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags) };
             let base = base.map_err(failed)?;
             Ok(Self { base, len })
         }
 
-        /// Maps bytes of a file over some of it.
+        /// Maps bytes of a file over a part of the reservation.
         fn map(&self, to: usize, file: &File, at: usize, len: usize) -> Result<(), MemfdError> {
             let Some(bytes) = NonZeroUsize::new(len) else {
                 return Ok(());
@@ -418,7 +426,7 @@ mod mapped {
             let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
             let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
             let offset = i64::try_from(at).map_err(failed)?;
-            // SAFETY: what it replaces is a part of this reservation, which nobody uses yet.
+            // SAFETY: this replaces a part of this reservation, which nothing uses yet.
             let mapped = unsafe { mmap(address, bytes, prot, flags, file.as_fd(), offset) };
             mapped.map(drop).map_err(failed)
         }
@@ -426,7 +434,7 @@ mod mapped {
 
     impl Drop for Reservation {
         fn drop(&mut self) {
-            // SAFETY: the mapping is this value's own, and whatever used it is gone.
+            // SAFETY: this value owns the mapping, and every user of it is gone.
             let unmapped = unsafe { munmap(self.base, self.len) };
             debug_assert!(unmapped.is_ok(), "the range was mapped by us");
         }
@@ -436,12 +444,12 @@ mod mapped {
         fn from(region: MmapRegion<B>) -> Self {
             let len = region.size();
             let base = NonNull::new(region.as_ptr()).unwrap_or(NonNull::dangling());
-            // SAFETY: the region maps as much for as long as it lives; it has no other owner.
+            // SAFETY: the region maps `len` bytes while it lives, and it has no other owner.
             unsafe { Self::from_raw(base, len, Arc::new(region)) }
         }
     }
 
-    /// One slice, or none.
+    /// An iterator over one slice or none.
     struct Piece<'a>(Option<VolatileSlice<'a>>);
 
     impl<'a> Iterator for Piece<'a> {
@@ -454,7 +462,8 @@ mod mapped {
     impl std::iter::FusedIterator for Piece<'_> {}
     impl<'a> GuestMemorySliceIterator<'a, ()> for Piece<'a> {}
 
-    /// Addresses are offsets: so whatever moves payload between guest memory and descriptors moves it here as well.
+    /// Guest addresses are offsets into the mapping. So code that moves payload between guest memory and descriptors
+    /// works with this memory too.
     impl GuestMemory for Mapped {
         type PhysicalMemory = GuestMemoryMmap;
         type Bitmap = ();
@@ -474,8 +483,8 @@ mod mapped {
                 return Err(vm_memory::GuestMemoryError::InvalidGuestAddress(addr));
             }
             let base = self.raw.bytes(addr.0 as usize, count);
-            // SAFETY: the mapping holds that many bytes from there on, lives as long as `self`, and has no other users
-            // than atomics and copies.
+            // SAFETY: the mapping has that many bytes from there on and lives as long as `self`. All its users are
+            // atomics and copies.
             let slice = unsafe { VolatileSlice::new(base, count) };
             Ok(Piece((count > 0).then_some(slice)))
         }

@@ -1,49 +1,53 @@
-//! How a consumer looks on without being in the way.
+//! How a consumer polls without slowing the producer down.
 //!
-//! A consumer that has caught up reads the very lines that the producer is writing, so that each record crosses alone, and
-//! the producer waits for its line to come back. One that pauses for a moment finds many records at once. But one that
-//! waits for a single answer must not pause at all, and from one record alone nobody can tell which of the two it is.
-//! So it tries: seldom enough not to be seen in the 99th percentile of answers, often enough to find a stream at once.
+//! A consumer that has caught up reads the same cache lines that the producer is writing. Then each record crosses
+//! alone, and the producer waits until its line comes back. A consumer that pauses for a moment finds many records at
+//! once. But a consumer that waits for a single answer must not pause at all, and one record alone does not show which
+//! case it is. So the consumer tries a pause now and then: rarely enough to stay out of the 99th percentile of single
+//! answers, often enough to detect a stream quickly.
 
-/// Times in a row that it caught up without a pause, until it tries one.
+/// After this many catch-ups in a row without a pause, one pause is tried.
 const TRY: u32 = 1024;
-/// Looks without even the processor's own pause, which takes longer than a line does: an answer comes soon, or not soon.
+/// Number of polls without the processor's pause instruction, which takes longer than a cache line transfer. An answer
+/// comes within these polls, or much later.
 const EAGER: u32 = 512;
-/// Before the first look of all: no answer comes sooner, and its writer has the line to itself.
+/// Pause before the first poll, in spins. No answer comes earlier, and meanwhile the producer has the cache line
+/// alone.
 const FIRST: u32 = 3;
-/// The first pause, the shortest and the longest, spins.
+/// The first pause, the shortest and the longest, in spins.
 const PAUSE_FIRST: u32 = 32;
 const PAUSE_MIN: u32 = 4;
 const PAUSE_MAX: u32 = 512;
-/// Fewer records after a pause: it was no stream.
+/// Fewer records than this after a pause: not a stream.
 const STREAM: u32 = 4;
-/// Fewer bytes after a pause than `FEW`, more than `MANY`: a longer or a shorter pause.
+/// Fewer bytes than `FEW` after a pause make the next pause longer, more than `MANY` make it shorter.
 const FEW: usize = 64 << 10;
 const MANY: usize = 256 << 10;
 
-/// Counts what came in a row.
+/// Counts the records that arrived in a row, and decides when to pause.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Pace {
-    /// Records and bytes since it last caught up.
+    /// Records and bytes since the last catch-up.
     records: u32,
     bytes: usize,
-    /// Looks in vain since.
+    /// Polls since then that found nothing.
     missed: u32,
-    /// Times that it caught up without a pause.
+    /// Number of catch-ups without a pause.
     caught_up: u32,
-    /// Spins; zero: it does not pause.
+    /// Length of the pause in spins; 0 for no pause.
     pause: u32,
 }
 
 impl Pace {
-    /// A record of so many bytes came.
+    /// Call when a record of `bytes` bytes arrived.
     #[inline]
     pub fn came(&mut self, bytes: usize) {
         self.records = self.records.saturating_add(1);
         self.bytes = self.bytes.saturating_add(bytes);
     }
 
-    /// Nothing was there: pauses if it has just caught up with a stream, for some tens of microseconds at most.
+    /// Call when there was no record. Pauses if it has just caught up with a stream, for at most some tens of
+    /// microseconds.
     #[inline]
     pub fn missed(&mut self) {
         let spins = if self.records > 0 {
@@ -57,7 +61,7 @@ impl Pace {
         }
     }
 
-    /// Returns how long to pause.
+    /// Returns how long to pause, in spins.
     fn catch_up(&mut self) -> u32 {
         let records = core::mem::take(&mut self.records);
         let bytes = core::mem::take(&mut self.bytes);
@@ -89,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn single_answers_are_waited_for_without_a_pause_but_seldom() {
+    fn single_answers_are_rarely_delayed_by_a_pause() {
         for bytes in [64, 65_536] {
             let mut pace = Pace::default();
             let paused = (0..10_000)
@@ -100,9 +104,9 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_is_found_and_paused_for() {
+    fn a_stream_is_detected_and_gets_pauses() {
         let mut pace = Pace::default();
-        // In lock step at first: a record each time, whatever it is that comes.
+        // First the two sides run in lock step: one record per poll, whether it is a stream or not.
         while run(&mut pace, 1, 64) == FIRST {}
         assert!(run(&mut pace, 40, 64) > PAUSE_FIRST);
         for _ in 0..20 {
@@ -113,6 +117,6 @@ mod tests {
             let _ = run(&mut pace, 5000, 64);
         }
         assert_eq!(run(&mut pace, 5000, 64), PAUSE_MIN.max(FIRST));
-        assert_eq!(run(&mut pace, 1, 64), FIRST, "it has ended");
+        assert_eq!(run(&mut pace, 1, 64), FIRST, "the stream has ended");
     }
 }

@@ -1,4 +1,4 @@
-//! The side that writes records.
+//! The writing end of a ring.
 
 use core::fmt;
 use core::marker::PhantomData;
@@ -9,26 +9,27 @@ use crate::{
     Armed, Corrupt, Geometry, GeometryError, Plan, Policy, RingMem, Validated, Wake, passes,
 };
 
-// Inlined throughout, the path keeps a grant in registers: written to the stack in halves and read back whole, it would
-// wait behind every store to a line that the consumer still has.
+// Everything is inlined so that a grant stays in registers. A grant that is written to the stack in halves and read
+// back whole would wait for every earlier store, also to a cache line that the consumer still holds.
 
-/// What is zeroed ahead of the last record at a time, bytes: sixteen lines, so that small records seldom wait for it.
+/// Bytes that are zeroed in advance after the last record, in one step: sixteen cache lines, so that small records
+/// rarely wait for it.
 const ZEROED_AHEAD: u64 = 1024;
-/// Less than this left of it: time for more.
+/// If fewer zeroed bytes than this are left, more are zeroed.
 const ZEROED_LEAST: u64 = 768;
-/// What takes no more than this is small.
+/// A record that uses at most this many bytes is small.
 const SMALL: u64 = 256;
 
-/// Why a record is not taken.
+/// Why a record was not accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PushError {
-    /// No room: wait for space.
+    /// There is no room now: wait for space.
     Full,
-    /// It would never fit.
+    /// The record is longer than the ring allows.
     TooLong {
-        /// Its length.
+        /// Length of the record in bytes.
         len: usize,
-        /// The longest.
+        /// Longest allowed record in bytes.
         max: usize,
     },
     /// The consumer broke the ring.
@@ -53,40 +54,40 @@ impl From<Corrupt> for PushError {
     }
 }
 
-/// Writes records. Its own position is private; what the consumer says of its position is checked.
+/// Writes records. Its own position is private. The position that the consumer reports is checked.
 #[derive(Debug)]
 pub struct Producer<M, P = Validated> {
     mem: M,
     plan: Plan,
-    /// Behind the last record that was written.
+    /// Position after the last committed record.
     head: u64,
-    /// Behind the last record that was shown.
+    /// Position after the last published record.
     shown: u64,
-    /// From `head` to here there is nothing but zeroes.
+    /// All bytes from `head` to this position are zero.
     zeroed: u64,
-    /// Header of the first record that is not shown yet.
+    /// Header of the first record that is not published yet.
     withheld: u64,
-    /// The consumer's position as last seen and checked.
+    /// The consumer's position as last loaded and checked.
     cons: u64,
     events: bool,
     corrupt: Option<Corrupt>,
     policy: PhantomData<P>,
 }
 
-/// Room for one record, to be filled in place. Dropped without `commit`: there is no record.
+/// Room for one record, to be filled in place. If it is dropped without `commit`, no record is written.
 #[derive(Debug)]
 pub struct Grant<'a, M, P = Validated> {
     producer: &'a mut Producer<M, P>,
-    /// What is left at the end of the ring, where the record would not fit.
+    /// Bytes at the end of the ring that the record skips because it does not fit there.
     pad: u64,
-    /// Bytes of the record, and all that it takes.
+    /// Length of the record, and the bytes that it uses with header and padding.
     len: u64,
     total: u64,
 }
 
 impl<M: RingMem> Producer<M> {
-    /// Begins a ring in zeroed memory. `events`: the consumer sleeps and wants to be woken; without it, it polls, and
-    /// no fence is spent on asking.
+    /// Starts a ring in zeroed memory. `events` is true if the consumer sleeps and needs a wake-up. If it is false the
+    /// consumer polls, and the producer saves a fence.
     ///
     /// # Errors
     /// The geometry does not fit the memory.
@@ -96,7 +97,7 @@ impl<M: RingMem> Producer<M> {
 }
 
 impl<M: RingMem, P: Policy> Producer<M, P> {
-    #[doc(hidden)] // for the bench that measures what the checks cost
+    #[doc(hidden)] // used by the bench that measures the cost of the checks
     pub fn with_policy(mem: M, geometry: Geometry, events: bool) -> Result<Self, GeometryError> {
         let plan = geometry.check(&mem)?;
         Ok(Self {
@@ -113,15 +114,15 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         })
     }
 
-    /// Longest record, bytes.
+    /// Longest record in bytes.
     pub fn record_max(&self) -> usize {
         self.plan.at.record_max
     }
 
-    /// Writes one record and shows it.
+    /// Writes one record and publishes it.
     ///
     /// # Errors
-    /// There is no room, it is too long, or the ring is corrupt: nothing was written.
+    /// There is no room, the record is too long, or the ring is corrupt. Nothing was written.
     #[inline(always)]
     pub fn try_push(&mut self, bytes: &[u8]) -> Result<Wake, PushError> {
         let mut grant = self.reserve(bytes.len())?;
@@ -130,7 +131,7 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         Ok(wake.or(self.publish()))
     }
 
-    /// Finds room for a record of `len` bytes, behind those that were committed.
+    /// Reserves room for a record of `len` bytes, after the committed records.
     ///
     /// # Errors
     /// As [`try_push`](Self::try_push).
@@ -145,7 +146,7 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         let pad = self.pad(total);
         let need = pad + total + HEADER as u64;
         if need > self.free() {
-            self.look_at_consumer()?;
+            self.load_consumer()?;
             if need > self.free() {
                 return Err(PushError::Full);
             }
@@ -158,11 +159,11 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         })
     }
 
-    /// Takes room for a record of at most `most` bytes, and at least `least`, as much as there is now; what is not used of
-    /// it is given back by [`Grant::commit_first`].
+    /// Reserves room for a record of at least `least` and at most `most` bytes, as much as there is now. The part that
+    /// is not used is given back by [`Grant::commit_first`].
     ///
     /// # Errors
-    /// As [`reserve`](Self::reserve); there is no room for `least`.
+    /// As [`reserve`](Self::reserve), also if there is no room for `least`.
     #[inline]
     pub fn reserve_some(
         &mut self,
@@ -176,7 +177,7 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         let most = most.clamp(least, max) as u64;
         let whole = self.plan.total(most) + HEADER as u64;
         if whole > self.free() {
-            self.look_at_consumer()?;
+            self.load_consumer()?;
         }
         let to_end = self.plan.left_to_end(self.head);
         let short = self.plan.total(least as u64);
@@ -184,7 +185,8 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         if pad + short + HEADER as u64 > self.free() {
             return Err(PushError::Full);
         }
-        // What is not at the end of the ring begins behind a pad; both are whole alignments.
+        // A record that does not fit at the end of the ring starts after a pad. Both sizes are multiples of the
+        // alignment.
         let room = (self.free() - pad - HEADER as u64) & !(self.plan.at.align as u64 - 1);
         let room = if pad > 0 { room } else { room.min(to_end) };
         let len = most.min(room - HEADER as u64);
@@ -197,7 +199,7 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         })
     }
 
-    /// What is left at the end of the ring, if a record that takes `total` does not fit there.
+    /// Size of the pad that is needed at the end of the ring, if a record that uses `total` bytes does not fit there.
     #[inline(always)]
     fn pad(&self, total: u64) -> u64 {
         let to_end = self.plan.left_to_end(self.head);
@@ -209,14 +211,14 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         self.plan.size() - (self.head - self.cons)
     }
 
-    /// Fetches the consumer's position, once.
+    /// Loads the consumer's position, once.
     #[cold]
-    fn look_at_consumer(&mut self) -> Result<(), Corrupt> {
+    fn load_consumer(&mut self) -> Result<(), Corrupt> {
         if let Some(corrupt) = self.corrupt {
             return Err(corrupt);
         }
         let cons = self.mem.load(self.plan.at.cons);
-        // Neither backwards nor beyond what it was shown.
+        // The position must not go backwards, and must not pass the published position.
         if P::CHECKED && cons.wrapping_sub(self.cons) > self.shown - self.cons {
             let corrupt = Corrupt {
                 what: "consumer's position",
@@ -230,7 +232,8 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         Ok(())
     }
 
-    /// Writes a header, and zeroes the next one: the first of a batch is withheld until [`publish`](Self::publish).
+    /// Writes a header and zeroes the next one. The first header of a batch is kept back until
+    /// [`publish`](Self::publish).
     #[inline(always)]
     fn put(&mut self, header: u64, total: u64) {
         let next = self.head + total;
@@ -247,8 +250,8 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         self.head = next;
     }
 
-    /// Zeroes a little of what comes next, while the consumer is busy with what it was shown: the header behind the
-    /// next record, and its lines are here when they are needed. Large records have no use for it.
+    /// Zeroes some bytes ahead while the consumer is busy with published records. This covers the header after the
+    /// next record, and brings its cache lines here before they are needed. Large records do not benefit from it.
     #[inline(always)]
     fn zero_ahead(&mut self, total: u64) {
         if total <= SMALL && self.zeroed < self.head + ZEROED_LEAST {
@@ -267,25 +270,26 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         }
     }
 
-    /// Bytes that are committed and not shown yet.
+    /// Bytes that are committed and not published yet.
     pub fn unpublished(&self) -> usize {
         (self.head - self.shown) as usize
     }
 
-    /// Shows every committed record with one store.
+    /// Publishes every committed record with one store.
     #[inline]
     pub fn publish(&mut self) -> Wake {
         if self.head == self.shown {
             return Wake::No;
         }
-        // SYNC(header): pairs with the consumer's load of it.
+        // SYNC(header): pairs with the consumer's Acquire load of the header.
         self.mem.store(self.plan.offset(self.shown), self.withheld);
         let old = core::mem::replace(&mut self.shown, self.head);
         if !self.events {
             self.zero_ahead(self.head - old);
             return Wake::No;
         }
-        // SYNC(data): between "header stored" and "does it sleep?"; pairs with the fence in `arm_data`.
+        // SYNC(data): fence between "header stored" and "does the consumer sleep?"; pairs with the fence in
+        // `arm_data`.
         self.mem.fence();
         let wake_at = self.mem.load(self.plan.at.data_wake_at);
         self.zero_ahead(self.head - old);
@@ -296,23 +300,23 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
         }
     }
 
-    /// Asks to be woken when a record of `len` bytes fits and a quarter of the ring is free, then looks again whether the
-    /// record fits. What is committed is shown first.
+    /// Publishes the committed records. Asks for a wake-up when a record of `len` bytes fits and a quarter of the ring
+    /// is free. Then checks again whether the record fits.
     ///
     /// # Errors
     /// The consumer broke the ring.
     pub fn arm_space(&mut self, len: usize) -> Result<(Armed, Wake), Corrupt> {
         let wake = self.publish();
         let total = self.plan.total(len.min(self.record_max()) as u64);
-        // The next header is zeroed before a record is shown.
+        // The header after the record must be free too, because it is zeroed before the record is published.
         let need = self.pad(total) + total + HEADER as u64;
-        // Woken for each record, it would sleep as often.
+        // A producer that is woken for each freed record would also sleep again for each record.
         let want = need.max(self.plan.size() / 4);
         let wake_at = (self.head + want).saturating_sub(self.plan.size());
         self.mem.store_relaxed(self.plan.at.space_wake_at, wake_at);
         // SYNC(space): pairs with the fence in `release`.
         self.mem.fence();
-        self.look_at_consumer()?;
+        self.load_consumer()?;
         let armed = if need > self.free() {
             Armed::Sleep
         } else {
@@ -323,7 +327,7 @@ impl<M: RingMem, P: Policy> Producer<M, P> {
 }
 
 impl<M: RingMem, P: Policy> Grant<'_, M, P> {
-    /// Bytes of the record.
+    /// Length of the record in bytes.
     pub fn len(&self) -> usize {
         self.len as usize
     }
@@ -333,19 +337,20 @@ impl<M: RingMem, P: Policy> Grant<'_, M, P> {
         self.len == 0
     }
 
-    /// Where its bytes lie in the memory, in one piece: for what moves bytes by itself.
+    /// Offset of the record's bytes in the memory; they are contiguous. For a caller that fills them itself.
     pub fn at(&self) -> usize {
         self.producer.plan.offset(self.producer.head + self.pad) + HEADER
     }
 
-    /// Gives it back: nothing was written into it. (Dropped, it is taken for written.)
+    /// Gives the room back. The caller states that nothing was written into it. (A dropped grant counts as written
+    /// into.)
     #[inline]
     pub fn unused(self) {
         let _ = ManuallyDrop::new(self);
     }
 
-    /// As [`commit`](Self::commit), of its first `len` bytes. `spoilt`: something was written behind them, where headers
-    /// will come to stand.
+    /// As [`commit`](Self::commit), for only the first `len` bytes. `spoilt` is true if bytes were written after them,
+    /// where later headers will be.
     #[inline]
     pub fn commit_first(mut self, len: usize, spoilt: bool) -> Wake {
         let len = len as u64;
@@ -359,7 +364,7 @@ impl<M: RingMem, P: Policy> Grant<'_, M, P> {
         self.commit()
     }
 
-    /// Copies bytes to an offset in the record. What would lie behind its end is left out.
+    /// Copies bytes to offset `at` in the record. Bytes past the end of the record are left out.
     #[inline(always)]
     pub fn write(&mut self, at: usize, bytes: &[u8]) {
         let room = (self.len as usize).saturating_sub(at);
@@ -371,8 +376,8 @@ impl<M: RingMem, P: Policy> Grant<'_, M, P> {
         }
     }
 
-    /// Makes it a record. It is seen with the next [`publish`](Producer::publish); a batch of a quarter of the ring is
-    /// shown now, so that the consumer is not kept idle.
+    /// Makes it a record. The next [`publish`](Producer::publish) shows it to the consumer. A batch of a quarter of
+    /// the ring is published at once, so that the consumer is not left idle.
     #[inline(always)]
     pub fn commit(self) -> Wake {
         let (pad, len, total) = (self.pad, self.len, self.total);
@@ -394,7 +399,7 @@ impl<M: RingMem, P: Policy> Grant<'_, M, P> {
 }
 
 impl<M, P> Drop for Grant<'_, M, P> {
-    /// What was written where a header may come to stand is not zero any more.
+    /// The grant may have been written into, so bytes where a header may be later are no longer known to be zero.
     fn drop(&mut self) {
         let written = self.producer.head + self.pad + HEADER as u64;
         self.producer.zeroed = self.producer.zeroed.min(written);

@@ -1,15 +1,15 @@
-//! A region: several lanes, each a ring in each direction, with pages by writer.
+//! A region: several lanes, each with one ring per direction. Host and guest write different pages.
 //!
 //! | page | writer | offset: field |
 //! |---|---|---|
-//! | 0 | host | 0 magic `ADITRNG1` · 8 u16 major = 1, u16 minor, u32 bytes of this head · 16 u64 bytes of the region · 24 u64 features offered · 32 u64 epoch · 40 u8 lanes (1 to 4), u8 log2 of the alignment (3 or 6), u16 zero, u32 longest record · 48 16 bytes of identity · 64 + 32 l lane l: offset and size to the guest, offset and size to the host, u64 each · 248 u64 CRC-32C of all before |
+//! | 0 | host | 0 magic `ADITRNG1` · 8 u16 major = 1, u16 minor, u32 bytes of this head · 16 u64 bytes of the region · 24 u64 features offered · 32 u64 epoch · 40 u8 lanes (1 to 4), u8 log2 of the alignment (3 or 6), u16 zero, u32 longest record · 48 16 bytes of identity · 64 + 32 l lane l: offset and size to the guest, offset and size to the host, u64 each · 248 u64 CRC-32C of all bytes before it |
 //! | 1 | host | 0 its state word ([`session`](crate::session)) · 128 (1 + 3 l) lane l: `space_wake_at` to the guest; `cons` and `data_wake_at` to the host in the next 128 bytes each |
 //! | 2 | guest | 0 its state word · 8 u64 features accepted · 128 (1 + 3 l) lane l: `space_wake_at` to the host; `cons` and `data_wake_at` to the guest likewise |
-//! | 3.. | host, then guest | records to the guest, all lanes; then records to the host, all lanes; each direction begins at a page |
+//! | 3.. | host, then guest | records to the guest, all lanes; then records to the host, all lanes; each direction starts at a page |
 //!
-//! All little-endian, sizes in bytes, what is not named zero. The head is copied once, word by word, and only the copy is
-//! looked at: what a host writes there later changes nothing. A word has 128 bytes to itself, for processors fetch
-//! lines in pairs.
+//! All fields are little-endian, sizes are in bytes, and bytes that the table does not name are zero. The head is
+//! copied once, word by word, and only the copy is used. So what a host writes to the head later has no effect. Each
+//! word has 128 bytes to itself, because processors fetch cache lines in pairs.
 
 use core::fmt;
 use core::ops::Range;
@@ -19,20 +19,20 @@ use crc::{CRC_32_ISCSI, Crc};
 use crate::layout::PAGE;
 use crate::{Geometry, RingMem};
 
-/// Lanes of a region at most.
+/// Maximum number of lanes in a region.
 pub const LANES_MAX: usize = 4;
 /// The first word of every region.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"ADITRNG1");
-/// Version of this layout; another one is another layout.
+/// Major version of this layout. Another major version is a different, incompatible layout.
 pub const MAJOR: u16 = 1;
-/// Added to without harm to those who know less.
+/// Minor version: it grows with additions that older versions can ignore.
 pub const MINOR: u16 = 0;
 
-/// Offset of the host's state word, and of the page that it alone writes.
+/// Offset of the host's state word, and of the page that only the host writes.
 pub const HOST_WORD: usize = PAGE;
-/// Offset of the guest's, likewise.
+/// Offset of the guest's state word, and of the page that only the guest writes.
 pub const GUEST_WORD: usize = 2 * PAGE;
-/// Offset of the features that the guest takes.
+/// Offset of the features that the guest accepted.
 pub const ACCEPTED: usize = GUEST_WORD + 8;
 
 const DATA: usize = 3 * PAGE;
@@ -43,7 +43,7 @@ const LANE_TABLE: usize = 64;
 const LANE_ENTRY: usize = 32;
 const CRC: usize = HEAD - 8;
 const WORD: usize = 128;
-/// Words of a lane on each side's page.
+/// Number of words that a lane has on each side's page.
 const LANE_WORDS: usize = 3;
 
 const _: () = assert!(LANE_TABLE + LANES_MAX * LANE_ENTRY <= CRC);
@@ -52,84 +52,84 @@ const _: () = assert!(HEAD <= PAGE && EPOCH.is_multiple_of(8) && CRC.is_multiple
 
 const CHECKSUM: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
 
-/// Who somebody is to a region.
+/// A side of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// Made the region.
+    /// The side that made the region.
     Host,
-    /// Found it.
+    /// The side that found the region.
     Guest,
 }
 
-/// What both sides can do, by bits.
+/// Features of a region, one bit each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features(pub u64);
 
 impl Features {
-    /// None of them.
+    /// No features.
     pub const NONE: Self = Self(0);
-    /// Records go on over the end of a ring ([`Geometry::wraps`]): both sides map each ring twice in a row.
+    /// Records continue across the end of a ring ([`Geometry::wraps`]): both sides map each ring twice in a row.
     pub const WRAP: Self = Self(1);
-    /// All that this version knows.
+    /// All features that this version knows.
     pub const KNOWN: Self = Self::WRAP;
 
-    /// Tells whether everything of `other` is in it.
+    /// Returns true if it contains every feature of `other`.
     pub fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }
 
-    /// What is in both.
+    /// The features that are in both sets.
     pub fn both(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }
 }
 
-/// Bytes of records of one lane.
+/// The size of the two rings of one lane, in bytes of records.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lane {
-    /// From host to guest: a power of two, at least a page.
+    /// Ring from host to guest: a power of two, at least a page.
     pub to_guest: usize,
-    /// From guest to host, likewise.
+    /// Ring from guest to host, likewise.
     pub to_host: usize,
 }
 
-/// What a region is to be.
+/// The specification of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Spec {
     lanes: [Lane; LANES_MAX],
     count: usize,
     /// Alignment of records: 8 or 64.
     pub align: usize,
-    /// Longest record, bytes; zero: what the smallest ring allows.
+    /// Longest record in bytes; 0 for the longest that the smallest ring allows.
     pub record_max: usize,
-    /// What the host offers.
+    /// Features that the host offers.
     pub features: Features,
-    /// Identity, for logs: both sides show it.
+    /// Identity, for logs: both sides log the same value.
     pub id: [u8; 16],
 }
 
-/// A region cannot be used.
+/// Why a region cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RegionError {
-    /// There is no region in this memory.
+    /// The memory contains no region.
     Magic {
-        /// What its first word is.
+        /// The first word of the memory.
         found: u64,
     },
-    /// It has another layout.
+    /// The region has another layout.
     Version {
         /// Its major version.
         found: u16,
     },
-    /// Its head is damaged, or is being written.
+    /// The head is damaged, or is being written now.
     Checksum,
     /// A field is out of its range.
     Field {
-        /// Which.
+        /// Name of the field.
         what: &'static str,
-        /// Its value.
+        /// Value of the field.
         value: u64,
-        /// What it may be.
+        /// Limit of the field.
         limit: u64,
     },
 }
@@ -137,11 +137,16 @@ pub enum RegionError {
 impl fmt::Display for RegionError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Magic { found } => write!(f, "no ring region here: it begins with {found:#018x}"),
+            Self::Magic { found } => write!(f, "not a ring region: it starts with {found:#018x}"),
             Self::Version { found } => {
-                write!(f, "ring region has layout {found}; this side knows {MAJOR}")
+                write!(
+                    f,
+                    "the ring region has layout version {found}, but this side knows only version {MAJOR}"
+                )
             }
-            Self::Checksum => f.write_str("head of the ring region does not fit its checksum"),
+            Self::Checksum => {
+                f.write_str("the head of the ring region does not match its checksum")
+            }
             Self::Field { what, value, limit } => {
                 write!(f, "ring region: {what} is {value:#x} (limit {limit:#x})")
             }
@@ -157,10 +162,10 @@ fn field<T>(what: &'static str, value: usize, limit: usize) -> Result<T, RegionE
 }
 
 impl Spec {
-    /// Lanes of one size in both directions, records at any 8 bytes.
+    /// Makes lanes of one size in both directions, with records aligned to 8 bytes.
     ///
     /// # Panics
-    /// There are more than [`LANES_MAX`], or none.
+    /// `lanes` is 0 or more than [`LANES_MAX`].
     pub fn uniform(lanes: usize, size: usize) -> Self {
         Self::new(
             &[Lane {
@@ -170,10 +175,10 @@ impl Spec {
         )
     }
 
-    /// Lanes of any sizes, records at any 8 bytes.
+    /// Makes lanes of any sizes, with records aligned to 8 bytes.
     ///
     /// # Panics
-    /// There are more than [`LANES_MAX`], or none.
+    /// There are no lanes, or more than [`LANES_MAX`].
     pub fn new(lanes: &[Lane]) -> Self {
         assert!((1..=LANES_MAX).contains(&lanes.len()));
         let mut all = [Lane::default(); LANES_MAX];
@@ -188,12 +193,12 @@ impl Spec {
         }
     }
 
-    /// Lanes, in order.
+    /// The lanes, in order.
     pub fn lanes(&self) -> &[Lane] {
         &self.lanes[..self.count]
     }
 
-    /// Bytes of the region.
+    /// Size of the region in bytes.
     pub fn bytes(&self) -> usize {
         let rings = self.lanes().iter();
         DATA + rings
@@ -201,8 +206,8 @@ impl Spec {
             .sum::<usize>()
     }
 
-    /// Bytes that only the host writes, in whole pages: head and the host's words, then records to the guest. A VMM can
-    /// show them to its guest for reading only.
+    /// Byte ranges that only the host writes, in whole pages: the head with the host's words, and the records to the
+    /// guest. A VMM can map them read-only for its guest.
     pub fn written_by_host(&self) -> [Range<usize>; 2] {
         let records: usize = self.lanes().iter().map(|lane| lane.to_guest).sum();
         [0..GUEST_WORD, DATA..DATA + records]
@@ -215,7 +220,7 @@ impl Spec {
     }
 }
 
-/// A region whose head was read once and checked, or written.
+/// A region whose head was written by this side, or read once and checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
     spec: Spec,
@@ -223,7 +228,7 @@ pub struct Region {
 }
 
 impl Region {
-    /// Checks what is to become a region.
+    /// Checks the specification of a new region.
     ///
     /// # Errors
     /// A field is out of its range.
@@ -253,12 +258,12 @@ impl Region {
         Ok(Self { spec, epoch })
     }
 
-    /// What it is.
+    /// The specification.
     pub fn spec(&self) -> &Spec {
         &self.spec
     }
 
-    /// Which attachment this is: never the same twice.
+    /// Number of this attachment. It never repeats.
     pub fn epoch(&self) -> u64 {
         self.epoch
     }
@@ -267,8 +272,8 @@ impl Region {
         self.epoch = self.epoch.wrapping_add(1);
     }
 
-    /// Where a direction of a lane lies. `twice`: in memory that maps each ring twice in a row; `wraps`: records make use
-    /// of that.
+    /// The geometry of one direction of a lane. `twice` is true if the memory maps each ring twice in a row. `wraps`
+    /// is true if records use that.
     ///
     /// # Panics
     /// There is no such lane.
@@ -298,7 +303,7 @@ impl Region {
         }
     }
 
-    /// Offset and size of every ring, as they lie.
+    /// Offset and size of every ring, in the order of their offsets.
     pub fn rings(&self) -> impl Iterator<Item = (usize, usize)> {
         let lanes = self.spec.lanes();
         let to_guest = lanes.iter().map(|lane| lane.to_guest);
@@ -310,7 +315,7 @@ impl Region {
         })
     }
 
-    /// The head, word by word.
+    /// The words of the head.
     pub(crate) fn words(&self) -> [u64; HEAD_WORDS] {
         let spec = &self.spec;
         let mut words = [0; HEAD_WORDS];
@@ -335,7 +340,7 @@ impl Region {
         words
     }
 
-    /// Writes the head; the magic last.
+    /// Writes the head, with the magic last.
     pub(crate) fn write<M: RingMem>(&self, mem: &M) -> Result<(), RegionError> {
         if mem.len() < self.spec.bytes() {
             return field("bytes of the region", self.spec.bytes(), mem.len());
@@ -390,10 +395,11 @@ impl Region {
             }
         });
         let mut spec = Spec::new(&sizes[..lanes]);
-        // Compared below, word for word, with what this would be written as: what is cut off here is found there.
+        // The comparison below, word for word with the words that this specification gives, finds the bits that are
+        // cut off here.
         spec.align = 1 << (words[5] >> 8 & 0x3f);
         spec.record_max = (words[5] >> 32) as usize;
-        // What a newer host offers beyond what this side knows is not accepted, and so does not matter.
+        // Features that this side does not know are not accepted, so they have no effect.
         spec.features = Features(words[3]).both(Features::KNOWN);
         for (n, byte) in spec.id.iter_mut().enumerate() {
             *byte = words[6 + n / 8].to_le_bytes()[n % 8];
@@ -404,7 +410,7 @@ impl Region {
         }
         let mut again = region.words();
         for n in [1, 3, CRC / 8] {
-            again[n] = words[n]; // minor version, more features, and what covers them
+            again[n] = words[n]; // the words that may differ: minor version, features, and the checksum over them
         }
         match words.iter().zip(&again).position(|(was, is)| was != is) {
             Some(n) => Err(RegionError::Field {
@@ -448,13 +454,13 @@ mod tests {
         golden[6] = 0x3736_3534_3332_3130;
         golden[7] = 0x6665_6463_6261_3938;
         golden[8..16].copy_from_slice(&[12288, 8192, 28672, 8192, 20480, 8192, 36864, 8192]);
-        // Computed by another implementation.
+        // The expected checksum comes from another implementation.
         golden[31] = 2_925_289_399;
         assert_eq!(region().words(), golden);
     }
 
     #[test]
-    fn every_flipped_bit_is_found() {
+    fn every_flipped_bit_is_detected() {
         let good = region().words();
         assert_eq!(Region::parse(&good, 1 << 20), Ok(region()));
         for bit in 0..64 * HEAD_WORDS {
@@ -464,9 +470,9 @@ mod tests {
         }
     }
 
-    /// A host that lies computes the checksum as well.
+    /// A hostile host also computes a matching checksum.
     #[test]
-    fn every_flipped_bit_with_its_checksum_is_found_or_harmless() {
+    fn every_flipped_bit_with_a_matching_checksum_is_detected_or_harmless() {
         let good = region().words();
         for bit in 0..64 * (CRC / 8) {
             let mut words = good;
@@ -481,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_host_writes_is_no_page_of_the_guests() {
+    fn pages_of_the_host_and_of_the_guest_are_separate() {
         let region = region();
         let host = region.spec().written_by_host();
         let is_host = |at: usize| host.iter().any(|range| range.contains(&at));
@@ -503,7 +509,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_two_rings_overlaps() {
+    fn rings_do_not_overlap() {
         let region = region();
         let mut used = std::collections::BTreeSet::new();
         let mut words = std::collections::BTreeSet::from([HOST_WORD, GUEST_WORD]);

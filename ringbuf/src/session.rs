@@ -1,49 +1,49 @@
-//! How two sides come to use a region, again and again: every start of either of them is a new epoch, and nothing of the
-//! last one counts.
+//! How two sides start to use a region, as often as they like. Each start of either side is a new epoch, and nothing
+//! of the previous epoch counts.
 //!
-//! Each side has one state word, `request << 8 | state`; the guest counts requests, the host repeats the number that it
-//! answers.
+//! Each side has one state word, `request << 8 | state`. The guest counts its requests. The host repeats the number of
+//! the request that it answers.
 //!
 //! ```text
 //! host              guest
-//! OFFERED  ──────►            made, or made anew: whatever was before is over
-//!          ◄──────  WANT n    one more than ever before, from a random start
-//! READY n  ──────►            new epoch; its own words and its rings' first headers are zero
-//!          ◄──────  RUN n     it read the head once; its own likewise; the features that it takes
+//! OFFERED  ──────►            created, or created again: any earlier session is over
+//!          ◄──────  WANT n    one more than the last number; the first number is random
+//! READY n  ──────►            new epoch; the host's words and the first headers of its rings are zero
+//!          ◄──────  RUN n     it has read the head once, zeroed its words, and written the accepted features
 //! RUN n                       both use the lanes
 //!
-//! POISONED: that side found the other's lie. CLOSED: that side is done. Both end the session of that number; the guest
-//! may ask again with the next one, and only the host offers anew.
+//! POISONED: this side saw the other side break the protocol. CLOSED: this side is done. Both end the session with that
+//! number. The guest may ask again with the next number. Only the host can offer again.
 //! ```
-//! A caller polls its side whenever the doorbell rang, and rings when it is told to ([`Turn::wake`]). A turn costs two loads
-//! when nothing changed. Ends of lanes ([`Ends`]) that were made before a session was lost read and write a session that
-//! is over: drop them first.
+//! The caller polls its side whenever the doorbell was signalled, and signals the peer's doorbell when [`Turn::wake`]
+//! says so. A poll costs two loads when nothing changed. Ends of lanes ([`Ends`]) that belong to a lost session still
+//! read and write the rings of that session: drop them before you attach again.
 
 use crate::layout::HEADER;
 use crate::region::{ACCEPTED, Features, GUEST_WORD, HOST_WORD, Region, RegionError, Side, Spec};
 use crate::{Consumer, Corrupt, Geometry, GeometryError, Producer, RingMem, Wake};
 
-/// What a side says it is at.
+/// The state that a side shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum State {
-    /// Nothing yet: fresh memory.
+    /// Fresh memory: no state yet.
     Nothing = 0,
-    /// Host: come.
+    /// Host: the guest may ask for a session.
     Offered = 1,
-    /// Guest: let me in.
+    /// Guest: asks for a session.
     Want = 2,
-    /// Host: my side is clean.
+    /// Host: its side of the region is zeroed.
     Ready = 3,
-    /// In use.
+    /// The session is in use.
     Run = 4,
-    /// The other side lied.
+    /// The other side broke the protocol.
     Poisoned = 5,
-    /// Done.
+    /// This side is done.
     Closed = 6,
 }
 
-/// A state word, taken apart.
+/// A parsed state word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Word {
     request: u64,
@@ -74,37 +74,37 @@ impl Word {
 /// Why a session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lost {
-    /// The other side begins anew.
+    /// The other side started again.
     Restarted,
-    /// The other side is done.
+    /// The other side closed the session.
     Closed,
-    /// The other side says that we lied.
+    /// The other side says that this side broke the protocol.
     Poisoned,
-    /// The other side wrote what nobody may.
+    /// The other side wrote a value that is never allowed.
     Corrupt(Corrupt),
 }
 
-/// What happened.
+/// An event of the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// Both use the lanes from now on.
+    /// Both sides use the lanes from now on.
     Attached {
-        /// Which time this is.
+        /// Number of this attachment.
         epoch: u64,
-        /// What both can do.
+        /// Features that both sides use.
         features: Features,
     },
     /// The session is over.
     Lost(Lost),
 }
 
-/// What a poll brought.
+/// The result of a poll.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub struct Turn {
-    /// What happened, if anything did.
+    /// The event, if there was one.
     pub event: Option<Event>,
-    /// Whether the other side is to look: ring its doorbell.
+    /// Whether to wake the other side through its doorbell.
     pub wake: Wake,
 }
 
@@ -120,12 +120,12 @@ impl Turn {
     }
 }
 
-/// One side's ends of a lane.
+/// One side's two ends of a lane.
 #[derive(Debug)]
 pub struct Ends<M> {
     /// Writes records to the other side.
     pub producer: Producer<M>,
-    /// Reads its records.
+    /// Reads records of the other side.
     pub consumer: Consumer<M>,
 }
 
@@ -133,13 +133,13 @@ fn corrupt(what: &'static str, value: u64, limit: u64) -> Lost {
     Lost::Corrupt(Corrupt { what, value, limit })
 }
 
-/// How a side looks at a region.
+/// How one side maps and uses a region.
 #[derive(Clone, Copy)]
 struct View {
     side: Side,
     /// Its memory maps each ring twice in a row.
     twice: bool,
-    /// Both sides' does, and records make use of it.
+    /// Both sides map each ring twice, and records use it.
     wraps: bool,
 }
 
@@ -152,7 +152,7 @@ impl View {
         }
     }
 
-    /// The rings of a lane: the one that it writes, the one that it reads.
+    /// The two rings of a lane: first the one that this side writes, then the one that it reads.
     fn geometry(self, region: &Region, lane: usize) -> (Geometry, Geometry) {
         let of = |towards| region.geometry(lane, towards, self.twice, self.wraps);
         match self.side {
@@ -197,8 +197,9 @@ pub struct Host<M> {
 }
 
 impl<M: RingMem + Clone> Host<M> {
-    /// Makes the memory a region and offers it. `epoch`: above every one that this memory had; the time will do. Memory
-    /// that maps each ring twice in a row is one for [`Features::WRAP`], and for nothing else.
+    /// Creates a region in the memory and offers it. `epoch` must be higher than every epoch that this memory had
+    /// before; the time is good enough. Use memory that maps each ring twice in a row only together with
+    /// [`Features::WRAP`].
     ///
     /// # Errors
     /// The memory is too small, or the specification is out of range.
@@ -208,7 +209,7 @@ impl<M: RingMem + Clone> Host<M> {
             request: 0,
             state: State::Offered,
         };
-        // Whoever still uses it sees that it is over before anything else changes.
+        // A guest that still uses the memory sees that its session is over before anything else changes.
         mem.store(HOST_WORD, at.encode());
         mem.fence();
         region.write(&mem)?;
@@ -225,12 +226,12 @@ impl<M: RingMem + Clone> Host<M> {
         &self.region
     }
 
-    /// What this side says it is at.
+    /// The state that this side shows.
     pub fn state(&self) -> State {
         self.at.state
     }
 
-    /// Looks at the guest's word.
+    /// Reads the guest's state word and acts on it.
     pub fn poll(&mut self) -> Turn {
         let word = self.mem.load(GUEST_WORD);
         let Some(guest) = Word::parse(word) else {
@@ -240,7 +241,7 @@ impl<M: RingMem + Clone> Host<M> {
         match (self.at.state, guest.state) {
             (State::Run, State::Run) | (State::Ready, State::Want) if same => Turn::NOTHING,
             (State::Ready, State::Run) if same => self.run(),
-            // Whose session this is must know before it is cleaned away.
+            // The guest must learn that its session is lost before its lanes are zeroed.
             (State::Run, State::Want) if !same => self.lose(Lost::Restarted),
             (_, State::Want) if !same => {
                 self.prepare(guest.request);
@@ -255,12 +256,12 @@ impl<M: RingMem + Clone> Host<M> {
 
     fn prepare(&mut self, request: u64) {
         self.region.next_epoch();
-        // Words and headers as the guest will find them; the word that says so is the Release store behind all.
+        // Set the words and headers to what the guest expects. The Release store of the state word publishes them.
         let own = self.region.spec().features;
         clean(&self.mem, &self.region, View::new(Side::Host, own, own));
         let written = self.region.write(&self.mem);
-        debug_assert!(written.is_ok(), "it fitted when it was offered");
-        self.say(request, State::Ready);
+        debug_assert!(written.is_ok(), "the region fitted when it was offered");
+        self.set_state(request, State::Ready);
     }
 
     fn run(&mut self) -> Turn {
@@ -270,7 +271,7 @@ impl<M: RingMem + Clone> Host<M> {
             return self.refuse(corrupt("features accepted", accepted.0, offered.0));
         }
         self.features = accepted;
-        self.say(self.at.request, State::Run);
+        self.set_state(self.at.request, State::Run);
         let epoch = self.region.epoch();
         Turn::of(Some(Event::Attached {
             epoch,
@@ -278,38 +279,40 @@ impl<M: RingMem + Clone> Host<M> {
         }))
     }
 
-    fn say(&mut self, request: u64, state: State) {
+    fn set_state(&mut self, request: u64, state: State) {
         self.at = Word { request, state };
         self.mem.store(HOST_WORD, self.at.encode());
     }
 
     fn lose(&mut self, lost: Lost) -> Turn {
-        self.say(self.at.request, State::Closed);
+        self.set_state(self.at.request, State::Closed);
         Turn::of(Some(Event::Lost(lost)))
     }
 
     fn refuse(&mut self, lost: Lost) -> Turn {
         if self.at.state == State::Poisoned {
-            // What stands there may stand in place of a request that this side has never seen: its guest is to look.
+            // The invalid word may have overwritten a request that this side never saw. Wake the guest, so that it
+            // checks its word.
             return Turn::of(None);
         }
-        self.say(self.at.request, State::Poisoned);
+        self.set_state(self.at.request, State::Poisoned);
         Turn::of(Some(Event::Lost(lost)))
     }
 
-    /// Ends the session, for the guest broke a ring of it.
+    /// Ends the session because the guest broke one of its rings.
     pub fn poison(&mut self) -> Wake {
-        self.say(self.at.request, State::Poisoned);
+        self.set_state(self.at.request, State::Poisoned);
         Wake::Yes
     }
 
     /// Ends the session.
     pub fn close(&mut self) -> Wake {
-        self.say(self.at.request, State::Closed);
+        self.set_state(self.at.request, State::Closed);
         Wake::Yes
     }
 
-    /// This side's ends of a lane, positions at zero: to be made once a session. `events`: both sides sleep, and ring.
+    /// Makes this side's ends of a lane, with positions at zero. Call it once per session and lane. `events` is true
+    /// if both sides sleep and use doorbells.
     ///
     /// # Errors
     /// The memory does not map what the region needs.
@@ -323,11 +326,11 @@ impl<M: RingMem + Clone> Host<M> {
     }
 }
 
-/// The side that finds a region.
+/// The side that finds the region.
 #[derive(Debug)]
 pub struct Guest<M> {
     mem: M,
-    /// What this side can do.
+    /// Features that this side supports.
     can: Features,
     at: Word,
     region: Option<Region>,
@@ -335,11 +338,12 @@ pub struct Guest<M> {
 }
 
 impl<M: RingMem + Clone> Guest<M> {
-    /// Looks for a region. `start`: where it begins to count its requests, random, so that those of one that was here
-    /// before are not taken for its own. `can`: what it is able to do.
+    /// Looks for a region in the memory. `start` is the first request number. It must be random, so that requests of
+    /// an earlier guest in the same memory are not mistaken for this one's. `can` are the features that this side
+    /// supports.
     ///
     /// # Errors
-    /// There is none, or none that this side knows.
+    /// There is no region, or none that this side knows.
     pub fn find(mem: M, start: u64, can: Features) -> Result<Self, RegionError> {
         Region::read(&mem)?;
         let at = Word {
@@ -355,32 +359,33 @@ impl<M: RingMem + Clone> Guest<M> {
         })
     }
 
-    /// What this side says it is at.
+    /// The state that this side shows.
     pub fn state(&self) -> State {
         self.at.state
     }
 
-    /// The region as of this session.
+    /// The region of the current session.
     pub fn region(&self) -> Option<&Region> {
         self.region.as_ref()
     }
 
-    /// Asks for a session; an old one ends.
+    /// Asks for a new session. The old session ends.
     pub fn attach(&mut self) -> Wake {
         let next = (self.at.request + 1) & (u64::MAX >> 8);
         self.region = None;
-        self.say(next.max(1), State::Want);
+        self.set_state(next.max(1), State::Want);
         Wake::Yes
     }
 
-    /// Looks at the host's word.
+    /// Reads the host's state word and acts on it.
     ///
     /// # Errors
-    /// The host is ready with a region that this side cannot use: it was told so.
+    /// The host is ready with a region that this side cannot use. The host was told so by POISONED.
     pub fn poll(&mut self) -> Result<Turn, RegionError> {
         let word = self.mem.load(HOST_WORD);
         let Some(host) = Word::parse(word) else {
-            // Before the host has answered, it is what somebody left there, this guest perhaps: the answer overwrites it.
+            // Until the host has answered, the word may be left over from earlier, perhaps from this guest. The answer
+            // will overwrite it.
             return Ok(match self.at.state {
                 State::Run => {
                     self.refuse(corrupt("host's state", word & 0xff, State::Closed as u64))
@@ -396,9 +401,10 @@ impl<M: RingMem + Clone> Guest<M> {
             (State::Run, State::Closed) if same => self.lose(Lost::Closed),
             (State::Run | State::Want, State::Poisoned) if same => self.lose(Lost::Poisoned),
             (State::Run, _) => self.refuse(corrupt("host's answer", word, self.at.encode())),
-            // Something in this guest wrote over the request before the host saw it: nobody else would ever say it again.
+            // Something in this guest overwrote the request before the host saw it. Without a repetition the host
+            // would never see it.
             (State::Want, _) if self.mem.load(GUEST_WORD) != self.at.encode() => {
-                self.say(self.at.request, State::Want);
+                self.set_state(self.at.request, State::Want);
                 Turn::of(None)
             }
             _ => Turn::NOTHING,
@@ -407,25 +413,25 @@ impl<M: RingMem + Clone> Guest<M> {
 
     fn run(&mut self) -> Result<Turn, RegionError> {
         let region = Region::read(&self.mem).inspect_err(|_| {
-            self.say(self.at.request, State::Poisoned);
+            self.set_state(self.at.request, State::Poisoned);
         })?;
         let features = region.spec().features.both(self.can);
         let view = View::new(Side::Guest, self.can, features);
         clean(&self.mem, &region, view);
         self.mem.store_relaxed(ACCEPTED, features.0);
         (self.region, self.features) = (Some(region), features);
-        self.say(self.at.request, State::Run);
+        self.set_state(self.at.request, State::Run);
         let epoch = region.epoch();
         Ok(Turn::of(Some(Event::Attached { epoch, features })))
     }
 
-    fn say(&mut self, request: u64, state: State) {
+    fn set_state(&mut self, request: u64, state: State) {
         self.at = Word { request, state };
         self.mem.store(GUEST_WORD, self.at.encode());
     }
 
     fn lose(&mut self, lost: Lost) -> Turn {
-        self.say(self.at.request, State::Closed);
+        self.set_state(self.at.request, State::Closed);
         self.region = None;
         Turn::of(Some(Event::Lost(lost)))
     }
@@ -434,26 +440,26 @@ impl<M: RingMem + Clone> Guest<M> {
         if self.at.state == State::Poisoned {
             return Turn::NOTHING;
         }
-        self.say(self.at.request, State::Poisoned);
+        self.set_state(self.at.request, State::Poisoned);
         self.region = None;
         Turn::of(Some(Event::Lost(lost)))
     }
 
-    /// Ends the session, for the host broke a ring of it.
+    /// Ends the session because the host broke one of its rings.
     pub fn poison(&mut self) -> Wake {
         self.region = None;
-        self.say(self.at.request, State::Poisoned);
+        self.set_state(self.at.request, State::Poisoned);
         Wake::Yes
     }
 
     /// Ends the session.
     pub fn close(&mut self) -> Wake {
         self.region = None;
-        self.say(self.at.request, State::Closed);
+        self.set_state(self.at.request, State::Closed);
         Wake::Yes
     }
 
-    /// This side's ends of a lane, as [`Host::ends`]; `None`: it is not attached.
+    /// Makes this side's ends of a lane, as [`Host::ends`]; `None` if it is not attached.
     ///
     /// # Errors
     /// The memory does not map what the region needs.

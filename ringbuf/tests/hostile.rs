@@ -14,9 +14,9 @@ fn watched(size: usize) -> (Watched<Lie>, Geometry) {
     (Watched::new(geometry.bytes()), geometry)
 }
 
-/// Each call fetches each shared word at most once; a word that would change from fetch to fetch changes nothing.
+/// Each call loads each shared word at most once, so a value that changes between loads has no effect.
 #[test]
-fn r01_every_shared_word_is_fetched_once_a_call() {
+fn r01_each_call_loads_each_shared_word_at_most_once() {
     let (mem, geometry) = watched(256);
     let mut producer = Producer::new(&mem, geometry, true).unwrap();
     let mut consumer = Consumer::new(&mem, geometry, true).unwrap();
@@ -41,13 +41,13 @@ fn r01_every_shared_word_is_fetched_once_a_call() {
             while consumer.pop(&mut buf).unwrap().is_some() {}
             mem.loads.take();
             let _ = consumer.arm_data().unwrap();
-            // Its wake-up word is its own; the header is looked at again on purpose, once.
+            // The wake-up word is the caller's own. The header is loaded a second time on purpose.
             once("arm_data");
             let _ = producer.arm_space(50).unwrap();
             once("arm_space");
         }
     }
-    // The header changes with every fetch: what was checked is what is used.
+    // The header changes with every load; the value that was checked is the value that is used.
     let _ = producer.try_push(b"abcdefgh").unwrap();
     let mut fetches = 0;
     let good = 1 << 31 | 8;
@@ -64,7 +64,7 @@ fn r01_every_shared_word_is_fetched_once_a_call() {
     assert_eq!(record.copy_out(0, &mut buf), 8);
 }
 
-/// Pushes until the ring says something else than yes.
+/// Pushes until the ring returns an error.
 fn fill(producer: &mut Producer<&Watched<Lie>>) -> PushError {
     loop {
         if let Err(e) = producer.try_push(&[2; 60]) {
@@ -74,7 +74,7 @@ fn fill(producer: &mut Producer<&Watched<Lie>>) -> PushError {
 }
 
 #[test]
-fn r02_a_consumer_ahead_of_what_it_was_shown_ends_the_ring() {
+fn r02_a_consumer_ahead_of_the_published_position_ends_the_ring() {
     for ahead in [
         1,
         8,
@@ -88,13 +88,13 @@ fn r02_a_consumer_ahead_of_what_it_was_shown_ends_the_ring() {
         let (mem, geometry) = watched(256);
         let mut producer = Producer::new(&mem, geometry, false).unwrap();
         assert_eq!(fill(&mut producer), PushError::Full);
-        // Three records of 72 bytes fit 256.
+        // Three records of 72 bytes fit into 256 bytes.
         mem.set(geometry.cons, 3 * 72 + ahead);
         let before = mem.bytes.borrow().clone();
         let end = fill(&mut producer);
         assert!(matches!(end, PushError::Corrupt(_)), "{ahead}: {end}");
-        assert_eq!(*mem.bytes.borrow(), before, "nothing is written any more");
-        // It stays so.
+        assert_eq!(*mem.bytes.borrow(), before, "nothing more is written");
+        // The ring stays broken.
         mem.set(geometry.cons, 72);
         assert_eq!(fill(&mut producer), end);
     }
@@ -111,7 +111,7 @@ fn r03_a_consumer_that_goes_back_ends_the_ring() {
             let _ = consumer.pop(&mut [0; 60]).unwrap();
             let _ = consumer.release();
         }
-        // Full: now it has seen how far the consumer is.
+        // The ring is full, so the producer has now loaded the consumer's position.
         assert_eq!(fill(&mut producer), PushError::Full);
         let at = mem.word(geometry.cons);
         mem.set(geometry.cons, at.wrapping_sub(back));
@@ -119,14 +119,14 @@ fn r03_a_consumer_that_goes_back_ends_the_ring() {
             matches!(fill(&mut producer), PushError::Corrupt(_)),
             "{back}"
         );
-        // The consumer's own position is private: another value in its place changes nothing for it.
+        // The consumer's own position is private, so another value in shared memory changes nothing for it.
         assert_eq!(consumer.pop(&mut [0; 60]), Ok(Some(60)));
     }
 }
 
-/// Every header around every edge, at every place of a small ring (R5, R6).
+/// Every header value around every limit, at every position of a small ring (R5, R6).
 #[test]
-fn r06_every_length_kind_and_bit_of_a_header() {
+fn r06_only_valid_headers_are_accepted() {
     let geometry = Geometry::alone(128, 8);
     let max = geometry.record_max as u64;
     for steps in 0..16u64 {
@@ -154,7 +154,7 @@ fn r06_every_length_kind_and_bit_of_a_header() {
                 let said = consumer.pop(&mut buf);
                 let data = base == 1 << 31 && len <= max && 8 + len <= to_end;
                 if base == 3 << 31 && len + 8 == to_end {
-                    // A pad as it should be: what comes next stands at the beginning.
+                    // A valid pad: the next record starts at the beginning of the ring.
                     continue;
                 }
                 match said {
@@ -190,9 +190,9 @@ fn r13_memory_that_can_shrink_is_refused() {
     ));
 }
 
-/// Nothing of a process is in its padding: what the peer sees is zeroes and what it was sent.
+/// No private data of this process is in the padding: the peer sees only zeroes and the records.
 #[test]
-fn r14_padding_holds_nothing_of_ours() {
+fn r14_padding_holds_no_private_data() {
     let geometry = Geometry::alone(4096, 64);
     let mem = Mapped::anonymous(geometry.bytes()).unwrap();
     let mut producer = Producer::new(mem.clone(), geometry, false).unwrap();
@@ -205,9 +205,10 @@ fn r14_padding_holds_nothing_of_ours() {
     assert!(bytes.iter().all(known));
 }
 
-/// R5: offsets and lengths at their borders, in every pair: refused or right, never wrapped.
+/// R5: offsets and lengths at their limits, in every pair. The geometry is refused or correct; no arithmetic
+/// overflows.
 #[test]
-fn r05_offsets_and_lengths_at_their_borders() {
+fn r05_offsets_and_lengths_at_their_limits_are_refused_or_exact() {
     let memory = Mapped::anonymous(1 << 16).unwrap();
     let borders = [
         0,
@@ -256,9 +257,10 @@ fn r05_offsets_and_lengths_at_their_borders() {
     }
 }
 
-/// R8: every word of the region at random, one at a time and for every reader of it: whoever reads says so or goes on.
+/// R8: every word of the region gets random values, one at a time, for every reader of it. The reader reports an error
+/// or continues.
 #[test]
-fn r08_every_word_at_random_is_an_answer() {
+fn r08_random_words_give_an_error_or_are_ignored() {
     use adit_ringbuf::region::{Features, Region, Spec};
     use adit_ringbuf::session::{Guest, Host};
     let spec = Spec::uniform(1, 4096);
@@ -299,7 +301,7 @@ fn r08_every_word_at_random_is_an_answer() {
     }
 }
 
-/// A peer rewrites everything at random while both ends work: typed ends, and no others.
+/// A peer writes random values everywhere while both ends work. The ends fail only with typed errors.
 #[test]
 fn a_region_that_is_rewritten_at_random_ends_the_ring_and_nothing_else() {
     let geometry = Geometry::alone(4096, 8);
@@ -312,7 +314,7 @@ fn a_region_that_is_rewritten_at_random_ends_the_ring_and_nothing_else() {
             while !stop.load(Ordering::Relaxed) {
                 let at = 8 * noise.below(geometry.bytes() as u64 / 8) as usize;
                 let word = noise.below(u64::MAX);
-                // Often something that is nearly right.
+                // Mostly a value that is nearly valid.
                 let words = [
                     word,
                     word % 4096,
@@ -353,14 +355,14 @@ fn a_region_that_is_rewritten_at_random_ends_the_ring_and_nothing_else() {
     );
 }
 
-/// An honest pair on two mappings of the same memory, on two threads, with sleeping by the wake-up words.
+/// Two honest ends on two mappings of the same memory, in two threads that sleep and use the wake-up words.
 #[test]
-fn a_million_records_arrive_in_order_and_nobody_oversleeps() {
+fn a_million_records_arrive_in_order_and_no_wake_up_is_missed() {
     use std::sync::mpsc::sync_channel;
     let geometry = Geometry::alone(1 << 14, 8);
     let (ours, fd) = Mapped::memfd(geometry.bytes()).unwrap();
     let theirs = Mapped::from_memfd(fd, geometry.bytes()).unwrap();
-    // Doorbells: a bell that is rung twice is rung.
+    // The doorbells: two signals count as one.
     let (ring_data, data) = sync_channel::<()>(1);
     let (ring_space, space) = sync_channel::<()>(1);
     const RECORDS: u64 = 1_000_000;

@@ -1,5 +1,5 @@
-//! Every interleaving of small rings, as far as memory orders are modelled (loom does not explore load buffering: that
-//! peer words are loaded with Acquire is read by eye). Twins with a planted bug must be found out.
+//! Every interleaving of small rings, as far as loom models memory orderings. (loom does not explore load buffering,
+//! so a review must check that peer words are loaded with Acquire.) Twins with a planted bug must fail.
 
 use adit_ringbuf::{Armed, Consumer, Geometry, Producer, PushError, RingMem, Wake};
 use loom::sync::Arc;
@@ -17,13 +17,13 @@ const GEOMETRY: Geometry = Geometry {
     wraps: false,
 };
 
-/// What is wrong with the memory.
+/// The bug that is planted in the memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Planted {
     Nothing,
     /// Headers and positions are stored without Release.
     RelaxedPublish,
-    /// There is no fence before the question whether the other side sleeps.
+    /// The fence before the check "does the other side sleep?" is missing.
     NoFence,
 }
 
@@ -80,7 +80,7 @@ impl RingMem for Shared {
     }
 }
 
-/// Explores; returns how many interleavings there were, or that one of them failed.
+/// Explores all interleavings. Returns their number, or an error if one of them failed.
 fn explore(model: impl Fn() + Sync + Send + 'static) -> Result<usize, ()> {
     let count = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let counted = count.clone();
@@ -102,7 +102,7 @@ fn ends(planted: Planted) -> (Producer<Shared>, Consumer<Shared>) {
     (producer, Consumer::new(mem, GEOMETRY, true).unwrap())
 }
 
-/// Two records in two ways; what is seen is whole and in order.
+/// Two records, published in two ways; the reader sees them whole and in order.
 fn publish(planted: Planted, batch: bool) {
     let (mut producer, mut consumer) = ends(planted);
     let thread = loom::thread::spawn(move || {
@@ -130,7 +130,7 @@ fn publish(planted: Planted, batch: bool) {
     thread.join().unwrap();
 }
 
-/// The consumer sleeps when nothing is there; loom reports a sleeper that nobody wakes as a deadlock.
+/// The consumer sleeps when the ring is empty. loom reports a sleeper that nobody wakes as a deadlock.
 fn empty(planted: Planted) {
     let (mut producer, mut consumer) = ends(planted);
     let bell = Arc::new(Notify::new());
@@ -149,7 +149,7 @@ fn empty(planted: Planted) {
     thread.join().unwrap();
 }
 
-/// The producer sleeps when nothing fits.
+/// The producer sleeps when its record does not fit.
 fn full(planted: Planted) {
     let (mut producer, mut consumer) = ends(planted);
     while producer.try_push(&[7; 8]).is_ok() {}
@@ -172,7 +172,7 @@ fn full(planted: Planted) {
 }
 
 #[test]
-fn what_is_published_is_whole_and_in_order() {
+fn published_records_are_whole_and_in_order() {
     for batch in [false, true] {
         let count = explore(move || publish(Planted::Nothing, batch)).unwrap();
         assert!(count > 30, "{count} interleavings");
@@ -182,7 +182,7 @@ fn what_is_published_is_whole_and_in_order() {
 }
 
 #[test]
-fn r09_nobody_sleeps_over_a_record() {
+fn r09_no_consumer_sleeps_while_a_record_is_there() {
     let count = explore(|| empty(Planted::Nothing)).unwrap();
     assert!(count > 30, "{count} interleavings");
     assert!(
@@ -192,7 +192,7 @@ fn r09_nobody_sleeps_over_a_record() {
 }
 
 #[test]
-fn r09_nobody_sleeps_over_space() {
+fn r09_no_producer_sleeps_while_there_is_space() {
     let count = explore(|| full(Planted::Nothing)).unwrap();
     assert!(count > 30, "{count} interleavings");
     assert!(
@@ -201,7 +201,7 @@ fn r09_nobody_sleeps_over_space() {
     );
 }
 
-/// The head, the words and the beginnings of the rings of a region with one lane; nothing else of it is touched.
+/// The head, the words and the starts of the rings of a region with one lane. Nothing else of the region is accessed.
 mod region {
     use std::collections::BTreeMap;
 
@@ -213,14 +213,14 @@ mod region {
     const HOST_WORD: usize = 4096;
     const GUEST_WORD: usize = 8192;
 
-    /// What is wrong with the memory.
+    /// The bug that is planted in the memory.
     #[derive(Clone, Copy, PartialEq, Eq)]
     enum Bug {
         Nothing,
         /// State words are stored without Release.
         RelaxedStates,
         /// The host's word never becomes CLOSED.
-        CloseUnsaid,
+        CloseNotStored,
     }
 
     struct Words {
@@ -232,7 +232,7 @@ mod region {
     struct Sparse(Arc<Words>);
 
     impl Sparse {
-        /// As somebody left it: words of a session that is over, a record that nobody sent in this one.
+        /// Memory as an earlier session left it: words of that session, and a record that nobody sent in this one.
         fn used(bug: Bug) -> Self {
             let region = Region::new(spec(), 1).unwrap();
             let mut at: Vec<usize> = (0..256).step_by(8).collect();
@@ -264,10 +264,10 @@ mod region {
         }
         fn store(&self, at: usize, word: u64) {
             let state = at == HOST_WORD || at == GUEST_WORD;
-            if self.0.bug == Bug::CloseUnsaid && at == HOST_WORD && word & 0xff == 6 {
+            if self.0.bug == Bug::CloseNotStored && at == HOST_WORD && word & 0xff == 6 {
                 return;
             }
-            // Loom keeps all that was ever stored: whatever is not a state is shown by one.
+            // Only state words publish anything, so only they use Release and Acquire. loom records every store.
             let order = match (state, self.0.bug) {
                 (true, Bug::RelaxedStates) => Ordering::Relaxed,
                 (true, _) => Ordering::Release,
@@ -295,7 +295,8 @@ mod region {
         Spec::uniform(1, 4096)
     }
 
-    /// The guest asks while the host offers; each then finds the other's ring empty, and not what was there before.
+    /// The guest asks while the host offers. Then each finds the other's ring empty, without data of the earlier
+    /// session.
     fn attach(bug: Bug) {
         let mem = Sparse::used(bug);
         let mut host = Host::offer(mem.clone(), spec(), 1).unwrap();
@@ -317,7 +318,7 @@ mod region {
         thread.join().unwrap();
     }
 
-    /// Both close at once, or one of them: both know in the end, and each is told at most once.
+    /// Both sides close at once, or one of them does. Both learn of it, each at most once.
     fn close(bug: Bug) {
         let mem = Sparse::used(bug);
         let mut host = Host::offer(mem.clone(), spec(), 1).unwrap();
@@ -349,7 +350,7 @@ mod region {
     }
 
     #[test]
-    fn a_session_begins_with_nothing_of_the_last_one() {
+    fn a_session_starts_without_data_of_the_last_one() {
         let count = explore(|| attach(Bug::Nothing)).unwrap();
         assert!(count > 10, "{count} interleavings");
         assert!(
@@ -363,8 +364,8 @@ mod region {
         let count = explore(|| close(Bug::Nothing)).unwrap();
         assert!(count > 5, "{count} interleavings");
         assert!(
-            explore(|| close(Bug::CloseUnsaid)).is_err(),
-            "an end that was never said went unnoticed"
+            explore(|| close(Bug::CloseNotStored)).is_err(),
+            "a missing CLOSED went unnoticed"
         );
     }
 }

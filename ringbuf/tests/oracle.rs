@@ -1,4 +1,4 @@
-//! The ring against a queue: every short sequence of calls on small rings, and long random ones.
+//! Compares the ring with a queue: every short sequence of calls on small rings, and long random sequences.
 
 mod common;
 
@@ -10,9 +10,9 @@ use common::Noise;
 struct Pair {
     producer: Producer<Mapped>,
     consumer: Consumer<Mapped>,
-    /// Shown and not taken; the byte of each is its number.
+    /// Records that are published and not taken. All bytes of a record are its number.
     shown: VecDeque<Vec<u8>>,
-    /// Committed and not shown.
+    /// Records that are committed and not published.
     hidden: VecDeque<Vec<u8>>,
     next: u8,
 }
@@ -52,10 +52,11 @@ impl Pair {
         true
     }
 
-    /// As much as there is room for, of which the first bytes are used; more may have been written.
+    /// Reserves as much as there is room for, and uses only the first bytes. More bytes may have been written.
     fn commit_some(&mut self, least: usize, most: usize, used: usize, spoilt: bool) -> bool {
         let bytes = self.record(used);
-        // Whoever asks for the least alone gets it exactly when this does. (A grant that is dropped is no clean start.)
+        // `reserve` of the least alone succeeds exactly when this call does. (A dropped grant would change the start
+        // state.)
         let fits = spoilt.then(|| self.producer.reserve(least).is_ok());
         match self.producer.reserve_some(least, most) {
             Ok(mut grant) => {
@@ -98,21 +99,24 @@ impl Pair {
         got.is_some()
     }
 
-    /// Whatever was done: it all comes out, and then the longest record fits.
+    /// Whatever happened before: all records come out, and then the longest record fits.
     fn finish(mut self) {
         self.publish();
         while self.pop() {}
         let _ = self.consumer.release();
         let max = self.producer.record_max();
-        assert!(self.commit(max), "an empty ring takes the longest record");
+        assert!(
+            self.commit(max),
+            "the longest record fits into an empty ring"
+        );
         self.publish();
         assert!(self.pop() && !self.pop());
     }
 }
 
-/// Every sequence of five calls on rings of two sizes, both alignments (R4, R6).
+/// Every sequence of five calls on rings of two sizes, with both alignments (R4, R6).
 #[test]
-fn r04_every_short_sequence_on_small_rings() {
+fn r04_every_short_sequence_equals_a_queue() {
     for (size, align) in [(64, 8), (128, 8), (256, 64), (512, 64)] {
         let max = Geometry::alone(size, align).record_max;
         let lens = [0, 1, max / 2 + 1, max];
@@ -164,7 +168,7 @@ fn long_random_runs_equal_a_queue() {
     }
 }
 
-/// What was written and not committed may lie where the header behind a shorter record comes to stand.
+/// Bytes that were written and not committed may be where the header after a shorter record will be.
 #[test]
 fn a_grant_that_is_dropped_leaves_nothing_behind() {
     let geometry = Geometry::alone(4096, 8);
@@ -182,7 +186,7 @@ fn a_grant_that_is_dropped_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_drain_takes_what_is_there_and_releases_once() {
+fn a_drain_takes_all_records_and_releases_once() {
     let geometry = Geometry::alone(4096, 8);
     let memory = Mapped::anonymous(geometry.bytes()).unwrap();
     let mut producer = Producer::new(&memory, geometry, false).unwrap();

@@ -1,4 +1,4 @@
-//! Two sides of a region, which come, go, restart and lie.
+//! Two sides of a region that attach, end, restart and write invalid values.
 
 mod common;
 
@@ -31,7 +31,7 @@ fn offered(spec: Spec) -> Both {
 }
 
 impl Both {
-    /// Polls both until nothing happens any more; returns what happened to host and guest.
+    /// Polls both sides until nothing happens any more. Returns the events of host and guest.
     fn settle(&mut self) -> (Vec<Event>, Vec<Event>) {
         let (mut host, mut guest) = (Vec::new(), Vec::new());
         for _ in 0..20 {
@@ -42,7 +42,7 @@ impl Both {
                 return (host, guest);
             }
         }
-        panic!("they never settle: {host:?}, {guest:?}");
+        panic!("the sides never stop: {host:?}, {guest:?}");
     }
 
     fn attach(&mut self) -> u64 {
@@ -61,7 +61,7 @@ impl Both {
     }
 }
 
-/// A record each way arrives, and nothing else is there.
+/// One record in each direction arrives, and nothing else is in the rings.
 fn exchange((host, guest): &mut (Ends<Mapped>, Ends<Mapped>), n: u8) {
     let mut buf = [0; 64];
     let _ = host.producer.try_push(&[n; 40]).unwrap();
@@ -87,7 +87,7 @@ fn every_lane_carries_records_both_ways() {
 }
 
 #[test]
-fn a_guest_that_restarts_begins_with_nothing_of_the_last_time() {
+fn a_restarted_guest_sees_no_data_of_its_last_session() {
     let mut both = offered(spec());
     let first = both.attach();
     let mut ends = both.ends(0);
@@ -96,12 +96,12 @@ fn a_guest_that_restarts_begins_with_nothing_of_the_last_time() {
         let _ = ends
             .0
             .producer
-            .try_push(b"for a guest that is no more")
+            .try_push(b"for a guest that is gone")
             .unwrap();
         let _ = ends
             .1
             .producer
-            .try_push(b"of a guest that is no more")
+            .try_push(b"from a guest that is gone")
             .unwrap();
     }
     drop(ends);
@@ -126,7 +126,7 @@ fn a_host_that_restarts_ends_the_session() {
     let _ = ends
         .0
         .producer
-        .try_push(b"of a host that is no more")
+        .try_push(b"from a host that is gone")
         .unwrap();
     both.host = Host::offer(both.memory.clone(), spec(), 5000).unwrap();
     assert_eq!(both.settle(), (vec![], vec![Event::Lost(Lost::Restarted)]));
@@ -160,7 +160,7 @@ fn either_side_poisons() {
 }
 
 #[test]
-fn another_version_is_refused_by_name() {
+fn another_layout_version_is_refused_with_its_own_error() {
     let both = offered(spec());
     let find = || Guest::find(both.memory.clone(), 1, Features::NONE).map(drop);
     let word = both.memory.load(8);
@@ -193,14 +193,14 @@ fn r15_features_that_were_not_offered_poison_and_later_ones_change_nothing() {
     both.memory.store(24, u64::MAX);
     assert_eq!(both.settle(), (vec![], vec![]));
     exchange(&mut ends, 11);
-    // A second handshake is a new session, and says so.
+    // A second handshake is a new session with a new number.
     let request = both.memory.load(GUEST_WORD) >> 8;
     both.memory
         .store(GUEST_WORD, (request + 9) << 8 | State::Want as u64);
     assert_eq!(both.host.poll().event, Some(Event::Lost(Lost::Restarted)));
 }
 
-/// The head is the host's: what it writes there in the middle of a session is not looked at.
+/// The head is the host's page; what the host writes there during a session has no effect.
 #[test]
 fn geometry_is_read_once() {
     let mut both = offered(spec());
@@ -218,9 +218,10 @@ fn word(request: u64, state: u64) -> u64 {
     request << 8 | state
 }
 
-/// R7, R8: every state word in every state of ours: an answer, never a panic; only a run that both agreed on runs.
+/// R7, R8: every state word in every state of this side gives a result and never a panic. Only a RUN that both agreed
+/// on starts a session.
 #[test]
-fn r07_every_word_in_every_state_of_the_host() {
+fn r07_the_host_answers_every_word_in_every_state() {
     for own in [
         State::Offered,
         State::Ready,
@@ -271,7 +272,7 @@ fn reach(both: &mut Both, own: State) {
 }
 
 #[test]
-fn r07_every_word_in_every_state_of_the_guest() {
+fn r07_the_guest_answers_every_word_in_every_state() {
     for own in [State::Closed, State::Want, State::Run, State::Poisoned] {
         for said in 0..=255 {
             for near in [true, false] {
@@ -292,7 +293,8 @@ fn r07_every_word_in_every_state_of_the_guest() {
                     ran,
                     own == State::Want && near && said == State::Ready as u64
                 );
-                // What no host says ends a session; before there is one, it is what was left there.
+                // A word that no host writes ends a running session. Before a session it may be left over from
+                // earlier.
                 if said > State::Closed as u64 {
                     let ended = own == State::Run;
                     let after = if ended { State::Poisoned } else { own };
@@ -303,26 +305,26 @@ fn r07_every_word_in_every_state_of_the_guest() {
     }
 }
 
-/// A guest that is attached anew, and finds what it had broken itself.
+/// A guest that attaches again finds an invalid word that an earlier guest wrote.
 #[test]
-fn a_word_that_nobody_says_is_waited_out_until_the_host_answers() {
+fn an_invalid_word_is_ignored_until_the_host_answers() {
     let mut both = offered(spec());
     both.attach();
     both.memory.store(HOST_WORD, u64::MAX);
     let _ = both.guest.poll().unwrap();
     assert_eq!(both.guest.state(), State::Poisoned);
     let _ = both.guest.attach();
-    // It looks before the host does, and more than once.
+    // The guest polls several times before the host does.
     for _ in 0..3 {
         assert_eq!(both.guest.poll().unwrap().event, None);
     }
     both.attach();
 }
 
-/// The guest's request is written over, by something beside it in its VM, before the host has seen it: whatever the host was
-/// at, the doorbell that is rung with it has the guest say it again.
+/// Something in the guest's VM overwrites the guest's request before the host has seen it. In every state the host
+/// signals the doorbell, and the guest then repeats its request.
 #[test]
-fn a_request_that_was_written_over_is_said_again() {
+fn an_overwritten_request_is_repeated() {
     for own in [State::Offered, State::Poisoned, State::Closed] {
         let mut both = offered(spec());
         if own != State::Offered {
@@ -346,7 +348,7 @@ fn a_request_that_was_written_over_is_said_again() {
     }
 }
 
-/// A host that lies about its region when the guest is about to use it.
+/// A host that writes invalid ranges into the region just before the guest uses it.
 #[test]
 fn r16_ranges_that_overlap_overflow_or_end_outside_are_refused() {
     let mut both = offered(spec());
@@ -378,7 +380,7 @@ fn r16_ranges_that_overlap_overflow_or_end_outside_are_refused() {
 }
 
 #[test]
-fn records_go_on_over_the_end_where_both_map_twice() {
+fn records_cross_the_end_of_the_ring_where_both_map_it_twice() {
     let mut spec = spec();
     spec.features = Features::WRAP;
     let region = Region::new(spec, 1).unwrap();

@@ -1,13 +1,14 @@
 //! What a guest checks before it does anything with a task, in this order: a trust anchor, the envelope's form, the
-//! signature, the goal's form, audience, end, sequence, step, attempt, task id, order, beginning. Pure: journal and clock are
-//! handed in. The beginning comes last, so that a task that is only too early can be kept until its time comes.
+//! signature, the goal's form, audience, `not_after`, sequence, step, attempt, task id, order, `not_before`. Pure: journal and
+//! clock are parameters. `not_before` comes last, so that a task that is only too early can be held until its time comes.
 //!
-//! Order rule: a step runs when every earlier step of its goal is done here, or has ended otherwise and the goal lets later
-//! steps run then (`continue_on_error`); and while no later step has begun. The guest's own journal says so, not the host.
-//! A refusal leaves no trace, so that the same step runs once it comes in its turn.
+//! Order rule: a step runs when every earlier step of its goal is done here, or has ended otherwise and has
+//! `continue_on_error`; and only while no later step has started. The guest's own journal decides that, not the host. A
+//! refusal leaves no trace, so that the same step can still run in its turn.
 //!
-//! Sequence rule: the goals of one key are run in the order of `key_seq`. One lower than the highest that was admitted,
-//! or the same with other content, is a replay. So a goal that arrives late is refused rather than run out of order.
+//! Sequence rule: the goals of one key run in the order of `key_seq`. A goal with a lower number than the highest that was
+//! admitted, or with the same number and other content, is a replay. So a goal that arrives late is refused rather than run
+//! out of order.
 
 use jiff::Timestamp;
 
@@ -32,7 +33,7 @@ pub trait History {
     fn last_goal(&self, key: &KeyId) -> Option<LastGoal>;
     /// How a task ended here, if it did.
     fn outcome(&self, task: &TaskId) -> Option<Outcome>;
-    /// Whether a task has begun here, ended or not.
+    /// Whether a task has started here, ended or not.
     fn begun(&self, task: &TaskId) -> bool;
 }
 
@@ -41,7 +42,7 @@ pub trait History {
 pub struct Admitted {
     /// Who ordered it.
     pub key: KeyId,
-    /// To be remembered as the last goal of the key, before anything runs.
+    /// To be recorded as the last goal of the key, before anything runs.
     pub last: LastGoal,
     /// What there is to do.
     pub step: Step,
@@ -55,7 +56,7 @@ pub struct Denial {
     pub code: &'static str,
     /// For people.
     pub text: String,
-    /// From when it may run, unix ms: time is all that it lacks (`not-yet-valid`).
+    /// From when it may run, unix ms, if it is only too early (`not-yet-valid`).
     pub not_before_ms: Option<i64>,
 }
 
@@ -115,7 +116,7 @@ pub fn admit(
             return deny(
                 "replay",
                 format!(
-                    "sequence {} of key {key}, {} was seen",
+                    "the goal has number {} of key {key}, and number {} has run already",
                     last.key_seq, seen.key_seq
                 ),
             );
@@ -123,7 +124,7 @@ pub fn admit(
         if last.key_seq == seen.key_seq && last.digest != seen.digest {
             return deny(
                 "replay",
-                format!("sequence {} of key {key} was another goal", last.key_seq),
+                format!("number {} of key {key} was another goal", last.key_seq),
             );
         }
     }
@@ -137,7 +138,7 @@ pub fn admit(
     if task.task_id != task_id(&digest, me, &step.id, task.attempt) {
         return deny(
             "task-id-mismatch",
-            "the id is not that of goal, VM, step and attempt",
+            "the id does not match goal, VM, step and attempt",
         );
     }
     check_order(&goal, step, &digest, me, history)?;
@@ -156,7 +157,7 @@ pub fn admit(
     })
 }
 
-/// Whose clock is wrong cannot be known here, so the refusal says what this one shows.
+/// Which clock is wrong cannot be known here, so the refusal says what this one shows.
 fn clock(now_unix_ms: i64) -> String {
     match Timestamp::from_millisecond(now_unix_ms) {
         Ok(now) => format!("and this guest's clock says {now}"),
@@ -164,7 +165,7 @@ fn clock(now_unix_ms: i64) -> String {
     }
 }
 
-/// A further attempt is the guest's own to allow: the host's word alone would let it run a step as often as it likes.
+/// The guest itself decides whether there may be another attempt: if the host did, it could run a step as often as it likes.
 fn check_attempt(
     task: &Task,
     step: &Step,
@@ -190,7 +191,7 @@ fn check_attempt(
     }
 }
 
-/// The host's word alone would let it run a step whose preparation failed, or never came.
+/// If the host decided the order, it could run a step whose preparation failed or never came.
 fn check_order(
     goal: &Goal,
     step: &Step,
@@ -225,7 +226,7 @@ fn check_order(
         Some(after) => deny(
             "out-of-order",
             format!(
-                "step `{}` comes before `{}`, which has begun here",
+                "step `{}` comes before `{}`, which has started here",
                 step.id, after.id
             ),
         ),

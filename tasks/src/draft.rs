@@ -1,4 +1,4 @@
-//! Drafts: what a person writes, in YAML or JSON. Who it is for, when, and its number are filled in at signing.
+//! Drafts: what a person writes, in YAML or JSON. The VMs, the times and the number are filled in at signing.
 //!
 //! ```yaml
 //! valid_for: 24h
@@ -20,7 +20,7 @@ use crate::VmId;
 use crate::goal::{Audience, Goal, GoalError, PLANNER, Step, check_steps};
 use crate::object::shown;
 
-/// Why a file is no draft. Names file, line, column and key.
+/// Why a file is not a draft. Names file, line, column and key.
 #[derive(Debug, thiserror::Error)]
 pub enum DraftError {
     /// Not YAML, an unknown or duplicate key, or a value of the wrong type.
@@ -57,7 +57,7 @@ pub enum DraftError {
     expecting = "a draft: a mapping with the key `steps`"
 )]
 pub struct Draft {
-    /// How long it may be begun after signing: `30m`, `24h`, `7d`.
+    /// How long after signing it may be started: `30m`, `24h`, `7d`.
     #[serde(default = "day")]
     pub valid_for: String,
     /// What is to be done, in order.
@@ -75,20 +75,20 @@ pub struct Inputs {
     pub goal_id: Uuid,
     /// Higher than that of every goal signed with this key before.
     pub key_seq: u64,
-    /// Whom it is for.
+    /// The VMs that it is for.
     pub vms: Vec<VmId>,
     /// When it is signed.
     pub now: Timestamp,
 }
 
-/// Guests whose clock is a little behind still take a goal that was signed just now.
+/// Guests whose clock is a little slow still accept a goal that was signed just now.
 const CLOCK_SKEW_S: i64 = 300;
 
 impl Draft {
     /// Parses a draft; `file` is for messages.
     ///
     /// # Errors
-    /// It is none; says where and why.
+    /// It is not a draft; says where and why.
     pub fn parse(text: &str, file: &str) -> Result<Self, DraftError> {
         let options = serde_saphyr::options! { duplicate_keys: serde_saphyr::options::DuplicateKeyPolicy::Error };
         let place =
@@ -98,7 +98,7 @@ impl Draft {
             let at = e.location();
             let (line, column) = at.map_or((0, 0), |l| (l.line(), l.column()));
             let message = e.to_string();
-            // The parser says the place again at its end.
+            // The parser repeats the place at its end.
             let message = message
                 .strip_suffix(&format!(" at line {line}, column {column}"))
                 .unwrap_or(&message);
@@ -170,7 +170,7 @@ impl Draft {
         let bad = || GoalError::Value {
             key: "valid_for".into(),
             why: format!(
-                "`{}` is no duration: write 30m, 24h or 7d",
+                "`{}` is not a duration: write 30m, 24h or 7d",
                 self.valid_for.escape_debug()
             ),
         };

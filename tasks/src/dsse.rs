@@ -1,12 +1,12 @@
-//! DSSE envelopes: exact bytes are signed, and nothing of them is parsed before a signature of a trusted key holds.
+//! DSSE envelopes: exact bytes are signed, and none of them is parsed before the signature of a trusted key is verified.
 //!
 //! ```text
 //! {"payload": BASE64(payload), "payloadType": "application/vnd.adit.goal.v1+json",
 //!  "signatures": [{"keyid": HEX(16), "sig": BASE64(64)}]}
 //! signed: "DSSEv1" SP len(type) SP type SP len(payload) SP payload
 //! ```
-//! [`Envelope`] is what came; [`Verified`] is the only way from there to a goal in the guest. The host, which has no
-//! manager's key, plans from the unverified payload: its plan decides what is queued, never what is run.
+//! The guest gets from an [`Envelope`] to a goal only through [`Verified`]. The host has no manager's key and plans from the
+//! unverified payload: its plan decides what is queued, never what runs.
 //!
 //! Unknown and duplicate keys, other types, trailing bytes and non-canonical base64 are refused (R83, R87).
 
@@ -41,8 +41,8 @@ pub enum EnvelopeError {
     /// A type that this build does not know.
     #[error("envelope has type `{0}`, only {GOAL_TYPE} is known")]
     Type(String),
-    /// A field is not (canonical) base64 or hex of the right length.
-    #[error("envelope field `{field}` is not well encoded")]
+    /// A value is not (canonical) base64 or hex of the right length.
+    #[error("envelope key `{field}` is not well encoded")]
     Encoding {
         /// Which.
         field: &'static str,
@@ -55,10 +55,10 @@ pub enum EnvelopeError {
     },
 }
 
-/// Why an envelope is not believed.
+/// Why an envelope is not trusted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VerifyError {
-    /// The guest trusts nobody.
+    /// The guest trusts no key.
     #[error("no trust anchor is installed in this guest")]
     NoAnchor,
     /// None of the signers is trusted.
@@ -67,9 +67,9 @@ pub enum VerifyError {
         /// The first signer.
         found: KeyId,
     },
-    /// A trusted key is named, and its signature does not hold.
+    /// A trusted key is named, and its signature is wrong.
     #[error(
-        "signature of key {key} does not hold: the goal was changed after signing, or never signed"
+        "the signature of key {key} is wrong: the goal was changed after signing, or never signed"
     )]
     BadSignature {
         /// The key named.
@@ -100,7 +100,7 @@ struct RawSignature {
     sig: String,
 }
 
-/// A well-formed envelope. Nobody has vouched for its payload yet.
+/// A well-formed envelope. Its payload is not verified yet.
 #[derive(Clone, Debug)]
 pub struct Envelope {
     payload: Vec<u8>,
@@ -115,7 +115,7 @@ pub struct Verified {
 }
 
 impl Envelope {
-    /// Parses an envelope; the payload is not looked into.
+    /// Parses an envelope, and not its payload.
     ///
     /// # Errors
     /// It is too long, malformed, of another type, or has no signature.
@@ -147,12 +147,12 @@ impl Envelope {
         })
     }
 
-    /// The payload, which nobody has vouched for: to plan from on the host, never to act on.
+    /// The payload, not verified: to plan from on the host, never to act on.
     pub fn unverified_payload(&self) -> &[u8] {
         &self.payload
     }
 
-    /// Who claims to have signed first: to keep a queue's order by, never to trust.
+    /// The first signer that the envelope names, not verified: to order a queue by, never to trust.
     pub fn unverified_signer(&self) -> Option<KeyId> {
         self.signatures.first().map(|(id, _)| *id)
     }
@@ -217,7 +217,7 @@ pub fn sign(payload: &[u8], key: &SigningKey) -> String {
             sig: BASE64.encode(key.sign(&pae(payload)).to_bytes()),
         }],
     };
-    // Strings and a list of strings always serialise.
+    // Text and a list of texts always serialise.
     serde_json::to_string(&raw).unwrap_or_default()
 }
 
@@ -230,7 +230,7 @@ fn signature(raw: &RawSignature) -> Result<(KeyId, Signature), EnvelopeError> {
     Ok((KeyId(id), Signature::from_bytes(&bytes)))
 }
 
-/// Pre-authentication encoding: type and payload cannot be shifted into each other.
+/// Pre-authentication encoding: with the lengths, no bytes can move from the type to the payload or back.
 fn pae(payload: &[u8]) -> Vec<u8> {
     let head = format!("DSSEv1 {} {GOAL_TYPE} {} ", GOAL_TYPE.len(), payload.len());
     [head.as_bytes(), payload].concat()

@@ -52,7 +52,7 @@ pub enum GoalError {
         why: String,
     },
     /// Made for a newer planner.
-    #[error("goal needs planner {needs}, this one is {PLANNER}: update adit")]
+    #[error("the goal needs planner {needs}, and this one is {PLANNER}: update adit")]
     Planner {
         /// What it needs.
         needs: u16,
@@ -70,12 +70,12 @@ pub struct Goal {
     pub goal_id: Uuid,
     /// Counts the goals of its key.
     pub key_seq: u64,
-    /// Whom it is for.
+    /// The VMs that it is for.
     #[serde(deserialize_with = "object::one")]
     pub audience: Audience,
-    /// Not to be begun before.
+    /// Not to be started before.
     pub not_before: Timestamp,
-    /// Not to be begun after.
+    /// Not to be started after.
     pub not_after: Timestamp,
     /// Lowest planner that understands it.
     pub min_planner: u16,
@@ -84,7 +84,7 @@ pub struct Goal {
     pub steps: Vec<Step>,
 }
 
-/// Whom a goal is for.
+/// The VMs that a goal is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     deny_unknown_fields,
@@ -146,8 +146,8 @@ impl Step {
     }
 }
 
-/// A program to run: `interpreter SCRIPT-FILE args…`, never through a shell of ours. The text is handed over as a
-/// temporary file that only the user it runs as can read.
+/// A program to run: `interpreter SCRIPT-FILE args…`, never through a shell of ours. The text is a temporary file that only
+/// the script's user can read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     deny_unknown_fields,
@@ -158,7 +158,7 @@ pub struct Script {
     pub interpreter: String,
     /// The text.
     pub script: String,
-    /// Arguments, each handed over byte for byte.
+    /// Arguments, each passed byte for byte.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub args: Vec<String>,
     /// The whole environment besides PATH, HOME, USER and LANG.
@@ -265,7 +265,7 @@ impl Goal {
         Self::parse_unverified(v.payload())
     }
 
-    /// Parses a payload that nobody has vouched for: to plan from on the host, never to act on.
+    /// Parses a payload that is not verified: to plan from on the host, never to act on.
     ///
     /// # Errors
     /// It is no goal.
@@ -291,7 +291,7 @@ impl Goal {
         if vms.is_empty() || vms.len() > AUDIENCE_MAX {
             return bad(
                 "audience.vms",
-                format!("{} VMs, 1 to {AUDIENCE_MAX} are allowed", vms.len()),
+                format!("has {} VMs, 1 to {AUDIENCE_MAX} are allowed", vms.len()),
             );
         }
         let mut named = BTreeSet::new();
@@ -305,12 +305,12 @@ impl Goal {
     }
 }
 
-/// Checks what types cannot say.
+/// Checks what types cannot express.
 pub(crate) fn check_steps(steps: &[Step]) -> Result<(), GoalError> {
     if steps.is_empty() || steps.len() > STEPS_MAX {
         return bad(
             "steps",
-            format!("{} steps, 1 to {STEPS_MAX} are allowed", steps.len()),
+            format!("has {} steps, 1 to {STEPS_MAX} are allowed", steps.len()),
         );
     }
     let mut ids = BTreeSet::new();
@@ -323,7 +323,7 @@ pub(crate) fn check_steps(steps: &[Step]) -> Result<(), GoalError> {
         if !ids.insert(&step.id) {
             return bad(
                 &at("id"),
-                format!("`{}` is taken by an earlier step", step.id),
+                format!("`{}` is the id of an earlier step, too", step.id),
             );
         }
         match step.work() {
@@ -346,11 +346,17 @@ fn check_script(s: &Script, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
     absolute(&s.cwd, &at("cwd"))?;
     no_nul(&s.run_as, &at("run_as"))?;
     if s.args.len() > ARGS_MAX {
-        return bad(&at("args"), format!("at most {ARGS_MAX} are allowed"));
+        return bad(
+            &at("args"),
+            format!("has {}, at most {ARGS_MAX} are allowed", s.args.len()),
+        );
     }
     s.args.iter().try_for_each(|a| no_nul(a, &at("args")))?;
     if s.env.len() > ENV_MAX {
-        return bad(&at("env"), format!("at most {ENV_MAX} are allowed"));
+        return bad(
+            &at("env"),
+            format!("has {}, at most {ENV_MAX} are allowed", s.env.len()),
+        );
     }
     for (name, value) in &s.env {
         no_nul(value, &at("env"))?;
@@ -361,7 +367,7 @@ fn check_script(s: &Script, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
         if !first_ok || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
             return bad(
                 &at("env"),
-                format!("`{}` is no variable name", name.escape_debug()),
+                format!("`{}` is not a variable name", name.escape_debug()),
             );
         }
     }
@@ -369,7 +375,7 @@ fn check_script(s: &Script, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
         return bad(&at("timeout_s"), format!("must be 1 to {TIMEOUT_MAX_S}"));
     }
     if s.success_codes.is_empty() || s.success_codes.len() > 256 {
-        return bad(&at("success_codes"), "1 to 256 are allowed");
+        return bad(&at("success_codes"), "must have 1 to 256 codes");
     }
     if s.output_cap > OUTPUT_CAP_MAX {
         return bad(
@@ -453,7 +459,7 @@ fn unique_map<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, String
                 }
                 if out.contains_key(&key) {
                     return Err(A::Error::custom(format!(
-                        "duplicate key `{}`",
+                        "`{}` is given twice",
                         key.escape_debug()
                     )));
                 }

@@ -30,7 +30,7 @@ pub enum KeyError {
     /// Not base64 of 32 bytes.
     #[error("key is not base64 of 32 bytes")]
     Base64,
-    /// 32 bytes that are no point of the curve, or one of small order, which "verifies" for many messages.
+    /// 32 bytes that are no point of the curve, or one of small order, whose signatures verify for many messages.
     #[error("key is not a strong ed25519 point")]
     Weak,
     /// More anchors than [`ANCHORS_MAX`].
@@ -50,7 +50,7 @@ pub enum KeyError {
     },
 }
 
-/// First 16 bytes of the sha256 of a public key: what an envelope names its signer by.
+/// First 16 bytes of the sha256 of a public key: how an envelope names its signer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KeyId(pub [u8; 16]);
 
@@ -104,7 +104,7 @@ impl PublicKey {
         key_id(&self.key)
     }
 
-    /// What its owner calls it.
+    /// The comment that its owner gave it.
     pub fn comment(&self) -> &str {
         &self.comment
     }
@@ -129,7 +129,7 @@ pub(crate) fn key_id(key: &VerifyingKey) -> KeyId {
     KeyId(id)
 }
 
-/// It is printed: no control characters, and not endless.
+/// Comments are printed: no control characters, limited length.
 fn comment(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(64).collect()
 }
@@ -155,7 +155,7 @@ pub fn parse_private(text: &str) -> Result<SigningKey, KeyError> {
     Ok(SigningKey::from_bytes(&decode(rest.trim())?))
 }
 
-/// The keys whose goals are run.
+/// The keys whose goals run.
 #[derive(Clone, Debug, Default)]
 pub struct TrustStore {
     keys: BTreeMap<KeyId, PublicKey>,

@@ -1,6 +1,6 @@
 //! Plans: a pure function of the goal and the VM, the same on the host (which queues by it) and in the guest (which
-//! acts by it). A task is one attempt of one step for one VM; its id is derived, so nobody can hand out another body
-//! under the same name.
+//! acts by it). A task is one attempt of one step for one VM; its id is derived, so nobody can hand out another content
+//! under the same id.
 
 use sha2::{Digest, Sha256};
 
@@ -43,7 +43,7 @@ pub fn task_id(goal_digest: &[u8; 32], vm: &VmId, step_id: &str, attempt: u32) -
     hash.update(b"adit-task-v1");
     hash.update(goal_digest);
     for part in [vm.as_str(), step_id] {
-        // Both are at most 64 bytes; a longer step id is of no goal, and still gets an id of its own.
+        // Both are at most 64 bytes. No goal has a longer step id; even that gets an id of its own.
         hash.update([u8::try_from(part.len()).unwrap_or(u8::MAX)]);
         hash.update(part);
     }

@@ -3,14 +3,14 @@
 /// A user or a group, as a step names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Principal<'a> {
-    /// By number. Never 2^32 - 1, which tells the kernel "leave it as it is".
+    /// By number. Never 2^32 - 1, which means "do not change" to the kernel.
     Number(u32),
     /// By name, to be looked up in the guest.
     Name(&'a str),
 }
 
 impl<'a> Principal<'a> {
-    /// Reads digits as a number and anything else as a name; `None`: it is neither.
+    /// Reads digits as a number and anything else as a name; `None` if it is neither.
     pub fn parse(text: &'a str) -> Option<Self> {
         let first = text.bytes().next()?;
         if text.bytes().all(|b| b.is_ascii_digit()) {

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Why text is no VM id.
+/// Why text is not a VM id.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VmIdError {
     /// No byte at all.
@@ -17,8 +17,8 @@ pub enum VmIdError {
         /// Bytes given.
         len: usize,
     },
-    /// A byte that may not stand there.
-    #[error("vm id has byte {byte:#04x} at {at}: a-z, 0-9 and inner '-' are allowed")]
+    /// A byte that is not allowed there.
+    #[error("vm id has the byte {byte:#04x} at {at}; allowed are a-z, 0-9 and inner '-'")]
     BadByte {
         /// The byte.
         byte: u8,

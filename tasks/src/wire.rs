@@ -6,11 +6,11 @@
 //! ```text
 //! guest                                   host
 //!   Facts ────────────────────────────────▶   agent is ready
-//!   Clock ────────────────────────────────▶   before every pull, so that a clock that is off is seen
-//!   ◀───────────────────────────── HostClock   for a guest that takes it
+//!   Clock ────────────────────────────────▶   before every pull, so that the host sees a clock that is off
+//!   ◀───────────────────────────── HostClock   used by a guest that is configured so
 //!   Pull{known digests} ──────────────────▶   held until there is a task: no polling, no timer
 //!   ◀──────────────────────────────── Task
-//!   Held{task_id, until} ─────────────────▶   its goal is not yet valid by the guest's clock; begun when it is
+//!   Held{task_id, until} ─────────────────▶   its goal is not yet valid by the guest's clock; started when it is
 //!   Started{task_id} ─────────────────────▶   advisory: journaled already
 //!   Report ───────────────────────────────▶   sent again on every connection until acknowledged
 //!   ◀─────────────────────────── ReportAck    the host has it on disk; the guest may forget the result
@@ -45,7 +45,7 @@ pub enum WireKind {
 /// 16 bytes that name one attempt of one step for one VM: see `task_id`.
 pub type TaskId = [u8; 16];
 
-/// What the agent says of its guest. Shown, never trusted.
+/// What the agent reports of its guest. Shown, never trusted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
     /// Version of the agent.
@@ -58,7 +58,7 @@ pub struct Facts {
     pub vm_id: String,
     /// Trust anchors in the image; with none it runs no task.
     pub anchors: u16,
-    /// Drawn once a boot.
+    /// A random number for this boot.
     pub boot_nonce: [u8; 16],
 }
 
@@ -72,7 +72,7 @@ pub struct Pull {
 /// One task.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
-    /// As the host derived it; the guest derives it anew and refuses a mismatch.
+    /// As the host derived it; the guest derives it again and refuses a mismatch.
     pub task_id: TaskId,
     /// The signed goal: the exact bytes of the DSSE envelope, at most 256 KiB.
     pub envelope: Vec<u8>,
@@ -82,7 +82,7 @@ pub struct Task {
     pub attempt: u32,
 }
 
-/// The journal has `started` on disk; the effect is about to begin.
+/// The journal has `started` on disk; the effect begins next.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Started {
     /// Which task.
@@ -99,9 +99,9 @@ pub enum Outcome {
     Failed,
     /// Ran longer than it may; its whole process tree was killed.
     TimedOut,
-    /// The agent or the guest ended in the middle; it is not run again unless its step is idempotent.
+    /// The agent or the guest ended while it ran; it does not run again unless its step is idempotent.
     Interrupted,
-    /// The guest would not run it: signature, audience, sequence, time, policy. Nothing was done.
+    /// The guest would not run it: signature, audience, sequence, time, policy, disk space. Nothing was done.
     Refused,
 }
 
@@ -147,7 +147,7 @@ pub struct ReportAck {
     pub task_id: TaskId,
 }
 
-/// What the sender's clock says: of a guest in `Clock`, of the host in `HostClock`.
+/// The sender's time: the guest's in `Clock`, the host's in `HostClock`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Clock {
     /// Unix time in ms.

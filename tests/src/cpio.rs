@@ -1,5 +1,5 @@
-//! Initramfs archives: cpio, "newc" (Linux Documentation/driver-api/early-userspace/buffer-format.rst). Archives may be
-//! put one behind the other; later files win. That is how a VM gets an identity without a new image.
+//! Initramfs archives: cpio, "newc" (Linux Documentation/driver-api/early-userspace/buffer-format.rst). One archive may follow
+//! another, and files of the later one win. So a VM gets its identity without a new image.
 
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -12,9 +12,9 @@ pub struct Writer<W> {
     inode: u32,
 }
 
-/// An archive fills its last page. QEMU's microvm puts an initramfs at the very end of memory, where its firmware puts the ACPI
-/// tables: 3 KiB in the last page, which it loads first. One that ends in that page takes them from the guest, or not, by its
-/// length; one that is whole pages long ends before it.
+/// Archives are padded to whole pages. QEMU's microvm loads an initramfs at the very end of memory, where its firmware puts the
+/// ACPI tables: 3 KiB in the last page, which it loads first. An archive that ends inside that page may overwrite them, depending
+/// on its length. One of whole pages ends before it.
 const PAGE: usize = 4096;
 const MODE_DIR: u32 = 0o040_000;
 const MODE_FILE: u32 = 0o100_000;
@@ -46,7 +46,7 @@ impl<W: Write> Writer<W> {
         self.entry(name, MODE_FILE | mode, data)
     }
 
-    /// Adds all that is below a directory, owned by root, with its modes.
+    /// Adds everything below a directory, owned by root, with its modes.
     ///
     /// # Errors
     /// It cannot be read, or the output cannot be written.
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_archive_is_whole_pages_long_and_so_is_one_behind_it() {
+    fn an_archive_is_padded_to_whole_pages_and_so_is_one_behind_it() {
         let mut archive = Vec::new();
         for len in [0, 1, 3000, 4096, 10_000] {
             let mut writer = Writer::new(archive);

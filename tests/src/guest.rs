@@ -1,4 +1,4 @@
-//! A guest: one QEMU process without any network device, its serial line in a file.
+//! A guest: a QEMU process without a network device, with its serial line in a file.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -12,21 +12,22 @@ use anyhow::{Context, bail};
 use crate::image::Image;
 use crate::process::{Reaped, bound, wait_for};
 
-/// Names what QEMU emulates, where it is not `max`. Tests leave `erms` and `fsrm` out: QEMU moves strings a byte at a time, which
-/// a guest's kernel takes for the fast way then, and it spends most of its time in that. Benches have what QEMU's users have.
+/// The environment variable with QEMU's CPU model; the default is `max`. Tests leave `erms` and `fsrm` out: a guest's kernel uses
+/// string moves as the fast way if it has them, but QEMU emulates them a byte at a time, and would spend most of its time there.
+/// Benches keep QEMU's default, as its users do.
 pub const CPU: &str = "ADIT_TEST_CPU";
 
-/// How the guest's instructions are run.
+/// How the guest's instructions run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accel {
-    /// By the processor.
+    /// On the processor.
     Kvm,
-    /// By QEMU.
+    /// Emulated by QEMU.
     Tcg,
 }
 
 impl Accel {
-    /// KVM where there is a plain one.
+    /// KVM if this machine's KVM can boot Linux, otherwise emulation.
     pub fn detect() -> Self {
         match Self::plain_kvm() {
             Ok(()) => Self::Kvm,
@@ -34,10 +35,10 @@ impl Accel {
         }
     }
 
-    /// Whether the processor shows KVM's half of it and /dev/kvm opens; a nested KVM without either boots no Linux.
+    /// Checks that the processor has virtualization and that /dev/kvm opens. A nested KVM without both cannot boot Linux.
     ///
     /// # Errors
-    /// Why Linux does not boot on this machine's KVM.
+    /// The reason why this machine's KVM cannot boot Linux.
     pub fn plain_kvm() -> Result<(), String> {
         fs::OpenOptions::new()
             .read(true)
@@ -52,10 +53,10 @@ impl Accel {
         if flags.split_whitespace().any(|f| f == "vmx" || f == "svm") {
             return Ok(());
         }
-        Err("/dev/kvm opens, and the processor shows neither vmx nor svm".into())
+        Err("/dev/kvm opens, but the processor has neither vmx nor svm".into())
     }
 
-    /// As QEMU and people write it.
+    /// The name, as QEMU and people write it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Kvm => "kvm",
@@ -64,7 +65,7 @@ impl Accel {
     }
 }
 
-/// Who the guest is and where its device goes.
+/// The guest's identity, and the socket of its device.
 #[derive(Clone, Debug)]
 pub struct Identity<'a> {
     /// Host name, and the agent's VM id.
@@ -77,18 +78,18 @@ pub struct Identity<'a> {
     pub trust: Option<&'a Path>,
     /// More shell text that the guest runs when it is up.
     pub script: &'a str,
-    /// Kernel and initramfs lie in the guest's /boot, so that it can start them itself.
+    /// Puts kernel and initramfs into the guest's /boot, so that it can start them itself.
     pub boot_files: bool,
 }
 
-/// An ivshmem function, in a guest that has one.
+/// An ivshmem function for a guest.
 #[derive(Clone, Copy, Debug)]
 pub struct Ring<'a> {
     /// The server's socket.
     pub socket: &'a Path,
-    /// Behind an IOMMU (a q35 machine), so that the guest can have interrupts of it.
+    /// Behind an IOMMU (a q35 machine), so that the guest can receive its interrupts.
     pub iommu: bool,
-    /// More parameters for the kernel.
+    /// Additional parameters for the kernel.
     pub parameters: &'a str,
 }
 
@@ -106,7 +107,7 @@ pub struct Guest {
 const MEMORY_MIB: u32 = 256;
 
 impl Guest {
-    /// Boots; files go to `dir`.
+    /// Boots a guest. Its files are in `dir`.
     ///
     /// # Errors
     /// A file cannot be written, or QEMU or the agent's installer does not start.
@@ -114,7 +115,7 @@ impl Guest {
         Self::boot_with(image, who, None, dir)
     }
 
-    /// Boots, with an ivshmem function.
+    /// Boots a guest with an ivshmem function.
     ///
     /// # Errors
     /// As [`Guest::boot`].
@@ -150,7 +151,7 @@ impl Guest {
         })
     }
 
-    /// Types on the serial line.
+    /// Types on the guest's serial line.
     ///
     /// # Errors
     /// QEMU is gone.
@@ -159,15 +160,15 @@ impl Guest {
         Ok(line.write_all(keys)?)
     }
 
-    /// Has QEMU do something (QMP): `stop` and `cont` are what `virsh suspend` and `resume` do, and a backup.
+    /// Sends QEMU a QMP command. `stop` and `cont` are what `virsh suspend`, `virsh resume` and a backup use.
     ///
     /// # Errors
-    /// QEMU is gone, or says no.
+    /// QEMU is gone, or refuses.
     pub fn qmp(&self, command: &str) -> anyhow::Result<()> {
         let mut line = UnixStream::connect(self.dir.join("qmp.sock"))?;
         line.set_read_timeout(Some(Duration::from_secs(30)))?;
         let mut said = BufReader::new(line.try_clone()?).lines();
-        // The greeting, then an answer to each; events come in between.
+        // First the greeting, then an answer to each command. Events may come in between.
         let mut heard = |what: &str| -> anyhow::Result<()> {
             loop {
                 let answer = said.next().context("QEMU closed the connection")??;
@@ -195,7 +196,7 @@ impl Guest {
         Ok(self.qemu.kill()?)
     }
 
-    /// Kills QEMU, if that has not been done, and boots again with the same disk.
+    /// Kills QEMU if it still runs, and boots again with the same disk.
     ///
     /// # Errors
     /// QEMU does not start.
@@ -207,10 +208,10 @@ impl Guest {
         Ok(())
     }
 
-    /// Waits for the next "ready" on the serial line. Returns how long it took since QEMU's start.
+    /// Waits for the next "ready" on the serial line. Returns the time since QEMU's start.
     ///
     /// # Errors
-    /// It does not come, or QEMU ends; the end of the serial log is in the message.
+    /// "Ready" does not come, or QEMU ends. The error contains the end of the serial log.
     pub fn wait_ready(&mut self, limit: Duration) -> anyhow::Result<Duration> {
         let want = self.boots;
         self.wait_serial(&format!("boot {want}"), limit, |log| {
@@ -253,7 +254,7 @@ impl Guest {
         self.qemu.pid()
     }
 
-    /// The end of the serial log and what QEMU wrote.
+    /// The end of the serial log, and QEMU's own output.
     fn said(&self) -> String {
         let (log, err) = (
             self.serial(),
@@ -269,7 +270,7 @@ impl Guest {
     }
 }
 
-/// The VM's own files: host name, agent, trust anchor.
+/// Makes the VM's own files: host name, agent, trust anchor.
 pub(crate) fn overlay(who: &Identity<'_>, dir: &Path) -> anyhow::Result<PathBuf> {
     let root = dir.join("overlay");
     fs::create_dir_all(root.join("etc"))?;
@@ -295,7 +296,8 @@ pub(crate) fn overlay(who: &Identity<'_>, dir: &Path) -> anyhow::Result<PathBuf>
     Ok(root)
 }
 
-/// Without a PIT the kernel now and then hangs in calibrating the TSC against an emulated timer: its frequency is named.
+/// Kernel parameters with the TSC's frequency. Without a PIT the kernel sometimes hangs when it measures the TSC against an
+/// emulated timer.
 pub(crate) fn tsc_arguments() -> String {
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let mhz = info
@@ -330,7 +332,7 @@ fn qemu_args(
     let iommu = ring.is_some_and(|ring| ring.iommu);
     let (machine, more) = match (iommu, accel) {
         (false, _) => ("microvm,pcie=on", ""),
-        // Interrupts behind an IOMMU are remapped, which KVM's own chip does not do.
+        // Behind an IOMMU interrupts are remapped, which KVM's own interrupt chip cannot do.
         (true, "kvm") => ("q35,kernel-irqchip=split", " intel_iommu=on"),
         (true, _) => ("q35", " intel_iommu=on"),
     };

@@ -1,4 +1,4 @@
-//! The host's side: aditd with directories of its own, and what people run beside it.
+//! The host's side: aditd with directories of its own, and the programs that people run.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -11,31 +11,31 @@ use anyhow::Context;
 use crate::process::{Reaped, bound, output, wait_for};
 use crate::systemd::Systemd;
 
-/// How long aditd may take until it serves.
+/// How long aditd may take to start.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
-/// A running aditd. Dropped = it and its port processes are gone.
+/// A running aditd. Drop ends it and its port processes.
 #[derive(Debug)]
 pub struct Host {
     aditd: Option<Reaped>,
     systemd: Option<Systemd>,
     bins: PathBuf,
-    /// Its sockets, as we see them.
+    /// The directory of its sockets, as seen from outside of its namespace.
     run: PathBuf,
     dir: tempfile::TempDir,
     proxy: SocketAddr,
 }
 
 impl Host {
-    /// Starts aditd with these VMs (CIDs from 3 on); `bins` holds aditd, adit-port and adit.
+    /// Starts aditd with these VMs (CIDs from 3 on). `bins` is the directory of aditd, adit-port and adit.
     ///
     /// # Errors
-    /// It does not start; its log is in the message.
+    /// It does not start. The error contains its log.
     pub fn start(bins: &Path, vms: &[&str]) -> anyhow::Result<Self> {
         Self::start_with(bins, vms, "")
     }
 
-    /// The same; `more`: lines of every VM's configuration.
+    /// The same. `more` are additional lines for every VM's configuration.
     ///
     /// # Errors
     /// As [`Host::start`].
@@ -58,10 +58,10 @@ impl Host {
         Ok(host)
     }
 
-    /// As [`start`](Self::start), under a systemd of its own, with the unit that is shipped.
+    /// As [`start`](Self::start), but under a systemd of its own, with the unit that adit ships.
     ///
     /// # Errors
-    /// There is no systemd, or the service does not start; the logs are in the message.
+    /// There is no systemd, or the service does not start. The error contains the logs.
     pub fn start_as_service(bins: &Path, vms: &[&str]) -> anyhow::Result<Self> {
         let dir = directory()?;
         let inside = dir.path().join("run");
@@ -69,7 +69,7 @@ impl Host {
         fs::create_dir_all(units.join("aditd.service.d"))?;
         let unit = crate::root().join("host-proxy/dist/aditd.service");
         fs::copy(unit, units.join("aditd.service"))?;
-        // Its programs are not in /usr/bin, and this systemd has none of the targets that a system starts with.
+        // The programs are not in /usr/bin, and this systemd has no targets of a normal system.
         fs::write(
             units.join("aditd.service.d/test.conf"),
             "[Unit]\nDefaultDependencies=no\n[Service]\nExecStart=\nExecStart=/run/bin/aditd run --config /run/aditd.toml\n\
@@ -97,7 +97,7 @@ impl Host {
     pub fn launch(&mut self) -> anyhow::Result<()> {
         let _ = fs::remove_file(self.run.join("proxy.addr"));
         if let Some(systemd) = &self.systemd {
-            // Type=notify: this returns when aditd says that it serves.
+            // Type=notify: returns when aditd says that it is ready.
             systemd.systemctl(&["start", "aditd"])?;
             return self.wait_served();
         }
@@ -128,10 +128,10 @@ impl Host {
         Ok(())
     }
 
-    /// Kills every process of the service with SIGKILL at once, and waits until systemd has started it again.
+    /// Kills every process of the service with SIGKILL, and waits until systemd has started it again.
     ///
     /// # Errors
-    /// It is no service, or it does not serve in time.
+    /// It does not run as a service, or does not start in time.
     pub fn kill_service(&mut self) -> anyhow::Result<()> {
         fs::remove_file(self.run.join("proxy.addr"))?;
         let systemd = self.systemd.as_ref().context("not under systemd")?;
@@ -139,20 +139,20 @@ impl Host {
         self.wait_served()
     }
 
-    /// Has systemd stop aditd and start the next one.
+    /// Lets systemd stop aditd and start the next one.
     ///
     /// # Errors
-    /// It is no service, or it does not serve in time.
+    /// It does not run as a service, or does not start in time.
     pub fn restart_service(&mut self) -> anyhow::Result<()> {
         let systemd = self.systemd.as_ref().context("not under systemd")?;
         systemd.systemctl(&["restart", "aditd"])?;
         self.wait_served()
     }
 
-    /// A property of the service, as systemd has it.
+    /// A property of the service, from systemd.
     ///
     /// # Errors
-    /// It is no service.
+    /// It does not run as a service.
     pub fn service_property(&self, name: &str) -> anyhow::Result<String> {
         let systemd = self.systemd.as_ref().context("not under systemd")?;
         let property = format!("--property={name}");
@@ -170,22 +170,22 @@ impl Host {
         self.proxy
     }
 
-    /// Process id of aditd, 0 if it was killed.
+    /// Process id of aditd; 0 if it was killed.
     pub fn pid(&self) -> u32 {
         self.aditd.as_ref().map_or(0, Reaped::pid)
     }
 
-    /// A directory for whoever uses the host.
+    /// A directory for the test.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Where a VM's VMM connects.
+    /// The socket for a VM's VMM.
     pub fn vhost_socket(&self, vm: &str) -> PathBuf {
         self.run.join("vm").join(vm).join("vhost.sock")
     }
 
-    /// Where it connects for a ring.
+    /// The socket for a VM's ring.
     pub fn ivshmem_socket(&self, vm: &str) -> PathBuf {
         self.vhost_socket(vm).with_file_name("ivshmem.sock")
     }
@@ -211,10 +211,10 @@ impl Host {
         fs::read_to_string(path).unwrap_or_default()
     }
 
-    /// Waits until a VM's sockets are there.
+    /// Waits until a VM's sockets exist.
     ///
     /// # Errors
-    /// They do not come.
+    /// They do not appear.
     pub fn wait_port(&self, vm: &str) -> anyhow::Result<()> {
         let socket = self.vhost_socket(vm);
         let waited = wait_for("port process", START_LIMIT, || {
@@ -236,7 +236,7 @@ impl Host {
         Ok(command.output()?)
     }
 
-    /// Runs `curl` through the proxy. Its output begins with the answer's header.
+    /// Runs `curl` through the proxy. Its output begins with the header of the answer.
     ///
     /// # Errors
     /// It cannot be started.
@@ -252,7 +252,7 @@ impl Host {
     /// Ends aditd and its port processes.
     ///
     /// # Errors
-    /// It does not listen.
+    /// It does not accept the request.
     pub fn shut_down(&self) -> anyhow::Result<()> {
         let socket = self.run.join("aditd.sock");
         let mut command = Command::new("curl");
@@ -266,10 +266,10 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         if self.systemd.is_some() {
-            return; // it takes all of its processes with it
+            return; // systemd ends with all of its processes
         }
         if self.aditd.is_none() {
-            // Only aditd knows how to end its port processes.
+            // Only aditd knows how to end its port processes, so start it again if it was killed.
             let _ = self.launch();
         }
         if let Err(e) = self.shut_down() {
@@ -278,12 +278,12 @@ impl Drop for Host {
     }
 }
 
-/// Unix socket paths are short: not below target/.
+/// A directory with a short path, not below target/, because paths of Unix sockets must be short.
 fn directory() -> std::io::Result<tempfile::TempDir> {
     tempfile::Builder::new().prefix("adit-").tempdir()
 }
 
-/// Its configuration, with these VMs, and `more` for each of them.
+/// aditd's configuration with these VMs, and `more` for each of them.
 fn config(run: &Path, state: &Path, vms: &[&str], more: &str) -> String {
     let (run, state) = (run.display(), state.display());
     let mut config = format!(

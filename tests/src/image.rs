@@ -1,5 +1,5 @@
-//! What a guest boots: the ELF kernel out of Debian's own package, an initramfs around busybox and our static binaries,
-//! and a 64 MiB ext4 state disk, so that journals survive a reboot. Cached under `target/guest`.
+//! What a guest boots: the ELF kernel from Debian's package, an initramfs with busybox and our static binaries, and an ext4
+//! state disk of 64 MiB, so that journals survive a reboot. Cached under `target/guest`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,24 +13,24 @@ use anyhow::{Context, anyhow, bail};
 use crate::cpio;
 use crate::process::output;
 
-/// Modules that the guest loads, dependencies are added; built-in ones are skipped.
+/// Modules that the guest loads. Dependencies are added, and built-in modules are skipped.
 const MODULES: [&str; 4] = [
     "virtio_pci",
     "virtio_mmio",
     "virtio_blk",
     "vmw_vsock_virtio_transport",
 ];
-/// What a guest loads to run guests of its own, on a processor with SVM.
+/// Modules that a guest loads to run guests of its own, on a processor with SVM.
 const KVM: [&str; 1] = ["kvm_amd"];
-/// File systems and what they need, where the kernel has them as modules.
+/// File systems and their helpers, if the kernel has them as modules.
 const FILE_SYSTEM: [&str; 2] = ["crc32c_generic", "ext4"];
-/// Modules that lie beside them, for scripts that load them.
+/// Modules that are only stored, for scripts that load them.
 const SPARE: [&str; 1] = ["vsock_loopback"];
-/// What drives an ivshmem function with interrupts from user space: loaded where there is an IOMMU.
+/// Drivers with which user space gets the interrupts of an ivshmem function. Loaded if there is an IOMMU.
 const RING: [&str; 2] = ["vfio_pci", "vfio_iommu_type1"];
-/// The same with its pin's interrupt: loaded where there is such a function.
+/// The same for the interrupt of its pin. Loaded if there is such a function.
 const UIO: [&str; 1] = ["uio_pci_generic"];
-/// Programs of ours that every test guest has.
+/// Our programs in every test guest.
 const PROGRAMS: [&str; 2] = ["adit-testguest", "adit-hostile"];
 const DISK_MIB: u64 = 64;
 const INIT: &str = include_str!("guest/init.sh");
@@ -40,14 +40,14 @@ const INITTAB: &str = "::sysinit:/etc/rc\n::ctrlaltdel:/bin/busybox reboot -f\n"
 /// A kernel of Debian 12.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kernel {
-    /// Debian 12's own.
+    /// Debian 12's standard kernel.
     V6_1,
-    /// The newer one of its security suite.
+    /// The newer kernel in Debian 12's security archive.
     V6_12,
 }
 
 impl Kernel {
-    /// As people write it.
+    /// The version, as people write it.
     pub fn name(self) -> &'static str {
         match self {
             Self::V6_1 => "6.1",
@@ -69,21 +69,19 @@ impl std::str::FromStr for Kernel {
         match s {
             "6.1" => Ok(Self::V6_1),
             "6.12" => Ok(Self::V6_12),
-            _ => Err(format!(
-                "`{s}` is no kernel that is known here: 6.1 or 6.12"
-            )),
+            _ => Err(format!("`{s}` is not a known kernel: use 6.1 or 6.12")),
         }
     }
 }
 
-/// Something to boot.
+/// What a guest boots.
 #[derive(Clone, Debug)]
 pub struct Image {
-    /// Which kernel.
+    /// The kernel's version.
     pub kernel: Kernel,
     /// Uncompressed ELF with a PVH entry.
     pub vmlinux: PathBuf,
-    /// The same as the package has it.
+    /// The same kernel, as the package has it.
     pub bzimage: PathBuf,
     /// The initramfs without an identity.
     pub initrd: PathBuf,
@@ -92,10 +90,10 @@ pub struct Image {
 }
 
 impl Image {
-    /// Builds what is not there yet. `say` is told what takes time.
+    /// Builds what does not exist yet. `say` is called before each step that takes time.
     ///
     /// # Errors
-    /// A package cannot be had, or a tool fails; says which.
+    /// A package cannot be downloaded, or a tool fails. The error says which.
     pub fn build(kernel: Kernel, say: &dyn Fn(&str)) -> anyhow::Result<Self> {
         // Tests that run at the same time would write the same files.
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -137,7 +135,7 @@ impl Image {
         })
     }
 
-    /// The modules of KVM, in the order in which they can be loaded.
+    /// The modules of KVM, in an order in which they can be loaded.
     ///
     /// # Errors
     /// The kernel has none.
@@ -148,7 +146,7 @@ impl Image {
         load_order(&tree.join("lib/modules").join(release), &KVM)
     }
 
-    /// Writes an initramfs with the files below `root` on top.
+    /// Writes an initramfs that contains the files below `root` as well.
     ///
     /// # Errors
     /// The files cannot be read, or `to` cannot be written.
@@ -166,7 +164,7 @@ fn newer_than_all(file: &Path, others: &[PathBuf]) -> bool {
     others.iter().all(|o| time(o).is_some_and(|t| t < mine))
 }
 
-/// A file is there whole or not at all.
+/// Writes a file so that it exists completely or not at all.
 fn write_whole(to: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let part = to.with_extension("part");
     fs::write(&part, bytes)?;
@@ -174,7 +172,7 @@ fn write_whole(to: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The package that the meta-package stands for now.
+/// The package to which the meta-package currently refers.
 fn package(kernel: Kernel) -> anyhow::Result<String> {
     let depends = || -> anyhow::Result<Option<String>> {
         let out = output(Command::new("apt-cache").args(["depends", kernel.meta_package()]))?;
@@ -190,7 +188,7 @@ fn package(kernel: Kernel) -> anyhow::Result<String> {
     output(Command::new("apt-get").args(["-q", "update"]))?;
     depends()?.ok_or_else(|| {
         anyhow!(
-            "apt knows no {}: is bookworm-security among its sources?",
+            "apt does not know {}: is bookworm-security among its sources?",
             kernel.meta_package()
         )
     })
@@ -216,7 +214,7 @@ fn unpack(package: &str, cache: &Path, tree: &Path) -> anyhow::Result<()> {
         .ok_or_else(|| anyhow!("apt-get download {package} left no .deb"))?;
     let part = dir.path().join("tree");
     output(Command::new("dpkg").arg("-x").arg(deb).arg(&part))?;
-    // Debian is merging /lib into /usr/lib.
+    // Debian is moving /lib into /usr/lib.
     let (lib, usr_lib) = (part.join("lib/modules"), part.join("usr/lib/modules"));
     if !lib.exists() && usr_lib.exists() {
         fs::create_dir_all(part.join("lib"))?;
@@ -226,7 +224,7 @@ fn unpack(package: &str, cache: &Path, tree: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The ELF image out of a bzImage (Linux Documentation/arch/x86/boot.rst: setup_sects, payload_offset, payload_length).
+/// Extracts the ELF image from a bzImage (Linux Documentation/arch/x86/boot.rst: setup_sects, payload_offset, payload_length).
 fn extract(bzimage: &Path, to: &Path) -> anyhow::Result<()> {
     let bytes = fs::read(bzimage).with_context(|| format!("no {}", bzimage.display()))?;
     let word = |at: usize| {
@@ -236,23 +234,20 @@ fn extract(bzimage: &Path, to: &Path) -> anyhow::Result<()> {
     };
     let header = (bytes.get(0x1f1), word(0x248), word(0x24c));
     let (Some(&sectors), Some(offset), Some(len)) = header else {
-        bail!("{} is no bzImage", bzimage.display())
+        bail!("{} is not a bzImage", bzimage.display())
     };
     let begin = (usize::from(sectors) + 1) * 512 + offset;
     let payload = bytes
         .get(begin..begin + len)
-        .ok_or_else(|| anyhow!("{} is cut", bzimage.display()))?;
+        .ok_or_else(|| anyhow!("{} is cut off", bzimage.display()))?;
     let tool = match payload {
         [0x02, 0x21, 0x4c, 0x18, ..] => "lz4",
         [0xfd, b'7', b'z', ..] => "xz",
         [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
         [0x1f, 0x8b, ..] => "gzip",
-        _ => bail!(
-            "{} is packed in a way that is not known here",
-            bzimage.display()
-        ),
+        _ => bail!("{} has an unknown compression", bzimage.display()),
     };
-    // Behind the packed kernel stands its length, about which the tools complain.
+    // The length follows the compressed kernel, so the tools warn about trailing bytes.
     let elf = filter(tool, &["-dcq"], payload)?;
     if !elf.starts_with(b"\x7fELF") {
         bail!("{tool} did not unpack the kernel of {}", bzimage.display());
@@ -362,7 +357,7 @@ fn initramfs(modules: &Path) -> anyhow::Result<Vec<u8>> {
     Ok(archive.finish()?)
 }
 
-/// The modules with their dependencies, in the order in which they can be loaded.
+/// The modules with their dependencies, in an order in which they can be loaded.
 fn load_order(dir: &Path, wanted: &[&str]) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
     let mut files = BTreeMap::new();
     find_modules(dir, &mut files)?;
@@ -410,7 +405,7 @@ fn add_module(
         return Ok(());
     }
     let Some(path) = files.get(&name) else {
-        // The file system's helpers differ between kernels; what is really missing shows at the mount.
+        // The helpers of the file system differ between kernels. If one is really missing, mounting fails.
         return if FILE_SYSTEM.contains(&name.as_str()) {
             Ok(())
         } else {

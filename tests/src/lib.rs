@@ -1,15 +1,15 @@
-//! The harness for real guests: Debian's kernels in QEMU, with no network device, and the real binaries on the host.
+//! The harness for real guests: Debian's kernels in QEMU without a network device, and the real binaries on the host.
 //!
 //! | module | what |
 //! |---|---|
-//! | `image` | kernel package, initramfs and state disk → something to boot |
+//! | `image` | makes a kernel, an initramfs and a state disk from Debian's packages |
 //! | `cpio` | the initramfs format |
 //! | `guest` | a QEMU process and its serial line |
 //! | `nested` | a guest that runs `adit-vmm` with guests of its own |
-//! | `host` | aditd with its directories, and `adit` and `curl` beside it |
+//! | `host` | aditd with its directories; runs `adit` and `curl` |
 //! | `connect` | a CONNECT client that keeps half-close |
-//! | `process` | children that end with us |
-//! | `systemd` | a system manager of our own, for the unit that is shipped |
+//! | `process` | child processes that end with this one |
+//! | `systemd` | a systemd of its own, for the unit that adit ships |
 //! | `tamper` | a signed goal with one byte changed |
 #![forbid(unsafe_code)]
 
@@ -32,17 +32,17 @@ pub fn root() -> PathBuf {
         .map_or_else(PathBuf::new, Path::to_owned)
 }
 
-/// Where cargo builds.
+/// Cargo's target directory.
 pub fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
-/// adit-vmm, static.
+/// The static adit-vmm.
 pub fn vmm_bin() -> PathBuf {
     target().join("x86_64-unknown-linux-musl/vmm/adit-vmm")
 }
 
-/// Static binaries for guests.
+/// A static binary for guests.
 pub fn guest_bin(name: &str) -> PathBuf {
     target().join("x86_64-unknown-linux-musl/guest").join(name)
 }

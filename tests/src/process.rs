@@ -1,4 +1,4 @@
-//! Children that end with us, whatever way we end.
+//! Child processes that end with this process, however it ends.
 
 use std::io;
 use std::process::{Child, Command, Output};
@@ -13,7 +13,7 @@ pub fn bound(program: impl AsRef<std::ffi::OsStr>) -> Command {
     command
 }
 
-/// Killed and reaped when dropped.
+/// A child process. Drop kills and reaps it.
 #[derive(Debug)]
 pub struct Reaped(pub Child);
 
@@ -35,12 +35,12 @@ impl Reaped {
 
 impl Drop for Reaped {
     fn drop(&mut self) {
-        // Gone already is fine.
+        // An error means that it has ended already.
         let _ = self.kill();
     }
 }
 
-/// Runs a command to its end; its output, or what it said when it failed.
+/// Runs a command to its end. Returns its output; if it fails, the error contains the output.
 ///
 /// # Errors
 /// It cannot be started, or its status is not 0.
@@ -59,10 +59,10 @@ pub fn output(command: &mut Command) -> anyhow::Result<Output> {
     Ok(out)
 }
 
-/// Asks again and again until there is an answer; the name is for the message.
+/// Calls `ask` until it returns `Some`. `what` is for the error.
 ///
 /// # Errors
-/// There is none in time, or asking fails.
+/// The time is over, or `ask` fails.
 pub fn wait_for<T>(
     what: &str,
     limit: Duration,

@@ -1,7 +1,7 @@
-//! A systemd of our own: the system manager as process 1 of its own pid, mount and cgroup namespaces, with the units that
-//! it is given and no others.
+//! A systemd of its own for a test: process 1 of its own pid, mount and cgroup namespaces. It has only the units that the test
+//! gives it.
 //!
-//! Inside, `/run` and `/var/lib` are directories of the test, so that sockets there are within reach from outside.
+//! Inside, `/run` and `/var/lib` are directories of the test, so that sockets there can be reached from outside.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -13,21 +13,21 @@ use anyhow::Context;
 
 use crate::process::{Reaped, bound, output, wait_for};
 
-/// Debian's place for it.
+/// Debian's path of systemd.
 const PROGRAM: &str = "/lib/systemd/systemd";
-/// How long it may take until it answers.
+/// How long systemd may take to start.
 const START_LIMIT: Duration = Duration::from_secs(20);
 
-/// A running system manager. Dropped = it and all of its services are gone.
+/// A running systemd. Drop ends it and all of its services.
 #[derive(Debug)]
 pub struct Systemd {
-    /// `unshare`, which takes process 1 of the namespace with it when it is killed.
+    /// `unshare`. When it is killed, process 1 of the namespace dies too.
     outside: Reaped,
     log: PathBuf,
 }
 
 impl Systemd {
-    /// Tells why there can be none, if so.
+    /// The reason why systemd cannot run here, if there is one.
     pub fn missing() -> Option<&'static str> {
         if !Path::new(PROGRAM).exists() {
             return Some("systemd is not installed");
@@ -40,16 +40,16 @@ impl Systemd {
         (!may).then_some("namespaces need root")
     }
 
-    /// Starts one whose `/run` is `dir/run` and whose `/var/lib` is `dir/lib`, with `bins` at `/run/bin`. Its units are
-    /// what lies in `dir/run/units`.
+    /// Starts systemd. Its `/run` is `dir/run`, its `/var/lib` is `dir/lib`, `bins` is at `/run/bin`, and its units are in
+    /// `dir/run/units`.
     ///
     /// # Errors
-    /// It does not come up; what it said is in the message.
+    /// It does not start. The error contains its log.
     pub fn start(dir: &Path, bins: &Path) -> anyhow::Result<Self> {
         for inside in ["run/bin", "run/units", "lib"] {
             fs::create_dir_all(dir.join(inside))?;
         }
-        // What it boots into: nothing but itself.
+        // The default target needs no other unit.
         fs::write(
             dir.join("run/units/idle.target"),
             "[Unit]\nDefaultDependencies=no\n",
@@ -87,10 +87,10 @@ impl Systemd {
         Ok(systemd)
     }
 
-    /// Runs `systemctl` inside; what it printed.
+    /// Runs `systemctl` inside. Returns its output.
     ///
     /// # Errors
-    /// It fails; what it said is in the message.
+    /// It fails. The error contains its output.
     pub fn systemctl(&self, args: &[&str]) -> anyhow::Result<String> {
         let unshare = self.outside.pid();
         let children = fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children"))?;
@@ -105,7 +105,7 @@ impl Systemd {
         Ok(String::from_utf8_lossy(&out.stdout).into_owned())
     }
 
-    /// What it said.
+    /// Its log.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }

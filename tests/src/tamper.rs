@@ -1,13 +1,13 @@
-//! A signed goal with one byte changed, as somebody between manager and guest would.
+//! Changes one byte of a signed goal, as an attacker between manager and guest would.
 
 use anyhow::{Context, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
-/// Changes the last digit of the goal's id. It is still a goal, and another one: only the signature can tell.
+/// Changes the last digit of the goal's id. The result is a valid goal with another id: only the signature is wrong.
 ///
 /// # Errors
-/// The text is no envelope of a goal.
+/// The text is not the envelope of a goal.
 pub fn tamper(envelope: &str) -> anyhow::Result<String> {
     let mut value: serde_json::Value = serde_json::from_str(envelope)?;
     let mut payload = BASE64.decode(value["payload"].as_str().context("no payload")?)?;
@@ -18,7 +18,7 @@ pub fn tamper(envelope: &str) -> anyhow::Result<String> {
     );
     let last = payload
         .get_mut(begin.len() + 35)
-        .context("the payload is cut")?;
+        .context("the payload is cut off")?;
     *last = if *last == b'0' { b'1' } else { b'0' };
     value["payload"] = BASE64.encode(payload).into();
     Ok(value.to_string())

@@ -1,35 +1,35 @@
-//! `adit-testguest`: what the test guest serves. One static binary; a thread a connection.
+//! `adit-testguest`: the servers and clients of the test guest. One static binary, with a thread for each connection.
 //!
 //! - `http PORT NAME`: `/` is NAME's page; `/big?mb=N` is N MiB of the test pattern; `/slow?mb=N` the same at 8 MiB/s
 //!   `/ended`, `/waits` and `/cut` begin an answer without a length, and then end it, wait for the client's end, or reset
-//! - `tcp-echo PORT`, `vsock-echo PORT`: send back what comes, end when it ends
-//! - `dial-echo PORT FIRST`: dial the host: PORT echoes 1 B to 64 MiB in odd pieces, and many streams in quick succession;
-//!   on FIRST the host speaks and ends first, and gets all of it back afterwards. Says DIALS-OK
-//! - `dial-few PORT`: the same with less, for slow machines. Says DIALS-OK
-//! - `hold PORT`: dial the host, and say how the stream ends
-//! - `rtt PROXY TO LEN TIMES`: round trips of LEN bytes to an echo behind aditd's proxy; says the middle one, in us
-//! - `uds-echo PATH`, `uds-dial PATH PORT LEN`, `uds-hello PATH SERVICE`: the host's side of a VMM with Unix sockets: echo
-//!   what the guest sends; have the guest's PORT echo LEN bytes; ask the guest's agent for SERVICE, and have that echo
-//! - `kexec KERNEL INITRD`: start them as if after a reset
-//! - `vsock-sink PORT`: take as many bytes as the first eight say, and answer with one
-//! - `bench NAME CID ECHO SINK [FIGURE]`: measure against such ports (`guest/bench.rs`)
-//! - `ring-echo [PORT]`: find the ring and send back the records of its second lane; with PORT, a stream to it rings us
-//!   where there is no interrupt. Says RING-ATTACHED
-//! - `ring-poison PORT`: on each stream to PORT, read how many times the ring's region is to be poisoned, from beside
-//!   whoever uses it, 5 ms apart; do it, and answer with a byte
-//! - `ring-rude BOOT`, `ring-rude CASE`, `ring-rude list`: rewrite the ring's region in such ways; a verdict as of `adit-hostile`
-//! - `dial-host N`: dial the host's well-known port N times in quick succession; each is answered with a refusal
+//! - `tcp-echo PORT`, `vsock-echo PORT`: echo, and end when the peer ends
+//! - `dial-echo PORT FIRST`: dials the host. PORT echoes 1 B to 64 MiB in odd pieces, and many streams in quick succession.
+//!   On FIRST the host sends and ends first, and then gets all of it back. Prints DIALS-OK
+//! - `dial-few PORT`: the same with less data, for slow machines. Prints DIALS-OK
+//! - `hold PORT`: dials the host, and prints how the stream ends
+//! - `rtt PROXY TO LEN TIMES`: round trips of LEN bytes to an echo behind aditd's proxy; prints the median, in us
+//! - `uds-echo PATH`, `uds-dial PATH PORT LEN`, `uds-hello PATH SERVICE`: the host's side of a VMM with Unix sockets: echoes
+//!   what the guest sends; sends LEN bytes to the guest's PORT and checks the echo; the same with SERVICE of the guest's agent
+//! - `kexec KERNEL INITRD`: starts them as if after a reset
+//! - `vsock-sink PORT`: reads as many bytes as the first eight say, and answers with one byte
+//! - `bench NAME CID ECHO SINK [FIGURE]`: measures against such ports (`guest/bench.rs`)
+//! - `ring-echo [PORT]`: finds the ring and echoes the records of its second lane. With PORT, and without an interrupt, bytes
+//!   on a stream to that port are the doorbell. Prints RING-ATTACHED
+//! - `ring-poison PORT`: reads a number from each stream to PORT, poisons the ring's region so often, 5 ms apart, beside the
+//!   process that uses it, and answers with a byte
+//! - `ring-attack BOOT`, `ring-attack CASE`, `ring-attack list`: attacks the ring's region; prints a verdict like `adit-hostile`
+//! - `dial-host N`: dials the host's well-known port N times in quick succession; each is answered with a refusal
 
-#![allow(unsafe_code)] // `kexec`: one system call that no crate wraps
+#![allow(unsafe_code)] // `kexec`: a system call for which no crate has a wrapper
 
 #[path = "guest/bench.rs"]
 mod bench;
-#[path = "guest/dull.rs"]
-mod dull;
 #[path = "guest/ring.rs"]
 mod ring;
-#[path = "guest/rude.rs"]
-mod rude;
+#[path = "guest/ring_attacks.rs"]
+mod ring_attacks;
+#[path = "guest/ring_unhelpful.rs"]
+mod ring_unhelpful;
 
 use std::ffi::CString;
 use std::fs::File;
@@ -63,11 +63,11 @@ fn main() -> anyhow::Result<()> {
         ["ring-echo"] => ring::echo(None),
         ["ring-echo", port] => ring::echo(Some(port.parse()?)),
         ["ring-poison", port] => ring::poison(port.parse()?),
-        ["ring-rude", "list"] => {
-            rude::list();
+        ["ring-attack", "list"] => {
+            ring_attacks::list();
             Ok(())
         }
-        ["ring-rude", case] => rude::rude(case),
+        ["ring-attack", case] => ring_attacks::attack_ring(case),
         ["dial-host", times] => dial_host(times.parse()?),
         ["vsock-sink", port] => vsock_sink(port.parse()?),
         ["bench", name, cid, echo, sink, ref only @ ..] => {
@@ -77,19 +77,19 @@ fn main() -> anyhow::Result<()> {
         }
         _ => {
             anyhow::bail!(
-                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | hold PORT | rtt PROXY TO LEN TIMES | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | ring-echo [PORT] | ring-poison PORT | ring-rude BOOT | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
+                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | hold PORT | rtt PROXY TO LEN TIMES | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | ring-echo [PORT] | ring-poison PORT | ring-attack BOOT | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
             )
         }
     }
 }
 
-/// What an echo takes at a time: enough that whoever measures through it measures little of it.
+/// Bytes that an echo handles at a time. Large, so that a measurement through the echo measures little of the echo.
 const ECHO_BYTES: usize = 64 << 10;
 
 fn tcp_echo(port: u16) -> anyhow::Result<()> {
     for stream in TcpListener::bind(("127.0.0.1", port))?.incoming() {
         let stream = stream?;
-        // Or the last piece of an answer waits 40 ms for an acknowledgement.
+        // Without this the last piece of an answer waits 40 ms for an acknowledgement.
         stream.set_nodelay(true)?;
         thread::Builder::new()
             .stack_size(128 << 10)
@@ -101,7 +101,7 @@ fn tcp_echo(port: u16) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Sends back what comes without a copy of it: what is measured through this echo is the way to it.
+/// Echoes without copying, so that a measurement through this echo measures the way to it.
 fn splice_back(stream: &TcpStream) -> io::Result<()> {
     let (from, to) = nix::unistd::pipe()?;
     let some = SpliceFFlags::SPLICE_F_MOVE;
@@ -118,7 +118,7 @@ fn splice_back(stream: &TcpStream) -> io::Result<()> {
 
 fn vsock_echo(port: u32) -> anyhow::Result<()> {
     let listener = VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, port)?;
-    // The library asks for 128: a storm of dials on a busy machine is more, and the kernel resets the rest.
+    // The library's backlog is 128. On a busy machine more dials may wait, and the kernel would reset them.
     nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::MAXALLOWABLE)?;
     for stream in listener.incoming() {
         let stream = stream?;
@@ -164,7 +164,7 @@ fn dial_echo(port: u32, first: u32) -> anyhow::Result<()> {
     }
     let mut stream = dial(first)?;
     let mut said = Vec::new();
-    // The host's half ends; ours is still good.
+    // The host has ended its half; ours is still open.
     stream.read_to_end(&mut said)?;
     stream.write_all(&said)?;
     stream.shutdown(Shutdown::Write)?;
@@ -189,7 +189,7 @@ fn rtt(proxy: SocketAddr, to: &str, len: usize, times: usize) -> anyhow::Result<
     stream.set_nodelay(true)?;
     let (sent, mut got) = (vec![0x5a; len], vec![0; len]);
     let mut took = Vec::with_capacity(times);
-    // The first ones warm caches and windows.
+    // The first round trips warm up caches and windows.
     for round in 0..times + times / 10 {
         let begin = Instant::now();
         stream.write_all(&sent)?;
@@ -219,7 +219,7 @@ fn dial_one(port: u32, len: u64) -> anyhow::Result<()> {
     round_trip(stream, sender, |s| s.shutdown(Shutdown::Write), len)
 }
 
-/// Sends and takes back `len` bytes of the pattern at the same time, to the end.
+/// Sends `len` bytes of the pattern and reads them back at the same time, to the end.
 fn round_trip<S: Read + Write + Send + 'static>(
     mut stream: S,
     mut sender: S,
@@ -237,7 +237,7 @@ fn round_trip<S: Read + Write + Send + 'static>(
     }
 }
 
-/// In pieces of ever other sizes.
+/// Sends in pieces of changing sizes.
 fn send_pattern(to: &mut impl Write, len: u64) -> io::Result<()> {
     let (mut at, mut piece) = (0, 1);
     while at < len {
@@ -278,7 +278,7 @@ fn uds_echo(path: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A stream to a port of the guest, as Firecracker's socket has it.
+/// A stream to a port of the guest, through a socket like Firecracker's.
 fn uds_connect(path: &str, port: u32) -> anyhow::Result<UnixStream> {
     let mut stream = UnixStream::connect(path)?;
     writeln!(stream, "CONNECT {port}")?;
@@ -313,7 +313,7 @@ fn uds_hello(path: &str, service: &str) -> anyhow::Result<()> {
     uds_check(stream, 100_000)
 }
 
-/// kexec_file_load(2), with the command line that this kernel got.
+/// kexec_file_load(2), with this kernel's own command line.
 fn kexec(kernel: &str, initrd: &str) -> anyhow::Result<()> {
     let (kernel, initrd) = (File::open(kernel)?, File::open(initrd)?);
     let line = std::fs::read_to_string("/proc/cmdline")?;
@@ -322,7 +322,7 @@ fn kexec(kernel: &str, initrd: &str) -> anyhow::Result<()> {
         [kernel.as_raw_fd(), initrd.as_raw_fd()],
         line.as_bytes_with_nul().len(),
     );
-    // SAFETY: two open descriptors, and a string of `len` bytes with its NUL, which the kernel copies.
+    // SAFETY: two open descriptors, and a string of `len` bytes including its NUL, which the kernel copies.
     let done = unsafe {
         libc::syscall(
             libc::SYS_kexec_file_load,
@@ -337,7 +337,7 @@ fn kexec(kernel: &str, initrd: &str) -> anyhow::Result<()> {
     match nix::sys::reboot::reboot(RebootMode::RB_KEXEC)? {}
 }
 
-/// Each stream asks for a service that there is not: the whole way there and back, without a side effect.
+/// Each stream asks for an unknown service: a complete round trip without a side effect.
 fn dial_host(times: u32) -> anyhow::Result<()> {
     for n in 0..times {
         let mut stream = dial(hello::PORT)?;
@@ -384,12 +384,12 @@ fn answer(mut stream: &TcpStream, name: &str) -> io::Result<()> {
         reader.read_line(&mut line)?;
     }
     if ["/ended", "/waits", "/cut"].contains(&path.as_str()) {
-        // Only how it stops says whether that was all.
+        // Only the way in which the stream ends says whether the answer is complete.
         stream.write_all(b"HTTP/1.1 200 OK\r\n\r\nthe first half")?;
         match path.as_str() {
             "/waits" => drop(reader.read(&mut [0])?),
             "/cut" => {
-                // Sent, and not only queued, when the reset comes.
+                // Wait, so that the bytes are sent and not only queued before the reset.
                 thread::sleep(Duration::from_millis(200));
                 let now = nix::libc::linger {
                     l_onoff: 1,

@@ -1,6 +1,6 @@
-//! aditd and its port processes without a guest: what a person or a client can do wrong, and restarts.
+//! aditd and its port processes without a guest: mistakes of people and clients, and restarts.
 //!
-//! These need the binaries that `cargo xtask test` builds; alone they say so and pass.
+//! These tests need the binaries that `cargo xtask test` builds. Without them they print that and pass.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -81,7 +81,7 @@ fn a_killed_port_process_and_a_reloaded_one_are_replaced() {
         })
         .unwrap()
     };
-    // More than may be started without a back-off.
+    // More often than a process may be started without a back-off.
     let mut pids = before.clone();
     for _ in 0..10 {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(pids[0]).unwrap());
@@ -100,7 +100,7 @@ fn a_killed_port_process_and_a_reloaded_one_are_replaced() {
     );
 }
 
-/// What /proc says of a process.
+/// A file of a process in /proc.
 fn proc(pid: u64, file: &str) -> String {
     std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap()
 }
@@ -117,7 +117,7 @@ fn signal(pid: u64, signal: nix::sys::signal::Signal) {
 }
 
 #[test]
-fn r115_each_port_process_is_a_user_of_its_own_that_its_successor_is_again() {
+fn r115_each_port_process_is_a_user_of_its_own_and_so_is_its_successor() {
     let Some((mut host, _)) = start(&["a", "b"]) else {
         return;
     };
@@ -132,7 +132,7 @@ fn r115_each_port_process_is_a_user_of_its_own_that_its_successor_is_again() {
         return;
     }
     assert!(users[0] != users[1] && users.iter().all(|u| *u >= 70_000));
-    // The next aditd knows them again, and gives the same users to those that it starts itself.
+    // The next aditd must know the users of running processes, and give the same ones to those that it starts itself.
     host.kill();
     host.launch().unwrap();
     assert_eq!(port_pids(&host, 2), before);
@@ -145,7 +145,7 @@ fn r115_each_port_process_is_a_user_of_its_own_that_its_successor_is_again() {
         .unwrap();
     let again: Vec<u32> = after.iter().map(|&pid| user(pid)).collect();
     assert_eq!(again, users);
-    // One that does not hear that it is to make place, or to end, is ended.
+    // A process that ignores the request to make room, or to end, is killed.
     signal(after[0], nix::sys::signal::Signal::SIGSTOP);
     let (code, said) = adit(&host, &["vm", "reload", "a"]);
     assert_eq!(code, 0, "{said}");
@@ -155,11 +155,16 @@ fn r115_each_port_process_is_a_user_of_its_own_that_its_successor_is_again() {
     host.kill();
     let gone = || {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", after[1]));
-        // A zombie at most, if whoever reaps orphans is slow.
+        // At most a zombie, if the reaper of orphans is slow.
         let ended = stat.is_err() || stat.is_ok_and(|s| s.contains(") Z "));
         Ok(ended.then_some(()))
     };
-    adit_tests::process::wait_for("its end", std::time::Duration::from_secs(30), gone).unwrap();
+    adit_tests::process::wait_for(
+        "the port process's end",
+        std::time::Duration::from_secs(30),
+        gone,
+    )
+    .unwrap();
 }
 
 #[test]
@@ -174,7 +179,7 @@ fn a_killed_aditd_serves_a_hundred_vms_again() {
         host.kill();
         let begin = Instant::now();
         host.launch().unwrap();
-        // Each by its old port process: none was started twice, none is left out.
+        // Each VM has its old port process: none was started twice, and none is missing.
         assert_eq!(port_pids(&host, names.len()), before);
         let answer = host.curl(&["http://vm-99/"]).unwrap();
         let answer = String::from_utf8_lossy(&answer.stdout).into_owned();
@@ -191,7 +196,7 @@ fn a_second_aditd_a_busy_port_and_a_bad_file_say_what_to_do() {
     let run = |file: &str, text: &str| {
         let path = host.dir().join(file);
         std::fs::write(&path, text).unwrap();
-        // One that does start after all is no reason to wait for ever.
+        // With a limit, because an aditd that starts after all would not end.
         let out = Command::new("timeout")
             .arg("20")
             .arg(bins.join("aditd"))
@@ -205,7 +210,7 @@ fn a_second_aditd_a_busy_port_and_a_bad_file_say_what_to_do() {
     let first = std::fs::read_to_string(host.dir().join("aditd.toml")).unwrap();
     let said = run("again.toml", &first);
     assert!(
-        said.contains("runs already") && said.contains(&host.pid().to_string()),
+        said.contains("already") && said.contains(&host.pid().to_string()),
         "{said}"
     );
     let dir = host.dir().display();
@@ -240,7 +245,7 @@ fn a_second_aditd_a_busy_port_and_a_bad_file_say_what_to_do() {
 }
 
 #[test]
-fn vms_are_added_kept_and_removed_and_taken_names_are_refused() {
+fn vms_are_added_kept_and_removed_and_used_names_are_refused() {
     let Some((mut host, _)) = start(&["a"]) else {
         return;
     };
@@ -296,13 +301,13 @@ fn talk(host: &Host, bytes: &[u8]) -> String {
         .unwrap();
     stream.write_all(bytes).unwrap();
     let mut answer = Vec::new();
-    // A reset after the answer is as good an end as a close.
+    // The end after the answer may be a reset or a regular close.
     let _ = stream.read_to_end(&mut answer);
     String::from_utf8_lossy(&answer).into_owned()
 }
 
 #[test]
-fn r66_what_follows_a_refused_connect_is_never_a_request() {
+fn r66_bytes_after_a_refused_connect_are_never_a_request() {
     let Some((host, _)) = start(&["a"]) else {
         return;
     };
@@ -313,7 +318,7 @@ fn r66_what_follows_a_refused_connect_is_never_a_request() {
 }
 
 #[test]
-fn r64_ports_in_every_other_spelling_are_refused_on_the_wire() {
+fn r64_ports_in_any_other_spelling_are_refused() {
     let Some((host, _)) = start(&["a"]) else {
         return;
     };
@@ -323,8 +328,8 @@ fn r64_ports_in_every_other_spelling_are_refused_on_the_wire() {
         "a:+80",
         "a",
         "a:080",
-        "A:80",
-        "a.:80",
+        "a..:80",
+        "a_:80",
         "127.0.0.1:80",
         "[::1]:80",
         "a:8080",
@@ -342,7 +347,7 @@ fn r64_ports_in_every_other_spelling_are_refused_on_the_wire() {
 }
 
 #[test]
-fn a_vm_without_a_guest_is_503_and_says_why() {
+fn a_vm_without_a_guest_gets_503_with_the_reason() {
     let Some((host, _)) = start(&["a"]) else {
         return;
     };
@@ -380,9 +385,9 @@ fn idle_processes_are_small() {
     }
 }
 
-/// A VMM at `ring.sock`, and a guest in it that takes the ring up: what `adit vm show` tells of each step.
+/// A VMM at `ring.sock`, and a guest that uses the ring: `adit vm show` reports each step.
 #[test]
-fn vm_show_tells_which_carrier_is_taken_and_why() {
+fn vm_show_says_which_carrier_is_used_and_why() {
     let Some((host, _)) = start(&["a"]) else {
         return;
     };
@@ -393,7 +398,7 @@ fn vm_show_tells_which_carrier_is_taken_and_why() {
         })
         .unwrap()
     };
-    shows("carrier        vsock: no VMM has handed a ring over");
+    shows("carrier        vsock: no VMM has offered a ring");
     let bytes = 4 << 20;
     let (memory, fd) = Mapped::memfd(bytes).unwrap();
     let bells = Bells::new().unwrap();
@@ -405,7 +410,7 @@ fn vm_show_tells_which_carrier_is_taken_and_why() {
         lanes: 2,
     };
     socket.offer(&offer, 1, fd.as_fd(), &bells).unwrap();
-    let said = shows("carrier        vsock: the guest has not taken the ring up");
+    let said = shows("carrier        vsock: the guest does not use the ring yet");
     assert!(
         said.contains("ring memory    memfd by attach socket, 4096 KiB, ")
             && said.contains(" ns a line, 0 streams"),
@@ -418,11 +423,12 @@ fn vm_show_tells_which_carrier_is_taken_and_why() {
         .unwrap();
     let guest = shard.spawn("guest").unwrap();
     let said = shows("carrier        ring: both sides use the ring");
-    // Nobody is there at the other end of vsock, and nothing is measured that could not be compared.
+    // Nobody is at the other end of vsock, so there is nothing to compare and no latency is measured.
     assert!(!said.contains("latency"), "{said}");
     drop(socket);
-    let said =
-        shows("carrier        vsock: the ring went: the other side closed the attach socket");
+    let said = shows(
+        "carrier        vsock: the ring was removed: the other side closed the attach socket",
+    );
     assert!(!said.contains("ring memory"), "{said}");
     drop(guest);
 }

@@ -1,6 +1,6 @@
-//! `adit-vmm` boots stock Debian, in a guest of QEMU's that has KVM: needs no KVM of the host.
+//! `adit-vmm` boots stock Debian, in a QEMU guest that has KVM. The host needs no KVM.
 //!
-//! These need the binaries and images that `cargo xtask test` builds; alone they say so and pass.
+//! These tests need the binaries and images that `cargo xtask test` builds. Without them they print that and pass.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,10 +10,10 @@ use adit_tests::image::{Image, Kernel};
 use adit_tests::nested::{self, BUILT, HELPERS, Inner, Nested};
 use adit_tests::{guest_bin, target, vmm_bin};
 
-/// A step takes seconds; a machine that is busy with other things many more.
+/// A step takes seconds, but many more on a busy machine.
 const LIMIT: Duration = Duration::from_secs(600);
 
-/// In L2: dials the host, waits until the host has done its part, and reboots the first time, powers off the second.
+/// Runs in L2: dials the host, waits until the host has done its part; reboots after the first boot, powers off after the second.
 const INNER: &str = r#"
 echo up >> /var/lib/boots
 adit-testguest dial-few 7000 || echo DIALS-FAILED
@@ -26,7 +26,7 @@ until adit-testguest dial-few 7009 >/dev/null 2>&1; do sleep 0.2; done
 poweroff -f
 "#;
 
-/// In L1, for one guest: two boots on one disk, streams both ways, the agent's hello, a reset and a power-off.
+/// Runs in L1, for one guest: two boots on one disk, streams in both directions, the agent's hello, a reset and a power-off.
 const OUTER: &str = r#"
 LOG=$T/$NAME.log UDS=$T/$NAME.sock
 dd if=/dev/zero of=$T/$NAME.disk bs=1M count=0 seek=16 2>/dev/null
@@ -54,14 +54,14 @@ done
 echo "NESTED-DONE $NAME"
 "#;
 
-/// In L1: this very program runs the one test, which must get to its end.
+/// Runs in L1: this very test program runs one test there, and must not skip it.
 const ITSELF: &str = r#"
-itself --exact a_stock_kernel_boots_where_plain_kvm_is --nocapture >/tmp/itself 2>&1 || echo "NESTED-FAIL: $?"
+itself --exact a_stock_kernel_boots_on_plain_kvm --nocapture >/tmp/itself 2>&1 || echo "NESTED-FAIL: $?"
 cat /tmp/itself
 grep -q "^NESTED-DONE new" /tmp/itself && echo NESTED-DONE itself || echo NESTED-FAIL it skipped
 "#;
 
-/// Nothing that the guest or a caller can do wrong ends in anything but one line that says what to do.
+/// Whatever a guest or a caller does wrong, the VMM prints one line that says what to do, and ends.
 const WRONG: &str = r#"
 wrong() { # TEXT ARGS...: fails at once, and says this
     text=$1; shift
@@ -70,43 +70,43 @@ wrong() { # TEXT ARGS...: fails at once, and says this
     [ $rc = 2 ] || { [ $rc = 1 ] && [ $(wc -l < /tmp/wrong) = 1 ]; } || fail "adit-vmm $*: status $rc: $(cat /tmp/wrong)"
     grep -q "$text" /tmp/wrong || fail "adit-vmm $*: $(cat /tmp/wrong)"
 }
-wrong "cannot open kernel \"/nowhere\" (name one to read)" --kernel /nowhere
-wrong "no x86-64 kernel" --kernel /etc/rc
+wrong "cannot open kernel \"/nowhere\": name a file" --kernel /nowhere
+wrong "not an x86-64 kernel" --kernel /etc/rc
 wrong "does not fit" --kernel /l2/old/vmlinux --initrd /l2/old/initrd --memory 64M
 wrong "64 to" --kernel /l2/old/vmlinux --memory 1M
-wrong "cannot open disk /nowhere (name one to write)" --kernel /l2/old/vmlinux --disk /nowhere
+wrong "cannot open disk /nowhere: name a file" --kernel /l2/old/vmlinux --disk /nowhere
 wrong "CIDs are 3" --kernel /l2/old/vmlinux --vsock cid=2
 wrong "power of two" --kernel /l2/old/vmlinux --ring 3M
-( ulimit -v 300000; wrong "give it less (--memory)" --kernel /l2/old/vmlinux --memory 512M )
+( ulimit -v 300000; wrong "give the guest less (--memory)" --kernel /l2/old/vmlinux --memory 512M )
 mv /dev/kvm /dev/kvm.away
 wrong "there is no /dev/kvm" --kernel /l2/old/vmlinux
 mv /dev/kvm.away /dev/kvm
 echo NESTED-DONE wrong
 "#;
 
-/// A guest that is no kernel at all, whatever it does: the VMM ends and says why, or goes on.
-const RUDE: &str = r#"
-LOG=/tmp/rude.log
-dd if=/dev/zero of=/tmp/rude.disk bs=1M count=0 seek=1 2>/dev/null
-rude() { start --kernel /l2/rude$1 --memory 64M --disk /tmp/rude.disk --vsock cid=3,uds=/tmp/rude; }
-rude 0; ended 0 "switched itself off"
+/// A guest that is hostile to its VMM: the VMM ends with a reason, or continues.
+const HOSTILE: &str = r#"
+LOG=/tmp/hostile.log
+dd if=/dev/zero of=/tmp/hostile.disk bs=1M count=0 seek=1 2>/dev/null
+hostile() { start --kernel /l2/hostile$1 --memory 64M --disk /tmp/hostile.disk --vsock cid=3,uds=/tmp/hostile; }
+hostile 0; ended 0 "switched itself off"
 [ $(tr -cd x < $LOG | wc -c) -ge 5000 ] || fail "the serial line lost bytes"
-rude 1; ended 3 "asked for a reset"
-rude 2; n=300; until [ $(tr -cd x < $LOG | wc -c) -ge 5000 ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "halting guest"; break; }; sleep 0.1; done
+hostile 1; ended 3 "asked for a reset"
+hostile 2; n=300; until [ $(tr -cd x < $LOG | wc -c) -ge 5000 ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "halting guest"; break; }; sleep 0.1; done
 kill -TERM $VMM; ended 0 stopped
 # At a terminal every key is the guest's, at once; ctrl-a x is not.
 mkdir -p /dev/pts; mount -t devpts devpts /dev/pts
 mkfifo /tmp/keys
-script -qec "adit-vmm run --kernel /l2/rude2 --memory 64M" /tmp/typescript </tmp/keys >/tmp/screen 2>&1 & VMM=$!
+script -qec "adit-vmm run --kernel /l2/hostile2 --memory 64M" /tmp/typescript </tmp/keys >/tmp/screen 2>&1 & VMM=$!
 exec 9>/tmp/keys
 n=300; until [ $(tr -cd x < /tmp/screen | wc -c) -ge 5000 ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "guest at a terminal: $(tail -c 300 /tmp/screen)"; break; }; sleep 0.1; done
 printf 'a\003\001x' >&9
 gone $VMM 60 || fail "at a terminal: $?"
 grep -q "adit-vmm: stopped" /tmp/screen || fail "at a terminal: $(tail -c 300 /tmp/screen)"
-echo NESTED-DONE rude
+echo NESTED-DONE hostile
 "#;
 
-/// In L2: something that goes on, and a stream that does not.
+/// Runs in L2: prints a line again and again, which a restore must continue, and holds a stream, which it must end.
 const TICKING: &str = r#"
 (while :; do adit-testguest hold 7001; sleep 0.5; done) &
 (
@@ -119,7 +119,7 @@ const TICKING: &str = r#"
 ) &
 "#;
 
-/// In L1: a VM is held, written down and let go on; what was written down is started twice, as it was and as a clone.
+/// Runs in L1: a VM is paused, saved and continued. The snapshot is started twice: in place of the VM, and as a clone.
 const SNAPSHOT: &str = r#"
 API=/tmp/api
 api() { curl -sS -m 60 --unix-socket $API -X "$@"; }
@@ -170,11 +170,11 @@ until_said FORKED 20
 for pid in $VMM $FIRST; do kill $pid; gone $pid 60 || fail "restored VM: $?"; done
 
 wrong() { text=$1; shift; adit-vmm restore "$@" --serial /tmp/w.log </dev/null >/tmp/wrong 2>&1 && fail "$*"; grep -q "$text" /tmp/wrong || fail "$*: $(cat /tmp/wrong)"; }
-wrong "cannot open state" --from /nowhere
+wrong "cannot open the snapshot" --from /nowhere
 wrong "give it the same" --from /tmp/snap --vsock cid=3
 wrong "cannot open disk" --from /tmp/snap --disk /nowhere --vsock cid=3
 printf x | dd of=/tmp/snap/state bs=1 seek=3000 conv=notrunc 2>/dev/null
-wrong "cut or altered" --from /tmp/snap --disk /tmp/disk --vsock cid=3
+wrong "cut off or changed" --from /tmp/snap --disk /tmp/disk --vsock cid=3
 echo NESTED-DONE snapshot
 "#;
 
@@ -189,7 +189,7 @@ fn identity<'a>(name: &'a str, agent: Option<&'a Path>, script: &'a str) -> Iden
     }
 }
 
-/// Where aditd and adit are. `None`, with the reason printed, if there is nothing to boot.
+/// The directory of aditd and adit. Prints the reason and returns `None` if nothing can be booted.
 fn bins() -> Option<PathBuf> {
     let bins = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from);
     if bins.is_none() {
@@ -215,9 +215,9 @@ fn vmm() -> (PathBuf, String) {
     (vmm_bin(), "/bin/adit-vmm".to_owned())
 }
 
-// Last by name: a short one, when the other processor is still busy with a long one.
+// Last by name, because it is short: the other processor may still be busy with a long one.
 #[test]
-fn what_a_caller_or_a_guest_does_wrong_ends_in_one_line() {
+fn wrong_use_and_hostile_guests_end_in_one_line() {
     let Some(_) = bins() else { return };
     let old = image(Kernel::V6_1);
     let inner = [Inner {
@@ -227,18 +227,18 @@ fn what_a_caller_or_a_guest_does_wrong_ends_in_one_line() {
     }];
     let dir = fresh("wrong");
     let mut programs = vec![vmm()];
-    programs.extend(Nested::rude_kernels(&dir).unwrap());
+    programs.extend(Nested::hostile_kernels(&dir).unwrap());
     let terminal = Path::new("/usr/bin/script");
     programs.extend(Nested::with_libraries(terminal, &dir.join("stripped")).unwrap());
-    let script = format!("{HELPERS}\n{WRONG}\n{RUDE}");
+    let script = format!("{HELPERS}\n{WRONG}\n{HOSTILE}");
     let mut l1 = Nested::boot(&old, &inner, &programs, &script, &dir).unwrap();
-    for marker in ["NESTED-DONE wrong", "NESTED-DONE rude"] {
+    for marker in ["NESTED-DONE wrong", "NESTED-DONE hostile"] {
         l1.wait_said(marker, LIMIT).unwrap();
     }
     report(&l1);
 }
 
-// First by name: the longest.
+// First by name, because it takes longest.
 #[test]
 fn a_debian_of_each_kernel_does_the_main_job_and_again_after_a_restore() {
     let Some(bins) = bins() else { return };
@@ -247,9 +247,9 @@ fn a_debian_of_each_kernel_does_the_main_job_and_again_after_a_restore() {
     report(&l1);
 }
 
-/// Without an L1. On such a machine the guest may take the processor's own counter for its clock.
+/// Without an L1. On such a machine the guest may use the processor's own counter as its clock.
 #[test]
-fn a_stock_kernel_boots_where_plain_kvm_is() {
+fn a_stock_kernel_boots_on_plain_kvm() {
     let Some(_) = bins() else { return };
     if let Err(why) = Accel::plain_kvm() {
         return println!("skipped: this machine's KVM boots no Linux: {why}");
@@ -261,7 +261,7 @@ fn a_stock_kernel_boots_where_plain_kvm_is() {
         packed: true,
     }];
     let clock = r"CLOCK='\(kvm-clock\|tsc\)'";
-    // More than there are would only wait for each other.
+    // More processors than the machine has would only wait for each other.
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get().min(2));
     let script =
         format!("{HELPERS}\n{clock} NAME=new KERNEL=bzimage CPUS={cpus} BOOTS='1 2'\n{OUTER}");
@@ -273,7 +273,7 @@ fn a_stock_kernel_boots_where_plain_kvm_is() {
 
 /// The test above, in an L1, where it cannot skip.
 #[test]
-fn a_stock_kernel_boots_where_plain_kvm_is_in_l1() {
+fn a_stock_kernel_boots_on_plain_kvm_in_l1() {
     let Some(_) = bins() else { return };
     let dir = fresh("itself");
     let programs = Nested::itself(&image(Kernel::V6_12), &dir.join("stripped")).unwrap();
@@ -300,7 +300,7 @@ fn report(l1: &Nested) {
 }
 
 #[test]
-fn a_held_vm_goes_on_in_another_process_and_as_a_clone() {
+fn a_paused_vm_continues_in_another_process_and_as_a_clone() {
     let Some(_) = bins() else { return };
     let new = image(Kernel::V6_12);
     let dir = fresh("snapshot");

@@ -3,8 +3,8 @@
 //! | request | does | answers |
 //! |---|---|---|
 //! | `GET /vm` | | 200 `{"state":"running"}`, or `paused` |
-//! | `PUT /pause`, `PUT /resume` | holds the VM, lets it continue | 204, also if it was in that state before |
-//! | `PUT /snapshot` `{"dir":"PATH"}` | writes the held VM to a new directory | 204; 409 while the VM runs |
+//! | `PUT /pause`, `PUT /resume` | pauses the VM, lets it continue | 204, also if it was in that state before |
+//! | `PUT /snapshot` `{"dir":"PATH"}` | writes the paused VM to a new directory | 204; 409 while the VM runs |
 //! | `PUT /stop` | ends the VM, like pulling its plug | 204 |
 //!
 //! Errors: status and `{"error":"..."}`. Whoever can open the socket controls the VM, so the socket has mode 0600. A client
@@ -157,7 +157,9 @@ fn request(client: &mut UnixStream) -> anyhow::Result<(String, String, Vec<u8>)>
                 // HTTP allows digits only; `parse` alone would accept a sign.
                 Some(h) => match std::str::from_utf8(h.value)?.trim() {
                     text if text.bytes().all(|b| b.is_ascii_digit()) => text.parse::<usize>()?,
-                    text => anyhow::bail!("content-length `{}` is no number", text.escape_debug()),
+                    text => {
+                        anyhow::bail!("content-length `{}` is not a number", text.escape_debug())
+                    }
                 },
                 None => 0,
             };
@@ -178,7 +180,7 @@ fn request(client: &mut UnixStream) -> anyhow::Result<(String, String, Vec<u8>)>
         );
         client.set_read_timeout(Some(left))?;
         let n = client.read(&mut some).context("the request did not come")?;
-        anyhow::ensure!(n > 0, "the request is cut");
+        anyhow::ensure!(n > 0, "the request is cut off");
         bytes.extend_from_slice(&some[..n]);
     }
 }

@@ -1,4 +1,4 @@
-//! A VM: memory, interrupt chips, processors, devices. Made, booted, started and ended here; paused in `hold`.
+//! A VM: memory, interrupt chips, processors, devices. Made, booted, started and ended here; paused in `pause`.
 
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;

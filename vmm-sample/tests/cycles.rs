@@ -3,8 +3,8 @@
 
 mod common;
 
-use adit_benches::DriverConfig;
 use adit_engine::Op;
+use adit_testkit::DriverConfig;
 use common::{Noise, Vm, until};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 
@@ -44,7 +44,7 @@ fn r12_ten_thousand_interrupted_sessions_leave_no_descriptor_and_no_mapping() {
             vm.kick(1);
         } else {
             // A connection request. The device may have seen it or not when the session ends.
-            let mut guest = adit_benches::stream::GuestStream::new(900, 7999);
+            let mut guest = adit_testkit::stream::GuestStream::new(900, 7999);
             let request = guest.header(Op::Request);
             vm.driver.send(&request, &[], 1);
             vm.driver.tx.publish();

@@ -5,10 +5,10 @@ mod common;
 use std::io::Write;
 use std::sync::Arc;
 
-use adit_benches::queue::Buffer;
-use adit_benches::{DriverConfig, VmMemory, memory};
 use adit_channel::device::{HEADER_BYTES, HOST_CID, RX_QUEUE, WireHeader};
 use adit_engine::{Kind, Op, PacketHeader};
+use adit_testkit::queue::Buffer;
+use adit_testkit::{DriverConfig, VmMemory, memory};
 use adit_vmm_sample::memory::ranges;
 use common::{DISK, DISK_RING, Noise, VSOCK, Vm, until, until_kick_is_read};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;

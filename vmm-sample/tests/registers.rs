@@ -121,7 +121,7 @@ fn r15_what_was_negotiated_stays_until_a_reset() {
 fn r16_queues_that_overflow_or_end_outside_are_refused() {
     let mut vm = Vm::new();
     let good = vm.driver.tx.addrs();
-    let ram = adit_benches::memory::MEMORY_BYTES as u64;
+    let ram = adit_testkit::memory::MEMORY_BYTES as u64;
     let bad = [
         u64::MAX,
         u64::MAX - 15,
@@ -157,7 +157,7 @@ fn r16_queues_that_overflow_or_end_outside_are_refused() {
     assert_eq!(refused, 3 * bad.len() * 4);
     vm.honest();
     // A table of a million descriptors; the device must read only the first few.
-    let table = adit_benches::memory::tx_payload(0);
+    let table = adit_testkit::memory::tx_payload(0);
     vm.driver.tx.write_desc(0, table, 16 << 20, 4, 0);
     vm.driver.tx.push(0);
     vm.driver.tx.publish();

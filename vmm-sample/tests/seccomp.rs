@@ -3,7 +3,7 @@
 
 mod common;
 
-use adit_benches::{DriverConfig, memory};
+use adit_testkit::{DriverConfig, memory};
 use adit_vmm_sample::seccomp::{Filters, Thread};
 use common::{DISK, DISK_RING, Vm};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use adit_benches::DriverConfig;
 use adit_benches::report::{Better, Figure, median};
+use adit_testkit::DriverConfig;
 use anyhow::bail;
 
 use crate::Options;

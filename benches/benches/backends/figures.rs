@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use adit_benches::DriverConfig;
 use adit_benches::report::{Better, Figure, median};
+use adit_testkit::DriverConfig;
 
 use crate::measure::{self, End};
 use crate::process::{Backend, Kind};

@@ -5,9 +5,9 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use adit_benches::memory::{MEMORY_BYTES, memfd};
-use adit_benches::{Driver, DriverConfig};
 use adit_channel::device::{FEATURES, GuestCid};
+use adit_testkit::memory::{MEMORY_BYTES, memfd};
+use adit_testkit::{Driver, DriverConfig};
 use anyhow::Context;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};

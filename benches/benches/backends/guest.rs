@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use adit_benches::stream::GuestStream;
 use adit_engine::{Kind, Op, PacketHeader};
+use adit_testkit::stream::GuestStream;
 use anyhow::bail;
 
 use crate::frontend::Attached;

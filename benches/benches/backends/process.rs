@@ -5,8 +5,8 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use adit_benches::DriverConfig;
 use adit_channel::device::GuestCid;
+use adit_testkit::DriverConfig;
 use anyhow::Context;
 
 use crate::frontend::Attached;

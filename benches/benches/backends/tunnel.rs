@@ -13,9 +13,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use adit_benches::DriverConfig;
 use adit_benches::report::{Better, Figure};
 use adit_channel::device::GuestCid;
+use adit_testkit::DriverConfig;
 use anyhow::{Context, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

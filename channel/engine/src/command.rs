@@ -1,4 +1,4 @@
-//! Commands: what the shell wants. A stale [`StreamId`] is ignored.
+//! Commands: what the shell asks for. A stale [`StreamId`] is ignored.
 
 use crate::stream::{BOTH, Phase, Stream, flags_of, owe};
 use crate::timers::NEVER;
@@ -8,10 +8,11 @@ use crate::{
 };
 
 impl Engine {
-    /// Lets the peer ask for a port, in this session and all that follow. Again for the same port is no error.
+    /// Lets the peer open streams to a port, in this session and all later ones. Listening on a port twice is not an
+    /// error.
     ///
     /// # Errors
-    /// There are [`LISTEN_MAX`] ports already.
+    /// The engine already listens on [`LISTEN_MAX`] ports.
     pub fn listen(&mut self, port: u32, kind: Kind) -> Result<(), ListenError> {
         let Kind::Stream = kind;
         if let Err(at) = self.listening.binary_search(&port) {
@@ -23,15 +24,16 @@ impl Engine {
         Ok(())
     }
 
-    /// Lets the peer ask for any port, as a host does that looks for a service only when it is asked for one.
+    /// Lets the peer open streams to any port. For a host that looks for a service only when the peer asks for its
+    /// port.
     pub fn listen_to_all(&mut self) {
         self.listening_to_all = true;
     }
 
-    /// Asks the peer for a port. `Connected` or `Closed` follows within `connect_timeout`.
+    /// Opens a stream to a port of the peer. `Connected` or `Closed` follows within `connect_timeout`.
     ///
     /// # Errors
-    /// No session, or one of the limits is reached.
+    /// There is no session, or a limit is reached.
     pub fn connect(
         &mut self,
         now: Tick,
@@ -40,7 +42,7 @@ impl Engine {
         lane: Lane,
     ) -> Result<StreamId, ConnectError> {
         let Kind::Stream = kind;
-        self.see(now);
+        self.advance_to(now);
         if !self.attached {
             return Err(ConnectError::NoSession);
         }
@@ -51,7 +53,7 @@ impl Engine {
         }
         let (table, listening) = (&self.table, &self.listening);
         let used = |port| table.contains(port, peer_port) || listening.binary_search(&port).is_ok();
-        // One more than can be in the way.
+        // Each stream and each listener uses at most one port, so one try more always finds a free one.
         let tries = table.used() + listening.len() as u32 + 1;
         let local_port = self
             .ephemeral
@@ -68,14 +70,15 @@ impl Engine {
         };
         let slot = self.open(stream).ok_or(ConnectError::NoCredit)?;
         self.known += 1;
-        // The pair is new: a reset owed to its former stream would hit this one.
+        // The pair belongs to a new stream now. A reset still owed to an earlier stream of the pair would end the new
+        // one.
         self.rst.cancel(local_port, peer_port);
         Ok(self.table.id(slot))
     }
 
-    /// Answers `Incoming`. Refused streams are `Closed` with `Refused`.
+    /// Answers `Incoming`. A refused stream becomes `Closed` with `Refused`.
     pub fn answer(&mut self, now: Tick, s: StreamId, a: Answer) {
-        self.see(now);
+        self.advance_to(now);
         let Some(slot) = self.table.get(s) else {
             return;
         };
@@ -99,7 +102,8 @@ impl Engine {
         }
     }
 
-    /// The sink holds this many bytes to send (`u32::MAX`: some, not known how many; 0: none). The last word counts.
+    /// The sink has this many bytes to send (`u32::MAX`: some, but the number is unknown; 0: none). The latest call
+    /// replaces earlier ones.
     pub fn offer(&mut self, s: StreamId, readable: u32) {
         let Some(slot) = self.table.get(s) else {
             return;
@@ -111,9 +115,9 @@ impl Engine {
         }
     }
 
-    /// The sink took `n` delivered bytes: fwd_cnt, window growth, credit update.
+    /// The sink took `n` delivered bytes. This advances fwd_cnt, and may grow the window and send a credit update.
     pub fn consumed(&mut self, now: Tick, s: StreamId, n: u32) {
-        self.see(now);
+        self.advance_to(now);
         let Some(slot) = self.table.get(s) else {
             return;
         };
@@ -141,11 +145,11 @@ impl Engine {
         }
     }
 
-    /// Ends one direction or both. Send: once everything offered is sent, the peer sees the end. Receive: what was delivered
-    /// and not consumed, and what comes, is dropped. Both: from now on the `shutdown_timeout` runs; a peer that was not
-    /// told the end of our sending before sees that we hung up.
+    /// Ends one direction or both. Send: once everything offered is sent, the peer sees the end. Receive: bytes that
+    /// were delivered and not consumed, and bytes that still arrive, are dropped. Both: `shutdown_timeout` starts now.
+    /// If the peer had not seen the end of our sending before, it sees that we hung up.
     pub fn shutdown(&mut self, now: Tick, s: StreamId, how: How) {
-        self.see(now);
+        self.advance_to(now);
         let Some(slot) = self.table.get(s) else {
             return;
         };
@@ -174,9 +178,9 @@ impl Engine {
         }
     }
 
-    /// Ends a stream at once: the peer gets a reset, the caller `Closed` with this reason.
+    /// Ends a stream at once. The peer gets a reset, and the caller gets `Closed` with this reason.
     pub fn reset(&mut self, now: Tick, s: StreamId, why: ResetReason) {
-        self.see(now);
+        self.advance_to(now);
         let Some(slot) = self.table.get(s) else {
             return;
         };

@@ -1,29 +1,32 @@
-//! Limits and times of one engine. Values out of range are brought into range, never an error: see `sane`.
+//! Limits and times of one engine. A value out of range is clamped and is never an error: see `sane`.
 
-/// Limits and times of one engine. All of them bound what one VM can take from the host.
+/// Limits and times of one engine. Each of them bounds what one VM can use of the host's resources.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineConfig {
-    /// Streams at a time, both directions together (default 1,024; at most [`STREAMS_MAX`](crate::STREAMS_MAX)). The last
-    /// eighth is for streams that we open: no process behind the peer can keep us from reaching it.
+    /// Maximum number of streams at a time, opened by either side (default 1,024; at most
+    /// [`STREAMS_MAX`](crate::STREAMS_MAX)). Only our side may open the last eighth, so that no process behind the
+    /// peer can make the peer unreachable for us.
     pub max_streams: u32,
-    /// Bytes of receive window that all streams of this VM share (default 8 MiB): the sum of all windows never exceeds
-    /// it, so it bounds what the shell may have to hold.
+    /// Bytes of receive window that all streams of this VM share (default 8 MiB). The sum of all windows never exceeds
+    /// it, so it bounds the bytes that the shell may have to hold.
     pub pool_bytes: u64,
-    /// Window a stream starts with, bytes (default 8 KiB).
+    /// Window at the start of a stream, in bytes (default 8 KiB). While few streams have windows it is up to eight times as
+    /// long: a 128th of what is free of the pool, and `max_window` at most.
     pub initial_window: u32,
-    /// Window it may grow to by use, bytes (default 512 KiB: a sixteenth of the pool).
+    /// Largest window that a stream can grow to by use, in bytes (default 512 KiB: a sixteenth of the pool).
     pub max_window: u32,
-    /// ns until an unanswered request, of either side, ends in `Timeout` (default 2 s).
+    /// Time in ns after which an unanswered request, of either side, ends with `Timeout` (default 2 s).
     pub connect_timeout: u64,
-    /// ns until a stream that is shut down both ways is reset (default 8 s, as Linux waits).
+    /// Time in ns after which a stream that we shut down both ways is reset (default 8 s, the same as in Linux).
     pub shutdown_timeout: u64,
-    /// Bytes that a stream may send in its turn while others wait (default 4,096). One packet a turn, whatever its size:
+    /// Bytes that a stream may send per turn while others wait (default 4,096). A turn is one packet of any size, so
     /// the last of n streams waits for at most n - 1 packets.
     pub quantum: u32,
-    /// A newer Linux guest resets a stream that holds more than buf_alloc / this many packets (0 = no limit; default
-    /// 576, Linux's `SKB_TRUESIZE(0)`).
+    /// A newer Linux guest resets a stream when it holds more than buf_alloc / this many packets of it (0 = no limit;
+    /// default 576, Linux's `SKB_TRUESIZE(0)`).
     pub packet_overhead: u32,
-    /// Both sides put the reason of a reset into its flags ([`PeerReason`](crate::PeerReason)); virtio has none.
+    /// Both sides put the reason of a reset into its flags ([`PeerReason`](crate::PeerReason)). virtio has no such
+    /// field.
     pub tells_reason: bool,
 }
 
@@ -43,12 +46,12 @@ impl Default for EngineConfig {
     }
 }
 
-/// Largest window of either side that is used: half the range of the 32-bit counters less a bit, so that "ahead" and
-/// "behind" stay apart.
+/// Largest window of either side that is used. It is well below half the range of the 32-bit counters, so that "ahead"
+/// and "behind" can be told apart.
 pub(crate) const WINDOW_MAX: u32 = 1 << 30;
 
 impl EngineConfig {
-    /// Brings every value into the range in which the arithmetic of the engine is exact.
+    /// Clamps every value to the range in which the arithmetic of the engine is exact.
     pub(crate) fn sane(mut self) -> Self {
         self.max_streams = self.max_streams.clamp(1, crate::STREAMS_MAX);
         self.initial_window = self.initial_window.clamp(1, WINDOW_MAX);

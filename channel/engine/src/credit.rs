@@ -1,18 +1,19 @@
-//! Credit (virtio 1.3 §5.10.6.3), both ways, and the pool.
+//! Credit (virtio 1.3 §5.10.6.3) in both directions, and the pool.
 //!
-//! The counters on the wire are 32 bits wide and wrap. [`TxCredit`] widens them to 64 bits, so that "ahead of what was
-//! sent" and "behind what was said" are told apart exactly (R36, R41); [`RxWindow`] keeps our own side in 32 bits,
-//! where every difference is at most a window. [`Marks`] counts packets by group. [`Pool`] lends windows: what is lent
+//! The counters on the wire have 32 bits and wrap. [`TxCredit`] extends them to 64 bits, so that it can exactly tell
+//! "more than was sent" from "less than was announced" (R36, R41). [`RxWindow`] keeps our own side in 32 bits, where
+//! every difference is at most a window. [`Marks`] counts packets in groups. [`Pool`] lends windows. The lent sum
 //! never exceeds its size, so a VM's memory is bounded whatever windows the peer announces (R37).
 
 use crate::Violation;
 use crate::config::WINDOW_MAX;
 
-/// How far behind its last word a peer's `fwd_cnt` may be: Linux samples it before it queues the packet, so two of its
-/// threads may overtake each other. Such a packet's credit is old news and is left out. Farther behind is a lie.
+/// How far a peer's `fwd_cnt` may be behind its highest value so far. Linux reads it before it queues the packet, so
+/// packets of two threads may arrive out of order. The credit of such a packet is outdated and is ignored. A larger
+/// difference breaks the protocol.
 pub(crate) const REORDER_MAX: u32 = 1 << 20;
 
-/// What the peer lets us send.
+/// The credit that the peer gives us for sending.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TxCredit {
     sent: u64,
@@ -22,7 +23,7 @@ pub(crate) struct TxCredit {
 }
 
 impl TxCredit {
-    /// Starts a stream; the peer's window is unknown, that is 0.
+    /// Starts a stream. The peer's window is unknown, so it is 0.
     pub(crate) const fn new() -> Self {
         Self {
             sent: 0,
@@ -32,12 +33,12 @@ impl TxCredit {
         }
     }
 
-    /// Returns the bytes sent and not yet taken by the peer.
+    /// Returns the bytes that were sent and that the peer's application has not taken yet.
     pub(crate) fn in_flight(&self) -> u64 {
         self.sent - self.taken
     }
 
-    /// Applies the credit fields of a packet; true if the peer took something or its window changed.
+    /// Applies the credit fields of a packet. Returns true if the peer took bytes or its window changed.
     pub(crate) fn update(&mut self, buf_alloc: u32, fwd_cnt: u32) -> Result<bool, Violation> {
         let ahead = fwd_cnt.wrapping_sub(self.taken as u32);
         if u64::from(ahead) <= self.in_flight() {
@@ -57,14 +58,14 @@ impl TxCredit {
         })
     }
 
-    /// Checks that `fwd_cnt` can be this stream's at all: a late packet of the pair's former stream may show that it
-    /// is late.
+    /// Checks whether `fwd_cnt` is possible for this stream. A late packet from an earlier stream of the same port
+    /// pair may carry an impossible one.
     pub(crate) fn plausible(&self, fwd_cnt: u32) -> Result<(), Violation> {
         let mut copy = *self;
         copy.update(self.buf_alloc, fwd_cnt).map(|_| ())
     }
 
-    /// Returns how many bytes may be sent now: 0 while the peer holds as many packets as it can.
+    /// Returns how many bytes may be sent now; 0 while the peer holds as many packets as it can.
     pub(crate) fn budget(&self, packet_overhead: u32) -> u32 {
         if self.marks.packets >= packet_limit(self.buf_alloc, packet_overhead) {
             return 0;
@@ -72,7 +73,8 @@ impl TxCredit {
         self.bytes()
     }
 
-    /// Returns the byte credit alone. A window that shrank below what is in flight is 0, not a huge number (R36).
+    /// Returns the byte credit alone. If the window is smaller than the bytes in flight the credit is 0, not a huge
+    /// number (R36).
     pub(crate) fn bytes(&self) -> u32 {
         let window = u64::from(self.buf_alloc.min(WINDOW_MAX));
         window.saturating_sub(self.in_flight()) as u32
@@ -89,8 +91,9 @@ impl TxCredit {
     }
 }
 
-/// Packets that the peer holds before it resets the stream: it does so when (packets + 1) x overhead > buf_alloc, looked
-/// at before the new one is queued. One is always allowed, or nothing would ever move.
+/// Number of packets that the peer holds before it resets the stream. It resets when (packets + 1) x overhead >
+/// buf_alloc, and checks this before it queues the new packet. One packet is always allowed; with none the stream
+/// would stall.
 fn packet_limit(buf_alloc: u32, packet_overhead: u32) -> u32 {
     match buf_alloc.checked_div(packet_overhead) {
         None => u32::MAX,
@@ -100,8 +103,9 @@ fn packet_limit(buf_alloc: u32, packet_overhead: u32) -> u32 {
 
 const MARKS: usize = 8;
 
-/// Packets in flight, as at most [`MARKS`] groups: (where the last one ends, how many). A group counts until its last
-/// byte is taken, so the count is never too low, and too high by one group at most in a steady stream.
+/// Packets in flight, in at most [`MARKS`] groups: (end position of the last packet, number of packets). A group
+/// counts until its last byte is taken. So the count is never too low, and in a steady stream too high by at most one
+/// group.
 #[derive(Clone, Copy, Debug)]
 struct Marks {
     groups: [(u32, u32); MARKS],
@@ -137,7 +141,7 @@ impl Marks {
     fn retire(&mut self, taken: u32) {
         while self.len > 0 {
             let (end, packets) = self.groups[usize::from(self.head)];
-            // At most WINDOW_MAX lie between the two, so the sign tells who is ahead.
+            // The two are at most WINDOW_MAX apart, so the sign of the difference tells which is ahead.
             if (taken.wrapping_sub(end) as i32) < 0 {
                 return;
             }
@@ -148,19 +152,19 @@ impl Marks {
     }
 }
 
-/// What we let the peer send. The window only ever grows: a guest that sees it shrink below what it has in flight may
-/// compute a huge credit from it (CVE-2026-23069), and would then be reset for our doing.
+/// The window that we give the peer. It only ever grows. A guest whose window shrinks below its bytes in flight may
+/// compute a huge credit (CVE-2026-23069). We would then reset its stream, although we caused the fault.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RxWindow {
     received: u32,
     taken: u32,
     window: u32,
-    /// `taken` and `window` as last told to the peer.
-    told_taken: u32,
-    told_window: u32,
-    /// Bytes taken since the window last grew.
+    /// `taken` and `window` as last announced to the peer.
+    announced_taken: u32,
+    announced_window: u32,
+    /// Bytes taken since the window grew last.
     since_growth: u32,
-    /// The peer filled most of the window since it last grew.
+    /// The peer has filled most of the window since it grew last.
     pressed: bool,
 }
 
@@ -170,8 +174,8 @@ impl RxWindow {
             received: 0,
             taken: 0,
             window,
-            told_taken: 0,
-            told_window: 0,
+            announced_taken: 0,
+            announced_window: 0,
             since_growth: 0,
             pressed: false,
         }
@@ -181,32 +185,32 @@ impl RxWindow {
         self.window
     }
 
-    /// Returns the bytes delivered and not yet consumed: never more than the window.
+    /// Returns the bytes that were delivered and not yet consumed: never more than the window.
     pub(crate) fn held(&self) -> u32 {
         self.received.wrapping_sub(self.taken)
     }
 
-    /// Receives `len` bytes.
+    /// Accounts for `len` received bytes.
     pub(crate) fn receive(&mut self, len: u32) -> Result<(), Violation> {
         let room = self.window - self.held();
         if len > room {
             return Err(Violation::CreditExceeded { len, window: room });
         }
         self.received = self.received.wrapping_add(len);
-        let used = self.received.wrapping_sub(self.told_taken);
+        let used = self.received.wrapping_sub(self.announced_taken);
         self.pressed |= used >= self.window - self.window / 4;
         Ok(())
     }
 
-    /// Takes up to `n` of the bytes that are held.
+    /// Marks up to `n` of the held bytes as taken.
     pub(crate) fn take(&mut self, n: u32) {
         let n = n.min(self.held());
         self.taken = self.taken.wrapping_add(n);
         self.since_growth = self.since_growth.saturating_add(n);
     }
 
-    /// Returns by how much the window should grow: it doubles once a whole window went through, the peer pressed
-    /// against it and the sink keeps pace.
+    /// Returns by how much the window should grow. It doubles after a whole window has passed through, if the peer
+    /// filled the window and the sink keeps up.
     pub(crate) fn growth(&self, max: u32) -> Option<u32> {
         let worth = self.pressed
             && self.window < max
@@ -221,69 +225,84 @@ impl RxWindow {
         self.pressed = false;
     }
 
-    /// Puts growth off until another window went through: the pool had nothing.
+    /// Delays growth until another window has passed through, because the pool had nothing left.
     pub(crate) fn postpone_growth(&mut self) {
         self.since_growth = 0;
         self.pressed = false;
     }
 
-    /// Returns true if the peer should hear of what was taken: it sees at most half a window free, and would see a
-    /// quarter more.
+    /// Returns true if the peer should get a credit update: it sees at most half of the window free, and the update
+    /// would free another quarter.
     ///
-    /// No stream hangs on it: a peer that sees nothing free has a window's bytes here untold, and when the sink has
-    /// taken them all the gain is that whole window.
+    /// No stream stalls without more updates. If the peer sees no free window, it has sent a whole window of bytes.
+    /// When the sink has taken all of them, the update frees that whole window.
     pub(crate) fn update_due(&self) -> bool {
-        let used = self.received.wrapping_sub(self.told_taken);
-        let free = self.told_window.saturating_sub(used);
+        let used = self.received.wrapping_sub(self.announced_taken);
+        let free = self.announced_window.saturating_sub(used);
         let gain = self
             .taken
-            .wrapping_sub(self.told_taken)
-            .saturating_add(self.window - self.told_window);
+            .wrapping_sub(self.announced_taken)
+            .saturating_add(self.window - self.announced_window);
         free <= self.window / 2 && gain >= (self.window / 4).max(1)
     }
 
-    /// Returns (buf_alloc, fwd_cnt) for a packet that is sent now.
-    pub(crate) fn tell(&mut self) -> (u32, u32) {
-        self.told_taken = self.taken;
-        self.told_window = self.window;
+    /// Returns (buf_alloc, fwd_cnt) for a packet that is sent now, and records them as announced.
+    pub(crate) fn announce(&mut self) -> (u32, u32) {
+        self.announced_taken = self.taken;
+        self.announced_window = self.window;
         (self.window, self.taken)
     }
 
-    /// As `tell`, for a packet that may not be sent after all.
+    /// As `announce`, for a packet that may not be sent after all. Records nothing.
     pub(crate) fn peek(&self) -> (u32, u32) {
         (self.window, self.taken)
     }
 }
 
-/// Smallest window that a stream is given when the pool is nearly used up, bytes (or the initial window, if less).
+/// Smallest window for a stream when the pool is nearly used up, in bytes (or the initial window, if that is smaller).
 pub(crate) const WINDOW_FLOOR: u32 = 1 << 10;
 
-/// Lends windows.
+/// A new stream's share of the free pool: one of so many parts.
+const POOL_SHARE: u64 = 128;
+/// A first window is at most so many initial windows.
+const GENEROUS: u32 = 8;
+
+/// Lends windows to streams.
 ///
-/// A new stream gets the initial window, or at exhaustion the floor; a floor for each slot not in use is set aside from
-/// the start, so with a pool of at least `max_streams` floors none is ever refused for credit. Windows grow only out of
-/// the upper three quarters: the last quarter is for newcomers. What was lent comes back when the stream ends.
+/// A new stream gets [`POOL_SHARE`] of what is free, but at least the initial window, and at most [`GENEROUS`] times as much:
+/// while there are few streams, the first bytes of each fit without waiting for credit. If the pool is nearly used up it
+/// gets the floor. A floor is reserved for every
+/// free slot from the start. So with a pool of at least `max_streams` floors, no stream is ever refused for lack of
+/// credit. Windows grow only from the first three quarters of the pool; the last quarter is reserved for new streams.
+/// A window is returned when its stream ends.
 pub(crate) struct Pool {
     total: u64,
     lent: u64,
     initial: u32,
+    generous: u32,
     floor: u32,
 }
 
 impl Pool {
-    pub(crate) fn new(total: u64, initial: u32) -> Self {
+    pub(crate) fn new(total: u64, initial: u32, max: u32) -> Self {
         Self {
             total,
             lent: 0,
             initial,
+            generous: initial.saturating_mul(GENEROUS).min(max),
             floor: initial.min(WINDOW_FLOOR),
         }
     }
 
-    /// Lends a first window; `slots_left` more streams may come after this one.
+    /// Lends the first window of a stream. After it, `slots_left` more streams are possible.
     pub(crate) fn open(&mut self, slots_left: u32) -> Option<u32> {
         let free = self.total - self.lent;
-        let window = if self.spare(slots_left) >= u64::from(self.initial) {
+        // No more than `generous`, which is a u32.
+        let share = (free / POOL_SHARE).min(u64::from(self.generous)) as u32;
+        let first = share.max(self.initial);
+        let window = if self.spare(slots_left) >= u64::from(first) {
+            first
+        } else if self.spare(slots_left) >= u64::from(self.initial) {
             self.initial
         } else if free >= u64::from(self.floor) {
             self.floor
@@ -294,7 +313,7 @@ impl Pool {
         Some(window)
     }
 
-    /// Lends `by` more.
+    /// Lends `by` more bytes.
     pub(crate) fn grow(&mut self, by: u32, slots_left: u32) -> bool {
         let fits = self.spare(slots_left).saturating_sub(self.total / 4) >= u64::from(by);
         if fits {
@@ -308,7 +327,7 @@ impl Pool {
         self.lent = self.lent.saturating_sub(u64::from(window));
     }
 
-    /// Returns the bytes lent.
+    /// Returns the number of lent bytes.
     pub(crate) fn lent(&self) -> u64 {
         self.lent
     }

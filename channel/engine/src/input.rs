@@ -1,18 +1,19 @@
-//! `handle_*`: packets, time, session changes. A packet is parsed, looked up, checked and only then applied.
+//! `handle_*`: packets, time, session changes. A packet is parsed, looked up and checked before it changes anything.
 
-use crate::stream::{BOTH, PROBE_FIRST_NS, PROBE_MAX_NS, Phase, Stream, owe, tell};
+use crate::stream::{BOTH, PROBE_FIRST_NS, PROBE_MAX_NS, Phase, Stream, event, owe};
 use crate::{
     Disposition, Engine, Kind, Lane, Op, PacketHeader, PeerReason, ResetReason, SHUTDOWN_RCV,
     SHUTDOWN_SEND, SessionChange, Tick, Violation,
 };
 
 impl Engine {
-    /// Handles a packet from the peer; `body_len` is what really follows its header. For a carrier with one lane.
+    /// Handles a packet from the peer. `body_len` is the number of bytes that actually follow its header. For a
+    /// carrier with one lane.
     pub fn handle_packet(&mut self, now: Tick, h: &PacketHeader, body_len: u32) -> Disposition {
         self.handle_packet_on(now, Lane::Bulk, h, body_len)
     }
 
-    /// Handles a packet that came on a lane: a stream that it asks for keeps to that one.
+    /// Handles a packet that arrived on a lane. If it opens a stream, that stream uses this lane.
     pub fn handle_packet_on(
         &mut self,
         now: Tick,
@@ -20,7 +21,7 @@ impl Engine {
         h: &PacketHeader,
         body_len: u32,
     ) -> Disposition {
-        self.see(now);
+        self.advance_to(now);
         let unexpected = Violation::Unexpected { op: h.op };
         if !self.attached {
             return Disposition::Ignore(unexpected);
@@ -28,7 +29,7 @@ impl Engine {
         let found = self.table.find(h.dst_port, h.src_port);
         let op = match check(h) {
             Ok(op) => op,
-            Err(v) => return self.on_nonsense(found, h, v, lane),
+            Err(v) => return self.on_malformed(found, h, v, lane),
         };
         match (op, found) {
             (Op::Rst, None) => Disposition::Consume,
@@ -37,7 +38,7 @@ impl Engine {
                 self.restored = false;
                 self.on_request(found, h, lane)
             }
-            // The guest is about to hear that this stream is gone.
+            // The guest will soon be informed that this stream is gone.
             (_, None) if self.restored => Disposition::Consume,
             (_, None) => self.refuse(h, lane),
             (_, Some(slot)) if !self.table[slot].live() => Disposition::Consume,
@@ -45,8 +46,9 @@ impl Engine {
         }
     }
 
-    /// Unknown operation, type or flags: a reset to the pair (and the end of its stream), but never for a reset.
-    fn on_nonsense(
+    /// Handles an unknown operation, type or flags: resets the pair and ends its stream, except when the packet is a
+    /// reset.
+    fn on_malformed(
         &mut self,
         found: Option<u32>,
         h: &PacketHeader,
@@ -67,16 +69,17 @@ impl Engine {
     }
 
     fn on_rst(&mut self, slot: u32, h: &PacketHeader) -> Disposition {
-        let peer = self.told(h);
+        let peer = self.peer_reason(h);
         let s = &self.table[slot];
-        // It names bytes that this stream never sent: late, from the stream that had the pair before (R45).
+        // The packet confirms bytes that this stream never sent: it is late, and from an earlier stream of the pair
+        // (R45).
         if s.live()
             && let Err(v) = s.tx.plausible(h.fwd_cnt)
         {
             return Disposition::Ignore(v);
         }
         match s.phase {
-            // The request is still with us, so the reset is for something before it.
+            // Our request is not sent yet, so the reset is for an earlier stream.
             Phase::Requested if s.owed & owe::REQUEST != 0 => {}
             Phase::Requested => {
                 let reason = match peer {
@@ -88,20 +91,20 @@ impl Engine {
             Phase::Open if s.finished() => self.drain(slot, None, false),
             Phase::Open if s.peer_shut & SHUTDOWN_SEND != 0 => self.drain(slot, Some(peer), false),
             Phase::Offered | Phase::Open => self.end(slot, Some(peer), false),
-            // Both reset at a time: ours is not sent any more.
+            // Both sides reset at the same time: our reset is not needed any more.
             Phase::Draining(_) | Phase::Ended(_) => self.withdraw_rst(slot),
             Phase::Free => {}
         }
         Disposition::Consume
     }
 
-    /// Why the peer resets, as far as it says.
-    fn told(&self, h: &PacketHeader) -> ResetReason {
-        let told = PeerReason::parse(h.flags).filter(|_| self.cfg.tells_reason);
-        told.map_or(ResetReason::Peer, ResetReason::Told)
+    /// Returns why the peer resets, if it says so.
+    fn peer_reason(&self, h: &PacketHeader) -> ResetReason {
+        let reason = PeerReason::parse(h.flags).filter(|_| self.cfg.tells_reason);
+        reason.map_or(ResetReason::Peer, ResetReason::Told)
     }
 
-    /// Lets go of a pair whose stream is over but for the RST that it owes.
+    /// Frees the pair of a stream that has ended and only still owes an RST.
     fn withdraw_rst(&mut self, slot: u32) {
         self.table[slot].owed = 0;
         self.table.unmap(slot);
@@ -112,10 +115,10 @@ impl Engine {
     fn on_request(&mut self, found: Option<u32>, h: &PacketHeader, lane: Lane) -> Disposition {
         let unexpected = Violation::Unexpected { op: h.op };
         match found.map(|slot| (slot, self.table[slot].phase)) {
-            // Said twice: the first is as good.
+            // A repeated request: the first one counts.
             Some((_, Phase::Offered)) => return Disposition::Ignore(unexpected),
             Some((slot, Phase::Requested | Phase::Open)) => return self.fault(slot, unexpected),
-            // The peer is done with the former stream of the pair; our reset would kill the new one (R45).
+            // The peer has finished the earlier stream of the pair. Our reset would end the new one (R45).
             Some((slot, _)) => self.withdraw_rst(slot),
             None => self.rst.cancel(h.dst_port, h.src_port),
         }
@@ -127,7 +130,7 @@ impl Engine {
         }
         let mut tx = Stream::FREE.tx;
         if let Err(v) = tx.update(h.buf_alloc, h.fwd_cnt) {
-            return self.on_nonsense(None, h, v, lane);
+            return self.on_malformed(None, h, v, lane);
         }
         let stream = Stream {
             phase: Phase::Offered,
@@ -135,7 +138,7 @@ impl Engine {
             local_port: h.dst_port,
             peer_port: h.src_port,
             tx,
-            events: tell::INCOMING,
+            events: event::INCOMING,
             ..Stream::FREE
         };
         match self.open(stream) {
@@ -160,7 +163,7 @@ impl Engine {
                 Disposition::Consume
             }
             (Op::Rw, Phase::Open) if s.peer_shut & SHUTDOWN_SEND == 0 => {
-                // Credit is news to one who has something to send.
+                // New credit only matters to a stream that has something to send.
                 if news && s.offered > 0 {
                     self.settle(slot);
                 }
@@ -170,7 +173,7 @@ impl Engine {
                 self.on_shutdown(slot, h.flags);
                 Disposition::Consume
             }
-            // Linux tells of a changed buffer size in any state.
+            // Linux announces a changed buffer size in any state.
             (Op::CreditUpdate, _) => Disposition::Consume,
             (Op::CreditRequest, phase) => {
                 if phase == Phase::Open {
@@ -188,7 +191,7 @@ impl Engine {
         let shutdown_at = self.after(self.cfg.shutdown_timeout);
         let s = &mut self.table[slot];
         s.phase = Phase::Open;
-        s.events |= tell::CONNECTED;
+        s.events |= event::CONNECTED;
         s.deadline = if s.local_shut == BOTH {
             shutdown_at
         } else {
@@ -224,10 +227,11 @@ impl Engine {
         }
     }
 
-    /// Owes a credit update if the peer should hear of what was taken: all that receiving and taking change for `settle`.
+    /// Queues a credit update if the peer should get one. This is the only effect of receiving and taking on what
+    /// `settle` maintains.
     pub(crate) fn owe_credit(&mut self, slot: u32) {
         let s = &mut self.table[slot];
-        // After its SHUTDOWN the peer sends nothing that it would need credit for.
+        // After its SHUTDOWN the peer sends nothing that needs credit.
         let owes = s.owed & owe::CREDIT_UPDATE != 0;
         let hears = s.phase == Phase::Open && s.peer_shut & SHUTDOWN_SEND == 0;
         if hears && !owes && s.rx.update_due() {
@@ -236,39 +240,40 @@ impl Engine {
         }
     }
 
-    /// The flags of all SHUTDOWN packets add up.
+    /// The flags of all SHUTDOWN packets of a stream are combined.
     fn on_shutdown(&mut self, slot: u32, flags: u32) {
         let s = &mut self.table[slot];
         let news = flags & !s.peer_shut;
-        // An engine of the version before adds the flags up when it ends after us; on a carrier of ours nothing else does so.
-        let adds_up = self.cfg.tells_reason && s.told_shut & SHUTDOWN_SEND != 0;
+        // The previous version of the engine sends both flags when it ends after us. On the ring carrier nothing else
+        // does.
+        let adds_up = self.cfg.tells_reason && s.sent_shut & SHUTDOWN_SEND != 0;
         let at_once = flags == BOTH && news & SHUTDOWN_SEND != 0 && !adds_up;
         s.peer_shut |= flags;
         if at_once && s.phase == Phase::Open {
             s.offered = 0;
-            s.events |= tell::HUNG_UP;
+            s.events |= event::HUNG_UP;
             return self.drain(slot, Some(ResetReason::HungUp), true);
         }
         if news & SHUTDOWN_RCV != 0 {
             s.offered = 0;
-            s.events |= tell::PEER_RCV;
+            s.events |= event::PEER_RCV;
         }
         if news & SHUTDOWN_SEND != 0 {
-            s.events |= tell::PEER_SEND;
+            s.events |= event::PEER_SEND;
         }
         if s.peer_shut != BOTH {
             return;
         }
         match s.phase {
-            // It hung up before it was answered.
+            // The peer hung up before the caller answered.
             Phase::Offered => self.end(slot, Some(ResetReason::Peer), true),
             _ => self.drain(slot, None, true),
         }
     }
 
-    /// Lets every deadline up to `now` pass.
+    /// Handles every deadline up to `now`.
     pub fn handle_timeout(&mut self, now: Tick) {
-        self.see(now);
+        self.advance_to(now);
         while let Some((at, slot)) = self.timers.first() {
             if at > self.now.0 {
                 return;
@@ -282,7 +287,7 @@ impl Engine {
         let s = &mut self.table[slot];
         if s.deadline <= now {
             return match s.phase {
-                // Both sides have said everything; only the peer's RST is missing.
+                // Both sides have ended their sending, and only the peer's RST is missing.
                 Phase::Open if s.finished() && s.peer_shut & SHUTDOWN_SEND != 0 => {
                     self.drain(slot, None, true)
                 }
@@ -295,11 +300,11 @@ impl Engine {
         self.settle(slot);
     }
 
-    /// A session began or ended: every stream of the old one ends. What the peer would be told of that is kept until it is
-    /// known whether its driver lives on.
+    /// A session began or ended. Every stream of the old session ends. Resets for the peer are kept until it is known
+    /// whether its driver is still the same.
     pub fn handle_session(&mut self, now: Tick, change: SessionChange) {
-        self.see(now);
-        // The second: whether the peer still has the streams of the session before, or may have them.
+        self.advance_to(now);
+        // `keeps`: the peer still has, or may still have, the streams of the earlier session.
         let (reason, keeps) = match change {
             SessionChange::Attached { .. } | SessionChange::Restored { .. } => {
                 (ResetReason::Epoch, false)
@@ -317,7 +322,7 @@ impl Engine {
                 Phase::Free => {}
                 Phase::Ended(_) if keeps => {}
                 Phase::Ended(_) => self.withdraw_rst(slot),
-                // The peer has closed already, and was answered.
+                // The peer has closed already, and got its answer.
                 Phase::Draining(_) if self.table[slot].owed & owe::RST == 0 => {
                     self.end(slot, Some(reason), false);
                 }
@@ -327,7 +332,7 @@ impl Engine {
     }
 }
 
-/// Checks what can be checked without knowing the stream.
+/// Checks everything that does not depend on the stream.
 fn check(h: &PacketHeader) -> Result<Op, Violation> {
     if Kind::parse(h.kind).is_none() {
         return Err(Violation::UnknownKind { kind: h.kind });
@@ -335,7 +340,7 @@ fn check(h: &PacketHeader) -> Result<Op, Violation> {
     let op = Op::parse(h.op).ok_or(Violation::UnknownOp { op: h.op })?;
     let known = match op {
         Op::Shutdown => BOTH,
-        // A carrier of ours may put a reason there.
+        // On the ring carrier the flags of a reset may hold a reason.
         Op::Rst => u32::MAX,
         _ => 0,
     };

@@ -1,20 +1,22 @@
-//! `poll_*`: events, packets, the next deadline; and who sends next.
+//! `poll_*`: events, packets, the next deadline; and which stream sends next.
 //!
-//! Order of packets: what streams owe (answers, credit, shutdown, reset), resets to pairs that are no stream, then data.
-//! All of the first two are bounded by what is open, so data always gets its turn.
+//! Order of packets: first the control packets that streams owe (answers, credit, shutdown, reset), then resets for
+//! pairs that have no stream, then data. The first two are bounded by the number of open streams, so data always gets
+//! its turn.
 //!
-//! Data: deficit round robin in each lane, one packet a turn. While others wait, a turn is worth `quantum` bytes, and what
-//! a small slot left of it is kept for the next turn (no more than one quantum); a stream alone fills its slots. Lane
-//! control goes first, but after [`CONTROL_RUN_MAX`] of its packets in a row a waiting bulk packet goes.
+//! Data: deficit round robin in each lane, one packet per turn. While other streams wait, a turn is worth `quantum`
+//! bytes. If a small slot uses less, the rest is kept for the next turn, up to one quantum. A stream that is alone
+//! fills its slots. Lane control goes first, but after [`CONTROL_RUN_MAX`] of its packets in a row a waiting bulk
+//! packet goes.
 
-use crate::stream::{BOTH, Phase, owe, tell};
+use crate::stream::{BOTH, Phase, event, owe};
 use crate::table::ListId;
 use crate::{
     Engine, Event, How, Kind, Lane, Op, PacketHeader, PeerReason, SHUTDOWN_SEND, StreamId, Tick,
     Transmit,
 };
 
-/// Data packets of lane control that may go in a row while bulk waits.
+/// Number of data packets of lane control that may go in a row while bulk waits.
 pub(crate) const CONTROL_RUN_MAX: u32 = 16;
 
 impl Engine {
@@ -24,32 +26,32 @@ impl Engine {
         let slot = self.table.first(ListId::Events)?;
         let stream = self.table.id(slot);
         let s = &mut self.table[slot];
-        let shut = s.events & (tell::PEER_RCV | tell::PEER_SEND);
-        let (told, event) = if s.events & tell::INCOMING != 0 {
+        let shut = s.events & (event::PEER_RCV | event::PEER_SEND);
+        let (delivered, event) = if s.events & event::INCOMING != 0 {
             let (local_port, peer_port) = (s.local_port, s.peer_port);
             s.announced = true;
             self.known += 1;
             (
-                tell::INCOMING,
+                event::INCOMING,
                 Event::Incoming {
                     stream,
                     local_port,
                     peer_port,
                 },
             )
-        } else if s.events & tell::CONNECTED != 0 {
-            (tell::CONNECTED, Event::Connected { stream })
-        } else if s.events & tell::WRITABLE != 0 {
-            (tell::WRITABLE, Event::Writable { stream })
+        } else if s.events & event::CONNECTED != 0 {
+            (event::CONNECTED, Event::Connected { stream })
+        } else if s.events & event::WRITABLE != 0 {
+            (event::WRITABLE, Event::Writable { stream })
         } else if shut != 0 {
             let how = match shut {
-                tell::PEER_RCV => How::Receive,
-                tell::PEER_SEND => How::Send,
+                event::PEER_RCV => How::Receive,
+                event::PEER_SEND => How::Send,
                 _ => How::Both,
             };
             (shut, Event::PeerShutdown { stream, how })
-        } else if s.events & tell::HUNG_UP != 0 {
-            (tell::HUNG_UP, Event::HungUp { stream })
+        } else if s.events & event::HUNG_UP != 0 {
+            (event::HUNG_UP, Event::HungUp { stream })
         } else {
             let reason = match s.phase {
                 Phase::Ended(reason) => reason,
@@ -57,10 +59,10 @@ impl Engine {
             };
             self.known = self.known.saturating_sub(1);
             self.table.retire_id(slot);
-            (tell::CLOSED, Event::Closed { stream, reason })
+            (event::CLOSED, Event::Closed { stream, reason })
         };
         let s = &mut self.table[slot];
-        s.events &= !told;
+        s.events &= !delivered;
         if s.events == 0 {
             self.table.set(ListId::Events, slot, false);
             self.free_if_done(slot);
@@ -68,13 +70,13 @@ impl Engine {
         Some(event)
     }
 
-    /// Returns true while `poll_transmit` would return something for a large enough slot.
+    /// Returns true if `poll_transmit` would return a packet for a large enough slot.
     #[must_use]
     pub fn wants_transmit(&self) -> bool {
         [Lane::Control, Lane::Bulk].map(|lane| self.wants_transmit_on(lane)) != [false; 2]
     }
 
-    /// As [`wants_transmit`](Self::wants_transmit), of one lane.
+    /// As [`wants_transmit`](Self::wants_transmit), for one lane.
     #[must_use]
     pub fn wants_transmit_on(&self, lane: Lane) -> bool {
         let lists = [ListId::owed(lane), ListId::data(lane)];
@@ -82,14 +84,15 @@ impl Engine {
         self.attached && (listed() || !self.rst.is_empty(Some(lane)))
     }
 
-    /// Returns the next packet for a slot that takes `capacity` payload bytes. One without a body counts as sent; with a
-    /// body, nothing is sent until `commit_body`.
+    /// Returns the next packet for a slot with room for `capacity` payload bytes. A packet without a body counts as
+    /// sent. A packet with a body is not sent until `commit_body`.
     #[must_use]
     pub fn poll_transmit(&mut self, now: Tick, capacity: u32) -> Option<Transmit> {
         self.poll_transmit_on(now, None, capacity)
     }
 
-    /// As [`poll_transmit`](Self::poll_transmit), for a slot of one lane; `None`: the carrier has one for both.
+    /// As [`poll_transmit`](Self::poll_transmit), for a slot of one lane. `None` means that the carrier has one queue
+    /// for both lanes.
     #[must_use]
     pub fn poll_transmit_on(
         &mut self,
@@ -97,7 +100,7 @@ impl Engine {
         lane: Option<Lane>,
         capacity: u32,
     ) -> Option<Transmit> {
-        self.see(now);
+        self.advance_to(now);
         if !self.attached {
             return None;
         }
@@ -159,14 +162,14 @@ impl Engine {
     /// Returns the bytes that a stream may send in its turn.
     fn turn(&self, slot: u32) -> u32 {
         let s = &self.table[slot];
-        if self.table.crowded(ListId::data(s.lane)) {
+        if self.table.has_several(ListId::data(s.lane)) {
             s.deficit.saturating_add(self.cfg.quantum)
         } else {
             u32::MAX
         }
     }
 
-    /// Sends one of the control packets that a stream owes; the most urgent of all is the one that ends it.
+    /// Sends one of the control packets that a stream owes. An RST comes before all others.
     fn pay(&mut self, slot: u32) -> Transmit {
         let shutdown_at = self.after(self.cfg.shutdown_timeout);
         let s = &mut self.table[slot];
@@ -181,15 +184,15 @@ impl Engine {
                 (u8::MAX, Op::Rst)
             }
             owed if owed & owe::REQUEST != 0 => (owe::REQUEST, Op::Request),
-            // A response tells the credit too.
+            // A response also carries the credit.
             owed if owed & owe::RESPONSE != 0 => (owe::RESPONSE | owe::CREDIT_UPDATE, Op::Response),
             owed if owed & owe::CREDIT_UPDATE != 0 => (owe::CREDIT_UPDATE, Op::CreditUpdate),
             owed if owed & owe::CREDIT_REQUEST != 0 => (owe::CREDIT_REQUEST, Op::CreditRequest),
             _ => {
                 flags = s.shut_due();
                 s.local_shut |= flags;
-                s.told_shut |= flags;
-                if s.told_shut == BOTH && s.deadline == crate::timers::NEVER {
+                s.sent_shut |= flags;
+                if s.sent_shut == BOTH && s.deadline == crate::timers::NEVER {
                     s.deadline = shutdown_at;
                 }
                 (owe::SHUTDOWN, Op::Shutdown)
@@ -197,7 +200,7 @@ impl Engine {
         };
         s.owed &= !paid;
         let header = Self::header(s, op, 0, flags);
-        s.rx.tell();
+        s.rx.announce();
         let lane = s.lane;
         if op == Op::Rst {
             self.table.unmap(slot);
@@ -214,16 +217,16 @@ impl Engine {
         }
     }
 
-    /// Accounts for `n` (1..=len) bytes that were put into the slot, and returns the final header. With `n == 0` (the
-    /// sink had nothing after all) call `offer(s, 0)` instead and give the slot back.
+    /// Accounts for `n` (1..=len) bytes that were put into the slot, and returns the final header. If `n` would be 0
+    /// (the sink has no bytes after all), call `offer(s, 0)` instead and return the slot unused.
     ///
-    /// For a stream that cannot send (the caller did more than `offer` in between) the header is an RST from port 0 to
-    /// port 0, which no peer answers.
+    /// If the stream cannot send any more (the caller did more than `offer` in between), the header is an RST from
+    /// port 0 to port 0, which no peer answers.
     pub fn commit_body(&mut self, now: Tick, s: StreamId, n: u32) -> PacketHeader {
-        self.see(now);
+        self.advance_to(now);
         let slot = self.table.get(s).filter(|&slot| {
             let s = &self.table[slot];
-            s.phase == Phase::Open && s.told_shut & SHUTDOWN_SEND == 0
+            s.phase == Phase::Open && s.sent_shut & SHUTDOWN_SEND == 0
         });
         let Some(slot) = slot else {
             return PacketHeader {
@@ -236,7 +239,7 @@ impl Engine {
         let (quantum, overhead) = (self.cfg.quantum, self.cfg.packet_overhead);
         let s = &mut self.table[slot];
         let header = Self::header(s, Op::Rw, n, 0);
-        s.rx.tell();
+        s.rx.announce();
         s.tx.send(n, overhead);
         if s.offered != u32::MAX {
             s.offered = s.offered.saturating_sub(n);
@@ -259,7 +262,7 @@ impl Engine {
         header
     }
 
-    /// Returns when `handle_timeout` is due.
+    /// Returns the time at which `handle_timeout` must be called.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Tick> {
         self.timers.first().map(|(at, _)| Tick(at))

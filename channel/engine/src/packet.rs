@@ -1,10 +1,10 @@
-//! The header of one packet as the engine sees it: virtio 1.3 §5.10.6 without the CIDs.
+//! The header of one packet in the engine: virtio 1.3 §5.10.6 without the CIDs.
 //!
-//! Whose packet it is says the channel that it came on, so CIDs are the carrier's business (it checks and counts
-//! them); the engine knows ports only. `kind`, `op` and `flags` are kept as the peer wrote them: [`Op::parse`] and
-//! [`Kind::parse`] return the checked types.
+//! The channel on which a packet arrives tells whose it is. So the carrier checks and counts CIDs, and the engine
+//! knows only ports. `kind`, `op` and `flags` have the values that the peer wrote; [`Op::parse`] and [`Kind::parse`]
+//! return the checked types.
 
-/// Payload-free packet header. Fields are in host byte order; `src_port` is the sender's port.
+/// Packet header without payload. Fields are in host byte order; `src_port` is the sender's port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PacketHeader {
     /// Port of the sender.
@@ -19,9 +19,9 @@ pub struct PacketHeader {
     pub op: u16,
     /// Flags of the operation (SHUTDOWN: bit 0 sender receives no more, bit 1 sender sends no more).
     pub flags: u32,
-    /// Bytes that the sender buffers for this stream.
+    /// Size of the sender's receive buffer for this stream, in bytes.
     pub buf_alloc: u32,
-    /// Free-running count of bytes that the sender's application has taken.
+    /// Free-running count of the bytes that the sender's application has taken.
     pub fwd_cnt: u32,
 }
 
@@ -34,7 +34,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Parses a socket type; `None` for one that the engine does not speak.
+    /// Parses a socket type; `None` for a type that the engine does not support.
     pub fn parse(raw: u16) -> Option<Self> {
         (raw == 1).then_some(Self::Stream)
     }
@@ -54,7 +54,7 @@ pub enum Op {
     Shutdown = 4,
     /// Carries payload.
     Rw = 5,
-    /// Tells `buf_alloc` and `fwd_cnt`.
+    /// Announces `buf_alloc` and `fwd_cnt`.
     CreditUpdate = 6,
     /// Asks for a `CreditUpdate`.
     CreditRequest = 7,

@@ -1,33 +1,34 @@
-//! Resets owed for port pairs that are no stream of ours (R43, R45, R46): a small set without duplicates, filled at a
-//! bounded rate. What does not fit is dropped and counted: the peer's own timeouts cover it. Resets of streams are not
-//! here: they are never dropped (the stream's slot keeps them).
+//! Resets owed to port pairs that have no stream (R43, R45, R46): a small set without duplicates, filled at a bounded
+//! rate. A reset that does not fit is dropped and counted; the peer's own timeouts then end its stream. Resets of
+//! streams are not in this set. They are never dropped, because the stream's slot keeps them.
 
 use alloc::collections::VecDeque;
 
 use crate::{Lane, Tick};
 
-/// Most resets owed at a time.
+/// Maximum number of resets that are owed at a time.
 pub const RST_MAX: usize = 256;
-/// One more reset may be queued every so many ns: 10,000 a second in the long run.
+/// Time in ns per queued reset in the long run: 10,000 a second.
 pub(crate) const RST_INTERVAL_NS: u64 = 100_000;
-/// Resets that may be queued at once before the rate counts.
+/// Number of resets that may be queued at once before the rate limit applies.
 pub(crate) const RST_BURST: u64 = 1024;
 
-/// One reset to send. Ports are ours and the peer's.
+/// One reset to send. `local_port` is ours, `peer_port` is the peer's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Rst {
     pub(crate) local_port: u32,
     pub(crate) peer_port: u32,
-    /// Socket type as the peer wrote it: Linux looks sockets up by it.
+    /// Socket type as the peer wrote it: Linux uses it to look up sockets.
     pub(crate) kind: u16,
-    /// Where the packet came that it answers: it must not overtake what was sent to the pair there before.
+    /// Lane of the packet that this reset answers. It must not overtake packets that were sent to the pair on that
+    /// lane before.
     pub(crate) lane: Lane,
 }
 
 /// The set, in order of arrival.
 pub(crate) struct RstSet {
     owed: VecDeque<Rst>,
-    /// When the rate would allow the next one if the burst were used up (virtual scheduling, ns).
+    /// Time at which the rate limit allows the next reset when the burst is used up (virtual scheduling, ns).
     due: u64,
 }
 
@@ -39,7 +40,7 @@ impl RstSet {
         }
     }
 
-    /// Owes a reset; false if it was dropped.
+    /// Queues a reset. Returns false if it was dropped.
     pub(crate) fn insert(&mut self, now: Tick, rst: Rst) -> bool {
         if self.owed.contains(&rst) {
             return true;
@@ -53,19 +54,19 @@ impl RstSet {
         true
     }
 
-    /// Forgets what is owed to a pair: a new request for it came in, which a late reset would kill.
+    /// Removes the resets for a pair, because a new request for it arrived. A late reset would end the new stream.
     pub(crate) fn cancel(&mut self, local_port: u32, peer_port: u32) {
         self.owed
             .retain(|r| r.local_port != local_port || r.peer_port != peer_port);
     }
 
-    /// Takes the next one, of a lane or of any.
+    /// Takes the next reset, of one lane or of any.
     pub(crate) fn pop(&mut self, lane: Option<Lane>) -> Option<Rst> {
         let at = self.owed.iter().position(|rst| on(rst, lane))?;
         self.owed.remove(at)
     }
 
-    /// Tells whether there is none, on a lane or on any.
+    /// Returns true if no reset is owed, on one lane or on any.
     pub(crate) fn is_empty(&self, lane: Option<Lane>) -> bool {
         !self.owed.iter().any(|rst| on(rst, lane))
     }
@@ -98,8 +99,8 @@ mod tests {
         let queued = (0..100_000)
             .filter(|&n| set.insert(Tick(0), rst(n)))
             .count();
-        assert_eq!(queued, RST_MAX, "full set drops");
-        // Drained at once, a storm of 60 s and a million packets gets the burst and the rate, no more.
+        assert_eq!(queued, RST_MAX, "a full set drops");
+        // Everything is sent at once. A storm of a million packets in 60 s gets the burst plus the rate, and no more.
         let mut sent = 0u64;
         for n in 0..1_000_000u32 {
             let now = Tick(u64::from(n) * 60_000);
@@ -111,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn same_pair_is_owed_once_and_cancelled_whole() {
+    fn a_pair_is_owed_one_reset_a_kind_and_cancel_removes_all() {
         let mut set = RstSet::new();
         assert!(set.insert(Tick(0), rst(5)) && set.insert(Tick(0), rst(5)));
         assert!(set.insert(Tick(0), Rst { kind: 2, ..rst(5) }));

@@ -1,7 +1,8 @@
-//! The slab of streams, the map from port pair to slot, and intrusive lists of the slots that have something to do.
+//! The slab of streams, the map from port pair to slot, and intrusive lists of the slots that have work to do.
 //!
-//! A slot is in a list or not: lists cannot grow beyond the slab, and joining or leaving one costs O(1) and allocates
-//! nothing. The map is a `BTreeMap`: O(log n) whatever ports a hostile peer chooses, with the last hit in front of it.
+//! A slot is in a list at most once, so a list cannot be longer than the slab. Adding and removing costs O(1) and
+//! allocates nothing. The map is a `BTreeMap`: O(log n) for any ports that a hostile peer chooses. The last hit is
+//! cached in front of it.
 
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
@@ -12,18 +13,18 @@ use crate::{Lane, PairChange, StreamId};
 
 const NIL: u32 = u32::MAX;
 
-/// What a slot can be listed for.
+/// The lists that a slot can be in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ListId {
-    /// Events owed to the caller.
+    /// The stream owes events to the caller.
     Events = 0,
-    /// Control packets owed to the peer, on lane control.
+    /// The stream owes control packets to the peer, on lane control.
     OwedControl = 1,
     /// The same, on lane bulk.
     OwedBulk = 2,
-    /// Bytes to send and credit for them, lane control.
+    /// The stream has bytes to send and credit for them, on lane control.
     DataControl = 3,
-    /// The same, lane bulk.
+    /// The same, on lane bulk.
     DataBulk = 4,
 }
 const LISTS: usize = 5;
@@ -76,7 +77,7 @@ pub(crate) struct Table {
     last_hit: (u64, u32),
     lists: [Ends; LISTS],
     max: u32,
-    /// Pairs that came and went since the last look; `None`: nobody looks.
+    /// Pair changes since the last `drain_pairs`; `None` if they are not recorded.
     pub(crate) changes: Option<Vec<PairChange>>,
 }
 
@@ -113,7 +114,7 @@ impl Table {
         }
     }
 
-    /// Returns how many slots were ever used: slots are 0..this.
+    /// Returns how many slots were ever used. All slots are below this number.
     pub(crate) fn len(&self) -> u32 {
         self.slots.len() as u32
     }
@@ -123,7 +124,7 @@ impl Table {
         (self.slots.len() - self.free.len()) as u32
     }
 
-    /// Returns how many more streams there may be.
+    /// Returns how many more streams are possible.
     pub(crate) fn left(&self) -> u32 {
         self.max - self.used()
     }
@@ -139,12 +140,13 @@ impl Table {
         Some(slot)
     }
 
-    /// Returns true if the pair is some stream's.
+    /// Returns true if a stream uses the pair.
     pub(crate) fn contains(&self, local_port: u32, peer_port: u32) -> bool {
         self.map.contains_key(&key(local_port, peer_port))
     }
 
-    /// Takes a slot for a stream, which keeps the generation of the slot, and maps its pair to it. None if full.
+    /// Puts a stream into a free slot and maps its pair to it. The slot keeps its generation. Returns `None` if the
+    /// table is full.
     pub(crate) fn insert(&mut self, stream: Stream) -> Option<u32> {
         let slot = match self.free.pop() {
             Some(slot) => slot,
@@ -158,7 +160,7 @@ impl Table {
                     stream: Stream::FREE,
                     links: [link; LINKS],
                 });
-                // So that freeing never allocates.
+                // Reserve now, so that freeing a slot never allocates.
                 self.free.reserve(self.slots.len());
                 self.len() - 1
             }
@@ -181,7 +183,7 @@ impl Table {
         Some(slot)
     }
 
-    /// Takes the pair away from a slot: packets for it no longer lead here.
+    /// Removes the pair of a slot from the map: packets for the pair no longer find the slot.
     pub(crate) fn unmap(&mut self, slot: u32) {
         let s = &mut self[slot];
         if core::mem::take(&mut s.mapped) {
@@ -208,7 +210,7 @@ impl Table {
         self.free.push(slot);
     }
 
-    /// Returns the name of the stream in a slot.
+    /// Returns the id of the stream in a slot.
     pub(crate) fn id(&self, slot: u32) -> StreamId {
         StreamId {
             slot,
@@ -216,13 +218,13 @@ impl Table {
         }
     }
 
-    /// Returns the slot of a name that is not stale.
+    /// Returns the slot of an id; `None` if the id is stale.
     pub(crate) fn get(&self, id: StreamId) -> Option<u32> {
         let s = &self.slots.get(id.slot as usize)?.stream;
         (s.generation == id.generation && s.phase != Phase::Free).then_some(id.slot)
     }
 
-    /// Makes the present name of a slot stale.
+    /// Makes the current id of a slot stale.
     pub(crate) fn retire_id(&mut self, slot: u32) {
         let s = &mut self[slot];
         s.generation = s.generation.wrapping_add(1);
@@ -237,7 +239,7 @@ impl Table {
         self.first(list).is_none()
     }
 
-    /// Lists a slot (at the end, if it is not there yet) or takes it off.
+    /// Adds a slot to a list (at the end, if it is not in it yet), or removes it.
     #[inline]
     pub(crate) fn set(&mut self, list: ListId, slot: u32, on: bool) {
         match (self.link(list, slot).on, on) {
@@ -247,18 +249,18 @@ impl Table {
         }
     }
 
-    /// Moves the first of a list to its end.
+    /// Moves the first slot of a list to its end.
     pub(crate) fn rotate(&mut self, list: ListId) {
         if let Some(slot) = self.first(list)
-            && self.crowded(list)
+            && self.has_several(list)
         {
             self.remove(list, slot);
             self.push(list, slot);
         }
     }
 
-    /// Returns true if the list has more than one member.
-    pub(crate) fn crowded(&self, list: ListId) -> bool {
+    /// Returns true if the list has more than one slot.
+    pub(crate) fn has_several(&self, list: ListId) -> bool {
         let ends = self.lists[list as usize];
         ends.head != ends.tail
     }

@@ -1,5 +1,5 @@
-//! One deadline a slot, in an indexed binary heap: set, clear and least in O(log n) or better, and no allocation once
-//! the slab has grown to its size.
+//! One deadline per slot, in an indexed binary heap. Setting, clearing and finding the earliest cost O(log n) or less.
+//! Nothing is allocated once the slab has its final size.
 
 use alloc::vec::Vec;
 
@@ -10,11 +10,11 @@ const ABSENT: u32 = u32::MAX;
 /// Deadlines by slot.
 #[derive(Default)]
 pub(crate) struct Timers {
-    /// Slots, a binary min-heap by `when`.
+    /// Slots, as a binary min-heap ordered by `when`.
     heap: Vec<u32>,
-    /// By slot: its place in `heap`, or `ABSENT`.
+    /// For each slot: its index in `heap`, or `ABSENT`.
     place: Vec<u32>,
-    /// By slot: its deadline, or `NEVER`.
+    /// For each slot: its deadline, or `NEVER`.
     when: Vec<u64>,
 }
 
@@ -53,7 +53,7 @@ impl Timers {
         }
     }
 
-    /// Returns the least deadline and its slot.
+    /// Returns the earliest deadline and its slot.
     pub(crate) fn first(&self) -> Option<(u64, u32)> {
         let &slot = self.heap.first()?;
         Some((self.when[slot as usize], slot))

@@ -1,4 +1,4 @@
-//! What goes into the engine and comes out of it, except packets: plain values without behaviour.
+//! Inputs and outputs of the engine, except packets: plain values without behaviour.
 
 use core::fmt;
 
@@ -8,7 +8,7 @@ use crate::PacketHeader;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tick(pub u64);
 
-/// Names a stream for ever: a stale id is harmless.
+/// Identifies a stream. Ids are not reused, so a stale id is harmless.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StreamId {
     pub(crate) slot: u32,
@@ -21,57 +21,57 @@ impl StreamId {
         self.slot
     }
 
-    /// Returns which of the streams that had this slot is meant.
+    /// Returns which of the streams that used this slot is meant.
     pub fn generation(self) -> u32 {
         self.generation
     }
 }
 
-/// What a peer did that virtio forbids. Carries evidence.
+/// A violation of the virtio protocol by a peer, with evidence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Violation {
     /// An operation that virtio does not define.
     UnknownOp {
-        /// As sent.
+        /// The number in the packet.
         op: u16,
     },
-    /// A socket type that the engine does not speak.
+    /// A socket type that the engine does not support.
     UnknownKind {
-        /// As sent.
+        /// The number in the packet.
         kind: u16,
     },
-    /// The header announces more payload than follows it.
+    /// The header announces more payload than the packet has.
     LengthMismatch {
         /// Announced bytes.
         header: u32,
-        /// Bytes that follow.
+        /// Bytes that follow the header.
         body: u32,
     },
     /// More payload than our window has room for.
     CreditExceeded {
         /// Payload bytes of the packet.
         len: u32,
-        /// Bytes that there was room for.
+        /// Bytes that the window had room for.
         window: u32,
     },
-    /// The peer says that it took bytes that were never sent, or takes back what it said.
+    /// The peer confirms bytes that were never sent, or takes back an earlier confirmation.
     FwdCntAhead {
-        /// As sent.
+        /// The value in the packet.
         fwd_cnt: u32,
         /// Bytes sent on this stream, modulo 2^32.
         tx_cnt: u32,
     },
-    /// Flags that mean nothing for this operation.
+    /// Flags that this operation does not have.
     BadFlags {
-        /// As sent.
+        /// The flags in the packet.
         flags: u32,
     },
-    /// An operation that this stream (or a session that is not there) cannot take in its state.
+    /// An operation that is not allowed in this state of the stream, or without a session.
     Unexpected {
-        /// As sent.
+        /// The operation in the packet.
         op: u16,
     },
-    /// The reset that the packet asks for was not queued: the set is full or the rate is used up.
+    /// The reset that answers the packet was not queued: the set is full, or the rate limit is reached.
     RstOverflow,
 }
 
@@ -84,13 +84,18 @@ impl fmt::Display for Violation {
                 write!(f, "header announces {header} bytes, {body} follow")
             }
             Self::CreditExceeded { len, window } => {
-                write!(f, "{len} bytes sent into a window of {window}")
+                write!(f, "the peer sent {len} bytes into a window of {window}")
             }
             Self::FwdCntAhead { fwd_cnt, tx_cnt } => {
-                write!(f, "fwd_cnt {fwd_cnt} does not fit {tx_cnt} bytes sent")
+                write!(
+                    f,
+                    "fwd_cnt {fwd_cnt} is impossible after {tx_cnt} sent bytes"
+                )
             }
-            Self::BadFlags { flags } => write!(f, "flags {flags:#x} mean nothing here"),
-            Self::Unexpected { op } => write!(f, "operation {op} not possible in this state"),
+            Self::BadFlags { flags } => {
+                write!(f, "flags {flags:#x} are not valid for this operation")
+            }
+            Self::Unexpected { op } => write!(f, "operation {op} is not allowed in this state"),
             Self::RstOverflow => f.write_str("too many packets for streams that do not exist"),
         }
     }
@@ -101,7 +106,7 @@ impl fmt::Display for Violation {
 pub enum ResetReason {
     /// The peer reset it.
     Peer,
-    /// The peer reset it, and said why: for a carrier that tells.
+    /// The peer reset it and sent a reason. Only on a carrier with reset reasons.
     Told(PeerReason),
     /// The request was refused: by the peer, or by `Answer::Refuse`.
     Refused,
@@ -111,14 +116,14 @@ pub enum ResetReason {
     Credit,
     /// The peer broke another rule.
     Protocol(Violation),
-    /// A new session began (reboot, restore, clone): no stream of the old one goes on.
+    /// A new session began (reboot, restore, clone). No stream of the old one continues.
     Epoch,
     /// The carrier is broken.
     CarrierFault,
-    /// We reset it.
+    /// Our side reset it.
     Local,
-    /// The peer closed both directions at once, without having ended its sending first: its process died, or broke the
-    /// stream off. What it sent arrived; whether that was all, nobody said.
+    /// The peer closed both directions at once, without ending its sending first: its process died, or it broke the
+    /// stream off. All bytes that it sent have arrived, but whether they are complete is unknown.
     HungUp,
 }
 
@@ -134,25 +139,25 @@ impl fmt::Display for ResetReason {
             Self::Epoch => "a new session began",
             Self::CarrierFault => "carrier fault",
             Self::Local => "reset locally",
-            Self::HungUp => "the peer hung up without ending its sending first",
+            Self::HungUp => "the peer closed the stream without ending its sending first",
         })
     }
 }
 
-/// Why the peer reset a stream, as it says itself: a carrier of ours puts a number of these into the flags of a reset. 0,
-/// and whatever is not listed, is no reason.
+/// The peer's reason for a reset. On the ring carrier the flags of a reset hold one of these numbers. 0 and unknown
+/// numbers mean "no reason".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum PeerReason {
-    /// The request was refused.
+    /// The peer refused the request.
     Refused = 1,
-    /// A deadline passed there.
+    /// A deadline passed at the peer.
     Timeout = 2,
-    /// We sent more than we had credit for.
+    /// We sent more than the peer gave us credit for.
     Credit = 3,
     /// We broke another rule.
     Protocol = 4,
-    /// Its application, or what it relays to, ended it.
+    /// The peer's application, or the connection that it relays, ended it.
     Local = 5,
 }
 
@@ -169,7 +174,7 @@ impl PeerReason {
         })
     }
 
-    /// What a side tells of its own reason; the others are none that a peer can hear of.
+    /// The reason that a side sends for its own `ResetReason`. The remaining reasons are never sent.
     pub fn of(reason: ResetReason) -> Option<Self> {
         Some(match reason {
             ResetReason::Refused => Self::Refused,
@@ -190,7 +195,7 @@ impl fmt::Display for PeerReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Refused => "refused",
-            Self::Timeout => "timed out there",
+            Self::Timeout => "timed out at the peer",
             Self::Credit => "we sent without credit",
             Self::Protocol => "we broke the protocol",
             Self::Local => "ended there",
@@ -198,115 +203,115 @@ impl fmt::Display for PeerReason {
     }
 }
 
-/// Which queue of the carrier a packet takes, and who goes first among streams with data.
+/// The queue of the carrier that a packet uses, and its priority among streams with data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Lane {
-    /// Ahead of bulk, but never so that bulk starves.
+    /// Goes before bulk, but bulk still gets its share.
     Control,
     /// Everything else.
     Bulk,
 }
 
-/// Directions of a stream, from the side of whoever shuts them down.
+/// Directions of a stream, seen from the side that shuts them down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
-    /// No more is received.
+    /// Receive no more.
     Receive,
-    /// No more is sent.
+    /// Send no more.
     Send,
-    /// Neither.
+    /// Both directions.
     Both,
 }
 
 /// The carrier's session began or ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SessionChange {
-    /// A session began: whatever was open ends with `ResetReason::Epoch`.
+    /// A session began. Every open stream ends with `ResetReason::Epoch`.
     Attached {
-        /// Number of the session, for the caller's records; the engine treats every attach as new.
+        /// Number of the session, for the caller's records. The engine treats every attach as new.
         epoch: u64,
     },
-    /// Like `Attached`, but with a driver that still has streams of a session before: each of them that this engine knew
-    /// gets a reset, ahead of everything else.
+    /// Like `Attached`, but the driver still has streams of an earlier session. Each of them that this engine knew
+    /// gets a reset, before anything else is sent.
     Continued {
         /// Number of the session.
         epoch: u64,
     },
-    /// Like `Attached`, on the queues of a saved device, whose carrier tells the guest that its streams are gone. Until the
-    /// guest asks for a new stream, packets of the old ones get no reset: a reset that came before that news would let a
-    /// reader in the guest take its stream for complete (Linux), where the news is ECONNRESET.
+    /// Like `Attached`, on the queues of a restored device. Its carrier informs the guest that its streams are gone
+    /// (ECONNRESET). Until the guest opens a new stream, packets of old streams get no reset. If a reset came before
+    /// that information, a reader in a Linux guest would treat its stream as complete.
     Restored {
         /// Number of the session.
         epoch: u64,
     },
-    /// The session ended: whatever was open ends with this reason. The resets that the peer would get are kept, in case its
-    /// driver lives on: see `Continued`.
+    /// The session ended: every open stream ends with this reason. The resets for the peer are kept, in case its
+    /// driver is still the same later: see `Continued`.
     Lost(ResetReason),
 }
 
-/// What to do with the body of the packet just handled.
+/// What to do with the body of the packet that was just handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Disposition {
     /// Nothing to deliver: drop the packet.
     Consume,
-    /// Move `len` bytes to the stream's sink (or hold them: they are inside its window). Bytes behind `len` are padding.
+    /// Move `len` bytes to the stream's sink, or hold them: they are within its window. Bytes after `len` are padding.
     Deliver {
-        /// Whose bytes.
+        /// The stream of the bytes.
         stream: StreamId,
-        /// How many, at least 1.
+        /// Number of bytes, at least 1.
         len: u32,
     },
-    /// Dropped, count it; the channel goes on.
+    /// Drop the packet and count it; the channel continues.
     Ignore(Violation),
-    /// The whole channel must be torn down. What a peer does wrong on one stream ends that stream only, so the engine
-    /// itself never asks for this; it is the word that a shell uses for the carrier's faults.
+    /// End the whole channel. A violation on one stream ends only that stream, so the engine never returns this. A
+    /// shell uses it for faults of the carrier.
     Tear(Violation),
 }
 
-/// What happened to a stream.
+/// Something that happened to a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The peer asks for `local_port` (one that `listen` named); `answer` it.
+    /// The peer requests `local_port`, on which the engine listens. Call `answer`.
     Incoming {
         /// The new stream.
         stream: StreamId,
-        /// The port asked for.
+        /// The requested port.
         local_port: u32,
-        /// The port that the peer asks from.
+        /// The peer's own port.
         peer_port: u32,
     },
-    /// The peer accepted what `connect` asked for.
+    /// The peer accepted the request of `connect`.
     Connected {
         /// The stream that `connect` returned.
         stream: StreamId,
     },
-    /// Credit came back to a stream that had offered bytes and none to send them with (advisory).
+    /// A stream that had offered bytes without credit has credit again (advisory).
     Writable {
-        /// Which stream.
+        /// The stream.
         stream: StreamId,
     },
-    /// The peer will send no more (Send), receive no more (Receive), or both. With Receive, bytes that were offered and
-    /// not yet sent are never sent.
+    /// The peer will send no more (Send), receive no more (Receive), or both. With Receive, offered bytes that were
+    /// not sent yet are never sent.
     PeerShutdown {
-        /// Which stream.
+        /// The stream.
         stream: StreamId,
-        /// What is newly shut.
+        /// The directions that are newly shut.
         how: How,
     },
-    /// The peer closed both directions at once, without having ended its sending first. A program that closes its socket
-    /// when it is done does so, and so does the system of one that was killed. `Closed` with `HungUp` follows once what was
-    /// delivered is consumed.
+    /// The peer closed both directions at once, without ending its sending first. A program that simply closes its
+    /// socket causes this, and so does a program that was killed. `Closed` with `HungUp` follows when the delivered
+    /// bytes are consumed.
     HungUp {
-        /// Which stream.
+        /// The stream.
         stream: StreamId,
     },
-    /// The stream is gone; its id is stale from now on. `None`: both directions ended in order, and every byte that was
-    /// delivered has been `consumed`.
+    /// The stream is gone; its id is stale from now on. `None`: both directions ended in order, and every delivered
+    /// byte has been `consumed`.
     Closed {
-        /// Which stream.
+        /// The stream.
         stream: StreamId,
-        /// Why, if not in order.
+        /// The reason, if it did not end in order.
         reason: Option<ResetReason>,
     },
 }
@@ -316,27 +321,27 @@ pub enum Event {
 pub enum Answer {
     /// The stream is open from now on.
     Accept,
-    /// The peer gets a reset, the caller a `Closed` with `Refused`.
+    /// The peer gets a reset, and the caller gets `Closed` with `Refused`.
     Refuse,
 }
 
 /// A packet to send. With `body`, read up to `len` bytes from the stream's sink into the slot, then call `commit_body`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transmit {
-    /// Final, unless there is a body: then `commit_body` returns the final one.
+    /// The header. It is final if there is no body; otherwise `commit_body` returns the final one.
     pub header: PacketHeader,
     /// Lane of the carrier.
     pub lane: Lane,
-    /// Whose bytes go into the slot, and at most how many.
+    /// The stream whose bytes go into the slot, and their maximum number.
     pub body: Option<(StreamId, u32)>,
 }
 
 /// Why `listen` failed. The caller's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ListenError {
-    /// Too many ports.
+    /// The engine listens on too many ports.
     TableFull {
-        /// How many there may be.
+        /// The maximum number.
         max: u32,
     },
 }
@@ -350,19 +355,19 @@ impl fmt::Display for ListenError {
 
 impl core::error::Error for ListenError {}
 
-/// Why `connect` failed. A lack of resources, or of a peer.
+/// Why `connect` failed: a resource or the peer is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectError {
-    /// Too many streams.
+    /// There are too many streams.
     TableFull {
-        /// How many there may be.
+        /// The maximum number.
         max: u32,
     },
     /// The credit pool cannot lend even the smallest window.
     NoCredit,
     /// No ephemeral port is free.
     NoPort,
-    /// Nobody is attached.
+    /// No session: the peer is not attached.
     NoSession,
 }
 
@@ -379,17 +384,17 @@ impl fmt::Display for ConnectError {
 
 impl core::error::Error for ConnectError {}
 
-/// A port pair began or ceased to be a stream's.
+/// A change of a port pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PairChange {
-    /// A stream has it.
+    /// A stream uses the pair from now on.
     Opened {
         /// Our port.
         local_port: u32,
         /// The peer's port.
         peer_port: u32,
     },
-    /// No stream has it any more, and no reset is owed to it.
+    /// No stream uses the pair any more, and no reset is owed to it.
     Closed {
         /// Our port.
         local_port: u32,

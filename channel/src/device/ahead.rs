@@ -1,78 +1,61 @@
-//! What a burst reads next is asked for while it deals with what came before: a guest on another core has just written it,
-//! and every line of it comes from there. Measured with packets of 64 bytes: 1.2 to 1.4
-//! times as many a second.
+//! Prefetches the data that a burst reads next while it handles the current chain. A guest on another core has just
+//! written that data, so every cache line must come from that core. Measured with packets of 64 bytes: 1.2 to 1.4
+//! times as many packets per second.
 //!
-//! When a chain is taken, the one behind it is walked, its buffers are asked for, and so is the table of the third. Nothing
-//! is fetched twice for it, and nothing of it outlives its burst.
-#![allow(unsafe_code)] // one instruction, which has no effect but on caches
+//! When a chain is taken, the next chain is walked and its buffers are prefetched, and so is the table of the third
+//! chain. No descriptor is read twice because of this, and nothing outlives the burst.
 
 use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_INDIRECT;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::bitmap::BitmapSlice;
-use vm_memory::{GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{GuestMemory, Permissions};
 
 use super::chain::{self, Malformed, Seg};
-use super::ring::Ring;
+use super::prefetch;
+use super::virtqueue::Virtqueue;
 
-/// Chains behind the one in hand.
+/// The chains after the current one.
 #[derive(Debug, Default)]
 pub(crate) struct Ahead {
-    /// Head of the next one, and what `walk` said of it.
+    /// Head of the next chain, and the result of `walk` for it.
     next: Option<(u16, Result<u64, Malformed>)>,
-    /// Its buffers.
+    /// Buffers of the next chain.
     segs: Vec<Seg>,
-    /// Head and first descriptor of the one behind it.
+    /// Head and first descriptor of the third chain.
     third: Option<(u16, Descriptor)>,
 }
 
 impl Ahead {
-    /// Forgets everything: the burst is over, or the memory is another one.
+    /// Forgets everything, because the burst is over or the memory was replaced.
     pub(crate) fn clear(&mut self) {
         (self.next, self.third) = (None, None);
     }
 
-    /// The next chain, if it was walked; its buffers change places with those in `segs`.
+    /// Returns the next chain if it was walked. Its buffers are swapped with those in `segs`.
     pub(crate) fn take(&mut self, segs: &mut Vec<Seg>) -> Option<(u16, Result<u64, Malformed>)> {
         let next = self.next.take()?;
         std::mem::swap(&mut self.segs, segs);
         Some(next)
     }
 
-    /// After a chain was taken. What is wrong with the next one is said when it is taken in its turn.
-    pub(crate) fn look<M: GuestMemory>(&mut self, mem: &M, ring: &Ring, limit: u64) {
-        let first = |head| chain::fetch(mem, ring.desc_table(), head).ok();
+    /// Looks ahead after a chain was taken. A malformed chain is only reported when it is taken later.
+    pub(crate) fn prefetch<M: GuestMemory>(&mut self, mem: &M, vq: &Virtqueue, limit: u64) {
+        let first = |head| chain::fetch(mem, vq.desc_table(), head).ok();
         let second = self.third.take().or_else(|| {
-            let head = ring.ahead(mem, 0)?;
+            let head = vq.ahead(mem, 0)?;
             Some((head, first(head)?))
         });
-        self.third = ring
-            .ahead(mem, 1)
-            .and_then(|head| Some((head, first(head)?)));
+        self.third = vq.ahead(mem, 1).and_then(|head| Some((head, first(head)?)));
         if let Some((_, desc)) = self.third
             && u32::from(desc.flags()) & VRING_DESC_F_INDIRECT != 0
             && let Ok(mut slices) = mem.get_slices(desc.addr(), 1, Permissions::Read)
             && let Some(Ok(slice)) = slices.next()
         {
-            soon(&slice);
+            prefetch::first_line(&slice);
         }
         self.next = second.map(|(head, desc)| {
             let read = Permissions::Read;
-            let walked = chain::walk_from(mem, ring, (head, desc), read, limit, &mut self.segs);
+            let walked = chain::walk_from(mem, vq, (head, desc), read, limit, &mut self.segs);
             (head, walked)
         });
     }
-}
-
-/// Asks for the first line of a buffer.
-pub(crate) fn soon<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) {
-    let guard = slice.ptr_guard();
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch is a hint: it changes no memory, and faults at no address.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(guard.as_ptr().cast());
-    }
-    // Elsewhere stable Rust has none.
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = guard;
 }

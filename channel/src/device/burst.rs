@@ -1,4 +1,4 @@
-//! The device as a carrier: what a burst takes from the guest and puts into its buffers.
+//! The device as a carrier: it takes packets from the guest's queue in bursts and fills the guest's buffers.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,55 +12,55 @@ use super::chain::{self, Cursor, Malformed};
 use super::iovec;
 use super::notice;
 use super::packet::{HEADER_BYTES, HOST_CID, PAYLOAD_MAX, WireHeader};
-use super::ring::Ring;
-use super::slot::{self, GuestPacket, GuestSlot, Lent};
+use super::slot::{self, GuestPacket, GuestSlot, Parts};
+use super::virtqueue::Virtqueue;
 use super::{Counters, TX_QUEUE, VsockDevice, WAKER_SESSION};
 use crate::carrier::{Armed, Carrier, CarrierCaps, CarrierFault, Interest, Woken};
 
-/// Truesize that newer Linux guests charge for a queued packet, bytes (`SKB_TRUESIZE(0)`).
+/// Bytes that newer Linux guests charge for a queued packet (`SKB_TRUESIZE(0)`).
 const PACKET_OVERHEAD: u32 = 576;
-/// Largest chain of the TX queue, bytes.
+/// Largest chain of the TX queue in bytes.
 const TX_CHAIN_MAX: u64 = HEADER_BYTES as u64 + PAYLOAD_MAX as u64;
-/// Largest chain of the RX queue, bytes (virtio 1.3 §2.7.5.2).
+/// Largest chain of the RX queue in bytes (virtio 1.3 §2.7.5.2).
 const RX_CHAIN_MAX: u64 = u32::MAX as u64;
 
-/// Next head, but no more in one call than a queue holds: a guest that posts broken chains as fast as they are given
-/// back must not keep a shard from its other work. The rest is found by `arm`.
+/// Returns the next head. One call examines at most one queue size of chains, because a guest may post broken chains
+/// as fast as they are returned, and that must not keep the shard from its other work. `arm` finds the rest.
 fn next_head<M: GuestMemory>(
     mem: &M,
-    ring: &mut Ring,
+    vq: &mut Virtqueue,
     chains_left: &mut u16,
 ) -> Result<Option<u16>, CarrierFault> {
     let Some(left) = chains_left.checked_sub(1) else {
         return Ok(None);
     };
     *chains_left = left;
-    ring.peek(mem)
+    vq.peek(mem)
 }
 
-/// Gives a chain back that broke a rule.
+/// Returns a chain that broke a rule to the guest.
 fn refuse<M: GuestMemory>(
     mem: &M,
-    ring: &mut Ring,
+    vq: &mut Virtqueue,
     counters: &mut Counters,
     head: u16,
     why: Malformed,
 ) -> Result<(), CarrierFault> {
     counters.refused(&why, head);
-    ring.advance();
-    ring.push_used(mem, head, 0)
+    vq.advance();
+    vq.push_used(mem, head, 0)
 }
 
-/// Gives back a chain from the guest, behind those that are held back.
+/// Returns a chain of the TX queue to the guest, after the chains that are kept.
 fn give_back<M: GuestMemory>(
     mem: &M,
-    ring: &mut Ring,
+    vq: &mut Virtqueue,
     aside: &mut Aside,
     head: u16,
 ) -> Result<(), CarrierFault> {
     match aside.hold_back(head) {
         true => Ok(()),
-        false => ring.push_used(mem, head, 0),
+        false => vq.push_used(mem, head, 0),
     }
 }
 
@@ -90,25 +90,25 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             packet_overhead: PACKET_OVERHEAD,
             lanes: false,
             tells_reason: false,
-            // More does not make the system call cheaper.
+            // With more bytes the system call does not become cheaper.
             run_bytes: 64 << 10,
         }
     }
 
     fn begin(&mut self) {
         if self.change.is_some() {
-            // The streams that the shell knows are another session's.
+            // The shell has not handled a session change yet, so the streams that it knows belong to another session.
             return;
         }
         let Some(active) = self.active.as_mut().filter(|a| !a.torn) else {
             return;
         };
-        // Left from a burst before.
+        // Left over from an earlier burst.
         self.ahead.clear();
         self.aside.release();
         let mem = self.snapshot.insert(active.mem.memory());
-        for ring in [&mut active.rx, &mut active.tx] {
-            if let Err(fault) = ring.disable_notify(&**mem) {
+        for vq in [&mut active.rx, &mut active.tx] {
+            if let Err(fault) = vq.disable_notify(&**mem) {
                 self.fault.get_or_insert(fault);
             }
         }
@@ -117,7 +117,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
     fn rx(&mut self) -> Result<Option<Self::Rx<'_>>, CarrierFault> {
         let tx = self.active.as_ref().map(|a| &a.tx);
         if tx.is_some_and(|tx| tx.unpublished() >= tx.size().div_ceil(4)) {
-            // A guest whose queue was full goes on while the rest of the burst is dealt with.
+            // Publish at once: a guest whose queue was full can continue while this burst goes on.
             self.publish();
         }
         let (Some(active), Some(mem)) = (&mut self.active, &self.snapshot) else {
@@ -126,31 +126,31 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
         if let Some(fault) = self.fault.take() {
             return Err(fault);
         }
-        let (mem, ring): (&M::M, _) = (mem, &mut active.tx);
-        let mut chains_left = ring.size();
+        let (mem, vq): (&M::M, _) = (mem, &mut active.tx);
+        let mut chains_left = vq.size();
         let (head, header, cursor, remaining) = loop {
-            let Some(head) = next_head(mem, ring, &mut chains_left)? else {
+            let Some(head) = next_head(mem, vq, &mut chains_left)? else {
                 return Ok(None);
             };
             let segs = &mut self.segs;
             let walked = match self.ahead.take(segs) {
                 Some((ahead, walked)) if ahead == head => walked,
-                _ => chain::walk(mem, ring, head, Permissions::Read, TX_CHAIN_MAX, segs),
+                _ => chain::walk(mem, vq, head, Permissions::Read, TX_CHAIN_MAX, segs),
             };
-            ring.advance();
+            vq.advance();
             self.notice.took(segs.len());
-            self.ahead.look(mem, ring, TX_CHAIN_MAX);
+            self.ahead.prefetch(mem, vq, TX_CHAIN_MAX);
             let total = match walked {
                 Ok(total) if total >= HEADER_BYTES as u64 => total,
                 Ok(len) => {
                     let why = Malformed::TooSmall { len };
                     self.counters.refused(&why, head);
-                    give_back(mem, ring, &mut self.aside, head)?;
+                    give_back(mem, vq, &mut self.aside, head)?;
                     continue;
                 }
                 Err(why) => {
                     self.counters.refused(&why, head);
-                    give_back(mem, ring, &mut self.aside, head)?;
+                    give_back(mem, vq, &mut self.aside, head)?;
                     continue;
                 }
             };
@@ -166,7 +166,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             let wire = WireHeader::from_bytes(&bytes);
             if wire.src_cid() != self.guest_cid.get() || wire.dst_cid() != HOST_CID {
                 self.counters.dropped_cid += 1;
-                give_back(mem, ring, &mut self.aside, head)?;
+                give_back(mem, vq, &mut self.aside, head)?;
                 continue;
             }
             // At most PAYLOAD_MAX.
@@ -174,16 +174,16 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             break (head, wire.header(), cursor, remaining);
         };
         self.counters.packets_from_guest += 1;
-        let lent = Lent {
+        let parts = Parts {
             mem,
-            ring,
+            vq,
             segs: &self.segs,
             counters: &mut self.counters,
             aside: &mut self.aside,
             fault: &mut self.fault,
         };
         Ok(Some(GuestPacket::new(
-            lent, head, header, cursor, remaining,
+            parts, head, header, cursor, remaining,
         )))
     }
 
@@ -194,32 +194,32 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
         if let Some(fault) = self.fault.take() {
             return Err(fault);
         }
-        let (mem, ring): (&M::M, _) = (mem, &mut active.rx);
-        let mut chains_left = ring.size();
+        let (mem, vq): (&M::M, _) = (mem, &mut active.rx);
+        let mut chains_left = vq.size();
         let (head, total) = loop {
-            let Some(head) = next_head(mem, ring, &mut chains_left)? else {
+            let Some(head) = next_head(mem, vq, &mut chains_left)? else {
                 return Ok(None);
             };
             let write = Permissions::Write;
-            match chain::walk(mem, ring, head, write, RX_CHAIN_MAX, &mut self.segs) {
+            match chain::walk(mem, vq, head, write, RX_CHAIN_MAX, &mut self.segs) {
                 Ok(total) if total >= HEADER_BYTES as u64 => break (head, total),
                 Ok(len) => {
                     let why = Malformed::TooSmall { len };
-                    refuse(mem, ring, &mut self.counters, head, why)?;
+                    refuse(mem, vq, &mut self.counters, head, why)?;
                 }
-                Err(why) => refuse(mem, ring, &mut self.counters, head, why)?,
+                Err(why) => refuse(mem, vq, &mut self.counters, head, why)?,
             }
         };
         let capacity = (total - HEADER_BYTES as u64).min(u64::from(PAYLOAD_MAX)) as u32;
-        let lent = Lent {
+        let parts = Parts {
             mem,
-            ring,
+            vq,
             segs: &self.segs,
             counters: &mut self.counters,
             aside: &mut self.aside,
             fault: &mut self.fault,
         };
-        Ok(Some(GuestSlot::new(lent, head, self.guest_cid, capacity)))
+        Ok(Some(GuestSlot::new(parts, head, self.guest_cid, capacity)))
     }
 
     fn write_aside(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
@@ -263,11 +263,11 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
     fn arm(&mut self, interest: Interest) -> Armed {
         self.publish();
         if self.notice.sleep() {
-            self.tell_driver(TX_QUEUE);
+            self.notify_driver(TX_QUEUE);
         }
-        // A change that was not told wakes by itself, and the burst after it looks at the rings.
-        let untold = self.change.is_some();
-        let Some(active) = self.active.as_mut().filter(|a| !a.torn && !untold) else {
+        // A pending session change wakes the shell by its own waker, and the burst after it checks the queues.
+        let change_pending = self.change.is_some();
+        let Some(active) = self.active.as_mut().filter(|a| !a.torn && !change_pending) else {
             self.snapshot = None;
             return Armed::Sleep;
         };
@@ -276,22 +276,22 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             None => active.mem.memory(),
         };
         let mut more = self.fault.is_some();
-        for (wanted, ring) in [(interest.rx, &mut active.tx), (interest.tx, &mut active.rx)] {
+        for (wanted, vq) in [(interest.rx, &mut active.tx), (interest.tx, &mut active.rx)] {
             let result = if wanted {
-                ring.enable_notify(&*mem)
+                vq.enable_notify(&*mem)
             } else {
-                ring.disable_notify(&*mem).map(|()| false)
+                vq.disable_notify(&*mem).map(|()| false)
             };
             match result {
                 Ok(work) => more |= work,
                 Err(fault) => {
-                    // Told to the caller by the next `rx`.
+                    // The next `rx` returns this fault to the caller.
                     self.fault.get_or_insert(fault);
                     more = true;
                 }
             }
         }
-        // A sleeping device keeps no mapping alive.
+        // A sleeping device must not keep a memory mapping alive.
         self.snapshot = None;
         if more {
             Armed::WorkAppeared
@@ -302,7 +302,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
 
     fn rest(&self) -> Option<Duration> {
         let active = self.active.as_ref().filter(|a| !a.torn)?;
-        active.tx.is_untold().then_some(notice::REST)
+        active.tx.is_notification_due().then_some(notice::REST)
     }
 
     fn is_paused(&self) -> bool {
@@ -351,7 +351,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
     }
 }
 
-/// Clears an eventfd. It is nonblocking; a second reader may have been faster.
+/// Resets an eventfd. It is nonblocking, because another reader may already have reset it.
 pub(crate) fn drain(fd: BorrowedFd<'_>) {
     let mut count = [0; 8];
     loop {

@@ -1,13 +1,14 @@
-//! Descriptor chains of any shape: walked and checked whole, then read or written through a cursor.
+//! Descriptor chains of any shape: a chain is first walked and checked as a whole, then read or written through a
+//! cursor.
 //!
-//! A chain is a list of buffers in guest memory; where the header ends and the payload begins need not be where a
-//! buffer ends (virtio 1.3 §2.7.4: "the device MUST NOT make assumptions about the particular arrangement of
-//! descriptors"). Linux 6.1 sends 1 or 2 buffers, 6.12 sends a header and up to 17 fragments.
+//! A chain is a list of buffers in guest memory. The header may end and the payload may start anywhere, not only at a
+//! buffer boundary (virtio 1.3 §2.7.4: "the device MUST NOT make assumptions about the particular arrangement of
+//! descriptors"). Linux 6.1 sends 1 or 2 buffers; 6.12 sends a header and up to 17 fragments.
 //!
 //! Rules:
-//! - Each descriptor is fetched once; what is wrong with a chain is found before a byte of it is used, so that a
-//!   refused chain has had no effect and its head can be given back.
-//! - Every buffer lies in guest memory when `walk` returns; it may span regions that touch, never a hole.
+//! - Each descriptor is read once. All errors in a chain are found before any of its bytes is used, so a refused chain
+//!   has had no effect and its head can be returned.
+//! - After `walk` every buffer is known to be in guest memory. A buffer may span adjacent regions, but never a gap.
 //! - A chain has at most as many descriptors as its table.
 
 use virtio_bindings::bindings::virtio_ring::{
@@ -16,10 +17,10 @@ use virtio_bindings::bindings::virtio_ring::{
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
 
-use super::ahead;
-use super::ring::{QUEUE_MAX, Ring};
+use super::prefetch;
+use super::virtqueue::{QUEUE_MAX, Virtqueue};
 
-/// Most descriptors of one indirect table.
+/// Maximum number of descriptors in one indirect table.
 pub const INDIRECT_MAX: u32 = QUEUE_MAX as u32;
 
 /// A buffer of a chain.
@@ -29,7 +30,7 @@ pub(crate) struct Seg {
     pub(crate) len: u32,
 }
 
-/// Why a chain was given back unread.
+/// Why a chain was returned without being used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Malformed {
     #[error("descriptor index {index} is outside a table of {entries}")]
@@ -44,7 +45,7 @@ pub(crate) enum Malformed {
     IndirectNext,
     #[error("indirect descriptor, but the feature was not negotiated")]
     IndirectFeature,
-    #[error("indirect table of {len} bytes (16 .. {max}, by 16)")]
+    #[error("indirect table has {len} bytes (must be 16 to {max}, and a multiple of 16)")]
     IndirectSize { len: u32, max: u32 },
     #[error("buffer is {0} for the device on a queue of the other direction")]
     Direction(&'static str),
@@ -52,27 +53,27 @@ pub(crate) enum Malformed {
     Buffer { addr: u64, len: u32 },
     #[error("chain holds more than {limit} bytes")]
     TooLarge { limit: u64 },
-    #[error("chain holds {len} bytes, a header needs 44")]
+    #[error("chain has {len} bytes, but a header needs 44")]
     TooSmall { len: u64 },
 }
 
-/// Collects the buffers of the chain at `head` into `segs`. Returns their length in all, at most `limit`.
+/// Collects the buffers of the chain at `head` in `segs`. Returns their total length, which is at most `limit`.
 pub(crate) fn walk<M: GuestMemory>(
     mem: &M,
-    ring: &Ring,
+    vq: &Virtqueue,
     head: u16,
     access: Permissions,
     limit: u64,
     segs: &mut Vec<Seg>,
 ) -> Result<u64, Malformed> {
-    let desc = fetch(mem, ring.desc_table(), head)?;
-    walk_from(mem, ring, (head, desc), access, limit, segs)
+    let desc = fetch(mem, vq.desc_table(), head)?;
+    walk_from(mem, vq, (head, desc), access, limit, segs)
 }
 
-/// As `walk`, of a chain whose first descriptor was fetched.
+/// As `walk`, for a chain whose first descriptor was read already.
 pub(crate) fn walk_from<M: GuestMemory>(
     mem: &M,
-    ring: &Ring,
+    vq: &Virtqueue,
     (head, first): (u16, Descriptor),
     access: Permissions,
     limit: u64,
@@ -80,7 +81,7 @@ pub(crate) fn walk_from<M: GuestMemory>(
 ) -> Result<u64, Malformed> {
     segs.clear();
     let writable = access.has_write();
-    let (mut table, mut entries) = (ring.desc_table(), ring.size());
+    let (mut table, mut entries) = (vq.desc_table(), vq.size());
     let (mut index, mut left, mut nested) = (head, entries, false);
     let (mut total, mut first) = (0u64, Some(first));
     loop {
@@ -97,7 +98,7 @@ pub(crate) fn walk_from<M: GuestMemory>(
             if nested {
                 return Err(Malformed::NestedIndirect);
             }
-            entries = indirect_entries(ring, &desc, flags)?;
+            entries = indirect_entries(vq, &desc, flags)?;
             (table, index, left, nested) = (desc.addr(), 0, entries, true);
             continue;
         }
@@ -128,21 +129,21 @@ pub(crate) fn walk_from<M: GuestMemory>(
     }
 }
 
-/// Tells whether a buffer is in guest memory, and asks for what it begins with: it is read or written soon.
+/// Returns true if a buffer is in guest memory. Also prefetches its start, because it will be used soon.
 fn lies_in<M: GuestMemory>(mem: &M, addr: GuestAddress, len: usize, access: Permissions) -> bool {
     let Ok(mut slices) = mem.get_slices(addr, len, access) else {
         return false;
     };
     match slices.next() {
         Some(Ok(slice)) => {
-            ahead::soon(&slice);
+            prefetch::first_line(&slice);
             slice.len() == len || mem.check_range(addr, len, access)
         }
         _ => false,
     }
 }
 
-/// Fetches a descriptor.
+/// Reads a descriptor.
 pub(crate) fn fetch<M: GuestMemory>(
     mem: &M,
     table: GuestAddress,
@@ -155,7 +156,7 @@ pub(crate) fn fetch<M: GuestMemory>(
     Ok(desc)
 }
 
-/// As `read_slice`, in half the time: most of what a chain is made of is small and lies in one region.
+/// As `read_slice`, but twice as fast: most parts of a chain are small and in one region.
 fn read<M: GuestMemory>(
     mem: &M,
     addr: GuestAddress,
@@ -174,9 +175,9 @@ fn read<M: GuestMemory>(
     Ok(())
 }
 
-/// Checks an indirect descriptor (virtio 1.3 §2.7.5.3). Its WRITE flag means nothing.
-fn indirect_entries(ring: &Ring, desc: &Descriptor, flags: u32) -> Result<u16, Malformed> {
-    if !ring.indirect() {
+/// Checks an indirect descriptor (virtio 1.3 §2.7.5.3). Its WRITE flag has no meaning.
+fn indirect_entries(vq: &Virtqueue, desc: &Descriptor, flags: u32) -> Result<u16, Malformed> {
+    if !vq.indirect() {
         return Err(Malformed::IndirectFeature);
     }
     if flags & VRING_DESC_F_NEXT != 0 {
@@ -186,11 +187,11 @@ fn indirect_entries(ring: &Ring, desc: &Descriptor, flags: u32) -> Result<u16, M
     if len == 0 || len % 16 != 0 || len > max {
         return Err(Malformed::IndirectSize { len, max });
     }
-    // At most INDIRECT_MAX, which fits.
+    // At most INDIRECT_MAX, so it fits.
     Ok((len / 16) as u16)
 }
 
-/// A place in a chain's bytes.
+/// A position in the bytes of a chain.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Cursor {
     seg: usize,
@@ -198,7 +199,7 @@ pub(crate) struct Cursor {
 }
 
 impl Cursor {
-    /// The piece at the cursor, at most `max` bytes of it.
+    /// Returns the contiguous piece at the cursor, at most `max` bytes.
     pub(crate) fn piece(&self, segs: &[Seg], max: usize) -> Option<(GuestAddress, usize)> {
         let seg = segs.get(self.seg)?;
         let len = ((seg.len - self.offset) as usize).min(max);
@@ -206,7 +207,7 @@ impl Cursor {
         Some((GuestAddress(seg.addr.0 + u64::from(self.offset)), len))
     }
 
-    /// Moves on by `n` bytes, which the chain holds.
+    /// Moves forward by `n` bytes, which must be in the chain.
     pub(crate) fn advance(&mut self, segs: &[Seg], mut n: usize) {
         while let Some(seg) = segs.get(self.seg) {
             let left = (seg.len - self.offset) as usize;

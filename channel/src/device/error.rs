@@ -1,12 +1,12 @@
-//! Why a device does not go live.
+//! Why a device does not become active.
 
 /// Feature negotiation failed: the driver's or the bus's fault.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
-    /// The driver acknowledged what was not offered.
+    /// The driver acknowledged a feature that was not offered.
     #[error("features {acked:#x} contain {unknown:#x}, which was not offered")]
     FeatureNotOffered {
-        /// What the driver acknowledged.
+        /// The features that the driver acknowledged.
         acked: u64,
         /// The bits that were not offered.
         unknown: u64,
@@ -22,10 +22,10 @@ pub enum ActivateError {
     /// The device is active already; it must be reset first.
     #[error("device is active already")]
     Active,
-    /// The driver is a legacy one.
+    /// The driver is a legacy driver.
     #[error("driver did not acknowledge VIRTIO_F_VERSION_1 (features {acked:#x})")]
     Legacy {
-        /// What the driver acknowledged.
+        /// The features that the driver acknowledged.
         acked: u64,
     },
     /// A queue's size is not a power of two, or too large.
@@ -38,7 +38,7 @@ pub enum ActivateError {
         /// The largest size.
         max: u16,
     },
-    /// A queue is not ready, or does not lie in guest memory.
+    /// A queue is not ready, or is not in guest memory.
     #[error(
         "queue {queue}: not ready or not in guest memory (descriptors {desc:#x}, available {avail:#x}, used {used:#x})"
     )]

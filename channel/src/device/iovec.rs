@@ -1,12 +1,13 @@
-//! Moves payload between guest memory and a descriptor with one copy: the kernel's.
+//! Moves payload between guest memory and a descriptor with one copy, which the kernel makes.
 //!
-//! The only `unsafe` of the device: `sendmsg`, `recvmsg`, `writev` and `readv` take raw pointers, and guest memory
-//! must never be a Rust slice (the guest writes to it at any time, so `IoSlice` would be undefined behaviour).
+//! This file contains most of the device's `unsafe`: `sendmsg`, `recvmsg`, `writev` and `readv` take raw pointers.
+//! Guest memory must never be a Rust slice, because the guest writes to it at any time, so `IoSlice` would be
+//! undefined behaviour.
 //!
-//! Sockets are used with MSG_DONTWAIT and MSG_NOSIGNAL: they need not be set nonblocking (the flag is shared with
-//! whoever else holds the socket) and a closed peer is `BrokenPipe`, not SIGPIPE. For other descriptors (pipes)
-//! it is `writev`/`readv`: the caller sets them nonblocking, and the process ignores SIGPIPE, as Rust's runtime does.
-#![allow(unsafe_code)] // raw iovecs into guest memory; every block has its proof
+//! Sockets are used with MSG_DONTWAIT and MSG_NOSIGNAL. So they need not be nonblocking (all duplicates of the socket
+//! share that flag), and a closed peer is `BrokenPipe`, not SIGPIPE. Other descriptors (pipes) use `writev` and
+//! `readv`. The caller must make them nonblocking, and the process must ignore SIGPIPE, as Rust's runtime does.
+#![allow(unsafe_code)] // raw iovecs into guest memory; every block has a SAFETY comment
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -17,7 +18,7 @@ use vm_memory::{GuestMemory, Permissions, VolatileSlice};
 
 use super::chain::{Cursor, Seg};
 
-/// Pieces that one system call moves; a longer chain takes several.
+/// Maximum number of pieces in one system call. A longer chain takes several calls.
 const IOVECS_MAX: usize = 64;
 
 const EMPTY: libc::iovec = libc::iovec {
@@ -25,7 +26,7 @@ const EMPTY: libc::iovec = libc::iovec {
     iov_len: 0,
 };
 
-/// Writes at most `max` bytes of the chain at `cursor` to `fd`, until it takes no more.
+/// Writes at most `max` bytes of the chain at `cursor` to `fd`, until `fd` accepts no more.
 pub(crate) fn write_to<M: GuestMemory>(
     mem: &M,
     segs: &[Seg],
@@ -47,16 +48,16 @@ pub(crate) fn write_to<M: GuestMemory>(
             used += 1;
             used < IOVECS_MAX
         })?;
-        // SAFETY: every iovec describes a slice of the snapshot `mem`, which is borrowed, hence mapped, for the
-        // whole call; `guards` keeps temporary mappings alive. The kernel only reads, and copes with bytes that
-        // change meanwhile.
+        // SAFETY: every iovec describes a slice of the snapshot `mem`. `mem` is borrowed, so it stays mapped for the
+        // whole call, and `guards` keeps temporary mappings alive. The kernel only reads, and bytes that change
+        // meanwhile do no harm.
         let n = unsafe { send(fd, &iov[..used]) }?;
         cursor.advance(segs, n);
         Ok((n, wanted))
     })
 }
 
-/// Reads at most `max` bytes from `fd` into the chain at `cursor`, until there are no more. 0 = end of file.
+/// Reads at most `max` bytes from `fd` into the chain at `cursor`, until `fd` has no more. 0 means end of file.
 pub(crate) fn read_from<M: GuestMemory>(
     mem: &M,
     segs: &[Seg],
@@ -78,10 +79,10 @@ pub(crate) fn read_from<M: GuestMemory>(
             used += 1;
             used < IOVECS_MAX
         })?;
-        // SAFETY: as in `write_to`; the kernel writes at most `iov_len` bytes to each, all of them guest memory
-        // that no Rust reference points to.
+        // SAFETY: as in `write_to`. The kernel writes at most `iov_len` bytes to each piece. All of them are guest
+        // memory, to which no Rust reference points.
         let n = unsafe { receive(fd, &iov[..used]) }?;
-        // The kernel's stores bypass vm-memory, so what they touched is marked by hand.
+        // The kernel's stores bypass vm-memory, so mark the changed bytes in the bitmap here.
         gather(mem, segs, *cursor, n, Permissions::Write, &mut |slice| {
             slice.bitmap().mark_dirty(0, slice.len());
             true
@@ -91,7 +92,8 @@ pub(crate) fn read_from<M: GuestMemory>(
     })
 }
 
-/// Repeats `step` (bytes moved, bytes tried) until `max` is reached or the descriptor moved less than it was given.
+/// Repeats `step`, which returns (bytes moved, bytes tried), until `max` bytes are moved or a call moved less than it
+/// tried.
 fn transfer(
     max: usize,
     mut step: impl FnMut(usize) -> io::Result<(usize, usize)>,
@@ -106,7 +108,7 @@ fn transfer(
                     break;
                 }
             }
-            // What was moved counts; the error comes again with the next call.
+            // Report the bytes that were moved. The error will occur again in the next call.
             Err(_) if done > 0 => break,
             Err(e) => return Err(e),
         }
@@ -117,7 +119,7 @@ fn transfer(
 type VisitSlice<'v, 'm, M> =
     &'v mut dyn FnMut(VolatileSlice<'m, BS<'m, <M as GuestMemory>::Bitmap>>) -> bool;
 
-/// Visits the host slices of the next `max` bytes until `visit` says no. Returns the bytes visited.
+/// Visits the host slices of the next `max` bytes until `visit` returns false. Returns the number of visited bytes.
 fn gather<'m, M: GuestMemory>(
     mem: &'m M,
     segs: &[Seg],
@@ -137,7 +139,7 @@ fn gather<'m, M: GuestMemory>(
             .map_err(io::Error::other)?
         {
             let slice = slice.map_err(io::Error::other)?;
-            // What comes behind a gap would be taken for what belongs into it.
+            // If a slice is missing, the bytes after it would take its place.
             left = left.checked_sub(slice.len()).ok_or_else(uneven)?;
             total += slice.len();
             if !visit(slice) {
@@ -152,9 +154,9 @@ fn gather<'m, M: GuestMemory>(
     Ok(total)
 }
 
-/// Memory gave more or less than it was asked for: it breaks its trait's word.
+/// The memory returned more or fewer bytes than requested, which breaks the contract of its trait.
 fn uneven() -> io::Error {
-    io::Error::other("guest memory gave another length than was asked for")
+    io::Error::other("guest memory returned a different length than requested")
 }
 
 /// # Safety
@@ -163,7 +165,7 @@ unsafe fn send(fd: BorrowedFd<'_>, iov: &[libc::iovec]) -> io::Result<usize> {
     let msg = message(iov);
     let fd = fd.as_raw_fd();
     retry(
-        // SAFETY: `fd` is open (borrowed); `msg` points to `iov`, for which the caller vouches, and to nothing else.
+        // SAFETY: `fd` is open (it is borrowed). `msg` points only to `iov`, whose validity the caller guarantees.
         || unsafe { libc::sendmsg(fd, &msg, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) },
         // SAFETY: as above; the length is at most IOVECS_MAX.
         || unsafe { libc::writev(fd, iov.as_ptr(), iov.len() as libc::c_int) },
@@ -176,8 +178,8 @@ unsafe fn receive(fd: BorrowedFd<'_>, iov: &[libc::iovec]) -> io::Result<usize> 
     let mut msg = message(iov);
     let fd = fd.as_raw_fd();
     retry(
-        // SAFETY: `fd` is open (borrowed); `msg` points to `iov`, for which the caller vouches, and to nothing else:
-        // without a control buffer no descriptor can be received.
+        // SAFETY: `fd` is open (it is borrowed). `msg` points only to `iov`, whose validity the caller guarantees. It
+        // has no control buffer, so no descriptor can be received.
         || unsafe { libc::recvmsg(fd, &mut msg, libc::MSG_DONTWAIT) },
         // SAFETY: as above; the length is at most IOVECS_MAX.
         || unsafe { libc::readv(fd, iov.as_ptr(), iov.len() as libc::c_int) },
@@ -188,12 +190,12 @@ fn message(iov: &[libc::iovec]) -> libc::msghdr {
     // SAFETY: msghdr is plain data for which all zeroes (no name, no control) is a valid value.
     let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
     msg.msg_iov = iov.as_ptr().cast_mut();
-    // musl has it as an int; the list is at most a queue long.
+    // musl declares this field as an int. The list has at most IOVECS_MAX entries.
     msg.msg_iovlen = iov.len() as _;
     msg
 }
 
-/// Calls the socket way, or the other way for what is no socket; again when a signal came in between.
+/// Calls `socket`, or `other` if the descriptor is not a socket. Repeats the call after EINTR.
 fn retry(mut socket: impl FnMut() -> isize, mut other: impl FnMut() -> isize) -> io::Result<usize> {
     let mut is_socket = true;
     loop {

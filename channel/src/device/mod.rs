@@ -1,4 +1,4 @@
-//! The virtio-vsock device (virtio 1.3 §5.10), bus-neutral: a VMM puts it behind its own MMIO or PCI transport, or
+//! The virtio-vsock device (virtio 1.3 §5.10), without a bus. A VMM puts it behind its own MMIO or PCI transport, or
 //! `vhost_user` puts it behind a socket.
 //!
 //! ```text
@@ -9,21 +9,21 @@
 //!     └───────── reset ────┴────┴─────────────── reset ────────────────┘
 //! ```
 //!
-//! - Inactive: features and queues are being negotiated; the carrier side yields nothing.
-//! - Active: the queues were taken over by value, so nothing that the bus does later can change them.
-//! - Halted: the VM is paused. The session goes on, its streams are held; the queues are the bus's again, and `go_on` takes
-//!   them where `halt` left them. Whether it is the same driver the bus must know.
-//! - Torn: the guest broke the rules of the transport; nothing is read from it until it resets the device.
+//! - Inactive: features and queues are being negotiated. The carrier returns no packets and no slots.
+//! - Active: the device owns the queues by value, so the bus cannot change them any more.
+//! - Halted: the VM is paused. The session and its streams are kept. The bus has the queues again, and `go_on`
+//!   continues at the positions where `halt` stopped. The bus must know whether the driver is still the same.
+//! - Torn: the guest broke the rules of the transport. Nothing is read from it until it resets the device.
 //!
 //! Queue 0 carries packets to the guest (RX), queue 1 packets from it (TX), queue 2 events. The device implements
-//! [`Carrier`](crate::carrier::Carrier): it knows packets and CIDs, and no streams.
+//! [`Carrier`](crate::carrier::Carrier): it knows packets and CIDs, but no streams.
 //!
-//! A session begins with `activate` and ends with `reset`. The device tells its shell by itself, through a waker of
-//! its own, so that the bus may call them from a vCPU's thread: no packet of a session is yielded before the shell
-//! was told of it, and none of the old one afterwards.
+//! A session begins with `activate` and ends with `reset`. The device informs its shell through a waker of its own, so
+//! the bus may call both from a vCPU's thread. The shell gets no packet of a new session before it was informed of
+//! that session, and no packet of the old one afterwards.
 //!
-//! What it does **not** do: parse ports, keep credit, or hold a descriptor over a burst. So a queue's position says
-//! everything about it, and a process that takes over resumes from the used index.
+//! The device does **not** parse ports, keep credit, or hold a descriptor beyond a burst. So the position of a queue
+//! is its whole state, and a successor process continues at the used index.
 
 mod ahead;
 pub(crate) mod aside;
@@ -33,9 +33,10 @@ mod error;
 pub(crate) mod iovec;
 mod notice;
 mod packet;
-pub(crate) mod ring;
+mod prefetch;
 mod slot;
 mod state;
+pub(crate) mod virtqueue;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -52,20 +53,20 @@ pub(crate) use burst::drain;
 pub use chain::INDIRECT_MAX;
 pub use error::{ActivateError, DeviceError};
 pub use packet::{GuestCid, HEADER_BYTES, HOST_CID, PAYLOAD_MAX, WireHeader};
-pub use ring::QUEUE_MAX;
 pub use slot::{GuestPacket, GuestSlot};
 pub use state::{DeviceState, RestoreError, STATE_BYTES, StateError};
+pub use virtqueue::QUEUE_MAX;
 
 use crate::carrier::CarrierFault;
 use ahead::Ahead;
 use aside::Aside;
 use chain::Seg;
 use notice::Notice;
-use ring::Ring;
+use virtqueue::Virtqueue;
 
-/// Index of the queue towards the guest.
+/// Index of the queue towards the guest (RX).
 pub const RX_QUEUE: u16 = 0;
-/// Index of the queue from the guest.
+/// Index of the queue from the guest (TX).
 pub const TX_QUEUE: u16 = 1;
 /// Index of the event queue.
 pub const EVENT_QUEUE: u16 = 2;
@@ -76,21 +77,21 @@ const F_VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const F_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 const F_INDIRECT: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
-/// What the device offers.
+/// Features that the device offers.
 pub const FEATURES: u64 = F_VERSION_1 | F_EVENT_IDX | F_INDIRECT | VSOCK_F_STREAM;
 
-/// Waker of a session's begin and end; 0 and 1 are the kicks.
+/// Waker id for the begin and end of a session. Ids 0 and 1 are the kicks.
 const WAKER_SESSION: u32 = 2;
 /// Waker ids below this belong to the device.
 pub(crate) const WAKERS: u32 = 3;
 
-/// Rings the guest's driver: an interrupt, or a call descriptor.
+/// Notifies the guest's driver: an interrupt, or a call descriptor.
 pub trait Signal: Send + Sync {
-    /// Tells the driver that `queue` has used buffers.
+    /// Notifies the driver that `queue` has used buffers.
     fn signal(&self, queue: u16);
 
-    /// Whether one interrupt serves all queues. Such a driver looks at each of them whenever it is interrupted, so that of
-    /// the packets it sent it need not be told each time: it hears of many at once (`notice`).
+    /// Returns true if one interrupt serves all queues. Such a driver checks all queues after each interrupt. So the
+    /// device does not notify it of each sent packet, but of many at once (`notice`).
     fn is_shared(&self) -> bool {
         false
     }
@@ -99,9 +100,9 @@ pub trait Signal: Send + Sync {
 /// A queue that the bus has configured.
 #[derive(Debug)]
 pub struct VirtQueue {
-    /// Addresses, size and position.
+    /// Addresses, size and position of the queue.
     pub queue: Queue,
-    /// Nonblocking eventfd that becomes readable when the driver kicks; `None` = the caller polls.
+    /// Nonblocking eventfd that becomes readable when the driver kicks; `None` if the caller polls.
     pub kick: Option<OwnedFd>,
 }
 
@@ -118,40 +119,40 @@ pub struct VirtQueues {
     pub rx: VirtQueue,
     /// Queue 1, from the guest.
     pub tx: VirtQueue,
-    /// Queue 2; vhost-user frontends keep it to themselves.
+    /// Queue 2. vhost-user frontends handle it themselves.
     pub event: Option<Queue>,
 }
 
-/// What happened on a device since it was made.
+/// What happened on a device since it was created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counters {
-    /// Packets taken from the guest and handed on.
+    /// Packets that were taken from the guest and passed on.
     pub packets_from_guest: u64,
     /// Packets written to the guest.
     pub packets_to_guest: u64,
-    /// Payload bytes copied from or to guest memory, by us or by the kernel.
+    /// Payload bytes that this process or the kernel copied from or to guest memory.
     pub bytes_copied: u64,
-    /// Packets dropped because they named a CID that is not this device's guest or not the host.
+    /// Packets that were dropped because a CID is neither this device's guest nor the host.
     pub dropped_cid: u64,
-    /// Chains given back unused because they broke a rule.
+    /// Chains that were returned unused because they broke a rule.
     pub malformed_chains: u64,
-    /// Of those, packets with more payload than [`PAYLOAD_MAX`].
+    /// Among those, packets with more payload than [`PAYLOAD_MAX`].
     pub oversized_packets: u64,
-    /// Times the driver was notified.
+    /// How often the driver was notified.
     pub signals: u64,
     /// Writes to the read-only configuration space.
     pub ignored_config_writes: u64,
-    /// Times the session was torn down because the guest broke the transport.
+    /// How often the session was torn down because the guest broke the transport.
     pub faults: u64,
 }
 
 struct Active<M> {
     mem: M,
-    rx: Ring,
-    tx: Ring,
-    /// Nothing is sent on it before there is a transport reset to tell of.
-    event: Option<Ring>,
+    rx: Virtqueue,
+    tx: Virtqueue,
+    /// Only used to send a transport reset.
+    event: Option<Virtqueue>,
     kicks: [Option<OwnedFd>; 2],
     signal: Arc<dyn Signal>,
     torn: bool,
@@ -162,13 +163,13 @@ pub struct VsockDevice<M: GuestAddressSpace> {
     guest_cid: GuestCid,
     acked: u64,
     active: Option<Active<M>>,
-    /// The session goes on without queues.
+    /// The session is kept without queues.
     halted: bool,
-    /// The memory of the running burst.
+    /// The guest memory of the current burst.
     snapshot: Option<M::T>,
-    /// The chain in hand; empty between calls, kept for its allocation.
+    /// The current chain. Empty between calls, and kept for its allocation.
     segs: Vec<Seg>,
-    /// Packets of the running burst whose payload goes out together.
+    /// Packets of the current burst whose payload is written together.
     aside: Aside,
     ahead: Ahead,
     notice: Notice,
@@ -176,17 +177,17 @@ pub struct VsockDevice<M: GuestAddressSpace> {
     counters: Counters,
     /// Epoch of the next session.
     epoch: u64,
-    /// What the shell was not told yet; a later change makes an earlier one void.
+    /// The session change that the shell has not taken yet. A later change replaces an earlier one.
     change: Option<SessionChange>,
-    /// Readable while there is a change to tell.
+    /// Readable while there is a session change.
     changed: EventFd,
 }
 
 impl<M: GuestAddressSpace> VsockDevice<M> {
-    /// Makes the device of the guest `guest_cid`. Sessions are counted from `first_epoch` on.
+    /// Makes the device of the guest `guest_cid`. The first session has the epoch `first_epoch`.
     ///
     /// # Errors
-    /// There is no descriptor to be had.
+    /// This process has no free descriptors.
     pub fn new(guest_cid: GuestCid, first_epoch: u64) -> io::Result<Self> {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         Ok(Self {
@@ -207,20 +208,20 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         })
     }
 
-    /// Returns the CID that the device tells its guest.
+    /// Returns the CID that the guest reads from the device.
     pub fn guest_cid(&self) -> GuestCid {
         self.guest_cid
     }
 
-    /// Returns the features on offer.
+    /// Returns the features that the device offers.
     pub fn features(&self) -> u64 {
         FEATURES
     }
 
-    /// Takes the features that the driver chose.
+    /// Sets the features that the driver chose.
     ///
     /// # Errors
-    /// A bit was not offered, or a session is on: nothing changes.
+    /// A bit was not offered, or a session is active. Nothing changes.
     pub fn ack_features(&mut self, acked: u64) -> Result<(), DeviceError> {
         if self.active.is_some() || self.halted && acked != self.acked {
             return Err(DeviceError::Active);
@@ -233,7 +234,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         Ok(())
     }
 
-    /// Reads the configuration space (guest_cid, 8 bytes); what lies behind it reads as zero.
+    /// Reads the configuration space (guest_cid, 8 bytes). Bytes after it read as zero.
     pub fn read_config(&self, offset: u64, dst: &mut [u8]) {
         let config = self.guest_cid.get().to_le_bytes();
         dst.fill(0);
@@ -249,10 +250,10 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         self.counters.ignored_config_writes += 1;
     }
 
-    /// Takes over the queues and goes live.
+    /// Takes the queues over and becomes active.
     ///
     /// # Errors
-    /// The device is active, or a queue cannot be used: nothing changes.
+    /// The device is active, or a queue cannot be used. Nothing changes.
     pub fn activate(
         &mut self,
         mem: M,
@@ -260,14 +261,11 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         signal: Arc<dyn Signal>,
     ) -> Result<(), ActivateError> {
         let epoch = self.begin_session(mem, queues, signal)?;
-        self.tell(SessionChange::Attached { epoch });
+        self.set_change(SessionChange::Attached { epoch });
         Ok(())
     }
 
-    /// As [`activate`](Self::activate), for a driver that still has streams of a session before.
-    ///
-    /// # Errors
-    /// As [`activate`](Self::activate).
+    /// As [`activate`](Self::activate), for a driver that still has streams of an earlier session.
     pub fn activate_continued(
         &mut self,
         mem: M,
@@ -275,15 +273,15 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         signal: Arc<dyn Signal>,
     ) -> Result<(), ActivateError> {
         let epoch = self.begin_session(mem, queues, signal)?;
-        self.tell(SessionChange::Continued { epoch });
+        self.set_change(SessionChange::Continued { epoch });
         Ok(())
     }
 
-    /// Stops the queues of a session that may go on: nothing is completed any more, and the shell is told nothing. Returns
-    /// where they stood; `None` if there is no session that could go on.
+    /// Stops the queues, and keeps the session so that it can continue. No buffer is completed after this call. The
+    /// shell gets no session change. Returns the positions of the queues, or `None` if no session can continue.
     pub fn halt(&mut self) -> Option<Stopped> {
         if self.change.is_some() {
-            // The shell has not heard of it yet.
+            // The shell has not been informed of this session yet.
             return None;
         }
         let active = self.active.take_if(|a| !a.torn)?;
@@ -298,10 +296,10 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         })
     }
 
-    /// Goes on with the session that `halt` left, on the queues of the same driver.
+    /// Continues the session that `halt` stopped, on the queues of the same driver.
     ///
     /// # Errors
-    /// The device is not halted, or a queue cannot be used: it stays halted.
+    /// The device is not halted, or a queue cannot be used. In the second case it stays halted.
     pub fn go_on(
         &mut self,
         mem: M,
@@ -311,26 +309,26 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         if !self.halted {
             return Err(ActivateError::Active);
         }
-        self.go_live(mem, queues, signal)?;
+        self.take_over_queues(mem, queues, signal)?;
         self.halted = false;
         Ok(())
     }
 
-    /// Returns the number of the session; the caller says what kind it is.
+    /// Becomes active and returns the number of the session. The caller sends the matching `SessionChange`.
     fn begin_session(
         &mut self,
         mem: M,
         queues: VirtQueues,
         signal: Arc<dyn Signal>,
     ) -> Result<u64, ActivateError> {
-        self.go_live(mem, queues, signal)?;
+        self.take_over_queues(mem, queues, signal)?;
         self.halted = false;
         let epoch = self.epoch;
         self.epoch += 1;
         Ok(epoch)
     }
 
-    fn go_live(
+    fn take_over_queues(
         &mut self,
         mem: M,
         queues: VirtQueues,
@@ -345,13 +343,13 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         let event_idx = self.acked & F_EVENT_IDX != 0;
         let indirect = self.acked & F_INDIRECT != 0;
         let snapshot = mem.memory();
-        let ring = |index, queue| Ring::new(index, queue, &*snapshot, event_idx, indirect);
-        let rx = ring(RX_QUEUE, &queues.rx.queue)?;
-        let tx = ring(TX_QUEUE, &queues.tx.queue)?;
+        let make = |index, queue| Virtqueue::new(index, queue, &*snapshot, event_idx, indirect);
+        let rx = make(RX_QUEUE, &queues.rx.queue)?;
+        let tx = make(TX_QUEUE, &queues.tx.queue)?;
         let event = queues
             .event
             .as_ref()
-            .map(|q| ring(EVENT_QUEUE, q))
+            .map(|q| make(EVENT_QUEUE, q))
             .transpose()?;
         drop(snapshot);
         self.segs.reserve(usize::from(rx.size().max(tx.size())));
@@ -369,18 +367,18 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         Ok(())
     }
 
-    fn tell(&mut self, change: SessionChange) {
+    fn set_change(&mut self, change: SessionChange) {
         self.change = Some(change);
-        // Fails only when 2^64 - 2 changes are pending: it is readable.
+        // The write fails only when the counter is full, and then the eventfd is readable anyway.
         let _ = self.changed.write(1);
     }
 
-    /// Takes the change of session that the shell was not told yet; what `woken` does for the waker of the device.
+    /// Takes the session change that the shell has not handled yet. `woken` does the same for the waker of the device.
     pub fn take_session_change(&mut self) -> Option<SessionChange> {
         self.change.take()
     }
 
-    /// Tells whether the device is active (torn or not; not halted).
+    /// Returns true if the device is active (torn or not), but not if it is halted.
     pub fn is_active(&self) -> bool {
         self.active.is_some()
     }
@@ -388,15 +386,15 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
     /// Replaces guest memory between bursts (hot-plug).
     ///
     /// # Errors
-    /// A queue does not lie in the new memory: the device keeps the old.
+    /// A queue is not in the new memory. The device keeps the old memory.
     pub fn set_memory(&mut self, mem: M) -> Result<(), ActivateError> {
         let Some(active) = &mut self.active else {
             return Ok(());
         };
         let snapshot = mem.memory();
-        for (queue, ring) in [(RX_QUEUE, &active.rx), (TX_QUEUE, &active.tx)] {
-            if !ring.lies_in(&*snapshot) {
-                return Err(ring.not_in_memory(queue));
+        for (queue, vq) in [(RX_QUEUE, &active.rx), (TX_QUEUE, &active.tx)] {
+            if !vq.lies_in(&*snapshot) {
+                return Err(vq.not_in_memory(queue));
             }
         }
         drop(snapshot);
@@ -405,21 +403,23 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         Ok(())
     }
 
-    /// Replaces how the driver is notified.
+    /// Replaces the way in which the driver is notified.
     pub fn set_signal(&mut self, signal: Arc<dyn Signal>) {
         if let Some(active) = &mut self.active {
             active.signal = signal;
         }
     }
 
-    /// Replaces the kick descriptor of queue 0 or 1. Returns the old one, for whoever has it in an epoll set.
+    /// Replaces the kick descriptor of queue 0 or 1. Returns the old one, so that the caller can remove it from its
+    /// epoll set.
     pub fn set_kick(&mut self, queue: u16, kick: Option<OwnedFd>) -> Option<OwnedFd> {
         let slot = self.active.as_mut()?.kicks.get_mut(usize::from(queue))?;
         std::mem::replace(slot, kick)
     }
 
-    /// Goes back to the state before negotiation; returns where the two queues stood. Nothing is completed any more.
-    /// The session's streams end for `reason`: [`ResetReason::Epoch`] where the guest's driver reset the device.
+    /// Returns to the state before negotiation. Returns the positions of the two queues. No buffer is completed after
+    /// this call. The session's streams end with `reason`: [`ResetReason::Epoch`] if the guest's driver reset the
+    /// device.
     pub fn reset(&mut self, reason: ResetReason) -> Stopped {
         self.snapshot = None;
         self.segs.clear();
@@ -429,13 +429,13 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         match self.active.take() {
             None => {
                 if std::mem::take(&mut self.halted) {
-                    self.tell(SessionChange::Lost(reason));
+                    self.set_change(SessionChange::Lost(reason));
                 }
                 Stopped::default()
             }
             Some(active) => {
                 if !active.torn {
-                    self.tell(SessionChange::Lost(reason));
+                    self.set_change(SessionChange::Lost(reason));
                 }
                 Stopped {
                     bases: [active.rx.base(), active.tx.base()],
@@ -450,13 +450,14 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         self.counters
     }
 
-    /// Shows the driver what was used, and tells it. Of what it sent it may hear [later](notice).
+    /// Publishes the used buffers to the driver and notifies it. For TX buffers the notification may come
+    /// [later](notice).
     fn publish(&mut self) {
         let (Some(active), Some(mem)) = (&mut self.active, &self.snapshot) else {
             return;
         };
-        for ring in [&mut active.rx, &mut active.tx] {
-            match ring.publish(&**mem) {
+        for vq in [&mut active.rx, &mut active.tx] {
+            match vq.publish(&**mem) {
                 Ok(false) => {}
                 Ok(true) => self.notice.moved(),
                 Err(fault) => {
@@ -465,25 +466,25 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             }
         }
         let due = !active.signal.is_shared() || self.notice.is_much(active.tx.size());
-        self.tell_driver(RX_QUEUE);
+        self.notify_driver(RX_QUEUE);
         if due {
-            self.tell_driver(TX_QUEUE);
+            self.notify_driver(TX_QUEUE);
         }
     }
 
-    /// Notifies the driver of what it was shown on a queue, if it asked for it.
-    fn tell_driver(&mut self, queue: u16) {
+    /// Notifies the driver of the buffers that were published on a queue, if the driver asked for it.
+    fn notify_driver(&mut self, queue: u16) {
         let (Some(active), Some(mem)) = (&mut self.active, &self.snapshot) else {
             return;
         };
-        let ring = match queue {
+        let vq = match queue {
             RX_QUEUE => &mut active.rx,
             _ => {
-                self.notice.told();
+                self.notice.notified();
                 &mut active.tx
             }
         };
-        match ring.must_tell(&**mem) {
+        match vq.must_notify(&**mem) {
             Ok(false) => {}
             Ok(true) => {
                 self.counters.signals += 1;
@@ -496,11 +497,11 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
     }
 }
 
-/// What was in a device that was reset.
+/// What remains of a device that was stopped or reset.
 #[derive(Debug, Default)]
 pub struct Stopped {
     /// Positions in the available rings of queues 0 and 1.
     pub bases: [u16; 2],
-    /// The kick descriptors, for whoever has them in an epoll set.
+    /// The kick descriptors, so that the caller can remove them from its epoll set.
     pub kicks: [Option<OwnedFd>; 2],
 }

@@ -1,57 +1,60 @@
-//! When the driver is told that its packets were taken.
+//! When the driver is notified that its TX packets were taken.
 //!
-//! It does not wait for that: it wants its buffers back some time. Where each queue has an interrupt of its own, it is told
-//! after each burst: an emulated guest that is still busy with that when an answer comes has not gone to sleep over it
-//! (measured with TCG: 220 us there and back, and 305 when it is told of many at once).
+//! The driver does not wait for this notification, it only wants its buffers back at some time. If each queue has its
+//! own interrupt, the driver is notified after each burst. An emulated guest that is still handling that interrupt
+//! when an answer arrives has not gone to sleep (measured with TCG: 220 us round trip; 305 us with one notification
+//! for many packets).
 //!
-//! Where they share one ([`Signal::is_shared`](super::Signal::is_shared), virtio-mmio), it looks at all its queues whenever
-//! a packet of ours comes, and each interrupt costs it two exits or more. So it is told of many at once: when what it was
-//! given back may be half of its descriptors, or when a sleep of [`REST`] brought nothing else to do, or after
-//! [`SLEEPS_MAX`] sleeps. What it has found by itself until then it is not told: its `used_event` says so.
+//! If the queues share one interrupt ([`Signal::is_shared`](super::Signal::is_shared), virtio-mmio), the driver checks
+//! all its queues whenever a packet arrives, and each interrupt costs it two exits or more. So it gets one
+//! notification for many packets: when the returned buffers may be half of its descriptors, or after a sleep of
+//! [`REST`] in which nothing else happened, or after [`SLEEPS_MAX`] sleeps. It gets none for buffers that it has found
+//! by itself before that, as its `used_event` shows.
 
 use std::time::Duration;
 
-/// How long the device sleeps at most while there is something that the driver was not told: longer than an answer takes, on
-/// an emulated machine as well.
+/// Longest sleep of the device while a notification is outstanding. It is longer than an answer takes, even on an
+/// emulated machine.
 pub(crate) const REST: Duration = Duration::from_millis(10);
-/// Sleeps after which the driver is told in any case.
+/// After this many sleeps the driver is notified in any case.
 const SLEEPS_MAX: u32 = 64;
 
-/// What has happened since the driver was told.
+/// What has happened since the last notification.
 #[derive(Debug, Default)]
 pub(crate) struct Notice {
-    /// Buffers of the chains that were taken: no fewer than descriptors, but for a table of them that takes one.
+    /// Number of buffers of the taken chains. At least the number of their descriptors, because an indirect table uses
+    /// one descriptor for several buffers.
     buffers: usize,
     sleeps: u32,
-    /// Something was given back, on either queue, since the last sleep.
+    /// A buffer was returned, on either queue, since the last sleep.
     moved: bool,
 }
 
 impl Notice {
-    /// A chain of so many buffers was taken.
+    /// Records that a chain of this many buffers was taken.
     pub(crate) fn took(&mut self, buffers: usize) {
         self.buffers += buffers.max(1);
     }
 
-    /// The driver was shown something.
+    /// Records that used buffers were published.
     pub(crate) fn moved(&mut self) {
         self.moved = true;
     }
 
-    /// Whether so much was taken that the driver may want it back, on a queue of `size` descriptors.
+    /// Returns true if so many buffers were taken that the driver may need them, on a queue of `size` descriptors.
     pub(crate) fn is_much(&self, size: u16) -> bool {
         self.buffers >= usize::from(size.div_ceil(2))
     }
 
-    /// The device is about to sleep. Returns whether the driver is to be told before.
+    /// Call before the device sleeps. Returns true if the driver must be notified first.
     pub(crate) fn sleep(&mut self) -> bool {
         self.sleeps += 1;
         let idle = !std::mem::take(&mut self.moved);
         idle || self.sleeps >= SLEEPS_MAX
     }
 
-    /// The driver was told, or did not want to hear of it.
-    pub(crate) fn told(&mut self) {
+    /// Records that the driver was notified, or did not ask for it.
+    pub(crate) fn notified(&mut self) {
         (self.buffers, self.sleeps) = (0, 0);
     }
 }

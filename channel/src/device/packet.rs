@@ -1,4 +1,4 @@
-//! The 44-byte virtio-vsock header on the wire (virtio 1.3 §5.10.6) and what a carrier makes of it.
+//! The 44-byte virtio-vsock packet header (virtio 1.3 §5.10.6), and how a carrier converts it.
 //!
 //! | off | size | field | off | size | field |
 //! |---|---|---|---|---|---|
@@ -8,26 +8,26 @@
 //! | 20 | 4 | dst_port | 36 | 4 | buf_alloc |
 //! | 24 | 4 | len | 40 | 4 | fwd_cnt |
 //!
-//! All little-endian. CIDs end here: whose packet it is says the device that it came through, so a packet that names
-//! another sender or another receiver is dropped (and counted) by the device; the engine sees ports only.
+//! All fields are little-endian. CIDs are only used here: the device through which a packet arrives tells whose it is.
+//! The device drops (and counts) a packet that names another sender or receiver. The engine sees only ports.
 
 use adit_engine::PacketHeader;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Bytes of the header.
+/// Size of the header in bytes.
 pub const HEADER_BYTES: usize = 44;
 /// CID of the host (virtio 1.3 §5.10.4).
 pub const HOST_CID: u64 = 2;
-/// Largest payload of one packet, bytes (what Linux calls VIRTIO_VSOCK_MAX_PKT_BUF_SIZE).
+/// Largest payload of one packet in bytes (Linux calls it VIRTIO_VSOCK_MAX_PKT_BUF_SIZE).
 pub const PAYLOAD_MAX: u32 = 64 * 1024;
 
-/// A CID that a guest may have: 3 ..= 2^32 - 2 (virtio 1.3 §5.10.4; the upper 32 bits are reserved and zero).
+/// A valid guest CID: 3 ..= 2^32 - 2 (virtio 1.3 §5.10.4; the upper 32 bits are reserved and zero).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct GuestCid(u32);
 
 impl GuestCid {
-    /// Checks that `cid` may be a guest's.
+    /// Checks that `cid` is a valid guest CID.
     pub fn new(cid: u64) -> Option<Self> {
         let cid = u32::try_from(cid).ok()?;
         (3..u32::MAX).contains(&cid).then_some(Self(cid))
@@ -39,7 +39,7 @@ impl GuestCid {
     }
 }
 
-/// The header as it lies in guest memory.
+/// The header in the layout of guest memory.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct WireHeader {
@@ -58,7 +58,7 @@ pub struct WireHeader {
 const _: () = assert!(size_of::<WireHeader>() == HEADER_BYTES);
 
 impl WireHeader {
-    /// Returns the header of `bytes`, which are a private copy.
+    /// Returns the header in `bytes`, which must be a private copy.
     pub fn from_bytes(bytes: &[u8; HEADER_BYTES]) -> Self {
         zerocopy::transmute!(*bytes)
     }
@@ -68,7 +68,7 @@ impl WireHeader {
         zerocopy::transmute!(self)
     }
 
-    /// Puts CIDs on a header: what the host's carrier, or the guest's side of a test, sends.
+    /// Adds CIDs to a header, for the host's carrier or for the guest side of a test.
     pub fn new(src_cid: u64, dst_cid: u64, h: &PacketHeader) -> Self {
         Self {
             src_cid: src_cid.into(),
@@ -84,7 +84,7 @@ impl WireHeader {
         }
     }
 
-    /// CID that the sender wrote as its own: a claim, never identity.
+    /// CID that the sender wrote as its own. This is only a claim, and never identifies the sender.
     pub fn src_cid(&self) -> u64 {
         self.src_cid.get()
     }
@@ -94,7 +94,7 @@ impl WireHeader {
         self.dst_cid.get()
     }
 
-    /// Takes the CIDs off.
+    /// Returns the header without the CIDs.
     pub fn header(&self) -> PacketHeader {
         PacketHeader {
             src_port: self.src_port.get(),
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn reserved_cids_are_no_guest_cids() {
+    fn reserved_cids_are_not_guest_cids() {
         for cid in [0, 1, 2, 0xffff_ffff, 1 << 32, u64::MAX] {
             assert_eq!(GuestCid::new(cid), None, "{cid:#x}");
         }

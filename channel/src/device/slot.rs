@@ -1,7 +1,8 @@
-//! What a burst hands out: [`GuestPacket`] (a chain of the TX queue) and [`GuestSlot`] (a chain of the RX queue).
+//! The items that a burst hands out: [`GuestPacket`] (a chain of the TX queue) and [`GuestSlot`] (a chain of the RX
+//! queue).
 //!
-//! Both borrow the device and the burst's memory snapshot, so neither can outlive the burst, and neither can leak a
-//! descriptor: a packet gives its chain back when it is dropped, a slot takes its chain only when it is committed.
+//! Both borrow the device and the burst's memory snapshot, so neither can outlive the burst. Neither can leak a
+//! descriptor: a packet returns its chain when it is dropped, and a slot takes its chain only when it is committed.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -12,25 +13,25 @@ use vm_memory::{GuestMemory, GuestMemoryError};
 use super::aside::Aside;
 use super::chain::{Cursor, Seg};
 use super::packet::{HEADER_BYTES, HOST_CID, WireHeader};
-use super::ring::Ring;
+use super::virtqueue::Virtqueue;
 use super::{Counters, GuestCid, iovec};
 use crate::carrier::{CarrierFault, RxPacket, SetAside, TxSlot};
 
 /// The parts of the device that a packet or slot borrows.
-pub(super) struct Lent<'a, M> {
+pub(super) struct Parts<'a, M> {
     pub(super) mem: &'a M,
-    pub(super) ring: &'a mut Ring,
+    pub(super) vq: &'a mut Virtqueue,
     pub(super) segs: &'a [Seg],
     pub(super) counters: &'a mut Counters,
-    /// Packets whose payload waits.
+    /// Packets whose payload was set aside.
     pub(super) aside: &'a mut Aside,
-    /// Where a fault is kept that is found where none can be returned.
+    /// Stores a fault that is found in a place that cannot return an error.
     pub(super) fault: &'a mut Option<CarrierFault>,
 }
 
-impl<M: GuestMemory> Lent<'_, M> {
+impl<M: GuestMemory> Parts<'_, M> {
     fn give_back(&mut self, head: u16, len: u32) {
-        if let Err(fault) = self.ring.push_used(self.mem, head, len) {
+        if let Err(fault) = self.vq.push_used(self.mem, head, len) {
             self.fault.get_or_insert(fault);
         }
     }
@@ -38,7 +39,7 @@ impl<M: GuestMemory> Lent<'_, M> {
 
 /// A packet from the guest, in the buffers that the guest's driver posted.
 pub struct GuestPacket<'a, M: GuestMemory> {
-    lent: Lent<'a, M>,
+    parts: Parts<'a, M>,
     head: u16,
     header: PacketHeader,
     cursor: Cursor,
@@ -46,16 +47,16 @@ pub struct GuestPacket<'a, M: GuestMemory> {
 }
 
 impl<'a, M: GuestMemory> GuestPacket<'a, M> {
-    /// `cursor` stands behind the header, with `remaining` bytes to come.
+    /// `cursor` must be after the header, with `remaining` bytes left.
     pub(super) fn new(
-        lent: Lent<'a, M>,
+        parts: Parts<'a, M>,
         head: u16,
         header: PacketHeader,
         cursor: Cursor,
         remaining: u32,
     ) -> Self {
         Self {
-            lent,
+            parts,
             head,
             header,
             cursor,
@@ -64,9 +65,9 @@ impl<'a, M: GuestMemory> GuestPacket<'a, M> {
     }
 
     fn moved(&mut self, n: usize) {
-        // At most `remaining` was asked for.
+        // The caller asked for at most `remaining` bytes.
         self.remaining -= n as u32;
-        self.lent.counters.bytes_copied += n as u64;
+        self.parts.counters.bytes_copied += n as u64;
     }
 }
 
@@ -83,7 +84,7 @@ impl<M: GuestMemory> RxPacket for GuestPacket<'_, M> {
         let want = dst.len().min(self.remaining as usize);
         let n = self
             .cursor
-            .copy_out(self.lent.mem, self.lent.segs, &mut dst[..want])
+            .copy_out(self.parts.mem, self.parts.segs, &mut dst[..want])
             .map_err(|e| payload_fault(&e))?;
         self.moved(n);
         Ok(n)
@@ -91,7 +92,7 @@ impl<M: GuestMemory> RxPacket for GuestPacket<'_, M> {
 
     fn write_to(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize> {
         let max = max.min(self.remaining) as usize;
-        let n = iovec::write_to(self.lent.mem, self.lent.segs, &mut self.cursor, fd, max)?;
+        let n = iovec::write_to(self.parts.mem, self.parts.segs, &mut self.cursor, fd, max)?;
         self.moved(n);
         Ok(n)
     }
@@ -99,22 +100,22 @@ impl<M: GuestMemory> RxPacket for GuestPacket<'_, M> {
     fn set_aside(&mut self, len: u32) -> SetAside {
         let len = len.min(self.remaining);
         self.remaining -= len;
-        self.lent.aside.add(self.lent.segs, &mut self.cursor, len)
+        self.parts.aside.add(self.parts.segs, &mut self.cursor, len)
     }
 }
 
 impl<M: GuestMemory> Drop for GuestPacket<'_, M> {
     fn drop(&mut self) {
-        // The device wrote nothing into a chain that the driver sent. Chains go back in the order in which they came.
-        if !self.lent.aside.hold_back(self.head) {
-            self.lent.give_back(self.head, 0);
+        // The used length is 0, because the device wrote nothing into a TX chain. Chains are returned in their order.
+        if !self.parts.aside.hold_back(self.head) {
+            self.parts.give_back(self.head, 0);
         }
     }
 }
 
-/// Buffers towards the guest.
+/// A slot for a packet, in buffers that the guest's driver posted.
 pub struct GuestSlot<'a, M: GuestMemory> {
-    lent: Lent<'a, M>,
+    parts: Parts<'a, M>,
     head: u16,
     guest_cid: GuestCid,
     cursor: Cursor,
@@ -123,12 +124,12 @@ pub struct GuestSlot<'a, M: GuestMemory> {
 }
 
 impl<'a, M: GuestMemory> GuestSlot<'a, M> {
-    /// `segs` hold the header and then `capacity` bytes or more.
-    pub(super) fn new(lent: Lent<'a, M>, head: u16, guest_cid: GuestCid, capacity: u32) -> Self {
+    /// `segs` must have room for the header and at least `capacity` bytes.
+    pub(super) fn new(parts: Parts<'a, M>, head: u16, guest_cid: GuestCid, capacity: u32) -> Self {
         let mut cursor = Cursor::default();
-        cursor.advance(lent.segs, HEADER_BYTES);
+        cursor.advance(parts.segs, HEADER_BYTES);
         Self {
-            lent,
+            parts,
             head,
             guest_cid,
             cursor,
@@ -138,9 +139,9 @@ impl<'a, M: GuestMemory> GuestSlot<'a, M> {
     }
 
     fn moved(&mut self, n: usize) {
-        // At most `capacity - written` was asked for.
+        // The caller asked for at most `capacity - written` bytes.
         self.written += n as u32;
-        self.lent.counters.bytes_copied += n as u64;
+        self.parts.counters.bytes_copied += n as u64;
     }
 }
 
@@ -153,7 +154,7 @@ impl<M: GuestMemory> TxSlot for GuestSlot<'_, M> {
         let want = src.len().min((self.capacity - self.written) as usize);
         let n = self
             .cursor
-            .copy_in(self.lent.mem, self.lent.segs, &src[..want])
+            .copy_in(self.parts.mem, self.parts.segs, &src[..want])
             .map_err(|e| payload_fault(&e))?;
         self.moved(n);
         Ok(n)
@@ -162,36 +163,36 @@ impl<M: GuestMemory> TxSlot for GuestSlot<'_, M> {
     fn read_from(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize> {
         let max = max.min(self.capacity - self.written) as usize;
         if max == 0 {
-            // 0 would say end of file.
+            // Returning 0 would mean end of file.
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "no room in the slot",
             ));
         }
-        let n = iovec::read_from(self.lent.mem, self.lent.segs, &mut self.cursor, fd, max)?;
+        let n = iovec::read_from(self.parts.mem, self.parts.segs, &mut self.cursor, fd, max)?;
         self.moved(n);
         Ok(n)
     }
 
     fn commit(mut self, h: &PacketHeader) {
-        // The guest is never told of more bytes than were written: behind them lies what the buffer held before.
+        // The header never announces more bytes than were written: the buffer after them still has its old content.
         let h = PacketHeader {
             len: self.written,
             ..*h
         };
         let wire = WireHeader::new(HOST_CID, self.guest_cid.get(), &h).to_bytes();
-        let lent = &mut self.lent;
-        if let Err(e) = Cursor::default().copy_in(lent.mem, lent.segs, &wire) {
-            lent.fault.get_or_insert(payload_fault(&e));
+        let parts = &mut self.parts;
+        if let Err(e) = Cursor::default().copy_in(parts.mem, parts.segs, &wire) {
+            parts.fault.get_or_insert(payload_fault(&e));
             return;
         }
-        lent.ring.advance();
-        lent.counters.packets_to_guest += 1;
-        lent.give_back(self.head, HEADER_BYTES as u32 + self.written);
+        parts.vq.advance();
+        parts.counters.packets_to_guest += 1;
+        parts.give_back(self.head, HEADER_BYTES as u32 + self.written);
     }
 }
 
-/// A buffer that `walk` found in guest memory is not there in the same snapshot.
+/// A buffer that `walk` found in guest memory is missing in the same snapshot.
 pub(super) fn payload_fault(e: &GuestMemoryError) -> CarrierFault {
     tracing::debug!(error = %e, "buffer is not accessible");
     CarrierFault {

@@ -1,4 +1,5 @@
-//! What a device is while its VM is held: enough for another process to go on with the guest's queues.
+//! The saved state of a device while its VM is stopped: enough for another process to continue with the guest's
+//! queues.
 //!
 //! | offset | size | field |
 //! |---|---|---|
@@ -10,12 +11,12 @@
 //! | 32 | 8 | features that the driver chose |
 //! | 40 | 3 × 32 | queues RX, TX, events: size (2), position (2), zero (4), descriptors (8), available (8), used (8) |
 //!
-//! All little endian. What is read is believed no more than what a guest writes: lengths, ranges and zeroes are checked here,
-//! features and addresses by the same code that checks a driver's. One position says all about a queue, because no
-//! descriptor is held over a burst.
+//! All fields are little-endian. The bytes are trusted no more than what a guest writes. Lengths, ranges and zeroes
+//! are checked here; features and addresses by the code that checks a driver's. One position is the whole state of a
+//! queue, because no descriptor is held beyond a burst.
 //!
-//! Streams are not in it: they end. A restored device begins a session of its own, and owes the guest the event that says
-//! so ([`VsockDevice::tell_transport_reset`]).
+//! Streams are not saved: they end. A restored device begins a new session, and must send the guest the event that
+//! says so ([`VsockDevice::tell_transport_reset`]).
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -34,7 +35,7 @@ use crate::carrier::CarrierFault;
 
 const MAGIC: [u8; 8] = *b"ADITVSKS";
 const VERSION: u32 = 1;
-/// Bytes of a saved state.
+/// Size of a saved state in bytes.
 pub const STATE_BYTES: usize = size_of::<Wire>();
 const _: () = assert!(STATE_BYTES == 136);
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (virtio 1.3 §5.10.6.7).
@@ -43,7 +44,7 @@ const EVENT_BYTES: u64 = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-struct WireRing {
+struct WireQueue {
     size: u16,
     position: u16,
     zero: u32,
@@ -61,61 +62,61 @@ struct Wire {
     guest_cid: u64,
     next_epoch: u64,
     features: u64,
-    rings: [WireRing; 3],
+    queues: [WireQueue; 3],
 }
 
-/// A device's state, checked as far as it can be without the guest's memory.
+/// The state of a device, checked as far as possible without the guest's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceState(Wire);
 
-/// Why bytes are no state: the file's fault.
+/// Why bytes are not a saved state: the fault of the file.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
-    /// Another length.
-    #[error("a saved vsock device has {STATE_BYTES} bytes, and these are {len}")]
+    /// The length is wrong.
+    #[error("the saved state of a vsock device has {STATE_BYTES} bytes, but these are {len}")]
     Length {
-        /// How many there are.
+        /// Actual length in bytes.
         len: usize,
     },
-    /// Something else, or of another version.
-    #[error("no saved vsock device of version {VERSION} (version {version})")]
+    /// It is something else, or of another version.
+    #[error("not a saved vsock device of version {VERSION} (found version {version})")]
     Foreign {
-        /// What stands where the version would.
+        /// The value at the place of the version.
         version: u32,
     },
-    /// A field has a value that none is saved with.
-    #[error("saved vsock device: {field} is {value:#x}")]
+    /// A field has a value that is never saved.
+    #[error("saved vsock device: {field} has the impossible value {value:#x}")]
     Field {
-        /// Which.
+        /// Name of the field.
         field: &'static str,
-        /// Its value.
+        /// Value of the field.
         value: u64,
     },
 }
 
-/// Why a device cannot go on from a state.
+/// Why a device cannot be restored.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RestoreError {
-    /// Features that are not offered here, or a device in use.
+    /// The features are not offered here, or the device is in use.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// Queues that do not lie in this memory.
+    /// The queues are not in this memory.
     #[error(transparent)]
     Activate(#[from] ActivateError),
 }
 
 impl DeviceState {
-    /// Returns the bytes to keep.
+    /// Returns the bytes to save.
     pub fn to_bytes(&self) -> [u8; STATE_BYTES] {
         let mut bytes = [0; STATE_BYTES];
         bytes.copy_from_slice(self.0.as_bytes());
         bytes
     }
 
-    /// Reads kept bytes.
+    /// Parses saved bytes.
     ///
     /// # Errors
-    /// They are not what [`to_bytes`](Self::to_bytes) gives.
+    /// They are not the result of [`to_bytes`](Self::to_bytes).
     pub fn parse(bytes: &[u8]) -> Result<Self, StateError> {
         let wire =
             Wire::read_from_bytes(bytes).map_err(|_| StateError::Length { len: bytes.len() })?;
@@ -130,39 +131,39 @@ impl DeviceState {
         if GuestCid::new(wire.guest_cid).is_none() {
             return field("guest CID", wire.guest_cid);
         }
-        // Epochs count sessions; a device would have to live for ages.
+        // Epochs count sessions. No device can have had so many.
         if wire.next_epoch == 0 || wire.next_epoch > 1 << 48 {
             return field("epoch", wire.next_epoch);
         }
-        for ring in &wire.rings {
-            if ring.zero != 0 {
-                return field("padding", ring.zero.into());
+        for queue in &wire.queues {
+            if queue.zero != 0 {
+                return field("padding", queue.zero.into());
             }
-            let empty = ring.size == 0;
-            if empty == (wire.session == 1) || ring.size > QUEUE_MAX {
-                return field("queue size", ring.size.into());
+            let empty = queue.size == 0;
+            if empty == (wire.session == 1) || queue.size > QUEUE_MAX {
+                return field("queue size", queue.size.into());
             }
         }
         Ok(Self(wire))
     }
 
-    /// The CID that the guest had.
+    /// The guest's CID.
     pub fn guest_cid(&self) -> u64 {
         self.0.guest_cid
     }
 
-    /// Epoch of the session that begins when a device goes on from this state.
+    /// Epoch of the first session after a restore.
     pub fn next_epoch(&self) -> u64 {
         self.0.next_epoch
     }
 
-    /// Whether the guest's driver had set the device up.
+    /// Returns true if the guest's driver had set the device up.
     pub fn has_session(&self) -> bool {
         self.0.session == 1
     }
 }
 
-impl WireRing {
+impl WireQueue {
     const NONE: Self = Self {
         size: 0,
         position: 0,
@@ -194,7 +195,7 @@ impl WireRing {
 }
 
 impl<M: GuestAddressSpace> VsockDevice<M> {
-    /// Returns what the device is, between two bursts and with the guest's processors held.
+    /// Returns the state of the device. Call it between two bursts, while the vCPUs are stopped.
     pub fn save(&self) -> DeviceState {
         let mut wire = Wire {
             magic: MAGIC,
@@ -203,7 +204,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             guest_cid: self.guest_cid.get(),
             next_epoch: self.epoch,
             features: 0,
-            rings: [WireRing::NONE; 3],
+            queues: [WireQueue::NONE; 3],
         };
         let active = self.active.as_ref().filter(|a| !a.torn);
         if let Some(active) = active
@@ -211,11 +212,11 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         {
             wire.session = 1;
             wire.features = self.acked;
-            wire.rings = [&active.rx, &active.tx, event].map(|ring| {
-                let [desc, avail, used] = ring.addresses();
-                WireRing {
-                    size: ring.size(),
-                    position: ring.base(),
+            wire.queues = [&active.rx, &active.tx, event].map(|queue| {
+                let [desc, avail, used] = queue.addresses();
+                WireQueue {
+                    size: queue.size(),
+                    position: queue.base(),
                     zero: 0,
                     desc,
                     avail,
@@ -226,11 +227,12 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         DeviceState(wire)
     }
 
-    /// Goes on where a saved device stood: a new session on the guest's queues. `kicks` are those of RX and TX. The caller
-    /// then [tells the guest](Self::tell_transport_reset). The guest's CID is this device's, whatever the saved one's was.
+    /// Continues where a saved device stopped, with a new session on the guest's queues. `kicks` are those of RX and
+    /// TX. The caller must then [inform the guest](Self::tell_transport_reset). This device keeps its own guest CID,
+    /// whatever the saved one was.
     ///
     /// # Errors
-    /// The state does not fit the memory or this device: nothing changes.
+    /// The state does not fit the memory or this device. Nothing changes.
     pub fn restore(
         &mut self,
         state: &DeviceState,
@@ -243,10 +245,10 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             self.epoch = self.epoch.max(wire.next_epoch);
             return Ok(());
         }
-        let [rx, tx, event] = &wire.rings;
+        let [rx, tx, event] = &wire.queues;
         let [rx_kick, tx_kick] = kicks;
-        let with = |ring: &WireRing, kick| -> Result<_, ActivateError> {
-            let queue = ring.queue()?;
+        let with = |queue: &WireQueue, kick| -> Result<_, ActivateError> {
+            let queue = queue.queue()?;
             Ok(VirtQueue { queue, kick })
         };
         let queues = VirtQueues {
@@ -259,7 +261,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         self.epoch = epoch.max(wire.next_epoch);
         match self.begin_session(mem, queues, signal) {
             Ok(epoch) => {
-                self.tell(SessionChange::Restored { epoch });
+                self.set_change(SessionChange::Restored { epoch });
                 Ok(())
             }
             Err(e) => {
@@ -269,43 +271,44 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         }
     }
 
-    /// Tells the guest that its connections are gone (TRANSPORT_RESET on the event queue). True: told, or there is nobody to
-    /// tell. False: the guest has no buffer there; again when it kicks the event queue.
+    /// Informs the guest that its connections are gone (TRANSPORT_RESET on the event queue). Returns true if that is
+    /// done, or there is no driver. Returns false if the guest has posted no event buffer: call again when it kicks
+    /// the event queue.
     ///
     /// # Errors
-    /// The guest broke the rules of the event queue: the session must be torn down.
+    /// The guest broke the rules of the event queue; the session must be torn down.
     pub fn tell_transport_reset(&mut self) -> Result<bool, CarrierFault> {
         let Some(active) = self.active.as_mut().filter(|a| !a.torn) else {
             return Ok(true);
         };
-        let Some(ring) = &mut active.event else {
+        let Some(queue) = &mut active.event else {
             return Ok(true);
         };
         let mem = active.mem.memory();
         let mem = &*mem;
-        // A guest that posts what cannot be used gets it back, a queue full at a time.
-        for _ in 0..=ring.size() {
-            let Some(head) = ring.peek(mem)? else {
-                if ring.enable_notify(mem)? {
+        // Unusable buffers are returned to the guest, at most one queue size of them.
+        for _ in 0..=queue.size() {
+            let Some(head) = queue.peek(mem)? else {
+                if queue.enable_notify(mem)? {
                     continue;
                 }
                 return Ok(false);
             };
-            ring.advance();
+            queue.advance();
             let limit = u64::from(u32::MAX);
-            let walked = chain::walk(mem, ring, head, Permissions::Write, limit, &mut self.segs);
+            let walked = chain::walk(mem, queue, head, Permissions::Write, limit, &mut self.segs);
             let event = EVENT_TRANSPORT_RESET.to_le_bytes();
-            let told = matches!(walked, Ok(room) if room >= EVENT_BYTES)
+            let fits = matches!(walked, Ok(room) if room >= EVENT_BYTES)
                 && Cursor::default().copy_in(mem, &self.segs, &event).is_ok();
-            if !told {
+            if !fits {
                 self.counters.malformed_chains += 1;
             }
-            ring.push_used(mem, head, if told { event.len() as u32 } else { 0 })?;
-            if ring.publish(mem)? && ring.must_tell(mem)? {
+            queue.push_used(mem, head, if fits { event.len() as u32 } else { 0 })?;
+            if queue.publish(mem)? && queue.must_notify(mem)? {
                 self.counters.signals += 1;
                 active.signal.signal(EVENT_QUEUE);
             }
-            if told {
+            if fits {
                 return Ok(true);
             }
         }

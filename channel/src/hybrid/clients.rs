@@ -1,126 +1,126 @@
-//! Clients that have not said yet which port they want.
+//! Clients that have not sent yet which port they want.
 //!
-//! A client has a place, and its place is its key: used again, so it never outgrows a key. Who stays silent has its place
-//! for a minute, and for less if others need it: the one that came first and has said nothing makes way. So nobody is
-//! locked out by those who say nothing.
+//! A client has an index here, and its epoll key is derived from the index. Indices are reused, so a key never
+//! overflows. A silent client keeps its index for a minute. If others need the index, the client that connected first
+//! and has sent nothing loses it earlier. So silent clients cannot lock others out.
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 
 use adit_engine::Tick;
 
-/// Those at most.
+/// Maximum number of such clients.
 pub(super) const CLIENTS_MAX: usize = 64;
-/// How long a client may take to say its line.
+/// Time in ns that a client may take to send its line.
 pub(super) const LINE_LIMIT_NS: u64 = 60_000_000_000;
-/// Bytes of a line with its end, as the other VMMs have it.
+/// Maximum length of a line with its end, as in the other VMMs.
 pub(super) const LINE_MAX: usize = 32;
 
-/// One that has not said its line.
+/// A client that has not sent its line yet.
 pub(super) struct Client {
     pub(super) socket: UnixStream,
     line: Vec<u8>,
     since: Tick,
 }
 
-/// What came of a look at a client.
+/// The result of reading from a client.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Said {
-    /// Its line has no end yet.
-    NotYet,
-    /// It wants this port of the guest.
+pub(super) enum Request {
+    /// The line is not complete yet.
+    Incomplete,
+    /// The client wants this port of the guest.
     Port(u32),
-    /// It went, or wants something else.
-    Nonsense,
+    /// The client is gone, or sent something else.
+    Invalid,
 }
 
 #[derive(Default)]
 pub(super) struct Clients {
-    places: Vec<Option<Client>>,
+    slots: Vec<Option<Client>>,
 }
 
 impl Clients {
-    /// A free place; `None`: somebody has to make way.
+    /// Returns a free index. `None`: a client must be disconnected first.
     pub(super) fn free(&mut self) -> Option<usize> {
-        let free = self.places.iter().position(Option::is_none);
-        if free.is_none() && self.places.len() < CLIENTS_MAX {
-            self.places.push(None);
-            return Some(self.places.len() - 1);
+        let free = self.slots.iter().position(Option::is_none);
+        if free.is_none() && self.slots.len() < CLIENTS_MAX {
+            self.slots.push(None);
+            return Some(self.slots.len() - 1);
         }
         free
     }
 
-    /// Puts a client into a free place.
-    pub(super) fn enter(&mut self, place: usize, socket: UnixStream, since: Tick) {
+    /// Stores a client at a free index.
+    pub(super) fn insert(&mut self, index: usize, socket: UnixStream, since: Tick) {
         let line = Vec::new();
-        self.places[place] = Some(Client {
+        self.slots[index] = Some(Client {
             socket,
             line,
             since,
         });
     }
 
-    pub(super) fn leave(&mut self, place: usize) -> Option<Client> {
-        self.places.get_mut(place)?.take()
+    pub(super) fn remove(&mut self, index: usize) -> Option<Client> {
+        self.slots.get_mut(index)?.take()
     }
 
-    /// Who makes way: the first that came of those who said nothing, or of all.
+    /// The client to disconnect: the one that connected first among those that sent nothing, or among all.
     pub(super) fn oldest(&self) -> Option<usize> {
-        let all = self.with_places();
+        let all = self.with_indices();
         let first = all.min_by_key(|(_, client)| (!client.line.is_empty(), client.since))?;
         Some(first.0)
     }
 
-    /// When the first of them has taken too long.
+    /// The earliest time at which a client has taken too long.
     pub(super) fn deadline(&self) -> Option<Tick> {
-        let since = self.with_places().map(|(_, client)| client.since).min()?;
+        let since = self.with_indices().map(|(_, client)| client.since).min()?;
         Some(Tick(since.0.saturating_add(LINE_LIMIT_NS)))
     }
 
-    /// One that has taken too long.
+    /// A client that has taken too long.
     pub(super) fn late(&self, now: Tick) -> Option<usize> {
         let late = |c: &Client| now.0.saturating_sub(c.since.0) >= LINE_LIMIT_NS;
-        let mut all = self.with_places();
-        all.find(|(_, client)| late(client)).map(|(place, _)| place)
+        let mut all = self.with_indices();
+        all.find(|(_, client)| late(client)).map(|(index, _)| index)
     }
 
-    fn with_places(&self) -> impl Iterator<Item = (usize, &Client)> {
-        let places = self.places.iter().enumerate();
-        places.filter_map(|(place, client)| Some((place, client.as_ref()?)))
+    fn with_indices(&self) -> impl Iterator<Item = (usize, &Client)> {
+        let slots = self.slots.iter().enumerate();
+        slots.filter_map(|(index, client)| Some((index, client.as_ref()?)))
     }
 
-    /// Reads a client's line, byte by byte: what is behind it is the guest's.
-    pub(super) fn read(&mut self, place: usize) -> Said {
-        let Some(Some(client)) = self.places.get_mut(place) else {
-            return Said::NotYet;
+    /// Reads a client's line byte by byte, because the bytes after it belong to the guest.
+    pub(super) fn read(&mut self, index: usize) -> Request {
+        let Some(Some(client)) = self.slots.get_mut(index) else {
+            return Request::Incomplete;
         };
         loop {
             let mut byte = [0];
             match client.socket.read(&mut byte) {
                 Ok(1) => client.line.push(byte[0]),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Said::NotYet,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Request::Incomplete,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                _ => return Said::Nonsense,
+                _ => return Request::Invalid,
             }
             if byte == *b"\n" {
-                return parse(&client.line).map_or_else(|| client.nonsense(), Said::Port);
+                return parse(&client.line).map_or_else(|| client.invalid(), Request::Port);
             }
             if client.line.len() >= LINE_MAX {
-                return client.nonsense();
+                return client.invalid();
             }
         }
     }
 }
 
 impl Client {
-    fn nonsense(&self) -> Said {
-        let said = self.line.escape_ascii().to_string();
-        tracing::info!(said, "a client is refused: it has to say `CONNECT PORT`");
-        Said::Nonsense
+    fn invalid(&self) -> Request {
+        let line = self.line.escape_ascii().to_string();
+        tracing::info!(line, "a client is refused: it has to send `CONNECT PORT`");
+        Request::Invalid
     }
 }
 
-/// As lenient as Firecracker and Cloud Hypervisor: in any case, with any blanks, whatever comes behind the port.
+/// As tolerant as Firecracker and Cloud Hypervisor: any case, any blanks, anything after the port.
 fn parse(line: &[u8]) -> Option<u32> {
     let mut words = std::str::from_utf8(line).ok()?.split_whitespace();
     let verb = words.next()?;
@@ -136,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_that_other_vmms_take_are_taken() {
+    fn lines_that_other_vmms_accept_are_accepted() {
         for line in [
             "CONNECT 5000\n",
             "connect 5000\n",
@@ -164,57 +164,57 @@ mod tests {
     fn client(clients: &mut Clients, since: u64) -> (usize, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        let place = clients.free().unwrap();
-        clients.enter(place, ours, Tick(since));
-        (place, theirs)
+        let index = clients.free().unwrap();
+        clients.insert(index, ours, Tick(since));
+        (index, theirs)
     }
 
     #[test]
-    fn a_line_comes_in_pieces_and_what_is_behind_it_stays() {
+    fn a_line_may_come_in_pieces_and_bytes_after_it_stay_in_the_socket() {
         let mut clients = Clients::default();
-        let (place, mut theirs) = client(&mut clients, 0);
+        let (index, mut theirs) = client(&mut clients, 0);
         for byte in b"CONNECT 7" {
             theirs.write_all(&[*byte]).unwrap();
-            assert_eq!(clients.read(place), Said::NotYet);
+            assert_eq!(clients.read(index), Request::Incomplete);
         }
         theirs.write_all(b"\nrest").unwrap();
-        assert_eq!(clients.read(place), Said::Port(7));
+        assert_eq!(clients.read(index), Request::Port(7));
         let mut rest = [0; 4];
-        let mut socket = clients.leave(place).unwrap().socket;
+        let mut socket = clients.remove(index).unwrap().socket;
         socket.read_exact(&mut rest).unwrap();
         assert_eq!(&rest, b"rest");
-        // A line without an end is one that is too long.
-        let (place, mut theirs) = client(&mut clients, 0);
+        // A line without an end is too long.
+        let (index, mut theirs) = client(&mut clients, 0);
         theirs.write_all(&[b' '; LINE_MAX]).unwrap();
-        assert_eq!(clients.read(place), Said::Nonsense);
+        assert_eq!(clients.read(index), Request::Invalid);
     }
 
     #[test]
-    fn r118_a_place_is_used_again_and_the_silent_make_way_first() {
+    fn r118_indices_are_reused_and_silent_clients_are_disconnected_first() {
         let mut clients = Clients::default();
         let mut theirs: Vec<_> = (0..CLIENTS_MAX as u64)
             .map(|since| client(&mut clients, since).1)
             .collect();
         assert_eq!(clients.free(), None);
-        // The first two have begun to speak.
-        for place in [0, 1] {
-            theirs[place].write_all(b"CONN").unwrap();
-            assert_eq!(clients.read(place), Said::NotYet);
+        // The first two have started to send.
+        for index in [0, 1] {
+            theirs[index].write_all(b"CONN").unwrap();
+            assert_eq!(clients.read(index), Request::Incomplete);
         }
         assert_eq!(clients.oldest(), Some(2));
-        clients.leave(2).unwrap();
+        clients.remove(2).unwrap();
         for since in 100..10_000 {
-            let (place, _theirs) = client(&mut clients, since);
-            assert_eq!(place, 2);
-            clients.leave(place).unwrap();
+            let (index, _theirs) = client(&mut clients, since);
+            assert_eq!(index, 2);
+            clients.remove(index).unwrap();
         }
-        for place in 2..CLIENTS_MAX {
-            clients.leave(place);
+        for index in 2..CLIENTS_MAX {
+            clients.remove(index);
         }
         assert_eq!(
             clients.oldest(),
             Some(0),
-            "one that began is better than none"
+            "a client that has started goes last"
         );
     }
 
@@ -228,7 +228,7 @@ mod tests {
         assert_eq!(deadline, Tick(5 + LINE_LIMIT_NS));
         assert_eq!(clients.late(Tick(deadline.0 - 1)), None);
         assert_eq!(clients.late(deadline), Some(first));
-        clients.leave(first);
+        clients.remove(first);
         assert_eq!(clients.late(deadline), None);
         assert_eq!(clients.late(Tick(deadline.0 + 4)), Some(second));
     }

@@ -1,7 +1,7 @@
-//! Who listens on the host for what the guest dials.
+//! Connects the guest to the programs that listen on the host.
 //!
-//! A Unix listener with a full backlog gives no sign when it has room again, so its streams are tried from time to time, in
-//! the order in which they came. The engine ends a stream that has no answer in time, and the guest is reset then.
+//! A Unix listener with a full backlog gives no signal when it has room again. So its streams are retried from time to
+//! time, in their order. The engine ends a stream that gets no answer in time, and resets it at the guest.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -12,25 +12,25 @@ use adit_engine::{StreamId, Tick};
 
 use crate::socket_path::connect_now;
 
-/// Time between two looks at listeners with full backlogs.
+/// Time in ns between two retries of listeners with full backlogs.
 const RETRY_NS: u64 = 10_000_000;
 
-/// What came of a dial.
+/// The result of a connection attempt.
 #[derive(Debug)]
 pub(super) enum Reached {
-    /// A listener's socket; nonblocking.
+    /// Connected; the socket is nonblocking.
     Socket(UnixStream),
-    /// Nobody listens.
+    /// Nothing listens.
     Nobody,
-    /// Somebody does, and takes nothing now.
+    /// A program listens, but its backlog is full now.
     Later,
 }
 
 pub(super) struct Reach {
     path: PathBuf,
-    /// By host port; bounded by what the engine has open.
+    /// Waiting streams by host port. Bounded by the number of the engine's open streams.
     waiting: BTreeMap<u32, VecDeque<StreamId>>,
-    /// When they are tried again.
+    /// Time of the next retry.
     at: Tick,
 }
 
@@ -43,9 +43,9 @@ impl Reach {
         }
     }
 
-    /// Connects to whoever serves a port.
+    /// Connects to the program that serves a port.
     pub(super) fn dial(&mut self, now: Tick, stream: StreamId, port: u32) -> Reached {
-        // Behind those that wait for it already.
+        // Queue after the streams that already wait for this port.
         let reached = match self.waiting.contains_key(&port) {
             true => Reached::Later,
             false => self.connect(port),
@@ -67,12 +67,12 @@ impl Reach {
         }
     }
 
-    /// When somebody is to be tried again.
+    /// Time of the next retry, if any stream waits.
     pub(super) fn retry_at(&self) -> Option<Tick> {
         (!self.waiting.is_empty()).then_some(self.at)
     }
 
-    /// Tries those that wait, if it is time; returns those that wait no longer.
+    /// Retries the waiting streams if it is time. Returns those that no longer wait.
     pub(super) fn retry(&mut self, now: Tick) -> Vec<(StreamId, Reached)> {
         let mut done = Vec::new();
         if self.waiting.is_empty() || self.at > now {
@@ -94,7 +94,7 @@ impl Reach {
         done
     }
 
-    /// A stream ended while it waited.
+    /// Removes a stream that ended while it waited.
     pub(super) fn forget(&mut self, stream: StreamId) {
         self.waiting.retain(|_, queue| {
             queue.retain(|waits| *waits != stream);
@@ -103,7 +103,7 @@ impl Reach {
     }
 }
 
-/// Where the host serves a port of its own.
+/// Path of the socket for a port of the host.
 fn socket_of(path: &Path, port: u32) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(format!("_{port}"));

@@ -1,4 +1,4 @@
-//! A host's side whose guest never starts its driver.
+//! The host's side, with a guest that never starts its driver.
 
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -28,9 +28,9 @@ fn host(uds: &Path) -> Silent {
     Host::new(linked, Some(uds), 7).unwrap()
 }
 
-/// `connect` is refused for it, as for a socket that was left behind.
+/// `connect` to a regular file is refused, as for a stale socket. The file must not be deleted.
 #[test]
-fn a_file_at_the_sockets_path_stays() {
+fn a_file_at_the_path_of_the_socket_is_not_deleted() {
     let dir = tempfile::tempdir().unwrap();
     let uds = dir.path().join("v");
     std::fs::write(&uds, "precious").unwrap();
@@ -49,7 +49,7 @@ fn a_file_at_the_sockets_path_stays() {
     assert_eq!(std::fs::read(&uds).unwrap(), b"precious");
 }
 
-/// In a process of its own, whose descriptors run out.
+/// Runs in a separate process, whose descriptors run out.
 #[test]
 fn without_descriptors_a_client_waits_and_nothing_spins() {
     if std::env::var_os(CHILD).is_none() {
@@ -71,26 +71,26 @@ fn without_descriptors_a_client_waits_and_nothing_spins() {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, 3, hard).unwrap();
     let zero = Some(Duration::ZERO);
-    while host.rests.is_none() {
+    while host.paused_until.is_none() {
         host.turn(zero).unwrap();
     }
-    // Until its rest is over it is not even told of the client that waits.
-    let (rests, wakeups) = (host.rests, host.shard.wakeups());
+    // During the pause the loop does not even wake for the waiting client.
+    let (paused_until, wakeups) = (host.paused_until, host.shard.wakeups());
     host.turn(None).unwrap();
-    assert!(host.shard.wakeups() <= wakeups + 2 && host.rests != rests);
+    assert!(host.shard.wakeups() <= wakeups + 2 && host.paused_until != paused_until);
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
     client.write_all(b"CONNECT 5000\n").unwrap();
     client.set_nonblocking(true).unwrap();
-    // It is heard, and learns that there is no driver.
+    // The client is accepted, and then disconnected because there is no driver.
     while client.read(&mut [0]).is_err() {
         host.turn(zero).unwrap();
     }
-    assert_eq!(host.rests, None);
+    assert_eq!(host.paused_until, None);
 }
 
-/// A client that was turned away sees the end of its connection.
+/// A disconnected client sees the end of its connection.
 #[test]
-fn the_first_of_too_many_silent_clients_makes_way() {
+fn the_oldest_of_too_many_silent_clients_is_disconnected() {
     let dir = tempfile::tempdir().unwrap();
     let uds = dir.path().join("v");
     let mut host = host(&uds);
@@ -104,7 +104,7 @@ fn the_first_of_too_many_silent_clients_makes_way() {
         let gone = { client }.read(&mut [0]).is_ok();
         assert_eq!(gone, n < 3, "{n}");
     }
-    // Those that remain have a deadline.
+    // The remaining clients have a deadline.
     let deadline = host.deadline().unwrap();
     host.pass_time(Tick(deadline.0 + clients::LINE_LIMIT_NS));
     for client in &mut clients {

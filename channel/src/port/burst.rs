@@ -1,18 +1,18 @@
-//! One burst: what came from the guest to the sinks, events, what the sinks have to the guest.
+//! One burst: first packets from the guest to the sinks, then events, then bytes from the sinks to the guest.
 
 use std::io;
 
 use adit_engine::{Disposition, How, Lane, ResetReason, StreamId, Tick, Transmit};
 
-use super::entry::{Fill, Undelivered};
+use super::entry::{DeliveryError, Fill};
 use super::succession::next_reset;
 use super::{Budget, Port, PortCounters, Turn};
 use crate::carrier::{Armed, Carrier, CarrierFault, Interest, RxPacket, SetAside, TxSlot};
 
-/// How a direction's part of a burst ended.
+/// How one direction of a burst ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
-    /// Nothing more to move.
+    /// There is nothing more to move.
     Drained,
     /// The budget is used up.
     Budget,
@@ -20,23 +20,23 @@ enum End {
     NoSlot,
 }
 
-/// Packets in a row for one socket, set aside.
+/// Packets in a row for one socket, whose payload is set aside.
 struct Run {
     stream: StreamId,
     len: u32,
 }
 
 enum Sent {
-    /// Something went into a slot.
+    /// A packet went into a slot, with this many payload bytes.
     Packet(u64),
-    /// Nothing fits or nothing is there.
+    /// No stream has something that can be sent.
     Nothing,
     /// There was no slot.
     NoSlot,
 }
 
 impl<C: Carrier> Port<C> {
-    /// Moves what there is to move, within a budget.
+    /// Moves packets and bytes within a budget, then asks for notifications.
     pub fn poll(&mut self, now: Tick, budget: Budget) -> Turn {
         self.counters.polls += 1;
         let before = self.packets();
@@ -80,8 +80,8 @@ impl<C: Carrier> Port<C> {
         Turn::Idle { deadline }
     }
 
-    /// As `poll` by a shell that comes again soon: kicks are not asked for. Returns true if something moved.
-    pub(crate) fn look(&mut self, now: Tick, budget: Budget) -> bool {
+    /// As `poll`, for a shell that polls again soon: it does not ask for kicks. Returns true if something moved.
+    pub(crate) fn poll_unarmed(&mut self, now: Tick, budget: Budget) -> bool {
         self.counters.polls += 1;
         let before = self.packets();
         let ends = self.burst(now, budget);
@@ -97,7 +97,7 @@ impl<C: Carrier> Port<C> {
         before != self.packets()
     }
 
-    /// Packets from the guest and to it so far.
+    /// Number of packets from the guest and to it so far.
     fn packets(&self) -> (u64, u64) {
         let PortCounters {
             packets_from_guest,
@@ -107,8 +107,8 @@ impl<C: Carrier> Port<C> {
         (packets_from_guest, packets_to_guest)
     }
 
-    /// Whoever rings for nothing, again and again, is not heard for a while: work that the peer rings for is a packet of
-    /// its own, or room that was waited for.
+    /// Stops watching the doorbells of a peer that signals them again and again without work. Work for which the peer
+    /// signals a doorbell is a packet from it, or room that this side waited for.
     fn burst_over(
         &mut self,
         now: Tick,
@@ -120,7 +120,7 @@ impl<C: Carrier> Port<C> {
         self.starved = matches!(ends, Ok((_, End::NoSlot)));
         let counters = &mut self.counters;
         if let Err(e) = self.wakers.burst(now, found, &self.watch, counters) {
-            self.unheard(now, &e);
+            self.wakers_failed(now, &e);
         }
     }
 
@@ -138,7 +138,7 @@ impl<C: Carrier> Port<C> {
         let rx = self.receive(now, budget)?;
         self.handle_events(now);
         let mut tx = self.transmit(now, budget)?;
-        // Sending may end streams, and ending streams may leave something to send.
+        // Sending may end streams, and streams that end may leave something to send.
         while self.handle_events(now) && tx == End::Drained {
             tx = self.transmit(now, budget)?;
         }
@@ -152,7 +152,7 @@ impl<C: Carrier> Port<C> {
         Ok(end)
     }
 
-    /// Packets in a row that go to one socket are set aside as `run`; whoever calls delivers the last one.
+    /// Packets in a row for the same socket are set aside in `run`. The caller must deliver the last run.
     fn receive_packets(
         &mut self,
         now: Tick,
@@ -179,7 +179,7 @@ impl<C: Carrier> Port<C> {
                     self.counters.violations += 1;
                     tracing::debug!(%violation, "channel torn down");
                     return Err(CarrierFault {
-                        what: "guest broke the protocol beyond one stream; packet's op",
+                        what: "the guest broke the protocol beyond one stream; op of the packet",
                         value: u64::from(header.op),
                         limit: 7,
                     });
@@ -191,7 +191,7 @@ impl<C: Carrier> Port<C> {
                     let entries = &mut self.entries;
                     let entry = entries.get_mut(slot as usize).and_then(Option::as_mut);
                     let Some(entry) = entry.filter(|e| e.id == stream) else {
-                        // The engine delivers to no stream that it has not told of.
+                        // Unreachable: the engine delivers only to streams that it has announced.
                         drop(packet);
                         self.engine.reset(now, stream, ResetReason::Local);
                         continue;
@@ -213,8 +213,8 @@ impl<C: Carrier> Port<C> {
                     match entry.deliver(&mut packet, len, copied) {
                         Ok(0) => {}
                         Ok(n) => self.engine.consumed(now, stream, n),
-                        Err(Undelivered::Carrier(fault)) => return Err(fault),
-                        Err(Undelivered::Sink(e)) => {
+                        Err(DeliveryError::Carrier(fault)) => return Err(fault),
+                        Err(DeliveryError::Sink(e)) => {
                             tracing::debug!(error = %e, "sink failed");
                             self.counters.sink_failures += 1;
                             self.engine.reset(now, stream, ResetReason::Local);
@@ -222,7 +222,7 @@ impl<C: Carrier> Port<C> {
                     }
                     drop(packet);
                     self.delivered(now, slot);
-                    // Streams that take turns: the next run is not kept back by this one.
+                    // The streams alternate, so write the finished run now.
                     self.deliver_run(now, run.take())?;
                 }
             }
@@ -230,13 +230,13 @@ impl<C: Carrier> Port<C> {
         Ok(End::Budget)
     }
 
-    /// Writes a run to its socket; what that does not take is held.
+    /// Writes a run to its socket. Bytes that the socket does not accept are held.
     fn deliver_run(&mut self, now: Tick, run: Option<Run>) -> Result<(), CarrierFault> {
         let Some(Run { stream, len }) = run else {
             return Ok(());
         };
         let slot = stream.slot();
-        // Entries change between bursts only.
+        // Entries change only between bursts.
         if let Some(Some(entry)) = self.entries.get_mut(slot as usize) {
             let written = match entry.fd() {
                 Some(fd) => self.carrier.write_aside(fd),
@@ -268,7 +268,7 @@ impl<C: Carrier> Port<C> {
         Ok(())
     }
 
-    /// After a delivery: a hello goes on, a service or an application may have something to say.
+    /// Follows up on a delivery: continues a hello, or collects what a service or an application wants to send.
     fn delivered(&mut self, now: Tick, slot: u32) {
         let Some(Some(entry)) = self.entries.get(slot as usize) else {
             return;
@@ -282,7 +282,7 @@ impl<C: Carrier> Port<C> {
         }
     }
 
-    /// A carrier with two lanes may have room on one of them only.
+    /// A carrier with two lanes may have room on only one of them.
     fn transmit(&mut self, now: Tick, budget: Budget) -> Result<End, CarrierFault> {
         if !self.carrier.caps().lanes {
             return self.transmit_on(now, budget, None);
@@ -320,7 +320,8 @@ impl<C: Carrier> Port<C> {
                     self.counters.bytes_to_guest += n;
                     self.counters.packets_to_guest += 1;
                 }
-                // Not `NoSlot`: that a slot is there would be told at once, for ever.
+                // Not `NoSlot`: then the shell would wait for a slot, and a level-triggered watch would fire forever
+                // while a slot is free.
                 Sent::Nothing => return Ok(End::Drained),
                 Sent::NoSlot => return Ok(End::NoSlot),
             }
@@ -328,14 +329,14 @@ impl<C: Carrier> Port<C> {
         Ok(End::Budget)
     }
 
-    /// Puts one packet into a slot: the next whose sink really has what it offered.
+    /// Puts one packet into a slot, from the next stream whose sink really has bytes.
     fn send_one(&mut self, now: Tick, lane: Option<Lane>) -> Result<Sent, CarrierFault> {
         let caps = self.carrier.caps();
         let queue = lane.unwrap_or(Lane::Bulk);
         let Some(mut slot) = self.carrier.tx(queue, caps.max_payload)? else {
             return Ok(Sent::NoSlot);
         };
-        // Of a carrier with one lane: nobody takes over a ring.
+        // Only on a carrier with one lane: no successor takes over a ring.
         if lane.is_none()
             && let Some(header) = next_reset(&mut self.inherited, &mut self.live)
         {
@@ -369,7 +370,7 @@ impl<C: Carrier> Port<C> {
                 Fill::Empty => self.engine.offer(stream, 0),
                 Fill::End => {
                     entry.sink_done = true;
-                    let how = match entry.is_sink_gone() {
+                    let how = match entry.is_sink_closed() {
                         true => How::Both,
                         false => How::Send,
                     };

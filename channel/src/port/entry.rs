@@ -1,10 +1,11 @@
-//! One stream as the shell sees it: its sink, what is held for it, and how bytes move.
+//! One stream in the shell: its sink, the bytes that are held for it, and how bytes move.
 //!
 //! ```text
-//! from the guest:  RxPacket ──writev──► sink       what the sink does not take: `held`, inside the stream's window
+//! from the guest:  RxPacket ──writev──► sink     bytes that it does not accept: `held`, within the stream's window
 //! to the guest:    `out`, then the sink ──readv──► TxSlot
 //! ```
-//! Rule: whatever `held` has is credit that was really lent; it is given back (`consumed`) when the sink took it.
+//! Rule: the bytes in `held` use credit that was really lent. The credit is returned (`consumed`) when the sink
+//! accepts them.
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,25 +16,26 @@ use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, send, shutdown, sockopt};
 
 use crate::carrier::{CarrierFault, RxPacket, TxSlot};
 use crate::dial::Dial;
-use crate::sink::{ServiceEvent, Sink, Straight, StreamIo};
+use crate::sink::{DirectWrite, ServiceEvent, Sink, StreamIo};
 use crate::socket_end;
 
-/// Payload is copied through a buffer of this many bytes where it goes to no descriptor.
+/// Size of the buffer through which payload is copied if the sink is not a descriptor.
 const CHUNK: usize = 4096;
-/// Small packets of inline services go through one of so many: clearing a large one costs more than the packet.
+/// Size of the buffer for small packets to inline services. Clearing a large buffer costs more than handling the
+/// packet.
 const SMALL: usize = 256;
-/// A buffer that drained keeps at most this capacity, bytes.
+/// A buffer that has drained keeps at most this capacity, in bytes.
 const KEEP_MAX: usize = 4096;
 
-/// Where a stream is in its life.
+/// The phase of a stream in the shell.
 pub(super) enum Phase {
-    /// Asked for, not answered.
+    /// The host dials, and the guest has not answered.
     Requesting(Box<Dial>),
-    /// Connected; the hello is under way.
+    /// Connected; the hello is not complete.
     Hello(Box<Dial>),
-    /// The guest asks; the owner has not answered.
+    /// The guest dials, and the owner has not answered.
     Asked,
-    /// Open. Without a sink it holds what comes.
+    /// Open. Without a sink it holds the bytes that arrive.
     Open,
 }
 
@@ -42,39 +44,39 @@ pub(super) struct Entry {
     pub(super) id: StreamId,
     pub(super) phase: Phase,
     pub(super) sink: Option<Sink>,
-    /// From the guest, not yet taken by the sink.
+    /// Bytes from the guest that the sink has not accepted yet.
     pub(super) held: VecDeque<u8>,
-    /// For the guest, ahead of what the sink has.
+    /// Bytes for the guest that go before the sink's bytes.
     pub(super) out: VecDeque<u8>,
     /// The sink may have bytes to read.
     pub(super) readable: bool,
-    /// The other end of the sink is shut: a short read is not the end of what it has.
+    /// The other end of the sink is shut down. A short read then does not mean that the sink is empty.
     pub(super) hung_up: bool,
-    /// The port is told when the sink has room.
+    /// The epoll set reports when the sink has room.
     pub(super) room_watched: bool,
-    /// The other side is an agent, or a port process: it ends its sending before it closes, so a stream that is closed
-    /// without was broken off. Of others that is not known: most programs just close.
+    /// The program in the guest is an agent or a port process. It ends its sending before it closes, so a stream that
+    /// closes without that was broken off. Other programs usually just close, so for them this is unknown.
     pub(super) ends_in_order: bool,
-    /// The sink sends no more, and the engine knows.
+    /// The sink sends no more, and the engine knows it.
     pub(super) sink_done: bool,
     /// The peer sends no more.
     pub(super) peer_done: bool,
-    /// The sink was told so.
-    pub(super) told_done: bool,
-    /// The application's side of a local sink is to be woken at the end of the burst.
+    /// The sink was informed of that.
+    pub(super) end_passed_on: bool,
+    /// Wake the application of a local sink at the end of the burst.
     pub(super) wake: bool,
     /// An inline service has more to write than is queued.
     pub(super) service_more: bool,
-    /// An inline service asked for the end.
+    /// An inline service asked to end the stream.
     pub(super) service_done: bool,
     pub(super) service_reset: bool,
 }
 
-/// What a fill brought.
+/// The result of filling a slot.
 pub(super) enum Fill {
-    /// That many bytes are in the slot, at least 1.
+    /// This many bytes are in the slot, at least 1.
     Bytes(u32),
-    /// The sink has nothing now.
+    /// The sink has no bytes now.
     Empty,
     /// The sink sends no more.
     End,
@@ -83,20 +85,20 @@ pub(super) enum Fill {
 }
 
 /// Why a delivery failed.
-pub(super) enum Undelivered {
+pub(super) enum DeliveryError {
     /// The sink is broken: the stream ends.
     Sink(io::Error),
     /// The carrier is broken.
     Carrier(CarrierFault),
 }
 
-impl From<CarrierFault> for Undelivered {
+impl From<CarrierFault> for DeliveryError {
     fn from(fault: CarrierFault) -> Self {
         Self::Carrier(fault)
     }
 }
 
-/// Bytes that went through memory of ours.
+/// Counter of bytes that were copied through this process's memory.
 pub(super) type Copied<'a> = &'a mut u64;
 
 impl Entry {
@@ -113,7 +115,7 @@ impl Entry {
             ends_in_order: false,
             sink_done: false,
             peer_done: false,
-            told_done: false,
+            end_passed_on: false,
             wake: false,
             service_more: false,
             service_done: false,
@@ -132,27 +134,28 @@ impl Entry {
         matches!(self.phase, Phase::Open)
     }
 
-    /// Tells whether what comes from the guest may go to the sink together with what comes next.
+    /// Returns true if bytes from the guest may be written to the sink together with those of later packets.
     pub(super) fn gathers(&self) -> bool {
         self.is_open() && self.held.is_empty() && self.fd().is_some()
     }
 
-    /// Moves `len` bytes of a packet to the sink; the rest is held. Returns what the sink took.
+    /// Moves `len` bytes of a packet to the sink, and holds the rest. Returns the number of bytes that the sink
+    /// accepted.
     pub(super) fn deliver<P: RxPacket>(
         &mut self,
         packet: &mut P,
         len: u32,
         copied: Copied<'_>,
-    ) -> Result<u32, Undelivered> {
+    ) -> Result<u32, DeliveryError> {
         if !self.is_open() || !self.held.is_empty() {
             self.hold(packet, len, copied)?;
-            return self.flush(copied).map_err(Undelivered::Sink);
+            return self.flush(copied).map_err(DeliveryError::Sink);
         }
         let taken = match &mut self.sink {
             Some(Sink::Fd(fd)) => match packet.write_to(fd.as_fd(), len) {
                 Ok(n) => n as u32,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => 0,
-                Err(e) => return Err(Undelivered::Sink(e)),
+                Err(e) => return Err(DeliveryError::Sink(e)),
             },
             Some(Sink::Local(end)) => {
                 let mut state = end.0.lock();
@@ -169,21 +172,21 @@ impl Entry {
             Some(Sink::Inline(_)) => return self.serve(packet, len, &mut [0; CHUNK], copied),
             None => {
                 self.hold(packet, len, copied)?;
-                return self.flush(copied).map_err(Undelivered::Sink);
+                return self.flush(copied).map_err(DeliveryError::Sink);
             }
         };
         self.hold(packet, len - taken, copied)?;
         Ok(taken)
     }
 
-    /// Shows an inline service a packet piece by piece, as long as it takes all of each; the rest is held.
+    /// Passes a packet to an inline service in pieces, as long as it takes each piece completely. The rest is held.
     fn serve<P: RxPacket>(
         &mut self,
         packet: &mut P,
         mut len: u32,
         buf: &mut [u8],
         copied: Copied<'_>,
-    ) -> Result<u32, Undelivered> {
+    ) -> Result<u32, DeliveryError> {
         let mut taken = 0;
         while len > 0 {
             let want = buf.len().min(len as usize);
@@ -191,14 +194,14 @@ impl Entry {
             *copied += n as u64;
             len -= n as u32;
             let took = self.service_event(ServiceEvent::Data(&buf[..n])).min(n);
-            // Windows are far below 4 GiB.
+            // Windows are far below 4 GiB, so the sum fits.
             taken += took as u32;
             if took < n {
                 self.held.extend(&buf[took..n]);
                 self.hold(packet, len, copied)?;
                 if len > 0 {
-                    // There is more behind what it left.
-                    taken += self.flush(copied).map_err(Undelivered::Sink)?;
+                    // Show the bytes that it left again, with more bytes after them.
+                    taken += self.flush(copied).map_err(DeliveryError::Sink)?;
                 }
                 break;
             }
@@ -216,7 +219,7 @@ impl Entry {
         self.hold_from(len, |dst| packet.read(dst))
     }
 
-    /// Holds `len` bytes that `read` copies out.
+    /// Holds `len` bytes, which `read` copies out.
     pub(super) fn hold_from(
         &mut self,
         len: u32,
@@ -225,7 +228,7 @@ impl Entry {
         read_chunks(len, read, |bytes| self.held.extend(bytes))
     }
 
-    /// Gives the sink what is held, as far as it takes it. Returns how much that was.
+    /// Passes held bytes to the sink, as many as it accepts. Returns their number.
     pub(super) fn flush(&mut self, copied: Copied<'_>) -> io::Result<u32> {
         let mut taken = 0;
         if !self.is_open() {
@@ -258,43 +261,45 @@ impl Entry {
             _ => {}
         }
         shrink(&mut self.held);
-        // Windows are far below 4 GiB.
+        // Windows are far below 4 GiB, so the sum fits.
         Ok(taken as u32)
     }
 
-    /// Tells the sink, once, that the peer sends no more, when all of it was delivered.
-    pub(super) fn tell_done(&mut self) {
-        if !self.peer_done || self.told_done || !self.held.is_empty() || !self.is_open() {
+    /// Informs the sink, once, that the peer sends no more, after all bytes were delivered.
+    pub(super) fn pass_on_end(&mut self) {
+        if !self.peer_done || self.end_passed_on || !self.held.is_empty() || !self.is_open() {
             return;
         }
         match &mut self.sink {
-            // It may be gone already, which its own events tell.
+            // The socket may be closed already; its own events report that.
             Some(Sink::Fd(fd)) => drop(shutdown(fd.as_raw_fd(), Shutdown::Write)),
             Some(Sink::Local(end)) => {
                 end.0.lock().peer_done = true;
                 self.wake = true;
             }
             Some(Sink::Inline(_)) => {
-                self.told_done = true;
+                self.end_passed_on = true;
                 self.service_event(ServiceEvent::PeerDone);
                 return;
             }
             None => return,
         }
-        self.told_done = true;
+        self.end_passed_on = true;
     }
 
-    /// Tells the sink that the peer takes no more, as far as its kind can tell: whoever writes to a Unix socket gets EPIPE.
-    pub(super) fn tell_deaf(&mut self) {
+    /// Informs the sink that the peer receives no more, if its kind allows it: a writer to a Unix socket then gets
+    /// EPIPE.
+    pub(super) fn stop_sink_writes(&mut self) {
         match &self.sink {
-            // To whom order matters, a socket that is shut both ways is one that was broken off.
+            // For a stream that ends in order, a socket that is shut down both ways would mean that the stream was
+            // broken off.
             Some(Sink::Fd(fd)) if !self.ends_in_order => {
-                // It may be gone already, which its own events tell.
+                // The socket may be closed already; its own events report that.
                 let _ = shutdown(fd.as_raw_fd(), Shutdown::Read);
             }
             Some(Sink::Local(end)) => {
                 let mut state = end.0.lock();
-                state.peer_deaf = true;
+                state.peer_recv_done = true;
                 state.to_guest.clear();
                 self.wake = true;
             }
@@ -302,13 +307,14 @@ impl Entry {
         }
     }
 
-    /// Tells, at the end of what a sink had, whether whoever has its other end closed it altogether. A TCP socket cannot
-    /// tell; one that was told the peer's end may close when it likes.
-    pub(super) fn is_sink_gone(&self) -> bool {
-        !self.told_done && self.fd().is_some_and(socket_end::is_closed)
+    /// Returns true if the other end of the sink is closed completely. Call it at the end of the sink's bytes. It
+    /// cannot detect this for a TCP socket, nor after the sink was informed of the peer's end, because its program may
+    /// then close at any time.
+    pub(super) fn is_sink_closed(&self) -> bool {
+        !self.end_passed_on && self.fd().is_some_and(socket_end::is_closed)
     }
 
-    /// Shows an inline service something; returns the bytes that it took.
+    /// Passes an event to an inline service. Returns the number of bytes that it took.
     pub(super) fn service_event(&mut self, event: ServiceEvent<'_>) -> usize {
         let Some(Sink::Inline(service)) = &mut self.sink else {
             return 0;
@@ -322,7 +328,7 @@ impl Entry {
         taken
     }
 
-    /// What the engine is to know that there is to send: bytes, or `u32::MAX` = some.
+    /// The number of bytes to report to the engine as ready to send; `u32::MAX` = some.
     pub(super) fn offered(&self) -> u32 {
         if self.sink_done {
             return 0;
@@ -342,7 +348,7 @@ impl Entry {
         }
     }
 
-    /// Tells whether the sink said that it sends no more, and all that it sent is gone.
+    /// Returns true if the sink has ended its sending, and all its bytes were sent.
     pub(super) fn at_end(&self) -> bool {
         if self.sink_done || !self.out.is_empty() || !self.is_open() {
             return false;
@@ -379,7 +385,8 @@ impl Entry {
             Some(Sink::Fd(fd)) => Ok(match slot.read_from(fd.as_fd(), len) {
                 Ok(0) => Fill::End,
                 Ok(n) => {
-                    // Fewer than asked for: it is empty, and more raises a new edge; but the end may be there already.
+                    // Fewer bytes than requested: the socket is empty, and new bytes cause a new edge. But the end of
+                    // file may already be there.
                     self.readable = n as u64 == u64::from(len) || self.hung_up;
                     Fill::Bytes(n as u32)
                 }
@@ -399,7 +406,7 @@ impl Entry {
                 let (mut filled, mut fault) = (0, None);
                 let mut put = |bytes: &[u8]| match slot.write(bytes) {
                     Ok(n) => {
-                        // At most `len` in all.
+                        // The sum is at most `len`.
                         filled += n as u32;
                         n
                     }
@@ -409,7 +416,7 @@ impl Entry {
                     }
                 };
                 let mut io = StreamIo::new(&mut self.out);
-                io.straight = Some(Straight {
+                io.straight = Some(DirectWrite {
                     put: &mut put,
                     room: len as usize,
                 });
@@ -430,27 +437,28 @@ impl Entry {
     }
 }
 
-/// Closes a socket so that its other end sees a reset rather than an end, as far as its kind can tell the two apart: of a
-/// Unix socket the other end sees that nothing can be written to it either.
+/// Closes a socket so that its other end sees a reset and not an end, if its kind can show the difference. The other
+/// end of a Unix socket sees that it cannot write to it either.
 pub(super) fn abort(fd: OwnedFd) {
     socket_end::reset_on_close(fd, true);
 }
 
-/// Ends a socket in order; duplicates that others hold do not keep its other end waiting. It can be closed then.
+/// Ends a socket in order. The shutdown also works while other processes hold duplicates. The caller can close it
+/// afterwards.
 pub(super) fn finish(fd: BorrowedFd<'_>) {
     socket_end::reset_on_close(fd, false);
-    // It may be gone already.
+    // The socket may be closed already.
     let _ = shutdown(fd.as_raw_fd(), Shutdown::Write);
 }
 
-/// Tells whether a socket's other end sees, at its end, whether it was closed, too.
+/// Returns true if the other end of this socket can tell an end from a close.
 pub(super) fn shows_close(fd: BorrowedFd<'_>) -> bool {
-    // Of a Unix socket the kernel knows whose its other end is; of any other it says that nobody's is.
+    // The kernel reports the owner of a Unix socket's other end. For other sockets it reports no owner.
     let peer = getsockopt(&fd, sockopt::PeerCredentials);
     peer.is_ok_and(|peer| peer.uid() != libc::uid_t::MAX)
 }
 
-/// Writes held bytes to a socket until it takes no more.
+/// Writes held bytes to a socket until it accepts no more.
 pub(super) fn write_held(fd: BorrowedFd<'_>, held: &mut VecDeque<u8>) -> io::Result<usize> {
     let mut taken = 0;
     while !held.is_empty() {
@@ -468,16 +476,16 @@ pub(super) fn write_held(fd: BorrowedFd<'_>, held: &mut VecDeque<u8>) -> io::Res
     Ok(taken)
 }
 
-/// Reads at least a byte of the `len` that are there.
+/// Reads at least one of the `len` bytes that are available.
 fn read_some(
     read: &mut impl FnMut(&mut [u8]) -> Result<usize, CarrierFault>,
     dst: &mut [u8],
     len: u32,
 ) -> Result<usize, CarrierFault> {
     match read(dst)? {
-        // The engine was told how much there is.
+        // The engine was given this length, so the bytes must exist.
         0 => Err(CarrierFault {
-            what: "packet is shorter than it was",
+            what: "packet is shorter than announced",
             value: 0,
             limit: u64::from(len),
         }),
@@ -533,7 +541,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_unix_socket_shows_that_it_was_closed() {
+    fn only_a_unix_socket_can_tell_a_close_from_an_end() {
         let (a, b) = UnixStream::pair().unwrap();
         assert!(shows_close(a.as_fd()) && shows_close(b.as_fd()));
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -1,4 +1,4 @@
-//! What happens to a stream between its packets: dials, hellos, ends, and sinks that outlive their streams.
+//! What happens to a stream apart from its packets: dials, hellos, ends, and sinks that outlive their streams.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
@@ -63,7 +63,7 @@ impl<C: Carrier> Port<C> {
                 entry.out.extend(hello);
                 entry.phase = Phase::Hello(dial);
                 self.settle(now, stream.slot());
-                // A foreign listener may have spoken first.
+                // A foreign listener may have sent bytes first.
                 self.read_hello(now, stream.slot());
             }
             None => {
@@ -73,7 +73,7 @@ impl<C: Carrier> Port<C> {
         }
     }
 
-    /// Reads the answer to our hello out of what is held; the rest stays held for the sink.
+    /// Reads the answer to the hello from the held bytes. The rest stays held for the sink.
     pub(super) fn read_hello(&mut self, now: Tick, slot: u32) {
         let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
             return;
@@ -94,7 +94,7 @@ impl<C: Carrier> Port<C> {
                 break Some(outcome);
             }
         };
-        // At most a hello's length.
+        // At most the length of a hello.
         self.engine.consumed(now, stream, taken as u32);
         match outcome {
             None => {}
@@ -128,7 +128,8 @@ impl<C: Carrier> Port<C> {
         }
     }
 
-    /// Tells whoever dialled that it failed. The stream itself is ended by the caller, and tells nobody any more.
+    /// Reports to the dialler that its dial failed. The caller must end the stream, whose end is then reported to no
+    /// one.
     pub(super) fn fail_dial(&mut self, stream: StreamId, error: DialError) {
         let Some(entry) = self.entry(stream) else {
             return;
@@ -154,24 +155,25 @@ impl<C: Carrier> Port<C> {
         if matches!(how, How::Send | How::Both) {
             entry.peer_done = true;
             if matches!(entry.phase, Phase::Hello(_)) {
-                // It ended without a word.
+                // It ended before it answered the hello.
                 self.fail_dial(stream, DialError::Reset);
                 self.engine.reset(now, stream, ResetReason::Local);
                 return;
             }
         }
         if matches!(how, How::Receive | How::Both) {
-            // The engine sends nothing any more, whatever the sink has; our end of this direction is said, too.
+            // The engine sends no more, whatever the sink has. Pass on our own end of this direction too.
             entry.readable = false;
             entry.sink_done = true;
             entry.out.clear();
-            entry.tell_deaf();
+            entry.stop_sink_writes();
             self.engine.shutdown(now, stream, How::Send);
         }
         self.settle(now, stream.slot());
     }
 
-    /// The guest closed without having ended its sending: most programs do when they are done, an agent when it dies.
+    /// The guest closed without ending its sending first. Most programs do that when they are finished; an agent does
+    /// it when it dies.
     fn hung_up(&mut self, now: Tick, stream: StreamId) {
         let Some(entry) = self.entry(stream) else {
             return;
@@ -179,17 +181,17 @@ impl<C: Carrier> Port<C> {
         if !entry.ends_in_order {
             return self.peer_shutdown(now, stream, How::Both);
         }
-        // `Closed` resets its sink, once that has what was sent.
+        // `Closed` will reset the sink after it has got all bytes.
         entry.readable = false;
         entry.sink_done = true;
         entry.out.clear();
-        entry.tell_deaf();
+        entry.stop_sink_writes();
         self.settle(now, stream.slot());
     }
 
     fn closed(&mut self, stream: StreamId, reason: Option<ResetReason>) {
         if self.entry(stream).is_none() {
-            return; // a dial that failed: told already
+            return; // a failed dial, which was reported already
         }
         self.fail_dial(stream, DialError::from_reason(reason));
         let Some(mut entry) = self
@@ -200,7 +202,8 @@ impl<C: Carrier> Port<C> {
         else {
             return;
         };
-        // A peer that closed waits for us only so long, then resets: its bytes are complete all the same.
+        // A peer that has ended its sending waits for our end only for a limited time, then resets. Its bytes are
+        // complete anyway.
         let complete = reason.is_none()
             || entry.peer_done
                 && matches!(
@@ -237,9 +240,9 @@ impl<C: Carrier> Port<C> {
         self.notices.push_back(Notice::Closed { stream, reason });
     }
 
-    /// Keeps a socket until it took what is held for it. An unfinished one is reset rather than cut short. Where it matters
-    /// `in_order`, a Unix socket is kept until its other end is closed: closed by us, its reader would find that it was
-    /// broken off.
+    /// Keeps a socket until it has accepted its held bytes. If that fails it is reset, so that the data does not look
+    /// complete. With `in_order` a Unix socket is also kept until its other end is closed. If we closed it first, its
+    /// reader would see a broken stream.
     fn linger(&mut self, fd: OwnedFd, held: VecDeque<u8>, in_order: bool) {
         let keep = in_order && entry::shows_close(fd.as_fd());
         if held.is_empty() {
@@ -248,7 +251,7 @@ impl<C: Carrier> Port<C> {
                 return;
             }
         }
-        // What is only kept holds nothing but its descriptor, of which a stream had one.
+        // A socket without held bytes only uses its descriptor, which its stream also did.
         let waiting = self.lingering.iter().flatten();
         let (count, bytes, kept) = waiting.fold((0, 0, 0), |(n, b, k), l| match l.held.len() {
             0 => (n, b, k + 1),
@@ -296,7 +299,7 @@ impl<C: Carrier> Port<C> {
         }
     }
 
-    /// Gives a sink what is held for it.
+    /// Passes held bytes to a sink.
     pub(super) fn drain_held(&mut self, now: Tick, slot: u32) {
         let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
             return;
@@ -314,7 +317,7 @@ impl<C: Carrier> Port<C> {
         self.watch_room(now, slot);
     }
 
-    /// Asks to be told when a socket has room, if something is held for it.
+    /// Asks epoll to report when a socket has room, if bytes are held for it.
     pub(super) fn watch_room(&mut self, now: Tick, slot: u32) {
         let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
             return;
@@ -327,7 +330,7 @@ impl<C: Carrier> Port<C> {
         match self.watch.edge_on_room(fd, Token::sink(id), true) {
             Ok(()) => entry.room_watched = true,
             Err(e) => {
-                // What is held would never go.
+                // Without this report the held bytes would never move.
                 tracing::warn!(error = %e, "cannot watch a sink");
                 self.counters.sink_failures += 1;
                 self.engine.reset(now, id, ResetReason::Local);
@@ -335,7 +338,7 @@ impl<C: Carrier> Port<C> {
         }
     }
 
-    /// There is room: what is held goes. Without anything held, nobody needs to be told again.
+    /// The socket has room: pass on the held bytes. If none are held, stop asking for this report.
     pub(super) fn room(&mut self, now: Tick, slot: u32) {
         let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
             return;
@@ -344,19 +347,19 @@ impl<C: Carrier> Port<C> {
             && std::mem::take(&mut entry.room_watched)
             && let Some(fd) = entry.fd()
         {
-            // At worst it is told once more.
+            // If this fails, the only effect is another report.
             let _ = self.watch.edge_on_room(fd, Token::sink(entry.id), false);
         }
         self.drain_held(now, slot);
     }
 
-    /// Brings the engine's picture of a sink, and the sink's of the stream, up to date.
+    /// Updates what the engine knows of a sink, and what the sink knows of its stream.
     pub(super) fn settle(&mut self, now: Tick, slot: u32) {
         let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
             return;
         };
         let id = entry.id;
-        entry.tell_done();
+        entry.pass_on_end();
         if entry.service_reset {
             self.engine.reset(now, id, ResetReason::Local);
             return;

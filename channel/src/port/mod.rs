@@ -1,4 +1,4 @@
-//! A port: one engine, one carrier and the sinks of their streams. It moves every payload byte once.
+//! A `Port`: one engine, one carrier and the sinks of their streams. It moves every payload byte once.
 //!
 //! ```text
 //!            carrier.begin
@@ -9,21 +9,21 @@
 //! ```
 //!
 //! Rules:
-//! - RX always drains: a sink that is not read is limited by its stream's credit, never by a packet left in the queue,
-//!   so one stopped reader stops nobody else.
-//! - A sink is watched edge-triggered: after `WouldBlock` nothing is tried again before the next edge.
-//! - Everything that can grow is bounded by the engine's stream table and its credit pool, and by the `*_MAX` here.
+//! - RX always drains. The credit of its stream limits a sink that is not read; packets are never left in the queue
+//!   for it. So one stopped reader does not stop other streams.
+//! - A sink is watched edge-triggered: after `WouldBlock` it is not tried again before the next edge.
+//! - The engine's stream table, its credit pool and the `*_MAX` here bound everything that can grow.
 //!
-//! A port is driven by a [`Shard`](crate::shard::Shard), which owns the epoll set that its descriptors are in.
+//! A [`Shard`](crate::shard::Shard) drives a `Port`. The shard owns the epoll set with the `Port`'s descriptors.
 
 mod burst;
 mod entry;
 mod lifecycle;
-mod patience;
 mod succession;
 #[cfg(test)]
 mod tests;
 mod wakers;
+mod wakeup_limit;
 pub(crate) mod watch;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -47,19 +47,20 @@ use entry::{Entry, Phase};
 use wakers::Wakers;
 use watch::{Token, Watch};
 
-/// Sinks that outlive their streams at a time.
+/// Maximum number of sinks that outlive their streams with held bytes.
 pub const LINGER_MAX: usize = 256;
-/// Sinks at a time that took everything, and are kept until their other end is closed: as many as a VM has streams.
+/// Maximum number of sinks that have accepted everything and are kept until their other end is closed: as many as a VM
+/// has streams.
 pub const KEPT_MAX: usize = 1024;
-/// Bytes held for those in all.
+/// Maximum number of bytes held for all sinks that outlive their streams.
 pub const LINGER_BYTES_MAX: usize = 1 << 20;
 
-/// How much one `poll` may do before others get their turn.
+/// How much one `poll` may do before other `Port`s get their turn.
 #[derive(Clone, Copy, Debug)]
 pub struct Budget {
-    /// Packets each way.
+    /// Maximum number of packets in each direction.
     pub packets: u32,
-    /// Payload bytes each way.
+    /// Maximum number of payload bytes in each direction.
     pub bytes: u64,
 }
 
@@ -72,85 +73,86 @@ impl Default for Budget {
     }
 }
 
-/// What a `poll` leaves behind.
+/// What remains to do after a `poll`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Turn {
     /// There is more to do.
     Again,
-    /// Nothing until a descriptor is ready, or until the deadline.
+    /// There is nothing to do until a descriptor is ready, or until the deadline.
     Idle {
-        /// When to poll at the latest.
+        /// Poll at this time at the latest.
         deadline: Option<Tick>,
     },
 }
 
-/// What the owner of a port is told.
+/// An event for the owner of a `Port`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
-    /// The guest asks for a port that is listened on: [`Port::accept`] or [`Port::refuse`] it.
+    /// The guest dials a vsock port on which the `Port` listens. Call [`Port::accept`] or [`Port::refuse`].
     Incoming {
         /// The new stream.
         stream: StreamId,
-        /// The port asked for.
+        /// The dialled port of the host.
         local_port: u32,
         /// The guest's own port.
         peer_port: u32,
     },
-    /// A dial without a sink is done: [`Port::attach`] one. What the guest sends is held meanwhile.
+    /// A dial without a sink is complete. Call [`Port::attach`] to give it one; bytes from the guest are held until
+    /// then.
     Dialed {
         /// The stream that `dial` returned.
         stream: StreamId,
-        /// The agent's answer; `None` for a plain port.
+        /// The agent's answer; `None` without a hello.
         accept: Option<Accept>,
     },
     /// A dial without a sink failed.
     DialFailed {
-        /// The stream that `dial` returned; stale now.
+        /// The stream that `dial` returned; its id is stale now.
         stream: StreamId,
-        /// Why.
+        /// The reason.
         error: DialError,
     },
-    /// A stream that was open (or asked for by the guest) is gone.
+    /// A stream is gone that was open or was offered by the guest.
     Closed {
-        /// Which; stale now.
+        /// The stream; its id is stale now.
         stream: StreamId,
-        /// Why, if not in order.
+        /// The reason, if it did not end in order.
         reason: Option<ResetReason>,
     },
     /// The session began or ended.
     Session {
-        /// The epoch of the session that began; `None`: it ended.
+        /// The epoch of the session that began; `None` if the session ended.
         epoch: Option<u64>,
     },
 }
 
-/// What a port did since it was made.
+/// What a `Port` did since it was created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PortCounters {
-    /// Packets from the guest.
+    /// Number of packets from the guest.
     pub packets_from_guest: u64,
-    /// Packets to the guest.
+    /// Number of packets to the guest.
     pub packets_to_guest: u64,
     /// Payload bytes from the guest.
     pub bytes_from_guest: u64,
     /// Payload bytes to the guest.
     pub bytes_to_guest: u64,
-    /// Payload bytes that went through memory of this process (none, for a tunnel that keeps up).
+    /// Payload bytes that were copied through this process's memory (zero for a tunnel whose sockets keep up).
     pub bytes_copied: u64,
     /// Packets that broke the protocol and were dropped.
     pub violations: u64,
-    /// Sinks that failed.
+    /// Number of sinks that failed.
     pub sink_failures: u64,
-    /// Transport faults: the session was torn down.
+    /// Transport faults: how often the session was torn down.
     pub faults: u64,
-    /// Calls of `poll`.
+    /// Number of calls of `poll`.
     pub polls: u64,
-    /// Those of them that a descriptor of the carrier's asked for, and that found nothing.
-    pub in_vain: u64,
-    /// Times that the carrier's descriptors were not heard for a while, because of too many of those.
-    pub unheard: u64,
+    /// Number of polls that a doorbell of the carrier caused, and that found no work.
+    pub fruitless_polls: u64,
+    /// How often the carrier's doorbells were not watched for a while, because too many signals were without work.
+    pub mutes: u64,
 }
 
 /// One VM's channel.
@@ -162,7 +164,7 @@ pub struct Port<C: Carrier> {
     /// The last burst had something to send, and no slot for it.
     starved: bool,
     entries: Vec<Option<Entry>>,
-    /// When dials end, soonest first.
+    /// Deadlines of dials, soonest first.
     deadlines: BTreeMap<(Tick, u32), StreamId>,
     lingering: Vec<Option<Linger>>,
     notices: VecDeque<Notice>,
@@ -171,22 +173,22 @@ pub struct Port<C: Carrier> {
     epoch: Option<u64>,
     last_fault: String,
     counters: PortCounters,
-    /// Where a successor finds the pairs in use.
+    /// The pairs in use, for a successor process.
     live: Option<LiveTable>,
-    /// Pairs of a predecessor whose streams the guest still has: each is reset before anything else is sent.
+    /// Pairs of a predecessor whose streams the guest still has. Each is reset before anything else is sent.
     inherited: Vec<(u32, u32)>,
 }
 
-/// A sink whose stream ended in order before the sink took everything, or before its other end was closed.
+/// A sink whose stream ended in order, before the sink accepted everything or before its other end was closed.
 struct Linger {
     fd: OwnedFd,
     held: VecDeque<u8>,
-    /// Until the other end is closed.
+    /// Keep the sink until the other end is closed.
     keep: bool,
 }
 
 impl<C: Carrier> Port<C> {
-    /// Makes a port in an epoll set.
+    /// Makes a `Port` in an epoll set.
     pub(crate) fn new(
         carrier: C,
         config: EngineConfig,
@@ -220,14 +222,13 @@ impl<C: Carrier> Port<C> {
         Ok(port)
     }
 
-    // ---- getters
-
     /// Returns the carrier.
     pub fn carrier(&self) -> &C {
         &self.carrier
     }
 
-    /// Returns the carrier to whoever attaches it: a VMM's bus activates and resets its device here.
+    /// Returns the carrier, for the code that controls it. For example a VMM's bus activates and resets its device
+    /// here.
     pub fn carrier_mut(&mut self) -> &mut C {
         &mut self.carrier
     }
@@ -237,27 +238,27 @@ impl<C: Carrier> Port<C> {
         self.counters
     }
 
-    /// Streams open now, in either direction, also those not answered yet.
+    /// Number of open streams in both directions, including unanswered ones.
     pub fn streams(&self) -> usize {
         self.engine.streams()
     }
 
-    /// Epoch of the session that is on.
+    /// Epoch of the current session.
     pub fn epoch(&self) -> Option<u64> {
         self.epoch
     }
 
-    /// Tells whether the guest stands still: the session is on, and its streams are held.
+    /// Returns true if the guest is paused: its session and streams are kept.
     pub fn is_paused(&self) -> bool {
         self.carrier.is_paused()
     }
 
-    /// The last transport fault, for people; empty if none.
+    /// The last transport fault as text; empty if there was none.
     pub fn last_fault(&self) -> &str {
         &self.last_fault
     }
 
-    /// Tells whether there is a notice.
+    /// Returns true if there is a notice.
     pub(crate) fn has_notice(&self) -> bool {
         !self.notices.is_empty()
     }
@@ -268,22 +269,21 @@ impl<C: Carrier> Port<C> {
         self.notices.pop_front()
     }
 
-    // ---- commands; each is followed by a `poll`
-
-    /// Takes requests of the guest for a port.
+    /// Listens on a vsock port for the guest.
     ///
     /// # Errors
-    /// Too many ports.
+    /// The `Port` listens on too many vsock ports.
     pub fn listen(&mut self, port: u32) -> Result<(), ListenError> {
         self.engine.listen(port, Kind::Stream)
     }
 
-    /// Takes requests of the guest for every port.
+    /// Listens on every vsock port for the guest.
     pub fn listen_to_all(&mut self) {
         self.engine.listen_to_all();
     }
 
-    /// Dials a port of the guest. With a sink, nobody is told when it is done; without, a [`Notice`] tells.
+    /// Dials a vsock port of the guest. With a sink the caller gets no notice of the result; without a sink it gets a
+    /// [`Notice`].
     ///
     /// # Errors
     /// There is no session, or a limit is reached. The sink is dropped.
@@ -293,7 +293,7 @@ impl<C: Carrier> Port<C> {
         request: DialRequest,
         sink: Option<Sink>,
     ) -> Result<StreamId, DialError> {
-        // The slot that the engine lends next may be one whose end was not heard yet.
+        // The engine may assign a slot whose last stream has an end that is not handled yet. Handle it first.
         self.handle_events(now);
         let stream = self
             .engine
@@ -307,7 +307,7 @@ impl<C: Carrier> Port<C> {
         Ok(stream)
     }
 
-    /// Accepts a stream that the guest asked for. Without a sink it holds what comes until [`attach`](Self::attach).
+    /// Accepts a stream that the guest opens. Without a sink its bytes are held until [`attach`](Self::attach).
     pub fn accept(&mut self, now: Tick, stream: StreamId, sink: Option<Sink>) {
         let Some(entry) = self.entry(stream) else {
             return;
@@ -322,7 +322,7 @@ impl<C: Carrier> Port<C> {
         }
     }
 
-    /// Refuses a stream that the guest asked for.
+    /// Refuses a stream that the guest opens.
     pub fn refuse(&mut self, now: Tick, stream: StreamId) {
         if self
             .entry(stream)
@@ -332,8 +332,8 @@ impl<C: Carrier> Port<C> {
         }
     }
 
-    /// Gives an open stream its sink, in place of the one it had; `prefix` goes to the guest ahead of the sink's bytes.
-    /// Returns false (and drops the sink) if the stream is gone or not open.
+    /// Gives an open stream its sink, which replaces the present one. `prefix` goes to the guest before the sink's
+    /// bytes. Returns false (and drops the sink) if the stream is gone or not open.
     pub fn attach(&mut self, now: Tick, stream: StreamId, sink: Sink, prefix: &[u8]) -> bool {
         let Some(entry) = self.entry(stream) else {
             return false;
@@ -343,13 +343,14 @@ impl<C: Carrier> Port<C> {
         }
         let old = entry.sink.take();
         if let Some(Sink::Local(end)) = &old {
-            // Neither way may lose a byte: what the application has not read goes ahead of what is held.
+            // No byte may be lost in either direction. Bytes that the application has not read go before the held
+            // bytes.
             let mut state = end.0.lock();
             let mut held = std::mem::take(&mut state.to_app);
             held.append(&mut entry.held);
             entry.held = held;
             entry.out.append(&mut state.to_guest);
-            entry.told_done = false;
+            entry.end_passed_on = false;
         }
         entry.out.extend(prefix);
         if matches!(old, Some(Sink::Fd(_))) {
@@ -358,15 +359,15 @@ impl<C: Carrier> Port<C> {
         self.set_sink(now, stream, sink)
     }
 
-    /// Says of a stream that its other side ends its sending before it closes: closed without, it was broken off. So it is
-    /// of each that was dialled with a hello.
+    /// Declares that the other side of a stream ends its sending before it closes. If it closes without that, the
+    /// stream was broken off. Every stream that was dialled with a hello already has this property.
     pub fn expect_order(&mut self, stream: StreamId) {
         if let Some(entry) = self.entry(stream) {
             entry.ends_in_order = true;
         }
     }
 
-    /// Shuts down directions of a stream.
+    /// Shuts down one or both directions of a stream.
     pub fn shutdown(&mut self, now: Tick, stream: StreamId, how: How) {
         self.engine.shutdown(now, stream, how);
     }
@@ -376,27 +377,25 @@ impl<C: Carrier> Port<C> {
         self.engine.reset(now, stream, why);
     }
 
-    /// The application's side of a local sink changed.
+    /// The application changed its side of a local sink.
     pub(crate) fn local_changed(&mut self, now: Tick, stream: StreamId) {
         let Some(entry) = self.entry(stream) else {
             return;
         };
-        let mut deaf = false;
+        let mut sink_gone = false;
         if let Some(Sink::Local(end)) = &entry.sink {
             let mut state = end.0.lock();
             state.kicked = false;
-            deaf = state.recv_done;
+            sink_gone = state.recv_done;
         }
         self.drain_held(now, stream.slot());
-        if deaf {
+        if sink_gone {
             self.engine.shutdown(now, stream, How::Receive);
         }
         self.settle(now, stream.slot());
     }
 
-    // ---- inputs
-
-    /// A descriptor of this port became ready.
+    /// A descriptor of this `Port` became ready.
     pub(crate) fn ready(&mut self, now: Tick, token: Token, flags: EpollFlags) {
         match token {
             Token::Waker(id) => self.woken(now, id),
@@ -411,17 +410,17 @@ impl<C: Carrier> Port<C> {
         if woken.wakers_changed
             && let Err(e) = self.wakers.renew(&self.carrier, &self.watch)
         {
-            self.unheard(now, &e);
+            self.wakers_failed(now, &e);
         }
         let change = woken.session.is_some() || woken.wakers_changed;
-        self.wakers.rang(change);
+        self.wakers.woke(change);
         if let Some(change) = woken.session {
             self.session(now, change);
         }
     }
 
     /// Without wakers the channel would hang silently.
-    fn unheard(&mut self, now: Tick, e: &io::Error) {
+    fn wakers_failed(&mut self, now: Tick, e: &io::Error) {
         self.fault(now, &format!("cannot watch the carrier's descriptors: {e}"));
     }
 
@@ -456,7 +455,7 @@ impl<C: Carrier> Port<C> {
         };
         let id = entry.id;
         if Token::sink(id) != (Token::Sink { slot, generation }) {
-            return; // an event of the slot's last stream
+            return; // an event for an earlier stream of this slot
         }
         if flags.contains(EpollFlags::EPOLLERR) {
             self.counters.sink_failures += 1;
@@ -469,18 +468,17 @@ impl<C: Carrier> Port<C> {
         if flags.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP) {
             entry.readable = true;
         }
-        // Its end was told already, and now nobody takes what the peer sends.
-        let deaf = flags.contains(EpollFlags::EPOLLHUP) && entry.sink_done && !entry.told_done;
+        // The sink has ended before, and now nothing accepts the peer's bytes any more.
+        let sink_gone =
+            flags.contains(EpollFlags::EPOLLHUP) && entry.sink_done && !entry.end_passed_on;
         if flags.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLHUP) {
             self.room(now, slot);
         }
-        if deaf {
+        if sink_gone {
             self.engine.shutdown(now, id, How::Receive);
         }
         self.settle(now, slot);
     }
-
-    // ---- entries
 
     fn entry(&mut self, stream: StreamId) -> Option<&mut Entry> {
         self.entries
@@ -498,7 +496,7 @@ impl<C: Carrier> Port<C> {
         self.entries[slot] = Some(entry);
     }
 
-    /// Puts a sink in its place and gives it what is held.
+    /// Sets a sink and passes the held bytes to it.
     fn set_sink(&mut self, now: Tick, stream: StreamId, sink: Sink) -> bool {
         if let Sink::Fd(fd) = &sink
             && let Err(e) = self.watch.add_edge(fd.as_fd(), Token::sink(stream))
@@ -512,7 +510,7 @@ impl<C: Carrier> Port<C> {
             return false;
         };
         match &sink {
-            // If this process is killed, nobody may take the stream for complete.
+            // If this process is killed, the other end must see a reset and not a complete stream.
             Sink::Fd(fd) => socket_end::reset_on_close(fd, true),
             Sink::Local(end) => {
                 end.0.lock().open = true;
@@ -522,7 +520,7 @@ impl<C: Carrier> Port<C> {
         }
         entry.sink = Some(sink);
         entry.room_watched = false;
-        // The first edge tells; trying at once saves a round for a client that has sent already.
+        // The first edge would report this too. Trying at once saves a round for a client that has already sent.
         entry.readable = true;
         entry.service_event(ServiceEvent::Opened);
         self.drain_held(now, stream.slot());
@@ -539,7 +537,7 @@ impl<C: Carrier> Port<C> {
 
 impl<C: Carrier> Drop for Port<C> {
     fn drop(&mut self) {
-        self.wakers.leave(&self.watch);
+        self.wakers.unregister(&self.watch);
         let entries = self.entries.drain(..).flatten();
         for sink in entries.filter_map(|entry| entry.sink) {
             match sink {

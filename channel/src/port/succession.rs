@@ -1,9 +1,9 @@
-//! What a port does so that a successor of its process can go on, and what it does as a successor.
+//! What a `Port` does so that a successor process can continue, and what it does as a successor.
 //!
-//! A guest's socket whose stream this process does not know would hang: nobody says anything to it any more. So the pairs
-//! in use stand in a [`LiveFile`], entered before a burst is published; a successor sends a reset to each of them ahead of
-//! everything else, so that a pair that the guest uses again, or whose request it reads a second time because the dead
-//! process did not come to publish, begins anew.
+//! If a successor does not know a stream, the guest's socket would hang, because no packet for it would ever arrive.
+//! So the pairs in use are stored in a [`LiveFile`], before a burst is published. A successor sends a reset to each of
+//! these pairs before anything else. So a pair starts fresh if the guest uses it again, or if the successor reads a
+//! request a second time because the dead process had not published its burst.
 
 use std::sync::Arc;
 
@@ -14,8 +14,8 @@ use crate::carrier::Carrier;
 use crate::live::{LiveFile, LiveTable};
 
 impl<C: Carrier> Port<C> {
-    /// Keeps the pairs in use in `file` from now on, and resets those that are in it already, once there is a session. To
-    /// be called before the first poll.
+    /// Stores the pairs in use in `file` from now on. Resets those that are already in it, once there is a session.
+    /// Call this before the first poll.
     pub fn keep_live(&mut self, file: Arc<LiveFile>) {
         let (table, inherited) = LiveTable::new(file);
         self.live = Some(table);
@@ -23,16 +23,16 @@ impl<C: Carrier> Port<C> {
         self.engine.track_pairs();
     }
 
-    /// Pairs of a predecessor that are still to be reset.
+    /// Number of a predecessor's pairs that are not reset yet.
     pub fn inherited(&self) -> usize {
         self.inherited.len()
     }
 
-    /// Before the engine hears of it.
+    /// Call this before the engine handles the change.
     pub(super) fn session_changed(&mut self, change: SessionChange) {
         let Some(live) = &mut self.live else { return };
         match change {
-            // Its driver is new, or told by itself: it has none of the predecessor's streams.
+            // The driver is new, or the device informs it by an event. It has none of the predecessor's streams.
             SessionChange::Attached { epoch } | SessionChange::Restored { epoch } => {
                 live.set_epoch(epoch);
                 for (local_port, peer_port) in self.inherited.drain(..) {
@@ -40,12 +40,12 @@ impl<C: Carrier> Port<C> {
                 }
             }
             SessionChange::Continued { epoch } => live.set_epoch(epoch),
-            // Whose driver comes next is not known yet.
+            // It is not known yet which driver comes next.
             SessionChange::Lost(_) => {}
         }
     }
 
-    /// Publishes the burst: first what a successor must know of it.
+    /// Publishes the burst, after storing what a successor must know about it.
     pub(super) fn flush(&mut self) {
         if let Some(live) = &mut self.live {
             for change in self.engine.drain_pairs() {
@@ -59,7 +59,8 @@ impl<C: Carrier> Port<C> {
     }
 }
 
-/// The reset of an inherited stream, to be put into a slot. (Two fields of a port: the slot borrows a third.)
+/// Returns the reset of an inherited stream for a slot. (It takes two fields of the `Port`, because the slot borrows a
+/// third.)
 pub(super) fn next_reset(
     inherited: &mut Vec<(u32, u32)>,
     live: &mut Option<LiveTable>,

@@ -1,5 +1,5 @@
-//! Two ports over an in-memory carrier, with real sockets as sinks. Nothing here waits for time: a test turns both
-//! shards until its condition holds, and fails after so many turns.
+//! Two `Port`s over an in-memory carrier, with real sockets as sinks. No test waits for time: it turns both shards
+//! until its condition holds, and fails after a fixed number of turns.
 
 mod memory;
 mod names;
@@ -71,7 +71,7 @@ fn a_thousand_streams_come_and_go() {
         }
     }
     pair.until(Pair::idle);
-    // Other tests of this process hold some, too.
+    // Other tests of this process hold descriptors too.
     assert!(fds() < before + 200);
 }
 
@@ -117,7 +117,7 @@ fn r55_one_stopped_reader_stops_nobody_else() {
     let (stuck, unread, _) = pair.connect();
     let data = pattern(1, 4 << 20);
     let mut sent = 0;
-    // Until it takes no more: socket, windows and held bytes are full.
+    // Write until the socket accepts no more: socket, windows and held bytes are full.
     for _ in 0..2000 {
         sent += { &stuck }.write(&data[sent..]).unwrap_or(0);
         pair.turn();
@@ -129,7 +129,7 @@ fn r55_one_stopped_reader_stops_nobody_else() {
         pair.until(|_| flow.go());
         assert!(flow.got == flow.data);
     }
-    // And it goes on when it is read.
+    // The stream continues when it is read.
     let mut flow = Flow::new(&stuck, &unread, data, 65_536);
     flow.sent = sent;
     pair.until(|_| flow.go());
@@ -140,7 +140,7 @@ fn r55_one_stopped_reader_stops_nobody_else() {
 fn r50_no_spin_when_the_sink_is_closed_and_the_peer_posts_no_slots() {
     let mut pair = Pair::with(EngineConfig::default(), 8);
     let (near, _far, _) = pair.connect();
-    // The peer takes nothing any more: only one side is turned.
+    // The peer accepts nothing more, because only one side is turned.
     { &near }.write_all(&pattern(3, 100_000)).unwrap();
     drop(near);
     let a = &mut pair.a;
@@ -162,12 +162,12 @@ fn r50_no_spin_when_the_sink_is_closed_and_the_peer_posts_no_slots() {
 }
 
 #[test]
-fn r52_a_sink_that_is_gone_resets_its_stream_only() {
+fn r52_a_closed_sink_resets_only_its_own_stream() {
     let mut pair = Pair::new();
     let (near, far, _) = pair.connect();
     let (other_near, other_far, _) = pair.connect();
     drop(near);
-    // Writes until the other side noticed, then sees the reset.
+    // Write until the other side has noticed, then expect the reset.
     pair.until(|_| {
         { &far }
             .write(&[7; 4096])
@@ -199,7 +199,7 @@ fn a_fault_ends_the_session_and_every_stream() {
 }
 
 #[test]
-fn nobody_listening_is_refused() {
+fn a_dial_to_a_port_without_listener_is_refused() {
     let mut pair = Pair::new();
     let stream = pair.dial(9, None);
     let error = DialError::Refused;
@@ -216,7 +216,7 @@ fn open() -> Open {
 }
 
 #[test]
-fn hello_is_answered_and_the_services_bytes_follow() {
+fn a_hello_is_answered_and_the_services_bytes_follow() {
     for step in [1, 30, 5000] {
         let mut pair = Pair::new();
         let stream = pair.dial(hello::PORT, Some(open()));
@@ -262,7 +262,7 @@ fn open_len() -> usize {
 }
 
 #[test]
-fn hello_refused_foreign_and_silent_listeners_are_told_apart() {
+fn a_refusal_a_foreign_listener_and_a_silent_one_give_different_errors() {
     let refuse = Refuse {
         common: Common::default(),
         status: Status::DialFailed,
@@ -315,7 +315,7 @@ fn a_dials_deadline_covers_the_hello() {
     let theirs = pair.asked();
     pair.accept(theirs, sink);
     let error = DialError::Timeout;
-    // No sleep: the epoll timeout is the deadline.
+    // No sleep is needed: the epoll timeout ends at the deadline.
     pair.until(|p| {
         p.a.turn(Some(Duration::from_millis(1))).unwrap();
         p.heard[0].contains(&Notice::DialFailed {
@@ -337,7 +337,7 @@ fn drain_into(pair: &mut Pair) -> Vec<Notice> {
     all
 }
 
-/// Sends back what it gets, in whole records of so many bytes.
+/// Echoes its input, in whole records of this many bytes.
 struct Echo(usize);
 
 impl Service for Echo {
@@ -360,7 +360,7 @@ fn an_inline_service_echoes_and_ends() {
 }
 
 #[test]
-fn shards_that_look_on_before_they_sleep_carry_the_same() {
+fn shards_that_poll_before_they_sleep_carry_the_same_bytes() {
     let mut pair = Pair::new();
     pair.a.busy_poll(Duration::from_micros(50));
     pair.b.busy_poll(Duration::from_micros(50));
@@ -368,7 +368,7 @@ fn shards_that_look_on_before_they_sleep_carry_the_same() {
 }
 
 #[test]
-fn an_inline_service_gets_what_it_left_with_more_behind_it() {
+fn an_inline_service_gets_untaken_bytes_again_with_more_after_them() {
     inline_echo(Pair::new(), 6000, 167 * 6000);
 }
 
@@ -407,7 +407,7 @@ fn an_idle_shard_does_not_wake() {
     assert!(pair.a.port(HERE).counters().polls <= polls + 1);
 }
 
-/// Both shards on threads of their own.
+/// Both shards, each on its own thread.
 fn threads() -> (Handle, Handle, [ShardThread; 2]) {
     let pair = Pair::new();
     let (a, b) = (pair.a.handle(HERE), pair.b.handle(HERE));
@@ -445,7 +445,7 @@ fn streams_of_the_application_carry_bytes_both_ways() {
     assert!(got == data);
     assert_eq!(stream.reason(), None);
     drop(stream);
-    // The listener is gone with the server.
+    // The listener ended together with the server.
     let refused = dialer.dial(&target, Duration::from_secs(5));
     assert_eq!(refused.unwrap_err(), DialError::Refused);
 }

@@ -1,14 +1,14 @@
-//! The epoll set that a port's descriptors are registered in, and the tokens that name them.
+//! The epoll set with a `Port`'s descriptors, and the tokens that name them.
 //!
 //! | bits | field |
 //! |---|---|
-//! | 52..64 | port (index in its shard) |
-//! | 48..52 | what kind of descriptor |
+//! | 52..64 | `Port` (index in its shard) |
+//! | 48..52 | kind of descriptor |
 //! | 24..48 | generation of the stream, or 0 |
 //! | 0..24 | slot of the stream, waker id, key |
 //!
-//! Rule: a descriptor is taken out of the set before it is closed. Others may hold duplicates (the frontend of a kick,
-//! `aditd` of a socket), and then a close alone leaves the registration behind.
+//! Rule: a descriptor is removed from the set before it is closed. Other processes may have duplicates (the frontend
+//! of a kick, `aditd` of a socket), and then the registration would remain after the close.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -20,21 +20,21 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 const SINK_EDGES: EpollFlags = EpollFlags::EPOLLIN
     .union(EpollFlags::EPOLLRDHUP)
     .union(EpollFlags::EPOLLET);
-/// What the fields of a token hold.
+/// Mask of the lowest field of a token.
 pub(crate) const LOW: u64 = (1 << 24) - 1;
 
-/// Which descriptor became ready.
+/// Identifies the descriptor that became ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Token {
-    /// The shard's command eventfd.
+    /// The shard's eventfd for commands.
     Commands,
     /// A descriptor of the shard's owner.
     Extra(u32),
-    /// A waker of the port's carrier.
+    /// A waker of the `Port`'s carrier.
     Waker(u32),
     /// The sink of a stream.
     Sink { slot: u32, generation: u32 },
-    /// A sink that outlives its stream until it took all that is held for it.
+    /// A sink that outlives its stream until it has accepted its held bytes.
     Linger(u32),
 }
 
@@ -77,7 +77,7 @@ impl Token {
     }
 }
 
-/// An epoll set, as one port sees it.
+/// An epoll set, for the descriptors of one `Port`.
 #[derive(Clone, Debug)]
 pub(crate) struct Watch {
     epoll: Arc<Epoll>,
@@ -101,13 +101,13 @@ impl Watch {
         &self.epoll
     }
 
-    /// Registers a socket, edge-triggered: an edge is remembered until the socket said `WouldBlock`.
+    /// Registers a socket, edge-triggered. The caller remembers an edge until the socket returns `WouldBlock`.
     pub(crate) fn add_edge(&self, fd: BorrowedFd<'_>, token: Token) -> io::Result<()> {
         self.add(fd, token, SINK_EDGES)
     }
 
-    /// Also tells when there is room to write (at once, if there is), or no longer. A reader makes room with every read:
-    /// whoever holds nothing for it need not wake up for that.
+    /// Turns reports of room to write on (the first one comes at once if there is room) or off. Every read at the
+    /// other end makes room, so a `Port` that holds no bytes for the socket turns the reports off.
     pub(crate) fn edge_on_room(
         &self,
         fd: BorrowedFd<'_>,
@@ -120,7 +120,7 @@ impl Watch {
         Ok(self.epoll.modify(fd, &mut event)?)
     }
 
-    /// Registers a descriptor that whoever handles it empties.
+    /// Registers a descriptor, level-triggered. Its handler must empty it.
     pub(crate) fn add_level(&self, fd: BorrowedFd<'_>, token: Token) -> io::Result<()> {
         self.add(fd, token, EpollFlags::EPOLLIN)
     }
@@ -130,7 +130,7 @@ impl Watch {
         Ok(self.epoll.add(fd, event)?)
     }
 
-    /// Turns waiting for room to write on or off for a level-triggered descriptor.
+    /// Turns reports of room to write on or off, for a level-triggered descriptor.
     pub(crate) fn set_writable(
         &self,
         fd: BorrowedFd<'_>,
@@ -143,9 +143,9 @@ impl Watch {
         Ok(self.epoll.modify(fd, &mut event)?)
     }
 
-    /// Takes a descriptor out of the set.
+    /// Removes a descriptor from the set.
     pub(crate) fn remove(&self, fd: BorrowedFd<'_>) {
-        // It fails only for one that is not in it.
+        // It fails only if the descriptor is not in the set.
         let _ = self.epoll.delete(fd);
     }
 }
@@ -161,7 +161,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tokens_keep_what_they_name() {
+    fn tokens_keep_all_their_fields() {
         let max = LOW as u32;
         for token in [
             Token::Commands,

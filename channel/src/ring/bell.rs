@@ -1,16 +1,16 @@
-//! The bell port: how a guest that a ring cannot interrupt is rung, and how every guest says what it hears by.
+//! The bell stream. It signals a guest that a ring cannot interrupt, and on it every guest tells how it is signalled.
 //!
-//! The guest dials the host's vsock port [`BELL_PORT`] from a privileged port, and says one byte: how it hears. Where that
-//! is [`Hears::Stream`], every byte from the host is a doorbell, for data and space alike; the stream lives as long as the
-//! ring's session is wanted. Nothing else is said on it.
+//! The guest dials the host's vsock port [`BELL_PORT`] from a privileged port and sends one byte: how it is signalled.
+//! With [`Hears::Stream`], every byte from the host is a doorbell, for data and for space. The stream stays open as
+//! long as the guest wants the ring's session. Nothing else is sent on it.
 
-/// The host's vsock port for it: privileged, and beside the well-known one.
+/// The host's vsock port for the bell stream: privileged, and next to the well-known port.
 pub const BELL_PORT: u32 = 742;
 
-/// A service of every agent: it sends back what comes, so that carriers can be compared.
+/// A service of every agent that echoes its input, so that carriers can be compared.
 pub const PING: &str = "ping";
 
-/// How a guest hears its host.
+/// How a guest is signalled by its host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Hears {
@@ -18,12 +18,12 @@ pub enum Hears {
     Interrupts = 1,
     /// By bytes on this stream.
     Stream = 2,
-    /// Not at all: it looks on.
+    /// Not at all: it polls.
     Nothing = 3,
 }
 
 impl Hears {
-    /// Parses the byte that a guest says.
+    /// Parses the byte that a guest sends.
     pub fn parse(byte: u8) -> Option<Self> {
         Some(match byte {
             1 => Self::Interrupts,

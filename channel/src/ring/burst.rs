@@ -1,10 +1,10 @@
-//! What a burst takes from the ring and puts into it.
+//! A burst on the ring: it takes packets from the other side and writes packets to it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use adit_engine::{FRAME_BYTES, Lane, PacketHeader};
+use adit_engine::{Lane, PACKET_HEADER_BYTES, PacketHeader};
 use adit_ringbuf::{Armed as Ready, Grant, Mapped, PushError, RingMem, Wake};
 use vm_memory::GuestAddress;
 
@@ -16,30 +16,32 @@ use crate::device::aside::Aside;
 use crate::device::chain::{Cursor, Seg};
 use crate::device::{drain, iovec};
 
-/// Largest payload of one packet, bytes: as on a virtqueue.
+/// Largest payload of one packet in bytes, the same as on a virtqueue.
 const PAYLOAD_MAX: u32 = 64 << 10;
-/// What a ring can do.
+/// Capabilities of a ring.
 pub(super) const CAPS: CarrierCaps = CarrierCaps {
     max_payload: PAYLOAD_MAX,
     packet_overhead: 0,
     lanes: true,
     tells_reason: true,
-    // Several of the largest packets: what of a write fills no TCP segment goes as one of its own.
+    // Several of the largest packets. The rest of a write that does not fill a TCP segment is sent as a short segment.
     run_bytes: 256 << 10,
 };
-/// Smallest payload that a slot has room for, bytes: less at the end of the ring is left as a pad, and less in all waits.
+/// Smallest payload in bytes that a slot has room for. Less room at the end of the ring becomes a pad. With less room
+/// in the whole ring, the packet waits.
 const SLOT_LEAST: usize = 1024;
-/// Records of lane control that are taken in a row while lane bulk has some.
+/// Number of records of lane control that are taken in a row while lane bulk has some.
 const CONTROL_RUN_MAX: u32 = 16;
 
-/// Bytes of records that are shown before the next one is written: the reader is not kept idle by a writer of bulk.
+/// After this many bytes of records they are published before the next is written. Otherwise the reader would be idle
+/// while this side writes bulk.
 const SHOWN_AT_ONCE: usize = 16 << 10;
 
 const WAKER_CHANGED: u32 = 0;
 const WAKER_DATA: u32 = 1;
 const WAKER_SPACE: u32 = 2;
 
-/// A packet: its frame copied, its payload still in the ring.
+/// A packet: its header is copied, and its payload is still in the ring.
 #[derive(Debug)]
 pub struct RingPacket<'a> {
     mem: &'a Mapped,
@@ -48,7 +50,7 @@ pub struct RingPacket<'a> {
     header: PacketHeader,
     lane: Lane,
     remaining: u32,
-    /// The payload again, if it is small.
+    /// A copy of the payload, if it is small.
     small: &'a [u8],
     aside: &'a mut Aside,
     counters: &'a mut RingCounters,
@@ -59,13 +61,13 @@ pub struct RingPacket<'a> {
 pub struct RingSlot<'a> {
     mem: &'a Mapped,
     grant: Grant<'a, Mapped>,
-    /// What was put in so far is staged here and not in the grant.
+    /// If set, bytes are written here first, and not into the grant.
     staged: Option<&'a mut Staged>,
     seg: [Seg; 1],
     cursor: Cursor,
     capacity: u32,
     written: u32,
-    /// A failed read may have left something behind what was written.
+    /// A failed read may have left bytes after those that were written.
     spoilt: bool,
     data: &'a mut Wake,
     counters: &'a mut RingCounters,
@@ -78,75 +80,76 @@ fn seg(at: usize, len: u32) -> [Seg; 1] {
     }]
 }
 
-/// Where its bytes are, from the cursor on.
+/// Offset of the bytes at the cursor.
 fn position(segs: &[Seg; 1], cursor: &Cursor) -> usize {
     let piece = cursor.piece(segs, usize::MAX);
     piece.map_or(0, |(addr, _)| addr.0 as usize)
 }
 
 impl RingCarrier {
-    /// Which ring to look at first: lane control goes ahead, but bulk is never kept out.
+    /// The order in which to check the lanes: lane control first, but bulk always gets its share.
     fn order(&self) -> [usize; 2] {
-        let last = self.ways.len() - 1;
+        let last = self.lanes.len() - 1;
         match self.control_run >= CONTROL_RUN_MAX {
             false => [0, last],
             true => [last, 0],
         }
     }
 
-    /// Finds the next record: its ring, where it lies, how long it is.
+    /// Finds the next record: index of its lane, offset and length.
     fn next(&mut self) -> Result<Option<(usize, usize, usize)>, CarrierFault> {
         for index in self.order() {
-            let consumer = &mut self.ways[index].ends.consumer;
+            let consumer = &mut self.lanes[index].ends.consumer;
             if consumer.wants_release() && self.aside.bytes() == 0 {
                 self.space = self.space.or(consumer.release());
             }
             if let Some(record) = consumer.peek()? {
                 let (at, len) = (record.at(), record.len());
-                // It stays where it is until it is released.
+                // The record stays in place until it is released.
                 record.take();
-                // Its line is the writer's, and is on its way while this record is dealt with.
-                std::hint::black_box(consumer.stirs());
+                // Load the next header now. Its cache line is then fetched from the writer while this record is
+                // handled.
+                std::hint::black_box(consumer.has_header());
                 return Ok(Some((index, at, len)));
             }
         }
         Ok(None)
     }
 
-    /// Shows what was written and gives back what was read.
+    /// Publishes what was written and gives back the space of what was read.
     fn publish(&mut self) {
-        for way in &mut self.ways {
-            match way.unstage() {
+        for lane_state in &mut self.lanes {
+            match lane_state.unstage() {
                 Ok(wake) => self.data = self.data.or(wake),
                 Err(fault) => {
                     self.fault.get_or_insert(fault);
                 }
             }
-            self.data = self.data.or(way.ends.producer.publish());
-            // Less than that is given back when this side sleeps: nobody is short of it.
-            if way.ends.consumer.wants_release() {
-                self.space = self.space.or(way.ends.consumer.release());
+            self.data = self.data.or(lane_state.ends.producer.publish());
+            // Less space is given back when this side sleeps. The writer does not need it earlier.
+            if lane_state.ends.consumer.wants_release() {
+                self.space = self.space.or(lane_state.ends.consumer.release());
             }
         }
-        self.ring();
+        self.signal_doorbells();
     }
 
-    fn arm_ways(&mut self, interest: Interest) -> Result<bool, CarrierFault> {
+    fn arm_lanes(&mut self, interest: Interest) -> Result<bool, CarrierFault> {
         let mut more = self.fault.is_some();
-        for way in &mut self.ways {
-            if self.bells.deaf() {
-                // Nobody need ring: this side comes back by itself.
-                more |= way.ends.consumer.peek()?.is_some();
+        for lane_state in &mut self.lanes {
+            if self.bells.must_poll() {
+                // No doorbell is needed, because this side polls again.
+                more |= lane_state.ends.consumer.peek()?.is_some();
                 continue;
             }
             if interest.rx {
-                let (armed, wake) = way.ends.consumer.arm_data()?;
+                let (armed, wake) = lane_state.ends.consumer.arm_data()?;
                 self.space = self.space.or(wake);
                 more |= armed == Ready::Ready;
             }
-            if interest.tx && way.starved {
-                let least = FRAME_BYTES + SLOT_LEAST;
-                let (armed, wake) = way.ends.producer.arm_space(least)?;
+            if interest.tx && lane_state.starved {
+                let least = PACKET_HEADER_BYTES + SLOT_LEAST;
+                let (armed, wake) = lane_state.ends.producer.arm_space(least)?;
                 self.data = self.data.or(wake);
                 more |= armed == Ready::Ready;
             }
@@ -164,17 +167,17 @@ impl Carrier for RingCarrier {
     }
 
     fn begin(&mut self) {
-        // Left from a burst that ended in a fault.
+        // Left over from a burst that ended with a fault.
         drop(self.aside.release());
-        // Where doorbells are heard, one is rung for whatever else there is to see.
-        if self.ways.is_empty() || self.bells.deaf() {
-            self.look();
+        // With a doorbell, the session is only polled after a signal.
+        if self.lanes.is_empty() || self.bells.must_poll() {
+            self.poll_session();
         }
     }
 
     fn rx(&mut self) -> Result<Option<RingPacket<'_>>, CarrierFault> {
-        // The streams that the shell knows may be another session's.
-        if self.ways.is_empty() || self.change.is_some() {
+        // The shell has not handled a session change yet, so the streams that it knows may belong to another session.
+        if self.lanes.is_empty() || self.change.is_some() {
             return Ok(None);
         }
         if let Some(fault) = self.fault.take() {
@@ -184,35 +187,35 @@ impl Carrier for RingCarrier {
             return Ok(None);
         };
         self.pace.came(len);
-        if len < FRAME_BYTES {
+        if len < PACKET_HEADER_BYTES {
             return Err(CarrierFault {
-                what: "record is shorter than a frame; bytes",
+                what: "record is shorter than a packet header; bytes",
                 value: len as u64,
-                limit: FRAME_BYTES as u64,
+                limit: PACKET_HEADER_BYTES as u64,
             });
         }
-        let mut frame = [0; FRAME_BYTES];
+        let mut encoded = [0; PACKET_HEADER_BYTES];
         let is_small = len <= SMALL;
         if is_small {
             RingMem::read(&self.mem, at, &mut self.small[..len]);
-            frame.copy_from_slice(&self.small[..FRAME_BYTES]);
+            encoded.copy_from_slice(&self.small[..PACKET_HEADER_BYTES]);
         } else {
-            RingMem::read(&self.mem, at, &mut frame);
+            RingMem::read(&self.mem, at, &mut encoded);
         }
-        let control = index == 0 && self.ways.len() > 1;
+        let control = index == 0 && self.lanes.len() > 1;
         self.control_run = if control { self.control_run + 1 } else { 0 };
         self.counters.records_in += 1;
-        // A record is at most a quarter of 2 GiB.
-        let remaining = (len - FRAME_BYTES) as u32;
+        // A record has at most a quarter of 2 GiB.
+        let remaining = (len - PACKET_HEADER_BYTES) as u32;
         Ok(Some(RingPacket {
             mem: &self.mem,
-            seg: seg(at + FRAME_BYTES, remaining),
+            seg: seg(at + PACKET_HEADER_BYTES, remaining),
             cursor: Cursor::default(),
-            header: PacketHeader::from_frame(&frame),
+            header: PacketHeader::from_ring_bytes(&encoded),
             lane: if control { Lane::Control } else { Lane::Bulk },
             remaining,
             small: if is_small {
-                &self.small[FRAME_BYTES..len]
+                &self.small[PACKET_HEADER_BYTES..len]
             } else {
                 &[]
             },
@@ -222,26 +225,30 @@ impl Carrier for RingCarrier {
     }
 
     fn tx(&mut self, lane: Lane, want: u32) -> Result<Option<RingSlot<'_>>, CarrierFault> {
-        let index = self.way(lane);
+        let index = self.lane_index(lane);
         if self.change.is_some() {
             return Ok(None);
         }
-        let Some(way) = self.ways.get_mut(index) else {
+        let Some(lane_state) = self.lanes.get_mut(index) else {
             return Ok(None);
         };
         if let Some(fault) = self.fault.take() {
             return Err(fault);
         }
-        self.data = self.data.or(way.unstage()?);
-        if way.ends.producer.unpublished() >= SHOWN_AT_ONCE {
-            self.data = self.data.or(way.ends.producer.publish());
+        self.data = self.data.or(lane_state.unstage()?);
+        if lane_state.ends.producer.unpublished() >= SHOWN_AT_ONCE {
+            self.data = self.data.or(lane_state.ends.producer.publish());
         }
         let want = want.min(PAYLOAD_MAX) as usize;
-        let least = FRAME_BYTES + want.min(SLOT_LEAST);
-        let grant = match way.ends.producer.reserve_some(least, FRAME_BYTES + want) {
+        let least = PACKET_HEADER_BYTES + want.min(SLOT_LEAST);
+        let grant = match lane_state
+            .ends
+            .producer
+            .reserve_some(least, PACKET_HEADER_BYTES + want)
+        {
             Ok(grant) => grant,
             Err(PushError::Full) => {
-                way.starved = true;
+                lane_state.starved = true;
                 return Ok(None);
             }
             Err(PushError::Corrupt(corrupt)) => return Err(corrupt.into()),
@@ -253,15 +260,15 @@ impl Carrier for RingCarrier {
                 });
             }
         };
-        way.starved = false;
+        lane_state.starved = false;
         // At most PAYLOAD_MAX.
-        let capacity = (grant.len() - FRAME_BYTES) as u32;
+        let capacity = (grant.len() - PACKET_HEADER_BYTES) as u32;
         Ok(Some(RingSlot {
             mem: &self.mem,
-            seg: seg(grant.at() + FRAME_BYTES, capacity),
+            seg: seg(grant.at() + PACKET_HEADER_BYTES, capacity),
             cursor: Cursor::default(),
             grant,
-            staged: Some(&mut way.staged),
+            staged: Some(&mut lane_state.staged),
             capacity,
             written: 0,
             spoilt: false,
@@ -298,20 +305,20 @@ impl Carrier for RingCarrier {
     }
 
     fn arm(&mut self, interest: Interest) -> Armed {
-        // A change that was not told wakes by itself, and the burst after it looks at the rings.
+        // A pending session change wakes the shell by its own waker, and the burst after it checks the rings.
         if self.change.is_some() {
             return Armed::Sleep;
         }
-        let more = match self.arm_ways(interest) {
+        let more = match self.arm_lanes(interest) {
             Ok(more) => more,
             Err(fault) => {
-                // Told to the caller by the next `rx`.
+                // The next `rx` returns this fault to the caller.
                 self.fault.get_or_insert(fault);
                 true
             }
         };
-        self.ring();
-        if more && !self.ways.is_empty() {
+        self.signal_doorbells();
+        if more && !self.lanes.is_empty() {
             Armed::WorkAppeared
         } else {
             Armed::Sleep
@@ -319,17 +326,20 @@ impl Carrier for RingCarrier {
     }
 
     fn rest(&self) -> Option<Duration> {
-        let held = self.hold.rest(Instant::now());
-        let deaf = self.bells.deaf().then_some(LOOK_EVERY);
-        [held, deaf].into_iter().flatten().min()
+        let held = self.retry_delay.rest(Instant::now());
+        let poll = self.bells.must_poll().then_some(LOOK_EVERY);
+        [held, poll].into_iter().flatten().min()
     }
 
     fn glance(&mut self) -> Option<bool> {
-        let stirs = self.ways.iter().any(|way| way.ends.consumer.stirs());
-        if !stirs {
+        let has_record = self
+            .lanes
+            .iter()
+            .any(|lane_state| lane_state.ends.consumer.has_header());
+        if !has_record {
             self.pace.missed();
         }
-        Some(stirs)
+        Some(has_record)
     }
 
     fn tear(&mut self) {
@@ -338,22 +348,22 @@ impl Carrier for RingCarrier {
             Some(fault) => fault.to_string(),
             None => "the other side broke the ring".to_owned(),
         };
-        self.forget();
+        self.clear_session();
         self.failed(&why);
         self.data = match &mut self.role {
             Role::Host(host) => host.poison(),
             Role::Guest(guest) => guest.poison(),
         };
-        self.ring();
+        self.signal_doorbells();
     }
 
     fn wakers(&self, visit: &mut dyn FnMut(BorrowedFd<'_>, u32)) {
         visit(self.changed.as_fd(), WAKER_CHANGED);
-        let heard = [
+        let waiters = [
             (&self.bells.data_heard, WAKER_DATA),
             (&self.bells.space_heard, WAKER_SPACE),
         ];
-        for (bell, id) in heard {
+        for (bell, id) in waiters {
             if let Some(fd) = bell.fd() {
                 visit(fd, id);
             }
@@ -371,9 +381,9 @@ impl Carrier for RingCarrier {
         };
         self.counters.heard += u64::from(id != WAKER_CHANGED);
         if let Err(e) = cleared {
-            tracing::debug!(error = %e, "doorbell cannot be heard");
+            tracing::debug!(error = %e, "cannot reset the doorbell");
         }
-        self.look();
+        self.poll_session();
         Woken {
             session: self.change.take(),
             wakers_changed: false,
@@ -383,7 +393,7 @@ impl Carrier for RingCarrier {
 
 impl RingPacket<'_> {
     fn moved(&mut self, n: usize) {
-        // At most `remaining` was asked for.
+        // The caller asked for at most `remaining` bytes.
         self.remaining -= n as u32;
         self.counters.bytes_copied += n as u64;
     }
@@ -429,17 +439,17 @@ impl RxPacket for RingPacket<'_> {
 }
 
 impl RingSlot<'_> {
-    /// It is not small: what was put in so far goes into the grant, and the rest behind it.
+    /// The packet is not small: move the bytes written so far into the grant. Later bytes go there directly.
     fn unstage(&mut self) {
         if let Some(staged) = self.staged.take() {
-            let end = FRAME_BYTES + self.written as usize;
+            let end = PACKET_HEADER_BYTES + self.written as usize;
             self.grant
-                .write(FRAME_BYTES, &staged.bytes[FRAME_BYTES..end]);
+                .write(PACKET_HEADER_BYTES, &staged.bytes[PACKET_HEADER_BYTES..end]);
         }
     }
 
     fn moved(&mut self, n: usize) {
-        // At most `capacity - written` was asked for.
+        // The caller asked for at most `capacity - written` bytes.
         self.written += n as u32;
         self.counters.bytes_copied += n as u64;
     }
@@ -452,7 +462,7 @@ impl TxSlot for RingSlot<'_> {
 
     fn write(&mut self, src: &[u8]) -> Result<usize, CarrierFault> {
         let n = src.len().min((self.capacity - self.written) as usize);
-        let at = FRAME_BYTES + self.written as usize;
+        let at = PACKET_HEADER_BYTES + self.written as usize;
         match &mut self.staged {
             Some(staged) if at + n <= SMALL => staged.bytes[at..at + n].copy_from_slice(&src[..n]),
             _ => {
@@ -468,7 +478,7 @@ impl TxSlot for RingSlot<'_> {
     fn read_from(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize> {
         let max = max.min(self.capacity - self.written) as usize;
         if max == 0 {
-            // 0 would say end of file.
+            // Returning 0 would mean end of file.
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "no room in the slot",
@@ -482,20 +492,20 @@ impl TxSlot for RingSlot<'_> {
     }
 
     fn commit(mut self, h: &PacketHeader) {
-        // The peer is never told of more bytes than were written.
+        // The header never announces more bytes than were written.
         let h = PacketHeader {
             len: self.written,
             ..*h
         };
-        let frame = h.to_frame();
+        let encoded = h.to_ring_bytes();
         self.counters.records_out += 1;
-        let len = FRAME_BYTES + self.written as usize;
+        let len = PACKET_HEADER_BYTES + self.written as usize;
         if let Some(staged) = self.staged {
-            staged.bytes[..FRAME_BYTES].copy_from_slice(&frame);
+            staged.bytes[..PACKET_HEADER_BYTES].copy_from_slice(&encoded);
             staged.len = len;
             return self.grant.unused();
         }
-        self.grant.write(0, &frame);
+        self.grant.write(0, &encoded);
         *self.data = self.data.or(self.grant.commit_first(len, self.spoilt));
     }
 }

@@ -1,4 +1,4 @@
-//! A carrier that has a ring or none: VMMs come with one and go while its port stays in its shard.
+//! A carrier that has a ring or none. VMMs bring and remove a ring while the `Port` stays in its shard.
 //!
 //! ```text
 //! empty ── dock ──► the ring's own sessions ── undock, or dock of another ──► its session ends
@@ -16,23 +16,23 @@ use super::{RingCarrier, RingState};
 use crate::carrier::{Armed, Carrier, CarrierCaps, CarrierFault, Interest, Woken};
 use crate::device::drain;
 
-/// Waker of the dock itself; the ring's come behind it.
+/// Waker id of the dock itself. The ring's waker ids follow it.
 const WAKER_DOCK: u32 = 0;
 
 /// A ring, or none.
 #[derive(Debug)]
 pub struct Dock {
     ring: Option<RingCarrier>,
-    /// Another one is in it than the shell was told, and it had a session or might have.
+    /// The ring was replaced, and the shell does not know it yet. The old ring had a session, or may have had one.
     swapped: bool,
     changed: EventFd,
 }
 
 impl Dock {
-    /// An empty one.
+    /// Makes an empty dock.
     ///
     /// # Errors
-    /// There is no descriptor to be had.
+    /// This process has no free descriptors.
     pub fn new() -> io::Result<Self> {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         Ok(Self {
@@ -42,12 +42,12 @@ impl Dock {
         })
     }
 
-    /// Puts a ring in, in place of the one that is there.
+    /// Sets a ring, which replaces the present one.
     pub fn dock(&mut self, ring: RingCarrier) {
         self.swap(Some(ring));
     }
 
-    /// Takes the ring out: its streams end with `CarrierFault`.
+    /// Removes the ring. Its streams end with `CarrierFault`.
     pub fn undock(&mut self) {
         self.swap(None);
     }
@@ -58,22 +58,22 @@ impl Dock {
         }
         self.ring = ring;
         self.swapped = true;
-        // Fails only when 2^64 - 2 changes are pending: it is readable.
+        // The write fails only when the counter is full, and then the eventfd is readable anyway.
         let _ = self.changed.write(1);
     }
 
-    /// The ring that is in it.
+    /// The present ring.
     pub fn ring(&self) -> Option<&RingCarrier> {
         self.ring.as_ref()
     }
 
-    /// Whether both sides use it.
+    /// Returns true if both sides use the ring.
     pub fn running(&self) -> bool {
         let state = self.ring.as_ref().map(RingCarrier::state);
         !self.swapped && matches!(state, Some(RingState::Running { .. }))
     }
 
-    /// The ring that the shell knows of.
+    /// The ring, if the shell knows it.
     fn known(&mut self) -> Option<&mut RingCarrier> {
         self.ring.as_mut().filter(|_| !self.swapped)
     }
@@ -122,7 +122,7 @@ impl Carrier for Dock {
     }
 
     fn arm(&mut self, interest: Interest) -> Armed {
-        // A swap wakes by itself.
+        // A replaced ring wakes the shell by the dock's own waker.
         self.known().map_or(Armed::Sleep, |ring| ring.arm(interest))
     }
 
@@ -149,7 +149,7 @@ impl Carrier for Dock {
 
     fn woken(&mut self, id: u32) -> Woken {
         if id != WAKER_DOCK {
-            // One that is not there any more may have rung before it went.
+            // The waker may belong to a ring that was removed after it became readable.
             return match self.known() {
                 Some(ring) => ring.woken(id - WAKER_DOCK - 1),
                 None => Woken::default(),

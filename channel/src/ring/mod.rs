@@ -1,93 +1,95 @@
-//! The ring as a carrier: packets as records in a region that two partitions share, for either side of it.
+//! The ring as a carrier: each packet is a record in a region that two partitions share. Both sides use this carrier.
 //!
 //! ```text
-//!  Waiting ── both sides said RUN ──► Running ── fault here, or the peer ends it ──► Waiting, a while later
+//!  Waiting ── both sides are at RUN ──► Running ── fault here, or the peer ends it ──► Waiting, after a delay
 //!     ▲                                  │
-//!     └──────── a new epoch ─────────────┘     attach says how, again and again (adit_ringbuf::session)
+//!     └──────── a new epoch ─────────────┘     the attach protocol repeats (adit_ringbuf::session)
 //! ```
-//! - Lane 0 carries [`Lane::Control`], lane 1 [`Lane::Bulk`]; a region with one lane has both on it. A stream keeps to the
-//!   lane that it was asked for on, so its packets keep their order.
-//! - A packet is a record: its frame ([`FRAME_BYTES`]), then its payload. The frame is copied out once and parsed from the copy; the payload
-//!   goes from the ring to a descriptor with one `sendmsg`, or is copied out once. Whatever the peer writes into it
-//!   meanwhile is what it sent.
-//! - A slot is as much of the ring as is free, at most 64 KiB of payload, filled in place by `recvmsg`, and committed as
-//!   long as it was filled.
-//! - Room is given back in bursts; a burst publishes once and rings at most two doorbells, and only who sleeps.
-//! - Whatever a peer does to the ring ends the session ([`Carrier::tear`](crate::carrier::Carrier::tear)) and no other; the
-//!   streams end with `CarrierFault`. The next session begins after 10 ms, after repeated faults up to half a second later.
+//! - Lane 0 carries [`Lane::Control`], lane 1 [`Lane::Bulk`]; a region with one lane carries both on it. A stream
+//!   stays on the lane on which it was requested, so its packets keep their order.
+//! - A packet is a record: its header ([`PACKET_HEADER_BYTES`]), then its payload. The header is copied out once and
+//!   parsed from the copy. The payload goes from the ring to a descriptor with one `sendmsg`, or is copied out once.
+//!   If the peer changes the payload meanwhile, it only changes what it sent.
+//! - A slot is as much of the ring as is free, with at most 64 KiB of payload. `recvmsg` fills it in place, and it is
+//!   committed with the length that was filled.
+//! - Space is given back in bursts. A burst publishes once and signals at most two doorbells, and only if the peer
+//!   sleeps.
+//! - Whatever a peer does to the ring ends only its session ([`Carrier::tear`](crate::carrier::Carrier::tear)). Its
+//!   streams end with `CarrierFault`. The next session begins after 10 ms, or after up to half a second if faults
+//!   repeat.
 
 pub mod bell;
 mod bells;
 mod burst;
 mod dock;
-mod hold;
+mod retry_delay;
 
 use std::io;
 use std::time::{Duration, Instant};
 
-use adit_engine::{FRAME_BYTES, Lane, ResetReason, SessionChange};
+use adit_engine::{Lane, PACKET_HEADER_BYTES, ResetReason, SessionChange};
 use adit_ringbuf::region::{self, Features, RegionError, Spec};
 use adit_ringbuf::session::{Ends, Event, Guest, Host, Lost, Turn};
 use adit_ringbuf::{Corrupt, Mapped, Pace, PushError, RingMem, Wake};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-pub use bells::{Hear, Ring, RingBells};
+pub use bells::{BoxedDoorbell, BoxedWaiter, RingBells};
 pub use burst::{RingPacket, RingSlot};
 pub use dock::Dock;
-use hold::Hold;
+use retry_delay::RetryDelay;
 
 use crate::carrier::CarrierFault;
 use crate::device::aside::Aside;
 
-/// A side that hears no doorbell looks so often while nothing comes; its shard may look on in between.
+/// A side without doorbells polls this often while nothing arrives. Its shard may poll more often.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
-/// A peer that changes its mind faster than this is looked at again in the next burst.
+/// If a peer changes its state more often than this in one poll, the rest waits for the next burst.
 const TURNS_MAX: u32 = 4;
-/// Lanes that are used.
+/// Maximum number of lanes that are used.
 const LANES: usize = 2;
 
-/// A region of this memory cannot be used.
+/// Why memory cannot be used as a region.
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
-    /// There is no descriptor to be had.
+    /// This process has no free descriptors.
     #[error("no descriptor for the ring")]
     Io(#[from] io::Error),
-    /// It is no region that this side can use, or cannot become one.
+    /// The memory is not a region that this side can use, or cannot become one.
     #[error(transparent)]
     Region(#[from] RegionError),
 }
 
-/// How a carrier is.
+/// The state of a carrier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RingState {
-    /// The other side is not there yet, or not any more.
+    /// The other side has not attached yet, or has left.
     Waiting,
-    /// Both sides use it.
+    /// Both sides use the ring.
     Running {
-        /// Which attachment this is.
+        /// Number of this attachment.
         epoch: u64,
     },
-    /// It broke; the next session begins soon.
+    /// The session broke; the next one begins after a delay.
     Held,
 }
 
-/// What happened on a carrier since it was made.
+/// What happened on a carrier since it was created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RingCounters {
-    /// Records taken.
+    /// Number of records taken.
     pub records_in: u64,
-    /// Records written.
+    /// Number of records written.
     pub records_out: u64,
-    /// Payload bytes copied from or to the ring, by us or by the kernel.
+    /// Payload bytes that this process or the kernel copied from or to the ring.
     pub bytes_copied: u64,
-    /// Doorbells rung: data and session, space.
+    /// Number of doorbells signalled: first for data and session, then for space.
     pub rung: [u64; 2],
-    /// Doorbells heard.
+    /// Number of doorbell signals received.
     pub heard: u64,
     /// Sessions that began.
     pub sessions: u64,
-    /// Sessions that ended because a side broke the ring.
+    /// Number of sessions that ended because a side broke the ring.
     pub faults: u64,
 }
 
@@ -97,10 +99,10 @@ enum Role {
     Guest(Guest<Mapped>),
 }
 
-/// Bytes of a small record.
-const SMALL: usize = FRAME_BYTES + 256;
+/// Size of a small record in bytes.
+const SMALL: usize = PACKET_HEADER_BYTES + 256;
 
-/// A small record of this process's own.
+/// A small record in private memory.
 #[derive(Debug)]
 struct Staged {
     len: usize,
@@ -114,8 +116,9 @@ impl Staged {
     };
 }
 
-impl Way {
-    /// Puts the staged packet into the ring: it was staged because there was room, and there is no less of it.
+impl LaneState {
+    /// Puts the staged packet into the ring. It was staged only because there was room, and the room cannot have
+    /// shrunk.
     #[inline]
     fn unstage(&mut self) -> Result<Wake, CarrierFault> {
         match std::mem::take(&mut self.staged.len) {
@@ -132,7 +135,7 @@ impl Way {
             }
             Err(PushError::Corrupt(corrupt)) => Err(corrupt.into()),
             Err(PushError::Full | PushError::TooLong { .. }) => Err(CarrierFault {
-                what: "ring has less room than it had; bytes of a record",
+                what: "the ring has less room than before; bytes of a record",
                 value: len as u64,
                 limit: SMALL as u64,
             }),
@@ -142,12 +145,13 @@ impl Way {
 
 /// One lane of a session.
 #[derive(Debug)]
-struct Way {
+struct LaneState {
     ends: Ends<Mapped>,
     /// There was no slot.
     starved: bool,
-    /// The last small packet of the burst, not in the ring yet: it goes there when it is shown, for whoever polls the lines
-    /// of a record that is written piece by piece takes each of them away from its writer in between.
+    /// The last small packet of the burst, which is not in the ring yet. It is copied there when it is published. If
+    /// it were written piece by piece, a peer that polls the record's cache lines would take each line away between
+    /// two writes.
     staged: Staged,
 }
 
@@ -157,47 +161,47 @@ pub struct RingCarrier {
     mem: Mapped,
     role: Role,
     bells: RingBells,
-    /// Of the running session: both lanes, or one for both.
-    ways: Vec<Way>,
+    /// The lanes of the running session: one for each `Lane`, or one for both.
+    lanes: Vec<LaneState>,
     epoch: Option<u64>,
-    /// When there may be no session.
-    hold: Hold,
-    /// What the shell was not told yet; a later change makes an earlier one void.
+    /// Decides when a session may begin.
+    retry_delay: RetryDelay,
+    /// The session change that the shell has not taken yet. A later change replaces an earlier one.
     change: Option<SessionChange>,
-    /// Readable while there is a change to tell.
+    /// Readable while there is a session change.
     changed: EventFd,
-    /// Doorbells owed to the other side.
+    /// Whether the other side must be woken, for data and for space.
     data: Wake,
     space: Wake,
-    /// Packets whose payload goes out together.
+    /// Packets whose payload is written together.
     aside: Aside,
-    /// The record in hand, if it is small: copied whole, its lines come together.
+    /// A copy of the current record, if it is small. One copy fetches all its cache lines together.
     small: [u8; SMALL],
-    /// Keeps out of a writer's way while a stream flows.
+    /// Avoids slowing down a writer while a stream flows.
     pace: Pace,
-    /// Records of lane control taken in a row.
+    /// Number of records of lane control taken in a row.
     control_run: u32,
     fault: Option<CarrierFault>,
     last_fault: String,
     counters: RingCounters,
 }
 
-/// Bytes of a region at least.
+/// Smallest region in bytes.
 pub const BYTES_MIN: usize = 3 * 4096 + 4 * 4096;
 
-/// What a region of so many bytes is best divided into: a quarter for lane control, the rest for lane bulk, records at whole
-/// lines. `None`: it is too small.
+/// The best division of a region of this size: a quarter for lane control, the rest for lane bulk, and records aligned
+/// to cache lines. `None` if it is too small.
 pub fn spec(bytes: usize) -> Option<Spec> {
     let lane = |size| region::Lane {
         to_guest: size,
         to_host: size,
     };
-    // A record of 64 KiB needs a ring of 256 KiB; what is above 4 MiB falls out of every cache.
+    // A record of 64 KiB needs a ring of 256 KiB. A ring above 4 MiB fits into no cache.
     let sizes = (12..=22).rev().map(|log| 1usize << log);
     sizes
         .map(|bulk| {
             let mut spec = Spec::new(&[lane((bulk / 4).max(4096)), lane(bulk)]);
-            // Nobody polls a line that the other side is writing the next record to.
+            // So no side polls a cache line into which the other side is writing the next record.
             spec.align = 64;
             spec
         })
@@ -205,25 +209,26 @@ pub fn spec(bytes: usize) -> Option<Spec> {
 }
 
 impl RingCarrier {
-    /// Makes memory a region, and offers it to the guest that has it. `epoch`: above every one that this memory had; the
-    /// time will do.
+    /// Makes a region in the memory and offers it to the guest. `epoch` must be higher than every epoch that this
+    /// memory had before; the time is good enough.
     ///
     /// # Errors
-    /// The memory is too small, or there are no descriptors left.
+    /// The memory is too small, or this process has no free descriptors.
     pub fn host(mem: Mapped, spec: Spec, epoch: u64, bells: RingBells) -> Result<Self, RingError> {
         let host = Host::offer(mem.clone(), spec, epoch)?;
         let mut carrier = Self::new(mem, Role::Host(host), bells)?;
-        // A guest that waits since before we came, or still uses what a predecessor of ours offered.
+        // Wake a guest that was waiting already, or that still uses the region that a predecessor offered.
         carrier.data = Wake::Yes;
-        carrier.ring();
+        carrier.signal_doorbells();
         Ok(carrier)
     }
 
-    /// Finds the region that a host made of this memory, and asks for a session. `start`: random, so that what a
-    /// predecessor asked is not taken for it. `can`: [`Features::WRAP`] if the memory maps each ring twice in a row.
+    /// Finds the region that a host made in this memory, and asks for a session. `start` must be random, so that a
+    /// request of a predecessor is not mistaken for this one's. `can` is [`Features::WRAP`] if the memory maps each
+    /// ring twice in a row.
     ///
     /// # Errors
-    /// There is no region, or none that this side knows; there are no descriptors left.
+    /// There is no region, or none that this side knows, or this process has no free descriptors.
     pub fn guest(
         mem: Mapped,
         start: u64,
@@ -234,7 +239,7 @@ impl RingCarrier {
         let data = guest.attach();
         let mut carrier = Self::new(mem, Role::Guest(guest), bells)?;
         carrier.data = data;
-        carrier.ring();
+        carrier.signal_doorbells();
         Ok(carrier)
     }
 
@@ -244,9 +249,9 @@ impl RingCarrier {
             mem,
             role,
             bells,
-            ways: Vec::new(),
+            lanes: Vec::new(),
             epoch: None,
-            hold: Hold::default(),
+            retry_delay: RetryDelay::default(),
             change: None,
             changed: EventFd::from_flags(flags)?,
             data: Wake::No,
@@ -261,21 +266,21 @@ impl RingCarrier {
         })
     }
 
-    /// How it is.
+    /// The state of the carrier.
     pub fn state(&self) -> RingState {
-        match (self.epoch, self.hold.is_on()) {
+        match (self.epoch, self.retry_delay.is_waiting()) {
             (Some(epoch), _) => RingState::Running { epoch },
             (None, true) => RingState::Held,
             (None, false) => RingState::Waiting,
         }
     }
 
-    /// Tells whether it hears no doorbell, and so looks by itself.
+    /// Returns true if this side waits on no doorbell, and so polls.
     pub fn is_deaf(&self) -> bool {
-        self.bells.deaf()
+        self.bells.must_poll()
     }
 
-    /// What broke last, for people; empty if nothing did.
+    /// The last fault as text; empty if there was none.
     pub fn last_fault(&self) -> &str {
         &self.last_fault
     }
@@ -285,18 +290,18 @@ impl RingCarrier {
         self.counters
     }
 
-    /// Index of a lane's ring.
-    fn way(&self, lane: Lane) -> usize {
+    /// Index of a lane in the session.
+    fn lane_index(&self, lane: Lane) -> usize {
         match lane {
             Lane::Control => 0,
-            Lane::Bulk => self.ways.len().saturating_sub(1),
+            Lane::Bulk => self.lanes.len().saturating_sub(1),
         }
     }
 
-    /// Looks at the other side's state, and goes along.
-    fn look(&mut self) {
-        if self.hold.is_on() {
-            if !self.hold.ends(Instant::now()) {
+    /// Polls the other side's state and reacts to it.
+    fn poll_session(&mut self) {
+        if self.retry_delay.is_waiting() {
+            if !self.retry_delay.end_if_over(Instant::now()) {
                 return;
             }
             if let Role::Guest(guest) = &mut self.role {
@@ -309,7 +314,7 @@ impl RingCarrier {
                 Role::Guest(guest) => match guest.poll() {
                     Ok(turn) => turn,
                     Err(e) => {
-                        // It was told; another host may come.
+                        // The host was informed. Another host may come.
                         self.failed(&e.to_string());
                         Turn {
                             event: None,
@@ -324,11 +329,11 @@ impl RingCarrier {
                 Some(Event::Lost(lost)) => self.lost(lost),
                 None => {}
             }
-            if turn.wake == Wake::No || self.hold.is_on() {
+            if turn.wake == Wake::No || self.retry_delay.is_waiting() {
                 break;
             }
         }
-        self.ring();
+        self.signal_doorbells();
     }
 
     fn attached(&mut self, epoch: u64) {
@@ -336,34 +341,34 @@ impl RingCarrier {
             Role::Host(host) => host.region().spec().lanes().len(),
             Role::Guest(guest) => guest.region().map_or(0, |r| r.spec().lanes().len()),
         };
-        self.forget();
+        self.clear_session();
         for lane in 0..lanes.min(LANES) {
             let ends = match &self.role {
                 Role::Host(host) => host.ends(lane, true).map(Some),
                 Role::Guest(guest) => guest.ends(lane, true),
             };
             match ends {
-                Ok(Some(ends)) => self.ways.push(Way {
+                Ok(Some(ends)) => self.lanes.push(LaneState {
                     ends,
                     starved: false,
                     staged: Staged::EMPTY,
                 }),
                 Ok(None) => {}
-                // Geometry was checked against this very memory when the region was read.
+                // The geometry was checked against this memory when the region was read.
                 Err(e) => return self.failed(&e.to_string()),
             }
         }
         self.epoch = Some(epoch);
-        self.hold.began(Instant::now());
+        self.retry_delay.began(Instant::now());
         self.counters.sessions += 1;
-        self.tell(SessionChange::Attached { epoch });
+        self.set_change(SessionChange::Attached { epoch });
     }
 
     fn lost(&mut self, lost: Lost) {
         let reason = match lost {
             Lost::Restarted | Lost::Closed => ResetReason::Epoch,
             Lost::Poisoned => {
-                self.failed("the other side says that this one broke the ring");
+                self.failed("the other side reports that this side broke the ring");
                 ResetReason::CarrierFault
             }
             Lost::Corrupt(corrupt) => {
@@ -372,39 +377,39 @@ impl RingCarrier {
             }
         };
         if self.epoch.take().is_some() {
-            self.tell(SessionChange::Lost(reason));
+            self.set_change(SessionChange::Lost(reason));
         }
-        self.forget();
-        if !self.hold.is_on()
+        self.clear_session();
+        if !self.retry_delay.is_waiting()
             && let Role::Guest(guest) = &mut self.role
         {
             self.data = guest.attach();
         }
     }
 
-    /// Ends what the session had; its memory is another session's from here on.
-    fn forget(&mut self) {
-        self.ways.clear();
+    /// Drops everything of the session. From here on the memory may belong to another session.
+    fn clear_session(&mut self) {
+        self.lanes.clear();
         drop(self.aside.release());
         self.fault = None;
         self.control_run = 0;
     }
 
-    /// The session broke: there is none for a while.
+    /// The session broke. The next one begins after a delay.
     fn failed(&mut self, why: &str) {
         why.clone_into(&mut self.last_fault);
         self.counters.faults += 1;
-        self.hold.fault(Instant::now());
+        self.retry_delay.fault(Instant::now());
     }
 
-    fn tell(&mut self, change: SessionChange) {
+    fn set_change(&mut self, change: SessionChange) {
         self.change = Some(change);
-        // Fails only when 2^64 - 2 changes are pending: it is readable.
+        // The write fails only when the counter is full, and then the eventfd is readable anyway.
         let _ = self.changed.write(1);
     }
 
-    /// Rings what is owed.
-    fn ring(&mut self) {
+    /// Signals the doorbells for which a wake-up is due.
+    fn signal_doorbells(&mut self) {
         let owed = [&mut self.data, &mut self.space].map(|w| std::mem::replace(w, Wake::No));
         let bells = [&self.bells.data, &self.bells.space];
         for ((owed, bell), rung) in owed.into_iter().zip(bells).zip(&mut self.counters.rung) {
@@ -413,9 +418,9 @@ impl RingCarrier {
             }
             *rung += 1;
             if let Err(e) = bell.ring() {
-                // Whoever it should wake sleeps on: no session can go on like this.
+                // The peer would sleep on, so the session cannot continue.
                 self.fault.get_or_insert(CarrierFault {
-                    what: "doorbell cannot be rung; errno",
+                    what: "cannot signal the doorbell; errno",
                     value: e.raw_os_error().unwrap_or(0) as u64,
                     limit: 0,
                 });
@@ -424,13 +429,13 @@ impl RingCarrier {
     }
 }
 
-/// Bytes of a cache line.
+/// Size of a cache line in bytes.
 const LINE: usize = 64;
-/// Lines that are read to see how far away memory is: fewer than any cache has.
+/// Number of cache lines that are read to measure the memory: fewer than any cache has.
 const LINES: usize = 256;
 
-/// Measures how long a read of a line of this memory takes once it was read before, ns: a few where it is cached, hundreds
-/// where it is a device's.
+/// Measures how long it takes to read a cache line of this memory that was read before, in ns. The result is a few ns
+/// for cached memory, and hundreds for uncached device memory.
 pub fn line_ns(mem: &Mapped) -> u32 {
     let lines = LINES.min(RingMem::len(mem) / LINE);
     let read = || {
@@ -440,7 +445,7 @@ pub fn line_ns(mem: &Mapped) -> u32 {
         }
         begin.elapsed()
     };
-    // The first finds pages that were never touched.
+    // The first round also faults in pages that were never accessed.
     let best = (0..4).map(|_| read()).min().unwrap_or_default();
     let ns = best.as_nanos() / lines.max(1) as u128;
     u32::try_from(ns).unwrap_or(u32::MAX)
@@ -453,12 +458,12 @@ impl From<Corrupt> for CarrierFault {
 }
 
 impl Drop for RingCarrier {
-    /// The other side need not find out by itself.
+    /// Ends the session, so that the other side learns of it at once.
     fn drop(&mut self) {
         self.data = match &mut self.role {
             Role::Host(host) => host.close(),
             Role::Guest(guest) => guest.close(),
         };
-        self.ring();
+        self.signal_doorbells();
     }
 }

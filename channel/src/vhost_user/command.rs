@@ -1,4 +1,4 @@
-//! What the frontend's thread asks of the shard, and the call descriptors that the shard rings.
+//! Commands of the frontend's thread to the shard, and the call descriptors that the shard writes to.
 
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{self, Receiver, SyncSender};
@@ -16,53 +16,53 @@ pub(super) struct Start {
     pub(super) features: u64,
     pub(super) queues: VirtQueues,
     pub(super) calls: [Option<OwnedFd>; 2],
-    /// Whose rings they are.
+    /// The driver of these virtqueues.
     pub(super) driver: Driver,
 }
 
-/// Who is behind the rings of a session that begins.
+/// The driver behind the virtqueues of a session that begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Driver {
-    /// The one of the session that was paused: nothing is different, so its streams go on.
+    /// The driver of the paused session. Nothing has changed, so its streams continue.
     Same,
-    /// One that has used these rings before: it may have streams, of which the device knows nothing any more.
-    LivesOn,
-    /// One that has just begun.
+    /// A driver that has used these virtqueues before. It may have streams that the device no longer knows.
+    Continued,
+    /// A driver that has just started.
     New,
 }
 
-/// Where rings were stopped.
+/// The state in which the virtqueues were stopped.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Paused {
-    /// Positions of both queues.
+    /// Positions of both virtqueues.
     pub(super) bases: [u16; 2],
-    /// There is a session to go on with.
+    /// There is a session that can continue.
     pub(super) held: bool,
 }
 
 /// A change of the device, applied between bursts.
 pub(super) enum Command {
     Start(Box<Start>, Answer<Result<(), ActivateError>>),
-    /// The rings stop, and the session's streams are held. Nothing is completed after the answer.
+    /// Stop the virtqueues and keep the session's streams. No buffer is completed after the answer.
     Pause(Answer<Paused>),
-    /// The session is over, paused or not.
+    /// End the session, paused or not.
     End(ResetReason, Answer<()>),
     Memory(VmMemoryRef, Answer<Result<(), ActivateError>>),
     Call(u16, Option<OwnedFd>),
     Kick(u16, OwnedFd),
 }
 
-/// Where an answer goes.
+/// The way back for an answer.
 pub(super) struct Answer<T>(SyncSender<T>);
 
 impl<T> Answer<T> {
-    pub(super) fn give(self, value: T) {
-        // Nobody waits any more: the thread has ended, and with it the question.
+    pub(super) fn send(self, value: T) {
+        // An error means that the asking thread has ended.
         let _ = self.0.try_send(value);
     }
 }
 
-/// The shard is gone.
+/// The shard has ended.
 #[derive(Debug, thiserror::Error)]
 #[error("the device's shard has ended")]
 pub(super) struct ShardGone;
@@ -75,15 +75,15 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Posts a command. Blocks while the shard has a full queue of them.
+    /// Sends a command. Blocks while the shard's command queue is full.
     pub(super) fn post(&self, command: Command) -> Result<(), ShardGone> {
         self.commands.send(command).map_err(|_| ShardGone)?;
-        // Fails only when 2^64 - 2 wake-ups are pending: it is awake.
+        // The write fails only when the counter is full, and then the shard wakes anyway.
         let _ = self.waker.write(1);
         Ok(())
     }
 
-    /// Posts a command and waits for its answer.
+    /// Sends a command and waits for its answer.
     pub(super) fn ask<T>(&self, make: impl FnOnce(Answer<T>) -> Command) -> Result<T, ShardGone> {
         let (sender, receiver): (_, Receiver<T>) = mpsc::sync_channel(1);
         self.post(make(Answer(sender)))?;
@@ -91,13 +91,14 @@ impl Link {
     }
 }
 
-/// The call descriptors of both queues. Only the shard touches them, so the locks are never contended.
+/// The call descriptors of both virtqueues. Only the shard uses them, so the locks are never contended.
 #[derive(Default)]
 pub(super) struct Calls([Mutex<Option<OwnedFd>>; 2]);
 
 impl Calls {
-    /// Replaces a descriptor and rings the new one: a notification may have gone to the old one while the frontend
-    /// was already looking at the new (QEMU does this when the guest masks a vector). One too many is harmless.
+    /// Replaces a descriptor and signals the new one. A notification may have gone to the old one when the frontend
+    /// was already watching the new one (QEMU does this when the guest masks a vector). An extra notification is
+    /// harmless.
     pub(super) fn replace(&self, queue: u16, call: Option<OwnedFd>) {
         if let Some(slot) = self.0.get(usize::from(queue)) {
             *slot.lock().unwrap_or_else(PoisonError::into_inner) = call;
@@ -118,7 +119,7 @@ impl Signal for Calls {
             return;
         };
         if let Some(fd) = &*slot.lock().unwrap_or_else(PoisonError::into_inner) {
-            // Nonblocking: full means that the driver has not looked yet and will.
+            // The descriptor is nonblocking. A full counter means that the driver has not looked yet, and will.
             if let Err(e) = nix::unistd::write(fd, &1u64.to_ne_bytes()) {
                 tracing::trace!(queue, error = %e, "call descriptor");
             }

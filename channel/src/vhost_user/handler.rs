@@ -1,17 +1,17 @@
-//! What the frontend said so far, message by message, and when that makes a session.
+//! What the frontend has configured so far, message by message, and when that is enough for a session.
 //!
 //! ```text
-//! Stopped ── both rings {num, addr, kick, enabled} + memory + features ──► Running
-//!    ▲                                                                       │
-//!    └── GET_VRING_BASE, ENABLE 0 (paused), RESET_OWNER, frontend gone ──────┘
+//! Stopped ── both vrings {num, addr, kick, enabled} + memory + features ──► Running
+//!    ▲                                                                        │
+//!    └── GET_VRING_BASE, ENABLE 0 (paused), RESET_OWNER, frontend gone ───────┘
 //! ```
-//! A pause keeps the session: it goes on where the rings start with the features, addresses and positions that they had.
+//! A pause keeps the session. It continues if the vrings start again with the same features, addresses and positions.
 //!
-//! The order of messages within Stopped does not matter. While Running, what the device was built from is fixed;
-//! the memory table and the kick and call descriptors may be replaced.
+//! In Stopped the order of messages does not matter. In Running the parts from which the device was built are fixed,
+//! but the memory table and the kick and call descriptors may be replaced.
 //!
-//! [`Handler::handover`] is all of it, and [`Handler::resume`] is how another process goes on from there: a ring that
-//! ran continues where guest memory says that it stands.
+//! [`Handler::handover`] returns the whole state, and [`Handler::resume`] lets another process continue from it. A
+//! vring that was running continues at the position that guest memory shows.
 
 use std::fs::File;
 use std::io;
@@ -41,23 +41,23 @@ use resume::used_index;
 const QUEUES: usize = 2;
 const OFFERED: u64 = FEATURES | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-/// One ring as the frontend described it.
+/// One vring (virtqueue) as the frontend described it.
 #[derive(Debug, Default)]
 struct Vring {
-    /// 0 = not told yet.
+    /// 0 until it is set.
     size: u16,
     base: u16,
-    /// Descriptor table, available ring, used ring: guest addresses.
+    /// Guest addresses of descriptor table, available ring and used ring.
     addrs: Option<[u64; 3]>,
-    /// How far the position was ahead of the used index when the ring was started: 0, with every frontend that there is.
+    /// How far the position was ahead of the used index when the vring was started. 0 with every known frontend.
     lag: u16,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
     enabled: bool,
 }
 
-/// What is the same for as long as it is the same driver: features, and of each ring size, addresses and position. A driver
-/// that was reset begins at position 0.
+/// Values that stay the same as long as the driver is the same: features, and for each vring its size, addresses and
+/// position. After a reset a driver starts at position 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Setup {
     features: u64,
@@ -75,12 +75,12 @@ pub(super) struct Handler {
     table: Option<MemTable>,
     vrings: [Vring; QUEUES],
     running: bool,
-    /// The session that is paused, as it was.
+    /// The setup of the paused session.
     paused: Option<Setup>,
-    /// Something changed that a successor must know.
+    /// The state that a successor needs has changed.
     changed: bool,
-    /// The next message may be one that the predecessor has handled already.
-    perhaps_again: bool,
+    /// The predecessor may have handled the next message already.
+    may_be_repeated: bool,
 }
 
 /// Refuses a message with a reason.
@@ -113,12 +113,12 @@ impl Handler {
             running: false,
             paused: None,
             changed: false,
-            perhaps_again: false,
+            may_be_repeated: false,
         }
     }
 
     /// The connection is over: ends the session and forgets everything.
-    pub(super) fn gone(&mut self) {
+    pub(super) fn disconnected(&mut self) {
         if let Err(e) = self.end(ResetReason::CarrierFault) {
             tracing::debug!(error = %e, "frontend gone");
         }
@@ -127,17 +127,17 @@ impl Handler {
         self.table = None;
         self.vrings = Default::default();
         self.changed = false;
-        self.perhaps_again = false;
+        self.may_be_repeated = false;
     }
 
-    /// What may be guest memory.
+    /// Which descriptors are accepted as guest memory.
     pub(super) fn policy(&self) -> MemoryPolicy {
         self.policy
     }
 
-    /// A message was handled. Returns whether it changed what a successor must know.
+    /// A message was handled. Returns true if the state that a successor needs has changed.
     pub(super) fn handled(&mut self) -> bool {
-        self.perhaps_again = false;
+        self.may_be_repeated = false;
         std::mem::take(&mut self.changed)
     }
 
@@ -147,21 +147,21 @@ impl Handler {
             .ok_or_else(|| refused(format!("ring {index}: there are {QUEUES}")))
     }
 
-    /// As `vring`, for what must not change while the device runs on it.
+    /// As `vring`, for values that must not change while the device uses them.
     fn stopped_vring(&mut self, index: u32, what: &str) -> Result<&mut Vring> {
         if self.running {
-            return Err(refused(format!("ring {index}: {what} while the ring runs")));
+            return Err(refused(format!("vring {index}: {what} while it runs")));
         }
         self.changed = true;
         self.vring(index)
     }
 
-    /// The predecessor has handled this message: it was the one that started the rings.
-    fn said_already(&self) -> bool {
-        self.running && self.perhaps_again
+    /// Returns true if this is a repeat of the message that started the vrings, which the predecessor handled.
+    fn is_repeated_start(&self) -> bool {
+        self.running && self.may_be_repeated
     }
 
-    /// Starts the session if everything is there.
+    /// Starts the session if its configuration is complete.
     fn settle(&mut self) -> Result<()> {
         let complete =
             |v: &Vring| v.size != 0 && v.addrs.is_some() && v.kick.is_some() && v.enabled;
@@ -171,8 +171,9 @@ impl Handler {
         if self.running || !self.vrings.iter().all(complete) {
             return Ok(());
         }
-        if self.perhaps_again {
-            // The predecessor has run these rings, or had just begun to: what it took it gave back.
+        if self.may_be_repeated {
+            // The predecessor has run these vrings, or had just started them. It has returned every buffer that it
+            // took, so the used index is the position.
             for vring in &mut self.vrings {
                 if let Some([.., used_ring]) = vring.addrs {
                     vring.base = used_index(used_ring, table)?.wrapping_add(vring.lag);
@@ -195,7 +196,7 @@ impl Handler {
             calls: [rx_call, tx_call],
             driver: self.driver(),
         };
-        // Whatever comes of it, the session that was paused is no more.
+        // Whether this succeeds or not, the paused session cannot be used a second time.
         self.paused = None;
         self.link
             .ask(|answer| Command::Start(Box::new(start), answer))?
@@ -208,7 +209,7 @@ impl Handler {
         Ok(())
     }
 
-    /// The rings as they are described now; `None`: something is missing.
+    /// The present configuration of both vrings; `None` if it is not complete.
     fn setup(&self) -> Option<Setup> {
         let mut rings = [(0, [0; 3], 0); QUEUES];
         for (ring, vring) in rings.iter_mut().zip(&self.vrings) {
@@ -220,18 +221,18 @@ impl Handler {
         })
     }
 
-    /// Who is behind the rings that are about to start.
+    /// The driver behind the vrings that are about to start.
     fn driver(&self) -> Driver {
         if self.paused.is_some() && self.paused == self.setup() {
             Driver::Same
         } else if self.vrings.iter().all(|vring| vring.base == 0) {
             Driver::New
         } else {
-            Driver::LivesOn
+            Driver::Continued
         }
     }
 
-    /// Stops the rings if they run, and learns where they stand. The session's streams are held.
+    /// Stops the vrings if they run, and stores their positions. The session's streams are kept.
     fn pause(&mut self) -> Result<()> {
         if !self.running {
             return Ok(());
@@ -263,17 +264,17 @@ fn clone_fd(fd: &Option<OwnedFd>) -> Result<Option<OwnedFd>> {
         .map_err(Error::ReqHandlerError)
 }
 
-/// Makes the queue of a complete ring. The used index continues where guest memory says: the device holds no
-/// descriptor over a burst, so what was taken has been given back.
+/// Makes the queue of a complete vring. The used index comes from guest memory. The device holds no descriptor beyond
+/// a burst, so every buffer that was taken has been returned.
 fn build(vring: &Vring, queue_max: u16, table: &MemTable) -> Result<VirtQueue> {
     let [desc_table, avail_ring, used_ring] = vring
         .addrs
-        .ok_or_else(|| refused("ring has no addresses"))?;
+        .ok_or_else(|| refused("vring has no addresses"))?;
     let state = QueueState {
         max_size: queue_max,
         next_avail: vring.base,
         next_used: 0,
-        event_idx_enabled: false, // the device's own rings know
+        event_idx_enabled: false, // the device's own `Virtqueue` handles it
         size: vring.size,
         ready: true,
         desc_table,
@@ -291,7 +292,7 @@ fn build(vring: &Vring, queue_max: u16, table: &MemTable) -> Result<VirtQueue> {
     })
 }
 
-/// Takes an eventfd over. Whoever reads or writes it must never block on it.
+/// Makes an eventfd nonblocking, because its users must never block on it.
 fn nonblocking(file: File) -> Result<OwnedFd> {
     let fd = OwnedFd::from(file);
     let set = || -> nix::Result<()> {
@@ -339,11 +340,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
             if self.features == Some(features) {
                 return Ok(());
             }
-            return Err(refused("features change while the rings run"));
+            return Err(refused("features change while the vrings run"));
         }
         self.features = Some(features);
         self.changed = true;
-        // Without protocol features there is no SET_VRING_ENABLE: rings are enabled from the start.
+        // Without protocol features there is no SET_VRING_ENABLE: vrings are enabled from the start.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
             for vring in &mut self.vrings {
                 vring.enabled = true;
@@ -375,7 +376,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        if self.said_already() {
+        if self.is_repeated_start() {
             return self.vring(index).map(|_| ());
         }
         let max = self.queue_max;
@@ -385,7 +386,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             .filter(|n| n.is_power_of_two() && *n <= max)
             .ok_or_else(|| {
                 refused(format!(
-                    "ring {index}: size {num} is not a power of two in 1..={max}"
+                    "vring {index}: size {num} is not a power of two in 1..={max}"
                 ))
             })?;
         self.settle()
@@ -404,7 +405,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         let translate = |what: &str, user: u64| {
             table.and_then(|t| t.translate(user)).ok_or_else(|| {
                 refused(format!(
-                    "ring {index}: {what} at user address {user:#x} is not in the memory table"
+                    "vring {index}: {what} at user address {user:#x} is not in the memory table"
                 ))
             })
         };
@@ -421,12 +422,12 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        if self.said_already() {
+        if self.is_repeated_start() {
             return self.vring(index).map(|_| ());
         }
         let vring = self.stopped_vring(index, "base changes")?;
         vring.base = u16::try_from(base)
-            .map_err(|_| refused(format!("ring {index}: base {base} is more than 16 bits")))?;
+            .map_err(|_| refused(format!("vring {index}: base {base} has more than 16 bits")))?;
         self.settle()
     }
 
@@ -434,7 +435,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         self.vring(index)?;
         self.pause()?;
         let vring = self.vring(index)?;
-        // A stopped ring starts with the next SET_VRING_KICK.
+        // A stopped vring starts again with the next SET_VRING_KICK.
         vring.kick = None;
         let base = u32::from(vring.base);
         self.changed = true;
@@ -442,7 +443,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let file = file.ok_or_else(|| refused("a ring without a kick descriptor is not served"))?;
+        let file =
+            file.ok_or_else(|| refused("a vring without a kick descriptor is not supported"))?;
         let running = self.running;
         let vring = self.vring(u32::from(index))?;
         let kick = vring.kick.insert(nonblocking(file)?);
@@ -466,7 +468,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_err(&mut self, index: u8, _file: Option<File>) -> Result<()> {
-        // A broken ring is shown by the VM's state; the frontend's log would be the wrong place.
+        // The VM's state reports a broken queue. The frontend's error descriptor is not used.
         self.vring(u32::from(index)).map(|_| ())
     }
 
@@ -511,7 +513,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         _buf: &[u8],
         _flags: VhostUserConfigFlags,
     ) -> Result<()> {
-        Ok(()) // read-only; the driver is allowed to try
+        Ok(()) // read-only, but the driver may try to write
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
@@ -531,7 +533,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
-        unsupported("memory comes as one table")
+        unsupported("memory must come as one table")
     }
 
     fn add_mem_region(
@@ -540,11 +542,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
         _fd: File,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        unsupported("memory comes as one table")
+        unsupported("memory must come as one table")
     }
 
     fn remove_mem_region(&mut self, _region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        unsupported("memory comes as one table")
+        unsupported("memory must come as one table")
     }
 
     fn set_device_state_fd(

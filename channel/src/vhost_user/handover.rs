@@ -1,13 +1,13 @@
-//! What a process knows of its frontend, as bytes and descriptors, so that another process can go on with it: QEMU
-//! does not connect to a vsock backend a second time.
+//! The state of a process with its frontend, as bytes and descriptors. Another process can continue with the frontend
+//! from it. This is needed because QEMU does not connect to a vsock backend a second time.
 //!
 //! ```text
 //! bytes        u16 version (little-endian), then `Record` of that version in postcard
-//! descriptors  the frontend's socket · one a memory region · ring 0: kick, call · ring 1: kick, call (those it has)
+//! descriptors  the frontend's socket · one per memory region · vring 0: kick, call · vring 1: kick, call (if present)
 //! ```
-//! A build reads its own version and the one before. Version 1 is the first; a change of [`Record`] is a new one, and
-//! the golden bytes below stay. Whoever keeps a handover passes it on as it is; nothing in it is believed: memory is
-//! checked and mapped, and rings are checked, as if the frontend had just said it.
+//! A build reads its own version and the previous one. Version 1 is the first. A change of [`Record`] is a new
+//! version, and the golden bytes below stay. The process that keeps a handover passes it on unchanged. Nothing in it
+//! is trusted: memory is checked and mapped, and vrings are checked, as if the frontend had just sent them.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -20,59 +20,59 @@ use crate::live::COUNT_END;
 
 /// Version that this build writes.
 pub const VERSION: u16 = 1;
-/// Memory regions at most, as crate `vhost` takes.
+/// Maximum number of memory regions: the limit of crate `vhost`.
 pub const REGIONS_MAX: usize = 32;
-/// Descriptors of one handover at most.
+/// Maximum number of descriptors of a handover.
 pub const DESCRIPTORS_MAX: usize = 1 + REGIONS_MAX + 4;
-/// Bytes of one handover's record at most.
+/// Maximum size of a handover's record in bytes.
 pub const RECORD_MAX: usize = 4096;
 
-/// A frontend as one process hands it to another.
+/// The state of a frontend's connection, as one process passes it to another.
 #[derive(Debug)]
 pub struct Handover {
     /// Version and record.
     pub bytes: Vec<u8>,
-    /// In the order above.
+    /// The descriptors, in the order above.
     pub fds: Vec<OwnedFd>,
 }
 
-/// A handover cannot be made or used.
+/// Why a handover cannot be made or used.
 #[derive(Debug, thiserror::Error)]
 pub enum HandoverError {
-    /// There are no descriptors to be had.
-    #[error("descriptors cannot be duplicated")]
+    /// This process has no free descriptors.
+    #[error("cannot duplicate descriptors")]
     Io(#[from] io::Error),
-    /// Made by a build that is newer, or older than the one before this.
-    #[error("handover is of version {found}, this build reads {VERSION}")]
+    /// It was made by a newer build, or by one that is older than the previous version.
+    #[error("the handover has version {found}, but this build reads only version {VERSION}")]
     Version {
         /// Its version.
         found: u16,
     },
-    /// Not what this version looks like.
-    #[error("handover record of {len} bytes is malformed")]
+    /// The bytes are not a record of this version.
+    #[error("the handover record of {len} bytes is malformed")]
     Malformed {
-        /// Bytes of the record.
+        /// Length of the record in bytes.
         len: usize,
     },
-    /// The record tells of more or fewer descriptors than came with it.
-    #[error("handover came with {found} descriptors, its record tells of {expected}")]
+    /// The record lists more or fewer descriptors than the handover has.
+    #[error("the handover has {found} descriptors, but its record lists {expected}")]
     Descriptors {
-        /// How many came.
+        /// Number of descriptors in the handover.
         found: usize,
-        /// How many it tells of.
+        /// Number of descriptors in the record.
         expected: usize,
     },
 }
 
-/// A memory region as the frontend gave it.
+/// A memory region as the frontend described it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Region {
     pub(super) gpa: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub(super) size: u64,
-    /// Address in the frontend.
+    /// Address in the frontend's address space.
     pub(super) user: u64,
-    /// Offset in its file, bytes.
+    /// Offset in its file, in bytes.
     pub(super) offset: u64,
 }
 
@@ -82,15 +82,15 @@ impl Region {
     }
 }
 
-/// A ring as the frontend described it.
+/// A vring as the frontend described it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct RingRecord {
+pub(super) struct VringRecord {
     pub(super) size: u16,
-    /// Position in the available ring; while it runs, guest memory knows better.
+    /// Position in the available ring. While the vring runs, guest memory has the current value.
     pub(super) base: u16,
-    /// How far the position was ahead of the used index when it was started.
+    /// How far the position was ahead of the used index when the vring was started.
     pub(super) lag: u16,
-    /// Descriptor table, available ring, used ring: guest addresses.
+    /// Guest addresses of descriptor table, available ring and used ring.
     pub(super) addrs: Option<[u64; 3]>,
     pub(super) kick: bool,
     pub(super) call: bool,
@@ -100,35 +100,35 @@ pub(super) struct RingRecord {
 /// Version 1.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Record {
-    /// Changes that the frontend had made when it was written.
+    /// Number of changes that the frontend had made when the record was written.
     pub(super) changes: u64,
     pub(super) features: Option<u64>,
     pub(super) protocol_features: Option<u64>,
     pub(super) regions: Vec<Region>,
-    pub(super) rings: [RingRecord; 2],
-    /// A session is on.
+    pub(super) rings: [VringRecord; 2],
+    /// A session is running.
     pub(super) running: bool,
 }
 
-/// The descriptors of a ring.
+/// The descriptors of a vring.
 #[derive(Debug, Default)]
-pub(super) struct RingFds {
+pub(super) struct VringFds {
     pub(super) kick: Option<Passed>,
     pub(super) call: Option<Passed>,
 }
 
-/// A handover taken apart; what its descriptors are is not known yet.
+/// A parsed handover. Its descriptors are not examined yet.
 #[derive(Debug)]
 pub(super) struct Parts {
     pub(super) record: Record,
     pub(super) frontend: Passed,
     pub(super) memory: Vec<Passed>,
-    pub(super) rings: [RingFds; 2],
+    pub(super) rings: [VringFds; 2],
 }
 
 impl Record {
     fn descriptors(&self) -> usize {
-        let of_ring = |r: &RingRecord| usize::from(r.kick) + usize::from(r.call);
+        let of_ring = |r: &VringRecord| usize::from(r.kick) + usize::from(r.call);
         1 + self.regions.len() + self.rings.iter().map(of_ring).sum::<usize>()
     }
 }
@@ -141,7 +141,7 @@ impl Handover {
     }
 
     pub(super) fn parse(self) -> Result<Parts, HandoverError> {
-        // Whatever is refused, nobody here waits for its close.
+        // Convert first: whatever is refused below, its close cannot block this thread.
         let mut fds = self.fds.into_iter().map(Passed::from).collect::<Vec<_>>();
         let len = self.bytes.len();
         let malformed = HandoverError::Malformed { len };
@@ -169,7 +169,7 @@ impl Handover {
             return Err(wrong);
         };
         let memory = fds.by_ref().take(record.regions.len()).collect();
-        let mut ring = |r: &RingRecord| RingFds {
+        let mut ring = |r: &VringRecord| VringFds {
             kick: r.kick.then(|| fds.next()).flatten(),
             call: r.call.then(|| fds.next()).flatten(),
         };
@@ -191,7 +191,7 @@ mod tests {
     use super::*;
 
     fn sample() -> Record {
-        let ring = RingRecord {
+        let ring = VringRecord {
             size: 128,
             base: 7,
             lag: 0,
@@ -212,7 +212,7 @@ mod tests {
             }],
             rings: [
                 ring,
-                RingRecord {
+                VringRecord {
                     call: false,
                     ..ring
                 },

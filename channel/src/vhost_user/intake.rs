@@ -1,19 +1,20 @@
-//! Takes the frontend's messages from its socket so that a successor of this process can go on with the next one,
-//! whenever this process is killed. Crate `vhost` reads a message in two calls and answers in a third; so it is given a
-//! socket pair, and the frontend's own socket is read here.
+//! Takes the frontend's messages from its socket in such a way that a successor process can continue with the next
+//! message, whenever this process is killed. Crate `vhost` reads a message in two calls and answers in a third. So
+//! `vhost` gets a socket pair, and this module reads the frontend's own socket.
 //!
 //! ```text
 //! frontend ═► peek whole message ─► handle ─► hand state over ─► step Taking ─► take it ─► step Replying ─► reply ─► Idle
 //! killed      ◄──────── it is read and handled again ────────────────────────► │ ◄───── the successor replies ─────► │
 //! ```
-//! - Handling a message twice is the same as once: all but GET_VRING_BASE only set something, and that one finds the
-//!   rings stopped.
-//! - *Was it taken?* A frontend waits for a reply that it has asked for, so a message with a reply was taken if nothing
-//!   is left to read. Without a reply it does not matter.
-//! - *Was the reply sent?* It is sent with `sendfile` from the live file, whose offset is shared with the successor's
-//!   duplicate and moves in the same system call.
-//! - What is left: a message whose pieces came one by one (no frontend in use does that) is taken piece by piece; one
-//!   that changed something while nobody kept it (`aditd` was down). Then the successor says so and lets go.
+//! - Handling a message twice has the same result as once. All messages except GET_VRING_BASE only set a value, and at
+//!   the second GET_VRING_BASE the vrings are already stopped.
+//! - *Was it taken?* A frontend waits for a reply that it has asked for. So a message with a reply was taken if the
+//!   socket is empty. Without a reply it does not matter.
+//! - *Was the reply sent?* It is sent with `sendfile` from the live file. The file offset is shared with the
+//!   successor's duplicate, and it moves in the same system call.
+//! - Two cases remain. A message whose pieces arrive separately (no known frontend does that) is taken piece by piece.
+//!   And a change may have been made while nothing could store it (`aditd` was down). In both cases the successor
+//!   reports the error and closes the connection.
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -30,21 +31,22 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
+use super::Keeper;
+use super::control::Control;
 use super::handler::Handler;
 use super::handover::{Handover, HandoverError, Parts, REGIONS_MAX};
 use super::memory;
-use super::{Keeper, thread::Control};
 use crate::live::{LiveFile, Reply, Step};
 
 const HEADER_BYTES: usize = 12;
-/// Bytes of a message's body at most, as crate `vhost` takes.
+/// Maximum length of a message's body in bytes: the limit of crate `vhost`.
 const BODY_MAX: usize = 4096;
 
 /// Why no more messages are taken.
 pub(super) enum Ended {
-    /// The carrier asked for it.
+    /// The carrier asked the thread to stop.
     Stop,
-    /// The frontend is gone, or not understood.
+    /// The frontend closed the connection, or sent something invalid.
     Gone(Error),
 }
 
@@ -54,51 +56,51 @@ impl From<Errno> for Ended {
     }
 }
 
-/// A frontend cannot be taken over from a predecessor.
+/// Why the frontend of a predecessor cannot be taken over.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ResumeError {
     #[error("{0}")]
     Handover(#[from] HandoverError),
     #[error(
-        "it was killed while it took a message of the frontend that came in pieces: the rest cannot be told from the next"
+        "the predecessor was killed while it took a message of the frontend in pieces: the rest cannot be distinguished from the next message"
     )]
     Pieces,
-    #[error("the frontend changed {by} thing(s) that nobody kept")]
+    #[error("the frontend made {by} change(s) that nobody kept for a successor")]
     Behind { by: u64 },
-    #[error("the table it left makes no sense")]
+    #[error("the live file of the predecessor is invalid")]
     Table,
-    #[error("the frontend's socket cannot be examined")]
+    #[error("cannot examine the frontend's socket")]
     Socket(#[from] Errno),
-    #[error("what the frontend had said is refused: {0}")]
+    #[error("the stored state of the frontend is refused: {0}")]
     Refused(Error),
 }
 
-/// What outlives a process: the live file, and whoever keeps the rest.
-pub(super) struct Estate {
+/// The state that survives this process: the live file, and the keeper of the handover.
+pub(super) struct Continuity {
     pub(super) live: Option<Arc<LiveFile>>,
     pub(super) keeper: Option<Box<dyn Keeper>>,
     pub(super) changes: u64,
 }
 
-impl Estate {
+impl Continuity {
     fn step(&self, step: Step) {
         if let Some(live) = &self.live {
             live.set_step(step);
         }
     }
 
-    /// Hands everything over; returns once it is kept.
+    /// Passes the whole state to the keeper. Returns when it is stored.
     fn keep(&mut self, handler: &Handler, frontend: BorrowedFd<'_>) {
         let Some(keeper) = &mut self.keeper else {
             return;
         };
         match handler.handover(self.changes, frontend) {
             Ok(handover) => keeper.keep(Some(handover)),
-            Err(e) => tracing::warn!(error = %e, "state not handed over"),
+            Err(e) => tracing::warn!(error = %e, "cannot hand the state over"),
         }
     }
 
-    /// The frontend is gone: there is nothing to go on with.
+    /// The frontend is gone, so a successor has nothing to continue with.
     pub(super) fn forget(&mut self) {
         self.step(Step::Idle);
         if let Some(keeper) = &mut self.keeper {
@@ -106,14 +108,14 @@ impl Estate {
         }
     }
 
-    /// The frontend said what cannot be taken: whoever asks for the VM is told why.
+    /// The frontend sent something invalid. Reports the reason to the keeper, which shows it to users of the VM.
     pub(super) fn refuse(&mut self, why: String) {
         if let Some(keeper) = &mut self.keeper {
             keeper.refused(why);
         }
     }
 
-    /// The predecessor's frontend is of no use.
+    /// The predecessor's frontend cannot be used.
     pub(super) fn give_up(&mut self, why: String) {
         self.step(Step::Idle);
         if let Some(keeper) = &mut self.keeper {
@@ -124,15 +126,16 @@ impl Estate {
 
 struct Message {
     bytes: Vec<u8>,
-    /// What the message may bring, and is.
+    /// The message's own descriptors, of the kind that it may have.
     fds: Vec<OwnedFd>,
-    /// What came with it, and does not belong to it: until it is taken, so that the socket does not close it.
+    /// Descriptors that arrived with it but do not belong to it. They are kept until the message is taken, so that
+    /// taking it does not close them.
     _others: Vec<Passed>,
-    /// Not in the socket any more.
+    /// The message is no longer in the socket.
     taken: bool,
 }
 
-/// One frontend's connection. What its VMM passed may wait in it: it is closed apart.
+/// One frontend's connection. Descriptors from its VMM may wait in the socket, so a closer closes it.
 pub(super) struct Intake {
     frontend: Apart<UnixStream>,
     /// The other end of the socket that `requests` reads.
@@ -155,22 +158,22 @@ impl Intake {
         })
     }
 
-    /// Goes on where a predecessor was killed.
+    /// Continues where a predecessor was killed.
     pub(super) fn resume(
         handover: Handover,
         handler: Arc<Mutex<Handler>>,
-        estate: &mut Estate,
+        continuity: &mut Continuity,
     ) -> Result<Self, ResumeError> {
         let parts = handover.parse()?;
         let frontend = parts.frontend.try_clone().map_err(HandoverError::Io)?;
         let frontend = frontend.unix_stream().map_err(HandoverError::Io)?;
-        let live = estate.live.clone().ok_or(ResumeError::Table)?;
+        let live = continuity.live.clone().ok_or(ResumeError::Table)?;
         let unsent = examine(&live, &parts)?;
-        estate.changes = parts.record.changes;
-        live.set_changes(estate.changes);
+        continuity.changes = parts.record.changes;
+        live.set_changes(continuity.changes);
         let mut intake = Self::new(frontend, handler).map_err(HandoverError::Io)?;
-        // What the crate itself remembers of the negotiation.
-        let said = [
+        // Crate `vhost` stores these parts of the negotiation itself.
+        let replayed = [
             (FrontendReq::GET_FEATURES, None),
             (
                 FrontendReq::SET_PROTOCOL_FEATURES,
@@ -178,21 +181,19 @@ impl Intake {
             ),
             (FrontendReq::SET_FEATURES, parts.record.features),
         ];
-        for (code, value) in said {
+        for (code, value) in replayed {
             if code == FrontendReq::GET_FEATURES || value.is_some() {
-                intake
-                    .say_again(code, value)
-                    .map_err(ResumeError::Refused)?;
+                intake.replay(code, value).map_err(ResumeError::Refused)?;
             }
         }
         let resumed = intake.handler().resume(parts);
         resumed.map_err(ResumeError::Refused)?;
         if let Some(reply) = unsent {
-            // A frontend that has gone meanwhile is noticed at once.
+            // If the frontend has gone meanwhile, the next read will show it.
             let _ = send_from(&live, &intake.frontend, reply);
         }
         live.set_step(Step::Idle);
-        estate.keep(&intake.handler(), intake.frontend.as_fd());
+        continuity.keep(&intake.handler(), intake.frontend.as_fd());
         Ok(intake)
     }
 
@@ -205,8 +206,12 @@ impl Intake {
     }
 
     /// Takes and handles one message.
-    pub(super) fn step(&mut self, control: &Control, estate: &mut Estate) -> Result<(), Ended> {
-        let message = self.next(control, estate)?;
+    pub(super) fn step(
+        &mut self,
+        control: &Control,
+        continuity: &mut Continuity,
+    ) -> Result<(), Ended> {
+        let message = self.next(control, continuity)?;
         forward(&self.inner, &message)?;
         let handled = self.requests.handle_request();
         let reply = self.reply()?;
@@ -216,10 +221,10 @@ impl Intake {
             return Err(Ended::Gone(e));
         }
         if changed {
-            estate.changes += 1;
-            estate.keep(&self.handler(), self.frontend.as_fd());
+            continuity.changes += 1;
+            continuity.keep(&self.handler(), self.frontend.as_fd());
         }
-        let Some(live) = estate.live.clone() else {
+        let Some(live) = continuity.live.clone() else {
             self.take(&message)?;
             return send_all(&self.frontend, &reply);
         };
@@ -228,7 +233,7 @@ impl Intake {
         if let Some(reply) = written {
             lseek(live.as_fd(), reply.at as i64, Whence::SeekSet)?;
         }
-        live.set_changes(estate.changes);
+        live.set_changes(continuity.changes);
         live.set_step(Step::Taking);
         self.take(&message)?;
         live.set_step(Step::Replying);
@@ -240,8 +245,8 @@ impl Intake {
         Ok(())
     }
 
-    /// Waits for a message and returns it, still in the socket if it came in one piece.
-    fn next(&self, control: &Control, estate: &Estate) -> Result<Message, Ended> {
+    /// Waits for a message and returns it. A message that arrived in one piece is still in the socket.
+    fn next(&self, control: &Control, continuity: &Continuity) -> Result<Message, Ended> {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         loop {
             self.wait(control)?;
@@ -249,7 +254,7 @@ impl Intake {
             match recv(self.frontend.as_raw_fd(), &mut head, flags) {
                 Ok(0) => return Err(Ended::Gone(Error::Disconnected)),
                 Ok(HEADER_BYTES) => {}
-                Ok(_) => return self.pieces(control, estate),
+                Ok(_) => return self.pieces(control, continuity),
                 Err(Errno::EAGAIN | Errno::EINTR) => continue,
                 Err(e) => return Err(e.into()),
             }
@@ -260,21 +265,26 @@ impl Intake {
                 received => received?,
             };
             if got.table_full {
-                // Nothing is lost: it is still there when a tunnel has ended.
-                tracing::warn!("no descriptors left for what the VMM passes: it waits");
-                control.pause()?;
+                // Nothing is lost. The message stays in the socket until descriptors are free, for example when a
+                // tunnel ends.
+                tracing::warn!(
+                    "no free descriptors for those that the VMM passes: its message waits"
+                );
+                if !control.pause() {
+                    return Err(Ended::Stop);
+                }
                 continue;
             }
             if got.bytes == bytes.len() {
                 return self.admit(bytes, got.fds, false);
             }
-            return self.pieces(control, estate);
+            return self.pieces(control, continuity);
         }
     }
 
-    /// Takes a message that is not there in one piece, as it comes.
-    fn pieces(&self, control: &Control, estate: &Estate) -> Result<Message, Ended> {
-        estate.step(Step::Pieces);
+    /// Takes a message that did not arrive in one piece, piece by piece.
+    fn pieces(&self, control: &Control, continuity: &Continuity) -> Result<Message, Ended> {
+        continuity.step(Step::Pieces);
         let (mut bytes, mut fds) = (vec![0; HEADER_BYTES], Vec::new());
         let mut len = 0;
         loop {
@@ -308,23 +318,23 @@ impl Intake {
         self.admit(bytes, fds, true)
     }
 
-    /// Takes of what came with a message what it may bring, if it is that. Crate `vhost` closes descriptors wherever it is,
-    /// and nobody may wait for a file's server there.
+    /// Checks the descriptors of a message, and converts those that it may have. Crate `vhost` would close the others
+    /// on this thread, where a close must not block on a file server.
     fn admit(&self, bytes: Vec<u8>, mut fds: Vec<Passed>, taken: bool) -> Result<Message, Ended> {
         let (what, count) = descriptors_of(&bytes);
-        // A peek at a message without descriptors looks on and shows those of the next one (Linux up to 6.18).
+        // A peek at a message without descriptors also returns the descriptors of the next message (Linux up to 6.18).
         let others = fds.split_off(fds.len().min(count));
         let refused = |e: Box<dyn std::error::Error + Send + Sync>| {
             let e = std::io::Error::new(std::io::ErrorKind::InvalidInput, e);
             Ended::Gone(Error::ReqHandlerError(e))
         };
         let fds = match what {
-            Some(Brings::Memory) => {
+            Some(FdKind::Memory) => {
                 let policy = self.handler().policy();
                 let files = memory::take(fds, policy).map_err(|e| refused(e.into()))?;
                 files.into_iter().map(OwnedFd::from).collect()
             }
-            Some(Brings::Doorbell(what)) => {
+            Some(FdKind::Doorbell(what)) => {
                 let bells = fds.into_iter().map(Passed::eventfd);
                 let bells = bells.collect::<std::io::Result<_>>();
                 bells.map_err(|e| refused(format!("{what} descriptor: {e}").into()))?
@@ -354,14 +364,14 @@ impl Intake {
     fn receive(&self, bytes: &mut [u8], flags: RecvFlags) -> Result<Received, Errno> {
         let closer = Closer::shared();
         if closer.stays_full() {
-            tracing::warn!("what the VMM passed cannot be closed: no more is taken from it");
+            tracing::warn!("descriptors that the VMM passed cannot be closed: the VMM is cut off");
             return Err(Errno::EMFILE);
         }
         let got = adit_passed::receive(&self.frontend, bytes, flags, &closer);
         got.map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
     }
 
-    /// Takes the message that was peeked at out of the socket, in one call.
+    /// Takes the message that was peeked at out of the socket, with one call.
     fn take(&self, message: &Message) -> Result<(), Ended> {
         if message.taken {
             return Ok(());
@@ -383,7 +393,7 @@ impl Intake {
         Ok(())
     }
 
-    /// What the crate answered, if anything.
+    /// The answer of crate `vhost`, if there is one.
     fn reply(&self) -> Result<Vec<u8>, Ended> {
         let (mut reply, mut buf) = (Vec::new(), [0; HEADER_BYTES + BODY_MAX]);
         loop {
@@ -396,8 +406,9 @@ impl Intake {
         }
     }
 
-    /// Lets the crate handle a message that the predecessor had handled; the answer was given then.
-    fn say_again(&mut self, code: FrontendReq, value: Option<u64>) -> Result<(), Error> {
+    /// Replays a message that the predecessor handled, so that crate `vhost` knows it. Its answer was sent then, and
+    /// is dropped.
+    fn replay(&mut self, code: FrontendReq, value: Option<u64>) -> Result<(), Error> {
         let body = value.map_or(vec![], |v| v.to_le_bytes().to_vec());
         let words = [code as u32, 1, body.len() as u32]; // flags: version 1
         let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
@@ -418,7 +429,7 @@ impl Intake {
     }
 }
 
-/// Judges what a predecessor left; returns the reply that it owed the frontend, or the rest of it.
+/// Checks the state that a predecessor left. Returns the reply that it still owed the frontend, or the rest of it.
 fn examine(live: &LiveFile, parts: &Parts) -> Result<Option<Reply>, ResumeError> {
     let step = live.step().ok_or(ResumeError::Table)?;
     let unread = rustix::io::ioctl_fionread(&parts.frontend)
@@ -428,7 +439,7 @@ fn examine(live: &LiveFile, parts: &Parts) -> Result<Option<Reply>, ResumeError>
     let by = live.changes().saturating_sub(parts.record.changes);
     match step {
         Step::Pieces => return Err(ResumeError::Pieces),
-        // The last change is in a message that is read again.
+        // The last change comes from a message that will be read again.
         _ if by == 0 || (by == 1 && step == Step::Taking && not_taken) => {}
         _ => return Err(ResumeError::Behind { by }),
     }
@@ -451,14 +462,14 @@ fn body_len(head: &[u8; HEADER_BYTES]) -> Result<usize, Ended> {
     }
 }
 
-/// What a message may bring.
-enum Brings {
+/// The kind of descriptors that a message may have.
+enum FdKind {
     Memory,
     Doorbell(&'static str),
 }
 
-/// Which descriptors come with a message, and how many, as it says itself.
-fn descriptors_of(message: &[u8]) -> (Option<Brings>, usize) {
+/// The kind and number of descriptors that a message has, according to its own bytes.
+fn descriptors_of(message: &[u8]) -> (Option<FdKind>, usize) {
     let word = |at: usize| {
         let bytes = message.get(at..at + 4).and_then(|b| b.first_chunk());
         bytes.map_or(0, |b| u32::from_ne_bytes(*b))
@@ -467,16 +478,16 @@ fn descriptors_of(message: &[u8]) -> (Option<Brings>, usize) {
     const NO_FD: u32 = 1 << 8;
     let what = match FrontendReq::try_from(word(0)) {
         Ok(FrontendReq::SET_MEM_TABLE) => {
-            return (Some(Brings::Memory), word(HEADER_BYTES) as usize);
+            return (Some(FdKind::Memory), word(HEADER_BYTES) as usize);
         }
         Ok(FrontendReq::SET_VRING_KICK) => "kick",
         Ok(FrontendReq::SET_VRING_CALL) => "call",
         Ok(FrontendReq::SET_VRING_ERR) => "error",
-        // What else may come with one is not supported.
+        // Other messages with descriptors are not supported.
         _ => return (None, 0),
     };
     let count = usize::from(word(HEADER_BYTES) & NO_FD == 0);
-    (Some(Brings::Doorbell(what)), count)
+    (Some(FdKind::Doorbell(what)), count)
 }
 
 fn forward(inner: &UnixStream, message: &Message) -> Result<(), Ended> {
@@ -489,7 +500,7 @@ fn forward(inner: &UnixStream, message: &Message) -> Result<(), Ended> {
     if !fds.is_empty() {
         control.push(SendAncillaryMessage::ScmRights(&fds));
     }
-    // Far below what the socket takes, which is empty.
+    // The message is much smaller than the buffer of this socket, which is empty.
     let iov = [IoSlice::new(&message.bytes)];
     let sent = sendmsg(inner, &iov, &mut control, SendFlags::NOSIGNAL)
         .map_err(|e| Errno::from_raw(e.raw_os_error()))?;
@@ -510,7 +521,7 @@ fn send_all(socket: &UnixStream, mut bytes: &[u8]) -> Result<(), Ended> {
     Ok(())
 }
 
-/// Sends a reply from where the file's offset stands.
+/// Sends a reply, starting at the present file offset.
 fn send_from(live: &LiveFile, socket: &UnixStream, reply: Reply) -> Result<(), Ended> {
     let mut left = reply.len as usize;
     while left > 0 {

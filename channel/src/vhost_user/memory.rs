@@ -1,14 +1,15 @@
-//! The memory table of a frontend: checked, mapped, and turned from its addresses to the guest's.
+//! The memory table of a frontend: it is checked, mapped, and used to translate the frontend's addresses to guest
+//! addresses.
 //!
-//! | rule | broken means |
+//! | rule | if it is broken |
 //! |---|---|
-//! | 1..=32 regions, as many descriptors | refused by crate `vhost` |
-//! | nothing wraps: gpa, user address, offset, each + size | refused |
+//! | 1..=32 regions, and the same number of descriptors | refused by crate `vhost` |
+//! | no wrap-around in gpa, user address, or offset, each plus size | refused |
 //! | regions overlap neither in guest nor in user addresses | refused |
-//! | offset + size lies within the file; of huge pages, whole ones | refused, else a touch is SIGBUS |
-//! | the file cannot shrink (F_SEAL_SHRINK), unless the VM's policy says otherwise | refused |
+//! | offset + size is within the file; whole pages if they are huge | refused: an access could raise SIGBUS |
+//! | the file cannot shrink (F_SEAL_SHRINK), unless the VM's policy allows it | refused |
 //!
-//! A refused table changes nothing; descriptors are closed with the values that own them.
+//! A refused table changes nothing. Its descriptors are closed with the values that own them.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -24,22 +25,23 @@ use vm_memory::{
 
 use super::handover::Region;
 
-/// Guest memory as mapped from the frontend's descriptors.
+/// Guest memory, mapped from the frontend's descriptors.
 pub type VmMemory = GuestMemoryMmap<()>;
 
-/// Which descriptors a frontend may hand over as guest memory.
+/// Which descriptors a frontend may pass as guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryPolicy {
-    /// Memfds that are sealed against shrinking only (QEMU's memory-backend-memfd does so by default).
+    /// Only memfds that are sealed against shrinking (the default of QEMU's memory-backend-memfd).
     SealedMemfd,
-    /// Any file, e.g. on hugetlbfs. Whoever can truncate it can end the process that maps it (SIGBUS).
+    /// Any file, for example on hugetlbfs. A process that can truncate the file can end the process that maps it
+    /// (SIGBUS).
     AnyFile,
 }
 
-/// `f_type` of memory in huge pages.
+/// `f_type` of a file system with huge pages.
 const HUGETLBFS_MAGIC: u128 = 0x958458f6;
 
-/// A memory table was refused: the frontend's fault.
+/// Why a memory table was refused: the frontend's fault.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum TableError {
     #[error("{regions} regions with {files} descriptors")]
@@ -73,7 +75,7 @@ pub(super) enum TableError {
     Map { index: usize, reason: String },
 }
 
-/// A region in the frontend's address space, and what it is mapped from.
+/// A region in the frontend's address space, with the file that it is mapped from.
 #[derive(Clone, Debug)]
 struct UserRegion {
     user: u64,
@@ -91,7 +93,7 @@ pub(super) struct MemTable {
 }
 
 impl MemTable {
-    /// Checks and maps.
+    /// Checks a table and maps it.
     pub(super) fn map(
         regions: &[VhostUserMemoryRegion],
         files: Vec<File>,
@@ -123,7 +125,8 @@ impl MemTable {
             let failed = |reason: String| TableError::Map { index, reason };
             let offset = FileOffset::from_arc(ours.file.clone(), ours.offset);
             let size = usize::try_from(ours.size).map_err(|e| failed(e.to_string()))?;
-            // Reserved (no MAP_NORESERVE): huge pages that are not to be had are said so here, and not by a SIGBUS.
+            // Without MAP_NORESERVE the kernel reserves huge pages now. If there are too few, this call fails;
+            // otherwise a later access would raise SIGBUS.
             let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
             let mmap = MmapRegion::build(Some(offset), size, prot, flags)
                 .map_err(|e| failed(e.to_string()))?;
@@ -148,7 +151,7 @@ impl MemTable {
         &self.mem
     }
 
-    /// Returns the table as the frontend gave it, with its descriptors.
+    /// Returns the regions as the frontend described them, with their descriptors.
     pub(super) fn regions(&self) -> impl Iterator<Item = (Region, BorrowedFd<'_>)> {
         self.regions.iter().map(|r| {
             let region = Region {
@@ -161,7 +164,7 @@ impl MemTable {
         })
     }
 
-    /// Returns the guest address of a frontend's address.
+    /// Translates an address of the frontend to a guest address.
     pub(super) fn translate(&self, user: u64) -> Option<u64> {
         self.regions.iter().find_map(|r| {
             let offset = user.checked_sub(r.user)?;
@@ -170,7 +173,7 @@ impl MemTable {
     }
 }
 
-/// Takes descriptors of which nothing is known for memory: as far as that can be told without asking a file system.
+/// Converts passed descriptors to memory, as far as this can be checked without asking a file system.
 pub(super) fn take(fds: Vec<Passed>, policy: MemoryPolicy) -> Result<Vec<File>, TableError> {
     let take = |(index, fd): (usize, Passed)| match policy {
         MemoryPolicy::SealedMemfd => fd.memory().map_err(|_| TableError::NotSealed { index }),
@@ -224,7 +227,7 @@ fn check_file(
     file: &File,
     policy: MemoryPolicy,
 ) -> Result<(), TableError> {
-    // First: only memory has seals, so that whoever is asked next answers at once.
+    // This check comes first: only memory has seals, so the calls after it cannot block on a file server.
     let seals = fcntl(file, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_truncate);
     if policy == MemoryPolicy::SealedMemfd
         && !seals.is_ok_and(|seals| seals.contains(SealFlag::F_SEAL_SHRINK))
@@ -232,7 +235,7 @@ fn check_file(
         return Err(TableError::NotSealed { index });
     }
     let failed = |reason: String| TableError::Map { index, reason };
-    // By what the kernel knows itself: a file's server may never answer.
+    // Use only attributes that the kernel has cached, because a file server may never answer.
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     let wanted = StatxFlags::TYPE | StatxFlags::SIZE;
     let stat = statx(file, c"", flags, wanted).map_err(|e| failed(e.to_string()))?;

@@ -6,25 +6,27 @@
 //!    └═════ kick eventfds ═════════════════════════════════════════════════════════════════════════►┘
 //! ```
 //!
-//! - Reading the socket blocks, and a frontend may stop in the middle of a message, so each VM has a small thread
-//!   for it that shares nothing with the data path. It keeps what the frontend said, checks it, and posts a
-//!   `Command` when the device must change; the shard applies it between two bursts.
-//! - The session begins when both rings are started (SET_VRING_KICK) and enabled, in whatever order the messages
-//!   came; the first burst looks at the rings before it sleeps, so a kick that came too early is not lost.
-//! - A ring that is stopped or disabled pauses it: that is how a paused VM looks (QMP `stop`, a backup, an I/O error), and
-//!   the streams are held. GET_VRING_BASE is answered by the shard, so nothing is completed after it.
-//! - It goes on when the rings start again with the same features, ring addresses and positions. Anything else is another
-//!   session: QEMU also stops the rings when the guest's driver resets the device, and that driver begins at position 0.
-//!   One that does not lives on, and gets a reset for each stream that it may still have.
-//! - It ends when the frontend goes, or says RESET_OWNER.
-//! - One frontend at a time; when it goes, the next one is accepted.
-//! - A process that is killed can have a successor on the same frontend: `handover` says what it is given, `intake` why
-//!   no message is lost or answered twice, [`live`](crate::live) what the guest's streams are told.
+//! - Reading the socket blocks, and a frontend may stop in the middle of a message. So each VM has a small thread for
+//!   it, which shares nothing with the data path. The thread stores and checks the frontend's configuration, and sends
+//!   a `Command` when the device must change. The shard applies it between two bursts.
+//! - The session begins when both vrings are started (SET_VRING_KICK) and enabled, whatever the order of the messages.
+//!   The first burst checks the virtqueues before it sleeps, so an earlier kick is not lost.
+//! - A stopped or disabled vring pauses the session. That is what a paused VM looks like (QMP `stop`, a backup, an I/O
+//!   error), so the streams are kept. The shard answers GET_VRING_BASE, so no buffer is completed after the answer.
+//! - The session continues if the vrings start again with the same features, addresses and positions. Otherwise a new
+//!   session begins. QEMU also stops the vrings when the guest's driver resets the device, and that driver starts at
+//!   position 0. A driver at another position has not restarted; it gets a reset for each stream that it may still
+//!   have.
+//! - The session ends when the frontend disconnects or sends RESET_OWNER.
+//! - There is one frontend at a time. When it disconnects, the next one is accepted.
+//! - A successor of a killed process can continue with the same frontend. `handover` describes the state that it gets,
+//!   `intake` why no message is lost or answered twice, and [`live`](crate::live) how the guest's streams are ended.
 //!
-//! Source: QEMU docs/interop/vhost-user.rst. Feature by feature: CONFIG (QEMU insists: guest_cid), MQ (tells that
-//! there are two queues), REPLY_ACK (crate `vhost` does it). The event queue stays with the frontend.
+//! Source: QEMU docs/interop/vhost-user.rst. Protocol features: CONFIG (QEMU requires it: guest_cid), MQ (announces
+//! two queues), REPLY_ACK (implemented by crate `vhost`). The frontend keeps the event queue to itself.
 
 mod command;
+mod control;
 mod handler;
 mod handover;
 mod intake;
@@ -51,49 +53,50 @@ pub use memory::{MemoryPolicy, VmMemory};
 use thread::Frontend;
 pub use thread::Releaser;
 
-/// Guest memory of a device behind a socket. A new table is a new value, which the shard swaps in between bursts.
+/// Guest memory of a device behind a socket. A new table is a new value; the shard replaces it between bursts.
 pub type VmMemoryRef = Arc<VmMemory>;
 
 type Device = VsockDevice<VmMemoryRef>;
 
-/// Waker id of the command channel; those below are the device's.
+/// Waker id of the command channel. Lower ids belong to the device.
 const WAKER_COMMANDS: u32 = WAKERS;
 
-/// Commands that wait for the shard at most: each asks for an answer, except call and kick changes.
+/// Maximum number of commands that wait for the shard. Each expects an answer, except changes of call and kick
+/// descriptors.
 const COMMANDS_MAX: usize = 64;
 
-/// Keeps what a successor of this process needs. Called on the frontend's thread.
+/// Stores the state that a successor of this process needs. Its methods are called on the frontend's thread.
 pub trait Keeper: Send {
-    /// Keeps this in place of the last one; `None`: there is no frontend. Returns once it is kept, or cannot be: the
-    /// frontend waits for it.
+    /// Stores this handover, which replaces the last one; `None` means that there is no frontend. Returns when it is
+    /// stored, or cannot be stored. The frontend waits for it.
     fn keep(&mut self, handover: Option<Handover>);
-    /// The predecessor's frontend cannot be taken over: its VM has no channel until its VMM connects anew.
+    /// The predecessor's frontend cannot be taken over. The VM has no channel until its VMM connects again.
     fn stuck(&mut self, why: String);
-    /// The frontend was cut off: it said what cannot be taken, and this is why.
+    /// The frontend was cut off because it sent something invalid; `why` is the reason.
     fn refused(&mut self, _why: String) {}
-    /// The connection was let go of as [`Releaser::release`] asked.
+    /// The connection was released, as [`Releaser::release`] requested.
     fn released(&mut self);
 }
 
-/// How a VM's device is reached.
+/// The configuration of a VM's device.
 pub struct VhostUserConfig {
-    /// Bound socket that the frontend connects to.
+    /// A bound socket to which the frontend connects.
     pub listener: UnixListener,
     /// CID of the guest.
     pub guest_cid: GuestCid,
     /// Largest queue to accept: a power of two, at most [`QUEUE_MAX`].
     pub queue_max: u16,
-    /// Epoch of the first session; each further one counts up.
+    /// Epoch of the first session. It increases by one for each further session.
     pub first_epoch: u64,
-    /// Which memory the frontend may hand over.
+    /// Which memory the frontend may pass.
     pub memory: MemoryPolicy,
     /// Name of the VM, for the thread's name and for log lines.
     pub name: String,
-    /// Where it is noted how far the frontend's last message has got, for a successor.
+    /// The file that records the progress of the frontend's last message, for a successor.
     pub live: Option<Arc<LiveFile>>,
-    /// Who keeps what the frontend said, for a successor.
+    /// Stores the frontend's configuration, for a successor.
     pub keeper: Option<Box<dyn Keeper>>,
-    /// The frontend of a predecessor, to go on with; `live` must be the predecessor's, too.
+    /// The frontend of a predecessor, to continue with. `live` must also be the predecessor's.
     pub resume: Option<Handover>,
 }
 
@@ -120,10 +123,10 @@ pub struct VhostUserCarrier {
     calls: Arc<Calls>,
     commands: Receiver<Command>,
     attached: bool,
-    /// Kick descriptors that the device no longer uses. They stay open until the next burst begins, so that the
-    /// shard can take them out of its epoll set: the frontend holds duplicates, so closing them would not.
+    /// Kick descriptors that the device no longer uses. They stay open until the next burst begins, so that the shard
+    /// can remove them from its epoll set. The frontend has duplicates, so a close alone would not remove them.
     retired: Vec<OwnedFd>,
-    // Last: its drop ends the thread, which must find the command channel closed.
+    // This field must be last: its drop ends the thread, and the thread ends only after the command channel is closed.
     frontend: Frontend,
 }
 
@@ -131,7 +134,7 @@ impl VhostUserCarrier {
     /// Starts listening.
     ///
     /// # Errors
-    /// `queue_max` is no power of two in 1..=[`QUEUE_MAX`], or there is no thread or descriptor to be had.
+    /// `queue_max` is not a power of two in 1..=[`QUEUE_MAX`], or there is no free thread or descriptor.
     pub fn new(config: VhostUserConfig) -> io::Result<Self> {
         if !config.queue_max.is_power_of_two() || config.queue_max > QUEUE_MAX {
             return Err(io::Error::new(
@@ -159,12 +162,12 @@ impl VhostUserCarrier {
         self.device.counters()
     }
 
-    /// Tells whether a session is on, or paused.
+    /// Returns true if a session is running or paused.
     pub fn is_attached(&self) -> bool {
         self.attached
     }
 
-    /// Returns what lets go of the frontend's connection later.
+    /// Returns a value with which the frontend's connection can be released later.
     pub fn releaser(&self) -> Releaser {
         Releaser(self.frontend.control())
     }
@@ -176,14 +179,14 @@ impl VhostUserCarrier {
                 self.attached = result.is_ok();
                 woken.session = self.device.take_session_change();
                 woken.wakers_changed = true;
-                answer.give(result);
+                answer.send(result);
             }
-            Command::Pause(answer) => answer.give(self.pause(woken)),
+            Command::Pause(answer) => answer.send(self.pause(woken)),
             Command::End(reason, answer) => {
                 let _ = self.end(reason, woken);
-                answer.give(());
+                answer.send(());
             }
-            Command::Memory(mem, answer) => answer.give(self.device.set_memory(mem)),
+            Command::Memory(mem, answer) => answer.send(self.device.set_memory(mem)),
             Command::Call(queue, call) => self.calls.replace(queue, call),
             Command::Kick(queue, kick) => {
                 self.retired.extend(self.device.set_kick(queue, Some(kick)));
@@ -204,15 +207,15 @@ impl VhostUserCarrier {
             }
             return gone_on;
         }
-        // Does nothing where no session is paused. What begins now ends the streams, if it begins.
+        // This has no effect if no session is paused. The new session, if it starts, ends the streams.
         self.device.reset(ResetReason::Epoch);
-        // Offered features only: the thread has checked that.
+        // The thread has checked that these are only offered features.
         if self.device.ack_features(start.features).is_err() {
             return Err(ActivateError::Active);
         }
         match start.driver {
             Driver::New => self.device.activate(start.mem, start.queues, calls),
-            Driver::Same | Driver::LivesOn => {
+            Driver::Same | Driver::Continued => {
                 self.device
                     .activate_continued(start.mem, start.queues, calls)
             }
@@ -253,7 +256,7 @@ impl Carrier for VhostUserCarrier {
     }
 
     fn tear(&mut self) {
-        // Whoever tears knows that the session is over.
+        // The caller of `tear` already knows that the session is over.
         self.attached = false;
         self.device.tear();
     }
@@ -272,7 +275,7 @@ impl Carrier for VhostUserCarrier {
         while let Ok(command) = self.commands.try_recv() {
             self.apply(command, &mut woken);
             if woken.session.is_some() {
-                // One change a call: the next command may be the next change.
+                // Apply only one session change per call. The next command may be another one.
                 self.frontend.wake();
                 break;
             }
@@ -284,7 +287,7 @@ impl Carrier for VhostUserCarrier {
 /// Checks and maps a memory table of (guest address, size, user address, offset), as SET_MEM_TABLE does.
 ///
 /// # Errors
-/// What SET_MEM_TABLE is refused for.
+/// The same as those of SET_MEM_TABLE.
 #[cfg(feature = "test-util")]
 pub fn map_table(
     regions: &[[u64; 4]],

@@ -1,4 +1,4 @@
-//! R31, R32 and the messages one by one, without a socket: the handler, a memory table, and a shard that only answers.
+//! R31, R32 and single messages, without a socket: the handler, a memory table, and a shard that only answers.
 
 use std::fs::File;
 use std::io::Read;
@@ -28,10 +28,10 @@ const MEMORY_BYTES: u64 = 0x4_0000;
 const USER: u64 = 0x7f00_0000_0000;
 const ALL: u64 = FEATURES | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-/// What the shard was asked to do.
+/// A command that the shard received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Asked {
-    /// With the positions that the queues begin at, and whether each kick descriptor was readable already.
+enum Received {
+    /// With the start positions of the queues, and whether each kick descriptor was already readable.
     Start {
         driver: Driver,
         bases: [u16; 2],
@@ -44,10 +44,10 @@ enum Asked {
     Kick,
 }
 
-/// A handler whose shard accepts everything and stops at positions 7 and 9.
+/// A handler whose shard accepts everything, and stops at positions 7 and 9.
 struct Rig {
     handler: Handler,
-    asked: Arc<Mutex<Vec<Asked>>>,
+    asked: Arc<Mutex<Vec<Received>>>,
     shard: Option<JoinHandle<()>>,
 }
 
@@ -72,16 +72,16 @@ impl Rig {
         }
     }
 
-    fn asked(&self) -> Vec<Asked> {
+    fn received(&self) -> Vec<Received> {
         self.asked.lock().expect("not poisoned").clone()
     }
 
-    /// Everything but the last message of a session.
+    /// Sends all messages for a session except the last one.
     fn all_but_last_enable(&mut self) -> Result<()> {
         self.handler.set_features(ALL)?;
         self.table()?;
         for index in [0, 1] {
-            self.ring(index)?;
+            self.vring(index)?;
         }
         self.handler.set_vring_enable(0, true)
     }
@@ -90,7 +90,7 @@ impl Rig {
         let mut rig = Self::new();
         rig.all_but_last_enable().expect("good messages");
         rig.handler.set_vring_enable(1, true).expect("good");
-        assert_eq!(rig.asked().len(), 1);
+        assert_eq!(rig.received().len(), 1);
         rig
     }
 
@@ -101,7 +101,7 @@ impl Rig {
             .map(|_| ())
     }
 
-    fn ring(&mut self, index: u32) -> Result<()> {
+    fn vring(&mut self, index: u32) -> Result<()> {
         self.handler.set_vring_num(index, 128)?;
         self.handler.set_vring_base(index, 0)?;
         self.addr(index)?;
@@ -118,10 +118,10 @@ impl Rig {
 }
 
 impl Rig {
-    /// Drops the handler and waits until the shard has seen all that was posted.
+    /// Drops the handler and waits until the shard has received all commands.
     fn end(&mut self) {
-        // The last link goes with the handler, and the shard's thread with the last link.
-        self.handler = handler_of_nobody();
+        // The last link is dropped with the handler, and that ends the shard's thread.
+        self.handler = handler_without_shard();
         if let Some(shard) = self.shard.take() {
             shard.join().expect("the shard ends");
         }
@@ -135,7 +135,7 @@ impl Drop for Rig {
 }
 
 /// A handler whose shard has ended.
-fn handler_of_nobody() -> Handler {
+fn handler_without_shard() -> Handler {
     let (commands, _) = mpsc::sync_channel(1);
     let waker = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).expect("eventfd"));
     let cid = GuestCid::new(3).expect("a guest's CID");
@@ -143,36 +143,36 @@ fn handler_of_nobody() -> Handler {
     Handler::new(cid, 1024, MemoryPolicy::SealedMemfd, link)
 }
 
-fn answer(commands: &Receiver<Command>, asked: &Mutex<Vec<Asked>>) {
+fn answer(commands: &Receiver<Command>, asked: &Mutex<Vec<Received>>) {
     while let Ok(command) = commands.recv() {
         let mut asked = asked.lock().expect("not poisoned");
         match command {
             Command::Start(start, answer) => {
                 asked.push(describe(&start));
-                answer.give(Ok(()));
+                answer.send(Ok(()));
             }
             Command::Pause(answer) => {
-                asked.push(Asked::Pause);
+                asked.push(Received::Pause);
                 let bases = [7, 9];
-                answer.give(Paused { bases, held: true });
+                answer.send(Paused { bases, held: true });
             }
             Command::End(_, answer) => {
-                asked.push(Asked::End);
-                answer.give(());
+                asked.push(Received::End);
+                answer.send(());
             }
             Command::Memory(_, answer) => {
-                asked.push(Asked::Memory);
-                answer.give(Ok(()));
+                asked.push(Received::Memory);
+                answer.send(Ok(()));
             }
-            Command::Call(..) => asked.push(Asked::Call),
-            Command::Kick(..) => asked.push(Asked::Kick),
+            Command::Call(..) => asked.push(Received::Call),
+            Command::Kick(..) => asked.push(Received::Kick),
         }
     }
 }
 
-fn describe(start: &Start) -> Asked {
+fn describe(start: &Start) -> Received {
     let queues = [&start.queues.rx, &start.queues.tx];
-    Asked::Start {
+    Received::Start {
         driver: start.driver,
         bases: queues.map(|q| q.queue.next_avail()),
         kicked: queues.map(|q| q.kick.as_ref().is_some_and(readable)),
@@ -227,13 +227,13 @@ fn r31_every_order_of_messages_starts_one_session_and_loses_no_kick() {
     every_order(7, &mut |order| {
         orders += 1;
         let mut rig = Rig::new();
-        // Ring 1 is complete but for its address, which needs the table.
+        // Vring 1 is complete except for its address, which needs the memory table.
         rig.handler.set_vring_num(1, 128).expect("good");
         rig.handler.set_vring_kick(1, Some(event(0))).expect("good");
         rig.handler.set_vring_enable(1, true).expect("good");
         let mut table_is_there = false;
         for &message in order {
-            assert_eq!(rig.asked(), [], "{order:?}: too early");
+            assert_eq!(rig.received(), [], "{order:?}: too early");
             let result = match message {
                 0 => rig.handler.set_features(ALL),
                 TABLE => rig.table().and_then(|()| rig.addr(1)),
@@ -245,72 +245,73 @@ fn r31_every_order_of_messages_starts_one_session_and_loses_no_kick() {
                 _ => rig.handler.set_vring_base(0, 0),
             };
             table_is_there |= message == TABLE;
-            // An address cannot be understood before the table: a typed error, and the frontend is cut off.
+            // An address before the table cannot be translated. The result is a typed error, and the frontend is cut
+            // off.
             assert_eq!(result.is_err(), message == ADDR && !table_is_there);
             if result.is_err() {
                 return;
             }
-            // A base may come after everything else is there: then the ring is running, and it is refused.
-            if rig.asked().len() == 1 && message != order[6] {
+            // If the base is the last message, the vring is running already, and the message is refused.
+            if rig.received().len() == 1 && message != order[6] {
                 assert_eq!(order[6], 6, "{order:?}: only the base has a default");
                 assert!(rig.handler.set_vring_base(0, 5).is_err());
                 break;
             }
         }
-        let started = Asked::Start {
+        let started = Received::Start {
             driver: Driver::New,
             bases: [0, 0],
             kicked: [true, false],
         };
-        assert_eq!(rig.asked(), [started], "{order:?}");
+        assert_eq!(rig.received(), [started], "{order:?}");
     });
     assert_eq!(orders, 5040);
 }
 
 #[test]
-fn r31_without_protocol_features_rings_are_enabled_from_the_start() {
+fn r31_without_protocol_features_vrings_are_enabled_from_the_start() {
     let mut rig = Rig::new();
     rig.handler.set_features(FEATURES).expect("good");
     rig.table().expect("good");
-    rig.ring(0).expect("good");
-    assert_eq!(rig.asked(), []);
-    rig.ring(1).expect("good");
-    assert_eq!(rig.asked().len(), 1);
+    rig.vring(0).expect("good");
+    assert_eq!(rig.received(), []);
+    rig.vring(1).expect("good");
+    assert_eq!(rig.received().len(), 1);
 }
 
 #[test]
-fn a_stopped_ring_tells_its_base_and_needs_a_new_kick() {
+fn a_stopped_vring_returns_its_base_and_needs_a_new_kick() {
     let mut rig = Rig::running();
     assert_eq!({ rig.handler.get_vring_base(0).expect("good").num }, 7);
     assert_eq!({ rig.handler.get_vring_base(1).expect("good").num }, 9);
-    assert_eq!(rig.asked()[1..], [Asked::Pause], "stopped once");
+    assert_eq!(rig.received()[1..], [Received::Pause], "stopped once");
     rig.handler.set_vring_enable(0, true).expect("good");
     rig.handler.set_vring_kick(0, Some(event(0))).expect("good");
-    assert_eq!(rig.asked().len(), 2, "ring 1 has no kick");
+    assert_eq!(rig.received().len(), 2, "vring 1 has no kick");
     rig.handler.set_vring_kick(1, Some(event(0))).expect("good");
-    assert_eq!(rig.asked()[2..], [RESUMED]);
+    assert_eq!(rig.received()[2..], [RESUMED]);
 }
 
-const RESUMED: Asked = Asked::Start {
+const RESUMED: Received = Received::Start {
     driver: Driver::Same,
     bases: [7, 9],
     kicked: [false, false],
 };
 
 #[test]
-fn a_disabled_ring_pauses_the_session_and_goes_on_where_it_stood() {
+fn a_disabled_vring_pauses_the_session_and_continues_at_its_position() {
     let mut rig = Rig::running();
     rig.handler.set_vring_enable(1, false).expect("good");
-    assert_eq!(rig.asked()[1..], [Asked::Pause]);
+    assert_eq!(rig.received()[1..], [Received::Pause]);
     rig.handler.set_vring_enable(1, true).expect("good");
-    assert_eq!(rig.asked()[2..], [RESUMED]);
+    assert_eq!(rig.received()[2..], [RESUMED]);
 }
 
-/// What QEMU does for `stop` and `cont`, and in between what another driver would do differently.
+/// The messages of QEMU for `stop` and `cont`, with changes in between that another driver would make.
 #[test]
-fn r51_a_paused_session_goes_on_only_with_the_very_same_driver() {
+fn r51_a_paused_session_continues_only_with_the_same_driver() {
     type Change = fn(&mut Rig);
-    let other = |driver, bases| Asked::Start {
+    let other = |driver, bases| Received::Start {
         driver,
         bases,
         kicked: [false, false],
@@ -329,26 +330,30 @@ fn r51_a_paused_session_goes_on_only_with_the_very_same_driver() {
             }
         },
     );
-    let cases: [(&str, Change, Asked); 7] = [
+    let cases: [(&str, Change, Received); 7] = [
         ("nothing", |_| {}, RESUMED),
         ("memory anew", |rig| rig.table().expect("good"), RESUMED),
-        ("another address", moved, other(Driver::LivesOn, [7, 9])),
+        ("another address", moved, other(Driver::Continued, [7, 9])),
         (
             "another size",
             |rig| rig.handler.set_vring_num(1, 64).expect("good"),
-            other(Driver::LivesOn, [7, 9]),
+            other(Driver::Continued, [7, 9]),
         ),
         (
             "another position",
             |rig| rig.handler.set_vring_base(1, 8).expect("good"),
-            other(Driver::LivesOn, [7, 8]),
+            other(Driver::Continued, [7, 8]),
         ),
         (
             "other features",
             |rig| rig.handler.set_features(ALL & !1).expect("good"),
-            other(Driver::LivesOn, [7, 9]),
+            other(Driver::Continued, [7, 9]),
         ),
-        ("a driver that begins", fresh, other(Driver::New, [0, 0])),
+        (
+            "a driver that has just started",
+            fresh,
+            other(Driver::New, [0, 0]),
+        ),
     ];
     for (what, change, expected) in cases {
         let mut rig = Rig::running();
@@ -365,30 +370,30 @@ fn r51_a_paused_session_goes_on_only_with_the_very_same_driver() {
         for ring in 0..2 {
             rig.handler.set_vring_enable(ring, true).expect("good");
         }
-        assert_eq!(rig.asked()[1..], [Asked::Pause, expected], "{what}");
-        // Whatever goes wrong later, a pause is used once.
-        rig.handler.gone();
-        assert_eq!(rig.asked()[3..], [Asked::End], "{what}");
+        assert_eq!(rig.received()[1..], [Received::Pause, expected], "{what}");
+        // Whatever happens later, a pause is used only once.
+        rig.handler.disconnected();
+        assert_eq!(rig.received()[3..], [Received::End], "{what}");
     }
 }
 
 #[test]
-fn a_paused_session_ends_with_its_frontend_and_with_an_owner_that_resets() {
+fn a_paused_session_ends_when_the_frontend_goes_or_resets_the_owner() {
     for reset in [false, true] {
         let mut rig = Rig::running();
         rig.handler.set_vring_enable(0, false).expect("good");
         match reset {
             true => rig.handler.reset_owner().expect("good"),
-            false => rig.handler.gone(),
+            false => rig.handler.disconnected(),
         }
-        assert_eq!(rig.asked()[1..], [Asked::Pause, Asked::End]);
-        rig.handler.gone();
-        assert_eq!(rig.asked().len(), 3, "ended once");
+        assert_eq!(rig.received()[1..], [Received::Pause, Received::End]);
+        rig.handler.disconnected();
+        assert_eq!(rig.received().len(), 3, "ended once");
     }
 }
 
 #[test]
-fn r20_a_running_ring_cannot_be_changed() {
+fn r20_a_running_vring_cannot_be_changed() {
     let mut rig = Rig::running();
     assert!(rig.handler.set_vring_num(0, 64).is_err());
     assert!(rig.handler.set_vring_base(1, 3).is_err());
@@ -396,22 +401,27 @@ fn r20_a_running_ring_cannot_be_changed() {
     let flags = VhostUserVringAddrFlags::empty();
     let at = USER + 0x3000;
     assert!(rig.handler.set_vring_addr(0, flags, at, at, at, 0).is_err());
-    // The same again is no change.
+    // Setting the same value again is not a change.
     rig.addr(0).expect("the same");
     rig.handler.set_features(ALL).expect("the same");
-    assert_eq!(rig.asked().len(), 1);
+    assert_eq!(rig.received().len(), 1);
     // Memory, kick and call may be replaced.
     rig.table().expect("good");
     rig.handler.set_vring_call(0, Some(event(0))).expect("good");
     rig.handler.set_vring_call(1, None).expect("polling");
     rig.handler.set_vring_kick(1, Some(event(0))).expect("good");
     rig.end();
-    let more = [Asked::Memory, Asked::Call, Asked::Call, Asked::Kick];
-    assert_eq!(rig.asked()[1..], more);
+    let more = [
+        Received::Memory,
+        Received::Call,
+        Received::Call,
+        Received::Kick,
+    ];
+    assert_eq!(rig.received()[1..], more);
 }
 
 #[test]
-fn r21_ring_numbers_that_make_no_ring_are_refused() {
+fn r21_invalid_vring_numbers_are_refused() {
     let mut rig = Rig::new();
     for num in [0, 3, 127, 2048, 65536 + 128, u32::MAX] {
         assert!(rig.handler.set_vring_num(0, num).is_err(), "size {num}");
@@ -425,21 +435,21 @@ fn r21_ring_numbers_that_make_no_ring_are_refused() {
     assert!(rig.handler.set_vring_kick(2, Some(event(0))).is_err());
     assert!(rig.handler.set_vring_call(255, None).is_err());
     assert!(rig.handler.set_vring_base(0, 65536).is_err());
-    // Without a descriptor the ring would have to be polled.
+    // Without a descriptor the virtqueue would have to be polled.
     assert!(rig.handler.set_vring_kick(0, None).is_err());
     for bit in [1, 2, 26, 34, 63] {
         assert!(rig.handler.set_features(ALL | 1 << bit).is_err());
     }
-    assert_eq!(rig.asked(), []);
+    assert_eq!(rig.received(), []);
 }
 
 #[test]
-fn a_misaligned_or_outside_ring_is_refused_when_the_session_would_begin() {
+fn a_misaligned_vring_or_one_outside_memory_is_refused_at_session_start() {
     for wrong in [USER + 0x1_0001, USER + MEMORY_BYTES] {
         let mut rig = Rig::new();
         rig.handler.set_features(ALL).expect("good");
         rig.table().expect("good");
-        rig.ring(1).expect("good");
+        rig.vring(1).expect("good");
         rig.handler.set_vring_enable(1, true).expect("good");
         rig.handler.set_vring_enable(0, true).expect("good");
         rig.handler.set_vring_num(0, 128).expect("good");
@@ -448,7 +458,7 @@ fn a_misaligned_or_outside_ring_is_refused_when_the_session_would_begin() {
         let (used, avail) = (USER + 0x1_2000, USER + 0x1_1000);
         let result = rig.handler.set_vring_addr(0, flags, wrong, used, avail, 0);
         assert!(result.is_err(), "{wrong:#x}");
-        assert_eq!(rig.asked(), []);
+        assert_eq!(rig.received(), []);
     }
 }
 
@@ -465,17 +475,16 @@ fn config_is_the_guest_cid() {
 }
 
 #[test]
-fn a_shard_that_ended_is_an_error_and_no_hang() {
+fn a_shard_that_has_ended_gives_an_error_and_no_hang() {
     let mut dead = Rig {
-        handler: handler_of_nobody(),
+        handler: handler_without_shard(),
         asked: Arc::default(),
         shard: None,
     };
-    dead.all_but_last_enable().expect("nothing is asked yet");
+    dead.all_but_last_enable()
+        .expect("no command is needed yet");
     assert!(dead.handler.set_vring_enable(1, true).is_err());
 }
-
-// ---- memory tables
 
 fn map(
     regions: &[VhostUserMemoryRegion],
@@ -534,7 +543,7 @@ fn r32_tables_that_wrap_overlap_or_reach_past_their_file_are_refused() {
     }
     for (what, bad) in [
         ("larger than its file", region(0, m + 1, USER, 0)),
-        ("all there is", region(0, u64::MAX, 0, 0)),
+        ("the largest size", region(0, u64::MAX, 0, 0)),
         ("offset past the end", region(0, m, USER, 0x1000)),
     ] {
         let e = refused(what, &[bad]);
@@ -583,7 +592,7 @@ fn r13_memory_that_can_shrink_is_refused_unless_allowed() {
 
 #[test]
 fn r32_refused_and_replaced_tables_leave_no_mapping_and_no_descriptor() {
-    // Names that no other test of this process uses.
+    // Names that no other test in this process uses.
     let (name, pipe_name) = ("adit-r32-mapped", "adit-r32-refused");
     let count = |name: &str| {
         let maps = std::fs::read_to_string("/proc/self/maps").expect("/proc");
@@ -598,7 +607,7 @@ fn r32_refused_and_replaced_tables_leave_no_mapping_and_no_descriptor() {
         let (region, file) = good_region(name);
         let result = rig.handler.set_mem_table(&[region], vec![file], None);
         assert!(result.is_ok());
-        // The new table takes the place of the old.
+        // The new table replaced the old one.
         assert_eq!(count(name), (1, 1), "round {round}");
         let (mut region, file) = good_region(pipe_name);
         region.mmap_offset = 0x1000;
@@ -608,9 +617,9 @@ fn r32_refused_and_replaced_tables_leave_no_mapping_and_no_descriptor() {
     }
     // A refused table changes nothing: the old one still translates.
     rig.addr(0).expect("the same address");
-    rig.handler.gone();
+    rig.handler.disconnected();
     assert_eq!(count(name), (0, 0));
-    // A pipe in the place of memory is closed too.
+    // A pipe that is passed as memory is closed too.
     let (mut reader, writer) = std::io::pipe().expect("pipe");
     let (region, _) = good_region("adit-test");
     let file = File::from(OwnedFd::from(writer));

@@ -1,9 +1,9 @@
-//! The thread that talks to one VM's frontend.
+//! The thread that communicates with one VM's frontend.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -16,68 +16,20 @@ use vhost::vhost_user::Error;
 
 use super::VhostUserConfig;
 use super::command::{Command, Link};
+use super::control::{ACCEPT_RETRY_MS, Control};
 use super::handler::Handler;
 use super::handover::Handover;
-use super::intake::{Ended, Estate, Intake};
+use super::intake::{Continuity, Ended, Intake};
 
 const STACK_BYTES: usize = 128 * 1024;
-/// Pause after a failed accept (no descriptors left), ms.
-const ACCEPT_RETRY_MS: u16 = 100;
 
-/// What the carrier and the thread share to end it.
-pub(super) struct Control {
-    stop: AtomicBool,
-    /// Stop between two messages, and leave the connection to a successor.
-    release: AtomicBool,
-    stop_event: EventFd,
-    /// The connection, to cut it off from outside.
-    current: Mutex<Option<Apart<UnixStream>>>,
-}
-
-impl Control {
-    pub(super) fn new() -> io::Result<Self> {
-        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
-        Ok(Self {
-            stop: AtomicBool::new(false),
-            release: AtomicBool::new(false),
-            stop_event: EventFd::from_flags(flags)?,
-            current: Mutex::new(None),
-        })
-    }
-
-    pub(super) fn stopping(&self) -> bool {
-        self.stop.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn stop_event(&self) -> BorrowedFd<'_> {
-        self.stop_event.as_fd()
-    }
-
-    /// Waits a moment for what there is not now.
-    pub(super) fn pause(&self) -> Result<(), Ended> {
-        let mut stop = [PollFd::new(self.stop_event(), PollFlags::POLLIN)];
-        // Interrupted: the moment is shorter.
-        let _ = poll(&mut stop, PollTimeout::from(ACCEPT_RETRY_MS));
-        match self.stopping() {
-            true => Err(Ended::Stop),
-            false => Ok(()),
-        }
-    }
-
-    fn set_current(&self, connection: Option<UnixStream>) {
-        // What its VMM passed may wait in it.
-        let connection = connection.map(|fd| Apart::new(fd, &Closer::shared()));
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = connection;
-    }
-}
-
-/// Lets go of a frontend's connection, for a successor.
+/// Releases a frontend's connection for a successor.
 #[derive(Clone)]
 pub struct Releaser(pub(super) Arc<Control>);
 
 impl Releaser {
-    /// Ends the frontend's thread between two messages, without an end of the connection: not even when the carrier is
-    /// dropped. The keeper is told; the device goes on until then.
+    /// Ends the frontend's thread between two messages without closing the connection, even when the carrier is
+    /// dropped. The keeper is informed. The device continues until it is dropped.
     pub fn release(&self) {
         self.0.release.store(true, Ordering::SeqCst);
         self.0.stop.store(true, Ordering::SeqCst);
@@ -85,7 +37,7 @@ impl Releaser {
     }
 }
 
-/// The carrier's handle on the thread. Dropped = the connection is cut and the thread ends.
+/// The carrier's handle on the thread. Dropping it cuts the connection off and ends the thread.
 pub(super) struct Frontend {
     waker: Arc<EventFd>,
     control: Arc<Control>,
@@ -100,15 +52,15 @@ impl Frontend {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         let waker = Arc::new(EventFd::from_flags(flags)?);
         let control = Arc::new(Control::new()?);
-        // `accept` must not block when a frontend gave up between poll and accept.
+        // `accept` must not block if a frontend gave up between poll and accept.
         config.listener.set_nonblocking(true)?;
         let link = Link {
             commands,
             waker: waker.clone(),
         };
         let handler = Handler::new(config.guest_cid, config.queue_max, config.memory, link);
-        // Linux keeps 15 bytes of a thread's name.
-        let estate = Estate {
+        // Linux keeps only 15 bytes of a thread's name.
+        let continuity = Continuity {
             live: config.live,
             keeper: config.keeper,
             changes: 0,
@@ -125,7 +77,7 @@ impl Frontend {
                         vm: config.name,
                         handler: Arc::new(Mutex::new(handler)),
                         control,
-                        estate,
+                        continuity,
                     };
                     thread.run(config.resume);
                 }
@@ -147,7 +99,7 @@ impl Frontend {
 
     /// Makes the carrier's command waker readable.
     pub(super) fn wake(&self) {
-        // Fails only when it is readable already.
+        // The write fails only when the counter is full, and then the eventfd is readable anyway.
         let _ = self.waker.write(1);
     }
 }
@@ -163,29 +115,30 @@ impl Drop for Frontend {
             let _ = connection.shutdown(std::net::Shutdown::Both);
         }
         if let Some(thread) = self.thread.take() {
-            // It panicked: nothing is left to clean up.
+            // If it panicked there is nothing left to clean up.
             let _ = thread.join();
         }
     }
 }
 
-/// The thread's own.
+/// The state of the thread.
 struct Serving {
     listener: UnixListener,
     vm: String,
     handler: Arc<Mutex<Handler>>,
     control: Arc<Control>,
-    estate: Estate,
+    continuity: Continuity,
 }
 
 impl Serving {
-    /// Serves one frontend after the other; the first may be a predecessor's.
+    /// Serves one frontend after the other. The first one may come from a predecessor.
     fn run(&mut self, mut inherited: Option<Handover>) {
-        // `sendfile` to a frontend that has gone: a process that links us may not ignore the signal (R52).
+        // `sendfile` to a closed socket raises SIGPIPE, and a process that links this crate may not ignore that signal
+        // (R52).
         let mut pipe = SigSet::empty();
         pipe.add(Signal::SIGPIPE);
         if let Err(e) = pipe.thread_block() {
-            tracing::warn!(vm = self.vm, error = %e, "SIGPIPE is not blocked");
+            tracing::warn!(vm = self.vm, error = %e, "cannot block SIGPIPE");
         }
         loop {
             let intake = match inherited.take() {
@@ -199,7 +152,7 @@ impl Serving {
             match intake.socket().try_clone() {
                 Ok(clone) => self.control.set_current(Some(clone)),
                 Err(e) => {
-                    tracing::warn!(vm = self.vm, error = %e, "vhost-user frontend not served");
+                    tracing::warn!(vm = self.vm, error = %e, "cannot serve the vhost-user frontend");
                     continue;
                 }
             }
@@ -208,7 +161,7 @@ impl Serving {
             }
         }
         if self.control.release.load(Ordering::SeqCst)
-            && let Some(keeper) = &mut self.estate.keeper
+            && let Some(keeper) = &mut self.continuity.keeper
         {
             keeper.released();
         }
@@ -220,47 +173,47 @@ impl Serving {
         let begun = Intake::new(connection, self.handler.clone());
         begun
             .inspect_err(
-                |e| tracing::warn!(vm = self.vm, error = %e, "vhost-user frontend not served"),
+                |e| tracing::warn!(vm = self.vm, error = %e, "cannot serve the vhost-user frontend"),
             )
             .ok()
     }
 
     fn resume(&mut self, handover: Handover) -> Option<Intake> {
-        match Intake::resume(handover, self.handler.clone(), &mut self.estate) {
+        match Intake::resume(handover, self.handler.clone(), &mut self.continuity) {
             Ok(intake) => {
                 tracing::info!(vm = self.vm, "vhost-user frontend taken over");
                 Some(intake)
             }
             Err(e) => {
                 tracing::error!(vm = self.vm, error = %e, "vhost-user frontend cannot be taken over");
-                self.handler().gone();
-                self.estate.give_up(e.to_string());
+                self.handler().disconnected();
+                self.continuity.give_up(e.to_string());
                 None
             }
         }
     }
 
-    /// Returns true if the thread is to end.
+    /// Returns true if the thread must end.
     fn serve(&mut self, mut intake: Intake) -> bool {
         let end = loop {
-            // `Frontend::drop` either saw the connection, or set the flag before.
-            match intake.step(&self.control, &mut self.estate) {
+            // If `Frontend::drop` did not see this connection, it set the stop flag before.
+            match intake.step(&self.control, &mut self.continuity) {
                 Ok(()) => {}
                 Err(Ended::Stop) => return true,
                 Err(Ended::Gone(e)) => break e,
             }
         };
-        // Its close may take its time; its end is told now.
+        // The close may take long, so shut the connection down first: the frontend sees its end now.
         let _ = intake.socket().shutdown(std::net::Shutdown::Both);
         drop(intake);
         self.control.set_current(None);
-        self.handler().gone();
-        self.estate.forget();
+        self.handler().disconnected();
+        self.continuity.forget();
         match end {
             Error::Disconnected => tracing::info!(vm = self.vm, "vhost-user frontend gone"),
             e => {
                 tracing::warn!(vm = self.vm, error = %e, "vhost-user frontend cut off");
-                self.estate.refuse(format!("the VMM was cut off: {e}"));
+                self.continuity.refuse(format!("the VMM was cut off: {e}"));
             }
         }
         false
@@ -271,7 +224,7 @@ impl Serving {
     }
 }
 
-/// Waits for a frontend. `None` = stop.
+/// Waits for a frontend. `None` means stop.
 fn accept(listener: &UnixListener, control: &Control) -> Option<UnixStream> {
     let mut only_stop = false;
     loop {

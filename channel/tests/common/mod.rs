@@ -1,14 +1,14 @@
-//! A device and the harness' driver on the same guest memory.
-#![allow(dead_code)] // each test file uses its part
+//! A device and the test harness's driver, on the same guest memory.
+#![allow(dead_code)] // each test file uses only a part
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use adit_benches::queue::Buffer;
-use adit_benches::{Driver, DriverConfig, VmMemory, memory};
 use adit_channel::carrier::{Carrier, CarrierFault, RxPacket, TxSlot};
 use adit_channel::device::{FEATURES, GuestCid, HOST_CID, Signal, VsockDevice, WireHeader};
 use adit_engine::{Kind, Lane, Op, PacketHeader, SessionChange};
+use adit_testkit::queue::Buffer;
+use adit_testkit::{Driver, DriverConfig, VmMemory, memory};
 
 pub const CID: u64 = 3;
 
@@ -20,7 +20,7 @@ pub fn cid() -> GuestCid {
 #[derive(Default)]
 pub struct Signals {
     counts: [AtomicU64; 3],
-    /// As if one interrupt served all of them.
+    /// Reports that one interrupt serves all queues.
     shared: bool,
 }
 
@@ -62,7 +62,7 @@ impl Rig {
         Self::signalled(driver, features, false)
     }
 
-    /// One whose queues share an interrupt.
+    /// A device whose queues share one interrupt.
     pub fn sharing() -> Self {
         let driver = Driver::new(memory::anonymous(), cid(), DriverConfig::LINUX_6_1);
         Self::signalled(driver, FEATURES, true)
@@ -87,7 +87,7 @@ impl Rig {
         }
     }
 
-    /// One burst that takes everything the guest sent.
+    /// Runs one burst that takes everything the guest sent.
     pub fn receive(&mut self) -> Result<Vec<(PacketHeader, Vec<u8>)>, CarrierFault> {
         self.device.begin();
         let mut packets = Vec::new();
@@ -102,7 +102,7 @@ impl Rig {
         Ok(packets)
     }
 
-    /// One burst that sends one packet. False: the guest posted no buffer.
+    /// Runs one burst that sends one packet. Returns false if the guest has posted no buffer.
     pub fn send(&mut self, h: &PacketHeader, payload: &[u8]) -> Result<bool, CarrierFault> {
         self.device.begin();
         let sent = match self.device.tx(Lane::Bulk, payload.len() as u32)? {
@@ -117,10 +117,10 @@ impl Rig {
         Ok(sent)
     }
 
-    /// Sends a good packet and checks that the device hands it on: the channel still works.
+    /// Sends a valid packet and checks that the device passes it on: the channel still works.
     pub fn assert_works(&mut self) {
         let sent = self.driver.send(&rw(7), b"still alive", 4);
-        assert!(sent, "no descriptor came back");
+        assert!(sent, "no descriptor was returned");
         self.driver.tx.publish();
         let packets = self.receive().expect("the channel works");
         let payload = b"still alive".to_vec();
@@ -128,7 +128,7 @@ impl Rig {
         self.driver.reap_tx();
     }
 
-    /// Posts a chain of raw descriptors from index 0 on and shows it.
+    /// Posts a chain of raw descriptors from index 0 on, and publishes it.
     pub fn post_raw(&mut self, descriptors: &[(u64, u32, u16, u16)]) {
         for (i, &(addr, len, flags, next)) in descriptors.iter().enumerate() {
             self.driver.tx.write_desc(i as u16, addr, len, flags, next);
@@ -151,14 +151,14 @@ pub fn rw(src_port: u32) -> PacketHeader {
     }
 }
 
-/// Header and payload as they lie in guest memory.
+/// Header and payload in the layout of guest memory.
 pub fn wire_bytes(h: &PacketHeader, payload: &[u8]) -> Vec<u8> {
     let mut bytes = WireHeader::new(CID, HOST_CID, h).to_bytes().to_vec();
     bytes.extend_from_slice(payload);
     bytes
 }
 
-/// Cuts `total` bytes that begin at `base` into buffers of the given lengths (the last takes the rest), with gaps.
+/// Divides `total` bytes from `base` on into buffers of the given lengths, with gaps. The last buffer takes the rest.
 pub fn scatter(base: u64, total: usize, lengths: &[usize]) -> Vec<Buffer> {
     let (mut buffers, mut left, mut addr) = (Vec::new(), total, base);
     let mut lengths = lengths.iter().copied();

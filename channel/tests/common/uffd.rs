@@ -1,14 +1,14 @@
-//! userfaultfd(2): pages that are missing in a range of this process's memory, and threads that wait for them.
+//! userfaultfd(2): pages that are missing in a range of this process's memory, and threads that block on them.
 //!
-//! The crate of that name generates its bindings with libclang; four calls do not need that.
-#![allow(unsafe_code)] // ioctls with pointers to structures of the kernel's, and a descriptor from a system call
+//! The crate `userfaultfd` generates its bindings with libclang, which the four calls here do not need.
+#![allow(unsafe_code)] // ioctls with pointers to kernel structures, and a descriptor from a raw system call
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// Bytes of a page.
+/// Page size in bytes.
 pub const PAGE: usize = 4096;
 
 const API: u64 = 0xaa;
@@ -47,22 +47,22 @@ nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, UffdioApi);
 nix::ioctl_readwrite!(uffdio_register, 0xaa, 0x00, UffdioRegister);
 nix::ioctl_readwrite!(uffdio_copy, 0xaa, 0x03, UffdioCopy);
 
-/// A range in which a touch of a page that is not there waits.
+/// A range in which a thread blocks when it accesses a missing page.
 pub struct Missing(OwnedFd);
 
 impl Missing {
-    /// Registers `len` bytes at `start`, both of whole pages, of a shared mapping.
+    /// Registers the `len` bytes at `start` of a shared mapping. Both must be multiples of the page size.
     ///
     /// # Errors
-    /// `PermissionDenied`: the process is neither root's nor allowed by `vm.unprivileged_userfaultfd`.
+    /// `PermissionDenied`: the process is not root, and `vm.unprivileged_userfaultfd` does not allow it.
     pub fn register(start: u64, len: u64) -> io::Result<Self> {
-        // SAFETY: takes flags and returns a descriptor. Faults inside of system calls are to wait, too, so it is not
-        // restricted to those of user mode.
+        // SAFETY: the call takes flags and returns a descriptor. Without UFFD_USER_MODE_ONLY, page faults inside
+        // system calls block too, which the test needs.
         let fd =
             unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
         let fd = i32::try_from(fd).ok().filter(|&fd| fd >= 0);
         let fd = fd.ok_or_else(io::Error::last_os_error)?;
-        // SAFETY: the kernel has just installed it for this call.
+        // SAFETY: the kernel has just created the descriptor for this call.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         let mut api = UffdioApi {
             api: API,
@@ -77,12 +77,13 @@ impl Missing {
             mode: MODE_MISSING,
             ioctls: 0,
         };
-        // SAFETY: `register` is a `struct uffdio_register` that outlives the call. A range that is none is refused.
+        // SAFETY: `register` is a `struct uffdio_register` that outlives the call. The kernel refuses an invalid
+        // range.
         unsafe { uffdio_register(fd.as_raw_fd(), &mut register) }?;
         Ok(Self(fd))
     }
 
-    /// Returns the page for which a thread waits, in at most this time.
+    /// Waits for at most `limit` until a thread blocks on a missing page, and returns the page.
     pub fn wait(&self, limit: PollTimeout) -> Option<u64> {
         let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, limit).expect("a descriptor");
@@ -99,7 +100,7 @@ impl Missing {
         }
     }
 
-    /// Puts a page there; who waits for it goes on.
+    /// Fills in a page, so that threads blocked on it continue.
     pub fn fill(&self, at: u64, page: &[u8; PAGE]) {
         let mut copy = UffdioCopy {
             dst: at,
@@ -108,11 +109,11 @@ impl Missing {
             mode: 0,
             copied: 0,
         };
-        // SAFETY: `copy` is a `struct uffdio_copy` that outlives the call, and `page` is as long as it says. The kernel
-        // writes only where a registered page is missing: to memory that is shared with a guest and no Rust reference
-        // points to.
+        // SAFETY: `copy` is a `struct uffdio_copy` that outlives the call, and `page` has the length in it. The kernel
+        // only writes to a registered page that is missing. That is memory shared with a guest, to which no Rust
+        // reference points.
         match unsafe { uffdio_copy(self.0.as_raw_fd(), &mut copy) } {
-            // It is there: somebody else's touch brought it.
+            // The page is there already, because of another thread's access.
             Ok(_) | Err(nix::errno::Errno::EEXIST) => {}
             Err(e) => panic!("{e}"),
         }

@@ -1,14 +1,15 @@
-//! A VMM's side of a vhost-user socket: a real frontend (crate `vhost`), the harness' driver on a shared memfd.
-#![allow(dead_code)] // each test file uses its part
+//! The VMM's side of a vhost-user socket: a real frontend (crate `vhost`), and the test harness's driver on a shared
+//! memfd.
+#![allow(dead_code)] // each test file uses only a part
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use adit_benches::queue::DriverQueue;
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::device::{FEATURES, RX_QUEUE, TX_QUEUE};
+use adit_testkit::queue::DriverQueue;
+use adit_testkit::{Driver, DriverConfig, memory};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
@@ -20,10 +21,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::common::{CID, cid, rw};
 
-/// Nothing here takes long; a test that hangs should say so.
+/// Time limit for steps that take very little time, so that a test that hangs fails.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A VMM's side: memory, driver, kicks and calls.
+/// The VMM's side: memory, driver, kicks and calls.
 pub struct Vm {
     pub frontend: Frontend,
     pub driver: Driver,
@@ -66,13 +67,14 @@ impl Vm {
         }
     }
 
-    /// Hands memory over and starts the rings, as QEMU does when the guest's driver is ready; not yet enabled.
+    /// Passes memory and starts the vrings, as QEMU does when the guest's driver is ready. The vrings are not enabled
+    /// yet.
     pub fn prepare(&mut self) {
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.frontend.set_features(FEATURES | protocol).expect("ok");
         self.set_table();
         for (queue, base) in [(RX_QUEUE, 0), (TX_QUEUE, 0)] {
-            self.set_ring(queue, base);
+            self.set_vring(queue, base);
         }
     }
 
@@ -99,7 +101,7 @@ impl Vm {
         }
     }
 
-    pub fn set_ring(&self, queue: u16, base: u16) {
+    pub fn set_vring(&self, queue: u16, base: u16) {
         let index = usize::from(queue);
         let size = self.queue(queue).size();
         let [desc, avail, used] = self.queue(queue).addrs().map(|a| self.host_address(a));
@@ -133,7 +135,7 @@ impl Vm {
         vm
     }
 
-    /// Sends a packet, kicks only if asked, and waits for the call that brings it back.
+    /// Sends a packet, kicks only if asked, and waits for the call that announces its echo.
     pub fn round_trip(&mut self, port: u32, payload: &[u8]) {
         assert!(self.driver.send(&rw(port), payload, 1000), "room");
         if self.driver.tx.publish() {
@@ -160,7 +162,7 @@ impl Vm {
     }
 }
 
-/// Waits for an eventfd and clears it.
+/// Waits for an eventfd and resets it.
 pub fn wait(event: &EventFd) {
     let epoll = Epoll::new().expect("an epoll set");
     let readable = EpollEvent::new(EventSet::IN, 0);

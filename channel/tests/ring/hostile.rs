@@ -1,5 +1,5 @@
-//! A peer that writes what it likes into the region (ATTACKS R1 to R11, through the carrier): the session ends, its
-//! streams with it, and the next one begins within a second; another VM on the same shard echoes through all of it.
+//! A peer that writes anything into the region (ATTACKS R1 to R11, through the carrier). The session and its streams
+//! end, and the next session begins within a second. Another VM on the same shard keeps echoing all the time.
 
 use std::io::{Read, Write};
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use adit_channel::dial::{DialError, DialRequest};
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, Shard};
-use adit_engine::FRAME_BYTES;
+use adit_engine::PACKET_HEADER_BYTES;
 use adit_engine::{EngineConfig, Lane, ResetReason};
 use adit_ringbuf::region::Side;
 use adit_ringbuf::{Mapped, RingMem};
@@ -20,11 +20,11 @@ use crate::world::{End, LONG, Region, SOON, Shared, dial, echo, pattern, serve, 
 
 const PORT: u32 = 741;
 
-/// Where things lie that the guest writes: the records of a lane to the host, and the words.
+/// Offsets of what the guest writes: the records of each lane to the host, and the words.
 struct Places {
-    /// Record headers of each lane.
+    /// Offset of the first record header of each lane.
     data: [usize; 2],
-    /// The guest's position in what the host writes.
+    /// Offset of the guest's position in the records that the host writes.
     cons: [usize; 2],
 }
 
@@ -36,7 +36,7 @@ fn places(mem: &impl RingMem) -> Places {
     }
 }
 
-/// Breaks the region under a running session, and sees it torn and begun anew.
+/// Breaks the region during a session. Checks that the session is torn and a new one begins.
 fn broken_by(what: &str, lie: impl Fn(&Mapped, &Places)) {
     let region = Region::new();
     let shared = Shared::spawn(&region);
@@ -47,7 +47,7 @@ fn broken_by(what: &str, lie: impl Fn(&Mapped, &Places)) {
     let begin = Instant::now();
     let mem = region.map();
     lie(&mem, &places(&mem));
-    // Whatever makes the host look.
+    // Anything that makes the host poll.
     let _ = region.bells.host_data.ring();
     let _ = region.bells.host_space.ring();
     old.set_deadline(Some(Instant::now() + LONG));
@@ -61,10 +61,10 @@ fn broken_by(what: &str, lie: impl Fn(&Mapped, &Places)) {
     drop(stream);
     let took = begin.elapsed();
     assert!(took < SOON, "{what}: {took:?}");
-    shared.others_lived(what);
+    shared.assert_other_vm_works(what);
 }
 
-/// The next record header of a lane: the first word that is zero. Records begin at whole lines.
+/// The next record header of a lane: the first word that is zero. Records start at whole cache lines.
 fn next_header(mem: &Mapped, data: usize) -> usize {
     let mut at = data;
     loop {
@@ -80,36 +80,36 @@ fn next_header(mem: &Mapped, data: usize) -> usize {
 const COMMITTED: u64 = 1 << 31;
 
 #[test]
-fn r6_record_header_with_a_length_beyond_every_record() {
+fn r6_a_record_longer_than_allowed_ends_the_session() {
     broken_by("length", |mem, at| {
         mem.store(next_header(mem, at.data[1]), COMMITTED | 0x7fff_ffff);
     });
 }
 
 #[test]
-fn r6_record_header_with_reserved_bits() {
+fn r6_a_record_header_with_reserved_bits_ends_the_session() {
     broken_by("bits", |mem, at| {
         mem.store(next_header(mem, at.data[1]), 1 << 50 | COMMITTED | 24);
     });
 }
 
 #[test]
-fn r6_record_without_the_committed_bit() {
+fn r6_a_record_without_the_committed_bit_ends_the_session() {
     broken_by("uncommitted", |mem, at| {
         mem.store(next_header(mem, at.data[0]), 24);
     });
 }
 
 #[test]
-fn r4_pad_that_ends_elsewhere() {
+fn r4_a_pad_with_a_wrong_end_ends_the_session() {
     broken_by("pad", |mem, at| {
         mem.store(next_header(mem, at.data[1]), 1 << 32 | COMMITTED | 64);
     });
 }
 
 #[test]
-fn r5_record_shorter_than_a_frame() {
-    for len in [0, 1, FRAME_BYTES as u64 - 1] {
+fn r5_a_record_shorter_than_a_packet_header_ends_the_session() {
+    for len in [0, 1, PACKET_HEADER_BYTES as u64 - 1] {
         broken_by("short", |mem, at| {
             mem.store(next_header(mem, at.data[1]), COMMITTED | len);
         });
@@ -117,18 +117,18 @@ fn r5_record_shorter_than_a_frame() {
 }
 
 #[test]
-fn r7_state_word_that_means_nothing() {
+fn r7_an_invalid_state_word_ends_the_session() {
     broken_by("state", |mem, _| mem.store(2 * 4096, u64::MAX));
 }
 
 #[test]
-fn r7_state_word_of_another_session() {
+fn r7_a_state_word_of_another_session_ends_the_session() {
     broken_by("request", |mem, _| mem.store(2 * 4096, 0x1234_5604));
 }
 
-/// A position in what the host writes, over and over, while the host writes: it is held against what was written when the
-/// host is out of room.
-fn consumer_says(what: &str, lie: impl Fn(u64) -> u64 + Send + 'static) {
+/// Writes a wrong consumer position again and again while the host writes. The host checks it when it runs out of
+/// room.
+fn broken_by_position(what: &str, lie: impl Fn(u64) -> u64 + Send + 'static) {
     let region = Region::new();
     let shared = Shared::spawn(&region);
     let host = &shared.end;
@@ -137,7 +137,7 @@ fn consumer_says(what: &str, lie: impl Fn(u64) -> u64 + Send + 'static) {
         let _ = std::io::copy(&mut stream, &mut std::io::sink());
     });
     let old = host.dial(PORT);
-    // The host has looked at the honest position by then.
+    // By then the host has loaded the correct position.
     let chunk = vec![1; 1 << 16];
     (0..64).for_each(|_| (&old).write_all(&chunk).expect("room"));
     let mem = region.map();
@@ -164,22 +164,22 @@ fn consumer_says(what: &str, lie: impl Fn(u64) -> u64 + Send + 'static) {
     let begin = Instant::now();
     drop(host.dial(PORT));
     assert!(begin.elapsed() < SOON, "{what}");
-    shared.others_lived(what);
+    shared.assert_other_vm_works(what);
 }
 
 #[test]
-fn r2_consumer_that_took_what_was_never_written() {
-    consumer_says("ahead", |_| u64::MAX / 2);
+fn r2_a_consumer_position_beyond_what_was_written_ends_the_session() {
+    broken_by_position("ahead", |_| u64::MAX / 2);
 }
 
 #[test]
-fn r3_consumer_that_goes_back() {
-    consumer_says("back", |_| 8);
+fn r3_a_consumer_position_that_decreases_ends_the_session() {
+    broken_by_position("back", |_| 8);
 }
 
-/// Doorbells without end, and nothing behind them: another VM on the same shard keeps its progress.
+/// Endless doorbell signals without work. Another VM on the same shard keeps making progress.
 #[test]
-fn r10_doorbell_storm_stops_nobody_else() {
+fn r10_a_doorbell_storm_does_not_stop_another_vm() {
     let (quiet, loud) = (Region::new(), Region::new());
     let mut shard = Shard::new().expect("an epoll set");
     let config = EngineConfig::default();
@@ -215,12 +215,12 @@ fn r10_doorbell_storm_stops_nobody_else() {
     assert!(rung > 1000 && echoes > 200, "{echoes} echoes, {rung} rings");
 }
 
-/// A doorbell that never falls silent is heard a few times a second, once it has been heard in vain; what its guest says
-/// meanwhile comes through.
+/// A doorbell that is always signalled is handled only some times per second after it was fruitless. Records that
+/// arrive meanwhile are delivered.
 #[test]
-fn r10_a_doorbell_that_never_falls_silent_is_heard_a_few_times_a_second() {
+fn r10_an_always_signalled_doorbell_causes_few_wakeups_a_second() {
     let mut region = Region::new();
-    // It is read one ring at a time, and has more of them than a test lasts.
+    // Each read takes one signal, and there are more signals than a test lasts.
     let endless = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC | EFD_SEMAPHORE).expect("an eventfd");
     region.bells.host_space = endless;
     let (mut host, at) = shard(region.host());
@@ -238,12 +238,12 @@ fn r10_a_doorbell_that_never_falls_silent_is_heard_a_few_times_a_second() {
         }
         host.wakeups() - before
     };
-    // The first ones, and then each pause ends with two: its time is over, and it rings.
+    // Some wake-ups at the start, and then two per pause: its end, and the next signal.
     let woke = awake(&mut host);
     let counters = host.port(at).counters();
     assert!(woke < 200, "{woke} wake-ups in a second, {counters:?}");
-    assert!(counters.unheard > 0, "{counters:?}");
-    // A whole stream through it, with a loud doorbell.
+    assert!(counters.mutes > 0, "{counters:?}");
+    // A whole stream passes in spite of the endless signals.
     let handle = host.handle(at);
     let _thread = host.spawn("loud").expect("a thread");
     let stream = dial(&handle, PORT);
@@ -257,10 +257,10 @@ fn r10_a_doorbell_that_never_falls_silent_is_heard_a_few_times_a_second() {
     assert!(got == sent);
 }
 
-/// Whoever rings because it has something to say is heard each time, however it comes: single messages between which both
-/// sides sleep, and as much as the ring takes.
+/// A guest that signals because it has data is handled each time, with any pattern: single messages between which both
+/// sides sleep, and as many as the ring takes.
 #[test]
-fn r10_a_guest_in_order_is_never_unheard() {
+fn r10_a_correct_guest_is_never_muted() {
     let region = Region::new();
     let (mut host, at) = shard(region.host());
     let handle = host.handle(at);
@@ -280,7 +280,7 @@ fn r10_a_guest_in_order_is_never_unheard() {
     for n in 0..1000u64 {
         (&stream).write_all(&n.to_le_bytes()).expect("room");
         (&stream).read_exact(&mut [0; 8]).expect("an answer");
-        // The first ones without a break.
+        // The first messages follow each other without a pause.
         std::thread::sleep(Duration::from_micros(n.saturating_sub(500) * 37 % 300));
     }
     let sent = pattern(16 << 20, 1);
@@ -293,12 +293,12 @@ fn r10_a_guest_in_order_is_never_unheard() {
     over.store(true, Ordering::SeqCst);
     let counters = turning.join().expect("no panic");
     println!("{counters:?}");
-    assert_eq!(counters.unheard, 0, "{counters:?}");
+    assert_eq!(counters.mutes, 0, "{counters:?}");
 }
 
-/// A guest that attached and then does nothing: whoever dials it is told in time, and nobody spins.
+/// A guest that attaches and then does nothing: a dial to it fails in time, and no thread spins.
 #[test]
-fn r11_a_guest_that_never_takes_a_record_is_no_hang_and_no_spin() {
+fn r11_a_guest_that_never_takes_a_record_causes_no_hang_and_no_spin() {
     let region = Region::new();
     let (mut host, at) = shard(region.host());
     let guest = region.guest();
@@ -335,9 +335,10 @@ fn r11_a_guest_that_never_takes_a_record_is_no_hang_and_no_spin() {
     assert!(woke < 20, "{woke} wake-ups in {:?}", begin.elapsed());
 }
 
-/// Random words over everything that the guest may write, for a while: no panic, no hang, and then a session again.
+/// For a while random words are written over everything that the guest may write. No panic, no hang, and then a new
+/// session.
 #[test]
-fn r1_a_guest_that_rewrites_everything_all_the_time() {
+fn r1_a_guest_that_rewrites_everything_ends_only_its_session() {
     let region = Region::new();
     let shared = Shared::spawn(&region);
     let host = &shared.end;
@@ -380,7 +381,7 @@ fn r1_a_guest_that_rewrites_everything_all_the_time() {
         }
     }
     let region = storm.join().expect("no panic");
-    // The guest's own end was told lies by nobody, but its words are not its own any more: it starts again.
+    // Random words also changed the memory of the guest's own end, so start it again.
     drop(guest);
     let guest = End::spawn(region.guest());
     serve(guest.listen(PORT), echo);
@@ -388,5 +389,5 @@ fn r1_a_guest_that_rewrites_everything_all_the_time() {
     stream.write_all(b"well?").expect("room");
     let mut buf = [0; 5];
     stream.read_exact(&mut buf).expect("an answer");
-    shared.others_lived("rewritten");
+    shared.assert_other_vm_works("rewritten");
 }

@@ -1,4 +1,4 @@
-//! The suite of the carrier over a ring: both ends are ports of ours, in threads or in processes that are killed.
+//! Tests of the ring carrier. Both ends are `Port`s, in threads, or in processes that are killed.
 
 mod hostile;
 mod sessions;

@@ -1,4 +1,4 @@
-//! Sessions end and begin: a side that is killed, started again, poisoned; each time a new epoch, within a second.
+//! Sessions end and begin: a side is killed, started again, or poisoned. Each time a new epoch begins within a second.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
@@ -17,8 +17,8 @@ const PORT: u32 = 741;
 const SOCKET: &str = "ADIT_RING_SOCKET";
 const SIDE: &str = "ADIT_RING_SIDE";
 
-/// Not a test by itself: the process that the tests below kill. It is handed the region over an attach socket, takes a side
-/// of it and echoes.
+/// Not a test itself, but the process that the tests below kill. It gets the region over an attach socket, takes one
+/// side of it and echoes.
 #[test]
 fn child() {
     let (Some(path), Some(side)) = (std::env::var_os(SOCKET), std::env::var_os(SIDE)) else {
@@ -79,7 +79,7 @@ fn echoed(end: &End) {
     assert_eq!(&buf, b"still there?");
 }
 
-/// What a stream of the former session is told, once there is a new one.
+/// Checks the error of a stream of the last session, once there is a new session.
 fn ended(mut stream: adit_channel::stream::Stream, reason: ResetReason) {
     stream.set_deadline(Some(Instant::now() + LONG));
     let error = stream.read(&mut [0; 8]).expect_err("its session is over");
@@ -88,7 +88,7 @@ fn ended(mut stream: adit_channel::stream::Stream, reason: ResetReason) {
 }
 
 #[test]
-fn a_killed_guest_comes_back_and_old_streams_end() {
+fn a_killed_guest_attaches_again_and_old_streams_end() {
     let region = Region::new();
     let host = End::spawn(region.host());
     let first = peer(&region, "guest");
@@ -104,7 +104,7 @@ fn a_killed_guest_comes_back_and_old_streams_end() {
 }
 
 #[test]
-fn a_killed_host_comes_back_and_old_streams_end() {
+fn a_killed_host_offers_again_and_old_streams_end() {
     let region = Region::new();
     let first = peer(&region, "host");
     let guest = End::spawn(region.guest());
@@ -120,7 +120,7 @@ fn a_killed_host_comes_back_and_old_streams_end() {
 }
 
 #[test]
-fn a_side_that_leaves_says_so() {
+fn a_side_that_ends_closes_the_session() {
     let region = Region::new();
     let host = End::spawn(region.host());
     let guest = End::spawn(region.guest());

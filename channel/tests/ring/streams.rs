@@ -1,4 +1,4 @@
-//! Streams in order: echoes, ends, storms, readers that stop, sockets as sinks, idleness.
+//! Streams that work: echoes, ends, many streams, readers that stop, sockets as sinks, idle carriers.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -31,14 +31,14 @@ fn echoes(dialler: &End, len: usize) {
             (&stream).write_all(&sent).expect("room");
             stream.shutdown(How::Send).expect("open");
         });
-        (&stream).read_to_end(&mut back).expect("an end in order");
+        (&stream).read_to_end(&mut back).expect("an orderly end");
     });
     assert!(back == sent, "{len} bytes came back as {}", back.len());
     assert_eq!(stream.reason(), None);
 }
 
 #[test]
-fn what_is_sent_comes_back_from_1_byte_to_4_mib_either_way() {
+fn echoes_of_1_byte_to_4_mib_are_exact_in_both_directions() {
     let (host, guest) = pair();
     serve(guest.listen(PORT), echo);
     serve(host.listen(PORT), echo);
@@ -76,9 +76,9 @@ fn each_side_ends_its_sending_and_the_other_goes_on() {
     (&near).write_all(b"first").expect("room");
     near.shutdown(How::Send).expect("open");
     let mut got = Vec::new();
-    (&far).read_to_end(&mut got).expect("an end in order");
+    (&far).read_to_end(&mut got).expect("an orderly end");
     assert_eq!(got, b"first");
-    // The other direction is as good as before.
+    // The other direction still works as before.
     let long = pattern(300_000, 1);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -86,14 +86,14 @@ fn each_side_ends_its_sending_and_the_other_goes_on() {
             far.shutdown(How::Send).expect("open");
         });
         let mut got = Vec::new();
-        (&near).read_to_end(&mut got).expect("an end in order");
+        (&near).read_to_end(&mut got).expect("an orderly end");
         assert_eq!(got, long);
     });
     assert_eq!((near.reason(), far.reason()), (None, None));
 }
 
 #[test]
-fn a_thousand_streams_come_and_go_and_none_is_left() {
+fn a_thousand_streams_come_and_go_and_none_is_left_over() {
     let (host, guest) = pair();
     serve(guest.listen(PORT), echo);
     within(LONG, move || {
@@ -107,7 +107,7 @@ fn a_thousand_streams_come_and_go_and_none_is_left() {
                         stream.write_all(&sent).expect("room");
                         stream.shutdown(How::Send).expect("open");
                         let mut back = Vec::new();
-                        stream.read_to_end(&mut back).expect("an end in order");
+                        stream.read_to_end(&mut back).expect("an orderly end");
                         assert_eq!(back, sent);
                     }
                 });
@@ -117,9 +117,9 @@ fn a_thousand_streams_come_and_go_and_none_is_left() {
 }
 
 #[test]
-fn one_reader_of_a_hundred_stops_and_the_others_go_on() {
+fn one_stopped_reader_of_a_hundred_stops_no_other() {
     let (host, guest) = pair();
-    // The first stream's server never reads.
+    // The server of the first stream never reads.
     let first = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
     let taken = first.clone();
     serve(guest.listen(PORT), move |stream| {
@@ -130,7 +130,7 @@ fn one_reader_of_a_hundred_stops_and_the_others_go_on() {
     });
     within(LONG, move || {
         let filler = host.dial(PORT);
-        // Or another stream's server would be the one that never reads.
+        // Wait, so that no other stream gets the server that never reads.
         while taken.load(std::sync::atomic::Ordering::SeqCst) {
             std::thread::yield_now();
         }
@@ -149,15 +149,18 @@ fn one_reader_of_a_hundred_stops_and_the_others_go_on() {
             }
         });
         let sent = filling.join().expect("no panic");
-        assert!(sent < 2 << 20, "{sent} bytes went to nobody");
+        assert!(
+            sent < 2 << 20,
+            "{sent} bytes were accepted without a reader"
+        );
     });
 }
 
 #[test]
-fn a_refusal_and_a_reset_say_why() {
+fn a_refusal_and_a_reset_carry_their_reason() {
     let (host, guest) = pair();
     let listener = guest.listen(PORT);
-    // Nobody listens: refused, not timed out.
+    // Nothing listens: the dial is refused and does not time out.
     let refused = within(LONG, {
         let stream = dialling(&host);
         let far = listener
@@ -174,16 +177,16 @@ fn a_refusal_and_a_reset_say_why() {
         assert_eq!(
             near.reason(),
             Some(ResetReason::Told(PeerReason::Local)),
-            "the ring tells"
+            "the ring carries the reason"
         );
         move || host.try_dial(PORT + 1).map(drop)
     });
     assert_eq!(refused, Err(DialError::Refused));
 }
 
-/// A tunnel: bytes go from socket to ring to socket.
+/// A tunnel: bytes go from a socket through the ring to a socket.
 #[test]
-fn sockets_are_sinks_and_every_byte_is_copied_once_a_side() {
+fn with_sockets_as_sinks_each_side_copies_every_byte_once() {
     let region = Region::new();
     let (mut host, at) = shard(region.host());
     let (mut guest, there) = shard(region.guest());
@@ -205,7 +208,7 @@ fn sockets_are_sinks_and_every_byte_is_copied_once_a_side() {
     for socket in [&client, &server] {
         socket.set_nonblocking(true).expect("a socket");
     }
-    // Before the dial, which waits for 2 s: on a busy machine it takes as long.
+    // Prepared before the dial, which has a limit of 2 s, because it takes that long on a busy machine.
     let sent = pattern(3 << 20, 5);
     let request = adit_channel::dial::DialRequest {
         port: PORT,
@@ -243,7 +246,7 @@ fn sockets_are_sinks_and_every_byte_is_copied_once_a_side() {
     assert_eq!(got, sent);
     let there = guest.port(there);
     assert_eq!(there.counters().violations, 0);
-    // What the socket took at once never went through memory of this process.
+    // Bytes that the socket accepts at once are never copied through this process's memory.
     let copied = host.port(at).counters().bytes_copied;
     assert_eq!(copied, 0, "on the way in");
     assert_eq!(
@@ -253,7 +256,7 @@ fn sockets_are_sinks_and_every_byte_is_copied_once_a_side() {
 }
 
 #[test]
-fn idle_nobody_wakes_and_no_doorbell_rings() {
+fn an_idle_carrier_causes_no_wake_up_and_no_doorbell() {
     let region = Region::new();
     let (mut host, at) = shard(region.host());
     let (mut guest, there) = shard(region.guest());
@@ -268,13 +271,13 @@ fn idle_nobody_wakes_and_no_doorbell_rings() {
     let before = [host.port(at), guest.port(there)].map(|p| p.carrier().counters());
     let mut fds = [host.as_fd(), guest.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
     let ready = poll(&mut fds, PollTimeout::from(500u16)).expect("a poll");
-    assert_eq!(ready, 0, "somebody was woken");
+    assert_eq!(ready, 0, "a thread was woken");
     assert_eq!((host.wait_limit(), guest.wait_limit()), (None, None));
     let after = [host.port(at), guest.port(there)].map(|p| p.carrier().counters());
     assert_eq!(before, after);
 }
 
-/// Bytes of a pattern in pieces of odd lengths, straight into packets where there is one, queued where not.
+/// Bytes of a pattern in pieces of odd lengths: directly into packets if there is one, and queued otherwise.
 struct Pieces {
     bytes: Vec<u8>,
     sent: usize,
@@ -286,7 +289,7 @@ impl Service for Pieces {
         let straight = io.straight();
         match event {
             ServiceEvent::Opened => {}
-            // What is queued has gone.
+            // The queued bytes were sent.
             ServiceEvent::Writable if straight == 0 => return io.ask(),
             ServiceEvent::Writable => {}
             _ => return,
@@ -304,7 +307,7 @@ impl Service for Pieces {
 }
 
 #[test]
-fn a_service_that_asks_writes_straight_into_packets_and_in_order() {
+fn a_service_that_asks_writes_directly_into_packets_and_in_order() {
     let region = Region::new();
     let (mut host, at) = shard(region.host());
     let guest = End::spawn(region.guest());
@@ -316,7 +319,7 @@ fn a_service_that_asks_writes_straight_into_packets_and_in_order() {
             .accept()
             .expect("open");
         let mut got = Vec::new();
-        stream.read_to_end(&mut got).expect("an end in order");
+        stream.read_to_end(&mut got).expect("an orderly end");
         got
     });
     let straight = std::sync::Arc::default();

@@ -16,15 +16,15 @@ use adit_ringbuf::Mapped;
 use adit_ringbuf::region::Features;
 use adit_ringbuf_io::attach::Bells;
 
-/// Bytes of a region.
+/// Size of a region in bytes.
 pub const BYTES: usize = 4 << 20;
-/// Longer than anything here takes.
+/// A time limit that no step reaches.
 pub const LONG: Duration = Duration::from_secs(20);
 
-/// A session is back within a second; other tests on the same processors may have them for longer.
+/// A new session begins within a second, but other tests may use the processors for longer.
 pub const SOON: Duration = Duration::from_secs(5);
 
-/// A region, its descriptor and its doorbells.
+/// A region with its descriptor and its doorbells.
 pub struct Region {
     pub fd: OwnedFd,
     pub mem: Mapped,
@@ -42,7 +42,7 @@ impl Region {
         Self { fd, mem, bells }
     }
 
-    /// Another mapping of it.
+    /// Maps the region once more.
     pub fn map(&self) -> Mapped {
         let fd = self.fd.try_clone().expect("a descriptor");
         Mapped::from_memfd(fd, adit_ringbuf::RingMem::len(&self.mem)).expect("memory")
@@ -58,7 +58,7 @@ impl Region {
         RingCarrier::host(self.map(), spec, epoch(), bells).expect("a region")
     }
 
-    /// The guest's end, as soon as a host has made the region.
+    /// The guest's end. Waits until a host has made the region.
     pub fn guest(&self) -> RingCarrier {
         let until = Instant::now() + LONG;
         loop {
@@ -71,21 +71,21 @@ impl Region {
     }
 }
 
-/// Above every one before.
+/// Higher than every epoch before.
 pub fn epoch() -> u64 {
     let now = std::time::SystemTime::now();
     let since = now.duration_since(std::time::UNIX_EPOCH);
     since.expect("after 1970").as_nanos() as u64
 }
 
-/// A shard of one port, not running yet.
+/// A shard with one `Port`, which is not running yet.
 pub fn shard(carrier: RingCarrier) -> (Shard<RingCarrier>, PortIndex) {
     let mut shard = Shard::new().expect("an epoll set");
     let port = shard.add(carrier, EngineConfig::default(), 7);
     (shard, port.expect("a port"))
 }
 
-/// One end on a thread of its own.
+/// One end, on its own thread.
 pub struct End {
     pub handle: Handle,
     _thread: ShardThread,
@@ -106,7 +106,7 @@ impl End {
         self.handle.listen(port).expect("a free port")
     }
 
-    /// Dials, as often as there is no session yet.
+    /// Dials, and repeats while there is no session.
     pub fn dial(&self, port: u32) -> Stream {
         dial(&self.handle, port)
     }
@@ -121,7 +121,7 @@ fn try_dial(handle: &Handle, port: u32) -> Result<Stream, DialError> {
     handle.dialer().dial(&Target { port, hello }, LONG)
 }
 
-/// Dials, as often as there is no session yet, or nobody listens yet.
+/// Dials, and repeats while there is no session or no listener.
 pub fn dial(handle: &Handle, port: u32) -> Stream {
     let until = Instant::now() + LONG;
     loop {
@@ -134,7 +134,7 @@ pub fn dial(handle: &Handle, port: u32) -> Stream {
     }
 }
 
-/// The host's end of a region on a shard that serves another VM as well, whose stream is in use all the while.
+/// The host's end of a region. Its shard also serves another VM, whose stream is in use all the time.
 pub struct Shared {
     pub end: End,
     over: Arc<AtomicBool>,
@@ -143,9 +143,9 @@ pub struct Shared {
     _other: (Region, End),
 }
 
-/// Echoes of the other VM at least.
+/// Minimum number of echoes of the other VM.
 const ECHOES: u32 = 10;
-/// Where the other VM echoes.
+/// The vsock port of the other VM's echo.
 const OTHERS_PORT: u32 = 7;
 
 impl Shared {
@@ -183,8 +183,8 @@ impl Shared {
         }
     }
 
-    /// The other VM never noticed. (An attack may be over sooner than it gets to a processor.)
-    pub fn others_lived(self, what: &str) {
+    /// Checks that the other VM still works. (The attack may end before the other VM gets a processor, so this waits.)
+    pub fn assert_other_vm_works(self, what: &str) {
         let begin = Instant::now();
         while self.echoes.load(Ordering::SeqCst) < ECHOES {
             let waits = begin.elapsed() < LONG && !self.echoing.is_finished();
@@ -202,7 +202,7 @@ pub fn pair() -> (End, End) {
     (End::spawn(region.host()), End::spawn(region.guest()))
 }
 
-/// Serves each stream that comes in on a thread, for as long as it is listened.
+/// Serves each incoming stream on a thread, while the listener exists.
 pub fn serve(listener: Listener, serve: impl Fn(Stream) + Clone + Send + 'static) {
     std::thread::spawn(move || {
         while let Ok(incoming) = listener.accept() {
@@ -215,17 +215,17 @@ pub fn serve(listener: Listener, serve: impl Fn(Stream) + Clone + Send + 'static
     });
 }
 
-/// Sends back what comes, to its end.
+/// Echoes a stream to its end.
 pub fn echo(stream: Stream) {
     let (mut reader, mut writer) = (&stream, &stream);
-    // The other side may be gone, which is its right.
+    // An error is fine: the other side may have closed the stream.
     let _ = std::io::copy(&mut reader, &mut writer);
     let _ = stream.shutdown(adit_engine::How::Send);
-    // Not dropped before the other side has the end, too.
+    // Keep the stream until the other side has ended too.
     let _ = std::io::copy(&mut reader, &mut std::io::sink());
 }
 
-/// Runs something that must not hang.
+/// Runs a function that must not hang.
 pub fn within<T: Send + 'static>(limit: Duration, run: impl FnOnce() -> T + Send + 'static) -> T {
     let (tell, told) = mpsc::channel();
     std::thread::spawn(move || tell.send(run()));

@@ -1,4 +1,5 @@
-//! Who sees what of a close (R117): each end, each way of closing, through a Unix socket; with and without an agent's order.
+//! What each end sees of a close (R117), for each way of closing, through a Unix socket, for streams that end in order
+//! and for others.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -11,7 +12,7 @@ use crate::world::{SEND, World};
 const RECEIVE: u32 = 1;
 const BOTH: u32 = SEND | RECEIVE;
 
-/// What a client finds: the bytes up to the end of the stream, and whether another byte is taken then.
+/// What a client sees: the bytes up to the end of the stream, and whether the socket accepts another byte then.
 fn found(world: &mut World, at: usize) -> (Vec<u8>, bool) {
     let mut got = Vec::new();
     world.until(|w| w.client_reads(at, &mut got));
@@ -28,14 +29,15 @@ fn found(world: &mut World, at: usize) -> (Vec<u8>, bool) {
 #[test]
 fn r117_a_client_sees_at_once_what_the_guest_closed() {
     let bytes = pattern(3000, 1);
-    // What the guest says, whether its side is known to end in order; whether the client can still write at the end.
+    // SHUTDOWN flags that the guest sends; whether its side is known to end in order; whether the client can write at
+    // the end.
     for (flags, in_order, taken) in [
         (&[SEND][..], false, true),
         (&[BOTH], false, false),
         (&[SEND, BOTH], false, false),
         (&[SEND], true, true),
         (&[BOTH], true, false),
-        // It has ended in order, so nothing else must be seen, however late the client looks.
+        // It has ended in order, so the client must see that, however late it looks.
         (&[SEND, BOTH], true, true),
     ] {
         let mut world = World::new();
@@ -46,25 +48,25 @@ fn r117_a_client_sees_at_once_what_the_guest_closed() {
         }
         assert_eq!(world.guest_writes(at, &bytes), bytes.len());
         for flags in flags {
-            world.say(at, Op::Shutdown, *flags);
+            world.send_op(at, Op::Shutdown, *flags);
         }
         if *flags != [SEND] {
             world.until(|w| w.shard.port(w.port).streams() == 0);
         }
         let (got, took) = found(&mut world, at);
-        assert!(got == bytes, "{flags:?} {in_order}: what was sent arrives");
+        assert!(got == bytes, "{flags:?} {in_order}: all sent bytes arrive");
         assert_eq!(took, taken, "{flags:?} {in_order}");
         world.streams.clear();
         world.turns(10);
-        world.alive();
+        world.assert_works();
     }
 }
 
 #[test]
-fn r117_a_guest_that_reads_no_more_is_not_written_to() {
+fn r117_a_client_cannot_write_to_a_guest_that_reads_no_more() {
     let mut world = World::new();
     let at = world.open();
-    world.say(at, Op::Shutdown, RECEIVE);
+    world.send_op(at, Op::Shutdown, RECEIVE);
     world.until(|w| match w.streams[at].client.write(b"!") {
         Ok(_) => false,
         Err(e) => e.kind() == ErrorKind::BrokenPipe,
@@ -81,11 +83,11 @@ fn r117_a_guest_that_reads_no_more_is_not_written_to() {
 }
 
 #[test]
-fn r117_a_guest_is_told_of_a_close_as_a_whole_and_of_an_end_alone() {
+fn r117_a_guest_sees_a_close_with_both_flags_and_an_end_with_one() {
     for (closes, told) in [(true, BOTH), (false, SEND)] {
         let mut world = World::new();
         let at = world.open();
-        // Part of it is still on its way when the client is gone.
+        // Some bytes are still in transit when the client closes.
         let bytes = pattern(6000, 3);
         world.streams[at].client.write_all(&bytes).expect("room");
         let client = world.streams[at].client.try_clone().expect("a descriptor");
@@ -97,9 +99,9 @@ fn r117_a_guest_is_told_of_a_close_as_a_whole_and_of_an_end_alone() {
         assert!(world.streams[at].got == bytes);
         assert_eq!(world.streams[at].flags, [told], "closes: {closes}");
         if !closes {
-            // Its answer, and its end.
+            // The guest's answer, and its end.
             assert_eq!(world.guest_writes(at, b"answer"), 6);
-            world.say(at, Op::Shutdown, SEND);
+            world.send_op(at, Op::Shutdown, SEND);
             let mut got = Vec::new();
             world.until(|w| w.client_reads(at, &mut got));
             assert_eq!(got, b"answer");

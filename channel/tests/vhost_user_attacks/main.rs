@@ -1,4 +1,5 @@
-//! Hostile and unlucky guests over a real vhost-user socket: frontend, frontend's thread, shard, port, client's socket.
+//! Hostile and unlucky guests over a real vhost-user socket: frontend, frontend's thread, shard, `Port`, client's
+//! socket.
 
 mod closes;
 #[path = "../common/mod.rs"]

@@ -1,12 +1,12 @@
-//! What ends sessions and changes memory under them: R51, R58, memory slots.
+//! Events that end sessions and change memory during them: R51, R58, memory slots.
 
 use std::io::{ErrorKind, Read};
 use std::os::fd::AsRawFd;
 
-use adit_benches::queue::Buffer;
-use adit_benches::{DriverConfig, memory};
 use adit_channel::device::{FEATURES, HEADER_BYTES, HOST_CID, WireHeader};
 use adit_engine::{Op, ResetReason};
+use adit_testkit::queue::Buffer;
+use adit_testkit::{DriverConfig, memory};
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -15,7 +15,7 @@ use crate::common::{CID, pattern};
 use crate::world::{World, reboot};
 
 #[test]
-fn r51_a_thousand_pauses_under_traffic_and_each_time_it_goes_on() {
+fn r51_a_stream_survives_a_thousand_pauses_under_traffic() {
     for event_idx in [true, false] {
         let mut world = World::new();
         if !event_idx {
@@ -27,7 +27,7 @@ fn r51_a_thousand_pauses_under_traffic_and_each_time_it_goes_on() {
                 },
             );
         }
-        // One stream throughout: a pause is nothing that either end of it could notice.
+        // One stream all the time: neither of its ends may notice a pause.
         let at = world.open();
         let epoch = world.shard.port(world.port).epoch();
         let (mut sent, mut got) = (0, Vec::new());
@@ -49,12 +49,12 @@ fn r51_a_thousand_pauses_under_traffic_and_each_time_it_goes_on() {
         }
         assert!(got == bytes);
         assert_eq!(world.shard.port(world.port).epoch(), epoch);
-        world.alive();
+        world.assert_works();
     }
 }
 
 #[test]
-fn r58_closes_resets_and_driver_resets_in_any_order_leave_nothing_and_lose_nothing() {
+fn r58_closes_resets_and_driver_resets_in_any_order_leak_and_lose_nothing() {
     let mut world = World::new();
     let mut seed = 58u64;
     let mut random = move |n: u64| {
@@ -82,13 +82,13 @@ fn r58_closes_resets_and_driver_resets_in_any_order_leave_nothing_and_lose_nothi
                     .port_mut(world.port)
                     .reset(now, id, ResetReason::Local);
             }
-            1 => world.say(at, Op::Rst, 0),
-            2 => world.say(at, Op::Shutdown, 3),
+            1 => world.send_op(at, Op::Rst, 0),
+            2 => world.send_op(at, Op::Shutdown, 3),
             3 => {
-                // Paused, and gone when it goes on.
+                // Paused, and reset right after the pause.
                 let bases = world.stop();
                 world.resume(bases);
-                world.say(at, Op::Rst, 0);
+                world.send_op(at, Op::Rst, 0);
             }
             _ => {
                 resets += 1;
@@ -98,7 +98,7 @@ fn r58_closes_resets_and_driver_resets_in_any_order_leave_nothing_and_lose_nothi
                 );
             }
         }
-        // What the client has is a beginning of what was sent, and then it ends.
+        // The client has a prefix of the sent bytes, and then its stream ends.
         world.until(|_| {
             loop {
                 let mut buf = [0; 4096];
@@ -116,16 +116,16 @@ fn r58_closes_resets_and_driver_resets_in_any_order_leave_nothing_and_lose_nothi
     }
     world.until(|w| w.shard.port(w.port).streams() == 0);
     assert!(resets > 20);
-    world.alive();
+    world.assert_works();
 }
 
-/// A driver that lives on, on a device that is not what it was: of its streams nobody may be left waiting.
+/// The driver stays the same, but the device's setup changes. Each of its streams must end; none may hang.
 #[test]
-fn r58_streams_of_a_driver_that_lives_on_get_a_reset_each() {
+fn r58_each_stream_of_a_continued_driver_gets_a_reset() {
     let mut world = World::new();
     let indirect = false;
     let config = DriverConfig::LINUX_6_1;
-    world.alive();
+    world.assert_works();
     reboot(&mut world, DriverConfig { indirect, ..config });
     for _ in 0..20 {
         let at = world.open();
@@ -133,7 +133,7 @@ fn r58_streams_of_a_driver_that_lives_on_get_a_reset_each() {
     }
     let bases = world.stop();
     let frontend = world.vm.frontend.clone();
-    // Indirect descriptors, which this driver does not use.
+    // Without indirect descriptors, which this driver does not use.
     let features = (FEATURES | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()) & !(1 << 28);
     frontend.set_features(features).expect("offered");
     world.resume(bases);
@@ -142,10 +142,10 @@ fn r58_streams_of_a_driver_that_lives_on_get_a_reset_each() {
     assert_eq!(world.shard.port(world.port).epoch(), Some(3));
     assert!(world.strays.is_empty());
     world.streams.clear();
-    world.alive();
+    world.assert_works();
 }
 
-/// Where the second slot lies.
+/// Guest address of the second memory slot.
 const SLOT: u64 = 0x1_0000_0000;
 
 #[test]
@@ -162,7 +162,7 @@ fn memory_added_while_running_is_used_and_memory_replaced_is_not() {
     };
     let main = info(0, world.vm.host_address(0), &world.vm.file);
     for i in 0..20u8 {
-        // A new file each time: a host address that was kept would lead into an old one.
+        // A new file each time. A host address that was kept from before would access an old file.
         let (_, added) = memory::memfd();
         let user = 0x6000_0000_0000;
         let table = [main, info(SLOT, user, &added)];
@@ -170,7 +170,7 @@ fn memory_added_while_running_is_used_and_memory_replaced_is_not() {
         let offset = FileOffset::new(added.try_clone().expect("a descriptor"), 0);
         let ranges = [(GuestAddress(SLOT), memory::MEMORY_BYTES, Some(offset))];
         let slot = GuestMemoryMmap::<()>::from_ranges_with_files(ranges).expect("memory");
-        // GET_FEATURES is answered behind the table: from now on the slot is the guest's.
+        // GET_FEATURES is answered after the table, so from now on the guest may use the slot.
         let frontend = world.vm.frontend.clone();
         let asked = std::thread::spawn(move || frontend.get_features().expect("features"));
         world.until(|_| asked.is_finished());

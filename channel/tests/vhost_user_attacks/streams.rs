@@ -1,25 +1,25 @@
-//! What a guest and a client do to streams: R10, R26, R38, R44, R45, R49, R50, R52, R54-R56.
+//! Attacks of a guest and of a client on streams: R10, R26, R38, R44, R45, R49, R50, R52, R54-R56.
 
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use adit_benches::stream::GuestStream;
 use adit_channel::device::{HOST_CID, WireHeader};
 use adit_engine::{Op, PacketHeader, ResetReason};
+use adit_testkit::stream::GuestStream;
 use vhost::VhostBackend;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
 use crate::common::{CID, pattern};
 use crate::world::{HOST_PORT, SEND, World};
 
-/// Kicks without end behind which nothing is, on either queue: a few are heard each second; and what is kicked for once in
-/// a while comes through.
+/// Endless kicks without packets, on either queue. Only some are handled per second. Packets that are kicked for now
+/// and then are still delivered.
 #[test]
-fn r10_kicks_for_nothing_are_heard_a_few_times_a_second() {
+fn r10_endless_kicks_cause_few_wakeups_a_second() {
     for queue in [0, 1] {
         let mut world = World::new();
         let at = world.open();
-        // It is read one kick at a time, and has more of them than a test lasts.
+        // Each read takes one kick, and there are more kicks than a test lasts.
         let endless = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC | EFD_SEMAPHORE).expect("an eventfd");
         endless.write(1 << 60).expect("room");
         let set = world.vm.frontend.set_vring_kick(queue, &endless);
@@ -33,7 +33,7 @@ fn r10_kicks_for_nothing_are_heard_a_few_times_a_second() {
         let woke = world.shard.wakeups() - before;
         let counters = world.shard.port(world.port).counters();
         assert!(woke < 200, "{woke} wake-ups in a second, {counters:?}");
-        assert!(counters.unheard > 0, "{counters:?}");
+        assert!(counters.mutes > 0, "{counters:?}");
         let bytes = pattern(100_000, 3);
         let (mut sent, mut got) = (0, Vec::new());
         world.until(|w| {
@@ -46,7 +46,7 @@ fn r10_kicks_for_nothing_are_heard_a_few_times_a_second() {
 }
 
 #[test]
-fn r26_a_guest_that_never_looks_at_used_buffers_bounds_itself() {
+fn r26_a_guest_that_never_takes_used_buffers_is_bounded() {
     let mut world = World::new();
     let at = world.open();
     world.stingy = true;
@@ -74,9 +74,9 @@ fn r26_a_guest_that_never_looks_at_used_buffers_bounds_itself() {
     assert_eq!(
         world.shard.port(world.port).counters().bytes_copied,
         0,
-        "nothing is held for it"
+        "no bytes are held for the client"
     );
-    // And when it looks, all of it is there.
+    // When the guest looks, all bytes are there.
     world.stingy = false;
     world.until(|w| {
         said += if said < bytes.len() {
@@ -90,7 +90,7 @@ fn r26_a_guest_that_never_looks_at_used_buffers_bounds_itself() {
 }
 
 #[test]
-fn r38_empty_packets_pile_nothing_up() {
+fn r38_empty_packets_use_no_memory() {
     let mut world = World::new();
     let at = world.open();
     for _ in 0..20_000 {
@@ -103,7 +103,7 @@ fn r38_empty_packets_pile_nothing_up() {
 }
 
 #[test]
-fn r44_a_guest_speaks_for_itself_only() {
+fn r44_a_guest_cannot_use_another_cid() {
     let mut world = World::new();
     let wrong = [0, 1, 2, 4, 5, u64::from(u32::MAX), CID | 1 << 32, u64::MAX];
     let mut sent = 0;
@@ -138,11 +138,11 @@ fn r44_a_guest_speaks_for_itself_only() {
     );
     assert_eq!(world.shard.port(world.port).streams(), 0);
     assert!(world.strays.is_empty(), "answered: {:?}", world.strays);
-    world.alive();
+    world.assert_works();
 }
 
 #[test]
-fn r45_a_reset_is_not_answered_and_a_reused_pair_lives() {
+fn r45_a_reset_is_not_answered_and_a_reused_pair_works() {
     let mut world = World::new();
     for port in 0..50 {
         let h = GuestStream::new(port, HOST_PORT).header(Op::Rst);
@@ -151,21 +151,21 @@ fn r45_a_reset_is_not_answered_and_a_reused_pair_lives() {
     world.turns(10);
     assert!(world.strays.is_empty(), "answered: {:?}", world.strays);
     for _ in 0..50 {
-        // Both sides reset at a time, and the guest asks again from the same port in the same breath.
+        // Both sides reset at the same time, and the guest requests a stream from the same port right after that.
         let at = world.open_from(77);
         let (id, now) = (world.streams[at].id, world.shard.now());
         world
             .shard
             .port_mut(world.port)
             .reset(now, id, ResetReason::Local);
-        world.say(at, Op::Rst, 0);
+        world.send_op(at, Op::Rst, 0);
         let again = world.open_from(77);
         world.exchange(again, 500);
         assert!(
             !world.streams[again].reset,
-            "the former stream's reset hit the new one"
+            "the reset of the earlier stream ended the new one"
         );
-        world.say(again, Op::Rst, 0);
+        world.send_op(again, Op::Rst, 0);
         world.until(|w| w.shard.port(w.port).streams() == 0);
     }
 }
@@ -175,7 +175,7 @@ fn r49_half_close_each_way_then_a_mebibyte_the_other() {
     let mut world = World::new();
     let bytes = pattern(1 << 20, 3);
     let at = world.open();
-    world.say(at, Op::Shutdown, SEND);
+    world.send_op(at, Op::Shutdown, SEND);
     let mut nothing = Vec::new();
     world.until(|w| w.client_reads(at, &mut nothing));
     assert!(nothing.is_empty());
@@ -206,7 +206,7 @@ fn r49_half_close_each_way_then_a_mebibyte_the_other() {
 }
 
 #[test]
-fn r50_a_client_that_left_and_a_guest_that_posts_nothing_cost_no_wake_ups() {
+fn r50_a_closed_client_and_a_guest_without_buffers_cause_no_wake_ups() {
     let mut world = World::new();
     let at = world.open();
     world.stingy = true;
@@ -222,11 +222,11 @@ fn r50_a_client_that_left_and_a_guest_that_posts_nothing_cost_no_wake_ups() {
     let polls = world.shard.port(world.port).counters().polls;
     world.turns(500);
     let now = world.shard.port(world.port).counters().polls;
-    assert!(now <= polls + 2, "{} polls for nothing", now - polls);
+    assert!(now <= polls + 2, "{} fruitless polls", now - polls);
 }
 
 #[test]
-fn r52_a_client_that_left_costs_its_own_stream() {
+fn r52_a_closed_client_ends_only_its_own_stream() {
     let mut world = World::new();
     let (gone, other) = (world.open(), world.open());
     let (dead, _) = UnixStream::pair().expect("a pair");
@@ -250,12 +250,12 @@ fn r54_bytes_are_exact_in_odd_sizes_both_ways_at_once() {
 }
 
 #[test]
-fn r55_one_stopped_reader_of_a_hundred_stops_itself() {
+fn r55_one_stopped_reader_of_a_hundred_stops_only_itself() {
     let mut world = World::new();
     let all: Vec<usize> = (0..100).map(|_| world.open()).collect();
     let bytes = pattern(64 << 10, 5);
     let (mut sent, mut got) = (vec![0; 100], vec![Vec::new(); 100]);
-    // The first client never reads; the guest always offers it what its credit allows.
+    // The first client never reads. The guest always sends as much as its credit allows.
     let endless = pattern(1 << 20, 6);
     world.until(|w| {
         sent[0] += w.guest_writes(all[0], &endless[sent[0]..]);
@@ -283,5 +283,5 @@ fn r56_message_sockets_are_refused_in_their_own_type() {
         world.until(|w| w.strays.pop() == Some((55, Op::Rst as u16)));
         assert_eq!(world.shard.port(world.port).streams(), 0);
     }
-    world.alive();
+    world.assert_works();
 }

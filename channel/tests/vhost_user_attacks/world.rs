@@ -1,18 +1,18 @@
-//! A shard, a port and a guest on the two ends of a vhost-user socket, one step at a time: the shard looks only when a kick,
-//! a command or a socket wakes it, as in a process of its own.
+//! A shard, a `Port` and a guest at the two ends of a vhost-user socket, one step at a time. The shard only runs when
+//! a kick, a command or a socket wakes it, as in a separate process.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig, memory};
 use adit_channel::device::{FEATURES, HOST_CID, RX_QUEUE, TX_QUEUE};
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::Sink;
 use adit_channel::vhost_user::{VhostUserCarrier, VhostUserConfig};
 use adit_engine::{EngineConfig, Op, PacketHeader, StreamId};
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig, memory};
 use vhost::VhostBackend;
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
 
@@ -20,9 +20,9 @@ use crate::common::{CID, cid, pattern};
 use crate::vm::Vm;
 
 pub const HOST_PORT: u32 = 741;
-/// A hang, in turns of the shard.
+/// After this number of turns of the shard a test counts as hung.
 const TURNS_MAX: u32 = 200_000;
-/// Flag of a SHUTDOWN: its sender sends no more.
+/// SHUTDOWN flag: the sender sends no more.
 pub const SEND: u32 = 2;
 
 /// A stream between a guest's port and a client's socket.
@@ -30,10 +30,10 @@ pub struct Stream {
     pub guest: GuestStream,
     pub id: StreamId,
     pub client: UnixStream,
-    /// What the guest received.
+    /// Bytes that the guest received.
     pub got: Vec<u8>,
     pub shut: bool,
-    /// Flags of each SHUTDOWN that came.
+    /// Flags of each SHUTDOWN that arrived.
     pub flags: Vec<u32>,
     pub reset: bool,
 }
@@ -43,10 +43,10 @@ pub struct World {
     pub port: PortIndex,
     pub vm: Vm,
     pub streams: Vec<Stream>,
-    /// Packets for no stream: port of the guest, operation.
+    /// Packets without a stream: port of the guest, operation.
     pub strays: Vec<(u32, u16)>,
     next: u32,
-    /// The guest posts no buffers again.
+    /// The guest does not post its buffers again.
     pub stingy: bool,
     _dir: tempfile::TempDir,
 }
@@ -76,7 +76,7 @@ impl World {
         world
     }
 
-    /// Kicks if the device asked for it; one turn of the shard; what came for the guest.
+    /// Kicks if the device asked for it, runs one turn of the shard, and handles what arrived at the guest.
     pub fn turn(&mut self) {
         if self.vm.driver.tx.publish() {
             self.vm.kicks[1].write(1).expect("kick");
@@ -135,7 +135,7 @@ impl World {
         }
     }
 
-    pub fn say(&mut self, at: usize, op: Op, flags: u32) {
+    pub fn send_op(&mut self, at: usize, op: Op, flags: u32) {
         let h = PacketHeader {
             flags,
             ..self.streams[at].guest.header(op)
@@ -189,7 +189,7 @@ impl World {
         self.open_from(self.next)
     }
 
-    /// Sends what credit and queue allow; returns how far it got.
+    /// Sends what credit and queue allow. Returns the number of bytes.
     pub fn guest_writes(&mut self, at: usize, bytes: &[u8]) -> usize {
         let mut done = 0;
         while done < bytes.len() {
@@ -227,7 +227,7 @@ impl World {
         }
     }
 
-    /// Bytes both ways, each exact.
+    /// Moves bytes in both directions and checks each one.
     #[track_caller]
     pub fn exchange(&mut self, at: usize, len: usize) {
         let (up, down) = (pattern(len, 1), pattern(len, 2));
@@ -249,12 +249,12 @@ impl World {
         );
     }
 
-    pub fn alive(&mut self) {
+    pub fn assert_works(&mut self) {
         let at = self.open();
         self.exchange(at, 1000);
     }
 
-    /// Stops both rings and asks where they stood, as QEMU does; the shard goes on meanwhile.
+    /// Stops both vrings and asks for their positions, as QEMU does. The shard runs meanwhile.
     pub fn stop(&mut self) -> [u16; 2] {
         self.vm.enable(false);
         let frontend = self.vm.frontend.clone();
@@ -265,18 +265,18 @@ impl World {
         asked.join().expect("answered")
     }
 
-    /// Starts the rings where they stand.
+    /// Starts the vrings at their positions.
     pub fn resume(&mut self, bases: [u16; 2]) {
         assert!(self.shard.port(self.port).is_paused());
         for (queue, base) in [(RX_QUEUE, bases[0]), (TX_QUEUE, bases[1])] {
-            self.vm.set_ring(queue, base);
+            self.vm.set_vring(queue, base);
         }
         self.vm.enable(true);
         self.until(|w| !w.shard.port(w.port).is_paused());
     }
 }
 
-/// The guest's driver resets the device and starts over, in the same memory.
+/// The guest's driver resets the device and starts again, in the same memory.
 pub fn reboot(world: &mut World, config: DriverConfig) {
     let before = world.shard.port(world.port).epoch();
     world.stop();

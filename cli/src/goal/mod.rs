@@ -20,7 +20,7 @@ pub enum GoalCommand {
     #[command(after_help = apply::EXAMPLE)]
     Apply(apply::Apply),
     /// List the goals that this host holds, the newest last
-    #[command(visible_alias = "list", after_help = ls::EXAMPLE)]
+    #[command(alias = "list", after_help = ls::EXAMPLE)]
     Ls(ls::Ls),
     /// Show a goal and its tasks
     Show {

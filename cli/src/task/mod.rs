@@ -31,7 +31,7 @@ no task is open; 3 aditd ended the stream and did not come back within --request
 #[derive(Subcommand)]
 pub enum TaskCommand {
     /// List tasks, the newest last
-    #[command(visible_alias = "list", after_help = ls::EXAMPLE)]
+    #[command(alias = "list", after_help = ls::EXAMPLE)]
     Ls(ls::Ls),
     /// Show one task
     Show {

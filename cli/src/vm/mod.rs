@@ -33,7 +33,7 @@ memory of its ring cannot be changed: remove the VM and add it again.";
 #[derive(Subcommand)]
 pub enum VmCommand {
     /// List the VMs
-    #[command(visible_alias = "list")]
+    #[command(alias = "list")]
     Ls,
     /// Show one VM
     Show {

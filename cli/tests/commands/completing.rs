@@ -31,6 +31,9 @@ fn names_of_vms_are_completed_by_asking_aditd() {
     ] {
         assert_eq!(complete(fake.dir(), words), ["web-1", "web-2"], "{words:?}");
     }
+    // A list with commas is completed by its last word.
+    let words = ["goal", "apply", "g.yaml", "--to", "web-1,d"];
+    assert_eq!(complete(fake.dir(), &words), ["web-1,db"]);
     let socket = fake.socket();
     let elsewhere = Fake::absent();
     let words = ["--socket", socket.to_str().unwrap(), "vm", "show", "d"];
@@ -41,7 +44,10 @@ fn names_of_vms_are_completed_by_asking_aditd() {
 fn without_aditd_there_are_no_names_and_no_word_of_it() {
     let dir = Fake::absent();
     assert_eq!(complete(dir.path(), &["vm", "show", "we"]), [""; 0]);
-    assert!(complete(dir.path(), &["vm", "sh"]).contains(&"show".into()));
+    for command in ["ls", "show", "set"] {
+        let offered = complete(dir.path(), &["vm", ""]);
+        assert!(offered.contains(&command.into()), "{offered:?}");
+    }
     assert!(complete(dir.path(), &["task", "ls", "--state", "do"]).contains(&"done".into()));
 }
 

@@ -56,6 +56,7 @@ fn a_wait_that_aditd_ends_before_its_time_goes_on() {
         requests += 1;
         match requests {
             1 => Say::Error(408, "timeout"),
+            2 => Say::Error(503, "busy"),
             _ => Say::Json(vm("web-1")),
         }
     });

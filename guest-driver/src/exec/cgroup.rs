@@ -1,19 +1,19 @@
-//! A cgroup v2 for each task, where there is a cgroup2 mount that we may write: the one container that no fork,
-//! setsid or double fork leaves, with `cgroup.kill` (Linux 5.14) to end it at once.
+//! A cgroup v2 for each task, where there is a cgroup2 mount that we may write. No fork, setsid or double fork leaves it,
+//! and `cgroup.kill` (Linux 5.14) ends everything in it at once.
 //!
 //! ```text
 //! MOUNT/adit-tasks               controllers are switched on for what is below; no process is in it
 //! MOUNT/adit-tasks/adit-task-ID  one task, and what daemons it left; removed when it is empty
 //! ```
-//! It lies beside the agent's own cgroup and not below it: nothing of what the agent's service is given holds for a task,
-//! a service manager that ends or restarts the agent ends no daemon with it, and the agent's cgroup may have processes of
-//! its own (where controllers are switched on, a cgroup has processes or children with them, never both). Where that
-//! place cannot be had, tasks are below the agent's cgroup, without limits.
+//! `adit-tasks` is beside the agent's own cgroup and not below it. So the limits of the agent's service do not hold for a
+//! task, and a service manager that ends or restarts the agent ends no daemon with it. The agent's cgroup may also have
+//! processes of its own: a cgroup with controllers switched on has processes or children, never both. Where `adit-tasks`
+//! cannot be made, tasks are below the agent's cgroup, without limits.
 //!
 //! No goal declares limits yet, so each task has a share of the guest: three quarters of its memory, a quarter of its process
-//! numbers (the kernel gives each user half of them, and would be the first to refuse, without a word of why). Who takes more
-//! is ended, alone and whole, before the guest's services and the agent are short. All tasks together have as much of a
-//! processor that is short as one process of the guest: a thousand of them must not keep the agent from ending them.
+//! numbers (the kernel gives each user half of them, and refuses more without a reason that could be reported). A task that
+//! takes more memory is killed as a whole, before the guest's services and the agent run short. All tasks together have the
+//! CPU weight of one process of the guest: a thousand of them must not keep the agent from ending them.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -28,7 +28,7 @@ use super::proc;
 /// Prefix of our directories, followed by the task id in hex.
 const PREFIX: &str = "adit-task-";
 
-/// Where they lie.
+/// The directory in which they are.
 const TASKS: &str = "adit-tasks";
 
 /// The directory in which task cgroups are made.
@@ -48,7 +48,7 @@ pub fn base() -> Option<PathBuf> {
     base.is_dir().then_some(base)
 }
 
-/// Has what is below a cgroup limited, as far as this kernel can: one that is missing must not take the others along.
+/// Switches on the limits for what is below a cgroup, each by itself: where the kernel lacks one, the others still work.
 fn switch_on(dir: &Path) {
     for controller in ["+memory", "+pids", "+cpu"] {
         let _ = fs::write(dir.join("cgroup.subtree_control"), controller);
@@ -62,8 +62,8 @@ fn own_path() -> Option<String> {
     path.map(str::to_owned)
 }
 
-/// Leaves the cgroup of the task that started this agent, if one did, together with whoever supervises the agent: what
-/// ends that task must not end them.
+/// Leaves the cgroup of the task that started this agent, if one did, together with whatever supervises the agent: the
+/// end of that task must not end them.
 pub fn leave_task() {
     if own_path().is_none_or(|own| task_of(&own).is_none()) {
         return;
@@ -87,7 +87,7 @@ fn task_of(path: &str) -> Option<String> {
     Some(name.to_owned())
 }
 
-/// What a task may have of this guest: most bytes of memory, most processes and threads.
+/// A task's share of this guest: bytes of memory, number of processes and threads.
 fn shares() -> [(&'static str, Option<u64>); 2] {
     let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib = info.lines().find_map(|l| l.strip_prefix("MemTotal:"));
@@ -115,7 +115,7 @@ fn mount_point(mountinfo: &str) -> Option<PathBuf> {
         .and_then(of)
 }
 
-/// Mounts cgroup2 where an image without an init system of its own left the place empty.
+/// Mounts cgroup2 where an image without an init system has nothing mounted there.
 pub fn mount_if_absent() -> io::Result<()> {
     let place = Path::new("/sys/fs/cgroup");
     if base().is_some() || fs::read_dir(place)?.next().is_some() {
@@ -147,7 +147,7 @@ impl Cgroup {
                 let _ = fs::write(dir.join(file), share.to_string());
             }
         }
-        // A task without one of its processes is not what was ordered.
+        // All of a task's processes or none: a task that lost one is not what was ordered.
         let _ = fs::write(dir.join("memory.oom.group"), "1");
         Some(Self(dir))
     }
@@ -158,7 +158,7 @@ impl Cgroup {
         dir.is_dir().then_some(Self(dir))
     }
 
-    /// Where a child writes itself in.
+    /// The file by which a child enters.
     pub fn procs(&self) -> Option<OwnedFd> {
         Some(
             OpenOptions::new()
@@ -208,7 +208,7 @@ impl Cgroup {
     }
 
     /// Which limits it ran into, for people.
-    pub fn hit(&self) -> Vec<String> {
+    pub fn limits_hit(&self) -> Vec<String> {
         let events = |file: &str, key: &str| {
             let text = fs::read_to_string(self.0.join(file)).unwrap_or_default();
             let count = text
@@ -232,8 +232,8 @@ impl Cgroup {
         hit
     }
 
-    /// Gives it up, and returns how many processes go on in it: daemons that the script was to start. They stay in it, so
-    /// that nobody takes them for another task's, and the next task removes what has become empty.
+    /// Releases it, and returns how many processes go on in it: daemons that the script was to start. They stay in it, so
+    /// that they are not mistaken for another task's. The next task removes cgroups that have become empty.
     pub fn release(self) -> usize {
         let left = self.members().len();
         let _ = fs::remove_dir(&self.0);
@@ -241,8 +241,8 @@ impl Cgroup {
     }
 }
 
-/// Removes the cgroups in which nothing runs any more; the kernel keeps the others. One in which nothing has run yet may be
-/// about to be entered: it is its maker's.
+/// Removes the cgroups in which nothing runs any more; the kernel keeps the others. One in which nothing has run yet stays: a
+/// child may be about to enter it.
 fn sweep(base: &Path) {
     let used = |dir: &Path| {
         let stat = fs::read_to_string(dir.join("cpu.stat")).unwrap_or_default();

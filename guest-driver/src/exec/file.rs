@@ -5,9 +5,9 @@
 //! meanwhile can lead the write elsewhere (R89, R90). Order: temporary file (`O_EXCL`), content, owner, extended attributes,
 //! mode, fsync, rename, fsync of the directory: a crash leaves the old file or the new one.
 //!
-//! The new file has the old one's extended attributes: security labels, access lists, those of users. Those that speak of the
-//! content are left out, as any write drops them. Other names of the old file (hard links) keep the old content, which the
-//! output says.
+//! The new file has the old one's extended attributes: security labels, access lists, those of users. Attributes that describe
+//! the content are left out, as any write drops them. Other names of the old file (hard links) keep the old content, and the
+//! output says so.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -26,16 +26,16 @@ use adit_tasks::goal::FileStep;
 
 use super::Executed;
 
-/// Attributes that hold for the old content only: rights given to a program, measurements of it. A write drops the first, and
-/// the kernel makes the others anew.
+/// Attributes that hold for the old content only: capabilities of a program, measurements of it. A write drops the first, and
+/// the kernel makes the others again.
 const OF_CONTENT: [&[u8]; 3] = [b"security.capability", b"security.ima", b"security.evm"];
 
 /// Where this guest lets files be written.
 #[derive(Clone, Debug, Default)]
 pub struct FilePolicy {
-    /// Directories under which it does.
+    /// Directories under which files may be written.
     pub roots: Vec<PathBuf>,
-    /// Directories and files under which it does not, whatever the roots: the agent's own.
+    /// Directories and files that may not be written, whatever the roots: the agent's own.
     pub protected: Vec<PathBuf>,
 }
 
@@ -51,9 +51,10 @@ enum FileError {
 fn failed(what: &str, path: &Path, e: impl Into<io::Error>) -> FileError {
     let e = e.into();
     match e.raw_os_error() {
-        Some(libc::ENOSPC | libc::EDQUOT) => {
-            FileError::Failed(format!("no-space: {what} {}: {e}", path.display()))
-        }
+        Some(libc::ENOSPC | libc::EDQUOT) => FileError::Failed(format!(
+            "no-space: guest disk full: {what} {}: {e}",
+            path.display()
+        )),
         _ => FileError::Failed(format!("{what} {}: {e}", path.display())),
     }
 }
@@ -61,8 +62,9 @@ fn failed(what: &str, path: &Path, e: impl Into<io::Error>) -> FileError {
 /// What became of the file.
 enum Placed {
     Unchanged,
-    /// Written; so many other names are still those of the old file.
+    /// Written.
     Written {
+        /// Other names (hard links) of the old file, which keep its content.
         others: u64,
     },
 }
@@ -261,8 +263,8 @@ fn open_old(dir: &OwnedFd, name: &str) -> nix::Result<OwnedFd> {
 /// The attribute that holds a file's access list.
 const ACCESS_LIST: &[u8] = b"system.posix_acl_access";
 
-/// Takes from an access list what a mode does not give (`posix_acl_xattr.h`: a version, then entries of tag, rights and id).
-/// Set as it was, it would give the old file's readers the new content until the mode is set.
+/// Removes from an access list the rights that a mode does not give (`posix_acl_xattr.h`: a version, then entries of tag,
+/// rights and id). Unchanged, it would let the old file's readers read the new content until the mode is set.
 fn limit_access(list: &mut [u8], mode: Mode) {
     const HEADER: usize = 4;
     const ENTRY: usize = 8;
@@ -284,7 +286,7 @@ fn limit_access(list: &mut [u8], mode: Mode) {
 
 /// Gives a new file the extended attributes of the old one.
 fn keep_attributes(old: &OwnedFd, new: &File, mode: Mode) -> io::Result<()> {
-    // What a list and a value may have at most: XATTR_LIST_MAX, XATTR_SIZE_MAX.
+    // The most that a list and a value may have: XATTR_LIST_MAX, XATTR_SIZE_MAX.
     let mut names = vec![0; 64 << 10];
     let mut value = vec![0; 64 << 10];
     let listed = match flistxattr(old, &mut names[..]) {
@@ -302,7 +304,7 @@ fn keep_attributes(old: &OwnedFd, new: &File, mode: Mode) -> io::Result<()> {
             fsetxattr(new, name, &value[..n], XattrFlags::empty())
         });
         match kept {
-            // Taken away meanwhile.
+            // Removed meanwhile.
             Ok(()) | Err(rustix::io::Errno::NODATA) => {}
             Err(e) => {
                 let name = String::from_utf8_lossy(name);
@@ -328,7 +330,7 @@ fn replace(
         OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let create = || openat(dir, temp, flags, Mode::S_IRUSR | Mode::S_IWUSR);
     let fd = create().or_else(|e| match e {
-        // Left by a write that was cut short. Whoever else put it there gains nothing: it is removed, not opened.
+        // Left by a write that was cut short. If somebody else put it there, it does no harm: it is removed, not opened.
         Errno::EEXIST => unlinkat(dir, temp, UnlinkatFlags::NoRemoveDir).and_then(|()| create()),
         e => Err(e),
     })?;

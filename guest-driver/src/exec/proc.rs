@@ -1,4 +1,4 @@
-//! Processes as /proc shows them, and killing one without ever hitting another that took over its number (R96).
+//! Processes as /proc shows them, and killing one without ever killing another that got its number (R96).
 
 use std::collections::HashMap;
 use std::fs;
@@ -59,7 +59,7 @@ pub fn lineage() -> Vec<i32> {
     line
 }
 
-/// `pid (comm) state ppid pgrp session …`; comm may hold anything, blanks and parentheses too.
+/// `pid (comm) state ppid pgrp session …`; comm may contain anything, blanks and parentheses too.
 fn parse_stat(pid: i32, stat: &[u8]) -> Option<Proc> {
     let close = stat.iter().rposition(|&b| b == b')')?;
     let rest = std::str::from_utf8(&stat[close + 1..]).ok()?;

@@ -51,7 +51,7 @@ fn children() -> MutexGuard<'static, Children> {
     CHILDREN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A child that its owner waits for; from the drop on it is anybody's.
+/// A child whose owner waits for it. When dropped, the reaper may wait for it.
 #[derive(Debug)]
 pub struct Claim(i32);
 
@@ -136,10 +136,10 @@ pub fn status(command: &mut Command) -> io::Result<ExitStatus> {
     child.wait()
 }
 
-/// Waits for every child that has ended and is nobody's.
+/// Waits for every child that has ended and is not claimed.
 ///
-/// Not while a child is being started, which may take long (a working directory that does not answer): whoever starts it
-/// looks afterwards.
+/// Does nothing while a child is being started, which may take long (a working directory that does not answer): whoever
+/// starts it calls this afterwards.
 pub fn orphans() {
     if STARTING.load(Ordering::SeqCst) > 0 {
         return;
@@ -152,7 +152,7 @@ pub fn orphans() {
             Ok(None) | Err(Errno::ECHILD) => return,
             Ok(Some(pid)) if !claimed.contains(&pid.as_raw()) => reap(pid),
             Err(Errno::EINTR) => {}
-            // The first is claimed, or ended by a signal that has no name: the others are behind it.
+            // The first is claimed, or was ended by a signal without a name: others may have ended after it.
             Ok(Some(_)) | Err(_) => break,
         }
     }
@@ -177,13 +177,13 @@ fn signals() -> SigSet {
     ])
 }
 
-/// Keeps these signals from every thread that begins later; a reaper takes them instead. For the first thread, before there
-/// are others.
+/// Blocks these signals in every thread that begins later; the reaper takes them instead. To be called by the first thread,
+/// before there are others.
 ///
 /// # Errors
 /// The kernel refuses.
 pub fn hold_signals() -> io::Result<()> {
-    // Whoever started us may have it ignored, and then no child can be waited for.
+    // It may be inherited as ignored, and then no child can be waited for.
     sys::default_signal(Signal::SIGCHLD);
     Ok(signals().thread_block()?)
 }
@@ -191,7 +191,7 @@ pub fn hold_signals() -> io::Result<()> {
 /// Starts the reaping thread, for as long as the process lives. `reload` is called at each SIGHUP.
 ///
 /// # Errors
-/// There is no descriptor or thread to be had.
+/// There are no descriptors or threads left.
 pub fn start(reload: impl Fn() + Send + 'static) -> io::Result<()> {
     let arrived = SignalFd::with_flags(&signals(), SfdFlags::SFD_CLOEXEC)?;
     let reaper = thread::Builder::new().name("reaper".into());

@@ -4,11 +4,12 @@
 //! - The child gets exactly: the declared environment plus `PATH`, `HOME`, `USER`, `LANG` and `ADIT_TASK_ID`, /dev/null
 //!   as standard input, two pipes, umask 022, default signals, its own session, the declared user and directory (R92, R97).
 //!   The pipes belong to that user, so that it can open /dev/stdout and /dev/stderr.
-//! - The agent reads both pipes until the child has ended and never waits for a pipe that a survivor holds open (R93, R95).
+//! - The agent reads both pipes until the child has ended. It never waits for a pipe that a surviving process holds open
+//!   (R93, R95).
 //! - At the timeout: SIGTERM to the process group, a second later SIGKILL to the whole tree, session or not (R95).
-//! - When the script ends by itself, what is left in its session is killed; a daemon that made its own session stays, also
-//!   when the agent ends or is started again (see `cgroup`). A daemon of a script that still runs then ends with it.
-//! - Of what the agent has taken for itself (see `protect`), the child has nothing.
+//! - When the script ends by itself, what is left in its session is killed. A daemon that made its own session stays, also
+//!   when the agent ends or is restarted (see `cgroup`). If the script still runs then, its daemons end with it.
+//! - The child has nothing of what the agent has set for itself (see `protect`).
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -45,15 +46,15 @@ const DRAIN_MAX: usize = 1 << 20;
 
 /// Where scripts run.
 #[derive(Clone, Debug, Default)]
-pub struct Place {
+pub struct Dirs {
     /// Directory in which cgroups can be made, if anywhere.
     pub cgroups: Option<PathBuf>,
     /// Directory of the texts, see [`prepare`].
     pub dir: PathBuf,
 }
 
-/// Makes the directory of the texts, and removes those that an earlier agent left. Everybody may pass through it and
-/// nobody list it; each text can be read only by the user that its script runs as.
+/// Makes the directory of the texts, and removes texts that an earlier agent left. Everybody may pass through it and
+/// nobody may list it; each text can be read only by the user that its script runs as.
 ///
 /// # Errors
 /// It cannot be made, or is somebody else's.
@@ -79,7 +80,7 @@ pub fn prepare(dir: &Path) -> io::Result<()> {
 }
 
 /// Runs it to its end or its timeout. `task` is the task's id in hex.
-pub fn run(script: &Script, task: &str, place: &Place) -> Executed {
+pub fn run(script: &Script, task: &str, place: &Dirs) -> Executed {
     run_for(
         script,
         task,
@@ -88,7 +89,7 @@ pub fn run(script: &Script, task: &str, place: &Place) -> Executed {
     )
 }
 
-fn run_for(script: &Script, task: &str, place: &Place, timeout: Duration) -> Executed {
+fn run_for(script: &Script, task: &str, place: &Dirs, timeout: Duration) -> Executed {
     *running() = Some((task.to_owned(), place.cgroups.clone()));
     let tree = Tree::new(task, place.cgroups.as_deref());
     let text = place.dir.join(format!("{task}.script"));
@@ -113,9 +114,9 @@ fn running() -> MutexGuard<'static, Option<Job>> {
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Ends this process, and before it the script that runs: nobody would watch its time. The lock stays taken, so that the
-/// end of the script is no result: the next agent reports it as interrupted. No script starts from here on: one that did
-/// after the look would outlive the agent.
+/// Ends this process, and before it the script that runs: no agent would watch its timeout. The lock stays locked, so that
+/// the script's end does not become a result: the next agent reports it as interrupted. No script starts from here on: one
+/// that started after the search would outlive the agent.
 pub fn stop() -> ! {
     let running = running();
     let _closed = reap::close();
@@ -126,7 +127,7 @@ pub fn stop() -> ! {
     std::process::exit(0)
 }
 
-/// A running child and the ends of its pipes.
+/// A running child and the reading ends of its pipes.
 struct Running {
     child: Child,
     /// Dropped after the child's status was taken.
@@ -142,14 +143,19 @@ fn start(script: &Script, task: &str, text: &Path, tree: &Tree) -> Result<Runnin
         User::from_name(&script.run_as).map_err(|e| format!("user {:?}: {e}", script.run_as))?;
     let user = user.ok_or_else(|| format!("user {:?} is not in /etc/passwd", script.run_as))?;
     hand_over(text, &script.script, &user).map_err(|e| match e.raw_os_error() {
-        Some(libc::ENOSPC | libc::EDQUOT) => format!("no-space: {}: {e}", text.display()),
-        _ => format!("cannot hand over the script as {}: {e}", text.display()),
+        Some(libc::ENOSPC | libc::EDQUOT) => {
+            format!(
+                "no-space: guest disk full: cannot write the script to {}: {e}",
+                text.display()
+            )
+        }
+        _ => format!("cannot write the script to {}: {e}", text.display()),
     })?;
     let setup = sys::ChildSetup {
         cgroup: tree.procs(),
         user: credentials(&user)?,
         cwd: CString::new(script.cwd.as_str()).map_err(|_| "cwd has a NUL byte".to_owned())?,
-        before: protect::before(),
+        inherited: protect::inherited(),
     };
     let mut command = Command::new(&script.interpreter);
     command.arg(text).args(&script.args).env_clear();
@@ -169,8 +175,8 @@ fn start(script: &Script, task: &str, text: &Path, tree: &Tree) -> Result<Runnin
         .map_err(|e| format!("cannot watch the child: {e}"))
 }
 
-/// The reading and the writing end. A pipe belongs to whoever made it, and only its owner may open it again by the name
-/// /dev/stdout.
+/// The reading and the writing end. Only a pipe's owner may open it again by the name /dev/stdout, so the script's user
+/// becomes its owner.
 fn output_pipe(user: &User) -> io::Result<[OwnedFd; 2]> {
     let (reader, writer) = io::pipe()?;
     if user.uid != Uid::effective() {
@@ -179,7 +185,7 @@ fn output_pipe(user: &User) -> io::Result<[OwnedFd; 2]> {
     Ok([reader.into(), writer.into()])
 }
 
-/// Writes the text; makes its directory anew if it is gone: who cleans /run must not end every later task.
+/// Writes the text; makes its directory again if it is gone: somebody who cleans /run must not make every later task fail.
 fn hand_over(path: &Path, text: &str, user: &User) -> io::Result<()> {
     match (write_text(path, text, user), path.parent()) {
         (Err(e), Some(dir)) if e.kind() == ErrorKind::NotFound => {
@@ -190,7 +196,7 @@ fn hand_over(path: &Path, text: &str, user: &User) -> io::Result<()> {
     }
 }
 
-/// The text as a new file that only its reader can read.
+/// The text as a new file that only the script's user can read.
 fn write_text(path: &Path, text: &str, user: &User) -> io::Result<()> {
     let mut file = fs::OpenOptions::new()
         .write(true)
@@ -204,7 +210,7 @@ fn write_text(path: &Path, text: &str, user: &User) -> io::Result<()> {
     Ok(())
 }
 
-/// Names the likely culprit of a failed start: the error number alone does not say which step it was.
+/// Says which step of a start most likely failed: the error number alone does not.
 fn explain(script: &Script, e: &io::Error) -> String {
     let program = &script.interpreter;
     if !Path::new(&script.cwd).is_dir() {
@@ -236,7 +242,7 @@ impl Running {
         cap: usize,
     ) -> io::Result<Self> {
         let pid = child.id() as i32;
-        // Not reaped before `status` below, so the number cannot be another process's.
+        // Nobody reaps it before `status` below, so the number cannot be another process's.
         let pidfd = sys::pidfd_open(Pid::from_raw(pid)).inspect_err(|_| {
             let _ = child.kill();
             let _ = child.wait();
@@ -278,7 +284,7 @@ impl Running {
     }
 
     fn poll(&self, limit: Duration) -> [bool; 3] {
-        // Rounded up: a sleep that ends a little early would be followed by a busy one.
+        // Rounded up: a sleep that ended just before the deadline would be followed by a busy loop.
         let limit = i32::try_from(limit.as_millis() + 1).unwrap_or(i32::MAX);
         let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
         let mut fds = vec![PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
@@ -314,7 +320,7 @@ impl Pipe {
         })
     }
 
-    /// Reads once; zero if there is nothing now or for ever.
+    /// Reads once; zero if there is nothing now, or nothing will come.
     fn read_some(&mut self, buf: &mut [u8]) -> usize {
         let Some(file) = &mut self.file else { return 0 };
         match file.read(buf) {
@@ -370,7 +376,7 @@ fn supervise(mut child: Running, script: &Script, timeout: Duration, tree: &Tree
         (true, Some(status)) => (Outcome::Failed, how_ended(status)),
     };
     if outcome != Outcome::Done {
-        for limit in tree.hit() {
+        for limit in tree.limits_hit() {
             remark(&mut reason, &limit);
         }
     }
@@ -387,12 +393,12 @@ fn supervise(mut child: Running, script: &Script, timeout: Duration, tree: &Tree
     }
 }
 
-/// What the report calls the exit status: the child's code, or 128 + the signal that ended it, as shells have it.
+/// The exit status in the report: the child's code, or 128 + the signal that ended it, as shells do.
 fn exit_code(status: ExitStatus) -> Option<i32> {
     status.code().or(status.signal().map(|signal| 128 + signal))
 }
 
-/// A code above 128 is a code all the same: only the kernel knows whether there was a signal.
+/// A code above 128 may be a plain code: only the kernel knows whether there was a signal.
 fn how_ended(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (_, Some(signal)) => format!("killed by signal {signal}"),

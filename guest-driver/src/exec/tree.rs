@@ -2,18 +2,18 @@
 //!
 //! With a cgroup the kernel knows them all. Without one the agent is their *subreaper*: a process whose parent has died
 //! becomes the agent's child, so that every descendant of the task stays a descendant of the agent. Daemons that an
-//! earlier task left on purpose are descendants too, and so are workers that they start while a later task runs. Whose a
-//! process is, is told by, in this order:
+//! earlier task left on purpose are descendants too, and so are workers that they start while a later task runs. The task
+//! that a process belongs to is found by, in this order:
 //!
 //! 1. its cgroup, if it is a task's;
 //! 2. what it descends from: a process from before the task, or the script;
 //! 3. its session, if that is from before the task (and its leader is the one from then: numbers come again);
-//! 4. the marker `ADIT_TASK_ID` in its environment, if a daemon from before the task bears the same.
+//! 4. the marker `ADIT_TASK_ID` in its environment, if a daemon from before the task has the same.
 //!
-//! Without a cgroup a daemon's worker that has left its parent, its session *and* its environment behind cannot be told
-//! from the running task's processes, and ends with them at a timeout.
-//! After a crash of the agent the descent is cut; then the marker and the sessions of the processes that bear it are what
-//! is left to find them by.
+//! Without a cgroup a daemon's worker that has changed its parent, its session *and* its environment cannot be told from the
+//! running task's processes, and ends with them at a timeout.
+//! After a crash of the agent they no longer descend from it; they are then found by the marker, and by the sessions of the
+//! processes that have it.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -29,7 +29,7 @@ use super::reap;
 
 /// Environment variable that every process of a task inherits.
 pub const MARKER: &str = "ADIT_TASK_ID";
-/// How long killing may take before it is given up as impossible (a process in an uninterruptible wait).
+/// How long killing may take; a process in an uninterruptible wait does not die.
 const KILL_LIMIT: Duration = Duration::from_secs(4);
 
 /// Most dying processes that are waited for at a time: each has a descriptor.
@@ -40,28 +40,28 @@ const AWAITED_MAX: usize = 16;
 pub struct Tree {
     task: String,
     cgroup: Option<Cgroup>,
-    before: Before,
+    before: Baseline,
 }
 
 /// What descended from the agent before the task.
 #[derive(Debug, Default)]
-struct Before {
+struct Baseline {
     processes: HashSet<ProcId>,
     /// Sessions, each with its leader's start if that still lived.
     sessions: HashMap<i32, Option<u64>>,
-    /// Tasks whose marker they bear.
+    /// Tasks whose marker they have.
     tasks: HashSet<Vec<u8>>,
 }
 
-impl Before {
-    fn look() -> Self {
+impl Baseline {
+    fn take() -> Self {
         let table = proc::table();
         let mut before = Self::default();
         for p in table.values().filter(|p| descends(&table, p)) {
             let leader = table.get(&p.session).map(|leader| leader.id.start);
             before.processes.insert(p.id);
             before.sessions.insert(p.session, leader);
-            // In a task's cgroup it is known by that.
+            // A process in a task's cgroup is known by the cgroup.
             if cgroup::of(p.id.pid).is_none() {
                 before.tasks.extend(marker(p.id.pid));
             }
@@ -71,7 +71,7 @@ impl Before {
 
     fn has(&self, table: &HashMap<i32, Proc>, p: &Proc) -> bool {
         let same = |leader: &Option<u64>| match table.get(&p.session) {
-            // While anything is in the session, its number is not given out again.
+            // While anything is in the session, the kernel does not use its number again.
             None => true,
             Some(now) => *leader == Some(now.id.start),
         };
@@ -84,7 +84,7 @@ impl Tree {
     pub fn new(task: &str, base: Option<&Path>) -> Self {
         Self {
             task: task.to_owned(),
-            before: Before::look(),
+            before: Baseline::take(),
             cgroup: base.and_then(|b| Cgroup::create(b, task)),
         }
     }
@@ -95,8 +95,11 @@ impl Tree {
     }
 
     /// Which limits the task ran into, for people.
-    pub fn hit(&self) -> Vec<String> {
-        self.cgroup.as_ref().map(Cgroup::hit).unwrap_or_default()
+    pub fn limits_hit(&self) -> Vec<String> {
+        self.cgroup
+            .as_ref()
+            .map(Cgroup::limits_hit)
+            .unwrap_or_default()
     }
 
     /// Kills everything; false if something could not be killed. `script` is the pid of the script, dead or not.
@@ -145,7 +148,7 @@ impl Tree {
         kill_until(Instant::now() + KILL_LIMIT, members)
     }
 
-    /// Reaps what became our child and ended, and gives the cgroup up; returns how many daemons go on.
+    /// Reaps our children that have ended, and releases the cgroup; returns how many daemons go on.
     pub fn release(self, script: i32) -> usize {
         reap::orphans();
         let ours = self.members(script).len();
@@ -163,10 +166,10 @@ pub fn kill_orphans(task: &str, base: Option<&Path>) -> bool {
     dead
 }
 
-/// Processes that bear the marker of a task, and everything in their sessions.
+/// Processes that have the marker of a task, and everything in their sessions.
 fn marked(task: &str) -> Vec<ProcId> {
     let table = proc::table();
-    // An agent that the task itself restarted bears its marker, and so does whoever supervises it.
+    // An agent that the task itself restarted has its marker, and so has whatever supervises the agent.
     let us = proc::lineage();
     let live = || {
         let others = table.values().filter(|p| !us.contains(&p.id.pid));
@@ -176,7 +179,7 @@ fn marked(task: &str) -> Vec<ProcId> {
         .filter(|p| marker(p.id.pid).is_some_and(|of| of == task.as_bytes()))
         .map(|p| p.id.pid)
         .collect();
-    // Only sessions that the task made itself: their leader bears the marker or is gone.
+    // Only sessions that the task made itself: their leader has the marker or is gone.
     let led = |s: i32| found.contains(&s) || !table.contains_key(&s);
     let sessions: HashSet<i32> = found
         .iter()
@@ -189,7 +192,7 @@ fn marked(task: &str) -> Vec<ProcId> {
         .collect()
 }
 
-/// The task whose marker a process bears, as hex.
+/// The task whose marker a process has, as hex.
 fn marker(pid: i32) -> Option<Vec<u8>> {
     let env = fs::read(format!("/proc/{pid}/environ")).ok()?;
     let key = [MARKER.as_bytes(), b"="].concat();
@@ -219,7 +222,7 @@ fn ancestry<'t>(table: &'t HashMap<i32, Proc>, p: &'t Proc) -> impl Iterator<Ite
     std::iter::successors(Some(p), up).take(table.len())
 }
 
-/// Kills until nothing is left: a fork between look and kill is found on the next turn.
+/// Kills until nothing is left: a process forked between look and kill is found by the next look.
 fn kill_until(until: Instant, members: impl Fn() -> Vec<ProcId>) -> bool {
     loop {
         let found = members();

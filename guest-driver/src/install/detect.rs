@@ -15,7 +15,7 @@ const SYSTEMD: [&str; 2] = ["lib/systemd/systemd", "usr/lib/systemd/systemd"];
 const OPENRC: [&str; 2] = ["sbin/openrc-run", "usr/sbin/openrc-run"];
 const BUSYBOX: [&str; 1] = ["etc/init.d/rcS"];
 
-/// It cannot be told from the image.
+/// The image does not show it.
 #[derive(Debug, thiserror::Error)]
 pub enum Unknown {
     /// It has none of those that are looked for.

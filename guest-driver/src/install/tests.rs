@@ -210,8 +210,14 @@ impl Busybox {
     }
 
     fn run(&self, verb: &str) {
-        let mut command = Command::new(self.at("S50"));
-        command.arg(verb);
+        // By the shell that it is for, where that is installed.
+        let shell = ["/bin/busybox", "/usr/bin/busybox"];
+        let shell = shell.iter().find(|path| fs::exists(path).unwrap());
+        let mut command = Command::new(shell.unwrap_or(&"/bin/sh"));
+        if shell.is_some() {
+            command.arg("sh");
+        }
+        command.arg(self.at("S50")).arg(verb);
         let silent = command.stdout(Stdio::null()).stderr(Stdio::null());
         assert!(silent.status().unwrap().success());
     }

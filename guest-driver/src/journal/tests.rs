@@ -71,34 +71,8 @@ fn the_floor_of_a_key_never_falls() {
 fn r85_only_what_the_floor_refuses_is_ever_dropped() {
     let dir = tempfile::tempdir().unwrap();
     let mut journal = Journal::open(dir.path()).unwrap();
-    // Fill it in one transaction; every entry is of the key's highest sequence.
-    journal
-        .with(|db| {
-            let tx = db.begin_write().map_err(any)?;
-            {
-                let mut tasks = tx.open_table(TASKS).map_err(any)?;
-                let mut order = tx.open_table(ORDER).map_err(any)?;
-                for n in 0..JOURNAL_MAX {
-                    let phase = Phase::Acked(Outcome::Done);
-                    let entry = Entry {
-                        order: n,
-                        key: b"k".to_vec(),
-                        seq: 5,
-                        phase,
-                    };
-                    tasks
-                        .insert(&id(n), encode(&entry)?.as_slice())
-                        .map_err(any)?;
-                    order.insert(n, &id(n)).map_err(any)?;
-                }
-                let mut floors = tx.open_table(FLOORS).map_err(any)?;
-                floors
-                    .insert(b"k".as_slice(), encode(&(5u64, [5u8; 32]))?.as_slice())
-                    .map_err(any)?;
-            }
-            Ok(tx.commit().map_err(any)?)
-        })
-        .unwrap();
+    // Every entry is of the key's highest sequence.
+    fill(&mut journal, b"k", 5, 0..JOURNAL_MAX);
     assert!(matches!(
         journal.received(&id(JOURNAL_MAX), &origin(5)),
         Err(JournalError::Full)
@@ -111,6 +85,132 @@ fn r85_only_what_the_floor_refuses_is_ever_dropped() {
         journal.phase(&id(1)).unwrap(),
         Some(Phase::Acked(Outcome::Done))
     );
+}
+
+/// Entries of tasks that have ended and were acknowledged, in one transaction.
+fn fill(journal: &mut Journal, key: &[u8], seq: u64, tasks: std::ops::Range<u64>) {
+    journal
+        .with(|db| {
+            let tx = db.begin_write().map_err(any)?;
+            {
+                let mut table = tx.open_table(TASKS).map_err(any)?;
+                let mut order = tx.open_table(ORDER).map_err(any)?;
+                let first = order.last().map_err(any)?.map_or(0, |(k, _)| k.value() + 1);
+                for (at, n) in (first..).zip(tasks) {
+                    let entry = Entry {
+                        order: at,
+                        key: key.to_vec(),
+                        seq,
+                        phase: Phase::Acked(Outcome::Done),
+                    };
+                    table
+                        .insert(&id(n), encode(&entry)?.as_slice())
+                        .map_err(any)?;
+                    order.insert(at, &id(n)).map_err(any)?;
+                }
+                let mut floors = tx.open_table(FLOORS).map_err(any)?;
+                let floor = encode(&(seq, [seq as u8; 32]))?;
+                floors.insert(key, floor.as_slice()).map_err(any)?;
+            }
+            Ok(tx.commit().map_err(any)?)
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_task_that_was_dropped_is_refused_as_a_replay_and_a_result_that_nobody_has_is_never_dropped() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(dir.path()).unwrap();
+    let private = ed25519_dalek::SigningKey::from_bytes(&[7; 32]);
+    let public = adit_tasks::PublicKey::of(&private, "test");
+    let key = public.id().0;
+    let mut trusted = adit_tasks::TrustStore::default();
+    trusted.add(public).unwrap();
+    let me = "web-1".parse().unwrap();
+    let order = |seq: u64| {
+        let goal = serde_json::json!({
+            "goal_id": "01990000-0000-7000-8000-000000000001", "key_seq": seq, "audience": {"vms": ["web-1"]},
+            "not_before": "2020-01-01T00:00:00Z", "not_after": "2120-01-01T00:00:00Z", "min_planner": 1,
+            "steps": [{"id": "it", "script": {"interpreter": "/bin/sh", "script": "true"}}]
+        });
+        let envelope = adit_tasks::dsse::sign(goal.to_string().as_bytes(), &private).into_bytes();
+        let digest = adit_tasks::dsse::Envelope::parse(&envelope)
+            .unwrap()
+            .digest();
+        let task_id = adit_tasks::task_id(&digest, &me, "it", 1);
+        let origin = Origin {
+            key: key.to_vec(),
+            seq,
+            digest,
+        };
+        let step_id = "it".to_owned();
+        (
+            adit_tasks::wire::Task {
+                task_id,
+                envelope,
+                step_id,
+                attempt: 1,
+            },
+            origin,
+        )
+    };
+    // The first ran and the host has it; of the second the host has nothing yet. Their goals do not expire for a century.
+    for (seq, acked) in [(1, true), (2, false)] {
+        let (task, origin) = order(seq);
+        crate::verify::verify(&task, &trusted, &me, &mut journal, None).unwrap();
+        journal.received(&task.task_id, &origin).unwrap();
+        journal.started(&task.task_id, 1).unwrap();
+        let ended = Report {
+            task_id: task.task_id,
+            ..report(0, Outcome::Done)
+        };
+        journal.result(&ended).unwrap();
+        if acked {
+            journal.acked(&task.task_id).unwrap();
+        }
+    }
+    fill(&mut journal, &key, 3, 2..JOURNAL_MAX);
+    journal
+        .received(
+            &id(JOURNAL_MAX),
+            &Origin {
+                key: key.to_vec(),
+                seq: 4,
+                digest: [4; 32],
+            },
+        )
+        .unwrap();
+    let ((dropped, _), (kept, _)) = (order(1), order(2));
+    assert_eq!(journal.phase(&dropped.task_id).unwrap(), None);
+    let denied = crate::verify::verify(&dropped, &trusted, &me, &mut journal, None);
+    let crate::verify::Denied::Refused(why) = denied.unwrap_err() else {
+        panic!("held")
+    };
+    assert!(why.starts_with("replay: "), "{why}");
+    assert!(matches!(
+        journal.phase(&kept.task_id).unwrap(),
+        Some(Phase::Result(_))
+    ));
+    // Of the others the oldest go.
+    assert_eq!(
+        journal.phase(&id(2)).unwrap(),
+        Some(Phase::Acked(Outcome::Done))
+    );
+    journal
+        .received(
+            &id(JOURNAL_MAX + 1),
+            &Origin {
+                key: key.to_vec(),
+                seq: 4,
+                digest: [4; 32],
+            },
+        )
+        .unwrap();
+    assert_eq!(journal.phase(&id(2)).unwrap(), None);
+    assert!(matches!(
+        journal.phase(&kept.task_id).unwrap(),
+        Some(Phase::Result(_))
+    ));
 }
 
 #[test]

@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! look for a function ── none at all ─► done: vsock
-//!    ▲      └── there ─► a bell, if it has no interrupts ─► RingEnd: serve, dial ── the bell ends ─┐
-//!    └──────────────────────────── a while later ◄────────────────────────────────────────────────┘
+//!    ▲      └── found ─► a stream for doorbells, if it has no interrupts ─► RingEnd: serve, dial ── that stream ends ─┐
+//!    └──────────────────────────── after a delay ◄─────────────────────────────────────────────────────────────────────┘
 //! ```
-//! Sessions that end and begin are the carrier's business; what is done here again is only what it cannot: find the
-//! function, and open the stream that rings this guest.
+//! The carrier itself begins a session again when one ends. Only what it cannot do is done here: find the function, and open
+//! the stream for doorbells.
 
 use std::io::{self, Read, Write};
 use std::sync::mpsc::Receiver;
@@ -16,21 +16,21 @@ use std::time::{Duration, Instant};
 
 use adit_channel::ring::bell::{BELL_PORT, Hears};
 
-use super::Kept;
+use super::DeviceGuard;
 use crate::conn::Conn;
 use crate::log;
 use crate::serve::Server;
 use crate::transport::ring::{RingEnd, carrier};
 use crate::transport::{Listen, Transport, Vsock};
 
-/// How long until the ring is looked for again, and twice as long each time that it was not there, or not for long.
+/// How long until the ring is looked for again; twice as long each time that it was not there, or not for long.
 const AGAIN: Duration = Duration::from_millis(10);
 const AGAIN_MAX: Duration = Duration::from_secs(5);
-/// One that lasted so long is looked for at once.
+/// One that lasted this long is looked for again at once.
 const LASTED: Duration = Duration::from_secs(1);
-/// How long until a host that has forgotten is told again how we hear.
-const TELL_AGAIN: Duration = Duration::from_millis(200);
-/// How long after the agent's start a ring that may be there is waited for, and how often it is looked for.
+/// How long until a new host is told how doorbells arrive here.
+const ANNOUNCE_AGAIN: Duration = Duration::from_millis(200);
+/// How long after the agent's start the first streams wait for a ring that may be there, and how often they look.
 const EXPECTED: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(5);
 /// Stack of the threads here.
@@ -40,7 +40,7 @@ const STACK_BYTES: usize = 256 << 10;
 #[derive(Clone)]
 pub struct Link {
     end: Arc<Mutex<Option<Arc<RingEnd>>>>,
-    /// When the agent's first streams wait for it no longer.
+    /// Until when the agent's first streams wait for it.
     expected: Option<Instant>,
 }
 
@@ -54,13 +54,13 @@ impl Default for Link {
 }
 
 /// A ring in use.
-struct Running {
+struct Attached {
     end: Arc<RingEnd>,
-    /// The stream on which the host was told how we hear.
-    said: Option<Conn>,
-    /// Tells when nobody hears the host any more.
-    deafened: Option<Receiver<()>>,
-    _kept: Kept,
+    /// The stream on which the host was told how doorbells arrive here.
+    announced: Option<Conn>,
+    /// Gets a message when no doorbell arrives any more.
+    stream_ended: Option<Receiver<()>>,
+    _kept: DeviceGuard,
 }
 
 impl Link {
@@ -68,7 +68,7 @@ impl Link {
         self.end.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Dials over the ring. Where one is expected, what is dialled first waits a while for it: it stays where it begins.
+    /// Dials over the ring. Where one is expected, the first dials wait for it: a stream stays on its carrier.
     fn dial_host(&self) -> io::Result<Conn> {
         loop {
             let end = self.lock().clone();
@@ -88,7 +88,7 @@ impl Link {
     /// Starts to look for a ring, and serves on it whatever the host dials.
     ///
     /// # Errors
-    /// There is no thread to be had.
+    /// There are no threads left.
     pub fn start(&self, server: Arc<Server>) -> io::Result<()> {
         let link = self.clone();
         let run = move || link.run(&server);
@@ -97,58 +97,61 @@ impl Link {
     }
 
     fn run(&self, server: &Arc<Server>) {
-        let mut again = Again::default();
-        // What is said once is not said again for as long as it is so.
+        let mut again = Backoff::default();
+        // A reason is logged once for as long as it is the same.
         let mut said = String::new();
         while super::present() {
             let begin = Instant::now();
-            if let Ok(running) = attach(&mut said) {
+            if let Ok(attached) = attach(&mut said) {
                 said.clear();
-                self.serve(running, server);
+                self.serve(attached, server);
             }
             thread::sleep(again.wait(begin.elapsed()));
         }
     }
 
-    /// Serves until nobody hears the host.
-    fn serve(&self, running: Running, server: &Arc<Server>) {
-        let listener = match running.end.streams() {
+    /// Serves until no doorbell arrives any more.
+    fn serve(&self, attached: Attached, server: &Arc<Server>) {
+        let listener = match attached.end.streams() {
             Ok(listener) => listener,
             Err(e) => return log::event("ring-failed", &[("error", &e)]),
         };
-        *self.lock() = Some(running.end.clone());
+        *self.lock() = Some(attached.end.clone());
         let server = server.clone();
         let accept = thread::Builder::new().name("ring-accept".into());
         let accepting = accept.stack_size(STACK_BYTES).spawn(move || {
             // It fails when the ring's end is dropped.
             while let Ok(incoming) = listener.accept() {
-                // One that fails was given up by the host.
+                // If this fails, the host has given the stream up.
                 let _ = incoming.accept().map(|stream| server.admit(stream));
             }
         });
-        match &running.deafened {
+        match &attached.stream_ended {
             _ if accepting.is_err() => log::event("ring-failed", &[("error", &"no thread")]),
-            Some(deafened) => {
-                let _ = deafened.recv();
-                log::event("ring-ended", &[("why", &"the host's bell has ended")]);
+            Some(stream_ended) => {
+                let _ = stream_ended.recv();
+                log::event(
+                    "ring-ended",
+                    &[("why", &"the stream for the host's doorbells has ended")],
+                );
             }
-            None => say_again(running.said),
+            None => keep_announcing(attached.announced),
         }
         *self.lock() = None;
     }
 }
 
 /// How long until the ring is looked for again.
-struct Again(Duration);
+struct Backoff(Duration);
 
-impl Default for Again {
+impl Default for Backoff {
     fn default() -> Self {
         Self(AGAIN)
     }
 }
 
-impl Again {
-    /// It was there for so long, or was not.
+impl Backoff {
+    /// The ring lasted this long; zero: it was not there.
     fn wait(&mut self, lasted: Duration) -> Duration {
         if lasted >= LASTED {
             self.0 = AGAIN;
@@ -158,35 +161,35 @@ impl Again {
     }
 }
 
-/// Tells the host again how we hear, whenever it has forgotten: for ever.
-fn say_again(mut said: Option<Conn>) {
+/// Tells the host again how doorbells arrive here, whenever it has started anew.
+fn keep_announcing(mut announced: Option<Conn>) {
     loop {
-        match said.take() {
-            // It says nothing: what comes is the end.
+        match announced.take() {
+            // The host sends nothing: a read returns at its end.
             Some(conn) => drop((&conn).read(&mut [0])),
             None => thread::sleep(AGAIN_MAX),
         }
-        thread::sleep(TELL_AGAIN);
-        said = tell(Hears::Interrupts).ok();
+        thread::sleep(ANNOUNCE_AGAIN);
+        announced = announce(Hears::Interrupts).ok();
     }
 }
 
-/// Takes the function, has the host ring it, and asks for a session.
-fn attach(said: &mut String) -> io::Result<Running> {
+/// Uses the function, tells the host how doorbells arrive, and asks for a session.
+fn attach(said: &mut String) -> io::Result<Attached> {
     let mut device = super::find(said).ok_or(io::ErrorKind::NotFound)?;
-    let bell = tell(match device.hears() {
+    let bell = announce(match device.hears() {
         Hears::Nothing => Hears::Stream,
         hears => hears,
     });
-    let (mut conn, mut deafened) = (None, None);
+    let (mut conn, mut stream_ended) = (None, None);
     match bell {
         Ok(stream) if device.hears() == Hears::Nothing => {
-            deafened = Some(device.hear(stream)?);
+            stream_ended = Some(device.use_stream(stream)?);
         }
         Ok(stream) => conn = Some(stream),
-        // Deaf, it would have to look on for ever: the ring waits until vsock is back.
+        // Without doorbells it would have to poll: the ring waits until vsock is back.
         Err(e) if device.hears() == Hears::Nothing => return Err(e),
-        // The host shows less.
+        // `adit vm show` says less then.
         Err(_) => {}
     }
     let function = device.function.clone();
@@ -195,16 +198,16 @@ fn attach(said: &mut String) -> io::Result<Running> {
     let end = RingEnd::start(carrier(memory, bells).map_err(io::Error::other)?)?;
     let hears = format!("{hears:?}").to_lowercase();
     log::event("ring", &[("function", &function), ("hears", &hears)]);
-    Ok(Running {
+    Ok(Attached {
         end: Arc::new(end),
-        said: conn,
-        deafened,
+        announced: conn,
+        stream_ended,
         _kept: kept,
     })
 }
 
-/// Tells the host how we hear, on a stream that rings us where nothing else does.
-fn tell(hears: Hears) -> io::Result<Conn> {
+/// Tells the host how doorbells arrive here, on a stream that brings them where nothing else does.
+fn announce(hears: Hears) -> io::Result<Conn> {
     let stream = Vsock.dial_host_at(BELL_PORT)?;
     (&stream).write_all(&[hears as u8])?;
     Ok(stream)
@@ -212,9 +215,9 @@ fn tell(hears: Hears) -> io::Result<Conn> {
 
 /// Vsock, and the ring where it is attached.
 pub struct Carriers<T> {
-    /// What is always there.
+    /// Always there.
     pub vsock: T,
-    /// What may be.
+    /// There or not.
     pub ring: Link,
 }
 
@@ -224,7 +227,7 @@ impl<T: Transport> Transport for Carriers<T> {
     }
 
     fn dial_host(&self) -> io::Result<Conn> {
-        // Not attached, or it ended: the host is there all the same.
+        // Not attached, or it has ended: vsock is there.
         self.ring.dial_host().or_else(|_| self.vsock.dial_host())
     }
 }
@@ -235,8 +238,8 @@ mod tests {
 
     #[test]
     fn a_host_that_is_back_within_a_second_is_found_within_a_second() {
-        let (mut again, at) = (Again::default(), Duration::ZERO);
-        // Its bell ended; it is looked for at once, and again and again.
+        let (mut again, at) = (Backoff::default(), Duration::ZERO);
+        // Its stream ended; it is looked for at once, and again and again.
         for back in (0..1000).map(Duration::from_millis) {
             let mut now = again.wait(LASTED);
             while now < back {
@@ -244,7 +247,7 @@ mod tests {
             }
             assert!(now - back <= back.max(AGAIN) + AGAIN, "{back:?}: {now:?}");
         }
-        // One that goes as soon as it has come is no reason to hurry.
+        // A ring that ends at once is looked for less and less often.
         let waits: Vec<_> = (0..12).map(|_| again.wait(LASTED / 2)).collect();
         assert_eq!(waits.last(), Some(&AGAIN_MAX));
         assert!(waits.is_sorted());

@@ -74,7 +74,7 @@ impl Registers {
     /// A register of 32 bits.
     ///
     /// # Errors
-    /// There is none such in the BAR.
+    /// The BAR has no such register.
     pub fn word(&self, at: usize) -> io::Result<Word> {
         let inside = at.checked_add(4).is_some_and(|end| end <= self.0.len);
         if !at.is_multiple_of(4) || !inside {
@@ -86,10 +86,10 @@ impl Registers {
         })
     }
 
-    /// A register that rings a doorbell of the host, another one with each of `values`.
+    /// A register by which the host's doorbells are rung: one for each of `values`.
     ///
     /// # Errors
-    /// There is none such in the BAR.
+    /// The BAR has no such register.
     pub fn doorbells<const N: usize>(
         &self,
         at: usize,
@@ -137,7 +137,7 @@ pub struct Register {
 
 impl Doorbell for Register {
     fn ring(&self) -> io::Result<()> {
-        // What was stored to the ring before is seen by whoever hears it.
+        // What was stored to the ring before is visible to whoever gets the interrupt.
         fence(Ordering::SeqCst);
         self.word.store(self.value);
         Ok(())

@@ -1,13 +1,13 @@
 //! The ring as this guest finds it: a PCI function whose shared BAR begins with a region.
 //!
-//! | way | memory | the host rings us | we ring the host | needs |
+//! | access | memory | from the host | to the host | needs |
 //! |---|---|---|---|---|
 //! | vfio | region 2 | MSI-X, as an eventfd | a store to BAR0 | an IOMMU and vfio-pci |
 //! | uio | `resource2` | its pin, as a file that counts | a store to BAR0 | an interrupt pin, uio_pci_generic, no lockdown |
 //! | sysfs | `resource2` | a byte over vsock, or we poll | a store to BAR0 | no lockdown |
 //!
-//! The first that works is taken. A function that somebody else has, or whose memory begins with something else, is left as
-//! it was. There is no fourth way: `/dev/mem` and `resource2_wc` would be.
+//! The first that works is used. A function that has another driver, or whose memory begins with something else, is left as
+//! it was. `/dev/mem` and `resource2_wc` are never used.
 
 mod link;
 mod map;
@@ -56,40 +56,40 @@ pub enum OpenError {
         /// Which.
         bar: usize,
     },
-    /// It raises no interrupt without a message.
+    /// It has message-signalled interrupts only.
     #[error("it has no interrupt pin")]
     NoPin,
-    /// The kernel gives no device's memory to user space.
+    /// The kernel does not let user space map a device's memory.
     #[error(
-        "the kernel is locked down ({level}): sysfs gives no device's memory out; give the VM an IOMMU, or stay on vsock"
+        "the kernel is locked down ({level}): device memory cannot be mapped through sysfs; give the VM an IOMMU, or stay on vsock"
     )]
     Lockdown {
-        /// How far.
+        /// The level of the lockdown.
         level: String,
     },
-    /// The kernel refuses something.
-    #[error("the kernel refuses")]
+    /// The kernel refused something.
+    #[error("the kernel refused")]
     Io(#[from] io::Error),
-    /// vfio does.
+    /// vfio refused something.
     #[error("vfio")]
     Vfio(#[source] Box<VfioError>),
-    /// It is somebody else's, or of a version that this agent does not know.
-    #[error("no region of ours")]
+    /// Its memory belongs to another program, or has a version that this agent does not know.
+    #[error("its memory has no region that this agent knows")]
     Region(#[from] RegionError),
 }
 
-/// How the function is had.
+/// How the agent uses the function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum How {
+pub enum Access {
     /// Through vfio, with interrupts.
     Msix,
     /// Through uio, with its pin's.
     Uio,
-    /// Through sysfs, without.
+    /// Through sysfs, without interrupts.
     Sysfs,
 }
 
-impl fmt::Display for How {
+impl fmt::Display for Access {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Msix => "vfio, MSI-X",
@@ -99,26 +99,26 @@ impl fmt::Display for How {
     }
 }
 
-/// What hears the host.
+/// How the host's doorbell arrives.
 #[derive(Debug)]
-pub enum Ear {
-    /// An interrupt.
+pub enum Interrupt {
+    /// As an eventfd.
     Event(EventFd),
-    /// The function's pin.
+    /// As an interrupt of the function's pin.
     Line(Line),
-    /// A byte on a stream that is nonblocking. At its end the other one, too, is told.
+    /// As a byte on a stream that is nonblocking. Its end is sent to the channel.
     Stream(Arc<Conn>, SyncSender<()>),
-    /// Nothing: its owner polls.
-    Deaf,
+    /// Not at all: its owner polls.
+    Polled,
 }
 
-impl Waiter for Ear {
+impl Waiter for Interrupt {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Event(event) => event.fd(),
             Self::Line(line) => line.fd(),
             Self::Stream(conn, _) => Some(conn.as_fd()),
-            Self::Deaf => None,
+            Self::Polled => None,
         }
     }
 
@@ -127,7 +127,7 @@ impl Waiter for Ear {
         match self {
             Self::Event(event) => event.clear(),
             Self::Line(line) => line.clear(),
-            Self::Deaf => Ok(()),
+            Self::Polled => Ok(()),
             Self::Stream(conn, ended) => {
                 let mut bytes = [0; 64];
                 let fd = conn.as_fd().as_raw_fd();
@@ -138,7 +138,7 @@ impl Waiter for Ear {
                     }
                     Err(e) => e.into(),
                 };
-                // Full: it was told.
+                // Full: the end was sent already.
                 let _ = ended.try_send(());
                 Err(error)
             }
@@ -146,73 +146,73 @@ impl Waiter for Ear {
     }
 }
 
-/// A function with a region, taken.
+/// A function with a region, in use.
 pub struct Device {
     /// Its address.
     pub function: String,
     /// Its memory.
     pub memory: Mapped,
-    /// Rings the host: there is data.
+    /// The host's doorbell: there is data.
     pub data: Register,
-    /// Rings the host: there is space.
+    /// The host's doorbell: there is space.
     pub space: Register,
-    /// Hears: there is data.
-    pub data_ear: Ear,
-    /// Hears: there is space.
-    pub space_ear: Ear,
-    /// How it is had.
-    pub how: How,
-    /// Why not in a better way; empty: there is none.
+    /// From the host: there is data.
+    pub data_interrupt: Interrupt,
+    /// From the host: there is space.
+    pub space_interrupt: Interrupt,
+    /// How it is used.
+    pub access: Access,
+    /// Why not by better means; empty: there are none.
     pub why: String,
     vfio: Option<Arc<VfioDevice>>,
 }
 
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Device({} by {})", self.function, self.how)
+        write!(f, "Device({} by {})", self.function, self.access)
     }
 }
 
 impl Device {
-    /// Has a stream whose bytes are the host's doorbells, in place of interrupts that it lacks. Returns what is told when
-    /// the stream ends: nobody hears the host from then on.
+    /// Uses a stream whose bytes are the host's doorbells, in place of interrupts. The returned channel gets a message when the
+    /// stream ends: no doorbell arrives from then on.
     ///
     /// # Errors
     /// The stream cannot be made nonblocking.
-    pub fn hear(&mut self, conn: Conn) -> io::Result<Receiver<()>> {
+    pub fn use_stream(&mut self, conn: Conn) -> io::Result<Receiver<()>> {
         conn.set_nonblocking()?;
         let (ended, end) = sync_channel(1);
-        self.data_ear = Ear::Stream(Arc::new(conn), ended);
-        // One stream rings for both.
-        self.space_ear = Ear::Deaf;
+        self.data_interrupt = Interrupt::Stream(Arc::new(conn), ended);
+        // One stream is for both.
+        self.space_interrupt = Interrupt::Polled;
         Ok(end)
     }
 
-    /// How it hears the host.
+    /// How the host's doorbells arrive.
     pub fn hears(&self) -> Hears {
-        match self.data_ear {
-            Ear::Event(_) | Ear::Line(_) => Hears::Interrupts,
-            Ear::Stream(..) => Hears::Stream,
-            Ear::Deaf => Hears::Nothing,
+        match self.data_interrupt {
+            Interrupt::Event(_) | Interrupt::Line(_) => Hears::Interrupts,
+            Interrupt::Stream(..) => Hears::Stream,
+            Interrupt::Polled => Hears::Nothing,
         }
     }
 
     /// What a carrier needs of it.
-    pub fn split(self) -> (Mapped, RingBells, Kept) {
+    pub fn split(self) -> (Mapped, RingBells, DeviceGuard) {
         let bells = RingBells {
             data: Box::new(self.data),
             space: Box::new(self.space),
-            data_heard: Box::new(self.data_ear),
-            space_heard: Box::new(self.space_ear),
+            data_heard: Box::new(self.data_interrupt),
+            space_heard: Box::new(self.space_interrupt),
         };
-        (self.memory, bells, Kept(self.vfio))
+        (self.memory, bells, DeviceGuard(self.vfio))
     }
 }
 
-/// What must live as long as a device's memory is used: its interrupts end with it.
-pub struct Kept(#[allow(dead_code)] Option<Arc<VfioDevice>>);
+/// Must live as long as a device's memory is used: its interrupts end with it.
+pub struct DeviceGuard(#[allow(dead_code)] Option<Arc<VfioDevice>>);
 
-/// What is stored to ring the host's doorbells: data, space.
+/// The values that ring the host's doorbells: data, space.
 fn doorbell_values() -> [u32; 2] {
     [VECTOR_DATA, VECTOR_SPACE].map(|vector| u32::from(HOST_PEER) << 16 | u32::from(vector))
 }
@@ -222,15 +222,15 @@ pub fn present() -> bool {
     !pci::candidates(Path::new(pci::DEVICES)).is_empty()
 }
 
-/// Looks for a function with a region, and takes it. `None`: there is none that can be had; why is in the log, unless it
-/// was `said` before.
+/// Looks for a function with a region, and uses it. `None`: there is none that can be used; the log has the reason, unless it is
+/// `said` already.
 pub fn find(said: &mut String) -> Option<Device> {
     let candidates = pci::candidates(Path::new(pci::DEVICES));
     let mut reasons = String::new();
     let found = candidates.iter().find_map(|function| match open(function) {
         Ok(device) => Some(device),
         Err(e) => {
-            reasons += &format!("{}: {}; ", function.address, chain(&e));
+            reasons += &format!("{}: {}; ", function.address, log::chain(&e));
             None
         }
     });
@@ -238,7 +238,7 @@ pub fn find(said: &mut String) -> Option<Device> {
         let bytes = adit_ringbuf::RingMem::len(&device.memory);
         let fields: [(&str, &dyn fmt::Display); 4] = [
             ("function", &device.function),
-            ("by", &device.how),
+            ("by", &device.access),
             ("bytes", &bytes),
             ("why", &device.why),
         ];
@@ -253,33 +253,33 @@ pub fn find(said: &mut String) -> Option<Device> {
 
 fn open(function: &Function) -> Result<Device, OpenError> {
     match function.driver() {
-        // As the agent before this one left it.
+        // An earlier agent left it so.
         Some(driver) if driver == vfio::DRIVER => return vfio::open(function, DOORBELL),
         Some(driver) if driver == uio::DRIVER => return uio::open(function, DOORBELL),
         Some(driver) => {
-            let why = format!("driver {driver} has it");
+            let why = format!("it is bound to driver {driver}");
             return Err(OpenError::Io(io::Error::other(why)));
         }
         None => {}
     }
-    // Looked at before it is given to another driver: it may be another program's.
+    // Its memory is read before it is bound to another driver: it may be another program's.
     let plain = sysfs::open(function, DOORBELL);
     if matches!(plain, Err(OpenError::Region(_))) {
         return plain;
     }
-    let mut why = "no IOMMU stands before it".to_owned();
+    let mut why = "it is behind no IOMMU".to_owned();
     if function.has_iommu() {
         match vfio::open(function, DOORBELL) {
             Ok(device) => return Ok(device),
-            Err(e) => why = chain(&e),
+            Err(e) => why = log::chain(&e),
         }
     }
-    // The other ways have its memory as this one has.
+    // The other means map the same memory.
     drop(plain?);
     match uio::open(function, DOORBELL) {
         Ok(device) => Ok(because(device, why)),
         Err(e) => {
-            let why = format!("{why}; {}", chain(&e));
+            let why = format!("{why}; {}", log::chain(&e));
             sysfs::open(function, DOORBELL).map(|device| because(device, why))
         }
     }
@@ -287,15 +287,4 @@ fn open(function: &Function) -> Result<Device, OpenError> {
 
 fn because(device: Device, why: String) -> Device {
     Device { why, ..device }
-}
-
-/// An error and its causes in one line.
-fn chain(e: &dyn std::error::Error) -> String {
-    let mut text = e.to_string();
-    let mut source = e.source();
-    while let Some(e) = source {
-        text += &format!(": {e}");
-        source = e.source();
-    }
-    text
 }

@@ -71,7 +71,7 @@ impl Function {
         Some(Bar { bytes })
     }
 
-    /// The driver that has it.
+    /// The driver that it is bound to.
     pub fn driver(&self) -> Option<String> {
         let link = fs::read_link(self.dir.join("driver")).ok()?;
         Some(link.file_name()?.to_string_lossy().into_owned())
@@ -79,7 +79,7 @@ impl Function {
 
     /// Whether it has an interrupt pin.
     pub fn has_pin(&self) -> bool {
-        // Whoever may look at anything may look at the first 64 bytes.
+        // The first 64 bytes need no privilege.
         let config = fs::read(self.dir.join("config")).unwrap_or_default();
         config.get(INTERRUPT_PIN).is_some_and(|&pin| pin != 0)
     }
@@ -90,7 +90,7 @@ impl Function {
         entries.next()?.ok()?.file_name().into_string().ok()
     }
 
-    /// Whether an IOMMU stands before it.
+    /// Whether it is behind an IOMMU.
     pub fn has_iommu(&self) -> bool {
         self.dir.join("iommu_group").exists()
     }
@@ -103,18 +103,18 @@ impl Function {
         fs::write(self.dir.join("enable"), "1")
     }
 
-    /// Gives it to a driver, which no other has it.
+    /// Binds it to a driver; it has none yet.
     ///
     /// # Errors
-    /// Another driver has it, or the one wanted does not take it.
+    /// It is bound to another driver, or this one does not accept it.
     fn bind(&self, driver: &str) -> io::Result<()> {
         match self.driver() {
             Some(has) if has == driver => return Ok(()),
-            Some(has) => return Err(io::Error::other(format!("driver {has} has it"))),
+            Some(has) => return Err(io::Error::other(format!("it is bound to driver {has}"))),
             None => {}
         }
         fs::write(self.dir.join("driver_override"), driver)?;
-        // PCI's own directory is the one above the devices'.
+        // PCI's own directory is the parent of the devices'.
         let bus = self.dir.parent().and_then(Path::parent);
         let probe = bus
             .unwrap_or(Path::new("/sys/bus/pci"))
@@ -123,19 +123,19 @@ impl Function {
         match self.driver() {
             Some(has) if has == driver => Ok(()),
             _ => {
-                // Left as it was found.
+                // It is left as it was found.
                 let _ = fs::write(self.dir.join("driver_override"), "\n");
                 Err(io::Error::other(format!(
-                    "driver {driver} does not take it (is its module loaded?)"
+                    "driver {driver} does not accept it (is its module loaded?)"
                 )))
             }
         }
     }
 
-    /// Gives it to a driver, and takes it back if `take` fails of what that makes of it.
+    /// Binds it to a driver and calls `take`; unbinds it if that fails.
     ///
     /// # Errors
-    /// It cannot be bound, or `take` fails.
+    /// It cannot be bound, or `take` failed.
     pub fn with_driver<T, E: From<io::Error>>(
         &self,
         driver: &str,
@@ -143,7 +143,7 @@ impl Function {
     ) -> Result<T, E> {
         let had = self.driver().is_some();
         if !had {
-            // Where modules are loaded on demand; a kernel that has it built in, or no modprobe, is as well.
+            // The driver may be a module, or built in; then, and without modprobe, this does nothing.
             let mut modprobe = Command::new("modprobe");
             modprobe.args(["-q", driver]);
             let quiet = modprobe.stdin(Stdio::null()).stderr(Stdio::null());
@@ -157,7 +157,7 @@ impl Function {
         taken
     }
 
-    /// Takes it from its driver again.
+    /// Unbinds it from its driver.
     fn release(&self) {
         let _ = fs::write(self.dir.join("driver/unbind"), &self.address);
         let _ = fs::write(self.dir.join("driver_override"), "\n");

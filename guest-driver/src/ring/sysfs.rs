@@ -9,7 +9,7 @@ use adit_ringbuf::region::Region;
 
 use super::map::{self, Registers};
 use super::pci::Function;
-use super::{Device, Ear, How, OpenError, REGISTERS_BAR, SHARED_BAR, doorbell_values};
+use super::{Access, Device, Interrupt, OpenError, REGISTERS_BAR, SHARED_BAR, doorbell_values};
 
 /// Where the kernel says how locked down it is.
 const LOCKDOWN: &str = "/sys/kernel/security/lockdown";
@@ -17,20 +17,20 @@ const LOCKDOWN: &str = "/sys/kernel/security/lockdown";
 /// Opens it.
 ///
 /// # Errors
-/// The kernel does not give its memory out, under lockdown for instance.
+/// The kernel does not let its memory be mapped, under lockdown for instance.
 pub fn open(function: &Function, register: usize) -> Result<Device, OpenError> {
     function.enable().map_err(refused)?;
     take(function, register).map(|(device, _)| device)
 }
 
-/// Maps what it has, which it decodes already.
+/// Maps its memory, which it decodes already.
 ///
 /// # Errors
 /// As [`open`].
 pub fn take(function: &Function, register: usize) -> Result<(Device, Registers), OpenError> {
     let bar = |n| function.bar(n).ok_or(OpenError::NoBar { bar: n });
     let (registers, shared) = (bar(REGISTERS_BAR)?, bar(SHARED_BAR)?);
-    // Never `resource2_wc`: write-combined stores overtake each other, and a ring is made of their order.
+    // Never `resource2_wc`: write-combined stores overtake each other, and a ring depends on their order.
     let memory = resource(function, SHARED_BAR)?;
     let memory = map::memory(memory.as_fd(), 0, shared.bytes).map_err(refused)?;
     Region::read(&memory)?;
@@ -42,9 +42,9 @@ pub fn take(function: &Function, register: usize) -> Result<(Device, Registers),
         memory,
         data,
         space,
-        data_ear: Ear::Deaf,
-        space_ear: Ear::Deaf,
-        how: How::Sysfs,
+        data_interrupt: Interrupt::Polled,
+        space_interrupt: Interrupt::Polled,
+        access: Access::Sysfs,
         why: String::new(),
         vfio: None,
     };
@@ -64,7 +64,7 @@ fn refused(e: io::Error) -> OpenError {
     }
 }
 
-/// The level that is on: the one in brackets, unless it is "none".
+/// The level in force: the one in brackets, unless it is "none".
 fn lockdown(file: &Path) -> Option<String> {
     let text = fs::read_to_string(file).ok()?;
     let (_, rest) = text.split_once('[')?;

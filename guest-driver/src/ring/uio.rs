@@ -5,7 +5,7 @@
 //!        ▲                                                                   │ clear
 //!        └── command, bit 10 clear ◄── IntrStatus is read, which clears it ◄─┘
 //! ```
-//! What rings between the last two raises the pin when it is enabled: no ring is lost. A function that offers pulses
+//! A doorbell between the last two raises the pin once it is enabled: none is lost. A function that offers pulses
 //! (`adit-ring-pci`) needs neither of the two: the pin stays disabled after the first, and is pulsed all the same.
 
 use std::fs::{File, OpenOptions};
@@ -18,7 +18,7 @@ use adit_ringbuf_io::doorbell::Waiter;
 
 use super::map::{Registers, Word};
 use super::pci::Function;
-use super::{Device, Ear, How, OpenError, sysfs};
+use super::{Access, Device, Interrupt, OpenError, sysfs};
 
 /// The driver.
 pub const DRIVER: &str = "uio_pci_generic";
@@ -34,12 +34,12 @@ const FEATURES: usize = 16;
 const PULSES_OFFERED: u32 = 1;
 const PULSES: u32 = 1 << 31;
 
-/// Hears a function's pin.
+/// The interrupts of a function's pin.
 #[derive(Debug)]
 pub struct Line {
     /// Readable when the pin was raised since the last read.
     counter: File,
-    /// How the next interrupt is had; none: it comes by itself.
+    /// How the next interrupt is enabled; none: it needs nothing.
     enable: Option<Enable>,
 }
 
@@ -54,7 +54,7 @@ struct Enable {
 /// Opens it.
 ///
 /// # Errors
-/// It has no pin, the driver is not there or does not take it, or the kernel does not give its memory out.
+/// It has no pin, the driver is missing or does not accept it, or the kernel does not let its memory be mapped.
 pub fn open(function: &Function, register: usize) -> Result<Device, OpenError> {
     if !function.has_pin() {
         return Err(OpenError::NoPin);
@@ -62,9 +62,9 @@ pub fn open(function: &Function, register: usize) -> Result<Device, OpenError> {
     function.with_driver(DRIVER, || {
         let (device, registers) = sysfs::take(function, register)?;
         Ok(Device {
-            // The pin says both.
-            data_ear: Ear::Line(Line::new(function, &registers)?),
-            how: How::Uio,
+            // The pin is for both.
+            data_interrupt: Interrupt::Line(Line::new(function, &registers)?),
+            access: Access::Uio,
             ..device
         })
     })
@@ -90,7 +90,7 @@ impl Line {
         }
         mask.store(!PULSES);
         let enable = Enable::new(function, registers)?;
-        // An agent before this one may have left it disabled.
+        // An earlier agent may have left it disabled.
         enable.again()?;
         let enable = Some(enable);
         Ok(Self { counter, enable })

@@ -8,7 +8,7 @@ use vfio_ioctls::{VfioContainer, VfioDevice, VfioError};
 
 use super::map::{self, Registers};
 use super::pci::Function;
-use super::{Device, Ear, How, OpenError, doorbell_values};
+use super::{Access, Device, Interrupt, OpenError, doorbell_values};
 
 /// vfio's numbers for what a PCI function has (Linux `include/uapi/linux/vfio.h`).
 const REGISTERS: u32 = 0;
@@ -23,7 +23,7 @@ pub const DRIVER: &str = "vfio-pci";
 /// Opens it.
 ///
 /// # Errors
-/// There is no vfio here, or it does not give the function out.
+/// There is no vfio here, or it refuses the function.
 pub fn open(function: &Function, register: usize) -> Result<Device, OpenError> {
     function.with_driver(DRIVER, || take(function, register))
 }
@@ -31,7 +31,7 @@ pub fn open(function: &Function, register: usize) -> Result<Device, OpenError> {
 fn take(function: &Function, register: usize) -> Result<Device, OpenError> {
     let container = Arc::new(VfioContainer::new(None)?);
     let device = Arc::new(VfioDevice::new(&function.dir, container, false)?);
-    // vfio takes bus mastering away, and an MSI is a write on the bus.
+    // vfio switches bus mastering off, and an MSI is a write on the bus.
     let mut command = [0; 2];
     device.region_read(CONFIG, &mut command, COMMAND);
     let command = u16::from_le_bytes(command) | MEMORY_AND_MASTER;
@@ -44,16 +44,16 @@ fn take(function: &Function, register: usize) -> Result<Device, OpenError> {
     Region::read(&memory)?;
     let registers = Registers::map(fd, at(REGISTERS), bytes(REGISTERS))?;
     let [data, space] = registers.doorbells(register, doorbell_values())?;
-    let (data_ear, space_ear) = (event_fd()?, event_fd()?);
-    device.enable_msix(vec![&data_ear, &space_ear])?;
+    let (data_interrupt, space_interrupt) = (event_fd()?, event_fd()?);
+    device.enable_msix(vec![&data_interrupt, &space_interrupt])?;
     Ok(Device {
         function: function.address.clone(),
         memory,
         data,
         space,
-        data_ear: Ear::Event(data_ear),
-        space_ear: Ear::Event(space_ear),
-        how: How::Msix,
+        data_interrupt: Interrupt::Event(data_interrupt),
+        space_interrupt: Interrupt::Event(space_interrupt),
+        access: Access::Msix,
         why: String::new(),
         vfio: Some(device),
     })

@@ -4,8 +4,8 @@
 //! region ══ shard's thread: port, engine ══ socketpair ── Conn ── serve, relay, client
 //! ```
 //! A thread of its own moves the bytes, asleep until the host's doorbell or a socket wakes it; the rest of the agent sees
-//! streams like any others. Sessions that end and begin are its business: the listener stays, old streams end. Of a stream that
-//! was reset the near socket is at its end, and takes nothing any more; of one that ended it still does.
+//! ordinary streams. When a session ends and another begins, the listener stays and old streams end. After a reset the near
+//! socket reads end of file and accepts no more bytes; after an end it still accepts them.
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -26,7 +26,7 @@ use crate::conn::Conn;
 
 /// How long the host may take to answer a request.
 const DIAL_LIMIT: Duration = Duration::from_secs(2);
-/// How long a shard that hears no doorbell looks on after the last work: a wake-up is out of the question there.
+/// How long a shard without a doorbell polls after the last work: nothing would wake it.
 const DEAF_LOOK: Duration = Duration::from_micros(200);
 
 /// This guest's end of a ring, on a thread.
@@ -38,7 +38,7 @@ pub struct RingEnd {
 /// Finds the region that the host made of this memory, and asks for a session.
 ///
 /// # Errors
-/// There is no region, or none that this agent knows; there are no descriptors left.
+/// There is no region, or one of an unknown version; or there are no descriptors left.
 pub fn carrier(memory: Mapped, bells: RingBells) -> Result<RingCarrier, RingError> {
     let start = getrandom::u64().map_err(io::Error::other)?;
     RingCarrier::guest(memory, start, Features::NONE, bells)
@@ -66,7 +66,7 @@ impl RingEnd {
 }
 
 impl RingEnd {
-    /// Takes the streams that the host dials, one after the other.
+    /// Accepts the streams that the host dials.
     ///
     /// # Errors
     /// There are too many listeners, or the end is gone.
@@ -75,22 +75,22 @@ impl RingEnd {
     }
 }
 
-/// Between the ring and a local socket the shard itself moves the bytes: no thread is needed any more.
+/// The shard itself moves the bytes between the ring and a local socket, so that a tunnel needs no thread.
 impl HostStream for Stream {
-    fn limit(&self, limit: Option<Duration>) -> io::Result<()> {
+    fn set_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
         self.set_deadline(limit.map(|limit| Instant::now() + limit));
         Ok(())
     }
 
-    fn bytes(&self) -> impl Read + Write {
+    fn io(&self) -> impl Read + Write {
         self
     }
 
-    fn end(&self) -> io::Result<()> {
+    fn end_sending(&self) -> io::Result<()> {
         self.shutdown(How::Send)
     }
 
-    fn join(self, local: Conn) -> io::Result<()> {
+    fn relay_to(self, local: Conn) -> io::Result<()> {
         local.set_nonblocking()?;
         self.splice(local.into());
         Ok(())
@@ -130,7 +130,7 @@ impl Transport for RingEnd {
 
 impl Listen for Listener {
     fn accept(&self) -> io::Result<Option<Conn>> {
-        // Whoever is at the other end of the region is the host: there is nobody else.
+        // Only the host is at the other end of the region.
         conn(Self::accept(self)?.accept()?).map(Some)
     }
 }

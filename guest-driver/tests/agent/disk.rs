@@ -167,3 +167,42 @@ fn an_agent_that_starts_on_a_full_disk_runs_tasks_once_there_is_space() {
     assert_eq!(report.outcome, Outcome::Done, "{}", report.reason);
     assert_eq!(lines(&host.path("count")), 1);
 }
+
+#[test]
+fn an_output_that_does_not_fit_on_the_disk_is_said_to_be_lost_and_the_outcome_is_kept() {
+    let mut host = Host::new();
+    let Some(disk) = SmallDisk::at(host.path("state")) else {
+        return;
+    };
+    // Less is held back than was: only a short result has room.
+    let text = "truncate -s 400K \"$1\"; cat /dev/zero >\"$2\" 2>/dev/null; \
+                head -c 262144 /dev/zero; head -c 262144 /dev/zero >&2; exit 3";
+    let script = json!({"interpreter": "/bin/sh", "script": text, "output_cap": 262_144,
+                        "args": [host.path("state/reserve"), disk.filler()]});
+    let steps = json!([{"id": "loud", "script": script}]);
+    let task = task(host.goal(1, steps), "loud", 1);
+    host.start(None);
+    let (mut session, _) = host.accept();
+    let Some(Said::Pull(id)) = session.next().unwrap() else {
+        panic!("{}", host.log())
+    };
+    session.task(id, &task);
+    let first = loop {
+        if let Said::Report(_, report) = session.next().unwrap().unwrap() {
+            break report;
+        }
+    };
+    // The stream that is there gets it all.
+    assert_eq!((first.outcome, first.exit), (Outcome::Failed, Some(3)));
+    assert_eq!(first.stdout.total + first.stderr.total, 2 * 262_144);
+    drop(session);
+    host.kill();
+    host.start(None);
+    let (mut session, _) = host.accept();
+    let Some(Said::Report(_, second)) = session.next().unwrap() else {
+        panic!("{}", host.log())
+    };
+    assert_eq!((second.outcome, second.exit), (Outcome::Failed, Some(3)));
+    let says = format!("{FULL}: its output could not be kept");
+    assert!(second.reason.contains(&says), "{}", second.reason);
+}

@@ -318,9 +318,9 @@ pub fn receive(sock: impl AsFd) -> Result<Option<(Message, Option<OwnedFd>)>, Co
 /// Receives the next frame and its descriptors from a trusted process. `None`: the other side closed the connection.
 ///
 /// # Errors
-/// As [`receive_passed`].
+/// As [`receive_passed`], but it does not matter how many descriptors wait to be closed: those came from others.
 pub fn receive_all(sock: impl AsFd) -> Result<Option<(Message, Vec<OwnedFd>)>, ControlError> {
-    let received = receive_passed(sock, &Closer::shared())?;
+    let received = receive_any(sock, &Closer::shared())?;
     let trust = |fds: Vec<Passed>| fds.into_iter().filter_map(Passed::trust).collect();
     Ok(received.map(|(message, fds)| (message, trust(fds))))
 }
@@ -335,11 +335,18 @@ pub fn receive_passed(
     sock: impl AsFd,
     closer: &Closer,
 ) -> Result<Option<(Message, Vec<Passed>)>, ControlError> {
+    if closer.is_full() {
+        return Err(ControlError::Overfull);
+    }
+    receive_any(sock, closer)
+}
+
+fn receive_any(
+    sock: impl AsFd,
+    closer: &Closer,
+) -> Result<Option<(Message, Vec<Passed>)>, ControlError> {
     let mut packet = vec![0; PACKET_MAX];
     loop {
-        if closer.is_full() {
-            return Err(ControlError::Overfull);
-        }
         let got = match adit_passed::receive(&sock, &mut packet, RecvFlags::empty(), closer) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             received => received?,
@@ -526,6 +533,19 @@ mod tests {
         ));
         raw_send(&a, &vec![0; PACKET_MAX + 1], &[]);
         assert!(matches!(receive(&b), Err(ControlError::TooLong)));
+    }
+
+    #[test]
+    fn r105_what_others_passed_does_not_keep_a_trusted_process_from_being_heard() {
+        let (ours, theirs) = pair();
+        let closer = Closer::new(1);
+        closer.hold();
+        closer.close(std::fs::File::open("/dev/null").unwrap());
+        send(&theirs, &Message::Quit(Quit {}), None).unwrap();
+        let deaf = receive_passed(&ours, &closer).unwrap_err();
+        assert!(matches!(deaf, ControlError::Overfull));
+        let heard = receive_any(&ours, &closer).unwrap();
+        assert!(matches!(heard, Some((Message::Quit(_), fds)) if fds.is_empty()));
     }
 
     #[test]

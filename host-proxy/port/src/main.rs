@@ -104,7 +104,8 @@ fn run(args: Args) -> anyhow::Result<()> {
         .context("cannot read /dev/urandom")?;
     let (boot_nonce, seed) = random.split_at(16);
     // The guest comes after this. Give up rights and files before its thread exists, and system calls after.
-    if !privilege::give_up(args.uid).context("cannot give up privileges")? {
+    let ring_bytes = args.ivshmem_mib << 20;
+    if !privilege::give_up(args.uid, ring_bytes as u64).context("cannot give up privileges")? {
         tracing::debug!("started without the right to empty its capability bounding set");
     }
     place.listen().context("cannot listen on ctl.sock")?;
@@ -136,9 +137,13 @@ fn run(args: Args) -> anyhow::Result<()> {
     keeping.set_releaser(carrier.releaser());
     let control = place.control;
     let (rings, inbox) = rings::channel().context("cannot take rings")?;
-    let bytes = args.ivshmem_mib << 20;
-    let mut sockets =
-        RingSockets::new(options.vm.clone(), place.ring, place.ivshmem, bytes, rings)?;
+    let mut sockets = RingSockets::new(
+        options.vm.clone(),
+        place.ring,
+        place.ivshmem,
+        ring_bytes,
+        rings,
+    )?;
     sockets.resume(left.ring);
     sockets.spawn().context("cannot serve ring.sock")?;
     let process = Process::new(options, carrier, left.live, keeping, control, stop)?;

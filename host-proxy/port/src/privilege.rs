@@ -29,13 +29,15 @@ pub struct PrivilegeError {
     source: io::Error,
 }
 
-/// Gives up every privilege, and becomes the user and group `own`, if given, which needs root. Call this while there is only
+/// Gives up every privilege, and becomes the user and group `own`, if given, which needs root. The longest file that it may
+/// write has `file_max_bytes`, or twice [`FILE_MAX`](crate::log::FILE_MAX) if that is more: its log is a file, and so is
+/// memory for a ring. Call this while there is only
 /// one thread. Returns false if the capability bounding set could not be emptied. That is harmless: only another program could
 /// gain capabilities, and the process never starts one.
 ///
 /// # Errors
 /// The kernel refuses.
-pub fn give_up(own: Option<u32>) -> Result<bool, PrivilegeError> {
+pub fn give_up(own: Option<u32>, file_max_bytes: u64) -> Result<bool, PrivilegeError> {
     let failed = |what| move |source: io::Error| PrivilegeError { what, source };
     let bounded = empty_bounds().map_err(failed("empty the capability bounding set"))?;
     // A core dump would contain guest memory, and the process never locks memory.
@@ -43,6 +45,9 @@ pub fn give_up(own: Option<u32>) -> Result<bool, PrivilegeError> {
         limit(resource, 0).map_err(failed("set its limits"))?;
     }
     limit(Resource::RLIMIT_DATA, OWN_MEMORY_MAX).map_err(failed("set its limits"))?;
+    // A process that its guest has taken over could write its log until the disk is full.
+    let file_max = file_max_bytes.max(2 * crate::log::FILE_MAX);
+    limit(Resource::RLIMIT_FSIZE, file_max).map_err(failed("set its limits"))?;
     if let Some(own) = own {
         limit(Resource::RLIMIT_NPROC, THREADS_MAX).map_err(failed("set its limits"))?;
         let (uid, gid) = (Uid::from_raw(own), Gid::from_raw(own));

@@ -102,14 +102,14 @@ impl GuestBell {
     }
 
     /// Wraps a doorbell: uses it while there is no stream.
-    fn before(&self, event: ring::Ring) -> ring::Ring {
+    fn before(&self, event: ring::BoxedDoorbell) -> ring::BoxedDoorbell {
         let bell = self.clone();
         Box::new(Either { event, bell })
     }
 }
 
 struct Either {
-    event: ring::Ring,
+    event: ring::BoxedDoorbell,
     bell: GuestBell,
 }
 
@@ -306,7 +306,7 @@ impl RingSockets {
             guest_space,
             host_data,
             host_space,
-        ] = left.map_err(|_| "another number of descriptors")?;
+        ] = left.map_err(|_| "it has the wrong number of descriptors")?;
         let memory_fd = memory_fd.memory()?;
         let memory = Mapped::from_memfd(memory_fd.try_clone()?, self.ivshmem_bytes)?;
         let bells = Bells {
@@ -325,7 +325,7 @@ impl RingSockets {
 
     /// Makes a ring from what the ivshmem socket's client has.
     fn give(&mut self, given: Given) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        let vmm = self.ivshmem.client().ok_or("it has gone")?;
+        let vmm = self.ivshmem.client().ok_or("its VMM is gone")?;
         let mut kept = vec![vmm.try_clone_to_owned()?, given.memory_fd];
         let bells = &given.bells;
         for bell in [
@@ -443,7 +443,10 @@ impl RingSockets {
         match offered.accept(epoch) {
             Ok((socket, _, _)) => Ok((socket, id)),
             Err(e) => {
-                self.out.detach(id, "its VMM went before it was told");
+                self.out.detach(
+                    id,
+                    "its VMM closed the connection before the ring was accepted",
+                );
                 Err(e.into())
             }
         }
@@ -462,13 +465,13 @@ impl RingSockets {
             match self.ivshmem.accept() {
                 Ok(None) => return Ok(()),
                 Ok(Some(given)) => {
-                    self.client_gone("another VMM took its place");
+                    self.client_gone("another VMM connected");
                     if let Err(e) = self.give(given) {
-                        tracing::warn!(error = %chain(&*e), "ring not made");
+                        tracing::warn!(error = %chain(&*e), "cannot make a ring for the ivshmem client");
                     }
                 }
                 Err(ivshmem::IvshmemError::Io(e)) => return Err(e),
-                Err(e) => tracing::warn!(error = %chain(&e), "ivshmem client turned away"),
+                Err(e) => tracing::warn!(error = %chain(&e), "ivshmem client refused"),
             }
         }
     }

@@ -242,7 +242,8 @@ impl Registration {
         let answer = String::from_utf8_lossy(&answer);
         let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
         let status = head.split(' ').nth(1).and_then(|s| s.parse().ok());
-        let status = status.with_context(|| format!("{} is no aditd", self.aditd.display()))?;
+        let status = status
+            .with_context(|| format!("{} is not the socket of an aditd", self.aditd.display()))?;
         Ok((status, body.to_owned()))
     }
 }

@@ -323,7 +323,7 @@ fn tunnels_outlive_aditd_and_the_ring_outlives_a_killed_port_process() {
         // The old stream has ended, with an error and not as if it were complete.
         assert!(matches!(tunnel.read(&mut [0]), Ok(0) | Err(_)));
         port.wait_ring(|ring| ring.running);
-        println!("attached anew after {} ms", begin.elapsed().as_millis());
+        println!("attached again after {} ms", begin.elapsed().as_millis());
         assert!(begin.elapsed() < Duration::from_secs(5));
         tunnel = port.tunnel(9);
         tunnel.write_all(b"x").unwrap();

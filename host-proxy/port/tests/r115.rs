@@ -577,7 +577,7 @@ fn child(name: &str) -> ! {
     let scene = Scene::of_child();
     let attempt = KIT.iter().find(|(n, ..)| *n == name);
     if std::env::var_os(INSIDE).is_some() {
-        privilege::give_up(Uid::effective().is_root().then_some(OWN)).unwrap();
+        privilege::give_up(Uid::effective().is_root().then_some(OWN), 0).unwrap();
         sandbox::lock_files().unwrap();
         sandbox::lock_calls().unwrap();
     }
@@ -726,6 +726,10 @@ fn r115_it_runs_as_its_vms_own_user_without_any_capability() {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     let core = limits.lines().find(|l| l.starts_with("Max core")).unwrap();
     assert!(core.split_whitespace().nth(4) == Some("0"), "{core}");
+    // Its log has a limit, even if the guest has taken the process over.
+    let file = limits.lines().find(|l| l.starts_with("Max file size"));
+    let hard = file.and_then(|l| l.split_whitespace().nth(4)?.parse::<u64>().ok());
+    assert_eq!(hard, Some(2 * adit_port::log::FILE_MAX), "{limits}");
     // The directory still belongs to whoever started the process, and the process cannot open it.
     for file in ["", "ctl.sock", "vhost.sock", "port.pid"] {
         let meta = fs::metadata(running.dir.join(file)).unwrap();

@@ -88,7 +88,7 @@ fn a_service_uses_the_ring_while_it_runs_and_vsock_before_and_after() {
     // The VMM ends, and with it the ring: the ring's stream ends, and the next dial uses the guest's vsock.
     drop(vmm.talk);
     let gone = wait_ring(&aditd, |ring| !ring.running);
-    assert!(gone.why.contains("the ring went"), "{}", gone.why);
+    assert!(gone.why.contains("the ring was removed"), "{}", gone.why);
     let ended = (&tunnel).read(&mut [0; 8]);
     assert!(
         matches!(&ended, Ok(0)) || ended.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset)
@@ -122,7 +122,7 @@ fn round_trips_are_measured_on_the_lane_of_dials() {
     while asked.iter().sum::<u32>() < 2 {
         for (lane, asked) in lanes.iter_mut().zip(&mut asked) {
             while lane.consumer.pop(&mut record).unwrap().is_some() {
-                let header = PacketHeader::from_frame(record.first_chunk().unwrap());
+                let header = PacketHeader::from_ring_bytes(record.first_chunk().unwrap());
                 *asked += u32::from(header.op == Op::Request as u16);
             }
         }
@@ -190,7 +190,7 @@ fn what_the_guest_dials_over_its_ring_reaches_aditd() {
         if let Some((Message::Incoming(incoming), fd)) = aditd.heard() {
             break (incoming, fd.unwrap());
         }
-        assert!(Instant::now() < until, "not told");
+        assert!(Instant::now() < until, "aditd did not get the stream");
     };
     assert_eq!(
         (incoming.port, incoming.peer_port),

@@ -58,6 +58,14 @@ impl<'a> Document<'a> {
         }
     }
 
+    /// Line of a key of a section.
+    fn section_line(&self, section: &str, key: &str) -> usize {
+        let section = self.root.get_ref().get(section).map(Spanned::get_ref);
+        let table = section.and_then(DeValue::as_table);
+        let key = table.and_then(|t| t.get_key_value(key));
+        key.map_or(1, |(key, _)| self.line(key.span()))
+    }
+
     /// Line of a key before all sections.
     pub(super) fn top_line(&self, key: &str) -> usize {
         let key = self.root.get_ref().get_key_value(key);
@@ -224,6 +232,9 @@ pub(super) fn compare(config: &Config, document: &Document<'_>) -> Vec<Problem> 
             super::VMS_MAX
         );
         wrong(document.vm_line(super::VMS_MAX, ""), "vm", message);
+    }
+    if let Err(message) = config.proxy.check() {
+        wrong(document.section_line("proxy", "listen"), "listen", message);
     }
     let run_dir = document.top_line("run_dir");
     if let Err(e) = adit_channel::socket_path::check_len(&config.api_socket()) {

@@ -156,6 +156,14 @@ const KEYS: &[Key] = &[
         kind: Kind::Address,
     },
     Key {
+        path: "proxy.open",
+        meaning: "Lets `listen` be an address that other machines reach. Whoever reaches it may use every port that a VM \
+                  allows: the proxy has no authentication.",
+        default: "false",
+        example: "false",
+        kind: Kind::Flag,
+    },
+    Key {
         path: "metrics.listen",
         meaning: "Where metrics are served over TCP. Without the section [metrics] they are served on aditd.sock only.",
         default: REQUIRED,

@@ -1,38 +1,100 @@
-//! Absolute-form: `GET http://VM/path`. One dial a request; bodies are streamed, never gathered.
+//! Absolute-form: `GET http://VM/path`, carried to the VM and answered. Bodies are streamed, never gathered.
+//!
+//! aditd is an HTTP/1.1 intermediary here (RFC 9110 §3.7): each message is made anew in our own version, with the framing
+//! that its receiver understands; fields of one connection stay behind ([`fields`]), and where a server changes to another
+//! protocol, the client's connection goes with it ([`upgrade`]).
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_port::control::{DialFailed, Target};
-use http_body_util::BodyExt;
-use hyper::body::Incoming;
-use hyper::header::{
-    CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION,
-    TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
-};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty};
+use hyper::body::{Body as _, Incoming};
+use hyper::header::{EXPECT, HOST, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::uri::PathAndQuery;
-use hyper::{Request, Response, StatusCode, Uri};
-use hyper_util::rt::TokioIo;
+use hyper::{Method, Request, Response, StatusCode, Uri, Version};
+use tokio_util::sync::CancellationToken;
 
-use super::bodies::Watched;
-use super::ends::{self, GuestIo};
-use super::patience::{Moved, in_time};
+use super::authority::Destination;
+use super::bodies::{Expected, Watched};
+use super::fields::{self, Hop};
+use super::guest::{Answering, GiveBack, Guest};
+use super::interim::Interim;
+use super::patience::Moved;
+use super::pool::Route;
 use super::problem::{Body, Problem};
-use super::{authority, dial, internal, socket_pair};
-use crate::passing::Socket;
+use super::upgrade::Upgraded;
+use super::{Admitted, admit, authority};
 use crate::state::State;
 
 /// Port of `http://`.
 const HTTP: u16 = 80;
-const VIA_ADIT: HeaderValue = HeaderValue::from_static("1.1 adit");
 
-/// Carries one request to the VM that its target names.
+/// Carries one request to the VM that its target names; `no_path`: the target ends with the authority. Interim answers go to the
+/// client by way of `interim`. If the server changed to another protocol, that is what goes on after the answer.
 pub(super) async fn handle(
-    state: &Arc<State>,
-    mut request: Request<Incoming>,
-) -> Result<Response<Body>, Problem> {
-    let uri = request.uri().clone();
+    state: &State,
+    interim: &Interim,
+    request: Request<Incoming>,
+    no_path: bool,
+) -> Result<(Response<Body>, Option<Upgraded>), Problem> {
+    let (to, host) = target(request.uri())?;
+    let admitted = admit(state, &to)?;
+    let moved = Moved::now();
+    let (request, asked) = outgoing(request, host, no_path, &moved, interim);
+    // A connection that a server knows as one client's is not for others.
+    let bound = fields::binds_connection(request.headers());
+    let route = Route::new(&admitted.vm, &to.target, &admitted.link);
+    let route = route.filter(|_| !bound && !asked.upgrade);
+
+    let answer = ask(state, &admitted, &to, route.as_ref(), request, &moved).await;
+    if answer.is_err() {
+        interim.forget();
+    }
+    let (guest, mut response) = answer?;
+    interim.written().await;
+
+    let received = response.version();
+    let bound = fields::binds_connection(response.headers());
+    let hop = Hop::take_from(response.headers_mut());
+    fields::add_via(response.headers_mut(), received);
+    *response.version_mut() = Version::HTTP_11;
+    match response.status() {
+        StatusCode::SWITCHING_PROTOCOLS if asked.upgrade => {
+            hop.upgrade_only().put_into(response.headers_mut());
+            let upgraded = Upgraded::new(guest, admitted.share);
+            return Ok((response.map(|_| nothing()), Some(upgraded)));
+        }
+        StatusCode::SWITCHING_PROTOCOLS => {
+            let detail = format!(
+                "VM `{}` port {}: the server changed to a protocol that nobody asked for",
+                to.vm, to.port
+            );
+            let status = StatusCode::BAD_GATEWAY;
+            return Err(Problem::new(status, "http_protocol_error", detail));
+        }
+        // It says to what.
+        StatusCode::UPGRADE_REQUIRED => hop.upgrade_only().put_into(response.headers_mut()),
+        _ => {}
+    }
+    if !asked.trailers {
+        fields::without_trailers(response.headers_mut());
+    }
+    // A server of HTTP/1.0 says nothing of how its connection goes on that all agree on.
+    let route = route.filter(|_| !bound && received == Version::HTTP_11);
+    let mut back = route.map(|route| GiveBack::new(state, &admitted, route, guest));
+    if response.body().is_end_stream()
+        && let Some(back) = back.take()
+    {
+        back.now();
+    }
+    let answering = Answering::new(back, admitted.share);
+    let response = response.map(|body| Watched::new(body, answering).boxed());
+    Ok((response, None))
+}
+
+/// Whom a request is for, and the `Host` that says so.
+fn target(uri: &Uri) -> Result<(Destination, HeaderValue), Problem> {
     let bad = |detail: &str| Problem::new(StatusCode::BAD_REQUEST, "http_request_error", detail);
     let named = match (uri.scheme_str(), uri.authority()) {
         (Some("http"), Some(named)) => named.as_str(),
@@ -50,103 +112,114 @@ pub(super) async fn handle(
     let to = authority::parse(named, Some(HTTP))?;
     // The target decides, never the Host field (R65).
     let host = HeaderValue::from_str(named).map_err(|_| bad("the authority is no header value"))?;
-    let (stream, share) = dial(state, &to).await?;
-    let (ours, theirs) = socket_pair().map_err(|e| internal("no socket", e))?;
-    if !state.room.spares(&ours) || !state.room.spares(&theirs) {
-        return Err(Problem::busy("aditd has few descriptors left"));
-    }
-    let ours = Socket::new(ours, stream.closer()).map_err(|e| internal("no socket", e))?;
-    // Of a listener without an agent nobody knows: most programs just close.
-    let ours = GuestIo::new(ours, matches!(to.target, Target::Service(_)));
-    stream
-        .attach(OwnedFd::from(theirs), Vec::new())
-        .await
-        .map_err(|e: DialFailed| Problem::of_dial(&to, &e))?;
+    Ok((to, host))
+}
 
-    let headers = request.headers_mut();
-    strip_hop_by_hop(headers);
-    headers.insert(HOST, host);
-    headers.append(VIA, VIA_ADIT);
+/// The target as the VM's server has it.
+fn origin(method: &Method, target: &Uri, no_path: bool) -> Uri {
+    if no_path && method == Method::OPTIONS {
+        // It asks for the whole server (RFC 9112 §3.2.4).
+        return Uri::from_static("*");
+    }
     // Not by way of its text: the path of `http://VM?q` is empty, and written as `/`.
-    let path = uri.path_and_query().cloned();
-    *request.uri_mut() = Uri::from(path.unwrap_or(PathAndQuery::from_static("/")));
-    *request.version_mut() = hyper::Version::HTTP_11;
+    let path = target.path_and_query().cloned();
+    Uri::from(path.unwrap_or(PathAndQuery::from_static("/")))
+}
 
-    let broken = |e: hyper::Error| {
-        let detail = format!("VM `{}` port {}: {e}", to.vm, to.port);
-        Problem::new(StatusCode::BAD_GATEWAY, "http_response_incomplete", detail)
+/// What the client of a request takes.
+struct Asked {
+    /// Trailers behind the answer.
+    trailers: bool,
+    /// Another protocol.
+    upgrade: bool,
+}
+
+/// The request as the guest's server gets it.
+fn outgoing(
+    request: Request<Incoming>,
+    host: HeaderValue,
+    no_path: bool,
+    moved: &Arc<Moved>,
+    interim: &Interim,
+) -> (Request<Body>, Asked) {
+    let received = request.version();
+    let http_11 = received == Version::HTTP_11;
+    let (mut parts, body) = request.into_parts();
+    let mut hop = Hop::take_from(&mut parts.headers);
+    hop.upgrade = hop.upgrade.filter(|_| http_11);
+    let asked = Asked {
+        trailers: hop.trailers,
+        upgrade: hop.upgrade.is_some(),
     };
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(ours))
-        .await
-        .map_err(broken)?;
-    tokio::spawn(ends::drive(connection));
-    let moved = Moved::now();
-    let request = request.map(|body| Watched::new(body, moved.clone()));
-    let limit = Duration::from_secs(state.config.limits.response_s.into());
-    let mut response = in_time(sender.send_request(request), &moved, limit)
-        .await
-        .ok_or_else(|| {
-            let detail = format!(
-                "VM `{}` port {}: no answer began within {limit:?}",
-                to.vm, to.port
-            );
-            Problem::new(StatusCode::GATEWAY_TIMEOUT, "http_response_timeout", detail)
-        })?
-        .map_err(broken)?;
-    strip_hop_by_hop(response.headers_mut());
-    response.headers_mut().append(VIA, VIA_ADIT);
-    Ok(response.map(|body| Watched::new(body, share).boxed()))
-}
-
-/// Takes out what concerns one connection only (RFC 9110 §7.6.1), and what is meant for this proxy.
-fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    let named: Vec<HeaderName> = headers
-        .get_all(CONNECTION)
-        .iter()
-        .filter_map(|v| v.to_str().ok())
-        .flat_map(|v| v.split(','))
-        .filter_map(|name| name.trim().parse().ok())
-        .collect();
-    for name in named {
-        headers.remove(name);
+    parts.headers.insert(HOST, host);
+    fields::add_via(&mut parts.headers, received);
+    hop.put_into(&mut parts.headers);
+    parts.uri = origin(&parts.method, &parts.uri, no_path);
+    parts.version = Version::HTTP_11;
+    if !body.is_end_stream() && body.size_hint().exact().is_none() {
+        // hyper would send a GET without its body.
+        let chunked = HeaderValue::from_static("chunked");
+        parts.headers.insert(TRANSFER_ENCODING, chunked);
     }
-    let own = ["proxy-connection", "keep-alive"].map(HeaderName::from_static);
-    let fields = [
-        CONNECTION,
-        TE,
-        TRAILER,
-        TRANSFER_ENCODING,
-        UPGRADE,
-        PROXY_AUTHORIZATION,
-        PROXY_AUTHENTICATE,
-    ];
-    for name in own.into_iter().chain(fields) {
-        headers.remove(name);
-    }
-}
+    let expect = parts.headers.get(EXPECT).filter(|_| http_11);
+    let expects = expect.is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hop_by_hop_fields_and_those_named_by_connection_are_taken_out() {
-        let mut h = HeaderMap::new();
-        for (name, value) in [
-            ("connection", "close, X-Private"),
-            ("x-private", "1"),
-            ("proxy-authorization", "Basic x"),
-            ("te", "trailers"),
-            ("upgrade", "websocket"),
-            ("proxy-connection", "keep-alive"),
-            ("accept", "*/*"),
-        ] {
-            h.append(name, value.parse().unwrap());
+    let wanted = CancellationToken::new();
+    let body = match (body.is_end_stream(), expects) {
+        (true, _) => nothing(),
+        (false, true) => Watched::new(Expected::new(body, wanted.clone()), moved.clone()).boxed(),
+        (false, false) => Watched::new(body, moved.clone()).boxed(),
+    };
+    let mut request = Request::from_parts(parts, body);
+    let (moved, interim) = (moved.clone(), interim.clone());
+    hyper::ext::on_informational(&mut request, move |said| {
+        // The server is there, and at work.
+        moved.note();
+        if said.status() == StatusCode::CONTINUE {
+            wanted.cancel();
+        } else if http_11 {
+            interim.push(said.status(), said.headers().clone());
         }
-        strip_hop_by_hop(&mut h);
-        assert_eq!(
-            h.keys().map(HeaderName::as_str).collect::<Vec<_>>(),
-            ["accept"]
-        );
+    });
+    (request, asked)
+}
+
+/// Asks the guest's server: over a connection that waits, if there is one and the request may be made twice, else over a
+/// new one.
+async fn ask(
+    state: &State,
+    admitted: &Admitted,
+    to: &Destination,
+    route: Option<&Route>,
+    request: Request<Body>,
+    moved: &Moved,
+) -> Result<(Guest, Response<Incoming>), Problem> {
+    let limit = Duration::from_secs(state.config.limits.response_s.into());
+    let repeatable = request.body().is_end_stream() && request.method().is_idempotent();
+    // Any other request takes its place all the same: a server that serves one connection at a time is free then.
+    let waiting = route.and_then(|r| state.pool.take(r));
+    let waiting = waiting.filter(|_| repeatable);
+    let mut request = request;
+    if let Some(mut guest) = waiting {
+        let (parts, nothing_yet) = request.into_parts();
+        let first = Request::from_parts(parts.clone(), nothing());
+        match guest.ask(to, first, moved, limit).await {
+            Ok(response) => return Ok((guest, response)),
+            // The server was just closing it (RFC 9110 §9.2.2).
+            Err(failed) if failed.unheard => request = Request::from_parts(parts, nothing_yet),
+            Err(failed) => return Err(failed.problem),
+        }
     }
+    let mut guest = Guest::connect(state, admitted, to).await?;
+    match guest.ask(to, request, moved, limit).await {
+        Ok(response) => Ok((guest, response)),
+        Err(failed) => Err(failed.problem),
+    }
+}
+
+/// No body.
+fn nothing() -> Body {
+    Empty::<Bytes>::new()
+        .map_err(|never| match never {})
+        .boxed()
 }

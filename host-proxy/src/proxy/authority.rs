@@ -1,7 +1,8 @@
 //! What an authority names: `VM[:PORT]`, `VM.adit[:PORT]`, or `vsock-PORT.VM[.adit]` for a plain AF_VSOCK listener.
 //!
-//! One spelling each: lower case, no sign, no leading zero, no space, no user. Nothing is folded or guessed, and no
-//! name is ever resolved, so there is no address to be tricked into (R62, R63, R64).
+//! A host name is the same in every case, and with a dot at its end (RFC 9110 §4.2.3, RFC 1034 §3.1), as clients and DNS have
+//! it; the VM's own name is in lower case. Apart from that there is one spelling: no sign, no leading zero, no space, no user.
+//! No name is ever resolved, so there is no address to be tricked into (R62, R63, R64).
 
 use adit_channel::name::ServiceName;
 use adit_port::control::Target;
@@ -64,6 +65,8 @@ pub fn parse(authority: &str, default_port: Option<u16>) -> Result<Destination, 
         Some((host, port)) => (host, Some(port)),
         None => (authority, None),
     };
+    let host = host.to_ascii_lowercase();
+    let host = host.strip_suffix('.').unwrap_or(&host);
     let host = host.strip_suffix(SUFFIX).unwrap_or(host);
     let bad_name = |name: &str, why: String| AuthorityError::BadName {
         name: shown(name),
@@ -114,15 +117,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_ports_have_one_spelling() {
+    fn a_name_has_every_case_and_a_port_one_spelling() {
         let tcp = |s: &str, d| parse(s, d).map(|d| (d.vm.to_string(), d.port));
         assert_eq!(tcp("web-1:80", None), Ok(("web-1".into(), 80)));
         assert_eq!(tcp("web-1.adit", Some(80)), Ok(("web-1".into(), 80)));
-        let vsock = parse("vsock-5000.web-1", Some(80)).unwrap();
-        assert_eq!(
-            (vsock.target, vsock.vm.as_str()),
-            (Target::VsockPort(5000), "web-1")
-        );
+        for name in ["WEB-1", "Web-1.Adit", "web-1.", "web-1.adit."] {
+            assert_eq!(tcp(name, Some(80)), Ok(("web-1".into(), 80)), "{name}");
+            assert_eq!(tcp(&format!("{name}:22"), None), Ok(("web-1".into(), 22)));
+        }
+        for name in [
+            "vsock-5000.web-1",
+            "VSOCK-5000.Web-1.ADIT",
+            "vsock-5000.web-1.",
+        ] {
+            let vsock = parse(name, Some(80)).unwrap();
+            assert_eq!(
+                (vsock.target, vsock.vm.as_str()),
+                (Target::VsockPort(5000), "web-1")
+            );
+        }
     }
 
     #[test]
@@ -146,11 +159,14 @@ mod tests {
     fn r62_every_other_name_is_refused() {
         let long = "x".repeat(1 << 20);
         for name in [
-            "Web-1",
-            "WEB-1",
             "wéb",
-            "web-1.",
+            // The Kelvin sign, which is `k` in lower case.
+            "web-\u{212a}",
+            "web-1..",
+            ".web-1",
             "..",
+            ".",
+            ".adit",
             "a/b",
             "web\0",
             "[::1]",

@@ -12,17 +12,17 @@
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use adit_channel::socket_end;
-use hyper::body::Body as HttpBody;
-use hyper_util::rt::TokioIo;
+use hyper::body::Body as _;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::bodies::{Watch, Watched};
+use super::interim::Interim;
 use super::problem::Body;
 use crate::passing::Socket;
 
@@ -33,19 +33,36 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 #[derive(Clone, Default)]
 pub(super) struct UnderWay(Arc<AtomicBool>);
 
+/// How many bytes have come from a guest over a stream.
+#[derive(Clone, Default)]
+pub(super) struct Heard(Arc<AtomicU64>);
+
+impl Heard {
+    pub(super) fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, bytes: usize) {
+        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
 /// A stream to a guest. Where its other side ends in order, as an agent does, an end without that is an error.
 pub(super) struct GuestIo {
     inner: Socket,
     in_order: bool,
+    heard: Heard,
     /// We have ended our sending, so that nothing can be told any more.
     ended: bool,
 }
 
 impl GuestIo {
-    pub(super) fn new(inner: Socket, in_order: bool) -> Self {
+    pub(super) fn new(inner: Socket, in_order: bool, heard: Heard) -> Self {
         Self {
             inner,
             in_order,
+            heard,
             ended: false,
         }
     }
@@ -55,28 +72,14 @@ impl GuestIo {
     }
 
     /// Ends the stream in order, and waits a while for the guest to do so.
-    async fn end(mut self) -> io::Result<()> {
-        self.shutdown().await?;
-        let mut rest = [0; 4096];
-        while self.inner.read(&mut rest).await? > 0 {}
-        Ok(())
-    }
-}
-
-/// Drives a connection to a guest until it is over, and ends it in order.
-pub(super) async fn drive<B>(
-    connection: hyper::client::conn::http1::Connection<TokioIo<GuestIo>, B>,
-) where
-    B: HttpBody + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    let ended = async {
-        let io = connection.without_shutdown().await?.io.into_inner();
-        let _ = tokio::time::timeout(END_LIMIT, io.end()).await;
-        Ok::<_, hyper::Error>(())
-    };
-    if let Err(e) = ended.await {
-        tracing::debug!(error = %e, "connection to a guest ended");
+    pub(super) async fn end(mut self) {
+        let ended = async {
+            self.shutdown().await?;
+            let mut rest = [0; 4096];
+            while self.inner.read(&mut rest).await? > 0 {}
+            io::Result::Ok(())
+        };
+        let _ = tokio::time::timeout(END_LIMIT, ended).await;
     }
 }
 
@@ -88,8 +91,9 @@ impl AsyncRead for GuestIo {
     ) -> Poll<io::Result<()>> {
         let (before, room) = (buf.filled().len(), buf.remaining());
         let read = Pin::new(&mut self.inner).poll_read(cx, buf);
-        let at_end = matches!(read, Poll::Ready(Ok(()))) && buf.filled().len() == before;
-        if at_end && room > 0 && self.is_broken_off() {
+        let bytes = buf.filled().len() - before;
+        self.heard.add(bytes);
+        if matches!(read, Poll::Ready(Ok(()))) && bytes == 0 && room > 0 && self.is_broken_off() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
         read
@@ -131,6 +135,7 @@ impl AsyncWrite for GuestIo {
 pub(super) struct ClientIo {
     inner: Option<TcpStream>,
     under_way: UnderWay,
+    interim: Interim,
     resets: bool,
 }
 
@@ -139,8 +144,14 @@ impl ClientIo {
         Self {
             inner: Some(inner),
             under_way,
+            interim: Interim::default(),
             resets: false,
         }
+    }
+
+    /// What goes to the client ahead of an answer.
+    pub(super) fn interim(&self) -> Interim {
+        self.interim.clone()
     }
 
     /// The socket, for whoever serves the client from now on: it is reset unless that one ends it.
@@ -149,6 +160,11 @@ impl ClientIo {
         self.inner
             .take()
             .ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    /// The socket, to look at.
+    pub(super) fn tcp(&self) -> Option<&TcpStream> {
+        self.inner.as_ref()
     }
 
     fn set(&mut self, resets: bool) {
@@ -160,6 +176,15 @@ impl ClientIo {
 
     fn follow(&mut self) {
         self.set(self.under_way.0.load(Ordering::Acquire));
+    }
+
+    /// Before anything else is written: the rest of an interim answer.
+    fn poll_writable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.follow();
+        match &mut self.inner {
+            Some(tcp) => self.interim.poll_finish(cx, tcp),
+            None => Poll::Ready(Ok(())),
+        }
     }
 
     fn with<T>(
@@ -195,7 +220,7 @@ impl AsyncWrite for ClientIo {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.follow();
+        ready!(self.poll_writable(cx))?;
         self.with(|tcp| tcp.poll_write(cx, buf))
     }
 
@@ -204,7 +229,7 @@ impl AsyncWrite for ClientIo {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.follow();
+        ready!(self.poll_writable(cx))?;
         self.with(|tcp| tcp.poll_write_vectored(cx, bufs))
     }
 
@@ -214,7 +239,11 @@ impl AsyncWrite for ClientIo {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.follow();
-        self.with(|tcp| tcp.poll_flush(cx))
+        let this = &mut *self;
+        if let Some(tcp) = &mut this.inner {
+            ready!(this.interim.poll_write(cx, tcp))?;
+        }
+        this.with(|tcp| tcp.poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -232,7 +261,7 @@ pub(super) fn answered(body: Body, under_way: UnderWay, head: bool) -> Watched<B
 }
 
 impl Watch for UnderWay {
-    fn ended(&self) {
+    fn ended(&mut self) {
         self.0.store(false, Ordering::Release);
     }
 }

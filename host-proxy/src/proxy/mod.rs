@@ -1,48 +1,54 @@
 //! The HTTP/1.1 forward proxy: absolute-form and CONNECT, to VMs by name.
 //!
-//! hyper is the one parser that decides what a request is; what it refuses (CL with TE, bad header bytes, too many
-//! headers) is answered 400 or 431 and the connection ends. A request is then: authority → VM → allow-list → dial →
-//! relay. aditd is in the way of an absolute-form body, and out of the way of a CONNECT tunnel.
+//! `client` checks each request before hyper reads it; what is refused there, or later, has a [`Problem`] for its answer, and
+//! ends its connection. A request is then: authority → VM → allow-list → dial → relay. aditd is in the way of an absolute-form
+//! body, and out of the way of a CONNECT tunnel.
 
 mod absolute;
 pub mod authority;
 mod bodies;
+mod client;
 mod connect;
 mod ends;
+mod fields;
+mod guest;
+mod interim;
+pub(crate) mod linger;
+mod own;
 mod patience;
+pub mod pool;
 pub mod problem;
+mod upgrade;
 
 use std::convert::Infallible;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use adit_port::control::{PREFIX_MAX, Target};
+use adit_port::control::Target;
 use adit_tasks::VmId;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
-use crate::link::DialedStream;
-use crate::listen::{Gate, HEADER_LIMIT, Place, Share, Shares};
+use crate::link::{DialedStream, Link};
+use crate::listen::{Gate, Place, Share, Shares};
 use crate::state::State;
+use crate::vm::VmEntry;
 use authority::Destination;
+use client::{Client, FIELDS_MAX, HEADER_MAX, Notes};
+use connect::Tunnel;
 use ends::{ClientIo, UnderWay};
+use interim::Interim;
 use problem::{Body, Problem};
+use upgrade::Upgraded;
 
 /// Connections that are being refused at the same time; more of them are closed without a word.
 const REFUSALS_MAX: usize = 8;
-/// How long a client may take to hear that it is refused.
-const REFUSAL_LIMIT: Duration = Duration::from_secs(2);
-/// Most bytes of a header. hyper reads no further ahead, so what a client sends behind a CONNECT fits into `Attach`.
-const HEADER_MAX: usize = PREFIX_MAX;
-/// Most header fields.
-const FIELDS_MAX: usize = 100;
 /// How long the guest may take to accept a stream.
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
 
@@ -69,15 +75,21 @@ pub async fn serve(state: Arc<State>, listener: TcpListener) {
             }
         };
         if !state.room.spares(&client) {
-            // Silent ones have the descriptors that the next one needs.
+            // Silent ones have the descriptors that the next one needs, and so have idle connections to guests.
             gate.evict();
+            state.pool.clear();
             continue;
         }
         let Some(share) = clients.take(from.ip()) else {
             let why = format!("this client has {} connections open", clients.max());
+            let why = Problem::busy(why);
             if let Ok(slot) = refusals.clone().try_acquire_owned() {
+                let stop = state.stop.clone();
                 state.clients.spawn(async move {
-                    refuse(client, &Problem::busy(why)).await;
+                    tokio::select! {
+                        () = refuse(client, &why) => {}
+                        () = stop.cancelled() => {}
+                    }
                     drop(slot);
                 });
             }
@@ -90,8 +102,8 @@ pub async fn serve(state: Arc<State>, listener: TcpListener) {
         };
         let of_client = state.clone();
         state.clients.spawn(async move {
-            connection(of_client, client, &place).await;
-            drop((place, share));
+            connection(of_client, client, place).await;
+            drop(share);
         });
     }
     drop(listener);
@@ -101,74 +113,120 @@ pub async fn serve(state: Arc<State>, listener: TcpListener) {
 
 /// Says why there is no connection to be had, whatever was asked.
 async fn refuse(mut client: TcpStream, problem: &Problem) {
-    let said = async {
-        client.write_all(problem.text().as_bytes()).await?;
-        client.shutdown().await?;
-        // Closed with something unread, the answer would be lost.
-        let mut asked = [0; 4096];
-        while client.read(&mut asked).await? > 0 {}
-        io::Result::Ok(())
-    };
-    let _ = tokio::time::timeout(REFUSAL_LIMIT, said).await;
+    let _ = linger::end(&mut client, Some(problem), true).await;
 }
 
-async fn connection(state: Arc<State>, client: TcpStream, place: &Place) {
+/// What a client's connection is once it speaks HTTP no more.
+enum Onward {
+    /// After CONNECT.
+    Tunnel(Tunnel),
+    /// After `101 Switching Protocols`.
+    Upgraded(Upgraded),
+}
+
+async fn connection(state: Arc<State>, client: TcpStream, place: Place) {
     let _ = client.set_nodelay(true);
-    let stop = state.stop.clone();
-    let under_way = UnderWay::default();
+    let (place, stop) = (Arc::new(place), state.stop.clone());
+    let (under_way, notes) = (UnderWay::default(), Notes::default());
+    let onward = Mutex::new(None);
     let client = ClientIo::new(client, under_way.clone());
+    let interim = client.interim();
+    let client = Client::new(client, place.clone(), notes.clone());
     let service = service_fn(|request: Request<Incoming>| {
-        place.spoke();
-        let state = state.clone();
         let under_way = under_way.clone();
         // Of an answer to HEAD there is no body to come, whatever it says.
         let head = request.method() == Method::HEAD;
+        let answered = answer(&state, &notes, &interim, &onward, request);
         async move {
-            let answer = answer(&state, request).await;
+            let answer = answered.await;
             Ok::<_, Infallible>(answer.map(|body| ends::answered(body, under_way, head)))
         }
     });
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_LIMIT)
-        .max_buf_size(HEADER_MAX)
+    let mut served = http1::Builder::new()
+        // `Client` has the deadlines, and tells who ended its sending from who is gone.
+        .header_read_timeout(None)
+        .half_close(true)
+        .max_buf_size(HEADER_MAX + 1)
         .max_headers(FIELDS_MAX)
-        // Without half-close: a client that goes away while the guest thinks takes its stream along. A tunnel has left
-        // hyper before its half-closes matter.
-        .serve_connection(TokioIo::new(client), service)
-        .with_upgrades();
-    tokio::pin!(served);
+        // Names of fields go on as they came, and ours look like most.
+        .preserve_header_case(true)
+        .title_case_headers(true)
+        .serve_connection(TokioIo::new(client), service);
     let ended = tokio::select! {
-        ended = served.as_mut() => ended,
+        ended = &mut served => ended,
         () = place.evicted.cancelled() => return,
         () = stop.cancelled() => {
-            served.as_mut().graceful_shutdown();
-            served.await
+            std::pin::Pin::new(&mut served).graceful_shutdown();
+            (&mut served).await
         }
     };
     if let Err(e) = ended {
         tracing::debug!(error = %e, "client connection ended");
+        return;
+    }
+    let client = served.into_parts().io.into_inner();
+    let onward = onward.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match onward {
+        Some(Onward::Tunnel(tunnel)) => return tunnel.hand_over(client).await,
+        Some(Onward::Upgraded(upgraded)) => return upgraded.carry(client, &stop).await,
+        None => {}
+    }
+    if let Some(problem) = client.unanswered() {
+        log_refusal(problem);
+        state.metrics.request(false, problem.status.as_u16());
+    }
+    tokio::select! {
+        _ = client.end() => {}
+        () = place.evicted.cancelled() => {}
+        () = stop.cancelled() => {}
     }
 }
 
-async fn answer(state: &Arc<State>, request: Request<Incoming>) -> Response<Body> {
+async fn answer(
+    state: &Arc<State>,
+    notes: &Notes,
+    interim: &Interim,
+    onward: &Mutex<Option<Onward>>,
+    mut request: Request<Incoming>,
+) -> Response<Body> {
     let connect = request.method() == Method::CONNECT;
     let result = if connect {
-        connect::handle(state, request).await
+        let opened = connect::open(state, &request).await;
+        opened.map(|tunnel| (connect::opened(), Some(Onward::Tunnel(tunnel))))
+    } else if let Some(answer) = own::answer(&mut request) {
+        Ok((answer, None))
     } else {
-        absolute::handle(state, request).await
+        let answered = absolute::handle(state, interim, request, notes.has_no_path()).await;
+        answered.map(|(answer, upgraded)| (answer, upgraded.map(Onward::Upgraded)))
     };
+    let result = result.map(|(answer, next)| {
+        *onward.lock().unwrap_or_else(PoisonError::into_inner) = next;
+        answer
+    });
     let response = result.unwrap_or_else(|problem| {
-        tracing::info!(status = problem.status.as_u16(), detail = %problem.detail.escape_debug(), "request refused");
+        // Where a body was refused on its way, that is why the VM had no whole request.
+        let problem = notes.refused().unwrap_or(&problem);
+        log_refusal(problem);
         problem.response()
     });
     state.metrics.request(connect, response.status().as_u16());
     response
 }
 
-/// Checks who is meant and whether that is allowed, and dials. The share is the VM's of the proxy: for as long as the
-/// request needs aditd.
-async fn dial(state: &State, to: &Destination) -> Result<(DialedStream, Share<VmId>), Problem> {
+fn log_refusal(problem: &Problem) {
+    tracing::info!(status = problem.status.as_u16(), detail = %problem.detail.escape_debug(), "request refused");
+}
+
+/// A request that may be carried.
+struct Admitted {
+    vm: Arc<VmEntry>,
+    link: Arc<Link>,
+    /// The VM's, of the proxy: for as long as the request needs aditd.
+    share: Share<VmId>,
+}
+
+/// Checks who is meant and whether that is allowed.
+fn admit(state: &State, to: &Destination) -> Result<Admitted, Problem> {
     let Some(vm) = state.registry.get(&to.vm) else {
         let detail = format!(
             "no VM is named `{}` on this host (`adit vm ls` lists them)",
@@ -211,8 +269,13 @@ async fn dial(state: &State, to: &Destination) -> Result<(DialedStream, Share<Vm
         let detail = format!("VM `{}` has {max} requests under way already", to.vm);
         return Err(Problem::busy(detail));
     };
+    Ok(Admitted { vm, link, share })
+}
+
+/// Dials into a VM.
+async fn dial(link: &Arc<Link>, to: &Destination) -> Result<DialedStream, Problem> {
     let stream = link.dial(to.target.clone(), DIAL_LIMIT).await;
-    Ok((stream.map_err(|e| Problem::of_dial(to, &e))?, share))
+    stream.map_err(|e| Problem::of_dial(to, &e))
 }
 
 /// A pair of connected Unix stream sockets.

@@ -3,11 +3,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use adit_tasks::VmId;
 use tokio::time::Instant;
 
 use super::bodies::Watch;
-use crate::listen::Share;
 
 /// When a request's body moved last: a VM that still takes it in is not silent.
 #[derive(Debug)]
@@ -18,7 +16,7 @@ impl Moved {
         Arc::new(Self(Mutex::new(Instant::now())))
     }
 
-    fn note(&self) {
+    pub(super) fn note(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
@@ -28,13 +26,10 @@ impl Moved {
 }
 
 impl Watch for Arc<Moved> {
-    fn moved(&self) {
+    fn moved(&mut self) {
         self.note();
     }
 }
-
-/// A VM's share of the proxy is held until the body of its answer has gone.
-impl Watch for Share<VmId> {}
 
 /// Waits for an answer until nothing has moved for so long; none: it is given up.
 pub(super) async fn in_time<T>(

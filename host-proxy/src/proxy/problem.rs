@@ -44,6 +44,11 @@ impl Problem {
         }
     }
 
+    /// A request that is none.
+    pub fn malformed(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "http_request_error", detail)
+    }
+
     /// Somebody has all that may be had of something right now.
     pub fn busy(detail: impl Into<String>) -> Self {
         Self::later(
@@ -112,12 +117,16 @@ impl Problem {
 
     /// The same as bytes of HTTP/1.1, for a client that is not served at all.
     pub fn text(&self) -> String {
-        let (line, retry) = (self.line(), self.retry_after.unwrap_or(1));
+        let line = self.line();
+        let retry = self
+            .retry_after
+            .map(|seconds| format!("Retry-After: {seconds}\r\n"));
         format!(
             "HTTP/1.1 {}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\nConnection: close\r\n\
-             Retry-After: {retry}\r\nProxy-Status: {}\r\n\r\n{line}",
+             {}Proxy-Status: {}\r\n\r\n{line}",
             self.status,
             line.len(),
+            retry.unwrap_or_default(),
             proxy_status(self.error, &self.detail),
         )
     }

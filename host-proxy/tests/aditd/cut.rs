@@ -187,7 +187,8 @@ fn r117_a_partial_answer_never_looks_complete() {
             host.start();
             let control = ports[0].connected();
             let mut client = host.proxy();
-            let request = format!("GET http://a/ HTTP/{version}\r\nHost: a\r\n\r\n");
+            let request =
+                format!("GET http://a/ HTTP/{version}\r\nHost: a\r\nConnection: close\r\n\r\n");
             client.write_all(request.as_bytes()).unwrap();
             control.dialed(control.dial().id);
             let (mut guest, _) = control.attached();

@@ -4,6 +4,8 @@
 use std::fs::File;
 use std::io::{IoSlice, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use adit_channel::hello;
 use adit_port::control::{HANDOVER_FDS_MAX, Handover, Incoming, Quit};
@@ -102,6 +104,61 @@ fn r105_closing_what_a_port_process_passed_delays_nobody() {
     answers(&host);
     drop(mute);
     drop(fars);
+}
+
+/// A program that stands for adit-port, and does this.
+fn script(path: &Path, does: &str) -> PathBuf {
+    std::fs::write(path, format!("#!/bin/sh\n{does}\n")).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path.into()
+}
+
+#[test]
+fn a_port_process_has_its_vms_cgroup_where_aditd_can_make_one() {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    if !nix::unistd::geteuid().is_root() || !mounts.contains(" - cgroup2 ") {
+        println!("skipped: making a cgroup takes root and cgroup v2");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let marker = dir.path().join("entered");
+    let (mut host, _ports) = Host::new(&[], "");
+    let does = format!(
+        "until grep -q :/adit-ports/in-a-cgroup$ /proc/$$/cgroup; do sleep 0.05; done; echo > {}",
+        marker.display()
+    );
+    host.port_bin = script(&dir.path().join("adit-port"), &does);
+    host.start();
+    let added = host.api("POST", "/v1/vms", r#"{"name":"in-a-cgroup","cid":4}"#);
+    assert!(matches!(added.status, 200 | 201), "{}", added.body);
+    host.until("it is there", |_| marker.exists().then_some(()));
+}
+
+#[test]
+fn r105_a_vms_silent_file_does_not_keep_another_vms_port_process_from_starting() {
+    let dir = tempfile::tempdir().unwrap();
+    let marker = dir.path().join("started");
+    let program = dir.path().join("adit-port");
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.port_bin = script(&program, &format!("echo > {}", marker.display()));
+    host.start();
+    let Some(mute) = Mute::mount(dir.path(), "foreign::server") else {
+        return;
+    };
+    let control = ports[0].connected();
+    // One that is kept for a successor, and one that waits to be closed.
+    let kept = mute.open();
+    let closed = mute.open();
+    kinds::stopped(host.pid(), || {
+        hand_over(&control, 1, &[closed.as_fd()]);
+        hand_over(&control, 2, &[kept.as_fd()]);
+        // Closed here, they would be waited for.
+        std::mem::forget((closed, kept));
+    });
+    let added = host.api("POST", "/v1/vms", r#"{"name":"b","cid":4}"#);
+    assert!(matches!(added.status, 200 | 201), "{}", added.body);
+    host.until("b's port process starts", |_| marker.exists().then_some(()));
+    drop(mute);
 }
 
 #[test]

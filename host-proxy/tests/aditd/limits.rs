@@ -109,11 +109,14 @@ fn r110_a_vm_that_answers_nothing_uses_only_its_share_of_the_proxy() {
     host.start();
     let (a, b) = (ports[0].connected(), ports[1].connected());
     let mut clients: Vec<_> = (0..30).map(|_| host.proxy()).collect();
-    for client in &mut clients {
-        client.write_all(get("http://a/").as_bytes()).unwrap();
-    }
     // A quarter of the requests is dialled, and the port process does not answer.
-    let dials: Vec<_> = (0..10).map(|_| a.dial().id).collect();
+    let mut dials = Vec::new();
+    for (nth, client) in clients.iter_mut().enumerate() {
+        client.write_all(get("http://a/").as_bytes()).unwrap();
+        if nth < 10 {
+            dials.push(a.dial().id);
+        }
+    }
     let mut client = host.proxy();
     client.write_all(get("http://b/").as_bytes()).unwrap();
     b.dialed(b.dial().id);

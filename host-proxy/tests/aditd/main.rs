@@ -12,10 +12,17 @@ mod full_disk;
 mod fuse;
 mod handover;
 mod host;
+mod http;
 mod kept;
 #[path = "../../port/tests/kinds/mod.rs"]
 mod kinds;
 mod limits;
+mod patience;
+mod pool;
 mod proxy;
+mod refused;
 mod reload;
+mod server;
+mod smuggle;
 mod tasks;
+mod upgrade;

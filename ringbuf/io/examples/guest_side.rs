@@ -1,7 +1,8 @@
-//! The guest's side of `link_the_ring`: `guest_side FILE` maps the region that the file shows, attaches, and has some records
-//! echoed. In a VM the file is the BAR: `/sys/bus/pci/devices/0000:00:04.0/resource2`. It polls; a guest that waits for
-//! interrupts gives its ends a [`Waiter`](adit_ringbuf_io::doorbell::Waiter) on vfio's or uio's descriptor.
-#![allow(unsafe_code)] // the mapping of a device
+//! The guest's side of `link_the_ring`: `guest_side FILE` maps the region in the file, attaches, and sends some
+//! records that the host echoes. In a VM the file is the BAR: `/sys/bus/pci/devices/0000:00:04.0/resource2`. This
+//! example polls. A guest that waits for interrupts gives its ends a [`Waiter`](adit_ringbuf_io::doorbell::Waiter) on
+//! the descriptor of vfio or uio.
+#![allow(unsafe_code)] // maps the memory of a device
 
 use std::fs::OpenOptions;
 use std::num::NonZeroUsize;
@@ -20,10 +21,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = std::env::args().nth(1).ok_or("usage: guest_side FILE")?;
     let memory = map(&path)?;
 
-    // Where it begins to count its requests: another place than whoever was here before.
+    // First request number: different from the number of any earlier guest in this memory.
     let start = std::process::id().into();
     let mut guest = Guest::find(memory, start, Features::NONE)?;
-    let _ = guest.attach(); // the host polls; with a doorbell, it is rung here
+    let _ = guest.attach(); // the host polls; with a doorbell, signal it here
     let epoch = loop {
         if let Some(Event::Attached { epoch, .. }) = guest.poll()?.event {
             break epoch;
@@ -46,14 +47,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Maps a device's memory, whole.
+/// Maps the whole memory of a device.
 fn map(path: &str) -> Result<Mapped, Box<dyn std::error::Error>> {
     let file = OpenOptions::new().read(true).write(true).open(path)?;
     let len = usize::try_from(file.metadata()?.len())?;
     let bytes = NonZeroUsize::new(len).ok_or("the file is empty")?;
     let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    // SAFETY: a new mapping, at an address of the kernel's choice.
+    // SAFETY: a new mapping, at an address that the kernel chooses.
     let base = unsafe { mmap(None, bytes, prot, MapFlags::MAP_SHARED, &file, 0)? };
-    // SAFETY: it is mapped for as long as this process lives, and a device's memory does not shrink.
+    // SAFETY: the mapping lives as long as this process, and a device's memory does not shrink.
     Ok(unsafe { Mapped::from_raw(base.cast(), len, Arc::new(file)) })
 }

@@ -1,10 +1,11 @@
-//! The whole of linking the ring into a VMM: a region in memory that the guest sees, a session, an echo.
-//! `cargo run -p adit-ringbuf-io --example link_the_ring` starts `guest_side` as its guest, in a process of its own.
+//! All steps to link the ring into a VMM: a region in memory that the guest sees, a session, an echo service. `cargo
+//! run -p adit-ringbuf-io --example link_the_ring` starts `guest_side` as its guest, in a separate process.
 //!
-//! What your VMM has already: guest memory and a way to show the guest a piece of it (a PCI BAR, ivshmem, virtio-pmem). Here
-//! the guest polls. One that sleeps has doorbells: give `irqfd`s as `guest_data` and `guest_space`, `ioeventfd`s as
-//! `host_data` and `host_space` ([`adit_ringbuf_io::attach::Bells`]), and the ends those instead of [`Polled`]; poll the
-//! session when `host_data` rang, and ring `guest_data` where [`Turn::wake`](adit_ringbuf::session::Turn) says so.
+//! Your VMM already has guest memory and a way to show the guest a piece of it (a PCI BAR, ivshmem, virtio-pmem). In
+//! this example the guest polls. A guest that sleeps needs doorbells: use `irqfd`s as `guest_data` and `guest_space`,
+//! and `ioeventfd`s as `host_data` and `host_space` ([`adit_ringbuf_io::attach::Bells`]). Give them to the ends
+//! instead of [`Polled`]. Poll the session when `host_data` was signalled, and signal `guest_data` when
+//! [`Turn::wake`](adit_ringbuf::session::Turn) says so.
 
 use std::os::fd::AsRawFd;
 use std::process::Command;
@@ -18,11 +19,11 @@ use adit_ringbuf_io::blocking::{Error, Receiver, Sender};
 use adit_ringbuf_io::doorbell::Polled;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // Two lanes, so that bulk on the one never stands in the way of the other.
+    // Two lanes, so that bulk data on one never delays the other.
     let spec = Spec::uniform(2, 256 << 10);
     let (memory, fd) = Mapped::memfd(spec.bytes())?;
 
-    // Every offer is a new epoch. The time is above every one that this memory may have had.
+    // Every offer needs a new epoch. The time is higher than every earlier epoch of this memory.
     let epoch = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     let mut host = Host::offer(memory, spec, epoch)?;
 
@@ -30,7 +31,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let beside = std::env::current_exe()?.with_file_name("guest_side");
     let mut guest = Command::new(beside).arg(region).spawn()?;
 
-    // Once for every guest that comes: it may restart as often as it likes. The ends are made once a session.
+    // The loop serves every session; the guest may restart as often as it likes. The ends are made once per session.
     let mut ends = None;
     let status = loop {
         let gone = guest.try_wait()?;
@@ -60,14 +61,14 @@ type Ends = (
     Sender<Mapped, Polled, Polled>,
 );
 
-/// Sends back what comes, until the guest says nothing for a while.
+/// Sends back every record, until no record has arrived for a while.
 fn serve(host: &mut Host<Mapped>, (from, to): &mut Ends) -> Result<(), Box<dyn std::error::Error>> {
     let mut record = vec![0; 64 << 10];
     loop {
         match from.recv_within(&mut record, Duration::from_millis(20)) {
             Ok(len) => to.send(&record[..len])?,
-            Err(Error::TimedOut) => return Ok(()), // it may have closed: look at the session
-            // The guest lied. Nothing of it is believed any more; it may attach again.
+            Err(Error::TimedOut) => return Ok(()), // the guest may have closed: the caller polls the session
+            // The guest broke the ring. Nothing from this session is trusted any more; the guest may attach again.
             Err(Error::Corrupt(corrupt)) => {
                 println!("poisoned: {corrupt}");
                 let _ = host.poison();

@@ -1,4 +1,4 @@
-//! Ends for tokio: they never look on, for their thread has other work; a task that waits is woken by the doorbell.
+//! Ends for tokio. They never poll, because their thread has other work. The doorbell wakes a task that waits.
 
 use std::io;
 
@@ -25,13 +25,13 @@ pub struct Receiver<M> {
     data: AsyncFd<Bell>,
 }
 
-async fn rung(bell: &AsyncFd<Bell>) -> io::Result<()> {
+async fn wait_for(bell: &AsyncFd<Bell>) -> io::Result<()> {
     let mut ready = bell.readable().await?;
     ready.clear_ready();
     ready.get_inner().0.clear()
 }
 
-fn ring(bell: &EventFd, wake: Wake) -> io::Result<()> {
+fn signal(bell: &EventFd, wake: Wake) -> io::Result<()> {
     match wake {
         Wake::Yes => bell.ring(),
         Wake::No => Ok(()),
@@ -39,10 +39,10 @@ fn ring(bell: &EventFd, wake: Wake) -> io::Result<()> {
 }
 
 impl<M: RingMem> Sender<M> {
-    /// Takes a producer that was made with events; `data` rings the reader, `space` is rung by it.
+    /// Takes a producer that was made with events. It signals `data` to wake the reader, and waits on `space`.
     ///
     /// # Errors
-    /// There is no runtime, or it cannot watch the doorbell.
+    /// There is no tokio runtime, or it cannot watch the doorbell.
     pub fn new(producer: Producer<M>, data: EventFd, space: EventFd) -> io::Result<Self> {
         Ok(Self {
             producer,
@@ -51,32 +51,32 @@ impl<M: RingMem> Sender<M> {
         })
     }
 
-    /// Sends one record, and waits for room. Cancelled, it sent nothing.
+    /// Sends one record. Waits for room. If the future is dropped before it completes, nothing was sent.
     ///
     /// # Errors
     /// The record never fits, or the ring or its doorbell is broken.
     pub async fn send(&mut self, record: &[u8]) -> Result<(), Error> {
         loop {
             match self.producer.try_push(record) {
-                Ok(wake) => return Ok(ring(&self.data, wake)?),
+                Ok(wake) => return Ok(signal(&self.data, wake)?),
                 Err(PushError::Full) => {}
                 Err(PushError::TooLong { len, max }) => return Err(Error::TooLong { len, max }),
                 Err(PushError::Corrupt(corrupt)) => return Err(corrupt.into()),
             }
             let (armed, wake) = self.producer.arm_space(record.len())?;
-            ring(&self.data, wake)?;
+            signal(&self.data, wake)?;
             if armed == Armed::Sleep {
-                rung(&self.space).await?;
+                wait_for(&self.space).await?;
             }
         }
     }
 }
 
 impl<M: RingMem> Receiver<M> {
-    /// Takes a consumer that was made with events; `space` rings the writer, `data` is rung by it.
+    /// Takes a consumer that was made with events. It signals `space` to wake the writer, and waits on `data`.
     ///
     /// # Errors
-    /// There is no runtime, or it cannot watch the doorbell.
+    /// There is no tokio runtime, or it cannot watch the doorbell.
     pub fn new(consumer: Consumer<M>, space: EventFd, data: EventFd) -> io::Result<Self> {
         Ok(Self {
             consumer,
@@ -85,20 +85,20 @@ impl<M: RingMem> Receiver<M> {
         })
     }
 
-    /// Receives one record if there is one: a burst is drained with it, and woken for once.
+    /// Receives one record if there is one. Use it to drain a burst after one wake-up.
     ///
     /// # Errors
     /// The ring or its doorbell is broken.
     pub fn try_recv(&mut self, buf: &mut [u8]) -> Result<Option<usize>, Error> {
         let found = self.consumer.pop(buf)?;
         if found.is_none() || self.consumer.wants_release() {
-            ring(&self.space, self.consumer.release())?;
+            signal(&self.space, self.consumer.release())?;
         }
         Ok(found)
     }
 
-    /// Receives one record into `buf`, and waits for it. Returns its length; what `buf` has no room for is dropped.
-    /// Cancelled, it took nothing.
+    /// Receives one record into `buf`. Waits for it. Returns the length of the record; bytes that do not fit into
+    /// `buf` are dropped. If the future is dropped before it completes, no record was taken.
     ///
     /// # Errors
     /// The ring or its doorbell is broken.
@@ -108,9 +108,9 @@ impl<M: RingMem> Receiver<M> {
                 return Ok(len);
             }
             let (armed, wake) = self.consumer.arm_data()?;
-            ring(&self.space, wake)?;
+            signal(&self.space, wake)?;
             if armed == Armed::Sleep {
-                rung(&self.data).await?;
+                wait_for(&self.data).await?;
             }
         }
     }

@@ -1,25 +1,25 @@
-//! The attach socket: how a VMM hands a region and its doorbells to whoever serves the channel.
+//! The attach socket: how a VMM hands a region and its doorbells to the process that serves the channel.
 //!
-//! `SOCK_SEQPACKET`, one packet a message: a head of 32 bytes, then the body in postcard, descriptors beside it.
+//! `SOCK_SEQPACKET`, one message per packet: a head of 32 bytes, then the body in postcard. Descriptors are attached.
 //!
 //! ```text
 //! VMM                         server
 //! HELLO {software}    ───►
 //!                     ◄───    HELLO {software}, or REFUSE
 //! OFFER {vm, bytes, lanes}
-//!  + memfd, 4 eventfds ───►   the memory is sealed, long enough, the doorbells are eventfds
+//!  + memfd, 4 eventfds ───►   checks: the memory is sealed and long enough, the doorbells are eventfds
 //!                     ◄───    ACCEPT, or REFUSE {code, text}
-//!        DETACH {text}  ◄──►  either side, later; or the socket ends
+//!        DETACH {text}  ◄──►  either side, later; or the socket closes
 //! ```
 //! | offset | field of the head |
 //! |---|---|
 //! | 0 | 8 bytes `ADITATT1` |
-//! | 8 | u16 version = 1, u16 what it is (1 hello, 2 offer, 3 accept, 4 refuse, 5 detach), u16 descriptors beside it, u16 zero |
-//! | 16 | u64 epoch: of an offer, the VMM's count of its VM's starts and restores; of an accept, the region's |
+//! | 8 | u16 version = 1, u16 type (1 hello, 2 offer, 3 accept, 4 refuse, 5 detach), u16 attached descriptors, u16 zero |
+//! | 16 | u64 epoch: in an offer, the VMM's count of its VM's starts and restores; in an accept, the region's epoch |
 //! | 24 | u64 zero |
 //!
-//! Little-endian. A packet of more than 4 KiB or 8 descriptors, or with anything that is not said here, ends the
-//! conversation; every descriptor that came with it is closed ([`adit_passed`] says by whom).
+//! All fields are little-endian. A packet with more than 4 KiB, with more than 8 descriptors, or with anything not
+//! specified here ends the conversation. All its descriptors are closed ([`adit_passed`] explains on which thread).
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -38,69 +38,71 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::doorbell::borrow;
+use crate::doorbell::{self, borrow};
 use crate::passed;
 
 const MAGIC: [u8; 8] = *b"ADITATT1";
-/// Of the conversation.
+/// Version of the protocol.
 pub const VERSION: u16 = 1;
-/// Bytes of a packet at most.
+/// Maximum size of a packet in bytes.
 pub const PACKET_MAX: usize = 4096;
-/// Descriptors beside a packet at most.
+/// Maximum number of descriptors attached to a packet.
 pub const FDS_MAX: usize = 8;
 const HEAD: usize = 32;
-/// Descriptors of an offer: the memory and four doorbells.
+/// Number of descriptors of an offer: the memory and four doorbells.
 const OFFER_FDS: usize = 5;
-/// Bytes of a text at most; of a VM's name.
+/// Maximum bytes of a text, and of a VM's name.
 const TEXT_MAX: usize = 512;
 const NAME_MAX: usize = 64;
 
-/// The conversation cannot go on.
+/// Why the conversation cannot continue.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// The socket failed, or the other side said nothing in time.
+    /// The socket failed, or the other side did not answer in time.
     #[error("attach socket")]
     Io(#[from] io::Error),
-    /// The other side is gone.
+    /// The other side closed the socket.
     #[error("the other side closed the attach socket")]
     Gone,
-    /// The other side speaks another version.
+    /// The other side uses another version of the protocol.
     #[error("the other side speaks version {found} of the attach socket, this one {VERSION}")]
     Version {
         /// Its version.
         found: u16,
     },
-    /// What came is not what belongs here.
+    /// The packet is malformed, or not expected at this point.
     #[error("attach packet: {0}")]
     Malformed(&'static str),
-    /// What came before cannot be closed: its file system does not answer. The fault of whoever passed it.
+    /// Descriptors that were passed earlier still cannot be closed, because their file system does not answer. The
+    /// fault of the process that passed them.
     #[error(
-        "too many descriptors that were passed cannot be closed, for their file system does not answer"
+        "too many passed descriptors cannot be closed, because their file system does not answer"
     )]
     Overfull,
-    /// What came could not be taken in: this process' descriptors are all in use. Nobody's fault; it may be tried again.
-    #[error("this process has no descriptors left for what was passed")]
+    /// Some descriptors were not received, because all descriptors of this process are in use. Not the peer's fault;
+    /// it may try again.
+    #[error("this process has no free descriptors for the passed ones")]
     NoDescriptors,
-    /// The memory that came is no memory for a ring.
+    /// The memory in the offer cannot serve as a ring region.
     #[error("region")]
     Memory(#[from] MemfdError),
-    /// One of the doorbells is none.
+    /// One of the doorbells is not an eventfd.
     #[error("doorbell {which}")]
     Doorbell {
-        /// Which, from zero.
+        /// Index of the doorbell, from zero.
         which: usize,
-        /// Why.
+        /// Why it was refused.
         source: io::Error,
     },
-    /// The other side does not want it.
+    /// The other side refused.
     #[error("refused ({code:?}): {text}")]
     Refused {
-        /// Why, for programs.
+        /// Reason for programs.
         code: Code,
-        /// Why, for people.
+        /// Reason for people.
         text: String,
     },
-    /// The other side is done.
+    /// The other side ended the attachment.
     #[error("detached: {0}")]
     Detached(String),
 }
@@ -115,13 +117,13 @@ impl From<rustix::io::Errno> for AttachError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(u8)]
 pub enum Code {
-    /// It speaks another version.
+    /// The other side uses another version.
     Version = 0,
     /// There is no such VM.
     UnknownVm = 1,
-    /// The VM has a channel already.
+    /// The VM already has a ring.
     Busy = 2,
-    /// Memory or doorbells are not fit.
+    /// Memory or doorbells cannot be used.
     Memory = 3,
     /// The packet is malformed.
     Malformed = 4,
@@ -153,35 +155,35 @@ struct Detach {
     text: String,
 }
 
-/// What a VMM offers.
+/// A VMM's offer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offer {
     /// Name of the VM, `[a-z0-9-]`, at most 64 bytes.
     pub vm: String,
     /// Bytes of the region.
     pub bytes: u64,
-    /// How many lanes it shall have: 1 to 4.
+    /// Number of lanes that the region shall have: 1 to 4.
     pub lanes: u8,
 }
 
-/// Both sides' doorbells, by what they say. A VMM connects them to its guest: irqfds and ioeventfds.
+/// The doorbells of both sides. A VMM connects them to its guest as irqfds and ioeventfds.
 #[derive(Debug)]
 pub struct Bells {
-    /// Rung by the host: there is data for the guest.
+    /// Signalled by the host: there is data for the guest.
     pub guest_data: EventFd,
-    /// Rung by the host: there is space for the guest.
+    /// Signalled by the host: there is space for the guest.
     pub guest_space: EventFd,
-    /// Rung by the guest: there is data for the host.
+    /// Signalled by the guest: there is data for the host.
     pub host_data: EventFd,
-    /// Rung by the guest: there is space for the host.
+    /// Signalled by the guest: there is space for the host.
     pub host_space: EventFd,
 }
 
 impl Bells {
-    /// Four new ones.
+    /// Makes four new doorbells.
     ///
     /// # Errors
-    /// There are no descriptors left.
+    /// This process has no free descriptors.
     pub fn new() -> io::Result<Self> {
         use crate::doorbell::event_fd;
         Ok(Self {
@@ -192,10 +194,10 @@ impl Bells {
         })
     }
 
-    /// The same doorbells, for another owner.
+    /// Duplicates the doorbells, for another owner.
     ///
     /// # Errors
-    /// There are no descriptors left.
+    /// This process has no free descriptors.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self {
             guest_data: self.guest_data.try_clone()?,
@@ -206,11 +208,12 @@ impl Bells {
     }
 }
 
-/// One end of the conversation. What waits in it is closed with it, so it is as [`adit_passed`] has it.
+/// One end of the conversation. Closing it also closes the descriptors that wait in it, so it is closed as
+/// [`adit_passed`] describes.
 #[derive(Debug)]
 pub struct Socket(Passed);
 
-/// Where VMMs knock.
+/// Listens for VMMs.
 #[derive(Debug)]
 pub struct Listener(OwnedFd);
 
@@ -218,7 +221,7 @@ impl Listener {
     /// Listens at a path that does not exist yet.
     ///
     /// # Errors
-    /// The path is taken, too long, or not ours to write.
+    /// The path exists or is too long, or this process may not create it.
     pub fn bind(path: &Path) -> io::Result<Self> {
         let fd = seqpacket()?;
         bind(&fd, &SocketAddrUnix::new(path)?)?;
@@ -229,7 +232,7 @@ impl Listener {
     /// Waits for the next VMM.
     ///
     /// # Errors
-    /// There are no descriptors left.
+    /// This process has no free descriptors.
     pub fn accept(&self) -> io::Result<Socket> {
         Ok(accept_with(&self.0, SocketFlags::CLOEXEC)?.into())
     }
@@ -267,30 +270,30 @@ struct Packet {
 }
 
 impl Socket {
-    /// Knocks at a path.
+    /// Connects to a path.
     ///
     /// # Errors
-    /// Nobody listens there.
+    /// Nothing listens there.
     pub fn connect(path: &Path) -> io::Result<Self> {
         let fd = seqpacket()?;
         connect(&fd, &SocketAddrUnix::new(path)?)?;
         Ok(fd.into())
     }
 
-    /// Both ends.
+    /// Makes a connected pair, for both ends.
     ///
     /// # Errors
-    /// There are no descriptors left.
+    /// This process has no free descriptors.
     pub fn pair() -> io::Result<(Self, Self)> {
         let kind = SocketType::SEQPACKET;
         let (a, b) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
         Ok((a.into(), b.into()))
     }
 
-    /// How long to wait for the other side's answer; before, for ever.
+    /// Limits how long a receive call waits. Without this call it waits forever.
     ///
     /// # Errors
-    /// The descriptor is no socket.
+    /// The descriptor is not a socket.
     pub fn answer_within(&self, limit: Duration) -> io::Result<()> {
         Ok(set_socket_timeout(&self.0, Timeout::Recv, Some(limit))?)
     }
@@ -302,7 +305,7 @@ impl Socket {
         body: &impl Serialize,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), AttachError> {
-        let too_long = |_| AttachError::Malformed("longer than a packet may be");
+        let too_long = |_| AttachError::Malformed("longer than the maximum packet");
         let mut packet = [0; PACKET_MAX];
         packet[..8].copy_from_slice(&MAGIC);
         packet[8..10].copy_from_slice(&VERSION.to_le_bytes());
@@ -316,7 +319,7 @@ impl Socket {
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
             return Err(AttachError::Malformed(
-                "more descriptors than a packet may have",
+                "more than the maximum number of descriptors",
             ));
         }
         let parts = [IoSlice::new(&packet[..HEAD + len])];
@@ -332,7 +335,7 @@ impl Socket {
         }
         let mut packet = [0; PACKET_MAX];
         let got = loop {
-            // A process that is stopped and goes on is interrupted in a call that has a time limit (signal(7)).
+            // A process that is stopped and continued gets EINTR in a call that has a timeout (signal(7)).
             match receive(&self.0, &mut packet, RecvFlags::empty(), &closer) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 received => break received?,
@@ -346,7 +349,7 @@ impl Socket {
             return Err(AttachError::Gone);
         }
         if got.cut {
-            return bad("longer than a packet may be");
+            return bad("longer than the maximum packet");
         }
         if got.bytes < HEAD {
             return bad("shorter than its head");
@@ -357,13 +360,13 @@ impl Socket {
             u64::from_le_bytes(bytes)
         };
         if packet[..8] != MAGIC {
-            return bad("not of this socket");
+            return bad("wrong magic bytes");
         }
         if word(8) != VERSION {
             return Err(AttachError::Version { found: word(8) });
         }
         if usize::from(word(12)) != fds.len() || fds.len() > FDS_MAX {
-            return bad("other descriptors beside it than it says");
+            return bad("number of descriptors differs from the head");
         }
         if word(14) != 0 || long(24) != 0 {
             return bad("reserved bytes are not zero");
@@ -376,7 +379,7 @@ impl Socket {
         })
     }
 
-    /// Receives what is expected, with as many descriptors; what the other side says instead is an error.
+    /// Receives the packet that is expected here, with that number of descriptors. Any other packet is an error.
     fn expect<T: DeserializeOwned>(
         &self,
         what: What,
@@ -385,27 +388,27 @@ impl Socket {
         let packet = self.recv()?;
         if packet.what == What::Refuse as u16 {
             let Refuse { code, text } = body(&packet.body)?;
-            let text = shown(&text);
+            let text = sanitized(&text);
             return Err(AttachError::Refused { code, text });
         }
         if packet.what == What::Detach as u16 {
             let Detach { text } = body(&packet.body)?;
-            return Err(AttachError::Detached(shown(&text)));
+            return Err(AttachError::Detached(sanitized(&text)));
         }
         if packet.what != what as u16 {
-            return Err(AttachError::Malformed("not what belongs here"));
+            return Err(AttachError::Malformed("unexpected type of packet"));
         }
         if packet.fds.len() != fds {
-            return Err(AttachError::Malformed("another number of descriptors"));
+            return Err(AttachError::Malformed("wrong number of descriptors"));
         }
         Ok((body(&packet.body)?, packet.epoch, packet.fds))
     }
 
-    /// A VMM's half: offers a region, and returns the epoch at which it was taken. `epoch`: how often the VM was started
-    /// or restored. The memory stays the VMM's too.
+    /// The VMM's half: offers a region, and returns the epoch at which the server accepted it. `epoch` counts the
+    /// starts and restores of the VM. The VMM keeps the memory as well.
     ///
     /// # Errors
-    /// The offer was refused, or the other side is gone.
+    /// The offer was refused, or the other side closed the socket.
     pub fn offer(
         &self,
         offer: &Offer,
@@ -432,10 +435,10 @@ impl Socket {
         self.send(What::Hello, 0, &Hello { software }, &[])
     }
 
-    /// A server's half: waits for an offer, and checks it. What is wrong with it is told to the VMM as well.
+    /// The server's half: waits for an offer and checks it. A failed check is also reported to the VMM.
     ///
     /// # Errors
-    /// There is no offer that could be taken.
+    /// There was no valid offer.
     pub fn offered(self) -> Result<Offered, AttachError> {
         self.receive_offer().map_err(|(socket, e)| {
             let code = match &e {
@@ -444,8 +447,8 @@ impl Socket {
                 AttachError::Overfull | AttachError::NoDescriptors => Code::Busy,
                 _ => Code::Malformed,
             };
-            // It may be gone already.
-            let _ = socket.refuse(code, &chain(&e));
+            // The VMM may be gone already.
+            let _ = socket.refuse(code, &with_causes(&e));
             e
         })
     }
@@ -470,7 +473,7 @@ impl Socket {
             let mut which = 0;
             let mut bell = || {
                 let fd = fds.next().ok_or(AttachError::Malformed("no doorbell"))?;
-                let bell = passed::doorbell(fd);
+                let bell = doorbell::from_passed(fd);
                 which += 1;
                 bell.map_err(|source| AttachError::Doorbell {
                     which: which - 1,
@@ -497,35 +500,35 @@ impl Socket {
         }
     }
 
-    /// Refuses, and is done.
+    /// Refuses and closes the conversation.
     ///
     /// # Errors
-    /// The other side is gone.
+    /// The other side closed the socket.
     pub fn refuse(self, code: Code, text: &str) -> Result<(), AttachError> {
-        let text = shown(text);
+        let text = sanitized(text);
         self.send(What::Refuse, 0, &Refuse { code, text }, &[])
     }
 
-    /// Says that this side is done, and why.
+    /// Ends the attachment and tells the other side why.
     ///
     /// # Errors
-    /// The other side is gone.
+    /// The other side closed the socket.
     pub fn detach(self, text: &str) -> Result<(), AttachError> {
-        let text = shown(text);
+        let text = sanitized(text);
         self.send(What::Detach, 0, &Detach { text }, &[])
     }
 
-    /// Waits until the other side is done, and returns why.
+    /// Waits until the other side ends the attachment, and returns why it did.
     pub fn wait(&self) -> AttachError {
         match self.expect::<()>(What::Detach, 0) {
-            Ok(_) => AttachError::Malformed("not what belongs here"),
+            Ok(_) => AttachError::Malformed("unexpected type of packet"),
             Err(e) => e,
         }
     }
 }
 
-/// A text as it may be shown: bounded, and without what a terminal would act on.
-fn shown(text: &str) -> String {
+/// Makes a text safe to show: limits its length and removes control characters, which a terminal would act on.
+fn sanitized(text: &str) -> String {
     let fit = text.chars().scan(0, |bytes, c| {
         *bytes += c.len_utf8();
         (*bytes <= TEXT_MAX).then_some(c)
@@ -533,8 +536,8 @@ fn shown(text: &str) -> String {
     fit.filter(|c| !c.is_control()).collect()
 }
 
-/// An error and its causes in one line.
-fn chain(e: &dyn std::error::Error) -> String {
+/// An error and its causes, in one line.
+fn with_causes(e: &dyn std::error::Error) -> String {
     let mut text = e.to_string();
     let mut source = e.source();
     while let Some(e) = source {
@@ -547,16 +550,16 @@ fn chain(e: &dyn std::error::Error) -> String {
 fn body<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, AttachError> {
     match postcard::take_from_bytes(bytes) {
         Ok((value, [])) => Ok(value),
-        Ok(_) => Err(AttachError::Malformed("bytes behind its end")),
+        Ok(_) => Err(AttachError::Malformed("bytes after the end of the body")),
         Err(_) => Err(AttachError::Malformed("body")),
     }
 }
 
-/// An offer that could be taken.
+/// An offer that passed all checks.
 #[derive(Debug)]
 pub struct Offered {
     socket: Socket,
-    /// What it says.
+    /// What the VMM offers.
     pub offer: Offer,
     /// The VMM's count of its VM's starts and restores.
     pub epoch: u64,
@@ -567,19 +570,19 @@ pub struct Offered {
 }
 
 impl Offered {
-    /// Takes it; the region is at `epoch`. The socket stays, for the end.
+    /// Accepts the offer. `epoch` is the region's epoch. The caller keeps the socket, to learn when the VMM ends.
     ///
     /// # Errors
-    /// The VMM is gone.
+    /// The VMM closed the socket.
     pub fn accept(self, epoch: u64) -> Result<(Socket, Mapped, Bells), AttachError> {
         self.socket.send(What::Accept, epoch, &(), &[])?;
         Ok((self.socket, self.memory, self.bells))
     }
 
-    /// Refuses it.
+    /// Refuses the offer.
     ///
     /// # Errors
-    /// The VMM is gone.
+    /// The VMM closed the socket.
     pub fn refuse(self, code: Code, text: &str) -> Result<(), AttachError> {
         self.socket.refuse(code, text)
     }

@@ -1,4 +1,4 @@
-//! Ends that wait: they look on for a while, then sleep until the doorbell rings.
+//! Ends that wait: they poll for a while, then sleep until the doorbell is signalled.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -9,21 +9,21 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::Spin;
 use crate::doorbell::{Doorbell, Waiter, sleep};
 
-/// Nothing more goes through this end, or not now.
+/// Why an end cannot send or receive, at all or now.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The time was over: the other side does not read, or does not write.
+    /// The time limit passed: the other side did not read or write.
     #[error("the other side did nothing in time")]
     TimedOut,
-    /// It would never fit.
-    #[error("record of {len} bytes, at most {max} fit")]
+    /// The record is longer than the ring allows.
+    #[error("a record of {len} bytes is too long; at most {max} bytes fit")]
     TooLong {
-        /// Its length.
+        /// Length of the record in bytes.
         len: usize,
-        /// The longest.
+        /// Longest allowed record in bytes.
         max: usize,
     },
-    /// The other side broke the ring: it stays broken.
+    /// The other side broke the ring. The ring stays broken.
     #[error(transparent)]
     Corrupt(#[from] Corrupt),
     /// The doorbell is broken.
@@ -31,7 +31,7 @@ pub enum Error {
     Doorbell(#[from] io::Error),
 }
 
-/// The writing end of a lane, with a doorbell towards the reader ("data") and one from it ("space").
+/// The writing end of a lane. It signals the doorbell `data` to the reader, and waits on the doorbell `space`.
 #[derive(Debug)]
 pub struct Sender<M, D = EventFd, W = EventFd> {
     producer: Producer<M>,
@@ -53,12 +53,12 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Sender<M, D, W> {
         }
     }
 
-    /// How often it rang the doorbell.
+    /// How often it signalled the doorbell.
     pub fn rings(&self) -> u64 {
         self.rings
     }
 
-    /// Sends one record, and waits for room as long as it takes.
+    /// Sends one record. Waits for room as long as it takes.
     ///
     /// # Errors
     /// The record never fits, or the ring or its doorbell is broken.
@@ -67,17 +67,17 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Sender<M, D, W> {
         self.flush()
     }
 
-    /// Sends one record, and waits for room until the time is over.
+    /// Sends one record. Waits for room until the time limit.
     ///
     /// # Errors
-    /// As [`send`](Self::send); or the reader did not make room in time, and nothing was written.
+    /// As [`send`](Self::send). If the reader did not make room in time, nothing was written.
     pub fn send_within(&mut self, record: &[u8], limit: Duration) -> Result<(), Error> {
         self.put(record, Some(limit))?;
         self.flush()
     }
 
-    /// Writes one record without showing it yet: a batch is shown by [`flush`](Self::flush), or when it has grown to a
-    /// quarter of the ring.
+    /// Writes one record without publishing it. [`flush`](Self::flush) publishes the batch; a batch of a quarter of
+    /// the ring is published at once.
     ///
     /// # Errors
     /// As [`send`](Self::send).
@@ -85,16 +85,16 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Sender<M, D, W> {
         self.put(record, None)
     }
 
-    /// Shows what was queued.
+    /// Publishes the queued records.
     ///
     /// # Errors
     /// The doorbell is broken.
     pub fn flush(&mut self) -> Result<(), Error> {
         let wake = self.producer.publish();
-        self.ring(wake)
+        self.signal(wake)
     }
 
-    fn ring(&mut self, wake: Wake) -> Result<(), Error> {
+    fn signal(&mut self, wake: Wake) -> Result<(), Error> {
         if wake == Wake::Yes {
             self.rings += 1;
             self.data.ring()?;
@@ -104,7 +104,7 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Sender<M, D, W> {
 
     fn put(&mut self, record: &[u8], limit: Option<Duration>) -> Result<(), Error> {
         match try_put(&mut self.producer, record)? {
-            Some(wake) => self.ring(wake),
+            Some(wake) => self.signal(wake),
             None => self.wait(record, limit),
         }
     }
@@ -115,16 +115,16 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Sender<M, D, W> {
         self.flush()?;
         loop {
             let producer = &mut self.producer;
-            if let Some(wake) = self.spin.look_on(|| try_put(producer, record))? {
-                return self.ring(wake);
+            if let Some(wake) = self.spin.poll(|| try_put(producer, record))? {
+                return self.signal(wake);
             }
             let (armed, wake) = self.producer.arm_space(record.len())?;
-            self.ring(wake)?;
+            self.signal(wake)?;
             if armed == Armed::Sleep {
                 sleep(&self.space, rest(deadline)?)?;
             }
             if let Some(wake) = try_put(&mut self.producer, record)? {
-                return self.ring(wake);
+                return self.signal(wake);
             }
         }
     }
@@ -143,7 +143,7 @@ fn try_put<M: RingMem>(producer: &mut Producer<M>, record: &[u8]) -> Result<Opti
     }
 }
 
-/// What is left until then.
+/// Time left until the deadline.
 fn rest(deadline: Option<Instant>) -> Result<Option<Duration>, Error> {
     let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
     match left {
@@ -152,7 +152,7 @@ fn rest(deadline: Option<Instant>) -> Result<Option<Duration>, Error> {
     }
 }
 
-/// The reading end of a lane, with a doorbell towards the writer ("space") and one from it ("data").
+/// The reading end of a lane. It signals the doorbell `space` to the writer, and waits on the doorbell `data`.
 #[derive(Debug)]
 pub struct Receiver<M, D = EventFd, W = EventFd> {
     consumer: Consumer<M>,
@@ -176,13 +176,13 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Receiver<M, D, W> {
         }
     }
 
-    /// How often it rang the doorbell.
+    /// How often it signalled the doorbell.
     pub fn rings(&self) -> u64 {
         self.rings
     }
 
-    /// Receives one record into `buf`, and waits for it as long as it takes. Returns its length; what `buf` has no room
-    /// for is dropped.
+    /// Receives one record into `buf`. Waits as long as it takes. Returns the length of the record; bytes that do not
+    /// fit into `buf` are dropped.
     ///
     /// # Errors
     /// The ring or its doorbell is broken.
@@ -190,10 +190,10 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Receiver<M, D, W> {
         self.take(buf, None)
     }
 
-    /// Receives one record, and waits for it until the time is over.
+    /// Receives one record. Waits until the time limit.
     ///
     /// # Errors
-    /// As [`recv`](Self::recv); or none came in time.
+    /// As [`recv`](Self::recv), or no record arrived in time.
     pub fn recv_within(&mut self, buf: &mut [u8], limit: Duration) -> Result<usize, Error> {
         self.take(buf, Some(limit))
     }
@@ -216,10 +216,10 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Receiver<M, D, W> {
 
     fn release(&mut self) -> Result<(), Error> {
         let wake = self.consumer.release();
-        self.ring(wake)
+        self.signal(wake)
     }
 
-    fn ring(&mut self, wake: Wake) -> Result<(), Error> {
+    fn signal(&mut self, wake: Wake) -> Result<(), Error> {
         if wake == Wake::Yes {
             self.rings += 1;
             self.space.ring()?;
@@ -239,12 +239,12 @@ impl<M: RingMem, D: Doorbell, W: Waiter> Receiver<M, D, W> {
         loop {
             self.pace.missed();
             let consumer = &mut self.consumer;
-            if let Some(len) = self.spin.look_on(|| consumer.pop(buf))? {
+            if let Some(len) = self.spin.poll(|| consumer.pop(buf))? {
                 self.pace.came(len);
                 return Ok(len);
             }
             let (armed, wake) = self.consumer.arm_data()?;
-            self.ring(wake)?;
+            self.signal(wake)?;
             if armed == Armed::Sleep {
                 sleep(&self.data, rest(deadline)?)?;
             }

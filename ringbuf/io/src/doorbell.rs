@@ -1,5 +1,5 @@
 //! Doorbells: how one side wakes the other when it sleeps.
-// An `EventFd` of vmm-sys-util lends and takes raw descriptors only.
+// vmm-sys-util's `EventFd` only lends and takes raw descriptors.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -11,61 +11,60 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::passed;
-
 /// Wakes the other side.
 pub trait Doorbell {
-    /// Rings. Rung twice before anybody looks, it is one ring.
+    /// Signals the doorbell. Several signals before the other side looks count as one.
     ///
     /// # Errors
     /// The other side cannot be reached.
     fn ring(&self) -> io::Result<()>;
 }
 
-/// Hears the other side's doorbell.
+/// Waits for the other side's doorbell.
 pub trait Waiter {
-    /// What becomes readable when it rang; `None`: it never rings, and its owner polls.
+    /// The descriptor that becomes readable when the doorbell was signalled. `None` if there is no such doorbell, and
+    /// the owner polls.
     fn fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Takes the ring, so that the next one is heard.
+    /// Resets the doorbell, so that the next signal is noticed.
     ///
     /// # Errors
     /// The descriptor is broken.
     fn clear(&self) -> io::Result<()>;
 }
 
-/// A doorbell that does not block and is not inherited.
+/// Makes an eventfd that is nonblocking and close-on-exec.
 ///
 /// # Errors
-/// There are no descriptors left.
+/// This process has no free descriptors.
 pub fn event_fd() -> io::Result<EventFd> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }
 
-/// A doorbell that somebody passed. What is none is closed as [`adit_passed`] says.
+/// Converts a passed descriptor to a doorbell. Anything other than an eventfd is closed as [`adit_passed`] describes.
 ///
 /// # Errors
-/// It is no eventfd, or cannot be examined.
+/// It is not an eventfd, or it cannot be examined.
 pub fn from_passed(fd: impl Into<Passed>) -> io::Result<EventFd> {
-    passed::doorbell(fd.into())
+    Ok(of_eventfd(fd.into().eventfd()?))
 }
 
-/// The same, of what is known to be one.
-pub(crate) fn of_eventfd(fd: OwnedFd) -> EventFd {
-    // SAFETY: the descriptor is open, an eventfd, and owned by nobody else from here on.
+/// Wraps a descriptor that is known to be an eventfd.
+fn of_eventfd(fd: OwnedFd) -> EventFd {
+    // SAFETY: the descriptor is open, is an eventfd, and has no other owner from here on.
     unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) }
 }
 
-/// What vmm-sys-util lends of an eventfd, with its lifetime.
+/// Borrows the descriptor of an eventfd, with the lifetime of the eventfd.
 pub fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the eventfd keeps its descriptor open for as long as it is borrowed.
+    // SAFETY: the eventfd keeps its descriptor open while it is borrowed.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 impl Doorbell for EventFd {
     fn ring(&self) -> io::Result<()> {
         match self.write(1) {
-            // Full of rings that nobody took: it has rung.
+            // The counter is at its maximum, so the doorbell is already signalled.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
             done => done,
         }
@@ -85,7 +84,7 @@ impl Waiter for EventFd {
     }
 }
 
-/// Nobody sleeps: both sides poll.
+/// No doorbell: both sides poll, and no side sleeps.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Polled;
 
@@ -105,7 +104,8 @@ impl Waiter for Polled {
     }
 }
 
-/// Sleeps until the doorbell rings or the time is over, and takes the ring. One that never rings is not waited for.
+/// Sleeps until the doorbell is signalled or the time limit passes, then resets the doorbell. Does not sleep if there
+/// is no doorbell.
 ///
 /// # Errors
 /// The descriptor is broken.
@@ -115,7 +115,7 @@ pub(crate) fn sleep(waiter: &impl Waiter, limit: Option<Duration>) -> io::Result
         return Ok(());
     };
     let limit = match limit {
-        // Rounded up: a rest of a millisecond is not polled away.
+        // Rounded up, so that the last fraction of a millisecond is not spent polling.
         Some(limit) => {
             PollTimeout::try_from(limit + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
         }
@@ -141,7 +141,7 @@ mod watched {
 
     use super::borrow;
 
-    /// A doorbell as tokio watches it.
+    /// A doorbell in the form that tokio watches.
     #[derive(Debug)]
     pub(crate) struct Bell(pub(crate) EventFd);
 
@@ -159,7 +159,7 @@ mod watched {
 
     impl Bell {
         pub(crate) fn watch(event: EventFd) -> io::Result<AsyncFd<Self>> {
-            // SAFETY: the descriptor is the same, open and this value's own for as long as it lives.
+            // SAFETY: the descriptor stays the same, and this value owns it and keeps it open for its whole life.
             let watched =
                 unsafe { AsyncFd::register_with_interest(Self(event), Interest::READABLE) };
             Ok(watched?)

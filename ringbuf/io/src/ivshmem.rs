@@ -1,26 +1,27 @@
-//! An ivshmem server of one VM: how a stock QEMU (`-device ivshmem-doorbell`) gets a region and its doorbells.
+//! An ivshmem server for one VM: how an unmodified QEMU (`-device ivshmem-doorbell`) gets a region and its doorbells.
 //!
-//! One socket, one client at a time, and two peers: whoever serves is peer 0, the VM is peer 1. Vector 0 says data, vector
-//! 1 says space. The protocol is QEMU's (`docs/specs/ivshmem-spec.txt`, version 0): little-endian i64, one a message, at
-//! most one descriptor beside it; the server speaks, the client never does.
+//! One socket, one client at a time, and two peers: this server is peer 0, the VM is peer 1. Vector 0 means data,
+//! vector 1 means space. The protocol is QEMU's (`docs/specs/ivshmem-spec.txt`, version 0): each message is one
+//! little-endian i64 with at most one descriptor. Only the server sends; the client never does.
 //!
 //! ```text
 //! server                       QEMU
 //! 0                    ───►            version
-//! 1                    ───►            who you are
+//! 1                    ───►            the client's own peer number
 //! -1 + memfd           ───►            BAR2
 //! 0 + host_data        ───►            peer 0, vector 0: written when the guest stores (0 << 16 | 0) to BAR0 + 12
 //! 0 + host_space       ───►            peer 0, vector 1
 //! 1 + guest_data       ───►            its own vectors: MSI-X
 //! 1 + guest_space      ───►
-//!                      ◄───  end       the VM is gone
+//!                      ◄───  close     the VM is gone
 //! ```
-//! Every client gets memory and doorbells of its own, which nobody had before: two clients of a socket, one after the
-//! other, share nothing, even if the first keeps what it was given. A second one beside the first is turned away. All
-//! sending is to a fresh socket, without waiting: a client that does not read has its seven messages in the kernel.
+//! Every client gets new memory and new doorbells, which no one had before. So two clients of a socket, one after the
+//! other, share nothing, even if the first keeps what it got. A second client at the same time is disconnected. All
+//! messages go into an empty socket buffer without blocking: if the client does not read, its seven messages stay in
+//! the kernel.
 //!
-//! QEMU makes the doorbells that it gets nonblocking, which is a property of the open file and so holds here too:
-//! [`crate::doorbell`]'s are that from the beginning.
+//! QEMU makes its doorbells nonblocking. That is a property of the open file, so it changes this side's doorbells too;
+//! those of [`crate::doorbell`] are nonblocking from the start.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -34,63 +35,65 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 use crate::attach::Bells;
 use crate::doorbell::borrow;
 
-/// Of the protocol.
+/// Version of the protocol.
 pub const VERSION: i64 = 0;
-/// This side, as the guest's doorbell register knows it.
+/// Peer number of this side in the guest's doorbell register.
 pub const HOST_PEER: u16 = 0;
-/// The VM.
+/// Peer number of the VM.
 pub const GUEST_PEER: u16 = 1;
-/// Vectors of a peer: what QEMU's `vectors=` must say.
+/// Number of vectors of a peer: the value for QEMU's `vectors=`.
 pub const VECTORS: u16 = 2;
-/// Vector that says data.
+/// Vector that means data.
 pub const VECTOR_DATA: u16 = 0;
-/// Vector that says space.
+/// Vector that means space.
 pub const VECTOR_SPACE: u16 = 1;
-/// Bytes of a region at least.
+/// Smallest region in bytes.
 pub const BYTES_MIN: usize = 64 << 10;
-/// Bytes of a region at most.
+/// Largest region in bytes.
 pub const BYTES_MAX: usize = 1 << 30;
-/// "Shared memory", in place of a peer.
+/// "Shared memory", in the place of a peer number.
 const MEMORY: i64 = -1;
 
-/// The conversation with a VMM cannot begin or go on; the next VMM is served.
+/// Why a VMM was not served, or is not served any more. The server can serve the next VMM.
 #[derive(Debug, thiserror::Error)]
 pub enum IvshmemError {
-    /// The size of a PCI BAR is a power of two. The caller's fault.
+    /// The size is not a power of two in the allowed range, so it cannot be a PCI BAR. The caller's fault.
     #[error(
-        "{bytes} bytes cannot be a region: it takes a power of two from {BYTES_MIN} to {BYTES_MAX}"
+        "{bytes} bytes cannot be the size of a region: it must be a power of two from {BYTES_MIN} to {BYTES_MAX}"
     )]
     Size {
-        /// What was asked for.
+        /// The size that was asked for.
         bytes: usize,
     },
-    /// No memory for the region.
+    /// There is no memory for the region.
     #[error("no memory for the region")]
     Memory(#[from] MemfdError),
-    /// The socket failed, or there are no descriptors.
+    /// The socket failed, or this process has no free descriptors.
     #[error("ivshmem socket")]
     Io(#[from] io::Error),
-    /// A VMM has the region already, and only one can.
-    #[error("a second VMM connected while the first is there: it was turned away")]
+    /// Another VMM has the region already, and only one can have it.
+    #[error(
+        "a second VMM connected while the first is still connected: the second was disconnected"
+    )]
     Busy,
-    /// An ivshmem client has nothing to say, and this one did.
-    #[error("the client spoke, which an ivshmem client does not")]
+    /// The client sent something. An ivshmem client never sends.
+    #[error("the client sent data, which an ivshmem client never does")]
     Spoke,
 }
 
-/// A VMM that was given a region.
+/// What a newly connected VMM got.
 #[derive(Debug)]
 pub struct Given {
-    /// The region, zeroed; nobody but that VMM has it.
+    /// The region, zeroed. Only that VMM has it too.
     pub memory: Mapped,
-    /// The same as a descriptor, for a successor.
+    /// The same memory as a descriptor, for a successor process.
     pub memory_fd: OwnedFd,
     /// The doorbells.
     pub bells: Bells,
 }
 
-/// Serves one VM's ivshmem socket. It never waits: ask when [`listener`](Self::listener) or [`client`](Self::client) is
-/// readable.
+/// Serves one VM's ivshmem socket. It never blocks: call it when [`listener`](Self::listener) or
+/// [`client`](Self::client) is readable.
 #[derive(Debug)]
 pub struct Server {
     listener: UnixListener,
@@ -99,7 +102,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves regions of so many bytes at a socket that is bound.
+    /// Serves regions of `bytes` bytes at a socket that is already bound.
     ///
     /// # Errors
     /// The size is out of range, or the socket cannot be made nonblocking.
@@ -115,39 +118,39 @@ impl Server {
         })
     }
 
-    /// Goes on with a client that a predecessor accepted.
+    /// Continues with a client that a predecessor process accepted.
     pub fn resume(&mut self, client: Apart<UnixStream>) {
         self.client = Some(client);
     }
 
-    /// Readable when a VMM knocks.
+    /// Readable when a VMM connects.
     pub fn listener(&self) -> BorrowedFd<'_> {
         self.listener.as_fd()
     }
 
-    /// Readable when the VMM that is served goes.
+    /// Readable when the current VMM closes its socket.
     pub fn client(&self) -> Option<BorrowedFd<'_>> {
         self.client.as_ref().map(AsFd::as_fd)
     }
 
-    /// Lets a VMM in; `None`: nobody knocks.
+    /// Accepts a VMM. Returns `None` if no VMM waits.
     ///
     /// # Errors
-    /// It was not let in. Call again until there is nobody.
+    /// The VMM was not served. Call again until the result is `None`.
     pub fn accept(&mut self) -> Result<Option<Given>, IvshmemError> {
         let socket = match self.listener.accept() {
             Ok((socket, _)) => Apart::new(socket, &Closer::shared()),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(e) => return Err(e.into()),
         };
-        // One that went may not have been seen going.
+        // The earlier client may have closed its socket without this server having noticed.
         if self.client.is_some() && matches!(self.look(), Ok(Alive::Yes)) {
             return Err(IvshmemError::Busy);
         }
         socket.set_nonblocking(true)?;
         let (memory, memory_fd) = Mapped::memfd(self.bytes)?;
         let bells = Bells::new()?;
-        introduce(socket.as_fd(), memory_fd.as_fd(), &bells)?;
+        send_setup(socket.as_fd(), memory_fd.as_fd(), &bells)?;
         self.client = Some(socket);
         Ok(Some(Given {
             memory,
@@ -156,7 +159,7 @@ impl Server {
         }))
     }
 
-    /// Looks whether the VMM is still there.
+    /// Checks whether the VMM is still connected.
     ///
     /// # Errors
     /// It broke the protocol, and is not served any more.
@@ -164,13 +167,13 @@ impl Server {
         let Some(client) = &self.client else {
             return Ok(Alive::No);
         };
-        // Only looked at: descriptors that came with it would be closed by whoever took it, and here nobody may wait.
-        let said = recv(client, &mut [0u8; 8], RecvFlags::DONTWAIT | RecvFlags::PEEK);
-        match said {
+        // Peek only: taking a message would close its descriptors on this thread, which must not block.
+        let peeked = recv(client, &mut [0u8; 8], RecvFlags::DONTWAIT | RecvFlags::PEEK);
+        match peeked {
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(Alive::Yes),
             _ => self.client = None,
         }
-        match said {
+        match peeked {
             Ok((0, _)) | Err(rustix::io::Errno::CONNRESET) => Ok(Alive::No),
             Ok(_) => Err(IvshmemError::Spoke),
             Err(e) => Err(IvshmemError::Io(e.into())),
@@ -178,37 +181,41 @@ impl Server {
     }
 }
 
-/// Whether a VMM is served.
+/// Whether a VMM is connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Alive {
-    /// It is.
+    /// A VMM is connected.
     Yes,
-    /// There is none, or it has gone.
+    /// There is none, or it has disconnected.
     No,
 }
 
-fn introduce(
+fn send_setup(
     to: BorrowedFd<'_>,
     memory: BorrowedFd<'_>,
     bells: &Bells,
 ) -> Result<(), IvshmemError> {
     let (host, guest) = (i64::from(HOST_PEER), i64::from(GUEST_PEER));
-    say(to, VERSION, None)?;
-    say(to, guest, None)?;
-    say(to, MEMORY, Some(memory))?;
-    // In the order of their vectors.
-    say(to, host, Some(borrow(&bells.host_data)))?;
-    say(to, host, Some(borrow(&bells.host_space)))?;
-    say(to, guest, Some(borrow(&bells.guest_data)))?;
-    say(to, guest, Some(borrow(&bells.guest_space)))
+    send_message(to, VERSION, None)?;
+    send_message(to, guest, None)?;
+    send_message(to, MEMORY, Some(memory))?;
+    // In the order of the vectors.
+    send_message(to, host, Some(borrow(&bells.host_data)))?;
+    send_message(to, host, Some(borrow(&bells.host_space)))?;
+    send_message(to, guest, Some(borrow(&bells.guest_data)))?;
+    send_message(to, guest, Some(borrow(&bells.guest_space)))
 }
 
-fn say(to: BorrowedFd<'_>, what: i64, fd: Option<BorrowedFd<'_>>) -> Result<(), IvshmemError> {
+fn send_message(
+    to: BorrowedFd<'_>,
+    what: i64,
+    fd: Option<BorrowedFd<'_>>,
+) -> Result<(), IvshmemError> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let fds = fd.as_slice();
     if !fds.is_empty() {
-        // There is room for one.
+        // The buffer has room for one descriptor.
         let _ = control.push(SendAncillaryMessage::ScmRights(fds));
     }
     let bytes = what.to_le_bytes();

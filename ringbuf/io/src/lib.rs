@@ -1,9 +1,9 @@
-//! What a ring needs of a system: [`doorbell`]s that wake the other side, [`blocking`] ends that sleep, ends for tokio
-//! (`asynchronous`, feature `tokio`), and the sockets over which a region changes hands: from a VMM to whoever serves it
-//! ([`attach`]), and from whoever serves it to a stock QEMU ([`ivshmem`]).
+//! What a ring needs from the operating system: [`doorbell`]s that wake the other side, [`blocking`] ends that sleep,
+//! ends for tokio (`asynchronous`, feature `tokio`), and two sockets that hand over a region: from a VMM to the
+//! process that serves it ([`attach`]), and from that process to an unmodified QEMU ([`ivshmem`]).
 //!
-//! The ring itself (`adit-ringbuf`) knows no clock and no descriptor. An end here owns one direction of one lane; whoever
-//! serves several lanes in one loop polls `adit-ringbuf`'s own ends, and waits on the doorbell once.
+//! The ring itself (`adit-ringbuf`) uses no clock and no descriptor. An end in this crate owns one direction of one
+//! lane. A loop that serves several lanes uses the ends of `adit-ringbuf` directly, and waits on the doorbell once.
 
 #[cfg(feature = "tokio")]
 pub mod asynchronous;

@@ -1,29 +1,19 @@
-//! What another process passed, as a ring needs it: memory, and doorbells ([`adit_passed`] says how they are told apart, and
-//! who closes what is neither).
-
-use std::io;
+//! Converts passed descriptors to the memory of a ring ([`doorbell`](crate::doorbell) has the other half). [`adit_passed`] explains how they are
+//! recognised, and how everything else is closed.
 
 use adit_passed::{Closer, Passed};
 use adit_ringbuf::{Mapped, MemfdError};
-use vmm_sys_util::eventfd::EventFd;
-
-use crate::doorbell;
 
 pub use adit_passed::PENDING_MAX;
 
-/// Starts the thread that closes what may keep it waiting. A process that is going to have no more threads calls this
-/// before; elsewhere the first such descriptor does.
+/// Starts the thread that closes descriptors whose close may block. A process that will not be able to create threads
+/// later calls this first. In other processes the first such descriptor starts the thread.
 pub fn prepare() {
     Closer::shared().prepare();
 }
 
-/// Takes it for a region's memory.
+/// Converts a passed descriptor to the memory of a region.
 pub(crate) fn memory(fd: Passed, bytes: usize) -> Result<Mapped, MemfdError> {
     let fd = fd.memory().map_err(|_| MemfdError::NotSealed)?;
     Mapped::from_memfd(fd, bytes)
-}
-
-/// Takes it for a doorbell.
-pub(crate) fn doorbell(fd: Passed) -> io::Result<EventFd> {
-    Ok(doorbell::of_eventfd(fd.eventfd()?))
 }

@@ -1,32 +1,34 @@
-//! How long to look on before sleeping: bounded each time, and a bounded share of a processor where it is in vain.
+//! How long to poll before sleeping. Each poll phase is bounded. If polling finds nothing, it uses only a bounded
+//! share of a processor.
 
 use std::time::{Duration, Instant};
 
-/// What looking on in vain may cost of a processor: one part in so many.
+/// Polling that finds nothing may use one part in this many of a processor.
 const SHARE: u32 = 10;
-/// How often the other side's word is looked at between two looks at the clock, which costs as much as ten.
+/// Checks of the other side's word between two reads of the clock. A clock read costs as much as ten checks.
 const LOOKS: u32 = 16;
-/// Without a pause at first: an answer comes within a microsecond, or not soon.
+/// Checks at the start without a pause instruction: an answer comes within a microsecond, or much later.
 const EAGER: u32 = 64;
 
-/// Looks on before sleeping.
+/// Polls before sleeping.
 #[derive(Clone, Copy, Debug)]
 pub struct Spin {
     limit: Duration,
-    /// What may be spent in vain yet, as of `at`.
+    /// Time that may still be spent without success, as of `at`.
     allowed: Duration,
     at: Option<Instant>,
 }
 
 impl Default for Spin {
-    /// Fifty microseconds: what waking a sleeper costs.
+    /// Fifty microseconds: what it costs to wake a sleeper.
     fn default() -> Self {
         Self::new(Duration::from_micros(50))
     }
 }
 
 impl Spin {
-    /// At most `limit` at a time, and a tenth of a processor where it is in vain; zero: sleep at once.
+    /// Polls for at most `limit` at a time, and for at most a tenth of a processor while nothing comes. With zero it
+    /// sleeps at once.
     pub fn new(limit: Duration) -> Self {
         Self {
             limit,
@@ -35,8 +37,8 @@ impl Spin {
         }
     }
 
-    /// Tries until it brings something, or the time is over.
-    pub(crate) fn look_on<T, E>(
+    /// Calls `attempt` until it returns something or the time is over.
+    pub(crate) fn poll<T, E>(
         &mut self,
         mut attempt: impl FnMut() -> Result<Option<T>, E>,
     ) -> Result<Option<T>, E> {
@@ -75,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn in_vain_it_ends_and_costs_its_share() {
+    fn fruitless_polling_ends_and_stays_within_its_share() {
         let mut spin = Spin::default();
         let begin = Instant::now();
         let mut tries = 0u64;
@@ -83,18 +85,18 @@ mod tests {
             tries += 1;
             Ok::<_, ()>(None::<()>)
         };
-        assert_eq!(spin.look_on(&mut attempt), Ok(None));
-        // What the first one cost is not earned again at once.
-        assert_eq!(spin.look_on(&mut attempt), Ok(None));
+        assert_eq!(spin.poll(&mut attempt), Ok(None));
+        // The time that the first call used is not granted again at once.
+        assert_eq!(spin.poll(&mut attempt), Ok(None));
         let earned = begin.elapsed() / SHARE;
         assert!(spin.allowed <= earned, "{:?} of {earned:?}", spin.allowed);
         assert!(tries > 2 * u64::from(EAGER));
     }
 
     #[test]
-    fn off_it_does_not_even_look() {
+    fn a_zero_limit_never_polls() {
         let mut spin = Spin::new(Duration::ZERO);
-        let found = spin.look_on(|| -> Result<Option<()>, ()> { panic!("looked") });
+        let found = spin.poll(|| -> Result<Option<()>, ()> { panic!("polled") });
         assert_eq!(found, Ok(None));
     }
 }

@@ -1,4 +1,4 @@
-//! A VMM hands a region over, well and badly.
+//! A VMM hands a region over, in correct and in wrong ways.
 
 mod common;
 
@@ -10,10 +10,10 @@ use adit_ringbuf::session::{Event, Guest, Host};
 use adit_ringbuf::{Mapped, MemfdError};
 use adit_ringbuf_io::attach::{AttachError, Bells, Code, Listener, Socket};
 use adit_ringbuf_io::doorbell::{Doorbell, Waiter};
-use common::{converse, meet, offer, packet, send};
+use common::{hello_and_send, offer, packet, run_server_against, send};
 
 #[test]
-fn a_region_changes_hands_and_both_sides_attach() {
+fn a_region_is_handed_over_and_both_sides_attach() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("attach.sock");
     let listener = Listener::bind(&path).unwrap();
@@ -60,7 +60,7 @@ fn a_region_changes_hands_and_both_sides_attach() {
 }
 
 fn refused_for_memory(fd: impl AsFd + Send + Sync, bytes: usize) -> AttachError {
-    let (offered, told) = meet(|socket| {
+    let (offered, told) = run_server_against(|socket| {
         let bells = Bells::new().unwrap();
         socket.offer(&offer(bytes), 1, fd.as_fd(), &bells)
     });
@@ -88,10 +88,10 @@ fn r13_memory_that_could_shrink_is_refused() {
 }
 
 #[test]
-fn doorbells_that_are_none_are_refused() {
+fn doorbells_that_are_not_eventfds_are_refused() {
     let (memory, fd) = Mapped::memfd(1 << 16).unwrap();
     let null = std::fs::File::open("/dev/null").unwrap();
-    let (offered, told) = meet(|socket| {
+    let (offered, told) = run_server_against(|socket| {
         let fds = [
             fd.as_fd(),
             null.as_fd(),
@@ -99,7 +99,7 @@ fn doorbells_that_are_none_are_refused() {
             null.as_fd(),
             null.as_fd(),
         ];
-        converse(&socket, &packet(2, &offer(1 << 16), 5), &fds)
+        hello_and_send(&socket, &packet(2, &offer(1 << 16), 5), &fds)
     });
     assert!(matches!(
         offered,
@@ -109,15 +109,15 @@ fn doorbells_that_are_none_are_refused() {
     drop(memory);
 }
 
-/// What has no name either, and is no eventfd.
+/// Descriptors that have no file type either, but are not eventfds.
 #[test]
-fn descriptors_of_other_kinds_are_no_doorbells() {
+fn descriptors_of_other_kinds_are_refused_as_doorbells() {
     use adit_ringbuf_io::doorbell::from_passed;
     use nix::sys::{epoll, signalfd, timerfd};
     let bell = adit_ringbuf_io::doorbell::event_fd().unwrap();
     let fd = bell.fd().unwrap().try_clone_to_owned().unwrap();
     from_passed(fd).unwrap().ring().unwrap();
-    assert_eq!(bell.read().unwrap(), 1, "asking changes nothing");
+    assert_eq!(bell.read().unwrap(), 1, "the check changes nothing");
     let epoll = epoll::Epoll::new(epoll::EpollCreateFlags::empty())
         .unwrap()
         .0;
@@ -141,10 +141,10 @@ fn descriptors_of_other_kinds_are_no_doorbells() {
 }
 
 #[test]
-fn a_vmm_that_dies_in_the_middle_is_gone() {
-    let (offered, ()) = meet(drop);
+fn a_vmm_that_dies_during_the_handshake_is_reported_as_gone() {
+    let (offered, ()) = run_server_against(drop);
     assert!(matches!(offered, Err(AttachError::Gone)));
-    let (offered, ()) = meet(|socket| send(&socket, &packet(1, &"x", 0), &[]));
+    let (offered, ()) = run_server_against(|socket| send(&socket, &packet(1, &"x", 0), &[]));
     assert!(matches!(
         offered,
         Err(AttachError::Gone | AttachError::Io(_))
@@ -152,7 +152,7 @@ fn a_vmm_that_dies_in_the_middle_is_gone() {
 }
 
 #[test]
-fn one_that_says_nothing_is_not_waited_for() {
+fn a_silent_vmm_times_out() {
     let (_near, far) = Socket::pair().unwrap();
     far.answer_within(Duration::from_millis(50)).unwrap();
     assert!(matches!(far.offered(), Err(AttachError::Io(_))));

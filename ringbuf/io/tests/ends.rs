@@ -1,4 +1,4 @@
-//! Ends that sleep: nothing is lost, nobody oversleeps, and a peer that does nothing costs little.
+//! Ends that sleep: no record is lost, no wake-up is missed, and a peer that does nothing costs little.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use adit_ringbuf_io::attach::Bells;
 use adit_ringbuf_io::blocking::{Error, Receiver, Sender};
 use adit_ringbuf_io::doorbell::{Doorbell, Polled, Waiter, event_fd};
 
-/// Two sides that are attached over two mappings, one lane.
+/// Two attached sides, each with its own mapping; one lane.
 fn attached(size: usize) -> (Ends<Mapped>, Ends<Mapped>) {
     let spec = Spec::uniform(1, size);
     let (near, fd) = Mapped::memfd(spec.bytes()).unwrap();
@@ -46,7 +46,7 @@ fn a_stream_of_records_of_all_lengths_arrives_whole() {
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 for n in 0..count {
-                    // One by one, and in batches.
+                    // Alternates between single records and batches.
                     match n / 1000 % 2 {
                         0 => sender.send(&record(n)).unwrap(),
                         _ => sender.queue(&record(n)).unwrap(),
@@ -95,7 +95,7 @@ fn a_ping_pong_that_sleeps_never_hangs() {
 }
 
 #[test]
-fn r11_a_peer_that_never_rings_costs_a_timeout_and_no_processor() {
+fn r11_a_peer_that_never_signals_costs_a_timeout_and_little_processor_time() {
     let (host, guest) = attached(4096);
     let [data, space, quiet] = [(); 3].map(|()| event_fd().unwrap());
     let spin = Spin::default();
@@ -120,7 +120,7 @@ fn r11_a_peer_that_never_rings_costs_a_timeout_and_no_processor() {
     drop(guest);
 }
 
-/// Time that this thread spent on a processor.
+/// Processor time that this thread used.
 fn processor_time() -> Duration {
     use nix::time::{ClockId, clock_gettime};
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
@@ -128,9 +128,9 @@ fn processor_time() -> Duration {
         .into()
 }
 
-/// R10: kicks without end, of which none means anything: each costs a look.
+/// R10: endless doorbell signals without any data. Each costs one check.
 #[test]
-fn r10_a_storm_of_doorbells_over_an_empty_ring_is_one_ring() {
+fn r10_a_storm_of_doorbells_over_an_empty_ring_is_merged_into_one() {
     let (host, _guest) = attached(4096);
     let bells = Bells::new().unwrap();
     let storm = bells.host_data.try_clone().unwrap();
@@ -145,18 +145,18 @@ fn r10_a_storm_of_doorbells_over_an_empty_ring_is_one_ring() {
     );
     let none = receiver.recv_within(&mut [0; 8], Duration::from_millis(50));
     assert!(matches!(none, Err(Error::TimedOut)));
-    // All of them were one, which is taken.
+    // All signals were merged into one, which was taken.
     assert_eq!(
         storm.read().map_err(|e| e.kind()),
         Err(std::io::ErrorKind::WouldBlock)
     );
-    // A counter that cannot take more still rings, and blocks nobody.
+    // Signalling a counter at its maximum succeeds and does not block.
     storm.write(u64::MAX - 1).unwrap();
     storm.ring().unwrap();
     storm.clear().unwrap();
 }
 
-/// R17: a peer that never says when it has space, because it knows no such hint, is asked again by looking.
+/// R17: a peer that never sets a wake-up position, because it does not support it. The other side must poll for space.
 #[test]
 fn r17_without_doorbells_both_sides_poll() {
     let (host, guest) = attached(4096);
@@ -177,14 +177,14 @@ fn r17_without_doorbells_both_sides_poll() {
 }
 
 #[test]
-fn streaming_rings_seldom() {
+fn streaming_signals_the_doorbell_rarely() {
     let (host, guest) = attached(1 << 20);
     let bells = Bells::new().unwrap();
     let theirs = bells.try_clone().unwrap();
     let spin = Spin::default();
     let mut sender = Sender::new(host.producer, bells.guest_data, bells.host_space, spin);
     let mut receiver = Receiver::new(guest.consumer, theirs.host_space, theirs.guest_data, spin);
-    // Written before anybody reads, and read at once: rings are counted where nobody's speed matters.
+    // All records are written before any is read, so the number of signals does not depend on speed.
     for n in 0..10_000u64 {
         sender.send(&n.to_le_bytes()).unwrap();
     }
@@ -225,7 +225,7 @@ mod tokio_ends {
                 assert_eq!(from.recv(&mut buf).await.unwrap(), 8);
                 assert_eq!(u64::from_le_bytes(buf), n);
             }
-            // Cancelled, it took nothing.
+            // The cancelled receive took no record.
             let idle = tokio::time::timeout(Duration::from_millis(10), from.recv(&mut buf));
             assert!(idle.await.is_err());
         };

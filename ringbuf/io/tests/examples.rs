@@ -1,9 +1,9 @@
-//! The examples for VMM authors and guests run, together.
+//! The examples for VMM authors and for guests run together.
 
 use std::process::Command;
 
 #[test]
-fn the_ring_is_linked_and_a_guest_uses_it() {
+fn the_two_examples_exchange_records() {
     let mut path = std::env::current_exe().unwrap();
     path.pop();
     path.pop();

@@ -1,5 +1,5 @@
-//! A peer in a process of its own that writes over a whole region, many times a second, at any moment of a session; beside it
-//! an honest channel of the same host. A second here; `ADIT_HOSTILE_SECONDS=30` for longer.
+//! A separate process rewrites a whole region many times a second, at any moment of a session. Meanwhile the same host
+//! serves an honest channel. The test runs for one second; set `ADIT_HOSTILE_SECONDS=30` for longer.
 
 use std::os::fd::AsRawFd;
 use std::process::Command;
@@ -14,7 +14,7 @@ use adit_ringbuf_io::attach::Bells;
 use adit_ringbuf_io::blocking::{Receiver, Sender};
 
 const REGION: &str = "ADIT_HOSTILE_REGION";
-/// How long the peer waits for its host, when it does.
+/// How long the hostile peer waits for its host, in the turns in which it waits.
 const PATIENCE: Duration = Duration::from_millis(20);
 
 fn spec() -> Spec {
@@ -34,7 +34,7 @@ impl Noise {
 
     fn word(&mut self) -> u64 {
         let any = (self.below(1 << 31) as u64) << 33 | self.below(1 << 31) as u64;
-        // Often something that is nearly right.
+        // Mostly a value that is nearly valid.
         match self.below(6) {
             0 => any,
             1 => any % 4096,
@@ -46,7 +46,7 @@ impl Noise {
     }
 }
 
-/// The hostile process: a test that does nothing where nobody started it as one.
+/// The hostile process. As a test it does nothing, unless the other test started it.
 #[test]
 fn peer() {
     let Some(path) = std::env::var_os(REGION) else {
@@ -60,10 +60,10 @@ fn peer() {
     let memory = Mapped::from_memfd(file.into(), spec().bytes()).unwrap();
     let mut noise = Noise(7);
     loop {
-        // It attaches as it should, works for a moment, and then writes over everything.
+        // It attaches correctly, works for a moment, and then overwrites everything.
         if let Ok(mut guest) = Guest::find(memory.clone(), noise.word() << 8, Features::NONE) {
             let _ = guest.attach();
-            // Every second time it gives the host the time to come to run.
+            // Every second time it gives the host time to run.
             let hurries = noise.below(2) == 0;
             let (begin, turns) = (Instant::now(), noise.below(200));
             for n in 0.. {
@@ -108,7 +108,8 @@ fn a_process_that_rewrites_the_region_ends_its_own_sessions_and_nothing_else() {
     assert!(honest > 1000, "{honest}");
 }
 
-/// Serves whoever is at the region; returns how many sessions there were, and how many ended by a lie.
+/// Serves the guest at the region. Returns the number of sessions, and how many of them ended because of an invalid
+/// value.
 fn attacked(until: Instant) -> (u64, u64) {
     let (memory, fd) = Mapped::memfd(spec().bytes()).unwrap();
     let mut epoch = 1;
@@ -124,7 +125,7 @@ fn attacked(until: Instant) -> (u64, u64) {
     let (mut sessions, mut lies) = (0, 0);
     let mut offered = Instant::now();
     let mut buf = [0; 4096];
-    // On a busy machine the peer comes to run seldom: it is waited for.
+    // On a busy machine the peer rarely runs, so the test waits longer for it.
     let patience = until + Duration::from_secs(60);
     while Instant::now() < until || ((sessions <= 20 || lies <= 10) && Instant::now() < patience) {
         match host.poll().event {
@@ -132,7 +133,7 @@ fn attacked(until: Instant) -> (u64, u64) {
             Some(Event::Lost(_)) | None => {}
         }
         if host.state() != State::Run {
-            // Its head may be gone for good: a new offer, as for a guest that never comes back.
+            // The head may be destroyed for good, so the host offers again, as for a guest that never comes back.
             if offered.elapsed() > Duration::from_millis(2) {
                 epoch += 1000;
                 offered = Instant::now();
@@ -163,7 +164,7 @@ fn attacked(until: Instant) -> (u64, u64) {
     (sessions, lies)
 }
 
-/// An honest channel that sleeps and wakes, until it is told to stop; every record is counted and compared.
+/// An honest channel that sleeps and wakes until `stop` is set. It counts and compares every record.
 fn honest(stop: &AtomicBool) -> u64 {
     let geometry = Geometry::alone(4096, 8);
     let (near, fd) = Mapped::memfd(geometry.bytes()).unwrap();
@@ -181,7 +182,7 @@ fn honest(stop: &AtomicBool) -> u64 {
             while !stop.load(Ordering::Relaxed) {
                 n += 1;
                 sender.send(&n.to_le_bytes()).unwrap();
-                // It shall go on, and not take the processor from those whom it goes on beside.
+                // The honest channel must not use up the processor that the attack needs.
                 if n.is_multiple_of(256) {
                     std::thread::sleep(Duration::from_micros(200));
                 }

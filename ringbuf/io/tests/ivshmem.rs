@@ -1,4 +1,5 @@
-//! What a stock QEMU is told on its ivshmem socket, and what clients do that are none.
+//! What the server sends to an unmodified QEMU on the ivshmem socket, and how it treats clients that break the
+//! protocol.
 
 use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -34,12 +35,12 @@ impl Rig {
         self.dir.path().join("ivshmem.sock")
     }
 
-    fn knock(&self) -> UnixStream {
+    fn connect(&self) -> UnixStream {
         UnixStream::connect(self.path()).unwrap()
     }
 }
 
-/// One message, as QEMU reads it: eight bytes, and at most one descriptor beside them.
+/// Receives one message as QEMU does: eight bytes, with at most one descriptor.
 fn message(from: &UnixStream) -> (i64, Option<OwnedFd>) {
     let mut bytes = [0; 8];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
@@ -58,14 +59,14 @@ fn message(from: &UnixStream) -> (i64, Option<OwnedFd>) {
     (i64::from_le_bytes(bytes), fds.pop())
 }
 
-/// What QEMU has when it was introduced.
+/// What QEMU has after the server's seven messages.
 struct Vm {
     memory: Mapped,
-    /// Peer 0's vectors, then its own.
+    /// First the vectors of peer 0, then its own.
     bells: [EventFd; 4],
 }
 
-fn introduced(socket: &UnixStream) -> Vm {
+fn receive_setup(socket: &UnixStream) -> Vm {
     assert!(matches!(message(socket), (0, None)), "version");
     assert!(matches!(message(socket), (1, None)), "its id");
     let (what, fd) = message(socket);
@@ -79,7 +80,7 @@ fn introduced(socket: &UnixStream) -> Vm {
     Vm { memory, bells }
 }
 
-fn rung(bell: &EventFd) -> bool {
+fn was_signalled(bell: &EventFd) -> bool {
     let fd = bell.fd().unwrap();
     let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::ZERO).unwrap() == 1 && bell.clear().is_ok()
@@ -89,11 +90,11 @@ fn rung(bell: &EventFd) -> bool {
 fn a_client_gets_the_region_and_four_doorbells_in_their_order() {
     let mut rig = Rig::new();
     assert!(rig.server.accept().unwrap().is_none());
-    let qemu = rig.knock();
+    let qemu = rig.connect();
     let given = rig.server.accept().unwrap().unwrap();
-    let vm = introduced(&qemu);
+    let vm = receive_setup(&qemu);
     let ours = &given.bells;
-    // Each rings the one on the other side, and no other.
+    // Each doorbell signals its counterpart on the other side, and no other.
     let [host_data, host_space, guest_data, guest_space] = &vm.bells;
     let pairs = [
         (host_data, &ours.host_data),
@@ -103,11 +104,11 @@ fn a_client_gets_the_region_and_four_doorbells_in_their_order() {
     ];
     for (n, (from, _)) in pairs.iter().enumerate() {
         from.ring().unwrap();
-        let heard: Vec<bool> = pairs.iter().map(|(_, to)| rung(to)).collect();
+        let signalled: Vec<bool> = pairs.iter().map(|(_, to)| was_signalled(to)).collect();
         let expected: Vec<bool> = (0..4).map(|i| i == n).collect();
-        assert_eq!(heard, expected, "doorbell {n}");
+        assert_eq!(signalled, expected, "doorbell {n}");
     }
-    // And the region is one: a session, and a record through it.
+    // Both sides have the same region: a session starts and a record passes.
     let mut host = Host::offer(given.memory, Spec::uniform(2, BYTES / 8), 1).unwrap();
     let mut guest = Guest::find(vm.memory, 77, Features::NONE).unwrap();
     let _ = guest.attach();
@@ -125,74 +126,78 @@ fn a_client_gets_the_region_and_four_doorbells_in_their_order() {
 }
 
 #[test]
-fn a_second_client_is_turned_away_and_the_first_does_not_notice() {
+fn a_second_client_is_disconnected_and_the_first_is_not_affected() {
     let mut rig = Rig::new();
-    let first = rig.knock();
+    let first = rig.connect();
     let given = rig.server.accept().unwrap().unwrap();
-    let mut second = rig.knock();
+    let mut second = rig.connect();
     assert!(matches!(rig.server.accept(), Err(IvshmemError::Busy)));
-    assert_eq!(second.read(&mut [0; 8]).unwrap(), 0, "not a byte for it");
+    assert_eq!(
+        second.read(&mut [0; 8]).unwrap(),
+        0,
+        "the second client gets no byte"
+    );
     assert_eq!(rig.server.look().unwrap(), Alive::Yes);
-    let vm = introduced(&first);
+    let vm = receive_setup(&first);
     vm.bells[0].ring().unwrap();
-    assert!(rung(&given.bells.host_data));
+    assert!(was_signalled(&given.bells.host_data));
 }
 
 #[test]
 fn the_next_client_shares_nothing_with_the_one_before() {
     let mut rig = Rig::new();
-    let first = rig.knock();
+    let first = rig.connect();
     let given = rig.server.accept().unwrap().unwrap();
-    let old = introduced(&first);
+    let old = receive_setup(&first);
     given.memory.store(4096, 0x5ec7e7);
     drop(first);
-    // Nobody looked: the next one knocks first.
-    let second = rig.knock();
+    // The server has not noticed that the first client is gone when the next one connects.
+    let second = rig.connect();
     let next = rig.server.accept().unwrap().unwrap();
-    let new = introduced(&second);
+    let new = receive_setup(&second);
     assert_eq!(new.memory.load(4096), 0);
     old.memory.store(8192, 0xbad);
     for bell in &old.bells {
         bell.ring().unwrap();
     }
     assert_eq!(next.memory.load(8192), 0);
-    assert!(!rung(&next.bells.host_data) && !rung(&next.bells.host_space));
-    assert!(new.bells.iter().all(|bell| !rung(bell)));
+    assert!(!was_signalled(&next.bells.host_data) && !was_signalled(&next.bells.host_space));
+    assert!(new.bells.iter().all(|bell| !was_signalled(bell)));
 }
 
 #[test]
-fn a_client_that_dies_in_the_middle_or_speaks_costs_nobody_else_anything() {
+fn a_client_that_dies_early_or_sends_data_does_not_affect_the_next() {
     let mut rig = Rig::new();
     for _ in 0..20 {
-        // Gone before it is let in.
-        drop(rig.knock());
+        // The client is gone before it is accepted.
+        drop(rig.connect());
         match rig.server.accept() {
             Ok(Some(_)) => assert_eq!(rig.server.look().unwrap(), Alive::No),
             other => assert!(matches!(other, Err(IvshmemError::Io(_))), "{other:?}"),
         }
-        // Gone after three of seven messages.
-        let half = rig.knock();
+        // The client is gone after three of seven messages.
+        let half = rig.connect();
         let given = rig.server.accept().unwrap().unwrap();
         for _ in 0..3 {
             let _ = message(&half);
         }
         drop((half, given));
         assert_eq!(rig.server.look().unwrap(), Alive::No);
-        // One that talks.
-        let mut loud = rig.knock();
+        // The client sends data.
+        let mut loud = rig.connect();
         let given = rig.server.accept().unwrap().unwrap();
         loud.write_all(&[0x5a; 100_000]).unwrap();
         assert!(matches!(rig.server.look(), Err(IvshmemError::Spoke)));
         assert!(rig.server.client().is_none());
         drop((loud, given));
     }
-    let qemu = rig.knock();
+    let qemu = rig.connect();
     let _given = rig.server.accept().unwrap().unwrap();
-    introduced(&qemu);
+    receive_setup(&qemu);
 }
 
 #[test]
-fn a_region_that_is_no_bar_is_refused() {
+fn a_size_that_is_not_a_bar_size_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     for bytes in [0, 4096, 3 << 20, (1 << 20) + 4096, 2 << 30] {
         let listener = UnixListener::bind(dir.path().join(bytes.to_string())).unwrap();

@@ -1,4 +1,5 @@
-//! Nothing stays behind: descriptors and mappings end as they began. Alone in its process, for it counts them.
+//! No descriptor and no mapping is left over at the end. The tests count those of the whole process, so they are in a
+//! file of their own.
 
 mod common;
 
@@ -11,7 +12,7 @@ use adit_ringbuf::region::{Features, Spec};
 use adit_ringbuf::session::{Event, Guest, Host};
 use adit_ringbuf_io::attach::{AttachError, Bells, Offer, Socket};
 use adit_ringbuf_io::ivshmem::{Alive, Server};
-use common::{converse, meet, offer, packet, send};
+use common::{hello_and_send, offer, packet, run_server_against, send};
 
 fn counts() -> (usize, usize) {
     let fds = std::fs::read_dir("/proc/self/fd").unwrap().count();
@@ -19,7 +20,7 @@ fn counts() -> (usize, usize) {
     (fds, maps.matches("adit-ring").count())
 }
 
-/// What was passed is closed on a thread of its own.
+/// Waits for the counts, because passed descriptors are closed on another thread.
 #[track_caller]
 fn returns_to(before: (usize, usize)) {
     let end = Instant::now() + Duration::from_secs(30);
@@ -30,17 +31,17 @@ fn returns_to(before: (usize, usize)) {
 }
 
 #[test]
-fn attachments_good_and_bad_leave_nothing_behind() {
+fn valid_and_invalid_attachments_leak_nothing() {
     let before = counts();
-    every_packet_that_does_not_belong_is_refused();
+    every_malformed_packet_is_refused();
     returns_to(before);
-    ten_thousand_attachments_come_and_go();
+    ten_thousand_attachments_leak_nothing();
     returns_to(before);
-    a_thousand_ivshmem_clients_come_and_go();
+    a_thousand_ivshmem_clients_leak_nothing();
     returns_to(before);
 }
 
-fn a_thousand_ivshmem_clients_come_and_go() {
+fn a_thousand_ivshmem_clients_leak_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ivshmem.sock");
     let mut server = Server::new(UnixListener::bind(&path).unwrap(), 64 << 10).unwrap();
@@ -54,7 +55,7 @@ fn a_thousand_ivshmem_clients_come_and_go() {
     }
 }
 
-fn every_packet_that_does_not_belong_is_refused() {
+fn every_malformed_packet_is_refused() {
     let (_, fd) = Mapped::memfd(1 << 16).unwrap();
     let good = packet(2, &offer(1 << 16), 5);
     let changed = |at: usize, byte: u8| {
@@ -79,7 +80,7 @@ fn every_packet_that_does_not_belong_is_refused() {
         ("too few", packet(2, &offer(1 << 16), 4), 4),
         ("too many", packet(2, &offer(1 << 16), 9), 9),
         ("none", packet(2, &offer(1 << 16), 0), 0),
-        ("behind its end", [&good[..], &[0]].concat(), 5),
+        ("after the end of the body", [&good[..], &[0]].concat(), 5),
         ("cut", good[..33].to_vec(), 5),
         ("shorter than its head", good[..31].to_vec(), 5),
         ("too long", long, 5),
@@ -91,7 +92,8 @@ fn every_packet_that_does_not_belong_is_refused() {
         ("bytes", name("a", 1, u64::MAX), 5),
     ];
     for (what, bytes, count) in cases {
-        let (offered, answer) = meet(|socket| converse(&socket, &bytes, &vec![fd.as_fd(); count]));
+        let (offered, answer) =
+            run_server_against(|socket| hello_and_send(&socket, &bytes, &vec![fd.as_fd(); count]));
         assert!(offered.is_err(), "{what}");
         assert_eq!(answer, Some(4), "{what}: {offered:?}");
         let version = matches!(offered, Err(AttachError::Version { found: 2 }));
@@ -100,14 +102,14 @@ fn every_packet_that_does_not_belong_is_refused() {
     }
 }
 
-fn ten_thousand_attachments_come_and_go() {
+fn ten_thousand_attachments_leak_nothing() {
     let spec = Spec::uniform(1, 4096);
     let (memory, fd) = Mapped::memfd(spec.bytes()).unwrap();
     let bells = Bells::new().unwrap();
     let fd: OwnedFd = fd;
     for n in 0..10_000 {
         let (near, far) = Socket::pair().unwrap();
-        // Both in one thread: the socket holds what one says until the other listens.
+        // One thread plays both sides, because the socket buffers the messages of one side until the other reads.
         send(&near, &packet(1, &"x", 0), &[]);
         let all = [
             &bells.guest_data,

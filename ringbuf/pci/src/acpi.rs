@@ -1,39 +1,39 @@
-//! What a VMM without PCI tells its guest of a bus with this one function on it.
+//! ACPI tables for a VMM without PCI: they describe a bus with only this function on it.
 //!
 //! | object | what |
 //! |---|---|
 //! | `\_SB.PCI0` | the bus: number 0, both windows, and in `_PRT` the function's pin |
 //! | `\_SB.LNKR` | the pin's interrupt: an input of the IOAPIC, edge-triggered |
-//! | `\_SB.ECAM` | configuration space is nobody else's: Linux does not use what MCFG says without |
+//! | `\_SB.ECAM` | reserves configuration space: Linux does not use the address in MCFG unless it is reserved |
 //!
-//! The bus has no firmware: the guest's kernel finds BARs without addresses, and gives them some.
+//! There is no firmware. The guest's kernel finds BARs without addresses, and assigns them.
 
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::{Aml, aml};
 
 use crate::kvm::Place;
 
-/// Bytes of a bus's configuration space.
+/// Bytes of configuration space of one bus.
 const BUS_BYTES: u64 = 1 << 20;
-/// All functions of a device, in an address of `_PRT`.
+/// In an address of `_PRT`: all functions of a device.
 const ANY_FUNCTION: u32 = 0xffff;
 
 impl Place {
-    /// Configuration space of the bus, and the function's number on it.
+    /// Address of the bus's configuration space, and the device number of the function.
     fn bus(&self) -> (u64, u32) {
         let device = (self.config_at % BUS_BYTES) >> 15;
         (self.config_at - self.config_at % BUS_BYTES, device as u32)
     }
 
-    /// What stands in MCFG for the bus.
+    /// Adds the entry of the bus to MCFG.
     pub fn add_ecam(&self, mcfg: &mut MCFG) {
         mcfg.add_ecam(self.bus().0, 0, 0, 0);
     }
 
-    /// What stands in the DSDT for the bus.
+    /// The bytes of the bus for the DSDT.
     ///
     /// # Panics
-    /// The first window, or configuration space, is not below 4 GiB.
+    /// The first window or the configuration space is not below 4 GiB.
     pub fn aml(&self) -> Vec<u8> {
         let below = |address: u64| u32::try_from(address).expect("an address below 4 GiB");
         let (ecam, device) = self.bus();
@@ -46,7 +46,7 @@ impl Place {
             aml::Name::new("_PRS".into(), &resources),
             aml::Name::new("_CRS".into(), &resources),
         );
-        // It cannot be another, and need not be told.
+        // The interrupt cannot be changed, so `_SRS` does nothing.
         let set = aml::Method::new("_SRS".into(), 1, false, vec![]);
         let inside: Vec<&dyn Aml> = vec![&possible, &current, &set];
         let link = device_with("_SB_.LNKR", &hid("PNP0C0F"), inside);

@@ -1,35 +1,35 @@
 //! Configuration space: a type 0 header (PCI Local Bus 3.0 §6.1) and one capability, MSI-X (§6.8.2).
 //!
-//! Bytes, and beside each the bits of it that a driver can change. That is all that sizing a BAR takes: of all ones that are
-//! written, those above its size stay.
+//! It consists of the bytes, and for each byte the bits that a driver can change. That is enough to size a BAR: when
+//! the driver writes all ones, only the bits above the BAR's size are stored.
 
 use adit_ringbuf_io::ivshmem::VECTORS;
 
-/// Bytes of a function's configuration space. What PCI Express has behind them reads as zero: no capability.
+/// Bytes of a function's configuration space. The extended space of PCI Express after it reads as zero: no capability.
 pub const CONFIG_BYTES: usize = 256;
-/// Bytes of BAR 0 and of BAR 1: a page each, for user space maps pages.
+/// Size of BAR 0 and of BAR 1 in bytes: a page each, because user space maps whole pages.
 pub const REGISTERS_BYTES: u64 = 4096;
-/// BARs.
+/// Number of BARs.
 pub const BARS: usize = 3;
 
 /// A BAR of the function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bar {
-    /// Registers, and the doorbell among them.
+    /// Registers, including the doorbell.
     Registers = 0,
-    /// MSI-X: its table, and what is pending.
+    /// MSI-X: the table and the pending bits.
     Msix = 1,
     /// The region.
     Region = 2,
 }
 
 impl Bar {
-    /// All of them.
+    /// All BARs.
     pub const ALL: [Self; BARS] = [Self::Registers, Self::Msix, Self::Region];
 
-    /// Its register in configuration space.
+    /// Offset of the BAR's register in configuration space.
     pub(crate) const fn register(self) -> usize {
-        // The last one has two.
+        // BAR 2 is 64 bits wide and uses two registers.
         0x10 + 4 * self as usize
     }
 }
@@ -40,24 +40,24 @@ pub(crate) const INTERRUPT_LINE: usize = 0x3c;
 const STATUS: usize = 0x06;
 const MSIX: usize = 0x40;
 pub(crate) const MSIX_CONTROL: usize = MSIX + 2;
-/// Where BAR 1 has the pending bits.
+/// Offset of the pending bits in BAR 1.
 pub(crate) const PENDING_AT: usize = 0x800;
 
-/// Command: memory is decoded.
+/// Command: memory decoding is on.
 pub(crate) const MEMORY: u16 = 1 << 1;
-/// Command: it may write on the bus, and an MSI is a write.
+/// Command: the function may write on the bus. An MSI is such a write.
 pub(crate) const MASTER: u16 = 1 << 2;
-/// Command: the pin is not raised (PCI 2.3).
+/// Command: the pin is disabled (PCI 2.3).
 pub(crate) const INTX_DISABLE: u16 = 1 << 10;
-/// Status, low byte: the pin would be raised, were it not disabled.
+/// Status, low byte: an interrupt is pending at the pin, even if the pin is disabled.
 const INTX_STATUS: u8 = 1 << 3;
-/// Status, low byte: there are capabilities.
+/// Status, low byte: there is a capability list.
 const CAPABILITIES: u8 = 1 << 4;
-/// MSI-X control: on; all vectors masked.
+/// MSI-X control: MSI-X is on; all vectors are masked.
 pub(crate) const MSIX_ENABLE: u16 = 1 << 15;
 pub(crate) const MSIX_MASK_ALL: u16 = 1 << 14;
 
-/// What stands in a register of configuration space for good: where, and its bytes.
+/// Read-only registers of configuration space: offset and bytes.
 const FIXED: [(usize, &[u8]); 9] = [
     (0x00, &[0xf4, 0x1a, 0x10, 0x11]), // Red Hat, ivshmem
     (STATUS, &[CAPABILITIES]),
@@ -78,7 +78,7 @@ const FIXED: [(usize, &[u8]); 9] = [
     ),
 ];
 
-/// The space of one function.
+/// The configuration space of one function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Config {
     bytes: [u8; CONFIG_BYTES],
@@ -86,7 +86,7 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// As it is after a reset. `region_bytes`: of BAR 2, a power of two of at least a page.
+    /// Configuration space after a reset. `region_bytes` is the size of BAR 2, a power of two of at least a page.
     pub(crate) fn new(region_bytes: u64) -> Self {
         let mut config = Self {
             bytes: [0; CONFIG_BYTES],
@@ -112,7 +112,7 @@ impl Config {
         config
     }
 
-    /// All of it.
+    /// All bytes.
     pub(crate) fn bytes(&self) -> &[u8; CONFIG_BYTES] {
         &self.bytes
     }
@@ -121,7 +121,7 @@ impl Config {
         copy_out(&self.bytes, offset, data);
     }
 
-    /// Changes what can be.
+    /// Writes the bits that a driver can change.
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
         let Ok(offset) = usize::try_from(offset) else {
             return;
@@ -136,24 +136,24 @@ impl Config {
         u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]])
     }
 
-    /// Where a BAR's registers say that it lies, whether it is decoded or not.
+    /// The address in a BAR's registers, whether it is decoded or not.
     pub(crate) fn address(&self, bar: Bar) -> u64 {
         let at = bar.register();
         let mut bytes = [0; 8];
         let len = if let Bar::Region = bar { 8 } else { 4 };
         bytes[..len].copy_from_slice(&self.bytes[at..at + len]);
-        // The flags stand below any BAR's size.
+        // The flags are in bits below the size of any BAR.
         u64::from_le_bytes(bytes) & !0xf
     }
 
-    /// Says whether the pin would be raised.
+    /// Sets the status bit that shows a pending interrupt at the pin.
     pub(crate) fn set_pending(&mut self, pending: bool) {
         let others = self.bytes[STATUS] & !INTX_STATUS;
         self.bytes[STATUS] = others | if pending { INTX_STATUS } else { 0 };
     }
 }
 
-/// Reads `from` at an offset; zeroes behind its end.
+/// Copies from `from` at an offset; bytes after its end read as zero.
 pub(crate) fn copy_out(from: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);
     let there = usize::try_from(offset).ok().and_then(|at| from.get(at..));

@@ -1,28 +1,30 @@
-//! The function as a machine without a system.
+//! The function as a state machine without an operating system.
 //!
 //! - Getters: [`wiring`](Function::wiring), [`config_bytes`](Function::config_bytes).
-//! - What the guest does: [`config_read`](Function::config_read), [`config_write`](Function::config_write),
+//! - Accesses by the guest: [`config_read`](Function::config_read), [`config_write`](Function::config_write),
 //!   [`read`](Function::read), [`write`](Function::write).
-//! - What the host does: [`interrupt`](Function::interrupt), [`restore`](Function::restore), [`save`](Function::save).
-//! - Each returns [`Changes`], which the VMM carries out before the next call.
+//! - Actions of the host: [`interrupt`](Function::interrupt), [`restore`](Function::restore),
+//!   [`save`](Function::save).
+//! - Most calls return [`Changes`], which the VMM must carry out before the next call.
 //!
 //! How the guest is interrupted (`n`: a vector):
 //!
 //! ```text
-//! interrupt(n) ─┬ MSI-X on ──┬ not masked ──────────────────────► send[n]
-//!               │            └ masked: pending, until it is not ─► send[n]
+//! interrupt(n) ─┬ MSI-X on ──┬ not masked ───────────────────────► send[n]
+//!               │            └ masked: pending, until unmasked ──► send[n]
 //!               └ MSI-X off: IntrStatus |= 1 << n
 //!                   IntrStatus & IntrMask ≠ 0: status bit 3; command bit 10 clear ──► line: true
 //!                   a read of IntrStatus clears it ─────────────────────────────────► line: false
-//!                   IntrMask bit 31: whatever command bit 10 and IntrStatus say ────► pulse
+//!                   IntrMask bit 31: whatever command bit 10 and IntrStatus are ────► pulse
 //! ```
-//! The last is this function's own, and what makes the pin as cheap as a message. A handler as that of `uio_pci_generic` reads
-//! status, finds bit 3 as it was, and command bit 10 set as it left it: it writes nothing. Whoever waits has nothing to clear
-//! or enable, and so an interrupt costs the guest no way out to the VMM at all. Bit 0 of Features says that it can be had.
+//! IntrMask bit 31 is an extension of this function. It makes the pin as cheap as a message. The handler of
+//! `uio_pci_generic` reads status, finds bit 3 set, finds command bit 10 already set from the last time, and writes
+//! nothing. The guest's user space has nothing to clear or to enable. So an interrupt costs no exit to the VMM. Bit 0
+//! of Features says that the extension is available.
 
 use std::ops::Range;
 
-use adit_ringbuf_io::ivshmem::{self, GUEST_PEER, HOST_PEER};
+use adit_ringbuf_io::ivshmem::{GUEST_PEER, HOST_PEER};
 
 use crate::config::{
     BARS, Bar, COMMAND, CONFIG_BYTES, Config, INTX_DISABLE, MASTER, MEMORY, MSIX_CONTROL,
@@ -30,50 +32,50 @@ use crate::config::{
 };
 use crate::msix::{Message, Msix};
 
-/// Vectors, and doorbells of the host: one says data, one says space.
-pub const VECTORS: usize = ivshmem::VECTORS as usize;
+pub use crate::msix::VECTORS;
 
 /// Registers of BAR 0.
 const INTR_MASK: u64 = 0;
 const INTR_STATUS: u64 = 4;
 const POSITION: u64 = 8;
 pub(crate) const DOORBELL: u64 = 12;
-/// The last of them, which ivshmem does not have: [`PULSES_OFFERED`].
+/// The last register, which ivshmem does not have: [`PULSES_OFFERED`].
 const FEATURES: u64 = 16;
-/// Features: IntrMask has [`PULSES`].
+/// Features: IntrMask supports [`PULSES`].
 const PULSES_OFFERED: u32 = 1;
 /// IntrMask: each interrupt is one pulse.
 pub(crate) const PULSES: u32 = 1 << 31;
 
-/// Where a guest may put BARs: addresses that are nobody else's. The first lies below 4 GiB, for what has 32 bits.
+/// Address ranges that nothing else uses, where a guest may put the BARs. The first is below 4 GiB, for 32-bit BARs.
 pub type Windows = [Range<u64>; 2];
 
-/// Where the function is, and what its interrupts are.
+/// Where the function is mapped, and what its interrupts are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wiring {
-    /// Where each BAR is decoded; `None`: nowhere.
+    /// Address at which each BAR is decoded; `None` if it is not decoded.
     pub bars: [Option<u64>; BARS],
-    /// What each vector sends; `None`: nothing now.
+    /// The message that each vector sends; `None` if it sends none now.
     pub messages: [Option<Message>; VECTORS],
 }
 
-/// What the VMM is to do, from top to bottom.
+/// What the VMM must do, in the order of the fields.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Changes {
-    /// The [`wiring`](Function::wiring) is another one.
+    /// The [`wiring`](Function::wiring) changed.
     pub rewired: bool,
-    /// Send the message of these vectors.
+    /// Send the messages of these vectors.
     pub send: [bool; VECTORS],
-    /// Raise the line, or lower it. Edges are enough: who disables the pin and enables it again finds it raised anew.
+    /// Raise or lower the line. Only edges count: when the guest disables and enables the pin, the line is raised
+    /// again.
     pub line: Option<bool>,
-    /// Raise the line and lower it.
+    /// Raise the line and lower it again.
     pub pulse: bool,
-    /// The guest rang these doorbells of the host.
+    /// The guest signalled these doorbells of the host.
     pub rung: [bool; VECTORS],
 }
 
-/// The function.
+/// The state of the function.
 #[derive(Clone, Debug)]
 pub struct Function {
     pub(crate) config: Config,
@@ -82,16 +84,16 @@ pub struct Function {
     pub(crate) status: u32,
     pub(crate) region_bytes: u64,
     windows: Windows,
-    /// As the VMM was told.
+    /// Wiring and line as last reported to the VMM.
     wiring: Wiring,
     line: bool,
 }
 
 impl Function {
-    /// A function after a reset: its BARs are nowhere.
+    /// A function after a reset: none of its BARs is decoded.
     ///
     /// # Panics
-    /// `region_bytes` is no power of two, or less than a page: the size of a BAR is.
+    /// `region_bytes` is not a power of two, or is less than a page. The size of a BAR must be both.
     pub fn new(region_bytes: u64, windows: Windows) -> Self {
         assert!(region_bytes.is_power_of_two() && region_bytes >= REGISTERS_BYTES);
         Self {
@@ -106,17 +108,17 @@ impl Function {
         }
     }
 
-    /// Where it is, and what its interrupts are.
+    /// Where the function is mapped, and what its interrupts are.
     pub fn wiring(&self) -> &Wiring {
         &self.wiring
     }
 
-    /// Its configuration space, as it is read.
+    /// The bytes of its configuration space.
     pub fn config_bytes(&self) -> &[u8; CONFIG_BYTES] {
         self.config.bytes()
     }
 
-    /// Reads configuration space; what is behind its end is zero.
+    /// Reads configuration space; bytes after its end read as zero.
     pub fn config_read(&self, offset: u64, data: &mut [u8]) {
         self.config.read(offset, data);
     }
@@ -144,7 +146,7 @@ impl Function {
         Bar::ALL.into_iter().find_map(hit)
     }
 
-    /// Reads memory, if it is this function's.
+    /// Reads memory. Returns `None` if the address does not belong to this function.
     pub fn read(&mut self, address: u64, data: &mut [u8]) -> Option<Changes> {
         match self.decode(address)? {
             (Bar::Registers, offset) => {
@@ -164,23 +166,23 @@ impl Function {
                 }
             }
             (Bar::Msix, offset) => self.msix.read(offset, data),
-            // It is memory: who comes here came before it was there.
+            // The region is mapped as memory. An access that arrives here started before it was mapped.
             (Bar::Region, _) => data.fill(0xff),
         }
         Some(self.settle())
     }
 
-    /// Writes memory, if it is this function's.
+    /// Writes memory. Returns `None` if the address does not belong to this function.
     pub fn write(&mut self, address: u64, data: &[u8]) -> Option<Changes> {
         let (mut rung, mut pulse) = ([false; VECTORS], false);
         match self.decode(address)? {
             (Bar::Registers, offset) => {
-                // Registers are written whole.
+                // A register accepts only a whole, aligned write.
                 let value = <[u8; 4]>::try_from(data).map(u32::from_le_bytes);
                 match (offset, value) {
                     (INTR_MASK, Ok(value)) => {
                         self.mask = value & MASK_BITS;
-                        // What rang before is not lost.
+                        // An interrupt that was pending before the mask was written must not be lost.
                         pulse = self.pulses(self.status);
                     }
                     (DOORBELL, Ok(value)) if value >> 16 == u32::from(HOST_PEER) => {
@@ -193,7 +195,7 @@ impl Function {
                 }
             }
             (Bar::Msix, offset) => self.msix.write(offset, data),
-            // Of a page that only the host writes.
+            // A write to a page that only the host writes has no effect.
             (Bar::Region, _) => {}
         }
         Some(Changes {
@@ -203,7 +205,7 @@ impl Function {
         })
     }
 
-    /// The host rings one of the guest's doorbells.
+    /// Interrupts the guest with a vector.
     ///
     /// # Panics
     /// There is no such vector.
@@ -219,7 +221,7 @@ impl Function {
         }
     }
 
-    /// Whether one of these vectors is a pulse now.
+    /// Returns true if an interrupt of one of these vectors is a pulse now.
     fn pulses(&self, vectors: u32) -> bool {
         !self.has_msix() && self.mask & PULSES != 0 && self.mask & vectors != 0
     }
@@ -228,7 +230,7 @@ impl Function {
         self.config.u16(MSIX_CONTROL) & MSIX_ENABLE != 0
     }
 
-    /// Where a BAR is decoded: inside of a window, or nowhere.
+    /// Address at which a BAR is decoded: inside a window, or `None`.
     fn place(&self, bar: Bar) -> Option<u64> {
         let at = self.config.address(bar);
         let end = at.checked_add(self.bytes(bar))?;
@@ -245,7 +247,7 @@ impl Function {
         on.then(|| self.msix.message(vector)).flatten()
     }
 
-    /// Draws the conclusions from what was written; returns what is another than the VMM was told.
+    /// Updates everything that depends on the registers. Returns the changes since the last report to the VMM.
     pub(crate) fn settle(&mut self) -> Changes {
         let wiring = Wiring {
             bars: Bar::ALL.map(|bar| self.place(bar)),
@@ -274,28 +276,29 @@ impl Function {
         changes
     }
 
-    /// Becomes `other`, whose VMM was told nothing. A line that is raised is raised again: an edge may have been lost.
-    pub(crate) fn become_this(&mut self, other: Self) -> Changes {
-        let told = std::mem::replace(self, other);
-        (self.wiring, self.windows) = (told.wiring, told.windows);
+    /// Replaces the state with `other`, whose changes were never reported to the VMM. If the line is up it is raised
+    /// again, because an edge may have been lost.
+    pub(crate) fn replace_with(&mut self, other: Self) -> Changes {
+        let reported = std::mem::replace(self, other);
+        (self.wiring, self.windows) = (reported.wiring, reported.windows);
         self.line = false;
         let changes = self.settle();
         Changes {
-            line: told.line.then_some(self.line).or(changes.line),
+            line: reported.line.then_some(self.line).or(changes.line),
             pulse: self.pulses(self.status),
             ..changes
         }
     }
 
-    /// An empty one of its kind.
+    /// A function of the same size and windows, after a reset.
     pub(crate) fn blank(&self) -> Self {
         Self::new(self.region_bytes, self.windows.clone())
     }
 }
 
-/// Bits of IntrMask and IntrStatus: one a vector.
+/// Interrupt bits of IntrMask and IntrStatus: one for each vector.
 pub(crate) const INTERRUPTS: u32 = (1 << VECTORS) - 1;
-/// Bits of IntrMask.
+/// Valid bits of IntrMask.
 pub(crate) const MASK_BITS: u32 = INTERRUPTS | PULSES;
 
 #[cfg(test)]

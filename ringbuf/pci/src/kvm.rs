@@ -1,19 +1,19 @@
-//! The function in a VM of KVM's.
+//! The function in a KVM virtual machine.
 //!
 //! ```text
 //! vCPU threads ── read, write ──────────────────► Plugged ── Wiring ──► "ring-pci": slots, ioeventfds, routes
-//! the host's Interrupt ── irqfd, no system call of KVM's ──┘             (waited for)
+//! the host's Interrupt ── irqfd, no KVM system call ────────┘             (the caller waits for it)
 //! the guest's doorbell ── ioeventfd ──► the host's eventfds: no exit to the VMM
-//! the guest's reads of configuration space: a page that KVM maps for reading
+//! the guest's reads of configuration space: a page that KVM maps read-only
 //! ```
-//! What is asked of KVM while a guest runs, a thread of its own asks: processors' threads may stay confined to KVM_RUN. It
-//! is told where things are to be, and nothing else.
+//! While a guest runs, only a separate thread makes KVM system calls. So the seccomp filter of the vCPU threads may
+//! allow KVM_RUN alone. The thread learns the wanted wiring, and nothing else.
 //!
 //! | slots | what |
 //! |---|---|
-//! | 1 | configuration space, for reading |
-//! | [`PIECES`] | the region: pages that only the host writes for reading, the others for both |
-// KVM is told raw addresses of mappings that are kept for as long as it is told of them.
+//! | 1 | configuration space, read-only |
+//! | [`PIECES`] | the region: pages that only the host writes are read-only, the others writable |
+// KVM gets raw addresses of mappings. Those mappings are kept as long as KVM has the addresses.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -39,48 +39,50 @@ use crate::function::{Changes, DOORBELL, Function, VECTORS, Windows, Wiring};
 use crate::msix::Message;
 use crate::state::{STATE_BYTES, StateError};
 
-/// Pieces of a region, by who writes them: head, guest's words, records to the guest, the rest.
+/// Pieces of a region, by writer: head, guest's words, records to the guest, the rest.
 pub const PIECES: u32 = 4;
-/// Slots that a function takes.
+/// Number of memory slots that a function uses.
 pub const SLOTS: u32 = 1 + PIECES;
-/// Bytes of configuration space as ECAM has it (PCI Express 5.0 §7.2.2).
+/// Bytes of a function's configuration space in ECAM (PCI Express 5.0 §7.2.2).
 pub const CONFIG_PAGE: u64 = 4096;
-/// Inputs of the IOAPIC, and of both PICs.
+/// Number of inputs of the IOAPIC, and of both PICs.
 const IOAPIC_INPUTS: u32 = 24;
 const PIC_INPUTS: u32 = 16;
 
-/// Where a function is put.
+/// Where a function is placed in the VM.
 #[derive(Clone, Debug)]
 pub struct Place {
-    /// Guest-physical address of its configuration space: a page.
+    /// Guest-physical address of its configuration space: one page.
     pub config_at: u64,
     /// Where the guest may put its BARs.
     pub windows: Windows,
-    /// The first of [`SLOTS`] of KVM's memory slots that nobody else uses.
+    /// The first of [`SLOTS`] KVM memory slots that nothing else uses.
     pub slot: u32,
-    /// Its pin's input of the IOAPIC: edge-triggered for the guest, for each rise is one pulse.
+    /// IOAPIC input of the pin. The guest sees it as edge-triggered, because each rise is one pulse.
     pub line: u32,
-    /// The first of [`VECTORS`] interrupt numbers above the chips', for messages.
+    /// The first of [`VECTORS`] interrupt numbers (GSIs) above those of the interrupt chips, for messages.
     pub messages: u32,
 }
 
-/// A function cannot be put into a VM.
+/// Why a function cannot be put into a VM.
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
-    /// The memory cannot be a BAR. The caller's fault.
-    #[error("{bytes} bytes cannot be a BAR: it takes a power of two, with the whole region in it")]
+    /// The memory cannot be a BAR: its size is not a power of two, or the region does not fit. The caller's fault.
+    #[error(
+        "{bytes} bytes cannot be a BAR: the size must be a power of two, and the whole region must fit"
+    )]
     Size {
-        /// What there is.
+        /// Size of the memory.
         bytes: usize,
     },
-    /// No memory for configuration space.
+    /// There is no memory for configuration space.
     #[error("no memory for configuration space")]
     Memory(#[from] MemfdError),
-    /// There are no descriptors or threads left.
-    #[error("no descriptor or thread for the ring's function")]
+    /// This process has no free descriptors or threads.
+    #[error("no free descriptor or thread for the ring's PCI function")]
     Io(#[from] io::Error),
     /// KVM refuses.
-    #[error("KVM does not take the ring's function")]
+    #[error("KVM refuses the ring's PCI function")]
     Kvm(#[from] kvm_ioctls::Error),
 }
 
@@ -90,7 +92,7 @@ pub struct Plugged(Arc<Mutex<Inner>>);
 struct Inner {
     function: Function,
     config_at: u64,
-    /// What the guest reads of configuration space.
+    /// The copy of configuration space that the guest reads.
     page: Mapped,
     messages: [EventFd; VECTORS],
     line: EventFd,
@@ -99,7 +101,7 @@ struct Inner {
     wires: Sender<(Wiring, SyncSender<Result<(), kvm_ioctls::Error>>)>,
 }
 
-/// Rings one of the guest's doorbells, by whatever the guest has chosen.
+/// Signals one of the guest's doorbells, by the kind of interrupt that the guest has configured.
 pub struct Interrupt(Arc<Mutex<Inner>>, usize);
 
 fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
@@ -107,10 +109,11 @@ fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
 }
 
 impl Plugged {
-    /// Puts a function with this memory into a VM that has its interrupt chips. `spec`: what the region will be.
+    /// Puts a function with this memory into a VM. The VM must already have its interrupt chips. `spec` is the
+    /// specification of the future region.
     ///
     /// # Errors
-    /// The memory is no BAR, KVM refuses, or there are no descriptors or threads left.
+    /// The memory cannot be a BAR, KVM refuses, or this process has no free descriptors or threads.
     pub fn new(
         vm: Arc<VmFd>,
         memory: Mapped,
@@ -128,7 +131,7 @@ impl Plugged {
         for (event, gsi) in messages.iter().zip(place.messages..) {
             vm.register_irqfd(event, gsi)?;
         }
-        let mut wires = Wires {
+        let mut wires = KvmWiring {
             host: [host[0].try_clone()?, host[1].try_clone()?],
             pieces: pieces(bytes, spec),
             now: Wiring::default(),
@@ -137,13 +140,13 @@ impl Plugged {
             memory,
             vm,
         };
-        wires.give(0, place.config_at, 0..CONFIG_PAGE as usize, true)?;
+        wires.map_slot(0, place.config_at, 0..CONFIG_PAGE as usize, true)?;
         let (sender, wanted) = channel::<(Wiring, SyncSender<_>)>();
         let thread = thread::Builder::new().name("ring-pci".into());
         thread.spawn(move || {
             while let Ok((wiring, done)) = wanted.recv() {
-                // Who asked waits.
-                let _ = done.send(wires.become_this(&wiring));
+                // The requesting thread waits for this answer.
+                let _ = done.send(wires.apply(&wiring));
             }
         })?;
         let inner = Inner {
@@ -159,18 +162,20 @@ impl Plugged {
         Ok(Self(Arc::new(Mutex::new(inner))))
     }
 
-    /// The host's ends of the doorbells: two that ring the guest, two that the guest rings; data, then space.
+    /// The host's ends of the doorbells: two that interrupt the guest, and two that the guest signals. Data first,
+    /// then space.
     ///
     /// # Errors
-    /// There are no descriptors left.
+    /// This process has no free descriptors.
     pub fn bells(&self) -> io::Result<([Interrupt; VECTORS], [EventFd; VECTORS])> {
         let [data, space] = &lock(&self.0).host;
         let interrupt = |vector| Interrupt(self.0.clone(), vector);
-        let heard = [data.try_clone()?, space.try_clone()?];
-        Ok(([0, 1].map(interrupt), heard))
+        let host = [data.try_clone()?, space.try_clone()?];
+        Ok(([0, 1].map(interrupt), host))
     }
 
-    /// A read of configuration space or of BARs that came to the VMM; false: it is none of this function's.
+    /// Handles a read of configuration space or a BAR that exited to the VMM. Returns false if the address does not
+    /// belong to this function.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         let mut inner = lock(&self.0);
         if let Some(offset) = inner.config_offset(address) {
@@ -180,14 +185,14 @@ impl Plugged {
         let Some(changes) = inner.function.read(address, data) else {
             return false;
         };
-        // A read moves nothing, so KVM is not asked.
+        // A read never changes the wiring, so this makes no KVM call.
         inner.carry_out(changes).is_ok()
     }
 
-    /// A write to configuration space or to BARs; false: it is none of this function's.
+    /// Handles a write to configuration space or a BAR. Returns false if the address does not belong to this function.
     ///
     /// # Errors
-    /// KVM does not take what was written: the BAR is nowhere, or the vector has no message.
+    /// KVM refuses the new wiring: the BAR is not decoded, or the vector has no message.
     pub fn write(&self, address: u64, data: &[u8]) -> Result<bool, kvm_ioctls::Error> {
         let mut inner = lock(&self.0);
         let changes = match inner.config_offset(address) {
@@ -197,15 +202,16 @@ impl Plugged {
         changes.map_or(Ok(false), |c| inner.carry_out(c).map(|()| true))
     }
 
-    /// What it is, to be kept. The VM's processors stand still.
+    /// The state of the function, for a snapshot. The vCPUs must be stopped.
     pub fn save(&self) -> [u8; STATE_BYTES] {
         lock(&self.0).function.save()
     }
 
-    /// Becomes what [`save`](Self::save) returned, with another region. The host's attaching to it rings the guest.
+    /// Takes the state that [`save`](Self::save) returned, with a new region. When the host attaches to it, it signals
+    /// the guest.
     ///
     /// # Errors
-    /// It is no such function's state, or KVM does not take it.
+    /// The state does not belong to such a function, or KVM refuses it.
     pub fn restore(&self, state: &[u8]) -> Result<(), RestoreError> {
         let mut inner = lock(&self.0);
         let changes = inner.function.restore(state)?;
@@ -213,14 +219,14 @@ impl Plugged {
     }
 }
 
-/// A saved function cannot be gone on with.
+/// Why a function cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// It is none, or another.
+    /// The bytes are not a state, or belong to another function.
     #[error(transparent)]
     State(#[from] StateError),
     /// KVM refuses.
-    #[error("KVM does not take the saved ring function")]
+    #[error("KVM refuses the saved state of the ring's PCI function")]
     Kvm(#[from] kvm_ioctls::Error),
 }
 
@@ -250,7 +256,7 @@ impl Inner {
         let mut done = Ok(());
         if rewired {
             let (sender, answer) = sync_channel(1);
-            // The thread lives as long as this does.
+            // The thread lives as long as this value.
             let _ = self.wires.send((*self.function.wiring(), sender));
             done = answer.recv().unwrap_or(Ok(()));
         }
@@ -259,14 +265,14 @@ impl Inner {
         let line = std::iter::once((&self.line, pulse || line == Some(true)));
         for (event, due) in messages.chain(line).chain(host) {
             if due {
-                // Full of rings that nobody took: it has rung.
+                // An error means that the counter is at its maximum, so the eventfd is already signalled.
                 let _ = event.ring();
             }
         }
         done
     }
 
-    /// Shows configuration space to the guest: what differs from what it sees, a word at a time.
+    /// Copies configuration space to the page that the guest reads, one changed word at a time.
     fn show(&self) {
         let bytes = self.function.config_bytes().as_chunks::<8>().0;
         for (n, word) in bytes.iter().enumerate() {
@@ -281,7 +287,7 @@ impl Inner {
 const _: () = assert!(CONFIG_BYTES.is_multiple_of(8) && CONFIG_BYTES as u64 <= CONFIG_PAGE);
 const _: () = assert!(REGISTERS_BYTES >= DOORBELL + 4);
 
-/// What of the region is only read by the guest, in order: offsets, and whether.
+/// The pieces of the region in order: offsets, and whether the guest may only read them.
 fn pieces(bytes: usize, spec: &Spec) -> [(Range<usize>, bool); PIECES as usize] {
     let [head, records] = spec.written_by_host();
     [
@@ -292,8 +298,8 @@ fn pieces(bytes: usize, spec: &Spec) -> [(Range<usize>, bool); PIECES as usize] 
     ]
 }
 
-/// What KVM was told.
-struct Wires {
+/// What KVM has been configured with.
+struct KvmWiring {
     vm: Arc<VmFd>,
     page: Mapped,
     memory: Mapped,
@@ -303,9 +309,9 @@ struct Wires {
     now: Wiring,
 }
 
-impl Wires {
-    /// Tells KVM what is another; the first refusal is returned, and the rest done all the same.
-    fn become_this(&mut self, wanted: &Wiring) -> Result<(), kvm_ioctls::Error> {
+impl KvmWiring {
+    /// Gives KVM the differences to `wanted`. Carries out all of them, and returns the first refusal.
+    fn apply(&mut self, wanted: &Wiring) -> Result<(), kvm_ioctls::Error> {
         let was = std::mem::replace(&mut self.now, *wanted);
         let mut done = Ok(());
         let [registers, _, region] = wanted.bars;
@@ -314,7 +320,7 @@ impl Wires {
             for (event, vector) in self.host.iter().zip(0u32..) {
                 let value = u32::from(HOST_PEER) << 16 | vector;
                 if let Some(at) = was.bars[0] {
-                    // It may have been refused before.
+                    // KVM may have refused this one earlier, so an error is expected.
                     let _ = self.vm.unregister_ioevent(event, &doorbell(at), value);
                 }
                 if let Some(at) = registers {
@@ -324,13 +330,13 @@ impl Wires {
         }
         if region != was.bars[2] {
             for (slot, (piece, for_reading)) in (1..).zip(self.pieces.clone()) {
-                // A slot that is there cannot be given other bytes, only taken away.
+                // KVM cannot change the bytes of an existing slot. Delete it first.
                 if was.bars[2].is_some() {
-                    let _ = self.give(slot, 0, 0..0, for_reading);
+                    let _ = self.map_slot(slot, 0, 0..0, for_reading);
                 }
                 if let Some(at) = region {
                     let at = at + piece.start as u64;
-                    done = done.and(self.give(slot, at, piece, for_reading));
+                    done = done.and(self.map_slot(slot, at, piece, for_reading));
                 }
             }
         }
@@ -340,8 +346,9 @@ impl Wires {
         done
     }
 
-    /// Shows bytes of a mapping to the guest. Slot 0: of configuration space; others: of the region. No bytes: it is gone.
-    fn give(
+    /// Maps bytes into the guest. Slot 0 is configuration space, the others are the region. An empty range deletes the
+    /// slot.
+    fn map_slot(
         &self,
         slot: u32,
         at: u64,
@@ -356,12 +363,12 @@ impl Wires {
             memory_size: bytes.len() as u64,
             flags: if for_reading { KVM_MEM_READONLY } else { 0 },
         };
-        // SAFETY: the bytes are a part of a mapping that this value keeps, and it takes the slots away when it is dropped;
-        // nobody makes references to them, as `Mapped` demands.
+        // SAFETY: the bytes are a part of a mapping that this value keeps. This value deletes the slots when it is
+        // dropped. Nobody makes references to the bytes, as `Mapped` requires.
         unsafe { self.vm.set_user_memory_region(region) }
     }
 
-    /// Tells KVM all routes: those of the chips as it has them by itself, and the messages.
+    /// Sets all interrupt routes: the default routes of the chips, and the messages.
     fn route(&self, messages: &[Option<Message>]) -> Result<(), kvm_ioctls::Error> {
         let mut entries = Vec::new();
         for gsi in 0..IOAPIC_INPUTS {
@@ -405,10 +412,10 @@ fn chip_route(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
     entry
 }
 
-impl Drop for Wires {
+impl Drop for KvmWiring {
     fn drop(&mut self) {
-        // What KVM knows of the mappings goes before they do.
-        let _ = self.become_this(&Wiring::default());
-        let _ = self.give(0, 0, 0..0, true);
+        // KVM must forget the mappings before they are unmapped.
+        let _ = self.apply(&Wiring::default());
+        let _ = self.map_slot(0, 0, 0..0, true);
     }
 }

@@ -1,22 +1,26 @@
-//! MSI-X (PCI Local Bus 3.0 §6.8.2): a table of messages, each masked or not, and what is pending behind a mask.
+//! MSI-X (PCI Local Bus 3.0 §6.8.2): a table of messages, each with a mask bit, and the pending bits of masked
+//! vectors.
+
+use adit_ringbuf_io::ivshmem;
 
 use crate::config::{PENDING_AT, copy_out};
-use crate::function::VECTORS;
 
+/// Number of vectors, and of the host's doorbells: one for data, one for space.
+pub const VECTORS: usize = ivshmem::VECTORS as usize;
 const ENTRY: usize = 16;
 pub(crate) const TABLE_BYTES: usize = ENTRY * VECTORS;
-/// Of an entry: what can be written. Addresses are aligned to four bytes; of the control word it is the mask.
+/// Writable bits of an entry: the address, aligned to four bytes, the data, and of the control word only the mask bit.
 const WRITABLE: [u8; ENTRY] = [
     0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0,
 ];
 const CONTROL: usize = 12;
 
-/// What an interrupt is: a write on the bus.
+/// A message-signalled interrupt: one write on the bus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Message {
-    /// Where to.
+    /// Address that is written to.
     pub address: u64,
-    /// What.
+    /// Value that is written.
     pub data: u32,
 }
 
@@ -24,12 +28,12 @@ pub struct Message {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Msix {
     pub(crate) table: [u8; TABLE_BYTES],
-    /// By vector.
+    /// Pending bits, one for each vector.
     pub(crate) pending: u8,
 }
 
 impl Msix {
-    /// After a reset every vector is masked.
+    /// The table after a reset: every vector is masked.
     pub(crate) fn new() -> Self {
         let mut table = [0; TABLE_BYTES];
         for vector in 0..VECTORS {
@@ -55,7 +59,7 @@ impl Msix {
         }
     }
 
-    /// The message of a vector that is not masked.
+    /// The message of a vector; `None` if it is masked.
     pub(crate) fn message(&self, vector: usize) -> Option<Message> {
         let entry = self.table.get(ENTRY * vector..)?.get(..ENTRY)?;
         let word = |at: usize| {

@@ -1,4 +1,4 @@
-//! What a function is while its VM is held.
+//! The saved state of a function, for a snapshot of its VM.
 //!
 //! | offset | size | field |
 //! |---|---|---|
@@ -7,12 +7,13 @@
 //! | 12 | 2 | command |
 //! | 14 | 2 | MSI-X control |
 //! | 16 | 8 | bytes of the region |
-//! | 24 | 4, 4, 8 | BAR 0, 1, 2, as they are read |
+//! | 24 | 4, 4, 8 | BAR 0, 1, 2, as they read |
 //! | 40 | 4, 4 | IntrMask, IntrStatus |
 //! | 48 | 1, 1, 1, 5 | cache line, interrupt line, pending vectors, zero |
 //! | 56 | 2 × 16 | the MSI-X table |
 //!
-//! All little endian. It is put together by what a guest would write, and refused if that does not make the same again.
+//! All fields are little-endian. A state is restored with the writes that a guest would make. It is refused if saving
+//! the result does not give the same bytes.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -44,31 +45,31 @@ struct Wire {
     table: [u8; TABLE_BYTES],
 }
 
-/// Why bytes are no state of this function: the file's fault.
+/// Why bytes are not a state of this function: the fault of the file.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
-    /// Another length.
-    #[error("a saved ring function has {STATE_BYTES} bytes, and these are {len}")]
+    /// The length is wrong.
+    #[error("the saved state of a ring function has {STATE_BYTES} bytes, but these are {len}")]
     Length {
-        /// How many there are.
+        /// Actual length in bytes.
         len: usize,
     },
-    /// Something else, or of another version.
-    #[error("no saved ring function of version {VERSION} (version {version})")]
+    /// It is something else, or of another version.
+    #[error("not a saved ring function of version {VERSION} (found version {version})")]
     Foreign {
-        /// What stands where the version would.
+        /// The value at the place of the version.
         version: u32,
     },
-    /// The saved VM's region has another size than this one's.
-    #[error("the saved ring has {saved} bytes, and this one {here}: give it the same")]
+    /// The region of the saved VM has another size.
+    #[error("the saved ring has {saved} bytes, but this one has {here}: configure the same size")]
     Size {
-        /// The saved one's, bytes.
+        /// Size in the saved state, in bytes.
         saved: u64,
-        /// This one's, bytes.
+        /// Size of this function's region, in bytes.
         here: u64,
     },
-    /// A register has a value that no guest can have written.
-    #[error("saved ring function: a register has a value that it cannot have")]
+    /// A register has a value that no guest could write.
+    #[error("saved ring function: a register has an impossible value")]
     Register,
 }
 
@@ -93,16 +94,16 @@ impl Function {
         }
     }
 
-    /// What it is, to be kept.
+    /// Returns the state, for a snapshot.
     pub fn save(&self) -> [u8; STATE_BYTES] {
         zerocopy::transmute!(self.wire())
     }
 
-    /// Becomes what [`save`](Self::save) returned. The guest's doorbells are to be rung afterwards: what was on its way may
-    /// be lost, and one too many does no harm.
+    /// Takes the state that [`save`](Self::save) returned. Signal the guest's doorbells afterwards: a signal on its
+    /// way may have been lost, and an extra one does no harm.
     ///
     /// # Errors
-    /// It is no such function; nothing has changed.
+    /// The bytes are not a state of this function. Nothing has changed.
     pub fn restore(&mut self, state: &[u8]) -> Result<Changes, StateError> {
         let len = state.len();
         let wire = Wire::read_from_bytes(state).map_err(|_| StateError::Length { len })?;
@@ -132,6 +133,6 @@ impl Function {
         if other.wire() != wire {
             return Err(StateError::Register);
         }
-        Ok(self.become_this(other))
+        Ok(self.replace_with(other))
     }
 }

@@ -1,6 +1,6 @@
-//! The function in a real VM, whose guest is a few instructions in real mode: so all of it lies below 1 MiB.
+//! The function in a real VM. The guest is a few real-mode instructions, so everything is below 1 MiB.
 #![cfg(feature = "kvm")]
-#![allow(unsafe_code)] // KVM is told where the guest's memory lies
+#![allow(unsafe_code)] // KVM gets the address of the guest's memory
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,31 +22,31 @@ const MSIX: u64 = 0xd_2000;
 const REGION: u64 = 0xe_0000;
 const REGION_BYTES: usize = 0x1_0000;
 const PAGE: u16 = 0x1000;
-/// Vectors of the guest's.
+/// Interrupt vectors of the guest.
 const OF_MESSAGE: u8 = 0x41;
 const OF_LINE: u8 = 0x42;
 const LINE: u32 = 23;
-/// An interrupt takes microseconds.
+/// Time limit for an interrupt, which takes microseconds.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// What the guest does.
+/// One step of the guest program.
 enum Do {
-    /// Reads 32 bits and says them.
-    Say(u64, u16),
+    /// Reads 32 bits and outputs them.
+    Output(u64, u16),
     Store32(u64, u16, u32),
     Store16(u64, u16, u16),
 }
 
-/// In machine code of 16 bits: `mov ax, SEGMENT; mov ds, ax; ...`, and at the end `out 0xff, al`.
+/// Assembles 16-bit machine code: `mov ax, SEGMENT; mov ds, ax; ...`, and at the end `out 0xff, al`.
 fn assemble(program: &[Do]) -> Vec<u8> {
     let mut code = Vec::new();
     for step in program {
-        let (Do::Say(base, at) | Do::Store32(base, at, _) | Do::Store16(base, at, _)) = step;
+        let (Do::Output(base, at) | Do::Store32(base, at, _) | Do::Store16(base, at, _)) = step;
         code.push(0xb8);
         code.extend(((base >> 4) as u16).to_le_bytes());
         code.extend([0x8e, 0xd8]);
         match step {
-            Do::Say(..) => {
+            Do::Output(..) => {
                 code.extend([0x66, 0xa1]);
                 code.extend(at.to_le_bytes());
                 code.extend([0x66, 0xe7, 0x10]); // out 0x10, eax
@@ -68,15 +68,15 @@ fn assemble(program: &[Do]) -> Vec<u8> {
 }
 
 struct Vm {
-    // Dropped before what KVM was told of.
+    // Fields drop in this order: the vCPU and the function before the memory that KVM has the addresses of.
     vcpu: VcpuFd,
     function: Plugged,
     vm: Arc<VmFd>,
     ram: Mapped,
     region: Mapped,
-    rings: [adit_ring_pci::kvm::Interrupt; 2],
-    heard: [EventFd; 2],
-    /// Accesses that came to the VMM.
+    interrupts: [adit_ring_pci::kvm::Interrupt; 2],
+    host_doorbells: [EventFd; 2],
+    /// Number of accesses that exited to the VMM.
     exits: usize,
 }
 
@@ -84,7 +84,7 @@ fn spec() -> Spec {
     Spec::uniform(1, 8192)
 }
 
-/// `None`, and why: there is no KVM here, or none of this kind.
+/// Makes a VM. Prints why and returns `None` if there is no KVM here, or it has no interrupt chips.
 fn vm() -> Option<Vm> {
     let made = || -> Result<Vm, Box<dyn std::error::Error>> {
         let vm = Arc::new(Kvm::new()?.create_vm()?);
@@ -97,7 +97,7 @@ fn vm() -> Option<Vm> {
             userspace_addr: ram.address() as u64,
             flags: 0,
         };
-        // SAFETY: the mapping is kept beside the VM, and dropped behind it; nobody makes references to it.
+        // SAFETY: the mapping is kept next to the VM and dropped after it. Nobody makes references to it.
         unsafe { vm.set_user_memory_region(slot)? };
         let vcpu = vm.create_vcpu(0)?;
         let region = Mapped::anonymous(REGION_BYTES)?;
@@ -112,15 +112,15 @@ fn vm() -> Option<Vm> {
             messages: LINE + 1,
         };
         let function = Plugged::new(vm.clone(), region.clone(), &spec(), place)?;
-        let (rings, heard) = function.bells()?;
+        let (interrupts, host_doorbells) = function.bells()?;
         Ok(Vm {
             vcpu,
             function,
             vm,
             ram,
             region,
-            rings,
-            heard,
+            interrupts,
+            host_doorbells,
             exits: 0,
         })
     };
@@ -132,7 +132,7 @@ fn vm() -> Option<Vm> {
 }
 
 impl Vm {
-    /// Has the guest do this; returns what it said.
+    /// Runs the program in the guest. Returns what it output.
     fn run(&mut self, program: &[Do]) -> Vec<u32> {
         self.ram.write(CODE as usize, &assemble(program));
         let mut sregs = self.vcpu.get_sregs().unwrap();
@@ -162,7 +162,7 @@ impl Vm {
         }
     }
 
-    /// Gives the BARs their addresses, and switches them on.
+    /// Gives the BARs their addresses and turns memory decoding on.
     fn place(&mut self) {
         self.run(&[
             Do::Store32(CONFIG, 0x10, REGISTERS as u32),
@@ -172,7 +172,8 @@ impl Vm {
         ]);
     }
 
-    /// Whether an interrupt comes to the guest's local APIC: KVM takes some of them there on a thread of its own.
+    /// Waits until an interrupt arrives at the guest's local APIC. KVM delivers some interrupts on a thread of its
+    /// own.
     fn gets(&self, vector: u8) -> bool {
         let begin = Instant::now();
         while begin.elapsed() < LIMIT {
@@ -184,10 +185,10 @@ impl Vm {
         false
     }
 
-    /// Whether an interrupt waits there, and takes it away.
+    /// Returns whether an interrupt is pending in the local APIC, and clears it.
     fn waits(&self, vector: u8) -> bool {
         let mut lapic = self.vcpu.get_lapic().unwrap();
-        // IRR: 32 bits every 16 bytes from 0x200 on.
+        // IRR: 32 bits in every 16 bytes from 0x200 on.
         let at = 0x200 + usize::from(vector / 32) * 16 + usize::from(vector % 32 / 8);
         let waits = lapic.regs[at] >> (vector % 8) & 1 == 1;
         if !waits {
@@ -198,7 +199,7 @@ impl Vm {
         true
     }
 
-    /// The local APIC is on, and the line's input of the IOAPIC sends it a vector, on edges.
+    /// Turns the local APIC on, and makes the IOAPIC send a vector for the line, edge-triggered.
     fn chips(&self) {
         let mut lapic = self.vcpu.get_lapic().unwrap();
         lapic.regs[0xf1] |= 1;
@@ -208,55 +209,55 @@ impl Vm {
             ..Default::default()
         };
         self.vm.get_irqchip(&mut chip).unwrap();
-        // SAFETY: KVM has filled in the IOAPIC's state, as it was asked to.
+        // SAFETY: this is the IOAPIC's state, as requested from KVM.
         unsafe { chip.chip.ioapic.redirtbl[LINE as usize].bits = u64::from(OF_LINE) };
         self.vm.set_irqchip(&chip).unwrap();
     }
 }
 
 #[test]
-fn a_guest_finds_the_function_and_its_region_and_rings_without_an_exit() {
+fn a_guest_uses_region_and_doorbells_without_an_exit() {
     let Some(mut vm) = vm() else { return };
     let host = Host::offer(vm.region.clone(), spec(), 1).unwrap();
-    // Configuration space is read in place.
-    let ids = vm.run(&[Do::Say(CONFIG, 0), Do::Say(CONFIG, 0x3c)]);
+    // Reads of configuration space do not exit.
+    let ids = vm.run(&[Do::Output(CONFIG, 0), Do::Output(CONFIG, 0x3c)]);
     assert_eq!((&ids[..], vm.exits), (&[0x1110_1af4, 0x100][..], 0));
-    // A BAR is nowhere before it is placed, and its size is what stays of all ones.
+    // A BAR is not decoded before it has an address. Its size is what remains after writing all ones.
     let size = vm.run(&[
-        Do::Say(REGION, 0),
+        Do::Output(REGION, 0),
         Do::Store32(CONFIG, 0x18, u32::MAX),
-        Do::Say(CONFIG, 0x18),
+        Do::Output(CONFIG, 0x18),
     ]);
     assert_eq!(size, [u32::MAX, !(REGION_BYTES as u32 - 1) | 0xc]);
     vm.place();
     vm.exits = 0;
-    // The region is memory.
+    // Accesses to the region do not exit.
     let said = vm.run(&[
-        Do::Say(REGION, 0),
-        Do::Say(REGION, 4),
+        Do::Output(REGION, 0),
+        Do::Output(REGION, 4),
         Do::Store32(REGION, 2 * PAGE + 64, 0x1234_5678),
-        Do::Say(REGION, 2 * PAGE + 64),
+        Do::Output(REGION, 2 * PAGE + 64),
     ]);
     assert_eq!(said[..2], [0x5449_4441, 0x3147_4e52]);
     assert_eq!(said[2], 0x1234_5678);
     assert_eq!(vm.region.load(2 * usize::from(PAGE) + 64), 0x1234_5678);
-    // So are the doorbells eventfds.
+    // Writes to the doorbells do not exit either: they are ioeventfds.
     vm.run(&[Do::Store32(REGISTERS, 12, 1)]);
     assert_eq!(vm.exits, 0);
-    assert!(vm.heard[0].read().is_err());
-    assert_eq!(vm.heard[1].read().unwrap(), 1);
+    assert!(vm.host_doorbells[0].read().is_err());
+    assert_eq!(vm.host_doorbells[1].read().unwrap(), 1);
     vm.run(&[
         Do::Store32(REGISTERS, 12, 0),
         Do::Store32(REGISTERS, 12, 1 << 16),
     ]);
-    assert_eq!(vm.heard[0].read().unwrap(), 1);
-    assert!(vm.heard[1].read().is_err());
+    assert_eq!(vm.host_doorbells[0].read().unwrap(), 1);
+    assert!(vm.host_doorbells[1].read().is_err());
     drop(host);
 }
 
-/// A guest's root cannot write what is the host's to write, though it is memory for it.
+/// Root in the guest cannot write pages that only the host writes, although the guest has them mapped.
 #[test]
-fn pages_that_only_the_host_writes_are_not_the_guests_to_write() {
+fn a_guest_cannot_write_pages_that_only_the_host_writes() {
     let Some(mut vm) = vm() else { return };
     vm.place();
     let [head, records] = spec().written_by_host();
@@ -266,7 +267,7 @@ fn pages_that_only_the_host_writes_are_not_the_guests_to_write() {
     for at in (0..REGION_BYTES).step_by(PAGE.into()) {
         let host = head.contains(&at) || records.contains(&at);
         let at16 = at as u16 + 8;
-        let said = vm.run(&[Do::Store32(REGION, at16, 7), Do::Say(REGION, at16)]);
+        let said = vm.run(&[Do::Store32(REGION, at16, 7), Do::Output(REGION, at16)]);
         let there = vm.region.load(at + 8);
         let wanted = if host { 0 } else { 7 };
         assert_eq!(
@@ -278,30 +279,30 @@ fn pages_that_only_the_host_writes_are_not_the_guests_to_write() {
 }
 
 #[test]
-fn bars_move_and_go_with_the_guests_will() {
+fn a_guest_can_move_and_disable_its_bars() {
     let Some(mut vm) = vm() else { return };
     vm.place();
     vm.region.store(8, 5);
-    // Memory off: nothing is there.
+    // Memory decoding is off: reads find nothing.
     let said = vm.run(&[
-        Do::Say(REGION, 8),
+        Do::Output(REGION, 8),
         Do::Store16(CONFIG, 4, 0),
-        Do::Say(REGION, 8),
+        Do::Output(REGION, 8),
         Do::Store32(REGISTERS, 12, 0),
         Do::Store16(CONFIG, 4, 2),
-        Do::Say(REGION, 8),
+        Do::Output(REGION, 8),
     ]);
     assert_eq!(said, [5, u32::MAX, 5]);
-    assert!(vm.heard[0].read().is_err());
-    // Over each other, and away again; a doorbell follows its BAR.
+    assert!(vm.host_doorbells[0].read().is_err());
+    // Two BARs overlap and are separated again. The doorbell follows its BAR.
     vm.run(&[
         Do::Store32(CONFIG, 0x10, MSIX as u32),
         Do::Store32(CONFIG, 0x14, REGISTERS as u32),
         Do::Store32(MSIX, 12, 0),
         Do::Store32(REGISTERS, 12, 1),
     ]);
-    assert_eq!(vm.heard[0].read().unwrap(), 1);
-    assert!(vm.heard[1].read().is_err());
+    assert_eq!(vm.host_doorbells[0].read().unwrap(), 1);
+    assert!(vm.host_doorbells[1].read().is_err());
 }
 
 #[test]
@@ -309,43 +310,43 @@ fn the_host_interrupts_by_the_pin_or_by_a_message() {
     let Some(mut vm) = vm() else { return };
     vm.chips();
     vm.place();
-    // Nobody wants it yet.
-    vm.rings[0].ring().unwrap();
+    // The guest has not enabled any interrupt yet.
+    vm.interrupts[0].ring().unwrap();
     assert!(!vm.waits(OF_LINE));
     vm.run(&[Do::Store32(REGISTERS, 0, 3)]);
     assert!(vm.gets(OF_LINE));
-    // As uio_pci_generic and the agent: disabled, cleared, enabled; and what rang in between.
+    // The sequence of uio_pci_generic and the agent: disable, clear, enable. An interrupt in between is not lost.
     vm.exits = 0;
     let said = vm.run(&[
-        Do::Say(CONFIG, 4),
+        Do::Output(CONFIG, 4),
         Do::Store16(CONFIG, 4, 0x406),
-        Do::Say(REGISTERS, 4),
+        Do::Output(REGISTERS, 4),
     ]);
     assert_eq!((said[0] >> 19 & 1, said[1], vm.exits), (1, 1, 2));
-    vm.rings[1].ring().unwrap();
+    vm.interrupts[1].ring().unwrap();
     assert!(!vm.waits(OF_LINE));
     vm.run(&[Do::Store16(CONFIG, 4, 6)]);
     assert!(vm.gets(OF_LINE));
-    // Messages: masked, and not.
+    // Messages, first masked and then unmasked.
     vm.run(&[
         Do::Store32(MSIX, 0, 0xfee0_0000),
         Do::Store32(MSIX, 8, OF_MESSAGE.into()),
         Do::Store16(CONFIG, 0x42, 0x8000),
     ]);
-    vm.rings[0].ring().unwrap();
+    vm.interrupts[0].ring().unwrap();
     assert!(!vm.waits(OF_MESSAGE));
     vm.run(&[Do::Store32(MSIX, 12, 0)]);
     assert!(vm.gets(OF_MESSAGE));
-    vm.rings[0].ring().unwrap();
+    vm.interrupts[0].ring().unwrap();
     assert!(vm.gets(OF_MESSAGE));
     assert!(!vm.waits(OF_LINE));
-    // The chips' own routes are still there.
-    vm.run(&[Do::Store16(CONFIG, 0x42, 0), Do::Say(REGISTERS, 4)]);
-    vm.rings[0].ring().unwrap();
+    // The default routes of the interrupt chips still exist.
+    vm.run(&[Do::Store16(CONFIG, 0x42, 0), Do::Output(REGISTERS, 4)]);
+    vm.interrupts[0].ring().unwrap();
     assert!(vm.gets(OF_LINE));
 }
 
-/// What the agent takes of uio: the handler's read is in place, and there is nothing to write.
+/// What the agent uses of uio: the handler's read does not exit, and it writes nothing.
 #[test]
 fn an_interrupt_by_pulses_costs_the_guest_no_exit() {
     let Some(mut vm) = vm() else { return };
@@ -357,16 +358,16 @@ fn an_interrupt_by_pulses_costs_the_guest_no_exit() {
     ]);
     vm.exits = 0;
     for _ in 0..3 {
-        vm.rings[0].ring().unwrap();
+        vm.interrupts[0].ring().unwrap();
         assert!(vm.gets(OF_LINE));
-        let said = vm.run(&[Do::Say(CONFIG, 4)]);
+        let said = vm.run(&[Do::Output(CONFIG, 4)]);
         assert_eq!((said[0] >> 19 & 1, said[0] >> 10 & 1), (1, 1));
     }
     assert_eq!(vm.exits, 0);
 }
 
 #[test]
-fn a_restored_function_is_where_it_was_with_another_region() {
+fn a_restored_function_has_the_same_addresses_and_a_new_region() {
     let Some(mut held) = vm() else { return };
     held.place();
     held.run(&[Do::Store32(REGISTERS, 0, 3)]);
@@ -376,11 +377,11 @@ fn a_restored_function_is_where_it_was_with_another_region() {
     vm.chips();
     vm.region.store(8, 9);
     vm.function.restore(&state).unwrap();
-    vm.rings[0].ring().unwrap();
+    vm.interrupts[0].ring().unwrap();
     assert!(vm.gets(OF_LINE));
-    let said = vm.run(&[Do::Say(CONFIG, 0x18), Do::Say(REGION, 8)]);
+    let said = vm.run(&[Do::Output(CONFIG, 0x18), Do::Output(REGION, 8)]);
     assert_eq!(said, [REGION as u32 | 0xc, 9]);
     vm.run(&[Do::Store32(REGISTERS, 12, 0)]);
-    assert_eq!(vm.heard[0].read().unwrap(), 1);
+    assert_eq!(vm.host_doorbells[0].read().unwrap(), 1);
     assert!(vm.function.restore(&state[1..]).is_err());
 }

@@ -1,11 +1,11 @@
-//! Memory whose every fetch a test can see and answer.
-#![allow(dead_code)] // each test file uses its part
+//! Memory in which a test can watch every load and replace its result.
+#![allow(dead_code)] // each test file uses only a part
 
 use std::cell::{Cell, RefCell};
 
 use adit_ringbuf::RingMem;
 
-/// Plain memory of one thread; `lie` may answer a load in its place.
+/// Memory for one thread. `lie` may replace the result of a load.
 pub struct Watched<F> {
     pub bytes: RefCell<Vec<u8>>,
     pub loads: RefCell<Vec<usize>>,
@@ -60,7 +60,7 @@ impl<F: FnMut(usize) -> Option<u64>> RingMem for Watched<F> {
     }
 }
 
-/// Repeatable noise (Knuth's MMIX generator).
+/// Repeatable pseudo-random numbers (Knuth's MMIX generator).
 pub struct Noise(pub u64);
 
 impl Noise {

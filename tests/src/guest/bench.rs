@@ -1,23 +1,23 @@
-//! What a guest measures of its own sockets: round trips of 64 bytes, and a stream that is written in pieces of 64 KiB until
-//! its other end has all of it. A line a figure, for whoever reads the console.
+//! Measures the guest's own sockets: round trips of 64 bytes, and a stream that is written in pieces of 64 KiB until the other end
+//! has all of it. Prints a line for each figure on the console.
 
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
 use vsock::VsockStream;
 
-/// Connections on which round trips are measured, one after the other: which CPU wakes which changes with time.
+/// Round trips are measured on several connections, one after the other: which CPU wakes which changes with time.
 const SERIES: usize = 5;
-/// Round trips of each, after a tenth as many that do not count.
+/// Round trips on each connection. A tenth as many before them are not counted.
 const TRIPS: usize = 2000;
 const STREAMS: usize = 3;
 const STREAM_BYTES: usize = 32 << 20;
 const PIECE: usize = 64 << 10;
-/// A stream that stands still for so long is a failure.
+/// A stream without progress for this time has failed.
 const SILENCE: Duration = Duration::from_secs(10);
 
-/// Measures against a port that echoes, and one that takes as many bytes as the first eight say and answers with one.
-/// Only the figures whose name has `only` in it.
+/// Measures against a port that echoes, and against one that reads as many bytes as the first eight say and answers with one.
+/// Measures only the figures whose name contains `only`.
 pub fn run(name: &str, cid: u32, echo: u32, sink: u32, only: &str) {
     type Measure<'a> = &'a dyn Fn() -> io::Result<Vec<f64>>;
     let figures: [(&str, Measure<'_>); 2] = [
@@ -61,13 +61,13 @@ fn round_trips(cid: u32, port: u32) -> io::Result<Vec<f64>> {
 fn stream(cid: u32, port: u32) -> io::Result<f64> {
     let mut stream = dial(cid, port)?;
     let piece = vec![7; PIECE];
-    // How much to wait for. A half-close would do, if it were passed on by whoever is measured.
+    // How much to read. A half-close would do, if every backend passed it on.
     stream.write_all(&(STREAM_BYTES as u64).to_le_bytes())?;
     let begin = Instant::now();
     for _ in 0..STREAM_BYTES / PIECE {
         stream.write_all(&piece)?;
     }
-    // The answer: all of it is there.
+    // The answer says that all of it has arrived.
     stream.read_exact(&mut [0])?;
     Ok(STREAM_BYTES as f64 / begin.elapsed().as_secs_f64())
 }

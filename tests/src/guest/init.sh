@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# First process of the test guest: file systems, modules, state disk; then busybox init runs /etc/rc.
+# The first process of the test guest: mounts file systems, loads modules, mounts the state disk; then busybox init runs /etc/rc.
 b=/bin/busybox
 $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys

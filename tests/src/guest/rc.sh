@@ -1,5 +1,5 @@
 #!/bin/sh
-# What the test guest does once it is up. /etc/hostname, agent and /etc/adit-test come with the VM's identity.
+# Runs once the test guest is up. /etc/hostname, the agent and /etc/adit-test come with the VM's identity.
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin
 [ -f /etc/hostname ] && hostname -F /etc/hostname
 ip link set lo up

@@ -1,11 +1,11 @@
-//! `ring-echo`: the guest's half of the ring, by itself; `ring-poison`: a process beside that half that breaks it.
+//! `ring-echo`: only the guest's side of the ring. `ring-poison`: a process that breaks the ring while another one uses it.
 
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use adit_guest_driver::ring::{self, Ear};
+use adit_guest_driver::ring::{self, Interrupt};
 use adit_ringbuf::RingMem;
 use adit_ringbuf::region::{Features, GUEST_WORD};
 use adit_ringbuf::session::{Event, Guest};
@@ -15,12 +15,12 @@ use adit_ringbuf_io::doorbell::Doorbell;
 use anyhow::Context;
 use vsock::VsockListener;
 
-/// The lane that is echoed.
+/// The lane of the echo.
 const LANE: usize = 1;
 /// How long the host may take to answer.
 const LIMIT: Duration = Duration::from_secs(30);
-/// So often it looks at the session: one that nobody rings, and one that is. To have its clock wake it soon is a write to an
-/// emulated timer each time it waits, which whoever measures a sleeper would measure.
+/// How often it checks the session: without a doorbell, and with one. Frequent checks write an emulated timer before each wait,
+/// and a measurement of a sleeping guest would then measure that.
 const LOOK: Duration = Duration::from_millis(100);
 const RUNG_LOOK: Duration = Duration::from_secs(5);
 
@@ -30,14 +30,14 @@ pub fn echo(port: Option<u32>) -> anyhow::Result<()> {
         let listener = VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, port)?;
         println!("RING-LISTENS");
         let (stream, _) = listener.accept()?;
-        // To the end of this program it is heard.
-        let _ = device.hear(OwnedFd::from(stream).into())?;
+        // The stream stays open to the end of this program.
+        let _ = device.use_stream(OwnedFd::from(stream).into())?;
     }
-    let (hears, look) = match device.data_ear {
-        Ear::Event(_) => ("msix", RUNG_LOOK),
-        Ear::Line(_) => ("intx", RUNG_LOOK),
-        Ear::Stream(..) => ("vsock", RUNG_LOOK),
-        Ear::Deaf => ("polling", LOOK),
+    let (hears, look) = match device.data_interrupt {
+        Interrupt::Event(_) => ("msix", RUNG_LOOK),
+        Interrupt::Line(_) => ("intx", RUNG_LOOK),
+        Interrupt::Stream(..) => ("vsock", RUNG_LOOK),
+        Interrupt::Polled => ("polling", LOOK),
     };
     let nonce = adit_guest_driver::facts::boot_nonce();
     let start = u64::from_ne_bytes(std::array::from_fn(|n| nonce[n]));
@@ -55,12 +55,12 @@ pub fn echo(port: Option<u32>) -> anyhow::Result<()> {
     device.data.ring()?;
     println!(
         "RING-ATTACHED by={} hears={hears} epoch={epoch}",
-        device.how
+        device.access
     );
     let ends = guest.ends(LANE, true)?.context("not attached")?;
     let (data, space) = (device.data.clone(), device.space.clone());
-    let mut to = Sender::new(ends.producer, data, device.space_ear, Spin::default());
-    let mut from = Receiver::new(ends.consumer, space, device.data_ear, Spin::default());
+    let mut to = Sender::new(ends.producer, data, device.space_interrupt, Spin::default());
+    let mut from = Receiver::new(ends.consumer, space, device.data_interrupt, Spin::default());
     let mut record = vec![0; 256 << 10];
     loop {
         match from.recv_within(&mut record, look) {
@@ -84,7 +84,7 @@ pub fn poison(port: u32) -> anyhow::Result<()> {
         stream.read_exact(&mut times)?;
         let device = ring::find(&mut String::new()).context("no ring")?;
         for _ in 0..times[0] {
-            // No state of any guest: the host takes it for a lie, whatever the agent says.
+            // No guest writes this state, so the host must reject it, whatever the agent writes.
             device.memory.store(GUEST_WORD, u64::MAX);
             device.data.ring()?;
             thread::sleep(Duration::from_millis(5));

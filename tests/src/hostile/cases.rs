@@ -1,4 +1,4 @@
-//! What a hostile guest does. Each case ends with what was seen; then the device must serve an honest driver.
+//! The cases of a hostile guest. Each returns what it observed; after each, the device must serve a well-behaved driver.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,7 +34,7 @@ pub const CASES: [(&str, Case); 16] = [
     ("reset-storm", reset_storm),
 ];
 
-/// Repeatable noise (Knuth's MMIX generator).
+/// Pseudo-random numbers from a seed (Knuth's MMIX generator).
 struct Noise(u64);
 
 impl Noise {
@@ -53,7 +53,7 @@ fn started(d: &mut Driver) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A whole, honest packet at the start of the TX area, for chains that lie about other things.
+/// A complete, valid packet at the start of the TX area, for chains with other errors.
 fn packet(d: &mut Driver) -> u64 {
     let port = d.fresh_port();
     d.dma
@@ -79,7 +79,7 @@ fn descriptor_loops(d: &mut Driver) -> anyhow::Result<String> {
     Ok(format!("{} chains given back", 1 + SIZE))
 }
 
-/// R22: heads that are no descriptors.
+/// R22: heads outside of the descriptor table.
 fn heads_outside(d: &mut Driver) -> anyhow::Result<String> {
     for head in [SIZE, SIZE + 1, 0x8000, u16::MAX] {
         for queue in [TX, RX] {
@@ -107,7 +107,7 @@ fn index_jumps(d: &mut Driver) -> anyhow::Result<String> {
     Ok("8 sessions torn, each followed by a whole one".into())
 }
 
-/// R23: buffers that are not in memory, or wrap around.
+/// R23: buffers outside of memory, or that wrap around.
 fn addresses_outside(d: &mut Driver) -> anyhow::Result<String> {
     started(d)?;
     let at = packet(d);
@@ -124,14 +124,14 @@ fn addresses_outside(d: &mut Driver) -> anyhow::Result<String> {
         d.desc(TX, 0, addr, len, 0, 0);
         d.offer(TX, 0);
         d.given_back(TX, "an address outside")?;
-        // As payload behind a good header.
+        // As payload after a valid header.
         d.desc(TX, 1, at, 44, NEXT, 2);
         d.desc(TX, 2, addr, len, 0, 0);
         d.offer(TX, 1);
         d.given_back(TX, "a payload outside")?;
     }
     d.exchange()?;
-    // Towards the guest: the buffers are skipped or given back, never written.
+    // In the other direction the buffers must be skipped or returned, never written.
     d.start()?;
     for (i, (addr, len)) in (0..).zip(bad) {
         d.desc(RX, i, addr, len, WRITE, 0);
@@ -144,7 +144,7 @@ fn addresses_outside(d: &mut Driver) -> anyhow::Result<String> {
     Ok(format!("{} chains given back", 2 * bad.len()))
 }
 
-/// R19: tables in tables, of no size, of every size, that hold themselves.
+/// R19: tables in tables, of length 0, of every length, and that contain themselves.
 fn indirect_tables(d: &mut Driver) -> anyhow::Result<String> {
     started(d)?;
     let at = packet(d);
@@ -171,14 +171,14 @@ fn indirect_tables(d: &mut Driver) -> anyhow::Result<String> {
     give(d, addr, 16, INDIRECT, 0)?;
     d.desc_at(table, at, 44, NEXT, 9999);
     give(d, addr, 32, INDIRECT, 0)?;
-    // The table is the ring's own descriptor table.
+    // The table is the virtqueue's own descriptor table.
     let own = d.dma.addr(d.queue(TX));
     give(d, own, 16 * u32::from(SIZE), INDIRECT, 0)?;
     d.exchange()?;
     Ok(format!("{offered} tables given back"))
 }
 
-/// Buffers the device must not write to send, nor read to receive.
+/// Buffers that the device must write but may only read, and the other way round.
 fn directions(d: &mut Driver) -> anyhow::Result<String> {
     started(d)?;
     let at = packet(d);
@@ -197,7 +197,7 @@ fn directions(d: &mut Driver) -> anyhow::Result<String> {
     d.kick(RX);
     let before = d.dma.read(TX_BUFFERS, 4096);
     let request = d.header(7002, PORT, REQUEST);
-    // At another place than the buffers that may only be read.
+    // Not in the buffers that may only be read.
     d.dma.write(TX_BUFFERS + 4096, &request.bytes());
     d.desc(TX, 1, d.dma.addr(TX_BUFFERS + 4096), 44, 0, 0);
     d.offer(TX, 1);
@@ -213,7 +213,7 @@ fn directions(d: &mut Driver) -> anyhow::Result<String> {
     Ok("read-only buffers stay as they were".into())
 }
 
-/// R28, R42: lengths that are not those of the descriptors.
+/// R28, R42: lengths that differ from those of the descriptors.
 fn header_lies(d: &mut Driver) -> anyhow::Result<String> {
     started(d)?;
     let port = d.open()?;
@@ -234,7 +234,7 @@ fn header_lies(d: &mut Driver) -> anyhow::Result<String> {
         d.given_back(TX, "a length that lies")?;
         chains += 1;
     }
-    // More than a packet may hold.
+    // Longer than a packet may be.
     d.desc(
         TX,
         0,
@@ -249,7 +249,7 @@ fn header_lies(d: &mut Driver) -> anyhow::Result<String> {
     Ok(format!("{} chains given back", chains + 1))
 }
 
-/// R44: other VMs' names, and names nobody has.
+/// R44: CIDs of other VMs, and CIDs of nobody.
 fn foreign_cids(d: &mut Driver) -> anyhow::Result<String> {
     started(d)?;
     let others = [0, 1, 2, 3, 5, 0xffff_ffff, 0x1_0000_0004, u64::MAX];
@@ -275,7 +275,7 @@ fn foreign_cids(d: &mut Driver) -> anyhow::Result<String> {
     Ok(format!("{sent} packets without an answer"))
 }
 
-/// R43, R48: every operation, type and flag, to live and dead streams, with nowhere to answer to.
+/// R43, R48: every operation, type and flag, to open and closed streams, without a buffer for an answer.
 fn op_storm(d: &mut Driver) -> anyhow::Result<String> {
     let mut noise = Noise(43);
     d.start()?;
@@ -297,7 +297,7 @@ fn op_storm(d: &mut Driver) -> anyhow::Result<String> {
     Ok("20000 packets drained without a receive buffer".into())
 }
 
-/// R46, R47: more streams than anybody serves.
+/// R46, R47: more streams than the host allows.
 fn request_flood(d: &mut Driver) -> anyhow::Result<String> {
     d.start()?;
     let requests = d.storm(50_000);
@@ -322,7 +322,7 @@ fn request_flood(d: &mut Driver) -> anyhow::Result<String> {
     ))
 }
 
-/// R45-R47: windows that were never given, and ones that are taken back.
+/// R45-R47: credit that was never given, and credit that is taken back.
 fn credit_lies(d: &mut Driver) -> anyhow::Result<String> {
     started(d)?;
     // Bytes that the host never sent are reported as read.
@@ -331,7 +331,7 @@ fn credit_lies(d: &mut Driver) -> anyhow::Result<String> {
     (lie.fwd_cnt, lie.buf_alloc) = (1 << 31, u32::MAX);
     d.send(&lie, &[])?;
     d.expect(port, RST)?;
-    // More bytes than the host's window: noise, which is no hello either.
+    // More bytes than the host's window. They are noise, so they are no hello either.
     let port = d.open()?;
     for _ in 0..256 {
         let mut rw = d.header(port, PORT, RW);
@@ -340,7 +340,7 @@ fn credit_lies(d: &mut Driver) -> anyhow::Result<String> {
     }
     d.given_back(TX, "bytes beyond the window")?;
     d.expect(port, RST)?;
-    // No window at all for the answer.
+    // No window for the answer.
     let port = d.fresh_port();
     let mut request = d.header(port, PORT, REQUEST);
     request.buf_alloc = 0;
@@ -356,7 +356,7 @@ fn credit_lies(d: &mut Driver) -> anyhow::Result<String> {
     Ok("two streams reset, one without a window left alone".into())
 }
 
-/// R45: packets of streams that never were; a reset is never answered by one.
+/// R45: packets of streams that never existed. A reset must never be answered with a reset.
 fn stale_streams(d: &mut Driver) -> anyhow::Result<String> {
     started(d)?;
     let packets = d.storm(20_000);
@@ -379,7 +379,7 @@ fn stale_streams(d: &mut Driver) -> anyhow::Result<String> {
     Ok("resets are not answered".into())
 }
 
-/// R27: doorbells with nothing behind them.
+/// R27: doorbells without new buffers.
 fn kick_storm(d: &mut Driver) -> anyhow::Result<String> {
     started(d)?;
     let kicks = d.storm(150_000);
@@ -390,7 +390,7 @@ fn kick_storm(d: &mut Driver) -> anyhow::Result<String> {
     Ok(format!("{kicks} empty kicks"))
 }
 
-/// Rewrites rings and headers while the device reads them.
+/// Overwrites virtqueues and headers while the device reads them.
 fn scribble(dma: &Dma, stop: &AtomicBool) {
     let mut noise = Noise(u64::from(std::process::id()));
     while !stop.load(Ordering::Relaxed) {
@@ -418,9 +418,9 @@ fn scribble(dma: &Dma, stop: &AtomicBool) {
     }
 }
 
-/// R21-R24: nothing that was checked stays as it was.
+/// R21-R24: memory changes after the device has checked it.
 fn rewritten_rings(d: &mut Driver) -> anyhow::Result<String> {
-    // One without and one with EVENT_IDX at the least.
+    // At least one without and one with EVENT_IDX.
     let (stop, sessions) = (AtomicBool::new(false), d.storm(40).max(2));
     let dma = Arc::clone(&d.dma);
     std::thread::scope(|scope| {
@@ -448,7 +448,7 @@ fn rewritten_rings(d: &mut Driver) -> anyhow::Result<String> {
     Ok(format!("{sessions} sessions over rings that change"))
 }
 
-/// Receive buffers that are the rings themselves: what the host writes there is its own next input.
+/// Receive buffers inside the virtqueues: what the host writes there becomes its own next input.
 fn rings_as_buffers(d: &mut Driver) -> anyhow::Result<String> {
     for target in [TX, RX] {
         for part in [0, AVAIL, USED] {
@@ -461,7 +461,7 @@ fn rings_as_buffers(d: &mut Driver) -> anyhow::Result<String> {
             d.kick(RX);
             for n in 0..64 {
                 let request = d.header(60_000 + n, PORT, REQUEST);
-                // Where it stands no longer matters: the rings are being overwritten.
+                // The used index is meaningless here, because the virtqueues are being overwritten.
                 d.dma.write(TX_BUFFERS, &request.bytes());
                 d.desc(TX, 0, d.dma.addr(TX_BUFFERS), 44, 0, 0);
                 d.offer(TX, 0);
@@ -473,9 +473,9 @@ fn rings_as_buffers(d: &mut Driver) -> anyhow::Result<String> {
     Ok("6 sessions with overwritten rings".into())
 }
 
-/// R34: reset in the middle of everything.
+/// R34: a reset at any moment.
 fn reset_storm(d: &mut Driver) -> anyhow::Result<String> {
-    // On a slow machine, too, some end with a packet or ten under way.
+    // Enough sessions that some end with packets in flight, even on a slow machine.
     let sessions = d.storm(60).max(12);
     for n in 0..sessions {
         started(d)?;
@@ -486,5 +486,5 @@ fn reset_storm(d: &mut Driver) -> anyhow::Result<String> {
         d.kick(TX);
     }
     d.honest()?;
-    Ok(format!("{sessions} sessions reset under way"))
+    Ok(format!("{sessions} sessions reset with packets in flight"))
 }

@@ -1,4 +1,4 @@
-//! A driver that does what it is told, right or wrong: rings by hand, no interrupts, everything polled.
+//! A driver that does what a case tells it, valid or not. It writes the virtqueues by hand and uses no interrupts: it polls.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -21,11 +21,11 @@ pub const RX: u16 = 0;
 pub const TX: u16 = 1;
 /// Bytes of a header.
 pub const HEADER: usize = 44;
-/// Offsets in a queue's part of the page.
+/// Offset of the available ring in a queue's part of the page.
 pub const AVAIL: usize = 0x1000;
-/// See [`AVAIL`].
+/// Offset of the used ring.
 pub const USED: usize = 0x2000;
-/// See [`AVAIL`]: 16 KiB for indirect tables.
+/// Offset of the indirect tables, which have 16 KiB.
 pub const TABLES: usize = 0x4000;
 /// Flags of a descriptor.
 pub const NEXT: u16 = 1;
@@ -51,18 +51,18 @@ pub const CREDIT_REQUEST: u16 = 7;
 const F_INDIRECT: u64 = 1 << 28;
 const F_EVENT_IDX: u64 = 1 << 29;
 const F_VERSION_1: u64 = 1 << 32;
-/// Bytes of a receive buffer: what newer kernels post.
+/// Bytes of a receive buffer, as newer kernels post them.
 const RX_BUFFER: usize = 0x1000;
 const RX_BUFFERS: usize = 0x2_0000;
-/// Where packets to the host lie, one page each.
+/// Offset of the packets to the host, one page each.
 pub const TX_BUFFERS: usize = 0x10_0000;
 const QUEUE_PART: usize = 0x8000;
 const PATIENCE: Duration = Duration::from_secs(20);
 const BREATH: Duration = Duration::from_millis(10);
-/// Somebody else may need the processor.
+/// A short sleep between polls, so that others can use the processor.
 const POLL: Duration = Duration::from_micros(100);
 
-/// A packet's header, any value in any field.
+/// A packet header with any value in any field.
 #[derive(Clone, Copy, Debug)]
 pub struct Header {
     pub src_cid: u64,
@@ -103,7 +103,7 @@ pub struct Packet {
     pub payload: Vec<u8>,
 }
 
-/// Waits for something that must come.
+/// Waits for a condition.
 pub fn wait<T>(
     what: &str,
     mut ask: impl FnMut() -> anyhow::Result<Option<T>>,
@@ -118,14 +118,14 @@ pub fn wait<T>(
     bail!("{what}: not after {} s", PATIENCE.as_secs())
 }
 
-/// The device, driven.
+/// The device and the state of its driver.
 pub struct Driver {
     pub dma: Arc<Dma>,
     regs: Box<dyn Registers>,
     pub cid: u64,
-    /// Storms are so many times smaller.
+    /// Storms are smaller by this factor.
     part: u32,
-    /// Ports that packets came for while nobody waited for them.
+    /// Ports that got packets for which nobody waited.
     pub strays: BTreeSet<u32>,
     avail: [u16; 3],
     rx_seen: u16,
@@ -133,7 +133,7 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Takes the device; it is not started.
+    /// Takes the device from the kernel, without starting it.
     pub fn new(part: u32) -> anyhow::Result<Self> {
         let regs: Box<dyn Registers> = match Function::take()? {
             Some(function) => Box::new(function),
@@ -152,17 +152,17 @@ impl Driver {
         })
     }
 
-    /// How many of a storm there are.
+    /// The size of a storm on this machine.
     pub fn storm(&self, full: u32) -> u32 {
         full / self.part
     }
 
-    /// Where a queue's part begins.
+    /// The offset of a queue's part.
     pub fn queue(&self, queue: u16) -> usize {
         usize::from(queue) * QUEUE_PART
     }
 
-    /// Resets, and starts with rings that are empty.
+    /// Resets the device, and starts it with empty queues.
     pub fn start(&mut self) -> anyhow::Result<()> {
         self.start_with(F_VERSION_1 | F_INDIRECT)
     }
@@ -172,7 +172,7 @@ impl Driver {
         self.start_with(F_VERSION_1 | F_INDIRECT | F_EVENT_IDX)
     }
 
-    /// Resets.
+    /// Resets the device.
     pub fn reset(&mut self) -> anyhow::Result<()> {
         self.regs.write(Register::Status, 0);
         wait("reset", || Ok((self.regs.status() == 0).then_some(())))?;
@@ -194,7 +194,7 @@ impl Driver {
         for queue in 0..3u16 {
             let base = self.queue(queue);
             self.dma.write(base, &[0; QUEUE_PART]);
-            // Without EVENT_IDX: no interrupt, please.
+            // Without EVENT_IDX: asks for no interrupts.
             self.dma.put(base + AVAIL, 1u16);
             set(Register::QueueSelect, queue.into());
             set(Register::QueueSize, SIZE.into());
@@ -223,7 +223,7 @@ impl Driver {
         self.dma.put(at + 14, next);
     }
 
-    /// Makes a chain available, without a kick.
+    /// Makes a chain available without a kick.
     pub fn offer(&mut self, queue: u16, head: u16) {
         let (base, index) = (self.queue(queue), &mut self.avail[usize::from(queue)]);
         let entry = base + AVAIL + 4 + 2 * usize::from(*index % SIZE);
@@ -240,7 +240,7 @@ impl Driver {
             .put(usize::from(queue) * QUEUE_PART + AVAIL + 2, *index);
     }
 
-    /// Kicks.
+    /// Kicks the queue.
     pub fn kick(&self, queue: u16) {
         self.regs.kick(queue);
     }
@@ -250,7 +250,7 @@ impl Driver {
         self.dma.get(self.queue(queue) + USED + 2)
     }
 
-    /// Kicks and waits until everything offered was given back.
+    /// Kicks, and waits until everything available was used.
     pub fn given_back(&self, queue: u16, what: &str) -> anyhow::Result<()> {
         self.kick(queue);
         let want = self.avail[usize::from(queue)];
@@ -267,7 +267,7 @@ impl Driver {
         self.kick(RX);
     }
 
-    /// A header from us to the host.
+    /// A header of a packet to the host.
     pub fn header(&self, src_port: u32, dst_port: u32, op: u16) -> Header {
         Header {
             src_cid: self.cid,
@@ -283,7 +283,7 @@ impl Driver {
         }
     }
 
-    /// Sends a packet of at most a page, once there is room. The kick is the caller's.
+    /// Sends a packet of at most a page once there is room. The caller must kick.
     pub fn put(&mut self, header: &Header, payload: &[u8]) -> anyhow::Result<()> {
         let index = self.avail[usize::from(TX)];
         if index.wrapping_sub(self.used(TX)) >= SIZE {
@@ -302,7 +302,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Sends one packet now.
+    /// Sends one packet, with a kick.
     pub fn send(&mut self, header: &Header, payload: &[u8]) -> anyhow::Result<()> {
         let mut header = *header;
         header.len = payload.len() as u32;
@@ -311,7 +311,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Takes the next packet from the host, and posts its buffer again.
+    /// Receives the next packet from the host, and posts its buffer again.
     pub fn receive(&mut self) -> anyhow::Result<Option<Packet>> {
         if self.used(RX) == self.rx_seen {
             return Ok(None);
@@ -338,7 +338,7 @@ impl Driver {
         }))
     }
 
-    /// Waits for a packet to a port of ours; what is for others is dropped.
+    /// Waits for a packet to a port of ours. Drops packets to other ports.
     pub fn expect(&mut self, port: u32, op: u16) -> anyhow::Result<Packet> {
         let mut strays = BTreeSet::new();
         let found = wait(&format!("packet with op {op}"), || {
@@ -355,7 +355,7 @@ impl Driver {
         found
     }
 
-    /// A port that was not used yet.
+    /// A port that was not used before.
     pub fn fresh_port(&mut self) -> u32 {
         self.port += 1;
         self.port
@@ -370,7 +370,7 @@ impl Driver {
         Ok(port)
     }
 
-    /// What an honest driver gets: a stream, and the host's answer to a hello.
+    /// Does what a well-behaved driver does: opens a stream, sends a hello and waits for the host's answer.
     pub fn exchange(&mut self) -> anyhow::Result<()> {
         let port = self.open()?;
         let open = Open::new("none".parse()?, Common::default());
@@ -385,8 +385,8 @@ impl Driver {
         self.send(&rst, &[])
     }
 
-    /// Begins anew and exchanges honestly: the host's side has survived. Whoever serves the streams may be behind a storm of
-    /// them, and refuse one for a moment.
+    /// Resets the device and checks that it serves a well-behaved driver. After a storm of streams the host may still be busy, and
+    /// refuse one for a moment.
     pub fn honest(&mut self) -> anyhow::Result<()> {
         let begin = Instant::now();
         loop {

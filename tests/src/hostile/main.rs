@@ -1,5 +1,6 @@
-//! `adit-hostile CASE [PART]`: a guest's root takes the socket device from its kernel and drives it from user space, as no
-//! kernel would; with PART, storms are so many times smaller, for slow machines. The verdict stands on the serial line. `adit-hostile list` names the cases.
+//! `adit-hostile CASE [PART]`: root in the guest takes the socket device from its kernel and drives it from user space, as no kernel
+//! would. PART makes storms smaller by that factor, for slow machines. The verdict is printed on the serial line. `adit-hostile
+//! list` prints the cases.
 
 mod cases;
 mod driver;

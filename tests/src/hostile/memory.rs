@@ -1,4 +1,4 @@
-//! Memory that a device may be told of: one huge page for its rings and buffers. Source: Linux
+//! Memory for a device: one huge page with its virtqueues and buffers. Source: Linux
 //! Documentation/admin-guide/mm/pagemap.rst.
 
 use std::fs::{self, File};

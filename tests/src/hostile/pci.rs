@@ -1,4 +1,4 @@
-//! A virtio PCI function without its driver: unbound, its registers mapped by sysfs.
+//! A virtio PCI function, unbound from its driver, with its registers mapped through sysfs.
 //!
 //! Source: virtio 1.3 §4.1 (PCI transport); Linux Documentation/PCI/sysfs-pci.rst.
 
@@ -34,13 +34,13 @@ pub struct Function {
     notify: Part,
     notify_step: usize,
     device: Part,
-    /// The queue that is selected, and where each is kicked.
+    /// The selected queue, and each queue's notification offset.
     selected: Cell<usize>,
     offsets: [Cell<u16>; 3],
 }
 
 impl Function {
-    /// Takes the socket device away from the kernel; none: there is no such function.
+    /// Takes the socket device from the kernel. `None`: there is no such function.
     pub fn take() -> anyhow::Result<Option<Self>> {
         let Some(dir) = find() else { return Ok(None) };
         let name = dir.file_name().unwrap_or_default().to_os_string();
@@ -133,7 +133,7 @@ impl Registers for Function {
             }
             Register::QueueSize => self.set(24, value as u16),
             Register::QueueEnable => {
-                // No vector: everything is polled.
+                // No interrupt vector: this driver polls.
                 self.set(26, u16::MAX);
                 if let Some(offset) = self.offsets.get(self.selected.get()) {
                     offset.set(self.get(30));

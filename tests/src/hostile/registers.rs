@@ -1,6 +1,6 @@
-//! The registers that a driver of any transport writes.
+//! The registers that a driver writes, independent of the transport.
 
-/// What each transport has, at a place of its own.
+/// A register that every transport has, each at its own offset.
 #[derive(Clone, Copy, Debug)]
 pub enum Register {
     FeaturesSelect,
@@ -9,17 +9,17 @@ pub enum Register {
     QueueSelect,
     QueueSize,
     QueueEnable,
-    /// Halves of descriptors, available and used ring, low ones first: 0 to 5.
+    /// Half of an address: descriptors, available ring and used ring, the low half first: 0 to 5.
     QueueAddress(usize),
 }
 
-/// The socket device's.
+/// Access to the socket device's registers.
 pub trait Registers {
-    /// Writes one.
+    /// Writes a register.
     fn write(&self, register: Register, value: u32);
-    /// The status.
+    /// Reads the status.
     fn status(&self) -> u8;
-    /// The CID that the device tells.
+    /// Reads the CID.
     fn guest_cid(&self) -> u64;
     /// Kicks a queue.
     fn kick(&self, queue: u16);

@@ -1,6 +1,6 @@
-//! A virtio-mmio window without its driver: unbound, its registers mapped from physical memory.
+//! A virtio-mmio window, unbound from its driver, with its registers mapped from physical memory.
 //!
-//! Source: virtio 1.3 §4.2.2. The kernel lets root map what is no RAM and no driver has.
+//! Source: virtio 1.3 §4.2.2. The kernel lets root map what is not RAM and has no driver.
 
 use std::fs::{self, OpenOptions};
 
@@ -11,7 +11,7 @@ use crate::memory::{load, store};
 use crate::registers::{Register, Registers};
 
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
-/// How Linux names a window that ACPI told it of.
+/// Linux's name for a window that ACPI announced.
 const HID: &str = "LNRO0005";
 const DEVICE_ID: usize = 8;
 const QUEUE_NOTIFY: usize = 0x50;
@@ -24,14 +24,14 @@ const WINDOW: usize = 0x1000;
 pub struct Window(MmapRegion);
 
 impl Window {
-    /// Takes the socket device away from the kernel.
+    /// Takes the socket device from the kernel.
     pub fn take() -> anyhow::Result<Self> {
         let windows = fs::read_to_string("/proc/iomem")?;
         for line in windows.lines().filter(|l| l.contains(HID)) {
             let (range, name) = line.split_once(" : ").context("a line of iomem")?;
             let start = range.trim().split('-').next().unwrap_or_default();
             let start = u64::from_str_radix(start, 16)?;
-            // Only a window that no driver has can be mapped; taken already is fine.
+            // Only a window without a driver can be mapped. An error means that it has none.
             let _ = fs::write(format!("{DRIVER}/unbind"), name.trim());
             let memory = OpenOptions::new().read(true).write(true).open("/dev/mem")?;
             let window = MmapRegion::from_file(FileOffset::new(memory, start), WINDOW)

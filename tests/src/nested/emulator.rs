@@ -1,5 +1,5 @@
-//! The emulated processor that L1 runs on. QEMU's SVM (7.2, which Debian 12 has) has two faults that a guest of a guest meets
-//! now and then: L1 sleeps for ever, or L2's kernel panics. Here is how L1 runs around them.
+//! The emulated processor of L1. QEMU's SVM (7.2, as in Debian 12) has two bugs that a guest of a guest sometimes triggers: L1
+//! sleeps for ever, or L2's kernel panics. This file works around both.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -18,19 +18,20 @@ use crate::process::bound;
 
 const QEMU: &str = "qemu-system-x86_64";
 
-/// L1s on each processor.
+/// How many L1s run on each processor.
 static TAKEN: Mutex<BTreeMap<usize, u32>> = Mutex::new(BTreeMap::new());
 
 /// The processor that an L1 runs on.
 ///
-/// QEMU's emulated SVM marks an interrupt of L2's as pending without a lock (`helper_vmrun`: `interrupt_request |= ...`, QEMU
-/// 7.2), while another thread may just mark one of L1's there, which is lost: of the timer, and nothing ever wakes L1 up again.
-/// It is one instruction, so it is whole where all threads of QEMU share a processor.
+/// To mark an interrupt of L2 as pending, QEMU's emulated SVM changes a word without a lock (`helper_vmrun`: `interrupt_request
+/// |= ...`, QEMU 7.2). If another thread marks an interrupt of L1 there at the same time, that mark is lost. If it was the timer's,
+/// nothing ever wakes L1 again. The change is one instruction, so it cannot be interrupted by a thread on the same processor: all
+/// threads of QEMU must share one.
 #[derive(Debug)]
 pub(super) struct Processor(usize);
 
 impl Processor {
-    /// The one with the fewest L1s of this process.
+    /// Takes the processor with the fewest L1s of this process.
     pub(super) fn take() -> anyhow::Result<Self> {
         let may = sched_getaffinity(Pid::from_raw(0))?;
         let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -42,7 +43,7 @@ impl Processor {
         Ok(Self(least))
     }
 
-    /// QEMU on this processor; a copy of it may be written to `dir`.
+    /// QEMU on this processor. A changed copy of it may be written to `dir`.
     pub(super) fn qemu(&self, dir: &Path) -> anyhow::Result<Command> {
         let mut command = bound("taskset");
         command.args(["-c", &self.0.to_string()]);
@@ -59,7 +60,7 @@ impl Processor {
         };
         let copy = dir.join(QEMU);
         write_program(&copy, &program)?;
-        // It looks for its files beside itself.
+        // It finds its files relative to its own path.
         let prefix = installed
             .parent()
             .and_then(Path::parent)
@@ -88,7 +89,7 @@ fn installed() -> Option<PathBuf> {
 }
 
 fn write_program(to: &Path, program: &[u8]) -> anyhow::Result<()> {
-    // A process may still run the one of before, which can then not be written to.
+    // A process may still run the previous copy, and then it cannot be overwritten: remove it.
     match fs::remove_file(to) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
         _ => {}
@@ -98,22 +99,22 @@ fn write_program(to: &Path, program: &[u8]) -> anyhow::Result<()> {
     Ok(file.write_all(program)?)
 }
 
-/// Where `helper_vmrun` gives L2 an interrupt that the VMCB names, it notes the vector in `exception_index` too, and delivers it:
-/// `mov %esi, exception_index`, then what it sets beside it, `exception_is_int` and `exception_next_eip`.
+/// When the VMCB names an interrupt for L2, `helper_vmrun` delivers it, and also stores the vector in `exception_index`:
+/// `mov %esi, exception_index`. What it stores next to it are `exception_is_int` and `exception_next_eip`.
 const NOTED: [u8; 6] = [0x89, 0xb3, 0x54, 0xef, 0xff, 0xff];
 const BESIDE: [u8; 21] = [
     0xc7, 0x83, 0x84, 0x33, 0, 0, 0, 0, 0, 0, //
     0x48, 0xc7, 0x83, 0x88, 0x33, 0, 0, 0xff, 0xff, 0xff, 0xff,
 ];
-/// A no-op as long as that.
+/// A no-op of the same length.
 const NOTHING: [u8; 6] = [0x66, 0x0f, 0x1f, 0x44, 0, 0];
 
-/// The program without that note; none if it is not as known.
+/// The program without that store. `None` if the program is not the known one.
 ///
-/// Nothing takes the note away before L2's next exit. So if another thread asks the processor to stop for a moment, and it sees
-/// that before it sees why (`cpu_handle_interrupt` reads `interrupt_request`, then `exit_request`), it takes the note for an
-/// exception and delivers the same interrupt again, with interrupts off: often at the first instruction of the entry from user
-/// mode, where no kernel survives it.
+/// Nothing clears the stored vector before L2's next exit. If another thread meanwhile asks the processor to stop for a moment, the
+/// processor may see that request before its reason (`cpu_handle_interrupt` reads `interrupt_request`, then `exit_request`). Then it
+/// takes the vector for an exception and delivers the same interrupt again, with interrupts off. Often that is at the first
+/// instruction of the entry from user mode, and no kernel survives it there.
 fn delivers_once(mut program: Vec<u8>) -> Option<Vec<u8>> {
     let known = [&NOTED[..], &BESIDE[..]].concat();
     let found: Vec<_> = memmem::find_iter(&program, &known).take(2).collect();
@@ -127,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_qemu_that_is_known_is_changed() {
+    fn only_a_known_qemu_is_changed() {
         let known = [&NOTED[..], &BESIDE[..]].concat();
         let program = [&[0x90; 100][..], &known, &[0x90; 100]].concat();
         let changed = delivers_once(program.clone()).unwrap();

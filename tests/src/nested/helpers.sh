@@ -1,7 +1,7 @@
-# In L1, and where there is plain KVM: functions that the scripts share. T is where files go.
+# Functions for the scripts in L1, and for plain KVM. T is the directory for files.
 T=${T:-/tmp} L2=${L2:-/l2}
 fail() { [ -f "$LOG" ] && tail -n 80 "$LOG"; tail -n 5 $T/vmm.err; echo "NESTED-FAIL $*"; }
-# until_said TEXT SECONDS: until the guest has said it on its serial line.
+# until_said TEXT SECONDS: waits for this text on the guest's serial line.
 until_said() {
     n=$(($2 * 10))
     until grep -q "$1" "$LOG"; do
@@ -11,14 +11,14 @@ until_said() {
     done
 }
 start() { : > "$LOG"; adit-vmm run "$@" --serial $LOG 2>$T/vmm.err </dev/null & VMM=$!; }
-# gone PID SECONDS: until this process has ended; returns what it ended with. One that does not is killed, with SIGABRT.
+# gone PID SECONDS: waits until this process has ended; returns its status. After that time it is killed with SIGABRT.
 gone() {
     ( sleep $2; kill -ABRT $1 ) & dog=$!
     wait $1; rc=$?
     kill $dog; wait $dog
     return $rc
 }
-# ended STATUS TEXT: adit-vmm ends with this status, and says this.
+# ended STATUS TEXT: waits until adit-vmm has ended; checks its status and its message.
 ended() {
     gone $VMM 60; rc=$?
     [ $rc = $1 ] || fail "adit-vmm ended with $rc, not $1"

@@ -1,5 +1,5 @@
-# In L2, when its command line says so, and once it is dialled: root takes the socket device from the kernel, and drives it by
-# hand; then it writes over the memory that it shares with the host.
+# Runs in L2 if its command line says so. Waits for a dial. Then root takes the socket device from the kernel and drives it by hand;
+# after that it overwrites the memory that it shares with the host.
 if grep -q hostile /proc/cmdline; then
     nc -l -p 81 < /dev/null > /dev/null
     for case in $(adit-hostile list); do
@@ -7,11 +7,11 @@ if grep -q hostile /proc/cmdline; then
         adit-hostile $case 120
     done
     /etc/init.d/S50adit-guest stop
-    # What a VMM has a part in: pages, doorbells, handshakes; and everything at once. Guests on QEMU do the rest case by case,
-    # to the same host. The host dials the one that is mute.
+    # The cases that depend on the VMM: pages, doorbells, handshakes; and everything at once. Guests on QEMU run the other ones
+    # against the same host. The host dials the guest of r11-mute.
     for case in handshakes r10-doorbells r17-no-hints r11-mute everything; do
         echo HOSTILE-CASE $case
-        adit-testguest ring-rude $case
+        adit-testguest ring-attack $case
     done
     echo HOSTILE-DONE
 fi

@@ -1,6 +1,6 @@
-# In L1: aditd serves two VMs, a kernel each, that have no port process beside their VMMs. Both do the whole main job, are written
-# down, restored, and do it again; then one turns hostile, and the other never notices. aditd may die; a VM's end takes it
-# off the map.
+# Runs in L1: aditd serves two VMs, each with another kernel, whose VMMs are their port processes. Both do the whole main job, are
+# saved, restored, and do it again. Then one turns hostile, and the other must not be affected. aditd is killed. When a VM ends, its
+# entry is removed.
 AD=/tmp/adit
 mkdir -p $AD
 cat > $AD/aditd.toml <<END
@@ -16,9 +16,9 @@ serve() {
         n=$((n - 1)); [ $n -gt 0 ] || { fail "no aditd: $(tail -n 3 $AD/log)"; return; }; sleep 0.1
     done
 }
-# What follows is about the VM $1, whose processor runs in the process $2 and whose guest has the address $3.
+# of VM PID CID: the following commands are about this VM, its VMM's process and its guest's address.
 of() { VM=$1 VMM=$2 CID=$3 LOG=/tmp/$1.log; }
-# boots VM CID MEMORY ARGS...: adit-vmm registers it, and Debian boots in it, until its agent is there.
+# boots VM CID MEMORY ARGS...: adit-vmm registers the VM and boots Debian; waits until its agent is connected.
 boots() {
     of $1 0 $2; memory=$3; shift 3
     start --kernel /l2/$VM/vmlinux --initrd /l2/$VM/initrd --memory $memory --vsock cid=$CID --aditd $ADIT_SOCKET --name $VM \
@@ -29,7 +29,7 @@ boots() {
     echo "SHOW adit-vmm has registered $VM and booted Debian, $kernel: its agent is there ($(now) s)"
 }
 page() { [ "$(curl -sS -m 20 http://$VM/ 2>&1)" = "this is $VM" ] || { fail "no page: $1"; return 1; }; }
-# ring WHEN: until the agent's services go over the ring, whose pin rings the guest.
+# ring WHEN: waits until the agent's services use the ring, whose pin wakes the guest; checks that.
 ring() {
     n=100; until adit vm show $VM >/tmp/show && grep -q "^carrier  *ring" /tmp/show; do
         n=$((n - 1)); [ $n -gt 0 ] || { fail "no ring $1: $(cat /tmp/show)"; return; }; sleep 0.1
@@ -39,12 +39,12 @@ ring() {
     page "over the ring $1"
     [ "$(curl -sS -m 20 http://$VM/big?mb=1 | wc -c)" = 1048576 ] || fail "a megabyte over the ring $1"
 }
-# goal STEP SCRIPT: signed, for this VM.
+# goal STEP SCRIPT: signs a goal for this VM and applies it.
 goal() {
     echo "steps: [{id: $1, script: {interpreter: /bin/sh, script: \"$2\"}}]" > /tmp/goal.yaml
     ( cd /tmp && adit goal apply goal.yaml --sign /etc/fleet.key --to $VM ) || fail "goal"
 }
-# main_job WORD: the host reaches it by name, over vsock or its ring; a signed goal runs in it.
+# main_job WORD: the host reaches the VM by name, over vsock or its ring, and a signed goal runs in it.
 main_job() {
     page "$1" && ring "$1"
     goal $1 "echo $1 from \$(hostname)"
@@ -54,17 +54,17 @@ main_job() {
     echo "SHOW curl -x aditd http://$VM/ answers, over shared memory too; a signed goal ran in it: $1 from $VM ($(now) s)"
 }
 api() { curl -sS -m 60 --unix-socket /tmp/$VM.api -X PUT "$@"; }
-# away: the VM is written down, and its VMM killed.
+# away: saves the VM, and kills its VMM.
 away() {
     api http://vm/pause; api -d "{\"dir\":\"/tmp/$VM.snap\"}" http://vm/snapshot
     kill -9 $VMM; wait $VMM
     n=300; until pidof adit-port >/dev/null; do n=$((n - 1)); [ $n -gt 0 ] || { fail "aditd did not start a port process for a VM without one"; break; }; sleep 0.1; done
-    # It has begun: what comes next does not wait for it to come up only to have it leave.
+    # The port process has started. Wait until it is up: otherwise the next VMM would wait for it to come up, and then to leave.
     sleep 0.4
-    echo "SHOW $VM was paused and written down; its VMM is killed ($(now) s)"
+    echo "SHOW $VM was paused and saved; its VMM is killed ($(now) s)"
 }
-# back ARGS...: another process goes on with it, and its agent is there. It has dialled once, as soon as it heard that its streams
-# are gone: no stream of its ends by itself before that.
+# back ARGS...: restores the VM in another process; waits until its agent is connected. The agent must have dialled once, when it
+# learned that its streams have ended: no stream of it ends by itself before that.
 back() {
     begin=$(now) said=$(wc -l < $LOG)
     adit-vmm restore --from /tmp/$VM.snap --vsock cid=$CID --aditd $ADIT_SOCKET --name $VM --ring --serial $LOG "$@" 2>/tmp/vmm.err </dev/null & VMM=$!
@@ -77,7 +77,7 @@ back() {
 }
 QUIET="console=ttyS0 quiet panic=-1 mitigations=off"
 serve
-echo "SHOW aditd serves, and knows no VM ($(now) s)"
+echo "SHOW aditd serves, and has no VM ($(now) s)"
 boots web-1 3 192M --cmdline "$QUIET"
 grep -q 'ring-found .*by="uio, INTx"' $LOG || fail "the agent has no ring by uio"
 main_job first
@@ -86,7 +86,7 @@ pidof adit-port && fail "there is a port process beside the VMM"
 adit vm show web-1 | grep latency
 WEB=$VMM
 
-# A neighbour of another kernel.
+# A neighbour with another kernel.
 dd if=/dev/zero of=/tmp/disk bs=1M count=0 seek=16 2>/dev/null
 mke2fs -F /tmp/disk >/dev/null 2>&1 || fail "no disk"
 boots web-2 4 128M --disk /tmp/disk --cmdline "$QUIET hostile"
@@ -94,15 +94,15 @@ main_job first
 away
 back --disk /tmp/disk
 main_job again
-# Its root drives the socket device by hand, and writes over the ring. web-1 never notices; nor does adit-vmm, which grows by nothing.
-# Resident KiB beside the guest's memory, which is the one large mapping.
+# Root in web-2 drives the socket device by hand, and overwrites the ring. web-1 must not be affected, and adit-vmm must not grow.
+# beyond PID: resident KiB without the guest's memory, which is the one large mapping.
 beyond() { awk '/^Size:/ { size = $2 } /^Rss:/ && size < 120000 { sum += $2 } END { print sum }' /proc/$1/smaps; }
-# It is dialled, and the one who listens there only hangs up.
+# A dial lets the guest begin. Its listener only closes the connection.
 said=$(curl -sS -m 20 http://$VM:81/ 2>&1)
-echo "$said" | grep -q "connection closed" || fail "nobody has told it to begin: $said"
+echo "$said" | grep -q "connection closed" || fail "the guest was not told to begin: $said"
 until_said RING-MUTE 120
 told=$(curl -sS -m 20 -o /dev/null -w '%{http_code}' http://$VM/)
-[ "$told" = 504 ] || fail "a guest that takes nothing of its ring: $told"
+[ "$told" = 504 ] || fail "a dial to a guest that reads nothing from its ring: $told"
 until_said HOSTILE-DONE 120
 grep HOSTILE- $LOG
 grep -q HOSTILE-FAILED $LOG && fail "a hostile guest"
@@ -111,13 +111,13 @@ own=$(beyond $VMM)
 [ $own -lt 16384 ] || fail "adit-vmm has grown to $own KiB beside its guest's memory"
 BAD=$VMM
 of web-1 $WEB 3
-page "beside a hostile guest" && echo "SHOW web-2's root drove its device by hand, and web-1 did not notice ($(now) s)"
+page "beside a hostile guest" && echo "SHOW web-2's root drove its device by hand, and web-1 was not affected ($(now) s)"
 of web-2 $BAD 4
 kill -TERM $VMM; ended 0 stopped
 rm -r /tmp/web-2.snap
 of web-1 $WEB 3
 
-# Whatever happens now, happens while a task runs: it ends when somebody dials it.
+# All that follows happens while a task runs. The task ends when somebody dials it.
 goal long "echo start >> /tmp/starts; nc -l -p 81 < /dev/null > /dev/null; echo begun \$(wc -l < /tmp/starts) times"
 runs() { adit task ls | grep -q " long  *1  *started " || fail "$1: $(adit task ls)"; }
 n=100; until adit task ls | grep -q " long  *1  *started "; do n=$((n - 1)); [ $n -gt 0 ] || { fail "the task does not start"; break; }; sleep 0.1; done
@@ -127,16 +127,16 @@ begin=$(now)
 adit wait web-1 --for agent --timeout 60s || fail "no agent after aditd was killed: $(adit vm show web-1)"
 echo "SHOW aditd was killed while a task runs: the agent is back ($begin .. $(now) s)"
 page "after aditd was killed" && runs "after aditd was killed" && echo "SHOW it serves again, and the task runs on"
-# What its VMM holds is not removed by mistake, and goes on.
+# A VM that its VMM holds cannot be removed by mistake, and continues.
 adit vm rm web-1 >/tmp/rm 2>&1 && fail "a VM was removed while it runs"
 grep -q "its VMM" /tmp/rm && page "after a refused rm" || fail "$(cat /tmp/rm)"
 away
 back; there=$(now)
 ring "after the restore" && echo "SHOW over a new ring, attached in a new epoch ($begin .. $attached s)"
-# Within one second where nobody else is emulated on the same processors; it may be busy with several.
+# A second is enough on an idle machine, but several guests may be emulated on these processors.
 awk "BEGIN { exit !($attached - $there <= 5) }" || fail "the ring is back at $attached, the agent at $there"
 page "after the restore" && runs "after the restore" && echo "SHOW http://web-1/ answers again, and the task runs on"
-# A clone does not pass for its origin: not under its name, and under another it is shown for what it is.
+# A clone cannot pass for its origin: it cannot have the same name, and under another name it is shown as a clone.
 clone="timeout 60 adit-vmm restore --from /tmp/web-1.snap --aditd $ADIT_SOCKET --serial /tmp/clone.log"
 $clone --vsock cid=3 --name web-1 --ring >/tmp/clone 2>&1 </dev/null && fail "a clone took its origin's place"
 grep -q "web-1. runs" /tmp/clone || fail "$(cat /tmp/clone)"
@@ -144,20 +144,20 @@ $clone --vsock cid=5 --name twin --ring >/tmp/clone 2>&1 </dev/null & CLONE=$!
 n=100; until adit vm show twin 2>/dev/null | grep -q "enrolled as .web-1"; do
     n=$((n - 1)); [ $n -gt 0 ] || { fail "no clone: $(cat /tmp/clone; adit vm show twin)"; break; }; sleep 0.1
 done
-page "beside its clone" && runs "beside its clone" && echo "SHOW a clone is refused web-1's name, and shown as one under another ($(now) s)"
+page "beside its clone" && runs "beside its clone" && echo "SHOW a clone is refused web-1's name, and is shown as a clone under another one ($(now) s)"
 kill -TERM $CLONE; gone $CLONE 60
 curl -sS -m 20 http://web-1:81/ >/dev/null 2>&1
 adit task watch --timeout 60s
 adit task ls | tee /tmp/tasks
-grep -q "begun 1 times" /tmp/tasks && echo "SHOW the task of before ended, through both: begun 1 times" || fail "a task of before the snapshot"
+grep -q "begun 1 times" /tmp/tasks && echo "SHOW the task from before ended, after both: begun 1 times" || fail "a task from before the snapshot"
 main_job again
 kill -TERM $VMM; ended 0 stopped
-adit vm ls | grep -q web-1 && fail "an ended VM is still on the map"
-echo "SHOW stopped, and off the map"
+adit vm ls | grep -q web-1 && fail "an ended VM still has its entry"
+echo "SHOW stopped, and its entry is removed"
 $clone --vsock cid=3 --name web-1 >/tmp/clone 2>&1 </dev/null && fail "a VM lost its ring"
-grep -q "give it the same" /tmp/clone || fail "$(cat /tmp/clone)"
+grep -q "same --ring" /tmp/clone || fail "$(cat /tmp/clone)"
 $clone --vsock cid=3 --name web-1 --ring 8M >/tmp/clone 2>&1 </dev/null && fail "a ring grew"
-grep -q "give it the same" /tmp/clone || fail "$(cat /tmp/clone)"
+grep -q "the same" /tmp/clone || fail "$(cat /tmp/clone)"
 start --kernel /l2/web-1/vmlinux --vsock cid=3 --aditd /nowhere/aditd.sock --name twin
 gone $VMM 60; grep -q "no aditd at /nowhere" /tmp/vmm.err || fail "$(cat /tmp/vmm.err)"
 echo NESTED-DONE managed

@@ -1,5 +1,5 @@
-//! A guest that runs guests: a Debian guest (L1) on a processor of QEMU's with SVM has a real /dev/kvm, in which
-//! `adit-vmm` boots Debian (L2). So the VMM is tested whole on any machine.
+//! A guest that runs guests: a Debian guest (L1) on QEMU's emulated processor with SVM has a real /dev/kvm, in which `adit-vmm`
+//! boots Debian (L2). So the complete VMM can be tested on any machine.
 
 mod emulator;
 
@@ -16,20 +16,20 @@ use crate::guest::{Identity, overlay, tsc_arguments};
 use crate::image::{Image, Kernel};
 use crate::process::{Reaped, bound, output, wait_for};
 
-/// Memory of L1, MiB: its root, and two guests at a time.
+/// Memory of L1, MiB: for its root, and for two guests at a time.
 const MEMORY_MIB: u32 = 1536;
 
-/// What L1 is told.
+/// L1 runs this first.
 const PREPARE: &str = r#"
 mount -t tmpfs tmpfs /tmp
 for m in $(cat /lib/adit/kvm); do insmod /lib/adit/$m.ko; done
 [ -c /dev/kvm ] || echo "NESTED-FAIL no /dev/kvm in L1"
 "#;
 
-/// Where L1 has the target directory of [`Nested::itself`].
+/// The path in L1 of the target directory of [`Nested::itself`].
 const TARGET: &str = "/target";
-/// Makes it one in which there is nothing to build: what is not needed is empty, what is made of other files is newer, and apt
-/// knows the kernel that is there.
+/// Makes that directory look as if nothing had to be built: files that are not needed are empty, files that are built from others
+/// are newer than those, and apt-cache reports the kernel that is there.
 pub const BUILT: &str = r#"
 export CARGO_TARGET_DIR=/target ADIT_TEST_BINS=/target/debug
 printf '#!/bin/sh\necho "Depends: %s"\n' $(ls /target/guest/cache) > /bin/apt-cache
@@ -37,26 +37,26 @@ chmod +x /bin/apt-cache
 touch /target/guest/cache/$(ls /target/guest/cache)/vmlinux /target/guest/state.ext4 /target/guest/initrd-*
 "#;
 
-const RUDE: &str = include_str!("rude.s");
+const HOSTILE_KERNEL: &str = include_str!("hostile_kernel.s");
 /// Shell functions for L1's scripts.
 pub const HELPERS: &str = include_str!("helpers.sh");
 const MANAGED: &str = include_str!("managed.sh");
 const IDLE: &str = include_str!("idle.sh");
 const HOSTILE: &str = include_str!("hostile.sh");
 
-/// A guest of L1.
+/// A guest in L1.
 #[derive(Clone, Debug)]
 pub struct Inner<'a> {
-    /// What it boots; it lies in L1 as /l2/NAME/{vmlinux or bzimage,initrd}.
+    /// What it boots. In L1 this is /l2/NAME/{vmlinux or bzimage,initrd}.
     pub image: &'a Image,
-    /// Who it is.
+    /// Its identity.
     pub identity: Identity<'a>,
-    /// The bzImage in place of the ELF kernel.
+    /// Boots the bzImage in place of the ELF kernel.
     pub packed: bool,
 }
 
 impl Inner<'_> {
-    /// Writes what it boots below `to`; what that is made of goes to `dir`.
+    /// Writes what it boots below `to`. Intermediate files go to `dir`.
     fn write(&self, to: &Path, dir: &Path) -> anyhow::Result<()> {
         let to = to.join(self.identity.name);
         fs::create_dir_all(&to)?;
@@ -70,7 +70,7 @@ impl Inner<'_> {
     }
 }
 
-/// Runs a script for L1 on this machine itself, whose KVM boots Linux, with `programs` in its path. Returns what it said.
+/// Runs a script for L1 on this machine itself, whose KVM can boot Linux. `programs` are in its path. Returns its output.
 ///
 /// # Errors
 /// A file cannot be written, or the script does not end in time.
@@ -95,7 +95,7 @@ pub fn here(
     path.push(":/sbin:/usr/sbin:");
     path.push(std::env::var_os("PATH").unwrap_or_default());
     let log = fs::File::create(dir.join("serial.log"))?;
-    // What it has left running ends with it.
+    // Ends what the script leaves running.
     let script = format!("trap 'kill $(jobs -p) 2>/dev/null' EXIT\n{script}");
     let mut shell = bound("sh")
         .args(["-c", &script])
@@ -121,7 +121,7 @@ pub struct Nested {
 }
 
 impl Nested {
-    /// Boots L1 with `inner` guests' files and `programs` (host path, path in L1), and has it run `script`.
+    /// Boots L1 with the files of the guests `inner` and with `programs` (host path, path in L1), and runs `script` in it.
     ///
     /// # Errors
     /// A file cannot be read or written, or QEMU does not start.
@@ -171,9 +171,9 @@ impl Nested {
         })
     }
 
-    /// Boots L1 to show the main job through `adit-vmm`: aditd serves VMs that have no port process beside their VMMs, through a
-    /// killed aditd, a hostile neighbour, and killed VMMs whose VMs were written down. `web-1` runs `kernel`, its neighbour the
-    /// other. Lines for people begin with `SHOW`.
+    /// Boots L1 to show the main job through `adit-vmm`: aditd serves VMs whose VMMs are their port processes. aditd is killed, a
+    /// neighbour is hostile, and VMMs are killed after a snapshot. `web-1` runs `kernel`, and its neighbour the other one. Lines
+    /// for people begin with `SHOW`.
     ///
     /// # Errors
     /// As [`boot`](Self::boot), or `bins` lacks aditd, adit-port or adit.
@@ -215,31 +215,31 @@ impl Nested {
         Self::boot(&old, &inner, &programs, &script, dir)
     }
 
-    /// Kernels that are rude to their VMM, one for each way to end: power-off, triple fault, halt.
+    /// Kernels that do everything to their VMM that a kernel should not, one for each way to end: power-off, triple fault, halt.
     ///
     /// # Errors
     /// The assembler or the linker is missing.
-    pub fn rude_kernels(dir: &Path) -> anyhow::Result<Vec<(PathBuf, String)>> {
-        let source = dir.join("rude.s");
-        fs::write(&source, RUDE)?;
+    pub fn hostile_kernels(dir: &Path) -> anyhow::Result<Vec<(PathBuf, String)>> {
+        let source = dir.join("hostile_kernel.s");
+        fs::write(&source, HOSTILE_KERNEL)?;
         let mut kernels = Vec::new();
         for ending in 0..3 {
-            let (object, kernel) = (dir.join("rude.o"), dir.join(format!("rude{ending}")));
+            let (object, kernel) = (dir.join("hostile.o"), dir.join(format!("hostile{ending}")));
             let mut assemble = Command::new("as");
             assemble.args(["--64", "--defsym", &format!("ENDING={ending}"), "-o"]);
             output(assemble.arg(&object).arg(&source))?;
             let mut link = Command::new("ld");
             link.args(["-Ttext=0x100000", "-e", "_start", "-o"]);
             output(link.arg(&kernel).arg(&object))?;
-            kernels.push((kernel, format!("/l2/rude{ending}")));
+            kernels.push((kernel, format!("/l2/hostile{ending}")));
         }
         Ok(kernels)
     }
 
-    /// What L1 needs to run a program of the host's: the program without debug information, and its libraries.
+    /// What L1 needs to run a program of the host: the program without debug information, and its libraries.
     ///
     /// # Errors
-    /// It is not there, or a tool fails.
+    /// The program does not exist, or a tool fails.
     pub fn with_libraries(program: &Path, dir: &Path) -> anyhow::Result<Vec<(PathBuf, String)>> {
         fs::create_dir_all(dir)?;
         let name = program.file_name().context("no program")?;
@@ -255,14 +255,14 @@ impl Nested {
         Ok(files)
     }
 
-    /// What L1 needs to run this very program, whose tests boot `image` where plain KVM is: the program, and a target directory
-    /// with what it would otherwise build there, which [`BUILT`] finishes.
+    /// What L1 needs to run this very test program, which then boots `image` as on a machine with plain KVM: the program, and a
+    /// target directory with what it would otherwise build there. [`BUILT`] completes it in L1.
     ///
     /// # Errors
     /// As [`with_libraries`](Self::with_libraries).
     pub fn itself(image: &Image, dir: &Path) -> anyhow::Result<Vec<(PathBuf, String)>> {
         let mut files = Self::with_libraries(&std::env::current_exe()?, dir)?;
-        // Under a name that is the same after each build.
+        // The same name after each build.
         if let Some((_, name)) = files.first_mut() {
             *name = "/bin/itself".to_owned();
         }
@@ -280,15 +280,15 @@ impl Nested {
         Ok(files)
     }
 
-    /// Waits until L1 has said `marker` at the start of a line.
+    /// Waits for a line of L1 that starts with `marker`.
     ///
     /// # Errors
-    /// It does not, or says `NESTED-FAIL`, or QEMU ends; the serial log is in the message.
+    /// There is no such line, or L1 prints `NESTED-FAIL`, or QEMU ends. The error contains the serial log.
     pub fn wait_said(&mut self, marker: &str, limit: Duration) -> anyhow::Result<()> {
         self.follow(marker, limit, |_| ())
     }
 
-    /// The same, and is shown each line once.
+    /// The same; `each` gets every line once.
     ///
     /// # Errors
     /// As [`wait_said`](Self::wait_said).
@@ -302,7 +302,7 @@ impl Nested {
         let (dir, qemu) = (self.dir.clone(), &mut self.qemu);
         let said = wait_for(marker, limit, || {
             let log = serial(&dir);
-            // Whole lines only.
+            // Only complete lines.
             let whole = log.rfind('\n').map_or(0, |end| end + 1);
             log.get(shown..whole)
                 .unwrap_or_default()
@@ -323,7 +323,7 @@ impl Nested {
         said.with_context(|| format!("L1 in {}:\n{}", dir.display(), serial(&dir)))
     }
 
-    /// What L1 said so far.
+    /// L1's output so far.
     pub fn said(&self) -> String {
         serial(&self.dir)
     }
@@ -347,8 +347,8 @@ fn start(
     );
     let child = processor
         .qemu(dir)?
-        // Always emulated: the same everywhere, and needs nothing of the host. It moves strings a byte at a time where it says
-        // that it is fast at them.
+        // Always emulated, so the result is the same on every machine and needs nothing of the host. Without erms and fsrm, because
+        // QEMU emulates string moves a byte at a time.
         .args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,-erms,-fsrm"])
         .args(["-smp", "1", "-m", &format!("{MEMORY_MIB}M")])
         .args(["-nodefaults", "-no-user-config", "-display", "none"])

@@ -1,13 +1,14 @@
-//! A task that takes whatever it can get ends, alone and by name; the agent and the guest's services do not notice. The
-//! same for tunnels. Here because a guest has what the machine may not: controllers of cgroup 2, and a right to be spared.
+//! A task that takes all resources ends, and only this task; its report says why. The agent and the guest's services are not
+//! affected. The same for too many tunnels. Needs a guest, because the host may lack cgroup 2 controllers and the right to lower an
+//! OOM score.
 
 use adit_tests::connect::connect;
 use adit_tests::image::Kernel;
 
 use crate::{Setup, run_goal, setup};
 
-/// As it would be ordered by somebody who must not become more than `nobody`: four times a third of the guest's memory,
-/// processes until there are no more, and the classic.
+/// The attacker may not become more than `nobody`: processes that together need four thirds of the guest's memory, processes without
+/// end, and a fork bomb.
 const BOMBS: &str = "steps:
   - id: memory
     continue_on_error: true
@@ -19,14 +20,14 @@ const BOMBS: &str = "steps:
     continue_on_error: true
     script: {interpreter: /bin/sh, run_as: nobody, script: \"f() { f & f & wait; }; f; sleep 1000\\n\", timeout_s: 3}
 ";
-/// Who lives, and what the agent has that its tasks have not.
+/// Prints which processes live, and the limits of the agent and of its tasks.
 const LOOK: &str = "steps:
   - id: look
     script: {interpreter: /bin/sh, script: \"echo $(pidof adit-guest adit-testguest | tr ' ' '\\\\n' | sort -n) \
 score $(cat /proc/$(pidof adit-guest)/oom_score_adj) $(cat /proc/self/oom_score_adj) limits $(ulimit -n) end\\n\"}
 ";
 
-/// What the step of that name says of itself.
+/// The line of a step in a list of tasks.
 fn line<'l>(list: &'l str, step: &str) -> &'l str {
     let of_step = |l: &&str| l.contains(&format!(" {step} "));
     list.lines().rfind(of_step).unwrap_or_default()
@@ -37,7 +38,7 @@ fn look(setup: &Setup) -> String {
     let line = line(&list, "look");
     let from = line.find(" done ");
     let from = from.unwrap_or_else(|| panic!("{list}\n{}", setup.guest.serial()));
-    // The columns' width is that of the longest state.
+    // The width of columns depends on the longest state, so compare words.
     let words: Vec<&str> = line[from..].split_whitespace().collect();
     words.join(" ")
 }
@@ -65,12 +66,12 @@ fn bombs(kernel: Kernel) {
             setup.guest.serial()
         );
     }
-    // The very processes from before, and they serve.
+    // The same processes as before, and they still serve.
     assert_eq!(look(&setup), before, "{}", setup.guest.serial());
     assert!(setup.curl(&["http://web-1/"]).contains("this is web-1"));
 }
 
-/// More tunnels than the agent serves: each has an answer at once, and a task runs beside them.
+/// More tunnels than the agent serves: each gets an answer at once, and a task still runs.
 fn many_tunnels(kernel: Kernel) {
     let Some(setup) = setup(kernel, "", false) else {
         return;
@@ -78,7 +79,7 @@ fn many_tunnels(kernel: Kernel) {
     let mut held = Vec::new();
     let mut refused = 0;
     for n in 0..540 {
-        // One that takes a single descriptor for each, and waits for a request.
+        // To a server that uses one descriptor for each, and waits for a request.
         match connect(setup.host.proxy(), "web-1:80") {
             Ok(tunnel) => {
                 assert_eq!(refused, 0, "tunnel {n}: room again");

@@ -1,4 +1,4 @@
-//! A guest whose clock is off: what is only early is held, whoever looks sees why, and a guest may take the host's time.
+//! A guest whose clock is wrong: an early goal is held, `adit vm show` says why, and a guest may take the host's time.
 
 use adit_tests::image::Kernel;
 use adit_tests::process::wait_for;
@@ -12,11 +12,11 @@ const HOUR_MS: i64 = 60 * MINUTE_MS;
 /// A key on the serial line sets the clock an hour ahead.
 const SCRIPT: &str = "( read -r key < /dev/ttyS0; date -s @$(( $(date +%s) + 3600 )) ) &\n";
 
-fn step(id: &str, text: &str) -> String {
+pub fn step(id: &str, text: &str) -> String {
     format!("steps: [{{id: {id}, script: {{interpreter: /bin/sh, script: \"{text}\"}}}}]\n")
 }
 
-/// Waits until the VM is shown so, and returns that.
+/// Waits until the VM's status is as wanted, and returns it.
 fn shown(setup: &Setup, what: &str, ok: impl Fn(&Value) -> bool) -> Value {
     let show = || setup.adit(&["-o", "json", "vm", "show", "web-1"]).1;
     let found = wait_for(what, BOOT, || {
@@ -29,7 +29,7 @@ fn shown(setup: &Setup, what: &str, ok: impl Fn(&Value) -> bool) -> Value {
     })
 }
 
-/// The clock is so far ahead, to the minute: an emulated guest hears and is heard late.
+/// Waits until the clock is ahead by this time, to the minute: an emulated guest sends and receives late.
 fn shown_ahead(setup: &Setup, ms: i64) -> Value {
     shown(setup, &format!("clock ahead by {ms} ms"), |vm| {
         let told = vm["clock_ahead_ms"].as_i64();
@@ -37,7 +37,7 @@ fn shown_ahead(setup: &Setup, ms: i64) -> Value {
     })
 }
 
-fn is_done(list: &str, step: &str) -> bool {
+pub fn is_done(list: &str, step: &str) -> bool {
     let line = list.lines().find(|l| l.contains(&format!(" {step} ")));
     line.is_some_and(|l| l.contains("done"))
 }
@@ -49,20 +49,20 @@ fn off(kernel: Kernel) {
     shown_ahead(&setup, 0);
     let list = run_goal(&setup, &step("slow", "date -s @$(( $(date +%s) - 3600 ))"));
     assert!(is_done(&list, "slow"), "{list}");
-    // Told with the next pull, and again with what is held.
+    // Reported with the next pull, and again with the held task.
     shown_ahead(&setup, -HOUR_MS);
     setup.order(&step("held", "date"));
     shown(&setup, "a task is held", |vm| vm["holding"].is_object());
     let (_, list) = setup.adit(&["task", "ls"]);
     assert!(list.contains("leased"), "{list}");
-    // Somebody sets it right: what is held begins at once, not in an hour.
+    // When somebody corrects the clock, the held task starts at once, not an hour later.
     setup.guest.press(b"\n").unwrap();
     setup.adit(&["task", "watch", "--timeout", "60s"]);
     let (_, list) = setup.adit(&["task", "ls"]);
     assert!(is_done(&list, "held"), "{list}\n{}", setup.guest.serial());
     let vm = shown_ahead(&setup, 0);
     assert!(vm["holding"].is_null(), "{vm}");
-    // A guest that takes the host's time, and is a day ahead, beyond the end of every goal.
+    // A guest that takes the host's time. Its clock is a day ahead, behind the end of every goal.
     let text = "sed -i '1i clock = \\\"host\\\"' /etc/adit-guest/adit-guest.toml; \
                 date -s @$(( $(date +%s) + 86400 )); kill -9 $(pidof adit-guest)";
     let list = run_goal(&setup, &step("ahead", text));
@@ -73,11 +73,11 @@ fn off(kernel: Kernel) {
 }
 
 #[test]
-fn clock_6_1() {
+fn an_early_goal_is_held_until_the_clock_is_right_6_1() {
     off(Kernel::V6_1);
 }
 
 #[test]
-fn clock_6_12() {
+fn an_early_goal_is_held_until_the_clock_is_right_6_12() {
     off(Kernel::V6_12);
 }

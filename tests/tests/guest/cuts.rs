@@ -1,4 +1,4 @@
-//! Half of an answer never passes for a whole one: whoever dies or resets, the client of a real guest sees a reset (R117).
+//! A partial answer never looks complete: whichever process dies or resets, the client of a real guest gets a reset (R117).
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -11,7 +11,7 @@ use crate::{BOOT, Setup, setup};
 
 const HALF: &[u8] = b"the first half";
 
-/// An answer without a length that has begun, in both forms.
+/// Answers without a length that have begun, in both forms of request.
 fn begun(setup: &Setup, path: &str) -> [(&'static str, TcpStream, Vec<u8>); 2] {
     ["CONNECT", "absolute-form"].map(|form| {
         let (mut client, target) = match form {
@@ -22,7 +22,8 @@ fn begun(setup: &Setup, path: &str) -> [(&'static str, TcpStream, Vec<u8>); 2] {
             ),
         };
         client.set_read_timeout(Some(BOOT)).unwrap();
-        let request = format!("GET {target}{path} HTTP/1.1\r\nHost: web-1\r\n\r\n");
+        let request =
+            format!("GET {target}{path} HTTP/1.1\r\nHost: web-1\r\nConnection: close\r\n\r\n");
         client.write_all(request.as_bytes()).unwrap();
         let (mut said, mut some) = (Vec::new(), [0; 512]);
         while !said.windows(HALF.len()).any(|w| w == HALF) {
@@ -34,7 +35,7 @@ fn begun(setup: &Setup, path: &str) -> [(&'static str, TcpStream, Vec<u8>); 2] {
     })
 }
 
-/// Reads to the end; true if it looks complete.
+/// Reads to the end. Returns whether the answer looks complete.
 fn looks_whole(mut client: TcpStream, mut said: Vec<u8>) -> bool {
     match client.read_to_end(&mut said) {
         Ok(_) => true,
@@ -66,7 +67,7 @@ fn cuts(kernel: Kernel) {
     };
     cut("the server resets", "/cut", &|_| {});
     cut("the agent is killed", "/waits", &|setup| {
-        // Not by a step's own process: that ends with it.
+        // Not by the step's own process, which would end with it.
         let kill = "kill -9 $(pidof adit-guest)";
         setup.order(&format!(
             "steps: [{{id: kill, script: {{interpreter: /bin/sh, script: \"{kill}\"}}}}]\n"
@@ -85,11 +86,11 @@ fn cuts(kernel: Kernel) {
 }
 
 #[test]
-fn r117_cuts_6_1() {
+fn r117_half_an_answer_never_looks_complete_6_1() {
     cuts(Kernel::V6_1);
 }
 
 #[test]
-fn r117_cuts_6_12() {
+fn r117_half_an_answer_never_looks_complete_6_12() {
     cuts(Kernel::V6_12);
 }

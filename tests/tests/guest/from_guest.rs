@@ -1,5 +1,5 @@
-//! Streams that the guest opens: byte-exact both ways, half-close from either end. The port process alone, as a VMM
-//! author would meet it: no aditd, no agent.
+//! Streams that the guest opens: all bytes are right in both directions, and either end may half-close. There is only the port
+//! process, as for the author of a VMM: no aditd, no agent.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -22,22 +22,22 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use crate::{BOOT, bins};
 
-/// The host echoes; the guest sends, half-closes, reads the rest.
+/// The host echoes. The guest sends, half-closes and reads the rest.
 const ECHO: u32 = 7000;
-/// The host says all it has and half-closes first; the guest answers after the end.
+/// The host sends first and half-closes. The guest answers after that.
 const HOST_FIRST: u32 = 7001;
-/// How long one stream may be silent.
+/// Longest silence of a stream.
 const SILENCE: Duration = Duration::from_secs(30);
-/// What the host says on [`HOST_FIRST`], bytes.
+/// Bytes that the host sends on [`HOST_FIRST`].
 const SAID: u64 = 1 << 20;
 
-/// Sends everything back; ends when the guest does.
+/// Echoes everything; ends when the guest does.
 fn echo(stream: &UnixStream) -> std::io::Result<()> {
     std::io::copy(&mut &*stream, &mut &*stream)?;
     stream.shutdown(Shutdown::Write)
 }
 
-/// Ends its own half first, then counts what comes back.
+/// Sends and half-closes first, then counts what comes back.
 fn host_first(mut stream: &UnixStream) -> std::io::Result<()> {
     let said: Vec<u8> = (0..SAID).map(pattern).collect();
     stream.write_all(&said)?;
@@ -66,7 +66,7 @@ fn serve(port: u32, fd: OwnedFd) {
     }
 }
 
-/// Takes streams until the port process ends; says which of them have ended as they should.
+/// Accepts streams until the port process ends. Sends the port of each stream that ended as it should.
 fn accept(control: &OwnedFd, whole: &Sender<u32>) {
     loop {
         let mut fds = [PollFd::new(control.as_fd(), PollFlags::POLLIN)];
@@ -76,11 +76,11 @@ fn accept(control: &OwnedFd, whole: &Sender<u32>) {
                 let whole = whole.clone();
                 std::thread::spawn(move || {
                     serve(incoming.port, fd);
-                    // The test may be over.
+                    // An error means that the test is over.
                     let _ = whole.send(incoming.port);
                 });
             }
-            // What a successor of the port process would need: nobody here starts one.
+            // A successor would need this. No successor is started here.
             Ok(Some((Message::Handover(handover), _))) => {
                 let kept = Message::Kept(Kept { seq: handover.seq });
                 control_io::send(control, &kept, None).unwrap();
@@ -132,16 +132,16 @@ fn dials_of(kernel: Kernel) {
     guest
         .wait_serial("guest's own dials", BOOT, |log| log.contains("DIALS-OK"))
         .unwrap();
-    // The guest's last stream: what it sent is on its way when it says so.
+    // Wait for the guest's last stream too: its bytes may still be in flight when the guest prints that it is done.
     while served.recv_timeout(SILENCE).expect("all came back") != HOST_FIRST {}
 }
 
 #[test]
-fn guest_dials_host_6_1() {
+fn streams_that_the_guest_dials_carry_every_byte_6_1() {
     dials_of(Kernel::V6_1);
 }
 
 #[test]
-fn guest_dials_host_6_12() {
+fn streams_that_the_guest_dials_carry_every_byte_6_12() {
     dials_of(Kernel::V6_12);
 }

@@ -1,5 +1,5 @@
-//! A guest whose root drives the socket device by hand. After each case the same port process serves the same guest
-//! again, an honest neighbour never noticed, and nobody has grown.
+//! Guests whose root drives the socket device by hand. After each case the same port process must serve the same guest again, a
+//! well-behaved neighbour must not be affected, and no process may have grown.
 
 use std::io::{Read, Write};
 use std::path::Path;
@@ -63,7 +63,7 @@ fn boot_with(
 }
 
 #[test]
-fn hostile_guests_hurt_nobody_but_themselves() {
+fn hostile_guests_harm_only_themselves() {
     let Some(bins) = bins() else { return };
     let image = Image::build(Kernel::V6_1, &|what| println!("{what}")).unwrap();
     let host = Host::start(&bins, &["web-1", "bad"]).unwrap();
@@ -96,11 +96,11 @@ fn hostile_guests_hurt_nobody_but_themselves() {
     }
 }
 
-/// R1 to R8, R10, R15 and R16 from inside a guest that rewrites the region of its ring (`adit_bare::attacks`), R11, R14 and
-/// R17 by one that is of no use to its host, and one that looks for the doorbells of others. An honest neighbour has a ring, too: a tunnel over it lives through all of it, for
-/// the two share nothing.
+/// R1 to R8, R10, R15 and R16 from inside a guest that overwrites the region of its ring (`adit_bare::attacks`); R11, R14 and
+/// R17 from one that does not help its host; and one that tries the doorbells of others. A well-behaved neighbour has a ring too.
+/// A tunnel over it must survive everything, because the two share nothing.
 #[test]
-fn r01_to_r17_guests_that_rewrite_their_ring_hurt_nobody_but_themselves() {
+fn r01_to_r17_guests_that_overwrite_their_ring_harm_only_themselves() {
     let Some(bins) = bins() else { return };
     let image = Image::build(Kernel::V6_1, &|what| println!("{what}")).unwrap();
     let host = Host::start_with(&bins, &["web-1", "bad"], crate::RING).unwrap();
@@ -122,7 +122,7 @@ fn r01_to_r17_guests_that_rewrite_their_ring_hurt_nobody_but_themselves() {
     .unwrap();
     let mut tunnel = connect(host.proxy(), "web-1:7").unwrap();
     let list = Command::new(adit_tests::guest_bin("adit-testguest"))
-        .args(["ring-rude", "list"])
+        .args(["ring-attack", "list"])
         .output()
         .unwrap();
     let cases = String::from_utf8(list.stdout).unwrap();
@@ -130,7 +130,7 @@ fn r01_to_r17_guests_that_rewrite_their_ring_hurt_nobody_but_themselves() {
     let mut mutes = 0;
     let ports = ["web-1", "bad"].map(|vm| port_pid(&host, vm));
     for case in cases.lines() {
-        let script = format!("adit-testguest ring-rude {case} > /dev/console 2>&1 &\n");
+        let script = format!("adit-testguest ring-attack {case} > /dev/console 2>&1 &\n");
         let dir = host.dir().join(case);
         let mut guest = boot_with(&image, &host, "bad", &dir, &script, None, true);
         let mut said = |text: &[&str]| {
@@ -162,17 +162,17 @@ fn r01_to_r17_guests_that_rewrite_their_ring_hurt_nobody_but_themselves() {
             host.port_log("bad")
         );
         assert!(aditd < ADITD_MAX_KIB && own.max(other) < PORT_MAX_KIB);
-        // The neighbour's tunnel, opened before all of it, and what is dialled now.
+        // The neighbour's tunnel from before all of this, and a new dial.
         tunnel.write_all(b"still").unwrap();
         tunnel.read_exact(&mut [0; 5]).unwrap();
         echo(&host, "web-1:7", 100_000);
         assert_eq!(carrier("web-1")["kind"], "ring");
         assert_eq!(ports, ["web-1", "bad"].map(|vm| port_pid(&host, vm)));
     }
-    assert_eq!(mutes, 1, "a guest that takes nothing");
+    assert_eq!(mutes, 1, "the guest that reads nothing was not tried");
 }
 
-/// What is told to whoever dials the guest over HTTP, and how often its port process woke up meanwhile.
+/// The answer to a client that dials the guest over HTTP, and how often its port process woke up meanwhile.
 fn dialled(host: &Host, port: u64) -> (String, u64) {
     let switches = || {
         let status = std::fs::read_to_string(format!("/proc/{port}/status")).unwrap();

@@ -1,6 +1,6 @@
-//! Real guests of both kernels: what a tunnel, a task and a reboot do, end to end. One boot serves a test.
+//! Real guests with both kernels: tunnels, tasks and reboots from end to end. Each test boots once.
 //!
-//! These need the binaries and images that `cargo xtask test` builds; alone they say so and pass.
+//! These tests need the binaries and images that `cargo xtask test` builds. Without them they print that and pass.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -23,18 +23,19 @@ mod ring;
 mod ring_agent;
 mod stalls;
 mod takeover;
+mod upkeep;
 
 const BOOT: Duration = Duration::from_secs(60);
-/// A VM's configuration where it has a ring.
+/// A VM's configuration if it has a ring.
 const RING: &str = "ivshmem_mib = 8";
 
-/// A host and one guest with the agent, ready.
+/// A host, and one guest whose agent is ready.
 struct Setup {
     guest: Guest,
     host: Host,
 }
 
-/// Where aditd, adit-port and adit are. `None`, with the reason printed, if there is nothing to boot.
+/// The directory of aditd, adit-port and adit. Prints the reason and returns `None` if nothing can be booted.
 fn bins() -> Option<PathBuf> {
     let bins = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from);
     if bins.is_none() {
@@ -45,18 +46,18 @@ fn bins() -> Option<PathBuf> {
     bins
 }
 
-/// A guest whose start runs `script` too. `None` as [`bins`].
+/// Boots a guest that also runs `script` at its start. Returns `None` like [`bins`].
 fn setup(kernel: Kernel, script: &str, boot_files: bool) -> Option<Setup> {
     let host = Host::start(&bins()?, &["web-1"]).unwrap();
     Some(boot(kernel, host, script, boot_files))
 }
 
-/// A guest of this host.
+/// Boots a guest on this host.
 fn boot(kernel: Kernel, host: Host, script: &str, boot_files: bool) -> Setup {
     boot_with(kernel, host, script, boot_files, None)
 }
 
-/// The same, with a ring, perhaps behind an IOMMU.
+/// The same with a ring, perhaps behind an IOMMU.
 fn boot_with(
     kernel: Kernel,
     host: Host,
@@ -120,7 +121,7 @@ impl Setup {
         String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr)
     }
 
-    /// Signs a goal and hands it over. Returns its id.
+    /// Signs a goal and applies it. Returns its id.
     fn order(&self, goal: &str) -> String {
         std::fs::write(self.host.dir().join("run.yaml"), goal).unwrap();
         let sign = ["--sign", "fleet.key", "--to", "web-1"];
@@ -140,7 +141,7 @@ impl Setup {
     }
 }
 
-/// Sends `len` bytes in odd pieces and reads them back at the same time.
+/// Sends `len` bytes in odd pieces, and reads the echo at the same time.
 fn echo(host: &Host, to: &str, len: u64) {
     let stream = connect(host.proxy(), to).unwrap();
     let mut sender = stream.try_clone().unwrap();
@@ -153,7 +154,7 @@ fn echo(host: &Host, to: &str, len: u64) {
             at += n;
             piece = piece * 3 % 100_003 + 1;
         }
-        // Half-close: the echo of what is under way still comes.
+        // After a half-close the echo of the bytes in flight must still arrive.
         sender.shutdown(Shutdown::Write).unwrap();
     });
     let (mut at, mut buf) = (0u64, vec![0; 70_001]);
@@ -181,7 +182,7 @@ fn tunnels(kernel: Kernel) {
     let Some(setup) = setup(kernel, "", false) else {
         return;
     };
-    // By name, absolute-form and CONNECT.
+    // By name, with an absolute-form request and with CONNECT.
     assert!(setup.curl(&["http://web-1/"]).contains("this is web-1"));
     assert!(
         setup
@@ -205,13 +206,13 @@ fn tunnels(kernel: Kernel) {
             "{url}: {said}"
         );
     }
-    // With the agent (TCP in the guest), and a plain AF_VSOCK listener.
+    // Through the agent (TCP in the guest), and to a plain AF_VSOCK listener.
     for to in ["web-1:7", "vsock-5000.web-1:5000"] {
         for len in [1, 43, 4096, 65_536, 65_537, 1 << 20, 64 << 20] {
             echo(&setup.host, to, len);
         }
     }
-    // In quick succession, one after the other: from the host, and from the guest.
+    // In quick succession: from the host, and from the guest.
     for n in 0..2000 {
         let to = if n % 2 == 0 {
             "web-1:7"
@@ -229,14 +230,14 @@ fn tunnels(kernel: Kernel) {
     );
 }
 
-/// Signs, hands over and waits; returns the list of tasks.
+/// Signs and applies a goal, and waits for its end. Returns the list of tasks.
 fn run_goal(setup: &Setup, goal: &str) -> String {
     setup.order(goal);
     setup.adit(&["task", "watch", "--timeout", "60s"]);
     setup.adit(&["task", "ls"]).1
 }
 
-/// aditd is killed at random points while a tunnel is in use: the tunnel goes on, and what comes after works again.
+/// aditd is killed at random points while a tunnel is in use: the tunnel continues, and new requests work afterwards.
 fn aditd_killed(kernel: Kernel) {
     let Some(mut setup) = setup(kernel, "", false) else {
         return;
@@ -253,7 +254,7 @@ fn aditd_killed(kernel: Kernel) {
             far.write_all(&bytes).unwrap();
         });
         let mut got = vec![0; 1 << 20];
-        // So many bytes into the echo.
+        // Kill it after so many bytes of the echo.
         let (first, rest) = got.split_at_mut(usize::try_from(before).unwrap());
         tunnel.read_exact(first).unwrap();
         setup.host.kill();
@@ -274,7 +275,7 @@ fn aditd_killed(kernel: Kernel) {
     assert!(list.contains("alive"), "{list}");
 }
 
-/// Counts the context switches of the agent's threads over five seconds in which nobody speaks to it.
+/// Counts the context switches of the agent's threads in five seconds without traffic.
 const IDLE: &str = r#"(
 switches() { cat /proc/$(pidof adit-guest)/task/*/status | awk '/ctxt_switches/ { n += $2 } END { print n }'; }
 sleep 6; before=$(switches); sleep 5; after=$(switches)
@@ -282,7 +283,7 @@ echo "IDLE-SWITCHES $((after - before)) of $before" > /dev/console
 ) &
 "#;
 
-/// The idle agent is not woken, not even by a timer.
+/// An idle agent does not wake up, not even by a timer.
 fn idle(kernel: Kernel) {
     let Some(mut setup) = setup(kernel, IDLE, false) else {
         return;
@@ -372,7 +373,7 @@ fn tasks(kernel: Kernel) {
     println!("agent: {kib:?} KiB resident");
     assert!(kib.is_some_and(|n| n < 4096), "{list}");
 
-    // One byte changed after signing: the guest refuses.
+    // One byte is changed after signing: the guest must refuse.
     let signed = std::fs::read_to_string(setup.host.dir().join("signed.json")).unwrap();
     let tampered = adit_tests::tamper::tamper(&signed).unwrap();
     std::fs::write(setup.host.dir().join("tampered.json"), tampered).unwrap();
@@ -382,7 +383,7 @@ fn tasks(kernel: Kernel) {
     let (_, list) = setup.adit(&["task", "ls", "--state", "refused"]);
     assert!(list.contains("bad-signature"), "{list}");
 
-    // A result that is not acknowledged, and a reboot: the step was run once.
+    // The result was not acknowledged before a reboot: the step must have run only once.
     setup.guest.power_cycle().unwrap();
     setup.guest.wait_ready(BOOT).unwrap();
     setup.wait_agent();
@@ -414,36 +415,36 @@ fn tasks(kernel: Kernel) {
 }
 
 #[test]
-fn tunnels_6_1() {
+fn tunnels_carry_every_byte_and_failures_have_a_status_6_1() {
     tunnels(Kernel::V6_1);
 }
 
 #[test]
-fn tunnels_6_12() {
+fn tunnels_carry_every_byte_and_failures_have_a_status_6_12() {
     tunnels(Kernel::V6_12);
 }
 
 #[test]
-fn aditd_killed_6_1() {
+fn tunnels_outlive_a_killed_aditd_6_1() {
     aditd_killed(Kernel::V6_1);
 }
 
 #[test]
-fn aditd_killed_6_12() {
+fn tunnels_outlive_a_killed_aditd_6_12() {
     aditd_killed(Kernel::V6_12);
 }
 
 #[test]
-fn idle_6_1() {
+fn an_idle_agent_does_not_wake_up_6_1() {
     idle(Kernel::V6_1);
 }
 
 #[test]
-fn tasks_6_1() {
+fn signed_goals_run_once_and_are_reported_6_1() {
     tasks(Kernel::V6_1);
 }
 
 #[test]
-fn tasks_6_12() {
+fn signed_goals_run_once_and_are_reported_6_12() {
     tasks(Kernel::V6_12);
 }

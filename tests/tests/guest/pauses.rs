@@ -1,4 +1,4 @@
-//! A VM that is paused and goes on (QMP `stop`, `cont`) notices nothing, and nor does anybody who speaks with it (R51).
+//! A VM that is paused and continued (QMP `stop`, `cont`): neither the guest nor anybody who talks to it notices (R51).
 
 use std::io::{Read, Write};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use adit_tests::process::wait_for;
 use crate::{BOOT, setup};
 
 const PAUSES: usize = 5;
-/// Bytes that go round in each pause.
+/// Bytes of an echo during each pause.
 const PIECE: u64 = 300_000;
 
 fn pauses(kernel: Kernel) {
@@ -27,7 +27,7 @@ fn pauses(kernel: Kernel) {
     });
     let before = descriptors();
     for round in 0..PAUSES as u64 {
-        // Under way, both ways, when everything stands still; and written to while it does.
+        // In flight in both directions when the VM is paused, and more is written during the pause.
         let echoes = tunnels.each_mut().map(|tunnel| {
             let mut sender = tunnel.try_clone().unwrap();
             let from = round * PIECE;
@@ -51,7 +51,7 @@ fn pauses(kernel: Kernel) {
             assert!(whole, "tunnel {at}, pause {round}");
             sending.join().unwrap();
         }
-        // The agent was waiting for a task in its read.
+        // During the pause the agent was waiting for a task.
         setup.ask("echo awake");
     }
     assert_eq!(descriptors(), before, "nothing leaked in the guest");
@@ -59,7 +59,7 @@ fn pauses(kernel: Kernel) {
     assert_eq!((&vm["epoch"], &vm["state"]), (&epoch, &"ready".into()));
     let serial = setup.guest.serial();
     assert_eq!(serial.matches("connected").count(), 1, "one dial: {serial}");
-    // Long enough for a dial to be given up; what is asked afterwards works.
+    // A pause that is so long that a dial is given up. Requests afterwards work.
     setup.guest.qmp("stop").unwrap();
     std::thread::sleep(Duration::from_secs(3));
     setup.guest.qmp("cont").unwrap();
@@ -69,11 +69,11 @@ fn pauses(kernel: Kernel) {
 }
 
 #[test]
-fn r51_pauses_6_1() {
+fn r51_a_pause_ends_no_stream_6_1() {
     pauses(Kernel::V6_1);
 }
 
 #[test]
-fn r51_pauses_6_12() {
+fn r51_a_pause_ends_no_stream_6_12() {
     pauses(Kernel::V6_12);
 }

@@ -1,4 +1,4 @@
-//! What ends a guest's session and what begins the next: `reboot` in the guest, QEMU killed and started again.
+//! The end of a guest's session and the start of the next: `reboot` in the guest, and QEMU killed and started again.
 
 use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
@@ -9,7 +9,7 @@ use adit_tests::process::wait_for;
 
 use crate::{BOOT, Setup, echo, run_goal, setup};
 
-/// Reads until the tunnel ends, however it ends; a silence is a hang and fails.
+/// Reads until the tunnel ends in any way. A silence means that it hangs, and fails.
 pub fn must_end(tunnel: &mut TcpStream, why: &str) {
     let mut buf = [0; 4096];
     loop {
@@ -28,13 +28,13 @@ fn tunnels(setup: &Setup) -> [TcpStream; 2] {
     ["web-1:7", "vsock-5000.web-1:5000"].map(|to| connect(setup.host.proxy(), to).unwrap())
 }
 
-/// After a boot: ready, and everything works.
+/// After a boot: waits until the guest is ready, and checks that everything works.
 fn booted_again(setup: &mut Setup) {
     setup.guest.wait_ready(BOOT).unwrap();
     whole_again(setup);
 }
 
-/// Everything works in the new session.
+/// Checks that everything works in the new session.
 pub fn whole_again(setup: &Setup) {
     setup.wait_agent();
     echo(&setup.host, "web-1:7", 200_000);
@@ -50,7 +50,7 @@ fn restarts(kernel: Kernel) {
     let Some(mut setup) = setup(kernel, "", true) else {
         return;
     };
-    // By itself: `-f` syncs nothing and tells nobody.
+    // By itself: `-f` syncs nothing and notifies nobody.
     let open = tunnels(&setup);
     setup.order("steps: [{id: reboot, script: {interpreter: /bin/sh, script: \"reboot -f\"}}]\n");
     for mut tunnel in open {
@@ -67,7 +67,7 @@ fn restarts(kernel: Kernel) {
         "the step that took the guest down: {list}"
     );
 
-    // By kexec: the device is not reset until the new kernel finds it.
+    // By kexec: the device is not reset before the new kernel finds it.
     let open = tunnels(&setup);
     setup.order("steps: [{id: kexec, script: {interpreter: /bin/sh, script: \"adit-testguest kexec /boot/vmlinuz /boot/initrd\"}}]\n");
     for mut tunnel in open {
@@ -90,7 +90,7 @@ fn restarts(kernel: Kernel) {
     booted_again(&mut setup);
 }
 
-/// Runs a step that takes the device away for a while: tunnels end, the agent dials again, the step's result comes.
+/// Runs a step that removes the device for a while: tunnels end, the agent dials again, and the step's result arrives.
 fn device_goes(setup: &Setup, what: &str, script: &str, then: impl FnOnce()) {
     let open = tunnels(setup);
     let goal = format!(
@@ -98,7 +98,7 @@ fn device_goes(setup: &Setup, what: &str, script: &str, then: impl FnOnce()) {
         serde_json::Value::from(script)
     );
     let goal = setup.order(&goal);
-    // As long as nothing is known of a driver, its VM may be paused: the streams are held until it is there again.
+    // While no driver is known, the VM may be paused, so its streams are held until a driver is there again.
     then();
     for mut tunnel in open {
         must_end(&mut tunnel, what);
@@ -115,7 +115,7 @@ fn device_goes(setup: &Setup, what: &str, script: &str, then: impl FnOnce()) {
     whole_again(setup);
 }
 
-/// The guest's driver is taken off the device and put back, and the guest sleeps and wakes.
+/// The guest's driver is unbound from the device and bound again; then the guest sleeps and wakes up.
 fn drivers(kernel: Kernel) {
     let Some(setup) = setup(kernel, "", true) else {
         return;
@@ -130,7 +130,7 @@ exec 3< /dev/ttyS0
 echo freeze > /sys/power/state
 echo AWAKE > /dev/console";
     device_goes(&setup, "suspend", suspend, || {
-        // A key that comes before it sleeps wakes nobody.
+        // A key that comes before the guest sleeps does not wake it, so send more.
         wait_for("guest wakes", BOOT, || {
             setup.guest.press(b"\n")?;
             Ok(setup.guest.serial().contains("AWAKE").then_some(()))
@@ -140,21 +140,21 @@ echo AWAKE > /dev/console";
 }
 
 #[test]
-fn drivers_6_1() {
+fn streams_end_and_the_agent_redials_when_the_driver_restarts_6_1() {
     drivers(Kernel::V6_1);
 }
 
 #[test]
-fn drivers_6_12() {
+fn streams_end_and_the_agent_redials_when_the_driver_restarts_6_12() {
     drivers(Kernel::V6_12);
 }
 
 #[test]
-fn restarts_6_1() {
+fn after_reboot_kexec_and_power_cut_everything_works_6_1() {
     restarts(Kernel::V6_1);
 }
 
 #[test]
-fn restarts_6_12() {
+fn after_reboot_kexec_and_power_cut_everything_works_6_12() {
     restarts(Kernel::V6_12);
 }

@@ -1,4 +1,4 @@
-//! The ring in stock QEMU: an ivshmem function that a real guest finds by itself and drives from user space.
+//! The ring in a stock QEMU: an ivshmem function that a real guest finds by itself and drives from user space.
 
 use std::io::Write;
 use std::net::TcpStream;
@@ -25,7 +25,7 @@ const BYTES: usize = 8 << 20;
 const LANE: usize = 1;
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// Rings the guest.
+/// The guest's doorbell.
 enum Bell {
     Event(EventFd),
     Stream(TcpStream),
@@ -51,7 +51,7 @@ struct Rig {
     _server: Server,
 }
 
-/// A guest with a ring, whose start runs `script`.
+/// Boots a guest with a ring. The guest runs `script` at its start.
 fn rig(kernel: Kernel, iommu: bool, script: &str) -> Option<Rig> {
     rig_with(kernel, iommu, "", script)
 }
@@ -92,7 +92,7 @@ fn rig_with(kernel: Kernel, iommu: bool, parameters: &str, script: &str) -> Opti
 }
 
 impl Rig {
-    /// Waits until the guest is attached; it says how on the serial line.
+    /// Waits until the guest is attached. Returns its line on the serial line, which says how.
     fn attach(&mut self) -> String {
         let bell = &self.given.bells.guest_data;
         wait_for("the guest attaches", LIMIT, || {
@@ -112,7 +112,7 @@ impl Rig {
         line.unwrap_or_default().trim().to_owned()
     }
 
-    /// Records of all lengths come back as they went; then how long 64 bytes take.
+    /// Checks the echo of records of all lengths, and measures round trips of 64 bytes.
     fn echo(&self, data: Bell, space: Bell, what: &str) {
         let ends = self.session.ends(LANE, true).unwrap();
         let bells = self.given.bells.try_clone().unwrap();
@@ -153,7 +153,7 @@ impl Rig {
         )
     }
 
-    /// The host is done, and the guest sees it.
+    /// Ends the session, and waits until the guest has seen that.
     fn end(mut self) {
         let _ = self.session.close();
         let _ = self.given.bells.guest_data.ring();
@@ -164,21 +164,21 @@ impl Rig {
 }
 
 #[test]
-fn a_guest_without_an_iommu_polls_the_ring_and_rings_by_register() {
+fn a_guest_without_an_iommu_polls_the_ring_and_writes_a_doorbell_register() {
     let script = "adit-testguest ring-echo > /dev/console 2>&1 &\n";
     let Some(mut rig) = rig(Kernel::V6_1, false, script) else {
         return;
     };
     let said = rig.attach();
     assert!(said.contains("by=sysfs hears=polling"), "{said}");
-    // The guest hears nothing: what is rung here ends in the void.
+    // The guest polls, so these doorbells have no effect.
     let (data, space) = rig.event_bells();
     rig.echo(data, space, "sysfs, guest polls");
     rig.end();
 }
 
 #[test]
-fn a_guest_without_an_iommu_is_rung_by_a_byte_over_vsock() {
+fn a_guest_without_an_iommu_is_woken_by_a_byte_over_vsock() {
     let script = "adit-testguest ring-echo 5001 > /dev/console 2>&1 &\n";
     let Some(mut rig) = rig(Kernel::V6_1, false, script) else {
         return;
@@ -216,7 +216,7 @@ fn a_guest_with_an_iommu_has_interrupts_of_the_ring_6_12() {
     interrupts(Kernel::V6_12);
 }
 
-/// The guest's process ends and another takes the function up, as an earlier one left it.
+/// The guest's process ends, and another one uses the function as the first one left it.
 fn twice(iommu: bool) {
     let script = "(adit-testguest ring-echo; adit-testguest ring-echo) > /dev/console 2>&1 &\n";
     let Some(mut rig) = rig(Kernel::V6_1, iommu, script) else {
@@ -234,7 +234,7 @@ fn twice(iommu: bool) {
         .unwrap();
     let again = rig.attach();
     println!("attached again after {} ms", begin.elapsed().as_millis());
-    // But for its epoch.
+    // The lines are equal except for the epoch.
     let how = |line: &str| line.split(" epoch").next().map(str::to_owned);
     assert_eq!(how(&first), how(&again));
     let (data, space) = rig.event_bells();
@@ -242,18 +242,18 @@ fn twice(iommu: bool) {
 }
 
 #[test]
-fn a_host_that_begins_anew_is_seen_by_a_guest_that_polls() {
+fn a_guest_that_polls_notices_a_restarted_host() {
     twice(false);
 }
 
 #[test]
-fn a_host_that_begins_anew_is_seen_by_a_guest_with_interrupts() {
+fn a_guest_with_interrupts_notices_a_restarted_host() {
     twice(true);
 }
 
-/// A kernel that is locked down gives a device's memory to nobody but a driver: vfio is one.
+/// A kernel in lockdown gives a device's memory only to drivers. vfio is one.
 #[test]
-fn under_lockdown_a_guest_says_so_and_one_with_an_iommu_has_its_ring() {
+fn under_lockdown_only_a_guest_with_an_iommu_has_its_ring_and_the_other_says_why() {
     let script = "adit-testguest ring-echo > /dev/console 2>&1 &\n";
     let locked = "lockdown=integrity";
     let Some(mut plain) = rig_with(Kernel::V6_1, false, locked, script) else {

@@ -1,4 +1,4 @@
-//! The whole of it over the ring: the agent's services by name, a signed goal, and what happens when somebody is killed.
+//! The agent over the ring: its services by name, a signed goal, and recovery after a process is killed.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -16,17 +16,17 @@ use crate::stalls::{push, take_back};
 use crate::{BOOT, RING, Setup, bins, boot_with, echo, run_goal};
 
 const LIMIT: Duration = Duration::from_secs(20);
-/// A ring that ended is attached anew so soon, once both sides are there.
+/// A ring is attached again within this time once both sides run.
 const AGAIN: Duration = Duration::from_secs(1);
-/// As [`RING`] has it.
+/// Must match [`RING`].
 const RING_BYTES: u64 = 8 << 20;
-/// More than all buffers between a writer and a reader that stopped.
+/// More than all buffers between a writer and a reader that has stopped.
 const STOPPED_MAX: u64 = 64 << 20;
 const HELLO: &str =
     "steps: [{id: hi, script: {interpreter: /bin/sh, script: \"echo over the ring\"}}]\n";
 
 impl Setup {
-    /// Waits until the agent is attached (again), and the carriers were measured; returns how long it took.
+    /// Waits until the agent is attached (again), and the carriers were measured. Returns how long that took.
     fn wait_ring(&self) -> Duration {
         let begin = Instant::now();
         let mut attached = None;
@@ -41,17 +41,17 @@ impl Setup {
         attached.unwrap_or_default()
     }
 
-    /// The whole job, while services are dialled over the ring.
+    /// Does the main job while services are dialled over the ring.
     fn job(&self) {
         assert!(self.curl(&["http://web-1/"]).contains("this is web-1"));
         for len in [1, 4096, 65_537, 4 << 20] {
             echo(&self.host, "web-1:7", len);
         }
-        // In quick succession, one after the other.
+        // In quick succession.
         for n in 0..300 {
             echo(&self.host, "web-1:7", n * 37 % 5000 + 1);
         }
-        // A reader stops: the others go on, and then it has all that was kept for it.
+        // A reader stops: the others continue, and later it gets all that was kept for it.
         let mut stopped = self.tunnel();
         let pushed = push(&mut stopped, STOPPED_MAX);
         assert!(pushed < STOPPED_MAX, "nobody held it back");
@@ -69,7 +69,7 @@ fn setup(kernel: Kernel, iommu: bool) -> Option<Setup> {
     setup_with(kernel, iommu, "")
 }
 
-/// The same, in a guest that runs a script.
+/// The same in a guest that runs a script.
 fn setup_with(kernel: Kernel, iommu: bool, script: &str) -> Option<Setup> {
     let host = Host::start_with(&bins()?, &["web-1"], RING).unwrap();
     Some(boot_with(kernel, host, script, false, Some(iommu)))
@@ -86,7 +86,7 @@ fn job(kernel: Kernel, iommu: bool, doorbell: &str) {
     setup.job();
 }
 
-/// The lines of `adit vm show` that tell of carriers, without the machine's numbers and directories.
+/// The lines of `adit vm show` about carriers, without numbers and directories of the machine.
 fn plain(shown: &str) -> Vec<String> {
     let told = ["carrier", "ring", "latency"];
     let lines = shown.lines().filter(|l| told.iter().any(|t| l.contains(t)));
@@ -104,7 +104,7 @@ fn plain(shown: &str) -> Vec<String> {
     lines.map(line).collect()
 }
 
-/// What the tour of the README shows, of a guest that is rung in such a way.
+/// The same lines from the tour in README.md, for a guest with this doorbell.
 fn as_the_readme(doorbell: &str) -> Vec<String> {
     let readme = std::fs::read_to_string(adit_tests::root().join("README.md")).unwrap();
     let shown = readme.split("$ adit vm show web-1 | grep").nth(1).unwrap();
@@ -115,16 +115,16 @@ fn as_the_readme(doorbell: &str) -> Vec<String> {
 }
 
 #[test]
-fn the_job_is_done_over_a_ring_that_a_byte_rings() {
+fn the_main_job_works_over_a_ring_with_a_byte_as_doorbell() {
     job(Kernel::V6_1, false, "a byte over vsock");
 }
 
 #[test]
-fn the_job_is_done_over_a_ring_with_interrupts() {
+fn the_main_job_works_over_a_ring_with_interrupts() {
     job(Kernel::V6_12, true, "interrupt");
 }
 
-/// A tunnel that goes on, and says whether it still does.
+/// Whether the tunnel still works.
 fn alive(tunnel: &mut TcpStream) -> bool {
     let echoed = tunnel
         .write_all(b"still")
@@ -141,14 +141,14 @@ impl Setup {
             .to_owned()
     }
 
-    /// Waits until services are dialled over this.
+    /// Waits until services are dialled over this carrier.
     fn wait_carrier(&self, kind: &str, since: Instant) -> Duration {
         let waited = wait_for(kind, LIMIT, || Ok((self.carrier() == kind).then_some(())));
         waited.unwrap_or_else(|e| panic!("{e:#}\n{:#}\n{}", self.vm(), self.logs()));
         since.elapsed()
     }
 
-    /// Within a second of when it can be.
+    /// Checks that the ring is used again within a second.
     fn ring_again(&self, what: &str, since: Instant) {
         let took = self.wait_carrier("ring", since);
         println!("{what}: the ring again after {} ms", took.as_millis());
@@ -160,12 +160,12 @@ impl Setup {
         );
     }
 
-    /// Agents that the guest has started since QEMU was.
+    /// How many agents the guest has started since QEMU's start.
     fn agents(&self) -> usize {
         self.guest.serial().matches("adit-guest: ready").count()
     }
 
-    /// Waits until the guest is up again, and has started an agent in place of those `before`.
+    /// Waits until the guest is up again, and has started an agent after those `before`.
     fn wait_booted(&mut self, before: usize) -> Instant {
         self.guest.wait_ready(BOOT).unwrap();
         wait_for("the agent's start", LIMIT, || {
@@ -180,11 +180,11 @@ impl Setup {
         tunnel
     }
 
-    /// Somebody was killed: the old tunnel ends, the ring is attached anew, and what follows goes over it. `since`: when it
-    /// could be; `None`: since somebody answers again.
+    /// After a process was killed: the old tunnel ends, the ring is attached again, and new streams use it. `since` is when it can
+    /// be attached; `None`: when somebody answers again.
     fn anew(&self, what: &str, mut old: TcpStream, since: Option<Instant>) {
         must_end(&mut old, what);
-        // Whoever was killed, aditd hears of it a moment after the tunnel has ended.
+        // Whichever process was killed, aditd notices a moment after the tunnel has ended.
         let served = self.served(Instant::now());
         println!("{what}: an answer again after {} ms", served.as_millis());
         let since = since.unwrap_or_else(Instant::now);
@@ -195,11 +195,11 @@ impl Setup {
     }
 }
 
-/// A process that has the region beside the agent: sysfs gives it to whoever is root, vfio to one.
+/// A second process with the region: sysfs gives it to root, vfio only to one process.
 const POISON: &str = "adit-testguest ring-poison 5001 > /dev/console 2>&1 &\n";
 
-/// The ring breaks under the agent: its streams end with the carrier's fault, what is dialled while it is broken takes vsock
-/// and stays there, and the ring is attached anew, with another epoch, within a second.
+/// The ring breaks while the agent uses it. Its streams end with the carrier's fault; streams that are dialled meanwhile use vsock
+/// and stay there; and the ring is attached again, in another epoch, within a second.
 fn poisoned(setup: &Setup) {
     let epochs = || -> Vec<u64> {
         let log = setup.host.port_log("web-1");
@@ -210,10 +210,10 @@ fn poisoned(setup: &Setup) {
     let mut old = setup.tunnel();
     let before = epochs();
     let mut poison = connect(setup.host.proxy(), "vsock-5001.web-1:5001").unwrap();
-    // For a second: long enough to look at it.
+    // For a second, which is long enough to see it.
     poison.write_all(&[200]).unwrap();
     must_end(&mut old, "the ring was poisoned");
-    // Between two faults it is offered anew, which is said, too.
+    // Between two faults the ring is offered again, and the status says so.
     wait_for("vsock, because the ring broke", LIMIT, || {
         let carrier = setup.vm()["carrier"].clone();
         let why = carrier["why"].as_str().unwrap_or_default();
@@ -223,7 +223,7 @@ fn poisoned(setup: &Setup) {
     .unwrap();
     let mut over_vsock = loop {
         let tunnel = setup.tunnel();
-        // The ring may have come and gone meanwhile; a stream that it took ends with it, and is none of these.
+        // Meanwhile the ring may have been attached and have broken again. A stream on it ends with it, and does not count here.
         let ring = setup.vm()["carrier"].clone();
         if ring["kind"] == "vsock" && ring["streams"] == 0 {
             break tunnel;
@@ -237,7 +237,7 @@ fn poisoned(setup: &Setup) {
     let after = epochs();
     assert!(after.last() > before.last(), "{before:?}, then {after:?}");
 
-    // A session that lasted a second is forgiven for: one more fault, and how long the ring is away.
+    // After a session of a second, faults count from zero again. One more fault, to measure how long the ring is away.
     std::thread::sleep(Duration::from_secs(1));
     let (mut tunnel, before) = (setup.tunnel(), epochs().len());
     let mut poison = connect(setup.host.proxy(), "vsock-5001.web-1:5001").unwrap();
@@ -253,7 +253,7 @@ fn poisoned(setup: &Setup) {
     assert!(alive(&mut tunnel) && setup.carrier() == "ring" && alive(&mut over_vsock));
 }
 
-/// The agent (its supervisor starts another), aditd, the port process, and the guest itself.
+/// Kills the agent (its supervisor starts another one), aditd, the port process, and the guest.
 fn killed(iommu: bool) {
     let Some(mut setup) = setup_with(Kernel::V6_1, iommu, if iommu { "" } else { POISON }) else {
         return;
@@ -279,20 +279,20 @@ fn killed(iommu: bool) {
     setup.anew("the agent was killed", tunnel, None);
     setup.wait_agent();
 
-    // The port process: the region, which it left with aditd, is offered anew.
+    // The port process: its successor gets the region from aditd, and offers it again.
     let tunnel = setup.tunnel();
     setup.kill_port();
     setup.anew("the port process was killed", tunnel, None);
     setup.wait_agent();
 
-    // The guest, by itself: the function is the same, and so is the region.
+    // The guest, by itself: function and region stay the same.
     let (tunnel, before) = (setup.tunnel(), setup.agents());
     setup.order("steps: [{id: reboot, script: {interpreter: /bin/sh, script: \"reboot -f\"}}]\n");
     let booted = setup.wait_booted(before);
     setup.anew("the guest rebooted", tunnel, Some(booted));
     setup.wait_agent();
 
-    // The VMM: the next one has a region of its own.
+    // The VMM: the next one has another region.
     let tunnel = setup.tunnel();
     setup.guest.power_cycle().unwrap();
     let booted = setup.wait_booted(0);
@@ -304,8 +304,8 @@ fn killed(iommu: bool) {
     setup.job();
 }
 
-/// R13: QEMU, or whoever took its place, cannot make the ring's memory shorter. It can take its pages away, which are zero
-/// then: that ends the session, and nobody; the next one writes anew what it needs.
+/// R13: QEMU, or a process in its place, cannot truncate the ring's memory. It can remove the pages, which then read as zero. That
+/// ends the session, and nothing else; the next session writes what it needs.
 fn cut(setup: &Setup) {
     let ring = std::fs::read_dir(format!("/proc/{}/fd", setup.guest.pid())).unwrap();
     let ring = ring
@@ -328,16 +328,16 @@ fn cut(setup: &Setup) {
 }
 
 #[test]
-fn whoever_is_killed_the_ring_is_attached_anew_without_interrupts() {
+fn after_any_kill_the_ring_is_attached_again_without_interrupts() {
     killed(false);
 }
 
 #[test]
-fn whoever_is_killed_the_ring_is_attached_anew_with_interrupts() {
+fn after_any_kill_the_ring_is_attached_again_with_interrupts() {
     killed(true);
 }
 
-/// An agent whose ring carries nothing sleeps, and so does the port process: neither side looks on.
+/// While its ring carries nothing, the agent sleeps, and so does the port process: neither side polls.
 fn idle(iommu: bool) {
     let Some(setup) = setup(Kernel::V6_1, iommu) else {
         return;
@@ -362,7 +362,7 @@ fn idle(iommu: bool) {
     let before = switches();
     let list = run_goal(&setup, &goal);
     assert!(list.contains("asleep"), "{list}");
-    // The task there, its report back, what was asked about meanwhile: none of it for the clock.
+    // The task, its report, and the requests meanwhile wake it; the clock must not.
     let woken = switches() - before;
     assert!(woken < 100, "the port process woke up {woken} times");
 }

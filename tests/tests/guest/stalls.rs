@@ -1,4 +1,4 @@
-//! A VM that stands still with a thousand tunnels open is nobody else's problem, and its tunnels go on when it does.
+//! A stopped VM with a thousand tunnels affects nobody else, and its tunnels continue when it does.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -14,10 +14,10 @@ use nix::unistd::Pid;
 use crate::{BOOT, bins, echo};
 
 const TUNNELS: u64 = 1000;
-/// Written into each tunnel at most while nobody reads.
+/// Most bytes that are written into each tunnel while nobody reads.
 const PUSHED_MAX: u64 = 64 << 10;
 
-/// Writes until the tunnel takes no more, or it took enough. Returns how much it took.
+/// Writes until the tunnel accepts no more, or `most` bytes are written. Returns how many were written.
 pub fn push(stream: &mut TcpStream, most: u64) -> u64 {
     stream.set_nonblocking(true).unwrap();
     let mut at = 0;
@@ -34,7 +34,7 @@ pub fn push(stream: &mut TcpStream, most: u64) -> u64 {
 }
 
 #[test]
-fn a_stalled_vm_with_a_thousand_tunnels_leaves_the_others_alone() {
+fn a_stopped_vm_with_a_thousand_tunnels_does_not_affect_others() {
     let Some(bins) = bins() else { return };
     let image = Image::build(Kernel::V6_1, &|what| println!("{what}")).unwrap();
     let host = Host::start(&bins, &["web-1", "web-2"]).unwrap();
@@ -53,7 +53,7 @@ fn a_stalled_vm_with_a_thousand_tunnels_leaves_the_others_alone() {
     for guest in &mut guests {
         guest.wait_ready(BOOT).unwrap();
     }
-    // Ready does not say that its listeners are.
+    // "Ready" does not include the guest's listeners.
     for name in ["web-1", "web-2"] {
         let to = format!("vsock-5000.{name}:5000");
         wait_for("guest's listener", BOOT, || {

@@ -1,5 +1,5 @@
-//! A port process under a real guest is killed, or replaced: the guest is never rebooted, nothing in it hangs, and the
-//! next request is served.
+//! A port process of a real guest is killed or replaced: the guest is never rebooted, nothing in it hangs, and the next request is
+//! served.
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
@@ -50,7 +50,7 @@ impl Setup {
         self.adit(&["task", "ls", "--goal", goal]).1
     }
 
-    /// Runs a line of shell in the guest; its last word on standard output.
+    /// Runs a line of shell in the guest. Returns the last word of its output.
     pub fn ask(&self, line: &str) -> String {
         let id = self.order(&format!(
             "steps: [{{id: ask, script: {{interpreter: /bin/sh, script: \"{line}\"}}}}]\n"
@@ -71,7 +71,7 @@ impl Setup {
         self.ask("cat /proc/sys/kernel/random/boot_id")
     }
 
-    /// Asks the server inside until it answers; how long that took.
+    /// Makes requests to the guest's server until it answers. Returns how long that took.
     pub(super) fn served(&self, since: Instant) -> Duration {
         let answered = wait_for("the server inside", SOON, || {
             let out = self.host.curl(&["--max-time", "5", "http://web-1/"])?;
@@ -84,13 +84,13 @@ impl Setup {
         since.elapsed()
     }
 
-    /// Opens a tunnel to the echo, kills after so many bytes came back, and reads to its end.
+    /// Opens a tunnel to the echo, kills after so many bytes came back, and reads to the end.
     fn kill_in_echo(&self, bytes: usize, kill: impl FnOnce()) -> Instant {
         let mut tunnel = connect(self.host.proxy(), "web-1:7").unwrap();
         let mut far = tunnel.try_clone().unwrap();
         let sending = std::thread::spawn(move || {
             let piece: Vec<u8> = (0..1 << 16).map(pattern).collect();
-            // Until it breaks.
+            // Until the tunnel breaks.
             while far.write_all(&piece).is_ok() {}
         });
         let mut got = vec![0; bytes];
@@ -117,7 +117,7 @@ fn port_killed(kernel: Kernel) {
     };
     let boot = setup.boot_id();
     assert_eq!(boot.len(), 36, "{boot}");
-    // A task is running when the channel breaks, and as long as nobody dials it.
+    // The task runs when the channel breaks, and until somebody dials it.
     let task = setup.order(
         "steps: [{id: long, script: {interpreter: /bin/sh, script: \"echo begun >> /var/lib/long; sync; nc -l -p 81 < /dev/null > /dev/null; echo finished\"}}]\n",
     );
@@ -132,7 +132,7 @@ fn port_killed(kernel: Kernel) {
     for _ in 0..6 {
         let killed = setup.kill_in_echo(1 + next(&mut seed), || setup.kill_port());
         took.push(setup.served(killed));
-        // Its agent is there as soon, task or no task.
+        // The agent must be connected too, although a task runs.
         setup.wait_agent();
         back.push(killed.elapsed());
         let list = setup.adit(&["task", "ls", "--goal", &task]).1;
@@ -149,7 +149,7 @@ fn port_killed(kernel: Kernel) {
     );
     assert_eq!(setup.ask("wc -l < /var/lib/long"), "1");
     assert_eq!(setup.boot_id(), boot, "the guest was rebooted");
-    // Nothing in the guest holds a stream of the dead.
+    // The guest must have closed all streams of killed processes.
     let sockets = setup.ask("echo $(ls -l /proc/$(pidof adit-guest)/fd | grep -c socket:)");
     println!("sockets of the agent: {sockets}");
     assert!(sockets.parse::<u32>().is_ok_and(|n| n <= 8), "{sockets}");
@@ -179,7 +179,7 @@ fn both_killed(kernel: Kernel) {
         return;
     };
     let boot = setup.boot_id();
-    // One after the other: the new aditd is told all before the port process is killed.
+    // One after the other: the new aditd has received the handover before the port process is killed.
     setup.host.kill();
     setup.host.launch().unwrap();
     setup.wait_agent();
@@ -192,7 +192,7 @@ fn both_killed(kernel: Kernel) {
     );
     setup.wait_agent();
     assert_eq!(setup.boot_id(), boot, "the guest was rebooted");
-    // Both at once: nobody has the descriptors any more.
+    // Both at once: nobody keeps the descriptors any more.
     let port = setup.port_pid();
     setup.host.kill();
     kill(Pid::from_raw(port), Signal::SIGKILL).unwrap();
@@ -217,7 +217,7 @@ fn both_killed(kernel: Kernel) {
     setup.served(Instant::now());
 }
 
-/// Under systemd with its descriptor store, aditd and the port process may be killed at once; a restart keeps both the port
+/// Under systemd with its descriptor store, aditd and the port process may be killed at once. A restart keeps both the port
 /// process and the store.
 fn both_killed_and_held(kernel: Kernel) {
     let Some(bins) = bins() else { return };
@@ -250,31 +250,31 @@ fn both_killed_and_held(kernel: Kernel) {
 }
 
 #[test]
-fn both_killed_and_held_6_1() {
+fn with_a_descriptor_store_both_may_be_killed_at_once_6_1() {
     both_killed_and_held(Kernel::V6_1);
 }
 
 #[test]
-fn port_killed_6_1() {
+fn a_killed_port_process_is_replaced_under_a_running_guest_6_1() {
     port_killed(Kernel::V6_1);
 }
 
 #[test]
-fn port_killed_6_12() {
+fn a_killed_port_process_is_replaced_under_a_running_guest_6_12() {
     port_killed(Kernel::V6_12);
 }
 
 #[test]
-fn reloaded_6_1() {
+fn a_reload_keeps_the_guest_running_6_1() {
     reloaded(Kernel::V6_1);
 }
 
 #[test]
-fn reloaded_6_12() {
+fn a_reload_keeps_the_guest_running_6_12() {
     reloaded(Kernel::V6_12);
 }
 
 #[test]
-fn both_killed_6_1() {
+fn without_a_descriptor_store_both_killed_at_once_need_a_power_cycle_6_1() {
     both_killed(Kernel::V6_1);
 }

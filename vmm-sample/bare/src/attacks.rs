@@ -4,7 +4,7 @@
 //! A case starts in a session, and asks for a new session whenever the host ended the last one. All that an attack can observe
 //! of the host's reaction is that sessions ended.
 
-use adit_engine::{FRAME_BYTES, Op, PacketHeader, Tick};
+use adit_engine::{Op, PACKET_HEADER_BYTES, PacketHeader, Tick};
 use adit_ringbuf::layout::PAGE;
 use adit_ringbuf::region::{ACCEPTED, GUEST_WORD, HOST_WORD, Side};
 use adit_ringbuf::session::{Ends, Event, Guest, State};
@@ -98,7 +98,7 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
         let _ = self.guest.attach();
         case(self);
         self.mend();
-        // The next guest counts on from its own request, not from the host's answer: so leave one that is one higher.
+        // The next guest counts on from the request in this word, not from the host's answer. So leave one that is higher.
         let next = (self.mem.load(HOST_WORD) >> 8) + 1;
         self.mem.zero(GUEST_WORD, PAGE);
         self.mem.store(GUEST_WORD, next << 8 | State::Closed as u64);
@@ -209,10 +209,10 @@ impl<'a, M: RingMem + Clone> Attack<'a, M> {
 
     /// Sends a packet correctly. A packet that does not fit is dropped.
     fn send(ends: &mut Ends<M>, header: &PacketHeader, body: &[u8]) {
-        let len = FRAME_BYTES + body.len();
+        let len = PACKET_HEADER_BYTES + body.len();
         if let Ok(mut grant) = ends.producer.reserve(len) {
-            grant.write(0, &header.to_frame());
-            grant.write(FRAME_BYTES, body);
+            grant.write(0, &header.to_ring_bytes());
+            grant.write(PACKET_HEADER_BYTES, body);
             let _ = grant.commit();
         }
         let _ = ends.producer.publish();

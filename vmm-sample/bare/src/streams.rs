@@ -3,8 +3,8 @@
 use alloc::vec::Vec;
 
 use adit_engine::{
-    Answer, Disposition, Engine, EngineConfig, Event, FRAME_BYTES, How, Kind, Lane, PacketHeader,
-    SessionChange, Tick,
+    Answer, Disposition, Engine, EngineConfig, Event, How, Kind, Lane, PACKET_HEADER_BYTES,
+    PacketHeader, SessionChange, Tick,
 };
 use adit_ringbuf::session::{self, Ends};
 use adit_ringbuf::{Pace, PushError, RingMem};
@@ -52,7 +52,7 @@ pub fn serve<M: RingMem + Clone>(mem: M, now: impl Fn() -> Tick) -> Result<u64, 
         engine: Engine::new(config, 1),
         lanes: lanes?.into_iter().flatten().collect(),
         held: alloc::vec![Vec::new(); STREAMS as usize],
-        buf: alloc::vec![0; FRAME_BYTES + PAYLOAD_MAX],
+        buf: alloc::vec![0; PACKET_HEADER_BYTES + PAYLOAD_MAX],
     };
     // It cannot fail: one port on a new engine.
     let _ = service.engine.listen(PORT, Kind::Stream);
@@ -101,10 +101,10 @@ impl<M: RingMem> Service<M> {
 
     fn packet(&mut self, now: Tick, lane: Lane, len: usize) {
         let record = &self.buf[..len.min(self.buf.len())];
-        let Some((frame, body)) = record.split_first_chunk::<FRAME_BYTES>() else {
+        let Some((frame, body)) = record.split_first_chunk::<PACKET_HEADER_BYTES>() else {
             return; // too short for a packet: no stream depends on it
         };
-        let header = PacketHeader::from_frame(frame);
+        let header = PacketHeader::from_ring_bytes(frame);
         let there = body.len() as u32;
         let told = self.engine.handle_packet_on(now, lane, &header, there);
         if let Disposition::Deliver { stream, len } = told {
@@ -144,13 +144,14 @@ impl<M: RingMem> Service<M> {
         };
         while wants(&self.engine) {
             let producer = &mut self.lanes[n].producer;
-            let mut grant = match producer.reserve_some(FRAME_BYTES + 1, FRAME_BYTES + PAYLOAD_MAX)
+            let mut grant = match producer
+                .reserve_some(PACKET_HEADER_BYTES + 1, PACKET_HEADER_BYTES + PAYLOAD_MAX)
             {
                 Ok(grant) => grant,
                 Err(PushError::Full) => break,
                 Err(e) => return Err(EchoError::Record(e)),
             };
-            let room = (grant.len() - FRAME_BYTES) as u32;
+            let room = (grant.len() - PACKET_HEADER_BYTES) as u32;
             let Some(t) = self.engine.poll_transmit_on(now, only, room) else {
                 break;
             };
@@ -158,14 +159,14 @@ impl<M: RingMem> Service<M> {
             if let Some((stream, len)) = t.body {
                 let held = &mut self.held[stream.slot() as usize];
                 sent = held.len().min(len as usize);
-                grant.write(FRAME_BYTES, &held[..sent]);
+                grant.write(PACKET_HEADER_BYTES, &held[..sent]);
                 held.drain(..sent);
                 header = self.engine.commit_body(now, stream, sent as u32);
                 self.engine.offer(stream, held.len() as u32);
                 self.engine.consumed(now, stream, sent as u32);
             }
-            grant.write(0, &header.to_frame());
-            let _ = grant.commit_first(FRAME_BYTES + sent, false);
+            grant.write(0, &header.to_ring_bytes());
+            let _ = grant.commit_first(PACKET_HEADER_BYTES + sent, false);
         }
         let _ = self.lanes[n].producer.publish();
         Ok(())

@@ -9,11 +9,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
-use adit_benches::queue::DriverQueue;
-use adit_benches::stream::GuestStream;
-use adit_benches::{Driver, DriverConfig};
 use adit_channel::device::{EVENT_QUEUE, GuestCid};
 use adit_engine::{Op, PacketHeader};
+use adit_testkit::queue::DriverQueue;
+use adit_testkit::stream::GuestStream;
+use adit_testkit::{Driver, DriverConfig};
 use adit_vmm_sample::bus::{Bus, lock};
 use adit_vmm_sample::console::{Console, Line, LineState};
 use adit_vmm_sample::exit::Exit;
@@ -113,7 +113,7 @@ fn window(device: Box<dyn Device>, memory: &Memory) -> (Vec<EventFd>, EventFd, T
 impl Vm {
     /// A running machine with Linux 6.12's driver.
     pub fn new() -> Self {
-        let mut vm = Self::on(adit_benches::memory::anonymous(), DriverConfig::LINUX_6_12);
+        let mut vm = Self::on(adit_testkit::memory::anonymous(), DriverConfig::LINUX_6_12);
         vm.boot();
         vm
     }

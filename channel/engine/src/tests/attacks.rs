@@ -1,4 +1,4 @@
-//! Packets that no honest peer sends. Each costs the peer its stream at most, and siblings live.
+//! Packets that no honest peer sends. Each costs the peer at most its stream; other streams continue.
 
 use super::*;
 use crate::{ConnectError, RST_MAX};
@@ -18,10 +18,13 @@ fn r36_peer_shrinks_buf_alloc_in_flight() {
     assert_eq!(r.sent().iter().map(|h| h.len).sum::<u32>(), 10_000);
     assert_eq!(r.credit(9, 100, 0), Disposition::Consume);
     r.e.offer(s, u32::MAX);
-    assert!(r.sent().is_empty(), "credit is 0, not 2^32 less something");
+    assert!(
+        r.sent().is_empty(),
+        "credit is 0, and did not wrap to nearly 2^32"
+    );
     r.credit(9, 100, 9_950);
     assert_eq!(r.sent().iter().map(|h| h.len).collect::<Vec<_>>(), [50]);
-    // 10,000 + 50 sent wraps nothing; a window of everything is still only a window.
+    // After 10,000 + 50 bytes the counters have not wrapped. The largest possible buf_alloc is still only WINDOW_MAX.
     r.credit(9, u32::MAX, 10_050);
     r.e.offer(s, 1);
     assert_eq!(r.sent().len(), 1);
@@ -58,7 +61,7 @@ fn r37_huge_windows_and_stopped_readers_stay_inside_the_pool() {
 }
 
 #[test]
-fn r40_window_of_nothing_waits_and_asks_while_others_flow() {
+fn r40_a_stream_with_a_zero_window_waits_and_probes_while_others_flow() {
     let mut r = Rig::new(EngineConfig::default());
     let (stuck, free) = (r.open(1), r.open(2));
     r.credit(1, 0, 0);
@@ -73,13 +76,13 @@ fn r40_window_of_nothing_waits_and_asks_while_others_flow() {
     }
     assert!(
         asked[1] - asked[0] < asked[5] - asked[4],
-        "asks less and less often"
+        "probes less and less often"
     );
     assert!(asked[19] - asked[18] <= 1_000 * MS);
     r.credit(1, 1000, 0);
     assert_eq!(r.events(), [Event::Writable { stream: stuck }]);
     assert_eq!(r.ops(), [(Op::Rw, 1)]);
-    assert_eq!(r.e.poll_timeout(), None, "no timer of an idle stream");
+    assert_eq!(r.e.poll_timeout(), None, "an idle stream has no timer");
 }
 
 #[test]
@@ -107,7 +110,7 @@ fn r41_fwd_cnt_ahead_or_far_behind_resets() {
 }
 
 #[test]
-fn r41_credit_that_was_overtaken_is_old_news() {
+fn r41_overtaken_credit_is_ignored() {
     let mut r = Rig::new(EngineConfig::default());
     let s = r.open(9);
     r.e.offer(s, 1000);
@@ -118,7 +121,7 @@ fn r41_credit_that_was_overtaken_is_old_news() {
     assert_eq!(
         r.sent()[0].len,
         1000,
-        "neither fwd_cnt nor buf_alloc went back"
+        "neither fwd_cnt nor buf_alloc decreased"
     );
     let request = PacketHeader {
         fwd_cnt: 1,
@@ -283,7 +286,7 @@ fn r45_rst_is_never_answered() {
         });
     }
     assert!(r.sent().is_empty());
-    // Both reset at a time: ours is withdrawn.
+    // Both sides reset at the same time: our reset is withdrawn.
     let s = r.open(9);
     r.e.reset(r.now, s, ResetReason::Local);
     assert_eq!(r.op(Op::Rst, 9), Disposition::Consume);
@@ -299,9 +302,10 @@ fn r45_rst_is_never_answered() {
 }
 
 #[test]
-fn r45_reused_pair_survives_what_is_owed_to_the_former() {
+fn r45_a_reused_pair_survives_a_reset_owed_to_its_earlier_stream() {
     let mut r = Rig::new(EngineConfig::default());
-    // Owed to a stray packet, then to a stream that was reset, then to one that ended in order: a new REQUEST wins.
+    // A reset is owed to a stray packet, to a stream that was reset, or to one that ended in order. A new REQUEST
+    // cancels it.
     assert_eq!(r.op(Op::CreditUpdate, 9), Disposition::Consume);
     let a = r.open(9);
     r.e.reset(r.now, a, ResetReason::Local);
@@ -325,7 +329,7 @@ fn r45_reused_pair_survives_what_is_owed_to_the_former() {
     };
     r.e.answer(r.now, c, Answer::Accept);
     assert_eq!(r.ops(), [(Op::Response, 9)]);
-    // A late reset that names bytes which this stream never sent is not for this stream.
+    // A late reset that confirms bytes that this stream never sent is not for this stream.
     let late = PacketHeader {
         fwd_cnt: 4711,
         ..Rig::packet(Op::Rst, 9, SERVICE)
@@ -341,7 +345,7 @@ fn r45_reused_pair_survives_what_is_owed_to_the_former() {
 }
 
 #[test]
-fn r45_stale_names_are_harmless() {
+fn r45_stale_ids_are_harmless() {
     let mut r = Rig::new(EngineConfig::default());
     let old = r.open(9);
     r.op(Op::Rst, 9);
@@ -371,7 +375,11 @@ fn r46_resets_owed_are_bounded_and_stream_resets_are_not_lost() {
         .count();
     assert_eq!(overflow, 10_000 - RST_MAX);
     r.e.reset(r.now, s, ResetReason::Local);
-    assert_eq!(r.ops()[0], (Op::Rst, 1), "ahead of the storm");
+    assert_eq!(
+        r.ops()[0],
+        (Op::Rst, 1),
+        "the stream's reset goes before those of the storm"
+    );
 }
 
 #[test]
@@ -388,7 +396,7 @@ fn r47_full_table_refuses_and_recovers() {
     assert!(r.ops().iter().all(|&(op, _)| op == Op::Rst));
     let full = r.e.connect(r.now, 1, Kind::Stream, Lane::Bulk);
     assert_eq!(full, Err(ConnectError::TableFull { max: 4 }));
-    // Ended streams whose reset waits for a slot hold their place: the bound is on memory.
+    // An ended stream whose reset is not sent yet still uses its slot, because the limit bounds memory.
     r.e.reset(r.now, streams[0], ResetReason::Local);
     r.events();
     assert_eq!(r.e.connect(r.now, 1, Kind::Stream, Lane::Bulk), full);
@@ -397,7 +405,7 @@ fn r47_full_table_refuses_and_recovers() {
 }
 
 #[test]
-fn r47_a_peer_that_takes_every_place_can_still_be_reached() {
+fn r47_a_peer_that_fills_its_slots_can_still_be_reached() {
     let mut r = Rig::new(EngineConfig::default());
     for port in 0..65_536 {
         r.op(Op::Request, port);
@@ -408,7 +416,7 @@ fn r47_a_peer_that_takes_every_place_can_still_be_reached() {
 }
 
 #[test]
-fn a_host_that_listens_to_all_is_asked_for_any_port() {
+fn a_host_that_listens_to_all_gets_requests_for_any_port() {
     let mut r = Rig::new(EngineConfig::default());
     assert!(matches!(
         r.handle(Rig::packet(Op::Request, 1024, SERVICE + 1)),
@@ -433,12 +441,12 @@ fn r47_listening_ports_are_bounded() {
     assert_eq!(r.e.listening.len() as u32, crate::LISTEN_MAX);
     assert!(
         r.e.listen(SERVICE, Kind::Stream).is_ok(),
-        "again is no error"
+        "listening again is not an error"
     );
 }
 
 #[test]
-fn r39_a_place_comes_back_from_every_way_of_not_being_accepted() {
+fn r39_a_slot_is_freed_however_a_request_fails() {
     let mut r = Rig::new(EngineConfig {
         max_streams: 2,
         ..EngineConfig::default()
@@ -465,7 +473,10 @@ fn r39_a_place_comes_back_from_every_way_of_not_being_accepted() {
             }
         }
         r.sent();
-        assert!(r.events().is_empty(), "never told of, never closed");
+        assert!(
+            r.events().is_empty(),
+            "a stream that was never announced is never closed"
+        );
         r.empty();
     }
 }
@@ -486,12 +497,12 @@ fn operations_that_do_not_fit_the_state_end_the_stream() {
         r.handle(Rig::packet(op, 5, local));
         r.ended(s, 5, ResetReason::Protocol(unexpected(op)));
     }
-    // Said twice before it was answered: the first counts.
+    // A request is repeated before the answer: the first one counts.
     let mut r = Rig::new(EngineConfig::default());
     r.op(Op::Request, 9);
     assert_eq!(r.op(Op::Request, 9), ignored(unexpected(Op::Request)));
     assert_eq!(r.events().len(), 1);
-    // Bytes after "no more bytes".
+    // Data after the end of the peer's sending.
     let mut r = Rig::new(EngineConfig::default());
     let s = r.open(9);
     r.shut(9, 2);
@@ -501,7 +512,7 @@ fn operations_that_do_not_fit_the_state_end_the_stream() {
 }
 
 #[test]
-fn a_peer_that_asks_a_thousand_times_is_answered_once() {
+fn a_thousand_credit_requests_get_one_answer() {
     let mut r = Rig::new(EngineConfig::default());
     r.open(9);
     for _ in 0..1000 {

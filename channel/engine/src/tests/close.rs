@@ -30,7 +30,8 @@ fn r49_peer_ends_its_sending_and_gets_a_mebibyte_back() {
     }
     r.events();
     r.e.shutdown(r.now, s, How::Send);
-    // The end of ours by itself, or the peer would take us for dead. Both have ended then: the full SHUTDOWN asks for the RST.
+    // First the end of our sending alone; without it the peer would see a broken stream. Then both sides have ended,
+    // and the SHUTDOWN with both flags asks for the RST.
     let last: Vec<_> = r.sent().iter().map(|h| (h.op, h.flags)).collect();
     assert_eq!(
         last,
@@ -54,7 +55,7 @@ fn r49_we_end_our_sending_and_get_a_mebibyte_back() {
     assert_eq!(
         r.e.poll_timeout(),
         None,
-        "a half-closed stream may live for ever"
+        "a half-closed stream may stay open forever"
     );
     for _ in 0..1024 {
         assert_eq!(
@@ -84,9 +85,10 @@ fn r49_we_end_our_sending_and_get_a_mebibyte_back() {
     r.empty();
 }
 
-/// Whoever ends says so before it closes; whoever dies closes both directions at once (R117).
+/// A process that ends in order sends SHUTDOWN before it closes. A process that dies closes both directions at once
+/// (R117).
 #[test]
-fn r117_both_directions_closed_at_once_is_no_end() {
+fn r117_closing_both_directions_at_once_is_not_an_orderly_end() {
     for (before, hung_up) in [
         (0, true),
         (SHUTDOWN_RCV, true),
@@ -113,7 +115,7 @@ fn r117_both_directions_closed_at_once_is_no_end() {
             let seen = r.events();
             let told = seen.contains(&Event::HungUp { stream: s });
             assert_eq!(told, hung_up, "{before} {we_ended}: {seen:?}");
-            // What it sent is delivered all the same, and then its end is told.
+            // Its bytes are still delivered, and then its end is reported.
             r.sent();
             r.e.consumed(r.now, s, 100);
             let reason = hung_up.then_some(ResetReason::HungUp);
@@ -123,10 +125,10 @@ fn r117_both_directions_closed_at_once_is_no_end() {
     }
 }
 
-/// Over a ring an engine of the version before ends with both flags when we have ended already: that is an end. Of one that
-/// has not heard ours it is none.
+/// On the ring carrier the previous version of the engine ends with both flags when our side has ended already. That
+/// is an end in order. If our side has not ended, it is not.
 #[test]
-fn r117_over_a_ring_both_flags_after_our_end_are_an_end() {
+fn r117_over_a_ring_both_flags_after_our_end_are_an_orderly_end() {
     for (we_ended, expected) in [(true, None), (false, Some(ResetReason::HungUp))] {
         let mut r = Rig::new(EngineConfig {
             tells_reason: true,
@@ -144,9 +146,9 @@ fn r117_over_a_ring_both_flags_after_our_end_are_an_end() {
     }
 }
 
-/// The same from our side: what `shutdown` was asked for decides what the peer sees.
+/// The same from our side: the `shutdown` calls decide what the peer sees.
 #[test]
-fn r117_only_an_end_of_sending_that_was_asked_for_is_told_alone() {
+fn r117_the_end_of_sending_is_sent_alone_only_if_the_caller_asked_for_it() {
     for (asked, told) in [
         (&[How::Both][..], &[3][..]),
         (&[How::Send], &[SHUTDOWN_SEND]),
@@ -164,15 +166,16 @@ fn r117_only_an_end_of_sending_that_was_asked_for_is_told_alone() {
     }
 }
 
-/// A driver that lives on has streams that nobody here knows any more: each gets its reset, and no other driver does.
+/// A driver that stays the same still has streams that this engine no longer knows. Each gets a reset. Another driver
+/// gets none.
 #[test]
-fn r117_a_driver_that_lives_on_hears_of_every_stream_that_ended_without_it() {
+fn r117_a_continued_driver_gets_a_reset_for_every_lost_stream() {
     let ends = |by_stop, next: SessionChange| {
         let mut r = Rig::new(EngineConfig::default());
         let [s, reset, answered, again] = [1, 2, 3, 6].map(|port| r.open(port));
         let _ = r.data(3, 10);
         r.shut(3, 3);
-        assert_eq!(r.ops(), [(Op::Rst, 3)], "its sink drains");
+        assert_eq!(r.ops(), [(Op::Rst, 3)], "the sink of stream 3 still drains");
         r.e.reset(r.now, reset, ResetReason::Local);
         let unsent = r.e.connect(r.now, 4, Kind::Stream, Lane::Bulk).unwrap();
         r.op(Op::Rw, 5);
@@ -234,7 +237,7 @@ fn r57_send_then_close_loses_nothing_to_a_slow_sink() {
 }
 
 #[test]
-fn r57_reset_after_half_close_drains_first_and_tells_why() {
+fn r57_reset_after_half_close_drains_first_and_keeps_its_reason() {
     let mut r = Rig::new(EngineConfig::default());
     let s = r.open(9);
     let _ = r.data(9, 100);
@@ -253,7 +256,7 @@ fn r57_reset_after_half_close_drains_first_and_tells_why() {
 }
 
 #[test]
-fn r57_shutdown_waits_for_what_was_offered() {
+fn r57_shutdown_waits_until_all_offered_bytes_are_sent() {
     let mut r = Rig::new(EngineConfig::default());
     let s = r.open(9);
     r.credit(9, 100, 0);
@@ -279,12 +282,12 @@ fn shut_down_stream_is_reset_at_its_deadline() {
     assert_eq!(
         r.data(9, 100),
         Disposition::Consume,
-        "dropped, and its credit comes back"
+        "dropped, and its credit is returned"
     );
     r.wait();
     assert_eq!(r.now.0, 8_000 * MS);
     r.ended(s, 9, ResetReason::Timeout);
-    // The same where the peer had said everything: in order, only its RST is missing.
+    // The same if the peer has ended its sending: the stream ends in order, and only the RST is missing.
     let s = r.open(9);
     r.shut(9, SHUTDOWN_SEND);
     r.e.shutdown(r.now, s, How::Send);
@@ -310,7 +313,7 @@ fn shutdown_flags_of_the_peer_add_up() {
         }]
     );
     r.e.offer(s, 10);
-    assert!(r.sent().is_empty(), "it wants no more");
+    assert!(r.sent().is_empty(), "the peer wants no more bytes");
     assert_eq!(r.data(9, 10), Disposition::Deliver { stream: s, len: 10 });
     r.e.consumed(r.now, s, 10);
     r.shut(9, SHUTDOWN_SEND);
@@ -334,7 +337,7 @@ fn connect_is_answered_refused_or_times_out() {
     r.dial(80, Lane::Bulk);
     let s = r.e.connect(r.now, 81, Kind::Stream, Lane::Bulk).unwrap();
     let (local, _) = r.e.ports(s).unwrap();
-    // A reset before the request went out is for something else.
+    // A reset before our request was sent is for an earlier stream.
     r.handle(Rig::packet(Op::Rst, 81, local));
     assert_eq!(r.ops(), [(Op::Request, 81)]);
     r.handle(Rig::packet(Op::Rst, 81, local));
@@ -358,7 +361,7 @@ fn connect_is_answered_refused_or_times_out() {
         }]
     );
     assert_eq!(r.ops(), [(Op::Rst, 81)]);
-    // Given up before the peer heard of it: nothing is sent.
+    // If the caller gives up before the request was sent, nothing is sent.
     let s = r.e.connect(r.now, 81, Kind::Stream, Lane::Bulk).unwrap();
     r.e.reset(r.now, s, ResetReason::Local);
     assert!(r.sent().is_empty());
@@ -406,7 +409,7 @@ fn session_change_ends_every_stream_once() {
         );
         assert!(
             r.sent().is_empty(),
-            "the new session has never heard of them"
+            "the new session does not know these streams"
         );
         if change != SessionChange::Lost(reason) {
             r.empty();
@@ -424,9 +427,10 @@ fn session_change_ends_every_stream_once() {
     }
 }
 
-/// A carrier that tells: the reason goes with the reset, both ways, and never without having been agreed upon.
+/// On a carrier with reset reasons the reset carries the reason, in both directions. Without an agreement it never
+/// does.
 #[test]
-fn resets_say_why_where_the_carrier_tells() {
+fn resets_carry_a_reason_if_the_carrier_has_one() {
     use crate::PeerReason::{Credit, Local, Refused, Timeout};
     for tells_reason in [false, true] {
         let cfg = EngineConfig {
@@ -469,7 +473,7 @@ fn resets_say_why_where_the_carrier_tells() {
 }
 
 #[test]
-fn streams_that_a_restored_guest_still_has_get_no_reset_until_it_asks_for_one() {
+fn a_restored_guest_gets_no_resets_until_it_opens_a_stream() {
     let mut r = Rig::new(EngineConfig::default());
     let stream = r.open(9);
     let epoch = Some(ResetReason::Epoch);
@@ -484,12 +488,16 @@ fn streams_that_a_restored_guest_still_has_get_no_reset_until_it_asks_for_one() 
     assert_eq!(r.data(9, 4), Disposition::Consume);
     assert_eq!(r.credit(9, 256 << 10, 4), Disposition::Consume);
     assert_eq!(r.shut(9, SHUTDOWN_SEND), Disposition::Consume);
-    assert_eq!(r.ops(), [], "a reader would take the stream for complete");
-    // It has heard.
+    assert_eq!(
+        r.ops(),
+        [],
+        "after a reset a reader would treat the stream as complete"
+    );
+    // The guest now knows that its streams are gone.
     let _ = r.open(10);
     assert_eq!(r.data(9, 4), Disposition::Consume);
     assert_eq!(r.ops(), [(Op::Rst, 9)]);
-    // A session that begins anew tells nobody anything.
+    // The first attachment of a new guest sends no resets.
     r.e.handle_session(r.now, SessionChange::Restored { epoch: 3 });
     r.e.handle_session(r.now, SessionChange::Attached { epoch: 4 });
     r.events();
@@ -498,9 +506,10 @@ fn streams_that_a_restored_guest_still_has_get_no_reset_until_it_asks_for_one() 
     r.empty();
 }
 
-/// A slot's generations begin again after 2^32 streams: the name before stays stale, and the stream is like any other.
+/// The generations of a slot start again after 2^32 streams. The previous id stays stale, and the new stream works as
+/// any other.
 #[test]
-fn r118_a_slot_outlives_its_generations() {
+fn r118_a_slot_works_after_its_generations_wrap() {
     let mut r = Rig::new(EngineConfig::default());
     let slot = r.open(1).slot();
     r.op(Op::Rst, 1);

@@ -1,8 +1,8 @@
-//! Tests of the engine: hostile packets one by one (`attacks`), ends of streams (`close`), windows (`windows`), who sends
-//! next (`schedule`), arithmetic against a model (`model`), two engines in virtual time against an oracle (`pair`),
-//! the account of pairs in use (`pairs`).
+//! Tests of the engine: hostile packets one by one (`attacks`), ends of streams (`close`), windows (`windows`), which
+//! stream sends next (`schedule`), arithmetic against a model (`model`), two engines in virtual time against an oracle
+//! (`pair`), the record of pairs in use (`pairs`).
 
-// Where a test looks at events and packets, a disposition is only in the way.
+// Many tests check events and packets, and ignore the disposition.
 #![allow(unused_must_use)]
 
 mod attacks;
@@ -37,7 +37,7 @@ impl Rig {
         Self { e, now: Tick(0) }
     }
 
-    /// A packet from the peer's `port` to our `to`, with a window of 256 KiB.
+    /// A packet from the peer's `port` to our port `to`, with a window of 256 KiB.
     pub(crate) fn packet(op: Op, port: u32, to: u32) -> PacketHeader {
         PacketHeader {
             src_port: port,
@@ -79,7 +79,7 @@ impl Rig {
         })
     }
 
-    /// A stream that the peer opened from `port` and we accepted; its RESPONSE is sent.
+    /// Opens a stream from the peer's `port` and accepts it; its RESPONSE is sent.
     pub(crate) fn open(&mut self, port: u32) -> StreamId {
         assert_eq!(self.op(Op::Request, port), Disposition::Consume);
         let Some(Event::Incoming {
@@ -95,7 +95,7 @@ impl Rig {
         stream
     }
 
-    /// A stream that we opened; the peer's answer is in.
+    /// Opens a stream to the peer; the peer has answered.
     pub(crate) fn dial(&mut self, peer_port: u32, lane: Lane) -> StreamId {
         let s = self
             .e
@@ -111,7 +111,7 @@ impl Rig {
         s
     }
 
-    /// Everything that is sent without a body: (operation, peer's port).
+    /// Polls all packets without a body: (operation, peer's port).
     pub(crate) fn ops(&mut self) -> Vec<(Op, u32)> {
         self.sent()
             .iter()
@@ -119,7 +119,7 @@ impl Rig {
             .collect()
     }
 
-    /// As `ops`, whole headers; bodies are filled to the brim.
+    /// As `ops`, with whole headers. Bodies use all the bytes that they may.
     pub(crate) fn sent(&mut self) -> Vec<PacketHeader> {
         let mut all = Vec::new();
         while let Some(t) = self.e.poll_transmit(self.now, 4096) {
@@ -136,13 +136,14 @@ impl Rig {
         core::iter::from_fn(|| self.e.poll_event()).collect()
     }
 
-    /// Lets time pass to the next deadline.
+    /// Moves the time to the next deadline and handles it.
     pub(crate) fn wait(&mut self) {
         self.now = self.e.poll_timeout().expect("a deadline");
         self.e.handle_timeout(self.now);
     }
 
-    /// Asserts that `port`'s stream ended for `reason`, the peer was reset, and nothing is left of it.
+    /// Asserts that the stream of `port` ended with `reason`, that the peer got a reset, and that nothing is left of
+    /// the stream.
     pub(crate) fn ended(&mut self, stream: StreamId, port: u32, reason: ResetReason) {
         assert_eq!(
             self.events(),
@@ -165,7 +166,7 @@ impl Rig {
     }
 }
 
-/// SplitMix64: one seed replays a run.
+/// SplitMix64 random numbers: one seed repeats a run.
 pub(crate) struct Rng(pub(crate) u64);
 
 impl Rng {
@@ -176,7 +177,7 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// Less than `n`, which is not 0.
+    /// A number below `n`, which is not 0.
     pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }

@@ -9,11 +9,11 @@ use crate::credit::{REORDER_MAX, RxWindow, TxCredit};
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// Send as much of this as there is credit for.
+    /// Send as many of these bytes as there is credit for.
     Send(u32),
-    /// The peer takes this much of what is in flight, and announces a window.
+    /// The peer takes this many of the bytes in flight, and announces a window.
     Take(u32, u32),
-    /// The peer says any fwd_cnt.
+    /// The peer sends an arbitrary fwd_cnt.
     Lie(u32, u32),
 }
 
@@ -54,7 +54,7 @@ proptest! {
                 }
                 Step::Lie(fwd_cnt, w) => {
                     let before = (tx.bytes(), tx.in_flight());
-                    // Which totals could the peer mean?
+                    // Which total counts could the peer mean?
                     let ahead = u64::from(fwd_cnt.wrapping_sub(taken as u32));
                     let behind = u64::from((taken as u32).wrapping_sub(fwd_cnt));
                     let got = tx.update(w, fwd_cnt);
@@ -77,20 +77,20 @@ proptest! {
     }
 
     #[test]
-    fn rx_window_never_holds_more_than_it_lent_and_never_stalls_the_peer(
+    fn rx_window_never_holds_more_than_announced_and_never_stalls_the_peer(
         initial in 1u32..10_000,
         max in 1u32..100_000,
         steps in proptest::collection::vec((any::<bool>(), 0u32..20_000), 1..300),
     ) {
         let max = max.max(initial);
         let mut rx = RxWindow::new(initial);
-        let (mut told, mut fwd) = rx.tell();
+        let (mut told, mut fwd) = rx.announce();
         let (mut sent, mut taken) = (0u64, 0u64);
         for (send, n) in steps {
             if send {
                 let room = u64::from(told) - (sent - u64::from(fwd));
                 let n = u64::from(n).min(room) as u32;
-                prop_assert!(rx.receive(n).is_ok(), "inside what was told");
+                prop_assert!(rx.receive(n).is_ok(), "within the announced window");
                 sent += u64::from(n);
                 let over = rx.window() - rx.held() + 1;
                 prop_assert!(rx.clone().receive(over).is_err());
@@ -104,7 +104,7 @@ proptest! {
             prop_assert_eq!(u64::from(rx.held()), sent - taken);
             prop_assert!(rx.held() <= rx.window() && rx.window() <= max);
             if rx.update_due() {
-                (told, fwd) = rx.tell();
+                (told, fwd) = rx.announce();
             }
             let stalled = sent - u64::from(fwd) == u64::from(told);
             prop_assert!(!stalled || rx.held() > 0, "nothing held, nothing told, nothing free");

@@ -1,9 +1,9 @@
-//! Two engines in virtual time over a carrier with bounded slots of random sizes and seeded delays. An oracle knows every
-//! byte of every stream; the shells of both sides are as small as a shell can be. One seed replays a run.
+//! Two engines in virtual time over a carrier with bounded slots of random sizes and seeded delays. An oracle knows
+//! every byte of every stream. The shells of both sides are as small as possible. One seed repeats a run.
 //!
-//! Faults that an honest carrier has: doorbells that are lost (a side sees and does nothing for a while), receive buffers
-//! that are not posted (nothing can be sent to it), streams reset in the middle, sessions that end and begin again.
-//! `ADIT_SIM_SEEDS` says how many seeds to run, `ADIT_SIM_FIRST` from which on: `cargo xtask sim`.
+//! Faults that an honest carrier can have: lost doorbells (a side does nothing for a while), missing receive buffers
+//! (the other side cannot send), streams reset in the middle, sessions that end and start again. `ADIT_SIM_SEEDS` is
+//! the number of seeds to run, and `ADIT_SIM_FIRST` the first one: `cargo xtask sim`.
 
 extern crate std;
 
@@ -13,11 +13,11 @@ use alloc::vec::Vec;
 use super::*;
 use crate::How;
 
-/// Steps that a run may take: at least, and for each byte of its streams.
+/// Maximum steps of a run: a minimum, plus this many for each byte of its streams.
 const STEPS_MIN: u64 = 100_000;
 const STEPS_A_BYTE: u64 = 16;
 
-/// Byte `at` of what `side` sends on the stream `pair`.
+/// Byte `at` of the bytes that `side` sends on the stream `pair`.
 fn byte(pair: (u32, u32), side: usize, at: u64) -> u8 {
     let x = u64::from(pair.0)
         ^ (u64::from(pair.1) << 7)
@@ -26,7 +26,7 @@ fn byte(pair: (u32, u32), side: usize, at: u64) -> u8 {
     (x ^ (x >> 13)) as u8
 }
 
-/// One end of one stream, as its shell sees it. `pair` is (port of side 0, port of side 1).
+/// One end of one stream in its shell. `pair` is (port of side 0, port of side 1).
 struct End {
     stream: StreamId,
     pair: (u32, u32),
@@ -55,26 +55,26 @@ struct World {
     delay: u64,
     to_open: u32,
     resets: bool,
-    /// Until when each side misses its doorbells.
+    /// Time until which each side misses its doorbells.
     blind: [u64; 2],
-    /// Until when each side has no buffers posted.
+    /// Time until which each side has no buffers posted.
     starved: [u64; 2],
     faults: bool,
-    /// Sessions that are to end early.
+    /// Number of sessions that still end early.
     sessions: u32,
     epoch: u64,
-    /// For the twins that must fail.
+    /// The planted fault of a twin that must fail.
     planted: Option<Planted>,
 }
 
-/// What a carrier must not do.
+/// A fault that a correct carrier never has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Planted {
     /// Loses a packet.
     Loses,
     /// Delivers a packet twice.
     Repeats,
-    /// Delivers two packets the other way round.
+    /// Delivers two packets in the wrong order.
     Swaps,
 }
 
@@ -91,7 +91,7 @@ impl World {
                 max_window: initial * (1 + rng.below(16) as u32),
                 quantum: 1 + rng.below(2000) as u32,
                 packet_overhead: [0, 7, 576][rng.below(3) as usize],
-                // Nothing of these runs is to end by a deadline: what hangs is a fault of the engine.
+                // No stream of these runs may end by a deadline: a hang is a fault of the engine.
                 connect_timeout: u64::MAX,
                 shutdown_timeout: u64::MAX,
                 tells_reason: rng.one_in(2),
@@ -146,7 +146,7 @@ impl World {
         };
         assert!(
             self.sides[side].ends.insert(stream.slot(), end).is_none(),
-            "slot given twice"
+            "slot used twice"
         );
     }
 
@@ -191,7 +191,7 @@ impl World {
                     assert_eq!(end.stream, stream);
                     assert!(
                         reason.is_some() || end.held == 0,
-                        "ended in order before the sink had it all"
+                        "ended in order before the sink had all bytes"
                     );
                     end.closed = Some(reason);
                     self.sides[side].done.push(end);
@@ -201,7 +201,7 @@ impl World {
         }
     }
 
-    /// The sink tells what it has; at its end it shuts down.
+    /// The sink reports what it has to send; at its end it shuts down.
     fn offer(&mut self, side: usize, slot: u32) {
         let vague = self.rng.one_in(3);
         let Side { e, ends, .. } = &mut self.sides[side];
@@ -262,7 +262,7 @@ impl World {
         true
     }
 
-    /// Now and then the carrier does what it must not.
+    /// Now and then injects the planted fault into the carrier.
     fn plant(&mut self, side: usize) {
         let Some(planted) = self.planted.filter(|_| self.rng.one_in(200)) else {
             return;
@@ -280,7 +280,7 @@ impl World {
         }
     }
 
-    /// The session ends and the next one begins: whatever is under way is gone, on both sides.
+    /// The session ends and the next one begins: everything in transit is lost, on both sides.
     fn new_session(&mut self) {
         self.epoch += 1;
         for side in 0..2 {
@@ -295,7 +295,7 @@ impl World {
         }
     }
 
-    /// A doorbell is lost, or a side posts no buffers for a while.
+    /// A doorbell is lost, or a side has no buffers posted for a while.
     fn fault(&mut self) {
         let side = self.rng.below(2) as usize;
         let until = self.now.0 + self.rng.below(20 * self.delay);
@@ -326,13 +326,13 @@ impl World {
                     assert_eq!(
                         b,
                         byte(end.pair, 1 - side, end.received + i as u64),
-                        "byte out of place"
+                        "wrong byte"
                     );
                 }
                 end.received += u64::from(len);
                 end.held += len;
             }
-            other => panic!("an honest peer was told {other:?} for {h:?}"),
+            other => panic!("an honest peer got {other:?} for {h:?}"),
         }
         true
     }
@@ -364,7 +364,7 @@ impl World {
         }
     }
 
-    /// One thing happens; false if nothing can until time passes.
+    /// Does one step; returns false if nothing can happen until time passes.
     fn step(&mut self) -> bool {
         let side = self.rng.below(2) as usize;
         if self.to_open > 0 && self.rng.one_in(10) {
@@ -398,7 +398,7 @@ impl World {
         did
     }
 
-    /// The next arrival or deadline.
+    /// Moves the time to the next arrival or deadline.
     fn pass_time(&mut self) -> bool {
         let arrival = self
             .sides
@@ -406,7 +406,7 @@ impl World {
             .filter_map(|s| s.wire.front())
             .map(|p| p.0)
             .min();
-        // Deadlines that lie for ever away are none.
+        // A deadline that is infinitely far away does not count.
         let timer = self
             .sides
             .iter()
@@ -416,7 +416,7 @@ impl World {
         let timer = timer.filter(|&t| t < u64::MAX / 2);
         let over = self.blind.iter().chain(&self.starved).copied();
         let over = over.filter(|&t| t > self.now.0);
-        // What is there already waits for a side that is blind.
+        // A packet that has arrived already waits until its side sees doorbells again.
         let arrival = arrival.filter(|&t| t > self.now.0);
         let Some(at) = arrival.into_iter().chain(timer).chain(over).min() else {
             return false;
@@ -428,7 +428,7 @@ impl World {
         true
     }
 
-    /// Bytes that the streams of this run have to carry, as far as they were opened.
+    /// Bytes that the streams of this run have to carry, for those that were opened.
     fn to_send(&self) -> u64 {
         let ends = self
             .sides
@@ -437,10 +437,11 @@ impl World {
         ends.map(|end| end.to_send).sum()
     }
 
-    /// Returns how many streams ended in order, and the bytes they carried.
+    /// Returns how many streams ended in order, and the bytes that they carried.
     ///
-    /// A run has an end in sight while its steps are in proportion to its bytes. The dearest byte has a packet of its own
-    /// and a question and an answer after it: six steps on the wire, one in the sink, and looks that find nothing.
+    /// The number of steps is limited in proportion to the bytes. The most expensive byte has a packet of its own, and
+    /// a credit request with its answer afterwards: six steps on the wire, one in the sink, and some polls that find
+    /// nothing.
     fn run(mut self, seed: u64) -> (u64, u64) {
         for steps in 0u64.. {
             if steps.is_multiple_of(10_000) && steps > STEPS_MIN + STEPS_A_BYTE * self.to_send() {
@@ -456,7 +457,7 @@ impl World {
                 return ends.fold((0, 0), |(n, bytes), end| (n + 1, bytes + end.received));
             }
         }
-        panic!("seed {seed}: no end in sight");
+        panic!("seed {seed}: too many steps");
     }
 
     fn check(&self, seed: u64) {
@@ -487,7 +488,7 @@ impl World {
             let Some(b) = other.get(&a.pair) else {
                 assert!(
                     a.closed.unwrap().is_some(),
-                    "seed {seed}: {:?} ended in order alone",
+                    "seed {seed}: {:?} ended in order on one side only",
                     a.pair
                 );
                 continue;
@@ -515,7 +516,7 @@ fn setting(name: &str, default: u64) -> u64 {
 }
 
 #[test]
-fn r57_every_byte_arrives_or_the_stream_says_why() {
+fn r57_every_byte_arrives_or_the_stream_ends_with_a_reason() {
     let first = setting("ADIT_SIM_FIRST", 0);
     let seeds = setting("ADIT_SIM_SEEDS", 2000);
     let (mut ends, mut bytes) = (0, 0);
@@ -529,22 +530,22 @@ fn r57_every_byte_arrives_or_the_stream_says_why() {
     std::println!("{seeds} seeds: {ends} streams ended in order with {bytes} bytes");
     assert!(
         ends >= 5 * seeds && bytes >= 8192 * seeds || seeds < 100,
-        "{ends} ends, {bytes} bytes: the runs do too little"
+        "{ends} ends, {bytes} bytes: the runs do too little work"
     );
 }
 
-/// A window of 5 bytes, slots of 2 bytes, and a sender that counts on a limit of packets which such a window puts at one:
-/// its peer sees no need to tell, so each packet is asked after. It is slow, and it ends: after 2,285,820 steps for 285,374
-/// bytes.
+/// A window of 5 bytes and slots of 2 bytes. The sender assumes a packet limit, which is one packet for such a window.
+/// Its peer sees no need for a credit update, so the sender asks after each packet. This is slow, but it ends: after
+/// 2,285,820 steps for 285,374 bytes.
 #[test]
-fn one_packet_at_a_time_and_each_asked_after_ends_all_the_same() {
+fn a_run_with_a_credit_request_after_each_packet_still_ends() {
     let (ends, bytes) = World::new(99160).run(99160);
     assert_eq!((ends, bytes), (36, 285_374));
 }
 
-/// The oracle is worth something: it sees each planted fault of a carrier.
+/// The oracle works: it detects each planted fault of a carrier.
 #[test]
-fn a_carrier_that_loses_repeats_or_swaps_is_found_out() {
+fn a_carrier_that_loses_repeats_or_swaps_packets_is_detected() {
     let hook = std::panic::take_hook();
     std::panic::set_hook(std::boxed::Box::new(|_| {}));
     let found = [Planted::Loses, Planted::Repeats, Planted::Swaps].map(|planted| {

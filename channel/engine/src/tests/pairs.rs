@@ -1,4 +1,5 @@
-//! The account of pairs says at every moment what the table says: a successor resets what stands in it.
+//! The recorded pair changes always agree with the table. A successor process depends on them: it resets every open
+//! pair.
 
 use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
@@ -28,7 +29,7 @@ fn follow(e: &mut Engine, pairs: &mut BTreeSet<(u32, u32)>) {
 }
 
 #[test]
-fn the_account_follows_the_table_through_anything() {
+fn pair_changes_agree_with_the_table_after_any_operation() {
     for seed in 1..=200 {
         let mut rng = Rng(seed);
         let mut rig = Rig::new(EngineConfig {
@@ -78,7 +79,7 @@ fn the_account_follows_the_table_through_anything() {
             .handle_session(rig.now, SessionChange::Lost(ResetReason::Epoch));
         while rig.e.poll_event().is_some() {}
         follow(&mut rig.e, &mut pairs);
-        // Kept until it is known whose driver comes next.
+        // Resets are kept until it is known whether the next session has the same driver.
         let next = match seed % 2 {
             0 => SessionChange::Attached { epoch: 3 },
             _ => SessionChange::Continued { epoch: 3 },

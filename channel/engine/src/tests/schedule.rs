@@ -1,4 +1,4 @@
-//! Who sends next.
+//! Which stream sends next.
 
 use super::*;
 
@@ -9,11 +9,11 @@ fn cfg() -> EngineConfig {
     }
 }
 
-/// Sends one packet of at most `capacity`; returns whose it was. The peer takes it at once.
+/// Sends one packet of at most `capacity` bytes and returns its stream. The peer takes the bytes at once.
 fn send_one(r: &mut Rig, capacity: u32, fwd: &mut [u32]) -> (StreamId, u32) {
     let t =
         r.e.poll_transmit(r.now, capacity)
-            .expect("someone has bytes");
+            .expect("a stream has bytes to send");
     let (s, len) = t.body.expect("data");
     let h = r.e.commit_body(r.now, s, len);
     let sum = &mut fwd[h.dst_port as usize];
@@ -55,7 +55,7 @@ fn bulk_streams_share_evenly_and_one_alone_fills_its_slots() {
     let streams: Vec<_> = (0..10).map(|p| r.open(p)).collect();
     streams.iter().for_each(|&s| r.e.offer(s, u32::MAX));
     let mut rng = Rng(11);
-    // Slots of all sizes: what a small one left of a turn is made up for.
+    // Slots of all sizes: the part of a turn that a small slot could not use is used later.
     for _ in 0..10_000 {
         send_one(&mut r, 500 + rng.below(16_000) as u32, &mut fwd);
     }
@@ -139,7 +139,7 @@ fn owed_packets_go_ahead_of_data_and_poll_without_commit_changes_nothing() {
 }
 
 #[test]
-fn what_a_small_slot_left_of_a_turn_is_kept_for_the_next() {
+fn the_rest_of_a_turn_is_kept_after_a_small_slot() {
     let mut r = Rig::new(cfg());
     let (a, b) = (r.open(1), r.open(2));
     r.e.offer(a, u32::MAX);
@@ -153,10 +153,10 @@ fn what_a_small_slot_left_of_a_turn_is_kept_for_the_next() {
     assert_eq!(send_one(&mut r, 65_536, &mut fwd), (a, quantum));
 }
 
-/// A stream's packets keep the order in which they were made on the lane that it was asked for on, and so do the resets of
-/// pairs that are none: whichever lane has room, the other's wait.
+/// The packets of a stream keep their order on the lane on which the stream was requested. So do resets for pairs that
+/// have no stream. If one lane has no room its packets wait, whether the other lane has room or not.
 #[test]
-fn a_lane_without_room_keeps_what_is_its_own() {
+fn a_lane_without_room_keeps_its_packets() {
     let mut r = Rig::new(EngineConfig {
         tells_reason: true,
         ..cfg()

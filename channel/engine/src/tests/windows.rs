@@ -1,11 +1,14 @@
-//! Windows of ours: lent from the pool, grown by use, told in time; and the peer's limit on packets.
+//! Our windows: lent from the pool, grown by use, announced in time. And the peer's packet limit.
 
 use super::*;
 use crate::{ConnectError, credit::WINDOW_FLOOR};
 
-/// The peer sends all it may, the sink takes it; returns the window told last.
+/// The first window of the first stream of an engine with the default configuration.
+const FIRST: u32 = 64 << 10;
+
+/// The peer sends all that it may, and the sink takes it. Returns the last announced window.
 fn stream_through(r: &mut Rig, port: u32, s: StreamId, bytes: u64) -> u32 {
-    let (mut told, mut fwd, mut sent) = (EngineConfig::default().initial_window, 0u32, 0u32);
+    let (mut told, mut fwd, mut sent) = (FIRST, 0u32, 0u32);
     let mut total = 0u64;
     while total < bytes {
         let n = (told - sent.wrapping_sub(fwd)).min(4096);
@@ -13,7 +16,7 @@ fn stream_through(r: &mut Rig, port: u32, s: StreamId, bytes: u64) -> u32 {
         assert!(matches!(r.data(port, n), Disposition::Deliver { .. }));
         sent = sent.wrapping_add(n);
         total += u64::from(n);
-        // The sink is scheduled once the window is full.
+        // The sink only runs when the window is full.
         if sent.wrapping_sub(fwd) == told {
             r.e.consumed(r.now, s, u32::MAX);
         }
@@ -25,11 +28,11 @@ fn stream_through(r: &mut Rig, port: u32, s: StreamId, bytes: u64) -> u32 {
 }
 
 #[test]
-fn window_grows_by_use_and_comes_back() {
+fn a_window_grows_by_use_and_is_returned_at_the_end() {
     let cfg = EngineConfig::default();
     let mut r = Rig::new(cfg);
     let s = r.open(9);
-    assert_eq!(r.e.lent(), u64::from(cfg.initial_window));
+    assert_eq!(r.e.lent(), u64::from(FIRST));
     assert_eq!(stream_through(&mut r, 9, s, 4 << 20), cfg.max_window);
     assert_eq!(r.e.lent(), u64::from(cfg.max_window));
     r.op(Op::Rst, 9);
@@ -47,7 +50,24 @@ fn small_messages_do_not_grow_a_window() {
         r.e.consumed(r.now, s, 64);
         r.sent();
     }
-    assert_eq!(r.e.lent(), u64::from(cfg.initial_window));
+    assert_eq!(r.e.lent(), u64::from(FIRST));
+}
+
+#[test]
+fn a_first_window_is_a_share_of_the_free_pool() {
+    let cfg = EngineConfig::default();
+    let mut r = Rig::new(cfg);
+    let mut windows = Vec::new();
+    for port in 0..800 {
+        let before = r.e.lent();
+        r.open(port);
+        windows.push(r.e.lent() - before);
+    }
+    // The first bytes of a stream fit while there are few, and many streams leave something for the next.
+    assert_eq!(windows[0], u64::from(FIRST));
+    assert!(windows.is_sorted_by(|a, b| a >= b));
+    assert_eq!(windows[500], u64::from(cfg.initial_window));
+    assert!(windows[799] >= u64::from(WINDOW_FLOOR));
 }
 
 #[test]
@@ -67,7 +87,7 @@ fn pool_bounds_the_sum_and_leaves_newcomers_a_floor() {
         r.open(port);
         assert!(r.e.lent() <= cfg.pool_bytes);
     }
-    // A pool that is too small even for floors says so, to both sides.
+    // If the pool is too small even for floors, both sides get an error.
     let cfg = EngineConfig {
         pool_bytes: u64::from(WINDOW_FLOOR) * 2,
         ..cfg
@@ -83,10 +103,10 @@ fn pool_bounds_the_sum_and_leaves_newcomers_a_floor() {
     assert_eq!(r.ops(), [(Op::Rst, 3)]);
 }
 
-/// Nothing is left to lend, so every stream has the least window there is. It is still worth a packet: the peer is told of
-/// a quarter of it at the least, and never asked to send a byte at a time.
+/// The pool has nothing left to lend, so every stream has the smallest window. Even then the peer gets updates of at
+/// least a quarter of it, and is never made to send single bytes.
 #[test]
-fn a_short_pool_deals_in_no_silly_windows() {
+fn a_small_pool_causes_no_silly_windows() {
     let cfg = EngineConfig::default();
     let cfg = EngineConfig {
         pool_bytes: u64::from(WINDOW_FLOOR) * u64::from(cfg.max_streams),
@@ -97,7 +117,7 @@ fn a_short_pool_deals_in_no_silly_windows() {
     assert_eq!(r.e.lent(), u64::from(WINDOW_FLOOR));
     let (mut told, mut in_view, mut sent, mut updates) = (0, 0, 0, 0);
     for _ in 0..10_000 {
-        // It sends what it may, and the sink takes it byte by byte.
+        // The peer sends all that it may, and the sink takes it byte by byte.
         let n = WINDOW_FLOOR - in_view;
         if n > 0 {
             assert!(n >= WINDOW_FLOOR / 4 || sent == 0, "{n} bytes are free");
@@ -114,7 +134,7 @@ fn a_short_pool_deals_in_no_silly_windows() {
 }
 
 #[test]
-fn r54_credit_is_told_before_the_peer_stalls_and_not_for_every_packet() {
+fn r54_credit_is_announced_before_the_peer_stalls_but_not_per_packet() {
     for window in [1, 2, 3, 5, 64, 8192] {
         let cfg = EngineConfig {
             initial_window: window,
@@ -181,7 +201,7 @@ fn packets_in_flight_stay_below_the_peers_limit() {
                     taken += 1;
                 }
             }
-            // A Linux that keeps quiet about small packets is asked.
+            // The engine asks a Linux peer that sends no updates for small packets.
             r.wait();
             assert_eq!(r.ops(), [(Op::CreditRequest, 9)]);
             r.credit(9, 256 << 10, fwd);

@@ -1,4 +1,4 @@
-//! A carrier in memory: packets in a queue, slots as a count, an eventfd as the kick.
+//! A carrier in memory: a queue of packets, a count of slots, and an eventfd as the kick.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -13,12 +13,12 @@ use crate::carrier::{
     Armed, Carrier, CarrierCaps, CarrierFault, Interest, RxPacket, TxSlot, Woken,
 };
 
-/// Payload bytes of one packet.
+/// Maximum payload of one packet in bytes.
 const PAYLOAD: usize = 4096;
 
 pub(super) type Packet = (PacketHeader, Vec<u8>);
 
-/// One direction: packets under way, and slots that the receiver posted.
+/// One direction: packets in transit, and slots that the receiver posted.
 pub(super) struct Pipe {
     pub(super) packets: Mutex<(VecDeque<Packet>, usize)>,
     pub(super) bell: EventFd,
@@ -145,7 +145,7 @@ impl Carrier for Memory {
         }))
     }
     fn flush(&mut self) {
-        // Slots went back: whoever waits for one looks again.
+        // Slots were returned, so wake a side that waits for one.
         let _ = self.rx.bell.write(0);
         let _ = self.session.write(0);
     }

@@ -1,4 +1,4 @@
-//! What names a listener and a descriptor: used once at a time, and never cut to fit.
+//! Keys of listeners and of descriptors: each is used only once at a time, and none is ever truncated.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -10,7 +10,7 @@ use super::threads;
 use crate::shard::{KEY_MAX, News, Shard};
 use crate::stream::{ListenError, Listener};
 
-/// The first keeps what it has; a second is told.
+/// The first listener keeps the port; a second gets an error.
 #[test]
 fn a_port_has_one_listener_until_that_is_dropped() {
     let (a, b, _threads) = threads();
@@ -32,7 +32,7 @@ fn a_port_has_one_listener_until_that_is_dropped() {
     reaches(&b.listen(7).unwrap());
 }
 
-/// What does not fit into a token would name another descriptor.
+/// A truncated key would name another descriptor.
 #[test]
 fn r118_a_key_that_does_not_fit_is_refused() {
     let mut pair = Pair::new();

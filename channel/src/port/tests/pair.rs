@@ -1,4 +1,4 @@
-//! Two shards with a port each, joined in memory, and sockets to speak through them.
+//! Two shards with one `Port` each, connected in memory, and sockets to use them.
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -16,12 +16,12 @@ use crate::port::Notice;
 use crate::shard::{News, PortIndex, Shard};
 use crate::sink::Sink;
 
-/// Turns after which a condition counts as never met.
+/// A condition that does not hold after this number of turns has failed.
 const TURNS_MAX: u32 = 200_000;
 
 pub(super) const HERE: PortIndex = PortIndex(0);
 
-/// Two shards with a port each, joined.
+/// Two connected shards with one `Port` each.
 pub(super) struct Pair {
     pub(super) a: Shard<Memory>,
     pub(super) b: Shard<Memory>,
@@ -63,7 +63,7 @@ impl Pair {
 
     pub(super) fn turn(&mut self) {
         for (shard, heard) in [(&mut self.a, 0), (&mut self.b, 1)] {
-            // The other side may have posted a slot, which nothing tells in memory.
+            // The other side may have posted a slot. The memory carrier does not signal that, so poll the `Port`.
             shard.port_mut(HERE);
             shard.turn(Some(Duration::ZERO)).unwrap();
             while let Some(news) = shard.poll_news() {
@@ -96,7 +96,7 @@ impl Pair {
         self.a.port_mut(HERE).dial(now, request, None).unwrap()
     }
 
-    /// The next stream that `b` was asked for.
+    /// The next stream that the other side opens to `b`.
     #[track_caller]
     pub(super) fn asked(&mut self) -> StreamId {
         let mut found = None;
@@ -117,7 +117,7 @@ impl Pair {
         self.b.port_mut(HERE).accept(now, stream, Some(sink));
     }
 
-    /// A stream between two sockets: what the application on each side holds.
+    /// Opens a stream between two sockets, and returns the application's socket on each side.
     pub(super) fn connect(&mut self) -> (UnixStream, UnixStream, StreamId) {
         let (near, near_sink) = socket();
         let (far, far_sink) = socket();
@@ -159,7 +159,7 @@ pub(super) fn pattern(seed: u32, len: usize) -> Vec<u8> {
         .collect()
 }
 
-/// Bytes to write and bytes read, moved in odd pieces as the socket allows.
+/// Bytes to write and bytes that were read. They are moved in pieces of odd sizes, as the socket allows.
 pub(super) struct Flow<'a> {
     pub(super) to: &'a UnixStream,
     pub(super) from: &'a UnixStream,
@@ -186,7 +186,7 @@ impl<'a> Flow<'a> {
         }
     }
 
-    /// Returns true when everything arrived.
+    /// Returns true when all bytes have arrived.
     pub(super) fn go(&mut self) -> bool {
         for _ in 0..16 {
             let end = self.data.len().min(self.sent + self.step);
@@ -214,7 +214,11 @@ pub(super) fn read_to_end(pair: &mut Pair, from: &UnixStream) -> Vec<u8> {
                 Ok(0) => return true,
                 Ok(n) => got.extend_from_slice(&buf[..n]),
                 Err(e) => {
-                    assert_eq!(e.kind(), io::ErrorKind::WouldBlock, "a short end");
+                    assert_eq!(
+                        e.kind(),
+                        io::ErrorKind::WouldBlock,
+                        "the stream ended early"
+                    );
                     return false;
                 }
             }

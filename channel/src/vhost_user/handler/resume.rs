@@ -1,4 +1,4 @@
-//! What a handler hands to its successor, and how that one goes on.
+//! The state that a handler passes to its successor, and how the successor continues.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
@@ -8,11 +8,11 @@ use vhost::vhost_user::{Error, Result};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Handler, QUEUES, Vring, refused};
-use crate::vhost_user::handover::{Handover, HandoverError, Parts, Record, Region, RingRecord};
+use crate::vhost_user::handover::{Handover, HandoverError, Parts, Record, Region, VringRecord};
 use crate::vhost_user::memory::{self, MemTable};
 
 impl Handler {
-    /// Everything that the frontend said, with duplicates of its descriptors.
+    /// Everything that the frontend has configured, with duplicates of its descriptors.
     pub(in crate::vhost_user) fn handover(
         &self,
         changes: u64,
@@ -24,9 +24,9 @@ impl Handler {
             regions.push(region);
             fds.push(file.try_clone_to_owned()?);
         }
-        let mut rings = [RingRecord::default(); QUEUES];
+        let mut rings = [VringRecord::default(); QUEUES];
         for (record, vring) in rings.iter_mut().zip(&self.vrings) {
-            *record = RingRecord {
+            *record = VringRecord {
                 size: vring.size,
                 base: vring.base,
                 lag: vring.lag,
@@ -50,7 +50,8 @@ impl Handler {
         Handover::new(&record, fds)
     }
 
-    /// Goes on from what another process was told; features have been set again already. The session begins if it was on.
+    /// Continues from the state of another process. The features have been set again already. If a session was
+    /// running, it begins again.
     pub(in crate::vhost_user) fn resume(&mut self, parts: Parts) -> Result<()> {
         let record = parts.record;
         if !record.regions.is_empty() {
@@ -63,7 +64,7 @@ impl Handler {
             let good = ring.size == 0
                 || ring.size.is_power_of_two() && ring.size <= self.queue_max && ring.size > 0;
             if !good {
-                return Err(refused(format!("ring of size {}", ring.size)));
+                return Err(refused(format!("vring of size {}", ring.size)));
             }
             *vring = Vring {
                 size: ring.size,
@@ -75,7 +76,7 @@ impl Handler {
                 enabled: ring.enabled,
             };
         }
-        self.perhaps_again = true;
+        self.may_be_repeated = true;
         if !record.running {
             return Ok(());
         }
@@ -83,7 +84,7 @@ impl Handler {
         match self.running {
             true => Ok(()),
             false => Err(refused(
-                "the rings ran, and the record lacks what they need",
+                "the vrings were running, but the record is incomplete",
             )),
         }
     }
@@ -94,11 +95,11 @@ fn doorbell(fd: Option<Passed>) -> Result<Option<OwnedFd>> {
     doorbell.map_err(Error::ReqHandlerError)
 }
 
-/// Where a used ring stands in guest memory.
+/// The used index of a virtqueue in guest memory.
 pub(super) fn used_index(used_ring: u64, table: &MemTable) -> Result<u16> {
     let at = used_ring
         .checked_add(2)
-        .ok_or_else(|| refused("used ring wraps"))?;
+        .ok_or_else(|| refused("the address of the used ring wraps"))?;
     table
         .memory()
         .load(GuestAddress(at), Ordering::Acquire)

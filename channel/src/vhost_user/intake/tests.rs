@@ -1,5 +1,5 @@
-//! A predecessor that stopped between any two of the calls that take a message, and what its successor does: the frontend
-//! gets every reply once, whole.
+//! A predecessor stops between any two of the calls that take a message. Its successor must send the frontend every
+//! reply exactly once and whole.
 
 use std::io::{Read, Write};
 use std::sync::mpsc;
@@ -9,7 +9,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::*;
 use crate::device::GuestCid;
 use crate::vhost_user::command::Link;
-use crate::vhost_user::handover::{Record, RingRecord};
+use crate::vhost_user::handover::{Record, VringRecord};
 use crate::vhost_user::memory::MemoryPolicy;
 
 /// GET_FEATURES: its reply is 20 bytes.
@@ -31,7 +31,7 @@ fn handover(changes: u64, frontend: &UnixStream) -> Handover {
         features: None,
         protocol_features: None,
         regions: vec![],
-        rings: [RingRecord::default(); 2],
+        rings: [VringRecord::default(); 2],
         running: false,
     };
     Handover::new(&record, vec![frontend.try_clone().unwrap().into()]).unwrap()
@@ -46,16 +46,16 @@ struct Torn {
 }
 
 impl Torn {
-    /// What a process answers that is not killed.
+    /// Stores the reply of a process that is not killed.
     fn new() -> Self {
         let (mut frontend, ours) = UnixStream::pair().unwrap();
         let live = Arc::new(LiveFile::create().unwrap());
-        let mut estate = estate(&live);
+        let mut continuity = continuity(&live);
         let socket = Apart::new(ours.try_clone().unwrap(), &Closer::shared());
         let mut intake = Intake::new(socket, handler()).unwrap();
         frontend.write_all(&ASK).unwrap();
         let control = Control::new().unwrap();
-        assert!(intake.step(&control, &mut estate).is_ok());
+        assert!(intake.step(&control, &mut continuity).is_ok());
         let mut reply = vec![0; REPLY_BYTES];
         frontend.read_exact(&mut reply).unwrap();
         assert_eq!(live.step(), Some(Step::Idle));
@@ -67,7 +67,7 @@ impl Torn {
         }
     }
 
-    /// The frontend has asked; the process has handled it and written the reply down.
+    /// The frontend has sent its request. The process has handled it and written the reply down.
     fn handled(&mut self, step: Step) -> Reply {
         self.frontend.write_all(&ASK).unwrap();
         let reply = self.live.write_reply(&self.reply).unwrap().unwrap();
@@ -87,16 +87,16 @@ impl Torn {
         assert_eq!(n, bytes);
     }
 
-    /// A successor goes on until nothing is left to read; returns what the frontend got of the last reply, and then asks
-    /// once more.
+    /// A successor continues until nothing is left to read. Returns what the frontend received of the last reply; then
+    /// the frontend sends one more request.
     fn succeed(mut self) -> Vec<u8> {
-        let mut estate = estate(&self.live);
-        // Its own open file, as if received: the offset is shared.
+        let mut continuity = continuity(&self.live);
+        // This must be the same open file, as after a real handover, because the offset is shared.
         let handover = handover(0, &self.ours);
-        let mut intake = Intake::resume(handover, handler(), &mut estate).unwrap();
+        let mut intake = Intake::resume(handover, handler(), &mut continuity).unwrap();
         let control = Control::new().unwrap();
         while rustix::io::ioctl_fionread(&self.ours).unwrap() > 0 {
-            assert!(intake.step(&control, &mut estate).is_ok());
+            assert!(intake.step(&control, &mut continuity).is_ok());
         }
         let mut got = vec![0; 4 * REPLY_BYTES];
         self.frontend.set_nonblocking(true).unwrap();
@@ -104,7 +104,7 @@ impl Torn {
         got.truncate(n);
         self.frontend.set_nonblocking(false).unwrap();
         self.frontend.write_all(&ASK).unwrap();
-        assert!(intake.step(&control, &mut estate).is_ok());
+        assert!(intake.step(&control, &mut continuity).is_ok());
         let mut again = [0; REPLY_BYTES];
         self.frontend.read_exact(&mut again).unwrap();
         assert_eq!(again, self.reply[..]);
@@ -113,17 +113,17 @@ impl Torn {
     }
 
     fn refused(self, changes: u64) -> ResumeError {
-        let mut estate = estate(&self.live);
+        let mut continuity = continuity(&self.live);
         let handover = handover(changes, &self.ours);
-        match Intake::resume(handover, handler(), &mut estate) {
+        match Intake::resume(handover, handler(), &mut continuity) {
             Ok(_) => panic!("resumed"),
             Err(e) => e,
         }
     }
 }
 
-fn estate(live: &Arc<LiveFile>) -> Estate {
-    Estate {
+fn continuity(live: &Arc<LiveFile>) -> Continuity {
+    Continuity {
         live: Some(live.clone()),
         keeper: None,
         changes: 0,
@@ -152,7 +152,7 @@ fn a_reply_that_was_not_sent_is_sent() {
 }
 
 #[test]
-fn a_reply_that_was_sent_is_not_sent_again_nor_any_part_of_it() {
+fn no_part_of_a_sent_reply_is_sent_again() {
     for sent in 1..=REPLY_BYTES {
         let mut torn = Torn::new();
         torn.taken(Step::Replying);
@@ -160,7 +160,7 @@ fn a_reply_that_was_sent_is_not_sent_again_nor_any_part_of_it() {
         let reply = torn.reply.clone();
         assert_eq!(torn.succeed(), reply, "{sent}");
     }
-    // The frontend has it, and has asked for the next thing.
+    // The frontend has the reply, and has sent its next request.
     let mut torn = Torn::new();
     torn.taken(Step::Replying);
     torn.sent(REPLY_BYTES);
@@ -171,7 +171,7 @@ fn a_reply_that_was_sent_is_not_sent_again_nor_any_part_of_it() {
 }
 
 #[test]
-fn what_cannot_be_told_is_refused() {
+fn ambiguous_states_are_refused() {
     let mut torn = Torn::new();
     torn.taken(Step::Pieces);
     assert!(matches!(torn.refused(0), ResumeError::Pieces));
@@ -180,7 +180,7 @@ fn what_cannot_be_told_is_refused() {
     torn.live.set_changes(7);
     assert!(matches!(torn.refused(5), ResumeError::Behind { by: 2 }));
 
-    // One behind is no loss while the message that made the change is still there.
+    // One missing change is no loss if the message that made it is still in the socket.
     let mut torn = Torn::new();
     torn.handled(Step::Taking);
     torn.live.set_changes(1);
@@ -193,7 +193,7 @@ fn what_cannot_be_told_is_refused() {
 }
 
 #[test]
-fn a_descriptor_that_is_no_socket_is_refused() {
+fn a_descriptor_that_is_not_a_socket_is_refused() {
     let live = Arc::new(LiveFile::create().unwrap());
     let null = std::fs::File::open("/dev/null").unwrap();
     let record = handover(0, &UnixStream::pair().unwrap().0).bytes;
@@ -201,6 +201,6 @@ fn a_descriptor_that_is_no_socket_is_refused() {
         bytes: record,
         fds: vec![null.into()],
     };
-    let resumed = Intake::resume(handover, handler(), &mut estate(&live));
+    let resumed = Intake::resume(handover, handler(), &mut continuity(&live));
     assert!(resumed.is_err());
 }

@@ -1,5 +1,5 @@
-//! The handler of a successor: rings go on where guest memory says, what was said last may be said again, and a record of a
-//! process in its guest's hands does no harm.
+//! The handler of a successor: vrings continue at the used index in guest memory, the last message may be repeated,
+//! and a record from a process that the guest controlled does no harm.
 
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -13,7 +13,7 @@ fn hand_over(rig: &Rig) -> Handover {
     handover.expect("descriptors")
 }
 
-/// The device has used so many buffers of each ring.
+/// Simulates that the device has used this many buffers of each vring.
 fn advance(parts: &Parts, used: [u16; 2]) {
     for (index, used) in (1..).zip(used) {
         let at = 0x1_0000 * index + 0x2000 + 2;
@@ -36,32 +36,32 @@ fn successor(parts: Parts) -> Rig {
 }
 
 fn starts(rig: &Rig) -> Vec<[u16; 2]> {
-    let start = |asked: &Asked| match asked {
-        Asked::Start { bases, .. } => Some(*bases),
+    let start = |asked: &Received| match asked {
+        Received::Start { bases, .. } => Some(*bases),
         _ => None,
     };
-    rig.asked().iter().filter_map(start).collect()
+    rig.received().iter().filter_map(start).collect()
 }
 
 #[test]
-fn rings_go_on_at_their_used_index() {
+fn vrings_continue_at_their_used_index() {
     let parts = hand_over(&Rig::running()).parse().expect("ours");
     assert_eq!(parts.record.changes, 3);
     advance(&parts, [57, 65_535]);
     let rig = successor(parts);
     assert_eq!(starts(&rig), [[57, 65_535]]);
-    // And so does the successor's successor.
+    // The same holds for the successor's successor.
     let parts = hand_over(&rig).parse().expect("ours");
     advance(&parts, [58, 2]);
     assert_eq!(starts(&successor(parts)), [[58, 2]]);
 }
 
 #[test]
-fn rings_that_had_just_begun_and_were_not_kept_go_on_too() {
+fn vrings_whose_start_was_not_handed_over_continue_too() {
     let mut rig = Rig::new();
     rig.all_but_last_enable().expect("good messages");
     let parts = hand_over(&rig).parse().expect("ours");
-    // The predecessor had handled the last message, run, and not handed that over.
+    // The predecessor had handled the last message and run the vrings, but had not handed that over.
     advance(&parts, [4, 9]);
     let mut rig = successor(parts);
     assert_eq!(starts(&rig), [[0; 2]; 0]);
@@ -70,7 +70,7 @@ fn rings_that_had_just_begun_and_were_not_kept_go_on_too() {
 }
 
 #[test]
-fn the_message_that_started_the_rings_may_come_again_and_no_other() {
+fn only_the_message_that_started_the_vrings_may_be_repeated() {
     type Say = fn(&mut Handler) -> Result<()>;
     let says: [Say; 6] = [
         |h| h.set_vring_num(0, 128),
@@ -84,17 +84,17 @@ fn the_message_that_started_the_rings_may_come_again_and_no_other() {
         let parts = hand_over(&Rig::running()).parse().expect("ours");
         advance(&parts, [1, 1]);
         let mut rig = successor(parts);
-        say(&mut rig.handler).expect("perhaps the predecessor's last");
+        say(&mut rig.handler).expect("it may be the predecessor's last message");
         rig.handler.handled();
         assert_eq!(starts(&rig), [[1, 1]]);
-        // From then on a running ring does not change.
+        // After that a running vring cannot be changed.
         assert!(rig.handler.set_vring_base(0, 0).is_err());
         assert!(rig.handler.set_vring_num(0, 64).is_err());
     }
 }
 
 #[test]
-fn a_record_with_anything_in_it_is_refused_or_harmless() {
+fn a_record_with_any_content_is_refused_or_harmless() {
     let rig = Rig::running();
     let good = hand_over(&rig).bytes;
     let mut resumed = 0;
@@ -107,11 +107,11 @@ fn a_record_with_anything_in_it_is_refused_or_harmless() {
             };
             let mut rig = Rig::new();
             rig.handler.set_features(ALL).expect("good");
-            // Whatever it says, memory and rings are checked as if the frontend had said it.
+            // Whatever the record contains, memory and vrings are checked as if the frontend had sent them.
             resumed += usize::from(rig.handler.resume(parts).is_ok());
         }
     }
-    // Those that change nothing, or only what is free to choose.
+    // The flips that change nothing, or only values that may be chosen freely.
     assert!(resumed > 0 && resumed < 6 * good.len());
     assert!(hand_over(&rig).fds.len() <= DESCRIPTORS_MAX);
 }

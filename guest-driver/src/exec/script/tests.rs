@@ -17,7 +17,7 @@ fn exec(script: &Script, task: &str, cgroups: Option<PathBuf>, timeout_ms: u64) 
         std::os::unix::fs::PermissionsExt::from_mode(0o711),
     )
     .unwrap();
-    let place = Place {
+    let place = Dirs {
         cgroups,
         dir: dir.path().join("run"),
     };
@@ -154,7 +154,7 @@ fn r113_the_tasks_user_can_open_its_output_again() {
 fn r113_a_script_runs_although_its_directory_was_removed() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
-    let place = Place {
+    let place = Dirs {
         cgroups: None,
         dir: dir.path().join("run"),
     };

@@ -22,7 +22,7 @@ use crate::control_io::Message;
 use crate::rings::RingInbox;
 
 /// Reason in the status before the first ring.
-const NONE_YET: &str = "no VMM has handed a ring over";
+const NONE_YET: &str = "no VMM has offered a ring";
 
 /// The dock of the second port.
 fn dock<C: Carrier>(port: &Port<Either<C, Dock>>) -> Option<&Dock> {
@@ -91,7 +91,7 @@ impl<C: Carrier> Process<C> {
                     dock.undock();
                     rings.docked = None;
                     self.keeping.set_ring(Vec::new());
-                    rings.why = format!("the ring went: {why}");
+                    rings.why = format!("the ring was removed: {why}");
                 }
                 RingNews::Went { .. } => {}
             }
@@ -155,7 +155,7 @@ impl<C: Carrier> Process<C> {
         let why = match &state {
             None => rings.why.clone(),
             Some((RingState::Running { .. }, _)) => "both sides use the ring".to_owned(),
-            Some((RingState::Waiting, _)) => "the guest has not taken the ring up".to_owned(),
+            Some((RingState::Waiting, _)) => "the guest does not use the ring yet".to_owned(),
             Some((RingState::Held, ring)) => {
                 let faults = [ring.last_fault(), port.last_fault()];
                 let fault = faults.into_iter().find(|f| !f.is_empty());

@@ -10,8 +10,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use adit_benches::memory::{MEMORY_BYTES, memfd};
-use adit_benches::{Driver, DriverConfig};
 use adit_channel::carrier::{
     Armed, Carrier, CarrierCaps, CarrierFault, Interest, RxPacket, TxSlot, Woken,
 };
@@ -20,6 +18,8 @@ use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::Sink;
 use adit_engine::{EngineConfig, Lane, PacketHeader, SessionChange};
+use adit_testkit::memory::{MEMORY_BYTES, memfd};
+use adit_testkit::{Driver, DriverConfig};
 use nix::sys::socket::{MsgFlags, recv, send};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};

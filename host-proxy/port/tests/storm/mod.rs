@@ -23,17 +23,17 @@ fn child() {
     let bells: Vec<File> = [std::io::stdin().as_fd(), std::io::stderr().as_fd()]
         .map(|fd| fd.try_clone_to_owned().unwrap().into())
         .into();
-    let (begin, mut rung) = (Instant::now(), 0u64);
+    let (begin, mut written) = (Instant::now(), 0u64);
     while begin.elapsed() < lasts() {
         for _ in 0..1000 {
             for mut bell in &bells {
                 // An error means that the counter is full: nobody reads it.
                 let _ = bell.write(&1u64.to_ne_bytes());
-                rung += 1;
+                written += 1;
             }
         }
     }
-    println!("STORM {rung}");
+    println!("STORM {written}");
 }
 
 /// How long a storm lasts: two seconds, or as many as the environment says.
@@ -57,8 +57,9 @@ pub fn storm(bells: &Bells) -> u64 {
     let out = child.stdout.as_mut().unwrap();
     out.read_to_string(&mut said).unwrap();
     child.wait().unwrap();
-    let rung = said.lines().find_map(|l| l.split("STORM ").nth(1));
-    rung.and_then(|n| n.parse().ok())
+    let written = said.lines().find_map(|l| l.split("STORM ").nth(1));
+    written
+        .and_then(|n| n.parse().ok())
         .expect("it says how often")
 }
 

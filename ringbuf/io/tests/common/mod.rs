@@ -1,5 +1,5 @@
-//! A VMM by hand, and the server that it meets.
-#![allow(dead_code)] // each test file uses its part
+//! A VMM whose packets are written by hand, and the server that it talks to.
+#![allow(dead_code)] // each test file uses only a part
 
 use std::io::IoSlice;
 use std::os::fd::BorrowedFd;
@@ -16,8 +16,10 @@ pub fn offer(bytes: usize) -> Offer {
     }
 }
 
-/// What the server says to a VMM that does as `vmm` does; the VMM's answer beside it.
-pub fn meet<T: Send>(vmm: impl FnOnce(Socket) -> T + Send) -> (Result<Offered, AttachError>, T) {
+/// Runs a server against the VMM code in `vmm`. Returns the server's result and the VMM's.
+pub fn run_server_against<T: Send>(
+    vmm: impl FnOnce(Socket) -> T + Send,
+) -> (Result<Offered, AttachError>, T) {
     let (near, far) = Socket::pair().unwrap();
     near.answer_within(Duration::from_secs(10)).unwrap();
     far.answer_within(Duration::from_secs(10)).unwrap();
@@ -54,17 +56,17 @@ pub fn send(socket: &Socket, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
     .unwrap();
 }
 
-/// What the other side says next, by its number.
-pub fn heard(socket: &Socket) -> Option<u16> {
+/// Receives the next packet and returns its type.
+pub fn next_packet_type(socket: &Socket) -> Option<u16> {
     let mut buf = [0; 4096];
     let (n, _) = rustix::net::recv(socket, &mut buf[..], rustix::net::RecvFlags::empty()).ok()?;
     (n >= 32).then(|| u16::from_le_bytes([buf[10], buf[11]]))
 }
 
-/// Greets, sends that, and returns the answer.
-pub fn converse(socket: &Socket, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Option<u16> {
+/// Says hello, sends the bytes, and returns the type of the answer.
+pub fn hello_and_send(socket: &Socket, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Option<u16> {
     send(socket, &packet(1, &"by hand", 0), &[]);
-    assert_eq!(heard(socket), Some(1));
+    assert_eq!(next_packet_type(socket), Some(1));
     send(socket, bytes, fds);
-    heard(socket)
+    next_packet_type(socket)
 }

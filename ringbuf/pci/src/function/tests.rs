@@ -1,3 +1,4 @@
+use adit_ringbuf_io::ivshmem;
 use proptest::prelude::*;
 
 use super::*;
@@ -41,7 +42,7 @@ fn store(function: &mut Function, at: u64, value: u32) -> Changes {
     function.write(at, &value.to_le_bytes()).unwrap()
 }
 
-/// As Linux leaves it: BARs where it likes, memory on.
+/// A function as Linux configures it: BARs have addresses, memory decoding is on.
 fn placed() -> Function {
     let mut function = function();
     for (at, value) in [
@@ -57,14 +58,14 @@ fn placed() -> Function {
     function
 }
 
-/// With its interrupts on BAR 0 switched on.
+/// Also with interrupts enabled in BAR 0.
 fn listening() -> Function {
     let mut function = placed();
     let _ = store(&mut function, LOW, INTERRUPTS);
     function
 }
 
-/// With MSI-X, vector 0 as (address, data) and vector 1 still masked.
+/// With MSI-X on. Vector 0 has a message (address, data), and vector 1 is still masked.
 fn with_msix() -> Function {
     let mut function = placed();
     let table = LOW + 0x1000;
@@ -81,13 +82,13 @@ fn with_msix() -> Function {
 }
 
 #[test]
-fn it_is_ivshmem_with_a_pin_and_msix() {
+fn the_function_looks_like_ivshmem_with_a_pin_and_msix() {
     let function = function();
     assert_eq!(config(&function, 0x00), 0x1110_1af4);
     assert_eq!(config(&function, 0x08), 0x0500_0001);
     assert_eq!(config(&function, 0x2c), 0x1100_1af4);
     assert_eq!(config(&function, 0x3c), 0x0000_0100);
-    // A list of capabilities, with MSI-X of two vectors and nothing else in it.
+    // The capability list contains only MSI-X, with two vectors.
     assert_eq!(config(&function, 0x04), 0x0010_0000);
     assert_eq!(config(&function, 0x34), 0x40);
     assert_eq!(config(&function, 0x40), 0x0001_0011);
@@ -98,7 +99,7 @@ fn it_is_ivshmem_with_a_pin_and_msix() {
 }
 
 #[test]
-fn bars_are_sized_by_all_ones() {
+fn writing_all_ones_reads_back_the_bar_size() {
     let mut function = function();
     for (at, reads) in [
         (0x10, 0xffff_f000),
@@ -122,7 +123,7 @@ fn bars_are_sized_by_all_ones() {
 }
 
 #[test]
-fn bars_are_somewhere_while_memory_is_on_and_move() {
+fn bars_are_decoded_only_while_memory_is_on_and_can_move() {
     let mut function = placed();
     let at = [Some(LOW), Some(LOW + 0x1000), Some(HIGH)];
     assert_eq!(function.wiring().bars, at);
@@ -132,14 +133,14 @@ fn bars_are_somewhere_while_memory_is_on_and_move() {
     let _ = set(&mut function, 0x18, (HIGH + REGION) as u32);
     assert!(command(&mut function, MEMORY).rewired);
     assert_eq!(function.wiring().bars[2], Some(HIGH + REGION));
-    // Under memory that is on, as well.
+    // Also while memory decoding is on.
     assert!(set(&mut function, 0x18, HIGH as u32).rewired);
     assert_eq!(function.wiring().bars[2], Some(HIGH));
 }
 
-/// RAM, interrupt chips and other devices are not to be had by putting a BAR over them.
+/// A guest cannot take over RAM, interrupt chips or other devices by putting a BAR over them.
 #[test]
-fn a_bar_outside_of_the_windows_is_nowhere() {
+fn a_bar_outside_the_windows_is_not_decoded() {
     let mut function = placed();
     for address in [0, 0x10_0000, 0xfee0_0000, LOW - 0x1000, LOW + WINDOW] {
         let _ = set(&mut function, 0x10, address as u32);
@@ -150,26 +151,26 @@ fn a_bar_outside_of_the_windows_is_nowhere() {
         let _ = set(&mut function, 0x1c, (address >> 32) as u32);
         assert_eq!(function.wiring().bars[2], None, "{address:#x}");
     }
-    // One that begins inside and ends outside.
+    // A BAR that starts inside a window and ends outside.
     let mut long = Function::new(WINDOW * 2, windows());
     let _ = set(&mut long, 0x18, 0xe000_0000);
     let _ = command(&mut long, MEMORY);
     assert_eq!(long.wiring().bars[2], None);
 }
 
-/// As `uio_pci_generic` and the agent do it, twice.
+/// The sequence of `uio_pci_generic` and the agent, twice.
 #[test]
-fn the_pin_is_disabled_by_a_handler_and_enabled_by_who_waits() {
+fn the_handler_disables_the_pin_and_the_waiting_agent_enables_it() {
     let mut function = listening();
     for _ in 0..2 {
         assert_eq!(function.interrupt(0).line, Some(true));
-        // More of them is no other edge.
+        // Another interrupt causes no second edge.
         assert_eq!(function.interrupt(1).line, None);
-        // pci_check_and_mask_intx: status and command in one read.
+        // pci_check_and_mask_intx reads status and command at once.
         assert_eq!(config(&function, 4) >> 19 & 1, 1);
         let disabled = command(&mut function, MEMORY | INTX_DISABLE);
         assert_eq!(disabled.line, Some(false));
-        // Pending all the same.
+        // The interrupt is pending although the pin is disabled.
         assert_eq!(config(&function, 4) >> 19 & 1, 1);
         assert_eq!(function.interrupt(0).line, None);
         assert_eq!(load(&mut function, LOW + 4), 0b11);
@@ -180,19 +181,20 @@ fn the_pin_is_disabled_by_a_handler_and_enabled_by_who_waits() {
 }
 
 #[test]
-fn what_rang_while_the_pin_was_disabled_raises_it_when_it_is_enabled() {
+fn an_interrupt_under_a_disabled_pin_is_raised_when_it_is_enabled() {
     let mut function = listening();
     let _ = command(&mut function, MEMORY | INTX_DISABLE);
     assert_eq!(function.interrupt(0), Changes::default());
     assert_eq!(command(&mut function, MEMORY).line, Some(true));
 }
 
-/// As `uio_pci_generic` and the agent do it where it can be had: the handler disables the pin once, and nobody enables it.
+/// The sequence of `uio_pci_generic` and the agent with pulses: the handler disables the pin once, and nobody enables
+/// it.
 #[test]
-fn a_guest_that_takes_pulses_clears_and_enables_nothing() {
+fn a_guest_with_pulses_need_not_clear_or_enable_anything() {
     let mut function = placed();
     assert_eq!(load(&mut function, LOW + 16), PULSES_OFFERED);
-    // What rang before it was there is a pulse as well.
+    // An interrupt that was pending before the mask was written is a pulse too.
     assert_eq!(function.interrupt(0), Changes::default());
     let changes = store(&mut function, LOW, u32::MAX);
     assert!(changes.pulse && changes.line.is_none());
@@ -208,7 +210,7 @@ fn a_guest_that_takes_pulses_clears_and_enables_nothing() {
     }
     let mut other = self::function();
     assert!(other.restore(&function.save()).unwrap().pulse);
-    // Only of the vectors that it wants, and not beside messages.
+    // Pulses come only for the unmasked vectors, and not while MSI-X is on.
     let _ = store(&mut function, LOW, PULSES | 1);
     assert!(!function.interrupt(1).pulse && function.interrupt(0).pulse);
     let _ = function.config_write(MSIX_CONTROL as u64, &MSIX_ENABLE.to_le_bytes());
@@ -216,16 +218,16 @@ fn a_guest_that_takes_pulses_clears_and_enables_nothing() {
 }
 
 #[test]
-fn a_guest_that_does_not_want_the_pin_does_not_get_it() {
+fn a_masked_interrupt_never_raises_the_pin() {
     let mut function = placed();
     assert_eq!(function.interrupt(0), Changes::default());
     assert_eq!(store(&mut function, LOW, 1).line, Some(true));
     assert_eq!(store(&mut function, LOW, 0).line, Some(false));
 }
 
-/// `pci_intx_mask_supported`: the driver does not bind unless the bit can be toggled, and no other changes.
+/// `pci_intx_mask_supported`: the driver only binds if this bit can be toggled and no other bit changes.
 #[test]
-fn interrupt_disable_can_be_toggled_alone() {
+fn interrupt_disable_is_the_only_bit_that_toggles() {
     let mut function = placed();
     let before = config(&function, 4);
     let _ = command(&mut function, before as u16 ^ INTX_DISABLE);
@@ -235,7 +237,7 @@ fn interrupt_disable_can_be_toggled_alone() {
 }
 
 #[test]
-fn msix_sends_what_is_not_masked_and_keeps_the_rest() {
+fn msix_sends_unmasked_vectors_and_keeps_masked_ones_pending() {
     let mut function = with_msix();
     let message = Message {
         address: 0xfee0_1000,
@@ -246,19 +248,19 @@ fn msix_sends_what_is_not_masked_and_keeps_the_rest() {
     assert_eq!(function.interrupt(1), Changes::default());
     let pending = LOW + 0x1000 + 0x800;
     assert_eq!(load(&mut function, pending), 0b10);
-    // Pending bits are nobody's to write.
+    // A guest cannot write pending bits.
     let _ = store(&mut function, pending, 0);
     assert_eq!(load(&mut function, pending), 0b10);
     let unmasked = store(&mut function, LOW + 0x1000 + 28, 0);
     assert!(unmasked.rewired);
     assert_eq!(unmasked.send, [false, true]);
     assert_eq!(load(&mut function, pending), 0);
-    // Once.
+    // The pending message is sent once.
     assert_eq!(function.interrupt(0).send, [true, false]);
 }
 
 #[test]
-fn msix_needs_the_bus_and_stops_under_the_common_mask() {
+fn msix_needs_bus_mastering_and_stops_under_the_common_mask() {
     for quiet in [
         |f: &mut Function| command(f, MEMORY),
         |f: &mut Function| {
@@ -272,12 +274,12 @@ fn msix_needs_the_bus_and_stops_under_the_common_mask() {
         let _ = command(&mut function, MEMORY | MASTER);
         let again = function.config_write(MSIX_CONTROL as u64, &MSIX_ENABLE.to_le_bytes());
         let sent = again.send[0] || function.msix.pending == 0;
-        assert!(sent, "what came in between was lost");
+        assert!(sent, "an interrupt under the common mask was lost");
     }
 }
 
 #[test]
-fn who_has_msix_has_no_pin() {
+fn msix_disables_the_pin() {
     let mut function = with_msix();
     let _ = store(&mut function, LOW, u32::MAX);
     assert_eq!(function.interrupt(0).line, None);
@@ -285,7 +287,7 @@ fn who_has_msix_has_no_pin() {
 }
 
 #[test]
-fn only_the_hosts_two_doorbells_ring() {
+fn only_the_two_host_doorbells_have_an_effect() {
     let mut function = placed();
     let [data, space] = [ivshmem::VECTOR_DATA, ivshmem::VECTOR_SPACE].map(u32::from);
     assert_eq!(
@@ -309,7 +311,7 @@ fn only_the_hosts_two_doorbells_ring() {
     assert_eq!(load(&mut function, LOW + 8), u32::from(GUEST_PEER));
 }
 
-/// R20: every width, at every offset of everything, and over every edge.
+/// R20: accesses of every width, at every offset of everything, and across every boundary.
 #[test]
 fn any_access_of_any_width_is_answered() {
     let mut function = with_msix();
@@ -336,7 +338,7 @@ fn any_access_of_any_width_is_answered() {
             let _ = function.read(address, &mut data[..len]);
         }
     }
-    // Behind the end of a BAR it reads as nothing, and is not the next one's.
+    // Bytes after the end of a BAR read as zero, and do not come from the next BAR.
     data.fill(0xa5);
     let _ = function.read(LOW + 0xffe, &mut data[..8]).unwrap();
     assert_eq!(data[..8], [0; 8]);
@@ -346,7 +348,7 @@ fn any_access_of_any_width_is_answered() {
 }
 
 #[test]
-fn a_saved_function_is_what_it_was() {
+fn a_restored_function_equals_the_saved_one() {
     let mut held = listening();
     let _ = held.interrupt(1);
     let saved = held.save();
@@ -355,7 +357,7 @@ fn a_saved_function_is_what_it_was() {
     assert!(changes.rewired);
     assert_eq!(changes.line, Some(true));
     assert_eq!((other.wiring(), other.save()), (held.wiring(), saved));
-    // Over one that is in use.
+    // Restores over a function that is in use.
     let mut used = with_msix();
     let changes = used.restore(&saved).unwrap();
     assert!(changes.rewired);
@@ -386,9 +388,9 @@ fn golden_state() {
     assert_eq!(function.save()[..], golden);
 }
 
-/// R35: a file from anywhere.
+/// R35: the state may come from any file.
 #[test]
-fn a_state_that_no_guest_can_have_written_is_refused() {
+fn a_state_that_no_guest_could_write_is_refused() {
     let mut held = with_msix();
     let _ = held.interrupt(1);
     let good = held.save();
@@ -412,7 +414,8 @@ fn a_state_that_no_guest_can_have_written_is_refused() {
         refused(&mut other, &wrong),
         StateError::Size { .. }
     ));
-    // Bits that cannot be set: in command, control, a BAR's flags, the masks, the padding, an entry's control.
+    // Bits that a guest cannot set: in command, control, the flags of a BAR, the masks, the padding, the control of an
+    // entry.
     for (byte, bit) in [
         (12, 0),
         (14, 1),
@@ -437,7 +440,7 @@ fn a_state_that_no_guest_can_have_written_is_refused() {
         function().save(),
         "a refused state changed something"
     );
-    // A BAR over RAM is a guest's to write, and is nowhere.
+    // A guest can write an address over RAM into a BAR; such a BAR is not decoded.
     wrong = good;
     wrong[24..28].copy_from_slice(&[0, 0x10, 0, 0]);
     let _ = other.restore(&wrong).unwrap();
@@ -484,9 +487,9 @@ fn ops() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    /// What the VMM was told by changes alone is what the function says of itself, and nothing is outside of the windows.
+    /// What the VMM learns from the changes alone equals the function's own state, and no BAR is outside the windows.
     #[test]
-    fn whatever_a_guest_does(ops in proptest::collection::vec(ops(), 0..200)) {
+    fn changes_describe_the_whole_state_after_any_guest_access(ops in proptest::collection::vec(ops(), 0..200)) {
         let mut function = function();
         let (mut line, mut wiring) = (false, Wiring::default());
         for op in ops {

@@ -1,4 +1,4 @@
-//! Guests that break no rule of a ring and are of no use to their host all the same: R11, R14, R17 of the attack catalogue.
+//! Guests that break no rule of a ring, but do not help their host either: R11, R14, R17 of the attack catalogue.
 
 use std::time::{Duration, Instant};
 
@@ -10,16 +10,16 @@ use adit_ringbuf::{Mapped, RingMem};
 use adit_ringbuf_io::doorbell::{Doorbell, Polled};
 use anyhow::{Context, ensure};
 
-use super::rude::{LIMIT, ask, find, nanos};
+use super::ring_attacks::{LIMIT, ask, find, nanos};
 
-/// R11: attached, it takes no record and rings no doorbell. Says `RING-MUTE`: the host is to dial it then.
+/// R11: it attaches, reads no record and sends no doorbell. Prints `RING-MUTE`: then the host dials it.
 pub const MUTE: &str = "r11-mute";
-/// R14: reads what is between the host's records, and behind the last of them.
+/// R14: it reads the bytes between the host's records, and behind the last of them.
 pub const BETWEEN: &str = "r14-between-records";
-/// R17: it looks on, and never asks to be rung.
+/// R17: it polls, and never asks for a doorbell.
 pub const POLLS: &str = "r17-no-hints";
 
-/// Questions of a case, each for a longer name than the one before.
+/// Questions in a case, each with a longer name than the one before.
 const QUESTIONS: usize = 40;
 
 type Case = fn() -> anyhow::Result<String>;
@@ -33,12 +33,12 @@ pub fn case(name: &str) -> Option<Case> {
     }
 }
 
-/// Asks the host so many times for services that it does not have, with names of all lengths.
+/// Asks the host for services that it does not have, with names of all lengths.
 fn questions(end: &RingEnd) -> anyhow::Result<()> {
     let begin = Instant::now();
     let mut n = 0;
     while n < QUESTIONS {
-        // The first ones may come before the session.
+        // The first ones may come before the session has begun.
         match ask(end, &"n".repeat(n + 1)) {
             Err(_) if n == 0 && begin.elapsed() < LIMIT => {
                 std::thread::sleep(Duration::from_millis(5));
@@ -52,7 +52,7 @@ fn questions(end: &RingEnd) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The records that the host has written since the session began, by lane: where each ends, and where the next begins.
+/// The records that the host has written since the session began, for each lane: where each ends, and where the next begins.
 fn records(memory: &Mapped) -> anyhow::Result<[Vec<[usize; 2]>; 2]> {
     let region = Region::read(memory)?;
     Ok([0, 1].map(|lane| {
@@ -71,7 +71,7 @@ fn records(memory: &Mapped) -> anyhow::Result<[Vec<[usize; 2]>; 2]> {
     }))
 }
 
-/// The rings that the host writes, byte by byte.
+/// The bytes of the rings that the host writes.
 fn written(memory: &Mapped) -> anyhow::Result<[Vec<u8>; 2]> {
     let region = Region::read(memory)?;
     Ok([0, 1].map(|lane| {
@@ -85,7 +85,7 @@ fn written(memory: &Mapped) -> anyhow::Result<[Vec<u8>; 2]> {
 fn between_records() -> anyhow::Result<String> {
     let device = find()?;
     let memory = device.memory.clone();
-    // Of sessions before: this guest was sent it.
+    // Bytes from earlier sessions do not count: they were sent to this guest.
     let before = written(&memory)?;
     let (own, bells, _kept) = device.split();
     let end = RingEnd::start(carrier(own, bells)?)?;
@@ -96,7 +96,7 @@ fn between_records() -> anyhow::Result<String> {
         let nothing = |from: usize, to: usize| {
             let (before, after) = (&before[lane][from..to], &after[lane][from..to]);
             let known = |at: usize| [0, before[at]].contains(&after[at]);
-            // Almost always, and quick where a byte at a time is not.
+            // Compare all at once first: they are almost always equal, and byte by byte would be slow.
             let new = match before == after {
                 true => None,
                 false => (0..after.len()).find(|&at| !known(at)),
@@ -141,7 +141,7 @@ fn mute() -> anyhow::Result<String> {
     }
     device.data.ring()?;
     println!("RING-MUTE");
-    // What somebody has dialled, and that the host has given up; and the same of the host's own question, how long it takes.
+    // Wait until the host has dialled and given up: a client's dial, and its own measurement.
     while records(&device.memory)?[1].len() < 4 {
         ensure!(begin.elapsed() < LIMIT, "the host does not give up");
         std::thread::sleep(Duration::from_millis(5));

@@ -1,12 +1,12 @@
-# A guest that does what no kernel does, then ends as ENDING says. An exit takes 0.1 ms where this runs, so each does its own:
-# 0: every port, every device register, doorbells, the serial line; then it switches itself off. 1: a triple fault, and
-# nothing before. 2: the serial line; then it halts for ever.
+# A guest that does to its VMM what no kernel does, and then ends in the way that ENDING says. An exit takes 0.1 ms under emulation,
+# so the endings share the work. 0: every port, every device register, doorbells, the serial line; then powers off. 1: only a triple
+# fault. 2: the serial line; then halts for ever.
 # A PVH kernel: 32 bits, flat, no paging. as --64 --defsym ENDING=0; ld -Ttext=0x100000
 .code32
 .globl _start
 _start:
 .if ENDING == 0
-# Every port, in every width, both ways. Zero resets nothing and switches nothing off.
+# Every port, in every width, in both directions. Writing zero resets nothing and switches nothing off.
     xor %edx, %edx
 1:  xor %eax, %eax
     out %al, %dx
@@ -18,7 +18,7 @@ _start:
     inc %edx
     cmp $0x1000, %edx
     jb 1b
-# Many reads at once, which reach the VMM as one: of the serial line, and of a port that nobody owns.
+# Repeated reads, which reach the VMM as one exit: of the serial line, and of a port without a device.
     cld
     mov $0x200000, %edi
     mov $0x3f8, %edx
@@ -27,7 +27,7 @@ _start:
     mov $0xfff, %edx
     mov $2000, %ecx
     rep insl
-# Every register of three virtio windows, whole and in part, in every state of the device.
+# Every register of three virtio windows, complete and in part, in every state of the device.
     xor %ecx, %ecx
 2:  mov $0xd0000000, %ebx
 3:  mov status(, %ecx, 4), %eax
@@ -50,7 +50,7 @@ _start:
     inc %ecx
     cmp $5, %ecx
     jb 2b
-# Doorbells of queues that there are and are not, without end for a device.
+# Doorbells of existing and missing queues.
     mov $5000, %ecx
 5:  mov %ecx, %eax
     and $3, %eax

@@ -1,12 +1,12 @@
-//! Ephemeral local ports: handed out in order, round and round, so that a pair is not used again soon (a late reset
-//! carries nothing but ports, R45). Every search is bounded by the number of ports that can be taken (R48).
+//! Ephemeral local ports. They are used in order, around the whole range, so that a port pair is not used again soon:
+//! a late reset carries only ports (R45). Every search is bounded by the number of ports that can be in use (R48).
 
-/// First ephemeral port: above every port that a service is likely to name.
+/// First ephemeral port: above the ports that services usually have.
 pub(crate) const EPHEMERAL_MIN: u32 = 1 << 30;
-/// Last one: `u32::MAX` is `VMADDR_PORT_ANY` and names no port.
+/// Last ephemeral port: `u32::MAX` is `VMADDR_PORT_ANY` and not a port.
 pub(crate) const EPHEMERAL_MAX: u32 = u32::MAX - 1;
 
-/// Hands out ports of `min..=max`.
+/// Allocates ports of `min..=max`.
 pub(crate) struct PortAllocator {
     min: u32,
     max: u32,
@@ -14,15 +14,15 @@ pub(crate) struct PortAllocator {
 }
 
 impl PortAllocator {
-    /// Starts somewhere in `min..=max`, as the seed says.
+    /// Starts at a port in `min..=max` that the seed selects.
     pub(crate) fn new(min: u32, max: u32, seed: u64) -> Self {
         let span = u64::from(max - min) + 1;
-        // The remainder is below `span`, which fits 32 bits or is 2^32.
+        // The remainder is less than `span`, and `span` is at most 2^32, so the remainder fits into 32 bits.
         let next = min + (mix(seed) % span) as u32;
         Self { min, max, next }
     }
 
-    /// Returns the next port that is not `used`, looking at no more than `tries` of them.
+    /// Returns the next port that is not `used`. Tries at most `tries` ports.
     pub(crate) fn allocate(&mut self, tries: u32, used: impl Fn(u32) -> bool) -> Option<u32> {
         let span = u64::from(self.max - self.min) + 1;
         for _ in 0..u64::from(tries).min(span) {
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn r48_wraps_and_finds_the_only_free_port() {
+    fn r48_finds_the_only_free_port_after_a_wrap() {
         for seed in 0..64 {
             let mut a = PortAllocator::new(10, 25, seed);
             for free in 10..=25 {
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn r48_all_used_ends_after_one_round() {
+    fn r48_search_ends_after_one_round_if_all_ports_are_used() {
         let mut a = PortAllocator::new(10, 25, 7);
         let looks = core::cell::Cell::new(0);
         let used = |_| {
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn r48_passes_the_top_of_the_range() {
+    fn r48_continues_at_the_bottom_after_the_last_port() {
         let mut a = PortAllocator::new(EPHEMERAL_MIN, EPHEMERAL_MAX, 1);
         a.next = EPHEMERAL_MAX;
         assert_eq!(a.allocate(1, |_| false), Some(EPHEMERAL_MAX));

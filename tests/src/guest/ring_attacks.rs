@@ -1,6 +1,6 @@
-//! `ring-rude BOOT`, or a case: a guest's root that rewrites its ring's region while the host uses it, one case of
-//! [`adit_bare::attacks`] after the other, and some that need a system, or somebody at the other end ([`dull`]).
-//! The verdict stands on the serial line: afterwards an honest session carries a stream again.
+//! `ring-attack BOOT`, or a single case: root in the guest overwrites its ring's region while the host uses it, with the cases of
+//! [`adit_bare::attacks`] one after the other, and with some that need an operating system or a peer ([`ring_unhelpful`]). The
+//! verdict is printed on the serial line: after each case a well-behaved session must carry a stream again.
 
 use std::fs::File;
 use std::io::Write;
@@ -19,22 +19,22 @@ use adit_ringbuf::session::Guest;
 use adit_ringbuf_io::doorbell::Doorbell;
 use anyhow::{Context, bail, ensure};
 
-use super::dull;
+use super::ring_unhelpful;
 
 /// How long each case lasts at first.
 const ATTACK: Duration = Duration::from_millis(300);
 pub(super) const LIMIT: Duration = Duration::from_secs(20);
 /// Peers of an ivshmem doorbell, and vectors of each.
 const PEERS: u32 = 1 << 16;
-/// Where that doorbell is in BAR0.
+/// The offset of that doorbell in BAR0.
 const DOORBELL: usize = 12;
 
-/// Cases of a boot.
+/// The cases for each boot.
 const BOOTS: [(&str, &[&str]); 6] = [
     (
         "positions",
         &[
-            dull::BETWEEN,
+            ring_unhelpful::BETWEEN,
             "r01-fetched-twice",
             "r02-positions-ahead",
             "r03-positions-back",
@@ -45,15 +45,20 @@ const BOOTS: [(&str, &[&str]); 6] = [
     ("handshakes", &["r15-handshakes", "r16-ranges"]),
     (
         "doorbells",
-        &["r10-doorbells", FOREIGN, dull::POLLS, dull::MUTE],
+        &[
+            "r10-doorbells",
+            FOREIGN,
+            ring_unhelpful::POLLS,
+            ring_unhelpful::MUTE,
+        ],
     ),
     ("everything", &["everything"]),
 ];
-/// Doorbells of every peer that there could be: another VM's, if its region could be reached from here.
+/// Doorbells of every peer that could exist: if another VM's region could be reached from here, one of them would be its.
 const FOREIGN: &str = "foreign-peers";
-/// Cases that no session may end of: what they send is nobody's.
+/// Cases that must end no session: the host ignores what they send.
 const HARMLESS: [&str; 2] = ["r08-ids", "r10-doorbells"];
-/// Cases that the host cannot but end sessions of; on a slow machine it takes its time to get so far.
+/// Cases in which the host must end a session. On a slow machine a case may need more time until it does.
 const REFUSED: [&str; 6] = [
     "r02-positions-ahead",
     "r04-pads",
@@ -67,7 +72,7 @@ pub fn list() {
     BOOTS.iter().for_each(|(name, _)| println!("{name}"));
 }
 
-pub fn rude(name: &str) -> anyhow::Result<()> {
+pub fn attack_ring(name: &str) -> anyhow::Result<()> {
     match run(name) {
         Ok(seen) => println!("HOSTILE-OK {name}: {seen}"),
         Err(e) => println!("HOSTILE-FAILED {name}: {e:#}"),
@@ -88,10 +93,10 @@ fn run(name: &str) -> anyhow::Result<String> {
     let mut seen = Vec::new();
     for name in names {
         if *name == FOREIGN {
-            seen.push(format!("{name} {} rung", foreign_peers(&device)?));
+            seen.push(format!("{name} {} doorbells", foreign_peers(&device)?));
             continue;
         }
-        if let Some(case) = dull::case(name) {
+        if let Some(case) = ring_unhelpful::case(name) {
             seen.push(format!("{name} {}", case()?));
             honest(find()?).with_context(|| format!("after {name}"))?;
             continue;
@@ -101,7 +106,7 @@ fn run(name: &str) -> anyhow::Result<String> {
         while sessions == 0 || refused && lost == 0 {
             ensure!(begin.elapsed() < LIMIT, "nothing of {name} was refused");
             let (met, ended) = attack(&device, name, seed, lasts)?;
-            // What it does may take one long session.
+            // Its effect may need one long session.
             lasts *= 2;
             (sessions, lost) = (sessions + met, lost + ended);
         }
@@ -117,15 +122,15 @@ fn run(name: &str) -> anyhow::Result<String> {
     Ok(seen.join("; "))
 }
 
-/// Returns how many sessions there were, and how many of them the host ended.
+/// Runs a case. Returns how many sessions there were, and how many of them the host ended.
 fn attack(device: &Device, name: &str, seed: u64, lasts: Duration) -> anyhow::Result<(u32, u32)> {
     let memory = device.memory.clone();
-    // Its own requests are no one's that was here before.
+    // Its requests must differ from those of guests before it.
     let guest = Guest::find(memory.clone(), seed ^ nanos(), Features::NONE)?;
     let begin = Instant::now();
     let now = || Tick(begin.elapsed().as_nanos() as u64);
     let ring = || {
-        // A store to a register does not fail.
+        // A store to a register cannot fail.
         let _ = device.data.ring();
         let _ = device.space.ring();
     };
@@ -136,7 +141,7 @@ fn attack(device: &Device, name: &str, seed: u64, lasts: Duration) -> anyhow::Re
     Ok((attack.sessions, attack.lost))
 }
 
-/// Stores every peer and vector that there could be to the function's doorbell register.
+/// Stores every possible peer and vector to the function's doorbell register.
 fn foreign_peers(device: &Device) -> anyhow::Result<u32> {
     const AT_ONCE: usize = 256;
     let registers = format!("/sys/bus/pci/devices/{}/resource0", device.function);
@@ -162,7 +167,7 @@ pub(super) fn nanos() -> u64 {
     now.map_or(1, |since| since.as_nanos() as u64)
 }
 
-/// A stream to the host, and its answer. The first may fall to what the host still finds out about the attack.
+/// Opens a stream to the host and waits for its answer. The first one may fail while the host still detects the attack.
 fn honest(device: Device) -> anyhow::Result<()> {
     let begin = Instant::now();
     let (memory, bells, _kept) = device.split();
@@ -179,7 +184,7 @@ fn asked(end: &RingEnd) -> anyhow::Result<()> {
     ask(end, "none")
 }
 
-/// Asks the host for a service that there is not, and has its answer.
+/// Asks the host for an unknown service, and waits for its answer.
 pub(super) fn ask(end: &RingEnd, service: &str) -> anyhow::Result<()> {
     let stream = end.dial_host()?;
     stream.set_timeout(Some(LIMIT))?;

@@ -16,7 +16,7 @@ use crate::machine::Machine;
 use crate::snapshot::{self, State};
 
 impl Machine {
-    /// Tells whether the machine is held.
+    /// Tells whether the machine is paused.
     pub fn is_paused(&self) -> bool {
         self.held.is_some()
     }

@@ -1,29 +1,30 @@
-//! A packet's header as a carrier of ours has it, one with a region for each VM: 24 bytes, little-endian.
+//! The packet header as the ring carrier encodes it: 24 bytes, little-endian. Each VM has its own region on that
+//! carrier.
 //!
-//! | off | size | field | valid |
+//! | off | size | field | valid values |
 //! |---|---|---|---|
 //! | 0 | 4 | src_port | any |
 //! | 4 | 4 | dst_port | any |
 //! | 8 | 4 | buf_alloc, bytes | any |
 //! | 12 | 4 | fwd_cnt, bytes | see the engine |
-//! | 16 | 4 | len, payload bytes | what follows, or less: the rest is padding |
-//! | 20 | 2 | flags | SHUTDOWN: as virtio has them; RST: why ([`PeerReason`](crate::PeerReason)); else 0 |
+//! | 16 | 4 | len, payload bytes | at most the bytes that follow; the rest is padding |
+//! | 20 | 2 | flags | SHUTDOWN: virtio's flags; RST: the reason ([`PeerReason`](crate::PeerReason)); else 0 |
 //! | 22 | 1 | type | 1 |
 //! | 23 | 1 | op | virtio's numbers |
 //!
-//! There are no CIDs: whose packet it is says the region. With the record's own header of 8 bytes a payload begins at 32,
-//! and a packet without one takes half a cache line.
+//! It has no CIDs, because the region tells whose packet it is. Together with the record header of 8 bytes the payload
+//! starts at offset 32, and a packet without payload uses half a cache line.
 
 use crate::PacketHeader;
 
-/// Bytes of a frame.
-pub const FRAME_BYTES: usize = 24;
+/// Size of an encoded packet header in bytes.
+pub const PACKET_HEADER_BYTES: usize = 24;
 
 impl PacketHeader {
-    /// The header that a frame stands for; whatever it says is the engine's to check.
+    /// Decodes a header. The engine checks its values later.
     #[inline]
-    pub fn from_frame(frame: &[u8; FRAME_BYTES]) -> Self {
-        let [a, b, c, d, e, f] = words(frame);
+    pub fn from_ring_bytes(encoded: &[u8; PACKET_HEADER_BYTES]) -> Self {
+        let [a, b, c, d, e, f] = words(encoded);
         Self {
             src_port: a,
             dst_port: b,
@@ -36,9 +37,9 @@ impl PacketHeader {
         }
     }
 
-    /// The frame of a header of our engine, whose numbers fit.
+    /// Encodes a header that this engine made; its values fit the smaller fields.
     #[inline]
-    pub fn to_frame(&self) -> [u8; FRAME_BYTES] {
+    pub fn to_ring_bytes(&self) -> [u8; PACKET_HEADER_BYTES] {
         let last =
             self.flags & 0xffff | u32::from(self.kind & 0xff) << 16 | u32::from(self.op) << 24;
         let words = [
@@ -49,17 +50,17 @@ impl PacketHeader {
             self.len,
             last,
         ];
-        let mut frame = [0; FRAME_BYTES];
-        for (to, word) in frame.chunks_exact_mut(4).zip(words) {
+        let mut encoded = [0; PACKET_HEADER_BYTES];
+        for (to, word) in encoded.chunks_exact_mut(4).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }
-        frame
+        encoded
     }
 }
 
-fn words(frame: &[u8; FRAME_BYTES]) -> [u32; 6] {
+fn words(encoded: &[u8; PACKET_HEADER_BYTES]) -> [u32; 6] {
     core::array::from_fn(|n| {
-        let bytes = core::array::from_fn(|i| frame[4 * n + i]);
+        let bytes = core::array::from_fn(|i| encoded[4 * n + i]);
         u32::from_le_bytes(bytes)
     })
 }
@@ -68,7 +69,7 @@ fn words(frame: &[u8; FRAME_BYTES]) -> [u32; 6] {
 mod tests {
     use super::*;
 
-    const GOLDEN: [u8; FRAME_BYTES] = [
+    const GOLDEN: [u8; PACKET_HEADER_BYTES] = [
         0x44, 0x33, 0x22, 0x11, // src_port 0x11223344
         0xe5, 0x02, 0, 0, // dst_port 741
         0x00, 0x00, 0x04, 0x00, // buf_alloc 256 KiB
@@ -91,7 +92,7 @@ mod tests {
             buf_alloc: 256 * 1024,
             fwd_cnt: u32::MAX,
         };
-        assert_eq!(h.to_frame(), GOLDEN);
-        assert_eq!(PacketHeader::from_frame(&GOLDEN), h);
+        assert_eq!(h.to_ring_bytes(), GOLDEN);
+        assert_eq!(PacketHeader::from_ring_bytes(&GOLDEN), h);
     }
 }

@@ -1,16 +1,16 @@
-//! One split virtqueue (virtio 1.3 §2.7) as a burst sees it: heads out of the available ring, used elements in, and
-//! **one** store of the used index a burst.
+//! One split virtqueue (virtio 1.3 §2.7) as a burst uses it: it takes heads from the available ring, writes used
+//! elements, and stores the used index **once** per burst.
 //!
-//! `virtio_queue::Queue` holds and checks the configuration; its `add_used` publishes the index with every chain,
-//! and its iterator ends silently on a broken chain, so what runs per packet stands here and in `chain.rs`.
+//! `virtio_queue::Queue` holds and checks the configuration. Its `add_used` publishes the index with every chain, and
+//! its iterator ends silently at a broken chain. So the code for each packet is here and in `chain.rs`.
 //!
 //! Rules:
-//! - Both our indices are private; the guest's are read once, checked, and kept (`seen_avail`).
-//! - Used elements are plain stores; the index that covers them is stored `Release` in [`Ring::publish`], and only
-//!   after a SeqCst fence does [`Ring::must_tell`] ask whether the driver wants to hear of it: SYNC(used) pairs with the driver's
-//!   "store used_event, full barrier, load used index".
-//! - [`Ring::enable_notify`] stores where we stopped, fences, and looks again: SYNC(avail) pairs with the driver's
-//!   "store avail index, full barrier, load avail_event".
+//! - Both of the device's indices are private. The driver's index is read once, checked, and kept (`seen_avail`).
+//! - Used elements are plain stores. [`Virtqueue::publish`] stores the index that covers them with `Release`. Only
+//!   after a SeqCst fence does [`Virtqueue::must_notify`] check whether the driver wants a notification: SYNC(used)
+//!   pairs with the driver's "store used_event, full barrier, load used index".
+//! - [`Virtqueue::enable_notify`] stores the position where the device stopped, does a fence, and reads the index
+//!   again: SYNC(avail) pairs with the driver's "store avail index, full barrier, load avail_event".
 
 use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
@@ -22,7 +22,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 use super::ActivateError;
 use crate::carrier::CarrierFault;
 
-/// Largest queue that the device takes, descriptors.
+/// Largest queue that the device accepts, in descriptors.
 pub const QUEUE_MAX: u16 = 1024;
 
 const RING_HEADER: u64 = 4;
@@ -31,7 +31,7 @@ const USED_ELEMENT: u64 = 8;
 
 /// A virtqueue in use.
 #[derive(Debug)]
-pub(crate) struct Ring {
+pub(crate) struct Virtqueue {
     size: u16,
     desc: GuestAddress,
     avail: GuestAddress,
@@ -39,18 +39,19 @@ pub(crate) struct Ring {
     event_idx: bool,
     indirect: bool,
     next_avail: Wrapping<u16>,
-    /// The available index as last read and checked: heads before it are there to take.
+    /// The driver's available index as last read and checked. Heads before it can be taken.
     seen_avail: Wrapping<u16>,
     next_used: Wrapping<u16>,
     published_used: Wrapping<u16>,
-    /// Up to where it was asked whether the driver wants to hear; `None`: another device stood here, and it is not known.
-    told_used: Option<Wrapping<u16>>,
-    /// Notifications from the driver are switched off (without EVENT_IDX only).
+    /// Used index at the last check whether the driver wants a notification. `None` after another process served the
+    /// queue: its value is unknown.
+    checked_used: Option<Wrapping<u16>>,
+    /// The device has asked the driver for no notifications (only used without EVENT_IDX).
     quiet: bool,
 }
 
-impl Ring {
-    /// Takes over a queue that the bus has configured, from where it stands.
+impl Virtqueue {
+    /// Takes over a queue that the bus has configured, at its current position.
     pub(crate) fn new<M: GuestMemory>(
         index: u16,
         queue: &Queue,
@@ -66,7 +67,7 @@ impl Ring {
                 max: QUEUE_MAX,
             });
         }
-        // An address of 0 is one that was never set (or set misaligned, which `Queue` ignores).
+        // An address of 0 was never set (or set misaligned, which `Queue` ignores).
         let (avail, used) = (queue.avail_ring(), queue.used_ring());
         if avail == 0 || used == 0 || !queue.is_valid(mem) {
             return Err(ActivateError::QueueAddress {
@@ -87,12 +88,12 @@ impl Ring {
             seen_avail: Wrapping(queue.next_avail()),
             next_used: Wrapping(queue.next_used()),
             published_used: Wrapping(queue.next_used()),
-            told_used: (queue.next_used() == 0).then_some(Wrapping(0)),
+            checked_used: (queue.next_used() == 0).then_some(Wrapping(0)),
             quiet: false,
         })
     }
 
-    /// Tells whether the three parts still lie in `mem`.
+    /// Returns true if all three parts of the queue are in `mem`.
     pub(crate) fn lies_in<M: GuestMemory>(&self, mem: &M) -> bool {
         use vm_memory::Permissions::{Read, Write};
         let n = usize::from(self.size);
@@ -101,7 +102,7 @@ impl Ring {
             && mem.check_range(self.used, 6 + 8 * n, Write)
     }
 
-    /// The error that says that it does not.
+    /// The error for a queue that is not in guest memory.
     pub(crate) fn not_in_memory(&self, queue: u16) -> ActivateError {
         ActivateError::QueueAddress {
             queue,
@@ -119,7 +120,7 @@ impl Ring {
         self.desc
     }
 
-    /// Guest addresses of descriptors, available ring and used ring.
+    /// Guest addresses of the descriptor table, the available ring and the used ring.
     pub(crate) fn addresses(&self) -> [u64; 3] {
         [self.desc.0, self.avail.0, self.used.0]
     }
@@ -128,7 +129,7 @@ impl Ring {
         self.indirect
     }
 
-    /// Position in the available ring: what a vhost-user frontend calls the base.
+    /// Position in the available ring; vhost-user frontends call it the base.
     pub(crate) fn base(&self) -> u16 {
         self.next_avail.0
     }
@@ -159,7 +160,7 @@ impl Ring {
             Ordering::Relaxed,
         )?;
         if head >= self.size {
-            // There is no id under which such a chain could be given back.
+            // The chain cannot be returned, because it has no valid id.
             return Err(CarrierFault {
                 what: "head of a chain is outside the descriptor table",
                 value: u64::from(head),
@@ -169,7 +170,7 @@ impl Ring {
         Ok(Some(head))
     }
 
-    /// Head of the chain `n` behind the next one, if the driver is known to have posted it and it is one.
+    /// Head of the n-th chain after the next one, if the driver is known to have posted it and the head is valid.
     pub(crate) fn ahead<M: GuestMemory>(&self, mem: &M, n: u16) -> Option<u16> {
         let at = self.next_avail + Wrapping(n);
         if (self.seen_avail - at).0.wrapping_sub(1) >= self.size {
@@ -181,12 +182,12 @@ impl Ring {
         (head < self.size).then_some(head)
     }
 
-    /// Takes the chain that `peek` showed.
+    /// Takes the chain that `peek` returned.
     pub(crate) fn advance(&mut self) {
         self.next_avail += 1;
     }
 
-    /// Writes a used element; the driver sees it after `publish`.
+    /// Writes a used element. The driver sees it after `publish`.
     pub(crate) fn push_used<M: GuestMemory>(
         &mut self,
         mem: &M,
@@ -198,17 +199,17 @@ impl Ring {
         // struct virtq_used_elem { le32 id; le32 len; }
         let element = u64::from(len) << 32 | u64::from(head);
         mem.write_obj(element.to_le(), addr)
-            .map_err(|e| memory_fault("used ring", addr, &e))?;
+            .map_err(|e| memory_fault("used vq", addr, &e))?;
         self.next_used += 1;
         Ok(())
     }
 
-    /// Used elements that the driver does not see yet.
+    /// Number of used elements that the driver does not see yet.
     pub(crate) fn unpublished(&self) -> u16 {
         (self.next_used - self.published_used).0
     }
 
-    /// Shows the driver all used elements since the last call. Returns whether there were any.
+    /// Publishes all used elements since the last call. Returns true if there were any.
     pub(crate) fn publish<M: GuestMemory>(&mut self, mem: &M) -> Result<bool, CarrierFault> {
         if self.published_used == self.next_used {
             return Ok(false);
@@ -218,20 +219,20 @@ impl Ring {
         Ok(true)
     }
 
-    /// Tells whether the driver must be notified of what was published since the last call.
-    pub(crate) fn must_tell<M: GuestMemory>(&mut self, mem: &M) -> Result<bool, CarrierFault> {
-        let (old, new) = (self.told_used, self.published_used);
+    /// Returns true if the driver must be notified of the elements that were published since the last call.
+    pub(crate) fn must_notify<M: GuestMemory>(&mut self, mem: &M) -> Result<bool, CarrierFault> {
+        let (old, new) = (self.checked_used, self.published_used);
         if old == Some(new) {
             return Ok(false);
         }
-        self.told_used = Some(new);
+        self.checked_used = Some(new);
         let Some(old) = old else { return Ok(true) };
-        // SYNC(used): the index is out before the driver's wish is read.
+        // SYNC(used): the used index must be visible before the driver's used_event is read.
         fence(Ordering::SeqCst);
         if self.event_idx {
             let offset = RING_HEADER + u64::from(self.size) * AVAIL_ELEMENT;
             let event = Wrapping(self.load(mem, self.avail, offset, Ordering::Relaxed)?);
-            // virtio 1.3 §2.7.7: the driver is told when the index passes its event.
+            // virtio 1.3 §2.7.7: the driver is notified when the index passes used_event.
             Ok(new - event - Wrapping(1) < new - old)
         } else {
             let flags = self.load(mem, self.avail, 0, Ordering::Relaxed)?;
@@ -239,12 +240,12 @@ impl Ring {
         }
     }
 
-    /// Whether something was published, by us or the device before, since `must_tell` was asked.
-    pub(crate) fn is_untold(&self) -> bool {
-        self.told_used != Some(self.published_used)
+    /// Returns true if elements were published, by this or an earlier device, since the last `must_notify`.
+    pub(crate) fn is_notification_due(&self) -> bool {
+        self.checked_used != Some(self.published_used)
     }
 
-    /// Asks for a kick with the next chain. Returns true if one is there already.
+    /// Asks for a kick with the next chain. Returns true if a chain is already there.
     pub(crate) fn enable_notify<M: GuestMemory>(&mut self, mem: &M) -> Result<bool, CarrierFault> {
         if self.event_idx {
             let offset = RING_HEADER + u64::from(self.size) * USED_ELEMENT;
@@ -253,13 +254,14 @@ impl Ring {
             self.store(mem, self.used, 0, 0, Ordering::Relaxed)?;
             self.quiet = false;
         }
-        // SYNC(avail): the wish is out before the index is read again.
+        // SYNC(avail): avail_event must be visible before the index is read again.
         fence(Ordering::SeqCst);
         let idx = self.load(mem, self.avail, 2, Ordering::Relaxed)?;
         Ok(idx != self.next_avail.0)
     }
 
-    /// Tells the driver that kicks are not needed. With EVENT_IDX one kick an `enable_notify` is all there is.
+    /// Asks the driver for no kicks. With EVENT_IDX the driver kicks only once after each `enable_notify`, so nothing
+    /// is needed.
     pub(crate) fn disable_notify<M: GuestMemory>(&mut self, mem: &M) -> Result<(), CarrierFault> {
         if !self.event_idx && !self.quiet {
             let flag = VRING_USED_F_NO_NOTIFY as u16;
@@ -279,7 +281,7 @@ impl Ring {
         let addr = at(base, offset)?;
         mem.load(addr, order)
             .map(u16::from_le)
-            .map_err(|e| memory_fault("available ring", addr, &e))
+            .map_err(|e| memory_fault("available vq", addr, &e))
     }
 
     fn store<M: GuestMemory>(
@@ -292,7 +294,7 @@ impl Ring {
     ) -> Result<(), CarrierFault> {
         let addr = at(base, offset)?;
         mem.store(value.to_le(), addr, order)
-            .map_err(|e| memory_fault("used ring", addr, &e))
+            .map_err(|e| memory_fault("used vq", addr, &e))
     }
 }
 
@@ -301,13 +303,13 @@ fn at(base: GuestAddress, offset: u64) -> Result<GuestAddress, CarrierFault> {
         .checked_add(offset)
         .map(GuestAddress)
         .ok_or(CarrierFault {
-            what: "ring address wraps",
+            what: "queue address wraps",
             value: base.0,
             limit: u64::MAX - offset,
         })
 }
 
-/// A ring that lay in guest memory when it was set up no longer does.
+/// A part of the queue that was in guest memory at setup no longer is.
 fn memory_fault(what: &'static str, addr: GuestAddress, e: &GuestMemoryError) -> CarrierFault {
     tracing::debug!(addr = addr.0, error = %e, "{what} is not accessible");
     CarrierFault {

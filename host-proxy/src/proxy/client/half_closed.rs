@@ -1,0 +1,78 @@
+//! A client that has ended its sending while its request is under way: it waits for its answer, or it is gone.
+//!
+//! `printf 'GET …' | nc -N` ends its sending and reads on. A client that is killed ends its sending too, as its kernel has it,
+//! and TCP shows the same FIN for both: only who sends to the client finds out, as a kernel without the socket answers with a
+//! reset. So the client is taken to be there, and this is how its end is found:
+//!
+//! | | what finds it |
+//! |---|---|
+//! | its answer has not begun | after [`ASK_AFTER`], an interim answer (`100 Continue`, RFC 9110 §15.2), which a client that is there skips |
+//! | its answer is under way | the next bytes of it |
+//! | neither, also in HTTP/1.0, which has no interim answers | keep-alive of TCP: a reset as soon as the client's kernel has forgotten the socket (a minute, on Linux) |
+//!
+//! The limits of a dial and of an answer hold besides. A client whose kernel sends a reset at once, as it does where bytes of the
+//! answer were not read, is gone without any of this.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use adit_channel::socket_end;
+use rustix::net::sockopt;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// How long an answer may take before a client that ended its sending is asked whether it is there.
+const ASK_AFTER: Duration = Duration::from_secs(3);
+/// How often it is looked at: after an end of file, epoll says nothing of a reset that tokio would pass on.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long the connection is silent before TCP asks, and how often it asks then.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// Any client of HTTP/1.1 skips it.
+const INTERIM: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+
+/// Since when it is so.
+#[derive(Debug)]
+pub(super) struct HalfClosed {
+    since: Instant,
+    look: Pin<Box<Sleep>>,
+    asked: bool,
+}
+
+impl HalfClosed {
+    /// From now on.
+    pub(super) fn new(client: &TcpStream) -> Self {
+        // Without them, the answer's bytes still find a client that is gone.
+        let _ = sockopt::set_tcp_keepidle(client, KEEP_ALIVE)
+            .and_then(|()| sockopt::set_tcp_keepintvl(client, KEEP_ALIVE))
+            .and_then(|()| sockopt::set_socket_keepalive(client, true));
+        let since = Instant::now();
+        Self {
+            since,
+            look: Box::pin(sleep_until(since + LOOK)),
+            asked: false,
+        }
+    }
+
+    /// Ready once the client is gone. `may_ask`: no byte of an answer is written, and one of HTTP/1.1 may be.
+    pub(super) fn poll_gone(
+        &mut self,
+        cx: &mut Context<'_>,
+        client: &TcpStream,
+        may_ask: bool,
+    ) -> Poll<()> {
+        while self.look.as_mut().poll(cx).is_ready() {
+            if socket_end::is_closed(client) {
+                return Poll::Ready(());
+            }
+            if may_ask && !self.asked && self.since.elapsed() >= ASK_AFTER {
+                self.asked = true;
+                // A new connection's buffer takes it whole; an error is seen by the next look.
+                let _ = client.try_write(INTERIM);
+            }
+            let next = Instant::now() + LOOK;
+            self.look.as_mut().reset(next);
+        }
+        Poll::Pending
+    }
+}

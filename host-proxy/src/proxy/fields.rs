@@ -1,0 +1,241 @@
+//! Which header fields concern one connection only, and what the next connection gets in their place (RFC 9110 §7.6.1).
+//!
+//! | field | on the way |
+//! |---|---|
+//! | `Connection` and what it names, `Keep-Alive`, `Proxy-Connection`, `Transfer-Encoding`, `Proxy-Auth…` | taken out |
+//! | `TE` | taken out; `TE: trailers` is said again |
+//! | `Upgrade` | taken out; said again where an upgrade is possible ([`Hop::upgrade`]) |
+//! | `Trailer` | carried where the trailers are |
+//! | everything else | carried, in its order and spelling |
+
+use hyper::Version;
+use hyper::header::{
+    AUTHORIZATION, CONNECTION, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA, WWW_AUTHENTICATE,
+};
+use hyper::http::header::GetAll;
+
+/// Authentication schemes that let a connection in, and not a request: such a connection is one client's.
+const OF_A_CONNECTION: [&str; 2] = ["ntlm", "negotiate"];
+
+/// What a message says about its connection that the next connection must be told, too.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Hop {
+    /// The sender takes trailers.
+    pub(super) trailers: bool,
+    /// The protocols that may be spoken instead of HTTP/1.1.
+    pub(super) upgrade: Option<HeaderValue>,
+}
+
+impl Hop {
+    /// Takes out of a message what concerns its connection only.
+    pub(super) fn take_from(headers: &mut HeaderMap) -> Self {
+        let named: Vec<HeaderName> = words(headers.get_all(CONNECTION))
+            .filter_map(|name| name.parse().ok())
+            .collect();
+        let trailers = words(headers.get_all(TE)).any(|w| w.eq_ignore_ascii_case("trailers"));
+        let upgrade = named.contains(&UPGRADE).then(|| upgrade(headers));
+        let own = ["proxy-connection", "keep-alive"].map(HeaderName::from_static);
+        let ours = [
+            CONNECTION,
+            TE,
+            TRANSFER_ENCODING,
+            UPGRADE,
+            PROXY_AUTHORIZATION,
+            PROXY_AUTHENTICATE,
+        ];
+        retain(headers, |name| {
+            !named.contains(name) && !own.contains(name) && !ours.contains(name)
+        });
+        Self {
+            trailers,
+            upgrade: upgrade.flatten(),
+        }
+    }
+
+    /// Without what only a request says.
+    pub(super) fn upgrade_only(self) -> Self {
+        Self {
+            trailers: false,
+            ..self
+        }
+    }
+
+    /// Says it on the next connection.
+    pub(super) fn put_into(self, headers: &mut HeaderMap) {
+        let mut named = Vec::new();
+        if self.trailers {
+            headers.insert(TE, HeaderValue::from_static("trailers"));
+            named.push("TE");
+        }
+        if let Some(protocols) = self.upgrade {
+            headers.insert(UPGRADE, protocols);
+            named.push("Upgrade");
+        }
+        if let Ok(named) = HeaderValue::from_str(&named.join(", "))
+            && !named.is_empty()
+        {
+            headers.insert(CONNECTION, named);
+        }
+    }
+}
+
+/// The protocols of an `Upgrade`. Not HTTP/2: its settings are a field of one connection, and without them nobody changes.
+fn upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
+    let protocols: Vec<&str> = words(headers.get_all(UPGRADE)).collect();
+    if protocols.is_empty() || protocols.iter().any(|p| p.eq_ignore_ascii_case("h2c")) {
+        return None;
+    }
+    HeaderValue::from_str(&protocols.join(", ")).ok()
+}
+
+/// The elements of a list, without their parameters.
+fn words(values: GetAll<'_, HeaderValue>) -> impl Iterator<Item = &str> {
+    values
+        .into_iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|word| word.split(';').next())
+        .map(str::trim)
+        .filter(|word| !word.is_empty())
+}
+
+/// Takes fields out and leaves the others in their order, which `HeaderMap::remove` does not.
+fn retain(headers: &mut HeaderMap, keep: impl Fn(&HeaderName) -> bool) {
+    if headers.keys().all(&keep) {
+        return;
+    }
+    let mut kept = HeaderMap::with_capacity(headers.len());
+    let mut current = None;
+    for (name, value) in headers.drain() {
+        current = name.or(current);
+        if let Some(name) = current.as_ref().filter(|name| keep(name)) {
+            kept.append(name, value);
+        }
+    }
+    *headers = kept;
+}
+
+/// Takes out the announcement of trailers that will not come.
+pub(super) fn without_trailers(headers: &mut HeaderMap) {
+    retain(headers, |name| *name != TRAILER);
+}
+
+/// Says that a message of this version came by way of us.
+pub(super) fn add_via(headers: &mut HeaderMap, received: Version) {
+    let via = match received {
+        Version::HTTP_10 => "1.0 adit",
+        _ => "1.1 adit",
+    };
+    headers.append(VIA, HeaderValue::from_static(via));
+}
+
+/// Whether a message is part of an authentication that is a whole connection's.
+pub(super) fn binds_connection(headers: &HeaderMap) -> bool {
+    [AUTHORIZATION, WWW_AUTHENTICATE].iter().any(|name| {
+        let schemes = words(headers.get_all(name)).filter_map(|word| word.split(' ').next());
+        schemes.into_iter().any(|scheme| {
+            OF_A_CONNECTION
+                .iter()
+                .any(|s| scheme.eq_ignore_ascii_case(s))
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(fields: &[(&'static str, &str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in fields {
+            headers.append(*name, value.parse().unwrap());
+        }
+        headers
+    }
+
+    fn names(headers: &HeaderMap) -> Vec<&str> {
+        headers.keys().map(HeaderName::as_str).collect()
+    }
+
+    #[test]
+    fn hop_by_hop_fields_and_those_named_by_connection_are_taken_out() {
+        let mut h = headers(&[
+            ("connection", "close, X-Private"),
+            ("x-private", "1"),
+            ("proxy-authorization", "Basic x"),
+            ("te", "deflate;q=0.5"),
+            ("upgrade", "websocket"),
+            ("proxy-connection", "keep-alive"),
+            ("accept", "*/*"),
+        ]);
+        assert_eq!(Hop::take_from(&mut h), Hop::default());
+        assert_eq!(names(&h), ["accept"]);
+    }
+
+    #[test]
+    fn fields_keep_their_order_whatever_is_taken_out_between_them() {
+        let mut h = headers(&[
+            ("connection", "b"),
+            ("a", "1"),
+            ("b", "2"),
+            ("c", "3"),
+            ("a", "4"),
+            ("te", "trailers"),
+            ("d", "5"),
+            ("e", "6"),
+        ]);
+        Hop::take_from(&mut h);
+        assert_eq!(names(&h), ["a", "c", "d", "e"]);
+        assert_eq!(h.get_all("a").iter().collect::<Vec<_>>(), ["1", "4"]);
+    }
+
+    #[test]
+    fn trailers_and_upgrades_are_said_again_on_the_next_connection() {
+        let mut h = headers(&[
+            ("connection", "keep-alive, Upgrade"),
+            ("upgrade", "websocket"),
+            ("te", "gzip, trailers;q=1"),
+        ]);
+        let hop = Hop::take_from(&mut h);
+        assert!(h.is_empty());
+        hop.put_into(&mut h);
+        let expected = headers(&[
+            ("te", "trailers"),
+            ("upgrade", "websocket"),
+            ("connection", "TE, Upgrade"),
+        ]);
+        assert_eq!(h, expected);
+    }
+
+    #[test]
+    fn an_upgrade_needs_connection_and_is_never_to_http_2() {
+        for fields in [
+            &[("upgrade", "websocket")][..],
+            &[("connection", "upgrade"), ("upgrade", "h2c")],
+            &[("connection", "upgrade")],
+        ] {
+            let mut h = headers(fields);
+            assert_eq!(Hop::take_from(&mut h).upgrade, None, "{fields:?}");
+            Hop::default().put_into(&mut h);
+            assert!(h.is_empty(), "{fields:?}");
+        }
+    }
+
+    #[test]
+    fn schemes_that_let_a_connection_in_are_known() {
+        for (name, value, binds) in [
+            ("authorization", "NTLM TlRMTVNTUAAB", true),
+            ("authorization", "Basic eA==", false),
+            ("www-authenticate", "Basic realm=\"x\", Negotiate", true),
+            ("www-authenticate", "Digest realm=\"ntlm\"", false),
+            ("x-other", "NTLM", false),
+        ] {
+            assert_eq!(
+                binds_connection(&headers(&[(name, value)])),
+                binds,
+                "{value}"
+            );
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! One HTTP/1.1 connection to a server in a guest: dialled, asked, used again or ended in order.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_port::control::{DialFailed, Target};
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{Builder, Connection, Parts, SendRequest};
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use super::authority::Destination;
+use super::bodies::Watch;
+use super::ends::{GuestIo, Heard};
+use super::patience::{Moved, in_time};
+use super::pool::{IDLE_LIMIT, Pool, Route};
+use super::problem::{Body, Problem};
+use super::{Admitted, dial, internal, socket_pair};
+use crate::listen::Share;
+use crate::passing::Socket;
+use crate::state::State;
+use adit_tasks::VmId;
+
+/// Most header fields of an answer. Programs set a cookie for each thing that they keep; curl takes as many, too.
+const FIELDS_MAX: usize = 1000;
+
+/// What is left of a connection that speaks HTTP no more: the stream, and what was read from it already.
+pub(super) type Left = Parts<TokioIo<GuestIo>>;
+
+/// A connection. Dropped, it ends in order once nothing is under way on it.
+pub(super) struct Guest {
+    id: u64,
+    sender: SendRequest<Body>,
+    heard: Heard,
+    /// To whom the driver hands the stream after an upgrade; dropped: it ends the stream.
+    claim: Option<oneshot::Sender<oneshot::Sender<Left>>>,
+}
+
+/// Why there is no answer.
+pub(super) struct Failed {
+    /// For the client.
+    pub(super) problem: Problem,
+    /// The connection ended before any byte of an answer came.
+    pub(super) unheard: bool,
+}
+
+impl Guest {
+    /// Dials.
+    pub(super) async fn connect(
+        state: &State,
+        admitted: &Admitted,
+        to: &Destination,
+    ) -> Result<Self, Problem> {
+        let stream = dial(&admitted.link, to).await?;
+        let (ours, theirs) = socket_pair().map_err(|e| internal("no socket", e))?;
+        if !state.room.spares(&ours) || !state.room.spares(&theirs) {
+            state.pool.clear();
+            return Err(Problem::busy("aditd has few descriptors left"));
+        }
+        let ours = Socket::new(ours, stream.closer()).map_err(|e| internal("no socket", e))?;
+        let heard = Heard::default();
+        // Nobody knows how a listener without an agent ends its streams: most programs just close.
+        let in_order = matches!(to.target, Target::Service(_));
+        let ours = GuestIo::new(ours, in_order, heard.clone());
+        stream
+            .attach(OwnedFd::from(theirs), Vec::new())
+            .await
+            .map_err(|e: DialFailed| Problem::of_dial(to, &e))?;
+        let (sender, connection) = Builder::new()
+            .preserve_header_case(true)
+            .title_case_headers(true)
+            .max_headers(FIELDS_MAX)
+            .handshake(TokioIo::new(ours))
+            .await
+            .map_err(|e| incomplete(to, &e))?;
+        let (claim, claimed) = oneshot::channel();
+        let id = state.pool.next_id();
+        let removed = admitted.vm.removed.clone();
+        tokio::spawn(drive(connection, id, state.pool.clone(), removed, claimed));
+        Ok(Self {
+            id,
+            sender,
+            heard,
+            claim: Some(claim),
+        })
+    }
+
+    /// Whether it can be asked right now. It may still be closing.
+    pub(super) fn is_ready(&self) -> bool {
+        self.sender.is_ready()
+    }
+
+    /// Asks, and waits for the head of the answer for as long as the body of the request moves, and `limit` after that.
+    pub(super) async fn ask(
+        &mut self,
+        to: &Destination,
+        request: Request<Body>,
+        moved: &Moved,
+        limit: Duration,
+    ) -> Result<Response<Incoming>, Failed> {
+        let before = self.heard.bytes();
+        match in_time(self.sender.send_request(request), moved, limit).await {
+            Some(Ok(response)) => Ok(response),
+            Some(Err(e)) => Err(Failed {
+                problem: incomplete(to, &e),
+                unheard: self.heard.bytes() == before,
+            }),
+            None => {
+                let detail = format!(
+                    "VM `{}` port {}: no answer began within {limit:?}",
+                    to.vm, to.port
+                );
+                let status = StatusCode::GATEWAY_TIMEOUT;
+                Err(Failed {
+                    problem: Problem::new(status, "http_response_timeout", detail),
+                    unheard: false,
+                })
+            }
+        }
+    }
+
+    /// The stream, after the server has changed to another protocol.
+    pub(super) fn switched(mut self) -> oneshot::Receiver<Left> {
+        let (hand, left) = oneshot::channel();
+        if let Some(claim) = self.claim.take() {
+            // Without its driver there is nothing to hand over, and the receiver sees that.
+            let _ = claim.send(hand);
+        }
+        left
+    }
+}
+
+/// Drives a connection until it is over, and ends it in order or hands its stream on.
+async fn drive(
+    connection: Connection<TokioIo<GuestIo>, Body>,
+    id: u64,
+    pool: Arc<Pool>,
+    removed: CancellationToken,
+    claimed: oneshot::Receiver<oneshot::Sender<Left>>,
+) {
+    let ended = connection.without_shutdown();
+    tokio::pin!(ended);
+    let mut look = tokio::time::Instant::now() + IDLE_LIMIT;
+    let mut is_removed = false;
+    let ended = loop {
+        tokio::select! {
+            ended = &mut ended => break ended,
+            () = tokio::time::sleep_until(look) => look = pool.expire(id),
+            () = removed.cancelled(), if !is_removed => {
+                is_removed = true;
+                pool.forget(id);
+            }
+        }
+    };
+    pool.forget(id);
+    match ended {
+        Ok(left) => {
+            let unclaimed = match claimed.await {
+                Ok(to) => to.send(left).err(),
+                Err(_) => Some(left),
+            };
+            if let Some(left) = unclaimed {
+                left.io.into_inner().end().await;
+            }
+        }
+        Err(e) => tracing::debug!(error = %e, "connection to a guest ended"),
+    }
+}
+
+/// Watches the body of an answer: its end gives the connection back, and the VM's share of the proxy is held until the body
+/// is dropped.
+pub(super) struct Answering {
+    back: Option<GiveBack>,
+    _share: Share<VmId>,
+}
+
+/// A connection that may be used again, and for what.
+pub(super) struct GiveBack {
+    guest: Guest,
+    route: Route,
+    pool: Arc<Pool>,
+    removed: CancellationToken,
+}
+
+impl Answering {
+    pub(super) fn new(back: Option<GiveBack>, share: Share<VmId>) -> Self {
+        Self {
+            back,
+            _share: share,
+        }
+    }
+}
+
+impl Watch for Answering {
+    fn ended(&mut self) {
+        if let Some(back) = self.back.take() {
+            back.now();
+        }
+    }
+}
+
+impl GiveBack {
+    pub(super) fn new(state: &State, admitted: &Admitted, route: Route, mut guest: Guest) -> Self {
+        guest.claim = None;
+        Self {
+            guest,
+            route,
+            pool: state.pool.clone(),
+            removed: admitted.vm.removed.clone(),
+        }
+    }
+
+    /// The answer has ended. The connection waits for the next request as soon as both sides have said all, if it is still
+    /// open then.
+    pub(super) fn now(self) {
+        if self.guest.is_ready() {
+            self.put();
+        } else {
+            let mut back = self;
+            tokio::spawn(async move {
+                if back.guest.sender.ready().await.is_ok() {
+                    back.put();
+                }
+            });
+        }
+    }
+
+    fn put(self) {
+        if !self.removed.is_cancelled() {
+            self.pool.put(self.guest.id, self.route, self.guest);
+        }
+    }
+}
+
+fn incomplete(to: &Destination, e: &hyper::Error) -> Problem {
+    let detail = format!("VM `{}` port {}: {e}", to.vm, to.port);
+    Problem::new(StatusCode::BAD_GATEWAY, "http_response_incomplete", detail)
+}

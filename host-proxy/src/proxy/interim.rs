@@ -1,0 +1,119 @@
+//! Interim answers of a guest's server (`103 Early Hints`, RFC 9110 §15.2) on their way to the client.
+//!
+//! hyper's server cannot send any, so they pass it by: they are written when hyper has nothing to write itself, and the final
+//! answer is given to hyper only after them. `100 Continue` is hyper's own ([`Expected`](super::bodies::Expected)).
+
+use std::future::poll_fn;
+use std::io::{self, Write as _};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
+
+use bytes::{Buf, BytesMut};
+use hyper::StatusCode;
+use hyper::header::HeaderMap;
+use tokio::io::AsyncWrite;
+use tokio::net::TcpStream;
+
+use super::fields::Hop;
+
+/// Bytes of them that wait for a client at most; what is more is left out.
+const BYTES_MAX: usize = 32 << 10;
+
+/// Those of one client's connection.
+#[derive(Clone, Default)]
+pub(super) struct Interim(Arc<Mutex<Queue>>);
+
+#[derive(Default)]
+struct Queue {
+    bytes: BytesMut,
+    /// Some of the bytes are written, so the others must follow.
+    begun: bool,
+    /// Writes to the client.
+    writer: Option<Waker>,
+    /// Has the final answer.
+    answer: Option<Waker>,
+}
+
+impl Interim {
+    /// Adds an answer.
+    pub(super) fn push(&self, status: StatusCode, mut headers: HeaderMap) {
+        Hop::take_from(&mut headers);
+        let reason = status.canonical_reason().unwrap_or_default();
+        let mut text = Vec::new();
+        // Writing to a vector cannot fail.
+        let _ = write!(text, "HTTP/1.1 {} {reason}\r\n", status.as_str());
+        for (name, value) in &headers {
+            text.extend(name.as_str().bytes());
+            text.extend(b": ");
+            text.extend(value.as_bytes());
+            text.extend(b"\r\n");
+        }
+        text.extend(b"\r\n");
+        let mut queue = self.queue();
+        if queue.bytes.len() + text.len() > BYTES_MAX {
+            return;
+        }
+        queue.bytes.extend_from_slice(&text);
+        if let Some(writer) = queue.writer.take() {
+            writer.wake();
+        }
+    }
+
+    /// Waits until all of them are written.
+    pub(super) async fn written(&self) {
+        poll_fn(|cx| {
+            let mut queue = self.queue();
+            if queue.bytes.is_empty() {
+                return Poll::Ready(());
+            }
+            queue.answer = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// There will be another final answer than the one that they announced.
+    pub(super) fn forget(&self) {
+        let mut queue = self.queue();
+        if !queue.begun {
+            queue.bytes.clear();
+        }
+    }
+
+    /// Writes all of them: nobody else has anything to write.
+    pub(super) fn poll_write(
+        &self,
+        cx: &mut Context<'_>,
+        client: &mut TcpStream,
+    ) -> Poll<io::Result<()>> {
+        let mut queue = self.queue();
+        while !queue.bytes.is_empty() {
+            let n = ready!(Pin::new(&mut *client).poll_write(cx, &queue.bytes))?;
+            queue.bytes.advance(n);
+            queue.begun = !queue.bytes.is_empty();
+        }
+        queue.writer = Some(cx.waker().clone());
+        if let Some(answer) = queue.answer.take() {
+            answer.wake();
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Writes the rest of what has begun: somebody has something else to write.
+    pub(super) fn poll_finish(
+        &self,
+        cx: &mut Context<'_>,
+        client: &mut TcpStream,
+    ) -> Poll<io::Result<()>> {
+        let begun = self.queue().begun;
+        match begun {
+            true => self.poll_write(cx, client),
+            false => Poll::Ready(Ok(())),
+        }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
