@@ -51,7 +51,12 @@ mod tests {
             .stdin(std::process::Stdio::piped())
             .spawn()
             .unwrap();
-        let found = settings_of(child.id(), &spec);
+        // Started, it has a command line a moment later.
+        let mut found = settings_of(child.id(), &spec);
+        while found == spec {
+            std::thread::yield_now();
+            found = settings_of(child.id(), &spec);
+        }
         assert_eq!((found.busy_poll_us, found.ivshmem_mib), (50, 4));
         assert!(found.allow_any_memory);
         drop(child.stdin.take());

@@ -7,7 +7,8 @@
 //! | `registry`, `vm`, `fault` | the VMs by name; one of them; what is wrong with it |
 //! | `vms`, `vm_dir` | how a VM comes, changes and goes; what becomes of its directory |
 //! | `supervisor`, `spawn`, `link` | finds or starts a VM's port process; from which thread; speaks to it |
-//! | `uids`, `cgroup`, `whose`, `arguments` | a user and a cgroup for each port process; which process answers; what it was started with |
+//! | `uids`, `cgroup` | a user and a cgroup for each port process |
+//! | `whose`, `arguments` | which process answers; what it was started with |
 //! | `keeper`, `fdstore` | what a port process's successor needs; kept over the end of aditd by systemd |
 //! | `proxy` | the HTTP forward proxy |
 //! | `agent` | the tasks service that guests dial |
