@@ -296,6 +296,11 @@ pub(crate) fn overlay(who: &Identity<'_>, dir: &Path) -> anyhow::Result<PathBuf>
     Ok(root)
 }
 
+/// What is emulated where there is no KVM.
+pub(crate) fn emulated_cpu() -> String {
+    std::env::var(CPU).unwrap_or_else(|_| "max".to_owned())
+}
+
 /// Kernel parameters with the TSC's frequency. Without a PIT the kernel sometimes hangs when it measures the TSC against an
 /// emulated timer.
 pub(crate) fn tsc_arguments() -> String {
@@ -320,7 +325,7 @@ fn qemu_args(
     let accel = Accel::detect();
     let cpu = match accel {
         Accel::Kvm => "host".to_owned(),
-        Accel::Tcg => std::env::var(CPU).unwrap_or_else(|_| "max".to_owned()),
+        Accel::Tcg => emulated_cpu(),
     };
     let accel = if accel == Accel::Kvm {
         "kvm"

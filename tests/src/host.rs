@@ -223,6 +223,18 @@ impl Host {
         waited.with_context(|| format!("aditd said:\n{}", self.log()))
     }
 
+    /// Lines of a shell that say where everything is: for `demo --keep`, and for whoever types the first commands of the
+    /// README.
+    pub fn environment(&self) -> String {
+        format!(
+            "export ADIT_SOCKET={} ADIT_PROXY=http://{} ADIT_KEY={} PATH={}:$PATH\n",
+            self.run.join("aditd.sock").display(),
+            self.proxy,
+            self.dir.path().join("fleet.key").display(),
+            self.bins.display(),
+        )
+    }
+
     /// Runs `adit`.
     ///
     /// # Errors

@@ -146,6 +146,29 @@ impl Image {
         load_order(&tree.join("lib/modules").join(release), &KVM)
     }
 
+    /// Copies it to a directory, with the files below `root` on top of its initramfs.
+    ///
+    /// # Errors
+    /// A file cannot be read or written.
+    pub fn copy_to(&self, dir: &Path, root: Option<&Path>) -> anyhow::Result<Self> {
+        fs::create_dir_all(dir)?;
+        let copy = Self {
+            vmlinux: dir.join("vmlinux"),
+            bzimage: dir.join("bzImage"),
+            initrd: dir.join("initrd"),
+            disk: dir.join("state.ext4"),
+            ..self.clone()
+        };
+        fs::copy(&self.vmlinux, &copy.vmlinux)?;
+        fs::copy(&self.bzimage, &copy.bzimage)?;
+        fs::copy(&self.disk, &copy.disk)?;
+        match root {
+            Some(root) => self.with_overlay(root, &copy.initrd)?,
+            None => drop(fs::copy(&self.initrd, &copy.initrd)?),
+        }
+        Ok(copy)
+    }
+
     /// Writes an initramfs that contains the files below `root` as well.
     ///
     /// # Errors

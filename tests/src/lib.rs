@@ -7,8 +7,11 @@
 //! | `guest` | a QEMU process and its serial line |
 //! | `nested` | a guest that runs `adit-vmm` with guests of its own |
 //! | `host` | aditd with its directories; runs `adit` and `curl` |
+//! | `machine` | a machine to be set up by hand: a shell and a systemd; its changes are gone afterwards |
 //! | `connect` | a CONNECT client that keeps half-close |
+//! | `page` | the commands of a page of the documentation |
 //! | `process` | child processes that end with this one |
+//! | `shell` | a shell that commands are typed into |
 //! | `systemd` | a systemd of its own, for the unit that adit ships |
 //! | `tamper` | a signed goal with one byte changed |
 #![forbid(unsafe_code)]
@@ -18,8 +21,11 @@ pub mod cpio;
 pub mod guest;
 pub mod host;
 pub mod image;
+pub mod machine;
 pub mod nested;
+pub mod page;
 pub mod process;
+pub mod shell;
 pub mod systemd;
 pub mod tamper;
 

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use adit_benches::report::{Better, Figure};
 use adit_tests::guest::Identity;
 use adit_tests::image::{Image, Kernel};
 use adit_tests::nested::{Inner, Nested};
@@ -28,13 +29,27 @@ const FIRMWARE: [&str; 4] = [
 ];
 const SCRIPT: &str = include_str!("bench_vmm.sh");
 
-/// A figure of one VMM: its name, unit, and value in each round.
-struct Figure {
+/// What both VMMs said of one thing, round by round.
+#[derive(Default)]
+struct Rounds {
     name: String,
     unit: String,
     ours: Vec<f64>,
     qemu: Vec<f64>,
 }
+
+/// What is measured: its name in the script, its unit, and the ratio to QEMU that it must have and that we aim for. Less is
+/// better everywhere.
+const GOALS: [(&str, &str, f64, f64); 8] = [
+    ("ready", "s", 1.0, 0.8),
+    ("memory-beyond-guest", "KiB", 0.5, 0.2),
+    ("rtt-64", "us", 1.0, 0.8),
+    ("exits-64", "a trip", 1.2, 1.0),
+    ("exits-to-vmm-64", "a trip", 1.0, 0.5),
+    ("rtt-65536", "us", 1.0, 0.8),
+    ("exits-65536", "a trip", 1.2, 1.0),
+    ("exits-to-vmm-65536", "a trip", 1.0, 0.5),
+];
 
 pub fn run(json: bool) -> anyhow::Result<()> {
     setup::run()?;
@@ -86,18 +101,17 @@ fn which(program: &str) -> anyhow::Result<PathBuf> {
 
 /// Reads `FIGURE VMM NAME VALUE UNIT` lines.
 fn figures(said: &str) -> anyhow::Result<Vec<Figure>> {
-    let mut all: Vec<Figure> = Vec::new();
+    let mut all: Vec<Rounds> = Vec::new();
     for line in said.lines().filter(|l| l.starts_with("FIGURE ")) {
         let words: Vec<&str> = line.split_whitespace().collect();
         let [_, vmm, name, value, unit] = words[..] else {
             anyhow::bail!("no figure: {line}");
         };
         let at = all.iter().position(|f| f.name == name).unwrap_or_else(|| {
-            all.push(Figure {
+            all.push(Rounds {
                 name: name.to_owned(),
                 unit: unit.to_owned(),
-                ours: vec![],
-                qemu: vec![],
+                ..Rounds::default()
             });
             all.len() - 1
         });
@@ -108,29 +122,53 @@ fn figures(said: &str) -> anyhow::Result<Vec<Figure>> {
         }
     }
     anyhow::ensure!(!all.is_empty(), "no figures:\n{said}");
-    Ok(all)
+    all.iter().map(Rounds::figure).collect()
 }
 
-fn middle(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+impl Rounds {
+    fn figure(&self) -> anyhow::Result<Figure> {
+        let goal = GOALS.iter().find(|(name, ..)| *name == self.name);
+        let &(name, unit, must, aim) =
+            goal.with_context(|| format!("{} has no goal", self.name))?;
+        anyhow::ensure!(
+            unit.replace(' ', "-") == self.unit,
+            "{name} is in {}, and was to be in {unit}",
+            self.unit
+        );
+        let ours = Figure::alone(name, unit, Better::Lower, &self.ours);
+        Ok(ours.beside("QEMU microvm", &self.qemu, must, aim))
+    }
 }
 
-impl Figure {
-    fn print(&self, json: bool) {
-        let (ours, qemu) = (middle(&self.ours), middle(&self.qemu));
-        let (name, unit, ratio) = (&self.name, &self.unit, ours / qemu);
-        if json {
-            let line = serde_json::json!({
-                "bench": "vmm", "name": name, "unit": unit, "adit_vmm": ours, "qemu_microvm": qemu,
-                "ratio": ratio, "rounds": { "adit_vmm": self.ours, "qemu_microvm": self.qemu },
-            });
-            println!("{line}");
-        } else {
-            println!(
-                "{name:<28} adit-vmm {ours:>10.1} {unit:<4} QEMU {qemu:>10.1} {unit:<4} ratio {ratio:.2}"
-            );
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scripts_lines_are_figures_with_the_fields_of_every_bench() {
+        let said = "noise\nFIGURE ours ready 1.5 s\nFIGURE qemu ready 2.0 s\nFIGURE ours ready 1.0 s\n\
+                    FIGURE qemu ready 2.0 s\nFIGURE ours exits-64 6 a-trip\nFIGURE qemu exits-64 4 a-trip\n";
+        let all = figures(said).unwrap();
+        let ready = serde_json::to_value(&all[0]).unwrap();
+        for field in [
+            "name", "unit", "ours", "peer", "ratio", "must", "aim", "met", "aim_met",
+        ] {
+            assert!(!ready[field].is_null(), "{field}: {ready}");
+        }
+        assert_eq!((all[0].met, all[0].rounds), (Some(true), 2));
+        assert_eq!(all[1].met, Some(false));
+        assert!(figures("FIGURE ours unheard-of 1 s\n").is_err());
+    }
+
+    #[test]
+    fn each_figure_of_the_script_has_a_goal() {
+        for line in SCRIPT.lines().filter(|l| l.contains("echo \"FIGURE")) {
+            let name = line
+                .split_whitespace()
+                .skip_while(|w| !w.ends_with("FIGURE"))
+                .nth(2);
+            let name = name.unwrap().replace("-$len", "-64");
+            assert!(GOALS.iter().any(|(goal, ..)| *goal == name), "{line}");
         }
     }
 }

@@ -13,6 +13,7 @@ mod sim;
 mod soak;
 mod test;
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use adit_tests::image::{Image, Kernel};
@@ -52,6 +53,12 @@ enum Command {
         /// 6.1 or 6.12
         #[arg(long, default_value = "6.1")]
         kernel: Kernel,
+        /// Lay the files below DIR over it: what `adit-guest install --root DIR` wrote, for instance
+        #[arg(long, value_name = "DIR", requires = "out")]
+        root: Option<PathBuf>,
+        /// Put vmlinux, initrd and state.ext4 there
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
     },
     /// Measure, and compare with a peer in the same run
     Bench(bench::Options),
@@ -69,7 +76,9 @@ fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
-        Command::GuestImage { kernel } => guest_image(kernel).map(|()| true),
+        Command::GuestImage { kernel, root, out } => {
+            guest_image(kernel, root.as_deref(), out.as_deref()).map(|()| true)
+        }
         Command::Bench(options) => bench::run(&options),
         Command::Sim(options) => sim::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
@@ -86,10 +95,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn guest_image(kernel: Kernel) -> anyhow::Result<()> {
+fn guest_image(kernel: Kernel, root: Option<&Path>, out: Option<&Path>) -> anyhow::Result<()> {
     setup::run()?;
     setup::guest_binaries()?;
-    let image = Image::build(kernel, &|what| progress::line(what))?;
+    let mut image = Image::build(kernel, &|what| progress::line(what))?;
+    if let Some(out) = out {
+        image = image.copy_to(out, root)?;
+    }
     println!(
         "kernel  {}\ninitrd  {}\ndisk    {}",
         image.vmlinux.display(),

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use crate::progress;
 
 /// Programs that are needed, and their packages.
-const PROGRAMS: [(&str, &str); 16] = [
+const PROGRAMS: [(&str, &str); 18] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("lz4", "lz4"),
@@ -26,6 +26,8 @@ const PROGRAMS: [(&str, &str); 16] = [
     ("ssh", "openssh-client"),
     ("socat", "socat"),
     ("haproxy", "haproxy"),
+    ("dropbear", "dropbear-bin"),
+    ("sqlite3", "sqlite3"),
 ];
 /// Rust targets: for guest binaries, and for the engine without an operating system.
 const TARGETS: [&str; 3] = [

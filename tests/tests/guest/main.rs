@@ -23,6 +23,7 @@ mod ring;
 mod ring_agent;
 mod stalls;
 mod takeover;
+mod tour;
 mod upkeep;
 
 const BOOT: Duration = Duration::from_secs(60);

@@ -115,21 +115,13 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
 }
 
 fn keep(stage: &Stage) -> anyhow::Result<()> {
+    let file = adit_tests::target().join("demo.env");
+    std::fs::write(&file, stage.host.environment())?;
     println!("\nleft running; in another terminal:\n");
-    println!(
-        "  export ADIT_SOCKET={}",
-        stage.host.dir().join("run/aditd.sock").display()
-    );
-    println!(
-        "  export PATH={}:$PATH",
-        adit_tests::target().join("release").display()
-    );
+    println!("  . {}", file.display());
     println!("  adit vm ls");
-    println!("  curl -x http://{} http://web-1/", stage.host.proxy());
-    println!(
-        "  adit goal apply GOAL.yaml --sign {} --to web-1\n",
-        stage.host.dir().join("fleet.key").display()
-    );
+    println!("  curl -x $ADIT_PROXY http://web-1/");
+    println!("  adit goal apply GOAL.yaml --sign $ADIT_KEY --to web-1\n");
     println!("Enter ends it.");
     std::io::stdin()
         .read_line(&mut String::new())

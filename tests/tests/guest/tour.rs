@@ -1,0 +1,224 @@
+//! The pages are typed, from their first command to their last: README's first commands at what `demo --keep` leaves running,
+//! the rest of it and `docs/operate.md` on a machine each, with a real guest. What a page shows of an output must come.
+
+use std::fs;
+use std::ops::Range;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use adit_tests::guest::{Guest, Identity};
+use adit_tests::image::{Image, Kernel};
+use adit_tests::machine::{CLONE, Machine};
+use adit_tests::nested::Nested;
+use adit_tests::page::{self, commands};
+use adit_tests::process::wait_for;
+use adit_tests::shell::Shell;
+
+use super::{BOOT, bins, setup};
+
+/// Part of the README that is about what `cargo xtask demo --keep` left running.
+const FIRST: &str = "\n## Five commands\n";
+const THEN: &str = "\n## A tour\n";
+
+/// Commands that only look: what they show may take a moment to be so, and a person who sees something else looks again.
+const LOOKS: [&str; 6] = [
+    "adit vm ls",
+    "adit vm show",
+    "adit config",
+    "curl -s ",
+    "journalctl ",
+    "systemctl show ",
+];
+
+/// The line on which a text begins.
+fn line(page: &str, text: &str) -> usize {
+    let at = page.find(text).unwrap_or_else(|| panic!("no `{text}`"));
+    page[..at].matches('\n').count() + 1
+}
+
+fn read(page: &str) -> String {
+    fs::read_to_string(adit_tests::root().join(page)).unwrap()
+}
+
+/// Checks what a command did.
+fn check(page: &str, command: &page::Command, status: i32, said: &str, more: &dyn Fn() -> String) {
+    let shown = page::missing(&command.shown, said);
+    assert!(
+        status == command.exit && shown.is_none(),
+        "{page}, `{}`: status {status} and not {}, or {shown:?} is not in it:\n{said}\n{}",
+        command.text,
+        command.exit,
+        more()
+    );
+}
+
+#[test]
+fn readmes_first_commands_do_what_it_says() {
+    let Some(setup) = setup(Kernel::V6_1, "", false) else {
+        return;
+    };
+    let dir = setup.host.dir();
+    fs::create_dir(dir.join("target")).unwrap();
+    fs::write(dir.join("target/demo.env"), setup.host.environment()).unwrap();
+    let mut bash = Command::new("bash");
+    bash.arg("--norc").current_dir(dir);
+    let mut shell = Shell::start(&mut bash, dir).unwrap();
+    let page = read("README.md");
+    let lines = line(&page, FIRST)..line(&page, THEN);
+    let all = commands(&page);
+    let run = all
+        .iter()
+        .filter(|c| c.not_run.is_none() && lines.contains(&c.line));
+    assert!(run.clone().count() > 4);
+    for command in run {
+        let (status, said) = shell.run(&command.text).unwrap();
+        check("README.md", command, status, &said, &|| setup.host.log());
+    }
+}
+
+/// A machine that a page is typed into, and what the test does at it besides.
+struct Tour {
+    page: &'static str,
+    machine: Machine,
+    guest: Option<Guest>,
+    _dir: tempfile::TempDir,
+}
+
+impl Tour {
+    /// `None`, with the reason printed, if there is nothing to boot or no machine to be had.
+    fn start(page: &'static str) -> Option<Self> {
+        let bins = bins()?;
+        if let Some(why) = Machine::missing() {
+            println!("skipped: {why}");
+            return None;
+        }
+        Some(Self {
+            page,
+            machine: Machine::start(&bins).unwrap(),
+            guest: None,
+            _dir: tempfile::tempdir().unwrap(),
+        })
+    }
+
+    /// Types the commands of some lines.
+    fn follow(&mut self, text: &str, lines: Range<usize>) {
+        for command in commands(text) {
+            if !lines.contains(&command.line) {
+                continue;
+            }
+            println!("{}:{}: $ {}", self.page, command.line, command.text);
+            if let Some(reason) = &command.not_run {
+                println!("not run: {reason}");
+                continue;
+            }
+            let begin = Instant::now();
+            let looks = LOOKS.iter().any(|look| command.text.starts_with(look));
+            loop {
+                let (status, said) = self.machine.run(&command.text).unwrap();
+                let shown = page::missing(&command.shown, &said).is_none();
+                if shown || !looks || begin.elapsed() > BOOT {
+                    check(self.page, &command, status, &said, &|| self.log());
+                    break;
+                }
+            }
+            if command.text.starts_with("aditd run") {
+                // A person is slower than this.
+                let served = self.machine.path("/run/adit/proxy.addr");
+                wait_for("aditd", BOOT, || Ok(served.exists().then_some(()))).unwrap();
+            }
+        }
+    }
+
+    fn log(&self) -> String {
+        let read = |path: &str| fs::read_to_string(self.machine.path(path)).unwrap_or_default();
+        let serial = self.guest.as_ref().map(Guest::serial).unwrap_or_default();
+        let port = read("/run/adit/vm/web-1/port.log");
+        let own = read(&format!("{CLONE}/web-1.log"));
+        format!("{}\n{port}\n{serial}\n{own}", self.machine.log())
+    }
+}
+
+/// What `cargo xtask guest-image` does, in the image of a page, and an SSH server, as images have one.
+fn guest_image(tour: &Tour) {
+    let at = |path: &str| tour.machine.path(&format!("{CLONE}/{path}"));
+    let root = at("web-1");
+    fs::create_dir_all(root.join("etc")).unwrap();
+    fs::write(root.join("etc/hostname"), "web-1\n").unwrap();
+    let sshd = Path::new("/usr/sbin/dropbear");
+    for (file, to) in Nested::with_libraries(sshd, tour._dir.path()).unwrap() {
+        let to = root.join(to.trim_start_matches('/'));
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(file, to).unwrap();
+    }
+    for dir in ["etc/dropbear", "root/.ssh"] {
+        fs::create_dir_all(root.join(dir)).unwrap();
+        fs::set_permissions(root.join(dir), fs::Permissions::from_mode(0o700)).unwrap();
+    }
+    fs::set_permissions(root.join("root"), fs::Permissions::from_mode(0o700)).unwrap();
+    let public = tour.machine.path("/root/.ssh/id_ed25519.pub");
+    fs::copy(public, root.join("root/.ssh/authorized_keys")).unwrap();
+    fs::write(
+        root.join("etc/adit-test"),
+        "dropbear -R -E -p 127.0.0.1:22\n",
+    )
+    .unwrap();
+    let image = Image::build(Kernel::V6_1, &|what| println!("{what}")).unwrap();
+    image.copy_to(&at("image"), Some(&root)).unwrap();
+}
+
+#[test]
+fn readmes_tour_does_what_it_says() {
+    let Some(mut tour) = Tour::start("README.md") else {
+        return;
+    };
+    let (status, said) = tour
+        .machine
+        .run("mkdir -p -m 700 ~/.ssh && rm -f ~/.ssh/* && ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519 && \
+              printf 'StrictHostKeyChecking accept-new\\nLogLevel ERROR\\n' > ~/.ssh/config")
+        .unwrap();
+    assert_eq!(status, 0, "{said}");
+    let page = read("README.md");
+    // Cargo is what runs this: the image is made where its command is.
+    let image = line(&page, "$ cargo xtask guest-image");
+    tour.follow(&page, line(&page, THEN)..image);
+    guest_image(&tour);
+    tour.follow(&page, image + 1..usize::MAX);
+}
+
+#[test]
+fn operate_does_what_it_says() {
+    let Some(mut tour) = Tour::start("docs/operate.md") else {
+        return;
+    };
+    let page = read("docs/operate.md");
+    let (status, said) = tour.machine.run("mkdir /mnt/image").unwrap();
+    assert_eq!(status, 0, "{said}");
+    // The reader's own VM is started there; the test's is.
+    let boots = line(&page, "<!-- here the test boots web-1 -->");
+    tour.follow(&page, 1..boots);
+    let socket = tour.machine.path("/run/adit/vm/web-1/vhost.sock");
+    wait_for("port process", BOOT, || Ok(socket.exists().then_some(()))).unwrap();
+    let trust = tour.machine.path(&format!("{CLONE}/fleet.key.pub"));
+    let agent = adit_tests::guest_bin("adit-guest");
+    let who = Identity {
+        name: "web-1",
+        vhost_socket: &socket,
+        agent: Some(&agent),
+        trust: Some(&trust),
+        script: "",
+        boot_files: false,
+    };
+    let image = Image::build(Kernel::V6_12, &|what| println!("{what}")).unwrap();
+    let mut guest = Guest::boot(&image, &who, &tour._dir.path().join("web-1")).unwrap();
+    guest.wait_ready(BOOT).unwrap();
+    tour.guest = Some(guest);
+    tour.follow(&page, boots..usize::MAX);
+    // "Stop everything" does.
+    wait_for("nothing of adit runs", BOOT, || {
+        let (status, _) = tour.machine.run("pgrep -x 'aditd|adit-port'")?;
+        Ok((status == 1).then_some(()))
+    })
+    .unwrap();
+}
