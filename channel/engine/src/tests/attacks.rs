@@ -139,7 +139,8 @@ fn r41_overtaken_credit_is_ignored() {
 
 #[test]
 fn r42_lengths_and_windows_are_checked() {
-    let window = EngineConfig::default().initial_window;
+    // Of the first stream.
+    let window = 8 * EngineConfig::default().initial_window;
     for (len, body, v) in [
         (
             101,
