@@ -6,6 +6,7 @@
 
 mod detect;
 mod image;
+mod interpreter;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -161,6 +162,7 @@ pub fn install(what: &Install<'_>) -> Result<Vec<String>, InstallError> {
     };
     let binary = fs::read(what.binary).map_err(at("read binary", what.binary))?;
     put(BINARY, &binary, 0o755)?;
+    let interpreter = interpreter::of(&binary);
     put(CONFIG, config(what).as_bytes(), 0o600)?;
     for (name, key) in &keys {
         put(&format!("{TRUST_DIR}/{name}"), key, 0o600)?;
@@ -192,6 +194,15 @@ pub fn install(what: &Install<'_>) -> Result<Vec<String>, InstallError> {
         said.push(format!(
             "{} /{path} -> {target}",
             if changed { "wrote " } else { "keeps " }
+        ));
+    }
+    if let Some(needs) = interpreter
+        && !image.has(needs.trim_start_matches('/'))
+    {
+        said.push(format!(
+            "{} is linked dynamically, and the image has no {needs}: it will not start there. Install the static program: \
+             cargo build --profile guest --target x86_64-unknown-linux-musl -p adit-guest-driver",
+            what.binary.display()
         ));
     }
     if keys.is_empty() {

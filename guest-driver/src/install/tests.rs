@@ -366,3 +366,26 @@ fn the_busybox_script_is_valid_shell() {
         String::from_utf8_lossy(&out.stderr)
     );
 }
+
+#[test]
+fn a_program_that_cannot_start_in_the_image_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm_id = "web-1".parse().unwrap();
+    let told = || {
+        let said = install(&Install {
+            root: dir.path(),
+            init: Some(Init::None),
+            vm_id: &vm_id,
+            trust: &[],
+            ports: &[],
+            binary: Path::new("/bin/true"),
+        });
+        said.unwrap().iter().any(|l| l.contains("will not start"))
+    };
+    assert!(told());
+    let needs = interpreter::of(&fs::read("/bin/true").unwrap()).unwrap();
+    let needs = dir.path().join(needs.trim_start_matches('/'));
+    fs::create_dir_all(needs.parent().unwrap()).unwrap();
+    fs::write(needs, "").unwrap();
+    assert!(!told());
+}
