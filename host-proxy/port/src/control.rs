@@ -27,8 +27,12 @@
 //! One packet holds one frame: `adit_channel::frame` header (kind, version 1), then postcard. Both sides are adit's, and of the
 //! same build or of neighbouring ones: an unknown kind is an error unless the frame has the `IGNORABLE` flag.
 
+pub(crate) mod message;
+
 use adit_channel::name::ServiceName;
 use serde::{Deserialize, Serialize};
+
+pub use message::ControlKind;
 
 /// Longest control packet, bytes.
 pub const PACKET_MAX: usize = 64 << 10;
@@ -56,27 +60,6 @@ pub const LOCK: &str = "lock";
 pub const VMM_NOTE: &str = "vmm";
 /// `peer_port` of an [`Incoming`] that arrived over a ring. It needs no check: only root in the guest can use the ring's device.
 pub const RING_PEER_PORT: u32 = 0;
-
-/// Frame kinds. The numbers are part of the wire format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u16)]
-#[allow(missing_docs)]
-pub enum ControlKind {
-    Dial = 1,
-    Attach = 2,
-    Cancel = 3,
-    Quit = 4,
-    Kept = 5,
-    Release = 6,
-    Status = 16,
-    Dialed = 17,
-    DialFailed = 18,
-    Incoming = 19,
-    Handover = 20,
-    Stuck = 21,
-    Ring = 22,
-    Held = 23,
-}
 
 /// The destination of a dial inside the VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

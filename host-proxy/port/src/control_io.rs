@@ -9,26 +9,18 @@
 //!   refused packet are closed.
 //! - Received descriptors are close-on-exec from the start.
 use std::io::{self, IoSlice};
-use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use adit_channel::frame::{self, FrameError, HEADER_LEN, Header, IGNORABLE};
 use adit_passed::{Closer, Passed};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socket,
 };
 use rustix::net::RecvFlags;
 
-use crate::control::{
-    Attach, Cancel, ControlKind, Dial, DialFailed, Dialed, HANDOVER_FDS_MAX, Handover, HandoverV1,
-    Held, Incoming, Kept, PACKET_MAX, Quit, Release, Ring, Status, Stuck,
-};
+use crate::control::PACKET_MAX;
 
-/// Version of every control kind.
-const VERSION: u16 = 1;
-/// Version of a handover with a ring.
-const HANDOVER_VERSION: u16 = 2;
+pub use crate::control::message::{ControlError, Message};
 
 /// Makes a nonblocking control socket.
 ///
@@ -49,219 +41,6 @@ pub fn connect(path: &Path) -> io::Result<OwnedFd> {
     let sock = seqpacket()?;
     nix::sys::socket::connect(sock.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(sock)
-}
-
-/// One control frame, in either direction.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Message {
-    /// To the port process.
-    Dial(Dial),
-    /// To the port process, with one descriptor.
-    Attach(Attach),
-    /// To the port process.
-    Cancel(Cancel),
-    /// To the port process.
-    Quit(Quit),
-    /// To `aditd`.
-    Status(Status),
-    /// To `aditd`.
-    Dialed(Dialed),
-    /// To `aditd`.
-    DialFailed(DialFailed),
-    /// To `aditd`, with one descriptor.
-    Incoming(Incoming),
-    /// To the port process.
-    Kept(Kept),
-    /// To the port process.
-    Release(Release),
-    /// To `aditd`, and from it to the next port process, with up to [`HANDOVER_FDS_MAX`] descriptors.
-    Handover(Handover),
-    /// To `aditd`.
-    Stuck(Stuck),
-    /// To `aditd`.
-    Ring(Ring),
-    /// To `aditd`.
-    Held(Held),
-}
-
-/// Why a packet is not a control frame. The sender's fault, except `Io` and `NoDescriptors`.
-#[derive(Debug, thiserror::Error)]
-pub enum ControlError {
-    /// The socket failed. `WouldBlock` counts as a failure here.
-    #[error("control socket failed")]
-    Io(#[from] io::Error),
-    /// The packet is longer than a control packet may be.
-    #[error("control packet is longer than {PACKET_MAX} bytes")]
-    TooLong,
-    /// The packet is shorter than its frame says, or than a header.
-    #[error("control packet of {len} bytes is cut off")]
-    Cut {
-        /// Bytes received.
-        len: usize,
-    },
-    /// Header or body is malformed, or the kind is unknown.
-    #[error("control frame is malformed")]
-    Frame(#[from] FrameError),
-    /// This process had no free descriptor for those in the packet. Not the sender's fault.
-    #[error("no descriptors left for those that came with a control packet")]
-    NoDescriptors {
-        /// The packet's message.
-        message: Box<Message>,
-    },
-    /// Descriptors that the other side passed earlier cannot be closed. Its fault.
-    #[error("too many descriptors that the other side passed cannot be closed")]
-    Overfull,
-    /// The frame came with a number of descriptors that its kind does not have.
-    #[error(
-        "control frame of kind {kind} came with {found} descriptors, which this kind does not have"
-    )]
-    Descriptors {
-        /// The frame's kind.
-        kind: u16,
-        /// Number of descriptors.
-        found: usize,
-    },
-}
-
-impl ControlError {
-    /// Tells whether there was nothing to receive, or no room to send.
-    pub fn would_block(&self) -> bool {
-        matches!(self, Self::Io(e) if e.kind() == io::ErrorKind::WouldBlock)
-    }
-}
-
-impl Message {
-    /// Its kind.
-    pub fn kind(&self) -> ControlKind {
-        match self {
-            Self::Dial(_) => ControlKind::Dial,
-            Self::Attach(_) => ControlKind::Attach,
-            Self::Cancel(_) => ControlKind::Cancel,
-            Self::Quit(_) => ControlKind::Quit,
-            Self::Status(_) => ControlKind::Status,
-            Self::Dialed(_) => ControlKind::Dialed,
-            Self::DialFailed(_) => ControlKind::DialFailed,
-            Self::Incoming(_) => ControlKind::Incoming,
-            Self::Kept(_) => ControlKind::Kept,
-            Self::Release(_) => ControlKind::Release,
-            Self::Handover(_) => ControlKind::Handover,
-            Self::Stuck(_) => ControlKind::Stuck,
-            Self::Ring(_) => ControlKind::Ring,
-            Self::Held(_) => ControlKind::Held,
-        }
-    }
-
-    /// How many descriptors it has.
-    fn descriptors(&self) -> RangeInclusive<usize> {
-        match self {
-            Self::Attach(_) | Self::Incoming(_) => 1..=1,
-            Self::Handover(_) => 1..=HANDOVER_FDS_MAX,
-            _ => 0..=0,
-        }
-    }
-
-    fn check_descriptors(&self, found: usize) -> Result<(), ControlError> {
-        if self.descriptors().contains(&found) {
-            return Ok(());
-        }
-        Err(ControlError::Descriptors {
-            kind: self.kind() as u16,
-            found,
-        })
-    }
-
-    /// Encodes frame header and body.
-    ///
-    /// # Errors
-    /// The packet would be longer than [`PACKET_MAX`].
-    pub fn encode(&self) -> Result<Vec<u8>, ControlError> {
-        let kind = self.kind() as u16;
-        let bytes = match self {
-            Self::Dial(m) => frame::encode(kind, VERSION, 0, 0, m),
-            Self::Attach(m) => frame::encode(kind, VERSION, 0, 0, m),
-            Self::Cancel(m) => frame::encode(kind, VERSION, 0, 0, m),
-            Self::Quit(m) => frame::encode(kind, VERSION, 0, 0, m),
-            Self::Status(m) => frame::encode(kind, VERSION, 0, 0, m),
-            Self::Dialed(m) => frame::encode(kind, VERSION, 0, 0, m),
-            Self::DialFailed(m) => frame::encode(kind, VERSION, 0, 0, m),
-            Self::Incoming(m) => frame::encode(kind, VERSION, 0, 0, m),
-            Self::Kept(m) => frame::encode(kind, VERSION, 0, 0, m),
-            Self::Release(m) => frame::encode(kind, VERSION, 0, 0, m),
-            // As version 1, which an older aditd understands.
-            Self::Handover(m) if m.ring == 0 => {
-                let (seq, record) = (m.seq, m.record.clone());
-                frame::encode(kind, VERSION, 0, IGNORABLE, &HandoverV1 { seq, record })
-            }
-            Self::Handover(m) => frame::encode(kind, HANDOVER_VERSION, 0, IGNORABLE, m),
-            Self::Stuck(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
-            Self::Ring(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
-            Self::Held(m) => frame::encode(kind, VERSION, 0, IGNORABLE, m),
-        }?;
-        if bytes.len() > PACKET_MAX {
-            return Err(ControlError::TooLong);
-        }
-        Ok(bytes)
-    }
-
-    /// Decodes one packet. Returns `None` for an unknown kind with `IGNORABLE`.
-    ///
-    /// # Errors
-    /// As [`ControlError`] says.
-    pub fn decode(packet: &[u8]) -> Result<Option<Self>, ControlError> {
-        let len = packet.len();
-        let (head, body) = packet
-            .split_first_chunk::<HEADER_LEN>()
-            .ok_or(ControlError::Cut { len })?;
-        let header = Header::parse(head, (PACKET_MAX - HEADER_LEN) as u32)?;
-        let want = header.len as usize;
-        if body.len() < want {
-            return Err(ControlError::Cut { len });
-        }
-        if body.len() > want {
-            let (kind, extra) = (header.kind, body.len() - want);
-            return Err(FrameError::Trailing { kind, extra }.into());
-        }
-        let known = |k: ControlKind| header.kind == k as u16 && header.version == VERSION;
-        Ok(Some(if known(ControlKind::Dial) {
-            Self::Dial(header.decode(body)?)
-        } else if known(ControlKind::Attach) {
-            Self::Attach(header.decode(body)?)
-        } else if known(ControlKind::Cancel) {
-            Self::Cancel(header.decode(body)?)
-        } else if known(ControlKind::Quit) {
-            Self::Quit(header.decode(body)?)
-        } else if known(ControlKind::Status) {
-            Self::Status(header.decode(body)?)
-        } else if known(ControlKind::Dialed) {
-            Self::Dialed(header.decode(body)?)
-        } else if known(ControlKind::DialFailed) {
-            Self::DialFailed(header.decode(body)?)
-        } else if known(ControlKind::Incoming) {
-            Self::Incoming(header.decode(body)?)
-        } else if known(ControlKind::Kept) {
-            Self::Kept(header.decode(body)?)
-        } else if known(ControlKind::Release) {
-            Self::Release(header.decode(body)?)
-        } else if known(ControlKind::Handover) {
-            let HandoverV1 { seq, record } = header.decode(body)?;
-            let ring = 0;
-            Self::Handover(Handover { seq, record, ring })
-        } else if header.kind == ControlKind::Handover as u16 && header.version == HANDOVER_VERSION
-        {
-            Self::Handover(header.decode(body)?)
-        } else if known(ControlKind::Stuck) {
-            Self::Stuck(header.decode(body)?)
-        } else if known(ControlKind::Ring) {
-            Self::Ring(header.decode(body)?)
-        } else if known(ControlKind::Held) {
-            Self::Held(header.decode(body)?)
-        } else if header.flags & IGNORABLE != 0 {
-            return Ok(None);
-        } else {
-            let (kind, version) = (header.kind, header.version);
-            return Err(FrameError::Unknown { kind, version }.into());
-        }))
-    }
 }
 
 /// Sends one frame with its descriptor, if it has one. The caller's descriptor stays open.
@@ -372,7 +151,9 @@ fn receive_any(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::{PREFIX_MAX, Target};
+    use adit_channel::frame::{self, FrameError, IGNORABLE};
+
+    use crate::control::*;
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
     fn pair() -> (OwnedFd, OwnedFd) {
