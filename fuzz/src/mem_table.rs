@@ -4,8 +4,10 @@
 use std::fs::File;
 use std::io::Seek;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use adit_channel::vhost_user::{MemoryPolicy, VmMemoryRef, map_table};
+use adit_passed::Closer;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vm_memory::{Bytes, GuestAddress};
@@ -15,6 +17,8 @@ use crate::input::Input;
 const PAGE: u64 = 4096;
 /// Executions between two checks for leaks.
 const LOOK_EVERY: u64 = 1024;
+/// Longer than the closes under way take.
+const CLOSE_LIMIT: Duration = Duration::from_secs(20);
 
 /// A descriptor that a region can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +76,11 @@ pub(crate) fn held() -> (usize, usize) {
 
 /// Asserts that their number does not grow. Some slack is allowed, because other code of this process has some too.
 pub(crate) fn assert_no_leak(before: (usize, usize)) {
+    // What was passed is closed on a thread of its own, which may not have run for a while.
+    let begin = Instant::now();
+    while Closer::shared().pending() > 0 && begin.elapsed() < CLOSE_LIMIT {
+        std::thread::yield_now();
+    }
     let now = held();
     assert!(
         now.0 < before.0 + 200 && now.1 < before.1 + 400,
