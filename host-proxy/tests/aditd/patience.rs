@@ -97,17 +97,23 @@ fn r71_a_client_that_leaves_a_silent_answer_takes_its_stream_along() {
     let (mut host, ports) = Host::new(&[("a", 3)], "");
     host.start();
     let control = ports[0].connected();
-    let mut client = host.proxy();
-    client.write_all(GET.as_bytes()).unwrap();
+    // A kernel answers for a socket without a process for a minute. This client's forgets it after a second.
+    let program = ["socat", "-", "TCP:ADDR:PORT,linger2=1"];
+    let Some(mut client) = spawned(&host, &program) else {
+        return;
+    };
+    let (mut to, mut from) = (client.stdin.take().unwrap(), client.stdout.take().unwrap());
+    to.write_all(GET.as_bytes()).unwrap();
     let mut guest = guest(&control);
     guest.write_all(b"HTTP/1.1 200 OK\r\n\r\nevent").unwrap();
     let mut said = Vec::new();
     while !said.ends_with(b"event\r\n") {
         let mut byte = [0];
-        client.read_exact(&mut byte).unwrap();
+        from.read_exact(&mut byte).unwrap();
         said.extend(byte);
     }
-    drop(client);
+    client.kill().unwrap();
+    client.wait().unwrap();
     guest
         .set_read_timeout(Some(Duration::from_secs(150)))
         .unwrap();
