@@ -97,7 +97,11 @@ const CHECKS: [Step; 10] = [
     Step {
         name: "tests",
         budget_s: 300,
-        run: || setup::cargo(&["test", "--workspace"]),
+        // Many tests wait for a limit to pass: twice as many at a time as there are processors here.
+        run: || {
+            let threads = "env.RUST_TEST_THREADS='4'";
+            setup::cargo(&["test", "--workspace", "--config", threads])
+        },
     },
     Step {
         name: "host processes",
