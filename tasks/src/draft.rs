@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::VmId;
-use crate::goal::{Audience, Goal, GoalError, PLANNER, Step, check_steps};
+use crate::goal::{Audience, Goal, GoalError, MODE_FORM, PLANNER, Step, check_steps};
 use crate::object::shown;
 
 /// Why a file is not a draft. Names file, line, column and key.
@@ -131,7 +131,9 @@ impl Draft {
                 source,
             }
         };
-        check_steps(&draft.steps).map_err(value)?;
+        check_steps(&draft.steps)
+            .and_then(|()| draft.no_bare_mode(text, place()))
+            .map_err(value)?;
         draft.seconds().map_err(value)?;
         Ok(draft)
     }
@@ -141,9 +143,12 @@ impl Draft {
     /// # Errors
     /// The result is no goal: no or too many VMs, a time out of range.
     pub fn into_payload(self, inputs: Inputs) -> Result<Vec<u8>, GoalError> {
-        let range = |e: jiff::Error| GoalError::Value {
+        let range = |_: jiff::Error| GoalError::Value {
             key: "valid_for".into(),
-            why: e.to_string(),
+            why: format!(
+                "`{}` is too long: it ends after the year 9999",
+                self.valid_for
+            ),
         };
         let shift = |s: i64| {
             inputs
@@ -164,6 +169,27 @@ impl Draft {
         // What is signed is what every reader will accept.
         Goal::parse_unverified(&payload)?;
         Ok(payload)
+    }
+
+    /// Refuses a mode without quotes and without a zero before it: a tool may have written it in decimal, where 416 is 0640,
+    /// and its digits mean another mode.
+    fn no_bare_mode(&self, text: &str, place: Option<place::Place>) -> Result<(), GoalError> {
+        let first = |(line, column): (u64, u64)| {
+            let line = text
+                .lines()
+                .nth(usize::try_from(line).ok()?.checked_sub(1)?)?;
+            line.chars()
+                .nth(usize::try_from(column).ok()?.checked_sub(1)?)
+        };
+        for n in 0..self.steps.len() {
+            let key = format!("steps[{n}].file.mode");
+            let at = place.as_ref().map(|place| place.find(&key));
+            if matches!(at.and_then(first), Some('1'..='9')) {
+                let why = MODE_FORM.into();
+                return Err(GoalError::Value { key, why });
+            }
+        }
+        Ok(())
     }
 
     fn seconds(&self) -> Result<i64, GoalError> {
@@ -302,6 +328,145 @@ mod tests {
                 assert!(!e.contains(jargon), "{text}: {e}");
             }
         }
+    }
+
+    /// A text with each of its words replaced by other values, and cut and broken at each place.
+    fn mistakes(text: &str) -> impl Iterator<Item = String> {
+        const VALUES: [&str; 24] = [
+            "null",
+            "true",
+            "1",
+            "-1",
+            "1.5",
+            "1e400",
+            "99999999999999999999999999999999999999999",
+            "x",
+            "\"\"",
+            "[]",
+            "{}",
+            "[[1]]",
+            "{a: 1}",
+            "[null]",
+            "~",
+            "|",
+            "&a *a",
+            "*a",
+            "!!binary x",
+            "!x y",
+            "<<",
+            "!!int x",
+            "2026-01-01",
+            "a\n--- b",
+        ];
+        let word = |c: char| c.is_alphanumeric() || "\"'/_-.".contains(c);
+        let places = || text.char_indices().map(|(at, _)| at);
+        let words = places().filter(move |&at| {
+            let before = text[..at].chars().next_back();
+            text[at..].starts_with(word) && !before.is_some_and(word)
+        });
+        let replaced = words.flat_map(move |at| {
+            let end = text[at..].find(|c| !word(c)).map_or(text.len(), |n| at + n);
+            VALUES.map(|v| format!("{}{v}{}", &text[..at], &text[end..]))
+        });
+        let broken = places().flat_map(move |at| {
+            ["", "\"", "{", "]", ":", "\t", "\n", "*", "&", "!", "\0"]
+                .map(|c| format!("{}{c}{}", &text[..at], &text[at..]))
+        });
+        let cut = places().map(move |at| text[..at].to_owned());
+        replaced.chain(broken).chain(cut)
+    }
+
+    #[test]
+    fn no_mistake_is_told_in_the_words_of_a_library() {
+        let all = "valid_for: 2h\nsteps:\n  - id: hello\n    script:\n      interpreter: /bin/sh\n      \
+                   timeout_s: 7\n      success_codes: [0, 1]\n      args: [a]\n      env: {A: b}\n      \
+                   script: x\n  - id: motd\n    idempotent: true\n    \
+                   file: {path: /etc/motd, content: hi, mode: '0644'}\n";
+        let draft = |text: String| Some(Draft::parse(&text, "g.yaml").err()?.to_string());
+        let goal = |text: String| {
+            let parsed = Goal::parse_unverified(text.as_bytes());
+            Some(parsed.err()?.to_string())
+        };
+        let good = crate::goal::tests::GOOD;
+        let drafts = mistakes(all).chain(mistakes(good)).filter_map(draft);
+        let goals = mistakes(good).filter_map(goal);
+        let mut count = 0;
+        for e in drafts.chain(goals) {
+            count += 1;
+            for jargon in [
+                "struct ",
+                "serializ",
+                "from_str",
+                "Option<",
+                "invalid type",
+                "invalid value",
+                "scalar into",
+                "u16",
+                "u32",
+                "i32",
+                "u64",
+                "enum",
+                "variant",
+                "Policy",
+                "formatted UUID",
+            ] {
+                assert!(!e.contains(jargon), "{e}");
+            }
+        }
+        assert!(count > 1000, "{count}");
+    }
+
+    #[test]
+    fn what_yaml_reads_otherwise_than_people_do_is_refused_or_text() {
+        let with = |step: &str| format!("steps:\n  - id: a\n    {step}\n");
+        let file = |mode: &str| with(&format!("file: {{path: /a, content: x, mode: {mode}}}"));
+        // 420 and 416 are 0644 and 0640 in decimal; as octal digits they would let others write.
+        for mode in ["420", "416", "644", "0x1a4", "0", "4_2_0", "true", "-1"] {
+            let e = Draft::parse(&file(mode), "g").unwrap_err().to_string();
+            assert!(
+                e.contains("`steps[0].file.mode`: must be octal digits in quotes"),
+                "{mode}: {e}"
+            );
+        }
+        for mode in ["0644", "0o644", "'0644'", "\"644\""] {
+            let draft = Draft::parse(&file(mode), "g").unwrap();
+            assert_eq!(
+                draft.steps[0].file.as_ref().unwrap().mode_bits(),
+                Some(0o644),
+                "{mode}"
+            );
+        }
+        let env =
+            with("script: {interpreter: /bin/sh, script: x, env: {A: no, B: 010, C: 1e3, D: 1.0}}");
+        let draft = Draft::parse(&env, "g").unwrap();
+        let env = &draft.steps[0].script.as_ref().unwrap().env;
+        assert_eq!(
+            env.values().collect::<Vec<_>>(),
+            ["no", "010", "1e3", "1.0"]
+        );
+        let script = with("script: {interpreter: /bin/sh, script: x}");
+        let two = Draft::parse(&(script.clone() + "---\n" + &script), "g").unwrap_err();
+        assert!(two.to_string().contains("more than one document"), "{two}");
+        let mut bomb = String::from("- &a0 [x, x]\n");
+        for n in 0..40 {
+            bomb += &format!("        - &a{} [*a{n}, *a{n}]\n", n + 1);
+        }
+        let bomb = with(&format!(
+            "script:\n      interpreter: /bin/sh\n      script: x\n      args:\n        {bomb}"
+        ));
+        assert!(Draft::parse(&bomb, "g").is_err());
+        let long = Draft::parse(&("valid_for: 99999999d\n".to_owned() + &script), "g").unwrap();
+        let inputs = Inputs {
+            goal_id: Uuid::nil(),
+            key_seq: 9,
+            vms: vec!["web-1".parse().unwrap()],
+            now: "2026-11-20T22:00:00Z".parse().unwrap(),
+        };
+        let long = long.into_payload(inputs).unwrap_err().to_string();
+        assert_eq!(
+            long,
+            "`valid_for`: `99999999d` is too long: it ends after the year 9999"
+        );
     }
 
     #[test]

@@ -63,6 +63,12 @@ fn of_yaml(what: &str) -> Option<String> {
         "expected sequence start" => "must be a list".into(),
         "unexpected end of input" => "the text ends where a value should be".into(),
         "expected string scalar" => "must be text".into(),
+        "cannot deserialize tagged scalar into string" => {
+            "must be text, and its tag (`!`) makes it something else".into()
+        }
+        what if what.starts_with("multiple YAML documents detected") => {
+            "there is more than one document (`---`)".into()
+        }
         "cannot deserialize null into string; use Option<String>" => {
             "must be text, and there is nothing; write \"\" for empty text".into()
         }
@@ -105,6 +111,7 @@ fn expected(must: &str) -> String {
         "bool" | "boolean" | "a boolean" => "true or false".into(),
         "a string" | "string" => "text".into(),
         "path string" => "a path".into(),
+        "a formatted UUID string" => "a UUID".into(),
         "a sequence" => "a list".into(),
         "a map" => "a mapping of keys to values".into(),
         other if other.starts_with("struct ") => "a mapping of keys to values".into(),

@@ -276,3 +276,47 @@ fn a_directory_that_others_may_write_is_no_place_for_a_journal() {
     set(0o755).unwrap();
     assert!(Journal::open(dir.path()).is_ok());
 }
+
+#[test]
+fn a_reserve_has_its_space_whatever_was_in_its_place() {
+    use std::os::unix::fs::{MetadataExt, symlink};
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join(RESERVE_FILE);
+    let (other, reserve) = (dir.path().join("other"), Reserve::at(at.clone()));
+    std::fs::write(&other, "kept").unwrap();
+    let sparse = || {
+        let file = std::fs::File::create(&at).unwrap();
+        file.set_len(reserve::RESERVE_BYTES.into()).unwrap();
+    };
+    let fifo = || nix::unistd::mkfifo(&at, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let link = || symlink(&other, &at).unwrap();
+    for put in [&sparse as &dyn Fn(), &fifo, &link] {
+        put();
+        reserve.hold().unwrap();
+        let meta = std::fs::symlink_metadata(&at).unwrap();
+        assert!(meta.is_file());
+        assert!(meta.blocks() * 512 >= u64::from(reserve::RESERVE_BYTES));
+        // It is kept as it is.
+        reserve.hold().unwrap();
+        assert_eq!(std::fs::symlink_metadata(&at).unwrap().ino(), meta.ino());
+        std::fs::remove_file(&at).unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(&other).unwrap(), "kept");
+}
+
+#[test]
+fn a_journal_that_goes_missing_while_the_agent_runs_is_not_begun_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(dir.path()).unwrap();
+    journal.received(&id(1), &origin(7)).unwrap();
+    journal.started(&id(1), 5).unwrap();
+    // As after a write that failed, on a file system that is then unmounted.
+    journal.db = None;
+    let (at, away) = (dir.path().join(FILE), dir.path().join("away"));
+    std::fs::rename(&at, &away).unwrap();
+    let gone = |e| matches!(e, JournalError::Unavailable(_));
+    assert!(journal.phase(&id(1)).is_err_and(gone));
+    assert!(journal.received(&id(1), &origin(7)).is_err_and(gone));
+    std::fs::rename(&away, &at).unwrap();
+    assert_eq!(journal.unfinished().unwrap(), [(id(1), 5)]);
+}
