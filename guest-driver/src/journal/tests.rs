@@ -320,3 +320,35 @@ fn a_journal_that_goes_missing_while_the_agent_runs_is_not_begun_anew() {
     std::fs::rename(&away, &at).unwrap();
     assert_eq!(journal.unfinished().unwrap(), [(id(1), 5)]);
 }
+
+#[test]
+fn entries_have_golden_bytes_that_every_version_reads() {
+    let ended = Report {
+        stdout: adit_tasks::wire::Captured {
+            total: 2,
+            head: b"hi".to_vec(),
+            tail: Vec::new(),
+        },
+        ..report(1, Outcome::Failed)
+    };
+    let mut result = vec![1, 1, b'k', 7, 2];
+    result.extend(id(1));
+    // Outcome, exit status, reason, times; head, tail and total of both outputs; the boot.
+    result.extend([1, 1, 0, 0, 1, 2, 2, b'h', b'i', 0, 2, 0, 0, 0]);
+    result.extend([0; 16]);
+    for (phase, bytes) in [
+        (Phase::Received, vec![1, 1, b'k', 7, 0]),
+        (Phase::Started { at_ms: 5 }, vec![1, 1, b'k', 7, 1, 5]),
+        (Phase::Result(Box::new(ended)), result),
+        (Phase::Acked(Outcome::Done), vec![1, 1, b'k', 7, 3, 0]),
+    ] {
+        let entry = Entry {
+            order: 1,
+            key: b"k".to_vec(),
+            seq: 7,
+            phase: phase.clone(),
+        };
+        assert_eq!(encode(&entry).unwrap(), bytes);
+        assert_eq!(decode::<Entry>(&bytes).unwrap().phase, phase);
+    }
+}
