@@ -57,6 +57,11 @@ pub enum JournalError {
         "journal-full: {JOURNAL_MAX} tasks are remembered and all of them still matter; a goal with a higher key_seq makes room"
     )]
     Full,
+    /// Too many keys whose sequence must be remembered.
+    #[error(
+        "journal-full: {KEYS_MAX} keys have signed goals for this guest, and the sequence of each is remembered; no other key's goal runs here"
+    )]
+    TooManyKeys,
     /// The disk is full.
     #[error("no-space: guest disk full: journal cannot be written")]
     NoSpace(#[source] redb::Error),
@@ -302,7 +307,7 @@ impl Journal {
                     .map(|f| decode::<Floor>(f.value()));
                 let floor = floor.transpose()?;
                 if floor.is_none() && floors.len().map_err(any)? >= KEYS_MAX {
-                    return Err(JournalError::Full);
+                    return Err(JournalError::TooManyKeys);
                 }
                 if floor.is_none_or(|(seq, _)| seq < origin.seq) {
                     let value = encode(&(origin.seq, origin.digest))?;

@@ -120,6 +120,9 @@ fn expected(must: &str) -> String {
 }
 
 fn found(is: &str) -> String {
+    // A number that only the widest types hold.
+    let wide = [" as i128", " as u128"].iter();
+    let is = wide.fold(is, |is, wide| is.strip_suffix(wide).unwrap_or(is));
     let inside = |prefix: &str| Some(is.strip_prefix(prefix)?.strip_suffix('`')?.to_owned());
     match is {
         "unit value" | "null" | "Option value" => "nothing".into(),
@@ -148,6 +151,10 @@ mod tests {
             (
                 "invalid value: integer `70000`, expected u16 at line 3 column 7",
                 "must be a whole number from 0 to 65535, not 70000 at line 3 column 7",
+            ),
+            (
+                "invalid type: integer `99999999999999999999` as i128, expected a string",
+                "must be text, not 99999999999999999999",
             ),
             (
                 "invalid type: map, expected a sequence",

@@ -275,8 +275,11 @@ impl Busybox {
     /// The next line that the agent writes to the fifo.
     fn line(&self) -> String {
         let mut line = String::new();
-        let mut fifo = BufReader::new(fs::File::open(self.at("fifo")).unwrap());
-        fifo.read_line(&mut line).unwrap();
+        // Whoever wrote the line before may not have closed the fifo yet: then this one ends without a line.
+        while line.is_empty() {
+            let mut fifo = BufReader::new(fs::File::open(self.at("fifo")).unwrap());
+            fifo.read_line(&mut line).unwrap();
+        }
         line.trim().to_owned()
     }
 }

@@ -352,3 +352,19 @@ fn entries_have_golden_bytes_that_every_version_reads() {
         assert_eq!(decode::<Entry>(&bytes).unwrap().phase, phase);
     }
 }
+
+#[test]
+fn a_key_more_than_can_be_remembered_is_refused_for_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(dir.path()).unwrap();
+    let by = |key: u64| Origin {
+        key: key.to_le_bytes().to_vec(),
+        ..origin(7)
+    };
+    for key in 0..KEYS_MAX {
+        fill(&mut journal, &by(key).key, 7, 0..0);
+    }
+    let refused = journal.received(&id(1), &by(KEYS_MAX));
+    assert!(matches!(refused, Err(JournalError::TooManyKeys)));
+    journal.received(&id(1), &by(0)).unwrap();
+}
