@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use adit_tasks::VmId;
 use adit_tasks::key::ANCHORS_MAX;
 
+use crate::config::{Config, ConfigError};
 use crate::trust::{KeyFileError, check_key, pub_files};
 use image::Image;
 
@@ -71,6 +72,9 @@ pub enum InstallError {
     /// The image's init system is not known.
     #[error("{0}")]
     Init(#[from] detect::Unknown),
+    /// The agent could not use the configuration that it would get.
+    #[error("the agent could not use its configuration: {0}")]
+    Config(#[from] ConfigError),
     /// What is to be trusted is no key.
     #[error("{0}")]
     Key(#[from] KeyFileError),
@@ -121,8 +125,9 @@ fn key_files(trust: &[PathBuf]) -> Result<Vec<(String, Vec<u8>)>, InstallError> 
     let mut placed: BTreeMap<String, (PathBuf, Vec<u8>)> = BTreeMap::new();
     let mut count = 0;
     for file in files {
-        count += check_key(&file)?.len();
-        let content = fs::read(&file).map_err(at("read key", &file))?;
+        let (keys, text) = check_key(&file)?;
+        count += keys.len();
+        let content = text.into_bytes();
         let stem = file.file_stem().and_then(|s| s.to_str());
         let name = format!("{}.pub", stem.unwrap_or("manager"));
         match placed.get(&name) {
@@ -149,6 +154,8 @@ pub fn install(what: &Install<'_>) -> Result<Vec<String>, InstallError> {
     let image = Image::open(root).map_err(at("use root", root))?;
     let init = what.init.map_or_else(|| detect::init(&image, root), Ok)?;
     let keys = key_files(what.trust)?;
+    let config = config(what);
+    Config::parse(&root.join(CONFIG), &config)?;
     let mut said = Vec::new();
     let mut put = |path: &str, content: &[u8], mode: u32| -> Result<(), InstallError> {
         let full = root.join(path);
@@ -163,7 +170,7 @@ pub fn install(what: &Install<'_>) -> Result<Vec<String>, InstallError> {
     let binary = fs::read(what.binary).map_err(at("read binary", what.binary))?;
     put(BINARY, &binary, 0o755)?;
     let interpreter = interpreter::of(&binary);
-    put(CONFIG, config(what).as_bytes(), 0o600)?;
+    put(CONFIG, config.as_bytes(), 0o600)?;
     for (name, key) in &keys {
         put(&format!("{TRUST_DIR}/{name}"), key, 0o600)?;
     }

@@ -18,6 +18,7 @@ mod checked;
 mod reserve;
 mod result;
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -56,6 +57,11 @@ pub enum JournalError {
         "journal-full: {JOURNAL_MAX} tasks are remembered and all of them still matter; a goal with a higher key_seq makes room"
     )]
     Full,
+    /// Too many keys whose sequence must be remembered.
+    #[error(
+        "journal-full: {KEYS_MAX} keys have signed goals for this guest, and the sequence of each is remembered; no other key's goal runs here"
+    )]
+    TooManyKeys,
     /// The disk is full.
     #[error("no-space: guest disk full: journal cannot be written")]
     NoSpace(#[source] redb::Error),
@@ -114,6 +120,17 @@ pub enum Phase {
     Result(Box<Report>),
     /// Ended, and the host has it.
     Acked(Outcome),
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Received => f.write_str("received"),
+            Self::Started { .. } => f.write_str("started"),
+            Self::Result(report) => write!(f, "ended as {:?}", report.outcome),
+            Self::Acked(outcome) => write!(f, "acknowledged as {outcome:?}"),
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -206,6 +223,9 @@ impl Journal {
             db: None,
             reserve: Reserve::at(dir.join(RESERVE_FILE)),
         };
+        if !std::fs::exists(&journal.path).map_err(any)? {
+            make(&journal.path)?;
+        }
         journal.db()?;
         // The file's own name must survive a crash too.
         sync(dir)?;
@@ -214,8 +234,12 @@ impl Journal {
 
     fn db(&mut self) -> Result<&Database> {
         if self.db.is_none() {
+            // One begun anew would not know what has run.
             if !std::fs::exists(&self.path).map_err(any)? {
-                make(&self.path)?;
+                return Err(JournalError::Unavailable(format!(
+                    "{} is gone since the agent started: put it back, or restart the agent to begin a new one",
+                    self.path.display()
+                )));
             }
             self.db = Some(open(&self.path)?);
         }
@@ -283,7 +307,7 @@ impl Journal {
                     .map(|f| decode::<Floor>(f.value()));
                 let floor = floor.transpose()?;
                 if floor.is_none() && floors.len().map_err(any)? >= KEYS_MAX {
-                    return Err(JournalError::Full);
+                    return Err(JournalError::TooManyKeys);
                 }
                 if floor.is_none_or(|(seq, _)| seq < origin.seq) {
                     let value = encode(&(origin.seq, origin.digest))?;
@@ -349,7 +373,7 @@ impl Journal {
                 let mut entry = entry
                     .ok_or_else(|| JournalError::Corrupt("a running task is not in it".into()))?;
                 entry.phase = next(&entry.phase).ok_or_else(|| {
-                    JournalError::Corrupt(format!("a running task is already {:?}", entry.phase))
+                    JournalError::Corrupt(format!("a running task is already {}", entry.phase))
                 })?;
                 tasks.insert(id, encode(&entry)?.as_slice()).map_err(any)?;
             }

@@ -84,6 +84,16 @@ impl Runner {
         }
     }
 
+    /// Opens the journal if it could not be opened before: the cause may be gone by now.
+    fn open_journal_again(&mut self) {
+        if matches!(
+            self.journal,
+            Err(JournalError::NoSpace(_) | JournalError::Unavailable(_))
+        ) {
+            self.open_journal();
+        }
+    }
+
     fn end_interrupted(&mut self) -> Result<(), JournalError> {
         let Ok(journal) = &mut self.journal else {
             return Ok(());
@@ -107,6 +117,7 @@ impl Runner {
 
     /// Reports that the host has not acknowledged, oldest first.
     pub fn unacknowledged(&mut self) -> Vec<Report> {
+        self.open_journal_again();
         let stored = self
             .journal
             .as_mut()
@@ -154,6 +165,8 @@ impl Runner {
     /// started.
     pub fn handle(&mut self, task: &Task, announce: impl FnOnce(&Started)) -> Handled {
         let name = hex(&task.task_id);
+        // Before it is looked up: one that has run must not be refused as if it had not.
+        self.open_journal_again();
         if let Some(known) = self.known(&task.task_id) {
             log::event(
                 "known",
@@ -286,13 +299,6 @@ impl Runner {
         let anchors = self.live.anchors();
         if anchors.keys.is_empty() {
             return Err(anchors.why_none().into());
-        }
-        if matches!(
-            self.journal,
-            Err(JournalError::NoSpace(_) | JournalError::Unavailable(_))
-        ) {
-            // The cause may be gone by now.
-            self.open_journal();
         }
         self.save().map_err(|e| e.to_string())?;
         let journal = self.journal.as_mut().map_err(|e| e.to_string())?;

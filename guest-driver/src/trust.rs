@@ -39,8 +39,8 @@ enum Why {
     Empty,
     #[error(transparent)]
     Writable(#[from] Writable),
-    #[error("{len} bytes, at most {KEY_FILE_MAX} are read")]
-    TooLong { len: u64 },
+    #[error("is longer than {KEY_FILE_MAX} bytes")]
+    TooLong,
 }
 
 /// What the image trusts at one moment.
@@ -87,21 +87,27 @@ impl Anchors {
     }
 }
 
-/// Checks a key file before it is put into an image, and returns its keys.
+/// Reads a key file that is to be put into an image, once: it may be a pipe. Returns its keys and its text.
 ///
 /// # Errors
-/// It holds no usable key.
-pub fn check_key(file: &Path) -> Result<TrustStore, KeyFileError> {
+/// It holds no usable key, or is longer than what the agent reads.
+pub fn check_key(file: &Path) -> Result<(TrustStore, String), KeyFileError> {
     let of = |why| KeyFileError {
         file: file.to_owned(),
         why,
     };
-    let text = fs::read_to_string(file).map_err(|e| of(Why::Read(e)))?;
+    let mut text = String::new();
+    fs::File::open(file)
+        .and_then(|open| open.take(KEY_FILE_MAX + 1).read_to_string(&mut text))
+        .map_err(|e| of(Why::Read(e)))?;
+    if text.len() as u64 > KEY_FILE_MAX {
+        return Err(of(Why::TooLong));
+    }
     let mut keys = TrustStore::default();
     keys.add_text(&text).map_err(|e| of(Why::Key(e)))?;
     match keys.is_empty() {
         true => Err(of(Why::Empty)),
-        false => Ok(keys),
+        false => Ok((keys, text)),
     }
 }
 
@@ -157,7 +163,7 @@ fn add_file(keys: &mut TrustStore, path: &Path) -> Result<(), KeyFileError> {
     }
     owned::check(&meta).map_err(|e| of(e.into()))?;
     if meta.len() > KEY_FILE_MAX {
-        return Err(of(Why::TooLong { len: meta.len() }));
+        return Err(of(Why::TooLong));
     }
     // All of a file or nothing of it.
     let mut with = keys.clone();

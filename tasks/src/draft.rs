@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::VmId;
-use crate::goal::{Audience, Goal, GoalError, PLANNER, Step, check_steps};
+use crate::goal::{Audience, Goal, GoalError, MODE_FORM, PLANNER, Step, check_steps};
 use crate::object::shown;
 
 /// Why a file is not a draft. Names file, line, column and key.
@@ -131,7 +131,9 @@ impl Draft {
                 source,
             }
         };
-        check_steps(&draft.steps).map_err(value)?;
+        check_steps(&draft.steps)
+            .and_then(|()| draft.no_bare_mode(text, place()))
+            .map_err(value)?;
         draft.seconds().map_err(value)?;
         Ok(draft)
     }
@@ -141,9 +143,12 @@ impl Draft {
     /// # Errors
     /// The result is no goal: no or too many VMs, a time out of range.
     pub fn into_payload(self, inputs: Inputs) -> Result<Vec<u8>, GoalError> {
-        let range = |e: jiff::Error| GoalError::Value {
+        let range = |_: jiff::Error| GoalError::Value {
             key: "valid_for".into(),
-            why: e.to_string(),
+            why: format!(
+                "`{}` is too long: it ends after the year 9999",
+                self.valid_for
+            ),
         };
         let shift = |s: i64| {
             inputs
@@ -164,6 +169,27 @@ impl Draft {
         // What is signed is what every reader will accept.
         Goal::parse_unverified(&payload)?;
         Ok(payload)
+    }
+
+    /// Refuses a mode without quotes and without a zero before it: a tool may have written it in decimal, where 416 is 0640,
+    /// and its digits mean another mode.
+    fn no_bare_mode(&self, text: &str, place: Option<place::Place>) -> Result<(), GoalError> {
+        let first = |(line, column): (u64, u64)| {
+            let line = text
+                .lines()
+                .nth(usize::try_from(line).ok()?.checked_sub(1)?)?;
+            line.chars()
+                .nth(usize::try_from(column).ok()?.checked_sub(1)?)
+        };
+        for n in 0..self.steps.len() {
+            let key = format!("steps[{n}].file.mode");
+            let at = place.as_ref().map(|place| place.find(&key));
+            if matches!(at.and_then(first), Some('1'..='9')) {
+                let why = MODE_FORM.into();
+                return Err(GoalError::Value { key, why });
+            }
+        }
+        Ok(())
     }
 
     fn seconds(&self) -> Result<i64, GoalError> {
@@ -194,156 +220,4 @@ impl Draft {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const GOOD: &str = "valid_for: 2h\nsteps:\n  - id: hello\n    script:\n      interpreter: /bin/sh\n      script: |\n        echo hi\n  - id: motd\n    file: {path: /etc/motd, content: hi}\n";
-
-    #[test]
-    fn yaml_becomes_a_goal_that_every_reader_accepts() {
-        let now: Timestamp = "2026-11-20T22:00:00Z".parse().unwrap();
-        let inputs = Inputs {
-            goal_id: Uuid::nil(),
-            key_seq: 9,
-            vms: vec!["web-1".parse().unwrap()],
-            now,
-        };
-        let payload = Draft::parse(GOOD, "g.yaml")
-            .unwrap()
-            .into_payload(inputs)
-            .unwrap();
-        let goal = Goal::parse_unverified(&payload).unwrap();
-        assert_eq!(goal.not_after.to_string(), "2026-11-21T00:00:00Z");
-        assert_eq!(goal.steps[0].script.as_ref().unwrap().script, "echo hi\n");
-    }
-
-    #[test]
-    fn mistakes_are_told_in_the_words_of_whoever_wrote_the_draft() {
-        let script = "interpreter: /bin/sh";
-        let and = |more: &str| format!("{script}\n      {more}");
-        for (from, to, says) in [
-            (
-                script,
-                and("timeout_s: soon"),
-                "`steps[0].script.timeout_s`: must be a whole number",
-            ),
-            (
-                script,
-                and("timeout_s: -1"),
-                "`steps[0].script.timeout_s`: must be a whole number",
-            ),
-            (
-                script,
-                and("args: one"),
-                "`steps[0].script.args`: must be a list",
-            ),
-            (
-                script,
-                and("args: [[1]]"),
-                "`steps[0].script.args[0]`: must be text",
-            ),
-            (
-                script,
-                and("env: []"),
-                "`steps[0].script.env`: must be a mapping",
-            ),
-            (
-                script,
-                and("cwd: [a]"),
-                "`steps[0].script.cwd`: must be text",
-            ),
-            (script, and("cwd: ~"), "`steps[0].script.cwd`: must be text"),
-            (
-                script,
-                and("interpreter: /bin/sh"),
-                "`interpreter` is given twice",
-            ),
-            (
-                script,
-                "interpeter: /bin/sh".into(),
-                "unknown key `interpeter`; it could be `interpreter`, `script`",
-            ),
-            (script, String::new(), "`interpreter` is missing"),
-            (
-                "{path: /etc/motd, content: hi}",
-                "motd".into(),
-                "`steps[1].file`: must be a mapping",
-            ),
-            (
-                "{path: /etc/motd, content: hi}",
-                "[a, b]".into(),
-                "`steps[1].file`: must be a mapping",
-            ),
-            (
-                "id: motd",
-                "idempotent: 7\n    id: motd".into(),
-                "`steps[1].idempotent`: must be true or false",
-            ),
-        ] {
-            let e = Draft::parse(&GOOD.replacen(from, &to, 1), "g.yaml")
-                .unwrap_err()
-                .to_string();
-            assert!(e.contains(says), "{to}: {e}");
-            for jargon in [
-                "struct",
-                "invalid",
-                "field",
-                "u32",
-                "Option",
-                "DuplicateKeyPolicy",
-                "deserialize",
-            ] {
-                assert!(!e.contains(jargon), "{to}: {e}");
-            }
-        }
-        for text in ["", "hello", "[]", "steps: 5", "steps: {}", "steps: [hello]"] {
-            let e = Draft::parse(text, "g.yaml").unwrap_err().to_string();
-            for jargon in ["struct", "invalid", "field", "expected"] {
-                assert!(!e.contains(jargon), "{text}: {e}");
-            }
-        }
-    }
-
-    #[test]
-    fn mistakes_name_file_line_and_key() {
-        for (from, to, line, says) in [
-            ("interpreter:", "interpeter:", 5, "interpeter"),
-            ("    file:", "    id: x\n    file:", 9, "id"),
-            ("valid_for: 2h", "valid_fr: 2h", 1, "valid_fr"),
-        ] {
-            let e = Draft::parse(&GOOD.replacen(from, to, 1), "g.yaml").unwrap_err();
-            let DraftError::Parse {
-                line: at, message, ..
-            } = &e
-            else {
-                panic!("{e}")
-            };
-            assert!(message.contains(says), "{e}");
-            assert_eq!(*at, line, "{e}");
-        }
-        for (from, to, at, key) in [
-            ("/bin/sh", "sh", "5:20", "steps[0].script.interpreter"),
-            ("/etc/motd", "etc", "9:18", "steps[1].file.path"),
-            (
-                "content: hi",
-                "mode: \"9\", content: hi",
-                "9:35",
-                "steps[1].file.mode",
-            ),
-            (
-                "echo hi\n",
-                "id: x\n  - id: hello\n    script: {interpreter: /bin/sh, script: x}\n",
-                "8:9",
-                "steps[1].id",
-            ),
-            ("2h", "2 hours", "1:12", "valid_for"),
-            ("2h", "+2h", "1:12", "valid_for"),
-        ] {
-            let e = Draft::parse(&GOOD.replacen(from, to, 1), "g.yaml").unwrap_err();
-            assert!(
-                e.to_string().starts_with(&format!("g.yaml:{at}: `{key}`")),
-                "{e}"
-            );
-        }
-    }
-}
+mod tests;

@@ -37,6 +37,10 @@ pub const TIMEOUT_MAX_S: u32 = 86_400;
 /// Most bytes kept of each output stream.
 pub const OUTPUT_CAP_MAX: u32 = 256 << 10;
 
+/// What a mode must be.
+pub(crate) const MODE_FORM: &str =
+    "must be octal digits in quotes, such as \"0644\" or \"02775\", up to \"07777\"";
+
 /// Why text is no goal: the fault of whoever wrote it.
 #[derive(Debug, thiserror::Error)]
 pub enum GoalError {
@@ -404,10 +408,7 @@ fn check_file(f: &FileStep, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
         return bad(&at("path"), "must name a file, not a directory");
     }
     if f.mode_bits().is_none() {
-        return bad(
-            &at("mode"),
-            "must be octal digits in quotes, such as \"0644\" or \"02775\", up to \"07777\"",
-        );
+        return bad(&at("mode"), MODE_FORM);
     }
     if f.content.is_some() == f.content_base64.is_some() {
         return bad(

@@ -63,6 +63,12 @@ fn of_yaml(what: &str) -> Option<String> {
         "expected sequence start" => "must be a list".into(),
         "unexpected end of input" => "the text ends where a value should be".into(),
         "expected string scalar" => "must be text".into(),
+        "cannot deserialize tagged scalar into string" => {
+            "must be text, and its tag (`!`) makes it something else".into()
+        }
+        what if what.starts_with("multiple YAML documents detected") => {
+            "there is more than one document (`---`)".into()
+        }
         "cannot deserialize null into string; use Option<String>" => {
             "must be text, and there is nothing; write \"\" for empty text".into()
         }
@@ -105,6 +111,7 @@ fn expected(must: &str) -> String {
         "bool" | "boolean" | "a boolean" => "true or false".into(),
         "a string" | "string" => "text".into(),
         "path string" => "a path".into(),
+        "a formatted UUID string" => "a UUID".into(),
         "a sequence" => "a list".into(),
         "a map" => "a mapping of keys to values".into(),
         other if other.starts_with("struct ") => "a mapping of keys to values".into(),
@@ -113,6 +120,9 @@ fn expected(must: &str) -> String {
 }
 
 fn found(is: &str) -> String {
+    // A number that only the widest types hold.
+    let wide = [" as i128", " as u128"].iter();
+    let is = wide.fold(is, |is, wide| is.strip_suffix(wide).unwrap_or(is));
     let inside = |prefix: &str| Some(is.strip_prefix(prefix)?.strip_suffix('`')?.to_owned());
     match is {
         "unit value" | "null" | "Option value" => "nothing".into(),
@@ -141,6 +151,10 @@ mod tests {
             (
                 "invalid value: integer `70000`, expected u16 at line 3 column 7",
                 "must be a whole number from 0 to 65535, not 70000 at line 3 column 7",
+            ),
+            (
+                "invalid type: integer `99999999999999999999` as i128, expected a string",
+                "must be text, not 99999999999999999999",
             ),
             (
                 "invalid type: map, expected a sequence",

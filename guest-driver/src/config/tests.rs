@@ -172,3 +172,63 @@ fn a_mistake_is_told_in_the_words_of_whoever_wrote_the_file() {
         }
     }
 }
+
+#[test]
+fn no_mistake_is_told_in_the_words_of_a_library() {
+    let example = include_str!("../../dist/adit-guest.toml.example");
+    let keys = example
+        .lines()
+        .filter(|l| !l.starts_with('#') && l.contains(" = "));
+    let values = [
+        "7",
+        "-7",
+        "70000",
+        "1.5",
+        "true",
+        "\"x\"",
+        "\"\"",
+        "[]",
+        "[[1]]",
+        "[-1]",
+        "[1.5]",
+        "[\"x\"]",
+        "{}",
+        "{ a = 1 }",
+        "[{}]",
+        "2026-01-01",
+        "nan",
+        "99999999999999999999",
+        "'",
+        "\"",
+        "[",
+        "",
+        "0x",
+        "1\nvm_id = \"a\"",
+        "{ a = 1, a = 2 }",
+        "07",
+        "\"\\q\"",
+    ];
+    for line in keys {
+        let (key, _) = line.split_once(" = ").unwrap();
+        for value in values {
+            let text = example.replacen(line, &format!("{key} = {value}"), 1);
+            let Err(e) = Config::parse(Path::new("f"), &text) else {
+                continue;
+            };
+            let e = e.to_string();
+            for jargon in [
+                "struct",
+                "i128",
+                "invalid type",
+                "invalid value",
+                "u16",
+                "i64",
+                "variant",
+                "datetime",
+                "deserial",
+            ] {
+                assert!(!e.contains(jargon), "{e}");
+            }
+        }
+    }
+}

@@ -129,6 +129,53 @@ fn keys_come_from_many_files_and_directories_and_none_hides_another() {
 }
 
 #[test]
+fn a_key_that_can_be_read_only_once_is_installed_whole() {
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
+    let dir = tempfile::tempdir().unwrap();
+    let (read, mut write) = std::io::pipe().unwrap();
+    write.write_all(key_line(7).as_bytes()).unwrap();
+    drop(write);
+    // As a shell's `--trust <(...)` names it.
+    let key = PathBuf::from(format!("/proc/self/fd/{}", read.as_raw_fd()));
+    try_install(dir.path(), Some(Init::None), &[key]).unwrap();
+    let placed = pub_files(&dir.path().join(TRUST_DIR)).unwrap();
+    assert_eq!(fs::read_to_string(&placed[0]).unwrap(), key_line(7));
+}
+
+#[test]
+fn what_the_agent_would_not_read_is_not_installed() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = dir.path().join("long.pub");
+    fs::write(
+        &key,
+        format!("#{}\n{}\n", "x".repeat(64 << 10), key_line(7)),
+    )
+    .unwrap();
+    let root = dir.path().join("root");
+    fs::create_dir(&root).unwrap();
+    let long = try_install(&root, Some(Init::None), &[key]).unwrap_err();
+    assert!(matches!(long, InstallError::Key(_)), "{long}");
+    let (vm_id, many) = ("web-1".parse().unwrap(), vec![80; 257]);
+    for ports in [&[80, 0][..], &many] {
+        let done = install(&Install {
+            root: &root,
+            init: Some(Init::None),
+            vm_id: &vm_id,
+            trust: &[],
+            ports,
+            binary: Path::new("/bin/true"),
+        });
+        assert!(matches!(done, Err(InstallError::Config(_))), "{done:?}");
+    }
+    assert_eq!(
+        fs::read_dir(&root).unwrap().count(),
+        0,
+        "half an installation"
+    );
+}
+
+#[test]
 fn the_images_init_is_found_or_asked_for() {
     let made = |paths: &[&str]| {
         let dir = tempfile::tempdir().unwrap();
@@ -195,9 +242,12 @@ impl Busybox {
         let this = Self(dir);
         let script = BUSYBOX
             .replace("/usr/sbin/adit-guest run", &this.at("agent"))
-            .replace("/run/adit-guest.pid", &this.at("pid"));
+            .replace("/run/adit-guest.pid", &this.at("pid"))
+            .replace("/proc/", &(this.at("proc") + "/"));
+        std::os::unix::fs::symlink("/proc", this.at("proc")).unwrap();
         let image = Image::open(this.0.path()).unwrap();
-        image.place("S50", script.as_bytes(), 0o755).unwrap();
+        let name = "S50adit-guest";
+        image.place(name, script.as_bytes(), 0o755).unwrap();
         let made = Command::new("mkfifo").arg(this.at("fifo")).status();
         assert!(made.unwrap().success());
         let agent = format!("#!/bin/sh\n{agent}\n").replace("FIFO", &this.at("fifo"));
@@ -217,7 +267,7 @@ impl Busybox {
         if shell.is_some() {
             command.arg("sh");
         }
-        command.arg(self.at("S50")).arg(verb);
+        command.arg(self.at("S50adit-guest")).arg(verb);
         let silent = command.stdout(Stdio::null()).stderr(Stdio::null());
         assert!(silent.status().unwrap().success());
     }
@@ -225,8 +275,11 @@ impl Busybox {
     /// The next line that the agent writes to the fifo.
     fn line(&self) -> String {
         let mut line = String::new();
-        let mut fifo = BufReader::new(fs::File::open(self.at("fifo")).unwrap());
-        fifo.read_line(&mut line).unwrap();
+        // Whoever wrote the line before may not have closed the fifo yet: then this one ends without a line.
+        while line.is_empty() {
+            let mut fifo = BufReader::new(fs::File::open(self.at("fifo")).unwrap());
+            fifo.read_line(&mut line).unwrap();
+        }
         line.trim().to_owned()
     }
 }
@@ -273,6 +326,39 @@ fn the_busybox_script_passes_a_reload_on_and_goes_on_supervising() {
     let second = script.line().parse::<i32>().unwrap();
     script.run("stop");
     until_gone(second);
+}
+
+#[test]
+fn the_busybox_script_starts_the_agent_whatever_else_has_a_name_or_a_number_like_its_own() {
+    let _alone = crate::exec::alone();
+    // Without a pid file: a kernel's command line that has the name in it.
+    let script = Busybox::with("echo $$ >FIFO\nexec sleep 1000");
+    fs::remove_file(script.at("proc")).unwrap();
+    fs::create_dir(script.at("proc")).unwrap();
+    fs::write(script.at("proc/cmdline"), "root=/dev/S50adit-guest").unwrap();
+    fs::write(script.at("proc/uptime"), "1.0 1.0").unwrap();
+    script.run("start");
+    let agent = script.line().parse::<i32>().unwrap();
+    fs::remove_dir_all(script.at("proc")).unwrap();
+    std::os::unix::fs::symlink("/proc", script.at("proc")).unwrap();
+    script.run("stop");
+    until_gone(agent);
+    // With one of an earlier boot, whose number another service's script has now.
+    let mut other = Command::new("sh")
+        .args(["-c", "read x", "/etc/init.d/S50sshd", "start"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    fs::write(script.at("pid"), other.id().to_string()).unwrap();
+    script.run("stop");
+    assert!(other.try_wait().unwrap().is_none(), "killed another's");
+    fs::write(script.at("pid"), other.id().to_string()).unwrap();
+    script.run("start");
+    let agent = script.line().parse::<i32>().unwrap();
+    script.run("stop");
+    until_gone(agent);
+    drop(other.stdin.take());
+    other.wait().unwrap();
 }
 
 #[test]

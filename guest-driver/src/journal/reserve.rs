@@ -4,9 +4,9 @@
 //! A file beside the journal has the space. It is there before a task starts (else the task does not start), and is
 //! removed when a result does not fit.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use nix::errno::Errno;
@@ -15,6 +15,9 @@ use nix::fcntl::{FallocateFlags, fallocate};
 /// Held back: the longest report, which is two outputs of 256 KiB, in the database's pages of a power of two, and the
 /// pages around it.
 pub const RESERVE_BYTES: u32 = 2 << 20;
+
+/// What `st_blocks` counts.
+const BLOCK_BYTES: u64 = 512;
 
 /// The file.
 #[derive(Debug)]
@@ -31,12 +34,13 @@ impl Reserve {
     /// # Errors
     /// There is not so much.
     pub fn hold(&self) -> io::Result<()> {
-        let len = fs::metadata(&self.0).map_or(0, |meta| meta.len());
-        if len == u64::from(RESERVE_BYTES) {
+        if fs::symlink_metadata(&self.0).is_ok_and(|meta| has_the_space(&meta)) {
             return Ok(());
         }
+        // Whatever else is there: a link must not be followed, and a fifo would be waited for.
+        self.release();
         let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
+        options.write(true).create_new(true).mode(0o600);
         let held = options.open(&self.0).and_then(|file| fill(&file));
         if held.is_err() {
             self.release();
@@ -48,6 +52,12 @@ impl Reserve {
     pub fn release(&self) {
         let _ = fs::remove_file(&self.0);
     }
+}
+
+/// A copy of a disk or a directory may have the length without the space.
+fn has_the_space(meta: &Metadata) -> bool {
+    let bytes = u64::from(RESERVE_BYTES);
+    meta.is_file() && meta.len() == bytes && meta.blocks() * BLOCK_BYTES >= bytes
 }
 
 fn fill(mut file: &File) -> io::Result<()> {

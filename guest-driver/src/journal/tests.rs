@@ -276,3 +276,95 @@ fn a_directory_that_others_may_write_is_no_place_for_a_journal() {
     set(0o755).unwrap();
     assert!(Journal::open(dir.path()).is_ok());
 }
+
+#[test]
+fn a_reserve_has_its_space_whatever_was_in_its_place() {
+    use std::os::unix::fs::{MetadataExt, symlink};
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join(RESERVE_FILE);
+    let (other, reserve) = (dir.path().join("other"), Reserve::at(at.clone()));
+    std::fs::write(&other, "kept").unwrap();
+    let sparse = || {
+        let file = std::fs::File::create(&at).unwrap();
+        file.set_len(reserve::RESERVE_BYTES.into()).unwrap();
+    };
+    let fifo = || nix::unistd::mkfifo(&at, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let link = || symlink(&other, &at).unwrap();
+    for put in [&sparse as &dyn Fn(), &fifo, &link] {
+        put();
+        reserve.hold().unwrap();
+        let meta = std::fs::symlink_metadata(&at).unwrap();
+        assert!(meta.is_file());
+        assert!(meta.blocks() * 512 >= u64::from(reserve::RESERVE_BYTES));
+        // It is kept as it is.
+        reserve.hold().unwrap();
+        assert_eq!(std::fs::symlink_metadata(&at).unwrap().ino(), meta.ino());
+        std::fs::remove_file(&at).unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(&other).unwrap(), "kept");
+}
+
+#[test]
+fn a_journal_that_goes_missing_while_the_agent_runs_is_not_begun_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(dir.path()).unwrap();
+    journal.received(&id(1), &origin(7)).unwrap();
+    journal.started(&id(1), 5).unwrap();
+    // As after a write that failed, on a file system that is then unmounted.
+    journal.db = None;
+    let (at, away) = (dir.path().join(FILE), dir.path().join("away"));
+    std::fs::rename(&at, &away).unwrap();
+    let gone = |e| matches!(e, JournalError::Unavailable(_));
+    assert!(journal.phase(&id(1)).is_err_and(gone));
+    assert!(journal.received(&id(1), &origin(7)).is_err_and(gone));
+    std::fs::rename(&away, &at).unwrap();
+    assert_eq!(journal.unfinished().unwrap(), [(id(1), 5)]);
+}
+
+#[test]
+fn entries_have_golden_bytes_that_every_version_reads() {
+    let ended = Report {
+        stdout: adit_tasks::wire::Captured {
+            total: 2,
+            head: b"hi".to_vec(),
+            tail: Vec::new(),
+        },
+        ..report(1, Outcome::Failed)
+    };
+    let mut result = vec![1, 1, b'k', 7, 2];
+    result.extend(id(1));
+    // Outcome, exit status, reason, times; head, tail and total of both outputs; the boot.
+    result.extend([1, 1, 0, 0, 1, 2, 2, b'h', b'i', 0, 2, 0, 0, 0]);
+    result.extend([0; 16]);
+    for (phase, bytes) in [
+        (Phase::Received, vec![1, 1, b'k', 7, 0]),
+        (Phase::Started { at_ms: 5 }, vec![1, 1, b'k', 7, 1, 5]),
+        (Phase::Result(Box::new(ended)), result),
+        (Phase::Acked(Outcome::Done), vec![1, 1, b'k', 7, 3, 0]),
+    ] {
+        let entry = Entry {
+            order: 1,
+            key: b"k".to_vec(),
+            seq: 7,
+            phase: phase.clone(),
+        };
+        assert_eq!(encode(&entry).unwrap(), bytes);
+        assert_eq!(decode::<Entry>(&bytes).unwrap().phase, phase);
+    }
+}
+
+#[test]
+fn a_key_more_than_can_be_remembered_is_refused_for_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(dir.path()).unwrap();
+    let by = |key: u64| Origin {
+        key: key.to_le_bytes().to_vec(),
+        ..origin(7)
+    };
+    for key in 0..KEYS_MAX {
+        fill(&mut journal, &by(key).key, 7, 0..0);
+    }
+    let refused = journal.received(&id(1), &by(KEYS_MAX));
+    assert!(matches!(refused, Err(JournalError::TooManyKeys)));
+    journal.received(&id(1), &by(0)).unwrap();
+}

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use adit_tasks::wire::{Outcome, Report, Task};
@@ -57,6 +58,75 @@ fn a_result_that_the_journal_cannot_take_is_reported_with_a_mark_and_its_task_ne
     let report = host.run(&task);
     assert_eq!(report.outcome, Outcome::Interrupted, "{}", report.reason);
     assert_eq!(lines(&host.path("count")), 1);
+}
+
+/// Lets others write the state directory, or not: a journal there is not used.
+fn open_to_others(host: &Host, open: bool) {
+    let mode = if open { 0o777 } else { 0o700 };
+    fs::set_permissions(host.path("state"), fs::Permissions::from_mode(mode)).unwrap();
+}
+
+#[test]
+fn a_task_that_ran_before_has_its_result_also_when_the_journal_can_be_read_only_later() {
+    for (point, outcome) in [
+        ("sent", Outcome::Done),
+        ("acked", Outcome::Done),
+        ("spawned", Outcome::Interrupted),
+    ] {
+        let mut host = Host::new();
+        let task = counted(&host, 1);
+        host.start(Some(point));
+        let (mut session, _) = host.accept();
+        let Some(Said::Pull(id)) = session.next().unwrap() else {
+            panic!("{}", host.log())
+        };
+        session.task(id, &task);
+        while let Ok(Some(said)) = session.next() {
+            if let Said::Report(id, report) = said {
+                session.ack(id, &report);
+            }
+        }
+        host.wait_for_crash();
+        open_to_others(&host, true);
+        host.start(None);
+        let (mut session, _) = host.accept();
+        let Some(Said::Pull(id)) = session.next().unwrap() else {
+            panic!("{}", host.log())
+        };
+        open_to_others(&host, false);
+        session.task(id, &task);
+        let Some(Said::Report(id, report)) = session.next().unwrap() else {
+            panic!("{}", host.log())
+        };
+        assert_eq!(report.outcome, outcome, "{point}: {}", report.reason);
+        session.ack(id, &report);
+        assert!(lines(&host.path("count")) <= 1, "{point}");
+    }
+}
+
+#[test]
+fn a_new_stream_brings_the_results_of_a_journal_that_can_be_read_again() {
+    let mut host = Host::new();
+    let task = counted(&host, 1);
+    host.start(Some("sent"));
+    let (mut session, _) = host.accept();
+    let Some(Said::Pull(id)) = session.next().unwrap() else {
+        panic!("{}", host.log())
+    };
+    session.task(id, &task);
+    while let Ok(Some(_)) = session.next() {}
+    host.wait_for_crash();
+    open_to_others(&host, true);
+    host.start(None);
+    let (mut session, _) = host.accept();
+    assert!(matches!(session.next().unwrap(), Some(Said::Pull(_))));
+    open_to_others(&host, false);
+    drop(session);
+    let (mut session, _) = host.accept();
+    match session.next().unwrap() {
+        Some(Said::Report(_, report)) => assert_eq!(report.outcome, Outcome::Done),
+        _ => panic!("{}", host.log()),
+    }
 }
 
 /// A small disk in place of the agent's state directory.
