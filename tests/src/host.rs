@@ -128,14 +128,15 @@ impl Host {
         Ok(())
     }
 
-    /// Kills every process of the service with SIGKILL, and waits until systemd has started it again.
+    /// Kills aditd and its port processes at once with SIGKILL, and waits until systemd has started aditd again.
     ///
     /// # Errors
     /// It does not run as a service, or does not start in time.
     pub fn kill_service(&mut self) -> anyhow::Result<()> {
         fs::remove_file(self.run.join("proxy.addr"))?;
         let systemd = self.systemd.as_ref().context("not under systemd")?;
-        systemd.systemctl(&["kill", "--signal=KILL", "aditd"])?;
+        // Port processes have cgroups outside the unit's, so `systemctl kill` does not reach them.
+        systemd.run("pkill", &["-KILL", "-x", "aditd|adit-port"])?;
         self.wait_served()
     }
 

@@ -92,6 +92,14 @@ impl Systemd {
     /// # Errors
     /// It fails. The error contains its output.
     pub fn systemctl(&self, args: &[&str]) -> anyhow::Result<String> {
+        self.run("systemctl", args)
+    }
+
+    /// Runs a program inside. Returns its output.
+    ///
+    /// # Errors
+    /// It fails. The error contains its output.
+    pub fn run(&self, program: &str, args: &[&str]) -> anyhow::Result<String> {
         let unshare = self.outside.pid();
         let children = fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children"))?;
         let first = children.split_whitespace().next();
@@ -99,7 +107,7 @@ impl Systemd {
         let mut command = Command::new("nsenter");
         command
             .args(["--target", first, "--mount", "--pid", "--cgroup", "--"])
-            .arg("systemctl")
+            .arg(program)
             .args(args);
         let out = output(&mut command)?;
         Ok(String::from_utf8_lossy(&out.stdout).into_owned())

@@ -194,7 +194,7 @@ fn tunnels(kernel: Kernel) {
         ("http://web-9/", "404"),
         ("http://web-1:8080/", "403"),
         ("http://web-1:81/", "502"),
-        ("http://Web-1/", "404"),
+        ("http://web_1/", "404"),
         ("http://web-1:0/", "400"),
     ] {
         let said = setup.curl(&[url]);
