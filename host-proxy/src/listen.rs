@@ -24,7 +24,7 @@ use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use nix::sys::resource::{Resource, getrlimit};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -160,6 +160,8 @@ pub struct Gate {
     /// Those that have asked for nothing yet, or are idle again, by age.
     silent: Mutex<BTreeMap<u64, CancellationToken>>,
     next: AtomicU64,
+    /// One more is silent.
+    falls_silent: Notify,
 }
 
 /// A connection's place. Dropped = free.
@@ -180,17 +182,31 @@ impl Gate {
             slots: Arc::new(Semaphore::new(max)),
             silent: Mutex::default(),
             next: AtomicU64::new(0),
+            falls_silent: Notify::new(),
         })
     }
 
-    /// Waits for a place; the oldest silent connection makes it, if there is none.
+    /// Waits for a place; the oldest silent connection makes it, if there is none, or else the first that falls silent.
     pub async fn enter(self: &Arc<Self>) -> Place {
         let slot = match self.slots.clone().try_acquire_owned() {
             Ok(slot) => Some(slot),
             Err(_) => {
-                self.evict();
+                let free = self.slots.clone().acquire_owned();
+                let evicted = async {
+                    loop {
+                        let next = self.falls_silent.notified();
+                        if self.evict() {
+                            break;
+                        }
+                        next.await;
+                    }
+                };
+                tokio::pin!(free);
                 // It is never closed.
-                self.slots.clone().acquire_owned().await.ok()
+                tokio::select! {
+                    slot = &mut free => slot.ok(),
+                    () = evicted => free.await.ok(),
+                }
             }
         };
         let place = Place {
@@ -203,11 +219,13 @@ impl Gate {
         place
     }
 
-    /// Ends the oldest silent connection.
-    pub fn evict(&self) {
-        if let Some((_, oldest)) = self.silent().pop_first() {
+    /// Ends the oldest silent connection; false: there is none.
+    pub fn evict(&self) -> bool {
+        let oldest = self.silent().pop_first();
+        if let Some((_, oldest)) = &oldest {
             oldest.cancel();
         }
+        oldest.is_some()
     }
 
     fn silent(&self) -> MutexGuard<'_, BTreeMap<u64, CancellationToken>> {
@@ -228,6 +246,7 @@ impl Place {
         let nth = self.gate.next.fetch_add(1, Ordering::Relaxed);
         self.nth.store(nth, Ordering::Relaxed);
         self.gate.silent().insert(nth, self.evicted.clone());
+        self.gate.falls_silent.notify_waiters();
     }
 }
 
@@ -385,6 +404,25 @@ mod tests {
         drop(silent);
         let third = entering.await.unwrap();
         assert!(!spoke.evicted.is_cancelled() && !third.evicted.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn one_that_becomes_idle_makes_room_for_one_that_waits_already() {
+        let gate = Gate::new(2);
+        let (first, second) = (gate.enter().await, gate.enter().await);
+        first.spoke();
+        second.spoke();
+        let mut entering = std::pin::pin!(gate.enter());
+        assert!(futures_util::poll!(&mut entering).is_pending());
+        first.idle();
+        assert!(futures_util::poll!(&mut entering).is_pending());
+        assert!(first.evicted.is_cancelled());
+        // One makes room for one.
+        second.idle();
+        assert!(futures_util::poll!(&mut entering).is_pending());
+        assert!(!second.evicted.is_cancelled());
+        drop(first);
+        entering.await;
     }
 
     #[tokio::test]

@@ -201,7 +201,7 @@ const KEYS: &[Key] = &[
     Key {
         path: "limits.response_s",
         meaning: "Seconds that a VM may take to begin its response, counted from when it has the whole request. After that \
-                  the client gets status 504.",
+                  the client gets status 504. An upload may rest for as long after its response has ended.",
         default: "60",
         example: "60",
         kind: Kind::Number { min: 1, max: U32 },

@@ -56,6 +56,10 @@ pub(super) async fn handle(
 
     let received = response.version();
     let bound = fields::binds_connection(response.headers());
+    let plain = fields::plain_framing(response.headers_mut()).map_err(|why| {
+        let detail = format!("VM `{}` port {}: {why}", to.vm, to.port);
+        Problem::new(StatusCode::BAD_GATEWAY, "http_protocol_error", detail)
+    })?;
     let hop = Hop::take_from(response.headers_mut());
     fields::add_via(response.headers_mut(), received);
     *response.version_mut() = Version::HTTP_11;
@@ -81,14 +85,14 @@ pub(super) async fn handle(
         fields::without_trailers(response.headers_mut());
     }
     // A server of HTTP/1.0 says nothing of how its connection goes on that all agree on.
-    let route = route.filter(|_| !bound && received == Version::HTTP_11);
-    let mut back = route.map(|route| GiveBack::new(state, &admitted, route, guest));
+    let route = route.filter(|_| plain && !bound && received == Version::HTTP_11);
+    let mut back = Some(GiveBack::new(state, admitted, route, guest, moved));
     if response.body().is_end_stream()
         && let Some(back) = back.take()
     {
         back.now();
     }
-    let answering = Answering::new(back, admitted.share);
+    let answering = Answering(back);
     let response = response.map(|body| Watched::new(body, answering).boxed());
     Ok((response, None))
 }

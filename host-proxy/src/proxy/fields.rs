@@ -10,8 +10,9 @@
 
 use hyper::Version;
 use hyper::header::{
-    AUTHORIZATION, CONNECTION, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
-    PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA, WWW_AUTHENTICATE,
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue,
+    PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
+    WWW_AUTHENTICATE,
 };
 use hyper::http::header::GetAll;
 
@@ -91,13 +92,20 @@ fn upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
 
 /// The elements of a list, without their parameters.
 fn words(values: GetAll<'_, HeaderValue>) -> impl Iterator<Item = &str> {
+    elements(values)
+        .filter_map(|element| element.split(';').next())
+        .map(str::trim)
+        .filter(|word| !word.is_empty())
+}
+
+/// The elements of a list.
+fn elements(values: GetAll<'_, HeaderValue>) -> impl Iterator<Item = &str> {
     values
         .into_iter()
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))
-        .filter_map(|word| word.split(';').next())
         .map(str::trim)
-        .filter(|word| !word.is_empty())
+        .filter(|element| !element.is_empty())
 }
 
 /// Takes fields out and leaves the others in their order, which `HeaderMap::remove` does not.
@@ -114,6 +122,35 @@ fn retain(headers: &mut HeaderMap, keep: impl Fn(&HeaderName) -> bool) {
         }
     }
     *headers = kept;
+}
+
+/// Leaves one way to tell where the body of an answer ends. False: there were two, so that what follows it is not to be trusted.
+///
+/// # Errors
+/// Nobody can tell.
+pub(super) fn plain_framing(headers: &mut HeaderMap) -> Result<bool, &'static str> {
+    if headers.contains_key(TRANSFER_ENCODING) {
+        let codings: Vec<_> = elements(headers.get_all(TRANSFER_ENCODING)).collect();
+        if !matches!(codings[..], [one] if one.eq_ignore_ascii_case("chunked")) {
+            return Err("its answer has another transfer coding than `chunked`");
+        }
+        let both = headers.contains_key(CONTENT_LENGTH);
+        // The chunks count (RFC 9112 §6.3).
+        retain(headers, |name| *name != CONTENT_LENGTH);
+        return Ok(!both);
+    }
+    if headers.contains_key(CONTENT_LENGTH) {
+        let mut lengths: Vec<_> = elements(headers.get_all(CONTENT_LENGTH)).collect();
+        lengths.dedup();
+        match lengths[..] {
+            [one] if one.bytes().all(|b| b.is_ascii_digit()) => {
+                let one = HeaderValue::from_str(one).ok();
+                one.map(|one| headers.insert(CONTENT_LENGTH, one));
+            }
+            _ => return Err("the Content-Length of its answer is no number"),
+        }
+    }
+    Ok(true)
 }
 
 /// Takes out the announcement of trailers that will not come.

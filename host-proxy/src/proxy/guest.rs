@@ -35,6 +35,8 @@ pub(super) struct Guest {
     id: u64,
     sender: SendRequest<Body>,
     heard: Heard,
+    /// Breaks the connection off, whatever is under way on it.
+    given_up: CancellationToken,
     /// To whom the driver hands the stream after an upgrade; dropped: it ends the stream.
     claim: Option<oneshot::Sender<oneshot::Sender<Left>>>,
 }
@@ -78,12 +80,20 @@ impl Guest {
             .map_err(|e| incomplete(to, &e))?;
         let (claim, claimed) = oneshot::channel();
         let id = state.pool.next_id();
-        let removed = admitted.vm.removed.clone();
-        tokio::spawn(drive(connection, id, state.pool.clone(), removed, claimed));
+        let given_up = CancellationToken::new();
+        let driver = Driver {
+            id,
+            vm: to.vm.clone(),
+            pool: state.pool.clone(),
+            removed: admitted.vm.removed.clone(),
+            given_up: given_up.clone(),
+        };
+        tokio::spawn(driver.drive(connection, claimed));
         Ok(Self {
             id,
             sender,
             heard,
+            given_up,
             claim: Some(claim),
         })
     }
@@ -106,7 +116,8 @@ impl Guest {
             Some(Ok(response)) => Ok(response),
             Some(Err(e)) => Err(Failed {
                 problem: incomplete(to, &e),
-                unheard: self.heard.bytes() == before,
+                // It was not sent at all if what came was said of the time before it.
+                unheard: e.is_canceled() || self.heard.bytes() == before,
             }),
             None => {
                 let detail = format!(
@@ -133,104 +144,123 @@ impl Guest {
     }
 }
 
-/// Drives a connection until it is over, and ends it in order or hands its stream on.
-async fn drive(
-    connection: Connection<TokioIo<GuestIo>, Body>,
+/// Drives a connection.
+struct Driver {
     id: u64,
+    vm: VmId,
     pool: Arc<Pool>,
     removed: CancellationToken,
-    claimed: oneshot::Receiver<oneshot::Sender<Left>>,
-) {
-    let ended = connection.without_shutdown();
-    tokio::pin!(ended);
-    let mut look = tokio::time::Instant::now() + IDLE_LIMIT;
-    let mut is_removed = false;
-    let ended = loop {
-        tokio::select! {
-            ended = &mut ended => break ended,
-            () = tokio::time::sleep_until(look) => look = pool.expire(id),
-            () = removed.cancelled(), if !is_removed => {
-                is_removed = true;
-                pool.forget(id);
+    given_up: CancellationToken,
+}
+
+impl Driver {
+    /// Drives it until it is over, and ends it in order or hands its stream on.
+    async fn drive(
+        self,
+        connection: Connection<TokioIo<GuestIo>, Body>,
+        claimed: oneshot::Receiver<oneshot::Sender<Left>>,
+    ) {
+        let Self { id, pool, .. } = &self;
+        let ended = connection.without_shutdown();
+        tokio::pin!(ended);
+        let mut look = tokio::time::Instant::now() + IDLE_LIMIT;
+        let mut is_removed = false;
+        let ended = loop {
+            tokio::select! {
+                ended = &mut ended => break ended,
+                () = tokio::time::sleep_until(look) => look = pool.expire(*id),
+                () = self.removed.cancelled(), if !is_removed => {
+                    is_removed = true;
+                    pool.forget(*id);
+                }
+                () = self.given_up.cancelled() => return,
             }
-        }
-    };
-    pool.forget(id);
-    match ended {
-        Ok(left) => {
-            let unclaimed = match claimed.await {
-                Ok(to) => to.send(left).err(),
-                Err(_) => Some(left),
-            };
-            if let Some(left) = unclaimed {
-                left.io.into_inner().end().await;
+        };
+        pool.forget(*id);
+        match ended {
+            Ok(left) => {
+                let unclaimed = match claimed.await {
+                    Ok(to) => to.send(left).err(),
+                    Err(_) => Some(left),
+                };
+                if let Some(left) = unclaimed {
+                    let ended = left.io.into_inner().end();
+                    pool.end(*id, self.vm.clone(), ended).await;
+                }
             }
+            Err(e) => tracing::debug!(error = %e, "connection to a guest ended"),
         }
-        Err(e) => tracing::debug!(error = %e, "connection to a guest ended"),
     }
 }
 
-/// Watches the body of an answer: its end gives the connection back, and the VM's share of the proxy is held until the body
-/// is dropped.
-pub(super) struct Answering {
-    back: Option<GiveBack>,
-    _share: Share<VmId>,
-}
+/// Watches the body of an answer: its end gives the connection back.
+pub(super) struct Answering(pub(super) Option<GiveBack>);
 
-/// A connection that may be used again, and for what.
+/// A connection that is asked, and what it may be used for again.
 pub(super) struct GiveBack {
     guest: Guest,
-    route: Route,
+    /// None: it is for this request only.
+    route: Option<Route>,
     pool: Arc<Pool>,
     removed: CancellationToken,
-}
-
-impl Answering {
-    pub(super) fn new(back: Option<GiveBack>, share: Share<VmId>) -> Self {
-        Self {
-            back,
-            _share: share,
-        }
-    }
+    /// When the body of the request moved last, and how long it may rest.
+    moved: Arc<Moved>,
+    limit: Duration,
+    /// The VM's, of the proxy: until both sides have said all.
+    _share: Share<VmId>,
 }
 
 impl Watch for Answering {
     fn ended(&mut self) {
-        if let Some(back) = self.back.take() {
+        if let Some(back) = self.0.take() {
             back.now();
         }
     }
 }
 
 impl GiveBack {
-    pub(super) fn new(state: &State, admitted: &Admitted, route: Route, mut guest: Guest) -> Self {
+    pub(super) fn new(
+        state: &State,
+        admitted: Admitted,
+        route: Option<Route>,
+        mut guest: Guest,
+        moved: Arc<Moved>,
+    ) -> Self {
         guest.claim = None;
         Self {
             guest,
             route,
             pool: state.pool.clone(),
             removed: admitted.vm.removed.clone(),
+            moved,
+            limit: Duration::from_secs(state.config.limits.response_s.into()),
+            _share: admitted.share,
         }
     }
 
     /// The answer has ended. The connection waits for the next request as soon as both sides have said all, if it is still
-    /// open then.
+    /// open then. A request that rests in the middle of its body, though it is answered, is given up: hyper waits for ever
+    /// (hyperium/hyper#4176).
     pub(super) fn now(self) {
         if self.guest.is_ready() {
             self.put();
         } else {
             let mut back = self;
+            back.moved.note();
             tokio::spawn(async move {
-                if back.guest.sender.ready().await.is_ok() {
-                    back.put();
+                let ready = back.guest.sender.ready();
+                match in_time(ready, &back.moved, back.limit).await {
+                    Some(Ok(())) => back.put(),
+                    Some(Err(_)) => {}
+                    None => back.guest.given_up.cancel(),
                 }
             });
         }
     }
 
     fn put(self) {
-        if !self.removed.is_cancelled() {
-            self.pool.put(self.guest.id, self.route, self.guest);
+        if let Some(route) = self.route.filter(|_| !self.removed.is_cancelled()) {
+            self.pool.put(self.guest.id, route, self.guest);
         }
     }
 }

@@ -6,6 +6,7 @@
 //!   made once more over a new connection (`absolute`).
 //! - A connection that waits is no request under way: it has no share of the proxy. How many wait is bounded for each VM and
 //!   in all; the newest is used first, and the oldest is closed first.
+//! - One that ends, and waits for its server to end it too, has the same bounds, and is closed in the same way.
 //! - It is closed after `IDLE_LIMIT`, when its VM is removed, when descriptors are short, and whenever the guest closes it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,6 +16,7 @@ use std::time::Duration;
 use adit_port::control::Target;
 use adit_tasks::VmId;
 use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::guest::Guest;
 use crate::link::Link;
@@ -32,6 +34,8 @@ const REQUESTS_FOR_EACH: usize = 4;
 /// The connections that wait, of all VMs.
 pub struct Pool {
     table: Mutex<Table<Route, Guest>>,
+    /// Those that have ended their sending, until their servers end theirs.
+    ending: Mutex<Table<VmId, DropGuard>>,
     next_id: AtomicU64,
 }
 
@@ -66,6 +70,14 @@ impl PartialEq for Route {
     }
 }
 
+impl Keyed for VmId {
+    type Owner = Self;
+
+    fn owner(&self) -> &Self {
+        self
+    }
+}
+
 impl Keyed for Route {
     type Owner = VmId;
 
@@ -77,8 +89,10 @@ impl Keyed for Route {
 impl Pool {
     /// An empty one, in a proxy that has room for so many requests.
     pub fn new(requests: usize) -> Arc<Self> {
+        let max = (requests / REQUESTS_FOR_EACH).min(IN_ALL_MAX);
         Arc::new(Self {
-            table: Mutex::new(Table::new((requests / REQUESTS_FOR_EACH).min(IN_ALL_MAX))),
+            table: Mutex::new(Table::new(max)),
+            ending: Mutex::new(Table::new(max)),
             next_id: AtomicU64::new(0),
         })
     }
@@ -111,6 +125,23 @@ impl Pool {
     /// Closes all that wait: descriptors are short.
     pub(super) fn clear(&self) {
         self.table().idle.clear();
+        self.ending().idle.clear();
+    }
+
+    /// Waits for the end of a connection to this VM, unless others need its descriptor.
+    pub(super) async fn end(&self, id: u64, vm: VmId, ended: impl Future<Output = ()>) {
+        let cut = CancellationToken::new();
+        let guard = cut.clone().drop_guard();
+        self.ending().put(id, vm, guard, Instant::now());
+        tokio::select! {
+            () = ended => {}
+            () = cut.cancelled() => {}
+        }
+        self.ending().forget(id);
+    }
+
+    fn ending(&self) -> MutexGuard<'_, Table<VmId, DropGuard>> {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn table(&self) -> MutexGuard<'_, Table<Route, Guest>> {

@@ -5,6 +5,7 @@ use std::net::TcpStream;
 
 use crate::host::{Answer, Host};
 use crate::proxy::{drained, head};
+use crate::server::{Then, ok, serve};
 
 const ONE: [u8; 4] = [127, 0, 0, 1];
 const OTHER: [u8; 4] = [127, 0, 0, 2];
@@ -244,4 +245,22 @@ fn r111_the_log_of_a_port_process_is_truncated_while_it_writes() {
     // The writer continues at the new end of the file.
     port.write_all(b"and on").unwrap();
     assert_eq!(std::fs::read(&log).unwrap(), b"and on");
+}
+
+/// A server closes nothing after its last answer: each connection waits for its end, and has a descriptor meanwhile.
+#[test]
+fn r110_a_vm_that_ends_no_connection_leaves_descriptors_to_others() {
+    let (mut host, ports) = Host::new(&[("a", 3), ("b", 4)], "");
+    host.start_with(128);
+    serve(ports[0].connected(), |stream, _| {
+        let last = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok";
+        stream.write_all(last).unwrap();
+        Then::Forget
+    });
+    serve(ports[1].connected(), ok);
+    for _ in 0..200 {
+        let _ = ask(host.proxy(), &get("http://a/"));
+    }
+    let answer = ask(host.proxy(), &get("http://b/"));
+    assert_eq!(answer.status, 200, "{}", answer.body);
 }

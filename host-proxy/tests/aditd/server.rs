@@ -21,6 +21,8 @@ pub enum Then {
     End,
     /// It is broken off.
     BreakOff,
+    /// It is neither read nor ended any more.
+    Forget,
 }
 
 /// How many there were, and are.
@@ -79,6 +81,7 @@ fn one(mut stream: UnixStream, answer: &dyn Fn(&mut UnixStream, &str) -> Then) {
             Then::GoOn => {}
             Then::End => break,
             Then::BreakOff => return drop(stream.shutdown(Shutdown::Both)),
+            Then::Forget => return std::mem::forget(stream),
         }
     }
     let _ = stream.shutdown(Shutdown::Write);
