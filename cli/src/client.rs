@@ -65,6 +65,7 @@ impl Client {
         limit: Option<usize>,
     ) -> Result<(Vec<T>, bool), Failure> {
         let (mut pages, mut got, mut before) = (Vec::new(), 0, String::new());
+        let mut last = u64::MAX;
         let earlier = loop {
             let wanted = limit.map_or(PAGE, |limit| (limit - got).min(PAGE));
             let path = format!("{path}&newest={wanted}{before}");
@@ -73,11 +74,17 @@ impl Client {
             got += page.len();
             pages.push(page);
             let done = limit.is_some_and(|limit| got >= limit);
-            match answer.word(adit_api::EARLIER) {
+            match answer.number(adit_api::EARLIER) {
                 Some(_) if done => break true,
-                Some(cursor) => before = format!("&before={cursor}"),
+                // Or the list has no end.
+                Some(cursor) if cursor < last => last = cursor,
+                Some(_) => {
+                    let message = "the pages of aditd's list do not go on";
+                    return Err(Failure::new("bad-answer", message));
+                }
                 None => break false,
             }
+            before = format!("&before={last}");
         };
         let mut all: Vec<T> = pages.into_iter().rev().flatten().collect();
         // An aditd of before does not know `newest`, and has said all at once.
@@ -252,11 +259,9 @@ struct Answer {
 }
 
 impl Answer {
-    /// A header field whose value may go into a path.
-    fn word(&self, field: &str) -> Option<&str> {
-        let value = self.head.get(field)?.to_str().ok()?;
-        let fit = !value.is_empty() && value.bytes().all(|b| b.is_ascii_alphanumeric());
-        fit.then_some(value)
+    /// A header field that is a number.
+    fn number(&self, field: &str) -> Option<u64> {
+        self.head.get(field)?.to_str().ok()?.parse().ok()
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use adit_api::{GoalSummary, Task, Vm};
+use adit_api::{GoalSummary, Task, Vm, VmId};
 use clap::{Args, CommandFactory};
 use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
 use clap_complete::env::{CompleteEnv, Shells};
@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 
 use crate::client::Client;
 use crate::error::Failure;
+use crate::output::escape;
 use crate::task::short;
 
 /// How long a key press waits for aditd at most.
@@ -84,9 +85,12 @@ fn program() -> String {
 pub fn vms() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         let vms: Vec<Vm> = ask("/v1/vms").unwrap_or_default();
-        let names = vms.into_iter();
+        // What is no name never gets into a shell's line.
+        let names = vms
+            .into_iter()
+            .filter_map(|vm| vm.name.parse::<VmId>().ok());
         names
-            .map(|vm| CompletionCandidate::new(vm.name))
+            .map(|name| CompletionCandidate::new(name.to_string()))
             .collect::<Vec<_>>()
     })
 }
@@ -97,10 +101,12 @@ pub fn tasks() -> ArgValueCandidates {
         let path = format!("/v1/tasks?newest={OFFERED_MAX}");
         let tasks: Vec<Task> = ask(&path).unwrap_or_default();
         let offer = |t: &Task| {
-            let what = format!("{} on {}, {}", t.step, t.vm, t.state.name());
+            let what = escape(&format!("{} on {}, {}", t.step, t.vm, t.state.name()));
             CompletionCandidate::new(short(&t.task_id)).help(Some(what.into()))
         };
-        tasks.iter().rev().take(OFFERED_MAX).map(offer).collect()
+        let is_id = |t: &&Task| t.task_id.bytes().all(|b| b.is_ascii_hexdigit());
+        let tasks = tasks.iter().filter(is_id).rev();
+        tasks.take(OFFERED_MAX).map(offer).collect()
     })
 }
 
@@ -109,9 +115,12 @@ pub fn goals() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         let path = format!("/v1/goals?newest={OFFERED_MAX}");
         let goals: Vec<GoalSummary> = ask(&path).unwrap_or_default();
-        let offer =
-            |g: GoalSummary| CompletionCandidate::new(g.goal_id).help(Some(g.accepted_at.into()));
-        goals.into_iter().rev().map(offer).collect()
+        let offer = |g: GoalSummary| {
+            let id: uuid::Uuid = g.goal_id.parse().ok()?;
+            let help = Some(escape(&g.accepted_at).into());
+            Some(CompletionCandidate::new(id.to_string()).help(help))
+        };
+        goals.into_iter().rev().filter_map(offer).collect()
     })
 }
 

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use adit_print::PrintError;
 use serde::Serialize;
 
-use crate::output::{Format, escape};
+use crate::output::{Format, escape, json_text};
 
 /// Exit status 2: the command line asks for something that makes no sense, as clap has it.
 const USAGE: u8 = 2;
@@ -88,11 +88,12 @@ pub fn report(failure: &Failure, format: Format) -> ExitCode {
     }
     match format {
         Format::Json => {
-            let text = serde_json::to_string(&serde_json::json!({ "error": failure }));
+            let text = json_text(&serde_json::json!({ "error": failure }));
             adit_print::note(text.unwrap_or_default());
         }
         Format::Table => {
-            let mut text = format!("error[{}]: {}", failure.code, escape(&failure.message));
+            let (code, message) = (escape(&failure.code), escape(&failure.message));
+            let mut text = format!("error[{code}]: {message}");
             if !failure.help.is_empty() {
                 text.push_str(&format!("\n  help: {}", escape(&failure.help)));
             }

@@ -18,12 +18,17 @@ pub enum Format {
     Json,
 }
 
+/// Whether a terminal would act on it, or show what follows in another order.
+fn is_unsafe(c: char) -> bool {
+    let reorders = matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    c.is_control() || reorders
+}
+
 /// Replaces control characters (ESC, CR, …) and such as reorder text, so that foreign text stays text.
 pub fn escape(text: &str) -> String {
     text.chars()
         .fold(String::with_capacity(text.len()), |mut out, c| {
-            let reorders = matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-            if c.is_control() || reorders {
+            if is_unsafe(c) {
                 // Writing to a String cannot fail.
                 let _ = write!(out, "{}", c.escape_default());
             } else {
@@ -55,8 +60,22 @@ pub fn line(text: impl Display) -> Result<(), Failure> {
 
 /// Prints a value as one line of JSON.
 pub fn json(value: &impl Serialize) -> Result<(), Failure> {
-    let text = serde_json::to_string(value).map_err(|e| Failure::new("internal", e.to_string()))?;
-    line(text)
+    line(json_text(value).map_err(|e| Failure::new("internal", e.to_string()))?)
+}
+
+/// A value as JSON that is safe on a terminal. JSON must escape control characters up to U+001F only, and U+009B begins a
+/// command to a terminal as ESC does. They can only be in strings, where `\u009b` is the same character.
+pub fn json_text(value: &impl Serialize) -> serde_json::Result<String> {
+    let text = serde_json::to_string(value)?;
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match is_unsafe(c) {
+            // Writing to a String cannot fail.
+            true => drop(write!(out, "\\u{:04x}", u32::from(c))),
+            false => out.push(c),
+        }
+    }
+    Ok(out)
 }
 
 /// Prints rows under a heading, columns aligned, the last one unpadded.

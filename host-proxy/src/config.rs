@@ -8,7 +8,8 @@ mod keys;
 mod summary;
 mod uids;
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -24,6 +25,8 @@ pub use uids::UidRange;
 
 /// Where the configuration is if nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/adit/aditd.toml";
+/// Most bytes of the file: more than [`VMS_MAX`] VMs need.
+const FILE_MAX: u64 = 32 << 20;
 /// Most VMs of a host.
 pub const VMS_MAX: usize = 4096;
 /// Most ports in a VM's allow-list.
@@ -279,7 +282,7 @@ impl Config {
     /// # Errors
     /// It cannot be read, or something in it is wrong; says where.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        let text = read(path).map_err(|source| ConfigError::Read {
             path: path.into(),
             source,
         })?;
@@ -324,6 +327,20 @@ impl Config {
     /// The API's socket.
     pub fn api_socket(&self) -> PathBuf {
         self.run_dir.join("aditd.sock")
+    }
+}
+
+fn read(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let read = File::open(path)?
+        .take(FILE_MAX + 1)
+        .read_to_string(&mut text)?;
+    match read as u64 > FILE_MAX {
+        true => Err(io::Error::other(format!(
+            "it has more than {} MiB",
+            FILE_MAX >> 20
+        ))),
+        false => Ok(text),
     }
 }
 

@@ -85,10 +85,10 @@ pub async fn at_hangup(state: Arc<State>, path: PathBuf, mut hangup: Signal) {
 
 /// Applies the file. Returns what of it takes a restart.
 async fn reload(state: &Arc<State>, path: &Path) -> Result<Vec<String>, String> {
-    let new = Config::load(path).map_err(|e| match std::error::Error::source(&e) {
-        Some(source) => format!("{e}: {source}"),
-        None => e.to_string().replace('\n', "; "),
-    })?;
+    let file = path.to_owned();
+    // Not on the thread that serves: its file system may take its time.
+    let new = tokio::task::spawn_blocking(move || read(&file)).await;
+    let new = new.map_err(|e| e.to_string())??;
     let mut restart = differences(&state.config, &new);
     let plan = Plan::new(&state.registry.all(), new.vm)?;
     for vm in &plan.add {
@@ -98,14 +98,14 @@ async fn reload(state: &Arc<State>, path: &Path) -> Result<Vec<String>, String> 
     }
     restart.extend(plan.restart.iter().cloned());
     // Each has its own time to end.
-    let removed = join_all(plan.remove.iter().map(|vm| async {
-        let removed = vms::remove(state, vm).await;
-        if let Err(e) = &removed {
-            tracing::error!(vm = %vm.config.name, error = %e, "the VM is not removed");
-        }
-        removed.is_ok()
+    let removals = join_all(plan.remove.iter().map(|vm| async {
+        let failed = vms::remove(state, vm).await.err()?;
+        tracing::error!(vm = %vm.config.name, error = %failed, "the VM is not removed");
+        Some(format!("the removal of {} ({failed})", vm.config.name))
     }));
-    let removed = removed.await.into_iter().filter(|ok| *ok).count();
+    let stay: Vec<_> = removals.await.into_iter().flatten().collect();
+    let removed = plan.remove.len() - stay.len();
+    restart.extend(stay);
     for (vm, spec) in &plan.change {
         let _changing = vm.changing.lock().await;
         vm.set_spec(spec.clone());
@@ -121,7 +121,10 @@ async fn reload(state: &Arc<State>, path: &Path) -> Result<Vec<String>, String> 
         match vms::add(state, config, Origin::File).await {
             Ok(_) => added += 1,
             // Somebody was faster over the API.
-            Err(e) => tracing::error!(vm = %name, error = %e, "the VM is not added"),
+            Err(e) => {
+                tracing::error!(vm = %name, error = %e, "the VM is not added");
+                restart.push(format!("the VM {name}, which is not added ({e})"));
+            }
         }
     }
     tracing::info!(added, removed, changed, "the configuration is applied");
@@ -133,6 +136,25 @@ async fn reload(state: &Arc<State>, path: &Path) -> Result<Vec<String>, String> 
         );
     }
     Ok(restart)
+}
+
+/// Reads the file once more. What the start takes, a pipe or an empty file, is a mistake here: the one would be waited for,
+/// and the other would remove every VM where an editor has just begun to write, or could not because the disk is full.
+fn read(path: &Path) -> Result<Config, String> {
+    let shown = path.display();
+    match std::fs::metadata(path) {
+        Ok(file) if !file.is_file() => return Err(format!("{shown} is not a regular file")),
+        Ok(file) if file.len() == 0 => {
+            return Err(format!(
+                "{shown} is empty: write a comment into it if no VM is to stay"
+            ));
+        }
+        _ => {}
+    }
+    Config::load(path).map_err(|e| match std::error::Error::source(&e) {
+        Some(source) => format!("{e}: {source}"),
+        None => e.to_string().replace('\n', "; "),
+    })
 }
 
 /// Keys outside of the VMs that differ.

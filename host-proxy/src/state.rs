@@ -25,6 +25,8 @@ use crate::vm::VmEntry;
 
 /// Events that a slow watcher may be behind; one more and it starts over.
 const EVENTS_BEHIND_MAX: usize = 1024;
+/// How soon a database that has failed is asked again.
+const AGAIN_MS: i64 = 10_000;
 
 /// Shared by all tasks of the process.
 pub struct State {
@@ -172,7 +174,7 @@ impl State {
             }
             Err(e) => {
                 tracing::error!(error = %e, "cannot forget what ended long ago");
-                None
+                Some(now + AGAIN_MS)
             }
         }
     }
@@ -208,7 +210,7 @@ impl State {
                 }
                 Err(e) => {
                     tracing::error!(error = %e, "cannot look for expired tasks");
-                    Some(now + 10_000)
+                    Some(now + AGAIN_MS)
                 }
             };
             let due = async {

@@ -382,6 +382,11 @@ async fn reach(
             let text = format!("who listens at {at} is not the port process that was started");
             return Err(io::Error::new(io::ErrorKind::TimedOut, text));
         }
+        if vm.removed.is_cancelled() {
+            // It may be hanging, and nobody would ever know it again.
+            started.end_within(Duration::ZERO).await;
+            return Err(io::Error::other("the VM was removed"));
+        }
         if ended.is_finished() {
             let status = (&mut ended).await.map_err(io::Error::other)??;
             return Err(io::Error::other(why_ended(status, &log, from)));

@@ -42,6 +42,7 @@ pub async fn add(
     origin: Origin,
 ) -> Result<Arc<VmEntry>, NotAdded> {
     let vm = state.registry.add(config.clone(), origin)?;
+    let changing = vm.changing.lock().await;
     vm.keeper.open(&state.fd_store, config.name.as_str());
     if origin == Origin::Api
         && let Err(e) = keep(state, &config).await
@@ -50,6 +51,7 @@ pub async fn add(
         return Err(e.into());
     }
     start(state, &vm).await;
+    drop(changing);
     Ok(vm)
 }
 
@@ -92,6 +94,11 @@ async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
 /// The database refuses: the VM goes on as before.
 pub async fn remove(state: &Arc<State>, vm: &Arc<VmEntry>) -> Result<(), QueueError> {
     let _changing = vm.changing.lock().await;
+    let has_the_name = state.registry.get(&vm.config.name);
+    if has_the_name.is_none_or(|now| !Arc::ptr_eq(&now, vm)) {
+        // Somebody else has removed it meanwhile, and another VM may have its name by now.
+        return Ok(());
+    }
     // First: if it fails, the VM goes on as before.
     end_tasks(state, vm).await?;
     vm.removed.cancel();
@@ -112,9 +119,12 @@ pub async fn remove(state: &Arc<State>, vm: &Arc<VmEntry>) -> Result<(), QueueEr
 /// Takes a VM's row out of the database, and ends its open tasks.
 async fn end_tasks(state: &State, vm: &VmEntry) -> Result<(), QueueError> {
     let (key, now) = (vm.config.name.to_string(), state.now_ms());
+    let keep = state.keep();
     let ended = state.db.run::<_, QueueError, _>(move |c| {
         c.execute("DELETE FROM vms WHERE name = ?1", [&key])?;
-        queue::remove_vm(c, &key, now)
+        let ended = queue::remove_vm(c, &key, now)?;
+        queue::retention::trim(c, &key, &keep)?;
+        Ok(ended)
     });
     let ended = ended.await?;
     state.count_ended(&ended);

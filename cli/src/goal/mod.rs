@@ -89,9 +89,9 @@ fn show(goal: &Goal, format: Format) -> Result<(), Failure> {
     }
     output::line(format_args!(
         "goal {} ({} tasks, sha256 {})",
-        goal.goal_id,
+        escape(&goal.goal_id),
         goal.tasks.len(),
-        task::short(&goal.digest)
+        escape(task::short(&goal.digest))
     ))?;
     task::list(&goal.tasks)
 }

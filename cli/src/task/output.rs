@@ -100,7 +100,7 @@ pub async fn run(output: &Output, client: &Client, format: Format) -> Result<(),
     if bytes.is_empty() && task.output_bytes == (0, 0) {
         adit_print::note(format_args!(
             "task {} is {} and wrote nothing  {}",
-            short(&task.task_id),
+            escape(short(&task.task_id)),
             task.state.name(),
             escape(&said(&task))
         ));

@@ -202,7 +202,7 @@ impl Watch<'_> {
                 let exit = task.exit.map_or(String::new(), |e| format!(" exit {e}"));
                 output::line(format_args!(
                     "{}  {:<12} {:<16} {}{exit}  {}",
-                    short(&task.task_id),
+                    escape(short(&task.task_id)),
                     escape(&task.vm),
                     escape(&format!("{}#{}", task.step, task.attempt)),
                     task.state.name(),

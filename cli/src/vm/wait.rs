@@ -66,7 +66,10 @@ pub async fn wait(wait: &Wait, client: &Client, format: Format) -> Result<(), Fa
         }
         if failure.passing {
             if !told && format == Format::Table {
-                adit_print::note(format_args!("waiting for aditd: {}", failure.message));
+                adit_print::note(format_args!(
+                    "waiting for aditd: {}",
+                    output::escape(&failure.message)
+                ));
             }
             told = true;
             tokio::time::sleep(AGAIN.min(left)).await;
@@ -76,7 +79,7 @@ pub async fn wait(wait: &Wait, client: &Client, format: Format) -> Result<(), Fa
         Format::Json => output::json(&vm),
         Format::Table => output::line(format_args!(
             "{} is ready: agent {}",
-            vm.name,
+            output::escape(&vm.name),
             output::escape(vm.agent.as_deref().unwrap_or("-"))
         )),
     }

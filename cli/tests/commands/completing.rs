@@ -62,3 +62,16 @@ fn every_shell_has_a_script() {
         assert!(text(&out.stdout).contains("ADIT_COMPLETE"), "{shell}");
     }
 }
+
+#[test]
+fn what_is_no_name_is_not_put_into_a_shells_line() {
+    let fake = Fake::start(|asked| match asked.path.as_str() {
+        "/v1/vms" => Say::Json(json!([
+            vm("web-1"),
+            vm("web-$(id)"),
+            vm("web-\u{9b}31m\nx")
+        ])),
+        _ => Say::Error(404, "unknown-path"),
+    });
+    assert_eq!(complete(fake.dir(), &["vm", "show", "we"]), ["web-1"]);
+}

@@ -191,3 +191,14 @@ fn a_vm_shows_what_is_in_force_only_after_a_reload() {
         "{said}"
     );
 }
+
+#[test]
+fn a_list_whose_pages_do_not_go_on_is_refused_and_not_asked_for_for_ever() {
+    let fake = Fake::start(|_| {
+        let page = json!([task('a', "one", 1, "done")]).to_string();
+        Say::With(adit_api::EARLIER, "17".into(), page.into_bytes())
+    });
+    let out = fake.adit(&["task", "ls", "--all"]);
+    assert_eq!(out.status.code(), Some(1), "{}", text(&out.stderr));
+    assert!(text(&out.stderr).contains("bad-answer"));
+}

@@ -112,3 +112,84 @@ fn json_is_json_for_version_and_output() {
         (&json!("base64"), &json!("/wA="))
     );
 }
+
+/// What a terminal would act on: ESC, and U+009B, which JSON need not escape.
+const HOSTILE: &str = "x\u{9b}31m\u{1b}]0;owned\u{7}\u{7f}\u{202e}y";
+
+#[test]
+fn r72_nothing_that_is_printed_drives_a_terminal_and_json_says_the_same() {
+    let fake = Fake::start(|asked| {
+        let hostile = |mut value: Value, keys: &[&str]| {
+            for key in keys {
+                value[*key] = json!(HOSTILE);
+            }
+            value
+        };
+        let keys = [
+            "task_id",
+            "goal_id",
+            "vm",
+            "step",
+            "reason",
+            "output_preview",
+        ];
+        let task = hostile(task('3', "a", 1, "done"), &keys);
+        match asked.path.as_str() {
+            "/v1/vms/web-1" | "/v1/vms/web-1/reload" => {
+                let keys = [
+                    "name",
+                    "agent",
+                    "kernel",
+                    "enrolled_as",
+                    "fault",
+                    "vhost_socket",
+                ];
+                Say::Json(hostile(crate::fake::vm("web-1"), &keys))
+            }
+            path if path.starts_with("/v1/vms/web-1/wait") => {
+                Say::Json(hostile(crate::fake::vm("web-1"), &["name", "agent"]))
+            }
+            "/v1/vms" => Say::Json(json!([hostile(
+                crate::fake::vm("web-1"),
+                &["name", "agent"]
+            )])),
+            path if path.starts_with("/v1/tasks?id=") => {
+                Say::Json(json!([self::task('3', "a", 1, "done")]))
+            }
+            path if path.starts_with("/v1/tasks?") => Say::Json(json!([task])),
+            path if path.starts_with("/v1/events") => Say::Lines(vec![crate::fake::event(task)]),
+            path if path.starts_with("/v1/goals/") => {
+                let goal = crate::fake::goal(&[task]);
+                Say::Json(hostile(goal, &["goal_id", "digest"]))
+            }
+            "/v1/config" => Say::Json(json!({"reads": 1, "error": null, "restart": [HOSTILE]})),
+            _ => Say::Error(500, "x\u{9b}31m"),
+        }
+    });
+    let goal = crate::fake::GOAL;
+    for args in [
+        &["vm", "ls"][..],
+        &["vm", "show", "web-1"],
+        &["vm", "reload", "web-1"],
+        &["vm", "show", "web-2"],
+        &["wait", "web-1"],
+        &["task", "ls"],
+        &["task", "show", "3"],
+        &["task", "watch", "--goal", goal],
+        &["goal", "show", goal],
+        &["config"],
+    ] {
+        for format in ["table", "json"] {
+            let out = fake.adit(&[args, &["-o", format]].concat());
+            for said in [&out.stdout, &out.stderr] {
+                let said = str::from_utf8(said).unwrap();
+                let bad = |c: char| c != '\n' && c.is_control() || c == '\u{202e}';
+                assert!(!said.contains(bad), "{args:?} {format}: {said:?}");
+            }
+            if format == "json" && args == ["task", "ls"] {
+                let list: Value = serde_json::from_slice(&out.stdout).unwrap();
+                assert_eq!(list[0]["reason"], HOSTILE);
+            }
+        }
+    }
+}

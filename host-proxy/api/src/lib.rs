@@ -215,7 +215,7 @@ pub struct ConfigStatus {
     pub reads: u64,
     /// Why it was refused; none: it is applied, but for what `restart` names.
     pub error: Option<String>,
-    /// What differs from what is running, and takes a restart.
+    /// What differs from what is running, and takes a restart; also a VM that could not be added or removed, and why.
     pub restart: Vec<String>,
 }
 

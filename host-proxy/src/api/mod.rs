@@ -12,8 +12,9 @@ use std::sync::Arc;
 
 use adit_api::{ConfigStatus, ErrorBody};
 use adit_tasks::{VmId, dsse};
-use axum::extract::{DefaultBodyLimit, Query, State as Shared};
-use axum::http::StatusCode;
+use axum::extract::{DefaultBodyLimit, Query, Request, State as Shared};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -51,6 +52,8 @@ pub fn router(state: App) -> Router {
         .route("/v1/config", get(config))
         .route("/v1/shutdown", post(shutdown))
         .layer(DefaultBodyLimit::max(BODY_MAX))
+        .layer(middleware::from_fn(in_our_shape))
+        .layer(middleware::from_fn(to_its_end))
         .merge(observe(state.clone()))
         .fallback(|| async {
             ApiError::new(
@@ -60,6 +63,39 @@ pub fn router(state: App) -> Router {
             )
         })
         .with_state(state)
+}
+
+/// Carries on with a request that changes something where whoever made it has gone: the server drops a handler together
+/// with its connection, and half of a change would stay.
+async fn to_its_end(request: Request, next: Next) -> Response {
+    if request.method().is_safe() {
+        return next.run(request).await;
+    }
+    match tokio::spawn(next.run(request)).await {
+        Ok(response) => response,
+        Err(e) => ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", e).into_response(),
+    }
+}
+
+/// Gives a refusal of the framework (a query that makes no sense, a method that there is not) the shape of all others.
+async fn in_our_shape(request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    let status = response.status();
+    let kind = response.headers().get(header::CONTENT_TYPE);
+    if status.as_u16() < 400 || kind.is_some_and(|kind| kind == "application/json") {
+        return response;
+    }
+    let (mut head, body) = response.into_parts();
+    let body = axum::body::to_bytes(body, BODY_MAX).await;
+    let said = body.map(|said| String::from_utf8_lossy(&said).into_owned());
+    let message = match said {
+        Ok(said) if !said.is_empty() => adit_tasks::plain(&said),
+        _ => status.canonical_reason().unwrap_or_default().to_owned(),
+    };
+    // Such as `allow`, but not what was said of the body.
+    head.headers.remove(header::CONTENT_TYPE);
+    head.headers.remove(header::CONTENT_LENGTH);
+    (head.headers, ApiError::new(status, "usage", message)).into_response()
 }
 
 /// What may also be had over TCP.

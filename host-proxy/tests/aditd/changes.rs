@@ -171,3 +171,147 @@ fn a_removed_vms_directory_goes_and_what_is_not_adits_stays_and_is_named() {
         "{log}"
     );
 }
+
+/// Sends a request and does not wait for its answer.
+fn ask(host: &Host, method: &str, path: &str, body: &str) -> std::os::unix::net::UnixStream {
+    let mut stream = host.operator();
+    let len = body.len();
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nhost: a\r\ncontent-length: {len}\r\n\r\n{body}"
+    )
+    .unwrap();
+    stream
+}
+
+/// Has been asked, and has seen by now that a connection was closed before.
+fn has_noticed(host: &Host) {
+    for _ in 0..3 {
+        host.get("/v1/config");
+    }
+}
+
+/// Keeps aditd from writing to its database.
+fn locked(host: &Host) -> rusqlite::Connection {
+    let db = rusqlite::Connection::open(host.state_dir().join("aditd.db")).unwrap();
+    db.execute_batch("BEGIN IMMEDIATE").unwrap();
+    db
+}
+
+#[test]
+fn a_removal_goes_to_its_end_though_whoever_asked_for_it_has_gone() {
+    let (mut host, _) = Host::new(&[("a", 3)], "");
+    host.start();
+    host.api("POST", "/v1/vms", NEW);
+    let b = host.port("b", 4).connected();
+    host.until("it is up", |h| {
+        (h.get("/v1/vms/b")["state"] == "up").then_some(())
+    });
+    let asked = ask(&host, "DELETE", "/v1/vms/b", "");
+    while !matches!(b.hear().unwrap().0, Message::Quit(_)) {}
+    drop(asked);
+    has_noticed(&host);
+    drop(b);
+    host.until("its name is free", |h| {
+        (h.api("GET", "/v1/vms/b", "").status == 404).then_some(())
+    });
+}
+
+#[test]
+fn an_addition_and_a_change_go_to_their_end_though_whoever_asked_for_them_has_gone() {
+    let (mut host, _) = Host::new(&[("a", 3)], "");
+    host.start();
+    let db = locked(&host);
+    let asked = ask(&host, "POST", "/v1/vms", NEW);
+    host.until("it is there", |h| {
+        (h.api("GET", "/v1/vms/b", "").status == 200).then_some(())
+    });
+    drop(asked);
+    has_noticed(&host);
+    drop(db);
+    // Its port process is /bin/false.
+    host.until("somebody looks after it", |h| {
+        h.get("/v1/vms/b")["fault"].as_str().map(str::to_owned)
+    });
+    let db = locked(&host);
+    let asked = ask(&host, "PATCH", "/v1/vms/b", r#"{"allow": [22]}"#);
+    has_noticed(&host);
+    drop(asked);
+    has_noticed(&host);
+    drop(db);
+    host.until("it is changed", |h| {
+        (h.get("/v1/vms/b")["allow"] == json!([22])).then_some(())
+    });
+}
+
+#[test]
+fn a_second_removal_does_not_take_the_vm_that_has_the_name_by_then() {
+    use nix::fcntl::{Flock, FlockArg};
+    let (mut host, _) = Host::new(&[("a", 3)], "");
+    host.start();
+    host.api("POST", "/v1/vms", NEW);
+    let b = host.port("b", 4).connected();
+    host.until("it is up", |h| {
+        (h.get("/v1/vms/b")["state"] == "up").then_some(())
+    });
+    // Each removal waits for a while for whoever has the directory.
+    let lock = std::fs::File::create(host.in_vm("b", "lock")).unwrap();
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive).unwrap();
+    let mut first = ask(&host, "DELETE", "/v1/vms/b", "");
+    while !matches!(b.hear().unwrap().0, Message::Quit(_)) {}
+    let mut second = ask(&host, "DELETE", "/v1/vms/b", "");
+    has_noticed(&host);
+    drop(b);
+    let mut answer = String::new();
+    first.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains(" 204 "), "{answer}");
+    assert_eq!(host.api("POST", "/v1/vms", NEW).status, 200);
+    second.read_to_string(&mut answer).unwrap();
+    assert_eq!(host.get("/v1/vms/b")["cid"], 4);
+    host.kill();
+    host.start();
+    assert_eq!(host.get("/v1/vms/b")["cid"], 4);
+}
+
+#[test]
+fn a_port_process_that_does_not_come_up_ends_with_its_vm() {
+    use std::os::unix::fs::PermissionsExt;
+    let (mut host, _) = Host::new(&[], "");
+    let bin = host.config_file().with_file_name("hangs");
+    let pid = host.config_file().with_file_name("pid");
+    let script = format!("#!/bin/sh\necho $$ > {}\nexec sleep 1000\n", pid.display());
+    std::fs::write(&bin, script).unwrap();
+    std::fs::set_permissions(&bin, std::fs::Permissions::from_mode(0o755)).unwrap();
+    host.port_bin = bin;
+    host.start();
+    host.api("POST", "/v1/vms", NEW);
+    let pid = host.until("it runs", |_| {
+        std::fs::read_to_string(&pid)
+            .ok()?
+            .trim()
+            .parse::<u32>()
+            .ok()
+    });
+    assert_eq!(host.api("DELETE", "/v1/vms/b", "").status, 204);
+    let process = format!("/proc/{pid}");
+    host.until("it has ended", |_| {
+        (!std::path::Path::new(&process).exists()).then_some(())
+    });
+}
+
+#[test]
+fn what_the_framework_refuses_has_the_shape_of_every_refusal() {
+    let (mut host, _) = Host::new(&[("a", 3)], "");
+    host.start();
+    for (method, path, status) in [
+        ("GET", "/v1/tasks?limit=x", 400),
+        ("GET", "/v1/vms/a/wait", 400),
+        ("DELETE", "/v1/vms/a?force=1e999", 400),
+        ("PUT", "/v1/vms/a", 405),
+    ] {
+        let answer = host.api(method, path, "");
+        assert_eq!(answer.status, status, "{path}");
+        let said: Value = serde_json::from_str(&answer.body).unwrap_or_default();
+        assert!(said["code"].is_string(), "{path}: {}", answer.body);
+    }
+}

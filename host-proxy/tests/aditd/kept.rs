@@ -134,3 +134,35 @@ fn a_report_of_an_unknown_task_is_acknowledged_and_changes_nothing() {
     assert_eq!(host.get("/v1/tasks"), tasks);
     assert_eq!(agent.pull().task_id, id);
 }
+
+#[test]
+fn what_ends_because_its_time_is_over_or_its_vm_is_removed_is_kept_within_the_quota_too() {
+    let (mut host, _) = Host::new(&[], "[limits]\nkept_per_vm = 3");
+    host.start();
+    let new = r#"{"name": "a", "cid": 3}"#;
+    host.api("POST", "/v1/vms", new);
+    let now = SystemTime::now();
+    let at = |time: SystemTime| Timestamp::try_from(time).unwrap().to_string();
+    let (from, until) = (
+        at(now - Duration::from_secs(60)),
+        now + Duration::from_secs(3),
+    );
+    for n in 1..=3 {
+        let goal = goal_from(n, &from, &at(until));
+        assert_eq!(host.api("POST", "/v1/goals", &goal).status, 200);
+    }
+    let states = |host: &Host| {
+        let tasks = host.get("/v1/tasks");
+        let tasks = tasks.as_array().unwrap().iter();
+        tasks.map(|t| t["state"].to_string()).collect::<Vec<_>>()
+    };
+    host.until("they expire", |h| {
+        (states(h)[..] == ["\"expired\""; 3]).then_some(())
+    });
+    for n in 4..=5 {
+        assert_eq!(apply(&host, n).status, 200);
+    }
+    assert_eq!(states(&host).len(), 7);
+    assert_eq!(host.api("DELETE", "/v1/vms/a", "").status, 204);
+    assert_eq!(states(&host).len(), 3);
+}

@@ -136,3 +136,60 @@ fn a_vm_that_is_held_by_its_vmm_stays_and_one_of_the_api_is_not_the_files_to_hav
     host.reload(|old| old.split_once("[[vm]]").unwrap().0.to_owned() + &section("a", 3, ""));
     assert_eq!(names(&host), ["a", "b"]);
 }
+
+#[test]
+fn what_could_not_be_done_of_the_file_is_shown() {
+    let (mut host, mut ports) = Host::new(&[("a", 3), ("b", 4)], "");
+    host.start();
+    let b = ports.pop().unwrap().connected();
+    host.until("it is up", |h| {
+        (h.get("/v1/vms/b")["state"] == "up").then_some(())
+    });
+    let status = std::thread::scope(|s| {
+        let reloaded = s.spawn(|| {
+            host.reload(|old| {
+                let (head, _) = old.split_once("[[vm]]").unwrap();
+                format!("{head}{}{}", section("a", 3, ""), section("c", 5, ""))
+            })
+        });
+        while !matches!(b.hear().unwrap().0, Message::Quit(_)) {}
+        // Somebody is faster, while `b` ends.
+        let new = r#"{"name": "c", "cid": 9}"#;
+        assert_eq!(host.api("POST", "/v1/vms", new).status, 200);
+        drop(b);
+        reloaded.join().unwrap()
+    });
+    let left = status["restart"].to_string();
+    assert!(left.contains("the VM c"), "{status}");
+}
+
+#[test]
+fn a_file_that_is_no_file_or_has_nothing_in_it_is_refused_and_aditd_goes_on() {
+    let (mut host, _ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    // An editor that has just begun, or a full disk.
+    let status = host.reload(|_| String::new());
+    assert!(status["error"].to_string().contains("empty"), "{status}");
+    assert_eq!(names(&host), ["a"]);
+    let path = host.config_file();
+    for make in [
+        |p: &std::path::Path| nix::unistd::mkfifo(p, nix::sys::stat::Mode::S_IRUSR).unwrap(),
+        |p: &std::path::Path| std::fs::create_dir(p).unwrap(),
+        |p: &std::path::Path| {
+            let file = std::fs::File::create(p).unwrap();
+            file.set_len(1 << 30).unwrap();
+        },
+    ] {
+        let _ = std::fs::remove_file(&path);
+        make(&path);
+        let before = host.get("/v1/config")["reads"].as_u64();
+        host.signal(nix::sys::signal::Signal::SIGHUP);
+        let status = host.until("it is read", |h| {
+            let status = h.get("/v1/config");
+            (status["reads"].as_u64() > before).then_some(status)
+        });
+        assert!(status["error"].is_string(), "{status}");
+        assert_eq!(names(&host), ["a"]);
+        let _ = std::fs::remove_dir(&path);
+    }
+}
