@@ -108,9 +108,7 @@ fn plain(shown: &str) -> Vec<String> {
 fn as_the_page(doorbell: &str) -> Vec<String> {
     let page = std::fs::read_to_string(adit_tests::root().join("docs/which-carrier.md")).unwrap();
     let mut blocks = page.split("```");
-    let shown = blocks
-        .find(|block| block.starts_with("\nring "))
-        .unwrap();
+    let shown = blocks.find(|block| block.starts_with("\nring ")).unwrap();
     assert!(shown.contains("ring doorbell  interrupt"), "{shown}");
     plain(&shown.replace("interrupt", doorbell))
 }
