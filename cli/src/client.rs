@@ -144,6 +144,7 @@ impl Client {
         Ok(Lines {
             body: answer.into_body(),
             buffer: Vec::new(),
+            searched: 0,
         })
     }
 
@@ -269,16 +270,21 @@ impl Answer {
 pub struct Lines {
     body: Incoming,
     buffer: Vec<u8>,
+    /// Bytes of it that hold no end of a line.
+    searched: usize,
 }
 
 impl Lines {
     /// Returns the next line as JSON, or `None` at the end, which says nothing of why it ends.
     pub async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, Failure> {
         loop {
-            if let Some(end) = self.buffer.iter().position(|&b| b == b'\n') {
-                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+            let rest = &self.buffer[self.searched..];
+            if let Some(end) = rest.iter().position(|&b| b == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=self.searched + end).collect();
+                self.searched = 0;
                 return decode(&line).map(Some);
             }
+            self.searched = self.buffer.len();
             if self.buffer.len() > ANSWER_MAX {
                 return Err(Failure::new("cut-off", "aditd sent a line without end"));
             }

@@ -3,8 +3,9 @@
 //! `dist/adit-guest.toml.example` has every key, its meaning, default and limit; a test holds it to [`Config`]. A key that
 //! is not known is an error that names file, line and key: a misspelt limit must not silently be no limit.
 
-use std::fs;
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use adit_tasks::VmId;
@@ -17,6 +18,8 @@ pub const DEFAULT_PATH: &str = "/etc/adit-guest/adit-guest.toml";
 pub const BAD_CONFIG: u8 = 78;
 /// Most ports that may be listed.
 const PORTS_MAX: usize = 256;
+/// Longest file, bytes.
+const FILE_MAX: u64 = 1 << 20;
 
 /// Why a configuration cannot be used. The fault of whoever wrote it.
 #[derive(Debug, thiserror::Error)]
@@ -159,7 +162,7 @@ impl Config {
             path: path.into(),
             source,
         };
-        let text = fs::read_to_string(path).map_err(read)?;
+        let text = read_regular(path).map_err(read)?;
         Self::parse(path, &text)
     }
 
@@ -225,6 +228,23 @@ fn key_at(text: &str, at: usize) -> Option<String> {
     let (key, _) = line.split_once('=')?;
     let key = key.trim();
     (!key.is_empty() && !key.starts_with('#')).then(|| key.to_owned())
+}
+
+/// Reads a file that is one: at SIGHUP, a FIFO in its place would hold up the thread that ends the agent.
+fn read_regular(path: &Path) -> io::Result<String> {
+    let mut options = OpenOptions::new();
+    let file = options.read(true).custom_flags(libc::O_NONBLOCK);
+    let file = file.open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let mut text = String::new();
+    file.take(FILE_MAX + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > FILE_MAX {
+        let why = format!("it has more than {FILE_MAX} bytes");
+        return Err(io::Error::other(why));
+    }
+    Ok(text)
 }
 
 #[cfg(test)]

@@ -232,3 +232,17 @@ fn no_mistake_is_told_in_the_words_of_a_library() {
         }
     }
 }
+
+#[test]
+fn what_is_no_file_or_too_long_is_refused_without_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let long = dir.path().join("long");
+    let file = std::fs::File::create(&long).unwrap();
+    file.set_len(FILE_MAX + 1).unwrap();
+    for path in [&fifo, &long, dir.path()] {
+        let refused = Config::load(path).unwrap_err();
+        assert!(matches!(refused, ConfigError::Read { .. }), "{refused}");
+    }
+}
