@@ -236,6 +236,14 @@ pub(super) fn compare(config: &Config, document: &Document<'_>) -> Vec<Problem> 
     if let Err(message) = config.proxy.check() {
         wrong(document.section_line("proxy", "listen"), "listen", message);
     }
+    if let Some(uids) = config.ports.uids
+        && uids.iter().take(config.vm.len()).count() < config.vm.len()
+    {
+        let vms = config.vm.len();
+        let message =
+            format!("{uids} are fewer users than there are VMs: {vms}, and each has its own");
+        wrong(document.section_line("ports", "uids"), "uids", message);
+    }
     let run_dir = document.top_line("run_dir");
     if let Err(e) = adit_channel::socket_path::check_len(&config.api_socket()) {
         wrong(run_dir, "run_dir", e.to_string());

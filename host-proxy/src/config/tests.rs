@@ -184,3 +184,42 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
         }
     }
 }
+
+#[test]
+fn a_proxy_for_other_machines_needs_the_operators_word() {
+    let listen = |address: &str| format!("[proxy]\nlisten = \"{address}\"\n");
+    for address in [
+        "127.0.0.1:1",
+        "127.8.9.1:1",
+        "[::1]:1",
+        "[::ffff:127.0.0.1]:1",
+    ] {
+        parse(&listen(address)).unwrap();
+    }
+    for address in [
+        "0.0.0.0:7080",
+        "[::]:7080",
+        "192.0.2.1:7080",
+        "[fe80::1]:7080",
+        "[::ffff:192.0.2.1]:7080",
+    ] {
+        let found = &problems(&listen(address))[0];
+        assert_eq!((found.line, found.key.as_deref()), (2, Some("listen")));
+        let open = parse(&(listen(address) + "open = true\n")).unwrap();
+        assert_eq!(open.proxy.listen.to_string(), address);
+        problems(&(listen(address) + "open = false\n"));
+    }
+}
+
+#[test]
+fn each_vm_needs_a_user_of_its_own() {
+    let vms = |n: u64| -> String {
+        (0..n)
+            .map(|n| format!("[[vm]]\nname = \"a{n}\"\ncid = {}\n", n + 3))
+            .collect()
+    };
+    let uids = "[ports]\nuids = \"70000-70001\"\n";
+    parse(&(uids.to_owned() + &vms(2))).unwrap();
+    let found = &problems(&(uids.to_owned() + &vms(3)))[0];
+    assert_eq!((found.line, found.key.as_deref()), (2, Some("uids")));
+}
