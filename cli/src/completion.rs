@@ -16,8 +16,8 @@ use serde::de::DeserializeOwned;
 
 use crate::client::Client;
 use crate::error::Failure;
-use crate::output::escape;
 use crate::task::short;
+use crate::text::escape;
 
 /// How long a key press waits for aditd at most.
 const PATIENCE: Duration = Duration::from_millis(500);

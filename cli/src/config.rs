@@ -4,7 +4,8 @@ use adit_api::ConfigStatus;
 
 use crate::client::Client;
 use crate::error::Failure;
-use crate::output::{self, Format};
+use crate::output;
+use crate::text::Format;
 
 pub const EXAMPLE: &str = "\
 Example:

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use adit_print::PrintError;
 use serde::Serialize;
 
-use crate::output::{Format, escape, json_text};
+use crate::text::{Format, escape, json_text};
 
 /// Exit status 2: the command line asks for something that makes no sense, as clap has it.
 const USAGE: u8 = 2;

@@ -12,7 +12,8 @@ use ed25519_dalek::SigningKey;
 use zeroize::Zeroizing;
 
 use crate::error::Failure;
-use crate::output::{self, Format};
+use crate::output;
+use crate::text::Format;
 
 const EXAMPLE: &str = "\
 Example:

@@ -12,6 +12,7 @@ mod goal;
 mod key;
 mod output;
 mod task;
+mod text;
 mod vm;
 
 use std::path::PathBuf;
@@ -22,7 +23,7 @@ use clap::{Parser, Subcommand};
 
 use client::Client;
 use error::Failure;
-use output::Format;
+use text::Format;
 
 const EXAMPLES: &str = "\
 Examples:

@@ -16,7 +16,9 @@ use jiff::Timestamp;
 use super::show;
 use crate::client::Client;
 use crate::error::Failure;
-use crate::output::{self, Format, duration, span};
+use crate::output::{self, duration, span};
+use crate::text;
+use crate::text::Format;
 use crate::{completion, key, task};
 
 pub const EXAMPLE: &str = "\
@@ -152,7 +154,7 @@ fn payload(apply: &Apply, text: &str) -> Result<Vec<u8>, Failure> {
         name.parse::<VmId>().map_err(|e| {
             Failure::new(
                 "unknown-vm",
-                format!("`{}` names no VM: {e}", output::escape(name)),
+                format!("`{}` names no VM: {e}", text::escape(name)),
             )
         })
     });

@@ -6,8 +6,9 @@ use jiff::Timestamp;
 
 use crate::client::Client;
 use crate::error::Failure;
-use crate::output::{self, Format, age};
+use crate::output::{self, age};
 use crate::task::{self, LISTED};
+use crate::text::Format;
 
 pub const EXAMPLE: &str = "\
 KEY is who signed it, as the goal itself says; AGE the time since aditd accepted it. OPEN, DONE and FAILED count steps, each on

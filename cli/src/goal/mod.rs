@@ -11,8 +11,9 @@ use clap::Subcommand;
 use crate::client::Client;
 use crate::completion;
 use crate::error::Failure;
-use crate::output::{self, Format, escape};
+use crate::output;
 use crate::task;
+use crate::text::{Format, escape};
 
 #[derive(Subcommand)]
 pub enum GoalCommand {

@@ -8,7 +8,9 @@ use jiff::Timestamp;
 use super::{said, short};
 use crate::client::Client;
 use crate::error::Failure;
-use crate::output::{self, Format, age};
+use crate::output::{self, age};
+use crate::text;
+use crate::text::Format;
 use crate::{completion, goal};
 
 /// Tasks and goals that are listed if nobody asks for more.
@@ -71,7 +73,7 @@ async fn path(ls: &Ls, client: &Client) -> Result<String, Failure> {
     let mut query = Vec::new();
     if let Some(vm) = &ls.vm {
         let vm: adit_tasks::VmId = vm.parse().map_err(|e| {
-            let message = format!("`{}` names no VM: {e}", output::escape(vm));
+            let message = format!("`{}` names no VM: {e}", text::escape(vm));
             Failure::new("unknown-vm", message).help("`adit vm ls` lists the names")
         })?;
         query.push(format!("vm={vm}"));

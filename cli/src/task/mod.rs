@@ -12,7 +12,8 @@ use clap::Subcommand;
 
 use crate::client::Client;
 use crate::error::Failure;
-use crate::output::{self as print, Format, duration, escape};
+use crate::output::{self as print, duration};
+use crate::text::{Format, escape};
 use crate::{completion, goal};
 
 pub use ls::{LISTED, at_least_one, list, say_more};

@@ -12,7 +12,8 @@ use super::{resolve, said, short, watch};
 use crate::client::Client;
 use crate::completion;
 use crate::error::Failure;
-use crate::output::{self, Format, duration, escape};
+use crate::output::{self, duration};
+use crate::text::{Format, escape};
 
 pub const EXAMPLE: &str = "\
 Examples:

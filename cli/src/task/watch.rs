@@ -13,7 +13,8 @@ use adit_api::{Goal, Task, TaskEvent, TaskState};
 use super::{said, short};
 use crate::client::Client;
 use crate::error::{Failure, TASK_FAILED};
-use crate::output::{self, Format, escape};
+use crate::output;
+use crate::text::{Format, escape};
 
 /// How soon an aditd that has gone is looked for again.
 const AGAIN: Duration = Duration::from_millis(200);

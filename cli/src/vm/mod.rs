@@ -11,7 +11,8 @@ use clap::{ArgGroup, Args, Subcommand};
 use crate::client::Client;
 use crate::completion;
 use crate::error::Failure;
-use crate::output::{self, Format};
+use crate::output;
+use crate::text::Format;
 
 pub use wait::{Wait, wait};
 

@@ -3,7 +3,8 @@
 use adit_api::{Carrier, CarrierKind, Vm, VmState};
 
 use crate::error::Failure;
-use crate::output::{self, Format, ago};
+use crate::output::{self, ago};
+use crate::text::Format;
 
 fn state(vm: &Vm) -> &'static str {
     match vm.state {

@@ -8,7 +8,9 @@ use clap::{Args, ValueEnum};
 use crate::client::Client;
 use crate::completion;
 use crate::error::Failure;
-use crate::output::{self, Format, duration};
+use crate::output::{self, duration};
+use crate::text;
+use crate::text::Format;
 
 /// How soon an aditd that is not there is looked for again.
 const AGAIN: Duration = Duration::from_millis(200);
@@ -68,7 +70,7 @@ pub async fn wait(wait: &Wait, client: &Client, format: Format) -> Result<(), Fa
             if !told && format == Format::Table {
                 adit_print::note(format_args!(
                     "waiting for aditd: {}",
-                    output::escape(&failure.message)
+                    text::escape(&failure.message)
                 ));
             }
             told = true;
@@ -79,8 +81,8 @@ pub async fn wait(wait: &Wait, client: &Client, format: Format) -> Result<(), Fa
         Format::Json => output::json(&vm),
         Format::Table => output::line(format_args!(
             "{} is ready: agent {}",
-            output::escape(&vm.name),
-            output::escape(vm.agent.as_deref().unwrap_or("-"))
+            text::escape(&vm.name),
+            text::escape(vm.agent.as_deref().unwrap_or("-"))
         )),
     }
 }
