@@ -88,10 +88,13 @@ fn show(goal: &Goal, format: Format) -> Result<(), Failure> {
     if format == Format::Json {
         return output::json(goal);
     }
+    let (n, plural) = match goal.tasks.len() {
+        1 => (1, ""),
+        n => (n, "s"),
+    };
     output::line(format_args!(
-        "goal {} ({} tasks, sha256 {})",
+        "goal {} ({n} task{plural}, sha256 {})",
         escape(&goal.goal_id),
-        goal.tasks.len(),
         escape(task::short(&goal.digest))
     ))?;
     task::list(&goal.tasks)
