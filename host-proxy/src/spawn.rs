@@ -22,7 +22,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use adit_passed::{Closer, receive};
+use adit_passed::{Closer, Passed, receive};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socketpair,
@@ -168,17 +168,25 @@ fn leave_the_shared_table(socket: &OwnedFd) -> io::Result<()> {
 /// The thread: starts what is asked for until nobody can ask any more.
 fn serve(inbox: &Receiver<Request>) {
     let socket = io::stdin();
-    // The thread's own, which aditd's other threads never use: what is passed here is aditd's own.
     let closer = Closer::shared();
+    let next = || loop {
+        match receive(&socket, &mut [0], RecvFlags::empty(), &closer) {
+            // Left where it is, it would be taken for the next request's.
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            received => return received,
+        }
+    };
     while let Ok(request) = inbox.recv() {
-        let mut fds = match receive(&socket, &mut [0], RecvFlags::empty(), &closer) {
-            Ok(received) => received.fds.into_iter().filter_map(|fd| fd.trust()),
+        let fds: Vec<OwnedFd> = match next() {
+            // All of them: the closer's thread has another table, in which their numbers are other descriptors'.
+            Ok(received) => received.fds.into_iter().filter_map(Passed::trust).collect(),
             Err(e) => {
                 // Nobody waits for an answer any more where this fails.
                 let _ = request.answer.send(Err(e));
                 continue;
             }
         };
+        let mut fds = fds.into_iter();
         let (stderr, stdin) = (fds.next(), fds.next());
         let started = match (stderr, stdin, request.has_stdin) {
             (Some(stderr), stdin, has) if stdin.is_some() == has => {

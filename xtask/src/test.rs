@@ -97,10 +97,11 @@ const CHECKS: [Step; 10] = [
     Step {
         name: "tests",
         budget_s: 300,
-        // Many tests wait for a limit to pass: twice as many at a time as there are processors here.
         run: || {
-            let threads = "env.RUST_TEST_THREADS='4'";
-            setup::cargo(&["test", "--workspace", "--config", threads])
+            // Many tests wait for a limit to pass.
+            let threads = 2 * std::thread::available_parallelism()?.get();
+            let threads = format!("env.RUST_TEST_THREADS='{threads}'");
+            setup::cargo(&["test", "--workspace", "--config", &threads])
         },
     },
     Step {

@@ -183,6 +183,19 @@ fn filling(count: &Path, filler: &Path) -> serde_json::Value {
     json!({"id": "fill", "script": script})
 }
 
+/// Hands a task out, and returns its report, which it leaves without an answer.
+fn unacknowledged(host: &Host, session: &mut Session, task: &Task) -> Report {
+    let Some(Said::Pull(id)) = session.next().unwrap() else {
+        panic!("{}", host.log())
+    };
+    session.task(id, task);
+    loop {
+        if let Said::Report(_, report) = session.next().unwrap().unwrap() {
+            return report;
+        }
+    }
+}
+
 #[test]
 fn a_task_that_fills_the_disk_has_its_result_kept_whole_and_the_next_is_not_started() {
     let mut host = Host::new();
@@ -194,15 +207,7 @@ fn a_task_that_fills_the_disk_has_its_result_kept_whole_and_the_next_is_not_star
     let task = task(host.goal(1, json!([step])), "fill", 1);
     host.start(None);
     let (mut session, _) = host.accept();
-    let Some(Said::Pull(id)) = session.next().unwrap() else {
-        panic!("{}", host.log())
-    };
-    session.task(id, &task);
-    let first = loop {
-        if let Said::Report(_, report) = session.next().unwrap().unwrap() {
-            break report;
-        }
-    };
+    let first = unacknowledged(&host, &mut session, &task);
     assert_eq!(first.outcome, Outcome::Done, "{}", first.reason);
     assert_eq!(first.stdout.total, 200_004);
     // Not acknowledged, and the agent is killed: it is all in the journal.
@@ -253,15 +258,7 @@ fn an_output_that_does_not_fit_on_the_disk_is_said_to_be_lost_and_the_outcome_is
     let task = task(host.goal(1, steps), "loud", 1);
     host.start(None);
     let (mut session, _) = host.accept();
-    let Some(Said::Pull(id)) = session.next().unwrap() else {
-        panic!("{}", host.log())
-    };
-    session.task(id, &task);
-    let first = loop {
-        if let Said::Report(_, report) = session.next().unwrap().unwrap() {
-            break report;
-        }
-    };
+    let first = unacknowledged(&host, &mut session, &task);
     // The stream that is there gets it all.
     assert_eq!((first.outcome, first.exit), (Outcome::Failed, Some(3)));
     assert_eq!(first.stdout.total + first.stderr.total, 2 * 262_144);

@@ -5,9 +5,20 @@ use std::io::{Read, Write};
 use adit_port::control_io::Message;
 use serde_json::{Value, json};
 
-use crate::host::Host;
+use crate::host::{Control, Host};
 
 const NEW: &str = r#"{"name": "b", "cid": 4, "allow": [80]}"#;
+
+/// Adds `b`, and waits until its port process is taken for what it is.
+fn added(host: &Host) -> Control {
+    let answer = host.api("POST", "/v1/vms", NEW);
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let control = host.port("b", 4).connected();
+    host.until("it is up", |h| {
+        (h.get("/v1/vms/b")["state"] == "up").then_some(())
+    });
+    control
+}
 
 /// The proxy's status for a tunnel to a port of `b`.
 fn tunnel(host: &Host, port: u16) -> (std::net::TcpStream, String) {
@@ -27,12 +38,7 @@ fn tunnel(host: &Host, port: u16) -> (std::net::TcpStream, String) {
 fn an_allow_list_changes_at_once_and_is_kept_and_open_tunnels_go_on() {
     let (mut host, _) = Host::new(&[("a", 3)], "");
     host.start();
-    assert_eq!(host.api("POST", "/v1/vms", NEW).status, 200);
-    let port = host.port("b", 4);
-    let control = port.connected();
-    host.until("it is up", |h| {
-        (h.get("/v1/vms/b")["state"] == "up").then_some(())
-    });
+    let control = added(&host);
     let (mut open, mut inside) = std::thread::scope(|s| {
         let client = s.spawn(|| tunnel(&host, 80));
         let dial = control.dial();
@@ -74,11 +80,7 @@ fn an_allow_list_changes_at_once_and_is_kept_and_open_tunnels_go_on() {
 fn what_the_port_process_has_only_after_a_reload_is_said() {
     let (mut host, _) = Host::new(&[("a", 3)], "");
     host.start();
-    host.api("POST", "/v1/vms", NEW);
-    let _b = host.port("b", 4).connected();
-    host.until("it is up", |h| {
-        (h.get("/v1/vms/b")["state"] == "up").then_some(())
-    });
+    let _b = added(&host);
     let answer = host.api("PATCH", "/v1/vms/b", r#"{"busy_poll_us": 70}"#);
     let vm: Value = serde_json::from_str(&answer.body).unwrap();
     assert_eq!(vm["busy_poll_us"], 70);
@@ -202,11 +204,7 @@ fn locked(host: &Host) -> rusqlite::Connection {
 fn a_removal_goes_to_its_end_though_whoever_asked_for_it_has_gone() {
     let (mut host, _) = Host::new(&[("a", 3)], "");
     host.start();
-    host.api("POST", "/v1/vms", NEW);
-    let b = host.port("b", 4).connected();
-    host.until("it is up", |h| {
-        (h.get("/v1/vms/b")["state"] == "up").then_some(())
-    });
+    let b = added(&host);
     let asked = ask(&host, "DELETE", "/v1/vms/b", "");
     while !matches!(b.hear().unwrap().0, Message::Quit(_)) {}
     drop(asked);
@@ -249,11 +247,7 @@ fn a_second_removal_does_not_take_the_vm_that_has_the_name_by_then() {
     use nix::fcntl::{Flock, FlockArg};
     let (mut host, _) = Host::new(&[("a", 3)], "");
     host.start();
-    host.api("POST", "/v1/vms", NEW);
-    let b = host.port("b", 4).connected();
-    host.until("it is up", |h| {
-        (h.get("/v1/vms/b")["state"] == "up").then_some(())
-    });
+    let b = added(&host);
     // Each removal waits for a while for whoever has the directory.
     let lock = std::fs::File::create(host.in_vm("b", "lock")).unwrap();
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).unwrap();
