@@ -68,7 +68,12 @@ impl Figure {
     /// Adds the peer's figure, with goals for the ratio.
     pub fn beside(mut self, peer: &'static str, rounds: &[f64], must: f64, aim: f64) -> Self {
         let theirs = median(rounds);
-        let ratio = self.ours / theirs;
+        // Also of nothing and nothing, which have no quotient.
+        let ratio = if self.ours == theirs {
+            1.0
+        } else {
+            self.ours / theirs
+        };
         (self.peer, self.peer_name, self.ratio) = (Some(theirs), Some(peer), Some(ratio));
         self.aims(ratio, must, aim)
     }
@@ -82,7 +87,8 @@ impl Figure {
     fn aims(mut self, value: f64, must: f64, aim: f64) -> Self {
         let reaches = |goal: f64| match self.better {
             Better::Higher => value >= goal,
-            Better::Lower => value <= goal,
+            // Nothing is less than nothing, whatever the peer has.
+            Better::Lower => value <= goal || self.ours == 0.0,
         };
         (self.met, self.aim_met) = (Some(reaches(must)), Some(reaches(aim)));
         (self.must, self.aim) = (Some(must), Some(aim));
@@ -126,4 +132,30 @@ pub fn rounds(count: u64) -> indicatif::ProgressBar {
         eprintln!("measuring, {count} rounds");
     }
     bar.with_message("rounds")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn beside(better: Better, ours: f64, theirs: f64) -> (Option<f64>, Option<bool>, Option<bool>) {
+        let figure = Figure::alone("x", "us", better, &[ours]);
+        let figure = figure.beside("peer", &[theirs], 1.0, 0.5);
+        (figure.ratio, figure.met, figure.aim_met)
+    }
+
+    #[test]
+    fn a_figure_of_nothing_beside_nothing_has_a_ratio_and_is_as_good_as_can_be() {
+        let best = (Some(1.0), Some(true), Some(true));
+        assert_eq!(beside(Better::Lower, 0.0, 0.0), best);
+        assert_eq!(
+            beside(Better::Lower, 3.0, 4.0),
+            (Some(0.75), Some(true), Some(false))
+        );
+        assert_eq!(beside(Better::Lower, 4.0, 3.0).1, Some(false));
+        assert_eq!(
+            beside(Better::Higher, 0.0, 2.0),
+            (Some(0.0), Some(false), Some(false))
+        );
+    }
 }
