@@ -6,6 +6,9 @@ use crate::error::Failure;
 use crate::output::{self, ago};
 use crate::text::Format;
 
+/// Characters of a fault in a list.
+const FAULT_CHARS: usize = 60;
+
 fn state(vm: &Vm) -> &'static str {
     match vm.state {
         VmState::Down => "down",
@@ -13,6 +16,25 @@ fn state(vm: &Vm) -> &'static str {
         VmState::Up => "up",
         VmState::Ready => "ready",
         VmState::PowerCycle => "power-cycle",
+    }
+}
+
+/// What is wrong with it, whole.
+fn fault(vm: &Vm) -> Option<String> {
+    // An aditd of before does not name a copied image among the faults.
+    let copied = || {
+        let id = vm.enrolled_as.as_ref()?;
+        let again = format!("build it again with --vm-id {}", vm.name);
+        Some(format!("the image is enrolled as `{id}`: {again}"))
+    };
+    vm.fault.clone().or_else(copied)
+}
+
+/// As much of a text as a list has room for; `adit vm show` has the rest.
+fn begin(text: &str) -> String {
+    match text.char_indices().nth(FAULT_CHARS) {
+        Some((at, _)) => format!("{}…", text[..at].trim_end()),
+        None => text.to_owned(),
     }
 }
 
@@ -37,6 +59,7 @@ pub fn list(vms: &[Vm], format: Format) -> Result<(), Failure> {
                 ago(vm.last_seen_ms),
                 vm.queued.to_string(),
                 vm.streams.to_string(),
+                fault(vm).map_or_else(|| "-".into(), |text| begin(&text)),
             ]
         })
         .collect();
@@ -50,6 +73,7 @@ pub fn list(vms: &[Vm], format: Format) -> Result<(), Failure> {
             "LAST-SEEN",
             "QUEUE",
             "STREAMS",
+            "FAULT",
         ],
         &rows,
     )
@@ -107,18 +131,7 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         Some(_) => ["held by".into(), format!("its VMM, process {pid}")],
         None => ["port process".into(), pid.to_string()],
     }));
-    rows.extend(vm.fault.iter().map(|f| ["fault".into(), f.clone()]));
-    // An aditd of before does not name this among the faults.
-    let enrolled_as = vm.enrolled_as.iter().filter(|_| vm.fault.is_none());
-    rows.extend(enrolled_as.map(|id| {
-        [
-            "fault".into(),
-            format!(
-                "the image is enrolled as `{id}`: build it again with --vm-id {}",
-                vm.name
-            ),
-        ]
-    }));
+    rows.extend(fault(vm).map(|text| ["fault".into(), text]));
     if let Some(memory) = &vm.carrier.memory {
         let Carrier {
             bytes,

@@ -54,6 +54,29 @@ fn a_list_of_tasks_is_the_newest_and_says_that_there_are_more() {
 }
 
 #[test]
+fn a_list_of_vms_shows_what_is_wrong_with_each() {
+    let copied = "the guest's image is enrolled as `web-1`: it was copied from that VM, and refuses every goal";
+    let fake = Fake::start(move |_| {
+        let (mut wrong, mut of_before) = (vm("web-2"), vm("web-3"));
+        wrong["fault"] = json!(copied);
+        of_before["enrolled_as"] = json!("web-1");
+        Say::Json(json!([vm("web-1"), wrong, of_before]))
+    });
+    let out = fake.adit(&["vm", "ls"]);
+    let list = text(&out.stdout);
+    let lines: Vec<&str> = list.lines().collect();
+    assert!(lines[0].ends_with("FAULT"), "{list}");
+    assert!(lines[1].ends_with('-'), "{list}");
+    // Its beginning: a list has one line for each.
+    let begin: String = copied.chars().take(60).collect();
+    assert!(
+        lines[2].ends_with(&format!("{}…", begin.trim_end())),
+        "{list}"
+    );
+    assert!(lines[3].contains("enrolled as `web-1`"), "{list}");
+}
+
+#[test]
 fn an_aditd_of_before_that_lists_everything_is_cut_to_the_newest() {
     let fake = Fake::start(|_| {
         let tasks = ['a', 'b', 'c'].map(|digit| task(digit, "one", 1, "done"));
