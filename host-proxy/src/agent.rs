@@ -39,12 +39,12 @@ const VERSION: u16 = 1;
 pub fn accept(state: &Arc<State>, vm: &Arc<VmEntry>, incoming: Incoming, fd: Passed) {
     // Counted separately: streams that any process of the guest can open must not keep the agent out.
     let slots = if incoming.peer_port < PRIVILEGED {
-        &vm.agent_streams
+        &vm.agent.streams
     } else {
-        &vm.other_streams
+        &vm.agent.other_streams
     };
     let Ok(slot) = slots.clone().try_acquire_owned() else {
-        tracing::debug!(vm = %vm.config.name, from = incoming.peer_port, "guest's stream closed: too many are open");
+        tracing::debug!(vm = %vm.name, from = incoming.peer_port, "guest's stream closed: too many are open");
         return;
     };
     let (state, vm) = (state.clone(), vm.clone());
@@ -56,7 +56,7 @@ pub fn accept(state: &Arc<State>, vm: &Arc<VmEntry>, incoming: Incoming, fd: Pas
 
 /// Serves one stream that the guest dialled.
 async fn serve(state: Arc<State>, vm: Arc<VmEntry>, incoming: Incoming, fd: Passed) {
-    let name = vm.config.name.clone();
+    let name = vm.name.clone();
     match session(&state, &vm, &incoming, fd).await {
         Ok(()) => tracing::info!(vm = %name, "agent disconnected"),
         Err(e) => tracing::warn!(vm = %name, error = %e, "agent connection ended"),
@@ -69,7 +69,7 @@ async fn session(
     incoming: &Incoming,
     fd: Passed,
 ) -> io::Result<()> {
-    let mut stream = Socket::new(fd.unix_stream()?.into_inner()?, vm.keeper.closer())?;
+    let mut stream = Socket::new(fd.unix_stream()?.into_inner()?, vm.channel.keeper.closer())?;
     let open = match tokio::time::timeout(HELLO_LIMIT, hello::read_async(&mut stream)).await {
         Ok(Ok(Hello::Open(open))) => open,
         Ok(Ok(_)) => {
@@ -82,11 +82,11 @@ async fn session(
     };
     let common = Common {
         features: 0,
-        epoch: vm.epoch(),
+        epoch: vm.channel.epoch(),
         boot_nonce: state.boot_nonce,
     };
     if let Err((status, text)) = check(&open, incoming.peer_port) {
-        tracing::warn!(vm = %vm.config.name, service = %open.service, from = incoming.peer_port, text, "guest's stream refused");
+        tracing::warn!(vm = %vm.name, service = %open.service, from = incoming.peer_port, text, "guest's stream refused");
         let refuse = Refuse {
             common,
             status,
@@ -105,13 +105,13 @@ async fn session(
         )
         .await?;
     let (reader, writer) = tokio::io::split(stream);
-    let token = vm.agent_connected();
+    let token = vm.agent.connected();
     let result = tokio::select! {
         result = converse(state, vm, reader, writer) => result,
         () = token.cancelled() => Err(io::Error::other("replaced by a newer connection")),
         () = vm.removed.cancelled() => Ok(()),
     };
-    vm.agent_gone(&token);
+    vm.agent.gone(&token);
     result
 }
 
@@ -196,7 +196,7 @@ async fn answer(
             },
             () = &mut queued, if pulling.is_some() => {}
             () = tokio::time::sleep_until(owed.unwrap_or_else(Instant::now)), if owed.is_some() => {
-                if vm.session() {
+                if vm.channel.session() {
                     // It may have lost the stream. When it dials again, it gets the task again.
                     let text = format!("the agent was silent for {OWED_LIMIT:?} after it was handed a task");
                     return Err(io::Error::new(io::ErrorKind::TimedOut, text));
@@ -215,7 +215,7 @@ async fn hand_out(
     pull: u32,
     writer: &mut WriteHalf<Socket>,
 ) -> io::Result<bool> {
-    let (name, now) = (vm.config.name.to_string(), state.now_ms());
+    let (name, now) = (vm.name.to_string(), state.now_ms());
     let leased = state
         .db
         .run(move |c| queue::lease(c, &name, now))
@@ -246,30 +246,30 @@ async fn handle(
 ) -> io::Result<Option<u32>> {
     let bad = |e: frame::FrameError| io::Error::new(io::ErrorKind::InvalidData, e);
     let is = |kind: WireKind| header.kind == kind as u16 && header.version == VERSION;
-    vm.agent_seen(None);
+    vm.agent.seen(None);
     if !is(WireKind::Clock) && !is(WireKind::Held) {
-        vm.agent_holds(None);
+        vm.agent.holds(None);
     }
     if is(WireKind::Facts) {
         let facts: Facts = header.decode(body).map_err(bad)?;
         let facts = bounded(facts);
-        tracing::info!(vm = %vm.config.name, agent = facts.agent_version, anchors = facts.anchors, "agent ready");
-        vm.agent_seen(Some(facts));
+        tracing::info!(vm = %vm.name, agent = facts.agent_version, anchors = facts.anchors, "agent ready");
+        vm.agent.seen(Some(facts));
     } else if is(WireKind::Clock) {
         let guest: Clock = header.decode(body).map_err(bad)?;
         let now = state.now_ms();
-        vm.agent_clock(guest.unix_ms, now);
+        vm.agent.clock(guest.unix_ms, now);
         let unix_ms = u64::try_from(now).unwrap_or(0);
         send(writer, WireKind::HostClock, header.id, &Clock { unix_ms }).await?;
     } else if is(WireKind::Held) {
         let held: Held = header.decode(body).map_err(bad)?;
-        vm.agent_holds(Some(held));
+        vm.agent.holds(Some(held));
     } else if is(WireKind::Pull) {
         let _: Pull = header.decode(body).map_err(bad)?;
         return Ok(Some(header.id));
     } else if is(WireKind::Started) {
         let started: Started = header.decode(body).map_err(bad)?;
-        let name = vm.config.name.to_string();
+        let name = vm.name.to_string();
         let now = state.now_ms();
         let changed = state
             .db
@@ -298,7 +298,7 @@ async fn handle(
 
 /// Writes a report to the database. If this succeeds it is to be acknowledged: it is on disk, or no task here can use it.
 async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> io::Result<()> {
-    let name = vm.config.name.to_string();
+    let name = vm.name.to_string();
     let (now, id) = (state.now_ms(), adit_tasks::hex(&report.task_id));
     let keep = state.keep();
     let taken = state
@@ -320,13 +320,13 @@ async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> i
             Ok(())
         }
         Err(QueueError::Unknown) => {
-            tracing::warn!(vm = %vm.config.name, task = id, "report for a task that is not this VM's");
+            tracing::warn!(vm = %vm.name, task = id, "report for a task that is not this VM's");
             Ok(())
         }
         Err(QueueError::NotLeased) => {
             // The database may have been restored from an older copy. The guest sends nothing else until its report is
             // answered; when the task is handed out, its journal answers again.
-            tracing::warn!(vm = %vm.config.name, task = id, "report for a task that was not handed out");
+            tracing::warn!(vm = %vm.name, task = id, "report for a task that was not handed out");
             Ok(())
         }
         Err(e) => Err(io::Error::other(e)),

@@ -53,17 +53,17 @@ impl Registry {
         if vms.contains_key(&config.name) {
             return Err(AddError::NameTaken(config.name));
         }
-        if let Some(other) = vms.values().find(|v| v.config.cid == config.cid) {
+        if let Some(other) = vms.values().find(|v| v.cid == config.cid) {
             return Err(AddError::CidTaken {
                 cid: config.cid,
-                by: other.config.name.clone(),
+                by: other.name.clone(),
             });
         }
         if vms.len() >= VMS_MAX {
             return Err(AddError::Full);
         }
         let entry = Arc::new(VmEntry::new(&self.run_dir, config, origin));
-        vms.insert(entry.config.name.clone(), entry.clone());
+        vms.insert(entry.name.clone(), entry.clone());
         Ok(entry)
     }
 

@@ -100,8 +100,8 @@ async fn reload(state: &Arc<State>, path: &Path) -> Result<Vec<String>, String> 
     // Each has its own time to end.
     let removals = join_all(plan.remove.iter().map(|vm| async {
         let failed = vms::remove(state, vm).await.err()?;
-        tracing::error!(vm = %vm.config.name, error = %failed, "the VM is not removed");
-        Some(format!("the removal of {} ({failed})", vm.config.name))
+        tracing::error!(vm = %vm.name, error = %failed, "the VM is not removed");
+        Some(format!("the removal of {} ({failed})", vm.name))
     }));
     let stay: Vec<_> = removals.await.into_iter().flatten().collect();
     let removed = plan.remove.len() - stay.len();
@@ -112,7 +112,7 @@ async fn reload(state: &Arc<State>, path: &Path) -> Result<Vec<String>, String> 
         let pending = vm.pending();
         if !pending.is_empty() {
             let settings = pending.join(", ");
-            tracing::warn!(vm = %vm.config.name, settings, "to be applied by `adit vm reload`");
+            tracing::warn!(vm = %vm.name, settings, "to be applied by `adit vm reload`");
         }
     }
     let (mut added, changed) = (0, plan.change.len());
@@ -226,9 +226,9 @@ impl Plan {
         let listed: BTreeSet<VmId> = file.iter().map(|vm| vm.name.clone()).collect();
         let mut stay: BTreeMap<u64, VmId> = BTreeMap::new();
         for vm in present {
-            let name = &vm.config.name;
+            let name = &vm.name;
             let is_gone = vm.origin == Origin::File && !listed.contains(name);
-            match (is_gone, vm.held_by()) {
+            match (is_gone, vm.channel.held_by()) {
                 (true, None) => plan.remove.push(vm.clone()),
                 (is_gone, held_by) => {
                     if is_gone && let Some(pid) = held_by {
@@ -236,13 +236,13 @@ impl Plan {
                             format!("the removal of {name} (process {pid}, its VMM, still has it)");
                         plan.restart.push(why);
                     }
-                    stay.insert(vm.config.cid, name.clone());
+                    stay.insert(vm.cid, name.clone());
                 }
             }
         }
         for config in file {
             let name = &config.name;
-            match present.iter().find(|vm| vm.config.name == *name) {
+            match present.iter().find(|vm| vm.name == *name) {
                 Some(vm) if vm.origin == Origin::Api => {
                     return Err(format!(
                         "there is a VM `{name}` already, which was added with `adit vm add`: remove it first, or take it out \
@@ -250,12 +250,12 @@ impl Plan {
                     ));
                 }
                 Some(vm) => {
-                    if vm.config.cid != config.cid {
-                        let cids = format!("{} instead of {}", config.cid, vm.config.cid);
+                    if vm.cid != config.cid {
+                        let cids = format!("{} instead of {}", config.cid, vm.cid);
                         let why = format!("`cid` of {name} ({cids}: its VM must be ended)");
                         plan.restart.push(why);
                     }
-                    let cid = vm.config.cid;
+                    let cid = vm.cid;
                     let spec = VmConfig { cid, ..config };
                     if *vm.spec() != spec {
                         plan.change.push((vm.clone(), spec));

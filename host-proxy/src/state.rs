@@ -131,7 +131,7 @@ impl State {
 
     /// Brings the number of a VM's open tasks up to date.
     pub async fn refresh_open_tasks(&self, vm: &Arc<VmEntry>) {
-        let name = vm.config.name.to_string();
+        let name = vm.name.to_string();
         if let Ok(n) = self.db.run(move |c| queue::queued(c, &name)).await {
             vm.set_open_tasks(n);
         }

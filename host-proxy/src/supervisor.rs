@@ -94,7 +94,7 @@ pub async fn supervise(
             Err(e) => (Err(e.to_string()), Duration::ZERO),
         };
         if let Some(cgroups) = &launch.cgroups {
-            cgroups.leave(vm.config.name.as_str());
+            cgroups.leave(vm.name.as_str());
         }
         match ended {
             // Its VM waits.
@@ -105,7 +105,7 @@ pub async fn supervise(
             Ok(()) if short < SHORT_MAX => short += 1,
             Ok(()) => wait = (wait * 2).min(BACKOFF_MAX),
             Err(trouble) => {
-                vm.set_trouble(Some(trouble));
+                vm.channel.set_trouble(trouble);
                 wait = (wait * 2).min(BACKOFF_MAX);
             }
         }
@@ -117,14 +117,14 @@ pub async fn supervise(
     // One that nobody was connected to, or that was not taken for this VM's, holds its directory.
     if let Ok(socket) = control_io::connect(&vm.dir.join(CONTROL_SOCKET)) {
         // It ends by itself, whatever else it is saying, and passing.
-        let socket = Passed::new(socket, vm.keeper.closer());
+        let socket = Passed::new(socket, vm.channel.keeper.closer());
         let _ = send(&socket, &Message::Quit(Quit {}), None);
     }
-    vm.keeper.remove();
+    vm.channel.keeper.remove();
     if let Some(uids) = &launch.uids {
-        uids.leave(vm.config.name.as_str());
+        uids.leave(vm.name.as_str());
     }
-    vm.supervisor_ended();
+    vm.channel.supervisor_ended();
 }
 
 /// Follows a port process until it goes, if it is this VM's; nothing is dialled and nobody let in before it said so.
@@ -135,37 +135,35 @@ async fn follow(
     process: PortProcess,
     on_incoming: &impl Fn(Incoming, Passed),
 ) -> Result<bool, String> {
-    let (link, driver) = Link::new(vm.keeper.closer());
+    let (link, driver) = Link::new(vm.channel.keeper.closer());
     let process = Arc::new(process);
     let (known, wrong) = (AtomicBool::new(false), OnceLock::new());
     let is_wrong = CancellationToken::new();
     let mut statuses = link.watch();
     let on_status = |status: &Status| {
         if status.session {
-            vm.set_stuck(None);
+            vm.channel.set_stuck(None);
         }
-        if (status.vm.as_str(), status.cid) != (vm.config.name.as_str(), vm.config.cid) {
+        if (status.vm.as_str(), status.cid) != (vm.name.as_str(), vm.cid) {
             wrong.get_or_init(|| wrong_vm(vm, &process, status));
             is_wrong.cancel();
         } else if !known.swap(true, Ordering::Relaxed) {
-            vm.set_trouble(None);
-            vm.set_process(Some(process.clone()));
-            vm.set_link(Some(link.clone()));
+            vm.channel.begin(link.clone(), process.clone());
         }
     };
     let on = |said: Said<'_>| match said {
         Said::Status(status) => on_status(status),
         _ if !known.load(Ordering::Relaxed) => {}
         Said::Incoming(incoming, fd) => on_incoming(incoming, fd),
-        Said::Ring(ring) => vm.set_ring(Some(ring)),
+        Said::Ring(ring) => vm.channel.set_ring(ring),
         // Its word does not make it what nobody may replace.
         Said::Held if process.is_ours() => {
-            tracing::error!(vm = %vm.config.name, "a port process says that it is a VMM");
+            tracing::error!(vm = %vm.name, "a port process says that it is a VMM");
         }
-        Said::Held => vm.set_held(true),
+        Said::Held => vm.channel.set_held(),
         Said::Handover(handover, fds) => {
             let seq = handover.seq;
-            vm.keeper.keep(handover, fds);
+            vm.channel.keeper.keep(handover, fds);
             link.kept(seq);
         }
         Said::Stuck(reason) => {
@@ -173,29 +171,26 @@ async fn follow(
             let reason: String = reason.chars().take(REASON_MAX).collect();
             let reason = (!reason.is_empty()).then(|| reason.escape_debug().to_string());
             if reason.is_some() {
-                vm.keeper.forget();
+                vm.channel.keeper.forget();
             }
-            vm.set_stuck(reason);
+            vm.channel.set_stuck(reason);
         }
     };
     let run = driver.run(socket, on);
     let ended = tokio::select! {
         ended = run => ended,
         () = is_wrong.cancelled() => Ok(()),
-        () = async { while statuses.changed().await.is_ok() { vm.touch(); } std::future::pending().await } => Ok(()),
+        () = async { while statuses.changed().await.is_ok() { vm.channel.heard(); } std::future::pending().await } => Ok(()),
         () = quit_when_removed(vm, &link, &process) => Ok(()),
         () = keep_log_short(vm) => Ok(()),
     };
-    vm.set_link(None);
-    vm.set_process(None);
-    vm.set_ring(None);
-    vm.set_held(false);
+    vm.channel.end();
     if let Some(why) = wrong.into_inner() {
         return Err(why);
     }
     match ended {
-        Ok(()) => tracing::info!(vm = %vm.config.name, "port process has gone"),
-        Err(e) => tracing::warn!(vm = %vm.config.name, error = %e, "control connection failed"),
+        Ok(()) => tracing::info!(vm = %vm.name, "port process has gone"),
+        Err(e) => tracing::warn!(vm = %vm.name, error = %e, "control connection failed"),
     }
     Ok(known.into_inner())
 }
@@ -280,8 +275,8 @@ fn wrong_vm(vm: &VmEntry, process: &PortProcess, status: &Status) -> String {
         vm.dir.display(),
         status.vm.escape_debug(),
         status.cid,
-        vm.config.name,
-        vm.config.cid
+        vm.name,
+        vm.cid
     )
 }
 
@@ -290,7 +285,7 @@ async fn reach(
     vm: &VmEntry,
     launch: &Launch,
 ) -> io::Result<(OwnedFd, PortProcess, Option<Started>)> {
-    if vm.keeper.closer().is_full() {
+    if vm.channel.keeper.closer().is_full() {
         return Err(io::Error::other(
             "too many descriptors that its port process passed cannot be closed: their file system does not answer",
         ));
@@ -301,36 +296,36 @@ async fn reach(
         uids,
         cgroups,
     } = launch;
-    let own = uids.as_ref().map(|uids| uids.of(vm.config.name.as_str()));
+    let own = uids.as_ref().map(|uids| uids.of(vm.name.as_str()));
     let own = own.transpose()?;
     if let Ok(socket) = control_io::connect(&path)
         && let Some(process) = PortProcess::behind(socket.as_fd(), &vm.dir, own, None)?
     {
-        tracing::info!(vm = %vm.config.name, pid = process.pid(), "port process found");
+        tracing::info!(vm = %vm.name, pid = process.pid(), "port process found");
         let has = crate::arguments::settings_of(process.pid(), &vm.spec());
-        vm.set_started_with(Arc::new(has));
+        vm.channel.set_started_with(Arc::new(has));
         return Ok((socket, process, None));
     }
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(&vm.dir)?;
-    let left = vm.keeper.pass_on().map_err(io::Error::other)?;
-    if vm.keeper.has_frontend() {
-        tracing::warn!(vm = %vm.config.name, "a new port process goes on with its VMM");
+    let left = vm.channel.keeper.pass_on().map_err(io::Error::other)?;
+    if vm.channel.keeper.has_frontend() {
+        tracing::warn!(vm = %vm.name, "a new port process goes on with its VMM");
     }
     let log = vm.dir.join(LOG);
     let stderr = log_file(&vm.dir)?;
     let from = stderr.metadata()?.len();
     let spec = vm.spec();
-    vm.set_started_with(spec.clone());
+    vm.channel.set_started_with(spec.clone());
     let mut command = spawner.command();
     command
         .args(left.as_ref().map(|_| "--resume"))
         .arg("--name")
-        .arg(vm.config.name.as_str())
+        .arg(vm.name.as_str())
         .arg("--cid")
-        .arg(vm.config.cid.to_string())
+        .arg(vm.cid.to_string())
         .arg("--dir")
         .arg(&vm.dir)
         .arg("--busy-poll-us")
@@ -351,9 +346,9 @@ async fn reach(
     })?;
     // Its number is its own until it is waited for.
     if let Some(cgroups) = cgroups
-        && let Err(e) = cgroups.enter(vm.config.name.as_str(), child.id())
+        && let Err(e) = cgroups.enter(vm.name.as_str(), child.id())
     {
-        tracing::warn!(vm = %vm.config.name, error = %e, "the port process stays in aditd's cgroup");
+        tracing::warn!(vm = %vm.name, error = %e, "the port process stays in aditd's cgroup");
     }
     let (started, pidfd) = match PortProcess::started(child.id()) {
         Ok(started) => started,
@@ -415,7 +410,7 @@ async fn keep_log_short(vm: &VmEntry) {
     let mut changes = vm.watch();
     loop {
         if let Err(e) = shorten(&vm.dir) {
-            tracing::warn!(vm = %vm.config.name, error = %e, "port.log is not cut");
+            tracing::warn!(vm = %vm.name, error = %e, "port.log is not cut");
         }
         // Whoever has much to say changes something. While nothing happens nobody is woken.
         let looked = tokio::time::Instant::now();

@@ -43,7 +43,9 @@ pub async fn add(
 ) -> Result<Arc<VmEntry>, NotAdded> {
     let vm = state.registry.add(config.clone(), origin)?;
     let changing = vm.changing.lock().await;
-    vm.keeper.open(&state.fd_store, config.name.as_str());
+    vm.channel
+        .keeper
+        .open(&state.fd_store, config.name.as_str());
     if origin == Origin::Api
         && let Err(e) = keep(state, &config).await
     {
@@ -94,7 +96,7 @@ async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
 /// The database refuses: the VM goes on as before.
 pub async fn remove(state: &Arc<State>, vm: &Arc<VmEntry>) -> Result<(), QueueError> {
     let _changing = vm.changing.lock().await;
-    let has_the_name = state.registry.get(&vm.config.name);
+    let has_the_name = state.registry.get(&vm.name);
     if has_the_name.is_none_or(|now| !Arc::ptr_eq(&now, vm)) {
         // Somebody else has removed it meanwhile, and another VM may have its name by now.
         return Ok(());
@@ -105,20 +107,20 @@ pub async fn remove(state: &Arc<State>, vm: &Arc<VmEntry>) -> Result<(), QueueEr
     port_gone(vm).await;
     // Of goals that came meanwhile. Those that stay in the database end when their goal does.
     if let Err(e) = end_tasks(state, vm).await {
-        tracing::warn!(vm = %vm.config.name, error = %e, "the removed VM's last tasks are not ended");
+        tracing::warn!(vm = %vm.name, error = %e, "the removed VM's last tasks are not ended");
     }
-    if let Err(e) = vm_dir::remove(&state.config.run_dir, &vm.config.name).await {
+    if let Err(e) = vm_dir::remove(&state.config.run_dir, &vm.name).await {
         let dir = vm.dir.display();
-        tracing::warn!(vm = %vm.config.name, %dir, error = %e, "the removed VM's directory stays");
+        tracing::warn!(vm = %vm.name, %dir, error = %e, "the removed VM's directory stays");
     }
     // Only now is the name free: whoever takes it gets a port process and a directory of its own.
-    state.registry.remove(&vm.config.name);
+    state.registry.remove(&vm.name);
     Ok(())
 }
 
 /// Takes a VM's row out of the database, and ends its open tasks.
 async fn end_tasks(state: &State, vm: &VmEntry) -> Result<(), QueueError> {
-    let (key, now) = (vm.config.name.to_string(), state.now_ms());
+    let (key, now) = (vm.name.to_string(), state.now_ms());
     let keep = state.keep();
     let ended = state.db.run::<_, QueueError, _>(move |c| {
         c.execute("DELETE FROM vms WHERE name = ?1", [&key])?;
@@ -135,9 +137,9 @@ async fn end_tasks(state: &State, vm: &VmEntry) -> Result<(), QueueError> {
 /// Waits until a removed VM's supervisor has ended, and its port process with it.
 pub async fn port_gone(vm: &VmEntry) {
     let mut changes = vm.watch();
-    let gone = async { while !vm.unsupervised() && changes.changed().await.is_ok() {} };
+    let gone = async { while !vm.channel.unsupervised() && changes.changed().await.is_ok() {} };
     if tokio::time::timeout(PORT_END_LIMIT, gone).await.is_err() {
-        tracing::warn!(vm = %vm.config.name, "its port process does not end");
+        tracing::warn!(vm = %vm.name, "its port process does not end");
     }
 }
 
@@ -166,7 +168,7 @@ pub async fn load(state: &Arc<State>) -> anyhow::Result<()> {
         };
         match added {
             Ok(vm) => {
-                vm.keeper.open(&state.fd_store, &name);
+                vm.channel.keeper.open(&state.fd_store, &name);
                 start(state, &vm).await;
             }
             Err(error) => {

@@ -60,16 +60,12 @@ fn tunnels_beyond_their_share_of_descriptors_are_refused_as_busy_and_tasks_run_o
     host.start(None);
     let (mut session, _) = host.accept();
     let mut held = Vec::new();
-    let mut busy = 0;
     for _ in 0..200 {
         match dial(host.dir.path(), &format!("tcp:{port}")) {
-            (Hello::Accept(_), stream) => {
-                assert_eq!(busy, 0, "a share that is used up has room again");
-                held.push(stream);
-            }
+            // Also after one was refused: a descriptor that the agent had for a moment is a tunnel's then.
+            (Hello::Accept(_), stream) => held.push(stream),
             (Hello::Refuse(r), _) => {
                 assert_eq!(r.status, Status::Busy, "{}", r.text);
-                busy += 1;
             }
             other => panic!("{other:?}"),
         }

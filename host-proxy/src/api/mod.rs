@@ -210,7 +210,7 @@ async fn shutdown(Shared(state): Shared<App>, Query(q): Query<ShutdownQuery>) ->
     if q.ports {
         let mut vms = state.registry.all();
         // A VMM goes on with its VM, and serves the next aditd.
-        vms.retain(|vm| vm.held_by().is_none());
+        vms.retain(|vm| vm.channel.held_by().is_none());
         for vm in &vms {
             vm.removed.cancel();
         }
@@ -238,8 +238,8 @@ async fn readyz(Shared(state): Shared<App>) -> Response {
         .registry
         .all()
         .iter()
-        .filter(|vm| vm.link().is_none())
-        .map(|vm| vm.config.name.to_string())
+        .filter(|vm| vm.channel.link().is_none())
+        .map(|vm| vm.name.to_string())
         .collect();
     if down.is_empty() {
         return "ready\n".into_response();

@@ -34,7 +34,7 @@ pub(super) async fn add_goal(Shared(state): Shared<App>, body: Bytes) -> Answer<
         digest,
         signer: queue::schema::signer(&envelope),
         envelope: new.envelope.into_bytes(),
-        vms: vms.iter().map(|vm| vm.config.name.clone()).collect(),
+        vms: vms.iter().map(|vm| vm.name.clone()).collect(),
         now_ms: state.now_ms(),
         max_queued: state.config.limits.queued_per_vm,
     };
@@ -74,7 +74,7 @@ fn targets(
     }
     for name in &new.to {
         let vm = find(state, name)?;
-        if !goal.audience.vms.contains(&vm.config.name) && !new.relay_unchecked {
+        if !goal.audience.vms.contains(&vm.name) && !new.relay_unchecked {
             let message =
                 format!("the goal is not for `{name}`: its signed audience does not name it");
             return Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "wrong-audience", message)

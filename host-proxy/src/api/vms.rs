@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use super::{Answer, ApiError, App, find, parse};
 use crate::config::VmConfig;
-use crate::vm::{Origin, VmEntry};
+use crate::vm::{Origin, Serving, VmEntry};
 use crate::vms;
 
 /// How long it may take until a new port process serves in place of another.
@@ -120,7 +120,7 @@ fn of_the_api(vm: &VmEntry, help: &str) -> Result<(), ApiError> {
     match vm.origin {
         Origin::Api => Ok(()),
         Origin::File => {
-            let message = format!("`{}` is configured in aditd.toml", vm.config.name);
+            let message = format!("`{}` is configured in aditd.toml", vm.name);
             let refused = ApiError::new(StatusCode::CONFLICT, "configured", message);
             Err(refused.help(help))
         }
@@ -129,12 +129,12 @@ fn of_the_api(vm: &VmEntry, help: &str) -> Result<(), ApiError> {
 
 /// What an operator must not do to a VM by mistake while its VMM holds it.
 fn held(vm: &VmEntry, what: &str, help: &str) -> Result<(), ApiError> {
-    let Some(pid) = vm.held_by() else {
+    let Some(pid) = vm.channel.held_by() else {
         return Ok(());
     };
     let message = format!(
         "process {pid}, the VMM of `{}`, serves its channel itself: {what}",
-        vm.config.name
+        vm.name
     );
     Err(ApiError::new(StatusCode::CONFLICT, "held", message).help(help))
 }
@@ -171,16 +171,15 @@ pub(super) async fn reload(Shared(state): Shared<App>, Path(name): Path<String>)
         "it has no port process that could be replaced",
         "to run a new build of the VMM, end the VM and start it again, or restore it from a snapshot",
     )?;
-    let running = vm
-        .link()
-        .and_then(|l| Some((l.status()?, vm.process()?, l)));
-    let Some((status, process, link)) = running else {
+    let serving = vm.channel.serving();
+    let running = serving.and_then(|s| Some((s.link.status()?, s)));
+    let Some((status, Serving { link, process, .. })) = running else {
         let message = format!("`{name}` has no port process now: one is being started");
         return Err(ApiError::new(StatusCode::CONFLICT, "down", message)
             .help("`adit vm show` says why, if it does not come"));
     };
     let pid = process.pid();
-    if status.session && !vm.keeper.has_frontend() {
+    if status.session && !vm.channel.keeper.has_frontend() {
         let message = format!(
             "port process {pid} of `{name}` has handed nothing over that a new one could go on with"
         );
@@ -193,10 +192,10 @@ pub(super) async fn reload(Shared(state): Shared<App>, Path(name): Path<String>)
         let _ = tokio::time::timeout(RELEASE_LIMIT, link.release()).await;
         process.end_within(RELEASE_LIMIT).await;
         loop {
-            let now = vm.link().and_then(|l| l.status());
-            let another = vm.port_pid().is_some_and(|now| now != pid);
+            let now = vm.channel.status();
+            let another = vm.channel.port_pid().is_some_and(|now| now != pid);
             if now.is_some_and(|now| another && now.session >= status.session)
-                || vm.stuck().is_some()
+                || vm.channel.stuck().is_some()
                 || changes.changed().await.is_err()
             {
                 return;

@@ -258,7 +258,7 @@ fn admit(state: &State, to: &Destination) -> Result<Admitted, Problem> {
             detail,
         ));
     }
-    let Some(link) = vm.link() else {
+    let Some(link) = vm.channel.link() else {
         return Err(Problem::no_channel(
             to.vm.as_str(),
             "its port process does not run",

@@ -53,7 +53,7 @@ impl Route {
     pub(super) fn new(vm: &VmEntry, target: &Target, link: &Arc<Link>) -> Option<Self> {
         let status = link.status().filter(|status| status.session)?;
         Some(Self {
-            vm: vm.config.name.clone(),
+            vm: vm.name.clone(),
             target: target.clone(),
             link: Arc::downgrade(link),
             epoch: status.epoch,

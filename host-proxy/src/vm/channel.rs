@@ -1,0 +1,223 @@
+//! A VM's channel: the port process that serves it, and what that says.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use adit_port::control::{Ring, Status};
+use adit_tasks::VmId;
+
+use super::Changes;
+use crate::config::VmConfig;
+use crate::fault::{Fault, FaultKind, Logged};
+use crate::keeper::Keeper;
+use crate::link::Link;
+use crate::whose::PortProcess;
+
+/// A VM's channel.
+#[derive(Debug)]
+pub struct Channel {
+    /// What its port process left with us for the next one.
+    pub keeper: Keeper,
+    vm: VmId,
+    state: Mutex<State>,
+    logged: Logged,
+    changes: Changes,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The port process, if one is connected and serves this VM.
+    serving: Option<Serving>,
+    /// The settings that the port process was started with.
+    started_with: Option<Arc<VmConfig>>,
+    /// Why there is no port process.
+    trouble: Option<String>,
+    /// Why its VMM has no channel until the VM is power-cycled.
+    stuck: Option<String>,
+    /// Its supervisor has ended.
+    unsupervised: bool,
+}
+
+/// Who serves a VM.
+#[derive(Clone, Debug)]
+pub struct Serving {
+    /// Speaks to it.
+    pub link: Arc<Link>,
+    /// Who the kernel says it is.
+    pub process: Arc<PortProcess>,
+    /// It is the VM's VMM itself.
+    held: bool,
+    /// State of the ring, as it said last.
+    ring: Option<Ring>,
+}
+
+impl Channel {
+    pub(super) fn new(vm: &VmId, changes: Changes) -> Self {
+        Self {
+            keeper: Keeper::default(),
+            vm: vm.clone(),
+            state: Mutex::default(),
+            logged: Logged::default(),
+            changes,
+        }
+    }
+
+    /// A port process serves the VM from now on: what was wrong with the one before is over.
+    pub fn begin(&self, link: Arc<Link>, process: Arc<PortProcess>) {
+        self.change(|state| {
+            state.trouble = None;
+            state.serving = Some(Serving {
+                link,
+                process,
+                held: false,
+                ring: None,
+            });
+        });
+    }
+
+    /// The port process has gone.
+    pub fn end(&self) {
+        self.change(|state| state.serving = None);
+    }
+
+    /// The port process has said something about the channel.
+    pub fn heard(&self) {
+        self.change(|_| {});
+    }
+
+    /// Its port process is the VM's VMM.
+    pub fn set_held(&self) {
+        self.change(|state| {
+            if let Some(serving) = &mut state.serving {
+                serving.held = true;
+            }
+        });
+    }
+
+    /// Notes the state of its ring.
+    pub fn set_ring(&self, ring: Ring) {
+        self.change(|state| {
+            if let Some(serving) = &mut state.serving {
+                serving.ring = Some(ring);
+            }
+        });
+    }
+
+    /// Notes why there is no port process.
+    pub fn set_trouble(&self, trouble: String) {
+        self.change(|state| state.trouble = Some(trouble));
+    }
+
+    /// Notes that only a power cycle gives the VM its channel back, and why; or that it has it.
+    pub fn set_stuck(&self, stuck: Option<String>) {
+        self.change(|state| state.stuck = stuck);
+    }
+
+    /// Notes the settings that its port process was started with.
+    pub fn set_started_with(&self, spec: Arc<VmConfig>) {
+        self.lock().started_with = Some(spec);
+    }
+
+    /// Its supervisor has ended.
+    pub fn supervisor_ended(&self) {
+        self.change(|state| state.unsupervised = true);
+    }
+
+    /// Whether its supervisor has ended.
+    pub fn unsupervised(&self) -> bool {
+        self.lock().unsupervised
+    }
+
+    /// Who serves the VM, if a port process is connected.
+    pub fn serving(&self) -> Option<Serving> {
+        self.lock().serving.clone()
+    }
+
+    /// The port process, if one is connected.
+    pub fn link(&self) -> Option<Arc<Link>> {
+        self.lock().serving.as_ref().map(|s| s.link.clone())
+    }
+
+    /// Process id of whoever serves it, as the kernel has it.
+    pub fn port_pid(&self) -> Option<u32> {
+        self.lock().serving.as_ref().map(|s| s.process.pid())
+    }
+
+    /// The VMM that is the VM's port process itself, and removes the VM when it ends; none: a process of aditd's serves it.
+    pub fn held_by(&self) -> Option<u32> {
+        let state = self.lock();
+        let serving = state.serving.as_ref().filter(|s| s.held);
+        serving.map(|s| s.process.pid())
+    }
+
+    /// State of its ring, as its port process said last.
+    pub(super) fn ring(&self) -> Option<Ring> {
+        self.lock().serving.as_ref()?.ring.clone()
+    }
+
+    /// What its port process said last.
+    pub fn status(&self) -> Option<Status> {
+        self.link()?.status()
+    }
+
+    /// Whether a VMM is connected and the guest's driver runs.
+    pub fn session(&self) -> bool {
+        self.status().is_some_and(|s| s.session)
+    }
+
+    /// The session's number, 0 if there is none.
+    pub fn epoch(&self) -> u64 {
+        self.status().map_or(0, |s| s.epoch)
+    }
+
+    /// Why the VM must be power-cycled, if it must.
+    pub fn stuck(&self) -> Option<String> {
+        self.lock().stuck.clone()
+    }
+
+    /// Names of the settings that the port process was started without.
+    pub(super) fn lacks(&self, new: &VmConfig) -> Vec<String> {
+        let state = self.lock();
+        let is_held = state.serving.as_ref().is_some_and(|s| s.held);
+        let Some(old) = state.started_with.as_ref().filter(|_| !is_held) else {
+            return vec![];
+        };
+        let differs = [
+            ("busy_poll_us", old.busy_poll_us != new.busy_poll_us),
+            ("ivshmem_mib", old.ivshmem_mib != new.ivshmem_mib),
+            (
+                "allow_any_memory",
+                old.allow_any_memory != new.allow_any_memory,
+            ),
+        ];
+        let differs = differs.into_iter().filter(|(_, differs)| *differs);
+        differs.map(|(name, _)| name.to_owned()).collect()
+    }
+
+    /// What is wrong with it now, the gravest first.
+    pub(super) fn faults(&self) -> Vec<Fault> {
+        let transport = self.status().map(|s| s.last_fault);
+        let state = self.lock();
+        let all = [
+            (FaultKind::PowerCycle, state.stuck.clone()),
+            (FaultKind::PortProcess, state.trouble.clone()),
+            (
+                FaultKind::Transport,
+                transport.filter(|text| !text.is_empty()),
+            ),
+        ];
+        let all = all.into_iter();
+        all.filter_map(|(kind, text)| Some(Fault::new(kind, &text?)))
+            .collect()
+    }
+
+    /// Changes its state, logs faults that are new or over, and wakes whoever waits.
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.lock());
+        self.logged.update(self.vm.as_str(), self.faults());
+        self.changes.note();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

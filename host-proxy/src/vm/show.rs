@@ -1,0 +1,89 @@
+//! A VM as the API shows it.
+
+use std::time::Instant;
+
+use adit_api::{Carrier, CarrierKind, Holding, Vm, VmState};
+use adit_port::control::{IVSHMEM_SOCKET, RING_SOCKET, Ring, VHOST_SOCKET};
+
+use super::VmEntry;
+
+/// Characters of a port process's text about its ring that are shown.
+const RING_TEXT_MAX: usize = 300;
+
+impl VmEntry {
+    /// The VM as the API shows it.
+    pub fn show(&self) -> Vm {
+        let (spec, agent) = (self.spec(), self.agent.said());
+        let faults: Vec<_> = self.faults().into_iter().map(|f| f.text).collect();
+        let status = self.channel.status();
+        let connected = agent.is_connected();
+        let state = match &status {
+            _ if self.channel.stuck().is_some() => VmState::PowerCycle,
+            None => VmState::Down,
+            Some(s) if !s.session => VmState::Waiting,
+            Some(_) if connected && agent.facts.is_some() => VmState::Ready,
+            Some(_) => VmState::Up,
+        };
+        let age = |seen: Instant| u64::try_from(seen.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let facts = agent.facts.as_ref();
+        Vm {
+            name: self.name.to_string(),
+            cid: self.cid,
+            state,
+            agent: facts.map(|f| f.agent_version.clone()),
+            kernel: facts.map(|f| f.kernel.clone()),
+            enrolled_as: self.agent.enrolled_as(),
+            clock_ahead_ms: agent.clock_ahead_ms,
+            holding: agent.held.filter(|_| connected).map(|held| Holding {
+                task_id: adit_tasks::hex(&held.task_id),
+                valid_from: rfc3339(held.not_before_ms),
+                guest_time: rfc3339(held.now_ms),
+            }),
+            // A connection that is open is heard from now.
+            last_seen_ms: agent.seen.map(|seen| if connected { 0 } else { age(seen) }),
+            epoch: status.as_ref().map_or(0, |s| s.epoch),
+            streams: status.as_ref().map_or(0, |s| s.streams),
+            queued: self.open_tasks(),
+            allow: spec.allow.clone(),
+            allow_vsock: spec.allow_vsock.clone(),
+            busy_poll_us: spec.busy_poll_us,
+            pending: self.pending(),
+            port_pid: self.channel.port_pid(),
+            held_by: self.channel.held_by(),
+            vhost_socket: self.dir.join(VHOST_SOCKET).display().to_string(),
+            carrier: self.channel.ring().map(carrier).unwrap_or_default(),
+            ring_socket: self.dir.join(RING_SOCKET).display().to_string(),
+            ivshmem_socket: self.dir.join(IVSHMEM_SOCKET).display().to_string(),
+            fault: (!faults.is_empty()).then(|| faults.join("; ")),
+        }
+    }
+}
+
+/// What carries the VM's streams. Its texts come from the port process, which the guest may control.
+fn carrier(ring: Ring) -> Carrier {
+    let measured = |ns: u64| (ns > 0).then_some(ns);
+    let cut = |text: &str| text.chars().take(RING_TEXT_MAX).collect::<String>();
+    Carrier {
+        kind: match ring.running {
+            true => CarrierKind::Ring,
+            false => CarrierKind::Vsock,
+        },
+        why: cut(&ring.why),
+        memory: (!ring.memory.is_empty()).then(|| cut(&ring.memory)),
+        bytes: ring.bytes,
+        line_ns: ring.line_ns,
+        doorbell: match ring.hears {
+            1 => Some("interrupt".into()),
+            2 => Some("a byte over vsock".into()),
+            3 => Some("none: the guest polls".into()),
+            _ => None,
+        },
+        rtt_ns: measured(ring.rtt_ns.0),
+        vsock_rtt_ns: measured(ring.rtt_ns.1),
+        streams: ring.streams,
+    }
+}
+
+fn rfc3339(ms: u64) -> String {
+    crate::queue::rfc3339(i64::try_from(ms).unwrap_or(i64::MAX))
+}
