@@ -2,6 +2,7 @@
 //!
 //! Only the carrier is another: Unix sockets in a directory stand for AF_VSOCK, which this machine may not have.
 
+mod before;
 mod clock;
 mod commands;
 mod delivery;

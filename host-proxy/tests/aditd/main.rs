@@ -3,6 +3,7 @@
 
 mod answers;
 mod asked;
+mod before;
 mod changes;
 mod commands;
 mod cut;
