@@ -1,5 +1,5 @@
-//! The `tasks` service: the host's end of `adit_tasks::wire`. The VM is the one whose port process the stream came from;
-//! nothing that the agent says about itself changes that.
+//! What an agent and aditd say to each other: the host's end of `adit_tasks::wire`, on a stream of the service
+//! [`tasks`](crate::services::tasks). Nothing that the agent says about itself changes which VM it is.
 //!
 //! The agent pulls, and its pull waits until a task is queued: neither side polls. Its frames are read meanwhile, so that the
 //! end of the connection is noticed at once. Reading and answering are one future: once dropped, nothing of it goes on.
@@ -8,10 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_channel::hello::{self, Accept, Common, Hello, Refuse, Status};
-use adit_channel::{frame, hello::Open};
-use adit_passed::Passed;
-use adit_port::control::Incoming;
+use adit_channel::frame;
 use adit_tasks::wire::{self, Clock, Facts, Held, Pull, Report, ReportAck, Started, WireKind};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
@@ -22,10 +19,6 @@ use crate::queue::{self, QueueError};
 use crate::state::State;
 use crate::vm::VmEntry;
 
-/// In the guest, a port below this takes CAP_NET_BIND_SERVICE: no unprivileged process dials from one (R59).
-const PRIVILEGED: u32 = 1024;
-/// How long a guest may take for its hello.
-const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// Most bytes of a frame from an agent: a report with two full outputs.
 const FRAME_MAX: u32 = frame::LEN_MAX;
 /// Frames read ahead.
@@ -34,99 +27,6 @@ const AHEAD_MAX: usize = 4;
 const OWED_LIMIT: Duration = Duration::from_secs(30);
 /// Version of every message of this service.
 const VERSION: u16 = 1;
-
-/// Serves a stream that the guest dialled. If too many of its kind are open, closes it.
-pub fn accept(state: &Arc<State>, vm: &Arc<VmEntry>, incoming: Incoming, fd: Passed) {
-    // Counted separately: streams that any process of the guest can open must not keep the agent out.
-    let slots = if incoming.peer_port < PRIVILEGED {
-        &vm.agent.streams
-    } else {
-        &vm.agent.other_streams
-    };
-    let Ok(slot) = slots.clone().try_acquire_owned() else {
-        tracing::debug!(vm = %vm.name, from = incoming.peer_port, "guest's stream closed: too many are open");
-        return;
-    };
-    let (state, vm) = (state.clone(), vm.clone());
-    tokio::spawn(async move {
-        serve(state, vm, incoming, fd).await;
-        drop(slot);
-    });
-}
-
-/// Serves one stream that the guest dialled.
-async fn serve(state: Arc<State>, vm: Arc<VmEntry>, incoming: Incoming, fd: Passed) {
-    let name = vm.name.clone();
-    match session(&state, &vm, &incoming, fd).await {
-        Ok(()) => tracing::info!(vm = %name, "agent disconnected"),
-        Err(e) => tracing::warn!(vm = %name, error = %e, "agent connection ended"),
-    }
-}
-
-async fn session(
-    state: &Arc<State>,
-    vm: &Arc<VmEntry>,
-    incoming: &Incoming,
-    fd: Passed,
-) -> io::Result<()> {
-    let mut stream = Socket::new(fd.unix_stream()?.into_inner()?, vm.channel.keeper.closer())?;
-    let open = match tokio::time::timeout(HELLO_LIMIT, hello::read_async(&mut stream)).await {
-        Ok(Ok(Hello::Open(open))) => open,
-        Ok(Ok(_)) => {
-            return Err(io::Error::other(
-                "the guest's first message is not an opening hello",
-            ));
-        }
-        Ok(Err(e)) => return Err(e),
-        Err(_) => return Err(io::ErrorKind::TimedOut.into()),
-    };
-    let common = Common {
-        features: 0,
-        epoch: vm.channel.epoch(),
-        boot_nonce: state.boot_nonce,
-    };
-    if let Err((status, text)) = check(&open, incoming.peer_port) {
-        tracing::warn!(vm = %vm.name, service = %open.service, from = incoming.peer_port, text, "guest's stream refused");
-        let refuse = Refuse {
-            common,
-            status,
-            errno: 0,
-            text: text.into(),
-        };
-        return stream.write_all(&Hello::Refuse(refuse).encode()).await;
-    }
-    stream
-        .write_all(
-            &Hello::Accept(Accept {
-                common,
-                version: hello::VERSION,
-            })
-            .encode(),
-        )
-        .await?;
-    let (reader, writer) = tokio::io::split(stream);
-    let token = vm.agent.connected();
-    let result = tokio::select! {
-        result = converse(state, vm, reader, writer) => result,
-        () = token.cancelled() => Err(io::Error::other("replaced by a newer connection")),
-        () = vm.removed.cancelled() => Ok(()),
-    };
-    vm.agent.gone(&token);
-    result
-}
-
-fn check(open: &Open, peer_port: u32) -> Result<(), (Status, &'static str)> {
-    if hello::choose_version(open).is_none() {
-        return Err((Status::Version, "no common version"));
-    }
-    if open.service.as_str() != wire::SERVICE {
-        return Err((Status::UnknownService, "the host serves `tasks` here"));
-    }
-    if peer_port >= PRIVILEGED {
-        return Err((Status::Denied, "the agent dials from a port below 1024"));
-    }
-    Ok(())
-}
 
 type Frame = (frame::Header, Vec<u8>);
 
@@ -144,12 +44,12 @@ async fn read_frames(mut reader: ReadHalf<Socket>, to: mpsc::Sender<io::Result<F
     }
 }
 
-async fn converse(
-    state: &Arc<State>,
-    vm: &Arc<VmEntry>,
-    reader: ReadHalf<Socket>,
-    writer: WriteHalf<Socket>,
-) -> io::Result<()> {
+/// Speaks with an agent whose hello was accepted, until its stream ends.
+///
+/// # Errors
+/// The stream failed, or the agent said what is no message.
+pub async fn converse(state: &Arc<State>, vm: &Arc<VmEntry>, stream: Socket) -> io::Result<()> {
+    let (reader, writer) = tokio::io::split(stream);
     let (to, frames) = mpsc::channel(AHEAD_MAX);
     // Not a task of its own: it would outlive this future, which is dropped when a newer connection replaces this one (R106).
     let reading = read_frames(reader, to);

@@ -11,7 +11,7 @@
 //! | `whose`, `arguments` | which process answers; what it was started with |
 //! | `keeper`, `fdstore` | what a port process's successor needs; kept over the end of aditd by systemd |
 //! | `proxy` | the HTTP forward proxy |
-//! | `agent` | the tasks service that guests dial |
+//! | `services`, `agent` | what guests dial; the talk with an agent |
 //! | `queue`, `db`, `disk` | the durable queue; the thread that commits it; whether its disk is full |
 //! | `api`, `metrics` | JSON on a Unix socket; counters |
 //! | `log` | lines to stderr, one of each kind a second |
@@ -37,6 +37,7 @@ pub mod proxy;
 pub mod queue;
 pub mod registry;
 pub mod reload;
+pub mod services;
 pub mod spawn;
 pub mod state;
 pub mod supervisor;

@@ -16,7 +16,7 @@ use crate::queue::{self, QueueError};
 use crate::registry::AddError;
 use crate::state::State;
 use crate::vm::{Origin, VmEntry};
-use crate::{agent, supervisor, vm_dir};
+use crate::{services, supervisor, vm_dir};
 
 /// How long a port process that was told to end may take.
 const PORT_END_LIMIT: Duration = Duration::from_secs(5);
@@ -80,7 +80,7 @@ async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
     let (for_agents, of_vm) = (state.clone(), vm.clone());
     let on_incoming = move |incoming: adit_port::control::Incoming, fd| {
         if incoming.port == hello::PORT {
-            agent::accept(&for_agents, &of_vm, incoming, fd);
+            services::accept(&for_agents, &of_vm, incoming, fd);
         }
     };
     tokio::spawn(supervisor::supervise(

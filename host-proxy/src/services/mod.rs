@@ -1,0 +1,174 @@
+//! What guests dial: the hello of a stream names a service, and that service serves the stream.
+//!
+//! ```text
+//! the guest dialled ─► a slot of its class ─► hello ─► find ─► allow ─► accept ─► run
+//!                      └─ none: closed        └──── refuse {why} ───┘
+//! ```
+//! The VM is the one whose port process the stream came from; nothing that a hello says changes that. A service is a file in this
+//! folder and a line of [`SERVICES`]. It gets the whole hello, so that arguments need no other way.
+
+pub mod tasks;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_channel::hello::{self, Accept, Common, Hello, Open, Refuse, Status};
+use adit_channel::name::ServiceName;
+use adit_passed::Passed;
+use adit_port::control::Incoming;
+use futures_util::future::BoxFuture;
+use tokio::io::AsyncWriteExt;
+use tokio::sync::Semaphore;
+
+use crate::passing::Socket;
+use crate::state::State;
+use crate::vm::VmEntry;
+
+/// All of them. Their order means nothing: no name belongs to two.
+static SERVICES: [&dyn Service; 1] = [&tasks::Tasks];
+
+/// In the guest, a port below this takes CAP_NET_BIND_SERVICE: no unprivileged process dials from one (R59).
+const PRIVILEGED: u32 = 1024;
+/// How long a guest may take for its hello.
+const HELLO_LIMIT: Duration = Duration::from_secs(5);
+
+/// What may run on a stream that a guest dialled.
+pub trait Service: Sync {
+    /// Its name as people write it, with its arguments: `tasks`, `expose:NAME`.
+    fn form(&self) -> &'static str;
+
+    /// Whether a name is its own.
+    fn takes(&self, name: &ServiceName) -> bool;
+
+    /// Whether this hello may have it.
+    ///
+    /// # Errors
+    /// The class of the refusal, and a text for people.
+    fn allow(&self, open: &Open, class: Class) -> Result<(), (Status, String)>;
+
+    /// Serves a stream whose hello was accepted. Dropped when the VM is removed.
+    fn run(&self, call: Call, stream: Socket) -> BoxFuture<'static, io::Result<()>>;
+}
+
+/// A stream that a service is to serve.
+pub struct Call {
+    /// aditd's.
+    pub state: Arc<State>,
+    /// Who has dialled.
+    pub vm: Arc<VmEntry>,
+    /// What it said.
+    pub open: Open,
+}
+
+/// Who in the guest has dialled, as its port tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// A privileged process, as the agent is.
+    Agent,
+    /// Any process.
+    Anyone,
+}
+
+impl Class {
+    /// The class of a guest's port.
+    pub fn of(peer_port: u32) -> Self {
+        match peer_port < PRIVILEGED {
+            true => Self::Agent,
+            false => Self::Anyone,
+        }
+    }
+
+    /// Counted separately: streams that any process of the guest can open must not keep the agent out.
+    fn slots(self, vm: &VmEntry) -> &Arc<Semaphore> {
+        match self {
+            Self::Agent => &vm.agent.streams,
+            Self::Anyone => &vm.agent.other_streams,
+        }
+    }
+}
+
+/// Serves a stream that the guest dialled. If too many of its class are open, closes it.
+pub fn accept(state: &Arc<State>, vm: &Arc<VmEntry>, incoming: Incoming, fd: Passed) {
+    let class = Class::of(incoming.peer_port);
+    let Ok(slot) = class.slots(vm).clone().try_acquire_owned() else {
+        tracing::debug!(vm = %vm.name, from = incoming.peer_port, "guest's stream closed: too many are open");
+        return;
+    };
+    let (state, vm) = (state.clone(), vm.clone());
+    tokio::spawn(async move {
+        if let Err(e) = serve(&state, &vm, &incoming, fd).await {
+            tracing::warn!(vm = %vm.name, error = %e, "guest's stream ended");
+        }
+        drop(slot);
+    });
+}
+
+async fn serve(
+    state: &Arc<State>,
+    vm: &Arc<VmEntry>,
+    incoming: &Incoming,
+    fd: Passed,
+) -> io::Result<()> {
+    let mut stream = Socket::new(fd.unix_stream()?.into_inner()?, vm.channel.keeper.closer())?;
+    let open = match tokio::time::timeout(HELLO_LIMIT, hello::read_async(&mut stream)).await {
+        Ok(Ok(Hello::Open(open))) => open,
+        Ok(Ok(_)) => {
+            return Err(io::Error::other(
+                "its first message is not an opening hello",
+            ));
+        }
+        Ok(Err(e)) => return Err(e),
+        Err(_) => return Err(io::ErrorKind::TimedOut.into()),
+    };
+    let common = Common {
+        features: 0,
+        epoch: vm.channel.epoch(),
+        boot_nonce: state.boot_nonce,
+    };
+    let class = Class::of(incoming.peer_port);
+    let service = match choose(&SERVICES, &open, class) {
+        Ok(service) => service,
+        Err((status, text)) => {
+            tracing::warn!(vm = %vm.name, service = %open.service, from = incoming.peer_port, text, "guest's stream refused");
+            let errno = 0;
+            let refuse = Hello::Refuse(Refuse {
+                common,
+                status,
+                errno,
+                text,
+            });
+            return stream.write_all(&refuse.encode()).await;
+        }
+    };
+    let version = hello::VERSION;
+    let accept = Hello::Accept(Accept { common, version });
+    stream.write_all(&accept.encode()).await?;
+    let (state, removed) = (state.clone(), vm.removed.clone());
+    let vm = vm.clone();
+    tokio::select! {
+        result = service.run(Call { state, vm, open }, stream) => result,
+        () = removed.cancelled() => Ok(()),
+    }
+}
+
+/// The service that a hello asks for, if it may have it.
+fn choose<'a>(
+    services: &[&'a dyn Service],
+    open: &Open,
+    class: Class,
+) -> Result<&'a dyn Service, (Status, String)> {
+    if hello::choose_version(open).is_none() {
+        return Err((Status::Version, "no common version".into()));
+    }
+    let Some(service) = services.iter().find(|s| s.takes(&open.service)) else {
+        let forms: Vec<_> = services.iter().map(|s| format!("`{}`", s.form())).collect();
+        let text = format!("the host serves {} here", forms.join(", "));
+        return Err((Status::UnknownService, text));
+    };
+    service.allow(open, class)?;
+    Ok(*service)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,72 @@
+//! `tasks`: an agent's connection, one a VM. What is said on it is [`agent`](crate::agent)'s.
+
+use std::io;
+use std::sync::Arc;
+
+use adit_channel::hello::{Open, Status};
+use adit_channel::name::ServiceName;
+use adit_tasks::wire;
+use futures_util::future::BoxFuture;
+use tokio_util::sync::CancellationToken;
+
+use super::{Call, Class, Service};
+use crate::agent;
+use crate::passing::Socket;
+use crate::vm::VmEntry;
+
+/// The tasks service.
+pub struct Tasks;
+
+impl Service for Tasks {
+    fn form(&self) -> &'static str {
+        wire::SERVICE
+    }
+
+    fn takes(&self, name: &ServiceName) -> bool {
+        name.as_str() == wire::SERVICE
+    }
+
+    fn allow(&self, _: &Open, class: Class) -> Result<(), (Status, String)> {
+        match class {
+            Class::Agent => Ok(()),
+            Class::Anyone => {
+                let text = "the agent dials from a port below 1024".into();
+                Err((Status::Denied, text))
+            }
+        }
+    }
+
+    fn run(&self, call: Call, stream: Socket) -> BoxFuture<'static, io::Result<()>> {
+        Box::pin(async move {
+            let connected = Connected::new(&call.vm);
+            tokio::select! {
+                result = agent::converse(&call.state, &call.vm, stream) => result,
+                () = connected.token.cancelled() => Err(io::Error::other("replaced by a newer connection")),
+            }
+        })
+    }
+}
+
+/// An agent's connection. Dropped, it has ended.
+struct Connected {
+    vm: Arc<VmEntry>,
+    token: CancellationToken,
+}
+
+impl Connected {
+    /// Begins one; an older one ends.
+    fn new(vm: &Arc<VmEntry>) -> Self {
+        let token = vm.agent.connected();
+        Self {
+            vm: vm.clone(),
+            token,
+        }
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.vm.agent.gone(&self.token);
+        tracing::info!(vm = %self.vm.name, "agent disconnected");
+    }
+}
