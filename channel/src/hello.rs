@@ -512,6 +512,57 @@ mod tests {
     }
 
     #[test]
+    fn answers_have_golden_bytes() {
+        let common = Common {
+            boot_nonce: [0xab; 16],
+            ..Common::default()
+        };
+        let refuse = |status, errno| {
+            Hello::Refuse(Refuse {
+                common,
+                status,
+                errno,
+                text: "no".into(),
+            })
+        };
+        let fixed = |kind, tail: u8, version, status| {
+            let mut bytes = MAGIC.to_vec();
+            bytes.extend([1, kind, tail, 0, version, 0, version, 0]);
+            bytes.extend([0; 16]);
+            bytes.extend([0xab; 16]);
+            bytes.extend([status, 0, 0, 0]);
+            bytes.extend([0; 12]);
+            bytes
+        };
+        let text = [1, 0, 2, 0, b'n', b'o'];
+        let errno = [2, 0, 2, 0, 111, 0];
+        let accept = Hello::Accept(Accept { common, version: 1 });
+        let mut golden = vec![
+            (accept, fixed(2, 0, 1, 0)),
+            (
+                refuse(Status::DialFailed, 111),
+                [fixed(3, 12, 0, 4), text.to_vec(), errno.to_vec()].concat(),
+            ),
+        ];
+        let statuses = [
+            Status::Version,
+            Status::UnknownService,
+            Status::Denied,
+            Status::DialFailed,
+            Status::Busy,
+            Status::WrongVm,
+        ];
+        for (number, status) in (1..).zip(statuses) {
+            let bytes = [fixed(3, 6, 0, number), text.to_vec()].concat();
+            golden.push((refuse(status, 0), bytes));
+        }
+        for (hello, bytes) in golden {
+            assert_eq!(hello.encode(), bytes, "{hello:?}");
+            assert_eq!(parse(&bytes), Ok(hello));
+        }
+    }
+
+    #[test]
     fn foreign_listeners_are_recognised() {
         let mut bytes = [b' '; PREFIX_LEN];
         bytes[..8].copy_from_slice(b"SSH-2.0-");

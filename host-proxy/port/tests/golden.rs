@@ -1,0 +1,191 @@
+//! The bytes of every control message, as builds of before send them: those that run on while aditd is upgraded, and the aditd
+//! that a downgrade starts again.
+#![allow(missing_docs)]
+
+use adit_port::control::*;
+use adit_port::control_io::Message;
+
+/// Length, kind, version, id (always 0) and flags.
+fn head(len: u8, kind: u8, version: u8, flags: u8) -> Vec<u8> {
+    vec![
+        len, 0, 0, 0, kind, 0, version, 0, 0, 0, 0, 0, flags, 0, 0, 0,
+    ]
+}
+
+/// A length and the text, as postcard writes it.
+fn text(text: &str) -> Vec<u8> {
+    [&[u8::try_from(text.len()).unwrap()], text.as_bytes()].concat()
+}
+
+fn messages() -> Vec<(Message, u8, u8, Vec<u8>)> {
+    let (needed, ignorable) = (0, 4);
+    let dial = |to| {
+        Message::Dial(Dial {
+            id: 7,
+            to,
+            deadline_ms: 5000,
+        })
+    };
+    let failed = |error| {
+        Message::DialFailed(DialFailed {
+            id: 300,
+            error,
+            status: 4,
+            errno: 111,
+            text: "no".into(),
+        })
+    };
+    let handover = |ring| {
+        Message::Handover(Handover {
+            seq: 7,
+            record: vec![1, 2],
+            ring,
+        })
+    };
+    let status = Status {
+        vm: "web-1".parse().unwrap(),
+        cid: 3,
+        pid: 300,
+        session: true,
+        epoch: 2,
+        streams: 1,
+        bytes: (5, 6),
+        faults: 8,
+        last_fault: "bad".into(),
+    };
+    let ring = Ring {
+        running: true,
+        why: "up".into(),
+        memory: "memfd".into(),
+        bytes: 4096,
+        line_ns: 70,
+        hears: 1,
+        rtt_ns: (5, 300),
+        streams: 2,
+    };
+    let mut all = vec![
+        (
+            dial(Target::Service("tcp:80".parse().unwrap())),
+            1,
+            needed,
+            [&[7, 0][..], &text("tcp:80"), &[0x88, 0x27]].concat(),
+        ),
+        (
+            dial(Target::VsockPort(300)),
+            1,
+            needed,
+            vec![7, 1, 0xac, 2, 0x88, 0x27],
+        ),
+        (
+            Message::Attach(Attach {
+                id: 7,
+                prefix: b"GET".to_vec(),
+            }),
+            2,
+            needed,
+            [&[7][..], &text("GET")].concat(),
+        ),
+        (
+            Message::Cancel(Cancel { id: 300 }),
+            3,
+            needed,
+            vec![0xac, 2],
+        ),
+        (Message::Quit(Quit {}), 4, needed, vec![]),
+        (Message::Kept(Kept { seq: 7 }), 5, needed, vec![7]),
+        (Message::Release(Release {}), 6, needed, vec![]),
+        (
+            Message::Status(status),
+            16,
+            needed,
+            [
+                &text("web-1")[..],
+                &[3, 0xac, 2, 1, 2, 1, 5, 6, 8],
+                &text("bad"),
+            ]
+            .concat(),
+        ),
+        (
+            Message::Dialed(Dialed {
+                id: 7,
+                boot_nonce: [9; 16],
+            }),
+            17,
+            needed,
+            [&[7][..], &[9; 16]].concat(),
+        ),
+        (
+            Message::Incoming(Incoming {
+                port: 741,
+                peer_port: 5,
+            }),
+            19,
+            needed,
+            vec![0xe5, 5, 5],
+        ),
+        (handover(0), 20, ignorable, vec![7, 2, 1, 2]),
+        (
+            Message::Stuck(Stuck {
+                reason: "why".into(),
+            }),
+            21,
+            ignorable,
+            text("why"),
+        ),
+        (
+            Message::Ring(ring),
+            22,
+            ignorable,
+            [
+                &[1][..],
+                &text("up"),
+                &text("memfd"),
+                &[0x80, 0x20, 70, 1, 5, 0xac, 2, 2],
+            ]
+            .concat(),
+        ),
+        (Message::Held(Held {}), 23, ignorable, vec![]),
+    ];
+    let errors = [
+        DialError::NoSession,
+        DialError::Refused,
+        DialError::Timeout,
+        DialError::Reset,
+        DialError::Foreign,
+        DialError::HelloRefused,
+        DialError::Busy,
+    ];
+    for (number, error) in (0..).zip(errors) {
+        let body = [&[0xac, 2, number, 4, 111][..], &text("no")].concat();
+        all.push((failed(error), 18, needed, body));
+    }
+    all
+}
+
+#[test]
+fn every_message_has_golden_bytes_both_ways() {
+    for (message, kind, flags, body) in messages() {
+        let len = u8::try_from(body.len()).unwrap();
+        let golden = [head(len, kind, 1, flags), body].concat();
+        assert_eq!(message.encode().unwrap(), golden, "{message:?}");
+        assert_eq!(Message::decode(&golden).unwrap(), Some(message));
+    }
+}
+
+#[test]
+fn every_kind_has_a_message_above() {
+    let known = messages();
+    for number in 0..=u16::from(u8::MAX) {
+        let mut packet = head(0, 0, 1, 0);
+        packet[4..6].copy_from_slice(&number.to_le_bytes());
+        // An unknown kind is an error for that; a known one decodes, or its body does not.
+        let is_known = !matches!(
+            Message::decode(&packet),
+            Err(adit_port::control_io::ControlError::Frame(
+                adit_channel::frame::FrameError::Unknown { .. }
+            ))
+        );
+        let is_here = known.iter().any(|m| u16::from(m.1) == number);
+        assert_eq!(is_known, is_here, "kind {number}");
+    }
+}
