@@ -27,10 +27,9 @@
 //! All fields are little-endian. [`Prefix::parse`] reads the fixed 64 bytes and returns the length of the tail, so a
 //! reader never takes a byte that belongs to the service.
 
+use adit_names::{NameError, ServiceName};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
-
-use crate::name::{NameError, ServiceName};
 
 /// The well-known port of both sides.
 pub const PORT: u32 = 741;

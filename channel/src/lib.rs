@@ -17,7 +17,6 @@ pub mod hybrid;
 pub mod linked;
 #[cfg(feature = "device")]
 pub mod live;
-pub mod name;
 #[cfg(feature = "device")]
 pub mod polling;
 #[cfg(feature = "device")]

@@ -8,7 +8,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use adit_tasks::VmId;
+use adit_names::VmId;
 use serde::Deserialize;
 
 /// Where the configuration is if nobody says otherwise.

@@ -13,7 +13,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use adit_tasks::VmId;
+use adit_names::VmId;
 use adit_tasks::key::ANCHORS_MAX;
 
 use crate::config::{Config, ConfigError};

@@ -13,8 +13,8 @@ use adit_guest_driver::run::{self, RunError};
 use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::Vsock;
 use adit_guest_driver::{journal, show};
+use adit_names::VmId;
 use adit_print::PrintError;
-use adit_tasks::VmId;
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
 

@@ -2,9 +2,10 @@
 
 use std::cell::{Cell, RefCell};
 
+use adit_names::VmId;
 use adit_tasks::admit::{History, LastGoal};
 use adit_tasks::wire::{Outcome, Report, Task, TaskId};
-use adit_tasks::{Admitted, KeyId, TrustStore, VmId, admit};
+use adit_tasks::{Admitted, KeyId, TrustStore, admit};
 
 use crate::clock;
 use crate::journal::{Journal, JournalError, Phase};

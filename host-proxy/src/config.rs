@@ -14,8 +14,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use adit_channel::socket_path;
+use adit_names::VmId;
 use adit_port::control::IVSHMEM_SOCKET;
-use adit_tasks::VmId;
 use serde::{Deserialize, Serialize};
 
 use check::Document;

@@ -18,8 +18,9 @@ pub mod retention;
 pub mod schema;
 
 use adit_api::{Task, TaskState};
+use adit_names::VmId;
 use adit_tasks::wire::{Captured, Outcome, Report, TaskId};
-use adit_tasks::{Goal, VmId, hex, plan, task_id};
+use adit_tasks::{Goal, hex, plan, task_id};
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use adit_tasks::VmId;
+use adit_names::VmId;
 
 use crate::config::{VMS_MAX, VmConfig};
 use crate::vm::{Origin, VmEntry};

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use adit_api::ConfigStatus;
-use adit_tasks::VmId;
+use adit_names::VmId;
 use futures_util::future::join_all;
 use tokio::signal::unix::Signal;
 

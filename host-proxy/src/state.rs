@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use adit_api::{Task, TaskEvent};
-use adit_tasks::VmId;
+use adit_names::VmId;
 use jiff::Timestamp;
 use tokio::sync::{Notify, Semaphore, broadcast};
 use tokio_util::sync::CancellationToken;

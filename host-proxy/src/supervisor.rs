@@ -144,7 +144,7 @@ async fn follow(
         if status.session {
             vm.channel.set_stuck(None);
         }
-        if (status.vm.as_str(), status.cid) != (vm.name.as_str(), vm.cid) {
+        if (&status.vm, status.cid) != (&vm.name, vm.cid) {
             wrong.get_or_init(|| wrong_vm(vm, &process, status));
             is_wrong.cancel();
         } else if !known.swap(true, Ordering::Relaxed) {
@@ -273,7 +273,7 @@ fn wrong_vm(vm: &VmEntry, process: &PortProcess, status: &Status) -> String {
          old CID again",
         process.pid(),
         vm.dir.display(),
-        status.vm.escape_debug(),
+        status.vm,
         status.cid,
         vm.name,
         vm.cid

@@ -7,10 +7,10 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use adit_names::VmId;
 use adit_port::control::{
     CONTROL_SOCKET, IVSHMEM_SOCKET, LOCK, RING_SOCKET, VHOST_SOCKET, VMM_NOTE,
 };
-use adit_tasks::VmId;
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, flock, openat, statat, unlinkat,
 };

@@ -10,13 +10,14 @@
 //! admitted, or with the same number and other content, is a replay. So a goal that arrives late is refused rather than run
 //! out of order.
 
+use adit_names::VmId;
 use jiff::Timestamp;
 
 use crate::dsse::{Envelope, VerifyError};
 use crate::key::{KeyId, TrustStore};
 use crate::plan::task_id;
 use crate::wire::{Outcome, Task, TaskId};
-use crate::{Goal, Step, VmId};
+use crate::{Goal, Step};
 
 /// The last goal that was admitted from a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,11 +12,11 @@
 
 mod place;
 
+use adit_names::VmId;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::VmId;
 use crate::goal::{Audience, Goal, GoalError, MODE_FORM, PLANNER, Step, check_steps};
 use crate::object::shown;
 

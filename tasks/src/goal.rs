@@ -12,12 +12,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use adit_names::VmId;
 use jiff::Timestamp;
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
-use crate::VmId;
 use crate::dsse::Verified;
 use crate::object::{self, Object};
 use crate::principal::Principal;

@@ -27,7 +27,6 @@ mod object;
 pub mod plain;
 pub mod plan;
 mod principal;
-mod vm_id;
 pub mod wire;
 
 pub use admit::{Admitted, Denial, admit};
@@ -36,7 +35,6 @@ pub use key::{KeyId, PublicKey, TrustStore};
 pub use plain::plain;
 pub use plan::{PlannedTask, plan, task_id};
 pub use principal::Principal;
-pub use vm_id::{VmId, VmIdError};
 
 /// Lower-case hex.
 pub fn hex(bytes: &[u8]) -> String {

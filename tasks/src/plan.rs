@@ -2,10 +2,11 @@
 //! acts by it). A task is one attempt of one step for one VM; its id is derived, so nobody can hand out another content
 //! under the same id.
 
+use adit_names::VmId;
 use sha2::{Digest, Sha256};
 
+use crate::Goal;
 use crate::wire::TaskId;
-use crate::{Goal, VmId};
 
 /// One task of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,7 +11,8 @@ use crate::console::Line;
 use crate::machine::CPUS_MAX;
 use crate::pci::REGION_MAX;
 use crate::seccomp::Filters;
-use adit_port::vmm::{Registration, vm_name};
+use adit_names::VmId;
+use adit_port::vmm::Registration;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -105,8 +106,8 @@ pub struct Host {
     #[arg(long, value_name = "SOCKET", requires_all = ["name", "vsock"])]
     aditd: Option<PathBuf>,
     /// The VM's name in aditd
-    #[arg(long, requires = "aditd", value_parser = vm_name)]
-    name: Option<String>,
+    #[arg(long, requires = "aditd")]
+    name: Option<VmId>,
     /// Give the guest a ring beside its vsock: memory of this size, a power of two, that it shares with the host
     #[arg(long, value_name = "SIZE", num_args = 0..=1, default_missing_value = "4M", value_parser = ring, requires = "aditd")]
     pub ring: Option<usize>,
@@ -152,7 +153,7 @@ impl Host {
         Ok(Some(Registration {
             aditd: aditd.clone(),
             vm: NewVm {
-                name: name.clone(),
+                name: name.to_string(),
                 cid: vsock.cid.get(),
                 allow: self.allow.clone(),
                 allow_vsock: self.allow_vsock.clone(),

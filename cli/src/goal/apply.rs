@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use adit_api::{Goal, NewGoal};
-use adit_tasks::VmId;
+use adit_names::VmId;
 use adit_tasks::draft::{Draft, Inputs};
 use adit_tasks::dsse;
 use clap::Args;

@@ -72,7 +72,7 @@ pub fn say_more(what: &str, listed: usize, more: bool) {
 async fn path(ls: &Ls, client: &Client) -> Result<String, Failure> {
     let mut query = Vec::new();
     if let Some(vm) = &ls.vm {
-        let vm: adit_tasks::VmId = vm.parse().map_err(|e| {
+        let vm: adit_names::VmId = vm.parse().map_err(|e| {
             let message = format!("`{}` names no VM: {e}", text::escape(vm));
             Failure::new("unknown-vm", message).help("`adit vm ls` lists the names")
         })?;

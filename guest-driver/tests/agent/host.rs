@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use adit_channel::frame;
 use adit_channel::hello::{self, Accept, Common, Hello};
+use adit_names::VmId;
 use adit_tasks::wire::{
     Clock, Facts, Held, Outcome, Pull, Report, ReportAck, Started, Task, WireKind,
 };
-use adit_tasks::{PublicKey, VmId, task_id};
+use adit_tasks::{PublicKey, task_id};
 use ed25519_dalek::SigningKey;
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
 use nix::sys::time::{TimeVal, TimeValLike};

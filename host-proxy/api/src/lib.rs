@@ -31,8 +31,6 @@
 #![forbid(unsafe_code)]
 
 use adit_tasks::wire::Outcome;
-/// What a VM's name may be.
-pub use adit_tasks::{VmId, VmIdError};
 use serde::{Deserialize, Serialize};
 
 /// Version of these types, in every top-level answer.

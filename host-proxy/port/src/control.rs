@@ -29,7 +29,7 @@
 
 pub(crate) mod message;
 
-use adit_channel::name::ServiceName;
+use adit_names::{ServiceName, VmId};
 use serde::{Deserialize, Serialize};
 
 pub use message::ControlKind;
@@ -105,7 +105,7 @@ pub struct Quit {}
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// The VM's name as given at start.
-    pub vm: String,
+    pub vm: VmId,
     /// The VM's CID as given at start.
     pub cid: u64,
     /// Process id.

@@ -187,7 +187,7 @@ mod tests {
             text: "x".into(),
         };
         let status = Status {
-            vm: "web-1".into(),
+            vm: "web-1".parse().unwrap(),
             cid: 3,
             pid: 1,
             session: true,

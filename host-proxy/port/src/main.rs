@@ -12,6 +12,7 @@ use adit_channel::device::GuestCid;
 use adit_channel::hello;
 use adit_channel::live::LiveFile;
 use adit_channel::vhost_user::{self, MemoryPolicy, VhostUserCarrier, VhostUserConfig};
+use adit_names::VmId;
 use adit_passed::{Closer, Passed};
 use adit_port::control_io::{Message, receive_passed};
 use adit_port::keep::{Keeping, Note};
@@ -32,8 +33,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 #[command(version)]
 struct Args {
     /// Name of the VM.
-    #[arg(long, value_parser = vm_name)]
-    name: String,
+    #[arg(long)]
+    name: VmId,
     /// CID of the VM, at least 3.
     #[arg(long, value_parser = clap::value_parser!(u64).range(3..))]
     cid: u64,
@@ -61,16 +62,6 @@ struct Args {
     /// error, warn, info, debug or trace.
     #[arg(long, default_value = "info")]
     log_level: tracing::Level,
-}
-
-/// The same rules as aditd's (`adit_tasks::VmId`): a name is never a path, and has only one spelling.
-fn vm_name(text: &str) -> Result<String, String> {
-    let ok = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-    let outer = text.starts_with('-') || text.ends_with('-');
-    if text.is_empty() || text.len() > 63 || outer || !text.bytes().all(ok) {
-        return Err("use 1 to 63 of a-z, 0-9 and inner -".into());
-    }
-    Ok(text.to_owned())
 }
 
 fn ivshmem_mib(text: &str) -> Result<usize, String> {
@@ -114,7 +105,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         tracing::warn!("the kernel has no landlock: only seccomp confines this process");
     }
     let guest_cid = GuestCid::new(args.cid).context("CID is reserved: use 3 to 4294967294")?;
-    let mut config = VhostUserConfig::new(place.vhost, guest_cid, args.name.clone());
+    let mut config = VhostUserConfig::new(place.vhost, guest_cid, args.name.to_string());
     if args.allow_any_memory {
         config.memory = MemoryPolicy::AnyFile;
     }

@@ -24,6 +24,7 @@ use adit_channel::ring::Dock;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::Sink;
 use adit_engine::{EngineConfig, ResetReason, StreamId, Tick};
+use adit_names::VmId;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, accept4, socketpair};
 
@@ -55,7 +56,7 @@ const KEY_BELL: u32 = 6;
 #[derive(Debug)]
 pub struct Options {
     /// The VM's name.
-    pub vm: String,
+    pub vm: VmId,
     /// The VM's CID.
     pub cid: u64,
     /// Host ports that the guest may dial.

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use adit_channel::ring::{self, RingBells, RingCarrier, RingError};
+use adit_names::VmId;
 use adit_passed::Passed;
 use adit_ringbuf::region::RegionError;
 use adit_ringbuf::{Mapped, RingMem};
@@ -248,7 +249,7 @@ impl RingInbox {
 /// The two sockets of a VM's directory.
 #[derive(Debug)]
 pub struct RingSockets {
-    vm: String,
+    vm: VmId,
     attach: attach::Listener,
     ivshmem: ivshmem::Server,
     ivshmem_bytes: usize,
@@ -265,7 +266,7 @@ impl RingSockets {
     /// # Errors
     /// One of them cannot be made nonblocking.
     pub fn new(
-        vm: String,
+        vm: VmId,
         attach: attach::Listener,
         ivshmem: UnixListener,
         ivshmem_bytes: usize,
@@ -419,7 +420,7 @@ impl RingSockets {
         socket: Socket,
     ) -> Result<(Socket, u64), Box<dyn std::error::Error + Send + Sync>> {
         let offered = socket.offered()?;
-        if offered.offer.vm != self.vm {
+        if offered.offer.vm != self.vm.as_str() {
             let said = format!("this is the socket of `{}`", self.vm);
             let other = offered.offer.vm.clone();
             offered.refuse(Code::UnknownVm, &said)?;

@@ -19,10 +19,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use adit_api::{ErrorBody, NewVm, Vm, VmId, VmIdError, VmState};
+use adit_api::{ErrorBody, NewVm, Vm, VmState};
 use adit_channel::carrier::Carrier;
 use adit_channel::hello;
 use adit_channel::live::LiveFile;
+use adit_names::VmId;
 use adit_passed::Closer;
 use anyhow::{Context, bail};
 use nix::fcntl::Flock;
@@ -70,8 +71,9 @@ impl<C: Carrier> Handed<C> {
     pub fn new(carrier: C, with: &Registration, rings: Option<RingInbox>) -> anyhow::Result<Self> {
         // Must be first: the VM's threads give up the right to create threads.
         Closer::shared().prepare();
+        let name: VmId = with.vm.name.parse()?;
         let dir = with.dir()?;
-        let place = take(&dir, &with.vm.name, TAKE_LIMIT)?;
+        let place = take(&dir, &name, TAKE_LIMIT)?;
         // Only this VMM uses the device, so no other one may connect.
         drop(place.vhost);
         drop((place.ring, place.ivshmem));
@@ -82,7 +84,7 @@ impl<C: Carrier> Handed<C> {
         fs::File::open("/dev/urandom")?.read_exact(&mut random)?;
         let (boot_nonce, seed) = random.split_at(16);
         let options = Options {
-            vm: with.vm.name.clone(),
+            vm: name,
             cid: with.vm.cid,
             serve_ports: vec![hello::PORT],
             busy_poll: Duration::ZERO,
@@ -118,7 +120,7 @@ impl<C: Carrier> Handed<C> {
 
 /// Locks the VM's directory. A port process that serves no VMM must make room: aditd starts one if it finds none, for example
 /// after this VMM was killed, or while it was away for a reboot. One that does not answer is given up after `limit`.
-fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
+fn take(dir: &Path, name: &VmId, limit: Duration) -> anyhow::Result<Place> {
     let (begin, closer) = (Instant::now(), Closer::shared());
     loop {
         match Place::take(dir) {
@@ -152,14 +154,6 @@ fn take(dir: &Path, name: &str, limit: Duration) -> anyhow::Result<Place> {
             while let Ok(Some(_)) = receive_passed(&socket, &closer) {}
         }
     }
-}
-
-/// Parses the name of a VM, which is also the name of a directory. For a command line.
-///
-/// # Errors
-/// The name has another form. The error says which form it must have.
-pub fn vm_name(text: &str) -> Result<String, VmIdError> {
-    Ok(text.parse::<VmId>()?.into())
 }
 
 /// The VM's entry in aditd. Drop removes it.
@@ -284,7 +278,8 @@ mod tests {
         let at = dir.path().join("web-1");
         // It accepts no connection, and sends nothing on the one that the kernel accepted for it.
         let _mute = Place::take(&at).unwrap();
-        let refused = || take(&at, "web-1", Duration::from_millis(20)).map(drop);
+        let name = "web-1".parse().unwrap();
+        let refused = || take(&at, &name, Duration::from_millis(20)).map(drop);
         let said = refused().unwrap_err().to_string();
         assert!(said.contains("already running"), "{said}");
         // The same when its backlog is full.

@@ -11,7 +11,8 @@ mod wait;
 use std::sync::Arc;
 
 use adit_api::{ConfigStatus, ErrorBody};
-use adit_tasks::{VmId, dsse};
+use adit_names::VmId;
+use adit_tasks::dsse;
 use axum::extract::{DefaultBodyLimit, Query, Request, State as Shared};
 use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};

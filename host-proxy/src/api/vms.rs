@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use adit_api::{NewVm, Vm, VmChange};
-use adit_tasks::VmId;
+use adit_names::VmId;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Path, Query, State as Shared};

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use adit_tasks::VmId;
+use adit_names::VmId;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 

@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 
-use adit_tasks::VmId;
+use adit_names::VmId;
 
 use super::{ALLOW_MAX, BUSY_POLL_US_MAX, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX, UidRange};
 

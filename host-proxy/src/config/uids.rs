@@ -1,10 +1,7 @@
 //! A range of user ids, as `uids` of `[ports]` has it.
 
-use serde::{Deserialize, Serialize};
-
 /// User ids, and group ids of the same numbers, that nothing else on the host uses: `FIRST-LAST`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UidRange {
     first: u32,
     last: u32,
@@ -67,22 +64,10 @@ impl std::str::FromStr for UidRange {
     }
 }
 
-impl TryFrom<String> for UidRange {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<UidRange> for String {
-    fn from(range: UidRange) -> Self {
-        range.to_string()
-    }
-}
-
 impl std::fmt::Display for UidRange {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}-{}", self.first, self.last)
     }
 }
+
+adit_names::serde_by_text!(UidRange);

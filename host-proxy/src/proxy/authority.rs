@@ -4,9 +4,9 @@
 //! it; the VM's own name is in lower case. Apart from that there is one spelling: no sign, no leading zero, no space, no user.
 //! No name is ever resolved, so there is no address to be tricked into (R62, R63, R64).
 
-use adit_channel::name::ServiceName;
+use adit_names::ServiceName;
+use adit_names::VmId;
 use adit_port::control::Target;
-use adit_tasks::VmId;
 
 /// Name suffix that may be there, for tools that want a dot in a host name.
 const SUFFIX: &str = ".adit";

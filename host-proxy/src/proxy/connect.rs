@@ -2,8 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
+use adit_names::VmId;
 use adit_port::control::PREFIX_MAX;
-use adit_tasks::VmId;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;

@@ -22,7 +22,7 @@ use super::{Admitted, dial, internal, socket_pair};
 use crate::listen::Share;
 use crate::passing::Socket;
 use crate::state::State;
-use adit_tasks::VmId;
+use adit_names::VmId;
 
 /// Most header fields of an answer. Programs set a cookie for each thing that they keep; curl takes as many, too.
 const FIELDS_MAX: usize = 1000;

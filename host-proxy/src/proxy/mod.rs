@@ -25,8 +25,8 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use adit_names::VmId;
 use adit_port::control::Target;
-use adit_tasks::VmId;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;

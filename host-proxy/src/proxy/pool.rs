@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use adit_names::VmId;
 use adit_port::control::Target;
-use adit_tasks::VmId;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 

@@ -6,7 +6,7 @@
 use std::io;
 
 use adit_channel::socket_end;
-use adit_tasks::VmId;
+use adit_names::VmId;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adit_channel::hello::{self, Accept, Common, Hello, Open, Refuse, Status};
-use adit_channel::name::ServiceName;
+use adit_names::ServiceName;
 use adit_passed::Passed;
 use adit_port::control::Incoming;
 use futures_util::future::BoxFuture;

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use adit_channel::hello::{Open, Status};
-use adit_channel::name::ServiceName;
+use adit_names::ServiceName;
 use adit_tasks::wire;
 use futures_util::future::BoxFuture;
 use tokio_util::sync::CancellationToken;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use adit_tasks::VmId;
+use adit_names::VmId;
 use adit_tasks::wire::{Facts, Held};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;

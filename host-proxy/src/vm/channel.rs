@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use adit_names::VmId;
 use adit_port::control::{Ring, Status};
-use adit_tasks::VmId;
 
 use super::Changes;
 use crate::config::VmConfig;

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use adit_tasks::VmId;
+use adit_names::VmId;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 

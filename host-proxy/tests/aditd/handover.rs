@@ -107,7 +107,7 @@ fn a_vm_that_needs_a_power_cycle_is_named_until_it_has_its_session() {
         })
     });
     let status = Status {
-        vm: "a".into(),
+        vm: "a".parse().unwrap(),
         cid: 3,
         pid: std::process::id(),
         session: true,

@@ -310,7 +310,7 @@ impl Port {
     /// The status of this port process. `session`: whether the guest's driver runs.
     pub fn status(&self, session: bool) -> Status {
         Status {
-            vm: self.name.clone(),
+            vm: self.name.parse().unwrap(),
             cid: self.cid,
             pid: std::process::id(),
             session,

@@ -1,0 +1,22 @@
+//! Names that host, guest and port process spell alike. Each has exactly one spelling: a text with upper case, Unicode, a
+//! prefix, a trailing dot or NUL is refused, not folded, so that no two texts mean one thing and no text means two.
+//!
+//! | module | what |
+//! |---|---|
+//! | `vm_id` | a VM |
+//! | `service` | a service on the well-known port of a guest or a host |
+//! | `name` | the check that both have, and why a name is refused |
+//! | `by_text` | serde for a type that is written as its text |
+#![forbid(unsafe_code)]
+
+mod by_text;
+mod name;
+mod service;
+mod vm_id;
+
+pub use name::NameError;
+pub use service::ServiceName;
+pub use vm_id::VmId;
+
+#[doc(hidden)]
+pub use serde as __serde;
