@@ -524,9 +524,9 @@ mod tests {
                 text: "no".into(),
             })
         };
-        let fixed = |kind, tail: u8, version, status| {
+        let fixed = |kind, tail: u8, status| {
             let mut bytes = MAGIC.to_vec();
-            bytes.extend([1, kind, tail, 0, version, 0, version, 0]);
+            bytes.extend([1, kind, tail, 0, 1, 0, 1, 0]);
             bytes.extend([0; 16]);
             bytes.extend([0xab; 16]);
             bytes.extend([status, 0, 0, 0]);
@@ -537,10 +537,10 @@ mod tests {
         let errno = [2, 0, 2, 0, 111, 0];
         let accept = Hello::Accept(Accept { common, version: 1 });
         let mut golden = vec![
-            (accept, fixed(2, 0, 1, 0)),
+            (accept, fixed(2, 0, 0)),
             (
                 refuse(Status::DialFailed, 111),
-                [fixed(3, 12, 0, 4), text.to_vec(), errno.to_vec()].concat(),
+                [fixed(3, 12, 4), text.to_vec(), errno.to_vec()].concat(),
             ),
         ];
         let statuses = [
@@ -552,7 +552,7 @@ mod tests {
             Status::WrongVm,
         ];
         for (number, status) in (1..).zip(statuses) {
-            let bytes = [fixed(3, 6, 0, number), text.to_vec()].concat();
+            let bytes = [fixed(3, 6, number), text.to_vec()].concat();
             golden.push((refuse(status, 0), bytes));
         }
         for (hello, bytes) in golden {
