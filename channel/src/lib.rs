@@ -2,6 +2,8 @@
 #![cfg_attr(not(feature = "device"), forbid(unsafe_code))]
 
 #[cfg(feature = "device")]
+mod backlog;
+#[cfg(feature = "device")]
 pub mod carrier;
 #[cfg(feature = "device")]
 pub mod device;
@@ -13,6 +15,8 @@ pub mod frame;
 pub mod hello;
 #[cfg(feature = "device")]
 pub mod hybrid;
+#[cfg(feature = "device")]
+mod inbox;
 #[cfg(feature = "device")]
 pub mod linked;
 #[cfg(feature = "device")]
