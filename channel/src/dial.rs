@@ -44,7 +44,7 @@ pub enum DialError {
     #[error("the guest's answer is not a hello")]
     Foreign(#[source] HelloError),
     /// The agent refused.
-    #[error("guest refused: {}", .0.text.escape_debug())]
+    #[error("guest refused: {}", adit_names::escape(&.0.text))]
     HelloRefused(Refuse),
     /// The agent accepted a version or feature that was not offered.
     #[error("guest chose version {version} and features {features:#x}, which were not offered")]

@@ -13,24 +13,9 @@ pub enum Format {
     Json,
 }
 
-/// Whether a terminal would act on it, or show what follows in another order.
-fn is_unsafe(c: char) -> bool {
-    let reorders = matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    c.is_control() || reorders
-}
-
-/// Replaces control characters (ESC, CR, …) and such as reorder text, so that foreign text stays text.
+/// Makes foreign text fit for a terminal.
 pub fn escape(text: &str) -> String {
-    text.chars()
-        .fold(String::with_capacity(text.len()), |mut out, c| {
-            if is_unsafe(c) {
-                // Writing to a String cannot fail.
-                let _ = write!(out, "{}", c.escape_default());
-            } else {
-                out.push(c);
-            }
-            out
-        })
+    adit_names::escape(text).to_string()
 }
 
 /// A value as JSON that is safe on a terminal. JSON must escape control characters up to U+001F only, and U+009B begins a
@@ -39,7 +24,7 @@ pub fn json_text(value: &impl Serialize) -> serde_json::Result<String> {
     let text = serde_json::to_string(value)?;
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
-        match is_unsafe(c) {
+        match adit_names::is_unsafe(c) {
             // Writing to a String cannot fail.
             true => drop(write!(out, "\\u{:04x}", u32::from(c))),
             false => out.push(c),
@@ -53,11 +38,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn r72_terminal_escapes_stay_text() {
-        assert_eq!(
-            escape("a\x1b[2Jb\r\n\u{202e}"),
-            "a\\u{1b}[2Jb\\r\\n\\u{202e}"
-        );
-        assert_eq!(escape("grün 日本"), "grün 日本");
+    fn r72_json_is_safe_on_a_terminal_and_the_same_value() {
+        let value = "a\x1b[2J\u{9b}1m\u{202e}\u{200f}\r\n ü";
+        let text = json_text(&value).unwrap();
+        assert!(!text.chars().any(adit_names::is_unsafe), "{text:?}");
+        assert_eq!(serde_json::from_str::<String>(&text).unwrap(), value);
     }
 }

@@ -41,11 +41,7 @@ fn pretty_name(os_release: &str) -> String {
 }
 
 fn cut(s: &str) -> String {
-    s.trim()
-        .chars()
-        .filter(|c| !c.is_control())
-        .take(FACT_MAX)
-        .collect()
+    adit_names::escape(s.trim()).at_most(FACT_MAX).to_string()
 }
 
 #[cfg(test)]

@@ -233,9 +233,9 @@ async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> i
     }
 }
 
-/// Cuts the guest's texts and removes control characters: they are shown.
+/// Cuts the guest's texts and escapes them: they are shown.
 fn bounded(facts: Facts) -> Facts {
-    let cut = |text: String| text.chars().filter(|c| !c.is_control()).take(128).collect();
+    let cut = |text: String| adit_names::escape(&text).at_most(128).to_string();
     Facts {
         agent_version: cut(facts.agent_version),
         kernel: cut(facts.kernel),

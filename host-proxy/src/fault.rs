@@ -41,14 +41,9 @@ pub struct Fault {
 }
 
 impl Fault {
-    /// Makes a fault. The text is cut, and its control characters are escaped.
+    /// Makes a fault. The text is cut, and escaped.
     pub fn new(kind: FaultKind, text: &str) -> Self {
-        let text: String = text.chars().take(TEXT_MAX).collect();
-        let is_plain = !text.chars().any(char::is_control);
-        let text = match is_plain {
-            true => text,
-            false => text.escape_debug().to_string(),
-        };
+        let text = adit_names::escape(text).at_most(TEXT_MAX).to_string();
         Self { kind, text }
     }
 }

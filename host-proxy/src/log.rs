@@ -112,7 +112,7 @@ fn left_out(json: bool, left: u64, target: &str, vm: &str) -> String {
         false if vm.is_empty() => format!("({left} lines like the next one left out)\n"),
         false => format!(
             "({left} lines like the next one left out, vm={})\n",
-            vm.escape_debug()
+            adit_names::escape(vm)
         ),
     }
 }

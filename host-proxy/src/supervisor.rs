@@ -168,8 +168,8 @@ async fn follow(
         }
         Said::Stuck(reason) => {
             // Its words are the port process's, which may be in its guest's hands.
-            let reason: String = reason.chars().take(REASON_MAX).collect();
-            let reason = (!reason.is_empty()).then(|| reason.escape_debug().to_string());
+            let shown = adit_names::escape(&reason).at_most(REASON_MAX);
+            let reason = (!reason.is_empty()).then(|| shown.to_string());
             if reason.is_some() {
                 vm.channel.keeper.forget();
             }
@@ -252,8 +252,7 @@ fn last_words(log: &Path, from: u64) -> io::Result<String> {
     let lines: Vec<_> = text.lines().filter(|l| !l.trim().is_empty()).collect();
     let last = lines[lines.len().saturating_sub(LOG_LINES)..].join("; ");
     // It may have been in a guest's hands.
-    let last: String = last.chars().take(REASON_MAX).collect();
-    Ok(last.escape_debug().to_string())
+    Ok(adit_names::escape(&last).at_most(REASON_MAX).to_string())
 }
 
 /// Tells a removed VM's port process to end, and sees to it that it does. A VMM goes when it likes.

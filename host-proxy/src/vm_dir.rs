@@ -113,7 +113,8 @@ fn try_remove(run_dir: &Path, vm: &VmId) -> Result<(), LeftError> {
         Ok(()) | Err(Errno::NOENT) => Ok(()),
         Err(Errno::NOTEMPTY | Errno::EXIST) => {
             let names = Dir::read_from(&dir).map_err(failed)?.flatten();
-            let names = names.map(|e| e.file_name().to_string_lossy().escape_debug().to_string());
+            let names =
+                names.map(|e| adit_names::escape(&e.file_name().to_string_lossy()).to_string());
             let others = names.filter(|name| name != "." && name != "..");
             Err(LeftError::Others(others.take(NAMED_MAX).collect()))
         }

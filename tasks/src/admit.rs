@@ -132,7 +132,10 @@ pub fn admit(
     let Some(step) = goal.step(&task.step_id) else {
         return deny(
             "unknown-step",
-            format!("the goal has no step `{}`", task.step_id.escape_debug()),
+            format!(
+                "the goal has no step `{}`",
+                adit_names::escape(&task.step_id)
+            ),
         );
     };
     check_attempt(task, step, &digest, me, history)?;

@@ -197,7 +197,7 @@ impl Draft {
             key: "valid_for".into(),
             why: format!(
                 "`{}` is not a duration: write 30m, 24h or 7d",
-                self.valid_for.escape_debug()
+                adit_names::escape(&self.valid_for)
             ),
         };
         let (number, unit) = self

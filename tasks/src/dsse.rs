@@ -126,7 +126,9 @@ impl Envelope {
         let Object(raw): Object<RawEnvelope> =
             serde_json::from_slice(bytes).map_err(EnvelopeError::Json)?;
         if raw.payload_type != GOAL_TYPE {
-            let shown = raw.payload_type.escape_debug().take(64).collect();
+            let shown = adit_names::escape(&raw.payload_type)
+                .at_most(64)
+                .to_string();
             return Err(EnvelopeError::Type(shown));
         }
         let count = raw.signatures.len();

@@ -371,7 +371,7 @@ fn check_script(s: &Script, at: &dyn Fn(&str) -> String) -> Result<(), GoalError
         if !first_ok || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
             return bad(
                 &at("env"),
-                format!("`{}` is not a variable name", name.escape_debug()),
+                format!("`{}` is not a variable name", adit_names::escape(name)),
             );
         }
     }
@@ -461,7 +461,7 @@ fn unique_map<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, String
                 if out.contains_key(&key) {
                     return Err(A::Error::custom(format!(
                         "`{}` is given twice",
-                        key.escape_debug()
+                        adit_names::escape(&key)
                     )));
                 }
                 out.insert(key, value);

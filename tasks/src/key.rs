@@ -129,9 +129,10 @@ pub(crate) fn key_id(key: &VerifyingKey) -> KeyId {
     KeyId(id)
 }
 
-/// Comments are printed: no control characters, limited length.
+/// Comments are printed, and part of a file: nothing unsafe, limited length.
 fn comment(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(64).collect()
+    let plain = text.chars().filter(|&c| !adit_names::is_unsafe(c));
+    plain.take(64).collect()
 }
 
 fn decode(text: &str) -> Result<[u8; 32], KeyError> {

@@ -56,11 +56,7 @@ pub(crate) fn shown_plain(message: &impl fmt::Display) -> String {
 
 /// A message that quotes what a peer sent: no control byte, at most 512 characters (R72).
 pub(crate) fn shown(message: &impl fmt::Display) -> String {
-    let text = message.to_string();
-    text.chars().take(512).flat_map(|c| {
-        // Quotes and backslashes stay readable; what a terminal would obey does not.
-        let obeyed = c.is_control() || matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        let (plain, escaped) = if obeyed { (None, Some(c.escape_unicode())) } else { (Some(c), None) };
-        plain.into_iter().chain(escaped.into_iter().flatten())
-    }).collect()
+    adit_names::escape(&message.to_string())
+        .at_most(512)
+        .to_string()
 }

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use adit_api::{TaskState, VmState};
+
 const PAGES: [&str; 6] = [
     "README.md",
     "ARCHITECTURE.md",
@@ -13,7 +15,8 @@ const PAGES: [&str; 6] = [
     "docs/which-carrier.md",
 ];
 /// Folders whose every source file is in a table of ARCHITECTURE.md.
-const PRODUCT: [&str; 16] = [
+const PRODUCT: [&str; 17] = [
+    "names",
     "passed",
     "print",
     "ringbuf",
@@ -198,43 +201,47 @@ fn rust_on_the_pages_is_lines_of_the_code() {
     assert!(seen > 0);
 }
 
-/// Variants of an enum of the API, as JSON spells them.
-fn variants(source: &str, name: &str, separator: char) -> BTreeSet<String> {
-    let body = source.split_once(&format!("pub enum {name} {{")).unwrap().1;
-    let body = body.split_once("\n}").unwrap().0;
-    let lines = body
-        .lines()
-        .map(str::trim)
-        .filter(|l| !l.starts_with("//") && l.ends_with(','));
-    lines
-        .map(|line| {
-            let name = line.trim_end_matches(',');
-            let mut out = String::new();
-            for (at, c) in name.char_indices() {
-                if c.is_uppercase() && at > 0 {
-                    out.push(separator);
-                }
-                out.extend(c.to_lowercase());
-            }
-            out
-        })
-        .collect()
+#[test]
+fn operate_explains_every_state_of_a_vm_and_of_a_task() {
+    let page = read("docs/operate.md");
+    for (heading, names) in [
+        (
+            "## What a VM's state means",
+            VmState::ALL.map(VmState::name).to_vec(),
+        ),
+        (
+            "## What a task's state means",
+            TaskState::ALL.map(TaskState::name).to_vec(),
+        ),
+    ] {
+        let explained: BTreeSet<&str> = first_cells(&page, heading)
+            .into_iter()
+            .flat_map(quoted)
+            .collect();
+        assert_eq!(explained, BTreeSet::from_iter(names), "{heading}");
+    }
 }
 
 #[test]
-fn operate_explains_every_state_of_a_vm_and_of_a_task() {
-    let (page, api) = (read("docs/operate.md"), read("host-proxy/api/src/lib.rs"));
-    for (heading, name, separator) in [
-        ("## What a VM's state means", "VmState", '-'),
-        ("## What a task's state means", "TaskState", '_'),
-    ] {
-        let explained: BTreeSet<String> = first_cells(&page, heading)
-            .into_iter()
-            .flat_map(quoted)
-            .map(str::to_owned)
-            .collect();
-        assert_eq!(explained, variants(&api, name, separator), "{heading}");
+fn the_databases_words_for_states_are_their_names() {
+    let names = TaskState::ALL.map(TaskState::name);
+    let mut found = BTreeSet::new();
+    for file in rust_files("host-proxy/src") {
+        let text = read(&file);
+        for line in text.lines().filter(|l| l.contains("state")) {
+            let words = line.split('\'').skip(1).step_by(2);
+            let is_word =
+                |w: &&str| !w.is_empty() && w.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+            for word in words.filter(is_word) {
+                assert!(
+                    names.contains(&word),
+                    "{file}: `{word}` is no state: {line}"
+                );
+                found.insert(word.to_owned());
+            }
+        }
     }
+    assert!(found.contains("queued"), "{found:?}");
 }
 
 /// Keys of a file with every key, commented out or not, as `section.key`, and their defaults.

@@ -158,7 +158,10 @@ fn request(client: &mut UnixStream) -> anyhow::Result<(String, String, Vec<u8>)>
                 Some(h) => match std::str::from_utf8(h.value)?.trim() {
                     text if text.bytes().all(|b| b.is_ascii_digit()) => text.parse::<usize>()?,
                     text => {
-                        anyhow::bail!("content-length `{}` is not a number", text.escape_debug())
+                        anyhow::bail!(
+                            "content-length `{}` is not a number",
+                            adit_names::escape(text)
+                        )
                     }
                 },
                 None => 0,

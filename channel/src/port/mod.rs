@@ -440,7 +440,7 @@ impl<C: Carrier> Port<C> {
     fn fault(&mut self, now: Tick, what: &str) {
         self.counters.faults += 1;
         what.clone_into(&mut self.last_fault);
-        tracing::warn!(fault = %what.escape_debug(), faults = self.counters.faults, "transport torn down");
+        tracing::warn!(fault = %adit_names::escape(what), faults = self.counters.faults, "transport torn down");
         self.carrier.tear();
         self.session(now, SessionChange::Lost(ResetReason::CarrierFault));
     }

@@ -1,6 +1,6 @@
 //! How VMs are printed: a table of all, or all of one.
 
-use adit_api::{Carrier, CarrierKind, Vm, VmState};
+use adit_api::{Carrier, CarrierKind, Vm};
 
 use crate::error::Failure;
 use crate::output::{self, ago};
@@ -8,16 +8,6 @@ use crate::text::Format;
 
 /// Characters of a fault in a list.
 const FAULT_CHARS: usize = 60;
-
-fn state(vm: &Vm) -> &'static str {
-    match vm.state {
-        VmState::Down => "down",
-        VmState::Waiting => "waiting",
-        VmState::Up => "up",
-        VmState::Ready => "ready",
-        VmState::PowerCycle => "power-cycle",
-    }
-}
 
 /// What is wrong with it, whole.
 fn fault(vm: &Vm) -> Option<String> {
@@ -53,7 +43,7 @@ pub fn list(vms: &[Vm], format: Format) -> Result<(), Failure> {
             [
                 vm.name.clone(),
                 vm.cid.to_string(),
-                state(vm).into(),
+                vm.state.name().into(),
                 dash(&vm.agent),
                 dash(&vm.kernel),
                 ago(vm.last_seen_ms),
@@ -92,7 +82,7 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
     };
     let mut rows = vec![
         ["name", &vm.name].map(str::to_owned),
-        ["state", state(vm)].map(str::to_owned),
+        ["state", vm.state.name()].map(str::to_owned),
         ["cid".into(), vm.cid.to_string()],
         [
             "agent".into(),

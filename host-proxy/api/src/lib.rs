@@ -30,8 +30,11 @@
 //! Errors: status and `ErrorBody`.
 #![forbid(unsafe_code)]
 
-use adit_tasks::wire::Outcome;
+mod state;
+
 use serde::{Deserialize, Serialize};
+
+pub use state::{TaskState, VmState};
 
 /// Version of these types, in every top-level answer.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -48,23 +51,6 @@ pub const LEFT_OUT: &str = "adit-left-out";
 /// What a task's output has in place of bytes that are missing.
 pub fn left_out(bytes: u64) -> String {
     format!("\n[adit: {bytes} bytes left out]\n")
-}
-
-/// State of a VM's channel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum VmState {
-    /// The port process does not run (yet).
-    Down,
-    /// The port process waits for a VMM or for the guest's driver, or the VM is paused.
-    Waiting,
-    /// The guest's driver runs; no agent has spoken yet.
-    Up,
-    /// The agent is connected.
-    Ready,
-    /// The VMM is connected to a port process that is no more, and no other can go on with it: the VM has no channel until
-    /// it is power-cycled. `fault` says why.
-    PowerCycle,
 }
 
 /// One VM.
@@ -271,90 +257,6 @@ pub struct GoalSummary {
     pub done: u32,
     /// Steps on VMs that ended otherwise.
     pub failed: u32,
-}
-
-/// State of a task on the host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TaskState {
-    /// Waits in the queue of its VM.
-    Queued,
-    /// Handed to the guest.
-    Leased,
-    /// The guest said that it began.
-    Started,
-    /// Terminal: success.
-    Done,
-    /// Terminal: ran and failed.
-    Failed,
-    /// Terminal: killed at its deadline.
-    TimedOut,
-    /// Terminal: cut off, not run again.
-    Interrupted,
-    /// Terminal: the guest would not run it.
-    Refused,
-    /// Terminal: an earlier step did not succeed.
-    Skipped,
-    /// Terminal: its goal's `not_after` passed before it began.
-    Expired,
-    /// Terminal: it was handed out, and nothing can be heard of it any more.
-    LostContact,
-}
-
-impl TaskState {
-    /// All of them, in the order in which a task may take them.
-    pub const ALL: [Self; 11] = [
-        Self::Queued,
-        Self::Leased,
-        Self::Started,
-        Self::Done,
-        Self::Failed,
-        Self::TimedOut,
-        Self::Interrupted,
-        Self::Refused,
-        Self::Skipped,
-        Self::Expired,
-        Self::LostContact,
-    ];
-
-    /// Its name in JSON, in lists and in aditd's database.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Queued => "queued",
-            Self::Leased => "leased",
-            Self::Started => "started",
-            Self::Done => "done",
-            Self::Failed => "failed",
-            Self::TimedOut => "timed_out",
-            Self::Interrupted => "interrupted",
-            Self::Refused => "refused",
-            Self::Skipped => "skipped",
-            Self::Expired => "expired",
-            Self::LostContact => "lost_contact",
-        }
-    }
-
-    /// The state of a name.
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|state| state.name() == name)
-    }
-
-    /// True for a state that never changes again.
-    pub fn is_terminal(self) -> bool {
-        !matches!(self, Self::Queued | Self::Leased | Self::Started)
-    }
-}
-
-impl From<Outcome> for TaskState {
-    fn from(o: Outcome) -> Self {
-        match o {
-            Outcome::Done => Self::Done,
-            Outcome::Failed => Self::Failed,
-            Outcome::TimedOut => Self::TimedOut,
-            Outcome::Interrupted => Self::Interrupted,
-            Outcome::Refused => Self::Refused,
-        }
-    }
 }
 
 /// One task: one attempt of one step for one VM.

@@ -424,7 +424,7 @@ impl RingSockets {
             let said = format!("this is the socket of `{}`", self.vm);
             let other = offered.offer.vm.clone();
             offered.refuse(Code::UnknownVm, &said)?;
-            return Err(format!("it was meant for `{}`", other.escape_debug()).into());
+            return Err(format!("it was meant for `{}`", adit_names::escape(&other)).into());
         }
         if self.attached.is_some() {
             offered.refuse(Code::Busy, "the VM has a ring already")?;

@@ -63,12 +63,9 @@ pub(super) fn check_state(filter: &Filter) -> Result<(), ApiError> {
     if TaskState::from_name(state).is_some() {
         return Ok(());
     }
-    let shown: String = state.chars().take(40).collect();
+    let shown = adit_names::escape(state).at_most(40);
     let names = TaskState::ALL.map(TaskState::name).join(", ");
-    let message = format!(
-        "`{}` is no state of a task: they are {names}",
-        shown.escape_debug()
-    );
+    let message = format!("`{shown}` is no state of a task: they are {names}");
     Err(ApiError::new(StatusCode::BAD_REQUEST, "usage", message))
 }
 

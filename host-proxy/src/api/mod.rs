@@ -129,11 +129,11 @@ impl ApiError {
     }
 
     fn unknown_vm(name: &str) -> Self {
-        let name: String = name.chars().take(80).collect();
+        let name = adit_names::escape(name).at_most(80);
         Self::new(
             StatusCode::NOT_FOUND,
             "unknown-vm",
-            format!("no VM is named `{}`", name.escape_debug()),
+            format!("no VM is named `{name}`"),
         )
         .help("`adit vm ls` lists the names")
     }

@@ -159,8 +159,7 @@ impl<'a> Document<'a> {
 
     fn is_not(&self, value: &Spanned<DeValue<'_>>, key: &Key) -> String {
         let text = self.text.get(value.span()).unwrap_or_default();
-        let text: String = text.chars().take(SHOWN_MAX).collect();
-        let text = text.escape_debug().to_string().replace("\\\"", "\"");
+        let text = adit_names::escape(text).at_most(SHOWN_MAX);
         format!("it takes {}, not `{text}`", key.limit())
     }
 }

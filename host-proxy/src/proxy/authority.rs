@@ -54,13 +54,7 @@ pub fn parse(authority: &str, default_port: Option<u16>) -> Result<Destination, 
     if authority.contains('@') {
         return Err(AuthorityError::User);
     }
-    let shown = |text: &str| {
-        text.chars()
-            .take(80)
-            .collect::<String>()
-            .escape_debug()
-            .to_string()
-    };
+    let shown = |text: &str| adit_names::escape(text).at_most(80).to_string();
     let (host, port) = match authority.rsplit_once(':') {
         Some((host, port)) => (host, Some(port)),
         None => (authority, None),

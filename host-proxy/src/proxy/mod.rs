@@ -214,7 +214,7 @@ async fn answer(
 }
 
 fn log_refusal(problem: &Problem) {
-    tracing::info!(status = problem.status.as_u16(), detail = %problem.detail.escape_debug(), "request refused");
+    tracing::info!(status = problem.status.as_u16(), detail = %adit_names::escape(&problem.detail), "request refused");
 }
 
 /// A request that may be carried.

@@ -133,7 +133,7 @@ impl Problem {
 
     fn line(&self) -> String {
         // Part of it may be a guest's, and the reader a terminal (R72).
-        self.detail.chars().flat_map(shown).chain(['\n']).collect()
+        format!("{}\n", adit_names::escape(&self.detail))
     }
 
     /// The answer.
@@ -169,13 +169,6 @@ impl From<AuthorityError> for Problem {
             e => Self::new(StatusCode::BAD_REQUEST, "http_request_error", e.to_string()),
         }
     }
-}
-
-/// A character as itself, or escaped where it would not be text.
-fn shown(c: char) -> impl Iterator<Item = char> {
-    let escaped = c.is_control().then(|| c.escape_default());
-    let itself = escaped.is_none().then_some(c);
-    escaped.into_iter().flatten().chain(itself)
 }
 
 /// `adit; error=TYPE; details="…"`: an sf-string has printable ASCII only (RFC 8941 §3.3.3).
