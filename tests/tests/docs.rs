@@ -15,7 +15,7 @@ const PAGES: [&str; 6] = [
     "docs/which-carrier.md",
 ];
 /// Folders whose every source file is in a table of ARCHITECTURE.md.
-const PRODUCT: [&str; 17] = [
+const PRODUCT: [&str; 18] = [
     "names",
     "passed",
     "print",
@@ -26,6 +26,7 @@ const PRODUCT: [&str; 17] = [
     "channel",
     "tasks",
     "host-proxy/api",
+    "host-proxy/client",
     "host-proxy/port",
     "host-proxy",
     "guest-driver",

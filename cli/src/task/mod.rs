@@ -87,7 +87,7 @@ async fn resolve(client: &Client, id: &str) -> Result<Task, Failure> {
     }
     let id = id.to_ascii_lowercase();
     if id.len() == 32 {
-        return client.get(&format!("/v1/tasks/{id}")).await;
+        return Ok(client.get(&format!("/v1/tasks/{id}")).await?);
     }
     let mut found: Vec<Task> = client.get(&format!("/v1/tasks?id={id}&limit=500")).await?;
     // An aditd of before does not know `id`, and lists all of them.

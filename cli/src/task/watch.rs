@@ -150,7 +150,7 @@ impl Watch<'_> {
         };
         let mut lines = self.client.stream(&path).await?;
         let whole = loop {
-            match lines.next::<TaskEvent>().await {
+            match lines.next::<TaskEvent>().await.map_err(Failure::from) {
                 Ok(Some(event)) => self.take(&event)?,
                 Ok(None) => break true,
                 Err(e) if e.passing => break false,

@@ -58,7 +58,7 @@ pub async fn wait(wait: &Wait, client: &Client, format: Format) -> Result<(), Fa
         let url = format!("{path}/wait?for=agent&timeout_ms={}", left.as_millis());
         let failure = match client.patient(left).get(&url).await {
             Ok(vm) => break vm,
-            Err(failure) => failure,
+            Err(e) => Failure::from(e),
         };
         // aditd waits an hour for one request at most.
         let again = failure.passing || failure.code == "timeout";

@@ -12,23 +12,26 @@
 //! start again, as with any port process. If this process ends, the VM ends too, so nothing is kept for a successor.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use adit_api::{ErrorBody, NewVm, Vm, VmState};
+use adit_api::{NewVm, Vm, VmState};
 use adit_channel::carrier::Carrier;
 use adit_channel::hello;
 use adit_channel::live::LiveFile;
+use adit_client::ClientError;
+use adit_client::blocking::Client;
 use adit_names::VmId;
 use adit_passed::Closer;
-use anyhow::{Context, bail};
+use anyhow::bail;
 use nix::fcntl::Flock;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use serde::de::IgnoredAny;
 
 use crate::control::{IVSHMEM_SOCKET, Quit, RING_SOCKET, VHOST_SOCKET};
 use crate::control_io::{Message, receive_passed, send_all};
@@ -43,8 +46,6 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const TAKE_LIMIT: Duration = Duration::from_secs(5);
 /// How long aditd may take to find this process.
 const LINK_LIMIT: Duration = Duration::from_secs(3);
-/// Longest answer, bytes.
-const ANSWER_MAX: u64 = 1 << 20;
 
 /// How aditd will know the VM.
 #[derive(Clone, Debug)]
@@ -163,14 +164,18 @@ impl Registered {
     /// Removes the entry.
     ///
     /// # Errors
-    /// aditd does not answer: the entry stays.
+    /// aditd does not answer, or refuses: the entry stays.
     pub fn leave(&mut self) -> anyhow::Result<()> {
         let Some(registration) = self.0.take() else {
             return Ok(());
         };
         // With `force`, because the entry is `Held` by this process.
         let path = format!("/v1/vms/{}?force=true", registration.vm.name);
-        registration.ask("DELETE", &path, b"").map(drop)
+        match registration.aditd()?.delete(&path) {
+            // Somebody else has removed it.
+            Err(ClientError::Refused { status: 404, .. }) => Ok(()),
+            removed => Ok(removed?),
+        }
     }
 
     /// Keeps the entry: the VM is away only for a short time.
@@ -192,53 +197,36 @@ impl Registration {
     /// # Errors
     /// aditd does not run, or refuses the VM.
     pub fn register(self) -> anyhow::Result<Registered> {
-        let body = serde_json::to_vec(&self.vm)?;
-        let (status, said) = self.ask("POST", "/v1/vms", &body)?;
-        // aditd knows the VM from before a reboot, a kill or a restore: the entry and its tasks go on.
-        let known = status == 409 && self.show().is_some_and(|vm| vm.cid == self.vm.cid);
-        if status / 100 != 2 && !known {
-            let why = serde_json::from_str::<ErrorBody>(&said).map_or(said, |e| e.message);
-            bail!("aditd answers {status}: {}", why.escape_debug());
+        let aditd = self.aditd()?;
+        match aditd.post::<IgnoredAny>("/v1/vms", &self.vm) {
+            Ok(_) => {}
+            // aditd knows the VM from before a reboot, a kill or a restore: the entry and its tasks go on.
+            Err(ClientError::Refused { status: 409, .. })
+                if self.show(&aditd).is_some_and(|vm| vm.cid == self.vm.cid) => {}
+            Err(ClientError::Refused { status, said }) => {
+                bail!(
+                    "aditd answers {status}: {}",
+                    adit_names::escape(&said.message)
+                )
+            }
+            Err(e) => return Err(e.into()),
         }
         // Wait until aditd has found this process: a guest that continues dials again at once, and would be refused.
         let begin = Instant::now();
-        while self.show().is_none_or(|vm| vm.state == VmState::Down) && begin.elapsed() < LINK_LIMIT
-        {
+        let is_down = || self.show(&aditd).is_none_or(|vm| vm.state == VmState::Down);
+        while is_down() && begin.elapsed() < LINK_LIMIT {
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(Registered(Some(self)))
     }
 
-    /// aditd's view of the VM.
-    fn show(&self) -> Option<Vm> {
-        let (_, said) = self
-            .ask("GET", &format!("/v1/vms/{}", self.vm.name), b"")
-            .ok()?;
-        serde_json::from_str(&said).ok()
+    fn aditd(&self) -> anyhow::Result<Client> {
+        Ok(Client::new(&self.aditd, ANSWER_LIMIT)?)
     }
 
-    /// Sends a request. Returns status and body.
-    fn ask(&self, method: &str, path: &str, body: &[u8]) -> anyhow::Result<(u16, String)> {
-        let no_aditd = || format!("no aditd at {}", self.aditd.display());
-        let mut socket = UnixStream::connect(&self.aditd).with_context(no_aditd)?;
-        socket.set_read_timeout(Some(ANSWER_LIMIT))?;
-        write!(
-            socket,
-            "{method} {path} HTTP/1.1\r\nHost: aditd\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
-            body.len()
-        )?;
-        socket.write_all(body)?;
-        let mut answer = Vec::new();
-        socket
-            .take(ANSWER_MAX)
-            .read_to_end(&mut answer)
-            .with_context(no_aditd)?;
-        let answer = String::from_utf8_lossy(&answer);
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok());
-        let status = status
-            .with_context(|| format!("{} is not the socket of an aditd", self.aditd.display()))?;
-        Ok((status, body.to_owned()))
+    /// aditd's view of the VM.
+    fn show(&self, aditd: &Client) -> Option<Vm> {
+        aditd.get(&format!("/v1/vms/{}", self.vm.name)).ok()
     }
 }
 
@@ -256,20 +244,76 @@ mod tests {
 
     #[test]
     fn r116_a_name_that_is_a_path_leads_nowhere() {
-        let named = |name: &str| Registration {
-            aditd: "/run/adit/aditd.sock".into(),
-            vm: NewVm {
-                name: name.into(),
-                cid: 3,
-                allow: vec![],
-                allow_vsock: vec![],
-            },
+        let named = |name: &str| {
+            let mut with = registration("/run/adit/aditd.sock".into());
+            with.vm.name = name.into();
+            with
         };
         let dir = named("web-1").dir().unwrap();
         assert_eq!(dir, Path::new("/run/adit/vm/web-1"));
         for name in ["..", ".", "../..", "/etc", "a/../../b", ""] {
             named(name).dir().unwrap_err();
         }
+    }
+
+    /// An aditd that gives these answers, one after the other. Returns its socket and the requests' first lines.
+    fn aditd(
+        dir: &Path,
+        answers: &'static [(u16, &str)],
+    ) -> (PathBuf, std::thread::JoinHandle<Vec<String>>) {
+        use std::io::{BufRead, BufReader, Write};
+        let socket = dir.join("aditd.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let answer = move |&(status, body): &(u16, &str)| {
+            let (mut stream, _) = listener.accept().unwrap();
+            let head = BufReader::new(stream.try_clone().unwrap()).lines();
+            let head: Vec<String> = head
+                .map(Result::unwrap)
+                .take_while(|l| !l.is_empty())
+                .collect();
+            let len = body.len();
+            write!(
+                stream,
+                "HTTP/1.1 {status} x\r\nContent-Length: {len}\r\n\r\n{body}"
+            )
+            .unwrap();
+            head[0].clone()
+        };
+        let served = std::thread::spawn(move || answers.iter().map(answer).collect());
+        (socket, served)
+    }
+
+    fn registration(aditd: PathBuf) -> Registration {
+        let vm = NewVm {
+            name: "web-1".into(),
+            cid: 3,
+            allow: vec![],
+            allow_vsock: vec![],
+        };
+        Registration { aditd, vm }
+    }
+
+    #[test]
+    fn a_refused_registration_says_why_and_an_entry_that_is_gone_needs_no_removal() {
+        let dir = tempfile::tempdir().unwrap();
+        const TAKEN: &str = r#"{"code": "taken", "message": "the CID is\ntaken", "help": ""}"#;
+        const UNKNOWN: &str = r#"{"code": "unknown-vm", "message": "gone", "help": ""}"#;
+        let (socket, served) = aditd(
+            dir.path(),
+            &[(409, TAKEN), (404, UNKNOWN), (404, UNKNOWN), (500, UNKNOWN)],
+        );
+        // The name is known, and not with this CID.
+        let refused = registration(socket.clone()).register().map(drop);
+        let said = refused.unwrap_err().to_string();
+        assert!(said.contains("409") && !said.contains('\n'), "{said}");
+        Registered(Some(registration(socket.clone())))
+            .leave()
+            .unwrap();
+        Registered(Some(registration(socket))).leave().unwrap_err();
+        let requests = served.join().unwrap();
+        let remove = "DELETE /v1/vms/web-1?force=true HTTP/1.1";
+        let show = "GET /v1/vms/web-1 HTTP/1.1";
+        assert_eq!(requests, ["POST /v1/vms HTTP/1.1", show, remove, remove]);
     }
 
     #[test]

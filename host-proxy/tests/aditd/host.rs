@@ -209,16 +209,20 @@ impl Host {
 
     /// Makes a request to the API. Fails if the connection fails.
     pub fn try_api(&self, method: &str, path: &str, body: &str) -> io::Result<Answer> {
-        let mut stream = UnixStream::connect(self.dir.path().join("run/aditd.sock"))?;
-        stream.set_read_timeout(Some(HANG))?;
-        let len = body.len();
-        write!(
-            stream,
-            "{method} {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: {len}\r\n\r\n{body}"
-        )?;
-        let mut text = Vec::new();
-        stream.read_to_end(&mut text)?;
-        Answer::parse(&text)
+        let socket = self.dir.path().join("run/aditd.sock");
+        let aditd = adit_client::blocking::Client::new(&socket, HANG)?;
+        let method = method.parse().unwrap();
+        let answer = aditd.request(method, path, Some(body.as_bytes().to_vec()));
+        let answer = answer.map_err(io::Error::other)?;
+        let head = answer.head.iter().map(|(name, value)| {
+            let value = value.to_str().unwrap().to_lowercase();
+            format!("{name}: {value}\r\n")
+        });
+        Ok(Answer {
+            status: answer.status,
+            head: head.collect(),
+            body: String::from_utf8_lossy(&answer.body).into_owned(),
+        })
     }
 
     pub fn api(&self, method: &str, path: &str, body: &str) -> Answer {
