@@ -27,8 +27,7 @@ pub struct Cgroups(PathBuf);
 impl Cgroups {
     /// Makes the place; `None`, with a line in the log, where the system has no cgroup v2 that aditd may write.
     pub fn new() -> Option<Self> {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let made = match mount_point(&mounts) {
+        let made = match adit_cgroup::mount_point() {
             Some(mount) => Self::below(&mount),
             None => Err(io::Error::other("no cgroup2 file system is mounted")),
         };
@@ -44,12 +43,8 @@ impl Cgroups {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
             _ => {}
         }
-        for dir in [mount, &ports] {
-            // Each by itself: a kernel that lacks one controller has the others.
-            for controller in ["+memory", "+pids", "+cpu"] {
-                let _ = fs::write(dir.join("cgroup.subtree_control"), controller);
-            }
-        }
+        adit_cgroup::switch_on(mount);
+        adit_cgroup::switch_on(&ports);
         Ok(Self(ports))
     }
 
@@ -74,28 +69,9 @@ impl Cgroups {
     }
 }
 
-/// Mount point of the first cgroup2 file system: `id parent dev root MOUNT options … - cgroup2 …`.
-fn mount_point(mountinfo: &str) -> Option<PathBuf> {
-    mountinfo
-        .lines()
-        .filter_map(|l| l.split_once(" - "))
-        .find(|(_, kind)| kind.starts_with("cgroup2 "))
-        .and_then(|(mount, _)| mount.split(' ').nth(4))
-        .map(PathBuf::from)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_first_cgroup2_mount_is_found_among_others() {
-        let mounts = "24 1 0:22 / /sys rw - sysfs sysfs rw\n\
-            30 24 0:26 / /sys/fs/cgroup ro,nosuid shared:9 - tmpfs tmpfs ro\n\
-            31 30 0:27 / /sys/fs/cgroup/unified rw shared:10 - cgroup2 cgroup2 rw,nsdelegate\n";
-        assert_eq!(mount_point(mounts), Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(mount_point(""), None);
-    }
 
     #[test]
     fn a_vms_process_is_written_into_the_vms_directory_with_its_limit() {

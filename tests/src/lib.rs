@@ -5,6 +5,7 @@
 //! | `image` | makes a kernel, an initramfs and a state disk from Debian's packages |
 //! | `cpio` | the initramfs format |
 //! | `guest` | a QEMU process and its serial line |
+//! | `namespace` | namespaces with a systemd as process 1, for `machine` and `systemd` |
 //! | `nested` | a guest that runs `adit-vmm` with guests of its own |
 //! | `host` | aditd with its directories; runs `adit` and `curl` |
 //! | `machine` | a machine to be set up by hand: a shell and a systemd; its changes are gone afterwards |
@@ -22,6 +23,7 @@ pub mod guest;
 pub mod host;
 pub mod image;
 pub mod machine;
+mod namespace;
 pub mod nested;
 pub mod page;
 pub mod process;

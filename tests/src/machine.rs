@@ -5,17 +5,16 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context;
 
 use crate::guest::{Accel, emulated_cpu, tsc_arguments};
-use crate::process::{Reaped, bound, wait_for};
+use crate::namespace::{Namespace, PATH};
+use crate::process::wait_for;
 use crate::shell::Shell;
-use crate::systemd::Systemd;
 
-const PROGRAM: &str = "/lib/systemd/systemd";
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// Where the machine has its clone of the repository.
 pub const CLONE: &str = "/root/adit";
@@ -46,8 +45,7 @@ const UNITS: [(&str, &str); 7] = [
 /// The machine. Dropped = everything in it is gone.
 #[derive(Debug)]
 pub struct Machine {
-    outside: Reaped,
-    first: String,
+    namespace: Namespace,
     shell: Option<Shell>,
     dir: tempfile::TempDir,
 }
@@ -55,7 +53,7 @@ pub struct Machine {
 impl Machine {
     /// Tells why there can be none, if so.
     pub fn missing() -> Option<&'static str> {
-        Systemd::missing()
+        Namespace::missing()
     }
 
     /// Sets one up; `bins` become the clone's `target/release`.
@@ -70,8 +68,8 @@ impl Machine {
         for (name, text) in UNITS {
             fs::write(dir.path().join("units").join(name), text)?;
         }
-        let script = format!(
-            "set -e; mount --make-rprivate /; ip link set lo up; o={dir}/over; mount -t tmpfs tmpfs $o\n\
+        let prepare = format!(
+            "ip link set lo up; o={dir}/over; mount -t tmpfs tmpfs $o\n\
              over() {{ mkdir -p $o/$2.upper $o/$2.work; mount -t overlay overlay -o lowerdir=$1,upperdir=$o/$2.upper,workdir=$o/$2.work $3; }}\n\
              mkdir $o/bins $o/static; mount --bind {bins} $o/bins; mount --bind {static_bins} $o/static\n\
              for d in usr etc var root; do over /$d $d /$d; done\n\
@@ -81,41 +79,23 @@ impl Machine {
              mount -t tmpfs -o mode=755 tmpfs /run; mkdir /run/lock /run/units; cp {dir}/units/* /run/units\n\
              mount -t tmpfs -o mode=755 tmpfs /mnt; mount -t tmpfs -o mode=755 tmpfs /var/log; rm -f /etc/machine-id; \
              echo 0123456789abcdef0123456789abcdef > /etc/machine-id\n\
-             printf '[Journal]\\nStorage=volatile\\nReadKMsg=no\\nAudit=no\\n' > /etc/systemd/journald.conf\n\
-             umount -R /sys/fs/cgroup; mount -t cgroup2 cgroup2 /sys/fs/cgroup\n\
-             exec env -i container=test PATH=/usr/sbin:/usr/bin:/sbin:/bin SYSTEMD_UNIT_PATH=/etc/systemd/system:/run/units \
-             {PROGRAM} --system --log-target=console --log-level=notice\n",
+             printf '[Journal]\\nStorage=volatile\\nReadKMsg=no\\nAudit=no\\n' > /etc/systemd/journald.conf",
             dir = dir.path().display(),
             bins = bins.display(),
             static_bins = crate::target().join(STATIC).display(),
             root = crate::root().display(),
         );
-        let said = fs::File::create(dir.path().join("systemd.log"))?;
-        let child = bound("unshare")
-            .args([
-                "--mount",
-                "--pid",
-                "--fork",
-                "--cgroup",
-                "--net",
-                "--uts",
-                "--mount-proc",
-            ])
-            .args(["--kill-child", "bash", "-c", &script])
-            .stdin(Stdio::null())
-            .stdout(said.try_clone()?)
-            .stderr(said)
-            .spawn()
-            .context("cannot start unshare")?;
+        let log = dir.path().join("systemd.log");
+        let units = "/etc/systemd/system:/run/units";
         let mut machine = Self {
-            outside: Reaped(child),
-            first: String::new(),
+            namespace: Namespace::start(&prepare, units, true, log)?,
             shell: None,
             dir,
         };
         let up = wait_for("the machine", START_LIMIT, || {
-            machine.first = machine.process_1().unwrap_or_default();
-            let mut ready = machine.enter(&["systemctl", "is-system-running"]);
+            let Ok(mut ready) = machine.enter(&["systemctl", "is-system-running"]) else {
+                return Ok(None);
+            };
             let out = ready.output()?;
             let running = String::from_utf8_lossy(&out.stdout).into_owned();
             Ok(["running", "degraded"]
@@ -123,45 +103,23 @@ impl Machine {
                 .then_some(()))
         });
         up.with_context(|| format!("it said:\n{}", machine.log()))?;
-        let mut shell = machine.enter(&["bash", "-c", &format!("cd {CLONE}; exec bash --norc")]);
+        let mut shell = machine.enter(&["bash", "-c", &format!("cd {CLONE}; exec bash --norc")])?;
         machine.shell = Some(Shell::start(&mut shell, machine.dir.path())?);
         machine.program("qemu-system-x86_64", &qemu())?;
         Ok(machine)
     }
 
-    fn process_1(&self) -> anyhow::Result<String> {
-        let unshare = self.outside.pid();
-        let children = fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children"))?;
-        let first = children.split_whitespace().next();
-        Ok(first.context("the namespace has no process 1")?.to_owned())
-    }
-
     /// A command inside.
-    fn enter(&self, args: &[&str]) -> Command {
-        let mut command = bound("nsenter");
-        let path =
-            self.dir.path().join("bin").display().to_string() + ":/usr/sbin:/usr/bin:/sbin:/bin";
+    fn enter(&self, args: &[&str]) -> anyhow::Result<Command> {
+        let mut command = self.namespace.enter()?;
         command
-            .args([
-                "--target",
-                &self.first,
-                "--mount",
-                "--pid",
-                "--cgroup",
-                "--net",
-                "--uts",
-            ])
-            .args([
-                "--",
-                "env",
-                "-i",
-                "HOME=/root",
-                "TERM=dumb",
-                "SYSTEMD_PAGER=cat",
-            ])
-            .arg(format!("PATH={path}"))
+            .args(["env", "-i", "HOME=/root", "TERM=dumb", "SYSTEMD_PAGER=cat"])
+            .arg(format!(
+                "PATH={}:{PATH}",
+                self.dir.path().join("bin").display()
+            ))
             .args(args);
-        command
+        Ok(command)
     }
 
     /// Types a command into the machine's shell. Returns its exit status and what it printed.
@@ -174,7 +132,9 @@ impl Machine {
 
     /// A path of the machine, as it is seen from outside.
     pub fn path(&self, inside: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root{inside}", self.first))
+        // Without a process 1 there is no such path.
+        let first = self.namespace.first().unwrap_or_default();
+        PathBuf::from(format!("/proc/{first}/root{inside}"))
     }
 
     /// Puts a program into the machine, before those of its system.
@@ -192,7 +152,7 @@ impl Machine {
 
     /// What its system manager said.
     pub fn log(&self) -> String {
-        fs::read_to_string(self.dir.path().join("systemd.log")).unwrap_or_default()
+        self.namespace.log()
     }
 }
 

@@ -15,8 +15,9 @@ const PAGES: [&str; 6] = [
     "docs/which-carrier.md",
 ];
 /// Folders whose every source file is in a table of ARCHITECTURE.md.
-const PRODUCT: [&str; 18] = [
+const PRODUCT: [&str; 19] = [
     "names",
+    "cgroup",
     "passed",
     "print",
     "ringbuf",

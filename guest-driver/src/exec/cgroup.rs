@@ -33,12 +33,11 @@ const TASKS: &str = "adit-tasks";
 
 /// The directory in which task cgroups are made.
 pub fn base() -> Option<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let mount = mount_point(&mounts)?;
+    let mount = adit_cgroup::mount_point()?;
     let tasks = mount.join(TASKS);
     if tasks.is_dir() || fs::create_dir(&tasks).is_ok() {
-        switch_on(&mount);
-        switch_on(&tasks);
+        adit_cgroup::switch_on(&mount);
+        adit_cgroup::switch_on(&tasks);
         return Some(tasks);
     }
     // An agent that was itself started from within a task must not nest below it.
@@ -46,13 +45,6 @@ pub fn base() -> Option<PathBuf> {
     let own = own.split('/').take_while(|p| !p.starts_with(PREFIX));
     let base = mount.join(own.collect::<PathBuf>());
     base.is_dir().then_some(base)
-}
-
-/// Switches on the limits for what is below a cgroup, each by itself: where the kernel lacks one, the others still work.
-fn switch_on(dir: &Path) {
-    for controller in ["+memory", "+pids", "+cpu"] {
-        let _ = fs::write(dir.join("cgroup.subtree_control"), controller);
-    }
 }
 
 /// This process' cgroup, without the first slash.
@@ -68,8 +60,7 @@ pub fn leave_task() {
     if own_path().is_none_or(|own| task_of(&own).is_none()) {
         return;
     }
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    if let Some(mount) = mount_point(&mounts) {
+    if let Some(mount) = adit_cgroup::mount_point() {
         for pid in proc::lineage().into_iter().filter(|&pid| of(pid).is_some()) {
             let _ = fs::write(mount.join("cgroup.procs"), pid.to_string());
         }
@@ -101,18 +92,6 @@ fn shares() -> [(&'static str, Option<u64>); 2] {
         ("memory.max", kib.map(|kib| kib * 1024 / 4 * 3)),
         ("pids.max", numbers.map(|n| n / 4)),
     ]
-}
-
-/// Mount point of the first cgroup2 file system: `id parent dev root MOUNT options … - cgroup2 …`.
-fn mount_point(mountinfo: &str) -> Option<PathBuf> {
-    let of = |l: &str| l.split(' ').nth(4).map(PathBuf::from);
-    mountinfo
-        .lines()
-        .find(|l| {
-            l.split_once(" - ")
-                .is_some_and(|(_, r)| r.starts_with("cgroup2 "))
-        })
-        .and_then(of)
 }
 
 /// Mounts cgroup2 where an image without an init system has nothing mounted there.
@@ -254,18 +233,5 @@ fn sweep(base: &Path) {
         if name.starts_with(PREFIX.as_bytes()) && used(&dir) {
             let _ = fs::remove_dir(&dir);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_mount_is_found_in_a_hybrid_layout() {
-        let text = "30 24 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n\
-                    31 30 0:27 / /sys/fs/cgroup/unified rw,nosuid - cgroup2 cgroup2 rw\n";
-        assert_eq!(mount_point(text), Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(mount_point("1 1 0:1 / / rw - ext4 /dev/vda rw\n"), None);
     }
 }
