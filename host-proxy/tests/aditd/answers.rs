@@ -8,8 +8,7 @@ use crate::server::{Then, next_head, serve, until};
 
 /// What two clients get of an answer each, and how many connections to the server that took.
 fn asked_twice(method: &str, answer: String) -> (Vec<Answer>, usize) {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let counts = serve(ports[0].connected(), move |stream, _| {
         stream.write_all(answer.as_bytes()).unwrap();
         Then::GoOn
@@ -88,9 +87,8 @@ fn r65_an_answer_that_has_no_one_end_is_none() {
 #[test]
 fn r110_an_upload_that_rests_after_its_answer_is_given_up_and_counts_until_then() {
     for body in [&b"hi"[..], &[b'x'; 8 << 20]] {
-        let (mut host, ports) =
-            Host::new(&[("a", 3)], "[limits]\nrequests_per_vm = 1\nresponse_s = 2");
-        host.start();
+        let (host, ports) =
+            Host::serving(&[("a", 3)], "[limits]\nrequests_per_vm = 1\nresponse_s = 2");
         let control = ports[0].connected();
         let mut client = host.proxy();
         write!(
@@ -98,8 +96,7 @@ fn r110_an_upload_that_rests_after_its_answer_is_given_up_and_counts_until_then(
             "POST http://a/ HTTP/1.1\r\nHost: a\r\nContent-Length: 100000000\r\n\r\n"
         )
         .unwrap();
-        control.dialed(control.dial().id);
-        let (mut guest, _) = control.attached();
+        let (mut guest, _) = control.tunnel();
         next_head(&mut guest).unwrap();
         guest
             .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nno")
@@ -133,8 +130,7 @@ fn r110_an_upload_that_rests_after_its_answer_is_given_up_and_counts_until_then(
 /// A server that changes to another protocol in the middle of an upload gets the rest of it first.
 #[test]
 fn a_body_that_is_under_way_ends_before_another_protocol_begins() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut client = host.proxy();
     write!(
@@ -142,8 +138,7 @@ fn a_body_that_is_under_way_ends_before_another_protocol_begins() {
         "POST http://a/ HTTP/1.1\r\nHost: a\r\nUpgrade: x\r\nConnection: Upgrade\r\nContent-Length: 10\r\n\r\n12345"
     )
     .unwrap();
-    control.dialed(control.dial().id);
-    let (mut guest, _) = control.attached();
+    let (mut guest, _) = control.tunnel();
     until(&mut guest, "\r\n\r\n12345");
     guest
         .write_all(

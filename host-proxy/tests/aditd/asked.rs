@@ -44,8 +44,7 @@ fn a_wait_for_a_vm_that_is_removed_ends_at_once() {
 
 #[test]
 fn a_wait_that_is_over_says_what_is_known_of_the_agent() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let wait = || {
         host.api("GET", "/v1/vms/a/wait?for=agent&timeout_ms=1", "")
@@ -71,8 +70,7 @@ fn a_wait_that_is_over_says_what_is_known_of_the_agent() {
 
 #[test]
 fn filters_that_name_nothing_known_are_errors() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "");
     let unknown = goal_id(9);
     for (path, want) in [
         ("/v1/tasks?vm=b", "unknown-vm"),
@@ -106,8 +104,7 @@ fn filters_that_name_nothing_known_are_errors() {
 
 #[test]
 fn a_stream_of_events_that_ends_without_a_verdict_is_cut_off() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (mut host, _ports) = Host::serving(&[("a", 3)], "");
     apply(&host, 1);
     let mut stream = BufReader::new(host.operator());
     let request = "GET /v1/events HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
@@ -126,8 +123,7 @@ fn a_stream_of_events_that_ends_without_a_verdict_is_cut_off() {
 
 #[test]
 fn the_newest_tasks_and_goals_are_listed_with_where_the_earlier_ones_are() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "");
     for n in 1..=3 {
         assert_eq!(apply(&host, n).status, 200);
     }
@@ -155,8 +151,7 @@ fn the_newest_tasks_and_goals_are_listed_with_where_the_earlier_ones_are() {
 
 #[test]
 fn a_goal_whose_time_is_over_is_refused_with_the_time() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "");
     let answer = host.api("POST", "/v1/goals", &goal(1, "2021-01-01T00:00:00Z"));
     assert_eq!(code(&answer), (422, "expired".into()));
     assert!(answer.body.contains("2021-01-01"), "{}", answer.body);
@@ -166,8 +161,7 @@ fn a_goal_whose_time_is_over_is_refused_with_the_time() {
 
 #[test]
 fn an_output_with_something_missing_says_where() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let mut agent = ports[0].connected().agent();
     apply(&host, 1);
     let id = agent.pull().task_id;

@@ -36,8 +36,7 @@ fn tunnel(host: &Host, port: u16) -> (std::net::TcpStream, String) {
 
 #[test]
 fn an_allow_list_changes_at_once_and_is_kept_and_open_tunnels_go_on() {
-    let (mut host, _) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (mut host, _) = Host::serving(&[("a", 3)], "");
     let control = added(&host);
     let (mut open, mut inside) = std::thread::scope(|s| {
         let client = s.spawn(|| tunnel(&host, 80));
@@ -78,8 +77,7 @@ fn an_allow_list_changes_at_once_and_is_kept_and_open_tunnels_go_on() {
 
 #[test]
 fn what_the_port_process_has_only_after_a_reload_is_said() {
-    let (mut host, _) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _) = Host::serving(&[("a", 3)], "");
     let _b = added(&host);
     let answer = host.api("PATCH", "/v1/vms/b", r#"{"busy_poll_us": 70}"#);
     let vm: Value = serde_json::from_str(&answer.body).unwrap();
@@ -92,8 +90,7 @@ fn what_the_port_process_has_only_after_a_reload_is_said() {
 
 #[test]
 fn what_cannot_change_is_refused_by_name_and_changes_nothing() {
-    let (mut host, _) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _) = Host::serving(&[("a", 3)], "");
     host.api("POST", "/v1/vms", NEW);
     let before = host.get("/v1/vms/b");
     for (vm, body, status, code, word) in [
@@ -130,8 +127,7 @@ fn what_cannot_change_is_refused_by_name_and_changes_nothing() {
 
 #[test]
 fn a_removed_vms_directory_goes_and_what_is_not_adits_stays_and_is_named() {
-    let (mut host, _) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _) = Host::serving(&[("a", 3)], "");
     for (name, foreign) in [("b", false), ("c", true)] {
         let cid = if foreign { 5 } else { 4 };
         host.api(
@@ -202,8 +198,7 @@ fn locked(host: &Host) -> rusqlite::Connection {
 
 #[test]
 fn a_removal_goes_to_its_end_though_whoever_asked_for_it_has_gone() {
-    let (mut host, _) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _) = Host::serving(&[("a", 3)], "");
     let b = added(&host);
     let asked = ask(&host, "DELETE", "/v1/vms/b", "");
     while !matches!(b.hear().unwrap().0, Message::Quit(_)) {}
@@ -217,8 +212,7 @@ fn a_removal_goes_to_its_end_though_whoever_asked_for_it_has_gone() {
 
 #[test]
 fn an_addition_and_a_change_go_to_their_end_though_whoever_asked_for_them_has_gone() {
-    let (mut host, _) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _) = Host::serving(&[("a", 3)], "");
     let db = locked(&host);
     let asked = ask(&host, "POST", "/v1/vms", NEW);
     host.until("it is there", |h| {
@@ -245,8 +239,7 @@ fn an_addition_and_a_change_go_to_their_end_though_whoever_asked_for_them_has_go
 #[test]
 fn a_second_removal_does_not_take_the_vm_that_has_the_name_by_then() {
     use nix::fcntl::{Flock, FlockArg};
-    let (mut host, _) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (mut host, _) = Host::serving(&[("a", 3)], "");
     let b = added(&host);
     // Each removal waits for a while for whoever has the directory.
     let lock = std::fs::File::create(host.in_vm("b", "lock")).unwrap();
@@ -295,8 +288,7 @@ fn a_port_process_that_does_not_come_up_ends_with_its_vm() {
 
 #[test]
 fn what_the_framework_refuses_has_the_shape_of_every_refusal() {
-    let (mut host, _) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _) = Host::serving(&[("a", 3)], "");
     for (method, path, status) in [
         ("GET", "/v1/tasks?limit=x", 400),
         ("GET", "/v1/vms/a/wait", 400),

@@ -52,8 +52,7 @@ fn served(host: &Host, control: &Control) {
     client
         .write_all(b"GET http://a/ HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         .unwrap();
-    control.dialed(control.dial().id);
-    let (mut guest, _) = control.attached();
+    let (mut guest, _) = control.tunnel();
     read_until(&mut guest, b"\r\n\r\n");
     guest.write_all(ANSWER).unwrap();
     let mut said = Vec::new();
@@ -71,8 +70,7 @@ fn read_until(stream: &mut impl Read, end: &[u8]) {
 
 #[test]
 fn r53_a_client_that_dies_at_any_byte_of_its_request_loses_only_its_own_connection() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let body = POST.windows(4).position(|w| w == b"\r\n\r\n").unwrap() + 4;
     for how in [Death::Close, Death::Reset, Death::HalfClose] {
@@ -91,8 +89,7 @@ fn r53_a_client_that_dies_at_any_byte_of_its_request_loses_only_its_own_connecti
         for cut in body..POST.len() {
             let mut client = host.proxy();
             client.write_all(&POST[..cut]).unwrap();
-            control.dialed(control.dial().id);
-            let (mut guest, _) = control.attached();
+            let (mut guest, _) = control.tunnel();
             read_until(&mut guest, b"\r\n\r\n");
             die(client, how);
             // Its stream ends with it, and the part of the body that the guest has is visibly incomplete.
@@ -110,8 +107,7 @@ fn r53_a_client_that_dies_at_any_byte_of_its_request_loses_only_its_own_connecti
 
 #[test]
 fn r53_endless_lines_and_bytes_that_are_not_text_end_their_own_connection_only() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     // These clients stay connected and send no more.
     let halves: Vec<TcpStream> = (0..64)
@@ -183,15 +179,13 @@ fn r117_a_partial_answer_never_looks_complete() {
     const HALF: &[u8] = b"the first half of what there is to say";
     for version in ["1.1", "1.0"] {
         for stop in [Stop::Ended, Stop::BrokenOff, Stop::Killed] {
-            let (mut host, ports) = Host::new(&[("a", 3)], "");
-            host.start();
+            let (mut host, ports) = Host::serving(&[("a", 3)], "");
             let control = ports[0].connected();
             let mut client = host.proxy();
             let request =
                 format!("GET http://a/ HTTP/{version}\r\nHost: a\r\nConnection: close\r\n\r\n");
             client.write_all(request.as_bytes()).unwrap();
-            control.dialed(control.dial().id);
-            let (mut guest, _) = control.attached();
+            let (mut guest, _) = control.tunnel();
             read_until(&mut guest, b"\r\n\r\n");
             // Without a length, only its end says that it is complete.
             guest.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
@@ -229,8 +223,7 @@ fn r117_a_partial_answer_never_looks_complete() {
 /// The answer to HEAD has no body, whatever its header says: it is complete.
 #[test]
 fn r117_an_answer_to_head_ends_regularly() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "");
     for _ in 0..20 {
         let mut client = host.proxy();
         client

@@ -29,8 +29,7 @@ fn logged(host: &Host, kind: &str) -> usize {
 
 #[test]
 fn an_image_of_another_vm_is_a_fault_in_json_metrics_and_log() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut agent = control.agent();
     host.until("the agent is there", |h| {
@@ -70,8 +69,7 @@ fn an_image_of_another_vm_is_a_fault_in_json_metrics_and_log() {
 
 #[test]
 fn faults_of_the_channel_are_in_json_metrics_and_log_too() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let bad = Status {
         last_fault: "descriptor out of range".into(),
@@ -103,8 +101,7 @@ fn faults_of_the_channel_are_in_json_metrics_and_log_too() {
 /// The table is what users read: name, kind, labels and text of each metric.
 #[test]
 fn the_table_of_metrics_is_what_is_scraped() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let reason = "x".into();
     control.say(&Message::Stuck(Stuck { reason }), None);

@@ -45,8 +45,7 @@ fn answers(host: &Host) {
 #[test]
 fn r105_closing_what_a_port_process_passed_delays_nobody() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut host, ports) = Host::new(&[("a", 3), ("b", 4)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3), ("b", 4)], "");
     // Dropped before aditd, which cannot end while one of its closes waits for the server.
     let mute = Mute::mount(dir.path(), "foreign::server");
     let mut control = ports[0].connected();
@@ -163,8 +162,7 @@ fn r105_a_vms_silent_file_does_not_keep_another_vms_port_process_from_starting()
 
 #[test]
 fn r105_descriptors_on_a_guests_stream_delay_nobody() {
-    let (mut host, ports) = Host::new(&[("a", 3), ("b", 4)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3), ("b", 4)], "");
     let control = ports[0].connected();
     let _other = ports[1].connected();
     let mut fars = Vec::new();
@@ -193,8 +191,7 @@ fn r105_descriptors_on_a_guests_stream_delay_nobody() {
     client
         .write_all(b"GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n")
         .unwrap();
-    control.dialed(control.dial().id);
-    let (guest, _) = control.attached();
+    let (guest, _) = control.tunnel();
     let fd = lingering();
     kinds::stopped(host.pid(), || {
         pass(&guest, b"HTTP/1.1 200 OK\r\n", &[fd.as_fd()]);
@@ -208,8 +205,7 @@ fn r105_descriptors_on_a_guests_stream_delay_nobody() {
 
 #[test]
 fn r109_a_handover_for_which_no_descriptor_is_free_leaves_none_behind() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let mut control = ports[0].connected();
     assert_eq!(host.get("/v1/vms").as_array().unwrap().len(), 1);
     let before = kinds::open_in(host.pid()).len();

@@ -43,8 +43,7 @@ fn descriptors(host: &Host) -> usize {
 
 #[test]
 fn a_handover_replaces_the_one_before_with_all_its_descriptors() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     hand_over(&control, 1, HANDOVER_FDS_MAX);
     kept(&control, 1);
@@ -66,8 +65,7 @@ fn a_handover_replaces_the_one_before_with_all_its_descriptors() {
 
 #[test]
 fn a_handover_of_another_vms_process_is_not_kept() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected_as(99);
     // aditd may have closed the connection already.
     let _ = try_hand_over(&control, 1, HANDOVER_FDS_MAX);
@@ -83,8 +81,7 @@ fn a_handover_of_another_vms_process_is_not_kept() {
 
 #[test]
 fn a_vm_that_needs_a_power_cycle_is_named_until_it_has_its_session() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let state = |host: &Host| {
         let vm = host.get("/v1/vms/a");
@@ -124,8 +121,7 @@ fn a_vm_that_needs_a_power_cycle_is_named_until_it_has_its_session() {
 
 #[test]
 fn only_its_vmm_can_remove_a_held_vm() {
-    let (mut host, _) = Host::new(&[], "");
-    host.start();
+    let (mut host, _) = Host::serving(&[], "");
     let (port, other) = (host.port("b", 4), host.port("c", 5));
     for vm in [r#"{"name":"b","cid":4}"#, r#"{"name":"c","cid":5}"#] {
         let added = host.api("POST", "/v1/vms", vm);

@@ -2,7 +2,7 @@
 //! processes, so it can also send what a hostile guest would.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::{SocketAddrV4, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -72,6 +72,13 @@ impl Host {
             aditd: None,
             port_bin: "/bin/false".into(),
         };
+        (host, ports)
+    }
+
+    /// The same with an aditd that serves.
+    pub fn serving(vms: &[(&str, u64)], more: &str) -> (Self, Vec<Port>) {
+        let (mut host, ports) = Self::new(vms, more);
+        host.start();
         (host, ports)
     }
 
@@ -388,6 +395,12 @@ impl Control {
         stream.set_nonblocking(false).unwrap();
         stream.set_read_timeout(Some(HANG)).unwrap();
         (stream, attach.prefix)
+    }
+
+    /// Lets the next dial reach the guest. Returns what is attached to it.
+    pub fn tunnel(&self) -> (UnixStream, Vec<u8>) {
+        self.dialed(self.dial().id);
+        self.attached()
     }
 
     /// The guest dials the tasks service; `peer_port` is its own port.

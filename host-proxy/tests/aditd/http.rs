@@ -8,8 +8,7 @@ use crate::host::{Answer, Control, Host, Port};
 use crate::server::{next_head, until};
 
 fn started() -> (Host, Vec<Port>, Control) {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     (host, ports, control)
 }
@@ -18,8 +17,7 @@ fn started() -> (Host, Vec<Port>, Control) {
 fn asked(host: &Host, control: &Control, request: &str) -> (TcpStream, UnixStream, String) {
     let mut client = host.proxy();
     client.write_all(request.as_bytes()).unwrap();
-    control.dialed(control.dial().id);
-    let (mut guest, _) = control.attached();
+    let (mut guest, _) = control.tunnel();
     let head = next_head(&mut guest).unwrap();
     (client, guest, head)
 }

@@ -10,11 +10,10 @@ use crate::tasks::{LATER, apply, goal_from};
 
 #[test]
 fn r112_ended_tasks_are_kept_within_the_vms_quota_and_listed_in_pages() {
-    let (mut host, ports) = Host::new(
+    let (host, ports) = Host::serving(
         &[("a", 3)],
         "[limits]\nkept_per_vm = 7\nkept_mib_per_vm = 1",
     );
-    host.start();
     let mut agent = ports[0].connected().agent();
     for n in 1..=6 {
         assert_eq!(apply(&host, n).status, 200);
@@ -79,8 +78,7 @@ fn r112_ended_tasks_are_kept_within_the_vms_quota_and_listed_in_pages() {
 
 #[test]
 fn a_list_of_several_pages_is_one_json_array() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "[limits]\nqueued_per_vm = 1000000");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "[limits]\nqueued_per_vm = 1000000");
     for n in 0..260 {
         assert_eq!(apply(&host, n).status, 200);
     }
@@ -106,8 +104,7 @@ fn a_list_of_several_pages_is_one_json_array() {
 
 #[test]
 fn a_goal_that_is_not_valid_yet_is_held_and_handed_out_when_its_time_comes() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let mut agent = ports[0].connected().agent();
     // The pull comes first. Only the time can wake it.
     agent.say(WireKind::Pull, 7, &Pull { epoch: 1 });
@@ -123,8 +120,7 @@ fn a_goal_that_is_not_valid_yet_is_held_and_handed_out_when_its_time_comes() {
 
 #[test]
 fn a_report_of_an_unknown_task_is_acknowledged_and_changes_nothing() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let mut agent = ports[0].connected().agent();
     assert_eq!(apply(&host, 1).status, 200);
     let tasks = host.get("/v1/tasks");
@@ -137,8 +133,7 @@ fn a_report_of_an_unknown_task_is_acknowledged_and_changes_nothing() {
 
 #[test]
 fn what_ends_because_its_time_is_over_or_its_vm_is_removed_is_kept_within_the_quota_too() {
-    let (mut host, _) = Host::new(&[], "[limits]\nkept_per_vm = 3");
-    host.start();
+    let (host, _) = Host::serving(&[], "[limits]\nkept_per_vm = 3");
     let new = r#"{"name": "a", "cid": 3}"#;
     host.api("POST", "/v1/vms", new);
     let now = SystemTime::now();

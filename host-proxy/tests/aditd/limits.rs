@@ -61,8 +61,7 @@ fn r108_idle_connections_on_every_listener_leave_the_operators_socket_answering(
 
 #[test]
 fn r108_a_silent_connection_is_closed_by_every_listener() {
-    let (mut host, _ports) = Host::new(&[], "[metrics]\nlisten = \"127.0.0.1:0\"");
-    host.start();
+    let (host, _ports) = Host::serving(&[], "[metrics]\nlisten = \"127.0.0.1:0\"");
     let mut rest = Vec::new();
     let (mut metrics, mut operator) = (host.tcp("metrics.addr", ONE), host.operator());
     let mut body = host.operator();
@@ -103,11 +102,10 @@ fn r108_clients_that_wait_for_events_leave_room_for_others() {
 
 #[test]
 fn r110_a_vm_that_answers_nothing_uses_only_its_share_of_the_proxy() {
-    let (mut host, ports) = Host::new(
+    let (host, ports) = Host::serving(
         &[("a", 3), ("b", 4)],
         "[limits]\nconnections = 40\nconnections_per_client = 40",
     );
-    host.start();
     let (a, b) = (ports[0].connected(), ports[1].connected());
     let mut clients: Vec<_> = (0..30).map(|_| host.proxy()).collect();
     // A quarter of the requests is dialled, and the port process does not answer.
@@ -120,8 +118,7 @@ fn r110_a_vm_that_answers_nothing_uses_only_its_share_of_the_proxy() {
     }
     let mut client = host.proxy();
     client.write_all(get("http://b/").as_bytes()).unwrap();
-    b.dialed(b.dial().id);
-    let (mut guest, _) = b.attached();
+    let (mut guest, _) = b.tunnel();
     head(&mut guest);
     guest
         .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
@@ -147,8 +144,7 @@ fn r110_a_vm_that_answers_nothing_uses_only_its_share_of_the_proxy() {
 
 #[test]
 fn r110_a_client_uses_only_its_share_of_the_proxy() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "[limits]\nconnections_per_client = 4");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "[limits]\nconnections_per_client = 4");
     let control = ports[0].connected();
     let held: Vec<_> = (0..4).map(|_| host.tcp("proxy.addr", ONE)).collect();
     for _ in 0..3 {
@@ -172,13 +168,11 @@ fn r110_a_client_uses_only_its_share_of_the_proxy() {
 
 #[test]
 fn r110_an_answer_that_does_not_begin_in_time_ends_in_504() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "[limits]\nresponse_s = 1");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "[limits]\nresponse_s = 1");
     let control = ports[0].connected();
     let mut client = host.proxy();
     client.write_all(get("http://a/never").as_bytes()).unwrap();
-    control.dialed(control.dial().id);
-    let (mut guest, _) = control.attached();
+    let (mut guest, _) = control.tunnel();
     head(&mut guest);
     let answer = answer(&mut client);
     assert_eq!(answer.status, 504, "{}", answer.body);
@@ -191,8 +185,7 @@ fn r110_an_answer_that_does_not_begin_in_time_ends_in_504() {
     // An answer that has begun may take any time.
     let mut client = host.proxy();
     client.write_all(get("http://a/slow").as_bytes()).unwrap();
-    control.dialed(control.dial().id);
-    let (mut guest, _) = control.attached();
+    let (mut guest, _) = control.tunnel();
     head(&mut guest);
     guest
         .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n")
@@ -207,8 +200,7 @@ fn r110_an_answer_that_does_not_begin_in_time_ends_in_504() {
 
 #[test]
 fn r111_a_client_can_cause_one_log_line_a_second_with_a_count() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "");
     let begin = std::time::Instant::now();
     for _ in 0..300 {
         assert_eq!(ask(host.proxy(), &get("http://nobody/")).status, 404);

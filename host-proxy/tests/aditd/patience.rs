@@ -13,8 +13,7 @@ const GET: &str = "GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n";
 
 /// The guest's end of the next stream, with its request read.
 fn guest(control: &Control) -> std::os::unix::net::UnixStream {
-    control.dialed(control.dial().id);
-    let (mut guest, _) = control.attached();
+    let (mut guest, _) = control.tunnel();
     head(&mut guest);
     guest
 }
@@ -27,8 +26,7 @@ fn all(client: &mut impl Read) -> String {
 
 #[test]
 fn a_client_that_ends_its_sending_gets_its_answer() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     for version in ["1.1", "1.0"] {
         let mut client = host.proxy();
@@ -59,8 +57,7 @@ fn a_client_that_ends_its_sending_gets_its_answer() {
 
 #[test]
 fn a_client_that_ends_its_sending_and_waits_is_asked_and_gets_a_late_answer() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut client = host.proxy();
     client.write_all(GET.as_bytes()).unwrap();
@@ -74,8 +71,7 @@ fn a_client_that_ends_its_sending_and_waits_is_asked_and_gets_a_late_answer() {
 
 #[test]
 fn r71_a_client_that_leaves_during_its_answer_takes_its_stream_along() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut client = host.proxy();
     client.write_all(GET.as_bytes()).unwrap();
@@ -94,8 +90,7 @@ fn r71_a_client_that_leaves_during_its_answer_takes_its_stream_along() {
 /// A guest that says nothing more: TCP finds out, when the client's kernel has forgotten the client.
 #[test]
 fn r71_a_client_that_leaves_a_silent_answer_takes_its_stream_along() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     // A kernel answers for a socket without a process for a minute. This client's forgets it after a second.
     let program = ["socat", "-", "TCP:ADDR:PORT,linger2=1"];
@@ -140,8 +135,7 @@ fn spawned(host: &Host, program: &[&str]) -> Option<Child> {
 
 #[test]
 fn netcats_and_socat_get_their_answer() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     for program in [
         &["nc.openbsd", "-N", "ADDR", "PORT"][..],
@@ -168,8 +162,7 @@ fn netcats_and_socat_get_their_answer() {
 
 #[test]
 fn r67_a_header_that_trickles_is_given_up_and_told() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "");
     let begin = Instant::now();
     let mut client = host.proxy();
     client.write_all(b"GET http://a/ HTTP/1.1\r\nX: ").unwrap();
@@ -197,8 +190,7 @@ fn keep(host: &Host, from: [u8; 4]) -> TcpStream {
 
 #[test]
 fn a_kept_connection_may_be_idle_for_longer_than_a_header_may_take() {
-    let (mut host, _ports) = Host::new(&[], "");
-    host.start();
+    let (host, _ports) = Host::serving(&[], "");
     let mut client = keep(&host, [127, 0, 0, 1]);
     client
         .set_read_timeout(Some(Duration::from_secs(12)))
@@ -225,9 +217,8 @@ fn a_kept_connection_may_be_idle_for_longer_than_a_header_may_take() {
 
 #[test]
 fn a_kept_connection_that_is_idle_makes_room() {
-    let (mut host, _ports) =
-        Host::new(&[], "[limits]\nconnections = 4\nconnections_per_client = 4");
-    host.start();
+    let (host, _ports) =
+        Host::serving(&[], "[limits]\nconnections = 4\nconnections_per_client = 4");
     let mut kept: Vec<_> = (0..4).map(|_| keep(&host, [127, 0, 0, 1])).collect();
     let _other = keep(&host, [127, 0, 0, 2]);
     assert_eq!(kept[0].read(&mut [0]).unwrap(), 0, "the oldest is closed");
@@ -239,8 +230,7 @@ fn a_kept_connection_that_is_idle_makes_room() {
 
 #[test]
 fn programs_tunnel_through_the_proxy_as_ssh_has_them() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     for program in [
         &["socat", "-", "PROXY:ADDR:A:80,proxyport=PORT"][..],
@@ -258,8 +248,7 @@ fn programs_tunnel_through_the_proxy_as_ssh_has_them() {
         let Some(mut child) = spawned(&host, program) else {
             continue;
         };
-        control.dialed(control.dial().id);
-        let (mut guest, ahead) = control.attached();
+        let (mut guest, ahead) = control.tunnel();
         assert!(ahead.is_empty());
         let (mut input, mut output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
         input.write_all(b"up").unwrap();
@@ -276,8 +265,7 @@ fn programs_tunnel_through_the_proxy_as_ssh_has_them() {
 
 #[test]
 fn an_upload_that_waits_for_its_100_is_told_to_go_on_only_if_it_is_carried() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let expecting = |name: &str| {
         format!(

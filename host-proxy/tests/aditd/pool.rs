@@ -10,8 +10,7 @@ use crate::host::{Answer, Control, Host, Port};
 use crate::server::{Then, get, ok, serve, two, until};
 
 fn started(more: &str) -> (Host, Vec<Port>) {
-    let (mut host, ports) = Host::new(&[("a", 3)], more);
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], more);
     (host, ports)
 }
 

@@ -30,15 +30,13 @@ pub fn drained(stream: &mut UnixStream) -> bool {
 
 #[test]
 fn a_tunnel_gets_bytes_sent_before_the_answer_and_outlives_aditd() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (mut host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut client = host.proxy();
     client
         .write_all(b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\nahead")
         .unwrap();
-    control.dialed(control.dial().id);
-    let (mut guest, prefix) = control.attached();
+    let (mut guest, prefix) = control.tunnel();
     assert_eq!(prefix, b"ahead");
     assert!(head(&mut client).starts_with("HTTP/1.1 200 "));
     host.kill();
@@ -53,8 +51,7 @@ fn a_tunnel_gets_bytes_sent_before_the_answer_and_outlives_aditd() {
 
 #[test]
 fn an_absolute_form_request_reaches_the_guest_without_the_hops_headers() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut client = host.proxy();
     client
@@ -63,8 +60,7 @@ fn an_absolute_form_request_reaches_the_guest_without_the_hops_headers() {
               Proxy-Authorization: Basic eA==\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
         )
         .unwrap();
-    control.dialed(control.dial().id);
-    let (mut guest, _) = control.attached();
+    let (mut guest, _) = control.tunnel();
     let got = head(&mut guest).to_lowercase();
     assert!(got.starts_with("post /?q=1 http/1.1\r\n"), "{got}");
     assert!(
@@ -89,15 +85,13 @@ fn an_absolute_form_request_reaches_the_guest_without_the_hops_headers() {
 
 #[test]
 fn r71_a_client_that_leaves_ends_its_stream() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut client = host.proxy();
     client
         .write_all(b"GET http://a/never HTTP/1.1\r\nHost: a\r\n\r\n")
         .unwrap();
-    control.dialed(control.dial().id);
-    let (mut guest, _) = control.attached();
+    let (mut guest, _) = control.tunnel();
     head(&mut guest);
     // As with curl --max-time: the guest has not answered, and nobody waits for it any more.
     drop(client);
@@ -106,8 +100,7 @@ fn r71_a_client_that_leaves_ends_its_stream() {
 
 #[test]
 fn r71_a_client_that_leaves_during_a_dial_cancels_it() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut client = host.proxy();
     client
@@ -120,8 +113,7 @@ fn r71_a_client_that_leaves_during_a_dial_cancels_it() {
 
 #[test]
 fn r62_a_port_process_of_another_cid_is_not_this_vms() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let _control = ports[0].connected_as(4);
     let vm = host.until("the fault is shown", |h| {
         let vm = h.get("/v1/vms/a");
@@ -137,8 +129,7 @@ fn r62_a_port_process_of_another_cid_is_not_this_vms() {
 
 #[test]
 fn r72_control_characters_in_a_guests_text_do_not_reach_the_terminal() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut client = host.proxy();
     client
@@ -162,8 +153,7 @@ fn r72_control_characters_in_a_guests_text_do_not_reach_the_terminal() {
 
 #[test]
 fn r64_a_plain_port_refuses_an_invalid_second_port() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "");
     for port in ["0", "65536", "+80", "080"] {
         let mut client = host.proxy();
         write!(
@@ -177,15 +167,13 @@ fn r64_a_plain_port_refuses_an_invalid_second_port() {
 
 #[test]
 fn a_stop_lets_a_running_request_finish() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (mut host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut client = host.proxy();
     client
         .write_all(b"GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n")
         .unwrap();
-    control.dialed(control.dial().id);
-    let (mut guest, _) = control.attached();
+    let (mut guest, _) = control.tunnel();
     head(&mut guest);
     host.terminate();
     host.until("it stops", |h| {

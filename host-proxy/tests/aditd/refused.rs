@@ -27,8 +27,7 @@ fn upload(target: &str, fields: &str) -> Vec<u8> {
 
 #[test]
 fn a_refused_upload_hears_why() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let _control = ports[0].connected();
     for (target, fields, status) in [
         ("http://nobody/", "", 404),
@@ -50,8 +49,7 @@ fn a_refused_upload_hears_why() {
 
 #[test]
 fn a_refused_upload_hears_why_where_its_client_has_all_that_it_may() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "[limits]\nconnections_per_client = 1");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "[limits]\nconnections_per_client = 1");
     let _held = host.proxy();
     let answer = ask(host.proxy(), &upload("http://nobody/", ""));
     assert_eq!(answer.status, 503);
@@ -60,8 +58,7 @@ fn a_refused_upload_hears_why_where_its_client_has_all_that_it_may() {
 
 #[test]
 fn a_refused_chunked_upload_hears_why_and_so_does_one_that_breaks_its_chunks() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let chunks = format!("10000\r\n{}\r\n", "x".repeat(0x10000)).repeat(MANY >> 16);
     let head = "HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
@@ -70,8 +67,7 @@ fn a_refused_chunked_upload_hears_why_and_so_does_one_that_breaks_its_chunks() {
     let request = format!("POST http://a/ {head}zz\r\n{chunks}0\r\n\r\n");
     let client = host.proxy();
     let asked = std::thread::spawn(move || ask(client, request.as_bytes()));
-    control.dialed(control.dial().id);
-    let (mut guest, _) = control.attached();
+    let (mut guest, _) = control.tunnel();
     let _ = guest.read_to_end(&mut Vec::new());
     let answer = asked.join().unwrap();
     assert_eq!(answer.status, 400);
@@ -80,8 +76,7 @@ fn a_refused_chunked_upload_hears_why_and_so_does_one_that_breaks_its_chunks() {
 
 #[test]
 fn a_client_that_never_ends_its_upload_is_not_listened_to_for_ever() {
-    let (mut host, _ports) = Host::new(&[], "[limits]\nconnections_per_client = 1");
-    host.start();
+    let (host, _ports) = Host::serving(&[], "[limits]\nconnections_per_client = 1");
     let mut client = host.proxy();
     client
         .write_all(b"POST http://nobody/ HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nx")
@@ -123,8 +118,7 @@ fn curl(host: &Host, args: &[&str], input: &[u8]) -> Option<(bool, String)> {
 
 #[test]
 fn curl_prints_why_its_upload_is_refused() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "");
     let body = vec![b'x'; MANY];
     for more in [
         &["--data-binary", "@-"][..],
@@ -149,8 +143,7 @@ fn curl_prints_why_its_upload_is_refused() {
 
 #[test]
 fn a_target_that_clients_send_and_uris_do_not_have_is_carried_as_browsers_spell_it() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     for (target, carried) in [
         (&b"http://a/?q=\"x\""[..], "/?q=%22x%22"),
@@ -164,8 +157,7 @@ fn a_target_that_clients_send_and_uris_do_not_have_is_carried_as_browsers_spell_
         client
             .write_all(&[b"GET ", target, b" HTTP/1.1\r\nHost: a\r\n\r\n"].concat())
             .unwrap();
-        control.dialed(control.dial().id);
-        let (mut guest, _) = control.attached();
+        let (mut guest, _) = control.tunnel();
         let got = head(&mut guest);
         assert!(
             got.starts_with(&format!("GET {carried} HTTP/1.1\r\n")),
@@ -176,8 +168,7 @@ fn a_target_that_clients_send_and_uris_do_not_have_is_carried_as_browsers_spell_
 
 #[test]
 fn a_target_that_names_no_host_hears_which_byte_is_wrong() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "");
     for (target, why) in [
         ("http://a\"b/", "`\"`"),
         ("http://a|b/", "`|`"),
@@ -201,8 +192,7 @@ fn a_target_that_names_no_host_hears_which_byte_is_wrong() {
 
 #[test]
 fn options_for_a_whole_server_is_the_servers_and_for_the_proxy_its_own() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     for (target, carried) in [
         ("http://a", "*"),
@@ -212,8 +202,7 @@ fn options_for_a_whole_server_is_the_servers_and_for_the_proxy_its_own() {
     ] {
         let mut client = host.proxy();
         write!(client, "OPTIONS {target} HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
-        control.dialed(control.dial().id);
-        let (mut guest, _) = control.attached();
+        let (mut guest, _) = control.tunnel();
         let got = head(&mut guest);
         assert!(
             got.starts_with(&format!("OPTIONS {carried} HTTP/1.1\r\n")),
@@ -232,8 +221,7 @@ fn options_for_a_whole_server_is_the_servers_and_for_the_proxy_its_own() {
 
 #[test]
 fn a_host_name_knows_no_case() {
-    let (mut host, ports) = Host::new(&[("web-1", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("web-1", 3)], "");
     let control = ports[0].connected();
     for request in [
         "GET http://WEB-1/ HTTP/1.1\r\nHost: WEB-1\r\n\r\n",
@@ -250,16 +238,14 @@ fn a_host_name_knows_no_case() {
 
 #[test]
 fn an_answer_may_have_many_header_fields() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     for (fields, status) in [(500, 200), (2000, 502)] {
         let mut client = host.proxy();
         client
             .write_all(b"GET http://a/ HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
             .unwrap();
-        control.dialed(control.dial().id);
-        let (mut guest, _) = control.attached();
+        let (mut guest, _) = control.tunnel();
         head(&mut guest);
         let cookies = "Set-Cookie: a=b\r\n".repeat(fields);
         write!(
@@ -280,8 +266,7 @@ fn an_answer_may_have_many_header_fields() {
 /// A library that sends all before it reads.
 #[test]
 fn pythons_client_hears_why_its_upload_is_refused() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "");
     let to = host.proxy().peer_addr().unwrap();
     const SCRIPT: &str = "import http.client, sys\n\
         for path in ['http://nobody/', 'http://a:81/', '/']:\n\
@@ -304,8 +289,7 @@ fn pythons_client_hears_why_its_upload_is_refused() {
 
 #[test]
 fn the_operators_upload_that_is_too_large_hears_why() {
-    let (mut host, _ports) = Host::new(&[], "[metrics]\nlisten = \"127.0.0.1:0\"");
-    host.start();
+    let (host, _ports) = Host::serving(&[], "[metrics]\nlisten = \"127.0.0.1:0\"");
     let request = upload("/v1/goals", "");
     let mut operator = host.operator();
     operator.write_all(&request).unwrap();

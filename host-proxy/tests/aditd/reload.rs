@@ -66,8 +66,7 @@ fn sighup_adds_removes_and_changes_vms_and_the_process_goes_on() {
 
 #[test]
 fn a_configuration_with_a_mistake_changes_nothing_and_is_shown_with_its_reason() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let _a = ports[0].connected();
     let status = host.reload(|old| old + &section("b", 4, "") + &section("c", 5, "alow = [80]"));
     for said in [status["error"].as_str().unwrap(), &host.log()] {
@@ -92,8 +91,7 @@ fn a_configuration_with_a_mistake_changes_nothing_and_is_shown_with_its_reason()
 
 #[test]
 fn what_takes_a_restart_is_named_and_left_as_it_is() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let _a = ports[0].connected();
     let status = host.reload(|old| {
         old.replace("listen = \"127.0.0.1:0\"", "listen = \"127.0.0.1:1\"")
@@ -111,8 +109,7 @@ fn what_takes_a_restart_is_named_and_left_as_it_is() {
 
 #[test]
 fn a_vm_that_is_held_by_its_vmm_stays_and_one_of_the_api_is_not_the_files_to_have() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let a = ports[0].connected();
     a.say(&Message::Held(adit_port::control::Held {}), None);
     host.until("it is held", |h| h.get("/v1/vms/a")["held_by"].as_u64());
@@ -165,8 +162,7 @@ fn what_could_not_be_done_of_the_file_is_shown() {
 
 #[test]
 fn a_file_that_is_no_file_or_has_nothing_in_it_is_refused_and_aditd_goes_on() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "");
     // An editor that has just begun, or a full disk.
     let status = host.reload(|_| String::new());
     assert!(status["error"].to_string().contains("empty"), "{status}");

@@ -171,8 +171,7 @@ fn served(control: &Control, mut client: TcpStream) {
     client
         .write_all(b"GET http://a/ HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         .unwrap();
-    control.dialed(control.dial().id);
-    let (mut guest, _) = control.attached();
+    let (mut guest, _) = control.tunnel();
     head(&mut guest);
     guest.write_all(OK).unwrap();
     let mut said = Vec::new();
@@ -182,8 +181,7 @@ fn served(control: &Control, mut client: TcpStream) {
 
 #[test]
 fn r65_what_two_readers_could_read_differently_is_refused_however_it_comes() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     for (request, status) in corpus() {
         let bytes = request.as_bytes();
@@ -200,8 +198,7 @@ fn r65_what_two_readers_could_read_differently_is_refused_however_it_comes() {
 
 #[test]
 fn r65_what_is_behind_an_answered_request_is_refused_after_the_answer() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     for behind in [
         "GET http://a/2 HTTP/1.1\nHost: a\n\n",
@@ -214,8 +211,7 @@ fn r65_what_is_behind_an_answered_request_is_refused_after_the_answer() {
             .write_all((first.to_owned() + behind).as_bytes())
             .unwrap();
         client.shutdown(std::net::Shutdown::Write).unwrap();
-        control.dialed(control.dial().id);
-        let (mut guest, _) = control.attached();
+        let (mut guest, _) = control.tunnel();
         assert!(head(&mut guest).starts_with("POST /1 "));
         let mut body = [0; 4];
         guest.read_exact(&mut body).unwrap();
@@ -232,8 +228,7 @@ fn r65_what_is_behind_an_answered_request_is_refused_after_the_answer() {
 
 #[test]
 fn r65_a_chunked_body_that_is_none_is_refused_and_has_no_end_in_the_guest() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     for chunks in CHUNKS {
         let mut client = host.proxy();
@@ -241,8 +236,7 @@ fn r65_a_chunked_body_that_is_none_is_refused_and_has_no_end_in_the_guest() {
             "POST http://a/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}"
         );
         client.write_all(request.as_bytes()).unwrap();
-        control.dialed(control.dial().id);
-        let (mut guest, _) = control.attached();
+        let (mut guest, _) = control.tunnel();
         let mut got = Vec::new();
         // It ends, or is broken off.
         let _ = guest.read_to_end(&mut got);
@@ -256,8 +250,7 @@ fn r65_a_chunked_body_that_is_none_is_refused_and_has_no_end_in_the_guest() {
 
 #[test]
 fn r66_what_follows_a_refused_connect_is_no_request() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let behind = "GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n".repeat(2000);
     for (named, status) in [("nobody:80", 404), ("a:81", 403), ("a:0", 400)] {
@@ -270,15 +263,13 @@ fn r66_what_follows_a_refused_connect_is_no_request() {
 
 #[test]
 fn r65_a_host_that_is_not_the_targets_is_replaced() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut client = host.proxy();
     client
         .write_all(b"GET http://a/ HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n")
         .unwrap();
-    control.dialed(control.dial().id);
-    let (mut guest, _) = control.attached();
+    let (mut guest, _) = control.tunnel();
     let got = head(&mut guest).to_lowercase();
     assert!(
         got.contains("\r\nhost: a\r\n") && !got.contains("169.254"),

@@ -66,8 +66,7 @@ fn state(step: &str, attempt: u64, state: &str) -> (String, u64, String) {
 
 #[test]
 fn a_task_is_pulled_reported_and_known_across_kills() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (mut host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut agent = control.agent();
     // The pull comes first, and waits.
@@ -149,8 +148,7 @@ fn r78_no_acknowledged_goal_is_lost_by_kills_at_any_time() {
 
 #[test]
 fn a_goal_that_is_sent_again_gets_the_same_answer_although_the_queue_is_full() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "[limits]\nqueued_per_vm = 3");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "[limits]\nqueued_per_vm = 3");
     let first = apply(&host, 1);
     assert_eq!(first.status, 200, "{}", first.body);
     let again = apply(&host, 1);
@@ -160,8 +158,7 @@ fn a_goal_that_is_sent_again_gets_the_same_answer_although_the_queue_is_full() {
 
 #[test]
 fn expired_tasks_no_longer_count_as_queued() {
-    let (mut host, _ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, _ports) = Host::serving(&[("a", 3)], "");
     host.until("a goal is accepted before its time is over", |h| {
         let soon = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(1);
         let answer = h.api("POST", "/v1/goals", &goal(1, &soon.to_string()));
@@ -177,8 +174,7 @@ fn expired_tasks_no_longer_count_as_queued() {
 
 #[test]
 fn r59_an_unprivileged_process_or_another_service_is_refused() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (_host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     for (from, service, status) in [
         (1024, "tasks", hello::Status::Denied),
@@ -195,8 +191,7 @@ fn r59_an_unprivileged_process_or_another_service_is_refused() {
 
 #[test]
 fn a_newer_agent_ends_the_older_one() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut older = control.agent();
     let mut newer = control.agent();
@@ -231,8 +226,7 @@ fn r75_silent_streams_of_one_guest_do_not_use_up_aditds_descriptors() {
 
 #[test]
 fn r104_reports_that_were_not_asked_for_change_nothing() {
-    let (mut host, ports) = Host::new(&[("a", 3), ("b", 4)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3), ("b", 4)], "");
     let mut a = ports[0].connected().agent();
     let mut b = ports[1].connected().agent();
     apply(&host, 1);
@@ -250,8 +244,7 @@ fn r104_reports_that_were_not_asked_for_change_nothing() {
 
 #[test]
 fn a_guests_clock_and_held_task_are_shown_and_a_guest_that_asks_gets_the_hosts_time() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let mut agent = ports[0].connected().agent();
     // An agent of the previous version does not report its clock.
     agent.say(WireKind::Report, 9, &report([9; 16], Outcome::Done));
@@ -307,8 +300,7 @@ fn r106_an_agent_that_is_replaced_leaves_no_descriptor_behind() {
     const HALF: usize = 64 << 10;
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard.min(8192).max(soft), hard).unwrap();
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let half = frame::encode(WireKind::Report as u16, 1, 9, 0, &vec![7_u8; 2 * HALF]).unwrap();
     let half = &half[..HALF];
@@ -340,8 +332,7 @@ fn r106_an_agent_that_is_replaced_leaves_no_descriptor_behind() {
 /// An agent that got a task and reports nothing may have lost the stream: its stream is ended, and the task handed out again.
 #[test]
 fn an_agent_that_reports_nothing_is_disconnected_and_the_next_one_gets_its_task() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut silent = control.agent();
     assert_eq!(apply(&host, 1).status, 200);
@@ -355,8 +346,7 @@ fn an_agent_that_reports_nothing_is_disconnected_and_the_next_one_gets_its_task(
 /// A paused VM's agent has a stream, but nobody serves it.
 #[test]
 fn r51_a_paused_vm_is_not_ready_and_becomes_ready_without_a_new_stream() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
     let mut agent = control.agent();
     agent.say(WireKind::Report, 9, &report([9; 16], Outcome::Done));

@@ -14,8 +14,7 @@ use crate::server::{get, next_head, ok, serve, until};
 const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
 
 fn started(more: &str) -> (Host, Vec<Port>, Control) {
-    let (mut host, ports) = Host::new(&[("a", 3)], more);
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], more);
     let control = ports[0].connected();
     (host, ports, control)
 }
