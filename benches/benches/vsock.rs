@@ -10,8 +10,9 @@ use adit_channel::carrier::{Carrier, RxPacket};
 use adit_channel::device::{GuestCid, HEADER_BYTES};
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, Shard};
-use adit_channel::sink::{Service, ServiceEvent, Sink, StreamIo};
+use adit_channel::sink::Sink;
 use adit_engine::{EngineConfig, Kind, Op, PacketHeader};
+use adit_testkit::service::{Drain, Echo};
 use adit_testkit::session::{Device, active_device};
 use adit_testkit::stream::GuestStream;
 use adit_testkit::{Driver, DriverConfig, VmMemory, memory};
@@ -137,27 +138,6 @@ fn bare_walk(mem: &VmMemory, queue: &mut virtio_queue::Queue) -> usize {
 }
 
 // ---- streams through port and shard
-
-struct Echo;
-
-impl Service for Echo {
-    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
-        if let ServiceEvent::Data(bytes) = event {
-            let n = io.write(bytes);
-            io.take(n);
-        }
-    }
-}
-
-struct Drain;
-
-impl Service for Drain {
-    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
-        if let ServiceEvent::Data(bytes) = event {
-            io.take(bytes.len());
-        }
-    }
-}
 
 /// A guest's stream, connected to a sink on the host.
 struct Rig {

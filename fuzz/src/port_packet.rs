@@ -6,8 +6,9 @@ use std::sync::Arc;
 use adit_channel::device::{GuestCid, HOST_CID, WireHeader};
 use adit_channel::port::Notice;
 use adit_channel::shard::{News, PortIndex, Shard};
-use adit_channel::sink::{Service, ServiceEvent, Sink, StreamIo};
+use adit_channel::sink::Sink;
 use adit_engine::{EngineConfig, PacketHeader};
+use adit_testkit::service::Echo;
 use adit_testkit::session::{Device, active_device};
 use adit_testkit::{Driver, DriverConfig, VmMemory, memory};
 use arbitrary::{Result, Unstructured};
@@ -20,17 +21,6 @@ thread_local! {
 const HOST_PORT: u32 = 741;
 const PACKETS_MAX: usize = 200;
 const STREAMS: u32 = 16;
-
-struct Echo;
-
-impl Service for Echo {
-    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
-        if let ServiceEvent::Data(bytes) = event {
-            let n = io.write(bytes);
-            io.take(n);
-        }
-    }
-}
 
 pub fn run(data: &[u8]) {
     let mut u = Unstructured::new(data);

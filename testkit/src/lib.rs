@@ -12,6 +12,7 @@
 //! - [`queue`]: the driver's side of one split virtqueue, down to raw descriptors for hostile tests.
 //! - [`driver`]: both queues of a virtio-vsock driver.
 //! - [`session`]: the device as a carrier whose session begins.
+//! - [`service`]: services of the host, for the other end of its streams.
 //! - [`stream`]: the guest's side of one connection: credit, fwd_cnt, half-close.
 //!
 //! What it is **not**: a model of the guest kernel's sockets. A real guest is booted in `tests/`.
@@ -19,6 +20,7 @@
 pub mod driver;
 pub mod memory;
 pub mod queue;
+pub mod service;
 pub mod session;
 pub mod stream;
 

@@ -23,6 +23,7 @@ use adit_channel::shard::{News, Shard};
 use adit_channel::sink::{Service, ServiceEvent, Sink, StreamIo};
 use adit_channel::vhost_user::{VhostUserCarrier, VhostUserConfig};
 use adit_engine::{EngineConfig, StreamId};
+use adit_testkit::service::{Drain, Echo};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
@@ -233,27 +234,6 @@ fn sink(uds: &Path, port: u32) -> std::io::Result<Sink> {
             Sink::Fd(UnixStream::connect(path)?.into())
         }
     })
-}
-
-struct Echo;
-
-impl Service for Echo {
-    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
-        if let ServiceEvent::Data(bytes) = event {
-            let n = io.write(bytes);
-            io.take(n);
-        }
-    }
-}
-
-struct Drain;
-
-impl Service for Drain {
-    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
-        if let ServiceEvent::Data(bytes) = event {
-            io.take(bytes.len());
-        }
-    }
 }
 
 struct Source(Vec<u8>);

@@ -14,6 +14,7 @@ use adit_engine::{EngineConfig, Lane};
 use adit_ringbuf::Mapped;
 use adit_ringbuf::region::Features;
 use adit_ringbuf_io::attach::Bells;
+use adit_testkit::service::Echo;
 
 use super::{BULK, SMALL};
 
@@ -257,18 +258,6 @@ impl Service for Asker {
         stamp(&mut self.message, self.asked);
         self.asked += 1;
         io.write(&self.message);
-    }
-}
-
-/// Echoes.
-struct Echo;
-
-impl Service for Echo {
-    fn on_event(&mut self, event: ServiceEvent<'_>, io: &mut StreamIo<'_>) {
-        if let ServiceEvent::Data(bytes) = event {
-            let n = io.write(bytes);
-            io.take(n);
-        }
     }
 }
 
