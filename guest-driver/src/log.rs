@@ -4,11 +4,13 @@
 //! second line or a terminal sequence. A line that cannot be written is dropped: logging never stops the agent.
 //! Events that a client can cause as often as it likes get one line a second (`BY_PEERS`), with a count of the others.
 
-use std::error::Error;
 use std::fmt::{Display, Write as _};
 use std::io::Write as _;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+/// An error and what caused it, as one value.
+pub use adit_print::with_causes as chain;
 
 /// Most bytes of one value; the rest is cut and marked.
 const VALUE_MAX: usize = 512;
@@ -41,12 +43,6 @@ pub fn event(name: &str, fields: &[(&str, &dyn Display)]) {
         }
     }
     let _ = std::io::stderr().lock().write_all(line.as_bytes());
-}
-
-/// An error and what caused it, as one value.
-pub fn chain(error: &dyn Error) -> String {
-    let causes = std::iter::successors(error.source(), |&e| e.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Whether a line may be written now, and how many were left out before it.

@@ -92,14 +92,19 @@ pub fn failed(program: &str, error: &(dyn std::error::Error + 'static)) -> ExitC
     if let Some(PrintError::Closed) = error.downcast_ref() {
         return ExitCode::from(CLOSED_PIPE);
     }
-    let mut text = format!("{program}: {error}");
+    note(format_args!("{program}: {}", with_causes(error)));
+    ExitCode::FAILURE
+}
+
+/// An error and its causes, in one line.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(e) = cause {
         text.push_str(&format!(": {e}"));
         cause = e.source();
     }
-    note(text);
-    ExitCode::FAILURE
+    text
 }
 
 /// Reads the command line.

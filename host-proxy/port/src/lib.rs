@@ -32,15 +32,3 @@ pub mod rings;
 pub mod sandbox;
 #[cfg(feature = "vmm")]
 pub mod vmm;
-
-/// An error and its causes in one line.
-#[cfg(feature = "shell")]
-pub(crate) fn chain(e: &dyn std::error::Error) -> String {
-    let mut text = e.to_string();
-    let mut source = e.source();
-    while let Some(e) = source {
-        text += &format!(": {e}");
-        source = e.source();
-    }
-    text
-}

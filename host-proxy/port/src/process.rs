@@ -25,10 +25,10 @@ use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::Sink;
 use adit_engine::{EngineConfig, ResetReason, StreamId, Tick};
 use adit_names::VmId;
+use adit_print::with_causes;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, accept4, socketpair};
 
-use crate::chain;
 use crate::control::{DIALS_MAX, Dial, Dialed, Incoming, RING_PEER_PORT, Status};
 use crate::control_io::{ControlError, Message, receive, send_all};
 use crate::keep::Keeping;
@@ -308,7 +308,7 @@ impl<C: Carrier> Process<C> {
                 Err(e) if e.would_block() => return,
                 // The peer closed without reading our frames. The kernel reports that once, before the frames that the peer sent.
                 Err(ControlError::Io(e)) if e.kind() == io::ErrorKind::ConnectionReset => {}
-                Err(e) => return self.disconnect(&chain(&e)),
+                Err(e) => return self.disconnect(&with_causes(&e)),
             }
         }
     }
@@ -342,7 +342,7 @@ impl<C: Carrier> Process<C> {
                 }
                 Err(e) => {
                     // Our own fault, so sending again would not help.
-                    tracing::error!(error = %chain(&e), "frame not sent");
+                    tracing::error!(error = %with_causes(&e), "frame not sent");
                     aditd.outbox.pop_front();
                 }
             }

@@ -19,6 +19,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use adit_channel::ring::{self, RingBells, RingCarrier, RingError};
 use adit_names::VmId;
 use adit_passed::Passed;
+use adit_print::with_causes;
 use adit_ringbuf::region::RegionError;
 use adit_ringbuf::{Mapped, RingMem};
 use adit_ringbuf_io::attach::{self, Bells, Code, Socket};
@@ -28,7 +29,6 @@ use adit_ringbuf_io::passed;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::chain;
 use crate::control::RING_FDS;
 
 /// How long a VMM may take for each of its messages.
@@ -291,7 +291,7 @@ impl RingSockets {
             return;
         }
         if let Err(e) = self.take_up(left) {
-            tracing::error!(error = %chain(&*e), "the predecessor's ring cannot be used");
+            tracing::error!(error = %with_causes(&*e), "the predecessor's ring cannot be used");
         }
     }
 
@@ -410,7 +410,7 @@ impl RingSockets {
         socket.answer_within(SAY_LIMIT)?;
         match self.converse(socket) {
             Ok(attached) => self.attached = Some(attached),
-            Err(e) => tracing::warn!(error = %chain(&*e), "ring refused"),
+            Err(e) => tracing::warn!(error = %with_causes(&*e), "ring refused"),
         }
         Ok(())
     }
@@ -437,7 +437,7 @@ impl RingSockets {
         let (id, epoch) = match made {
             Ok(made) => made,
             Err(e) => {
-                offered.refuse(Code::Memory, &chain(&e))?;
+                offered.refuse(Code::Memory, &with_causes(&e))?;
                 return Err(e.into());
             }
         };
@@ -455,7 +455,7 @@ impl RingSockets {
 
     fn attached_speaks(&mut self) {
         if let Some((socket, id)) = self.attached.take() {
-            self.out.detach(id, &chain(&socket.wait()));
+            self.out.detach(id, &with_causes(&socket.wait()));
         }
     }
 
@@ -468,11 +468,11 @@ impl RingSockets {
                 Ok(Some(given)) => {
                     self.client_gone("another VMM connected");
                     if let Err(e) = self.give(given) {
-                        tracing::warn!(error = %chain(&*e), "cannot make a ring for the ivshmem client");
+                        tracing::warn!(error = %with_causes(&*e), "cannot make a ring for the ivshmem client");
                     }
                 }
                 Err(ivshmem::IvshmemError::Io(e)) => return Err(e),
-                Err(e) => tracing::warn!(error = %chain(&e), "ivshmem client refused"),
+                Err(e) => tracing::warn!(error = %with_causes(&e), "ivshmem client refused"),
             }
         }
     }
@@ -481,7 +481,7 @@ impl RingSockets {
         match self.ivshmem.look() {
             Ok(Alive::Yes) => {}
             Ok(Alive::No) => self.client_gone("its VMM is gone"),
-            Err(e) => self.client_gone(&chain(&e)),
+            Err(e) => self.client_gone(&with_causes(&e)),
         }
     }
 

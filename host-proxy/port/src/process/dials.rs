@@ -10,9 +10,9 @@ use adit_channel::sink::Sink;
 use adit_engine::{Lane, Tick};
 
 use super::{Asked, Process};
-use crate::chain;
 use crate::control::{Attach, DIALS_MAX, Dial, DialError, DialFailed, PREFIX_MAX, Target};
 use crate::control_io::Message;
+use adit_print::with_causes;
 
 /// The lane of dialled streams. Round trips are measured on it too.
 pub(super) const LANE: Lane = Lane::Bulk;
@@ -138,7 +138,7 @@ pub(super) fn failed(id: u64, error: &dial::DialError) -> DialFailed {
     };
     let text = match error {
         dial::DialError::HelloRefused(refuse) => refuse.text.clone(),
-        other => chain(other),
+        other => with_causes(other),
     };
     DialFailed {
         id,
