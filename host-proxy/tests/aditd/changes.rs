@@ -191,6 +191,8 @@ fn has_noticed(host: &Host) {
 
 /// Keeps aditd from writing to its database.
 fn locked(host: &Host) -> rusqlite::Connection {
+    // It answers once it has read its VMs; without them it would end.
+    host.get("/v1/vms");
     let db = rusqlite::Connection::open(host.state_dir().join("aditd.db")).unwrap();
     db.execute_batch("BEGIN IMMEDIATE").unwrap();
     db
