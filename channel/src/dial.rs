@@ -93,42 +93,70 @@ impl DialError {
     }
 }
 
-/// An unfinished dial.
+/// An unfinished dial: everything about it that is not its stream's.
 #[derive(Debug)]
 pub(crate) struct Dial {
     open: Option<Open>,
-    answer: Vec<u8>,
+    deadline: Option<Tick>,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    /// The guest has not answered.
+    Requesting,
+    /// Connected; this much of the hello's answer is here.
+    Hello { answer: Vec<u8> },
 }
 
 impl Dial {
     pub(crate) fn new(request: DialRequest) -> Self {
         Self {
             open: request.hello,
-            answer: Vec::new(),
+            deadline: request.deadline,
+            state: State::Requesting,
         }
     }
 
-    /// The bytes to send when the stream is connected. `None` if there is no hello; then the dial is complete.
-    pub(crate) fn open(&self) -> Option<Vec<u8>> {
-        Some(Hello::Open(self.open.clone()?).encode())
+    /// By when it must be complete.
+    pub(crate) fn deadline(&self) -> Option<Tick> {
+        self.deadline
+    }
+
+    /// The stream is connected. Returns the bytes to send; `None` if there is no hello: then the dial is complete.
+    pub(crate) fn connected(&mut self) -> Option<Vec<u8>> {
+        let open = self.open.clone()?;
+        self.state = State::Hello { answer: Vec::new() };
+        Some(Hello::Open(open).encode())
+    }
+
+    /// Returns true if the stream is connected: its bytes are the answer to the hello.
+    pub(crate) fn is_in_hello(&self) -> bool {
+        matches!(self.state, State::Hello { .. })
     }
 
     /// Number of bytes of the answer that are known to be missing. Never more than belong to it.
     pub(crate) fn wants(&self) -> usize {
-        let Some(prefix) = self.answer.first_chunk::<PREFIX_LEN>() else {
-            return PREFIX_LEN - self.answer.len();
+        let State::Hello { answer } = &self.state else {
+            return 0;
+        };
+        let Some(prefix) = answer.first_chunk::<PREFIX_LEN>() else {
+            return PREFIX_LEN - answer.len();
         };
         let tail = Prefix::parse(prefix).map_or(0, |p| p.tail_len().min(TAIL_MAX));
-        PREFIX_LEN + tail - self.answer.len()
+        PREFIX_LEN + tail - answer.len()
     }
 
     /// Takes the next bytes, at most [`wants`](Self::wants) of them. Returns `None` if more bytes are needed.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> Option<Result<Accept, DialError>> {
-        self.answer.extend_from_slice(bytes);
-        if self.answer.len() < PREFIX_LEN {
-            return foreign_start(&self.answer).map(|e| Err(DialError::Foreign(e)));
+        let State::Hello { answer } = &mut self.state else {
+            return None;
+        };
+        answer.extend_from_slice(bytes);
+        if answer.len() < PREFIX_LEN {
+            return foreign_start(answer).map(|e| Err(DialError::Foreign(e)));
         }
-        let (head, tail) = self.answer.split_first_chunk::<PREFIX_LEN>()?;
+        let (head, tail) = answer.split_first_chunk::<PREFIX_LEN>()?;
         let prefix = match Prefix::parse(head) {
             Ok(prefix) if tail.len() < prefix.tail_len() => return None,
             Ok(prefix) => prefix,
@@ -181,13 +209,35 @@ mod tests {
     use super::*;
     use crate::hello::{Common, Status};
 
-    fn dial() -> Dial {
+    fn requested(hello: Option<Open>) -> Dial {
         Dial::new(DialRequest {
             port: hello::PORT,
-            hello: Some(Open::new("tcp:80".parse().unwrap(), Common::default())),
+            hello,
             deadline: None,
             lane: Lane::Bulk,
         })
+    }
+
+    fn open() -> Open {
+        Open::new("tcp:80".parse().unwrap(), Common::default())
+    }
+
+    /// One that waits for the answer to its hello.
+    fn dial() -> Dial {
+        let mut dial = requested(Some(open()));
+        assert!(dial.connected().is_some());
+        dial
+    }
+
+    #[test]
+    fn a_dial_is_requested_then_in_its_hello_and_without_one_complete() {
+        let mut plain = requested(None);
+        assert_eq!((plain.connected(), plain.is_in_hello()), (None, false));
+        let mut dial = requested(Some(open()));
+        // Bytes before the stream is connected are no answer.
+        assert!(!dial.is_in_hello() && dial.wants() == 0 && dial.push(b"SSH-").is_none());
+        assert_eq!(dial.connected(), Some(Hello::Open(open()).encode()));
+        assert!(dial.is_in_hello() && dial.wants() == PREFIX_LEN);
     }
 
     /// Feeds bytes as `Port` does, never more than wanted. Returns the outcome and the bytes that are left.

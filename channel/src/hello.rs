@@ -22,7 +22,7 @@
 //! | 51 | 1 | lane | |
 //! | 52 | 4 | deadline, ms, 0 = none | |
 //! | 56 | 8 | reserved, zero | |
-//! | 64 | … | service name, then TLVs {type u16, len u16, value}; type bit 15 = critical | |
+//! | 64 | … | service name, then TLVs {type u16, len u16, value}; type bit 15 = critical | [`Extensions`] in an open |
 //!
 //! All fields are little-endian. [`Prefix::parse`] reads the fixed 64 bytes and returns the length of the tail, so a
 //! reader never takes a byte that belongs to the service.
@@ -30,6 +30,12 @@
 use adit_names::{NameError, ServiceName};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use tlv::Tlvs;
+
+mod tlv;
+
+pub use tlv::{ARGUMENTS_MAX, CALLER_MAX, Extensions, Opaque, TRACE_MAX, TooLong};
 
 /// The well-known port of both sides.
 pub const PORT: u32 = 741;
@@ -44,9 +50,6 @@ pub const TEXT_MAX: usize = 512;
 
 const MAGIC: [u8; 8] = *b"ADIT\r\n\x1a\n";
 const FORMAT: u8 = 1;
-const TLV_TEXT: u16 = 1;
-const TLV_ERRNO: u16 = 2;
-const TLV_CRITICAL: u16 = 0x8000;
 
 /// Why bytes are not a hello. Always the peer's fault.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -158,6 +161,8 @@ pub struct Open {
     pub lane: u8,
     /// Time that the dialler waits for the answer, in milliseconds; 0 = no limit.
     pub deadline_ms: u32,
+    /// What the service is told beside its name.
+    pub extensions: Extensions,
 }
 
 impl Open {
@@ -170,6 +175,7 @@ impl Open {
             service,
             lane: 1,
             deadline_ms: 0,
+            extensions: Extensions::default(),
         }
     }
 }
@@ -300,25 +306,13 @@ impl Prefix {
         if tail.len() != usize::from(raw.tail_len.get()) {
             return Err(malformed(tail.len()));
         }
-        let (name, mut rest) = tail
-            .split_at_checked(raw.name_len.into())
-            .ok_or(malformed(0))?;
-        let (mut text, mut errno) = (String::new(), 0);
-        while !rest.is_empty() {
-            let at = tail.len() - rest.len();
-            let (head, after) = rest.split_at_checked(4).ok_or(malformed(at))?;
-            let tlv = u16::from_le_bytes([head[0], head[1]]);
-            let (value, after) = after
-                .split_at_checked(u16::from_le_bytes([head[2], head[3]]).into())
-                .ok_or(malformed(at))?;
-            match (tlv & !TLV_CRITICAL, value) {
-                (TLV_TEXT, _) => text = String::from_utf8_lossy(value).into_owned(),
-                (TLV_ERRNO, &[a, b]) => errno = u16::from_le_bytes([a, b]),
-                _ if tlv & TLV_CRITICAL != 0 => return Err(HelloError::Critical { tlv }),
-                _ => {}
-            }
-            rest = after;
-        }
+        let name_len = usize::from(raw.name_len);
+        let name = tail.get(..name_len).ok_or(malformed(0))?;
+        let Tlvs {
+            text,
+            errno,
+            extensions,
+        } = Tlvs::parse(tail, name_len, raw.kind == 1)?;
         let common = Common {
             features: raw.features.get(),
             epoch: raw.epoch.get(),
@@ -334,6 +328,7 @@ impl Prefix {
                     .parse()?,
                 lane: raw.lane,
                 deadline_ms: raw.deadline_ms.get(),
+                extensions,
             }),
             2 => Hello::Accept(Accept {
                 common,
@@ -369,6 +364,7 @@ impl Hello {
             Self::Open(o) => {
                 (kind, name, lane, deadline) = (1, o.service.as_str(), o.lane, o.deadline_ms);
                 versions = (o.version_min, o.version_max);
+                o.extensions.put_into(&mut tail);
                 &o.common
             }
             Self::Accept(a) => {
@@ -381,9 +377,9 @@ impl Hello {
                 while !r.text.is_char_boundary(end) {
                     end -= 1;
                 }
-                tlv(&mut tail, TLV_TEXT, &r.text.as_bytes()[..end]);
+                tlv::put(&mut tail, tlv::TEXT, &r.text.as_bytes()[..end]);
                 if r.errno != 0 {
-                    tlv(&mut tail, TLV_ERRNO, &r.errno.to_le_bytes());
+                    tlv::put(&mut tail, tlv::ERRNO, &r.errno.to_le_bytes());
                 }
                 &r.common
             }
@@ -392,7 +388,7 @@ impl Hello {
             magic: MAGIC,
             format: FORMAT,
             kind,
-            // Both lengths fit: a name has at most 64 bytes, a text at most TEXT_MAX.
+            // Both lengths fit: a name has at most 64 bytes, and `tlv` checks the sum of all others.
             tail_len: U16::new((name.len() + tail.len()) as u16),
             version_min: U16::new(versions.0),
             version_max: U16::new(versions.1),
@@ -407,12 +403,6 @@ impl Hello {
         };
         [raw.as_bytes(), name.as_bytes(), &tail].concat()
     }
-}
-
-fn tlv(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    out.extend_from_slice(&kind.to_le_bytes());
-    out.extend_from_slice(&(value.len() as u16).to_le_bytes());
-    out.extend_from_slice(value);
 }
 
 /// Returns the highest version that both sides support, if any. It is the answer in an accept.

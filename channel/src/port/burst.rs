@@ -68,7 +68,7 @@ impl<C: Carrier> Port<C> {
         if again {
             return Turn::Again;
         }
-        let dial = self.deadlines.first_key_value().map(|((t, _), _)| *t);
+        let dial = self.deadlines.first().map(|(t, _)| *t);
         let rest = self.carrier.rest().map(|rest| {
             let ns = u64::try_from(rest.as_nanos()).unwrap_or(u64::MAX);
             Tick(now.0.saturating_add(ns))
@@ -273,11 +273,11 @@ impl<C: Carrier> Port<C> {
         let Some(Some(entry)) = self.entries.get(slot as usize) else {
             return;
         };
-        if matches!(entry.phase, super::Phase::Hello(_)) {
+        if matches!(entry.phase, super::Phase::Dialing(_)) {
             self.read_hello(now, slot);
         } else if entry.fd().is_none() {
             self.settle(now, slot);
-        } else if !entry.held.is_empty() {
+        } else if entry.is_behind() {
             self.watch_room(now, slot);
         }
     }
@@ -389,16 +389,16 @@ impl<C: Carrier> Port<C> {
     }
 
     fn expire_dials(&mut self, now: Tick) {
-        while let Some((&(deadline, slot), &stream)) = self.deadlines.first_key_value()
+        while let Some(&(deadline, slot)) = self.deadlines.first()
             && deadline <= now
         {
             self.deadlines.remove(&(deadline, slot));
-            self.give_up(now, stream);
+            let entry = self.entries.get(slot as usize).and_then(Option::as_ref);
+            if let Some(stream) = entry.map(|entry| entry.id) {
+                if self.fail_dial(stream, crate::dial::DialError::Timeout) {
+                    self.engine.reset(now, stream, ResetReason::Timeout);
+                }
+            }
         }
-    }
-
-    fn give_up(&mut self, now: Tick, stream: StreamId) {
-        self.fail_dial(stream, crate::dial::DialError::Timeout);
-        self.engine.reset(now, stream, ResetReason::Timeout);
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! from the guest:  RxPacket ──writev──► sink     bytes that it does not accept: `held`, within the stream's window
 //! to the guest:    `out`, then the sink ──readv──► TxSlot
+//! to the sink only: `greeting`, ahead of everything from the guest
 //! ```
 //! Rule: the bytes in `held` use credit that was really lent. The credit is returned (`consumed`) when the sink
 //! accepts them.
@@ -29,10 +30,8 @@ const KEEP_MAX: usize = 4096;
 
 /// The phase of a stream in the shell.
 pub(super) enum Phase {
-    /// The host dials, and the guest has not answered.
-    Requesting(Box<Dial>),
-    /// Connected; the hello is not complete.
-    Hello(Box<Dial>),
+    /// The host dials: the guest has not answered, or the hello is not complete.
+    Dialing(Box<Dial>),
     /// The guest dials, and the owner has not answered.
     Asked,
     /// Open. Without a sink it holds the bytes that arrive.
@@ -46,6 +45,8 @@ pub(super) struct Entry {
     pub(super) sink: Option<Sink>,
     /// Bytes from the guest that the sink has not accepted yet.
     pub(super) held: VecDeque<u8>,
+    /// Bytes for the sink that go before those of the guest. The guest lent no credit for them.
+    pub(super) greeting: VecDeque<u8>,
     /// Bytes for the guest that go before the sink's bytes.
     pub(super) out: VecDeque<u8>,
     /// The sink may have bytes to read.
@@ -108,6 +109,7 @@ impl Entry {
             phase,
             sink: None,
             held: VecDeque::new(),
+            greeting: VecDeque::new(),
             out: VecDeque::new(),
             readable: false,
             hung_up: false,
@@ -136,7 +138,12 @@ impl Entry {
 
     /// Returns true if bytes from the guest may be written to the sink together with those of later packets.
     pub(super) fn gathers(&self) -> bool {
-        self.is_open() && self.held.is_empty() && self.fd().is_some()
+        self.is_open() && !self.is_behind() && self.fd().is_some()
+    }
+
+    /// Returns true if bytes wait for the sink: later bytes go behind them.
+    pub(super) fn is_behind(&self) -> bool {
+        !self.held.is_empty() || !self.greeting.is_empty()
     }
 
     /// Moves `len` bytes of a packet to the sink, and holds the rest. Returns the number of bytes that the sink
@@ -147,7 +154,7 @@ impl Entry {
         len: u32,
         copied: Copied<'_>,
     ) -> Result<u32, DeliveryError> {
-        if !self.is_open() || !self.held.is_empty() {
+        if !self.is_open() || self.is_behind() {
             self.hold(packet, len, copied)?;
             return self.flush(copied).map_err(DeliveryError::Sink);
         }
@@ -228,14 +235,19 @@ impl Entry {
         read_chunks(len, read, |bytes| self.held.extend(bytes))
     }
 
-    /// Passes held bytes to the sink, as many as it accepts. Returns their number.
+    /// Passes held bytes to the sink, as many as it accepts, after the greeting. Returns their number.
     pub(super) fn flush(&mut self, copied: Copied<'_>) -> io::Result<u32> {
         let mut taken = 0;
         if !self.is_open() {
             return Ok(0);
         }
         match &mut self.sink {
-            Some(Sink::Fd(fd)) => taken = write_held(fd.as_fd(), &mut self.held)?,
+            Some(Sink::Fd(fd)) => {
+                write_held(fd.as_fd(), &mut self.greeting)?;
+                if self.greeting.is_empty() {
+                    taken = write_held(fd.as_fd(), &mut self.held)?;
+                }
+            }
             Some(Sink::Local(end)) if !self.held.is_empty() => {
                 let mut state = end.0.lock();
                 let n = state.room().min(self.held.len());
@@ -261,13 +273,14 @@ impl Entry {
             _ => {}
         }
         shrink(&mut self.held);
+        shrink(&mut self.greeting);
         // Windows are far below 4 GiB, so the sum fits.
         Ok(taken as u32)
     }
 
     /// Informs the sink, once, that the peer sends no more, after all bytes were delivered.
     pub(super) fn pass_on_end(&mut self) {
-        if !self.peer_done || self.end_passed_on || !self.held.is_empty() || !self.is_open() {
+        if !self.peer_done || self.end_passed_on || self.is_behind() || !self.is_open() {
             return;
         }
         match &mut self.sink {

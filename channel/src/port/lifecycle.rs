@@ -12,7 +12,7 @@ use super::entry::{self, Entry, Phase};
 use super::watch::Token;
 use super::{KEPT_MAX, LINGER_BYTES_MAX, LINGER_MAX, Linger, Notice, Port};
 use crate::carrier::Carrier;
-use crate::dial::DialError;
+use crate::dial::{Dial, DialError};
 use crate::hello::Accept;
 use crate::sink::Sink;
 
@@ -53,22 +53,33 @@ impl<C: Carrier> Port<C> {
         let Some(entry) = self.entry(stream) else {
             return;
         };
-        let phase = std::mem::replace(&mut entry.phase, Phase::Open);
-        let Phase::Requesting(dial) = phase else {
-            entry.phase = phase;
+        let Phase::Dialing(dial) = &mut entry.phase else {
             return;
         };
-        match dial.open() {
+        match dial.connected() {
             Some(hello) => {
                 entry.out.extend(hello);
-                entry.phase = Phase::Hello(dial);
                 self.settle(now, stream.slot());
                 // A foreign listener may have sent bytes first.
                 self.read_hello(now, stream.slot());
             }
-            None => {
-                self.deadlines.retain(|_, waiting| *waiting != stream);
-                self.dialed(now, stream, None);
+            None => self.dialed(now, stream, None),
+        }
+    }
+
+    /// Takes a dial out of its stream, which is open from now on, or about to be removed: the one place where a dial ends.
+    fn end_dial(&mut self, stream: StreamId) -> Option<Box<Dial>> {
+        let entry = self.entry(stream)?;
+        match std::mem::replace(&mut entry.phase, Phase::Open) {
+            Phase::Dialing(dial) => {
+                if let Some(deadline) = dial.deadline() {
+                    self.deadlines.remove(&(deadline, stream.slot()));
+                }
+                Some(dial)
+            }
+            other => {
+                entry.phase = other;
+                None
             }
         }
     }
@@ -81,10 +92,10 @@ impl<C: Carrier> Port<C> {
         let stream = entry.id;
         let mut taken = 0;
         let outcome = loop {
-            let Phase::Hello(dial) = &mut entry.phase else {
+            let Phase::Dialing(dial) = &mut entry.phase else {
                 return;
             };
-            if entry.held.is_empty() {
+            if entry.held.is_empty() || !dial.is_in_hello() {
                 break None;
             }
             let n = dial.wants().min(entry.held.len());
@@ -100,10 +111,8 @@ impl<C: Carrier> Port<C> {
             None => {}
             Some(Ok(accept)) => {
                 if let Some(entry) = self.entry(stream) {
-                    entry.phase = Phase::Open;
                     entry.ends_in_order = true;
                 }
-                self.deadlines.retain(|_, waiting| *waiting != stream);
                 self.dialed(now, stream, Some(accept));
             }
             Some(Err(error)) => {
@@ -114,6 +123,7 @@ impl<C: Carrier> Port<C> {
     }
 
     fn dialed(&mut self, now: Tick, stream: StreamId, accept: Option<Accept>) {
+        self.end_dial(stream);
         let Some(entry) = self.entry(stream) else {
             return;
         };
@@ -128,24 +138,21 @@ impl<C: Carrier> Port<C> {
         }
     }
 
-    /// Reports to the dialler that its dial failed. The caller must end the stream, whose end is then reported to no
-    /// one.
-    pub(super) fn fail_dial(&mut self, stream: StreamId, error: DialError) {
-        let Some(entry) = self.entry(stream) else {
-            return;
-        };
-        if !matches!(entry.phase, Phase::Requesting(_) | Phase::Hello(_)) {
-            return;
+    /// Reports to the dialler that its dial failed, if the stream is one that is dialled. The caller must then end the stream,
+    /// whose end is reported to no one.
+    pub(super) fn fail_dial(&mut self, stream: StreamId, error: DialError) -> bool {
+        if self.end_dial(stream).is_none() {
+            return false;
         }
-        let sink = entry.sink.take();
-        self.entries[stream.slot() as usize] = None;
-        self.deadlines.retain(|_, waiting| *waiting != stream);
-        match sink {
+        let slot = self.entries.get_mut(stream.slot() as usize);
+        let entry = slot.and_then(Option::take);
+        match entry.and_then(|entry| entry.sink) {
             Some(Sink::Local(end)) => end.close(None, error),
             Some(Sink::Fd(fd)) => entry::abort(fd),
             Some(Sink::Inline(_)) => {}
             None => self.notices.push_back(Notice::DialFailed { stream, error }),
         }
+        true
     }
 
     fn peer_shutdown(&mut self, now: Tick, stream: StreamId, how: How) {
@@ -154,7 +161,7 @@ impl<C: Carrier> Port<C> {
         };
         if matches!(how, How::Send | How::Both) {
             entry.peer_done = true;
-            if matches!(entry.phase, Phase::Hello(_)) {
+            if matches!(&entry.phase, Phase::Dialing(dial) if dial.is_in_hello()) {
                 // It ended before it answered the hello.
                 self.fail_dial(stream, DialError::Reset);
                 self.engine.reset(now, stream, ResetReason::Local);
@@ -220,7 +227,8 @@ impl<C: Carrier> Port<C> {
             Some(Sink::Fd(fd)) => {
                 self.watch.remove(fd.as_fd());
                 if complete {
-                    let held = std::mem::take(&mut entry.held);
+                    let mut held = std::mem::take(&mut entry.greeting);
+                    held.append(&mut entry.held);
                     self.linger(fd, held, entry.ends_in_order);
                 } else {
                     entry::abort(fd);
@@ -322,7 +330,7 @@ impl<C: Carrier> Port<C> {
         let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
             return;
         };
-        if entry.held.is_empty() || entry.room_watched {
+        if !entry.is_behind() || entry.room_watched {
             return;
         }
         let id = entry.id;
@@ -338,12 +346,12 @@ impl<C: Carrier> Port<C> {
         }
     }
 
-    /// The socket has room: pass on the held bytes. If none are held, stop asking for this report.
+    /// The socket has room: pass on the bytes that wait for it. If there are none, stop asking for this report.
     pub(super) fn room(&mut self, now: Tick, slot: u32) {
         let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
             return;
         };
-        if entry.held.is_empty()
+        if !entry.is_behind()
             && std::mem::take(&mut entry.room_watched)
             && let Some(fd) = entry.fd()
         {

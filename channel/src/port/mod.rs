@@ -26,7 +26,7 @@ mod wakers;
 mod wakeup_limit;
 pub(crate) mod watch;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -164,8 +164,8 @@ pub struct Port<C: Carrier> {
     /// The last burst had something to send, and no slot for it.
     starved: bool,
     entries: Vec<Option<Entry>>,
-    /// Deadlines of dials, soonest first.
-    deadlines: BTreeMap<(Tick, u32), StreamId>,
+    /// Deadlines of dials with their slots, soonest first: an index of what the [`Dial`]s of the entries say.
+    deadlines: BTreeSet<(Tick, u32)>,
     lingering: Vec<Option<Linger>>,
     notices: VecDeque<Notice>,
     /// Local ends to wake at the end of the burst.
@@ -208,7 +208,7 @@ impl<C: Carrier> Port<C> {
             wakers: Wakers::default(),
             starved: false,
             entries: Vec::new(),
-            deadlines: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
             lingering: Vec::new(),
             notices: VecDeque::new(),
             wakes: Vec::new(),
@@ -299,9 +299,9 @@ impl<C: Carrier> Port<C> {
             .engine
             .connect(now, request.port, Kind::Stream, request.lane)?;
         if let Some(deadline) = request.deadline {
-            self.deadlines.insert((deadline, stream.slot()), stream);
+            self.deadlines.insert((deadline, stream.slot()));
         }
-        let mut entry = Entry::new(stream, Phase::Requesting(Box::new(Dial::new(request))));
+        let mut entry = Entry::new(stream, Phase::Dialing(Box::new(Dial::new(request))));
         entry.sink = sink;
         self.insert(entry);
         Ok(stream)
@@ -335,6 +335,19 @@ impl<C: Carrier> Port<C> {
     /// Gives an open stream its sink, which replaces the present one. `prefix` goes to the guest before the sink's
     /// bytes. Returns false (and drops the sink) if the stream is gone or not open.
     pub fn attach(&mut self, now: Tick, stream: StreamId, sink: Sink, prefix: &[u8]) -> bool {
+        self.attach_greeted(now, stream, sink, prefix, &[])
+    }
+
+    /// As [`attach`](Self::attach), and `greeting` goes to the sink before any byte of the guest. Only a socket is greeted. If
+    /// this returns false, no byte of it was written.
+    pub fn attach_greeted(
+        &mut self,
+        now: Tick,
+        stream: StreamId,
+        sink: Sink,
+        prefix: &[u8],
+        greeting: &[u8],
+    ) -> bool {
         let Some(entry) = self.entry(stream) else {
             return false;
         };
@@ -353,10 +366,20 @@ impl<C: Carrier> Port<C> {
             entry.end_passed_on = false;
         }
         entry.out.extend(prefix);
+        if matches!(sink, Sink::Fd(_)) {
+            entry.greeting.extend(greeting);
+        }
         if matches!(old, Some(Sink::Fd(_))) {
             self.unwatch_sink(&old);
         }
         self.set_sink(now, stream, sink)
+    }
+
+    /// Returns true if the stream is there and open: [`attach`](Self::attach) finds it.
+    pub fn is_open(&self, stream: StreamId) -> bool {
+        let entry = self.entries.get(stream.slot() as usize);
+        let entry = entry.and_then(Option::as_ref);
+        entry.is_some_and(|e| e.id == stream && matches!(e.phase, Phase::Open))
     }
 
     /// Declares that the other side of a stream ends its sending before it closes. If it closes without that, the

@@ -515,3 +515,81 @@ fn a_spliced_stream_loses_nothing() {
         assert_eq!(server.join().unwrap(), b"before after");
     });
 }
+
+/// Dials with a greeting, whose client is `near`, and returns the guest's socket.
+fn greeted(pair: &mut Pair, sink: Sink, greeting: &[u8]) -> UnixStream {
+    let (far, far_sink) = socket();
+    let stream = pair.dial(1, None);
+    let theirs = pair.asked();
+    pair.accept(theirs, far_sink);
+    // The guest's first bytes are there before the client is.
+    { &far }.write_all(b"first").unwrap();
+    let accept = None;
+    pair.until(|p| p.heard[0].contains(&Notice::Dialed { stream, accept }));
+    let now = pair.a.now();
+    let port = pair.a.port_mut(HERE);
+    assert!(port.attach_greeted(now, stream, sink, b"ahead", greeting));
+    far
+}
+
+#[test]
+fn a_greeting_goes_to_the_socket_ahead_of_the_guests_bytes_and_costs_no_credit() {
+    let mut pair = Pair::new();
+    let (near, sink) = socket();
+    let far = greeted(&mut pair, sink, b"200 ");
+    let mut sent = b"first".to_vec();
+    let data = pattern(3, 1 << 20);
+    let mut flow = Flow::new(&far, &near, data.clone(), 4099);
+    sent.extend(&data);
+    pair.until(|_| flow.go() && flow.sent == data.len());
+    far.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut got = flow.got;
+    got.extend(read_to_end(&mut pair, &near));
+    assert!(got == [b"200 ", &sent[..]].concat());
+    near.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(read_to_end(&mut pair, &far), b"ahead");
+    pair.until(Pair::idle);
+}
+
+/// The client has not read what it was sent before: its socket accepts nothing when the greeting comes.
+#[test]
+fn a_greeting_that_does_not_fit_waits_for_room_and_nothing_overtakes_it() {
+    for ends_early in [true, false] {
+        let mut pair = Pair::new();
+        let (near, sink) = socket();
+        let Sink::Fd(fd) = &sink else { panic!() };
+        let before = UnixStream::from(fd.try_clone().unwrap());
+        before.set_nonblocking(true).unwrap();
+        let mut full = Vec::new();
+        while let Ok(n @ 1..) = { &before }.write(&[b'.'; 4096]) {
+            full.resize(full.len() + n, b'.');
+        }
+        let far = greeted(&mut pair, sink, &[b'g'; 5000]);
+        { &far }.write_all(b"second").unwrap();
+        if ends_early {
+            // The stream has ended before the client reads anything.
+            far.shutdown(std::net::Shutdown::Write).unwrap();
+            drop(before);
+            for _ in 0..50 {
+                pair.turn();
+            }
+        }
+        let mut got = Vec::<u8>::new();
+        pair.until(|_| {
+            let mut buf = [0; 1000];
+            if let Ok(n) = { &near }.read(&mut buf) {
+                got.extend(&buf[..n]);
+            }
+            got.len() >= full.len() + 5000 + 11
+        });
+        assert!(got[..full.len()] == full);
+        assert!(got[full.len()..][..5000] == [b'g'; 5000]);
+        assert_eq!(got[full.len() + 5000..], *b"firstsecond");
+        if !ends_early {
+            far.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+        near.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(read_to_end(&mut pair, &far), b"ahead");
+        pair.until(Pair::idle);
+    }
+}
