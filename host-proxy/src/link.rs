@@ -1,4 +1,12 @@
-//! aditd's end of a VM's control socket: dials, attachments, status.
+//! aditd's end of a VM's control socket: dials, status.
+//!
+//! A dial has the client's end with it ([`ClientEnd`]), and one answer: two crossings of the socket. While it is under way the
+//! port process may be greeting the client at any moment, so aditd says nothing to the client before it knows that the dial has
+//! failed. It knows that by `DialFailed`, and by the end of a connection that said nothing of the dial, because a port process
+//! gives its dials up before it disconnects, and sends `Dialed` before it greets.
+//!
+//! A port process of an older build does not have [`FEATURE_CONNECT`]. It is dialled in three steps, and aditd greets the
+//! client itself.
 //!
 //! One task a VM reads and writes the socket; everybody else holds a [`Link`], asks, and awaits the answer. A link ends
 //! when its port process or its connection does; what was asked and not answered ends with it.
@@ -6,19 +14,21 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use adit_channel::hello::Extensions;
 use adit_passed::{Closer, Passed};
 use adit_port::control::{
-    Attach, Cancel, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Handover, Incoming, Kept, Quit,
-    Release, Ring, Status, Target,
+    Ask, Attach, Cancel, Connect, DIALS_MAX, Dial, DialError, DialFailed, Dialed, FEATURE_CONNECT,
+    Handover, Incoming, Kept, Quit, Release, Ring, Status, Target,
 };
 use adit_port::control_io::{ControlError, Message, receive_passed, send};
-use tokio::io::Interest;
-use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use rustix::net::SendFlags;
+use tokio::io::{AsyncWriteExt, Interest};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::passing;
 
@@ -28,6 +38,10 @@ const ANSWER_GRACE: Duration = Duration::from_secs(5);
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 /// How often that is checked.
 const CLOSE_LOOK: Duration = Duration::from_millis(2);
+/// How long a client may take for its greeting, where aditd writes it.
+const GREET_LIMIT: Duration = Duration::from_secs(10);
+/// How long frames of a port process that has gone are read for.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(1);
 /// Most frames that wait to be sent to a port process.
 const OUTBOX_MAX: usize = 2 * DIALS_MAX;
 
@@ -41,6 +55,8 @@ pub struct Link {
     outbox: mpsc::Sender<(Message, Option<OwnedFd>)>,
     waiting: Mutex<Waiting>,
     next_id: AtomicU64,
+    /// The port process has [`FEATURE_CONNECT`].
+    connects: AtomicBool,
     status: watch::Sender<Option<Status>>,
 }
 
@@ -61,12 +77,84 @@ pub enum Said<'a> {
     Held,
 }
 
-/// A dialled stream that has no other end yet. Dropped = given up.
+/// What is dialled.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// The destination.
+    pub to: Target,
+    /// What the hello of a service says beside its name.
+    pub extensions: Extensions,
+    /// How long the guest may take.
+    pub deadline: Duration,
+}
+
+/// The host's end of a stream.
 #[derive(Debug)]
-pub struct DialedStream {
-    link: Arc<Link>,
+pub enum ClientEnd {
+    /// A client's socket: the port process has it from then on, and nobody is in between.
+    Socket(ClientSocket),
+    /// One end of a pair: aditd relays between the other one and the client.
+    Relayed(OwnedFd),
+}
+
+/// A client's socket on its way to a port process.
+#[derive(Debug)]
+pub struct ClientSocket {
+    /// A duplicate.
+    pub fd: OwnedFd,
+    /// What was read of it, for the guest.
+    pub ahead: Vec<u8>,
+    /// What the client gets first, once the stream is open.
+    pub greeting: Vec<u8>,
+    /// When it is to be asked whether the client is still there.
+    pub asks: Arc<Asks>,
+}
+
+/// A client that has ended its sending may be gone. Only who sends to it finds out, and that is whoever greets it.
+#[derive(Debug)]
+pub struct Asks {
+    wanted: Notify,
+    text: &'static [u8],
+}
+
+impl Asks {
+    /// `text`: what any client that is there skips.
+    pub fn new(text: &'static [u8]) -> Arc<Self> {
+        Arc::new(Self {
+            wanted: Notify::new(),
+            text,
+        })
+    }
+
+    /// Has the client asked.
+    pub fn ask(&self) {
+        self.wanted.notify_one();
+    }
+}
+
+/// Why there is no stream.
+#[derive(Debug)]
+pub enum Unopened {
+    /// It failed, and nothing was said to the client.
+    Failed(DialFailed),
+    /// Nobody knows whether the client was greeted, so nothing can be said to it any more.
+    Unknown(DialFailed),
+}
+
+impl Unopened {
+    /// The reason.
+    pub fn into_reason(self) -> DialFailed {
+        match self {
+            Self::Failed(reason) | Self::Unknown(reason) => reason,
+        }
+    }
+}
+
+/// A dial without an answer. Dropped = given up.
+struct Waits<'a> {
+    link: &'a Link,
     id: u64,
-    attached: bool,
+    answered: bool,
 }
 
 impl Link {
@@ -78,6 +166,7 @@ impl Link {
             outbox,
             waiting: Mutex::default(),
             next_id: AtomicU64::new(1),
+            connects: AtomicBool::new(false),
             status: watch::Sender::new(None),
         });
         (link.clone(), Driver { link, inbox })
@@ -93,64 +182,35 @@ impl Link {
         self.status.subscribe()
     }
 
-    /// Dials into the VM.
+    /// What closes descriptors that the port process has, or has had.
+    pub fn closer(&self) -> &Closer {
+        &self.closer
+    }
+
+    /// Opens a stream into the VM for the client at this end. If this future is dropped, the dial is given up.
     ///
     /// # Errors
     /// As the port process says; `NoSession` also if it has gone.
-    pub async fn dial(
-        self: &Arc<Self>,
-        to: Target,
-        deadline: Duration,
-    ) -> Result<DialedStream, DialFailed> {
+    pub async fn open(&self, question: Question, end: ClientEnd) -> Result<(), Unopened> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let failed = |error, text: &str| DialFailed {
-            id,
-            error,
-            status: 0,
-            errno: 0,
-            text: text.into(),
-        };
         let (tell, told) = oneshot::channel();
         {
             let mut waiting = self.waiting();
             if waiting.len() >= DIALS_MAX {
-                return Err(failed(
-                    DialError::Busy,
-                    "too many dials to this VM are under way",
-                ));
+                let text = "too many dials to this VM are under way";
+                return Err(Unopened::Failed(failed(id, DialError::Busy, text)));
             }
             waiting.insert(id, tell);
         }
-        // Cancels if this future is dropped before the answer.
-        let stream = DialedStream {
-            link: self.clone(),
+        let waits = Waits {
+            link: self,
             id,
-            attached: false,
+            answered: false,
         };
-        let deadline_ms = u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX);
-        let gone = || failed(DialError::NoSession, "the VM's port process has gone");
-        let message = Message::Dial(Dial {
-            id,
-            to,
-            deadline_ms,
-        });
-        let answer = async {
-            self.outbox
-                .send((message, None))
-                .await
-                .map_err(|_| gone())?;
-            told.await.unwrap_or_else(|_| Err(gone()))
-        };
-        let limit = deadline.saturating_add(ANSWER_GRACE);
-        tokio::time::timeout(limit, answer)
-            .await
-            .unwrap_or_else(|_| {
-                Err(failed(
-                    DialError::Timeout,
-                    "the VM's port process does not answer",
-                ))
-            })
-            .map(|_| stream)
+        match self.connects.load(Ordering::Relaxed) {
+            true => waits.connect(question, end, told).await,
+            false => waits.by_steps(question, end, told).await,
+        }
     }
 
     /// Ends the port process.
@@ -174,45 +234,173 @@ impl Link {
     }
 }
 
-impl DialedStream {
-    /// What closes descriptors that come from the stream's other side.
-    pub fn closer(&self) -> &Closer {
-        &self.link.closer
+type Told = oneshot::Receiver<Result<Dialed, DialFailed>>;
+
+impl Waits<'_> {
+    /// With the client's end in the question.
+    async fn connect(
+        mut self,
+        question: Question,
+        end: ClientEnd,
+        told: Told,
+    ) -> Result<(), Unopened> {
+        let (fd, ahead, greeting, asks) = match end {
+            ClientEnd::Socket(client) => {
+                let asks = Some(client.asks);
+                (client.fd, client.ahead, client.greeting, asks)
+            }
+            ClientEnd::Relayed(fd) => (fd, Vec::new(), Vec::new(), None),
+        };
+        let message = Message::Connect(Connect {
+            id: self.id,
+            deadline_ms: deadline_ms(&question),
+            to: question.to,
+            extensions: question.extensions,
+            prefix: ahead,
+            greeting,
+        });
+        let answer = async {
+            self.say(message, Some(fd))
+                .await
+                .map_err(Unopened::Failed)?;
+            match self.told(told, asks.as_deref(), None).await {
+                Ok(answer) => answer.map_err(Unopened::Failed),
+                Err(_) => Err(Unopened::Unknown(self.gone())),
+            }
+        };
+        let limit = question.deadline.saturating_add(ANSWER_GRACE);
+        let answer = tokio::time::timeout(limit, answer).await;
+        self.answered = matches!(answer, Ok(Ok(_) | Err(Unopened::Failed(_))));
+        match answer {
+            Ok(answer) => answer.map(|_| ()),
+            Err(_) => Err(Unopened::Unknown(self.silent())),
+        }
     }
 
-    /// Makes a stream socket the other end. From then on the stream does not need aditd.
-    ///
-    /// # Errors
-    /// The port process has gone.
-    pub async fn attach(mut self, fd: OwnedFd, prefix: Vec<u8>) -> Result<(), DialFailed> {
-        let message = Message::Attach(Attach {
-            id: self.id,
-            prefix,
+    /// As a port process of an older build has it: the client's end comes after the answer, and is greeted before.
+    async fn by_steps(
+        mut self,
+        question: Question,
+        end: ClientEnd,
+        told: Told,
+    ) -> Result<(), Unopened> {
+        let id = self.id;
+        if !question.extensions.arguments.is_empty() {
+            let text = "the VM's port process is of an older build and passes no arguments on: `adit vm reload` replaces it";
+            return Err(Unopened::Failed(failed(id, DialError::Busy, text)));
+        }
+        let message = Message::Dial(Dial {
+            id,
+            deadline_ms: deadline_ms(&question),
+            to: question.to,
         });
-        let sent = self.link.outbox.send((message, Some(fd))).await;
-        self.attached = sent.is_ok();
-        sent.map_err(|_| DialFailed {
-            id: self.id,
-            error: DialError::NoSession,
-            status: 0,
-            errno: 0,
-            text: "the VM's port process has gone".into(),
-        })
+        let client = match &end {
+            ClientEnd::Socket(client) => Some(client),
+            ClientEnd::Relayed(_) => None,
+        };
+        let answer = async {
+            self.say(message, None).await?;
+            let asks = client.map(|client| &*client.asks);
+            let answer = self.told(told, asks, client.map(|c| &c.fd)).await;
+            answer.unwrap_or_else(|_| Err(self.gone()))
+        };
+        let limit = question.deadline.saturating_add(ANSWER_GRACE);
+        let answer = tokio::time::timeout(limit, answer).await;
+        let answer = answer.unwrap_or_else(|_| Err(self.silent()));
+        // From here on it can be attached to, or given up.
+        answer.map_err(Unopened::Failed)?;
+        let (fd, prefix) = match end {
+            ClientEnd::Socket(client) => {
+                let greeted = greet(client.fd, &client.greeting).await;
+                let fd = greeted.map_err(|_| Unopened::Unknown(self.gone()))?;
+                (fd, client.ahead)
+            }
+            ClientEnd::Relayed(fd) => (fd, Vec::new()),
+        };
+        let attach = Message::Attach(Attach { id, prefix });
+        let sent = self.say(attach, Some(fd)).await;
+        self.answered = sent.is_ok();
+        sent.map_err(Unopened::Unknown)
+    }
+
+    /// Waits for the answer, and has the client asked meanwhile: here, if this is its socket, or by the port process.
+    async fn told(
+        &self,
+        mut told: Told,
+        asks: Option<&Asks>,
+        here: Option<&OwnedFd>,
+    ) -> Result<Result<Dialed, DialFailed>, oneshot::error::RecvError> {
+        let Some(asks) = asks else {
+            return told.await;
+        };
+        loop {
+            tokio::select! {
+                answer = &mut told => return answer,
+                () = asks.wanted.notified() => {}
+            }
+            if let Some(client) = here {
+                // A new connection's buffer takes it whole; an error is seen by whoever looks at the client.
+                let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                let _ = rustix::net::send(client, asks.text, flags);
+            } else {
+                let (id, text) = (self.id, asks.text.to_vec());
+                // If it has gone, there will be no answer either.
+                let _ = self.say(Message::Ask(Ask { id, text }), None).await;
+            }
+        }
+    }
+
+    async fn say(&self, message: Message, fd: Option<OwnedFd>) -> Result<(), DialFailed> {
+        let sent = self.link.outbox.send((message, fd)).await;
+        sent.map_err(|_| self.gone())
+    }
+
+    fn gone(&self) -> DialFailed {
+        gone(self.id)
+    }
+
+    fn silent(&self) -> DialFailed {
+        let text = "the VM's port process does not answer";
+        failed(self.id, DialError::Timeout, text)
     }
 }
 
-impl Drop for DialedStream {
+impl Drop for Waits<'_> {
     fn drop(&mut self) {
-        if self.attached {
+        self.link.waiting().remove(&self.id);
+        if self.answered {
             return;
         }
-        self.link.waiting().remove(&self.id);
         // A full outbox means a port process that does not read: it is about to be given up with all its dials.
-        let _ = self
-            .link
-            .outbox
-            .try_send((Message::Cancel(Cancel { id: self.id }), None));
+        let cancel = Message::Cancel(Cancel { id: self.id });
+        let _ = self.link.outbox.try_send((cancel, None));
     }
+}
+
+/// Writes a client's greeting.
+async fn greet(fd: OwnedFd, greeting: &[u8]) -> io::Result<OwnedFd> {
+    let mut client = TcpStream::from_std(fd.into())?;
+    tokio::time::timeout(GREET_LIMIT, client.write_all(greeting)).await??;
+    Ok(client.into_std()?.into())
+}
+
+fn deadline_ms(question: &Question) -> u32 {
+    u32::try_from(question.deadline.as_millis()).unwrap_or(u32::MAX)
+}
+
+fn failed(id: u64, error: DialError, text: &str) -> DialFailed {
+    DialFailed {
+        id,
+        error,
+        status: 0,
+        errno: 0,
+        text: text.into(),
+    }
+}
+
+fn gone(id: u64) -> DialFailed {
+    let text = "the VM's port process has gone";
+    failed(id, DialError::NoSession, text)
 }
 
 /// The loop of a link.
@@ -239,9 +427,23 @@ impl Driver {
         let link = &self.link;
         let write = async {
             while let Some((message, fd)) = inbox.recv().await {
+                if link.is_given_up(&message) {
+                    continue;
+                }
                 let fd = fd.as_ref().map(AsFd::as_fd);
                 // Each packet is sent whole or not at all.
-                when_ready(socket, Interest::WRITABLE, |sock| send(sock, &message, fd)).await?;
+                let send = |sock: BorrowedFd<'_>| send(sock, &message, fd);
+                match when_ready(socket, Interest::WRITABLE, send).await {
+                    Ok(()) => {}
+                    Err(ControlError::Io(e)) if in_flight_full(&e) => link.not_passed(&message),
+                    Err(ControlError::Io(e)) => {
+                        // It has gone, and what it said before is still read.
+                        inbox.close();
+                        tokio::time::sleep(LAST_WORDS_LIMIT).await;
+                        return Err(e.into());
+                    }
+                    Err(e) => return Err(e),
+                }
             }
             Ok(())
         };
@@ -256,7 +458,14 @@ impl Driver {
                 let (message, mut fds) = match when_ready(socket, Interest::READABLE, receive).await
                 {
                     Ok(Some(received)) => received,
-                    Ok(None) => break,
+                    Ok(None) => {
+                        link.all_failed();
+                        break;
+                    }
+                    // It closed with frames of ours unread. The kernel says so once, ahead of the frames that it sent.
+                    Err(ControlError::Io(e)) if e.kind() == io::ErrorKind::ConnectionReset => {
+                        continue;
+                    }
                     // That stream of the guest is lost, and nothing else.
                     Err(ControlError::NoDescriptors { message })
                         if matches!(*message, Message::Incoming(_)) =>
@@ -278,6 +487,10 @@ impl Driver {
                     (Message::Ring(ring), _) => on(Said::Ring(ring)),
                     (Message::Stuck(stuck), _) => on(Said::Stuck(stuck.reason)),
                     (Message::Held(_), _) => on(Said::Held),
+                    (Message::Features(features), _) => {
+                        let connects = features.bits & FEATURE_CONNECT != 0;
+                        link.connects.store(connects, Ordering::Relaxed);
+                    }
                     (message, _) => link.answer(message),
                 }
             }
@@ -309,7 +522,34 @@ async fn when_ready<T>(
     }
 }
 
+/// Too many descriptors are on their way between processes of this user. Others can still be sent, and this one later.
+fn in_flight_full(e: &io::Error) -> bool {
+    e.raw_os_error() == Some(libc::ETOOMANYREFS)
+}
+
 impl Link {
+    /// Nobody waits for this dial any more. Its client is not passed on: it may be closed already, and then the duplicate here
+    /// would be closed after the port process has had it, on this thread.
+    fn is_given_up(&self, message: &Message) -> bool {
+        matches!(message, Message::Connect(connect) if !self.waiting().contains_key(&connect.id))
+    }
+
+    /// A frame's descriptor cannot be passed now: its dial fails.
+    fn not_passed(&self, message: &Message) {
+        tracing::warn!("too many descriptors are on their way to port processes");
+        if let Message::Connect(connect) = message {
+            let text = "too many descriptors are on their way to port processes";
+            self.answer(Message::DialFailed(failed(connect.id, DialError::Busy, text)));
+        }
+    }
+
+    /// The port process has disconnected, and everything that it said is read.
+    fn all_failed(&self) {
+        for (id, tell) in self.waiting().drain() {
+            let _ = tell.send(Err(gone(id)));
+        }
+    }
+
     fn answer(&self, message: Message) {
         let (id, result) = match message {
             Message::Dialed(d) => (d.id, Ok(d)),
@@ -324,7 +564,7 @@ impl Link {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        // Whoever waits learns that there will be no answer.
+        // Whoever waits learns that nobody knows the answer.
         self.link.waiting().clear();
         self.link.status.send_replace(None);
     }

@@ -9,10 +9,18 @@
 //!
 //! aditd                                    port process
 //!   connect ───────────────────────────────▶
+//!   ◀───────────────────────────────── Features (after connecting, ahead of the first Status; older builds do not)
 //!   ◀─────────────────────────── Status (after connecting, and on every change)
-//!   Dial{id, to} ──────────────────────────▶  request, hello
+//!   Connect{id, to, prefix, greeting} + 1 fd ▶  request, hello
+//!   Ask{id} ───────────────────────────────▶  writes to the fd: is the client still there?
+//!   Cancel{id} ────────────────────────────▶  gives it up
 //!   ◀────────────────── Dialed{id} or DialFailed{id, ..}
-//!   Attach{id, prefix} + 1 fd ─────────────▶  the fd is the tunnel from now on, and outlives aditd
+//!                                             Dialed: the fd is the tunnel from now on, and outlives aditd
+//!
+//!   Dial{id, to} ──────────────────────────▶  the same in three frames, for and from builds without Connect
+//!   ◀────────────────── Dialed{id} or DialFailed{id, ..}
+//!   Attach{id, prefix} + 1 fd ─────────────▶
+//!
 //!   ◀──────────────────────── Incoming{port} + 1 fd     (the guest dialled a port that aditd serves)
 //!   ◀─────────────────────────── Ring (after connecting, and on every change)
 //!
@@ -29,6 +37,7 @@
 
 pub(crate) mod message;
 
+use adit_channel::hello::Extensions;
 use adit_names::{ServiceName, VmId};
 use serde::{Deserialize, Serialize};
 
@@ -36,9 +45,13 @@ pub use message::ControlKind;
 
 /// Longest control packet, bytes.
 pub const PACKET_MAX: usize = 64 << 10;
-/// Most bytes that `Attach` may carry: they go to the guest before those of the descriptor.
+/// Most bytes that `Connect` and `Attach` may carry for the guest: they go ahead of those of the descriptor.
 pub const PREFIX_MAX: usize = 32 << 10;
-/// Most dials of one port process that are in flight or not attached yet.
+/// Most bytes that `Connect` and `Ask` may carry for the client.
+pub const GREETING_MAX: usize = 1024;
+/// Bit of [`Features`]: the port process knows `Connect` and `Ask`.
+pub const FEATURE_CONNECT: u64 = 1;
+/// Most dials of one port process that are in flight or not attached yet. Each may hold a descriptor.
 pub const DIALS_MAX: usize = 1024;
 /// Most descriptors of one `Handover`: the live table, and those of
 /// `adit_channel::vhost_user::Handover`.
@@ -79,6 +92,44 @@ pub struct Dial {
     pub to: Target,
     /// Limit for request, response and hello together.
     pub deadline_ms: u32,
+}
+
+/// Opens a stream to the guest for the descriptor in this packet (a stream socket), which is the stream's other end once it is
+/// open. Answered by exactly one `Dialed` or `DialFailed`, if it is not cancelled.
+///
+/// `aditd` keeps a duplicate until it has the answer. With `Dialed` the descriptor belongs to the tunnel. With `DialFailed`, or
+/// if the connection ends before either, nothing was written to it except what `Ask` says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connect {
+    /// Chosen by aditd, unique on this connection.
+    pub id: u64,
+    /// The destination.
+    pub to: Target,
+    /// Limit for request, response and hello together.
+    pub deadline_ms: u32,
+    /// What the hello of a service says beside its name.
+    pub extensions: Extensions,
+    /// Bytes for the guest that aditd had already read from the client; at most [`PREFIX_MAX`].
+    pub prefix: Vec<u8>,
+    /// Bytes for the client ahead of the guest's; at most [`GREETING_MAX`].
+    pub greeting: Vec<u8>,
+}
+
+/// Has these bytes written to the client of a `Connect` that is not answered. A client that is there skips them; the kernel of
+/// one that is gone answers with a reset. Only the port process knows that it has not greeted the client yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ask {
+    /// The dial.
+    pub id: u64,
+    /// The bytes; at most [`GREETING_MAX`].
+    pub text: Vec<u8>,
+}
+
+/// What this port process knows beyond the frames that every build knows. It comes ahead of the first `Status`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Features {
+    /// `FEATURE_*`. Unknown bits mean nothing.
+    pub bits: u64,
 }
 
 /// Makes the descriptor in this packet (a stream socket) the other end of a dialled stream.
@@ -124,7 +175,7 @@ pub struct Status {
     pub last_fault: String,
 }
 
-/// The dial reached a listener that accepted (and, for a service, said accept). Attach a descriptor to it.
+/// The dial reached a listener that accepted (and, for a service, said accept). After `Dial`, attach a descriptor to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dialed {
     /// The dial.

@@ -154,6 +154,7 @@ mod tests {
     use adit_channel::frame::{self, FrameError, IGNORABLE};
 
     use crate::control::*;
+    use adit_channel::hello::{ARGUMENTS_MAX, CALLER_MAX, Extensions, TRACE_MAX};
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
     fn pair() -> (OwnedFd, OwnedFd) {
@@ -174,6 +175,22 @@ mod tests {
 
     fn open_fds() -> usize {
         std::fs::read_dir("/proc/self/fd").unwrap().count()
+    }
+
+    fn connect(prefix: usize, greeting: usize) -> Connect {
+        let extensions = Extensions {
+            arguments: vec![1; ARGUMENTS_MAX].try_into().unwrap(),
+            caller: vec![2; CALLER_MAX].try_into().unwrap(),
+            trace: vec![3; TRACE_MAX].try_into().unwrap(),
+        };
+        Connect {
+            id: 1,
+            to: Target::VsockPort(22),
+            deadline_ms: 5000,
+            extensions,
+            prefix: vec![7; prefix],
+            greeting: vec![8; greeting],
+        }
     }
 
     #[test]
@@ -211,6 +228,12 @@ mod tests {
                 id: 1,
                 prefix: vec![7; PREFIX_MAX],
             }),
+            Message::Connect(connect(PREFIX_MAX, GREETING_MAX)),
+            Message::Ask(Ask {
+                id: 1,
+                text: vec![8; GREETING_MAX],
+            }),
+            Message::Features(Features { bits: u64::MAX }),
             Message::Cancel(Cancel { id: 3 }),
             Message::Quit(Quit {}),
             Message::Status(status),
@@ -267,6 +290,50 @@ mod tests {
             bytes[16..],
             [7, 0, 6, b't', b'c', b'p', b':', b'8', b'0', 0x88, 0x27]
         );
+    }
+
+    #[test]
+    fn a_dial_with_its_client_has_golden_bytes() {
+        let to = Target::Service("tcp:80".parse().unwrap());
+        let message = Message::Connect(Connect {
+            id: 7,
+            to,
+            deadline_ms: 5000,
+            extensions: Extensions {
+                arguments: b"-x".to_vec().try_into().unwrap(),
+                caller: b"me".to_vec().try_into().unwrap(),
+                trace: b"00".to_vec().try_into().unwrap(),
+            },
+            prefix: b"up".to_vec(),
+            greeting: b"down".to_vec(),
+        });
+        let head = |kind, len, flags| [len, 0, 0, 0, kind, 0, 1, 0, 0, 0, 0, 0, flags, 0, 0, 0];
+        let body = b"\x07\0\x06tcp:80\x88\x27\x02-x\x02me\x0200\x02up\x04down";
+        let bytes = message.encode().unwrap();
+        assert_eq!(bytes, [&head(7, body.len() as u8, 0)[..], body].concat());
+        assert_eq!(Message::decode(&bytes).unwrap(), Some(message));
+        let ask = Message::Ask(Ask {
+            id: 7,
+            text: b"there?".to_vec(),
+        });
+        let body = b"\x07\x06there?";
+        assert_eq!(ask.encode().unwrap(), [&head(8, 8, 0)[..], body].concat());
+        // A build that does not know these skips them.
+        let features = Message::Features(Features { bits: 1 });
+        assert_eq!(features.encode().unwrap(), [&head(24, 1, 4)[..], &[1]].concat());
+    }
+
+    #[test]
+    fn a_dial_with_an_extension_that_is_too_long_is_no_frame() {
+        let mut body = b"\x07\x01\x16\x05\0\x81\x02".to_vec();
+        body.resize(body.len() + CALLER_MAX + 1, b'c');
+        body.extend([0, 0, 0]);
+        let mut packet = vec![0; 16];
+        packet[..2].copy_from_slice(&(body.len() as u16).to_le_bytes());
+        (packet[4], packet[6]) = (7, 1);
+        packet.extend(body);
+        let refused = Message::decode(&packet);
+        assert!(matches!(refused, Err(ControlError::Frame(_))), "{refused:?}");
     }
 
     #[test]
@@ -340,11 +407,14 @@ mod tests {
         })
         .encode()
         .unwrap();
+        let connect = Message::Connect(connect(1, 1)).encode().unwrap();
         for (bytes, fds) in [
             (&quit, &[raw; 1][..]),
             (&attach, &[]),
             (&attach, &[raw; 2]),
             (&attach, &[raw; 200]),
+            (&connect, &[]),
+            (&connect, &[raw; 2]),
         ] {
             raw_send(&a, bytes, fds);
             assert!(matches!(receive(&b), Err(ControlError::Descriptors { .. })));

@@ -1,39 +1,41 @@
 //! The loop of a port process: one shard with one port, and `aditd` on the other end of the control socket.
 //!
 //! ```text
-//! Dial ─► asked ─ Dialed ─► waiting ─ Attach ─► a tunnel: independent of aditd
-//!           └── DialFailed     └─ Cancel, or aditd gone ─► reset
+//! Connect ─► asked ─ Dialed ─► a tunnel: independent of aditd
+//!              └── DialFailed, or Cancel, or aditd gone ─► reset
 //! ```
 //! Rules:
-//! - `aditd` may disconnect and connect again. Tunnels continue; streams that were dialled but not attached are reset; what the
-//!   guest dials meanwhile is refused, and the guest tries again.
+//! - `aditd` may disconnect and connect again. Tunnels continue; dials that were not answered are given up, so that a client
+//!   is never answered twice; what the guest dials meanwhile is refused, and the guest tries again.
 //! - A newer connection replaces the older one. A frame that breaks the protocol ends the connection, not the VM.
 //! - What a successor needs goes to `aditd` as soon as it changes, and to every new `aditd` after its first status.
 //! - Frames that the socket does not accept wait in an outbox of at most [`OUTBOX_MAX`]. One more ends the connection.
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use adit_channel::carrier::Carrier;
+use adit_channel::dial::DialError;
 use adit_channel::either::Either;
 use adit_channel::live::LiveFile;
 use adit_channel::port::Notice;
 use adit_channel::ring::Dock;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::Sink;
-use adit_engine::{EngineConfig, ResetReason, StreamId, Tick};
+use adit_engine::{EngineConfig, StreamId};
 use adit_names::VmId;
 use adit_print::with_causes;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, accept4, socketpair};
 
-use crate::control::{DIALS_MAX, Dial, Dialed, Incoming, RING_PEER_PORT, Status};
+use crate::control::{DIALS_MAX, Incoming, RING_PEER_PORT, Status};
 use crate::control_io::{ControlError, Message, receive, send_all};
 use crate::keep::Keeping;
 use crate::rings::{RingInbox, RingInfo, RingNews};
 use bell::Bell;
+use dials::Dials;
 
 /// Most frames that wait for `aditd`.
 pub const OUTBOX_MAX: usize = 4 * DIALS_MAX;
@@ -41,6 +43,7 @@ pub const OUTBOX_MAX: usize = 4 * DIALS_MAX;
 const FRAMES_A_TURN: usize = 64;
 
 mod bell;
+mod dial_table;
 mod dials;
 mod ring;
 mod say;
@@ -98,20 +101,11 @@ struct Aditd {
     sock: OwnedFd,
     outbox: VecDeque<(Message, Vec<OwnedFd>)>,
     blocked: bool,
-    by_id: HashMap<u64, Asked>,
-    by_stream: HashMap<At, u64>,
+    dials: Dials,
 }
 
 /// A stream of one of the ports.
 type At = (PortIndex, StreamId);
-
-/// A dial whose stream has no other end yet.
-struct Asked {
-    at: At,
-    /// To dial again over vsock if nobody serves the ring's other end.
-    again: Option<Dial>,
-    deadline: Option<Tick>,
-}
 
 /// The VM's ring.
 struct Rings {
@@ -124,18 +118,6 @@ struct Rings {
     why: String,
     /// Streams that ended in this turn because the carrier failed.
     faulted: u32,
-}
-
-impl Aditd {
-    fn forget(&mut self, at: At) -> Option<(u64, Asked)> {
-        let id = self.by_stream.remove(&at)?;
-        Some((id, self.by_id.remove(&id)?))
-    }
-
-    fn asked(&mut self, id: u64, asked: Asked) {
-        self.by_stream.insert(asked.at, id);
-        self.by_id.insert(id, asked);
-    }
 }
 
 impl<C: Carrier> Process<C> {
@@ -258,8 +240,7 @@ impl<C: Carrier> Process<C> {
             sock,
             outbox: VecDeque::new(),
             blocked: false,
-            by_id: HashMap::new(),
-            by_stream: HashMap::new(),
+            dials: Dials::new(DIALS_MAX),
         });
     }
 
@@ -270,16 +251,10 @@ impl<C: Carrier> Process<C> {
             return;
         };
         self.keeping.set_connected(false);
-        tracing::info!(why, unattached = aditd.by_id.len(), "aditd disconnected");
+        tracing::info!(why, unanswered = aditd.dials.len(), "aditd disconnected");
         self.shard.unwatch(aditd.sock.as_fd());
-        let now = self.shard.now();
-        for Asked {
-            at: (port, stream), ..
-        } in aditd.by_id.into_values()
-        {
-            let port = self.shard.port_mut(port);
-            port.reset(now, stream, ResetReason::Local);
-        }
+        // Before aditd can see the end of the connection: then it answers their clients.
+        self.abandon(aditd.dials);
         // Makes a new reserve from its descriptor.
         drop(aditd.sock);
         self.spare = self.spare.take().or_else(|| self.stop.try_clone().ok());
@@ -301,8 +276,10 @@ impl<C: Carrier> Process<C> {
                 // Only this tunnel fails; the connection continues.
                 Err(ControlError::NoDescriptors { message }) => {
                     tracing::warn!("no descriptor left for a tunnel");
-                    if let Message::Attach(attach) = *message {
-                        self.cancel(attach.id);
+                    match *message {
+                        Message::Attach(attach) => self.cancel(attach.id),
+                        Message::Connect(connect) => self.say_failed(connect.id, &DialError::Busy),
+                        _ => {}
                     }
                 }
                 Err(e) if e.would_block() => return,
@@ -327,13 +304,16 @@ impl<C: Carrier> Process<C> {
     }
 
     fn flush(&mut self) {
-        let Some(aditd) = &mut self.aditd else {
-            return;
-        };
-        while let Some((message, fds)) = aditd.outbox.front() {
+        while let Some(aditd) = &mut self.aditd
+            && let Some((message, fds)) = aditd.outbox.front()
+        {
             let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             match send_all(&aditd.sock, message, &fds) {
-                Ok(()) => drop(aditd.outbox.pop_front()),
+                Ok(()) => {
+                    if let Some((Message::Dialed(dialed), _)) = aditd.outbox.pop_front() {
+                        self.dialed_is_said(dialed.id);
+                    }
+                }
                 Err(e) if e.would_block() => break,
                 Err(ControlError::Io(e)) => {
                     // The peer is gone. Frames that it sent before can still be read; the end of the connection comes after them.
@@ -347,6 +327,9 @@ impl<C: Carrier> Process<C> {
                 }
             }
         }
+        let Some(aditd) = &mut self.aditd else {
+            return;
+        };
         let blocked = !aditd.outbox.is_empty();
         if blocked != aditd.blocked {
             aditd.blocked = blocked;
@@ -363,6 +346,8 @@ impl<C: Carrier> Process<C> {
 
     fn message(&mut self, message: Message, fd: Option<OwnedFd>) -> Result<(), &'static str> {
         match message {
+            Message::Connect(connect) => self.connect(connect, fd),
+            Message::Ask(ask) => self.ask_client(ask),
             Message::Dial(dial) => self.dial(dial),
             Message::Attach(attach) => self.attach(attach, fd),
             Message::Cancel(cancel) => {
@@ -390,27 +375,9 @@ impl<C: Carrier> Process<C> {
             | Message::Stuck(_)
             | Message::Ring(_)
             | Message::Held(_)
+            | Message::Features(_)
             | Message::Incoming(_) => Err("it sent a frame that only a port process sends"),
         }
-    }
-
-    fn cancel(&mut self, id: u64) {
-        let aditd = self.aditd.as_ref();
-        let at = aditd.and_then(|a| a.by_id.get(&id).map(|asked| asked.at));
-        if let Some(at) = at {
-            self.forget(at);
-            self.reset(at);
-        }
-    }
-
-    fn forget(&mut self, at: At) -> Option<(u64, Asked)> {
-        self.aditd.as_mut()?.forget(at)
-    }
-
-    fn reset(&mut self, (port, stream): At) {
-        let now = self.shard.now();
-        let port = self.shard.port_mut(port);
-        port.reset(now, stream, ResetReason::Local);
     }
 
     // ---- notices of the ports
@@ -425,24 +392,11 @@ impl<C: Carrier> Process<C> {
                 local_port,
                 peer_port,
             } => self.incoming((port, stream), local_port, peer_port),
-            Notice::Dialed { stream, accept } => {
-                let aditd = self.aditd.as_ref();
-                match aditd.and_then(|a| a.by_stream.get(&(port, stream)).copied()) {
-                    Some(id) => {
-                        let boot_nonce = accept.map_or([0; 16], |a| a.common.boot_nonce);
-                        self.say(Message::Dialed(Dialed { id, boot_nonce }), vec![]);
-                    }
-                    None => self.reset((port, stream)),
-                }
-            }
-            Notice::DialFailed { stream, error } => {
-                if let Some((id, asked)) = self.forget((port, stream)) {
-                    self.dial_failed(id, asked, &error);
-                }
-            }
+            Notice::Dialed { stream, accept } => self.dialed((port, stream), accept),
+            Notice::DialFailed { stream, error } => self.dial_failed((port, stream), &error),
             Notice::Closed { stream, reason } => {
                 self.ring_stream_closed(port, reason);
-                drop(self.forget((port, stream)));
+                self.stream_closed((port, stream));
             }
             Notice::Session { epoch } if port != self.port => self.ring_session(epoch),
             Notice::Session { epoch } => {

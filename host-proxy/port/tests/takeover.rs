@@ -79,7 +79,7 @@ impl Aditd {
     fn heard(&self) -> Option<(Message, Option<OwnedFd>)> {
         self.heard
             .try_iter()
-            .find(|(message, _)| !matches!(message, Message::Status(_) | Message::Ring(_)))
+            .find(|(message, _)| !matches!(message, Message::Status(_) | Message::Features(_) | Message::Ring(_)))
     }
 }
 

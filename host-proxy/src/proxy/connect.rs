@@ -1,72 +1,90 @@
-//! CONNECT: dial, answer 200, hand the client's socket to the port process, forget it.
-
-use std::os::fd::OwnedFd;
+//! CONNECT: the client's socket goes to the port process with the dial, and aditd forgets it with the answer.
+//!
+//! ```text
+//! client ─ CONNECT VM:PORT ─► head checked ─► authority, VM, allow-list ─► Connect + the socket ─► port process
+//!        ◄─ 200 ── the port process, when the stream is open ◄──────────────────────── Dialed ──┘
+//!        ◄─ 4xx, 5xx ── aditd, over its duplicate ◄──────────────────────────────── DialFailed ─┘
+//! ```
+//!
+//! hyper writes the refusals, and nothing else: once the port process has greeted the client, the connection is dropped with
+//! everything in it. A client whose socket was passed is never served again by aditd, whatever the answer (a refused CONNECT
+//! ends its connection anyway): the port process may have kept its duplicate, and would read along.
 
 use adit_names::VmId;
 use adit_port::control::PREFIX_MAX;
-use bytes::Bytes;
-use http_body_util::{BodyExt, Empty};
+use hyper::Request;
 use hyper::body::Incoming;
-use hyper::{Request, Response};
-use tokio::net::TcpStream;
 
-use super::client::Client;
-use super::problem::{Body, Problem};
-use super::{admit, authority, dial};
-use crate::link::DialedStream;
-use crate::listen::Share;
+use super::client::{Notes, Tunnel};
+use super::problem::Problem;
+use super::{admit, authority, dial, internal};
+use crate::link::{ClientEnd, ClientSocket, Unopened};
 use crate::state::State;
 
-/// A stream to a guest that waits for its client.
-pub(super) struct Tunnel {
-    vm: VmId,
-    stream: DialedStream,
-    /// Until the tunnel is the port process's.
-    _share: Share<VmId>,
+/// Whose a client is that aditd is done with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Handed {
+    /// The port process's.
+    Over,
+    /// Nobody knows: its connection is reset.
+    Lost,
 }
 
-/// Dials what a CONNECT names.
-pub(super) async fn open(state: &State, request: &Request<Incoming>) -> Result<Tunnel, Problem> {
+/// Opens the tunnel that a CONNECT asks for.
+pub(super) async fn open(
+    state: &State,
+    notes: &Notes,
+    request: &Request<Incoming>,
+) -> Result<Handed, Problem> {
     let named = request.uri().authority();
     let named = named.ok_or_else(|| Problem::malformed("CONNECT names VM:PORT"))?;
     let to = authority::parse(named.as_str(), None)?;
     let admitted = admit(state, &to)?;
-    let stream = dial(&admitted.link, &to).await?;
-    Ok(Tunnel {
-        vm: to.vm,
-        stream,
-        _share: admitted.share,
-    })
-}
-
-/// The answer to a CONNECT; hyper gives the socket back once it is written.
-pub(super) fn opened() -> Response<Body> {
-    let none = Empty::<Bytes>::new().map_err(|never| match never {});
-    Response::new(none.boxed())
-}
-
-impl Tunnel {
-    /// Gives the client to the port process. What the client sent behind its request goes ahead of the rest.
-    pub(super) async fn hand_over(self, client: Client) {
-        let vm = self.vm.clone();
-        if let Err(e) = self.attach(client).await {
-            tracing::debug!(%vm, error = %e, "tunnel not begun");
+    let tunnel = notes.take_tunnel();
+    let tunnel = tunnel.ok_or_else(|| internal("no client", "its socket is another request's"))?;
+    let Tunnel {
+        fd,
+        ahead,
+        shared,
+        asks,
+    } = tunnel.map_err(|e| few(&e))?;
+    if !state.room.spares(&fd) {
+        state.pool.clear();
+        return Err(few(&"they are for the operator"));
+    }
+    if ahead.len() > PREFIX_MAX {
+        return Err(internal("too much was sent ahead", ahead.len()));
+    }
+    shared.with(admitted.link.closer());
+    let client = ClientSocket {
+        fd,
+        ahead,
+        greeting: greeting(),
+        asks,
+    };
+    match dial(&admitted.link, &to, ClientEnd::Socket(client)).await {
+        Ok(()) => Ok(Handed::Over),
+        Err(Unopened::Failed(e)) => Err(Problem::of_dial(&to, &e)),
+        Err(Unopened::Unknown(e)) => {
+            tracing::info!(vm = %to.vm, error = %e.text.escape_debug(), "tunnel lost");
+            Ok(Handed::Lost)
         }
     }
+}
 
-    async fn attach(self, client: Client) -> Result<(), String> {
-        let (client, ahead) = client.into_tunnel();
-        let client = client.into_tcp().and_then(TcpStream::into_std);
-        let client = client.map_err(|e| e.to_string())?;
-        if ahead.len() > PREFIX_MAX {
-            return Err(format!(
-                "{} bytes were sent ahead of the answer",
-                ahead.len()
-            ));
-        }
-        self.stream
-            .attach(OwnedFd::from(client), ahead.to_vec())
-            .await
-            .map_err(|e| e.text)
+fn few(why: &dyn std::fmt::Display) -> Problem {
+    tracing::debug!(%why, "no descriptor for a tunnel");
+    Problem::busy("aditd has few descriptors left")
+}
+
+/// The answer to a CONNECT.
+fn greeting() -> Vec<u8> {
+    let mut text = String::from("HTTP/1.1 200 OK\r\n");
+    let now = jiff::Timestamp::now();
+    // Only of a year that HTTP has no form for.
+    if let Ok(date) = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&now) {
+        text.push_str(&format!("date: {date}\r\n"));
     }
+    text.push_str("\r\n");
+    text.into_bytes()
 }

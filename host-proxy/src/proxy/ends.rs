@@ -8,17 +8,24 @@
 //! A Unix socket has no reset. So whoever ends something in order ends its sending, and closes only after the other side
 //! has closed; a process that dies cannot keep to that. And a TCP socket over which an answer is under way is set so that
 //! its close is a reset, whoever closes it.
+//!
+//! A client of CONNECT is shared with a port process while its dial is under way ([`Shared`]), and a guest may control that one.
+//! It can make the socket blocking, and have its last close wait; so what aditd still does with it never blocks, whatever the
+//! socket's mode, and it is closed on another thread.
 
 use std::io::{self, IoSlice};
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use adit_channel::socket_end;
+use adit_passed::Closer;
 use hyper::body::Body as _;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use rustix::net::{RecvFlags, SendFlags};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::bodies::{Watch, Watched};
@@ -131,12 +138,28 @@ impl AsyncWrite for GuestIo {
     }
 }
 
+/// Whether a port process has a duplicate of a client's socket, or has had one.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Shared(Arc<OnceLock<Closer>>);
+
+impl Shared {
+    /// It is about to get one. `closer` closes what this port process has had.
+    pub(super) fn with(&self, closer: &Closer) {
+        let _ = self.0.set(closer.clone());
+    }
+
+    fn is_so(&self) -> bool {
+        self.0.get().is_some()
+    }
+}
+
 /// A client's connection. While an answer is under way, closing it is a reset: also when this process dies.
 pub(super) struct ClientIo {
     inner: Option<TcpStream>,
     under_way: UnderWay,
     interim: Interim,
     resets: bool,
+    shared: Shared,
 }
 
 impl ClientIo {
@@ -146,7 +169,25 @@ impl ClientIo {
             under_way,
             interim: Interim::default(),
             resets: false,
+            shared: Shared::default(),
         }
+    }
+
+    /// A duplicate of the socket, for a port process. From now on whoever closes the last one resets the connection, until an
+    /// answer is given ([`answered`]).
+    pub(super) fn duplicate(&mut self) -> io::Result<(OwnedFd, Shared)> {
+        self.under_way.0.store(true, Ordering::Release);
+        self.follow();
+        let tcp = self.inner.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        let fd = rustix::io::fcntl_dupfd_cloexec(tcp, 0)?;
+        Ok((fd, self.shared.clone()))
+    }
+
+    /// Whether there are bytes to read.
+    pub(super) fn has_unread(&self) -> bool {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let peek = |tcp: &TcpStream| rustix::net::recv(tcp, &mut [0; 1], flags);
+        self.inner.as_ref().is_some_and(|tcp| matches!(peek(tcp), Ok((1.., _))))
     }
 
     /// What goes to the client ahead of an answer.
@@ -201,6 +242,31 @@ impl ClientIo {
 impl Drop for ClientIo {
     fn drop(&mut self) {
         self.follow();
+        if let Some(closer) = self.shared.0.get()
+            && let Some(Ok(tcp)) = self.inner.take().map(TcpStream::into_std)
+        {
+            closer.close(tcp);
+        }
+    }
+}
+
+/// Repeats a call that never blocks until it can be done.
+fn poll_io<T>(
+    cx: &mut Context<'_>,
+    tcp: &TcpStream,
+    interest: Interest,
+    mut call: impl FnMut() -> rustix::io::Result<T>,
+) -> Poll<io::Result<T>> {
+    loop {
+        match interest.is_readable() {
+            true => ready!(tcp.poll_read_ready(cx))?,
+            false => ready!(tcp.poll_write_ready(cx))?,
+        }
+        match tcp.try_io(interest, || Ok(call()?)) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            done => return Poll::Ready(done),
+        }
     }
 }
 
@@ -210,6 +276,15 @@ impl AsyncRead for ClientIo {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.shared.is_so()
+            && let Some(tcp) = &self.inner
+        {
+            let room = buf.initialize_unfilled();
+            let recv = || rustix::net::recv(tcp, &mut *room, RecvFlags::DONTWAIT);
+            let (n, _) = ready!(poll_io(cx, tcp, Interest::READABLE, recv))?;
+            buf.advance(n);
+            return Poll::Ready(Ok(()));
+        }
         self.with(|tcp| tcp.poll_read(cx, buf))
     }
 }
@@ -221,6 +296,13 @@ impl AsyncWrite for ClientIo {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         ready!(self.poll_writable(cx))?;
+        if self.shared.is_so()
+            && let Some(tcp) = &self.inner
+        {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            let send = || rustix::net::send(tcp, buf, flags);
+            return poll_io(cx, tcp, Interest::WRITABLE, send);
+        }
         self.with(|tcp| tcp.poll_write(cx, buf))
     }
 
@@ -229,6 +311,10 @@ impl AsyncWrite for ClientIo {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if self.shared.is_so() {
+            let first = bufs.iter().find(|buf| !buf.is_empty());
+            return self.poll_write(cx, first.map_or(&[], |buf| buf));
+        }
         ready!(self.poll_writable(cx))?;
         self.with(|tcp| tcp.poll_write_vectored(cx, bufs))
     }

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_port::control::{DialFailed, Target};
+use adit_port::control::Target;
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{Builder, Connection, Parts, SendRequest};
 use hyper::{Request, Response, StatusCode};
@@ -19,6 +19,7 @@ use super::patience::{Moved, in_time};
 use super::pool::{IDLE_LIMIT, Pool, Route};
 use super::problem::{Body, Problem};
 use super::{Admitted, dial, internal, socket_pair};
+use crate::link::{ClientEnd, Unopened};
 use crate::listen::Share;
 use crate::passing::Socket;
 use crate::state::State;
@@ -56,21 +57,20 @@ impl Guest {
         admitted: &Admitted,
         to: &Destination,
     ) -> Result<Self, Problem> {
-        let stream = dial(&admitted.link, to).await?;
         let (ours, theirs) = socket_pair().map_err(|e| internal("no socket", e))?;
         if !state.room.spares(&ours) || !state.room.spares(&theirs) {
             state.pool.clear();
             return Err(Problem::busy("aditd has few descriptors left"));
         }
-        let ours = Socket::new(ours, stream.closer()).map_err(|e| internal("no socket", e))?;
+        let closer = admitted.link.closer();
+        let ours = Socket::new(ours, closer).map_err(|e| internal("no socket", e))?;
         let heard = Heard::default();
         // Nobody knows how a listener without an agent ends its streams: most programs just close.
         let in_order = matches!(to.target, Target::Service(_));
         let ours = GuestIo::new(ours, in_order, heard.clone());
-        stream
-            .attach(OwnedFd::from(theirs), Vec::new())
-            .await
-            .map_err(|e: DialFailed| Problem::of_dial(to, &e))?;
+        let theirs = ClientEnd::Relayed(OwnedFd::from(theirs));
+        let dialled = dial(&admitted.link, to, theirs).await;
+        dialled.map_err(|e: Unopened| Problem::of_dial(to, &e.into_reason()))?;
         let (sender, connection) = Builder::new()
             .preserve_header_case(true)
             .title_case_headers(true)

@@ -2,7 +2,7 @@
 //!
 //! `client` checks each request before hyper reads it; what is refused there, or later, has a [`Problem`] for its answer, and
 //! ends its connection. A request is then: authority → VM → allow-list → dial → relay. aditd is in the way of an absolute-form
-//! body, and out of the way of a CONNECT tunnel.
+//! body, and out of the way of a CONNECT tunnel, which has its client from the port process on ([`connect`]).
 
 mod absolute;
 pub mod authority;
@@ -25,6 +25,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use adit_channel::hello::Extensions;
 use adit_names::VmId;
 use adit_port::control::Target;
 use hyper::body::Incoming;
@@ -34,14 +35,15 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
-use crate::link::{DialedStream, Link};
+use crate::link::{ClientEnd, Link, Question, Unopened};
 use crate::listen::{Gate, Place, Share, Shares};
 use crate::state::State;
 use crate::vm::VmEntry;
 use authority::Destination;
 use client::{Client, FIELDS_MAX, HEADER_MAX, Notes};
-use connect::Tunnel;
+use connect::Handed;
 use ends::{ClientIo, UnderWay};
 use interim::Interim;
 use problem::{Body, Problem};
@@ -116,19 +118,14 @@ async fn refuse(mut client: TcpStream, problem: &Problem) {
     let _ = linger::end(&mut client, Some(problem), true).await;
 }
 
-/// What a client's connection is once it speaks HTTP no more.
-enum Onward {
-    /// After CONNECT.
-    Tunnel(Tunnel),
-    /// After `101 Switching Protocols`.
-    Upgraded(Upgraded),
-}
-
 async fn connection(state: Arc<State>, client: TcpStream, place: Place) {
     let _ = client.set_nodelay(true);
     let (place, stop) = (Arc::new(place), state.stop.clone());
     let (under_way, notes) = (UnderWay::default(), Notes::default());
+    // After `101 Switching Protocols`.
     let onward = Mutex::new(None);
+    // After CONNECT: nothing more is said to the client here.
+    let handed = CancellationToken::new();
     let client = ClientIo::new(client, under_way.clone());
     let interim = client.interim();
     let client = Client::new(client, place.clone(), notes.clone());
@@ -136,7 +133,7 @@ async fn connection(state: Arc<State>, client: TcpStream, place: Place) {
         let under_way = under_way.clone();
         // Of an answer to HEAD there is no body to come, whatever it says.
         let head = request.method() == Method::HEAD;
-        let answered = answer(&state, &notes, &interim, &onward, request);
+        let answered = answer(&state, &notes, &interim, &onward, &handed, request);
         async move {
             let answer = answered.await;
             Ok::<_, Infallible>(answer.map(|body| ends::answered(body, under_way, head)))
@@ -155,9 +152,13 @@ async fn connection(state: Arc<State>, client: TcpStream, place: Place) {
     let ended = tokio::select! {
         ended = &mut served => ended,
         () = place.evicted.cancelled() => return,
+        () = handed.cancelled() => return,
         () = stop.cancelled() => {
             std::pin::Pin::new(&mut served).graceful_shutdown();
-            (&mut served).await
+            tokio::select! {
+                ended = &mut served => ended,
+                () = handed.cancelled() => return,
+            }
         }
     };
     if let Err(e) = ended {
@@ -166,10 +167,8 @@ async fn connection(state: Arc<State>, client: TcpStream, place: Place) {
     }
     let client = served.into_parts().io.into_inner();
     let onward = onward.lock().unwrap_or_else(PoisonError::into_inner).take();
-    match onward {
-        Some(Onward::Tunnel(tunnel)) => return tunnel.hand_over(client).await,
-        Some(Onward::Upgraded(upgraded)) => return upgraded.carry(client, &stop).await,
-        None => {}
+    if let Some(upgraded) = onward {
+        return upgraded.carry(client, &stop).await;
     }
     if let Some(problem) = client.unanswered() {
         log_refusal(problem);
@@ -186,18 +185,28 @@ async fn answer(
     state: &Arc<State>,
     notes: &Notes,
     interim: &Interim,
-    onward: &Mutex<Option<Onward>>,
+    onward: &Mutex<Option<Upgraded>>,
+    handed: &CancellationToken,
     mut request: Request<Incoming>,
 ) -> Response<Body> {
     let connect = request.method() == Method::CONNECT;
     let result = if connect {
-        let opened = connect::open(state, &request).await;
-        opened.map(|tunnel| (connect::opened(), Some(Onward::Tunnel(tunnel))))
+        match connect::open(state, notes, &request).await {
+            Ok(whose) => {
+                let status = match whose {
+                    Handed::Over => StatusCode::OK,
+                    Handed::Lost => StatusCode::BAD_GATEWAY,
+                };
+                state.metrics.request(connect, status.as_u16());
+                handed.cancel();
+                return std::future::pending().await;
+            }
+            Err(problem) => Err(problem),
+        }
     } else if let Some(answer) = own::answer(&mut request) {
         Ok((answer, None))
     } else {
-        let answered = absolute::handle(state, interim, request, notes.has_no_path()).await;
-        answered.map(|(answer, upgraded)| (answer, upgraded.map(Onward::Upgraded)))
+        absolute::handle(state, interim, request, notes.has_no_path()).await
     };
     let result = result.map(|(answer, next)| {
         *onward.lock().unwrap_or_else(PoisonError::into_inner) = next;
@@ -272,10 +281,14 @@ fn admit(state: &State, to: &Destination) -> Result<Admitted, Problem> {
     Ok(Admitted { vm, link, share })
 }
 
-/// Dials into a VM.
-async fn dial(link: &Arc<Link>, to: &Destination) -> Result<DialedStream, Problem> {
-    let stream = link.dial(to.target.clone(), DIAL_LIMIT).await;
-    stream.map_err(|e| Problem::of_dial(to, &e))
+/// Dials into a VM, for the client at this end.
+async fn dial(link: &Link, to: &Destination, end: ClientEnd) -> Result<(), Unopened> {
+    let question = Question {
+        to: to.target.clone(),
+        extensions: Extensions::default(),
+        deadline: DIAL_LIMIT,
+    };
+    link.open(question, end).await
 }
 
 /// A pair of connected Unix stream sockets.

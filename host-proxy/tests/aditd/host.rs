@@ -1,6 +1,7 @@
 //! A whole aditd in a directory of its own, with the test on the other end of its control sockets: the test plays the port
 //! processes, so it can also send what a hostile guest would.
 
+use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::io::{self, Write};
 use std::net::{SocketAddrV4, TcpStream};
@@ -8,11 +9,14 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use adit_channel::frame::{self, Header};
 use adit_channel::hello::{Common, Hello, Open};
-use adit_port::control::{CONTROL_SOCKET, Dial, Dialed, Incoming, Status};
+use adit_port::control::{
+    Ask, CONTROL_SOCKET, Connect, Dial, Dialed, FEATURE_CONNECT, Features, Incoming, Status,
+};
 use adit_port::control_io::{ControlError, Message, receive, send};
 use adit_tasks::wire::{Facts, Outcome, Pull, Report, ReportAck, Task, TaskId, WireKind};
 use nix::sys::socket::{
@@ -40,7 +44,16 @@ pub struct Port {
 }
 
 /// A connection of aditd to such a socket.
-pub struct Control(pub OwnedFd);
+pub struct Control(pub OwnedFd, pub Arc<Mutex<Clients>>);
+
+/// The clients that aditd passed, as a port process keeps them.
+#[derive(Default)]
+pub struct Clients {
+    /// With their dials, which are not answered.
+    asked: HashMap<u64, (OwnedFd, Connect)>,
+    /// Whose streams are open, with what is ahead of their bytes.
+    pub open: VecDeque<(UnixStream, Vec<u8>)>,
+}
 
 /// An answer of the API or of the proxy.
 pub struct Answer {
@@ -340,16 +353,27 @@ impl Port {
 
     /// The same with another CID.
     pub fn connected_as(&self, cid: u64) -> Control {
+        self.connected_with(cid, Some(FEATURE_CONNECT))
+    }
+
+    /// The same as a port process of the build before, which says nothing of features.
+    pub fn connected_older(&self) -> Control {
+        self.connected_with(self.cid, None)
+    }
+
+    fn connected_with(&self, cid: u64, features: Option<u64>) -> Control {
         loop {
             let (stream, _) = self.listener.accept().unwrap();
             // The std type serves only to accept; packets are sent and received by `control_io`.
-            let control = Control(stream.into());
+            let control = Control(stream.into(), Arc::default());
             limit(&control.0);
             let status = Message::Status(Status {
                 cid,
                 ..self.status(true)
             });
-            match send(&control.0, &status, None) {
+            let features = features.map(|bits| Message::Features(Features { bits }));
+            let mut frames = features.iter().chain([&status]);
+            match frames.try_for_each(|frame| send(&control.0, frame, None)) {
                 Ok(()) => return control,
                 // The connection of an aditd that was killed; the next aditd's is behind it.
                 Err(ControlError::Io(e)) if e.kind() == io::ErrorKind::BrokenPipe => {}
@@ -369,32 +393,91 @@ impl Control {
         receive(&self.0).unwrap()
     }
 
-    /// Receives the next dial.
+    /// A second end of the same connection.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self(self.0.try_clone()?, self.1.clone()))
+    }
+
+    /// Receives the next dial, with its client or without.
     pub fn dial(&self) -> Dial {
         loop {
-            match self.hear().unwrap().0 {
-                Message::Dial(dial) => return dial,
-                Message::Cancel(_) => {}
+            match self.hear().unwrap() {
+                (Message::Dial(dial), _) => return dial,
+                (Message::Connect(connect), Some(fd)) => return self.keep(connect, fd),
+                (Message::Cancel(_), _) => {}
                 other => panic!("{other:?}"),
             }
         }
     }
 
-    /// Sends that a dial reached the guest.
+    /// Keeps a client for when its stream is open.
+    pub fn keep(&self, connect: Connect, fd: OwnedFd) -> Dial {
+        let dial = Dial {
+            id: connect.id,
+            to: connect.to.clone(),
+            deadline_ms: connect.deadline_ms,
+        };
+        self.clients().asked.insert(connect.id, (fd, connect));
+        dial
+    }
+
+    /// Writes to the client of a dial that is not answered, as aditd asked for.
+    pub fn ask(&self, ask: &Ask) {
+        if let Some((fd, _)) = self.clients().asked.get(&ask.id) {
+            let flags = nix::sys::socket::MsgFlags::MSG_NOSIGNAL;
+            let _ = nix::sys::socket::send(fd.as_raw_fd(), &ask.text, flags);
+        }
+    }
+
+    /// Waits until a dial is given up. Returns how often its client was asked whether it is there.
+    pub fn cancelled(&self, id: u64) -> usize {
+        let mut asked = 0;
+        loop {
+            match self.hear().unwrap().0 {
+                Message::Cancel(cancel) if cancel.id == id => {
+                    self.clients().asked.remove(&id);
+                    return asked;
+                }
+                Message::Ask(ask) => {
+                    self.ask(&ask);
+                    asked += 1;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// The client of a dial that is not answered.
+    pub fn client(&self, id: u64) -> (OwnedFd, Connect) {
+        self.clients().asked.remove(&id).unwrap()
+    }
+
+    /// Sends that a dial reached the guest, and greets its client.
     pub fn dialed(&self, id: u64) {
         let boot_nonce = [1; 16];
         self.say(&Message::Dialed(Dialed { id, boot_nonce }), None);
+        let mut clients = self.clients();
+        if let Some((fd, connect)) = clients.asked.remove(&id) {
+            let mut stream = UnixStream::from(fd);
+            let _ = stream.write_all(&connect.greeting);
+            clients.open.push_back((stream, connect.prefix));
+        }
     }
 
-    /// Receives the next attached socket, with its prefix.
+    /// The next socket of an open stream, with its prefix.
     pub fn attached(&self) -> (UnixStream, Vec<u8>) {
-        let Some((Message::Attach(attach), Some(fd))) = self.hear() else {
-            panic!("not an attach")
-        };
-        let stream = UnixStream::from(fd);
+        let open = self.clients().open.pop_front();
+        let (stream, prefix) = open.unwrap_or_else(|| match self.hear() {
+            Some((Message::Attach(attach), Some(fd))) => (UnixStream::from(fd), attach.prefix),
+            other => panic!("not an attach: {other:?}"),
+        });
         stream.set_nonblocking(false).unwrap();
         stream.set_read_timeout(Some(HANG)).unwrap();
-        (stream, attach.prefix)
+        (stream, prefix)
+    }
+
+    fn clients(&self) -> std::sync::MutexGuard<'_, Clients> {
+        self.1.lock().unwrap()
     }
 
     /// Lets the next dial reach the guest. Returns what is attached to it.

@@ -27,4 +27,5 @@ mod reload;
 mod server;
 mod smuggle;
 mod tasks;
+mod tunnel;
 mod upgrade;

@@ -16,7 +16,7 @@ fn started(more: &str) -> (Host, Vec<Port>) {
 
 /// A second handle of the control socket, for what is said while the server has the first.
 fn second(control: &Control) -> Control {
-    Control(control.0.try_clone().unwrap())
+    control.try_clone().unwrap()
 }
 
 fn post(client: &mut impl Write) {

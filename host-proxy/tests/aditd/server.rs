@@ -53,23 +53,20 @@ pub fn serve(
     thread::spawn(move || {
         // Until aditd is gone.
         while let Ok(Some((message, fd))) = receive(&control.0) {
-            match (message, fd) {
-                (Message::Dial(dial), _) => {
-                    of_loop.dials.fetch_add(1, Ordering::SeqCst);
-                    control.dialed(dial.id);
-                }
-                (Message::Attach(_), Some(fd)) => {
-                    let stream = UnixStream::from(fd);
-                    stream.set_nonblocking(false).unwrap();
-                    of_loop.open.fetch_add(1, Ordering::SeqCst);
-                    let (counts, answer) = (of_loop.clone(), answer.clone());
-                    thread::spawn(move || {
-                        one(stream, &*answer);
-                        counts.open.fetch_sub(1, Ordering::SeqCst);
-                    });
-                }
-                _ => {}
-            }
+            let (Message::Connect(connect), Some(fd)) = (message, fd) else {
+                continue;
+            };
+            of_loop.dials.fetch_add(1, Ordering::SeqCst);
+            let id = control.keep(connect, fd).id;
+            control.dialed(id);
+            let (stream, _) = control.attached();
+            stream.set_read_timeout(None).unwrap();
+            of_loop.open.fetch_add(1, Ordering::SeqCst);
+            let (counts, answer) = (of_loop.clone(), answer.clone());
+            thread::spawn(move || {
+                one(stream, &*answer);
+                counts.open.fetch_sub(1, Ordering::SeqCst);
+            });
         }
     });
     counts

@@ -10,8 +10,8 @@ use std::ops::RangeInclusive;
 use adit_channel::frame::{self, FrameError, HEADER_LEN, Header, IGNORABLE};
 
 use super::{
-    Attach, Cancel, Dial, DialFailed, Dialed, HANDOVER_FDS_MAX, Handover, HandoverV1, Held,
-    Incoming, Kept, PACKET_MAX, Quit, Release, Ring, Status, Stuck,
+    Ask, Attach, Cancel, Connect, Dial, DialFailed, Dialed, Features, HANDOVER_FDS_MAX, Handover,
+    HandoverV1, Held, Incoming, Kept, PACKET_MAX, Quit, Release, Ring, Status, Stuck,
 };
 
 /// Version of every control kind.
@@ -82,6 +82,10 @@ messages! {
     Kept = 5, 0..=0, NEEDED;
     /// To the port process.
     Release = 6, 0..=0, NEEDED;
+    /// To the port process, with one descriptor, if it has [`FEATURE_CONNECT`](super::FEATURE_CONNECT).
+    Connect = 7, 1..=1, NEEDED;
+    /// To the port process, if it has [`FEATURE_CONNECT`](super::FEATURE_CONNECT).
+    Ask = 8, 0..=0, NEEDED;
     /// To `aditd`.
     Status = 16, 0..=0, NEEDED;
     /// To `aditd`.
@@ -98,6 +102,8 @@ messages! {
     Ring = 22, 0..=0, IGNORABLE;
     /// To `aditd`.
     Held = 23, 0..=0, IGNORABLE;
+    /// To `aditd`.
+    Features = 24, 0..=0, IGNORABLE;
 }
 
 /// Why a packet is not a control frame. The sender's fault, except `Io` and `NoDescriptors`.

@@ -6,7 +6,6 @@
 use std::io;
 
 use adit_channel::carrier::Carrier;
-use adit_channel::dial;
 use adit_channel::either::Either;
 use adit_channel::port::Port;
 use adit_channel::ring::bell::BELL_PORT;
@@ -15,8 +14,7 @@ use adit_channel::shard::PortIndex;
 use adit_engine::{EngineConfig, ResetReason};
 
 use super::bell::Bell;
-use super::dials::failed;
-use super::{Asked, KEY_RINGS, Process, RingNews, Rings};
+use super::{KEY_RINGS, Process, RingNews, Rings};
 use crate::control::{Ring, Target};
 use crate::control_io::Message;
 use crate::rings::RingInbox;
@@ -116,26 +114,6 @@ impl<C: Carrier> Process<C> {
             let reason = ResetReason::CarrierFault;
             tracing::info!(streams, %reason, "streams of the ring ended");
         }
-    }
-
-    /// A dial over the ring failed. If nobody served it there, dials again over vsock; otherwise reports the failure.
-    pub(super) fn dial_failed(&mut self, id: u64, asked: Asked, error: &dial::DialError) {
-        use dial::DialError::{NoSession, Refused};
-        let mut error = error.clone();
-        if let (Refused | NoSession, Some(dial)) = (&error, asked.again) {
-            match self.ask(self.port, dial, asked.deadline) {
-                Ok(asked) => {
-                    if let Some(aditd) = &mut self.aditd {
-                        aditd.asked(id, asked);
-                    }
-                    return;
-                }
-                // The VM has no vsock session: then report why the ring failed.
-                Err(NoSession) => {}
-                Err(e) => error = e,
-            }
-        }
-        self.say(Message::DialFailed(failed(id, &error)), vec![]);
     }
 
     /// Tells `aditd` the state of the ring, if it changed.

@@ -3,7 +3,7 @@
 use adit_channel::carrier::Carrier;
 
 use super::Process;
-use crate::control::{Held, Status, Stuck};
+use crate::control::{FEATURE_CONNECT, Features, Held, Status, Stuck};
 use crate::control_io::Message;
 
 /// Longest text of a fault, in characters.
@@ -45,6 +45,11 @@ impl<C: Carrier> Process<C> {
         });
         if !unchanged {
             let first = self.said.replace(status.clone()).is_none();
+            if first {
+                // Ahead of the status, after which aditd dials.
+                let bits = FEATURE_CONNECT;
+                self.say(Message::Features(Features { bits }), vec![]);
+            }
             self.say(Message::Status(status), vec![]);
             if first && self.options.vmm {
                 self.say(Message::Held(Held {}), vec![]);

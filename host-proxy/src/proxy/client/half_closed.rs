@@ -6,7 +6,7 @@
 //!
 //! | | what finds it |
 //! |---|---|
-//! | its answer has not begun | after [`ASK_AFTER`], an interim answer (`100 Continue`, RFC 9110 §15.2), which a client that is there skips |
+//! | its answer has not begun | after [`ASK_AFTER`], an interim answer (`100 Continue`, RFC 9110 §15.2), which a client that is there skips; in CONNECT the port process writes it, which alone knows whether it has answered |
 //! | its answer is under way | the next bytes of it |
 //! | neither, also in HTTP/1.0, which has no interim answers | keep-alive of TCP: a reset as soon as the client's kernel has forgotten the socket (a minute, on Linux) |
 //!
@@ -29,7 +29,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// How long the connection is silent before TCP asks, and how often it asks then.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Any client of HTTP/1.1 skips it.
-const INTERIM: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+pub(super) const INTERIM: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 /// Since when it is so.
 #[derive(Debug)]
@@ -54,21 +54,23 @@ impl HalfClosed {
         }
     }
 
-    /// Ready once the client is gone. `may_ask`: no byte of an answer is written, and one of HTTP/1.1 may be.
+    /// Ready once the client is gone. `ask` writes [`INTERIM`] to it or has it written; none: it cannot be asked.
     pub(super) fn poll_gone(
         &mut self,
         cx: &mut Context<'_>,
         client: &TcpStream,
-        may_ask: bool,
+        ask: Option<&dyn Fn()>,
     ) -> Poll<()> {
         while self.look.as_mut().poll(cx).is_ready() {
             if socket_end::is_closed(client) {
                 return Poll::Ready(());
             }
-            if may_ask && !self.asked && self.since.elapsed() >= ASK_AFTER {
+            if let Some(ask) = ask
+                && !self.asked
+                && self.since.elapsed() >= ASK_AFTER
+            {
                 self.asked = true;
-                // A new connection's buffer takes it whole; an error is seen by the next look.
-                let _ = client.try_write(INTERIM);
+                ask();
             }
             let next = Instant::now() + LOOK;
             self.look.as_mut().reset(next);

@@ -30,6 +30,8 @@ pub(super) struct Head {
     pub(super) bytes: BytesMut,
     /// What follows.
     pub(super) body: Body,
+    /// It is CONNECT, which a tunnel follows.
+    pub(super) connect: bool,
     /// It is of HTTP/1.1, so that it may have interim answers.
     pub(super) http_11: bool,
     /// Its target is `scheme://authority` and nothing else.
@@ -137,6 +139,7 @@ pub(super) fn check(head: &[u8]) -> Result<Head, Problem> {
     Ok(Head {
         bytes,
         body,
+        connect: method == Method::CONNECT,
         http_11,
         no_path,
     })

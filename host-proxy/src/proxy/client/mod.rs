@@ -16,6 +16,8 @@
 //!   request before it has written the answer to the one ahead: with `half_close` it reads only what it needs.
 //! - What is refused reads like the end of the connection. Why is kept in [`Notes`], and said when hyper has ended
 //!   ([`Client::end`]): after the answers that are due, and before the connection closes.
+//! - What follows the head of a CONNECT is nobody's here: it stays in the socket for the port process that gets a duplicate of
+//!   it ([`Notes::take_tunnel`]). aditd only looks whether the client is still there.
 //! - Between two requests a client may be silent for [`IDLE_LIMIT`], and makes room for others meanwhile; a head that has begun
 //!   has [`HEADER_LIMIT`].
 //! - While a request is under way, hyper flushes whenever it is woken: then the client is looked at ([`half_closed`]).
@@ -28,27 +30,30 @@ mod lines;
 mod tests;
 
 use std::io::{self, IoSlice};
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use adit_port::control::PREFIX_MAX;
 use bytes::{Buf, BytesMut};
+use futures_util::FutureExt;
 use hyper::StatusCode;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
-use super::ends::ClientIo;
+use super::ends::{ClientIo, Shared};
 use super::linger;
 use super::problem::Problem;
+use crate::link::Asks;
 use crate::listen::{HEADER_LIMIT, Place};
 use body::Body;
 use half_closed::HalfClosed;
 use head::Search;
 
-/// Most bytes of a header. No more is read ahead, so what a client sends behind a CONNECT fits into `Attach`.
+/// Most bytes of a header. No more is read ahead, so what came with the head of a CONNECT fits into the port process's frame.
 pub(super) const HEADER_MAX: usize = PREFIX_MAX;
 /// Most header fields of a request.
 pub(super) const FIELDS_MAX: usize = 100;
@@ -67,6 +72,19 @@ pub(super) struct Notes(Arc<NotesInner>);
 struct NotesInner {
     refused: OnceLock<Problem>,
     no_path: AtomicBool,
+    tunnel: Mutex<Option<io::Result<Tunnel>>>,
+}
+
+/// The client's side of a tunnel, while its CONNECT is under way.
+#[derive(Debug)]
+pub(super) struct Tunnel {
+    /// A duplicate of the client's socket.
+    pub(super) fd: OwnedFd,
+    /// What came with the head of the request.
+    pub(super) ahead: Vec<u8>,
+    /// To be told who gets the duplicate.
+    pub(super) shared: Shared,
+    pub(super) asks: Arc<Asks>,
 }
 
 impl Notes {
@@ -78,6 +96,16 @@ impl Notes {
     /// Whether the request that is under way has a target without path and query: in hyper's it is `/`.
     pub(super) fn has_no_path(&self) -> bool {
         self.0.no_path.load(Ordering::Relaxed)
+    }
+
+    /// The tunnel that the CONNECT under way asks for. None: there is none.
+    pub(super) fn take_tunnel(&self) -> Option<io::Result<Tunnel>> {
+        self.tunnel().take()
+    }
+
+    fn tunnel(&self) -> std::sync::MutexGuard<'_, Option<io::Result<Tunnel>>> {
+        let tunnel = &self.0.tunnel;
+        tunnel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn refuse(&self, why: Problem) {
@@ -93,6 +121,11 @@ enum At {
     Head(Search),
     /// A request that is on its way to hyper, or under way.
     Request(Body),
+    /// The same, if it is CONNECT: no request comes any more.
+    Tunnel {
+        /// Bytes of the client came with it.
+        ahead: bool,
+    },
     /// Nothing: no request comes any more.
     Over,
 }
@@ -108,6 +141,7 @@ pub(super) struct Client {
     /// The client has ended its sending.
     ended: bool,
     half_closed: Option<HalfClosed>,
+    asks: Arc<Asks>,
     /// The request is of HTTP/1.1.
     http_11: bool,
     /// Something was written since the request was handed over.
@@ -133,6 +167,7 @@ impl Client {
             ahead: BytesMut::new(),
             ended: false,
             half_closed: None,
+            asks: Asks::new(half_closed::INTERIM),
             http_11: false,
             answered: false,
             flushed: true,
@@ -165,9 +200,26 @@ impl Client {
             At::Over => why.is_some(),
             At::Head(_) => !self.ahead.is_empty(),
             At::Request(body) => !body.is_over() || !self.ahead.is_empty(),
+            At::Tunnel { ahead } => *ahead || self.io.has_unread(),
         };
         self.place.idle();
         linger::end(&mut self.io, why.as_ref(), rest && !self.ended).await
+    }
+
+    /// The head of a CONNECT is checked: the rest is for the tunnel.
+    fn offer_tunnel(&mut self) {
+        let ahead = std::mem::take(&mut self.ahead);
+        self.at = At::Tunnel {
+            ahead: !ahead.is_empty(),
+        };
+        let asks = self.asks.clone();
+        let tunnel = self.io.duplicate().map(|(fd, shared)| Tunnel {
+            fd,
+            ahead: ahead.into(),
+            shared,
+            asks,
+        });
+        *self.notes.tunnel() = Some(tunnel);
     }
 
     fn refuse(&mut self, why: Problem) {
@@ -203,6 +255,9 @@ impl Client {
                     self.at = At::Request(head.body);
                     (self.http_11, self.answered) = (head.http_11, false);
                     self.notes.0.no_path.store(head.no_path, Ordering::Relaxed);
+                    if head.connect {
+                        self.offer_tunnel();
+                    }
                     continue;
                 }
                 Some(Err(why)) => {
@@ -308,12 +363,42 @@ impl Client {
                 Poll::Pending => return Ok(()),
             }
         }
+        self.poll_half_closed(cx)
+    }
+
+    /// While a CONNECT is under way: nothing is read, and a client that is gone is an error.
+    fn poll_caller(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        if let Some(tcp) = self.io.tcp() {
+            while !self.ended && tcp.poll_read_ready(cx)?.is_ready() {
+                if let Some(e) = tcp.take_error()? {
+                    return Err(e);
+                }
+                let ready = tcp.ready(Interest::READABLE).now_or_never().transpose()?;
+                self.ended = ready.is_some_and(|ready| ready.is_read_closed());
+                // The bytes stay where they are, so only the next event says anything new.
+                let nothing = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
+                let _ = tcp.try_io(Interest::READABLE, nothing);
+            }
+        }
+        self.poll_half_closed(cx)
+    }
+
+    /// An error if the client has ended its sending and is gone.
+    fn poll_half_closed(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let Some(tcp) = self.io.tcp().filter(|_| self.ended) else {
             return Ok(());
         };
+        let by_port = matches!(self.at, At::Tunnel { .. });
+        let asks = &self.asks;
+        let ask = || match by_port {
+            true => asks.ask(),
+            // A new connection's buffer takes it whole; an error is seen by the next look.
+            false => drop(tcp.try_write(half_closed::INTERIM)),
+        };
         let may_ask = self.http_11 && !self.answered;
+        let ask: Option<&dyn Fn()> = may_ask.then_some(&ask);
         let half_closed = self.half_closed.get_or_insert_with(|| HalfClosed::new(tcp));
-        match half_closed.poll_gone(cx, tcp, may_ask) {
+        match half_closed.poll_gone(cx, tcp, ask) {
             Poll::Ready(()) => Err(io::ErrorKind::ConnectionReset.into()),
             Poll::Pending => Ok(()),
         }
@@ -337,7 +422,7 @@ impl AsyncRead for Client {
                     this.due.as_mut().reset(Instant::now() + IDLE_LIMIT);
                     this.place.idle();
                 }
-                At::Head(_) | At::Over => {}
+                At::Head(_) | At::Tunnel { .. } | At::Over => {}
             }
             ready!(this.poll_head(cx))?;
         }
@@ -374,9 +459,12 @@ impl AsyncWrite for Client {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         this.flushed = true;
-        let under_way = matches!(&this.at, At::Request(body) if body.is_over());
-        if under_way && this.checked.is_empty() {
-            this.poll_there(cx)?;
+        if this.checked.is_empty() {
+            match &this.at {
+                At::Request(body) if body.is_over() => this.poll_there(cx)?,
+                At::Tunnel { .. } => this.poll_caller(cx)?,
+                _ => {}
+            }
         }
         Pin::new(&mut this.io).poll_flush(cx)
     }
