@@ -539,7 +539,11 @@ impl Link {
         tracing::warn!("too many descriptors are on their way to port processes");
         if let Message::Connect(connect) = message {
             let text = "too many descriptors are on their way to port processes";
-            self.answer(Message::DialFailed(failed(connect.id, DialError::Busy, text)));
+            self.answer(Message::DialFailed(failed(
+                connect.id,
+                DialError::Busy,
+                text,
+            )));
         }
     }
 

@@ -144,10 +144,20 @@ impl Tlvs {
                 (TEXT, _) => found.text = String::from_utf8_lossy(value).into_owned(),
                 (ERRNO, &[a, b]) => found.errno = u16::from_le_bytes([a, b]),
                 (ARGUMENTS, _) if is_open => {
-                    set("arguments length", &mut extensions.arguments, value, malformed(at))?;
+                    set(
+                        "arguments length",
+                        &mut extensions.arguments,
+                        value,
+                        malformed(at),
+                    )?;
                 }
                 (CALLER, _) if is_open => {
-                    set("caller length", &mut extensions.caller, value, malformed(at))?;
+                    set(
+                        "caller length",
+                        &mut extensions.caller,
+                        value,
+                        malformed(at),
+                    )?;
                 }
                 (TRACE, _) if is_open => {
                     set("trace length", &mut extensions.trace, value, malformed(at))?;
@@ -227,11 +237,7 @@ mod tests {
     fn the_longest_extensions_fit_and_longer_ones_are_no_extensions() {
         let name = "x".repeat(ServiceName::MAX);
         let longest = Hello::Open(Open {
-            extensions: extensions(
-                &[1; ARGUMENTS_MAX],
-                &[2; CALLER_MAX],
-                &[3; TRACE_MAX],
-            ),
+            extensions: extensions(&[1; ARGUMENTS_MAX], &[2; CALLER_MAX], &[3; TRACE_MAX]),
             ..Open::new(name.parse().unwrap(), Common::default())
         });
         assert_eq!(parse(&longest.encode()), Ok(longest));
@@ -244,7 +250,14 @@ mod tests {
         let mut tail = b"tcp:80".to_vec();
         put(&mut tail, TRACE, &[0; TRACE_MAX + 1]);
         let long = Tlvs::parse(&tail, 6, true);
-        assert!(matches!(long, Err(HelloError::Field { value: 65, limit: 64, .. })));
+        assert!(matches!(
+            long,
+            Err(HelloError::Field {
+                value: 65,
+                limit: 64,
+                ..
+            })
+        ));
         let mut tail = b"tcp:80".to_vec();
         put(&mut tail, CALLER, b"me");
         put(&mut tail, CALLER, b"you");

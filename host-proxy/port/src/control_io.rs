@@ -293,37 +293,6 @@ mod tests {
     }
 
     #[test]
-    fn a_dial_with_its_client_has_golden_bytes() {
-        let to = Target::Service("tcp:80".parse().unwrap());
-        let message = Message::Connect(Connect {
-            id: 7,
-            to,
-            deadline_ms: 5000,
-            extensions: Extensions {
-                arguments: b"-x".to_vec().try_into().unwrap(),
-                caller: b"me".to_vec().try_into().unwrap(),
-                trace: b"00".to_vec().try_into().unwrap(),
-            },
-            prefix: b"up".to_vec(),
-            greeting: b"down".to_vec(),
-        });
-        let head = |kind, len, flags| [len, 0, 0, 0, kind, 0, 1, 0, 0, 0, 0, 0, flags, 0, 0, 0];
-        let body = b"\x07\0\x06tcp:80\x88\x27\x02-x\x02me\x0200\x02up\x04down";
-        let bytes = message.encode().unwrap();
-        assert_eq!(bytes, [&head(7, body.len() as u8, 0)[..], body].concat());
-        assert_eq!(Message::decode(&bytes).unwrap(), Some(message));
-        let ask = Message::Ask(Ask {
-            id: 7,
-            text: b"there?".to_vec(),
-        });
-        let body = b"\x07\x06there?";
-        assert_eq!(ask.encode().unwrap(), [&head(8, 8, 0)[..], body].concat());
-        // A build that does not know these skips them.
-        let features = Message::Features(Features { bits: 1 });
-        assert_eq!(features.encode().unwrap(), [&head(24, 1, 4)[..], &[1]].concat());
-    }
-
-    #[test]
     fn a_dial_with_an_extension_that_is_too_long_is_no_frame() {
         let mut body = b"\x07\x01\x16\x05\0\x81\x02".to_vec();
         body.resize(body.len() + CALLER_MAX + 1, b'c');
@@ -333,7 +302,10 @@ mod tests {
         (packet[4], packet[6]) = (7, 1);
         packet.extend(body);
         let refused = Message::decode(&packet);
-        assert!(matches!(refused, Err(ControlError::Frame(_))), "{refused:?}");
+        assert!(
+            matches!(refused, Err(ControlError::Frame(_))),
+            "{refused:?}"
+        );
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! that a downgrade starts again.
 #![allow(missing_docs)]
 
+use adit_channel::hello::Extensions;
 use adit_port::control::*;
 use adit_port::control_io::Message;
 
@@ -89,6 +90,49 @@ fn messages() -> Vec<(Message, u8, u8, Vec<u8>)> {
             Message::Cancel(Cancel { id: 300 }),
             3,
             needed,
+            vec![0xac, 2],
+        ),
+        (
+            Message::Connect(Connect {
+                id: 7,
+                to: Target::Service("tcp:80".parse().unwrap()),
+                deadline_ms: 5000,
+                extensions: Extensions {
+                    arguments: b"-x".to_vec().try_into().unwrap(),
+                    caller: b"me".to_vec().try_into().unwrap(),
+                    trace: b"00".to_vec().try_into().unwrap(),
+                },
+                prefix: b"up".to_vec(),
+                greeting: b"down".to_vec(),
+            }),
+            7,
+            needed,
+            [
+                &[7, 0][..],
+                &text("tcp:80"),
+                &[0x88, 0x27],
+                &text("-x"),
+                &text("me"),
+                &text("00"),
+                &text("up"),
+                &text("down"),
+            ]
+            .concat(),
+        ),
+        (
+            Message::Ask(Ask {
+                id: 7,
+                text: b"there?".to_vec(),
+            }),
+            8,
+            needed,
+            [&[7][..], &text("there?")].concat(),
+        ),
+        // A build that does not know it skips it.
+        (
+            Message::Features(Features { bits: 300 }),
+            24,
+            ignorable,
             vec![0xac, 2],
         ),
         (Message::Quit(Quit {}), 4, needed, vec![]),

@@ -192,7 +192,13 @@ fn r53_a_truncated_or_forbidden_frame_ends_its_connection_only() {
         nix::sys::socket::send(aditd.0.as_raw_fd(), &bytes, MsgFlags::empty()).unwrap();
         let end = loop {
             match receive(&aditd.0) {
-                Ok(Some((Message::Status(_) | Message::Features(_) | Message::Handover(_) | Message::Ring(_), _))) => {}
+                Ok(Some((
+                    Message::Status(_)
+                    | Message::Features(_)
+                    | Message::Handover(_)
+                    | Message::Ring(_),
+                    _,
+                ))) => {}
                 other => break other.map_err(|e| e.to_string()),
             }
         };

@@ -77,9 +77,12 @@ impl Aditd {
 
     /// The next frame that is not a status. `None`: there is none now.
     fn heard(&self) -> Option<(Message, Option<OwnedFd>)> {
-        self.heard
-            .try_iter()
-            .find(|(message, _)| !matches!(message, Message::Status(_) | Message::Features(_) | Message::Ring(_)))
+        self.heard.try_iter().find(|(message, _)| {
+            !matches!(
+                message,
+                Message::Status(_) | Message::Features(_) | Message::Ring(_)
+            )
+        })
     }
 }
 

@@ -10,7 +10,6 @@
 //! everything in it. A client whose socket was passed is never served again by aditd, whatever the answer (a refused CONNECT
 //! ends its connection anyway): the port process may have kept its duplicate, and would read along.
 
-use adit_names::VmId;
 use adit_port::control::PREFIX_MAX;
 use hyper::Request;
 use hyper::body::Incoming;

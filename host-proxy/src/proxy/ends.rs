@@ -16,8 +16,8 @@
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -187,7 +187,9 @@ impl ClientIo {
     pub(super) fn has_unread(&self) -> bool {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         let peek = |tcp: &TcpStream| rustix::net::recv(tcp, &mut [0; 1], flags);
-        self.inner.as_ref().is_some_and(|tcp| matches!(peek(tcp), Ok((1.., _))))
+        self.inner
+            .as_ref()
+            .is_some_and(|tcp| matches!(peek(tcp), Ok((1.., _))))
     }
 
     /// What goes to the client ahead of an answer.

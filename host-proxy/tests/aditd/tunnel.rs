@@ -212,7 +212,11 @@ fn a_client_that_leaves_during_its_dial_gives_it_up_however_it_leaves() {
         // Of one that ends in order, aditd finds out only by asking.
         assert!(control.cancelled(id) <= usize::from(!resets));
         let limit = if resets { 2 } else { 9 };
-        assert!(begin.elapsed() < Duration::from_secs(limit), "{:?}", begin.elapsed());
+        assert!(
+            begin.elapsed() < Duration::from_secs(limit),
+            "{:?}",
+            begin.elapsed()
+        );
     }
 }
 
@@ -224,7 +228,10 @@ fn a_client_that_has_ended_its_sending_is_asked_and_gets_its_tunnel() {
     let Message::Ask(ask) = next(&control) else {
         panic!("not asked")
     };
-    assert_eq!((ask.id, &ask.text[..]), (id, &b"HTTP/1.1 100 Continue\r\n\r\n"[..]));
+    assert_eq!(
+        (ask.id, &ask.text[..]),
+        (id, &b"HTTP/1.1 100 Continue\r\n\r\n"[..])
+    );
     control.ask(&ask);
     control.dialed(id);
     let (mut guest, prefix) = control.attached();
@@ -244,7 +251,9 @@ fn a_client_that_floods_behind_its_connect_is_not_read() {
     let (mut client, id) = asked(&host, &control, b"");
     // More than the kernel keeps for a connection.
     let data: Vec<u8> = (0..64u32 << 20).map(|i| (i % 251) as u8).collect();
-    client.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+    client
+        .set_write_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
     let mut sent = 0;
     while let Ok(n) = client.write(&data[sent..]) {
         sent += n;
@@ -334,7 +343,11 @@ fn a_port_process_that_breaks_off_leaves_a_client_without_a_second_answer() {
     let _next = ports[0].connected();
     let (said, how) = end(&mut client);
     // A reset may take what was not read.
-    assert!(connect.greeting.starts_with(&said), "{}", String::from_utf8_lossy(&said));
+    assert!(
+        connect.greeting.starts_with(&said),
+        "{}",
+        String::from_utf8_lossy(&said)
+    );
     assert_eq!(how, Some(ErrorKind::ConnectionReset));
     assert_eq!(host.get("/v1/vms/a")["name"], "a");
 }
@@ -342,7 +355,15 @@ fn a_port_process_that_breaks_off_leaves_a_client_without_a_second_answer() {
 #[test]
 fn an_answer_to_no_dial_and_a_second_answer_mean_nothing() {
     let (host, ports, control) = started("");
-    let answered = |id| control.say(&Message::Dialed(Dialed { id, boot_nonce: [0; 16] }), None);
+    let answered = |id| {
+        control.say(
+            &Message::Dialed(Dialed {
+                id,
+                boot_nonce: [0; 16],
+            }),
+            None,
+        )
+    };
     answered(77);
     control.say(&failed(78, DialError::Reset), None);
     let (mut client, id) = asked(&host, &control, b"");
@@ -401,7 +422,10 @@ fn r105_a_client_that_a_port_process_has_made_blocking_delays_nobody() {
 
 #[test]
 fn hundreds_of_clients_are_passed_at_once() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "[limits]\nconnections_per_client = 300\nrequests_per_vm = 300");
+    let (mut host, ports) = Host::new(
+        &[("a", 3)],
+        "[limits]\nconnections_per_client = 300\nrequests_per_vm = 300",
+    );
     host.start();
     let control = ports[0].connected();
     let mut clients: Vec<_> = (0..256).map(|_| host.proxy()).collect();

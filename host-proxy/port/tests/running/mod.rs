@@ -146,7 +146,13 @@ impl Aditd {
     pub fn heard(&self) -> Option<(Message, Option<OwnedFd>)> {
         while self.ready() {
             match receive(&self.0).unwrap().expect("connection") {
-                (Message::Status(_) | Message::Features(_) | Message::Handover(_) | Message::Ring(_), _) => {}
+                (
+                    Message::Status(_)
+                    | Message::Features(_)
+                    | Message::Handover(_)
+                    | Message::Ring(_),
+                    _,
+                ) => {}
                 other => return Some(other),
             }
         }
