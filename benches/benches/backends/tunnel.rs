@@ -27,13 +27,15 @@ use crate::measure::CELL;
 
 const PIECE: usize = 64 << 10;
 const WARM: usize = 4 << 20;
+/// Tunnels that are made and ended one after the other, in each round.
+const SET_UPS: u32 = 100;
 
 /// Measures the tunnel and the relays in turn.
 pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
     let Some(binaries) = &options.binaries else {
         return Ok(Vec::new());
     };
-    let mut tunnel = Tunnel::start(binaries)?;
+    let mut tunnel = Tunnel::start(binaries, options.rounds)?;
     let mut relays = Vec::new();
     for (name, must, aim) in [("socat", 1.0, 1.0), ("haproxy", 0.7, 1.0)] {
         match Relay::start(name) {
@@ -50,7 +52,8 @@ pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
             rates[1].push(relay.backward()?);
         }
     }
-    let mut out = Vec::new();
+    let title = "CONNECT, from the request to the greeting";
+    let mut out = vec![Figure::alone(title, "us", Better::Lower, &tunnel.set_ups)];
     for (way, ours) in ["to client", "from client"].into_iter().zip(&ours) {
         let which = usize::from(way == "from client");
         for (_, name, must, aim, rates) in &relays {
@@ -125,12 +128,14 @@ struct Tunnel {
     guest: Guest,
     key: Key,
     client: TcpStream,
+    /// Time of one set-up, in each round, µs.
+    set_ups: Vec<f64>,
     _processes: Processes,
     _dir: tempfile::TempDir,
 }
 
 impl Tunnel {
-    fn start(binaries: &Path) -> anyhow::Result<Self> {
+    fn start(binaries: &Path, rounds: usize) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
         let at = dir.path().display();
         let config = format!(
@@ -169,10 +174,16 @@ impl Tunnel {
                 Err(_) => guest.forget_ended(),
             }
         };
+        drop(client);
+        guest.reset(key);
+        let set_ups = (0..rounds).map(|_| set_up(&mut guest, addr.trim()));
+        let set_ups = set_ups.collect::<anyhow::Result<_>>()?;
+        let (client, key) = connect(&mut guest, addr.trim())?;
         Ok(Self {
             guest,
             key,
             client,
+            set_ups,
             _processes: processes,
             _dir: dir,
         })
@@ -202,6 +213,20 @@ impl Tunnel {
             Ok(self.guest.pump())
         })
     }
+}
+
+/// Time to make a tunnel, µs: the mean of some that follow each other.
+fn set_up(guest: &mut Guest, addr: &str) -> anyhow::Result<f64> {
+    let mut took = Duration::ZERO;
+    for _ in 0..SET_UPS {
+        let begin = Instant::now();
+        let (client, key) = connect(guest, addr)?;
+        took += begin.elapsed();
+        drop(client);
+        guest.reset(key);
+        guest.pump();
+    }
+    Ok(took.as_secs_f64() * 1e6 / f64::from(SET_UPS))
 }
 
 fn connect(guest: &mut Guest, addr: &str) -> anyhow::Result<(TcpStream, Key)> {

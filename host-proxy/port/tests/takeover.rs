@@ -60,6 +60,7 @@ impl Aditd {
                         // An error means that the process has ended.
                         let _ = send(&ours, &Message::Kept(Kept { seq }), None);
                     }
+                    Message::Features(_) => {}
                     other => drop(sender.send((other, fds.into_iter().next()))),
                 }
             }
@@ -77,12 +78,9 @@ impl Aditd {
 
     /// The next frame that is not a status. `None`: there is none now.
     fn heard(&self) -> Option<(Message, Option<OwnedFd>)> {
-        self.heard.try_iter().find(|(message, _)| {
-            !matches!(
-                message,
-                Message::Status(_) | Message::Features(_) | Message::Ring(_)
-            )
-        })
+        self.heard
+            .try_iter()
+            .find(|(message, _)| !matches!(message, Message::Status(_) | Message::Ring(_)))
     }
 }
 

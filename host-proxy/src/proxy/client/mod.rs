@@ -16,6 +16,7 @@
 //!   request before it has written the answer to the one ahead: with `half_close` it reads only what it needs.
 //! - What is refused reads like the end of the connection. Why is kept in [`Notes`], and said when hyper has ended
 //!   ([`Client::end`]): after the answers that are due, and before the connection closes.
+//! - hyper gets the head of a CONNECT when it has written all answers before it: the next one is written by somebody else.
 //! - What follows the head of a CONNECT is nobody's here: it stays in the socket for the port process that gets a duplicate of
 //!   it ([`Notes::take_tunnel`]). aditd only looks whether the client is still there.
 //! - Between two requests a client may be silent for [`IDLE_LIMIT`], and makes room for others meanwhile; a head that has begun
@@ -426,6 +427,10 @@ impl AsyncRead for Client {
             }
             ready!(this.poll_head(cx))?;
         }
+        if matches!(this.at, At::Tunnel { .. }) && !this.flushed {
+            // What hyper still has of the answer before would come after the greeting. The flush wakes.
+            return Poll::Pending;
+        }
         let some = this.checked.len().min(buf.remaining());
         buf.put_slice(&this.checked.split_to(some));
         Poll::Ready(Ok(()))
@@ -458,7 +463,11 @@ impl AsyncWrite for Client {
     /// hyper does this when it has written all that it has.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        this.flushed = true;
+        let flushed = std::mem::replace(&mut this.flushed, true);
+        if !flushed && !this.checked.is_empty() {
+            // A CONNECT may have waited for this.
+            cx.waker().wake_by_ref();
+        }
         if this.checked.is_empty() {
             match &this.at {
                 At::Request(body) if body.is_over() => this.poll_there(cx)?,
