@@ -394,10 +394,10 @@ impl<C: Carrier> Port<C> {
         {
             self.deadlines.remove(&(deadline, slot));
             let entry = self.entries.get(slot as usize).and_then(Option::as_ref);
-            if let Some(stream) = entry.map(|entry| entry.id) {
-                if self.fail_dial(stream, crate::dial::DialError::Timeout) {
-                    self.engine.reset(now, stream, ResetReason::Timeout);
-                }
+            if let Some(stream) = entry.map(|entry| entry.id)
+                && self.fail_dial(stream, crate::dial::DialError::Timeout)
+            {
+                self.engine.reset(now, stream, ResetReason::Timeout);
             }
         }
     }

@@ -29,23 +29,22 @@ mod head;
 mod lines;
 #[cfg(test)]
 mod tests;
+mod tunnel;
 
 use std::io::{self, IoSlice};
-use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use adit_port::control::PREFIX_MAX;
 use bytes::{Buf, BytesMut};
-use futures_util::FutureExt;
 use hyper::StatusCode;
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
-use super::ends::{ClientIo, Shared};
+use super::ends::ClientIo;
 use super::linger;
 use super::problem::Problem;
 use crate::link::Asks;
@@ -53,6 +52,7 @@ use crate::listen::{HEADER_LIMIT, Place};
 use body::Body;
 use half_closed::HalfClosed;
 use head::Search;
+pub(super) use tunnel::Tunnel;
 
 /// Most bytes of a header. No more is read ahead, so what came with the head of a CONNECT fits into the port process's frame.
 pub(super) const HEADER_MAX: usize = PREFIX_MAX;
@@ -76,18 +76,6 @@ struct NotesInner {
     tunnel: Mutex<Option<io::Result<Tunnel>>>,
 }
 
-/// The client's side of a tunnel, while its CONNECT is under way.
-#[derive(Debug)]
-pub(super) struct Tunnel {
-    /// A duplicate of the client's socket.
-    pub(super) fd: OwnedFd,
-    /// What came with the head of the request.
-    pub(super) ahead: Vec<u8>,
-    /// To be told who gets the duplicate.
-    pub(super) shared: Shared,
-    pub(super) asks: Arc<Asks>,
-}
-
 impl Notes {
     /// What was refused, if anything was: the connection ends with it.
     pub(super) fn refused(&self) -> Option<&Problem> {
@@ -97,16 +85,6 @@ impl Notes {
     /// Whether the request that is under way has a target without path and query: in hyper's it is `/`.
     pub(super) fn has_no_path(&self) -> bool {
         self.0.no_path.load(Ordering::Relaxed)
-    }
-
-    /// The tunnel that the CONNECT under way asks for. None: there is none.
-    pub(super) fn take_tunnel(&self) -> Option<io::Result<Tunnel>> {
-        self.tunnel().take()
-    }
-
-    fn tunnel(&self) -> std::sync::MutexGuard<'_, Option<io::Result<Tunnel>>> {
-        let tunnel = &self.0.tunnel;
-        tunnel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn refuse(&self, why: Problem) {
@@ -205,22 +183,6 @@ impl Client {
         };
         self.place.idle();
         linger::end(&mut self.io, why.as_ref(), rest && !self.ended).await
-    }
-
-    /// The head of a CONNECT is checked: the rest is for the tunnel.
-    fn offer_tunnel(&mut self) {
-        let ahead = std::mem::take(&mut self.ahead);
-        self.at = At::Tunnel {
-            ahead: !ahead.is_empty(),
-        };
-        let asks = self.asks.clone();
-        let tunnel = self.io.duplicate().map(|(fd, shared)| Tunnel {
-            fd,
-            ahead: ahead.into(),
-            shared,
-            asks,
-        });
-        *self.notes.tunnel() = Some(tunnel);
     }
 
     fn refuse(&mut self, why: Problem) {
@@ -362,23 +324,6 @@ impl Client {
             match self.poll_ahead(cx)? {
                 Poll::Ready(_) => {}
                 Poll::Pending => return Ok(()),
-            }
-        }
-        self.poll_half_closed(cx)
-    }
-
-    /// While a CONNECT is under way: nothing is read, and a client that is gone is an error.
-    fn poll_caller(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        if let Some(tcp) = self.io.tcp() {
-            while !self.ended && tcp.poll_read_ready(cx)?.is_ready() {
-                if let Some(e) = tcp.take_error()? {
-                    return Err(e);
-                }
-                let ready = tcp.ready(Interest::READABLE).now_or_never().transpose()?;
-                self.ended = ready.is_some_and(|ready| ready.is_read_closed());
-                // The bytes stay where they are, so only the next event says anything new.
-                let nothing = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
-                let _ = tcp.try_io(Interest::READABLE, nothing);
             }
         }
         self.poll_half_closed(cx)
