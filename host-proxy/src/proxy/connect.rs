@@ -82,7 +82,7 @@ fn greeting() -> Vec<u8> {
     let now = jiff::Timestamp::now();
     // Only of a year that HTTP has no form for.
     if let Ok(date) = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&now) {
-        text.push_str(&format!("date: {date}\r\n"));
+        text.push_str(&format!("Date: {date}\r\n"));
     }
     text.push_str("\r\n");
     text.into_bytes()
