@@ -65,6 +65,7 @@ pub(super) async fn open(
         Ok(()) => Ok(Handed::Over),
         Err(Unopened::Failed(e)) => Err(Problem::of_dial(&to, &e)),
         Err(Unopened::Unknown(e)) => {
+            shared.lose();
             tracing::info!(vm = %to.vm, error = %e.text.escape_debug(), "tunnel lost");
             Ok(Handed::Lost)
         }

@@ -140,16 +140,27 @@ impl AsyncWrite for GuestIo {
 
 /// Whether a port process has a duplicate of a client's socket, or has had one.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Shared(Arc<OnceLock<Closer>>);
+pub(super) struct Shared(Arc<SharedInner>);
+
+#[derive(Debug, Default)]
+struct SharedInner {
+    closer: OnceLock<Closer>,
+    is_lost: AtomicBool,
+}
 
 impl Shared {
     /// It is about to get one. `closer` closes what this port process has had.
     pub(super) fn with(&self, closer: &Closer) {
-        let _ = self.0.set(closer.clone());
+        let _ = self.0.closer.set(closer.clone());
+    }
+
+    /// Nobody knows whether the client was greeted: its connection is reset, whoever else has the socket.
+    pub(super) fn lose(&self) {
+        self.0.is_lost.store(true, Ordering::Relaxed);
     }
 
     fn is_so(&self) -> bool {
-        self.0.get().is_some()
+        self.0.closer.get().is_some()
     }
 }
 
@@ -244,9 +255,14 @@ impl ClientIo {
 impl Drop for ClientIo {
     fn drop(&mut self) {
         self.follow();
-        if let Some(closer) = self.shared.0.get()
+        if let Some(closer) = self.shared.0.closer.get()
             && let Some(Ok(tcp)) = self.inner.take().map(TcpStream::into_std)
         {
+            if self.shared.0.is_lost.load(Ordering::Relaxed) {
+                // A close would wait for that of the duplicate. This fails while somebody sleeps in a call on the socket.
+                let _ = rustix::net::connect_unspec(&tcp)
+                    .or_else(|_| rustix::net::shutdown(&tcp, rustix::net::Shutdown::Both));
+            }
             closer.close(tcp);
         }
     }
