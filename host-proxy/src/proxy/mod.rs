@@ -2,7 +2,7 @@
 //!
 //! `client` checks each request before hyper reads it; what is refused there, or later, has a [`Problem`] for its answer, and
 //! ends its connection. A request is then: authority → VM → allow-list → dial → relay. aditd is in the way of an absolute-form
-//! body, and out of the way of a CONNECT tunnel, which has its client from the port process on ([`connect`]).
+//! body, and out of the way of a CONNECT tunnel, which has its client from the port process on (`connect`).
 
 mod absolute;
 pub mod authority;
