@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use adit_benches::report::{Better, Figure};
+use adit_benches::report::{Better, Figure, median};
 use adit_channel::device::GuestCid;
 use adit_testkit::DriverConfig;
 use anyhow::{Context, bail};
@@ -215,18 +215,18 @@ impl Tunnel {
     }
 }
 
-/// Time to make a tunnel, µs: the mean of some that follow each other.
+/// Time to make a tunnel, µs: the median of some that follow each other.
 fn set_up(guest: &mut Guest, addr: &str) -> anyhow::Result<f64> {
-    let mut took = Duration::ZERO;
+    let mut took = Vec::new();
     for _ in 0..SET_UPS {
         let begin = Instant::now();
         let (client, key) = connect(guest, addr)?;
-        took += begin.elapsed();
+        took.push(begin.elapsed().as_secs_f64() * 1e6);
         drop(client);
         guest.reset(key);
         guest.pump();
     }
-    Ok(took.as_secs_f64() * 1e6 / f64::from(SET_UPS))
+    Ok(median(&took))
 }
 
 fn connect(guest: &mut Guest, addr: &str) -> anyhow::Result<(TcpStream, Key)> {
