@@ -11,6 +11,7 @@
 use adit_engine::{ConnectError, Lane, PeerReason, ResetReason, Tick};
 
 use crate::hello::{self, Accept, Hello, HelloError, Open, PREFIX_LEN, Prefix, Refuse, TAIL_MAX};
+use crate::refusal::Code;
 
 /// The target of a dial, and its time limit.
 #[derive(Clone, Debug)]
@@ -44,7 +45,7 @@ pub enum DialError {
     #[error("the guest's answer is not a hello")]
     Foreign(#[source] HelloError),
     /// The agent refused.
-    #[error("guest refused: {}", adit_names::escape(&.0.text))]
+    #[error("guest refused: {}", .0.refusal)]
     HelloRefused(Refuse),
     /// The agent accepted a version or feature that was not offered.
     #[error("guest chose version {version} and features {features:#x}, which were not offered")]
@@ -74,6 +75,19 @@ impl From<ConnectError> for DialError {
 }
 
 impl DialError {
+    /// Why the stream was not opened, as whoever asked for it hears it.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::NoSession => Code::NoSession,
+            Self::Refused => Code::NoListener,
+            Self::Timeout => Code::NoAnswer,
+            Self::Reset | Self::Cancelled => Code::Reset,
+            Self::Foreign(_) | Self::NotOffered { .. } => Code::Foreign,
+            Self::HelloRefused(refuse) => refuse.refusal.code(),
+            Self::Busy => Code::Busy,
+        }
+    }
+
     /// The error of an unfinished dial for the reason of the engine.
     pub(crate) fn from_reason(reason: Option<ResetReason>) -> Self {
         match reason {
@@ -207,7 +221,8 @@ fn foreign_start(start: &[u8]) -> Option<HelloError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hello::{Common, Status};
+    use crate::hello::Common;
+    use crate::refusal::Refusal;
 
     fn requested(hello: Option<Open>) -> Dial {
         Dial::new(DialRequest {
@@ -273,9 +288,7 @@ mod tests {
         }
         let refuse = Refuse {
             common: Common::default(),
-            status: Status::DialFailed,
-            errno: 111,
-            text: "no".into(),
+            refusal: Refusal::of_hello(4, 111, "no"),
         };
         let bytes = Hello::Refuse(refuse.clone()).encode();
         for step in [1, 7, 500] {
@@ -314,6 +327,34 @@ mod tests {
             feed(&mut dial(), &bytes, 500).0,
             Some(Err(DialError::NotOffered { features: 1, .. }))
         ));
+    }
+
+    #[test]
+    fn every_error_has_the_code_that_whoever_asked_hears() {
+        let refuse = Refuse {
+            common: Common::default(),
+            refusal: Refusal::of_hello(4, 110, "no"),
+        };
+        let not_offered = DialError::NotOffered {
+            version: 9,
+            features: 1,
+        };
+        for (error, code) in [
+            (DialError::NoSession, Code::NoSession),
+            (DialError::Refused, Code::NoListener),
+            (DialError::Timeout, Code::NoAnswer),
+            (DialError::Reset, Code::Reset),
+            (DialError::Cancelled, Code::Reset),
+            (
+                DialError::Foreign(HelloError::Format { found: 9 }),
+                Code::Foreign,
+            ),
+            (not_offered, Code::Foreign),
+            (DialError::HelloRefused(refuse), Code::DialTimedOut),
+            (DialError::Busy, Code::Busy),
+        ] {
+            assert_eq!(error.code(), code, "{error}");
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@
 //! | 16 | 8 | features offered, or the chosen subset | |
 //! | 24 | 8 | epoch: the host's; a guest repeats the last one it saw, 0 = none | |
 //! | 32 | 16 | boot nonce of the sender | |
-//! | 48 | 2 | status of a refusal | |
+//! | 48 | 2 | number of a refusal | [`refusal`](crate::refusal) says what it means |
 //! | 50 | 1 | service name length, at most 64 | |
 //! | 51 | 1 | lane | |
 //! | 52 | 4 | deadline, ms, 0 = none | |
@@ -31,6 +31,7 @@ use adit_names::{NameError, ServiceName};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::refusal::Refusal;
 use tlv::Tlvs;
 
 mod tlv;
@@ -97,44 +98,6 @@ pub enum HelloError {
     Service(#[from] NameError),
 }
 
-/// Why the other side refused a dial.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u16)]
-pub enum Status {
-    /// There is no common version.
-    Version = 1,
-    /// The other side does not have this service.
-    UnknownService = 2,
-    /// The service's policy forbids the access.
-    Denied = 3,
-    /// The local port behind the service could not be reached.
-    DialFailed = 4,
-    /// A limit is reached; try again later.
-    Busy = 5,
-    /// The peer is not the VM that the dialler meant.
-    WrongVm = 6,
-}
-
-impl Status {
-    fn parse(raw: u16) -> Result<Self, HelloError> {
-        Ok(match raw {
-            1 => Self::Version,
-            2 => Self::UnknownService,
-            3 => Self::Denied,
-            4 => Self::DialFailed,
-            5 => Self::Busy,
-            6 => Self::WrongVm,
-            _ => {
-                return Err(HelloError::Field {
-                    field: "status",
-                    value: raw.into(),
-                    limit: 6,
-                });
-            }
-        })
-    }
-}
-
 /// Fields that every hello has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Common {
@@ -194,12 +157,8 @@ pub struct Accept {
 pub struct Refuse {
     /// Features, epoch, nonce.
     pub common: Common,
-    /// The class of the reason.
-    pub status: Status,
-    /// errno of a failed dial; 0 = none.
-    pub errno: u16,
-    /// Explanation for people. At most [`TEXT_MAX`] bytes are sent.
-    pub text: String,
+    /// Why. Of its text, at most [`TEXT_MAX`] bytes are sent.
+    pub refusal: Refusal,
 }
 
 /// A hello of any kind.
@@ -296,7 +255,7 @@ impl Prefix {
     /// Checks the tail and returns the hello.
     ///
     /// # Errors
-    /// The tail has a wrong length or structure, a critical extension is unknown, or a name or status is invalid.
+    /// The tail has a wrong length or structure, a critical extension is unknown, or a name is invalid.
     pub fn finish(self, tail: &[u8]) -> Result<Hello, HelloError> {
         let raw = self.0;
         let malformed = |at| HelloError::Tail {
@@ -336,9 +295,7 @@ impl Prefix {
             }),
             _ => Hello::Refuse(Refuse {
                 common,
-                status: Status::parse(raw.status.get())?,
-                errno,
-                text,
+                refusal: Refusal::of_hello(raw.status.get(), errno, text),
             }),
         })
     }
@@ -372,14 +329,12 @@ impl Hello {
                 &a.common
             }
             Self::Refuse(r) => {
-                (kind, status) = (3, r.status as u16);
-                let mut end = r.text.len().min(TEXT_MAX);
-                while !r.text.is_char_boundary(end) {
-                    end -= 1;
-                }
-                tlv::put(&mut tail, tlv::TEXT, &r.text.as_bytes()[..end]);
-                if r.errno != 0 {
-                    tlv::put(&mut tail, tlv::ERRNO, &r.errno.to_le_bytes());
+                (kind, status) = (3, r.refusal.code().hello_number());
+                let (text, errno) = (r.refusal.text(), r.refusal.errno());
+                let end = text.floor_char_boundary(TEXT_MAX);
+                tlv::put(&mut tail, tlv::TEXT, &text.as_bytes()[..end]);
+                if errno != 0 {
+                    tlv::put(&mut tail, tlv::ERRNO, &errno.to_le_bytes());
                 }
                 &r.common
             }
@@ -491,9 +446,7 @@ mod tests {
             Hello::Accept(Accept { common, version: 1 }),
             Hello::Refuse(Refuse {
                 common,
-                status: Status::DialFailed,
-                errno: 111,
-                text: "connection refused".into(),
+                refusal: Refusal::of_hello(4, 111, "connection refused"),
             }),
         ] {
             assert_eq!(parse(&h.encode()), Ok(h));
@@ -506,13 +459,9 @@ mod tests {
             boot_nonce: [0xab; 16],
             ..Common::default()
         };
-        let refuse = |status, errno| {
-            Hello::Refuse(Refuse {
-                common,
-                status,
-                errno,
-                text: "no".into(),
-            })
+        let refuse = |number, errno| {
+            let refusal = Refusal::of_hello(number, errno, "no");
+            Hello::Refuse(Refuse { common, refusal })
         };
         let fixed = |kind, tail: u8, status| {
             let mut bytes = MAGIC.to_vec();
@@ -529,26 +478,44 @@ mod tests {
         let mut golden = vec![
             (accept, fixed(2, 0, 0)),
             (
-                refuse(Status::DialFailed, 111),
+                refuse(4, 111),
                 [fixed(3, 12, 4), text.to_vec(), errno.to_vec()].concat(),
             ),
         ];
-        let statuses = [
-            Status::Version,
-            Status::UnknownService,
-            Status::Denied,
-            Status::DialFailed,
-            Status::Busy,
-            Status::WrongVm,
-        ];
-        for (number, status) in (1..).zip(statuses) {
+        for number in 1..=6_u8 {
             let bytes = [fixed(3, 6, number), text.to_vec()].concat();
-            golden.push((refuse(status, 0), bytes));
+            golden.push((refuse(number.into(), 0), bytes));
         }
         for (hello, bytes) in golden {
             assert_eq!(hello.encode(), bytes, "{hello:?}");
             assert_eq!(parse(&bytes), Ok(hello));
         }
+    }
+
+    #[test]
+    fn a_refusal_of_a_newer_listener_is_a_refusal() {
+        let common = Common::default();
+        for number in [0, 7, 999, u16::MAX] {
+            let refusal = Refusal::of_hello(number, 9, "new");
+            let hello = Hello::Refuse(Refuse { common, refusal });
+            assert_eq!(parse(&hello.encode()), Ok(hello));
+        }
+    }
+
+    #[test]
+    fn a_refusals_text_is_cut_to_what_fits() {
+        let refusal = Refusal::of_hello(3, u16::MAX, "é\r\n".repeat(16 << 10));
+        let common = Common::default();
+        let bytes = Hello::Refuse(Refuse { common, refusal }).encode();
+        assert!(bytes.len() <= PREFIX_LEN + TAIL_MAX);
+        let Ok(Hello::Refuse(parsed)) = parse(&bytes) else {
+            panic!("not a refusal")
+        };
+        assert_eq!(parsed.refusal.text(), "é\r\n".repeat(TEXT_MAX / 4));
+        // Text that is not UTF-8 grows when it is made UTF-8: it stays within its bound.
+        let mut bytes = bytes;
+        bytes[PREFIX_LEN + 4..PREFIX_LEN + 4 + TEXT_MAX].fill(0xff);
+        assert!(parse(&bytes).is_ok());
     }
 
     #[test]

@@ -25,6 +25,7 @@ pub mod live;
 pub mod polling;
 #[cfg(feature = "device")]
 pub mod port;
+pub mod refusal;
 #[cfg(feature = "ring")]
 pub mod ring;
 #[cfg(feature = "device")]

@@ -140,10 +140,7 @@ impl Client {
                 conn.set_timeout(None)?;
                 Ok(conn)
             }
-            Hello::Refuse(r) => Err(io::Error::other(format!(
-                "host refused ({:?}): {}",
-                r.status, r.text
-            ))),
+            Hello::Refuse(r) => Err(io::Error::other(format!("host refused: {}", r.refusal))),
             Hello::Open(_) => Err(invalid("host answered with an open")),
         }
     }

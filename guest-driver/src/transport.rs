@@ -57,7 +57,7 @@ pub trait HostStream: Send + 'static {
     fn set_timeout(&self, limit: Option<Duration>) -> io::Result<()>;
 
     /// To read and write.
-    fn io(&self) -> impl Read + Write;
+    fn io(&self) -> Box<dyn ReadWrite + '_>;
 
     /// Ends our direction.
     ///
@@ -69,23 +69,28 @@ pub trait HostStream: Send + 'static {
     ///
     /// # Errors
     /// The bytes cannot be moved.
-    fn relay_to(self, local: Conn) -> io::Result<()>;
+    fn relay_to(self: Box<Self>, local: Conn) -> io::Result<()>;
 }
+
+/// Both.
+pub trait ReadWrite: Read + Write {}
+
+impl<T: Read + Write> ReadWrite for T {}
 
 impl HostStream for Conn {
     fn set_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
         self.set_timeout(limit)
     }
 
-    fn io(&self) -> impl Read + Write {
-        self
+    fn io(&self) -> Box<dyn ReadWrite + '_> {
+        Box::new(self)
     }
 
     fn end_sending(&self) -> io::Result<()> {
         self.shutdown_write()
     }
 
-    fn relay_to(self, local: Self) -> io::Result<()> {
+    fn relay_to(self: Box<Self>, local: Self) -> io::Result<()> {
         relay::relay(&self, &local).map(drop)
     }
 }

@@ -9,7 +9,8 @@ use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use adit_channel::dial::DialError;
-use adit_channel::hello::{Common, Open, PORT, Status};
+use adit_channel::hello::{Common, Open, PORT};
+use adit_channel::refusal::Code;
 use adit_channel::ring::{RingBells, RingCarrier, spec};
 use adit_channel::shard::{Handle, Shard};
 use adit_channel::stream::{Stream, Target};
@@ -159,7 +160,7 @@ fn allowed_ports_are_served_over_a_ring_and_by_the_next_agent_too() {
         echoes(&host, port, len);
     }
     match host.dial("tcp:1") {
-        Err(DialError::HelloRefused(refuse)) => assert_eq!(refuse.status, Status::Denied),
+        Err(DialError::HelloRefused(refuse)) => assert_eq!(refuse.refusal.code(), Code::Denied),
         other => panic!("{other:?}"),
     }
     let mut old = host.dial(&format!("tcp:{port}")).expect("open");

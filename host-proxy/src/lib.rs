@@ -10,6 +10,7 @@
 //! | `uids`, `cgroup` | a user and a cgroup for each port process |
 //! | `whose`, `arguments` | which process answers; what it was started with |
 //! | `keeper`, `fdstore` | what a port process's successor needs; kept over the end of aditd by systemd |
+//! | `reach` | who may reach what in which VM, and the dial |
 //! | `proxy` | the HTTP forward proxy |
 //! | `services`, `agent` | what guests dial; the talk with an agent |
 //! | `queue`, `db`, `disk` | the durable queue; the thread that commits it; whether its disk is full |
@@ -35,6 +36,7 @@ pub mod metrics;
 pub mod passing;
 pub mod proxy;
 pub mod queue;
+pub mod reach;
 pub mod registry;
 pub mod reload;
 pub mod services;

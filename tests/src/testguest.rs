@@ -40,7 +40,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use adit_channel::hello::{self, Common, Hello, Open, Status};
+use adit_channel::hello::{self, Common, Hello, Open};
+use adit_channel::refusal::Code;
 use adit_tests::connect::{connect, pattern};
 use nix::fcntl::{SpliceFFlags, splice};
 use nix::sys::reboot::RebootMode;
@@ -344,7 +345,7 @@ fn dial_host(times: u32) -> anyhow::Result<()> {
         let open = Open::new("none".parse()?, Common::default());
         stream.write_all(&Hello::Open(open).encode())?;
         match hello::read(&mut stream)? {
-            Hello::Refuse(r) if r.status == Status::UnknownService => {}
+            Hello::Refuse(r) if r.refusal.code() == Code::UnknownService => {}
             other => anyhow::bail!("stream {n}: {other:?}"),
         }
     }

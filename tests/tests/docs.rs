@@ -141,6 +141,47 @@ fn every_source_file_is_in_its_crates_table_and_every_row_is_a_file() {
     );
 }
 
+/// What a pure file may use of others. Whatever else there is has a clock, a lock, a thread or IO in it, or could have.
+const PURE: [&str; 8] = [
+    "std::fmt",
+    "std::net::SocketAddr",
+    "super::destination::Destination",
+    "super::*",
+    "crate::config::VmConfig",
+    "adit_names::",
+    "adit_port::control::Target",
+    "proptest::",
+];
+
+/// Of the files that I1 names: they import only what is pure, and name nothing by its whole path.
+#[test]
+fn pure_files_use_what_is_pure_and_nothing_else() {
+    let page = read("ARCHITECTURE.md");
+    let invariants = rows(&page, "## Invariants");
+    let named = invariants.iter().filter(|row| row[0] == "I1");
+    let files: Vec<&str> = named.flat_map(|row| quoted(row[1])).collect();
+    assert!(files.iter().any(|f| f.ends_with("access.rs")), "{files:?}");
+    for file in files {
+        for line in read(file).lines().map(str::trim) {
+            if let Some(used) = line.strip_prefix("use ") {
+                let is_pure = PURE.iter().any(|p| used.starts_with(p));
+                assert!(is_pure, "{file}: {line}");
+            } else if !line.starts_with("//") {
+                let paths = [
+                    "std::",
+                    "crate::",
+                    "tokio::",
+                    "tracing::",
+                    "async ",
+                    "unsafe ",
+                ];
+                let named = paths.iter().find(|p| line.contains(**p));
+                assert_eq!(named, None, "{file}: {line}");
+            }
+        }
+    }
+}
+
 #[test]
 fn links_of_the_pages_lead_to_files() {
     for page in PAGES {

@@ -13,7 +13,8 @@ use adit_engine::{EngineConfig, ResetReason};
 
 use super::Notice;
 use crate::dial::{DialError, DialRequest};
-use crate::hello::{self, Accept, Common, Hello, Open, Refuse, Status};
+use crate::hello::{self, Accept, Common, Hello, Open, Refuse};
+use crate::refusal::Refusal;
 use crate::shard::{Handle, News, ShardThread};
 use crate::sink::{Service, ServiceEvent, Sink, StreamIo};
 use pair::{Flow, HERE, Pair, pattern, read_to_end, socket};
@@ -265,9 +266,7 @@ fn open_len() -> usize {
 fn a_refusal_a_foreign_listener_and_a_silent_one_give_different_errors() {
     let refuse = Refuse {
         common: Common::default(),
-        status: Status::DialFailed,
-        errno: 111,
-        text: "connection refused".into(),
+        refusal: Refusal::of_hello(4, 111, "connection refused"),
     };
     let refusal = Hello::Refuse(refuse.clone()).encode();
     for (answer, want) in [

@@ -1,10 +1,12 @@
 //! Hello and relay end to end: a real listener, real local TCP servers, the host's end played by the test.
 
-use std::io::Read;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+
+use adit_channel::hello::Open;
+use adit_channel::refusal::Code;
 
 use super::*;
 use crate::transport::{Transport, UnixDir};
@@ -80,14 +82,14 @@ fn refusals_name_their_class() {
         .port();
     let (dir, _) = start(vec![closed]);
     let refusal = |service: &str| match open(dir.path(), service).0 {
-        Hello::Refuse(r) => (r.status, i32::from(r.errno)),
+        Hello::Refuse(r) => (r.refusal.code(), i32::from(r.refusal.errno())),
         other => panic!("{other:?}"),
     };
     assert_eq!(
         refusal(&format!("tcp:{closed}")),
-        (Status::DialFailed, libc::ECONNREFUSED)
+        (Code::DialFailed, libc::ECONNREFUSED)
     );
-    assert_eq!(refusal("tcp:1"), (Status::Denied, 0));
+    assert_eq!(refusal("tcp:1"), (Code::Denied, 0));
     for unknown in [
         "ssh",
         "tcp:",
@@ -97,7 +99,7 @@ fn refusals_name_their_class() {
         "tcp:-1",
         "udp:53",
     ] {
-        assert_eq!(refusal(unknown), (Status::UnknownService, 0), "{unknown}");
+        assert_eq!(refusal(unknown), (Code::UnknownService, 0), "{unknown}");
     }
 }
 
@@ -113,11 +115,32 @@ fn a_version_nobody_speaks_is_refused() {
     s.write_all(&Hello::Open(open).encode()).unwrap();
     assert!(matches!(
         hello::read(&mut s).unwrap(),
-        Hello::Refuse(Refuse {
-            status: Status::Version,
-            ..
-        })
+        Hello::Refuse(r) if r.refusal.code() == Code::Version
     ));
+}
+
+/// What a hello carries besides is for the service that it names, and for no other.
+#[test]
+fn a_hello_full_of_extensions_is_served_as_one_without() {
+    let (dir, _) = start(vec![]);
+    let bare = Hello::Open(Open::new("ping".parse().unwrap(), Common::default())).encode();
+    let mut full = bare.clone();
+    let mut tail = bare.len() - hello::PREFIX_LEN;
+    while tail + 4 <= hello::TAIL_MAX {
+        full.extend_from_slice(&[0x33, 0x44, 0, 0]);
+        tail += 4;
+    }
+    full[10..12].copy_from_slice(&(tail as u16).to_le_bytes());
+    for hello in [bare, full] {
+        let mut s = UnixStream::connect(dir.path().join("guest.sock")).unwrap();
+        s.write_all(&hello).unwrap();
+        assert!(matches!(hello::read(&mut s).unwrap(), Hello::Accept(_)));
+        s.write_all(b"there?").unwrap();
+        s.shutdown(Shutdown::Write).unwrap();
+        let mut got = String::new();
+        s.read_to_string(&mut got).unwrap();
+        assert_eq!(got, "there?");
+    }
 }
 
 #[test]
@@ -176,10 +199,7 @@ fn streams_over_the_limit_are_refused_as_busy_until_one_ends() {
     let mut s = UnixStream::connect(dir.path().join("guest.sock")).unwrap();
     assert!(matches!(
         hello::read(&mut s).unwrap(),
-        Hello::Refuse(Refuse {
-            status: Status::Busy,
-            ..
-        })
+        Hello::Refuse(r) if r.refusal.code() == Code::Busy
     ));
     drop(held);
     // The servers behind keep their ends open: the host's hang-up alone frees the slots.

@@ -7,7 +7,7 @@
 //! ordinary streams. When a session ends and another begins, the listener stays and old streams end. After a reset the near
 //! socket reads end of file and accepts no more bytes; after an end it still accepts them.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ use adit_engine::{EngineConfig, How};
 use adit_ringbuf::Mapped;
 use adit_ringbuf::region::Features;
 
-use super::{HostStream, Listen, Transport};
+use super::{HostStream, Listen, ReadWrite, Transport};
 use crate::conn::Conn;
 
 /// How long the host may take to answer a request.
@@ -82,15 +82,15 @@ impl HostStream for Stream {
         Ok(())
     }
 
-    fn io(&self) -> impl Read + Write {
-        self
+    fn io(&self) -> Box<dyn ReadWrite + '_> {
+        Box::new(self)
     }
 
     fn end_sending(&self) -> io::Result<()> {
         self.shutdown(How::Send)
     }
 
-    fn relay_to(self, local: Conn) -> io::Result<()> {
+    fn relay_to(self: Box<Self>, local: Conn) -> io::Result<()> {
         local.set_nonblocking()?;
         self.splice(local.into());
         Ok(())

@@ -7,7 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use adit_channel::hello::{self, Common, Hello, Open, Status};
+use adit_channel::hello::{self, Common, Hello, Open};
+use adit_channel::refusal::Code;
 use adit_guest_driver::exec::{proc, tree};
 use adit_tasks::hex;
 use adit_tasks::wire::{Outcome, Report};
@@ -65,7 +66,7 @@ fn tunnels_beyond_their_share_of_descriptors_are_refused_as_busy_and_tasks_run_o
             // Also after one was refused: a descriptor that the agent had for a moment is a tunnel's then.
             (Hello::Accept(_), stream) => held.push(stream),
             (Hello::Refuse(r), _) => {
-                assert_eq!(r.status, Status::Busy, "{}", r.text);
+                assert_eq!(r.refusal.code(), Code::Busy, "{}", r.refusal);
             }
             other => panic!("{other:?}"),
         }

@@ -5,7 +5,8 @@ use std::io::{ErrorKind, Read};
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown};
 
-use adit_channel::hello::{Hello, Status};
+use adit_channel::hello::Hello;
+use adit_channel::refusal::Code;
 use adit_tasks::PublicKey;
 use adit_tasks::wire::{Outcome, Task};
 use nix::sys::signal::{Signal, kill};
@@ -66,7 +67,7 @@ fn sighup_reloads_what_it_can_says_what_needs_a_restart_and_ends_nothing() {
     host.start(None);
     let (mut session, _) = host.accept();
     let (refuse, _) = dial(host.dir.path(), &service);
-    assert!(matches!(refuse, Hello::Refuse(r) if r.status == Status::Denied));
+    assert!(matches!(refuse, Hello::Refuse(r) if r.refusal.code() == Code::Denied));
     let path = host.path("adit-guest.toml");
     let before = fs::read_to_string(&path).unwrap();
     let state = host.path("state").display().to_string();

@@ -36,6 +36,7 @@
 //! same build or of neighbouring ones: an unknown kind is an error unless the frame has the `IGNORABLE` flag.
 
 pub(crate) mod message;
+mod refusal;
 
 use adit_channel::hello::Extensions;
 use adit_names::{ServiceName, VmId};

@@ -14,6 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use adit_channel::hello::{self, Accept, Hello};
+use adit_channel::refusal::{Code, Refusal};
 use adit_channel::ring::RingCarrier;
 use adit_channel::shard::{Handle, Shard, ShardThread};
 use adit_channel::stream::{Listener, Stream, Target as To};
@@ -220,9 +221,7 @@ fn echo(mut stream: &Stream) -> std::io::Result<()> {
     if open.service.as_str() == "none" {
         let refuse = hello::Refuse {
             common: hello::Common::default(),
-            status: hello::Status::UnknownService,
-            errno: 0,
-            text: String::new(),
+            refusal: Refusal::new(Code::UnknownService, ""),
         };
         stream.write_all(&Hello::Refuse(refuse).encode())?;
         return stream.shutdown(How::Send);

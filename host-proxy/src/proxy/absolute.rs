@@ -15,7 +15,7 @@ use hyper::http::uri::PathAndQuery;
 use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use tokio_util::sync::CancellationToken;
 
-use super::authority::Destination;
+use super::authority;
 use super::bodies::{Expected, Watched};
 use super::fields::{self, Hop};
 use super::guest::{Answering, GiveBack, Guest};
@@ -24,7 +24,7 @@ use super::patience::Moved;
 use super::pool::Route;
 use super::problem::{Body, Problem};
 use super::upgrade::Upgraded;
-use super::{Admitted, admit, authority};
+use crate::reach::{self, Admitted, Caller, Destination};
 use crate::state::State;
 
 /// Port of `http://`.
@@ -34,12 +34,13 @@ const HTTP: u16 = 80;
 /// client by way of `interim`. If the server changed to another protocol, that is what goes on after the answer.
 pub(super) async fn handle(
     state: &State,
+    caller: &Caller,
     interim: &Interim,
     request: Request<Incoming>,
     no_path: bool,
 ) -> Result<(Response<Body>, Option<Upgraded>), Problem> {
     let (to, host) = target(request.uri())?;
-    let admitted = admit(state, &to)?;
+    let admitted = reach::admit(state, caller, &to)?;
     let moved = Moved::now();
     let (request, asked) = outgoing(request, host, no_path, &moved, interim);
     // A connection that a server knows as one client's is not for others.
@@ -57,7 +58,7 @@ pub(super) async fn handle(
     let received = response.version();
     let bound = fields::binds_connection(response.headers());
     let plain = fields::plain_framing(response.headers_mut()).map_err(|why| {
-        let detail = format!("VM `{}` port {}: {why}", to.vm, to.port);
+        let detail = format!("{to}: {why}");
         Problem::new(StatusCode::BAD_GATEWAY, "http_protocol_error", detail)
     })?;
     let hop = Hop::take_from(response.headers_mut());
@@ -70,10 +71,7 @@ pub(super) async fn handle(
             return Ok((response.map(|_| nothing()), Some(upgraded)));
         }
         StatusCode::SWITCHING_PROTOCOLS => {
-            let detail = format!(
-                "VM `{}` port {}: the server changed to a protocol that nobody asked for",
-                to.vm, to.port
-            );
+            let detail = format!("{to}: the server changed to a protocol that nobody asked for");
             let status = StatusCode::BAD_GATEWAY;
             return Err(Problem::new(status, "http_protocol_error", detail));
         }

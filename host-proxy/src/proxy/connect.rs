@@ -1,7 +1,7 @@
 //! CONNECT: the client's socket goes to the port process with the dial, and aditd forgets it with the answer.
 //!
 //! ```text
-//! client ─ CONNECT VM:PORT ─► head checked ─► authority, VM, allow-list ─► Connect + the socket ─► port process
+//! client ─ CONNECT VM:PORT ─► head checked ─► destination, admitted ───► Connect + the socket ─► port process
 //!        ◄─ 200 ── the port process, when the stream is open ◄──────────────────────── Dialed ──┘
 //!        ◄─ 4xx, 5xx ── aditd, over its duplicate ◄──────────────────────────────── DialFailed ─┘
 //! ```
@@ -10,14 +10,15 @@
 //! everything in it. A client whose socket was passed is never served again by aditd, whatever the answer (a refused CONNECT
 //! ends its connection anyway): the port process may have kept its duplicate, and would read along.
 
+use adit_channel::refusal::{Code, Refusal};
 use adit_port::control::PREFIX_MAX;
 use hyper::Request;
 use hyper::body::Incoming;
 
+use super::authority;
 use super::client::{Notes, Tunnel};
 use super::problem::Problem;
-use super::{admit, authority, dial, internal};
-use crate::link::{ClientEnd, ClientSocket, Unopened};
+use crate::reach::{self, Caller, ClientSocket, NotOpened};
 use crate::state::State;
 
 /// Whose a client is that aditd is done with.
@@ -32,15 +33,16 @@ pub(super) enum Handed {
 /// Opens the tunnel that a CONNECT asks for.
 pub(super) async fn open(
     state: &State,
+    caller: &Caller,
     notes: &Notes,
     request: &Request<Incoming>,
 ) -> Result<Handed, Problem> {
     let named = request.uri().authority();
     let named = named.ok_or_else(|| Problem::malformed("CONNECT names VM:PORT"))?;
     let to = authority::parse(named.as_str(), None)?;
-    let admitted = admit(state, &to)?;
+    let admitted = reach::admit(state, caller, &to)?;
     let tunnel = notes.take_tunnel();
-    let tunnel = tunnel.ok_or_else(|| internal("no client", "its socket is another request's"))?;
+    let tunnel = tunnel.ok_or_else(|| internal("no client: its socket is another request's"))?;
     let Tunnel {
         fd,
         ahead,
@@ -49,32 +51,36 @@ pub(super) async fn open(
     } = tunnel.map_err(|e| few(&e))?;
     if !state.room.spares(&fd) {
         state.pool.clear();
-        return Err(few(&"they are for the operator"));
+        return Err(few(&"they are for the operator").into());
     }
     if ahead.len() > PREFIX_MAX {
-        return Err(internal("too much was sent ahead", ahead.len()));
+        return Err(internal("too much was sent ahead").into());
     }
-    shared.with(admitted.link.closer());
+    shared.with(admitted.closer());
     let client = ClientSocket {
         fd,
         ahead,
         greeting: greeting(),
         asks,
     };
-    match dial(&admitted.link, &to, ClientEnd::Socket(client)).await {
+    match admitted.hand_over(&to, client).await {
         Ok(()) => Ok(Handed::Over),
-        Err(Unopened::Failed(e)) => Err(Problem::of_dial(&to, &e)),
-        Err(Unopened::Unknown(e)) => {
+        Err(NotOpened::Refused(refusal)) => Err(refusal.into()),
+        Err(NotOpened::Unknown(why)) => {
             shared.lose();
-            tracing::info!(vm = %to.vm, error = %e.text.escape_debug(), "tunnel lost");
+            tracing::info!(vm = %to.vm, error = %why, "tunnel lost");
             Ok(Handed::Lost)
         }
     }
 }
 
-fn few(why: &dyn std::fmt::Display) -> Problem {
+fn few(why: &dyn std::fmt::Display) -> Refusal {
     tracing::debug!(%why, "no descriptor for a tunnel");
-    Problem::busy("aditd has few descriptors left")
+    Refusal::busy("aditd has few descriptors left")
+}
+
+fn internal(what: &str) -> Refusal {
+    Refusal::new(Code::Internal, what)
 }
 
 /// The answer to a CONNECT.

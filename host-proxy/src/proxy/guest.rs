@@ -1,10 +1,8 @@
 //! One HTTP/1.1 connection to a server in a guest: dialled, asked, used again or ended in order.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_port::control::Target;
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{Builder, Connection, Parts, SendRequest};
 use hyper::{Request, Response, StatusCode};
@@ -12,16 +10,14 @@ use hyper_util::rt::TokioIo;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use super::authority::Destination;
 use super::bodies::Watch;
 use super::ends::{GuestIo, Heard};
 use super::patience::{Moved, in_time};
 use super::pool::{IDLE_LIMIT, Pool, Route};
 use super::problem::{Body, Problem};
-use super::{Admitted, dial, internal, socket_pair};
-use crate::link::{ClientEnd, Unopened};
 use crate::listen::Share;
-use crate::passing::Socket;
+use crate::reach::dial::ends_in_order;
+use crate::reach::{Admitted, Destination};
 use crate::state::State;
 use adit_names::VmId;
 
@@ -57,20 +53,11 @@ impl Guest {
         admitted: &Admitted,
         to: &Destination,
     ) -> Result<Self, Problem> {
-        let (ours, theirs) = socket_pair().map_err(|e| internal("no socket", e))?;
-        if !state.room.spares(&ours) || !state.room.spares(&theirs) {
-            state.pool.clear();
-            return Err(Problem::busy("aditd has few descriptors left"));
-        }
-        let closer = admitted.link.closer();
-        let ours = Socket::new(ours, closer).map_err(|e| internal("no socket", e))?;
+        let ours = admitted
+            .relayed(to, state.room, || state.pool.clear())
+            .await?;
         let heard = Heard::default();
-        // Nobody knows how a listener without an agent ends its streams: most programs just close.
-        let in_order = matches!(to.target, Target::Service(_));
-        let ours = GuestIo::new(ours, in_order, heard.clone());
-        let theirs = ClientEnd::Relayed(OwnedFd::from(theirs));
-        let dialled = dial(&admitted.link, to, theirs).await;
-        dialled.map_err(|e: Unopened| Problem::of_dial(to, &e.into_reason()))?;
+        let ours = GuestIo::new(ours, ends_in_order(&to.target), heard.clone());
         let (sender, connection) = Builder::new()
             .preserve_header_case(true)
             .title_case_headers(true)
@@ -120,10 +107,7 @@ impl Guest {
                 unheard: e.is_canceled() || self.heard.bytes() == before,
             }),
             None => {
-                let detail = format!(
-                    "VM `{}` port {}: no answer began within {limit:?}",
-                    to.vm, to.port
-                );
+                let detail = format!("{to}: no answer began within {limit:?}");
                 let status = StatusCode::GATEWAY_TIMEOUT;
                 Err(Failed {
                     problem: Problem::new(status, "http_response_timeout", detail),
@@ -266,6 +250,6 @@ impl GiveBack {
 }
 
 fn incomplete(to: &Destination, e: &hyper::Error) -> Problem {
-    let detail = format!("VM `{}` port {}: {e}", to.vm, to.port);
+    let detail = format!("{to}: {e}");
     Problem::new(StatusCode::BAD_GATEWAY, "http_response_incomplete", detail)
 }

@@ -1,8 +1,9 @@
 //! The HTTP/1.1 forward proxy: absolute-form and CONNECT, to VMs by name.
 //!
 //! `client` checks each request before hyper reads it; what is refused there, or later, has a [`Problem`] for its answer, and
-//! ends its connection. A request is then: authority → VM → allow-list → dial → relay. aditd is in the way of an absolute-form
-//! body, and out of the way of a CONNECT tunnel, which has its client from the port process on (`connect`).
+//! ends its connection. A request is then an authority, which names a destination; [`reach`](crate::reach) finds, decides and
+//! dials. aditd is in the way of an absolute-form body, and out of the way of a CONNECT tunnel, which has its client from the
+//! port process on (`connect`).
 
 mod absolute;
 pub mod authority;
@@ -21,13 +22,10 @@ pub mod problem;
 mod upgrade;
 
 use std::convert::Infallible;
-use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use adit_channel::hello::Extensions;
-use adit_names::VmId;
-use adit_port::control::Target;
+use adit_channel::refusal::Refusal;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -37,11 +35,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::link::{ClientEnd, Link, Question, Unopened};
-use crate::listen::{Gate, Place, Share, Shares};
+use crate::listen::{Gate, Place, Shares};
+use crate::reach::Caller;
 use crate::state::State;
-use crate::vm::VmEntry;
-use authority::Destination;
 use client::{Client, FIELDS_MAX, HEADER_MAX, Notes};
 use connect::Handed;
 use ends::{ClientIo, UnderWay};
@@ -51,8 +47,6 @@ use upgrade::Upgraded;
 
 /// Connections that are being refused at the same time; more of them are closed without a word.
 const REFUSALS_MAX: usize = 8;
-/// How long the guest may take to accept a stream.
-const DIAL_LIMIT: Duration = Duration::from_secs(10);
 
 /// Serves clients until told to stop; returns when the requests that were under way have ended.
 pub async fn serve(state: Arc<State>, listener: TcpListener) {
@@ -84,7 +78,7 @@ pub async fn serve(state: Arc<State>, listener: TcpListener) {
         }
         let Some(share) = clients.take(from.ip()) else {
             let why = format!("this client has {} connections open", clients.max());
-            let why = Problem::busy(why);
+            let why = Problem::from(Refusal::busy(why));
             if let Ok(slot) = refusals.clone().try_acquire_owned() {
                 let stop = state.stop.clone();
                 state.clients.spawn(async move {
@@ -104,7 +98,7 @@ pub async fn serve(state: Arc<State>, listener: TcpListener) {
         };
         let of_client = state.clone();
         state.clients.spawn(async move {
-            connection(of_client, client, place).await;
+            connection(of_client, client, Caller::Client(from), place).await;
             drop(share);
         });
     }
@@ -118,7 +112,7 @@ async fn refuse(mut client: TcpStream, problem: &Problem) {
     let _ = linger::end(&mut client, Some(problem), true).await;
 }
 
-async fn connection(state: Arc<State>, client: TcpStream, place: Place) {
+async fn connection(state: Arc<State>, client: TcpStream, caller: Caller, place: Place) {
     let _ = client.set_nodelay(true);
     let (place, stop) = (Arc::new(place), state.stop.clone());
     let (under_way, notes) = (UnderWay::default(), Notes::default());
@@ -133,7 +127,7 @@ async fn connection(state: Arc<State>, client: TcpStream, place: Place) {
         let under_way = under_way.clone();
         // Of an answer to HEAD there is no body to come, whatever it says.
         let head = request.method() == Method::HEAD;
-        let answered = answer(&state, &notes, &interim, &onward, &handed, request);
+        let answered = answer(&state, &caller, &notes, &interim, &onward, &handed, request);
         async move {
             let answer = answered.await;
             Ok::<_, Infallible>(answer.map(|body| ends::answered(body, under_way, head)))
@@ -183,6 +177,7 @@ async fn connection(state: Arc<State>, client: TcpStream, place: Place) {
 
 async fn answer(
     state: &Arc<State>,
+    caller: &Caller,
     notes: &Notes,
     interim: &Interim,
     onward: &Mutex<Option<Upgraded>>,
@@ -191,7 +186,7 @@ async fn answer(
 ) -> Response<Body> {
     let connect = request.method() == Method::CONNECT;
     let result = if connect {
-        match connect::open(state, notes, &request).await {
+        match connect::open(state, caller, notes, &request).await {
             Ok(whose) => {
                 let status = match whose {
                     Handed::Over => StatusCode::OK,
@@ -206,7 +201,7 @@ async fn answer(
     } else if let Some(answer) = own::answer(&mut request) {
         Ok((answer, None))
     } else {
-        absolute::handle(state, interim, request, notes.has_no_path()).await
+        absolute::handle(state, caller, interim, request, notes.has_no_path()).await
     };
     let result = result.map(|(answer, next)| {
         *onward.lock().unwrap_or_else(PoisonError::into_inner) = next;
@@ -224,86 +219,4 @@ async fn answer(
 
 fn log_refusal(problem: &Problem) {
     tracing::info!(status = problem.status.as_u16(), detail = %adit_names::escape(&problem.detail), "request refused");
-}
-
-/// A request that may be carried.
-struct Admitted {
-    vm: Arc<VmEntry>,
-    link: Arc<Link>,
-    /// The VM's, of the proxy: for as long as the request needs aditd.
-    share: Share<VmId>,
-}
-
-/// Checks who is meant and whether that is allowed.
-fn admit(state: &State, to: &Destination) -> Result<Admitted, Problem> {
-    let Some(vm) = state.registry.get(&to.vm) else {
-        let detail = format!(
-            "no VM is named `{}` on this host (`adit vm ls` lists them)",
-            to.vm
-        );
-        return Err(Problem::new(
-            StatusCode::NOT_FOUND,
-            "destination_not_found",
-            detail,
-        ));
-    };
-    let allowed = match &to.target {
-        Target::Service(_) => u16::try_from(to.port).is_ok_and(|p| vm.spec().allow.contains(&p)),
-        Target::VsockPort(port) => vm.spec().allow_vsock.contains(port),
-    };
-    if !allowed {
-        let list = if matches!(to.target, Target::Service(_)) {
-            "allow"
-        } else {
-            "allow_vsock"
-        };
-        let detail = format!(
-            "port {} of VM `{}` is not in its `{list}` list",
-            to.port, to.vm
-        );
-        return Err(Problem::new(
-            StatusCode::FORBIDDEN,
-            "http_request_denied",
-            detail,
-        ));
-    }
-    let Some(link) = vm.channel.link() else {
-        return Err(Problem::no_channel(
-            to.vm.as_str(),
-            "its port process does not run",
-        ));
-    };
-    let Some(share) = state.vm_shares.take(to.vm.clone()) else {
-        let max = state.vm_shares.max();
-        let detail = format!("VM `{}` has {max} requests under way already", to.vm);
-        return Err(Problem::busy(detail));
-    };
-    Ok(Admitted { vm, link, share })
-}
-
-/// Dials into a VM, for the client at this end.
-async fn dial(link: &Link, to: &Destination, end: ClientEnd) -> Result<(), Unopened> {
-    let question = Question {
-        to: to.target.clone(),
-        extensions: Extensions::default(),
-        deadline: DIAL_LIMIT,
-    };
-    link.open(question, end).await
-}
-
-/// A pair of connected Unix stream sockets.
-fn socket_pair() -> io::Result<(
-    std::os::unix::net::UnixStream,
-    std::os::unix::net::UnixStream,
-)> {
-    std::os::unix::net::UnixStream::pair()
-}
-
-/// aditd itself is short of something.
-fn internal(what: &str, e: impl std::fmt::Display) -> Problem {
-    Problem::new(
-        StatusCode::INTERNAL_SERVER_ERROR,
-        "proxy_internal_error",
-        format!("{what}: {e}"),
-    )
 }

@@ -1,14 +1,15 @@
 //! Failures are answers: a status, a `Proxy-Status` (RFC 9209) for programs and one line for people.
+//!
+//! What a [`Refusal`] becomes is one table, `of_code`. Everything else here is about HTTP itself.
 
-use adit_channel::hello;
-use adit_port::control::{DialError, DialFailed};
+use adit_channel::refusal::{Code, Refusal};
 use bytes::Bytes;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Response, StatusCode};
 
-use super::authority::{AuthorityError, Destination};
+use crate::reach::DestinationError;
 
 /// Body of every answer.
 pub type Body = BoxBody<Bytes, hyper::Error>;
@@ -37,82 +38,9 @@ impl Problem {
         }
     }
 
-    fn later(status: StatusCode, error: &'static str, detail: impl Into<String>) -> Self {
-        Self {
-            retry_after: Some(1),
-            ..Self::new(status, error, detail)
-        }
-    }
-
     /// A request that is none.
     pub fn malformed(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "http_request_error", detail)
-    }
-
-    /// Somebody has all that may be had of something right now.
-    pub fn busy(detail: impl Into<String>) -> Self {
-        Self::later(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "connection_limit_reached",
-            detail,
-        )
-    }
-
-    /// The VM has no channel right now.
-    pub fn no_channel(vm: &str, why: &str) -> Self {
-        Self::later(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "destination_unavailable",
-            format!("VM `{vm}`: {why}"),
-        )
-    }
-
-    /// What a failed dial means to the client.
-    pub fn of_dial(to: &Destination, failed: &DialFailed) -> Self {
-        use StatusCode as S;
-        let said = |text: &str| format!("VM `{}` port {}: {text}", to.vm, to.port);
-        let text = said(if failed.text.is_empty() {
-            "dial failed"
-        } else {
-            &failed.text
-        });
-        match failed.error {
-            DialError::NoSession => {
-                Self::no_channel(to.vm.as_str(), "its guest is not up (no driver, or no VMM)")
-            }
-            DialError::Refused if matches!(to.target, adit_port::control::Target::Service(_)) => {
-                Self::no_channel(
-                    to.vm.as_str(),
-                    "no agent listens in the guest: is adit-guest running?",
-                )
-            }
-            DialError::Refused => Self::new(
-                S::BAD_GATEWAY,
-                "connection_refused",
-                said("nobody listens there"),
-            ),
-            DialError::Timeout => Self::new(S::GATEWAY_TIMEOUT, "connection_timeout", text),
-            DialError::Reset => Self::new(S::BAD_GATEWAY, "connection_terminated", text),
-            DialError::Foreign => Self::new(S::BAD_GATEWAY, "http_protocol_error", text),
-            DialError::Busy => {
-                Self::later(S::SERVICE_UNAVAILABLE, "connection_limit_reached", text)
-            }
-            DialError::HelloRefused => Self::of_refusal(failed, text),
-        }
-    }
-
-    fn of_refusal(failed: &DialFailed, text: String) -> Self {
-        use StatusCode as S;
-        let is = |s: hello::Status| failed.status == s as u16;
-        if is(hello::Status::Denied) || is(hello::Status::UnknownService) {
-            Self::new(S::FORBIDDEN, "http_request_denied", text)
-        } else if is(hello::Status::Busy) {
-            Self::later(S::SERVICE_UNAVAILABLE, "connection_limit_reached", text)
-        } else if i32::from(failed.errno) == libc::ETIMEDOUT {
-            Self::new(S::GATEWAY_TIMEOUT, "connection_timeout", text)
-        } else {
-            Self::new(S::BAD_GATEWAY, "connection_refused", text)
-        }
     }
 
     /// The same as bytes of HTTP/1.1, for a client that is not served at all.
@@ -158,15 +86,43 @@ impl Problem {
     }
 }
 
-impl From<AuthorityError> for Problem {
-    fn from(e: AuthorityError) -> Self {
+/// What a client hears of each code: the status, and the error type of RFC 9209.
+fn of_code(code: Code) -> (StatusCode, &'static str) {
+    use StatusCode as S;
+    match code {
+        Code::UnknownVm => (S::NOT_FOUND, "destination_not_found"),
+        Code::NotAllowed | Code::Denied | Code::UnknownService => {
+            (S::FORBIDDEN, "http_request_denied")
+        }
+        Code::NoPortProcess | Code::NoSession | Code::NoAgent => {
+            (S::SERVICE_UNAVAILABLE, "destination_unavailable")
+        }
+        Code::Busy => (S::SERVICE_UNAVAILABLE, "connection_limit_reached"),
+        Code::NoAnswer | Code::DialTimedOut => (S::GATEWAY_TIMEOUT, "connection_timeout"),
+        Code::Reset => (S::BAD_GATEWAY, "connection_terminated"),
+        Code::Foreign => (S::BAD_GATEWAY, "http_protocol_error"),
+        Code::NoListener | Code::DialFailed | Code::Version | Code::WrongVm | Code::Other(_) => {
+            (S::BAD_GATEWAY, "connection_refused")
+        }
+        Code::Internal => (S::INTERNAL_SERVER_ERROR, "proxy_internal_error"),
+    }
+}
+
+impl From<Refusal> for Problem {
+    fn from(refusal: Refusal) -> Self {
+        let (status, error) = of_code(refusal.code());
+        Self {
+            retry_after: refusal.retry_after(),
+            ..Self::new(status, error, refusal.text())
+        }
+    }
+}
+
+impl From<DestinationError> for Problem {
+    fn from(e: DestinationError) -> Self {
         match e {
-            AuthorityError::BadName { .. } => Self::new(
-                StatusCode::NOT_FOUND,
-                "destination_not_found",
-                e.to_string(),
-            ),
-            e => Self::new(StatusCode::BAD_REQUEST, "http_request_error", e.to_string()),
+            DestinationError::BadName { .. } => Refusal::new(Code::UnknownVm, e.to_string()).into(),
+            e => Self::malformed(e.to_string()),
         }
     }
 }
@@ -191,23 +147,4 @@ fn proxy_status(error: &str, details: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn details_stay_inside_their_quotes() {
-        let p = Problem::new(
-            StatusCode::NOT_FOUND,
-            "destination_not_found",
-            "a\"b\\c\r\nX: y\u{e9}",
-        );
-        let value = p.response().headers()["proxy-status"]
-            .to_str()
-            .unwrap()
-            .to_owned();
-        assert_eq!(
-            value,
-            r#"adit; error=destination_not_found; details="a\"b\\c??X: y?""#
-        );
-    }
-}
+mod tests;

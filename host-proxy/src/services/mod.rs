@@ -5,7 +5,7 @@
 //!                      └─ none: closed        └──── refuse {why} ───┘
 //! ```
 //! The VM is the one whose port process the stream came from; nothing that a hello says changes that. A service is a file in this
-//! folder and a line of [`SERVICES`]. It gets the whole hello, so that arguments need no other way.
+//! folder and a line of `SERVICES`. It gets the whole hello, so that arguments need no other way.
 
 pub mod tasks;
 
@@ -13,7 +13,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_channel::hello::{self, Accept, Common, Hello, Open, Refuse, Status};
+use adit_channel::hello::{self, Accept, Common, Hello, Open, Refuse};
+use adit_channel::refusal::{Code, Refusal};
 use adit_names::ServiceName;
 use adit_passed::Passed;
 use adit_port::control::Incoming;
@@ -44,8 +45,8 @@ pub trait Service: Sync {
     /// Whether this hello may have it.
     ///
     /// # Errors
-    /// The class of the refusal, and a text for people.
-    fn allow(&self, open: &Open, class: Class) -> Result<(), (Status, String)>;
+    /// Why not.
+    fn allow(&self, open: &Open, class: Class) -> Result<(), Refusal>;
 
     /// Serves a stream whose hello was accepted. Dropped when the VM is removed.
     fn run(&self, call: Call, stream: Socket) -> BoxFuture<'static, io::Result<()>>;
@@ -129,15 +130,9 @@ async fn serve(
     let class = Class::of(incoming.peer_port);
     let service = match choose(&SERVICES, &open, class) {
         Ok(service) => service,
-        Err((status, text)) => {
-            tracing::warn!(vm = %vm.name, service = %open.service, from = incoming.peer_port, text, "guest's stream refused");
-            let errno = 0;
-            let refuse = Hello::Refuse(Refuse {
-                common,
-                status,
-                errno,
-                text,
-            });
+        Err(refusal) => {
+            tracing::warn!(vm = %vm.name, service = %open.service, from = incoming.peer_port, why = %refusal, "guest's stream refused");
+            let refuse = Hello::Refuse(Refuse { common, refusal });
             return stream.write_all(&refuse.encode()).await;
         }
     };
@@ -157,14 +152,14 @@ fn choose<'a>(
     services: &[&'a dyn Service],
     open: &Open,
     class: Class,
-) -> Result<&'a dyn Service, (Status, String)> {
+) -> Result<&'a dyn Service, Refusal> {
     if hello::choose_version(open).is_none() {
-        return Err((Status::Version, "no common version".into()));
+        return Err(Refusal::new(Code::Version, "no common version"));
     }
     let Some(service) = services.iter().find(|s| s.takes(&open.service)) else {
         let forms: Vec<_> = services.iter().map(|s| format!("`{}`", s.form())).collect();
         let text = format!("the host serves {} here", forms.join(", "));
-        return Err((Status::UnknownService, text));
+        return Err(Refusal::new(Code::UnknownService, text));
     };
     service.allow(open, class)?;
     Ok(*service)

@@ -1,9 +1,10 @@
-//! `tasks`: an agent's connection, one a VM. What is said on it is [`agent`](crate::agent)'s.
+//! `tasks`: an agent's connection, one a VM. What is said on it is [`agent`]'s.
 
 use std::io;
 use std::sync::Arc;
 
-use adit_channel::hello::{Open, Status};
+use adit_channel::hello::Open;
+use adit_channel::refusal::{Code, Refusal};
 use adit_names::ServiceName;
 use adit_tasks::wire;
 use futures_util::future::BoxFuture;
@@ -26,12 +27,12 @@ impl Service for Tasks {
         name.as_str() == wire::SERVICE
     }
 
-    fn allow(&self, _: &Open, class: Class) -> Result<(), (Status, String)> {
+    fn allow(&self, _: &Open, class: Class) -> Result<(), Refusal> {
         match class {
             Class::Agent => Ok(()),
             Class::Anyone => {
-                let text = "the agent dials from a port below 1024".into();
-                Err((Status::Denied, text))
+                let text = "the agent dials from a port below 1024";
+                Err(Refusal::new(Code::Denied, text))
             }
         }
     }

@@ -17,7 +17,7 @@ impl Service for Prefixed {
         name.as_str().starts_with(self.0)
     }
 
-    fn allow(&self, _: &Open, _: Class) -> Result<(), (Status, String)> {
+    fn allow(&self, _: &Open, _: Class) -> Result<(), Refusal> {
         Ok(())
     }
 
@@ -31,9 +31,9 @@ fn open(service: &str) -> Open {
 }
 
 /// The form of the service that it gets, or the class of the refusal.
-fn chosen(services: &[&dyn Service], open: &Open, class: Class) -> Result<&'static str, Status> {
+fn chosen(services: &[&dyn Service], open: &Open, class: Class) -> Result<&'static str, Code> {
     let chosen = choose(services, open, class);
-    chosen.map(|s| s.form()).map_err(|(status, _)| status)
+    chosen.map(|s| s.form()).map_err(|refusal| refusal.code())
 }
 
 #[test]
@@ -42,8 +42,8 @@ fn only_a_privileged_port_gets_tasks() {
         (0, Ok("tasks")),
         (742, Ok("tasks")),
         (1023, Ok("tasks")),
-        (1024, Err(Status::Denied)),
-        (u32::MAX, Err(Status::Denied)),
+        (1024, Err(Code::Denied)),
+        (u32::MAX, Err(Code::Denied)),
     ] {
         let open = open("tasks");
         assert_eq!(chosen(&SERVICES, &open, Class::of(port)), got, "{port}");
@@ -55,9 +55,9 @@ fn an_unknown_service_is_refused_with_those_that_there_are() {
     let longest = "t".repeat(ServiceName::MAX);
     for name in ["task", "tasks:", "tasks:1", "tcp:80", "ping", &longest] {
         let refused = choose(&SERVICES, &open(name), Class::Agent);
-        let (status, text) = refused.map(|s| s.form()).unwrap_err();
-        assert_eq!(status, Status::UnknownService, "{name}");
-        assert!(text.contains("`tasks`"), "{text}");
+        let refused = refused.map(|s| s.form()).unwrap_err();
+        assert_eq!(refused.code(), Code::UnknownService, "{name}");
+        assert_eq!(refused.text(), "the host serves `tasks` here");
     }
 }
 
@@ -68,7 +68,7 @@ fn a_version_that_nobody_speaks_is_said_before_the_service_is() {
         version_max: 9,
         ..open("nobody")
     };
-    assert_eq!(chosen(&SERVICES, &open, Class::Agent), Err(Status::Version));
+    assert_eq!(chosen(&SERVICES, &open, Class::Agent), Err(Code::Version));
 }
 
 /// What a hello carries besides is the service's to read: none of it changes which one it is.

@@ -22,6 +22,7 @@ mod limits;
 mod patience;
 mod pool;
 mod proxy;
+mod reach;
 mod refused;
 mod reload;
 mod server;

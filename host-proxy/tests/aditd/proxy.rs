@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-use adit_channel::hello;
 use adit_port::control::{DialError, DialFailed};
 use adit_port::control_io::Message;
 
@@ -138,7 +137,7 @@ fn r72_control_characters_in_a_guests_text_do_not_reach_the_terminal() {
     let failed = DialFailed {
         id: control.dial().id,
         error: DialError::HelloRefused,
-        status: hello::Status::DialFailed as u16,
+        status: 4,
         errno: 111,
         text: "a\x1b[2Jb\r\nc".into(),
     };

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use adit_channel::frame;
 use adit_channel::hello::{self, Hello};
+use adit_channel::refusal::Code;
 use adit_port::control_io::Message;
 use adit_tasks::dsse;
 use adit_tasks::wire::{Clock, Held, Outcome, Pull, WireKind};
@@ -176,14 +177,14 @@ fn expired_tasks_no_longer_count_as_queued() {
 fn r59_an_unprivileged_process_or_another_service_is_refused() {
     let (_host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();
-    for (from, service, status) in [
-        (1024, "tasks", hello::Status::Denied),
-        (700, "tcp:80", hello::Status::UnknownService),
+    for (from, service, code) in [
+        (1024, "tasks", Code::Denied),
+        (700, "tcp:80", Code::UnknownService),
     ] {
         let mut guest = control.incoming(from);
         open(&mut guest, service);
         match hello::read(&mut guest).unwrap() {
-            Hello::Refuse(r) => assert_eq!(r.status, status),
+            Hello::Refuse(r) => assert_eq!(r.refusal.code(), code),
             other => panic!("{other:?}"),
         }
     }

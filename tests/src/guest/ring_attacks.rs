@@ -8,7 +8,8 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use adit_bare::attacks::{Attack, cases};
-use adit_channel::hello::{self, Common, Hello, Open, Status};
+use adit_channel::hello::{self, Common, Hello, Open};
+use adit_channel::refusal::Code;
 use adit_engine::Tick;
 use adit_guest_driver::ring::{self, Device, Registers};
 use adit_guest_driver::transport::Transport;
@@ -195,7 +196,7 @@ pub(super) fn ask(end: &RingEnd, service: &str) -> anyhow::Result<()> {
     let open = Open::new(service.parse()?, common);
     (&stream).write_all(&Hello::Open(open).encode())?;
     match hello::read(&mut &stream)? {
-        Hello::Refuse(refuse) if refuse.status == Status::UnknownService => Ok(()),
+        Hello::Refuse(refuse) if refuse.refusal.code() == Code::UnknownService => Ok(()),
         other => bail!("{other:?}"),
     }
 }

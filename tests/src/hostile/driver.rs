@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use adit_channel::hello::{self, Common, Hello, Open, Status};
+use adit_channel::hello::{self, Common, Hello, Open};
+use adit_channel::refusal::Code;
 use anyhow::{bail, ensure};
 
 use crate::memory::Dma;
@@ -378,7 +379,7 @@ impl Driver {
         self.send(&rw, &Hello::Open(open).encode())?;
         let answer = self.expect(port, RW)?;
         match hello::read(&mut &answer.payload[..])? {
-            Hello::Refuse(r) if r.status == Status::UnknownService => {}
+            Hello::Refuse(r) if r.refusal.code() == Code::UnknownService => {}
             other => bail!("answer to a hello: {other:?}"),
         }
         let rst = self.header(port, hello::PORT, RST);

@@ -14,18 +14,19 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use adit_channel::carrier::Carrier;
 use adit_channel::dial::{self, DialRequest};
 use adit_channel::hello::{self, Accept, Common, Extensions, Open};
+use adit_channel::refusal::Refusal;
 use adit_channel::shard::PortIndex;
 use adit_channel::sink::Sink;
 use adit_engine::{Lane, ResetReason, Tick};
+use adit_print::with_causes;
 use nix::sys::socket::{MsgFlags, send};
 
 use super::dial_table::{self, NoRoom, State};
 use super::{At, Process};
 use crate::control::{
-    Ask, Attach, Connect, Dial, DialError, DialFailed, Dialed, GREETING_MAX, PREFIX_MAX, Target,
+    Ask, Attach, Connect, Dial, DialFailed, Dialed, GREETING_MAX, PREFIX_MAX, Target,
 };
 use crate::control_io::Message;
-use adit_print::with_causes;
 
 /// The lane of dialled streams. Round trips are measured on it too.
 pub(super) const LANE: Lane = Lane::Bulk;
@@ -338,28 +339,9 @@ impl<C: Carrier> Process<C> {
 
 /// The frame for a dial that failed.
 pub(super) fn failed(id: u64, error: &dial::DialError) -> DialFailed {
-    let (mut status, mut errno) = (0, 0);
-    let class = match error {
-        dial::DialError::NoSession => DialError::NoSession,
-        dial::DialError::Refused => DialError::Refused,
-        dial::DialError::Timeout => DialError::Timeout,
-        dial::DialError::Reset | dial::DialError::Cancelled => DialError::Reset,
-        dial::DialError::Foreign(_) | dial::DialError::NotOffered { .. } => DialError::Foreign,
-        dial::DialError::HelloRefused(refuse) => {
-            (status, errno) = (refuse.status as u16, refuse.errno);
-            DialError::HelloRefused
-        }
-        dial::DialError::Busy => DialError::Busy,
+    let refusal = match error {
+        dial::DialError::HelloRefused(refuse) => refuse.refusal.clone(),
+        other => Refusal::new(other.code(), with_causes(other)),
     };
-    let text = match error {
-        dial::DialError::HelloRefused(refuse) => refuse.text.clone(),
-        other => with_causes(other),
-    };
-    DialFailed {
-        id,
-        error: class,
-        status,
-        errno,
-        text,
-    }
+    DialFailed::new(id, &refusal)
 }

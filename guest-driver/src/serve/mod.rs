@@ -1,0 +1,203 @@
+//! The listener: streams that the host dials.
+//!
+//! `hello open {service}` → the service opens what is behind it → `accept` or `refuse {why}` → the service's bytes. Which
+//! services there are, `services` says.
+//!
+//! A stream beyond the tunnels' share (`shares`) always gets an answer that says so, even if there is no descriptor left for it.
+
+mod ping;
+mod services;
+mod shares;
+mod tcp;
+
+use std::fmt::Display;
+use std::io::{self, ErrorKind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::thread;
+use std::time::Duration;
+
+use adit_channel::hello::{self, Accept, Common, Hello, Refuse};
+use adit_channel::refusal::{Refusal, is_shortage};
+
+use self::services::Services;
+use self::shares::{Shares, busy};
+use crate::log;
+use crate::transport::{HostStream, Listen};
+
+pub use self::shares::CONNS_MAX;
+
+/// How long the listener itself may take to send a refusal.
+const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
+/// How long the host may take to send its hello, and to read our answer.
+const HELLO_LIMIT: Duration = Duration::from_secs(10);
+/// Stack of a stream's thread: its buffers are on the heap.
+const STACK_BYTES: usize = 128 * 1024;
+
+/// What the agent sends of itself in every hello.
+#[derive(Debug)]
+pub struct Identity {
+    /// A random number for this boot.
+    pub boot_nonce: [u8; 16],
+    /// The last epoch of the host that was seen.
+    pub epoch: AtomicU64,
+}
+
+impl Identity {
+    /// Fields of a hello that we send.
+    pub fn common(&self) -> Common {
+        Common {
+            features: 0,
+            epoch: self.epoch.load(Ordering::Relaxed),
+            boot_nonce: self.boot_nonce,
+        }
+    }
+
+    /// Remembers the host's epoch.
+    pub fn saw(&self, peer: &Common) {
+        if peer.epoch != 0 {
+            self.epoch.store(peer.epoch, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Serves the host's streams.
+pub struct Server {
+    services: Services,
+    identity: Arc<Identity>,
+    active: AtomicUsize,
+    shares: Shares,
+}
+
+/// Counts a stream for as long as it lives.
+struct Slot(Arc<Server>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Server {
+    /// Serves these local TCP ports and no others.
+    pub fn new(ports: Vec<u16>, identity: Arc<Identity>) -> Arc<Self> {
+        let shares = Shares::now();
+        Arc::new(Self {
+            services: Services::new(ports, shares),
+            identity,
+            active: AtomicUsize::new(0),
+            shares,
+        })
+    }
+
+    /// Serves these ports instead, from the next stream on. Streams that are open go on.
+    pub fn allow(&self, ports: Vec<u16>) {
+        self.services.tcp.allow(ports);
+    }
+
+    /// Accepts until the listener is gone.
+    ///
+    /// # Errors
+    /// The listener failed for good.
+    pub fn run(self: &Arc<Self>, listener: &dyn Listen) -> io::Result<()> {
+        // Closed to make room for a stream that then is refused: without it, there would be no descriptor to answer on.
+        let mut spare = shares::spare();
+        loop {
+            match listener.accept() {
+                Ok(Some(conn)) => {
+                    spare = spare.or_else(shares::spare);
+                    if spare.is_some() && !self.shares.exceeded_by(&conn) {
+                        self.admit(conn);
+                    } else {
+                        self.refuse_busy(&conn, "it has no descriptors left");
+                    }
+                }
+                Ok(None) => log::event("stream-refused", &[("why", &"peer is not the host")]),
+                Err(e) if e.raw_os_error().is_some_and(is_shortage) => {
+                    log::event("accept-failed", &[("error", &e)]);
+                    if spare.take().is_none() {
+                        // Only the end of something else frees descriptors; to try again at once would spin.
+                        thread::sleep(Duration::from_millis(100));
+                        spare = shares::spare();
+                    }
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Serves one stream on a thread, or refuses it.
+    pub fn admit(self: &Arc<Self>, conn: impl HostStream) {
+        let most = self.shares.streams;
+        if self.active.fetch_add(1, Ordering::Relaxed) >= most {
+            self.active.fetch_sub(1, Ordering::Relaxed);
+            return self.refuse_busy(&conn, &format!("{most} streams are open"));
+        }
+        let slot = Slot(self.clone());
+        // Passed to the thread once it runs: if it does not start, the stream is still here and gets an answer.
+        let (give, take) = sync_channel(1);
+        let started = thread::Builder::new()
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                if let Ok(conn) = take.recv() {
+                    slot.0.serve(conn);
+                }
+            });
+        match started {
+            Ok(_) => drop(give.send(conn)),
+            Err(e) => {
+                log::event("stream-refused", &[("why", &e)]);
+                self.refuse_busy(&conn, &e.to_string());
+            }
+        }
+    }
+
+    /// Refuses a stream as busy without reading its hello.
+    fn refuse_busy(&self, conn: &impl HostStream, why: &str) {
+        // A peer that does not read the refusal must not keep other streams waiting for long.
+        let _ = conn.set_timeout(Some(REFUSAL_LIMIT));
+        self.refuse(conn, busy(why));
+    }
+
+    fn serve(&self, conn: impl HostStream) {
+        let _ = conn.set_timeout(Some(HELLO_LIMIT));
+        let open = match hello::read(&mut conn.io()) {
+            Ok(Hello::Open(open)) => open,
+            Ok(_) => return log::event("hello-refused", &[("error", &"not an open")]),
+            Err(e) if e.kind() == ErrorKind::UnexpectedEof => return,
+            Err(e) => return log::event("hello-refused", &[("error", &e)]),
+        };
+        self.identity.saw(&open.common);
+        let (version, run) = match self.services.open(&open) {
+            Ok(opened) => opened,
+            Err(refusal) => {
+                let fields: [(&str, &dyn Display); 3] = [
+                    ("service", &open.service),
+                    ("status", &refusal.code()),
+                    ("why", &refusal.text()),
+                ];
+                log::event("stream-refused", &fields);
+                return self.refuse(&conn, refusal);
+            }
+        };
+        let common = self.identity.common();
+        let accept = Hello::Accept(Accept { common, version });
+        if conn.io().write_all(&accept.encode()).is_err() {
+            return;
+        }
+        if let Err(e) = run(Box::new(conn)) {
+            log::event("relay-failed", &[("service", &open.service), ("error", &e)]);
+        }
+    }
+
+    fn refuse(&self, conn: &impl HostStream, refusal: Refusal) {
+        let common = self.identity.common();
+        let hello = Hello::Refuse(Refuse { common, refusal });
+        let _ = conn.io().write_all(&hello.encode());
+        let _ = conn.end_sending();
+    }
+}
+
+#[cfg(test)]
+mod tests;

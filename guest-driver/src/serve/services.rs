@@ -1,0 +1,177 @@
+//! What the host may dial: the registry of services, and what each of them is.
+//!
+//! A service is a file in this folder and a line of [`Services::new`]. It gets the whole hello, so that arguments need no other
+//! way, and it answers by what it will do with the stream: what can fail, fails before the host hears `accept`.
+
+use std::io;
+
+use adit_channel::hello::{self, Open};
+use adit_channel::refusal::{Code, Refusal};
+use adit_names::ServiceName;
+
+use super::ping::Ping;
+use super::shares::Shares;
+use super::tcp::Tcp;
+use crate::transport::HostStream;
+
+/// What happens on a stream once its hello is accepted. Dropped: the stream has ended before it began.
+pub type Run = Box<dyn FnOnce(Box<dyn HostStream>) -> io::Result<()>>;
+
+/// What may run on a stream that the host dialled.
+pub trait Service: Send + Sync {
+    /// Its name as people write it, with its arguments: `ping`, `tcp:PORT`.
+    fn form(&self) -> &'static str;
+
+    /// Whether a name is its own.
+    fn takes(&self, name: &ServiceName) -> bool;
+
+    /// Checks what a hello asks for, and opens what is behind it.
+    ///
+    /// # Errors
+    /// Why the host does not get it.
+    fn open(&self, open: &Open) -> Result<Run, Refusal>;
+}
+
+/// All services of this agent.
+pub struct Services {
+    /// Local TCP ports.
+    pub tcp: Tcp,
+    ping: Ping,
+}
+
+impl Services {
+    /// Those that the agent has. `ports` may be dialled.
+    pub fn new(ports: Vec<u16>, shares: Shares) -> Self {
+        Self {
+            tcp: Tcp::new(ports, shares),
+            ping: Ping,
+        }
+    }
+
+    /// Their order means nothing: no name belongs to two.
+    fn all(&self) -> [&dyn Service; 2] {
+        [&self.tcp, &self.ping]
+    }
+
+    /// Opens what a hello asks for; the version is what both sides speak.
+    ///
+    /// # Errors
+    /// Why the host does not get it.
+    pub fn open(&self, open: &Open) -> Result<(u16, Run), Refusal> {
+        open_one_of(&self.all(), open)
+    }
+}
+
+fn open_one_of(all: &[&dyn Service], open: &Open) -> Result<(u16, Run), Refusal> {
+    let version = hello::choose_version(open).ok_or_else(|| {
+        let text = format!("only version {} is spoken", hello::VERSION);
+        Refusal::new(Code::Version, text)
+    })?;
+    let Some(service) = all.iter().find(|s| s.takes(&open.service)) else {
+        let forms: Vec<_> = all.iter().map(|s| s.form()).collect();
+        let text = format!("this agent serves {}", forms.join(", "));
+        return Err(Refusal::new(Code::UnknownService, text));
+    };
+    Ok((version, service.open(open)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use adit_channel::hello::Common;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A service whose names begin with a prefix.
+    struct Prefixed(&'static str);
+
+    impl Service for Prefixed {
+        fn form(&self) -> &'static str {
+            self.0
+        }
+
+        fn takes(&self, name: &ServiceName) -> bool {
+            name.as_str().starts_with(self.0)
+        }
+
+        fn open(&self, _: &Open) -> Result<Run, Refusal> {
+            // Tells which it was.
+            Err(Refusal::new(Code::Denied, self.0))
+        }
+    }
+
+    fn open(service: &str) -> Open {
+        Open::new(service.parse().unwrap(), Common::default())
+    }
+
+    fn services() -> Services {
+        Services::new(vec![], Shares::now())
+    }
+
+    #[test]
+    fn an_unknown_service_is_refused_with_those_that_there_are() {
+        let longest = "t".repeat(ServiceName::MAX);
+        let longest_port = format!("tcp:{}", "0".repeat(ServiceName::MAX - 4));
+        for name in [
+            "ssh",
+            "tcp",
+            "tcp:",
+            "tcp:0",
+            "tcp:080",
+            "ping:",
+            "pin",
+            &longest,
+            &longest_port,
+        ] {
+            let refused = services().open(&open(name)).map(|_| ()).unwrap_err();
+            assert_eq!(refused.code(), Code::UnknownService, "{name}");
+            assert_eq!(refused.text(), "this agent serves tcp:PORT, ping");
+        }
+    }
+
+    #[test]
+    fn a_version_that_nobody_speaks_is_said_before_the_service_is() {
+        for service in ["tcp:80", "ping", "nobody"] {
+            let open = Open {
+                version_min: 7,
+                version_max: 9,
+                ..open(service)
+            };
+            let refused = services().open(&open).map(|_| ()).unwrap_err();
+            assert_eq!(refused.code(), Code::Version, "{service}");
+        }
+    }
+
+    fn name() -> impl Strategy<Value = String> {
+        prop_oneof![
+            "[a-z0-9:._-]{1,64}",
+            "(ping|tcp|unix|exec):?[a-z0-9:._-]{0,58}",
+            "tcp:[0-9]{1,6}"
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn no_name_belongs_to_two_services(name in name()) {
+            let name: ServiceName = name.parse().unwrap();
+            prop_assert!(services().all().iter().filter(|s| s.takes(&name)).count() <= 1);
+        }
+
+        #[test]
+        fn the_order_of_the_services_means_nothing(name in name(), turn in 0..4_usize) {
+            let ours = services();
+            let [tcp, ping] = ours.all();
+            let all: [&dyn Service; 4] = [tcp, ping, &Prefixed("unix:"), &Prefixed("exec")];
+            let mut turned = all;
+            turned.rotate_left(turn);
+            let open = open(&name);
+            let (a, b) = (open_one_of(&all, &open), open_one_of(&turned, &open));
+            let text = |r: &Refusal| (r.code() != Code::UnknownService).then(|| r.text().to_owned());
+            match (a, b) {
+                (Ok(_), Ok(_)) => {}
+                (Err(a), Err(b)) => prop_assert_eq!((a.code(), text(&a)), (b.code(), text(&b))),
+                _ => prop_assert!(false, "{} is opened in one order only", name),
+            }
+        }
+    }
+}

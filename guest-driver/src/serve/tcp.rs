@@ -1,0 +1,90 @@
+//! `tcp:PORT`: a local TCP port that the configuration allows.
+//!
+//! Policy → dial 127.0.0.1, then ::1. The refusal says what became of the dial, so that the host can tell "not allowed" from
+//! "nobody listens" from "busy".
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::sync::{PoisonError, RwLock};
+use std::time::Duration;
+
+use adit_channel::hello::Open;
+use adit_channel::refusal::{Code, Refusal};
+use adit_names::ServiceName;
+
+use super::services::{Run, Service};
+use super::shares::{Shares, busy};
+use crate::conn::Conn;
+
+/// How long a local dial may take if the host names no shorter deadline.
+const DIAL_LIMIT: Duration = Duration::from_secs(5);
+
+/// The service.
+pub struct Tcp {
+    ports: RwLock<Vec<u16>>,
+    shares: Shares,
+}
+
+impl Tcp {
+    /// Serves these ports and no others.
+    pub fn new(ports: Vec<u16>, shares: Shares) -> Self {
+        Self {
+            ports: RwLock::new(ports),
+            shares,
+        }
+    }
+
+    /// Serves these ports instead, from the next stream on. Streams that are open go on.
+    pub fn allow(&self, ports: Vec<u16>) {
+        *self.ports.write().unwrap_or_else(PoisonError::into_inner) = ports;
+    }
+
+    fn allows(&self, port: u16) -> bool {
+        let ports = self.ports.read().unwrap_or_else(PoisonError::into_inner);
+        ports.contains(&port)
+    }
+}
+
+impl Service for Tcp {
+    fn form(&self) -> &'static str {
+        "tcp:PORT"
+    }
+
+    fn takes(&self, name: &ServiceName) -> bool {
+        name.tcp_port().is_some()
+    }
+
+    fn open(&self, open: &Open) -> Result<Run, Refusal> {
+        // `takes` has seen that there is one; no port has the number 0.
+        let port = open.service.tcp_port().unwrap_or(0);
+        if !self.allows(port) {
+            let text = format!("port {port} is not in the guest's allow_ports");
+            return Err(Refusal::new(Code::Denied, text));
+        }
+        let limit = match open.deadline_ms {
+            0 => DIAL_LIMIT,
+            ms => DIAL_LIMIT.min(Duration::from_millis(ms.into())),
+        };
+        let local =
+            dial(port, limit).map_err(|e| Refusal::of_io(format_args!("127.0.0.1:{port}"), &e))?;
+        if self.shares.exceeded_by(&local) {
+            return Err(busy("it has no descriptors left for tunnels"));
+        }
+        // Until the stream begins: the host may be gone by then.
+        local.reset_on_close(true);
+        Ok(Box::new(move |stream| {
+            local.reset_on_close(false);
+            stream.relay_to(local)
+        }))
+    }
+}
+
+fn dial(port: u16, limit: Duration) -> io::Result<Conn> {
+    let to = |ip: IpAddr| TcpStream::connect_timeout(&SocketAddr::new(ip, port), limit);
+    // The error of 127.0.0.1 is reported: ::1 may not exist at all.
+    let tcp = to(Ipv4Addr::LOCALHOST.into())
+        .or_else(|e| to(Ipv6Addr::LOCALHOST.into()).map_err(|_| e))?;
+    let _ = tcp.set_nodelay(true);
+    Ok(OwnedFd::from(tcp).into())
+}

@@ -1,0 +1,146 @@
+//! From a destination to a stream.
+//!
+//! Whoever is admitted has a share of the VM for as long as aditd works for the request. Every failure is a [`Refusal`] whose
+//! text is a whole sentence about the destination; no front end words it again.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_channel::hello::Extensions;
+use adit_channel::refusal::{Code, Refusal};
+use adit_names::VmId;
+use adit_passed::Closer;
+use adit_port::control::{DialFailed, Target};
+
+use super::access::{self, Access, Caller, Verb};
+use super::destination::Destination;
+use super::resolve::{Resolved, resolve};
+use crate::link::{ClientEnd, ClientSocket, Link, Question, Unopened};
+use crate::listen::{Room, Share};
+use crate::passing::Socket;
+use crate::state::State;
+use crate::vm::VmEntry;
+
+/// How long the guest may take to accept a stream.
+const DIAL_LIMIT: Duration = Duration::from_secs(10);
+
+/// A request that may be carried.
+pub struct Admitted {
+    /// To which VM.
+    pub vm: Arc<VmEntry>,
+    /// By way of its port process as it is now.
+    pub link: Arc<Link>,
+    /// The VM's, of what all clients have under way: for as long as the request needs aditd.
+    pub share: Share<VmId>,
+}
+
+/// Why there is no stream.
+#[derive(Debug)]
+pub enum NotOpened {
+    /// It was refused, and nothing was said to the client.
+    Refused(Refusal),
+    /// Nobody knows whether the client was greeted, so nothing can be said to it any more.
+    Unknown(Refusal),
+}
+
+/// Finds out who is meant, whether that is allowed, and whether there is room for it.
+///
+/// # Errors
+/// One of these is not so. A denial comes before anything that depends on whether the VM runs.
+pub fn admit(state: &State, caller: &Caller, to: &Destination) -> Result<Admitted, Refusal> {
+    let Resolved::Local(vm) = resolve(to, |name| state.registry.get(name)) else {
+        let name = &to.vm;
+        let text = format!("no VM is named `{name}` on this host (`adit vm ls` lists them)");
+        return Err(Refusal::new(Code::UnknownVm, text));
+    };
+    let verb = Verb::Connect;
+    let access = access::decide(caller, verb, &vm.spec(), &to.target);
+    tracing::debug!(vm = %to.vm, %caller, %verb, %to, ?access, "access decided");
+    if let Access::Deny { reason } = access {
+        return Err(Refusal::new(Code::NotAllowed, reason.text(&to.vm)));
+    }
+    let Some(link) = vm.channel.link() else {
+        let text = format!("VM `{}`: its port process does not run", to.vm);
+        return Err(Refusal::new(Code::NoPortProcess, text));
+    };
+    let Some(share) = state.vm_shares.take(to.vm.clone()) else {
+        let max = state.vm_shares.max();
+        let text = format!("VM `{}` has {max} requests under way already", to.vm);
+        return Err(Refusal::busy(text));
+    };
+    Ok(Admitted { vm, link, share })
+}
+
+impl Admitted {
+    /// What closes descriptors that the port process has, or has had.
+    pub fn closer(&self) -> &Closer {
+        self.link.closer()
+    }
+
+    /// Dials for a client whose own socket is the other end. From then on aditd is not needed.
+    ///
+    /// # Errors
+    /// As the guest, its channel or its port process says.
+    pub async fn hand_over(&self, to: &Destination, client: ClientSocket) -> Result<(), NotOpened> {
+        let opened = self.open(to, ClientEnd::Socket(client)).await;
+        opened.map_err(|e| match e {
+            Unopened::Failed(failed) => NotOpened::Refused(refusal(to, &failed)),
+            Unopened::Unknown(failed) => NotOpened::Unknown(failed.refusal(&to.target)),
+        })
+    }
+
+    /// Dials for a client whose bytes need aditd on the way: the other end is a socket of aditd's. `short` is called if there
+    /// are few descriptors left for it.
+    ///
+    /// # Errors
+    /// There are too few; or as the guest, its channel or its port process says.
+    pub async fn relayed(
+        &self,
+        to: &Destination,
+        room: Room,
+        short: impl FnOnce(),
+    ) -> Result<Socket, Refusal> {
+        let internal = |e| Refusal::new(Code::Internal, format!("no socket: {e}"));
+        let (ours, theirs) = UnixStream::pair().map_err(internal)?;
+        if !room.spares(&ours) || !room.spares(&theirs) {
+            short();
+            return Err(Refusal::busy("aditd has few descriptors left"));
+        }
+        let ours = Socket::new(ours, self.closer()).map_err(internal)?;
+        let opened = self.open(to, ClientEnd::Relayed(theirs.into())).await;
+        opened.map_err(|e| refusal(to, &e.into_reason()))?;
+        Ok(ours)
+    }
+
+    async fn open(&self, to: &Destination, end: ClientEnd) -> Result<(), Unopened> {
+        let question = Question {
+            to: to.target.clone(),
+            extensions: Extensions::default(),
+            deadline: DIAL_LIMIT,
+        };
+        self.link.open(question, end).await
+    }
+}
+
+/// What a failed dial means to whoever asked.
+pub fn refusal(to: &Destination, failed: &DialFailed) -> Refusal {
+    let refusal = failed.refusal(&to.target);
+    let vm = &to.vm;
+    let text = match refusal.code() {
+        Code::NoSession => format!("VM `{vm}`: its guest is not up (no driver, or no VMM)"),
+        Code::NoAgent => {
+            format!("VM `{vm}`: no agent listens in the guest: is adit-guest running?")
+        }
+        Code::NoListener => format!("{to}: nobody listens there"),
+        _ if refusal.text().is_empty() => format!("{to}: dial failed"),
+        _ => format!("{to}: {}", refusal.text()),
+    };
+    refusal.with_text(text)
+}
+
+/// Whether a target's listener ends its streams so that an end can be told from a break. Nobody knows that of a listener without
+/// an agent: most programs just close.
+pub fn ends_in_order(target: &Target) -> bool {
+    matches!(target, Target::Service(_))
+}
