@@ -14,8 +14,8 @@ use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use crate::desk::DeskError;
 use crate::passing::Socket;
-use crate::queue::{self, QueueError};
 use crate::state::State;
 use crate::vm::VmEntry;
 
@@ -115,17 +115,10 @@ async fn hand_out(
     pull: u32,
     writer: &mut WriteHalf<Socket>,
 ) -> io::Result<bool> {
-    let (name, now) = (vm.name.to_string(), state.now_ms());
-    let leased = state
-        .db
-        .run(move |c| queue::lease(c, &name, now))
-        .await
-        .map_err(io::Error::other)?;
-    let Some(handout) = leased else {
+    let leased = state.desk.hand_out(&vm.name, false).await;
+    let Some(handout) = leased.map_err(io::Error::other)? else {
         return Ok(false);
     };
-    // None if its state is the same: a guest may ask for a task again and again.
-    state.publish(handout.task);
     let task = wire::Task {
         task_id: handout.task_id,
         envelope: handout.envelope,
@@ -169,13 +162,8 @@ async fn handle(
         return Ok(Some(header.id));
     } else if is(WireKind::Started) {
         let started: Started = header.decode(body).map_err(bad)?;
-        let name = vm.name.to_string();
-        let now = state.now_ms();
-        let changed = state
-            .db
-            .run(move |c| queue::started(c, &name, &started.task_id, now))
-            .await;
-        state.publish(changed.map_err(io::Error::other)?);
+        let begun = state.desk.begun(&vm.name, started.task_id).await;
+        begun.map_err(io::Error::other)?;
     } else if is(WireKind::Report) {
         let report: Report = header.decode(body).map_err(bad)?;
         let task_id = report.task_id;
@@ -196,34 +184,16 @@ async fn handle(
     Ok(None)
 }
 
-/// Writes a report to the database. If this succeeds it is to be acknowledged: it is on disk, or no task here can use it.
+/// Hands a report to the desk. If this succeeds it is to be acknowledged: it is on disk, or no task here can use it.
 async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> io::Result<()> {
-    let name = vm.name.to_string();
-    let (now, id) = (state.now_ms(), adit_tasks::hex(&report.task_id));
-    let keep = state.keep();
-    let taken = state
-        .db
-        .run(move |c| {
-            let changed = queue::finish(c, &name, &report, now)?;
-            queue::retention::trim(c, &name, &keep)?;
-            Ok(changed)
-        })
-        .await;
-    match taken {
-        Ok(changed) => {
-            state.count_ended(&changed);
-            state.publish(changed);
-            state.refresh_open_tasks(vm).await;
-            // An attempt that was cut off may have queued the next one, which may wait until it expires.
-            vm.queued.notify_waiters();
-            state.expiry.notify_one();
-            Ok(())
-        }
-        Err(QueueError::Unknown) => {
+    let id = adit_tasks::hex(&report.task_id);
+    match state.desk.report(&vm.name, report).await {
+        Ok(()) => Ok(()),
+        Err(DeskError::Unknown) => {
             tracing::warn!(vm = %vm.name, task = id, "report for a task that is not this VM's");
             Ok(())
         }
-        Err(QueueError::NotLeased) => {
+        Err(DeskError::NotLeased) => {
             // The database may have been restored from an older copy. The guest sends nothing else until its report is
             // answered; when the task is handed out, its journal answers again.
             tracing::warn!(vm = %vm.name, task = id, "report for a task that was not handed out");

@@ -13,7 +13,7 @@
 //! | `reach` | who may reach what in which VM, and the dial |
 //! | `proxy` | the HTTP forward proxy |
 //! | `services`, `agent` | what guests dial; the talk with an agent |
-//! | `queue`, `db`, `disk` | the durable queue; the thread that commits it; whether its disk is full |
+//! | `desk`, `disk` | goals and tasks: rules, database, and who hears of a change; whether a disk is full |
 //! | `api`, `metrics` | JSON on a Unix socket; counters |
 //! | `log` | lines to stderr, one of each kind a second |
 //! | `state` | what they share |
@@ -24,7 +24,7 @@ pub mod api;
 pub mod arguments;
 pub mod cgroup;
 pub mod config;
-pub mod db;
+pub mod desk;
 pub mod disk;
 pub mod fault;
 pub mod fdstore;
@@ -35,7 +35,6 @@ pub mod log;
 pub mod metrics;
 pub mod passing;
 pub mod proxy;
-pub mod queue;
 pub mod reach;
 pub mod registry;
 pub mod reload;
@@ -65,7 +64,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use cgroup::Cgroups;
 use config::Config;
-use db::Db;
+use desk::store::db::Db;
 use fdstore::FdStore;
 use listen::Gate;
 use spawn::Spawner;
@@ -93,7 +92,7 @@ pub async fn run(
     make_dir(&config.state_dir)?;
     let _lock = lock(&config.run_dir)?;
     let path = config.state_dir.join("aditd.db");
-    let db = Db::open(&path, queue::schema::MIGRATIONS)
+    let db = Db::open(&path, &desk::store::SCHEMA)
         .map_err(|e| anyhow::anyhow!("cannot use {}: {e}; {}", path.display(), e.remedy(&path)))?;
     let mut boot_nonce = [0; 16];
     getrandom::fill(&mut boot_nonce)
@@ -125,7 +124,8 @@ pub async fn run(
 
     let mut tasks = tokio::task::JoinSet::new();
     let clients = tokio::spawn(proxy::serve(state.clone(), proxy));
-    tasks.spawn(state.clone().expire_tasks());
+    let timed = state.clone();
+    tasks.spawn(async move { timed.desk.keep_time(&timed.stop).await });
     tasks.spawn(reload::at_hangup(state.clone(), file, hangup));
     if let Some(listener) = metrics {
         let app = api::observe(state.clone()).with_state(state.clone());
@@ -160,6 +160,9 @@ pub async fn run(
         tracing::info!("requests that are still under way are cut off");
     }
     tasks.shutdown().await;
+    if let Err(e) = state.desk.write_begun().await {
+        tracing::warn!(error = %e, "which tasks run is not written down: their agents say it again");
+    }
     let _ = socket_path::remove(&state.config.api_socket());
     for file in ["proxy.addr", "metrics.addr"] {
         let _ = std::fs::remove_file(state.config.run_dir.join(file));

@@ -12,7 +12,7 @@ use adit_channel::hello;
 use anyhow::bail;
 
 use crate::config::VmConfig;
-use crate::queue::{self, QueueError};
+use crate::desk::DeskError;
 use crate::registry::AddError;
 use crate::state::State;
 use crate::vm::{Origin, VmEntry};
@@ -29,7 +29,7 @@ pub enum NotAdded {
     Refused(#[from] AddError),
     /// The database does not take it.
     #[error(transparent)]
-    NotKept(#[from] QueueError),
+    NotKept(#[from] DeskError),
 }
 
 /// Adds a VM and starts its supervisor. One of the API is written to the database first.
@@ -47,7 +47,7 @@ pub async fn add(
         .keeper
         .open(&state.fd_store, config.name.as_str());
     if origin == Origin::Api
-        && let Err(e) = keep(state, &config).await
+        && let Err(e) = state.desk.keep_vm(&config).await
     {
         state.registry.remove(&config.name);
         return Err(e.into());
@@ -57,26 +57,8 @@ pub async fn add(
     Ok(vm)
 }
 
-/// Writes the settings of a VM of the API to the database.
-///
-/// # Errors
-/// The database does not take them.
-pub async fn keep(state: &State, config: &VmConfig) -> Result<(), QueueError> {
-    // Strings and numbers always serialise.
-    let spec = serde_json::to_string(config).unwrap_or_default();
-    let (name, cid) = (
-        config.name.to_string(),
-        i64::try_from(config.cid).unwrap_or(i64::MAX),
-    );
-    let kept = state.db.run::<_, QueueError, _>(move |c| {
-        let sql = "INSERT OR REPLACE INTO vms (name, cid, spec) VALUES (?1, ?2, ?3)";
-        Ok(c.execute(sql, rusqlite::params![name, cid, spec])?)
-    });
-    kept.await.map(drop)
-}
-
 async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
-    state.refresh_open_tasks(vm).await;
+    state.desk.greet(vm).await;
     let (for_agents, of_vm) = (state.clone(), vm.clone());
     let on_incoming = move |incoming: adit_port::control::Incoming, fd| {
         if incoming.port == hello::PORT {
@@ -94,7 +76,7 @@ async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
 ///
 /// # Errors
 /// The database refuses: the VM goes on as before.
-pub async fn remove(state: &Arc<State>, vm: &Arc<VmEntry>) -> Result<(), QueueError> {
+pub async fn remove(state: &Arc<State>, vm: &Arc<VmEntry>) -> Result<(), DeskError> {
     let _changing = vm.changing.lock().await;
     let has_the_name = state.registry.get(&vm.name);
     if has_the_name.is_none_or(|now| !Arc::ptr_eq(&now, vm)) {
@@ -102,11 +84,11 @@ pub async fn remove(state: &Arc<State>, vm: &Arc<VmEntry>) -> Result<(), QueueEr
         return Ok(());
     }
     // First: if it fails, the VM goes on as before.
-    end_tasks(state, vm).await?;
+    state.desk.remove_vm(&vm.name).await?;
     vm.removed.cancel();
     port_gone(vm).await;
     // Of goals that came meanwhile. Those that stay in the database end when their goal does.
-    if let Err(e) = end_tasks(state, vm).await {
+    if let Err(e) = state.desk.remove_vm(&vm.name).await {
         tracing::warn!(vm = %vm.name, error = %e, "the removed VM's last tasks are not ended");
     }
     if let Err(e) = vm_dir::remove(&state.config.run_dir, &vm.name).await {
@@ -115,22 +97,6 @@ pub async fn remove(state: &Arc<State>, vm: &Arc<VmEntry>) -> Result<(), QueueEr
     }
     // Only now is the name free: whoever takes it gets a port process and a directory of its own.
     state.registry.remove(&vm.name);
-    Ok(())
-}
-
-/// Takes a VM's row out of the database, and ends its open tasks.
-async fn end_tasks(state: &State, vm: &VmEntry) -> Result<(), QueueError> {
-    let (key, now) = (vm.name.to_string(), state.now_ms());
-    let keep = state.keep();
-    let ended = state.db.run::<_, QueueError, _>(move |c| {
-        c.execute("DELETE FROM vms WHERE name = ?1", [&key])?;
-        let ended = queue::remove_vm(c, &key, now)?;
-        queue::retention::trim(c, &key, &keep)?;
-        Ok(ended)
-    });
-    let ended = ended.await?;
-    state.count_ended(&ended);
-    state.publish(ended);
     Ok(())
 }
 
@@ -153,12 +119,7 @@ pub async fn load(state: &Arc<State>) -> anyhow::Result<()> {
             bail!("the VMs of the configuration clash: {e}"); // it was checked when it was read
         }
     }
-    let rows = state.db.run::<Vec<(String, String)>, QueueError, _>(|c| {
-        let mut statement = c.prepare("SELECT name, spec FROM vms ORDER BY name")?;
-        let rows = statement.query_map([], |r| Ok((r.get(0)?, r.get(1)?)))?;
-        Ok(rows.collect::<Result<_, _>>()?)
-    });
-    for (name, spec) in rows.await? {
+    for (name, spec) in state.desk.kept_vms().await? {
         let added = match serde_json::from_str::<VmConfig>(&spec) {
             Ok(config) => state
                 .registry

@@ -8,8 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
 use super::{ApiError, App, find};
-use crate::queue::page::{self, Filter, PAGE_MAX};
-use crate::queue::{self, QueueError, goals};
+use crate::desk::store::page::{Filter, PAGE_MAX};
 use crate::state::State;
 
 #[derive(Deserialize)]
@@ -24,8 +23,7 @@ pub(super) async fn goals(
     Query(q): Query<GoalQuery>,
 ) -> Result<Response, ApiError> {
     let (before, limit) = (q.before.unwrap_or(i64::MAX), q.newest.unwrap_or(PAGE_MAX));
-    let page = move |c: &_| goals::newest(c, q.id.as_deref(), before, limit);
-    let (goals, earlier) = state.db.run(page).await?;
+    let (goals, earlier) = state.desk.newest_goals(q.id, before, limit).await?;
     Ok(answer::<GoalSummary>(&goals, earlier))
 }
 
@@ -35,10 +33,8 @@ pub(super) async fn newest_tasks(
     before: Option<i64>,
     limit: usize,
 ) -> Result<Response, ApiError> {
-    let of = filter.clone();
     let before = before.unwrap_or(i64::MAX);
-    let page = move |c: &_| page::newest(c, &of, before, limit);
-    let (tasks, earlier) = state.db.run(page).await?;
+    let (tasks, earlier) = state.desk.newest_tasks(&filter, before, limit).await?;
     if tasks.is_empty() {
         check_names(state, &filter).await?;
     }
@@ -72,15 +68,13 @@ pub(super) fn check_state(filter: &Filter) -> Result<(), ApiError> {
 /// Refuses a filter with a goal or a VM that is not known: nothing was found, but not because there is nothing to do.
 pub(super) async fn check_names(state: &State, filter: &Filter) -> Result<(), ApiError> {
     if let Some(goal) = filter.goal.clone() {
-        let known = move |c: &_| queue::goal(c, &goal);
-        state.db.run(known).await?;
+        state.desk.knows_goal(goal).await?;
     }
     if let Some(vm) = filter.vm.clone()
         && let Err(unknown) = find(state, &vm)
     {
         // One that was removed has tasks for as long as they are kept.
-        let had_tasks = move |c: &_| page::has_tasks(c, &vm);
-        if !state.db.run::<_, QueueError, _>(had_tasks).await? {
+        if !state.desk.has_tasks(vm).await? {
             return Err(unknown);
         }
     }

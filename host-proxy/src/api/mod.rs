@@ -22,7 +22,7 @@ use axum::{Json, Router};
 use serde::Deserialize;
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::queue::QueueError;
+use crate::desk::DeskError;
 use crate::registry::AddError;
 use crate::state::State;
 use crate::vm::VmEntry;
@@ -145,19 +145,19 @@ impl IntoResponse for ApiError {
     }
 }
 
-impl From<QueueError> for ApiError {
-    fn from(e: QueueError) -> Self {
+impl From<DeskError> for ApiError {
+    fn from(e: DeskError) -> Self {
         use StatusCode as S;
         match &e {
-            QueueError::GoalTaken { .. } => Self::new(S::CONFLICT, "goal-taken", e),
-            QueueError::GoalExpired { .. } => Self::new(S::UNPROCESSABLE_ENTITY, "expired", e)
+            DeskError::GoalTaken { .. } => Self::new(S::CONFLICT, "goal-taken", e),
+            DeskError::GoalExpired { .. } => Self::new(S::UNPROCESSABLE_ENTITY, "expired", e)
                 .help("sign it again: its time begins when it is signed"),
-            QueueError::Full { .. } => Self::new(S::TOO_MANY_REQUESTS, "queue-full", e)
+            DeskError::Full { .. } => Self::new(S::TOO_MANY_REQUESTS, "queue-full", e)
                 .help("wait until its tasks are done (`adit task ls --vm …`), or raise [limits] queued_per_vm"),
-            QueueError::Unknown => Self::new(S::NOT_FOUND, "unknown-task", e).help("`adit task ls` lists them"),
-            QueueError::UnknownGoal => Self::new(S::NOT_FOUND, "unknown-goal", e).help("`adit goal ls` lists them"),
-            QueueError::NotLeased => Self::new(S::CONFLICT, "not-leased", e),
-            QueueError::Db(db) => {
+            DeskError::Unknown => Self::new(S::NOT_FOUND, "unknown-task", e).help("`adit task ls` lists them"),
+            DeskError::UnknownGoal => Self::new(S::NOT_FOUND, "unknown-goal", e).help("`adit goal ls` lists them"),
+            DeskError::NotLeased => Self::new(S::CONFLICT, "not-leased", e),
+            DeskError::Db(db) => {
                 tracing::error!(error = %db, "the database refused a request");
                 Self::new(S::INSUFFICIENT_STORAGE, "database", e)
                     .help("nothing was accepted: check the disk of state_dir for space and errors, then try again")

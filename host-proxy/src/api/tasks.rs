@@ -14,8 +14,8 @@ use serde::Deserialize;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::{Answer, ApiError, App, find, lists, parse, patient};
-use crate::queue::page::{self, Filter, PAGE_MAX, Page};
-use crate::queue::{self, QueueError};
+use crate::desk::store::page::{self, Filter, PAGE_MAX};
+use crate::desk::{self, rfc3339};
 use crate::state::State;
 use crate::vm::VmEntry;
 
@@ -29,34 +29,24 @@ pub(super) async fn add_goal(Shared(state): Shared<App>, body: Bytes) -> Answer<
         adit_tasks::Goal::parse_unverified(envelope.unverified_payload()).map_err(|e| bad(&e))?;
     let vms = targets(&state, &new, &goal)?;
     let (goal_id, digest) = (goal.goal_id.to_string(), envelope.digest());
-    let new = queue::NewGoal {
+    let new = desk::NewGoal {
         goal,
         digest,
-        signer: queue::schema::signer(&envelope),
+        signer: desk::store::migrations::signer(&envelope),
         envelope: new.envelope.into_bytes(),
         vms: vms.iter().map(|vm| vm.name.clone()).collect(),
-        now_ms: state.now_ms(),
-        max_queued: state.config.limits.queued_per_vm,
     };
-    let (tasks, accepted_ms) = state
-        .db
-        .run::<_, QueueError, _>(move |c| {
-            let tasks = queue::add_goal(c, &new)?;
-            Ok((tasks, queue::goal(c, &new.goal.goal_id.to_string())?.1))
-        })
-        .await?;
-    state.publish(tasks.clone());
-    state.expiry.notify_one();
-    for vm in vms {
-        state.refresh_open_tasks(&vm).await;
-        vm.queued.notify_waiters();
-    }
-    Ok(Json(Goal {
+    let accepted = state.desk.add_goal(new).await?;
+    Ok(Json(show_accepted(goal_id, &digest, accepted)))
+}
+
+fn show_accepted(goal_id: String, digest: &[u8; 32], accepted: desk::Accepted) -> Goal {
+    Goal {
         goal_id,
-        digest: hex(&digest),
-        accepted_at: queue::rfc3339(accepted_ms),
-        tasks,
-    }))
+        digest: hex(digest),
+        accepted_at: rfc3339(accepted.accepted_ms),
+        tasks: accepted.tasks,
+    }
 }
 
 /// The VMs that a goal is queued for: of its audience, unless the caller insists.
@@ -86,17 +76,8 @@ fn targets(
 }
 
 pub(super) async fn show_goal(Shared(state): Shared<App>, Path(id): Path<String>) -> Answer<Goal> {
-    let goal_id = id.clone();
-    let ((digest, accepted_ms), tasks) = state
-        .db
-        .run::<_, QueueError, _>(move |c| Ok((queue::goal(c, &id)?, queue::of_goal(c, &id)?)))
-        .await?;
-    Ok(Json(Goal {
-        goal_id,
-        digest: hex(&digest),
-        accepted_at: queue::rfc3339(accepted_ms),
-        tasks,
-    }))
+    let (digest, accepted) = state.desk.goal(id.clone()).await?;
+    Ok(Json(show_accepted(id, &digest, accepted)))
 }
 
 #[derive(Deserialize)]
@@ -131,7 +112,10 @@ pub(super) async fn list(
     if let Some(limit) = q.newest {
         return lists::newest_tasks(&state, filter, q.before, limit).await;
     }
-    let (tasks, next) = page_of(&state, &filter, q.after, q.limit.unwrap_or(PAGE_MAX)).await?;
+    let (tasks, next) = state
+        .desk
+        .tasks(&filter, q.after, q.limit.unwrap_or(PAGE_MAX))
+        .await?;
     if tasks.is_empty() {
         lists::check_names(&state, &filter).await?;
     }
@@ -149,7 +133,9 @@ pub(super) async fn list(
         let text = array_part(&tasks, is_first, next.is_none());
         let at = match next {
             None => Ok(None),
-            Some(after) => page_of(&state, &filter, after, PAGE_MAX)
+            Some(after) => state
+                .desk
+                .tasks(&filter, after, PAGE_MAX)
                 .await
                 .map(|(tasks, next)| Some((tasks, next, false)))
                 // The answer is cut off: whoever reads it finds no end of the array.
@@ -162,19 +148,6 @@ pub(super) async fn list(
     });
     let body = Body::from_stream(pages);
     Ok(([("content-type", "application/json")], body).into_response())
-}
-
-async fn page_of(
-    state: &State,
-    filter: &Filter,
-    after: i64,
-    limit: usize,
-) -> Result<Page, QueueError> {
-    let filter = filter.clone();
-    state
-        .db
-        .run(move |c| page::page(c, &filter, after, limit))
-        .await
 }
 
 /// Some elements of a JSON array.
@@ -208,7 +181,7 @@ fn task_id(text: &str) -> Result<TaskId, ApiError> {
 
 pub(super) async fn show(Shared(state): Shared<App>, Path(id): Path<String>) -> Answer<Task> {
     let id = task_id(&id)?;
-    Ok(Json(state.db.run(move |c| queue::task(c, &id)).await?))
+    Ok(Json(state.desk.task(id).await?))
 }
 
 #[derive(Deserialize)]
@@ -234,7 +207,7 @@ pub(super) async fn output(
             ));
         }
     };
-    let out = state.db.run(move |c| queue::output(c, &id, stderr)).await?;
+    let out = state.desk.output(id, stderr).await?;
     let kept = (out.head.len() + out.tail.len()) as u64;
     let missing = out.total.saturating_sub(kept);
     let mut head = HeaderMap::new();
@@ -262,14 +235,14 @@ pub(super) async fn events(
 ) -> Result<Response, ApiError> {
     let patient = patient(&state)?;
     // Before the query, so that no change falls in between.
-    let mut changes = state.subscribe();
+    let mut changes = state.desk.subscribe();
     let goal = q.goal;
     let filter = Filter {
         open: goal.is_none(),
         goal: goal.clone(),
         ..Filter::default()
     };
-    let mut present = page_of(&state, &filter, 0, PAGE_MAX).await?;
+    let mut present = state.desk.tasks(&filter, 0, PAGE_MAX).await?;
     if present.0.is_empty() {
         lists::check_names(&state, &filter).await?;
     }
@@ -282,12 +255,12 @@ pub(super) async fn events(
             let (tasks, next) = present;
             for task in tasks {
                 track(&mut open, &task);
-                if to.send(Ok(line(&state.event(task)))).await.is_err() {
+                if to.send(Ok(line(&state.desk.event(task)))).await.is_err() {
                     return;
                 }
             }
             let Some(after) = next else { break };
-            present = match page_of(&state, &filter, after, PAGE_MAX).await {
+            present = match state.desk.tasks(&filter, after, PAGE_MAX).await {
                 Ok(page) => page,
                 Err(_) => {
                     let _ = to.send(cut_off("the database says no")).await;

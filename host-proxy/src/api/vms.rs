@@ -74,7 +74,7 @@ pub(super) async fn change(
     spec.allow_vsock = allow_vsock.unwrap_or(spec.allow_vsock);
     spec.busy_poll_us = busy_poll_us.unwrap_or(spec.busy_poll_us);
     spec.check().map_err(bad_vm)?;
-    vms::keep(&state, &spec).await?;
+    state.desk.keep_vm(&spec).await?;
     vm.set_spec(spec);
     Ok(Json(vm.show()))
 }

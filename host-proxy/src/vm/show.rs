@@ -85,5 +85,5 @@ fn carrier(ring: Ring) -> Carrier {
 }
 
 fn rfc3339(ms: u64) -> String {
-    crate::queue::rfc3339(i64::try_from(ms).unwrap_or(i64::MAX))
+    crate::desk::rfc3339(i64::try_from(ms).unwrap_or(i64::MAX))
 }

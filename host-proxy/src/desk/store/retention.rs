@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, Params, params};
 
-use super::{OPEN, QueueError};
+use super::OPEN;
 
 /// Rows that one step deletes at most: others wait for the same database.
 pub const STEP_MAX: i64 = 1000;
@@ -29,7 +29,7 @@ pub struct Keep {
 ///
 /// # Errors
 /// The database says no.
-pub fn trim(c: &Connection, vm: &str, keep: &Keep) -> Result<usize, QueueError> {
+pub fn trim(c: &Connection, vm: &str, keep: &Keep) -> rusqlite::Result<usize> {
     let sql = "SELECT count(*), coalesce(sum(kept_bytes), 0) FROM tasks WHERE vm = ?1 AND closed_ms IS NOT NULL";
     let (count, bytes): (u32, i64) = c
         .prepare_cached(sql)?
@@ -51,11 +51,7 @@ pub fn trim(c: &Connection, vm: &str, keep: &Keep) -> Result<usize, QueueError> 
 ///
 /// # Errors
 /// The database says no.
-pub fn retire(
-    c: &Connection,
-    keep: &Keep,
-    now_ms: i64,
-) -> Result<(usize, Option<i64>), QueueError> {
+pub fn retire(c: &Connection, keep: &Keep, now_ms: i64) -> rusqlite::Result<(usize, Option<i64>)> {
     let gone = forget(
         c,
         "SELECT rowid, digest, vm FROM tasks WHERE closed_ms < ?2 ORDER BY closed_ms",
@@ -76,7 +72,7 @@ fn forget(
     of: &str,
     whether: &str,
     parameters: impl Params,
-) -> Result<usize, QueueError> {
+) -> rusqlite::Result<usize> {
     let sql = format!(
         "DELETE FROM tasks WHERE rowid IN (SELECT k.rowid FROM ({of}) k WHERE {whether} AND NOT EXISTS \
          (SELECT 1 FROM tasks o WHERE o.digest = k.digest AND o.vm = k.vm AND o.state IN {OPEN}) LIMIT ?1) \

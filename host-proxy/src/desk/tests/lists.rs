@@ -45,14 +45,7 @@ fn a_goal_in_a_list_counts_each_step_once_by_its_last_attempt() {
 fn goals_are_found_by_their_last_digits_and_come_in_pages() {
     let c = open();
     for n in 1..6 {
-        add_goal(
-            &c,
-            &NewGoal {
-                max_queued: 99,
-                ..goal(n, n.into())
-            },
-        )
-        .unwrap();
+        change::add_goal(&c, &goal(n, n.into()), BEFORE, 99).unwrap();
     }
     let ids = |goals: &[adit_api::GoalSummary]| -> Vec<char> {
         goals
@@ -73,22 +66,16 @@ fn goals_are_found_by_their_last_digits_and_come_in_pages() {
 #[test]
 fn a_goal_whose_time_is_over_is_refused_unless_it_is_known_already() {
     let c = open();
-    let late = |n| NewGoal {
-        now_ms: AFTER,
-        ..goal(n, n.into())
-    };
-    let refused = add_goal(&c, &late(1));
-    assert!(matches!(refused, Err(QueueError::GoalExpired { .. })));
-    let tasks = add_goal(&c, &goal(2, 2)).unwrap();
-    assert_eq!(add_goal(&c, &late(2)).unwrap(), tasks);
+    let late = |new: &NewGoal| change::add_goal(&c, new, AFTER, 8);
+    let refused = late(&goal(1, 1));
+    assert!(matches!(refused, Err(DeskError::GoalExpired { .. })));
+    add_goal(&c, &goal(2, 2)).unwrap();
+    assert!(late(&goal(2, 2)).unwrap().is_empty());
     // For another VM it comes too late.
     let other = NewGoal {
         vms: vec!["web-2".parse().unwrap()],
-        ..late(2)
+        ..goal(2, 2)
     };
-    assert!(matches!(
-        add_goal(&c, &other),
-        Err(QueueError::GoalExpired { .. })
-    ));
+    assert!(matches!(late(&other), Err(DeskError::GoalExpired { .. })));
     assert_eq!(states(&c).len(), 2);
 }

@@ -4,7 +4,7 @@ use adit_tasks::goal::{OUTPUT_CAP_MAX, Work};
 use adit_tasks::{Goal, dsse};
 use rusqlite::{Connection, params};
 
-use crate::db::Migration;
+use super::db::Migration;
 
 /// All steps, the first from nothing.
 pub const MIGRATIONS: &[Migration] = &[first, limits, specs];
@@ -13,7 +13,7 @@ pub const MIGRATIONS: &[Migration] = &[first, limits, specs];
 const FILE_CAP: u32 = 4096;
 
 /// Bytes of each output stream that a goal lets a step keep.
-pub(super) fn output_cap(goal: &Goal, step: &str) -> u32 {
+pub fn output_cap(goal: &Goal, step: &str) -> u32 {
     match goal.step(step).and_then(|s| s.work()) {
         Some(Work::Script(script)) => script.output_cap,
         Some(Work::File(_)) => FILE_CAP,

@@ -29,6 +29,15 @@ const CHECK_MAX: u64 = 1 << 30;
 /// A step of the schema: the one at place N (from 0) brings a database from version N to N + 1.
 pub type Migration = fn(&Connection) -> rusqlite::Result<()>;
 
+/// What a database is brought to when it is opened.
+#[derive(Debug)]
+pub struct Schema {
+    /// All steps, the first from nothing. Their number is the version.
+    pub migrations: &'static [Migration],
+    /// SQL for every connection: what it has in memory, and loses with itself.
+    pub session: &'static str,
+}
+
 /// Why a job has no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum DbError {
@@ -112,13 +121,13 @@ impl Db {
     ///
     /// # Errors
     /// The file cannot be opened, is no database, is damaged, or is of a newer aditd. It is left as it was.
-    pub fn open(path: &Path, migrations: &'static [Migration]) -> Result<Self, DbError> {
-        let connection = prepare(path, migrations)?;
+    pub fn open(path: &Path, schema: &'static Schema) -> Result<Self, DbError> {
+        let connection = prepare(path, schema)?;
         let (jobs, receiver) = sync_channel(WAITING_MAX);
         let path = path.to_owned();
         std::thread::Builder::new()
             .name("database".into())
-            .spawn(move || run(connection, &path, migrations, &receiver))
+            .spawn(move || run(connection, &path, schema, &receiver))
             .map_err(|e| DbError::Commit(e.to_string()))?;
         Ok(Self { jobs })
     }
@@ -133,6 +142,21 @@ impl Db {
         E: From<DbError> + From<rusqlite::Error> + Send + 'static,
         F: FnOnce(&Connection) -> Result<T, E> + Send + 'static,
     {
+        self.run_then(job, |_| {}).await
+    }
+
+    /// The same. Once it is on disk, `then` is called on the database's thread: in the order of the jobs, and also where
+    /// nobody waits for the answer any more. It must not block.
+    ///
+    /// # Errors
+    /// The job failed and was rolled back, or the commit failed; `then` is not called.
+    pub async fn run_then<T, E, F, A>(&self, job: F, then: A) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<DbError> + From<rusqlite::Error> + Send + 'static,
+        F: FnOnce(&Connection) -> Result<T, E> + Send + 'static,
+        A: FnOnce(&T) + Send + 'static,
+    {
         let (tell, told) = oneshot::channel();
         let job: Job = Box::new(move |connection| {
             let result = match connection {
@@ -142,6 +166,9 @@ impl Db {
             Box::new(move |committed: Result<(), String>| {
                 let result = result
                     .and_then(|v| committed.map(|()| v).map_err(|e| DbError::Commit(e).into()));
+                if let Ok(value) = &result {
+                    then(value);
+                }
                 // Whoever asked may have gone.
                 let _ = tell.send(result);
             })
@@ -178,9 +205,9 @@ fn in_savepoint<T, E: From<rusqlite::Error>>(
 }
 
 /// Opens the file, and writes nothing to it before it is known to be whole and ours.
-fn prepare(path: &Path, migrations: &[Migration]) -> Result<Connection, DbError> {
+pub(in crate::desk) fn prepare(path: &Path, schema: &Schema) -> Result<Connection, DbError> {
     let name = || path.display().to_string();
-    let known = i64::try_from(migrations.len()).unwrap_or(i64::MAX);
+    let known = i64::try_from(schema.migrations.len()).unwrap_or(i64::MAX);
     let mut connection = Connection::open(path)?;
     connection.busy_timeout(BUSY)?;
     let damaged = |e: rusqlite::Error| match e.sqlite_error_code() {
@@ -219,7 +246,9 @@ fn prepare(path: &Path, migrations: &[Migration]) -> Result<Connection, DbError>
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
     connection.pragma_update(None, "cache_size", -2048)?;
-    for (at, migrate) in migrations
+    connection.pragma_update(None, "temp_store", "MEMORY")?;
+    for (at, migrate) in schema
+        .migrations
         .iter()
         .enumerate()
         .skip(usize::try_from(found).unwrap_or(0))
@@ -234,6 +263,7 @@ fn prepare(path: &Path, migrations: &[Migration]) -> Result<Connection, DbError>
         )?;
         step.commit()?;
     }
+    connection.execute_batch(schema.session)?;
     Ok(connection)
 }
 
@@ -254,10 +284,10 @@ fn check(connection: &Connection, path: &Path) -> rusqlite::Result<Option<String
         .map(|table| format!("a row of `{table}` refers to one that does not exist")))
 }
 
-fn run(connection: Connection, path: &Path, migrations: &[Migration], jobs: &Receiver<Job>) {
+fn run(connection: Connection, path: &Path, schema: &Schema, jobs: &Receiver<Job>) {
     let mut open = Some(connection);
     while let Ok(first) = jobs.recv() {
-        let connection = match open.take().map_or_else(|| prepare(path, migrations), Ok) {
+        let connection = match open.take().map_or_else(|| prepare(path, schema), Ok) {
             Ok(connection) => connection,
             Err(e) => {
                 tracing::error!(error = %e, remedy = e.remedy(path), "the database cannot be opened");

@@ -8,7 +8,7 @@ use adit_tasks::unhex;
 use adit_tasks::wire::TaskId;
 use rusqlite::{Connection, params};
 
-use super::{OPEN, QueueError, TASK_COLUMNS, row_to_task};
+use super::{OPEN, STATE, TASKS, row_to_task, task_columns};
 
 /// Most tasks of a page.
 pub const PAGE_MAX: usize = 500;
@@ -35,7 +35,7 @@ pub type Page = (Vec<Task>, Option<i64>);
 ///
 /// # Errors
 /// The database says no.
-pub fn page(c: &Connection, filter: &Filter, after: i64, limit: usize) -> Result<Page, QueueError> {
+pub fn page(c: &Connection, filter: &Filter, after: i64, limit: usize) -> rusqlite::Result<Page> {
     select(
         c,
         filter,
@@ -55,7 +55,7 @@ pub fn newest(
     filter: &Filter,
     before: i64,
     limit: usize,
-) -> Result<Page, QueueError> {
+) -> rusqlite::Result<Page> {
     let order = "t.rowid < ?1 {filter} ORDER BY t.rowid DESC";
     let (mut tasks, earlier) = select(c, filter, order, before, limit)?;
     tasks.reverse();
@@ -68,7 +68,7 @@ fn select(
     order: &str,
     from: i64,
     limit: usize,
-) -> Result<Page, QueueError> {
+) -> rusqlite::Result<Page> {
     let limit = limit.clamp(1, PAGE_MAX);
     let open = match filter.open {
         true => format!(" AND t.state IN {OPEN}"),
@@ -80,10 +80,11 @@ fn select(
     };
     let (low, high) = filter.id.unzip();
     let filters = format!(
-        "AND (?2 IS NULL OR t.vm = ?2) AND (?3 IS NULL OR g.goal_id = ?3) AND (?4 IS NULL OR t.state = ?4){id}{open}"
+        "AND (?2 IS NULL OR t.vm = ?2) AND (?3 IS NULL OR g.goal_id = ?3) AND (?4 IS NULL OR {STATE} = ?4){id}{open}"
     );
     let sql = format!(
-        "SELECT {TASK_COLUMNS}, t.rowid FROM tasks t JOIN goals g USING (digest) WHERE {} LIMIT ?7",
+        "SELECT {}, t.rowid FROM {TASKS} WHERE {} LIMIT ?7",
+        task_columns(),
         order.replace("{filter}", &filters)
     );
     let mut statement = c.prepare_cached(&sql)?;
@@ -102,9 +103,9 @@ fn select(
 ///
 /// # Errors
 /// The database says no.
-pub fn has_tasks(c: &Connection, vm: &str) -> Result<bool, QueueError> {
+pub fn has_tasks(c: &Connection, vm: &str) -> rusqlite::Result<bool> {
     let sql = "SELECT EXISTS (SELECT 1 FROM tasks WHERE vm = ?1)";
-    Ok(c.prepare_cached(sql)?.query_row([vm], |r| r.get(0))?)
+    c.prepare_cached(sql)?.query_row([vm], |r| r.get(0))
 }
 
 /// The ids that begin with some hex digits; none: they are no such digits.
