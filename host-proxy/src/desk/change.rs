@@ -2,8 +2,8 @@
 //! Each returns the tasks that it changed.
 
 use adit_api::Task;
-use adit_tasks::wire::{Report, TaskId};
 use adit_names::VmId;
+use adit_tasks::wire::{Report, TaskId};
 use adit_tasks::{Goal, plan, task_id};
 use jiff::Timestamp;
 use rusqlite::Connection;

@@ -250,4 +250,4 @@ impl Choice {
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::desk) mod tests;

@@ -7,6 +7,7 @@ mod before;
 mod changes;
 mod commands;
 mod cut;
+mod desk;
 mod faults;
 mod foreign;
 mod full_disk;
