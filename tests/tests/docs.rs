@@ -142,13 +142,16 @@ fn every_source_file_is_in_its_crates_table_and_every_row_is_a_file() {
 }
 
 /// What a pure file may use of others. Whatever else there is has a clock, a lock, a thread or IO in it, or could have.
-const PURE: [&str; 8] = [
+const PURE: [&str; 11] = [
+    "std::collections::",
     "std::fmt",
     "std::net::SocketAddr",
     "super::destination::Destination",
     "super::*",
     "crate::config::VmConfig",
+    "adit_api::TaskState",
     "adit_names::",
+    "adit_tasks::",
     "adit_port::control::Target",
     "proptest::",
 ];
@@ -166,7 +169,7 @@ fn pure_files_use_what_is_pure_and_nothing_else() {
             if let Some(used) = line.strip_prefix("use ") {
                 let is_pure = PURE.iter().any(|p| used.starts_with(p));
                 assert!(is_pure, "{file}: {line}");
-            } else if !line.starts_with("//") {
+            } else if !line.starts_with("//") && !line.ends_with("mod tests;") {
                 let paths = [
                     "std::",
                     "crate::",
