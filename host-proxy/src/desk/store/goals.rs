@@ -6,7 +6,7 @@ use adit_tasks::{Goal, hex};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::page::PAGE_MAX;
-use super::{OPEN, rfc3339};
+use super::rfc3339;
 
 /// Writes a goal: its envelope exactly as signed, and who claims to have signed it.
 pub fn insert(
@@ -102,12 +102,10 @@ fn summary(r: &Row<'_>) -> rusqlite::Result<GoalSummary> {
 
 fn count(c: &Connection, digest: &[u8; 32], goal: GoalSummary) -> rusqlite::Result<GoalSummary> {
     // With max(), SQLite takes the other columns from the row that has the maximum.
-    let sql = format!(
-        "SELECT count(DISTINCT vm), count(DISTINCT step_no), coalesce(sum(state IN {OPEN}), 0), \
-         coalesce(sum(state = 'done'), 0), count(*) FROM \
-         (SELECT vm, step_no, state, max(attempt) FROM tasks WHERE digest = ?1 GROUP BY vm, step_no)"
-    );
-    c.prepare_cached(&sql)?.query_row([digest], |r| {
+    let sql = "SELECT count(DISTINCT vm), count(DISTINCT step_no), coalesce(sum(closed_ms IS NULL), 0), \
+               coalesce(sum(state = 'done'), 0), count(*) FROM \
+               (SELECT vm, step_no, state, closed_ms, max(attempt) FROM tasks WHERE digest = ?1 GROUP BY vm, step_no)";
+    c.prepare_cached(sql)?.query_row([digest], |r| {
         let (open, done, all): (u32, u32, u32) = (r.get(2)?, r.get(3)?, r.get(4)?);
         Ok(GoalSummary {
             vms: r.get(0)?,

@@ -38,13 +38,30 @@ pub const SCHEMA: Schema = Schema {
 /// Bytes of stdout in lists.
 const PREVIEW_BYTES: usize = 200;
 
-/// The states of which [`TaskState::is_terminal`] is false.
-const OPEN: &str = "('queued', 'leased', 'started')";
 /// The state as it is now.
 const STATE: &str =
     "CASE WHEN t.state = 'leased' AND b.at_ms IS NOT NULL THEN 'started' ELSE t.state END";
 const TASKS: &str =
     "tasks t JOIN goals g USING (digest) LEFT JOIN temp.begun b ON b.task_id = t.task_id";
+
+// What is open is what has not been closed. Its index has nothing else, which SQLite does not know.
+const COUNT_OPEN: &str =
+    "SELECT count(*) FROM tasks INDEXED BY tasks_waiting WHERE vm = ?1 AND closed_ms IS NULL";
+const OPEN_IN_ORDER: &str = "SELECT t.task_id, g.digest, t.step, t.attempt, t.state, g.signer, g.key_seq, \
+     g.not_before_ms, g.not_after_ms FROM tasks t INDEXED BY tasks_waiting JOIN goals g USING (digest) WHERE t.vm = ?1 AND t.closed_ms IS NULL \
+     ORDER BY g.key_seq, t.digest, t.step_no, t.attempt";
+const OPEN_OF_VM: &str = "SELECT t.task_id, t.state, g.not_after_ms FROM tasks t INDEXED BY tasks_waiting JOIN goals g USING (digest) \
+     WHERE t.vm = ?1 AND t.closed_ms IS NULL ORDER BY t.rowid";
+const OPEN_AFTER: &str = "SELECT t.task_id, t.state, g.not_after_ms FROM tasks t JOIN goals g USING (digest) \
+     WHERE t.digest = ?1 AND t.vm = ?2 AND t.step_no > ?3 AND t.closed_ms IS NULL ORDER BY t.step_no";
+const OPEN_OF_PAST_GOALS: &str = "SELECT t.task_id, t.state, g.not_after_ms FROM tasks t INDEXED BY tasks_waiting CROSS JOIN goals g USING (digest) \
+     WHERE t.closed_ms IS NULL AND g.not_after_ms < ?1 ORDER BY t.rowid";
+const FIRST_NOT_AFTER: &str = "SELECT min(g.not_after_ms) FROM tasks t INDEXED BY tasks_waiting CROSS JOIN goals g USING (digest) \
+     WHERE t.closed_ms IS NULL AND t.state = ?1";
+const FIRST_NOT_BEFORE: &str = "SELECT min(g.not_before_ms) FROM tasks t INDEXED BY tasks_waiting CROSS JOIN goals g USING (digest) \
+     WHERE t.closed_ms IS NULL AND t.state = 'queued' AND g.not_before_ms > ?1";
+const RELEASED: &str = "SELECT DISTINCT t.vm FROM tasks t INDEXED BY tasks_waiting CROSS JOIN goals g USING (digest) \
+     WHERE t.closed_ms IS NULL AND t.state = 'queued' AND g.not_before_ms > ?1 AND g.not_before_ms <= ?2";
 
 /// Columns for [`row_to_task`].
 fn task_columns() -> String {
@@ -100,8 +117,7 @@ pub fn insert_task(c: &Connection, task: &NewTask<'_>, now_ms: i64) -> rusqlite:
 
 /// Number of a VM's tasks that are not terminal.
 pub fn count_open(c: &Connection, vm: &str) -> rusqlite::Result<u32> {
-    let sql = format!("SELECT count(*) FROM tasks WHERE vm = ?1 AND state IN {OPEN}");
-    c.prepare_cached(&sql)?.query_row([vm], |r| r.get(0))
+    c.prepare_cached(COUNT_OPEN)?.query_row([vm], |r| r.get(0))
 }
 
 /// What a guest is handed.
@@ -126,12 +142,7 @@ pub fn first_open(
     vm: &str,
     mut takes: impl FnMut(&Candidate) -> bool,
 ) -> rusqlite::Result<Option<Handout>> {
-    let sql = format!(
-        "SELECT t.task_id, g.digest, t.step, t.attempt, t.state, g.signer, g.key_seq, g.not_before_ms, g.not_after_ms \
-         FROM tasks t JOIN goals g USING (digest) WHERE t.vm = ?1 AND t.state IN {OPEN} \
-         ORDER BY g.key_seq, t.digest, t.step_no, t.attempt"
-    );
-    let mut statement = c.prepare_cached(&sql)?;
+    let mut statement = c.prepare_cached(OPEN_IN_ORDER)?;
     let mut rows = statement.query([vm])?;
     while let Some(r) = rows.next()? {
         let candidate = Candidate {
@@ -202,11 +213,7 @@ pub type Open = Vec<(TaskId, TaskState, i64)>;
 
 /// Open tasks of a VM.
 pub fn open_of_vm(c: &Connection, vm: &str) -> rusqlite::Result<Open> {
-    let sql = format!(
-        "SELECT t.task_id, t.state, g.not_after_ms FROM tasks t JOIN goals g USING (digest) \
-         WHERE t.vm = ?1 AND t.state IN {OPEN} ORDER BY t.rowid"
-    );
-    open(c, &sql, [vm])
+    open(c, OPEN_OF_VM, [vm])
 }
 
 /// Open tasks of a goal on a VM that come after a step.
@@ -216,20 +223,12 @@ pub fn open_after(
     vm: &str,
     step_no: i64,
 ) -> rusqlite::Result<Open> {
-    let sql = format!(
-        "SELECT t.task_id, t.state, g.not_after_ms FROM tasks t JOIN goals g USING (digest) \
-         WHERE t.digest = ?1 AND t.vm = ?2 AND t.step_no > ?3 AND t.state IN {OPEN} ORDER BY t.step_no"
-    );
-    open(c, &sql, params![digest, vm, step_no])
+    open(c, OPEN_AFTER, params![digest, vm, step_no])
 }
 
 /// Open tasks of goals whose time is over.
 pub fn open_of_past_goals(c: &Connection, now_ms: i64) -> rusqlite::Result<Open> {
-    let sql = format!(
-        "SELECT t.task_id, t.state, g.not_after_ms FROM tasks t JOIN goals g USING (digest) \
-         WHERE t.state IN {OPEN} AND g.not_after_ms < ?1 ORDER BY t.rowid"
-    );
-    open(c, &sql, [now_ms])
+    open(c, OPEN_OF_PAST_GOALS, [now_ms])
 }
 
 fn open(c: &Connection, sql: &str, of: impl rusqlite::Params) -> rusqlite::Result<Open> {
@@ -240,24 +239,19 @@ fn open(c: &Connection, sql: &str, of: impl rusqlite::Params) -> rusqlite::Resul
 
 /// The earliest end of validity among the goals that have a task in this state.
 pub fn first_not_after(c: &Connection, state: TaskState) -> rusqlite::Result<Option<i64>> {
-    let sql =
-        "SELECT min(g.not_after_ms) FROM tasks t JOIN goals g USING (digest) WHERE t.state = ?1";
-    c.prepare_cached(sql)?
+    c.prepare_cached(FIRST_NOT_AFTER)?
         .query_row([state.name()], |r| r.get(0))
 }
 
 /// The earliest begin of validity, after a time, among the goals that have a queued task.
 pub fn first_not_before(c: &Connection, after_ms: i64) -> rusqlite::Result<Option<i64>> {
-    let sql = "SELECT min(g.not_before_ms) FROM tasks t JOIN goals g USING (digest) \
-               WHERE t.state = 'queued' AND g.not_before_ms > ?1";
-    c.prepare_cached(sql)?.query_row([after_ms], |r| r.get(0))
+    c.prepare_cached(FIRST_NOT_BEFORE)?
+        .query_row([after_ms], |r| r.get(0))
 }
 
 /// VMs for which something that was held may begin: its `not_before` is in (since, now].
 pub fn released(c: &Connection, since_ms: i64, now_ms: i64) -> rusqlite::Result<Vec<String>> {
-    let sql = "SELECT DISTINCT t.vm FROM tasks t JOIN goals g USING (digest) \
-               WHERE t.state = 'queued' AND g.not_before_ms > ?1 AND g.not_before_ms <= ?2";
-    let mut statement = c.prepare_cached(sql)?;
+    let mut statement = c.prepare_cached(RELEASED)?;
     let vms = statement.query_map([since_ms, now_ms], |r| r.get(0))?;
     vms.collect()
 }

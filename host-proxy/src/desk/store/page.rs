@@ -8,7 +8,7 @@ use adit_tasks::unhex;
 use adit_tasks::wire::TaskId;
 use rusqlite::{Connection, params};
 
-use super::{OPEN, STATE, TASKS, row_to_task, task_columns};
+use super::{STATE, TASKS, row_to_task, task_columns};
 
 /// Most tasks of a page.
 pub const PAGE_MAX: usize = 500;
@@ -71,8 +71,8 @@ fn select(
 ) -> rusqlite::Result<Page> {
     let limit = limit.clamp(1, PAGE_MAX);
     let open = match filter.open {
-        true => format!(" AND t.state IN {OPEN}"),
-        false => String::new(),
+        true => " AND t.closed_ms IS NULL",
+        false => "",
     };
     let id = match filter.id {
         Some(_) => " AND t.task_id BETWEEN ?5 AND ?6",

@@ -7,8 +7,6 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, Params, params};
 
-use super::OPEN;
-
 /// Rows that one step deletes at most: others wait for the same database.
 pub const STEP_MAX: i64 = 1000;
 /// How soon age is looked at again while something old cannot go yet.
@@ -75,7 +73,7 @@ fn forget(
 ) -> rusqlite::Result<usize> {
     let sql = format!(
         "DELETE FROM tasks WHERE rowid IN (SELECT k.rowid FROM ({of}) k WHERE {whether} AND NOT EXISTS \
-         (SELECT 1 FROM tasks o WHERE o.digest = k.digest AND o.vm = k.vm AND o.state IN {OPEN}) LIMIT ?1) \
+         (SELECT 1 FROM tasks o WHERE o.digest = k.digest AND o.vm = k.vm AND o.closed_ms IS NULL) LIMIT ?1) \
          RETURNING digest"
     );
     let mut statement = c.prepare_cached(&sql)?;

@@ -1,11 +1,8 @@
 //! The database: what is on disk, full disks, damaged files, earlier versions.
 
-use adit_api::TaskState;
-use rusqlite::{Connection, params};
-
 use super::db::{Db, DbError};
 use super::page::Filter;
-use super::{SCHEMA, count_open};
+use super::*;
 use crate::desk::DeskError;
 use crate::desk::tests::{AFTER, BEFORE, add_goal, goal, lease, tasks};
 
@@ -105,6 +102,33 @@ fn a_database_of_a_newer_aditd_is_refused() {
         Db::open(&path, &SCHEMA),
         Err(DbError::Newer { .. })
     ));
+}
+
+#[test]
+fn what_is_open_is_found_without_reading_what_has_ended() {
+    let c = crate::desk::tests::open();
+    for sql in [
+        COUNT_OPEN,
+        OPEN_IN_ORDER,
+        OPEN_OF_VM,
+        OPEN_OF_PAST_GOALS,
+        FIRST_NOT_AFTER,
+        FIRST_NOT_BEFORE,
+        RELEASED,
+    ] {
+        let mut plan = c.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
+        // Its parameters stay unbound: it is not run.
+        let mut rows = plan.raw_query();
+        let mut steps = Vec::new();
+        while let Some(row) = rows.next().unwrap() {
+            steps.push(row.get::<_, String>("detail").unwrap());
+        }
+        assert!(steps[0].contains("tasks_waiting"), "{sql}: {steps:?}");
+        assert!(
+            steps[1..].iter().all(|s| !s.starts_with("SCAN")),
+            "{sql}: {steps:?}"
+        );
+    }
 }
 
 /// The text of version 1's tables, as they are on disks.
