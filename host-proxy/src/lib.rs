@@ -160,8 +160,13 @@ pub async fn run(
         tracing::info!("requests that are still under way are cut off");
     }
     tasks.shutdown().await;
-    if let Err(e) = state.desk.write_begun().await {
-        tracing::warn!(error = %e, "which tasks run is not written down: their agents say it again");
+    match tokio::time::timeout(STOP_LIMIT, state.desk.write_begun()).await {
+        Ok(Ok(())) => {}
+        // Their agents say it again to the next aditd.
+        Ok(Err(e)) => tracing::warn!(error = %e, "which tasks run is not written down"),
+        Err(_) => {
+            tracing::warn!("which tasks run is not written down: the database takes too long")
+        }
     }
     let _ = socket_path::remove(&state.config.api_socket());
     for file in ["proxy.addr", "metrics.addr"] {

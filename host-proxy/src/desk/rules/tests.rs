@@ -1,5 +1,6 @@
 //! Each answer of the rules by itself, and all of them together in virtual time.
 
+mod checks;
 pub(in crate::desk) mod model;
 pub(in crate::desk) mod world;
 

@@ -10,7 +10,7 @@
 //!
 //! `started` is not worth a commit of its own: the guest has it in its journal, and says it again whenever it connects. So
 //! it waits in a table in memory, which every query of a task's state joins: a task that is `leased` in its row and has one
-//! in `begun` is `started`.
+//! in `begun` is `started`. A connection that is given up after a failed commit takes the notes along, as a kill does.
 
 pub mod db;
 pub mod goals;
@@ -48,17 +48,21 @@ const TASKS: &str =
 const COUNT_OPEN: &str =
     "SELECT count(*) FROM tasks INDEXED BY tasks_waiting WHERE vm = ?1 AND closed_ms IS NULL";
 const OPEN_IN_ORDER: &str = "SELECT t.task_id, g.digest, t.step, t.attempt, t.state, g.signer, g.key_seq, \
-     g.not_before_ms, g.not_after_ms FROM tasks t INDEXED BY tasks_waiting JOIN goals g USING (digest) WHERE t.vm = ?1 AND t.closed_ms IS NULL \
-     ORDER BY g.key_seq, t.digest, t.step_no, t.attempt";
-const OPEN_OF_VM: &str = "SELECT t.task_id, t.state, g.not_after_ms FROM tasks t INDEXED BY tasks_waiting JOIN goals g USING (digest) \
+     g.not_before_ms, g.not_after_ms FROM tasks t INDEXED BY tasks_waiting JOIN goals g USING (digest) \
+     WHERE t.vm = ?1 AND t.closed_ms IS NULL ORDER BY g.key_seq, t.digest, t.step_no, t.attempt";
+const OPEN_OF_VM: &str = "SELECT t.task_id, t.state, g.not_after_ms \
+     FROM tasks t INDEXED BY tasks_waiting JOIN goals g USING (digest) \
      WHERE t.vm = ?1 AND t.closed_ms IS NULL ORDER BY t.rowid";
 const OPEN_AFTER: &str = "SELECT t.task_id, t.state, g.not_after_ms FROM tasks t JOIN goals g USING (digest) \
      WHERE t.digest = ?1 AND t.vm = ?2 AND t.step_no > ?3 AND t.closed_ms IS NULL ORDER BY t.step_no";
-const OPEN_OF_PAST_GOALS: &str = "SELECT t.task_id, t.state, g.not_after_ms FROM tasks t INDEXED BY tasks_waiting CROSS JOIN goals g USING (digest) \
+const OPEN_OF_PAST_GOALS: &str = "SELECT t.task_id, t.state, g.not_after_ms \
+     FROM tasks t INDEXED BY tasks_waiting CROSS JOIN goals g USING (digest) \
      WHERE t.closed_ms IS NULL AND g.not_after_ms < ?1 ORDER BY t.rowid";
-const FIRST_NOT_AFTER: &str = "SELECT min(g.not_after_ms) FROM tasks t INDEXED BY tasks_waiting CROSS JOIN goals g USING (digest) \
+const FIRST_NOT_AFTER: &str = "SELECT min(g.not_after_ms) \
+     FROM tasks t INDEXED BY tasks_waiting CROSS JOIN goals g USING (digest) \
      WHERE t.closed_ms IS NULL AND t.state = ?1";
-const FIRST_NOT_BEFORE: &str = "SELECT min(g.not_before_ms) FROM tasks t INDEXED BY tasks_waiting CROSS JOIN goals g USING (digest) \
+const FIRST_NOT_BEFORE: &str = "SELECT min(g.not_before_ms) \
+     FROM tasks t INDEXED BY tasks_waiting CROSS JOIN goals g USING (digest) \
      WHERE t.closed_ms IS NULL AND t.state = 'queued' AND g.not_before_ms > ?1";
 const RELEASED: &str = "SELECT DISTINCT t.vm FROM tasks t INDEXED BY tasks_waiting CROSS JOIN goals g USING (digest) \
      WHERE t.closed_ms IS NULL AND t.state = 'queued' AND g.not_before_ms > ?1 AND g.not_before_ms <= ?2";

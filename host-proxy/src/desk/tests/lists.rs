@@ -1,5 +1,6 @@
 //! Lists of the newest tasks and goals, and goals whose time is over.
 
+use super::retention::ended;
 use super::*;
 
 #[test]

@@ -8,9 +8,9 @@ use adit_tasks::{Goal, task_id};
 use jiff::Timestamp;
 
 use super::OUTCOMES;
-use super::model::{Books, Said};
+use super::model::Books;
 use crate::desk::NewGoal;
-use crate::desk::rules::{ATTEMPTS_MAX, SILENCE_MAX_MS};
+use crate::desk::rules::ATTEMPTS_MAX;
 
 /// Reproducible numbers (SplitMix64).
 pub(in crate::desk) struct Rng(u64);
@@ -33,7 +33,7 @@ impl Rng {
 }
 
 const VMS: [&str; 2] = ["a", "b"];
-const HOUR_MS: u64 = 3_600_000;
+pub(super) const HOUR_MS: u64 = 3_600_000;
 const BEGIN_MS: i64 = 1_795_219_200_000;
 
 /// What a guest's journal says of a task.
@@ -56,24 +56,24 @@ struct Guest {
 
 /// The step of a goal for a VM.
 #[derive(Clone, Copy)]
-struct Which {
-    goal: usize,
+pub(super) struct Which {
+    pub(super) goal: usize,
     step: usize,
 }
 
 pub(in crate::desk) struct World<B> {
-    seed: u64,
+    pub(super) seed: u64,
     rng: Rng,
-    now: i64,
+    pub(super) now: i64,
     was_set_back: bool,
-    overtake: bool,
-    books: B,
-    goals: Vec<NewGoal>,
+    pub(super) overtake: bool,
+    pub(super) books: B,
+    pub(super) goals: Vec<NewGoal>,
     /// Every task that there may be, with the place of its VM.
     known: BTreeMap<TaskId, (usize, Which)>,
     guests: [Guest; 2],
     /// What a watcher knows.
-    told: BTreeMap<TaskId, TaskState>,
+    pub(super) told: BTreeMap<TaskId, TaskState>,
 }
 
 impl<B: Books> World<B> {
@@ -305,34 +305,6 @@ impl<B: Books> World<B> {
         self.guests[vm].journal.insert(id, Phase::Runs);
     }
 
-    /// Nothing was handed out: everything open waits for its time, or behind what does.
-    fn nothing_could_go(&self, vm: usize) {
-        let waits = |goal: &NewGoal| {
-            let (from, until) = (goal.goal.not_before, goal.goal.not_after);
-            from.as_millisecond() > self.now || until.as_millisecond() < self.now
-        };
-        let open: Vec<_> = self
-            .told
-            .iter()
-            .filter(|(_, state)| !state.is_terminal())
-            .filter_map(|(id, state)| Some((self.which(vm, id)?, *state)))
-            .map(|(which, state)| (&self.goals[which.goal], state))
-            .collect();
-        for (goal, state) in &open {
-            let behind = open.iter().any(|(held, _)| {
-                held.goal.not_before.as_millisecond() > self.now
-                    && held.signer == goal.signer
-                    && held.goal.key_seq < goal.goal.key_seq
-            });
-            let waits = waits(goal) || behind && !self.overtake;
-            assert!(
-                waits && *state == TaskState::Queued,
-                "seed {}: stuck",
-                self.seed
-            );
-        }
-    }
-
     fn says_begun(&mut self, vm: usize) {
         if let Some(id) = self.running(vm) {
             let said = self.books.begun(VMS[vm], id, self.now);
@@ -369,73 +341,12 @@ impl<B: Books> World<B> {
         }
     }
 
-    /// A watcher is told what happens, and never the same twice or anything of a task that has ended.
-    fn hear(&mut self, said: Said) {
-        for (id, state) in said {
-            let before = self.told.insert(id, state);
-            let forward = match before {
-                None => state == TaskState::Queued,
-                Some(before) => !before.is_terminal() && before != state,
-            };
-            assert!(forward, "seed {}: {before:?} to {state:?}", self.seed);
-        }
-    }
-
-    /// Whoever lists the tasks sees what the watcher was told.
-    fn watcher_agrees(&mut self) {
-        assert_eq!(self.books.states(), self.told, "seed {}", self.seed);
-    }
-
-    /// Time goes on until nothing is left to do, each time to the moment that was named.
-    fn drain(&mut self) {
-        for _ in 0..200 {
-            let (next, said) = self.books.expire(self.now);
-            self.hear(said);
-            let Some(at) = next else { break };
-            if at > self.now {
-                let (_, early) = self.books.expire(at);
-                assert!(early.is_empty(), "seed {}: ended too early", self.seed);
-            }
-            self.now = self.now.max(at + 1);
-        }
-        let far = self.now + SILENCE_MAX_MS + 100 * HOUR_MS as i64;
-        assert!(self.books.expire(far).1.is_empty(), "seed {}", self.seed);
-        self.watcher_agrees();
-        for vm in 0..2 {
-            for goal in 0..self.goals.len() {
-                for step in 0..self.goals[goal].goal.steps.len() {
-                    self.attempts_are_in_order(vm, goal, step);
-                }
-            }
-        }
-    }
-
-    fn attempts_are_in_order(&self, vm: usize, goal: usize, step: usize) {
-        let state = |attempt| self.told.get(&self.id(vm, goal, step, attempt));
-        let idempotent = self.goals[goal].goal.steps[step].idempotent;
-        for attempt in 1..=ATTEMPTS_MAX + 1 {
-            let Some(state) = state(attempt) else {
-                break;
-            };
-            assert!(
-                state.is_terminal() && attempt <= ATTEMPTS_MAX,
-                "seed {}",
-                self.seed
-            );
-        }
-        for attempt in 1..ATTEMPTS_MAX {
-            let again = state(attempt + 1).is_some();
-            let cut = state(attempt) == Some(&TaskState::Interrupted);
-            assert_eq!(again, cut && idempotent, "seed {}", self.seed);
-        }
-    }
-
     fn running(&self, vm: usize) -> Option<TaskId> {
         let mut journal = self.guests[vm].journal.iter();
         journal.find_map(|(id, phase)| (*phase == Phase::Runs).then_some(*id))
     }
 
-    fn id(&self, vm: usize, goal: usize, step: usize, attempt: u32) -> TaskId {
+    pub(super) fn id(&self, vm: usize, goal: usize, step: usize, attempt: u32) -> TaskId {
         let new = &self.goals[goal];
         task_id(
             &new.digest,
@@ -445,7 +356,7 @@ impl<B: Books> World<B> {
         )
     }
 
-    fn which(&self, vm: usize, id: &TaskId) -> Option<Which> {
+    pub(super) fn which(&self, vm: usize, id: &TaskId) -> Option<Which> {
         let known = self.known.get(id).filter(|(of, _)| *of == vm);
         known.map(|(_, which)| *which)
     }
