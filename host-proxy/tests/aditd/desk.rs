@@ -87,8 +87,7 @@ fn in_state(host: &Host, state: &str) -> Vec<String> {
 #[test]
 fn a_step_costs_two_commits_and_everybody_sees_at_once_that_it_has_begun() {
     const STEPS: usize = 12;
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (host, ports) = Host::serving(&[("a", 3)], "");
     let mut agent = ports[0].connected().agent();
     apply_steps(&host, 1, STEPS);
     let mut watch = Watch::of_goal(&host, 1);
@@ -120,8 +119,7 @@ fn a_step_costs_two_commits_and_everybody_sees_at_once_that_it_has_begun() {
 
 #[test]
 fn what_runs_is_said_again_after_a_kill_and_is_on_disk_after_a_stop() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (mut host, ports) = Host::serving(&[("a", 3)], "");
     let mut agent = ports[0].connected().agent();
     assert_eq!(apply(&host, 1).status, 200);
     let id = agent.pull().task_id;
@@ -150,8 +148,7 @@ fn what_runs_is_said_again_after_a_kill_and_is_on_disk_after_a_stop() {
 
 #[test]
 fn the_next_transaction_of_a_vm_writes_what_has_begun() {
-    let (mut host, ports) = Host::new(&[("a", 3)], "");
-    host.start();
+    let (mut host, ports) = Host::serving(&[("a", 3)], "");
     let mut agent = ports[0].connected().agent();
     apply_steps(&host, 1, 1);
     let id = agent.pull().task_id;
