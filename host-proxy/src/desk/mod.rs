@@ -6,8 +6,8 @@
 //! | [`rules`] | what may become of a task, and which one is next: pure |
 //! | [`store`] | the tables: only SQL; the thread that commits |
 //! | [`change`] | each change in a transaction: the store read, the rules asked, the answer written |
-//! | [`lists`] | what the API reads |
-//! | [`time`] | what ends, begins or is forgotten because time passes |
+//! | `lists` | what the API reads |
+//! | `time` | what ends, begins or is forgotten because time passes |
 //!
 //! A step of a goal costs two commits: that it is handed out is on disk before the guest has it, and how it ended is on disk
 //! before the guest may forget it. What the guest says in between is published at once, and written with the VM's next
