@@ -9,6 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use adit_names::VmId;
+use adit_tasks::Kind;
 use serde::Deserialize;
 
 /// Where the configuration is if nobody says otherwise.
@@ -153,6 +154,14 @@ fn default_run_dir() -> PathBuf {
 }
 
 impl Config {
+    /// Whether steps of a kind may run here: `enabled` in the table that has the kind's name.
+    pub fn enabled(&self, kind: Kind) -> bool {
+        match kind {
+            Kind::Script => self.script.enabled,
+            Kind::File => self.file.enabled,
+        }
+    }
+
     /// Reads and checks a file.
     ///
     /// # Errors

@@ -9,17 +9,13 @@
 //! A result that the journal cannot take although space was held for it is *unsaved*: the report says so, it is delivered
 //! from memory, and no other task starts before it is written.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use adit_tasks::goal::Work;
 use adit_tasks::wire::{Outcome, Report, Started, Task, TaskId};
 use adit_tasks::{Step, hex};
 
-use crate::config::Config;
 use crate::crash::{self, Point};
-use crate::exec::file::FilePolicy;
-use crate::exec::{Executed, cgroup, file, script, tree};
+use crate::exec::{self, Executed, Job, cgroup, script, tree};
 use crate::journal::{self, Journal, JournalError, Kept, Origin, Phase};
 use crate::live::Live;
 use crate::verify::{Denied, verify};
@@ -206,18 +202,15 @@ impl Runner {
             task_id: task.task_id,
         });
         let config = self.live.config();
-        let executed = match step.work() {
-            // Journaled as any end of a step: a goal may let the steps after it run.
-            Some(Work::Script(_)) if !config.script.enabled => Executed::refused(
-                "policy: scripts are switched off in this guest ([script] enabled = false)",
-            ),
-            Some(Work::File(_)) if !config.file.enabled => Executed::refused(
-                "policy: files are switched off in this guest ([file] enabled = false)",
-            ),
-            Some(Work::Script(script)) => script::run(script, &name, &self.scripts),
-            Some(Work::File(file)) => file::write(file, &file_policy(&config)),
-            None => Executed::failed("the step has nothing that this agent can do"),
-        };
+        // What this guest's policy refuses is journaled as any end of a step: a goal may let the steps after it run.
+        let executed = exec::execute(
+            &step.action,
+            &Job {
+                task: &name,
+                config: &config,
+                scripts: &self.scripts,
+            },
+        );
         let mut report = report(task.task_id, executed, started_ms, self.boot_nonce);
         self.store(&mut report);
         // Logged only now, when the result is on disk: a test may cut the power at this line.
@@ -320,20 +313,6 @@ impl Runner {
             .started(&task.task_id, clock::now_ms())
             .map_err(not_started)?;
         Ok(admitted.step)
-    }
-}
-
-/// Where files may be written, and never: what the agent's own configuration names.
-fn file_policy(config: &Config) -> FilePolicy {
-    let own: [&Path; 4] = [
-        &config.path,
-        &config.trust_dir,
-        &config.state_dir,
-        &config.run_dir,
-    ];
-    FilePolicy {
-        roots: config.file.roots.clone(),
-        protected: own.map(PathBuf::from).into(),
     }
 }
 

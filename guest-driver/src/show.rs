@@ -2,6 +2,8 @@
 
 use std::fmt::{self, Display, Write as _};
 
+use adit_tasks::Kind;
+
 use crate::config::{ClockSource, Config};
 use crate::trust::Anchors;
 
@@ -33,12 +35,15 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
             none(list(&config.allow_ports), "the host reaches no port"),
         ),
         ("clock", clock.into()),
-        ("script.enabled", config.script.enabled.to_string()),
-        ("file.enabled", config.file.enabled.to_string()),
-        ("file.roots", none(list(roots), "no file is written")),
     ] {
         writeln!(out, "{key:<15} {value}")?;
     }
+    for &kind in Kind::ALL {
+        let key = format!("{}.enabled", kind.name());
+        writeln!(out, "{key:<15} {}", config.enabled(kind))?;
+    }
+    let roots = none(list(roots), "no file is written");
+    writeln!(out, "{:<15} {roots}", "file.roots")?;
     anchors(out, &Anchors::read(config))
 }
 

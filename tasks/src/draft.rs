@@ -17,7 +17,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::goal::{Audience, Goal, GoalError, MODE_FORM, PLANNER, Step, check_steps};
+use crate::action::Written;
+use crate::goal::{Audience, Goal, GoalError, PLANNER, Step, checked_steps};
 use crate::object::shown;
 
 /// Why a file is not a draft. Names file, line, column and key.
@@ -50,18 +51,18 @@ pub enum DraftError {
     },
 }
 
-/// A draft.
+/// A draft. With steps as they are [`Written`] it was read, and not checked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     deny_unknown_fields,
     expecting = "a draft: a mapping with the key `steps`"
 )]
-pub struct Draft {
+pub struct Draft<S = Step> {
     /// How long after signing it may be started: `30m`, `24h`, `7d`.
     #[serde(default = "day")]
     pub valid_for: String,
     /// What is to be done, in order.
-    pub steps: Vec<Step>,
+    pub steps: Vec<S>,
 }
 
 fn day() -> String {
@@ -117,7 +118,7 @@ impl Draft {
                 message: shown(&message),
             }
         };
-        let draft: Self =
+        let written: Draft<Written> =
             serde_saphyr::from_str_with_options(text, options.clone()).map_err(parse)?;
         let value = |source: GoalError| {
             let (line, column) = match (&source, place()) {
@@ -131,9 +132,10 @@ impl Draft {
                 source,
             }
         };
-        check_steps(&draft.steps)
-            .and_then(|()| draft.no_bare_mode(text, place()))
-            .map_err(value)?;
+        let valid_for = written.valid_for;
+        let steps = checked_steps(written.steps).map_err(value)?;
+        let draft = Self { valid_for, steps };
+        draft.no_bare_octal(text, place()).map_err(value)?;
         draft.seconds().map_err(value)?;
         Ok(draft)
     }
@@ -171,9 +173,9 @@ impl Draft {
         Ok(payload)
     }
 
-    /// Refuses a mode without quotes and without a zero before it: a tool may have written it in decimal, where 416 is 0640,
-    /// and its digits mean another mode.
-    fn no_bare_mode(&self, text: &str, place: Option<place::Place>) -> Result<(), GoalError> {
+    /// Refuses an octal number without quotes and without a zero before it: a tool may have written it in decimal, where 416 is
+    /// 0640, and its digits mean another number.
+    fn no_bare_octal(&self, text: &str, place: Option<place::Place>) -> Result<(), GoalError> {
         let first = |(line, column): (u64, u64)| {
             let line = text
                 .lines()
@@ -181,12 +183,15 @@ impl Draft {
             line.chars()
                 .nth(usize::try_from(column).ok()?.checked_sub(1)?)
         };
-        for n in 0..self.steps.len() {
-            let key = format!("steps[{n}].file.mode");
-            let at = place.as_ref().map(|place| place.find(&key));
-            if matches!(at.and_then(first), Some('1'..='9')) {
-                let why = MODE_FORM.into();
-                return Err(GoalError::Value { key, why });
+        for (n, step) in self.steps.iter().enumerate() {
+            let kind = step.action.kind();
+            for (key, form) in kind.octal() {
+                let key = format!("steps[{n}].{}.{key}", kind.name());
+                let at = place.as_ref().map(|place| place.find(&key));
+                if matches!(at.and_then(first), Some('1'..='9')) {
+                    let why = (*form).into();
+                    return Err(GoalError::Value { key, why });
+                }
             }
         }
         Ok(())

@@ -8,6 +8,7 @@
 //! | module | what |
 //! |---|---|
 //! | `goal` | what a manager signs, strictly parsed |
+//! | `action` | what a step does: a file a kind |
 //! | `draft` | what a person writes (feature `yaml`) |
 //! | `dsse`, `key` | envelopes and signatures; keys and trust anchors |
 //! | `plan` | goal and VM → tasks with derived ids |
@@ -17,6 +18,7 @@
 //! | `wire` | messages of the `tasks` service |
 #![forbid(unsafe_code)]
 
+pub mod action;
 pub mod admit;
 #[cfg(feature = "yaml")]
 pub mod draft;
@@ -29,6 +31,7 @@ pub mod plan;
 mod principal;
 pub mod wire;
 
+pub use action::{Action, Kind};
 pub use admit::{Admitted, Denial, admit};
 pub use goal::{Goal, Step};
 pub use key::{KeyId, PublicKey, TrustStore};

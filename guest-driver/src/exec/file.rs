@@ -22,9 +22,10 @@ use rustix::fs::{XattrFlags, fgetxattr, flistxattr, fsetxattr};
 use sha2::{Digest, Sha256};
 
 use adit_tasks::Principal;
-use adit_tasks::goal::FileStep;
+use adit_tasks::action::FileStep;
 
-use super::Executed;
+use super::{Executed, Executor, Job};
+use crate::config::Config;
 
 /// Attributes that hold for the old content only: capabilities of a program, measurements of it. A write drops the first, and
 /// the kernel makes the others again.
@@ -37,6 +38,22 @@ pub struct FilePolicy {
     pub roots: Vec<PathBuf>,
     /// Directories and files that may not be written, whatever the roots: the agent's own.
     pub protected: Vec<PathBuf>,
+}
+
+impl FilePolicy {
+    /// What the configuration says; never what it names as the agent's own.
+    fn of(config: &Config) -> Self {
+        let own: [&Path; 4] = [
+            &config.path,
+            &config.trust_dir,
+            &config.state_dir,
+            &config.run_dir,
+        ];
+        Self {
+            roots: config.file.roots.clone(),
+            protected: own.map(PathBuf::from).into(),
+        }
+    }
 }
 
 /// Why a file was not written.
@@ -69,8 +86,14 @@ enum Placed {
     },
 }
 
+impl Executor for FileStep {
+    fn execute(&self, job: &Job<'_>) -> Executed {
+        write(self, &FilePolicy::of(job.config))
+    }
+}
+
 /// Writes it, or says why not; an unchanged file is not written again.
-pub fn write(step: &FileStep, policy: &FilePolicy) -> Executed {
+fn write(step: &FileStep, policy: &FilePolicy) -> Executed {
     match place(step, policy) {
         Ok(Placed::Unchanged) => Executed::done(format!("{}: unchanged\n", step.path)),
         Ok(Placed::Written { others: 0 }) => Executed::done(format!("{}: written\n", step.path)),

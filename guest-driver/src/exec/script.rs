@@ -22,17 +22,17 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use adit_tasks::goal::Script;
+use adit_tasks::action::Script;
 use adit_tasks::wire::Outcome;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Pid, Uid, User, getgrouplist};
 
-use super::Executed;
 use super::capture::Capture;
 use super::reap::{self, Claim};
 use super::tree::{MARKER, Tree, kill_orphans};
+use super::{Executed, Executor, Job};
 use crate::crash::{self, Point};
 use crate::runner::remark;
 use crate::{log, protect, sys};
@@ -79,14 +79,12 @@ pub fn prepare(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Runs it to its end or its timeout. `task` is the task's id in hex.
-pub fn run(script: &Script, task: &str, place: &Dirs) -> Executed {
-    run_for(
-        script,
-        task,
-        place,
-        Duration::from_secs(script.timeout_s.into()),
-    )
+impl Executor for Script {
+    /// Runs it to its end or its timeout.
+    fn execute(&self, job: &Job<'_>) -> Executed {
+        let timeout = Duration::from_secs(self.timeout_s.into());
+        run_for(self, job.task, job.scripts, timeout)
+    }
 }
 
 fn run_for(script: &Script, task: &str, place: &Dirs, timeout: Duration) -> Executed {
@@ -107,10 +105,10 @@ fn run_for(script: &Script, task: &str, place: &Dirs, timeout: Duration) -> Exec
 }
 
 /// The script that runs, and where its cgroup is.
-type Job = (String, Option<PathBuf>);
+type Current = (String, Option<PathBuf>);
 
-fn running() -> MutexGuard<'static, Option<Job>> {
-    static RUNNING: Mutex<Option<Job>> = Mutex::new(None);
+fn running() -> MutexGuard<'static, Option<Current>> {
+    static RUNNING: Mutex<Option<Current>> = Mutex::new(None);
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

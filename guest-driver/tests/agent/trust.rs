@@ -283,3 +283,19 @@ fn a_step_that_this_guests_policy_refuses_is_an_end_that_a_goal_may_allow() {
     assert_eq!(after.outcome, Outcome::Done, "{}", after.reason);
     assert!(!motd.exists());
 }
+
+#[test]
+fn a_kind_of_step_that_this_guest_does_not_know_is_refused_with_its_whole_goal() {
+    let mut host = Host::new();
+    let file = host.path("count");
+    let later = json!({"id": "later", "reboot": {}});
+    let envelope = host.goal(1, json!([counting(&file, ""), later]));
+    host.start(None);
+    let (mut session, _) = host.accept();
+    for step in ["count", "later"] {
+        let report = session.run(&task(envelope.clone(), step, 1));
+        refused(&report, "bad-goal");
+        assert!(report.reason.contains("`reboot`"), "{}", report.reason);
+    }
+    assert_eq!(lines(&file), 0);
+}

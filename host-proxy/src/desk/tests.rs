@@ -304,7 +304,10 @@ fn a_goal_whose_time_is_to_come_is_held_and_so_are_later_ones_of_its_key() {
 fn r112_output_beyond_the_signed_cap_is_cut_here_too() {
     let c = open();
     let mut new = goal(1, 5);
-    new.goal.steps[0].script.as_mut().unwrap().output_cap = 10;
+    let adit_tasks::Action::Script(script) = &mut new.goal.steps[0].action else {
+        panic!("its first step is a script")
+    };
+    script.output_cap = 10;
     add_goal(&c, &new).unwrap();
     let id = lease(&c, "web-1", BEFORE).unwrap().unwrap().task_id;
     let mut report = report(id, Outcome::Done);

@@ -1,6 +1,7 @@
 //! What a draft may say, and in which words its mistakes are told.
 
 use super::*;
+use crate::goal::tests::{file, script};
 
 const GOOD: &str = "valid_for: 2h\nsteps:\n  - id: hello\n    script:\n      interpreter: /bin/sh\n      script: |\n        echo hi\n  - id: motd\n    file: {path: /etc/motd, content: hi}\n";
 
@@ -19,7 +20,7 @@ fn yaml_becomes_a_goal_that_every_reader_accepts() {
         .unwrap();
     let goal = Goal::parse_unverified(&payload).unwrap();
     assert_eq!(goal.not_after.to_string(), "2026-11-21T00:00:00Z");
-    assert_eq!(goal.steps[0].script.as_ref().unwrap().script, "echo hi\n");
+    assert_eq!(script(&goal.steps[0]).script, "echo hi\n");
 }
 
 #[test]
@@ -210,7 +211,7 @@ fn what_yaml_reads_otherwise_than_people_do_is_refused_or_text() {
     for mode in ["0644", "0o644", "'0644'", "\"644\""] {
         let draft = Draft::parse(&file(mode), "g").unwrap();
         assert_eq!(
-            draft.steps[0].file.as_ref().unwrap().mode_bits(),
+            self::file(&draft.steps[0]).mode_bits(),
             Some(0o644),
             "{mode}"
         );
@@ -218,7 +219,7 @@ fn what_yaml_reads_otherwise_than_people_do_is_refused_or_text() {
     let env =
         with("script: {interpreter: /bin/sh, script: x, env: {A: no, B: 010, C: 1e3, D: 1.0}}");
     let draft = Draft::parse(&env, "g").unwrap();
-    let env = &draft.steps[0].script.as_ref().unwrap().env;
+    let env = &script(&draft.steps[0]).env;
     assert_eq!(
         env.values().collect::<Vec<_>>(),
         ["no", "010", "1e3", "1.0"]

@@ -1,6 +1,7 @@
 //! What a goal may say, and that nothing else is accepted.
 
 use super::*;
+use crate::action::{FileStep, Script};
 
 pub(crate) const GOOD: &str = r#"{
  "goal_id": "01937b5e-0000-7000-8000-000000000001", "key_seq": 5,
@@ -9,6 +10,20 @@ pub(crate) const GOOD: &str = r#"{
  "steps": [{"id": "hello", "script": {"interpreter": "/bin/sh", "script": "echo hi\n", "env": {"A": "1"}}},
        {"id": "motd", "idempotent": true, "file": {"path": "/etc/motd", "content": "hi\n"}}]}"#;
 
+pub(crate) fn script(step: &Step) -> &Script {
+    match &step.action {
+        Action::Script(script) => script,
+        other => panic!("{other:?}"),
+    }
+}
+
+pub(crate) fn file(step: &Step) -> &FileStep {
+    match &step.action {
+        Action::File(file) => file,
+        other => panic!("{other:?}"),
+    }
+}
+
 fn parse(text: &str) -> Result<Goal, GoalError> {
     Goal::parse_unverified(text.as_bytes())
 }
@@ -16,12 +31,9 @@ fn parse(text: &str) -> Result<Goal, GoalError> {
 #[test]
 fn defaults_are_filled_in_and_the_goal_round_trips() {
     let goal = parse(GOOD).unwrap();
-    let script = goal.steps[0].script.as_ref().unwrap();
+    let script = self::script(&goal.steps[0]);
     assert_eq!((script.timeout_s, script.run_as.as_str()), (60, "root"));
-    assert_eq!(
-        goal.steps[1].file.as_ref().unwrap().mode_bits(),
-        Some(0o644)
-    );
+    assert_eq!(file(&goal.steps[1]).mode_bits(), Some(0o644));
     assert_eq!(parse(&serde_json::to_string(&goal).unwrap()).unwrap(), goal);
 }
 
@@ -114,6 +126,32 @@ fn values_that_cannot_be_used_name_their_key() {
 }
 
 #[test]
+fn a_step_has_exactly_one_kind_and_is_written_as_it_was_read() {
+    let two = GOOD.replacen(
+        "\"idempotent\"",
+        "\"script\": {\"interpreter\": \"/a\", \"script\": \"\"}, \"idempotent\"",
+        1,
+    );
+    let none = GOOD.replacen(
+        ", \"file\": {\"path\": \"/etc/motd\", \"content\": \"hi\\n\"}",
+        "",
+        1,
+    );
+    for text in [two, none] {
+        let Err(GoalError::Value { key, why }) = parse(&text) else {
+            panic!("{text}")
+        };
+        assert_eq!(key, "steps[1]");
+        assert_eq!(why, "must have exactly one of `script` and `file`");
+    }
+    let steps = parse(GOOD).unwrap().steps;
+    let kinds: Vec<_> = steps.iter().map(|s| s.action.kind().name()).collect();
+    assert_eq!(kinds, ["script", "file"]);
+    let want = r#"{"id":"motd","file":{"path":"/etc/motd","content":"hi\n","mode":"0644","owner":"root","group":"root"},"idempotent":true}"#;
+    assert_eq!(serde_json::to_string(&steps[1]).unwrap(), want);
+}
+
+#[test]
 fn r72_an_error_carries_no_terminal_sequence_and_no_flood() {
     let key = format!("\\u001b[2J{}", "A".repeat(200_000));
     let e = parse(&GOOD.replacen("key_seq", &key, 1))
@@ -150,9 +188,7 @@ fn a_mode_is_octal_with_a_leading_zero_or_without() {
     ] {
         let mode = |text: &str| format!("\"mode\": \"{text}\", \"content\"");
         let parsed = parse(&GOOD.replacen("\"content\"", &mode(text), 1));
-        let got = parsed
-            .ok()
-            .map(|g| g.steps[1].file.as_ref().unwrap().mode_bits());
+        let got = parsed.ok().map(|g| file(&g.steps[1]).mode_bits());
         assert_eq!(got, bits.map(Some), "{text}");
     }
 }

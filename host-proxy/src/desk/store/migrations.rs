@@ -1,6 +1,6 @@
 //! The tables, and how those of an earlier aditd become today's: one step a version, none is ever changed again.
 
-use adit_tasks::goal::{OUTPUT_CAP_MAX, Work};
+use adit_tasks::goal::OUTPUT_CAP_MAX;
 use adit_tasks::{Goal, dsse};
 use rusqlite::{Connection, params};
 
@@ -9,16 +9,10 @@ use super::db::Migration;
 /// All steps, the first from nothing.
 pub const MIGRATIONS: &[Migration] = &[first, limits, specs, waiting];
 
-/// Most bytes of each stream that are kept of a file step: it runs nothing, and says a word or two.
-const FILE_CAP: u32 = 4096;
-
 /// Bytes of each output stream that a goal lets a step keep.
 pub fn output_cap(goal: &Goal, step: &str) -> u32 {
-    match goal.step(step).and_then(|s| s.work()) {
-        Some(Work::Script(script)) => script.output_cap,
-        Some(Work::File(_)) => FILE_CAP,
-        None => OUTPUT_CAP_MAX,
-    }
+    let step = goal.step(step);
+    step.map_or(OUTPUT_CAP_MAX, |s| s.action.output_cap())
 }
 
 /// Version 1.
