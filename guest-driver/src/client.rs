@@ -5,10 +5,11 @@
 //! seconds, whether a task runs or not. What must survive a reconnect is in the journal; a task that runs on is announced and
 //! reported on the new stream.
 //!
-//! A task whose goal is not yet valid by the guest's clock is held and started when it is. Later tasks wait behind it: the goals
-//! of a key run in their order. If its stream ends, it is dropped, and the host hands it out again. The agent sends the time
-//! of its clock before every pull, so that the host sees a clock that is off; the host answers with its own time, which the
-//! guest takes if its configuration says so.
+//! A task whose goal is not yet valid by the guest's clock is given back, and the next one is pulled: the host hands it out
+//! again once the guest's clock shows its time, which the agent says as soon as it does. A host of the version before would
+//! hand it out again at once: with one, the task is held and started when its time has come, and later tasks wait behind it.
+//! The agent sends the time of its clock before every pull, so that the host sees a clock that is off; the host answers with
+//! its own time, which the guest takes if its configuration says so.
 
 use std::io::{self, ErrorKind, Write};
 use std::mem;
@@ -20,7 +21,9 @@ use std::time::{Duration, Instant};
 use adit_channel::frame::{self, Header};
 use adit_channel::hello::{self, Hello, Open};
 use adit_tasks::hex;
-use adit_tasks::wire::{Clock, Facts, Held, Pull, Report, ReportAck, SERVICE, Task, WireKind};
+use adit_tasks::wire::{
+    self, Clock, Facts, Held, Lacks, Pull, Report, ReportAck, SERVICE, Task, TaskOf, WireKind,
+};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
@@ -30,6 +33,7 @@ use crate::clock;
 use crate::config::ClockSource;
 use crate::conn::Conn;
 use crate::crash::{self, Point};
+use crate::given::Given;
 use crate::live::Live;
 use crate::runner::{Handled, Runner};
 use crate::running::{Event, Running, SharedRunner};
@@ -65,6 +69,8 @@ pub struct Client {
     live: Arc<Live>,
     runner: SharedRunner,
     running: Option<Running>,
+    /// What came on the stream that is open.
+    given: Given,
     /// The clock message that the host has not answered, and when it was sent.
     clock_asked: Option<(u32, Instant)>,
     last_id: u32,
@@ -84,6 +90,7 @@ impl Client {
             live,
             runner: SharedRunner::new(runner),
             running: None,
+            given: Given::default(),
             clock_asked: None,
             last_id: 0,
         }
@@ -125,18 +132,20 @@ impl Client {
         }
     }
 
-    fn dial(&self) -> io::Result<Conn> {
+    fn dial(&mut self) -> io::Result<Conn> {
         let conn = self.transport.dial_host()?;
         conn.set_timeout(Some(HELLO_LIMIT))?;
         let service = SERVICE.parse().map_err(io::Error::other)?;
-        let open = Open {
+        let mut open = Open {
             lane: 0,
             ..Open::new(service, self.identity.common())
         };
+        open.common.features |= wire::WINDOW;
         (&conn).write_all(&Hello::Open(open).encode())?;
         match hello::read(&mut &conn)? {
             Hello::Accept(accept) => {
                 self.identity.saw(&accept.common);
+                self.given = Given::new(accept.common.features & wire::WINDOW != 0);
                 conn.set_timeout(None)?;
                 Ok(conn)
             }
@@ -169,36 +178,92 @@ impl Client {
             }
             let epoch = self.identity.common().epoch;
             let id = self.send(conn, WireKind::Pull, &Pull { epoch })?;
-            let Some(task) = self.receive::<Task>(conn, WireKind::Task, id)? else {
+            let Some(task) = self.next_task(conn, id)? else {
                 return Ok(io::Error::new(
                     ErrorKind::UnexpectedEof,
                     "host ended the stream",
                 ));
             };
-            let report = self.work(conn, &task)?;
-            self.deliver(conn, &report)?;
-        }
-    }
-
-    /// Runs a task, once its time has come.
-    fn work(&mut self, conn: &Conn, task: &Task) -> io::Result<Report> {
-        loop {
-            let running = self.runner.begin(task.clone())?;
-            match self.wait_for_end(conn, running)? {
-                Handled::Ended(report) => return Ok(report),
-                Handled::NotYet(not_before_ms) => self.hold(conn, task, not_before_ms)?,
+            if let Some(report) = self.work(conn, &task)? {
+                self.deliver(conn, &report)?;
             }
         }
     }
 
+    /// Waits for the task that answers a pull; none at the end of the stream.
+    fn next_task(&mut self, conn: &Conn, mut pull: u32) -> io::Result<Option<Task>> {
+        let mut lacked = false;
+        loop {
+            self.wait_for_frame(conn)?;
+            let Some((header, body)) = frame::read(&mut &*conn, BODY_MAX)? else {
+                return Ok(None);
+            };
+            let is = |kind: WireKind| header.kind == kind as u16 && header.version == VERSION;
+            if is(WireKind::Goal) {
+                self.given.goal(decode(&header, &body)?);
+            } else if is(WireKind::Task) {
+                answers(&header, pull)?;
+                return decode(&header, &body).map(Some);
+            } else if is(WireKind::TaskOf) {
+                answers(&header, pull)?;
+                let of: TaskOf = decode(&header, &body)?;
+                let digest = of.digest;
+                match self.given.task(of) {
+                    Some(task) => return Ok(Some(task)),
+                    None if lacked => {
+                        return Err(invalid("host did not send the goal of the task"));
+                    }
+                    None => pull = self.send(conn, WireKind::Lacks, &Lacks { digest })?,
+                }
+                lacked = true;
+            } else {
+                self.on_unsolicited(&header, &body)?;
+            }
+        }
+    }
+
+    /// Waits for the stream; meanwhile says so when the time of what was given back has come, or the clock was set.
+    fn wait_for_frame(&mut self, conn: &Conn) -> io::Result<()> {
+        while let Some(ms) = self.given.next_held() {
+            let alarm = clock::Alarm::at(ms)?;
+            let mut fds =
+                [conn.as_fd(), alarm.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                Err(e) => return Err(e.into()),
+                Ok(_) => {}
+            }
+            if fds[0].any().unwrap_or(true) {
+                break;
+            }
+            self.send_clock(conn)?;
+        }
+        Ok(())
+    }
+
+    /// Runs a task, once its time has come; none if it was given back until then.
+    fn work(&mut self, conn: &Conn, task: &Task) -> io::Result<Option<Report>> {
+        loop {
+            let running = self.runner.begin(task.clone())?;
+            let not_before_ms = match self.wait_for_end(conn, running)? {
+                Handled::Ended(report) => return Ok(Some(report)),
+                Handled::NotYet(ms) => ms,
+            };
+            let held = Held {
+                task_id: task.task_id,
+                not_before_ms,
+                now_ms: clock::now_ms(),
+            };
+            self.send_ignorable(conn, WireKind::Held, &held)?;
+            if self.given.gives_back(not_before_ms) {
+                return Ok(None);
+            }
+            self.hold(conn, not_before_ms)?;
+        }
+    }
+
     /// Waits until the time of a task has come, or the clock was set, or the stream ends.
-    fn hold(&mut self, conn: &Conn, task: &Task, not_before_ms: u64) -> io::Result<()> {
-        let held = Held {
-            task_id: task.task_id,
-            not_before_ms,
-            now_ms: clock::now_ms(),
-        };
-        self.send_ignorable(conn, WireKind::Held, &held)?;
+    fn hold(&mut self, conn: &Conn, not_before_ms: u64) -> io::Result<()> {
         self.send_clock(conn)?;
         let alarm = clock::Alarm::at(not_before_ms)?;
         while clock::now_ms() < not_before_ms {
@@ -220,6 +285,7 @@ impl Client {
     /// Sends the guest's time. A host of this version answers with its own.
     fn send_clock(&mut self, conn: &Conn) -> io::Result<()> {
         let unix_ms = clock::now_ms();
+        self.given.come(unix_ms);
         let id = self.send_ignorable(conn, WireKind::Clock, &Clock { unix_ms })?;
         self.clock_asked = Some((id, Instant::now()));
         Ok(())
@@ -227,9 +293,7 @@ impl Client {
 
     /// The host's time: sets the guest's clock if the configuration says so.
     fn on_host_clock(&mut self, header: &Header, body: &[u8]) -> io::Result<()> {
-        let host: Clock = header
-            .decode(body)
-            .map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?;
+        let host: Clock = decode(header, body)?;
         let Some((_, asked)) = self.clock_asked.take_if(|(id, _)| *id == header.id) else {
             return Ok(());
         };
@@ -369,20 +433,28 @@ impl Client {
                 return Ok(None);
             };
             if header.kind == kind as u16 && header.version == VERSION {
-                if header.id != id {
-                    return Err(invalid(&format!(
-                        "answer to message {}, expected one to {id}",
-                        header.id
-                    )));
-                }
-                return header
-                    .decode(&body)
-                    .map(Some)
-                    .map_err(|e| io::Error::new(ErrorKind::InvalidData, e));
+                answers(&header, id)?;
+                return decode(&header, &body).map(Some);
             }
             self.on_unsolicited(&header, &body)?;
         }
     }
+}
+
+/// Whether a frame answers this message of ours.
+fn answers(header: &Header, id: u32) -> io::Result<()> {
+    match header.id == id {
+        true => Ok(()),
+        false => Err(invalid(&format!(
+            "answer to message {}, expected one to {id}",
+            header.id
+        ))),
+    }
+}
+
+fn decode<T: DeserializeOwned>(header: &Header, body: &[u8]) -> io::Result<T> {
+    let decoded = header.decode(body);
+    decoded.map_err(|e| io::Error::new(ErrorKind::InvalidData, e))
 }
 
 fn ignorable(header: &Header) -> io::Result<()> {

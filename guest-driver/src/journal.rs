@@ -5,9 +5,9 @@
 //!    │            └ agent or guest ended here ─▶ result (interrupted)
 //!    └ agent ended here: nothing ran; the host hands it out again
 //! ```
-//! Every arrow is one transaction with an fsync. An id that was `started` is never started again. Of every signing key
-//! the highest sequence is kept forever; a finished task of a *lower* sequence cannot be admitted again, so only such
-//! entries are dropped when the journal is full. If none can be, the next task is refused: `journal-full`.
+//! Every arrow is one transaction with an fsync. An id that was `started` is never started again. Of every signing key the
+//! admitted goals are kept in a window; a finished task is dropped only once its goal was forgotten there, and can never be
+//! admitted again ([`room`]). If none can be dropped, the next task is refused: `journal-full`.
 //!
 //! A full disk: a task starts only once `received`, `started` and the space for its result are on disk (`reserve`);
 //! else it is refused, `no-space`, and nothing has run.
@@ -17,14 +17,18 @@
 mod checked;
 mod reserve;
 mod result;
+mod room;
+mod windows;
 
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use adit_tasks::window::Window;
 use adit_tasks::wire::{Outcome, Report, TaskId};
 use redb::{
     Builder, Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition,
+    WriteTransaction,
 };
 use serde::{Deserialize, Serialize};
 
@@ -32,12 +36,13 @@ pub use checked::{check, open_checked};
 pub use result::Kept;
 
 use reserve::Reserve;
+use windows::WINDOWS;
 
 use crate::crash::{self, Point};
 
 /// Most tasks that are remembered.
 pub const JOURNAL_MAX: u64 = 4096;
-/// Most keys whose sequence is remembered; a key is named by a trust anchor, so an image has few.
+/// Most keys whose goals are remembered; a key is named by a trust anchor, so an image has few.
 const KEYS_MAX: u64 = 256;
 /// Bytes of pages held in memory.
 const CACHE_BYTES: usize = 128 * 1024;
@@ -57,9 +62,15 @@ pub enum JournalError {
         "journal-full: {JOURNAL_MAX} tasks are remembered and all of them still matter; a goal with a higher key_seq makes room"
     )]
     Full,
-    /// Too many keys whose sequence must be remembered.
+    /// Its goal was forgotten here, or its number is another goal's.
+    #[error("replay: number {key_seq} of its key was forgotten here, or is another goal's")]
+    Replay {
+        /// The number.
+        key_seq: u64,
+    },
+    /// Too many keys whose goals must be remembered.
     #[error(
-        "journal-full: {KEYS_MAX} keys have signed goals for this guest, and the sequence of each is remembered; no other key's goal runs here"
+        "journal-full: {KEYS_MAX} keys have signed goals for this guest, and the goals of each are remembered; no other key's goal runs here"
     )]
     TooManyKeys,
     /// The disk is full.
@@ -103,8 +114,8 @@ pub struct Origin {
     pub digest: [u8; 32],
 }
 
-/// The highest goal that was accepted of one key.
-pub type Floor = (u64, [u8; 32]);
+/// The highest goal that was accepted of one key: what the version before remembers of it.
+type Floor = (u64, [u8; 32]);
 
 /// How far a task is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -179,6 +190,7 @@ fn open(path: &Path) -> Result<Database> {
     tx.open_table(TASKS).map_err(any)?;
     tx.open_table(ORDER).map_err(any)?;
     tx.open_table(FLOORS).map_err(any)?;
+    windows::open(&tx)?;
     tx.commit().map_err(any)?;
     Ok(db)
 }
@@ -275,60 +287,37 @@ impl Journal {
         })
     }
 
-    /// The highest goal accepted of a key.
+    /// The goals admitted from a key.
     ///
     /// # Errors
     /// The journal cannot be read.
-    pub fn floor(&mut self, key: &[u8]) -> Result<Option<Floor>> {
+    pub fn window(&mut self, key: &[u8]) -> Result<Window> {
         self.with(|db| {
             let tx = db.begin_read().map_err(any)?;
-            let floors = tx.open_table(FLOORS).map_err(any)?;
-            let floor = floors.get(key).map_err(any)?;
-            floor.map(|f| decode(f.value())).transpose()
+            windows::read(&tx.open_table(WINDOWS).map_err(any)?, key)
         })
     }
 
-    /// Records that a task was accepted and raises its key's floor; a task that is known already stays as it is.
+    /// Records that a task was accepted and admits its goal; a task that is known already stays as it is.
     ///
     /// # Errors
-    /// Full, or it cannot be written; nothing has changed then.
+    /// Full, or its goal was forgotten, or it cannot be written; nothing has changed then.
     pub fn received(&mut self, id: &TaskId, origin: &Origin) -> Result<()> {
         self.with(|db| {
             crash::disk_full(Point::Stored).map_err(any)?;
             let tx = db.begin_write().map_err(any)?;
-            {
-                let mut tasks = tx.open_table(TASKS).map_err(any)?;
-                let mut order = tx.open_table(ORDER).map_err(any)?;
-                let mut floors = tx.open_table(FLOORS).map_err(any)?;
+            windows::admit(&tx, origin)?;
+            let (known, count) = {
+                let tasks = tx.open_table(TASKS).map_err(any)?;
                 let known = tasks.get(id).map_err(any)?.is_some();
-                let floor = floors
-                    .get(origin.key.as_slice())
-                    .map_err(any)?
-                    .map(|f| decode::<Floor>(f.value()));
-                let floor = floor.transpose()?;
-                if floor.is_none() && floors.len().map_err(any)? >= KEYS_MAX {
-                    return Err(JournalError::TooManyKeys);
+                (known, tasks.len().map_err(any)?)
+            };
+            if !known {
+                if count >= JOURNAL_MAX {
+                    room::make(&tx, origin)?;
                 }
-                if floor.is_none_or(|(seq, _)| seq < origin.seq) {
-                    let value = encode(&(origin.seq, origin.digest))?;
-                    floors
-                        .insert(origin.key.as_slice(), value.as_slice())
-                        .map_err(any)?;
-                }
-                if !known {
-                    if tasks.len().map_err(any)? >= JOURNAL_MAX {
-                        make_room(&mut tasks, &mut order, &floors)?;
-                    }
-                    let next = order.last().map_err(any)?.map_or(0, |(k, _)| k.value() + 1);
-                    let entry = Entry {
-                        order: next,
-                        key: origin.key.clone(),
-                        seq: origin.seq,
-                        phase: Phase::Received,
-                    };
-                    tasks.insert(id, encode(&entry)?.as_slice()).map_err(any)?;
-                    order.insert(next, id).map_err(any)?;
-                }
+                insert(&tx, id, origin)?;
+                windows::set_mark(&tx)?;
             }
             Ok(tx.commit().map_err(any)?)
         })
@@ -403,14 +392,17 @@ impl Journal {
         })
     }
 
-    /// Every key's floor, read once.
-    fn floors(&mut self) -> Result<Vec<Floor>> {
+    /// Every key's highest goal and window, read once.
+    fn read_windows(&mut self) -> Result<()> {
         self.with(|db| {
             let tx = db.begin_read().map_err(any)?;
-            let floors = tx.open_table(FLOORS).map_err(any)?;
-            let rows = floors.iter().map_err(any)?;
-            rows.map(|row| decode(row.map_err(any)?.1.value()))
-                .collect()
+            for row in tx.open_table(FLOORS).map_err(any)?.iter().map_err(any)? {
+                decode::<Floor>(row.map_err(any)?.1.value())?;
+            }
+            for row in tx.open_table(WINDOWS).map_err(any)?.iter().map_err(any)? {
+                decode::<Window>(row.map_err(any)?.1.value())?;
+            }
+            Ok(())
         })
     }
 
@@ -432,33 +424,19 @@ impl Journal {
     }
 }
 
-/// Drops the oldest task that can never be admitted again.
-fn make_room(
-    tasks: &mut redb::Table<'_, &[u8; 16], &[u8]>,
-    order: &mut redb::Table<'_, u64, &[u8; 16]>,
-    floors: &redb::Table<'_, &[u8], &[u8]>,
-) -> Result<()> {
-    let mut oldest = None;
-    for row in order.iter().map_err(any)? {
-        let (at, id) = row.map_err(any)?;
-        let Some(entry) = tasks.get(id.value()).map_err(any)? else {
-            continue;
-        };
-        let entry: Entry = decode(entry.value())?;
-        let over = matches!(entry.phase, Phase::Acked(_) | Phase::Received);
-        let floor = floors
-            .get(entry.key.as_slice())
-            .map_err(any)?
-            .map(|f| decode::<Floor>(f.value()))
-            .transpose()?;
-        if over && floor.is_some_and(|(seq, _)| entry.seq < seq) {
-            oldest = Some((at.value(), *id.value()));
-            break;
-        }
-    }
-    let (at, id) = oldest.ok_or(JournalError::Full)?;
-    order.remove(at).map_err(any)?;
-    tasks.remove(&id).map_err(any)?;
+/// Appends a task that was accepted.
+fn insert(tx: &WriteTransaction, id: &TaskId, origin: &Origin) -> Result<()> {
+    let mut tasks = tx.open_table(TASKS).map_err(any)?;
+    let mut order = tx.open_table(ORDER).map_err(any)?;
+    let next = order.last().map_err(any)?.map_or(0, |(k, _)| k.value() + 1);
+    let entry = Entry {
+        order: next,
+        key: origin.key.clone(),
+        seq: origin.seq,
+        phase: Phase::Received,
+    };
+    tasks.insert(id, encode(&entry)?.as_slice()).map_err(any)?;
+    order.insert(next, id).map_err(any)?;
     Ok(())
 }
 

@@ -18,6 +18,7 @@ pub mod conn;
 pub mod crash;
 pub mod exec;
 pub mod facts;
+pub mod given;
 pub mod install;
 pub mod journal;
 pub mod live;

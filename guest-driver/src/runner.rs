@@ -297,11 +297,12 @@ impl Runner {
         let journal = self.journal.as_mut().map_err(|e| e.to_string())?;
         let (config, unsaved) = (self.live.config(), self.unsaved.as_ref());
         let unsaved = unsaved.map(|u| &u.report);
-        let admitted = verify(task, &anchors.keys, &config.vm_id, journal, unsaved)?;
+        let now_ms = i64::try_from(clock::now_ms()).unwrap_or(i64::MAX);
+        let admitted = verify(task, &anchors.keys, &config.vm_id, now_ms, journal, unsaved)?;
         let origin = Origin {
             key: admitted.key.0.into(),
-            seq: admitted.last.key_seq,
-            digest: admitted.last.digest,
+            seq: admitted.goal.key_seq,
+            digest: admitted.goal.digest,
         };
         crash::at(Point::Received);
         let not_started = |e: JournalError| format!("{e}; the task was not started");

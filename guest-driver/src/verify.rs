@@ -3,11 +3,11 @@
 use std::cell::{Cell, RefCell};
 
 use adit_names::VmId;
-use adit_tasks::admit::{History, LastGoal};
+use adit_tasks::admit::History;
+use adit_tasks::window::Window;
 use adit_tasks::wire::{Outcome, Report, Task, TaskId};
 use adit_tasks::{Admitted, KeyId, TrustStore, admit};
 
-use crate::clock;
 use crate::journal::{Journal, JournalError, Phase};
 
 /// Why a task may not run here and now.
@@ -30,7 +30,7 @@ impl From<String> for Denied {
     }
 }
 
-/// Decides whether a task may run here and now. `unsaved`: a result that the journal could not take.
+/// Decides whether a task may run here, at this time in unix ms. `unsaved`: a result that the journal could not take.
 ///
 /// # Errors
 /// Why not.
@@ -38,16 +38,16 @@ pub fn verify(
     task: &Task,
     trusted: &TrustStore,
     me: &VmId,
+    now_ms: i64,
     journal: &mut Journal,
     unsaved: Option<&Report>,
 ) -> Result<Admitted, Denied> {
-    let now = i64::try_from(clock::now_ms()).unwrap_or(i64::MAX);
     let history = JournalHistory {
         journal: RefCell::new(journal),
         unsaved,
         failed: Cell::new(None),
     };
-    let admitted = admit(task, trusted, me, now, &history);
+    let admitted = admit(task, trusted, me, now_ms, &history);
     match history.failed.take() {
         // What could not be read might have forbidden it.
         Some(e) => Err(e.to_string().into()),
@@ -78,10 +78,9 @@ impl JournalHistory<'_> {
 }
 
 impl History for JournalHistory<'_> {
-    fn last_goal(&self, key: &KeyId) -> Option<LastGoal> {
-        let floor = self.journal.borrow_mut().floor(&key.0);
-        self.ask(floor)
-            .map(|(key_seq, digest)| LastGoal { key_seq, digest })
+    fn window(&self, key: &KeyId) -> Window {
+        let window = self.journal.borrow_mut().window(&key.0);
+        self.ask(window.map(Some)).unwrap_or_default()
     }
 
     /// As the agent reports it when it is asked again.

@@ -6,9 +6,8 @@
 //! `continue_on_error`; and only while no later step has started. The guest's own journal decides that, not the host. A
 //! refusal leaves no trace, so that the same step can still run in its turn.
 //!
-//! Sequence rule: the goals of one key run in the order of `key_seq`. A goal with a lower number than the highest that was
-//! admitted, or with the same number and other content, is a replay. So a goal that arrives late is refused rather than run
-//! out of order.
+//! Number rule: the goals of one key run in any order of `key_seq`, and none runs twice. The [`Window`] of the key says which
+//! goals were admitted, and from which number on nothing was forgotten.
 
 use adit_names::VmId;
 use jiff::Timestamp;
@@ -16,12 +15,13 @@ use jiff::Timestamp;
 use crate::dsse::{Envelope, VerifyError};
 use crate::key::{KeyId, TrustStore};
 use crate::plan::task_id;
+use crate::window::{Place, Window};
 use crate::wire::{Outcome, Task, TaskId};
 use crate::{Goal, Step};
 
-/// The last goal that was admitted from a key.
+/// One goal of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LastGoal {
+pub struct GoalNumber {
     /// Its `key_seq`.
     pub key_seq: u64,
     /// Its digest.
@@ -30,8 +30,8 @@ pub struct LastGoal {
 
 /// What the guest's journal knows.
 pub trait History {
-    /// The last goal admitted from a key.
-    fn last_goal(&self, key: &KeyId) -> Option<LastGoal>;
+    /// The goals admitted from a key.
+    fn window(&self, key: &KeyId) -> Window;
     /// How a task ended here, if it did.
     fn outcome(&self, task: &TaskId) -> Option<Outcome>;
     /// Whether a task has started here, ended or not.
@@ -43,8 +43,8 @@ pub trait History {
 pub struct Admitted {
     /// Who ordered it.
     pub key: KeyId,
-    /// To be recorded as the last goal of the key, before anything runs.
-    pub last: LastGoal,
+    /// To be recorded in the key's window, before anything runs.
+    pub goal: GoalNumber,
     /// What there is to do.
     pub step: Step,
 }
@@ -108,27 +108,7 @@ pub fn admit(
         return deny("expired", text);
     }
     let (key, digest) = (verified.key(), verified.digest());
-    let last = LastGoal {
-        key_seq: goal.key_seq,
-        digest,
-    };
-    if let Some(seen) = history.last_goal(&key) {
-        if last.key_seq < seen.key_seq {
-            return deny(
-                "replay",
-                format!(
-                    "the goal has number {} of key {key}, and number {} has run already",
-                    last.key_seq, seen.key_seq
-                ),
-            );
-        }
-        if last.key_seq == seen.key_seq && last.digest != seen.digest {
-            return deny(
-                "replay",
-                format!("number {} of key {key} was another goal", last.key_seq),
-            );
-        }
-    }
+    check_number(&history.window(&key), &key, goal.key_seq, &digest)?;
     let Some(step) = goal.step(&task.step_id) else {
         return deny(
             "unknown-step",
@@ -156,7 +136,10 @@ pub fn admit(
     }
     Ok(Admitted {
         key,
-        last,
+        goal: GoalNumber {
+            key_seq: goal.key_seq,
+            digest,
+        },
         step: step.clone(),
     })
 }
@@ -166,6 +149,29 @@ fn clock(now_unix_ms: i64) -> String {
     match Timestamp::from_millisecond(now_unix_ms) {
         Ok(now) => format!("and this guest's clock says {now}"),
         Err(_) => format!("and this guest's clock is {now_unix_ms} ms off 1970"),
+    }
+}
+
+/// If the host decided what is new, it could run a goal as often as it likes.
+fn check_number(
+    window: &Window,
+    key: &KeyId,
+    key_seq: u64,
+    digest: &[u8; 32],
+) -> Result<(), Denial> {
+    match window.place(key_seq, digest) {
+        Place::Known | Place::New => Ok(()),
+        Place::Other => deny(
+            "replay",
+            format!("number {key_seq} of key {key} was another goal"),
+        ),
+        Place::Forgotten { floor } => deny(
+            "replay",
+            format!(
+                "the goal has number {key_seq} of key {key}, and of the numbers up to {floor} it is not known here any more \
+                 which have run"
+            ),
+        ),
     }
 }
 

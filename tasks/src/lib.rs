@@ -14,7 +14,9 @@
 //! | `plan` | goal and VM → tasks with derived ids |
 //! | `principal` | whom a file is to belong to |
 //! | `plain` | what a parser says, in plain words |
+//! | `window` | which goals of a key a guest has admitted |
 //! | `admit` | what a guest checks before it does anything |
+//! | `recent` | the envelopes that both ends of a stream have |
 //! | `wire` | messages of the `tasks` service |
 #![forbid(unsafe_code)]
 
@@ -29,6 +31,8 @@ mod object;
 pub mod plain;
 pub mod plan;
 mod principal;
+pub mod recent;
+pub mod window;
 pub mod wire;
 
 pub use action::{Action, Kind};

@@ -20,11 +20,26 @@
 //! that has sent a `Clock`.
 //!
 //! A task carries no content of its own: goal envelope, step and attempt; the guest derives the rest.
+//!
+//! Where both hellos have the bit [`WINDOW`]:
+//! ```text
+//!   Pull ─────────────────────────────────▶
+//!   ◀──────────────────────── Goal{envelope}   unless both have it from before: see `recent`
+//!   ◀────────────────────── TaskOf{digest …}   the digest of an envelope that went before
+//!   Lacks{digest} ────────────────────────▶   counts as a pull: the host sends the goal again, and the task
+//!   Held{task_id, until} ─────────────────▶   the guest gives the task back, and pulls the next
+//!   Pull ─────────────────────────────────▶   the host hands out no task of that goal
+//!   Clock ────────────────────────────────▶   until the guest's clock shows its time; the guest says so by itself
+//! ```
 
 use serde::{Deserialize, Serialize};
 
 /// Name of the service.
 pub const SERVICE: &str = "tasks";
+
+/// Bit of a hello's features: the guest remembers the goals of a key in a window, so that they may come in any order; it takes
+/// tasks by digest, and gives back what it holds. A host that has it too says so in its accept.
+pub const WINDOW: u64 = 1;
 
 /// Frame kinds. The number is wire format.
 #[allow(missing_docs)]
@@ -40,6 +55,9 @@ pub enum WireKind {
     Clock = 7,
     HostClock = 8,
     Held = 9,
+    Goal = 10,
+    TaskOf = 11,
+    Lacks = 12,
 }
 
 /// 16 bytes that name one attempt of one step for one VM: see `task_id`.
@@ -80,6 +98,33 @@ pub struct Task {
     pub step_id: String,
     /// 1 for the first.
     pub attempt: u32,
+}
+
+/// A signed goal, for the tasks of it that follow on this stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Goal {
+    /// The exact bytes of the DSSE envelope, at most 256 KiB.
+    pub envelope: Vec<u8>,
+}
+
+/// One task of a goal that was sent before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskOf {
+    /// As in [`Task`].
+    pub task_id: TaskId,
+    /// sha256 of the envelope's bytes. Not of its payload: the guest computes it of whatever it was sent.
+    pub digest: [u8; 32],
+    /// As in [`Task`].
+    pub step_id: String,
+    /// As in [`Task`].
+    pub attempt: u32,
+}
+
+/// The guest does not have the goal of the task that it was handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lacks {
+    /// As in [`TaskOf`].
+    pub digest: [u8; 32],
 }
 
 /// The journal has `started` on disk; the effect begins next.

@@ -35,6 +35,22 @@ fn every_message_has_golden_bytes_both_ways() {
         },
         &[&id[..], b"\x02{}\x01s\x01"].concat(),
     );
+    golden(
+        Goal {
+            envelope: b"{}".to_vec(),
+        },
+        b"\x02{}",
+    );
+    golden(
+        TaskOf {
+            task_id: id,
+            digest: [7; 32],
+            step_id: "s".into(),
+            attempt: 1,
+        },
+        &[&id[..], &[7; 32], b"\x01s\x01"].concat(),
+    );
+    golden(Lacks { digest: [7; 32] }, &[7; 32]);
     golden(Started { task_id: id }, &id);
     golden(ReportAck { task_id: id }, &id);
     golden(Clock { unix_ms: 300 }, &[0xac, 2]);
@@ -90,8 +106,10 @@ fn every_message_has_golden_bytes_both_ways() {
 fn the_numbers_of_the_messages_stay() {
     use WireKind::*;
     let kinds = [
-        Facts, Pull, Task, Started, Report, ReportAck, Clock, HostClock, Held,
+        Facts, Pull, Task, Started, Report, ReportAck, Clock, HostClock, Held, Goal, TaskOf, Lacks,
     ];
-    assert_eq!(kinds.map(|kind| kind as u16), [1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    let numbers = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
+    assert_eq!(kinds.map(|kind| kind as u16), numbers);
+    assert_eq!(WINDOW, 1);
     assert_eq!(SERVICE, "tasks");
 }

@@ -48,6 +48,6 @@ fn describe(ended: &Output, last: &str) -> String {
 pub fn check(dir: &Path) -> Result<()> {
     let mut journal = Journal::open(dir)?;
     journal.collect(|_, _| None::<()>)?;
-    journal.floors()?;
+    journal.read_windows()?;
     Ok(())
 }

@@ -2,6 +2,11 @@
 
 use super::*;
 
+mod any_order;
+
+/// 2026.
+const NOW_MS: i64 = 1_795_219_200_000;
+
 fn id(n: u64) -> TaskId {
     let mut id = [0; 16];
     id[..8].copy_from_slice(&n.to_le_bytes());
@@ -54,17 +59,33 @@ fn a_task_passes_each_phase_once_and_survives_reopening() {
         Some(Phase::Acked(Outcome::Done))
     );
     assert!(open().unacknowledged().unwrap().is_empty());
-    assert_eq!(open().floor(b"k").unwrap(), Some((7, [7; 32])));
+    assert_eq!(open().window(b"k").unwrap().last(), Some((7, [7; 32])));
 }
 
 #[test]
-fn the_floor_of_a_key_never_falls() {
+fn a_lower_number_is_admitted_after_a_higher_one_and_another_goal_of_a_number_is_not() {
     let dir = tempfile::tempdir().unwrap();
     let mut journal = Journal::open(dir.path()).unwrap();
     journal.received(&id(1), &origin(9)).unwrap();
     journal.received(&id(2), &origin(3)).unwrap();
-    assert_eq!(journal.floor(b"k").unwrap(), Some((9, [9; 32])));
-    assert_eq!(journal.floor(b"other").unwrap(), None);
+    let other = Origin {
+        digest: [0; 32],
+        ..origin(3)
+    };
+    let refused = journal.received(&id(3), &other);
+    assert!(matches!(refused, Err(JournalError::Replay { key_seq: 3 })));
+    assert_eq!(journal.phase(&id(3)).unwrap(), None);
+    drop(journal);
+    let mut journal = Journal::open(dir.path()).unwrap();
+    let window = journal.window(b"k").unwrap();
+    assert!(window.has(3) && window.has(9) && window.floor().is_none());
+    // Two keys may have the same number.
+    assert_eq!(journal.window(b"other").unwrap(), Window::default());
+    let other = Origin {
+        key: b"other".to_vec(),
+        ..other
+    };
+    journal.received(&id(3), &other).unwrap();
 }
 
 #[test]
@@ -108,10 +129,13 @@ fn fill(journal: &mut Journal, key: &[u8], seq: u64, tasks: std::ops::Range<u64>
                         .map_err(any)?;
                     order.insert(at, &id(n)).map_err(any)?;
                 }
-                let mut floors = tx.open_table(FLOORS).map_err(any)?;
-                let floor = encode(&(seq, [seq as u8; 32]))?;
-                floors.insert(key, floor.as_slice()).map_err(any)?;
+                let goal = Origin {
+                    key: key.to_vec(),
+                    ..origin(seq)
+                };
+                windows::admit(&tx, &goal)?;
             }
+            windows::set_mark(&tx)?;
             Ok(tx.commit().map_err(any)?)
         })
         .unwrap();
@@ -157,7 +181,7 @@ fn a_task_that_was_dropped_is_refused_as_a_replay_and_a_result_that_nobody_has_i
     // The first ran and the host has it; of the second the host has nothing yet. Their goals do not expire for a century.
     for (seq, acked) in [(1, true), (2, false)] {
         let (task, origin) = order(seq);
-        crate::verify::verify(&task, &trusted, &me, &mut journal, None).unwrap();
+        crate::verify::verify(&task, &trusted, &me, NOW_MS, &mut journal, None).unwrap();
         journal.received(&task.task_id, &origin).unwrap();
         journal.started(&task.task_id, 1).unwrap();
         let ended = Report {
@@ -182,7 +206,7 @@ fn a_task_that_was_dropped_is_refused_as_a_replay_and_a_result_that_nobody_has_i
         .unwrap();
     let ((dropped, _), (kept, _)) = (order(1), order(2));
     assert_eq!(journal.phase(&dropped.task_id).unwrap(), None);
-    let denied = crate::verify::verify(&dropped, &trusted, &me, &mut journal, None);
+    let denied = crate::verify::verify(&dropped, &trusted, &me, NOW_MS, &mut journal, None);
     let crate::verify::Denied::Refused(why) = denied.unwrap_err() else {
         panic!("held")
     };
@@ -235,7 +259,7 @@ fn r100_a_place_that_cannot_be_a_directory_is_unavailable() {
 
 #[test]
 fn r100_an_entry_with_bytes_behind_its_end_is_named_as_corrupt() {
-    for table in ["tasks", "floors"] {
+    for table in ["tasks", "floors", "windows"] {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = Journal::open(dir.path()).unwrap();
         journal.received(&id(1), &origin(7)).unwrap();
@@ -248,7 +272,8 @@ fn r100_an_entry_with_bytes_behind_its_end_is_named_as_corrupt() {
                     let old = longer(tasks.get(&id(1)).map_err(any)?.unwrap().value());
                     tasks.insert(&id(1), old.as_slice()).map_err(any)?;
                 } else {
-                    let mut floors = tx.open_table(FLOORS).map_err(any)?;
+                    let table = if table == "floors" { FLOORS } else { WINDOWS };
+                    let mut floors = tx.open_table(table).map_err(any)?;
                     let old = longer(floors.get(&b"k"[..]).map_err(any)?.unwrap().value());
                     floors.insert(&b"k"[..], old.as_slice()).map_err(any)?;
                 }
@@ -258,7 +283,8 @@ fn r100_an_entry_with_bytes_behind_its_end_is_named_as_corrupt() {
         let corrupt = |e| matches!(e, JournalError::Corrupt(_));
         match table {
             "tasks" => assert!(journal.phase(&id(1)).is_err_and(corrupt)),
-            _ => assert!(journal.floor(b"k").is_err_and(corrupt)),
+            "floors" => {}
+            _ => assert!(journal.window(b"k").is_err_and(corrupt)),
         }
         drop(journal);
         assert!(check(dir.path()).is_err_and(corrupt), "{table}");
@@ -367,4 +393,141 @@ fn a_key_more_than_can_be_remembered_is_refused_for_that() {
     let refused = journal.received(&id(1), &by(KEYS_MAX));
     assert!(matches!(refused, Err(JournalError::TooManyKeys)));
     journal.received(&id(1), &by(0)).unwrap();
+}
+
+/// What an agent of the version before does when it accepts a task: it knows neither windows nor marks.
+fn as_before(journal: &mut Journal, n: u64, origin: &Origin, drop: Option<u64>) {
+    journal
+        .with(|db| {
+            let tx = db.begin_write().map_err(any)?;
+            {
+                let mut floors = tx.open_table(FLOORS).map_err(any)?;
+                let old = floors.get(origin.key.as_slice()).map_err(any)?;
+                let old: Option<Floor> = old.map(|f| decode(f.value())).transpose()?;
+                if old.is_none_or(|(seq, _)| seq < origin.seq) {
+                    let floor = encode(&(origin.seq, origin.digest))?;
+                    floors
+                        .insert(origin.key.as_slice(), floor.as_slice())
+                        .map_err(any)?;
+                }
+                let mut order = tx.open_table(ORDER).map_err(any)?;
+                let mut tasks = tx.open_table(TASKS).map_err(any)?;
+                if let Some(at) = drop {
+                    let id = *order.remove(at).map_err(any)?.unwrap().value();
+                    tasks.remove(&id).map_err(any)?;
+                }
+            }
+            insert(&tx, &id(n), origin)?;
+            Ok(tx.commit().map_err(any)?)
+        })
+        .unwrap();
+}
+
+#[test]
+fn r102_where_the_version_before_has_written_only_its_highest_goal_is_known_and_nothing_below_runs()
+{
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(dir.path()).unwrap();
+    journal.received(&id(1), &origin(5)).unwrap();
+    journal.received(&id(2), &origin(9)).unwrap();
+    drop(journal);
+    let mut journal = Journal::open(dir.path()).unwrap();
+    let window = journal.window(b"k").unwrap();
+    assert!(window.has(5) && window.has(9) && window.floor().is_none());
+    // It drops the task of goal 5, which it would refuse, for another of goal 9.
+    as_before(&mut journal, 3, &origin(9), Some(0));
+    drop(journal);
+    let mut journal = Journal::open(dir.path()).unwrap();
+    assert_eq!(journal.phase(&id(1)).unwrap(), None);
+    let again = journal.received(&id(1), &origin(5));
+    assert!(matches!(again, Err(JournalError::Replay { key_seq: 5 })));
+    assert_eq!(journal.window(b"k").unwrap(), Window::of_last(9, [9; 32]));
+    // The last entry dropped and another in its place is seen as well.
+    as_before(&mut journal, 4, &origin(12), Some(2));
+    drop(journal);
+    let mut journal = Journal::open(dir.path()).unwrap();
+    assert_eq!(journal.window(b"k").unwrap(), Window::of_last(12, [12; 32]));
+    journal.received(&id(5), &origin(13)).unwrap();
+    drop(journal);
+    let mut journal = Journal::open(dir.path()).unwrap();
+    let window = journal.window(b"k").unwrap();
+    assert!(window.has(12) && window.has(13), "this version wrote last");
+}
+
+#[test]
+fn r85_a_full_journal_forgets_the_lowest_goal_of_the_key_that_has_the_most_and_never_a_highest() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(dir.path()).unwrap();
+    // The highest number came first.
+    fill(&mut journal, b"k", u64::MAX, 0..1);
+    fill(&mut journal, b"k", 6, 1..2000);
+    fill(&mut journal, b"k", 4, 2000..4000);
+    fill(&mut journal, b"few", 1, 4000..4001);
+    fill(&mut journal, b"few", 2, 4001..JOURNAL_MAX);
+    let few = Origin {
+        key: b"few".to_vec(),
+        ..origin(3)
+    };
+    let mut next = JOURNAL_MAX;
+    let mut receive = |journal: &mut Journal, origin: &Origin| {
+        next += 1;
+        journal.received(&id(next), origin)
+    };
+    receive(&mut journal, &few).unwrap();
+    let window = journal.window(b"k").unwrap();
+    assert_eq!((window.floor(), window.has(6)), (Some(4), true));
+    assert!(window.has(u64::MAX));
+    assert_eq!(journal.phase(&id(2000)).unwrap(), None);
+    assert!(journal.phase(&id(1)).unwrap().is_some());
+    // Its other tasks go first from now on, oldest first.
+    receive(&mut journal, &few).unwrap();
+    assert_eq!(journal.phase(&id(2001)).unwrap(), None);
+    assert!(journal.window(b"few").unwrap().has(1));
+    // A number below makes no room by goals above it, and its refusal changes nothing.
+    let mut journal = {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(dir.path()).unwrap();
+        fill(&mut journal, b"k", 6, 0..JOURNAL_MAX);
+        journal
+    };
+    let before = journal.window(b"k").unwrap();
+    let refused = receive(&mut journal, &origin(5));
+    assert!(matches!(refused, Err(JournalError::Full)));
+    assert_eq!(journal.window(b"k").unwrap(), before);
+}
+
+#[test]
+fn every_key_may_have_a_full_window_and_the_file_stays_small() {
+    use adit_tasks::window::{GOALS_MAX, Place};
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(dir.path()).unwrap();
+    let key = |n: u64| [n.to_le_bytes(); 2].concat();
+    // Numbers and ids as long as they get; the lowest goal falls out.
+    let first = u64::MAX - GOALS_MAX as u64;
+    let mut window = Window::default();
+    for n in first..=u64::MAX {
+        assert_eq!(window.admit(n, [7; 32]), Place::New);
+    }
+    assert_eq!((window.has(first), window.has(first + 1)), (false, true));
+    for k in 0..KEYS_MAX {
+        journal
+            .with(|db| {
+                let tx = db.begin_write().map_err(any)?;
+                let goal = Origin {
+                    key: key(k),
+                    ..origin(1)
+                };
+                windows::admit(&tx, &goal)?;
+                {
+                    let mut windows = tx.open_table(WINDOWS).map_err(any)?;
+                    windows::write(&mut windows, &key(k), &window)?;
+                }
+                Ok(tx.commit().map_err(any)?)
+            })
+            .unwrap();
+    }
+    drop(journal);
+    let len = std::fs::metadata(dir.path().join(FILE)).unwrap().len();
+    assert!(len < 16 << 20, "{len} bytes");
+    check(dir.path()).unwrap();
 }

@@ -12,7 +12,8 @@ use adit_channel::frame;
 use adit_channel::hello::{self, Accept, Common, Hello};
 use adit_names::VmId;
 use adit_tasks::wire::{
-    Clock, Facts, Held, Outcome, Pull, Report, ReportAck, Started, Task, WireKind,
+    self, Clock, Facts, Goal, Held, Lacks, Outcome, Pull, Report, ReportAck, Started, Task, TaskOf,
+    WireKind,
 };
 use adit_tasks::{PublicKey, task_id};
 use ed25519_dalek::SigningKey;
@@ -29,6 +30,8 @@ pub struct Host {
     listener: UnixListener,
     agent: Option<Child>,
     pub key: SigningKey,
+    /// Bits of its hello's features.
+    pub features: u64,
     /// Shell text that is run in the agent's process before the agent.
     pub prelude: &'static str,
 }
@@ -37,6 +40,7 @@ pub enum Said {
     Pull(u32),
     Held(Held),
     Started,
+    Lacks(u32, Lacks),
     Report(u32, Report),
 }
 
@@ -72,6 +76,7 @@ impl Host {
             listener,
             agent: None,
             key: SigningKey::from_bytes(&[7; 32]),
+            features: 0,
             prelude: ":",
         }
     }
@@ -162,8 +167,10 @@ impl Host {
             panic!("not an open")
         };
         assert_eq!(open.service.as_str(), "tasks");
+        assert_eq!(open.common.features, wire::WINDOW);
         let accept = Accept {
             common: Common {
+                features: self.features,
                 epoch: 3,
                 ..Common::default()
             },
@@ -243,6 +250,9 @@ impl Session {
                 header.decode::<Started>(&body).unwrap();
                 Said::Started
             }
+            k if k == WireKind::Lacks as u16 => {
+                Said::Lacks(header.id, header.decode(&body).unwrap())
+            }
             k if k == WireKind::Report as u16 => {
                 Said::Report(header.id, header.decode(&body).unwrap())
             }
@@ -250,11 +260,38 @@ impl Session {
         }))
     }
 
-    fn send<T: Serialize>(&mut self, kind: WireKind, id: u32, body: &T) {
+    pub fn send<T: Serialize>(&mut self, kind: WireKind, id: u32, body: &T) {
         // A write to an agent that is dead shows at the next read.
         let _ = self
             .stream
             .write_all(&frame::encode(kind as u16, 1, id, 0, body).unwrap());
+    }
+
+    /// Takes a message about the clock, which is to be the next.
+    pub fn wait_for_clock(&mut self) {
+        let (header, body) = frame::read(&mut self.stream, frame::LEN_MAX)
+            .unwrap()
+            .unwrap();
+        assert_eq!(header.kind, WireKind::Clock as u16);
+        let clock: Clock = header.decode(&body).unwrap();
+        self.clocks.push(clock.unix_ms);
+    }
+
+    /// Hands out a task by digest.
+    pub fn task_of(&mut self, id: u32, task: &Task, digest: [u8; 32]) {
+        let of = TaskOf {
+            task_id: task.task_id,
+            digest,
+            step_id: task.step_id.clone(),
+            attempt: task.attempt,
+        };
+        self.send(WireKind::TaskOf, id, &of);
+    }
+
+    /// Sends a goal.
+    pub fn goal(&mut self, envelope: &[u8]) {
+        let envelope = envelope.to_vec();
+        self.send(WireKind::Goal, 0, &Goal { envelope });
     }
 
     pub fn task(&mut self, id: u32, task: &Task) {
@@ -281,7 +318,7 @@ impl Session {
                     self.task(id, task);
                 }
                 Said::Pull(_) => panic!("pulled again without a report"),
-                Said::Started | Said::Held(_) => {}
+                Said::Started | Said::Held(_) | Said::Lacks(..) => {}
                 Said::Report(id, report) => {
                     self.ack(id, &report);
                     if report.task_id == task.task_id && handed_out {

@@ -3,6 +3,7 @@
 //! Only the carrier is another: Unix sockets in a directory stand for AF_VSOCK, which this machine may not have.
 
 mod before;
+mod by_digest;
 mod clock;
 mod commands;
 mod delivery;

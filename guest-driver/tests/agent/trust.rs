@@ -172,9 +172,7 @@ fn r85_replays_are_refused_across_restarts_and_a_known_id_is_never_run_again() {
     let (first, second) = (host.path("first"), host.path("second"));
     let five = task(host.goal(5, json!([counting(&first, "")])), "count", 1);
     let five_other = task(host.goal(5, json!([counting(&second, "")])), "count", 1);
-    let four = task(host.goal(4, json!([counting(&second, "")])), "count", 1);
     assert_eq!(host.run(&five).outcome, Outcome::Done);
-    refused(&host.run(&four), "replay");
     refused(&host.run(&five_other), "replay");
     // The same id again, and the same id with another body.
     assert_eq!(host.run(&five).outcome, Outcome::Done);
@@ -187,6 +185,26 @@ fn r85_replays_are_refused_across_restarts_and_a_known_id_is_never_run_again() {
         Outcome::Done
     );
     assert_eq!((lines(&first), lines(&second)), (1, 0));
+}
+
+#[test]
+fn r85_goals_of_one_key_run_in_the_reverse_order_of_their_numbers_and_none_twice() {
+    let mut host = Host::new();
+    let file = host.path("count");
+    let goals: Vec<Task> = [u64::MAX, 9, 5, 1]
+        .map(|seq| {
+            let said = format!("echo {seq}");
+            task(host.goal(seq, json!([counting(&file, &said)])), "count", 1)
+        })
+        .into();
+    for (ran, goal) in (1..).zip(&goals) {
+        assert_eq!(host.run(goal).outcome, Outcome::Done);
+        assert_eq!(lines(&file), ran);
+    }
+    for goal in &goals {
+        assert_eq!(host.run(goal).outcome, Outcome::Done);
+    }
+    assert_eq!(lines(&file), goals.len());
 }
 
 #[test]

@@ -10,7 +10,7 @@ use crate::wire::TaskId;
 
 #[derive(Default)]
 struct Seen {
-    last: Option<LastGoal>,
+    window: Window,
     ended: BTreeMap<TaskId, Outcome>,
 }
 
@@ -22,8 +22,8 @@ impl Seen {
 }
 
 impl History for Seen {
-    fn last_goal(&self, _: &KeyId) -> Option<LastGoal> {
-        self.last
+    fn window(&self, _: &KeyId) -> Window {
+        self.window.clone()
     }
     fn outcome(&self, task: &TaskId) -> Option<Outcome> {
         self.ended.get(task).copied()
@@ -71,7 +71,7 @@ const GOOD: &str = crate::goal::tests::GOOD;
 fn a_signed_task_for_this_vm_is_admitted() {
     let (task, digest) = task(GOOD, "hello", 1);
     let a = admit(&task, &trust(), &me(), NOW, &Seen::default()).unwrap();
-    assert_eq!(a.last, LastGoal { key_seq: 5, digest });
+    assert_eq!(a.goal, GoalNumber { key_seq: 5, digest });
     assert_eq!(a.step.id, "hello");
 }
 
@@ -170,28 +170,25 @@ fn r84_the_host_can_change_neither_step_nor_id() {
 }
 
 #[test]
-fn r85_lower_sequence_and_same_sequence_with_another_body_are_replays() {
+fn r85_a_number_that_was_forgotten_or_is_another_goals_is_a_replay() {
     let (good, digest) = task(GOOD, "hello", 1);
-    let seen = |key_seq, digest| Seen {
-        last: Some(LastGoal { key_seq, digest }),
-        ..Seen::default()
+    let try_one = |window| {
+        let seen = Seen {
+            window,
+            ..Seen::default()
+        };
+        code(admit(&good, &trust(), &me(), NOW, &seen))
     };
-    assert_eq!(
-        code(admit(&good, &trust(), &me(), NOW, &seen(6, [0; 32]))),
-        "replay"
-    );
-    assert_eq!(
-        code(admit(&good, &trust(), &me(), NOW, &seen(5, [0; 32]))),
-        "replay"
-    );
-    assert_eq!(
-        code(admit(&good, &trust(), &me(), NOW, &seen(5, digest))),
-        "admitted"
-    );
-    assert_eq!(
-        code(admit(&good, &trust(), &me(), NOW, &seen(4, [0; 32]))),
-        "admitted"
-    );
+    assert_eq!(try_one(Window::of_last(6, [0; 32])), "replay");
+    assert_eq!(try_one(Window::of_last(5, [0; 32])), "replay");
+    assert_eq!(try_one(Window::of_last(5, digest)), "admitted");
+    assert_eq!(try_one(Window::of_last(4, [0; 32])), "admitted");
+    // A higher number that was admitted before is no reason.
+    let mut window = Window::default();
+    window.admit(6, [0; 32]);
+    assert_eq!(try_one(window.clone()), "admitted");
+    window.forget(6);
+    assert_eq!(try_one(window), "replay");
 }
 
 #[test]

@@ -1,0 +1,104 @@
+//! What the host has given on a stream: goals, each once; and tasks that were given back until their time comes.
+
+use std::collections::BTreeSet;
+
+use adit_tasks::recent::{self, Recent};
+use adit_tasks::wire::{Goal, Task, TaskOf};
+
+/// Most times that are waited for at once. What is held beyond that is not given back: the stream waits for it.
+pub const HELD_MAX: usize = 1024;
+
+/// What came on one stream.
+#[derive(Default)]
+pub struct Given {
+    window: bool,
+    goals: Recent<Vec<u8>>,
+    /// When goals that were given back become valid, unix ms.
+    held: BTreeSet<u64>,
+}
+
+impl Given {
+    /// Nothing yet; `window`: both ends know `wire::WINDOW`.
+    pub fn new(window: bool) -> Self {
+        Self {
+            window,
+            ..Self::default()
+        }
+    }
+
+    /// Takes a goal for later.
+    pub fn goal(&mut self, goal: Goal) {
+        let Goal { envelope } = goal;
+        // Whatever the host calls it: its name is computed here.
+        let digest = recent::digest(&envelope);
+        self.goals.add(digest, envelope.len(), envelope);
+    }
+
+    /// The whole of a task; none if its goal is not there.
+    pub fn task(&mut self, of: TaskOf) -> Option<Task> {
+        let envelope = self.goals.get(&of.digest)?.clone();
+        Some(Task {
+            task_id: of.task_id,
+            envelope,
+            step_id: of.step_id,
+            attempt: of.attempt,
+        })
+    }
+
+    /// Whether a task of a goal that is valid from this time on is given back. Its time is waited for then.
+    pub fn gives_back(&mut self, not_before_ms: u64) -> bool {
+        let may = self.window && (self.held.len() < HELD_MAX || self.held.contains(&not_before_ms));
+        if may {
+            self.held.insert(not_before_ms);
+        }
+        may
+    }
+
+    /// The next time that is waited for.
+    pub fn next_held(&self) -> Option<u64> {
+        self.held.first().copied()
+    }
+
+    /// Forgets the times that have come.
+    pub fn come(&mut self, now_ms: u64) {
+        self.held.retain(|&ms| ms > now_ms);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(digest: [u8; 32]) -> TaskOf {
+        TaskOf {
+            task_id: [1; 16],
+            digest,
+            step_id: "s".into(),
+            attempt: 1,
+        }
+    }
+
+    #[test]
+    fn r85_an_envelope_has_the_name_of_its_own_bytes_only() {
+        let mut given = Given::default();
+        let envelope = b"old".to_vec();
+        given.goal(Goal { envelope });
+        assert!(given.task(of(recent::digest(b"new"))).is_none());
+        let task = given.task(of(recent::digest(b"old"))).unwrap();
+        assert_eq!(task.envelope, b"old");
+    }
+
+    #[test]
+    fn so_many_times_are_waited_for_and_the_stream_waits_for_the_rest() {
+        let mut given = Given::default();
+        assert!(!given.gives_back(1), "the host does not know of it");
+        let mut given = Given::new(true);
+        for ms in 1..=HELD_MAX as u64 {
+            assert!(given.gives_back(ms));
+        }
+        assert!(given.gives_back(5) && !given.gives_back(9999));
+        given.come(7);
+        assert_eq!(given.next_held(), Some(8));
+        assert!(given.gives_back(9999));
+    }
+}
