@@ -4,16 +4,19 @@
 //! The agent pulls, and its pull waits until a task is queued: neither side polls. Its frames are read meanwhile, so that the
 //! end of the connection is noticed at once. Reading and answering are one future: once dropped, nothing of it goes on.
 
+mod given;
+
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use adit_channel::frame;
-use adit_tasks::wire::{self, Clock, Facts, Held, Pull, Report, ReportAck, Started, WireKind};
+use adit_tasks::wire::{Clock, Facts, Held, Lacks, Pull, Report, ReportAck, Started, WireKind};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use self::given::{Frames, Given};
 use crate::desk::DeskError;
 use crate::passing::Socket;
 use crate::state::State;
@@ -44,16 +47,21 @@ async fn read_frames(mut reader: ReadHalf<Socket>, to: mpsc::Sender<io::Result<F
     }
 }
 
-/// Speaks with an agent whose hello was accepted, until its stream ends.
+/// Speaks with an agent whose hello was accepted, until its stream ends. `features`: those that both ends know.
 ///
 /// # Errors
 /// The stream failed, or the agent said what is no message.
-pub async fn converse(state: &Arc<State>, vm: &Arc<VmEntry>, stream: Socket) -> io::Result<()> {
+pub async fn converse(
+    state: &Arc<State>,
+    vm: &Arc<VmEntry>,
+    features: u64,
+    stream: Socket,
+) -> io::Result<()> {
     let (reader, writer) = tokio::io::split(stream);
     let (to, frames) = mpsc::channel(AHEAD_MAX);
     // Not a task of its own: it would outlive this future, which is dropped when a newer connection replaces this one (R106).
     let reading = read_frames(reader, to);
-    let answering = answer(state, vm, frames, writer);
+    let answering = answer(state, vm, Given::new(features), frames, writer);
     tokio::pin!(answering);
     tokio::select! {
         result = &mut answering => result,
@@ -66,6 +74,7 @@ pub async fn converse(state: &Arc<State>, vm: &Arc<VmEntry>, stream: Socket) -> 
 async fn answer(
     state: &Arc<State>,
     vm: &Arc<VmEntry>,
+    mut given: Given,
     mut frames: mpsc::Receiver<io::Result<Frame>>,
     mut writer: WriteHalf<Socket>,
 ) -> io::Result<()> {
@@ -79,7 +88,7 @@ async fn answer(
         tokio::pin!(queued);
         queued.as_mut().enable();
         if let Some(id) = pulling
-            && hand_out(state, vm, id, &mut writer).await?
+            && hand_out(state, vm, &mut given, id, &mut writer).await?
         {
             pulling = None;
             owed = Some(Instant::now() + OWED_LIMIT);
@@ -90,7 +99,7 @@ async fn answer(
                 Some(next) => {
                     owed = None;
                     let (header, body) = next?;
-                    let pull = handle(state, vm, &header, &body, &mut writer).await?;
+                    let pull = handle(state, vm, &mut given, &header, &body, &mut writer).await?;
                     pulling = pull.or(pulling);
                 }
             },
@@ -112,22 +121,23 @@ async fn answer(
 async fn hand_out(
     state: &Arc<State>,
     vm: &Arc<VmEntry>,
+    given: &mut Given,
     pull: u32,
     writer: &mut WriteHalf<Socket>,
 ) -> io::Result<bool> {
-    // No guest says yet that it takes the goals of a key out of their order.
-    let overtake = false;
-    let leased = state.desk.hand_out(&vm.name, overtake).await;
+    let leased = state.desk.hand_out(&vm.name, given.wanted()).await;
     let Some(handout) = leased.map_err(io::Error::other)? else {
         return Ok(false);
     };
-    let task = wire::Task {
-        task_id: handout.task_id,
-        envelope: handout.envelope,
-        step_id: handout.step,
-        attempt: handout.attempt,
-    };
-    send(writer, WireKind::Task, pull, &task).await?;
+    match given.frames(handout) {
+        Frames::Whole(task) => send(writer, WireKind::Task, pull, &task).await?,
+        Frames::ByDigest(goal, task) => {
+            if let Some(goal) = goal {
+                send(writer, WireKind::Goal, pull, &goal).await?;
+            }
+            send(writer, WireKind::TaskOf, pull, &task).await?;
+        }
+    }
     Ok(true)
 }
 
@@ -135,6 +145,7 @@ async fn hand_out(
 async fn handle(
     state: &Arc<State>,
     vm: &Arc<VmEntry>,
+    given: &mut Given,
     header: &frame::Header,
     body: &[u8],
     writer: &mut WriteHalf<Socket>,
@@ -143,7 +154,7 @@ async fn handle(
     let is = |kind: WireKind| header.kind == kind as u16 && header.version == VERSION;
     vm.agent.seen(None);
     if !is(WireKind::Clock) && !is(WireKind::Held) {
-        vm.agent.holds(None);
+        vm.agent.holds(given.next_held());
     }
     if is(WireKind::Facts) {
         let facts: Facts = header.decode(body).map_err(bad)?;
@@ -154,13 +165,20 @@ async fn handle(
         let guest: Clock = header.decode(body).map_err(bad)?;
         let now = state.now_ms();
         vm.agent.clock(guest.unix_ms, now);
+        given.clock(guest.unix_ms);
         let unix_ms = u64::try_from(now).unwrap_or(0);
         send(writer, WireKind::HostClock, header.id, &Clock { unix_ms }).await?;
     } else if is(WireKind::Held) {
         let held: Held = header.decode(body).map_err(bad)?;
         vm.agent.holds(Some(held));
+        given.gave_back(held);
     } else if is(WireKind::Pull) {
         let _: Pull = header.decode(body).map_err(bad)?;
+        return Ok(Some(header.id));
+    } else if is(WireKind::Lacks) {
+        // The task is leased: it is handed out again, with its goal.
+        let lacks: Lacks = header.decode(body).map_err(bad)?;
+        given.lacks(&lacks.digest);
         return Ok(Some(header.id));
     } else if is(WireKind::Started) {
         let started: Started = header.decode(body).map_err(bad)?;

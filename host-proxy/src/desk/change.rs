@@ -8,9 +8,9 @@ use adit_tasks::{Goal, plan, task_id};
 use jiff::Timestamp;
 use rusqlite::Connection;
 
-use super::rules::{self, After, Choice, Event, Step};
+use super::rules::{self, After, Candidate, Choice, Event, Step};
 use super::store::db::DbError;
-use super::store::{self, Handout, NewTask, Open, goals, migrations, report};
+use super::store::{self, Handout, NewTask, Open, Wanted, goals, migrations, report};
 
 /// Why the desk refuses.
 #[derive(Debug, thiserror::Error)]
@@ -152,10 +152,11 @@ pub fn hand_out(
     c: &Connection,
     vm: &str,
     now_ms: i64,
-    overtake: bool,
+    wanted: &Wanted,
 ) -> Result<(Option<Handout>, Vec<Task>), DeskError> {
-    let mut choice = Choice::new(now_ms, overtake);
-    let Some(next) = store::first_open(c, vm, |task| choice.takes(task))? else {
+    let mut choice = Choice::new(now_ms, wanted.overtake);
+    let takes = |task: &Candidate| !wanted.held.contains(&task.digest) && choice.takes(task);
+    let Some(next) = store::first_open(c, vm, &wanted.sent, takes)? else {
         return Ok((None, Vec::new()));
     };
     let changed = match rules::step(next.state, Event::HandedOut) {

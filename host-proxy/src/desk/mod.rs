@@ -36,7 +36,7 @@ use crate::vm::VmEntry;
 pub use change::{DeskError, NewGoal};
 use store::db::Db;
 use store::retention::{self, Keep};
-pub use store::{Handout, rfc3339};
+pub use store::{Handout, Wanted, rfc3339};
 
 /// Events that a slow watcher may be behind; one more and it starts over.
 const EVENTS_BEHIND_MAX: usize = 1024;
@@ -106,14 +106,13 @@ impl Desk {
         .await
     }
 
-    /// Leases the next task of a VM, if there is one: on disk before it is returned. `overtake`: its guest takes the goals of a
-    /// key in another order than that of their numbers.
+    /// Leases the next task of a VM that its guest takes, if there is one: on disk before it is returned.
     ///
     /// # Errors
     /// The database fails.
-    pub async fn hand_out(&self, vm: &VmId, overtake: bool) -> Result<Option<Handout>, DeskError> {
+    pub async fn hand_out(&self, vm: &VmId, wanted: Wanted) -> Result<Option<Handout>, DeskError> {
         let (vm, now) = (vm.clone(), self.now_ms());
-        self.change(move |c| change::hand_out(c, vm.as_str(), now, overtake))
+        self.change(move |c| change::hand_out(c, vm.as_str(), now, &wanted))
             .await
     }
 

@@ -51,7 +51,7 @@ pub(super) fn add_goal(c: &Connection, new: &NewGoal) -> Result<Vec<Task>, DeskE
 
 /// As for a guest that runs a key's goals in the order of their numbers.
 pub(super) fn lease(c: &Connection, vm: &str, now_ms: i64) -> Result<Option<Handout>, DeskError> {
-    Ok(change::hand_out(c, vm, now_ms, false)?.0)
+    Ok(change::hand_out(c, vm, now_ms, &Wanted::default())?.0)
 }
 
 pub(super) fn finish(
@@ -101,7 +101,7 @@ fn tasks_are_handed_out_in_order_of_sequence_and_step_until_they_end() {
             lease(&c, "web-1", BEFORE).unwrap().unwrap().task_id,
             h.task_id
         );
-        order.push((h.envelope == goal(1, 5).envelope, h.step));
+        order.push((h.envelope == Some(goal(1, 5).envelope), h.step));
         finish(&c, "web-1", &report(h.task_id, Outcome::Done), 0).unwrap();
     }
     let want = [(true, "a"), (true, "b"), (false, "a"), (false, "b")];
@@ -207,7 +207,7 @@ fn what_waits_too_long_expires_and_what_was_handed_out_does_not() {
     assert!(lease(&c, "web-1", AFTER).unwrap().is_some());
     add_goal(&c, &goal(2, 4)).unwrap();
     let next = lease(&c, "web-1", AFTER).unwrap().unwrap();
-    assert_eq!(next.envelope, goal(1, 5).envelope);
+    assert_eq!(next.envelope, Some(goal(1, 5).envelope));
     let (next, ended) = change::expire(&c, AFTER).unwrap();
     let silent = AFTER - 7_200_000 + SILENCE_MAX_MS;
     assert_eq!((ended.len(), next), (3, Some(silent)));
@@ -280,7 +280,7 @@ fn a_goal_whose_time_is_to_come_is_held_and_so_are_later_ones_of_its_key() {
     // One of another key is not in its way.
     add_goal(&c, &scheduled(3, 7, "2026-11-20T22:00:00Z", "other")).unwrap();
     let other = lease(&c, "web-1", BEFORE).unwrap().unwrap();
-    assert_eq!(other.envelope, goal(3, 7).envelope);
+    assert_eq!(other.envelope, Some(goal(3, 7).envelope));
     finish(&c, "web-1", &report(other.task_id, Outcome::Failed), 0).unwrap();
     let (next, _) = change::expire(&c, BEFORE).unwrap();
     assert_eq!(next, Some(at));
@@ -289,7 +289,7 @@ fn a_goal_whose_time_is_to_come_is_held_and_so_are_later_ones_of_its_key() {
     let first = lease(&c, "web-1", at).unwrap().unwrap();
     assert_eq!(
         (first.envelope, first.step.as_str()),
-        (goal(1, 5).envelope, "a")
+        (Some(goal(1, 5).envelope), "a")
     );
     let task = store::task(&c, &first.task_id).unwrap().unwrap();
     assert_eq!(
@@ -334,4 +334,28 @@ fn r112_output_beyond_the_signed_cap_is_cut_here_too() {
         );
     }
     assert_eq!((out.total, err.total), (200, 1000));
+}
+
+#[test]
+fn a_guest_that_takes_any_order_gets_past_a_goal_that_is_held_and_no_envelope_twice() {
+    let c = open();
+    let mut early = goal(1, 5);
+    early.goal.not_before = jiff::Timestamp::from_millisecond(AFTER - 1).unwrap();
+    add_goal(&c, &early).unwrap();
+    add_goal(&c, &goal(2, 6)).unwrap();
+    assert!(lease(&c, "web-1", BEFORE).unwrap().is_none());
+    let mut wanted = Wanted {
+        overtake: true,
+        ..Wanted::default()
+    };
+    let next = |wanted: &Wanted| change::hand_out(&c, "web-1", BEFORE, wanted).unwrap().0;
+    let first = next(&wanted).unwrap();
+    assert_eq!(first.digest, goal(2, 6).digest);
+    assert_eq!(first.envelope, Some(goal(2, 6).envelope));
+    wanted.sent = vec![first.digest];
+    let again = next(&wanted).unwrap();
+    assert_eq!((again.task_id, again.envelope), (first.task_id, None));
+    // Leased or not, a goal that the guest gave back is not handed out.
+    wanted.held = vec![first.digest];
+    assert!(next(&wanted).is_none());
 }

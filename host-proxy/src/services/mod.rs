@@ -48,6 +48,11 @@ pub trait Service: Sync {
     /// Why not.
     fn allow(&self, open: &Open, class: Class) -> Result<(), Refusal>;
 
+    /// Bits of a hello's features that it knows.
+    fn features(&self) -> u64 {
+        0
+    }
+
     /// Serves a stream whose hello was accepted. Dropped when the VM is removed.
     fn run(&self, call: Call, stream: Socket) -> BoxFuture<'static, io::Result<()>>;
 }
@@ -137,6 +142,10 @@ async fn serve(
         }
     };
     let version = hello::VERSION;
+    let common = Common {
+        features: open.common.features & service.features(),
+        ..common
+    };
     let accept = Hello::Accept(Accept { common, version });
     stream.write_all(&accept.encode()).await?;
     let (state, removed) = (state.clone(), vm.removed.clone());

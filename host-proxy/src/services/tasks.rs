@@ -37,11 +37,16 @@ impl Service for Tasks {
         }
     }
 
+    fn features(&self) -> u64 {
+        wire::WINDOW
+    }
+
     fn run(&self, call: Call, stream: Socket) -> BoxFuture<'static, io::Result<()>> {
         Box::pin(async move {
             let connected = Connected::new(&call.vm);
+            let features = call.open.common.features & wire::WINDOW;
             tokio::select! {
-                result = agent::converse(&call.state, &call.vm, stream) => result,
+                result = agent::converse(&call.state, &call.vm, features, stream) => result,
                 () = connected.token.cancelled() => Err(io::Error::other("replaced by a newer connection")),
             }
         })

@@ -500,11 +500,17 @@ impl Control {
 
     /// An agent that was accepted and has sent its hello.
     pub fn agent(&self) -> Agent {
+        self.agent_with(0)
+    }
+
+    /// An agent whose hello has these features; those that aditd has too must be the same.
+    pub fn agent_with(&self, features: u64) -> Agent {
         let mut stream = self.incoming(700);
-        open(&mut stream, "tasks");
-        let Hello::Accept(_) = adit_channel::hello::read(&mut stream).unwrap() else {
+        open_with(&mut stream, "tasks", features);
+        let Hello::Accept(accept) = adit_channel::hello::read(&mut stream).unwrap() else {
             panic!("refused")
         };
+        assert_eq!(accept.common.features, features);
         let mut agent = Agent { stream };
         agent.say(
             WireKind::Facts,
@@ -524,8 +530,12 @@ impl Control {
 
 /// Sends an opening hello.
 pub fn open(stream: &mut UnixStream, service: &str) {
+    open_with(stream, service, 0);
+}
+
+fn open_with(stream: &mut UnixStream, service: &str, features: u64) {
     let common = Common {
-        features: 0,
+        features,
         epoch: 1,
         boot_nonce: [1; 16],
     };
@@ -544,7 +554,7 @@ impl Agent {
         self.stream.write_all(&bytes).unwrap();
     }
 
-    fn hear(&mut self) -> (Header, Vec<u8>) {
+    pub fn hear(&mut self) -> (Header, Vec<u8>) {
         frame::read(&mut self.stream, frame::LEN_MAX)
             .unwrap()
             .unwrap()

@@ -4,6 +4,7 @@
 mod answers;
 mod asked;
 mod before;
+mod by_digest;
 mod changes;
 mod commands;
 mod cut;

@@ -124,14 +124,25 @@ pub fn count_open(c: &Connection, vm: &str) -> rusqlite::Result<u32> {
     c.prepare_cached(COUNT_OPEN)?.query_row([vm], |r| r.get(0))
 }
 
+/// What a guest is to be handed.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// It takes the goals of a key in any order.
+    pub overtake: bool,
+    /// Goals of which it takes no task now.
+    pub held: Vec<[u8; 32]>,
+    /// Goals whose envelope it has.
+    pub sent: Vec<[u8; 32]>,
+}
+
 /// What a guest is handed.
 pub struct Handout {
     /// Derived id.
     pub task_id: TaskId,
     /// Its goal.
     pub digest: [u8; 32],
-    /// Exactly as signed.
-    pub envelope: Vec<u8>,
+    /// Exactly as signed; none if the guest has it.
+    pub envelope: Option<Vec<u8>>,
     /// Step of the goal.
     pub step: String,
     /// 1 for the first.
@@ -141,9 +152,11 @@ pub struct Handout {
 }
 
 /// Offers a VM's open tasks in order of `key_seq`, goal, step and attempt. Returns the first one that is taken.
+/// `sent`: goals whose envelope is not needed.
 pub fn first_open(
     c: &Connection,
     vm: &str,
+    sent: &[[u8; 32]],
     mut takes: impl FnMut(&Candidate) -> bool,
 ) -> rusqlite::Result<Option<Handout>> {
     let mut statement = c.prepare_cached(OPEN_IN_ORDER)?;
@@ -161,8 +174,11 @@ pub fn first_open(
             return Ok(Some(Handout {
                 task_id: r.get(0)?,
                 digest: candidate.digest,
-                // Read for this one only: it may be large.
-                envelope: goals::envelope(c, &candidate.digest)?,
+                // Read for this one only, and only if it is needed: it may be large.
+                envelope: match sent.contains(&candidate.digest) {
+                    true => None,
+                    false => Some(goals::envelope(c, &candidate.digest)?),
+                },
                 step: r.get(2)?,
                 attempt: r.get(3)?,
                 state: candidate.state,

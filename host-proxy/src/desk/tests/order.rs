@@ -38,7 +38,11 @@ impl Books for Both {
     }
 
     fn hand_out(&mut self, vm: &str, now: i64, overtake: bool) -> (Option<TaskId>, Said) {
-        let (next, changed) = change::hand_out(&self.sql, vm, now, overtake).unwrap();
+        let wanted = Wanted {
+            overtake,
+            ..Wanted::default()
+        };
+        let (next, changed) = change::hand_out(&self.sql, vm, now, &wanted).unwrap();
         let (model, model_said) = self.model.hand_out(vm, now, overtake);
         let id = next.map(|h| h.task_id);
         assert_eq!(id, model);

@@ -39,12 +39,15 @@ async fn every_change_is_published_once_and_in_order() {
     // Handed over again, and handed out again: nothing has changed.
     desk.add_goal(goal(1, 5)).await.unwrap();
     let id = desk
-        .hand_out(&vm.name, false)
+        .hand_out(&vm.name, Wanted::default())
         .await
         .unwrap()
         .unwrap()
         .task_id;
-    desk.hand_out(&vm.name, false).await.unwrap().unwrap();
+    desk.hand_out(&vm.name, Wanted::default())
+        .await
+        .unwrap()
+        .unwrap();
     desk.begun(&vm.name, id).await.unwrap();
     desk.begun(&vm.name, id).await.unwrap();
     assert_eq!(heard(&mut events), [said("a", Leased), said("a", Started)]);
@@ -60,7 +63,7 @@ async fn every_change_is_published_once_and_in_order() {
     assert_eq!(vm.show().queued, 1);
     desk.add_goal(goal(2, 6)).await.unwrap();
     let id = desk
-        .hand_out(&vm.name, false)
+        .hand_out(&vm.name, Wanted::default())
         .await
         .unwrap()
         .unwrap()
@@ -69,7 +72,7 @@ async fn every_change_is_published_once_and_in_order() {
         .await
         .unwrap();
     let id = desk
-        .hand_out(&vm.name, false)
+        .hand_out(&vm.name, Wanted::default())
         .await
         .unwrap()
         .unwrap()
