@@ -1,20 +1,18 @@
 //! What the host has given on a stream: goals, each once; and tasks that were given back until their time comes.
 
-use std::collections::BTreeSet;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 
 use adit_tasks::recent::{self, Recent};
-use adit_tasks::wire::{Goal, Task, TaskOf};
-
-/// Most times that are waited for at once. What is held beyond that is not given back: the stream waits for it.
-pub const HELD_MAX: usize = 1024;
+use adit_tasks::wire::{Goal, HELD_MAX, Task, TaskOf};
 
 /// What came on one stream.
 #[derive(Default)]
 pub struct Given {
     window: bool,
     goals: Recent<Vec<u8>>,
-    /// When goals that were given back become valid, unix ms.
-    held: BTreeSet<u64>,
+    /// When each goal that was given back becomes valid, unix ms. The host counts them as well.
+    held: BinaryHeap<Reverse<u64>>,
 }
 
 impl Given {
@@ -47,21 +45,21 @@ impl Given {
 
     /// Whether a task of a goal that is valid from this time on is given back. Its time is waited for then.
     pub fn gives_back(&mut self, not_before_ms: u64) -> bool {
-        let may = self.window && (self.held.len() < HELD_MAX || self.held.contains(&not_before_ms));
+        let may = self.window && self.held.len() < HELD_MAX;
         if may {
-            self.held.insert(not_before_ms);
+            self.held.push(Reverse(not_before_ms));
         }
         may
     }
 
     /// The next time that is waited for.
     pub fn next_held(&self) -> Option<u64> {
-        self.held.first().copied()
+        self.held.peek().map(|ms| ms.0)
     }
 
     /// Forgets the times that have come.
     pub fn come(&mut self, now_ms: u64) {
-        self.held.retain(|&ms| ms > now_ms);
+        self.held.retain(|ms| ms.0 > now_ms);
     }
 }
 
@@ -89,14 +87,15 @@ mod tests {
     }
 
     #[test]
-    fn so_many_times_are_waited_for_and_the_stream_waits_for_the_rest() {
+    fn so_many_goals_are_given_back_and_the_stream_waits_for_the_rest() {
         let mut given = Given::default();
         assert!(!given.gives_back(1), "the host does not know of it");
         let mut given = Given::new(true);
         for ms in 1..=HELD_MAX as u64 {
             assert!(given.gives_back(ms));
         }
-        assert!(given.gives_back(5) && !given.gives_back(9999));
+        // Also one of a time that is waited for: the host would hand it out again at once.
+        assert!(!given.gives_back(5) && !given.gives_back(9999));
         given.come(7);
         assert_eq!(given.next_held(), Some(8));
         assert!(given.gives_back(9999));

@@ -7,7 +7,8 @@
 //!  "steps": [{"id": "hello", "script": {"interpreter": "/bin/sh", "script": "echo hi\n"}},
 //!            {"id": "motd", "file": {"path": "/etc/motd", "content": "hi\n"}}]}
 //! ```
-//! `key_seq` grows with every goal of a key; a guest refuses one that is lower than it has seen (see `admit`).
+//! `key_seq` grows with every goal of a key. Goals may reach a guest in another order; it refuses one that is so low that the guest
+//! cannot know any more whether it has run (see `window`).
 
 use std::collections::BTreeSet;
 

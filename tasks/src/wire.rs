@@ -41,6 +41,9 @@ pub const SERVICE: &str = "tasks";
 /// tasks by digest, and gives back what it holds. A host that has it too says so in its accept.
 pub const WINDOW: u64 = 1;
 
+/// Most goals that a guest gives back at once. It waits for one more itself, and pulls nothing meanwhile.
+pub const HELD_MAX: usize = 1024;
+
 /// Frame kinds. The number is wire format.
 #[allow(missing_docs)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,12 +4,9 @@
 use std::collections::HashMap;
 
 use adit_tasks::recent::{self, Recent};
-use adit_tasks::wire::{self, Held, TaskId};
+use adit_tasks::wire::{self, HELD_MAX, Held, TaskId};
 
 use crate::desk::{Handout, Wanted};
-
-/// Most goals that a guest gives back at once. One more is handed out again, and the guest waits for it.
-const HELD_MAX: usize = 1024;
 
 /// A goal's digest: of its payload, as the desk names it.
 type Goal = [u8; 32];
@@ -116,5 +113,58 @@ impl Given {
     /// Of what the guest gave back, the one that is valid first.
     pub fn next_held(&self) -> Option<Held> {
         self.held.values().min_by_key(|h| h.not_before_ms).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn handout(n: u16) -> Handout {
+        let mut digest = [0; 32];
+        digest[..2].copy_from_slice(&n.to_le_bytes());
+        Handout {
+            task_id: [n as u8; 16],
+            digest,
+            envelope: Some(n.to_le_bytes().to_vec()),
+            step: "s".into(),
+            attempt: 1,
+            state: adit_api::TaskState::Leased,
+        }
+    }
+
+    fn held(n: u16, not_before_ms: u64) -> Held {
+        Held {
+            task_id: [n as u8; 16],
+            not_before_ms,
+            now_ms: 0,
+        }
+    }
+
+    #[test]
+    fn a_guest_gives_back_only_what_it_was_handed_last_and_so_many_goals() {
+        let mut given = Given::new(wire::WINDOW);
+        given.gave_back(held(1, 5));
+        for n in 0..HELD_MAX as u16 + 10 {
+            given.frames(handout(n));
+            given.gave_back(held(n + 1, 5));
+            given.gave_back(held(n, 5 + u64::from(n)));
+        }
+        assert_eq!(given.wanted().held.len(), HELD_MAX);
+        assert_eq!(given.next_held().map(|h| h.not_before_ms), Some(5));
+        given.clock(6);
+        assert_eq!(given.wanted().held.len(), HELD_MAX - 2);
+        assert_eq!(given.wanted().sent.len(), recent::COUNT_MAX);
+    }
+
+    #[test]
+    fn an_agent_of_before_gets_whole_tasks_and_keeps_what_it_holds() {
+        let mut given = Given::new(0);
+        for _ in 0..2 {
+            assert!(matches!(given.frames(handout(1)), Frames::Whole(_)));
+        }
+        given.gave_back(held(1, 5));
+        let wanted = given.wanted();
+        assert!(wanted.held.is_empty() && wanted.sent.is_empty() && !wanted.overtake);
     }
 }

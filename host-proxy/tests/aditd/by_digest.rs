@@ -129,6 +129,9 @@ fn a_goal_that_was_given_back_waits_for_the_guests_clock_and_no_other_goal_waits
     let (one, _, _) = pull(&mut agent);
     assert_ne!(one.digest, early.digest);
     agent.report(one.task_id, Outcome::Done);
+    // It is shown for as long as it waits.
+    let vm = host.get("/v1/vms/a");
+    assert!(vm["holding"].is_object(), "{vm}");
     let (two, _, _) = pull(&mut agent);
     assert_eq!(two.digest, one.digest);
     agent.report(two.task_id, Outcome::Done);
