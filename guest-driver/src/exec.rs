@@ -1,6 +1,6 @@
 //! The executors: what a verified step may do to this guest, and what came of it. One file a kind.
 //!
-//! To add a kind: its file here, with [`Executor`] for the type that `adit_tasks::action` has for it; its line in [`executor`];
+//! To add a kind: its file here, with `Executor` for the type that `adit_tasks::action` has for it; its line in `executor`;
 //! and its switch in `config`.
 
 pub mod capture;

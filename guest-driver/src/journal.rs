@@ -7,7 +7,7 @@
 //! ```
 //! Every arrow is one transaction with an fsync. An id that was `started` is never started again. Of every signing key the
 //! admitted goals are kept in a window; a finished task is dropped only once its goal was forgotten there, and can never be
-//! admitted again ([`room`]). If none can be dropped, the next task is refused: `journal-full`.
+//! admitted again (`room`). If none can be dropped, the next task is refused: `journal-full`.
 //!
 //! A full disk: a task starts only once `received`, `started` and the space for its result are on disk (`reserve`);
 //! else it is refused, `no-space`, and nothing has run.
