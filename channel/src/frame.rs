@@ -11,6 +11,8 @@
 //! (kind, version) names a struct that never changes; a change is a new version. An unknown kind with [`IGNORABLE`] is
 //! skipped.
 
+mod table;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use zerocopy::little_endian::{U16, U32};

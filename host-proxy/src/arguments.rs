@@ -10,17 +10,20 @@ use crate::config::VmConfig;
 /// Bytes of a command line that are read.
 const LINE_MAX: u64 = 16 << 10;
 
-/// Returns `spec` with the settings that the process has. One that does not say is taken to have all of them.
-pub fn settings_of(pid: u32, spec: &VmConfig) -> VmConfig {
-    let mut settings = spec.clone();
+/// The command line of a process; empty: it has none.
+pub fn line_of(pid: u32) -> Vec<u8> {
     let mut line = Vec::new();
     let file = File::open(format!("/proc/{pid}/cmdline"));
-    if file
-        .and_then(|f| f.take(LINE_MAX).read_to_end(&mut line))
-        .is_err()
-    {
-        return settings;
+    match file.and_then(|f| f.take(LINE_MAX).read_to_end(&mut line)) {
+        Ok(_) => line,
+        Err(_) => Vec::new(),
     }
+}
+
+/// Returns `spec` with the settings that a process with this command line has. One that does not say is taken to have all of
+/// them.
+pub fn settings_in(line: &[u8], spec: &VmConfig) -> VmConfig {
+    let mut settings = spec.clone();
     let args = line.split(|byte| *byte == 0);
     let args: Vec<_> = args.filter_map(|a| std::str::from_utf8(a).ok()).collect();
     let value = |name: &str| {
@@ -52,10 +55,10 @@ mod tests {
             .spawn()
             .unwrap();
         // Started, it has a command line a moment later.
-        let mut found = settings_of(child.id(), &spec);
+        let mut found = settings_in(&line_of(child.id()), &spec);
         while found == spec {
             std::thread::yield_now();
-            found = settings_of(child.id(), &spec);
+            found = settings_in(&line_of(child.id()), &spec);
         }
         assert_eq!((found.busy_poll_us, found.ivshmem_mib), (50, 4));
         assert!(found.allow_any_memory);
@@ -63,7 +66,7 @@ mod tests {
         child.wait().unwrap();
         // This process, and one that is not there, say nothing.
         for pid in [std::process::id(), 0] {
-            assert_eq!(settings_of(pid, &spec), spec);
+            assert_eq!(settings_in(&line_of(pid), &spec), spec);
         }
     }
 }

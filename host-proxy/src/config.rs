@@ -9,6 +9,7 @@ mod summary;
 mod uids;
 
 use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -26,7 +27,7 @@ pub use uids::UidRange;
 /// Where the configuration is if nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/adit/aditd.toml";
 /// Most bytes of the file: more than [`VMS_MAX`] VMs need.
-const FILE_MAX: u64 = 32 << 20;
+pub const FILE_MAX: u64 = 32 << 20;
 /// Most VMs of a host.
 pub const VMS_MAX: usize = 4096;
 /// Most ports in a VM's allow-list.
@@ -87,6 +88,8 @@ pub struct Config {
     pub limits: Limits,
     /// Port processes.
     pub ports: Ports,
+    /// The part of aditd that is not root.
+    pub worker: Worker,
     /// The VMs that are always there.
     pub vm: Vec<VmConfig>,
 }
@@ -178,6 +181,14 @@ pub struct Ports {
     pub uids: Option<UidRange>,
 }
 
+/// `[worker]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Worker {
+    /// Name of the user that it is. None: `adit` if the system has it, or else one of `ports.uids`.
+    pub user: Option<String>,
+}
+
 /// A VM.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -218,6 +229,7 @@ impl Default for Config {
             metrics: None,
             limits: Limits::default(),
             ports: Ports::default(),
+            worker: Worker::default(),
             vm: Vec::new(),
         }
     }
@@ -282,11 +294,21 @@ impl Config {
     /// # Errors
     /// It cannot be read, or something in it is wrong; says where.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = read(path).map_err(|source| ConfigError::Read {
-            path: path.into(),
-            source,
-        })?;
-        Self::parse(path, &text)
+        Self::parse(path, &text_of(path)?)
+    }
+
+    /// Of all settings but the VMs: those that a running aditd does not change.
+    pub fn digest(&self) -> u64 {
+        let settings = Self {
+            vm: Vec::new(),
+            ..self.clone()
+        };
+        let mut hasher = DefaultHasher::new();
+        // It was read from text, and can be written as such.
+        serde_json::to_string(&settings)
+            .unwrap_or_default()
+            .hash(&mut hasher);
+        hasher.finish()
     }
 
     /// Checks the text of a file; `path` is for messages only.
@@ -328,6 +350,17 @@ impl Config {
     pub fn api_socket(&self) -> PathBuf {
         self.run_dir.join("aditd.sock")
     }
+}
+
+/// Reads the text of a file.
+///
+/// # Errors
+/// It cannot be read.
+pub fn text_of(path: &Path) -> Result<String, ConfigError> {
+    read(path).map_err(|source| ConfigError::Read {
+        path: path.into(),
+        source,
+    })
 }
 
 fn read(path: &Path) -> io::Result<String> {

@@ -1,12 +1,12 @@
 //! What aditd keeps of a port process, so that another one can go on with the VMM when that one is killed: the last
 //! handover, with duplicates of every descriptor of the frontend. aditd passes it on and understands none of it.
 //!
-//! Where systemd holds descriptors, what is kept here is there, too ([`fdstore`](crate::fdstore)).
+//! Where the VM has a place in the descriptor store, what is kept here is there, too ([`fdstore`](crate::fdstore)).
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::fdstore::{FdStore, Slot};
+use crate::fdstore::{Ends, Slot};
 use adit_passed::{Closer, Passed};
 use adit_port::control::Handover;
 use adit_port::control_io::{ControlError, Message, send_all};
@@ -43,19 +43,25 @@ impl Keeper {
         &self.closer
     }
 
-    /// Takes up what an earlier aditd kept for this VM, and keeps it in the store from now on, if there is one.
-    pub fn open(&self, store: &FdStore, vm: &str) {
-        match store.slot(vm, &self.closer) {
-            Ok(None) => {}
-            Ok(Some((slot, left))) => {
-                let mut state = self.lock();
-                state.slot = Some(slot);
-                state.kept = left;
-            }
-            Err(e) => {
-                tracing::warn!(vm, error = %e, "nothing is kept over the end of this aditd");
-            }
+    /// Takes up what an earlier aditd kept for this VM in this place, and keeps it there from now on.
+    ///
+    /// # Errors
+    /// What was there cannot be put back.
+    pub fn open(&self, ends: Ends) -> Result<(), ControlError> {
+        let (mut slot, left) = Slot::open(ends, &self.closer)?;
+        let mut state = self.lock();
+        match (&state.kept, left) {
+            // There was no place until now.
+            (Some((handover, fds)), _) => slot.put(handover, fds)?,
+            (None, left) => state.kept = left,
         }
+        state.slot = Some(slot);
+        Ok(())
+    }
+
+    /// Calls `use_them` with both ends of the VM's place, if it has one.
+    pub fn place<T>(&self, use_them: impl FnOnce([BorrowedFd<'_>; 2]) -> T) -> Option<T> {
+        self.lock().slot.as_ref().map(|slot| use_them(slot.ends()))
     }
 
     /// Keeps this in place of the last one.
@@ -82,9 +88,7 @@ impl Keeper {
     pub fn remove(&self) {
         let mut state = self.lock();
         state.kept = None;
-        if let Some(slot) = state.slot.take() {
-            slot.remove();
-        }
+        state.slot = None;
     }
 
     /// Whether a VMM is connected, and a successor could go on with it.

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use adit_host_proxy::config::{self, Config, DEFAULT_PATH};
+use adit_host_proxy::monitor::run::Boot;
 use adit_host_proxy::spawn::Spawner;
+use adit_host_proxy::worker;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -52,6 +54,13 @@ enum Command {
         #[arg(long)]
         log_json: bool,
     },
+    /// The part of aditd that serves clients and guests; `aditd run` starts it
+    #[command(hide = true)]
+    Worker {
+        /// Write log lines as JSON
+        #[arg(long)]
+        log_json: bool,
+    },
     /// Check a configuration: name every mistake, or print what it makes aditd serve
     CheckConfig {
         /// Configuration file
@@ -67,20 +76,27 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(done) => return done,
     };
-    let result = match args.command {
-        Command::CheckConfig { file } => check(&file),
-        Command::ExampleConfig => print(&config::example()),
+    let result: anyhow::Result<ExitCode> = match args.command {
+        Command::CheckConfig { file } => check(&file).map(|()| ExitCode::SUCCESS),
+        Command::ExampleConfig => print(&config::example()).map(|()| ExitCode::SUCCESS),
         Command::Run {
             config,
             port_bin,
             log_json,
         } => {
             adit_host_proxy::log::start(log_json);
-            run(&config, port_bin)
+            run(&config, port_bin, log_json)
+        }
+        Command::Worker { log_json } => {
+            adit_host_proxy::log::start(log_json);
+            // Its program's name is that of a link in /proc.
+            let _ = rustix::thread::set_name(c"aditd");
+            settle();
+            worker::run().map(|()| ExitCode::SUCCESS)
         }
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(e) => adit_print::failed("aditd", e.as_ref()),
     }
 }
@@ -108,7 +124,7 @@ fn settle() {
     }
 }
 
-fn run(file: &Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
+fn run(file: &Path, port_bin: Option<PathBuf>, log_json: bool) -> anyhow::Result<ExitCode> {
     let beside = || Ok::<_, std::io::Error>(std::env::current_exe()?.with_file_name("adit-port"));
     let port_bin = port_bin.map_or_else(beside, Ok)?;
     anyhow::ensure!(
@@ -121,12 +137,17 @@ fn run(file: &Path, port_bin: Option<PathBuf>) -> anyhow::Result<()> {
     let passed = passed_on();
     // Whatever becomes of the working directory, SIGHUP reads the same file.
     let file = std::path::absolute(file)?;
-    let config = Config::load(&file)?;
+    let text = config::text_of(&file)?;
+    let config = Config::parse(&file, &text)?;
     settle();
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(adit_host_proxy::run(config, file, spawner, passed))
+    adit_host_proxy::run(Boot {
+        config,
+        text,
+        file,
+        spawner,
+        passed,
+        log_json,
+    })
 }
 
 /// Takes the descriptors that systemd held for an earlier aditd. To be called once, before anything else is opened.

@@ -1,4 +1,5 @@
-//! SIGHUP: the configuration is read again, and applied as far as that is possible in a running process.
+//! SIGHUP: the configuration is read again, and applied as far as that is possible in a running process. Who reads the file is
+//! the monitor, for the worker cannot; who applies it, the worker.
 //!
 //! A file with a mistake changes nothing. Of a good one the VMs are applied: added, removed, changed. Everything else takes
 //! a restart, as does a VM's CID; the log names what was left. `GET /v1/config` and the service's status say what became of it.
@@ -10,9 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use adit_api::ConfigStatus;
 use adit_names::VmId;
 use futures_util::future::join_all;
-use tokio::signal::unix::Signal;
+use tokio::sync::mpsc;
 
-use crate::config::{Config, VMS_MAX, VmConfig};
+use crate::config::{self, Config, ConfigError, VMS_MAX, VmConfig};
 use crate::state::State;
 use crate::vm::{Origin, VmEntry};
 use crate::vms;
@@ -62,12 +63,21 @@ impl Reloads {
     }
 }
 
-/// Reads the configuration again at each SIGHUP.
-pub async fn at_hangup(state: Arc<State>, path: PathBuf, mut hangup: Signal) {
-    while hangup.recv().await.is_some() {
+/// Applies each text of the configuration that was read again; an error is why it could not be.
+pub async fn follow(
+    state: Arc<State>,
+    path: PathBuf,
+    mut changes: mpsc::Receiver<Result<String, String>>,
+) {
+    while let Some(text) = changes.recv().await {
         let mut outcome = state.reloads.get();
         outcome.reads += 1;
-        match reload(&state, &path).await {
+        let new = text.and_then(|text| parse(&path, &text));
+        let applied = match new {
+            Ok(new) => apply(&state, new).await,
+            Err(error) => Err(error),
+        };
+        match applied {
             Ok(restart) => (outcome.error, outcome.restart) = (None, restart),
             Err(error) => {
                 tracing::error!(
@@ -79,16 +89,12 @@ pub async fn at_hangup(state: Arc<State>, path: PathBuf, mut hangup: Signal) {
             }
         }
         state.reloads.set(outcome);
-        crate::tell_status(&state);
+        crate::tell_status(&state).await;
     }
 }
 
-/// Applies the file. Returns what of it takes a restart.
-async fn reload(state: &Arc<State>, path: &Path) -> Result<Vec<String>, String> {
-    let file = path.to_owned();
-    // Not on the thread that serves: its file system may take its time.
-    let new = tokio::task::spawn_blocking(move || read(&file)).await;
-    let new = new.map_err(|e| e.to_string())??;
+/// Applies a configuration. Returns what of it takes a restart.
+async fn apply(state: &Arc<State>, new: Config) -> Result<Vec<String>, String> {
     let mut restart = differences(&state.config, &new);
     let plan = Plan::new(&state.registry.all(), new.vm)?;
     for vm in &plan.add {
@@ -140,7 +146,10 @@ async fn reload(state: &Arc<State>, path: &Path) -> Result<Vec<String>, String> 
 
 /// Reads the file once more. What the start takes, a pipe or an empty file, is a mistake here: the one would be waited for,
 /// and the other would remove every VM where an editor has just begun to write, or could not because the disk is full.
-fn read(path: &Path) -> Result<Config, String> {
+///
+/// # Errors
+/// Why it cannot be read, in one line.
+pub fn text_again(path: &Path) -> Result<String, String> {
     let shown = path.display();
     match std::fs::metadata(path) {
         Ok(file) if !file.is_file() => return Err(format!("{shown} is not a regular file")),
@@ -151,10 +160,18 @@ fn read(path: &Path) -> Result<Config, String> {
         }
         _ => {}
     }
-    Config::load(path).map_err(|e| match std::error::Error::source(&e) {
+    config::text_of(path).map_err(|e| in_a_line(&e))
+}
+
+fn parse(path: &Path, text: &str) -> Result<Config, String> {
+    Config::parse(path, text).map_err(|e| in_a_line(&e))
+}
+
+fn in_a_line(e: &ConfigError) -> String {
+    match std::error::Error::source(e) {
         Some(source) => format!("{e}: {source}"),
         None => e.to_string().replace('\n', "; "),
-    })
+    }
 }
 
 /// Keys outside of the VMs that differ.

@@ -208,10 +208,19 @@ fn serve(inbox: &Receiver<Request>) {
 /// # Errors
 /// It cannot be watched, or was waited for by somebody else.
 pub async fn reap(mut child: Child, fd: OwnedFd) -> io::Result<ExitStatus> {
+    ended(fd).await?;
+    child.wait()
+}
+
+/// Waits until the process that `fd`, a pidfd, is of has ended.
+///
+/// # Errors
+/// It cannot be watched.
+pub async fn ended(fd: OwnedFd) -> io::Result<()> {
     // SAFETY: an owned descriptor stays open, and the same, for as long as it is registered.
     let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?;
     let _ended = fd.readable().await?;
-    child.wait()
+    Ok(())
 }
 
 #[cfg(test)]

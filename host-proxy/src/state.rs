@@ -11,13 +11,12 @@ use tokio_util::task::TaskTracker;
 use crate::config::Config;
 use crate::desk::Desk;
 use crate::desk::store::db::Db;
-use crate::fdstore::FdStore;
 use crate::listen::{Room, Shares};
 use crate::metrics::Metrics;
+use crate::monitor::Monitor;
 use crate::proxy::pool::Pool;
 use crate::registry::Registry;
 use crate::reload::Reloads;
-use crate::supervisor::Launch;
 
 /// Shared by all tasks of the process.
 pub struct State {
@@ -25,14 +24,12 @@ pub struct State {
     pub config: Config,
     /// What became of the configuration file since then.
     pub reloads: Reloads,
-    /// What a port process is started with.
-    pub launch: Arc<Launch>,
+    /// What needs root.
+    pub monitor: Monitor,
     /// The VMs.
     pub registry: Arc<Registry>,
     /// Their tasks.
     pub desk: Desk,
-    /// Descriptors that systemd holds for us.
-    pub fd_store: FdStore,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// How many connections there may be.
@@ -53,13 +50,7 @@ pub struct State {
 
 impl State {
     /// Puts the parts together.
-    pub fn new(
-        config: Config,
-        launch: Launch,
-        db: Db,
-        boot_nonce: [u8; 16],
-        fd_store: FdStore,
-    ) -> Arc<Self> {
+    pub fn new(config: Config, monitor: Monitor, db: Db, boot_nonce: [u8; 16]) -> Arc<Self> {
         let room = Room::of_process(config.limits.connections);
         let registry = Arc::new(Registry::new(&config.run_dir));
         let metrics = Arc::new(Metrics::default());
@@ -79,8 +70,7 @@ impl State {
             registry,
             config,
             reloads: Reloads::default(),
-            launch: Arc::new(launch),
-            fd_store,
+            monitor,
             metrics,
             boot_nonce,
             stop: CancellationToken::new(),

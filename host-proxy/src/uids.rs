@@ -21,6 +21,8 @@ use crate::config::{Config, UidRange};
 #[derive(Debug)]
 pub struct Uids {
     range: UidRange,
+    /// The worker's, which no VM gets.
+    worker: Option<u32>,
     /// Where the VMs' directories are.
     vms: PathBuf,
     /// Users that had processes when aditd started.
@@ -36,14 +38,14 @@ struct Holder {
 }
 
 impl Uids {
-    /// Returns the users to give; none: aditd cannot give any, which is said.
+    /// Returns the users to give; none: aditd cannot give any, which is said. `worker`: one that is taken.
     ///
     /// # Errors
     /// The configuration wants it to.
-    pub fn new(config: &Config) -> anyhow::Result<Option<Self>> {
+    pub fn new(config: &Config, worker: Option<u32>) -> anyhow::Result<Option<Self>> {
         let range = config.ports.uids.unwrap_or_default();
         let why = match cannot(range) {
-            None => return Ok(Some(Self::open(range, &config.run_dir)?)),
+            None => return Ok(Some(Self::open(range, worker, &config.run_dir)?)),
             Some(why) => why,
         };
         if config.ports.uids.is_some() {
@@ -56,21 +58,19 @@ impl Uids {
         Ok(None)
     }
 
-    fn open(range: UidRange, run_dir: &Path) -> io::Result<Self> {
+    fn open(range: UidRange, worker: Option<u32>, run_dir: &Path) -> io::Result<Self> {
         let vms = run_dir.join("vm");
         let mut held = BTreeMap::new();
-        for entry in fs::read_dir(&vms).into_iter().flatten() {
-            let entry = entry?;
-            let uid = entry.metadata()?.gid();
-            if range.contains(uid) {
-                let vm = entry.file_name().to_string_lossy().into_owned();
-                let active = false;
-                // If two have one group, adit did not do it: the second VM gets another user.
+        for (uid, vm) in held_in(&vms)? {
+            let active = false;
+            // If two have one group, adit did not do it: the second VM gets another user.
+            if range.contains(uid) && worker != Some(uid) {
                 held.entry(uid).or_insert(Holder { vm, active });
             }
         }
         Ok(Self {
             range,
+            worker,
             vms,
             others: running()?,
             held: Mutex::new(held),
@@ -95,7 +95,10 @@ impl Uids {
                 *uid
             }
             None => {
-                let free = |uid: &u32| !held.contains_key(uid) && !self.others.contains(uid);
+                let free = |uid: &u32| {
+                    let others = self.others.contains(uid) || self.worker == Some(*uid);
+                    !others && !held.contains_key(uid)
+                };
                 let uid = match self.range.iter().find(free) {
                     Some(uid) => uid,
                     None => self.take_back(&mut held)?,
@@ -139,23 +142,60 @@ impl Uids {
     }
 }
 
+/// The groups of the VMs' directories below this one.
+fn held_in(vms: &Path) -> io::Result<Vec<(u32, String)>> {
+    let of_entry = |entry: io::Result<fs::DirEntry>| {
+        let entry = entry?;
+        let vm = entry.file_name().to_string_lossy().into_owned();
+        Ok((entry.metadata()?.gid(), vm))
+    };
+    let entries = fs::read_dir(vms).into_iter().flatten();
+    entries.map(of_entry).collect()
+}
+
+/// The highest user of a range that no VM has and no process, except `known`.
+///
+/// # Errors
+/// The system does not say who has which.
+pub fn highest_free(
+    range: UidRange,
+    run_dir: &Path,
+    known: Option<u32>,
+) -> io::Result<Option<u32>> {
+    let held: BTreeSet<u32> = held_in(&run_dir.join("vm"))?
+        .into_iter()
+        .map(|(uid, _)| uid)
+        .collect();
+    let running = running()?;
+    let free = |uid: &u32| {
+        let other = running.contains(uid) && known != Some(*uid);
+        !other && !held.contains(uid)
+    };
+    Ok(known
+        .filter(|uid| range.contains(*uid))
+        .filter(free)
+        .or_else(|| range.iter().rev().find(free)))
+}
+
 /// The users of all processes.
 fn running() -> io::Result<BTreeSet<u32>> {
     let mut users = BTreeSet::new();
     for entry in fs::read_dir("/proc")? {
-        // A process that has ended since does not count.
-        let Ok(status) = fs::read_to_string(entry?.path().join("status")) else {
-            continue;
-        };
-        let line = status.lines().find_map(|l| l.strip_prefix("Uid:"));
-        let words = line.into_iter().flat_map(str::split_whitespace);
-        users.extend(words.filter_map(|w| w.parse::<u32>().ok()));
+        users.extend(of_process(&entry?.path()));
     }
     Ok(users)
 }
 
+/// The users of a process, by its directory in /proc. One that has ended since has none.
+pub fn of_process(dir: &Path) -> Vec<u32> {
+    let status = fs::read_to_string(dir.join("status")).unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("Uid:"));
+    let words = line.into_iter().flat_map(str::split_whitespace);
+    words.filter_map(|w| w.parse().ok()).collect()
+}
+
 /// Why aditd cannot start processes as these users; none: it can.
-fn cannot(range: UidRange) -> Option<String> {
+pub fn cannot(range: UidRange) -> Option<String> {
     if !Uid::effective().is_root() {
         return Some("aditd is not root".into());
     }
@@ -208,14 +248,14 @@ mod tests {
         // Nobody's, unless a test of another tree runs at the same time: the users of this process' number.
         let first = 1_000_000 + 4 * std::process::id();
         let range: UidRange = format!("{first}-{}", first + 1).parse().unwrap();
-        let uids = Uids::open(range, dir.path()).unwrap();
+        let uids = Uids::open(range, None, dir.path()).unwrap();
         let (a, b) = (uids.of("a").unwrap(), uids.of("b").unwrap());
         assert_eq!((a, b), (first, first + 1));
         assert_eq!(uids.of("a").unwrap(), a);
         let refused = uids.of("c").unwrap_err().to_string();
         assert!(refused.contains("are taken"), "{refused}");
         // The next aditd, asked in another order.
-        let uids = Uids::open(range, dir.path()).unwrap();
+        let uids = Uids::open(range, None, dir.path()).unwrap();
         assert_eq!((uids.of("b").unwrap(), uids.of("a").unwrap()), (b, a));
         // A process of the VM that was removed still runs.
         uids.leave("b");

@@ -16,7 +16,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use crate::supervisor::{LOG, LOG_PAST};
+use crate::monitor::port_log::{LOG, LOG_PAST};
 
 /// How long whoever served the VM may take to let the directory go, once its socket is closed.
 const LOCK_LIMIT: Duration = Duration::from_secs(1);

@@ -16,7 +16,7 @@ use crate::desk::DeskError;
 use crate::registry::AddError;
 use crate::state::State;
 use crate::vm::{Origin, VmEntry};
-use crate::{services, supervisor, vm_dir};
+use crate::{services, supervisor};
 
 /// How long a port process that was told to end may take.
 const PORT_END_LIMIT: Duration = Duration::from_secs(5);
@@ -43,18 +43,31 @@ pub async fn add(
 ) -> Result<Arc<VmEntry>, NotAdded> {
     let vm = state.registry.add(config.clone(), origin)?;
     let changing = vm.changing.lock().await;
-    vm.channel
-        .keeper
-        .open(&state.fd_store, config.name.as_str());
     if origin == Origin::Api
         && let Err(e) = state.desk.keep_vm(&config).await
     {
         state.registry.remove(&config.name);
         return Err(e.into());
     }
+    place(state, &vm).await;
     start(state, &vm).await;
     drop(changing);
     Ok(vm)
+}
+
+/// Gives a VM its place in the descriptor store, if it has none yet, with what an earlier aditd left there.
+pub async fn place(state: &State, vm: &VmEntry) {
+    if vm.channel.keeper.place(|_| ()).is_some() {
+        return;
+    }
+    let opened = match state.monitor.slot(&vm.name).await {
+        Ok(None) => return,
+        Ok(Some(ends)) => vm.channel.keeper.open(ends).map_err(|e| e.to_string()),
+        Err(e) => Err(e.to_string()),
+    };
+    if let Err(error) = opened {
+        tracing::warn!(vm = %vm.name, error, "nothing is kept over the end of this aditd");
+    }
 }
 
 async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
@@ -67,7 +80,7 @@ async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
     };
     tokio::spawn(supervisor::supervise(
         vm.clone(),
-        state.launch.clone(),
+        state.monitor.clone(),
         on_incoming,
     ));
 }
@@ -91,7 +104,7 @@ pub async fn remove(state: &Arc<State>, vm: &Arc<VmEntry>) -> Result<(), DeskErr
     if let Err(e) = state.desk.remove_vm(&vm.name).await {
         tracing::warn!(vm = %vm.name, error = %e, "the removed VM's last tasks are not ended");
     }
-    if let Err(e) = vm_dir::remove(&state.config.run_dir, &vm.name).await {
+    if let Err(e) = state.monitor.remove_dir(&vm.name).await {
         let dir = vm.dir.display();
         tracing::warn!(vm = %vm.name, %dir, error = %e, "the removed VM's directory stays");
     }
@@ -129,7 +142,7 @@ pub async fn load(state: &Arc<State>) -> anyhow::Result<()> {
         };
         match added {
             Ok(vm) => {
-                vm.channel.keeper.open(&state.fd_store, &name);
+                place(state, &vm).await;
                 start(state, &vm).await;
             }
             Err(error) => {

@@ -20,6 +20,8 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Uid;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use crate::uids;
+
 /// How often to check whether a process that was told to end has ended.
 const END_LOOK: Duration = Duration::from_millis(10);
 
@@ -30,6 +32,30 @@ pub struct PortProcess {
     /// `None`: it is in another PID namespace.
     fd: Option<OwnedFd>,
     ours: bool,
+}
+
+/// What the worker knows of a process that serves a VM.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer {
+    pid: u32,
+    ours: bool,
+}
+
+impl Peer {
+    /// As the monitor says.
+    pub fn new(pid: u32, ours: bool) -> Self {
+        Self { pid, ours }
+    }
+
+    /// Its process id; 0 if it has none in this PID namespace.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Whether aditd started it, this one or an earlier one, and it is no VMM.
+    pub fn is_ours(&self) -> bool {
+        self.ours
+    }
 }
 
 impl PortProcess {
@@ -96,6 +122,30 @@ impl PortProcess {
             return Err(stranger(pid, uid, dir, "did not take that directory"));
         }
         Ok(Some(process))
+    }
+
+    /// The one that noted itself in a VM's directory, if it still runs, and as the VM's own user.
+    ///
+    /// # Errors
+    /// No descriptor can be had.
+    pub fn noted(dir: &Path, own: u32) -> io::Result<Option<Self>> {
+        let Some(born) = Born::noted(dir) else {
+            return Ok(None);
+        };
+        let fd = match open(born.pid) {
+            Ok(fd) => Some(fd),
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        let process = Self {
+            pid: born.pid,
+            fd,
+            ours: true,
+        };
+        let users = uids::of_process(&Path::new("/proc").join(born.pid.to_string()));
+        let is_own = users.iter().all(|uid| *uid == own) && !users.is_empty();
+        let is_it = is_own && Born::of(born.pid) == Some(born) && !process.has_ended();
+        Ok(is_it.then_some(process))
     }
 
     /// Its process id; 0 if it has none in this PID namespace.
@@ -177,6 +227,22 @@ mod tests {
         // A process of root's or aditd's own is served, and never taken for one that may be ended.
         assert!(!behind(Some(70_001)).unwrap().unwrap().is_ours());
         assert!(!behind(None).unwrap().unwrap().is_ours());
+    }
+
+    #[test]
+    fn r115_only_the_process_that_took_the_directory_and_is_the_vms_user_is_known_by_its_note() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = Uid::effective().as_raw();
+        let noted = |own| PortProcess::noted(dir.path(), own).unwrap();
+        assert!(noted(own).is_none());
+        Born::note(dir.path()).unwrap();
+        assert_eq!(noted(own).unwrap().pid(), std::process::id());
+        assert!(noted(own + 1).is_none());
+        let note = dir.path().join(adit_port::born::NOTE);
+        for other in [format!("{} 1\n", std::process::id()), "1 1\n".into()] {
+            std::fs::write(&note, other).unwrap();
+            assert!(noted(own).is_none());
+        }
     }
 
     #[test]

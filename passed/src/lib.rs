@@ -11,6 +11,7 @@
 //! | memory | it has seals, which only memory has (`F_GET_SEALS`) | [`Passed::memory`] |
 //! | a doorbell | it has no file type, according to cached attributes (`AT_STATX_DONT_SYNC`), and accepts a write of an eight-byte zero | [`Passed::eventfd`] |
 //! | a Unix stream socket | it is a socket of that family and type (`getsockopt`) | [`Passed::unix_stream`] |
+//! | a Unix socket of packets | the same | [`Passed::unix_packets`] |
 //! | a regular file | its file type, according to cached attributes | [`Passed::regular_file`] |
 //!
 //! (`/proc/self/fd` would identify an eventfd without the write, but a sandboxed process cannot read it. Among files
@@ -98,6 +99,20 @@ impl Passed {
         };
         let fd = self.take_if(is, "not a Unix stream socket")?;
         Ok(Apart::new(fd.into(), &closer))
+    }
+
+    /// Converts it to a Unix socket of packets (`SOCK_SEQPACKET`). Descriptors of any kind may wait in it: see [`Apart`].
+    ///
+    /// # Errors
+    /// It is not such a socket.
+    pub fn unix_packets(self) -> io::Result<Apart<OwnedFd>> {
+        let closer = self.0.closer().clone();
+        let is = |fd: &OwnedFd| {
+            socket_domain(fd) == Ok(AddressFamily::UNIX)
+                && socket_type(fd) == Ok(SocketType::SEQPACKET)
+        };
+        let fd = self.take_if(is, "not a Unix socket of packets")?;
+        Ok(Apart::new(fd, &closer))
     }
 
     /// Converts it to a regular file. The file system may be FUSE, so any later use of the file may block.

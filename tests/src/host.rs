@@ -140,6 +140,15 @@ impl Host {
         self.wait_served()
     }
 
+    /// Kills one process of the service, by its process id there, with SIGKILL.
+    ///
+    /// # Errors
+    /// It does not run as a service.
+    pub fn kill_in_service(&self, pid: u32) -> anyhow::Result<()> {
+        let systemd = self.systemd.as_ref().context("not under systemd")?;
+        systemd.run("kill", &["-KILL", &pid.to_string()]).map(drop)
+    }
+
     /// Lets systemd stop aditd and start the next one.
     ///
     /// # Errors
@@ -161,9 +170,62 @@ impl Host {
         Ok(said.trim().to_owned())
     }
 
-    /// Kills aditd with SIGKILL.
+    /// Kills aditd with SIGKILL: its monitor and its worker.
     pub fn kill(&mut self) {
+        self.kill_monitor();
+        self.kill_worker();
+    }
+
+    /// Kills aditd's monitor with SIGKILL; its worker goes on.
+    pub fn kill_monitor(&mut self) {
         self.aditd = None;
+    }
+
+    /// Kills aditd's worker with SIGKILL, and waits until it has ended. Where aditd is one process, there is none.
+    pub fn kill_worker(&self) {
+        let Some(pid) = self.noted_worker() else {
+            return;
+        };
+        let proc = PathBuf::from(format!("/proc/{pid}"));
+        let line = fs::read_to_string(proc.join("cmdline")).unwrap_or_default();
+        // Another process may have its number by now.
+        if !line.split('\0').any(|word| word == "worker") {
+            return;
+        }
+        let _ = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(pid.cast_signed()),
+            nix::sys::signal::Signal::SIGKILL,
+        );
+        let state = || fs::read_to_string(proc.join("stat")).unwrap_or_default();
+        let ended = wait_for("the worker's end", START_LIMIT, || {
+            let state = state();
+            Ok((state.is_empty() || state.contains(") Z ")).then_some(()))
+        });
+        if let Err(e) = ended {
+            eprintln!("{e:#}");
+        }
+    }
+
+    /// Process id of whoever serves clients and guests: the worker, or the one process that there is without root. As seen
+    /// from outside of its namespace, unless it is a service.
+    pub fn worker(&self) -> u32 {
+        self.noted_worker().unwrap_or_else(|| self.pid())
+    }
+
+    fn noted_worker(&self) -> Option<u32> {
+        let text = fs::read_to_string(self.run.join("worker.pid")).ok()?;
+        text.trim().parse().ok()
+    }
+
+    /// Waits until another worker than this one serves. Returns its process id.
+    ///
+    /// # Errors
+    /// None does.
+    pub fn wait_worker(&self, other_than: u32) -> anyhow::Result<u32> {
+        let another = wait_for("another worker", START_LIMIT, || {
+            Ok(self.noted_worker().filter(|pid| *pid != other_than))
+        });
+        another.with_context(|| format!("aditd said:\n{}", self.log()))
     }
 
     /// The proxy's address.
@@ -171,7 +233,7 @@ impl Host {
         self.proxy
     }
 
-    /// Process id of aditd; 0 if it was killed.
+    /// Process id of aditd's monitor; 0 if it was killed.
     pub fn pid(&self) -> u32 {
         self.aditd.as_ref().map_or(0, Reaped::pid)
     }

@@ -376,7 +376,7 @@ fn idle_processes_are_small() {
     let Some((host, _)) = start(&["a", "b"]) else {
         return;
     };
-    let aditd = anonymous_kib(host.pid().into());
+    let aditd = anonymous_kib(host.worker().into());
     assert!(aditd <= 32 << 10, "aditd: {aditd} KiB");
     for pid in port_pids(&host, 2) {
         let port = anonymous_kib(pid);

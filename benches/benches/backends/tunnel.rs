@@ -111,9 +111,14 @@ struct Processes(Vec<Child>);
 impl Drop for Processes {
     fn drop(&mut self) {
         for child in &mut self.0 {
-            // The port process is aditd's child, and survives it unless it is killed.
-            let path = format!("/proc/{0}/task/{0}/children", child.id());
-            let children = std::fs::read_to_string(path).unwrap_or_default();
+            // Worker and port process are aditd's children, and survive it unless they are ended.
+            let threads = std::fs::read_dir(format!("/proc/{}/task", child.id()));
+            let children: String = threads
+                .into_iter()
+                .flatten()
+                .flatten()
+                .filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok())
+                .collect();
             let _ = child.kill();
             let _ = child.wait();
             for pid in children.split_whitespace().filter_map(|p| p.parse().ok()) {

@@ -22,13 +22,13 @@ pub mod keep;
 pub mod log;
 #[cfg(feature = "shell")]
 pub mod place;
-#[cfg(feature = "shell")]
+#[cfg(feature = "sandbox")]
 pub mod privilege;
 #[cfg(feature = "shell")]
 pub mod process;
 #[cfg(feature = "shell")]
 pub mod rings;
-#[cfg(feature = "shell")]
+#[cfg(feature = "sandbox")]
 pub mod sandbox;
 #[cfg(feature = "vmm")]
 pub mod vmm;

@@ -14,8 +14,10 @@ use rustix::thread::{
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
 };
 
+#[cfg(feature = "shell")]
 /// Most threads of one VM's user: those of a process that ends, and of its successor.
 const THREADS_MAX: u64 = 64;
+#[cfg(feature = "shell")]
 /// Most bytes of its own memory. Memory shared with its guest does not count. The process uses some MiB; frames for an aditd
 /// that does not read may take up to a quarter of this.
 const OWN_MEMORY_MAX: u64 = 1 << 30;
@@ -29,17 +31,18 @@ pub struct PrivilegeError {
     source: io::Error,
 }
 
+fn failed(what: &'static str) -> impl FnOnce(io::Error) -> PrivilegeError {
+    move |source| PrivilegeError { what, source }
+}
+
 /// Gives up every privilege, and becomes the user and group `own`, if given, which needs root. The longest file that it may
 /// write has `file_max_bytes`, or twice [`FILE_MAX`](crate::log::FILE_MAX) if that is more: its log is a file, and so is
-/// memory for a ring. Call this while there is only
-/// one thread. Returns false if the capability bounding set could not be emptied. That is harmless: only another program could
-/// gain capabilities, and the process never starts one.
+/// memory for a ring. Call this while there is only one thread. Returns as [`become_user`].
 ///
 /// # Errors
 /// The kernel refuses.
+#[cfg(feature = "shell")]
 pub fn give_up(own: Option<u32>, file_max_bytes: u64) -> Result<bool, PrivilegeError> {
-    let failed = |what| move |source: io::Error| PrivilegeError { what, source };
-    let bounded = empty_bounds().map_err(failed("empty the capability bounding set"))?;
     // A core dump would contain guest memory, and the process never locks memory.
     for resource in [Resource::RLIMIT_CORE, Resource::RLIMIT_MEMLOCK] {
         limit(resource, 0).map_err(failed("set its limits"))?;
@@ -48,15 +51,28 @@ pub fn give_up(own: Option<u32>, file_max_bytes: u64) -> Result<bool, PrivilegeE
     // A process that its guest has taken over could write its log until the disk is full.
     let file_max = file_max_bytes.max(2 * crate::log::FILE_MAX);
     limit(Resource::RLIMIT_FSIZE, file_max).map_err(failed("set its limits"))?;
-    if let Some(own) = own {
+    if own.is_some() {
         limit(Resource::RLIMIT_NPROC, THREADS_MAX).map_err(failed("set its limits"))?;
-        let (uid, gid) = (Uid::from_raw(own), Gid::from_raw(own));
+    }
+    become_user(own.map(|own| (own, own)))
+}
+
+/// Becomes the user and group, if given, which needs root, and gives up all groups and capabilities and every way to regain
+/// them. Call this while there is only one thread. Returns false if the capability bounding set could not be emptied. That is
+/// harmless: only another program could gain capabilities, and the process never starts one.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn become_user(own: Option<(u32, u32)>) -> Result<bool, PrivilegeError> {
+    let bounded = empty_bounds().map_err(failed("empty the capability bounding set"))?;
+    if let Some((uid, gid)) = own {
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
         let become_own = || {
             setgroups(&[])?;
             setresgid(gid, gid, gid)?;
             setresuid(uid, uid, uid)
         };
-        become_own().map_err(|e| failed("become the VM's own user")(e.into()))?;
+        become_own().map_err(|e| failed("become a user of its own")(e.into()))?;
     }
     match clear_ambient_capability_set() {
         // An old kernel has no ambient capabilities.
@@ -96,7 +112,10 @@ fn empty_bounds() -> io::Result<bool> {
 }
 
 /// Lowers a limit, soft and hard.
-fn limit(resource: Resource, most: u64) -> io::Result<()> {
+///
+/// # Errors
+/// The kernel refuses.
+pub fn limit(resource: Resource, most: u64) -> io::Result<()> {
     let (_, hard) = getrlimit(resource)?;
     let most = most.min(hard);
     Ok(setrlimit(resource, most, most)?)

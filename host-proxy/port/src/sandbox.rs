@@ -54,10 +54,19 @@ pub fn lock_files() -> Result<bool, SandboxError> {
 /// # Errors
 /// The kernel has no seccomp, or the architecture is not supported.
 pub fn lock_calls() -> Result<(), SandboxError> {
+    lock_to(allowed()?, refused(), libc::EACCES)
+}
+
+/// Gives up all system calls except those of `allowed`, in every thread of the process. Those of `refused`, which must be allowed,
+/// too, return this error.
+///
+/// # Errors
+/// The kernel has no seccomp, or the architecture is not supported.
+pub fn lock_to(allowed: Rules, refused: Rules, errno: i32) -> Result<(), SandboxError> {
     // With two filters, the stricter verdict counts.
-    let listed = compile(SeccompAction::KillProcess, SeccompAction::Allow, allowed()?)?;
-    let errno = SeccompAction::Errno(libc::EACCES as u32);
-    let softly = compile(SeccompAction::Allow, errno, refused())?;
+    let listed = compile(SeccompAction::KillProcess, SeccompAction::Allow, allowed)?;
+    let errno = SeccompAction::Errno(errno as u32);
+    let softly = compile(SeccompAction::Allow, errno, refused)?;
     // Each call installs its filter in all threads, and sets no_new_privs.
     apply_filter_all_threads(&softly)?;
     apply_filter_all_threads(&listed)?;
@@ -237,6 +246,18 @@ pub fn by_argument() -> Result<Rules, seccompiler::BackendError> {
         Ok((call, rules.collect::<Result<_, _>>()?))
     })
     .collect()
+}
+
+/// Allows a call whose argument `number` has these of the masked bits.
+///
+/// # Errors
+/// The rule is malformed.
+pub fn masked_is(
+    number: u8,
+    mask: u32,
+    value: u32,
+) -> Result<SeccompRule, seccompiler::BackendError> {
+    SeccompRule::new(vec![masked(number, mask, value).condition()?])
 }
 
 /// Allows a call with exactly these 32-bit arguments, given as pairs of number and value.

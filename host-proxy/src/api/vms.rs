@@ -190,7 +190,7 @@ pub(super) async fn reload(Shared(state): Shared<App>, Path(name): Path<String>)
     let replaced = async {
         // One that does not hear it is ended all the same: what the next one needs is here.
         let _ = tokio::time::timeout(RELEASE_LIMIT, link.release()).await;
-        process.end_within(RELEASE_LIMIT).await;
+        state.monitor.end(&vm.name, pid, RELEASE_LIMIT).await;
         loop {
             let now = vm.channel.status();
             let another = vm.channel.port_pid().is_some_and(|now| now != pid);

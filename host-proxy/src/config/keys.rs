@@ -44,6 +44,7 @@ pub(super) enum Kind {
         max: u64,
     },
     Uids,
+    User,
     VmName,
 }
 
@@ -54,6 +55,7 @@ impl Kind {
             Self::Address => text.parse::<std::net::SocketAddr>().is_ok(),
             Self::Folder => std::path::Path::new(text).is_absolute(),
             Self::Uids => text.parse::<UidRange>().is_ok(),
+            Self::User => is_user(text),
             Self::VmName => text.parse::<VmId>().is_ok(),
             _ => false,
         }
@@ -67,6 +69,13 @@ impl Kind {
             _ => false,
         }
     }
+}
+
+/// Names of users as useradd(8) takes them.
+fn is_user(text: &str) -> bool {
+    let is = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-.".contains(&b);
+    let begins = text.starts_with(|c: char| c.is_ascii_lowercase() || c == '_');
+    begins && text.len() <= 32 && text.bytes().all(is) && text != "root"
 }
 
 impl Key {
@@ -86,6 +95,7 @@ impl Key {
             Kind::Uids => {
                 "\"FIRST-LAST\": user ids from 1 to 4294967294, without 65534 (`nobody`)".into()
             }
+            Kind::User => "the name of a user of the host, not `root`, in quotes".into(),
             Kind::VmName => "1 to 63 of a-z, 0-9 and inner `-`, in quotes".into(),
         }
     }
@@ -234,6 +244,14 @@ const KEYS: &[Key] = &[
         default: "\"70000-78191\"",
         example: "\"70000-78191\"",
         kind: Kind::Uids,
+    },
+    Key {
+        path: "worker.user",
+        meaning: "User that aditd's worker runs as: the part that serves the proxy, the API and the guests, without any \
+                  privilege. The database becomes this user's. aditd must be root for this.",
+        default: "the user `adit` if the host has it, or else the last free one of ports.uids",
+        example: "\"adit\"",
+        kind: Kind::User,
     },
     Key {
         path: "vm.name",

@@ -26,6 +26,13 @@ impl Config {
                 self.state_dir.join("aditd.db").display().to_string(),
             ),
             ("port processes", uids),
+            (
+                "worker",
+                self.worker.user.clone().map_or_else(
+                    || "user `adit` or one of the same, if aditd is root".into(),
+                    |user| format!("user `{user}`"),
+                ),
+            ),
             ("VMs", self.vm.len().to_string()),
         ] {
             // Writing to a String cannot fail.

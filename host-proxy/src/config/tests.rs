@@ -163,6 +163,10 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
             keys::Kind::Folder => (vec!["\"/a\"".into()], vec!["\"a\"".into()]),
             keys::Kind::Address => (vec!["\"[::1]:0\"".into()], vec!["\"127.0.0.1\"".into()]),
             keys::Kind::Uids => (vec!["\"1-2\"".into()], vec!["\"2-1\"".into()]),
+            keys::Kind::User => (
+                vec!["\"adit\"".into(), "\"_a-1\"".into()],
+                vec!["\"root\"".into(), "\"0\"".into(), "\"a b\"".into()],
+            ),
             keys::Kind::VmName => (vec!["\"a-b\"".into()], vec!["\"a-\"".into()]),
         };
         bad.extend(["1.5", "1979-05-27", "{}"].map(str::to_owned));

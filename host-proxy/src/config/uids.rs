@@ -27,7 +27,7 @@ impl UidRange {
     }
 
     /// All of them.
-    pub fn iter(self) -> impl Iterator<Item = u32> {
+    pub fn iter(self) -> impl DoubleEndedIterator<Item = u32> {
         self.first..=self.last
     }
 }

@@ -36,7 +36,7 @@ pub(super) fn goal(n: u8, seq: u64) -> NewGoal {
 }
 
 pub(super) fn open() -> Connection {
-    store::db::prepare(":memory:".as_ref(), &SCHEMA).unwrap()
+    store::db::prepare(":memory:".as_ref(), ":memory:".as_ref(), &SCHEMA).unwrap()
 }
 
 pub(super) fn tasks(c: &Connection, filter: &Filter) -> rusqlite::Result<Vec<Task>> {

@@ -10,7 +10,7 @@ use crate::config::VmConfig;
 use crate::fault::{Fault, FaultKind, Logged};
 use crate::keeper::Keeper;
 use crate::link::Link;
-use crate::whose::PortProcess;
+use crate::whose::Peer;
 
 /// A VM's channel.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ pub struct Serving {
     /// Speaks to it.
     pub link: Arc<Link>,
     /// Who the kernel says it is.
-    pub process: Arc<PortProcess>,
+    pub process: Peer,
     /// It is the VM's VMM itself.
     held: bool,
     /// State of the ring, as it said last.
@@ -62,7 +62,7 @@ impl Channel {
     }
 
     /// A port process serves the VM from now on: what was wrong with the one before is over.
-    pub fn begin(&self, link: Arc<Link>, process: Arc<PortProcess>) {
+    pub fn begin(&self, link: Arc<Link>, process: Peer) {
         self.change(|state| {
             state.trouble = None;
             state.serving = Some(Serving {

@@ -63,7 +63,7 @@ fn r105_closing_what_a_port_process_passed_delays_nobody() {
     };
     // In handovers, each of which replaces the one before.
     for (n, kind) in (1..).zip(foreign()) {
-        kinds::stopped(host.pid(), || {
+        kinds::stopped(host.worker(), || {
             hand_over(&control, 2 * n, &[kind.fd.as_fd()]);
             hand_over(&control, 2 * n + 1, &[null.as_fd()]);
             kind.close();
@@ -74,7 +74,7 @@ fn r105_closing_what_a_port_process_passed_delays_nobody() {
     for kind in foreign() {
         let (port, peer_port) = (hello::PORT, 700);
         let incoming = Message::Incoming(Incoming { port, peer_port });
-        kinds::stopped(host.pid(), || {
+        kinds::stopped(host.worker(), || {
             send_all(&control.0, &incoming, &[kind.fd.as_fd()]).unwrap();
             kind.close();
         });
@@ -90,7 +90,7 @@ fn r105_closing_what_a_port_process_passed_delays_nobody() {
     kinds.drain(cases.len()..).for_each(Foreign::close);
     for (kind, (frame, count)) in kinds.into_iter().zip(cases) {
         let frame = frame.encode().unwrap();
-        kinds::stopped(host.pid(), || {
+        kinds::stopped(host.worker(), || {
             pass(&control.0, &frame, &vec![kind.fd.as_fd(); count]);
             kind.close();
         });
@@ -148,7 +148,7 @@ fn r105_a_vms_silent_file_does_not_keep_another_vms_port_process_from_starting()
     // One that is kept for a successor, and one that waits to be closed.
     let kept = mute.open();
     let closed = mute.open();
-    kinds::stopped(host.pid(), || {
+    kinds::stopped(host.worker(), || {
         hand_over(&control, 1, &[closed.as_fd()]);
         hand_over(&control, 2, &[kept.as_fd()]);
         // Closed here, they would be waited for.
@@ -174,14 +174,14 @@ fn r105_descriptors_on_a_guests_stream_delay_nobody() {
     // With the agent's bytes, read or not.
     let agent = control.agent();
     let fd = lingering();
-    kinds::stopped(host.pid(), || {
+    kinds::stopped(host.worker(), || {
         pass(&agent.stream, &[0], &[fd.as_fd()]);
         drop(fd);
     });
     answers(&host);
     let newer = control.agent();
     let fd = lingering();
-    kinds::stopped(host.pid(), || {
+    kinds::stopped(host.worker(), || {
         pass(&newer.stream, &[0; 1 << 10], &[fd.as_fd()]);
         drop((fd, newer));
     });
@@ -193,7 +193,7 @@ fn r105_descriptors_on_a_guests_stream_delay_nobody() {
         .unwrap();
     let (guest, _) = control.tunnel();
     let fd = lingering();
-    kinds::stopped(host.pid(), || {
+    kinds::stopped(host.worker(), || {
         pass(&guest, b"HTTP/1.1 200 OK\r\n", &[fd.as_fd()]);
         drop(fd);
     });
@@ -208,19 +208,19 @@ fn r109_a_handover_for_which_no_descriptor_is_free_leaves_none_behind() {
     let (host, ports) = Host::serving(&[("a", 3)], "");
     let mut control = ports[0].connected();
     assert_eq!(host.get("/v1/vms").as_array().unwrap().len(), 1);
-    let before = kinds::open_in(host.pid()).len();
+    let before = kinds::open_in(host.worker()).len();
     let memory: OwnedFd = tempfile::tempfile().unwrap().into();
     for _ in 0..5 {
-        kinds::limit(host.pid(), Some(6));
+        kinds::limit(host.worker(), Some(6));
         hand_over(&control, 1, &[memory.as_fd(); HANDOVER_FDS_MAX]);
         // It cannot be kept, so the connection ends and aditd connects again.
         let anew = ports[0].connected();
         host.until("nothing is left", |host| {
-            (kinds::open_in(host.pid()).len() <= before).then_some(())
+            (kinds::open_in(host.worker()).len() <= before).then_some(())
         });
         control = anew;
     }
-    kinds::limit(host.pid(), None);
+    kinds::limit(host.worker(), None);
     hand_over(&control, 1, &[memory.as_fd(); HANDOVER_FDS_MAX]);
     loop {
         if let Message::Kept(kept) = control.hear().unwrap().0 {

@@ -37,7 +37,7 @@ fn kept(control: &Control, seq: u64) {
 }
 
 fn descriptors(host: &Host) -> usize {
-    let path = format!("/proc/{}/fd", host.pid());
+    let path = format!("/proc/{}/fd", host.worker());
     std::fs::read_dir(path).unwrap().count()
 }
 

@@ -128,12 +128,49 @@ impl Host {
         });
     }
 
-    /// SIGKILL.
+    /// SIGKILL, to the monitor and its worker.
     pub fn kill(&mut self) {
+        self.kill_monitor();
+        self.kill_worker();
+    }
+
+    /// SIGKILL, to the monitor only.
+    pub fn kill_monitor(&mut self) {
         if let Some(mut aditd) = self.aditd.take() {
             let _ = aditd.kill();
             aditd.wait().unwrap();
         }
+    }
+
+    /// SIGKILL, to the worker only, if there is one. Returns when it has ended.
+    pub fn kill_worker(&self) {
+        use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+        let pid = self
+            .noted_worker()
+            .and_then(|pid| Pid::from_raw(pid.cast_signed()));
+        let Some(pid) = pid else { return };
+        let Ok(worker) = pidfd_open(pid, PidfdFlags::empty()) else {
+            return; // it has ended
+        };
+        // No other process has this number by now.
+        let line = fs::read(format!("/proc/{}/cmdline", pid.as_raw_pid())).unwrap_or_default();
+        if line.windows(6).any(|word| word == b"worker") {
+            let _ = pidfd_send_signal(&worker, Signal::KILL);
+            let mut fds = [rustix::event::PollFd::new(
+                &worker,
+                rustix::event::PollFlags::IN,
+            )];
+            let limit = rustix::time::Timespec::try_from(HANG).unwrap();
+            assert!(
+                rustix::event::poll(&mut fds, Some(&limit)).unwrap() > 0,
+                "it goes on"
+            );
+        }
+    }
+
+    fn noted_worker(&self) -> Option<u32> {
+        let text = fs::read_to_string(self.dir.path().join("run/worker.pid")).ok()?;
+        text.trim().parse().ok()
     }
 
     /// SIGTERM, without waiting.
@@ -164,8 +201,14 @@ impl Host {
         self.aditd.take().unwrap().wait().unwrap().success()
     }
 
+    /// Process id of the monitor.
     pub fn pid(&self) -> u32 {
         self.aditd.as_ref().unwrap().id()
+    }
+
+    /// Process id of whoever serves clients and guests: the worker, or the one process that there is without root.
+    pub fn worker(&self) -> u32 {
+        self.noted_worker().unwrap_or_else(|| self.pid())
     }
 
     pub fn log(&self) -> String {

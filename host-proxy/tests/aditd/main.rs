@@ -23,6 +23,7 @@ mod kinds;
 mod limits;
 mod patience;
 mod pool;
+mod processes;
 mod proxy;
 mod reach;
 mod refused;

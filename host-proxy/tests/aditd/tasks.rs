@@ -124,12 +124,11 @@ fn r78_no_acknowledged_goal_is_lost_by_kills_at_any_time() {
             while acked.lock().unwrap().len() < before + 5 + round as usize {
                 std::thread::yield_now();
             }
-            let pid = i32::try_from(host.pid()).unwrap();
-            nix::sys::signal::kill(
-                nix::unistd::Pid::from_raw(pid),
-                nix::sys::signal::Signal::SIGKILL,
-            )
-            .unwrap();
+            for pid in [host.pid(), host.worker()] {
+                let pid = nix::unistd::Pid::from_raw(pid.cast_signed());
+                // Where there is one process, it has been killed the second time.
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
             dead.store(true, Ordering::Relaxed);
         });
         host.kill();
@@ -290,7 +289,7 @@ fn a_guests_clock_and_held_task_are_shown_and_a_guest_that_asks_gets_the_hosts_t
 
 /// Number of aditd's open descriptors.
 fn open_descriptors(host: &Host) -> usize {
-    let dir = format!("/proc/{}/fd", host.pid());
+    let dir = format!("/proc/{}/fd", host.worker());
     std::fs::read_dir(dir).unwrap().count()
 }
 

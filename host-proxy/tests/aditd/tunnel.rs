@@ -441,7 +441,7 @@ fn hundreds_of_clients_are_passed_at_once() {
     }
     // Only the port process has them.
     host.until("their descriptors are given back", |h| {
-        let path = format!("/proc/{}/fd", h.pid());
+        let path = format!("/proc/{}/fd", h.worker());
         (std::fs::read_dir(path).unwrap().count() < 100).then_some(())
     });
 }

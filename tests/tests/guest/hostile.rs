@@ -87,7 +87,7 @@ fn hostile_guests_harm_only_themselves() {
             .unwrap_or_else(|e| panic!("{e:#}\n{}", host.log()));
         let serial = guest.serial();
         let verdict = serial.lines().find(|l| l.contains("HOSTILE-")).unwrap();
-        let [aditd, own, other] = [u64::from(host.pid()), ports[1], ports[0]].map(anonymous_kib);
+        let [aditd, own, other] = [u64::from(host.worker()), ports[1], ports[0]].map(anonymous_kib);
         println!("{verdict} (aditd {aditd} KiB, its port {own} KiB, the neighbour's {other} KiB)");
         assert!(verdict.contains("HOSTILE-OK"), "{serial}\n{}", host.log());
         assert!(aditd < ADITD_MAX_KIB && own.max(other) < PORT_MAX_KIB);
@@ -154,7 +154,7 @@ fn r01_to_r17_guests_that_overwrite_their_ring_harm_only_themselves() {
             mutes += 1;
         }
         let verdict = serial.lines().find(|l| l.contains("HOSTILE-")).unwrap();
-        let [aditd, own, other] = [u64::from(host.pid()), ports[1], ports[0]].map(anonymous_kib);
+        let [aditd, own, other] = [u64::from(host.worker()), ports[1], ports[0]].map(anonymous_kib);
         println!("{verdict} (aditd {aditd} KiB, its port {own} KiB, the neighbour's {other} KiB)");
         assert!(
             verdict.contains("HOSTILE-OK"),

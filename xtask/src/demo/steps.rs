@@ -210,7 +210,11 @@ fn aditd_killed(stage: &mut Stage) -> anyhow::Result<String> {
     stage.wait_state(&id, "started")?;
     let tunnel = stage.download(true, "http://web-2/slow?mb=16")?;
     let relayed = stage.download(false, "http://web-2/slow?mb=16")?;
-    println!("$ kill -9 {}    # aditd", stage.host.pid());
+    println!(
+        "$ kill -9 {} {}    # aditd: monitor and worker",
+        stage.host.pid(),
+        stage.host.worker()
+    );
     stage.host.kill();
     let killed = Instant::now();
     let relayed = relayed.wait_with_output()?;
@@ -352,7 +356,11 @@ fn late_result(stage: &mut Stage) -> anyhow::Result<String> {
         &[],
     )?;
     stage.wait_state(&id, "started")?;
-    println!("$ kill -9 {}    # aditd", stage.host.pid());
+    println!(
+        "$ kill -9 {} {}    # aditd: monitor and worker",
+        stage.host.pid(),
+        stage.host.worker()
+    );
     stage.host.kill();
     // The agent prints on its console when the result is on its disk.
     stage.guests[1].wait_serial("result on the guest's disk", BOOT_LIMIT, |log| {

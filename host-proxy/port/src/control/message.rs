@@ -5,7 +5,6 @@
 //! version 1; only a handover with a ring has version 2.
 
 use std::io;
-use std::ops::RangeInclusive;
 
 use adit_channel::frame::{self, FrameError, HEADER_LEN, Header, IGNORABLE};
 
@@ -21,55 +20,12 @@ const HANDOVER_VERSION: u16 = 2;
 /// Flags of a kind that a process of an older build must know.
 const NEEDED: u32 = 0;
 
-macro_rules! messages {
-    ($($(#[$doc:meta])* $kind:ident = $number:literal, $fds:expr, $flags:expr;)*) => {
-        /// Frame kinds. The numbers are part of the wire format.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        #[repr(u16)]
-        pub enum ControlKind {
-            $($(#[$doc])* $kind = $number,)*
-        }
-
-        /// One control frame, in either direction.
-        #[derive(Clone, Debug, PartialEq, Eq)]
-        pub enum Message {
-            $($(#[$doc])* $kind($kind),)*
-        }
-
-        impl Message {
-            /// Its kind.
-            pub fn kind(&self) -> ControlKind {
-                match self {
-                    $(Self::$kind(_) => ControlKind::$kind,)*
-                }
-            }
-
-            /// How many descriptors it has.
-            pub(crate) fn descriptors(&self) -> RangeInclusive<usize> {
-                match self {
-                    $(Self::$kind(_) => $fds,)*
-                }
-            }
-
-            fn encode_v1(&self) -> Result<Vec<u8>, FrameError> {
-                let kind = self.kind() as u16;
-                match self {
-                    $(Self::$kind(m) => frame::encode(kind, VERSION, 0, $flags, m),)*
-                }
-            }
-
-            /// Returns `None` for an unknown kind.
-            fn decode_v1(header: &Header, body: &[u8]) -> Result<Option<Self>, FrameError> {
-                $(if header.kind == ControlKind::$kind as u16 {
-                    return header.decode(body).map(Self::$kind).map(Some);
-                })*
-                Ok(None)
-            }
-        }
-    };
-}
-
-messages! {
+adit_channel::message_table! {
+    version VERSION;
+    /// Frame kinds. The numbers are part of the wire format.
+    kinds ControlKind;
+    /// One control frame, in either direction.
+    messages Message;
     /// To the port process.
     Dial = 1, 0..=0, NEEDED;
     /// To the port process, with one descriptor.
@@ -176,7 +132,7 @@ impl Message {
                 frame::encode(kind, VERSION, 0, IGNORABLE, &HandoverV1 { seq, record })
             }
             Self::Handover(m) => frame::encode(kind, HANDOVER_VERSION, 0, IGNORABLE, m),
-            _ => self.encode_v1(),
+            _ => self.encode_body(0),
         }?;
         if bytes.len() > PACKET_MAX {
             return Err(ControlError::TooLong);
@@ -210,7 +166,7 @@ impl Message {
                 Some(Self::Handover(Handover { seq, record, ring }))
             }
             HANDOVER_VERSION if is_handover => Some(Self::Handover(header.decode(body)?)),
-            VERSION => Self::decode_v1(&header, body)?,
+            VERSION => Self::decode_body(&header, body)?,
             _ => None,
         };
         match message {

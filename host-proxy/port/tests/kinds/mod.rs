@@ -49,10 +49,19 @@ pub fn open_in(pid: u32) -> Vec<usize> {
 /// Limits a process to so many more descriptors than it has open. `None`: the most that are allowed.
 pub fn limit(pid: u32, room: Option<usize>) {
     let limit = room.map_or(4096, |more| with_room_for(&open_in(pid), more));
-    let done = std::process::Command::new("prlimit")
-        .args([format!("--pid={pid}"), format!("--nofile={limit}:")])
-        .status()
-        .unwrap();
+    let mut command = std::process::Command::new("prlimit");
+    command.args([format!("--pid={pid}"), format!("--nofile={limit}:")]);
+    // As its user: root may lack the capability that it takes otherwise.
+    let ids = |name: &str| -> Option<u32> {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let line = status.lines().find_map(|l| l.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse().ok()
+    };
+    if nix::unistd::geteuid().is_root() {
+        use std::os::unix::process::CommandExt;
+        command.uid(ids("Uid:").unwrap()).gid(ids("Gid:").unwrap());
+    }
+    let done = command.status().unwrap();
     assert!(done.success());
 }
 

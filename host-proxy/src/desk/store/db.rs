@@ -117,17 +117,26 @@ pub struct Db {
 }
 
 impl Db {
-    /// Opens (or makes) the database, checks it, brings it to the newest schema, and starts its thread.
+    /// As [`open_as`](Self::open_as), under its own path.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open(path: &Path, schema: &'static Schema) -> Result<Self, DbError> {
+        Self::open_as(path, path, schema)
+    }
+
+    /// Opens (or makes) the database, checks it, brings it to the newest schema, and starts its thread. `shown` is its path as
+    /// people know it: the worker has another root directory.
     ///
     /// # Errors
     /// The file cannot be opened, is no database, is damaged, or is of a newer aditd. It is left as it was.
-    pub fn open(path: &Path, schema: &'static Schema) -> Result<Self, DbError> {
-        let connection = prepare(path, schema)?;
+    pub fn open_as(path: &Path, shown: &Path, schema: &'static Schema) -> Result<Self, DbError> {
+        let connection = prepare(path, shown, schema)?;
         let (jobs, receiver) = sync_channel(WAITING_MAX);
-        let path = path.to_owned();
+        let (path, shown) = (path.to_owned(), shown.to_owned());
         std::thread::Builder::new()
             .name("database".into())
-            .spawn(move || run(connection, &path, schema, &receiver))
+            .spawn(move || run(connection, &path, &shown, schema, &receiver))
             .map_err(|e| DbError::Commit(e.to_string()))?;
         Ok(Self { jobs })
     }
@@ -205,8 +214,12 @@ fn in_savepoint<T, E: From<rusqlite::Error>>(
 }
 
 /// Opens the file, and writes nothing to it before it is known to be whole and ours.
-pub(in crate::desk) fn prepare(path: &Path, schema: &Schema) -> Result<Connection, DbError> {
-    let name = || path.display().to_string();
+pub(in crate::desk) fn prepare(
+    path: &Path,
+    shown: &Path,
+    schema: &Schema,
+) -> Result<Connection, DbError> {
+    let name = || shown.display().to_string();
     let known = i64::try_from(schema.migrations.len()).unwrap_or(i64::MAX);
     let mut connection = Connection::open(path)?;
     connection.busy_timeout(BUSY)?;
@@ -284,10 +297,10 @@ fn check(connection: &Connection, path: &Path) -> rusqlite::Result<Option<String
         .map(|table| format!("a row of `{table}` refers to one that does not exist")))
 }
 
-fn run(connection: Connection, path: &Path, schema: &Schema, jobs: &Receiver<Job>) {
+fn run(connection: Connection, path: &Path, shown: &Path, schema: &Schema, jobs: &Receiver<Job>) {
     let mut open = Some(connection);
     while let Ok(first) = jobs.recv() {
-        let connection = match open.take().map_or_else(|| prepare(path, schema), Ok) {
+        let connection = match open.take().map_or_else(|| prepare(path, shown, schema), Ok) {
             Ok(connection) => connection,
             Err(e) => {
                 tracing::error!(error = %e, remedy = e.remedy(path), "the database cannot be opened");

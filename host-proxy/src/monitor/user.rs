@@ -1,0 +1,152 @@
+//! Who the worker becomes, and what is handed over to it: the directory of the database.
+//!
+//! | there is | it is |
+//! |---|---|
+//! | `user` of `[worker]` | that user |
+//! | a user `adit` on the host | that one |
+//! | neither | the last user of `ports.uids` that no VM and no process has; the one that the directory belongs to already, if it can be |
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use nix::unistd::User;
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Uid, chownat, fchown, openat, statat,
+};
+use rustix::thread::{CapabilitySet, capabilities};
+
+use crate::config::Config;
+use crate::uids;
+
+/// The user that packages make.
+const NAME: &str = "adit";
+/// What the directory of the database may have, so that it is aditd's own and can be handed over.
+const OWN: [&str; 2] = ["aditd.", "lost+found"];
+/// The database, and what SQLite puts beside it.
+const FILES: [&str; 4] = [
+    "aditd.db",
+    "aditd.db-wal",
+    "aditd.db-shm",
+    "aditd.db-journal",
+];
+
+/// A user and its group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Account {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
+
+/// Returns who the worker becomes, or why aditd is one process.
+///
+/// # Errors
+/// The configuration names a user, and aditd cannot use it.
+pub fn of_worker(config: &Config) -> anyhow::Result<Result<Account, String>> {
+    let wanted = config.worker.user.as_deref();
+    let why = match cannot(config) {
+        Some(why) => why,
+        None => match account(config, wanted)? {
+            Some(account) => match is_own(&config.state_dir, account)? {
+                true => return Ok(Ok(account)),
+                false => format!(
+                    "{} has files of others, and cannot be the worker's: set a state_dir of aditd's own",
+                    config.state_dir.display()
+                ),
+            },
+            None => "all users of `ports.uids` are taken: set more of them".into(),
+        },
+    };
+    match wanted {
+        Some(_) => bail!("cannot use the `user` of [worker]: {why}; or remove the key"),
+        None => Ok(Err(why)),
+    }
+}
+
+/// Why there cannot be two processes; none: there can.
+fn cannot(config: &Config) -> Option<String> {
+    let range = config.ports.uids.unwrap_or_default();
+    let wanted = CapabilitySet::SYS_CHROOT | CapabilitySet::KILL | CapabilitySet::DAC_OVERRIDE;
+    uids::cannot(range).or_else(|| {
+        let has = capabilities(None).map(|c| c.effective);
+        let can = has.is_ok_and(|has| has.contains(wanted));
+        (!can).then(|| "aditd lacks CAP_SYS_CHROOT, CAP_KILL or CAP_DAC_OVERRIDE".into())
+    })
+}
+
+fn account(config: &Config, wanted: Option<&str>) -> anyhow::Result<Option<Account>> {
+    let named = User::from_name(wanted.unwrap_or(NAME)).ok().flatten();
+    match (named, wanted) {
+        (Some(user), _) if !user.uid.is_root() && user.gid.as_raw() != 0 => Ok(Some(Account {
+            uid: user.uid.as_raw(),
+            gid: user.gid.as_raw(),
+        })),
+        (Some(_), Some(name)) => bail!("the `user` of [worker], `{name}`, is root"),
+        (None, Some(name)) => bail!("the host has no user `{name}`, which [worker] names"),
+        (_, None) => {
+            let owner = std::fs::metadata(&config.state_dir).map(|dir| dir.uid());
+            let range = config.ports.uids.unwrap_or_default();
+            let free = uids::highest_free(range, &config.run_dir, owner.ok())?;
+            Ok(free.map(|uid| Account { uid, gid: uid }))
+        }
+    }
+}
+
+/// Whether the directory is the worker's already, or has nothing but what is aditd's.
+fn is_own(state_dir: &Path, account: Account) -> io::Result<bool> {
+    let dir = match openat(
+        CWD,
+        state_dir,
+        OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    ) {
+        Ok(dir) => dir,
+        Err(rustix::io::Errno::NOENT) => return Ok(true),
+        Err(e) => return Err(e.into()),
+    };
+    if rustix::fs::fstat(&dir)?.st_uid == account.uid {
+        return Ok(true);
+    }
+    for entry in Dir::read_from(&dir)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        let is_known = OWN.iter().any(|own| name.starts_with(own));
+        if name != "." && name != ".." && !is_known {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Hands the directory of the database over to the worker. Returns it.
+///
+/// # Errors
+/// The file system refuses.
+pub fn hand_over(state_dir: &Path, account: Account) -> anyhow::Result<OwnedFd> {
+    let done = || -> io::Result<OwnedFd> {
+        let flags = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY;
+        let dir = openat(CWD, state_dir, flags, Mode::empty())?;
+        let (uid, gid) = (Uid::from_raw(account.uid), Gid::from_raw(account.gid));
+        for name in FILES {
+            let Ok(stat) = statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) else {
+                continue;
+            };
+            let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+            let is_its = (stat.st_uid, stat.st_gid) == (account.uid, account.gid);
+            // A file with another name may be anybody's.
+            if is_file && stat.st_nlink == 1 && !is_its {
+                chownat(&dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+            }
+        }
+        // Last: whoever finds it done finds all of it done.
+        fchown(&dir, Some(uid), Some(gid))?;
+        Ok(dir)
+    };
+    done().with_context(|| {
+        let (dir, uid) = (state_dir.display(), account.uid);
+        format!("cannot hand {dir} over to user {uid}, the worker's")
+    })
+}

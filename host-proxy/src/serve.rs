@@ -1,0 +1,152 @@
+//! The service itself, in the worker, or in the one process that there is without root: from open listeners to the stop.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::mpsc;
+
+use crate::config::Config;
+use crate::desk::store::db::Db;
+use crate::listen::{self, Gate};
+use crate::monitor::Monitor;
+use crate::place::Listeners;
+use crate::state::State;
+use crate::{api, desk, proxy, reload, vms};
+
+/// How long requests that are under way may go on after the stop.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
+
+/// Where the database is.
+#[derive(Debug)]
+pub struct Database {
+    /// As this process opens it.
+    pub path: PathBuf,
+    /// As people know it.
+    pub shown: PathBuf,
+}
+
+/// What the service is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// As read at the start.
+    pub config: Config,
+    /// Where it was read from, for messages.
+    pub file: PathBuf,
+    /// The database.
+    pub database: Database,
+    /// What needs root.
+    pub monitor: Monitor,
+    /// Where clients connect.
+    pub listeners: Listeners,
+}
+
+/// A service that is ready to run.
+pub struct Service {
+    /// What its parts share.
+    pub state: Arc<State>,
+    file: PathBuf,
+    listeners: Listeners,
+}
+
+impl Service {
+    /// Opens the database.
+    ///
+    /// # Errors
+    /// It cannot be used: one line that says what to do.
+    pub fn open(parts: Parts) -> anyhow::Result<Self> {
+        let Parts {
+            config,
+            file,
+            database: Database { path, shown },
+            monitor,
+            listeners,
+        } = parts;
+        let db = Db::open_as(&path, &shown, &desk::store::SCHEMA).map_err(|e| {
+            anyhow::anyhow!("cannot use {}: {e}; {}", shown.display(), e.remedy(&path))
+        })?;
+        let mut boot_nonce = [0; 16];
+        getrandom::fill(&mut boot_nonce)
+            .map_err(|e| anyhow::anyhow!("cannot get random numbers: {e}"))?;
+        let state = State::new(config, monitor, db, boot_nonce);
+        Ok(Self {
+            state,
+            file,
+            listeners,
+        })
+    }
+
+    /// Serves until `stopped` ends, or the API says so. `changes` are texts of the configuration that was read again, and
+    /// `ready` is called once VMs are looked after and clients let in.
+    ///
+    /// # Errors
+    /// One line that says what to do.
+    pub async fn run(
+        self,
+        changes: mpsc::Receiver<Result<String, String>>,
+        stopped: impl Future<Output = ()>,
+        ready: impl AsyncFnOnce() -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let Self {
+            state,
+            file,
+            listeners,
+        } = self;
+        let proxy = TcpListener::from_std(listeners.proxy)?;
+        let metrics = listeners.metrics.map(TcpListener::from_std).transpose()?;
+        let api = UnixListener::from_std(listeners.api)?;
+        vms::load(&state).await?;
+        state.monitor.forget_others().await;
+        tracing::info!(proxy = %proxy.local_addr()?, api = %state.config.api_socket().display(), "serving");
+        ready().await?;
+        crate::tell_status(&state).await;
+
+        let mut tasks = tokio::task::JoinSet::new();
+        let clients = tokio::spawn(proxy::serve(state.clone(), proxy));
+        let timed = state.clone();
+        tasks.spawn(async move { timed.desk.keep_time(&timed.stop).await });
+        tasks.spawn(reload::follow(state.clone(), file, changes));
+        if let Some(listener) = metrics {
+            let app = api::observe(state.clone()).with_state(state.clone());
+            let (gate, room) = (Gate::new(state.room.metrics), state.room);
+            let spares = move |client: &TcpStream| room.spares(client);
+            tasks.spawn(listen::serve(
+                listener,
+                app,
+                gate,
+                0,
+                spares,
+                state.stop.clone(),
+            ));
+        }
+        let server = tokio::spawn(listen::serve(
+            api,
+            api::router(state.clone()),
+            Gate::new(state.room.api),
+            api::BODY_MAX,
+            // What the others leave is for this one.
+            |_: &UnixStream| true,
+            state.stop.clone(),
+        ));
+        tokio::select! {
+            () = stopped => tracing::info!("told to stop; port processes go on"),
+            () = state.stop.cancelled() => tracing::info!("told to stop by the API"),
+        }
+        state.stop.cancel();
+        let ended = async { drop(tokio::join!(server, clients)) };
+        if tokio::time::timeout(STOP_LIMIT, ended).await.is_err() {
+            tracing::info!("requests that are still under way are cut off");
+        }
+        tasks.shutdown().await;
+        match tokio::time::timeout(STOP_LIMIT, state.desk.write_begun()).await {
+            Ok(Ok(())) => {}
+            // Their agents say it again to the next aditd.
+            Ok(Err(e)) => tracing::warn!(error = %e, "which tasks run is not written down"),
+            Err(_) => {
+                tracing::warn!("which tasks run is not written down: the database takes too long")
+            }
+        }
+        Ok(())
+    }
+}
