@@ -36,15 +36,37 @@ const LAST_WORDS_LIMIT: Duration = Duration::from_secs(1);
 /// Most frames that wait to be sent to a port process.
 const OUTBOX_MAX: usize = 2 * DIALS_MAX;
 
-type Waiting = HashMap<u64, oneshot::Sender<Result<Dialed, DialFailed>>>;
+/// A dial under way.
+#[derive(Debug)]
+struct Waiting {
+    tell: oneshot::Sender<Result<Dialed, DialFailed>>,
+    /// A frame with the client's end, until it is sent. It is not in the outbox, so that it ends with the dial: a port process
+    /// that reads nothing holds no descriptor of a client that is gone.
+    passing: Option<(Message, OwnedFd)>,
+}
+
+impl Waiting {
+    fn new(tell: oneshot::Sender<Result<Dialed, DialFailed>>) -> Self {
+        let passing = None;
+        Self { tell, passing }
+    }
+}
+
+/// What is to be sent.
+#[derive(Debug)]
+enum Frame {
+    Plain(Message),
+    /// What this dial has to pass.
+    Passing(u64),
+}
 
 /// A connected port process.
 #[derive(Debug)]
 pub struct Link {
     /// Of the descriptors that the port process passes.
     closer: Closer,
-    outbox: mpsc::Sender<(Message, Option<OwnedFd>)>,
-    waiting: Mutex<Waiting>,
+    outbox: mpsc::Sender<Frame>,
+    waiting: Mutex<HashMap<u64, Waiting>>,
     next_id: AtomicU64,
     /// The port process has [`FEATURE_CONNECT`].
     connects: AtomicBool,
@@ -100,21 +122,23 @@ impl Link {
 
     /// Ends the port process.
     pub async fn quit(&self) {
-        let _ = self.outbox.send((Message::Quit(Quit {}), None)).await;
+        let _ = self.outbox.send(Frame::Plain(Message::Quit(Quit {}))).await;
     }
 
     /// Ends the port process; its frontend stays for a successor.
     pub async fn release(&self) {
-        let _ = self.outbox.send((Message::Release(Release {}), None)).await;
+        let release = Message::Release(Release {});
+        let _ = self.outbox.send(Frame::Plain(release)).await;
     }
 
     /// Tells the port process that its handover is kept.
     pub fn kept(&self, seq: u64) {
         // If there is no room it does not read, and its frontend goes on after a while.
-        let _ = self.outbox.try_send((Message::Kept(Kept { seq }), None));
+        let kept = Message::Kept(Kept { seq });
+        let _ = self.outbox.try_send(Frame::Plain(kept));
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, Waiting>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -122,7 +146,7 @@ impl Link {
 /// The loop of a link.
 pub struct Driver {
     link: Arc<Link>,
-    inbox: mpsc::Receiver<(Message, Option<OwnedFd>)>,
+    inbox: mpsc::Receiver<Frame>,
 }
 
 impl Driver {
@@ -142,16 +166,12 @@ impl Driver {
         let inbox = &mut self.inbox;
         let link = &self.link;
         let write = async {
-            while let Some((message, fd)) = inbox.recv().await {
-                if link.is_given_up(&message) {
-                    continue;
-                }
-                let fd = fd.as_ref().map(AsFd::as_fd);
+            while let Some(frame) = inbox.recv().await {
                 // Each packet is sent whole or not at all.
-                let send = |sock: BorrowedFd<'_>| send(sock, &message, fd);
+                let send = |sock: BorrowedFd<'_>| link.send(sock, &frame);
                 match when_ready(socket, Interest::WRITABLE, send).await {
                     Ok(()) => {}
-                    Err(ControlError::Io(e)) if in_flight_full(&e) => link.not_passed(&message),
+                    Err(ControlError::Io(e)) if in_flight_full(&e) => link.not_passed(&frame),
                     Err(ControlError::Io(e)) => {
                         // It has gone, and what it said before is still read.
                         inbox.close();
@@ -244,29 +264,45 @@ fn in_flight_full(e: &io::Error) -> bool {
 }
 
 impl Link {
-    /// Nobody waits for this dial any more. Its client is not passed on: it may be closed already, and then the duplicate here
-    /// would be closed after the port process has had it, on this thread.
-    fn is_given_up(&self, message: &Message) -> bool {
-        matches!(message, Message::Connect(connect) if !self.waiting().contains_key(&connect.id))
+    /// Sends a frame, or nothing if its dial is given up. Its client may be closed then, and a duplicate here would be closed
+    /// after the port process has had it, on this thread.
+    fn send(&self, sock: BorrowedFd<'_>, frame: &Frame) -> Result<(), ControlError> {
+        let id = match frame {
+            Frame::Plain(message) => return send(sock, message, None),
+            Frame::Passing(id) => *id,
+        };
+        let mut waiting = self.waiting();
+        let Some(dial) = waiting.get_mut(&id) else {
+            return Ok(());
+        };
+        let Some((message, fd)) = &dial.passing else {
+            return Ok(());
+        };
+        send(sock, message, Some(fd.as_fd()))?;
+        let is_last = matches!(message, Message::Attach(_));
+        dial.passing = None;
+        drop(waiting);
+        if is_last {
+            // Nobody answers it.
+            let boot_nonce = [0; 16];
+            self.answer(Message::Dialed(Dialed { id, boot_nonce }));
+        }
+        Ok(())
     }
 
     /// A frame's descriptor cannot be passed now: its dial fails.
-    fn not_passed(&self, message: &Message) {
+    fn not_passed(&self, frame: &Frame) {
         tracing::warn!("too many descriptors are on their way to port processes");
-        if let Message::Connect(connect) = message {
+        if let Frame::Passing(id) = frame {
             let text = "too many descriptors are on their way to port processes";
-            self.answer(Message::DialFailed(failed(
-                connect.id,
-                DialError::Busy,
-                text,
-            )));
+            self.answer(Message::DialFailed(failed(*id, DialError::Busy, text)));
         }
     }
 
     /// The port process has disconnected, and everything that it said is read.
     fn all_failed(&self) {
-        for (id, tell) in self.waiting().drain() {
-            let _ = tell.send(Err(gone(id)));
+        for (id, dial) in self.waiting().drain() {
+            let _ = dial.tell.send(Err(gone(id)));
         }
     }
 
@@ -276,8 +312,9 @@ impl Link {
             Message::DialFailed(f) => (f.id, Err(f)),
             other => return tracing::warn!(kind = ?other.kind(), "unexpected control frame"),
         };
-        if let Some(tell) = self.waiting().remove(&id) {
-            let _ = tell.send(result);
+        let dial = self.waiting().remove(&id);
+        if let Some(dial) = dial {
+            let _ = dial.tell.send(result);
         }
     }
 }

@@ -24,7 +24,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, oneshot};
 
-use super::Link;
+use super::{Frame, Link, Waiting};
 
 /// How long to wait for a port process's answer after the dial's own deadline.
 const ANSWER_GRACE: Duration = Duration::from_secs(5);
@@ -125,7 +125,7 @@ impl Link {
                 let text = "too many dials to this VM are under way";
                 return Err(Unopened::Failed(failed(id, DialError::Busy, text)));
             }
-            waiting.insert(id, tell);
+            waiting.insert(id, Waiting::new(tell));
         }
         let waits = Waits {
             link: self,
@@ -165,9 +165,7 @@ impl Waits<'_> {
             greeting,
         });
         let answer = async {
-            self.say(message, Some(fd))
-                .await
-                .map_err(Unopened::Failed)?;
+            self.pass(message, fd).await.map_err(Unopened::Failed)?;
             match self.told(told, asks.as_deref(), None).await {
                 Ok(answer) => answer.map_err(Unopened::Failed),
                 Err(_) => Err(Unopened::Unknown(self.gone())),
@@ -204,7 +202,7 @@ impl Waits<'_> {
             ClientEnd::Relayed(_) => None,
         };
         let answer = async {
-            self.say(message, None).await?;
+            self.say(message).await?;
             let asks = client.map(|client| &*client.asks);
             let answer = self.told(told, asks, client.map(|c| &c.fd)).await;
             answer.unwrap_or_else(|_| Err(self.gone()))
@@ -222,10 +220,17 @@ impl Waits<'_> {
             }
             ClientEnd::Relayed(fd) => (fd, Vec::new()),
         };
+        let (tell, sent) = oneshot::channel();
+        self.link.waiting().insert(id, Waiting::new(tell));
         let attach = Message::Attach(Attach { id, prefix });
-        let sent = self.say(attach, Some(fd)).await;
+        let sent = async {
+            self.pass(attach, fd).await?;
+            sent.await.unwrap_or_else(|_| Err(self.gone()))
+        };
+        let sent = tokio::time::timeout(ANSWER_GRACE, sent).await;
+        let sent = sent.unwrap_or_else(|_| Err(self.silent()));
         self.answered = sent.is_ok();
-        sent.map_err(Unopened::Unknown)
+        sent.map(drop).map_err(Unopened::Unknown)
     }
 
     /// Waits for the answer, and has the client asked meanwhile: here, if this is its socket, or by the port process.
@@ -250,14 +255,27 @@ impl Waits<'_> {
             } else {
                 let (id, text) = (self.id, asks.text.to_vec());
                 // If it has gone, there will be no answer either.
-                let _ = self.say(Message::Ask(Ask { id, text }), None).await;
+                let _ = self.say(Message::Ask(Ask { id, text })).await;
             }
         }
     }
 
-    async fn say(&self, message: Message, fd: Option<OwnedFd>) -> Result<(), DialFailed> {
-        let sent = self.link.outbox.send((message, fd)).await;
-        sent.map_err(|_| self.gone())
+    async fn say(&self, message: Message) -> Result<(), DialFailed> {
+        self.queue(Frame::Plain(message)).await
+    }
+
+    /// Has a frame sent with the client's end, unless the dial is given up before.
+    async fn pass(&self, message: Message, fd: OwnedFd) -> Result<(), DialFailed> {
+        match self.link.waiting().get_mut(&self.id) {
+            Some(dial) => dial.passing = Some((message, fd)),
+            None => return Err(self.gone()),
+        }
+        self.queue(Frame::Passing(self.id)).await
+    }
+
+    async fn queue(&self, frame: Frame) -> Result<(), DialFailed> {
+        let queued = self.link.outbox.send(frame).await;
+        queued.map_err(|_| self.gone())
     }
 
     fn gone(&self) -> DialFailed {
@@ -272,13 +290,15 @@ impl Waits<'_> {
 
 impl Drop for Waits<'_> {
     fn drop(&mut self) {
-        self.link.waiting().remove(&self.id);
-        if self.answered {
+        let dial = self.link.waiting().remove(&self.id);
+        let passing = dial.and_then(|dial| dial.passing);
+        let is_unheard = matches!(passing, Some((Message::Connect(_), _)));
+        if self.answered || is_unheard {
             return;
         }
-        // A full outbox means a port process that does not read: it is about to be given up with all its dials.
+        // A full outbox means a port process that does not read; the dial ends there by its own deadline.
         let cancel = Message::Cancel(Cancel { id: self.id });
-        let _ = self.link.outbox.try_send((cancel, None));
+        let _ = self.link.outbox.try_send(Frame::Plain(cancel));
     }
 }
 

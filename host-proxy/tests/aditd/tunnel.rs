@@ -458,3 +458,49 @@ fn a_client_of_a_port_process_that_does_not_answer_is_reset_in_the_end() {
     assert_eq!(end(&mut client), (vec![], Some(ErrorKind::ConnectionReset)));
     drop(kept);
 }
+
+/// Of one that is stopped, or in its guest's hands: others need the descriptors.
+#[test]
+fn a_port_process_that_reads_nothing_costs_no_descriptors_of_clients_that_have_left() {
+    for is_older in [false, true] {
+        let (host, ports) = Host::serving(&[("a", 3)], "");
+        let control = match is_older {
+            false => ports[0].connected(),
+            true => ports[0].connected_older(),
+        };
+        host.until("it is up", |h| {
+            (h.get("/v1/vms/a")["state"] == "up").then_some(())
+        });
+        let open = |h: &Host| {
+            let path = format!("/proc/{}/fd", h.pid());
+            std::fs::read_dir(path).unwrap().count()
+        };
+        let before = open(&host);
+        for turn in 0..10 {
+            let mut clients: Vec<_> = (0..100).map(|_| host.proxy()).collect();
+            for client in &mut clients {
+                client.write_all(CONNECT).unwrap();
+            }
+            unknown(&host);
+            if is_older {
+                // It need not read a dial to know its number.
+                for id in turn * 100 + 1..turn * 100 + 101 {
+                    let boot_nonce = [1; 16];
+                    control.say(&Message::Dialed(Dialed { id, boot_nonce }), None);
+                }
+                unknown(&host);
+            }
+        }
+        host.until("their descriptors are given back", |h| {
+            (open(h) < before + 50).then_some(())
+        });
+    }
+}
+
+/// An answer behind all that was asked before.
+fn unknown(host: &Host) {
+    let mut client = host.proxy();
+    let request = b"GET http://b/ HTTP/1.1\r\nHost: b\r\n\r\n";
+    client.write_all(request).unwrap();
+    assert!(head(&mut client).starts_with("HTTP/1.1 404 "));
+}
