@@ -98,7 +98,7 @@ impl Client {
 
     /// Dials, works until the stream fails, and dials again.
     pub fn run(mut self) -> ! {
-        let (mut backoff, mut last) = (Backoff(BACKOFF_MIN), String::new());
+        let (mut backoff, mut last) = (Backoff::new(), String::new());
         loop {
             let error = match self.dial() {
                 Ok(conn) => {
@@ -106,7 +106,7 @@ impl Client {
                     log::event("connected", &[("service", &SERVICE)]);
                     let begin = Instant::now();
                     let ended = self.session(&conn).unwrap_or_else(|e| e);
-                    backoff = Backoff::after(begin.elapsed());
+                    backoff.ended_after(begin.elapsed());
                     ended
                 }
                 Err(e) => e,
@@ -477,20 +477,34 @@ fn invalid(what: &str) -> io::Error {
 }
 
 /// How long to wait before the next dial.
-struct Backoff(Duration);
+struct Backoff {
+    delay: Duration,
+    /// The delay after a stream that does not last. It doubles with each in a row: a host that accepts, and then cannot keep
+    /// what it is told, is not to be asked again and again.
+    short: Duration,
+}
 
 impl Backoff {
-    /// Starts after a stream that lasted this long.
-    fn after(lasted: Duration) -> Self {
-        Self(match lasted >= LASTED {
-            true => Duration::ZERO,
-            false => BACKOFF_MIN,
-        })
+    fn new() -> Self {
+        Self {
+            delay: BACKOFF_MIN,
+            short: BACKOFF_MIN,
+        }
+    }
+
+    /// A stream has ended that lasted this long.
+    fn ended_after(&mut self, lasted: Duration) {
+        if lasted >= LASTED {
+            (self.delay, self.short) = (Duration::ZERO, BACKOFF_MIN);
+        } else {
+            self.delay = self.short;
+            self.short = (self.short * 2).min(BACKOFF_MAX);
+        }
     }
 
     fn next(&mut self) -> Duration {
-        let delay = self.0;
-        self.0 = (delay * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
+        let delay = self.delay;
+        self.delay = (delay * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
         delay
     }
 }
@@ -515,11 +529,28 @@ mod tests {
 
     #[test]
     fn a_stream_that_lasted_is_dialled_again_at_once_and_no_other() {
-        let millis = |mut backoff: Backoff| [(); 8].map(|()| backoff.next().as_millis());
+        let millis = |backoff: &mut Backoff| [(); 8].map(|()| backoff.next().as_millis());
         let doubled = [100, 200, 400, 800, 1600, 3200, 5000, 5000];
-        assert_eq!(millis(Backoff::after(LASTED / 2)), doubled);
-        assert_eq!(millis(Backoff::after(LASTED))[0], 0);
-        assert_eq!(millis(Backoff::after(LASTED))[1..], doubled[..7]);
+        let mut backoff = Backoff::new();
+        assert_eq!(millis(&mut backoff), doubled);
+        backoff.ended_after(LASTED / 2);
+        assert_eq!(millis(&mut backoff), doubled);
+        backoff.ended_after(LASTED);
+        assert_eq!(millis(&mut backoff)[..2], [0, 100]);
         assert_eq!(jittered(Duration::ZERO), Duration::ZERO);
+    }
+
+    #[test]
+    fn streams_that_do_not_last_are_dialled_less_and_less_often() {
+        let mut backoff = Backoff::new();
+        let after = |backoff: &mut Backoff, lasted| {
+            backoff.ended_after(lasted);
+            backoff.next().as_millis()
+        };
+        for delay in [100, 200, 400, 800, 1600, 3200, 5000, 5000] {
+            assert_eq!(after(&mut backoff, LASTED / 2), delay);
+        }
+        assert_eq!(after(&mut backoff, LASTED), 0);
+        assert_eq!(after(&mut backoff, LASTED / 2), 100);
     }
 }

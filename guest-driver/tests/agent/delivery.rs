@@ -328,3 +328,17 @@ fn a_report_that_is_not_acknowledged_is_delivered_on_a_new_stream() {
     assert_eq!(lines(&file), 1);
     drop(silent);
 }
+
+/// As one does whose disk is full: it cannot keep the report.
+#[test]
+fn a_host_that_accepts_and_breaks_off_is_dialled_less_and_less_often() {
+    let mut host = Host::new();
+    host.start(None);
+    let begin = Instant::now();
+    for _ in 0..6 {
+        drop(host.accept());
+    }
+    // 0.1 s, 0.2 s, 0.4 s, 0.8 s and 1.6 s, or half of each.
+    let took = begin.elapsed();
+    assert!(took > Duration::from_millis(1550), "{took:?}");
+}
