@@ -1,5 +1,6 @@
 //! Every change of a task over a real database.
 
+mod clock;
 mod lists;
 mod order;
 mod retention;

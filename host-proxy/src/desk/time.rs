@@ -2,7 +2,7 @@
 //! long ago is forgotten.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
@@ -11,6 +11,11 @@ use super::{Desk, DeskError, change};
 
 /// How soon a database that has failed is asked again.
 const AGAIN_MS: i64 = 10_000;
+/// Each look reads all that is open. After one, the next for a change waits so many times as long as it took, so that many
+/// changes in a row do not keep the database at it; ...
+const REST: u32 = 9;
+/// ... but no longer than this, as what is new may be due.
+const REST_MAX: Duration = Duration::from_secs(1);
 /// Longest sleep. A clock that is set is noticed within the hour.
 const SLEEP_MAX_MS: u64 = 3_600_000;
 
@@ -22,7 +27,7 @@ impl Desk {
             let changed = self.bell.timetable.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
-            let now = self.now_ms();
+            let (now, begin) = (self.now_ms(), Instant::now());
             let next = match self.expire(now).await {
                 Ok(next) => {
                     self.release(&mut released, now).await;
@@ -42,8 +47,13 @@ impl Desk {
                     None => std::future::pending().await,
                 }
             };
+            let rest = begin.elapsed().saturating_mul(REST).min(REST_MAX);
+            let rested = async {
+                tokio::time::sleep(rest).await;
+                changed.await;
+            };
             tokio::select! {
-                () = &mut changed => {}
+                () = rested => {}
                 () = due => {}
                 () = stop.cancelled() => {}
             }
