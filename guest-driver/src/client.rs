@@ -262,9 +262,14 @@ impl Client {
         }
     }
 
-    /// Waits until the time of a task has come, or the clock was set, or the stream ends.
+    /// Waits until the time of a task has come, or that of one that was given back, or the clock was set, or the stream ends.
     fn hold(&mut self, conn: &Conn, not_before_ms: u64) -> io::Result<()> {
         self.send_clock(conn)?;
+        // Then there is room to give this one back too: it may be due in a year, and another in an hour.
+        let not_before_ms = self
+            .given
+            .next_held()
+            .map_or(not_before_ms, |ms| ms.min(not_before_ms));
         let alarm = clock::Alarm::at(not_before_ms)?;
         while clock::now_ms() < not_before_ms {
             let mut fds =

@@ -15,6 +15,7 @@
 //! A damaged file must not take the agent down with it: [`open_checked`] has a process of its own read everything first.
 
 mod checked;
+mod overlay;
 mod reserve;
 mod result;
 mod room;

@@ -41,7 +41,7 @@ pub const SERVICE: &str = "tasks";
 /// tasks by digest, and gives back what it holds. A host that has it too says so in its accept.
 pub const WINDOW: u64 = 1;
 
-/// Most goals that a guest gives back at once. It waits for one more itself, and pulls nothing meanwhile.
+/// Most goals that a guest gives back at once. It keeps one more itself, and pulls nothing until the time of one of them has come.
 pub const HELD_MAX: usize = 1024;
 
 /// Frame kinds. The number is wire format.

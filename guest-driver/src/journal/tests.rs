@@ -3,6 +3,7 @@
 use super::*;
 
 mod any_order;
+mod damage;
 
 /// 2026.
 const NOW_MS: i64 = 1_795_219_200_000;

@@ -185,3 +185,35 @@ fn a_goal_whose_time_is_to_come_is_given_back_and_others_run_meanwhile() {
     done(&mut session, &early);
     assert_eq!(lines(&host.path("early")), 1);
 }
+
+#[test]
+fn r101_one_goal_more_than_are_given_back_waits_no_longer_than_the_first_of_those() {
+    let mut host = with_window();
+    host.start(None);
+    let early = |key_seq: u64, in_s: i64| {
+        let from = jiff::Timestamp::now().as_second() + in_s;
+        let mut early = goal(key_seq, "web-1", json!([counting(&host.path("early"), "")]));
+        early["not_before"] = json!(jiff::Timestamp::from_second(from).unwrap().to_string());
+        task(host.sign(&early), "count", 1)
+    };
+    let (mut session, _) = host.accept();
+    let give_back = |session: &mut Session, task: &Task| {
+        let id = pull(session);
+        session.task(id, task);
+        let said = session.next().unwrap();
+        assert!(matches!(said, Some(Said::Held(_))), "{}", host.log());
+    };
+    for n in 1..wire::HELD_MAX as u64 {
+        give_back(&mut session, &early(n, 36_000));
+    }
+    let first = early(5000, 5);
+    give_back(&mut session, &first);
+    // There is no room for this one: the agent keeps it, and does not pull.
+    give_back(&mut session, &early(6000, 30_000_000));
+    let said = session.next().unwrap();
+    assert!(matches!(said, Some(Said::Held(_))), "{}", host.log());
+    let id = pull(&mut session);
+    session.task(id, &first);
+    done(&mut session, &first);
+    assert_eq!(lines(&host.path("early")), 1);
+}
