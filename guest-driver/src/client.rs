@@ -284,6 +284,10 @@ impl Client {
             }
             self.read_unsolicited(conn)?;
         }
+        if self.given.next_held().is_some() {
+            // Both ends count what is given back, and count by the times that were told.
+            self.send_clock(conn)?;
+        }
         Ok(())
     }
 

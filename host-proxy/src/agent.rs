@@ -7,6 +7,7 @@
 mod given;
 
 use std::io;
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -82,12 +83,16 @@ async fn answer(
     let mut pulling: Option<u32> = None;
     // Until when something must be heard of the task that was handed out.
     let mut owed: Option<Instant> = None;
+    // Whether there may be a task since the queue was looked at: the database is everybody's, and a frame that changes
+    // nothing about the queue costs no query.
+    let mut look = false;
+    // Registered before the queue is looked at, and while a frame is handled, so that a task queued meanwhile is not missed.
+    let queued = vm.queued.notified();
+    tokio::pin!(queued);
+    queued.as_mut().enable();
     loop {
-        // Registered before the queue is looked at, so that a task queued in between is not missed.
-        let queued = vm.queued.notified();
-        tokio::pin!(queued);
-        queued.as_mut().enable();
         if let Some(id) = pulling
+            && mem::take(&mut look)
             && hand_out(state, vm, &mut given, id, &mut writer).await?
         {
             pulling = None;
@@ -99,11 +104,18 @@ async fn answer(
                 Some(next) => {
                     owed = None;
                     let (header, body) = next?;
-                    let pull = handle(state, vm, &mut given, &header, &body, &mut writer).await?;
-                    pulling = pull.or(pulling);
+                    let news = handle(state, vm, &mut given, &header, &body, &mut writer).await?;
+                    look |= !matches!(news, News::None);
+                    if let News::Pull(id) = news {
+                        pulling = Some(id);
+                    }
                 }
             },
-            () = &mut queued, if pulling.is_some() => {}
+            () = &mut queued, if pulling.is_some() => {
+                queued.set(vm.queued.notified());
+                queued.as_mut().enable();
+                look = true;
+            }
             () = tokio::time::sleep_until(owed.unwrap_or_else(Instant::now)), if owed.is_some() => {
                 if vm.channel.session() {
                     // It may have lost the stream. When it dials again, it gets the task again.
@@ -141,7 +153,17 @@ async fn hand_out(
     Ok(true)
 }
 
-/// Handles one frame. Returns the id of a pull.
+/// What a frame has to do with the queue.
+enum News {
+    /// Nothing.
+    None,
+    /// There may be a task now.
+    Look,
+    /// A task is asked for, by a message of this id.
+    Pull(u32),
+}
+
+/// Handles one frame.
 async fn handle(
     state: &Arc<State>,
     vm: &Arc<VmEntry>,
@@ -149,7 +171,7 @@ async fn handle(
     header: &frame::Header,
     body: &[u8],
     writer: &mut WriteHalf<Socket>,
-) -> io::Result<Option<u32>> {
+) -> io::Result<News> {
     let bad = |e: frame::FrameError| io::Error::new(io::ErrorKind::InvalidData, e);
     let is = |kind: WireKind| header.kind == kind as u16 && header.version == VERSION;
     vm.agent.seen(None);
@@ -165,21 +187,24 @@ async fn handle(
         let guest: Clock = header.decode(body).map_err(bad)?;
         let now = state.now_ms();
         vm.agent.clock(guest.unix_ms, now);
-        given.clock(guest.unix_ms);
+        let released = given.clock(guest.unix_ms);
         let unix_ms = u64::try_from(now).unwrap_or(0);
         send(writer, WireKind::HostClock, header.id, &Clock { unix_ms }).await?;
+        if released {
+            return Ok(News::Look);
+        }
     } else if is(WireKind::Held) {
         let held: Held = header.decode(body).map_err(bad)?;
         vm.agent.holds(Some(held));
         given.gave_back(held);
     } else if is(WireKind::Pull) {
         let _: Pull = header.decode(body).map_err(bad)?;
-        return Ok(Some(header.id));
+        return Ok(News::Pull(header.id));
     } else if is(WireKind::Lacks) {
         // The task is leased: it is handed out again, with its goal.
         let lacks: Lacks = header.decode(body).map_err(bad)?;
         given.lacks(&lacks.digest);
-        return Ok(Some(header.id));
+        return Ok(News::Pull(header.id));
     } else if is(WireKind::Started) {
         let started: Started = header.decode(body).map_err(bad)?;
         let begun = state.desk.begun(&vm.name, started.task_id).await;
@@ -195,13 +220,14 @@ async fn handle(
             &ReportAck { task_id },
         )
         .await?;
+        return Ok(News::Look);
     } else if header.flags & frame::IGNORABLE == 0 {
         return Err(bad(frame::FrameError::Unknown {
             kind: header.kind,
             version: header.version,
         }));
     }
-    Ok(None)
+    Ok(News::None)
 }
 
 /// Hands a report to the desk. If this succeeds it is to be acknowledged: it is on disk, or no task here can use it.

@@ -105,9 +105,11 @@ impl Given {
         }
     }
 
-    /// The guest's clock shows this time.
-    pub fn clock(&mut self, guest_ms: u64) {
+    /// The guest's clock shows this time. Returns whether something need not wait any more.
+    pub fn clock(&mut self, guest_ms: u64) -> bool {
+        let before = self.held.len();
         self.held.retain(|_, held| held.not_before_ms > guest_ms);
+        self.held.len() < before
     }
 
     /// Of what the guest gave back, the one that is valid first.
@@ -152,7 +154,7 @@ mod tests {
         }
         assert_eq!(given.wanted().held.len(), HELD_MAX);
         assert_eq!(given.next_held().map(|h| h.not_before_ms), Some(5));
-        given.clock(6);
+        assert!(given.clock(6) && !given.clock(6));
         assert_eq!(given.wanted().held.len(), HELD_MAX - 2);
         assert_eq!(given.wanted().sent.len(), recent::COUNT_MAX);
     }

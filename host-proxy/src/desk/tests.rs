@@ -357,6 +357,6 @@ fn a_guest_that_takes_any_order_gets_past_a_goal_that_is_held_and_no_envelope_tw
     let again = next(&wanted).unwrap();
     assert_eq!((again.task_id, again.envelope), (first.task_id, None));
     // Leased or not, a goal that the guest gave back is not handed out.
-    wanted.held = vec![first.digest];
+    wanted.held = [first.digest].into();
     assert!(next(&wanted).is_none());
 }

@@ -148,3 +148,59 @@ fn a_goal_that_was_given_back_waits_for_the_guests_clock_and_no_other_goal_waits
     let mut agent = control.agent_with(WINDOW);
     assert_eq!(pull(&mut agent).0.task_id, early.task_id);
 }
+
+#[test]
+fn r101_what_a_guest_says_of_its_clock_while_it_waits_costs_the_database_nothing() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start();
+    let control = ports[0].connected();
+    const GOALS: u64 = 400;
+    for n in 0..GOALS {
+        assert_eq!(apply(&host, n).status, 200);
+    }
+    let mut agent = control.agent_with(WINDOW);
+    for _ in 0..GOALS {
+        let (task, _, _) = pull(&mut agent);
+        let held = Held {
+            task_id: task.task_id,
+            not_before_ms: u64::MAX,
+            now_ms: 1,
+        };
+        agent.say(WireKind::Held, 0, &held);
+    }
+    agent.say(WireKind::Pull, 7, &Pull { epoch: 1 });
+    // A look at the queue for each of them took minutes.
+    let begin = std::time::Instant::now();
+    for n in 0..4000 {
+        agent.say(WireKind::Clock, n + 10, &Clock { unix_ms: 1 });
+        agent.hear_kind(WireKind::HostClock);
+    }
+    assert!(begin.elapsed() < crate::host::HANG);
+    // What comes meanwhile is not missed.
+    for n in GOALS..GOALS + 20 {
+        let task = std::thread::scope(|s| {
+            let more = s.spawn(|| apply(&host, n).status);
+            let mut task = None;
+            while task.is_none() || !more.is_finished() {
+                agent.say(WireKind::Clock, 3, &Clock { unix_ms: 1 });
+                loop {
+                    let (header, body) = agent.hear();
+                    if header.kind == WireKind::HostClock as u16 {
+                        break;
+                    } else if header.kind == WireKind::TaskOf as u16 {
+                        task = Some(header.decode::<TaskOf>(&body).unwrap());
+                    }
+                }
+            }
+            assert_eq!(more.join().unwrap(), 200);
+            task.unwrap()
+        });
+        let held = Held {
+            task_id: task.task_id,
+            not_before_ms: u64::MAX,
+            now_ms: 1,
+        };
+        agent.say(WireKind::Held, 0, &held);
+        agent.say(WireKind::Pull, 7, &Pull { epoch: 1 });
+    }
+}

@@ -51,7 +51,10 @@ fn r85_a_bit_that_flips_on_the_disk_makes_no_goal_new() {
     let value = encode(&window).unwrap();
     for words in [b"windows-v1", &KEY[..], &value] {
         let places = whole.windows(words.len()).enumerate();
-        let places: Vec<usize> = places.filter(|(_, w)| *w == words).map(|(n, _)| n).collect();
+        let places: Vec<usize> = places
+            .filter(|(_, w)| *w == words)
+            .map(|(n, _)| n)
+            .collect();
         assert!(!places.is_empty());
         for at in 0..words.len() {
             let mut damaged = whole.clone();
@@ -82,7 +85,10 @@ fn what_is_written_over_a_file_is_read_again_and_the_file_stays_as_it_is() {
     let path = dir.path().join("file");
     let bytes: Vec<u8> = (0..10_000u32).map(|n| n as u8).collect();
     std::fs::write(&path, &bytes).unwrap();
-    let open = std::fs::OpenOptions::new().read(true).write(true).open(&path);
+    let open = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path);
     let over = overlay::Overlay::over(open.unwrap()).unwrap();
     // A plain buffer is what it must be equal to.
     let mut want = bytes.clone();

@@ -20,6 +20,8 @@ pub mod report;
 pub mod retention;
 pub mod vms;
 
+use std::collections::HashSet;
+
 use adit_api::{Task, TaskState};
 use adit_tasks::hex;
 use adit_tasks::wire::TaskId;
@@ -130,7 +132,7 @@ pub struct Wanted {
     /// It takes the goals of a key in any order.
     pub overtake: bool,
     /// Goals of which it takes no task now.
-    pub held: Vec<[u8; 32]>,
+    pub held: HashSet<[u8; 32]>,
     /// Goals whose envelope it has.
     pub sent: Vec<[u8; 32]>,
 }
