@@ -81,7 +81,7 @@ fn the_sources_hold_no_global_and_start_threads_in_two_places_only() {
     assert!(globals.is_empty(), "{globals:?}");
     threads.sort();
     // `Shard::spawn`, which a caller uses on purpose, and the frontend's thread of the vhost-user backend.
-    assert_eq!(threads, ["src/shard.rs", "src/vhost_user/thread.rs"]);
+    assert_eq!(threads, ["src/shard/thread.rs", "src/vhost_user/thread.rs"]);
 }
 
 struct World {
