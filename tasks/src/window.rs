@@ -22,6 +22,9 @@
 //! second step.
 //!
 //! No clock has a part in it: one that is set back makes a goal valid again, and not new.
+//!
+//! **Two keys.** A goal that two keys signed is two orders: a host can pass it on with either signature. What the guest still
+//! remembers of it is not done again, whoever signed; once it is forgotten under one key, it may be new under the other.
 
 use serde::{Deserialize, Serialize};
 
