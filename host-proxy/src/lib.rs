@@ -20,7 +20,7 @@
 //! | `api`, `metrics` | JSON on a Unix socket; counters |
 //! | `log` | lines to stderr, one of each kind a second |
 //! | `serve`, `state` | the service put together; what its parts share |
-#![deny(unsafe_code)] // but for `spawn`
+#![deny(unsafe_code)] // but for `spawn` and `proxy::cut_off`
 
 pub mod agent;
 pub mod api;

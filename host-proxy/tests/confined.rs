@@ -4,10 +4,11 @@
 
 use std::fs::File;
 use std::io;
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitStatus};
 
+use adit_host_proxy::proxy::cut_off::cut_off;
 use adit_host_proxy::worker::sandbox;
 use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
@@ -140,4 +141,42 @@ fn nothing_leaves_the_workers_sandbox() {
         other.wait().unwrap();
         let _ = std::fs::remove_dir("/confined");
     }
+}
+
+/// Confines itself while it has a client's connection, and cuts it off, or tries an address that has room for a host.
+fn end_a_connection(name: &str) -> ! {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (socket, _) = listener.accept().unwrap();
+    let dir = File::open(std::env::var(DIR).unwrap()).unwrap();
+    sandbox::enter(&dir, WORKER, WORKER).unwrap();
+    sandbox::lock_calls().unwrap();
+    let done = match name {
+        "long" => rustix::net::connect_unspec(&socket).map_err(Into::into),
+        _ => cut_off(&socket),
+    };
+    std::process::exit(if done.is_ok() { GOT_THROUGH } else { REFUSED })
+}
+
+/// Landlock has rules for TCP since Linux 6.7; older kernels have the length of the address.
+#[test]
+fn a_clients_socket_is_cut_off_and_never_connected_to_another_host() {
+    if let Ok(name) = std::env::var(ATTEMPT) {
+        end_a_connection(&name);
+    }
+    if !Uid::effective().is_root() {
+        println!("skipped: only root confines a worker");
+        return;
+    }
+    let ended = |name: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::chown(dir.path(), Some(WORKER), Some(WORKER)).unwrap();
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        let test = "a_clients_socket_is_cut_off_and_never_connected_to_another_host";
+        command.args([test, "--exact", "--nocapture"]);
+        command.env(ATTEMPT, name).env(DIR, dir.path());
+        command.output().unwrap().status
+    };
+    assert_eq!(ended("short").code(), Some(GOT_THROUGH));
+    assert_eq!(ended("long").signal(), Some(Signal::SIGSYS as i32));
 }

@@ -29,6 +29,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, Re
 use tokio::net::TcpStream;
 
 use super::bodies::{Watch, Watched};
+use super::cut_off::cut_off;
 use super::interim::Interim;
 use super::problem::Body;
 use crate::passing::Socket;
@@ -260,8 +261,7 @@ impl Drop for ClientIo {
         {
             if self.shared.0.is_lost.load(Ordering::Relaxed) {
                 // A close would wait for that of the duplicate. This fails while somebody sleeps in a call on the socket.
-                let _ = rustix::net::connect_unspec(&tcp)
-                    .or_else(|_| rustix::net::shutdown(&tcp, rustix::net::Shutdown::Both));
+                let _ = cut_off(&tcp).or_else(|_| tcp.shutdown(std::net::Shutdown::Both));
             }
             closer.close(tcp);
         }

@@ -10,6 +10,7 @@ pub mod authority;
 mod bodies;
 mod client;
 mod connect;
+pub mod cut_off;
 mod ends;
 mod fields;
 mod guest;

@@ -21,6 +21,8 @@ use landlock::{
 use nix::sys::resource::Resource;
 use rustix::process::{chroot, fchdir};
 
+use crate::proxy::cut_off;
+
 /// Why the worker is not confined. It must end.
 #[derive(Debug, thiserror::Error)]
 pub enum NotConfined {
@@ -205,9 +207,9 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
             exactly(&[(1, libc::IPPROTO_TCP as u32)])?,
         ),
     ];
-    // A client's connection is cut off by an address of no family, in a buffer of this length. There is no call that makes a
-    // socket, and landlock lets none of those that were passed connect.
-    let cut_off = exactly(&[(2, size_of::<libc::sockaddr_storage>() as u32)])?;
+    // A client's connection is cut off by an address of no family, which is all that has room here. There is no call that makes a
+    // socket, and none of those that were passed can connect.
+    let cut_off = exactly(&[(2, cut_off::ADDRESS_LEN)])?;
     rules.entry(libc::SYS_connect).or_default().push(cut_off);
     // In which a port process finds what its predecessor left.
     let packets = exactly(&[
