@@ -51,12 +51,9 @@ pub fn of_worker(config: &Config) -> anyhow::Result<Result<Account, String>> {
     let why = match cannot(config) {
         Some(why) => why,
         None => match account(config, wanted)? {
-            Some(account) => match is_own(&config.state_dir, account)? {
-                true => return Ok(Ok(account)),
-                false => format!(
-                    "{} has files of others, and cannot be the worker's: set a state_dir of aditd's own",
-                    config.state_dir.display()
-                ),
+            Some(account) => match cannot_hand_over(config, account)? {
+                None => return Ok(Ok(account)),
+                Some(why) => why,
             },
             None => "all users of `ports.uids` are taken: set more of them".into(),
         },
@@ -94,6 +91,37 @@ fn account(config: &Config, wanted: Option<&str>) -> anyhow::Result<Option<Accou
             Ok(free.map(|uid| Account { uid, gid: uid }))
         }
     }
+}
+
+/// Why the directory of the database cannot become the worker's root directory; none: it can.
+fn cannot_hand_over(config: &Config, account: Account) -> io::Result<Option<String>> {
+    let (dir, shown) = (&config.state_dir, config.state_dir.display());
+    // The worker would have the lock, and the sockets to it.
+    let whole = |dir: &Path| dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    if whole(&config.run_dir).starts_with(whole(dir)) {
+        return Ok(Some(format!(
+            "run_dir is in {shown}, the worker's directory: set a state_dir of aditd's own"
+        )));
+    }
+    for name in FILES {
+        let path = dir.join(name);
+        let Ok(stat) = statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW) else {
+            continue;
+        };
+        let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        if !is_file || stat.st_nlink != 1 && stat.st_uid != account.uid {
+            let path = path.display();
+            return Ok(Some(format!(
+                "{path} is a link, or has other names, and cannot be the worker's: put the file itself there, or set a state_dir"
+            )));
+        }
+    }
+    let others = || {
+        format!(
+            "{shown} has files of others, and cannot be the worker's: set a state_dir of aditd's own"
+        )
+    };
+    Ok((!is_own(dir, account)?).then(others))
 }
 
 /// Whether the directory is the worker's already, or has nothing but what is aditd's.
@@ -149,4 +177,50 @@ pub fn hand_over(state_dir: &Path, account: Account) -> anyhow::Result<OwnedFd> 
         let (dir, uid) = (state_dir.display(), account.uid);
         format!("cannot hand {dir} over to user {uid}, the worker's")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_directory_is_handed_over_that_has_the_database_itself_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (run, state) = (dir.path().join("run"), dir.path().join("state"));
+        let config = |run: &Path, state: &Path| {
+            std::fs::create_dir_all(run).unwrap();
+            std::fs::create_dir_all(state).unwrap();
+            let (run, state) = (run.display(), state.display());
+            let text = format!("run_dir = \"{run}\"\nstate_dir = \"{state}\"\n");
+            Config::parse(Path::new("a.toml"), &text).unwrap()
+        };
+        // Nobody's: as at the first start with two processes.
+        let (uid, gid) = (70_001, 70_001);
+        let why = |config: &Config| cannot_hand_over(config, Account { uid, gid }).unwrap();
+        let usual = config(&run, &state);
+        assert_eq!(why(&usual), None);
+        // The database is elsewhere, or has a second name.
+        let (database, elsewhere) = (state.join("aditd.db"), dir.path().join("elsewhere"));
+        std::fs::write(&elsewhere, "whole").unwrap();
+        symlink(&elsewhere, &database).unwrap();
+        assert!(why(&usual).unwrap().contains("is a link"));
+        std::fs::remove_file(&database).unwrap();
+        std::fs::hard_link(&elsewhere, &database).unwrap();
+        assert!(why(&usual).unwrap().contains("other names"));
+        std::fs::remove_file(&elsewhere).unwrap();
+        assert_eq!(why(&usual), None);
+        std::fs::write(state.join("backup"), "").unwrap();
+        assert!(why(&usual).unwrap().contains("files of others"));
+        // The lock and the sockets would be the worker's.
+        let both = dir.path().join("both");
+        assert!(why(&config(&both, &both)).unwrap().contains("run_dir"));
+        let link = dir.path().join("link");
+        symlink(&both, &link).unwrap();
+        assert!(why(&config(&both, &link)).unwrap().contains("run_dir"));
+        let inner = both.join("run");
+        assert!(why(&config(&inner, &both)).unwrap().contains("run_dir"));
+        // The other way round nothing of the run directory is in it.
+        assert_eq!(why(&config(&both, &both.join("state"))), None);
+    }
 }
