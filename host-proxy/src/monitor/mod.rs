@@ -28,6 +28,7 @@ pub mod client;
 pub mod packets;
 pub mod port_log;
 pub mod privileged;
+pub mod room;
 pub mod run;
 pub mod server;
 pub mod store;

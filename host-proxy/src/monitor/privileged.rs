@@ -22,6 +22,7 @@ use adit_port::control_io::{self, send};
 use tokio::time::Instant;
 
 use super::port_log;
+use super::room;
 use super::store::{Pair, Store};
 use super::wire::{LastWords, NotReached, Start};
 use crate::arguments;
@@ -150,6 +151,7 @@ impl Privileged {
         }
         let mut pair = lock(&entry.pair);
         if pair.is_none() {
+            self.has_room()?;
             *pair = Some(self.store.pair(vm.as_str(), &entry.closer)?);
         }
         let Some(pair) = &*pair else { return Ok(None) };
@@ -176,6 +178,7 @@ impl Privileged {
         let two = two.map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let mut pair = lock(&entry.pair);
         if pair.is_none() {
+            self.has_room()?;
             // Those that systemd holds are the same sockets.
             let left = self.store.has_left(vm.as_str());
             *pair = Some(match left {
@@ -312,6 +315,7 @@ impl Privileged {
         start: &Start,
         left: Option<Apart<OwnedFd>>,
     ) -> io::Result<(PortProcess, Option<u32>)> {
+        self.has_room()?;
         let (own, dir) = (self.own(vm)?, vm_dir(&self.run_dir, vm));
         std::fs::DirBuilder::new()
             .recursive(true)
@@ -472,6 +476,15 @@ impl Privileged {
             self.vms().remove(vm);
         }
         Ok(())
+    }
+
+    /// The next worker can be started, whatever this one asked for.
+    fn has_room(&self) -> io::Result<()> {
+        match self.keeps_pairs {
+            true => room::for_a_vm(),
+            // Who serves clients leaves room for VMs.
+            false => Ok(()),
+        }
     }
 
     /// The VM's own user, and its directory.
