@@ -33,6 +33,8 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 pub struct Worker {
     /// Its process id.
     pub pid: u32,
+    /// Its user.
+    pub uid: u32,
     /// The connection to it.
     pub packets: Arc<Packets>,
     /// A monitor before this one started it.
@@ -90,6 +92,7 @@ impl Worker {
         let packets = Arc::new(Packets::new(ours, Closer::new(CLOSING_MAX))?);
         let worker = Self {
             pid,
+            uid: welcome.uid,
             packets,
             is_found: false,
             pidfd,
@@ -120,6 +123,7 @@ impl Worker {
         let packets = Arc::new(Packets::new(socket, Closer::new(CLOSING_MAX))?);
         Ok(Some(Self {
             pid: peer.pid().cast_unsigned(),
+            uid: peer.uid(),
             packets,
             is_found: true,
             pidfd,

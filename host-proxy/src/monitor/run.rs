@@ -17,6 +17,7 @@ use anyhow::Context;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::child::{self, Worker};
@@ -74,6 +75,8 @@ struct Run {
     spawner: Arc<Spawner>,
     privileged: Arc<Privileged>,
     listeners: Option<Listeners>,
+    /// Reads the configuration again, and hands it to the worker. Either may take forever, and SIGTERM is heard meanwhile.
+    reloading: Option<JoinHandle<Option<OwnedFd>>>,
     hangup: Signal,
     term: Signal,
     int: Signal,
@@ -128,6 +131,7 @@ pub async fn run(boot: Boot, account: Account) -> anyhow::Result<ExitCode> {
         spawner,
         privileged,
         listeners: None,
+        reloading: None,
         hangup,
         term,
         int,
@@ -248,6 +252,11 @@ impl Run {
             let (packets, privileged) = (worker.packets.clone(), self.privileged.clone());
             async move { server::serve(packets, privileged, on).await }
         });
+        // What the worker before it may not have got, and what this one was not started with.
+        if let Some(missed) = self.reloading.take() {
+            missed.abort();
+            self.reload(worker);
+        }
         let mut silent = None;
         if worker.is_found && !*served {
             silent = Some(Instant::now() + FOUND_LIMIT);
@@ -265,7 +274,7 @@ impl Run {
             };
             tokio::select! {
                 biased;
-                Some(event) = events.recv() => match self.heard(worker, event, served).await {
+                Some(event) = events.recv() => match self.heard(worker, event, served) {
                     Ok(true) => silent = silent.filter(|_| !*served),
                     Ok(false) => break End::Stop,
                     Err(why) => break End::Lost(why),
@@ -275,7 +284,12 @@ impl Run {
                     Ok(Err(fault)) => format!("it is given up: {}", adit_print::with_causes(&fault)),
                     Err(e) => e.to_string(),
                 }),
-                Some(()) = self.hangup.recv() => self.reload(worker).await,
+                text = taken(&mut self.reloading) => {
+                    if let Some(text) = text {
+                        self.texts[1] = text;
+                    }
+                },
+                Some(()) = self.hangup.recv(), if self.reloading.is_none() => self.reload(worker),
                 _ = self.term.recv() => break End::Stop,
                 _ = self.int.recv() => break End::Stop,
                 () = silence => break End::Lost("it does not say that it serves".into()),
@@ -286,12 +300,7 @@ impl Run {
     }
 
     /// Takes what a worker says. Returns whether aditd goes on; an error is why the worker must be ended.
-    async fn heard(
-        &mut self,
-        worker: &Worker,
-        event: Event,
-        served: &mut bool,
-    ) -> Result<bool, String> {
+    fn heard(&mut self, worker: &Worker, event: Event, served: &mut bool) -> Result<bool, String> {
         match event {
             Event::StopAll => return Ok(false),
             Event::Status(status) => {
@@ -312,6 +321,9 @@ impl Run {
                     if serving.build != crate::build() {
                         return Err("it is another build".into());
                     }
+                    if worker.uid != self.account.uid {
+                        return Err("it is of another user than the database".into());
+                    }
                     if serving.settings != self.config.digest() {
                         return Err("it has other settings than the configuration".into());
                     }
@@ -323,54 +335,75 @@ impl Run {
                         "the worker of an earlier monitor is found"
                     );
                     // What was changed meanwhile.
-                    self.reload(worker).await;
+                    if self.reloading.is_none() {
+                        self.reload(worker);
+                    }
                 }
-                self.is_serving(worker).map_err(|e| format!("{e:#}"))?;
+                let said = self.is_serving(worker, *served);
+                said.map_err(|e| format!("{e:#}"))?;
                 *served = true;
             }
         }
         Ok(true)
     }
 
-    /// Says that clients are served.
-    fn is_serving(&self, worker: &Worker) -> anyhow::Result<()> {
+    /// Says that clients are served; `served`: it was said before.
+    fn is_serving(&self, worker: &Worker, served: bool) -> anyhow::Result<()> {
         let run_dir = &self.config.run_dir;
-        place::write_whole(run_dir, PID_FILE, &format!("{}\n", worker.pid))?;
-        if let Some(listeners) = &self.listeners {
-            listeners.write_addresses(run_dir)?;
+        let write = || {
+            place::write_whole(run_dir, PID_FILE, &format!("{}\n", worker.pid))?;
+            match &self.listeners {
+                Some(listeners) => listeners.write_addresses(run_dir),
+                None => Ok(()),
+            }
+        };
+        match write() {
+            // Whoever needs the addresses has them, and clients are served.
+            Err(e) if served || worker.is_found => {
+                let error = format!("{e:#}");
+                tracing::warn!(
+                    error,
+                    "the run directory does not say which process the worker is"
+                );
+            }
+            written => written?,
         }
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         Ok(())
     }
 
     /// Reads the configuration again, and hands it to the worker, which applies it.
-    async fn reload(&mut self, worker: &Worker) {
-        let file = self.file.clone();
-        // Not on the thread that serves: its file system may take its time.
-        let read = tokio::task::spawn_blocking(move || reload::text_again(&file)).await;
-        let read = read.unwrap_or_else(|e| Err(e.to_string()));
-        let sent = match read.and_then(|text| {
-            let fd = text::file_of(&text).map_err(|e| e.to_string())?;
-            Ok((text, fd))
-        }) {
-            Ok((text, fd)) => {
-                let config = Message::Config(wire::Config {
-                    error: String::new(),
-                });
-                let sent = worker.packets.send(0, &config, &[fd.as_fd()]).await;
+    fn reload(&mut self, worker: &Worker) {
+        let (file, packets) = (self.file.clone(), worker.packets.clone());
+        self.reloading = Some(tokio::spawn(async move {
+            let path = file.clone();
+            let read = tokio::task::spawn_blocking(move || reload::text_again(&path)).await;
+            let read = read.unwrap_or_else(|e| Err(e.to_string()));
+            let read = read.and_then(|text| {
+                let fd = text::file_of(&text).map_err(|e| e.to_string())?;
                 // A successor gets what this one applies.
-                if Config::parse(&self.file, &text).is_ok() {
-                    self.texts[1] = fd;
-                }
-                sent
+                Ok((Config::parse(&file, &text).is_ok(), fd))
+            });
+            let (error, text) = match read {
+                Ok(text) => (String::new(), Some(text)),
+                Err(error) => (error, None),
+            };
+            let fds: Vec<_> = text.iter().map(|(_, fd)| fd.as_fd()).collect();
+            let config = Message::Config(wire::Config { error });
+            if let Err(e) = packets.send(0, &config, &fds).await {
+                tracing::warn!(error = %e, "the worker does not get the configuration");
             }
-            Err(error) => {
-                let config = Message::Config(wire::Config { error });
-                worker.packets.send(0, &config, &[]).await
-            }
-        };
-        if let Err(e) = sent {
-            tracing::warn!(error = %e, "the worker does not get the configuration");
-        }
+            text.and_then(|(is_good, fd)| is_good.then_some(fd))
+        }));
     }
+}
+
+/// What was read again, once the worker has it; never if nothing is under way.
+async fn taken(reloading: &mut Option<JoinHandle<Option<OwnedFd>>>) -> Option<OwnedFd> {
+    let Some(task) = reloading else {
+        return std::future::pending().await;
+    };
+    let text = task.await.ok().flatten();
+    *reloading = None;
+    text
 }

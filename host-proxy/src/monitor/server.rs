@@ -22,6 +22,9 @@ pub const REQUESTS_MAX: usize = 3 * VMS_MAX;
 /// cannot even start.
 pub const BURST_MAX: u32 = 16_384;
 const A_SECOND: u32 = 5_120;
+/// How long a port process may take to end that the worker asks to be ended: a request goes on without its worker, so those that
+/// one worker after the other left must not add up.
+const END_MAX: Duration = Duration::from_secs(10);
 /// How long descriptors that the worker passed may take to be closed before it is given up.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 const CLOSE_LOOK: Duration = Duration::from_millis(2);
@@ -165,7 +168,7 @@ fn doing(
                 Err(e) => Err(e),
             },
             Message::End(ask) => {
-                let within = Duration::from_millis(ask.within_ms.into());
+                let within = Duration::from_millis(ask.within_ms.into()).min(END_MAX);
                 privileged.end(&ask.vm, ask.pid, within).await
             }
             Message::Shorten(ask) => privileged.shorten(&ask.vm),

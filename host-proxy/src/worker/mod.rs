@@ -31,8 +31,8 @@ use crate::{text, vms};
 
 /// Texts of the configuration that wait to be applied.
 const CHANGES_MAX: usize = 16;
-/// Monitors that may wait to be heard.
-const BACKLOG: i32 = 4;
+/// Monitors that may wait to be heard, also those that were killed meanwhile: one that finds no room takes the worker for ended.
+const BACKLOG: i32 = 128;
 
 /// What the monitor gave.
 struct Given {

@@ -281,6 +281,90 @@ fn a_worker_that_is_replaced_has_the_configuration_as_it_was_read_last() {
 }
 
 #[test]
+fn a_worker_that_reads_nothing_does_not_keep_aditd_from_stopping() {
+    let Some((mut host, _ports)) = two() else {
+        return;
+    };
+    let worker = nix::unistd::Pid::from_raw(host.worker().cast_signed());
+    let socket = stolen(&host);
+    nix::sys::signal::kill(worker, Signal::SIGSTOP).unwrap();
+    // `Gone{vm: "a"}`: as many answers as have room.
+    let request = adit_channel::frame::encode(7, 1, 1, 0, &"a").unwrap();
+    for _ in 0..2000 {
+        while let Err(nix::errno::Errno::EAGAIN) =
+            send_bytes(socket.as_raw_fd(), &request, MsgFlags::MSG_NOSIGNAL)
+        {
+            std::thread::yield_now();
+        }
+    }
+    drop(socket);
+    host.signal(Signal::SIGHUP);
+    std::thread::sleep(Duration::from_millis(500));
+    host.terminate();
+    assert!(host.ended());
+    assert!(!fs::exists(format!("/proc/{worker}")).unwrap());
+}
+
+#[test]
+fn a_run_directory_that_takes_no_file_keeps_no_worker_from_serving() {
+    let Some((host, ports)) = two() else { return };
+    let run = host.config_file().with_file_name("run");
+    // As if there was no room.
+    fs::create_dir(run.join("worker.pid.new")).unwrap();
+    host.kill_worker();
+    host.until("it is said", |h| {
+        let said = h.log().contains("does not say which process");
+        said.then_some(())
+    });
+    let _control = ports[0].connected();
+    host.until("the VM is up", |h| {
+        let answer = h.try_api("GET", "/v1/vms/a", "").ok()?;
+        (answer.status == 200).then_some(())
+    });
+}
+
+#[test]
+fn vms_that_take_all_descriptors_keep_no_worker_from_being_started() {
+    let (mut host, ports) = Host::new(&[("a", 3)], "");
+    host.start_with(128);
+    if host.worker() == host.pid() {
+        println!("skipped: aditd is one process here");
+        return;
+    }
+    let worker = host.worker();
+    for n in 0..80 {
+        let body = format!(r#"{{"name":"vm-{n}","cid":{}}}"#, 100 + n);
+        assert_eq!(host.api("POST", "/v1/vms", &body).status, 200);
+    }
+    host.until("there are no more", |h| {
+        h.log().contains("Too many open files").then_some(())
+    });
+    host.kill_worker();
+    another(&host, worker);
+    let _control = ports[0].connected();
+    host.until("the VM is up again", |h| {
+        (h.get("/v1/vms/a")["state"] == "up").then_some(())
+    });
+}
+
+#[test]
+fn a_found_worker_that_is_not_the_user_of_the_database_any_more_is_replaced() {
+    let Some((mut host, _ports)) = two() else {
+        return;
+    };
+    let worker = host.worker();
+    host.kill_monitor();
+    let user = 78_150;
+    std::os::unix::fs::chown(host.state_dir(), Some(user), Some(user)).unwrap();
+    host.start();
+    let now = another(&host, worker);
+    let status = fs::read_to_string(format!("/proc/{now}/status")).unwrap();
+    assert!(status.contains(&format!("Uid:\t{user}\t")), "{status}");
+    let added = host.api("POST", "/v1/vms", r#"{"name":"c","cid":5}"#);
+    assert_eq!(added.status, 200);
+}
+
+#[test]
 fn a_stop_ends_both_in_order_and_leaves_no_socket() {
     let Some((mut host, _ports)) = two() else {
         return;

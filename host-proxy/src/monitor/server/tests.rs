@@ -199,6 +199,43 @@ async fn no_process_is_ended_but_a_port_process_of_that_vm() {
     other.wait().unwrap();
 }
 
+/// A request goes on when its worker is gone, and the next worker may ask as much again.
+#[tokio::test(start_paused = true)]
+async fn nobody_waits_long_for_a_process_that_does_not_end() {
+    let scene = Scene::new();
+    let dir = scene.run.path().join("vm/a");
+    std::fs::create_dir(&dir).unwrap();
+    let listener = control_listener(&dir);
+    let reached = scene.privileged.clone().reach(vm("a"), start(4), None);
+    assert!(!reached.await.unwrap().ours);
+    let begin = tokio::time::Instant::now();
+    let ask = Message::End(End {
+        vm: vm("a"),
+        pid: std::process::id(),
+        within_ms: u32::MAX,
+    });
+    let answer = scene.ask(ask, &[]).await;
+    assert!(matches!(answer, Message::Done(_)), "{answer:?}");
+    assert!(begin.elapsed() < 2 * END_MAX);
+    drop(listener);
+}
+
+/// Where a VMM of this user would listen.
+fn control_listener(dir: &Path) -> OwnedFd {
+    use nix::sys::socket::{Backlog, UnixAddr, bind, listen, socket};
+    let listener = socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .unwrap();
+    let at = UnixAddr::new(&dir.join(adit_port::control::CONTROL_SOCKET)).unwrap();
+    bind(listener.as_raw_fd(), &at).unwrap();
+    listen(&listener, Backlog::new(4).unwrap()).unwrap();
+    listener
+}
+
 #[tokio::test]
 async fn nothing_outside_of_the_vms_directories_is_removed_or_read() {
     let scene = Scene::new();
