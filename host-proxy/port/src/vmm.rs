@@ -138,8 +138,12 @@ fn take(dir: &Path, name: &VmId, limit: Duration) -> anyhow::Result<Place> {
         // For the time limits of a UnixStream.
         let socket = UnixStream::from(socket);
         socket.set_read_timeout(Some(limit))?;
-        // A port process sends its status first.
-        let Ok(Some((Message::Status(status), _))) = receive_passed(&socket, &closer) else {
+        // A port process says what it knows, and then its status, before anything else.
+        let mut said = receive_passed(&socket, &closer);
+        if let Ok(Some((Message::Features(_), _))) = said {
+            said = receive_passed(&socket, &closer);
+        }
+        let Ok(Some((Message::Status(status), _))) = said else {
             continue;
         };
         let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
