@@ -159,5 +159,5 @@ grep -q "same --ring" /tmp/clone || fail "$(cat /tmp/clone)"
 $clone --vsock cid=3 --name web-1 --ring 8M >/tmp/clone 2>&1 </dev/null && fail "a ring grew"
 grep -q "the same" /tmp/clone || fail "$(cat /tmp/clone)"
 start --kernel /l2/web-1/vmlinux --vsock cid=3 --aditd /nowhere/aditd.sock --name twin
-gone $VMM 60; grep -q "no aditd at /nowhere" /tmp/vmm.err || fail "$(cat /tmp/vmm.err)"
+gone $VMM 60; grep -q "cannot reach aditd at /nowhere" /tmp/vmm.err || fail "$(cat /tmp/vmm.err)"
 echo NESTED-DONE managed
