@@ -41,7 +41,12 @@ pub struct Port {
     listener: UnixListener,
     pub name: String,
     cid: u64,
+    /// aditd's API.
+    api: PathBuf,
 }
+
+/// How long aditd may take to hear a port process.
+const HEARD_LIMIT: Duration = Duration::from_secs(5);
 
 /// A connection of aditd to such a socket.
 pub struct Control(pub OwnedFd, pub Arc<Mutex<Clients>>);
@@ -144,11 +149,18 @@ impl Host {
 
     /// SIGKILL, to the worker only, if there is one. Returns when it has ended.
     pub fn kill_worker(&self) {
+        use nix::sys::socket::{getsockopt, sockopt};
         use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-        let pid = self
-            .noted_worker()
-            .and_then(|pid| Pid::from_raw(pid.cast_signed()));
-        let Some(pid) = pid else { return };
+        // It listens there before it serves, and has noted itself only afterwards.
+        let listening = adit_port::control_io::connect(&self.dir.path().join("run/work.sock"));
+        let listening = listening.ok().and_then(|socket| {
+            let peer = getsockopt(&socket, sockopt::PeerCredentials).ok()?;
+            Pid::from_raw(peer.pid())
+        });
+        let noted = || Pid::from_raw(self.noted_worker()?.cast_signed());
+        let Some(pid) = listening.or_else(noted) else {
+            return;
+        };
         let Ok(worker) = pidfd_open(pid, PidfdFlags::empty()) else {
             return; // it has ended
         };
@@ -366,6 +378,7 @@ impl Port {
             listener: listener.into(),
             name: name.into(),
             cid,
+            api: dir.join("run/aditd.sock"),
         }
     }
 
@@ -389,9 +402,11 @@ impl Port {
         }
     }
 
-    /// Accepts aditd's connection and sends the status.
+    /// Accepts aditd's connection, sends the status, and waits until aditd has heard it: who connects is not who hears.
     pub fn connected(&self) -> Control {
-        self.connected_as(self.cid)
+        let control = self.connected_as(self.cid);
+        self.wait_heard();
+        control
     }
 
     /// The same with another CID.
@@ -401,7 +416,24 @@ impl Port {
 
     /// The same as a port process of the build before, which says nothing of features.
     pub fn connected_older(&self) -> Control {
-        self.connected_with(self.cid, None)
+        let control = self.connected_with(self.cid, None);
+        self.wait_heard();
+        control
+    }
+
+    /// One that cannot answer now is not waited for.
+    fn wait_heard(&self) {
+        let Ok(aditd) = adit_client::blocking::Client::new(&self.api, HEARD_LIMIT) else {
+            return;
+        };
+        let begin = std::time::Instant::now();
+        while begin.elapsed() < HEARD_LIMIT {
+            let vm = aditd.get::<Value>(&format!("/v1/vms/{}", self.name));
+            if vm.is_ok_and(|vm| vm["state"] != "down") {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     fn connected_with(&self, cid: u64, features: Option<u64>) -> Control {

@@ -171,10 +171,11 @@ fn a_monitor_that_is_killed_while_a_vm_starts_is_followed_by_one_that_finds_it()
     let bin = tempfile::tempdir().unwrap();
     let slow = bin.path().join("slow");
     let (begun, go) = (bin.path().join("begun"), bin.path().join("go"));
+    // One that is started when the test is over ends, too.
     let script = format!(
-        "#!/bin/sh\necho $$ >> {}\nuntil test -e {}; do sleep 0.05; done\n",
-        begun.display(),
-        go.display()
+        "#!/bin/sh\necho $$ >> {begun}\nwhile test -e {begun} && ! test -e {go}; do sleep 0.05; done\n",
+        begun = begun.display(),
+        go = go.display()
     );
     fs::write(&slow, script).unwrap();
     fs::set_permissions(&slow, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
