@@ -1,6 +1,6 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket; signs goals here, so that no key leaves the manager.
 //!
-//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `config`, `completion`); `client` speaks HTTP, `output` prints,
+//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `image`, `config`, `completion`); `client` speaks HTTP, `output` prints,
 //! `error` says what failed, why and what to do next, and maps it to an exit status.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
@@ -9,6 +9,7 @@ mod completion;
 mod config;
 mod error;
 mod goal;
+mod image;
 mod key;
 mod output;
 mod task;
@@ -30,6 +31,7 @@ Examples:
   adit vm ls
   adit wait web-1 --for agent --timeout 30s
   adit key new fleet.key
+  adit image inject web-1.qcow2 --vm-id web-1 --trust fleet.key.pub --allow-port 22,80
   adit goal apply patch.yaml --sign fleet.key --to web-1,web-2
   adit task watch                                  # or `adit goal apply … --watch`
   adit task ls --state failed
@@ -84,6 +86,9 @@ enum Command {
     /// Make and show the keys that goals are signed with
     #[command(subcommand)]
     Key(key::KeyCommand),
+    /// Put the agent into VM images
+    #[command(subcommand)]
+    Image(image::ImageCommand),
     /// Wait until a VM is ready
     Wait(vm::Wait),
     /// Show whether aditd runs by its configuration file as it is now
@@ -134,6 +139,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Goal(command) => return goal::run(command, &client, format).await,
         Command::Task(command) => return task::run(command, &client, format).await,
         Command::Key(command) => key::run(command, format)?,
+        Command::Image(command) => image::run(command, format)?,
         Command::Config => config::show(&client, format).await?,
         Command::Completion(completion) => completion::print(completion)?,
         Command::Version => version(format)?,

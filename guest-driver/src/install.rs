@@ -1,11 +1,10 @@
 //! `adit-guest install`: puts agent, service, configuration and trust anchors into an image's root.
 //!
 //! Every file is written beside its place and renamed, and only if it differs, so that installing twice changes
-//! nothing and an installation that is cut short leaves no half file. No link in the image leads out of it (`image`). An
+//! nothing and an installation that is cut short leaves no half file. No link in the image leads out of it (`adit_image`). An
 //! existing configuration is replaced: the command line says what the image is to be. Keys are added, and none is removed.
 
 mod detect;
-mod image;
 mod interpreter;
 
 use std::collections::BTreeMap;
@@ -13,12 +12,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use adit_image::{Dir, Root};
 use adit_names::VmId;
 use adit_tasks::key::ANCHORS_MAX;
 
 use crate::config::{Config, ConfigError};
 use crate::trust::{KeyFileError, check_key, pub_files};
-use image::Image;
 
 /// Where the agent goes.
 const BINARY: &str = "usr/sbin/adit-guest";
@@ -26,7 +25,7 @@ const CONFIG: &str = "etc/adit-guest/adit-guest.toml";
 const TRUST_DIR: &str = "etc/adit-guest/trust";
 
 /// The image's init system.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Init {
     /// A unit, enabled for multi-user.target.
     Systemd,
@@ -34,7 +33,7 @@ pub enum Init {
     Openrc,
     /// `/etc/init.d/S50adit-guest`, which supervises by itself.
     Busybox,
-    /// None: whatever starts `adit-guest run`, it is not installed here.
+    /// No service is installed: something else starts `adit-guest run`.
     None,
 }
 
@@ -150,9 +149,17 @@ fn key_files(trust: &[PathBuf]) -> Result<Vec<(String, Vec<u8>)>, InstallError> 
 /// # Errors
 /// Something cannot be read or written; what was written before is complete and harmless.
 pub fn install(what: &Install<'_>) -> Result<Vec<String>, InstallError> {
+    let mut image = Dir::open(what.root).map_err(at("use root", what.root))?;
+    install_in(&mut image, what)
+}
+
+/// The same in a root that is open, a directory or not; `what.root` only names it.
+///
+/// # Errors
+/// As [`install`].
+pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String>, InstallError> {
     let root = what.root;
-    let image = Image::open(root).map_err(at("use root", root))?;
-    let init = what.init.map_or_else(|| detect::init(&image, root), Ok)?;
+    let init = what.init.map_or_else(|| detect::init(image, root), Ok)?;
     let keys = key_files(what.trust)?;
     let config = config(what);
     Config::parse(&root.join(CONFIG), &config)?;

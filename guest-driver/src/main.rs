@@ -16,7 +16,7 @@ use adit_guest_driver::{journal, show};
 use adit_names::VmId;
 use adit_print::PrintError;
 use anyhow::Context;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 
 /// The adit agent inside a VM: serves allowed local ports to the host, runs tasks that a trusted key has signed.
 #[derive(Parser)]
@@ -45,7 +45,7 @@ enum Cmd {
         root: PathBuf,
         /// The image's init system; looked for in the image if not given.
         #[arg(long)]
-        init: Option<InitArg>,
+        init: Option<Init>,
         /// The id that this VM is enrolled with, for example web-1.
         #[arg(long)]
         vm_id: VmId,
@@ -80,14 +80,6 @@ enum Cmd {
         /// The state directory.
         dir: PathBuf,
     },
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum InitArg {
-    Systemd,
-    Openrc,
-    Busybox,
-    None,
 }
 
 fn main() -> ExitCode {
@@ -151,7 +143,7 @@ fn test_transport_of(arg: &str) -> anyhow::Result<Arc<dyn Transport>> {
 
 fn into_image(
     root: PathBuf,
-    init: Option<InitArg>,
+    init: Option<Init>,
     vm_id: VmId,
     trust: Vec<PathBuf>,
     ports: Vec<u16>,
@@ -162,12 +154,6 @@ fn into_image(
         None => std::env::current_exe()
             .context("cannot find the agent's own binary; name one with --binary")?,
     };
-    let init = init.map(|init| match init {
-        InitArg::Systemd => Init::Systemd,
-        InitArg::Openrc => Init::Openrc,
-        InitArg::Busybox => Init::Busybox,
-        InitArg::None => Init::None,
-    });
     let what = Install {
         root: &root,
         init,

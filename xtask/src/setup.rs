@@ -9,13 +9,15 @@ use anyhow::{Context, bail};
 use crate::progress;
 
 /// Programs that are needed, and their packages.
-const PROGRAMS: [(&str, &str); 18] = [
+const PROGRAMS: [(&str, &str); 20] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("lz4", "lz4"),
     ("xz", "xz-utils"),
     ("zstd", "zstd"),
     ("mke2fs", "e2fsprogs"),
+    ("sfdisk", "fdisk"),
+    ("qemu-img", "qemu-utils"),
     ("curl", "curl"),
     ("setpriv", "util-linux"),
     ("cc", "gcc"),

@@ -4,6 +4,7 @@
 mod completing;
 mod fake;
 mod goals;
+mod image;
 mod lists;
 mod printing;
 mod waiting;

@@ -8,8 +8,9 @@
 
 use std::path::{Path, PathBuf};
 
+use adit_image::Root;
+
 use super::Init;
-use super::image::Image;
 
 const SYSTEMD: [&str; 2] = ["lib/systemd/systemd", "usr/lib/systemd/systemd"];
 const OPENRC: [&str; 2] = ["sbin/openrc-run", "usr/sbin/openrc-run"];
@@ -45,7 +46,7 @@ fn sought() -> String {
 ///
 /// # Errors
 /// It has none that is known, or two.
-pub(super) fn init(image: &Image, root: &Path) -> Result<Init, Unknown> {
+pub(super) fn init(image: &dyn Root, root: &Path) -> Result<Init, Unknown> {
     let has = |paths: &[&str]| paths.iter().any(|path| image.has(path));
     match (has(&SYSTEMD), has(&OPENRC)) {
         (true, true) => Err(Unknown::Both { root: root.into() }),

@@ -245,7 +245,7 @@ impl Busybox {
             .replace("/run/adit-guest.pid", &this.at("pid"))
             .replace("/proc/", &(this.at("proc") + "/"));
         std::os::unix::fs::symlink("/proc", this.at("proc")).unwrap();
-        let image = Image::open(this.0.path()).unwrap();
+        let mut image = Dir::open(this.0.path()).unwrap();
         let name = "S50adit-guest";
         image.place(name, script.as_bytes(), 0o755).unwrap();
         let made = Command::new("mkfifo").arg(this.at("fifo")).status();

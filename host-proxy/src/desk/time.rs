@@ -13,9 +13,9 @@ use super::{Desk, DeskError, change};
 const AGAIN_MS: i64 = 10_000;
 /// Each look reads all that is open. After one, the next for a change waits so many times as long as it took, so that many
 /// changes in a row do not keep the database at it; ...
-pub(super) const REST: u32 = 9;
+const REST: u32 = 9;
 /// ... but no longer than this, as what is new may be due.
-pub(super) const REST_MAX: Duration = Duration::from_secs(1);
+const REST_MAX: Duration = Duration::from_secs(1);
 /// Longest sleep. A clock that is set is noticed within the hour.
 const SLEEP_MAX_MS: u64 = 3_600_000;
 

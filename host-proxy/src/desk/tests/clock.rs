@@ -54,12 +54,7 @@ async fn many_changes_in_a_row_do_not_keep_the_clock_at_the_database() {
         stop.cancel();
     };
     tokio::join!(desk.keep_time(&stop), changes);
-    // Each look reads them several times, and takes longer than one read: so long is the rest after each, at least.
-    let rest = (look * time::REST).min(time::REST_MAX);
-    let most = 1 + begin.elapsed().as_micros() / rest.as_micros();
-    let looks = LOOKS.load(Ordering::Relaxed);
-    assert!(
-        u128::from(looks) <= most,
-        "{looks} looks of {look:?} each, at most {most}"
-    );
+    // Each look reads them several times.
+    let busy = look * LOOKS.load(Ordering::Relaxed);
+    assert!(busy < begin.elapsed() / 8, "{busy:?} of {look:?} each");
 }

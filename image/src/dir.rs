@@ -1,4 +1,4 @@
-//! An image's root directory, out of which no link leads.
+//! A root directory, out of which no link leads.
 //!
 //! The kernel looks every path up as if the root were `/` (`openat2` with `RESOLVE_IN_ROOT`): a link in the image, absolute
 //! or with `..` in it, leads to where it will lead once the image runs, and never to a file of whoever installs. After that
@@ -15,27 +15,21 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2, readlinkat,
 use nix::sys::stat::{Mode, SFlag, fchmod, fstat, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, symlinkat, unlinkat};
 
-/// What only the agent may read: directories that are made there are closed to others.
-const PRIVATE: &str = "etc/adit-guest";
+use crate::{Root, dir_mode};
 
 /// An open root directory.
-pub struct Image(OwnedFd);
+#[derive(Debug)]
+pub struct Dir(OwnedFd);
 
-impl Image {
-    /// Opens a root directory; a link in its own path is followed.
-    ///
-    /// # Errors
-    /// It is no directory that can be opened.
-    pub fn open(root: &Path) -> io::Result<Self> {
-        let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        Ok(Self(open(root, flags, Mode::empty())?))
+impl Root for Dir {
+    fn has(&self, path: &str) -> bool {
+        let how = OpenHow::new()
+            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+        openat2(&self.0, path, how).is_ok()
     }
 
-    /// Writes a file, unless it is there already with this content and mode; true if it changed. `path` is relative.
-    ///
-    /// # Errors
-    /// It cannot be written; the old one is there then.
-    pub fn place(&self, path: &str, content: &[u8], mode: u32) -> io::Result<bool> {
+    fn place(&mut self, path: &str, content: &[u8], mode: u32) -> io::Result<bool> {
         let (dir, name) = self.dir_of(path)?;
         let mode = Mode::from_bits_truncate(mode);
         if same(&dir, name, content, mode) {
@@ -51,17 +45,24 @@ impl Image {
         Ok(true)
     }
 
-    /// Makes a symbolic link, unless it is there already; true if it changed.
-    ///
-    /// # Errors
-    /// It cannot be made; what was there before is there then.
-    pub fn place_link(&self, path: &str, target: &str) -> io::Result<bool> {
+    fn place_link(&mut self, path: &str, target: &str) -> io::Result<bool> {
         let (dir, name) = self.dir_of(path)?;
         if readlinkat(&dir, name).is_ok_and(|t| t == target) {
             return Ok(false);
         }
         self.replace(&dir, name, |temp| Ok(symlinkat(target, &dir, temp)?))?;
         Ok(true)
+    }
+}
+
+impl Dir {
+    /// Opens a root directory; a link in its own path is followed.
+    ///
+    /// # Errors
+    /// It is no directory that can be opened.
+    pub fn open(root: &Path) -> io::Result<Self> {
+        let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        Ok(Self(open(root, flags, Mode::empty())?))
     }
 
     /// Makes something under a name of its own, then puts it in its place at once.
@@ -96,14 +97,6 @@ impl Image {
         Ok((at, name))
     }
 
-    /// Tells whether there is something at a path; a link is followed, within the image.
-    pub fn has(&self, path: &str) -> bool {
-        let how = OpenHow::new()
-            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        openat2(&self.0, path, how).is_ok()
-    }
-
     fn lookup(&self, path: &Path) -> nix::Result<OwnedFd> {
         let how = OpenHow::new()
             .flags(OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC)
@@ -122,10 +115,7 @@ fn make_dir(parent: &OwnedFd, name: &str, so_far: &Path) -> io::Result<OwnedFd> 
     })?;
     let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     let made = openat(parent, name, flags, Mode::empty())?;
-    let mode = match so_far.starts_with(PRIVATE) {
-        true => 0o700,
-        false => 0o755,
-    };
+    let mode = dir_mode(&so_far.to_string_lossy());
     fchmod(&made, Mode::from_bits_truncate(mode))?;
     Ok(made)
 }

@@ -1,0 +1,146 @@
+//! `adit image …` on a real file system, and what it prints for cloud-init.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+
+use super::{adit, text};
+
+/// A root with systemd, and an agent that needs nothing of it.
+fn scene() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    fs::create_dir_all(root.join("etc")).unwrap();
+    fs::create_dir_all(root.join("usr/lib/systemd")).unwrap();
+    fs::write(root.join("usr/lib/systemd/systemd"), "").unwrap();
+    symlink("usr/lib", root.join("lib")).unwrap();
+    fs::write(dir.path().join("agent"), b"\x7fELF and no more").unwrap();
+    assert!(adit(dir.path(), &["key", "new", "k"]).status.success());
+    dir
+}
+
+const WHAT: [&str; 8] = [
+    "--vm-id",
+    "web-1",
+    "--trust",
+    "k.pub",
+    "--allow-port",
+    "22,80",
+    "--agent",
+    "agent",
+];
+
+fn inject(dir: &Path, target: &str, more: &[&str]) -> std::process::Output {
+    adit(
+        dir,
+        &[&["image", "inject", target], &WHAT[..], more].concat(),
+    )
+}
+
+#[test]
+fn an_image_gets_the_files_that_a_directory_gets() {
+    let dir = scene();
+    let image = dir.path().join("web-1.raw");
+    fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
+    let mut mke2fs = Command::new("mke2fs");
+    let made = mke2fs.args(["-q", "-t", "ext4", "-F", "-d", "root", "web-1.raw"]);
+    assert!(made.current_dir(dir.path()).status().unwrap().success());
+
+    let into_image = inject(dir.path(), "web-1.raw", &[]);
+    let into_dir = inject(dir.path(), "root", &[]);
+    assert!(into_image.status.success(), "{}", text(&into_image.stderr));
+    assert_eq!(text(&into_image.stdout), text(&into_dir.stdout));
+    assert_eq!(
+        text(&into_image.stdout)
+            .lines()
+            .filter(|l| l.starts_with("wrote "))
+            .count(),
+        5
+    );
+    for file in [
+        "etc/adit-guest/adit-guest.toml",
+        "etc/adit-guest/trust/k.pub",
+        "usr/sbin/adit-guest",
+    ] {
+        let mut debugfs = Command::new("debugfs");
+        let cat = debugfs
+            .args(["-R", &format!("cat /{file}")])
+            .arg(&image)
+            .output()
+            .unwrap();
+        assert_eq!(
+            cat.stdout,
+            fs::read(dir.path().join("root").join(file)).unwrap(),
+            "{file}"
+        );
+    }
+    let again = inject(dir.path(), "web-1.raw", &["-o", "json"]);
+    let again: serde_json::Value = serde_json::from_slice(&again.stdout).unwrap();
+    let lines = again["lines"].as_array().unwrap();
+    assert!(
+        lines
+            .iter()
+            .all(|l| l.as_str().unwrap().starts_with("keeps ")),
+        "{lines:?}"
+    );
+}
+
+#[test]
+fn what_is_no_image_or_no_agent_is_refused_with_the_remedy() {
+    let dir = scene();
+    let refused = |out: std::process::Output, code: i32, part: &str| {
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(code), "{said}");
+        assert!(said.contains(part), "{said}");
+    };
+    refused(inject(dir.path(), "none.raw", &[]), 1, "No such file");
+    refused(
+        inject(dir.path(), "agent", &[]),
+        1,
+        "neither a file system nor a partition table",
+    );
+    refused(
+        inject(dir.path(), "root", &["--partition", "1"]),
+        2,
+        "is a directory",
+    );
+    let key = [
+        "image", "inject", "root", "--vm-id", "web-1", "--agent", "k.pub",
+    ];
+    refused(adit(dir.path(), &key), 1, "is no program");
+}
+
+#[test]
+fn a_cloud_config_has_the_same_files() {
+    use base64::Engine;
+    let dir = scene();
+    let args = [&["image", "cloud-init"], &WHAT[..]].concat();
+    let printed = text(&adit(dir.path(), &args).stdout);
+    let json = printed.strip_prefix("#cloud-config\n").unwrap();
+    let config: serde_json::Value = serde_json::from_str(json).unwrap();
+    assert!(inject(dir.path(), "root", &[]).status.success());
+    let files = config["write_files"].as_array().unwrap();
+    assert_eq!(files.len(), 4);
+    for file in files {
+        let path = file["path"].as_str().unwrap().trim_start_matches('/');
+        let content =
+            base64::engine::general_purpose::STANDARD.decode(file["content"].as_str().unwrap());
+        assert_eq!(
+            content.unwrap(),
+            fs::read(dir.path().join("root").join(path)).unwrap(),
+            "{path}"
+        );
+        let mode = if path.starts_with("etc/adit-guest") {
+            "0600"
+        } else {
+            "0"
+        };
+        assert!(
+            file["permissions"].as_str().unwrap().starts_with(mode),
+            "{path}"
+        );
+    }
+    let last = config["runcmd"].as_array().unwrap().last().unwrap();
+    assert_eq!(last[3], "adit-guest.service");
+}
