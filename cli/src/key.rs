@@ -5,8 +5,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use adit_tasks::PublicKey;
 use adit_tasks::key::{format_private, parse_private};
+use adit_tasks::{Anchor, PublicKey, Role, Roles};
 use clap::Subcommand;
 use ed25519_dalek::SigningKey;
 use zeroize::Zeroizing;
@@ -18,6 +18,7 @@ use crate::text::Format;
 const EXAMPLE: &str = "\
 Example:
   adit key new fleet.key --comment \"fleet 2027\"
+  adit key new enrol.key --role card                # signs cards, and no goal
   adit-guest install --root /mnt/image --init systemd --vm-id web-1 --trust fleet.key.pub";
 
 #[derive(Subcommand)]
@@ -30,6 +31,14 @@ pub enum KeyCommand {
         /// Name of the key in lists [default: the file's name]
         #[arg(long)]
         comment: Option<String>,
+        /// What it is trusted for: card, goal, exec, agent
+        #[arg(
+            long,
+            value_delimiter = ',',
+            value_name = "ROLE,…",
+            default_value = "goal"
+        )]
+        role: Vec<Role>,
         /// Replace the key that is in FILE, which is lost then
         #[arg(long)]
         force: bool,
@@ -38,6 +47,14 @@ pub enum KeyCommand {
     Show {
         /// File with the private key
         file: PathBuf,
+        /// What it is to be trusted for: card, goal, exec, agent
+        #[arg(
+            long,
+            value_delimiter = ',',
+            value_name = "ROLE,…",
+            default_value = "goal"
+        )]
+        role: Vec<Role>,
     },
 }
 
@@ -46,10 +63,20 @@ pub fn run(command: &KeyCommand, format: Format) -> Result<(), Failure> {
         KeyCommand::New {
             file,
             comment,
+            role,
             force,
-        } => new(file, comment.as_deref(), *force, format),
-        KeyCommand::Show { file } => show(&PublicKey::of(&read(file)?, &stem(file)), format),
+        } => new(file, comment.as_deref(), roles(role), *force, format),
+        KeyCommand::Show { file, role } => {
+            let (key, roles) = (PublicKey::of(&read(file)?, &stem(file)), roles(role));
+            show(&Anchor { key, roles }, format)
+        }
     }
+}
+
+/// One that is named twice counts once. There is at least one: the option has a default.
+fn roles(named: &[Role]) -> Roles {
+    let roles = named.iter().map(|role| Roles::from(*role));
+    roles.reduce(Roles::and).unwrap_or(Role::Goal.into())
 }
 
 /// Reads a private key.
@@ -72,21 +99,32 @@ fn stem(file: &Path) -> String {
         .into_owned()
 }
 
-fn show(key: &PublicKey, format: Format) -> Result<(), Failure> {
+fn show(anchor: &Anchor, format: Format) -> Result<(), Failure> {
     match format {
-        Format::Json => output::json(
-            &serde_json::json!({ "id": key.id().to_string(), "public": key.to_string() }),
-        ),
-        Format::Table => output::line(key),
+        Format::Json => output::json(&serde_json::json!({
+            "id": anchor.key.id().to_string(),
+            "public": anchor.to_string(),
+            "roles": anchor.roles.to_string(),
+        })),
+        Format::Table => output::line(anchor),
     }
 }
 
-fn new(file: &Path, comment: Option<&str>, force: bool, format: Format) -> Result<(), Failure> {
+fn new(
+    file: &Path,
+    comment: Option<&str>,
+    roles: Roles,
+    force: bool,
+    format: Format,
+) -> Result<(), Failure> {
     let mut seed = Zeroizing::new([0; 32]);
     getrandom::fill(seed.as_mut())
         .map_err(|e| Failure::new("io", format!("the system gives no random numbers: {e}")))?;
     let key = SigningKey::from_bytes(&seed);
-    let public = PublicKey::of(&key, comment.unwrap_or(&stem(file)));
+    let public = Anchor {
+        key: PublicKey::of(&key, comment.unwrap_or(&stem(file))),
+        roles,
+    };
     write(file, 0o600, &Zeroizing::new(format_private(&key)), force)?;
     let mut public_file = file.as_os_str().to_owned();
     public_file.push(".pub");

@@ -1,9 +1,10 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket; signs goals here, so that no key leaves the manager.
 //!
-//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `image`, `config`, `completion`); `client` speaks HTTP, `output` prints,
+//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `card`, `image`, `config`, `completion`); `client` speaks HTTP, `output` prints,
 //! `error` says what failed, why and what to do next, and maps it to an exit status.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+mod card;
 mod client;
 mod completion;
 mod config;
@@ -83,12 +84,15 @@ enum Command {
     /// List, show and watch tasks, and print what they wrote
     #[command(subcommand)]
     Task(task::TaskCommand),
-    /// Make and show the keys that goals are signed with
+    /// Make and show the keys that goals and cards are signed with
     #[command(subcommand)]
     Key(key::KeyCommand),
     /// Put the agent into VM images
     #[command(subcommand)]
     Image(image::ImageCommand),
+    /// Sign and show cards, which say who a guest is
+    #[command(subcommand)]
+    Card(card::CardCommand),
     /// Wait until a VM is ready
     Wait(vm::Wait),
     /// Show whether aditd runs by its configuration file as it is now
@@ -140,6 +144,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Task(command) => return task::run(command, &client, format).await,
         Command::Key(command) => key::run(command, format)?,
         Command::Image(command) => image::run(command, format)?,
+        Command::Card(command) => card::run(command, format)?,
         Command::Config => config::show(&client, format).await?,
         Command::Completion(completion) => completion::print(completion)?,
         Command::Version => version(format)?,

@@ -14,6 +14,7 @@
 //! | `ring_packet` | the other side's of a ring: packets, restarts, any word of the region | what was sent, in both directions; `shell` |
 //! | `ring_function` | the guest's of a ring's PCI function: accesses, and saved states of any origin | a second reader of the saved state |
 //! | `attach` | both sides' words, and the head of a region | two new sides reach a session |
+//! | `card` | the platform's and a signer's: a card, and the places that it is carried in | JSON without rules; what is believed is in its limits |
 //! | `succession` | a predecessor's that its guest controls: handover record, live file, unread bytes | a verdict in time, no leak, no thread lost |
 //!
 //! Seeds are in `corpus/TARGET/`: a minimal set of what libFuzzer found that still reaches every place it reached, and every input
@@ -26,6 +27,7 @@
 //! planted on purpose are found.
 
 mod attach;
+mod card;
 mod descriptor_chain;
 mod engine_ops;
 mod input;
@@ -47,7 +49,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 12] = [
+pub const TARGETS: [(&str, Target); 13] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -60,6 +62,7 @@ pub const TARGETS: [(&str, Target); 12] = [
     ("attach", attach::run),
     ("ring_packet", ring_packet::run),
     ("ring_function", ring_function::run),
+    ("card", card::run),
 ];
 
 /// The directory of a target's seeds.

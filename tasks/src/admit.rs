@@ -12,8 +12,9 @@
 use adit_names::VmId;
 use jiff::Timestamp;
 
+use crate::TrustStore;
 use crate::dsse::{Envelope, VerifyError};
-use crate::key::{KeyId, TrustStore};
+use crate::key::KeyId;
 use crate::plan::task_id;
 use crate::window::{Place, Window};
 use crate::wire::{Outcome, Task, TaskId};
@@ -72,8 +73,8 @@ fn deny<T>(code: &'static str, text: impl Into<String>) -> Result<T, Denial> {
 /// Decides whether a task may run here and now.
 ///
 /// # Errors
-/// A [`Denial`] with one of the codes `no-trust-anchor`, `bad-envelope`, `untrusted-key`, `bad-signature`, `bad-goal`,
-/// `wrong-target`, `not-yet-valid`, `expired`, `replay`, `unknown-step`, `attempt`, `task-id-mismatch`,
+/// A [`Denial`] with one of the codes `no-trust-anchor`, `bad-envelope`, `untrusted-key`, `wrong-role`, `bad-signature`,
+/// `bad-goal`, `wrong-target`, `not-yet-valid`, `expired`, `replay`, `unknown-step`, `attempt`, `task-id-mismatch`,
 /// `out-of-order`.
 pub fn admit(
     task: &Task,
@@ -91,6 +92,7 @@ pub fn admit(
         let code = match e {
             VerifyError::NoAnchor => "no-trust-anchor",
             VerifyError::UntrustedKey { .. } => "untrusted-key",
+            VerifyError::WrongRole { .. } => "wrong-role",
             VerifyError::BadSignature { .. } => "bad-signature",
         };
         deny(code, e.to_string())

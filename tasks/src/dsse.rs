@@ -16,31 +16,78 @@ use ed25519_dalek::{Signature, Signer, SigningKey};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::key::{KeyId, PublicKey, TrustStore, key_id};
+use crate::anchor::{Role, Roles, TrustStore};
+use crate::key::{KeyId, PublicKey, key_id};
 use crate::object::{self, Object};
 
 /// The type of a goal's envelope.
 pub const GOAL_TYPE: &str = "application/vnd.adit.goal.v1+json";
-/// Most bytes of an envelope.
+/// The type of a card's envelope.
+pub const CARD_TYPE: &str = "application/vnd.adit.card.v1+json";
+/// Most bytes of a goal's envelope.
 pub const ENVELOPE_MAX: usize = 256 << 10;
+/// Most bytes of a card's envelope: it has to fit into what a platform hands to its guest.
+pub const CARD_MAX: usize = 1024;
 /// Most signatures of an envelope.
 pub const SIGNATURES_MAX: usize = 8;
+
+/// What is signed. The signature covers it, so that no signed text is ever taken for one of another kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Type {
+    /// What a guest is to do.
+    Goal,
+    /// Who a guest is.
+    Card,
+}
+
+impl Type {
+    /// As the envelope says it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Goal => GOAL_TYPE,
+            Self::Card => CARD_TYPE,
+        }
+    }
+
+    /// The role that a key needs to sign it.
+    pub fn role(self) -> Role {
+        match self {
+            Self::Goal => Role::Goal,
+            Self::Card => Role::Card,
+        }
+    }
+
+    /// Most bytes of its envelope.
+    pub fn max(self) -> usize {
+        match self {
+            Self::Goal => ENVELOPE_MAX,
+            Self::Card => CARD_MAX,
+        }
+    }
+}
 
 /// Why bytes are no envelope: the fault of whoever sent them.
 #[derive(Debug, thiserror::Error)]
 pub enum EnvelopeError {
-    /// More bytes than [`ENVELOPE_MAX`].
-    #[error("envelope of {len} bytes, at most {ENVELOPE_MAX} are allowed")]
+    /// More bytes than its type may have.
+    #[error("envelope of {len} bytes, at most {max} are allowed")]
     TooLong {
         /// Bytes given.
         len: usize,
+        /// Bytes allowed.
+        max: usize,
     },
     /// Not the JSON that it should be; says line and column.
     #[error("envelope is malformed: {}", object::shown_plain(.0))]
     Json(#[source] serde_json::Error),
-    /// A type that this build does not know.
-    #[error("envelope has type `{0}`, only {GOAL_TYPE} is known")]
-    Type(String),
+    /// Another type than the one that belongs here, or one that this build does not know.
+    #[error("envelope has type `{found}`, and {wanted} belongs here")]
+    Type {
+        /// What it says.
+        found: String,
+        /// What it should be.
+        wanted: &'static str,
+    },
     /// A value is not (canonical) base64 or hex of the right length.
     #[error("envelope key `{field}` is not well encoded")]
     Encoding {
@@ -67,9 +114,22 @@ pub enum VerifyError {
         /// The first signer.
         found: KeyId,
     },
+    /// The signer is trusted, and not for this.
+    #[error(
+        "signed by {key}, which is trusted here as `{has}` only, and not as `{needs}`: sign with a key of that role, or give \
+         its anchor the role"
+    )]
+    WrongRole {
+        /// The signer.
+        key: KeyId,
+        /// Its roles.
+        has: Roles,
+        /// The one that it needs.
+        needs: Role,
+    },
     /// A trusted key is named, and its signature is wrong.
     #[error(
-        "the signature of key {key} is wrong: the goal was changed after signing, or never signed"
+        "the signature of key {key} is wrong: what it signs was changed after signing, or never signed"
     )]
     BadSignature {
         /// The key named.
@@ -103,6 +163,7 @@ struct RawSignature {
 /// A well-formed envelope. Its payload is not verified yet.
 #[derive(Clone, Debug)]
 pub struct Envelope {
+    of: Type,
     payload: Vec<u8>,
     signatures: Vec<(KeyId, Signature)>,
 }
@@ -110,26 +171,36 @@ pub struct Envelope {
 /// A payload that a trusted key has signed.
 #[derive(Clone, Debug)]
 pub struct Verified {
+    of: Type,
     payload: Vec<u8>,
     key: KeyId,
+    roles: Roles,
 }
 
 impl Envelope {
-    /// Parses an envelope, and not its payload.
+    /// Parses the envelope of a goal, and not its payload.
     ///
     /// # Errors
     /// It is too long, malformed, of another type, or has no signature.
     pub fn parse(bytes: &[u8]) -> Result<Self, EnvelopeError> {
-        if bytes.len() > ENVELOPE_MAX {
-            return Err(EnvelopeError::TooLong { len: bytes.len() });
+        Self::parse_as(Type::Goal, bytes)
+    }
+
+    /// Parses an envelope of this type, and not its payload.
+    ///
+    /// # Errors
+    /// It is too long, malformed, of another type, or has no signature.
+    pub fn parse_as(of: Type, bytes: &[u8]) -> Result<Self, EnvelopeError> {
+        let (len, max) = (bytes.len(), of.max());
+        if len > max {
+            return Err(EnvelopeError::TooLong { len, max });
         }
         let Object(raw): Object<RawEnvelope> =
             serde_json::from_slice(bytes).map_err(EnvelopeError::Json)?;
-        if raw.payload_type != GOAL_TYPE {
-            let shown = adit_names::escape(&raw.payload_type)
-                .at_most(64)
-                .to_string();
-            return Err(EnvelopeError::Type(shown));
+        if raw.payload_type != of.name() {
+            let found = adit_names::escape(&raw.payload_type).at_most(64);
+            let (found, wanted) = (found.to_string(), of.name());
+            return Err(EnvelopeError::Type { found, wanted });
         }
         let count = raw.signatures.len();
         if count == 0 || count > SIGNATURES_MAX {
@@ -144,6 +215,7 @@ impl Envelope {
             .map(signature)
             .collect::<Result<_, _>>()?;
         Ok(Self {
+            of,
             payload,
             signatures,
         })
@@ -164,28 +236,38 @@ impl Envelope {
         Sha256::digest(&self.payload).into()
     }
 
-    /// Checks the signatures against the trusted keys, strictly (no malleable, no small-order signature).
+    /// Checks the signatures against the keys that are trusted for this, strictly (no malleable, no small-order signature).
     ///
     /// # Errors
-    /// No trusted key has signed exactly this payload.
+    /// No such key has signed exactly this payload.
     pub fn verify(self, trust: &TrustStore) -> Result<Verified, VerifyError> {
         if trust.is_empty() {
             return Err(VerifyError::NoAnchor);
         }
-        let signed = pae(&self.payload);
+        let (signed, needs) = (pae(self.of, &self.payload), self.of.role());
         let mut failed = None;
-        for (id, signature) in &self.signatures {
-            let Some(key) = trust.get(id) else { continue };
-            if key.verifying().verify_strict(&signed, signature).is_ok() {
+        for &(key, ref signature) in &self.signatures {
+            let Some(anchor) = trust.get(&key) else {
+                continue;
+            };
+            let has = anchor.roles;
+            if !has.has(needs) {
+                failed = Some(VerifyError::WrongRole { key, has, needs });
+                continue;
+            }
+            let verifying = anchor.key.verifying();
+            if verifying.verify_strict(&signed, signature).is_ok() {
                 return Ok(Verified {
+                    of: self.of,
                     payload: self.payload,
-                    key: *id,
+                    key,
+                    roles: has,
                 });
             }
-            failed = Some(*id);
+            failed = Some(VerifyError::BadSignature { key });
         }
         Err(match (failed, self.signatures.first()) {
-            (Some(key), _) => VerifyError::BadSignature { key },
+            (Some(why), _) => why,
             (None, Some(&(found, _))) => VerifyError::UntrustedKey { found },
             (None, None) => VerifyError::NoAnchor,
         })
@@ -198,9 +280,19 @@ impl Verified {
         &self.payload
     }
 
+    /// Of what type they are.
+    pub fn of(&self) -> Type {
+        self.of
+    }
+
     /// Who signed them.
     pub fn key(&self) -> KeyId {
         self.key
+    }
+
+    /// All that the signer is trusted for.
+    pub fn roles(&self) -> Roles {
+        self.roles
     }
 
     /// sha256 of the payload.
@@ -209,14 +301,19 @@ impl Verified {
     }
 }
 
-/// Signs a payload; returns the envelope's JSON text.
+/// Signs a goal; returns the envelope's JSON text.
 pub fn sign(payload: &[u8], key: &SigningKey) -> String {
+    sign_as(Type::Goal, payload, key)
+}
+
+/// Signs a payload of this type; returns the envelope's JSON text.
+pub fn sign_as(of: Type, payload: &[u8], key: &SigningKey) -> String {
     let raw = RawEnvelope {
         payload: BASE64.encode(payload),
-        payload_type: GOAL_TYPE.into(),
+        payload_type: of.name().into(),
         signatures: vec![RawSignature {
             keyid: PublicKey::of(key, "").id().to_string(),
-            sig: BASE64.encode(key.sign(&pae(payload)).to_bytes()),
+            sig: BASE64.encode(key.sign(&pae(of, payload)).to_bytes()),
         }],
     };
     // Text and a list of texts always serialise.
@@ -233,8 +330,9 @@ fn signature(raw: &RawSignature) -> Result<(KeyId, Signature), EnvelopeError> {
 }
 
 /// Pre-authentication encoding: with the lengths, no bytes can move from the type to the payload or back.
-fn pae(payload: &[u8]) -> Vec<u8> {
-    let head = format!("DSSEv1 {} {GOAL_TYPE} {} ", GOAL_TYPE.len(), payload.len());
+fn pae(of: Type, payload: &[u8]) -> Vec<u8> {
+    let name = of.name();
+    let head = format!("DSSEv1 {} {name} {} ", name.len(), payload.len());
     [head.as_bytes(), payload].concat()
 }
 
@@ -275,10 +373,53 @@ mod tests {
     }
 
     #[test]
+    fn a_key_signs_only_what_it_has_the_role_for() {
+        let anchor = |roles: &str| {
+            let line = format!("roles={roles} {}", PublicKey::of(&key(), ""));
+            let mut trust = TrustStore::default();
+            trust.add_text(&line).unwrap();
+            trust
+        };
+        for (of, roles, good) in [
+            (Type::Goal, "goal", true),
+            (Type::Goal, "card,exec,agent", false),
+            (Type::Card, "card,goal", true),
+            (Type::Card, "goal,exec,agent", false),
+        ] {
+            let text = sign_as(of, b"{}", &key());
+            let envelope = Envelope::parse_as(of, text.as_bytes()).unwrap();
+            let (trust, needs, key) = (anchor(roles), of.role(), id_of(&key()));
+            match envelope.verify(&trust) {
+                Ok(verified) => assert!(good && verified.of() == of),
+                Err(e) => {
+                    let has = roles.parse().unwrap();
+                    assert_eq!(e, VerifyError::WrongRole { key, has, needs });
+                    assert!(!good, "{roles}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn r83_what_was_signed_as_one_type_is_nothing_as_another() {
+        let card = sign_as(Type::Card, b"{}", &key());
+        let e = Envelope::parse(card.as_bytes());
+        assert!(matches!(e, Err(EnvelopeError::Type { .. })));
+        let renamed = card.replace(CARD_TYPE, GOAL_TYPE);
+        let e = Envelope::parse(renamed.as_bytes()).unwrap();
+        let e = e.verify(&trust()).unwrap_err();
+        assert!(matches!(e, VerifyError::BadSignature { .. }));
+    }
+
+    #[test]
     fn envelope_has_golden_bytes() {
         assert_eq!(
-            pae(b"hi"),
+            pae(Type::Goal, b"hi"),
             b"DSSEv1 33 application/vnd.adit.goal.v1+json 2 hi"
+        );
+        assert_eq!(
+            pae(Type::Card, b"hi"),
+            b"DSSEv1 33 application/vnd.adit.card.v1+json 2 hi"
         );
         assert!(sign(b"hi", &key()).starts_with(
             r#"{"payload":"aGk=","payloadType":"application/vnd.adit.goal.v1+json","signatures":[{"keyid":""#

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::action::{Action, Written};
-use crate::dsse::Verified;
+use crate::dsse::{Type, Verified};
 use crate::object::{self, Object};
 
 /// The planner that this build has.
@@ -109,8 +109,11 @@ impl Goal {
     /// Parses the payload that a trusted key has signed.
     ///
     /// # Errors
-    /// It is no goal.
+    /// It is no goal, or was signed as something else.
     pub fn from_verified(v: &Verified) -> Result<Self, GoalError> {
+        if v.of() != Type::Goal {
+            return bad("payloadType", "is not that of a goal");
+        }
         Self::parse_unverified(v.payload())
     }
 

@@ -1,11 +1,10 @@
-//! Keys: ed25519, their text forms, and the set of those that a guest trusts.
+//! Keys: ed25519, and their text forms.
 //!
 //! | what | text |
 //! |---|---|
-//! | public | `adit-ed25519 BASE64(32 bytes) comment` on one line: a trust anchor |
+//! | public | `adit-ed25519 BASE64(32 bytes) comment` on one line; with the roles of a trust anchor: see `anchor` |
 //! | private | `ADIT-PRIVATE-KEY-1`, newline, `BASE64(32 bytes of seed)`, newline: a file of mode 0600 |
 
-use std::collections::BTreeMap;
 use std::fmt;
 
 use base64::Engine as _;
@@ -15,8 +14,6 @@ use sha2::{Digest, Sha256};
 
 const PUBLIC_TAG: &str = "adit-ed25519";
 const PRIVATE_TAG: &str = "ADIT-PRIVATE-KEY-1";
-/// Most anchors that a guest has.
-pub const ANCHORS_MAX: usize = 64;
 
 /// Why text is no key.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -33,21 +30,6 @@ pub enum KeyError {
     /// 32 bytes that are no point of the curve, or one of small order, whose signatures verify for many messages.
     #[error("key is not a strong ed25519 point")]
     Weak,
-    /// More anchors than [`ANCHORS_MAX`].
-    #[error("{count} trust anchors, at most {ANCHORS_MAX} are allowed")]
-    TooMany {
-        /// How many were given.
-        count: usize,
-    },
-    /// A line of a trust file is wrong.
-    #[error("line {line}: {source}")]
-    Line {
-        /// From 1.
-        line: usize,
-        /// What is wrong.
-        #[source]
-        source: Box<KeyError>,
-    },
 }
 
 /// First 16 bytes of the sha256 of a public key: how an envelope names its signer.
@@ -88,14 +70,10 @@ impl PublicKey {
             });
         }
         let bytes = decode(words.next().unwrap_or_default())?;
-        let key = VerifyingKey::from_bytes(&bytes).map_err(|_| KeyError::Weak)?;
-        // A point has one encoding here: a second one would be the same key under another id.
-        if key.is_weak() || key.to_edwards().compress().as_bytes() != &bytes {
-            return Err(KeyError::Weak);
-        }
+        let comment = comment(words.next().unwrap_or_default());
         Ok(Self {
-            key,
-            comment: comment(words.next().unwrap_or_default()),
+            comment,
+            ..Self::from_bytes(&bytes)?
         })
     }
 
@@ -104,9 +82,34 @@ impl PublicKey {
         key_id(&self.key)
     }
 
+    /// The same key, with no comment.
+    pub fn without_comment(self) -> Self {
+        let comment = String::new();
+        Self { comment, ..self }
+    }
+
     /// The comment that its owner gave it.
     pub fn comment(&self) -> &str {
         &self.comment
+    }
+
+    /// Its 32 bytes.
+    pub fn to_bytes(&self) -> [u8; 32] {
+        self.key.to_bytes()
+    }
+
+    /// The key of these bytes.
+    ///
+    /// # Errors
+    /// They are none, or a weak one.
+    pub fn from_bytes(bytes: &[u8; 32]) -> Result<Self, KeyError> {
+        let key = VerifyingKey::from_bytes(bytes).map_err(|_| KeyError::Weak)?;
+        // A point has one encoding here: a second one would be the same key under another id.
+        if key.is_weak() || key.to_edwards().compress().as_bytes() != bytes {
+            return Err(KeyError::Weak);
+        }
+        let comment = String::new();
+        Ok(Self { key, comment })
     }
 
     pub(crate) fn verifying(&self) -> &VerifyingKey {
@@ -154,64 +157,6 @@ pub fn parse_private(text: &str) -> Result<SigningKey, KeyError> {
         expected: PRIVATE_TAG,
     })?;
     Ok(SigningKey::from_bytes(&decode(rest.trim())?))
-}
-
-/// The keys whose goals run.
-#[derive(Clone, Debug, Default)]
-pub struct TrustStore {
-    keys: BTreeMap<KeyId, PublicKey>,
-}
-
-impl TrustStore {
-    /// Adds the keys of a file: one a line, empty lines and lines with `#` are skipped.
-    ///
-    /// # Errors
-    /// A line is no key, or there are too many.
-    pub fn add_text(&mut self, text: &str) -> Result<(), KeyError> {
-        for (at, line) in text.lines().enumerate() {
-            let line = line.trim();
-            if line.is_empty() || line.starts_with('#') {
-                continue;
-            }
-            let key = PublicKey::parse(line).map_err(|source| KeyError::Line {
-                line: at + 1,
-                source: Box::new(source),
-            })?;
-            self.add(key)?;
-        }
-        Ok(())
-    }
-
-    /// Adds a key.
-    ///
-    /// # Errors
-    /// There are too many.
-    pub fn add(&mut self, key: PublicKey) -> Result<(), KeyError> {
-        self.keys.insert(key.id(), key);
-        match self.keys.len() {
-            count if count > ANCHORS_MAX => Err(KeyError::TooMany { count }),
-            _ => Ok(()),
-        }
-    }
-
-    /// The keys, in the order of their ids.
-    pub fn keys(&self) -> impl Iterator<Item = &PublicKey> {
-        self.keys.values()
-    }
-
-    /// Number of keys.
-    pub fn len(&self) -> usize {
-        self.keys.len()
-    }
-
-    /// True if no key is trusted: then no task runs.
-    pub fn is_empty(&self) -> bool {
-        self.keys.is_empty()
-    }
-
-    pub(crate) fn get(&self, id: &KeyId) -> Option<&PublicKey> {
-        self.keys.get(id)
-    }
 }
 
 #[cfg(test)]
@@ -274,14 +219,5 @@ mod tests {
         let line = PublicKey::of(&SigningKey::from_bytes(&[7; 32]), "").to_string();
         let key = PublicKey::parse(&format!("{line} a\u{1b}[2Jb")).unwrap();
         assert_eq!(key.comment(), "a[2Jb");
-    }
-
-    #[test]
-    fn a_bad_line_is_named() {
-        let good = PublicKey::of(&SigningKey::from_bytes(&[7; 32]), "a").to_string();
-        let mut store = TrustStore::default();
-        let e = store.add_text(&format!("# anchors\n\n{good}\nssh-ed25519 AAAA\n"));
-        assert!(matches!(e, Err(KeyError::Line { line: 4, .. })));
-        assert_eq!(store.len(), 1);
     }
 }

@@ -10,7 +10,8 @@
 //! | `goal` | what a manager signs, strictly parsed |
 //! | `action` | what a step does: a file a kind |
 //! | `draft` | what a person writes (feature `yaml`) |
-//! | `dsse`, `key` | envelopes and signatures; keys and trust anchors |
+//! | `card` | who a guest is |
+//! | `dsse`, `key`, `anchor` | envelopes and signatures; keys; trust anchors and their roles |
 //! | `plan` | goal and VM → tasks with derived ids |
 //! | `principal` | whom a file is to belong to |
 //! | `plain` | what a parser says, in plain words |
@@ -22,6 +23,8 @@
 
 pub mod action;
 pub mod admit;
+pub mod anchor;
+pub mod card;
 #[cfg(feature = "yaml")]
 pub mod draft;
 pub mod dsse;
@@ -37,8 +40,10 @@ pub mod wire;
 
 pub use action::{Action, Kind};
 pub use admit::{Admitted, Denial, admit};
+pub use anchor::{Anchor, Role, Roles, TrustStore};
+pub use card::Card;
 pub use goal::{Goal, Step};
-pub use key::{KeyId, PublicKey, TrustStore};
+pub use key::{KeyId, PublicKey};
 pub use plain::plain;
 pub use plan::{PlannedTask, plan, task_id};
 pub use principal::Principal;

@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! guest                                   host
+//!   Enrolment ────────────────────────────▶   its card and its key, and what of that it could not use
 //!   Facts ────────────────────────────────▶   agent is ready
 //!   Clock ────────────────────────────────▶   before every pull, so that the host sees a clock that is off
 //!   ◀───────────────────────────── HostClock   used by a guest that is configured so
@@ -16,7 +17,7 @@
 //!   ◀─────────────────────────── ReportAck    the host has it on disk; the guest may forget the result
 //!   Pull …
 //! ```
-//! `Clock` and `Held` have the flag IGNORABLE: a host that does not know them skips them, and `HostClock` goes only to a guest
+//! `Enrolment`, `Clock` and `Held` have the flag IGNORABLE: a host that does not know them skips them, and `HostClock` goes only to a guest
 //! that has sent a `Clock`.
 //!
 //! A task carries no content of its own: goal envelope, step and attempt; the guest derives the rest.
@@ -61,6 +62,7 @@ pub enum WireKind {
     Goal = 10,
     TaskOf = 11,
     Lacks = 12,
+    Enrolment = 13,
 }
 
 /// 16 bytes that name one attempt of one step for one VM: see `task_id`.
@@ -75,12 +77,28 @@ pub struct Facts {
     pub kernel: String,
     /// Distribution name and version, from os-release.
     pub os: String,
-    /// The id that the image was enrolled with; a mismatch with the channel's VM is shown as a fault.
+    /// The id that the guest is enrolled with, empty if none; a mismatch with the channel's VM is shown as a fault.
     pub vm_id: String,
     /// Trust anchors in the image; with none it runs no task.
     pub anchors: u16,
     /// A random number for this boot.
     pub boot_nonce: [u8; 16],
+}
+
+/// Most faults of an [`Enrolment`].
+pub const FAULTS_MAX: usize = 8;
+
+/// Who the guest is, by its card. The host checks the card itself; all else is shown, never trusted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Enrolment {
+    /// The envelope of the card that the guest goes by, at most [`CARD_MAX`](crate::dsse::CARD_MAX) bytes; empty: none.
+    pub card: Vec<u8>,
+    /// Where the guest found it.
+    pub place: String,
+    /// The guest's own public key. That it has the private half is not shown by this.
+    pub guest_pk: Option<[u8; 32]>,
+    /// Cards that it found and does not use, each with why and what to do; at most [`FAULTS_MAX`].
+    pub faults: Vec<String>,
 }
 
 /// Asks for one task and waits for it.
@@ -216,6 +234,21 @@ pub struct Held {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_enrolment_has_golden_bytes() {
+        let bytes = |m: &Enrolment| crate::hex(&postcard::to_stdvec(m).unwrap());
+        assert_eq!(bytes(&Enrolment::default()), "00000000");
+        let whole = Enrolment {
+            card: b"{}".to_vec(),
+            place: "file".into(),
+            guest_pk: Some([0xcd; 32]),
+            faults: vec!["a".into()],
+        };
+        let key = "cd".repeat(32);
+        assert_eq!(bytes(&whole), format!("027b7d0466696c6501{key}010161"));
+        assert_eq!(WireKind::Enrolment as u16, 13);
+    }
 
     #[test]
     fn the_messages_about_clocks_have_golden_bytes() {

@@ -1,6 +1,7 @@
 //! The real `adit` binary, as a person calls it.
 #![allow(missing_docs)]
 
+mod cards;
 mod completing;
 mod fake;
 mod goals;
@@ -88,6 +89,23 @@ fn a_goal_is_signed_and_saved_and_every_signature_holds() {
         .verify(&trust)
         .unwrap();
     assert_eq!(text(verified.payload()).trim(), text(&out.stdout).trim());
+}
+
+#[test]
+fn a_public_key_says_what_it_is_trusted_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = adit(dir.path(), &["key", "new", "k", "--role", "goal,card"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let public = std::fs::read_to_string(dir.path().join("k.pub")).unwrap();
+    assert!(
+        public.starts_with("roles=card,goal adit-ed25519 "),
+        "{public}"
+    );
+    let shown = adit(dir.path(), &["key", "show", "k", "--role", "goal,card"]);
+    assert_eq!(text(&shown.stdout), public);
+    let out = adit(dir.path(), &["key", "new", "l", "--role", "goals"]);
+    assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
+    assert!(!dir.path().join("l").exists());
 }
 
 #[test]

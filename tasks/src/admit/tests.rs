@@ -104,6 +104,13 @@ fn r84_wrong_vm_time_or_signer_is_refused() {
         code(admit(&good, &stranger, &me(), NOW, &none)),
         "untrusted-key"
     );
+    let mut for_cards = TrustStore::default();
+    let line = format!("roles=card {}", PublicKey::of(&key(), ""));
+    for_cards.add_text(&line).unwrap();
+    assert_eq!(
+        code(admit(&good, &for_cards, &me(), NOW, &none)),
+        "wrong-role"
+    );
     let (nonsense, _) = task("[]", "hello", 1);
     assert_eq!(
         code(admit(&nonsense, &trust(), &me(), NOW, &none)),
