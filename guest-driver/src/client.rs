@@ -39,6 +39,7 @@ use crate::runner::{Handled, Runner};
 use crate::running::{Event, Running, SharedRunner};
 use crate::serve::Identity;
 use crate::transport::Transport;
+use crate::trust::Anchors;
 use crate::{facts, log};
 
 /// First delay before dialling again.
@@ -121,13 +122,14 @@ impl Client {
         }
     }
 
-    fn facts(&self) -> Facts {
+    fn facts(&self, anchors: &Anchors) -> Facts {
+        let me = self.live.me(anchors);
         Facts {
             agent_version: env!("CARGO_PKG_VERSION").into(),
             kernel: facts::kernel(),
             os: facts::os(),
-            vm_id: self.live.config().vm_id.to_string(),
-            anchors: self.live.anchors().count(),
+            vm_id: me.map_or_else(|_| String::new(), String::from),
+            anchors: anchors.count(),
             boot_nonce: self.identity.boot_nonce,
         }
     }
@@ -156,7 +158,11 @@ impl Client {
 
     /// One connection's work. It ends only with an error; the inner one is the host's orderly end.
     fn session(&mut self, conn: &Conn) -> io::Result<io::Error> {
-        let facts = self.facts();
+        let anchors = self.live.anchors();
+        // First, so that a VM that is ready has its labels.
+        let enrolment = self.live.enrolment(&anchors);
+        self.send_ignorable(conn, WireKind::Enrolment, &enrolment)?;
+        let facts = self.facts(&anchors);
         self.send(conn, WireKind::Facts, &facts)?;
         self.send_clock(conn)?;
         // Not sent again before the first pull, unless something comes in between.

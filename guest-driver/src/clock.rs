@@ -15,6 +15,11 @@ pub fn now_ms() -> u64 {
     system_ms().saturating_add_signed(own::ahead_ms())
 }
 
+/// The same, as goals and cards count it.
+pub fn unix_ms() -> i64 {
+    i64::try_from(now_ms()).unwrap_or(i64::MAX)
+}
+
 /// Sets the guest's clock.
 ///
 /// # Errors

@@ -1,4 +1,4 @@
-//! `/etc/adit-guest/adit-guest.toml`: the guest's id, whom it trusts, what the host may reach.
+//! `/etc/adit-guest/adit-guest.toml`: the guest's id or where its card is, whom it trusts, what the host may reach.
 //!
 //! `dist/adit-guest.toml.example` has every key, its meaning, default and limit; a test holds it to [`Config`]. A key that
 //! is not known is an error that names file, line and key: a misspelt limit must not silently be no limit.
@@ -64,11 +64,15 @@ pub enum ConfigError {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(
     deny_unknown_fields,
-    expecting = "a configuration with the key `vm_id`"
+    expecting = "a configuration: keys and values, as in `vm_id = \"web-1\"`"
 )]
 pub struct Config {
-    /// The id that the image was enrolled with.
-    pub vm_id: VmId,
+    /// The id that the image was enrolled with; none: its card says it.
+    #[serde(default)]
+    pub vm_id: Option<VmId>,
+    /// File with the guest's card.
+    #[serde(default = "default_card")]
+    pub card: PathBuf,
     /// Directory of public keys.
     #[serde(default = "default_trust_dir")]
     pub trust_dir: PathBuf,
@@ -141,6 +145,10 @@ impl Default for FileConfig {
     }
 }
 
+fn default_card() -> PathBuf {
+    "/etc/adit/card".into()
+}
+
 fn default_trust_dir() -> PathBuf {
     "/etc/adit-guest/trust".into()
 }
@@ -205,6 +213,7 @@ impl Config {
                 format!("{} is not an absolute path", dir.display()),
             )),
         };
+        absolute("card", &config.card)?;
         absolute("trust_dir", &config.trust_dir)?;
         absolute("state_dir", &config.state_dir)?;
         absolute("run_dir", &config.run_dir)?;

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use adit_image::{Dir, Root};
 use adit_names::VmId;
-use adit_tasks::key::ANCHORS_MAX;
+use adit_tasks::anchor::ANCHORS_MAX;
 
 use crate::config::{Config, ConfigError};
 use crate::trust::{KeyFileError, check_key, pub_files};
@@ -44,8 +44,8 @@ pub struct Install<'a> {
     pub root: &'a Path,
     /// Its init system; looked for in the image if not given.
     pub init: Option<Init>,
-    /// The id that the image is enrolled with.
-    pub vm_id: &'a VmId,
+    /// The id that the image is enrolled with; none: its card says it.
+    pub vm_id: Option<&'a VmId>,
     /// Public keys of managers: files, and directories of `*.pub`.
     pub trust: &'a [PathBuf],
     /// Local TCP ports that the host may reach.
@@ -225,6 +225,12 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
                 .into(),
         );
     }
+    if what.vm_id.is_none() {
+        said.push(
+            "no --vm-id: the guest runs no task before it has a card, see `adit card new --help`"
+                .into(),
+        );
+    }
     if init == Init::None {
         said.push("no service was installed: have something start /usr/sbin/adit-guest run".into());
     }
@@ -238,10 +244,11 @@ fn config(what: &Install<'_>) -> String {
         .map(u16::to_string)
         .collect::<Vec<_>>()
         .join(", ");
+    let vm_id = what.vm_id.map(|id| format!("vm_id = \"{id}\"\n"));
     format!(
         "# Written by `adit-guest install`.\n\
-         vm_id = \"{}\"\ntrust_dir = \"/{TRUST_DIR}\"\nstate_dir = \"/var/lib/adit-guest\"\nallow_ports = [{ports}]\n",
-        what.vm_id
+         {}trust_dir = \"/{TRUST_DIR}\"\nstate_dir = \"/var/lib/adit-guest\"\nallow_ports = [{ports}]\n",
+        vm_id.unwrap_or_default()
     )
 }
 

@@ -49,6 +49,8 @@ const KEYS_MAX: u64 = 256;
 const CACHE_BYTES: usize = 128 * 1024;
 const FILE: &str = "journal.redb";
 const RESERVE_FILE: &str = "reserve";
+/// All that a journal has in its directory.
+pub const FILES: [&str; 2] = [FILE, RESERVE_FILE];
 
 const TASKS: TableDefinition<&[u8; 16], &[u8]> = TableDefinition::new("tasks-v1");
 /// Order of arrival, for resending and dropping.

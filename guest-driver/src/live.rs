@@ -6,19 +6,23 @@
 //! | `trust_dir`, `script`, `file` | at the next task after SIGHUP |
 //! | `allow_ports` | at the next stream after SIGHUP; streams that are open go on |
 //! | `clock` | when the host next sends its time after SIGHUP |
-//! | `vm_id`, `state_dir`, `run_dir` | at the next start of the agent |
+//! | `vm_id`, `card` and what is in it, `state_dir`, `run_dir` | at the next start of the agent |
 
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use adit_tasks::KeyId;
+use adit_names::VmId;
+use adit_tasks::{KeyId, Roles, wire};
 
 use crate::config::{Config, ConfigError};
-use crate::log;
+use crate::enrol::{self, Enrolment};
 use crate::trust::Anchors;
+use crate::{clock, log};
 
 /// The configuration in force.
 pub struct Live {
     config: RwLock<Arc<Config>>,
+    /// Who this guest is, as found at the start.
+    enrolment: Enrolment,
     /// What was last logged of the anchors.
     logged: Mutex<Logged>,
 }
@@ -26,15 +30,16 @@ pub struct Live {
 /// The trusted keys, and why others are not.
 #[derive(Default, PartialEq, Eq)]
 struct Logged {
-    keys: Vec<KeyId>,
+    keys: Vec<(KeyId, Roles)>,
     skipped: Vec<String>,
 }
 
 impl Live {
     /// Begins with this configuration.
-    pub fn new(config: Config) -> Self {
+    pub fn new(config: Config, enrolment: Enrolment) -> Self {
         Self {
             config: RwLock::new(Arc::new(config)),
+            enrolment,
             logged: Mutex::default(),
         }
     }
@@ -47,10 +52,13 @@ impl Live {
 
     /// Reads the trust anchors; logs what has changed since they were last read.
     pub fn anchors(&self) -> Anchors {
-        let anchors = Anchors::read(&self.config());
+        let (config, now_ms) = (self.config(), clock::unix_ms());
+        let anchors = Anchors::read(&config).with_card(&self.enrolment, &config, now_ms);
         let skipped = anchors.skipped.iter().chain(&anchors.distrusted);
         let now = Logged {
-            keys: anchors.keys.keys().map(|key| key.id()).collect(),
+            keys: (anchors.keys.anchors())
+                .map(|anchor| (anchor.key.id(), anchor.roles))
+                .collect(),
             skipped: skipped.map(ToString::to_string).collect(),
         };
         let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
@@ -64,6 +72,19 @@ impl Live {
         anchors
     }
 
+    /// Who this guest is, by what these anchors say of its card.
+    ///
+    /// # Errors
+    /// Nothing says so that is believed; begins with a stable code.
+    pub fn me(&self, anchors: &Anchors) -> Result<VmId, String> {
+        enrol::me(&self.config(), anchors.card.as_ref())
+    }
+
+    /// What the host is told of the enrolment.
+    pub fn enrolment(&self, anchors: &Anchors) -> wire::Enrolment {
+        self.enrolment.told(anchors.card.as_ref())
+    }
+
     /// Reads the configuration file again. Returns the keys whose change needs a restart; they keep their old values.
     ///
     /// # Errors
@@ -73,6 +94,7 @@ impl Live {
         let mut new = Config::load(&old.path)?;
         let mut kept = Vec::new();
         keep("vm_id", &mut new.vm_id, &old.vm_id, &mut kept);
+        keep("card", &mut new.card, &old.card, &mut kept);
         keep("state_dir", &mut new.state_dir, &old.state_dir, &mut kept);
         keep("run_dir", &mut new.run_dir, &old.run_dir, &mut kept);
         *self.config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);

@@ -9,10 +9,11 @@ use adit_guest_driver::config::{BAD_CONFIG, Config, ConfigError, DEFAULT_PATH};
 use adit_guest_driver::install::{Init, Install, install};
 use adit_guest_driver::ring::{Carriers, Link};
 use adit_guest_driver::run::{self, RunError};
+use adit_guest_driver::self_test::{self, Found};
 #[cfg(feature = "test-util")]
 use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::Vsock;
-use adit_guest_driver::{journal, show};
+use adit_guest_driver::{enrol, journal, show};
 use adit_names::VmId;
 use adit_print::PrintError;
 use anyhow::Context;
@@ -46,9 +47,9 @@ enum Cmd {
         /// The image's init system; looked for in the image if not given.
         #[arg(long)]
         init: Option<Init>,
-        /// The id that this VM is enrolled with, for example web-1.
+        /// The id that this VM is enrolled with, for example web-1. Without it, the guest's card says it.
         #[arg(long)]
-        vm_id: VmId,
+        vm_id: Option<VmId>,
         /// Public keys of the managers whose goals this guest runs: files, or directories of *.pub. May be given many times,
         /// or as a list with commas. Without it, the guest runs no goal.
         #[arg(long, value_name = "KEYFILE.pub|DIR", value_delimiter = ',')]
@@ -60,7 +61,7 @@ enum Cmd {
         #[arg(long)]
         binary: Option<PathBuf>,
     },
-    /// Show what this image is configured to do.
+    /// Show what this image is configured to do, and who it is.
     Status {
         /// Configuration file.
         #[arg(long, default_value = DEFAULT_PATH)]
@@ -71,6 +72,21 @@ enum Cmd {
         /// Configuration file.
         #[arg(default_value = DEFAULT_PATH)]
         file: PathBuf,
+    },
+    /// Say what would fail on this image. Exit status 1 if something would.
+    SelfTest {
+        /// Configuration file.
+        #[arg(long, default_value = DEFAULT_PATH)]
+        config: PathBuf,
+    },
+    /// Take the identity out of this image, so that each copy of it gets its own: key, journal, card. Anchors stay.
+    Seal {
+        /// Configuration file.
+        #[arg(long, default_value = DEFAULT_PATH)]
+        config: PathBuf,
+        /// Seal although the configuration has a vm_id, which each copy will have too.
+        #[arg(long)]
+        keep_vm_id: bool,
     },
     /// Print the version.
     Version,
@@ -108,6 +124,8 @@ fn main() -> ExitCode {
         } => into_image(root, init, vm_id, trust, allow_port, binary),
         Cmd::Status { config } => status(&config),
         Cmd::CheckConfig { file } => check_config(&file),
+        Cmd::SelfTest { config } => self_test(&config),
+        Cmd::Seal { config, keep_vm_id } => seal(&config, keep_vm_id),
         Cmd::Version => print(&format!("adit-guest {}\n", env!("CARGO_PKG_VERSION"))),
         Cmd::JournalCheck { dir } => journal::check(&dir).map_err(Into::into),
     };
@@ -144,7 +162,7 @@ fn test_transport_of(arg: &str) -> anyhow::Result<Arc<dyn Transport>> {
 fn into_image(
     root: PathBuf,
     init: Option<Init>,
-    vm_id: VmId,
+    vm_id: Option<VmId>,
     trust: Vec<PathBuf>,
     ports: Vec<u16>,
     binary: Option<PathBuf>,
@@ -157,7 +175,7 @@ fn into_image(
     let what = Install {
         root: &root,
         init,
-        vm_id: &vm_id,
+        vm_id: vm_id.as_ref(),
         trust: &trust,
         ports: &ports,
         binary: &binary,
@@ -175,7 +193,8 @@ fn status(path: &Path) -> anyhow::Result<()> {
     };
     let head = format!("{:<15} {}\n", "config", path.display());
     let tail = format!("{:<15} {}{made}\n", "journal", journal.display());
-    print(&(head + &show::in_force(&config) + &tail))
+    let who = show::enrolment(&config, &enrol::look(&config));
+    print(&(head + &show::in_force(&config) + &tail + &who))
 }
 
 fn check_config(file: &Path) -> anyhow::Result<()> {
@@ -185,6 +204,36 @@ fn check_config(file: &Path) -> anyhow::Result<()> {
         file.display(),
         show::in_force(&config)
     ))
+}
+
+fn self_test(path: &Path) -> anyhow::Result<()> {
+    let (mut text, mut failed) = (String::new(), 0);
+    for found in self_test::run(&Config::load(path)?) {
+        let (word, what) = match found {
+            Found::Ok(what) => ("ok", what),
+            Found::Note(what) => ("note", what),
+            Found::Fails(what) => ("FAILS", what),
+        };
+        failed += usize::from(word == "FAILS");
+        text.push_str(&format!("{word:<6} {what}\n"));
+    }
+    print(&text)?;
+    match failed {
+        0 => Ok(()),
+        n => anyhow::bail!("self-test: {n} would fail"),
+    }
+}
+
+fn seal(path: &Path, keep_vm_id: bool) -> anyhow::Result<()> {
+    let gone = enrol::seal::seal(&Config::load(path)?, keep_vm_id)?;
+    let lines = gone
+        .iter()
+        .map(|file| format!("removed {}\n", file.display()));
+    let lines: String = lines.collect();
+    print(match lines.is_empty() {
+        true => "there was no identity to remove\n",
+        false => &lines,
+    })
 }
 
 /// Writes to standard output.

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::thread;
 
+use adit_names::VmId;
+
 use crate::client::Client;
 use crate::config::{Config, ConfigError};
 use crate::exec::{cgroup, reap};
@@ -13,7 +15,7 @@ use crate::ring::Link;
 use crate::runner::Runner;
 use crate::serve::{Identity, Server};
 use crate::transport::Transport;
-use crate::{facts, log, protect};
+use crate::{enrol, facts, log, protect};
 
 /// Why the agent cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -66,14 +68,14 @@ pub fn run(
     let _ = cgroup::mount_if_absent();
     cgroup::leave_task();
     let run_dir = config.run_dir.clone();
-    let vm_id = config.vm_id.clone();
     crate::exec::script::prepare(&run_dir).map_err(system("make run_dir usable"))?;
     let identity = Arc::new(Identity {
         boot_nonce: facts::boot_nonce(),
         epoch: AtomicU64::new(0),
     });
     let server = Server::new(config.allow_ports.clone(), identity.clone());
-    let live = Arc::new(Live::new(config));
+    let enrolment = enrol::at_start(&config);
+    let live = Arc::new(Live::new(config, enrolment));
     let hup = (live.clone(), server.clone());
     reap::start(move || reload(&hup.0, &hup.1))
         .map_err(system("start the thread that reaps tasks' orphans"))?;
@@ -81,14 +83,20 @@ pub fn run(
         ring.start(server.clone())
             .map_err(system("start the ring's thread"))?;
     }
-    let anchors = live.anchors().count();
+    let anchors = live.anchors();
+    let (me, anchors) = (live.me(&anchors), anchors.count());
     let runner = Runner::new(live.clone(), identity.boot_nonce);
     let client = Client::new(transport, identity, live.clone(), runner);
     let client = thread::Builder::new()
         .name("client".into())
         .spawn(|| client.run());
     client.map_err(system("start the client's thread"))?;
-    log::event("ready", &[("vm", &vm_id), ("anchors", &anchors)]);
+    let vm = me.as_ref().map_or("none", VmId::as_str);
+    log::event("ready", &[("vm", &vm), ("anchors", &anchors)]);
+    if let Err(why) = &me {
+        let effect = "no task will be run";
+        log::event("not-enrolled", &[("effect", &effect), ("why", why)]);
+    }
     if anchors == 0 {
         log::event(
             "no-trust-anchor",

@@ -293,12 +293,12 @@ impl Runner {
         if anchors.keys.is_empty() {
             return Err(anchors.why_none().into());
         }
+        let me = self.live.me(&anchors)?;
         self.save().map_err(|e| e.to_string())?;
         let journal = self.journal.as_mut().map_err(|e| e.to_string())?;
-        let (config, unsaved) = (self.live.config(), self.unsaved.as_ref());
-        let unsaved = unsaved.map(|u| &u.report);
-        let now_ms = i64::try_from(clock::now_ms()).unwrap_or(i64::MAX);
-        let admitted = verify(task, &anchors.keys, &config.vm_id, now_ms, journal, unsaved)?;
+        let unsaved = self.unsaved.as_ref().map(|u| &u.report);
+        let now_ms = clock::unix_ms();
+        let admitted = verify(task, &anchors.keys, &me, now_ms, journal, unsaved)?;
         let origin = Origin {
             key: admitted.key.0.into(),
             seq: admitted.goal.key_seq,

@@ -2,9 +2,13 @@
 
 use std::fmt::{self, Display, Write as _};
 
-use adit_tasks::Kind;
+use adit_names::VmId;
+use adit_tasks::card::Proved;
+use adit_tasks::{Anchor, Kind};
 
+use crate::clock;
 use crate::config::{ClockSource, Config};
+use crate::enrol::{self, Enrolment};
 use crate::trust::Anchors;
 
 /// Every key with its value in force, and the trust anchors.
@@ -26,7 +30,14 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
     };
     let roots = config.file.roots.iter().map(|root| root.display());
     for (key, value) in [
-        ("vm_id", config.vm_id.to_string()),
+        (
+            "vm_id",
+            config
+                .vm_id
+                .as_ref()
+                .map_or_else(|| "none: the card says it".into(), VmId::to_string),
+        ),
+        ("card", config.card.display().to_string()),
         ("trust_dir", config.trust_dir.display().to_string()),
         ("state_dir", config.state_dir.display().to_string()),
         ("run_dir", config.run_dir.display().to_string()),
@@ -47,15 +58,65 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
     anchors(out, &Anchors::read(config))
 }
 
+/// Who the guest is, and by what: its card, and what of that is not used.
+pub fn enrolment(config: &Config, found: &Enrolment) -> String {
+    let mut text = String::new();
+    // Writing to a String cannot fail.
+    let _ = write_enrolment(&mut text, config, found);
+    text
+}
+
+fn write_enrolment(out: &mut String, config: &Config, found: &Enrolment) -> fmt::Result {
+    let anchors = Anchors::read(config).with_card(found, config, clock::unix_ms());
+    match enrol::me(config, anchors.card.as_ref()) {
+        Ok(me) if config.vm_id.is_some() => {
+            writeln!(
+                out,
+                "{:<15} {me}, by vm_id of the configuration",
+                "this guest"
+            )?;
+        }
+        Ok(me) => writeln!(out, "{:<15} {me}, by its card", "this guest")?,
+        Err(why) => writeln!(out, "{:<15} nobody: {why}", "this guest")?,
+    }
+    match (&found.card, &anchors.card) {
+        (Some(at), Some(Ok(Proved { card, key }))) => {
+            let place = at.place.name();
+            let (vm, n, until) = (&card.vm_id, card.generation, card.not_after);
+            writeln!(
+                out,
+                "{:<15} {vm}, generation {n}, from {place}, until {until}, signed by {key}",
+                "goes by card"
+            )?;
+            if !card.labels.as_map().is_empty() {
+                writeln!(out, "{:<15} {}", "labels", card.labels)?;
+            }
+            for Anchor { key, roles } in &card.anchors {
+                let id = key.id();
+                writeln!(out, "{:<15} {id} {roles} {}", "brings key", key.comment())?;
+            }
+        }
+        _ => writeln!(out, "{:<15} none", "goes by card")?,
+    }
+    if let Some(key) = &found.key {
+        writeln!(out, "{:<15} {}", "own key", key.public())?;
+    }
+    for fault in &found.faults {
+        writeln!(out, "{:<15} {fault}", "not used")?;
+    }
+    Ok(())
+}
+
 fn anchors(out: &mut String, anchors: &Anchors) -> fmt::Result {
-    for key in anchors.keys.keys() {
-        writeln!(out, "{:<15} {} {}", "trusted key", key.id(), key.comment())?;
+    for Anchor { key, roles } in anchors.keys.anchors() {
+        let (id, comment) = (key.id(), key.comment());
+        writeln!(out, "{:<15} {id} {roles} {comment}", "trusted key")?;
     }
     for error in anchors.skipped.iter().chain(&anchors.distrusted) {
         writeln!(out, "{:<15} {error}", "not trusted")?;
     }
-    if anchors.keys.is_empty() {
-        writeln!(out, "{:<15} none: no task runs", "trusted key")?;
+    if anchors.count() == 0 {
+        writeln!(out, "{:<15} none as goal: no task runs", "trusted key")?;
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Trust anchors: the keys in `trust_dir/*.pub`, read again for every task, so that a key that was added or removed counts
-//! from the next task on.
+//! Trust anchors: the keys in `trust_dir/*.pub`, each with its roles, read again for every task, so that a key that was added or
+//! removed counts from the next task on. The card that a guest goes by may bring more (`enrol`).
 //!
 //! A file that others than its owner may write, or that belongs to neither root nor the agent's user, is no anchor; nor is
 //! one with a malformed line. Both are logged and skipped, so that a mistake leaves less trust, never more. Where others may
@@ -10,10 +10,12 @@ use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use adit_tasks::TrustStore;
-use adit_tasks::key::KeyError;
+use adit_tasks::anchor::AnchorError;
+use adit_tasks::card::Proved;
+use adit_tasks::{Role, TrustStore};
 
 use crate::config::Config;
+use crate::enrol::{Enrolment, Fault};
 use crate::owned::{self, Writable};
 
 /// Longest key file.
@@ -34,7 +36,7 @@ enum Why {
     #[error("is not a regular file")]
     Kind,
     #[error("{0}")]
-    Key(KeyError),
+    Key(AnchorError),
     #[error("holds no key; make one with `adit key new`")]
     Empty,
     #[error(transparent)]
@@ -52,6 +54,8 @@ pub struct Anchors {
     pub skipped: Vec<KeyFileError>,
     /// Why nothing is an anchor, whatever `trust_dir` holds.
     pub distrusted: Option<KeyFileError>,
+    /// The card that the guest goes by, or why it does not any more.
+    pub card: Option<Result<Proved, Fault>>,
 }
 
 impl Anchors {
@@ -71,9 +75,24 @@ impl Anchors {
         anchors
     }
 
-    /// How many keys are trusted.
+    /// Checks the card of an enrolment against these keys, and adds those that it brings.
+    pub fn with_card(mut self, enrolment: &Enrolment, config: &Config, now_ms: i64) -> Self {
+        self.card = enrolment.card_now(config, &self.keys, now_ms);
+        if let Some(Ok(proved)) = &self.card {
+            for anchor in &proved.card.anchors {
+                let added = self.keys.add(anchor.clone());
+                self.skipped.extend(added.err().map(|e| KeyFileError {
+                    file: "the card".into(),
+                    why: Why::Key(e),
+                }));
+            }
+        }
+        self
+    }
+
+    /// How many keys may sign goals.
     pub fn count(&self) -> u16 {
-        u16::try_from(self.keys.len()).unwrap_or(u16::MAX)
+        u16::try_from(self.keys.count(Role::Goal)).unwrap_or(u16::MAX)
     }
 
     /// Why no key is trusted, for a report.

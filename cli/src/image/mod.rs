@@ -58,9 +58,9 @@ pub enum ImageCommand {
 
 #[derive(Args)]
 pub struct What {
-    /// The id that the VM is enrolled with, for example web-1
+    /// The id that the VM is enrolled with, for example web-1. Without it, its card says it
     #[arg(long)]
-    vm_id: VmId,
+    vm_id: Option<VmId>,
     /// Public keys of the managers whose goals the guest runs: files, or directories of *.pub. May be given many times, or as a
     /// list with commas. Without it, the guest runs no goal
     #[arg(long, value_name = "KEYFILE.pub|DIR", value_delimiter = ',')]
@@ -145,7 +145,7 @@ impl What {
         Install {
             root,
             init,
-            vm_id: &self.vm_id,
+            vm_id: self.vm_id.as_ref(),
             trust: &self.trust,
             ports: &self.allow_port,
             binary: agent,

@@ -54,9 +54,15 @@ fn an_unknown_key_names_file_line_and_key() {
 }
 
 #[test]
+fn without_an_id_the_card_says_it() {
+    let c = parse("").unwrap();
+    assert_eq!((c.vm_id, c.card), (None, "/etc/adit/card".into()));
+}
+
+#[test]
 fn values_that_cannot_be_used_are_refused() {
     for text in [
-        "",
+        "card = \"card\"\n",
         "vm_id = \"a\"\nallow_ports = [0]\n",
         "vm_id = \"a\"\nstate_dir = \"var\"\n",
         "vm_id = \"a\"\n[file]\nroots = [\"etc\"]\n",
@@ -137,7 +143,6 @@ fn the_example_has_exactly_the_keys_that_are_known_each_explained_and_with_its_d
 #[test]
 fn a_mistake_is_told_in_the_words_of_whoever_wrote_the_file() {
     for (text, says) in [
-        ("", "`vm_id` is missing"),
         ("vm_id = 5\n", "must be"),
         (
             "vm_id = \"a\"\nallow_ports = 80\n",

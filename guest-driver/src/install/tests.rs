@@ -21,7 +21,7 @@ fn install_into(root: &Path, init: Option<Init>, trust: &[PathBuf]) -> Vec<Strin
     install(&Install {
         root,
         init,
-        vm_id: &vm_id,
+        vm_id: Some(&vm_id),
         trust,
         ports: &[80, 22],
         binary: &binary,
@@ -57,7 +57,7 @@ fn each_init_gets_its_files_and_a_second_run_changes_nothing() {
         );
         let config = Config::load(&path).unwrap();
         assert_eq!(
-            (config.vm_id.as_str(), config.allow_ports),
+            (config.vm_id.unwrap().as_str(), config.allow_ports),
             ("web-1", vec![80, 22])
         );
         assert_eq!(
@@ -79,7 +79,7 @@ fn try_install(
     install(&Install {
         root,
         init,
-        vm_id: &vm_id,
+        vm_id: Some(&vm_id),
         trust,
         ports: &[],
         binary,
@@ -161,7 +161,7 @@ fn what_the_agent_would_not_read_is_not_installed() {
         let done = install(&Install {
             root: &root,
             init: Some(Init::None),
-            vm_id: &vm_id,
+            vm_id: Some(&vm_id),
             trust: &[],
             ports,
             binary: Path::new("/bin/true"),
@@ -461,7 +461,7 @@ fn a_program_that_cannot_start_in_the_image_is_told() {
         let said = install(&Install {
             root: dir.path(),
             init: Some(Init::None),
-            vm_id: &vm_id,
+            vm_id: Some(&vm_id),
             trust: &[],
             ports: &[],
             binary: Path::new("/bin/true"),

@@ -8,7 +8,7 @@ use adit_guest_driver::config::BAD_CONFIG;
 
 use crate::host::Host;
 
-fn agent(args: &[&str]) -> Command {
+pub fn agent(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_adit-guest"));
     command.args(args).stdin(Stdio::null());
     command
@@ -133,7 +133,7 @@ fn check_config_shows_what_is_in_force_and_whom_the_guest_trusts() {
         ("clock", "own".into()),
         ("script.enabled", "true".into()),
         ("file.roots", host.path("root").display().to_string()),
-        ("trusted key", format!("{} test", key.id())),
+        ("trusted key", format!("{} goal test", key.id())),
     ] {
         assert_eq!(value(name), want, "{said}");
     }

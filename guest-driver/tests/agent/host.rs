@@ -177,10 +177,17 @@ impl Host {
             version: 1,
         };
         stream.write_all(&Hello::Accept(accept).encode()).unwrap();
-        let (header, body) = frame::read(&mut stream, frame::LEN_MAX).unwrap().unwrap();
+        let mut next = || frame::read(&mut stream, frame::LEN_MAX).unwrap().unwrap();
+        let (header, body) = next();
+        assert_eq!(header.kind, WireKind::Enrolment as u16);
+        // A host of before skips it.
+        assert_eq!(header.flags, frame::IGNORABLE);
+        let enrolment = header.decode(&body).unwrap();
+        let (header, body) = next();
         assert_eq!(header.kind, WireKind::Facts as u16);
         let session = Session {
             stream,
+            enrolment,
             clock: None,
             clocks: Vec::new(),
         };
@@ -213,6 +220,8 @@ impl Drop for Host {
 }
 
 pub struct Session {
+    /// What it said of its card.
+    pub enrolment: wire::Enrolment,
     stream: UnixStream,
     /// What the host's clock shows, for a host that answers; none: one of the version before.
     pub clock: Option<u64>,

@@ -8,6 +8,7 @@ mod clock;
 mod commands;
 mod delivery;
 mod disk;
+mod enrol;
 mod host;
 mod install;
 mod own;

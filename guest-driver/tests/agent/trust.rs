@@ -167,6 +167,24 @@ fn r84_another_vm_key_or_time_is_refused() {
 }
 
 #[test]
+fn a_goal_is_refused_whose_key_has_another_role_and_runs_once_its_anchor_has_this_one() {
+    let mut host = Host::new();
+    let file = host.path("count");
+    let anchor = host.path("trust/manager.pub");
+    let line = fs::read_to_string(&anchor).unwrap();
+    fs::write(&anchor, format!("roles=card,exec {line}")).unwrap();
+    let first = task(host.goal(1, json!([counting(&file, "")])), "count", 1);
+    host.start(None);
+    let (mut session, facts) = host.accept();
+    // None of its anchors may order anything.
+    assert_eq!(facts.anchors, 0);
+    refused(&session.run(&first), "wrong-role");
+    assert_eq!(lines(&file), 0);
+    fs::write(&anchor, format!("roles=card,goal {line}")).unwrap();
+    assert_eq!(session.run(&first).outcome, Outcome::Done);
+}
+
+#[test]
 fn r85_replays_are_refused_across_restarts_and_a_known_id_is_never_run_again() {
     let mut host = Host::new();
     let (first, second) = (host.path("first"), host.path("second"));

@@ -1,0 +1,131 @@
+//! What is kept of an enrolment in the state directory: `enrolment.json`, so that a card that was replaced is not believed again, and a copy
+//! of the disk notices that it is one.
+
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+use adit_names::VmId;
+use serde::{Deserialize, Serialize};
+
+pub(super) const FILE: &str = "enrolment.json";
+
+/// Most VMs whose generations are kept.
+const VMS_MAX: usize = 64;
+
+/// What was believed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// Who the guest was last.
+    pub vm_id: VmId,
+    /// Of each VM that it was, the highest generation of a card. All of them: else a platform that hands over another VM's card
+    /// in between could go back.
+    pub generations: BTreeMap<VmId, u64>,
+    /// The machine that it ran on, as its SMBIOS says.
+    #[serde(default)]
+    pub machine: Option<String>,
+}
+
+/// Why a guest is not the one that it was: its disk was copied.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Anew {
+    /// It has another name.
+    #[error("this guest was {was}")]
+    Vm {
+        /// Its name then.
+        was: VmId,
+    },
+    /// It runs on another machine.
+    #[error("this guest ran on the machine {was}")]
+    Machine {
+        /// That one's UUID.
+        was: String,
+    },
+}
+
+impl Kept {
+    /// What is to be kept of a guest that goes by a card of this generation (0: by none), and why it begins anew, if it does.
+    pub fn next(
+        before: Option<&Self>,
+        vm_id: &VmId,
+        generation: u64,
+        machine: Option<String>,
+    ) -> (Self, Option<Anew>) {
+        let mut generations = before.map(|k| k.generations.clone()).unwrap_or_default();
+        if generations.len() >= VMS_MAX && !generations.contains_key(vm_id) {
+            generations.pop_first();
+        }
+        let highest = generations.entry(vm_id.clone()).or_default();
+        *highest = generation.max(*highest);
+        let anew = before.and_then(|k| match (&k.machine, &machine) {
+            _ if k.vm_id != *vm_id => Some(Anew::Vm {
+                was: k.vm_id.clone(),
+            }),
+            (Some(was), Some(is)) if was != is => Some(Anew::Machine { was: was.clone() }),
+            _ => None,
+        });
+        // A kernel without SMBIOS, for once, is no other machine.
+        let machine = machine.or_else(|| before.and_then(|k| k.machine.clone()));
+        let vm_id = vm_id.clone();
+        let kept = Self {
+            vm_id,
+            generations,
+            machine,
+        };
+        (kept, anew)
+    }
+}
+
+/// The UUID that the machine's SMBIOS has; none where there is none, or only root may see it.
+pub fn machine() -> Option<String> {
+    let uuid = fs::read_to_string("/sys/class/dmi/id/product_uuid").ok()?;
+    let uuid = uuid.trim();
+    let is_none = uuid.is_empty() || uuid.bytes().all(|b| matches!(b, b'0' | b'-'));
+    (!is_none && uuid.len() <= 64).then(|| uuid.to_owned())
+}
+
+/// Reads it; none if nothing was kept.
+///
+/// # Errors
+/// It is there, and cannot be read.
+pub fn read(state_dir: &Path) -> io::Result<Option<Kept>> {
+    match fs::read(state_dir.join(FILE)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        bytes => Ok(Some(serde_json::from_slice(&bytes?)?)),
+    }
+}
+
+/// Keeps it, on disk when this returns.
+///
+/// # Errors
+/// The state directory cannot be written.
+pub fn write(state_dir: &Path, kept: &Kept) -> io::Result<()> {
+    replace(&state_dir.join(FILE), &serde_json::to_vec(kept)?)
+}
+
+/// Writes a file of mode 0600 beside its place, and puts it there at once. Its directory is made, with mode 0700.
+///
+/// # Errors
+/// It cannot be written; the old one is there then.
+pub(super) fn replace(file: &Path, content: &[u8]) -> io::Result<()> {
+    let dir = file.parent().unwrap_or(Path::new("/"));
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)?;
+    let temp = file.with_extension("new");
+    // It is there if the power was cut before.
+    let _ = fs::remove_file(&temp);
+    let mut options = OpenOptions::new();
+    let mut open = options
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&temp)?;
+    open.write_all(content)?;
+    open.sync_all()?;
+    fs::rename(&temp, file)?;
+    fs::File::open(dir)?.sync_all()
+}

@@ -1,0 +1,64 @@
+//! The guest's own key: made when it first starts, in the state directory, and never sent. The host learns the public half.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use adit_tasks::PublicKey;
+use adit_tasks::key::{format_private, parse_private};
+use ed25519_dalek::SigningKey;
+use zeroize::Zeroizing;
+
+use super::kept::replace;
+
+pub(super) const FILE: &str = "guest.key";
+
+/// The key.
+pub struct GuestKey {
+    public: PublicKey,
+}
+
+impl fmt::Debug for GuestKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("GuestKey").field(&self.public.id()).finish()
+    }
+}
+
+impl GuestKey {
+    /// The public half.
+    pub fn public(&self) -> &PublicKey {
+        &self.public
+    }
+
+    /// Reads the key; none if there is none yet.
+    ///
+    /// # Errors
+    /// It is there, and cannot be read.
+    pub fn read(state_dir: &Path) -> io::Result<Option<Self>> {
+        let text = match fs::read_to_string(state_dir.join(FILE)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            text => Zeroizing::new(text?),
+        };
+        let private = parse_private(&text).map_err(io::Error::other)?;
+        Ok(Some(Self::of(&private)))
+    }
+
+    /// Makes a key, on disk when this returns.
+    ///
+    /// # Errors
+    /// The state directory cannot be written.
+    pub fn make(state_dir: &Path) -> io::Result<Self> {
+        let mut seed = Zeroizing::new([0; 32]);
+        getrandom::fill(seed.as_mut()).map_err(io::Error::other)?;
+        let private = SigningKey::from_bytes(&seed);
+        let text = Zeroizing::new(format_private(&private));
+        replace(&state_dir.join(FILE), text.as_bytes())?;
+        Ok(Self::of(&private))
+    }
+
+    fn of(private: &SigningKey) -> Self {
+        let public = PublicKey::of(private, "");
+        Self { public }
+    }
+}
