@@ -12,13 +12,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adit_channel::frame;
-use adit_tasks::wire::{Clock, Facts, Held, Lacks, Pull, Report, ReportAck, Started, WireKind};
+use adit_tasks::wire::{
+    self, Clock, Facts, Held, Lacks, Pull, Report, ReportAck, Started, WireKind,
+};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use self::given::{Frames, Given};
 use crate::desk::DeskError;
+use crate::enrolment;
 use crate::passing::Socket;
 use crate::state::State;
 use crate::vm::VmEntry;
@@ -183,6 +186,10 @@ async fn handle(
         let facts = bounded(facts);
         tracing::info!(vm = %vm.name, agent = facts.agent_version, anchors = facts.anchors, "agent ready");
         vm.agent.seen(Some(facts));
+    } else if is(WireKind::Enrolment) {
+        let said: wire::Enrolment = header.decode(body).map_err(bad)?;
+        let heard = enrolment::hear(state, vm, said).await;
+        heard.map_err(io::Error::other)?;
     } else if is(WireKind::Clock) {
         let guest: Clock = header.decode(body).map_err(bad)?;
         let now = state.now_ms();

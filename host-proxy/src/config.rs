@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use adit_channel::socket_path;
 use adit_names::VmId;
 use adit_port::control::IVSHMEM_SOCKET;
+use adit_tasks::{Anchor, Role, TrustStore};
 use serde::{Deserialize, Serialize};
 
 use check::Document;
@@ -90,6 +91,8 @@ pub struct Config {
     pub ports: Ports,
     /// The part of aditd that is not root.
     pub worker: Worker,
+    /// Whose word is believed.
+    pub trust: Trust,
     /// The VMs that are always there.
     pub vm: Vec<VmConfig>,
 }
@@ -189,6 +192,32 @@ pub struct Worker {
     pub user: Option<String>,
 }
 
+/// `[trust]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Trust {
+    /// Public keys of the role `card`, one a text.
+    pub card: Vec<String>,
+}
+
+impl Trust {
+    /// Reads a key, which must have the role.
+    fn card_key(line: &str) -> Option<Anchor> {
+        let anchor = Anchor::parse(line).ok()?;
+        anchor.roles.has(Role::Card).then_some(anchor)
+    }
+
+    /// The keys. They have been checked.
+    pub fn anchors(&self) -> TrustStore {
+        let mut trust = TrustStore::default();
+        for anchor in self.card.iter().filter_map(|line| Self::card_key(line)) {
+            // At most so many, or the file would be refused.
+            let _ = trust.add(anchor);
+        }
+        trust
+    }
+}
+
 /// A VM.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -230,6 +259,7 @@ impl Default for Config {
             limits: Limits::default(),
             ports: Ports::default(),
             worker: Worker::default(),
+            trust: Trust::default(),
             vm: Vec::new(),
         }
     }

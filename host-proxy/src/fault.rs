@@ -15,8 +15,10 @@ pub enum FaultKind {
     PortProcess,
     /// The guest or its VMM broke the protocol of the device or the ring.
     Transport,
-    /// The guest's image is enrolled as another VM: it was copied from that one.
+    /// The guest is enrolled as another VM, as a copy of that one's image is, or as none.
     Enrolment,
+    /// A card is not believed, by the guest or by this host.
+    Card,
 }
 
 impl FaultKind {
@@ -27,6 +29,7 @@ impl FaultKind {
             Self::PortProcess => "port-process",
             Self::Transport => "transport",
             Self::Enrolment => "enrolment",
+            Self::Card => "card",
         }
     }
 }

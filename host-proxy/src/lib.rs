@@ -29,6 +29,7 @@ pub mod cgroup;
 pub mod config;
 pub mod desk;
 pub mod disk;
+pub mod enrolment;
 pub mod fault;
 pub mod fdstore;
 pub mod keeper;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use adit_names::VmId;
+use adit_tasks::TrustStore;
 use jiff::Timestamp;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -24,6 +25,8 @@ pub struct State {
     pub config: Config,
     /// What became of the configuration file since then.
     pub reloads: Reloads,
+    /// Whose cards are believed.
+    pub trust: TrustStore,
     /// What needs root.
     pub monitor: Monitor,
     /// The VMs.
@@ -68,6 +71,7 @@ impl State {
                 now_ms,
             ),
             registry,
+            trust: config.trust.anchors(),
             config,
             reloads: Reloads::default(),
             monitor,

@@ -1,6 +1,6 @@
 //! How VMs are printed: a table of all, or all of one.
 
-use adit_api::{Carrier, CarrierKind, Vm};
+use adit_api::{Card, Carrier, CarrierKind, Vm};
 
 use crate::error::Failure;
 use crate::output::{self, ago};
@@ -108,6 +108,18 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         );
         rows.push(["pending".into(), said]);
     }
+    rows.extend(vm.card.iter().map(|card| ["card".into(), self::card(card)]));
+    if !vm.labels.is_empty() {
+        let labels: Vec<_> = vm.labels.iter().map(|(n, v)| format!("{n}={v}")).collect();
+        rows.push(["labels".into(), labels.join(", ")]);
+    }
+    rows.extend(vm.guest_key.iter().map(|key| {
+        let proof = match &key.unproved {
+            None => "named by its card".into(),
+            Some(why) => format!("unproved: {why}"),
+        };
+        ["guest key".into(), format!("{} ({proof})", key.public)]
+    }));
     rows.extend(vm.clock_ahead_ms.map(|ms| ["clock".into(), clock(ms)]));
     rows.extend(vm.holding.iter().map(|held| {
         let said = format!(
@@ -144,6 +156,21 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         rows.push(["latency".into(), said]);
     }
     output::pairs(14, &rows)
+}
+
+/// `generation 3, from SMBIOS, signed by …, until …`, or `unproved: …`.
+fn card(card: &Card) -> String {
+    if let Some(why) = &card.unproved {
+        return format!("unproved: {why}");
+    }
+    let text = |text: &Option<String>| text.clone().unwrap_or_default();
+    format!(
+        "generation {}, from {}, signed by {}, until {}",
+        card.generation.unwrap_or(0),
+        card.place,
+        text(&card.signer),
+        text(&card.not_after)
+    )
 }
 
 /// `300.0 s behind this host's`. The time that a message takes is part of it, so less than a second means nothing.

@@ -32,6 +32,8 @@
 
 mod state;
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 pub use state::{TaskState, VmState};
@@ -68,6 +70,15 @@ pub struct Vm {
     pub kernel: Option<String>,
     /// Id that the image was enrolled with, if it is not this VM's. `fault` says so, too.
     pub enrolled_as: Option<String>,
+    /// What its card says that it is used for; empty unless this host believes the card.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// The card that the guest shows; none: it shows none.
+    #[serde(default)]
+    pub card: Option<Card>,
+    /// The guest's own key, as it says.
+    #[serde(default)]
+    pub guest_key: Option<GuestKey>,
     /// How far the guest's clock was ahead of this host's when the agent told it last, ms; negative: behind.
     #[serde(default)]
     pub clock_ahead_ms: Option<i64>,
@@ -111,6 +122,30 @@ pub struct Vm {
     /// Everything that is wrong with it, the gravest first: it needs a power cycle, has no port process, its guest broke the
     /// protocol, or its image is another VM's.
     pub fault: Option<String>,
+}
+
+/// A card that a guest shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Card {
+    /// Where the guest says that it found it.
+    pub place: String,
+    /// Which; none if it is not believed.
+    pub generation: Option<u64>,
+    /// Id of the key that signed it; none if it is not believed.
+    pub signer: Option<String>,
+    /// RFC 3339; until when it is valid; none if it is not believed.
+    pub not_after: Option<String>,
+    /// Why this host does not believe it; none: it does.
+    pub unproved: Option<String>,
+}
+
+/// A guest's own key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestKey {
+    /// The line of the public half.
+    pub public: String,
+    /// Why it may be anybody's; none: the card that is believed names it.
+    pub unproved: Option<String>,
 }
 
 /// A task that waits in the guest.

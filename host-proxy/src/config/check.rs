@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use adit_names::VmId;
+use adit_tasks::anchor::ANCHORS_MAX;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -148,7 +149,21 @@ impl<'a> Document<'a> {
                     None => true,
                 }
             }
-            (Kind::Numbers { .. }, _) => false,
+            (Kind::CardKeys, DeValue::Array(list)) => {
+                if list.len() > ANCHORS_MAX {
+                    let len = list.len();
+                    return wrong(format!("it lists {len} keys, and may list {ANCHORS_MAX}"));
+                }
+                let takes = |v: &&Spanned<DeValue<'_>>| {
+                    let text = v.get_ref().as_str();
+                    text.is_some_and(|text| key.kind.takes_text(text))
+                };
+                match list.iter().find(|v| !takes(v)) {
+                    Some(bad) => return wrong(self.is_not(bad, key)),
+                    None => true,
+                }
+            }
+            (Kind::Numbers { .. } | Kind::CardKeys, _) => false,
             (kind, DeValue::String(text)) => kind.takes_text(text),
             (kind, value) => number(value).is_some_and(|n| kind.takes_number(n)),
         };

@@ -6,8 +6,9 @@
 use std::fmt::Write as _;
 
 use adit_names::VmId;
+use adit_tasks::anchor::ANCHORS_MAX;
 
-use super::{ALLOW_MAX, BUSY_POLL_US_MAX, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX, UidRange};
+use super::{ALLOW_MAX, BUSY_POLL_US_MAX, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX, Trust, UidRange};
 
 /// A key of the file.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +47,8 @@ pub(super) enum Kind {
     Uids,
     User,
     VmName,
+    /// A list of at most [`ANCHORS_MAX`] public keys with the role `card`.
+    CardKeys,
 }
 
 impl Kind {
@@ -57,6 +60,7 @@ impl Kind {
             Self::Uids => text.parse::<UidRange>().is_ok(),
             Self::User => is_user(text),
             Self::VmName => text.parse::<VmId>().is_ok(),
+            Self::CardKeys => Trust::card_key(text).is_some(),
             _ => false,
         }
     }
@@ -97,6 +101,9 @@ impl Key {
             }
             Kind::User => "the name of a user of the host, not `root`, in quotes".into(),
             Kind::VmName => "1 to 63 of a-z, 0-9 and inner `-`, in quotes".into(),
+            Kind::CardKeys => format!(
+                "a list of at most {ANCHORS_MAX} lines as `adit key new --role card` prints them, each in quotes"
+            ),
         }
     }
 
@@ -252,6 +259,14 @@ const KEYS: &[Key] = &[
         default: "the user `adit` if the host has it, or else the last free one of ports.uids",
         example: "\"adit\"",
         kind: Kind::User,
+    },
+    Key {
+        path: "trust.card",
+        meaning: "Public keys whose cards are believed: a VM has the labels of the card that its guest shows only if one of these \
+                  keys has signed it for that VM. Without a key every card is shown as unproved.",
+        default: "[]",
+        example: "[\"roles=card adit-ed25519 hhyI/yN0+TrjTaqjAgXnRggxfrl4QedWWzLVnrKxF+c= fleet\"]",
+        kind: Kind::CardKeys,
     },
     Key {
         path: "vm.name",

@@ -1,6 +1,7 @@
 //! What a file with mistakes is answered.
 
 use adit_channel::socket_path::PATH_MAX;
+use adit_tasks::anchor::ANCHORS_MAX;
 
 use super::*;
 
@@ -168,9 +169,24 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
                 vec!["\"root\"".into(), "\"0\"".into(), "\"a b\"".into()],
             ),
             keys::Kind::VmName => (vec!["\"a-b\"".into()], vec!["\"a-\"".into()]),
+            keys::Kind::CardKeys => {
+                let line = key.example.trim_matches(['[', ']']);
+                let list = |n: usize| format!("[{}]", vec![line; n].join(", "));
+                let for_goals = line.replace("roles=card ", "");
+                (
+                    vec!["[]".into(), list(1), list(ANCHORS_MAX)],
+                    vec![
+                        list(ANCHORS_MAX + 1),
+                        format!("[{for_goals}]"),
+                        line.into(),
+                        "[7]".into(),
+                        "[\"fleet.key.pub\"]".into(),
+                    ],
+                )
+            }
         };
         bad.extend(["1.5", "1979-05-27", "{}"].map(str::to_owned));
-        if !matches!(key.kind, keys::Kind::Numbers { .. }) {
+        if !matches!(key.kind, keys::Kind::Numbers { .. } | keys::Kind::CardKeys) {
             bad.push("[]".into());
         }
         for value in good {

@@ -35,6 +35,7 @@ use crate::registry::Registry;
 use crate::vm::VmEntry;
 pub use change::{DeskError, NewGoal};
 use store::db::Db;
+use store::enrolments::Seen;
 use store::retention::{self, Keep};
 pub use store::{Handout, Wanted, rfc3339};
 
@@ -162,11 +163,43 @@ impl Desk {
         let (vm, now, keep) = (vm.clone(), self.now_ms(), self.keep);
         self.change(move |c| {
             store::vms::delete(c, vm.as_str())?;
+            store::enrolments::delete(c, vm.as_str())?;
             let ended = change::remove_vm(c, vm.as_str(), now)?;
             retention::trim(c, vm.as_str(), &keep)?;
             Ok(((), ended))
         })
         .await
+    }
+
+    /// A guest has shown a card of this generation that is believed (0: none), and said its key. Returns what is known of
+    /// the VM now. A higher generation begins anew with the key.
+    ///
+    /// # Errors
+    /// The database fails.
+    pub async fn enrol(
+        &self,
+        vm: &VmId,
+        generation: u64,
+        guest_pk: Option<[u8; 32]>,
+    ) -> Result<Seen, DeskError> {
+        let vm = vm.clone();
+        self.db
+            .run(move |c| {
+                let before = store::enrolments::seen(c, vm.as_str())?;
+                let first = match generation > before.generation {
+                    true => guest_pk,
+                    false => before.guest_pk.or(guest_pk),
+                };
+                let now = Seen {
+                    generation: generation.max(before.generation),
+                    guest_pk: first,
+                };
+                if now != before {
+                    store::enrolments::put(c, vm.as_str(), &now)?;
+                }
+                Ok(now)
+            })
+            .await
     }
 
     /// Brings the number of open tasks of a VM that has just come up to date.

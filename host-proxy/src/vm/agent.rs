@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::Changes;
+use crate::enrolment::Enrolment;
 use crate::fault::{Fault, FaultKind, Logged};
 
 /// Streams to the tasks service that one guest may hold open: its agent's, and a few that replace each other.
@@ -36,6 +37,9 @@ pub(super) struct Said {
     /// How far its clock is ahead, ms.
     pub(super) clock_ahead_ms: Option<i64>,
     pub(super) held: Option<Held>,
+    pub(super) enrolment: Enrolment,
+    /// It was said on this connection.
+    is_fresh: bool,
     pub(super) seen: Option<Instant>,
     connected: Option<CancellationToken>,
 }
@@ -61,7 +65,10 @@ impl Agent {
     /// A connection begins: the older one is told to end.
     pub fn connected(&self) -> CancellationToken {
         let token = CancellationToken::new();
-        let older = self.lock().connected.replace(token.clone());
+        let mut said = self.lock();
+        said.is_fresh = false;
+        let older = said.connected.replace(token.clone());
+        drop(said);
         if let Some(older) = older {
             older.cancel();
         }
@@ -81,12 +88,24 @@ impl Agent {
         let is_new = facts.is_some();
         if is_new {
             said.facts = facts;
+            // An agent of the version before says nothing of it.
+            if !said.is_fresh {
+                said.enrolment = Enrolment::default();
+            }
         }
         drop(said);
         if is_new {
-            let fault = self.fault().into_iter().collect();
-            self.logged.update(self.vm.as_str(), fault);
+            self.logged.update(self.vm.as_str(), self.faults());
         }
+        self.changes.note();
+    }
+
+    /// It has said who it is by its card, and that was judged.
+    pub fn enrolled(&self, enrolment: Enrolment) {
+        let mut said = self.lock();
+        (said.enrolment, said.is_fresh) = (enrolment, true);
+        drop(said);
+        self.logged.update(self.vm.as_str(), self.faults());
         self.changes.note();
     }
 
@@ -114,10 +133,36 @@ impl Agent {
     /// The id that the guest's image is enrolled with, if it is another VM's.
     pub(super) fn enrolled_as(&self) -> Option<String> {
         let id = self.lock().facts.as_ref().map(|f| f.vm_id.clone());
-        id.filter(|id| id != self.vm.as_str())
+        id.filter(|id| id != self.vm.as_str() && !id.is_empty())
     }
 
-    pub(super) fn fault(&self) -> Option<Fault> {
+    pub(super) fn faults(&self) -> Vec<Fault> {
+        let said = self.said();
+        let mut faults: Vec<_> = self.enrolment_fault(&said).into_iter().collect();
+        let mut texts: Vec<_> = said.enrolment.faults;
+        if let Some(Err(unproved)) = said.enrolment.card
+            && unproved.is_fault
+        {
+            texts.push(format!(
+                "this host does not believe its card: {}",
+                unproved.why
+            ));
+        }
+        if !texts.is_empty() {
+            faults.push(Fault::new(FaultKind::Card, &texts.join("; ")));
+        }
+        faults
+    }
+
+    fn enrolment_fault(&self, said: &Said) -> Option<Fault> {
+        if said.facts.as_ref().is_some_and(|f| f.vm_id.is_empty()) {
+            let text = format!(
+                "the guest has no vm_id and no card that it believes, and runs no task: give it one that \
+                 `adit card new {}` makes, and restart its agent",
+                self.vm
+            );
+            return Some(Fault::new(FaultKind::Enrolment, &text));
+        }
         let id = self.enrolled_as()?;
         let text = format!(
             "the guest's image is enrolled as `{id}`: it was copied from that VM, and refuses every goal for this one; \

@@ -102,7 +102,7 @@ impl VmEntry {
     /// Everything that is wrong with it now, the gravest first.
     pub fn faults(&self) -> Vec<Fault> {
         let mut faults = self.channel.faults();
-        faults.extend(self.agent.fault());
+        faults.extend(self.agent.faults());
         faults
     }
 

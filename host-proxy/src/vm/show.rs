@@ -1,11 +1,13 @@
 //! A VM as the API shows it.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
-use adit_api::{Carrier, CarrierKind, Holding, Vm, VmState};
+use adit_api::{Card, Carrier, CarrierKind, GuestKey, Holding, Vm, VmState};
 use adit_port::control::{IVSHMEM_SOCKET, RING_SOCKET, Ring, VHOST_SOCKET};
 
 use super::VmEntry;
+use crate::enrolment::{Believed, Enrolment};
 
 /// Characters of a port process's text about its ring that are shown.
 const RING_TEXT_MAX: usize = 300;
@@ -33,6 +35,12 @@ impl VmEntry {
             agent: facts.map(|f| f.agent_version.clone()),
             kernel: facts.map(|f| f.kernel.clone()),
             enrolled_as: self.agent.enrolled_as(),
+            labels: labels(&agent.enrolment),
+            card: card(&agent.enrolment),
+            guest_key: agent.enrolment.key.as_ref().map(|key| GuestKey {
+                public: key.public.to_string(),
+                unproved: key.unproved.clone(),
+            }),
             clock_ahead_ms: agent.clock_ahead_ms,
             holding: agent.held.filter(|_| connected).map(|held| Holding {
                 task_id: adit_tasks::hex(&held.task_id),
@@ -57,6 +65,34 @@ impl VmEntry {
             fault: (!faults.is_empty()).then(|| faults.join("; ")),
         }
     }
+}
+
+/// What is believed of a VM: nothing but what its card says.
+fn labels(enrolment: &Enrolment) -> BTreeMap<String, String> {
+    let believed = enrolment.card.as_ref().and_then(|card| card.as_ref().ok());
+    let labels = believed.and_then(Believed::labels);
+    labels.cloned().unwrap_or_default()
+}
+
+fn card(enrolment: &Enrolment) -> Option<Card> {
+    let place = enrolment.place.clone();
+    Some(match enrolment.card.as_ref()? {
+        Ok(believed) => Card {
+            place,
+            generation: Some(believed.card.generation),
+            signer: Some(believed.signer.clone()),
+            not_after: Some(believed.card.not_after.to_string()),
+            unproved: (believed.labels().is_none())
+                .then(|| "its time is over; sign a new one with `adit card new`".into()),
+        },
+        Err(unproved) => Card {
+            place,
+            generation: None,
+            signer: None,
+            not_after: None,
+            unproved: Some(unproved.why.clone()),
+        },
+    })
 }
 
 /// What carries the VM's streams. Its texts come from the port process, which the guest may control.

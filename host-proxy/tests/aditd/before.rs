@@ -11,7 +11,11 @@ use serde_json::{Map, Value};
 use crate::host::Host;
 
 /// Schemas of which there is a database.
-const SCHEMAS: std::ops::RangeInclusive<u32> = 1..=3;
+const SCHEMAS: std::ops::RangeInclusive<u32> = 1..=4;
+
+/// From this schema on, aditd has in memory only that a task has started, until the next transaction. After a kill the task is
+/// leased, and its guest says it again.
+const IN_MEMORY: u32 = 4;
 
 /// States of a task in those schemas.
 const STATES: [&str; 11] = [
@@ -70,7 +74,12 @@ fn a_database_of_every_schema_says_of_each_row_what_it_said_then() {
             assert!(now.keys().eq(before.keys()), "schema {schema}: {now:?}");
             for (name, row) in before {
                 let what = format!("schema {schema}, {list}");
-                says_all_of(now[&name], row.as_object().unwrap(), &what);
+                let mut row = row.as_object().unwrap().clone();
+                if list == "tasks" && schema >= IN_MEMORY && row["state"] == "started" {
+                    row.insert("state".into(), "leased".into());
+                    row.insert("started_at".into(), Value::Null);
+                }
+                says_all_of(now[&name], &row, &what);
             }
         }
         let goals = host.get("/v1/goals");

@@ -18,7 +18,9 @@ use adit_port::control::{
     Ask, CONTROL_SOCKET, Connect, Dial, Dialed, FEATURE_CONNECT, Features, Incoming, Status,
 };
 use adit_port::control_io::{ControlError, Message, receive, send};
-use adit_tasks::wire::{Facts, Outcome, Pull, Report, ReportAck, Task, TaskId, WireKind};
+use adit_tasks::wire::{
+    Clock, Enrolment, Facts, Outcome, Pull, Report, ReportAck, Task, TaskId, WireKind,
+};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, setsockopt, socket, sockopt,
 };
@@ -580,6 +582,18 @@ impl Control {
 
     /// An agent whose hello has these features; those that aditd has too must be the same.
     pub fn agent_with(&self, features: u64) -> Agent {
+        self.agent_saying(features, "a", None)
+    }
+
+    /// An agent of a guest that says this of its enrolment, and that it is this VM. What it said is judged when this returns.
+    pub fn enrolled(&self, vm_id: &str, enrolment: &Enrolment) -> Agent {
+        let mut agent = self.agent_saying(0, vm_id, Some(enrolment));
+        agent.say(WireKind::Clock, 1, &Clock { unix_ms: 0 });
+        agent.hear_kind(WireKind::HostClock);
+        agent
+    }
+
+    fn agent_saying(&self, features: u64, vm_id: &str, enrolment: Option<&Enrolment>) -> Agent {
         let mut stream = self.incoming(700);
         open_with(&mut stream, "tasks", features);
         let Hello::Accept(accept) = adit_channel::hello::read(&mut stream).unwrap() else {
@@ -587,6 +601,9 @@ impl Control {
         };
         assert_eq!(accept.common.features, features);
         let mut agent = Agent { stream };
+        if let Some(enrolment) = enrolment {
+            agent.say(WireKind::Enrolment, 0, enrolment);
+        }
         agent.say(
             WireKind::Facts,
             0,
@@ -594,7 +611,7 @@ impl Control {
                 agent_version: "1".into(),
                 kernel: "6".into(),
                 os: "x".into(),
-                vm_id: "a".into(),
+                vm_id: vm_id.into(),
                 anchors: 1,
                 boot_nonce: [1; 16],
             },

@@ -5,6 +5,7 @@ mod answers;
 mod asked;
 mod before;
 mod by_digest;
+mod cards;
 mod changes;
 mod commands;
 mod cut;

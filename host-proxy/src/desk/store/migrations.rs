@@ -7,7 +7,7 @@ use rusqlite::{Connection, params};
 use super::db::Migration;
 
 /// All steps, the first from nothing.
-pub const MIGRATIONS: &[Migration] = &[first, limits, specs, waiting];
+pub const MIGRATIONS: &[Migration] = &[first, limits, specs, waiting, enrolments];
 
 /// Bytes of each output stream that a goal lets a step keep.
 pub fn output_cap(goal: &Goal, step: &str) -> u32 {
@@ -105,6 +105,15 @@ fn waiting(c: &Connection) -> rusqlite::Result<()> {
         "
 DROP INDEX tasks_open;
 CREATE INDEX tasks_waiting ON tasks (vm, state, digest) WHERE closed_ms IS NULL;
+",
+    )
+}
+
+/// Version 5: which cards were believed, and whose keys were heard.
+fn enrolments(c: &Connection) -> rusqlite::Result<()> {
+    c.execute_batch(
+        "
+CREATE TABLE enrolments (vm TEXT PRIMARY KEY, generation INTEGER NOT NULL, guest_pk BLOB) STRICT;
 ",
     )
 }

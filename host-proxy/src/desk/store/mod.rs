@@ -13,6 +13,7 @@
 //! in `begun` is `started`. A connection that is given up after a failed commit takes the notes along, as a kill does.
 
 pub mod db;
+pub mod enrolments;
 pub mod goals;
 pub mod migrations;
 pub mod page;

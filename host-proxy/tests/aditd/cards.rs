@@ -1,0 +1,207 @@
+//! What aditd believes of a guest's card, and what it says where it does not.
+
+use adit_tasks::PublicKey;
+use adit_tasks::dsse::{CARD_MAX, Type, sign_as};
+use adit_tasks::wire::Enrolment;
+use ed25519_dalek::SigningKey;
+use serde_json::{Value, json};
+
+use crate::host::{Control, Host};
+
+const LATER: &str = "2100-01-01T00:00:00Z";
+
+fn key(seed: u8) -> SigningKey {
+    SigningKey::from_bytes(&[seed; 32])
+}
+
+fn trust() -> String {
+    let line = PublicKey::of(&key(7), "fleet");
+    format!("[trust]\ncard = [\"roles=card {line}\"]")
+}
+
+fn card(by: u8, vm: &str, generation: u64, not_after: &str, more: Value) -> Enrolment {
+    let mut card = json!({
+        "vm_id": vm, "generation": generation, "labels": {"env": "prod"}, "not_after": not_after
+    });
+    for (key, value) in more.as_object().unwrap() {
+        card[key] = value.clone();
+    }
+    Enrolment {
+        card: sign_as(Type::Card, card.to_string().as_bytes(), &key(by)).into_bytes(),
+        place: "SMBIOS".into(),
+        ..Enrolment::default()
+    }
+}
+
+fn good(generation: u64) -> Enrolment {
+    card(7, "a", generation, LATER, json!({}))
+}
+
+/// What is shown of VM `a` once its guest has said this.
+fn shown(host: &Host, control: &Control, said: &Enrolment) -> Value {
+    let _agent = control.enrolled("a", said);
+    host.get("/v1/vms/a")
+}
+
+/// Checks that a card is not believed, for this reason, and that this is a fault.
+fn refused(vm: &Value, why: &str) {
+    let unproved = vm["card"]["unproved"].as_str().unwrap();
+    assert!(unproved.contains(why), "{why}: {unproved}");
+    assert!(
+        vm["labels"].is_null() && vm["card"]["generation"].is_null(),
+        "{vm}"
+    );
+    let fault = vm["fault"].as_str().unwrap();
+    assert!(fault.contains(why), "{why}: {fault}");
+}
+
+#[test]
+fn labels_are_those_of_a_card_that_is_signed_for_this_vm_by_a_trusted_key() {
+    let (host, ports) = Host::serving(&[("a", 3)], &trust());
+    let control = ports[0].connected();
+    let vm = shown(&host, &control, &good(3));
+    assert_eq!(vm["labels"], json!({"env": "prod"}));
+    assert_eq!(vm["card"]["generation"], 3);
+    assert_eq!(vm["card"]["place"], "SMBIOS");
+    assert!(
+        vm["card"]["unproved"].is_null() && vm["fault"].is_null(),
+        "{vm}"
+    );
+    let listed = host.get("/v1/vms");
+    assert_eq!(listed[0]["labels"]["env"], "prod");
+    refused(
+        &shown(&host, &control, &card(8, "a", 3, LATER, json!({}))),
+        "not trusted",
+    );
+    refused(
+        &shown(&host, &control, &card(7, "b", 3, LATER, json!({}))),
+        "for b",
+    );
+    let over = card(7, "a", 3, "2020-01-01T00:00:00Z", json!({}));
+    refused(&shown(&host, &control, &over), "valid until 2020");
+    let wide = json!({"anchors": [PublicKey::of(&key(8), "").to_string()]});
+    refused(
+        &shown(&host, &control, &card(7, "a", 3, LATER, wide)),
+        "`goal`",
+    );
+    let mut cut = good(3);
+    cut.card.truncate(100);
+    refused(&shown(&host, &control, &cut), "damaged");
+    let mut long = good(3);
+    long.card.splice(1..1, vec![b' '; CARD_MAX]);
+    refused(&shown(&host, &control, &long), "at most 1024");
+    // None of them has changed what is believed next.
+    assert_eq!(shown(&host, &control, &good(3))["labels"]["env"], "prod");
+    let metrics = host.api("GET", "/metrics", "").body;
+    assert!(!metrics.contains("kind=\"card\""), "{metrics}");
+}
+
+#[test]
+fn r133_a_generation_never_goes_back_also_for_the_next_aditd() {
+    let (mut host, ports) = Host::serving(&[("a", 3)], &trust());
+    let control = ports[0].connected();
+    assert_eq!(shown(&host, &control, &good(4))["card"]["generation"], 4);
+    refused(
+        &shown(&host, &control, &good(3)),
+        "one of 4 was here before",
+    );
+    host.kill();
+    host.start();
+    let control = ports[0].connected();
+    refused(
+        &shown(&host, &control, &good(3)),
+        "one of 4 was here before",
+    );
+    assert_eq!(shown(&host, &control, &good(4))["card"]["generation"], 4);
+    assert_eq!(shown(&host, &control, &good(5))["labels"]["env"], "prod");
+}
+
+#[test]
+fn without_a_trusted_key_a_card_is_unproved_and_no_fault() {
+    let (host, ports) = Host::serving(&[("a", 3)], "");
+    let control = ports[0].connected();
+    let vm = shown(&host, &control, &good(3));
+    assert!(
+        vm["card"]["unproved"].as_str().unwrap().contains("[trust]"),
+        "{vm}"
+    );
+    assert!(vm["labels"].is_null() && vm["fault"].is_null(), "{vm}");
+}
+
+#[test]
+fn a_guests_key_is_unproved_unless_its_card_names_it() {
+    let (host, ports) = Host::serving(&[("a", 3)], &trust());
+    let control = ports[0].connected();
+    let own = |seed: u8, said: Enrolment| Enrolment {
+        guest_pk: Some(PublicKey::of(&key(seed), "").to_bytes()),
+        ..said
+    };
+    let unproved = |said: &Enrolment| shown(&host, &control, said)["guest_key"]["unproved"].clone();
+    let says = |value: Value, part: &str| {
+        let text = value.as_str().unwrap();
+        assert!(text.contains(part), "{text}");
+    };
+    says(
+        unproved(&own(9, Enrolment::default())),
+        "learnt from the guest",
+    );
+    says(unproved(&own(9, good(3))), "learnt from the guest");
+    says(unproved(&own(10, good(3))), "a clone");
+    // A new card begins anew.
+    says(unproved(&own(10, good(4))), "learnt from the guest");
+    let named = json!({"guest_pk": PublicKey::of(&key(10), "").to_string()});
+    let named = card(7, "a", 4, LATER, named);
+    assert!(unproved(&own(10, named.clone())).is_null());
+    says(unproved(&own(9, named)), "the card names");
+    // What is no key is none.
+    let weak = Enrolment {
+        guest_pk: Some([0; 32]),
+        ..good(4)
+    };
+    assert!(shown(&host, &control, &weak)["guest_key"].is_null());
+}
+
+#[test]
+fn what_a_guest_does_not_use_is_a_fault_in_one_line_and_ends_with_the_next_agent() {
+    let (host, ports) = Host::serving(&[("a", 3)], &trust());
+    let control = ports[0].connected();
+    let said = Enrolment {
+        faults: vec!["card-damaged: a\nb\u{1b}[2J".into(); 100],
+        ..Enrolment::default()
+    };
+    let vm = shown(&host, &control, &said);
+    let fault = vm["fault"].as_str().unwrap();
+    assert!(fault.starts_with("card-damaged: a"), "{fault}");
+    assert!(
+        fault.len() < 1000 && !fault.contains(|c: char| c.is_control()),
+        "{fault}"
+    );
+    let metrics = host.api("GET", "/metrics", "").body;
+    assert!(
+        metrics.contains("adit_vm_fault{vm=\"a\",kind=\"card\"} 1"),
+        "{metrics}"
+    );
+    let nobody = control.enrolled("", &Enrolment::default());
+    let vm = host.get("/v1/vms/a");
+    assert!(
+        vm["fault"].as_str().unwrap().contains("adit card new a"),
+        "{vm}"
+    );
+    assert!(vm["enrolled_as"].is_null());
+    drop(nobody);
+    let _before = control.enrolled("a", &good(3));
+    assert_eq!(host.get("/v1/vms/a")["labels"]["env"], "prod");
+    // One of the version before says nothing of cards.
+    let mut agent = control.agent();
+    agent.say(
+        adit_tasks::wire::WireKind::Clock,
+        1,
+        &adit_tasks::wire::Clock { unix_ms: 0 },
+    );
+    agent.hear_kind(adit_tasks::wire::WireKind::HostClock);
+    let vm = host.get("/v1/vms/a");
+    assert!(
+        vm["card"].is_null() && vm["labels"].is_null() && vm["fault"].is_null(),
+        "{vm}"
+    );
+}
