@@ -3,6 +3,7 @@
 //! Every file is written beside its place and renamed, and only if it differs, so that installing twice changes
 //! nothing and an installation that is cut short leaves no half file. No link in the image leads out of it (`adit_image`). An
 //! existing configuration is replaced: the command line says what the image is to be. Keys are added, and none is removed.
+//! Where Debian's package of the agent is installed, program and service are the package's, and are left as they are.
 
 mod detect;
 mod interpreter;
@@ -23,6 +24,8 @@ use crate::trust::{KeyFileError, check_key, pub_files};
 const BINARY: &str = "usr/sbin/adit-guest";
 const CONFIG: &str = "etc/adit-guest/adit-guest.toml";
 const TRUST_DIR: &str = "etc/adit-guest/trust";
+/// Of Debian's package, in every image that has it. Nothing else puts a unit there.
+const PACKAGED: &str = "usr/lib/systemd/system/adit-guest.service";
 
 /// The image's init system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -159,7 +162,12 @@ pub fn install(what: &Install<'_>) -> Result<Vec<String>, InstallError> {
 /// As [`install`].
 pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String>, InstallError> {
     let root = what.root;
-    let init = what.init.map_or_else(|| detect::init(image, root), Ok)?;
+    let packaged = image.has(PACKAGED);
+    let init = match what.init {
+        Some(init) => init,
+        None if packaged => Init::None,
+        None => detect::init(image, root)?,
+    };
     let keys = key_files(what.trust)?;
     let config = config(what);
     Config::parse(&root.join(CONFIG), &config)?;
@@ -174,15 +182,19 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
         ));
         Ok(())
     };
-    let binary = fs::read(what.binary).map_err(at("read binary", what.binary))?;
-    put(BINARY, &binary, 0o755)?;
-    let interpreter = interpreter::of(&binary);
+    let mut interpreter = None;
+    if !packaged {
+        let binary = fs::read(what.binary).map_err(at("read binary", what.binary))?;
+        put(BINARY, &binary, 0o755)?;
+        interpreter = interpreter::of(&binary);
+    }
     put(CONFIG, config.as_bytes(), 0o600)?;
     for (name, key) in &keys {
         put(&format!("{TRUST_DIR}/{name}"), key, 0o600)?;
     }
     let mut link = None;
     match init {
+        _ if packaged => {}
         Init::Systemd => {
             put(
                 "etc/systemd/system/adit-guest.service",
@@ -231,7 +243,11 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
                 .into(),
         );
     }
-    if init == Init::None {
+    if packaged {
+        for path in [BINARY, PACKAGED] {
+            said.push(format!("keeps  /{path} (package adit-guest)"));
+        }
+    } else if init == Init::None {
         said.push("no service was installed: have something start /usr/sbin/adit-guest run".into());
     }
     Ok(said)

@@ -12,6 +12,8 @@
 //! an error to handle.
 #![forbid(unsafe_code)]
 
+mod man;
+
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -110,9 +112,15 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
 /// Reads the command line.
 ///
 /// # Errors
-/// There is nothing to run: the command line is wrong (status 2), or help or the version was asked for and has been
-/// printed.
+/// There is nothing to run: the command line is wrong (status 2), or help, the version or manual pages were asked for and
+/// have been printed or written.
 pub fn parse<T: Parser>(program: &str) -> Result<T, ExitCode> {
+    if let Some(dir) = man::asked() {
+        return Err(match man::write(T::command(), &dir) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => failed(program, &e),
+        });
+    }
     T::try_parse().map_err(|e| {
         let printed = e.print().and_then(|()| io::stdout().flush());
         match printed {

@@ -5,13 +5,14 @@
 //! | `image` | makes a kernel, an initramfs and a state disk from Debian's packages |
 //! | `cpio` | the initramfs format |
 //! | `guest` | a QEMU process and its serial line |
-//! | `namespace` | namespaces with a systemd as process 1, for `machine` and `systemd` |
+//! | `namespace` | namespaces with a systemd as process 1, for `machine`, `root` and `systemd` |
 //! | `nested` | a guest that runs `adit-vmm` with guests of its own |
 //! | `host` | aditd with its directories; runs `adit` and `curl` |
 //! | `machine` | a machine to be set up by hand: a shell and a systemd; its changes are gone afterwards |
 //! | `connect` | a CONNECT client that keeps half-close |
 //! | `page` | the commands of a page of the documentation |
 //! | `process` | child processes that end with this one |
+//! | `root` | a bare Debian to install packages into; its changes are gone afterwards |
 //! | `shell` | a shell that commands are typed into |
 //! | `systemd` | a systemd of its own, for the unit that adit ships |
 //! | `tamper` | a signed goal with one byte changed |
@@ -27,6 +28,7 @@ mod namespace;
 pub mod nested;
 pub mod page;
 pub mod process;
+pub mod root;
 pub mod shell;
 pub mod systemd;
 pub mod tamper;

@@ -51,11 +51,25 @@ impl Namespace {
     /// # Errors
     /// `unshare` cannot be started.
     pub fn start(prepare: &str, units: &str, network: bool, log: PathBuf) -> anyhow::Result<Self> {
-        let script = format!(
-            "set -e; mount --make-rprivate /\n{prepare}\numount -R /sys/fs/cgroup; mount -t cgroup2 cgroup2 /sys/fs/cgroup\n\
+        let first = format!(
+            "umount -R /sys/fs/cgroup; mount -t cgroup2 cgroup2 /sys/fs/cgroup\n\
              exec env -i container=test PATH={PATH} SYSTEMD_UNIT_PATH={units} \
              {SYSTEMD} --system --log-target=console --log-level=notice\n",
         );
+        Self::run(prepare, &first, network, log)
+    }
+
+    /// The same without a systemd: process 1 only waits.
+    ///
+    /// # Errors
+    /// `unshare` cannot be started.
+    pub fn start_bare(prepare: &str, log: PathBuf) -> anyhow::Result<Self> {
+        Self::run(prepare, "exec sleep infinity", false, log)
+    }
+
+    /// Has a shell run a script, whose last command becomes process 1.
+    fn run(prepare: &str, first: &str, network: bool, log: PathBuf) -> anyhow::Result<Self> {
+        let script = format!("set -e; mount --make-rprivate /\n{prepare}\n{first}");
         let said = fs::File::create(&log)?;
         let child = bound("unshare")
             .args(kinds(network))

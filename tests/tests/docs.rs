@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 
 use adit_api::{TaskState, VmState};
 
-const PAGES: [&str; 6] = [
+const PAGES: [&str; 8] = [
     "README.md",
     "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "docs/install.md",
     "docs/operate.md",
     "docs/link-your-vmm.md",
     "docs/link-the-ring.md",
@@ -365,6 +367,32 @@ fn operate_explains_every_exit_status_of_adit() {
 }
 
 /// No page and no comment is about a file that a reader does not have.
+#[test]
+fn the_changelog_names_the_formats_of_this_version() {
+    let page = read("CHANGELOG.md");
+    let version = env!("CARGO_PKG_VERSION");
+    let newest = page.lines().find(|l| l.starts_with("## ")).unwrap();
+    assert!(newest.starts_with(&format!("## {version} ")), "{newest}");
+    for row in rows(&page, newest) {
+        let (number, mut place) = (row[2], quoted(row[3]));
+        let (Some(file), Some(constant)) = (place.next(), place.next()) else {
+            continue;
+        };
+        let source = read(file);
+        let line = source
+            .lines()
+            .find(|l| l.contains(&format!("const {constant}:")))
+            .unwrap_or_else(|| panic!("{file} has no {constant}"));
+        let value = line.rsplit_once("= ").unwrap().1.trim_end_matches(';');
+        // A list of steps, each of which makes a version.
+        let value = match value.starts_with("&[") {
+            true => value.split(',').count().to_string(),
+            false => value.to_owned(),
+        };
+        assert_eq!(value, number, "{constant} of {file}");
+    }
+}
+
 #[test]
 fn nothing_points_outside_of_the_repository() {
     for path in rust_files("").into_iter().chain(PAGES.map(str::to_owned)) {

@@ -6,6 +6,7 @@ mod bench_vmm;
 mod boots;
 mod demo;
 mod fuzz;
+mod package;
 mod progress;
 mod sanitize;
 mod setup;
@@ -25,6 +26,7 @@ Examples:
   cargo xtask demo --kernel 6.12 --keep
   cargo xtask demo --vmm               # through our own VMM, which is killed and restored
   cargo xtask test                     # everything; prints a table of seconds
+  cargo xtask package                  # .deb files and tarballs, in target/package
   cargo xtask bench vsock --json
   cargo xtask bench guest               # real guests on our backend and on the peer's
   cargo xtask bench vmm                # adit-vmm beside QEMU's microvm
@@ -60,6 +62,8 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
     },
+    /// Make Debian packages and tarballs of static programs
+    Package(package::Options),
     /// Measure, and compare with a peer in the same run
     Bench(bench::Options),
     /// Run engine pairs in virtual time, with lost doorbells, delays, resets and starved sides
@@ -79,6 +83,7 @@ fn main() -> ExitCode {
         Command::GuestImage { kernel, root, out } => {
             guest_image(kernel, root.as_deref(), out.as_deref()).map(|()| true)
         }
+        Command::Package(options) => package::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Sim(options) => sim::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use crate::progress;
 
 /// Programs that are needed, and their packages.
-const PROGRAMS: [(&str, &str); 20] = [
+const PROGRAMS: [(&str, &str); 23] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("lz4", "lz4"),
@@ -30,6 +30,9 @@ const PROGRAMS: [(&str, &str); 20] = [
     ("haproxy", "haproxy"),
     ("dropbear", "dropbear-bin"),
     ("sqlite3", "sqlite3"),
+    ("musl-gcc", "musl-tools"),
+    ("lintian", "lintian"),
+    ("mmdebstrap", "mmdebstrap"),
 ];
 /// Rust targets: for guest binaries, and for the engine without an operating system.
 const TARGETS: [&str; 3] = [
@@ -37,6 +40,9 @@ const TARGETS: [&str; 3] = [
     "x86_64-unknown-none",
     "aarch64-unknown-none",
 ];
+
+/// For programs without libraries.
+pub const STATIC_TARGET: &str = TARGETS[0];
 
 /// Installs what is missing. Without root, prints the command to run.
 pub fn run() -> anyhow::Result<()> {
@@ -140,11 +146,32 @@ pub fn guest_binaries() -> anyhow::Result<()> {
             "--profile",
             "guest",
             "--target",
-            TARGETS[0],
+            STATIC_TARGET,
             "-p",
             "adit-guest-driver",
             "-p",
             "adit-tests",
+            "--bins",
+        ])
+    })
+}
+
+/// Builds what runs on a host, as it is packaged.
+pub fn static_host_binaries() -> anyhow::Result<()> {
+    progress::during("building aditd, adit-port and adit (static)", || {
+        cargo(&[
+            "build",
+            "--quiet",
+            "--profile",
+            "host",
+            "--target",
+            STATIC_TARGET,
+            "-p",
+            "adit-host-proxy",
+            "-p",
+            "adit-port",
+            "-p",
+            "adit-cli",
             "--bins",
         ])
     })
@@ -159,7 +186,7 @@ pub fn vmm_binary() -> anyhow::Result<()> {
             "--profile",
             "vmm",
             "--target",
-            TARGETS[0],
+            STATIC_TARGET,
             "-p",
             "adit-vmm-sample",
         ])

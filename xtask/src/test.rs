@@ -121,11 +121,21 @@ const CHECKS: [Step; 10] = [
     },
 ];
 
-const GUESTS: [Step; 4] = [
+const GUESTS: [Step; 6] = [
     Step {
         name: "guest binaries",
         budget_s: 180,
         run: || setup::guest_binaries().and_then(|()| setup::vmm_binary()),
+    },
+    Step {
+        name: "packages, by lintian",
+        budget_s: 360,
+        run: || crate::package::all_for_tests().map(drop),
+    },
+    Step {
+        name: "packages, in real roots",
+        budget_s: 60,
+        run: packages,
     },
     Step {
         name: "guest images",
@@ -211,6 +221,21 @@ fn images() -> anyhow::Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// Installs, upgrades and removes the packages.
+fn packages() -> anyhow::Result<()> {
+    let dir = crate::package::all_for_tests()?;
+    let args = [
+        "test",
+        "-p",
+        "adit-tests",
+        "--test",
+        "packages",
+        "--",
+        "--nocapture",
+    ];
+    cargo_with(&args, &[("ADIT_TEST_PACKAGES", dir.as_os_str())])
 }
 
 /// Uses the machine's KVM. Without KVM the tests print that and pass.

@@ -232,6 +232,26 @@ fn without_a_key_it_says_that_no_task_will_run() {
     assert!(said.last().unwrap().contains("runs no task"));
 }
 
+#[test]
+fn program_and_service_of_debians_package_are_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    for (path, text) in [(BINARY, "the package's"), (PACKAGED, "[Unit]")] {
+        fs::create_dir_all(dir.path().join(path).parent().unwrap()).unwrap();
+        fs::write(dir.path().join(path), text).unwrap();
+    }
+    for init in [None, Some(Init::Systemd), Some(Init::Openrc)] {
+        let said = try_install(dir.path(), init, &[]).unwrap();
+        assert!(said.iter().any(|l| l.contains("(package adit-guest)")));
+        let etc: Vec<_> = fs::read_dir(dir.path().join("etc"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(etc, ["adit-guest"]);
+    }
+    let binary = fs::read_to_string(dir.path().join(BINARY)).unwrap();
+    assert_eq!(binary, "the package's");
+}
+
 /// The script as installed, with a program in the agent's place.
 struct Busybox(tempfile::TempDir);
 

@@ -1,0 +1,308 @@
+//! `cargo xtask package`: Debian packages and tarballs, in target/package.
+//!
+//! | package | programs | profile |
+//! |---|---|---|
+//! | `adit-guest` | adit-guest | guest |
+//! | `aditd` | aditd, adit-port, adit | host |
+//! | `adit-vmm` | adit-vmm | vmm |
+//!
+//! Every program is linked statically (musl): one build runs on every distribution, in a guest of any age, and is the same in
+//! package and tarball. What goes where is in `[package.metadata.deb]` of each program's Cargo.toml, for cargo-deb. What is
+//! made here lies beside the programs, in `package/NAME` of their profile's directory: manual pages, completions, changelogs.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use adit_tests::process::output;
+use anyhow::Context;
+
+use crate::{progress, setup};
+
+/// Makes .deb files; installed under target/tools.
+const CARGO_DEB: (&str, &str) = ("cargo-deb", "3.8.0");
+
+/// What to make.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Make these only
+    #[arg(value_enum)]
+    packages: Vec<Package>,
+    /// Give the Debian packages this version, with the programs of this one: to try an upgrade
+    #[arg(long, value_name = "VERSION")]
+    deb_version: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Package {
+    AditGuest,
+    Aditd,
+    AditVmm,
+}
+
+/// Each of them.
+const ALL: [Package; 3] = [Package::AditGuest, Package::Aditd, Package::AditVmm];
+
+impl Package {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::AditGuest => "adit-guest",
+            Self::Aditd => "aditd",
+            Self::AditVmm => "adit-vmm",
+        }
+    }
+
+    const fn crate_name(self) -> &'static str {
+        match self {
+            Self::AditGuest => "adit-guest-driver",
+            Self::Aditd => "adit-host-proxy",
+            Self::AditVmm => "adit-vmm-sample",
+        }
+    }
+
+    const fn profile(self) -> &'static str {
+        match self {
+            Self::AditGuest => "guest",
+            Self::Aditd => "host",
+            Self::AditVmm => "vmm",
+        }
+    }
+
+    const fn programs(self) -> &'static [&'static str] {
+        match self {
+            Self::AditGuest => &["adit-guest"],
+            Self::Aditd => &["aditd", "adit-port", "adit"],
+            Self::AditVmm => &["adit-vmm"],
+        }
+    }
+
+    fn build(self) -> anyhow::Result<()> {
+        match self {
+            Self::AditGuest => setup::guest_binaries(),
+            Self::Aditd => setup::static_host_binaries(),
+            Self::AditVmm => setup::vmm_binary(),
+        }
+    }
+
+    /// Where cargo puts its programs.
+    fn built(self) -> PathBuf {
+        let target = adit_tests::target();
+        target.join(setup::STATIC_TARGET).join(self.profile())
+    }
+
+    /// Where this file puts what cargo-deb is to find beside them.
+    fn made(self) -> PathBuf {
+        self.built().join("package").join(self.name())
+    }
+}
+
+impl fmt::Display for Package {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+pub fn run(options: &Options) -> anyhow::Result<bool> {
+    setup::run()?;
+    let chosen = match options.packages.as_slice() {
+        [] => &ALL,
+        some => some,
+    };
+    for package in chosen {
+        println!(
+            "{}",
+            deb(*package, options.deb_version.as_deref())?.display()
+        );
+        if options.deb_version.is_none() {
+            println!("{}", tarball(*package)?.display());
+        }
+    }
+    Ok(true)
+}
+
+/// What tests upgrade from: the same programs, as a version of Debian's that is older than every other.
+const BEFORE: &str = "0.0.9-1";
+
+/// Makes all packages, has lintian check them, and makes those that tests upgrade from. Returns their directory.
+pub fn all_for_tests() -> anyhow::Result<PathBuf> {
+    for package in ALL {
+        let file = deb(package, None)?;
+        let mut lintian = Command::new("lintian");
+        lintian.args(["--no-cfg", "--allow-root", "--fail-on", "error,warning"]);
+        let checked = output(lintian.arg(&file)).context("lintian")?;
+        print!("{}", String::from_utf8_lossy(&checked.stdout));
+        deb(package, Some(BEFORE))?;
+    }
+    Ok(adit_tests::target().join("package"))
+}
+
+/// Builds a package's programs, and its .deb. Returns the file's path. Another version has a directory of its own.
+pub fn deb(package: Package, version: Option<&str>) -> anyhow::Result<PathBuf> {
+    package.build()?;
+    make(package)?;
+    let tool = cargo_deb()?;
+    let dir = match version {
+        None => adit_tests::target().join("package"),
+        Some(version) => adit_tests::target().join("package").join(version),
+    };
+    fs::create_dir_all(&dir)?;
+    let version = version.map_or_else(|| format!("{}-1", env!("CARGO_PKG_VERSION")), Into::into);
+    let file = dir.join(format!("{package}_{version}_amd64.deb"));
+    progress::during(&format!("packing {}", file.display()), || {
+        output(
+            Command::new(tool)
+                .current_dir(adit_tests::root())
+                .env("SOURCE_DATE_EPOCH", made_at()?)
+                .args([
+                    "--quiet",
+                    "--no-build",
+                    "--no-strip",
+                    "--target",
+                    setup::STATIC_TARGET,
+                ])
+                .args(["-p", package.crate_name(), "--profile", package.profile()])
+                .args(["--deb-version", &version, "--output"])
+                .arg(&file),
+        )
+    })?;
+    Ok(file)
+}
+
+/// Makes what is in a package beside its programs and the files of this repository.
+fn make(package: Package) -> anyhow::Result<()> {
+    let dir = package.made();
+    let _ = fs::remove_dir_all(&dir);
+    let man = dir.join("man");
+    fs::create_dir_all(&man)?;
+    for program in package.programs() {
+        let path = package.built().join(program);
+        output(Command::new(path).arg("--man-pages").arg(&man))?;
+    }
+    if package == Package::Aditd {
+        completions(&package.built(), &dir)?;
+    }
+    fs::copy(
+        adit_tests::root().join("CHANGELOG.md"),
+        dir.join("changelog"),
+    )
+    .context("cannot copy CHANGELOG.md")?;
+    fs::write(dir.join("changelog.Debian"), debian_changelog(package)?)?;
+    let changelogs = ["changelog", "changelog.Debian"].map(|name| dir.join(name));
+    output(
+        Command::new("gzip")
+            .args(["-9nr"])
+            .arg(man)
+            .args(changelogs),
+    )?;
+    Ok(())
+}
+
+/// The scripts of `adit completion`, by the names that each shell looks for.
+fn completions(bins: &Path, dir: &Path) -> anyhow::Result<()> {
+    for (shell, name) in [("bash", "adit"), ("zsh", "_adit"), ("fish", "adit.fish")] {
+        let dir = dir.join(shell);
+        fs::create_dir_all(&dir)?;
+        // Found by its name, so that the scripts call `adit` by its name too.
+        let printed = output(
+            Command::new("env")
+                .arg(format!("PATH={}", bins.display()))
+                .args(["adit", "completion", shell]),
+        )?;
+        fs::write(dir.join(name), printed.stdout)?;
+    }
+    Ok(())
+}
+
+/// Debian's changelog says that this version was packaged. What changed is in CHANGELOG.md.
+fn debian_changelog(package: Package) -> anyhow::Result<String> {
+    let date = output(Command::new("date").args(["-u", "-R", "-d", &format!("@{}", made_at()?)]))?;
+    let date = String::from_utf8(date.stdout)?;
+    Ok(format!(
+        "{package} ({version}-1) unstable; urgency=medium\n\n  * Package of version {version}: see changelog.gz.\n\n \
+         -- The adit authors <authors@adit.invalid>  {date}",
+        version = env!("CARGO_PKG_VERSION"),
+    ))
+}
+
+/// The time of the last commit, in seconds, or the environment's: two builds of one commit are equal.
+fn made_at() -> anyhow::Result<String> {
+    if let Ok(given) = std::env::var("SOURCE_DATE_EPOCH") {
+        return Ok(given);
+    }
+    let mut git = Command::new("git");
+    git.args(["log", "-1", "--format=%ct"]);
+    let told = output(git.current_dir(adit_tests::root()));
+    // A copy of the sources may have no history.
+    let told = told.map_or_else(
+        |_| "0".into(),
+        |o| String::from_utf8_lossy(&o.stdout).into_owned(),
+    );
+    Ok(told.trim().to_owned())
+}
+
+/// The same files without a package manager: `tar -C / --strip-components=1 -xf FILE` installs them.
+fn tarball(package: Package) -> anyhow::Result<PathBuf> {
+    let dir = adit_tests::target().join("package");
+    let name = format!("{package}-{}-x86_64", env!("CARGO_PKG_VERSION"));
+    let deb = dir.join(format!(
+        "{package}_{}-1_amd64.deb",
+        env!("CARGO_PKG_VERSION")
+    ));
+    let stage = dir.join("stage").join(&name);
+    let _ = fs::remove_dir_all(&stage);
+    fs::create_dir_all(&stage)?;
+    // What the package has, less what only Debian reads.
+    output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&stage))?;
+    for debian in [
+        format!("usr/share/doc/{package}/changelog.Debian.gz"),
+        "usr/share/lintian".to_owned(),
+    ] {
+        output(Command::new("rm").arg("-r").arg(stage.join(debian)))?;
+    }
+    let file = dir.join(format!("{name}.tar.gz"));
+    let time = format!("--mtime=@{}", made_at()?);
+    output(
+        Command::new("tar")
+            .args([
+                "--sort=name",
+                "--owner=0",
+                "--group=0",
+                "--numeric-owner",
+                &time,
+            ])
+            .args(["--use-compress-program", "gzip -9n", "-C"])
+            .arg(dir.join("stage"))
+            .arg("-cf")
+            .args([file.as_os_str(), name.as_ref()]),
+    )?;
+    fs::remove_dir_all(dir.join("stage"))?;
+    Ok(file)
+}
+
+/// Installs cargo-deb under target/tools, once a version.
+fn cargo_deb() -> anyhow::Result<PathBuf> {
+    let (name, version) = CARGO_DEB;
+    let root = adit_tests::target().join("tools");
+    let binary = root.join("bin").join(name);
+    let there = Command::new(&binary).arg("--version").output();
+    let said = there.map(|o| String::from_utf8_lossy(&o.stdout).into_owned());
+    if said.is_ok_and(|said| said.split_whitespace().last() == Some(version)) {
+        return Ok(binary);
+    }
+    progress::during(
+        &format!("installing {name} {version} under target/tools"),
+        || {
+            let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+            let mut command = Command::new(cargo);
+            command
+                .args(["install", "--quiet", "--locked", "--root"])
+                .arg(&root);
+            command.arg("--target-dir").arg(root.join("build"));
+            output(command.args(["--version", version, name]))
+        },
+    )?;
+    // Some hundred MB that nothing reads again.
+    let _ = fs::remove_dir_all(root.join("build"));
+    Ok(binary)
+}
