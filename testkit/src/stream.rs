@@ -60,10 +60,10 @@ impl GuestStream {
         }
     }
 
-    /// How many bytes the host accepts now.
+    /// How many bytes the guest may send now. A newer Linux has no more in flight than its own buffer has room for.
     pub fn credit(&self) -> u32 {
-        let in_flight = self.tx_cnt.wrapping_sub(self.peer_fwd_cnt);
-        self.peer_buf_alloc.saturating_sub(in_flight)
+        let most = self.peer_buf_alloc.min(self.buf_alloc);
+        most.saturating_sub(self.in_flight())
     }
 
     /// Bytes sent that the host has not confirmed.

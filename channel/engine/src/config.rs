@@ -25,8 +25,8 @@ pub struct EngineConfig {
     /// A newer Linux guest resets a stream when it holds more than buf_alloc / this many packets of it (0 = no limit;
     /// default 576, Linux's `SKB_TRUESIZE(0)`).
     pub packet_overhead: u32,
-    /// Both sides put the reason of a reset into its flags ([`PeerReason`](crate::PeerReason)). virtio has no such
-    /// field.
+    /// The peer is an engine like this one, and not Linux. Both sides put the reason of a reset into its flags
+    /// ([`PeerReason`](crate::PeerReason)); virtio has no such field. And the peer uses our whole window, whatever its own is.
     pub tells_reason: bool,
 }
 

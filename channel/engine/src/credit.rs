@@ -33,6 +33,11 @@ impl TxCredit {
         }
     }
 
+    /// Returns the size of the peer's buffer for this stream, as it announced it last.
+    pub(crate) fn peer_buffer(&self) -> u32 {
+        self.buf_alloc
+    }
+
     /// Returns the bytes that were sent and that the peer's application has not taken yet.
     pub(crate) fn in_flight(&self) -> u64 {
         self.sent - self.taken
@@ -232,18 +237,19 @@ impl RxWindow {
     }
 
     /// Returns true if the peer should get a credit update: it sees at most half of the window free, and the update
-    /// would free another quarter.
+    /// would free another quarter. Of a longer window the peer uses only `usable` bytes.
     ///
     /// No stream stalls without more updates. If the peer sees no free window, it has sent a whole window of bytes.
     /// When the sink has taken all of them, the update frees that whole window.
-    pub(crate) fn update_due(&self) -> bool {
+    pub(crate) fn update_due(&self, usable: u32) -> bool {
+        let (window, announced) = (self.window.min(usable), self.announced_window.min(usable));
         let used = self.received.wrapping_sub(self.announced_taken);
-        let free = self.announced_window.saturating_sub(used);
+        let free = announced.saturating_sub(used);
         let gain = self
             .taken
             .wrapping_sub(self.announced_taken)
-            .saturating_add(self.window - self.announced_window);
-        free <= self.window / 2 && gain >= (self.window / 4).max(1)
+            .saturating_add(window - announced);
+        free <= window / 2 && gain >= (window / 4).max(1)
     }
 
     /// Returns (buf_alloc, fwd_cnt) for a packet that is sent now, and records them as announced.

@@ -174,7 +174,10 @@ impl Engine {
                 Disposition::Consume
             }
             // Linux announces a changed buffer size in any state.
-            (Op::CreditUpdate, _) => Disposition::Consume,
+            (Op::CreditUpdate, _) => {
+                self.owe_credit(slot);
+                Disposition::Consume
+            }
             (Op::CreditRequest, phase) => {
                 if phase == Phase::Open {
                     s.owed |= owe::CREDIT_UPDATE;
@@ -230,11 +233,19 @@ impl Engine {
     /// Queues a credit update if the peer should get one. This is the only effect of receiving and taking on what
     /// `settle` maintains.
     pub(crate) fn owe_credit(&mut self, slot: u32) {
+        let is_engine = self.cfg.tells_reason;
         let s = &mut self.table[slot];
+        // Linux since January 2026 ("vsock/virtio: cap TX credit to local buffer size", also in its stable versions) has no
+        // more in flight than its own buffer has room for, however long our window is, and never asks for credit. An update
+        // that is due by the whole window would never be due: both sides would wait for ever.
+        let usable = match is_engine {
+            true => u32::MAX,
+            false => s.tx.peer_buffer(),
+        };
         // After its SHUTDOWN the peer sends nothing that needs credit.
         let owes = s.owed & owe::CREDIT_UPDATE != 0;
         let hears = s.phase == Phase::Open && s.peer_shut & SHUTDOWN_SEND == 0;
-        if hears && !owes && s.rx.update_due() {
+        if hears && !owes && s.rx.update_due(usable) {
             s.owed |= owe::CREDIT_UPDATE;
             self.settle(slot);
         }

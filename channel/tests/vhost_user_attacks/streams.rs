@@ -249,6 +249,25 @@ fn r54_bytes_are_exact_in_odd_sizes_both_ways_at_once() {
     }
 }
 
+/// A program in the guest has chosen a small buffer. A newer Linux has no more bytes in flight than that buffer has room for, and
+/// never asks for credit.
+#[test]
+fn r54_a_guest_with_a_small_buffer_gets_credit_in_time() {
+    let mut world = World::new();
+    for buffer in [128, 4 << 10, 16 << 10, 100_000] {
+        let at = world.open();
+        world.streams[at].guest.buf_alloc = buffer;
+        let bytes = pattern(20 * buffer as usize, 3);
+        let (mut sent, mut got) = (0, Vec::new());
+        world.until(|w| {
+            sent += w.guest_writes(at, &bytes[sent..]);
+            w.client_reads(at, &mut got);
+            got.len() >= bytes.len()
+        });
+        assert!(got == bytes, "{buffer} bytes");
+    }
+}
+
 #[test]
 fn r55_one_stopped_reader_of_a_hundred_stops_only_itself() {
     let mut world = World::new();

@@ -68,6 +68,53 @@ fn first_windows_are_longer_while_the_pool_is_hardly_lent() {
     assert!(windows[16..].iter().all(|&w| w == initial), "{windows:?}");
 }
 
+/// Two engines: what a first message of 64 KiB costs on a new stream, in packets and in times that a side waits for the other.
+#[test]
+fn a_new_streams_first_64_kib_go_in_one_packet_and_wait_for_no_credit() {
+    let now = Tick(0);
+    let [mut near, mut far] = [1, 2].map(|seed| {
+        let mut e = Engine::new(EngineConfig::default(), seed);
+        e.handle_session(now, SessionChange::Attached { epoch: 1 });
+        e.listen(SERVICE, Kind::Stream).unwrap();
+        e
+    });
+    // Everything that `from` has to send goes to `to`. Returns (operation, bytes) of each packet.
+    let cross = |from: &mut Engine, to: &mut Engine| {
+        let mut packets = Vec::new();
+        while let Some(t) = from.poll_transmit(now, FIRST) {
+            let header = match t.body {
+                Some((s, len)) => from.commit_body(now, s, len),
+                None => t.header,
+            };
+            if let Disposition::Deliver { stream, len } = to.handle_packet(now, &header, header.len)
+            {
+                to.consumed(now, stream, len);
+            }
+            packets.push((Op::parse(header.op).unwrap(), header.len));
+        }
+        packets
+    };
+    let s = near
+        .connect(now, SERVICE, Kind::Stream, Lane::Bulk)
+        .unwrap();
+    assert_eq!(cross(&mut near, &mut far), [(Op::Request, 0)]);
+    let Some(Event::Incoming { stream, .. }) = far.poll_event() else {
+        panic!("no incoming stream");
+    };
+    far.answer(now, stream, Answer::Accept);
+    assert_eq!(cross(&mut far, &mut near), [(Op::Response, 0)]);
+    near.offer(s, FIRST);
+    assert_eq!(cross(&mut near, &mut far), [(Op::Rw, FIRST)]);
+    // The credit for the next message is there with the answer to the first. It is more than was used.
+    far.offer(stream, 8);
+    assert_eq!(
+        cross(&mut far, &mut near),
+        [(Op::CreditUpdate, 0), (Op::Rw, 8)]
+    );
+    near.offer(s, 2 * FIRST);
+    assert_eq!(cross(&mut near, &mut far), [(Op::Rw, FIRST); 2]);
+}
+
 #[test]
 fn pool_bounds_the_sum_and_leaves_newcomers_a_floor() {
     let cfg = EngineConfig {
@@ -163,6 +210,49 @@ fn r54_credit_is_announced_before_the_peer_stalls_but_not_per_packet() {
             );
         }
     }
+}
+
+/// A newer Linux has no more bytes in flight than its own buffer has room for. Programs choose the size of that buffer.
+#[test]
+fn r54_a_peer_that_uses_only_a_part_of_the_window_gets_credit_in_time() {
+    for buffer in [1, 2, 100, 4 << 10, 16 << 10, 40 << 10, 256 << 10] {
+        let cfg = EngineConfig::default();
+        let mut r = Rig::new(cfg);
+        let s = r.open(9);
+        r.credit(9, buffer, 0);
+        let (mut told, mut fwd, mut sent) = (FIRST, 0, 0);
+        let (total, mut updates) = ((64 * buffer).min(4 << 20), 0);
+        while sent < total {
+            let n = (told.min(buffer) - (sent - fwd)).min(4 << 10);
+            assert!(n > 0, "a buffer of {buffer} bytes: stalled after {sent}");
+            let packet = PacketHeader {
+                len: n,
+                buf_alloc: buffer,
+                ..Rig::packet(Op::Rw, 9, SERVICE)
+            };
+            assert!(matches!(r.handle(packet), Disposition::Deliver { .. }));
+            sent += n;
+            r.e.consumed(r.now, s, n);
+            for h in r.sent() {
+                (told, fwd, updates) = (h.buf_alloc, h.fwd_cnt, updates + 1);
+            }
+        }
+        let most = total / (buffer.min(FIRST) / 4).max(1);
+        assert!(updates <= most, "{updates} updates, buffer {buffer}");
+    }
+}
+
+/// The peer's program makes its buffer smaller than what it has in flight.
+#[test]
+fn r54_a_peer_whose_buffer_shrinks_gets_the_credit_that_it_waits_for() {
+    let mut r = Rig::new(EngineConfig::default());
+    let s = r.open(9);
+    let _ = r.data(9, 20 << 10);
+    r.e.consumed(r.now, s, 20 << 10);
+    assert_eq!(r.ops(), []);
+    r.credit(9, 16 << 10, 0);
+    let told = r.sent();
+    assert_eq!((told.len(), told[0].fwd_cnt), (1, 20 << 10));
 }
 
 #[test]
