@@ -168,22 +168,35 @@ impl Rig {
             received: 0,
         };
         rig.turn();
-        let request = rig.guest.header(Op::Request);
-        assert!(rig.driver.send(&request, &[], 1));
-        rig.turn();
-        let asked = std::iter::from_fn(|| rig.shard.poll_news()).find_map(|news| match news {
+        rig.open(1000, sink);
+        rig
+    }
+
+    /// The guest opens a stream from this port; from now on it is the rig's.
+    fn open(&mut self, port: u32, sink: Sink) {
+        self.guest = GuestStream::new(port, HOST_PORT);
+        let request = self.guest.header(Op::Request);
+        assert!(self.driver.send(&request, &[], 1));
+        self.turn();
+        let asked = std::iter::from_fn(|| self.shard.poll_news()).find_map(|news| match news {
             News::Notice(_, Notice::Incoming { stream, .. }) => Some(stream),
             _ => None,
         });
-        let now = rig.shard.now();
-        rig.shard
-            .port_mut(port)
+        let now = self.shard.now();
+        self.shard
+            .port_mut(self.port)
             .accept(now, asked.expect("a request"), Some(sink));
-        while rig.guest.credit() == 0 {
-            rig.turn();
-            rig.receive();
+        while self.guest.credit() == 0 {
+            self.turn();
+            self.receive();
         }
-        rig
+    }
+
+    /// The guest ends its stream at once.
+    fn close(&mut self) {
+        let reset = self.guest.header(Op::Rst);
+        assert!(self.driver.send(&reset, &[], 1));
+        self.turn();
     }
 
     /// The driver kicks, and the shard runs one turn.
@@ -251,6 +264,13 @@ fn stream(first: bool, config: DriverConfig, cid: GuestCid) -> Vec<Figure> {
             &ratio,
         ),
     ];
+    let (new, warm) = first_message(config, cid);
+    let name_of_first = name(
+        "first 64 KiB of a new stream, from its opening, 6.1 driver",
+        "first 64 KiB of a new stream, from its opening, 6.12 driver",
+    );
+    let first_message = Figure::alone(name_of_first, "ns", Better::Lower, &new);
+    figures.push(first_message.beside("a warm stream", &warm, 1.5, 1.1));
     for (size, inline, socket, back) in [
         (
             4096,
@@ -322,6 +342,41 @@ fn round_trips(config: DriverConfig, cid: GuestCid) -> (Vec<f64>, Vec<f64>) {
         ratios.push(times[times.len() * 99 / 100] / p50);
     }
     (p50s, ratios)
+}
+
+/// Medians of rounds: the first 64 KiB that a guest sends on a new stream to an inline service, and the same on a stream that is
+/// warm.
+fn first_message(config: DriverConfig, cid: GuestCid) -> (Vec<f64>, Vec<f64>) {
+    const STREAMS: u32 = 50;
+    const MESSAGES: usize = 24;
+    let service = || Sink::Inline(Box::new(Drain));
+    let mut rig = Rig::new(config, cid, service());
+    let message = vec![7; 64 << 10];
+    let (mut firsts, mut lasts) = (Vec::new(), Vec::new());
+    for round in 0..ROUNDS as u32 {
+        let (mut first, mut last) = (Vec::new(), Vec::new());
+        for stream in 0..STREAMS {
+            rig.close();
+            rig.open(2000 + round * STREAMS + stream, service());
+            let mut times = (0..MESSAGES).map(|_| {
+                let (begin, mut left) = (Instant::now(), &message[..]);
+                while !left.is_empty() {
+                    let n = left.len().min(rig.guest.credit() as usize);
+                    if n > 0 && rig.send(&left[..n]) {
+                        left = &left[n..];
+                    }
+                    rig.turn();
+                    rig.receive();
+                }
+                begin.elapsed().as_nanos() as f64
+            });
+            first.extend(times.next());
+            last.extend(times.last());
+        }
+        firsts.push(median(&first));
+        lasts.push(median(&last));
+    }
+    (firsts, lasts)
 }
 
 fn mib_per_s(bytes: usize, elapsed: Duration) -> f64 {

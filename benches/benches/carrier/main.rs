@@ -6,6 +6,7 @@
 //! - Shards poll, as the ends of the bare ring do. The cells with tokio and with eventfds sleep.
 
 mod bare;
+mod first;
 #[path = "../ring/others.rs"]
 #[allow(dead_code)] // some of its contenders
 mod others;
@@ -39,6 +40,9 @@ fn cell(name: &str) -> Vec<f64> {
             duel::round_trip(processes, ends(), ends(), SMALL).to_vec()
         }
         "trip stream" => streams::trips(),
+        "first opened" => vec![first::messages()[0]],
+        "first dialled" => vec![first::messages()[1]],
+        "first warm" => vec![first::messages()[2]],
         "trip tokio" => tasks::trips(),
         "trip eventfd" => others::eventfds(),
         "trip process" => bare::round_trip(None).to_vec(),
@@ -47,12 +51,15 @@ fn cell(name: &str) -> Vec<f64> {
     }
 }
 
-const CELLS: [&str; 7] = [
+const CELLS: [&str; 10] = [
     "bulk ring",
     "bulk unix",
     "bulk stream",
     "trip ring",
     "trip stream",
+    "first opened",
+    "first dialled",
+    "first warm",
     "trip tokio",
     "trip eventfd",
 ];
@@ -133,6 +140,16 @@ fn figures(all: &BTreeMap<&str, Vec<f64>>) -> Vec<Figure> {
             "trip stream",
         )
         .beside("bare ring", of("trip ring"), 2.0, 1.5),
+        trip(
+            "first 64 KiB of a new stream, from its opening",
+            "first opened",
+        )
+        .beside("a warm stream", of("first warm"), 1.5, 1.1),
+        trip(
+            "first 64 KiB of a new stream, from the dial",
+            "first dialled",
+        )
+        .beside("a warm stream", of("first warm"), 1.5, 1.1),
         trip(
             "through tokio, 64 B round trip, asleep in between",
             "trip tokio",

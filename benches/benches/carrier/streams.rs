@@ -22,7 +22,7 @@ use super::{BULK, SMALL};
 pub const PORT: u32 = 741;
 const BYTES: usize = 4 << 20;
 /// Longest turn of a shard: after each turn it is checked whether the work is done.
-const TURN_MAX: Duration = Duration::from_millis(20);
+pub const TURN_MAX: Duration = Duration::from_millis(20);
 
 /// Both ends of a region, each for a process.
 pub fn carriers() -> (RingCarrier, RingCarrier) {
@@ -37,10 +37,10 @@ pub fn carriers() -> (RingCarrier, RingCarrier) {
 }
 
 /// A shard with one port. It belongs to one process.
-type Side = (Shard<RingCarrier>, PortIndex);
+pub type Side = (Shard<RingCarrier>, PortIndex);
 
 /// Makes both sides before they are pinned: a shard that sees only one processor does not poll.
-fn sides() -> (Side, Side) {
+pub fn sides() -> (Side, Side) {
     let (near, far) = carriers();
     (shard(near), shard(far))
 }
@@ -120,11 +120,42 @@ impl Service for Source {
     }
 }
 
-/// Reads messages piece by piece, copies them, and checks the number at both ends of each.
-struct Drain {
+/// Puts messages of [`BULK`] bytes together, piece by piece, and checks the number at both ends of each.
+#[derive(Default)]
+pub struct Pieces {
     ends: [u8; 16],
     filled: usize,
-    got: usize,
+    /// Number of complete messages.
+    pub got: usize,
+}
+
+impl Pieces {
+    /// Takes bytes up to the end of a message. Returns true if the message is complete.
+    pub fn completes(&mut self, bytes: &mut &[u8]) -> bool {
+        let n = bytes.len().min(BULK - self.filled);
+        // Looks for the message's first eight bytes and last eight bytes.
+        for (at, end) in [(0, 0), (BULK - 8, 8)] {
+            let (from, to) = (at.max(self.filled), (at + 8).min(self.filled + n));
+            if from < to {
+                let into = &mut self.ends[end + from - at..end + to - at];
+                into.copy_from_slice(&bytes[from - self.filled..to - self.filled]);
+            }
+        }
+        self.filled += n;
+        *bytes = &bytes[n..];
+        if self.filled < BULK {
+            return false;
+        }
+        self.filled = 0;
+        check(&self.ends, self.got);
+        self.got += 1;
+        true
+    }
+}
+
+/// Reads messages, and measures how many come.
+struct Drain {
+    pieces: Pieces,
     count: usize,
     begin: Instant,
     rate: Arc<std::sync::Mutex<f64>>,
@@ -137,29 +168,12 @@ impl Service for Drain {
             return;
         };
         io.take(bytes.len());
-        while !bytes.is_empty() {
-            let n = bytes.len().min(BULK - self.filled);
-            // Looks for the message's first eight bytes and last eight bytes.
-            for (at, end) in [(0, 0), (BULK - 8, 8)] {
-                let (from, to) = (at.max(self.filled), (at + 8).min(self.filled + n));
-                if from < to {
-                    let into = &mut self.ends[end + from - at..end + to - at];
-                    into.copy_from_slice(&bytes[from - self.filled..to - self.filled]);
-                }
-            }
-            self.filled += n;
-            bytes = &bytes[n..];
-            if self.filled < BULK {
-                return;
-            }
-            self.filled = 0;
-            check(&self.ends, self.got);
-            self.got += 1;
-            let warm = self.count / 8;
-            if self.got == warm {
+        while self.pieces.completes(&mut bytes) {
+            let (got, warm) = (self.pieces.got, self.count / 8);
+            if got == warm {
                 self.begin = Instant::now();
             }
-            if self.got == self.count {
+            if got == self.count {
                 let rate = (self.count - warm) as f64 / self.begin.elapsed().as_secs_f64();
                 *self.rate.lock().expect("one thread") = rate;
                 self.done.store(true, Ordering::Relaxed);
@@ -193,9 +207,7 @@ pub fn bulk() -> Vec<f64> {
         || {
             let (rate, done) = (Arc::default(), Arc::new(AtomicBool::new(false)));
             let drain = Drain {
-                ends: [0; 16],
-                filled: 0,
-                got: 0,
+                pieces: Pieces::default(),
                 count,
                 begin: Instant::now(),
                 rate: Arc::clone(&rate),
