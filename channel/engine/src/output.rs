@@ -22,8 +22,14 @@ pub(crate) const CONTROL_RUN_MAX: u32 = 16;
 impl Engine {
     /// Returns the next event.
     #[must_use]
+    #[inline] // Most bursts have none.
     pub fn poll_event(&mut self) -> Option<Event> {
         let slot = self.table.first(ListId::Events)?;
+        Some(self.take_event(slot))
+    }
+
+    /// Takes the next event of a stream that has some.
+    fn take_event(&mut self, slot: u32) -> Event {
         let stream = self.table.id(slot);
         let s = &mut self.table[slot];
         let shut = s.events & (event::PEER_RCV | event::PEER_SEND);
@@ -67,7 +73,7 @@ impl Engine {
             self.table.set(ListId::Events, slot, false);
             self.free_if_done(slot);
         }
-        Some(event)
+        event
     }
 
     /// Returns true if `poll_transmit` would return a packet for a large enough slot.

@@ -137,7 +137,8 @@ impl Stream {
     /// everything that was offered is sent (R57). The peer combines the flags of all packets. Both flags in the first
     /// packet mean that the stream did not end in order.
     pub(crate) fn shut_due(&self) -> u32 {
-        if self.phase != Phase::Open {
+        // Most streams, at most times: nobody has ended anything.
+        if self.local_shut | self.peer_shut == 0 || self.phase != Phase::Open {
             return 0;
         }
         let mut want = self.local_shut;

@@ -41,14 +41,12 @@ impl<C: Carrier> Port<C> {
         self.counters.polls += 1;
         let before = self.packets();
         let ends = self.burst(now, budget);
+        // First, because the guest waits for it.
+        self.flush();
         self.burst_over(now, before, &ends);
         let again = match ends {
-            Ok((End::Budget, _) | (_, End::Budget)) => {
-                self.flush();
-                true
-            }
+            Ok((End::Budget, _) | (_, End::Budget)) => true,
             Ok((_, tx)) => {
-                self.flush();
                 let interest = Interest {
                     rx: true,
                     tx: tx == End::NoSlot,
@@ -56,7 +54,6 @@ impl<C: Carrier> Port<C> {
                 self.carrier.arm(interest) == Armed::WorkAppeared
             }
             Err(fault) => {
-                self.flush();
                 self.carrier_fault(now, &fault);
                 self.handle_events(now);
                 false
@@ -85,8 +82,8 @@ impl<C: Carrier> Port<C> {
         self.counters.polls += 1;
         let before = self.packets();
         let ends = self.burst(now, budget);
-        self.burst_over(now, before, &ends);
         self.flush();
+        self.burst_over(now, before, &ends);
         if let Err(fault) = ends {
             self.carrier_fault(now, &fault);
             self.handle_events(now);
@@ -148,7 +145,9 @@ impl<C: Carrier> Port<C> {
     fn receive(&mut self, now: Tick, budget: Budget) -> Result<End, CarrierFault> {
         let mut run = None;
         let end = self.receive_packets(now, budget, &mut run)?;
-        self.deliver_run(now, run)?;
+        if let Some(run) = run {
+            self.deliver_run(now, run)?;
+        }
         Ok(end)
     }
 
@@ -201,10 +200,15 @@ impl<C: Carrier> Port<C> {
                         if kept != SetAside::No {
                             drop(packet);
                             let so_far = run.take().map_or(0, |r| r.len);
-                            let len = so_far + len;
-                            *run = Some(Run { stream, len });
-                            if kept == SetAside::Full || len >= self.carrier.caps().run_bytes {
-                                self.deliver_run(now, run.take())?;
+                            let longer = Run {
+                                stream,
+                                len: so_far + len,
+                            };
+                            if kept == SetAside::Full || longer.len >= self.carrier.caps().run_bytes
+                            {
+                                self.deliver_run(now, longer)?;
+                            } else {
+                                *run = Some(longer);
                             }
                             continue;
                         }
@@ -223,7 +227,9 @@ impl<C: Carrier> Port<C> {
                     drop(packet);
                     self.delivered(now, slot);
                     // The streams alternate, so write the finished run now.
-                    self.deliver_run(now, run.take())?;
+                    if let Some(run) = run.take() {
+                        self.deliver_run(now, run)?;
+                    }
                 }
             }
         }
@@ -231,10 +237,8 @@ impl<C: Carrier> Port<C> {
     }
 
     /// Writes a run to its socket. Bytes that the socket does not accept are held.
-    fn deliver_run(&mut self, now: Tick, run: Option<Run>) -> Result<(), CarrierFault> {
-        let Some(Run { stream, len }) = run else {
-            return Ok(());
-        };
+    fn deliver_run(&mut self, now: Tick, run: Run) -> Result<(), CarrierFault> {
+        let Run { stream, len } = run;
         let slot = stream.slot();
         // Entries change only between bursts.
         if let Some(Some(entry)) = self.entries.get_mut(slot as usize) {
@@ -277,7 +281,7 @@ impl<C: Carrier> Port<C> {
             self.read_hello(now, slot);
         } else if entry.fd().is_none() {
             self.settle(now, slot);
-        } else if entry.is_behind() {
+        } else if !entry.held.is_empty() {
             self.watch_room(now, slot);
         }
     }

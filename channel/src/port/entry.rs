@@ -3,7 +3,7 @@
 //! ```text
 //! from the guest:  RxPacket ──writev──► sink     bytes that it does not accept: `held`, within the stream's window
 //! to the guest:    `out`, then the sink ──readv──► TxSlot
-//! to the sink only: `greeting`, ahead of everything from the guest
+//! to the sink only: the greeting, ahead of everything from the guest: the first bytes of `held`
 //! ```
 //! Rule: the bytes in `held` use credit that was really lent. The credit is returned (`consumed`) when the sink
 //! accepts them.
@@ -43,10 +43,10 @@ pub(super) struct Entry {
     pub(super) id: StreamId,
     pub(super) phase: Phase,
     pub(super) sink: Option<Sink>,
-    /// Bytes from the guest that the sink has not accepted yet.
+    /// Bytes that the sink has not accepted yet: the rest of the greeting, then bytes from the guest.
     pub(super) held: VecDeque<u8>,
-    /// Bytes for the sink that go before those of the guest. The guest lent no credit for them.
-    pub(super) greeting: VecDeque<u8>,
+    /// Number of bytes of the greeting that are still in `held`. No credit was lent for them.
+    pub(super) greeting: usize,
     /// Bytes for the guest that go before the sink's bytes.
     pub(super) out: VecDeque<u8>,
     /// The sink may have bytes to read.
@@ -109,7 +109,7 @@ impl Entry {
             phase,
             sink: None,
             held: VecDeque::new(),
-            greeting: VecDeque::new(),
+            greeting: 0,
             out: VecDeque::new(),
             readable: false,
             hung_up: false,
@@ -138,12 +138,7 @@ impl Entry {
 
     /// Returns true if bytes from the guest may be written to the sink together with those of later packets.
     pub(super) fn gathers(&self) -> bool {
-        self.is_open() && !self.is_behind() && self.fd().is_some()
-    }
-
-    /// Returns true if bytes wait for the sink: later bytes go behind them.
-    pub(super) fn is_behind(&self) -> bool {
-        !self.held.is_empty() || !self.greeting.is_empty()
+        self.is_open() && self.held.is_empty() && self.fd().is_some()
     }
 
     /// Moves `len` bytes of a packet to the sink, and holds the rest. Returns the number of bytes that the sink
@@ -154,7 +149,7 @@ impl Entry {
         len: u32,
         copied: Copied<'_>,
     ) -> Result<u32, DeliveryError> {
-        if !self.is_open() || self.is_behind() {
+        if !self.is_open() || !self.held.is_empty() {
             self.hold(packet, len, copied)?;
             return self.flush(copied).map_err(DeliveryError::Sink);
         }
@@ -235,7 +230,7 @@ impl Entry {
         read_chunks(len, read, |bytes| self.held.extend(bytes))
     }
 
-    /// Passes held bytes to the sink, as many as it accepts, after the greeting. Returns their number.
+    /// Passes held bytes to the sink, as many as it accepts. Returns how many of them were the guest's.
     pub(super) fn flush(&mut self, copied: Copied<'_>) -> io::Result<u32> {
         let mut taken = 0;
         if !self.is_open() {
@@ -243,10 +238,10 @@ impl Entry {
         }
         match &mut self.sink {
             Some(Sink::Fd(fd)) => {
-                write_held(fd.as_fd(), &mut self.greeting)?;
-                if self.greeting.is_empty() {
-                    taken = write_held(fd.as_fd(), &mut self.held)?;
-                }
+                taken = write_held(fd.as_fd(), &mut self.held)?;
+                let greeting = taken.min(self.greeting);
+                self.greeting -= greeting;
+                taken -= greeting;
             }
             Some(Sink::Local(end)) if !self.held.is_empty() => {
                 let mut state = end.0.lock();
@@ -273,14 +268,13 @@ impl Entry {
             _ => {}
         }
         shrink(&mut self.held);
-        shrink(&mut self.greeting);
         // Windows are far below 4 GiB, so the sum fits.
         Ok(taken as u32)
     }
 
     /// Informs the sink, once, that the peer sends no more, after all bytes were delivered.
     pub(super) fn pass_on_end(&mut self) {
-        if !self.peer_done || self.end_passed_on || self.is_behind() || !self.is_open() {
+        if !self.peer_done || self.end_passed_on || !self.held.is_empty() || !self.is_open() {
             return;
         }
         match &mut self.sink {

@@ -227,8 +227,7 @@ impl<C: Carrier> Port<C> {
             Some(Sink::Fd(fd)) => {
                 self.watch.remove(fd.as_fd());
                 if complete {
-                    let mut held = std::mem::take(&mut entry.greeting);
-                    held.append(&mut entry.held);
+                    let held = std::mem::take(&mut entry.held);
                     self.linger(fd, held, entry.ends_in_order);
                 } else {
                     entry::abort(fd);
@@ -330,7 +329,7 @@ impl<C: Carrier> Port<C> {
         let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
             return;
         };
-        if !entry.is_behind() || entry.room_watched {
+        if entry.held.is_empty() || entry.room_watched {
             return;
         }
         let id = entry.id;
@@ -351,7 +350,7 @@ impl<C: Carrier> Port<C> {
         let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
             return;
         };
-        if !entry.is_behind()
+        if entry.held.is_empty()
             && std::mem::take(&mut entry.room_watched)
             && let Some(fd) = entry.fd()
         {

@@ -355,6 +355,8 @@ impl<C: Carrier> Port<C> {
             return false;
         }
         let old = entry.sink.take();
+        // What is left of a greeting was for the old sink.
+        entry.held.drain(..std::mem::take(&mut entry.greeting));
         if let Some(Sink::Local(end)) = &old {
             // No byte may be lost in either direction. Bytes that the application has not read go before the held
             // bytes.
@@ -366,8 +368,11 @@ impl<C: Carrier> Port<C> {
             entry.end_passed_on = false;
         }
         entry.out.extend(prefix);
-        if matches!(sink, Sink::Fd(_)) {
-            entry.greeting.extend(greeting);
+        if matches!(sink, Sink::Fd(_)) && !greeting.is_empty() {
+            let mut held = VecDeque::from(greeting.to_vec());
+            held.append(&mut entry.held);
+            entry.held = held;
+            entry.greeting = greeting.len();
         }
         if matches!(old, Some(Sink::Fd(_))) {
             self.unwatch_sink(&old);

@@ -9,7 +9,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use adit_engine::{EngineConfig, ResetReason};
+use adit_engine::{EngineConfig, ResetReason, StreamId};
 
 use super::Notice;
 use crate::dial::{DialError, DialRequest};
@@ -515,8 +515,20 @@ fn a_spliced_stream_loses_nothing() {
     });
 }
 
-/// Dials with a greeting, whose client is `near`, and returns the guest's socket.
-fn greeted(pair: &mut Pair, sink: Sink, greeting: &[u8]) -> UnixStream {
+/// Writes to a sink's socket until it accepts nothing. Returns a duplicate of the socket, and what was written.
+fn filled(sink: &Sink) -> (UnixStream, Vec<u8>) {
+    let Sink::Fd(fd) = sink else { panic!() };
+    let socket = UnixStream::from(fd.try_clone().unwrap());
+    socket.set_nonblocking(true).unwrap();
+    let mut full = Vec::new();
+    while let Ok(n @ 1..) = { &socket }.write(&[b'.'; 4096]) {
+        full.resize(full.len() + n, b'.');
+    }
+    (socket, full)
+}
+
+/// Dials with a greeting. Returns the guest's socket and the stream.
+fn greeted(pair: &mut Pair, sink: Sink, greeting: &[u8]) -> (UnixStream, StreamId) {
     let (far, far_sink) = socket();
     let stream = pair.dial(1, None);
     let theirs = pair.asked();
@@ -528,14 +540,14 @@ fn greeted(pair: &mut Pair, sink: Sink, greeting: &[u8]) -> UnixStream {
     let now = pair.a.now();
     let port = pair.a.port_mut(HERE);
     assert!(port.attach_greeted(now, stream, sink, b"ahead", greeting));
-    far
+    (far, stream)
 }
 
 #[test]
 fn a_greeting_goes_to_the_socket_ahead_of_the_guests_bytes_and_costs_no_credit() {
     let mut pair = Pair::new();
     let (near, sink) = socket();
-    let far = greeted(&mut pair, sink, b"200 ");
+    let (far, _) = greeted(&mut pair, sink, b"200 ");
     let mut sent = b"first".to_vec();
     let data = pattern(3, 1 << 20);
     let mut flow = Flow::new(&far, &near, data.clone(), 4099);
@@ -556,14 +568,8 @@ fn a_greeting_that_does_not_fit_waits_for_room_and_nothing_overtakes_it() {
     for ends_early in [true, false] {
         let mut pair = Pair::new();
         let (near, sink) = socket();
-        let Sink::Fd(fd) = &sink else { panic!() };
-        let before = UnixStream::from(fd.try_clone().unwrap());
-        before.set_nonblocking(true).unwrap();
-        let mut full = Vec::new();
-        while let Ok(n @ 1..) = { &before }.write(&[b'.'; 4096]) {
-            full.resize(full.len() + n, b'.');
-        }
-        let far = greeted(&mut pair, sink, &[b'g'; 5000]);
+        let (before, full) = filled(&sink);
+        let (far, _) = greeted(&mut pair, sink, &[b'g'; 5000]);
         { &far }.write_all(b"second").unwrap();
         if ends_early {
             // The stream has ended before the client reads anything.
@@ -591,4 +597,17 @@ fn a_greeting_that_does_not_fit_waits_for_room_and_nothing_overtakes_it() {
         assert_eq!(read_to_end(&mut pair, &far), b"ahead");
         pair.until(Pair::idle);
     }
+}
+
+#[test]
+fn a_sink_that_replaces_another_gets_no_rest_of_its_greeting() {
+    let mut pair = Pair::new();
+    let (_near, sink) = socket();
+    let _full = filled(&sink);
+    let (far, stream) = greeted(&mut pair, sink, &[b'g'; 5000]);
+    let (other, sink) = socket();
+    let now = pair.a.now();
+    assert!(pair.a.port_mut(HERE).attach(now, stream, sink, &[]));
+    far.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(read_to_end(&mut pair, &other), b"first");
 }

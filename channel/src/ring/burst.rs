@@ -45,10 +45,11 @@ const WAKER_SPACE: u32 = 2;
 #[derive(Debug)]
 pub struct RingPacket<'a> {
     mem: &'a Mapped,
-    seg: [Seg; 1],
-    cursor: Cursor,
     header: PacketHeader,
     lane: Lane,
+    /// Offset of the payload's end.
+    end: usize,
+    /// Payload bytes that were not read yet: the last ones.
     remaining: u32,
     /// A copy of the payload, if it is small.
     small: &'a [u8],
@@ -63,8 +64,6 @@ pub struct RingSlot<'a> {
     grant: Grant<'a, Mapped>,
     /// If set, bytes are written here first, and not into the grant.
     staged: Option<&'a mut Staged>,
-    seg: [Seg; 1],
-    cursor: Cursor,
     capacity: u32,
     written: u32,
     /// A failed read may have left bytes after those that were written.
@@ -78,12 +77,6 @@ fn seg(at: usize, len: u32) -> [Seg; 1] {
         addr: GuestAddress(at as u64),
         len,
     }]
-}
-
-/// Offset of the bytes at the cursor.
-fn position(segs: &[Seg; 1], cursor: &Cursor) -> usize {
-    let piece = cursor.piece(segs, usize::MAX);
-    piece.map_or(0, |(addr, _)| addr.0 as usize)
 }
 
 impl RingCarrier {
@@ -100,6 +93,9 @@ impl RingCarrier {
     fn next(&mut self) -> Result<Option<(usize, usize, usize)>, CarrierFault> {
         for index in self.order() {
             let consumer = &mut self.lanes[index].ends.consumer;
+            if !consumer.has_header() {
+                continue;
+            }
             if consumer.wants_release() && self.aside.bytes() == 0 {
                 self.space = self.space.or(consumer.release());
             }
@@ -209,10 +205,9 @@ impl Carrier for RingCarrier {
         let remaining = (len - PACKET_HEADER_BYTES) as u32;
         Ok(Some(RingPacket {
             mem: &self.mem,
-            seg: seg(at + PACKET_HEADER_BYTES, remaining),
-            cursor: Cursor::default(),
             header: PacketHeader::from_ring_bytes(&encoded),
             lane: if control { Lane::Control } else { Lane::Bulk },
+            end: at + len,
             remaining,
             small: if is_small {
                 &self.small[PACKET_HEADER_BYTES..len]
@@ -265,8 +260,6 @@ impl Carrier for RingCarrier {
         let capacity = (grant.len() - PACKET_HEADER_BYTES) as u32;
         Ok(Some(RingSlot {
             mem: &self.mem,
-            seg: seg(grant.at() + PACKET_HEADER_BYTES, capacity),
-            cursor: Cursor::default(),
             grant,
             staged: Some(&mut lane_state.staged),
             capacity,
@@ -392,6 +385,11 @@ impl Carrier for RingCarrier {
 }
 
 impl RingPacket<'_> {
+    /// The payload that was not read yet.
+    fn rest(&self) -> [Seg; 1] {
+        seg(self.end - self.remaining as usize, self.remaining)
+    }
+
     fn moved(&mut self, n: usize) {
         // The caller asked for at most `remaining` bytes.
         self.remaining -= n as u32;
@@ -413,28 +411,27 @@ impl RxPacket for RingPacket<'_> {
     }
 
     fn read(&mut self, dst: &mut [u8]) -> Result<usize, CarrierFault> {
-        let n = dst.len().min(self.remaining as usize);
-        let done = self.seg[0].len as usize - self.remaining as usize;
-        match self.small.get(done..done + n) {
-            Some(bytes) if !self.small.is_empty() => dst[..n].copy_from_slice(bytes),
-            _ => RingMem::read(self.mem, position(&self.seg, &self.cursor), &mut dst[..n]),
+        let left = self.remaining as usize;
+        let n = dst.len().min(left);
+        match self.small.len().checked_sub(left) {
+            Some(done) => dst[..n].copy_from_slice(&self.small[done..done + n]),
+            None => RingMem::read(self.mem, self.end - left, &mut dst[..n]),
         }
-        self.cursor.advance(&self.seg, n);
         self.moved(n);
         Ok(n)
     }
 
     fn write_to(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize> {
         let max = max.min(self.remaining) as usize;
-        let n = iovec::write_to(self.mem, &self.seg, &mut self.cursor, fd, max)?;
+        let n = iovec::write_to(self.mem, &self.rest(), &mut Cursor::default(), fd, max)?;
         self.moved(n);
         Ok(n)
     }
 
     fn set_aside(&mut self, len: u32) -> SetAside {
-        let len = len.min(self.remaining);
+        let (len, rest) = (len.min(self.remaining), self.rest());
         self.remaining -= len;
-        self.aside.add(&self.seg, &mut self.cursor, len)
+        self.aside.add(&rest, &mut Cursor::default(), len)
     }
 }
 
@@ -470,7 +467,6 @@ impl TxSlot for RingSlot<'_> {
                 self.grant.write(at, &src[..n]);
             }
         }
-        self.cursor.advance(&self.seg, n);
         self.moved(n);
         Ok(n)
     }
@@ -485,7 +481,9 @@ impl TxSlot for RingSlot<'_> {
             ));
         }
         self.unstage();
-        let read = iovec::read_from(self.mem, &self.seg, &mut self.cursor, fd, max);
+        let at = self.grant.at() + PACKET_HEADER_BYTES + self.written as usize;
+        let room = seg(at, self.capacity - self.written);
+        let read = iovec::read_from(self.mem, &room, &mut Cursor::default(), fd, max);
         let n = read.inspect_err(|e| self.spoilt |= e.kind() != io::ErrorKind::WouldBlock)?;
         self.moved(n);
         Ok(n)
