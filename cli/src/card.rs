@@ -97,6 +97,8 @@ fn sign(new: &New) -> Result<(), Failure> {
         labels.add(name, value).map_err(|e| bad(e.to_string()))?;
     }
     let now = Timestamp::now();
+    // Whole seconds: somebody reads them.
+    let now = Timestamp::from_second(now.as_second()).unwrap_or(now);
     let by_clock = u64::try_from(now.as_second()).unwrap_or(1);
     let not_after = match new.not_after {
         Some(at) if at <= now => {

@@ -93,6 +93,15 @@ pub struct Ring<'a> {
     pub parameters: &'a str,
 }
 
+/// How a guest that is not told its VM id is handed its card, as one word.
+#[derive(Clone, Copy, Debug)]
+pub enum Carried<'a> {
+    /// As an SMBIOS string: a q35 machine.
+    Smbios(&'a str),
+    /// On the kernel's command line.
+    CommandLine(&'a str),
+}
+
 /// A running guest.
 #[derive(Debug)]
 pub struct Guest {
@@ -112,7 +121,20 @@ impl Guest {
     /// # Errors
     /// A file cannot be written, or QEMU or the agent's installer does not start.
     pub fn boot(image: &Image, who: &Identity<'_>, dir: &Path) -> anyhow::Result<Self> {
-        Self::boot_with(image, who, None, dir)
+        Self::boot_as(image, who, None, None, dir)
+    }
+
+    /// Boots a guest that is who its card says.
+    ///
+    /// # Errors
+    /// As [`Guest::boot`].
+    pub fn boot_by_card(
+        image: &Image,
+        who: &Identity<'_>,
+        card: Carried<'_>,
+        dir: &Path,
+    ) -> anyhow::Result<Self> {
+        Self::boot_as(image, who, None, Some(card), dir)
     }
 
     /// Boots a guest with an ivshmem function.
@@ -125,9 +147,19 @@ impl Guest {
         ring: Option<Ring<'_>>,
         dir: &Path,
     ) -> anyhow::Result<Self> {
+        Self::boot_as(image, who, ring, None, dir)
+    }
+
+    fn boot_as(
+        image: &Image,
+        who: &Identity<'_>,
+        ring: Option<Ring<'_>>,
+        card: Option<Carried<'_>>,
+        dir: &Path,
+    ) -> anyhow::Result<Self> {
         fs::create_dir_all(dir)?;
         let initrd = dir.join("initrd");
-        let root = overlay(who, dir)?;
+        let root = overlay_of(who, card.is_none(), dir)?;
         image.with_overlay(&root, &initrd)?;
         if who.boot_files {
             let boot = root.join("boot");
@@ -140,7 +172,7 @@ impl Guest {
         if !disk.exists() {
             fs::copy(&image.disk, &disk)?;
         }
-        let args = qemu_args(image, who, ring, &initrd, &disk, dir);
+        let args = qemu_args(image, who, ring, card, &initrd, &disk, dir);
         let qemu = start(&args, dir)?;
         Ok(Self {
             qemu,
@@ -272,21 +304,21 @@ impl Guest {
 
 /// Makes the VM's own files: host name, agent, trust anchor.
 pub(crate) fn overlay(who: &Identity<'_>, dir: &Path) -> anyhow::Result<PathBuf> {
+    overlay_of(who, true, dir)
+}
+
+/// `by_id`: the agent is told its VM id, so that it needs no card.
+fn overlay_of(who: &Identity<'_>, by_id: bool, dir: &Path) -> anyhow::Result<PathBuf> {
     let root = dir.join("overlay");
     fs::create_dir_all(root.join("etc"))?;
     fs::write(root.join("etc/hostname"), format!("{}\n", who.name))?;
     fs::write(root.join("etc/adit-test"), who.script)?;
     if let Some(agent) = who.agent {
         let mut install = std::process::Command::new(agent);
-        install.args([
-            "install",
-            "--init",
-            "busybox",
-            "--vm-id",
-            who.name,
-            "--allow-port",
-            "80,7,81",
-        ]);
+        install.args(["install", "--init", "busybox", "--allow-port", "80,7,81"]);
+        if by_id {
+            install.args(["--vm-id", who.name]);
+        }
         install.arg("--root").arg(&root);
         if let Some(trust) = who.trust {
             install.arg("--trust").arg(trust);
@@ -318,6 +350,7 @@ fn qemu_args(
     image: &Image,
     who: &Identity<'_>,
     ring: Option<Ring<'_>>,
+    card: Option<Carried<'_>>,
     initrd: &Path,
     disk: &Path,
     dir: &Path,
@@ -333,9 +366,14 @@ fn qemu_args(
         "tcg,thread=multi"
     };
     let tsc = tsc_arguments();
+    let word = match card {
+        Some(Carried::CommandLine(card)) => format!(" adit.card={card}"),
+        _ => String::new(),
+    };
     let memory = format!("{MEMORY_MIB}M");
     let iommu = ring.is_some_and(|ring| ring.iommu);
     let (machine, more) = match (iommu, accel) {
+        (false, _) if matches!(card, Some(Carried::Smbios(_))) => ("q35", ""),
         (false, _) => ("microvm,pcie=on", ""),
         // Behind an IOMMU interrupts are remapped, which KVM's own interrupt chip cannot do.
         (true, "kvm") => ("q35,kernel-irqchip=split", " intel_iommu=on"),
@@ -373,7 +411,7 @@ fn qemu_args(
         &initrd.display().to_string(),
         "-append",
         &format!(
-            "console=ttyS0 quiet panic=1 reboot=t mitigations=off{tsc}{more} {}",
+            "console=ttyS0 quiet panic=1 reboot=t mitigations=off{tsc}{more}{word} {}",
             ring.map_or("", |ring| ring.parameters)
         ),
         "-chardev",
@@ -393,6 +431,10 @@ fn qemu_args(
         let socket = format!("socket,id=ring,path={}", ring.socket.display());
         let device = "ivshmem-doorbell,chardev=ring,vectors=2";
         args.extend(["-chardev", &socket, "-device", device].map(str::to_owned));
+    }
+    if let Some(Carried::Smbios(card)) = card {
+        let string = format!("type=11,value=io.adit.card={card}");
+        args.extend(["-smbios", &string].map(str::to_owned));
     }
     if iommu {
         args.extend(["-device", "intel-iommu,intremap=on"].map(str::to_owned));

@@ -495,3 +495,19 @@ fn a_program_that_cannot_start_in_the_image_is_told() {
     fs::write(needs, "").unwrap();
     assert!(!told());
 }
+
+#[test]
+fn an_image_for_many_vms_has_no_id_and_says_what_it_needs() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = install(&Install {
+        root: dir.path(),
+        init: Some(Init::None),
+        vm_id: None,
+        trust: &[],
+        ports: &[],
+        binary: Path::new("/bin/true"),
+    });
+    assert!(said.unwrap().iter().any(|l| l.contains("adit card new")));
+    let config = Config::load(&dir.path().join(CONFIG)).unwrap();
+    assert_eq!(config.vm_id, None);
+}

@@ -13,6 +13,7 @@ use adit_tests::host::Host;
 use adit_tests::image::{Image, Kernel};
 
 mod bombs;
+mod cards;
 mod clock;
 mod cuts;
 mod from_guest;
