@@ -35,7 +35,7 @@ fn play(memory: &Mapped, mut input: Input<'_>) {
     let mut next = 0u8;
     let mut buf = [0; 4096];
     while !input.is_empty() {
-        match input.below(9) {
+        match input.below(11) {
             0 | 1 => {
                 let len = usize::from(input.u16()) % (geometry.record_max + 2);
                 next = next.wrapping_add(1);
@@ -100,10 +100,37 @@ fn play(memory: &Mapped, mut input: Input<'_>) {
                     shown.append(&mut committed);
                 }
             }
-            _ => {
+            8 => {
                 let at = (usize::from(input.u16()) % geometry.bytes()) & !7;
                 memory.store(at, input.u64());
                 honest = false;
+            }
+            9 => {
+                let len = usize::from(input.u16()) % (geometry.record_max + 2);
+                next = next.wrapping_add(1);
+                let record = vec![next; len];
+                match producer.append(&record) {
+                    Ok(_) => committed.push_back(record),
+                    Err(why) => {
+                        let too_long = matches!(why, PushError::TooLong { .. });
+                        assert_eq!(too_long, len > geometry.record_max);
+                        assert!(!honest || !matches!(why, PushError::Corrupt(_)));
+                    }
+                }
+                if producer.unpublished() == 0 {
+                    shown.append(&mut committed);
+                }
+            }
+            _ => {
+                let limit = input.below(5);
+                let due = shown.len().min(limit);
+                let drained = consumer.drain(&mut buf, limit, |record| {
+                    if honest {
+                        assert_eq!(shown.pop_front().as_deref(), Some(record));
+                    }
+                    assert!(record.len() <= geometry.record_max);
+                });
+                assert!(!honest || drained.map(|(count, _)| count) == Ok(due));
             }
         }
     }

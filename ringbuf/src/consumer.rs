@@ -86,13 +86,17 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
         self.mem.load(self.plan.offset(self.tail)) != layout::EMPTY
     }
 
-    /// Bytes that a record at the current position may use. It ends at the end of the ring, and before the space that
-    /// was not given back yet, because the producer may not have reused that space. The next header is never part of
-    /// it.
+    /// Position before which a record must end: the end of the ring, and the start of the space that was not given
+    /// back yet, because the producer may not have reused that space. The next header is never part of a record.
+    #[inline(always)]
+    fn edge(&self) -> u64 {
+        (self.released + self.plan.size()).min(self.plan.end(self.tail))
+    }
+
+    /// Bytes that a record at the current position may use.
     #[inline(always)]
     fn room(&self) -> u64 {
-        let room = self.plan.size() - (self.tail - self.released);
-        room.min(self.plan.left_to_end(self.tail))
+        self.edge() - self.tail
     }
 
     /// Checks a header as the header of a record. Returns the length of the record.
@@ -147,23 +151,49 @@ impl<M: RingMem, P: Policy> Consumer<M, P> {
         Ok(Some(len))
     }
 
-    /// Takes at most `limit` records. Copies each into `buf`, passes it to `take`, and gives the space of all back
-    /// with one store. Returns the number of records.
+    /// Takes the records that are there, at most `limit`. Copies each into `buf`, passes it to `take`, and gives the
+    /// space of all back with one store. Bytes that do not fit into `buf` are dropped. Returns the number of records.
     ///
     /// # Errors
     /// As [`peek`](Self::peek). The records before the error were taken.
+    #[inline]
     pub fn drain(
         &mut self,
         buf: &mut [u8],
         limit: usize,
         mut take: impl FnMut(&[u8]),
     ) -> Result<(usize, Wake), Corrupt> {
+        if let Some(corrupt) = self.corrupt {
+            return Err(corrupt);
+        }
         let mut count = 0;
-        while count < limit
-            && let Some(len) = self.pop(buf)?
-        {
-            take(&buf[..len.min(buf.len())]);
+        // As long as the records end before it, two comparisons check a header.
+        let mut edge = self.edge();
+        while count < limit {
+            let at = self.plan.offset(self.tail);
+            // SYNC(header): pairs with the producer's Release store.
+            let word = self.mem.load(at);
+            let len = word.wrapping_sub(Header::data(0));
+            // A length within the limit cannot wrap here, and another one is not used.
+            let next = self.tail.wrapping_add(self.plan.total(len));
+            let fits = |edge| len <= self.plan.at.record_max as u64 && next <= edge;
+            if !fits(edge) {
+                if word == layout::EMPTY {
+                    break;
+                }
+                // The record before this one may have ended where the ring does.
+                edge = self.edge();
+                if !fits(edge) {
+                    self.no_data(word)?;
+                    edge = self.edge();
+                    continue;
+                }
+            }
+            let n = buf.len().min(len as usize);
+            self.mem.read(at.wrapping_add(HEADER), &mut buf[..n]);
+            self.tail = next;
             count += 1;
+            take(&buf[..n]);
         }
         Ok((count, self.release()))
     }

@@ -42,7 +42,14 @@ impl Pace {
     /// Call when a record of `bytes` bytes arrived.
     #[inline]
     pub fn came(&mut self, bytes: usize) {
-        self.records = self.records.saturating_add(1);
+        self.came_many(1, bytes);
+    }
+
+    /// Call when several records arrived, of `bytes` bytes together.
+    #[inline]
+    pub fn came_many(&mut self, records: usize, bytes: usize) {
+        let records = u32::try_from(records).unwrap_or(u32::MAX);
+        self.records = self.records.saturating_add(records);
         self.bytes = self.bytes.saturating_add(bytes);
     }
 

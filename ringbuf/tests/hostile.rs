@@ -30,6 +30,8 @@ fn r01_each_call_loads_each_shared_word_at_most_once() {
     for round in 0..200 {
         let _ = producer.try_push(&[round; 40]);
         once("try_push");
+        let _ = producer.append(&[round; 3]);
+        once("append");
         let _ = producer.reserve(100).map(drop);
         once("reserve");
         let mut buf = [0; 64];
@@ -37,6 +39,10 @@ fn r01_each_call_loads_each_shared_word_at_most_once() {
         once("pop");
         let _ = consumer.release();
         once("release");
+        if round % 5 == 0 {
+            let _ = consumer.drain(&mut buf, 9, |_| {}).unwrap();
+            once("drain");
+        }
         if round % 7 == 0 {
             while consumer.pop(&mut buf).unwrap().is_some() {}
             mem.loads.take();
@@ -151,7 +157,14 @@ fn r06_only_valid_headers_are_accepted() {
                 let word = base | len;
                 mem.set(at, word);
                 let mut buf = [0; 256];
-                let said = consumer.pop(&mut buf);
+                // `drain` has a check of its own.
+                let said = if len % 2 == 0 {
+                    consumer.pop(&mut buf)
+                } else {
+                    let mut found = None;
+                    let drained = consumer.drain(&mut buf, 1, |bytes| found = Some(bytes.len()));
+                    drained.map(|_| found)
+                };
                 let data = base == 1 << 31 && len <= max && 8 + len <= to_end;
                 if base == 3 << 31 && len + 8 == to_end {
                     // A valid pad: the next record starts at the beginning of the ring.
@@ -337,7 +350,11 @@ fn a_region_that_is_rewritten_at_random_ends_the_ring_and_nothing_else() {
                     ends[0] += 1;
                     break;
                 }
-                let end = consumer.pop(&mut buf).and_then(|_| {
+                let taken = match i % 2 {
+                    0 => consumer.pop(&mut buf).map(drop),
+                    _ => consumer.drain(&mut buf, 3, |_| {}).map(drop),
+                };
+                let end = taken.and_then(|()| {
                     let _ = consumer.release();
                     consumer.arm_data()
                 });

@@ -27,6 +27,12 @@ enum Planted {
     NoFence,
 }
 
+/// A ring in which one record of 8 bytes is less than the batch that is published at once.
+const LARGE: Geometry = Geometry {
+    size: 128,
+    ..GEOMETRY
+};
+
 struct Memory {
     words: Vec<AtomicU64>,
     planted: Planted,
@@ -36,15 +42,15 @@ struct Memory {
 struct Shared(Arc<Memory>);
 
 impl Shared {
-    fn new(planted: Planted) -> Self {
-        let words = (0..12).map(|_| AtomicU64::new(0)).collect();
+    fn new(planted: Planted, bytes: usize) -> Self {
+        let words = (0..bytes / 8).map(|_| AtomicU64::new(0)).collect();
         Self(Arc::new(Memory { words, planted }))
     }
 }
 
 impl RingMem for Shared {
     fn len(&self) -> usize {
-        96
+        8 * self.0.words.len()
     }
     fn load(&self, at: usize) -> u64 {
         self.0.words[at / 8].load(Ordering::Acquire)
@@ -97,9 +103,13 @@ fn explore(model: impl Fn() + Sync + Send + 'static) -> Result<usize, ()> {
 }
 
 fn ends(planted: Planted) -> (Producer<Shared>, Consumer<Shared>) {
-    let mem = Shared::new(planted);
-    let producer = Producer::new(mem.clone(), GEOMETRY, true).unwrap();
-    (producer, Consumer::new(mem, GEOMETRY, true).unwrap())
+    ends_of(planted, GEOMETRY)
+}
+
+fn ends_of(planted: Planted, geometry: Geometry) -> (Producer<Shared>, Consumer<Shared>) {
+    let mem = Shared::new(planted, geometry.bytes());
+    let producer = Producer::new(mem.clone(), geometry, true).unwrap();
+    (producer, Consumer::new(mem, geometry, true).unwrap())
 }
 
 /// Two records, published in two ways; the reader sees them whole and in order.
@@ -125,6 +135,69 @@ fn publish(planted: Planted, batch: bool) {
                 assert_eq!((len, u64::from_le_bytes(buf)), (8, next));
                 next += 1;
             }
+        }
+    }
+    thread.join().unwrap();
+}
+
+/// As `publish`, with the calls for many records: a batch that is written by `append`, and taken by `drain`.
+fn batch(planted: Planted) {
+    let (mut producer, mut consumer) = ends_of(planted, LARGE);
+    let thread = loom::thread::spawn(move || {
+        for n in 1..=2u64 {
+            let _ = producer.append(&n.to_le_bytes()).unwrap();
+            assert_eq!(producer.unpublished() > 0, n == 1);
+        }
+        let _ = producer.publish();
+    });
+    let mut next = 1u64;
+    while next <= 2 {
+        let (count, _) = consumer
+            .drain(&mut [0; 8], 2, |bytes| {
+                assert_eq!(bytes, next.to_le_bytes());
+                next += 1;
+            })
+            .unwrap();
+        if count == 0 {
+            loom::thread::yield_now();
+        }
+    }
+    thread.join().unwrap();
+}
+
+/// A batch is written over records of the round before while the consumer drains. It takes each record once.
+fn again(planted: Planted) {
+    let (mut producer, mut consumer) = ends(planted);
+    let _ = producer.try_push(&[9; 8]).unwrap();
+    let thread = loom::thread::spawn(move || {
+        let mut n = 1u64;
+        while n <= 4 {
+            match producer.append(&n.to_le_bytes()) {
+                Ok(_) => n += 1,
+                Err(PushError::Full) => {
+                    let _ = producer.publish();
+                    loom::thread::yield_now();
+                }
+                Err(e) => panic!("{e}"),
+            }
+        }
+        let _ = producer.publish();
+    });
+    let mut next = 0u64;
+    while next <= 4 {
+        let (count, _) = consumer
+            .drain(&mut [0; 8], 4, |bytes| {
+                let expected = if next == 0 {
+                    [9; 8]
+                } else {
+                    next.to_le_bytes()
+                };
+                assert_eq!(bytes, expected);
+                next += 1;
+            })
+            .unwrap();
+        if count == 0 {
+            loom::thread::yield_now();
         }
     }
     thread.join().unwrap();
@@ -177,6 +250,16 @@ fn published_records_are_whole_and_in_order() {
         let count = explore(move || publish(Planted::Nothing, batch)).unwrap();
         assert!(count > 30, "{count} interleavings");
         let found = explore(move || publish(Planted::RelaxedPublish, batch));
+        assert!(found.is_err(), "a relaxed publish went unnoticed");
+    }
+}
+
+#[test]
+fn a_drained_batch_is_whole_and_in_order() {
+    for model in [batch, again] {
+        let count = explore(move || model(Planted::Nothing)).unwrap();
+        assert!(count > 10, "{count} interleavings");
+        let found = explore(move || model(Planted::RelaxedPublish));
         assert!(found.is_err(), "a relaxed publish went unnoticed");
     }
 }

@@ -67,21 +67,25 @@ fn contender(name: &str, size: usize) -> (Home, Ends) {
         "ours" => processes(ours::polling(RING, 1, 8)),
         "ours, lines" => processes(ours::polling(RING, 1, 64)),
         "ours, 32 at a time" => processes(ours::polling(RING, 32, 8)),
+        "ours, drained" => processes(ours::drained(1)),
+        "ours, 32 at a time, drained" => processes(ours::drained(32)),
         "ours, unchecked" => processes(ours::unchecked()),
         "ours, small" => processes(ours::polling(SMALL, 1, 8)),
         "ours, small, sleeping" => processes(ours::waiting(SMALL, 8, Spin::default())),
         "ours, sleeping" => processes(ours::waiting(RING, 8, Spin::default())),
         "ours, lines, sleeping" => processes(ours::waiting(RING, 64, Spin::default())),
         "ours, at once asleep" => processes(ours::waiting(RING, 64, asleep)),
-        "rtrb" => threads(others::rtrb_bytes(1)),
-        "rtrb, 32 at a time" => threads(others::rtrb_bytes(32)),
+        "rtrb" => threads(others::rtrb_bytes(1, false)),
+        "rtrb, 32 at a time" => threads(others::rtrb_bytes(32, false)),
+        "rtrb, 32 at a time, drained" => threads(others::rtrb_bytes(32, true)),
         "rtrb, elements" => threads(others::rtrb_elements()),
         "pipe" => processes(others::pipe()),
         "Unix stream" => processes(others::unix_stream()),
         "seqpacket" => processes(others::seqpacket()),
         "cross-core stream" => processes(others::slots(size)),
-        "published index" => processes(others::published(1)),
-        "published index, 32 at a time" => processes(others::published(32)),
+        "published index" => processes(others::published(1, false)),
+        "published index, 32 at a time" => processes(others::published(32, false)),
+        "published index, 32 at a time, drained" => processes(others::published(32, true)),
         _ => panic!("no contender {name:?}"),
     }
 }
@@ -170,10 +174,14 @@ impl Cells {
         }
         for name in [
             "ours, 32 at a time",
+            "ours, drained",
+            "ours, 32 at a time, drained",
             "ours, unchecked",
             "rtrb, elements",
             "rtrb, 32 at a time",
+            "rtrb, 32 at a time, drained",
             "published index, 32 at a time",
+            "published index, 32 at a time, drained",
         ] {
             all.add(name, 64, self.first("stream", name, 64));
         }

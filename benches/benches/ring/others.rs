@@ -13,6 +13,8 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, 
 struct Bytes<T> {
     end: T,
     batch: usize,
+    /// Hands out messages where the batch was copied to, and does not copy each once more.
+    drains: bool,
     /// Messages of a batch that are not sent or not read yet.
     held: Vec<u8>,
     at: usize,
@@ -49,34 +51,52 @@ impl Receive1 for Bytes<rtrb::Consumer<u8>> {
             return;
         }
         if self.at == self.held.len() {
-            let mut there = 0;
-            while there == 0 {
-                there = self.end.slots() / message.len() * message.len();
-                std::hint::spin_loop();
-            }
-            self.held.resize(there.min(self.batch * message.len()), 0);
-            self.end
-                .pop_entire_slice(&mut self.held)
-                .expect("it is there");
-            self.at = 0;
+            self.fetch(message.len());
         }
         message.copy_from_slice(&self.held[self.at..self.at + message.len()]);
         self.at += message.len();
     }
+
+    fn receive_some(&mut self, message: &mut [u8], take: &mut dyn FnMut(&[u8])) {
+        if !self.drains {
+            self.receive(message);
+            return take(message);
+        }
+        self.fetch(message.len());
+        self.held.chunks_exact(message.len()).for_each(take);
+    }
+}
+
+impl Bytes<rtrb::Consumer<u8>> {
+    /// Takes the messages that are there, at least one and at most a batch.
+    fn fetch(&mut self, size: usize) {
+        let mut there = 0;
+        while there == 0 {
+            there = self.end.slots() / size * size;
+            std::hint::spin_loop();
+        }
+        self.held.resize(there.min(self.batch * size), 0);
+        self.end
+            .pop_entire_slice(&mut self.held)
+            .expect("it is there");
+        self.at = 0;
+    }
 }
 
 /// rtrb in its fastest form for long messages: one call copies a message in or out.
-pub fn rtrb_bytes(batch: usize) -> Ends {
+pub fn rtrb_bytes(batch: usize, drains: bool) -> Ends {
     let (producer, consumer) = rtrb::RingBuffer::new(RING);
     let sender = Bytes {
         end: producer,
         batch,
+        drains,
         held: Vec::new(),
         at: 0,
     };
     let receiver = Bytes {
         end: consumer,
         batch,
+        drains,
         held: Vec::new(),
         at: 0,
     };
@@ -259,9 +279,11 @@ struct Published {
     own: u64,
     told: u64,
     seen: u64,
+    /// Takes up to 32 messages in one call.
+    drains: bool,
 }
 
-pub fn published(batch: u64) -> Ends {
+pub fn published(batch: u64, drains: bool) -> Ends {
     let (near, fd) = Mapped::memfd(FIRST + RING).expect("memory");
     let far = Mapped::from_memfd(fd, FIRST + RING).expect("memory");
     let end = |mem| Published {
@@ -271,6 +293,7 @@ pub fn published(batch: u64) -> Ends {
         own: 0,
         told: 0,
         seen: 0,
+        drains,
     };
     (Box::new(end(near)), Box::new(end(far)))
 }
@@ -322,12 +345,34 @@ impl Send1 for Published {
 
 impl Receive1 for Published {
     fn receive(&mut self, message: &mut [u8]) {
+        self.wait();
+        self.take(message);
+    }
+
+    fn receive_some(&mut self, message: &mut [u8], take: &mut dyn FnMut(&[u8])) {
+        self.wait();
+        for _ in 0..if self.drains { 32 } else { 1 } {
+            if self.seen == self.own {
+                break;
+            }
+            self.take(message);
+            take(message);
+        }
+    }
+}
+
+impl Published {
+    fn wait(&mut self) {
         while self.seen == self.own {
             self.mem.store(READ, self.own);
             self.told = self.own;
             self.seen = self.mem.load(WRITTEN);
             std::hint::spin_loop();
         }
+    }
+
+    #[inline(always)]
+    fn take(&mut self, message: &mut [u8]) {
         let at = self.place((8 + message.len() as u64).next_multiple_of(8));
         let len = self.mem.load(Self::offset(at)) as usize;
         assert_eq!(len, message.len());

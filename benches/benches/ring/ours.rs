@@ -25,9 +25,7 @@ struct Polling<P> {
 impl<P: Policy> Send1 for Polling<P> {
     fn send(&mut self, message: &[u8]) {
         loop {
-            if let Ok(mut grant) = self.producer.reserve(message.len()) {
-                grant.write(0, message);
-                let _ = grant.commit();
+            if self.producer.append(message).is_ok() {
                 break;
             }
             let _ = self.producer.publish();
@@ -67,7 +65,33 @@ impl<P: Policy> Receive1 for PollingBack<P> {
     }
 }
 
-fn polling_with<P: Policy>(size: usize, batch: usize, align: usize) -> Ends {
+/// Takes up to 32 messages in one call.
+struct Drained(PollingBack<Validated>);
+
+impl Receive1 for Drained {
+    fn receive(&mut self, message: &mut [u8]) {
+        self.0.receive(message);
+    }
+
+    fn receive_some(&mut self, message: &mut [u8], take: &mut dyn FnMut(&[u8])) {
+        let PollingBack { consumer, pace } = &mut self.0;
+        loop {
+            let (count, _) = consumer
+                .drain(message, 32, &mut *take)
+                .expect("an honest producer");
+            if count > 0 {
+                return pace.came_many(count, count * message.len());
+            }
+            pace.missed();
+        }
+    }
+}
+
+fn polling_with<P: Policy>(
+    size: usize,
+    batch: usize,
+    align: usize,
+) -> (Polling<P>, PollingBack<P>) {
     let geometry = Geometry::alone(size, align);
     let [near, far] = mappings(geometry.bytes());
     let sender = Polling::<P> {
@@ -79,17 +103,25 @@ fn polling_with<P: Policy>(size: usize, batch: usize, align: usize) -> Ends {
         consumer: Consumer::with_policy(far, geometry, false).expect("a ring"),
         pace: Pace::default(),
     };
-    (Box::new(sender), Box::new(receiver))
+    (sender, receiver)
 }
 
 /// Ends that poll all the time.
 pub fn polling(size: usize, batch: usize, align: usize) -> Ends {
-    polling_with::<Validated>(size, batch, align)
+    let (sender, receiver) = polling_with::<Validated>(size, batch, align);
+    (Box::new(sender), Box::new(receiver))
+}
+
+/// The same, with a receiver that drains.
+pub fn drained(batch: usize) -> Ends {
+    let (sender, receiver) = polling_with::<Validated>(RING, batch, 8);
+    (Box::new(sender), Box::new(Drained(receiver)))
 }
 
 /// The same, without the checks of what the peer wrote.
 pub fn unchecked() -> Ends {
-    polling_with::<Unchecked>(RING, 1, 8)
+    let (sender, receiver) = polling_with::<Unchecked>(RING, 1, 8);
+    (Box::new(sender), Box::new(receiver))
 }
 
 struct Waiting<T>(T);

@@ -128,11 +128,8 @@ impl LaneState {
     }
 
     fn put_staged(&mut self, len: usize) -> Result<Wake, CarrierFault> {
-        match self.ends.producer.reserve(len) {
-            Ok(mut grant) => {
-                grant.write(0, &self.staged.bytes[..len]);
-                Ok(grant.commit())
-            }
+        match self.ends.producer.append(&self.staged.bytes[..len]) {
+            Ok(wake) => Ok(wake),
             Err(PushError::Corrupt(corrupt)) => Err(corrupt.into()),
             Err(PushError::Full | PushError::TooLong { .. }) => Err(CarrierFault {
                 what: "the ring has less room than before; bytes of a record",

@@ -97,6 +97,32 @@ impl<M: RingMem> Receiver<M> {
         Ok(found)
     }
 
+    /// Receives the records that are there, at most `limit`, and waits for the first one. Copies each into `buf`, where
+    /// bytes that do not fit are dropped, and passes it to `take`. Returns the number of records, which is 0 only if
+    /// `limit` is. If the future is dropped before it completes, no record was taken.
+    ///
+    /// # Errors
+    /// The ring or its doorbell is broken. The records before the error were taken.
+    pub async fn drain(
+        &mut self,
+        buf: &mut [u8],
+        limit: usize,
+        mut take: impl FnMut(&[u8]),
+    ) -> Result<usize, Error> {
+        loop {
+            let (count, wake) = self.consumer.drain(buf, limit, &mut take)?;
+            signal(&self.space, wake)?;
+            if count > 0 || limit == 0 {
+                return Ok(count);
+            }
+            let (armed, wake) = self.consumer.arm_data()?;
+            signal(&self.space, wake)?;
+            if armed == Armed::Sleep {
+                wait_for(&self.data).await?;
+            }
+        }
+    }
+
     /// Receives one record into `buf`. Waits for it. Returns the length of the record; bytes that do not fit into
     /// `buf` are dropped. If the future is dropped before it completes, no record was taken.
     ///

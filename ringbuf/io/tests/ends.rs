@@ -57,11 +57,25 @@ fn a_stream_of_records_of_all_lengths_arrives_whole() {
                 }
                 sender.flush().unwrap();
             });
-            let mut buf = [0; 1500];
-            for n in 0..count {
-                let len = receiver.recv(&mut buf).unwrap();
-                assert_eq!(buf[..len], record(n), "record {n}");
+            let (mut buf, mut n) = ([0; 1500], 0);
+            while n < count {
+                // Alternates between single records and as many as there are.
+                if n / 100 % 2 == 0 {
+                    let len = receiver.recv(&mut buf).unwrap();
+                    assert_eq!(buf[..len], record(n), "record {n}");
+                    n += 1;
+                    continue;
+                }
+                let (limit, first) = ((1 + n % 40).min(count - n), n);
+                let drained = receiver.drain(&mut buf, limit, |bytes| {
+                    assert_eq!(bytes, record(n), "record {n}");
+                    n += 1;
+                });
+                assert_eq!(drained.unwrap(), n - first);
+                assert!((1..=limit).contains(&(n - first)));
             }
+            assert_eq!(receiver.try_drain(&mut buf, 9, |_| {}).unwrap(), 0);
+            assert_eq!(receiver.drain(&mut buf, 0, |_| {}).unwrap(), 0);
         });
     }
 }
@@ -221,12 +235,28 @@ mod tokio_ends {
         };
         let receiving = async {
             let mut buf = [0; 8];
-            for n in 0..50_000u64 {
-                assert_eq!(from.recv(&mut buf).await.unwrap(), 8);
-                assert_eq!(u64::from_le_bytes(buf), n);
+            let mut n = 0u64;
+            while n < 50_000 {
+                if n.is_multiple_of(3) {
+                    assert_eq!(from.recv(&mut buf).await.unwrap(), 8);
+                    assert_eq!(u64::from_le_bytes(buf), n);
+                    n += 1;
+                    continue;
+                }
+                let (limit, first) = (50_000 - n as usize, n);
+                let drained = from.drain(&mut buf, limit, |bytes| {
+                    assert_eq!(bytes, n.to_le_bytes());
+                    n += 1;
+                });
+                let count = drained.await.unwrap();
+                assert!(count > 0 && count as u64 == n - first);
             }
+            assert_eq!(from.drain(&mut buf, 0, |_| {}).await.unwrap(), 0);
             // The cancelled receive took no record.
             let idle = tokio::time::timeout(Duration::from_millis(10), from.recv(&mut buf));
+            assert!(idle.await.is_err());
+            let drain = from.drain(&mut buf, 9, |_| panic!("a record"));
+            let idle = tokio::time::timeout(Duration::from_millis(10), drain);
             assert!(idle.await.is_err());
         };
         tokio::join!(sending, receiving);
