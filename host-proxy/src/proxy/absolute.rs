@@ -98,11 +98,17 @@ pub(super) async fn handle(
 /// Whom a request is for, and the `Host` that says so.
 fn target(uri: &Uri) -> Result<(Destination, HeaderValue), Problem> {
     let bad = |detail: &str| Problem::new(StatusCode::BAD_REQUEST, "http_request_error", detail);
+    // A client that wants a WebSocket may ask for `ws://`, which is an `http://` that asks for an upgrade (RFC 6455 §3).
+    let is_http = |scheme: &str| {
+        ["http", "ws"]
+            .iter()
+            .any(|s| scheme.eq_ignore_ascii_case(s))
+    };
     let named = match (uri.scheme_str(), uri.authority()) {
-        (Some("http"), Some(named)) => named.as_str(),
+        (Some(scheme), Some(named)) if is_http(scheme) => named.as_str(),
         (Some(_), _) => {
             return Err(bad(
-                "only http:// is carried in absolute-form: use CONNECT (curl does for https://)",
+                "only http:// and ws:// are carried in absolute-form: use CONNECT (curl does for https://)",
             ));
         }
         (None, _) => {

@@ -21,9 +21,14 @@ fn started(more: &str) -> (Host, Vec<Port>, Control) {
 
 /// What a client of WebSockets sends to a proxy.
 fn ask(client: &mut TcpStream, behind: &[u8]) {
+    ask_as(client, "http", behind);
+}
+
+/// The same with another scheme.
+fn ask_as(client: &mut TcpStream, scheme: &str, behind: &[u8]) {
     write!(
         client,
-        "GET http://a/chat HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n\
+        "GET {scheme}://a/chat HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n\
          Sec-WebSocket-Key: {KEY}\r\nSec-WebSocket-Version: 13\r\n\r\n"
     )
     .unwrap();
@@ -59,6 +64,17 @@ fn exchange(a: &mut (impl Read + Write), b: &mut (impl Read + Write)) {
 
 #[test]
 fn a_web_socket_is_carried_with_its_fields() {
+    carried("http");
+}
+
+/// As curl since 8.20 and Python's aiohttp ask.
+#[test]
+fn a_web_socket_is_carried_also_where_the_target_says_ws() {
+    carried("ws");
+    carried("WS");
+}
+
+fn carried(scheme: &str) {
     let (host, _ports, control) = started("");
     let client = host.proxy();
     let server = std::thread::spawn(move || {
@@ -76,7 +92,7 @@ fn a_web_socket_is_carried_with_its_fields() {
         control
     });
     let mut client = client;
-    ask(&mut client, b"");
+    ask_as(&mut client, scheme, b"");
     let head = next_head(&mut client).unwrap();
     assert!(
         head.starts_with("HTTP/1.1 101 Switching Protocols\r\n"),
