@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use adit_tests::process::output;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 
 use crate::{progress, setup};
 
@@ -124,17 +124,29 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
 /// What tests upgrade from: the same programs, as a version of Debian's that is older than every other.
 const BEFORE: &str = "0.0.9-1";
 
-/// Makes all packages, has lintian check them, and makes those that tests upgrade from. Returns their directory.
-pub fn all_for_tests() -> anyhow::Result<PathBuf> {
+/// Where they are put.
+pub fn directory() -> PathBuf {
+    adit_tests::target().join("package")
+}
+
+/// Makes all packages, has lintian check them, and makes those that tests upgrade from.
+pub fn all_for_tests() -> anyhow::Result<()> {
     for package in ALL {
         let file = deb(package, None)?;
         let mut lintian = Command::new("lintian");
         lintian.args(["--no-cfg", "--allow-root", "--fail-on", "error,warning"]);
-        let checked = output(lintian.arg(&file)).context("lintian")?;
-        print!("{}", String::from_utf8_lossy(&checked.stdout));
+        let status = lintian
+            .arg(&file)
+            .status()
+            .context("cannot start lintian")?;
+        ensure!(
+            status.success(),
+            "lintian has something against {}",
+            file.display()
+        );
         deb(package, Some(BEFORE))?;
     }
-    Ok(adit_tests::target().join("package"))
+    Ok(())
 }
 
 /// Builds a package's programs, and its .deb. Returns the file's path. Another version has a directory of its own.
@@ -142,10 +154,7 @@ pub fn deb(package: Package, version: Option<&str>) -> anyhow::Result<PathBuf> {
     package.build()?;
     make(package)?;
     let tool = cargo_deb()?;
-    let dir = match version {
-        None => adit_tests::target().join("package"),
-        Some(version) => adit_tests::target().join("package").join(version),
-    };
+    let dir = version.map_or_else(directory, |version| directory().join(version));
     fs::create_dir_all(&dir)?;
     let version = version.map_or_else(|| format!("{}-1", env!("CARGO_PKG_VERSION")), Into::into);
     let file = dir.join(format!("{package}_{version}_amd64.deb"));
@@ -243,7 +252,7 @@ fn made_at() -> anyhow::Result<String> {
 
 /// The same files without a package manager: `tar -C / --strip-components=1 -xf FILE` installs them.
 fn tarball(package: Package) -> anyhow::Result<PathBuf> {
-    let dir = adit_tests::target().join("package");
+    let dir = directory();
     let name = format!("{package}-{}-x86_64", env!("CARGO_PKG_VERSION"));
     let deb = dir.join(format!(
         "{package}_{}-1_amd64.deb",
