@@ -72,13 +72,13 @@ pub enum InstallError {
         source: io::Error,
     },
     /// The image's init system is not known.
-    #[error("{0}")]
+    #[error(transparent)]
     Init(#[from] detect::Unknown),
     /// The agent could not use the configuration that it would get.
-    #[error("the agent could not use its configuration: {0}")]
+    #[error("the agent could not use its configuration")]
     Config(#[from] ConfigError),
     /// What is to be trusted is no key.
-    #[error("{0}")]
+    #[error(transparent)]
     Key(#[from] KeyFileError),
     /// Two different files would have one name in the image.
     #[error("--trust: {} and {} have the same file name: rename one", one.display(), other.display())]

@@ -22,6 +22,7 @@ pub mod facts;
 pub mod given;
 pub mod install;
 pub mod journal;
+mod journald;
 pub mod live;
 pub mod log;
 mod owned;

@@ -1,4 +1,5 @@
-//! Event log: one line an event on standard error, which is a console, /dev/kmsg or a service manager's journal.
+//! Event log: one line an event on standard error, which is a console, /dev/kmsg or a service manager's journal. systemd's
+//! journal gets fields as well (`journald`).
 //!
 //! `adit-guest: NAME key=value …`. Values that a peer or a task chose are escaped, so that no value can forge a
 //! second line or a terminal sequence. A line that cannot be written is dropped: logging never stops the agent.
@@ -12,6 +13,10 @@ use std::time::{Duration, Instant};
 /// An error and what caused it, as one value.
 pub use adit_print::with_causes as chain;
 
+use crate::journald;
+
+/// A console has other lines as well.
+const PREFIX: &str = "adit-guest: ";
 /// Most bytes of one value; the rest is cut and marked.
 const VALUE_MAX: usize = 512;
 
@@ -42,7 +47,18 @@ pub fn event(name: &str, fields: &[(&str, &dyn Display)]) {
             Some(left) => line.insert_str(line.len() - 1, &format!(" left_out={left}")),
         }
     }
-    let _ = std::io::stderr().lock().write_all(line.as_bytes());
+    let task = fields
+        .iter()
+        .find(|(key, _)| *key == "task")
+        .map(|(_, task)| {
+            let mut shown = String::new();
+            push_value(&mut shown, &task.to_string());
+            shown
+        });
+    let message = line.trim_start_matches(PREFIX);
+    if !journald::send(message, task.as_deref()) {
+        let _ = std::io::stderr().lock().write_all(line.as_bytes());
+    }
 }
 
 /// Whether a line may be written now, and how many were left out before it.
@@ -57,7 +73,7 @@ fn admit(last: &mut Option<(Instant, u64)>, now: Instant) -> Option<u64> {
 }
 
 fn format_line(name: &str, fields: &[(&str, &dyn Display)]) -> String {
-    let mut line = format!("adit-guest: {name}");
+    let mut line = format!("{PREFIX}{name}");
     for (key, value) in fields {
         let _ = write!(line, " {key}=");
         push_value(&mut line, &value.to_string());

@@ -15,7 +15,7 @@ use crate::ring::Link;
 use crate::runner::Runner;
 use crate::serve::{Identity, Server};
 use crate::transport::Transport;
-use crate::{enrol, facts, log, protect};
+use crate::{enrol, facts, journald, log, protect};
 
 /// Why the agent cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +91,7 @@ pub fn run(
         .name("client".into())
         .spawn(|| client.run());
     client.map_err(system("start the client's thread"))?;
+    journald::is_vm(me.as_ref().ok());
     let vm = me.as_ref().map_or("none", VmId::as_str);
     log::event("ready", &[("vm", &vm), ("anchors", &anchors)]);
     if let Err(why) = &me {
@@ -125,7 +126,9 @@ fn reload(live: &Live, server: &Server) {
     };
     let config = live.config();
     server.allow(config.allow_ports.clone());
-    let (ports, anchors) = (config.allow_ports.len(), live.anchors().count());
+    let anchors = live.anchors();
+    journald::is_vm(live.me(&anchors).as_ref().ok());
+    let (ports, anchors) = (config.allow_ports.len(), anchors.count());
     log::event("reloaded", &[("ports", &ports), ("anchors", &anchors)]);
     if !kept.is_empty() {
         log::event("restart-needed", &[("keys", &kept.join(","))]);

@@ -23,10 +23,12 @@ pub struct Dir(OwnedFd);
 
 impl Root for Dir {
     fn has(&self, path: &str) -> bool {
-        let how = OpenHow::new()
-            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        openat2(&self.0, path, how).is_ok()
+        self.at(path).is_ok()
+    }
+
+    fn is_same(&self, one: &str, other: &str) -> bool {
+        let file = |path| self.at(path).and_then(fstat).map(|s| (s.st_dev, s.st_ino));
+        file(one).is_ok_and(|one| file(other) == Ok(one))
     }
 
     fn place(&mut self, path: &str, content: &[u8], mode: u32) -> io::Result<bool> {
@@ -95,6 +97,13 @@ impl Dir {
             };
         }
         Ok((at, name))
+    }
+
+    fn at(&self, path: &str) -> nix::Result<OwnedFd> {
+        let how = OpenHow::new()
+            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+        openat2(&self.0, path, how)
     }
 
     fn lookup(&self, path: &Path) -> nix::Result<OwnedFd> {

@@ -300,6 +300,11 @@ impl Root for Ext4 {
         self.view.exists(&*absolute(path)).unwrap_or(false)
     }
 
+    fn is_same(&self, one: &str, other: &str) -> bool {
+        let file = |path| self.view.canonicalize(&*absolute(path));
+        file(one).is_ok_and(|one| file(other).is_ok_and(|other| other == one))
+    }
+
     fn place(&mut self, path: &str, content: &[u8], mode: u32) -> io::Result<bool> {
         let content = content.to_vec();
         self.change(path, Entry::File { content, mode })

@@ -28,6 +28,9 @@ pub trait Root {
     /// Tells whether there is something at a path; a link is followed, within the image.
     fn has(&self, path: &str) -> bool;
 
+    /// Tells whether two paths lead to one file; links are followed, within the image.
+    fn is_same(&self, one: &str, other: &str) -> bool;
+
     /// Puts a file there, unless it is there already with this content and mode; true if it changes.
     ///
     /// # Errors

@@ -173,6 +173,14 @@ impl Guest {
             fs::copy(&image.disk, &disk)?;
         }
         let args = qemu_args(image, who, ring, card, &initrd, &disk, dir);
+        Self::start(args, dir)
+    }
+
+    /// Starts QEMU with these arguments. They put its serial line and its monitor into `dir`.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub(crate) fn start(args: Vec<String>, dir: &Path) -> anyhow::Result<Self> {
         let qemu = start(&args, dir)?;
         Ok(Self {
             qemu,
@@ -279,6 +287,11 @@ impl Guest {
     pub fn serial(&self) -> String {
         String::from_utf8_lossy(&fs::read(self.dir.join("serial.log")).unwrap_or_default())
             .into_owned()
+    }
+
+    /// Time since QEMU's start.
+    pub fn age(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Process id of QEMU.

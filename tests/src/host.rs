@@ -366,7 +366,7 @@ fn config(run: &Path, state: &Path, vms: &[&str], more: &str) -> String {
     );
     for (cid, name) in (3..).zip(vms) {
         config.push_str(&format!(
-            "[[vm]]\nname = \"{name}\"\ncid = {cid}\nallow = [80, 7, 81]\nallow_vsock = [5000, 5001]\n{more}\n"
+            "[[vm]]\nname = \"{name}\"\ncid = {cid}\nallow = [80, 7, 81, 22]\nallow_vsock = [5000, 5001]\n{more}\n"
         ));
     }
     config

@@ -55,7 +55,8 @@ impl Kernel {
         }
     }
 
-    fn meta_package(self) -> &'static str {
+    /// Debian's package that depends on the newest one.
+    pub(crate) fn meta_package(self) -> &'static str {
         match self {
             Self::V6_1 => "linux-image-cloud-amd64",
             Self::V6_12 => "linux-image-6.12-cloud-amd64",
@@ -179,6 +180,21 @@ impl Image {
         fs::write(to, archive.finish()?)?;
         Ok(())
     }
+}
+
+/// Debian's Prometheus. Unpacked and not installed, because Debian would start it as a service of this machine.
+///
+/// # Errors
+/// It cannot be downloaded or unpacked.
+pub fn prometheus(say: &dyn Fn(&str)) -> anyhow::Result<PathBuf> {
+    let cache = crate::target().join("guest/cache");
+    fs::create_dir_all(&cache)?;
+    let tree = cache.join("prometheus");
+    if !tree.exists() {
+        say("downloading prometheus");
+        unpack("prometheus", &cache, &tree)?;
+    }
+    Ok(tree.join("usr/bin/prometheus"))
 }
 
 fn newer_than_all(file: &Path, others: &[PathBuf]) -> bool {

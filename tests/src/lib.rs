@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `image` | makes a kernel, an initramfs and a state disk from Debian's packages |
 //! | `cpio` | the initramfs format |
+//! | `debian` | a Debian 12 with its init system, on a disk |
 //! | `guest` | a QEMU process and its serial line |
 //! | `namespace` | namespaces with a systemd as process 1, for `machine`, `root` and `systemd` |
 //! | `nested` | a guest that runs `adit-vmm` with guests of its own |
@@ -16,10 +17,12 @@
 //! | `shell` | a shell that commands are typed into |
 //! | `systemd` | a systemd of its own, for the unit that adit ships |
 //! | `tamper` | a signed goal with one byte changed |
+//! | `tour` | types a page of the documentation into a machine |
 #![forbid(unsafe_code)]
 
 pub mod connect;
 pub mod cpio;
+pub mod debian;
 pub mod guest;
 pub mod host;
 pub mod image;
@@ -32,6 +35,7 @@ pub mod root;
 pub mod shell;
 pub mod systemd;
 pub mod tamper;
+pub mod tour;
 
 use std::path::{Path, PathBuf};
 

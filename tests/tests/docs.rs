@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 
 use adit_api::{TaskState, VmState};
 
-const PAGES: [&str; 8] = [
+const PAGES: [&str; 9] = [
     "README.md",
     "ARCHITECTURE.md",
     "CHANGELOG.md",
     "docs/install.md",
     "docs/operate.md",
+    "docs/clients.md",
     "docs/link-your-vmm.md",
     "docs/link-the-ring.md",
     "docs/which-carrier.md",

@@ -17,8 +17,9 @@ mod test;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use adit_tests::debian::{self, Debian};
 use adit_tests::image::{Image, Kernel};
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -27,6 +28,7 @@ Examples:
   cargo xtask demo --vmm               # through our own VMM, which is killed and restored
   cargo xtask test                     # everything; prints a table of seconds
   cargo xtask package                  # .deb files and tarballs, in target/package
+  cargo xtask guest-image debian       # Debian 12 with systemd, sshd, nginx, git and the agent
   cargo xtask bench vsock --json
   cargo xtask bench guest               # real guests on our backend and on the peer's
   cargo xtask bench vmm                # adit-vmm beside QEMU's microvm
@@ -52,6 +54,12 @@ enum Command {
     Test(test::Options),
     /// Build a guest's kernel, initramfs and disk
     GuestImage {
+        /// `small`: busybox in an initramfs; `debian`: Debian 12 with its init system on a disk
+        #[arg(default_value = "small")]
+        what: Guest,
+        /// debian: the init system
+        #[arg(long, default_value = "systemd")]
+        init: Init,
         /// 6.1 or 6.12
         #[arg(long, default_value = "6.1")]
         kernel: Kernel,
@@ -76,13 +84,30 @@ enum Command {
     Sanitize,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum Guest {
+    Small,
+    Debian,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Init {
+    Systemd,
+    Openrc,
+}
+
 fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
-        Command::GuestImage { kernel, root, out } => {
-            guest_image(kernel, root.as_deref(), out.as_deref()).map(|()| true)
-        }
+        Command::GuestImage {
+            what: Guest::Small,
+            kernel,
+            root,
+            out,
+            ..
+        } => guest_image(kernel, root.as_deref(), out.as_deref()).map(|()| true),
+        Command::GuestImage { kernel, init, .. } => debian(kernel, init).map(|()| true),
         Command::Package(options) => package::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Sim(options) => sim::run(&options),
@@ -113,5 +138,22 @@ fn guest_image(kernel: Kernel, root: Option<&Path>, out: Option<&Path>) -> anyho
         image.initrd.display(),
         image.disk.display()
     );
+    Ok(())
+}
+
+fn debian(kernel: Kernel, init: Init) -> anyhow::Result<()> {
+    setup::run()?;
+    setup::guest_binaries()?;
+    if let Some(why) = Debian::missing() {
+        anyhow::bail!("{why}");
+    }
+    let init = match init {
+        Init::Systemd => debian::Init::Systemd,
+        Init::Openrc => debian::Init::Openrc,
+    };
+    let image = setup::debian(kernel, init)?;
+    for file in ["vmlinuz", "initrd", "disk.ext4", "id_ed25519", "web-1.crt"] {
+        println!("{}", image.file(file).display());
+    }
     Ok(())
 }

@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use adit_tests::debian::{Debian, Init};
+use adit_tests::image::Kernel;
 use adit_tests::process::output;
 use anyhow::{Context, bail};
 
 use crate::progress;
 
-/// Programs that are needed, and their packages.
-const PROGRAMS: [(&str, &str); 23] = [
+/// Programs that are needed, by name or path, and their packages.
+const PROGRAMS: [(&str, &str); 29] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("lz4", "lz4"),
@@ -33,6 +35,18 @@ const PROGRAMS: [(&str, &str); 23] = [
     ("musl-gcc", "musl-tools"),
     ("lintian", "lintian"),
     ("mmdebstrap", "mmdebstrap"),
+    ("/usr/bin/git", "git"),
+    ("rsync", "rsync"),
+    ("wget", "wget"),
+    (
+        "/usr/lib/python3/dist-packages/requests",
+        "python3-requests",
+    ),
+    (
+        "/usr/lib/python3/dist-packages/websocket",
+        "python3-websocket",
+    ),
+    ("/usr/lib/python3/dist-packages/aiohttp", "python3-aiohttp"),
 ];
 /// Rust targets: for guest binaries, and for the engine without an operating system.
 const TARGETS: [&str; 3] = [
@@ -116,6 +130,7 @@ fn on_path(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        // A path stays one.
         .any(|dir| dir.join(program).exists())
 }
 
@@ -175,6 +190,12 @@ pub fn static_host_binaries() -> anyhow::Result<()> {
             "--bins",
         ])
     })
+}
+
+/// Builds Debian's disk.
+pub fn debian(kernel: Kernel, init: Init) -> anyhow::Result<Debian> {
+    let what = format!("Debian's disk, {}, {}", kernel.name(), init.name());
+    progress::during(&what, || Debian::build(kernel, init, &progress::line))
 }
 
 /// Builds adit-vmm statically: the guest of its tests has no libraries.

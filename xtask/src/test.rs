@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use adit_tests::debian::{Debian, Init};
 use adit_tests::guest::CPU;
 use adit_tests::image::{Image, Kernel};
 use adit_tests::root;
@@ -18,6 +19,9 @@ pub struct Options {
     /// Skip the real guests
     #[arg(long)]
     no_guests: bool,
+    /// Also what takes long: the real Debian with the newer kernel, with OpenRC, with larger files
+    #[arg(long, conflicts_with = "no_guests")]
+    full: bool,
 }
 
 /// A step, the seconds that it should take at most on two cores, and its function.
@@ -122,7 +126,7 @@ const CHECKS: [Step; 10] = [
     },
 ];
 
-const GUESTS: [Step; 6] = [
+const GUESTS: [Step; 8] = [
     Step {
         name: "guest binaries",
         budget_s: 180,
@@ -144,6 +148,11 @@ const GUESTS: [Step; 6] = [
         run: images,
     },
     Step {
+        name: "Debian's disk, once",
+        budget_s: 180,
+        run: debian,
+    },
+    Step {
         name: "real guests",
         budget_s: 300,
         run: || with_guests("guest"),
@@ -153,16 +162,31 @@ const GUESTS: [Step; 6] = [
         budget_s: 100,
         run: || with_guests("nested"),
     },
+    Step {
+        name: "a real Debian",
+        budget_s: 150,
+        run: || with_guests("debian"),
+    },
 ];
+
+/// With `--full` only.
+const FULL: [Step; 1] = [Step {
+    name: "a real Debian, at length",
+    budget_s: 600,
+    run: || with_guests_and("debian", &[("ADIT_TEST_FULL", OsStr::new("1"))]),
+}];
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
     setup::run()?;
-    let steps: Vec<&Step> = if options.no_guests {
+    let mut steps: Vec<&Step> = CHECKS.iter().collect();
+    if options.no_guests {
         eprintln!("skipped: real guests (--no-guests)");
-        CHECKS.iter().collect()
     } else {
-        CHECKS.iter().chain(&GUESTS).collect()
-    };
+        steps.extend(&GUESTS);
+    }
+    if options.full {
+        steps.extend(&FULL);
+    }
     let mut table = Vec::new();
     let mut failed = None;
     for step in steps {
@@ -208,6 +232,14 @@ fn print_table(table: &[(&Step, Duration, bool)]) {
             used.as_secs_f64()
         );
     }
+}
+
+fn debian() -> anyhow::Result<()> {
+    if let Some(why) = Debian::missing() {
+        eprintln!("skipped: {why}");
+        return Ok(());
+    }
+    setup::debian(Kernel::V6_1, Init::Systemd).map(drop)
 }
 
 fn documentation() -> anyhow::Result<()> {
@@ -298,11 +330,17 @@ fn with_binaries(file: &'static str) -> anyhow::Result<()> {
 /// The same for tests that boot guests. A test that fails is run once more by itself, because an emulated machine can fail when
 /// the real one is busy. Both results are printed, and the test is named at the end.
 fn with_guests(file: &'static str) -> anyhow::Result<()> {
+    with_guests_and(file, &[])
+}
+
+/// The same with more in the environment.
+fn with_guests_and(file: &'static str, more: &[(&str, &OsStr)]) -> anyhow::Result<()> {
     let real = Real::of(file)?;
-    let failed = failures(&real.args(&[]), &real.env())?;
+    let env = [&real.env()[..], more].concat();
+    let failed = failures(&real.args(&[]), &env)?;
     for test in failed {
         eprintln!("== {file}: {test} failed; running it once more by itself");
-        cargo_with(&real.args(&["--exact", &test]), &real.env())?;
+        cargo_with(&real.args(&["--exact", &test]), &env)?;
         eprintln!("== {file}: {test} failed once, and passed once");
         let mut second = PASSED_ON_SECOND_RUN
             .lock()

@@ -33,6 +33,10 @@ impl Root for CloudConfig {
         false
     }
 
+    fn is_same(&self, _: &str, _: &str) -> bool {
+        false
+    }
+
     fn place(&mut self, path: &str, content: &[u8], mode: u32) -> io::Result<bool> {
         self.write_files.push(WriteFile {
             path: format!("/{path}"),

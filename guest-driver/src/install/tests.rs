@@ -225,6 +225,41 @@ fn the_images_init_is_found_or_asked_for() {
     }
 }
 
+/// Debian with OpenRC mostly has systemd's package as well. What the kernel starts decides.
+#[test]
+fn of_two_init_systems_it_takes_the_one_that_sbin_init_is() {
+    for (init, service) in [
+        (
+            Some("/lib/systemd/systemd"),
+            "etc/systemd/system/adit-guest.service",
+        ),
+        (None, "etc/init.d/adit-guest"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        for path in ["lib/systemd", "sbin"] {
+            fs::create_dir_all(root.join(path)).unwrap();
+        }
+        for path in ["lib/systemd/systemd", "sbin/openrc-run"] {
+            fs::write(root.join(path), "").unwrap();
+        }
+        match init {
+            Some(to) => std::os::unix::fs::symlink(to, root.join("sbin/init")).unwrap(),
+            None => fs::write(root.join("sbin/init"), "").unwrap(),
+        }
+        try_install(root, None, &[]).unwrap();
+        assert!(fs::exists(root.join(service)).unwrap(), "{init:?}");
+    }
+}
+
+#[test]
+fn an_error_says_nothing_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = try_install(dir.path(), None, &[]).unwrap_err();
+    let said = crate::log::chain(&error);
+    assert_eq!(said.matches("no init system").count(), 1, "{said}");
+}
+
 #[test]
 fn without_a_key_it_says_that_no_task_will_run() {
     let dir = tempfile::tempdir().unwrap();

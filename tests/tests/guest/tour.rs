@@ -2,57 +2,24 @@
 //! the rest of it and `docs/operate.md` on a machine each, with a real guest. What a page shows of an output must come.
 
 use std::fs;
-use std::ops::Range;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
 
 use adit_tests::guest::{Guest, Identity};
 use adit_tests::image::{Image, Kernel};
 use adit_tests::machine::{CLONE, Machine};
 use adit_tests::nested::Nested;
-use adit_tests::page::{self, commands};
+use adit_tests::page::commands;
 use adit_tests::process::wait_for;
 use adit_tests::shell::Shell;
+use adit_tests::tour::{Tour, check, line, read};
 
 use super::{BOOT, bins, setup};
 
 /// Part of the README that is about what `cargo xtask demo --keep` left running.
 const FIRST: &str = "\n## Five commands\n";
 const THEN: &str = "\n## A tour\n";
-
-/// Commands that only look: what they show may take a moment to be so, and a person who sees something else looks again.
-const LOOKS: [&str; 6] = [
-    "adit vm ls",
-    "adit vm show",
-    "adit config",
-    "curl -s ",
-    "journalctl ",
-    "systemctl show ",
-];
-
-/// The line on which a text begins.
-fn line(page: &str, text: &str) -> usize {
-    let at = page.find(text).unwrap_or_else(|| panic!("no `{text}`"));
-    page[..at].matches('\n').count() + 1
-}
-
-fn read(page: &str) -> String {
-    fs::read_to_string(adit_tests::root().join(page)).unwrap()
-}
-
-/// Checks what a command did.
-fn check(page: &str, command: &page::Command, status: i32, said: &str, more: &dyn Fn() -> String) {
-    let shown = page::missing(&command.shown, said);
-    assert!(
-        status == command.exit && shown.is_none(),
-        "{page}, `{}`: status {status} and not {}, or {shown:?} is not in it:\n{said}\n{}",
-        command.text,
-        command.exit,
-        more()
-    );
-}
 
 #[test]
 fn readmes_first_commands_do_what_it_says() {
@@ -78,66 +45,14 @@ fn readmes_first_commands_do_what_it_says() {
     }
 }
 
-/// A machine that a page is typed into, and what the test does at it besides.
-struct Tour {
-    page: &'static str,
-    machine: Machine,
-    guest: Option<Guest>,
-    _dir: tempfile::TempDir,
-}
-
-impl Tour {
-    /// `None`, with the reason printed, if there is nothing to boot or no machine to be had.
-    fn start(page: &'static str) -> Option<Self> {
-        let bins = bins()?;
-        if let Some(why) = Machine::missing() {
-            println!("skipped: {why}");
-            return None;
-        }
-        Some(Self {
-            page,
-            machine: Machine::start(&bins).unwrap(),
-            guest: None,
-            _dir: tempfile::tempdir().unwrap(),
-        })
+/// `None`, with the reason printed, if there is nothing to boot or no machine to be had.
+fn start(page: &'static str) -> Option<Tour> {
+    let bins = bins()?;
+    if let Some(why) = Machine::missing() {
+        println!("skipped: {why}");
+        return None;
     }
-
-    /// Types the commands of some lines.
-    fn follow(&mut self, text: &str, lines: Range<usize>) {
-        for command in commands(text) {
-            if !lines.contains(&command.line) {
-                continue;
-            }
-            println!("{}:{}: $ {}", self.page, command.line, command.text);
-            if let Some(reason) = &command.not_run {
-                println!("not run: {reason}");
-                continue;
-            }
-            let begin = Instant::now();
-            let looks = LOOKS.iter().any(|look| command.text.starts_with(look));
-            loop {
-                let (status, said) = self.machine.run(&command.text).unwrap();
-                let shown = page::missing(&command.shown, &said).is_none();
-                if shown || !looks || begin.elapsed() > BOOT {
-                    check(self.page, &command, status, &said, &|| self.log());
-                    break;
-                }
-            }
-            if command.text.starts_with("aditd run") {
-                // A person is slower than this.
-                let served = self.machine.path("/run/adit/proxy.addr");
-                wait_for("aditd", BOOT, || Ok(served.exists().then_some(()))).unwrap();
-            }
-        }
-    }
-
-    fn log(&self) -> String {
-        let read = |path: &str| fs::read_to_string(self.machine.path(path)).unwrap_or_default();
-        let serial = self.guest.as_ref().map(Guest::serial).unwrap_or_default();
-        let port = read("/run/adit/vm/web-1/port.log");
-        let own = read(&format!("{CLONE}/web-1.log"));
-        format!("{}\n{port}\n{serial}\n{own}", self.machine.log())
-    }
+    Some(Tour::start(page, &bins).unwrap())
 }
 
 /// What `cargo xtask guest-image` does, in the image of a page, and an SSH server, as images have one.
@@ -147,7 +62,7 @@ fn guest_image(tour: &Tour) {
     fs::create_dir_all(root.join("etc")).unwrap();
     fs::write(root.join("etc/hostname"), "web-1\n").unwrap();
     let sshd = Path::new("/usr/sbin/dropbear");
-    for (file, to) in Nested::with_libraries(sshd, tour._dir.path()).unwrap() {
+    for (file, to) in Nested::with_libraries(sshd, tour.dir()).unwrap() {
         let to = root.join(to.trim_start_matches('/'));
         fs::create_dir_all(to.parent().unwrap()).unwrap();
         fs::copy(file, to).unwrap();
@@ -170,7 +85,7 @@ fn guest_image(tour: &Tour) {
 
 #[test]
 fn readmes_tour_does_what_it_says() {
-    let Some(mut tour) = Tour::start("README.md") else {
+    let Some(mut tour) = start("README.md") else {
         return;
     };
     let (status, said) = tour
@@ -189,7 +104,7 @@ fn readmes_tour_does_what_it_says() {
 
 #[test]
 fn operate_does_what_it_says() {
-    let Some(mut tour) = Tour::start("docs/operate.md") else {
+    let Some(mut tour) = start("docs/operate.md") else {
         return;
     };
     let page = read("docs/operate.md");
@@ -211,7 +126,7 @@ fn operate_does_what_it_says() {
         boot_files: false,
     };
     let image = Image::build(Kernel::V6_12, &|what| println!("{what}")).unwrap();
-    let mut guest = Guest::boot(&image, &who, &tour._dir.path().join("web-1")).unwrap();
+    let mut guest = Guest::boot(&image, &who, &tour.dir().join("web-1")).unwrap();
     guest.wait_ready(BOOT).unwrap();
     tour.guest = Some(guest);
     tour.follow(&page, boots..usize::MAX);

@@ -1,0 +1,234 @@
+//! The services that adit ships, on a Debian that was booted: what its init system says of it, and what a task may do in it.
+
+use std::process::Command;
+
+use adit_tests::debian::{Debian, Init};
+use adit_tests::guest::Guest;
+use adit_tests::host::Host;
+use adit_tests::process::wait_for;
+
+use super::{BOOT, built, full};
+
+struct Booted {
+    guest: Guest,
+    host: Host,
+    debian: Debian,
+}
+
+impl Booted {
+    /// `None`, with the reason printed, if nothing can be booted.
+    fn start(init: Init) -> Option<Self> {
+        let (bins, debian) = built(init)?;
+        let host = Host::start(&bins, &["web-1"]).unwrap();
+        host.wait_port("web-1").unwrap();
+        let guest = debian.boot(&host.vhost_socket("web-1"), &host.dir().join("web-1"));
+        let booted = Self {
+            guest: guest.unwrap(),
+            host,
+            debian,
+        };
+        booted.wait_agent();
+        println!(
+            "{} ready after {} ms",
+            init.name(),
+            booted.guest.age().as_millis()
+        );
+        // sshd comes after the agent.
+        wait_for("sshd", BOOT, || Ok(booted.try_ssh("true").ok()))
+            .unwrap_or_else(|e| panic!("{e}:\n{}", booted.log()));
+        // A key that may give it work. Keys are read for every task.
+        assert_eq!(booted.adit(&["key", "new", "fleet.key"]).0, 0);
+        let key = std::fs::read_to_string(booted.host.dir().join("fleet.key.pub")).unwrap();
+        let put = format!(
+            "umask 077; mkdir -p /etc/adit-guest/trust; echo '{key}' > /etc/adit-guest/trust/fleet.key.pub"
+        );
+        booted.ssh(&put);
+        Some(booted)
+    }
+
+    fn wait_agent(&self) {
+        let limit = format!("{}s", BOOT.as_secs());
+        let (code, said) = self.adit(&["wait", "web-1", "--for", "agent", "--timeout", &limit]);
+        assert_eq!(code, 0, "{said}\n{}", self.log());
+    }
+
+    fn log(&self) -> String {
+        format!("{}\n{}", self.guest.serial(), self.host.log())
+    }
+
+    fn adit(&self, args: &[&str]) -> (i32, String) {
+        let out = self.host.adit(args).unwrap();
+        let text = String::from_utf8_lossy(&out.stdout).into_owned()
+            + &String::from_utf8_lossy(&out.stderr);
+        (out.status.code().unwrap_or(-1), text)
+    }
+
+    fn try_ssh(&self, command: &str) -> Result<String, String> {
+        let mut ssh: Command = self.debian.ssh(self.host.proxy());
+        let out = ssh.arg(command).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        if out.status.success() {
+            return Ok(said);
+        }
+        Err(format!("{said}{}", String::from_utf8_lossy(&out.stderr)))
+    }
+
+    fn ssh(&self, command: &str) -> String {
+        self.try_ssh(command)
+            .unwrap_or_else(|e| panic!("`{command}`: {e}\n{}", self.log()))
+    }
+
+    /// Runs a script as a task. Returns the task's id, its state and what it printed.
+    fn task(&self, user: &str, script: &str) -> (String, String, String) {
+        let script = script.replace('\n', "\n        ");
+        let goal = format!(
+            "steps:\n  - id: try\n    script:\n      interpreter: /bin/sh\n      run_as: {user}\n      script: |\n        {script}\n"
+        );
+        std::fs::write(self.host.dir().join("goal.yaml"), goal).unwrap();
+        let (code, said) = self.adit(&[
+            "goal",
+            "apply",
+            "goal.yaml",
+            "--sign",
+            "fleet.key",
+            "--to",
+            "web-1",
+        ]);
+        assert_eq!(code, 0, "{said}");
+        let goal = said.split_whitespace().nth(1).unwrap_or_default();
+        self.adit(&["task", "watch", "--goal", goal, "--timeout", "60s"]);
+        let (_, list) = self.adit(&["task", "ls", "-o", "json"]);
+        let all: Vec<serde_json::Value> = serde_json::from_str(&list).unwrap();
+        let last = all.last().unwrap();
+        let text = |key: &str| last[key].as_str().unwrap_or_default().to_owned();
+        let id = text("task_id");
+        let (_, out) = self.adit(&["task", "output", &id]);
+        let (_, err) = self.adit(&["task", "output", &id, "--stream", "stderr"]);
+        (id, text("state"), out + &err)
+    }
+}
+
+/// As root, without anything that a service manager could take away: see `install.rs`.
+const AS_ROOT: &str = "set -e
+[ \"$(ulimit -Sn)\" -lt 65536 ]
+[ \"$(cat /proc/self/oom_score_adj)\" = 0 ]
+grep -q '^NoNewPrivs:.*0$' /proc/self/status
+grep -q '^Seccomp:.*0$' /proc/self/status
+[ \"$(grep CapEff /proc/self/status | cut -f 2)\" = \"$(grep CapEff /proc/1/status | cut -f 2)\" ]
+[ \"$(readlink /proc/self/ns/mnt)\" = \"$(readlink /proc/1/ns/mnt)\" ]
+touch /usr/bin/written /etc/written /root/written /boot/written
+mkdir -p /mnt/t; mount -t tmpfs t /mnt/t; grep -q ' /mnt/t ' /proc/1/mounts; umount /mnt/t
+nft add table inet t; nft delete table inet t
+sysctl -q -w kernel.hostname=other; sysctl -q -w kernel.hostname=web-1
+modprobe dummy
+RESTART nginx
+apt-get --version > /dev/null; dpkg --configure -a
+su deploy -c 'test $(id -un) = deploy'
+setsid sleep 1000 > /dev/null 2>&1 < /dev/null &
+grep -q adit-tasks /proc/self/cgroup && ! grep -q adit-guest.service /proc/self/cgroup
+echo all of it";
+
+#[test]
+fn the_unit_does_on_systemd_what_it_should() {
+    let Some(booted) = Booted::start(Init::Systemd) else {
+        return;
+    };
+    let unit = |property: &str| {
+        let said = booted.ssh(&format!("systemctl show adit-guest --value -p {property}"));
+        said.trim().to_owned()
+    };
+    assert_eq!(
+        booted.ssh("systemctl is-enabled adit-guest").trim(),
+        "enabled"
+    );
+    assert_eq!(
+        booted.ssh("systemctl is-active adit-guest").trim(),
+        "active"
+    );
+    // It does not wait for a network, which there is none of.
+    for property in ["After", "Requires", "Requisite", "BindsTo", "Wants"] {
+        let of = unit(property);
+        assert!(!of.contains("network"), "{property}={of}");
+    }
+    booted.ssh("systemctl is-system-running --wait || systemctl --failed --no-legend --plain");
+    assert_eq!(booted.ssh("systemctl --failed --no-legend --plain"), "");
+    println!("{}", booted.ssh("systemd-analyze; systemd-analyze blame --no-pager | grep -n '' | grep -e adit-guest -e '^[1-5]:'"));
+    println!(
+        "{}",
+        booted.ssh("systemd-analyze security --no-pager adit-guest | tail -n 1")
+    );
+
+    // What a task may do.
+    let (root_task, state, said) =
+        booted.task("root", &AS_ROOT.replace("RESTART", "systemctl restart"));
+    assert_eq!(
+        (state.as_str(), said.as_str()),
+        ("done", "all of it\n"),
+        "{}",
+        booted.log()
+    );
+    let (_, state, said) = booted.task("deploy", "id -un; sudo -n id -un");
+    assert_eq!((state.as_str(), said.as_str()), ("done", "deploy\nroot\n"));
+
+    // Its lines in the journal have fields to look for.
+    let found = booted.ssh(&format!("journalctl -q -o cat VM=web-1 TASK={root_task}"));
+    assert!(
+        found.contains("started") && found.contains("ended"),
+        "{found}"
+    );
+    let all = booted.ssh("journalctl -q -o cat -u adit-guest");
+    assert!(found.lines().all(|l| all.contains(l)), "{all}");
+
+    // Killed, it is started again; a daemon of a task goes on.
+    let before = unit("MainPID");
+    // It takes along the tunnel that this comes through.
+    let _ = booted.try_ssh(&format!("kill -KILL {before}"));
+    wait_for("another agent", BOOT, || {
+        booted.wait_agent();
+        let after = booted.try_ssh("systemctl show adit-guest --value -p MainPID");
+        Ok(after.ok().filter(|pid| pid.trim() != before))
+    })
+    .unwrap();
+    assert_eq!(unit("NRestarts"), "1");
+    assert_eq!(booted.ssh("pgrep -c -x sleep").trim(), "1");
+    let (_, state, said) = booted.task("deploy", "echo again");
+    assert_eq!((state.as_str(), said.as_str()), ("done", "again\n"));
+}
+
+#[test]
+fn the_service_does_on_openrc_what_it_should() {
+    if !full() {
+        return println!("skipped: only `cargo xtask test --full` boots OpenRC");
+    }
+    let Some(booted) = Booted::start(Init::Openrc) else {
+        return;
+    };
+    let status = || booted.ssh("rc-service adit-guest status");
+    assert!(status().contains("started"), "{}", status());
+    println!(
+        "{}",
+        booted.ssh("rc-status default; cat /var/log/adit-guest.log")
+    );
+    let as_root = AS_ROOT.replace("RESTART nginx", "rc-service nginx restart > /dev/null");
+    let (_, state, said) = booted.task("root", &as_root);
+    assert_eq!(
+        (state.as_str(), said.as_str()),
+        ("done", "all of it\n"),
+        "{}",
+        booted.log()
+    );
+
+    // Killed, it is started again; a daemon of a task goes on.
+    let pid = || booted.try_ssh("pidof adit-guest");
+    let before = pid().unwrap();
+    let _ = booted.try_ssh(&format!("kill -KILL {before}"));
+    wait_for("another agent", BOOT, || {
+        booted.wait_agent();
+        Ok(pid().ok().filter(|after| *after != before))
+    })
+    .unwrap();
+    assert_eq!(booted.ssh("pgrep -c -x sleep").trim(), "1");
+    booted.ssh("rc-service adit-guest reload");
+    let (_, state, said) = booted.task("deploy", "echo again");
+    assert_eq!((state.as_str(), said.as_str()), ("done", "again\n"));
+}
