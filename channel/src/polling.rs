@@ -3,9 +3,14 @@
 //! ```text
 //! window:  limit/8 ..= limit     halves if polling found nothing, doubles if work came meanwhile or soon after
 //! ```
-//! An idle shard sleeps: after its last work it polls once, and not again before it is woken.
+//! An idle shard sleeps: after its last work it polls once, and not again before it is woken. With a limit of zero, the
+//! default, it polls only while packets follow each other quickly ([`look`]).
+
+mod look;
 
 use std::time::Duration;
+
+use look::{LOOK_MAX, Look};
 
 /// Longest time to poll before a sleep.
 pub const BUSY_POLL_MAX: Duration = Duration::from_millis(1);
@@ -15,17 +20,24 @@ const RUN_MAX: Duration = Duration::from_millis(2);
 const LEAST: u32 = 8;
 
 /// Decides when to poll, and for how long.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Polling {
     limit: Duration,
     window: Duration,
+    /// `None` on a machine with one CPU.
+    look: Option<Look>,
+}
+
+impl Default for Polling {
+    fn default() -> Self {
+        Self::new(Duration::ZERO)
+    }
 }
 
 impl Polling {
     /// Polls for at most `limit`. Never polls on a machine with one CPU, because nothing else could run meanwhile.
     pub(crate) fn new(limit: Duration) -> Self {
-        let alone =
-            !limit.is_zero() && std::thread::available_parallelism().is_ok_and(|n| n.get() < 2);
+        let alone = std::thread::available_parallelism().is_ok_and(|n| n.get() < 2);
         let limit = if alone {
             Duration::ZERO
         } else {
@@ -34,16 +46,24 @@ impl Polling {
         Self {
             limit,
             window: limit,
+            look: (!alone && limit.is_zero()).then(Look::default),
         }
     }
 
+    /// Returns true if the shard polls before its next sleep.
     pub(crate) fn is_on(&self) -> bool {
-        !self.limit.is_zero()
+        match &self.look {
+            Some(look) => look.is_on(),
+            None => !self.limit.is_zero(),
+        }
     }
 
     /// How long to continue polling after work arrived last.
     pub(crate) fn window(&self) -> Duration {
-        self.window
+        match self.look {
+            Some(_) => LOOK_MAX,
+            None => self.window,
+        }
     }
 
     /// The longest time of one polling phase.
@@ -51,8 +71,15 @@ impl Polling {
         timeout.map_or(RUN_MAX, |t| t.min(RUN_MAX))
     }
 
-    /// A polling phase ended. `came` is true if work arrived during it.
-    pub(crate) fn polled(&mut self, came: bool) {
+    /// A polling phase ended. `came` is true if work arrived during it, and `quiet` is the time since it arrived last.
+    pub(crate) fn polled(&mut self, came: bool, quiet: Duration) {
+        match &mut self.look {
+            Some(look) => look.looked(came, quiet),
+            None => self.adapt(came),
+        }
+    }
+
+    fn adapt(&mut self, came: bool) {
         self.window = match came {
             true => (self.window * 2).min(self.limit),
             false => (self.window / 2).max(self.limit / LEAST),
@@ -61,8 +88,10 @@ impl Polling {
 
     /// The shard slept for `time`. If that is less than the limit, polling would have avoided the sleep.
     pub(crate) fn slept(&mut self, time: Duration) {
-        if time < self.limit {
-            self.polled(true);
+        match &mut self.look {
+            Some(look) => look.slept(time),
+            None if time < self.limit => self.adapt(true),
+            None => {}
         }
     }
 }
@@ -76,6 +105,7 @@ mod tests {
         Polling {
             limit,
             window: limit,
+            look: None,
         }
     }
 
@@ -83,7 +113,7 @@ mod tests {
     fn window_stays_within_its_bounds() {
         let mut p = polling();
         for _ in 0..100 {
-            p.polled(false);
+            p.polled(false, p.window());
         }
         assert_eq!(p.window(), Duration::from_micros(10));
         p.slept(Duration::from_millis(5));
@@ -91,7 +121,7 @@ mod tests {
         p.slept(Duration::from_micros(60));
         assert_eq!(p.window(), Duration::from_micros(20));
         for _ in 0..100 {
-            p.polled(true);
+            p.polled(true, Duration::ZERO);
         }
         assert_eq!(p.window(), Duration::from_micros(80));
     }

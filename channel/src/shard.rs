@@ -9,7 +9,8 @@
 //! - The owner calls [`Shard::turn`] in its own loop (a thread, a VMM's event loop that watches the shard's
 //!   descriptor, a port process), or runs the shard on a thread with [`Shard::spawn`].
 //! - Each `Port` has a budget per turn, and they take turns.
-//! - Before it sleeps the shard may poll for a while ([`Shard::busy_poll`]). This is off by default.
+//! - Before it sleeps the shard may poll for a while ([`Shard::busy_poll`]). By default it does so only while packets
+//!   follow each other quickly, for at most 20 microseconds.
 //! - There is no periodic tick: the epoll timeout is the earliest deadline of any `Port`, and infinite if there is
 //!   none.
 
@@ -165,8 +166,9 @@ impl<C: Carrier> Shard<C> {
 
     /// Makes the shard poll for up to `limit` (at most [`BUSY_POLL_MAX`](crate::polling::BUSY_POLL_MAX)) after the
     /// last work, before it sleeps. A wake-up costs tens of microseconds, a poll a fraction of one. With zero, the
-    /// default, it sleeps at once; so does a process with one CPU. Leave it off if the guests' vCPUs share the shard's
-    /// CPUs, because polling would take the time that they need to answer.
+    /// default, it sleeps at once, except that it looks for some microseconds while packets follow each other quickly
+    /// and looking finds them; a process with one CPU always sleeps at once. Leave it at zero if the guests' vCPUs share
+    /// the shard's CPUs, because polling would take the time that they need to answer.
     pub fn busy_poll(&mut self, limit: Duration) {
         self.polling = Polling::new(limit);
     }
@@ -231,7 +233,7 @@ impl<C: Carrier> Shard<C> {
             }
             wait = self.timeout(timeout);
         }
-        let began = (wait != EpollTimeout::ZERO && self.polling.is_on()).then(Instant::now);
+        let began = (wait != EpollTimeout::ZERO).then(Instant::now);
         self.events(wait)?;
         self.wakeups += 1;
         if let Some(began) = began {

@@ -20,7 +20,7 @@ const READERS: usize = 100;
 pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
     let mut out = many(options)?;
     out.push(stopped_reader(options)?);
-    out.push(idle(options)?);
+    out.extend(idle(options)?);
     out.push(copies(options)?);
     Ok(out)
 }
@@ -131,41 +131,33 @@ fn move_on(backend: &mut Backend, others: &[Open], stopped: Option<&Open>) -> an
     Ok(moved as f64 / begin.elapsed().as_secs_f64() / f64::from(1 << 20))
 }
 
-/// Context switches of the whole process in a second without traffic, with one open stream.
-fn idle(options: &Options) -> anyhow::Result<Figure> {
-    let mut backends = vec![ours()?];
-    if let Some(peer) = &options.peer {
-        backends.push(Backend::start(
-            Kind::Peer,
-            Some(peer),
-            DriverConfig::LINUX_6_1,
-        )?);
-    }
+/// Context switches of the whole process in a second without traffic, with one open stream: with polling, and without.
+fn idle(options: &Options) -> anyhow::Result<Vec<Figure>> {
+    let mut kinds = vec![Kind::Ours, Kind::OursSleeping];
+    let peer = options.peer.as_deref();
+    kinds.extend(peer.map(|_| Kind::Peer));
     let mut counts = Vec::new();
-    for backend in &mut backends {
-        let open = measure::open_socket(backend)?;
-        measure::round_trips_on(backend, &open, 64)?;
+    for kind in kinds {
+        let mut backend = Backend::start(kind, peer, DriverConfig::LINUX_6_1)?;
+        let open = measure::open_socket(&mut backend)?;
+        measure::round_trips_on(&mut backend, &open, 64)?;
         // Wait until the work after the last round trip is done.
         std::thread::sleep(Duration::from_millis(300));
         let before = backend.usage()?.switches;
         std::thread::sleep(Duration::from_secs(1));
         counts.push((backend.usage()?.switches - before) as f64);
     }
-    let figure = Figure::alone(
-        "wake-ups in an idle second",
-        "",
-        Better::Lower,
-        &counts[..1],
-    );
-    let figure = figure.goal(0.0, 0.0);
-    Ok(match counts.get(1) {
-        Some(theirs) => Figure {
-            peer: Some(*theirs),
-            peer_name: Some(PEER),
-            ..figure
-        },
-        None => figure,
-    })
+    let ours = [("", counts[0]), (" (no polling)", counts[1])];
+    Ok(ours
+        .map(|(words, count)| {
+            let name = format!("wake-ups in an idle second{words}");
+            Figure {
+                peer: counts.get(2).copied(),
+                peer_name: counts.get(2).map(|_| PEER),
+                ..Figure::alone(name, "", Better::Lower, &[count]).goal(0.0, 0.0)
+            }
+        })
+        .into())
 }
 
 /// How often a payload byte is copied, in our process or by the kernel for it: 64 KiB in each direction through sockets.

@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -25,6 +25,7 @@ use adit_channel::vhost_user::{VhostUserCarrier, VhostUserConfig};
 use adit_engine::{EngineConfig, StreamId};
 use adit_testkit::service::{Drain, Echo};
 use anyhow::Context;
+use nix::sys::socket::{MsgFlags, recv};
 use serde::{Deserialize, Serialize};
 
 /// Echoes.
@@ -142,19 +143,16 @@ impl Backend {
         }
     }
 
-    /// Reads a client's line byte by byte: what follows belongs to the stream.
+    /// Reads a client's line and nothing after it: what follows belongs to the stream.
     fn line(&mut self, key: u32) {
         let Some((client, line)) = self.clients.get_mut(&key) else {
             return;
         };
-        let mut byte = [0];
-        let whole = loop {
-            match client.read(&mut byte) {
-                Ok(1) if byte[0] == b'\n' => break true,
-                Ok(1) if line.len() < LINE_MAX => line.push(byte[0]),
-                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
-                _ => break false,
-            }
+        let whole = match read_line(client, line) {
+            Ok(true) => true,
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
+            Ok(false) if line.len() < LINE_MAX => return,
+            _ => false,
         };
         self.shard.unwatch(client.as_fd());
         let Some((client, line)) = self.clients.remove(&key).filter(|_| whole) else {
@@ -234,6 +232,21 @@ fn sink(uds: &Path, port: u32) -> std::io::Result<Sink> {
             Sink::Fd(UnixStream::connect(path)?.into())
         }
     })
+}
+
+/// Appends what there is of a line. Returns true if it is whole.
+fn read_line(client: &mut UnixStream, line: &mut Vec<u8>) -> std::io::Result<bool> {
+    let (mut bytes, room) = ([0; LINE_MAX], LINE_MAX - line.len());
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let there = recv(client.as_raw_fd(), &mut bytes[..room], flags)?;
+    if there == 0 {
+        return Err(std::io::ErrorKind::UnexpectedEof.into());
+    }
+    let end = bytes[..there].iter().position(|&b| b == b'\n');
+    let take = end.map_or(there, |end| end + 1);
+    client.read_exact(&mut bytes[..take])?;
+    line.extend_from_slice(&bytes[..end.unwrap_or(take)]);
+    Ok(end.is_some())
 }
 
 struct Source(Vec<u8>);

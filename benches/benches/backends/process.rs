@@ -21,7 +21,7 @@ pub const BUSY_POLL_US: u32 = 50;
 pub enum Kind {
     /// This program, as in `hybrid`. It polls for [`BUSY_POLL_US`] before it sleeps.
     Ours,
-    /// The same, but it sleeps at once, which is the default.
+    /// The same without `busy_poll_us`, which is the default.
     OursSleeping,
     /// `vhost-device-vsock`.
     Peer,

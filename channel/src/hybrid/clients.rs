@@ -4,10 +4,13 @@
 //! overflows. A silent client keeps its index for a minute. If others need the index, the client that connected first
 //! and has sent nothing loses it earlier. So silent clients cannot lock others out.
 
-use std::io::{self, Read};
+use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 use adit_engine::Tick;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 
 /// Maximum number of such clients.
 pub(super) const CLIENTS_MAX: usize = 64;
@@ -89,20 +92,28 @@ impl Clients {
         slots.filter_map(|(index, client)| Some((index, client.as_ref()?)))
     }
 
-    /// Reads a client's line byte by byte, because the bytes after it belong to the guest.
+    /// Reads a client's line and nothing after it, because the bytes after it belong to the guest.
     pub(super) fn read(&mut self, index: usize) -> Request {
         let Some(Some(client)) = self.slots.get_mut(index) else {
             return Request::Incomplete;
         };
         loop {
-            let mut byte = [0];
-            match client.socket.read(&mut byte) {
-                Ok(1) => client.line.push(byte[0]),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Request::Incomplete,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                _ => return Request::Invalid,
+            let (mut bytes, room) = ([0; LINE_MAX], LINE_MAX - client.line.len());
+            let there = match peek(&client.socket, &mut bytes[..room]) {
+                Err(Errno::EAGAIN) => return Request::Incomplete,
+                Err(Errno::EINTR) => continue,
+                Ok(0) | Err(_) => return Request::Invalid,
+                Ok(n) => &bytes[..n],
+            };
+            let end = there.iter().position(|&b| b == b'\n');
+            let mut line = [0; LINE_MAX];
+            let line = &mut line[..end.map_or(there.len(), |end| end + 1)];
+            // The bytes are there, and nobody else reads this socket.
+            if client.socket.read_exact(line).is_err() {
+                return Request::Invalid;
             }
-            if byte == *b"\n" {
+            client.line.extend_from_slice(line);
+            if end.is_some() {
                 return parse(&client.line).map_or_else(|| client.invalid(), Request::Port);
             }
             if client.line.len() >= LINE_MAX {
@@ -110,6 +121,14 @@ impl Clients {
             }
         }
     }
+}
+
+fn peek(socket: &UnixStream, into: &mut [u8]) -> nix::Result<usize> {
+    recv(
+        socket.as_raw_fd(),
+        into,
+        MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT,
+    )
 }
 
 impl Client {

@@ -82,7 +82,7 @@ impl<C: Carrier> Shard<C> {
             let mut glance = || ports.iter_mut().any(|p| p.glance() != Some(false));
             found_by_glance = all_glance && (0..GLANCES).any(|_| glance());
         }
-        self.polling.polled(came);
+        self.polling.polled(came, instant - last);
         self.poll_ports();
         Ok(())
     }

@@ -64,7 +64,7 @@ pub struct Options {
     pub cid: u64,
     /// Host ports that the guest may dial.
     pub serve_ports: Vec<u32>,
-    /// How long to poll before sleeping (`Shard::busy_poll`). Zero: never.
+    /// How long to poll before sleeping (`Shard::busy_poll`). Zero: only while packets follow each other quickly.
     pub busy_poll: Duration,
     /// Must be unpredictable for the guest.
     pub seed: u64,

@@ -306,7 +306,8 @@ const KEYS: &[Key] = &[
     Key {
         path: "vm.busy_poll_us",
         meaning: "Microseconds that the port process polls for more work before it sleeps. Latency falls to a fraction, at the \
-                  price of CPU time: for VMs whose vCPUs have cores of their own.",
+                  price of CPU time: for VMs whose vCPUs have cores of their own. With 0 it looks for at most 20 while \
+                  packets follow each other quickly, and otherwise sleeps at once.",
         default: "0",
         example: "50",
         kind: Kind::Number {

@@ -1,0 +1,171 @@
+//! The look before a sleep of a shard that does not busy-poll: whether to look, and for how long.
+//!
+//! ```text
+//! off ── `needed` sleeps in a row, each shorter than SHORT ──► on ── a look that finds nothing ──► off
+//! needed: 1 ..= NEEDED_MAX    halves if a look finds work, doubles if not, NEEDED_MAX at once if the core is shared
+//! ```
+//! - A wake-up takes tens of microseconds, most of them in a halted virtual CPU or a sleeping core. Where an answer
+//!   comes sooner than that, a look finds it. Anywhere else a look only costs, so it ends after [`LOOK_MAX`] and is
+//!   not repeated before packets follow each other quickly again.
+//! - There is at most one look a packet: at 1,000 packets a second all looks together take at most 2 % of a core, and
+//!   with pauses between the packets nothing. An idle shard never looks.
+//! - If the guest's vCPU shares this core, it cannot answer while this thread looks: looks find nothing, and become
+//!   rare. If the scheduler gave the core to another thread during a look, they become rare at once.
+
+use std::time::Duration;
+
+/// The longest look after the last work.
+pub(crate) const LOOK_MAX: Duration = Duration::from_micros(20);
+/// A sleep below this was ended by something that a look would probably have found: the time of a wake-up is a part of
+/// it.
+const SHORT: Duration = Duration::from_micros(50);
+/// Where looks find nothing there is one for so many short sleeps.
+const NEEDED_MAX: u32 = 64;
+/// A look that took longer than this was interrupted by another thread.
+const INTERRUPTED: Duration = LOOK_MAX.saturating_mul(2);
+
+/// Decides about looks. Pure: the caller measures.
+#[derive(Debug)]
+pub(crate) struct Look {
+    on: bool,
+    /// Short sleeps in a row.
+    short: u32,
+    /// Number of them that switches looks on.
+    needed: u32,
+}
+
+impl Default for Look {
+    fn default() -> Self {
+        Self {
+            on: false,
+            short: 0,
+            needed: 1,
+        }
+    }
+}
+
+impl Look {
+    pub(crate) fn is_on(&self) -> bool {
+        self.on
+    }
+
+    /// The shard slept for `time`.
+    pub(crate) fn slept(&mut self, time: Duration) {
+        self.short = match time < SHORT {
+            true => self.short.saturating_add(1),
+            false => 0,
+        };
+        self.on |= self.short >= self.needed;
+    }
+
+    /// Looking ended: the last work, if any came, was `quiet` before its end. `came` is true if work came.
+    pub(crate) fn looked(&mut self, came: bool, quiet: Duration) {
+        if came {
+            self.needed = (self.needed / 2).max(1);
+        }
+        if quiet < LOOK_MAX {
+            // It ended for another reason than that nothing came.
+            return;
+        }
+        (self.on, self.short) = (false, 0);
+        self.needed = match quiet < INTERRUPTED {
+            true => (self.needed * 2).min(NEEDED_MAX),
+            false => NEEDED_MAX,
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const US: u64 = 1000;
+
+    /// What a shard did.
+    #[derive(Debug, Default)]
+    struct Counts {
+        sleeps: u64,
+        looks: u64,
+        /// Time spent looking, ns.
+        looking: u64,
+    }
+
+    /// Packets that arrive `gaps` ns after each other. `wakeup` ns pass between a packet and the end of a sleep.
+    /// `alone` is false if nothing can arrive while this thread looks, because it has the sender's core.
+    fn run(gaps: impl Iterator<Item = u64>, wakeup: u64, alone: bool) -> Counts {
+        let (mut look, mut counts) = (Look::default(), Counts::default());
+        let max = LOOK_MAX.as_nanos() as u64;
+        for gap in gaps {
+            if look.is_on() {
+                counts.looks += 1;
+                let came = alone && gap < max;
+                counts.looking += if came { gap } else { max };
+                let quiet = if came { 0 } else { max };
+                look.looked(came, Duration::from_nanos(quiet));
+                if came {
+                    continue;
+                }
+            }
+            counts.sleeps += 1;
+            look.slept(Duration::from_nanos(gap + wakeup));
+        }
+        counts
+    }
+
+    fn every(gap: u64, n: usize) -> impl Iterator<Item = u64> {
+        std::iter::repeat_n(gap, n)
+    }
+
+    #[test]
+    fn answers_that_follow_quickly_are_found_without_a_sleep() {
+        let counts = run(every(5 * US, 1000), 20 * US, true);
+        assert!(counts.sleeps <= 2, "{counts:?}");
+        // Requests 5 ms apart, of five packets each.
+        let gaps = [5000 * US, 6 * US, 6 * US, 6 * US, 6 * US];
+        let counts = run(gaps.into_iter().cycle().take(5000), 20 * US, true);
+        assert!(counts.sleeps <= 3 * 1000 + 2, "{counts:?}");
+    }
+
+    #[test]
+    fn packets_with_pauses_are_never_looked_for() {
+        for gap in [60, 100, 1000, 100_000] {
+            let counts = run(every(gap * US, 10_000), 0, true);
+            assert_eq!((counts.looks, counts.sleeps), (0, 10_000), "{gap} us");
+        }
+    }
+
+    #[test]
+    fn looks_become_rare_where_the_sender_has_the_same_core() {
+        let counts = run(every(5 * US, 10_000), 20 * US, false);
+        assert!(counts.looks <= 10_000 / 64 + 7, "{counts:?}");
+    }
+
+    #[test]
+    fn looks_become_rare_at_once_if_another_thread_gets_the_core() {
+        let mut look = Look::default();
+        look.slept(Duration::from_micros(20));
+        assert!(look.is_on());
+        look.looked(false, Duration::from_millis(3));
+        for _ in 1..NEEDED_MAX {
+            look.slept(Duration::from_micros(20));
+            assert!(!look.is_on());
+        }
+        look.slept(Duration::from_micros(20));
+        assert!(look.is_on());
+    }
+
+    /// Whatever the pattern of 1,000 packets a second, looks take at most a fiftieth of the time.
+    #[test]
+    fn a_thousand_packets_a_second_cost_at_most_a_fiftieth_of_a_core() {
+        for burst in 1..=100_usize {
+            for within in [1, 10, 19, 25, 45] {
+                let pause = burst as u64 * 1000 * US - (burst as u64 - 1) * within * US;
+                let gaps = std::iter::once(pause).chain(every(within * US, burst - 1));
+                let gaps: Vec<u64> = gaps.collect();
+                let counts = run(gaps.into_iter().cycle().take(burst * 100), 5 * US, true);
+                let time = burst as u64 * 100 * 1000 * US;
+                assert!(counts.looking * 50 <= time, "{burst} {within} {counts:?}");
+            }
+        }
+    }
+}
