@@ -10,8 +10,9 @@ mod interpreter;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use adit_image::{Dir, Root};
 use adit_names::VmId;
@@ -23,6 +24,8 @@ use crate::trust::{KeyFileError, check_key, pub_files};
 /// Where the agent goes.
 const BINARY: &str = "usr/sbin/adit-guest";
 const CONFIG: &str = "etc/adit-guest/adit-guest.toml";
+/// Where the agent looks for its card if its configuration says nothing else.
+const CARD: &str = "etc/adit/card";
 const TRUST_DIR: &str = "etc/adit-guest/trust";
 /// Of Debian's package, in every image that has it. Nothing else puts a unit there.
 const PACKAGED: &str = "usr/lib/systemd/system/adit-guest.service";
@@ -51,6 +54,8 @@ pub struct Install<'a> {
     pub vm_id: Option<&'a VmId>,
     /// Public keys of managers: files, and directories of `*.pub`.
     pub trust: &'a [PathBuf],
+    /// A file with the VM's card.
+    pub card: Option<&'a Path>,
     /// Local TCP ports that the host may reach.
     pub ports: &'a [u16],
     /// The agent's binary.
@@ -77,6 +82,14 @@ pub enum InstallError {
     /// The agent could not use the configuration that it would get.
     #[error("the agent could not use its configuration")]
     Config(#[from] ConfigError),
+    /// What is to be the card is none, or another VM's.
+    #[error("--card: {}: {why}", path.display())]
+    Card {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        why: String,
+    },
     /// What is to be trusted is no key.
     #[error(transparent)]
     Key(#[from] KeyFileError),
@@ -147,6 +160,43 @@ fn key_files(trust: &[PathBuf]) -> Result<Vec<(String, Vec<u8>)>, InstallError> 
     Ok(files.map(|(name, (_, content))| (name, content)).collect())
 }
 
+/// Reads a card, and checks what can be known here. Returns its text, and a line for people if the image could not believe it by
+/// the keys that come with it.
+fn card_file(path: &Path, what: &Install<'_>) -> Result<(Vec<u8>, Option<String>), InstallError> {
+    let refused = |why: String| InstallError::Card {
+        path: path.into(),
+        why,
+    };
+    let mut text = Vec::new();
+    let limit = card::TEXT_MAX as u64 + 1;
+    let read = fs::File::open(path).and_then(|file| file.take(limit).read_to_end(&mut text));
+    read.map_err(at("read the card", path))?;
+    let envelope = card::from_text(&text).map_err(|e| refused(e.to_string()))?;
+    let mut trust = TrustStore::default();
+    for (_, key) in key_files(what.trust)? {
+        // They were checked one by one.
+        let _ = trust.add_text(&String::from_utf8_lossy(&key));
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let here = card::Here {
+        vm_id: what.vm_id,
+        now_ms: now.map_or(0, |now| i64::try_from(now.as_millis()).unwrap_or(i64::MAX)),
+        seen: 0,
+    };
+    match card::check(&envelope, &trust, here) {
+        Ok(_) => Ok((text, None)),
+        // The image may have a key that is not given here.
+        Err(e @ CardError::Verify(_)) => {
+            let line = format!(
+                "{}: {e}: none of the keys of --trust counts for it",
+                path.display()
+            );
+            Ok((text, Some(line)))
+        }
+        Err(e) => Err(refused(format!("{e}: {}", e.remedy()))),
+    }
+}
+
 /// Installs, and returns one line a file for people.
 ///
 /// # Errors
@@ -169,6 +219,7 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
         None => detect::init(image, root)?,
     };
     let keys = key_files(what.trust)?;
+    let card = what.card.map(|path| card_file(path, what)).transpose()?;
     let config = config(what);
     Config::parse(&root.join(CONFIG), &config)?;
     let mut said = Vec::new();
@@ -191,6 +242,9 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
     put(CONFIG, config.as_bytes(), 0o600)?;
     for (name, key) in &keys {
         put(&format!("{TRUST_DIR}/{name}"), key, 0o600)?;
+    }
+    if let Some((card, _)) = &card {
+        put(CARD, card, 0o600)?;
     }
     let mut link = None;
     match init {
@@ -237,7 +291,10 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
                 .into(),
         );
     }
-    if what.vm_id.is_none() {
+    if let Some((_, Some(doubt))) = &card {
+        said.push(doubt.clone());
+    }
+    if what.vm_id.is_none() && card.is_none() {
         said.push(
             "no --vm-id: the guest runs no task before it has a card, see `adit card new --help`"
                 .into(),

@@ -54,6 +54,9 @@ enum Cmd {
         /// or as a list with commas. Without it, the guest runs no goal.
         #[arg(long, value_name = "KEYFILE.pub|DIR", value_delimiter = ',')]
         trust: Vec<PathBuf>,
+        /// The VM's card, as `adit card new` makes it; goes to /etc/adit/card.
+        #[arg(long, value_name = "FILE")]
+        card: Option<PathBuf>,
         /// Local TCP ports that the host may reach, for example 80,22.
         #[arg(long, value_delimiter = ',')]
         allow_port: Vec<u16>,
@@ -119,9 +122,20 @@ fn main() -> ExitCode {
             init,
             vm_id,
             trust,
+            card,
             allow_port,
             binary,
-        } => into_image(root, init, vm_id, trust, allow_port, binary),
+        } => own_binary(binary).and_then(|binary| {
+            into_image(&Install {
+                root: &root,
+                init,
+                vm_id: vm_id.as_ref(),
+                trust: &trust,
+                card: card.as_deref(),
+                ports: &allow_port,
+                binary: &binary,
+            })
+        }),
         Cmd::Status { config } => status(&config),
         Cmd::CheckConfig { file } => check_config(&file),
         Cmd::SelfTest { config } => self_test(&config),
@@ -159,28 +173,16 @@ fn test_transport_of(arg: &str) -> anyhow::Result<Arc<dyn Transport>> {
     Ok(Arc::new(UnixDir(dir.into())))
 }
 
-fn into_image(
-    root: PathBuf,
-    init: Option<Init>,
-    vm_id: Option<VmId>,
-    trust: Vec<PathBuf>,
-    ports: Vec<u16>,
-    binary: Option<PathBuf>,
-) -> anyhow::Result<()> {
-    let binary = match binary {
-        Some(path) => path,
+fn own_binary(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
+    match given {
+        Some(path) => Ok(path),
         None => std::env::current_exe()
-            .context("cannot find the agent's own binary; name one with --binary")?,
-    };
-    let what = Install {
-        root: &root,
-        init,
-        vm_id: vm_id.as_ref(),
-        trust: &trust,
-        ports: &ports,
-        binary: &binary,
-    };
-    print(&(install(&what)?.join("\n") + "\n"))
+            .context("cannot find the agent's own binary; name one with --binary"),
+    }
+}
+
+fn into_image(what: &Install<'_>) -> anyhow::Result<()> {
+    print(&(install(what)?.join("\n") + "\n"))
 }
 
 fn status(path: &Path) -> anyhow::Result<()> {

@@ -25,7 +25,8 @@ must be shut down. For another file system use `adit image cloud-init`.
 
 Examples:
   adit image inject web-1.qcow2 --vm-id web-1 --trust fleet.key.pub --allow-port 22,80
-  adit image inject ./rootfs --vm-id web-1 --trust fleet.key.pub";
+  adit image inject ./rootfs --vm-id web-1 --trust fleet.key.pub
+  adit image inject web-2.qcow2 --card web-2.card --trust enrol.key.pub,fleet.key.pub";
 
 const CLOUD_INIT: &str = "\
 Example: a seed for an image of a distribution that stays as it is
@@ -65,6 +66,9 @@ pub struct What {
     /// list with commas. Without it, the guest runs no goal
     #[arg(long, value_name = "KEYFILE.pub|DIR", value_delimiter = ',')]
     trust: Vec<PathBuf>,
+    /// The VM's card, as `adit card new` makes it; goes to /etc/adit/card
+    #[arg(long, value_name = "FILE")]
+    card: Option<PathBuf>,
     /// Local TCP ports that the host may reach, for example 80,22
     #[arg(long, value_delimiter = ',')]
     allow_port: Vec<u16>,
@@ -147,6 +151,7 @@ impl What {
             init,
             vm_id: self.vm_id.as_ref(),
             trust: &self.trust,
+            card: self.card.as_deref(),
             ports: &self.allow_port,
             binary: agent,
         }

@@ -112,6 +112,51 @@ fn what_is_no_image_or_no_agent_is_refused_with_the_remedy() {
 }
 
 #[test]
+fn a_card_goes_in_if_it_is_one_and_of_this_vm() {
+    let dir = scene();
+    let run = |args: &[&str]| adit(dir.path(), args);
+    assert!(
+        run(&["key", "new", "enrol.key", "--role", "card"])
+            .status
+            .success()
+    );
+    let card = run(&["card", "new", "web-2", "--sign", "enrol.key"]).stdout;
+    fs::write(dir.path().join("web-2.card"), &card).unwrap();
+    let with = |more: &[&str]| {
+        let args = [
+            "image", "inject", "root", "--agent", "agent", "--trust", "k.pub",
+        ];
+        run(&[&args[..], more].concat())
+    };
+    let done = with(&["--card", "web-2.card", "--trust", "enrol.key.pub"]);
+    let lines = text(&done.stdout);
+    assert!(
+        lines.contains("wrote  /etc/adit/card"),
+        "{lines}{}",
+        text(&done.stderr)
+    );
+    assert!(
+        !lines.contains("no --vm-id") && !lines.contains("--trust counts"),
+        "{lines}"
+    );
+    assert_eq!(
+        fs::read(dir.path().join("root/etc/adit/card")).unwrap(),
+        card
+    );
+    // A key that would not count, which the image may have already.
+    assert!(text(&with(&["--card", "web-2.card"]).stdout).contains("none of the keys of --trust"));
+    let trusted = ["--trust", "enrol.key.pub"];
+    let foreign = with(&[&["--card", "web-2.card", "--vm-id", "web-1"], &trusted[..]].concat());
+    assert!(text(&foreign.stderr).contains("the card is for web-2, and this is web-1"));
+    let damaged = with(&[&["--card", "k.pub"], &trusted[..]].concat());
+    assert!(text(&damaged.stderr).contains("--card: k.pub: the card is damaged"));
+    assert_eq!(
+        (foreign.status.code(), damaged.status.code()),
+        (Some(1), Some(1))
+    );
+}
+
+#[test]
 fn a_cloud_config_has_the_same_files() {
     use base64::Engine;
     let dir = scene();

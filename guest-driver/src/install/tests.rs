@@ -23,6 +23,7 @@ fn install_into(root: &Path, init: Option<Init>, trust: &[PathBuf]) -> Vec<Strin
         init,
         vm_id: Some(&vm_id),
         trust,
+        card: None,
         ports: &[80, 22],
         binary: &binary,
     })
@@ -81,6 +82,7 @@ fn try_install(
         init,
         vm_id: Some(&vm_id),
         trust,
+        card: None,
         ports: &[],
         binary,
     })
@@ -163,6 +165,7 @@ fn what_the_agent_would_not_read_is_not_installed() {
             init: Some(Init::None),
             vm_id: Some(&vm_id),
             trust: &[],
+            card: None,
             ports,
             binary: Path::new("/bin/true"),
         });
@@ -518,6 +521,7 @@ fn a_program_that_cannot_start_in_the_image_is_told() {
             init: Some(Init::None),
             vm_id: Some(&vm_id),
             trust: &[],
+            card: None,
             ports: &[],
             binary: Path::new("/bin/true"),
         });
@@ -539,6 +543,7 @@ fn an_image_for_many_vms_has_no_id_and_says_what_it_needs() {
         init: Some(Init::None),
         vm_id: None,
         trust: &[],
+        card: None,
         ports: &[],
         binary: Path::new("/bin/true"),
     });
