@@ -333,6 +333,15 @@ fn images_that_must_not_be_written_are_refused_by_name() {
         ],
     );
     assert!(matches!(open(&overlay), Err(DiskError::Backed { .. })));
+    // No program has looked at it before: with no more than a header, each would fail.
+    let mut head = vec![0; 104];
+    head[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    head[79] = 4;
+    let data_file = dir.path().join("data-file.qcow2");
+    fs::write(&data_file, &head).unwrap();
+    assert!(matches!(open(&data_file), Err(DiskError::Backed { .. })));
+    fs::write(&data_file, &head[..20]).unwrap();
+    assert!(matches!(open(&data_file), Err(DiskError::Io { .. })));
 
     for (name, at, magic) in [
         ("xfs", 0, &b"XFSB"[..]),
