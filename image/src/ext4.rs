@@ -387,8 +387,8 @@ impl Root for Ext4 {
     }
 
     fn is_same(&self, one: &str, other: &str) -> bool {
-        let file = |path| self.view.canonicalize(&*absolute(path));
-        file(one).is_ok_and(|one| file(other).is_ok_and(|other| other == one))
+        let one = self.follow(one);
+        one.is_some() && one == self.follow(other)
     }
 
     fn place(&mut self, path: &str, content: &[u8], mode: u32) -> io::Result<bool> {

@@ -389,6 +389,7 @@ fn an_image_that_lies_about_its_sizes_costs_no_memory() {
         assert!(!lies.has(path), "{path}");
         assert!(lies.place(path, b"", 0o600).is_err(), "{path}");
     }
+    assert!(!lies.is_same("lib", "lib"));
     assert!(lies.has("sbin/../usr/./lib/systemd/systemd"));
 
     // Blocks of 1 GiB; a group for each of 2^32 blocks. Checksums are no hindrance: an image can do without.
