@@ -25,6 +25,21 @@ const STATE_CLEAN: u16 = 1;
 const STATE_ERRORS: u16 = 2;
 const INCOMPATIBLE_AT: u64 = SUPERBLOCK + 0x60;
 const NEEDS_RECOVERY: u32 = 4;
+const LOG_BLOCK_SIZE_AT: u64 = SUPERBLOCK + 0x18;
+const BLOCKS_AT: u64 = SUPERBLOCK + 0x04;
+const BLOCKS_HIGH_AT: u64 = SUPERBLOCK + 0x150;
+const GROUP_BLOCKS_AT: u64 = SUPERBLOCK + 0x20;
+
+/// Largest block: 64 KiB, as 10 bits that are shifted. The kernel knows none larger.
+const LOG_BLOCK_SIZE_MAX: u32 = 6;
+/// Most groups of blocks: those of 128 TiB, laid out as usual. `ext4-view` makes room for all of them before it reads one.
+const GROUPS_MAX: u64 = 1 << 20;
+/// Longest target of a link, as in the kernel.
+const TARGET_MAX: u64 = 4095;
+/// Most links on the way to a path, as in the kernel.
+const LINKS_MAX: u32 = 40;
+/// Largest directory on the way to a path, in bytes: it is read from its beginning.
+const DIR_MAX: u64 = 64 << 20;
 
 /// Why a file system cannot be used, or was not written.
 #[derive(Debug, thiserror::Error)]
@@ -124,8 +139,32 @@ pub(crate) fn is_at(image: &File, offset: u64) -> bool {
     image.read_exact_at(&mut magic, at).is_ok() && magic == MAGIC
 }
 
+/// Refuses sizes that no file system of a VM has. The image may be anybody's, and `ext4-view` believes them: it would ask for more
+/// memory than there is.
+fn check_sizes(image: &File, offset: u64) -> Result<(), Ext4Error> {
+    let number = |at: u64| {
+        let mut bytes = [0; 4];
+        let read = image.read_exact_at(&mut bytes, offset.saturating_add(at));
+        read.map_err(Ext4Error::Read)?;
+        Ok(u32::from_le_bytes(bytes))
+    };
+    let log = number(LOG_BLOCK_SIZE_AT)?;
+    if log > LOG_BLOCK_SIZE_MAX {
+        let text = format!("its blocks have 2^{} bytes", u64::from(log) + 10);
+        return Err(Ext4Error::Damaged(text));
+    }
+    let blocks = u64::from(number(BLOCKS_HIGH_AT)?) << 32 | u64::from(number(BLOCKS_AT)?);
+    let groups = blocks.div_ceil(u64::from(number(GROUP_BLOCKS_AT)?).max(1));
+    if groups > GROUPS_MAX {
+        let text = format!("it has {groups} groups of blocks, at most {GROUPS_MAX} are read");
+        return Err(Ext4Error::Damaged(text));
+    }
+    Ok(())
+}
+
 fn view(image: &Path, offset: u64) -> Result<ext4_view::Ext4, Ext4Error> {
     let file = File::open(image).map_err(Ext4Error::Read)?;
+    check_sizes(&file, offset)?;
     ext4_view::Ext4::load(Box::new(Part { file, offset }))
         .map_err(|e| Ext4Error::Damaged(e.to_string()))
 }
@@ -148,10 +187,17 @@ impl Ext4 {
         if !clean || u32::from_le_bytes(incompatible) & NEEDS_RECOVERY != 0 {
             return Err(Ext4Error::Unclean);
         }
+        let view = view(image, offset)?;
+        let root = view.symlink_metadata("/");
+        let root = root.map_err(|e| Ext4Error::Damaged(e.to_string()))?;
+        if root.len() > DIR_MAX {
+            let text = format!("its root directory has {} bytes", root.len());
+            return Err(Ext4Error::Damaged(text));
+        }
         Ok(Self {
             image: image.into(),
             offset,
-            view: view(image, offset)?,
+            view,
             changes: BTreeMap::new(),
         })
     }
@@ -240,6 +286,44 @@ impl Ext4 {
         }
     }
 
+    /// Where an absolute path leads, with no link in it; none if it leads nowhere. `ext4-view` is not asked to follow links: it
+    /// would read a target of whatever length the image says.
+    fn follow(&self, path: &str) -> Option<String> {
+        let (mut at, mut links) = (String::new(), 0);
+        let parts = |path: &str| path.split('/').rev().map(str::to_owned).collect::<Vec<_>>();
+        let mut rest = parts(path);
+        while let Some(part) = rest.pop() {
+            match part.as_str() {
+                "" | "." => continue,
+                ".." => {
+                    at.truncate(at.rfind('/').unwrap_or(0));
+                    continue;
+                }
+                _ => {}
+            }
+            let next = format!("{at}/{part}");
+            let found = self.view.symlink_metadata(next.as_str()).ok()?;
+            if found.is_dir() && found.len() > DIR_MAX {
+                return None;
+            }
+            if !found.is_symlink() {
+                at = next;
+                continue;
+            }
+            links += 1;
+            if links > LINKS_MAX || found.len() > TARGET_MAX {
+                return None;
+            }
+            let target = self.view.read_link(next.as_str()).ok()?;
+            let target = target.to_str().ok()?;
+            if target.starts_with('/') {
+                at.clear();
+            }
+            rest.extend(parts(target));
+        }
+        Some(if at.is_empty() { "/".into() } else { at })
+    }
+
     /// The path without links in its directories; what does not exist stays as it is.
     fn resolve(&self, path: &str) -> io::Result<String> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "/._-@+".contains(c);
@@ -254,17 +338,19 @@ impl Ext4 {
         );
         for part in rest.by_ref() {
             let next = format!("{}/{part}", at.trim_end_matches('/'));
-            let there = self.view.symlink_metadata(next.as_str()).is_ok();
-            at = match self.view.canonicalize(next.as_str()) {
-                Ok(real) => real.to_str().map_err(|_| bad())?.into(),
-                Err(_) if there => {
-                    return Err(io::Error::other(format!(
-                        "/{path}: {next} is a link to a directory that the image does not have"
-                    )));
+            let there = self.view.symlink_metadata(next.as_str());
+            at = match (self.follow(&next), there) {
+                (Some(real), _) => real,
+                (None, Err(_)) => next,
+                (None, Ok(there)) => {
+                    let what = match there.is_symlink() {
+                        true => "a link to a directory that the image does not have",
+                        false => "no directory that can be read",
+                    };
+                    return Err(io::Error::other(format!("/{path}: {next} is {what}")));
                 }
-                Err(_) => next,
             };
-            if let Ok(found) = self.view.metadata(at.as_str())
+            if let Ok(found) = self.view.symlink_metadata(at.as_str())
                 && !found.is_dir()
             {
                 return Err(io::Error::other(format!("{at} is no directory")));
@@ -297,12 +383,12 @@ impl Ext4 {
 
 impl Root for Ext4 {
     fn has(&self, path: &str) -> bool {
-        self.view.exists(&*absolute(path)).unwrap_or(false)
+        self.follow(path).is_some()
     }
 
     fn is_same(&self, one: &str, other: &str) -> bool {
-        let file = |path| self.view.canonicalize(&*absolute(path));
-        file(one).is_ok_and(|one| file(other).is_ok_and(|other| other == one))
+        let one = self.follow(one);
+        one.is_some() && one == self.follow(other)
     }
 
     fn place(&mut self, path: &str, content: &[u8], mode: u32) -> io::Result<bool> {
@@ -343,8 +429,11 @@ fn is_there(view: &ext4_view::Ext4, path: &str, entry: &Entry) -> bool {
                     .is_ok_and(|found| found == *content)
         }
         Entry::Link { target } => {
-            let link = view.read_link(path.as_str());
-            found.is_symlink() && link.is_ok_and(|l| l.as_ref() == target.as_bytes())
+            found.is_symlink()
+                && found.len() == target.len() as u64
+                && view
+                    .read_link(path.as_str())
+                    .is_ok_and(|l| l.as_ref() == target.as_bytes())
         }
     }
 }

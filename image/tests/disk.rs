@@ -333,6 +333,15 @@ fn images_that_must_not_be_written_are_refused_by_name() {
         ],
     );
     assert!(matches!(open(&overlay), Err(DiskError::Backed { .. })));
+    // No program has looked at it before: with no more than a header, each would fail.
+    let mut head = vec![0; 104];
+    head[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    head[79] = 4;
+    let data_file = dir.path().join("data-file.qcow2");
+    fs::write(&data_file, &head).unwrap();
+    assert!(matches!(open(&data_file), Err(DiskError::Backed { .. })));
+    fs::write(&data_file, &head[..20]).unwrap();
+    assert!(matches!(open(&data_file), Err(DiskError::Io { .. })));
 
     for (name, at, magic) in [
         ("xfs", 0, &b"XFSB"[..]),
@@ -358,6 +367,51 @@ fn images_that_must_not_be_written_are_refused_by_name() {
         open(Path::new("/dev/null")),
         Err(DiskError::NoFile(_))
     ));
+}
+
+#[test]
+fn an_image_that_lies_about_its_sizes_costs_no_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = root(dir.path());
+    // A link's target of 2 TiB, and one of links without an end.
+    let image = whole(dir.path(), &root);
+    let link = dir.path().join("debugfs-target");
+    symlink(&image, &link).unwrap();
+    for command in [
+        "sif /lib size 2199023255552",
+        "symlink /round /round/round",
+        "sif /etc size 2199023255552",
+    ] {
+        run("debugfs", &["-w", "-R", command, text(&link)]);
+    }
+    let mut lies = Disk::open(&image, None).unwrap().root().unwrap();
+    for path in ["lib/systemd/systemd", "round/a", "etc/old"] {
+        assert!(!lies.has(path), "{path}");
+        assert!(lies.place(path, b"", 0o600).is_err(), "{path}");
+    }
+    assert!(!lies.is_same("lib", "lib"));
+    assert!(lies.has("sbin/../usr/./lib/systemd/systemd"));
+
+    // Blocks of 1 GiB; a group for each of 2^32 blocks. Checksums are no hindrance: an image can do without.
+    for lie in [&[(0x18, 20_u32)][..], &[(0x04, u32::MAX), (0x20, 1)]] {
+        let image = whole(dir.path(), &root);
+        run("tune2fs", &["-O", "^metadata_csum", text(&link)]);
+        let file = File::options().write(true).open(&image).unwrap();
+        for (at, number) in lie {
+            file.write_all_at(&number.to_le_bytes(), 1024 + at).unwrap();
+        }
+        let lies = Disk::open(&image, None).and_then(|disk| disk.root().map(drop));
+        assert!(
+            matches!(
+                lies,
+                Err(DiskError::Ext4 {
+                    source: Ext4Error::Damaged(_),
+                    ..
+                })
+            ),
+            "{lie:x?}"
+        );
+    }
 }
 
 #[test]
