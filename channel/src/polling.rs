@@ -4,7 +4,7 @@
 //! window:  limit/8 ..= limit     halves if polling found nothing, doubles if work came meanwhile or soon after
 //! ```
 //! An idle shard sleeps: after its last work it polls once, and not again before it is woken. With a limit of zero, the
-//! default, it polls only while packets follow each other quickly ([`look`]).
+//! default, it polls only while packets follow each other quickly (`look.rs`).
 
 mod look;
 

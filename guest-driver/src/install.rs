@@ -16,7 +16,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use adit_image::{Dir, Root};
 use adit_names::VmId;
+use adit_tasks::TrustStore;
 use adit_tasks::anchor::ANCHORS_MAX;
+use adit_tasks::card::{self, CardError};
 
 use crate::config::{Config, ConfigError};
 use crate::trust::{KeyFileError, check_key, pub_files};

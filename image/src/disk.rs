@@ -136,7 +136,7 @@ pub struct Disk {
     /// Where the root file system begins in it, in bytes.
     offset: u64,
     /// Keeps other processes out of the image, where they look at locks as QEMU does.
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Disk {
@@ -153,7 +153,7 @@ impl Disk {
         }
         let lock = lock(&image)?;
         let mut head = [0; 4];
-        let _ = lock.read_at(&mut head, 0).map_err(at("read"))?;
+        let _ = lock.0.read_at(&mut head, 0).map_err(at("read"))?;
         let format = match &head {
             b"QFI\xfb" => Format::Qcow2,
             _ => Format::Raw,
@@ -162,7 +162,7 @@ impl Disk {
         match format {
             Format::Raw => copy(&image, work.path())?,
             Format::Qcow2 => {
-                check_alone(&image, &lock)?;
+                check_alone(&image, &lock.0)?;
                 convert(&image, Format::Qcow2, work.path(), Format::Raw)?;
             }
         }
@@ -248,29 +248,42 @@ fn beside(image: &Path) -> Result<NamedTempFile, DiskError> {
 /// the number of `BLK_PERM_WRITE`).
 const QEMU_NO_WRITER: i64 = 200 + 1;
 
-/// Refuses an image on which another process has a lock, as a VM has, and keeps QEMU from writing to it while the file is
-/// open. A file system without locks has none.
-fn lock(image: &Path) -> Result<File, DiskError> {
-    let file = OpenOptions::new().read(true).write(true).open(image);
-    let file = file.map_err(on("write", image))?;
-    let lock = |kind, start, len| nix::libc::flock {
+/// An image that QEMU does not write to while this is there.
+#[derive(Debug)]
+struct Lock(File);
+
+/// A lock of `kind` on `len` bytes, 0 for all.
+fn lock_of(kind: i32, start: i64, len: i64) -> nix::libc::flock {
+    nix::libc::flock {
         l_type: kind as _,
         l_whence: nix::libc::SEEK_SET as _,
         l_start: start,
         l_len: len,
         l_pid: 0,
-    };
-    let mut any = lock(nix::libc::F_WRLCK, 0, 0);
+    }
+}
+
+impl Drop for Lock {
+    /// Closing does not suffice: a program that another thread starts has the file until it runs.
+    fn drop(&mut self) {
+        let all = lock_of(nix::libc::F_UNLCK, 0, 0);
+        let _ = fcntl(&self.0, FcntlArg::F_OFD_SETLK(&all));
+    }
+}
+
+/// Refuses an image on which another process has a lock, as a VM has, and locks it. A file system without locks has none.
+fn lock(image: &Path) -> Result<Lock, DiskError> {
+    let file = OpenOptions::new().read(true).write(true).open(image);
+    let file = file.map_err(on("write", image))?;
+    let mut any = lock_of(nix::libc::F_WRLCK, 0, 0);
     let asked = fcntl(&file, FcntlArg::F_OFD_GETLK(&mut any));
     let free = i32::from(any.l_type) == nix::libc::F_UNLCK;
     if asked.is_ok() && !free {
         return Err(DiskError::InUse(image.into()));
     }
-    let _ = fcntl(
-        &file,
-        FcntlArg::F_OFD_SETLK(&lock(nix::libc::F_RDLCK, QEMU_NO_WRITER, 1)),
-    );
-    Ok(file)
+    let mine = lock_of(nix::libc::F_RDLCK, QEMU_NO_WRITER, 1);
+    let _ = fcntl(&file, FcntlArg::F_OFD_SETLK(&mine));
+    Ok(Lock(file))
 }
 
 /// Copies an image with its holes.

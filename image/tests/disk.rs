@@ -312,7 +312,12 @@ fn images_that_must_not_be_written_are_refused_by_name() {
     };
     nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).unwrap();
     assert!(matches!(open(&image), Err(DiskError::InUse(_))));
-    drop(file);
+    // Not by closing it: a program that another test starts has it until it runs.
+    let unlock = nix::libc::flock {
+        l_type: nix::libc::F_UNLCK as _,
+        ..lock
+    };
+    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&unlock)).unwrap();
     open(&image).unwrap();
 
     // A qcow2 whose data is elsewhere.
@@ -390,7 +395,7 @@ fn an_image_that_lies_about_its_sizes_costs_no_memory() {
         assert!(lies.place(path, b"", 0o600).is_err(), "{path}");
     }
     assert!(!lies.is_same("lib", "lib"));
-    assert!(lies.has("sbin/../usr/./lib/systemd/systemd"));
+    assert!(lies.has("sbin/.././lib/systemd/systemd"));
 
     // Blocks of 1 GiB; a group for each of 2^32 blocks. Checksums are no hindrance: an image can do without.
     for lie in [&[(0x18, 20_u32)][..], &[(0x04, u32::MAX), (0x20, 1)]] {

@@ -111,8 +111,8 @@ const CHECKS: [Step; 10] = [
     },
     Step {
         name: "host processes",
-        budget_s: 60,
-        run: || with_binaries("host"),
+        budget_s: 90,
+        run: || with_binaries("host").and_then(|()| with_binaries("processes")),
     },
     Step {
         name: "fuzz targets, 10 s each",

@@ -44,7 +44,7 @@ const ENDED: &str = "it has ended";
 /// Events of a worker that wait.
 const EVENTS_MAX: usize = 64;
 /// The worker's process id, for people: in the run directory.
-const PID_FILE: &str = "worker.pid";
+pub(super) const PID_FILE: &str = "worker.pid";
 
 /// What aditd is started with.
 #[derive(Debug)]

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `user` of `[worker]` | that user |
 //! | a user `adit` on the host | that one |
-//! | neither | the last user of `ports.uids` that no VM and no process has; the one that the directory belongs to already, if it can be |
+//! | neither | the last user of `ports.uids` that no VM and no process has; the one that the directory belongs to already, or that a worker runs as, if it can be |
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -85,12 +85,35 @@ fn account(config: &Config, wanted: Option<&str>) -> anyhow::Result<Option<Accou
         (Some(_), Some(name)) => bail!("the `user` of [worker], `{name}`, is root"),
         (None, Some(name)) => bail!("the host has no user `{name}`, which [worker] names"),
         (_, None) => {
-            let owner = std::fs::metadata(&config.state_dir).map(|dir| dir.uid());
             let range = config.ports.uids.unwrap_or_default();
-            let free = uids::highest_free(range, &config.run_dir, owner.ok())?;
+            let owner = std::fs::metadata(&config.state_dir)
+                .ok()
+                .map(|dir| dir.uid());
+            // A `StateDirectory=` is root's again whenever systemd starts a monitor, and the worker may have gone on.
+            let known = owner
+                .filter(|uid| range.contains(*uid))
+                .or_else(|| of_running_worker(&config.run_dir));
+            let free = uids::highest_free(range, &config.run_dir, known)?;
             Ok(free.map(|uid| Account { uid, gid: uid }))
         }
     }
+}
+
+/// The user of the worker that another monitor has left.
+fn of_running_worker(run_dir: &Path) -> Option<u32> {
+    let pid: u32 = std::fs::read_to_string(run_dir.join(super::run::PID_FILE))
+        .ok()?
+        .trim()
+        .parse()
+        .ok()?;
+    let process = Path::new("/proc").join(pid.to_string());
+    // Another process may have its number by now.
+    let line = std::fs::read(process.join("cmdline")).ok()?;
+    let is_worker = line.split(|byte| *byte == 0).nth(1) == Some(b"worker");
+    uids::of_process(&process)
+        .first()
+        .copied()
+        .filter(|_| is_worker)
 }
 
 /// Why the directory of the database cannot become the worker's root directory; none: it can.
