@@ -65,17 +65,21 @@ impl Debian {
         let kind = format!("debian-{}-{}", kernel.name(), init.name());
         let base = crate::target().join("guest").join(kind);
         fs::create_dir_all(&base)?;
-        let package = kernel.meta_package();
-        let made_of = [ROOT, package, init.name()].map(str::as_bytes);
+        let of_kernel = kernel.meta_package();
+        let made_of = [ROOT, of_kernel, init.name()].map(str::as_bytes);
         let root = cached(&base, "root", &made_of, |part| {
             say("installing Debian 12 into a directory: a minute or two, once");
             script(
                 ROOT,
-                &[part.as_os_str(), package.as_ref(), init.name().as_ref()],
+                &[part.as_os_str(), of_kernel.as_ref(), init.name().as_ref()],
             )
         })?;
-        let agent = crate::guest_bin("adit-guest");
-        let bytes = fs::read(&agent).with_context(|| format!("no {}", agent.display()))?;
+        let agent = package();
+        let bytes = fs::read(&agent);
+        let bytes = bytes.with_context(|| {
+            let agent = agent.display();
+            format!("no {agent}: `cargo xtask package adit-guest` makes it")
+        })?;
         let name = root.file_name().unwrap_or_default();
         let made_of = [IMAGE.as_bytes(), &bytes, name.as_encoded_bytes()];
         let dir = cached(&base, "image", &made_of, |part| {
@@ -161,6 +165,12 @@ impl Debian {
         .arg("root@web-1");
         ssh
     }
+}
+
+/// The agent's package, as `cargo xtask package` makes it.
+fn package() -> PathBuf {
+    let name = concat!("adit-guest_", env!("CARGO_PKG_VERSION"), "-1_amd64.deb");
+    crate::target().join("package").join(name)
 }
 
 /// The directory `what-DIGEST` in `base`. If it is not there, `make` makes it, and those of other digests are removed.

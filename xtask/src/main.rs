@@ -143,10 +143,10 @@ fn guest_image(kernel: Kernel, root: Option<&Path>, out: Option<&Path>) -> anyho
 
 fn debian(kernel: Kernel, init: Init) -> anyhow::Result<()> {
     setup::run()?;
-    setup::guest_binaries()?;
     if let Some(why) = Debian::missing() {
         anyhow::bail!("{why}");
     }
+    package::deb(package::Package::AditGuest, None)?;
     let init = match init {
         Init::Systemd => debian::Init::Systemd,
         Init::Openrc => debian::Init::Openrc,

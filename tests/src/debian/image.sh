@@ -1,12 +1,16 @@
 #!/bin/sh
-# image.sh BASE OUT AGENT: lays a VM's own files and the agent over the root BASE, and makes OUT/disk.ext4 of it. Run in a mount
+# image.sh BASE OUT AGENT: lays a VM's own files and the agent's package over the root BASE, and makes OUT/disk.ext4 of it. Run in a mount
 # namespace, whose mounts end with this.
 set -eu
 base=$1 out=$2 agent=$3 root=$2/root
 
-# Debian's init system is found in the image.
+# The package finds the init system by itself. Nothing starts in a root that is not booted.
 install_agent() {
-    "$agent" install --root "$root" --vm-id web-1 --allow-port 22,80,443,8765,9100
+    mount -t proc proc "$root/proc"
+    cp "$agent" "$root/tmp/adit-guest.deb"
+    chroot "$root" dpkg -i /tmp/adit-guest.deb
+    chroot "$root" adit-guest install --root / --vm-id web-1 --allow-port 22,80,443,8765,9100
+    umount "$root/proc"
 }
 
 mkdir -p "$out/over" "$root"
