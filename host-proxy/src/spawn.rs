@@ -13,10 +13,11 @@
 //! supervisor ── Command by channel, descriptors by SCM_RIGHTS ──► thread `spawner` ── fork, exec ──► adit-port
 //!            ◄── the child, by channel ─────────────────────────┘
 //! ```
-#![allow(unsafe_code)] // close_range on the thread's own table; a descriptor that tokio watches
+#![allow(unsafe_code)] // close_range on the thread's own table; its signals in a child; a descriptor that tokio watches
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
@@ -24,6 +25,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use adit_passed::{Closer, Passed, receive};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::SigSet;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socketpair,
 };
@@ -72,12 +74,15 @@ impl Spawner {
         std::thread::Builder::new()
             .name("spawner".into())
             .spawn(move || {
+                // The handler of a signal writes to a descriptor of the shared table: here it would write to nothing, or to
+                // something else, and the signal would be lost.
+                let signals = block_signals();
                 let alone = leave_the_shared_table(&of_thread);
                 // The last reference is the caller's, and closes the socket's number in the shared table.
                 drop(of_thread);
                 let is_alone = alone.is_ok();
                 if tell.send(alone).is_ok() && is_alone {
-                    serve(&inbox);
+                    serve(&inbox, signals);
                 }
             })?;
         told.recv().map_err(io::Error::other)??;
@@ -144,6 +149,14 @@ impl Spawner {
     }
 }
 
+/// Blocks all signals of the calling thread. Returns what was blocked before, for the processes that it starts.
+fn block_signals() -> SigSet {
+    let before = SigSet::thread_get_mask().unwrap_or_else(|_| SigSet::empty());
+    // It fails for no set that there is.
+    let _ = SigSet::all().thread_block();
+    before
+}
+
 /// Gives the calling thread a table of its own with standard output, standard error, and `socket` as standard input.
 fn leave_the_shared_table(socket: &OwnedFd) -> io::Result<()> {
     unshare(CloneFlags::CLONE_FILES)?;
@@ -166,7 +179,7 @@ fn leave_the_shared_table(socket: &OwnedFd) -> io::Result<()> {
 }
 
 /// The thread: starts what is asked for until nobody can ask any more.
-fn serve(inbox: &Receiver<Request>) {
+fn serve(inbox: &Receiver<Request>, signals: SigSet) {
     let socket = io::stdin();
     let closer = Closer::shared();
     let next = || loop {
@@ -191,6 +204,9 @@ fn serve(inbox: &Receiver<Request>) {
         let started = match (stderr, stdin, request.has_stdin) {
             (Some(stderr), stdin, has) if stdin.is_some() == has => {
                 let mut command = request.command;
+                let restore = move || Ok(signals.thread_set_mask()?);
+                // SAFETY: it makes one system call, allocates nothing and takes no lock.
+                unsafe { command.pre_exec(restore) };
                 command
                     .stdin(stdin.map_or_else(Stdio::null, Stdio::from))
                     .stdout(Stdio::null())
@@ -265,6 +281,30 @@ mod tests {
             "cd /proc/$$/fd; for n in 0 1 2 {before} {after}; do test -e $n && echo $n >&2; done; true"
         );
         assert_eq!(output_of(&spawner, &script, None), "0\n1\n2\n");
+    }
+
+    #[test]
+    fn no_signal_is_lost_at_the_thread_and_a_child_gets_all() {
+        let spawner = Spawner::start("/bin/sh".into()).unwrap();
+        let blocked = |status: &str| {
+            let line = status.lines().find_map(|l| l.strip_prefix("SigBlk:"));
+            u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+        };
+        let is_blocked = |thread: std::path::PathBuf| {
+            // One of another test may have ended, or begun just now.
+            let name = std::fs::read_to_string(thread.join("comm")).unwrap_or_default();
+            let status = std::fs::read_to_string(thread.join("status"));
+            let all = 1 << (libc::SIGHUP - 1) | 1 << (libc::SIGTERM - 1) | 1 << (libc::SIGCHLD - 1);
+            name != "spawner\n" || status.is_ok_and(|s| blocked(&s) & all == all)
+        };
+        let threads = || std::fs::read_dir("/proc/self/task").unwrap();
+        let begin = std::time::Instant::now();
+        while !threads().all(|thread| is_blocked(thread.unwrap().path())) {
+            assert!(begin.elapsed() < std::time::Duration::from_secs(20));
+            std::thread::yield_now();
+        }
+        let status = output_of(&spawner, "cat /proc/$$/status >&2", None);
+        assert_eq!(blocked(&status), 0);
     }
 
     #[test]
