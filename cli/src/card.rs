@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use adit_guest_driver::trust::check_key;
 use adit_names::VmId;
 use adit_tasks::card::{self, Labels, TEXT_MAX};
 use adit_tasks::dsse::{self, CARD_MAX, Envelope, Type};
@@ -150,9 +151,11 @@ fn guest_key(text: &str) -> Result<PublicKey, Failure> {
 fn trusted(files: &[PathBuf]) -> Result<TrustStore, Failure> {
     let mut trust = TrustStore::default();
     for file in files {
-        let text = read(file, 65_536)?;
-        let added = trust.add_text(&String::from_utf8_lossy(&text));
-        added.map_err(|e| Failure::new("bad-key", format!("{}: {e}", file.display())))?;
+        let (keys, _) = check_key(file).map_err(|e| Failure::new("bad-key", e.to_string()))?;
+        for anchor in keys.anchors() {
+            let added = trust.add(anchor.clone());
+            added.map_err(|e| Failure::new("bad-key", format!("{}: {e}", file.display())))?;
+        }
     }
     Ok(trust)
 }
@@ -181,7 +184,6 @@ fn print(show: &Show, format: Format) -> Result<(), Failure> {
         let here = card::Here {
             vm_id: None,
             now_ms: Timestamp::now().as_millisecond(),
-            seen: 0,
         };
         let proved = card::check(&envelope, &trusted(&show.trust)?, here);
         proved.map_err(|e| of(e.to_string()).help(e.remedy()))?;

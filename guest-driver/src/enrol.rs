@@ -254,17 +254,17 @@ fn believe(envelope: &[u8], known: Known<'_>) -> Result<Proved, Fault> {
         why: e.to_string(),
         remedy: e.remedy(),
     };
-    let mut here = Here {
+    let here = Here {
         vm_id: known.vm_id,
         now_ms: known.now_ms,
-        seen: 0,
     };
     let proved = card::check(envelope, known.trust, here).map_err(|e| fault(&e))?;
     let seen = known
         .kept
         .and_then(|k| k.generations.get(&proved.card.vm_id));
-    here.seen = seen.copied().unwrap_or(0);
-    let proved = card::check(envelope, known.trust, here).map_err(|e| fault(&e))?;
+    let proved = proved
+        .not_before(seen.copied().unwrap_or(0))
+        .map_err(|e| fault(&e))?;
     match (&proved.card.guest_pk, known.key) {
         (Some(pinned), Some(own)) if pinned.id() != own.public().id() => Err(Fault {
             code: "card-other-key",

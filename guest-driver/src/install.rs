@@ -12,7 +12,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use adit_image::{Dir, Root};
 use adit_names::VmId;
@@ -20,6 +19,7 @@ use adit_tasks::TrustStore;
 use adit_tasks::anchor::ANCHORS_MAX;
 use adit_tasks::card::{self, CardError};
 
+use crate::clock;
 use crate::config::{Config, ConfigError};
 use crate::trust::{KeyFileError, check_key, pub_files};
 
@@ -164,7 +164,11 @@ fn key_files(trust: &[PathBuf]) -> Result<Vec<(String, Vec<u8>)>, InstallError> 
 
 /// Reads a card, and checks what can be known here. Returns its text, and a line for people if the image could not believe it by
 /// the keys that come with it.
-fn card_file(path: &Path, what: &Install<'_>) -> Result<(Vec<u8>, Option<String>), InstallError> {
+fn card_file(
+    path: &Path,
+    what: &Install<'_>,
+    keys: &[(String, Vec<u8>)],
+) -> Result<(Vec<u8>, Option<String>), InstallError> {
     let refused = |why: String| InstallError::Card {
         path: path.into(),
         why,
@@ -175,15 +179,13 @@ fn card_file(path: &Path, what: &Install<'_>) -> Result<(Vec<u8>, Option<String>
     read.map_err(at("read the card", path))?;
     let envelope = card::from_text(&text).map_err(|e| refused(e.to_string()))?;
     let mut trust = TrustStore::default();
-    for (_, key) in key_files(what.trust)? {
+    for (_, key) in keys {
         // They were checked one by one.
-        let _ = trust.add_text(&String::from_utf8_lossy(&key));
+        let _ = trust.add_text(&String::from_utf8_lossy(key));
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let here = card::Here {
         vm_id: what.vm_id,
-        now_ms: now.map_or(0, |now| i64::try_from(now.as_millis()).unwrap_or(i64::MAX)),
-        seen: 0,
+        now_ms: clock::unix_ms(),
     };
     match card::check(&envelope, &trust, here) {
         Ok(_) => Ok((text, None)),
@@ -221,7 +223,10 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
         None => detect::init(image, root)?,
     };
     let keys = key_files(what.trust)?;
-    let card = what.card.map(|path| card_file(path, what)).transpose()?;
+    let card = what
+        .card
+        .map(|path| card_file(path, what, &keys))
+        .transpose()?;
     let config = config(what);
     Config::parse(&root.join(CONFIG), &config)?;
     let mut said = Vec::new();

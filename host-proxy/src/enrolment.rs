@@ -84,7 +84,6 @@ pub async fn hear(
         let here = Here {
             vm_id: Some(&vm.name),
             now_ms,
-            seen: 0,
         };
         card::check(&said.card, &state.trust, here)
     });
@@ -95,15 +94,8 @@ pub async fn hear(
     let public = said.guest_pk.and_then(|b| PublicKey::from_bytes(&b).ok());
     let bytes = public.as_ref().map(PublicKey::to_bytes);
     let known = state.desk.enrol(&vm.name, generation, bytes).await?;
-    let card = checked.map(|checked| match checked {
-        Ok(Proved { card, .. }) if card.generation < known.generation => Err(unproved(
-            state,
-            &said.card,
-            &CardError::Old {
-                generation: card.generation,
-                seen: known.generation,
-            },
-        )),
+    let current = |checked: Result<Proved, CardError>| checked?.not_before(known.generation);
+    let card = checked.map(|checked| match current(checked) {
         Ok(Proved { card, key }) => {
             let left = card.not_after.as_millisecond().saturating_sub(now_ms);
             let left = Duration::from_millis(u64::try_from(left).unwrap_or(0));

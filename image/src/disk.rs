@@ -21,6 +21,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned, big_endian};
 
 use crate::ext4::{self, Ext4, Ext4Error};
+use crate::program::{self, NoProgram};
 
 /// Size of a sector in bytes, as partition tables of disk images count.
 const SECTOR: u64 = 512;
@@ -100,16 +101,8 @@ pub enum DiskError {
         said: String,
     },
     /// A program cannot be started.
-    #[error("cannot run {program}: is the package {package} installed?")]
-    NoProgram {
-        /// Its name.
-        program: &'static str,
-        /// The package that has it.
-        package: &'static str,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    NoProgram(#[from] NoProgram),
     /// The file system.
     #[error("{}", path.display())]
     Ext4 {
@@ -353,20 +346,8 @@ fn check_alone(image: &Path, file: &File) -> Result<(), DiskError> {
     Err(DiskError::Backed { path, what })
 }
 
-fn run(
-    program: &'static str,
-    package: &'static str,
-    mut command: Command,
-) -> Result<(), DiskError> {
-    let done = command
-        .stdin(std::process::Stdio::null())
-        .env("LC_ALL", "C")
-        .output();
-    let done = done.map_err(|source| DiskError::NoProgram {
-        program,
-        package,
-        source,
-    })?;
+fn run(program: &'static str, package: &'static str, command: Command) -> Result<(), DiskError> {
+    let done = program::output(program, package, command)?;
     if done.status.success() {
         return Ok(());
     }

@@ -14,6 +14,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::program::{self, NoProgram};
 use crate::{Root, dir_mode};
 
 /// Offset of the superblock in the file system, and of what is read of it (kernel: fs/ext4/ext4.h).
@@ -56,14 +57,8 @@ pub enum Ext4Error {
     #[error("the file system cannot be read: {0}")]
     Damaged(String),
     /// A program of e2fsprogs cannot be started.
-    #[error("cannot run {program}: is the package e2fsprogs installed?")]
-    NoProgram {
-        /// Its name.
-        program: &'static str,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    NoProgram(#[from] NoProgram),
     /// A path has a character that `debugfs` cannot be given.
     #[error("the name {0:?} cannot be written into an image")]
     BadName(String),
@@ -146,7 +141,7 @@ fn check_sizes(image: &File, offset: u64) -> Result<(), Ext4Error> {
         let mut bytes = [0; 4];
         let read = image.read_exact_at(&mut bytes, offset.saturating_add(at));
         read.map_err(Ext4Error::Read)?;
-        Ok(u32::from_le_bytes(bytes))
+        Ok::<_, Ext4Error>(u32::from_le_bytes(bytes))
     };
     let log = number(LOG_BLOCK_SIZE_AT)?;
     if log > LOG_BLOCK_SIZE_MAX {
@@ -223,7 +218,7 @@ impl Ext4 {
                 path: path.clone(),
                 source,
             })?;
-            Ok(path)
+            Ok::<_, Ext4Error>(path)
         };
         // The image's own name may have any character; the link's has none that a program treats specially.
         let link = dir.path().join("image");
@@ -332,11 +327,8 @@ impl Ext4 {
             return Err(bad());
         }
         let (parent, name) = split(path);
-        let (mut at, mut rest) = (
-            String::from("/"),
-            parent.split('/').filter(|p| !p.is_empty()),
-        );
-        for part in rest.by_ref() {
+        let mut at = String::from("/");
+        for part in parent.split('/').filter(|p| !p.is_empty()) {
             let next = format!("{}/{part}", at.trim_end_matches('/'));
             let there = self.view.symlink_metadata(next.as_str());
             at = match (self.follow(&next), there) {
@@ -438,18 +430,12 @@ fn is_there(view: &ext4_view::Ext4, path: &str, entry: &Entry) -> bool {
     }
 }
 
-/// Runs a program that asks nothing. Returns whether it said that all is well, and what it said.
-fn run(program: &'static str, mut command: Command) -> Result<(bool, String), Ext4Error> {
-    command
-        .stdin(std::process::Stdio::null())
-        .env("LC_ALL", "C");
-    let done = command.output();
-    let done = done.map_err(|source| Ext4Error::NoProgram { program, source })?;
+/// Runs a program of e2fsprogs. Returns whether it said that all is well, and what it said.
+fn run(program: &'static str, command: Command) -> Result<(bool, String), NoProgram> {
+    let done = program::output(program, "e2fsprogs", command)?;
     let text = [done.stdout, done.stderr].concat();
-    Ok((
-        done.status.success(),
-        String::from_utf8_lossy(&text).into_owned(),
-    ))
+    let text = String::from_utf8_lossy(&text).into_owned();
+    Ok((done.status.success(), text))
 }
 
 /// What a program of e2fsprogs said beyond its version and the commands that it was given; a few lines at most.

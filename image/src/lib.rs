@@ -14,6 +14,8 @@ mod dir;
 mod disk;
 #[cfg(feature = "disk")]
 mod ext4;
+#[cfg(feature = "disk")]
+mod program;
 
 use std::io;
 
@@ -22,6 +24,8 @@ pub use dir::Dir;
 pub use disk::{Disk, DiskError};
 #[cfg(feature = "disk")]
 pub use ext4::{Ext4, Ext4Error};
+#[cfg(feature = "disk")]
+pub use program::NoProgram;
 
 /// An image's root directory. Paths are relative to it, without `.` and `..`; directories that are missing are made.
 pub trait Root {

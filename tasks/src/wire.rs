@@ -79,7 +79,7 @@ pub struct Facts {
     pub os: String,
     /// The id that the guest is enrolled with, empty if none; a mismatch with the channel's VM is shown as a fault.
     pub vm_id: String,
-    /// Trust anchors in the image; with none it runs no task.
+    /// Keys that may sign goals, of the image and of its card; with none it runs no task.
     pub anchors: u16,
     /// A random number for this boot.
     pub boot_nonce: [u8; 16],

@@ -99,7 +99,7 @@ fn the_agents_package_comes_and_goes_without_a_service_manager() {
         config
     );
     dpkg(&root, &["--remove", "adit-guest"]);
-    root.shell("! test -e /usr/sbin/adit-guest; test -e /etc/adit-guest/adit-guest.toml; test -e /var/lib/adit-guest").unwrap();
+    root.shell("test ! -e /usr/sbin/adit-guest; test -e /etc/adit-guest/adit-guest.toml; test -e /var/lib/adit-guest").unwrap();
     dpkg(&root, &["--purge", "adit-guest"]);
     let left = left(&root, &before);
     assert!(left.is_empty(), "{left:#?}");
@@ -283,7 +283,7 @@ fn an_upgrade_of_aditd_loses_no_tunnel_and_no_task_and_a_broken_configuration_st
     tunnels.end();
     dpkg(&root, &["--purge", "aditd"]);
     let gone = || {
-        root.shell("! test -e /run/adit; ! ls -l /proc/[0-9]*/exe 2>/dev/null | grep /usr/bin/adit")
+        root.shell("test ! -e /run/adit; ! ls -l /proc/[0-9]*/exe 2>/dev/null | grep /usr/bin/adit")
     };
     wait_for("the end of the port processes", SOON, || Ok(gone().ok())).unwrap();
     let left = left(&root, &before);

@@ -137,7 +137,7 @@ fn plot(name: &str) -> anyhow::Result<String> {
 
 /// The path of the peer. Prints the reason and returns `None` if it cannot be installed.
 fn peer() -> Option<String> {
-    let peer = install();
+    let peer = setup::cargo_install(PEER, "peers");
     if let Err(e) = &peer {
         eprintln!("skipped: {} cannot be installed: {e:#}", PEER.0);
     }
@@ -155,26 +155,4 @@ fn bench(name: &str, args: &[&str]) -> anyhow::Result<()> {
         "--",
     ];
     setup::cargo(&[&cargo[..], args].concat())
-}
-
-/// Builds the peer under target/peers, once.
-fn install() -> anyhow::Result<PathBuf> {
-    let (name, version) = PEER;
-    let root = adit_tests::target().join("peers");
-    let binary = root.join("bin").join(name);
-    if !binary.exists() {
-        progress::during(
-            &format!("installing {name} {version} under target/peers"),
-            || {
-                let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-                let mut command = Command::new(cargo);
-                command
-                    .args(["install", "--quiet", "--locked", "--root"])
-                    .arg(&root);
-                command.arg("--target-dir").arg(root.join("build"));
-                output(command.args(["--version", version, name]))
-            },
-        )?;
-    }
-    Ok(binary)
 }

@@ -110,12 +110,10 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
         some => some,
     };
     for package in chosen {
-        println!(
-            "{}",
-            deb(*package, options.deb_version.as_deref())?.display()
-        );
+        let file = deb(*package, options.deb_version.as_deref())?;
+        println!("{}", file.display());
         if options.deb_version.is_none() {
-            println!("{}", tarball(*package)?.display());
+            println!("{}", tarball(*package, &file)?.display());
         }
     }
     Ok(true)
@@ -133,6 +131,8 @@ pub fn directory() -> PathBuf {
 pub fn all_for_tests() -> anyhow::Result<()> {
     for package in ALL {
         let file = deb(package, None)?;
+        let tarball = tarball(package, &file)?;
+        output(Command::new("tar").arg("-tf").arg(tarball))?;
         let mut lintian = Command::new("lintian");
         lintian.args(["--no-cfg", "--allow-root", "--fail-on", "error,warning"]);
         let status = lintian
@@ -144,7 +144,7 @@ pub fn all_for_tests() -> anyhow::Result<()> {
             "lintian has something against {}",
             file.display()
         );
-        deb(package, Some(BEFORE))?;
+        pack(package, Some(BEFORE))?;
     }
     Ok(())
 }
@@ -153,7 +153,12 @@ pub fn all_for_tests() -> anyhow::Result<()> {
 pub fn deb(package: Package, version: Option<&str>) -> anyhow::Result<PathBuf> {
     package.build()?;
     make(package)?;
-    let tool = cargo_deb()?;
+    pack(package, version)
+}
+
+/// Puts what is built and made into a .deb.
+fn pack(package: Package, version: Option<&str>) -> anyhow::Result<PathBuf> {
+    let tool = setup::cargo_install(CARGO_DEB, "tools")?;
     let dir = version.map_or_else(directory, |version| directory().join(version));
     fs::create_dir_all(&dir)?;
     let version = version.map_or_else(|| format!("{}-1", env!("CARGO_PKG_VERSION")), Into::into);
@@ -250,19 +255,15 @@ fn made_at() -> anyhow::Result<String> {
     Ok(told.trim().to_owned())
 }
 
-/// The same files without a package manager: `tar -C / --strip-components=1 -xf FILE` installs them.
-fn tarball(package: Package) -> anyhow::Result<PathBuf> {
+/// The files of a .deb without a package manager: `tar -C / --strip-components=1 -xf FILE` installs them.
+fn tarball(package: Package, deb: &Path) -> anyhow::Result<PathBuf> {
     let dir = directory();
     let name = format!("{package}-{}-x86_64", env!("CARGO_PKG_VERSION"));
-    let deb = dir.join(format!(
-        "{package}_{}-1_amd64.deb",
-        env!("CARGO_PKG_VERSION")
-    ));
     let stage = dir.join("stage").join(&name);
     let _ = fs::remove_dir_all(&stage);
     fs::create_dir_all(&stage)?;
     // What the package has, less what only Debian reads.
-    output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&stage))?;
+    output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&stage))?;
     for debian in [
         format!("usr/share/doc/{package}/changelog.Debian.gz"),
         "usr/share/lintian".to_owned(),
@@ -287,31 +288,4 @@ fn tarball(package: Package) -> anyhow::Result<PathBuf> {
     )?;
     fs::remove_dir_all(dir.join("stage"))?;
     Ok(file)
-}
-
-/// Installs cargo-deb under target/tools, once a version.
-fn cargo_deb() -> anyhow::Result<PathBuf> {
-    let (name, version) = CARGO_DEB;
-    let root = adit_tests::target().join("tools");
-    let binary = root.join("bin").join(name);
-    let there = Command::new(&binary).arg("--version").output();
-    let said = there.map(|o| String::from_utf8_lossy(&o.stdout).into_owned());
-    if said.is_ok_and(|said| said.split_whitespace().last() == Some(version)) {
-        return Ok(binary);
-    }
-    progress::during(
-        &format!("installing {name} {version} under target/tools"),
-        || {
-            let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-            let mut command = Command::new(cargo);
-            command
-                .args(["install", "--quiet", "--locked", "--root"])
-                .arg(&root);
-            command.arg("--target-dir").arg(root.join("build"));
-            output(command.args(["--version", version, name]))
-        },
-    )?;
-    // Some hundred MB that nothing reads again.
-    let _ = fs::remove_dir_all(root.join("build"));
-    Ok(binary)
 }

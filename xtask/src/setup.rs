@@ -134,6 +134,32 @@ fn on_path(program: &str) -> bool {
         .any(|dir| dir.join(program).exists())
 }
 
+/// Installs a program of crates.io under `target/DIR`, once a version. Returns its path.
+pub fn cargo_install((name, version): (&str, &str), dir: &str) -> anyhow::Result<PathBuf> {
+    let root = adit_tests::target().join(dir);
+    let binary = root.join("bin").join(name);
+    let there = Command::new(&binary).arg("--version").output();
+    let said = there.map(|o| String::from_utf8_lossy(&o.stdout).into_owned());
+    if said.is_ok_and(|said| said.split_whitespace().last() == Some(version)) {
+        return Ok(binary);
+    }
+    progress::during(
+        &format!("installing {name} {version} under target/{dir}"),
+        || {
+            let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+            let mut command = Command::new(cargo);
+            command
+                .args(["install", "--quiet", "--locked", "--root"])
+                .arg(&root);
+            command.arg("--target-dir").arg(root.join("build"));
+            output(command.args(["--version", version, name]))
+        },
+    )?;
+    // Some hundred MB that nothing reads again.
+    let _ = std::fs::remove_dir_all(root.join("build"));
+    Ok(binary)
+}
+
 /// Runs cargo, which prints only errors.
 pub fn cargo(args: &[&str]) -> anyhow::Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

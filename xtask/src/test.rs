@@ -258,6 +258,10 @@ fn images() -> anyhow::Result<()> {
 
 /// Installs, upgrades and removes the packages.
 fn packages() -> anyhow::Result<()> {
+    if let Some(why) = root::Root::missing() {
+        eprintln!("skipped: {why}");
+        return Ok(());
+    }
     let dir = crate::package::directory();
     for init in [root::Init::Systemd, root::Init::None] {
         progress::during("making a root of Debian", || root::build(init))?;

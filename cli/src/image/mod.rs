@@ -97,7 +97,11 @@ pub fn run(command: &ImageCommand, format: Format) -> Result<(), Failure> {
             let mut config = CloudConfig::default();
             let agent = what.agent()?;
             let install = what.install(Path::new("/"), Some(Init::Systemd), &agent);
-            let _ = install_in(&mut config, &install).map_err(refused)?;
+            let said = install_in(&mut config, &install).map_err(refused)?;
+            // What a person should know; standard output is the document.
+            for line in said.iter().filter(|line| !line.starts_with("wrote ")) {
+                adit_print::note!("adit: {line}");
+            }
             output::line(config)
         }
     }

@@ -40,9 +40,9 @@ fn a_card_is_signed_shown_and_believed_by_whoever_trusts_its_key() {
         let here = Here {
             vm_id: None,
             now_ms: 0,
-            seen: 7,
         };
         let proved = card::check(&envelope, &trust, here).unwrap();
+        let proved = proved.not_before(7).unwrap();
         assert_eq!(proved.card.labels.to_string(), "env=prod, tier=web");
         assert!(proved.card.guest_pk.is_some());
     }

@@ -77,9 +77,9 @@ pub fn seal(config: &Config, keep_vm_id: bool) -> Result<Vec<PathBuf>, SealError
             Err(source) => return Err(SealError::Io { path, source }),
         }
     }
-    if let Ok(dir) = File::open(&config.state_dir) {
+    for dir in gone.iter().filter_map(|path| path.parent()) {
         // A copy that is made right after this has none of it.
-        let _ = dir.sync_all();
+        let _ = File::open(dir).and_then(|dir| dir.sync_all());
     }
     Ok(gone)
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::config::Config;
+use adit_tasks::dsse::Type;
 
 /// The text of a public key.
 fn key_line(seed: u8) -> String {
@@ -143,6 +144,42 @@ fn a_key_that_can_be_read_only_once_is_installed_whole() {
     try_install(dir.path(), Some(Init::None), &[key]).unwrap();
     let placed = pub_files(&dir.path().join(TRUST_DIR)).unwrap();
     assert_eq!(fs::read_to_string(&placed[0]).unwrap(), key_line(7));
+}
+
+#[test]
+fn a_card_is_checked_by_keys_that_can_be_read_only_once() {
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
+    let dir = tempfile::tempdir().unwrap();
+    let private = ed25519_dalek::SigningKey::from_bytes(&[7; 32]);
+    let payload =
+        r#"{"vm_id":"web-1","generation":1,"labels":{},"not_after":"2999-01-01T00:00:00Z"}"#;
+    let card = dir.path().join("card");
+    let signed = adit_tasks::dsse::sign_as(Type::Card, payload.as_bytes(), &private);
+    fs::write(&card, signed).unwrap();
+    let (read, mut write) = std::io::pipe().unwrap();
+    write
+        .write_all(format!("roles=card {}", key_line(7)).as_bytes())
+        .unwrap();
+    drop(write);
+    let said = install(&Install {
+        root: dir.path(),
+        init: Some(Init::None),
+        vm_id: None,
+        trust: &[PathBuf::from(format!("/proc/self/fd/{}", read.as_raw_fd()))],
+        card: Some(&card),
+        ports: &[],
+        binary: Path::new("/bin/true"),
+    })
+    .unwrap();
+    assert!(
+        said.iter().any(|l| l == "wrote  /etc/adit/card"),
+        "{said:?}"
+    );
+    assert!(
+        !said.iter().any(|l| l.contains("--trust counts")),
+        "{said:?}"
+    );
 }
 
 #[test]

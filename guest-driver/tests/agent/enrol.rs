@@ -81,7 +81,6 @@ fn an_image_without_an_id_is_who_its_card_says_and_nobody_before() {
     let here = Here {
         vm_id: None,
         now_ms: 0,
-        seen: 0,
     };
     let proved = card::check(&session.enrolment.card, &trust, here).unwrap();
     assert_eq!(proved.card.labels.to_string(), "env=prod");

@@ -129,11 +129,11 @@ pub struct Vm {
 pub struct Card {
     /// Where the guest says that it found it.
     pub place: String,
-    /// Which; none if it is not believed.
+    /// Which; none if it was not believed when it was shown.
     pub generation: Option<u64>,
-    /// Id of the key that signed it; none if it is not believed.
+    /// Id of the key that signed it; none as above.
     pub signer: Option<String>,
-    /// RFC 3339; until when it is valid; none if it is not believed.
+    /// RFC 3339; until when it is valid; none as above.
     pub not_after: Option<String>,
     /// Why this host does not believe it; none: it does.
     pub unproved: Option<String>,

@@ -19,7 +19,7 @@ use rustix::fs::{
 use rustix::thread::{CapabilitySet, capabilities};
 
 use crate::config::Config;
-use crate::uids;
+use crate::{arguments, uids};
 
 /// The user that packages make.
 const NAME: &str = "adit";
@@ -106,10 +106,10 @@ fn of_running_worker(run_dir: &Path) -> Option<u32> {
         .trim()
         .parse()
         .ok()?;
-    let process = Path::new("/proc").join(pid.to_string());
     // Another process may have its number by now.
-    let line = std::fs::read(process.join("cmdline")).ok()?;
+    let line = arguments::line_of(pid);
     let is_worker = line.split(|byte| *byte == 0).nth(1) == Some(b"worker");
+    let process = Path::new("/proc").join(pid.to_string());
     uids::of_process(&process)
         .first()
         .copied()

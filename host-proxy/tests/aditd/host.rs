@@ -423,7 +423,7 @@ impl Port {
         control
     }
 
-    /// One that cannot answer now is not waited for.
+    /// Goes on after the limit: aditd may be stopped, or hear nothing on purpose.
     fn wait_heard(&self) {
         let Ok(aditd) = adit_client::blocking::Client::new(&self.api, HEARD_LIMIT) else {
             return;

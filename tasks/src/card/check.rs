@@ -1,5 +1,6 @@
 //! What guest and host ask of a card before they believe it, in this order: the envelope's form, the signature of a key with the
-//! role `card`, the card's form, the roles of the anchors that it brings, its VM, its time, its generation.
+//! role `card`, the card's form, the roles of the anchors that it brings, its VM, its time. Then its generation
+//! ([`Proved::not_before`]), of which whoever checks keeps the highest of each VM.
 
 use adit_names::VmId;
 use jiff::Timestamp;
@@ -16,8 +17,6 @@ pub struct Here<'a> {
     pub vm_id: Option<&'a VmId>,
     /// Unix ms.
     pub now_ms: i64,
-    /// The highest generation that was believed here; 0: none yet.
-    pub seen: u64,
 }
 
 /// A card that is believed.
@@ -27,6 +26,19 @@ pub struct Proved {
     pub card: Card,
     /// Who signed it.
     pub key: KeyId,
+}
+
+impl Proved {
+    /// The card, unless one of a higher generation than its own was believed for its VM: `seen`, 0 for none.
+    ///
+    /// # Errors
+    /// It is an older one.
+    pub fn not_before(self, seen: u64) -> Result<Self, CardError> {
+        match self.card.generation {
+            generation if generation < seen => Err(CardError::Old { generation, seen }),
+            _ => Ok(self),
+        }
+    }
 }
 
 /// Why a card is not believed. Nothing was changed.
@@ -136,10 +148,6 @@ pub fn check(envelope: &[u8], trust: &TrustStore, here: Here<'_>) -> Result<Prov
     if here.now_ms > card.not_after.as_millisecond() {
         let (not_after, now_ms) = (card.not_after, here.now_ms);
         return Err(CardError::Expired { not_after, now_ms });
-    }
-    if card.generation < here.seen {
-        let (generation, seen) = (card.generation, here.seen);
-        return Err(CardError::Old { generation, seen });
     }
     let key = verified.key();
     Ok(Proved { card, key })

@@ -125,7 +125,8 @@ RESTART nginx
 apt-get --version > /dev/null; dpkg --configure -a
 su deploy -c 'test $(id -un) = deploy'
 setsid sleep 1000 > /dev/null 2>&1 < /dev/null &
-grep -q adit-tasks /proc/self/cgroup && ! grep -q adit-guest.service /proc/self/cgroup
+grep -q adit-tasks /proc/self/cgroup
+if grep -q adit-guest.service /proc/self/cgroup; then exit 1; fi
 echo all of it";
 
 #[test]
