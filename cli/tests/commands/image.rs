@@ -91,6 +91,65 @@ fn an_image_gets_the_files_that_a_directory_gets() {
 }
 
 #[test]
+fn a_qcow2_image_gets_the_policy_too() {
+    let dir = scene();
+    if Command::new("qemu-img").arg("--version").output().is_err() {
+        return eprintln!("skipped: no qemu-img (qemu-utils)");
+    }
+    let run = |program: &str, args: &[&str]| {
+        let out = Command::new(program)
+            .args(args)
+            .current_dir(dir.path())
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{program}: {}", text(&out.stderr));
+        text(&out.stdout)
+    };
+    let raw = dir.path().join("web-1.raw");
+    fs::File::create(raw).unwrap().set_len(16 << 20).unwrap();
+    run(
+        "mke2fs",
+        &["-q", "-t", "ext4", "-F", "-d", "root", "web-1.raw"],
+    );
+    let to_qcow2 = [
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        "web-1.raw",
+        "web-1.qcow2",
+    ];
+    run("qemu-img", &to_qcow2);
+    let done = inject(dir.path(), "web-1.qcow2", &[]);
+    let lines = text(&done.stdout);
+    assert!(
+        lines.contains("wrote  /etc/adit-guest/policy.toml"),
+        "{lines}{}",
+        text(&done.stderr)
+    );
+    run(
+        "qemu-img",
+        &[
+            "convert",
+            "-f",
+            "qcow2",
+            "-O",
+            "raw",
+            "web-1.qcow2",
+            "back.raw",
+        ],
+    );
+    let cat = |file: &str| run("debugfs", &["-R", &format!("cat {file}"), "back.raw"]);
+    assert_eq!(cat("/etc/adit-guest/policy.toml"), "default = \"deny\"\n");
+    let config = cat("/etc/adit-guest/adit-guest.toml");
+    assert!(
+        config.contains("policy = \"/etc/adit-guest/policy.toml\""),
+        "{config}"
+    );
+}
+
+#[test]
 fn what_is_no_image_or_no_agent_is_refused_with_the_remedy() {
     let dir = scene();
     let refused = |out: std::process::Output, code: i32, part: &str| {
