@@ -153,6 +153,14 @@ fn no_link_below_a_root_of_the_policy_is_followed() {
     }
     assert_eq!(fs::read_dir(host.path("root/etc")).unwrap().count(), 0);
     assert_eq!(fs::read_dir(host.path("aside")).unwrap().count(), 0);
+    // A link below the configuration's root is none that a policy can have followed.
+    put(&host, &rule(&at("root/www/out")));
+    hup(&host);
+    let reloads = |host: &Host, n| host.log().matches("adit-guest: reloaded ").count() == n;
+    until("it reloads", || reloads(&host, 1));
+    refused(&write(&mut session, "root/www/out/f"), "path-denied");
+    assert_eq!(fs::read_dir(host.path("aside")).unwrap().count(), 0);
+    put(&host, &rule(&at("root/www")));
     // The configuration's root is a link that leads out of the policy's.
     let config = fs::read_to_string(host.path("adit-guest.toml")).unwrap();
     let narrow = config.replace(
@@ -166,12 +174,10 @@ fn no_link_below_a_root_of_the_policy_is_followed() {
     });
     refused(&write(&mut session, "root/www/out/f"), "path-denied");
     assert_eq!(fs::read_dir(host.path("aside")).unwrap().count(), 0);
-    // The policy's root is the link: whoever wrote it means what it leads to.
+    // Both roots are the link: whoever wrote them means what it leads to.
     put(&host, &rule(&at("root/www/out")));
     hup(&host);
-    until("it reloads", || {
-        host.log().matches("adit-guest: reloaded ").count() == 2
-    });
+    until("it reloads", || reloads(&host, 3));
     assert_eq!(write(&mut session, "root/www/out/f").outcome, Outcome::Done);
     assert!(host.path("aside/f").exists());
 }
