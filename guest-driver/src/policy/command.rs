@@ -162,14 +162,21 @@ fn check(given: Option<&Path>, config: &Path, output: Format) -> Result<Said, Co
         Some(file) => (file.to_owned(), source::read_given(file).map(|(p, _)| p)),
         None => {
             let config = Config::load(config)?;
-            let file = file_of(&config).0;
-            (file.to_owned(), source::read(file))
+            let (file, is_named) = file_of(&config);
+            let read = source::read(file);
+            if let (Err(PolicyError::Missing { .. }), false) = (&read, is_named) {
+                let (file, own) = (file.display(), config.path.display());
+                let text = format!("there is no policy: {file} is not there, and {own} names none");
+                return Err(CommandError::Policy(text));
+            }
+            (file.to_owned(), read)
         }
     };
     let shown = file.display();
     let problems: &[Problem] = match &read {
         Ok(_) => &[],
         Err(PolicyError::Bad { problems, .. }) => problems,
+        Err(e) if given.is_some() => return Err(CommandError::Policy(e.to_string())),
         Err(e) => return unusable(e, &file, output),
     };
     let notes = read.as_ref().map(notes).unwrap_or_default();
@@ -313,8 +320,8 @@ fn explain(
     };
     let (standing, config) = match policy {
         Some(file) => {
-            let (policy, _) = source::read_given(file)
-                .map_err(|e| CommandError::Policy(format!("{e}; {}", e.remedy())))?;
+            let read = source::read_given(file);
+            let (policy, _) = read.map_err(|e| CommandError::Policy(e.to_string()))?;
             (Standing::of(file, policy), None)
         }
         None => {

@@ -151,7 +151,7 @@ impl<'t> Reader<'t> {
         let default = self.required(root, "", "default", 0..0);
         let default = default.map(|(at, value)| {
             if value.get_ref().as_str() != Some("deny") {
-                self.is_not(value, "default", "\"deny\", and nothing else");
+                self.is_not(value, "default", "only \"deny\"");
             }
             at
         });
@@ -305,7 +305,7 @@ impl<'t> Reader<'t> {
     fn service(&mut self, table: &DeTable<'t>, at: Range<usize>) -> Option<ServiceRule> {
         let line = self.line(&at);
         let (_, value) = self.required(table, "service", "names", at)?;
-        let takes = "the name of a service, such as \"ping\" or \"tcp:80\"; it is no pattern";
+        let takes = "the whole name of a service, such as \"ping\" or \"tcp:80\"";
         let names = self.list(value, "names", takes, service)?;
         Some(ServiceRule { line, names })
     }
@@ -352,7 +352,7 @@ impl<'t> Reader<'t> {
         let commands = match value.get_ref().as_str() {
             Some("any") => Of::Any,
             _ => {
-                let takes = "the absolute path of a program, without arguments; it is no pattern";
+                let takes = "the absolute path of a program, without arguments";
                 let path = |value: &DeValue<'_>| {
                     let path = value.as_str().filter(|path| is_plain(path));
                     path.map(str::to_owned)
@@ -378,8 +378,7 @@ impl<'t> Reader<'t> {
             let value = Of::Any;
             return Some(At { line, value });
         }
-        let takes = "a name, or a number from 0 to 4294967294; it is no pattern. For all of them write \"any\" without \
-                     brackets";
+        let takes = "a whole name, or a number from 0 to 4294967294 (all of them: \"any\" without brackets)";
         let list = self.list(value, key, takes, who)?;
         let value = Of::These(list.into_iter().map(|who| who.value).collect());
         Some(At { line, value })
