@@ -122,6 +122,16 @@ impl Client {
         }
     }
 
+    /// What is wrong in this guest at this moment, so that no task runs. Not asked for while one does.
+    fn faults(&self) -> Vec<String> {
+        let policy = self.live.policy_fault().map(|fault| fault.to_string());
+        let journal = match &self.running {
+            None => self.runner.lock().journal_fault(),
+            Some(_) => None,
+        };
+        policy.into_iter().chain(journal).collect()
+    }
+
     fn facts(&self, anchors: &Anchors) -> Facts {
         let me = self.live.me(anchors);
         Facts {
@@ -160,8 +170,8 @@ impl Client {
     fn session(&mut self, conn: &Conn) -> io::Result<io::Error> {
         let anchors = self.live.anchors();
         // First, so that a VM that is ready has its labels.
-        let mut told = self.live.policy_fault();
-        let enrolment = self.live.enrolment(&anchors);
+        let mut told = self.faults();
+        let enrolment = self.live.enrolment(&anchors, &told);
         self.send_ignorable(conn, WireKind::Enrolment, &enrolment)?;
         let facts = self.facts(&anchors);
         self.send(conn, WireKind::Facts, &facts)?;
@@ -183,12 +193,12 @@ impl Client {
             if !mem::take(&mut clock_is_fresh) {
                 self.send_clock(conn)?;
             }
-            // A reload may have found, or mended, a policy that cannot be used.
-            let policy_fault = self.live.policy_fault();
-            if policy_fault != told {
-                let enrolment = self.live.enrolment(&self.live.anchors());
+            // A reload may have found, or mended, a policy that cannot be used; and the journal may be another one since.
+            let faults = self.faults();
+            if faults != told {
+                let enrolment = self.live.enrolment(&self.live.anchors(), &faults);
                 self.send_ignorable(conn, WireKind::Enrolment, &enrolment)?;
-                told = policy_fault;
+                told = faults;
             }
             let epoch = self.identity.common().epoch;
             let id = self.send(conn, WireKind::Pull, &Pull { epoch })?;

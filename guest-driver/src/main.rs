@@ -164,7 +164,9 @@ fn main() -> ExitCode {
 fn failed(e: &anyhow::Error, status: u8) -> ExitCode {
     if status != adit_print::CLOSED_PIPE {
         // One line, whatever a cause brings along.
-        adit_print::note!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
+        let line = format!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
+        adit_print::note!("{line}");
+        adit_guest_driver::log::console(&line);
     }
     ExitCode::from(status)
 }

@@ -21,6 +21,8 @@ pub enum FaultKind {
     Card,
     /// The guest's policy file cannot be used.
     Policy,
+    /// The guest's journal takes no task.
+    Journal,
 }
 
 impl FaultKind {
@@ -33,6 +35,7 @@ impl FaultKind {
             Self::Enrolment => "enrolment",
             Self::Card => "card",
             Self::Policy => "policy",
+            Self::Journal => "journal",
         }
     }
 }

@@ -120,6 +120,13 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         };
         ["guest key".into(), format!("{} ({proof})", key.public)]
     }));
+    rows.extend(vm.goal_keys.map(|n| {
+        let said = match n {
+            0 => "none: it runs no task; put a key into the guest's trust_dir".into(),
+            n => format!("{n} in the guest"),
+        };
+        ["goal keys".into(), said]
+    }));
     rows.extend(vm.clock_ahead_ms.map(|ms| ["clock".into(), clock(ms)]));
     rows.extend(vm.holding.iter().map(|held| {
         let said = format!(

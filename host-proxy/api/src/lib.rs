@@ -79,6 +79,9 @@ pub struct Vm {
     /// The guest's own key, as it says.
     #[serde(default)]
     pub guest_key: Option<GuestKey>,
+    /// Keys that may order work in the guest, as its agent says. 0: it runs none.
+    #[serde(default)]
+    pub goal_keys: Option<u16>,
     /// How far the guest's clock was ahead of this host's when the agent told it last, ms; negative: behind.
     #[serde(default)]
     pub clock_ahead_ms: Option<i64>,

@@ -139,11 +139,16 @@ impl Agent {
     pub(super) fn faults(&self) -> Vec<Fault> {
         let said = self.said();
         let mut faults: Vec<_> = self.enrolment_fault(&said).into_iter().collect();
-        // The guest's words: each fault begins with its code.
-        let of_policy = |text: &String| text.starts_with("policy-");
-        let (policy, mut texts): (Vec<_>, Vec<_>) =
-            said.enrolment.faults.into_iter().partition(of_policy);
-        if let Some(Err(unproved)) = said.enrolment.card
+        let of = |kind: FaultKind| {
+            let texts = said
+                .enrolment
+                .faults
+                .iter()
+                .filter(move |t| kind_of(t) == kind);
+            texts.cloned().collect::<Vec<_>>()
+        };
+        let mut texts = of(FaultKind::Card);
+        if let Some(Err(unproved)) = &said.enrolment.card
             && unproved.is_fault
         {
             texts.push(format!(
@@ -154,8 +159,11 @@ impl Agent {
         if !texts.is_empty() {
             faults.push(Fault::new(FaultKind::Card, &texts.join("; ")));
         }
-        if !policy.is_empty() {
-            faults.push(Fault::new(FaultKind::Policy, &policy.join("; ")));
+        for kind in [FaultKind::Policy, FaultKind::Journal] {
+            let texts = of(kind);
+            if !texts.is_empty() {
+                faults.push(Fault::new(kind, &texts.join("; ")));
+            }
         }
         faults
     }
@@ -184,5 +192,14 @@ impl Agent {
 
     fn lock(&self) -> MutexGuard<'_, Said> {
         self.said.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a fault of the guest is about. The words are the guest's: each begins with its code.
+fn kind_of(text: &str) -> FaultKind {
+    match text {
+        _ if text.starts_with("policy-") => FaultKind::Policy,
+        _ if text.starts_with("journal-") || text.starts_with("no-space:") => FaultKind::Journal,
+        _ => FaultKind::Card,
     }
 }

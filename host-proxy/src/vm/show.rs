@@ -41,6 +41,7 @@ impl VmEntry {
                 public: key.public.to_string(),
                 unproved: key.unproved.clone(),
             }),
+            goal_keys: facts.map(|f| f.anchors),
             clock_ahead_ms: agent.clock_ahead_ms,
             holding: agent.held.filter(|_| connected).map(|held| Holding {
                 task_id: adit_tasks::hex(&held.task_id),
