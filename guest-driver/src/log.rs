@@ -20,14 +20,15 @@ const PREFIX: &str = "adit-guest: ";
 /// Most bytes of one value; the rest is cut and marked.
 const VALUE_MAX: usize = 512;
 
-/// Events that a client, or a process of this guest, causes by opening a stream.
-const BY_PEERS: [&str; 6] = [
+/// Events that a client, or a process of this guest, causes by opening a stream, or the host by what it says.
+const BY_PEERS: [&str; 7] = [
     "stream-refused",
     "hello-refused",
     "relay-failed",
     "accept-failed",
     "ring-failed",
     "ring-ended",
+    "trust-refused",
 ];
 /// Such an event gets one line in this time.
 const PERIOD: Duration = Duration::from_secs(1);

@@ -25,6 +25,7 @@ fn install_into(root: &Path, init: Option<Init>, trust: &[PathBuf]) -> Vec<Strin
         vm_id: Some(&vm_id),
         trust,
         card: None,
+        trust_document: None,
         ports: &[80, 22],
         binary: &binary,
     })
@@ -84,6 +85,7 @@ fn try_install(
         vm_id: Some(&vm_id),
         trust,
         card: None,
+        trust_document: None,
         ports: &[],
         binary,
     })
@@ -168,6 +170,7 @@ fn a_card_is_checked_by_keys_that_can_be_read_only_once() {
         vm_id: None,
         trust: &[PathBuf::from(format!("/proc/self/fd/{}", read.as_raw_fd()))],
         card: Some(&card),
+        trust_document: None,
         ports: &[],
         binary: Path::new("/bin/true"),
     })
@@ -203,6 +206,7 @@ fn what_the_agent_would_not_read_is_not_installed() {
             vm_id: Some(&vm_id),
             trust: &[],
             card: None,
+            trust_document: None,
             ports,
             binary: Path::new("/bin/true"),
         });
@@ -559,6 +563,7 @@ fn a_program_that_cannot_start_in_the_image_is_told() {
             vm_id: Some(&vm_id),
             trust: &[],
             card: None,
+            trust_document: None,
             ports: &[],
             binary: Path::new("/bin/true"),
         });
@@ -581,6 +586,7 @@ fn an_image_for_many_vms_has_no_id_and_says_what_it_needs() {
         vm_id: None,
         trust: &[],
         card: None,
+        trust_document: None,
         ports: &[],
         binary: Path::new("/bin/true"),
     });

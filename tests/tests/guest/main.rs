@@ -15,6 +15,7 @@ use adit_tests::image::{Image, Kernel};
 mod bombs;
 mod cards;
 mod clock;
+mod clones;
 mod cuts;
 mod from_guest;
 mod hostile;
