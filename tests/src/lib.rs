@@ -51,6 +51,11 @@ pub fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
+/// The packages that tests install.
+pub fn packages() -> PathBuf {
+    target().join("package/tests")
+}
+
 /// The static adit-vmm.
 pub fn vmm_bin() -> PathBuf {
     target().join("x86_64-unknown-linux-musl/vmm/adit-vmm")
