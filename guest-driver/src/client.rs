@@ -34,6 +34,7 @@ use crate::clock;
 use crate::config::ClockSource;
 use crate::conn::Conn;
 use crate::crash::{self, Point};
+use crate::frames::{answers, decode, ignorable, invalid};
 use crate::given::Given;
 use crate::live::Live;
 use crate::runner::{Handled, Runner};
@@ -72,6 +73,8 @@ pub struct Client {
     features: u64,
     /// How many trust documents came on it.
     trusts: u32,
+    /// What the host was told on it of who this guest is.
+    told: Option<(wire::Enrolment, Facts)>,
     /// The clock message that the host has not answered, and when it was sent.
     clock_asked: Option<(u32, Instant)>,
     last_id: u32,
@@ -94,6 +97,7 @@ impl Client {
             given: Given::default(),
             features: 0,
             trusts: 0,
+            told: None,
             clock_asked: None,
             last_id: 0,
         }
@@ -152,7 +156,7 @@ impl Client {
             Hello::Accept(accept) => {
                 self.identity.saw(&accept.common);
                 self.features = accept.common.features & wire::FEATURES;
-                self.trusts = 0;
+                (self.trusts, self.told) = (0, None);
                 self.given = Given::new(self.features & wire::WINDOW != 0);
                 conn.set_timeout(None)?;
                 Ok(conn)
@@ -167,16 +171,11 @@ impl Client {
         if self.features & wire::IDENTITY != 0 {
             self.identify(conn)?;
         }
-        let anchors = self.live.anchors();
-        // First, so that a VM that is ready has its labels.
-        let enrolment = self.live.enrolment(&anchors);
-        self.send_ignorable(conn, WireKind::Enrolment, &enrolment)?;
+        self.tell(conn)?;
         if self.features & wire::TRUST != 0 {
-            let held = self.live.held(&anchors, String::new());
+            let held = self.live.held(&self.live.anchors(), String::new());
             self.send(conn, WireKind::TrustHeld, &held)?;
         }
-        let facts = self.facts(&anchors);
-        self.send(conn, WireKind::Facts, &facts)?;
         self.send_clock(conn)?;
         // Not sent again before the first pull, unless something comes in between.
         let mut clock_is_fresh = true;
@@ -209,6 +208,21 @@ impl Client {
         }
     }
 
+    /// Tells who this guest is, unless the host was told just that.
+    fn tell(&mut self, conn: &Conn) -> io::Result<()> {
+        let anchors = self.live.anchors();
+        let (enrolment, facts) = (self.live.enrolment(&anchors), self.facts(&anchors));
+        let now = (enrolment, facts);
+        if self.told.as_ref() == Some(&now) {
+            return Ok(());
+        }
+        // First, so that a VM that is ready has its labels.
+        self.send_ignorable(conn, WireKind::Enrolment, &now.0)?;
+        self.send(conn, WireKind::Facts, &now.1)?;
+        self.told = Some(now);
+        Ok(())
+    }
+
     /// Learns from the host which id this guest has. Before that nothing runs: it may be a copy of another guest's disk.
     fn identify(&mut self, conn: &Conn) -> io::Result<()> {
         let Some(identity) = self.live.identity() else {
@@ -234,8 +248,9 @@ impl Client {
                 self.live.held(&self.live.anchors(), why)
             }
         };
-        self.send_with(conn, WireKind::TrustHeld, 0, &held)?;
-        Ok(())
+        self.send(conn, WireKind::TrustHeld, &held)?;
+        // The key that has signed its card may be out now, for example.
+        self.tell(conn)
     }
 
     /// Waits for the task that answers a pull; none at the end of the stream.
@@ -500,39 +515,4 @@ impl Client {
             self.on_unsolicited(conn, &header, &body)?;
         }
     }
-}
-
-/// Whether a frame answers this message of ours.
-fn answers(header: &Header, id: u32) -> io::Result<()> {
-    match header.id == id {
-        true => Ok(()),
-        false => Err(invalid(&format!(
-            "answer to message {}, expected one to {id}",
-            header.id
-        ))),
-    }
-}
-
-fn decode<T: DeserializeOwned>(header: &Header, body: &[u8]) -> io::Result<T> {
-    let decoded = header.decode(body);
-    decoded.map_err(|e| io::Error::new(ErrorKind::InvalidData, e))
-}
-
-fn ignorable(header: &Header) -> io::Result<()> {
-    let Header {
-        kind,
-        version,
-        flags,
-        ..
-    } = header;
-    if flags & frame::IGNORABLE == 0 {
-        return Err(invalid(&format!(
-            "unexpected frame of kind {kind} version {version}"
-        )));
-    }
-    Ok(())
-}
-
-fn invalid(what: &str) -> io::Error {
-    io::Error::new(ErrorKind::InvalidData, what.to_owned())
 }

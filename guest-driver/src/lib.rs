@@ -21,6 +21,7 @@ pub mod documents;
 pub mod enrol;
 pub mod exec;
 pub mod facts;
+mod frames;
 pub mod given;
 pub mod install;
 pub mod journal;

@@ -8,10 +8,10 @@
 //!   Identity{id} ─────────────────────────▶   where both have the bit IDENTITY: the id that a host has given it
 //!   ◀────────────────────────────── Identified   the id that it has from now on; it runs nothing before it has heard this
 //!   Enrolment ────────────────────────────▶   its card and its key, and what of that it could not use
+//!   Facts ────────────────────────────────▶   agent is ready; both again if they change
 //!   TrustHeld ────────────────────────────▶   where both have the bit TRUST: which trust documents it has taken
 //!   ◀──────────────────────── Trust{envelope}   each that the guest has not taken yet; at any time, also while a task runs
 //!   TrustHeld ────────────────────────────▶   the answer to each
-//!   Facts ────────────────────────────────▶   agent is ready
 //!   Clock ────────────────────────────────▶   before every pull, so that the host sees a clock that is off
 //!   ◀───────────────────────────── HostClock   used by a guest that is configured so
 //!   Pull{known digests} ──────────────────▶   held until there is a task: no polling, no timer

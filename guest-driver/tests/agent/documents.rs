@@ -387,6 +387,13 @@ fn the_card_of_a_revoked_key_is_not_believed_and_one_of_the_next_key_is() {
     last["anchors"] = json!([line("card", 9)]);
     assert_eq!(code(&mut session, &document(9, 1, last)), "");
     refused(&session.run(&ran(&host, 1)), "not-enrolled");
+    // The host is told at once that this guest is nobody now, and why.
+    assert_eq!(session.facts.take().unwrap().vm_id, "");
+    let faults = &session.enrolment.faults;
+    assert!(
+        faults.len() == 1 && faults[0].starts_with("card-untrusted: "),
+        "{faults:?}"
+    );
     fs::write(host.path("etc/card"), card(9, 2)).unwrap();
     kill(Pid::from_raw(host.pid()), Signal::SIGHUP).unwrap();
     let (mut session, facts) = host.accept();

@@ -184,12 +184,15 @@ impl Host {
         let mut session = Session {
             stream,
             enrolment: wire::Enrolment::default(),
+            facts: None,
             identity: None,
             trust: None,
             pulls: None,
             clock: None,
             clocks: Vec::new(),
         };
+        let mut facts = None;
+        let waits = self.features & wire::TRUST != 0;
         loop {
             let (header, body) = frame::read(&mut session.stream, frame::LEN_MAX)
                 .unwrap()
@@ -214,8 +217,11 @@ impl Host {
                 }
                 k => {
                     assert_eq!(k, WireKind::Facts as u16);
-                    return (session, header.decode(&body).unwrap());
+                    facts = Some(header.decode(&body).unwrap());
                 }
+            }
+            if let Some(facts) = facts.take_if(|_| !waits || session.trust.is_some()) {
+                return (session, facts);
             }
         }
     }
@@ -248,6 +254,8 @@ impl Drop for Host {
 pub struct Session {
     /// What it said of its card.
     pub enrolment: wire::Enrolment,
+    /// What it said of itself again.
+    pub facts: Option<Facts>,
     /// The id that it had.
     pub identity: Option<HostGiven>,
     /// What it had taken of trust documents.
@@ -268,6 +276,15 @@ impl Session {
             let Some((header, body)) = frame::read(&mut self.stream, frame::LEN_MAX)? else {
                 return Ok(None);
             };
+            // Said again, for it has changed.
+            if header.kind == WireKind::Enrolment as u16 {
+                self.enrolment = header.decode(&body).unwrap();
+                continue;
+            }
+            if header.kind == WireKind::Facts as u16 {
+                self.facts = Some(header.decode(&body).unwrap());
+                continue;
+            }
             if header.kind != WireKind::Clock as u16 {
                 break (header, body);
             }
