@@ -171,6 +171,7 @@ impl Client {
         if self.features & wire::IDENTITY != 0 {
             self.identify(conn)?;
         }
+        let mut told = self.live.policy_fault();
         self.tell(conn)?;
         if self.features & wire::TRUST != 0 {
             let held = self.live.held(&self.live.anchors(), String::new());
@@ -193,6 +194,12 @@ impl Client {
         loop {
             if !mem::take(&mut clock_is_fresh) {
                 self.send_clock(conn)?;
+            }
+            // A reload may have found, or mended, a policy that cannot be used.
+            let policy_fault = self.live.policy_fault();
+            if policy_fault != told {
+                self.tell(conn)?;
+                told = policy_fault;
             }
             let epoch = self.identity.common().epoch;
             let id = self.send(conn, WireKind::Pull, &Pull { epoch })?;

@@ -24,11 +24,14 @@ use adit_tasks::trust::Document;
 use crate::clock;
 use crate::config::{Config, ConfigError};
 use crate::documents;
+use crate::policy::{PolicyError, source};
 use crate::trust::{KeyFileError, check_key, pub_files};
 
 /// Where the agent goes.
 const BINARY: &str = "usr/sbin/adit-guest";
 const CONFIG: &str = "etc/adit-guest/adit-guest.toml";
+/// Where the agent looks for its policy; its configuration names it as well, so that it must be there.
+const POLICY: &str = "etc/adit-guest/policy.toml";
 /// Where the agent looks for its card if its configuration says nothing else.
 const CARD: &str = "etc/adit/card";
 /// And for a trust document, beside it.
@@ -66,6 +69,9 @@ pub struct What {
     /// A trust document, as `adit trust change` makes it; goes to /etc/adit/trust.json
     #[arg(long, value_name = "FILE")]
     pub trust_document: Option<PathBuf>,
+    /// The guest's policy (docs/operate.md); goes to /etc/adit-guest/policy.toml, and has to be there from then on
+    #[arg(long, value_name = "FILE")]
+    pub policy: Option<PathBuf>,
     /// Local TCP ports that the host may reach, for example 80,22
     #[arg(long, value_delimiter = ',')]
     pub allow_port: Vec<u16>,
@@ -86,6 +92,7 @@ impl What {
             trust: &self.trust,
             card: self.card.as_deref(),
             trust_document: self.trust_document.as_deref(),
+            policy: self.policy.as_deref(),
             ports: &self.allow_port,
             binary,
         }
@@ -107,6 +114,8 @@ pub struct Install<'a> {
     pub card: Option<&'a Path>,
     /// A file with a trust document.
     pub trust_document: Option<&'a Path>,
+    /// A file with the guest's policy.
+    pub policy: Option<&'a Path>,
     /// Local TCP ports that the host may reach.
     pub ports: &'a [u16],
     /// The agent's binary.
@@ -149,6 +158,9 @@ pub enum InstallError {
         /// What is wrong.
         why: String,
     },
+    /// What is to be the policy cannot be used.
+    #[error("--policy: {0}")]
+    Policy(PolicyError),
     /// What is to be trusted is no key.
     #[error(transparent)]
     Key(#[from] KeyFileError),
@@ -298,6 +310,8 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
         .map(|path| card_file(path, what, &keys))
         .transpose()?;
     let document = what.trust_document.map(trust_document).transpose()?;
+    let policy = what.policy.map(source::read_given).transpose();
+    let policy = policy.map_err(InstallError::Policy)?;
     let config = config(what);
     Config::parse(&root.join(CONFIG), &config)?;
     let mut said = Vec::new();
@@ -326,6 +340,9 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
     }
     if let Some(document) = &document {
         put(TRUST_DOCUMENT, document, 0o600)?;
+    }
+    if let Some((_, policy)) = &policy {
+        put(POLICY, policy, 0o600)?;
     }
     let mut link = None;
     match init {
@@ -399,10 +416,12 @@ fn config(what: &Install<'_>) -> String {
         .collect::<Vec<_>>()
         .join(", ");
     let vm_id = what.vm_id.map(|id| format!("vm_id = \"{id}\"\n"));
+    let policy = what.policy.map(|_| format!("policy = \"/{POLICY}\"\n"));
     format!(
         "# Written by `adit-guest install`.\n\
-         {}trust_dir = \"/{TRUST_DIR}\"\nstate_dir = \"/var/lib/adit-guest\"\nallow_ports = [{ports}]\n",
-        vm_id.unwrap_or_default()
+         {}{}trust_dir = \"/{TRUST_DIR}\"\nstate_dir = \"/var/lib/adit-guest\"\nallow_ports = [{ports}]\n",
+        vm_id.unwrap_or_default(),
+        policy.unwrap_or_default()
     )
 }
 

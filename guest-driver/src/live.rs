@@ -4,6 +4,7 @@
 //! |---|---|
 //! | files in `trust_dir` | at the next task, without SIGHUP: they are read for each |
 //! | `trust_dir`, `script`, `file` | at the next task after SIGHUP |
+//! | `policy`, and what is in that file | at the next task or stream after SIGHUP; what becomes of a file that cannot be used: `policy::Standing` |
 //! | `allow_ports` | at the next stream after SIGHUP; streams that are open go on |
 //! | `clock` | when the host next sends its time after SIGHUP |
 //! | what is in the places of cards and trust documents | at SIGHUP; the host hears of it on the agent's next stream, which begins at once |
@@ -21,14 +22,16 @@ use nix::sys::socket::{Shutdown, shutdown};
 
 use crate::config::{Config, ConfigError};
 use crate::conn::Conn;
-use crate::enrol::{self, Enrolment};
+use crate::enrol::{self, Enrolment, Fault};
 use crate::exec::script;
+use crate::policy::Standing;
 use crate::trust::Anchors;
 use crate::{clock, documents, log};
 
 /// The configuration in force.
 pub struct Live {
     config: RwLock<Arc<Config>>,
+    policy: RwLock<Arc<Standing>>,
     /// Who this guest is, as found at the start or at SIGHUP.
     enrolment: RwLock<Arc<Enrolment>>,
     /// Held by whoever replaces it.
@@ -59,8 +62,11 @@ struct Logged {
 impl Live {
     /// Begins with this configuration.
     pub fn new(config: Config, enrolment: Enrolment) -> Self {
+        let policy = Standing::at_start(&config);
+        say(&policy);
         Self {
             config: RwLock::new(Arc::new(config)),
+            policy: RwLock::new(Arc::new(policy)),
             enrolment: RwLock::new(Arc::new(enrolment)),
             enrolling: Mutex::default(),
             logged: Mutex::default(),
@@ -73,6 +79,25 @@ impl Live {
     pub fn config(&self) -> Arc<Config> {
         let config = self.config.read();
         config.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The policy at this moment.
+    pub fn policy(&self) -> Arc<Standing> {
+        let policy = self.policy.read();
+        policy.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What is wrong with the policy file, as it was last read.
+    pub fn policy_fault(&self) -> Option<Fault> {
+        self.policy().fault().cloned()
+    }
+
+    /// Reads the policy file again, and logs what has become of it. What cannot be used changes nothing.
+    pub fn reload_policy(&self) -> Arc<Standing> {
+        let next = Arc::new(self.policy().next(&self.config()));
+        say(&next);
+        *self.policy.write().unwrap_or_else(PoisonError::into_inner) = next.clone();
+        next
     }
 
     /// Reads the trust anchors; logs what has changed since they were last read.
@@ -120,7 +145,12 @@ impl Live {
 
     /// What the host is told of the enrolment.
     pub fn enrolment(&self, anchors: &Anchors) -> wire::Enrolment {
-        self.enrolled().told(anchors.card.as_ref())
+        let mut told = self.enrolled().told(anchors.card.as_ref());
+        if let Some(fault) = self.policy().fault() {
+            told.faults.truncate(wire::FAULTS_MAX - 1);
+            told.faults.insert(0, fault.to_string());
+        }
+        told
     }
 
     /// The id that a host has given this guest; none: there is no place to keep one.
@@ -264,6 +294,19 @@ impl Live {
 
 fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
     of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn say(policy: &Standing) {
+    if let Some((file, policy)) = policy.policy() {
+        let (file, rules) = (file.display(), policy.rules());
+        log::event("policy", &[("file", &file), ("rules", &rules)]);
+    }
+    if let Some(Fault {
+        code, why, remedy, ..
+    }) = policy.fault()
+    {
+        log::event(code, &[("why", why), ("do", remedy)]);
+    }
 }
 
 fn keep<T: Clone + PartialEq>(

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use adit_guest_driver::config::{BAD_CONFIG, Config, ConfigError, DEFAULT_PATH};
 use adit_guest_driver::install::{Init, Install, What, install};
+use adit_guest_driver::policy::command::{self, PolicyCommand, Said};
 use adit_guest_driver::ring::{Carriers, Link};
 use adit_guest_driver::run::{self, RunError};
 use adit_guest_driver::self_test::{self, Found};
@@ -82,6 +83,11 @@ enum Cmd {
     /// Say whom this guest trusts from now on, and whom no longer.
     #[command(subcommand)]
     Trust(TrustCmd),
+    /// Check this guest's policy file, and say what it decides.
+    Policy {
+        #[command(subcommand)]
+        command: PolicyCommand,
+    },
     /// Print the version.
     Version,
     /// Read a whole journal once.
@@ -131,19 +137,32 @@ fn main() -> ExitCode {
         Cmd::SelfTest { config } => self_test(&config),
         Cmd::Seal { config, keep_vm_id } => seal(&config, keep_vm_id),
         Cmd::Trust(TrustCmd::Add { file, config }) => trust_add(&file, &config),
+        Cmd::Policy { command } => return policy(&command),
         Cmd::Version => print(&format!("adit-guest {}\n", env!("CARGO_PKG_VERSION"))),
         Cmd::JournalCheck { dir } => journal::check(&dir).map_err(Into::into),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            let code = exit_status(&e);
-            if code != adit_print::CLOSED_PIPE {
-                // One line, whatever a cause brings along.
-                adit_print::note!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
-            }
-            ExitCode::from(code)
-        }
+        Err(e) => failed(&e, exit_status(&e)),
+    }
+}
+
+fn failed(e: &anyhow::Error, status: u8) -> ExitCode {
+    if status != adit_print::CLOSED_PIPE {
+        // One line, whatever a cause brings along.
+        adit_print::note!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
+    }
+    ExitCode::from(status)
+}
+
+fn policy(command: &PolicyCommand) -> ExitCode {
+    let Said { text, status } = match command::run(command) {
+        Ok(said) => said,
+        Err(e) => return failed(&anyhow::Error::from(e), command::NO_ANSWER),
+    };
+    match print(&text) {
+        Ok(()) => ExitCode::from(status),
+        Err(e) => failed(&e, exit_status(&e)),
     }
 }
 

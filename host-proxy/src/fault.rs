@@ -23,6 +23,8 @@ pub enum FaultKind {
     Card,
     /// The guest does not take a trust document.
     Trust,
+    /// The guest's policy file cannot be used.
+    Policy,
 }
 
 impl FaultKind {
@@ -36,6 +38,7 @@ impl FaultKind {
             Self::Clone => "clone",
             Self::Card => "card",
             Self::Trust => "trust",
+            Self::Policy => "policy",
         }
     }
 }

@@ -20,6 +20,7 @@
 //! | `tour` | types a page of the documentation into a machine |
 #![forbid(unsafe_code)]
 
+pub mod before;
 pub mod connect;
 pub mod cpio;
 pub mod debian;

@@ -120,7 +120,7 @@ const CHECKS: [Step; 10] = [
         run: || with_binaries("host").and_then(|()| with_binaries("processes")),
     },
     Step {
-        name: "fuzz targets, 10 s each",
+        name: "fuzz targets, 5 s each",
         budget_s: 150,
         run: crate::fuzz::smoke,
     },

@@ -25,7 +25,8 @@ must be shut down. For another file system use `adit image cloud-init`.
 Examples:
   adit image inject web-1.qcow2 --vm-id web-1 --trust fleet.key.pub --allow-port 22,80
   adit image inject ./rootfs --vm-id web-1 --trust fleet.key.pub
-  adit image inject web-2.qcow2 --card web-2.card --trust enrol.key.pub,fleet.key.pub";
+  adit image inject web-2.qcow2 --card web-2.card --trust enrol.key.pub,fleet.key.pub
+  adit image inject web-3.raw --vm-id web-3 --trust fleet.key.pub --policy minimal.toml";
 
 const CLOUD_INIT: &str = "\
 Example: a seed for an image of a distribution that stays as it is

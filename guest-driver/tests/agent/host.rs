@@ -188,6 +188,7 @@ impl Host {
             identity: None,
             trust: None,
             pulls: None,
+            told: None,
             clock: None,
             clocks: Vec::new(),
         };
@@ -260,6 +261,8 @@ pub struct Session {
     pub identity: Option<HostGiven>,
     /// What it had taken of trust documents.
     pub trust: Option<TrustHeld>,
+    /// What it has said of it since.
+    pub told: Option<wire::Enrolment>,
     stream: UnixStream,
     /// The pull that came while something else was waited for.
     pub pulls: Option<u32>,
@@ -278,7 +281,9 @@ impl Session {
             };
             // Said again, for it has changed.
             if header.kind == WireKind::Enrolment as u16 {
+                assert_eq!(header.flags, frame::IGNORABLE);
                 self.enrolment = header.decode(&body).unwrap();
+                self.told = Some(self.enrolment.clone());
                 continue;
             }
             if header.kind == WireKind::Facts as u16 {

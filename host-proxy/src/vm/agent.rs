@@ -233,7 +233,12 @@ impl Agent {
             );
             faults.push(Fault::new(FaultKind::Clone, &text));
         }
-        let mut texts: Vec<_> = said.enrolment.faults;
+        // The guest's words: each fault begins with its code.
+        let of = |code: &str, texts: Vec<String>| {
+            texts.into_iter().partition(|text| text.starts_with(code))
+        };
+        let (policy, texts): (Vec<_>, Vec<_>) = of("policy-", said.enrolment.faults);
+        let (mut trust, mut texts): (Vec<_>, Vec<_>) = of("trust-", texts);
         match said.enrolment.card {
             Some(Err(unproved)) if unproved.is_fault => texts.push(format!(
                 "this host does not believe its card: {}",
@@ -249,14 +254,15 @@ impl Agent {
             faults.push(Fault::new(FaultKind::Card, &texts.join("; ")));
         }
         let refused = said.trust.iter().flat_map(|trust| &trust.refused);
-        let refused: Vec<_> = refused
-            .map(|(signer, n, why)| {
-                let signer = KeyId(*signer);
-                format!("the guest does not take the trust document {n} of {signer}: {why}")
-            })
-            .collect();
-        if !refused.is_empty() {
-            faults.push(Fault::new(FaultKind::Trust, &refused.join("; ")));
+        trust.extend(refused.map(|(signer, n, why)| {
+            let signer = KeyId(*signer);
+            format!("the guest does not take the trust document {n} of {signer}: {why}")
+        }));
+        if !trust.is_empty() {
+            faults.push(Fault::new(FaultKind::Trust, &trust.join("; ")));
+        }
+        if !policy.is_empty() {
+            faults.push(Fault::new(FaultKind::Policy, &policy.join("; ")));
         }
         faults
     }
