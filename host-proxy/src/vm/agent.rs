@@ -19,7 +19,7 @@ pub const AGENT_STREAMS_MAX: usize = 4;
 /// Streams from unprivileged ports of one guest that may wait for their refusal.
 pub const OTHER_STREAMS_MAX: usize = 2;
 
-/// Enrolments of one guest that are judged in [`ENROLMENTS_PERIOD`]: each costs a check of a signature. Those that come faster
+/// Enrolments of one guest that are judged in four seconds: each costs a check of a signature. Those that come faster
 /// wait, and so does whoever sends them.
 pub const ENROLMENTS_MAX: u32 = 16;
 const ENROLMENTS_PERIOD: Duration = Duration::from_secs(4);
