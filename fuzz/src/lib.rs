@@ -15,6 +15,7 @@
 //! | `ring_function` | the guest's of a ring's PCI function: accesses, and saved states of any origin | a second reader of the saved state |
 //! | `attach` | both sides' words, and the head of a region | two new sides reach a session |
 //! | `card` | the platform's and a signer's: a card, and the places that it is carried in | JSON without rules; what is believed is in its limits |
+//! | `trust` | the host's and a signer's: a trust document, where it is carried, and what a guest keeps of it | JSON without rules; what is taken is in its limits, and no revoked key is left |
 //! | `policy` | a guest's policy file | its limits; mistakes have places; a rule less allows nothing more |
 //! | `succession` | a predecessor's that its guest controls: handover record, live file, unread bytes | a verdict in time, no leak, no thread lost |
 //!
@@ -43,6 +44,7 @@ mod ring_ops;
 mod ring_packet;
 mod shell;
 mod succession;
+mod trust;
 mod vhost_user_messages;
 mod vsock_packet;
 
@@ -52,7 +54,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 14] = [
+pub const TARGETS: [(&str, Target); 15] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -66,6 +68,7 @@ pub const TARGETS: [(&str, Target); 14] = [
     ("ring_packet", ring_packet::run),
     ("ring_function", ring_function::run),
     ("card", card::run),
+    ("trust", trust::run),
     ("policy", policy::run),
 ];
 

@@ -26,14 +26,15 @@ const CONSOLE_MAX: usize = 900;
 const ERROR: u8 = 3;
 const INFO: u8 = 6;
 
-/// Events that a client, or a process of this guest, causes by opening a stream.
-const BY_PEERS: [&str; 6] = [
+/// Events that a client, or a process of this guest, causes by opening a stream, or the host by what it says.
+const BY_PEERS: [&str; 7] = [
     "stream-refused",
     "hello-refused",
     "relay-failed",
     "accept-failed",
     "ring-failed",
     "ring-ended",
+    "trust-refused",
 ];
 /// Such an event gets one line in this time.
 const PERIOD: Duration = Duration::from_secs(1);

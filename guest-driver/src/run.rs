@@ -135,6 +135,7 @@ fn reload(live: &Live, server: &Server) {
             );
         }
     };
+    live.enrol_again();
     let config = live.config();
     server.allow(config.allow_ports.clone());
     let anchors = live.anchors();

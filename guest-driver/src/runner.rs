@@ -195,6 +195,7 @@ impl Runner {
         let step = match self.accept(task) {
             Ok(step) => step,
             Err(Denied::Refused(why)) => {
+                self.live.ran();
                 log::event("refused", &[("task", &name), ("why", &why)]);
                 let refused = Executed::refused(why);
                 return Handled::Ended(report(task.task_id, refused, 0, self.boot_nonce));
@@ -234,6 +235,10 @@ impl Runner {
                 };
                 exec::execute(&step.action, &job)
             }
+        };
+        let executed = match self.live.ran() {
+            Some(key) => executed.cut_off(key),
+            None => executed,
         };
         let mut report = report(task.task_id, executed, started_ms, self.boot_nonce);
         self.store(&mut report);
@@ -314,7 +319,7 @@ impl Runner {
     /// Verifies a task and records it up to `started`.
     fn accept(&mut self, task: &Task) -> Result<Step, Denied> {
         let anchors = self.live.anchors();
-        if anchors.keys.is_empty() {
+        if anchors.keys.knows_nobody() {
             return Err(anchors.why_none().into());
         }
         let me = self.live.me(&anchors)?;
@@ -323,6 +328,7 @@ impl Runner {
         let unsaved = self.unsaved.as_ref().map(|u| &u.report);
         let now_ms = clock::unix_ms();
         let admitted = verify(task, &anchors.keys, &me, now_ms, journal, unsaved)?;
+        self.live.runs(&hex(&task.task_id), admitted.key)?;
         let origin = Origin {
             key: admitted.key.0.into(),
             seq: admitted.goal.key_seq,

@@ -98,12 +98,38 @@ impl Debian {
     /// # Errors
     /// A file cannot be written, or QEMU does not start.
     pub fn boot(&self, vhost_socket: &Path, dir: &Path) -> anyhow::Result<Guest> {
+        self.boot_with(vhost_socket, dir, &[])
+    }
+
+    /// The same with more arguments for QEMU.
+    ///
+    /// # Errors
+    /// As [`boot`](Self::boot).
+    pub fn boot_with(
+        &self,
+        vhost_socket: &Path,
+        dir: &Path,
+        more: &[&str],
+    ) -> anyhow::Result<Guest> {
+        let overlay = self.overlay(dir)?;
+        let mut args = self.qemu(vhost_socket, &overlay, dir);
+        args.extend(more.iter().map(|arg| (*arg).to_owned()));
+        Guest::start(args, dir)
+    }
+
+    /// The disk of a VM whose files are in `dir`: an overlay, made if it is not there.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn overlay(&self, dir: &Path) -> anyhow::Result<PathBuf> {
         fs::create_dir_all(dir)?;
         let overlay = dir.join("disk.qcow2");
-        let mut create = Command::new("qemu-img");
-        create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]);
-        output(create.arg(self.file("disk.ext4")).arg(&overlay))?;
-        Guest::start(self.qemu(vhost_socket, &overlay, dir), dir)
+        if !overlay.exists() {
+            let mut create = Command::new("qemu-img");
+            create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]);
+            output(create.arg(self.file("disk.ext4")).arg(&overlay))?;
+        }
+        Ok(overlay)
     }
 
     fn qemu(&self, vhost_socket: &Path, overlay: &Path, dir: &Path) -> Vec<String> {

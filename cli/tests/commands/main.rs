@@ -8,6 +8,7 @@ mod goals;
 mod image;
 mod lists;
 mod printing;
+mod trust;
 mod waiting;
 mod watching;
 

@@ -21,7 +21,7 @@ fn serve(host: &Host, task: &adit_tasks::wire::Task, terminal: &mut Option<Repor
         match session.next() {
             Ok(Some(Said::Pull(_))) if terminal.is_some() => return true,
             Ok(Some(Said::Pull(id))) => session.task(id, task),
-            Ok(Some(Said::Started | Said::Held(_) | Said::Lacks(..))) => {}
+            Ok(Some(Said::Started | Said::Held(_) | Said::Lacks(..) | Said::Trust(_))) => {}
             Ok(Some(Said::Report(id, report))) => {
                 let first = terminal.get_or_insert_with(|| report.clone());
                 assert_eq!(
@@ -327,7 +327,7 @@ fn a_report_that_is_not_acknowledged_is_delivered_on_a_new_stream() {
     while !reported {
         match silent.next().unwrap().unwrap() {
             Said::Pull(id) => silent.task(id, &task),
-            Said::Started | Said::Held(_) | Said::Lacks(..) => {}
+            Said::Started | Said::Held(_) | Said::Lacks(..) | Said::Trust(_) => {}
             Said::Report(..) => reported = true,
         }
     }

@@ -10,6 +10,7 @@ use adit_tests::debian::{Debian, Init};
 use adit_tests::image::Kernel;
 
 mod clients;
+mod clones;
 mod unit;
 
 /// From QEMU's start until the agent is connected. Emulated, on an idle machine, it is some 20 s.

@@ -1,5 +1,6 @@
 //! The services that adit ships, on a Debian that was booted: what its init system says of it, and what a task may do in it.
 
+use std::fs;
 use std::process::Command;
 
 use adit_tests::debian::{Debian, Init};
@@ -21,7 +22,22 @@ impl Booted {
         let (bins, debian) = built(init)?;
         let host = Host::start(&bins, &["web-1"]).unwrap();
         host.wait_port("web-1").unwrap();
-        let guest = debian.boot(&host.vhost_socket("web-1"), &host.dir().join("web-1"));
+        // A card, as systemd hands credentials on. The image does not trust its signer yet.
+        for args in [
+            &["key", "new", "enrol.key", "--role", "card"][..],
+            &["card", "new", "web-1", "--sign", "enrol.key", "--word"],
+        ] {
+            let out = host.adit(args).unwrap();
+            assert!(out.status.success());
+            fs::write(host.dir().join("card"), out.stdout).unwrap();
+        }
+        let card = fs::read_to_string(host.dir().join("card")).unwrap();
+        let credential = format!(
+            "type=11,value=io.systemd.credential:adit.card={}",
+            card.trim()
+        );
+        let (socket, dir) = (host.vhost_socket("web-1"), host.dir().join("web-1"));
+        let guest = debian.boot_with(&socket, &dir, &["-smbios", &credential]);
         let booted = Self {
             guest: guest.unwrap(),
             host,
@@ -159,6 +175,8 @@ fn the_unit_does_on_systemd_what_it_should() {
         booted.ssh("systemd-analyze security --no-pager adit-guest | tail -n 1")
     );
 
+    card_by_credential(&booted);
+
     // What a task may do.
     let (root_task, state, said) =
         booted.task("root", &AS_ROOT.replace("RESTART", "systemctl restart"));
@@ -270,6 +288,26 @@ fn bad_input(booted: &Booted) {
         "{}",
         booted.log()
     );
+}
+
+/// The card that systemd has from the machine is not believed; once its signer is trusted, a reload has it believed.
+fn card_by_credential(booted: &Booted) {
+    let shown = || booted.adit(&["vm", "show", "web-1"]).1;
+    let said = shown();
+    assert!(
+        said.contains("card-untrusted") && said.contains("(systemd credential)"),
+        "{said}"
+    );
+    let key = fs::read_to_string(booted.host.dir().join("enrol.key.pub")).unwrap();
+    booted.ssh(&format!(
+        "umask 077; echo '{}' > /etc/adit-guest/trust/enrol.key.pub; systemctl reload adit-guest",
+        key.trim()
+    ));
+    wait_for("the card is believed", BOOT, || {
+        let said = shown();
+        Ok((!said.contains("card-untrusted") && said.contains("\ncard ")).then_some(()))
+    })
+    .unwrap_or_else(|e| panic!("{e}: {}\n{}", shown(), booted.log()));
 }
 
 #[test]
