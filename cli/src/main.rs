@@ -1,9 +1,10 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket; signs goals here, so that no key leaves the manager.
 //!
-//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `card`, `image`, `config`, `completion`); `client` speaks HTTP, `output` prints,
+//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `card`, `agent`, `image`, `config`, `completion`); `client` speaks HTTP, `output` prints,
 //! `error` says what failed, why and what to do next, and maps it to an exit status.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+mod agent;
 mod card;
 mod client;
 mod completion;
@@ -34,6 +35,7 @@ Examples:
   adit key new fleet.key
   adit image inject web-1.qcow2 --vm-id web-1 --trust fleet.key.pub --allow-port 22,80
   adit goal apply patch.yaml --sign fleet.key --to web-1,web-2
+  adit agent upgrade --to web-1 --package adit-guest --sign agents.key
   adit task watch                                  # or `adit goal apply … --watch`
   adit task ls --state failed
   adit task output 3f2a --stream stderr
@@ -93,6 +95,9 @@ enum Command {
     /// Sign and show cards, which say who a guest is
     #[command(subcommand)]
     Card(card::CardCommand),
+    /// Give VMs the next agent
+    #[command(subcommand)]
+    Agent(agent::AgentCommand),
     /// Wait until a VM is ready
     Wait(vm::Wait),
     /// Show whether aditd runs by its configuration file as it is now
@@ -145,6 +150,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Key(command) => key::run(command, format)?,
         Command::Image(command) => image::run(command, format)?,
         Command::Card(command) => card::run(command, format)?,
+        Command::Agent(command) => agent::run(command, &client, format).await?,
         Command::Config => config::show(&client, format).await?,
         Command::Completion(completion) => completion::print(completion)?,
         Command::Version => version(format)?,

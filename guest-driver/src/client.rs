@@ -40,6 +40,7 @@ use crate::running::{Event, Running, SharedRunner};
 use crate::serve::Identity;
 use crate::transport::Transport;
 use crate::trust::Anchors;
+use crate::upgrade::{Upgrade, program};
 use crate::{facts, log};
 
 /// First delay before dialling again.
@@ -69,6 +70,7 @@ pub struct Client {
     identity: Arc<Identity>,
     live: Arc<Live>,
     runner: SharedRunner,
+    upgrade: Arc<Upgrade>,
     running: Option<Running>,
     /// What came on the stream that is open.
     given: Given,
@@ -84,12 +86,16 @@ impl Client {
         identity: Arc<Identity>,
         live: Arc<Live>,
         runner: Runner,
+        upgrade: Arc<Upgrade>,
     ) -> Self {
+        let runner = SharedRunner::new(runner);
+        upgrade.set_runner(runner.clone());
         Self {
             transport,
             identity,
             live,
-            runner: SharedRunner::new(runner),
+            runner,
+            upgrade,
             running: None,
             given: Given::default(),
             clock_asked: None,
@@ -103,6 +109,7 @@ impl Client {
         loop {
             let error = match self.dial() {
                 Ok(conn) => {
+                    self.upgrade.hello();
                     last = String::new();
                     log::event("connected", &[("service", &SERVICE)]);
                     let begin = Instant::now();
@@ -114,6 +121,7 @@ impl Client {
             };
             // One line for as long as the error is the same, however often it is tried.
             let text = error.to_string();
+            self.upgrade.no_hello(&text);
             if text != last {
                 log::event("disconnected", &[("service", &SERVICE), ("error", &text)]);
                 last = text;
@@ -125,7 +133,7 @@ impl Client {
     fn facts(&self, anchors: &Anchors) -> Facts {
         let me = self.live.me(anchors);
         Facts {
-            agent_version: env!("CARGO_PKG_VERSION").into(),
+            agent_version: program::version().to_string(),
             kernel: facts::kernel(),
             os: facts::os(),
             vm_id: me.map_or_else(|_| String::new(), String::from),
@@ -162,6 +170,8 @@ impl Client {
         // First, so that a VM that is ready has its labels.
         let enrolment = self.live.enrolment(&anchors);
         self.send_ignorable(conn, WireKind::Enrolment, &enrolment)?;
+        let program = self.upgrade.program();
+        self.send_ignorable(conn, WireKind::Program, &program)?;
         let facts = self.facts(&anchors);
         self.send(conn, WireKind::Facts, &facts)?;
         self.send_clock(conn)?;

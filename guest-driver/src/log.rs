@@ -21,13 +21,16 @@ const PREFIX: &str = "adit-guest: ";
 const VALUE_MAX: usize = 512;
 
 /// Events that a client, or a process of this guest, causes by opening a stream.
-const BY_PEERS: [&str; 6] = [
+const BY_PEERS: [&str; 9] = [
     "stream-refused",
     "hello-refused",
     "relay-failed",
     "accept-failed",
     "ring-failed",
     "ring-ended",
+    "blob",
+    "blob-refused",
+    "agent-refused",
 ];
 /// Such an event gets one line in this time.
 const PERIOD: Duration = Duration::from_secs(1);

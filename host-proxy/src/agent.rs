@@ -190,6 +190,9 @@ async fn handle(
         let said: wire::Enrolment = header.decode(body).map_err(bad)?;
         let heard = enrolment::hear(state, vm, said).await;
         heard.map_err(io::Error::other)?;
+    } else if is(WireKind::Program) {
+        let said: wire::Program = header.decode(body).map_err(bad)?;
+        vm.agent.runs(program(said));
     } else if is(WireKind::Clock) {
         let guest: Clock = header.decode(body).map_err(bad)?;
         let now = state.now_ms();
@@ -253,6 +256,17 @@ async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> i
             Ok(())
         }
         Err(e) => Err(io::Error::other(e)),
+    }
+}
+
+/// Cuts what the guest says of its program: it is shown.
+fn program(said: wire::Program) -> wire::Program {
+    let cut = |text: &str, most| adit_names::escape(text).at_most(most).to_string();
+    let faults = said.faults.iter().take(wire::FAULTS_MAX);
+    wire::Program {
+        floor: cut(&said.floor, 64),
+        faults: faults.map(|fault| cut(fault, 500)).collect(),
+        ..said
     }
 }
 

@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::blobs::Blobs;
 use crate::config::Config;
 use crate::desk::Desk;
 use crate::desk::store::db::Db;
@@ -33,6 +34,8 @@ pub struct State {
     pub registry: Arc<Registry>,
     /// Their tasks.
     pub desk: Desk,
+    /// Files for VMs.
+    pub blobs: Blobs,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// How many connections there may be.
@@ -53,7 +56,13 @@ pub struct State {
 
 impl State {
     /// Puts the parts together.
-    pub fn new(config: Config, monitor: Monitor, db: Db, boot_nonce: [u8; 16]) -> Arc<Self> {
+    pub fn new(
+        config: Config,
+        monitor: Monitor,
+        db: Db,
+        blobs: Blobs,
+        boot_nonce: [u8; 16],
+    ) -> Arc<Self> {
         let room = Room::of_process(config.limits.connections);
         let registry = Arc::new(Registry::new(&config.run_dir));
         let metrics = Arc::new(Metrics::default());
@@ -76,6 +85,7 @@ impl State {
             reloads: Reloads::default(),
             monitor,
             metrics,
+            blobs,
             boot_nonce,
             stop: CancellationToken::new(),
             clients: TaskTracker::new(),

@@ -24,10 +24,14 @@ use crate::object::{self, Object};
 pub const GOAL_TYPE: &str = "application/vnd.adit.goal.v1+json";
 /// The type of a card's envelope.
 pub const CARD_TYPE: &str = "application/vnd.adit.card.v1+json";
+/// The type of an agent's package.
+pub const AGENT_TYPE: &str = "application/vnd.adit.agent.v1+json";
 /// Most bytes of a goal's envelope.
 pub const ENVELOPE_MAX: usize = 256 << 10;
 /// Most bytes of a card's envelope: it has to fit into what a platform hands to its guest.
 pub const CARD_MAX: usize = 1024;
+/// Most bytes of the envelope of an agent's package.
+pub const AGENT_MAX: usize = 2048;
 /// Most signatures of an envelope.
 pub const SIGNATURES_MAX: usize = 8;
 
@@ -38,6 +42,8 @@ pub enum Type {
     Goal,
     /// Who a guest is.
     Card,
+    /// Which program a guest's agent is.
+    Agent,
 }
 
 impl Type {
@@ -46,6 +52,7 @@ impl Type {
         match self {
             Self::Goal => GOAL_TYPE,
             Self::Card => CARD_TYPE,
+            Self::Agent => AGENT_TYPE,
         }
     }
 
@@ -54,6 +61,7 @@ impl Type {
         match self {
             Self::Goal => Role::Goal,
             Self::Card => Role::Card,
+            Self::Agent => Role::Agent,
         }
     }
 
@@ -62,6 +70,7 @@ impl Type {
         match self {
             Self::Goal => ENVELOPE_MAX,
             Self::Card => CARD_MAX,
+            Self::Agent => AGENT_MAX,
         }
     }
 }

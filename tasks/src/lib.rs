@@ -11,6 +11,7 @@
 //! | `action` | what a step does: a file a kind |
 //! | `draft` | what a person writes (feature `yaml`) |
 //! | `card` | who a guest is |
+//! | `package`, `order` | which program a guest's agent is to be; the messages that say so |
 //! | `dsse`, `key`, `anchor` | envelopes and signatures; keys; trust anchors and their roles |
 //! | `plan` | goal and VM → tasks with derived ids |
 //! | `principal` | whom a file is to belong to |
@@ -31,6 +32,8 @@ pub mod dsse;
 pub mod goal;
 pub mod key;
 mod object;
+pub mod order;
+pub mod package;
 pub mod plain;
 pub mod plan;
 mod principal;
@@ -44,6 +47,7 @@ pub use anchor::{Anchor, Role, Roles, TrustStore};
 pub use card::Card;
 pub use goal::{Goal, Step};
 pub use key::{KeyId, PublicKey};
+pub use package::Package;
 pub use plain::plain;
 pub use plan::{PlannedTask, plan, task_id};
 pub use principal::Principal;

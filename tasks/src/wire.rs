@@ -6,6 +6,7 @@
 //! ```text
 //! guest                                   host
 //!   Enrolment ────────────────────────────▶   its card and its key, and what of that it could not use
+//!   Program ──────────────────────────────▶   which program the agent is, and which it could not be
 //!   Facts ────────────────────────────────▶   agent is ready
 //!   Clock ────────────────────────────────▶   before every pull, so that the host sees a clock that is off
 //!   ◀───────────────────────────── HostClock   used by a guest that is configured so
@@ -17,7 +18,7 @@
 //!   ◀─────────────────────────── ReportAck    the host has it on disk; the guest may forget the result
 //!   Pull …
 //! ```
-//! `Enrolment`, `Clock` and `Held` have the flag IGNORABLE: a host that does not know them skips them, and `HostClock` goes only to a guest
+//! `Enrolment`, `Program`, `Clock` and `Held` have the flag IGNORABLE: a host that does not know them skips them, and `HostClock` goes only to a guest
 //! that has sent a `Clock`.
 //!
 //! A task carries no content of its own: goal envelope, step and attempt; the guest derives the rest.
@@ -63,6 +64,7 @@ pub enum WireKind {
     TaskOf = 11,
     Lacks = 12,
     Enrolment = 13,
+    Program = 14,
 }
 
 /// 16 bytes that name one attempt of one step for one VM: see `task_id`.
@@ -98,6 +100,19 @@ pub struct Enrolment {
     /// The guest's own public key. That it has the private half is not shown by this.
     pub guest_pk: Option<[u8; 32]>,
     /// Cards that it found and does not use, each with why and what to do; at most [`FAULTS_MAX`].
+    pub faults: Vec<String>,
+}
+
+/// Which program the agent is. Shown, never trusted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    /// sha256 of the program, if it came over the channel; none: it is the one of the image.
+    pub digest: Option<[u8; 32]>,
+    /// The oldest version that this guest takes, empty if any.
+    pub floor: String,
+    /// sha256 of the program that was taken back last.
+    pub taken_back: Option<[u8; 32]>,
+    /// What is wrong, each with why and what to do; at most [`FAULTS_MAX`].
     pub faults: Vec<String>,
 }
 
@@ -248,6 +263,24 @@ mod tests {
         let key = "cd".repeat(32);
         assert_eq!(bytes(&whole), format!("027b7d0466696c6501{key}010161"));
         assert_eq!(WireKind::Enrolment as u16, 13);
+    }
+
+    #[test]
+    fn a_program_has_golden_bytes() {
+        let bytes = |m: &Program| crate::hex(&postcard::to_stdvec(m).unwrap());
+        assert_eq!(bytes(&Program::default()), "00000000");
+        let whole = Program {
+            digest: Some([0xab; 32]),
+            floor: "1.2.3".into(),
+            taken_back: Some([0xcd; 32]),
+            faults: vec!["a".into()],
+        };
+        let (digest, back) = ("ab".repeat(32), "cd".repeat(32));
+        assert_eq!(
+            bytes(&whole),
+            format!("01{digest}05312e322e3301{back}010161")
+        );
+        assert_eq!(WireKind::Program as u16, 14);
     }
 
     #[test]

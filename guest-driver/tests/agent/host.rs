@@ -34,6 +34,8 @@ pub struct Host {
     pub features: u64,
     /// Shell text that is run in the agent's process before the agent.
     pub prelude: &'static str,
+    /// The agent.
+    pub program: PathBuf,
 }
 
 pub enum Said {
@@ -78,6 +80,7 @@ impl Host {
             key: SigningKey::from_bytes(&[7; 32]),
             features: 0,
             prelude: ":",
+            program: env!("CARGO_BIN_EXE_adit-guest").into(),
         }
     }
 
@@ -100,7 +103,12 @@ impl Host {
         self.start_with("ADIT_TEST_DISK_FULL_AT", Some(point));
     }
 
-    fn start_with(&mut self, name: &str, value: Option<&str>) {
+    pub fn start_with(&mut self, name: &str, value: Option<&str>) {
+        self.start_in(&value.map_or(vec![], |value| vec![(name, value)]));
+    }
+
+    /// Starts the agent in this environment.
+    pub fn start_in(&mut self, environment: &[(&str, &str)]) {
         // Whoever starts an agent may have any umask.
         let mut command = Command::new("sh");
         command
@@ -109,7 +117,7 @@ impl Host {
                 &format!("umask 077; {}; exec \"$@\"", self.prelude),
                 "sh",
             ])
-            .arg(env!("CARGO_BIN_EXE_adit-guest"))
+            .arg(&self.program)
             .args(["run", "--config"])
             .arg(self.path("adit-guest.toml"));
         command
@@ -124,7 +132,7 @@ impl Host {
             .stdin(Stdio::null())
             .stderr(log)
             .env_remove("ADIT_TEST_CRASH_AT");
-        command.envs(value.map(|v| (name, v)));
+        command.envs(environment.iter().copied());
         self.agent = Some(command.spawn().unwrap());
     }
 
@@ -159,11 +167,32 @@ impl Host {
         fs::read_to_string(self.path("log")).unwrap_or_default()
     }
 
+    /// How the agent has ended, if it has.
+    pub fn ended(&mut self) -> Option<std::process::ExitStatus> {
+        let status = self.agent.as_mut()?.try_wait().unwrap()?;
+        self.agent = None;
+        Some(status)
+    }
+
+    /// Whether the agent has dialled, and waits to be accepted.
+    pub fn is_dialled(&self) -> bool {
+        use nix::poll::{PollFd, PollFlags, poll};
+        use std::os::fd::AsFd;
+        let mut fds = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, 5_u8).unwrap() > 0
+    }
+
     /// Takes the agent's next stream.
     pub fn accept(&self) -> (Session, Facts) {
+        let accepted = self.try_accept();
+        accepted.unwrap_or_else(|| panic!("the agent is gone: {}", self.log()))
+    }
+
+    /// Takes the next stream of an agent that may be gone by then.
+    pub fn try_accept(&self) -> Option<(Session, Facts)> {
         let (mut stream, _) = self.listener.accept().unwrap();
         stream.set_read_timeout(Some(HANG)).unwrap();
-        let Hello::Open(open) = hello::read(&mut stream).unwrap() else {
+        let Hello::Open(open) = hello::read(&mut stream).ok()? else {
             panic!("not an open")
         };
         assert_eq!(open.service.as_str(), "tasks");
@@ -176,22 +205,29 @@ impl Host {
             },
             version: 1,
         };
-        stream.write_all(&Hello::Accept(accept).encode()).unwrap();
-        let mut next = || frame::read(&mut stream, frame::LEN_MAX).unwrap().unwrap();
-        let (header, body) = next();
-        assert_eq!(header.kind, WireKind::Enrolment as u16);
-        // A host of before skips it.
-        assert_eq!(header.flags, frame::IGNORABLE);
+        stream.write_all(&Hello::Accept(accept).encode()).ok()?;
+        let mut next = |kind: WireKind| {
+            let (header, body) = frame::read(&mut stream, frame::LEN_MAX).ok()??;
+            assert_eq!(header.kind, kind as u16);
+            // A host of before skips what it does not know.
+            let ignorable = header.flags & frame::IGNORABLE != 0;
+            assert_eq!(ignorable, kind != WireKind::Facts);
+            Some((header, body))
+        };
+        let (header, body) = next(WireKind::Enrolment)?;
         let enrolment = header.decode(&body).unwrap();
-        let (header, body) = next();
-        assert_eq!(header.kind, WireKind::Facts as u16);
+        let (header, body) = next(WireKind::Program)?;
+        let program = header.decode(&body).unwrap();
+        let (header, body) = next(WireKind::Facts)?;
+        let facts = header.decode(&body).unwrap();
         let session = Session {
             stream,
             enrolment,
+            program,
             clock: None,
             clocks: Vec::new(),
         };
-        (session, header.decode(&body).unwrap())
+        Some((session, facts))
     }
 
     /// Signs a goal for this VM with these steps.
@@ -222,6 +258,8 @@ impl Drop for Host {
 pub struct Session {
     /// What it said of its card.
     pub enrolment: wire::Enrolment,
+    /// What it said of its program.
+    pub program: wire::Program,
     stream: UnixStream,
     /// What the host's clock shows, for a host that answers; none: one of the version before.
     pub clock: Option<u64>,

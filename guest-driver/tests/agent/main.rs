@@ -3,6 +3,7 @@
 //! Only the carrier is another: Unix sockets in a directory stand for AF_VSOCK, which this machine may not have.
 
 mod before;
+mod blob;
 mod by_digest;
 mod clock;
 mod commands;
@@ -14,3 +15,4 @@ mod install;
 mod own;
 mod reload;
 mod trust;
+mod upgrade;

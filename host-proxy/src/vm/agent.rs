@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use adit_names::VmId;
-use adit_tasks::wire::{Facts, Held};
+use adit_tasks::wire::{Facts, Held, Program};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -40,6 +40,9 @@ pub(super) struct Said {
     pub(super) enrolment: Enrolment,
     /// It was said on this connection.
     is_fresh: bool,
+    /// Said before the facts, as the enrolment is.
+    said_program: Option<Program>,
+    pub(super) program: Option<Program>,
     pub(super) seen: Option<Instant>,
     connected: Option<CancellationToken>,
 }
@@ -67,6 +70,7 @@ impl Agent {
         let token = CancellationToken::new();
         let mut said = self.lock();
         said.is_fresh = false;
+        said.said_program = None;
         let older = said.connected.replace(token.clone());
         drop(said);
         if let Some(older) = older {
@@ -92,6 +96,7 @@ impl Agent {
             if !said.is_fresh {
                 said.enrolment = Enrolment::default();
             }
+            said.program = said.said_program.clone();
         }
         drop(said);
         if is_new {
@@ -104,6 +109,23 @@ impl Agent {
     pub fn enrolled(&self, enrolment: Enrolment) {
         let mut said = self.lock();
         (said.enrolment, said.is_fresh) = (enrolment, true);
+        drop(said);
+        self.logged.update(self.vm.as_str(), self.faults());
+        self.changes.note();
+    }
+
+    /// It has said which program it is. Shown with the facts, which follow.
+    pub fn runs(&self, program: Program) {
+        self.lock().said_program = Some(program);
+    }
+
+    /// It was ordered to be another program: what was wrong with the last one is over.
+    pub fn ordered(&self) {
+        let mut said = self.lock();
+        if let Some(program) = &mut said.program {
+            program.taken_back = None;
+            program.faults.clear();
+        }
         drop(said);
         self.logged.update(self.vm.as_str(), self.faults());
         self.changes.note();
@@ -150,6 +172,9 @@ impl Agent {
         }
         if !texts.is_empty() {
             faults.push(Fault::new(FaultKind::Card, &texts.join("; ")));
+        }
+        if let Some(program) = said.program.filter(|p| !p.faults.is_empty()) {
+            faults.push(Fault::new(FaultKind::Agent, &program.faults.join("; ")));
         }
         faults
     }
