@@ -116,6 +116,19 @@ pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     rename(&temp, path)
 }
 
+/// Bytes that are free for this process's user on the file system of a directory.
+///
+/// # Errors
+/// It cannot be asked.
+pub fn free(dir: &Path) -> io::Result<u64> {
+    let disk = rustix::fs::statvfs(dir)?;
+    Ok(match disk.f_blocks {
+        // One that does not count, as ramfs.
+        0 => u64::MAX,
+        _ => disk.f_bavail.saturating_mul(disk.f_frsize),
+    })
+}
+
 /// Whether an error says that there is no room.
 pub fn is_full(e: &io::Error) -> bool {
     matches!(

@@ -270,9 +270,7 @@ impl Store {
         freed: u64,
     ) -> Result<Vec<&'a Entry>, BlobError> {
         let full = |why: String| Err(BlobError::NoSpace { size, why });
-        let disk = rustix::fs::statvfs(&self.dir).map_err(io::Error::from)?;
-        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-        let mut free = free.saturating_add(freed);
+        let mut free = disk::free(&self.dir)?.saturating_add(freed);
         let needed = new.saturating_add(self.limits.spare);
         let mut all = others.iter().fold(size, |n, e| n.saturating_add(e.size));
         let mut count = others.len();

@@ -19,7 +19,7 @@ pub struct Options {
     /// Skip the real guests
     #[arg(long)]
     no_guests: bool,
-    /// Also what takes long: the real Debian with the newer kernel, with OpenRC, with larger files
+    /// Also what takes long: agents killed 500 times while they are upgraded, the real Debian with the newer kernel, with OpenRC, with larger files
     #[arg(long, conflicts_with = "no_guests")]
     full: bool,
 }
@@ -170,11 +170,36 @@ const GUESTS: [Step; 8] = [
 ];
 
 /// With `--full` only.
-const FULL: [Step; 1] = [Step {
-    name: "a real Debian, at length",
-    budget_s: 600,
-    run: || with_guests_and("debian", &[("ADIT_TEST_FULL", OsStr::new("1"))]),
-}];
+const FULL: [Step; 2] = [
+    Step {
+        name: "agents killed while they are upgraded, 500",
+        budget_s: 300,
+        run: || {
+            let killed = "r132_an_agent_that_is_killed_at_every_step";
+            cargo_with(
+                &[
+                    "test",
+                    "-p",
+                    "adit-guest-driver",
+                    "--test",
+                    "agent",
+                    "--",
+                    "--nocapture",
+                    killed,
+                ],
+                &[(LENGTHY.0, OsStr::new(LENGTHY.1))],
+            )
+        },
+    },
+    Step {
+        name: "a real Debian, at length",
+        budget_s: 600,
+        run: || with_guests_and("debian", &[(LENGTHY.0, OsStr::new(LENGTHY.1))]),
+    },
+];
+
+/// Has tests do what takes long.
+const LENGTHY: (&str, &str) = ("ADIT_TEST_FULL", "1");
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
     setup::run()?;

@@ -95,8 +95,7 @@ pub fn put(
 }
 
 fn room(state_dir: &Path, size: u64) -> Result<(), Refused> {
-    let disk = rustix::fs::statvfs(state_dir).map_err(|e| refused(e.into()))?;
-    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    let free = disk::free(state_dir).map_err(refused)?;
     match size.saturating_add(SPARE) {
         needed if free < needed => {
             let text = format!(

@@ -10,6 +10,8 @@ use adit_channel::frame;
 use adit_channel::refusal::{Code, Refusal};
 use adit_port::control::{DialFailed, Target};
 use adit_port::control_io::Message;
+use adit_tasks::order;
+use adit_tasks::wire::{Enrolment, Program};
 use serde_json::Value;
 
 use crate::host::{Answer, Control, HANG, Host};
@@ -61,6 +63,10 @@ struct Guest(UnixStream);
 impl Guest {
     /// Takes the dial.
     fn dialled(control: &Control, want: Want) -> Self {
+        Self::dialled_as(control, "blob", &want.encode())
+    }
+
+    fn dialled_as(control: &Control, service: &str, arguments: &[u8]) -> Self {
         let (connect, fd): (_, OwnedFd) = loop {
             match control.hear().unwrap() {
                 (Message::Connect(connect), Some(fd)) => break (connect, fd),
@@ -68,8 +74,8 @@ impl Guest {
                 other => panic!("{other:?}"),
             }
         };
-        assert_eq!(connect.to, Target::Service("blob".parse().unwrap()));
-        assert_eq!(connect.extensions.arguments.as_bytes(), want.encode());
+        assert_eq!(connect.to, Target::Service(service.parse().unwrap()));
+        assert_eq!(connect.extensions.arguments.as_bytes(), arguments);
         let id = connect.id;
         control.keep(connect, fd);
         control.dialed(id);
@@ -96,6 +102,16 @@ impl Guest {
         self.0.write_all(&ended.unwrap()).unwrap();
         // aditd goes, whatever is on its way.
         let _ = std::io::copy(&mut self.0, &mut std::io::sink());
+    }
+
+    /// Takes an order, and answers it.
+    fn ordered(mut self, envelope: &str, answer: &order::Answer) {
+        let (header, body) = frame::read(&mut self.0, order::BODY_MAX).unwrap().unwrap();
+        assert_eq!(header.kind, order::Kind::Order as u16);
+        let order: order::Order = header.decode(&body).unwrap();
+        assert_eq!(order.envelope, envelope.as_bytes());
+        let answer = frame::encode(order::Kind::Answer as u16, 1, header.id, 0, answer);
+        self.0.write_all(&answer.unwrap()).unwrap();
     }
 }
 
@@ -277,4 +293,70 @@ fn a_vm_is_sent_one_file_at_a_time() {
     assert_eq!(guest.read(3), b"two");
     guest.ended(None, "");
     assert_eq!(json(&sent(&host, &two))["kept"], true);
+}
+
+#[test]
+fn an_agent_is_ordered_and_what_it_says_of_its_program_is_shown_and_a_fault() {
+    let (host, ports) = Host::serving(&[("a", 3)], "");
+    let control = ports[0].connected();
+    let program = |program: &Program| control.program(program);
+    // One of the version before says nothing of it.
+    let _agent = control.enrolled("a", &Enrolment::default());
+    assert!(host.get("/v1/vms/a")["program"].is_null());
+    let _agent = program(&Program {
+        floor: "0.1.0".into(),
+        taken_back: Some([0xab; 32]),
+        faults: vec!["agent-taken-back: 0.2.0\n\x1b[2J".into(); 20],
+        ..Program::default()
+    });
+    let vm = host.get("/v1/vms/a");
+    assert_eq!(vm["program"]["floor"], "0.1.0");
+    assert_eq!(vm["program"]["taken_back"], "ab".repeat(32));
+    let fault = vm["fault"].as_str().unwrap();
+    assert!(fault.starts_with("agent-taken-back: 0.2.0"), "{fault}");
+    assert!(fault.len() < 1000 && !fault.contains(char::is_control));
+    let metric = "adit_vm_fault{vm=\"a\",kind=\"agent\"} 1";
+    let metrics = || host.api("GET", "/metrics", "").body;
+    assert!(metrics().contains(metric), "{}", metrics());
+
+    let envelope = "{}";
+    let body = serde_json::json!({ "envelope": envelope }).to_string();
+    let ordered = |answer: order::Answer| {
+        std::thread::scope(|s| {
+            let asked = s.spawn(|| host.api("POST", "/v1/vms/a/agent", &body));
+            Guest::dialled_as(&control, "agent", &[]).ordered(envelope, &answer);
+            asked.join().unwrap()
+        })
+    };
+    let answer = |refused: &str, waits| order::Answer {
+        refused: refused.into(),
+        text: "why\x1b[2J".into(),
+        already: false,
+        waits,
+    };
+    refused(
+        &ordered(answer("agent-below-floor", false)),
+        422,
+        "agent-below-floor",
+    );
+    for word in ["unknown-vm", "a word", "\x1b[2J"] {
+        refused(&ordered(answer(word, false)), 422, "agent-refused");
+    }
+    // A refusal changes nothing.
+    assert!(metrics().contains(metric));
+    let followed = json(&ordered(answer("", true)));
+    assert_eq!(
+        (&followed["waits"], &followed["already"]),
+        (&true.into(), &false.into())
+    );
+    let vm = host.get("/v1/vms/a");
+    assert!(
+        vm["fault"].is_null() && vm["program"]["taken_back"].is_null(),
+        "{vm}"
+    );
+    let _next = program(&Program {
+        digest: Some([0xcd; 32]),
+        ..Program::default()
+    });
+    assert_eq!(host.get("/v1/vms/a")["program"]["sha256"], "cd".repeat(32));
 }

@@ -19,7 +19,7 @@ use adit_port::control::{
 };
 use adit_port::control_io::{ControlError, Message, receive, send};
 use adit_tasks::wire::{
-    Clock, Enrolment, Facts, Outcome, Pull, Report, ReportAck, Task, TaskId, WireKind,
+    Clock, Enrolment, Facts, Outcome, Program, Pull, Report, ReportAck, Task, TaskId, WireKind,
 };
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, setsockopt, socket, sockopt,
@@ -593,6 +593,21 @@ impl Control {
         agent
     }
 
+    /// An agent that says this of its program. What it said is heard when this returns.
+    pub fn program(&self, program: &Program) -> Agent {
+        let mut stream = self.incoming(700);
+        open_with(&mut stream, "tasks", 0);
+        let Hello::Accept(_) = adit_channel::hello::read(&mut stream).unwrap() else {
+            panic!("refused")
+        };
+        let mut agent = Agent { stream };
+        agent.say(WireKind::Program, 0, program);
+        agent.say(WireKind::Facts, 0, &facts("a"));
+        agent.say(WireKind::Clock, 1, &Clock { unix_ms: 0 });
+        agent.hear_kind(WireKind::HostClock);
+        agent
+    }
+
     fn agent_saying(&self, features: u64, vm_id: &str, enrolment: Option<&Enrolment>) -> Agent {
         let mut stream = self.incoming(700);
         open_with(&mut stream, "tasks", features);
@@ -604,19 +619,19 @@ impl Control {
         if let Some(enrolment) = enrolment {
             agent.say(WireKind::Enrolment, 0, enrolment);
         }
-        agent.say(
-            WireKind::Facts,
-            0,
-            &Facts {
-                agent_version: "1".into(),
-                kernel: "6".into(),
-                os: "x".into(),
-                vm_id: vm_id.into(),
-                anchors: 1,
-                boot_nonce: [1; 16],
-            },
-        );
+        agent.say(WireKind::Facts, 0, &facts(vm_id));
         agent
+    }
+}
+
+fn facts(vm_id: &str) -> Facts {
+    Facts {
+        agent_version: "1".into(),
+        kernel: "6".into(),
+        os: "x".into(),
+        vm_id: vm_id.into(),
+        anchors: 1,
+        boot_nonce: [1; 16],
     }
 }
 
