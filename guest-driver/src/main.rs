@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use adit_guest_driver::config::{BAD_CONFIG, Config, ConfigError, DEFAULT_PATH};
 use adit_guest_driver::install::{Init, Install, install};
+use adit_guest_driver::policy::command::{self, PolicyCommand, Said};
 use adit_guest_driver::ring::{Carriers, Link};
 use adit_guest_driver::run::{self, RunError};
 use adit_guest_driver::self_test::{self, Found};
@@ -65,6 +66,9 @@ enum Cmd {
         /// The VM's card, as `adit card new` makes it; goes to /etc/adit/card.
         #[arg(long, value_name = "FILE")]
         card: Option<PathBuf>,
+        /// The guest's policy, as `adit-guest policy check` takes it; goes to /etc/adit-guest/policy.toml.
+        #[arg(long, value_name = "FILE")]
+        policy: Option<PathBuf>,
         /// Local TCP ports that the host may reach, for example 80,22.
         #[arg(long, value_delimiter = ',')]
         allow_port: Vec<u16>,
@@ -98,6 +102,11 @@ enum Cmd {
         /// Seal although the configuration has a vm_id, which each copy will have too.
         #[arg(long)]
         keep_vm_id: bool,
+    },
+    /// Check this guest's policy file, and say what it decides.
+    Policy {
+        #[command(subcommand)]
+        command: PolicyCommand,
     },
     /// Print the version.
     Version,
@@ -134,6 +143,7 @@ fn main() -> ExitCode {
             vm_id,
             trust,
             card,
+            policy,
             allow_port,
             binary,
         } => own_binary(binary).and_then(|binary| {
@@ -143,6 +153,7 @@ fn main() -> ExitCode {
                 vm_id: vm_id.as_ref(),
                 trust: &trust,
                 card: card.as_deref(),
+                policy: policy.as_deref(),
                 ports: &allow_port,
                 binary: &binary,
             })
@@ -151,23 +162,39 @@ fn main() -> ExitCode {
         Cmd::CheckConfig { file } => check_config(&file),
         Cmd::SelfTest { config } => self_test(&config),
         Cmd::Seal { config, keep_vm_id } => seal(&config, keep_vm_id),
+        Cmd::Policy { command } => return policy(&command),
         Cmd::Version => print(&format!("adit-guest {}\n", program::version())),
         Cmd::JournalCheck { dir } => journal::check(&dir).map_err(Into::into),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            let mut code = exit_status(&e);
-            if is_on_trial && code == BAD_CONFIG {
+            let status = match exit_status(&e) {
                 // No init system would start it again, nor what ran before it.
-                code = 1;
-            }
-            if code != adit_print::CLOSED_PIPE {
-                // One line, whatever a cause brings along.
-                adit_print::note!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
-            }
-            ExitCode::from(code)
+                BAD_CONFIG if is_on_trial => 1,
+                status => status,
+            };
+            failed(&e, status)
         }
+    }
+}
+
+fn failed(e: &anyhow::Error, status: u8) -> ExitCode {
+    if status != adit_print::CLOSED_PIPE {
+        // One line, whatever a cause brings along.
+        adit_print::note!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
+    }
+    ExitCode::from(status)
+}
+
+fn policy(command: &PolicyCommand) -> ExitCode {
+    let Said { text, status } = match command::run(command) {
+        Ok(said) => said,
+        Err(e) => return failed(&anyhow::Error::from(e), command::NO_ANSWER),
+    };
+    match print(&text) {
+        Ok(()) => ExitCode::from(status),
+        Err(e) => failed(&e, exit_status(&e)),
     }
 }
 

@@ -82,6 +82,7 @@ pub fn run(
     let live = Arc::new(Live::new(config, enrolment));
     let agent = Agent::new(live.clone(), upgrade.clone());
     let server = Server::new(ports, blobs, Some(agent), identity.clone());
+    server.govern(live.policy());
     let hup = (live.clone(), server.clone());
     reap::start(move || reload(&hup.0, &hup.1))
         .map_err(system("start the thread that reaps tasks' orphans"))?;
@@ -120,7 +121,10 @@ pub fn run(
 
 /// At SIGHUP.
 fn reload(live: &Live, server: &Server) {
-    let kept = match live.reload() {
+    let kept = live.reload();
+    // Also if the configuration before stays.
+    server.govern(live.reload_policy());
+    let kept = match kept {
         Ok(kept) => kept,
         Err(e) => {
             let effect = "the configuration before stays in force";

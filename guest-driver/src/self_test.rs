@@ -9,6 +9,8 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use crate::clock;
 use crate::config::Config;
 use crate::enrol::{self, seal};
+use crate::policy::Standing;
+use crate::policy::command::notes;
 use crate::trust::Anchors;
 use crate::upgrade::begin;
 
@@ -50,8 +52,24 @@ pub fn run(config: &Config) -> Vec<Found> {
             .map(|fault| Found::Fails(fault.to_string())),
     );
     found.push(agent(config));
+    found.extend(policy(config));
     found.push(copies(config));
     found
+}
+
+fn policy(config: &Config) -> Vec<Found> {
+    let standing = Standing::at_start(config);
+    let Some((file, policy)) = standing.policy() else {
+        let fault = standing
+            .fault()
+            .map(|fault| Found::Fails(fault.to_string()));
+        return fault.into_iter().collect();
+    };
+    let shown = file.display();
+    let rules = format!("the policy {shown} has {} rules", policy.rules());
+    let notes = notes(policy).into_iter();
+    let notes = notes.map(|(line, note)| Found::Note(format!("{shown}:{line}: {note}")));
+    [Found::Ok(rules)].into_iter().chain(notes).collect()
 }
 
 fn vsock() -> Found {

@@ -21,6 +21,8 @@ pub enum FaultKind {
     Card,
     /// The guest's agent is not the program that it was to be.
     Agent,
+    /// The guest's policy file cannot be used.
+    Policy,
 }
 
 impl FaultKind {
@@ -33,6 +35,7 @@ impl FaultKind {
             Self::Enrolment => "enrolment",
             Self::Card => "card",
             Self::Agent => "agent",
+            Self::Policy => "policy",
         }
     }
 }

@@ -224,6 +224,7 @@ impl Host {
             stream,
             enrolment,
             program,
+            told: None,
             clock: None,
             clocks: Vec::new(),
         };
@@ -260,6 +261,8 @@ pub struct Session {
     pub enrolment: wire::Enrolment,
     /// What it said of its program.
     pub program: wire::Program,
+    /// What it has said of it since.
+    pub told: Option<wire::Enrolment>,
     stream: UnixStream,
     /// What the host's clock shows, for a host that answers; none: one of the version before.
     pub clock: Option<u64>,
@@ -274,6 +277,11 @@ impl Session {
             let Some((header, body)) = frame::read(&mut self.stream, frame::LEN_MAX)? else {
                 return Ok(None);
             };
+            if header.kind == WireKind::Enrolment as u16 {
+                assert_eq!(header.flags, frame::IGNORABLE);
+                self.told = Some(header.decode(&body).unwrap());
+                continue;
+            }
             if header.kind != WireKind::Clock as u16 {
                 break (header, body);
             }

@@ -13,6 +13,7 @@ mod enrol;
 mod host;
 mod install;
 mod own;
+mod policy;
 mod reload;
 mod trust;
 mod upgrade;
