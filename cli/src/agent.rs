@@ -352,7 +352,7 @@ async fn give(
     }
 }
 
-/// `41 % of 4.6 MiB`.
+/// `41 % of 4.5 MiB`.
 fn part(done: u64, of: u64) -> String {
     let percent = done.saturating_mul(100) / of.max(1);
     let tenths = of.saturating_mul(10) >> 20;
@@ -366,6 +366,6 @@ mod tests {
     #[test]
     fn how_far_it_is_is_said_in_per_cent_of_mib() {
         assert_eq!(part(0, 0), "0 % of 0.0 MiB");
-        assert_eq!(part(2_411_724, 4_823_449), "49 % of 4.6 MiB");
+        assert_eq!(part(2_411_724, 4_823_449), "49 % of 4.5 MiB");
     }
 }

@@ -64,9 +64,14 @@ pub fn offer(host: &Host, digest: Digest, size: u64) -> Result<(UnixStream, u64)
 }
 
 pub fn ended(mut stream: UnixStream) -> Ended {
-    let (header, body) = frame::read(&mut stream, BODY_MAX).unwrap().unwrap();
-    assert_eq!(header.kind, Kind::Ended as u16);
+    let ended = said_of_end(&mut stream);
     assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    ended
+}
+
+fn said_of_end(stream: &mut UnixStream) -> Ended {
+    let (header, body) = frame::read(stream, BODY_MAX).unwrap().unwrap();
+    assert_eq!(header.kind, Kind::Ended as u16);
     header.decode(&body).unwrap()
 }
 
@@ -167,7 +172,7 @@ fn r101_more_than_was_announced_is_not_read() {
     host.start(None);
     let (mut stream, _) = offer(&host, Digest::of(b"ten bytes!"), 10).unwrap();
     stream.write_all(b"ten bytes! and more").unwrap();
-    assert_eq!(ended(stream).refusal, 0);
+    assert_eq!(said_of_end(&mut stream).refusal, 0);
     assert_eq!(
         kept(&host, Digest::of(b"ten bytes!")).unwrap(),
         b"ten bytes!"
