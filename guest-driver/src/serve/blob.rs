@@ -30,7 +30,7 @@ pub const BLOB_MAX: u64 = 1 << 30;
 /// Most bytes of all files that are kept.
 pub const ALL_MAX: u64 = 2 << 30;
 /// Bytes of the guest's disk that no file takes.
-pub const SPARE: u64 = 64 << 20;
+pub const SPARE: u64 = 16 << 20;
 /// Most files that come at the same time.
 pub const STREAMS_MAX: usize = 2;
 /// How long the host may send nothing, or read nothing.
