@@ -146,7 +146,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Image(command) => image::run(command, format)?,
         Command::Card(command) => card::run(command, format)?,
         Command::Config => config::show(&client, format).await?,
-        Command::Completion(completion) => completion::print(completion)?,
+        Command::Completion(completion) => completion::print(completion, format)?,
         Command::Version => version(format)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -13,6 +13,7 @@ use adit_image::{Disk, DiskError};
 use adit_names::VmId;
 use clap::{Args, Subcommand};
 
+use crate::completion;
 use crate::error::Failure;
 use crate::output;
 use crate::text::Format;
@@ -60,7 +61,7 @@ pub enum ImageCommand {
 #[derive(Args)]
 pub struct What {
     /// The id that the VM is enrolled with, for example web-1. Without it, its card says it
-    #[arg(long)]
+    #[arg(long, add = completion::vms())]
     vm_id: Option<VmId>,
     /// Public keys of the managers whose goals the guest runs: files, or directories of *.pub. May be given many times, or as a
     /// list with commas. Without it, the guest runs no goal
@@ -102,7 +103,12 @@ pub fn run(command: &ImageCommand, format: Format) -> Result<(), Failure> {
             for line in said.iter().filter(|line| !line.starts_with("wrote ")) {
                 adit_print::note!("adit: {line}");
             }
-            output::line(config)
+            match format {
+                Format::Json => {
+                    output::json(&serde_json::json!({ "user_data": config.to_string() }))
+                }
+                Format::Table => output::line(config),
+            }
         }
     }
 }

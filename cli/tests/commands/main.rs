@@ -4,6 +4,7 @@
 mod cards;
 mod completing;
 mod fake;
+mod formats;
 mod goals;
 mod image;
 mod lists;
