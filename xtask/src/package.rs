@@ -3,7 +3,7 @@
 //! | package | programs | profile |
 //! |---|---|---|
 //! | `adit-guest` | adit-guest | guest |
-//! | `aditd` | aditd, adit-port, adit | host |
+//! | `aditd` | aditd, adit-port, adit; the agent, for images | host |
 //! | `adit-vmm` | adit-vmm | vmm |
 //!
 //! Every program is linked statically (musl): one build runs on every distribution, in a guest of any age, and is the same in
@@ -80,7 +80,8 @@ impl Package {
     fn build(self) -> anyhow::Result<()> {
         match self {
             Self::AditGuest => setup::guest_binaries(),
-            Self::Aditd => setup::static_host_binaries(),
+            // With the agent that `adit image` puts into images.
+            Self::Aditd => setup::static_host_binaries().and_then(|()| setup::guest_binaries()),
             Self::AditVmm => setup::vmm_binary(),
         }
     }
@@ -195,6 +196,8 @@ fn make(package: Package) -> anyhow::Result<()> {
     }
     if package == Package::Aditd {
         completions(&package.built(), &dir)?;
+        let agent = Package::AditGuest.built().join("adit-guest");
+        fs::copy(agent, dir.join("adit-guest")).context("cannot copy adit-guest")?;
     }
     fs::copy(
         adit_tests::root().join("CHANGELOG.md"),
