@@ -10,7 +10,7 @@ mod look;
 
 use std::time::Duration;
 
-use look::{LOOK_MAX, Look};
+use look::Look;
 
 /// Longest time to poll before a sleep.
 pub const BUSY_POLL_MAX: Duration = Duration::from_millis(1);
@@ -60,8 +60,8 @@ impl Polling {
 
     /// How long to continue polling after work arrived last.
     pub(crate) fn window(&self) -> Duration {
-        match self.look {
-            Some(_) => LOOK_MAX,
+        match &self.look {
+            Some(look) => look.window(),
             None => self.window,
         }
     }
@@ -69,6 +69,13 @@ impl Polling {
     /// The longest time of one polling phase.
     pub(crate) fn run(&self, timeout: Option<Duration>) -> Duration {
         timeout.map_or(RUN_MAX, |t| t.min(RUN_MAX))
+    }
+
+    /// The shard worked for `time` since its last sleep. Now it polls or sleeps.
+    pub(crate) fn worked(&mut self, time: Duration) {
+        if let Some(look) = &mut self.look {
+            look.worked(time);
+        }
     }
 
     /// A polling phase ended. `came` is true if work arrived during it, and `quiet` is the time since it arrived last.

@@ -97,6 +97,8 @@ pub struct Shard<C: Carrier> {
     news: VecDeque<News>,
     budget: Budget,
     polling: Polling,
+    /// When the last sleep ended.
+    woke: Instant,
     stopped: bool,
     wakeups: u64,
 }
@@ -119,6 +121,7 @@ impl<C: Carrier> Shard<C> {
             news: VecDeque::new(),
             budget: Budget::default(),
             polling: Polling::default(),
+            woke: Instant::now(),
             stopped: false,
             wakeups: 0,
         })
@@ -226,6 +229,9 @@ impl<C: Carrier> Shard<C> {
             true => self.timeout(timeout),
             false => EpollTimeout::ZERO,
         };
+        if wait != EpollTimeout::ZERO {
+            self.polling.worked(self.woke.elapsed());
+        }
         if wait != EpollTimeout::ZERO && self.polling.is_on() {
             self.poll_before_sleep(timeout)?;
             if !self.news.is_empty() || self.stopped {
@@ -233,12 +239,8 @@ impl<C: Carrier> Shard<C> {
             }
             wait = self.timeout(timeout);
         }
-        let began = (wait != EpollTimeout::ZERO).then(Instant::now);
         self.events(wait)?;
         self.wakeups += 1;
-        if let Some(began) = began {
-            self.polling.slept(began.elapsed());
-        }
         self.poll_ports();
         Ok(())
     }

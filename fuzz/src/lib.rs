@@ -15,6 +15,7 @@
 //! | `ring_function` | the guest's of a ring's PCI function: accesses, and saved states of any origin | a second reader of the saved state |
 //! | `attach` | both sides' words, and the head of a region | two new sides reach a session |
 //! | `card` | the platform's and a signer's: a card, and the places that it is carried in | JSON without rules; what is believed is in its limits |
+//! | `policy` | a guest's policy file | its limits; mistakes have places; a rule less allows nothing more |
 //! | `succession` | a predecessor's that its guest controls: handover record, live file, unread bytes | a verdict in time, no leak, no thread lost |
 //!
 //! Seeds are in `corpus/TARGET/`: a minimal set of what libFuzzer found that still reaches every place it reached, and every input
@@ -33,6 +34,7 @@ mod engine_ops;
 mod input;
 mod mem_table;
 mod pattern;
+mod policy;
 mod port_packet;
 mod record;
 mod ring_function;
@@ -49,7 +51,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 13] = [
+pub const TARGETS: [(&str, Target); 14] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -63,6 +65,7 @@ pub const TARGETS: [(&str, Target); 13] = [
     ("ring_packet", ring_packet::run),
     ("ring_function", ring_function::run),
     ("card", card::run),
+    ("policy", policy::run),
 ];
 
 /// The directory of a target's seeds.

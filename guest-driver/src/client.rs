@@ -160,6 +160,7 @@ impl Client {
     fn session(&mut self, conn: &Conn) -> io::Result<io::Error> {
         let anchors = self.live.anchors();
         // First, so that a VM that is ready has its labels.
+        let mut told = self.live.policy_fault();
         let enrolment = self.live.enrolment(&anchors);
         self.send_ignorable(conn, WireKind::Enrolment, &enrolment)?;
         let facts = self.facts(&anchors);
@@ -181,6 +182,13 @@ impl Client {
         loop {
             if !mem::take(&mut clock_is_fresh) {
                 self.send_clock(conn)?;
+            }
+            // A reload may have found, or mended, a policy that cannot be used.
+            let policy_fault = self.live.policy_fault();
+            if policy_fault != told {
+                let enrolment = self.live.enrolment(&self.live.anchors());
+                self.send_ignorable(conn, WireKind::Enrolment, &enrolment)?;
+                told = policy_fault;
             }
             let epoch = self.identity.common().epoch;
             let id = self.send(conn, WireKind::Pull, &Pull { epoch })?;

@@ -73,6 +73,9 @@ pub struct Config {
     /// File with the guest's card.
     #[serde(default = "default_card")]
     pub card: PathBuf,
+    /// The policy file, which must be there then; none: the file where it usually is, if it is there.
+    #[serde(default)]
+    pub policy: Option<PathBuf>,
     /// Directory of public keys.
     #[serde(default = "default_trust_dir")]
     pub trust_dir: PathBuf,
@@ -170,6 +173,15 @@ impl Config {
         }
     }
 
+    /// Says that steps of a kind are switched off here, if they are.
+    pub fn switched_off(&self, kind: &str) -> Option<String> {
+        let off = Kind::ALL.iter().filter(|kind| !self.enabled(**kind));
+        let off = off.map(|kind| kind.name()).find(|name| *name == kind)?;
+        Some(format!(
+            "steps of kind `{off}` are switched off in this guest ([{off}] enabled = false)"
+        ))
+    }
+
     /// Reads and checks a file.
     ///
     /// # Errors
@@ -214,6 +226,9 @@ impl Config {
             )),
         };
         absolute("card", &config.card)?;
+        if let Some(policy) = &config.policy {
+            absolute("policy", policy)?;
+        }
         absolute("trust_dir", &config.trust_dir)?;
         absolute("state_dir", &config.state_dir)?;
         absolute("run_dir", &config.run_dir)?;

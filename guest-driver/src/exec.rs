@@ -1,7 +1,7 @@
 //! The executors: what a verified step may do to this guest, and what came of it. One file a kind.
 //!
 //! To add a kind: its file here, with `Executor` for the type that `adit_tasks::action` has for it; its line in `executor`;
-//! and its switch in `config`.
+//! and its switch in `config`. What it says that it touches is what the guest's policy decides on.
 
 pub mod capture;
 pub mod cgroup;
@@ -15,9 +15,13 @@ use adit_tasks::Action;
 use adit_tasks::wire::{Captured, Outcome};
 
 use crate::config::Config;
+use crate::policy::{Standing, Touches};
 
 /// What one kind of step does.
 trait Executor {
+    /// Whom it runs as and what it writes.
+    fn touches(&self) -> Touches<'_>;
+
     /// Does it.
     fn execute(&self, job: &Job<'_>) -> Executed;
 }
@@ -30,6 +34,15 @@ pub struct Job<'a> {
     pub config: &'a Config,
     /// Where scripts run.
     pub scripts: &'a script::Dirs,
+    /// That this guest's owner allows it.
+    pub permit: Permit,
+}
+
+/// This guest's owner allows a step.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Permit {
+    /// The policy's root that a file must be below, besides one of the configuration's.
+    root: Option<String>,
 }
 
 /// Who executes a step: one line a kind.
@@ -40,16 +53,22 @@ fn executor(action: &Action) -> &dyn Executor {
     }
 }
 
-/// Does what a step says, unless this guest's owner has switched its kind off.
-pub fn execute(action: &Action, job: &Job<'_>) -> Executed {
-    let kind = action.kind();
-    if job.config.enabled(kind) {
-        return executor(action).execute(job);
+/// Asks this guest's owner about a step: the configuration, and the policy if there is one. Both must allow it.
+///
+/// # Errors
+/// One does not: a reason for a report, with its code.
+pub fn permit(action: &Action, config: &Config, policy: &Standing) -> Result<Permit, String> {
+    if let Some(off) = config.switched_off(action.kind().name()) {
+        return Err(format!("policy: {off}"));
     }
-    let kind = kind.name();
-    Executed::refused(format!(
-        "policy: steps of kind `{kind}` are switched off in this guest ([{kind}] enabled = false)"
-    ))
+    let root = policy.step(executor(action).touches());
+    let root = root.map_err(|said| format!("policy: {said}"))?;
+    Ok(Permit { root })
+}
+
+/// Does what a step says.
+pub fn execute(action: &Action, job: &Job<'_>) -> Executed {
+    executor(action).execute(job)
 }
 
 /// What came of one effect.
@@ -93,7 +112,7 @@ impl Executed {
         }
     }
 
-    /// Policy of this guest says no; nothing was done. `reason` begins with a stable code.
+    /// This guest's owner says no; nothing was done. `reason` begins with a stable code.
     pub fn refused(reason: impl Into<String>) -> Self {
         Self {
             outcome: Outcome::Refused,
@@ -121,10 +140,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kind_that_is_switched_off_is_refused_and_does_nothing() {
-        let _alone = alone();
-        let dir = tempfile::tempdir().unwrap();
-        let made = dir.path().join("made");
+    fn a_kind_that_is_switched_off_is_refused() {
+        let made = "/tmp/made";
         let goal = json!({
             "goal_id": "01990000-0000-7000-8000-000000000001", "key_seq": 1, "audience": {"vms": ["web-1"]},
             "not_before": "2020-01-01T00:00:00Z", "not_after": "2120-01-01T00:00:00Z", "min_planner": 1,
@@ -143,24 +160,9 @@ mod tests {
             for &other in Kind::ALL {
                 assert_eq!(config.enabled(other), other != step.action.kind());
             }
-            let executed = execute(
-                &step.action,
-                &Job {
-                    task: "00",
-                    config: &config,
-                    scripts: &script::Dirs {
-                        cgroups: None,
-                        dir: dir.path().into(),
-                    },
-                },
-            );
-            assert_eq!(executed.outcome, Outcome::Refused);
-            assert!(
-                executed.reason.starts_with("policy: "),
-                "{}",
-                executed.reason
-            );
-            assert!(!made.exists(), "{kind}");
+            let refused = permit(&step.action, &config, &Standing::default()).unwrap_err();
+            assert!(refused.starts_with("policy: "), "{refused}");
+            assert!(refused.contains(kind), "{refused}");
         }
     }
 }

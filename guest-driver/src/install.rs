@@ -21,11 +21,14 @@ use adit_tasks::card::{self, CardError};
 
 use crate::clock;
 use crate::config::{Config, ConfigError};
+use crate::policy::{PolicyError, source};
 use crate::trust::{KeyFileError, check_key, pub_files};
 
 /// Where the agent goes.
 const BINARY: &str = "usr/sbin/adit-guest";
 const CONFIG: &str = "etc/adit-guest/adit-guest.toml";
+/// Where the agent looks for its policy; its configuration names it as well, so that it must be there.
+const POLICY: &str = "etc/adit-guest/policy.toml";
 /// Where the agent looks for its card if its configuration says nothing else.
 const CARD: &str = "etc/adit/card";
 const TRUST_DIR: &str = "etc/adit-guest/trust";
@@ -58,6 +61,8 @@ pub struct Install<'a> {
     pub trust: &'a [PathBuf],
     /// A file with the VM's card.
     pub card: Option<&'a Path>,
+    /// A file with the guest's policy.
+    pub policy: Option<&'a Path>,
     /// Local TCP ports that the host may reach.
     pub ports: &'a [u16],
     /// The agent's binary.
@@ -92,6 +97,9 @@ pub enum InstallError {
         /// What is wrong, and what to do.
         why: String,
     },
+    /// What is to be the policy cannot be used.
+    #[error("--policy: {0}")]
+    Policy(PolicyError),
     /// What is to be trusted is no key.
     #[error(transparent)]
     Key(#[from] KeyFileError),
@@ -227,6 +235,8 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
         .card
         .map(|path| card_file(path, what, &keys))
         .transpose()?;
+    let policy = what.policy.map(source::read_given).transpose();
+    let policy = policy.map_err(InstallError::Policy)?;
     let config = config(what);
     Config::parse(&root.join(CONFIG), &config)?;
     let mut said = Vec::new();
@@ -252,6 +262,9 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
     }
     if let Some((card, _)) = &card {
         put(CARD, card, 0o600)?;
+    }
+    if let Some((_, policy)) = &policy {
+        put(POLICY, policy, 0o600)?;
     }
     let mut link = None;
     match init {
@@ -325,10 +338,12 @@ fn config(what: &Install<'_>) -> String {
         .collect::<Vec<_>>()
         .join(", ");
     let vm_id = what.vm_id.map(|id| format!("vm_id = \"{id}\"\n"));
+    let policy = what.policy.map(|_| format!("policy = \"/{POLICY}\"\n"));
     format!(
         "# Written by `adit-guest install`.\n\
-         {}trust_dir = \"/{TRUST_DIR}\"\nstate_dir = \"/var/lib/adit-guest\"\nallow_ports = [{ports}]\n",
-        vm_id.unwrap_or_default()
+         {}{}trust_dir = \"/{TRUST_DIR}\"\nstate_dir = \"/var/lib/adit-guest\"\nallow_ports = [{ports}]\n",
+        vm_id.unwrap_or_default(),
+        policy.unwrap_or_default()
     )
 }
 

@@ -8,7 +8,7 @@
 //! tasks' orphans in `read` of a signal. Each stream has a thread of its own while it lives, and so has the task that runs.
 //! There is no runtime, and no timer but that of a task whose goal is not yet valid.
 //!
-//! What it never does: run anything that no trust anchor of the image has signed, pass an argument through a shell,
+//! What it never does: run anything that no trust anchor of the image has signed or that its policy forbids, pass an argument through a shell,
 //! follow a symbolic link when it writes a file, start a task id twice.
 
 pub mod client;
@@ -26,6 +26,7 @@ mod journald;
 pub mod live;
 pub mod log;
 mod owned;
+pub mod policy;
 pub mod protect;
 pub mod relay;
 pub mod ring;

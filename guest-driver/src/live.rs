@@ -4,6 +4,7 @@
 //! |---|---|
 //! | files in `trust_dir` | at the next task, without SIGHUP: they are read for each |
 //! | `trust_dir`, `script`, `file` | at the next task after SIGHUP |
+//! | `policy`, and what is in that file | at the next task or stream after SIGHUP; what becomes of a file that cannot be used: `policy::Standing` |
 //! | `allow_ports` | at the next stream after SIGHUP; streams that are open go on |
 //! | `clock` | when the host next sends its time after SIGHUP |
 //! | `vm_id`, `card` and what is in it, `state_dir`, `run_dir` | at the next start of the agent |
@@ -14,13 +15,15 @@ use adit_names::VmId;
 use adit_tasks::{KeyId, Roles, wire};
 
 use crate::config::{Config, ConfigError};
-use crate::enrol::{self, Enrolment};
+use crate::enrol::{self, Enrolment, Fault};
+use crate::policy::Standing;
 use crate::trust::Anchors;
 use crate::{clock, log};
 
 /// The configuration in force.
 pub struct Live {
     config: RwLock<Arc<Config>>,
+    policy: RwLock<Arc<Standing>>,
     /// Who this guest is, as found at the start.
     enrolment: Enrolment,
     /// What was last logged of the anchors.
@@ -37,8 +40,11 @@ struct Logged {
 impl Live {
     /// Begins with this configuration.
     pub fn new(config: Config, enrolment: Enrolment) -> Self {
+        let policy = Standing::at_start(&config);
+        say(&policy);
         Self {
             config: RwLock::new(Arc::new(config)),
+            policy: RwLock::new(Arc::new(policy)),
             enrolment,
             logged: Mutex::default(),
         }
@@ -48,6 +54,25 @@ impl Live {
     pub fn config(&self) -> Arc<Config> {
         let config = self.config.read();
         config.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The policy at this moment.
+    pub fn policy(&self) -> Arc<Standing> {
+        let policy = self.policy.read();
+        policy.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What is wrong with the policy file, as it was last read.
+    pub fn policy_fault(&self) -> Option<Fault> {
+        self.policy().fault().cloned()
+    }
+
+    /// Reads the policy file again, and logs what has become of it. What cannot be used changes nothing.
+    pub fn reload_policy(&self) -> Arc<Standing> {
+        let next = Arc::new(self.policy().next(&self.config()));
+        say(&next);
+        *self.policy.write().unwrap_or_else(PoisonError::into_inner) = next.clone();
+        next
     }
 
     /// Reads the trust anchors; logs what has changed since they were last read.
@@ -82,7 +107,12 @@ impl Live {
 
     /// What the host is told of the enrolment.
     pub fn enrolment(&self, anchors: &Anchors) -> wire::Enrolment {
-        self.enrolment.told(anchors.card.as_ref())
+        let mut told = self.enrolment.told(anchors.card.as_ref());
+        if let Some(fault) = self.policy().fault() {
+            told.faults.truncate(wire::FAULTS_MAX - 1);
+            told.faults.insert(0, fault.to_string());
+        }
+        told
     }
 
     /// Reads the configuration file again. Returns the keys whose change needs a restart; they keep their old values.
@@ -99,6 +129,19 @@ impl Live {
         keep("run_dir", &mut new.run_dir, &old.run_dir, &mut kept);
         *self.config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
         Ok(kept)
+    }
+}
+
+fn say(policy: &Standing) {
+    if let Some((file, policy)) = policy.policy() {
+        let (file, rules) = (file.display(), policy.rules());
+        log::event("policy", &[("file", &file), ("rules", &rules)]);
+    }
+    if let Some(Fault {
+        code, why, remedy, ..
+    }) = policy.fault()
+    {
+        log::event(code, &[("why", why), ("do", remedy)]);
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use adit_guest_driver::config::{BAD_CONFIG, Config, ConfigError, DEFAULT_PATH};
 use adit_guest_driver::install::{Init, Install, install};
+use adit_guest_driver::policy::command::{self, PolicyCommand, Said};
 use adit_guest_driver::ring::{Carriers, Link};
 use adit_guest_driver::run::{self, RunError};
 use adit_guest_driver::self_test::{self, Found};
@@ -57,6 +58,9 @@ enum Cmd {
         /// The VM's card, as `adit card new` makes it; goes to /etc/adit/card.
         #[arg(long, value_name = "FILE")]
         card: Option<PathBuf>,
+        /// The guest's policy, as `adit-guest policy check` takes it; goes to /etc/adit-guest/policy.toml.
+        #[arg(long, value_name = "FILE")]
+        policy: Option<PathBuf>,
         /// Local TCP ports that the host may reach, for example 80,22.
         #[arg(long, value_delimiter = ',')]
         allow_port: Vec<u16>,
@@ -91,6 +95,11 @@ enum Cmd {
         #[arg(long)]
         keep_vm_id: bool,
     },
+    /// Check this guest's policy file, and say what it decides.
+    Policy {
+        #[command(subcommand)]
+        command: PolicyCommand,
+    },
     /// Print the version.
     Version,
     /// Read a whole journal once.
@@ -123,6 +132,7 @@ fn main() -> ExitCode {
             vm_id,
             trust,
             card,
+            policy,
             allow_port,
             binary,
         } => own_binary(binary).and_then(|binary| {
@@ -132,6 +142,7 @@ fn main() -> ExitCode {
                 vm_id: vm_id.as_ref(),
                 trust: &trust,
                 card: card.as_deref(),
+                policy: policy.as_deref(),
                 ports: &allow_port,
                 binary: &binary,
             })
@@ -140,19 +151,32 @@ fn main() -> ExitCode {
         Cmd::CheckConfig { file } => check_config(&file),
         Cmd::SelfTest { config } => self_test(&config),
         Cmd::Seal { config, keep_vm_id } => seal(&config, keep_vm_id),
+        Cmd::Policy { command } => return policy(&command),
         Cmd::Version => print(&format!("adit-guest {}\n", env!("CARGO_PKG_VERSION"))),
         Cmd::JournalCheck { dir } => journal::check(&dir).map_err(Into::into),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            let code = exit_status(&e);
-            if code != adit_print::CLOSED_PIPE {
-                // One line, whatever a cause brings along.
-                adit_print::note!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
-            }
-            ExitCode::from(code)
-        }
+        Err(e) => failed(&e, exit_status(&e)),
+    }
+}
+
+fn failed(e: &anyhow::Error, status: u8) -> ExitCode {
+    if status != adit_print::CLOSED_PIPE {
+        // One line, whatever a cause brings along.
+        adit_print::note!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
+    }
+    ExitCode::from(status)
+}
+
+fn policy(command: &PolicyCommand) -> ExitCode {
+    let Said { text, status } = match command::run(command) {
+        Ok(said) => said,
+        Err(e) => return failed(&anyhow::Error::from(e), command::NO_ANSWER),
+    };
+    match print(&text) {
+        Ok(()) => ExitCode::from(status),
+        Err(e) => failed(&e, exit_status(&e)),
     }
 }
 

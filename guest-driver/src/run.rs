@@ -76,6 +76,7 @@ pub fn run(
     let server = Server::new(config.allow_ports.clone(), identity.clone());
     let enrolment = enrol::at_start(&config);
     let live = Arc::new(Live::new(config, enrolment));
+    server.govern(live.policy());
     let hup = (live.clone(), server.clone());
     reap::start(move || reload(&hup.0, &hup.1))
         .map_err(system("start the thread that reaps tasks' orphans"))?;
@@ -114,7 +115,10 @@ pub fn run(
 
 /// At SIGHUP.
 fn reload(live: &Live, server: &Server) {
-    let kept = match live.reload() {
+    let kept = live.reload();
+    // Also if the configuration before stays.
+    server.govern(live.reload_policy());
+    let kept = match kept {
         Ok(kept) => kept,
         Err(e) => {
             let effect = "the configuration before stays in force";

@@ -5,6 +5,7 @@
 //! not verified, journal unusable, disk full ──▶ refused: nothing has run
 //! valid only later ──▶ not yet: nothing has run, and the client asks again when its time comes
 //! else: received ▸ started ▸ effect ▸ result          (▸ = on disk before the next)
+//!                          ▸ refused by configuration or policy: nothing has run, and that is the result
 //! ```
 //! A result that the journal cannot take although space was held for it is *unsaved*: the report says so, it is delivered
 //! from memory, and no other task starts before it is written.
@@ -190,27 +191,32 @@ impl Runner {
         };
         crash::at(Point::Started);
         let started_ms = clock::now_ms();
-        log::event(
-            "started",
-            &[
-                ("task", &name),
-                ("step", &task.step_id),
-                ("attempt", &task.attempt),
-            ],
-        );
-        announce(&Started {
-            task_id: task.task_id,
-        });
-        let config = self.live.config();
-        // What this guest's policy refuses is journaled as any end of a step: a goal may let the steps after it run.
-        let executed = exec::execute(
-            &step.action,
-            &Job {
-                task: &name,
-                config: &config,
-                scripts: &self.scripts,
-            },
-        );
+        // One state of both for the whole task, whatever is reloaded meanwhile.
+        let (config, policy) = (self.live.config(), self.live.policy());
+        let executed = match exec::permit(&step.action, &config, &policy) {
+            // Journaled as any end of a step: a goal may let the steps after it run.
+            Err(why) => Executed::refused(why),
+            Ok(permit) => {
+                log::event(
+                    "started",
+                    &[
+                        ("task", &name),
+                        ("step", &task.step_id),
+                        ("attempt", &task.attempt),
+                    ],
+                );
+                announce(&Started {
+                    task_id: task.task_id,
+                });
+                let job = Job {
+                    task: &name,
+                    config: &config,
+                    scripts: &self.scripts,
+                    permit,
+                };
+                exec::execute(&step.action, &job)
+            }
+        };
         let mut report = report(task.task_id, executed, started_ms, self.boot_nonce);
         self.store(&mut report);
         // Logged only now, when the result is on disk: a test may cut the power at this line.

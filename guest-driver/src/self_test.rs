@@ -9,6 +9,8 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use crate::clock;
 use crate::config::Config;
 use crate::enrol::{self, seal};
+use crate::policy::Standing;
+use crate::policy::command::notes;
 use crate::trust::Anchors;
 
 /// 2024-01-01: a clock that is behind was never set.
@@ -48,8 +50,24 @@ pub fn run(config: &Config) -> Vec<Found> {
             .iter()
             .map(|fault| Found::Fails(fault.to_string())),
     );
+    found.extend(policy(config));
     found.push(copies(config));
     found
+}
+
+fn policy(config: &Config) -> Vec<Found> {
+    let standing = Standing::at_start(config);
+    let Some((file, policy)) = standing.policy() else {
+        let fault = standing
+            .fault()
+            .map(|fault| Found::Fails(fault.to_string()));
+        return fault.into_iter().collect();
+    };
+    let shown = file.display();
+    let rules = format!("the policy {shown} has {} rules", policy.rules());
+    let notes = notes(policy).into_iter();
+    let notes = notes.map(|(line, note)| Found::Note(format!("{shown}:{line}: {note}")));
+    [Found::Ok(rules)].into_iter().chain(notes).collect()
 }
 
 fn vsock() -> Found {

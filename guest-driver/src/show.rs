@@ -9,6 +9,7 @@ use adit_tasks::{Anchor, Kind};
 use crate::clock;
 use crate::config::{ClockSource, Config};
 use crate::enrol::{self, Enrolment};
+use crate::policy::{self, Standing};
 use crate::trust::Anchors;
 
 /// Every key with its value in force, and the trust anchors.
@@ -55,7 +56,23 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
     }
     let roots = none(list(roots), "no file is written");
     writeln!(out, "{:<15} {roots}", "file.roots")?;
+    writeln!(out, "{:<15} {}", "policy", policy_line(config))?;
     anchors(out, &Anchors::read(config))
+}
+
+/// What a start of the agent makes of the policy file.
+fn policy_line(config: &Config) -> String {
+    let standing = Standing::at_start(config);
+    match (standing.policy(), standing.fault()) {
+        (Some((file, policy)), _) => {
+            format!("{}: {} rules", file.display(), policy.rules())
+        }
+        (None, Some(fault)) => format!("not used: {fault}"),
+        (None, None) => {
+            let file = policy::file_of(config).0.display();
+            format!("none: there is no {file}, and the keys above decide alone")
+        }
+    }
 }
 
 /// Who the guest is, and by what: its card, and what of that is not used.

@@ -19,6 +19,8 @@ pub enum FaultKind {
     Enrolment,
     /// A card is not believed, by the guest or by this host.
     Card,
+    /// The guest's policy file cannot be used.
+    Policy,
 }
 
 impl FaultKind {
@@ -30,6 +32,7 @@ impl FaultKind {
             Self::Transport => "transport",
             Self::Enrolment => "enrolment",
             Self::Card => "card",
+            Self::Policy => "policy",
         }
     }
 }

@@ -97,7 +97,7 @@ pub struct Enrolment {
     pub place: String,
     /// The guest's own public key. That it has the private half is not shown by this.
     pub guest_pk: Option<[u8; 32]>,
-    /// Cards that it found and does not use, each with why and what to do; at most [`FAULTS_MAX`].
+    /// Cards, and a policy file (`policy-…`), that it found and does not use, each with why and what to do; at most [`FAULTS_MAX`].
     pub faults: Vec<String>,
 }
 
@@ -206,6 +206,13 @@ pub struct Report {
     pub boot_nonce: [u8; 16],
 }
 
+/// The stable code that the reason of a refusal begins with, such as `policy` or `wrong-target`.
+pub fn refusal_code(reason: &str) -> Option<&str> {
+    let (code, _) = reason.split_once(": ")?;
+    let is_code = |b: u8| b.is_ascii_lowercase() || b == b'-';
+    (!code.is_empty() && code.bytes().all(is_code)).then_some(code)
+}
+
 /// The report is on the host's disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReportAck {
@@ -234,6 +241,23 @@ pub struct Held {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_code_of_a_refusal_is_its_first_word() {
+        let of = "policy: /etc/adit-guest/policy.toml:4: no";
+        assert_eq!(refusal_code(of), Some("policy"));
+        for none in [
+            "",
+            "policy",
+            ": x",
+            "Policy: x",
+            "a b: x",
+            "exit status 1",
+            "\n: x",
+        ] {
+            assert_eq!(refusal_code(none), None, "{none}");
+        }
+    }
 
     #[test]
     fn an_enrolment_has_golden_bytes() {

@@ -80,7 +80,7 @@ impl Debian {
         let bytes = fs::read(&agent);
         let bytes = bytes.with_context(|| {
             let agent = agent.display();
-            format!("no {agent}: `cargo xtask package adit-guest` makes it")
+            format!("no {agent}: `cargo xtask guest-image debian` makes it")
         })?;
         let name = root.file_name().unwrap_or_default();
         let made_of = [IMAGE.as_bytes(), &bytes, name.as_encoded_bytes()];
@@ -222,7 +222,7 @@ pub fn boot_image(
 /// The agent's package, as `cargo xtask package` makes it.
 pub fn package() -> PathBuf {
     let name = concat!("adit-guest_", env!("CARGO_PKG_VERSION"), "-1_amd64.deb");
-    crate::target().join("package").join(name)
+    crate::packages().join(name)
 }
 
 /// The directory `what-DIGEST` in `base`. If it is not there, `make` makes it, and those of other digests are removed.

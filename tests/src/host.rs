@@ -170,6 +170,11 @@ impl Host {
         Ok(said.trim().to_owned())
     }
 
+    /// The next [`launch`](Self::launch) starts the programs of this directory, on the same files.
+    pub fn upgrade(&mut self, bins: &Path) {
+        self.bins = bins.to_owned();
+    }
+
     /// Kills aditd with SIGKILL: its monitor and its worker.
     pub fn kill(&mut self) {
         self.kill_monitor();

@@ -20,6 +20,7 @@
 //! | `tour` | types a page of the documentation into a machine |
 #![forbid(unsafe_code)]
 
+pub mod before;
 pub mod connect;
 pub mod cpio;
 pub mod debian;
@@ -49,6 +50,11 @@ pub fn root() -> PathBuf {
 /// Cargo's target directory.
 pub fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
+/// The packages that tests install.
+pub fn packages() -> PathBuf {
+    target().join("package/tests")
 }
 
 /// The static adit-vmm.

@@ -316,7 +316,7 @@ fn keys(example: &str) -> BTreeMap<String, String> {
 }
 
 #[test]
-fn operate_explains_every_key_of_both_configurations() {
+fn operate_explains_every_key_of_each_configuration() {
     let page = read("docs/operate.md");
     for (heading, example) in [
         (
@@ -326,6 +326,10 @@ fn operate_explains_every_key_of_both_configurations() {
         (
             "## Every key of `adit-guest.toml`",
             "guest-driver/dist/adit-guest.toml.example",
+        ),
+        (
+            "## Every key of `policy.toml`",
+            "guest-driver/dist/policy.toml.example",
         ),
     ] {
         let rows = rows(&page, heading);

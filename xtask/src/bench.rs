@@ -137,7 +137,7 @@ fn plot(name: &str) -> anyhow::Result<String> {
 
 /// The path of the peer. Prints the reason and returns `None` if it cannot be installed.
 fn peer() -> Option<String> {
-    let peer = setup::cargo_install(PEER, "peers");
+    let peer = setup::cargo_install(PEER, "peers", &[]);
     if let Err(e) = &peer {
         eprintln!("skipped: {} cannot be installed: {e:#}", PEER.0);
     }

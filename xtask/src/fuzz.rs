@@ -47,11 +47,14 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
     Ok(whole)
 }
 
+/// Time for each target in [`smoke`].
+const SMOKE_S: u64 = 5;
+
 /// A short run of every target.
 pub fn smoke() -> anyhow::Result<()> {
     let binary = build()?;
     for names in targets()?.chunks(AT_ONCE) {
-        if !fuzz(&binary, names, 10, None)? {
+        if !fuzz(&binary, names, SMOKE_S, None)? {
             bail!("{} broke a rule", names.join(" or "));
         }
     }

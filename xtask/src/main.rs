@@ -1,6 +1,7 @@
 //! `cargo xtask`: the commands for a newcomer. `demo` and `test` install what is missing, so that a fresh Debian 12 with a Rust
 //! toolchain needs nothing else.
 
+mod ahead;
 mod bench;
 mod bench_vmm;
 mod boots;
@@ -171,7 +172,7 @@ fn debian(kernel: Kernel, init: Init, out: Option<&Path>) -> anyhow::Result<()> 
     if let Some(why) = Debian::missing() {
         anyhow::bail!("{why}");
     }
-    package::deb(package::Package::AditGuest, None)?;
+    package::deb(package::Package::AditGuest, None, package::For::Tests)?;
     let init = match init {
         Init::Systemd => debian::Init::Systemd,
         Init::Openrc => debian::Init::Openrc,

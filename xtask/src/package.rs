@@ -22,6 +22,11 @@ use crate::{progress, setup};
 
 /// Makes .deb files; installed under target/tools.
 const CARGO_DEB: (&str, &str) = ("cargo-deb", "3.8.0");
+/// It runs for seconds, so it need not be built for more.
+const QUICK: [(&str, &str); 2] = [
+    ("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1"),
+    ("CARGO_PROFILE_RELEASE_LTO", "off"),
+];
 
 /// What to make.
 #[derive(clap::Args)]
@@ -39,6 +44,25 @@ pub enum Package {
     AditGuest,
     Aditd,
     AditVmm,
+}
+
+/// Who is to install a package.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum For {
+    Users,
+    /// aditd's programs are less optimised, because they are built in half the time.
+    Tests,
+}
+
+impl For {
+    /// Where packages are put.
+    pub fn directory(self) -> PathBuf {
+        let packages = adit_tests::target().join("package");
+        match self {
+            Self::Users => packages,
+            Self::Tests => adit_tests::packages(),
+        }
+    }
 }
 
 /// Each of them.
@@ -61,11 +85,12 @@ impl Package {
         }
     }
 
-    const fn profile(self) -> &'static str {
-        match self {
-            Self::AditGuest => "guest",
-            Self::Aditd => "host",
-            Self::AditVmm => "vmm",
+    const fn profile(self, purpose: For) -> &'static str {
+        match (self, purpose) {
+            (Self::AditGuest, _) => "guest",
+            (Self::Aditd, For::Users) => "host",
+            (Self::Aditd, For::Tests) => "host-quick",
+            (Self::AditVmm, _) => "vmm",
         }
     }
 
@@ -77,24 +102,27 @@ impl Package {
         }
     }
 
-    fn build(self) -> anyhow::Result<()> {
+    fn build(self, purpose: For) -> anyhow::Result<()> {
         match self {
             Self::AditGuest => setup::guest_binaries(),
             // With the agent that `adit image` puts into images.
-            Self::Aditd => setup::static_host_binaries().and_then(|()| setup::guest_binaries()),
+            Self::Aditd => setup::static_host_binaries(self.profile(purpose))
+                .and_then(|()| setup::guest_binaries()),
             Self::AditVmm => setup::vmm_binary(),
         }
     }
 
     /// Where cargo puts its programs.
-    fn built(self) -> PathBuf {
+    fn built(self, purpose: For) -> PathBuf {
         let target = adit_tests::target();
-        target.join(setup::STATIC_TARGET).join(self.profile())
+        target
+            .join(setup::STATIC_TARGET)
+            .join(self.profile(purpose))
     }
 
     /// Where this file puts what cargo-deb is to find beside them.
-    fn made(self) -> PathBuf {
-        self.built().join("package").join(self.name())
+    fn made(self, purpose: For) -> PathBuf {
+        self.built(purpose).join("package").join(self.name())
     }
 }
 
@@ -111,10 +139,10 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
         some => some,
     };
     for package in chosen {
-        let file = deb(*package, options.deb_version.as_deref())?;
+        let file = deb(*package, options.deb_version.as_deref(), For::Users)?;
         println!("{}", file.display());
         if options.deb_version.is_none() {
-            println!("{}", tarball(*package, &file)?.display());
+            println!("{}", tarball(*package, &file, For::Users)?.display());
         }
     }
     Ok(true)
@@ -123,16 +151,11 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
 /// What tests upgrade from: the same programs, as a version of Debian's that is older than every other.
 const BEFORE: &str = "0.0.9-1";
 
-/// Where they are put.
-pub fn directory() -> PathBuf {
-    adit_tests::target().join("package")
-}
-
 /// Makes all packages, has lintian check them, and makes those that tests upgrade from.
 pub fn all_for_tests() -> anyhow::Result<()> {
     for package in ALL {
-        let file = deb(package, None)?;
-        let tarball = tarball(package, &file)?;
+        let file = deb(package, None, For::Tests)?;
+        let tarball = tarball(package, &file, For::Tests)?;
         output(Command::new("tar").arg("-tf").arg(tarball))?;
         let mut lintian = Command::new("lintian");
         lintian.args(["--no-cfg", "--allow-root", "--fail-on", "error,warning"]);
@@ -145,22 +168,27 @@ pub fn all_for_tests() -> anyhow::Result<()> {
             "lintian has something against {}",
             file.display()
         );
-        pack(package, Some(BEFORE))?;
+        pack(package, Some(BEFORE), For::Tests)?;
     }
     Ok(())
 }
 
 /// Builds a package's programs, and its .deb. Returns the file's path. Another version has a directory of its own.
-pub fn deb(package: Package, version: Option<&str>) -> anyhow::Result<PathBuf> {
-    package.build()?;
-    make(package)?;
-    pack(package, version)
+pub fn deb(package: Package, version: Option<&str>, purpose: For) -> anyhow::Result<PathBuf> {
+    package.build(purpose)?;
+    make(package, purpose)?;
+    pack(package, version, purpose)
 }
 
 /// Puts what is built and made into a .deb.
-fn pack(package: Package, version: Option<&str>) -> anyhow::Result<PathBuf> {
-    let tool = setup::cargo_install(CARGO_DEB, "tools")?;
-    let dir = version.map_or_else(directory, |version| directory().join(version));
+fn pack(package: Package, version: Option<&str>, purpose: For) -> anyhow::Result<PathBuf> {
+    let tool = setup::cargo_install(CARGO_DEB, "tools", &QUICK)?;
+    let dir = purpose.directory();
+    let dir = version.map_or(dir.clone(), |version| dir.join(version));
+    let fast: &[&str] = match purpose {
+        For::Users => &[],
+        For::Tests => &["--fast"],
+    };
     fs::create_dir_all(&dir)?;
     let version = version.map_or_else(|| format!("{}-1", env!("CARGO_PKG_VERSION")), Into::into);
     let file = dir.join(format!("{package}_{version}_amd64.deb"));
@@ -176,7 +204,9 @@ fn pack(package: Package, version: Option<&str>) -> anyhow::Result<PathBuf> {
                     "--target",
                     setup::STATIC_TARGET,
                 ])
-                .args(["-p", package.crate_name(), "--profile", package.profile()])
+                .args(fast)
+                .args(["-p", package.crate_name()])
+                .args(["--profile", package.profile(purpose)])
                 .args(["--deb-version", &version, "--output"])
                 .arg(&file),
         )
@@ -185,18 +215,18 @@ fn pack(package: Package, version: Option<&str>) -> anyhow::Result<PathBuf> {
 }
 
 /// Makes what is in a package beside its programs and the files of this repository.
-fn make(package: Package) -> anyhow::Result<()> {
-    let dir = package.made();
+fn make(package: Package, purpose: For) -> anyhow::Result<()> {
+    let dir = package.made(purpose);
     let _ = fs::remove_dir_all(&dir);
     let man = dir.join("man");
     fs::create_dir_all(&man)?;
     for program in package.programs() {
-        let path = package.built().join(program);
+        let path = package.built(purpose).join(program);
         output(Command::new(path).arg("--man-pages").arg(&man))?;
     }
     if package == Package::Aditd {
-        completions(&package.built(), &dir)?;
-        let agent = Package::AditGuest.built().join("adit-guest");
+        completions(&package.built(purpose), &dir)?;
+        let agent = Package::AditGuest.built(purpose).join("adit-guest");
         fs::copy(agent, dir.join("adit-guest")).context("cannot copy adit-guest")?;
     }
     fs::copy(
@@ -259,8 +289,8 @@ fn made_at() -> anyhow::Result<String> {
 }
 
 /// The files of a .deb without a package manager: `tar -C / --strip-components=1 -xf FILE` installs them.
-fn tarball(package: Package, deb: &Path) -> anyhow::Result<PathBuf> {
-    let dir = directory();
+fn tarball(package: Package, deb: &Path, purpose: For) -> anyhow::Result<PathBuf> {
+    let dir = purpose.directory();
     let name = format!("{package}-{}-x86_64", env!("CARGO_PKG_VERSION"));
     let stage = dir.join("stage").join(&name);
     let _ = fs::remove_dir_all(&stage);

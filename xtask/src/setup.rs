@@ -162,7 +162,11 @@ fn on_path(program: &str) -> bool {
 }
 
 /// Installs a program of crates.io under `target/DIR`, once a version. Returns its path.
-pub fn cargo_install((name, version): (&str, &str), dir: &str) -> anyhow::Result<PathBuf> {
+pub fn cargo_install(
+    (name, version): (&str, &str),
+    dir: &str,
+    settings: &[(&str, &str)],
+) -> anyhow::Result<PathBuf> {
     let root = adit_tests::target().join(dir);
     let binary = root.join("bin").join(name);
     let there = Command::new(&binary).arg("--version").output();
@@ -179,6 +183,7 @@ pub fn cargo_install((name, version): (&str, &str), dir: &str) -> anyhow::Result
                 .args(["install", "--quiet", "--locked", "--root"])
                 .arg(&root);
             command.arg("--target-dir").arg(root.join("build"));
+            command.envs(settings.iter().copied());
             output(command.args(["--version", version, name]))
         },
     )?;
@@ -225,13 +230,13 @@ pub fn guest_binaries() -> anyhow::Result<()> {
 }
 
 /// Builds what runs on a host, as it is packaged.
-pub fn static_host_binaries() -> anyhow::Result<()> {
+pub fn static_host_binaries(profile: &str) -> anyhow::Result<()> {
     progress::during("building aditd, adit-port and adit (static)", || {
         cargo(&[
             "build",
             "--quiet",
             "--profile",
-            "host",
+            profile,
             "--target",
             STATIC_TARGET,
             "-p",

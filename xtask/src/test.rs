@@ -11,6 +11,11 @@ use adit_tests::guest::CPU;
 use adit_tests::image::{Image, Kernel};
 use adit_tests::root;
 
+use anyhow::Context;
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
+
+use crate::ahead::{self, Ahead};
 use crate::{progress, setup};
 
 /// What to skip.
@@ -116,7 +121,7 @@ const CHECKS: [Step; 10] = [
         run: || with_binaries("host").and_then(|()| with_binaries("processes")),
     },
     Step {
-        name: "fuzz targets, 10 s each",
+        name: "fuzz targets, 5 s each",
         budget_s: 150,
         run: crate::fuzz::smoke,
     },
@@ -127,31 +132,32 @@ const CHECKS: [Step; 10] = [
     },
 ];
 
+/// Where the step's own time is what is left of it when the steps before have ended ([`AHEAD`]).
 const GUESTS: [Step; 8] = [
     Step {
         name: "guest binaries",
-        budget_s: 180,
-        run: || setup::guest_binaries().and_then(|()| setup::vmm_binary()),
+        budget_s: 60,
+        run: || made(BINARIES),
     },
     Step {
         name: "packages, by lintian",
+        budget_s: 180,
+        run: || made(PACKAGES),
+    },
+    Step {
+        name: "guest images",
+        budget_s: 60,
+        run: || made(IMAGES),
+    },
+    Step {
+        name: "Debian's disks, once",
         budget_s: 420,
-        run: crate::package::all_for_tests,
+        run: || made(DEBIAN),
     },
     Step {
         name: "packages, in real roots",
         budget_s: 60,
         run: packages,
-    },
-    Step {
-        name: "guest images",
-        budget_s: 60,
-        run: images,
-    },
-    Step {
-        name: "Debian's disks, once",
-        budget_s: 420,
-        run: debian,
     },
     Step {
         name: "real guests",
@@ -170,6 +176,29 @@ const GUESTS: [Step; 8] = [
     },
 ];
 
+const BINARIES: &str = "guest binaries";
+const PACKAGES: &str = "packages";
+const IMAGES: &str = "images";
+const DEBIAN: &str = "Debian";
+
+/// What is made while [`CHECKS`] run.
+const MAKE: ahead::Jobs = &[
+    (BINARIES, || {
+        setup::guest_binaries().and_then(|()| setup::vmm_binary())
+    }),
+    (PACKAGES, crate::package::all_for_tests),
+    (IMAGES, images),
+    (DEBIAN, || roots().and_then(|()| debian())),
+];
+
+static AHEAD: Mutex<Option<Ahead>> = Mutex::new(None);
+
+/// Waits until something is made.
+fn made(what: &str) -> anyhow::Result<()> {
+    let ahead = AHEAD.lock().unwrap_or_else(PoisonError::into_inner);
+    ahead.as_ref().context("begun by `run`")?.result(what)
+}
+
 /// With `--full` only.
 const FULL: [Step; 1] = [Step {
     name: "a real Debian, at length",
@@ -183,6 +212,8 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
     if options.no_guests {
         eprintln!("skipped: real guests (--no-guests)");
     } else {
+        let ahead = Ahead::begin(MAKE);
+        *AHEAD.lock().unwrap_or_else(PoisonError::into_inner) = Some(ahead);
         steps.extend(&GUESTS);
     }
     if options.full {
@@ -192,9 +223,10 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
     let mut failed = None;
     for step in steps {
         eprintln!("== {}", step.name);
-        let begin = Instant::now();
+        let (begin, processors) = (Instant::now(), processor_time()?);
         let result = (step.run)();
-        table.push((step, begin.elapsed(), result.is_ok()));
+        let processors = processor_time()?.saturating_sub(processors);
+        table.push((step, begin.elapsed(), processors, result.is_ok()));
         if let Err(e) = result {
             failed = Some((step.name, e));
             break;
@@ -217,9 +249,20 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
     }
 }
 
-fn print_table(table: &[(&Step, Duration, bool)]) {
-    eprintln!("\n{:<36} {:>8} {:>8}", "step", "budget s", "used s");
-    for (step, used, ok) in table {
+/// Of all processes that have ended, those that were started ahead too.
+fn processor_time() -> anyhow::Result<Duration> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    let [user, system] = [usage.user_time(), usage.system_time()]
+        .map(|t| Duration::from_micros(t.num_microseconds().unsigned_abs()));
+    Ok(user + system)
+}
+
+fn print_table(table: &[(&Step, Duration, Duration, bool)]) {
+    eprintln!(
+        "\n{:<36} {:>8} {:>8} {:>8}",
+        "step", "budget s", "used s", "cpu s"
+    );
+    for (step, used, processors, ok) in table {
         let over = if used.as_secs() > step.budget_s {
             "  over budget"
         } else {
@@ -227,12 +270,18 @@ fn print_table(table: &[(&Step, Duration, bool)]) {
         };
         let failed = if *ok { "" } else { "  FAILED" };
         eprintln!(
-            "{:<36} {:>8} {:>8.1}{over}{failed}",
+            "{:<36} {:>8} {:>8.1} {:>8.1}{over}{failed}",
             step.name,
             step.budget_s,
-            used.as_secs_f64()
+            used.as_secs_f64(),
+            processors.as_secs_f64(),
         );
     }
+    let sum = |f: fn(&(&Step, Duration, Duration, bool)) -> Duration| {
+        table.iter().map(f).sum::<Duration>().as_secs_f64()
+    };
+    let (used, processors) = (sum(|t| t.1), sum(|t| t.2));
+    eprintln!("{:<36} {:>8} {used:>8.1} {processors:>8.1}", "in all", "");
 }
 
 fn debian() -> anyhow::Result<()> {
@@ -261,16 +310,23 @@ fn images() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The roots that packages are installed into.
+fn roots() -> anyhow::Result<()> {
+    if root::Root::missing().is_none() {
+        for init in [root::Init::Systemd, root::Init::Host, root::Init::None] {
+            progress::during("making a root of Debian", || root::build(init))?;
+        }
+    }
+    Ok(())
+}
+
 /// Installs, upgrades and removes the packages.
 fn packages() -> anyhow::Result<()> {
     if let Some(why) = root::Root::missing() {
         eprintln!("skipped: {why}");
         return Ok(());
     }
-    let dir = crate::package::directory();
-    for init in [root::Init::Systemd, root::Init::Host, root::Init::None] {
-        progress::during("making a root of Debian", || root::build(init))?;
-    }
+    let dir = crate::package::For::Tests.directory();
     let args = [
         "test",
         "-p",

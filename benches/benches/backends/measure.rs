@@ -430,3 +430,31 @@ pub fn socket_alone() -> anyhow::Result<f64> {
     }
     Ok(moved as f64 / begin.elapsed().as_secs_f64())
 }
+
+/// Bytes per second that one thread writes to a Unix socket in pieces of `size`, and another one reads without a pause: the socket
+/// costs the writer more for each piece than a backend behind it.
+pub fn pieces_alone(size: usize) -> anyhow::Result<f64> {
+    let (a, mut b) = UnixStream::pair()?;
+    a.set_nonblocking(true)?;
+    b.set_nonblocking(true)?;
+    let mut pieces = Pieces::new(size);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(move || {
+            let (begin, mut buf, mut moved) = (Instant::now(), vec![0; SPAN], 0);
+            loop {
+                match b.read(&mut buf) {
+                    Ok(0) => return Ok(moved as f64 / begin.elapsed().as_secs_f64()),
+                    Ok(n) => moved += n,
+                    Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+                    Err(e) => return Err(e),
+                }
+            }
+        });
+        let begin = Instant::now();
+        while begin.elapsed() < CELL {
+            pieces.write(&a)?;
+        }
+        drop(a);
+        Ok(reader.join().expect("the reader does not panic")?)
+    })
+}

@@ -3,26 +3,31 @@
 //! ```text
 //! off ── `needed` sleeps in a row, each shorter than SHORT ──► on ── a look that finds nothing ──► off
 //! needed: 1 ..= NEEDED_MAX    halves if a look finds work, doubles if not, NEEDED_MAX at once if the core is shared
+//! window: LOOK_MIN ..= LOOK_MAX    LOOK_MIN and the time of the work since the last sleep
 //! ```
 //! - A wake-up takes tens of microseconds, most of them in a halted virtual CPU or a sleeping core. Where an answer
-//!   comes sooner than that, a look finds it. Anywhere else a look only costs, so it ends after [`LOOK_MAX`] and is
-//!   not repeated before packets follow each other quickly again.
-//! - There is at most one look a packet: at 1,000 packets a second all looks together take at most 2 % of a core, and
-//!   with pauses between the packets nothing. An idle shard never looks.
+//!   comes sooner than that, a look finds it. Anywhere else a look only costs, so it ends after its window and is not
+//!   repeated before packets follow each other quickly again.
+//! - Who has to take a whole window of bytes needs about as long for it as this thread did. So after longer work a look
+//!   is longer, and a longer sleep counts as short. Without that, bulk data would go on with a sleep for each window.
+//! - There is at most one look a packet: at 1,000 packets a second all looks together take at most 2 % of a core and the
+//!   time of the work itself, and with pauses between the packets nothing. An idle shard never looks.
 //! - If the guest's vCPU shares this core, it cannot answer while this thread looks: looks find nothing, and become
 //!   rare. If the scheduler gave the core to another thread during a look, they become rare at once.
 
 use std::time::Duration;
 
-/// The longest look after the last work.
-pub(crate) const LOOK_MAX: Duration = Duration::from_micros(20);
-/// A sleep below this was ended by something that a look would probably have found: the time of a wake-up is a part of
-/// it.
+/// The longest look after one packet.
+const LOOK_MIN: Duration = Duration::from_micros(20);
+/// The longest look after much work.
+const LOOK_MAX: Duration = Duration::from_micros(80);
+/// A sleep below this, and what the window is longer than [`LOOK_MIN`], was ended by something that a look would
+/// probably have found: the time of a wake-up is a part of it.
 const SHORT: Duration = Duration::from_micros(50);
 /// Where looks find nothing there is one for so many short sleeps.
 const NEEDED_MAX: u32 = 64;
-/// A look that took longer than this was interrupted by another thread.
-const INTERRUPTED: Duration = LOOK_MAX.saturating_mul(2);
+/// A look that took so much longer than its window was interrupted by another thread.
+const INTERRUPTED: Duration = LOOK_MIN;
 
 /// Decides about looks. Pure: the caller measures.
 #[derive(Debug)]
@@ -32,6 +37,8 @@ pub(crate) struct Look {
     short: u32,
     /// Number of them that switches looks on.
     needed: u32,
+    /// How long the next look lasts after the last work.
+    window: Duration,
 }
 
 impl Default for Look {
@@ -40,6 +47,7 @@ impl Default for Look {
             on: false,
             short: 0,
             needed: 1,
+            window: LOOK_MIN,
         }
     }
 }
@@ -49,11 +57,20 @@ impl Look {
         self.on
     }
 
+    pub(crate) fn window(&self) -> Duration {
+        self.window
+    }
+
+    /// The shard worked for `time` since its last sleep. Now it looks or sleeps.
+    pub(crate) fn worked(&mut self, time: Duration) {
+        self.window = (LOOK_MIN + time).min(LOOK_MAX);
+    }
+
     /// The shard slept for `time`.
     pub(crate) fn slept(&mut self, time: Duration) {
-        self.short = match time < SHORT {
+        self.short = match time < SHORT + (self.window - LOOK_MIN) {
             true => self.short.saturating_add(1),
-            false => 0,
+            false => self.short / 2,
         };
         self.on |= self.short >= self.needed;
     }
@@ -63,12 +80,12 @@ impl Look {
         if came {
             self.needed = (self.needed / 2).max(1);
         }
-        if quiet < LOOK_MAX {
+        if quiet < self.window {
             // It ended for another reason than that nothing came.
             return;
         }
         (self.on, self.short) = (false, 0);
-        self.needed = match quiet < INTERRUPTED {
+        self.needed = match quiet < self.window + INTERRUPTED {
             true => (self.needed * 2).min(NEEDED_MAX),
             false => NEEDED_MAX,
         };
@@ -94,7 +111,7 @@ mod tests {
     /// `alone` is false if nothing can arrive while this thread looks, because it has the sender's core.
     fn run(gaps: impl Iterator<Item = u64>, wakeup: u64, alone: bool) -> Counts {
         let (mut look, mut counts) = (Look::default(), Counts::default());
-        let max = LOOK_MAX.as_nanos() as u64;
+        let max = LOOK_MIN.as_nanos() as u64;
         for gap in gaps {
             if look.is_on() {
                 counts.looks += 1;
@@ -132,6 +149,49 @@ mod tests {
             let counts = run(every(gap * US, 10_000), 0, true);
             assert_eq!((counts.looks, counts.sleeps), (0, 10_000), "{gap} us");
         }
+    }
+
+    /// A peer that takes a window of bytes as fast as this thread brought it.
+    #[test]
+    fn bulk_data_goes_on_without_sleeps_though_each_answer_takes_longer_than_the_shortest_look() {
+        let (work, answer, wakeup) = (30, 35, 35);
+        let [work, answer, wakeup] = [work, answer, wakeup].map(Duration::from_micros);
+        let (mut look, mut sleeps) = (Look::default(), 0);
+        for _ in 0..1000 {
+            look.worked(work);
+            if look.is_on() && answer < look.window() {
+                look.looked(true, Duration::ZERO);
+                continue;
+            }
+            sleeps += 1;
+            look.slept(answer + wakeup);
+        }
+        assert!(answer > LOOK_MIN && sleeps <= 2, "{sleeps}");
+    }
+
+    #[test]
+    fn a_look_is_as_long_as_the_work_before_it_and_has_an_end() {
+        let mut look = Look::default();
+        assert_eq!(look.window(), LOOK_MIN);
+        look.worked(Duration::from_micros(10));
+        assert_eq!(look.window(), Duration::from_micros(30));
+        look.worked(Duration::from_secs(1));
+        assert_eq!(look.window(), LOOK_MAX);
+    }
+
+    /// One long sleep among many short ones, as a scheduler makes it, does not end looks for long.
+    #[test]
+    fn one_long_sleep_does_not_undo_many_short_ones() {
+        let mut look = Look::default();
+        look.slept(Duration::from_micros(20));
+        look.looked(false, Duration::from_millis(3));
+        let mut sleeps = 0;
+        while !look.is_on() {
+            sleeps += 1;
+            let long = sleeps % 50 == 0;
+            look.slept(Duration::from_micros(if long { 900 } else { 30 }));
+        }
+        assert!(sleeps <= 2 * NEEDED_MAX, "{sleeps}");
     }
 
     #[test]

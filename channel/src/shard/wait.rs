@@ -25,12 +25,18 @@ impl<C: Carrier> Shard<C> {
     /// Handles the events that the kernel has. Returns true if there were any.
     pub(super) fn events(&mut self, wait: EpollTimeout) -> io::Result<bool> {
         let mut events = [EpollEvent::empty(); EVENTS];
+        let began = (wait != EpollTimeout::ZERO).then(Instant::now);
         let n = match self.watch.epoll().wait(&mut events, wait) {
             Ok(n) => n,
             Err(nix::errno::Errno::EINTR) => 0,
             Err(e) => return Err(e.into()),
         };
-        let now = self.now();
+        let instant = Instant::now();
+        if let Some(began) = began {
+            self.woke = instant;
+            self.polling.slept(instant - began);
+        }
+        let now = self.inbox.tick(instant);
         for event in &events[..n] {
             let (port, token) = Token::unpack(event.data());
             self.ready(now, port, token, event.events());

@@ -27,7 +27,8 @@ must be shut down. For another file system use `adit image cloud-init`.
 Examples:
   adit image inject web-1.qcow2 --vm-id web-1 --trust fleet.key.pub --allow-port 22,80
   adit image inject ./rootfs --vm-id web-1 --trust fleet.key.pub
-  adit image inject web-2.qcow2 --card web-2.card --trust enrol.key.pub,fleet.key.pub";
+  adit image inject web-2.qcow2 --card web-2.card --trust enrol.key.pub,fleet.key.pub
+  adit image inject web-3.raw --vm-id web-3 --trust fleet.key.pub --policy minimal.toml";
 
 const CLOUD_INIT: &str = "\
 Example: a seed for an image of a distribution that stays as it is
@@ -70,6 +71,9 @@ pub struct What {
     /// The VM's card, as `adit card new` makes it; goes to /etc/adit/card
     #[arg(long, value_name = "FILE")]
     card: Option<PathBuf>,
+    /// The guest's policy (docs/operate.md); goes to /etc/adit-guest/policy.toml, and has to be there from then on
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
     /// Local TCP ports that the host may reach, for example 80,22
     #[arg(long, value_delimiter = ',')]
     allow_port: Vec<u16>,
@@ -162,6 +166,7 @@ impl What {
             vm_id: self.vm_id.as_ref(),
             trust: &self.trust,
             card: self.card.as_deref(),
+            policy: self.policy.as_deref(),
             ports: &self.allow_port,
             binary: agent,
         }

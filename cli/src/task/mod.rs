@@ -133,6 +133,7 @@ fn show(t: &Task, format: Format) -> Result<(), Failure> {
         ("attempt", t.attempt.to_string()),
         ("state", t.state.name().into()),
         ("exit", t.exit.map_or_else(|| "-".into(), |e| e.to_string())),
+        ("refusal", or_dash(&t.refusal)),
         ("reason", t.reason.clone()),
         ("queued", t.queued_at.clone()),
         ("started", or_dash(&t.started_at)),

@@ -17,10 +17,11 @@ fn scene() -> tempfile::TempDir {
     symlink("usr/lib", root.join("lib")).unwrap();
     fs::write(dir.path().join("agent"), b"\x7fELF and no more").unwrap();
     assert!(adit(dir.path(), &["key", "new", "k"]).status.success());
+    fs::write(dir.path().join("minimal.toml"), "default = \"deny\"\n").unwrap();
     dir
 }
 
-const WHAT: [&str; 8] = [
+const WHAT: [&str; 10] = [
     "--vm-id",
     "web-1",
     "--trust",
@@ -29,6 +30,8 @@ const WHAT: [&str; 8] = [
     "22,80",
     "--agent",
     "agent",
+    "--policy",
+    "minimal.toml",
 ];
 
 fn inject(dir: &Path, target: &str, more: &[&str]) -> std::process::Output {
@@ -56,10 +59,11 @@ fn an_image_gets_the_files_that_a_directory_gets() {
             .lines()
             .filter(|l| l.starts_with("wrote "))
             .count(),
-        5
+        6
     );
     for file in [
         "etc/adit-guest/adit-guest.toml",
+        "etc/adit-guest/policy.toml",
         "etc/adit-guest/trust/k.pub",
         "usr/sbin/adit-guest",
     ] {
@@ -87,6 +91,65 @@ fn an_image_gets_the_files_that_a_directory_gets() {
 }
 
 #[test]
+fn a_qcow2_image_gets_the_policy_too() {
+    let dir = scene();
+    if Command::new("qemu-img").arg("--version").output().is_err() {
+        return eprintln!("skipped: no qemu-img (qemu-utils)");
+    }
+    let run = |program: &str, args: &[&str]| {
+        let out = Command::new(program)
+            .args(args)
+            .current_dir(dir.path())
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{program}: {}", text(&out.stderr));
+        text(&out.stdout)
+    };
+    let raw = dir.path().join("web-1.raw");
+    fs::File::create(raw).unwrap().set_len(16 << 20).unwrap();
+    run(
+        "mke2fs",
+        &["-q", "-t", "ext4", "-F", "-d", "root", "web-1.raw"],
+    );
+    let to_qcow2 = [
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        "web-1.raw",
+        "web-1.qcow2",
+    ];
+    run("qemu-img", &to_qcow2);
+    let done = inject(dir.path(), "web-1.qcow2", &[]);
+    let lines = text(&done.stdout);
+    assert!(
+        lines.contains("wrote  /etc/adit-guest/policy.toml"),
+        "{lines}{}",
+        text(&done.stderr)
+    );
+    run(
+        "qemu-img",
+        &[
+            "convert",
+            "-f",
+            "qcow2",
+            "-O",
+            "raw",
+            "web-1.qcow2",
+            "back.raw",
+        ],
+    );
+    let cat = |file: &str| run("debugfs", &["-R", &format!("cat {file}"), "back.raw"]);
+    assert_eq!(cat("/etc/adit-guest/policy.toml"), "default = \"deny\"\n");
+    let config = cat("/etc/adit-guest/adit-guest.toml");
+    assert!(
+        config.contains("policy = \"/etc/adit-guest/policy.toml\""),
+        "{config}"
+    );
+}
+
+#[test]
 fn what_is_no_image_or_no_agent_is_refused_with_the_remedy() {
     let dir = scene();
     let refused = |out: std::process::Output, code: i32, part: &str| {
@@ -109,6 +172,11 @@ fn what_is_no_image_or_no_agent_is_refused_with_the_remedy() {
         "image", "inject", "root", "--vm-id", "web-1", "--agent", "k.pub",
     ];
     refused(adit(dir.path(), &key), 1, "is no program");
+    fs::write(dir.path().join("minimal.toml"), "default = \"allow\"\n").unwrap();
+    let bad = "--policy: minimal.toml:1:11: key `default`: ";
+    refused(inject(dir.path(), "root", &[]), 1, bad);
+    let none = fs::exists(dir.path().join("root/etc/adit-guest")).unwrap();
+    assert!(!none, "nothing is written");
 }
 
 #[test]
@@ -166,7 +234,7 @@ fn a_cloud_config_has_the_same_files() {
     let config: serde_json::Value = serde_json::from_str(json).unwrap();
     assert!(inject(dir.path(), "root", &[]).status.success());
     let files = config["write_files"].as_array().unwrap();
-    assert_eq!(files.len(), 4);
+    assert_eq!(files.len(), 5);
     for file in files {
         let path = file["path"].as_str().unwrap().trim_start_matches('/');
         let content =

@@ -63,6 +63,7 @@ fn without_an_id_the_card_says_it() {
 fn values_that_cannot_be_used_are_refused() {
     for text in [
         "card = \"card\"\n",
+        "policy = \"policy.toml\"\n",
         "vm_id = \"a\"\nallow_ports = [0]\n",
         "vm_id = \"a\"\nstate_dir = \"var\"\n",
         "vm_id = \"a\"\n[file]\nroots = [\"etc\"]\n",
@@ -136,8 +137,9 @@ fn the_example_has_exactly_the_keys_that_are_known_each_explained_and_with_its_d
     }
     assert_eq!(
         parse(EXAMPLE).unwrap(),
-        parse("vm_id = \"web-1\"\n").unwrap()
+        parse("vm_id = \"web-1\"\npolicy = \"/etc/adit-guest/policy.toml\"\n").unwrap()
     );
+    assert_eq!(parse("").unwrap().policy, None, "it need not be there");
 }
 
 #[test]

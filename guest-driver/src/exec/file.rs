@@ -2,7 +2,8 @@
 //!
 //! The directory is opened once, beneath its root, with `openat2(RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)`; everything
 //! after that names single path components relative to that descriptor, so that nobody who swaps directories for links
-//! meanwhile can lead the write elsewhere (R89, R90). Order: temporary file (`O_EXCL`), content, owner, extended attributes,
+//! meanwhile can lead the write elsewhere (R89, R90). Where the guest has a policy, the root is the shallower of the
+//! configuration's and the policy's: then no link leads out of the deeper one either. Order: temporary file (`O_EXCL`), content, owner, extended attributes,
 //! mode, fsync, rename, fsync of the directory: a crash leaves the old file or the new one.
 //!
 //! The new file has the old one's extended attributes: security labels, access lists, those of users. Attributes that describe
@@ -26,6 +27,7 @@ use adit_tasks::action::FileStep;
 
 use super::{Executed, Executor, Job};
 use crate::config::Config;
+use crate::policy::{self, Touches};
 
 /// Attributes that hold for the old content only: capabilities of a program, measurements of it. A write drops the first, and
 /// the kernel makes the others again.
@@ -38,13 +40,16 @@ pub struct FilePolicy {
     pub roots: Vec<PathBuf>,
     /// Directories and files that may not be written, whatever the roots: the agent's own.
     pub protected: Vec<PathBuf>,
+    /// The root that the guest's policy names for this file. The policy has decided that the path is below it.
+    pub of_policy: Option<PathBuf>,
 }
 
 impl FilePolicy {
     /// What the configuration says; never what it names as the agent's own.
-    fn of(config: &Config) -> Self {
-        let own: [&Path; 4] = [
+    fn of(config: &Config, of_policy: Option<&str>) -> Self {
+        let own: [&Path; 5] = [
             &config.path,
+            policy::file_of(config).0,
             &config.trust_dir,
             &config.state_dir,
             &config.run_dir,
@@ -52,6 +57,8 @@ impl FilePolicy {
         Self {
             roots: config.file.roots.clone(),
             protected: own.map(PathBuf::from).into(),
+            // Nothing is outside of `/`.
+            of_policy: of_policy.filter(|root| *root != "/").map(PathBuf::from),
         }
     }
 }
@@ -87,8 +94,23 @@ enum Placed {
 }
 
 impl Executor for FileStep {
+    fn touches(&self) -> Touches<'_> {
+        Touches::file(&self.owner, &self.group, &self.path)
+    }
+
     fn execute(&self, job: &Job<'_>) -> Executed {
-        write(self, &FilePolicy::of(job.config))
+        write(
+            self,
+            &FilePolicy::of(job.config, job.permit.root.as_deref()),
+        )
+    }
+}
+
+/// Why the configuration alone forbids a path, if it does.
+pub fn forbidden(path: &str, config: &Config) -> Option<String> {
+    match resolve(Path::new(path), &FilePolicy::of(config, None)) {
+        Err(FileError::Denied(why) | FileError::Failed(why)) => Some(why),
+        Ok(_) => None,
     }
 }
 
@@ -177,24 +199,24 @@ struct Target<'p> {
 }
 
 /// Checks a path as text: absolute, one spelling, under a root, not the agent's own.
-fn resolve<'p>(path: &'p Path, policy: &'p FilePolicy) -> Result<Target<'p>, FileError> {
+fn resolve<'p>(path: &'p Path, allowed: &'p FilePolicy) -> Result<Target<'p>, FileError> {
     let denied = |why: &str| FileError::Denied(format!("{:?} {why}", path.as_os_str()));
     let text = path.to_str().ok_or_else(|| denied("is not UTF-8"))?;
-    if text.contains('\0') {
-        return Err(denied("has a NUL byte"));
-    }
     // `components` hides `//`, `/./` and a trailing slash; a path with another spelling is refused instead.
-    let mut spelled = text.split('/');
-    if spelled.next() != Some("") || spelled.any(|c| matches!(c, "" | "." | "..")) {
+    if !policy::is_plain(text) {
         return Err(denied("is not a plain absolute path"));
     }
-    let root = policy
+    let root = allowed
         .roots
         .iter()
         .filter(|r| path.starts_with(r) && path != r.as_path())
         .max_by_key(|r| r.components().count());
     let root = root.ok_or_else(|| denied("is under none of this guest's file.roots"))?;
-    if policy.protected.iter().any(|p| path.starts_with(p)) {
+    let root = match &allowed.of_policy {
+        Some(other) if root.starts_with(other) => other,
+        _ => root,
+    };
+    if allowed.protected.iter().any(|p| path.starts_with(p)) {
         return Err(denied("belongs to the agent"));
     }
     let below = path

@@ -34,6 +34,7 @@ use super::reap::{self, Claim};
 use super::tree::{MARKER, Tree, kill_orphans};
 use super::{Executed, Executor, Job};
 use crate::crash::{self, Point};
+use crate::policy::Touches;
 use crate::runner::remark;
 use crate::{log, protect, sys};
 
@@ -80,6 +81,10 @@ pub fn prepare(dir: &Path) -> io::Result<()> {
 }
 
 impl Executor for Script {
+    fn touches(&self) -> Touches<'_> {
+        Touches::script(&self.run_as)
+    }
+
     /// Runs it to its end or its timeout.
     fn execute(&self, job: &Job<'_>) -> Executed {
         let timeout = Duration::from_secs(self.timeout_s.into());

@@ -25,6 +25,7 @@ fn install_into(root: &Path, init: Option<Init>, trust: &[PathBuf]) -> Vec<Strin
         vm_id: Some(&vm_id),
         trust,
         card: None,
+        policy: None,
         ports: &[80, 22],
         binary: &binary,
     })
@@ -84,6 +85,7 @@ fn try_install(
         vm_id: Some(&vm_id),
         trust,
         card: None,
+        policy: None,
         ports: &[],
         binary,
     })
@@ -168,6 +170,7 @@ fn a_card_is_checked_by_keys_that_can_be_read_only_once() {
         vm_id: None,
         trust: &[PathBuf::from(format!("/proc/self/fd/{}", read.as_raw_fd()))],
         card: Some(&card),
+        policy: None,
         ports: &[],
         binary: Path::new("/bin/true"),
     })
@@ -203,6 +206,7 @@ fn what_the_agent_would_not_read_is_not_installed() {
             vm_id: Some(&vm_id),
             trust: &[],
             card: None,
+            policy: None,
             ports,
             binary: Path::new("/bin/true"),
         });
@@ -559,6 +563,7 @@ fn a_program_that_cannot_start_in_the_image_is_told() {
             vm_id: Some(&vm_id),
             trust: &[],
             card: None,
+            policy: None,
             ports: &[],
             binary: Path::new("/bin/true"),
         });
@@ -581,10 +586,60 @@ fn an_image_for_many_vms_has_no_id_and_says_what_it_needs() {
         vm_id: None,
         trust: &[],
         card: None,
+        policy: None,
         ports: &[],
         binary: Path::new("/bin/true"),
     });
     assert!(said.unwrap().iter().any(|l| l.contains("adit card new")));
     let config = Config::load(&dir.path().join(CONFIG)).unwrap();
     assert_eq!(config.vm_id, None);
+}
+
+#[test]
+fn a_policy_goes_in_if_it_can_be_used_and_has_to_be_there_from_then_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, given) = (dir.path().join("root"), dir.path().join("minimal.toml"));
+    fs::create_dir(&root).unwrap();
+    let put = |text: &str| {
+        fs::write(&given, text).unwrap();
+        install(&Install {
+            root: &root,
+            init: Some(Init::None),
+            vm_id: None,
+            trust: &[],
+            card: None,
+            policy: Some(&given),
+            ports: &[],
+            binary: Path::new("/bin/true"),
+        })
+    };
+    let bad = put("default = \"deny\"\n[[service]]\nnames = [\"*\"]\n").unwrap_err();
+    let place = format!("--policy: {}:3:10: key `names`: ", given.display());
+    assert!(bad.to_string().starts_with(&place), "{bad}");
+    assert!(
+        fs::read_dir(&root).unwrap().next().is_none(),
+        "nothing is written"
+    );
+    let good = "default = \"deny\"\n[[service]]\nnames = [\"ping\"]\n";
+    let said = put(good).unwrap();
+    assert!(
+        said.iter()
+            .any(|l| l == "wrote  /etc/adit-guest/policy.toml"),
+        "{said:?}"
+    );
+    let placed = root.join(POLICY);
+    assert_eq!(fs::read_to_string(&placed).unwrap(), good);
+    let mode = fs::metadata(&placed).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let config = Config::load(&root.join(CONFIG)).unwrap();
+    assert_eq!(
+        config.policy.as_deref(),
+        Some(Path::new("/etc/adit-guest/policy.toml"))
+    );
+    assert!(
+        put(good)
+            .unwrap()
+            .iter()
+            .any(|l| l == "keeps  /etc/adit-guest/policy.toml")
+    );
 }

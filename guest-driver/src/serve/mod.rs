@@ -1,6 +1,6 @@
 //! The listener: streams that the host dials.
 //!
-//! `hello open {service}` → the service opens what is behind it → `accept` or `refuse {why}` → the service's bytes. Which
+//! `hello open {service}` → the guest's policy allows it → the service opens what is behind it → `accept` or `refuse {why}` → the service's bytes. Which
 //! services there are, `services` says.
 //!
 //! A stream beyond the tunnels' share (`shares`) always gets an answer that says so, even if there is no descriptor left for it.
@@ -24,9 +24,11 @@ use adit_channel::refusal::{Refusal, is_shortage};
 use self::services::Services;
 use self::shares::{Shares, busy};
 use crate::log;
+use crate::policy::Standing;
 use crate::transport::{HostStream, Listen};
 
 pub use self::shares::CONNS_MAX;
+pub use self::tcp::forbidden;
 
 /// How long the listener itself may take to send a refusal.
 const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
@@ -94,6 +96,11 @@ impl Server {
     /// Serves these ports instead, from the next stream on. Streams that are open go on.
     pub fn allow(&self, ports: Vec<u16>) {
         self.services.tcp.allow(ports);
+    }
+
+    /// Has this policy decide what the host may dial, from the next stream on.
+    pub fn govern(&self, policy: Arc<Standing>) {
+        self.services.govern(policy);
     }
 
     /// Accepts until the listener is gone.

@@ -4,6 +4,7 @@
 //! way, and it answers by what it will do with the stream: what can fail, fails before the host hears `accept`.
 
 use std::io;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use adit_channel::hello::{self, Open};
 use adit_channel::refusal::{Code, Refusal};
@@ -12,6 +13,7 @@ use adit_names::ServiceName;
 use super::ping::Ping;
 use super::shares::Shares;
 use super::tcp::Tcp;
+use crate::policy::Standing;
 use crate::transport::HostStream;
 
 /// What happens on a stream once its hello is accepted. Dropped: the stream has ended before it began.
@@ -37,6 +39,7 @@ pub struct Services {
     /// Local TCP ports.
     pub tcp: Tcp,
     ping: Ping,
+    policy: RwLock<Arc<Standing>>,
 }
 
 impl Services {
@@ -45,7 +48,13 @@ impl Services {
         Self {
             tcp: Tcp::new(ports, shares),
             ping: Ping,
+            policy: RwLock::default(),
         }
+    }
+
+    /// Has this policy decide which of them may be dialled, besides what each allows by itself.
+    pub fn govern(&self, policy: Arc<Standing>) {
+        *self.policy.write().unwrap_or_else(PoisonError::into_inner) = policy;
     }
 
     /// Their order means nothing: no name belongs to two.
@@ -58,11 +67,17 @@ impl Services {
     /// # Errors
     /// Why the host does not get it.
     pub fn open(&self, open: &Open) -> Result<(u16, Run), Refusal> {
-        open_one_of(&self.all(), open)
+        let policy = self.policy.read();
+        let policy = policy.unwrap_or_else(PoisonError::into_inner).clone();
+        open_one_of(&self.all(), open, &policy)
     }
 }
 
-fn open_one_of(all: &[&dyn Service], open: &Open) -> Result<(u16, Run), Refusal> {
+fn open_one_of(
+    all: &[&dyn Service],
+    open: &Open,
+    policy: &Standing,
+) -> Result<(u16, Run), Refusal> {
     let version = hello::choose_version(open).ok_or_else(|| {
         let text = format!("only version {} is spoken", hello::VERSION);
         Refusal::new(Code::Version, text)
@@ -72,6 +87,7 @@ fn open_one_of(all: &[&dyn Service], open: &Open) -> Result<(u16, Run), Refusal>
         let text = format!("this agent serves {}", forms.join(", "));
         return Err(Refusal::new(Code::UnknownService, text));
     };
+    policy.dial(&open.service)?;
     Ok((version, service.open(open)?))
 }
 
@@ -165,7 +181,8 @@ mod tests {
             let mut turned = all;
             turned.rotate_left(turn);
             let open = open(&name);
-            let (a, b) = (open_one_of(&all, &open), open_one_of(&turned, &open));
+            let none = Standing::default();
+            let (a, b) = (open_one_of(&all, &open, &none), open_one_of(&turned, &open, &none));
             let text = |r: &Refusal| (r.code() != Code::UnknownService).then(|| r.text().to_owned());
             match (a, b) {
                 (Ok(_), Ok(_)) => {}

@@ -40,10 +40,16 @@ impl Tcp {
         *self.ports.write().unwrap_or_else(PoisonError::into_inner) = ports;
     }
 
-    fn allows(&self, port: u16) -> bool {
+    fn forbidden(&self, port: u16) -> Option<String> {
         let ports = self.ports.read().unwrap_or_else(PoisonError::into_inner);
-        ports.contains(&port)
+        forbidden(port, &ports)
     }
+}
+
+/// Why the configuration forbids a port, if it does.
+pub fn forbidden(port: u16, allowed: &[u16]) -> Option<String> {
+    let text = || format!("port {port} is not in the guest's allow_ports");
+    (!allowed.contains(&port)).then(text)
 }
 
 impl Service for Tcp {
@@ -58,8 +64,7 @@ impl Service for Tcp {
     fn open(&self, open: &Open) -> Result<Run, Refusal> {
         // `takes` has seen that there is one; no port has the number 0.
         let port = open.service.tcp_port().unwrap_or(0);
-        if !self.allows(port) {
-            let text = format!("port {port} is not in the guest's allow_ports");
+        if let Some(text) = self.forbidden(port) {
             return Err(Refusal::new(Code::Denied, text));
         }
         let limit = match open.deadline_ms {

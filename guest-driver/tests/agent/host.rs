@@ -188,6 +188,7 @@ impl Host {
         let session = Session {
             stream,
             enrolment,
+            told: None,
             clock: None,
             clocks: Vec::new(),
         };
@@ -222,6 +223,8 @@ impl Drop for Host {
 pub struct Session {
     /// What it said of its card.
     pub enrolment: wire::Enrolment,
+    /// What it has said of it since.
+    pub told: Option<wire::Enrolment>,
     stream: UnixStream,
     /// What the host's clock shows, for a host that answers; none: one of the version before.
     pub clock: Option<u64>,
@@ -236,6 +239,11 @@ impl Session {
             let Some((header, body)) = frame::read(&mut self.stream, frame::LEN_MAX)? else {
                 return Ok(None);
             };
+            if header.kind == WireKind::Enrolment as u16 {
+                assert_eq!(header.flags, frame::IGNORABLE);
+                self.told = Some(header.decode(&body).unwrap());
+                continue;
+            }
             if header.kind != WireKind::Clock as u16 {
                 break (header, body);
             }

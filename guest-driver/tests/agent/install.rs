@@ -15,6 +15,8 @@ fn install(root: &Path, init: &str, umask: &str) -> Output {
         adit_tasks::PublicKey::of(&private, "test").to_string(),
     )
     .unwrap();
+    let policy = root.parent().unwrap().join("policy.toml");
+    fs::write(&policy, "default = \"deny\"\n").unwrap();
     Command::new("sh")
         .args(["-c", &format!("umask {umask}; exec \"$@\""), "sh"])
         .arg(env!("CARGO_BIN_EXE_adit-guest"))
@@ -22,6 +24,8 @@ fn install(root: &Path, init: &str, umask: &str) -> Output {
         .arg(root)
         .arg("--trust")
         .arg(&key)
+        .arg("--policy")
+        .arg(&policy)
         .args(["--binary", "/bin/true"])
         .output()
         .unwrap()

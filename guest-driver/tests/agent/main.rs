@@ -12,5 +12,6 @@ mod enrol;
 mod host;
 mod install;
 mod own;
+mod policy;
 mod reload;
 mod trust;

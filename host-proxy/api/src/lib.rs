@@ -313,6 +313,9 @@ pub struct Task {
     pub exit: Option<i32>,
     /// Why it ended so.
     pub reason: String,
+    /// Of a refused one, the stable word for why: `policy`, `untrusted-key`, `wrong-target`, …
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<String>,
     /// RFC 3339; when it was queued.
     pub queued_at: String,
     /// RFC 3339 by the guest's clock.

@@ -260,6 +260,29 @@ fn a_removed_vm_leaves_no_open_task() {
     assert!(change::remove_vm(&c, "web-1", BEFORE).unwrap().is_empty());
 }
 
+#[test]
+fn a_refusal_is_shown_with_its_code_and_nothing_else_has_one() {
+    let c = open();
+    let why = "policy: /etc/adit-guest/policy.toml:4: no";
+    for (n, outcome, code) in [
+        (1, Outcome::Refused, Some("policy")),
+        (2, Outcome::Failed, None),
+    ] {
+        add_goal(&c, &goal(n, n.into())).unwrap();
+        let task = lease(&c, "web-1", BEFORE).unwrap().unwrap();
+        let said = Report {
+            reason: why.into(),
+            ..report(task.task_id, outcome)
+        };
+        finish(&c, "web-1", &said, 0).unwrap();
+        let shown = store::task(&c, &task.task_id).unwrap().unwrap();
+        assert_eq!(
+            (shown.reason.as_str(), shown.refusal.as_deref()),
+            (why, code)
+        );
+    }
+}
+
 fn scheduled(n: u8, seq: u64, not_before: &str, signer: &str) -> NewGoal {
     let mut new = goal(n, seq);
     new.goal.not_before = not_before.parse().unwrap();

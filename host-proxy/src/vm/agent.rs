@@ -139,7 +139,10 @@ impl Agent {
     pub(super) fn faults(&self) -> Vec<Fault> {
         let said = self.said();
         let mut faults: Vec<_> = self.enrolment_fault(&said).into_iter().collect();
-        let mut texts: Vec<_> = said.enrolment.faults;
+        // The guest's words: each fault begins with its code.
+        let of_policy = |text: &String| text.starts_with("policy-");
+        let (policy, mut texts): (Vec<_>, Vec<_>) =
+            said.enrolment.faults.into_iter().partition(of_policy);
         if let Some(Err(unproved)) = said.enrolment.card
             && unproved.is_fault
         {
@@ -150,6 +153,9 @@ impl Agent {
         }
         if !texts.is_empty() {
             faults.push(Fault::new(FaultKind::Card, &texts.join("; ")));
+        }
+        if !policy.is_empty() {
+            faults.push(Fault::new(FaultKind::Policy, &policy.join("; ")));
         }
         faults
     }

@@ -130,6 +130,7 @@ impl VmEntry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::enrolment::Enrolment;
     use crate::fault::FaultKind;
     use adit_tasks::wire::Facts;
 
@@ -173,9 +174,24 @@ mod tests {
         }));
         e.channel.set_trouble("one\nline".into());
         e.channel.set_stuck(Some("x".repeat(10_000)));
+        let faults = [
+            "policy-bad: /etc/adit-guest/policy.toml:2:1: x",
+            "card-old: y",
+        ];
+        e.agent.enrolled(Enrolment {
+            faults: faults.map(str::to_owned).into(),
+            ..Enrolment::default()
+        });
         let kinds: Vec<_> = e.faults().iter().map(|f| f.kind).collect();
-        use FaultKind::{Enrolment, PortProcess, PowerCycle};
-        assert_eq!(kinds, [PowerCycle, PortProcess, Enrolment]);
+        use FaultKind::{Card, PortProcess, PowerCycle};
+        let all = [
+            PowerCycle,
+            PortProcess,
+            FaultKind::Enrolment,
+            Card,
+            FaultKind::Policy,
+        ];
+        assert_eq!(kinds, all);
         let shown = e.show().fault.unwrap();
         assert!(
             shown.contains("one\\nline") && shown.contains("`b`"),

@@ -28,7 +28,7 @@ fn ten_commands_lead_from_a_bare_host_and_a_stock_image_to_a_vms_page() {
         return println!("skipped: {why}");
     }
     let image = debian::stock_image(&|what| println!("{what}")).unwrap();
-    let packages = adit_tests::target().join("package");
+    let packages = adit_tests::packages();
     let root = Root::start(Init::Host, true, &packages).unwrap();
     let mut shell = root.type_in(HERE).unwrap();
     let own = format!("cp /mnt/aditd_{}-1_amd64.deb .", env!("CARGO_PKG_VERSION"));

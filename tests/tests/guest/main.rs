@@ -4,7 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use adit_tests::connect::{connect, pattern};
@@ -12,6 +12,7 @@ use adit_tests::guest::{Guest, Identity};
 use adit_tests::host::Host;
 use adit_tests::image::{Image, Kernel};
 
+mod before;
 mod bombs;
 mod cards;
 mod clock;
@@ -67,6 +68,19 @@ fn boot_with(
     boot_files: bool,
     iommu: Option<bool>,
 ) -> Setup {
+    let agent = adit_tests::guest_bin("adit-guest");
+    boot_agent(kernel, host, script, boot_files, iommu, &agent)
+}
+
+/// The same with another agent.
+fn boot_agent(
+    kernel: Kernel,
+    host: Host,
+    script: &str,
+    boot_files: bool,
+    iommu: Option<bool>,
+    agent: &Path,
+) -> Setup {
     let image = Image::build(kernel, &|what| println!("{what}")).unwrap();
     host.wait_port("web-1").unwrap();
     assert!(
@@ -76,11 +90,10 @@ fn boot_with(
             .success()
     );
     let (socket, trust) = (host.vhost_socket("web-1"), host.dir().join("fleet.key.pub"));
-    let agent = adit_tests::guest_bin("adit-guest");
     let who = Identity {
         name: "web-1",
         vhost_socket: &socket,
-        agent: Some(&agent),
+        agent: Some(agent),
         trust: Some(&trust),
         script,
         boot_files,

@@ -15,6 +15,7 @@ fn kept_running(kernel: Kernel) {
     };
     full_disk(&setup);
     reload(&setup);
+    policy(&setup);
 }
 
 /// A task that fills the disk has its result; the next is not started, and says why; with room again, one runs.
@@ -51,6 +52,26 @@ fn reload(setup: &Setup) {
     let list = run_goal(setup, &step("alive", "true"));
     assert!(is_done(&list, "alive"), "{list}\n{}", setup.guest.serial());
     assert!(!list.contains("interrupted"), "{list}");
+}
+
+/// The guest's owner writes a policy: what it forbids ends with its line, in the lists of the host too.
+fn policy(setup: &Setup) {
+    let text = "cat > /etc/adit-guest/policy.toml <<E\\ndefault = 'deny'\\n[[step]]\\nkinds = ['file']\\nusers = ['root']\\n\
+                roots = ['/srv']\\nE\\nadit-guest policy check && /etc/init.d/S50adit-guest reload";
+    let list = run_goal(setup, &step("policy", text));
+    assert!(is_done(&list, "policy"), "{list}\n{}", setup.guest.serial());
+    let closed = wait_for("the policy is in force", BOOT, || {
+        let said = setup.curl(&["-i", "http://web-1/"]);
+        Ok(said
+            .contains("/etc/adit-guest/policy.toml:1: no [[service]] names `tcp:80`")
+            .then_some(()))
+    });
+    closed.unwrap_or_else(|e| panic!("{e}\n{}", setup.guest.serial()));
+    let list = run_goal(setup, &step("vetoed", "touch /run/vetoed"));
+    let why = "policy: /etc/adit-guest/policy.toml:1: no [[step]] allows the kind `script`";
+    assert!(list.contains(why), "{list}\n{}", setup.guest.serial());
+    let (_, json) = setup.adit(&["task", "ls", "-o", "json"]);
+    assert!(json.contains("\"refusal\":\"policy\""), "{json}");
 }
 
 #[test]

@@ -27,6 +27,7 @@ fn room() -> (tempfile::TempDir, PathBuf, FilePolicy) {
     fs::create_dir(dir.path().join("outside")).unwrap();
     fs::write(dir.path().join("outside/canary"), "old").unwrap();
     let policy = FilePolicy {
+        of_policy: None,
         roots: vec![root.clone()],
         protected: vec![root.join("agent")],
     };

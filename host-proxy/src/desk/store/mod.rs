@@ -25,7 +25,7 @@ use std::collections::HashSet;
 
 use adit_api::{Task, TaskState};
 use adit_tasks::hex;
-use adit_tasks::wire::TaskId;
+use adit_tasks::wire::{TaskId, refusal_code};
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -355,15 +355,21 @@ fn row_to_task(r: &Row<'_>) -> rusqlite::Result<Task> {
     let count = |n: i64| u64::try_from(n).unwrap_or(0);
     let preview: Vec<u8> = r.get(13)?;
     let preview = &preview[..preview.len().min(PREVIEW_BYTES)];
+    let (state, reason): (_, String) = (state(r, 5)?, r.get(7)?);
+    let refusal = match state {
+        TaskState::Refused => refusal_code(&reason).map(str::to_owned),
+        _ => None,
+    };
     Ok(Task {
         task_id: hex(&r.get::<_, TaskId>(0)?),
         goal_id: r.get(1)?,
         vm: r.get(2)?,
         step: r.get(3)?,
         attempt: r.get(4)?,
-        state: state(r, 5)?,
+        state,
         exit: r.get(6)?,
-        reason: r.get(7)?,
+        reason,
+        refusal,
         queued_at: rfc3339(r.get(8)?),
         started_at: r.get::<_, Option<i64>>(9)?.map(rfc3339),
         ended_at: r.get::<_, Option<i64>>(10)?.map(rfc3339),
