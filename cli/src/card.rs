@@ -153,7 +153,8 @@ fn guest_key(text: &str) -> Result<PublicKey, Failure> {
     Ok(key.without_comment())
 }
 
-fn trusted(files: &[PathBuf]) -> Result<TrustStore, Failure> {
+/// The keys in these files.
+pub fn trusted(files: &[PathBuf]) -> Result<TrustStore, Failure> {
     let mut trust = TrustStore::default();
     for file in files {
         let (keys, _) = check_key(file).map_err(|e| Failure::new("bad-key", e.to_string()))?;

@@ -1,6 +1,6 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket; signs goals here, so that no key leaves the manager.
 //!
-//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `card`, `image`, `config`, `completion`); `client` speaks HTTP, `output` prints,
+//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `card`, `trust`, `image`, `config`, `completion`); `client` speaks HTTP, `output` prints,
 //! `error` says what failed, why and what to do next, and maps it to an exit status.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
@@ -15,6 +15,7 @@ mod key;
 mod output;
 mod task;
 mod text;
+mod trust;
 mod vm;
 
 use std::path::PathBuf;
@@ -93,6 +94,9 @@ enum Command {
     /// Sign and show cards, which say who a guest is
     #[command(subcommand)]
     Card(card::CardCommand),
+    /// Sign trust documents, which say whom guests trust and whom no longer, and hand them over
+    #[command(subcommand)]
+    Trust(trust::TrustCommand),
     /// Wait until a VM is ready
     Wait(vm::Wait),
     /// Show whether aditd runs by its configuration file as it is now
@@ -145,6 +149,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Key(command) => key::run(command, format)?,
         Command::Image(command) => image::run(command, format)?,
         Command::Card(command) => card::run(command, format)?,
+        Command::Trust(command) => trust::run(command, &client, format).await?,
         Command::Config => config::show(&client, format).await?,
         Command::Completion(completion) => completion::print(completion, format)?,
         Command::Version => version(format)?,

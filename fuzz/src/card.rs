@@ -34,8 +34,16 @@ pub fn run(data: &[u8]) {
         }
         1 => signed(rest),
         2 => carried(card::from_text(rest).ok()),
-        3 => carried(card::from_smbios(rest, "io.adit.card=").ok().flatten()),
-        _ => carried(card::from_fields(rest, "adit.card=").ok().flatten()),
+        3 => carried(
+            card::from_smbios(Type::Card, rest, "io.adit.card=")
+                .ok()
+                .flatten(),
+        ),
+        _ => carried(
+            card::from_fields(Type::Card, rest, "adit.card=")
+                .ok()
+                .flatten(),
+        ),
     }
 }
 

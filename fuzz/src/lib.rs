@@ -15,6 +15,7 @@
 //! | `ring_function` | the guest's of a ring's PCI function: accesses, and saved states of any origin | a second reader of the saved state |
 //! | `attach` | both sides' words, and the head of a region | two new sides reach a session |
 //! | `card` | the platform's and a signer's: a card, and the places that it is carried in | JSON without rules; what is believed is in its limits |
+//! | `trust` | the host's and a signer's: a trust document, where it is carried, and what a guest keeps of it | JSON without rules; what is taken is in its limits, and no revoked key is left |
 //! | `policy` | a guest's policy file | its limits; mistakes have places; a rule less allows nothing more |
 //! | `succession` | a predecessor's that its guest controls: handover record, live file, unread bytes | a verdict in time, no leak, no thread lost |
 //!
@@ -23,7 +24,8 @@
 //!
 //! Executions under libFuzzer so far: ten million each of `mem_table`, `engine_ops`, `vhost_user_messages`, `vsock_packet`,
 //! `record`, `ring_ops` and `attach`; `descriptor_chain` 6,889,556 with dirty pages and 5,332,276 with a dirty bit for sixteen
-//! bytes; `ring_packet` 486,798; `ring_function` 398,203; `port_packet` 157,237; `succession` 64,373. Found: a SIGPIPE in a
+//! bytes; `ring_packet` 486,798; `ring_function` 398,203; `port_packet` 157,237; `succession` 64,373;
+//! `policy` 748,433. Found: a SIGPIPE in a
 //! process that does not ignore it (`succession`); bytes other than zero behind a dropped grant (`ring_ops`). Faults that were
 //! planted on purpose are found.
 
@@ -42,6 +44,7 @@ mod ring_ops;
 mod ring_packet;
 mod shell;
 mod succession;
+mod trust;
 mod vhost_user_messages;
 mod vsock_packet;
 
@@ -51,7 +54,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 14] = [
+pub const TARGETS: [(&str, Target); 15] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -65,6 +68,7 @@ pub const TARGETS: [(&str, Target); 14] = [
     ("ring_packet", ring_packet::run),
     ("ring_function", ring_function::run),
     ("card", card::run),
+    ("trust", trust::run),
     ("policy", policy::run),
 ];
 

@@ -29,10 +29,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::backoff::{Backoff, jittered};
 use crate::clock;
 use crate::config::ClockSource;
 use crate::conn::Conn;
 use crate::crash::{self, Point};
+use crate::frames::{answers, decode, ignorable, invalid};
 use crate::given::Given;
 use crate::live::Live;
 use crate::runner::{Handled, Runner};
@@ -42,13 +44,6 @@ use crate::transport::Transport;
 use crate::trust::Anchors;
 use crate::{facts, log};
 
-/// First delay before dialling again.
-const BACKOFF_MIN: Duration = Duration::from_millis(100);
-/// Longest delay before dialling again.
-const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// A stream that lasted this long did not end because the host refuses it: a new aditd is there already, and it is dialled at
-/// once. One that ends sooner is dialled after a delay, or the two would never stop.
-const LASTED: Duration = Duration::from_secs(1);
 /// How long the host may take to answer the hello, and to read our bytes meanwhile.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 /// A time that the host took longer to answer with is not used.
@@ -58,6 +53,8 @@ const CLOCK_STEP_MIN_MS: u64 = 1000;
 /// How long the host may take to acknowledge a report. A host that does not may have lost the stream without an end that the
 /// guest could see.
 const OWED_LIMIT: Duration = Duration::from_secs(30);
+/// Most trust documents that are looked at of one stream: each costs a check of a signature.
+const TRUSTS_MAX: u32 = 256;
 /// Version of every kind of message.
 const VERSION: u16 = 1;
 /// Longest body from the host: an envelope of 256 KiB and the fields around it.
@@ -72,6 +69,12 @@ pub struct Client {
     running: Option<Running>,
     /// What came on the stream that is open.
     given: Given,
+    /// What both ends of it know.
+    features: u64,
+    /// How many trust documents came on it.
+    trusts: u32,
+    /// What the host was told on it of who this guest is.
+    told: Option<(wire::Enrolment, Facts)>,
     /// The clock message that the host has not answered, and when it was sent.
     clock_asked: Option<(u32, Instant)>,
     last_id: u32,
@@ -92,6 +95,9 @@ impl Client {
             runner: SharedRunner::new(runner),
             running: None,
             given: Given::default(),
+            features: 0,
+            trusts: 0,
+            told: None,
             clock_asked: None,
             last_id: 0,
         }
@@ -106,7 +112,9 @@ impl Client {
                     last = String::new();
                     log::event("connected", &[("service", &SERVICE)]);
                     let begin = Instant::now();
+                    self.live.talks_on(Some(&conn));
                     let ended = self.session(&conn).unwrap_or_else(|e| e);
+                    self.live.talks_on(None);
                     backoff.ended_after(begin.elapsed());
                     ended
                 }
@@ -120,6 +128,16 @@ impl Client {
             }
             thread::sleep(jittered(backoff.next()));
         }
+    }
+
+    /// What is wrong in this guest at this moment, so that no task runs. Not asked for while one does.
+    fn faults(&self) -> Vec<String> {
+        let policy = self.live.policy_fault().map(|fault| fault.to_string());
+        let journal = match &self.running {
+            None => self.runner.lock().journal_fault(),
+            Some(_) => None,
+        };
+        policy.into_iter().chain(journal).collect()
     }
 
     fn facts(&self, anchors: &Anchors) -> Facts {
@@ -142,12 +160,14 @@ impl Client {
             lane: 0,
             ..Open::new(service, self.identity.common())
         };
-        open.common.features |= wire::WINDOW;
+        open.common.features |= wire::FEATURES;
         (&conn).write_all(&Hello::Open(open).encode())?;
         match hello::read(&mut &conn)? {
             Hello::Accept(accept) => {
                 self.identity.saw(&accept.common);
-                self.given = Given::new(accept.common.features & wire::WINDOW != 0);
+                self.features = accept.common.features & wire::FEATURES;
+                (self.trusts, self.told) = (0, None);
+                self.given = Given::new(self.features & wire::WINDOW != 0);
                 conn.set_timeout(None)?;
                 Ok(conn)
             }
@@ -158,13 +178,14 @@ impl Client {
 
     /// One connection's work. It ends only with an error; the inner one is the host's orderly end.
     fn session(&mut self, conn: &Conn) -> io::Result<io::Error> {
-        let anchors = self.live.anchors();
-        // First, so that a VM that is ready has its labels.
-        let mut told = self.live.policy_fault();
-        let enrolment = self.live.enrolment(&anchors);
-        self.send_ignorable(conn, WireKind::Enrolment, &enrolment)?;
-        let facts = self.facts(&anchors);
-        self.send(conn, WireKind::Facts, &facts)?;
+        if self.features & wire::IDENTITY != 0 {
+            self.identify(conn)?;
+        }
+        self.tell(conn)?;
+        if self.features & wire::TRUST != 0 {
+            let held = self.live.held(&self.live.anchors(), String::new());
+            self.send(conn, WireKind::TrustHeld, &held)?;
+        }
         self.send_clock(conn)?;
         // Not sent again before the first pull, unless something comes in between.
         let mut clock_is_fresh = true;
@@ -183,13 +204,8 @@ impl Client {
             if !mem::take(&mut clock_is_fresh) {
                 self.send_clock(conn)?;
             }
-            // A reload may have found, or mended, a policy that cannot be used.
-            let policy_fault = self.live.policy_fault();
-            if policy_fault != told {
-                let enrolment = self.live.enrolment(&self.live.anchors());
-                self.send_ignorable(conn, WireKind::Enrolment, &enrolment)?;
-                told = policy_fault;
-            }
+            // A reload may have found, or mended, a policy that cannot be used; and the journal may be another one since.
+            self.tell(conn)?;
             let epoch = self.identity.common().epoch;
             let id = self.send(conn, WireKind::Pull, &Pull { epoch })?;
             let Some(task) = self.next_task(conn, id)? else {
@@ -202,6 +218,51 @@ impl Client {
                 self.deliver(conn, &report)?;
             }
         }
+    }
+
+    /// Tells who this guest is, unless the host was told just that.
+    fn tell(&mut self, conn: &Conn) -> io::Result<()> {
+        let anchors = self.live.anchors();
+        let enrolment = self.live.enrolment(&anchors, &self.faults());
+        let now = (enrolment, self.facts(&anchors));
+        if self.told.as_ref() == Some(&now) {
+            return Ok(());
+        }
+        // First, so that a VM that is ready has its labels.
+        self.send_ignorable(conn, WireKind::Enrolment, &now.0)?;
+        self.send(conn, WireKind::Facts, &now.1)?;
+        self.told = Some(now);
+        Ok(())
+    }
+
+    /// Learns from the host which id this guest has. Before that nothing runs: it may be a copy of another guest's disk.
+    fn identify(&mut self, conn: &Conn) -> io::Result<()> {
+        let Some(identity) = self.live.identity() else {
+            return Ok(());
+        };
+        let id = self.send(conn, WireKind::Identity, &identity)?;
+        conn.set_timeout(Some(OWED_LIMIT))?;
+        let said: Option<wire::Identified> = self.receive(conn, WireKind::Identified, id)?;
+        let ended = || io::Error::new(ErrorKind::UnexpectedEof, "host ended the stream");
+        self.live.identified(&said.ok_or_else(ended)?);
+        conn.set_timeout(None)
+    }
+
+    /// Takes a trust document, or not, and answers.
+    fn on_trust(&mut self, conn: &Conn, header: &Header, body: &[u8]) -> io::Result<()> {
+        let wire::Trust { envelope } = decode(header, body)?;
+        self.trusts = self.trusts.saturating_add(1);
+        let held = match self.trusts <= TRUSTS_MAX {
+            true => self.live.take(&envelope),
+            false => {
+                let why =
+                    format!("trust-too-many: more than {TRUSTS_MAX} trust documents on one stream");
+                self.live.held(&self.live.anchors(), why)
+            }
+        };
+        self.send(conn, WireKind::TrustHeld, &held)?;
+        // The key that has signed its card may be out now, for example.
+        self.tell(conn)
     }
 
     /// Waits for the task that answers a pull; none at the end of the stream.
@@ -231,7 +292,7 @@ impl Client {
                 }
                 lacked = true;
             } else {
-                self.on_unsolicited(&header, &body)?;
+                self.on_unsolicited(conn, &header, &body)?;
             }
         }
     }
@@ -367,7 +428,7 @@ impl Client {
     /// Reads a frame that answers nothing, or the end of the stream.
     fn read_unsolicited(&mut self, conn: &Conn) -> io::Result<()> {
         match frame::read(&mut &*conn, BODY_MAX)? {
-            Some((header, body)) => self.on_unsolicited(&header, &body),
+            Some((header, body)) => self.on_unsolicited(conn, &header, &body),
             None => Err(io::Error::new(
                 ErrorKind::UnexpectedEof,
                 "host ended the stream while a task runs or is held",
@@ -376,10 +437,14 @@ impl Client {
     }
 
     /// Handles a frame that is not the answer being waited for.
-    fn on_unsolicited(&mut self, header: &Header, body: &[u8]) -> io::Result<()> {
-        match header.kind == WireKind::HostClock as u16 && header.version == VERSION {
-            true => self.on_host_clock(header, body),
-            false => ignorable(header),
+    fn on_unsolicited(&mut self, conn: &Conn, header: &Header, body: &[u8]) -> io::Result<()> {
+        let is = |kind: WireKind| header.kind == kind as u16 && header.version == VERSION;
+        if is(WireKind::HostClock) {
+            self.on_host_clock(header, body)
+        } else if is(WireKind::Trust) && self.features & wire::TRUST != 0 {
+            self.on_trust(conn, header, body)
+        } else {
+            ignorable(header)
         }
     }
 
@@ -459,121 +524,7 @@ impl Client {
                 answers(&header, id)?;
                 return decode(&header, &body).map(Some);
             }
-            self.on_unsolicited(&header, &body)?;
+            self.on_unsolicited(conn, &header, &body)?;
         }
-    }
-}
-
-/// Whether a frame answers this message of ours.
-fn answers(header: &Header, id: u32) -> io::Result<()> {
-    match header.id == id {
-        true => Ok(()),
-        false => Err(invalid(&format!(
-            "answer to message {}, expected one to {id}",
-            header.id
-        ))),
-    }
-}
-
-fn decode<T: DeserializeOwned>(header: &Header, body: &[u8]) -> io::Result<T> {
-    let decoded = header.decode(body);
-    decoded.map_err(|e| io::Error::new(ErrorKind::InvalidData, e))
-}
-
-fn ignorable(header: &Header) -> io::Result<()> {
-    let Header {
-        kind,
-        version,
-        flags,
-        ..
-    } = header;
-    if flags & frame::IGNORABLE == 0 {
-        return Err(invalid(&format!(
-            "unexpected frame of kind {kind} version {version}"
-        )));
-    }
-    Ok(())
-}
-
-fn invalid(what: &str) -> io::Error {
-    io::Error::new(ErrorKind::InvalidData, what.to_owned())
-}
-
-/// How long to wait before the next dial.
-struct Backoff {
-    delay: Duration,
-    /// The delay after a stream that does not last. It doubles with each in a row: a host that accepts, and then cannot keep
-    /// what it is told, is not to be asked again and again.
-    short: Duration,
-}
-
-impl Backoff {
-    fn new() -> Self {
-        Self {
-            delay: BACKOFF_MIN,
-            short: BACKOFF_MIN,
-        }
-    }
-
-    /// A stream has ended that lasted this long.
-    fn ended_after(&mut self, lasted: Duration) {
-        if lasted >= LASTED {
-            (self.delay, self.short) = (Duration::ZERO, BACKOFF_MIN);
-        } else {
-            self.delay = self.short;
-            self.short = (self.short * 2).min(BACKOFF_MAX);
-        }
-    }
-
-    fn next(&mut self) -> Duration {
-        let delay = self.delay;
-        self.delay = (delay * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
-        delay
-    }
-}
-
-/// Between half and all of a delay, so that the guests of a restarted host do not come back in step.
-fn jittered(delay: Duration) -> Duration {
-    let part = getrandom::u32().unwrap_or(0) % 1024;
-    delay / 2 + delay / 2 * part / 1024
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn delays_stay_between_half_and_whole() {
-        for _ in 0..1000 {
-            let d = jittered(BACKOFF_MAX);
-            assert!(d >= BACKOFF_MAX / 2 && d <= BACKOFF_MAX);
-        }
-    }
-
-    #[test]
-    fn a_stream_that_lasted_is_dialled_again_at_once_and_no_other() {
-        let millis = |backoff: &mut Backoff| [(); 8].map(|()| backoff.next().as_millis());
-        let doubled = [100, 200, 400, 800, 1600, 3200, 5000, 5000];
-        let mut backoff = Backoff::new();
-        assert_eq!(millis(&mut backoff), doubled);
-        backoff.ended_after(LASTED / 2);
-        assert_eq!(millis(&mut backoff), doubled);
-        backoff.ended_after(LASTED);
-        assert_eq!(millis(&mut backoff)[..2], [0, 100]);
-        assert_eq!(jittered(Duration::ZERO), Duration::ZERO);
-    }
-
-    #[test]
-    fn streams_that_do_not_last_are_dialled_less_and_less_often() {
-        let mut backoff = Backoff::new();
-        let after = |backoff: &mut Backoff, lasted| {
-            backoff.ended_after(lasted);
-            backoff.next().as_millis()
-        };
-        for delay in [100, 200, 400, 800, 1600, 3200, 5000, 5000] {
-            assert_eq!(after(&mut backoff, LASTED / 2), delay);
-        }
-        assert_eq!(after(&mut backoff, LASTED), 0);
-        assert_eq!(after(&mut backoff, LASTED / 2), 100);
     }
 }

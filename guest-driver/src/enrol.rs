@@ -9,7 +9,11 @@
 //! in the log, in `adit-guest status`, and in `adit vm show` on the host.
 //!
 //! A card that was believed is checked again whenever it is used: its time may be over, or its signer not trusted any more.
+//!
+//! Trust documents are looked for in the same places, and taken ([`documents`](crate::documents)) before and after the card is
+//! found: one may bring the key that has signed the card, and one may be signed by a key that the card brings.
 
+pub mod anew;
 pub mod kept;
 pub mod key;
 pub mod places;
@@ -20,6 +24,7 @@ use std::{fmt, fs, io};
 use adit_names::VmId;
 use adit_tasks::TrustStore;
 use adit_tasks::card::{self, CardError, CarriedError, Here, Proved};
+use adit_tasks::dsse::Type;
 use adit_tasks::wire;
 
 use self::kept::Kept;
@@ -27,7 +32,7 @@ use self::key::GuestKey;
 use self::places::{Place, Places, System};
 use crate::config::Config;
 use crate::trust::Anchors;
-use crate::{clock, log, owned};
+use crate::{clock, documents, log, owned};
 
 /// Why something that was found is not used.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,7 +55,10 @@ impl fmt::Display for Fault {
             why,
             remedy,
         } = self;
-        write!(f, "{code}: {why} ({place}); {remedy}")
+        match *place {
+            "" => write!(f, "{code}: {why}; {remedy}"),
+            place => write!(f, "{code}: {why} ({place}); {remedy}"),
+        }
     }
 }
 
@@ -67,8 +75,8 @@ pub struct Found {
     pub generation: u64,
 }
 
-/// What was found at the start.
-#[derive(Debug, Default)]
+/// What was found at the start, or at SIGHUP.
+#[derive(Clone, Debug, Default)]
 pub struct Enrolment {
     /// The card that counts.
     pub card: Option<Found>,
@@ -76,6 +84,8 @@ pub struct Enrolment {
     pub faults: Vec<Fault>,
     /// The guest's own key.
     pub key: Option<GuestKey>,
+    /// What is on disk of it; none: nothing can be kept.
+    pub kept: Option<Kept>,
 }
 
 /// What is known before any card is read.
@@ -95,7 +105,12 @@ impl Before {
         let mut fault = |code, e: &io::Error, remedy: &str| {
             faults.push(of_state_dir(config, code, e, remedy));
         };
-        let trust = Anchors::read(config).keys;
+        let anchors = Anchors::read(config);
+        if let Some(e) = anchors.documents_error() {
+            let remedy = "remove it, and apply the newest trust documents again: until then every task is refused";
+            fault("trust-unreadable", &io::Error::other(e.to_string()), remedy);
+        }
+        let trust = anchors.keys;
         let meta = fs::metadata(&config.state_dir);
         if let Some(Err(e)) = meta.ok().map(|meta| owned::check(&meta)) {
             let remedy =
@@ -110,7 +125,7 @@ impl Before {
             };
         }
         let kept = kept::read(&config.state_dir).unwrap_or_else(|e| {
-            let remedy = "a card of any generation is believed; remove enrolment.json there";
+            let remedy = "a card of any generation is believed; remove enrolment.json and enrolment.copy.json there";
             fault("enrolment-unreadable", &e, remedy);
             None
         });
@@ -144,6 +159,7 @@ impl Before {
         let mut found = find(&System { card }, known);
         found.faults.splice(0..0, self.faults);
         found.key = self.key;
+        found.kept.clone_from(&self.kept);
         (found, self.kept)
     }
 }
@@ -162,15 +178,21 @@ pub fn look(config: &Config) -> Enrolment {
     Before::read(config, false).find(config).0
 }
 
-/// Finds out who this guest is when the agent starts: makes its key, keeps the card's generation, and logs what is not used. A
-/// guest that was another one, or on another machine, is a copy of that one's disk: it gets a key of its own. The journal stays:
-/// what is in it names its VM, and without it goals could run again.
+/// Finds out who this guest is when the agent starts, or is to look again: makes its key, takes trust documents, keeps the card's
+/// generation, and logs what is not used. A guest that was another one, or on another machine, is a copy of that one's disk: it
+/// gets a key of its own. The journal stays: what is in it names its VM, and without it goals could run again.
 pub fn at_start(config: &Config) -> Enrolment {
+    // Of these faults those that stay are found again below.
+    let _ = take_documents(config, &Enrolment::default());
     let before = Before::read(config, true);
     let is_ours = before.is_ours;
     let (mut found, before) = before.find(config);
-    if is_ours && let Err(fault) = found.keep(config, before.as_ref(), kept::machine()) {
-        found.faults.push(fault);
+    if is_ours {
+        let faults = take_documents(config, &found);
+        found.faults.extend(faults);
+        if let Err(fault) = found.keep(config, before.as_ref(), kept::machine()) {
+            found.faults.push(fault);
+        }
     }
     for fault in &found.faults {
         let Fault {
@@ -190,6 +212,23 @@ pub fn at_start(config: &Config) -> Enrolment {
         log::event("card", &fields);
     }
     found
+}
+
+/// Takes the trust documents that are in the places. Returns what is not taken.
+fn take_documents(config: &Config, found: &Enrolment) -> Vec<Fault> {
+    let (card, mut faults) = (&config.card, Vec::new());
+    for place in Place::ALL {
+        let taken = match (System { card }).look(Type::Trust, place) {
+            Ok(None) => continue,
+            Ok(Some(envelope)) => documents::take_again(config, found, &envelope),
+            Err(e) => Err(unusable("trust", place, &e)),
+        };
+        faults.extend(taken.err().map(|fault| Fault {
+            place: place.name(),
+            ..fault
+        }));
+    }
+    faults
 }
 
 /// What a card is compared with.
@@ -212,11 +251,11 @@ pub fn find(places: &dyn Places, known: Known<'_>) -> Enrolment {
     let mut found: Vec<Found> = Vec::new();
     let mut faults = Vec::new();
     for place in Place::ALL {
-        let envelope = match places.look(place) {
+        let envelope = match places.look(Type::Card, place) {
             Ok(None) => continue,
             Ok(Some(envelope)) => envelope,
             Err(e) => {
-                faults.push(unusable(place, &e));
+                faults.push(unusable("card", place, &e));
                 continue;
             }
         };
@@ -243,6 +282,7 @@ pub fn find(places: &dyn Places, known: Known<'_>) -> Enrolment {
         card: found.into_iter().max_by_key(|f| f.generation),
         faults,
         key: None,
+        kept: None,
     }
 }
 
@@ -283,14 +323,23 @@ fn believe(envelope: &[u8], known: Known<'_>) -> Result<Proved, Fault> {
     }
 }
 
-fn unusable(place: Place, e: &PlaceError) -> Fault {
-    let (code, remedy) = match e {
-        PlaceError::Carried(CarriedError::Doubled { .. }) => ("card-doubled", "leave one of them"),
-        PlaceError::Carried(_) => ("card-damaged", "put the card there again, whole"),
-        PlaceError::Read(_) => ("card-unreadable", "see the cause, and restart the agent"),
+/// `what`: `card` or `trust`.
+fn unusable(what: &str, place: Place, e: &PlaceError) -> Fault {
+    let ([card, trust], remedy) = match e {
+        PlaceError::Carried(CarriedError::Doubled { .. }) => {
+            (["card-doubled", "trust-doubled"], "leave one of them")
+        }
+        PlaceError::Carried(_) => (
+            ["card-damaged", "trust-damaged"],
+            "put it there again, whole",
+        ),
+        PlaceError::Read(_) => (
+            ["card-unreadable", "trust-unreadable"],
+            "see the cause, and reload the agent",
+        ),
     };
     Fault {
-        code,
+        code: if what == "card" { card } else { trust },
         place: place.name(),
         why: e.to_string(),
         remedy: remedy.into(),
@@ -340,27 +389,12 @@ impl Enrolment {
         let generation = by_card.map_or(0, |c| c.generation);
         let (kept, anew) = Kept::next(before, vm_id, generation, machine);
         if let Some(why) = anew {
-            // It is the other one's.
-            self.key = None;
-            let made = GuestKey::make(&config.state_dir).map_err(|e| {
-                of_state_dir(
-                    config,
-                    "no-guest-key",
-                    &e,
-                    "make it writable, and restart the agent",
-                )
-            });
-            self.key = Some(made?);
-            let does = "it is a copy of that one's disk, and has a new key";
-            log::event("enrolled-anew", &[("why", &why), ("do", &does)]);
+            self.begin_anew(config, &why)?;
         }
-        if before == Some(&kept) {
-            return Ok(());
+        match before == Some(&kept) {
+            true => Ok(()),
+            false => self.write(config, kept),
         }
-        kept::write(&config.state_dir, &kept).map_err(|e| {
-            let remedy = "make it writable: after a restart an older card would be believed";
-            of_state_dir(config, "enrolment-not-kept", &e, remedy)
-        })
     }
 
     /// What is to be said of the card at this moment; none: there is none that was believed at the start.

@@ -11,8 +11,8 @@ pub mod reap;
 pub mod script;
 pub mod tree;
 
-use adit_tasks::Action;
 use adit_tasks::wire::{Captured, Outcome};
+use adit_tasks::{Action, KeyId};
 
 use crate::config::Config;
 use crate::policy::{Standing, Touches};
@@ -110,6 +110,18 @@ impl Executed {
             reason: reason.into(),
             ..Self::done(String::new())
         }
+    }
+
+    /// Whoever ordered it was revoked while it ran, and what had not ended then was ended.
+    pub fn cut_off(self, key: KeyId) -> Self {
+        if self.outcome == Outcome::Done {
+            return self;
+        }
+        let reason = format!(
+            "revoked-key: the key {key}, which has ordered it, was revoked while it ran: {}",
+            self.reason
+        );
+        Self { reason, ..self }
     }
 
     /// This guest's owner says no; nothing was done. `reason` begins with a stable code.

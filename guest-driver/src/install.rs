@@ -18,9 +18,12 @@ use adit_names::VmId;
 use adit_tasks::TrustStore;
 use adit_tasks::anchor::ANCHORS_MAX;
 use adit_tasks::card::{self, CardError};
+use adit_tasks::dsse::{Envelope, Type};
+use adit_tasks::trust::Document;
 
 use crate::clock;
 use crate::config::{Config, ConfigError};
+use crate::documents;
 use crate::policy::{PolicyError, source};
 use crate::trust::{KeyFileError, check_key, pub_files};
 
@@ -31,6 +34,8 @@ const CONFIG: &str = "etc/adit-guest/adit-guest.toml";
 const POLICY: &str = "etc/adit-guest/policy.toml";
 /// Where the agent looks for its card if its configuration says nothing else.
 const CARD: &str = "etc/adit/card";
+/// And for a trust document, beside it.
+const TRUST_DOCUMENT: &str = "etc/adit/trust.json";
 const TRUST_DIR: &str = "etc/adit-guest/trust";
 /// Of Debian's package, in every image that has it. Nothing else puts a unit there.
 const PACKAGED: &str = "usr/lib/systemd/system/adit-guest.service";
@@ -48,6 +53,52 @@ pub enum Init {
     None,
 }
 
+/// What of the command line says what to install: of `adit-guest install`, and of `adit image`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct What {
+    /// The id that the VM is enrolled with, for example web-1. Without it, its card says it
+    #[arg(long)]
+    pub vm_id: Option<VmId>,
+    /// Public keys of the managers whose goals the guest runs: files, or directories of *.pub. May be given many times, or as a
+    /// list with commas. Without it, the guest runs no goal
+    #[arg(long, value_name = "KEYFILE.pub|DIR", value_delimiter = ',')]
+    pub trust: Vec<PathBuf>,
+    /// The VM's card, as `adit card new` makes it; goes to /etc/adit/card
+    #[arg(long, value_name = "FILE")]
+    pub card: Option<PathBuf>,
+    /// A trust document, as `adit trust change` makes it; goes to /etc/adit/trust.json
+    #[arg(long, value_name = "FILE")]
+    pub trust_document: Option<PathBuf>,
+    /// The guest's policy (docs/operate.md); goes to /etc/adit-guest/policy.toml, and has to be there from then on
+    #[arg(long, value_name = "FILE")]
+    pub policy: Option<PathBuf>,
+    /// Local TCP ports that the host may reach, for example 80,22
+    #[arg(long, value_delimiter = ',')]
+    pub allow_port: Vec<u16>,
+}
+
+impl What {
+    /// The same with where it goes.
+    pub fn install<'a>(
+        &'a self,
+        root: &'a Path,
+        init: Option<Init>,
+        binary: &'a Path,
+    ) -> Install<'a> {
+        Install {
+            root,
+            init,
+            vm_id: self.vm_id.as_ref(),
+            trust: &self.trust,
+            card: self.card.as_deref(),
+            trust_document: self.trust_document.as_deref(),
+            policy: self.policy.as_deref(),
+            ports: &self.allow_port,
+            binary,
+        }
+    }
+}
+
 /// What to install.
 #[derive(Clone, Debug)]
 pub struct Install<'a> {
@@ -61,6 +112,8 @@ pub struct Install<'a> {
     pub trust: &'a [PathBuf],
     /// A file with the VM's card.
     pub card: Option<&'a Path>,
+    /// A file with a trust document.
+    pub trust_document: Option<&'a Path>,
     /// A file with the guest's policy.
     pub policy: Option<&'a Path>,
     /// Local TCP ports that the host may reach.
@@ -95,6 +148,14 @@ pub enum InstallError {
         /// The file.
         path: PathBuf,
         /// What is wrong, and what to do.
+        why: String,
+    },
+    /// What is to be the trust document is none.
+    #[error("--trust-document: {}: {why}", path.display())]
+    TrustDocument {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
         why: String,
     },
     /// What is to be the policy cannot be used.
@@ -209,6 +270,19 @@ fn card_file(
     }
 }
 
+/// Reads a trust document, and checks that it is one. Who has signed it is checked in the guest, which may trust more keys.
+fn trust_document(path: &Path) -> Result<Vec<u8>, InstallError> {
+    let refused = |why: String| InstallError::TrustDocument {
+        path: path.into(),
+        why,
+    };
+    let envelope = documents::read_file(path).map_err(|e| refused(e.to_string()))?;
+    let open = Envelope::parse_as(Type::Trust, &envelope).map_err(|e| refused(e.to_string()))?;
+    let said = Document::parse(open.unverified_payload());
+    said.map_err(|e| refused(e.to_string()))?;
+    Ok(envelope)
+}
+
 /// Installs, and returns one line a file for people.
 ///
 /// # Errors
@@ -235,6 +309,7 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
         .card
         .map(|path| card_file(path, what, &keys))
         .transpose()?;
+    let document = what.trust_document.map(trust_document).transpose()?;
     let policy = what.policy.map(source::read_given).transpose();
     let policy = policy.map_err(InstallError::Policy)?;
     let config = config(what);
@@ -262,6 +337,9 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
     }
     if let Some((card, _)) = &card {
         put(CARD, card, 0o600)?;
+    }
+    if let Some(document) = &document {
+        put(TRUST_DOCUMENT, document, 0o600)?;
     }
     if let Some((_, policy)) = &policy {
         put(POLICY, policy, 0o600)?;

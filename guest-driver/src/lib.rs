@@ -11,14 +11,17 @@
 //! What it never does: run anything that no trust anchor of the image has signed or that its policy forbids, pass an argument through a shell,
 //! follow a symbolic link when it writes a file, start a task id twice.
 
+mod backoff;
 pub mod client;
 pub mod clock;
 pub mod config;
 pub mod conn;
 pub mod crash;
+pub mod documents;
 pub mod enrol;
 pub mod exec;
 pub mod facts;
+mod frames;
 pub mod given;
 pub mod install;
 pub mod journal;

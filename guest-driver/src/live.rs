@@ -7,27 +7,49 @@
 //! | `policy`, and what is in that file | at the next task or stream after SIGHUP; what becomes of a file that cannot be used: `policy::Standing` |
 //! | `allow_ports` | at the next stream after SIGHUP; streams that are open go on |
 //! | `clock` | when the host next sends its time after SIGHUP |
-//! | `vm_id`, `card` and what is in it, `state_dir`, `run_dir` | at the next start of the agent |
+//! | what is in the places of cards and trust documents | at SIGHUP; the host hears of it on the agent's next stream, which begins at once |
+//! | trust documents that the host passes on, or that `adit-guest trust add` takes | at the next task; a task that runs ends at once if its key is revoked, in the second case after SIGHUP |
+//! | `vm_id`, `card`, `state_dir`, `run_dir` | at the next start of the agent |
 
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use adit_names::VmId;
+use adit_tasks::trust::DOCUMENTS_MAX;
+use adit_tasks::wire::{HeldDocument, TrustHeld};
 use adit_tasks::{KeyId, Roles, wire};
+use nix::sys::socket::{Shutdown, shutdown};
 
 use crate::config::{Config, ConfigError};
+use crate::conn::Conn;
 use crate::enrol::{self, Enrolment, Fault};
+use crate::exec::script;
 use crate::policy::Standing;
 use crate::trust::Anchors;
-use crate::{clock, log};
+use crate::{clock, documents, log};
 
 /// The configuration in force.
 pub struct Live {
     config: RwLock<Arc<Config>>,
     policy: RwLock<Arc<Standing>>,
-    /// Who this guest is, as found at the start.
-    enrolment: Enrolment,
+    /// Who this guest is, as found at the start or at SIGHUP.
+    enrolment: RwLock<Arc<Enrolment>>,
+    /// Held by whoever replaces it.
+    enrolling: Mutex<()>,
     /// What was last logged of the anchors.
     logged: Mutex<Logged>,
+    /// The task that runs.
+    current: Mutex<Option<Current>>,
+    /// The stream to the host.
+    stream: Mutex<Option<OwnedFd>>,
+}
+
+/// A task that was verified, and has not ended.
+struct Current {
+    task: String,
+    key: KeyId,
+    /// Its key was revoked since.
+    is_revoked: bool,
 }
 
 /// The trusted keys, and why others are not.
@@ -45,8 +67,11 @@ impl Live {
         Self {
             config: RwLock::new(Arc::new(config)),
             policy: RwLock::new(Arc::new(policy)),
-            enrolment,
+            enrolment: RwLock::new(Arc::new(enrolment)),
+            enrolling: Mutex::default(),
             logged: Mutex::default(),
+            current: Mutex::default(),
+            stream: Mutex::default(),
         }
     }
 
@@ -78,7 +103,7 @@ impl Live {
     /// Reads the trust anchors; logs what has changed since they were last read.
     pub fn anchors(&self) -> Anchors {
         let (config, now_ms) = (self.config(), clock::unix_ms());
-        let anchors = Anchors::read(&config).with_card(&self.enrolment, &config, now_ms);
+        let anchors = Anchors::read(&config).with_card(&self.enrolled(), &config, now_ms);
         let skipped = anchors.skipped.iter().chain(&anchors.distrusted);
         let now = Logged {
             keys: (anchors.keys.anchors())
@@ -86,7 +111,7 @@ impl Live {
                 .collect(),
             skipped: skipped.map(ToString::to_string).collect(),
         };
-        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logged = lock(&self.logged);
         if now.keys != logged.keys {
             log::event("anchors", &[("count", &anchors.count())]);
         }
@@ -105,14 +130,147 @@ impl Live {
         enrol::me(&self.config(), anchors.card.as_ref())
     }
 
-    /// What the host is told of the enrolment.
-    pub fn enrolment(&self, anchors: &Anchors) -> wire::Enrolment {
-        let mut told = self.enrolment.told(anchors.card.as_ref());
-        if let Some(fault) = self.policy().fault() {
-            told.faults.truncate(wire::FAULTS_MAX - 1);
-            told.faults.insert(0, fault.to_string());
-        }
+    fn enrolled(&self) -> Arc<Enrolment> {
+        let enrolment = self.enrolment.read();
+        enrolment.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_enrolled(&self, enrolment: Enrolment) {
+        let mut now = self
+            .enrolment
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        *now = Arc::new(enrolment);
+    }
+
+    /// What the host is told of the enrolment, and of `faults` besides.
+    pub fn enrolment(&self, anchors: &Anchors, faults: &[String]) -> wire::Enrolment {
+        let mut told = self.enrolled().told(anchors.card.as_ref());
+        told.faults.splice(0..0, faults.iter().cloned());
+        told.faults.truncate(wire::FAULTS_MAX);
         told
+    }
+
+    /// The id that a host has given this guest; none: there is no place to keep one.
+    pub fn identity(&self) -> Option<wire::Identity> {
+        let enrolled = self.enrolled();
+        let id = enrolled.id();
+        enrolled.kept.is_some().then_some(wire::Identity { id })
+    }
+
+    /// The host has said which id this guest has from now on.
+    pub fn identified(&self, said: &wire::Identified) {
+        let _one = lock(&self.enrolling);
+        let mut enrolment = Enrolment::clone(&self.enrolled());
+        if let Err(fault) = enrolment.identified(&self.config(), said) {
+            log::event(fault.code, &[("why", &fault.why), ("do", &fault.remedy)]);
+            enrolment.faults.push(fault);
+        }
+        self.set_enrolled(enrolment);
+    }
+
+    /// Looks again who this guest is, at SIGHUP. If that has changed, the stream to the host ends, and the next one says so.
+    pub fn enrol_again(&self) {
+        let enrolling = lock(&self.enrolling);
+        let (before, now) = (self.enrolled(), enrol::at_start(&self.config()));
+        let says = |e: &Enrolment| {
+            let card = e
+                .card
+                .as_ref()
+                .map(|card| (card.place, card.envelope.clone()));
+            (
+                card,
+                e.faults.clone(),
+                e.key.as_ref().map(|key| key.public().id()),
+            )
+        };
+        let has_changed = says(&before) != says(&now);
+        self.set_enrolled(now);
+        drop(enrolling);
+        self.end_revoked(&self.anchors());
+        if has_changed && let Some(stream) = &*lock(&self.stream) {
+            let _ = shutdown(stream.as_raw_fd(), Shutdown::Both);
+        }
+    }
+
+    /// The stream to the host; none: there is none.
+    pub fn talks_on(&self, conn: Option<&Conn>) {
+        let own = conn.and_then(|conn| conn.as_fd().try_clone_to_owned().ok());
+        *lock(&self.stream) = own;
+    }
+
+    /// What this guest has taken of trust documents. `refused`: why one was not; empty: none was.
+    pub fn held(&self, anchors: &Anchors, refused: String) -> TrustHeld {
+        let documents = anchors.held.documents().iter().take(DOCUMENTS_MAX);
+        TrustHeld {
+            documents: documents
+                .map(|taken| HeldDocument {
+                    signer: taken.signer.0,
+                    own: taken.vm_id.is_some(),
+                    sequence: taken.sequence,
+                })
+                .collect(),
+            revoked: u16::try_from(anchors.held.revoked().count()).unwrap_or(u16::MAX),
+            refused,
+        }
+    }
+
+    /// Takes a trust document, or not; what runs by a key that is revoked with it ends.
+    pub fn take(&self, envelope: &[u8]) -> TrustHeld {
+        let taken = documents::take(&self.config(), &self.enrolled(), envelope);
+        let refused = match taken {
+            Ok(changed) => {
+                if changed {
+                    log::event("trust-taken", &[]);
+                }
+                String::new()
+            }
+            Err(fault) => {
+                log::event("trust-refused", &[("why", &fault)]);
+                fault.to_string()
+            }
+        };
+        let anchors = self.anchors();
+        self.end_revoked(&anchors);
+        self.held(&anchors, refused)
+    }
+
+    /// A task that was verified is about to be recorded. Whoever revokes its key from here on finds it.
+    ///
+    /// # Errors
+    /// The key has been revoked meanwhile.
+    pub fn runs(&self, task: &str, key: KeyId) -> Result<(), String> {
+        let mut current = lock(&self.current);
+        if self.anchors().keys.is_revoked(&key) {
+            return Err(format!("revoked-key: the key {key} was revoked here"));
+        }
+        *current = Some(Current {
+            task: task.to_owned(),
+            key,
+            is_revoked: false,
+        });
+        Ok(())
+    }
+
+    /// That task has ended. Returns its key if that was revoked meanwhile.
+    pub fn ran(&self) -> Option<KeyId> {
+        let current = lock(&self.current).take();
+        current.filter(|c| c.is_revoked).map(|c| c.key)
+    }
+
+    fn end_revoked(&self, anchors: &Anchors) {
+        let mut current = lock(&self.current);
+        if let Some(Current {
+            task,
+            key,
+            is_revoked,
+        }) = &mut *current
+            && anchors.keys.is_revoked(key)
+            && !*is_revoked
+        {
+            *is_revoked = true;
+            script::end(task);
+        }
     }
 
     /// Reads the configuration file again. Returns the keys whose change needs a restart; they keep their old values.
@@ -130,6 +288,10 @@ impl Live {
         *self.config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
         Ok(kept)
     }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn say(policy: &Standing) {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use adit_guest_driver::config::{BAD_CONFIG, Config, ConfigError, DEFAULT_PATH};
-use adit_guest_driver::install::{Init, Install, install};
+use adit_guest_driver::install::{Init, Install, What, install};
 use adit_guest_driver::policy::command::{self, PolicyCommand, Said};
 use adit_guest_driver::ring::{Carriers, Link};
 use adit_guest_driver::run::{self, RunError};
@@ -14,8 +14,7 @@ use adit_guest_driver::self_test::{self, Found};
 #[cfg(feature = "test-util")]
 use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::Vsock;
-use adit_guest_driver::{enrol, journal, show};
-use adit_names::VmId;
+use adit_guest_driver::{documents, enrol, journal, show};
 use adit_print::PrintError;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -48,22 +47,8 @@ enum Cmd {
         /// The image's init system; looked for in the image if not given.
         #[arg(long)]
         init: Option<Init>,
-        /// The id that this VM is enrolled with, for example web-1. Without it, the guest's card says it.
-        #[arg(long)]
-        vm_id: Option<VmId>,
-        /// Public keys of the managers whose goals this guest runs: files, or directories of *.pub. May be given many times,
-        /// or as a list with commas. Without it, the guest runs no goal.
-        #[arg(long, value_name = "KEYFILE.pub|DIR", value_delimiter = ',')]
-        trust: Vec<PathBuf>,
-        /// The VM's card, as `adit card new` makes it; goes to /etc/adit/card.
-        #[arg(long, value_name = "FILE")]
-        card: Option<PathBuf>,
-        /// The guest's policy, as `adit-guest policy check` takes it; goes to /etc/adit-guest/policy.toml.
-        #[arg(long, value_name = "FILE")]
-        policy: Option<PathBuf>,
-        /// Local TCP ports that the host may reach, for example 80,22.
-        #[arg(long, value_delimiter = ',')]
-        allow_port: Vec<u16>,
+        #[command(flatten)]
+        what: What,
         /// The agent's binary; this one by default.
         #[arg(long)]
         binary: Option<PathBuf>,
@@ -95,6 +80,9 @@ enum Cmd {
         #[arg(long)]
         keep_vm_id: bool,
     },
+    /// Say whom this guest trusts from now on, and whom no longer.
+    #[command(subcommand)]
+    Trust(TrustCmd),
     /// Check this guest's policy file, and say what it decides.
     Policy {
         #[command(subcommand)]
@@ -107,6 +95,18 @@ enum Cmd {
     JournalCheck {
         /// The state directory.
         dir: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+enum TrustCmd {
+    /// Take a trust document, as `adit trust change` makes it. `systemctl reload adit-guest` ends what a revoked key runs.
+    Add {
+        /// The document.
+        file: PathBuf,
+        /// Configuration file.
+        #[arg(long, default_value = DEFAULT_PATH)]
+        config: PathBuf,
     },
 }
 
@@ -129,28 +129,14 @@ fn main() -> ExitCode {
         Cmd::Install {
             root,
             init,
-            vm_id,
-            trust,
-            card,
-            policy,
-            allow_port,
+            what,
             binary,
-        } => own_binary(binary).and_then(|binary| {
-            into_image(&Install {
-                root: &root,
-                init,
-                vm_id: vm_id.as_ref(),
-                trust: &trust,
-                card: card.as_deref(),
-                policy: policy.as_deref(),
-                ports: &allow_port,
-                binary: &binary,
-            })
-        }),
+        } => own_binary(binary).and_then(|binary| into_image(&what.install(&root, init, &binary))),
         Cmd::Status { config } => status(&config),
         Cmd::CheckConfig { file } => check_config(&file),
         Cmd::SelfTest { config } => self_test(&config),
         Cmd::Seal { config, keep_vm_id } => seal(&config, keep_vm_id),
+        Cmd::Trust(TrustCmd::Add { file, config }) => trust_add(&file, &config),
         Cmd::Policy { command } => return policy(&command),
         Cmd::Version => print(&format!("adit-guest {}\n", env!("CARGO_PKG_VERSION"))),
         Cmd::JournalCheck { dir } => journal::check(&dir).map_err(Into::into),
@@ -164,7 +150,9 @@ fn main() -> ExitCode {
 fn failed(e: &anyhow::Error, status: u8) -> ExitCode {
     if status != adit_print::CLOSED_PIPE {
         // One line, whatever a cause brings along.
-        adit_print::note!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
+        let line = format!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
+        adit_print::note!("{line}");
+        adit_guest_driver::log::console(&line);
     }
     ExitCode::from(status)
 }
@@ -260,6 +248,18 @@ fn seal(path: &Path, keep_vm_id: bool) -> anyhow::Result<()> {
         true => "there was no identity to remove\n",
         false => &lines,
     })
+}
+
+fn trust_add(file: &Path, config: &Path) -> anyhow::Result<()> {
+    let config = Config::load(config)?;
+    let envelope = documents::read_file(file)
+        .with_context(|| format!("cannot read the trust document {}", file.display()))?;
+    let found = enrol::look(&config);
+    match documents::take(&config, &found, &envelope) {
+        Ok(true) => print("taken\n"),
+        Ok(false) => print("it was taken before\n"),
+        Err(fault) => anyhow::bail!("{}: {fault}", file.display()),
+    }
 }
 
 /// Writes to standard output.

@@ -97,7 +97,10 @@ pub fn run(
     log::event("ready", &[("vm", &vm), ("anchors", &anchors)]);
     if let Err(why) = &me {
         let effect = "no task will be run";
-        log::event("not-enrolled", &[("effect", &effect), ("why", why)]);
+        let remedy = "give it a card, or `vm_id` in its configuration";
+        let fields: [(&str, &dyn std::fmt::Display); 3] =
+            [("effect", &effect), ("why", why), ("do", &remedy)];
+        log::event("not-enrolled", &fields);
     }
     if anchors == 0 {
         log::event(
@@ -105,6 +108,10 @@ pub fn run(
             &[
                 ("effect", &"no task will be run"),
                 ("dir", &live.config().trust_dir.display()),
+                (
+                    "do",
+                    &"put a public key of `adit key new` there, if this guest is to run work",
+                ),
             ],
         );
     }
@@ -128,6 +135,7 @@ fn reload(live: &Live, server: &Server) {
             );
         }
     };
+    live.enrol_again();
     let config = live.config();
     server.allow(config.allow_ports.clone());
     let anchors = live.anchors();

@@ -10,6 +10,7 @@
 //! A result that the journal cannot take although space was held for it is *unsaved*: the report says so, it is delivered
 //! from memory, and no other task starts before it is written.
 
+use std::mem;
 use std::sync::Arc;
 
 use adit_tasks::wire::{Outcome, Report, Started, Task, TaskId};
@@ -38,6 +39,8 @@ pub struct Runner {
     scripts: script::Dirs,
     boot_nonce: [u8; 16],
     unsaved: Option<Unsaved>,
+    /// What was last logged of a journal that could not be opened.
+    journal_failed: Option<String>,
 }
 
 /// A result that the journal could not take: delivered from memory while this process lives.
@@ -60,6 +63,7 @@ impl Runner {
             scripts,
             boot_nonce,
             unsaved: None,
+            journal_failed: None,
         };
         runner.open_journal();
         runner
@@ -70,15 +74,29 @@ impl Runner {
         if let Err(e) = self.end_interrupted() {
             self.journal = Err(e);
         }
+        let failed = self.journal.as_ref().err().map(ToString::to_string);
+        // It is tried again for each task: one line for as long as the error is the same.
+        if mem::replace(&mut self.journal_failed, failed.clone()) == failed {
+            return;
+        }
         if let Err(e) = &self.journal {
+            let remedy = e.remedy(&self.live.config().state_dir);
             log::event(
                 "journal-failed",
                 &[
                     ("error", e),
                     ("effect", &"every task is refused; ports are served"),
+                    ("do", &remedy),
                 ],
             );
         }
+    }
+
+    /// Why the journal takes no task, and what to do. For people.
+    pub fn journal_fault(&self) -> Option<String> {
+        let error = self.journal.as_ref().err()?;
+        let remedy = error.remedy(&self.live.config().state_dir);
+        Some(format!("{error}; no task runs: {remedy}"))
     }
 
     /// Opens the journal if it could not be opened before: the cause may be gone by now.
@@ -177,6 +195,7 @@ impl Runner {
         let step = match self.accept(task) {
             Ok(step) => step,
             Err(Denied::Refused(why)) => {
+                self.live.ran();
                 log::event("refused", &[("task", &name), ("why", &why)]);
                 let refused = Executed::refused(why);
                 return Handled::Ended(report(task.task_id, refused, 0, self.boot_nonce));
@@ -216,6 +235,10 @@ impl Runner {
                 };
                 exec::execute(&step.action, &job)
             }
+        };
+        let executed = match self.live.ran() {
+            Some(key) => executed.cut_off(key),
+            None => executed,
         };
         let mut report = report(task.task_id, executed, started_ms, self.boot_nonce);
         self.store(&mut report);
@@ -296,7 +319,7 @@ impl Runner {
     /// Verifies a task and records it up to `started`.
     fn accept(&mut self, task: &Task) -> Result<Step, Denied> {
         let anchors = self.live.anchors();
-        if anchors.keys.is_empty() {
+        if anchors.keys.knows_nobody() {
             return Err(anchors.why_none().into());
         }
         let me = self.live.me(&anchors)?;
@@ -305,6 +328,7 @@ impl Runner {
         let unsaved = self.unsaved.as_ref().map(|u| &u.report);
         let now_ms = clock::unix_ms();
         let admitted = verify(task, &anchors.keys, &me, now_ms, journal, unsaved)?;
+        self.live.runs(&hex(&task.task_id), admitted.key)?;
         let origin = Origin {
             key: admitted.key.0.into(),
             seq: admitted.goal.key_seq,

@@ -127,8 +127,8 @@ fn copies(config: &Config) -> Found {
             let fixed = vm_id.iter().map(|id| format!("vm_id = {id}"));
             let all: Vec<_> = fixed.chain(there).collect();
             Found::Note(format!(
-                "this disk has an identity ({}). A copy of it is noticed by another card or another SMBIOS UUID; where neither \
-                 differs it goes unnoticed. Before you copy it: `adit-guest seal`",
+                "this disk has an identity ({}). A copy of it is noticed by another card, another SMBIOS UUID, another VM of its \
+                 host, or another host; where none of them differs it goes unnoticed. Before you copy it: `adit-guest seal`",
                 all.join(", ")
             ))
         }

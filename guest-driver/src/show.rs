@@ -132,6 +132,19 @@ fn anchors(out: &mut String, anchors: &Anchors) -> fmt::Result {
     for error in anchors.skipped.iter().chain(&anchors.distrusted) {
         writeln!(out, "{:<15} {error}", "not trusted")?;
     }
+    for (key, by) in anchors.held.revoked() {
+        writeln!(out, "{:<15} {key}, by {by}", "revoked key")?;
+    }
+    for taken in anchors.held.documents() {
+        let (signer, n) = (taken.signer, taken.sequence);
+        let of = taken.vm_id.as_ref();
+        let of = of.map_or_else(|| "all".into(), VmId::to_string);
+        writeln!(
+            out,
+            "{:<15} of {signer}, sequence {n}, for {of}",
+            "trust document"
+        )?;
+    }
     if anchors.count() == 0 {
         writeln!(out, "{:<15} none as goal: no task runs", "trusted key")?;
     }

@@ -1,5 +1,6 @@
 //! Trust anchors: the keys in `trust_dir/*.pub`, each with its roles, read again for every task, so that a key that was added or
-//! removed counts from the next task on. The card that a guest goes by may bring more (`enrol`).
+//! removed counts from the next task on. The card that a guest goes by may bring more (`enrol`), and trust documents bring and
+//! revoke keys (`documents`): what is revoked is no anchor, wherever it comes from.
 //!
 //! A file that others than its owner may write, or that belongs to neither root nor the agent's user, is no anchor; nor is
 //! one with a malformed line. Both are logged and skipped, so that a mistake leaves less trust, never more. Where others may
@@ -12,9 +13,11 @@ use std::path::{Path, PathBuf};
 
 use adit_tasks::anchor::AnchorError;
 use adit_tasks::card::Proved;
+use adit_tasks::trust::Held;
 use adit_tasks::{Role, TrustStore};
 
 use crate::config::Config;
+use crate::documents;
 use crate::enrol::{Enrolment, Fault};
 use crate::owned::{self, Writable};
 
@@ -43,6 +46,8 @@ enum Why {
     Writable(#[from] Writable),
     #[error("is longer than {KEY_FILE_MAX} bytes")]
     TooLong,
+    #[error("what was taken of trust documents cannot be read: {0}")]
+    Documents(String),
 }
 
 /// What the image trusts at one moment.
@@ -50,6 +55,10 @@ enum Why {
 pub struct Anchors {
     /// The trusted keys.
     pub keys: TrustStore,
+    /// Those of the image and of the card, also revoked ones.
+    pub own: TrustStore,
+    /// What was taken of trust documents.
+    pub held: Held,
     /// Files that are no anchors, and why.
     pub skipped: Vec<KeyFileError>,
     /// Why nothing is an anchor, whatever `trust_dir` holds.
@@ -62,16 +71,20 @@ impl Anchors {
     /// Reads the directory that a configuration names.
     pub fn read(config: &Config) -> Self {
         let mut anchors = Self::default();
-        match key_files(config) {
-            Ok(files) => {
-                for file in files {
-                    anchors
-                        .skipped
-                        .extend(add_file(&mut anchors.keys, &file).err());
-                }
+        let of_disk = key_files(config).and_then(|files| Ok((files, held(config)?)));
+        let (files, held) = match of_disk {
+            Ok(both) => both,
+            Err(e) => {
+                anchors.distrusted = Some(e);
+                return anchors;
             }
-            Err(e) => anchors.distrusted = Some(e),
+        };
+        for file in files {
+            let added = add_file(&mut anchors.own, &file);
+            anchors.skipped.extend(added.err());
         }
+        anchors.held = held;
+        anchors.keys = anchors.held.applied_to(&anchors.own, config.vm_id.as_ref());
         anchors
     }
 
@@ -80,14 +93,22 @@ impl Anchors {
         self.card = enrolment.card_now(config, &self.keys, now_ms);
         if let Some(Ok(proved)) = &self.card {
             for anchor in &proved.card.anchors {
-                let added = self.keys.add(anchor.clone());
+                let added = self.own.add(anchor.clone());
                 self.skipped.extend(added.err().map(|e| KeyFileError {
                     file: "the card".into(),
                     why: Why::Key(e),
                 }));
             }
+            let me = config.vm_id.as_ref().unwrap_or(&proved.card.vm_id);
+            self.keys = self.held.applied_to(&self.own, Some(me));
         }
         self
+    }
+
+    /// Why it is not known what was taken of trust documents.
+    pub fn documents_error(&self) -> Option<&KeyFileError> {
+        let is = |e: &&KeyFileError| matches!(e.why, Why::Documents(_));
+        self.distrusted.as_ref().filter(is)
     }
 
     /// How many keys may sign goals.
@@ -165,6 +186,18 @@ fn key_files(config: &Config) -> Result<Vec<PathBuf>, KeyFileError> {
         .map_err(Why::Writable)
         .map_err(of(dir))?;
     pub_files(dir).map_err(Why::Read).map_err(of(dir))
+}
+
+/// What was taken of trust documents. Where others may write its directory, they could have removed a revocation.
+fn held(config: &Config) -> Result<Held, KeyFileError> {
+    let dir = &config.state_dir;
+    let of = |file: PathBuf| move |why| KeyFileError { file, why };
+    if let Ok(meta) = fs::metadata(dir) {
+        let ours = owned::check(&meta).map_err(Why::Writable);
+        ours.map_err(of(dir.clone()))?;
+    }
+    let held = documents::read(dir).map_err(Why::Documents);
+    held.map_err(of(dir.join(documents::FILE)))
 }
 
 fn add_file(keys: &mut TrustStore, path: &Path) -> Result<(), KeyFileError> {

@@ -5,6 +5,7 @@
 //! end of the connection is noticed at once. Reading and answering are one future: once dropped, nothing of it goes on.
 
 mod given;
+mod offered;
 
 use std::io;
 use std::mem;
@@ -13,15 +14,18 @@ use std::time::Duration;
 
 use adit_channel::frame;
 use adit_tasks::wire::{
-    self, Clock, Facts, Held, Lacks, Pull, Report, ReportAck, Started, WireKind,
+    self, Clock, Facts, Held, Identity, Lacks, Pull, Report, ReportAck, Started, Trust, TrustHeld,
+    WireKind,
 };
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use self::given::{Frames, Given};
+use self::offered::Offered;
 use crate::desk::DeskError;
 use crate::enrolment;
+use crate::identity;
 use crate::passing::Socket;
 use crate::state::State;
 use crate::vm::VmEntry;
@@ -65,7 +69,12 @@ pub async fn converse(
     let (to, frames) = mpsc::channel(AHEAD_MAX);
     // Not a task of its own: it would outlive this future, which is dropped when a newer connection replaces this one (R106).
     let reading = read_frames(reader, to);
-    let answering = answer(state, vm, Given::new(features), frames, writer);
+    let said = Said {
+        features,
+        given: Given::new(features),
+        offered: None,
+    };
+    let answering = answer(state, vm, said, frames, writer);
     tokio::pin!(answering);
     tokio::select! {
         result = &mut answering => result,
@@ -74,11 +83,20 @@ pub async fn converse(
     }
 }
 
+/// What was said on the stream so far.
+struct Said {
+    /// Those that both ends know.
+    features: u64,
+    given: Given,
+    /// Trust documents; none: the agent has not said which it has.
+    offered: Option<Offered>,
+}
+
 /// Answers an agent's frames until there are no more, and hands tasks out.
 async fn answer(
     state: &Arc<State>,
     vm: &Arc<VmEntry>,
-    mut given: Given,
+    mut said: Said,
     mut frames: mpsc::Receiver<io::Result<Frame>>,
     mut writer: WriteHalf<Socket>,
 ) -> io::Result<()> {
@@ -93,10 +111,13 @@ async fn answer(
     let queued = vm.queued.notified();
     tokio::pin!(queued);
     queued.as_mut().enable();
+    let trusted = vm.trusted.notified();
+    tokio::pin!(trusted);
+    trusted.as_mut().enable();
     loop {
         if let Some(id) = pulling
             && mem::take(&mut look)
-            && hand_out(state, vm, &mut given, id, &mut writer).await?
+            && hand_out(state, vm, &mut said.given, id, &mut writer).await?
         {
             pulling = None;
             owed = Some(Instant::now() + OWED_LIMIT);
@@ -107,7 +128,7 @@ async fn answer(
                 Some(next) => {
                     owed = None;
                     let (header, body) = next?;
-                    let news = handle(state, vm, &mut given, &header, &body, &mut writer).await?;
+                    let news = handle(state, vm, &mut said, &header, &body, &mut writer).await?;
                     look |= !matches!(news, News::None);
                     if let News::Pull(id) = news {
                         pulling = Some(id);
@@ -118,6 +139,13 @@ async fn answer(
                 queued.set(vm.queued.notified());
                 queued.as_mut().enable();
                 look = true;
+            }
+            () = &mut trusted => {
+                trusted.set(vm.trusted.notified());
+                trusted.as_mut().enable();
+                if let Some(offered) = &mut said.offered {
+                    offer(state, vm, offered, &mut writer).await?;
+                }
             }
             () = tokio::time::sleep_until(owed.unwrap_or_else(Instant::now)), if owed.is_some() => {
                 if vm.channel.session() {
@@ -156,6 +184,23 @@ async fn hand_out(
     Ok(true)
 }
 
+/// Sends the trust documents that the guest has not been sent.
+async fn offer(
+    state: &Arc<State>,
+    vm: &Arc<VmEntry>,
+    offered: &mut Offered,
+    writer: &mut WriteHalf<Socket>,
+) -> io::Result<()> {
+    let kept = state.desk.trust_of(&vm.name).await;
+    for document in kept.map_err(io::Error::other)? {
+        if offered.is_news(&document) {
+            let envelope = document.envelope;
+            send(writer, WireKind::Trust, 0, &Trust { envelope }).await?;
+        }
+    }
+    Ok(())
+}
+
 /// What a frame has to do with the queue.
 enum News {
     /// Nothing.
@@ -170,7 +215,7 @@ enum News {
 async fn handle(
     state: &Arc<State>,
     vm: &Arc<VmEntry>,
-    given: &mut Given,
+    said: &mut Said,
     header: &frame::Header,
     body: &[u8],
     writer: &mut WriteHalf<Socket>,
@@ -178,6 +223,12 @@ async fn handle(
     let bad = |e: frame::FrameError| io::Error::new(io::ErrorKind::InvalidData, e);
     let is = |kind: WireKind| header.kind == kind as u16 && header.version == VERSION;
     vm.agent.seen(None);
+    let Said {
+        features,
+        given,
+        offered,
+    } = said;
+    let knows = |bit: u64| *features & bit != 0;
     if !is(WireKind::Clock) && !is(WireKind::Held) {
         vm.agent.holds(given.next_held());
     }
@@ -188,8 +239,23 @@ async fn handle(
         vm.agent.seen(Some(facts));
     } else if is(WireKind::Enrolment) {
         let said: wire::Enrolment = header.decode(body).map_err(bad)?;
+        vm.agent.enrolment_turn().await;
         let heard = enrolment::hear(state, vm, said).await;
         heard.map_err(io::Error::other)?;
+    } else if is(WireKind::Identity) && knows(wire::IDENTITY) {
+        let identity: Identity = header.decode(body).map_err(bad)?;
+        vm.agent.enrolment_turn().await;
+        let answer = identity::hear(state, vm, identity).await?;
+        send(writer, WireKind::Identified, header.id, &answer).await?;
+    } else if is(WireKind::TrustHeld) && knows(wire::TRUST) {
+        let held: TrustHeld = header.decode(body).map_err(bad)?;
+        let is_first = offered.is_none();
+        let offered = offered.get_or_insert_default();
+        vm.agent.trusts(offered.heard(&held));
+        // Not again for what the guest says later: that costs a query.
+        if is_first {
+            offer(state, vm, offered, writer).await?;
+        }
     } else if is(WireKind::Clock) {
         let guest: Clock = header.decode(body).map_err(bad)?;
         let now = state.now_ms();

@@ -155,6 +155,10 @@ fn unproved(state: &State, envelope: &[u8], e: &CardError) -> Unproved {
     let signer = Envelope::parse_as(Type::Card, envelope).ok();
     let signer = signer.and_then(|open| open.unverified_signer());
     let remedy = match e {
+        CardError::Wider { brings, .. } => format!(
+            "give its signer in [trust] of aditd.toml these roles as well: \"roles=card,{brings} adit-ed25519 …\", as it has in \
+             the guest; or leave the anchor out"
+        ),
         CardError::Verify(_) => {
             "add its signer's public key, with the role card, to `card` in [trust] of aditd.toml"
                 .into()

@@ -17,10 +17,16 @@ pub enum FaultKind {
     Transport,
     /// The guest is enrolled as another VM, as a copy of that one's image is, or as none.
     Enrolment,
+    /// The guest's disk is a copy of another guest's.
+    Clone,
     /// A card is not believed, by the guest or by this host.
     Card,
+    /// The guest does not take a trust document.
+    Trust,
     /// The guest's policy file cannot be used.
     Policy,
+    /// The guest's journal takes no task.
+    Journal,
 }
 
 impl FaultKind {
@@ -31,8 +37,11 @@ impl FaultKind {
             Self::PortProcess => "port-process",
             Self::Transport => "transport",
             Self::Enrolment => "enrolment",
+            Self::Clone => "clone",
             Self::Card => "card",
+            Self::Trust => "trust",
             Self::Policy => "policy",
+            Self::Journal => "journal",
         }
     }
 }

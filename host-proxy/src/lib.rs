@@ -32,6 +32,7 @@ pub mod disk;
 pub mod enrolment;
 pub mod fault;
 pub mod fdstore;
+pub mod identity;
 pub mod keeper;
 pub mod link;
 pub mod listen;

@@ -45,6 +45,8 @@ pub struct State {
     pub patient: Arc<Semaphore>,
     /// Drawn once a process.
     pub boot_nonce: [u8; 16],
+    /// Drawn once a host, see [`identity`](crate::identity).
+    pub host_id: [u8; 16],
     /// Stops everything.
     pub stop: CancellationToken,
     /// Clients of the proxy: a stop waits for them.
@@ -53,7 +55,13 @@ pub struct State {
 
 impl State {
     /// Puts the parts together.
-    pub fn new(config: Config, monitor: Monitor, db: Db, boot_nonce: [u8; 16]) -> Arc<Self> {
+    pub fn new(
+        config: Config,
+        monitor: Monitor,
+        db: Db,
+        boot_nonce: [u8; 16],
+        host_id: [u8; 16],
+    ) -> Arc<Self> {
         let room = Room::of_process(config.limits.connections);
         let registry = Arc::new(Registry::new(&config.run_dir));
         let metrics = Arc::new(Metrics::default());
@@ -77,6 +85,7 @@ impl State {
             monitor,
             metrics,
             boot_nonce,
+            host_id,
             stop: CancellationToken::new(),
             clients: TaskTracker::new(),
         })

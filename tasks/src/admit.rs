@@ -73,8 +73,8 @@ fn deny<T>(code: &'static str, text: impl Into<String>) -> Result<T, Denial> {
 /// Decides whether a task may run here and now.
 ///
 /// # Errors
-/// A [`Denial`] with one of the codes `no-trust-anchor`, `bad-envelope`, `untrusted-key`, `wrong-role`, `bad-signature`,
-/// `bad-goal`, `wrong-target`, `not-yet-valid`, `expired`, `replay`, `unknown-step`, `attempt`, `task-id-mismatch`,
+/// A [`Denial`] with one of the codes `no-trust-anchor`, `bad-envelope`, `untrusted-key`, `revoked-key`, `wrong-role`,
+/// `bad-signature`, `bad-goal`, `wrong-target`, `not-yet-valid`, `expired`, `replay`, `unknown-step`, `attempt`, `task-id-mismatch`,
 /// `out-of-order`.
 pub fn admit(
     task: &Task,
@@ -83,7 +83,7 @@ pub fn admit(
     now_unix_ms: i64,
     history: &dyn History,
 ) -> Result<Admitted, Denial> {
-    if trust.is_empty() {
+    if trust.knows_nobody() {
         return deny("no-trust-anchor", VerifyError::NoAnchor.to_string());
     }
     let envelope =
@@ -92,6 +92,7 @@ pub fn admit(
         let code = match e {
             VerifyError::NoAnchor => "no-trust-anchor",
             VerifyError::UntrustedKey { .. } => "untrusted-key",
+            VerifyError::Revoked { .. } => "revoked-key",
             VerifyError::WrongRole { .. } => "wrong-role",
             VerifyError::BadSignature { .. } => "bad-signature",
         };

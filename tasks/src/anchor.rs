@@ -4,7 +4,7 @@
 //! before there were roles. The roles stand first, so that a reader from before roles takes such a line for no key at all: it
 //! trusts the key for less, never for more.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
 
@@ -182,10 +182,12 @@ impl fmt::Display for Anchor {
     }
 }
 
-/// The keys that are trusted, and for what.
+/// The keys that are trusted, and for what; and those that never are again, whoever names them.
 #[derive(Clone, Debug, Default)]
 pub struct TrustStore {
     anchors: BTreeMap<KeyId, Anchor>,
+    /// As many as [`trust`](crate::trust) keeps.
+    revoked: BTreeSet<KeyId>,
 }
 
 impl TrustStore {
@@ -208,13 +210,16 @@ impl TrustStore {
         Ok(())
     }
 
-    /// Adds an anchor. A key that is there already has the roles of both.
+    /// Adds an anchor. A key that is there already has the roles of both; one that is revoked is not added.
     ///
     /// # Errors
     /// There are too many; then nothing is added.
     pub fn add(&mut self, anchor: impl Into<Anchor>) -> Result<(), AnchorError> {
         let anchor = anchor.into();
         let id = anchor.key.id();
+        if self.is_revoked(&id) {
+            return Ok(());
+        }
         if let Some(known) = self.anchors.get_mut(&id) {
             known.roles = known.roles.and(anchor.roles);
             return Ok(());
@@ -224,6 +229,22 @@ impl TrustStore {
             _ => self.anchors.insert(id, anchor),
         };
         Ok(())
+    }
+
+    /// Trusts a key no longer, and not again when it is added again.
+    pub fn revoke(&mut self, id: KeyId) {
+        self.anchors.remove(&id);
+        self.revoked.insert(id);
+    }
+
+    /// Whether a key was revoked.
+    pub fn is_revoked(&self, id: &KeyId) -> bool {
+        self.revoked.contains(id)
+    }
+
+    /// True if no key is trusted, and none ever was.
+    pub fn knows_nobody(&self) -> bool {
+        self.anchors.is_empty() && self.revoked.is_empty()
     }
 
     /// The anchors, in the order of their keys' ids.
@@ -246,7 +267,8 @@ impl TrustStore {
         self.anchors().filter(|a| a.roles.has(role)).count()
     }
 
-    pub(crate) fn get(&self, id: &KeyId) -> Option<&Anchor> {
+    /// The anchor of a key.
+    pub fn get(&self, id: &KeyId) -> Option<&Anchor> {
         self.anchors.get(id)
     }
 }
@@ -318,6 +340,19 @@ mod tests {
         let roles: Vec<_> = store.anchors().map(|a| a.roles.to_string()).collect();
         assert_eq!(roles, ["card,goal"]);
         assert_eq!([Role::Card, Role::Exec].map(|r| store.count(r)), [1, 0]);
+    }
+
+    #[test]
+    fn a_revoked_key_is_not_trusted_again_whoever_adds_it() {
+        let mut store = TrustStore::default();
+        store
+            .add_text(&format!("{}\n{}\n", line(7), line(8)))
+            .unwrap();
+        let id = Anchor::parse(&line(7)).unwrap().key.id();
+        store.revoke(id);
+        store.add_text(&format!("roles=card {}", line(7))).unwrap();
+        assert!(store.get(&id).is_none() && store.is_revoked(&id));
+        assert_eq!((store.len(), store.knows_nobody()), (1, false));
     }
 
     #[test]

@@ -29,7 +29,10 @@ use crate::anchor::{Anchor, AnchorError};
 use crate::key::{KeyError, PublicKey};
 use crate::object::{self, Object};
 
-pub use carried::{CarriedError, TEXT_MAX, as_text, from_fields, from_smbios, from_text};
+pub use carried::{
+    CarriedError, TEXT_MAX, as_text, from_fields, from_smbios, from_text, from_text_as, text_max,
+};
+pub(crate) use check::shown;
 pub use check::{CardError, Here, Proved, check};
 pub use labels::{LABELS_MAX, Labels};
 

@@ -24,10 +24,14 @@ use crate::object::{self, Object};
 pub const GOAL_TYPE: &str = "application/vnd.adit.goal.v1+json";
 /// The type of a card's envelope.
 pub const CARD_TYPE: &str = "application/vnd.adit.card.v1+json";
+/// The type of a trust document's envelope.
+pub const TRUST_TYPE: &str = "application/vnd.adit.trust.v1+json";
 /// Most bytes of a goal's envelope.
 pub const ENVELOPE_MAX: usize = 256 << 10;
 /// Most bytes of a card's envelope: it has to fit into what a platform hands to its guest.
 pub const CARD_MAX: usize = 1024;
+/// Most bytes of a trust document's envelope.
+pub const TRUST_MAX: usize = 16 << 10;
 /// Most signatures of an envelope.
 pub const SIGNATURES_MAX: usize = 8;
 
@@ -38,6 +42,8 @@ pub enum Type {
     Goal,
     /// Who a guest is.
     Card,
+    /// Whom guests are to trust, and whom no longer.
+    Trust,
 }
 
 impl Type {
@@ -46,6 +52,7 @@ impl Type {
         match self {
             Self::Goal => GOAL_TYPE,
             Self::Card => CARD_TYPE,
+            Self::Trust => TRUST_TYPE,
         }
     }
 
@@ -53,7 +60,7 @@ impl Type {
     pub fn role(self) -> Role {
         match self {
             Self::Goal => Role::Goal,
-            Self::Card => Role::Card,
+            Self::Card | Self::Trust => Role::Card,
         }
     }
 
@@ -62,6 +69,7 @@ impl Type {
         match self {
             Self::Goal => ENVELOPE_MAX,
             Self::Card => CARD_MAX,
+            Self::Trust => TRUST_MAX,
         }
     }
 }
@@ -113,6 +121,12 @@ pub enum VerifyError {
     UntrustedKey {
         /// The first signer.
         found: KeyId,
+    },
+    /// The signer was trusted, and its key was revoked since.
+    #[error("signed by {key}, whose key was revoked here")]
+    Revoked {
+        /// The signer.
+        key: KeyId,
     },
     /// The signer is trusted, and not for this.
     #[error(
@@ -241,12 +255,16 @@ impl Envelope {
     /// # Errors
     /// No such key has signed exactly this payload.
     pub fn verify(self, trust: &TrustStore) -> Result<Verified, VerifyError> {
-        if trust.is_empty() {
+        if trust.knows_nobody() {
             return Err(VerifyError::NoAnchor);
         }
         let (signed, needs) = (pae(self.of, &self.payload), self.of.role());
         let mut failed = None;
         for &(key, ref signature) in &self.signatures {
+            if trust.is_revoked(&key) {
+                failed = Some(VerifyError::Revoked { key });
+                continue;
+            }
             let Some(anchor) = trust.get(&key) else {
                 continue;
             };
@@ -385,6 +403,8 @@ mod tests {
             (Type::Goal, "card,exec,agent", false),
             (Type::Card, "card,goal", true),
             (Type::Card, "goal,exec,agent", false),
+            (Type::Trust, "card", true),
+            (Type::Trust, "goal,exec,agent", false),
         ] {
             let text = sign_as(of, b"{}", &key());
             let envelope = Envelope::parse_as(of, text.as_bytes()).unwrap();
@@ -420,6 +440,10 @@ mod tests {
         assert_eq!(
             pae(Type::Card, b"hi"),
             b"DSSEv1 33 application/vnd.adit.card.v1+json 2 hi"
+        );
+        assert_eq!(
+            pae(Type::Trust, b"hi"),
+            b"DSSEv1 34 application/vnd.adit.trust.v1+json 2 hi"
         );
         assert!(sign(b"hi", &key()).starts_with(
             r#"{"payload":"aGk=","payloadType":"application/vnd.adit.goal.v1+json","signatures":[{"keyid":""#

@@ -6,6 +6,7 @@
 //! | private | `ADIT-PRIVATE-KEY-1`, newline, `BASE64(32 bytes of seed)`, newline: a file of mode 0600 |
 
 use std::fmt;
+use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -27,6 +28,9 @@ pub enum KeyError {
     /// Not base64 of 32 bytes.
     #[error("key is not base64 of 32 bytes")]
     Base64,
+    /// No id of a key.
+    #[error("the id of a key is 32 hex digits, as `adit-guest status` shows it")]
+    Id,
     /// 32 bytes that are no point of the curve, or one of small order, whose signatures verify for many messages.
     #[error("key is not a strong ed25519 point")]
     Weak,
@@ -35,6 +39,14 @@ pub enum KeyError {
 /// First 16 bytes of the sha256 of a public key: how an envelope names its signer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KeyId(pub [u8; 16]);
+
+impl FromStr for KeyId {
+    type Err = KeyError;
+
+    fn from_str(text: &str) -> Result<Self, KeyError> {
+        crate::unhex(text).map(Self).ok_or(KeyError::Id)
+    }
+}
 
 impl fmt::Display for KeyId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

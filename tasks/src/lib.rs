@@ -11,6 +11,7 @@
 //! | `action` | what a step does: a file a kind |
 //! | `draft` | what a person writes (feature `yaml`) |
 //! | `card` | who a guest is |
+//! | `trust` | whom guests are to trust, and whom no longer |
 //! | `dsse`, `key`, `anchor` | envelopes and signatures; keys; trust anchors and their roles |
 //! | `plan` | goal and VM → tasks with derived ids |
 //! | `principal` | whom a file is to belong to |
@@ -35,6 +36,7 @@ pub mod plain;
 pub mod plan;
 mod principal;
 pub mod recent;
+pub mod trust;
 pub mod window;
 pub mod wire;
 

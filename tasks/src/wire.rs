@@ -5,8 +5,13 @@
 //!
 //! ```text
 //! guest                                   host
+//!   Identity{id} ─────────────────────────▶   where both have the bit IDENTITY: the id that a host has given it
+//!   ◀────────────────────────────── Identified   the id that it has from now on; it runs nothing before it has heard this
 //!   Enrolment ────────────────────────────▶   its card and its key, and what of that it could not use
-//!   Facts ────────────────────────────────▶   agent is ready
+//!   Facts ────────────────────────────────▶   agent is ready; both again if they change
+//!   TrustHeld ────────────────────────────▶   where both have the bit TRUST: which trust documents it has taken
+//!   ◀──────────────────────── Trust{envelope}   each that the guest has not taken yet; at any time, also while a task runs
+//!   TrustHeld ────────────────────────────▶   the answer to each
 //!   Clock ────────────────────────────────▶   before every pull, so that the host sees a clock that is off
 //!   ◀───────────────────────────── HostClock   used by a guest that is configured so
 //!   Pull{known digests} ──────────────────▶   held until there is a task: no polling, no timer
@@ -42,6 +47,15 @@ pub const SERVICE: &str = "tasks";
 /// tasks by digest, and gives back what it holds. A host that has it too says so in its accept.
 pub const WINDOW: u64 = 1;
 
+/// Bit of a hello's features: trust documents, as [`Trust`] and [`TrustHeld`]. They are sent only where both have it.
+pub const TRUST: u64 = 2;
+
+/// Bit of a hello's features: the guest has an id of its host, as [`Identity`] and [`Identified`]. As above.
+pub const IDENTITY: u64 = 4;
+
+/// All of them.
+pub const FEATURES: u64 = WINDOW | TRUST | IDENTITY;
+
 /// Most goals that a guest gives back at once. It keeps one more itself, and pulls nothing until the time of one of them has come.
 pub const HELD_MAX: usize = 1024;
 
@@ -63,6 +77,10 @@ pub enum WireKind {
     TaskOf = 11,
     Lacks = 12,
     Enrolment = 13,
+    Trust = 14,
+    TrustHeld = 15,
+    Identity = 16,
+    Identified = 17,
 }
 
 /// 16 bytes that name one attempt of one step for one VM: see `task_id`.
@@ -99,6 +117,60 @@ pub struct Enrolment {
     pub guest_pk: Option<[u8; 32]>,
     /// Cards, and a policy file (`policy-…`), that it found and does not use, each with why and what to do; at most [`FAULTS_MAX`].
     pub faults: Vec<String>,
+}
+
+/// A trust document, see [`trust`](crate::trust). The host passes it on and cannot change it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trust {
+    /// The envelope, at most [`TRUST_MAX`](crate::dsse::TRUST_MAX) bytes.
+    pub envelope: Vec<u8>,
+}
+
+/// Which trust documents a guest has taken. Shown, never trusted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrustHeld {
+    /// The newest of each signer, at most [`DOCUMENTS_MAX`](crate::trust::DOCUMENTS_MAX).
+    pub documents: Vec<HeldDocument>,
+    /// How many keys are revoked.
+    pub revoked: u16,
+    /// Why the document that this answers is not taken; begins with a stable code. Empty: it is, or none is answered.
+    pub refused: String,
+}
+
+/// One of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldDocument {
+    /// Id of the key that signed it.
+    pub signer: [u8; 16],
+    /// It is for this VM only.
+    pub own: bool,
+    /// Which.
+    pub sequence: u64,
+}
+
+/// The id that a host gives a guest when it first sees it: a copy of the guest's disk has it too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostGiven {
+    /// Which host gave it: drawn once a host.
+    pub host: [u8; 16],
+    /// Drawn once a guest.
+    pub guest: [u8; 16],
+}
+
+/// The id that the guest has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// None: no host has given it one.
+    pub id: Option<HostGiven>,
+}
+
+/// The id that the guest has from now on. Another one than it had: its disk is a copy, and it enrols anew.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identified {
+    /// The id.
+    pub id: HostGiven,
+    /// Whose disk it is a copy of, for people; empty where it is none.
+    pub copy_of: String,
 }
 
 /// Asks for one task and waits for it.
@@ -272,6 +344,41 @@ mod tests {
         let key = "cd".repeat(32);
         assert_eq!(bytes(&whole), format!("027b7d0466696c6501{key}010161"));
         assert_eq!(WireKind::Enrolment as u16, 13);
+    }
+
+    #[test]
+    fn the_messages_about_trust_and_identity_have_golden_bytes() {
+        let bytes = |m: postcard::Result<Vec<u8>>| crate::hex(&m.unwrap());
+        let envelope = b"{}".to_vec();
+        assert_eq!(bytes(postcard::to_stdvec(&Trust { envelope })), "027b7d");
+        let held = TrustHeld {
+            documents: vec![HeldDocument {
+                signer: [0xab; 16],
+                own: true,
+                sequence: 300,
+            }],
+            revoked: 2,
+            refused: "a".into(),
+        };
+        let want = format!("01{}01ac02020161", "ab".repeat(16));
+        assert_eq!(bytes(postcard::to_stdvec(&held)), want);
+        let none = TrustHeld::default();
+        assert_eq!(bytes(postcard::to_stdvec(&none)), "000000");
+        let id = HostGiven {
+            host: [1; 16],
+            guest: [2; 16],
+        };
+        let both = format!("{}{}", "01".repeat(16), "02".repeat(16));
+        let some = Identity { id: Some(id) };
+        assert_eq!(bytes(postcard::to_stdvec(&some)), format!("01{both}"));
+        let copy_of = "b".into();
+        let answer = Identified { id, copy_of };
+        assert_eq!(bytes(postcard::to_stdvec(&answer)), format!("{both}0162"));
+        let kinds = [WireKind::Trust, WireKind::TrustHeld];
+        assert_eq!(kinds.map(|k| k as u16), [14, 15]);
+        let kinds = [WireKind::Identity, WireKind::Identified];
+        assert_eq!(kinds.map(|k| k as u16), [16, 17]);
+        assert_eq!((WINDOW, TRUST, IDENTITY), (1, 2, 4));
     }
 
     #[test]

@@ -100,13 +100,35 @@ impl Debian {
     /// # Errors
     /// A file cannot be written, or QEMU does not start.
     pub fn boot(&self, vhost_socket: &Path, dir: &Path) -> anyhow::Result<Guest> {
-        let overlay = overlay(&self.file("disk.ext4"), "raw", dir)?;
+        self.boot_with(vhost_socket, dir, &[])
+    }
+
+    /// The same with more arguments for QEMU.
+    ///
+    /// # Errors
+    /// As [`boot`](Self::boot).
+    pub fn boot_with(
+        &self,
+        vhost_socket: &Path,
+        dir: &Path,
+        more: &[&str],
+    ) -> anyhow::Result<Guest> {
+        let overlay = self.overlay(dir)?;
         let (kernel, initrd) = (self.file("vmlinuz"), self.file("initrd"));
         let direct = format!("-kernel {} -initrd {}", kernel.display(), initrd.display());
         let mut args = qemu(vhost_socket, &overlay, &direct, dir);
         let line = "root=/dev/vda rw console=ttyS0 quiet panic=-1 mitigations=off";
         args.extend(["-append", line].map(str::to_owned));
+        args.extend(more.iter().map(|arg| (*arg).to_owned()));
         Guest::start(args, dir)
+    }
+
+    /// The disk of a VM whose files are in `dir`: an overlay, made if it is not there.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn overlay(&self, dir: &Path) -> anyhow::Result<PathBuf> {
+        overlay(&self.file("disk.ext4"), "raw", dir)
     }
 
     /// One of its files.
@@ -144,13 +166,15 @@ impl Debian {
     }
 }
 
-/// An overlay of a disk, in `dir`.
+/// An overlay of a disk, in `dir`, made if it is not there.
 fn overlay(disk: &Path, format: &str, dir: &Path) -> anyhow::Result<PathBuf> {
     fs::create_dir_all(dir)?;
     let overlay = dir.join("disk.qcow2");
-    let mut create = Command::new("qemu-img");
-    create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]);
-    output(create.arg(disk).arg(&overlay))?;
+    if !overlay.exists() {
+        let mut create = Command::new("qemu-img");
+        create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]);
+        output(create.arg(disk).arg(&overlay))?;
+    }
     Ok(overlay)
 }
 

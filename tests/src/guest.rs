@@ -93,11 +93,16 @@ pub struct Ring<'a> {
     pub parameters: &'a str,
 }
 
-/// How a guest that is not told its VM id is handed its card, as one word.
+/// How a guest that is not told its VM id is handed its card.
 #[derive(Clone, Copy, Debug)]
 pub enum Carried<'a> {
+    /// As a file in its image, put there by whatever this says: `adit image inject`, for example, and its arguments but the last,
+    /// which is the image's root directory.
+    Injected(&'a [&'a str]),
     /// As an SMBIOS string: a q35 machine.
     Smbios(&'a str),
+    /// By QEMU's configuration device.
+    FwCfg(&'a str),
     /// On the kernel's command line.
     CommandLine(&'a str),
 }
@@ -160,6 +165,10 @@ impl Guest {
         fs::create_dir_all(dir)?;
         let initrd = dir.join("initrd");
         let root = overlay_of(who, card.is_none(), dir)?;
+        if let Some(Carried::Injected(command)) = card {
+            let mut inject = std::process::Command::new(command[0]);
+            crate::process::output(inject.args(&command[1..]).arg(&root))?;
+        }
         image.with_overlay(&root, &initrd)?;
         if who.boot_files {
             let boot = root.join("boot");
@@ -444,6 +453,10 @@ fn qemu_args(
         let socket = format!("socket,id=ring,path={}", ring.socket.display());
         let device = "ivshmem-doorbell,chardev=ring,vectors=2";
         args.extend(["-chardev", &socket, "-device", device].map(str::to_owned));
+    }
+    if let Some(Carried::FwCfg(card)) = card {
+        let file = format!("name=opt/io.adit.card,string={card}");
+        args.extend(["-fw_cfg", &file].map(str::to_owned));
     }
     if let Some(Carried::Smbios(card)) = card {
         let string = format!("type=11,value=io.adit.card={card}");

@@ -14,11 +14,12 @@ use crate::cpio;
 use crate::process::output;
 
 /// Modules that the guest loads. Dependencies are added, and built-in modules are skipped.
-const MODULES: [&str; 4] = [
+const MODULES: [&str; 5] = [
     "virtio_pci",
     "virtio_mmio",
     "virtio_blk",
     "vmw_vsock_virtio_transport",
+    "qemu_fw_cfg",
 ];
 /// Modules that a guest loads to run guests of its own, on a processor with SVM.
 const KVM: [&str; 1] = ["kvm_amd"];

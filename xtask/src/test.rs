@@ -24,8 +24,8 @@ pub struct Options {
     /// Skip the real guests
     #[arg(long)]
     no_guests: bool,
-    /// Also what takes long: the real Debian with the newer kernel, with OpenRC, with larger files, and images that are made
-    /// in other ways
+    /// Also what takes long: the real Debian with the newer kernel, with OpenRC, with larger files; images that are made in other
+    /// ways; fifty copies of a guest's disk
     #[arg(long, conflicts_with = "no_guests")]
     full: bool,
 }
@@ -200,11 +200,27 @@ fn made(what: &str) -> anyhow::Result<()> {
 }
 
 /// With `--full` only.
-const FULL: [Step; 1] = [Step {
-    name: "a real Debian, at length",
-    budget_s: 900,
-    run: || with_guests_and("debian", &[("ADIT_TEST_FULL", OsStr::new("1"))]),
-}];
+const FULL: [Step; 2] = [
+    Step {
+        name: "a real Debian, at length",
+        budget_s: 900,
+        run: || with_guests_and("debian", &[at_length()]),
+    },
+    Step {
+        name: "fifty copies of a guest's disk",
+        budget_s: 600,
+        run: || {
+            let real = Real::of("guest")?;
+            let env = [&real.env()[..], &[at_length()]].concat();
+            cargo_with(&real.args(&["r133_copies_of"]), &env)
+        },
+    },
+];
+
+/// What has tests run their longer variants.
+fn at_length() -> (&'static str, &'static OsStr) {
+    ("ADIT_TEST_FULL", OsStr::new("1"))
+}
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
     setup::run()?;

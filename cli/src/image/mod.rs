@@ -8,12 +8,10 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use adit_guest_driver::install::{Init, Install, InstallError, install, install_in};
+use adit_guest_driver::install::{Init, InstallError, What, install, install_in};
 use adit_image::{Disk, DiskError};
-use adit_names::VmId;
 use clap::{Args, Subcommand};
 
-use crate::completion;
 use crate::error::Failure;
 use crate::output;
 use crate::text::Format;
@@ -49,34 +47,20 @@ pub enum ImageCommand {
         #[arg(long)]
         init: Option<Init>,
         #[command(flatten)]
-        what: What,
+        what: Installed,
     },
     /// Print a cloud-config that installs the agent when the VM boots first
     #[command(after_help = CLOUD_INIT)]
     CloudInit {
         #[command(flatten)]
-        what: What,
+        what: Installed,
     },
 }
 
 #[derive(Args)]
-pub struct What {
-    /// The id that the VM is enrolled with, for example web-1. Without it, its card says it
-    #[arg(long, add = completion::vms())]
-    vm_id: Option<VmId>,
-    /// Public keys of the managers whose goals the guest runs: files, or directories of *.pub. May be given many times, or as a
-    /// list with commas. Without it, the guest runs no goal
-    #[arg(long, value_name = "KEYFILE.pub|DIR", value_delimiter = ',')]
-    trust: Vec<PathBuf>,
-    /// The VM's card, as `adit card new` makes it; goes to /etc/adit/card
-    #[arg(long, value_name = "FILE")]
-    card: Option<PathBuf>,
-    /// The guest's policy (docs/operate.md); goes to /etc/adit-guest/policy.toml, and has to be there from then on
-    #[arg(long, value_name = "FILE")]
-    policy: Option<PathBuf>,
-    /// Local TCP ports that the host may reach, for example 80,22
-    #[arg(long, value_delimiter = ',')]
-    allow_port: Vec<u16>,
+pub struct Installed {
+    #[command(flatten)]
+    what: What,
     /// The agent, a static program [default: adit-guest beside adit, else /usr/lib/adit/adit-guest]
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
@@ -101,7 +85,9 @@ pub fn run(command: &ImageCommand, format: Format) -> Result<(), Failure> {
         ImageCommand::CloudInit { what } => {
             let mut config = CloudConfig::default();
             let agent = what.agent()?;
-            let install = what.install(Path::new("/"), Some(Init::Systemd), &agent);
+            let install = what
+                .what
+                .install(Path::new("/"), Some(Init::Systemd), &agent);
             let said = install_in(&mut config, &install).map_err(refused)?;
             // What a person should know; standard output is the document.
             for line in said.iter().filter(|line| !line.starts_with("wrote ")) {
@@ -121,10 +107,10 @@ fn inject(
     target: &Path,
     partition: Option<u32>,
     init: Option<Init>,
-    what: &What,
+    what: &Installed,
 ) -> Result<Vec<String>, Failure> {
     let agent = what.agent()?;
-    let install_what = what.install(target, init, &agent);
+    let install_what = what.what.install(target, init, &agent);
     if target.is_dir() {
         if partition.is_some() {
             let text = format!("--partition: {} is a directory", target.display());
@@ -139,7 +125,7 @@ fn inject(
     Ok(said)
 }
 
-impl What {
+impl Installed {
     fn agent(&self) -> Result<PathBuf, Failure> {
         if let Some(agent) = &self.agent {
             return program(agent);
@@ -157,19 +143,6 @@ impl What {
             )
             .help("name it with --agent FILE")
         })
-    }
-
-    fn install<'a>(&'a self, root: &'a Path, init: Option<Init>, agent: &'a Path) -> Install<'a> {
-        Install {
-            root,
-            init,
-            vm_id: self.vm_id.as_ref(),
-            trust: &self.trust,
-            card: self.card.as_deref(),
-            policy: self.policy.as_deref(),
-            ports: &self.allow_port,
-            binary: agent,
-        }
     }
 }
 

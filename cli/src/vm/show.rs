@@ -1,6 +1,6 @@
 //! How VMs are printed: a table of all, or all of one.
 
-use adit_api::{Card, Carrier, CarrierKind, Vm};
+use adit_api::{Card, Carrier, CarrierKind, Trust, TrustRefused, Vm};
 
 use crate::error::Failure;
 use crate::output::{self, ago};
@@ -120,6 +120,14 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         };
         ["guest key".into(), format!("{} ({proof})", key.public)]
     }));
+    rows.extend(vm.goal_keys.map(|n| {
+        let said = match n {
+            0 => "none: it runs no task; put a key into the guest's trust_dir".into(),
+            n => format!("{n} in the guest"),
+        };
+        ["goal keys".into(), said]
+    }));
+    rows.extend(vm.trust.iter().flat_map(trust));
     rows.extend(vm.clock_ahead_ms.map(|ms| ["clock".into(), clock(ms)]));
     rows.extend(vm.holding.iter().map(|held| {
         let said = format!(
@@ -171,6 +179,23 @@ fn card(card: &Card) -> String {
         text(&card.signer),
         text(&card.not_after)
     )
+}
+
+/// `sequence 5 of 32 hex digits, for all`, a line for each document; how many keys are revoked there, what was not taken.
+fn trust(trust: &Trust) -> Vec<[String; 2]> {
+    let documents = trust.documents.iter().map(|taken| {
+        let of = if taken.own { "this VM" } else { "all" };
+        format!("sequence {} of {}, for {of}", taken.sequence, taken.signer)
+    });
+    let refused = trust.refused.iter().map(|refused| {
+        let TrustRefused {
+            sequence, signer, ..
+        } = refused;
+        format!("sequence {sequence} of {signer} is not taken: see the fault")
+    });
+    let revoked = (trust.revoked > 0).then(|| format!("revoked keys: {}", trust.revoked));
+    let lines = documents.chain(refused).chain(revoked);
+    lines.map(|line| ["trust".into(), line]).collect()
 }
 
 /// `300.0 s behind this host's`. The time that a message takes is part of it, so less than a second means nothing.

@@ -29,7 +29,6 @@ fn names_of_vms_are_completed_by_asking_aditd() {
         &["vm", "set", "we"],
         &["task", "ls", "--vm", "we"],
         &["card", "new", "we"],
-        &["image", "inject", "disk", "--vm-id", "we"],
     ] {
         assert_eq!(complete(fake.dir(), words), ["web-1", "web-2"], "{words:?}");
     }

@@ -7,6 +7,9 @@ use serde_json::{Value, json};
 use crate::fake::{Fake, GOAL, Say, event, goal, task, vm};
 use crate::text;
 
+/// The id of some key.
+const KEY: &str = "00112233445566778899aabbccddeeff";
+
 /// Each command, and how it is called. Files that one makes, others read.
 const CALLS: &[(&str, &[&str])] = &[
     ("vm-ls", &["vm", "ls"]),
@@ -28,6 +31,14 @@ const CALLS: &[(&str, &[&str])] = &[
         &["card", "new", "web-1", "--sign", "k", "--word"],
     ),
     ("card-show", &["card", "show", "card"]),
+    (
+        "trust-change",
+        &["trust", "change", "t.trust", "--sign", "k"],
+    ),
+    ("trust-show", &["trust", "show", "t.trust"]),
+    ("trust-apply", &["trust", "apply", "t.trust"]),
+    ("trust-ls", &["trust", "ls"]),
+    ("trust-rm", &["trust", "rm", KEY]),
     ("goal-ls", &["goal", "ls"]),
     ("goal-show", &["goal", "show", GOAL]),
     (
@@ -79,6 +90,10 @@ fn fake() -> Fake {
         let done = || task('3', "a", 1, "done");
         match (asked.method.as_str(), asked.path.as_str()) {
             (_, "/v1/config") => Say::Json(json!({"reads": 1, "error": null, "restart": []})),
+            ("GET", "/v1/trust") => Say::Json(json!([])),
+            (_, path) if path.starts_with("/v1/trust") => Say::Json(json!({
+                "signer": KEY, "own": false, "sequence": 1, "vms": [], "given_at": "2026-11-20T22:00:00Z",
+            })),
             ("GET", "/v1/vms") => Say::Json(json!([vm("web-1")])),
             (_, path) if path.starts_with("/v1/vms") => Say::Json(vm("web-1")),
             (_, path) if path.starts_with("/v1/events") => {

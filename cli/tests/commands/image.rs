@@ -217,7 +217,7 @@ fn a_card_goes_in_if_it_is_one_and_of_this_vm() {
     let foreign = with(&[&["--card", "web-2.card", "--vm-id", "web-1"], &trusted[..]].concat());
     assert!(text(&foreign.stderr).contains("the card is for web-2, and this is web-1"));
     let damaged = with(&[&["--card", "k.pub"], &trusted[..]].concat());
-    assert!(text(&damaged.stderr).contains("--card: k.pub: the card is damaged"));
+    assert!(text(&damaged.stderr).contains("--card: k.pub: it is damaged"));
     assert_eq!(
         (foreign.status.code(), damaged.status.code()),
         (Some(1), Some(1))

@@ -9,6 +9,7 @@ mod goals;
 mod image;
 mod lists;
 mod printing;
+mod trust;
 mod waiting;
 mod watching;
 

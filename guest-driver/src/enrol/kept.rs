@@ -1,5 +1,5 @@
 //! What is kept of an enrolment in the state directory: `enrolment.json`, so that a card that was replaced is not believed again, and a copy
-//! of the disk notices that it is one.
+//! of the disk notices that it is one. There are two of it: where one is damaged, the other has the same.
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -8,9 +8,11 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
 use adit_names::VmId;
+use adit_tasks::wire::HostGiven;
 use serde::{Deserialize, Serialize};
 
 pub(super) const FILE: &str = "enrolment.json";
+pub(super) const COPY: &str = "enrolment.copy.json";
 
 /// Most VMs whose generations are kept.
 const VMS_MAX: usize = 64;
@@ -26,6 +28,9 @@ pub struct Kept {
     /// The machine that it ran on, as its SMBIOS says.
     #[serde(default)]
     pub machine: Option<String>,
+    /// The id that its host gave it.
+    #[serde(default)]
+    pub id: Option<HostGiven>,
 }
 
 /// Why a guest is not the one that it was: its disk was copied.
@@ -73,6 +78,8 @@ impl Kept {
             vm_id,
             generations,
             machine,
+            // What is copied is the other one's.
+            id: before.and_then(|k| k.id).filter(|_| anew.is_none()),
         };
         (kept, anew)
     }
@@ -89,9 +96,19 @@ pub fn machine() -> Option<String> {
 /// Reads it; none if nothing was kept.
 ///
 /// # Errors
-/// It is there, and cannot be read.
+/// It is there, and neither it nor its copy can be read.
 pub fn read(state_dir: &Path) -> io::Result<Option<Kept>> {
-    match fs::read(state_dir.join(FILE)) {
+    match read_one(&state_dir.join(FILE)) {
+        Err(e) => match read_one(&state_dir.join(COPY)) {
+            Ok(Some(kept)) => Ok(Some(kept)),
+            _ => Err(e),
+        },
+        found => found,
+    }
+}
+
+fn read_one(file: &Path) -> io::Result<Option<Kept>> {
+    match fs::read(file) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         bytes => Ok(Some(serde_json::from_slice(&bytes?)?)),
     }
@@ -102,14 +119,16 @@ pub fn read(state_dir: &Path) -> io::Result<Option<Kept>> {
 /// # Errors
 /// The state directory cannot be written.
 pub fn write(state_dir: &Path, kept: &Kept) -> io::Result<()> {
-    replace(&state_dir.join(FILE), &serde_json::to_vec(kept)?)
+    let text = serde_json::to_vec(kept)?;
+    replace(&state_dir.join(COPY), &text)?;
+    replace(&state_dir.join(FILE), &text)
 }
 
 /// Writes a file of mode 0600 beside its place, and puts it there at once. Its directory is made, with mode 0700.
 ///
 /// # Errors
 /// It cannot be written; the old one is there then.
-pub(super) fn replace(file: &Path, content: &[u8]) -> io::Result<()> {
+pub(crate) fn replace(file: &Path, content: &[u8]) -> io::Result<()> {
     let dir = file.parent().unwrap_or(Path::new("/"));
     fs::DirBuilder::new()
         .recursive(true)

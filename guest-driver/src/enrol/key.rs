@@ -13,8 +13,11 @@ use zeroize::Zeroizing;
 use super::kept::replace;
 
 pub(super) const FILE: &str = "guest.key";
+/// The key of the guest whose disk this one's is a copy of. Only somebody who knows better takes it out of here.
+pub(super) const BEFORE: &str = "guest.key.before";
 
 /// The key.
+#[derive(Clone)]
 pub struct GuestKey {
     public: PublicKey,
 }
@@ -55,6 +58,22 @@ impl GuestKey {
         let text = Zeroizing::new(format_private(&private));
         replace(&state_dir.join(FILE), text.as_bytes())?;
         Ok(Self::of(&private))
+    }
+
+    /// Makes a key in the place of another guest's. The first one of those is set aside: a host that says again and again that
+    /// this is another guest ends no key for good.
+    ///
+    /// # Errors
+    /// The state directory cannot be written.
+    pub fn anew(state_dir: &Path) -> io::Result<Self> {
+        let (own, aside) = (state_dir.join(FILE), state_dir.join(BEFORE));
+        if !fs::exists(&aside)? {
+            match fs::rename(own, aside) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        Self::make(state_dir)
     }
 
     fn of(private: &SigningKey) -> Self {

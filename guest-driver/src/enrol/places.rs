@@ -7,15 +7,21 @@
 //! | SMBIOS | a string `io.adit.card=…` of type 11 in `/sys/firmware/dmi/tables/DMI` | `-smbios type=11,value=…` of QEMU (q35; microvm has no SMBIOS) |
 //! | fw_cfg | `/sys/firmware/qemu_fw_cfg/by_name/opt/io.adit.card/raw` (kernel module `qemu_fw_cfg`) | `-fw_cfg name=opt/io.adit.card,file=…` |
 //! | kernel command line | the word `adit.card=…` in `/proc/cmdline` | whatever boots the kernel |
+//!
+//! A trust document is looked for in the same places: `trust.json` beside the card's file, `adit.trust`, `io.adit.trust`.
 
 use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use adit_tasks::card::{from_fields, from_smbios, from_text};
+use adit_tasks::card::{from_fields, from_smbios, from_text_as};
+use adit_tasks::dsse::Type;
 
 use super::PlaceError;
+
+/// The file with a trust document, beside that with the card.
+pub const TRUST_FILE: &str = "trust.json";
 
 /// Most bytes that are read of a place: SMBIOS has all tables in one.
 const READ_MAX: u64 = 1 << 20;
@@ -56,31 +62,40 @@ impl Place {
         }
     }
 
-    /// The card's envelope in what is there; none if there is none.
-    fn envelope(self, bytes: &[u8]) -> Result<Option<Vec<u8>>, PlaceError> {
+    /// The envelope of this type in what is there; none if there is none.
+    fn envelope(self, of: Type, bytes: &[u8]) -> Result<Option<Vec<u8>>, PlaceError> {
+        let name = name(of);
         Ok(match self {
-            Self::File | Self::Credential | Self::FwCfg => Some(from_text(bytes)?),
-            Self::Smbios => from_smbios(bytes, "io.adit.card=")?,
-            Self::CommandLine => from_fields(bytes, "adit.card=")?,
+            Self::File | Self::Credential | Self::FwCfg => Some(from_text_as(of, bytes)?),
+            Self::Smbios => from_smbios(of, bytes, &format!("io.adit.{name}="))?,
+            Self::CommandLine => from_fields(of, bytes, &format!("adit.{name}="))?,
         })
+    }
+}
+
+/// How places call an envelope of this type.
+fn name(of: Type) -> &'static str {
+    match of {
+        Type::Trust => "trust",
+        _ => "card",
     }
 }
 
 /// What has the places.
 pub trait Places {
-    /// The bytes of a place; none if this machine does not have it.
+    /// The bytes of a place where an envelope of this type may be; none if this machine does not have it.
     ///
     /// # Errors
     /// It is there, and cannot be read.
-    fn read(&self, place: Place) -> io::Result<Option<Vec<u8>>>;
+    fn read(&self, of: Type, place: Place) -> io::Result<Option<Vec<u8>>>;
 
     /// The envelope in a place.
     ///
     /// # Errors
     /// What is there cannot be used.
-    fn look(&self, place: Place) -> Result<Option<Vec<u8>>, PlaceError> {
-        match self.read(place)? {
-            Some(bytes) => place.envelope(&bytes),
+    fn look(&self, of: Type, place: Place) -> Result<Option<Vec<u8>>, PlaceError> {
+        match self.read(of, place)? {
+            Some(bytes) => place.envelope(of, &bytes),
             None => Ok(None),
         }
     }
@@ -94,17 +109,22 @@ pub struct System<'a> {
 }
 
 impl Places for System<'_> {
-    fn read(&self, place: Place) -> io::Result<Option<Vec<u8>>> {
+    fn read(&self, of: Type, place: Place) -> io::Result<Option<Vec<u8>>> {
+        let name = name(of);
         let files: Vec<PathBuf> = match place {
+            Place::File if of == Type::Trust => vec![self.card.with_file_name(TRUST_FILE)],
             Place::File => vec![self.card.into()],
             Place::Credential => std::env::var_os("CREDENTIALS_DIRECTORY")
                 .into_iter()
                 .map(PathBuf::from)
                 .chain(["/run/credentials/@system".into()])
-                .map(|dir| dir.join("adit.card"))
+                .map(|dir| dir.join(format!("adit.{name}")))
                 .collect(),
             Place::Smbios => vec!["/sys/firmware/dmi/tables/DMI".into()],
-            Place::FwCfg => vec!["/sys/firmware/qemu_fw_cfg/by_name/opt/io.adit.card/raw".into()],
+            Place::FwCfg => {
+                let of_qemu = "/sys/firmware/qemu_fw_cfg/by_name/opt/io.adit";
+                vec![format!("{of_qemu}.{name}/raw").into()]
+            }
             Place::CommandLine => vec!["/proc/cmdline".into()],
         };
         for file in files {

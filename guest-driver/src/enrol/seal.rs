@@ -1,5 +1,6 @@
 //! `adit-guest seal`: an image that is to be copied has no identity in it, so that each copy gets one of its own. What goes: the
-//! guest's key, what was kept of cards, the journal, the card in the image. What stays: the agent, its configuration, the anchors.
+//! guest's key, what was kept of cards, the journal, the card in the image. What stays: the agent, its configuration, the anchors,
+//! and what was taken of trust documents: a key that is revoked in the image is revoked in each copy.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind};
@@ -47,7 +48,9 @@ pub fn identity(config: &Config) -> Vec<PathBuf> {
     let [journal, reserve] = journal::FILES.map(|file| state.join(file));
     vec![
         state.join(key::FILE),
+        state.join(key::BEFORE),
         state.join(kept::FILE),
+        state.join(kept::COPY),
         journal,
         reserve,
         config.card.clone(),

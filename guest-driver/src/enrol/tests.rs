@@ -39,7 +39,8 @@ impl Machine {
 }
 
 impl Places for Machine {
-    fn read(&self, place: Place) -> io::Result<Option<Vec<u8>>> {
+    fn read(&self, of: Type, place: Place) -> io::Result<Option<Vec<u8>>> {
+        assert_eq!(of, Type::Card);
         match self.0.get(&place) {
             None => Ok(None),
             Some(Some(bytes)) => Ok(Some(bytes.clone())),
@@ -227,13 +228,16 @@ fn what_is_kept_and_the_key_are_the_agents_alone_and_outlive_it() {
     let (of, _) = Kept::next(None, &"web-1".parse().unwrap(), 7, Some("u".into()));
     kept::write(&state, &of).unwrap();
     let id = GuestKey::make(&state).unwrap().public().id();
-    assert_eq!(kept::read(&state).unwrap(), Some(of));
+    assert_eq!(kept::read(&state).unwrap(), Some(of.clone()));
     assert_eq!(GuestKey::read(&state).unwrap().unwrap().public().id(), id);
     for file in std::fs::read_dir(&state).unwrap() {
         let mode = file.unwrap().metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
+    // Where one of the two is damaged, the other has the same.
     std::fs::write(state.join("enrolment.json"), "{\"vm_id\":\"web-1\"}").unwrap();
+    assert_eq!(kept::read(&state).unwrap(), Some(of));
+    std::fs::write(state.join("enrolment.copy.json"), "").unwrap();
     assert!(kept::read(&state).is_err());
     std::fs::write(state.join("guest.key"), "").unwrap();
     assert!(GuestKey::read(&state).is_err());

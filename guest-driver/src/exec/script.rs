@@ -93,11 +93,19 @@ impl Executor for Script {
 }
 
 fn run_for(script: &Script, task: &str, place: &Dirs, timeout: Duration) -> Executed {
-    *running() = Some((task.to_owned(), place.cgroups.clone()));
+    if !begin(task, place) {
+        return Executed::failed("it had not begun");
+    }
     let tree = Tree::new(task, place.cgroups.as_deref());
     let text = place.dir.join(format!("{task}.script"));
     let (pid, executed) = match start(script, task, &text, &tree) {
-        Ok(child) => (child.pid, supervise(child, script, timeout, &tree)),
+        Ok(child) => {
+            // Whoever came before it was there has not found it.
+            if running().current.as_ref().is_some_and(|c| c.is_to_end) {
+                tree.kill(child.pid);
+            }
+            (child.pid, supervise(child, script, timeout, &tree))
+        }
         Err(why) => (0, Executed::failed(why)),
     };
     let _ = fs::remove_file(&text);
@@ -105,15 +113,43 @@ fn run_for(script: &Script, task: &str, place: &Dirs, timeout: Duration) -> Exec
     if daemons > 0 {
         log::event("daemons-left", &[("task", &task), ("count", &daemons)]);
     }
-    *running() = None;
+    running().current = None;
     executed
 }
 
-/// The script that runs, and where its cgroup is.
-type Current = (String, Option<PathBuf>);
+/// The script that runs.
+struct Current {
+    task: String,
+    /// Where its cgroup is.
+    cgroups: Option<PathBuf>,
+    /// It is to be ended as soon as it is there.
+    is_to_end: bool,
+}
 
-fn running() -> MutexGuard<'static, Option<Current>> {
-    static RUNNING: Mutex<Option<Current>> = Mutex::new(None);
+/// What runs, and what is not to.
+struct Scripts {
+    current: Option<Current>,
+    /// The task that was to be ended last: it may have been about to begin.
+    ended: String,
+}
+
+/// Notes that a task's script begins; false if it is not to.
+fn begin(task: &str, place: &Dirs) -> bool {
+    let mut running = running();
+    let may = running.ended != task;
+    running.current = may.then(|| Current {
+        task: task.to_owned(),
+        cgroups: place.cgroups.clone(),
+        is_to_end: false,
+    });
+    may
+}
+
+fn running() -> MutexGuard<'static, Scripts> {
+    static RUNNING: Mutex<Scripts> = Mutex::new(Scripts {
+        current: None,
+        ended: String::new(),
+    });
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -123,11 +159,22 @@ fn running() -> MutexGuard<'static, Option<Current>> {
 pub fn stop() -> ! {
     let running = running();
     let _closed = reap::close();
-    if let Some((task, cgroups)) = &*running {
+    if let Some(Current { task, cgroups, .. }) = &running.current {
         let dead = kill_orphans(task, cgroups.as_deref());
         log::event("stopped", &[("task", task), ("killed", &dead)]);
     }
     std::process::exit(0)
+}
+
+/// Ends the script of a task with all its processes. Its result says how it ended. One that has not begun does not begin.
+pub fn end(task: &str) {
+    let mut running = running();
+    running.ended = task.to_owned();
+    if let Some(current) = running.current.as_mut().filter(|c| c.task == task) {
+        current.is_to_end = true;
+        let dead = kill_orphans(task, current.cgroups.as_deref());
+        log::event("ended-early", &[("task", &task), ("killed", &dead)]);
+    }
 }
 
 /// A running child and the reading ends of its pipes.

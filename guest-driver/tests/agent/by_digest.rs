@@ -20,7 +20,7 @@ fn pull(session: &mut Session) -> u32 {
         match session.next().unwrap().expect("the agent is gone") {
             Said::Pull(id) => return id,
             Said::Started | Said::Held(_) => {}
-            Said::Lacks(..) | Said::Report(..) => panic!("not a pull"),
+            Said::Lacks(..) | Said::Report(..) | Said::Trust(_) => panic!("not a pull"),
         }
     }
 }

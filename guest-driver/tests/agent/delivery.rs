@@ -21,7 +21,7 @@ fn serve(host: &Host, task: &adit_tasks::wire::Task, terminal: &mut Option<Repor
         match session.next() {
             Ok(Some(Said::Pull(_))) if terminal.is_some() => return true,
             Ok(Some(Said::Pull(id))) => session.task(id, task),
-            Ok(Some(Said::Started | Said::Held(_) | Said::Lacks(..))) => {}
+            Ok(Some(Said::Started | Said::Held(_) | Said::Lacks(..) | Said::Trust(_))) => {}
             Ok(Some(Said::Report(id, report))) => {
                 let first = terminal.get_or_insert_with(|| report.clone());
                 assert_eq!(
@@ -286,6 +286,16 @@ fn r100_a_damaged_journal_leaves_the_agent_reachable_and_every_task_refused_by_n
         fs::write(&journal, damaged).unwrap();
         let next = task(host.goal(2, json!([counting(&file, "")])), "count", 1);
         refused(&host.run(&next), "journal-corrupt");
+        host.kill();
+        host.start(None);
+        let (session, _) = host.accept();
+        let faults = &session.enrolment.faults;
+        let remedy = "restore";
+        assert!(
+            faults[0].starts_with("journal-corrupt: ") && faults[0].contains(remedy),
+            "{faults:?}"
+        );
+        host.kill();
     }
     assert_eq!(lines(&file), 1);
 }
@@ -317,7 +327,7 @@ fn a_report_that_is_not_acknowledged_is_delivered_on_a_new_stream() {
     while !reported {
         match silent.next().unwrap().unwrap() {
             Said::Pull(id) => silent.task(id, &task),
-            Said::Started | Said::Held(_) | Said::Lacks(..) => {}
+            Said::Started | Said::Held(_) | Said::Lacks(..) | Said::Trust(_) => {}
             Said::Report(..) => reported = true,
         }
     }

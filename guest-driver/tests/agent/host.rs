@@ -12,8 +12,8 @@ use adit_channel::frame;
 use adit_channel::hello::{self, Accept, Common, Hello};
 use adit_names::VmId;
 use adit_tasks::wire::{
-    self, Clock, Facts, Goal, Held, Lacks, Outcome, Pull, Report, ReportAck, Started, Task, TaskOf,
-    WireKind,
+    self, Clock, Facts, Goal, Held, HostGiven, Identified, Identity, Lacks, Outcome, Pull, Report,
+    ReportAck, Started, Task, TaskOf, Trust, TrustHeld, WireKind,
 };
 use adit_tasks::{PublicKey, task_id};
 use ed25519_dalek::SigningKey;
@@ -32,6 +32,8 @@ pub struct Host {
     pub key: SigningKey,
     /// Bits of its hello's features.
     pub features: u64,
+    /// The id that it gives a guest that asks; none: the one that the guest has.
+    pub gives: Option<HostGiven>,
     /// Shell text that is run in the agent's process before the agent.
     pub prelude: &'static str,
 }
@@ -42,6 +44,7 @@ pub enum Said {
     Started,
     Lacks(u32, Lacks),
     Report(u32, Report),
+    Trust(TrustHeld),
 }
 
 impl Host {
@@ -77,6 +80,7 @@ impl Host {
             agent: None,
             key: SigningKey::from_bytes(&[7; 32]),
             features: 0,
+            gives: None,
             prelude: ":",
         }
     }
@@ -167,7 +171,7 @@ impl Host {
             panic!("not an open")
         };
         assert_eq!(open.service.as_str(), "tasks");
-        assert_eq!(open.common.features, wire::WINDOW);
+        assert_eq!(open.common.features, wire::FEATURES);
         let accept = Accept {
             common: Common {
                 features: self.features,
@@ -177,22 +181,50 @@ impl Host {
             version: 1,
         };
         stream.write_all(&Hello::Accept(accept).encode()).unwrap();
-        let mut next = || frame::read(&mut stream, frame::LEN_MAX).unwrap().unwrap();
-        let (header, body) = next();
-        assert_eq!(header.kind, WireKind::Enrolment as u16);
-        // A host of before skips it.
-        assert_eq!(header.flags, frame::IGNORABLE);
-        let enrolment = header.decode(&body).unwrap();
-        let (header, body) = next();
-        assert_eq!(header.kind, WireKind::Facts as u16);
-        let session = Session {
+        let mut session = Session {
             stream,
-            enrolment,
+            enrolment: wire::Enrolment::default(),
+            facts: None,
+            identity: None,
+            trust: None,
+            pulls: None,
             told: None,
             clock: None,
             clocks: Vec::new(),
         };
-        (session, header.decode(&body).unwrap())
+        let mut facts = None;
+        let waits = self.features & wire::TRUST != 0;
+        loop {
+            let (header, body) = frame::read(&mut session.stream, frame::LEN_MAX)
+                .unwrap()
+                .unwrap();
+            match header.kind {
+                k if k == WireKind::Identity as u16 => {
+                    assert_ne!(self.features & wire::IDENTITY, 0);
+                    let said: Identity = header.decode(&body).unwrap();
+                    session.identity = said.id;
+                    let id = self.gives.or(said.id).unwrap();
+                    let copy_of = "VM `web-9`".into();
+                    session.send(WireKind::Identified, header.id, &Identified { id, copy_of });
+                }
+                k if k == WireKind::Enrolment as u16 => {
+                    // A host of before skips it.
+                    assert_eq!(header.flags, frame::IGNORABLE);
+                    session.enrolment = header.decode(&body).unwrap();
+                }
+                k if k == WireKind::TrustHeld as u16 => {
+                    assert_ne!(self.features & wire::TRUST, 0);
+                    session.trust = Some(header.decode(&body).unwrap());
+                }
+                k => {
+                    assert_eq!(k, WireKind::Facts as u16);
+                    facts = Some(header.decode(&body).unwrap());
+                }
+            }
+            if let Some(facts) = facts.take_if(|_| !waits || session.trust.is_some()) {
+                return (session, facts);
+            }
+        }
     }
 
     /// Signs a goal for this VM with these steps.
@@ -223,9 +255,17 @@ impl Drop for Host {
 pub struct Session {
     /// What it said of its card.
     pub enrolment: wire::Enrolment,
+    /// What it said of itself again.
+    pub facts: Option<Facts>,
+    /// The id that it had.
+    pub identity: Option<HostGiven>,
+    /// What it had taken of trust documents.
+    pub trust: Option<TrustHeld>,
     /// What it has said of it since.
     pub told: Option<wire::Enrolment>,
     stream: UnixStream,
+    /// The pull that came while something else was waited for.
+    pub pulls: Option<u32>,
     /// What the host's clock shows, for a host that answers; none: one of the version before.
     pub clock: Option<u64>,
     /// What the guest's clock showed.
@@ -239,9 +279,15 @@ impl Session {
             let Some((header, body)) = frame::read(&mut self.stream, frame::LEN_MAX)? else {
                 return Ok(None);
             };
+            // Said again, for it has changed.
             if header.kind == WireKind::Enrolment as u16 {
                 assert_eq!(header.flags, frame::IGNORABLE);
-                self.told = Some(header.decode(&body).unwrap());
+                self.enrolment = header.decode(&body).unwrap();
+                self.told = Some(self.enrolment.clone());
+                continue;
+            }
+            if header.kind == WireKind::Facts as u16 {
+                self.facts = Some(header.decode(&body).unwrap());
                 continue;
             }
             if header.kind != WireKind::Clock as u16 {
@@ -273,6 +319,7 @@ impl Session {
             k if k == WireKind::Report as u16 => {
                 Said::Report(header.id, header.decode(&body).unwrap())
             }
+            k if k == WireKind::TrustHeld as u16 => Said::Trust(header.decode(&body).unwrap()),
             k => panic!("kind {k}"),
         }))
     }
@@ -292,6 +339,20 @@ impl Session {
         assert_eq!(header.kind, WireKind::Clock as u16);
         let clock: Clock = header.decode(&body).unwrap();
         self.clocks.push(clock.unix_ms);
+    }
+
+    /// Passes a trust document on, and takes the answer.
+    pub fn trust(&mut self, envelope: &str) -> TrustHeld {
+        let envelope = envelope.as_bytes().to_vec();
+        self.send(WireKind::Trust, 0, &Trust { envelope });
+        loop {
+            match self.next().unwrap().expect("the agent is gone") {
+                Said::Trust(held) => return held,
+                Said::Pull(id) => self.pulls = Some(id),
+                Said::Started => {}
+                _ => panic!("no answer"),
+            }
+        }
     }
 
     /// Hands out a task by digest.
@@ -328,6 +389,10 @@ impl Session {
     /// Answers the next pull with this task and acknowledges its report.
     pub fn run(&mut self, task: &Task) -> Report {
         let mut handed_out = false;
+        if let Some(id) = self.pulls.take() {
+            handed_out = true;
+            self.task(id, task);
+        }
         loop {
             match self.next().unwrap().expect("the agent is gone") {
                 Said::Pull(id) if !handed_out => {
@@ -335,7 +400,7 @@ impl Session {
                     self.task(id, task);
                 }
                 Said::Pull(_) => panic!("pulled again without a report"),
-                Said::Started | Said::Held(_) | Said::Lacks(..) => {}
+                Said::Started | Said::Held(_) | Said::Lacks(..) | Said::Trust(_) => {}
                 Said::Report(id, report) => {
                     self.ack(id, &report);
                     if report.task_id == task.task_id && handed_out {

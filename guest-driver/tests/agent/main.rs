@@ -5,9 +5,11 @@
 mod before;
 mod by_digest;
 mod clock;
+mod clones;
 mod commands;
 mod delivery;
 mod disk;
+mod documents;
 mod enrol;
 mod host;
 mod install;

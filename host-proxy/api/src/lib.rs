@@ -21,6 +21,9 @@
 //! | `GET /v1/tasks/{task_id}` | → `Task` |
 //! | `GET /v1/tasks/{task_id}/output?stream=stdout` | raw bytes (head, a line that says what is missing, tail); the field `adit-left-out` has the head's length and the number of missing bytes |
 //! | `GET /v1/events?goal=` | `application/x-ndjson` of `TaskEvent`: first the present state, then changes; ends when every task of `goal` is terminal. A body that is cut off (no last chunk) ended for another reason: ask again |
+//! | `POST /v1/trust` | `NewTrust` → `KeptTrust` (on disk when answered): a trust document, which connected agents get at once and others when they connect; 409 for an older one |
+//! | `GET /v1/trust` | → `Vec<KeptTrust>` |
+//! | `DELETE /v1/trust/{signer}?vm=NAME` | passes it on no more; guests that have it keep it |
 //! | `GET /v1/config` | → `ConfigStatus`: what became of the configuration file |
 //! | `POST /v1/shutdown?ports=true` | stops aditd, with `ports=true` the port processes too; not VMMs that are their VMs' own |
 //! | `GET /metrics`, `/healthz`, `/readyz` | |
@@ -79,6 +82,15 @@ pub struct Vm {
     /// The guest's own key, as it says.
     #[serde(default)]
     pub guest_key: Option<GuestKey>,
+    /// Keys that may order work in the guest, as its agent says. 0: it runs none.
+    #[serde(default)]
+    pub goal_keys: Option<u16>,
+    /// The id that this host has given the guest, 32 hex digits; none before its agent was heard, or it is of a version before.
+    #[serde(default)]
+    pub guest_id: Option<String>,
+    /// What the guest has taken of trust documents; none as above.
+    #[serde(default)]
+    pub trust: Option<Trust>,
     /// How far the guest's clock was ahead of this host's when the agent told it last, ms; negative: behind.
     #[serde(default)]
     pub clock_ahead_ms: Option<i64>,
@@ -146,6 +158,39 @@ pub struct GuestKey {
     pub public: String,
     /// Why it may be anybody's; none: the card that is believed names it.
     pub unproved: Option<String>,
+}
+
+/// What a guest has taken of trust documents, as it says.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trust {
+    /// The newest of each signer.
+    pub documents: Vec<TrustTaken>,
+    /// How many keys are revoked there.
+    pub revoked: u32,
+    /// Those that it did not take.
+    pub refused: Vec<TrustRefused>,
+}
+
+/// A trust document that a guest has taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrustTaken {
+    /// Id of the key that signed it.
+    pub signer: String,
+    /// It is for this VM only.
+    pub own: bool,
+    /// Counts the documents of a signer.
+    pub sequence: u64,
+}
+
+/// A trust document that a guest has not taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrustRefused {
+    /// Id of the key that signed it.
+    pub signer: String,
+    /// Which.
+    pub sequence: u64,
+    /// Why, in the guest's words: begins with a stable code.
+    pub why: String,
 }
 
 /// A task that waits in the guest.
@@ -250,6 +295,32 @@ pub struct NewGoal {
     /// Queue it even for a VM that its audience does not name; the guest decides (it will refuse).
     #[serde(default)]
     pub relay_unchecked: bool,
+}
+
+/// Hands a trust document over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewTrust {
+    /// The DSSE envelope, exactly as signed: JSON text.
+    pub envelope: String,
+    /// VMs to give it to; empty: all, also those that come, or the one that it is for.
+    #[serde(default)]
+    pub to: Vec<String>,
+}
+
+/// A trust document that is kept for guests.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptTrust {
+    /// Id of the key that has signed it, as it says.
+    pub signer: String,
+    /// It is for one VM only.
+    pub own: bool,
+    /// Counts the documents of a signer.
+    pub sequence: u64,
+    /// VMs that are given it; empty: all.
+    pub vms: Vec<String>,
+    /// RFC 3339; since when.
+    pub given_at: String,
 }
 
 /// A goal as the host knows it.

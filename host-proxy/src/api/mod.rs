@@ -5,6 +5,7 @@
 
 mod lists;
 mod tasks;
+mod trust;
 mod vms;
 mod wait;
 
@@ -49,6 +50,8 @@ pub fn router(state: App) -> Router {
         .route("/v1/tasks", get(tasks::list))
         .route("/v1/tasks/{id}", get(tasks::show))
         .route("/v1/tasks/{id}/output", get(tasks::output))
+        .route("/v1/trust", get(trust::list).post(trust::apply))
+        .route("/v1/trust/{signer}", axum::routing::delete(trust::forget))
         .route("/v1/events", get(tasks::events))
         .route("/v1/config", get(config))
         .route("/v1/shutdown", post(shutdown))
@@ -156,6 +159,11 @@ impl From<DeskError> for ApiError {
                 .help("wait until its tasks are done (`adit task ls --vm …`), or raise [limits] queued_per_vm"),
             DeskError::Unknown => Self::new(S::NOT_FOUND, "unknown-task", e).help("`adit task ls` lists them"),
             DeskError::UnknownGoal => Self::new(S::NOT_FOUND, "unknown-goal", e).help("`adit goal ls` lists them"),
+            DeskError::TrustOld { .. } | DeskError::TrustTaken { .. } => Self::new(S::CONFLICT, "trust-old", e)
+                .help("sign the next one with `adit trust change`; `adit trust ls` shows what is kept, `adit trust rm` forgets it here"),
+            DeskError::TrustFull => Self::new(S::TOO_MANY_REQUESTS, "trust-full", e)
+                .help("forget those of signers that are no longer used: `adit trust rm`"),
+            DeskError::UnknownTrust => Self::new(S::NOT_FOUND, "unknown-trust", e).help("`adit trust ls` lists them"),
             DeskError::NotLeased => Self::new(S::CONFLICT, "not-leased", e),
             DeskError::Db(db) => {
                 tracing::error!(error = %db, "the database refused a request");

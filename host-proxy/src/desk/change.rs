@@ -8,6 +8,7 @@ use adit_tasks::{Goal, plan, task_id};
 use jiff::Timestamp;
 use rusqlite::Connection;
 
+use super::enrol::DOCUMENTS_MAX;
 use super::rules::{self, After, Candidate, Choice, Event, Step};
 use super::store::db::DbError;
 use super::store::{self, Handout, NewTask, Open, Wanted, goals, migrations, report};
@@ -45,6 +46,26 @@ pub enum DeskError {
     /// No such goal.
     #[error("no such goal")]
     UnknownGoal,
+    /// A trust document that is older than the one that is kept.
+    #[error("the trust document has sequence {sequence}, and {kept} of its signer is kept here")]
+    TrustOld {
+        /// Its sequence.
+        sequence: u64,
+        /// That of the one that is kept.
+        kept: u64,
+    },
+    /// Another one of the same sequence is kept.
+    #[error("another trust document of the sequence {sequence} of its signer is kept here")]
+    TrustTaken {
+        /// The sequence of both.
+        sequence: u64,
+    },
+    /// Too many are kept.
+    #[error("trust documents of {DOCUMENTS_MAX} signers are kept already")]
+    TrustFull,
+    /// No such trust document.
+    #[error("no trust document of that signer is kept")]
+    UnknownTrust,
     /// A report for a task that was never handed to this VM.
     #[error("the task was not handed to this VM")]
     NotLeased,

@@ -6,6 +6,7 @@
 //! | [`rules`] | what may become of a task, and which one is next: pure |
 //! | [`store`] | the tables: only SQL; the thread that commits |
 //! | [`change`] | each change in a transaction: the store read, the rules asked, the answer written |
+//! | `enrol` | what is kept of VMs' enrolments |
 //! | `lists` | what the API reads |
 //! | `time` | what ends, begins or is forgotten because time passes |
 //!
@@ -14,6 +15,7 @@
 //! transaction. After a kill such a task is `leased` again until its agent, which connects anew, says once more that it runs.
 
 pub mod change;
+mod enrol;
 mod lists;
 pub mod rules;
 pub mod store;
@@ -34,8 +36,8 @@ use crate::metrics::Metrics;
 use crate::registry::Registry;
 use crate::vm::VmEntry;
 pub use change::{DeskError, NewGoal};
+pub use enrol::{DOCUMENTS_MAX, Whose};
 use store::db::Db;
-use store::enrolments::Seen;
 use store::retention::{self, Keep};
 pub use store::{Handout, Wanted, rfc3339};
 
@@ -163,43 +165,14 @@ impl Desk {
         let (vm, now, keep) = (vm.clone(), self.now_ms(), self.keep);
         self.change(move |c| {
             store::vms::delete(c, vm.as_str())?;
-            store::enrolments::delete(c, vm.as_str())?;
+            store::enrolments::forget_guest(c, vm.as_str())?;
+            store::identities::delete(c, vm.as_str())?;
+            store::trust::delete(c, vm.as_str())?;
             let ended = change::remove_vm(c, vm.as_str(), now)?;
             retention::trim(c, vm.as_str(), &keep)?;
             Ok(((), ended))
         })
         .await
-    }
-
-    /// A guest has shown a card of this generation that is believed (0: none), and said its key. Returns what is known of
-    /// the VM now. A higher generation begins anew with the key.
-    ///
-    /// # Errors
-    /// The database fails.
-    pub async fn enrol(
-        &self,
-        vm: &VmId,
-        generation: u64,
-        guest_pk: Option<[u8; 32]>,
-    ) -> Result<Seen, DeskError> {
-        let vm = vm.clone();
-        self.db
-            .run(move |c| {
-                let before = store::enrolments::seen(c, vm.as_str())?;
-                let first = match generation > before.generation {
-                    true => guest_pk,
-                    false => before.guest_pk.or(guest_pk),
-                };
-                let now = Seen {
-                    generation: generation.max(before.generation),
-                    guest_pk: first,
-                };
-                if now != before {
-                    store::enrolments::put(c, vm.as_str(), &now)?;
-                }
-                Ok(now)
-            })
-            .await
     }
 
     /// Brings the number of open tasks of a VM that has just come up to date.

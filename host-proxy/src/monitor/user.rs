@@ -25,12 +25,13 @@ use crate::{arguments, uids};
 const NAME: &str = "adit";
 /// What the directory of the database may have, so that it is aditd's own and can be handed over.
 const OWN: [&str; 2] = ["aditd.", "lost+found"];
-/// The database, and what SQLite puts beside it.
-const FILES: [&str; 4] = [
+/// The database, what SQLite puts beside it, and the host's own id.
+const FILES: [&str; 5] = [
     "aditd.db",
     "aditd.db-wal",
     "aditd.db-shm",
     "aditd.db-journal",
+    "aditd.id",
 ];
 
 /// A user and its group.

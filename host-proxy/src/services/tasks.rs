@@ -38,13 +38,13 @@ impl Service for Tasks {
     }
 
     fn features(&self) -> u64 {
-        wire::WINDOW
+        wire::FEATURES
     }
 
     fn run(&self, call: Call, stream: Socket) -> BoxFuture<'static, io::Result<()>> {
         Box::pin(async move {
             let connected = Connected::new(&call.vm);
-            let features = call.open.common.features & wire::WINDOW;
+            let features = call.open.common.features & wire::FEATURES;
             tokio::select! {
                 result = agent::converse(&call.state, &call.vm, features, stream) => result,
                 () = connected.token.cancelled() => Err(io::Error::other("replaced by a newer connection")),

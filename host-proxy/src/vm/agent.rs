@@ -1,10 +1,12 @@
 //! The agent in a VM: its streams, and what it says of itself, which is shown and never trusted.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use adit_names::VmId;
-use adit_tasks::wire::{Facts, Held};
+use adit_tasks::KeyId;
+use adit_tasks::trust::DOCUMENTS_MAX;
+use adit_tasks::wire::{Facts, Held, TrustHeld};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +19,14 @@ pub const AGENT_STREAMS_MAX: usize = 4;
 /// Streams from unprivileged ports of one guest that may wait for their refusal.
 pub const OTHER_STREAMS_MAX: usize = 2;
 
+/// Enrolments of one guest that are judged in four seconds: each costs a check of a signature. Those that come faster
+/// wait, and so does whoever sends them.
+pub const ENROLMENTS_MAX: u32 = 16;
+const ENROLMENTS_PERIOD: Duration = Duration::from_secs(4);
+
+/// Characters of why a guest does not take a document.
+const REFUSED_MAX: usize = 300;
+
 /// A VM's agent.
 #[derive(Debug)]
 pub struct Agent {
@@ -25,6 +35,8 @@ pub struct Agent {
     /// [`OTHER_STREAMS_MAX`].
     pub other_streams: Arc<Semaphore>,
     vm: VmId,
+    /// Since when, and how many.
+    enrolments: Mutex<(Option<Instant>, u32)>,
     said: Mutex<Said>,
     logged: Logged,
     changes: Changes,
@@ -38,10 +50,25 @@ pub(super) struct Said {
     pub(super) clock_ahead_ms: Option<i64>,
     pub(super) held: Option<Held>,
     pub(super) enrolment: Enrolment,
+    /// The id that this host has given it; none: its agent is of the version before.
+    pub(super) id: Option<String>,
+    /// Whose copy its disk is, and the boot in which that was seen.
+    copy_of: Option<(String, Option<[u8; 16]>)>,
+    /// What it has taken of trust documents; none: its agent is of the version before.
+    pub(super) trust: Option<TrustOf>,
     /// It was said on this connection.
     is_fresh: bool,
     pub(super) seen: Option<Instant>,
     connected: Option<CancellationToken>,
+}
+
+/// What a guest has taken of trust documents, and what not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TrustOf {
+    /// What it says that it has.
+    pub held: TrustHeld,
+    /// Signer and sequence of each that it did not take, and why.
+    pub refused: Vec<([u8; 16], u64, String)>,
 }
 
 impl Said {
@@ -56,6 +83,7 @@ impl Agent {
             streams: Arc::new(Semaphore::new(AGENT_STREAMS_MAX)),
             other_streams: Arc::new(Semaphore::new(OTHER_STREAMS_MAX)),
             vm: vm.clone(),
+            enrolments: Mutex::default(),
             said: Mutex::default(),
             logged: Logged::default(),
             changes,
@@ -67,6 +95,7 @@ impl Agent {
         let token = CancellationToken::new();
         let mut said = self.lock();
         said.is_fresh = false;
+        (said.id, said.trust) = (None, None);
         let older = said.connected.replace(token.clone());
         drop(said);
         if let Some(older) = older {
@@ -87,6 +116,13 @@ impl Agent {
         said.seen = Some(Instant::now());
         let is_new = facts.is_some();
         if is_new {
+            let boot = facts.as_ref().map(|facts| facts.boot_nonce);
+            match &mut said.copy_of {
+                // Seen on this connection, before it said which boot it is.
+                Some((_, seen @ None)) => *seen = boot,
+                Some((_, seen)) if *seen != boot => said.copy_of = None,
+                _ => {}
+            }
             said.facts = facts;
             // An agent of the version before says nothing of it.
             if !said.is_fresh {
@@ -109,10 +145,61 @@ impl Agent {
         self.changes.note();
     }
 
+    /// Waits until another enrolment may be judged.
+    pub async fn enrolment_turn(&self) {
+        let wait = {
+            let mut enrolments = self
+                .enrolments
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let now = Instant::now();
+            let left = enrolments.0.map_or(Duration::ZERO, |since| {
+                ENROLMENTS_PERIOD.saturating_sub(now.saturating_duration_since(since))
+            });
+            if left.is_zero() {
+                *enrolments = (Some(now), 0);
+            }
+            enrolments.1 = enrolments.1.saturating_add(1);
+            if enrolments.1 > ENROLMENTS_MAX {
+                left
+            } else {
+                Duration::ZERO
+            }
+        };
+        tokio::time::sleep(wait).await;
+    }
+
+    /// It was told which id it has. `copy_of`: whose copy its disk is; empty: nobody's.
+    pub fn identified(&self, id: String, copy_of: &str) {
+        let mut said = self.lock();
+        said.id = Some(id);
+        if !copy_of.is_empty() {
+            said.copy_of = Some((copy_of.to_owned(), None));
+        }
+        drop(said);
+        self.logged.update(self.vm.as_str(), self.faults());
+        self.changes.note();
+    }
+
+    /// It has said what it has taken of trust documents.
+    pub fn trusts(&self, mut trust: TrustOf) {
+        let cut = |text: &str| adit_names::escape(text).at_most(REFUSED_MAX).to_string();
+        trust.held.documents.truncate(DOCUMENTS_MAX);
+        trust.held.refused.clear();
+        for (_, _, why) in &mut trust.refused {
+            *why = cut(why);
+        }
+        self.lock().trust = Some(trust);
+        self.logged.update(self.vm.as_str(), self.faults());
+        self.changes.note();
+    }
+
     /// It has said what its clock shows.
     pub fn clock(&self, guest_ms: u64, now_ms: i64) {
         let guest_ms = i64::try_from(guest_ms).unwrap_or(i64::MAX);
         self.lock().clock_ahead_ms = Some(guest_ms.saturating_sub(now_ms));
+        // Meanwhile the time of its card may be over.
+        self.logged.update(self.vm.as_str(), self.faults());
         self.changes.note();
     }
 
@@ -139,23 +226,51 @@ impl Agent {
     pub(super) fn faults(&self) -> Vec<Fault> {
         let said = self.said();
         let mut faults: Vec<_> = self.enrolment_fault(&said).into_iter().collect();
-        // The guest's words: each fault begins with its code.
-        let of_policy = |text: &String| text.starts_with("policy-");
-        let (policy, mut texts): (Vec<_>, Vec<_>) =
-            said.enrolment.faults.into_iter().partition(of_policy);
-        if let Some(Err(unproved)) = said.enrolment.card
-            && unproved.is_fault
-        {
-            texts.push(format!(
+        if let Some((of, _)) = &said.copy_of {
+            let text = format!(
+                "the guest's disk is a copy of that of {of}: it has enrolled anew, with a key of its own; seal images before they \
+                 are copied (`adit-guest seal`)"
+            );
+            faults.push(Fault::new(FaultKind::Clone, &text));
+        }
+        let of = |kind: FaultKind| {
+            let texts = said
+                .enrolment
+                .faults
+                .iter()
+                .filter(move |t| kind_of(t) == kind);
+            texts.cloned().collect::<Vec<_>>()
+        };
+        let mut texts = of(FaultKind::Card);
+        match &said.enrolment.card {
+            Some(Err(unproved)) if unproved.is_fault => texts.push(format!(
                 "this host does not believe its card: {}",
                 unproved.why
-            ));
+            )),
+            Some(Ok(believed)) if believed.labels().is_none() => texts.push(format!(
+                "this host does not believe its card any more: its time was over at {}; sign a new one with `adit card new`",
+                believed.card.not_after
+            )),
+            _ => {}
         }
         if !texts.is_empty() {
             faults.push(Fault::new(FaultKind::Card, &texts.join("; ")));
         }
-        if !policy.is_empty() {
-            faults.push(Fault::new(FaultKind::Policy, &policy.join("; ")));
+        let mut trust = of(FaultKind::Trust);
+        let refused = said.trust.iter().flat_map(|trust| &trust.refused);
+        trust.extend(refused.map(|(signer, n, why)| {
+            let signer = KeyId(*signer);
+            format!("the guest does not take the trust document {n} of {signer}: {why}")
+        }));
+        let more = [
+            (FaultKind::Trust, trust),
+            (FaultKind::Policy, of(FaultKind::Policy)),
+            (FaultKind::Journal, of(FaultKind::Journal)),
+        ];
+        for (kind, texts) in more {
+            if !texts.is_empty() {
+                faults.push(Fault::new(kind, &texts.join("; ")));
+            }
         }
         faults
     }
@@ -184,5 +299,15 @@ impl Agent {
 
     fn lock(&self) -> MutexGuard<'_, Said> {
         self.said.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a fault of the guest is about. The words are the guest's: each begins with its code.
+fn kind_of(text: &str) -> FaultKind {
+    match text {
+        _ if text.starts_with("policy-") => FaultKind::Policy,
+        _ if text.starts_with("trust-") => FaultKind::Trust,
+        _ if text.starts_with("journal-") || text.starts_with("no-space:") => FaultKind::Journal,
+        _ => FaultKind::Card,
     }
 }

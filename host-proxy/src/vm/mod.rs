@@ -11,7 +11,7 @@ mod changes;
 mod channel;
 mod show;
 
-pub use agent::{AGENT_STREAMS_MAX, Agent, OTHER_STREAMS_MAX};
+pub use agent::{AGENT_STREAMS_MAX, Agent, ENROLMENTS_MAX, OTHER_STREAMS_MAX, TrustOf};
 pub use changes::Changes;
 pub use channel::{Channel, Serving};
 
@@ -50,6 +50,8 @@ pub struct VmEntry {
     pub changing: tokio::sync::Mutex<()>,
     /// A task for it was queued.
     pub queued: Notify,
+    /// There may be a trust document for it.
+    pub trusted: Notify,
     /// It was removed: its supervisor ends.
     pub removed: CancellationToken,
     /// Its port process.
@@ -73,6 +75,7 @@ impl VmEntry {
             dir: vm_dir(run_dir, &spec.name),
             changing: tokio::sync::Mutex::default(),
             queued: Notify::new(),
+            trusted: Notify::new(),
             removed: CancellationToken::new(),
             channel: Channel::new(&spec.name, changes.clone()),
             agent: Agent::new(&spec.name, changes.clone()),
@@ -177,6 +180,8 @@ mod tests {
         let faults = [
             "policy-bad: /etc/adit-guest/policy.toml:2:1: x",
             "card-old: y",
+            "no-space: z",
+            "journal-corrupt: z",
         ];
         e.agent.enrolled(Enrolment {
             faults: faults.map(str::to_owned).into(),
@@ -190,6 +195,7 @@ mod tests {
             FaultKind::Enrolment,
             Card,
             FaultKind::Policy,
+            FaultKind::Journal,
         ];
         assert_eq!(kinds, all);
         let shown = e.show().fault.unwrap();

@@ -3,10 +3,14 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use adit_api::{Card, Carrier, CarrierKind, GuestKey, Holding, Vm, VmState};
+use adit_api::{
+    Card, Carrier, CarrierKind, GuestKey, Holding, Trust, TrustRefused, TrustTaken, Vm, VmState,
+};
 use adit_port::control::{IVSHMEM_SOCKET, RING_SOCKET, Ring, VHOST_SOCKET};
 
-use super::VmEntry;
+use adit_tasks::KeyId;
+
+use super::{TrustOf, VmEntry};
 use crate::enrolment::{Believed, Enrolment};
 
 /// Characters of a port process's text about its ring that are shown.
@@ -41,6 +45,9 @@ impl VmEntry {
                 public: key.public.to_string(),
                 unproved: key.unproved.clone(),
             }),
+            goal_keys: facts.map(|f| f.anchors),
+            guest_id: agent.id.clone(),
+            trust: agent.trust.as_ref().map(trust),
             clock_ahead_ms: agent.clock_ahead_ms,
             holding: agent.held.filter(|_| connected).map(|held| Holding {
                 task_id: adit_tasks::hex(&held.task_id),
@@ -93,6 +100,28 @@ fn card(enrolment: &Enrolment) -> Option<Card> {
             unproved: Some(unproved.why.clone()),
         },
     })
+}
+
+fn trust(trust: &TrustOf) -> Trust {
+    let documents = trust.held.documents.iter();
+    let refused = trust.refused.iter();
+    Trust {
+        documents: documents
+            .map(|taken| TrustTaken {
+                signer: KeyId(taken.signer).to_string(),
+                own: taken.own,
+                sequence: taken.sequence,
+            })
+            .collect(),
+        revoked: trust.held.revoked.into(),
+        refused: refused
+            .map(|(signer, sequence, why)| TrustRefused {
+                signer: KeyId(*signer).to_string(),
+                sequence: *sequence,
+                why: why.clone(),
+            })
+            .collect(),
+    }
 }
 
 /// What carries the VM's streams. Its texts come from the port process, which the guest may control.

@@ -82,7 +82,7 @@ fn labels_are_those_of_a_card_that_is_signed_for_this_vm_by_a_trusted_key() {
     let wide = json!({"anchors": [PublicKey::of(&key(8), "").to_string()]});
     refused(
         &shown(&host, &control, &card(7, "a", 3, LATER, wide)),
-        "`goal`",
+        "roles=card,goal adit-ed25519",
     );
     let mut cut = good(3);
     cut.card.truncate(100);
@@ -114,6 +114,77 @@ fn r133_a_generation_never_goes_back_also_for_the_next_aditd() {
     );
     assert_eq!(shown(&host, &control, &good(4))["card"]["generation"], 4);
     assert_eq!(shown(&host, &control, &good(5))["labels"]["env"], "prod");
+}
+
+#[test]
+fn r133_a_generation_outlives_the_vm_and_its_guests_key_does_not() {
+    let (host, _) = Host::serving(&[], &trust());
+    let add = || {
+        let new = json!({"name": "a", "cid": 3}).to_string();
+        assert_eq!(host.api("POST", "/v1/vms", &new).status, 200);
+        host.port("a", 3)
+    };
+    let own = |seed: u8, said: Enrolment| Enrolment {
+        guest_pk: Some(PublicKey::of(&key(seed), "").to_bytes()),
+        ..said
+    };
+    let port = add();
+    let control = port.connected();
+    let vm = shown(&host, &control, &own(9, good(4)));
+    assert_eq!(vm["card"]["generation"], 4);
+    drop(control);
+    drop(port);
+    assert_eq!(host.api("DELETE", "/v1/vms/a", "").status, 204);
+    let port = add();
+    let control = port.connected();
+    refused(
+        &shown(&host, &control, &own(10, good(3))),
+        "one of 4 was here before",
+    );
+    let vm = shown(&host, &control, &own(10, good(4)));
+    let doubt = vm["guest_key"]["unproved"].as_str().unwrap();
+    assert!(doubt.contains("learnt from the guest"), "{doubt}");
+}
+
+#[test]
+fn a_card_whose_time_ends_while_the_agent_is_connected_is_a_fault_from_then_on() {
+    let (host, ports) = Host::serving(&[("a", 3)], &trust());
+    let control = ports[0].connected();
+    let soon = jiff::Timestamp::now() + jiff::SignedDuration::from_millis(1500);
+    let mut agent = control.enrolled("a", &card(7, "a", 3, &soon.to_string(), json!({})));
+    let vm = host.get("/v1/vms/a");
+    assert!(
+        vm["fault"].is_null() && vm["labels"]["env"] == "prod",
+        "{vm}"
+    );
+    host.until("its time is over", |h| {
+        h.get("/v1/vms/a")["fault"].as_str().map(|fault| {
+            assert!(fault.contains("its time was over"), "{fault}");
+        })
+    });
+    let metrics = host.api("GET", "/metrics", "").body;
+    assert!(metrics.contains("kind=\"card\"} 1"), "{metrics}");
+    // The log has it when the agent next says something.
+    agent.heard();
+    assert!(host.log().contains("its time was over"), "{}", host.log());
+}
+
+#[test]
+fn r110_enrolments_that_come_faster_than_they_are_judged_wait_and_others_do_not() {
+    let (host, ports) = Host::serving(&[("a", 3), ("b", 4)], &trust());
+    let (a, b) = (ports[0].connected(), ports[1].connected());
+    let mut agent = a.agent();
+    let begin = std::time::Instant::now();
+    for n in 1..=40 {
+        agent.say(adit_tasks::wire::WireKind::Enrolment, 0, &good(n));
+    }
+    let mut other = b.agent();
+    other.heard();
+    assert!(begin.elapsed().as_secs() < 3);
+    agent.heard();
+    // 16 at once, 16 after four seconds, the rest after eight.
+    assert!(begin.elapsed().as_secs() >= 7, "{:?}", begin.elapsed());
+    assert_eq!(host.get("/v1/vms/a")["card"]["generation"], 40);
 }
 
 #[test]

@@ -588,34 +588,27 @@ impl Control {
     /// An agent of a guest that says this of its enrolment, and that it is this VM. What it said is judged when this returns.
     pub fn enrolled(&self, vm_id: &str, enrolment: &Enrolment) -> Agent {
         let mut agent = self.agent_saying(0, vm_id, Some(enrolment));
-        agent.say(WireKind::Clock, 1, &Clock { unix_ms: 0 });
-        agent.hear_kind(WireKind::HostClock);
+        agent.heard();
         agent
     }
 
-    fn agent_saying(&self, features: u64, vm_id: &str, enrolment: Option<&Enrolment>) -> Agent {
+    /// An agent whose hello was accepted, and that has said nothing yet.
+    pub fn silent_agent(&self, features: u64) -> Agent {
         let mut stream = self.incoming(700);
         open_with(&mut stream, "tasks", features);
         let Hello::Accept(accept) = adit_channel::hello::read(&mut stream).unwrap() else {
             panic!("refused")
         };
         assert_eq!(accept.common.features, features);
-        let mut agent = Agent { stream };
+        Agent { stream }
+    }
+
+    fn agent_saying(&self, features: u64, vm_id: &str, enrolment: Option<&Enrolment>) -> Agent {
+        let mut agent = self.silent_agent(features);
         if let Some(enrolment) = enrolment {
             agent.say(WireKind::Enrolment, 0, enrolment);
         }
-        agent.say(
-            WireKind::Facts,
-            0,
-            &Facts {
-                agent_version: "1".into(),
-                kernel: "6".into(),
-                os: "x".into(),
-                vm_id: vm_id.into(),
-                anchors: 1,
-                boot_nonce: [1; 16],
-            },
-        );
+        agent.facts(vm_id, 1);
         agent
     }
 }
@@ -644,6 +637,28 @@ impl Agent {
     pub fn say(&mut self, kind: WireKind, id: u32, body: &impl serde::Serialize) {
         let bytes = frame::encode(kind as u16, 1, id, 0, body).unwrap();
         self.stream.write_all(&bytes).unwrap();
+    }
+
+    /// Says who it is, in this boot.
+    pub fn facts(&mut self, vm_id: &str, boot: u8) {
+        self.say(
+            WireKind::Facts,
+            0,
+            &Facts {
+                agent_version: "1".into(),
+                kernel: "6".into(),
+                os: "x".into(),
+                vm_id: vm_id.into(),
+                anchors: 1,
+                boot_nonce: [boot; 16],
+            },
+        );
+    }
+
+    /// Waits until everything that it has said was handled.
+    pub fn heard(&mut self) {
+        self.say(WireKind::Clock, 1, &Clock { unix_ms: 0 });
+        self.hear_kind(WireKind::HostClock);
     }
 
     pub fn hear(&mut self) -> (Header, Vec<u8>) {

@@ -18,6 +18,7 @@ mod fuse;
 mod handover;
 mod host;
 mod http;
+mod identities;
 mod kept;
 #[path = "../../port/tests/kinds/mod.rs"]
 mod kinds;
@@ -32,5 +33,6 @@ mod reload;
 mod server;
 mod smuggle;
 mod tasks;
+mod trust;
 mod tunnel;
 mod upgrade;

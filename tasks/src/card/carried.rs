@@ -1,5 +1,5 @@
-//! The ways on which a card reaches a guest, each read without IO. A card is carried as its envelope's JSON text, or as the base64 of
-//! that text where quotes and commas would have to be written otherwise (QEMU's options, a kernel's command line).
+//! The ways on which a card, or a trust document, reaches a guest, each read without IO. It is carried as its envelope's JSON text, or
+//! as the base64 of that text where quotes and commas would have to be written otherwise (QEMU's options, a kernel's command line).
 //!
 //! | way | form |
 //! |---|---|
@@ -12,10 +12,15 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
-use crate::dsse::CARD_MAX;
+use crate::dsse::{CARD_MAX, Type};
 
 /// Most bytes of a carried card: base64 of the longest one.
 pub const TEXT_MAX: usize = CARD_MAX.div_ceil(3) * 4;
+/// Most bytes of an envelope of this type as it is carried.
+pub fn text_max(of: Type) -> usize {
+    of.max().div_ceil(3) * 4
+}
+
 /// Bytes of the head of an SMBIOS structure (SMBIOS 3.7, 6.1.2), before which no string can begin.
 const SMBIOS_MIN: usize = 4;
 /// Type of a structure with strings of whoever made the machine (7.12).
@@ -27,19 +32,21 @@ const END_OF_TABLE: u8 = 127;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CarriedError {
     /// There is nothing in the place.
-    #[error("the card is damaged: the place for it is empty")]
+    #[error("it is damaged: its place is empty")]
     Empty,
     /// Longer than any card.
-    #[error("the card is damaged: {len} bytes, at most {TEXT_MAX} are allowed")]
+    #[error("it is damaged: {len} bytes, at most {max} are allowed")]
     TooLong {
         /// Bytes there.
         len: usize,
+        /// Bytes allowed.
+        max: usize,
     },
     /// Neither JSON nor base64.
-    #[error("the card is damaged: it is neither JSON nor base64")]
+    #[error("it is damaged: it is neither JSON nor base64")]
     Encoding,
-    /// Two cards in one place: which of them is meant is not known.
-    #[error("the card is doubled: there are {count} in this one place")]
+    /// Two in one place: which of them is meant is not known.
+    #[error("it is doubled: there are {count} in this one place")]
     Doubled {
         /// How many.
         count: usize,
@@ -51,36 +58,50 @@ pub fn as_text(envelope: &[u8]) -> String {
     BASE64.encode(envelope)
 }
 
-/// The envelope in a carried text.
+/// The envelope of a card in a carried text.
 ///
 /// # Errors
 /// There is none.
 pub fn from_text(text: &[u8]) -> Result<Vec<u8>, CarriedError> {
+    from_text_as(Type::Card, text)
+}
+
+/// The envelope of this type in a carried text.
+///
+/// # Errors
+/// There is none.
+pub fn from_text_as(of: Type, text: &[u8]) -> Result<Vec<u8>, CarriedError> {
     // A place of a fixed size is filled up with zeros.
     let end = text.iter().rposition(|b| *b != 0).map_or(0, |at| at + 1);
     let text = text[..end].trim_ascii();
     match text {
         [] => Err(CarriedError::Empty),
-        _ if text.len() > TEXT_MAX => Err(CarriedError::TooLong { len: text.len() }),
+        _ if text.len() > text_max(of) => Err(CarriedError::TooLong {
+            len: text.len(),
+            max: text_max(of),
+        }),
         [b'{', ..] => Ok(text.to_vec()),
         _ => BASE64.decode(text).map_err(|_| CarriedError::Encoding),
     }
 }
 
-/// The card among words with white space between them; none if no word begins with `key`, which ends with `=`.
+/// What is carried among words with white space between them; none if no word begins with `key`, which ends with `=`.
 ///
 /// # Errors
 /// What is there cannot be used.
-pub fn from_fields(text: &[u8], key: &str) -> Result<Option<Vec<u8>>, CarriedError> {
+pub fn from_fields(of: Type, text: &[u8], key: &str) -> Result<Option<Vec<u8>>, CarriedError> {
     let words = text.split(u8::is_ascii_whitespace);
-    one(words.filter_map(|word| word.strip_prefix(key.as_bytes())))
+    one(
+        of,
+        words.filter_map(|word| word.strip_prefix(key.as_bytes())),
+    )
 }
 
-/// The card among the strings of type 11 in a table of SMBIOS structures; none if there is none that begins with `key`.
+/// What is carried among the strings of type 11 in a table of SMBIOS structures; none if there is none that begins with `key`.
 ///
 /// # Errors
 /// What is there cannot be used.
-pub fn from_smbios(table: &[u8], key: &str) -> Result<Option<Vec<u8>>, CarriedError> {
+pub fn from_smbios(of: Type, table: &[u8], key: &str) -> Result<Option<Vec<u8>>, CarriedError> {
     let (mut rest, mut found) = (table, Vec::new());
     while let [kind, len, ..] = *rest {
         // Its own length is part of the structure. Its strings end with a zero each, and the last one with two.
@@ -98,16 +119,19 @@ pub fn from_smbios(table: &[u8], key: &str) -> Result<Option<Vec<u8>>, CarriedEr
         }
         rest = strings.get(end + 2..).unwrap_or_default();
     }
-    one(found.into_iter())
+    one(of, found.into_iter())
 }
 
-fn one<'a>(found: impl Iterator<Item = &'a [u8]>) -> Result<Option<Vec<u8>>, CarriedError> {
+fn one<'a>(
+    of: Type,
+    found: impl Iterator<Item = &'a [u8]>,
+) -> Result<Option<Vec<u8>>, CarriedError> {
     let mut found = found.peekable();
     let Some(first) = found.next() else {
         return Ok(None);
     };
     match found.count() {
-        0 => from_text(first).map(Some),
+        0 => from_text_as(of, first).map(Some),
         more => Err(CarriedError::Doubled { count: more + 1 }),
     }
 }

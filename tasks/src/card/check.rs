@@ -122,7 +122,7 @@ impl CardError {
     }
 }
 
-fn shown(now_ms: i64) -> String {
+pub(crate) fn shown(now_ms: i64) -> String {
     match Timestamp::from_millisecond(now_ms) {
         Ok(now) => now.to_string(),
         Err(_) => format!("{now_ms} ms off 1970"),

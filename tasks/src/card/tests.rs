@@ -264,17 +264,30 @@ fn a_card_is_found_in_each_way_that_it_is_carried_on() {
         table
     };
     assert_eq!(
-        from_smbios(&table(&["a=b", &one, "z"]), key),
+        from_smbios(Type::Card, &table(&["a=b", &one, "z"]), key),
         Ok(Some(bytes.clone()))
     );
-    assert_eq!(from_smbios(&table(&[&other]), key), Ok(Some(bytes.clone())));
-    assert_eq!(from_smbios(&table(&["a=b"]), key), Ok(None));
-    let doubled = from_smbios(&table(&[&one, &one]), key);
+    assert_eq!(
+        from_smbios(Type::Card, &table(&[&other]), key),
+        Ok(Some(bytes.clone()))
+    );
+    assert_eq!(from_smbios(Type::Card, &table(&["a=b"]), key), Ok(None));
+    let doubled = from_smbios(Type::Card, &table(&[&one, &one]), key);
     assert_eq!(doubled, Err(CarriedError::Doubled { count: 2 }));
     let words = format!("root=/dev/vda adit.card={word} quiet\n");
-    assert_eq!(from_fields(words.as_bytes(), "adit.card="), Ok(Some(bytes)));
-    assert_eq!(from_fields(b"root=/dev/vda quiet", "adit.card="), Ok(None));
-    let doubled = from_fields(b"adit.card=a adit.card=b adit.card=c", "adit.card=");
+    assert_eq!(
+        from_fields(Type::Card, words.as_bytes(), "adit.card="),
+        Ok(Some(bytes))
+    );
+    assert_eq!(
+        from_fields(Type::Card, b"root=/dev/vda quiet", "adit.card="),
+        Ok(None)
+    );
+    let doubled = from_fields(
+        Type::Card,
+        b"adit.card=a adit.card=b adit.card=c",
+        "adit.card=",
+    );
     assert_eq!(doubled, Err(CarriedError::Doubled { count: 3 }));
 }
 
@@ -286,14 +299,14 @@ fn a_damaged_place_is_said_to_be_damaged() {
     let len = long.len();
     assert_eq!(
         from_text(long.as_bytes()),
-        Err(CarriedError::TooLong { len })
+        Err(CarriedError::TooLong { len, max: TEXT_MAX })
     );
     // Structures that end where they should not, or say that they are longer than the table.
     let whole = structure(11, &["io.adit.card=e30="]);
     for cut in 0..whole.len() {
-        let _ = from_smbios(&whole[..cut], "io.adit.card=");
+        let _ = from_smbios(Type::Card, &whole[..cut], "io.adit.card=");
         let mut bytes = whole.clone();
         bytes[1] = cut as u8;
-        let _ = from_smbios(&bytes, "io.adit.card=");
+        let _ = from_smbios(Type::Card, &bytes, "io.adit.card=");
     }
 }

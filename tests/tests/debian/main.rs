@@ -10,6 +10,7 @@ use adit_tests::debian::{Debian, Init};
 use adit_tests::image::Kernel;
 
 mod clients;
+mod clones;
 mod images;
 mod unit;
 mod walk;

@@ -1,5 +1,6 @@
 //! The services that adit ships, on a Debian that was booted: what its init system says of it, and what a task may do in it.
 
+use std::fs;
 use std::process::Command;
 
 use adit_tests::debian::{Debian, Init};
@@ -21,7 +22,22 @@ impl Booted {
         let (bins, debian) = built(init)?;
         let host = Host::start(&bins, &["web-1"]).unwrap();
         host.wait_port("web-1").unwrap();
-        let guest = debian.boot(&host.vhost_socket("web-1"), &host.dir().join("web-1"));
+        // A card, as systemd hands credentials on. The image does not trust its signer yet.
+        for args in [
+            &["key", "new", "enrol.key", "--role", "card"][..],
+            &["card", "new", "web-1", "--sign", "enrol.key", "--word"],
+        ] {
+            let out = host.adit(args).unwrap();
+            assert!(out.status.success());
+            fs::write(host.dir().join("card"), out.stdout).unwrap();
+        }
+        let card = fs::read_to_string(host.dir().join("card")).unwrap();
+        let credential = format!(
+            "type=11,value=io.systemd.credential:adit.card={}",
+            card.trim()
+        );
+        let (socket, dir) = (host.vhost_socket("web-1"), host.dir().join("web-1"));
+        let guest = debian.boot_with(&socket, &dir, &["-smbios", &credential]);
         let booted = Self {
             guest: guest.unwrap(),
             host,
@@ -159,6 +175,8 @@ fn the_unit_does_on_systemd_what_it_should() {
         booted.ssh("systemd-analyze security --no-pager adit-guest | tail -n 1")
     );
 
+    card_by_credential(&booted);
+
     // What a task may do.
     let (root_task, state, said) =
         booted.task("root", &AS_ROOT.replace("RESTART", "systemctl restart"));
@@ -194,6 +212,102 @@ fn the_unit_does_on_systemd_what_it_should() {
     assert_eq!(booted.ssh("pgrep -c -x sleep").trim(), "1");
     let (_, state, said) = booted.task("deploy", "echo again");
     assert_eq!((state.as_str(), said.as_str()), ("done", "again\n"));
+    bad_input(&booted);
+}
+
+/// What is wrong in a guest is one line with its remedy on the console and in the journal, and `adit vm show` says it.
+fn bad_input(booted: &Booted) {
+    const STATE: &str = "/var/lib/adit-guest";
+    let shown = || booted.adit(&["vm", "show", "web-1"]).1;
+    // The tunnel of this command ends with the agent.
+    let restart = |meanwhile: &str| {
+        let script = format!("systemctl stop adit-guest; {meanwhile}; systemctl start adit-guest");
+        booted.ssh(&format!("systemd-run -q --collect sh -c '{script}'"));
+    };
+    let wait_shown = |what: &str, is: bool| {
+        let seen = wait_for(what, BOOT, || {
+            Ok((shown().contains(what) == is).then_some(()))
+        });
+        seen.unwrap_or_else(|e| panic!("{e}: {}\n{}", shown(), booted.log()));
+    };
+    let cases = [
+        (
+            "journal-corrupt",
+            format!(
+                "cp -a {STATE} /root/kept; f={STATE}/journal.redb; n=$(stat -c %s $f); \
+                 dd if=/dev/urandom of=$f bs=4096 seek=1 count=$((n / 4096 - 1)) conv=notrunc"
+            ),
+            format!("rm -r {STATE}; cp -a /root/kept {STATE}"),
+        ),
+        (
+            "journal-unavailable",
+            format!("mount --bind {STATE} {STATE}; mount -o remount,bind,ro {STATE}"),
+            format!("umount {STATE}"),
+        ),
+        (
+            "card-damaged",
+            "mkdir -p /etc/adit; echo nothing > /etc/adit/card".into(),
+            "rm /etc/adit/card".into(),
+        ),
+        (
+            "it runs no task",
+            "mv /etc/adit-guest/trust /root/trust".into(),
+            "mv /root/trust /etc/adit-guest/trust".into(),
+        ),
+    ];
+    for (said, breaks, mends) in &cases {
+        restart(breaks);
+        wait_shown(said, true);
+        let code = if said.contains(' ') {
+            "no-trust-anchor"
+        } else {
+            said
+        };
+        let journal = booted.ssh("journalctl -q -o cat -p err -u adit-guest");
+        let line = journal.lines().find(|line| line.contains(code));
+        assert!(
+            line.is_some_and(|line| line.contains("do=")),
+            "{code}: {journal}"
+        );
+        assert!(booted.guest.serial().contains(code), "{}", booted.log());
+        restart(mends);
+        wait_shown(said, false);
+    }
+    // A second one ends with one line.
+    let second = booted.try_ssh("/usr/sbin/adit-guest run").unwrap_err();
+    assert!(second.contains("another agent"), "{second}");
+    // A clock that was never set.
+    booted.ssh("date +%s > /root/now; date -s @1000");
+    restart("true");
+    wait_shown("behind", true);
+    booted.ssh("date -s @$(cat /root/now)");
+    let (_, state, said) = booted.task("deploy", "echo mended");
+    assert_eq!(
+        (state.as_str(), said.as_str()),
+        ("done", "mended\n"),
+        "{}",
+        booted.log()
+    );
+}
+
+/// The card that systemd has from the machine is not believed; once its signer is trusted, a reload has it believed.
+fn card_by_credential(booted: &Booted) {
+    let shown = || booted.adit(&["vm", "show", "web-1"]).1;
+    let said = shown();
+    assert!(
+        said.contains("card-untrusted") && said.contains("(systemd credential)"),
+        "{said}"
+    );
+    let key = fs::read_to_string(booted.host.dir().join("enrol.key.pub")).unwrap();
+    booted.ssh(&format!(
+        "umask 077; echo '{}' > /etc/adit-guest/trust/enrol.key.pub; systemctl reload adit-guest",
+        key.trim()
+    ));
+    wait_for("the card is believed", BOOT, || {
+        let said = shown();
+        Ok((!said.contains("card-untrusted") && said.contains("\ncard ")).then_some(()))
+    })
+    .unwrap_or_else(|e| panic!("{e}: {}\n{}", shown(), booted.log()));
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::process::Command;
 use adit_tests::guest::{Carried, Guest, Identity};
 use adit_tests::host::Host;
 use adit_tests::image::{Image, Kernel};
+use adit_tests::process::wait_for;
 
 use super::{BOOT, Setup, bins};
 
@@ -85,9 +86,35 @@ fn r133_guests_of_one_image_are_who_their_cards_say() {
     }
     drop(other);
     let setup = Setup { guest, host };
+    let watch = ["task", "watch", "--timeout", "60s"];
     setup.order(GOAL);
-    let (status, said) = setup.adit(&["task", "watch", "--timeout", "60s"]);
+    let (status, said) = setup.adit(&watch);
     assert_eq!(status, 0, "{said}\n{}", setup.guest.serial());
+
+    // A trust document puts another key for goals in the place of the one of the image.
+    fs::copy(key("enrol.key"), setup.host.dir().join("enrol.key")).unwrap();
+    let old = key("fleet.key.pub");
+    let change = [
+        "trust",
+        "change",
+        "enrol.trust",
+        "--sign",
+        "enrol.key",
+        "--revoke",
+        &old,
+    ];
+    for args in [&change[..], &["trust", "apply", "enrol.trust"]] {
+        let (status, said) = setup.adit(args);
+        assert_eq!(status, 0, "{said}");
+    }
+    wait_for("the guest takes it", BOOT, || {
+        let (_, said) = setup.adit(&["vm", "show", "web-1"]);
+        Ok(said.contains("revoked keys: 1").then_some(()))
+    })
+    .unwrap_or_else(|e| panic!("{e}: {}", setup.guest.serial()));
+    setup.order(GOAL);
+    let (status, said) = setup.adit(&watch);
+    assert!(status == 5 && said.contains("revoked-key"), "{said}");
 }
 
 #[test]
@@ -120,12 +147,25 @@ fn a_guest_with_another_vms_card_is_seen_as_that_and_orders_reach_neither() {
         script: "",
         boot_files: false,
     };
-    for (card, says) in [
-        (sign("web-9", "fleet.key"), "enrolled as `web-9`"),
-        (sign("web-1", "stranger.key"), "card-untrusted"),
+    let (other, strangers) = (sign("web-9", "fleet.key"), sign("web-1", "stranger.key"));
+    let file = host.dir().join("web-9.card");
+    fs::write(&file, other).unwrap();
+    let path = |path: &std::path::Path| path.display().to_string();
+    let (adit, file, agent_at, keys) = (
+        path(&bins.join("adit")),
+        path(&file),
+        path(&agent),
+        path(&trust),
+    );
+    let inject = [
+        &adit, "image", "inject", "--init", "busybox", "--card", &file, "--agent", &agent_at,
+        "--trust", &keys,
+    ];
+    for (carried, says) in [
+        (Carried::Injected(&inject), "enrolled as `web-9`"),
+        (Carried::FwCfg(&strangers), "(fw_cfg)"),
     ] {
         let dir = host.dir().join(says.split(' ').next().unwrap());
-        let carried = Carried::CommandLine(&card);
         let mut guest = Guest::boot_by_card(&image, &who, carried, &dir).unwrap();
         guest.wait_ready(BOOT).unwrap();
         let wait = ["wait", "web-1", "--for", "agent", "--timeout", "30s"];
@@ -133,6 +173,8 @@ fn a_guest_with_another_vms_card_is_seen_as_that_and_orders_reach_neither() {
         let out = host.adit(&["vm", "show", "web-1"]).unwrap();
         let said = String::from_utf8(out.stdout).unwrap();
         assert!(said.contains(says), "{says}: {said}\n{}", guest.serial());
+        let is_strangers = says == "(fw_cfg)";
+        assert_eq!(said.contains("card-untrusted"), is_strangers, "{said}");
         guest.kill().unwrap();
     }
 }

@@ -16,6 +16,7 @@ mod before;
 mod bombs;
 mod cards;
 mod clock;
+mod clones;
 mod cuts;
 mod from_guest;
 mod hostile;

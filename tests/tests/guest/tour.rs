@@ -115,7 +115,8 @@ fn operate_does_what_it_says() {
     tour.follow(&page, 1..boots);
     let socket = tour.machine.path("/run/adit/vm/web-1/vhost.sock");
     wait_for("port process", BOOT, || Ok(socket.exists().then_some(()))).unwrap();
-    let trust = tour.machine.path(&format!("{CLONE}/fleet.key.pub"));
+    // Both keys that the page has made.
+    let trust = tour.machine.path(CLONE);
     let agent = adit_tests::guest_bin("adit-guest");
     let who = Identity {
         name: "web-1",

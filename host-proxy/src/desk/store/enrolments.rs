@@ -1,7 +1,11 @@
 //! Of each VM the highest generation of a card that was believed, and the key that its guest said first. It outlives the agent's
-//! connection, aditd, and the VM's place in aditd.toml: a card of before must not be believed again.
+//! connection, aditd, and the VM itself: a card of before must not be believed again, also where the VM was removed and added
+//! again under its name. Whose key it was is forgotten with the VM.
 
 use rusqlite::{Connection, OptionalExtension, params};
+
+/// Removed VMs whose generations are remembered.
+pub const REMOVED_MAX: u32 = 4096;
 
 /// What is known of a VM's enrolments.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,8 +36,16 @@ pub fn put(c: &Connection, vm: &str, seen: &Seen) -> rusqlite::Result<()> {
         .map(drop)
 }
 
-/// Forgets it.
-pub fn delete(c: &Connection, vm: &str) -> rusqlite::Result<()> {
-    c.execute("DELETE FROM enrolments WHERE vm = ?1", [vm])
-        .map(drop)
+/// Forgets a removed VM's key, and not its generation. Of the VMs that have no key any more, so many are remembered.
+pub fn forget_guest(c: &Connection, vm: &str) -> rusqlite::Result<()> {
+    // As a new row, so that it is the newest.
+    let before = seen(c, vm)?;
+    c.execute("DELETE FROM enrolments WHERE vm = ?1", [vm])?;
+    if before.generation > 0 {
+        let guest_pk = None;
+        put(c, vm, &Seen { guest_pk, ..before })?;
+    }
+    let sql = "DELETE FROM enrolments WHERE guest_pk IS NULL AND rowid NOT IN \
+               (SELECT rowid FROM enrolments WHERE guest_pk IS NULL ORDER BY rowid DESC LIMIT ?1)";
+    c.execute(sql, [REMOVED_MAX]).map(drop)
 }

@@ -7,7 +7,7 @@ use rusqlite::{Connection, params};
 use super::db::Migration;
 
 /// All steps, the first from nothing.
-pub const MIGRATIONS: &[Migration] = &[first, limits, specs, waiting, enrolments];
+pub const MIGRATIONS: &[Migration] = &[first, limits, specs, waiting, enrolments, trust];
 
 /// Bytes of each output stream that a goal lets a step keep.
 pub fn output_cap(goal: &Goal, step: &str) -> u32 {
@@ -114,6 +114,20 @@ fn enrolments(c: &Connection) -> rusqlite::Result<()> {
     c.execute_batch(
         "
 CREATE TABLE enrolments (vm TEXT PRIMARY KEY, generation INTEGER NOT NULL, guest_pk BLOB) STRICT;
+",
+    )
+}
+
+/// Version 6: trust documents for guests, and the ids that guests were given.
+fn trust(c: &Connection) -> rusqlite::Result<()> {
+    c.execute_batch(
+        "
+CREATE TABLE trust (
+    vm TEXT NOT NULL, signer BLOB NOT NULL, own INTEGER NOT NULL, sequence INTEGER NOT NULL, envelope BLOB NOT NULL,
+    given_ms INTEGER NOT NULL, PRIMARY KEY (vm, signer, own)
+) STRICT;
+CREATE TABLE identities (id BLOB PRIMARY KEY, vm TEXT NOT NULL, given_ms INTEGER NOT NULL) STRICT;
+CREATE INDEX identities_of_vm ON identities (vm, given_ms);
 ",
     )
 }

@@ -6,6 +6,9 @@
 //! | `goals` | a goal, with its envelope exactly as signed |
 //! | `tasks` | an attempt of a step for a VM |
 //! | `vms` | the settings of a VM that was added through the API |
+//! | `enrolments` | a VM's highest generation, and its guest's key |
+//! | `identities` | the id of a guest |
+//! | `trust` | a trust document for a VM, or for all |
 //! | `temp.begun` | a leased task that the guest has begun, in memory until the VM's next transaction |
 //!
 //! `started` is not worth a commit of its own: the guest has it in its journal, and says it again whenever it connects. So
@@ -15,10 +18,12 @@
 pub mod db;
 pub mod enrolments;
 pub mod goals;
+pub mod identities;
 pub mod migrations;
 pub mod page;
 pub mod report;
 pub mod retention;
+pub mod trust;
 pub mod vms;
 
 use std::collections::HashSet;
