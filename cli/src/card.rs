@@ -12,6 +12,7 @@ use adit_tasks::{Anchor, Card, PublicKey, TrustStore};
 use clap::{Args, Subcommand};
 use jiff::{SignedDuration, Timestamp};
 
+use crate::completion;
 use crate::error::Failure;
 use crate::key;
 use crate::output;
@@ -43,6 +44,7 @@ pub enum CardCommand {
 #[derive(Args)]
 pub struct New {
     /// Who the guest is
+    #[arg(add = completion::vms())]
     vm: String,
     /// Private key to sign with; the guest needs its public half as an anchor of the role card
     #[arg(long, value_name = "KEY")]
@@ -78,7 +80,7 @@ pub struct Show {
 
 pub fn run(command: &CardCommand, format: Format) -> Result<(), Failure> {
     match command {
-        CardCommand::New(new) => sign(new),
+        CardCommand::New(new) => sign(new, format),
         CardCommand::Show(show) => print(show, format),
     }
 }
@@ -87,7 +89,7 @@ fn bad(what: impl Into<String>) -> Failure {
     Failure::new("bad-card", what)
 }
 
-fn sign(new: &New) -> Result<(), Failure> {
+fn sign(new: &New, format: Format) -> Result<(), Failure> {
     let vm_id = new.vm.parse::<VmId>();
     let vm_id = vm_id.map_err(|e| bad(format!("`{}` names no VM: {e}", new.vm)))?;
     let mut labels = Labels::default();
@@ -131,9 +133,12 @@ fn sign(new: &New) -> Result<(), Failure> {
         ))
         .help("leave labels or anchors out"));
     }
-    match new.word {
-        true => output::line(card::as_text(envelope.as_bytes())),
-        false => output::line(envelope),
+    let word = new.word.then(|| card::as_text(envelope.as_bytes()));
+    match (word, format) {
+        (Some(word), Format::Json) => output::json(&word),
+        (Some(word), Format::Table) => output::line(word),
+        // It is JSON.
+        (None, _) => output::line(envelope),
     }
 }
 

@@ -17,8 +17,9 @@ use serde::de::DeserializeOwned;
 
 use crate::client::Client;
 use crate::error::Failure;
+use crate::output;
 use crate::task::short;
-use crate::text::escape;
+use crate::text::{Format, escape};
 
 /// How long a key press waits for aditd at most.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -58,7 +59,7 @@ pub fn asked() -> Option<ExitCode> {
 }
 
 /// Prints the script of a shell.
-pub fn print(completion: &Completion) -> Result<(), Failure> {
+pub fn print(completion: &Completion, format: Format) -> Result<(), Failure> {
     let shell = completion.shell.to_string();
     let unknown = || Failure::new("usage", format!("no completions for `{shell}`"));
     let shells = Shells::builtins();
@@ -67,7 +68,12 @@ pub fn print(completion: &Completion) -> Result<(), Failure> {
     completer
         .write_registration(VARIABLE, "adit", "adit", &program(), &mut script)
         .map_err(|e| Failure::io("cannot write the completions", &e))?;
-    Ok(adit_print::bytes(&script)?)
+    match format {
+        Format::Json => output::json(&serde_json::json!({
+            "shell": shell, "script": String::from_utf8_lossy(&script),
+        })),
+        Format::Table => Ok(adit_print::bytes(&script)?),
+    }
 }
 
 /// What the script calls: `adit` where it was found by its name, else this very file.

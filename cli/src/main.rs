@@ -158,7 +158,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Trust(command) => trust::run(command, &client, format).await?,
         Command::Agent(command) => agent::run(command, &client, format).await?,
         Command::Config => config::show(&client, format).await?,
-        Command::Completion(completion) => completion::print(completion)?,
+        Command::Completion(completion) => completion::print(completion, format)?,
         Command::Version => version(format)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -120,7 +120,7 @@ impl Default for Proxy {
 impl Proxy {
     /// Checks that the operator has agreed to serve other machines.
     fn check(&self) -> Result<(), String> {
-        if self.open || self.listen.ip().to_canonical().is_loopback() {
+        if self.open || is_for_this_host(self.listen) {
             return Ok(());
         }
         Err(format!(
@@ -129,6 +129,11 @@ impl Proxy {
             self.listen
         ))
     }
+}
+
+/// Whether only programs of this host reach an address.
+fn is_for_this_host(listen: SocketAddr) -> bool {
+    listen.ip().to_canonical().is_loopback()
 }
 
 /// A TCP address to listen on.

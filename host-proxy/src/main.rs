@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use adit_host_proxy::config::{self, Config, DEFAULT_PATH};
+use adit_host_proxy::desk::store::SCHEMA;
+use adit_host_proxy::desk::store::db::would_take;
 use adit_host_proxy::monitor::run::Boot;
 use adit_host_proxy::spawn::Spawner;
 use adit_host_proxy::worker;
@@ -63,6 +65,9 @@ enum Command {
     },
     /// Check a configuration: name every mistake, or print what it makes aditd serve
     CheckConfig {
+        /// Check also that this aditd would take the database in its state_dir, as before an upgrade or a step back
+        #[arg(long)]
+        database: bool,
         /// Configuration file
         #[arg(default_value = DEFAULT_PATH)]
         file: PathBuf,
@@ -77,7 +82,9 @@ fn main() -> ExitCode {
         Err(done) => return done,
     };
     let result: anyhow::Result<ExitCode> = match args.command {
-        Command::CheckConfig { file } => check(&file).map(|()| ExitCode::SUCCESS),
+        Command::CheckConfig { file, database } => {
+            check(&file, database).map(|()| ExitCode::SUCCESS)
+        }
         Command::ExampleConfig => print(&config::example()).map(|()| ExitCode::SUCCESS),
         Command::Run {
             config,
@@ -101,8 +108,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn check(file: &Path) -> anyhow::Result<()> {
+fn check(file: &Path, database: bool) -> anyhow::Result<()> {
     let config = Config::load(file)?;
+    if database {
+        let path = config.state_dir.join("aditd.db");
+        would_take(&path, &SCHEMA).map_err(|e| {
+            anyhow::anyhow!("cannot use {}: {e}; {}", path.display(), e.remedy(&path))
+        })?;
+    }
     print(&format!("{}: ok\n{}", file.display(), config.summary()))
 }
 

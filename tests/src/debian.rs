@@ -18,6 +18,8 @@ use crate::process::output;
 
 const ROOT: &str = include_str!("debian/root.sh");
 const IMAGE: &str = include_str!("debian/image.sh");
+/// Ours for everybody who makes images.
+const STOCK: &str = include_str!("../../guest-driver/dist/debian-image.sh");
 /// Memory of a VM, MiB.
 const MEMORY_MIB: u32 = 768;
 
@@ -112,7 +114,11 @@ impl Debian {
         more: &[&str],
     ) -> anyhow::Result<Guest> {
         let overlay = self.overlay(dir)?;
-        let mut args = self.qemu(vhost_socket, &overlay, dir);
+        let (kernel, initrd) = (self.file("vmlinuz"), self.file("initrd"));
+        let direct = format!("-kernel {} -initrd {}", kernel.display(), initrd.display());
+        let mut args = qemu(vhost_socket, &overlay, &direct, dir);
+        let line = "root=/dev/vda rw console=ttyS0 quiet panic=-1 mitigations=off";
+        args.extend(["-append", line].map(str::to_owned));
         args.extend(more.iter().map(|arg| (*arg).to_owned()));
         Guest::start(args, dir)
     }
@@ -122,40 +128,7 @@ impl Debian {
     /// # Errors
     /// It cannot be made.
     pub fn overlay(&self, dir: &Path) -> anyhow::Result<PathBuf> {
-        fs::create_dir_all(dir)?;
-        let overlay = dir.join("disk.qcow2");
-        if !overlay.exists() {
-            let mut create = Command::new("qemu-img");
-            create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]);
-            output(create.arg(self.file("disk.ext4")).arg(&overlay))?;
-        }
-        Ok(overlay)
-    }
-
-    fn qemu(&self, vhost_socket: &Path, overlay: &Path, dir: &Path) -> Vec<String> {
-        let (accel, cpu) = match Accel::detect() {
-            Accel::Kvm => ("kvm", "host".to_owned()),
-            Accel::Tcg => ("tcg,thread=multi", emulated_cpu()),
-        };
-        let (dir, memory) = (dir.display(), format!("{MEMORY_MIB}M"));
-        // As in docs/operate.md.
-        let text = format!(
-            "-M q35 -accel {accel} -cpu {cpu} -smp 1 -m {memory} -nodefaults -no-user-config -display none \
-             -object memory-backend-memfd,id=ram,size={memory},share=on -machine memory-backend=ram \
-             -chardev socket,id=vu,path={vhost} -device vhost-user-vsock-pci,chardev=vu \
-             -drive if=none,id=disk,format=qcow2,cache=unsafe,file={overlay} -device virtio-blk-pci,drive=disk \
-             -kernel {kernel} -initrd {initrd} \
-             -chardev socket,id=tty,path={dir}/serial.sock,server=on,wait=off,logfile={dir}/serial.log -serial chardev:tty \
-             -qmp unix:{dir}/qmp.sock,server=on,wait=off",
-            vhost = vhost_socket.display(),
-            overlay = overlay.display(),
-            kernel = self.file("vmlinuz").display(),
-            initrd = self.file("initrd").display(),
-        );
-        let mut args: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
-        let line = "root=/dev/vda rw console=ttyS0 quiet panic=-1 mitigations=off";
-        args.extend(["-append", line].map(str::to_owned));
-        args
+        overlay(&self.file("disk.ext4"), "raw", dir)
     }
 
     /// One of its files.
@@ -193,8 +166,85 @@ impl Debian {
     }
 }
 
+/// An overlay of a disk, in `dir`, made if it is not there.
+fn overlay(disk: &Path, format: &str, dir: &Path) -> anyhow::Result<PathBuf> {
+    fs::create_dir_all(dir)?;
+    let overlay = dir.join("disk.qcow2");
+    if !overlay.exists() {
+        let mut create = Command::new("qemu-img");
+        create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]);
+        output(create.arg(disk).arg(&overlay))?;
+    }
+    Ok(overlay)
+}
+
+fn qemu(vhost_socket: &Path, disk: &Path, more: &str, dir: &Path) -> Vec<String> {
+    let (accel, cpu) = match Accel::detect() {
+        Accel::Kvm => ("kvm", "host".to_owned()),
+        Accel::Tcg => ("tcg,thread=multi", emulated_cpu()),
+    };
+    let (dir, memory) = (dir.display(), format!("{MEMORY_MIB}M"));
+    // As in docs/operate.md.
+    let text = format!(
+        "-M q35 -accel {accel} -cpu {cpu} -smp 1 -m {memory} -nodefaults -no-user-config -display none \
+         -object memory-backend-memfd,id=ram,size={memory},share=on -machine memory-backend=ram \
+         -chardev socket,id=vu,path={vhost} -device vhost-user-vsock-pci,chardev=vu \
+         -drive if=none,id=disk,format=qcow2,cache=unsafe,file={disk} -device virtio-blk-pci,drive=disk {more} \
+         -chardev socket,id=tty,path={dir}/serial.sock,server=on,wait=off,logfile={dir}/serial.log -serial chardev:tty \
+         -qmp unix:{dir}/qmp.sock,server=on,wait=off",
+        vhost = vhost_socket.display(),
+        disk = disk.display(),
+    );
+    text.split_whitespace().map(str::to_owned).collect()
+}
+
+/// Makes an image of Debian 12 that boots by itself, with cloud-init, and with these packages of ours.
+///
+/// # Errors
+/// A package cannot be downloaded, or a tool fails.
+pub fn make_image(image: &Path, packages: &[PathBuf]) -> anyhow::Result<()> {
+    let packages = packages.iter().map(|package| package.as_os_str());
+    let args: Vec<_> = [image.as_os_str()].into_iter().chain(packages).collect();
+    script(STOCK, &args)
+}
+
+/// An image as a distribution has it: nothing of adit is in it. Made once.
+///
+/// # Errors
+/// As [`make_image`].
+pub fn stock_image(say: &dyn Fn(&str)) -> anyhow::Result<PathBuf> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let base = crate::target().join("guest/debian-stock");
+    fs::create_dir_all(&base)?;
+    let dir = cached(&base, "image", &[STOCK.as_bytes()], |part| {
+        say("making an image of Debian 12 that boots by itself: a minute or two, once");
+        fs::create_dir_all(part)?;
+        make_image(&part.join("debian-12.qcow2"), &[])
+    })?;
+    Ok(dir.join("debian-12.qcow2"))
+}
+
+/// Boots an overlay of an image that boots by itself; `seed` is a disk for cloud-init.
+///
+/// # Errors
+/// A file cannot be written, or QEMU does not start.
+pub fn boot_image(
+    image: &Path,
+    seed: Option<&Path>,
+    vhost_socket: &Path,
+    dir: &Path,
+) -> anyhow::Result<Guest> {
+    let overlay = overlay(image, "qcow2", dir)?;
+    let seed = seed.map_or_else(String::new, |seed| {
+        let file = seed.display();
+        format!("-drive if=none,id=seed,format=raw,readonly=on,file={file} -device virtio-blk-pci,drive=seed")
+    });
+    Guest::start(qemu(vhost_socket, &overlay, &seed, dir), dir)
+}
+
 /// The agent's package, as `cargo xtask package` makes it.
-fn package() -> PathBuf {
+pub fn package() -> PathBuf {
     let name = concat!("adit-guest_", env!("CARGO_PKG_VERSION"), "-1_amd64.deb");
     crate::packages().join(name)
 }

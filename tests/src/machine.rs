@@ -105,7 +105,7 @@ impl Machine {
         up.with_context(|| format!("it said:\n{}", machine.log()))?;
         let mut shell = machine.enter(&["bash", "-c", &format!("cd {CLONE}; exec bash --norc")])?;
         machine.shell = Some(Shell::start(&mut shell, machine.dir.path())?);
-        machine.program("qemu-system-x86_64", &qemu())?;
+        machine.program("qemu-system-x86_64", &as_this_machine_can())?;
         Ok(machine)
     }
 
@@ -159,8 +159,8 @@ impl Machine {
 /// Below a target directory: what guests run.
 const STATIC: &str = "x86_64-unknown-linux-musl";
 
-/// QEMU for command lines that name KVM, on whatever machine this is.
-fn qemu() -> String {
+/// A `qemu-system-x86_64` for command lines that name KVM, on whatever machine this is.
+pub(crate) fn as_this_machine_can() -> String {
     let (accel, cpu) = match Accel::detect() {
         Accel::Kvm => ("kvm".to_owned(), "host".to_owned()),
         Accel::Tcg => ("tcg,thread=multi".to_owned(), emulated_cpu()),

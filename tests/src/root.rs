@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Mutex, PoisonError};
@@ -10,10 +11,14 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 
+use crate::machine::as_this_machine_can;
 use crate::namespace::{Namespace, PATH};
 use crate::process::{output, wait_for};
+use crate::shell::Shell;
 
 const START_LIMIT: Duration = Duration::from_secs(20);
+/// Where the root has what was printed by commands that are typed.
+const SAID: &str = "/run/said";
 /// Where the root has target/package.
 pub const PACKAGES: &str = "/mnt";
 /// Targets that need nothing: the units of a whole system are not for a namespace.
@@ -33,6 +38,8 @@ const DEBIANS: [&str; 6] = [
 pub enum Init {
     /// systemd, which runs.
     Systemd,
+    /// The same, and apt has fetched [`FETCHED`] already: there is no network inside.
+    Host,
     /// Nothing runs, as in a root that is being built; `systemd-sysusers` is there by itself.
     None,
 }
@@ -41,17 +48,21 @@ impl Init {
     const fn name(self) -> &'static str {
         match self {
             Self::Systemd => "systemd",
+            Self::Host => "host",
             Self::None => "none",
         }
     }
 
     const fn packages(self) -> &'static str {
         match self {
-            Self::Systemd => "systemd,systemd-sysv",
+            Self::Systemd | Self::Host => "systemd,systemd-sysv",
             Self::None => "systemd-standalone-sysusers",
         }
     }
 }
+
+/// What a host for VMs installs beside adit.
+const FETCHED: &str = "qemu-system-x86 qemu-utils curl sqlite3";
 
 /// Makes a root directory, once. Returns its path.
 ///
@@ -68,13 +79,17 @@ pub fn build(init: Init) -> anyhow::Result<PathBuf> {
     }
     fs::create_dir_all(&roots)?;
     let half = roots.join(format!("{}.{}", init.name(), std::process::id()));
-    let made = output(
-        Command::new("mmdebstrap")
-            .args(["--quiet", "--variant=minbase", "--format=directory"])
-            .args(["--aptopt=Apt::Install-Recommends \"false\"", "--include"])
-            .args([init.packages(), "bookworm"])
-            .arg(&half),
-    );
+    let mut make = Command::new("mmdebstrap");
+    make.args(["--quiet", "--variant=minbase", "--format=directory"])
+        .args(["--aptopt=Apt::Install-Recommends \"false\"", "--include"])
+        .arg(init.packages());
+    if init == Init::Host {
+        let fetch = format!(
+            "--customize-hook=chroot \"$1\" apt-get install -qq -y --download-only {FETCHED}"
+        );
+        make.args(["--skip=cleanup/apt", &fetch]);
+    }
+    let made = output(make.arg("bookworm").arg(&half));
     let placed = made.and_then(|_| Ok(fs::rename(&half, &root)?));
     if placed.is_err() && !root.exists() {
         let _ = fs::remove_dir_all(&half);
@@ -126,7 +141,7 @@ impl Root {
         );
         let log = dir.path().join("log");
         let namespace = match init {
-            Init::Systemd => {
+            Init::Systemd | Init::Host => {
                 let units = "/run/units:/etc/systemd/system:/usr/lib/systemd/system";
                 Namespace::start(&prepare, units, network, log)?
             }
@@ -138,7 +153,7 @@ impl Root {
             _dir: dir,
         };
         let ready: &[&str] = match init {
-            Init::Systemd => &["systemctl", "show", "--property=Version"],
+            Init::Systemd | Init::Host => &["systemctl", "show", "--property=Version"],
             Init::None => &["test", "!", "-e", "/sys/kernel"],
         };
         let up = wait_for("the root", START_LIMIT, || Ok(this.run(ready).ok()));
@@ -180,6 +195,21 @@ impl Root {
     /// As [`run`](Self::run).
     pub fn shell(&self, line: &str) -> anyhow::Result<String> {
         self.run(&["sh", "-ec", line])
+    }
+
+    /// A shell that commands are typed into, in this directory of the root, with a QEMU that this machine can run.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn type_in(&self, dir: &str) -> anyhow::Result<Shell> {
+        let qemu = self.path("/usr/local/bin/qemu-system-x86_64");
+        fs::write(&qemu, as_this_machine_can())?;
+        fs::set_permissions(&qemu, fs::Permissions::from_mode(0o755))?;
+        self.run(&["mkdir", "-p", dir, SAID])?;
+        let path = format!("PATH=/usr/local/bin:{PATH}");
+        let bash = format!("cd {dir}; exec bash --norc");
+        let mut shell = self.command(&["env", &path, "bash", "-c", &bash])?;
+        Shell::start_in(&mut shell, Path::new(SAID), &self.path(SAID))
     }
 
     /// A path of the root, as it is seen from outside.

@@ -14,6 +14,7 @@ pub struct Shell {
     to: ChildStdin,
     from: BufReader<ChildStdout>,
     dir: PathBuf,
+    seen: PathBuf,
     commands: usize,
 }
 
@@ -23,6 +24,14 @@ impl Shell {
     /// # Errors
     /// It cannot be started.
     pub fn start(shell: &mut Command, dir: &Path) -> anyhow::Result<Self> {
+        Self::start_in(shell, dir, dir)
+    }
+
+    /// The same for a shell that has another root directory: `seen` is `dir` as it is seen from here.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_in(shell: &mut Command, dir: &Path, seen: &Path) -> anyhow::Result<Self> {
         let shell = shell
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -35,6 +44,7 @@ impl Shell {
             to,
             from,
             dir: dir.to_owned(),
+            seen: seen.to_owned(),
             commands: 0,
         })
     }
@@ -45,14 +55,16 @@ impl Shell {
     /// The shell is gone.
     pub fn run(&mut self, text: &str) -> anyhow::Result<(i32, String)> {
         self.commands += 1;
-        let out = self.dir.join(format!("command-{}", self.commands));
+        let name = format!("command-{}", self.commands);
+        let out = self.dir.join(&name);
         let file = out.display();
         // Through the pipe come statuses only.
         writeln!(self.to, "{{\n{text}\n}} >{file} 2>&1 </dev/null\necho $?")?;
         self.to.flush()?;
         let mut status = String::new();
         self.from.read_line(&mut status)?;
-        let said = String::from_utf8_lossy(&fs::read(&out).unwrap_or_default()).into_owned();
+        let said = String::from_utf8_lossy(&fs::read(self.seen.join(name)).unwrap_or_default())
+            .into_owned();
         let status = status.trim().parse();
         let status = status.with_context(|| format!("the shell has ended:\n{said}"))?;
         Ok((status, said))

@@ -14,6 +14,7 @@ use std::time::Duration;
 use adit_tests::page::{commands, missing};
 use adit_tests::process::wait_for;
 use adit_tests::root::{Init, PACKAGES, Root, changes};
+use adit_tests::tour::line;
 use echo::{CID, ECHO, Echo, Tunnels, connect};
 
 const SOON: Duration = Duration::from_secs(30);
@@ -98,6 +99,8 @@ fn the_agents_package_comes_and_goes_without_a_service_manager() {
         root.shell("cat /etc/adit-guest/adit-guest.toml").unwrap(),
         config
     );
+    // As `adit-guest install --card` puts it there.
+    root.shell("mkdir /etc/adit; touch /etc/adit/card").unwrap();
     dpkg(&root, &["--remove", "adit-guest"]);
     root.shell("test ! -e /usr/sbin/adit-guest; test -e /etc/adit-guest/adit-guest.toml; test -e /var/lib/adit-guest").unwrap();
     dpkg(&root, &["--purge", "adit-guest"]);
@@ -118,6 +121,9 @@ fn the_hosts_packages_come_and_go_without_a_service_manager() {
         .unwrap();
     root.shell("test -e /etc/systemd/system/multi-user.target.wants/aditd.service")
         .unwrap();
+    // The agent for images is there.
+    let inject = "mkdir /tmp/image; adit image inject /tmp/image --init none --vm-id web-1; /tmp/image/usr/sbin/adit-guest version";
+    root.shell(inject).unwrap();
     for package in ["aditd", "adit-vmm"] {
         dpkg(&root, &["--purge", package]);
     }
@@ -185,6 +191,14 @@ fn the_agent_is_enabled_at_once_and_started_when_it_has_a_configuration() {
     dpkg(&root, &["--configure", "adit-guest"]);
     assert_ne!(main(), second);
 
+    // One that was stopped stays so over an upgrade. Removed, it is gone, and one that is installed is started.
+    root.run(&["systemctl", "stop", "adit-guest"]).unwrap();
+    dpkg(&root, &["-i", &file("adit-guest", false)]);
+    assert_eq!(property(&root, "adit-guest", "ActiveState"), "inactive");
+    assert_eq!(property(&root, "adit-guest", "UnitFileState"), "enabled");
+    dpkg(&root, &["--remove", "adit-guest"]);
+    dpkg(&root, &["-i", &file("adit-guest", false)]);
+    assert_eq!(property(&root, "adit-guest", "ActiveState"), "active");
     dpkg(&root, &["--remove", "adit-guest"]);
     assert_eq!(property(&root, "adit-guest", "ActiveState"), "inactive");
     dpkg(&root, &["--purge", "adit-guest"]);
@@ -291,12 +305,58 @@ fn an_upgrade_of_aditd_loses_no_tunnel_and_no_task_and_a_broken_configuration_st
 }
 
 #[test]
+fn an_upgrade_starts_nothing_that_was_stopped_and_a_newer_database_stops_nothing_that_runs() {
+    let Some(root) = root(Init::Host, true) else {
+        return;
+    };
+    let state = || property(&root, "aditd", "ActiveState");
+    dpkg(&root, &["-i", &file("aditd", true)]);
+    assert_eq!(state(), "active", "{}", root.log());
+    let documents = property(&root, "aditd", "Documentation");
+    for path in documents.split_whitespace() {
+        if let Some(path) = path.strip_prefix("file:") {
+            root.run(&["test", "-e", path]).unwrap();
+        }
+    }
+    root.run(&["systemctl", "stop", "aditd"]).unwrap();
+    dpkg(&root, &["-i", &file("aditd", false)]);
+    assert_eq!(state(), "inactive");
+    assert_eq!(property(&root, "aditd", "UnitFileState"), "enabled");
+    // Removed, it is gone, and one that is installed is started.
+    dpkg(&root, &["--remove", "aditd"]);
+    dpkg(&root, &["-i", &file("aditd", false)]);
+    assert_eq!(state(), "active", "{}", root.log());
+
+    // As after a step back: the database is that of a newer version.
+    let main = property(&root, "aditd", "MainPID");
+    root.shell("apt-get install -qq -y sqlite3").unwrap();
+    let sqlite = |sql: &str| {
+        let said = root.run(&["sqlite3", "/var/lib/adit/aditd.db", sql]);
+        said.unwrap().trim().to_owned()
+    };
+    let own = sqlite("PRAGMA user_version");
+    sqlite("PRAGMA user_version = 99");
+    let back = ["dpkg", "-i", &file("aditd", true)];
+    let out = root.attempt(&back).unwrap();
+    let why = said(&out);
+    assert!(!out.status.success() && why.contains("newer"), "{why}");
+    assert_eq!(property(&root, "aditd", "MainPID"), main);
+    sqlite(&format!("PRAGMA user_version = {own}"));
+    dpkg(&root, &["--configure", "aditd"]);
+    assert_ne!(property(&root, "aditd", "MainPID"), main);
+    assert_eq!(state(), "active");
+}
+
+#[test]
 fn the_commands_of_the_page_do_what_it_says() {
     let Some(root) = root(Init::Systemd, true) else {
         return;
     };
     let page = fs::read_to_string(adit_tests::root().join("docs/install.md")).unwrap();
-    let run = commands(&page).into_iter().filter(|c| c.not_run.is_none());
+    // The walk boots a VM, and is typed where those are: tests/debian/walk.rs.
+    let begin = line(&page, "\n## On the host\n");
+    let run = commands(&page).into_iter();
+    let run = run.filter(|c| c.not_run.is_none() && c.line > begin);
     let mut count = 0;
     for command in run {
         count += 1;

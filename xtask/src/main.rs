@@ -16,10 +16,12 @@ mod soak;
 mod test;
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
 
 use adit_tests::debian::{self, Debian};
 use adit_tests::image::{Image, Kernel};
+use adit_tests::process::output;
+use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
 
 const EXAMPLES: &str = "\
@@ -54,23 +56,7 @@ enum Command {
     /// Run every test; set up what is missing first
     Test(test::Options),
     /// Build a guest's kernel, initramfs and disk
-    GuestImage {
-        /// `small`: busybox in an initramfs; `debian`: Debian 12 with its init system on a disk
-        #[arg(default_value = "small")]
-        what: Guest,
-        /// debian: the init system
-        #[arg(long, default_value = "systemd")]
-        init: Init,
-        /// 6.1 or 6.12
-        #[arg(long, default_value = "6.1")]
-        kernel: Kernel,
-        /// Lay the files below DIR over it: what `adit-guest install --root DIR` wrote, for instance
-        #[arg(long, value_name = "DIR", requires = "out")]
-        root: Option<PathBuf>,
-        /// Put vmlinux, initrd and state.ext4 there
-        #[arg(long, value_name = "DIR")]
-        out: Option<PathBuf>,
-    },
+    GuestImage(GuestImage),
     /// Make Debian packages and tarballs of static programs
     Package(package::Options),
     /// Measure, and compare with a peer in the same run
@@ -83,6 +69,49 @@ enum Command {
     Soak(soak::Options),
     /// Run tests of shared memory under ThreadSanitizer
     Sanitize,
+}
+
+#[derive(clap::Args)]
+struct GuestImage {
+    /// `small`: busybox in an initramfs; `debian`: Debian 12 with its init system on a disk
+    #[arg(default_value = "small")]
+    what: Guest,
+    /// debian: the init system [default: systemd]
+    #[arg(long)]
+    init: Option<Init>,
+    /// 6.1 or 6.12
+    #[arg(long, default_value = "6.1")]
+    kernel: Kernel,
+    /// small: lay the files below DIR over it: what `adit-guest install --root DIR` wrote, for instance
+    #[arg(long, value_name = "DIR", requires = "out")]
+    root: Option<PathBuf>,
+    /// Copy what was built there
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+impl GuestImage {
+    /// An option that is for the other kind of guest, with what to do instead.
+    fn unused(&self) -> Option<&'static str> {
+        match self.what {
+            Guest::Small if self.init.is_some() => Some("--init is for `guest-image debian`"),
+            Guest::Debian if self.root.is_some() => Some(
+                "--root is for the small guest: `adit image inject` puts files into the disk of this one",
+            ),
+            _ => None,
+        }
+    }
+
+    fn build(&self) -> anyhow::Result<()> {
+        if let Some(why) = self.unused() {
+            anyhow::bail!("{why}");
+        }
+        let out = self.out.as_deref();
+        match self.what {
+            Guest::Small => guest_image(self.kernel, self.root.as_deref(), out),
+            Guest::Debian => debian(self.kernel, self.init.unwrap_or(Init::Systemd), out),
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -101,14 +130,7 @@ fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
-        Command::GuestImage {
-            what: Guest::Small,
-            kernel,
-            root,
-            out,
-            ..
-        } => guest_image(kernel, root.as_deref(), out.as_deref()).map(|()| true),
-        Command::GuestImage { kernel, init, .. } => debian(kernel, init).map(|()| true),
+        Command::GuestImage(image) => image.build().map(|()| true),
         Command::Package(options) => package::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Sim(options) => sim::run(&options),
@@ -142,7 +164,10 @@ fn guest_image(kernel: Kernel, root: Option<&Path>, out: Option<&Path>) -> anyho
     Ok(())
 }
 
-fn debian(kernel: Kernel, init: Init) -> anyhow::Result<()> {
+/// Files that `guest-image debian` makes.
+const DEBIAN_FILES: [&str; 5] = ["vmlinuz", "initrd", "disk.ext4", "id_ed25519", "web-1.crt"];
+
+fn debian(kernel: Kernel, init: Init, out: Option<&Path>) -> anyhow::Result<()> {
     setup::run()?;
     if let Some(why) = Debian::missing() {
         anyhow::bail!("{why}");
@@ -153,8 +178,62 @@ fn debian(kernel: Kernel, init: Init) -> anyhow::Result<()> {
         Init::Openrc => debian::Init::Openrc,
     };
     let image = setup::debian(kernel, init)?;
-    for file in ["vmlinuz", "initrd", "disk.ext4", "id_ed25519", "web-1.crt"] {
-        println!("{}", image.file(file).display());
+    let files = DEBIAN_FILES.map(|name| image.file(name));
+    if let Some(out) = out {
+        copy(&files, out)?;
+    }
+    for file in files {
+        let file = match (out, file.file_name()) {
+            (Some(out), Some(name)) => out.join(name),
+            _ => file,
+        };
+        println!("{}", file.display());
     }
     Ok(())
+}
+
+/// Copies files to a directory. Disks stay sparse.
+fn copy(files: &[PathBuf], to: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir_all(to).with_context(|| format!("cannot make {}", to.display()))?;
+    let mut cp = process::Command::new("cp");
+    cp.args(["--sparse=always", "--preserve=mode", "-t"])
+        .arg(to);
+    output(cp.args(files)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(args: &[&str]) -> GuestImage {
+        let args = [&["cargo xtask", "guest-image"], args].concat();
+        match Args::parse_from(args).command {
+            Command::GuestImage(image) => image,
+            _ => panic!("another command"),
+        }
+    }
+
+    #[test]
+    fn an_option_for_the_other_guest_is_refused_and_not_ignored() {
+        assert_eq!(image(&["--root", "a", "--out", "b"]).unused(), None);
+        let debian = ["debian", "--init", "openrc", "--out", "b"];
+        assert_eq!(image(&debian).unused(), None);
+        for (args, word) in [
+            (&["debian", "--root", "a", "--out", "b"][..], "--root"),
+            (&["--init", "openrc"], "--init"),
+        ] {
+            let why = image(args).build().unwrap_err().to_string();
+            assert!(why.contains(word), "{why}");
+        }
+    }
+
+    #[test]
+    fn what_was_built_is_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disk.ext4");
+        std::fs::write(&disk, "disk").unwrap();
+        let out = dir.path().join("new/out");
+        copy(&[disk], &out).unwrap();
+        assert_eq!(std::fs::read(out.join("disk.ext4")).unwrap(), b"disk");
+    }
 }

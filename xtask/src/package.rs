@@ -3,7 +3,7 @@
 //! | package | programs | profile |
 //! |---|---|---|
 //! | `adit-guest` | adit-guest | guest |
-//! | `aditd` | aditd, adit-port, adit | host |
+//! | `aditd` | aditd, adit-port, adit; the agent, for images | host |
 //! | `adit-vmm` | adit-vmm | vmm |
 //!
 //! Every program is linked statically (musl): one build runs on every distribution, in a guest of any age, and is the same in
@@ -105,7 +105,9 @@ impl Package {
     fn build(self, purpose: For) -> anyhow::Result<()> {
         match self {
             Self::AditGuest => setup::guest_binaries(),
-            Self::Aditd => setup::static_host_binaries(self.profile(purpose)),
+            // With the agent that `adit image` puts into images.
+            Self::Aditd => setup::static_host_binaries(self.profile(purpose))
+                .and_then(|()| setup::guest_binaries()),
             Self::AditVmm => setup::vmm_binary(),
         }
     }
@@ -224,6 +226,8 @@ fn make(package: Package, purpose: For) -> anyhow::Result<()> {
     }
     if package == Package::Aditd {
         completions(&package.built(purpose), &dir)?;
+        let agent = Package::AditGuest.built(purpose).join("adit-guest");
+        fs::copy(agent, dir.join("adit-guest")).context("cannot copy adit-guest")?;
     }
     fs::copy(
         adit_tests::root().join("CHANGELOG.md"),

@@ -6,12 +6,12 @@ use std::process::{Command, Stdio};
 use adit_tests::debian::{Debian, Init};
 use adit_tests::image::Kernel;
 use adit_tests::process::output;
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 
 use crate::progress;
 
 /// Programs that are needed, by name or path, and their packages.
-const PROGRAMS: [(&str, &str); 29] = [
+const PROGRAMS: [(&str, &str); 30] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("lz4", "lz4"),
@@ -20,6 +20,7 @@ const PROGRAMS: [(&str, &str); 29] = [
     ("mke2fs", "e2fsprogs"),
     ("sfdisk", "fdisk"),
     ("qemu-img", "qemu-utils"),
+    ("cloud-localds", "cloud-image-utils"),
     ("curl", "curl"),
     ("setpriv", "util-linux"),
     ("cc", "gcc"),
@@ -58,14 +59,12 @@ const TARGETS: [&str; 3] = [
 /// For programs without libraries.
 pub const STATIC_TARGET: &str = TARGETS[0];
 
+/// How often apt is asked for what is missing.
+const ROUNDS_MAX: usize = 3;
+
 /// Installs what is missing. Without root, prints the command to run.
 pub fn run() -> anyhow::Result<()> {
-    let missing: Vec<&str> = PROGRAMS
-        .iter()
-        .filter(|(p, _)| !on_path(p))
-        .map(|(_, package)| *package)
-        .collect();
-    packages(&missing)?;
+    until_there(missing, packages)?;
     if on_path("rustup") {
         let installed = output(Command::new("rustup").args(["target", "list", "--installed"]))?;
         let installed = String::from_utf8_lossy(&installed.stdout).into_owned();
@@ -78,6 +77,34 @@ pub fn run() -> anyhow::Result<()> {
             })?;
         }
     }
+    Ok(())
+}
+
+/// Packages of the programs that are not there.
+fn missing() -> Vec<&'static str> {
+    let missing = PROGRAMS.iter().filter(|(program, _)| !on_path(program));
+    missing.map(|(_, package)| *package).collect()
+}
+
+/// Installs until nothing is missing: one package may take away another that was there, where that came from another release
+/// (Debian's backports).
+fn until_there(
+    missing: impl Fn() -> Vec<&'static str>,
+    install: impl Fn(&[&'static str]) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    for _ in 0..ROUNDS_MAX {
+        let missing = missing();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        install(&missing)?;
+    }
+    let missing = missing();
+    ensure!(
+        missing.is_empty(),
+        "installed, and not there afterwards: {}. `apt-get install -s` says what takes them away",
+        missing.join(", ")
+    );
     Ok(())
 }
 
@@ -283,4 +310,34 @@ pub fn host_binaries(release: bool) -> anyhow::Result<PathBuf> {
     }
     progress::during("building aditd, adit-port and adit", || cargo(&args))?;
     Ok(adit_tests::target().join(Path::new(if release { "release" } else { "debug" })))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    #[test]
+    fn what_an_installation_takes_away_is_installed_too() {
+        let there = RefCell::new(vec!["qemu-utils"]);
+        let missing = || {
+            let mut all = vec!["qemu-system-x86", "qemu-utils"];
+            all.retain(|package| !there.borrow().contains(package));
+            all
+        };
+        let install = |packages: &[&'static str]| {
+            let mut there = there.borrow_mut();
+            // The one from backports goes when the other of this release comes.
+            if packages.contains(&"qemu-system-x86") {
+                there.clear();
+            }
+            there.extend(packages);
+            Ok(())
+        };
+        until_there(missing, install).unwrap();
+        assert_eq!(there.borrow().len(), 2);
+        let said = until_there(|| vec!["lost"], |_| Ok(())).unwrap_err();
+        assert!(said.to_string().contains("lost"), "{said}");
+    }
 }

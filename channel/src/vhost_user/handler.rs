@@ -61,7 +61,7 @@ struct Vring {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Setup {
     features: u64,
-    rings: [(u16, [u64; 3], u16); QUEUES],
+    vrings: [(u16, [u64; 3], u16); QUEUES],
 }
 
 /// The state of one frontend's connection.
@@ -144,7 +144,7 @@ impl Handler {
     fn vring(&mut self, index: u32) -> Result<&mut Vring> {
         self.vrings
             .get_mut(index as usize)
-            .ok_or_else(|| refused(format!("ring {index}: there are {QUEUES}")))
+            .ok_or_else(|| refused(format!("vring {index}: there are {QUEUES}")))
     }
 
     /// As `vring`, for values that must not change while the device uses them.
@@ -211,13 +211,13 @@ impl Handler {
 
     /// The present configuration of both vrings; `None` if it is not complete.
     fn setup(&self) -> Option<Setup> {
-        let mut rings = [(0, [0; 3], 0); QUEUES];
-        for (ring, vring) in rings.iter_mut().zip(&self.vrings) {
-            *ring = (vring.size, vring.addrs?, vring.base);
+        let mut vrings = [(0, [0; 3], 0); QUEUES];
+        for (setup, vring) in vrings.iter_mut().zip(&self.vrings) {
+            *setup = (vring.size, vring.addrs?, vring.base);
         }
         Some(Setup {
             features: self.features?,
-            rings,
+            vrings,
         })
     }
 

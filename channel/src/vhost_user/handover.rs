@@ -105,7 +105,7 @@ pub(super) struct Record {
     pub(super) features: Option<u64>,
     pub(super) protocol_features: Option<u64>,
     pub(super) regions: Vec<Region>,
-    pub(super) rings: [VringRecord; 2],
+    pub(super) vrings: [VringRecord; 2],
     /// A session is running.
     pub(super) running: bool,
 }
@@ -123,13 +123,13 @@ pub(super) struct Parts {
     pub(super) record: Record,
     pub(super) frontend: Passed,
     pub(super) memory: Vec<Passed>,
-    pub(super) rings: [VringFds; 2],
+    pub(super) vrings: [VringFds; 2],
 }
 
 impl Record {
     fn descriptors(&self) -> usize {
-        let of_ring = |r: &VringRecord| usize::from(r.kick) + usize::from(r.call);
-        1 + self.regions.len() + self.rings.iter().map(of_ring).sum::<usize>()
+        let of_vring = |r: &VringRecord| usize::from(r.kick) + usize::from(r.call);
+        1 + self.regions.len() + self.vrings.iter().map(of_vring).sum::<usize>()
     }
 }
 
@@ -169,17 +169,17 @@ impl Handover {
             return Err(wrong);
         };
         let memory = fds.by_ref().take(record.regions.len()).collect();
-        let mut ring = |r: &VringRecord| VringFds {
+        let mut vring = |r: &VringRecord| VringFds {
             kick: r.kick.then(|| fds.next()).flatten(),
             call: r.call.then(|| fds.next()).flatten(),
         };
-        let [first, second] = &record.rings;
-        let rings = [ring(first), ring(second)];
+        let [first, second] = &record.vrings;
+        let vrings = [vring(first), vring(second)];
         Ok(Parts {
             record,
             frontend,
             memory,
-            rings,
+            vrings,
         })
     }
 }
@@ -191,7 +191,7 @@ mod tests {
     use super::*;
 
     fn sample() -> Record {
-        let ring = VringRecord {
+        let vring = VringRecord {
             size: 128,
             base: 7,
             lag: 0,
@@ -210,11 +210,11 @@ mod tests {
                 user: 0x7000,
                 offset: 0,
             }],
-            rings: [
-                ring,
+            vrings: [
+                vring,
                 VringRecord {
                     call: false,
-                    ..ring
+                    ..vring
                 },
             ],
             running: true,
@@ -229,7 +229,7 @@ mod tests {
     #[test]
     fn version_1_has_golden_bytes() {
         let bytes = Handover::new(&sample(), fds(5)).unwrap().bytes;
-        let ring = |call| {
+        let vring = |call| {
             [
                 &[128, 1, 7, 0, 1][..],
                 &[128, 32, 128, 64, 128, 96],
@@ -240,8 +240,8 @@ mod tests {
         let want = [
             &[1, 0, 9, 1, 128, 128, 128, 128, 16, 0][..],
             &[1, 0, 128, 128, 4, 128, 224, 1, 0],
-            &ring(1),
-            &ring(0),
+            &vring(1),
+            &vring(0),
             &[1],
         ]
         .concat();
@@ -253,7 +253,7 @@ mod tests {
         .parse()
         .unwrap();
         assert_eq!(parts.record, sample());
-        assert!(parts.rings[0].call.is_some() && parts.rings[1].call.is_none());
+        assert!(parts.vrings[0].call.is_some() && parts.vrings[1].call.is_none());
     }
 
     #[test]

@@ -109,11 +109,11 @@ impl Rig {
     }
 
     fn addr(&mut self, index: u32) -> Result<()> {
-        let ring = USER + 0x1_0000 * u64::from(1 + index);
+        let vring = USER + 0x1_0000 * u64::from(1 + index);
         let flags = VhostUserVringAddrFlags::empty();
-        let (used, avail) = (ring + 0x2000, ring + 0x1000);
+        let (used, avail) = (vring + 0x2000, vring + 0x1000);
         self.handler
-            .set_vring_addr(index, flags, ring, used, avail, 0)
+            .set_vring_addr(index, flags, vring, used, avail, 0)
     }
 }
 
@@ -325,8 +325,8 @@ fn r51_a_paused_session_continues_only_with_the_same_driver() {
             moved.expect("good");
         },
         |rig| {
-            for ring in 0..2 {
-                rig.handler.set_vring_base(ring, 0).expect("good");
+            for vring in 0..2 {
+                rig.handler.set_vring_base(vring, 0).expect("good");
             }
         },
     );
@@ -357,18 +357,18 @@ fn r51_a_paused_session_continues_only_with_the_same_driver() {
     ];
     for (what, change, expected) in cases {
         let mut rig = Rig::running();
-        for ring in 0..2 {
-            rig.handler.set_vring_enable(ring, false).expect("good");
+        for vring in 0..2 {
+            rig.handler.set_vring_enable(vring, false).expect("good");
         }
-        let bases = [0, 1].map(|ring| rig.handler.get_vring_base(ring).expect("good").num);
+        let bases = [0, 1].map(|vring| rig.handler.get_vring_base(vring).expect("good").num);
         assert_eq!(bases, [7, 9]);
         change(&mut rig);
-        for ring in 0..2 {
-            let kick = rig.handler.set_vring_kick(ring, Some(event(0)));
+        for vring in 0..2 {
+            let kick = rig.handler.set_vring_kick(vring, Some(event(0)));
             kick.expect("good");
         }
-        for ring in 0..2 {
-            rig.handler.set_vring_enable(ring, true).expect("good");
+        for vring in 0..2 {
+            rig.handler.set_vring_enable(vring, true).expect("good");
         }
         assert_eq!(rig.received()[1..], [Received::Pause, expected], "{what}");
         // Whatever happens later, a pause is used only once.

@@ -93,7 +93,12 @@ pub fn run(command: &ImageCommand, format: Format) -> Result<(), Failure> {
             for line in said.iter().filter(|line| !line.starts_with("wrote ")) {
                 adit_print::note!("adit: {line}");
             }
-            output::line(config)
+            match format {
+                Format::Json => {
+                    output::json(&serde_json::json!({ "user_data": config.to_string() }))
+                }
+                Format::Table => output::line(config),
+            }
         }
     }
 }

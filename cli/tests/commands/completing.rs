@@ -28,6 +28,7 @@ fn names_of_vms_are_completed_by_asking_aditd() {
         &["wait", "we"],
         &["vm", "set", "we"],
         &["task", "ls", "--vm", "we"],
+        &["card", "new", "we"],
     ] {
         assert_eq!(complete(fake.dir(), words), ["web-1", "web-2"], "{words:?}");
     }

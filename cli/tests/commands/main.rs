@@ -5,6 +5,7 @@ mod agents;
 mod cards;
 mod completing;
 mod fake;
+mod formats;
 mod goals;
 mod image;
 mod lists;

@@ -138,3 +138,34 @@ fn r113_an_agent_that_is_started_with_a_strict_umask_makes_directories_that_its_
     let mode = |path: &str| fs::metadata(host.path(path)).unwrap().permissions().mode() & 0o7777;
     assert_eq!((mode("run"), mode("state")), (0o711, 0o700));
 }
+
+#[test]
+fn keys_may_be_named_many_times_and_in_a_list() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    fs::create_dir(&root).unwrap();
+    let key = |seed: u8| {
+        let private = ed25519_dalek::SigningKey::from_bytes(&[seed; 32]);
+        let path = dir.path().join(format!("k{seed}.pub"));
+        fs::write(&path, adit_tasks::PublicKey::of(&private, "k").to_string()).unwrap();
+        path.display().to_string()
+    };
+    let list = format!("{},{}", key(2), key(3));
+    let done = Command::new(env!("CARGO_BIN_EXE_adit-guest"))
+        .args([
+            "install",
+            "--init",
+            "none",
+            "--binary",
+            "/bin/true",
+            "--root",
+        ])
+        .arg(&root)
+        .args(["--trust", &key(1), "--trust", &list])
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{done:?}");
+    let placed = entries(&root.join("etc/adit-guest/trust"));
+    let names: Vec<_> = placed.iter().filter_map(|p| p.rsplit('/').next()).collect();
+    assert_eq!(names, ["k1.pub", "k2.pub", "k3.pub"]);
+}

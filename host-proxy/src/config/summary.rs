@@ -1,15 +1,16 @@
 //! What a configuration makes aditd serve, for people.
 
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 
-use super::Config;
+use super::{Config, is_for_this_host};
 
 impl Config {
     /// Returns some lines that say what is served, where, and from where.
     pub fn summary(&self) -> String {
         let api = self.api_socket();
         let metrics = match &self.metrics {
-            Some(metrics) => format!("{}, and the API socket", metrics.listen),
+            Some(metrics) => format!("{}, and the API socket", shown(metrics.listen)),
             None => "the API socket only".into(),
         };
         let uids = match self.ports.uids {
@@ -18,7 +19,7 @@ impl Config {
         };
         let mut text = String::new();
         for (what, value) in [
-            ("proxy", self.proxy.listen.to_string()),
+            ("proxy", shown(self.proxy.listen)),
             ("metrics", metrics),
             ("API socket", api.display().to_string()),
             (
@@ -54,6 +55,14 @@ impl Config {
             };
         }
         text
+    }
+}
+
+/// An address, and who else than this host's users is served there.
+fn shown(listen: SocketAddr) -> String {
+    match is_for_this_host(listen) {
+        true => listen.to_string(),
+        false => format!("{listen} (other machines, without a login)"),
     }
 }
 

@@ -214,7 +214,8 @@ fn a_proxy_for_other_machines_needs_the_operators_word() {
         "[::1]:1",
         "[::ffff:127.0.0.1]:1",
     ] {
-        parse(&listen(address)).unwrap();
+        let ours = parse(&listen(address)).unwrap().summary();
+        assert!(!ours.contains("other machines"), "{ours}");
     }
     for address in [
         "0.0.0.0:7080",
@@ -227,6 +228,13 @@ fn a_proxy_for_other_machines_needs_the_operators_word() {
         assert_eq!((found.line, found.key.as_deref()), (2, Some("listen")));
         let open = parse(&(listen(address) + "open = true\n")).unwrap();
         assert_eq!(open.proxy.listen.to_string(), address);
+        assert!(
+            open.summary()
+                .contains(&format!("{address} (other machines"))
+        );
+        let metrics = format!("[metrics]\nlisten = \"{address}\"\n");
+        let metrics = parse(&metrics).unwrap().summary();
+        assert_eq!(metrics.matches("(other machines").count(), 1, "{metrics}");
         problems(&(listen(address) + "open = false\n"));
     }
 }

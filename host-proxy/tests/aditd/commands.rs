@@ -53,6 +53,23 @@ fn a_checked_configuration_is_summed_up_and_every_mistake_is_named() {
 }
 
 #[test]
+fn a_database_of_a_newer_aditd_is_named_before_anything_is_started_on_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("aditd.toml");
+    std::fs::write(&path, format!("state_dir = {:?}\n", dir.path())).unwrap();
+    let path = path.to_str().unwrap();
+    let check = || aditd(&["check-config", "--database", path]);
+    assert!(check().status.success(), "there is none yet");
+    let database = rusqlite::Connection::open(dir.path().join("aditd.db")).unwrap();
+    database.pragma_update(None, "user_version", 99).unwrap();
+    let said = check();
+    let why = text(&said.stderr);
+    assert_eq!(said.status.code(), Some(1), "{why}");
+    assert!(why.contains("newer") && why.contains("aditd.db"), "{why}");
+    assert!(aditd(&["check-config", path]).status.success());
+}
+
+#[test]
 fn a_reader_that_has_gone_ends_it_quietly_and_a_full_disk_with_a_word() {
     for args in [&["example-config"][..], &["check-config", "/dev/null"]] {
         let run = |to: Stdio| {

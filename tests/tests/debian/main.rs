@@ -11,7 +11,9 @@ use adit_tests::image::Kernel;
 
 mod clients;
 mod clones;
+mod images;
 mod unit;
+mod walk;
 
 /// From QEMU's start until the agent is connected. Emulated, on an idle machine, it is some 20 s.
 const BOOT: Duration = Duration::from_secs(120);

@@ -24,8 +24,8 @@ impl Handler {
             regions.push(region);
             fds.push(file.try_clone_to_owned()?);
         }
-        let mut rings = [VringRecord::default(); QUEUES];
-        for (record, vring) in rings.iter_mut().zip(&self.vrings) {
+        let mut vrings = [VringRecord::default(); QUEUES];
+        for (record, vring) in vrings.iter_mut().zip(&self.vrings) {
             *record = VringRecord {
                 size: vring.size,
                 base: vring.base,
@@ -44,7 +44,7 @@ impl Handler {
             features: self.features,
             protocol_features: self.protocol_features,
             regions,
-            rings,
+            vrings,
             running: self.running,
         };
         Handover::new(&record, fds)
@@ -60,20 +60,20 @@ impl Handler {
             let table = MemTable::map(&regions, files, self.policy).map_err(refused)?;
             self.table = Some(table);
         }
-        for ((vring, ring), fds) in self.vrings.iter_mut().zip(record.rings).zip(parts.rings) {
-            let good = ring.size == 0
-                || ring.size.is_power_of_two() && ring.size <= self.queue_max && ring.size > 0;
+        for ((vring, was), fds) in self.vrings.iter_mut().zip(record.vrings).zip(parts.vrings) {
+            let good = was.size == 0
+                || was.size.is_power_of_two() && was.size <= self.queue_max && was.size > 0;
             if !good {
-                return Err(refused(format!("vring of size {}", ring.size)));
+                return Err(refused(format!("vring of size {}", was.size)));
             }
             *vring = Vring {
-                size: ring.size,
-                base: ring.base,
-                addrs: ring.addrs,
-                lag: ring.lag,
+                size: was.size,
+                base: was.base,
+                addrs: was.addrs,
+                lag: was.lag,
                 kick: doorbell(fds.kick)?,
                 call: doorbell(fds.call)?,
-                enabled: ring.enabled,
+                enabled: was.enabled,
             };
         }
         self.may_be_repeated = true;

@@ -31,7 +31,7 @@ fn handover(changes: u64, frontend: &UnixStream) -> Handover {
         features: None,
         protocol_features: None,
         regions: vec![],
-        rings: [VringRecord::default(); 2],
+        vrings: [VringRecord::default(); 2],
         running: false,
     };
     Handover::new(&record, vec![frontend.try_clone().unwrap().into()]).unwrap()

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode, OptionalExtension};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension};
 use tokio::sync::oneshot;
 
 use crate::disk;
@@ -219,38 +219,15 @@ pub(in crate::desk) fn prepare(
     shown: &Path,
     schema: &Schema,
 ) -> Result<Connection, DbError> {
-    let name = || shown.display().to_string();
-    let known = i64::try_from(schema.migrations.len()).unwrap_or(i64::MAX);
     let mut connection = Connection::open(path)?;
     connection.busy_timeout(BUSY)?;
-    let damaged = |e: rusqlite::Error| match e.sqlite_error_code() {
-        Some(ErrorCode::DatabaseCorrupt) => DbError::Damaged {
-            path: name(),
-            found: e.to_string(),
-        },
-        _ => e.into(),
-    };
-    let found: i64 = connection
-        .pragma_query_value(None, "user_version", |r| r.get(0))
-        .map_err(damaged)?;
-    if found > known {
-        return Err(DbError::Newer {
-            path: name(),
-            found,
-            known,
-        });
-    }
-    let tables: i64 = connection
-        .query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get(0))
-        .map_err(damaged)?;
-    if found <= 0 && tables > 0 {
-        return Err(DbError::Foreign { path: name() });
-    }
+    let damaged = |e| damaged(e, shown);
+    let found = version(&connection, shown, schema)?;
     check(&connection, path)
         .map_err(damaged)?
         .map_or(Ok(()), |found| {
             Err(DbError::Damaged {
-                path: name(),
+                path: shown.display().to_string(),
                 found,
             })
         })?;
@@ -278,6 +255,63 @@ pub(in crate::desk) fn prepare(
     }
     connection.execute_batch(schema.session)?;
     Ok(connection)
+}
+
+/// The schema of a database that this aditd may bring to its own; 0: there is nothing in it.
+fn version(connection: &Connection, shown: &Path, schema: &Schema) -> Result<i64, DbError> {
+    let damaged = |e| damaged(e, shown);
+    let path = || shown.display().to_string();
+    let known = i64::try_from(schema.migrations.len()).unwrap_or(i64::MAX);
+    let found: i64 = connection
+        .pragma_query_value(None, "user_version", |r| r.get(0))
+        .map_err(damaged)?;
+    if found > known {
+        return Err(DbError::Newer {
+            path: path(),
+            found,
+            known,
+        });
+    }
+    let tables: i64 = connection
+        .query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get(0))
+        .map_err(damaged)?;
+    if found <= 0 && tables > 0 {
+        return Err(DbError::Foreign { path: path() });
+    }
+    Ok(found)
+}
+
+fn damaged(e: rusqlite::Error, shown: &Path) -> DbError {
+    match e.sqlite_error_code() {
+        Some(ErrorCode::DatabaseCorrupt) => DbError::Damaged {
+            path: shown.display().to_string(),
+            found: e.to_string(),
+        },
+        _ => e.into(),
+    }
+}
+
+/// Says whether this aditd would take the database, and changes nothing: another one may run on it. That there is none is fine.
+///
+/// # Errors
+/// As [`Db::open`], but for what only a check of the whole file finds.
+pub fn would_take(path: &Path, schema: &Schema) -> Result<(), DbError> {
+    if matches!(path.try_exists(), Ok(false)) {
+        return Ok(());
+    }
+    // What has a meaning of its own in a URI.
+    let escaped = path.display().to_string().replace('%', "%25");
+    let mut uri = format!("file:{}", escaped.replace('?', "%3f").replace('#', "%23"));
+    let mut log = path.as_os_str().to_owned();
+    log.push("-wal");
+    // Without this file nobody has the database open, and SQLite would make one to read it.
+    if matches!(Path::new(&log).try_exists(), Ok(false)) {
+        uri.push_str("?immutable=1");
+    }
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
+    let connection = Connection::open_with_flags(uri, flags)?;
+    connection.busy_timeout(BUSY)?;
+    version(&connection, path, schema).map(drop)
 }
 
 /// Returns what is wrong with the file, if something is.

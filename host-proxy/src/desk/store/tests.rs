@@ -1,6 +1,6 @@
 //! The database: what is on disk, full disks, damaged files, earlier versions.
 
-use super::db::{Db, DbError};
+use super::db::{Db, DbError, would_take};
 use super::page::Filter;
 use super::*;
 use crate::desk::DeskError;
@@ -102,6 +102,44 @@ fn a_database_of_a_newer_aditd_is_refused() {
         Db::open(&path, &SCHEMA),
         Err(DbError::Newer { .. })
     ));
+}
+
+#[test]
+fn whether_a_database_would_be_taken_is_asked_without_changing_anything() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().join("a%20b?c#d");
+    let path = dir.join("aditd.db");
+    let taken = || would_take(&path, &SCHEMA);
+    taken().unwrap();
+    std::fs::create_dir(&dir).unwrap();
+    taken().unwrap();
+    assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
+    // One that runs on it has written a newer schema, which is in its log yet.
+    let db = Db::open(&path, &SCHEMA).unwrap();
+    taken().unwrap();
+    let c = also(&path);
+    let set = |version: usize| {
+        c.pragma_update(None, "user_version", version as i64)
+            .unwrap()
+    };
+    set(SCHEMA.migrations.len() + 1);
+    assert!(matches!(taken(), Err(DbError::Newer { .. })));
+    set(SCHEMA.migrations.len());
+    taken().unwrap();
+    drop((c, db));
+    // The thread of the database has closed it when its files are gone.
+    let files = || std::fs::read_dir(&dir).unwrap().count();
+    while files() > 1 {
+        std::thread::yield_now();
+    }
+    taken().unwrap();
+    assert_eq!(files(), 1);
+    let c = also(&path);
+    c.pragma_update(None, "user_version", SCHEMA.migrations.len() as i64 + 1)
+        .unwrap();
+    drop(c);
+    assert!(matches!(taken(), Err(DbError::Newer { .. })));
+    assert_eq!(files(), 1);
 }
 
 #[test]
