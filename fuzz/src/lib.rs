@@ -17,6 +17,7 @@
 //! | `card` | the platform's and a signer's: a card, and the places that it is carried in | JSON without rules; what is believed is in its limits |
 //! | `trust` | the host's and a signer's: a trust document, where it is carried, and what a guest keeps of it | JSON without rules; what is taken is in its limits, and no revoked key is left |
 //! | `policy` | a guest's policy file | its limits; mistakes have places; a rule less allows nothing more |
+//! | `package` | the host's: an agent's package, and what is said to carry files and orders | JSON without rules; what is taken is in its limits, and written again is the same |
 //! | `succession` | a predecessor's that its guest controls: handover record, live file, unread bytes | a verdict in time, no leak, no thread lost |
 //!
 //! Seeds are in `corpus/TARGET/`: a minimal set of what libFuzzer found that still reaches every place it reached, and every input
@@ -35,6 +36,7 @@ mod descriptor_chain;
 mod engine_ops;
 mod input;
 mod mem_table;
+mod package;
 mod pattern;
 mod policy;
 mod port_packet;
@@ -54,7 +56,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 15] = [
+pub const TARGETS: [(&str, Target); 16] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -69,6 +71,7 @@ pub const TARGETS: [(&str, Target); 15] = [
     ("ring_function", ring_function::run),
     ("card", card::run),
     ("trust", trust::run),
+    ("package", package::run),
     ("policy", policy::run),
 ];
 

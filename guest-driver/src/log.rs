@@ -27,7 +27,7 @@ const ERROR: u8 = 3;
 const INFO: u8 = 6;
 
 /// Events that a client, or a process of this guest, causes by opening a stream, or the host by what it says.
-const BY_PEERS: [&str; 7] = [
+const BY_PEERS: [&str; 10] = [
     "stream-refused",
     "hello-refused",
     "relay-failed",
@@ -35,6 +35,9 @@ const BY_PEERS: [&str; 7] = [
     "ring-failed",
     "ring-ended",
     "trust-refused",
+    "blob",
+    "blob-refused",
+    "agent-refused",
 ];
 /// Such an event gets one line in this time.
 const PERIOD: Duration = Duration::from_secs(1);

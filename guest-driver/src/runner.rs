@@ -109,6 +109,12 @@ impl Runner {
         }
     }
 
+    /// Closes the journal, for another program. It is opened again for the next task, if this one stays.
+    pub fn close(&mut self) {
+        let why = "closed for another agent".into();
+        self.journal = Err(JournalError::Unavailable(why));
+    }
+
     fn end_interrupted(&mut self) -> Result<(), JournalError> {
         let Ok(journal) = &mut self.journal else {
             return Ok(());

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use adit_names::VmId;
 use adit_tasks::KeyId;
 use adit_tasks::trust::DOCUMENTS_MAX;
-use adit_tasks::wire::{Facts, Held, TrustHeld};
+use adit_tasks::wire::{Facts, Held, Program, TrustHeld};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -58,6 +58,9 @@ pub(super) struct Said {
     pub(super) trust: Option<TrustOf>,
     /// It was said on this connection.
     is_fresh: bool,
+    /// Said before the facts, as the enrolment is.
+    said_program: Option<Program>,
+    pub(super) program: Option<Program>,
     pub(super) seen: Option<Instant>,
     connected: Option<CancellationToken>,
 }
@@ -96,6 +99,7 @@ impl Agent {
         let mut said = self.lock();
         said.is_fresh = false;
         (said.id, said.trust) = (None, None);
+        said.said_program = None;
         let older = said.connected.replace(token.clone());
         drop(said);
         if let Some(older) = older {
@@ -128,6 +132,7 @@ impl Agent {
             if !said.is_fresh {
                 said.enrolment = Enrolment::default();
             }
+            said.program = said.said_program.clone();
         }
         drop(said);
         if is_new {
@@ -140,6 +145,23 @@ impl Agent {
     pub fn enrolled(&self, enrolment: Enrolment) {
         let mut said = self.lock();
         (said.enrolment, said.is_fresh) = (enrolment, true);
+        drop(said);
+        self.logged.update(self.vm.as_str(), self.faults());
+        self.changes.note();
+    }
+
+    /// It has said which program it is. Shown with the facts, which follow.
+    pub fn runs(&self, program: Program) {
+        self.lock().said_program = Some(program);
+    }
+
+    /// It was ordered to be another program: what was wrong with the last one is over.
+    pub fn ordered(&self) {
+        let mut said = self.lock();
+        if let Some(program) = &mut said.program {
+            program.taken_back = None;
+            program.faults.clear();
+        }
         drop(said);
         self.logged.update(self.vm.as_str(), self.faults());
         self.changes.note();
@@ -262,8 +284,10 @@ impl Agent {
             let signer = KeyId(*signer);
             format!("the guest does not take the trust document {n} of {signer}: {why}")
         }));
+        let program = said.program.map(|program| program.faults);
         let more = [
             (FaultKind::Trust, trust),
+            (FaultKind::Agent, program.unwrap_or_default()),
             (FaultKind::Policy, of(FaultKind::Policy)),
             (FaultKind::Journal, of(FaultKind::Journal)),
         ];

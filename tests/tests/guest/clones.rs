@@ -186,7 +186,7 @@ fn r133_copies_of_a_sealed_disk_get_identities_of_their_own_and_keep_them() {
     let again = fleet.boot(last, None);
     let ready = wait_for("the same guest again", BOOT, || {
         let now = shown(last);
-        Ok((now["state"] == "ready").then_some(now))
+        Ok((now["state"] == "ready" && now["guest_id"].is_string()).then_some(now))
     });
     let now = ready.unwrap_or_else(|e| panic!("{e}: {}", again.serial()));
     for key in ["guest_key", "guest_id"] {
@@ -196,9 +196,11 @@ fn r133_copies_of_a_sealed_disk_get_identities_of_their_own_and_keep_them() {
     let copy = fleet.boot(original, Some(&disk));
     let ready = wait_for("the copy", BOOT, || {
         let now = shown(original);
-        Ok((now["state"] == "ready" && now["guest_id"] != before["guest_id"]).then_some(now))
+        Ok((now["guest_id"].is_string() && now["guest_id"] != before["guest_id"]).then_some(()))
     });
-    let now = ready.unwrap_or_else(|e| panic!("{e}: {}", copy.serial()));
-    assert_ne!(now["guest_key"]["public"], before["guest_key"]["public"]);
+    ready.unwrap_or_else(|e| panic!("{e}: {}", copy.serial()));
+    fleet.wait(original, &copy);
     assert_eq!(fleet.order(original, COUNT, &copy), "x\nx\nx\n");
+    let now = shown(original);
+    assert_ne!(now["guest_key"]["public"], before["guest_key"]["public"]);
 }
