@@ -7,6 +7,7 @@
 //! | `version`, `unknown-service`, `denied`, `wrong-vm` | the listener of a hello | 1, 2, 3, 6 |
 //! | `dial-failed`, `dial-timed-out` | the guest, of its own dial | 4, with its errno |
 //! | `busy` | any of them | 5 |
+//! | `too-large`, `no-space`, `mismatch` | the guest, of a file that it is sent | 7, 8, 9 |
 //! | `other-N` | a listener of a newer build | N |
 //!
 //! A hello carries a number, an errno and a text. What a number means is decided by [`Code::of_hello`] alone, and it takes every
@@ -57,13 +58,19 @@ pub enum Code {
     DialTimedOut,
     /// A limit is reached.
     Busy,
+    /// What is sent is larger than the listener takes.
+    TooLarge,
+    /// The listener's disk has no room for it.
+    NoSpace,
+    /// What is sent is not what was announced.
+    Mismatch,
     /// What a listener of a newer build says.
     Other(u16),
 }
 
 impl Code {
     /// One of each.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 21] = [
         Self::UnknownVm,
         Self::NotAllowed,
         Self::NoPortProcess,
@@ -81,6 +88,9 @@ impl Code {
         Self::DialFailed,
         Self::DialTimedOut,
         Self::Busy,
+        Self::TooLarge,
+        Self::NoSpace,
+        Self::Mismatch,
         Self::Other(u16::MAX),
     ];
 
@@ -94,6 +104,9 @@ impl Code {
             4 => Self::DialFailed,
             5 => Self::Busy,
             6 => Self::WrongVm,
+            7 => Self::TooLarge,
+            8 => Self::NoSpace,
+            9 => Self::Mismatch,
             other => Self::Other(other),
         }
     }
@@ -107,6 +120,9 @@ impl Code {
             Self::DialFailed | Self::DialTimedOut => 4,
             Self::Busy => 5,
             Self::WrongVm => 6,
+            Self::TooLarge => 7,
+            Self::NoSpace => 8,
+            Self::Mismatch => 9,
             Self::Other(number) => number,
             Self::UnknownVm
             | Self::NotAllowed
@@ -161,6 +177,9 @@ impl fmt::Display for Code {
             Self::DialFailed => "dial-failed",
             Self::DialTimedOut => "dial-timed-out",
             Self::Busy => "busy",
+            Self::TooLarge => "too-large",
+            Self::NoSpace => "no-space",
+            Self::Mismatch => "mismatch",
             Self::Other(number) => return write!(f, "other-{number}"),
         };
         f.pad(word)
@@ -271,7 +290,7 @@ mod tests {
                 assert_eq!(refusal.errno(), errno);
             }
         }
-        let known: Vec<_> = (1..=6).map(|n| Code::of_hello(n, 0)).collect();
+        let known: Vec<_> = (1..=9).map(|n| Code::of_hello(n, 0)).collect();
         assert_eq!(
             known,
             [
@@ -280,7 +299,10 @@ mod tests {
                 Code::Denied,
                 Code::DialFailed,
                 Code::Busy,
-                Code::WrongVm
+                Code::WrongVm,
+                Code::TooLarge,
+                Code::NoSpace,
+                Code::Mismatch
             ]
         );
         assert_eq!(Code::of_hello(4, 110), Code::DialTimedOut);

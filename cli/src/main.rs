@@ -1,9 +1,11 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket; signs goals here, so that no key leaves the manager.
 //!
-//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `card`, `trust`, `image`, `config`, `completion`); `client` speaks HTTP, `output` prints,
+//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `card`, `trust`, `agent`, `image`, `config`, `completion`); `client`
+//! speaks HTTP, `output` prints,
 //! `error` says what failed, why and what to do next, and maps it to an exit status.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+mod agent;
 mod card;
 mod client;
 mod completion;
@@ -35,6 +37,7 @@ Examples:
   adit key new fleet.key
   adit image inject web-1.qcow2 --vm-id web-1 --trust fleet.key.pub --allow-port 22,80
   adit goal apply patch.yaml --sign fleet.key --to web-1,web-2
+  adit agent upgrade --to web-1 --package adit-guest --sign agents.key
   adit task watch                                  # or `adit goal apply … --watch`
   adit task ls --state failed
   adit task output 3f2a --stream stderr
@@ -97,6 +100,9 @@ enum Command {
     /// Sign trust documents, which say whom guests trust and whom no longer, and hand them over
     #[command(subcommand)]
     Trust(trust::TrustCommand),
+    /// Give VMs the next agent
+    #[command(subcommand)]
+    Agent(agent::AgentCommand),
     /// Wait until a VM is ready
     Wait(vm::Wait),
     /// Show whether aditd runs by its configuration file as it is now
@@ -150,6 +156,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Image(command) => image::run(command, format)?,
         Command::Card(command) => card::run(command, format)?,
         Command::Trust(command) => trust::run(command, &client, format).await?,
+        Command::Agent(command) => agent::run(command, &client, format).await?,
         Command::Config => config::show(&client, format).await?,
         Command::Completion(completion) => completion::print(completion)?,
         Command::Version => version(format)?,

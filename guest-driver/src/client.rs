@@ -42,6 +42,7 @@ use crate::running::{Event, Running, SharedRunner};
 use crate::serve::Identity;
 use crate::transport::Transport;
 use crate::trust::Anchors;
+use crate::upgrade::{Upgrade, program};
 use crate::{facts, log};
 
 /// How long the host may take to answer the hello, and to read our bytes meanwhile.
@@ -66,6 +67,7 @@ pub struct Client {
     identity: Arc<Identity>,
     live: Arc<Live>,
     runner: SharedRunner,
+    upgrade: Arc<Upgrade>,
     running: Option<Running>,
     /// What came on the stream that is open.
     given: Given,
@@ -74,7 +76,7 @@ pub struct Client {
     /// How many trust documents came on it.
     trusts: u32,
     /// What the host was told on it of who this guest is.
-    told: Option<(wire::Enrolment, Facts)>,
+    told: Option<(wire::Enrolment, wire::Program, Facts)>,
     /// The clock message that the host has not answered, and when it was sent.
     clock_asked: Option<(u32, Instant)>,
     last_id: u32,
@@ -87,12 +89,16 @@ impl Client {
         identity: Arc<Identity>,
         live: Arc<Live>,
         runner: Runner,
+        upgrade: Arc<Upgrade>,
     ) -> Self {
+        let runner = SharedRunner::new(runner);
+        upgrade.set_runner(runner.clone());
         Self {
             transport,
             identity,
             live,
-            runner: SharedRunner::new(runner),
+            runner,
+            upgrade,
             running: None,
             given: Given::default(),
             features: 0,
@@ -109,6 +115,7 @@ impl Client {
         loop {
             let error = match self.dial() {
                 Ok(conn) => {
+                    self.upgrade.hello();
                     last = String::new();
                     log::event("connected", &[("service", &SERVICE)]);
                     let begin = Instant::now();
@@ -122,6 +129,7 @@ impl Client {
             };
             // One line for as long as the error is the same, however often it is tried.
             let text = error.to_string();
+            self.upgrade.no_hello(&text);
             if text != last {
                 log::event("disconnected", &[("service", &SERVICE), ("error", &text)]);
                 last = text;
@@ -130,10 +138,20 @@ impl Client {
         }
     }
 
+    /// What is wrong in this guest at this moment, so that no task runs. Not asked for while one does.
+    fn faults(&self) -> Vec<String> {
+        let policy = self.live.policy_fault().map(|fault| fault.to_string());
+        let journal = match &self.running {
+            None => self.runner.lock().journal_fault(),
+            Some(_) => None,
+        };
+        policy.into_iter().chain(journal).collect()
+    }
+
     fn facts(&self, anchors: &Anchors) -> Facts {
         let me = self.live.me(anchors);
         Facts {
-            agent_version: env!("CARGO_PKG_VERSION").into(),
+            agent_version: program::version().to_string(),
             kernel: facts::kernel(),
             os: facts::os(),
             vm_id: me.map_or_else(|_| String::new(), String::from),
@@ -171,7 +189,6 @@ impl Client {
         if self.features & wire::IDENTITY != 0 {
             self.identify(conn)?;
         }
-        let mut told = self.live.policy_fault();
         self.tell(conn)?;
         if self.features & wire::TRUST != 0 {
             let held = self.live.held(&self.live.anchors(), String::new());
@@ -195,12 +212,8 @@ impl Client {
             if !mem::take(&mut clock_is_fresh) {
                 self.send_clock(conn)?;
             }
-            // A reload may have found, or mended, a policy that cannot be used.
-            let policy_fault = self.live.policy_fault();
-            if policy_fault != told {
-                self.tell(conn)?;
-                told = policy_fault;
-            }
+            // A reload may have found, or mended, a policy that cannot be used; and the journal may be another one since.
+            self.tell(conn)?;
             let epoch = self.identity.common().epoch;
             let id = self.send(conn, WireKind::Pull, &Pull { epoch })?;
             let Some(task) = self.next_task(conn, id)? else {
@@ -218,14 +231,15 @@ impl Client {
     /// Tells who this guest is, unless the host was told just that.
     fn tell(&mut self, conn: &Conn) -> io::Result<()> {
         let anchors = self.live.anchors();
-        let (enrolment, facts) = (self.live.enrolment(&anchors), self.facts(&anchors));
-        let now = (enrolment, facts);
+        let enrolment = self.live.enrolment(&anchors, &self.faults());
+        let now = (enrolment, self.upgrade.program(), self.facts(&anchors));
         if self.told.as_ref() == Some(&now) {
             return Ok(());
         }
         // First, so that a VM that is ready has its labels.
         self.send_ignorable(conn, WireKind::Enrolment, &now.0)?;
-        self.send(conn, WireKind::Facts, &now.1)?;
+        self.send_ignorable(conn, WireKind::Program, &now.1)?;
+        self.send(conn, WireKind::Facts, &now.2)?;
         self.told = Some(now);
         Ok(())
     }

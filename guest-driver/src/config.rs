@@ -195,6 +195,23 @@ impl Config {
         Self::parse(path, &text)
     }
 
+    /// Reads what a file says of places and of who the guest is, and nothing else: also one with keys that only a newer agent
+    /// has.
+    ///
+    /// # Errors
+    /// It cannot be read, or is not TOML, or one of these is wrong.
+    pub fn places(path: &Path) -> Result<Self, ConfigError> {
+        const PLACES: [&str; 5] = ["vm_id", "card", "trust_dir", "state_dir", "run_dir"];
+        let read = |source| ConfigError::Read {
+            path: path.into(),
+            source,
+        };
+        let text = read_regular(path).map_err(read)?;
+        let mut all: toml::Table = text.parse().unwrap_or_default();
+        all.retain(|key, _| PLACES.contains(&key));
+        Self::parse(path, &all.to_string())
+    }
+
     /// Checks the text of a file.
     ///
     /// # Errors

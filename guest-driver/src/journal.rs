@@ -87,6 +87,25 @@ pub enum JournalError {
     Unavailable(String),
 }
 
+impl JournalError {
+    /// What to do, where no task can be accepted because of it.
+    pub fn remedy(&self, dir: &Path) -> String {
+        let dir = dir.display();
+        match self {
+            Self::NoSpace(_) => format!("make room on the disk of {dir}, then tasks run again"),
+            Self::Corrupt(_) => format!(
+                "restore {dir}/{FILE}, or move it away and restart the agent: what has run may run again while its goal is valid"
+            ),
+            Self::Unavailable(_) => {
+                format!("make {dir} writable for this agent alone, then tasks run again")
+            }
+            Self::Full | Self::Replay { .. } | Self::TooManyKeys => {
+                "order new work by a goal of now".into()
+            }
+        }
+    }
+}
+
 impl From<redb::Error> for JournalError {
     fn from(e: redb::Error) -> Self {
         match &e {

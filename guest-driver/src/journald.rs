@@ -23,13 +23,18 @@ pub fn is_vm(vm: Option<&VmId>) {
 }
 
 /// Sends a line. False where it has to be written to standard error: that is no journal, or the journal takes nothing now.
-pub fn send(line: &str, task: Option<&str>) -> bool {
+pub fn send(line: &str, task: Option<&str>, priority: u8) -> bool {
     let Some(journal) = JOURNAL.get_or_init(connect) else {
         return false;
     };
     let vm = VM.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let entry = entry(line, vm.as_ref().map(VmId::as_str), task);
+    let entry = entry(line, vm.as_ref().map(VmId::as_str), task, priority);
     journal.send(entry.as_bytes()).is_ok()
+}
+
+/// Whether standard error is the journal.
+pub fn is_there() -> bool {
+    JOURNAL.get_or_init(connect).is_some()
 }
 
 fn connect() -> Option<UnixDatagram> {
@@ -45,9 +50,9 @@ fn connect() -> Option<UnixDatagram> {
     Some(socket)
 }
 
-fn entry(line: &str, vm: Option<&str>, task: Option<&str>) -> String {
+fn entry(line: &str, vm: Option<&str>, task: Option<&str>, priority: u8) -> String {
     let line = line.trim_end();
-    let mut entry = format!("PRIORITY=6\nSYSLOG_IDENTIFIER=adit-guest\nMESSAGE={line}\n");
+    let mut entry = format!("PRIORITY={priority}\nSYSLOG_IDENTIFIER=adit-guest\nMESSAGE={line}\n");
     for (field, value) in [("VM", vm), ("TASK", task)] {
         if let Some(value) = value {
             let _ = writeln!(entry, "{field}={value}");
@@ -63,13 +68,13 @@ mod tests {
     #[test]
     fn an_entry_is_a_field_a_line() {
         assert_eq!(
-            entry("started task=ab step=x\n", Some("web-1"), Some("ab")),
+            entry("started task=ab step=x\n", Some("web-1"), Some("ab"), 6),
             "PRIORITY=6\nSYSLOG_IDENTIFIER=adit-guest\nMESSAGE=started task=ab step=x\nVM=web-1\nTASK=ab\n"
         );
     }
 
     #[test]
     fn nothing_is_sent_where_standard_error_is_no_journal() {
-        assert!(!send("ready", None));
+        assert!(!send("ready", None, 6));
     }
 }

@@ -42,4 +42,5 @@ pub mod show;
 mod sys;
 pub mod transport;
 pub mod trust;
+pub mod upgrade;
 pub mod verify;

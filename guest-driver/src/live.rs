@@ -143,13 +143,11 @@ impl Live {
         *now = Arc::new(enrolment);
     }
 
-    /// What the host is told of the enrolment.
-    pub fn enrolment(&self, anchors: &Anchors) -> wire::Enrolment {
+    /// What the host is told of the enrolment, and of `faults` besides.
+    pub fn enrolment(&self, anchors: &Anchors, faults: &[String]) -> wire::Enrolment {
         let mut told = self.enrolled().told(anchors.card.as_ref());
-        if let Some(fault) = self.policy().fault() {
-            told.faults.truncate(wire::FAULTS_MAX - 1);
-            told.faults.insert(0, fault.to_string());
-        }
+        told.faults.splice(0..0, faults.iter().cloned());
+        told.faults.truncate(wire::FAULTS_MAX);
         told
     }
 

@@ -1,5 +1,6 @@
 //! Event log: one line an event on standard error, which is a console, /dev/kmsg or a service manager's journal. systemd's
-//! journal gets fields as well (`journald`).
+//! journal gets fields as well (`journald`). What somebody has to do something about, an event with a field `do`, is an error
+//! there, and on the console too: without the agent it is the operator's only view of the guest.
 //!
 //! `adit-guest: NAME key=value …`. Values that a peer or a task chose are escaped, so that no value can forge a
 //! second line or a terminal sequence. A line that cannot be written is dropped: logging never stops the agent.
@@ -19,9 +20,14 @@ use crate::journald;
 const PREFIX: &str = "adit-guest: ";
 /// Most bytes of one value; the rest is cut and marked.
 const VALUE_MAX: usize = 512;
+/// Most bytes of a line for the kernel's log; it takes no more than 1 KiB.
+const CONSOLE_MAX: usize = 900;
+/// Priorities of syslog(3).
+const ERROR: u8 = 3;
+const INFO: u8 = 6;
 
 /// Events that a client, or a process of this guest, causes by opening a stream, or the host by what it says.
-const BY_PEERS: [&str; 7] = [
+const BY_PEERS: [&str; 10] = [
     "stream-refused",
     "hello-refused",
     "relay-failed",
@@ -29,6 +35,9 @@ const BY_PEERS: [&str; 7] = [
     "ring-failed",
     "ring-ended",
     "trust-refused",
+    "blob",
+    "blob-refused",
+    "agent-refused",
 ];
 /// Such an event gets one line in this time.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -57,9 +66,29 @@ pub fn event(name: &str, fields: &[(&str, &dyn Display)]) {
             shown
         });
     let message = line.trim_start_matches(PREFIX);
-    if !journald::send(message, task.as_deref()) {
+    let has_remedy = fields.iter().any(|(key, _)| *key == "do");
+    let priority = if has_remedy { ERROR } else { INFO };
+    if !journald::send(message, task.as_deref(), priority) {
         let _ = std::io::stderr().lock().write_all(line.as_bytes());
+    } else if has_remedy {
+        console(&line);
     }
+}
+
+/// Writes a line to the console, where standard error does not lead to it.
+pub fn console(line: &str) {
+    if !journald::is_there() {
+        return;
+    }
+    let line = line.trim_end();
+    let mut end = line.len().min(CONSOLE_MAX);
+    while !line.is_char_boundary(end) {
+        end -= 1;
+    }
+    // The kernel prints errors also with `quiet`, and limits how many a program writes.
+    let kmsg = std::fs::OpenOptions::new().write(true).open("/dev/kmsg");
+    let _ =
+        kmsg.and_then(|mut kmsg| kmsg.write_all(format!("<{ERROR}>{}\n", &line[..end]).as_bytes()));
 }
 
 /// Whether a line may be written now, and how many were left out before it.

@@ -14,6 +14,8 @@ use adit_guest_driver::self_test::{self, Found};
 #[cfg(feature = "test-util")]
 use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::Vsock;
+use adit_guest_driver::upgrade::begin::{self, How};
+use adit_guest_driver::upgrade::{self, Begun, program};
 use adit_guest_driver::{documents, enrol, journal, show};
 use adit_print::PrintError;
 use anyhow::Context;
@@ -34,6 +36,12 @@ enum Cmd {
         /// Configuration file.
         #[arg(long, default_value = DEFAULT_PATH)]
         config: PathBuf,
+        /// This program came over the channel: the image's program has begun it.
+        #[arg(long, hide = true)]
+        kept_by: Option<PathBuf>,
+        /// It has not had a hello with the host yet.
+        #[arg(long, hide = true, requires = "kept_by")]
+        trial: bool,
         /// For tests: `unix:DIR` in place of AF_VSOCK.
         #[cfg(feature = "test-util")]
         #[arg(long)]
@@ -115,17 +123,20 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(done) => return done,
     };
+    let mut is_on_trial = false;
     let done = match args.command {
-        #[cfg(not(feature = "test-util"))]
-        Cmd::Run { config } => on_vsock(config),
-        #[cfg(feature = "test-util")]
         Cmd::Run {
             config,
+            kept_by,
+            trial,
+            #[cfg(feature = "test-util")]
             test_transport,
-        } => match test_transport {
-            Some(arg) => test_transport_of(&arg).and_then(|t| Ok(run::run(&config, t, None)?)),
-            None => on_vsock(config),
-        },
+        } => {
+            is_on_trial = trial;
+            #[cfg(not(feature = "test-util"))]
+            let test_transport = None;
+            run_agent(config, kept_by, trial, test_transport)
+        }
         Cmd::Install {
             root,
             init,
@@ -138,19 +149,28 @@ fn main() -> ExitCode {
         Cmd::Seal { config, keep_vm_id } => seal(&config, keep_vm_id),
         Cmd::Trust(TrustCmd::Add { file, config }) => trust_add(&file, &config),
         Cmd::Policy { command } => return policy(&command),
-        Cmd::Version => print(&format!("adit-guest {}\n", env!("CARGO_PKG_VERSION"))),
+        Cmd::Version => print(&format!("adit-guest {}\n", program::version())),
         Cmd::JournalCheck { dir } => journal::check(&dir).map_err(Into::into),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => failed(&e, exit_status(&e)),
+        Err(e) => {
+            let status = match exit_status(&e) {
+                // No init system would start it again, nor what ran before it.
+                BAD_CONFIG if is_on_trial => 1,
+                status => status,
+            };
+            failed(&e, status)
+        }
     }
 }
 
 fn failed(e: &anyhow::Error, status: u8) -> ExitCode {
     if status != adit_print::CLOSED_PIPE {
         // One line, whatever a cause brings along.
-        adit_print::note!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
+        let line = format!("adit-guest: {}", format!("{e:#}").replace('\n', " "));
+        adit_print::note!("{line}");
+        adit_guest_driver::log::console(&line);
     }
     ExitCode::from(status)
 }
@@ -166,13 +186,65 @@ fn policy(command: &PolicyCommand) -> ExitCode {
     }
 }
 
-fn on_vsock(config: PathBuf) -> anyhow::Result<()> {
-    let ring = Link::default();
-    let carriers = Carriers {
-        vsock: Vsock,
-        ring: ring.clone(),
+/// Runs the agent: this program, or the one that is the agent.
+fn run_agent(
+    config: PathBuf,
+    kept_by: Option<PathBuf>,
+    is_on_trial: bool,
+    transport: Option<String>,
+) -> anyhow::Result<()> {
+    let is_kept = kept_by.is_some();
+    let image = match kept_by {
+        Some(image) => image,
+        None => upgrade::image(&std::env::current_exe().unwrap_or_default()),
     };
-    Ok(run::run(&config, Arc::new(carriers), Some(ring))?)
+    let how = How {
+        config,
+        image,
+        transport,
+    };
+    #[cfg(feature = "test-util")]
+    if is_kept {
+        fail_as_told();
+    }
+    let faults = match is_kept {
+        true => Vec::new(),
+        false => begin::begin(&how),
+    };
+    let transport = how.transport.clone();
+    let begun = Begun {
+        how,
+        is_kept,
+        is_on_trial,
+        faults,
+    };
+    match transport {
+        #[cfg(feature = "test-util")]
+        Some(arg) => Ok(run::run(begun, test_transport_of(&arg)?, None)?),
+        _ => {
+            let ring = Link::default();
+            let carriers = Carriers {
+                vsock: Vsock,
+                ring: ring.clone(),
+            };
+            Ok(run::run(begun, Arc::new(carriers), Some(ring))?)
+        }
+    }
+}
+
+/// As a bad program would.
+#[cfg(feature = "test-util")]
+fn fail_as_told() {
+    use adit_guest_driver::upgrade::program::test::behaves;
+    adit_blob::disk::steps_by("ADIT_TEST_KILL_AT_STEP_KEPT");
+    if behaves("crash") {
+        std::process::exit(BAD_CONFIG.into());
+    }
+    if behaves("hang") {
+        loop {
+            std::thread::park();
+        }
+    }
 }
 
 #[cfg(feature = "test-util")]
@@ -206,7 +278,8 @@ fn status(path: &Path) -> anyhow::Result<()> {
     let head = format!("{:<15} {}\n", "config", path.display());
     let tail = format!("{:<15} {}{made}\n", "journal", journal.display());
     let who = show::enrolment(&config, &enrol::look(&config));
-    print(&(head + &show::in_force(&config) + &tail + &who))
+    let agent = show::agent(&config);
+    print(&(head + &show::in_force(&config) + &tail + &who + &agent))
 }
 
 fn check_config(file: &Path) -> anyhow::Result<()> {

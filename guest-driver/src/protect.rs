@@ -44,6 +44,32 @@ pub fn apply() {
     });
 }
 
+/// Gives back what was inherited, for a program that this process becomes: it is to find what this one has found.
+pub fn undo() {
+    let inherited = inherited();
+    if let Some(score) = &inherited.oom_score {
+        let _ = fs::write(OOM_FILE, score);
+    }
+    for &(which, soft, hard) in &inherited.limits {
+        let _ = setrlimit(which, soft, hard);
+    }
+}
+
+/// Sets it again, where this process stays what it is.
+pub fn redo() {
+    let inherited = inherited();
+    for &(which, _, hard) in &inherited.limits {
+        let soft = match which {
+            Resource::RLIMIT_CORE => 0,
+            _ => hard,
+        };
+        let _ = setrlimit(which, soft, hard);
+    }
+    if inherited.oom_score.is_some() {
+        let _ = fs::write(OOM_FILE, OOM_SCORE.to_string());
+    }
+}
+
 /// What a child gets back; nothing if nothing was changed.
 pub fn inherited() -> Inherited {
     INHERITED.get().cloned().unwrap_or_default()

@@ -1,6 +1,5 @@
 //! Puts the agent together: configuration, journal, listener, client.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::thread;
@@ -13,8 +12,10 @@ use crate::exec::{cgroup, reap};
 use crate::live::Live;
 use crate::ring::Link;
 use crate::runner::Runner;
-use crate::serve::{Identity, Server};
+use crate::serve::agent::Agent;
+use crate::serve::{Identity, Server, blob};
 use crate::transport::Transport;
+use crate::upgrade::{Begun, Upgrade};
 use crate::{enrol, facts, journald, log, protect};
 
 /// Why the agent cannot run.
@@ -48,16 +49,19 @@ pub enum RunError {
 /// # Errors
 /// It could not start, or the listener is gone.
 pub fn run(
-    config_path: &Path,
+    begun: Begun,
     transport: Arc<dyn Transport>,
     ring: Option<Link>,
 ) -> Result<(), RunError> {
-    let config = Config::load(config_path)?;
+    let config = Config::load(&begun.how.config)?;
     // The agent may inherit any umask: the files that it makes have the modes that it asks for.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let system = |what| move |source: std::io::Error| RunError::System { what, source };
     reap::hold_signals().map_err(system("hold the signals of ended children"))?;
     protect::apply();
+    let blobs = blob::store(&config.state_dir);
+    let upgrade = Upgrade::new(begun, &config, blobs.clone())
+        .map_err(system("start the thread that watches a trial"))?;
     let listener = transport.listen().map_err(|source| RunError::Listen {
         hint: listen_hint(&source),
         source,
@@ -73,9 +77,11 @@ pub fn run(
         boot_nonce: facts::boot_nonce(),
         epoch: AtomicU64::new(0),
     });
-    let server = Server::new(config.allow_ports.clone(), identity.clone());
     let enrolment = enrol::at_start(&config);
+    let ports = config.allow_ports.clone();
     let live = Arc::new(Live::new(config, enrolment));
+    let agent = Agent::new(live.clone(), upgrade.clone());
+    let server = Server::new(ports, blobs, Some(agent), identity.clone());
     server.govern(live.policy());
     let hup = (live.clone(), server.clone());
     reap::start(move || reload(&hup.0, &hup.1))
@@ -87,7 +93,7 @@ pub fn run(
     let anchors = live.anchors();
     let (me, anchors) = (live.me(&anchors), anchors.count());
     let runner = Runner::new(live.clone(), identity.boot_nonce);
-    let client = Client::new(transport, identity, live.clone(), runner);
+    let client = Client::new(transport, identity, live.clone(), runner, upgrade);
     let client = thread::Builder::new()
         .name("client".into())
         .spawn(|| client.run());
@@ -97,7 +103,10 @@ pub fn run(
     log::event("ready", &[("vm", &vm), ("anchors", &anchors)]);
     if let Err(why) = &me {
         let effect = "no task will be run";
-        log::event("not-enrolled", &[("effect", &effect), ("why", why)]);
+        let remedy = "give it a card, or `vm_id` in its configuration";
+        let fields: [(&str, &dyn std::fmt::Display); 3] =
+            [("effect", &effect), ("why", why), ("do", &remedy)];
+        log::event("not-enrolled", &fields);
     }
     if anchors == 0 {
         log::event(
@@ -105,6 +114,10 @@ pub fn run(
             &[
                 ("effect", &"no task will be run"),
                 ("dir", &live.config().trust_dir.display()),
+                (
+                    "do",
+                    &"put a public key of `adit key new` there, if this guest is to run work",
+                ),
             ],
         );
     }

@@ -10,6 +10,7 @@
 //! A result that the journal cannot take although space was held for it is *unsaved*: the report says so, it is delivered
 //! from memory, and no other task starts before it is written.
 
+use std::mem;
 use std::sync::Arc;
 
 use adit_tasks::wire::{Outcome, Report, Started, Task, TaskId};
@@ -38,6 +39,8 @@ pub struct Runner {
     scripts: script::Dirs,
     boot_nonce: [u8; 16],
     unsaved: Option<Unsaved>,
+    /// What was last logged of a journal that could not be opened.
+    journal_failed: Option<String>,
 }
 
 /// A result that the journal could not take: delivered from memory while this process lives.
@@ -60,6 +63,7 @@ impl Runner {
             scripts,
             boot_nonce,
             unsaved: None,
+            journal_failed: None,
         };
         runner.open_journal();
         runner
@@ -70,15 +74,29 @@ impl Runner {
         if let Err(e) = self.end_interrupted() {
             self.journal = Err(e);
         }
+        let failed = self.journal.as_ref().err().map(ToString::to_string);
+        // It is tried again for each task: one line for as long as the error is the same.
+        if mem::replace(&mut self.journal_failed, failed.clone()) == failed {
+            return;
+        }
         if let Err(e) = &self.journal {
+            let remedy = e.remedy(&self.live.config().state_dir);
             log::event(
                 "journal-failed",
                 &[
                     ("error", e),
                     ("effect", &"every task is refused; ports are served"),
+                    ("do", &remedy),
                 ],
             );
         }
+    }
+
+    /// Why the journal takes no task, and what to do. For people.
+    pub fn journal_fault(&self) -> Option<String> {
+        let error = self.journal.as_ref().err()?;
+        let remedy = error.remedy(&self.live.config().state_dir);
+        Some(format!("{error}; no task runs: {remedy}"))
     }
 
     /// Opens the journal if it could not be opened before: the cause may be gone by now.
@@ -89,6 +107,12 @@ impl Runner {
         ) {
             self.open_journal();
         }
+    }
+
+    /// Closes the journal, for another program. It is opened again for the next task, if this one stays.
+    pub fn close(&mut self) {
+        let why = "closed for another agent".into();
+        self.journal = Err(JournalError::Unavailable(why));
     }
 
     fn end_interrupted(&mut self) -> Result<(), JournalError> {

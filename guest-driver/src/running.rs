@@ -10,7 +10,7 @@
 
 use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle};
 
 use adit_tasks::wire::{Started, Task, TaskId};
@@ -36,6 +36,11 @@ impl SharedRunner {
     /// The runner; waits until a running task has ended.
     pub fn lock(&self) -> MutexGuard<'_, Runner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a task runs.
+    pub fn is_busy(&self) -> bool {
+        matches!(self.0.try_lock(), Err(TryLockError::WouldBlock))
     }
 
     /// Begins a task.

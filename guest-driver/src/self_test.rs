@@ -12,6 +12,7 @@ use crate::enrol::{self, seal};
 use crate::policy::Standing;
 use crate::policy::command::notes;
 use crate::trust::Anchors;
+use crate::upgrade::begin;
 
 /// 2024-01-01: a clock that is behind was never set.
 const CLOCK_MIN_MS: u64 = 1_704_067_200_000;
@@ -50,6 +51,7 @@ pub fn run(config: &Config) -> Vec<Found> {
             .iter()
             .map(|fault| Found::Fails(fault.to_string())),
     );
+    found.push(agent(config));
     found.extend(policy(config));
     found.push(copies(config));
     found
@@ -110,6 +112,22 @@ fn clock_is_set() -> Found {
             "the clock was never set: goals wait until it is; set it, or `clock = \"host\"` in the configuration".into(),
         ),
         _ => Found::Ok("the clock is set".into()),
+    }
+}
+
+/// Which program is the agent.
+fn agent(config: &Config) -> Found {
+    match begin::look(config) {
+        (_, Ok(None)) => Found::Ok("the image's program is the agent".into()),
+        (kept, Ok(Some(installed))) if kept.is_on_trial() => Found::Note(format!(
+            "the agent {} is on trial: a copy of this disk would try it anew",
+            installed.version
+        )),
+        (_, Ok(Some(installed))) => Found::Ok(format!(
+            "the agent is {}, which came over the channel; copies of this disk have it",
+            installed.version
+        )),
+        (_, Err(why)) => Found::Fails(format!("the agent is not the one that was taken: {why}")),
     }
 }
 

@@ -11,6 +11,7 @@ use crate::config::{ClockSource, Config};
 use crate::enrol::{self, Enrolment};
 use crate::policy::{self, Standing};
 use crate::trust::Anchors;
+use crate::upgrade::{self, begin, program};
 
 /// Every key with its value in force, and the trust anchors.
 pub fn in_force(config: &Config) -> String {
@@ -120,6 +121,44 @@ fn write_enrolment(out: &mut String, config: &Config, found: &Enrolment) -> fmt:
     }
     for fault in &found.faults {
         writeln!(out, "{:<15} {fault}", "not used")?;
+    }
+    Ok(())
+}
+
+/// Which program is the agent, and why others are not.
+pub fn agent(config: &Config) -> String {
+    let mut text = String::new();
+    // Writing to a String cannot fail.
+    let _ = write_agent(&mut text, config);
+    text
+}
+
+fn write_agent(out: &mut String, config: &Config) -> fmt::Result {
+    let image = program::version();
+    let (kept, run) = begin::look(config);
+    let ours = format!("{image}, the image's program");
+    let agent = match &run {
+        Err(why) => format!("{ours}: {why}"),
+        Ok(None) => ours,
+        Ok(Some(installed)) => {
+            let digest = installed.digest.to_string();
+            let trial = match kept.is_on_trial() {
+                true => ", on trial: it has had no hello with the host yet",
+                false => "",
+            };
+            let version = &installed.version;
+            format!(
+                "{version} ({}), beside the image's {image}{trial}",
+                &digest[..16]
+            )
+        }
+    };
+    writeln!(out, "{:<15} {agent}", "agent")?;
+    if let Some(floor) = &kept.floor {
+        writeln!(out, "{:<15} {floor}", "oldest agent")?;
+    }
+    if let Some(failed) = &kept.failed {
+        writeln!(out, "{:<15} {}", "agent's fault", upgrade::fault(failed))?;
     }
     Ok(())
 }

@@ -178,6 +178,10 @@ impl Transport for UnixDir {
     }
 
     fn dial_host(&self) -> io::Result<Conn> {
+        #[cfg(feature = "test-util")]
+        if crate::upgrade::program::test::behaves("mute") {
+            return Err(io::Error::other("mute"));
+        }
         Ok(OwnedFd::from(std::os::unix::net::UnixStream::connect(
             self.0.join("host.sock"),
         )?)

@@ -15,7 +15,7 @@ use adit_channel::ring::{RingBells, RingCarrier, spec};
 use adit_channel::shard::{Handle, Shard};
 use adit_channel::stream::{Stream, Target};
 use adit_engine::{EngineConfig, How};
-use adit_guest_driver::serve::{Identity, Server};
+use adit_guest_driver::serve::{Identity, Server, blob};
 use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::ring::{RingEnd, carrier};
 use adit_ringbuf::Mapped;
@@ -43,7 +43,8 @@ fn agent() {
         boot_nonce: [5; 16],
         epoch: AtomicU64::new(0),
     });
-    let server = Server::new(vec![port.parse().expect("a port")], identity);
+    let blobs = blob::store("/nowhere".as_ref());
+    let server = Server::new(vec![port.parse().expect("a port")], blobs, None, identity);
     let listener = ring.listen().expect("a free port");
     let _ = server.run(&*listener);
 }

@@ -256,6 +256,9 @@ async fn handle(
         if is_first {
             offer(state, vm, offered, writer).await?;
         }
+    } else if is(WireKind::Program) {
+        let said: wire::Program = header.decode(body).map_err(bad)?;
+        vm.agent.runs(program(said));
     } else if is(WireKind::Clock) {
         let guest: Clock = header.decode(body).map_err(bad)?;
         let now = state.now_ms();
@@ -319,6 +322,17 @@ async fn take_report(state: &Arc<State>, vm: &Arc<VmEntry>, report: Report) -> i
             Ok(())
         }
         Err(e) => Err(io::Error::other(e)),
+    }
+}
+
+/// Cuts what the guest says of its program: it is shown.
+fn program(said: wire::Program) -> wire::Program {
+    let cut = |text: &str, most| adit_names::escape(text).at_most(most).to_string();
+    let faults = said.faults.iter().take(wire::FAULTS_MAX);
+    wire::Program {
+        floor: cut(&said.floor, 64),
+        faults: faults.map(|fault| cut(fault, 500)).collect(),
+        ..said
     }
 }
 

@@ -23,8 +23,12 @@ pub enum FaultKind {
     Card,
     /// The guest does not take a trust document.
     Trust,
+    /// The guest's agent is not the program that it was to be.
+    Agent,
     /// The guest's policy file cannot be used.
     Policy,
+    /// The guest's journal takes no task.
+    Journal,
 }
 
 impl FaultKind {
@@ -38,7 +42,9 @@ impl FaultKind {
             Self::Clone => "clone",
             Self::Card => "card",
             Self::Trust => "trust",
+            Self::Agent => "agent",
             Self::Policy => "policy",
+            Self::Journal => "journal",
         }
     }
 }

@@ -25,6 +25,7 @@
 pub mod agent;
 pub mod api;
 pub mod arguments;
+pub mod blobs;
 pub mod cgroup;
 pub mod config;
 pub mod desk;

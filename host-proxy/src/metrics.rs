@@ -46,7 +46,8 @@ const STREAMS: Metric = Metric {
 const FAULT: Metric = Metric {
     name: "adit_vm_fault",
     labels: &["vm", "kind"],
-    help: "1 while the VM has a fault of that kind: power-cycle, port-process, transport, enrolment, card or policy",
+    help: "1 while the VM has a fault of that kind: power-cycle, port-process, transport, enrolment, clone, card, trust, agent, \
+           policy or journal",
 };
 const CONFIG: Metric = Metric {
     name: "adit_config_last_reload_successful",

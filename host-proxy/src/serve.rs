@@ -13,7 +13,7 @@ use crate::listen::{self, Gate};
 use crate::monitor::Monitor;
 use crate::place::Listeners;
 use crate::state::State;
-use crate::{api, desk, identity, proxy, reload, vms};
+use crate::{api, blobs, desk, identity, proxy, reload, vms};
 
 /// How long requests that are under way may go on after the stop.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
@@ -69,12 +69,14 @@ impl Service {
         let mut boot_nonce = [0; 16];
         getrandom::fill(&mut boot_nonce)
             .map_err(|e| anyhow::anyhow!("cannot get random numbers: {e}"))?;
+        // In the same directory: the worker has no other.
         let dir = path.parent().unwrap_or(&path);
         let host_id = identity::of_host(dir).map_err(|e| {
             let file = shown.with_file_name(identity::FILE);
             anyhow::anyhow!("cannot use {}: {e}", file.display())
         })?;
-        let state = State::new(config, monitor, db, boot_nonce, host_id);
+        let blobs = blobs::Blobs::new(dir);
+        let state = State::new(config, monitor, db, blobs, boot_nonce, host_id);
         Ok(Self {
             state,
             file,

@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::blobs::Blobs;
 use crate::config::Config;
 use crate::desk::Desk;
 use crate::desk::store::db::Db;
@@ -33,6 +34,8 @@ pub struct State {
     pub registry: Arc<Registry>,
     /// Their tasks.
     pub desk: Desk,
+    /// Files for VMs.
+    pub blobs: Blobs,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// How many connections there may be.
@@ -59,6 +62,7 @@ impl State {
         config: Config,
         monitor: Monitor,
         db: Db,
+        blobs: Blobs,
         boot_nonce: [u8; 16],
         host_id: [u8; 16],
     ) -> Arc<Self> {
@@ -84,6 +88,7 @@ impl State {
             reloads: Reloads::default(),
             monitor,
             metrics,
+            blobs,
             boot_nonce,
             host_id,
             stop: CancellationToken::new(),

@@ -103,6 +103,7 @@ fn try_it(name: &str) -> ! {
         std::fs::write("/aditd.db", "whole").unwrap();
         assert_eq!(std::fs::read("/aditd.db").unwrap(), b"whole");
         std::fs::remove_file("/aditd.db").unwrap();
+        keep_a_blob();
         std::thread::spawn(|| ()).join().unwrap();
     }
     let code = match attempt(other) {
@@ -110,6 +111,25 @@ fn try_it(name: &str) -> ! {
         Err(_) => REFUSED,
     };
     std::process::exit(code)
+}
+
+fn keep_a_blob() {
+    let limits = adit_blob::Limits {
+        blob: 10,
+        all: 10,
+        spare: 0,
+    };
+    let store = adit_blob::Store::new("/".as_ref(), "aditd.blob-", limits);
+    for content in [b"first", b"later"] {
+        let digest = adit_blob::Digest::of(content);
+        let Ok(adit_blob::Begun::Writing(mut writing)) = store.begin(digest, 5) else {
+            panic!("it is not taken")
+        };
+        writing.write(content).unwrap();
+        writing.finish().unwrap();
+        drop(store.open(digest).unwrap());
+        store.remove(&digest).unwrap();
+    }
 }
 
 #[test]

@@ -26,12 +26,16 @@ pub const GOAL_TYPE: &str = "application/vnd.adit.goal.v1+json";
 pub const CARD_TYPE: &str = "application/vnd.adit.card.v1+json";
 /// The type of a trust document's envelope.
 pub const TRUST_TYPE: &str = "application/vnd.adit.trust.v1+json";
+/// The type of an agent's package.
+pub const AGENT_TYPE: &str = "application/vnd.adit.agent.v1+json";
 /// Most bytes of a goal's envelope.
 pub const ENVELOPE_MAX: usize = 256 << 10;
 /// Most bytes of a card's envelope: it has to fit into what a platform hands to its guest.
 pub const CARD_MAX: usize = 1024;
 /// Most bytes of a trust document's envelope.
 pub const TRUST_MAX: usize = 16 << 10;
+/// Most bytes of the envelope of an agent's package.
+pub const AGENT_MAX: usize = 2048;
 /// Most signatures of an envelope.
 pub const SIGNATURES_MAX: usize = 8;
 
@@ -44,6 +48,8 @@ pub enum Type {
     Card,
     /// Whom guests are to trust, and whom no longer.
     Trust,
+    /// Which program a guest's agent is.
+    Agent,
 }
 
 impl Type {
@@ -53,6 +59,7 @@ impl Type {
             Self::Goal => GOAL_TYPE,
             Self::Card => CARD_TYPE,
             Self::Trust => TRUST_TYPE,
+            Self::Agent => AGENT_TYPE,
         }
     }
 
@@ -61,6 +68,7 @@ impl Type {
         match self {
             Self::Goal => Role::Goal,
             Self::Card | Self::Trust => Role::Card,
+            Self::Agent => Role::Agent,
         }
     }
 
@@ -70,6 +78,7 @@ impl Type {
             Self::Goal => ENVELOPE_MAX,
             Self::Card => CARD_MAX,
             Self::Trust => TRUST_MAX,
+            Self::Agent => AGENT_MAX,
         }
     }
 }

@@ -12,6 +12,7 @@
 //! | `draft` | what a person writes (feature `yaml`) |
 //! | `card` | who a guest is |
 //! | `trust` | whom guests are to trust, and whom no longer |
+//! | `package`, `order` | which program a guest's agent is to be; the messages that say so |
 //! | `dsse`, `key`, `anchor` | envelopes and signatures; keys; trust anchors and their roles |
 //! | `plan` | goal and VM → tasks with derived ids |
 //! | `principal` | whom a file is to belong to |
@@ -32,6 +33,8 @@ pub mod dsse;
 pub mod goal;
 pub mod key;
 mod object;
+pub mod order;
+pub mod package;
 pub mod plain;
 pub mod plan;
 mod principal;
@@ -46,6 +49,7 @@ pub use anchor::{Anchor, Role, Roles, TrustStore};
 pub use card::Card;
 pub use goal::{Goal, Step};
 pub use key::{KeyId, PublicKey};
+pub use package::Package;
 pub use plain::plain;
 pub use plan::{PlannedTask, plan, task_id};
 pub use principal::Principal;

@@ -8,7 +8,8 @@
 //!   Identity{id} ─────────────────────────▶   where both have the bit IDENTITY: the id that a host has given it
 //!   ◀────────────────────────────── Identified   the id that it has from now on; it runs nothing before it has heard this
 //!   Enrolment ────────────────────────────▶   its card and its key, and what of that it could not use
-//!   Facts ────────────────────────────────▶   agent is ready; both again if they change
+//!   Program ──────────────────────────────▶   which program the agent is, and which it could not be
+//!   Facts ────────────────────────────────▶   agent is ready; all three again if they change
 //!   TrustHeld ────────────────────────────▶   where both have the bit TRUST: which trust documents it has taken
 //!   ◀──────────────────────── Trust{envelope}   each that the guest has not taken yet; at any time, also while a task runs
 //!   TrustHeld ────────────────────────────▶   the answer to each
@@ -22,7 +23,7 @@
 //!   ◀─────────────────────────── ReportAck    the host has it on disk; the guest may forget the result
 //!   Pull …
 //! ```
-//! `Enrolment`, `Clock` and `Held` have the flag IGNORABLE: a host that does not know them skips them, and `HostClock` goes only to a guest
+//! `Enrolment`, `Program`, `Clock` and `Held` have the flag IGNORABLE: a host that does not know them skips them, and `HostClock` goes only to a guest
 //! that has sent a `Clock`.
 //!
 //! A task carries no content of its own: goal envelope, step and attempt; the guest derives the rest.
@@ -81,6 +82,7 @@ pub enum WireKind {
     TrustHeld = 15,
     Identity = 16,
     Identified = 17,
+    Program = 18,
 }
 
 /// 16 bytes that name one attempt of one step for one VM: see `task_id`.
@@ -171,6 +173,19 @@ pub struct Identified {
     pub id: HostGiven,
     /// Whose disk it is a copy of, for people; empty where it is none.
     pub copy_of: String,
+}
+
+/// Which program the agent is. Shown, never trusted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    /// sha256 of the program, if it came over the channel; none: it is the one of the image.
+    pub digest: Option<[u8; 32]>,
+    /// The oldest version that this guest takes, empty if any.
+    pub floor: String,
+    /// sha256 of the program that was taken back last.
+    pub taken_back: Option<[u8; 32]>,
+    /// What is wrong, each with why and what to do; at most [`FAULTS_MAX`].
+    pub faults: Vec<String>,
 }
 
 /// Asks for one task and waits for it.
@@ -379,6 +394,24 @@ mod tests {
         let kinds = [WireKind::Identity, WireKind::Identified];
         assert_eq!(kinds.map(|k| k as u16), [16, 17]);
         assert_eq!((WINDOW, TRUST, IDENTITY), (1, 2, 4));
+    }
+
+    #[test]
+    fn a_program_has_golden_bytes() {
+        let bytes = |m: &Program| crate::hex(&postcard::to_stdvec(m).unwrap());
+        assert_eq!(bytes(&Program::default()), "00000000");
+        let whole = Program {
+            digest: Some([0xab; 32]),
+            floor: "1.2.3".into(),
+            taken_back: Some([0xcd; 32]),
+            faults: vec!["a".into()],
+        };
+        let (digest, back) = ("ab".repeat(32), "cd".repeat(32));
+        assert_eq!(
+            bytes(&whole),
+            format!("01{digest}05312e322e3301{back}010161")
+        );
+        assert_eq!(WireKind::Program as u16, 18);
     }
 
     #[test]

@@ -24,7 +24,8 @@ pub struct Options {
     /// Skip the real guests
     #[arg(long)]
     no_guests: bool,
-    /// Also what takes long: the real Debian with the newer kernel, with OpenRC, with larger files; fifty copies of a guest's disk
+    /// Also what takes long: agents killed 500 times while they are upgraded; fifty copies of a guest's disk; the real Debian with
+    /// the newer kernel, with OpenRC, with larger files
     #[arg(long, conflicts_with = "no_guests")]
     full: bool,
 }
@@ -199,11 +200,16 @@ fn made(what: &str) -> anyhow::Result<()> {
 }
 
 /// With `--full` only.
-const FULL: [Step; 2] = [
+const FULL: [Step; 3] = [
     Step {
-        name: "a real Debian, at length",
-        budget_s: 900,
-        run: || with_guests_and("debian", &[at_length()]),
+        name: "agents killed while they are upgraded, 500",
+        budget_s: 300,
+        run: || {
+            let killed = "r132_an_agent_that_is_killed_at_every_step";
+            let which = ["-p", "adit-guest-driver", "--test", "agent"];
+            let args = [&["test"], &which[..], &["--", "--nocapture", killed]].concat();
+            cargo_with(&args, &[at_length()])
+        },
     },
     Step {
         name: "fifty copies of a guest's disk",
@@ -213,6 +219,11 @@ const FULL: [Step; 2] = [
             let env = [&real.env()[..], &[at_length()]].concat();
             cargo_with(&real.args(&["r133_copies_of"]), &env)
         },
+    },
+    Step {
+        name: "a real Debian, at length",
+        budget_s: 900,
+        run: || with_guests_and("debian", &[at_length()]),
     },
 ];
 

@@ -108,6 +108,15 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         );
         rows.push(["pending".into(), said]);
     }
+    if let Some(program) = &vm.program {
+        let said = match &program.sha256 {
+            Some(digest) => format!("{}, came over the channel", short(digest)),
+            None => "the one of its image".into(),
+        };
+        rows.push(["program".into(), said]);
+        let floor = program.floor.iter();
+        rows.extend(floor.map(|floor| ["oldest agent".into(), floor.clone()]));
+    }
     rows.extend(vm.card.iter().map(|card| ["card".into(), self::card(card)]));
     if !vm.labels.is_empty() {
         let labels: Vec<_> = vm.labels.iter().map(|(n, v)| format!("{n}={v}")).collect();
@@ -119,6 +128,13 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
             Some(why) => format!("unproved: {why}"),
         };
         ["guest key".into(), format!("{} ({proof})", key.public)]
+    }));
+    rows.extend(vm.goal_keys.map(|n| {
+        let said = match n {
+            0 => "none: it runs no task; put a key into the guest's trust_dir".into(),
+            n => format!("{n} in the guest"),
+        };
+        ["goal keys".into(), said]
     }));
     rows.extend(vm.trust.iter().flat_map(trust));
     rows.extend(vm.clock_ahead_ms.map(|ms| ["clock".into(), clock(ms)]));
@@ -157,6 +173,11 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         rows.push(["latency".into(), said]);
     }
     output::pairs(14, &rows)
+}
+
+/// So much of a digest as tells it from others.
+fn short(digest: &str) -> &str {
+    digest.get(..16).unwrap_or(digest)
 }
 
 /// `generation 3, from SMBIOS, signed by …, until …`, or `unproved: …`.

@@ -1,6 +1,7 @@
 //! `adit-guest seal`: an image that is to be copied has no identity in it, so that each copy gets one of its own. What goes: the
-//! guest's key, what was kept of cards, the journal, the card in the image. What stays: the agent, its configuration, the anchors,
-//! and what was taken of trust documents: a key that is revoked in the image is revoked in each copy.
+//! guest's key, what was kept of cards, the journal, the card in the image, files that the host sent. What stays: the agent, also one
+//! that came over the channel, its configuration, the anchors, and what was taken of trust documents: a key that is revoked in the
+//! image is revoked in each copy.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind};
@@ -11,6 +12,7 @@ use adit_names::VmId;
 use super::{kept, key};
 use crate::config::Config;
 use crate::journal;
+use crate::serve::blob;
 
 /// Why an image is not sealed. Nothing was removed, unless it says what could not be.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +80,18 @@ pub fn seal(config: &Config, keep_vm_id: bool) -> Result<Vec<PathBuf>, SealError
             Ok(()) => gone.push(path),
             Err(e) if e.kind() == ErrorKind::NotFound => {}
             Err(source) => return Err(SealError::Io { path, source }),
+        }
+    }
+    // What the host has sent: it is sent again to whoever needs it. The agent's own programs stay, and which are too old.
+    let blobs = config.state_dir.join(blob::DIR);
+    match fs::remove_dir_all(&blobs) {
+        Ok(()) => gone.push(blobs),
+        Err(e) if e.kind() == ErrorKind::NotFound => {}
+        Err(source) => {
+            return Err(SealError::Io {
+                path: blobs,
+                source,
+            });
         }
     }
     for dir in gone.iter().filter_map(|path| path.parent()) {

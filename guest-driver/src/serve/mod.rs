@@ -5,6 +5,8 @@
 //!
 //! A stream beyond the tunnels' share (`shares`) always gets an answer that says so, even if there is no descriptor left for it.
 
+pub mod agent;
+pub mod blob;
 mod ping;
 mod services;
 mod shares;
@@ -18,9 +20,11 @@ use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::Duration;
 
+use adit_blob::Store;
 use adit_channel::hello::{self, Accept, Common, Hello, Refuse};
 use adit_channel::refusal::{Refusal, is_shortage};
 
+use self::agent::Agent;
 use self::services::Services;
 use self::shares::{Shares, busy};
 use crate::log;
@@ -82,11 +86,16 @@ impl Drop for Slot {
 }
 
 impl Server {
-    /// Serves these local TCP ports and no others.
-    pub fn new(ports: Vec<u16>, identity: Arc<Identity>) -> Arc<Self> {
+    /// Serves these local TCP ports and no others, keeps in `blobs` what the host sends, and has `agent` follow its orders.
+    pub fn new(
+        ports: Vec<u16>,
+        blobs: Arc<Store>,
+        agent: Option<Agent>,
+        identity: Arc<Identity>,
+    ) -> Arc<Self> {
         let shares = Shares::now();
         Arc::new(Self {
-            services: Services::new(ports, shares),
+            services: Services::new(ports, blobs, agent, shares),
             identity,
             active: AtomicUsize::new(0),
             shares,

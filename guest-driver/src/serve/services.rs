@@ -6,10 +6,13 @@
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use adit_blob::Store;
 use adit_channel::hello::{self, Open};
 use adit_channel::refusal::{Code, Refusal};
 use adit_names::ServiceName;
 
+use super::agent::Agent;
+use super::blob::Blob;
 use super::ping::Ping;
 use super::shares::Shares;
 use super::tcp::Tcp;
@@ -39,15 +42,19 @@ pub struct Services {
     /// Local TCP ports.
     pub tcp: Tcp,
     ping: Ping,
+    blob: Blob,
+    agent: Option<Agent>,
     policy: RwLock<Arc<Standing>>,
 }
 
 impl Services {
-    /// Those that the agent has. `ports` may be dialled.
-    pub fn new(ports: Vec<u16>, shares: Shares) -> Self {
+    /// Those that the agent has. `ports` may be dialled, files go to `blobs`, orders to `agent` if there is one.
+    pub fn new(ports: Vec<u16>, blobs: Arc<Store>, agent: Option<Agent>, shares: Shares) -> Self {
         Self {
             tcp: Tcp::new(ports, shares),
             ping: Ping,
+            blob: Blob::new(blobs),
+            agent,
             policy: RwLock::default(),
         }
     }
@@ -58,8 +65,10 @@ impl Services {
     }
 
     /// Their order means nothing: no name belongs to two.
-    fn all(&self) -> [&dyn Service; 2] {
-        [&self.tcp, &self.ping]
+    fn all(&self) -> Vec<&dyn Service> {
+        let agent = self.agent.iter().map(|agent| agent as &dyn Service);
+        let all: [&dyn Service; 3] = [&self.tcp, &self.ping, &self.blob];
+        all.into_iter().chain(agent).collect()
     }
 
     /// Opens what a hello asks for; the version is what both sides speak.
@@ -121,7 +130,8 @@ mod tests {
     }
 
     fn services() -> Services {
-        Services::new(vec![], Shares::now())
+        let blobs = super::super::blob::store("/nowhere".as_ref());
+        Services::new(vec![], blobs, None, Shares::now())
     }
 
     #[test]
@@ -136,12 +146,13 @@ mod tests {
             "tcp:080",
             "ping:",
             "pin",
+            "blob:",
             &longest,
             &longest_port,
         ] {
             let refused = services().open(&open(name)).map(|_| ()).unwrap_err();
             assert_eq!(refused.code(), Code::UnknownService, "{name}");
-            assert_eq!(refused.text(), "this agent serves tcp:PORT, ping");
+            assert_eq!(refused.text(), "this agent serves tcp:PORT, ping, blob");
         }
     }
 
@@ -161,7 +172,7 @@ mod tests {
     fn name() -> impl Strategy<Value = String> {
         prop_oneof![
             "[a-z0-9:._-]{1,64}",
-            "(ping|tcp|unix|exec):?[a-z0-9:._-]{0,58}",
+            "(ping|blob|tcp|unix|exec):?[a-z0-9:._-]{0,58}",
             "tcp:[0-9]{1,6}"
         ]
     }
@@ -174,11 +185,11 @@ mod tests {
         }
 
         #[test]
-        fn the_order_of_the_services_means_nothing(name in name(), turn in 0..4_usize) {
+        fn the_order_of_the_services_means_nothing(name in name(), turn in 0..5_usize) {
             let ours = services();
-            let [tcp, ping] = ours.all();
-            let all: [&dyn Service; 4] = [tcp, ping, &Prefixed("unix:"), &Prefixed("exec")];
-            let mut turned = all;
+            let mut all = ours.all();
+            all.extend([&Prefixed("unix:") as &dyn Service, &Prefixed("exec")]);
+            let mut turned = all.clone();
             turned.rotate_left(turn);
             let open = open(&name);
             let none = Standing::default();

@@ -17,7 +17,7 @@ fn start(ports: Vec<u16>) -> (tempfile::TempDir, Arc<Server>) {
         boot_nonce: [5; 16],
         epoch: AtomicU64::new(0),
     });
-    let server = Server::new(ports, identity);
+    let server = Server::new(ports, blob::store(dir.path()), None, identity);
     let transport = UnixDir(dir.path().into());
     let listener = transport.listen().unwrap();
     let run = server.clone();

@@ -286,6 +286,16 @@ fn r100_a_damaged_journal_leaves_the_agent_reachable_and_every_task_refused_by_n
         fs::write(&journal, damaged).unwrap();
         let next = task(host.goal(2, json!([counting(&file, "")])), "count", 1);
         refused(&host.run(&next), "journal-corrupt");
+        host.kill();
+        host.start(None);
+        let (session, _) = host.accept();
+        let faults = &session.enrolment.faults;
+        let remedy = "restore";
+        assert!(
+            faults[0].starts_with("journal-corrupt: ") && faults[0].contains(remedy),
+            "{faults:?}"
+        );
+        host.kill();
     }
     assert_eq!(lines(&file), 1);
 }

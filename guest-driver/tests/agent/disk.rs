@@ -236,11 +236,18 @@ fn an_agent_that_starts_on_a_full_disk_runs_tasks_once_there_is_space() {
     disk.fill();
     host.start(None);
     let (mut session, _) = host.accept();
+    let is_space = |fault: &String| fault.starts_with("no-space: ") && fault.contains("make room");
+    let faults = &session.enrolment.faults;
+    assert!(faults.iter().any(is_space), "{faults:?}");
     refused_for_space(&session.run(&counted(&host, 1)));
     disk.free();
     let report = session.run(&counted(&host, 1));
     assert_eq!(report.outcome, Outcome::Done, "{}", report.reason);
     assert_eq!(lines(&host.path("count")), 1);
+    // The host hears that it is over.
+    assert!(matches!(session.next().unwrap(), Some(Said::Pull(_))));
+    let faults = session.told.take().unwrap().faults;
+    assert!(!faults.iter().any(is_space), "{faults:?}");
 }
 
 #[test]

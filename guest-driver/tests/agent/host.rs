@@ -36,6 +36,8 @@ pub struct Host {
     pub gives: Option<HostGiven>,
     /// Shell text that is run in the agent's process before the agent.
     pub prelude: &'static str,
+    /// The agent.
+    pub program: PathBuf,
 }
 
 pub enum Said {
@@ -82,6 +84,7 @@ impl Host {
             features: 0,
             gives: None,
             prelude: ":",
+            program: env!("CARGO_BIN_EXE_adit-guest").into(),
         }
     }
 
@@ -104,7 +107,12 @@ impl Host {
         self.start_with("ADIT_TEST_DISK_FULL_AT", Some(point));
     }
 
-    fn start_with(&mut self, name: &str, value: Option<&str>) {
+    pub fn start_with(&mut self, name: &str, value: Option<&str>) {
+        self.start_in(&value.map_or(vec![], |value| vec![(name, value)]));
+    }
+
+    /// Starts the agent in this environment.
+    pub fn start_in(&mut self, environment: &[(&str, &str)]) {
         // Whoever starts an agent may have any umask.
         let mut command = Command::new("sh");
         command
@@ -113,7 +121,7 @@ impl Host {
                 &format!("umask 077; {}; exec \"$@\"", self.prelude),
                 "sh",
             ])
-            .arg(env!("CARGO_BIN_EXE_adit-guest"))
+            .arg(&self.program)
             .args(["run", "--config"])
             .arg(self.path("adit-guest.toml"));
         command
@@ -128,7 +136,7 @@ impl Host {
             .stdin(Stdio::null())
             .stderr(log)
             .env_remove("ADIT_TEST_CRASH_AT");
-        command.envs(value.map(|v| (name, v)));
+        command.envs(environment.iter().copied());
         self.agent = Some(command.spawn().unwrap());
     }
 
@@ -163,11 +171,32 @@ impl Host {
         fs::read_to_string(self.path("log")).unwrap_or_default()
     }
 
+    /// How the agent has ended, if it has.
+    pub fn ended(&mut self) -> Option<std::process::ExitStatus> {
+        let status = self.agent.as_mut()?.try_wait().unwrap()?;
+        self.agent = None;
+        Some(status)
+    }
+
+    /// Whether the agent has dialled, and waits to be accepted.
+    pub fn is_dialled(&self) -> bool {
+        use nix::poll::{PollFd, PollFlags, poll};
+        use std::os::fd::AsFd;
+        let mut fds = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, 5_u8).unwrap() > 0
+    }
+
     /// Takes the agent's next stream.
     pub fn accept(&self) -> (Session, Facts) {
+        let accepted = self.try_accept();
+        accepted.unwrap_or_else(|| panic!("the agent is gone: {}", self.log()))
+    }
+
+    /// Takes the next stream of an agent that may be gone by then.
+    pub fn try_accept(&self) -> Option<(Session, Facts)> {
         let (mut stream, _) = self.listener.accept().unwrap();
         stream.set_read_timeout(Some(HANG)).unwrap();
-        let Hello::Open(open) = hello::read(&mut stream).unwrap() else {
+        let Hello::Open(open) = hello::read(&mut stream).ok()? else {
             panic!("not an open")
         };
         assert_eq!(open.service.as_str(), "tasks");
@@ -180,10 +209,11 @@ impl Host {
             },
             version: 1,
         };
-        stream.write_all(&Hello::Accept(accept).encode()).unwrap();
+        stream.write_all(&Hello::Accept(accept).encode()).ok()?;
         let mut session = Session {
             stream,
             enrolment: wire::Enrolment::default(),
+            program: wire::Program::default(),
             facts: None,
             identity: None,
             trust: None,
@@ -195,9 +225,7 @@ impl Host {
         let mut facts = None;
         let waits = self.features & wire::TRUST != 0;
         loop {
-            let (header, body) = frame::read(&mut session.stream, frame::LEN_MAX)
-                .unwrap()
-                .unwrap();
+            let (header, body) = frame::read(&mut session.stream, frame::LEN_MAX).ok()??;
             match header.kind {
                 k if k == WireKind::Identity as u16 => {
                     assert_ne!(self.features & wire::IDENTITY, 0);
@@ -212,6 +240,10 @@ impl Host {
                     assert_eq!(header.flags, frame::IGNORABLE);
                     session.enrolment = header.decode(&body).unwrap();
                 }
+                k if k == WireKind::Program as u16 => {
+                    assert_eq!(header.flags, frame::IGNORABLE);
+                    session.program = header.decode(&body).unwrap();
+                }
                 k if k == WireKind::TrustHeld as u16 => {
                     assert_ne!(self.features & wire::TRUST, 0);
                     session.trust = Some(header.decode(&body).unwrap());
@@ -222,7 +254,7 @@ impl Host {
                 }
             }
             if let Some(facts) = facts.take_if(|_| !waits || session.trust.is_some()) {
-                return (session, facts);
+                return Some((session, facts));
             }
         }
     }
@@ -261,6 +293,8 @@ pub struct Session {
     pub identity: Option<HostGiven>,
     /// What it had taken of trust documents.
     pub trust: Option<TrustHeld>,
+    /// What it said of its program.
+    pub program: wire::Program,
     /// What it has said of it since.
     pub told: Option<wire::Enrolment>,
     stream: UnixStream,
@@ -284,6 +318,11 @@ impl Session {
                 assert_eq!(header.flags, frame::IGNORABLE);
                 self.enrolment = header.decode(&body).unwrap();
                 self.told = Some(self.enrolment.clone());
+                continue;
+            }
+            if header.kind == WireKind::Program as u16 {
+                assert_eq!(header.flags, frame::IGNORABLE);
+                self.program = header.decode(&body).unwrap();
                 continue;
             }
             if header.kind == WireKind::Facts as u16 {

@@ -3,6 +3,7 @@
 //! Only the carrier is another: Unix sockets in a directory stand for AF_VSOCK, which this machine may not have.
 
 mod before;
+mod blob;
 mod by_digest;
 mod clock;
 mod clones;
@@ -17,3 +18,4 @@ mod own;
 mod policy;
 mod reload;
 mod trust;
+mod upgrade;

@@ -220,7 +220,8 @@ fn the_host_dials_what_both_allow_and_is_told_the_line() {
     let (accept, _tunnel) = dial(host.dir.path(), &format!("tcp:{port}"));
     assert!(matches!(accept, Hello::Accept(_)), "{}", host.log());
     let place = format!("{}:1: ", host.path("policy.toml").display());
-    for service in ["tcp:2", "ping"] {
+    // Files and orders for the agent too: the guest's owner allows them, or does not.
+    for service in ["tcp:2", "ping", "blob", "agent"] {
         let (code, text) = refusal(service);
         assert!(code == Code::Denied && text.contains(&place), "{text}");
     }
@@ -230,7 +231,7 @@ fn the_host_dials_what_both_allow_and_is_told_the_line() {
         "{text}"
     );
     // What this agent does not have is said before.
-    assert_eq!(refusal("blob").0, Code::UnknownService);
+    assert_eq!(refusal("nobody").0, Code::UnknownService);
 }
 
 #[test]

@@ -24,6 +24,10 @@
 //! | `POST /v1/trust` | `NewTrust` → `KeptTrust` (on disk when answered): a trust document, which connected agents get at once and others when they connect; 409 for an older one |
 //! | `GET /v1/trust` | → `Vec<KeptTrust>` |
 //! | `DELETE /v1/trust/{signer}?vm=NAME` | passes it on no more; guests that have it keep it |
+//! | `GET /v1/blobs/{sha256}` | → `Blob`: how much of it is here |
+//! | `PUT /v1/blobs/{sha256}?size=N&from=M` | the next bytes (at most [`PIECE_MAX`]) of a file of N bytes → `Blob`; where `from` is not what is here, nothing is written, and the answer says where to go on; 413, 422 for another digest (all of it is to come again), 507 |
+//! | `POST /v1/vms/{name}/blobs/{sha256}` | has it sent to the guest → `Transfer`: how far it is. To be asked again until it is `kept`; why it failed is said once, as an error |
+//! | `POST /v1/vms/{name}/agent` | `AgentOrder` → `AgentAnswer`, once the guest has the program on its disk: it was sent before. 422 with the guest's own word (`agent-below-floor`, …) where it refuses |
 //! | `GET /v1/config` | → `ConfigStatus`: what became of the configuration file |
 //! | `POST /v1/shutdown?ports=true` | stops aditd, with `ports=true` the port processes too; not VMMs that are their VMs' own |
 //! | `GET /metrics`, `/healthz`, `/readyz` | |
@@ -69,6 +73,9 @@ pub struct Vm {
     pub state: VmState,
     /// Version that the agent told; none before it spoke.
     pub agent: Option<String>,
+    /// Which program the agent is, as it told; none: it has told nothing of it.
+    #[serde(default)]
+    pub program: Option<Program>,
     /// Kernel release that the agent told.
     pub kernel: Option<String>,
     /// Id that the image was enrolled with, if it is not this VM's. `fault` says so, too.
@@ -82,6 +89,9 @@ pub struct Vm {
     /// The guest's own key, as it says.
     #[serde(default)]
     pub guest_key: Option<GuestKey>,
+    /// Keys that may order work in the guest, as its agent says. 0: it runs none.
+    #[serde(default)]
+    pub goal_keys: Option<u16>,
     /// The id that this host has given the guest, 32 hex digits; none before its agent was heard, or it is of a version before.
     #[serde(default)]
     pub guest_id: Option<String>,
@@ -131,6 +141,34 @@ pub struct Vm {
     /// Everything that is wrong with it, the gravest first: it needs a power cycle, has no port process, its guest broke the
     /// protocol, or its image is another VM's.
     pub fault: Option<String>,
+}
+
+/// Which program an agent is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    /// Of a program that came over the channel, 64 hex digits; none: it is the one of the guest's image.
+    pub sha256: Option<String>,
+    /// The oldest version that the guest takes; none: any.
+    pub floor: Option<String>,
+    /// The program that was to be the agent last, and is not: 64 hex digits. `fault` says why.
+    pub taken_back: Option<String>,
+}
+
+/// Has an agent become another program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentOrder {
+    /// The DSSE envelope of the package, exactly as signed: JSON text.
+    pub envelope: String,
+}
+
+/// An agent's answer: it follows the order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentAnswer {
+    /// It is that program already.
+    pub already: bool,
+    /// It waits for the end of a task that runs.
+    pub waits: bool,
 }
 
 /// A card that a guest shows.
@@ -278,6 +316,35 @@ pub struct ConfigStatus {
     pub error: Option<String>,
     /// What differs from what is running, and takes a restart; also a VM that could not be added or removed, and why.
     pub restart: Vec<String>,
+}
+
+/// Most bytes of a file that one request brings.
+pub const PIECE_MAX: usize = 512 << 10;
+
+/// A file that aditd has for VMs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Blob {
+    /// 64 hex digits.
+    pub sha256: String,
+    /// Bytes that are here, from its start.
+    pub bytes: u64,
+    /// Bytes that it will have; none: nothing is here.
+    pub size: Option<u64>,
+    /// All of it is here, and has that digest.
+    pub whole: bool,
+}
+
+/// A file on its way into a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transfer {
+    /// 64 hex digits.
+    pub sha256: String,
+    /// Bytes that the guest has or that are on their way.
+    pub sent: u64,
+    /// Bytes of the file.
+    pub size: u64,
+    /// The guest has all of it, on its disk.
+    pub kept: bool,
 }
 
 /// Hands a signed goal over.

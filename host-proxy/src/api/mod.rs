@@ -1,8 +1,9 @@
 //! The JSON API on the Unix socket; `adit_api` lists the endpoints and has the types.
 //!
-//! `vms` has what is asked of VMs (`wait`: when they are ready), `tasks` of goals and tasks (`lists`: the newest of them, and
+//! `vms` has what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`lists`: the newest of them, and
 //! filters that name nothing); here is the rest, and how a request fails.
 
+mod blobs;
 mod lists;
 mod tasks;
 mod trust;
@@ -12,6 +13,8 @@ mod wait;
 use std::sync::Arc;
 
 use adit_api::{ConfigStatus, ErrorBody};
+use adit_blob::BlobError;
+use adit_channel::refusal::{Code, Refusal};
 use adit_names::VmId;
 use adit_tasks::dsse;
 use axum::extract::{DefaultBodyLimit, Query, Request, State as Shared};
@@ -53,6 +56,9 @@ pub fn router(state: App) -> Router {
         .route("/v1/trust", get(trust::list).post(trust::apply))
         .route("/v1/trust/{signer}", axum::routing::delete(trust::forget))
         .route("/v1/events", get(tasks::events))
+        .route("/v1/blobs/{digest}", get(blobs::show).put(blobs::put))
+        .route("/v1/vms/{name}/blobs/{digest}", post(blobs::send))
+        .route("/v1/vms/{name}/agent", post(blobs::order))
         .route("/v1/config", get(config))
         .route("/v1/shutdown", post(shutdown))
         .layer(DefaultBodyLimit::max(BODY_MAX))
@@ -171,6 +177,56 @@ impl From<DeskError> for ApiError {
                     .help("nothing was accepted: check the disk of state_dir for space and errors, then try again")
             }
         }
+    }
+}
+
+impl From<BlobError> for ApiError {
+    fn from(e: BlobError) -> Self {
+        use StatusCode as S;
+        let (status, code, help) = match &e {
+            BlobError::TooLarge { .. } => (S::PAYLOAD_TOO_LARGE, "too-large", ""),
+            BlobError::NoSpace { .. } => (
+                S::INSUFFICIENT_STORAGE,
+                "no-space",
+                "make room on the disk of aditd's state_dir, then try again: what came is kept where it can be",
+            ),
+            BlobError::Busy => (S::CONFLICT, "busy", "try again when that one has ended"),
+            BlobError::Mismatch(_) => (
+                S::UNPROCESSABLE_ENTITY,
+                "mismatch",
+                "the file has changed meanwhile: begin anew",
+            ),
+            BlobError::Unknown(_) => (S::NOT_FOUND, "unknown-blob", "PUT it there first"),
+            BlobError::Io(_) => (
+                S::INSUFFICIENT_STORAGE,
+                "disk",
+                "check the disk of aditd's state_dir",
+            ),
+        };
+        Self::new(status, code, e).help(help)
+    }
+}
+
+/// A guest that was reached for an operator, and what it says.
+impl From<Refusal> for ApiError {
+    fn from(refusal: Refusal) -> Self {
+        use StatusCode as S;
+        let code = refusal.code();
+        let (status, help) = match code {
+            Code::NotAllowed | Code::Denied => (S::FORBIDDEN, ""),
+            Code::UnknownService => {
+                let help = "its agent is older than this: give it the next one by package";
+                return Self::new(S::FORBIDDEN, "old-agent", refusal.text()).help(help);
+            }
+            Code::NoPortProcess | Code::NoSession | Code::NoAgent | Code::Busy => (
+                S::SERVICE_UNAVAILABLE,
+                "`adit vm show` says what is missing; then try again",
+            ),
+            Code::TooLarge => (S::PAYLOAD_TOO_LARGE, ""),
+            Code::NoSpace => (S::INSUFFICIENT_STORAGE, "make room on the guest's disk"),
+            _ => (S::BAD_GATEWAY, "try again: it goes on where it ended"),
+        };
+        Self::new(status, &code.to_string(), refusal.text()).help(help)
     }
 }
 

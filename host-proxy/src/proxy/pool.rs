@@ -123,7 +123,7 @@ impl Pool {
     }
 
     /// Closes all that wait: descriptors are short.
-    pub(super) fn clear(&self) {
+    pub fn clear(&self) {
         self.table().idle.clear();
         self.ending().idle.clear();
     }

@@ -104,6 +104,8 @@ fn of_code(code: Code) -> (StatusCode, &'static str) {
         Code::NoListener | Code::DialFailed | Code::Version | Code::WrongVm | Code::Other(_) => {
             (S::BAD_GATEWAY, "connection_refused")
         }
+        // Of a file that a guest is sent, which no front end of the proxy does.
+        Code::TooLarge | Code::NoSpace | Code::Mismatch => (S::BAD_GATEWAY, "connection_refused"),
         Code::Internal => (S::INTERNAL_SERVER_ERROR, "proxy_internal_error"),
     }
 }

@@ -83,7 +83,8 @@ impl Admitted {
     /// # Errors
     /// As the guest, its channel or its port process says.
     pub async fn hand_over(&self, to: &Destination, client: ClientSocket) -> Result<(), NotOpened> {
-        let opened = self.open(to, ClientEnd::Socket(client)).await;
+        let end = ClientEnd::Socket(client);
+        let opened = self.open(to, Extensions::default(), end).await;
         opened.map_err(|e| match e {
             Unopened::Failed(failed) => NotOpened::Refused(refusal(to, &failed)),
             Unopened::Unknown(failed) => NotOpened::Unknown(failed.refusal(&to.target)),
@@ -101,6 +102,21 @@ impl Admitted {
         room: Room,
         short: impl FnOnce(),
     ) -> Result<Socket, Refusal> {
+        self.relayed_with(to, Extensions::default(), room, short)
+            .await
+    }
+
+    /// The same, for a service that is told more than its name.
+    ///
+    /// # Errors
+    /// As [`relayed`](Self::relayed).
+    pub async fn relayed_with(
+        &self,
+        to: &Destination,
+        extensions: Extensions,
+        room: Room,
+        short: impl FnOnce(),
+    ) -> Result<Socket, Refusal> {
         let internal = |e| Refusal::new(Code::Internal, format!("no socket: {e}"));
         let (ours, theirs) = UnixStream::pair().map_err(internal)?;
         if !room.spares(&ours) || !room.spares(&theirs) {
@@ -108,15 +124,21 @@ impl Admitted {
             return Err(Refusal::busy("aditd has few descriptors left"));
         }
         let ours = Socket::new(ours, self.closer()).map_err(internal)?;
-        let opened = self.open(to, ClientEnd::Relayed(theirs.into())).await;
+        let end = ClientEnd::Relayed(theirs.into());
+        let opened = self.open(to, extensions, end).await;
         opened.map_err(|e| refusal(to, &e.into_reason()))?;
         Ok(ours)
     }
 
-    async fn open(&self, to: &Destination, end: ClientEnd) -> Result<(), Unopened> {
+    async fn open(
+        &self,
+        to: &Destination,
+        extensions: Extensions,
+        end: ClientEnd,
+    ) -> Result<(), Unopened> {
         let question = Question {
             to: to.target.clone(),
-            extensions: Extensions::default(),
+            extensions,
             deadline: DIAL_LIMIT,
         };
         self.link.open(question, end).await

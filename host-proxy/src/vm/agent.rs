@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use adit_names::VmId;
 use adit_tasks::KeyId;
 use adit_tasks::trust::DOCUMENTS_MAX;
-use adit_tasks::wire::{Facts, Held, TrustHeld};
+use adit_tasks::wire::{Facts, Held, Program, TrustHeld};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -58,6 +58,9 @@ pub(super) struct Said {
     pub(super) trust: Option<TrustOf>,
     /// It was said on this connection.
     is_fresh: bool,
+    /// Said before the facts, as the enrolment is.
+    said_program: Option<Program>,
+    pub(super) program: Option<Program>,
     pub(super) seen: Option<Instant>,
     connected: Option<CancellationToken>,
 }
@@ -96,6 +99,7 @@ impl Agent {
         let mut said = self.lock();
         said.is_fresh = false;
         (said.id, said.trust) = (None, None);
+        said.said_program = None;
         let older = said.connected.replace(token.clone());
         drop(said);
         if let Some(older) = older {
@@ -128,6 +132,7 @@ impl Agent {
             if !said.is_fresh {
                 said.enrolment = Enrolment::default();
             }
+            said.program = said.said_program.clone();
         }
         drop(said);
         if is_new {
@@ -140,6 +145,23 @@ impl Agent {
     pub fn enrolled(&self, enrolment: Enrolment) {
         let mut said = self.lock();
         (said.enrolment, said.is_fresh) = (enrolment, true);
+        drop(said);
+        self.logged.update(self.vm.as_str(), self.faults());
+        self.changes.note();
+    }
+
+    /// It has said which program it is. Shown with the facts, which follow.
+    pub fn runs(&self, program: Program) {
+        self.lock().said_program = Some(program);
+    }
+
+    /// It was ordered to be another program: what was wrong with the last one is over.
+    pub fn ordered(&self) {
+        let mut said = self.lock();
+        if let Some(program) = &mut said.program {
+            program.taken_back = None;
+            program.faults.clear();
+        }
         drop(said);
         self.logged.update(self.vm.as_str(), self.faults());
         self.changes.note();
@@ -233,13 +255,16 @@ impl Agent {
             );
             faults.push(Fault::new(FaultKind::Clone, &text));
         }
-        // The guest's words: each fault begins with its code.
-        let of = |code: &str, texts: Vec<String>| {
-            texts.into_iter().partition(|text| text.starts_with(code))
+        let of = |kind: FaultKind| {
+            let texts = said
+                .enrolment
+                .faults
+                .iter()
+                .filter(move |t| kind_of(t) == kind);
+            texts.cloned().collect::<Vec<_>>()
         };
-        let (policy, texts): (Vec<_>, Vec<_>) = of("policy-", said.enrolment.faults);
-        let (mut trust, mut texts): (Vec<_>, Vec<_>) = of("trust-", texts);
-        match said.enrolment.card {
+        let mut texts = of(FaultKind::Card);
+        match &said.enrolment.card {
             Some(Err(unproved)) if unproved.is_fault => texts.push(format!(
                 "this host does not believe its card: {}",
                 unproved.why
@@ -253,16 +278,23 @@ impl Agent {
         if !texts.is_empty() {
             faults.push(Fault::new(FaultKind::Card, &texts.join("; ")));
         }
+        let mut trust = of(FaultKind::Trust);
         let refused = said.trust.iter().flat_map(|trust| &trust.refused);
         trust.extend(refused.map(|(signer, n, why)| {
             let signer = KeyId(*signer);
             format!("the guest does not take the trust document {n} of {signer}: {why}")
         }));
-        if !trust.is_empty() {
-            faults.push(Fault::new(FaultKind::Trust, &trust.join("; ")));
-        }
-        if !policy.is_empty() {
-            faults.push(Fault::new(FaultKind::Policy, &policy.join("; ")));
+        let program = said.program.map(|program| program.faults);
+        let more = [
+            (FaultKind::Trust, trust),
+            (FaultKind::Agent, program.unwrap_or_default()),
+            (FaultKind::Policy, of(FaultKind::Policy)),
+            (FaultKind::Journal, of(FaultKind::Journal)),
+        ];
+        for (kind, texts) in more {
+            if !texts.is_empty() {
+                faults.push(Fault::new(kind, &texts.join("; ")));
+            }
         }
         faults
     }
@@ -291,5 +323,15 @@ impl Agent {
 
     fn lock(&self) -> MutexGuard<'_, Said> {
         self.said.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a fault of the guest is about. The words are the guest's: each begins with its code.
+fn kind_of(text: &str) -> FaultKind {
+    match text {
+        _ if text.starts_with("policy-") => FaultKind::Policy,
+        _ if text.starts_with("trust-") => FaultKind::Trust,
+        _ if text.starts_with("journal-") || text.starts_with("no-space:") => FaultKind::Journal,
+        _ => FaultKind::Card,
     }
 }

@@ -180,6 +180,8 @@ mod tests {
         let faults = [
             "policy-bad: /etc/adit-guest/policy.toml:2:1: x",
             "card-old: y",
+            "no-space: z",
+            "journal-corrupt: z",
         ];
         e.agent.enrolled(Enrolment {
             faults: faults.map(str::to_owned).into(),
@@ -193,6 +195,7 @@ mod tests {
             FaultKind::Enrolment,
             Card,
             FaultKind::Policy,
+            FaultKind::Journal,
         ];
         assert_eq!(kinds, all);
         let shown = e.show().fault.unwrap();

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use adit_api::{
-    Card, Carrier, CarrierKind, GuestKey, Holding, Trust, TrustRefused, TrustTaken, Vm, VmState,
+    Card, Carrier, CarrierKind, GuestKey, Holding, Program, Trust, TrustRefused, TrustTaken, Vm,
+    VmState,
 };
 use adit_port::control::{IVSHMEM_SOCKET, RING_SOCKET, Ring, VHOST_SOCKET};
 
@@ -37,6 +38,11 @@ impl VmEntry {
             cid: self.cid,
             state,
             agent: facts.map(|f| f.agent_version.clone()),
+            program: agent.program.as_ref().map(|program| Program {
+                sha256: program.digest.map(|digest| adit_tasks::hex(&digest)),
+                floor: (!program.floor.is_empty()).then(|| program.floor.clone()),
+                taken_back: program.taken_back.map(|digest| adit_tasks::hex(&digest)),
+            }),
             kernel: facts.map(|f| f.kernel.clone()),
             enrolled_as: self.agent.enrolled_as(),
             labels: labels(&agent.enrolment),
@@ -45,6 +51,7 @@ impl VmEntry {
                 public: key.public.to_string(),
                 unproved: key.unproved.clone(),
             }),
+            goal_keys: facts.map(|f| f.anchors),
             guest_id: agent.id.clone(),
             trust: agent.trust.as_ref().map(trust),
             clock_ahead_ms: agent.clock_ahead_ms,

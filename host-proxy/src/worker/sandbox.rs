@@ -1,4 +1,4 @@
-//! What the worker gives up before it hears anybody: root, every file but the database, and every system call that it does not
+//! What the worker gives up before it hears anybody: root, every file but the database and blobs, and every system call that it does not
 //! need.
 //!
 //! 1. [`enter`], while there is one thread: the root directory becomes that of the database, the user the worker's own, all
@@ -122,7 +122,7 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_getpeername,
         libc::SYS_getsockopt,
         libc::SYS_eventfd2,
-        // Files: those of the database.
+        // Files: those of the database, and blobs.
         libc::SYS_openat,
         libc::SYS_fstat,
         libc::SYS_newfstatat,
@@ -133,6 +133,10 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_faccessat2,
         libc::SYS_readlinkat,
         libc::SYS_unlinkat,
+        libc::SYS_renameat,
+        libc::SYS_renameat2,
+        libc::SYS_getdents64,
+        libc::SYS_utimensat,
         libc::SYS_getcwd,
         libc::SYS_lseek,
         libc::SYS_ftruncate,
@@ -174,6 +178,7 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_access,
         libc::SYS_readlink,
         libc::SYS_unlink,
+        libc::SYS_rename,
     ]);
     let mut rules: Rules = sandbox::by_argument()?;
     // Of those, the worker makes no memory for rings.

@@ -19,7 +19,7 @@ use adit_port::control::{
 };
 use adit_port::control_io::{ControlError, Message, receive, send};
 use adit_tasks::wire::{
-    Clock, Enrolment, Facts, Outcome, Pull, Report, ReportAck, Task, TaskId, WireKind,
+    Clock, Enrolment, Facts, Outcome, Program, Pull, Report, ReportAck, Task, TaskId, WireKind,
 };
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, setsockopt, socket, sockopt,
@@ -588,6 +588,20 @@ impl Control {
     /// An agent of a guest that says this of its enrolment, and that it is this VM. What it said is judged when this returns.
     pub fn enrolled(&self, vm_id: &str, enrolment: &Enrolment) -> Agent {
         let mut agent = self.agent_saying(0, vm_id, Some(enrolment));
+        agent.heard();
+        agent
+    }
+
+    /// An agent that says this of its program. What it said is heard when this returns.
+    pub fn program(&self, program: &Program) -> Agent {
+        let mut stream = self.incoming(700);
+        open_with(&mut stream, "tasks", 0);
+        let Hello::Accept(_) = adit_channel::hello::read(&mut stream).unwrap() else {
+            panic!("refused")
+        };
+        let mut agent = Agent { stream };
+        agent.say(WireKind::Program, 0, program);
+        agent.facts("a", 1);
         agent.heard();
         agent
     }

@@ -4,6 +4,7 @@
 mod answers;
 mod asked;
 mod before;
+mod blobs;
 mod by_digest;
 mod cards;
 mod changes;

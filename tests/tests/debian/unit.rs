@@ -212,6 +212,82 @@ fn the_unit_does_on_systemd_what_it_should() {
     assert_eq!(booted.ssh("pgrep -c -x sleep").trim(), "1");
     let (_, state, said) = booted.task("deploy", "echo again");
     assert_eq!((state.as_str(), said.as_str()), ("done", "again\n"));
+    bad_input(&booted);
+}
+
+/// What is wrong in a guest is one line with its remedy on the console and in the journal, and `adit vm show` says it.
+fn bad_input(booted: &Booted) {
+    const STATE: &str = "/var/lib/adit-guest";
+    let shown = || booted.adit(&["vm", "show", "web-1"]).1;
+    // The tunnel of this command ends with the agent.
+    let restart = |meanwhile: &str| {
+        let script = format!("systemctl stop adit-guest; {meanwhile}; systemctl start adit-guest");
+        booted.ssh(&format!("systemd-run -q --collect sh -c '{script}'"));
+    };
+    let wait_shown = |what: &str, is: bool| {
+        let seen = wait_for(what, BOOT, || {
+            Ok((shown().contains(what) == is).then_some(()))
+        });
+        seen.unwrap_or_else(|e| panic!("{e}: {}\n{}", shown(), booted.log()));
+    };
+    let cases = [
+        (
+            "journal-corrupt",
+            format!(
+                "cp -a {STATE} /root/kept; f={STATE}/journal.redb; n=$(stat -c %s $f); \
+                 dd if=/dev/urandom of=$f bs=4096 seek=1 count=$((n / 4096 - 1)) conv=notrunc"
+            ),
+            format!("rm -r {STATE}; cp -a /root/kept {STATE}"),
+        ),
+        (
+            "journal-unavailable",
+            format!("mount --bind {STATE} {STATE}; mount -o remount,bind,ro {STATE}"),
+            format!("umount {STATE}"),
+        ),
+        (
+            "card-damaged",
+            "mkdir -p /etc/adit; echo nothing > /etc/adit/card".into(),
+            "rm /etc/adit/card".into(),
+        ),
+        (
+            "it runs no task",
+            "mv /etc/adit-guest/trust /root/trust".into(),
+            "mv /root/trust /etc/adit-guest/trust".into(),
+        ),
+    ];
+    for (said, breaks, mends) in &cases {
+        restart(breaks);
+        wait_shown(said, true);
+        let code = if said.contains(' ') {
+            "no-trust-anchor"
+        } else {
+            said
+        };
+        let journal = booted.ssh("journalctl -q -o cat -p err -u adit-guest");
+        let line = journal.lines().find(|line| line.contains(code));
+        assert!(
+            line.is_some_and(|line| line.contains("do=")),
+            "{code}: {journal}"
+        );
+        assert!(booted.guest.serial().contains(code), "{}", booted.log());
+        restart(mends);
+        wait_shown(said, false);
+    }
+    // A second one ends with one line.
+    let second = booted.try_ssh("/usr/sbin/adit-guest run").unwrap_err();
+    assert!(second.contains("another agent"), "{second}");
+    // A clock that was never set.
+    booted.ssh("date +%s > /root/now; date -s @1000");
+    restart("true");
+    wait_shown("behind", true);
+    booted.ssh("date -s @$(cat /root/now)");
+    let (_, state, said) = booted.task("deploy", "echo mended");
+    assert_eq!(
+        (state.as_str(), said.as_str()),
+        ("done", "mended\n"),
+        "{}",
+        booted.log()
+    );
 }
 
 /// The card that systemd has from the machine is not believed; once its signer is trusted, a reload has it believed.

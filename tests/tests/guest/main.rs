@@ -12,6 +12,7 @@ use adit_tests::guest::{Guest, Identity};
 use adit_tests::host::Host;
 use adit_tests::image::{Image, Kernel};
 
+mod agents;
 mod before;
 mod bombs;
 mod cards;

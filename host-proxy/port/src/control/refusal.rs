@@ -24,6 +24,9 @@ impl DialFailed {
             | Code::WrongVm
             | Code::DialFailed
             | Code::DialTimedOut
+            | Code::TooLarge
+            | Code::NoSpace
+            | Code::Mismatch
             | Code::Other(_)
             // Only aditd says these, and it has no use for its own answer.
             | Code::UnknownVm

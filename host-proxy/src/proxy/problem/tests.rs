@@ -158,7 +158,7 @@ fn walk(code: Code) -> (Problem, Heard) {
             of_listener("no"),
             (403, "http_request_denied", None, "VM `a` port 80: no"),
         ),
-        Code::WrongVm | Code::Other(_) => (
+        Code::WrongVm | Code::TooLarge | Code::NoSpace | Code::Mismatch | Code::Other(_) => (
             of_listener("no"),
             (502, "connection_refused", None, "VM `a` port 80: no"),
         ),
