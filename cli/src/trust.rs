@@ -26,7 +26,7 @@ const EXAMPLE: &str = "\
 FILE is the document, and the record of what its signer has said: keep it. Each change makes the next one of it, with all that it
 said before. What was revoked is never trusted again.
 
-Example: a new key for goals in place of an old one
+Example: a new key for goals in place of an old one. To bring one, enrol.key has the roles card,goal in the guests
   adit key new fleet-2.key
   adit trust change enrol.trust --sign enrol.key --add fleet-2.key.pub --revoke fleet.key.pub
   adit trust apply enrol.trust

@@ -19,15 +19,17 @@ const FULL: &str = "ADIT_TEST_FULL";
 /// Guests that run at a time.
 const AT_ONCE: usize = 4;
 
-/// The agent ends first, or it would write all of it again.
+/// The agent ends first, or it would write all of it again. The step ends when that has a session of its own: what is left in the
+/// step's own session ends with it.
 const SEAL: &str = "\
 steps:
   - id: seal
     script:
       interpreter: /bin/sh
       script: |
-        setsid sh -c 'sleep 2; /etc/init.d/S50adit-guest stop; sleep 1; adit-guest seal; ls -A /var/lib/adit-guest; sync; echo SEALED' \\
+        setsid sh -c 'touch /run/apart; sleep 2; /etc/init.d/S50adit-guest stop; sleep 1; adit-guest seal; ls -A /var/lib/adit-guest; sync; echo SEALED' \\
           > /dev/ttyS0 2>&1 < /dev/null &
+        until test -e /run/apart; do sleep 0.1; done
 ";
 const COUNT: &str = "\
 steps:
