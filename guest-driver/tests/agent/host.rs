@@ -320,6 +320,10 @@ impl Session {
                 self.told = Some(self.enrolment.clone());
                 continue;
             }
+            if header.kind == WireKind::Program as u16 {
+                self.program = header.decode(&body).unwrap();
+                continue;
+            }
             if header.kind == WireKind::Facts as u16 {
                 self.facts = Some(header.decode(&body).unwrap());
                 continue;
