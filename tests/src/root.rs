@@ -38,7 +38,7 @@ const DEBIANS: [&str; 6] = [
 pub enum Init {
     /// systemd, which runs.
     Systemd,
-    /// The same, and apt has fetched [`FETCHED`] already: there is no network inside.
+    /// The same, and apt has fetched its packages already: there is no network inside.
     Host,
     /// Nothing runs, as in a root that is being built; `systemd-sysusers` is there by itself.
     None,
