@@ -7,7 +7,7 @@
 //! ```
 //! A guest is hostile: it says how much it has, reads as slowly as it likes, and may end at any moment. A transfer holds one
 //! descriptor of the store, one stream and two buffers, a VM has one, and there are [`TRANSFERS_MAX`]; one that does not get on
-//! for [`STALL_LIMIT`] is given up.
+//! for 30 s is given up.
 
 use std::collections::HashMap;
 use std::io;
