@@ -10,7 +10,7 @@
 //!
 //! A card that was believed is checked again whenever it is used: its time may be over, or its signer not trusted any more.
 //!
-//! Trust documents are looked for in the same places, and taken ([`documents`](crate::documents)) before and after the card is
+//! Trust documents are looked for in the same places, and taken (`documents`) before and after the card is
 //! found: one may bring the key that has signed the card, and one may be signed by a key that the card brings.
 
 pub mod anew;

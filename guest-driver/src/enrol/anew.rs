@@ -1,5 +1,5 @@
 //! A guest whose disk is a copy of another's enrols anew: it makes a key of its own, and the other one's is set aside. That it is one
-//! is seen here by another name or another machine ([`kept`](super::kept)), or by the host, which gives each guest an id when it
+//! is seen here by another name or another machine (`kept`), or by the host, which gives each guest an id when it
 //! first sees it, and finds that this one has another guest's.
 //!
 //! The host is not trusted with more than that. Whatever it says of the id, the journal stays: a goal that ran in the original

@@ -2,7 +2,7 @@
 //!
 //! What is said is in `adit_blob::wire`, what is kept in `adit_blob::store`. A file does nothing by being here: whoever uses one
 //! asks for its digest, which a trusted key has signed. So any host may send any file, within these limits: of a slow or
-//! silent one the part stays, and a thread for [`STALL_LIMIT`]; a full disk it cannot make.
+//! silent one the part stays, and a thread for 30 s; a full disk it cannot make.
 
 use std::io::{self, Read as _};
 use std::path::Path;
