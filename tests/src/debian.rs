@@ -23,6 +23,9 @@ const STOCK: &str = include_str!("../../guest-driver/dist/debian-image.sh");
 /// Memory of a VM, MiB.
 const MEMORY_MIB: u32 = 768;
 
+/// Tests that run at the same time would write the same files.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 /// The init system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Init {
@@ -61,21 +64,9 @@ impl Debian {
     /// # Errors
     /// A package cannot be downloaded, or a tool fails. The error says which.
     pub fn build(kernel: Kernel, init: Init, say: &dyn Fn(&str)) -> anyhow::Result<Self> {
-        // Tests that run at the same time would write the same files.
-        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let kind = format!("debian-{}-{}", kernel.name(), init.name());
-        let base = crate::target().join("guest").join(kind);
-        fs::create_dir_all(&base)?;
-        let of_kernel = kernel.meta_package();
-        let made_of = [ROOT, of_kernel, init.name()].map(str::as_bytes);
-        let root = cached(&base, "root", &made_of, |part| {
-            say("installing Debian 12 into a directory: a minute or two, once");
-            script(
-                ROOT,
-                &[part.as_os_str(), of_kernel.as_ref(), init.name().as_ref()],
-            )
-        })?;
+        let base = base(kernel, init);
+        let root = make_root(kernel, init, say)?;
         let agent = package();
         let bytes = fs::read(&agent);
         let bytes = bytes.with_context(|| {
@@ -93,6 +84,15 @@ impl Debian {
             )
         })?;
         Ok(Self { dir })
+    }
+
+    /// Makes its root directory, which has nothing of ours, if it is not there yet.
+    ///
+    /// # Errors
+    /// As [`Debian::build`].
+    pub fn root(kernel: Kernel, init: Init, say: &dyn Fn(&str)) -> anyhow::Result<PathBuf> {
+        let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        make_root(kernel, init, say)
     }
 
     /// Boots it. Its own files are in `dir`; what it writes is in an overlay there.
@@ -247,6 +247,25 @@ pub fn boot_image(
 pub fn package() -> PathBuf {
     let name = concat!("adit-guest_", env!("CARGO_PKG_VERSION"), "-1_amd64.deb");
     crate::packages().join(name)
+}
+
+fn base(kernel: Kernel, init: Init) -> PathBuf {
+    let kind = format!("debian-{}-{}", kernel.name(), init.name());
+    crate::target().join("guest").join(kind)
+}
+
+fn make_root(kernel: Kernel, init: Init, say: &dyn Fn(&str)) -> anyhow::Result<PathBuf> {
+    let base = base(kernel, init);
+    fs::create_dir_all(&base)?;
+    let of_kernel = kernel.meta_package();
+    let made_of = [ROOT, of_kernel, init.name()].map(str::as_bytes);
+    cached(&base, "root", &made_of, |part| {
+        say("installing Debian 12 into a directory: a minute or two, once");
+        script(
+            ROOT,
+            &[part.as_os_str(), of_kernel.as_ref(), init.name().as_ref()],
+        )
+    })
 }
 
 /// The directory `what-DIGEST` in `base`. If it is not there, `make` makes it, and those of other digests are removed.

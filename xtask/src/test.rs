@@ -11,7 +11,6 @@ use adit_tests::guest::CPU;
 use adit_tests::image::{Image, Kernel};
 use adit_tests::root;
 
-use anyhow::Context;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 
@@ -181,22 +180,31 @@ const PACKAGES: &str = "packages";
 const IMAGES: &str = "images";
 const DEBIAN: &str = "Debian";
 
-/// What is made while [`CHECKS`] run.
-const MAKE: ahead::Jobs = &[
+/// What is built while [`CHECKS`] run.
+const BUILD: ahead::Jobs = &[
     (BINARIES, || {
         setup::guest_binaries().and_then(|()| setup::vmm_binary())
     }),
     (PACKAGES, crate::package::all_for_tests),
     (IMAGES, images),
-    (DEBIAN, || roots().and_then(|()| debian())),
+    (DEBIAN, debian),
 ];
+/// What is fetched meanwhile: Debian's packages, and directories of them.
+const FETCH: ahead::Jobs = &[(DEBIAN, fetch)];
 
-static AHEAD: Mutex<Option<Ahead>> = Mutex::new(None);
+/// Both, begun.
+static AHEAD: Mutex<Vec<Ahead>> = Mutex::new(Vec::new());
 
-/// Waits until something is made.
+/// Waits until something is there.
 fn made(what: &str) -> anyhow::Result<()> {
     let ahead = AHEAD.lock().unwrap_or_else(PoisonError::into_inner);
-    ahead.as_ref().context("begun by `run`")?.result(what)
+    let [build, fetch] = ahead.as_slice() else {
+        anyhow::bail!("nothing was begun");
+    };
+    if what == DEBIAN {
+        fetch.result(what)?;
+    }
+    build.result(what)
 }
 
 /// With `--full` only.
@@ -238,8 +246,8 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
     if options.no_guests {
         eprintln!("skipped: real guests (--no-guests)");
     } else {
-        let ahead = Ahead::begin(MAKE);
-        *AHEAD.lock().unwrap_or_else(PoisonError::into_inner) = Some(ahead);
+        let ahead = [BUILD, FETCH].map(Ahead::begin);
+        *AHEAD.lock().unwrap_or_else(PoisonError::into_inner) = ahead.into();
         steps.extend(&GUESTS);
     }
     if options.full {
@@ -315,11 +323,21 @@ fn debian() -> anyhow::Result<()> {
         eprintln!("skipped: {why}");
         return Ok(());
     }
-    setup::debian(Kernel::V6_1, Init::Systemd)?;
-    progress::during("an image of Debian that boots by itself", || {
-        stock_image(&progress::line)
-    })
-    .map(drop)
+    setup::debian(Kernel::V6_1, Init::Systemd).map(drop)
+}
+
+/// All of Debian that needs nothing of ours.
+fn fetch() -> anyhow::Result<()> {
+    roots()?;
+    if Debian::missing().is_none() {
+        progress::during("Debian's root directory", || {
+            Debian::root(Kernel::V6_1, Init::Systemd, &progress::line)
+        })?;
+        progress::during("an image of Debian that boots by itself", || {
+            stock_image(&progress::line)
+        })?;
+    }
+    Ok(())
 }
 
 fn documentation() -> anyhow::Result<()> {
