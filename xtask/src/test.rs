@@ -96,7 +96,7 @@ const CHECKS: [Step; 10] = [
     },
     Step {
         name: "a guest without Linux",
-        budget_s: 60,
+        budget_s: 80,
         run: bare,
     },
     Step {
@@ -106,7 +106,7 @@ const CHECKS: [Step; 10] = [
     },
     Step {
         name: "tests",
-        budget_s: 300,
+        budget_s: 600,
         run: || {
             // Many tests wait for a limit to pass.
             let threads = 2 * std::thread::available_parallelism()?.get();
@@ -121,7 +121,7 @@ const CHECKS: [Step; 10] = [
     },
     Step {
         name: "fuzz targets, 5 s each",
-        budget_s: 150,
+        budget_s: 200,
         run: crate::fuzz::smoke,
     },
     Step {
@@ -160,7 +160,7 @@ const GUESTS: [Step; 8] = [
     },
     Step {
         name: "real guests",
-        budget_s: 300,
+        budget_s: 330,
         run: || with_guests("guest"),
     },
     Step {
