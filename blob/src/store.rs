@@ -270,7 +270,14 @@ impl Store {
         freed: u64,
     ) -> Result<Vec<&'a Entry>, BlobError> {
         let full = |why: String| Err(BlobError::NoSpace { size, why });
-        let mut free = disk::free(&self.dir)?.saturating_add(freed);
+        // What others are still to write is not free.
+        let writes = |e: &&Entry| held.get(&e.digest).is_some_and(|h| h.is_written);
+        let owed = others.iter().filter(writes);
+        let owed = owed.fold(0_u64, |n, e| {
+            n.saturating_add(e.size.saturating_sub(e.on_disk))
+        });
+        let free = disk::free(&self.dir)?.saturating_add(freed);
+        let mut free = free.saturating_sub(owed);
         let needed = new.saturating_add(self.limits.spare);
         let mut all = others.iter().fold(size, |n, e| n.saturating_add(e.size));
         let mut count = others.len();

@@ -9,7 +9,7 @@ use adit_guest_driver::documents;
 use adit_names::VmId;
 use adit_tasks::dsse::{self, Envelope, TRUST_MAX, Type};
 use adit_tasks::trust::{self, Document, SEQUENCE_MAX};
-use adit_tasks::{Anchor, KeyId, PublicKey, Role, TrustStore};
+use adit_tasks::{Anchor, KeyId, PublicKey, Role, Roles, TrustStore};
 use clap::{Args, Subcommand};
 use jiff::{SignedDuration, Timestamp};
 
@@ -203,17 +203,21 @@ fn change(change: &Change, format: Format) -> Result<(), Failure> {
             }
         }
     }
-    // Where it revokes the key that has brought it, it carries on by this.
     let id = signer.id();
-    let names_itself = document.anchors.iter().any(|a| a.key.id() == id);
-    if !document.revoked.contains(&id) && !names_itself {
-        document.anchors.insert(
-            0,
-            Anchor {
-                key: signer,
-                roles: Role::Card.into(),
-            },
-        );
+    if document.revoked.contains(&id) {
+        // Guests drop what a revoked key has brought, in this document too.
+        if !change.add.is_empty() {
+            return Err(bad("a document that revokes its own signer brings no keys")
+                .help("have a key sign it that stays"));
+        }
+        document.anchors.clear();
+    } else {
+        // Where it revokes the key that has brought it, it carries on by this. It has the roles of all that it brings, or no
+        // guest would take the next one.
+        document.anchors.retain(|anchor| anchor.key.id() != id);
+        let brought = document.anchors.iter().map(|anchor| anchor.roles);
+        let roles = brought.fold(Role::Card.into(), Roles::and);
+        document.anchors.insert(0, Anchor { key: signer, roles });
     }
     let payload = document.payload();
     // What no guest would take is not signed.

@@ -138,13 +138,11 @@ impl Client {
         }
     }
 
-    /// What is wrong in this guest at this moment, so that no task runs. Not asked for while one does.
+    /// What is wrong in this guest at this moment, so that no task runs. While one does, its journal takes tasks.
     fn faults(&self) -> Vec<String> {
         let policy = self.live.policy_fault().map(|fault| fault.to_string());
-        let journal = match &self.running {
-            None => self.runner.lock().journal_fault(),
-            Some(_) => None,
-        };
+        let idle = self.runner.if_idle();
+        let journal = idle.and_then(|runner| runner.journal_fault());
         policy.into_iter().chain(journal).collect()
     }
 

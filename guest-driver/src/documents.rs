@@ -124,12 +124,15 @@ fn is_over(held: &Held, envelope: &[u8]) -> bool {
     let Some(signer) = envelope.unverified_signer() else {
         return false;
     };
+    let digest = envelope.digest();
     let Ok(said) = Document::parse(envelope.unverified_payload()) else {
         return false;
     };
     let its = |t: &&trust::Taken| t.signer == signer && t.vm_id == said.vm_id;
     let newest = held.documents().iter().find(its);
-    newest.is_some_and(|t| t.sequence >= said.sequence)
+    // Another one of the same sequence is not over, and is refused.
+    let is_taken = |t: &trust::Taken| t.sequence == said.sequence && t.digest == digest;
+    newest.is_some_and(|t| t.sequence > said.sequence || is_taken(t))
         || held.revoked().any(|(key, _)| *key == signer)
 }
 

@@ -305,22 +305,30 @@ fn believe(envelope: &[u8], known: Known<'_>) -> Result<Proved, Fault> {
     let proved = proved
         .not_before(seen.copied().unwrap_or(0))
         .map_err(|e| fault(&e))?;
-    match (&proved.card.guest_pk, known.key) {
-        (Some(pinned), Some(own)) if pinned.id() != own.public().id() => Err(Fault {
-            code: "card-other-key",
-            place: "",
-            why: format!(
-                "the card is for the guest with the key {}, and this one has {}",
-                pinned.id(),
-                own.public().id()
-            ),
-            remedy: format!(
-                "sign one without --guest-pk, or with \"{}\"",
-                own.public().clone().without_comment()
-            ),
-        }),
-        _ => Ok(proved),
+    let Some(pinned) = &proved.card.guest_pk else {
+        return Ok(proved);
+    };
+    let own = known.key.map(GuestKey::public);
+    if own.is_some_and(|own| own.id() == pinned.id()) {
+        return Ok(proved);
     }
+    let (has, or_with) = match own {
+        Some(own) => {
+            let key = own.clone().without_comment();
+            (own.id().to_string(), format!(", or with \"{key}\""))
+        }
+        // A copy, for instance, that could not make one.
+        None => ("none".into(), ", or make state_dir writable".into()),
+    };
+    Err(Fault {
+        code: "card-other-key",
+        place: "",
+        why: format!(
+            "the card is for the guest with the key {}, and this one has {has}",
+            pinned.id()
+        ),
+        remedy: format!("sign one without --guest-pk{or_with}"),
+    })
 }
 
 /// `what`: `card` or `trust`.

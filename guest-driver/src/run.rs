@@ -129,8 +129,9 @@ pub fn run(
 /// At SIGHUP.
 fn reload(live: &Live, server: &Server) {
     let kept = live.reload();
-    // Also if the configuration before stays.
+    // Also if the configuration before stays: what a revoked key runs ends.
     server.govern(live.reload_policy());
+    live.enrol_again();
     let kept = match kept {
         Ok(kept) => kept,
         Err(e) => {
@@ -141,7 +142,6 @@ fn reload(live: &Live, server: &Server) {
             );
         }
     };
-    live.enrol_again();
     let config = live.config();
     server.allow(config.allow_ports.clone());
     let anchors = live.anchors();

@@ -38,9 +38,18 @@ impl SharedRunner {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The runner; none while a task runs.
+    pub fn if_idle(&self) -> Option<MutexGuard<'_, Runner>> {
+        match self.0.try_lock() {
+            Ok(runner) => Some(runner),
+            Err(TryLockError::Poisoned(runner)) => Some(runner.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
     /// Whether a task runs.
     pub fn is_busy(&self) -> bool {
-        matches!(self.0.try_lock(), Err(TryLockError::WouldBlock))
+        self.if_idle().is_none()
     }
 
     /// Begins a task.

@@ -312,8 +312,11 @@ async fn speak(
         said = &mut said => said?,
         written = &mut write => match written {
             Ok(()) => timeout(CHECK_LIMIT, said).await.map_err(late)??,
-            // Why it does not read any more it may have said.
-            Err(e) => timeout(STALL_LIMIT, said).await.map_err(late)?.map_err(|_| e)?,
+            // Why it does not read any more it may have said. Else it was this side.
+            Err(e) => match timeout(STALL_LIMIT, said).await {
+                Ok(Ok(said)) => said,
+                _ => return Err(e),
+            },
         }
     };
     end(&header, &body)

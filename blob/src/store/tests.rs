@@ -171,6 +171,25 @@ fn r100_a_full_disk_is_refused_before_anything_goes() {
     assert!(f.has(kept));
 }
 
+/// What one upload is still to write is not free for the next.
+#[test]
+fn r100_two_files_at_once_are_not_both_promised_the_same_room() {
+    let large = Limits {
+        blob: u64::MAX / 4,
+        all: u64::MAX / 2,
+        spare: 0,
+    };
+    let f = Fixture::new(large);
+    let most = disk::free(f.dir.path()).unwrap() / 3 * 2;
+    let (one, other) = (Fixture::bytes(1, 1).1, Fixture::bytes(2, 1).1);
+    let writing = f.begin(one, most);
+    let refused = f.store.begin(other, most);
+    assert!(matches!(refused, Err(BlobError::NoSpace { .. })));
+    drop(writing);
+    // Nobody writes it any more.
+    f.begin(other, most);
+}
+
 #[test]
 fn there_are_so_many_files_and_no_more() {
     let f = Fixture::new(LIMITS);

@@ -97,6 +97,40 @@ fn a_document_goes_on_from_change_to_change_and_guests_take_each() {
     assert!(ok(dir, &["trust", "show", "enrol.trust"]).contains("not checked without --trust"));
 }
 
+/// What the page on rotation does, twice: a key that may both, and keys for goals besides.
+#[test]
+fn a_key_that_brings_keys_for_goals_still_can_after_it_has_replaced_its_bringer() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    keys(
+        dir,
+        &[
+            ("a.key", "card,goal"),
+            ("b.key", "card,goal"),
+            ("f.key", "goal"),
+            ("g.key", "goal"),
+        ],
+    );
+    let image = ["a.key.pub"];
+    let mut held = Held::default();
+    let mut change = |by: &str, what: &[&str]| {
+        let (file, key) = (format!("{by}.trust"), format!("{by}.key"));
+        let sign = ["trust", "change", &file, "--sign", &key];
+        ok(dir, &[&sign[..], what].concat());
+        taken(dir, &file, &image, &mut held)
+    };
+    change("a", &["--add", "b.key.pub"]).unwrap();
+    change("b", &["--revoke", "a.key.pub", "--add", "f.key.pub"]).unwrap();
+    change("b", &["--add", "g.key.pub"]).unwrap();
+    change("b", &["--revoke", "f.key.pub"]).unwrap();
+    // One that is signed by a key that ends with it brings nothing.
+    let sign = ["trust", "change", "b.trust", "--sign", "b.key"];
+    let both = ["--revoke", "b.key.pub", "--add", "g.key.pub"];
+    let out = adit(dir, &[&sign[..], &both].concat());
+    let said = text(&out.stderr);
+    assert!(said.contains("revokes its own signer"), "{said}");
+}
+
 #[test]
 fn the_key_for_cards_itself_is_rotated() {
     let dir = tempfile::tempdir().unwrap();

@@ -60,8 +60,8 @@ impl GuestKey {
         Ok(Self::of(&private))
     }
 
-    /// Makes a key in the place of another guest's. The first one of those is set aside: a host that says again and again that
-    /// this is another guest ends no key for good.
+    /// Makes a key in the place of another guest's. The first one of those is set aside, so that a host which says again and again
+    /// that this is another guest ends no key that the disk came with; of those that were made since, it ends each.
     ///
     /// # Errors
     /// The state directory cannot be written.

@@ -156,6 +156,10 @@ impl Upgrade {
             return;
         }
         let _ordering = self.ordering();
+        // Meanwhile it may have been taken back.
+        if !self.trial().is_on {
+            return;
+        }
         let kept = kept::read(&self.state_dir).map(|kept| kept.confirmed());
         let done = kept.and_then(|kept| {
             // Before anybody hears of it: what was said must be so after a cut.
@@ -214,6 +218,10 @@ impl Upgrade {
             let kept = back.unwrap_or_else(|| kept.no_way_back(&why));
             kept::write(&self.state_dir, &kept).map(|()| is_back)
         });
+        if matches!(back, Ok(true)) {
+            // A hello that comes now is too late.
+            self.trial().is_on = false;
+        }
         drop(ordering);
         match back {
             Ok(true) => self.switch_now(),
@@ -314,6 +322,8 @@ impl Upgrade {
         }
         log::event("agent-switches", &[("from", &program::version())]);
         protect::undo();
+        // An alarm outlives exec, and would end what comes after a program on trial.
+        begin::alarm(std::time::Duration::ZERO);
         let e = self.begun.how.image().exec();
         protect::redo();
         self.stays(&e);

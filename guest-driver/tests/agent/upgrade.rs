@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use adit_blob::Digest;
 use adit_channel::frame;
+use adit_guest_driver::config::BAD_CONFIG;
 use adit_tasks::dsse::{Type, sign_as};
 use adit_tasks::order::{Answer, BODY_MAX, Kind, Order, SERVICE};
 use adit_tasks::package::version;
@@ -135,7 +136,9 @@ fn accept_as(
 ) -> (Session, Facts) {
     let begin = Instant::now();
     loop {
-        if host.ended().is_some() {
+        if let Some(status) = host.ended() {
+            // The unit that adit ships does not start such a one again.
+            assert_ne!(status.code(), Some(BAD_CONFIG.into()), "{}", host.log());
             host.start_in(environment);
         }
         if host.is_dialled()

@@ -24,9 +24,6 @@ pub const OTHER_STREAMS_MAX: usize = 2;
 pub const ENROLMENTS_MAX: u32 = 16;
 const ENROLMENTS_PERIOD: Duration = Duration::from_secs(4);
 
-/// Characters of why a guest does not take a document.
-const REFUSED_MAX: usize = 300;
-
 /// A VM's agent.
 #[derive(Debug)]
 pub struct Agent {
@@ -205,12 +202,8 @@ impl Agent {
 
     /// It has said what it has taken of trust documents.
     pub fn trusts(&self, mut trust: TrustOf) {
-        let cut = |text: &str| adit_names::escape(text).at_most(REFUSED_MAX).to_string();
         trust.held.documents.truncate(DOCUMENTS_MAX);
         trust.held.refused.clear();
-        for (_, _, why) in &mut trust.refused {
-            *why = cut(why);
-        }
         self.lock().trust = Some(trust);
         self.logged.update(self.vm.as_str(), self.faults());
         self.changes.note();

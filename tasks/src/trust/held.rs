@@ -36,7 +36,8 @@ pub struct Taken {
     pub vm_id: Option<VmId>,
     /// Which.
     pub sequence: u64,
-    digest: [u8; 32],
+    /// sha256 of its payload.
+    pub digest: [u8; 32],
     anchors: Vec<Anchor>,
     /// Its anchors count although nobody else brings its signer.
     stands: bool,

@@ -12,12 +12,12 @@ pub fn owner(c: &Connection, id: [u8; 16]) -> rusqlite::Result<Option<String>> {
     c.query_row(sql, [id], |r| r.get(0)).optional()
 }
 
-/// Notes that a VM has an id; forgets its oldest.
+/// Notes that a VM has an id; forgets its oldest, by the order in which they were noted: the clock may have gone back.
 pub fn put(c: &Connection, vm: &str, id: [u8; 16], now_ms: i64) -> rusqlite::Result<()> {
     let sql = "INSERT OR REPLACE INTO identities (id, vm, given_ms) VALUES (?1, ?2, ?3)";
     c.execute(sql, params![id, vm, now_ms])?;
     let sql = "DELETE FROM identities WHERE vm = ?1 AND id NOT IN \
-               (SELECT id FROM identities WHERE vm = ?1 ORDER BY given_ms DESC, rowid DESC LIMIT ?2)";
+               (SELECT id FROM identities WHERE vm = ?1 ORDER BY rowid DESC LIMIT ?2)";
     c.execute(sql, params![vm, IDENTITIES_MAX]).map(drop)
 }
 
