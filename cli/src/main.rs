@@ -1,10 +1,11 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket; signs goals here, so that no key leaves the manager.
 //!
-//! A command is a module of its own (`vm`, `goal`, `task`, `key`, `card`, `trust`, `agent`, `image`, `config`, `completion`); `client`
+//! A command is a module of its own (`vm`, `goal`, `task`, `access`, `key`, `card`, `trust`, `agent`, `image`, `config`, `completion`); `client`
 //! speaks HTTP, `output` prints,
 //! `error` says what failed, why and what to do next, and maps it to an exit status.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+mod access;
 mod agent;
 mod card;
 mod client;
@@ -103,6 +104,9 @@ enum Command {
     /// Give VMs the next agent
     #[command(subcommand)]
     Agent(agent::AgentCommand),
+    /// Show who may do what with which VM; make tokens
+    #[command(subcommand)]
+    Access(access::AccessCommand),
     /// Wait until a VM is ready
     Wait(vm::Wait),
     /// Show whether aditd runs by its configuration file as it is now
@@ -157,6 +161,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Card(command) => card::run(command, format)?,
         Command::Trust(command) => trust::run(command, &client, format).await?,
         Command::Agent(command) => agent::run(command, &client, format).await?,
+        Command::Access(command) => access::run(command, &client, format).await?,
         Command::Config => config::show(&client, format).await?,
         Command::Completion(completion) => completion::print(completion, format)?,
         Command::Version => version(format)?,

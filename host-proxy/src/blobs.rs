@@ -28,9 +28,10 @@ use adit_tasks::order::{self, Answer};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::time::timeout;
 
+use crate::access::Caller;
 use crate::api::ApiError;
 use crate::passing::Socket;
-use crate::reach::{self, Caller, Destination};
+use crate::reach::{self, Destination};
 use crate::state::State;
 use crate::vm::VmEntry;
 
@@ -270,7 +271,7 @@ async fn dial(
         arguments,
         ..Extensions::default()
     };
-    let admitted = reach::admit(state, &Caller::Operator, &to)?;
+    let admitted = reach::admit(state, &Caller::owner(), &to)?;
     admitted
         .relayed_with(&to, extensions, state.room, || state.pool.clear())
         .await

@@ -3,14 +3,16 @@
 //! [`keys`] has every key with its meaning, default and limit, and [`example`] a file with all of them. An unknown key is an
 //! error that names file, line and key: a misspelt limit must not silently be no limit.
 
+mod access;
 mod check;
 mod keys;
+mod sources;
 mod summary;
 mod uids;
 
-use std::fs::File;
+use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::{self, Read};
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -20,14 +22,16 @@ use adit_port::control::IVSHMEM_SOCKET;
 use adit_tasks::{Anchor, Role, TrustStore};
 use serde::{Deserialize, Serialize};
 
-use check::Document;
+pub use access::{Address, GrantConfig, LISTENS_MAX, ListenConfig, Speak, TokenConfig};
 pub use check::Problem;
+use check::{Document, Documents};
 pub use keys::{Key, example, keys};
+pub use sources::Sources;
 pub use uids::UidRange;
 
 /// Where the configuration is if nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/adit/aditd.toml";
-/// Most bytes of the file: more than [`VMS_MAX`] VMs need.
+/// Most bytes of the file, and of those in `conf.d` with it: more than [`VMS_MAX`] VMs need.
 pub const FILE_MAX: u64 = 32 << 20;
 /// Most VMs of a host.
 pub const VMS_MAX: usize = 4096;
@@ -54,20 +58,18 @@ pub enum ConfigError {
         source: io::Error,
     },
     /// Something in it is wrong.
-    #[error("{}", lines(path, problems))]
+    #[error("{}", lines(problems))]
     Wrong {
-        /// The file.
-        path: PathBuf,
         /// Every mistake, at least one.
         problems: Vec<Problem>,
     },
 }
 
 /// A line for each mistake.
-fn lines(path: &Path, problems: &[Problem]) -> String {
+fn lines(problems: &[Problem]) -> String {
     let line = |p: &Problem| {
         let key = p.key.as_ref().map(|k| format!("`{k}`: "));
-        let (path, key) = (path.display(), key.unwrap_or_default());
+        let (path, key) = (p.file.display(), key.unwrap_or_default());
         format!("{path}:{}: {key}{}", p.line, p.message)
     };
     problems.iter().map(line).collect::<Vec<_>>().join("\n")
@@ -93,6 +95,12 @@ pub struct Config {
     pub worker: Worker,
     /// Whose word is believed.
     pub trust: Trust,
+    /// Where clients get in, besides [`proxy`](Self::proxy).
+    pub listen: Vec<ListenConfig>,
+    /// What callers may do.
+    pub grant: Vec<GrantConfig>,
+    /// Tokens that callers may show.
+    pub token: Vec<TokenConfig>,
     /// The VMs that are always there.
     pub vm: Vec<VmConfig>,
 }
@@ -103,8 +111,7 @@ pub struct Config {
 pub struct Proxy {
     /// IP address and port.
     pub listen: SocketAddr,
-    /// The address need not be a loopback address. Whoever reaches it reaches every port that a VM allows: the proxy has no
-    /// authentication.
+    /// The address need not be a loopback address. Clients of other machines are known by a token only.
     pub open: bool,
 }
 
@@ -124,7 +131,7 @@ impl Proxy {
             return Ok(());
         }
         Err(format!(
-            "{} is no loopback address, and whoever reaches it may use the proxy, without authentication: \
+            "{} is no loopback address, and what other machines send there, tokens too, is not encrypted: \
              use 127.0.0.1, or set `open = true` in [proxy]",
             self.listen
         ))
@@ -247,6 +254,9 @@ pub struct VmConfig {
     /// cannot be truncated.
     #[serde(default)]
     pub allow_any_memory: bool,
+    /// What it is used for. A label of a card with the same name does not count.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// Default of [`VmConfig::ivshmem_mib`].
@@ -265,6 +275,9 @@ impl Default for Config {
             ports: Ports::default(),
             worker: Worker::default(),
             trust: Trust::default(),
+            listen: Vec::new(),
+            grant: Vec::new(),
+            token: Vec::new(),
             vm: Vec::new(),
         }
     }
@@ -281,6 +294,7 @@ impl VmConfig {
             busy_poll_us: 0,
             ivshmem_mib: default_ivshmem_mib(),
             allow_any_memory: false,
+            labels: BTreeMap::new(),
         }
     }
 
@@ -319,56 +333,104 @@ impl VmConfig {
         if self.allow.contains(&0) {
             return Err(("allow", "it takes ports from 1 to 65535, not 0".into()));
         }
+        let mut labels = adit_tasks::card::Labels::default();
+        for (name, value) in &self.labels {
+            labels
+                .add(name, value)
+                .map_err(|e| ("labels", e.to_string()))?;
+        }
         Ok(())
     }
 }
 
 impl Config {
-    /// Reads and checks a file.
+    /// Reads and checks a file, and those in `conf.d` beside it.
     ///
     /// # Errors
-    /// It cannot be read, or something in it is wrong; says where.
+    /// They cannot be read, or something in them is wrong; says where.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        Self::parse(path, &text_of(path)?)
+        Self::of(&Sources::read(path)?)
     }
 
-    /// Of all settings but the VMs: those that a running aditd does not change.
-    pub fn digest(&self) -> u64 {
-        let settings = Self {
+    /// The settings that a running aditd does not change: without VMs, grants and tokens.
+    pub fn settings(&self) -> Self {
+        Self {
             vm: Vec::new(),
+            grant: Vec::new(),
+            token: Vec::new(),
             ..self.clone()
-        };
+        }
+    }
+
+    /// These settings, with what a running aditd changes as `newer` has it.
+    #[must_use]
+    pub fn with_changes_of(self, newer: Self) -> Self {
+        let Self {
+            vm, grant, token, ..
+        } = newer;
+        Self {
+            vm,
+            grant,
+            token,
+            ..self
+        }
+    }
+
+    /// Of [`settings`](Self::settings).
+    pub fn digest(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         // It was read from text, and can be written as such.
-        serde_json::to_string(&settings)
+        serde_json::to_string(&self.settings())
             .unwrap_or_default()
             .hash(&mut hasher);
         hasher.finish()
     }
 
-    /// Checks the text of a file; `path` is for messages only.
+    /// Checks the text of one file; `path` is for messages only.
     ///
     /// # Errors
     /// Something in it is wrong; says where.
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        Self::of(&Sources::one(path, text))
+    }
+
+    /// Checks the texts of a configuration, and puts them together.
+    ///
+    /// # Errors
+    /// Something in them is wrong; says where.
+    pub fn of(sources: &Sources) -> Result<Self, ConfigError> {
         let wrong = |mut problems: Vec<Problem>| {
-            problems.sort_by_key(|p| p.line);
-            let path = path.into();
-            ConfigError::Wrong { path, problems }
+            problems.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
+            ConfigError::Wrong { problems }
         };
-        let document = Document::parse(text).map_err(|p| wrong(vec![p]))?;
-        let problems = document.check();
-        if !problems.is_empty() {
-            return Err(wrong(problems));
+        let mut whole = Self::default();
+        let (mut documents, mut problems) = (Documents::default(), Vec::new());
+        for (nth, (path, text)) in sources.iter().enumerate() {
+            let document = match Document::parse(path, text) {
+                Ok(document) => document,
+                Err(problem) => {
+                    problems.push(problem);
+                    continue;
+                }
+            };
+            let found = document.check(nth > 0);
+            if !found.is_empty() {
+                problems.extend(found);
+                continue;
+            }
+            // What has passed the check is what the types take.
+            match toml::from_str::<Self>(text) {
+                Ok(part) => documents.add(document, part, &mut whole),
+                Err(e) => problems.push(check::of_toml(path, text, &e)),
+            }
         }
-        // What has passed the check is what the types take.
-        let config: Self =
-            toml::from_str(text).map_err(|e| wrong(vec![check::of_toml(text, &e)]))?;
-        let problems = check::compare(&config, &document);
-        if !problems.is_empty() {
-            return Err(wrong(problems));
+        if problems.is_empty() {
+            problems = check::compare(&whole, &documents);
         }
-        Ok(config)
+        match problems.is_empty() {
+            true => Ok(whole),
+            false => Err(wrong(problems)),
+        }
     }
 
     /// Checks that the sockets of a VM can be bound: its port process would find that out too late.
@@ -384,31 +446,6 @@ impl Config {
     /// The API's socket.
     pub fn api_socket(&self) -> PathBuf {
         self.run_dir.join("aditd.sock")
-    }
-}
-
-/// Reads the text of a file.
-///
-/// # Errors
-/// It cannot be read.
-pub fn text_of(path: &Path) -> Result<String, ConfigError> {
-    read(path).map_err(|source| ConfigError::Read {
-        path: path.into(),
-        source,
-    })
-}
-
-fn read(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    let read = File::open(path)?
-        .take(FILE_MAX + 1)
-        .read_to_string(&mut text)?;
-    match read as u64 > FILE_MAX {
-        true => Err(io::Error::other(format!(
-            "it has more than {} MiB",
-            FILE_MAX >> 20
-        ))),
-        false => Ok(text),
     }
 }
 

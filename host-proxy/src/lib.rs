@@ -13,7 +13,9 @@
 //! | `uids`, `cgroup` | a user and a cgroup for each port process |
 //! | `whose`, `arguments` | which process answers; what it was started with |
 //! | `keeper`, `fdstore` | what a port process's successor needs; kept over the end of the worker, and of aditd |
-//! | `reach` | who may reach what in which VM, and the dial |
+//! | `access` | who asks, and who may do what with which VM |
+//! | `front` | every listener for clients of VMs |
+//! | `reach` | from a destination to a stream |
 //! | `proxy` | the HTTP forward proxy |
 //! | `services`, `agent` | what guests dial; the talk with an agent |
 //! | `desk`, `disk` | goals and tasks: rules, database, and who hears of a change; whether a disk is full |
@@ -22,6 +24,7 @@
 //! | `serve`, `state` | the service put together; what its parts share |
 #![deny(unsafe_code)] // but for `spawn` and `proxy::cut_off`
 
+pub mod access;
 pub mod agent;
 pub mod api;
 pub mod arguments;
@@ -33,6 +36,7 @@ pub mod disk;
 pub mod enrolment;
 pub mod fault;
 pub mod fdstore;
+pub mod front;
 pub mod identity;
 pub mod keeper;
 pub mod link;
@@ -126,6 +130,7 @@ async fn in_one(boot: Boot) -> anyhow::Result<()> {
     );
     let listeners = Listeners::bind(&config)?;
     let addresses = Listeners::of(
+        &config,
         listeners
             .all()
             .map(|fd| fd.try_clone_to_owned())
@@ -134,20 +139,20 @@ async fn in_one(boot: Boot) -> anyhow::Result<()> {
     let path = config.state_dir.join("aditd.db");
     let service = Service::open(Parts {
         config: config.clone(),
-        file: file.clone(),
         database: Database {
             shown: path.clone(),
             path,
         },
         monitor: Monitor::Here(privileged),
         listeners,
+        diag: access::diag::Socket::open().ok(),
     });
     let (tell, changes) = mpsc::channel(1);
     let reread = tokio::spawn(async move {
         while hangup.recv().await.is_some() {
             let file = file.clone();
             // Not on the thread that serves: its file system may take its time.
-            let text = tokio::task::spawn_blocking(move || reload::text_again(&file)).await;
+            let text = tokio::task::spawn_blocking(move || reload::read_again(&file)).await;
             if tell
                 .send(text.unwrap_or_else(|e| Err(e.to_string())))
                 .await

@@ -6,7 +6,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use adit_host_proxy::config::{self, Config, DEFAULT_PATH};
+use adit_host_proxy::config::{self, Config, DEFAULT_PATH, Sources};
 use adit_host_proxy::desk::store::SCHEMA;
 use adit_host_proxy::desk::store::db::would_take;
 use adit_host_proxy::monitor::run::Boot;
@@ -21,6 +21,10 @@ const EXAMPLE: &str = "\
 A configuration (`aditd example-config` prints one with every key):
   [proxy]
   listen = \"127.0.0.1:7080\"
+  [[grant]]
+  to = [\"user:root\", \"group:ops\"]
+  vms = [\"*\"]
+  may = [\"reach\", \"see\"]
   [[vm]]
   name = \"web-1\"
   cid = 3
@@ -150,8 +154,8 @@ fn run(file: &Path, port_bin: Option<PathBuf>, log_json: bool) -> anyhow::Result
     let passed = passed_on();
     // Whatever becomes of the working directory, SIGHUP reads the same file.
     let file = std::path::absolute(file)?;
-    let text = config::text_of(&file)?;
-    let config = Config::parse(&file, &text)?;
+    let text = Sources::read(&file)?;
+    let config = Config::of(&text)?;
     settle();
     adit_host_proxy::run(Boot {
         config,

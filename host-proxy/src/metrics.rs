@@ -128,6 +128,13 @@ impl Metrics {
             .inc();
     }
 
+    /// Counts a connection of another listener, by what its clients speak there.
+    pub fn tunnel(&self, method: &'static str, status: u16) {
+        self.requests
+            .get_or_create(&Status { method, status })
+            .inc();
+    }
+
     /// Counts a task that ended.
     pub fn task_ended(&self, state: &'static str) {
         self.tasks.get_or_create(&Outcome { state }).inc();

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -13,7 +13,7 @@ use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::getsockname;
 
-use crate::config::Config;
+use crate::config::{Address, Config};
 
 /// Connections that may wait, also for the next worker.
 const BACKLOG: i32 = 1024;
@@ -76,10 +76,73 @@ pub fn lock(run_dir: &Path) -> anyhow::Result<Flock<File>> {
 pub struct Listeners {
     /// The operator's.
     pub api: UnixListener,
-    /// The proxy's.
-    pub proxy: TcpListener,
     /// For metrics, if wanted.
     pub metrics: Option<TcpListener>,
+    /// For those of VMs, in the order of [`Config::fronts`]: the proxy's is the first.
+    pub fronts: Vec<Bound>,
+}
+
+/// A socket that clients of VMs connect to.
+#[derive(Debug)]
+pub enum Bound {
+    /// An IP address.
+    Tcp(TcpListener),
+    /// A path.
+    Unix(UnixListener),
+}
+
+impl AsFd for Bound {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(tcp) => tcp.as_fd(),
+            Self::Unix(unix) => unix.as_fd(),
+        }
+    }
+}
+
+impl Bound {
+    /// Takes a listener over that was bound to this address.
+    fn of(address: &Address, fd: OwnedFd) -> Self {
+        match address {
+            Address::Tcp(_) => Self::Tcp(fd.into()),
+            Address::Unix(_) => Self::Unix(fd.into()),
+        }
+    }
+
+    fn bind(address: &Address, section: &str) -> anyhow::Result<Self> {
+        Ok(match address {
+            Address::Tcp(at) => Self::Tcp(bind(*at, section)?),
+            // Every user may connect: grants say who may do what.
+            Address::Unix(path) => Self::Unix(bind_unix(path, 0o666)?),
+        })
+    }
+
+    fn is_at(&self, address: &Address) -> bool {
+        match (self, address) {
+            (Self::Tcp(tcp), Address::Tcp(at)) => is_at(tcp, *at),
+            (Self::Unix(unix), Address::Unix(path)) => is_at_path(unix, path),
+            _ => false,
+        }
+    }
+
+    fn set_nonblocking(&self) -> std::io::Result<()> {
+        match self {
+            Self::Tcp(tcp) => tcp.set_nonblocking(true),
+            Self::Unix(unix) => unix.set_nonblocking(true),
+        }
+    }
+
+    /// Where it is, as clients write it.
+    pub fn address(&self) -> String {
+        match self {
+            Self::Tcp(tcp) => tcp.local_addr().map(|at| at.to_string()),
+            Self::Unix(unix) => unix.local_addr().map(|at| {
+                let path = at.as_pathname().unwrap_or(Path::new(""));
+                format!("unix:{}", path.display())
+            }),
+        }
+        .unwrap_or_default()
+    }
 }
 
 impl Listeners {
@@ -89,10 +152,14 @@ impl Listeners {
     /// One line that says which address is busy, and what to do.
     pub fn bind(config: &Config) -> anyhow::Result<Self> {
         let metrics = config.metrics.as_ref();
+        let fronts = config.fronts().into_iter().enumerate().map(|(nth, front)| {
+            let section = if nth == 0 { "[proxy]" } else { "[[listen]]" };
+            Bound::bind(&front.address, section)
+        });
         let listeners = Self {
-            proxy: bind(config.proxy.listen, "[proxy]")?,
+            fronts: fronts.collect::<anyhow::Result<_>>()?,
             metrics: metrics.map(|m| bind(m.listen, "[metrics]")).transpose()?,
-            api: bind_api(&config.api_socket())?,
+            api: bind_unix(&config.api_socket(), 0o600)?,
         };
         listeners.nonblocking()?;
         Ok(listeners)
@@ -101,50 +168,50 @@ impl Listeners {
     /// Takes them as descriptors, in the order of [`all`](Self::all).
     ///
     /// # Errors
-    /// They are too few, or no listeners.
-    pub fn of(fds: Vec<OwnedFd>) -> std::io::Result<Self> {
+    /// They are too few or too many, or no listeners.
+    pub fn of(config: &Config, fds: Vec<OwnedFd>) -> std::io::Result<Self> {
+        let fronts = config.fronts();
+        let metrics = config.metrics.is_some();
+        if fds.len() != 1 + usize::from(metrics) + fronts.len() {
+            return Err(std::io::ErrorKind::InvalidInput.into());
+        }
         let mut fds = fds.into_iter();
-        let (Some(api), Some(proxy)) = (fds.next(), fds.next()) else {
+        let Some(api) = fds.next() else {
             return Err(std::io::ErrorKind::InvalidInput.into());
         };
+        let metrics = metrics.then(|| fds.next()).flatten();
         let listeners = Self {
             api: api.into(),
-            proxy: proxy.into(),
-            metrics: fds.next().map(TcpListener::from),
+            metrics: metrics.map(TcpListener::from),
+            fronts: fronts
+                .iter()
+                .zip(fds)
+                .map(|(front, fd)| Bound::of(&front.address, fd))
+                .collect(),
         };
         listeners.nonblocking()?;
         Ok(listeners)
     }
 
-    /// All of them: operator's socket, proxy, metrics.
-    pub fn all(&self) -> impl Iterator<Item = std::os::fd::BorrowedFd<'_>> {
+    /// All of them: operator's socket, metrics, those of VMs.
+    pub fn all(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let metrics = self.metrics.as_ref().map(AsFd::as_fd);
-        [self.api.as_fd(), self.proxy.as_fd()]
-            .into_iter()
-            .chain(metrics)
+        let fronts = self.fronts.iter().map(AsFd::as_fd);
+        [self.api.as_fd()].into_iter().chain(metrics).chain(fronts)
     }
 
     /// Whether these are the listeners that the configuration wants: a worker passed them.
     pub fn are_of(&self, config: &Config) -> bool {
-        let listens = |fd: &dyn AsFd| {
-            rustix::net::sockopt::socket_acceptconn(fd.as_fd()).is_ok_and(|listens| listens)
-        };
-        let is_at = |listener: &TcpListener, at: SocketAddr| {
-            let bound = listener.local_addr().ok();
-            let is = |bound: SocketAddr| {
-                bound.ip() == at.ip() && (at.port() == 0 || bound.port() == at.port())
-            };
-            bound.is_some_and(is) && listens(listener)
-        };
         let metrics = match (&self.metrics, &config.metrics) {
             (Some(listener), Some(metrics)) => is_at(listener, metrics.listen),
             (None, None) => true,
             _ => false,
         };
-        let api =
-            getsockname::<nix::sys::socket::UnixAddr>(std::os::fd::AsRawFd::as_raw_fd(&self.api));
-        let is_api = api.is_ok_and(|at| at.path() == Some(&config.api_socket()));
-        metrics && is_at(&self.proxy, config.proxy.listen) && is_api && listens(&self.api)
+        let fronts = config.fronts();
+        let mut pairs = self.fronts.iter().zip(&fronts);
+        let fronts = self.fronts.len() == fronts.len()
+            && pairs.all(|(bound, front)| bound.is_at(&front.address));
+        metrics && fronts && is_at_path(&self.api, &config.api_socket())
     }
 
     /// Writes the addresses that were bound into the run directory.
@@ -153,25 +220,54 @@ impl Listeners {
     /// A file cannot be written.
     pub fn write_addresses(&self, run_dir: &Path) -> anyhow::Result<()> {
         if let Some(metrics) = &self.metrics {
-            write_address(run_dir, "metrics.addr", metrics)?;
+            let at = metrics.local_addr()?;
+            write_whole(run_dir, "metrics.addr", &format!("{at}\n"))?;
+        }
+        let (proxy, others) = match self.fronts.split_first() {
+            Some((proxy, others)) => (proxy.address(), others),
+            None => return Ok(()),
+        };
+        if !others.is_empty() {
+            let lines: String = others.iter().map(|front| front.address() + "\n").collect();
+            write_whole(run_dir, "listen.addr", &lines)?;
         }
         // Whoever waits for this one finds the others, too.
-        write_address(run_dir, "proxy.addr", &self.proxy)
+        write_whole(run_dir, "proxy.addr", &format!("{proxy}\n"))
     }
 
     fn nonblocking(&self) -> std::io::Result<()> {
         self.api.set_nonblocking(true)?;
-        let tcp = [Some(&self.proxy), self.metrics.as_ref()];
-        tcp.into_iter()
-            .flatten()
-            .try_for_each(|listener| listener.set_nonblocking(true))
+        if let Some(metrics) = &self.metrics {
+            metrics.set_nonblocking(true)?;
+        }
+        self.fronts.iter().try_for_each(Bound::set_nonblocking)
     }
+}
+
+fn listens(fd: impl AsFd) -> bool {
+    rustix::net::sockopt::socket_acceptconn(fd).is_ok_and(|listens| listens)
+}
+
+fn is_at(listener: &TcpListener, at: SocketAddr) -> bool {
+    let is =
+        |bound: SocketAddr| bound.ip() == at.ip() && (at.port() == 0 || bound.port() == at.port());
+    listener.local_addr().is_ok_and(is) && listens(listener)
+}
+
+fn is_at_path(listener: &UnixListener, path: &Path) -> bool {
+    let at = getsockname::<nix::sys::socket::UnixAddr>(std::os::fd::AsRawFd::as_raw_fd(listener));
+    at.is_ok_and(|at| at.path() == Some(path)) && listens(listener)
 }
 
 /// Removes what says that aditd serves.
 pub fn clear(config: &Config) {
     let _ = socket_path::remove(&config.api_socket());
-    for file in ["proxy.addr", "metrics.addr"] {
+    for listen in &config.listen {
+        if let Address::Unix(path) = &listen.address {
+            let _ = socket_path::remove(path);
+        }
+    }
+    for file in ["proxy.addr", "listen.addr", "metrics.addr"] {
         let _ = std::fs::remove_file(config.run_dir.join(file));
     }
 }
@@ -187,19 +283,15 @@ fn bind(address: SocketAddr, section: &str) -> anyhow::Result<TcpListener> {
     })
 }
 
-fn bind_api(path: &Path) -> anyhow::Result<UnixListener> {
-    // The lock of the directory is ours: nobody listens there.
+fn bind_unix(path: &Path, mode: u32) -> anyhow::Result<UnixListener> {
+    // The lock of the run directory is ours: nobody listens at aditd's own paths, and what else is there is no socket.
     socket_path::remove(path)?;
     let listener =
         UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
-    // The directory is 0700: nobody came in between.
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    // Until now it was 0600, or as the umask has it.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     rustix::net::listen(&listener, BACKLOG)?;
     Ok(listener)
-}
-
-fn write_address(run_dir: &Path, file: &str, listener: &TcpListener) -> anyhow::Result<()> {
-    write_whole(run_dir, file, &format!("{}\n", listener.local_addr()?))
 }
 
 /// Whole or not at all: somebody may be waiting for the file.
@@ -223,7 +315,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("aditd.sock");
         std::fs::write(&path, "precious").unwrap();
-        let refused = bind_api(&path).unwrap_err();
+        let refused = bind_unix(&path, 0o600).unwrap_err();
         let why = refused.downcast_ref();
         assert!(matches!(why, Some(SocketPathError::NotASocket { .. })));
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
@@ -234,7 +326,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = dir.path().display();
         let text = format!(
-            "run_dir = \"{at}\"\n[proxy]\nlisten = \"127.0.0.1:0\"\n[metrics]\nlisten = \"127.0.0.1:0\"\n"
+            "run_dir = \"{at}\"\n[proxy]\nlisten = \"127.0.0.1:0\"\n[metrics]\nlisten = \"127.0.0.1:0\"\n\
+             [[listen]]\naddress = \"unix:{at}/proxy.sock\"\n"
         );
         let config = Config::parse(Path::new("a.toml"), &text).unwrap();
         let listeners = Listeners::bind(&config).unwrap();
@@ -242,20 +335,23 @@ mod tests {
             let fds = fds
                 .iter()
                 .map(|fd| fd.as_fd().try_clone_to_owned().unwrap());
-            Listeners::of(fds.collect()).is_ok_and(|listeners| listeners.are_of(&config))
+            Listeners::of(&config, fds.collect()).is_ok_and(|listeners| listeners.are_of(&config))
         };
-        let (api, proxy) = (&listeners.api, &listeners.proxy);
+        let api = &listeners.api;
+        let [Bound::Tcp(proxy), Bound::Unix(unix)] = &listeners.fronts[..] else {
+            panic!("{listeners:?}")
+        };
         let metrics = listeners.metrics.as_ref().unwrap();
-        assert!(passed(&[api, proxy, metrics]));
-        assert!(!passed(&[api, proxy]), "one is missing");
-        assert!(!passed(&[proxy, api, metrics]), "another order");
+        assert!(passed(&[api, metrics, proxy, unix]));
+        assert!(!passed(&[api, metrics, proxy]), "one is missing");
+        assert!(!passed(&[metrics, api, proxy, unix]), "another order");
         let other = UnixListener::bind(dir.path().join("other.sock")).unwrap();
-        assert!(!passed(&[&other, proxy, metrics]), "another path");
+        assert!(!passed(&[&other, metrics, proxy, unix]), "another path");
         let open = TcpListener::bind("0.0.0.0:0").unwrap();
-        assert!(!passed(&[api, &open, metrics]), "another address");
+        assert!(!passed(&[api, metrics, &open, unix]), "another address");
         let client = std::net::TcpStream::connect(proxy.local_addr().unwrap()).unwrap();
-        assert!(!passed(&[api, &client, metrics]), "no listener");
+        assert!(!passed(&[api, metrics, &client, unix]), "no listener");
         let file = File::open("/dev/null").unwrap();
-        assert!(!passed(&[api, &file, metrics]), "no socket");
+        assert!(!passed(&[api, metrics, &file, unix]), "no socket");
     }
 }

@@ -5,7 +5,7 @@
 //! a restart, as does a VM's CID; the log names what was left. `GET /v1/config` and the service's status say what became of it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use adit_api::ConfigStatus;
@@ -13,7 +13,8 @@ use adit_names::VmId;
 use futures_util::future::join_all;
 use tokio::sync::mpsc;
 
-use crate::config::{self, Config, ConfigError, VMS_MAX, VmConfig};
+use crate::access::tokens::Tokens;
+use crate::config::{Config, ConfigError, Sources, VMS_MAX, VmConfig};
 use crate::state::State;
 use crate::vm::{Origin, VmEntry};
 use crate::vms;
@@ -64,15 +65,11 @@ impl Reloads {
 }
 
 /// Applies each text of the configuration that was read again; an error is why it could not be.
-pub async fn follow(
-    state: Arc<State>,
-    path: PathBuf,
-    mut changes: mpsc::Receiver<Result<String, String>>,
-) {
+pub async fn follow(state: Arc<State>, mut changes: mpsc::Receiver<Result<Sources, String>>) {
     while let Some(text) = changes.recv().await {
         let mut outcome = state.reloads.get();
         outcome.reads += 1;
-        let new = text.and_then(|text| parse(&path, &text));
+        let new = text.and_then(|text| Config::of(&text).map_err(|e| in_a_line(&e)));
         let applied = match new {
             Ok(new) => apply(&state, new).await,
             Err(error) => Err(error),
@@ -96,6 +93,7 @@ pub async fn follow(
 /// Applies a configuration. Returns what of it takes a restart.
 async fn apply(state: &Arc<State>, new: Config) -> Result<Vec<String>, String> {
     let mut restart = differences(&state.config, &new);
+    let (grants, tokens) = (new.grants(), Tokens::new(&new.token));
     let plan = Plan::new(&state.registry.all(), new.vm)?;
     for vm in &plan.add {
         // In the directory that is in use, whatever the file says now.
@@ -103,6 +101,8 @@ async fn apply(state: &Arc<State>, new: Config) -> Result<Vec<String>, String> {
         checked.map_err(|(_, why)| format!("`{}`: {why}", vm.name))?;
     }
     restart.extend(plan.restart.iter().cloned());
+    state.set_grants(grants);
+    state.callers.renew(tokens);
     // Each has its own time to end.
     let removals = join_all(plan.remove.iter().map(|vm| async {
         let failed = vms::remove(state, vm).await.err()?;
@@ -149,7 +149,7 @@ async fn apply(state: &Arc<State>, new: Config) -> Result<Vec<String>, String> {
 ///
 /// # Errors
 /// Why it cannot be read, in one line.
-pub fn text_again(path: &Path) -> Result<String, String> {
+pub fn read_again(path: &Path) -> Result<Sources, String> {
     let shown = path.display();
     match std::fs::metadata(path) {
         Ok(file) if !file.is_file() => return Err(format!("{shown} is not a regular file")),
@@ -160,11 +160,7 @@ pub fn text_again(path: &Path) -> Result<String, String> {
         }
         _ => {}
     }
-    config::text_of(path).map_err(|e| in_a_line(&e))
-}
-
-fn parse(path: &Path, text: &str) -> Result<Config, String> {
-    Config::parse(path, text).map_err(|e| in_a_line(&e))
+    Sources::read(path).map_err(|e| in_a_line(&e))
 }
 
 fn in_a_line(e: &ConfigError) -> String {
@@ -174,13 +170,10 @@ fn in_a_line(e: &ConfigError) -> String {
     }
 }
 
-/// Keys outside of the VMs that differ.
+/// Keys that differ, of those that take a restart.
 fn differences(old: &Config, new: &Config) -> Vec<String> {
     let values = |config: &Config| {
-        let config = Config {
-            vm: Vec::new(),
-            ..config.clone()
-        };
+        let config = config.settings();
         let mut values = BTreeMap::new();
         // It was read from text, and can be written as such.
         flatten(

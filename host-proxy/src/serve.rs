@@ -7,13 +7,18 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
-use crate::config::Config;
+use crate::access::audit::Audit;
+use crate::access::callers::Callers;
+use crate::access::diag;
+use crate::access::tokens::Tokens;
+use crate::config::{Config, Sources};
 use crate::desk::store::db::Db;
+use crate::front::Fronts;
 use crate::listen::{self, Gate};
 use crate::monitor::Monitor;
-use crate::place::Listeners;
+use crate::place::{Bound, Listeners};
 use crate::state::State;
-use crate::{api, blobs, desk, identity, proxy, reload, vms};
+use crate::{api, blobs, desk, identity, reload, vms};
 
 /// How long requests that are under way may go on after the stop.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
@@ -32,21 +37,20 @@ pub struct Database {
 pub struct Parts {
     /// As read at the start.
     pub config: Config,
-    /// Where it was read from, for messages.
-    pub file: PathBuf,
     /// The database.
     pub database: Database,
     /// What needs root.
     pub monitor: Monitor,
     /// Where clients connect.
     pub listeners: Listeners,
+    /// To ask the kernel who they are.
+    pub diag: Option<diag::Socket>,
 }
 
 /// A service that is ready to run.
 pub struct Service {
     /// What its parts share.
     pub state: Arc<State>,
-    file: PathBuf,
     listeners: Listeners,
 }
 
@@ -58,10 +62,10 @@ impl Service {
     pub fn open(parts: Parts) -> anyhow::Result<Self> {
         let Parts {
             config,
-            file,
             database: Database { path, shown },
             monitor,
             listeners,
+            diag,
         } = parts;
         let db = Db::open_as(&path, &shown, &desk::store::SCHEMA).map_err(|e| {
             anyhow::anyhow!("cannot use {}: {e}; {}", shown.display(), e.remedy(&path))
@@ -76,12 +80,20 @@ impl Service {
             anyhow::anyhow!("cannot use {}: {e}", file.display())
         })?;
         let blobs = blobs::Blobs::new(dir);
-        let state = State::new(config, monitor, db, blobs, boot_nonce, host_id);
-        Ok(Self {
-            state,
-            file,
-            listeners,
-        })
+        let audit =
+            Audit::start(dir).map_err(|e| anyhow::anyhow!("no thread for the audit: {e}"))?;
+        let tokens = Tokens::new(&config.token);
+        let callers = Callers::new(monitor.clone(), diag, tokens);
+        let state = State::new(
+            config,
+            monitor,
+            db,
+            blobs,
+            (callers, audit),
+            boot_nonce,
+            host_id,
+        );
+        Ok(Self { state, listeners })
     }
 
     /// Serves until `stopped` ends, or the API says so. `changes` are texts of the configuration that was read again, and
@@ -91,29 +103,33 @@ impl Service {
     /// One line that says what to do.
     pub async fn run(
         self,
-        changes: mpsc::Receiver<Result<String, String>>,
+        changes: mpsc::Receiver<Result<Sources, String>>,
         stopped: impl Future<Output = ()>,
         ready: impl AsyncFnOnce() -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
-        let Self {
-            state,
-            file,
-            listeners,
-        } = self;
-        let proxy = TcpListener::from_std(listeners.proxy)?;
+        let Self { state, listeners } = self;
         let metrics = listeners.metrics.map(TcpListener::from_std).transpose()?;
         let api = UnixListener::from_std(listeners.api)?;
         vms::load(&state).await?;
         state.monitor.forget_others().await;
-        tracing::info!(proxy = %proxy.local_addr()?, api = %state.config.api_socket().display(), "serving");
+        let fronts = state.config.fronts();
+        let proxy = listeners.fronts.first().map(Bound::address);
+        let proxy = proxy.unwrap_or_default();
+        tracing::info!(proxy, api = %state.config.api_socket().display(), "serving");
+        if state.grants().all().is_empty() {
+            tracing::warn!(
+                "there is no [[grant]]: nobody reaches a VM over the proxy; `aditd check-config` says what to write"
+            );
+        }
         ready().await?;
         crate::tell_status(&state).await;
 
         let mut tasks = tokio::task::JoinSet::new();
-        let clients = tokio::spawn(proxy::serve(state.clone(), proxy));
+        let fronts = fronts.into_iter().zip(listeners.fronts).collect();
+        let clients = tokio::spawn(Fronts::new(state.clone()).start(fronts)?);
         let timed = state.clone();
         tasks.spawn(async move { timed.desk.keep_time(&timed.stop).await });
-        tasks.spawn(reload::follow(state.clone(), file, changes));
+        tasks.spawn(reload::follow(state.clone(), changes));
         if let Some(listener) = metrics {
             let app = api::observe(state.clone()).with_state(state.clone());
             let (gate, room) = (Gate::new(state.room.metrics), state.room);

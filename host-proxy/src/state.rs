@@ -1,6 +1,6 @@
 //! What the parts of aditd share.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use adit_names::VmId;
 use adit_tasks::TrustStore;
@@ -9,6 +9,9 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::access::audit::{Audit, Decided};
+use crate::access::callers::Callers;
+use crate::access::{Access, Caller, Denial, Grants, Verb};
 use crate::blobs::Blobs;
 use crate::config::Config;
 use crate::desk::Desk;
@@ -19,6 +22,7 @@ use crate::monitor::Monitor;
 use crate::proxy::pool::Pool;
 use crate::registry::Registry;
 use crate::reload::Reloads;
+use crate::vm::VmEntry;
 
 /// Shared by all tasks of the process.
 pub struct State {
@@ -28,6 +32,12 @@ pub struct State {
     pub reloads: Reloads,
     /// Whose cards are believed.
     pub trust: TrustStore,
+    /// What callers may do.
+    grants: RwLock<Arc<Grants>>,
+    /// Who they are.
+    pub callers: Arc<Callers>,
+    /// What was denied.
+    pub audit: Audit,
     /// What needs root.
     pub monitor: Monitor,
     /// The VMs.
@@ -63,6 +73,7 @@ impl State {
         monitor: Monitor,
         db: Db,
         blobs: Blobs,
+        (callers, audit): (Arc<Callers>, Audit),
         boot_nonce: [u8; 16],
         host_id: [u8; 16],
     ) -> Arc<Self> {
@@ -84,6 +95,9 @@ impl State {
             ),
             registry,
             trust: config.trust.anchors(),
+            grants: RwLock::new(Arc::new(config.grants())),
+            callers,
+            audit,
             config,
             reloads: Reloads::default(),
             monitor,
@@ -94,6 +108,57 @@ impl State {
             stop: CancellationToken::new(),
             clients: TaskTracker::new(),
         })
+    }
+
+    /// What callers may do now.
+    pub fn grants(&self) -> Arc<Grants> {
+        let grants = self.grants.read().unwrap_or_else(PoisonError::into_inner);
+        grants.clone()
+    }
+
+    /// Replaces what callers may do.
+    pub fn set_grants(&self, grants: Grants) {
+        *self.grants.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(grants);
+    }
+
+    /// Decides, and writes down what is denied. None: it may be done.
+    pub fn decide(&self, caller: &Caller, verb: Verb<'_>, vm: &VmEntry) -> Option<Denial> {
+        let grants = self.grants();
+        let access = vm.viewed(|vm| match grants.decide(caller, verb, vm, self.now_ms()) {
+            Access::Allow(_) => None,
+            Access::Deny(denial) => Some(denial),
+        });
+        let (word, target) = verb.words();
+        tracing::debug!(vm = %vm.name, %caller, verb = word, target, ?access, "access decided");
+        if let Some(denial) = &access {
+            self.denied(
+                caller,
+                word,
+                vm.name.as_str(),
+                &target,
+                denial.reason.word(),
+            );
+        }
+        access
+    }
+
+    /// Writes down what is denied.
+    pub fn denied(
+        &self,
+        caller: &Caller,
+        verb: &'static str,
+        vm: &str,
+        target: &str,
+        reason: &'static str,
+    ) {
+        let decided = Decided {
+            caller,
+            verb,
+            vm,
+            target,
+            denied: Some(reason),
+        };
+        self.audit.note(decided, self.now_ms());
     }
 
     /// Unix time.

@@ -367,7 +367,8 @@ fn directory() -> std::io::Result<tempfile::TempDir> {
 fn config(run: &Path, state: &Path, vms: &[&str], more: &str) -> String {
     let (run, state) = (run.display(), state.display());
     let mut config = format!(
-        "run_dir = \"{run}\"\nstate_dir = \"{state}\"\n[proxy]\nlisten = \"127.0.0.1:0\"\n"
+        "run_dir = \"{run}\"\nstate_dir = \"{state}\"\n[proxy]\nlisten = \"127.0.0.1:0\"\n\
+         [[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach\", \"see\"]\n"
     );
     for (cid, name) in (3..).zip(vms) {
         config.push_str(&format!(

@@ -7,6 +7,10 @@ run_dir = "$AD/run"
 state_dir = "$AD/state"
 [proxy]
 listen = "127.0.0.1:7080"
+[[grant]]
+to = ["user:root"]
+vms = ["*"]
+may = ["reach", "see"]
 [[vm]]
 name = "qemu"
 cid = 4

@@ -145,6 +145,7 @@ impl Tunnel {
         let at = dir.path().display();
         let config = format!(
             "run_dir = \"{at}/run\"\nstate_dir = \"{at}/state\"\n[proxy]\nlisten = \"127.0.0.1:0\"\n\
+             [[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach\"]\n\
              [[vm]]\nname = \"bench\"\ncid = 3\nallow_vsock = [5000]\n"
         );
         std::fs::write(dir.path().join("aditd.toml"), config)?;

@@ -83,6 +83,12 @@ const CALLS: &[(&str, &[&str])] = &[
         "image-cloud-init",
         &["image", "cloud-init", "--agent", "/bin/true"],
     ),
+    (
+        "access-check",
+        &["access", "check", "--as", "user:a", "reach", "web-1:22"],
+    ),
+    ("access-ls", &["access", "ls", "--vm", "web-1"]),
+    ("access-token", &["access", "token", "ci"]),
     ("config", &["config"]),
     ("completion", &["completion", "bash"]),
     ("version", &["version"]),
@@ -93,6 +99,11 @@ fn fake() -> Fake {
         let done = || task('3', "a", 1, "done");
         match (asked.method.as_str(), asked.path.as_str()) {
             (_, "/v1/config") => Say::Json(json!({"reads": 1, "error": null, "restart": []})),
+            (_, path) if path.starts_with("/v1/access?") => Say::Json(json!({
+                "allowed": true, "caller": ["user:a", "anyone"], "by": "aditd.toml:3", "reason": null, "text": "yes",
+                "hidden": false,
+            })),
+            (_, path) if path.starts_with("/v1/grants") => Say::Json(json!([])),
             ("GET", "/v1/trust") => Say::Json(json!([])),
             (_, path) if path.starts_with("/v1/trust") => Say::Json(json!({
                 "signer": KEY, "own": false, "sequence": 1, "vms": [], "given_at": "2026-11-20T22:00:00Z",

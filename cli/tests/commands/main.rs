@@ -1,6 +1,7 @@
 //! The real `adit` binary, as a person calls it.
 #![allow(missing_docs)]
 
+mod access;
 mod agents;
 mod cards;
 mod completing;

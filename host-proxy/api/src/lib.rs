@@ -28,6 +28,8 @@
 //! | `PUT /v1/blobs/{sha256}?size=N&from=M` | the next bytes (at most [`PIECE_MAX`]) of a file of N bytes → `Blob`; where `from` is not what is here, nothing is written, and the answer says where to go on; 413, 422 for another digest (all of it is to come again), 507 |
 //! | `POST /v1/vms/{name}/blobs/{sha256}` | has it sent to the guest → `Transfer`: how far it is. To be asked again until it is `kept`; why it failed is said once, as an error |
 //! | `POST /v1/vms/{name}/agent` | `AgentOrder` → `AgentAnswer`, once the guest has the program on its disk: it was sent before. 422 with the guest's own word (`agent-below-floor`, …) where it refuses |
+//! | `GET /v1/access?as=CALLER&verb=VERB&vm=NAME&target=TARGET` | → `AccessDecision`: what the proxy would decide. CALLER is `user:NAME`, `group:NAME`, `token:NAME`, `anyone` or `owner`; of a user its groups count |
+//! | `GET /v1/grants?vm=NAME` | → `Vec<GrantShown>`: all, or those about a VM |
 //! | `GET /v1/config` | → `ConfigStatus`: what became of the configuration file |
 //! | `POST /v1/shutdown?ports=true` | stops aditd, with `ports=true` the port processes too; not VMMs that are their VMs' own |
 //! | `GET /metrics`, `/healthz`, `/readyz` | |
@@ -38,6 +40,7 @@
 #![forbid(unsafe_code)]
 
 mod state;
+pub mod token;
 
 use std::collections::BTreeMap;
 
@@ -305,6 +308,40 @@ pub struct VmChange {
     /// Microseconds that its port process polls before it sleeps. The port process has it after `POST …/reload`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub busy_poll_us: Option<u32>,
+}
+
+/// What is decided of a request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AccessDecision {
+    /// Whether it may be done.
+    pub allowed: bool,
+    /// Every name of the caller that counted.
+    pub caller: Vec<String>,
+    /// File and line of the grant that allows it; none: it is denied, or the owner's right.
+    pub by: Option<String>,
+    /// Why not, in a word: `unknown-vm`, `not-granted`, `expired`, `not-listed`, `no-rule`.
+    pub reason: Option<String>,
+    /// The same for people.
+    pub text: String,
+    /// The caller is told only that there is no such VM.
+    pub hidden: bool,
+}
+
+/// A grant of the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrantShown {
+    /// File and line.
+    pub place: String,
+    /// To whom.
+    pub to: Vec<String>,
+    /// With which VMs.
+    pub vms: Vec<String>,
+    /// What may be done.
+    pub may: Vec<String>,
+    /// Until when; RFC 3339.
+    pub until: Option<String>,
+    /// Its time is over.
+    pub expired: bool,
 }
 
 /// What became of the configuration file when it was read last: at the start, or at SIGHUP.

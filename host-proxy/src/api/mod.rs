@@ -1,8 +1,9 @@
 //! The JSON API on the Unix socket; `adit_api` lists the endpoints and has the types.
 //!
-//! `vms` has what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`lists`: the newest of them, and
+//! `access` has what is asked of grants, `vms` what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`lists`: the newest of them, and
 //! filters that name nothing); here is the rest, and how a request fails.
 
+mod access;
 mod blobs;
 mod lists;
 mod tasks;
@@ -59,6 +60,8 @@ pub fn router(state: App) -> Router {
         .route("/v1/blobs/{digest}", get(blobs::show).put(blobs::put))
         .route("/v1/vms/{name}/blobs/{digest}", post(blobs::send))
         .route("/v1/vms/{name}/agent", post(blobs::order))
+        .route("/v1/access", get(access::check))
+        .route("/v1/grants", get(access::grants))
         .route("/v1/config", get(config))
         .route("/v1/shutdown", post(shutdown))
         .layer(DefaultBodyLimit::max(BODY_MAX))

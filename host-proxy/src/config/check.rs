@@ -1,18 +1,21 @@
 //! Checks a file against the table of keys: every mistake, with its line, in words of the product.
 
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use adit_names::VmId;
-use adit_tasks::anchor::ANCHORS_MAX;
+use adit_tasks::card::Labels;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::keys::{Key, Kind, keys};
+use super::keys::{Key, Kind, MANY, keys};
 use super::{ALLOW_MAX, Config};
 
 /// One mistake.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
+    /// The file.
+    pub file: PathBuf,
     /// From 1.
     pub line: usize,
     /// The key at fault, if one is.
@@ -28,6 +31,7 @@ const ALIKE_MIN: f64 = 0.7;
 
 /// A file, whose form is right: what it says, and where.
 pub(super) struct Document<'a> {
+    path: &'a Path,
     text: &'a str,
     root: Spanned<DeTable<'a>>,
 }
@@ -35,27 +39,60 @@ pub(super) struct Document<'a> {
 impl<'a> Document<'a> {
     /// # Errors
     /// It is no TOML.
-    pub(super) fn parse(text: &'a str) -> Result<Self, Problem> {
-        let root = DeTable::parse(text).map_err(|e| of_toml(text, &e))?;
-        Ok(Self { text, root })
+    pub(super) fn parse(path: &'a Path, text: &'a str) -> Result<Self, Problem> {
+        let root = DeTable::parse(text).map_err(|e| of_toml(path, text, &e))?;
+        Ok(Self { path, text, root })
     }
 
-    /// Returns every mistake that can be seen in a single value.
-    pub(super) fn check(&self) -> Vec<Problem> {
+    /// Returns every mistake that can be seen in a single value; `is_part`: the file is one of `conf.d`.
+    pub(super) fn check(&self, is_part: bool) -> Vec<Problem> {
         let mut problems = Vec::new();
-        self.table(self.root.get_ref(), "", 1, &mut problems);
+        if is_part {
+            let root = self.root.get_ref().iter();
+            let others = root
+                .filter(|(key, _)| MANY.iter().all(|(many, _)| *many != key.get_ref().as_ref()));
+            problems.extend(others.map(|(key, _)| {
+                let many: Vec<_> = MANY.iter().map(|(many, _)| format!("[[{many}]]")).collect();
+                let message = format!(
+                    "a file of conf.d has {} only: this belongs into aditd.toml",
+                    many.join(", ")
+                );
+                self.problem(self.line(key.span()), key.get_ref(), message)
+            }));
+        }
+        if problems.is_empty() {
+            self.table(self.root.get_ref(), "", 1, &mut problems);
+        }
         problems
     }
 
-    /// Line of a key of the n-th VM, or of the VM.
-    pub(super) fn vm_line(&self, nth: usize, key: &str) -> usize {
-        let vms = self.root.get_ref().get("vm").map(Spanned::get_ref);
-        let vm = vms.and_then(DeValue::as_array).and_then(|vms| vms.get(nth));
-        let Some(vm) = vm else { return 1 };
-        let table = vm.get_ref().as_table();
+    fn problem(&self, line: usize, key: &str, message: String) -> Problem {
+        Problem {
+            file: self.path.into(),
+            line,
+            key: Some(key.into()),
+            message,
+        }
+    }
+
+    /// How many of a section there are.
+    fn count(&self, section: &str) -> usize {
+        let many = self.root.get_ref().get(section).map(Spanned::get_ref);
+        many.and_then(DeValue::as_array)
+            .map_or(0, |many| many.len())
+    }
+
+    /// Line of a key of the n-th of many sections, or of the section.
+    fn line_of(&self, section: &str, nth: usize, key: &str) -> usize {
+        let many = self.root.get_ref().get(section).map(Spanned::get_ref);
+        let one = many
+            .and_then(DeValue::as_array)
+            .and_then(|many| many.get(nth));
+        let Some(one) = one else { return 1 };
+        let table = one.get_ref().as_table();
         match table.and_then(|t| t.get_key_value(key)) {
             Some((key, _)) => self.line(key.span()),
-            None => self.line(vm.span()),
+            None => self.line(one.span()),
         }
     }
 
@@ -68,7 +105,7 @@ impl<'a> Document<'a> {
     }
 
     /// Line of a key before all sections.
-    pub(super) fn top_line(&self, key: &str) -> usize {
+    fn top_line(&self, key: &str) -> usize {
         let key = self.root.get_ref().get_key_value(key);
         key.map_or(1, |(key, _)| self.line(key.span()))
     }
@@ -85,31 +122,32 @@ impl<'a> Document<'a> {
                 _ => format!("{section}.{name}"),
             };
             let line = self.line(key.span());
-            let mut wrong = |message| {
-                let key = Some(name.to_owned());
-                to.push(Problem { line, key, message });
-            };
+            let mut wrong = |message| to.push(self.problem(line, name, message));
             if let Some(known) = keys().find(|k| k.path == path) {
                 self.value(known, value, &mut wrong);
             } else if section.is_empty() && keys().any(|k| k.section() == name) {
-                match (name, value.get_ref()) {
-                    ("vm", DeValue::Array(vms)) => {
-                        for vm in vms {
-                            match vm.get_ref() {
-                                DeValue::Table(vm_table) => {
-                                    self.table(vm_table, name, self.line(vm.span()), to);
+                let many = MANY.iter().find(|(many, _)| *many == name);
+                match (many, value.get_ref()) {
+                    (Some((_, one)), DeValue::Array(all)) => {
+                        for each in all {
+                            match each.get_ref() {
+                                DeValue::Table(table) => {
+                                    self.table(table, name, self.line(each.span()), to);
                                 }
-                                _ => to.push(Problem {
-                                    line,
-                                    key: Some(name.into()),
-                                    message: "each VM is a section `[[vm]]`".into(),
-                                }),
+                                _ => {
+                                    let message = format!("each {one} is a section `[[{name}]]`");
+                                    to.push(self.problem(line, name, message));
+                                }
                             }
                         }
                     }
-                    ("vm", _) => wrong("each VM is a section `[[vm]]`, in double brackets".into()),
-                    (_, DeValue::Table(inner)) => self.table(inner, name, line, to),
-                    _ => wrong(format!("this is a section: `[{name}]`")),
+                    (Some((_, one)), _) => {
+                        wrong(format!(
+                            "each {one} is a section `[[{name}]]`, in double brackets"
+                        ));
+                    }
+                    (None, DeValue::Table(inner)) => self.table(inner, name, line, to),
+                    (None, _) => wrong(format!("this is a section: `[{name}]`")),
                 }
             } else {
                 wrong(unknown(name, section));
@@ -117,15 +155,9 @@ impl<'a> Document<'a> {
         }
         let required = keys().filter(|k| k.section() == section && k.is_required());
         for key in required.filter(|k| !table.contains_key(k.name())) {
-            to.push(Problem {
-                line,
-                key: Some(key.name().into()),
-                message: format!(
-                    "it is missing from {}; it is {}",
-                    place(section),
-                    key.limit()
-                ),
-            });
+            let (place, limit) = (place(section), key.limit());
+            let message = format!("it is missing from {place}; it is {limit}");
+            to.push(self.problem(line, key.name(), message));
         }
     }
 
@@ -149,21 +181,41 @@ impl<'a> Document<'a> {
                     None => true,
                 }
             }
-            (Kind::CardKeys, DeValue::Array(list)) => {
-                if list.len() > ANCHORS_MAX {
+            (Kind::Texts { of, max }, DeValue::Array(list)) => {
+                if list.len() > max {
                     let len = list.len();
-                    return wrong(format!("it lists {len} keys, and may list {ANCHORS_MAX}"));
+                    return wrong(format!("it lists {len} texts, and may list {max}"));
                 }
-                let takes = |v: &&Spanned<DeValue<'_>>| {
-                    let text = v.get_ref().as_str();
-                    text.is_some_and(|text| key.kind.takes_text(text))
-                };
-                match list.iter().find(|v| !takes(v)) {
-                    Some(bad) => return wrong(self.is_not(bad, key)),
+                let refused = list
+                    .iter()
+                    .find_map(|value| match value.get_ref().as_str() {
+                        Some(text) => {
+                            let why = of.refuses(text)?;
+                            Some(format!("{}: {why}", self.is_not(value, key)))
+                        }
+                        None => Some(self.is_not(value, key)),
+                    });
+                match refused {
+                    Some(why) => return wrong(why),
+                    None if list.is_empty() && key.is_required() => {
+                        return wrong(format!("the list is empty; it is {}", key.limit()));
+                    }
                     None => true,
                 }
             }
-            (Kind::Numbers { .. } | Kind::CardKeys, _) => false,
+            (Kind::Labels, DeValue::Table(table)) => {
+                let mut labels = Labels::default();
+                for (name, value) in table {
+                    let Some(text) = value.get_ref().as_str() else {
+                        return wrong(self.is_not(value, key));
+                    };
+                    if let Err(e) = labels.add(name.get_ref(), text) {
+                        return wrong(e.to_string());
+                    }
+                }
+                true
+            }
+            (Kind::Numbers { .. } | Kind::Texts { .. } | Kind::Labels, _) => false,
             (kind, DeValue::String(text)) => kind.takes_text(text),
             (kind, value) => number(value).is_some_and(|n| kind.takes_number(n)),
         };
@@ -174,15 +226,88 @@ impl<'a> Document<'a> {
 
     fn is_not(&self, value: &Spanned<DeValue<'_>>, key: &Key) -> String {
         let text = self.text.get(value.span()).unwrap_or_default();
-        let text = adit_names::escape(text).at_most(SHOWN_MAX);
-        format!("it takes {}, not `{text}`", key.limit())
+        format!("it takes {}, not `{}`", key.limit(), shown(text))
+    }
+}
+
+fn shown(text: &str) -> impl std::fmt::Display {
+    adit_names::escape(text).at_most(SHOWN_MAX)
+}
+
+/// All files of a configuration, in which sections of which there are many are counted through.
+#[derive(Default)]
+pub(super) struct Documents<'a>(Vec<Document<'a>>);
+
+impl<'a> Documents<'a> {
+    /// Adds a file, and what it says to the whole.
+    pub(super) fn add(&mut self, document: Document<'a>, mut part: Config, whole: &mut Config) {
+        for (nth, grant) in part.grant.iter_mut().enumerate() {
+            let line = document.line_of("grant", nth, "");
+            grant.place = format!("{}:{line}", document.path.display());
+        }
+        if self.0.is_empty() {
+            *whole = part;
+        } else {
+            whole.vm.append(&mut part.vm);
+            whole.listen.append(&mut part.listen);
+            whole.grant.append(&mut part.grant);
+            whole.token.append(&mut part.token);
+        }
+        self.0.push(document);
+    }
+
+    /// The main file.
+    fn main(&self) -> Option<&Document<'a>> {
+        self.0.first()
+    }
+
+    /// A mistake in a key of a section that there is once, or of none.
+    fn once(&self, section: &str, key: &str, message: String) -> Option<Problem> {
+        let main = self.main()?;
+        let line = match section {
+            "" => main.top_line(key),
+            _ => main.section_line(section, key),
+        };
+        Some(main.problem(line, key, message))
+    }
+
+    /// A mistake in the n-th of many sections.
+    fn nth(&self, section: &str, nth: usize, key: &str, message: String) -> Option<Problem> {
+        let (document, nth) = self.find(section, nth)?;
+        let line = document.line_of(section, nth, key);
+        Some(document.problem(line, key, message))
+    }
+
+    /// Where the n-th of many sections is written.
+    fn place(&self, section: &str, nth: usize, key: &str) -> String {
+        let Some((document, nth)) = self.find(section, nth) else {
+            return String::new();
+        };
+        let line = document.line_of(section, nth, key);
+        match self.0.len() {
+            1 => format!("line {line}"),
+            _ => format!("{}:{line}", document.path.display()),
+        }
+    }
+
+    fn find(&self, section: &str, nth: usize) -> Option<(&Document<'a>, usize)> {
+        let mut nth = nth;
+        for document in &self.0 {
+            match document.count(section) {
+                count if nth < count => return Some((document, nth)),
+                count => nth -= count,
+            }
+        }
+        self.main().map(|main| (main, usize::MAX))
     }
 }
 
 fn place(section: &str) -> String {
     match section {
         "" => "before all sections".into(),
-        "vm" => "in this [[vm]]".into(),
+        section if MANY.iter().any(|(many, _)| *many == section) => {
+            format!("in this [[{section}]]")
+        }
         section => format!("in [{section}]"),
     }
 }
@@ -193,7 +318,9 @@ fn unknown(name: &str, section: &str) -> String {
     if let Some(key) = elsewhere {
         let place = match key.section() {
             "" => "before all sections".into(),
-            "vm" => "into a section [[vm]]".into(),
+            section if MANY.iter().any(|(many, _)| *many == section) => {
+                format!("into a section [[{section}]]")
+            }
             section => format!("into [{section}]"),
         };
         return format!("it does not belong here, but {place}");
@@ -218,10 +345,11 @@ fn unknown(name: &str, section: &str) -> String {
 }
 
 /// What the TOML parser says, with its line.
-pub(super) fn of_toml(text: &str, e: &toml::de::Error) -> Problem {
+pub(super) fn of_toml(path: &Path, text: &str, e: &toml::de::Error) -> Problem {
     let line = line_at(text, e.span().map_or(0, |s| s.start));
     let at = text.lines().nth(line - 1).and_then(|l| l.split_once('='));
     Problem {
+        file: path.into(),
         line,
         key: at.map(|(key, _)| key.trim().to_owned()),
         message: format!("this is not valid TOML: {}", e.message().replace('\n', " ")),
@@ -233,22 +361,29 @@ fn line_at(text: &str, at: usize) -> usize {
 }
 
 /// Returns every mistake that shows only when values are compared.
-pub(super) fn compare(config: &Config, document: &Document<'_>) -> Vec<Problem> {
+pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem> {
     let mut problems = Vec::new();
-    let mut wrong = |line, key: &str, message| {
-        let key = Some(key.to_owned());
-        problems.push(Problem { line, key, message });
-    };
-    if config.vm.len() > super::VMS_MAX {
-        let message = format!(
-            "there are {}, and may be {}",
-            config.vm.len(),
-            super::VMS_MAX
-        );
-        wrong(document.vm_line(super::VMS_MAX, ""), "vm", message);
+    for (section, len, max) in [
+        ("vm", config.vm.len(), super::VMS_MAX),
+        ("listen", config.listen.len(), super::access::LISTENS_MAX),
+        (
+            "grant",
+            config.grant.len(),
+            crate::access::grant::GRANTS_MAX,
+        ),
+        ("token", config.token.len(), super::access::TOKENS_MAX),
+    ] {
+        if len > max {
+            let message = format!("there are {len}, and may be {max}");
+            let at = documents.nth(section, max, "", message);
+            problems.extend(at.map(|at| Problem {
+                key: Some(section.into()),
+                ..at
+            }));
+        }
     }
     if let Err(message) = config.proxy.check() {
-        wrong(document.section_line("proxy", "listen"), "listen", message);
+        problems.extend(documents.once("proxy", "listen", message));
     }
     if let Some(uids) = config.ports.uids
         && uids.iter().take(config.vm.len()).count() < config.vm.len()
@@ -256,30 +391,58 @@ pub(super) fn compare(config: &Config, document: &Document<'_>) -> Vec<Problem> 
         let vms = config.vm.len();
         let message =
             format!("{uids} are fewer users than there are VMs: {vms}, and each has its own");
-        wrong(document.section_line("ports", "uids"), "uids", message);
+        problems.extend(documents.once("ports", "uids", message));
     }
-    let run_dir = document.top_line("run_dir");
     if let Err(e) = adit_channel::socket_path::check_len(&config.api_socket()) {
-        wrong(run_dir, "run_dir", e.to_string());
+        problems.extend(documents.once("", "run_dir", e.to_string()));
         return problems;
+    }
+    let mut addresses = std::collections::BTreeMap::new();
+    for (nth, listen) in config.listen.iter().enumerate() {
+        if let Err((key, why)) = listen.check() {
+            problems.extend(documents.nth("listen", nth, key, why));
+        }
+        let address = listen.address.to_string();
+        // Port 0 is another port each time.
+        let is_any = address.ends_with(":0");
+        if let Some(first) = addresses.insert(address, nth).filter(|_| !is_any) {
+            let first = documents.place("listen", first, "address");
+            let message = format!(
+                "another listener has the address {}: {first}",
+                listen.address
+            );
+            problems.extend(documents.nth("listen", nth, "address", message));
+        }
+    }
+    let mut tokens = std::collections::BTreeMap::new();
+    for (nth, token) in config.token.iter().enumerate() {
+        if let Some(first) = tokens.insert(&token.name, nth) {
+            let first = documents.place("token", first, "name");
+            let message = format!("another token has the name `{}`: {first}", token.name);
+            problems.extend(documents.nth("token", nth, "name", message));
+        }
     }
     let mut names = std::collections::BTreeMap::<&VmId, usize>::new();
     let mut cids = std::collections::BTreeMap::<u64, &VmId>::new();
     for (nth, vm) in config.vm.iter().enumerate() {
         if let Err((key, why)) = config.check_paths(&vm.name) {
-            wrong(document.vm_line(nth, "name"), key, why);
+            let at = documents.nth("vm", nth, "name", why);
+            problems.extend(at.map(|at| Problem {
+                key: Some(key.into()),
+                ..at
+            }));
         }
         if let Some(first) = names.insert(&vm.name, nth) {
-            let first = document.vm_line(first, "name");
-            let message = format!("another VM has the name `{}`: line {first}", vm.name);
-            wrong(document.vm_line(nth, "name"), "name", message);
+            let first = documents.place("vm", first, "name");
+            let message = format!("another VM has the name `{}`: {first}", vm.name);
+            problems.extend(documents.nth("vm", nth, "name", message));
         }
         if let Some(other) = cids.insert(vm.cid, &vm.name) {
             let message = format!(
                 "{} of `{}` is the CID of `{other}` already",
                 vm.cid, vm.name
             );
-            wrong(document.vm_line(nth, "cid"), "cid", message);
+            problems.extend(documents.nth("vm", nth, "cid", message));
         }
     }
     problems

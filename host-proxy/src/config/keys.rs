@@ -7,8 +7,13 @@ use std::fmt::Write as _;
 
 use adit_names::VmId;
 use adit_tasks::anchor::ANCHORS_MAX;
+use adit_tasks::card::LABELS_MAX;
 
+use super::access::{self, Address, SPEAKS};
 use super::{ALLOW_MAX, BUSY_POLL_US_MAX, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX, Trust, UidRange};
+use crate::access::grant::LIST_MAX;
+use crate::access::vms::Vms;
+use crate::access::{May, Subject, subject};
 
 /// A key of the file.
 #[derive(Clone, Copy, Debug)]
@@ -47,8 +52,56 @@ pub(super) enum Kind {
     Uids,
     User,
     VmName,
-    /// A list of at most [`ANCHORS_MAX`] public keys with the role `card`.
+    /// A list of at most `max` texts.
+    Texts {
+        of: Texts,
+        max: usize,
+    },
+    /// IP address and port, or `unix:` and a path.
+    Listener,
+    /// One of these words.
+    Word(&'static [&'static str]),
+    /// `VM:PORT`.
+    Destination,
+    /// A time as RFC 3339 has it.
+    Time,
+    /// A token's name.
+    TokenName,
+    /// 64 hex digits.
+    Sha256,
+    /// `{ NAME = "VALUE", … }`.
+    Labels,
+}
+
+/// Texts of a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Texts {
+    /// Public keys with the role `card`.
     CardKeys,
+    /// Who is granted something.
+    Subjects,
+    /// With which VMs.
+    Vms,
+    /// What.
+    May,
+}
+
+impl Texts {
+    /// Why a text is none of them.
+    pub(super) fn refuses(self, text: &str) -> Option<String> {
+        fn error<T: std::str::FromStr<Err: ToString>>(text: &str) -> Option<String> {
+            text.parse::<T>().err().map(|e| e.to_string())
+        }
+        match self {
+            Self::CardKeys => {
+                let why = "it takes a line as `adit key new --role card` prints it";
+                Trust::card_key(text).is_none().then(|| why.to_owned())
+            }
+            Self::Subjects => error::<Subject>(text),
+            Self::Vms => error::<Vms>(text),
+            Self::May => error::<May>(text),
+        }
+    }
 }
 
 impl Kind {
@@ -60,7 +113,14 @@ impl Kind {
             Self::Uids => text.parse::<UidRange>().is_ok(),
             Self::User => is_user(text),
             Self::VmName => text.parse::<VmId>().is_ok(),
-            Self::CardKeys => Trust::card_key(text).is_some(),
+            Self::Listener => text.parse::<Address>().is_ok(),
+            Self::Word(words) => words.contains(&text),
+            Self::Destination => access::destination(text).is_some(),
+            Self::Time => text.parse::<jiff::Timestamp>().is_ok(),
+            Self::TokenName => subject::is_name(text),
+            Self::Sha256 => {
+                text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+            }
             _ => false,
         }
     }
@@ -101,9 +161,30 @@ impl Key {
             }
             Kind::User => "the name of a user of the host, not `root`, in quotes".into(),
             Kind::VmName => "1 to 63 of a-z, 0-9 and inner `-`, in quotes".into(),
-            Kind::CardKeys => format!(
-                "a list of at most {ANCHORS_MAX} lines as `adit key new --role card` prints them, each in quotes"
+            Kind::Texts { of, max } => {
+                let what = match of {
+                    Texts::CardKeys => "lines as `adit key new --role card` prints them",
+                    Texts::Subjects => "of `user:NAME`, `group:NAME`, `token:NAME` and `anyone`",
+                    Texts::Vms => "VM names, also with one `*` in them, and of `label:NAME=VALUE`",
+                    Texts::May => "of `reach`, `reach:PORTS`, `see`, `task`, `goal` and `manage`",
+                };
+                format!("a list of at most {max} {what}, each in quotes")
+            }
+            Kind::Listener => {
+                "an IP address and a port, or `unix:` and an absolute path, in quotes".into()
+            }
+            Kind::Word(words) => {
+                let words: Vec<_> = words.iter().map(|word| format!("\"{word}\"")).collect();
+                format!("one of {}", words.join(", "))
+            }
+            Kind::Destination => "VM:PORT in quotes".into(),
+            Kind::Time => "a time in quotes, such as \"2027-01-31T00:00:00Z\"".into(),
+            Kind::TokenName => format!(
+                "1 to {} printable characters without space, quote, comma and colon, in quotes",
+                subject::NAME_MAX
             ),
+            Kind::Sha256 => "64 of 0-9 and a-f in quotes".into(),
+            Kind::Labels => format!("at most {LABELS_MAX} names with values: {{ env = \"prod\" }}"),
         }
     }
 
@@ -114,7 +195,7 @@ impl Key {
             "vm.busy_poll_us" | "vm.ivshmem_mib" | "vm.allow_any_memory" => {
                 "a reload of aditd, and then `adit vm reload`"
             }
-            _ if self.section() == "vm" => "a reload of aditd",
+            _ if ["vm", "grant", "token"].contains(&self.section()) => "a reload of aditd",
             _ => "a restart of aditd",
         }
     }
@@ -174,8 +255,7 @@ const KEYS: &[Key] = &[
     },
     Key {
         path: "proxy.open",
-        meaning: "Lets `listen` be an address that other machines reach. Whoever reaches it may use every port that a VM \
-                  allows: the proxy has no authentication.",
+        meaning: "Lets `listen` be an address that other machines reach. What they send there, tokens too, is not encrypted.",
         default: "false",
         example: "false",
         kind: Kind::Flag,
@@ -266,7 +346,112 @@ const KEYS: &[Key] = &[
                   keys has signed it for that VM. Without a key every card is shown as unproved.",
         default: "[]",
         example: "[\"roles=card adit-ed25519 hhyI/yN0+TrjTaqjAgXnRggxfrl4QedWWzLVnrKxF+c= fleet\"]",
-        kind: Kind::CardKeys,
+        kind: Kind::Texts {
+            of: Texts::CardKeys,
+            max: ANCHORS_MAX,
+        },
+    },
+    Key {
+        path: "listen.address",
+        meaning: "Where clients get in, besides [proxy]. A Unix socket may be used by every user of the host: grants say who may do what. \
+                  The addresses that were bound are written to listen.addr in run_dir, a line for each.",
+        default: REQUIRED,
+        example: "\"unix:/run/adit/proxy.sock\"",
+        kind: Kind::Listener,
+    },
+    Key {
+        path: "listen.speak",
+        meaning: "What clients speak there. `http`: HTTP/1.1 as on [proxy], and requests for a path alone, which go to the VM of \
+                  their `Host`. `socks5`: SOCKS5, with the VM's name. `tls`: TLS for the VM of the server name (SNI), passed on as \
+                  it is. `any`: anything, to one place.",
+        default: "\"http\"",
+        example: "\"any\"",
+        kind: Kind::Word(&SPEAKS),
+    },
+    Key {
+        path: "listen.to",
+        meaning: "Where every connection of this listener leads. It takes `speak = \"any\"`, which needs it.",
+        default: "none",
+        example: "\"web-1:22\"",
+        kind: Kind::Destination,
+    },
+    Key {
+        path: "listen.port",
+        meaning: "Port in the VM that clients of `speak = \"tls\"` reach.",
+        default: "the port of the address; 443 for a Unix socket",
+        example: "443",
+        kind: Kind::Number {
+            min: 1,
+            max: u16::MAX as u64,
+        },
+    },
+    Key {
+        path: "listen.open",
+        meaning: "Lets `address` be one that other machines reach. What they send there, tokens too, is not encrypted.",
+        default: "false",
+        example: "false",
+        kind: Kind::Flag,
+    },
+    Key {
+        path: "grant.to",
+        meaning: "Who is granted something: users and groups of this host, as the kernel knows them behind a Unix socket or a loopback \
+                  connection; whoever shows a token; or `anyone`. Without a grant nobody may anything but who uses aditd.sock.",
+        default: REQUIRED,
+        example: "[\"user:deploy\", \"group:ops\", \"token:prometheus\"]",
+        kind: Kind::Texts {
+            of: Texts::Subjects,
+            max: LIST_MAX,
+        },
+    },
+    Key {
+        path: "grant.vms",
+        meaning: "With which VMs: by name, or by a label of the configuration or of a card that [trust] believes.",
+        default: REQUIRED,
+        example: "[\"web-*\", \"label:env=prod\"]",
+        kind: Kind::Texts {
+            of: Texts::Vms,
+            max: LIST_MAX,
+        },
+    },
+    Key {
+        path: "grant.may",
+        meaning: "What they may do. `reach`: connect to what the VM's `allow` and `allow_vsock` have, with ports to these of them. `see`: \
+                  know that the VM is there; without it, it looks as if it were not. `task`: see its tasks. `goal`: apply goals to it. \
+                  `manage`: change its settings. None implies another.",
+        default: REQUIRED,
+        example: "[\"reach:80,443\", \"see\"]",
+        kind: Kind::Texts {
+            of: Texts::May,
+            max: LIST_MAX,
+        },
+    },
+    Key {
+        path: "grant.until",
+        meaning: "When the grant ends.",
+        default: "never",
+        example: "\"2027-01-31T00:00:00Z\"",
+        kind: Kind::Time,
+    },
+    Key {
+        path: "token.name",
+        meaning: "Name of a token, which grants have after `token:`. `adit access token NAME` makes one, and prints this section.",
+        default: REQUIRED,
+        example: "\"prometheus\"",
+        kind: Kind::TokenName,
+    },
+    Key {
+        path: "token.sha256",
+        meaning: "SHA-256 of the token. The token itself is nowhere on this host.",
+        default: REQUIRED,
+        example: "\"9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08\"",
+        kind: Kind::Sha256,
+    },
+    Key {
+        path: "token.until",
+        meaning: "When the token ends.",
+        default: "never",
+        example: "\"2027-01-31T00:00:00Z\"",
+        kind: Kind::Time,
     },
     Key {
         path: "vm.name",
@@ -332,6 +517,21 @@ const KEYS: &[Key] = &[
         example: "true",
         kind: Kind::Flag,
     },
+    Key {
+        path: "vm.labels",
+        meaning: "What the VM is used for, for grants. They come before labels of a card with the same names.",
+        default: "{}",
+        example: "{ env = \"prod\" }",
+        kind: Kind::Labels,
+    },
+];
+
+/// Sections of which there may be many, and what each one is.
+pub(super) const MANY: [(&str, &str); 4] = [
+    ("listen", "listener"),
+    ("grant", "grant"),
+    ("token", "token"),
+    ("vm", "VM"),
 ];
 
 /// Columns of the example.
@@ -348,12 +548,12 @@ pub fn example() -> String {
         // Writing to a String cannot fail.
         if key.section() != section {
             section = key.section();
-            let _ = match section {
-                "vm" => write!(
+            let _ = match MANY.iter().find(|(many, _)| *many == section) {
+                Some((_, one)) => write!(
                     text,
-                    "\n# A VM; repeat the section for each one.\n#[[vm]]\n"
+                    "\n# A {one}; repeat the section for each one.\n#[[{section}]]\n"
                 ),
-                _ => write!(text, "\n#[{section}]\n"),
+                None => write!(text, "\n#[{section}]\n"),
             };
         } else {
             text.push('\n');
@@ -405,7 +605,9 @@ mod tests {
 
     /// The example without its `#`.
     fn whole() -> String {
-        let is_key = |line: &str| !line.starts_with("# ") && line.starts_with('#');
+        // `to` is for listeners of one kind, and `port` for those of another.
+        let is_key =
+            |line: &str| !line.starts_with("# ") && line.starts_with('#') && line != "#port = 443";
         let example = example();
         let lines = example.lines().filter(|l| is_key(l)).map(|l| &l[1..]);
         lines.fold(String::new(), |text, line| text + line + "\n")
@@ -414,11 +616,11 @@ mod tests {
     /// Paths of the fields that a configuration is made of.
     fn paths(value: &Value, prefix: &str, into: &mut BTreeSet<String>) {
         match value {
-            Value::Object(fields) => fields
+            Value::Object(fields) if prefix != ".vm.labels" => fields
                 .iter()
                 .for_each(|(name, value)| paths(value, &format!("{prefix}.{name}"), into)),
-            Value::Array(vms) if prefix == ".vm" => {
-                vms.iter().for_each(|vm| paths(vm, prefix, into));
+            Value::Array(many) if MANY.iter().any(|(name, _)| prefix == format!(".{name}")) => {
+                many.iter().for_each(|one| paths(one, prefix, into));
             }
             _ => drop(into.insert(prefix[1..].to_owned())),
         }
@@ -462,6 +664,16 @@ mod tests {
             let with = match key.section() {
                 "" => parse(&(line + vm)),
                 "vm" => parse(&format!("{vm}{line}")),
+                "listen" => {
+                    let listen = "[[listen]]\naddress = \"127.0.0.1:1\"\n";
+                    assert_eq!(
+                        parse(&format!("{listen}{line}")),
+                        parse(listen),
+                        "{}",
+                        key.path
+                    );
+                    continue;
+                }
                 section => parse(&format!("[{section}]\n{line}{vm}")),
             };
             assert_eq!(with, parse(vm), "{}", key.path);

@@ -3,7 +3,8 @@
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
-use super::{Config, is_for_this_host};
+use super::access::SPEAKS;
+use super::{Address, Config, is_for_this_host};
 
 impl Config {
     /// Returns some lines that say what is served, where, and from where.
@@ -18,7 +19,19 @@ impl Config {
             None => format!("users {}, if aditd is root", super::UidRange::default()),
         };
         let mut text = String::new();
-        for (what, value) in [
+        let listens = self.listen.iter().map(|listen| {
+            let address = match &listen.address {
+                Address::Tcp(at) => shown(*at),
+                unix => unix.to_string(),
+            };
+            let to = listen.to.as_ref().map(|to| format!(" to {to}"));
+            let speak = SPEAKS[listen.speak as usize];
+            (
+                "listener",
+                format!("{address}, {speak}{}", to.unwrap_or_default()),
+            )
+        });
+        for (what, value) in listens.chain([
             ("proxy", shown(self.proxy.listen)),
             ("metrics", metrics),
             ("API socket", api.display().to_string()),
@@ -34,8 +47,14 @@ impl Config {
                     |user| format!("user `{user}`"),
                 ),
             ),
+            ("grants", match self.grant.len() {
+                0 => "none: nobody reaches a VM over the proxy. To let root do so, write:\n\n    \
+                      [[grant]]\n    to = [\"user:root\"]\n    vms = [\"*\"]\n    may = [\"reach\", \"see\"]\n\n  \
+                      and to let every local user and program, as before there were grants, \"anyone\" in place of it".into(),
+                n => n.to_string(),
+            }),
             ("VMs", self.vm.len().to_string()),
-        ] {
+        ]) {
             // Writing to a String cannot fail.
             let _ = writeln!(text, "  {what:<15} {value}");
         }
@@ -62,7 +81,7 @@ impl Config {
 fn shown(listen: SocketAddr) -> String {
     match is_for_this_host(listen) {
         true => listen.to_string(),
-        false => format!("{listen} (other machines, without a login)"),
+        false => format!("{listen} (other machines, unencrypted)"),
     }
 }
 

@@ -125,9 +125,18 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
         let line = format!("{} = {value}\n", key.name());
         let listen = "listen = \"127.0.0.1:0\"\n";
         match (key.section(), key.name()) {
-            ("vm", "cid") => format!("[[vm]]\nname = \"a\"\n{line}"),
-            ("vm", "name") => format!("[[vm]]\ncid = 3\n{line}"),
-            ("vm", _) => format!("{VM}{line}"),
+            // What the section must have besides.
+            (many, name) if keys::MANY.iter().any(|(section, _)| *section == many) => {
+                let others =
+                    keys().filter(|k| k.section() == many && k.is_required() && k.name() != name);
+                let others = others.map(|k| format!("{} = {}\n", k.name(), k.example));
+                let speak = match (many, name) {
+                    ("listen", "to") => "speak = \"any\"\n",
+                    ("listen", "port") => "speak = \"tls\"\n",
+                    _ => "",
+                };
+                format!("[[{many}]]\n{}{speak}{line}", others.collect::<String>())
+            }
             ("", _) => line,
             (section, "listen") => format!("[{section}]\n{line}"),
             (section @ ("proxy" | "metrics"), _) => format!("[{section}]\n{listen}{line}"),
@@ -169,7 +178,10 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
                 vec!["\"root\"".into(), "\"0\"".into(), "\"a b\"".into()],
             ),
             keys::Kind::VmName => (vec!["\"a-b\"".into()], vec!["\"a-\"".into()]),
-            keys::Kind::CardKeys => {
+            keys::Kind::Texts {
+                of: keys::Texts::CardKeys,
+                ..
+            } => {
                 let line = key.example.trim_matches(['[', ']']);
                 let list = |n: usize| format!("[{}]", vec![line; n].join(", "));
                 let for_goals = line.replace("roles=card ", "");
@@ -184,9 +196,69 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
                     ],
                 )
             }
+            keys::Kind::Texts { max, .. } => {
+                let one = key
+                    .example
+                    .trim_matches(['[', ']'])
+                    .split(", ")
+                    .next()
+                    .unwrap();
+                let list = |n: usize| format!("[{}]", vec![one; n].join(", "));
+                (
+                    vec![list(1), list(max), key.example.into()],
+                    vec![
+                        list(max + 1),
+                        "[]".into(),
+                        one.into(),
+                        "[7]".into(),
+                        "[\"no such\"]".into(),
+                    ],
+                )
+            }
+            keys::Kind::Listener => (
+                vec!["\"[::1]:0\"".into(), "\"unix:/a\"".into()],
+                vec!["\"127.0.0.1\"".into(), "\"unix:a\"".into(), "\"/a\"".into()],
+            ),
+            // `any` needs another key besides.
+            keys::Kind::Word(words) => (
+                words[..3]
+                    .iter()
+                    .map(|word| format!("\"{word}\""))
+                    .collect(),
+                vec!["\"HTTP\"".into(), "\"\"".into()],
+            ),
+            keys::Kind::Destination => (
+                vec!["\"a:1\"".into(), "\"vsock-1.a:1\"".into()],
+                vec!["\"a\"".into(), "\"a:0\"".into(), "\"127.0.0.1:80\"".into()],
+            ),
+            keys::Kind::Time => (
+                vec![
+                    "\"2027-01-31T00:00:00Z\"".into(),
+                    "\"2027-01-31T00:00:00+01:00\"".into(),
+                ],
+                vec!["\"2027-01-31\"".into(), "\"never\"".into()],
+            ),
+            keys::Kind::TokenName => (
+                vec!["\"a-1\"".into()],
+                vec!["\"a b\"".into(), "\"\"".into()],
+            ),
+            keys::Kind::Sha256 => (
+                vec![format!("\"{}\"", "0a".repeat(32))],
+                vec![format!("\"{}\"", "0A".repeat(32)), "\"0a\"".into()],
+            ),
+            keys::Kind::Labels => (
+                vec!["{}".into(), "{ env = \"prod\", \"a/b\" = \"c\" }".into()],
+                vec!["\"env=prod\"".into()],
+            ),
         };
-        bad.extend(["1.5", "1979-05-27", "{}"].map(str::to_owned));
-        if !matches!(key.kind, keys::Kind::Numbers { .. } | keys::Kind::CardKeys) {
+        bad.extend(["1.5", "1979-05-27"].map(str::to_owned));
+        if !matches!(key.kind, keys::Kind::Labels) {
+            bad.push("{}".into());
+        }
+        if !matches!(
+            key.kind,
+            keys::Kind::Numbers { .. } | keys::Kind::Texts { .. }
+        ) {
             bad.push("[]".into());
         }
         for value in good {
@@ -250,4 +322,127 @@ fn each_vm_needs_a_user_of_its_own() {
     parse(&(uids.to_owned() + &vms(2))).unwrap();
     let found = &problems(&(uids.to_owned() + &vms(3)))[0];
     assert_eq!((found.line, found.key.as_deref()), (2, Some("uids")));
+}
+
+#[test]
+fn r125_a_label_of_the_configuration_is_one_or_is_refused() {
+    for labels in [
+        "{ Env = \"prod\" }",
+        "{ env = \"a b\" }",
+        "{ env = 7 }",
+        "{ env = \"\" }",
+    ] {
+        let found = &problems(&format!("{VM}labels = {labels}\n"))[0];
+        assert_eq!(
+            (found.line, found.key.as_deref()),
+            (4, Some("labels")),
+            "{labels}"
+        );
+    }
+}
+
+#[test]
+fn a_listener_says_where_its_connections_lead_if_and_only_if_its_clients_do_not() {
+    let listen = |more: &str| format!("[[listen]]\naddress = \"127.0.0.1:0\"\n{more}");
+    for (more, key) in [
+        ("speak = \"any\"\n", "to"),
+        ("to = \"a:1\"\n", "to"),
+        ("port = 1\n", "port"),
+        ("speak = \"socks5\"\nport = 1\n", "port"),
+    ] {
+        let found = &problems(&listen(more))[0];
+        assert_eq!(found.key.as_deref(), Some(key), "{more}");
+    }
+    let to = parse(&listen("speak = \"any\"\nto = \"WEB-1.adit:22\"\n")).unwrap();
+    assert_eq!(to.listen[0].destination().unwrap().vm.as_str(), "web-1");
+    let open = "[[listen]]\naddress = \"0.0.0.0:1\"\n";
+    assert_eq!(problems(open)[0].key.as_deref(), Some("address"));
+    parse(&format!("{open}open = true\n")).unwrap();
+    // Port 0 is another port each time; others are not.
+    parse(&(listen("") + &listen(""))).unwrap();
+    let twice = "[[listen]]\naddress = \"127.0.0.1:7\"\n";
+    let found = &problems(&twice.repeat(2))[0];
+    assert_eq!((found.line, found.key.as_deref()), (4, Some("address")));
+}
+
+/// `aditd.toml` and `conf.d` with these files.
+fn with_parts(
+    main: &str,
+    parts: &[(&str, &str)],
+) -> (tempfile::TempDir, Result<Config, ConfigError>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("aditd.toml");
+    std::fs::write(&path, main).unwrap();
+    std::fs::create_dir(dir.path().join("conf.d")).unwrap();
+    for (name, text) in parts {
+        std::fs::write(dir.path().join("conf.d").join(name), text).unwrap();
+    }
+    let loaded = Config::load(&path);
+    (dir, loaded)
+}
+
+const GRANT: &str = "[[grant]]\nto = [\"user:a\"]\nvms = [\"*\"]\nmay = [\"see\"]\n";
+
+#[test]
+fn files_of_conf_d_add_to_the_main_one_in_the_order_of_their_names() {
+    let (dir, loaded) = with_parts(
+        VM,
+        &[
+            ("20-b.toml", "[[vm]]\nname = \"c\"\ncid = 5\n"),
+            (
+                "10-a.toml",
+                &format!("\n{GRANT}[[vm]]\nname = \"b\"\ncid = 4\n"),
+            ),
+            (".20-b.toml.swp", "x"),
+            (".half.toml", "x"),
+            ("README", "x"),
+        ],
+    );
+    let config = loaded.unwrap();
+    let names: Vec<_> = config.vm.iter().map(|vm| vm.name.as_str()).collect();
+    assert_eq!(names, ["a", "b", "c"]);
+    let place = format!("{}:2", dir.path().join("conf.d/10-a.toml").display());
+    assert_eq!(config.grants().all()[0].place, place);
+    // Another process of aditd has the same.
+    let sources = Sources::read(&dir.path().join("aditd.toml")).unwrap();
+    let unpacked = Sources::unpack(&sources.packed()).unwrap();
+    assert_eq!(Config::of(&unpacked).unwrap(), config);
+}
+
+#[test]
+fn a_mistake_in_a_file_of_conf_d_names_that_file() {
+    for (text, line, key) in [
+        ("\n[limits]\nkept_days = 1\n", 2, "limits"),
+        (
+            "[[grant]]\nto = [\"user:a\"]\nvms = [\"*\"]\nmay = [\"fly\"]\n",
+            4,
+            "may",
+        ),
+        ("[[vm]]\nname = \"a\"\ncid = 9\n", 2, "name"),
+        ("\n[[vm]]\nname = \"b\"\ncid = 3\n", 4, "cid"),
+    ] {
+        let (dir, loaded) = with_parts(VM, &[("x.toml", text)]);
+        let Err(ConfigError::Wrong { problems }) = loaded else {
+            panic!("{text}")
+        };
+        let found = (
+            &problems[0].file,
+            problems[0].line,
+            problems[0].key.as_deref(),
+        );
+        assert_eq!(found, (&dir.path().join("conf.d/x.toml"), line, Some(key)));
+    }
+}
+
+#[test]
+fn a_grant_must_say_who_what_and_with_which_vms() {
+    for key in ["to", "vms", "may"] {
+        let lines = GRANT.lines().filter(|line| !line.starts_with(key));
+        let text: String = lines.map(|line| format!("{line}\n")).collect();
+        assert_eq!(problems(&text)[0].key.as_deref(), Some(key));
+    }
+    let said = &problems(&GRANT.replace("see", "exec:root"))[0].message;
+    assert!(said.contains("`exec`"), "{said}");
+    let grants = parse(GRANT).unwrap().grants();
+    assert_eq!(grants.all()[0].place, "a.toml:1");
 }

@@ -26,6 +26,7 @@
 pub mod child;
 pub mod client;
 pub mod packets;
+pub mod people;
 pub mod port_log;
 pub mod privileged;
 pub mod room;
@@ -45,7 +46,9 @@ use adit_passed::{Apart, Closer, Passed};
 use crate::fdstore::Ends;
 use client::{AskError, Client};
 use privileged::{NotDone, Privileged};
-use wire::{LastWords, Message, Start};
+use wire::{LastWords, Message, Start, WhoIs};
+
+use crate::access::caller::Person;
 
 /// The monitor, as everybody else sees it.
 #[derive(Clone, Debug)]
@@ -250,6 +253,44 @@ impl Monitor {
                 client.ask(&ask, &[]).await.map(drop)
             }
         }
+    }
+
+    /// What the host's user database says of a user; without a name where it knows none.
+    ///
+    /// # Errors
+    /// There is no monitor.
+    pub async fn person(&self, uid: u32) -> Result<Person, AskError> {
+        let found = self.who_is(WhoIs::Uid(uid)).await?;
+        Ok(found.unwrap_or(Person {
+            uid,
+            ..Person::default()
+        }))
+    }
+
+    /// The same by name; none: there is no such user.
+    ///
+    /// # Errors
+    /// There is no monitor.
+    pub async fn person_named(&self, name: &str) -> Result<Option<Person>, AskError> {
+        self.who_is(WhoIs::Name(name.into())).await
+    }
+
+    async fn who_is(&self, ask: WhoIs) -> Result<Option<Person>, AskError> {
+        let is = match self {
+            Self::Here(_) => {
+                let looked = tokio::task::spawn_blocking(move || people::look(&ask)).await;
+                looked.map_err(|_| AskError::Other)?
+            }
+            Self::There(client) => match client.ask(&Message::WhoIs(ask), &[]).await? {
+                (Message::Is(is), _) => is,
+                _ => return Err(AskError::Other),
+            },
+        };
+        Ok(is.user.map(|(uid, name, groups)| Person {
+            uid,
+            name: Some(name),
+            groups,
+        }))
     }
 
     /// Tells the service manager how things are.

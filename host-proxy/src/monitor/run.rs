@@ -27,7 +27,7 @@ use super::store::Store;
 use super::user::{self, Account};
 use super::wire::{self, Message, Welcome};
 use crate::cgroup::Cgroups;
-use crate::config::Config;
+use crate::config::{Config, Sources};
 use crate::place::{self, Listeners};
 use crate::reload;
 use crate::spawn::Spawner;
@@ -51,8 +51,8 @@ pub(super) const PID_FILE: &str = "worker.pid";
 pub struct Boot {
     /// The configuration.
     pub config: Config,
-    /// The text that it was read from.
-    pub text: String,
+    /// The texts that it was read from.
+    pub text: Sources,
     /// The file that it was read from.
     pub file: PathBuf,
     /// Starts processes.
@@ -120,7 +120,7 @@ pub async fn run(boot: Boot, account: Account) -> anyhow::Result<ExitCode> {
         Store::new(passed),
         true,
     );
-    let text = text::file_of(&text).context("no memory for the configuration")?;
+    let text = text::file_of(&text.packed()).context("no memory for the configuration")?;
     let run = Run {
         texts: [text.try_clone()?, text],
         config,
@@ -225,7 +225,6 @@ impl Run {
         let rendezvous = child::rendezvous(&self.config.run_dir)
             .context("cannot bind the socket of the worker")?;
         let welcome = Welcome {
-            path: self.file.display().to_string(),
             uid: self.account.uid,
             gid: self.account.gid,
         };
@@ -309,7 +308,7 @@ impl Run {
             }
             Event::Listeners(fds) if worker.is_found && self.listeners.is_none() => {
                 let sockets = child::sockets(fds).ok_or("its listeners are no sockets")?;
-                let listeners = Listeners::of(sockets).map_err(|e| e.to_string())?;
+                let listeners = Listeners::of(&self.config, sockets).map_err(|e| e.to_string())?;
                 if !listeners.are_of(&self.config) {
                     return Err("its listeners are not those of the configuration".into());
                 }
@@ -377,12 +376,12 @@ impl Run {
         let (file, packets) = (self.file.clone(), worker.packets.clone());
         self.reloading = Some(tokio::spawn(async move {
             let path = file.clone();
-            let read = tokio::task::spawn_blocking(move || reload::text_again(&path)).await;
+            let read = tokio::task::spawn_blocking(move || reload::read_again(&path)).await;
             let read = read.unwrap_or_else(|e| Err(e.to_string()));
-            let read = read.and_then(|text| {
-                let fd = text::file_of(&text).map_err(|e| e.to_string())?;
+            let read = read.and_then(|text: Sources| {
+                let fd = text::file_of(&text.packed()).map_err(|e| e.to_string())?;
                 // A successor gets what this one applies.
-                Ok((Config::parse(&file, &text).is_ok(), fd))
+                Ok((Config::of(&text).is_ok(), fd))
             });
             let (error, text) = match read {
                 Ok(text) => (String::new(), Some(text)),

@@ -10,9 +10,11 @@ use adit_passed::Passed;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::packets::Packets;
+use super::people;
 use super::privileged::{NotDone, Privileged};
 use super::wire::{
-    self, Done, HasEnded, HasSlot, Kind, Message, NotReached, Reached, Refused, Serving, WireError,
+    self, Done, HasEnded, HasSlot, Is, Kind, Message, NotReached, Reached, Refused, Serving,
+    WireError,
 };
 use crate::config::VMS_MAX;
 
@@ -150,6 +152,7 @@ fn doing(
             | Message::Gone(_)
             | Message::Leave(_)
             | Message::RemoveDir(_)
+            | Message::WhoIs(_)
     );
     if !is_request {
         return Err(Fault::Kind(message.kind()));
@@ -178,6 +181,10 @@ fn doing(
             }
             Message::Leave(ask) => privileged.leave(&ask.vm).await,
             Message::RemoveDir(ask) => privileged.remove_dir(&ask.vm).await,
+            Message::WhoIs(ask) => {
+                let looked = tokio::task::spawn_blocking(move || people::look(&ask)).await;
+                return (Message::Is(looked.unwrap_or(Is { user: None })), vec![]);
+            }
             // `ForgetOthers`: nothing else is a request.
             _ => {
                 privileged.forget_others();

@@ -25,8 +25,9 @@ use crate::{arguments, uids};
 const NAME: &str = "adit";
 /// What the directory of the database may have, so that it is aditd's own and can be handed over.
 const OWN: [&str; 2] = ["aditd.", "lost+found"];
-/// The database, what SQLite puts beside it, and the host's own id.
-const FILES: [&str; 5] = [
+/// The database, what SQLite puts beside it, the host's own id, and the audit that is written: older ones are only removed.
+const FILES: [&str; 6] = [
+    "aditd.audit",
     "aditd.db",
     "aditd.db-wal",
     "aditd.db-shm",

@@ -1,8 +1,8 @@
 //! What the worker and the monitor say to each other: packets of a `SOCK_SEQPACKET` socket, one frame each, with descriptors.
 //!
 //! ```text
-//! worker ── Slot, Reach, Ended, End, Shorten, Gone, Leave, RemoveDir, ForgetOthers (each with an id) ──► monitor
-//!        ◄── HasSlot, Reached, NotReached, HasEnded, Done, Refused (with the id of what they answer) ──
+//! worker ── Slot, Reach, Ended, End, Shorten, Gone, Leave, RemoveDir, ForgetOthers, WhoIs (each with an id) ──► monitor
+//!        ◄── HasSlot, Reached, NotReached, HasEnded, Is, Done, Refused (with the id of what they answer) ──
 //!        ── Serving, Status, StopAll; to the monitor that found it: Listeners, SlotOf (id 0, no answer) ──►
 //!        ◄── Welcome or Hello first; then Config, Stop (id 0) ──
 //! ```
@@ -24,6 +24,8 @@ use serde::{Deserialize, Serialize};
 pub const PACKET_MAX: usize = 32 << 10;
 const VERSION: u16 = 1;
 const NONE: u32 = 0;
+/// Operator's socket, proxy, metrics, and the others.
+const LISTENERS_MAX: usize = 3 + crate::config::LISTENS_MAX;
 
 /// Asks for the VM's place in the descriptor store: both ends of a socket pair.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,6 +107,22 @@ pub struct RemoveDir {
     pub vm: VmId,
 }
 
+/// Asks what the user database says of a user.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WhoIs {
+    /// By number.
+    Uid(u32),
+    /// By name.
+    Name(String),
+}
+
+/// Answers [`WhoIs`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Is {
+    /// Number, name and names of groups; none: there is no such user.
+    pub user: Option<(u32, String, Vec<String>)>,
+}
+
 /// The worker serves, or goes on to do so.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Serving {
@@ -125,7 +143,7 @@ pub struct Status {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StopAll {}
 
-/// The listeners of a worker that a new monitor has found: operator's socket, proxy, and metrics if there is one.
+/// The listeners of a worker that a new monitor has found, in the order of [`all`](crate::place::Listeners::all).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Listeners {}
 
@@ -140,8 +158,6 @@ pub struct SlotOf {
 /// which the first worker began, the configuration as it is now, and those of [`Listeners`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Welcome {
-    /// The configuration's file, for messages.
-    pub path: String,
     /// The user that it becomes.
     pub uid: u32,
     /// And the group.
@@ -247,11 +263,13 @@ adit_channel::message_table! {
     /// To the monitor.
     StopAll = 12, 0..=0, NONE;
     /// To the monitor.
-    Listeners = 13, 2..=3, NONE;
+    Listeners = 13, 2..=LISTENERS_MAX, NONE;
     /// To the monitor.
     SlotOf = 14, 2..=2, NONE;
+    /// To the monitor.
+    WhoIs = 15, 0..=0, NONE;
     /// To the worker.
-    Welcome = 32, 6..=7, NONE;
+    Welcome = 32, 6..=4 + LISTENERS_MAX, NONE;
     /// To the worker.
     Hello = 33, 0..=0, NONE;
     /// To the worker.
@@ -270,6 +288,8 @@ adit_channel::message_table! {
     NotReached = 40, 0..=0, NONE;
     /// To the worker.
     HasEnded = 41, 0..=0, NONE;
+    /// To the worker.
+    Is = 42, 0..=0, NONE;
 }
 
 /// Why a packet cannot be sent, or is none of these. The sender's fault, except `Io`.
@@ -416,7 +436,7 @@ mod tests {
             log: vec![0xff; 4096],
             disk_full: false,
         };
-        let (path, uid, gid) = ("/etc/adit/aditd.toml".into(), 78_191, 78_192);
+        let (uid, gid) = (78_191, 78_192);
         let of = |vm: &VmId| vm.clone();
         let all = [
             Message::Slot(Slot { vm: of(&vm) }),
@@ -440,7 +460,12 @@ mod tests {
             Message::StopAll(StopAll {}),
             Message::Listeners(Listeners {}),
             Message::SlotOf(SlotOf { vm }),
-            Message::Welcome(Welcome { path, uid, gid }),
+            Message::WhoIs(WhoIs::Uid(1000)),
+            Message::WhoIs(WhoIs::Name(text.clone())),
+            Message::Is(Is {
+                user: Some((1000, text.clone(), vec![text.clone()])),
+            }),
+            Message::Welcome(Welcome { uid, gid }),
             Message::Hello(Hello {}),
             Message::Config(Config {
                 error: text.clone(),

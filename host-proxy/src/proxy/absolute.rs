@@ -24,7 +24,8 @@ use super::patience::Moved;
 use super::pool::Route;
 use super::problem::{Body, Problem};
 use super::upgrade::Upgraded;
-use crate::reach::{self, Admitted, Caller, Destination};
+use crate::access::Caller;
+use crate::reach::{self, Admitted, Destination};
 use crate::state::State;
 
 /// Port of `http://`.
@@ -39,7 +40,7 @@ pub(super) async fn handle(
     request: Request<Incoming>,
     no_path: bool,
 ) -> Result<(Response<Body>, Option<Upgraded>), Problem> {
-    let (to, host) = target(request.uri())?;
+    let (to, host) = target(request.uri(), request.headers().get(HOST))?;
     let admitted = reach::admit(state, caller, &to)?;
     let moved = Moved::now();
     let (request, asked) = outgoing(request, host, no_path, &moved, interim);
@@ -96,7 +97,7 @@ pub(super) async fn handle(
 }
 
 /// Whom a request is for, and the `Host` that says so.
-fn target(uri: &Uri) -> Result<(Destination, HeaderValue), Problem> {
+fn target(uri: &Uri, host: Option<&HeaderValue>) -> Result<(Destination, HeaderValue), Problem> {
     let bad = |detail: &str| Problem::new(StatusCode::BAD_REQUEST, "http_request_error", detail);
     // A client that wants a WebSocket may ask for `ws://`, which is an `http://` that asks for an upgrade (RFC 6455 §3).
     let is_http = |scheme: &str| {
@@ -111,14 +112,18 @@ fn target(uri: &Uri) -> Result<(Destination, HeaderValue), Problem> {
                 "only http:// and ws:// are carried in absolute-form: use CONNECT (curl does for https://)",
             ));
         }
-        (None, _) => {
-            return Err(bad(
-                "this is a forward proxy: ask for http://VM/path (curl -x) or use CONNECT",
-            ));
-        }
+        // Origin-form: of whoever takes this listener for the VM itself. Its head was checked: there is one `Host`.
+        (None, _) => match host.and_then(|host| host.to_str().ok()) {
+            Some(named) if !named.is_empty() => named,
+            _ => {
+                return Err(bad(
+                    "this is a forward proxy: ask for http://VM/path (curl -x), use CONNECT, or name the VM in Host",
+                ));
+            }
+        },
     };
     let to = authority::parse(named, Some(HTTP))?;
-    // The target decides, never the Host field (R65).
+    // Where the target has a host, that decides, never the Host field (R65).
     let host = HeaderValue::from_str(named).map_err(|_| bad("the authority is no header value"))?;
     Ok((to, host))
 }

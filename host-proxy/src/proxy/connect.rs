@@ -18,7 +18,8 @@ use hyper::body::Incoming;
 use super::authority;
 use super::client::{Notes, Tunnel};
 use super::problem::Problem;
-use crate::reach::{self, Caller, ClientSocket, NotOpened};
+use crate::access::Caller;
+use crate::reach::{self, ClientSocket, NotOpened};
 use crate::state::State;
 
 /// Whose a client is that aditd is done with.

@@ -24,14 +24,14 @@ use std::time::Duration;
 use adit_channel::socket_end;
 use adit_passed::Closer;
 use hyper::body::Body as _;
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
-use tokio::net::TcpStream;
 
 use super::bodies::{Watch, Watched};
 use super::cut_off::cut_off;
 use super::interim::Interim;
 use super::problem::Body;
+use crate::front::stream::Stream;
 use crate::passing::Socket;
 
 /// How long a guest may take to end a stream that we have ended.
@@ -167,7 +167,7 @@ impl Shared {
 
 /// A client's connection. While an answer is under way, closing it is a reset: also when this process dies.
 pub(super) struct ClientIo {
-    inner: Option<TcpStream>,
+    inner: Option<Stream>,
     under_way: UnderWay,
     interim: Interim,
     resets: bool,
@@ -175,7 +175,7 @@ pub(super) struct ClientIo {
 }
 
 impl ClientIo {
-    pub(super) fn new(inner: TcpStream, under_way: UnderWay) -> Self {
+    pub(super) fn new(inner: Stream, under_way: UnderWay) -> Self {
         Self {
             inner: Some(inner),
             under_way,
@@ -190,18 +190,18 @@ impl ClientIo {
     pub(super) fn duplicate(&mut self) -> io::Result<(OwnedFd, Shared)> {
         self.under_way.0.store(true, Ordering::Release);
         self.follow();
-        let tcp = self.inner.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        let fd = rustix::io::fcntl_dupfd_cloexec(tcp, 0)?;
+        let client = self.inner.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        let fd = rustix::io::fcntl_dupfd_cloexec(client, 0)?;
         Ok((fd, self.shared.clone()))
     }
 
     /// Whether there are bytes to read.
     pub(super) fn has_unread(&self) -> bool {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        let peek = |tcp: &TcpStream| rustix::net::recv(tcp, &mut [0; 1], flags);
+        let peek = |client: &Stream| rustix::net::recv(client, &mut [0; 1], flags);
         self.inner
             .as_ref()
-            .is_some_and(|tcp| matches!(peek(tcp), Ok((1.., _))))
+            .is_some_and(|client| matches!(peek(client), Ok((1.., _))))
     }
 
     /// What goes to the client ahead of an answer.
@@ -210,7 +210,7 @@ impl ClientIo {
     }
 
     /// The socket, for whoever serves the client from now on: it is reset unless that one ends it.
-    pub(super) fn into_tcp(mut self) -> io::Result<TcpStream> {
+    pub(super) fn into_stream(mut self) -> io::Result<Stream> {
         self.set(true);
         self.inner
             .take()
@@ -218,7 +218,7 @@ impl ClientIo {
     }
 
     /// The socket, to look at.
-    pub(super) fn tcp(&self) -> Option<&TcpStream> {
+    pub(super) fn stream(&self) -> Option<&Stream> {
         self.inner.as_ref()
     }
 
@@ -244,7 +244,7 @@ impl ClientIo {
 
     fn with<T>(
         &mut self,
-        call: impl FnOnce(Pin<&mut TcpStream>) -> Poll<io::Result<T>>,
+        call: impl FnOnce(Pin<&mut Stream>) -> Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
         match &mut self.inner {
             Some(tcp) => call(Pin::new(tcp)),
@@ -257,13 +257,15 @@ impl Drop for ClientIo {
     fn drop(&mut self) {
         self.follow();
         if let Some(closer) = self.shared.0.closer.get()
-            && let Some(Ok(tcp)) = self.inner.take().map(TcpStream::into_std)
+            && let Some(Ok(client)) = self.inner.take().map(Stream::into_fd)
         {
             if self.shared.0.is_lost.load(Ordering::Relaxed) {
                 // A close would wait for that of the duplicate. This fails while somebody sleeps in a call on the socket.
-                let _ = cut_off(&tcp).or_else(|_| tcp.shutdown(std::net::Shutdown::Both));
+                let _ = cut_off(&client).or_else(|_| {
+                    Ok(rustix::net::shutdown(&client, Shutdown::Both)?) as io::Result<()>
+                });
             }
-            closer.close(tcp);
+            closer.close(client);
         }
     }
 }
@@ -271,16 +273,16 @@ impl Drop for ClientIo {
 /// Repeats a call that never blocks until it can be done.
 fn poll_io<T>(
     cx: &mut Context<'_>,
-    tcp: &TcpStream,
+    client: &Stream,
     interest: Interest,
     mut call: impl FnMut() -> rustix::io::Result<T>,
 ) -> Poll<io::Result<T>> {
     loop {
         match interest.is_readable() {
-            true => ready!(tcp.poll_read_ready(cx))?,
-            false => ready!(tcp.poll_write_ready(cx))?,
+            true => ready!(client.poll_read_ready(cx))?,
+            false => ready!(client.poll_write_ready(cx))?,
         }
-        match tcp.try_io(interest, || Ok(call()?)) {
+        match client.try_io(interest, || Ok(call()?)) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             done => return Poll::Ready(done),

@@ -13,9 +13,9 @@ use bytes::{Buf, BytesMut};
 use hyper::StatusCode;
 use hyper::header::HeaderMap;
 use tokio::io::AsyncWrite;
-use tokio::net::TcpStream;
 
 use super::fields::Hop;
+use crate::front::stream::Stream;
 
 /// Bytes of them that wait for a client at most; what is more is left out.
 const BYTES_MAX: usize = 32 << 10;
@@ -85,7 +85,7 @@ impl Interim {
     pub(super) fn poll_write(
         &self,
         cx: &mut Context<'_>,
-        client: &mut TcpStream,
+        client: &mut Stream,
     ) -> Poll<io::Result<()>> {
         let mut queue = self.queue();
         while !queue.bytes.is_empty() {
@@ -104,7 +104,7 @@ impl Interim {
     pub(super) fn poll_finish(
         &self,
         cx: &mut Context<'_>,
-        client: &mut TcpStream,
+        client: &mut Stream,
     ) -> Poll<io::Result<()>> {
         let begun = self.queue().begun;
         match begun {

@@ -21,23 +21,21 @@ mod patience;
 pub mod pool;
 pub mod problem;
 mod upgrade;
+mod who;
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
-use adit_channel::refusal::Refusal;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::listen::{Gate, Place, Shares};
-use crate::reach::Caller;
+use crate::access::callers::Asking;
+use crate::front::stream::Stream;
+use crate::listen::Place;
 use crate::state::State;
 use client::{Client, FIELDS_MAX, HEADER_MAX, Notes};
 use connect::Handed;
@@ -46,75 +44,8 @@ use interim::Interim;
 use problem::{Body, Problem};
 use upgrade::Upgraded;
 
-/// Connections that are being refused at the same time; more of them are closed without a word.
-const REFUSALS_MAX: usize = 8;
-
-/// Serves clients until told to stop; returns when the requests that were under way have ended.
-pub async fn serve(state: Arc<State>, listener: TcpListener) {
-    let max = state.room.proxy;
-    let gate = Gate::new(max);
-    let of_each = state.config.limits.connections_per_client;
-    let clients = Shares::new(of_each.unwrap_or(max / 2).max(1));
-    let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = state.stop.cancelled() => break,
-        };
-        let (client, from) = match accepted {
-            Ok(accepted) => accepted,
-            Err(e) => {
-                tracing::warn!(error = %e, "cannot accept");
-                gate.evict();
-                // Only what ends frees descriptors; asking again at once would spin.
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            }
-        };
-        if !state.room.spares(&client) {
-            // Silent ones have the descriptors that the next one needs, and so have idle connections to guests.
-            gate.evict();
-            state.pool.clear();
-            continue;
-        }
-        let Some(share) = clients.take(from.ip()) else {
-            let why = format!("this client has {} connections open", clients.max());
-            let why = Problem::from(Refusal::busy(why));
-            if let Ok(slot) = refusals.clone().try_acquire_owned() {
-                let stop = state.stop.clone();
-                state.clients.spawn(async move {
-                    tokio::select! {
-                        () = refuse(client, &why) => {}
-                        () = stop.cancelled() => {}
-                    }
-                    drop(slot);
-                });
-            }
-            continue;
-        };
-        // What is not let in waits in the kernel's backlog, bounded.
-        let place = tokio::select! {
-            place = gate.enter() => place,
-            () = state.stop.cancelled() => break,
-        };
-        let of_client = state.clone();
-        state.clients.spawn(async move {
-            connection(of_client, client, Caller::Client(from), place).await;
-            drop(share);
-        });
-    }
-    drop(listener);
-    state.clients.close();
-    state.clients.wait().await;
-}
-
-/// Says why there is no connection to be had, whatever was asked.
-async fn refuse(mut client: TcpStream, problem: &Problem) {
-    let _ = linger::end(&mut client, Some(problem), true).await;
-}
-
-async fn connection(state: Arc<State>, client: TcpStream, caller: Caller, place: Place) {
-    let _ = client.set_nodelay(true);
+/// Serves a client to its end.
+pub async fn connection(state: Arc<State>, client: Stream, asking: Asking, place: Place) {
     let (place, stop) = (Arc::new(place), state.stop.clone());
     let (under_way, notes) = (UnderWay::default(), Notes::default());
     // After `101 Switching Protocols`.
@@ -128,7 +59,7 @@ async fn connection(state: Arc<State>, client: TcpStream, caller: Caller, place:
         let under_way = under_way.clone();
         // Of an answer to HEAD there is no body to come, whatever it says.
         let head = request.method() == Method::HEAD;
-        let answered = answer(&state, &caller, &notes, &interim, &onward, &handed, request);
+        let answered = answer(&state, &asking, &notes, &interim, &onward, &handed, request);
         async move {
             let answer = answered.await;
             Ok::<_, Infallible>(answer.map(|body| ends::answered(body, under_way, head)))
@@ -178,7 +109,7 @@ async fn connection(state: Arc<State>, client: TcpStream, caller: Caller, place:
 
 async fn answer(
     state: &Arc<State>,
-    caller: &Caller,
+    asking: &Asking,
     notes: &Notes,
     interim: &Interim,
     onward: &Mutex<Option<Upgraded>>,
@@ -186,8 +117,9 @@ async fn answer(
     mut request: Request<Incoming>,
 ) -> Response<Body> {
     let connect = request.method() == Method::CONNECT;
-    let result = if connect {
-        match connect::open(state, caller, notes, &request).await {
+    let result = match who::asks(state, asking, &mut request).await {
+        Err(problem) => Err(problem),
+        Ok(caller) if connect => match connect::open(state, &caller, notes, &request).await {
             Ok(whose) => {
                 let status = match whose {
                     Handed::Over => StatusCode::OK,
@@ -197,12 +129,14 @@ async fn answer(
                 handed.cancel();
                 return std::future::pending().await;
             }
-            Err(problem) => Err(problem),
-        }
-    } else if let Some(answer) = own::answer(&mut request) {
-        Ok((answer, None))
-    } else {
-        absolute::handle(state, caller, interim, request, notes.has_no_path()).await
+            Err(problem) => Err(who::may_log_in(state, &caller, problem)),
+        },
+        Ok(caller) => match own::answer(&mut request) {
+            Some(answer) => Ok((answer, None)),
+            None => absolute::handle(state, &caller, interim, request, notes.has_no_path())
+                .await
+                .map_err(|problem| who::may_log_in(state, &caller, problem)),
+        },
     };
     let result = result.map(|(answer, next)| {
         *onward.lock().unwrap_or_else(PoisonError::into_inner) = next;

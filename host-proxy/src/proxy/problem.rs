@@ -6,7 +6,7 @@ use adit_channel::refusal::{Code, Refusal};
 use bytes::Bytes;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
-use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, PROXY_AUTHENTICATE, RETRY_AFTER};
 use hyper::{Response, StatusCode};
 
 use crate::reach::DestinationError;
@@ -81,6 +81,15 @@ impl Problem {
         }
         if let Some(seconds) = self.retry_after {
             headers.insert(RETRY_AFTER, seconds.into());
+        }
+        if self.status == StatusCode::PROXY_AUTHENTICATION_REQUIRED {
+            // curl and wget show a password only where they are asked for one; programs with a token say `Bearer`.
+            for scheme in [
+                "Basic realm=\"adit\", charset=\"UTF-8\"",
+                "Bearer realm=\"adit\"",
+            ] {
+                headers.append(PROXY_AUTHENTICATE, HeaderValue::from_static(scheme));
+            }
         }
         response
     }

@@ -46,10 +46,10 @@ impl Upgraded {
 async fn both_ways(client: Client, guest: oneshot::Receiver<Left>) -> io::Result<()> {
     let (client, ahead) = client.into_tunnel();
     // From here on closing it is a reset.
-    let mut client = client.into_tcp()?;
+    let mut client = client.into_stream()?;
     let guest = guest.await.map_err(io::Error::other)?;
     {
-        let (from_client, to_client) = client.split();
+        let (from_client, to_client) = tokio::io::split(&mut client);
         let (from_guest, to_guest) = tokio::io::split(guest.io.into_inner());
         tokio::try_join!(
             one_way((&ahead[..]).chain(from_client), to_guest),

@@ -77,6 +77,16 @@ impl Destination {
     }
 }
 
+impl Destination {
+    /// Where in the VM, for programs: `tcp:80`, `vsock:5000`.
+    pub fn what(&self) -> String {
+        match &self.target {
+            Target::VsockPort(port) => format!("vsock:{port}"),
+            Target::Service(service) => service.to_string(),
+        }
+    }
+}
+
 /// `VM NAME port N`, to begin a sentence about it.
 impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

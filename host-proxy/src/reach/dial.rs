@@ -13,9 +13,9 @@ use adit_names::VmId;
 use adit_passed::Closer;
 use adit_port::control::{DialFailed, Target};
 
-use super::access::{self, Access, Caller, Verb};
 use super::destination::Destination;
 use super::resolve::{Resolved, resolve};
+use crate::access::{Caller, Verb};
 use crate::link::{ClientEnd, ClientSocket, Link, Question, Unopened};
 use crate::listen::{Room, Share};
 use crate::passing::Socket;
@@ -50,15 +50,15 @@ pub enum NotOpened {
 /// One of these is not so. A denial comes before anything that depends on whether the VM runs.
 pub fn admit(state: &State, caller: &Caller, to: &Destination) -> Result<Admitted, Refusal> {
     let Resolved::Local(vm) = resolve(to, |name| state.registry.get(name)) else {
-        let name = &to.vm;
-        let text = format!("no VM is named `{name}` on this host (`adit vm ls` lists them)");
-        return Err(Refusal::new(Code::UnknownVm, text));
+        state.denied(caller, "reach", to.vm.as_str(), &to.what(), "unknown-vm");
+        return Err(unknown(&to.vm, caller));
     };
-    let verb = Verb::Connect;
-    let access = access::decide(caller, verb, &vm.spec(), &to.target);
-    tracing::debug!(vm = %to.vm, %caller, %verb, %to, ?access, "access decided");
-    if let Access::Deny { reason } = access {
-        return Err(Refusal::new(Code::NotAllowed, reason.text(&to.vm)));
+    if let Some(denial) = state.decide(caller, Verb::Reach(&to.target), &vm) {
+        if denial.is_hidden {
+            return Err(unknown(&to.vm, caller));
+        }
+        let text = denial.reason.text(Verb::Reach(&to.target), &to.vm, caller);
+        return Err(Refusal::new(Code::NotAllowed, text));
     }
     let Some(link) = vm.channel.link() else {
         let text = format!("VM `{}`: its port process does not run", to.vm);
@@ -70,6 +70,17 @@ pub fn admit(state: &State, caller: &Caller, to: &Destination) -> Result<Admitte
         return Err(Refusal::busy(text));
     };
     Ok(Admitted { vm, link, share })
+}
+
+/// There is no such VM, or none that the caller may see: nothing tells these two apart.
+pub fn unknown(vm: &VmId, caller: &Caller) -> Refusal {
+    let text = match caller.is_owner() {
+        true => format!("no VM is named `{vm}` on this host (`adit vm ls` lists them)"),
+        false => format!(
+            "no VM is named `{vm}` on this host, or no grant lets {caller} have it: `adit access check` on the host says which"
+        ),
+    };
+    Refusal::new(Code::UnknownVm, text)
 }
 
 impl Admitted {

@@ -5,17 +5,15 @@
 //!     ▲                                Unknown     Deny       none                  failed
 //!     └───────────── Refusal ◄───────────┴───────────┴──────────┴─────────────────────┘
 //! ```
-//! A front end makes a [`Caller`] and a [`Destination`] from what its client says. It is told that the stream is open, or why
+//! A front end makes a [`Caller`](crate::access::Caller) and a [`Destination`] from what its client says. It is told that the stream is open, or why
 //! not: a [`Refusal`](adit_channel::refusal::Refusal), which it says in its protocol. Its client's end is the client's own socket
 //! ([`Admitted::hand_over`]) or one of aditd's ([`Admitted::relayed`]). It knows no rule, no list and no control socket.
-//! [`resolve`](resolve::resolve) and [`decide`](access::decide) are pure: they read no clock, take no lock and do no IO.
+//! [`resolve`](resolve::resolve) and [`decide`](crate::access::Grants::decide) are pure: they read no clock, take no lock and do no IO.
 
-pub mod access;
 pub mod destination;
 pub mod dial;
 pub mod resolve;
 
 pub use crate::link::ClientSocket;
-pub use access::Caller;
 pub use destination::{Destination, DestinationError};
 pub use dial::{Admitted, NotOpened, admit};

@@ -1,5 +1,6 @@
 //! The agent in a VM: its streams, and what it says of itself, which is shown and never trusted.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::Changes;
-use crate::enrolment::Enrolment;
+use crate::enrolment::{Believed, Enrolment};
 use crate::fault::{Fault, FaultKind, Logged};
 
 /// Streams to the tasks service that one guest may hold open: its agent's, and a few that replace each other.
@@ -162,6 +163,17 @@ impl Agent {
         drop(said);
         self.logged.update(self.vm.as_str(), self.faults());
         self.changes.note();
+    }
+
+    /// Calls `look` with the labels of the card that is believed, while its time is not over.
+    pub fn with_labels<T>(&self, look: impl FnOnce(Option<&BTreeMap<String, String>>) -> T) -> T {
+        let said = self.said();
+        let believed = said
+            .enrolment
+            .card
+            .as_ref()
+            .and_then(|card| card.as_ref().ok());
+        look(believed.and_then(Believed::labels))
     }
 
     /// Waits until another enrolment may be judged.

@@ -23,6 +23,7 @@ use adit_names::VmId;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::access::VmView;
 use crate::config::{VmConfig, vm_dir};
 use crate::fault::Fault;
 
@@ -95,6 +96,20 @@ impl VmEntry {
     pub fn set_spec(&self, spec: VmConfig) {
         *self.spec.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(spec);
         self.changes.note();
+    }
+
+    /// Calls `look` with what of the VM decides who may do what with it.
+    pub fn viewed<T>(&self, look: impl FnOnce(VmView<'_>) -> T) -> T {
+        let spec = self.spec();
+        self.agent.with_labels(|card| {
+            look(VmView {
+                name: self.name.as_str(),
+                allow: &spec.allow,
+                allow_vsock: &spec.allow_vsock,
+                labels: &spec.labels,
+                card,
+            })
+        })
     }
 
     /// Names of the settings that its port process will have only when it is started anew.

@@ -9,7 +9,6 @@ pub mod sandbox;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use adit_passed::{Closer, Passed};
@@ -19,7 +18,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
+use crate::access::diag;
+use crate::config::{Config, Sources};
 use crate::monitor::Monitor;
 use crate::monitor::client::{Client, Told};
 use crate::monitor::packets::Packets;
@@ -58,6 +58,7 @@ pub fn run() -> anyhow::Result<()> {
     drop(given.state_dir);
     // From here on the next monitor learns this user of the kernel.
     rustix::net::listen(&given.rendezvous, BACKLOG).context("cannot listen on work.sock")?;
+    let diag = diag::Socket::open();
     sandbox::lock_calls().context("cannot confine the worker")?;
     if !files {
         tracing::warn!(
@@ -67,8 +68,8 @@ pub fn run() -> anyhow::Result<()> {
     tracing::info!(pid = std::process::id(), uid, "the worker is confined");
     let worker = Worker {
         build,
+        diag: diag.ok(),
         config: given.config,
-        file: given.welcome.path.into(),
         listeners: given.listeners,
         rendezvous: given.rendezvous,
     };
@@ -94,15 +95,15 @@ impl Given {
             anyhow::bail!("another packet: {:?}", message.kind());
         };
         let mut fds: Vec<OwnedFd> = fds.into_iter().filter_map(Passed::trust).collect();
-        let listeners = Listeners::of(fds.split_off(4))?;
+        let listeners = fds.split_off(4);
         let mut fds = fds.into_iter();
         let mut next = || fds.next().context("a descriptor is missing");
         let (rendezvous, state_dir) = (next()?, next()?);
-        let path = PathBuf::from(&welcome.path);
-        let mut parse = || anyhow::Ok(Config::parse(&path, &text::text_in(next()?)?)?);
-        let mut config = parse()?;
+        let mut parse = || anyhow::Ok(Config::of(&Sources::unpack(&text::text_in(next()?)?)?)?);
+        let first = parse()?;
         // A monitor hands on only what it could read.
-        config.vm = parse()?.vm;
+        let config = first.with_changes_of(parse()?);
+        let listeners = Listeners::of(&config, listeners)?;
         Ok(Self {
             welcome,
             rendezvous,
@@ -115,8 +116,8 @@ impl Given {
 
 struct Worker {
     build: u64,
+    diag: Option<diag::Socket>,
     config: Config,
-    file: PathBuf,
     listeners: Listeners,
     rendezvous: OwnedFd,
 }
@@ -146,13 +147,13 @@ impl Worker {
         let shown = self.config.state_dir.join("aditd.db");
         let service = Service::open(Parts {
             config: self.config,
-            file: self.file,
             database: Database {
                 path: "/aditd.db".into(),
                 shown,
             },
             monitor: Monitor::There(client.clone()),
             listeners: self.listeners,
+            diag: self.diag,
         })?;
         let known = Arc::new(Known {
             client: client.clone(),
@@ -190,7 +191,7 @@ impl Known {
         self: Arc<Self>,
         first: Arc<Packets>,
         rendezvous: UnixListener,
-        tell: mpsc::Sender<Result<String, String>>,
+        tell: mpsc::Sender<Result<Sources, String>>,
         stop: CancellationToken,
     ) {
         let mut next = Some(first);
@@ -206,7 +207,8 @@ impl Known {
                 Told::Config(text) => {
                     let text = text.and_then(|fd| {
                         let fd = fd.trust().ok_or("it is closed")?;
-                        text::text_in(fd).map_err(|e| e.to_string())
+                        let text = text::text_in(fd).map_err(|e| e.to_string())?;
+                        Sources::unpack(&text).map_err(|e| e.to_string())
                     });
                     if tell.try_send(text).is_err() {
                         tracing::error!("the configuration changes faster than it is applied");

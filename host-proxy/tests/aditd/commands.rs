@@ -36,6 +36,8 @@ fn a_checked_configuration_is_summed_up_and_every_mistake_is_named() {
         "127.0.0.1:7080",
         "127.0.0.1:7081",
         "/run/x/aditd.sock",
+        // A file of before grants is told what it needs.
+        "[[grant]]",
     ] {
         let said = text(&checked.stdout);
         assert!(said.contains(word), "{word}: {said}");

@@ -47,6 +47,11 @@ pub struct Port {
     api: PathBuf,
 }
 
+/// What tests that are about something else grant.
+const GRANTS: &str = "[[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach\", \"see\"]\n";
+/// In the configuration of a host where nothing is granted.
+pub const NO_GRANTS: &str = "# no grants";
+
 /// How long aditd may take to hear a port process.
 const HEARD_LIMIT: Duration = Duration::from_secs(5);
 
@@ -77,6 +82,9 @@ impl Host {
         let mut config = format!(
             "run_dir = \"{at}/run\"\nstate_dir = \"{at}/state\"\n{more}\n[proxy]\nlisten = \"127.0.0.1:0\"\n"
         );
+        if !more.contains("[[grant]]") && !more.contains(NO_GRANTS) {
+            config.push_str(GRANTS);
+        }
         for (name, cid) in vms {
             config.push_str(&format!(
                 "[[vm]]\nname = \"{name}\"\ncid = {cid}\nallow = [80]\n"

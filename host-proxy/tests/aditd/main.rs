@@ -1,6 +1,7 @@
 //! Tests of the whole aditd. The test is at the other end of its control sockets.
 #![allow(missing_docs)]
 
+mod access;
 mod answers;
 mod asked;
 mod before;

@@ -32,7 +32,7 @@ fn a_refused_upload_hears_why() {
     for (target, fields, status) in [
         ("http://nobody/", "", 404),
         ("http://a:81/", "", 403),
-        ("/", "", 400),
+        ("ftp://a/", "", 400),
         ("https://a/", "", 400),
         ("http://a:x/", "", 400),
         // Refused before hyper has any of it.
@@ -269,7 +269,7 @@ fn pythons_client_hears_why_its_upload_is_refused() {
     let (host, _ports) = Host::serving(&[("a", 3)], "");
     let to = host.proxy().peer_addr().unwrap();
     const SCRIPT: &str = "import http.client, sys\n\
-        for path in ['http://nobody/', 'http://a:81/', '/']:\n\
+        for path in ['http://nobody/', 'http://a:81/', 'ftp://a/']:\n\
         \x20   c = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]))\n\
         \x20   c.request('POST', path, body=b'x' * (8 << 20))\n\
         \x20   r = c.getresponse()\n\

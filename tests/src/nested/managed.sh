@@ -8,6 +8,10 @@ run_dir = "$AD/run"
 state_dir = "$AD/state"
 [proxy]
 listen = "127.0.0.1:7080"
+[[grant]]
+to = ["user:root"]
+vms = ["*"]
+may = ["reach", "see"]
 END
 export ADIT_SOCKET=$AD/run/aditd.sock http_proxy=http://127.0.0.1:7080
 serve() {

@@ -19,8 +19,9 @@ use std::time::Duration;
 
 use adit_channel::socket_end;
 use rustix::net::sockopt;
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::front::stream::Stream;
 
 /// How long an answer may take before a client that ended its sending is asked whether it is there.
 const ASK_AFTER: Duration = Duration::from_secs(3);
@@ -41,7 +42,7 @@ pub(super) struct HalfClosed {
 
 impl HalfClosed {
     /// From now on.
-    pub(super) fn new(client: &TcpStream) -> Self {
+    pub(super) fn new(client: &Stream) -> Self {
         // Without them, the answer's bytes still find a client that is gone.
         let _ = sockopt::set_tcp_keepidle(client, KEEP_ALIVE)
             .and_then(|()| sockopt::set_tcp_keepintvl(client, KEEP_ALIVE))
@@ -58,7 +59,7 @@ impl HalfClosed {
     pub(super) fn poll_gone(
         &mut self,
         cx: &mut Context<'_>,
-        client: &TcpStream,
+        client: &Stream,
         ask: Option<&dyn Fn()>,
     ) -> Poll<()> {
         while self.look.as_mut().poll(cx).is_ready() {

@@ -331,7 +331,7 @@ impl Client {
 
     /// An error if the client has ended its sending and is gone.
     fn poll_half_closed(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        let Some(tcp) = self.io.tcp().filter(|_| self.ended) else {
+        let Some(client) = self.io.stream().filter(|_| self.ended) else {
             return Ok(());
         };
         let by_port = matches!(self.at, At::Tunnel { .. });
@@ -339,12 +339,14 @@ impl Client {
         let ask = || match by_port {
             true => asks.ask(),
             // A new connection's buffer takes it whole; an error is seen by the next look.
-            false => drop(tcp.try_write(half_closed::INTERIM)),
+            false => drop(client.try_write(half_closed::INTERIM)),
         };
         let may_ask = self.http_11 && !self.answered;
         let ask: Option<&dyn Fn()> = may_ask.then_some(&ask);
-        let half_closed = self.half_closed.get_or_insert_with(|| HalfClosed::new(tcp));
-        match half_closed.poll_gone(cx, tcp, ask) {
+        let half_closed = self
+            .half_closed
+            .get_or_insert_with(|| HalfClosed::new(client));
+        match half_closed.poll_gone(cx, client, ask) {
             Poll::Ready(()) => Err(io::ErrorKind::ConnectionReset.into()),
             Poll::Pending => Ok(()),
         }

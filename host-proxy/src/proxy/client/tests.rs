@@ -245,7 +245,7 @@ async fn served(
     let (far, _) = listener.accept().await.unwrap();
     let place = Arc::new(crate::listen::Gate::new(1).enter().await);
     let far = Client::new(
-        ClientIo::new(far, Default::default()),
+        ClientIo::new(crate::front::stream::Stream::Tcp(far), Default::default()),
         place,
         Notes::default(),
     );

@@ -58,16 +58,19 @@ impl Client {
 
     /// While a CONNECT is under way: nothing is read, and a client that is gone is an error.
     pub(super) fn poll_caller(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        if let Some(tcp) = self.io.tcp() {
-            while !self.ended && tcp.poll_read_ready(cx)?.is_ready() {
-                if let Some(e) = tcp.take_error()? {
+        if let Some(client) = self.io.stream() {
+            while !self.ended && client.poll_read_ready(cx)?.is_ready() {
+                if let Some(e) = client.take_error()? {
                     return Err(e);
                 }
-                let ready = tcp.ready(Interest::READABLE).now_or_never().transpose()?;
+                let ready = client
+                    .ready(Interest::READABLE)
+                    .now_or_never()
+                    .transpose()?;
                 self.ended = ready.is_some_and(|ready| ready.is_read_closed());
                 // The bytes stay where they are, so only the next event says anything new.
                 let nothing = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
-                let _ = tcp.try_io(Interest::READABLE, nothing);
+                let _ = client.try_io(Interest::READABLE, nothing);
             }
         }
         self.poll_half_closed(cx)

@@ -13,7 +13,10 @@ async fn connected() -> (Client, tokio::net::TcpStream, Notes) {
     let (far, near) = tokio::join!(client, listener.accept());
     let notes = Notes::default();
     let place = Arc::new(Gate::new(1).enter().await);
-    let io = ClientIo::new(near.unwrap().0, UnderWay::default());
+    let io = ClientIo::new(
+        crate::front::stream::Stream::Tcp(near.unwrap().0),
+        UnderWay::default(),
+    );
     (Client::new(io, place, notes.clone()), far.unwrap(), notes)
 }
 

@@ -1,0 +1,356 @@
+//! What was denied, and if wanted what was allowed: one line of JSON each, in a file of its own in state_dir.
+//!
+//! ```text
+//! {"at":"2026-11-30T01:02:03.004Z","decision":"deny","caller":"user:deploy","from":"127.0.0.1:40312",
+//!  "verb":"reach","vm":"web-1","target":"tcp:22","reason":"not-granted"}
+//! {"at":"…","suppressed":512,"caller":"user:deploy"}
+//! ```
+//! A caller has [`LINES_MAX`] lines a second; of more there is a count. The file is cut at [`FILE_MAX`], and [`FILES`] of them are
+//! kept. A thread writes it; where that has too much to do, lines are counted and not written.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::caller::Caller;
+
+/// Name of the file.
+pub const FILE: &str = "aditd.audit";
+/// Bytes of the file at most.
+pub const FILE_MAX: u64 = 8 << 20;
+/// Files that are kept besides the one that is written.
+pub const FILES: usize = 4;
+/// Lines of one caller in a second.
+pub const LINES_MAX: u32 = 10;
+/// Callers that are counted at the same time at most; all others share one count.
+const CALLERS_MAX: usize = 1024;
+/// Lines that wait to be written.
+const WAITING_MAX: usize = 1024;
+/// For how long a caller's lines are counted together.
+const A_WHILE: Duration = Duration::from_secs(1);
+
+/// The file.
+#[derive(Debug)]
+pub struct Audit {
+    lines: SyncSender<Line>,
+    counts: Mutex<HashMap<String, Count>>,
+}
+
+#[derive(Debug)]
+struct Count {
+    since: Instant,
+    lines: u32,
+    suppressed: u64,
+}
+
+/// A line.
+#[derive(Clone, Debug, Serialize)]
+pub struct Line {
+    at: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    decision: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    suppressed: Option<u64>,
+    caller: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    from: String,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    verb: &'static str,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    vm: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    target: String,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    reason: &'static str,
+}
+
+/// What was decided.
+#[derive(Clone, Copy, Debug)]
+pub struct Decided<'a> {
+    /// Who asked.
+    pub caller: &'a Caller,
+    /// For what: `reach`, `see`, …
+    pub verb: &'static str,
+    /// With which VM; as the caller has it, where there is none.
+    pub vm: &'a str,
+    /// What in it.
+    pub target: &'a str,
+    /// Why not; none: it is allowed.
+    pub denied: Option<&'static str>,
+}
+
+impl Audit {
+    /// Writes into a file of that directory.
+    ///
+    /// # Errors
+    /// There can be no thread.
+    pub fn start(dir: &Path) -> std::io::Result<Self> {
+        let (lines, written) = sync_channel(WAITING_MAX);
+        let path = dir.join(FILE);
+        let thread = std::thread::Builder::new().name("audit".into());
+        thread.spawn(move || {
+            // Opened here, so that a disk that hangs stops this thread only.
+            write_all(Files { path, open: None }, &written);
+        })?;
+        Ok(Self {
+            lines,
+            counts: Mutex::default(),
+        })
+    }
+
+    /// Writes a line, or counts it.
+    pub fn note(&self, decided: Decided<'_>, now_ms: i64) {
+        let mut caller = decided.caller.to_string();
+        let at = jiff::Timestamp::from_millisecond(now_ms)
+            .unwrap_or_default()
+            .to_string();
+        let suppressed = {
+            let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+            if counts.len() >= CALLERS_MAX && !counts.contains_key(&caller) {
+                counts.retain(|_, count| count.since.elapsed() < A_WHILE || count.suppressed > 0);
+                if counts.len() >= CALLERS_MAX {
+                    caller = "others".into();
+                }
+            }
+            let count = counts.entry(caller.clone()).or_insert(Count {
+                since: Instant::now(),
+                lines: 0,
+                suppressed: 0,
+            });
+            if count.since.elapsed() >= A_WHILE {
+                (count.since, count.lines) = (Instant::now(), 0);
+            }
+            if count.lines >= LINES_MAX {
+                count.suppressed += 1;
+                return;
+            }
+            count.lines += 1;
+            std::mem::take(&mut count.suppressed)
+        };
+        let line = Line {
+            at: at.clone(),
+            decision: Some(if decided.denied.is_some() {
+                "deny"
+            } else {
+                "allow"
+            }),
+            suppressed: None,
+            caller: caller.clone(),
+            from: decided.caller.from().into(),
+            verb: decided.verb,
+            vm: adit_names::escape(decided.vm).at_most(80).to_string(),
+            target: decided.target.into(),
+            reason: decided.denied.unwrap_or_default(),
+        };
+        if suppressed > 0 {
+            self.send(
+                Line {
+                    at,
+                    decision: None,
+                    suppressed: Some(suppressed),
+                    caller: caller.clone(),
+                    from: String::new(),
+                    verb: "",
+                    vm: String::new(),
+                    target: String::new(),
+                    reason: "",
+                },
+                suppressed,
+            );
+        }
+        self.send(line, 1);
+    }
+
+    fn send(&self, line: Line, stands_for: u64) {
+        let caller = line.caller.clone();
+        if self.lines.try_send(line).is_err() {
+            let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(count) = counts.get_mut(&caller) {
+                count.suppressed += stands_for;
+            }
+        }
+    }
+}
+
+/// The file that is written, and those before it.
+#[derive(Debug)]
+struct Files {
+    path: PathBuf,
+    open: Option<(File, u64)>,
+}
+
+impl Files {
+    /// Appends, and makes room first where the file is full.
+    fn append(&mut self, text: &[u8]) -> io::Result<()> {
+        if self.open.as_ref().is_some_and(|(_, len)| *len >= FILE_MAX) {
+            self.open = None;
+            self.turn()?;
+        }
+        let (file, len) = match &mut self.open {
+            Some(open) => open,
+            None => {
+                let mut options = OpenOptions::new();
+                let file = options
+                    .create(true)
+                    .append(true)
+                    .mode(0o600)
+                    .open(&self.path)?;
+                let len = file.metadata()?.len();
+                self.open.insert((file, len))
+            }
+        };
+        *len += text.len() as u64;
+        let written = file.write_all(text);
+        if written.is_err() {
+            // The next line finds out how long it is, and whether it can be opened.
+            self.open = None;
+        }
+        written
+    }
+
+    /// `FILE` becomes `FILE.1`, and so on; the oldest goes.
+    fn turn(&self) -> io::Result<()> {
+        let nth = |n: usize| match n {
+            0 => self.path.clone(),
+            n => self.path.with_extension(format!("audit.{n}")),
+        };
+        for n in (0..FILES).rev() {
+            match std::fs::rename(nth(n), nth(n + 1)) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn write_all(mut files: Files, lines: &Receiver<Line>) {
+    let mut failed = false;
+    while let Ok(line) = lines.recv() {
+        let Ok(mut text) = serde_json::to_vec(&line) else {
+            continue;
+        };
+        text.push(b'\n');
+        let written = files.append(&text);
+        if let Err(e) = &written
+            && !failed
+        {
+            tracing::error!(error = %e, file = FILE, "the audit is not written: make room on the disk of state_dir");
+        }
+        failed = written.is_err();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decided(caller: &Caller) -> Decided<'_> {
+        Decided {
+            caller,
+            verb: "reach",
+            vm: "web-1\n\u{1b}[2J",
+            target: "tcp:22",
+            denied: Some("not-granted"),
+        }
+    }
+
+    fn lines(dir: &Path, at_least: usize) -> Vec<serde_json::Value> {
+        let begin = Instant::now();
+        loop {
+            let text = std::fs::read_to_string(dir.join(FILE)).unwrap_or_default();
+            if text.lines().count() >= at_least {
+                return text
+                    .lines()
+                    .map(|line| serde_json::from_str(line).unwrap())
+                    .collect();
+            }
+            assert!(begin.elapsed() < Duration::from_secs(30), "{text}");
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn r111_a_caller_has_some_lines_and_then_a_count_and_others_have_theirs() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit::start(dir.path()).unwrap();
+        let (noisy, quiet) = (
+            Caller::anonymous("a").with_token("noisy"),
+            Caller::anonymous("b"),
+        );
+        for _ in 0..1000 {
+            audit.note(decided(&noisy), 0);
+        }
+        audit.note(decided(&quiet), 0);
+        let suppressed = audit.counts.lock().unwrap()["token:noisy"].suppressed;
+        assert!(suppressed >= 900, "{suppressed}");
+        let found = lines(dir.path(), usize::try_from(1001 - suppressed).unwrap());
+        assert!(found.iter().any(|line| line["caller"] == "nobody known"));
+        let line = &found[0];
+        assert_eq!(
+            (line["decision"].as_str(), line["target"].as_str()),
+            (Some("deny"), Some("tcp:22"))
+        );
+        assert_eq!(line["vm"], "web-1\\n\\u{1b}[2J");
+        assert_eq!(line["at"], "1970-01-01T00:00:00Z");
+        // The next line that is written says how many were not.
+        audit
+            .counts
+            .lock()
+            .unwrap()
+            .get_mut("token:noisy")
+            .unwrap()
+            .since -= A_WHILE;
+        audit.note(decided(&noisy), 0);
+        let more = lines(dir.path(), found.len() + 2);
+        assert_eq!(more[found.len()]["suppressed"].as_u64(), Some(suppressed));
+    }
+
+    #[test]
+    fn callers_that_are_counted_are_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit::start(dir.path()).unwrap();
+        for n in 0..CALLERS_MAX + 100 {
+            audit.note(
+                decided(&Caller::anonymous("x").with_token(&n.to_string())),
+                0,
+            );
+        }
+        assert!(audit.counts.lock().unwrap().len() <= CALLERS_MAX + 1);
+    }
+
+    #[test]
+    fn files_are_cut_and_the_oldest_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut files = Files {
+            path: dir.path().join(FILE),
+            open: None,
+        };
+        let big = vec![b'x'; usize::try_from(FILE_MAX).unwrap()];
+        for _ in 0..FILES + 3 {
+            files.append(&big).unwrap();
+        }
+        let mut names: Vec<_> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        let want: Vec<_> = (0..=FILES)
+            .map(|n| {
+                if n == 0 {
+                    FILE.into()
+                } else {
+                    format!("{FILE}.{n}")
+                }
+            })
+            .collect();
+        assert_eq!(names, want);
+    }
+}

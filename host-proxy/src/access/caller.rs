@@ -1,0 +1,173 @@
+//! Who asks.
+//!
+//! A caller is known by what the kernel or a secret proves, never by what it says of itself: the user behind a socket, a token.
+//! It has every name that it has proved at the same time, and what any of them is granted.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::subject::{Subject, is_name};
+
+/// Most groups of a user that count.
+pub const GROUPS_MAX: usize = 1024;
+
+/// Who asks. A copy is cheap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller(Arc<Inner>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Inner {
+    is_owner: bool,
+    /// The most telling first; [`Subject::Anyone`] last.
+    subjects: Vec<Subject>,
+    /// Where the connection came from, for people.
+    from: String,
+}
+
+/// A user of this host, as its user database has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Person {
+    /// The number.
+    pub uid: u32,
+    /// The name, if it has one.
+    pub name: Option<String>,
+    /// Names of its groups.
+    pub groups: Vec<String>,
+}
+
+impl Caller {
+    /// Whoever may use aditd's own socket: everything is theirs.
+    pub fn owner() -> Self {
+        Self(Arc::new(Inner {
+            is_owner: true,
+            subjects: vec![Subject::Anyone],
+            from: "aditd.sock".into(),
+        }))
+    }
+
+    /// Somebody of whom nothing is known.
+    pub fn anonymous(from: impl fmt::Display) -> Self {
+        Self(Arc::new(Inner {
+            is_owner: false,
+            subjects: vec![Subject::Anyone],
+            from: from.to_string(),
+        }))
+    }
+
+    /// Adds a user of this host.
+    #[must_use]
+    pub fn with_person(&self, person: &Person) -> Self {
+        let number = person.uid.to_string();
+        // A name that reads as another user's number must not be taken for it.
+        let name = person
+            .name
+            .iter()
+            .filter(|name| is_name(name) && !name.bytes().all(|b| b.is_ascii_digit()));
+        let users = name.cloned().chain([number]).map(Subject::User);
+        let groups = person.groups.iter().filter(|name| is_name(name));
+        let groups = groups.take(GROUPS_MAX).cloned().map(Subject::Group);
+        self.with(users.chain(groups))
+    }
+
+    /// Adds a token that was shown.
+    #[must_use]
+    pub fn with_token(&self, name: &str) -> Self {
+        self.with([Subject::Token(name.to_owned())])
+    }
+
+    /// Adds names that were proved.
+    #[must_use]
+    pub fn with(&self, more: impl IntoIterator<Item = Subject>) -> Self {
+        let mut inner = Inner::clone(&self.0);
+        inner.subjects.pop();
+        inner.subjects.extend(more);
+        // Tokens before users before groups, and a user's name before its number.
+        inner.subjects.sort_by_key(|subject| match subject {
+            Subject::Token(_) => 0,
+            Subject::User(_) => 1,
+            Subject::Group(_) => 2,
+            Subject::Anyone => 3,
+        });
+        inner.subjects.push(Subject::Anyone);
+        Self(Arc::new(inner))
+    }
+
+    /// Whether everything is theirs.
+    pub fn is_owner(&self) -> bool {
+        self.0.is_owner
+    }
+
+    /// Whether nothing is known of them.
+    pub fn is_anonymous(&self) -> bool {
+        !self.0.is_owner && self.0.subjects.len() == 1
+    }
+
+    /// All names, `anyone` last.
+    pub fn subjects(&self) -> &[Subject] {
+        &self.0.subjects
+    }
+
+    /// Where the connection came from.
+    pub fn from(&self) -> &str {
+        &self.0.from
+    }
+}
+
+/// The most telling name.
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.subjects.first() {
+            _ if self.0.is_owner => f.pad("owner"),
+            Some(Subject::Anyone) | None => f.pad("nobody known"),
+            Some(subject) => write!(f, "{subject}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn person(uid: u32, name: Option<&str>, groups: &[&str]) -> Person {
+        Person {
+            uid,
+            name: name.map(str::to_owned),
+            groups: groups.iter().map(|g| (*g).to_owned()).collect(),
+        }
+    }
+
+    #[test]
+    fn a_caller_has_all_names_that_it_proved_and_is_called_by_the_most_telling() {
+        let nobody = Caller::anonymous("127.0.0.1:1");
+        assert!(nobody.is_anonymous() && !nobody.is_owner());
+        let user = nobody.with_person(&person(1000, Some("deploy"), &["ops", "adm"]));
+        let names: Vec<_> = user.subjects().iter().map(ToString::to_string).collect();
+        let want = [
+            "user:deploy",
+            "user:1000",
+            "group:ops",
+            "group:adm",
+            "anyone",
+        ];
+        assert_eq!(names, want);
+        assert_eq!(user.to_string(), "user:deploy");
+        let both = user.with_token("ci");
+        assert_eq!(both.to_string(), "token:ci");
+        assert_eq!(both.subjects().len(), 6);
+        assert_eq!(both.from(), "127.0.0.1:1");
+        assert!(!Caller::owner().is_anonymous());
+    }
+
+    #[test]
+    fn r125_a_name_that_reads_as_a_number_or_a_subject_is_nobodys() {
+        for name in ["0", "1000", "a b", "x,group:ops", "group:wheel"] {
+            let user = Caller::anonymous("x").with_person(&person(7, Some(name), &[name]));
+            let users: Vec<_> = user
+                .subjects()
+                .iter()
+                .filter(|s| matches!(s, Subject::User(_)))
+                .collect();
+            assert_eq!(users, [&Subject::User("7".into())], "{name}");
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! The decision: from grants, caller, verb and VM alone. What is not granted is denied.
+//!
+//! Two rules must agree. A grant says what a caller may do; the VM's own lists (`allow`, `allow_vsock`) say what of the VM may be
+//! reached at all, by anybody. Services of the agent that are no ports are the owner's.
+//!
+//! Whoever may not `see` a VM gets the same denial as where there is none ([`Denial::is_hidden`]).
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+
+use adit_port::control::Target;
+
+use super::caller::Caller;
+use super::grant::Grant;
+use super::subject::Subject;
+
+/// Services of a guest that only the owner reaches: they are given files, and say themselves what they do with them.
+const OWNERS: [&str; 2] = ["blob", "agent"];
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verb<'a> {
+    /// A stream to the target.
+    Reach(&'a Target),
+    /// To be shown the VM.
+    See,
+    /// To be shown its tasks.
+    Task,
+    /// To apply a goal.
+    Goal,
+    /// To change its settings.
+    Manage,
+}
+
+/// What of a VM decides.
+#[derive(Clone, Copy, Debug)]
+pub struct VmView<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// TCP ports that may be reached.
+    pub allow: &'a [u16],
+    /// AF_VSOCK ports that may be reached.
+    pub allow_vsock: &'a [u32],
+    /// Labels of the configuration.
+    pub labels: &'a BTreeMap<String, String>,
+    /// Labels of a card that this host believes. A label of the configuration comes before one of the same name.
+    pub card: Option<&'a BTreeMap<String, String>>,
+}
+
+impl VmView<'_> {
+    fn label(&self, name: &str) -> Option<&str> {
+        let of_card = || self.card.and_then(|card| card.get(name));
+        self.labels.get(name).or_else(of_card).map(String::as_str)
+    }
+}
+
+/// What is decided.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Access<'a> {
+    /// It may be done, by this grant; none: it is the owner's right.
+    Allow(Option<&'a Grant>),
+    /// It may not.
+    Deny(Denial),
+}
+
+/// It may not be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Denial {
+    /// Why, for whoever may see the VM, and for the audit.
+    pub reason: Reason,
+    /// The caller may not see the VM: it is told what it would be told of a VM that is not there.
+    pub is_hidden: bool,
+}
+
+/// Why it may not be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// No grant has it.
+    NotGranted,
+    /// A grant had it, and its time is over.
+    Expired {
+        /// Where it is written.
+        place: String,
+    },
+    /// A list of the VM's settings does not have it.
+    NotListed {
+        /// The port.
+        port: u32,
+        /// Name of the list.
+        list: &'static str,
+    },
+    /// No setting is about such a service.
+    NoRule {
+        /// Name of the service.
+        service: String,
+    },
+}
+
+/// All grants of a host.
+#[derive(Clone, Debug, Default)]
+pub struct Grants {
+    all: Vec<Grant>,
+    by_subject: HashMap<Subject, Vec<usize>>,
+}
+
+impl Grants {
+    /// Puts them in order.
+    pub fn new(all: Vec<Grant>) -> Self {
+        let mut by_subject = HashMap::<Subject, Vec<usize>>::new();
+        for (nth, grant) in all.iter().enumerate() {
+            for subject in &grant.to {
+                let of_subject = by_subject.entry(subject.clone()).or_default();
+                if of_subject.last() != Some(&nth) {
+                    of_subject.push(nth);
+                }
+            }
+        }
+        Self { all, by_subject }
+    }
+
+    /// All of them, as they are written.
+    pub fn all(&self) -> &[Grant] {
+        &self.all
+    }
+
+    /// Whether somebody is granted something by such a name.
+    pub fn any_to(&self, is: impl Fn(&Subject) -> bool) -> bool {
+        self.by_subject.keys().any(is)
+    }
+
+    /// Decides at a time (Unix, ms).
+    pub fn decide(
+        &self,
+        caller: &Caller,
+        verb: Verb<'_>,
+        vm: VmView<'_>,
+        now_ms: i64,
+    ) -> Access<'_> {
+        let decided = self.granted(caller, verb, vm, now_ms);
+        let decided = decided.and_then(|granted| match verb {
+            Verb::Reach(target) => listed(caller, vm, target).map(|()| granted),
+            _ => Ok(granted),
+        });
+        match decided {
+            Ok(granted) => Access::Allow(granted),
+            Err(reason) => Access::Deny(Denial {
+                reason,
+                is_hidden: self.granted(caller, Verb::See, vm, now_ms).is_err(),
+            }),
+        }
+    }
+
+    fn granted(
+        &self,
+        caller: &Caller,
+        verb: Verb<'_>,
+        vm: VmView<'_>,
+        now_ms: i64,
+    ) -> Result<Option<&Grant>, Reason> {
+        if caller.is_owner() {
+            return Ok(None);
+        }
+        let mut reason = Reason::NotGranted;
+        let subjects = caller.subjects().iter();
+        let grants = subjects
+            .filter_map(|subject| self.by_subject.get(subject))
+            .flatten();
+        for grant in grants.filter_map(|nth| self.all.get(*nth)) {
+            if !grant.may.iter().any(|may| may.covers(verb)) || !grant.is_about(vm) {
+                continue;
+            }
+            match grant.until_ms {
+                Some(until) if now_ms >= until => {
+                    reason = Reason::Expired {
+                        place: grant.place.clone(),
+                    };
+                }
+                _ => return Ok(Some(grant)),
+            }
+        }
+        Err(reason)
+    }
+
+    /// The grants that say anything of a VM, with whoever they are to.
+    pub fn about<'a>(&'a self, vm: VmView<'a>) -> impl Iterator<Item = &'a Grant> {
+        self.all.iter().filter(move |grant| grant.is_about(vm))
+    }
+}
+
+impl Grant {
+    fn is_about(&self, vm: VmView<'_>) -> bool {
+        let is = |vms: &super::vms::Vms| vms.has(vm.name, |label| vm.label(label));
+        self.vms.iter().any(is)
+    }
+}
+
+/// Whether the VM's own lists have the target.
+fn listed(caller: &Caller, vm: VmView<'_>, target: &Target) -> Result<(), Reason> {
+    let not_listed = |port, list| Reason::NotListed { port, list };
+    match target {
+        Target::Service(service) => match service.tcp_port() {
+            Some(port) if vm.allow.contains(&port) => Ok(()),
+            Some(port) => Err(not_listed(port.into(), "allow")),
+            None if caller.is_owner() && OWNERS.contains(&service.as_str()) => Ok(()),
+            None => Err(Reason::NoRule {
+                service: service.to_string(),
+            }),
+        },
+        Target::VsockPort(port) if vm.allow_vsock.contains(port) => Ok(()),
+        Target::VsockPort(port) => Err(not_listed(*port, "allow_vsock")),
+    }
+}
+
+impl Verb<'_> {
+    /// The verb and the target for programs.
+    pub fn words(self) -> (&'static str, String) {
+        match self {
+            Self::Reach(Target::Service(service)) => ("reach", service.to_string()),
+            Self::Reach(Target::VsockPort(port)) => ("reach", format!("vsock:{port}")),
+            Self::See => ("see", String::new()),
+            Self::Task => ("task", String::new()),
+            Self::Goal => ("goal", String::new()),
+            Self::Manage => ("manage", String::new()),
+        }
+    }
+}
+
+impl Reason {
+    /// In a word, for programs.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::NotGranted => "not-granted",
+            Self::Expired { .. } => "expired",
+            Self::NotListed { .. } => "not-listed",
+            Self::NoRule { .. } => "no-rule",
+        }
+    }
+
+    /// The same for people: whole, about `verb` and the VM.
+    pub fn text(&self, verb: Verb<'_>, vm: impl fmt::Display, caller: &Caller) -> String {
+        match self {
+            Self::NotGranted => {
+                format!(
+                    "no grant lets {caller} {verb} VM `{vm}`: `adit access ls --vm {vm}` on its host lists those there are"
+                )
+            }
+            Self::Expired { place } => {
+                format!(
+                    "the grant at {place} lets {caller} no longer {verb} VM `{vm}`: its time is over"
+                )
+            }
+            Self::NotListed { port, list } => {
+                format!("port {port} of VM `{vm}` is not in its `{list}` list")
+            }
+            Self::NoRule { service } => format!("nothing allows service `{service}` of VM `{vm}`"),
+        }
+    }
+}
+
+impl fmt::Display for Verb<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reach(Target::Service(service)) => match service.tcp_port() {
+                Some(port) => write!(f, "reach port {port} of"),
+                None => write!(f, "reach service `{service}` of"),
+            },
+            Self::Reach(Target::VsockPort(port)) => write!(f, "reach vsock port {port} of"),
+            Self::See => f.pad("see"),
+            Self::Task => f.pad("see tasks of"),
+            Self::Goal => f.pad("apply goals to"),
+            Self::Manage => f.pad("manage"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

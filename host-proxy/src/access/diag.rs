@@ -1,0 +1,247 @@
+//! Which user of this host is behind a loopback connection: the kernel is asked (sock_diag(7)), by a thread that may wait.
+//!
+//! Only a connection that is established and belongs to a process counts: of one that is closed already the kernel says user 0.
+//! The user is the one who made the client's socket, whoever uses it by now.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+
+use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_sock_diag::SockDiagMessage;
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_ESTABLISHED};
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recvmsg, sendmsg,
+    setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use tokio::sync::oneshot;
+
+/// Questions that wait at most; more clients at once stay unknown.
+const WAITING_MAX: usize = 4096;
+/// Longest answer.
+const ANSWER_MAX: usize = 4096;
+/// How long the kernel may take. It answers at once; a lost answer must not stop everybody.
+const LIMIT_MS: i64 = 1000;
+
+/// A socket to ask the kernel with. It is made while a process may still make sockets.
+#[derive(Debug)]
+pub struct Socket(OwnedFd);
+
+/// The thread that asks.
+#[derive(Debug)]
+pub struct Diag(SyncSender<Question>);
+
+struct Question {
+    client: SocketAddr,
+    server: SocketAddr,
+    answer: oneshot::Sender<Option<u32>>,
+}
+
+impl Socket {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// The kernel has no such sockets.
+    pub fn open() -> io::Result<Self> {
+        let socket = socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkSockDiag,
+        )?;
+        setsockopt(
+            &socket,
+            sockopt::ReceiveTimeout,
+            &TimeVal::milliseconds(LIMIT_MS),
+        )?;
+        Ok(Self(socket))
+    }
+
+    /// Who made the client's socket of a connection; none: nobody knows.
+    ///
+    /// # Errors
+    /// The kernel cannot be asked.
+    fn user(&self, client: SocketAddr, server: SocketAddr, nth: u32) -> io::Result<Option<u32>> {
+        let (client, server) = (canonical(client), canonical(server));
+        let user = self.ask(client, server, nth)?;
+        match (user, client.ip(), server.ip()) {
+            // The client may have an IPv6 socket for IPv4.
+            (None, IpAddr::V4(from), IpAddr::V4(to)) => {
+                let mapped = |ip: std::net::Ipv4Addr, port| {
+                    SocketAddr::from((IpAddr::V6(ip.to_ipv6_mapped()), port))
+                };
+                let (client, server) = (mapped(from, client.port()), mapped(to, server.port()));
+                self.ask(client, server, nth)
+            }
+            _ => Ok(user),
+        }
+    }
+
+    fn ask(&self, client: SocketAddr, server: SocketAddr, nth: u32) -> io::Result<Option<u32>> {
+        let mut header = NetlinkHeader::default();
+        (header.flags, header.sequence_number) = (NLM_F_REQUEST, nth);
+        let request = InetRequest {
+            family: if client.is_ipv4() { AF_INET } else { AF_INET6 },
+            protocol: IPPROTO_TCP,
+            extensions: ExtensionFlags::empty(),
+            states: StateFlags::ESTABLISHED,
+            socket_id: SocketId {
+                source_port: client.port(),
+                destination_port: server.port(),
+                source_address: client.ip(),
+                destination_address: server.ip(),
+                interface_id: 0,
+                // Any.
+                cookie: [0xff; 8],
+            },
+        };
+        let mut packet = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+        packet.finalize();
+        let mut bytes = vec![0; packet.buffer_len()];
+        packet.serialize(&mut bytes);
+        let (fd, none) = (self.0.as_raw_fd(), MsgFlags::empty());
+        sendmsg::<NetlinkAddr>(fd, &[IoSlice::new(&bytes)], &[], none, None)?;
+        let mut answer = vec![0; ANSWER_MAX];
+        loop {
+            let mut into = [IoSliceMut::new(&mut answer)];
+            let len = recvmsg::<NetlinkAddr>(fd, &mut into, None, none)?.bytes;
+            let bytes = answer.get(..len).unwrap_or_default();
+            let message =
+                NetlinkMessage::<SockDiagMessage>::deserialize(bytes).map_err(io::Error::other)?;
+            if message.header.sequence_number != nth {
+                // Of a question that was given up.
+                continue;
+            }
+            return Ok(match message.payload {
+                NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found)) => {
+                    let found = &found.header;
+                    // What is asked for with a wildcard could be another's.
+                    let is_it = found.socket_id.source_port == client.port()
+                        && found.socket_id.destination_port == server.port()
+                        && found.socket_id.source_address == client.ip()
+                        && found.socket_id.destination_address == server.ip();
+                    let counts = is_it && found.state == TCP_ESTABLISHED && found.inode != 0;
+                    counts.then_some(found.uid)
+                }
+                _ => None,
+            });
+        }
+    }
+}
+
+/// Without a scope, and as IPv4 where it is.
+fn canonical(at: SocketAddr) -> SocketAddr {
+    SocketAddr::from((at.ip().to_canonical(), at.port()))
+}
+
+impl Diag {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// There can be no thread.
+    pub fn start(socket: Socket) -> io::Result<Self> {
+        let (ask, questions) = sync_channel(WAITING_MAX);
+        let thread = std::thread::Builder::new().name("sock-diag".into());
+        thread.spawn(move || answer_all(&socket, &questions))?;
+        Ok(Self(ask))
+    }
+
+    /// Who is behind a connection; none: nobody knows.
+    pub async fn user(&self, client: SocketAddr, server: SocketAddr) -> Option<u32> {
+        let (answer, answered) = oneshot::channel();
+        let question = Question {
+            client,
+            server,
+            answer,
+        };
+        match self.0.try_send(question) {
+            Ok(()) => answered.await.ok().flatten(),
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => None,
+        }
+    }
+}
+
+fn answer_all(socket: &Socket, questions: &Receiver<Question>) {
+    let mut nth = 0_u32;
+    while let Ok(question) = questions.recv() {
+        nth = nth.wrapping_add(1);
+        let user = socket.user(question.client, question.server, nth);
+        let user = user.unwrap_or_else(|e| {
+            tracing::warn!(error = %e, "the kernel does not say who a local client is");
+            None
+        });
+        // Whoever asked may have gone.
+        let _ = question.answer.send(user);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    fn connected(at: &str) -> Option<(TcpStream, TcpStream)> {
+        let listener = TcpListener::bind(at).ok()?;
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        Some((client, listener.accept().unwrap().0))
+    }
+
+    fn user(socket: &Socket, server: &TcpStream) -> Option<u32> {
+        let (from, to) = (server.peer_addr().unwrap(), server.local_addr().unwrap());
+        socket.user(from, to, 7).unwrap()
+    }
+
+    #[test]
+    fn the_user_of_a_live_loopback_connection_is_known_and_of_a_closed_one_is_not() {
+        let socket = Socket::open().unwrap();
+        let me = nix::unistd::getuid().as_raw();
+        for at in ["127.0.0.1:0", "127.1.2.3:0", "[::1]:0"] {
+            let Some((client, server)) = connected(at) else {
+                println!("skipped: no {at}");
+                continue;
+            };
+            assert_eq!(user(&socket, &server), Some(me), "{at}");
+            // The one on this side of the connection is another one.
+            let (to, from) = (client.peer_addr().unwrap(), client.local_addr().unwrap());
+            assert_eq!(socket.user(from, to, 8).unwrap(), Some(me));
+            drop(client);
+            assert_eq!(user(&socket, &server), None, "{at}: closed");
+        }
+    }
+
+    #[test]
+    fn a_listener_is_nobodys_connection() {
+        let socket = Socket::open().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let at = listener.local_addr().unwrap();
+        let from = SocketAddr::from(([127, 0, 0, 1], 1));
+        assert_eq!(socket.user(at, from, 1).unwrap(), None);
+        assert_eq!(socket.user(from, at, 2).unwrap(), None);
+    }
+
+    #[test]
+    fn an_ipv6_socket_that_speaks_ipv4_has_its_user() {
+        use rustix::net::{AddressFamily, SocketType, connect, socket};
+        let Ok(listener) = TcpListener::bind("127.0.0.1:0") else {
+            return;
+        };
+        let to = listener.local_addr().unwrap();
+        let Ok(client) = socket(AddressFamily::INET6, SocketType::STREAM, None) else {
+            println!("skipped: no IPv6");
+            return;
+        };
+        let mapped = std::net::Ipv4Addr::LOCALHOST.to_ipv6_mapped();
+        connect(
+            &client,
+            &std::net::SocketAddrV6::new(mapped, to.port(), 0, 0),
+        )
+        .unwrap();
+        let (server, _) = listener.accept().unwrap();
+        let me = nix::unistd::getuid().as_raw();
+        assert_eq!(user(&Socket::open().unwrap(), &server), Some(me));
+    }
+}

@@ -1,0 +1,261 @@
+//! What is granted.
+//!
+//! | text | what may be done |
+//! |---|---|
+//! | `reach` | streams to whatever the VM's own lists have |
+//! | `reach:80,8000-8100,vsock:5000` | streams to these TCP and AF_VSOCK ports, as far as the VM's own lists have them |
+//! | `see` | the VM is in lists and is shown; without it the VM looks as if there were none |
+//! | `task` | its tasks and what they wrote are shown |
+//! | `goal` | goals are applied to it |
+//! | `manage` | it is added, changed, removed |
+//!
+//! None of them implies another one.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+
+use adit_port::control::Target;
+
+use super::decide::Verb;
+use super::subject::Subject;
+use super::vms::Vms;
+
+/// Most grants of a host.
+pub const GRANTS_MAX: usize = 4096;
+/// Most entries of each list of a grant, and of ports in one entry.
+pub const LIST_MAX: usize = 256;
+
+/// What to say of verbs that are thought of and not there.
+const LATER: [&str; 5] = ["exec", "files", "expose", "capture", "forward"];
+
+/// A grant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// To whom.
+    pub to: Vec<Subject>,
+    /// With which VMs.
+    pub vms: Vec<Vms>,
+    /// What.
+    pub may: Vec<May>,
+    /// Until when, Unix time; none: for ever.
+    pub until_ms: Option<i64>,
+    /// Where it is written: file and line.
+    pub place: String,
+}
+
+/// Something that may be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum May {
+    /// Streams to what the VM's own lists have; with a list, to these of them.
+    Reach(Option<Ports>),
+    /// It is shown.
+    See,
+    /// Its tasks are shown.
+    Task,
+    /// Goals are applied to it.
+    Goal,
+    /// Its settings are changed.
+    Manage,
+}
+
+/// Ports of a guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ports {
+    tcp: Vec<RangeInclusive<u16>>,
+    vsock: Vec<RangeInclusive<u32>>,
+}
+
+/// Why a text is nothing that may be done.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MayError {
+    /// No such verb.
+    #[error("it takes `reach`, `reach:PORTS`, `see`, `task`, `goal` and `manage`")]
+    Unknown,
+    /// It would do nothing.
+    #[error("nothing of this aditd asks for `{0}` yet")]
+    Later(&'static str),
+    /// No ports.
+    #[error(
+        "`reach:` takes ports such as 80,8000-8100,vsock:5000: at most {LIST_MAX}, 1 to 65535 for TCP"
+    )]
+    Ports,
+}
+
+impl Ports {
+    fn has(&self, target: &Target) -> bool {
+        match target {
+            Target::Service(service) => service
+                .tcp_port()
+                .is_some_and(|port| self.tcp.iter().any(|range| range.contains(&port))),
+            Target::VsockPort(port) => self.vsock.iter().any(|range| range.contains(port)),
+        }
+    }
+}
+
+fn range<T: FromStr + ToString + PartialOrd + Copy>(text: &str) -> Option<RangeInclusive<T>> {
+    let number = |text: &str| {
+        let n: T = text.parse().ok()?;
+        (n.to_string() == text).then_some(n)
+    };
+    match text.split_once('-') {
+        None => number(text).map(|n| n..=n),
+        Some((first, last)) => {
+            let (first, last) = (number(first)?, number(last)?);
+            (first <= last).then_some(first..=last)
+        }
+    }
+}
+
+impl FromStr for Ports {
+    type Err = MayError;
+
+    fn from_str(text: &str) -> Result<Self, MayError> {
+        let mut ports = Self::default();
+        for (nth, part) in text.split(',').enumerate() {
+            if nth == LIST_MAX {
+                return Err(MayError::Ports);
+            }
+            match part.strip_prefix("vsock:") {
+                Some(vsock) => ports.vsock.push(range(vsock).ok_or(MayError::Ports)?),
+                None => {
+                    let tcp: RangeInclusive<u16> = range(part).ok_or(MayError::Ports)?;
+                    if *tcp.start() == 0 {
+                        return Err(MayError::Ports);
+                    }
+                    ports.tcp.push(tcp);
+                }
+            }
+        }
+        Ok(ports)
+    }
+}
+
+impl May {
+    /// Whether it is what is asked for.
+    pub fn covers(&self, verb: Verb<'_>) -> bool {
+        match (self, verb) {
+            (Self::Reach(None), Verb::Reach(_))
+            | (Self::See, Verb::See)
+            | (Self::Task, Verb::Task)
+            | (Self::Goal, Verb::Goal)
+            | (Self::Manage, Verb::Manage) => true,
+            (Self::Reach(Some(ports)), Verb::Reach(target)) => ports.has(target),
+            _ => false,
+        }
+    }
+}
+
+impl FromStr for May {
+    type Err = MayError;
+
+    fn from_str(text: &str) -> Result<Self, MayError> {
+        let (verb, rest) = match text.split_once(':') {
+            Some((verb, rest)) => (verb, Some(rest)),
+            None => (text, None),
+        };
+        if let Some(later) = LATER.into_iter().find(|later| *later == verb) {
+            return Err(MayError::Later(later));
+        }
+        match (verb, rest) {
+            ("reach", None) => Ok(Self::Reach(None)),
+            ("reach", Some(ports)) => Ok(Self::Reach(Some(ports.parse()?))),
+            ("see", None) => Ok(Self::See),
+            ("task", None) => Ok(Self::Task),
+            ("goal", None) => Ok(Self::Goal),
+            ("manage", None) => Ok(Self::Manage),
+            _ => Err(MayError::Unknown),
+        }
+    }
+}
+
+impl fmt::Display for May {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reach(None) => f.pad("reach"),
+            Self::Reach(Some(ports)) => write!(f, "reach:{ports}"),
+            Self::See => f.pad("see"),
+            Self::Task => f.pad("task"),
+            Self::Goal => f.pad("goal"),
+            Self::Manage => f.pad("manage"),
+        }
+    }
+}
+
+impl fmt::Display for Ports {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fn shown<T: PartialEq + fmt::Display>(range: &RangeInclusive<T>) -> String {
+            match range.start() == range.end() {
+                true => range.start().to_string(),
+                false => format!("{}-{}", range.start(), range.end()),
+            }
+        }
+        let tcp = self.tcp.iter().map(shown);
+        let vsock = self
+            .vsock
+            .iter()
+            .map(|range| format!("vsock:{}", shown(range)));
+        let all: Vec<_> = tcp.chain(vsock).collect();
+        f.write_str(&all.join(","))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use adit_names::ServiceName;
+
+    use super::*;
+
+    fn reaches(may: &str, target: &Target) -> bool {
+        may.parse::<May>().unwrap().covers(Verb::Reach(target))
+    }
+
+    #[test]
+    fn ports_are_single_or_ranges_and_each_of_its_kind() {
+        let tcp = |port| Target::Service(ServiceName::tcp(port));
+        assert!(reaches("reach:80,443", &tcp(80)) && reaches("reach:80,443", &tcp(443)));
+        assert!(!reaches("reach:80,443", &tcp(81)));
+        assert!(reaches("reach:8000-8100", &tcp(8100)) && !reaches("reach:8000-8100", &tcp(8101)));
+        assert!(reaches("reach", &tcp(1)) && reaches("reach", &Target::VsockPort(1)));
+        assert!(!reaches("reach:5000", &Target::VsockPort(5000)));
+        assert!(reaches("reach:vsock:5000", &Target::VsockPort(5000)));
+        assert!(!reaches("reach:vsock:5000", &tcp(5000)));
+        let named = Target::Service("agent".parse().unwrap());
+        assert!(!reaches("reach:1-65535", &named));
+    }
+
+    #[test]
+    fn what_may_be_done_has_one_spelling_and_later_verbs_are_refused_by_name() {
+        for text in [
+            "reach",
+            "reach:80,8000-8100,vsock:5000",
+            "see",
+            "task",
+            "goal",
+            "manage",
+        ] {
+            assert_eq!(text.parse::<May>().unwrap().to_string(), text);
+        }
+        for ports in [
+            "",
+            "0",
+            "080",
+            "65536",
+            "80,",
+            "9-8",
+            "80 ",
+            "vsock:",
+            "vsock:4294967296",
+            "*",
+        ] {
+            let may = format!("reach:{ports}").parse::<May>();
+            assert_eq!(may, Err(MayError::Ports), "{ports}");
+        }
+        let many = vec!["1"; LIST_MAX + 1].join(",");
+        assert_eq!(many.parse::<Ports>(), Err(MayError::Ports));
+        for text in ["", "Reach", "see:x", "all", "*"] {
+            assert_eq!(text.parse::<May>(), Err(MayError::Unknown), "{text}");
+        }
+        assert_eq!("exec:root".parse::<May>(), Err(MayError::Later("exec")));
+    }
+}

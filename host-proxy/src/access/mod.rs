@@ -1,0 +1,30 @@
+//! Who may do what with which VM.
+//!
+//! ```text
+//!  connection ─► caller: who is it? ─┐
+//!  aditd.toml ─► grants ─────────────┼─► decide ─► Allow | Deny ─► audit
+//!  VM: lists, labels ────────────────┘
+//! ```
+//!
+//! | module | what |
+//! |---|---|
+//! | `subject`, `caller` | names of who may ask; who asks |
+//! | `grant`, `vms` | what the configuration grants to whom, with which VMs |
+//! | `decide` | the decision. Pure, as are those before it: front ends, `adit access` and tests ask the same function |
+//! | `callers`, `diag`, `tokens` | finds out who is at the other end of a connection |
+//! | `audit` | what was denied |
+
+pub mod audit;
+pub mod caller;
+pub mod callers;
+pub mod decide;
+pub mod diag;
+pub mod grant;
+pub mod subject;
+pub mod tokens;
+pub mod vms;
+
+pub use caller::Caller;
+pub use decide::{Access, Denial, Grants, Reason, Verb, VmView};
+pub use grant::{Grant, May};
+pub use subject::Subject;

@@ -1,0 +1,162 @@
+//! What the API is asked of grants: the proxy's own decision, without its effects.
+
+use adit_api::{AccessDecision, GrantShown};
+use adit_names::ServiceName;
+use adit_port::control::Target;
+use axum::Json;
+use axum::extract::{Query, State as Shared};
+use axum::http::StatusCode;
+use jiff::Timestamp;
+use serde::Deserialize;
+
+use super::{Answer, ApiError, App, find};
+use crate::access::caller::Person;
+use crate::access::{Access, Caller, Grant, Subject, Verb};
+
+#[derive(Deserialize)]
+pub(super) struct Check {
+    r#as: String,
+    verb: String,
+    vm: String,
+    #[serde(default)]
+    target: Option<String>,
+}
+
+/// Decides as for that caller.
+pub(super) async fn check(
+    Shared(state): Shared<App>,
+    Query(ask): Query<Check>,
+) -> Answer<AccessDecision> {
+    let caller = caller(&state, &ask.r#as).await?;
+    let target = ask.target.as_deref().map(target).transpose()?;
+    let verb = match (&*ask.verb, &target) {
+        ("reach", Some(target)) => Verb::Reach(target),
+        ("see", None) => Verb::See,
+        ("task", None) => Verb::Task,
+        ("goal", None) => Verb::Goal,
+        ("manage", None) => Verb::Manage,
+        _ => {
+            return Err(usage(
+                "a verb is `reach` with a target, or `see`, `task`, `goal`, `manage` without one",
+            ));
+        }
+    };
+    let names = caller.subjects().iter().map(ToString::to_string).collect();
+    let Ok(vm) = find(&state, &ask.vm) else {
+        let vm = adit_names::escape(&ask.vm).at_most(80);
+        return Ok(Json(AccessDecision {
+            allowed: false,
+            caller: names,
+            by: None,
+            reason: Some("unknown-vm".into()),
+            text: format!("no VM is named `{vm}` on this host: `adit vm ls` lists them"),
+            hidden: true,
+        }));
+    };
+    let grants = state.grants();
+    let decision = vm.viewed(
+        |view| match grants.decide(&caller, verb, view, state.now_ms()) {
+            Access::Allow(by) => AccessDecision {
+                allowed: true,
+                caller: names,
+                by: by.map(|grant| grant.place.clone()),
+                reason: None,
+                text: match by {
+                    Some(grant) => format!(
+                        "the grant at {} lets {caller} {verb} VM `{}`",
+                        grant.place, vm.name
+                    ),
+                    None => format!("{caller} may {verb} VM `{}`", vm.name),
+                },
+                hidden: false,
+            },
+            Access::Deny(denial) => AccessDecision {
+                allowed: false,
+                caller: names,
+                by: None,
+                reason: Some(denial.reason.word().into()),
+                text: denial.reason.text(verb, &vm.name, &caller),
+                hidden: denial.is_hidden,
+            },
+        },
+    );
+    Ok(Json(decision))
+}
+
+async fn caller(state: &App, text: &str) -> Result<Caller, ApiError> {
+    if text == "owner" {
+        return Ok(Caller::owner());
+    }
+    let subject: Subject = text.parse().map_err(|e| usage(&format!("`as`: {e}")))?;
+    let nobody = Caller::anonymous("adit access check");
+    Ok(match subject {
+        Subject::Anyone => nobody,
+        Subject::User(name) => {
+            let person = match name.parse() {
+                Ok(uid) => Some(Person {
+                    uid,
+                    ..Person::default()
+                }),
+                Err(_) => state.callers.named(&name).await,
+            };
+            let unknown = || {
+                let message = format!("this host has no user `{name}`");
+                ApiError::new(StatusCode::NOT_FOUND, "unknown-user", message)
+            };
+            nobody.with_person(&person.ok_or_else(unknown)?)
+        }
+        other => nobody.with([other]),
+    })
+}
+
+/// `tcp:80`, `vsock:5000`, or the name of a service.
+fn target(text: &str) -> Result<Target, ApiError> {
+    if let Some(port) = text.strip_prefix("vsock:") {
+        let port = port.parse().map_err(|_| usage("`vsock:` takes a number"))?;
+        return Ok(Target::VsockPort(port));
+    }
+    let service = text.parse::<ServiceName>();
+    Ok(Target::Service(
+        service.map_err(|e| usage(&format!("`target`: {e}")))?,
+    ))
+}
+
+fn usage(why: &str) -> ApiError {
+    ApiError::new(StatusCode::BAD_REQUEST, "usage", why)
+}
+
+#[derive(Deserialize)]
+pub(super) struct Of {
+    #[serde(default)]
+    vm: Option<String>,
+}
+
+/// All grants, or those about a VM.
+pub(super) async fn grants(
+    Shared(state): Shared<App>,
+    Query(of): Query<Of>,
+) -> Answer<Vec<GrantShown>> {
+    let (grants, now_ms) = (state.grants(), state.now_ms());
+    let shown = |grant: &Grant| GrantShown {
+        place: grant.place.clone(),
+        to: texts(&grant.to),
+        vms: texts(&grant.vms),
+        may: texts(&grant.may),
+        until: grant
+            .until_ms
+            .and_then(|ms| Timestamp::from_millisecond(ms).ok())
+            .map(|at| at.to_string()),
+        expired: grant.until_ms.is_some_and(|until| now_ms >= until),
+    };
+    Ok(Json(match of.vm {
+        None => grants.all().iter().map(shown).collect(),
+        Some(name) => {
+            let vm = find(&state, &name)?;
+            vm.viewed(|view| grants.about(view).map(shown).collect())
+        }
+    }))
+}
+
+fn texts<T: ToString>(all: &[T]) -> Vec<String> {
+    all.iter().map(ToString::to_string).collect()
+}

@@ -1,0 +1,213 @@
+//! `[[listen]]`, `[[grant]]` and `[[token]]`: who gets in where, and what they may do.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::access::{Grant, Grants};
+use crate::reach::Destination;
+
+/// Most `[[listen]]` sections.
+pub const LISTENS_MAX: usize = 64;
+/// Most `[[token]]` sections.
+pub const TOKENS_MAX: usize = 4096;
+
+/// Where to listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// An IP address and a port.
+    Tcp(SocketAddr),
+    /// A path.
+    Unix(PathBuf),
+}
+
+/// Why a text is no address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("neither an IP address with a port nor `unix:` with an absolute path")]
+pub struct AddressError;
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        match text.strip_prefix("unix:") {
+            Some(path) if Path::new(path).is_absolute() && !path.contains('\0') => {
+                Ok(Self::Unix(path.into()))
+            }
+            Some(_) => Err(AddressError),
+            None => text.parse().map(Self::Tcp).map_err(|_| AddressError),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "{address}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+adit_names::serde_by_text!(Address);
+
+/// What clients of a listener speak.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Speak {
+    /// HTTP/1.1: CONNECT, absolute-form, and origin-form by its `Host`.
+    #[default]
+    Http,
+    /// SOCKS5, with names that aditd resolves.
+    Socks5,
+    /// TLS, whose server name names the VM. It is passed on as it is.
+    Tls,
+    /// Anything: each connection goes to one place, [`ListenConfig::to`].
+    Any,
+}
+
+/// Names of [`Speak`].
+pub const SPEAKS: [&str; 4] = ["http", "socks5", "tls", "any"];
+
+/// `[[listen]]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ListenConfig {
+    /// Where.
+    pub address: Address,
+    /// What clients speak.
+    #[serde(default)]
+    pub speak: Speak,
+    /// Where each connection leads: `VM:PORT`.
+    #[serde(default)]
+    pub to: Option<String>,
+    /// Port in the VM of TLS clients; none: the one of the address.
+    #[serde(default)]
+    pub port: Option<u16>,
+    /// The address may be one that other machines reach.
+    #[serde(default)]
+    pub open: bool,
+}
+
+impl ListenConfig {
+    /// Where each connection leads, if all lead to one place.
+    pub fn destination(&self) -> Option<Destination> {
+        self.to.as_deref().and_then(destination)
+    }
+
+    /// Checks what is true of several keys together.
+    ///
+    /// # Errors
+    /// The key at fault, and why.
+    pub(super) fn check(&self) -> Result<(), (&'static str, String)> {
+        match &self.address {
+            Address::Tcp(at) if !self.open && !super::is_for_this_host(*at) => {
+                let why = format!(
+                    "{at} is no loopback address: use 127.0.0.1, or set `open = true` in this [[listen]]"
+                );
+                return Err(("address", why));
+            }
+            Address::Tcp(_) => {}
+            Address::Unix(path) => {
+                let checked = adit_channel::socket_path::check_len(path);
+                checked.map_err(|e| ("address", e.to_string()))?;
+            }
+        }
+        if self.port.is_some() && self.speak != Speak::Tls {
+            return Err((
+                "port",
+                "it takes `speak = \"tls\"`: other clients say it themselves, or have it in `to`"
+                    .into(),
+            ));
+        }
+        match (self.speak, &self.to) {
+            (Speak::Any, None) => Err((
+                "to",
+                "`speak = \"any\"` needs it: where each connection leads".into(),
+            )),
+            (Speak::Any, Some(_)) | (_, None) => Ok(()),
+            (_, Some(_)) => Err((
+                "to",
+                "it takes `speak = \"any\"`: other clients say themselves where they go".into(),
+            )),
+        }
+    }
+}
+
+/// `VM:PORT`, also `vsock-PORT.VM`.
+pub(super) fn destination(text: &str) -> Option<Destination> {
+    crate::proxy::authority::parse(text, None).ok()
+}
+
+/// `[[grant]]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GrantConfig {
+    /// To whom.
+    pub to: Vec<String>,
+    /// With which VMs.
+    pub vms: Vec<String>,
+    /// What may be done.
+    pub may: Vec<String>,
+    /// Until when; RFC 3339.
+    #[serde(default)]
+    pub until: Option<Timestamp>,
+    /// File and line.
+    #[serde(skip)]
+    pub place: String,
+}
+
+impl GrantConfig {
+    /// What it means. It has been checked.
+    fn meaning(&self) -> Grant {
+        fn all<T: FromStr>(texts: &[String]) -> Vec<T> {
+            texts.iter().filter_map(|text| text.parse().ok()).collect()
+        }
+        Grant {
+            to: all(&self.to),
+            vms: all(&self.vms),
+            may: all(&self.may),
+            until_ms: self.until.map(Timestamp::as_millisecond),
+            place: self.place.clone(),
+        }
+    }
+}
+
+/// `[[token]]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenConfig {
+    /// Its name, as grants have it after `token:`.
+    pub name: String,
+    /// SHA-256 of the token, 64 hex digits.
+    pub sha256: String,
+    /// Until when; RFC 3339.
+    #[serde(default)]
+    pub until: Option<Timestamp>,
+}
+
+impl super::Config {
+    /// Where clients of VMs get in: `[proxy]`, and then each `[[listen]]`.
+    pub fn fronts(&self) -> Vec<ListenConfig> {
+        let proxy = ListenConfig {
+            address: Address::Tcp(self.proxy.listen),
+            speak: Speak::Http,
+            to: None,
+            port: None,
+            open: self.proxy.open,
+        };
+        [proxy]
+            .into_iter()
+            .chain(self.listen.iter().cloned())
+            .collect()
+    }
+
+    /// What is granted.
+    pub fn grants(&self) -> Grants {
+        Grants::new(self.grant.iter().map(GrantConfig::meaning).collect())
+    }
+}

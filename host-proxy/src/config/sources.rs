@@ -1,0 +1,113 @@
+//! The texts that a configuration is made of: `aditd.toml`, and what is in `conf.d` beside it.
+//!
+//! Files of `conf.d` are read in the order of their names, and only those whose names end with `.toml`; a name that begins with
+//! a dot is somebody's half-written file. They have sections of which there may be many: `[[vm]]`, `[[listen]]`, `[[grant]]`,
+//! `[[token]]`.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{ConfigError, FILE_MAX};
+
+/// Most files of `conf.d`.
+pub const PARTS_MAX: usize = 256;
+
+/// Paths and texts, the main file first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sources(Vec<(PathBuf, String)>);
+
+impl Sources {
+    /// One file, whose text is known.
+    pub fn one(path: &Path, text: &str) -> Self {
+        Self(vec![(path.into(), text.into())])
+    }
+
+    /// Reads them all.
+    ///
+    /// # Errors
+    /// One of them cannot be read.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let mut left = FILE_MAX;
+        let mut read = |path: &Path| {
+            let text = text_of(path, left).map_err(|source| cannot(path, source))?;
+            left -= text.len() as u64;
+            Ok((path.to_owned(), text))
+        };
+        let mut all = vec![read(path)?];
+        for part in parts(path)? {
+            all.push(read(&part)?);
+        }
+        Ok(Self(all))
+    }
+
+    /// Each path with its text, the main file first.
+    pub fn iter(&self) -> impl Iterator<Item = (&Path, &str)> {
+        self.0.iter().map(|(path, text)| (&**path, &**text))
+    }
+
+    /// Puts them into one text, for another process of aditd.
+    pub fn packed(&self) -> String {
+        // Paths of this host's files, which are shown as they are in messages only.
+        let lossy = self
+            .iter()
+            .map(|(path, text)| (path.to_string_lossy(), text));
+        serde_json::to_string(&lossy.collect::<Vec<_>>()).unwrap_or_default()
+    }
+
+    /// Takes them out of such a text.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn unpack(text: &str) -> Result<Self, serde_json::Error> {
+        serde_json::from_str(text)
+    }
+}
+
+fn cannot(path: &Path, source: io::Error) -> ConfigError {
+    let path = path.into();
+    ConfigError::Read { path, source }
+}
+
+/// Files of `conf.d` beside the main file.
+fn parts(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    let dir = path.with_file_name("conf.d");
+    let cannot = |source| cannot(&dir, source);
+    let listed = match std::fs::read_dir(&dir) {
+        Ok(listed) => listed,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(vec![]),
+        Err(e) => return Err(cannot(e)),
+    };
+    let mut parts = Vec::new();
+    for entry in listed {
+        let part = entry.map_err(cannot)?.path();
+        let is_hidden = part
+            .file_name()
+            .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        if is_hidden || part.extension().is_none_or(|end| end != "toml") {
+            continue;
+        }
+        if parts.len() == PARTS_MAX {
+            return Err(cannot(io::Error::other(format!(
+                "it has more than {PARTS_MAX} files"
+            ))));
+        }
+        parts.push(part);
+    }
+    parts.sort();
+    Ok(parts)
+}
+
+fn text_of(path: &Path, left: u64) -> io::Result<String> {
+    let mut text = String::new();
+    let read = File::open(path)?.take(left + 1).read_to_string(&mut text)?;
+    match read as u64 > left {
+        true => Err(io::Error::other(format!(
+            "the configuration has more than {} MiB",
+            FILE_MAX >> 20
+        ))),
+        false => Ok(text),
+    }
+}

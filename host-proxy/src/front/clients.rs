@@ -1,0 +1,142 @@
+//! Clients whose protocol ends where their tunnel begins.
+
+use std::io;
+use std::sync::Arc;
+
+use adit_channel::refusal::{Code, Refusal};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+use super::handed::{Words, hand, refuse};
+use super::sni::{self, Hello};
+use super::socks5::{self, Socks5, Step};
+use super::stream::Stream;
+use crate::access::callers::Asking;
+use crate::listen::{HEADER_LIMIT, Place};
+use crate::reach::Destination;
+use crate::state::State;
+
+/// Bytes that are read at once.
+const PIECE: usize = 2048;
+
+/// Any client of a listener that leads to one place.
+pub async fn any(state: Arc<State>, client: Stream, asking: Asking, place: Place, to: Destination) {
+    let caller = asking.caller().await;
+    let words = Words {
+        speaks: "any",
+        greeting: vec![],
+        refusal: |_: &Refusal| vec![],
+    };
+    hand(&state, &caller, &to, client, vec![], words, place).await;
+}
+
+/// A client that speaks TLS to a VM; `port` is the one that it connected to.
+pub async fn tls(state: Arc<State>, mut client: Stream, asking: Asking, place: Place, port: u16) {
+    let mut bytes = Vec::new();
+    let hello = async {
+        loop {
+            match sni::read(&bytes) {
+                Hello::More if bytes.len() < sni::HELLO_MAX => {
+                    more(&mut client, &mut bytes).await?
+                }
+                hello => return io::Result::Ok(hello),
+            }
+        }
+    };
+    let hello = tokio::select! {
+        hello = timeout(HEADER_LIMIT, hello) => hello,
+        () = place.evicted.cancelled() => return,
+        () = state.stop.cancelled() => return,
+    };
+    let to = match hello {
+        Ok(Ok(Hello::Named(name))) => Destination::named(&name, Some(port)).ok(),
+        Ok(Ok(Hello::Unnamed)) => None,
+        _ => return,
+    };
+    let Some(to) = to else {
+        return refuse(&mut client, &sni::UNRECOGNIZED_NAME).await;
+    };
+    let caller = asking.caller().await;
+    let words = Words {
+        speaks: "tls",
+        greeting: vec![],
+        refusal: |refusal: &Refusal| match refusal.code() {
+            Code::UnknownVm | Code::NotAllowed => sni::UNRECOGNIZED_NAME.to_vec(),
+            _ => sni::INTERNAL_ERROR.to_vec(),
+        },
+    };
+    hand(&state, &caller, &to, client, bytes, words, place).await;
+}
+
+/// A client that speaks SOCKS5.
+pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place: Place) {
+    let mut caller = asking.caller().await;
+    let (mut bytes, mut socks) = (Vec::new(), Socks5::default());
+    let tokens = state.callers.tokens();
+    let asked = async {
+        let mut step = socks.step(&bytes);
+        loop {
+            step = match step {
+                Step::More if bytes.len() < socks5::BYTES_MAX => {
+                    more(&mut client, &mut bytes).await?;
+                    socks.step(&bytes)
+                }
+                Step::Say(words) => {
+                    client.write_all(&words).await?;
+                    socks.step(&bytes)
+                }
+                Step::Token(token) => match tokens.name(&token, state.now_ms()) {
+                    Some(name) => {
+                        caller = caller.with_token(name);
+                        socks.logged_in(true)
+                    }
+                    None => {
+                        state.denied(&caller, "log-in", "", "", "bad-token");
+                        socks.logged_in(false)
+                    }
+                },
+                step => return io::Result::Ok(step),
+            };
+        }
+    };
+    let asked = tokio::select! {
+        asked = timeout(HEADER_LIMIT, asked) => asked,
+        () = place.evicted.cancelled() => return,
+        () = state.stop.cancelled() => return,
+    };
+    let (to, ahead) = match asked {
+        Ok(Ok(Step::Connect { name, port, len })) => {
+            (Destination::named(&name, Some(port)), bytes.split_off(len))
+        }
+        Ok(Ok(Step::Refuse(said, why))) => {
+            tracing::info!(why, "connection refused");
+            return refuse(&mut client, &said).await;
+        }
+        _ => return,
+    };
+    let to = match to {
+        Ok(to) => to,
+        Err(e) => {
+            tracing::info!(error = %e, "connection refused");
+            return refuse(&mut client, &socks5::answer(socks5::reply(Code::UnknownVm))).await;
+        }
+    };
+    let words = Words {
+        speaks: "socks5",
+        greeting: socks5::answer(0),
+        refusal: |refusal: &Refusal| socks5::answer(socks5::reply(refusal.code())),
+    };
+    hand(&state, &caller, &to, client, ahead, words, place).await;
+}
+
+/// Reads what is there.
+async fn more(client: &mut Stream, bytes: &mut Vec<u8>) -> io::Result<()> {
+    let mut piece = [0; PIECE];
+    match client.read(&mut piece).await? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        n => {
+            bytes.extend_from_slice(&piece[..n]);
+            Ok(())
+        }
+    }
+}

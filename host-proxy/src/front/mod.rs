@@ -1,0 +1,284 @@
+//! Where clients get in: every listener of the configuration but those of the API and of metrics.
+//!
+//! ```text
+//!  listener ─► accept: cap, share, reserve ─► who is it? ─┬─ http    proxy
+//!                                                        ├─ socks5  a name and a port, then bytes
+//!                                                        ├─ tls     the server name says where, then bytes
+//!                                                        └─ any     one place, bytes
+//! ```
+//! All listeners have the same places and shares together ([`listen`](crate::listen)), so a second one brings nobody more than
+//! the first.
+
+mod clients;
+mod handed;
+pub mod pump;
+pub mod sni;
+pub mod socks5;
+pub mod stream;
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_channel::refusal::Refusal;
+use adit_passed::Closer;
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
+
+use crate::access::callers::Asking;
+use crate::config::{ListenConfig, Speak};
+use crate::listen::{Gate, Place, Share, Shares};
+use crate::passing::Socket;
+use crate::place::Bound;
+use crate::proxy;
+use crate::proxy::linger;
+use crate::proxy::problem::Problem;
+use crate::reach::Destination;
+use crate::state::State;
+use stream::Stream;
+
+/// Connections that are being refused at the same time; more of them are closed without a word.
+const REFUSALS_MAX: usize = 8;
+/// Descriptors that one client of a Unix socket may pass, and that wait to be closed.
+const PASSED_MAX: usize = 4;
+/// Port of a VM's TLS server where the listener has none.
+const HTTPS: u16 = 443;
+
+/// Whose share of the connections one takes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Whose {
+    /// An address.
+    Address(std::net::IpAddr),
+    /// A user of this host.
+    Uid(u32),
+}
+
+/// What all listeners have together.
+pub struct Fronts {
+    state: Arc<State>,
+    gate: Arc<Gate>,
+    clients: Arc<Shares<Whose>>,
+    refusals: Arc<Semaphore>,
+}
+
+/// A listener, and what its clients are served.
+struct Front {
+    listener: Listener,
+    speak: Speak,
+    to: Option<Destination>,
+    /// Its port, where it has one: of TLS, the one in the VM as well.
+    port: u16,
+}
+
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+/// A client that was accepted.
+enum Accepted {
+    Tcp(tokio::net::TcpStream, SocketAddr),
+    Unix(UnixStream),
+}
+
+impl Listener {
+    fn new(bound: Bound) -> io::Result<Self> {
+        Ok(match bound {
+            Bound::Tcp(tcp) => Self::Tcp(TcpListener::from_std(tcp)?),
+            Bound::Unix(unix) => Self::Unix(UnixListener::from_std(unix)?),
+        })
+    }
+
+    async fn accept(&self) -> io::Result<Accepted> {
+        Ok(match self {
+            Self::Tcp(tcp) => {
+                let (client, from) = tcp.accept().await?;
+                Accepted::Tcp(client, from)
+            }
+            Self::Unix(unix) => Accepted::Unix(unix.accept().await?.0),
+        })
+    }
+}
+
+impl Accepted {
+    fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(tcp, _) => tcp.as_fd(),
+            Self::Unix(unix) => unix.as_fd(),
+        }
+    }
+
+    /// Whose it is, and who asks over it.
+    fn asking(&self, state: &State) -> io::Result<(Whose, Asking)> {
+        Ok(match self {
+            Self::Tcp(tcp, from) => {
+                let asking = state.callers.over_tcp(*from, tcp.local_addr()?);
+                (Whose::Address(from.ip().to_canonical()), asking)
+            }
+            Self::Unix(unix) => {
+                let uid = unix.peer_cred()?.uid();
+                (Whose::Uid(uid), state.callers.of_user(uid))
+            }
+        })
+    }
+}
+
+impl Fronts {
+    /// With the limits of the configuration.
+    pub fn new(state: Arc<State>) -> Arc<Self> {
+        let max = state.room.proxy;
+        let of_each = state.config.limits.connections_per_client;
+        Arc::new(Self {
+            gate: Gate::new(max),
+            clients: Shares::new(of_each.unwrap_or(max / 2).max(1)),
+            refusals: Arc::new(Semaphore::new(REFUSALS_MAX)),
+            state,
+        })
+    }
+
+    /// Serves the clients of all listeners until told to stop; returns when the requests that were under way have ended.
+    ///
+    /// # Errors
+    /// A listener is none.
+    pub fn start(
+        self: Arc<Self>,
+        listeners: Vec<(ListenConfig, Bound)>,
+    ) -> io::Result<impl Future<Output = ()>> {
+        let accepting = TaskTracker::new();
+        for (config, bound) in listeners {
+            let port = match &bound {
+                Bound::Tcp(tcp) => tcp.local_addr()?.port(),
+                Bound::Unix(_) => HTTPS,
+            };
+            let front = Front {
+                port: config.port.unwrap_or(port),
+                listener: Listener::new(bound)?,
+                speak: config.speak,
+                to: config.destination(),
+            };
+            accepting.spawn(self.clone().accept(front));
+        }
+        accepting.close();
+        Ok(async move {
+            accepting.wait().await;
+            self.state.clients.close();
+            self.state.clients.wait().await;
+        })
+    }
+
+    async fn accept(self: Arc<Self>, front: Front) {
+        let state = &self.state;
+        loop {
+            let accepted = tokio::select! {
+                accepted = front.listener.accept() => accepted,
+                () = state.stop.cancelled() => return,
+            };
+            let accepted = match accepted {
+                Ok(accepted) => accepted,
+                Err(e) => {
+                    tracing::warn!(error = %e, "cannot accept");
+                    self.gate.evict();
+                    // Only what ends frees descriptors; asking again at once would spin.
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+            };
+            if !state.room.spares(&accepted.fd()) {
+                // Silent ones have the descriptors that the next one needs, and so have idle connections to guests.
+                self.gate.evict();
+                state.pool.clear();
+                continue;
+            }
+            // It is gone again otherwise.
+            let Ok((whose, asking)) = accepted.asking(state) else {
+                continue;
+            };
+            let Some(share) = self.clients.take(whose) else {
+                self.refuse(accepted, front.speak);
+                continue;
+            };
+            // What is not let in waits in the kernel's backlog, bounded.
+            let place = tokio::select! {
+                place = self.gate.enter() => place,
+                () = state.stop.cancelled() => return,
+            };
+            self.serve(&front, accepted, asking, place, share);
+        }
+    }
+
+    /// Serves a client to its end.
+    fn serve(
+        &self,
+        front: &Front,
+        accepted: Accepted,
+        asking: Asking,
+        place: Place,
+        share: Share<Whose>,
+    ) {
+        let state = self.state.clone();
+        let client = match accepted {
+            Accepted::Tcp(tcp, _) => {
+                let _ = tcp.set_nodelay(true);
+                Stream::Tcp(tcp)
+            }
+            Accepted::Unix(unix) => match self.apart(unix) {
+                Ok(stream) => stream,
+                Err(e) => {
+                    tracing::debug!(error = %e, "no pair for a client");
+                    return;
+                }
+            },
+        };
+        let (speak, to, port) = (front.speak, front.to.clone(), front.port);
+        self.state.clients.spawn(async move {
+            match (speak, to) {
+                (Speak::Http, _) => proxy::connection(state, client, asking, place).await,
+                (Speak::Socks5, _) => clients::socks5(state, client, asking, place).await,
+                (Speak::Tls, _) => clients::tls(state, client, asking, place, port).await,
+                (Speak::Any, Some(to)) => clients::any(state, client, asking, place, to).await,
+                // The configuration was checked.
+                (Speak::Any, None) => {}
+            }
+            drop(share);
+        });
+    }
+
+    /// Puts a pair between a client of a Unix socket and whoever serves it.
+    fn apart(&self, unix: UnixStream) -> io::Result<Stream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        if !self.state.room.spares(&ours) || !self.state.room.spares(&theirs) {
+            return Err(io::Error::other("few descriptors are left"));
+        }
+        let unix: StdUnixStream = unix.into_std()?;
+        let socket = unix.try_clone()?.into();
+        let client = Socket::new(unix, &Closer::new(PASSED_MAX))?;
+        tokio::spawn(pump::pump(client, ours, Some(socket)));
+        Ok(Stream::Pair(theirs))
+    }
+
+    /// Says why there is no connection to be had, whatever was asked.
+    fn refuse(&self, accepted: Accepted, speak: Speak) {
+        let Ok(slot) = self.refusals.clone().try_acquire_owned() else {
+            return;
+        };
+        let why = format!("this client has {} connections open", self.clients.max());
+        let why = Problem::from(Refusal::busy(why));
+        let why = (speak == Speak::Http).then_some(why);
+        let stop = self.state.stop.clone();
+        let Accepted::Tcp(mut client, _) = accepted else {
+            // Nothing may be read of a Unix socket here.
+            return;
+        };
+        self.state.clients.spawn(async move {
+            tokio::select! {
+                _ = linger::end(&mut client, why.as_ref(), true) => {}
+                () = stop.cancelled() => {}
+            }
+            drop(slot);
+        });
+    }
+}
