@@ -4,12 +4,16 @@
 mod agents;
 mod cards;
 mod completing;
+mod connecting;
 mod fake;
 mod formats;
+mod forwarding;
 mod goals;
 mod image;
 mod lists;
 mod printing;
+mod proxy;
+mod ssh;
 mod trust;
 mod waiting;
 mod watching;
