@@ -101,7 +101,7 @@ pub async fn forward(command: &Forward, format: Format) -> Result<(), Failure> {
                 way.to
             ))?,
         }
-        if way.listener.is_open_to_others() {
+        if way.listener.is_open_to_others() && format == Format::Table {
             adit_print::note!(
                 "{}: whoever reaches this address reaches {}",
                 way.at,

@@ -28,14 +28,15 @@ impl FromStr for Spec {
         let (listen, to) = text.rsplit_once(':').ok_or_else(|| {
             format!("`{text}` names no port of the VM: write LOCALPORT:PORT, BIND:LOCALPORT:PORT or unix:PATH:PORT")
         })?;
+        if listen == "unix" {
+            return Err(format!(
+                "`{text}` names no port of the VM: write unix:PATH:PORT"
+            ));
+        }
         let to = port(to)?;
         let listen = match listen.strip_prefix("unix:") {
             Some("") => return Err("`unix:` has no path: write unix:PATH:PORT".into()),
             Some(path) => Listen::Unix(path.into()),
-            // `unix:PATH` without a port, if the path has no colon.
-            None if listen == "unix" => {
-                return Err("unix:PATH needs a port of the VM behind it".into());
-            }
             None => Listen::Tcp(address(listen)?),
         };
         Ok(Self { listen, port: to })

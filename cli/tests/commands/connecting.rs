@@ -446,3 +446,25 @@ fn a_unix_socket_is_a_proxy_too_and_its_close_is_told_from_an_end() {
     );
     drop(stdin);
 }
+
+#[test]
+fn a_unix_socket_with_a_full_queue_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("proxy.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    // The kernel takes one client more than that.
+    rustix::net::listen(&listener, 0).unwrap();
+    let _first = UnixStream::connect(&path).unwrap();
+    let proxy = format!("unix:{}", path.display());
+    let args = [
+        "connect",
+        "web-1",
+        "22",
+        "--proxy",
+        &proxy,
+        "--timeout",
+        "300ms",
+    ];
+    let out = crate::adit(dir.path(), &args);
+    assert_eq!(out.status.code(), Some(124), "{}", text(&out.stderr));
+}
