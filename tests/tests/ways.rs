@@ -5,7 +5,7 @@
 
 mod echo;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -15,6 +15,7 @@ use adit_tests::connect::pattern;
 use adit_tests::host::Host;
 use adit_tests::process::{Reaped, wait_for};
 use echo::{ECHO, Echo};
+use nix::sys::signal::Signal;
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -60,8 +61,8 @@ fn connect_carries_bytes_to_a_guest_and_back_and_says_why_it_cannot() {
     let Some((host, _guest, bins)) = started() else {
         return;
     };
-    let to = [&format!("vsock-{ECHO}.a.adit"), &ECHO.to_string()].map(String::as_str);
-    let mut child = adit(&bins, &host, &["connect", to[0], to[1]]);
+    let (vm, port) = (format!("vsock-{ECHO}.a.adit"), ECHO.to_string());
+    let mut child = adit(&bins, &host, &["connect", &vm, &port]);
     let sent: Vec<u8> = (0..100_000).map(pattern).collect();
     let mut stdin = child.stdin.take().unwrap();
     let all = sent.clone();
@@ -115,4 +116,16 @@ fn a_forward_leads_many_connections_to_a_guest() {
     for client in clients {
         client.join().unwrap();
     }
+    // A port process that is killed takes its tunnels along, and no client takes that for an end.
+    let mut client = TcpStream::connect(&at).unwrap();
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    let out = host.adit(&["vm", "show", "a", "-o", "json"]).unwrap();
+    let vm: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let pid = vm["port_pid"]
+        .as_i64()
+        .and_then(|pid| i32::try_from(pid).ok());
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.unwrap()), Signal::SIGKILL).unwrap();
+    let end = client.read(&mut [0]).map_err(|e| e.kind());
+    assert_eq!(end, Err(ErrorKind::ConnectionReset));
 }

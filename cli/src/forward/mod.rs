@@ -42,7 +42,7 @@ const AGAIN: Duration = Duration::from_millis(200);
 const EXAMPLES: &str = "\
 Examples:
   adit forward web-1 8443:443                      # https://127.0.0.1:8443/ is the VM's port 443
-  adit forward web-1 0:80 127.0.0.1:5432:5432      # several; port 0 takes any free one
+  adit forward web-1 0:80 127.0.0.1:5432:5432      # several; it prints which port 0 has become
   adit forward web-1 unix:docker.sock:2375         # a socket that only you can use
   adit forward web-1 '[::1]:8080:80' 0.0.0.0:8081:80
 
@@ -60,9 +60,9 @@ pub struct Forward {
     /// Name of the VM, also with `.adit` behind it; `vsock-PORT.` before it for a port of AF_VSOCK
     #[arg(add = completion::vms())]
     vm: String,
-    /// Where to listen and which port of the VM to reach: [BIND:]LOCALPORT:PORT, or unix:PATH:PORT. BIND is an IP address,
-    /// 127.0.0.1 if there is none
-    #[arg(required = true, value_name = "FORWARD")]
+    /// Where to listen and which port of the VM to reach: LOCALPORT:PORT on 127.0.0.1, ADDRESS:LOCALPORT:PORT, or
+    /// unix:PATH:PORT. LOCALPORT 0 takes any free port
+    #[arg(required = true, value_name = "WAY")]
     forwards: Vec<Spec>,
     #[command(flatten)]
     options: Options,

@@ -26,7 +26,7 @@ impl FromStr for Spec {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (listen, to) = text.rsplit_once(':').ok_or_else(|| {
-            format!("`{text}` names no port of the VM: write LOCALPORT:PORT, BIND:LOCALPORT:PORT or unix:PATH:PORT")
+            format!("`{text}` names no port of the VM: write LOCALPORT:PORT, ADDRESS:LOCALPORT:PORT or unix:PATH:PORT")
         })?;
         if listen == "unix" {
             return Err(format!(
