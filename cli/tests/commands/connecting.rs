@@ -1,7 +1,7 @@
 //! `adit connect`, through proxies that are honest and ones that are not.
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
@@ -10,7 +10,7 @@ use std::sync::mpsc::channel;
 
 use adit_passed::Closer;
 use rustix::fs::{OFlags, fcntl_getfl};
-use rustix::net::RecvFlags;
+use rustix::net::{AddressFamily, RecvFlags, SocketType};
 
 use crate::proxy::{OK, Proxy, end, request, reset};
 use crate::text;
@@ -338,11 +338,11 @@ fn a_proxy_that_says_nothing_or_is_not_there_is_told_apart() {
     }
     let dir = tempfile::tempdir().unwrap();
     let unix = format!("unix:{}", dir.path().join("none").display());
-    // A port of which nobody has taken a connection yet.
-    let gone = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    // A port that is bound, so that no other test gets it, and on which nobody listens.
+    let held = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    rustix::net::bind(&held, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let held = std::net::TcpListener::from(held);
+    let gone = held.local_addr().unwrap();
     for proxy in [unix, format!("http://{gone}")] {
         let out = crate::adit(dir.path(), &["connect", "web-1", "22", "--proxy", &proxy]);
         let said = text(&out.stderr);
