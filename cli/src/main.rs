@@ -1,7 +1,7 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket; signs goals here, so that no key leaves the manager.
 //!
-//! A command is a module of its own (`vm`, `goal`, `task`, `access`, `key`, `card`, `trust`, `agent`, `image`, `config`, `completion`); `client`
-//! speaks HTTP, `output` prints,
+//! A command is a module of its own (`vm`, `goal`, `task`, `access`, `key`, `card`, `trust`, `agent`, `image`, `connect`, `forward`, `config`,
+//! `completion`); `client` speaks HTTP, `proxy` opens tunnels, `output` prints,
 //! `error` says what failed, why and what to do next, and maps it to an exit status.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
@@ -11,11 +11,14 @@ mod card;
 mod client;
 mod completion;
 mod config;
+mod connect;
 mod error;
+mod forward;
 mod goal;
 mod image;
 mod key;
 mod output;
+mod proxy;
 mod task;
 mod text;
 mod trust;
@@ -43,12 +46,14 @@ Examples:
   adit task ls --state failed
   adit task output 3f2a --stream stderr
   curl -x http://127.0.0.1:7080 http://web-1/      # the proxy needs no adit command
+  ssh root@web-1.adit                              # by `adit connect`, see its --help
+  adit forward web-1 8443:443
 
 Exit status:
     0  done; of `task watch`: every step has succeeded
     1  failed; standard error says what, why and what to do next
     2  usage: a wrong option, argument or value
-    3  aditd cannot be reached, or does not answer
+    3  aditd or its proxy cannot be reached, or does not answer
     4  not found: no such VM, goal or task, or nothing to watch
     5  a step did not succeed (`task watch`, `goal apply --watch`)
   124  the time of --timeout is over
@@ -109,6 +114,10 @@ enum Command {
     Access(access::AccessCommand),
     /// Wait until a VM is ready
     Wait(vm::Wait),
+    /// Open a tunnel to a VM's port on standard input and output, or hand its socket to ssh
+    Connect(connect::Connect),
+    /// Listen on this host, and lead each connection to a VM's port
+    Forward(forward::Forward),
     /// Show whether aditd runs by its configuration file as it is now
     #[command(after_help = config::EXAMPLE)]
     Config,
@@ -142,7 +151,10 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(e) => return error::report(&Failure::io("cannot start", &e), format),
     };
-    match runtime.block_on(run(cli, format)) {
+    let done = runtime.block_on(run(cli, format));
+    // A name of a proxy that is still being looked up is waited for by nobody.
+    runtime.shutdown_background();
+    match done {
         Ok(code) => code,
         Err(failure) => error::report(&failure, format),
     }
@@ -162,6 +174,8 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Trust(command) => trust::run(command, &client, format).await?,
         Command::Agent(command) => agent::run(command, &client, format).await?,
         Command::Access(command) => access::run(command, &client, format).await?,
+        Command::Connect(command) => connect::connect(command).await?,
+        Command::Forward(command) => forward::forward(command, format).await?,
         Command::Config => config::show(&client, format).await?,
         Command::Completion(completion) => completion::print(completion, format)?,
         Command::Version => version(format)?,

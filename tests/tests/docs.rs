@@ -312,8 +312,11 @@ fn keys(example: &str) -> BTreeMap<String, String> {
     let (mut section, mut default, mut found) = (String::new(), None, BTreeMap::new());
     for line in example.lines() {
         let code = line.trim_start_matches('#');
-        let word =
-            |k: &str| !k.is_empty() && k.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+        let word = |k: &str| {
+            !k.is_empty()
+                && k.bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+        };
         if let Some(name) = code.strip_prefix('[') {
             section = name.trim_matches(['[', ']']).to_owned() + ".";
         } else if let Some((key, value)) = code.split_once(" = ").filter(|(k, _)| word(k)) {

@@ -121,6 +121,12 @@ fn the_hosts_packages_come_and_go_without_a_service_manager() {
         .unwrap();
     root.shell("test -e /etc/systemd/system/multi-user.target.wants/aditd.service")
         .unwrap();
+    // What an administrator changes there stays over an upgrade.
+    let conffiles = root.run(&["dpkg-query", "-W", "-f", "${Conffiles}", "aditd"]);
+    let conffiles = conffiles.unwrap();
+    for file in ["/etc/adit/aditd.toml", "/etc/ssh/ssh_config.d/20-adit.conf"] {
+        assert!(conffiles.contains(file), "{conffiles}");
+    }
     // The agent for images is there.
     let inject = "mkdir /tmp/image; adit image inject /tmp/image --init none --vm-id web-1; /tmp/image/usr/sbin/adit-guest version";
     root.shell(inject).unwrap();

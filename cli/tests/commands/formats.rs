@@ -10,8 +10,9 @@ use crate::text;
 /// The id of some key.
 const KEY: &str = "00112233445566778899aabbccddeeff";
 
-/// It needs an agent to hand over: `agents.rs` has its tests.
-const ELSEWHERE: &str = "agent-upgrade";
+/// They need an agent to hand over, or a proxy: `agents.rs`, `connecting.rs` and `forwarding.rs` have their tests. What
+/// `adit connect` prints is the guest's.
+const ELSEWHERE: [&str; 3] = ["agent-upgrade", "connect", "forward"];
 
 /// Each command, and how it is called. Files that one makes, others read.
 const CALLS: &[(&str, &[&str])] = &[
@@ -154,7 +155,7 @@ fn every_command_prints_json_and_nothing_else_if_asked() {
     let yaml = "steps: [{id: a, script: {interpreter: /bin/sh, script: x}}]";
     std::fs::write(fake.dir().join("g.yaml"), yaml).unwrap();
     let mut called: BTreeSet<String> = CALLS.iter().map(|(name, _)| (*name).to_owned()).collect();
-    called.insert(ELSEWHERE.to_owned());
+    called.extend(ELSEWHERE.map(str::to_owned));
     assert_eq!(called, commands(&fake), "each has a call above");
     for (name, args) in CALLS {
         let out = fake.adit(&[args, &["-o", "json"][..]].concat());

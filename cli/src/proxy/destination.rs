@@ -1,0 +1,118 @@
+//! What a tunnel leads to: a VM, and a port of it.
+
+use std::fmt;
+
+use adit_names::{ServiceName, VmId};
+
+use crate::error::Failure;
+
+/// What a VM's name may end with, for tools that want a dot in a host name, as ssh's `Host *.adit`.
+const SUFFIX: &str = ".adit";
+/// Begins the name of a VM whose port is one of AF_VSOCK: `vsock-5000.web-1`.
+const VSOCK: &str = "vsock-";
+
+/// A VM and a port, as a CONNECT names them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
+    host: String,
+    port: u16,
+}
+
+impl Destination {
+    /// Checks the VM's name: `web-1`, `web-1.adit`, or `vsock-PORT.` before one of these.
+    pub fn new(name: &str, port: u16) -> Result<Self, Failure> {
+        let plain = name.strip_suffix(SUFFIX).unwrap_or(name);
+        let of_vsock = plain.strip_prefix(VSOCK).and_then(|n| n.split_once('.'));
+        let vm = match of_vsock {
+            Some((number, vm)) if is_vsock_port(number) => vm,
+            Some((number, _)) => {
+                let message = format!("`{number}` is no port of AF_VSOCK: digits only");
+                return Err(Failure::new("usage", message));
+            }
+            None => plain,
+        };
+        match vm.parse::<VmId>() {
+            Ok(_) => Ok(Self {
+                host: plain.to_owned(),
+                port,
+            }),
+            Err(e) => Err(
+                Failure::new("unknown-vm", format!("`{name}` names no VM: {e}"))
+                    .help("`adit vm ls` lists the names"),
+            ),
+        }
+    }
+}
+
+/// `web-1:22`.
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.host, self.port)
+    }
+}
+
+/// A port in its one spelling: 1 to 65535, no sign, no leading zero.
+pub fn port(text: &str) -> Result<u16, String> {
+    let service = format!("tcp:{text}").parse::<ServiceName>();
+    service
+        .ok()
+        .and_then(|service| service.tcp_port())
+        .ok_or_else(|| format!("`{text}` is no port: 1 to 65535, digits only"))
+}
+
+fn is_vsock_port(text: &str) -> bool {
+    let number = text.parse::<u32>();
+    number.is_ok_and(|n| n != 0 && n.to_string() == text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_may_have_the_suffix_and_is_asked_for_without_it() {
+        for (name, asked) in [
+            ("web-1", "web-1:22"),
+            ("web-1.adit", "web-1:22"),
+            ("vsock-5000.web-1", "vsock-5000.web-1:22"),
+            ("vsock-5000.web-1.adit", "vsock-5000.web-1:22"),
+            // A VM may have such a name.
+            ("vsock-5000", "vsock-5000:22"),
+        ] {
+            assert_eq!(Destination::new(name, 22).unwrap().to_string(), asked);
+        }
+    }
+
+    #[test]
+    fn r62_what_is_no_name_is_never_sent() {
+        let long = "x".repeat(1 << 20);
+        for name in [
+            "",
+            ".adit",
+            "Web-1",
+            "web-1.",
+            "web-1.adit.adit",
+            "a.b",
+            "a b",
+            "a\r\nX: y",
+            "web-1:80",
+            "-a",
+            "root@web-1",
+            "127.0.0.1",
+            "vsock-0.web-1",
+            "vsock-x.web-1",
+            "vsock-5000.",
+            &long,
+        ] {
+            assert!(Destination::new(name, 22).is_err(), "{name:.40}");
+        }
+    }
+
+    #[test]
+    fn r64_a_port_has_one_spelling() {
+        assert_eq!(port("22"), Ok(22));
+        for bad in ["", "0", "65536", "+22", "022", " 22", "22 ", "ssh", "-1"] {
+            assert!(port(bad).is_err(), "{bad}");
+        }
+    }
+}
