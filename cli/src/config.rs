@@ -1,4 +1,4 @@
-//! `adit config`: whether aditd runs by the configuration file as it is now.
+//! `adit config`, `adit reload`: whether aditd runs by the configuration file as it is now.
 
 use adit_api::ConfigStatus;
 
@@ -13,8 +13,24 @@ Example:
 
 Exit status: 0 the file was taken; 1 it was refused, and aditd goes on with what it had.";
 
+pub const RELOAD_EXAMPLE: &str = "\
+Example:
+  aditd check-config && adit reload
+
+It does what `systemctl reload aditd` does, and says what became of it.
+
+Exit status: 0 the configuration was taken; 1 it was refused, and aditd goes on with what it had.";
+
+/// Has the configuration read again, and shows what became of it.
+pub async fn reload(client: &Client, format: Format) -> Result<(), Failure> {
+    print(client.post("/v1/reload", &()).await?, format)
+}
+
 pub async fn show(client: &Client, format: Format) -> Result<(), Failure> {
-    let status: ConfigStatus = client.get("/v1/config").await?;
+    print(client.get("/v1/config").await?, format)
+}
+
+fn print(status: ConfigStatus, format: Format) -> Result<(), Failure> {
     if let Some(why) = status.error {
         let message = format!("aditd has refused its configuration file: {why}");
         return Err(Failure::new("bad-config", message)

@@ -121,6 +121,9 @@ enum Command {
     /// Show whether aditd runs by its configuration file as it is now
     #[command(after_help = config::EXAMPLE)]
     Config,
+    /// Have aditd read its configuration again, and show what became of it
+    #[command(after_help = config::RELOAD_EXAMPLE)]
+    Reload,
     /// Print the completions for a shell
     Completion(completion::Completion),
     /// Print the version
@@ -177,6 +180,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Connect(command) => connect::connect(command).await?,
         Command::Forward(command) => forward::forward(command, format).await?,
         Command::Config => config::show(&client, format).await?,
+        Command::Reload => config::reload(&client, format).await?,
         Command::Completion(completion) => completion::print(completion, format)?,
         Command::Version => version(format)?,
     }

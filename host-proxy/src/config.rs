@@ -163,6 +163,8 @@ pub struct Limits {
     pub connections_per_client: Option<usize>,
     /// Requests to one VM that are under way at most; none: a quarter of all connections.
     pub requests_per_vm: Option<usize>,
+    /// Tunnels go on when their grant ends.
+    pub tunnels_outlive_grants: bool,
     /// Seconds that a VM may take to begin its response, from when it has the whole request.
     pub response_s: u32,
     /// Days that ended tasks are kept at most.
@@ -180,6 +182,7 @@ impl Default for Limits {
             connections: 4096,
             connections_per_client: None,
             requests_per_vm: None,
+            tunnels_outlive_grants: false,
             response_s: 60,
             kept_days: 30,
             kept_per_vm: 10_000,

@@ -125,6 +125,8 @@ pub async fn hear(
             .map(|fault| cut(fault))
             .collect(),
     });
+    // Its labels may be others now.
+    state.access_changed.notify_one();
     Ok(())
 }
 

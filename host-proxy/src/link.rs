@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use adit_passed::{Closer, Passed};
 use adit_port::control::{
-    DIALS_MAX, DialError, DialFailed, Dialed, FEATURE_CONNECT, Handover, Incoming, Kept, Quit,
-    Release, Ring, Status,
+    DIALS_MAX, DialError, DialFailed, Dialed, EndTunnels, FEATURE_CONNECT, FEATURE_TUNNELS,
+    Handover, Incoming, Kept, ListTunnels, Quit, Release, Ring, Status, Tunnels,
 };
 use adit_port::control_io::{ControlError, Message, receive_passed, send};
 use tokio::io::Interest;
@@ -33,6 +33,8 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 const CLOSE_LOOK: Duration = Duration::from_millis(2);
 /// How long frames of a port process that has gone are read for.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(1);
+/// How long a port process may take to list its tunnels.
+const LIST_LIMIT: Duration = Duration::from_secs(5);
 /// Most frames that wait to be sent to a port process.
 const OUTBOX_MAX: usize = 2 * DIALS_MAX;
 
@@ -70,6 +72,10 @@ pub struct Link {
     next_id: AtomicU64,
     /// The port process has [`FEATURE_CONNECT`].
     connects: AtomicBool,
+    /// The port process has [`FEATURE_TUNNELS`].
+    lists: AtomicBool,
+    /// Who waits for a page of tunnels.
+    listing: Mutex<Option<oneshot::Sender<Tunnels>>>,
     status: watch::Sender<Option<Status>>,
 }
 
@@ -100,6 +106,8 @@ impl Link {
             waiting: Mutex::default(),
             next_id: AtomicU64::new(1),
             connects: AtomicBool::new(false),
+            lists: AtomicBool::new(false),
+            listing: Mutex::default(),
             status: watch::Sender::new(None),
         });
         (link.clone(), Driver { link, inbox })
@@ -129,6 +137,30 @@ impl Link {
     pub async fn release(&self) {
         let release = Message::Release(Release {});
         let _ = self.outbox.send(Frame::Plain(release)).await;
+    }
+
+    /// The tunnels with a tag behind a number. None: the port process is of an older build and knows none, or has gone, or another
+    /// one asks at the same time.
+    pub async fn tunnels(&self, after: u64) -> Option<Tunnels> {
+        if !self.lists.load(Ordering::Relaxed) {
+            return None;
+        }
+        let (tell, told) = oneshot::channel();
+        *self.listing() = Some(tell);
+        let ask = Message::ListTunnels(ListTunnels { after });
+        self.outbox.send(Frame::Plain(ask)).await.ok()?;
+        let told = tokio::time::timeout(LIST_LIMIT, told).await;
+        told.ok()?.ok().filter(|page| page.after == after)
+    }
+
+    /// Breaks tunnels off.
+    pub async fn end_tunnels(&self, numbers: Vec<u64>) {
+        let end = Message::EndTunnels(EndTunnels { numbers });
+        let _ = self.outbox.send(Frame::Plain(end)).await;
+    }
+
+    fn listing(&self) -> MutexGuard<'_, Option<oneshot::Sender<Tunnels>>> {
+        self.listing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Tells the port process that its handover is kept.
@@ -226,6 +258,14 @@ impl Driver {
                     (Message::Features(features), _) => {
                         let connects = features.bits & FEATURE_CONNECT != 0;
                         link.connects.store(connects, Ordering::Relaxed);
+                        let lists = features.bits & FEATURE_TUNNELS != 0;
+                        link.lists.store(lists, Ordering::Relaxed);
+                    }
+                    (Message::Tunnels(page), _) => {
+                        if let Some(tell) = link.listing().take() {
+                            // Whoever asked may have given up.
+                            let _ = tell.send(page);
+                        }
                     }
                     (message, _) => link.answer(message),
                 }
@@ -323,6 +363,7 @@ impl Drop for Driver {
     fn drop(&mut self) {
         // Whoever waits learns that nobody knows the answer.
         self.link.waiting().clear();
+        *self.link.listing() = None;
         self.link.status.send_replace(None);
     }
 }

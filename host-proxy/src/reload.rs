@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use adit_api::ConfigStatus;
 use adit_names::VmId;
 use futures_util::future::join_all;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use crate::access::tokens::Tokens;
 use crate::config::{Config, ConfigError, Sources, VMS_MAX, VmConfig};
@@ -21,7 +21,11 @@ use crate::vms;
 
 /// What became of the configuration file.
 #[derive(Debug, Default)]
-pub struct Reloads(Mutex<Outcome>);
+pub struct Reloads {
+    outcome: Mutex<Outcome>,
+    /// It was read once more.
+    read: Notify,
+}
 
 #[derive(Clone, Debug, Default)]
 struct Outcome {
@@ -52,15 +56,30 @@ impl Reloads {
         }
     }
 
+    /// Waits until it was read once more than this status says.
+    pub async fn read_after(&self, before: &ConfigStatus) -> ConfigStatus {
+        loop {
+            // Enabled before it is looked, so that none is missed.
+            let mut read = std::pin::pin!(self.read.notified());
+            read.as_mut().enable();
+            let now = self.show();
+            if now.reads > before.reads {
+                return now;
+            }
+            read.await;
+        }
+    }
+
     fn get(&self) -> Outcome {
-        self.0
+        self.outcome
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
     }
 
     fn set(&self, outcome: Outcome) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = outcome;
+        *self.outcome.lock().unwrap_or_else(PoisonError::into_inner) = outcome;
+        self.read.notify_waiters();
     }
 }
 
@@ -133,6 +152,7 @@ async fn apply(state: &Arc<State>, new: Config) -> Result<Vec<String>, String> {
             }
         }
     }
+    state.access_changed.notify_one();
     tracing::info!(added, removed, changed, "the configuration is applied");
     if !restart.is_empty() {
         let what = restart.join(", ");

@@ -9,8 +9,8 @@ use tokio::sync::mpsc;
 
 use crate::access::audit::Audit;
 use crate::access::callers::Callers;
-use crate::access::diag;
 use crate::access::tokens::Tokens;
+use crate::access::{diag, enforce};
 use crate::config::{Config, Sources};
 use crate::desk::store::db::Db;
 use crate::front::Fronts;
@@ -130,6 +130,7 @@ impl Service {
         let timed = state.clone();
         tasks.spawn(async move { timed.desk.keep_time(&timed.stop).await });
         tasks.spawn(reload::follow(state.clone(), changes));
+        tasks.spawn(enforce::keep(state.clone()));
         if let Some(listener) = metrics {
             let app = api::observe(state.clone()).with_state(state.clone());
             let (gate, room) = (Gate::new(state.room.metrics), state.room);

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use adit_names::VmId;
 use adit_tasks::TrustStore;
 use jiff::Timestamp;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -34,6 +34,8 @@ pub struct State {
     pub trust: TrustStore,
     /// What callers may do.
     grants: RwLock<Arc<Grants>>,
+    /// That may have changed, or a VM's labels.
+    pub access_changed: Notify,
     /// Who they are.
     pub callers: Arc<Callers>,
     /// What was denied.
@@ -96,6 +98,7 @@ impl State {
             registry,
             trust: config.trust.anchors(),
             grants: RwLock::new(Arc::new(config.grants())),
+            access_changed: Notify::new(),
             callers,
             audit,
             config,

@@ -118,7 +118,7 @@ const CHECKS: [Step; 10] = [
         name: "host processes",
         budget_s: 90,
         run: || {
-            ["host", "processes", "ways"]
+            ["host", "processes", "ways", "grants"]
                 .into_iter()
                 .try_for_each(with_binaries)
         },

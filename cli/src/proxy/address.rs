@@ -58,7 +58,7 @@ impl FromStr for Address {
         let bad = || format!("`{text}` is no proxy: write http://HOST:PORT or unix:PATH");
         // Not shown: what is before the `@` may be a password.
         if rest.contains('@') {
-            return Err("a proxy of aditd takes no user name and no password".into());
+            return Err("a token is not part of the address, which every user sees: use --token-file or ADIT_TOKEN".into());
         }
         let (host, port) = rest.rsplit_once(':').ok_or_else(bad)?;
         let host_is_one = match host.strip_prefix('[').and_then(|h| h.strip_suffix(']')) {

@@ -6,6 +6,7 @@
 //! | `destination` | what is asked for: a VM and its port |
 //! | `head` | the head of the answer, taken from the socket to its last byte and no further |
 //! | `socket` | the connection, TCP or Unix |
+//! | `token` | what the proxy may want to see |
 //! | `error` | why there is no tunnel |
 //!
 //! Whoever answers at the address may be anybody: what it says is bounded in bytes and in time, and shown escaped.
@@ -15,11 +16,14 @@ mod destination;
 mod error;
 mod head;
 mod socket;
+mod token;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 use tokio::time::{Instant, timeout_at};
+use zeroize::Zeroizing;
 
 use crate::output::duration;
 
@@ -27,6 +31,7 @@ pub use address::Address;
 pub use destination::{Destination, port};
 pub use error::TunnelError;
 use socket::Socket;
+use token::Token;
 
 /// Where the proxy is, and how long it may take. `connect` and `forward` have these.
 #[derive(Args)]
@@ -35,6 +40,9 @@ pub struct Options {
     // Not by clap's `env` and `default_value`, as with --socket.
     #[arg(long, value_name = "URL")]
     proxy: Option<Address>,
+    /// File with the token that the proxy wants [env: ADIT_TOKEN, with the token itself]
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
     /// How long it may take to reach the proxy and to open a tunnel
     #[arg(long, value_parser = duration, default_value = "30s", value_name = "DURATION")]
     timeout: Duration,
@@ -49,6 +57,7 @@ impl Options {
         };
         Ok(Proxy {
             address,
+            token: Token::find(self.token_file.as_deref())?,
             limit: self.timeout,
         })
     }
@@ -57,6 +66,7 @@ impl Options {
 /// A proxy that opens tunnels.
 pub struct Proxy {
     address: Address,
+    token: Option<Token>,
     limit: Duration,
 }
 
@@ -82,10 +92,12 @@ impl Proxy {
     }
 
     async fn ask(&self, socket: &Socket, to: &Destination) -> Result<(), TunnelError> {
-        let request = format!(
-            "CONNECT {to} HTTP/1.1\r\nHost: {to}\r\nUser-Agent: adit/{}\r\n\r\n",
-            env!("CARGO_PKG_VERSION")
-        );
+        let token = self.token.as_ref().map(Token::field);
+        let request = Zeroizing::new(format!(
+            "CONNECT {to} HTTP/1.1\r\nHost: {to}\r\nUser-Agent: adit/{}\r\n{}\r\n",
+            env!("CARGO_PKG_VERSION"),
+            token.as_ref().map_or("", |field| field.as_str()),
+        ));
         let ended = |why| TunnelError::Ended {
             proxy: self.address.to_string(),
             why,

@@ -468,3 +468,35 @@ fn a_unix_socket_with_a_full_queue_is_waited_for() {
     let out = crate::adit(dir.path(), &args);
     assert_eq!(out.status.code(), Some(124), "{}", text(&out.stderr));
 }
+
+#[test]
+fn a_token_is_shown_to_the_proxy_from_the_environment_or_a_file() {
+    let refuses = "HTTP/1.1 407 x\r\nContent-Length: 9\r\n\r\nno token\n";
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("token");
+    std::fs::write(&file, "adit_file\n").unwrap();
+    let file = file.to_str().unwrap();
+    for (args, environment, shown) in [
+        (&["web-1", "22"][..], "", None),
+        (&["web-1", "22"], "adit_env", Some("adit_env")),
+        (
+            &["web-1", "22", "--token-file", file],
+            "adit_env",
+            Some("adit_file"),
+        ),
+    ] {
+        let proxy = Proxy::saying(refuses);
+        let out = proxy
+            .connect(args)
+            .env("ADIT_TOKEN", environment)
+            .output()
+            .unwrap();
+        assert_eq!(out.status.code(), Some(1));
+        let asked = proxy.asked();
+        let field = shown.map(|token| format!("\r\nProxy-Authorization: Bearer {token}\r\n\r\n"));
+        match field {
+            Some(field) => assert!(asked.ends_with(&field), "{asked}"),
+            None => assert!(!asked.contains("Authorization"), "{asked}"),
+        }
+    }
+}

@@ -91,6 +91,7 @@ const CALLS: &[(&str, &[&str])] = &[
     ("access-ls", &["access", "ls", "--vm", "web-1"]),
     ("access-token", &["access", "token", "ci"]),
     ("config", &["config"]),
+    ("reload", &["reload"]),
     ("completion", &["completion", "bash"]),
     ("version", &["version"]),
 ];
@@ -99,7 +100,9 @@ fn fake() -> Fake {
     Fake::start(|asked| {
         let done = || task('3', "a", 1, "done");
         match (asked.method.as_str(), asked.path.as_str()) {
-            (_, "/v1/config") => Say::Json(json!({"reads": 1, "error": null, "restart": []})),
+            (_, "/v1/config" | "/v1/reload") => {
+                Say::Json(json!({"reads": 1, "error": null, "restart": []}))
+            }
             (_, path) if path.starts_with("/v1/access?") => Say::Json(json!({
                 "allowed": true, "caller": ["user:a", "anyone"], "by": "aditd.toml:3", "reason": null, "text": "yes",
                 "hidden": false,

@@ -31,6 +31,7 @@
 //! | `GET /v1/access?as=CALLER&verb=VERB&vm=NAME&target=TARGET` | → `AccessDecision`: what the proxy would decide. CALLER is `user:NAME`, `group:NAME`, `token:NAME`, `anyone` or `owner`; of a user its groups count |
 //! | `GET /v1/grants?vm=NAME` | → `Vec<GrantShown>`: all, or those about a VM |
 //! | `GET /v1/config` | → `ConfigStatus`: what became of the configuration file |
+//! | `POST /v1/reload` | reads the configuration again → `ConfigStatus`, once it is applied or refused |
 //! | `POST /v1/shutdown?ports=true` | stops aditd, with `ports=true` the port processes too; not VMMs that are their VMs' own |
 //! | `GET /metrics`, `/healthz`, `/readyz` | |
 //!

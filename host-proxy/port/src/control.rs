@@ -21,6 +21,11 @@
 //!   ◀────────────────── Dialed{id} or DialFailed{id, ..}
 //!   Attach{id, prefix} + 1 fd ─────────────▶
 //!
+//!   ConnectAs{connect, tag} + 1 fd ────────▶  as Connect; the tunnel is known by its tag, also to the next aditd
+//!   ListTunnels{after} ────────────────────▶
+//!   ◀────────────────────────────── Tunnels   a page of those with a tag
+//!   EndTunnels{numbers} ───────────────────▶  they are broken off
+//!
 //!   ◀──────────────────────── Incoming{port} + 1 fd     (the guest dialled a port that aditd serves)
 //!   ◀─────────────────────────── Ring (after connecting, and on every change)
 //!
@@ -52,6 +57,14 @@ pub const PREFIX_MAX: usize = 32 << 10;
 pub const GREETING_MAX: usize = 1024;
 /// Bit of [`Features`]: the port process knows `Connect` and `Ask`.
 pub const FEATURE_CONNECT: u64 = 1;
+/// Bit of [`Features`]: the port process knows `ConnectAs`, `ListTunnels` and `EndTunnels`.
+pub const FEATURE_TUNNELS: u64 = 2;
+/// Most bytes of a tunnel's tag.
+pub const TAG_MAX: usize = 1024;
+/// Most tunnels of an `EndTunnels`, and of a page.
+pub const TUNNELS_MAX: usize = 1024;
+/// Most bytes of the tags of a page.
+pub const TAGS_MAX: usize = 32 << 10;
 /// Most dials of one port process that are in flight or not attached yet. Each may hold a descriptor.
 pub const DIALS_MAX: usize = 1024;
 /// Most descriptors of one `Handover`: the live table, and those of
@@ -114,6 +127,40 @@ pub struct Connect {
     pub prefix: Vec<u8>,
     /// Bytes for the client ahead of the guest's; at most [`GREETING_MAX`].
     pub greeting: Vec<u8>,
+}
+
+/// As [`Connect`], for a tunnel that is to be found again. What the tag says is `aditd`'s own matter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectAs {
+    /// The question.
+    pub connect: Connect,
+    /// At most [`TAG_MAX`] bytes.
+    pub tag: Vec<u8>,
+}
+
+/// Asks for the tunnels with a tag: those with higher numbers than this one, in their order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListTunnels {
+    /// 0 for the first page.
+    pub after: u64,
+}
+
+/// Answers [`ListTunnels`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tunnels {
+    /// As it was asked.
+    pub after: u64,
+    /// Number and tag of each. A port process never uses a number twice.
+    pub tunnels: Vec<(u64, Vec<u8>)>,
+    /// There are no more.
+    pub last: bool,
+}
+
+/// Breaks tunnels off. Those that have ended meanwhile are left out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndTunnels {
+    /// Their numbers; at most [`TUNNELS_MAX`].
+    pub numbers: Vec<u64>,
 }
 
 /// Has these bytes written to the client of a `Connect` that is not answered. A client that is there skips them; the kernel of

@@ -233,6 +233,19 @@ mod tests {
                 id: 1,
                 text: vec![8; GREETING_MAX],
             }),
+            Message::ConnectAs(ConnectAs {
+                connect: connect(PREFIX_MAX, GREETING_MAX),
+                tag: vec![9; TAG_MAX],
+            }),
+            Message::ListTunnels(ListTunnels { after: u64::MAX }),
+            Message::Tunnels(Tunnels {
+                after: 1,
+                tunnels: vec![(2, vec![3])],
+                last: true,
+            }),
+            Message::EndTunnels(EndTunnels {
+                numbers: vec![u64::MAX; TUNNELS_MAX],
+            }),
             Message::Features(Features { bits: u64::MAX }),
             Message::Cancel(Cancel { id: 3 }),
             Message::Quit(Quit {}),

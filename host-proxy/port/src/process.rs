@@ -47,6 +47,7 @@ mod dial_table;
 mod dials;
 mod ring;
 mod say;
+mod tunnels;
 
 const KEY_LISTENER: u32 = 1;
 const KEY_CONTROL: u32 = 2;
@@ -81,6 +82,7 @@ pub struct Process<C: Carrier> {
     shard: Shard<Either<C, Dock>>,
     port: PortIndex,
     rings: Option<Rings>,
+    tunnels: tunnels::Table<At>,
     listener: OwnedFd,
     /// A reserve descriptor. It is closed to accept `aditd`'s next connection when tunnels use all others.
     spare: Option<OwnedFd>,
@@ -150,6 +152,7 @@ impl<C: Carrier> Process<C> {
             shard,
             port,
             rings: None,
+            tunnels: tunnels::Table::default(),
             listener: control,
             spare: Some(stop.try_clone()?),
             stop,
@@ -279,6 +282,9 @@ impl<C: Carrier> Process<C> {
                     match *message {
                         Message::Attach(attach) => self.cancel(attach.id),
                         Message::Connect(connect) => self.say_failed(connect.id, &DialError::Busy),
+                        Message::ConnectAs(as_whom) => {
+                            self.say_failed(as_whom.connect.id, &DialError::Busy);
+                        }
                         _ => {}
                     }
                 }
@@ -346,7 +352,13 @@ impl<C: Carrier> Process<C> {
 
     fn message(&mut self, message: Message, fd: Option<OwnedFd>) -> Result<(), &'static str> {
         match message {
-            Message::Connect(connect) => self.connect(connect, fd),
+            Message::Connect(connect) => self.connect(connect, None, fd),
+            Message::ConnectAs(connect) => self.connect_as(connect, fd),
+            Message::ListTunnels(ask) => {
+                self.list_tunnels(&ask);
+                Ok(())
+            }
+            Message::EndTunnels(end) => self.end_tunnels(&end),
             Message::Ask(ask) => self.ask_client(ask),
             Message::Dial(dial) => self.dial(dial),
             Message::Attach(attach) => self.attach(attach, fd),
@@ -376,6 +388,7 @@ impl<C: Carrier> Process<C> {
             | Message::Ring(_)
             | Message::Held(_)
             | Message::Features(_)
+            | Message::Tunnels(_)
             | Message::Incoming(_) => Err("it sent a frame that only a port process sends"),
         }
     }

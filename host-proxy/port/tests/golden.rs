@@ -93,6 +93,47 @@ fn messages() -> Vec<(Message, u8, u8, Vec<u8>)> {
             vec![0xac, 2],
         ),
         (
+            Message::ConnectAs(ConnectAs {
+                connect: Connect {
+                    id: 7,
+                    to: Target::VsockPort(22),
+                    deadline_ms: 1,
+                    extensions: Extensions::default(),
+                    prefix: vec![1],
+                    greeting: vec![2],
+                },
+                tag: vec![3, 4],
+            }),
+            9,
+            needed,
+            // Id, target, deadline; no extensions; prefix, greeting, tag.
+            vec![7, 1, 22, 1, 0, 0, 0, 1, 1, 1, 2, 2, 3, 4],
+        ),
+        (
+            Message::ListTunnels(ListTunnels { after: 300 }),
+            10,
+            needed,
+            vec![0xac, 2],
+        ),
+        (
+            Message::EndTunnels(EndTunnels {
+                numbers: vec![1, 300],
+            }),
+            11,
+            needed,
+            vec![2, 1, 0xac, 2],
+        ),
+        (
+            Message::Tunnels(Tunnels {
+                after: 1,
+                tunnels: vec![(2, vec![9])],
+                last: true,
+            }),
+            25,
+            needed,
+            vec![1, 1, 2, 1, 9, 1],
+        ),
+        (
             Message::Connect(Connect {
                 id: 7,
                 to: Target::Service("tcp:80".parse().unwrap()),

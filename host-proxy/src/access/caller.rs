@@ -69,6 +69,13 @@ impl Caller {
         self.with(users.chain(groups))
     }
 
+    /// Adds the groups of a user of this host.
+    #[must_use]
+    pub fn with_groups(&self, person: &Person) -> Self {
+        let groups = person.groups.iter().filter(|name| is_name(name));
+        self.with(groups.take(GROUPS_MAX).cloned().map(Subject::Group))
+    }
+
     /// Adds a token that was shown.
     #[must_use]
     pub fn with_token(&self, name: &str) -> Self {

@@ -118,8 +118,8 @@ impl Callers {
         asked.ok()?.ok().flatten()
     }
 
-    /// What the user database says of a user.
-    async fn person(&self, uid: u32) -> Arc<Person> {
+    /// What the user database says of a user; its number, where that does not answer.
+    pub async fn person(&self, uid: u32) -> Arc<Person> {
         if let Some((since, person)) = self.known().get(&uid)
             && since.elapsed() < KNOWN_FOR
         {

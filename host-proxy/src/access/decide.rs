@@ -150,7 +150,11 @@ impl Grants {
         }
     }
 
-    fn granted(
+    /// The grant that lets a caller do it, whatever the VM's lists are; none: it is the owner's right.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn granted(
         &self,
         caller: &Caller,
         verb: Verb<'_>,

@@ -13,14 +13,17 @@
 //! | `decide` | the decision. Pure, as are those before it: front ends, `adit access` and tests ask the same function |
 //! | `callers`, `diag`, `tokens` | finds out who is at the other end of a connection |
 //! | `audit` | what was denied |
+//! | `tag`, `enforce` | tunnels that end with their grant |
 
 pub mod audit;
 pub mod caller;
 pub mod callers;
 pub mod decide;
 pub mod diag;
+pub mod enforce;
 pub mod grant;
 pub mod subject;
+pub mod tag;
 pub mod tokens;
 pub mod vms;
 

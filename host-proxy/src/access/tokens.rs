@@ -39,6 +39,18 @@ impl Tokens {
         self.0.is_empty()
     }
 
+    /// Whether there is one of that name, and its time is not over.
+    pub fn has(&self, name: &str, now_ms: i64) -> bool {
+        let is = |token: &&Token| token.name == name;
+        let token = self.0.iter().find(is);
+        token.is_some_and(|token| token.until_ms.is_none_or(|until| now_ms < until))
+    }
+
+    /// When they end.
+    pub fn ends(&self) -> impl Iterator<Item = i64> {
+        self.0.iter().filter_map(|token| token.until_ms)
+    }
+
     /// Name of a token; none: it is none, or its time is over. Takes as long for every text of a length.
     pub fn name(&self, secret: &[u8], now_ms: i64) -> Option<&str> {
         let digest = sha256(secret);

@@ -12,6 +12,7 @@ mod vms;
 mod wait;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use adit_api::{ConfigStatus, ErrorBody};
 use adit_blob::BlobError;
@@ -35,6 +36,9 @@ use crate::vms::{NotAdded, port_gone};
 
 /// Most bytes of a request's body: an envelope inside JSON.
 pub const BODY_MAX: usize = 2 * dsse::ENVELOPE_MAX + 4096;
+
+/// How long it may take until a configuration that is read again is applied: VMs that are removed have some seconds to end.
+const RELOAD_LIMIT: Duration = Duration::from_secs(30);
 
 type App = Arc<State>;
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -63,6 +67,7 @@ pub fn router(state: App) -> Router {
         .route("/v1/access", get(access::check))
         .route("/v1/grants", get(access::grants))
         .route("/v1/config", get(config))
+        .route("/v1/reload", post(reload))
         .route("/v1/shutdown", post(shutdown))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .layer(middleware::from_fn(in_our_shape))
@@ -294,6 +299,26 @@ async fn shutdown(Shared(state): Shared<App>, Query(q): Query<ShutdownQuery>) ->
 /// What became of the configuration file.
 async fn config(Shared(state): Shared<App>) -> Json<ConfigStatus> {
     Json(state.reloads.show())
+}
+
+/// Has the configuration read again, and waits for what becomes of it.
+async fn reload(Shared(state): Shared<App>) -> Answer<ConfigStatus> {
+    let before = state.reloads.show();
+    let told = state.monitor.reread().await;
+    told.map_err(|e| {
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "no-monitor", e)
+            .help("`systemctl start aditd` starts it again; what is there goes on")
+    })?;
+    let read = state.reloads.read_after(&before);
+    match tokio::time::timeout(RELOAD_LIMIT, read).await {
+        Ok(status) => Ok(Json(status)),
+        Err(_) => {
+            let message =
+                format!("the configuration was not read and applied within {RELOAD_LIMIT:?}");
+            let late = ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message);
+            Err(late.help("it goes on: `adit config` says when it is done"))
+        }
+    }
 }
 
 async fn metrics(Shared(state): Shared<App>) -> Response {

@@ -296,6 +296,14 @@ const KEYS: &[Key] = &[
         kind: Kind::Number { min: 1, max: U32 },
     },
     Key {
+        path: "limits.tunnels_outlive_grants",
+        meaning: "Lets tunnels go on when the grant or the token under which they were opened ends, or is taken away. Without it they \
+                  are broken off within a second.",
+        default: "false",
+        example: "false",
+        kind: Kind::Flag,
+    },
+    Key {
         path: "limits.response_s",
         meaning: "Seconds that a VM may take to begin its response, counted from when it has the whole request. After that \
                   the client gets status 504. An upload may rest for as long after its response has ended.",

@@ -65,7 +65,7 @@ pub async fn hand(
         // Nothing may be said to it before it is answered.
         asks: Asks::new(&[]),
     };
-    let handed = admitted.hand_over(to, passed).await;
+    let handed = admitted.hand_over(state, to, passed).await;
     let Ok(client) = client.into_fd() else { return };
     match handed {
         Ok(()) => state.metrics.tunnel(words.speaks, 200),

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use adit_channel::hello::Extensions;
 use adit_port::control::{
-    Ask, Attach, Cancel, Connect, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Target,
+    Ask, Attach, Cancel, Connect, ConnectAs, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Target,
 };
 use adit_port::control_io::Message;
 use rustix::net::SendFlags;
@@ -40,6 +40,8 @@ pub struct Question {
     pub extensions: Extensions,
     /// How long the guest may take.
     pub deadline: Duration,
+    /// By which the tunnel is found again, if it is to be.
+    pub tag: Option<Vec<u8>>,
 }
 
 /// The host's end of a stream.
@@ -156,14 +158,20 @@ impl Waits<'_> {
             }
             ClientEnd::Relayed(fd) => (fd, Vec::new(), Vec::new(), None),
         };
-        let message = Message::Connect(Connect {
+        let connect = Connect {
             id: self.id,
             deadline_ms: deadline_ms(&question),
             to: question.to,
             extensions: question.extensions,
             prefix: ahead,
             greeting,
-        });
+        };
+        let message = match question.tag {
+            Some(tag) if self.link.lists.load(Ordering::Relaxed) => {
+                Message::ConnectAs(ConnectAs { connect, tag })
+            }
+            _ => Message::Connect(connect),
+        };
         let answer = async {
             self.pass(message, fd).await.map_err(Unopened::Failed)?;
             match self.told(told, asks.as_deref(), None).await {
@@ -292,7 +300,10 @@ impl Drop for Waits<'_> {
     fn drop(&mut self) {
         let dial = self.link.waiting().remove(&self.id);
         let passing = dial.and_then(|dial| dial.passing);
-        let is_unheard = matches!(passing, Some((Message::Connect(_), _)));
+        let is_unheard = matches!(
+            passing,
+            Some((Message::Connect(_) | Message::ConnectAs(_), _))
+        );
         if self.answered || is_unheard {
             return;
         }

@@ -293,6 +293,20 @@ impl Monitor {
         }))
     }
 
+    /// Has the configuration read again, as SIGHUP does.
+    ///
+    /// # Errors
+    /// There is no monitor.
+    pub async fn reread(&self) -> Result<(), AskError> {
+        match self {
+            Self::Here(_) => {
+                let raised = nix::sys::signal::raise(nix::sys::signal::Signal::SIGHUP);
+                raised.map_err(|e| AskError::Refused(e.to_string()))
+            }
+            Self::There(client) => client.say(&Message::Reread(wire::Reread {}), &[]).await,
+        }
+    }
+
     /// Tells the service manager how things are.
     pub async fn status(&self, text: String) {
         match self {

@@ -302,6 +302,10 @@ impl Run {
     fn heard(&mut self, worker: &Worker, event: Event, served: &mut bool) -> Result<bool, String> {
         match event {
             Event::StopAll => return Ok(false),
+            // By way of the signal, which waits its turn where a reading is under way.
+            Event::Reread => {
+                let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGHUP);
+            }
             Event::Status(status) => {
                 let status = text::line_of(&status);
                 let _ = sd_notify::notify(&[NotifyState::Status(&status)]);

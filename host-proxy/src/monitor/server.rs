@@ -40,6 +40,8 @@ pub enum Event {
     Status(String),
     /// aditd is to stop.
     StopAll,
+    /// The configuration is to be read again.
+    Reread,
     /// The listeners of a worker that was found.
     Listeners(Vec<Passed>),
 }
@@ -105,6 +107,7 @@ pub async fn serve(
             Message::Serving(serving) => on(Event::Serving(serving)),
             Message::Status(status) => on(Event::Status(status.text)),
             Message::StopAll(_) => on(Event::StopAll),
+            Message::Reread(_) => on(Event::Reread),
             Message::Listeners(_) => on(Event::Listeners(fds)),
             Message::SlotOf(of) => {
                 if let Err(e) = privileged.keep(&of.vm, fds) {

@@ -3,7 +3,7 @@
 //! ```text
 //! worker ── Slot, Reach, Ended, End, Shorten, Gone, Leave, RemoveDir, ForgetOthers, WhoIs (each with an id) ──► monitor
 //!        ◄── HasSlot, Reached, NotReached, HasEnded, Is, Done, Refused (with the id of what they answer) ──
-//!        ── Serving, Status, StopAll; to the monitor that found it: Listeners, SlotOf (id 0, no answer) ──►
+//!        ── Serving, Status, StopAll, Reread; to the monitor that found it: Listeners, SlotOf (id 0, no answer) ──►
 //!        ◄── Welcome or Hello first; then Config, Stop (id 0) ──
 //! ```
 //! Both are of one build: a worker of another build is replaced when the monitor finds it ([`BUILD`](Serving::build)). The monitor
@@ -143,6 +143,10 @@ pub struct Status {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StopAll {}
 
+/// The API was told to have the configuration read again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reread {}
+
 /// The listeners of a worker that a new monitor has found, in the order of [`all`](crate::place::Listeners::all).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Listeners {}
@@ -268,6 +272,8 @@ adit_channel::message_table! {
     SlotOf = 14, 2..=2, NONE;
     /// To the monitor.
     WhoIs = 15, 0..=0, NONE;
+    /// To the monitor.
+    Reread = 16, 0..=0, NONE;
     /// To the worker.
     Welcome = 32, 6..=4 + LISTENERS_MAX, NONE;
     /// To the worker.
@@ -460,6 +466,7 @@ mod tests {
             Message::StopAll(StopAll {}),
             Message::Listeners(Listeners {}),
             Message::SlotOf(SlotOf { vm }),
+            Message::Reread(Reread {}),
             Message::WhoIs(WhoIs::Uid(1000)),
             Message::WhoIs(WhoIs::Name(text.clone())),
             Message::Is(Is {

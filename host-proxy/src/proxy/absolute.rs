@@ -25,7 +25,7 @@ use super::pool::Route;
 use super::problem::{Body, Problem};
 use super::upgrade::Upgraded;
 use crate::access::Caller;
-use crate::reach::{self, Admitted, Destination};
+use crate::reach::{self, Admitted, Destination, Lasts};
 use crate::state::State;
 
 /// Port of `http://`.
@@ -49,7 +49,14 @@ pub(super) async fn handle(
     let route = Route::new(&admitted.vm, &to.target, &admitted.link);
     let route = route.filter(|_| !bound && !asked.upgrade);
 
-    let answer = ask(state, &admitted, &to, route.as_ref(), request, &moved).await;
+    // What is asked to change its protocol may stay for long, and is on a connection of its own.
+    let lasts = match asked.upgrade {
+        true => Lasts::Tunnel,
+        false => Lasts::Request,
+    };
+    let route = (route, lasts);
+    let answer = ask(state, &admitted, &to, &route, request, &moved).await;
+    let (route, _) = route;
     if answer.is_err() {
         interim.forget();
     }
@@ -203,14 +210,14 @@ async fn ask(
     state: &State,
     admitted: &Admitted,
     to: &Destination,
-    route: Option<&Route>,
+    (route, lasts): &(Option<Route>, Lasts),
     request: Request<Body>,
     moved: &Moved,
 ) -> Result<(Guest, Response<Incoming>), Problem> {
     let limit = Duration::from_secs(state.config.limits.response_s.into());
     let repeatable = request.body().is_end_stream() && request.method().is_idempotent();
     // Any other request takes its place all the same: a server that serves one connection at a time is free then.
-    let waiting = route.and_then(|r| state.pool.take(r));
+    let waiting = route.as_ref().and_then(|r| state.pool.take(r));
     let waiting = waiting.filter(|_| repeatable);
     let mut request = request;
     if let Some(mut guest) = waiting {
@@ -227,7 +234,7 @@ async fn ask(
             Err(failed) => return Err(failed.problem),
         }
     }
-    let mut guest = Guest::connect(state, admitted, to).await?;
+    let mut guest = Guest::connect(state, admitted, to, *lasts).await?;
     match guest.ask(to, request, moved, limit).await {
         Ok(response) => Ok((guest, response)),
         Err(failed) => Err(failed.problem),

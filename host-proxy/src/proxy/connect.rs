@@ -64,7 +64,7 @@ pub(super) async fn open(
         greeting: greeting(),
         asks,
     };
-    match admitted.hand_over(&to, client).await {
+    match admitted.hand_over(state, &to, client).await {
         Ok(()) => Ok(Handed::Over),
         Err(NotOpened::Refused(refusal)) => Err(refusal.into()),
         Err(NotOpened::Unknown(why)) => {

@@ -17,7 +17,7 @@ use super::pool::{IDLE_LIMIT, Pool, Route};
 use super::problem::{Body, Problem};
 use crate::listen::Share;
 use crate::reach::dial::ends_in_order;
-use crate::reach::{Admitted, Destination};
+use crate::reach::{Admitted, Destination, Lasts};
 use crate::state::State;
 use adit_names::VmId;
 
@@ -52,10 +52,9 @@ impl Guest {
         state: &State,
         admitted: &Admitted,
         to: &Destination,
+        lasts: Lasts,
     ) -> Result<Self, Problem> {
-        let ours = admitted
-            .relayed(to, state.room, || state.pool.clear())
-            .await?;
+        let ours = admitted.relayed(state, to, lasts).await?;
         let heard = Heard::default();
         let ours = GuestIo::new(ours, ends_in_order(&to.target), heard.clone());
         let (sender, connection) = Builder::new()

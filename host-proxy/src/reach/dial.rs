@@ -15,7 +15,8 @@ use adit_port::control::{DialFailed, Target};
 
 use super::destination::Destination;
 use super::resolve::{Resolved, resolve};
-use crate::access::{Caller, Verb};
+use crate::access::tag::Tag;
+use crate::access::{Caller, Grants, Verb};
 use crate::link::{ClientEnd, ClientSocket, Link, Question, Unopened};
 use crate::listen::{Room, Share};
 use crate::passing::Socket;
@@ -33,6 +34,19 @@ pub struct Admitted {
     pub link: Arc<Link>,
     /// The VM's, of what all clients have under way: for as long as the request needs aditd.
     pub share: Share<VmId>,
+    /// By which its tunnel is found when its grant is gone.
+    tag: Option<Vec<u8>>,
+    /// By which it was admitted.
+    grants: Arc<Grants>,
+}
+
+/// How long a stream is its caller's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lasts {
+    /// For one request; others may have it after that.
+    Request,
+    /// To its end, so that it ends with its grant.
+    Tunnel,
 }
 
 /// Why there is no stream.
@@ -49,6 +63,7 @@ pub enum NotOpened {
 /// # Errors
 /// One of these is not so. A denial comes before anything that depends on whether the VM runs.
 pub fn admit(state: &State, caller: &Caller, to: &Destination) -> Result<Admitted, Refusal> {
+    let grants = state.grants();
     let Resolved::Local(vm) = resolve(to, |name| state.registry.get(name)) else {
         state.denied(caller, "reach", to.vm.as_str(), &to.what(), "unknown-vm");
         return Err(unknown(&to.vm, caller));
@@ -69,7 +84,15 @@ pub fn admit(state: &State, caller: &Caller, to: &Destination) -> Result<Admitte
         let text = format!("VM `{}` has {max} requests under way already", to.vm);
         return Err(Refusal::busy(text));
     };
-    Ok(Admitted { vm, link, share })
+    let outlives = state.config.limits.tunnels_outlive_grants;
+    let tag = Tag::of(caller, &to.target).filter(|_| !outlives);
+    Ok(Admitted {
+        vm,
+        link,
+        share,
+        tag,
+        grants,
+    })
 }
 
 /// There is no such VM, or none that the caller may see: nothing tells these two apart.
@@ -93,31 +116,51 @@ impl Admitted {
     ///
     /// # Errors
     /// As the guest, its channel or its port process says.
-    pub async fn hand_over(&self, to: &Destination, client: ClientSocket) -> Result<(), NotOpened> {
+    pub async fn hand_over(
+        &self,
+        state: &State,
+        to: &Destination,
+        client: ClientSocket,
+    ) -> Result<(), NotOpened> {
         let end = ClientEnd::Socket(client);
-        let opened = self.open(to, Extensions::default(), end).await;
-        opened.map_err(|e| match e {
+        let opened = self.open(to, Extensions::default(), end, self.tag.clone());
+        let opened = opened.await.map_err(|e| match e {
             Unopened::Failed(failed) => NotOpened::Refused(refusal(to, &failed)),
             Unopened::Unknown(failed) => NotOpened::Unknown(failed.refusal(&to.target)),
-        })
+        });
+        self.judge_again(state);
+        opened
     }
 
-    /// Dials for a client whose bytes need aditd on the way: the other end is a socket of aditd's. `short` is called if there
-    /// are few descriptors left for it.
+    /// Has the tunnels judged again, if this one was not there yet when grants changed.
+    fn judge_again(&self, state: &State) {
+        if !Arc::ptr_eq(&self.grants, &state.grants()) {
+            state.access_changed.notify_one();
+        }
+    }
+
+    /// Dials for a client whose bytes need aditd on the way: the other end is a socket of aditd's.
     ///
     /// # Errors
     /// There are too few; or as the guest, its channel or its port process says.
     pub async fn relayed(
         &self,
+        state: &State,
         to: &Destination,
-        room: Room,
-        short: impl FnOnce(),
+        lasts: Lasts,
     ) -> Result<Socket, Refusal> {
-        self.relayed_with(to, Extensions::default(), room, short)
-            .await
+        let tag = match lasts {
+            Lasts::Request => None,
+            Lasts::Tunnel => self.tag.clone(),
+        };
+        let short = || state.pool.clear();
+        let paired = self.pair(to, Extensions::default(), tag, state.room, short);
+        let paired = paired.await;
+        self.judge_again(state);
+        paired
     }
 
-    /// The same, for a service that is told more than its name.
+    /// The same, for a service that is told more than its name. `short` is called if there are few descriptors left for it.
     ///
     /// # Errors
     /// As [`relayed`](Self::relayed).
@@ -125,6 +168,17 @@ impl Admitted {
         &self,
         to: &Destination,
         extensions: Extensions,
+        room: Room,
+        short: impl FnOnce(),
+    ) -> Result<Socket, Refusal> {
+        self.pair(to, extensions, None, room, short).await
+    }
+
+    async fn pair(
+        &self,
+        to: &Destination,
+        extensions: Extensions,
+        tag: Option<Vec<u8>>,
         room: Room,
         short: impl FnOnce(),
     ) -> Result<Socket, Refusal> {
@@ -136,7 +190,7 @@ impl Admitted {
         }
         let ours = Socket::new(ours, self.closer()).map_err(internal)?;
         let end = ClientEnd::Relayed(theirs.into());
-        let opened = self.open(to, extensions, end).await;
+        let opened = self.open(to, extensions, end, tag).await;
         opened.map_err(|e| refusal(to, &e.into_reason()))?;
         Ok(ours)
     }
@@ -146,11 +200,13 @@ impl Admitted {
         to: &Destination,
         extensions: Extensions,
         end: ClientEnd,
+        tag: Option<Vec<u8>>,
     ) -> Result<(), Unopened> {
         let question = Question {
             to: to.target.clone(),
             extensions,
             deadline: DIAL_LIMIT,
+            tag,
         };
         self.link.open(question, end).await
     }

@@ -16,4 +16,4 @@ pub mod resolve;
 
 pub use crate::link::ClientSocket;
 pub use destination::{Destination, DestinationError};
-pub use dial::{Admitted, NotOpened, admit};
+pub use dial::{Admitted, Lasts, NotOpened, admit};

@@ -504,3 +504,26 @@ fn r65_a_request_for_a_path_goes_to_the_vm_of_its_one_host() {
         assert_eq!(asked(host.proxy(), head).status, status, "{head}");
     }
 }
+
+#[test]
+fn a_reload_over_the_api_is_done_when_it_is_answered_and_says_what_became_of_it() {
+    let (host, _ports) = started("");
+    let path = host.config_file();
+    let text = fs::read_to_string(&path).unwrap();
+    let reload = |text: &str| {
+        fs::write(&path, text).unwrap();
+        let answer = host.api("POST", "/v1/reload", "null");
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        serde_json::from_str::<Value>(&answer.body).unwrap()
+    };
+    let more = text.clone() + "[[vm]]\nname = \"c\"\ncid = 9\n";
+    assert_eq!(reload(&more)["error"], Value::Null);
+    assert_eq!(host.get("/v1/vms/c")["cid"], 9);
+    let refused = reload(&(text.clone() + "alow = 1\n"));
+    assert!(
+        refused["error"].as_str().unwrap().contains("alow"),
+        "{refused}"
+    );
+    assert_eq!(reload(&text)["error"], Value::Null);
+    assert_eq!(host.api("GET", "/v1/vms/c", "").status, 404);
+}

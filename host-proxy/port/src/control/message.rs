@@ -9,8 +9,9 @@ use std::io;
 use adit_channel::frame::{self, FrameError, HEADER_LEN, Header, IGNORABLE};
 
 use super::{
-    Ask, Attach, Cancel, Connect, Dial, DialFailed, Dialed, Features, HANDOVER_FDS_MAX, Handover,
-    HandoverV1, Held, Incoming, Kept, PACKET_MAX, Quit, Release, Ring, Status, Stuck,
+    Ask, Attach, Cancel, Connect, ConnectAs, Dial, DialFailed, Dialed, EndTunnels, Features,
+    HANDOVER_FDS_MAX, Handover, HandoverV1, Held, Incoming, Kept, ListTunnels, PACKET_MAX, Quit,
+    Release, Ring, Status, Stuck, Tunnels,
 };
 
 /// Version of every control kind.
@@ -42,6 +43,12 @@ adit_channel::message_table! {
     Connect = 7, 1..=1, NEEDED;
     /// To the port process, if it has [`FEATURE_CONNECT`](super::FEATURE_CONNECT).
     Ask = 8, 0..=0, NEEDED;
+    /// To the port process, with one descriptor, if it has [`FEATURE_TUNNELS`](super::FEATURE_TUNNELS).
+    ConnectAs = 9, 1..=1, NEEDED;
+    /// To the port process, if it has [`FEATURE_TUNNELS`](super::FEATURE_TUNNELS).
+    ListTunnels = 10, 0..=0, NEEDED;
+    /// To the port process, if it has [`FEATURE_TUNNELS`](super::FEATURE_TUNNELS).
+    EndTunnels = 11, 0..=0, NEEDED;
     /// To `aditd`.
     Status = 16, 0..=0, NEEDED;
     /// To `aditd`.
@@ -60,6 +67,8 @@ adit_channel::message_table! {
     Held = 23, 0..=0, IGNORABLE;
     /// To `aditd`.
     Features = 24, 0..=0, IGNORABLE;
+    /// To `aditd`, if it asked.
+    Tunnels = 25, 0..=0, NEEDED;
 }
 
 /// Why a packet is not a control frame. The sender's fault, except `Io` and `NoDescriptors`.

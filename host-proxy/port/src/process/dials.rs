@@ -24,7 +24,8 @@ use nix::sys::socket::{MsgFlags, send};
 use super::dial_table::{self, NoRoom, State};
 use super::{At, Process};
 use crate::control::{
-    Ask, Attach, Connect, Dial, DialFailed, Dialed, GREETING_MAX, PREFIX_MAX, Target,
+    Ask, Attach, Connect, ConnectAs, Dial, DialFailed, Dialed, EndTunnels, GREETING_MAX,
+    ListTunnels, PREFIX_MAX, TAG_MAX, TUNNELS_MAX, Target,
 };
 use crate::control_io::Message;
 
@@ -53,6 +54,8 @@ pub(super) struct Client {
     prefix: Vec<u8>,
     /// For the client, ahead of the guest's bytes.
     greeting: Vec<u8>,
+    /// By which the tunnel is found again.
+    tag: Option<Vec<u8>>,
 }
 
 impl<C: Carrier> Process<C> {
@@ -66,6 +69,7 @@ impl<C: Carrier> Process<C> {
     pub(super) fn connect(
         &mut self,
         connect: Connect,
+        tag: Option<Vec<u8>>,
         fd: Option<OwnedFd>,
     ) -> Result<(), &'static str> {
         let Connect {
@@ -84,9 +88,22 @@ impl<C: Carrier> Process<C> {
             fd,
             prefix,
             greeting,
+            tag,
         });
         let question = self.question(to, extensions, deadline_ms);
         self.start(id, question, client)
+    }
+
+    /// The same, with a tag.
+    pub(super) fn connect_as(
+        &mut self,
+        connect: ConnectAs,
+        fd: Option<OwnedFd>,
+    ) -> Result<(), &'static str> {
+        if connect.tag.len() > TAG_MAX {
+            return Err("it dialled with a tag that is too long");
+        }
+        self.connect(connect.connect, Some(connect.tag), fd)
     }
 
     fn question(&self, to: Target, extensions: Extensions, deadline_ms: u32) -> Question {
@@ -210,12 +227,36 @@ impl<C: Carrier> Process<C> {
             fd,
             prefix,
             greeting,
+            tag,
         } = client;
         let sink = Sink::Fd(fd);
         let port_mut = self.shard.port_mut(port);
         if !port_mut.attach_greeted(now, stream, sink, &prefix, &greeting) {
-            self.reset((port, stream));
+            return self.reset((port, stream));
         }
+        if let Some(tag) = tag {
+            self.tunnels.add((port, stream), tag);
+        }
+    }
+
+    /// Tells `aditd` of a page of the tunnels that have a tag.
+    pub(super) fn list_tunnels(&mut self, ask: &ListTunnels) {
+        let page = self.tunnels.page(ask.after);
+        self.say(Message::Tunnels(page), vec![]);
+    }
+
+    /// Breaks tunnels off.
+    pub(super) fn end_tunnels(&mut self, end: &EndTunnels) -> Result<(), &'static str> {
+        if end.numbers.len() > TUNNELS_MAX {
+            return Err("it ends too many tunnels at once");
+        }
+        for number in &end.numbers {
+            if let Some(at) = self.tunnels.stream(*number) {
+                self.reset(at);
+                self.tunnels.ended(at);
+            }
+        }
+        Ok(())
     }
 
     /// A dial failed. If nobody served it on the ring's other side, dials again over vsock; otherwise reports the failure.
@@ -241,6 +282,7 @@ impl<C: Carrier> Process<C> {
 
     /// A stream ended. If it is a dial's, and its answer still waits to be sent, then it has failed instead.
     pub(super) fn stream_closed(&mut self, at: At) {
+        self.tunnels.ended(at);
         let Some((id, _)) = self.forget(at) else {
             return;
         };
@@ -311,6 +353,7 @@ impl<C: Carrier> Process<C> {
             fd,
             prefix: attach.prefix,
             greeting: Vec::new(),
+            tag: None,
         });
         self.dialed_is_said(attach.id);
         Ok(())

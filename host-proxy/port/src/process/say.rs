@@ -3,7 +3,7 @@
 use adit_channel::carrier::Carrier;
 
 use super::Process;
-use crate::control::{FEATURE_CONNECT, Features, Held, Status, Stuck};
+use crate::control::{FEATURE_CONNECT, FEATURE_TUNNELS, Features, Held, Status, Stuck};
 use crate::control_io::Message;
 
 /// Longest text of a fault, in characters.
@@ -47,7 +47,7 @@ impl<C: Carrier> Process<C> {
             let first = self.said.replace(status.clone()).is_none();
             if first {
                 // Ahead of the status, after which aditd dials.
-                let bits = FEATURE_CONNECT;
+                let bits = FEATURE_CONNECT | FEATURE_TUNNELS;
                 self.say(Message::Features(Features { bits }), vec![]);
             }
             self.say(Message::Status(status), vec![]);

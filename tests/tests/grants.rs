@@ -1,0 +1,174 @@
+//! Tunnels and their grants: a real aditd, a port process and a software guest.
+//!
+//! These tests need the binaries that `cargo xtask test` builds. Without them they print that and pass.
+#![allow(missing_docs)]
+
+mod echo;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use adit_tests::host::Host;
+use adit_tests::process::wait_for;
+use echo::{ECHO, Echo};
+
+const SOON: Duration = Duration::from_secs(30);
+
+fn started() -> Option<(Host, Echo)> {
+    let Some(bins) = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from) else {
+        println!(
+            "skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it"
+        );
+        return None;
+    };
+    let host = Host::start(&bins, &["a"]).unwrap();
+    host.wait_port("a").unwrap();
+    let guest = Echo::boot(&host.vhost_socket("a"));
+    wait_for("the guest", SOON, || Ok(echo::connect(host.proxy()))).unwrap();
+    Some((host, guest))
+}
+
+/// Has aditd read a changed configuration, and waits until it has.
+fn reload(host: &Host, change: impl Fn(String) -> String) {
+    let path = host.dir().join("aditd.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let changed = change(text.clone());
+    assert_ne!(text, changed);
+    std::fs::write(&path, changed).unwrap();
+    let out = host.adit(&["reload"]).unwrap();
+    assert!(out.status.success(), "{out:?}");
+}
+
+/// A tunnel that works.
+fn tunnel(mut client: impl Read + Write) -> impl Read + Write {
+    write!(
+        client,
+        "CONNECT vsock-{ECHO}.a:{ECHO} HTTP/1.1\r\nHost: a\r\n\r\n"
+    )
+    .unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        client.read_exact(&mut byte).unwrap();
+        head.push(byte[0]);
+    }
+    assert!(
+        head.starts_with(b"HTTP/1.1 200"),
+        "{}",
+        String::from_utf8_lossy(&head)
+    );
+    echoes(&mut client);
+    client
+}
+
+fn echoes(client: &mut (impl Read + Write)) {
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+}
+
+fn tcp(host: &Host) -> TcpStream {
+    let client = TcpStream::connect(host.proxy()).unwrap();
+    client.set_read_timeout(Some(SOON)).unwrap();
+    client
+}
+
+/// How a tunnel ends that nobody ended.
+fn end(mut client: impl Read) -> Option<ErrorKind> {
+    client.read(&mut [0]).map_err(|e| e.kind()).err()
+}
+
+#[test]
+fn r125_a_tunnel_is_broken_off_when_its_grant_is_taken_away_and_others_go_on() {
+    let Some((host, _guest)) = started() else {
+        return;
+    };
+    // By another name than the one that is taken away.
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let secret = adit_api::token::new().unwrap();
+    reload(&host, |text| {
+        let token = format!("[[token]]\nname = \"ci\"\nsha256 = \"{}\"\n", secret.1);
+        let grant = "[[grant]]\nto = [\"token:ci\"]\nvms = [\"a\"]\nmay = [\"reach\"]\n";
+        text + &token + grant
+    });
+    let with_token = || {
+        let mut client = tcp(&host);
+        let request = format!(
+            "CONNECT vsock-{ECHO}.a:{ECHO} HTTP/1.1\r\nHost: a\r\nProxy-Authorization: Bearer {}\r\n\r\n",
+            secret.0
+        );
+        client.write_all(request.as_bytes()).unwrap();
+        let mut head = [0; 12];
+        client.read_exact(&mut head).unwrap();
+        (head == *b"HTTP/1.1 200").then_some(client)
+    };
+    let mut kept = wait_for("the token", SOON, || Ok(with_token())).unwrap();
+    // The rest of the head.
+    let mut last = [0; 4];
+    while last != *b"\r\n\r\n" {
+        last.rotate_left(1);
+        kept.read_exact(&mut last[3..]).unwrap();
+    }
+    let lost = tunnel(tcp(&host));
+    reload(&host, |text| {
+        text.replace("to = [\"anyone\"]", "to = [\"user:nobody-at-all\"]")
+    });
+    assert_eq!(end(lost), Some(ErrorKind::ConnectionReset));
+    echoes(&mut kept);
+    // Nothing new, either.
+    let mut refused = tcp(&host);
+    write!(
+        refused,
+        "CONNECT vsock-{ECHO}.a:{ECHO} HTTP/1.1\r\nHost: a\r\n\r\n"
+    )
+    .unwrap();
+    let mut said = String::new();
+    refused.read_to_string(&mut said).unwrap();
+    assert!(said.starts_with("HTTP/1.1 40"), "{said}");
+    // A token that is gone, while aditd is not there: its successor finds what it left.
+    let mut host = host;
+    host.kill();
+    let path = host.dir().join("aditd.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace("name = \"ci\"", "name = \"other\"")).unwrap();
+    echoes(&mut kept);
+    host.launch().unwrap();
+    assert_eq!(end(kept), Some(ErrorKind::ConnectionReset));
+    let audit = std::fs::read_to_string(host.dir().join("state/aditd.audit")).unwrap();
+    assert!(
+        audit.contains("\"grant-gone\"") && audit.contains("token:ci"),
+        "{audit}"
+    );
+}
+
+#[test]
+fn a_tunnel_over_a_unix_socket_ends_with_its_grants_time() {
+    let Some((mut host, _guest)) = started() else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("proxy.sock");
+    let text = std::fs::read_to_string(host.dir().join("aditd.toml")).unwrap();
+    let listen = format!("[[listen]]\naddress = \"unix:{}\"\n", path.display());
+    host.kill();
+    std::fs::write(host.dir().join("aditd.toml"), text + &listen).unwrap();
+    host.launch().unwrap();
+    host.wait_port("a").unwrap();
+    let client = UnixStream::connect(&path).unwrap();
+    client.set_read_timeout(Some(SOON)).unwrap();
+    let lost = tunnel(client);
+    let over = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(2);
+    reload(&host, |text| {
+        text.replace(
+            "to = [\"anyone\"]",
+            &format!("to = [\"anyone\"]\nuntil = \"{over}\""),
+        )
+    });
+    // A Unix socket has no reset: it is closed.
+    assert_eq!(end(lost), None);
+    assert!(jiff::Timestamp::now() >= over);
+}
