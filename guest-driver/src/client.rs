@@ -189,7 +189,7 @@ impl Client {
         }
         self.tell(conn)?;
         if self.features & wire::TRUST != 0 {
-            let held = self.live.held(&self.live.anchors(), String::new());
+            let held = self.live.held(String::new());
             self.send(conn, WireKind::TrustHeld, &held)?;
         }
         self.send_clock(conn)?;
@@ -264,7 +264,7 @@ impl Client {
             false => {
                 let why =
                     format!("trust-too-many: more than {TRUSTS_MAX} trust documents on one stream");
-                self.live.held(&self.live.anchors(), why)
+                self.live.held(why)
             }
         };
         self.send(conn, WireKind::TrustHeld, &held)?;
