@@ -11,7 +11,7 @@ use adit_names::VmId;
 use serde::{Deserialize, Serialize};
 
 use super::{Proved, TrustError};
-use crate::anchor::{ANCHORS_MAX, Anchor, Role, TrustStore};
+use crate::anchor::{Anchor, Role, TrustStore};
 use crate::key::KeyId;
 
 /// Most signers whose documents are kept, those for all guests and those for one VM counted apart.
