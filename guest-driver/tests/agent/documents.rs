@@ -332,6 +332,12 @@ fn adit_guest_trust_add_takes_a_document_and_sighup_ends_what_runs_by_its_key() 
         host.log().matches("adit-guest: reloaded ").count() == 2
     });
     refused(&session.run(&ran(&host, 2)), "revoked-key");
+    // One that waits for work, with nothing to say otherwise.
+    assert_eq!(take(&document(1, 3, revokes(&[7]))).0, Some(0));
+    kill(Pid::from_raw(host.pid()), Signal::SIGHUP).unwrap();
+    let (mut last, _) = host.accept();
+    let told = last.trust.take().unwrap();
+    assert_eq!(told.documents[0].sequence, 3);
 }
 
 #[test]
