@@ -19,15 +19,13 @@ fn change<T>(what: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     done
 }
 
-/// Makes a directory with mode 0700, or finds it: then it must be one, and nobody's but this process's user's.
+/// Makes a directory with mode 0700, on disk when this returns, or finds it: then it must be one, and nobody's but this process's user's.
 ///
 /// # Errors
 /// It cannot be made, or others could change what is in it (R99).
 pub fn own_dir(dir: &Path) -> io::Result<()> {
     match fs::symlink_metadata(dir) {
-        Err(e) if e.kind() == ErrorKind::NotFound => {
-            change(|| DirBuilder::new().recursive(true).mode(0o700).create(dir))?;
-        }
+        Err(e) if e.kind() == ErrorKind::NotFound => make_dir(dir)?,
         found => {
             found?;
         }
@@ -39,6 +37,22 @@ pub fn own_dir(dir: &Path) -> io::Result<()> {
         return Err(io::Error::new(ErrorKind::PermissionDenied, why));
     }
     Ok(())
+}
+
+fn make_dir(dir: &Path) -> io::Result<()> {
+    let parent = match dir.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => return Ok(()),
+    };
+    if !parent.exists() {
+        make_dir(parent)?;
+    }
+    match change(|| DirBuilder::new().mode(0o700).create(dir)) {
+        Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e),
+        _ => {}
+    }
+    sync_dir(parent)
 }
 
 /// Makes a file that must not be there yet. A link in its place is not followed.

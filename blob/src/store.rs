@@ -58,7 +58,7 @@ pub enum BlobError {
     /// Somebody writes it.
     #[error("it is being written by another stream")]
     Busy,
-    /// What came is not what was announced; nothing of it is kept.
+    /// What came, or what was announced of it, is not what has this digest.
     #[error("{0}")]
     Mismatch(String),
     /// There is none.
@@ -94,11 +94,15 @@ pub struct Store {
     dir: PathBuf,
     prefix: &'static str,
     limits: Limits,
+    /// Held by whoever reads the directory or changes what is in it, which takes time.
+    turn: Mutex<()>,
+    /// Never held over anything that takes time, because readers and writers are dropped on threads that others wait for. New ones
+    /// come only to whoever has the turn.
     held: Mutex<HashMap<Digest, Held>>,
 }
 
 /// Who uses a blob now.
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Held {
     readers: usize,
     is_written: bool,
@@ -133,6 +137,7 @@ impl Store {
             dir: dir.into(),
             prefix,
             limits,
+            turn: Mutex::default(),
             held: Mutex::default(),
         })
     }
@@ -142,7 +147,7 @@ impl Store {
     /// # Errors
     /// The directory cannot be read.
     pub fn present(&self, digest: &Digest) -> io::Result<Present> {
-        let _held = self.held();
+        let _turn = self.turn();
         let mut found = Present::Nothing;
         for entry in self.entries()?.iter().filter(|e| e.digest == *digest) {
             match entry.part_of {
@@ -165,7 +170,8 @@ impl Store {
         if size > max {
             return Err(BlobError::TooLarge { size, max });
         }
-        let mut held = self.held();
+        let _turn = self.turn();
+        let held = self.held().clone();
         disk::own_dir(&self.dir)?;
         let mut entries = self.entries()?;
         entries.sort_by(|a, b| (a.used, &a.path).cmp(&(b.used, &b.path)));
@@ -176,7 +182,7 @@ impl Store {
                 let text = format!("the blob of this digest has {is} bytes, and not {size}");
                 return Err(BlobError::Mismatch(text));
             }
-            return self.read(&mut held, digest).map(Begun::Whole);
+            return self.read(digest).map(Begun::Whole);
         }
         if held.get(&digest).is_some_and(|h| h.is_written) {
             return Err(BlobError::Busy);
@@ -199,7 +205,7 @@ impl Store {
             file => file?,
         };
         let at = file.seek(SeekFrom::End(0))?;
-        held.entry(digest).or_default().is_written = true;
+        self.held().entry(digest).or_default().is_written = true;
         Ok(Begun::Writing(Writing {
             store: self.clone(),
             digest,
@@ -215,8 +221,8 @@ impl Store {
     /// # Errors
     /// There is none.
     pub fn open(self: &Arc<Self>, digest: Digest) -> Result<Reading, BlobError> {
-        let mut held = self.held();
-        self.read(&mut held, digest)
+        let _turn = self.turn();
+        self.read(digest)
     }
 
     /// Removes a blob that nobody uses, and what there is of one.
@@ -224,8 +230,8 @@ impl Store {
     /// # Errors
     /// Somebody uses it, or it stays.
     pub fn remove(&self, digest: &Digest) -> Result<(), BlobError> {
-        let held = self.held();
-        if held.contains_key(digest) {
+        let _turn = self.turn();
+        if self.held().contains_key(digest) {
             return Err(BlobError::Busy);
         }
         for entry in self.entries()?.iter().filter(|e| e.digest == *digest) {
@@ -234,11 +240,8 @@ impl Store {
         Ok(())
     }
 
-    fn read(
-        self: &Arc<Self>,
-        held: &mut HashMap<Digest, Held>,
-        digest: Digest,
-    ) -> Result<Reading, BlobError> {
+    /// Of who has the turn.
+    fn read(self: &Arc<Self>, digest: Digest) -> Result<Reading, BlobError> {
         let path = self.path(&digest, None);
         let file = match open(&path, false) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Err(BlobError::Unknown(digest)),
@@ -251,7 +254,7 @@ impl Store {
         let size = file.metadata()?.len();
         // Only its turn to go depends on it.
         let _ = file.set_modified(SystemTime::now());
-        held.entry(digest).or_default().readers += 1;
+        self.held().entry(digest).or_default().readers += 1;
         Ok(Reading {
             store: self.clone(),
             digest,
@@ -354,6 +357,10 @@ impl Store {
         (again.file_name()?.to_str() == Some(name)).then_some((digest, part_of))
     }
 
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn held(&self) -> MutexGuard<'_, HashMap<Digest, Held>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -447,7 +454,7 @@ impl Writing {
     /// Writes the next bytes.
     ///
     /// # Errors
-    /// They are too many, or there is no room any more; then what was there is given up.
+    /// They are too many; or there is no room any more, and then what was there is given up.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), BlobError> {
         if bytes.len() as u64 > self.missing() {
             let text = format!("more came than the {} bytes that were announced", self.size);

@@ -296,24 +296,14 @@ async fn give(
         let program_now = vm.program.as_ref().and_then(|p| p.sha256.as_ref());
         vm.state == VmState::Ready && program_now == Some(&digest)
     };
-    if runs(vm) {
-        return Ok("already");
+    // One that runs it already is told all the same what it may not go back to.
+    if !runs(vm) {
+        send(client, name, &digest, said).await?;
     }
-    let path = format!("/v1/vms/{name}/blobs/{digest}");
-    loop {
-        let sent: Transfer = client.post(&path, &()).await?;
-        if sent.kept {
-            break;
-        }
-        said.meanwhile(format_args!("{name}: sent {}", part(sent.sent, sent.size)));
-        tokio::time::sleep(LOOK).await;
-    }
-    let order = AgentOrder {
-        envelope: envelope.to_owned(),
-    };
+    let envelope = envelope.to_owned();
     let patient = client.patient(TAKE_LIMIT);
     let answer: AgentAnswer = patient
-        .post(&format!("/v1/vms/{name}/agent"), &order)
+        .post(&format!("/v1/vms/{name}/agent"), &AgentOrder { envelope })
         .await?;
     if answer.already {
         return Ok("already");
@@ -348,6 +338,19 @@ async fn give(
             "{name}: waits for the new agent, {}",
             output::span(begin.elapsed())
         ));
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Has aditd send it, and waits until the guest has it.
+async fn send(client: &Client, name: &str, digest: &str, said: &mut Said) -> Result<(), Failure> {
+    let path = format!("/v1/vms/{name}/blobs/{digest}");
+    loop {
+        let sent: Transfer = client.post(&path, &()).await?;
+        if sent.kept {
+            return Ok(());
+        }
+        said.meanwhile(format_args!("{name}: sent {}", part(sent.sent, sent.size)));
         tokio::time::sleep(LOOK).await;
     }
 }

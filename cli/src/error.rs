@@ -4,6 +4,7 @@ use std::io;
 use std::process::ExitCode;
 
 use adit_print::PrintError;
+use clap::error::ErrorKind;
 use serde::Serialize;
 
 use crate::text::{Format, escape, json_text};
@@ -65,6 +66,25 @@ impl Failure {
 
     pub fn timeout(message: impl Into<String>) -> Self {
         Self::new("timeout", message)
+    }
+}
+
+/// A command line that is wrong. What clap says for people has paragraphs: what is wrong, tips, how it is used.
+impl From<&clap::Error> for Failure {
+    fn from(e: &clap::Error) -> Self {
+        if e.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+            return Self::new("usage", "no command was given")
+                .help("the same with --help lists the commands");
+        }
+        let text = e.render().to_string();
+        let mut parts = text.split("\n\n").map(|part| {
+            let lines = part.lines().map(str::trim);
+            lines.collect::<Vec<_>>().join(" ").trim().to_owned()
+        });
+        let what = parts.next().unwrap_or_default();
+        let what = what.strip_prefix("error: ").unwrap_or(&what);
+        let help: Vec<String> = parts.filter(|part| !part.is_empty()).collect();
+        Self::new("usage", what).help(help.join("; "))
     }
 }
 

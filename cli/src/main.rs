@@ -24,6 +24,7 @@ mod text;
 mod trust;
 mod vm;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -138,11 +139,26 @@ fn socket(given: Option<PathBuf>) -> PathBuf {
         .unwrap_or_else(|| SOCKET.into())
 }
 
+/// Whether a command line asks for JSON, also one that is wrong otherwise.
+fn asks_for_json(words: impl Iterator<Item = OsString>) -> bool {
+    let words: Vec<_> = words.take_while(|word| word != "--").collect();
+    let is_whole = |word: &OsString| {
+        let of = ["-ojson", "-o=json", "--output=json"];
+        of.into_iter().any(|whole| word == whole)
+    };
+    let is_pair =
+        |pair: &[OsString]| (pair[0] == "-o" || pair[0] == "--output") && pair[1] == "json";
+    words.iter().any(is_whole) || words.windows(2).any(is_pair)
+}
+
 fn main() -> ExitCode {
     if let Some(done) = completion::asked() {
         return done;
     }
-    let cli = match adit_print::parse::<Cli>("adit") {
+    let wrong = |e: &clap::Error| {
+        asks_for_json(std::env::args_os().skip(1)).then(|| error::report(&e.into(), Format::Json))
+    };
+    let cli = match adit_print::parse_or::<Cli>("adit", wrong) {
         Ok(cli) => cli,
         Err(done) => return done,
     };
@@ -192,5 +208,39 @@ fn version(format: Format) -> Result<(), Failure> {
     match format {
         Format::Json => output::json(&serde_json::json!({ "name": "adit", "version": version })),
         Format::Table => output::line(format_args!("adit {version}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failure(line: &str) -> (bool, serde_json::Value) {
+        let words = || line.split_whitespace();
+        let json = asks_for_json(words().skip(1).map(OsString::from));
+        let e = Cli::try_parse_from(words()).err().unwrap();
+        (json, serde_json::to_value(Failure::from(&e)).unwrap())
+    }
+
+    #[test]
+    fn a_wrong_command_line_is_an_error_as_others_are() {
+        for line in [
+            "adit vm ls --bogus -o json",
+            "adit --output json vm ls --bogus",
+            "adit -ojson vm ls --bogus",
+            "adit vm ls --bogus --output=json",
+        ] {
+            let (json, failure) = failure(line);
+            assert!(json, "{line}");
+            assert_eq!(failure["code"], "usage");
+            let said = failure["message"].as_str().unwrap();
+            assert!(said.contains("--bogus") && !said.contains('\n'), "{said}");
+            assert!(failure["help"].as_str().unwrap().contains("Usage: adit"));
+        }
+        let (json, missing) = failure("adit vm show -o table");
+        assert!(!json && missing["message"].as_str().unwrap().contains("NAME"));
+        assert!(!failure("adit vm ls --bogus -- -o json").0);
+        let (_, nothing) = failure("adit -o json");
+        assert_eq!(nothing["code"], "usage");
     }
 }

@@ -7,13 +7,13 @@
 //!
 //! A task whose goal is not yet valid by the guest's clock is given back, and the next one is pulled: the host hands it out
 //! again once the guest's clock shows its time, which the agent says as soon as it does. A host of the version before would
-//! hand it out again at once: with one, the task is held and started when its time has come, and later tasks wait behind it.
-//! The agent sends the time of its clock before every pull, so that the host sees a clock that is off; the host answers with
-//! its own time, which the guest takes if its configuration says so.
+//! hand it out again at once: with one, the task is held and started when its time has come, and later tasks wait behind it
+//! (`client/time.rs`).
+
+mod time;
 
 use std::io::{self, ErrorKind, Write};
 use std::mem;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,16 +22,13 @@ use adit_channel::frame::{self, Header};
 use adit_channel::hello::{self, Hello, Open};
 use adit_tasks::hex;
 use adit_tasks::wire::{
-    self, Clock, Facts, Held, Lacks, Pull, Report, ReportAck, SERVICE, Task, TaskOf, WireKind,
+    self, Facts, Held, Lacks, Pull, Report, ReportAck, SERVICE, Task, TaskOf, WireKind,
 };
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::backoff::{Backoff, jittered};
 use crate::clock;
-use crate::config::ClockSource;
 use crate::conn::Conn;
 use crate::crash::{self, Point};
 use crate::frames::{answers, decode, ignorable, invalid};
@@ -47,10 +44,6 @@ use crate::{facts, log};
 
 /// How long the host may take to answer the hello, and to read our bytes meanwhile.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
-/// A time that the host took longer to answer with is not used.
-const CLOCK_ANSWER_MAX: Duration = Duration::from_secs(5);
-/// The guest's clock is not set while it is off by less, ms.
-const CLOCK_STEP_MIN_MS: u64 = 1000;
 /// How long the host may take to acknowledge a report. A host that does not may have lost the stream without an end that the
 /// guest could see.
 const OWED_LIMIT: Duration = Duration::from_secs(30);
@@ -189,7 +182,7 @@ impl Client {
         }
         self.tell(conn)?;
         if self.features & wire::TRUST != 0 {
-            let held = self.live.held(&self.live.anchors(), String::new());
+            let held = self.live.held(String::new());
             self.send(conn, WireKind::TrustHeld, &held)?;
         }
         self.send_clock(conn)?;
@@ -264,7 +257,7 @@ impl Client {
             false => {
                 let why =
                     format!("trust-too-many: more than {TRUSTS_MAX} trust documents on one stream");
-                self.live.held(&self.live.anchors(), why)
+                self.live.held(why)
             }
         };
         self.send(conn, WireKind::TrustHeld, &held)?;
@@ -304,25 +297,6 @@ impl Client {
         }
     }
 
-    /// Waits for the stream; meanwhile says so when the time of what was given back has come, or the clock was set.
-    fn wait_for_frame(&mut self, conn: &Conn) -> io::Result<()> {
-        while let Some(ms) = self.given.next_held() {
-            let alarm = clock::Alarm::at(ms)?;
-            let mut fds =
-                [conn.as_fd(), alarm.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-            match poll(&mut fds, PollTimeout::NONE) {
-                Err(Errno::EINTR) => continue,
-                Err(e) => return Err(e.into()),
-                Ok(_) => {}
-            }
-            if fds[0].any().unwrap_or(true) {
-                break;
-            }
-            self.send_clock(conn)?;
-        }
-        Ok(())
-    }
-
     /// Runs a task, once its time has come; none if it was given back until then.
     fn work(&mut self, conn: &Conn, task: &Task) -> io::Result<Option<Report>> {
         loop {
@@ -342,67 +316,6 @@ impl Client {
             }
             self.hold(conn, not_before_ms)?;
         }
-    }
-
-    /// Waits until the time of a task has come, or that of one that was given back, or the clock was set, or the stream ends.
-    fn hold(&mut self, conn: &Conn, not_before_ms: u64) -> io::Result<()> {
-        self.send_clock(conn)?;
-        // Then there is room to give this one back too: it may be due in a year, and another in an hour.
-        let not_before_ms = self
-            .given
-            .next_held()
-            .map_or(not_before_ms, |ms| ms.min(not_before_ms));
-        let alarm = clock::Alarm::at(not_before_ms)?;
-        while clock::now_ms() < not_before_ms {
-            let mut fds =
-                [alarm.as_fd(), conn.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-            match poll(&mut fds, PollTimeout::NONE) {
-                Err(Errno::EINTR) => continue,
-                Err(e) => return Err(e.into()),
-                Ok(_) => {}
-            }
-            if fds[0].any().unwrap_or(true) {
-                break;
-            }
-            self.read_unsolicited(conn)?;
-        }
-        if self.given.next_held().is_some() {
-            // Both ends count what is given back, and count by the times that were told.
-            self.send_clock(conn)?;
-        }
-        Ok(())
-    }
-
-    /// Sends the guest's time. A host of this version answers with its own.
-    fn send_clock(&mut self, conn: &Conn) -> io::Result<()> {
-        let unix_ms = clock::now_ms();
-        self.given.come(unix_ms);
-        let id = self.send_ignorable(conn, WireKind::Clock, &Clock { unix_ms })?;
-        self.clock_asked = Some((id, Instant::now()));
-        Ok(())
-    }
-
-    /// The host's time: sets the guest's clock if the configuration says so.
-    fn on_host_clock(&mut self, header: &Header, body: &[u8]) -> io::Result<()> {
-        let host: Clock = decode(header, body)?;
-        let Some((_, asked)) = self.clock_asked.take_if(|(id, _)| *id == header.id) else {
-            return Ok(());
-        };
-        let took = asked.elapsed();
-        if self.live.config().clock == ClockSource::Own || took > CLOCK_ANSWER_MAX {
-            return Ok(());
-        }
-        // The answer took half of that to come.
-        let way = u64::try_from(took.as_millis() / 2).unwrap_or(0);
-        let (now, to) = (clock::now_ms(), host.unix_ms.saturating_add(way));
-        if now.abs_diff(to) < CLOCK_STEP_MIN_MS {
-            return Ok(());
-        }
-        match clock::set_ms(to) {
-            Ok(()) => log::event("clock-set", &[("from_ms", &now), ("to_ms", &to)]),
-            Err(e) => log::event("clock-not-set", &[("to_ms", &to), ("error", &e)]),
-        }
-        Ok(())
     }
 
     /// Waits for a task's end. If the stream ends first, the task runs on, and the next stream continues with it.

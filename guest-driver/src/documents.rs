@@ -10,7 +10,7 @@
 //! trusted, for nobody knows then what was revoked.
 
 use std::fs::{self, File};
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read};
 use std::path::Path;
 
 use adit_tasks::card::{from_text_as, text_max};
@@ -35,14 +35,7 @@ const FILE_MAX: u64 = 1 << 20;
 /// # Errors
 /// It is there, and damaged.
 pub fn read(state_dir: &Path) -> Result<Held, String> {
-    let file = state_dir.join(FILE);
-    let read = || -> io::Result<Vec<u8>> {
-        use std::io::Read;
-        let mut text = Vec::new();
-        File::open(&file)?.take(FILE_MAX).read_to_end(&mut text)?;
-        Ok(text)
-    };
-    match read() {
+    match read_start(&state_dir.join(FILE), FILE_MAX) {
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
             Ok(Held::default())
         }
@@ -56,10 +49,15 @@ pub fn read(state_dir: &Path) -> Result<Held, String> {
 /// # Errors
 /// It cannot be read, or is too long to be one.
 pub fn read_file(file: &Path) -> io::Result<Vec<u8>> {
-    use std::io::Read;
-    let (mut text, max) = (Vec::new(), text_max(Type::Trust) as u64 + 1);
-    File::open(file)?.take(max).read_to_end(&mut text)?;
+    let text = read_start(file, text_max(Type::Trust) as u64 + 1)?;
     from_text_as(Type::Trust, &text).map_err(io::Error::other)
+}
+
+/// At most so many bytes of a file.
+fn read_start(file: &Path, max: u64) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    File::open(file)?.take(max).read_to_end(&mut text)?;
+    Ok(text)
 }
 
 /// Takes a document. Returns whether that changed anything.

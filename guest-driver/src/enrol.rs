@@ -84,7 +84,7 @@ pub struct Enrolment {
     pub faults: Vec<Fault>,
     /// The guest's own key.
     pub key: Option<GuestKey>,
-    /// What is on disk of it; none: nothing can be kept.
+    /// What is to be on disk of it; none: nothing can be kept.
     pub kept: Option<Kept>,
 }
 

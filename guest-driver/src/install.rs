@@ -83,7 +83,7 @@ impl What {
         &'a self,
         root: &'a Path,
         init: Option<Init>,
-        binary: &'a Path,
+        binary: Option<&'a Path>,
     ) -> Install<'a> {
         Install {
             root,
@@ -118,8 +118,8 @@ pub struct Install<'a> {
     pub policy: Option<&'a Path>,
     /// Local TCP ports that the host may reach.
     pub ports: &'a [u16],
-    /// The agent's binary.
-    pub binary: &'a Path,
+    /// The agent's binary; none: only for an image that has the package.
+    pub binary: Option<&'a Path>,
 }
 
 /// Why it could not be installed.
@@ -136,6 +136,11 @@ pub enum InstallError {
         #[source]
         source: io::Error,
     },
+    /// There is no agent to put there, and the image does not have its package.
+    #[error(
+        "no agent to install: the image does not have the package adit-guest, and no program was given or found"
+    )]
+    NoAgent,
     /// The image's init system is not known.
     #[error(transparent)]
     Init(#[from] detect::Unknown),
@@ -299,6 +304,11 @@ pub fn install(what: &Install<'_>) -> Result<Vec<String>, InstallError> {
 pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String>, InstallError> {
     let root = what.root;
     let packaged = image.has(PACKAGED);
+    let binary = match what.binary {
+        _ if packaged => None,
+        None => return Err(InstallError::NoAgent),
+        binary => binary,
+    };
     let init = match what.init {
         Some(init) => init,
         None if packaged => Init::None,
@@ -326,10 +336,10 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
         Ok(())
     };
     let mut interpreter = None;
-    if !packaged {
-        let binary = fs::read(what.binary).map_err(at("read binary", what.binary))?;
+    if let Some(path) = binary {
+        let binary = fs::read(path).map_err(at("read binary", path))?;
         put(BINARY, &binary, 0o755)?;
-        interpreter = interpreter::of(&binary);
+        interpreter = interpreter::of(&binary).map(|needs| (needs, path));
     }
     put(CONFIG, config.as_bytes(), 0o600)?;
     for (name, key) in &keys {
@@ -374,13 +384,13 @@ pub fn install_in(image: &mut dyn Root, what: &Install<'_>) -> Result<Vec<String
             if changed { "wrote " } else { "keeps " }
         ));
     }
-    if let Some(needs) = interpreter
+    if let Some((needs, binary)) = interpreter
         && !image.has(needs.trim_start_matches('/'))
     {
         said.push(format!(
             "{} is linked dynamically, and the image has no {needs}: it will not start there. Install the static program: \
              cargo build --profile guest --target x86_64-unknown-linux-musl -p adit-guest-driver",
-            what.binary.display()
+            binary.display()
         ));
     }
     if keys.is_empty() {

@@ -25,6 +25,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use adit_blob::disk;
 use adit_tasks::window::Window;
 use adit_tasks::wire::{Outcome, Report, TaskId};
 use redb::{
@@ -231,11 +232,6 @@ fn make(path: &Path) -> Result<()> {
     made
 }
 
-fn sync(dir: &Path) -> Result<()> {
-    let synced = std::fs::File::open(dir).and_then(|d| d.sync_all());
-    Ok(synced.map_err(any)?)
-}
-
 impl Journal {
     /// Opens or makes the journal in a directory of mode 0700.
     ///
@@ -262,7 +258,7 @@ impl Journal {
         }
         journal.db()?;
         // The file's own name must survive a crash too.
-        sync(dir)?;
+        disk::sync_dir(dir).map_err(any)?;
         Ok(journal)
     }
 

@@ -8,7 +8,8 @@
 //! | `allow_ports` | at the next stream after SIGHUP; streams that are open go on |
 //! | `clock` | when the host next sends its time after SIGHUP |
 //! | what is in the places of cards and trust documents | at SIGHUP; the host hears of it on the agent's next stream, which begins at once |
-//! | trust documents that the host passes on, or that `adit-guest trust add` takes | at the next task; a task that runs ends at once if its key is revoked, in the second case after SIGHUP |
+//! | trust documents that the host passes on | at the next task; a task that runs ends at once if its key is revoked |
+//! | those that `adit-guest trust add` takes | at the next task; at SIGHUP a task that runs ends if its key is revoked, and the host hears of it as above |
 //! | `vm_id`, `card`, `state_dir`, `run_dir` | at the next start of the agent |
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -42,6 +43,8 @@ pub struct Live {
     current: Mutex<Option<Current>>,
     /// The stream to the host.
     stream: Mutex<Option<OwnedFd>>,
+    /// What the host was told on it of trust documents; none: nothing.
+    told: Mutex<Option<TrustHeld>>,
 }
 
 /// A task that was verified, and has not ended.
@@ -72,6 +75,7 @@ impl Live {
             logged: Mutex::default(),
             current: Mutex::default(),
             stream: Mutex::default(),
+            told: Mutex::default(),
         }
     }
 
@@ -164,7 +168,10 @@ impl Live {
         let mut enrolment = Enrolment::clone(&self.enrolled());
         if let Err(fault) = enrolment.identified(&self.config(), said) {
             log::event(fault.code, &[("why", &fault.why), ("do", &fault.remedy)]);
-            enrolment.faults.push(fault);
+            // It is asked on each stream.
+            if !enrolment.faults.contains(&fault) {
+                enrolment.faults.push(fault);
+            }
         }
         self.set_enrolled(enrolment);
     }
@@ -187,7 +194,10 @@ impl Live {
         let has_changed = says(&before) != says(&now);
         self.set_enrolled(now);
         drop(enrolling);
-        self.end_revoked(&self.anchors());
+        let anchors = self.anchors();
+        self.end_revoked(&anchors);
+        let is_news = |told: &TrustHeld| *told != held(&anchors, String::new());
+        let has_changed = has_changed || lock(&self.told).as_ref().is_some_and(is_news);
         if has_changed && let Some(stream) = &*lock(&self.stream) {
             let _ = shutdown(stream.as_raw_fd(), Shutdown::Both);
         }
@@ -196,23 +206,20 @@ impl Live {
     /// The stream to the host; none: there is none.
     pub fn talks_on(&self, conn: Option<&Conn>) {
         let own = conn.and_then(|conn| conn.as_fd().try_clone_to_owned().ok());
+        *lock(&self.told) = None;
         *lock(&self.stream) = own;
     }
 
-    /// What this guest has taken of trust documents. `refused`: why one was not; empty: none was.
-    pub fn held(&self, anchors: &Anchors, refused: String) -> TrustHeld {
-        let documents = anchors.held.documents().iter().take(DOCUMENTS_MAX);
-        TrustHeld {
-            documents: documents
-                .map(|taken| HeldDocument {
-                    signer: taken.signer.0,
-                    own: taken.vm_id.is_some(),
-                    sequence: taken.sequence,
-                })
-                .collect(),
-            revoked: u16::try_from(anchors.held.revoked().count()).unwrap_or(u16::MAX),
-            refused,
-        }
+    /// What the host is told of trust documents that this guest has taken. `refused`: why one was not; empty: none was.
+    pub fn held(&self, refused: String) -> TrustHeld {
+        // Held while they are read: whoever takes one, and then looks here, finds it told or not told.
+        let mut told = lock(&self.told);
+        let said = held(&self.anchors(), refused);
+        *told = Some(TrustHeld {
+            refused: String::new(),
+            ..said.clone()
+        });
+        said
     }
 
     /// Takes a trust document, or not; what runs by a key that is revoked with it ends.
@@ -230,9 +237,8 @@ impl Live {
                 fault.to_string()
             }
         };
-        let anchors = self.anchors();
-        self.end_revoked(&anchors);
-        self.held(&anchors, refused)
+        self.end_revoked(&self.anchors());
+        self.held(refused)
     }
 
     /// A task that was verified is about to be recorded. Whoever revokes its key from here on finds it.
@@ -287,6 +293,21 @@ impl Live {
         keep("run_dir", &mut new.run_dir, &old.run_dir, &mut kept);
         *self.config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
         Ok(kept)
+    }
+}
+
+fn held(anchors: &Anchors, refused: String) -> TrustHeld {
+    let documents = anchors.held.documents().iter().take(DOCUMENTS_MAX);
+    TrustHeld {
+        documents: documents
+            .map(|taken| HeldDocument {
+                signer: taken.signer.0,
+                own: taken.vm_id.is_some(),
+                sequence: taken.sequence,
+            })
+            .collect(),
+        revoked: u16::try_from(anchors.held.revoked().count()).unwrap_or(u16::MAX),
+        refused,
     }
 }
 

@@ -142,7 +142,8 @@ fn main() -> ExitCode {
             init,
             what,
             binary,
-        } => own_binary(binary).and_then(|binary| into_image(&what.install(&root, init, &binary))),
+        } => own_binary(binary)
+            .and_then(|binary| into_image(&what.install(&root, init, Some(&binary)))),
         Cmd::Status { config } => status(&config),
         Cmd::CheckConfig { file } => check_config(&file),
         Cmd::SelfTest { config } => self_test(&config),

@@ -27,6 +27,7 @@ use adit_port::control::Target;
 use adit_tasks::order::{self, Answer};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use crate::access::Caller;
 use crate::api::ApiError;
@@ -67,6 +68,8 @@ struct Sending {
     size: u64,
     sent: AtomicU64,
     ended: Mutex<Option<Result<(), Refusal>>>,
+    /// Its VM was: then nobody asks how it ended, and another VM may have the name.
+    removed: CancellationToken,
 }
 
 impl Blobs {
@@ -90,6 +93,10 @@ impl Blobs {
 }
 
 impl Sending {
+    fn ended(&self) -> MutexGuard<'_, Option<Result<(), Refusal>>> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn show(&self, kept: bool) -> Transfer {
         Transfer {
             sha256: self.digest.to_string(),
@@ -112,7 +119,7 @@ pub async fn send(
     vm: &Arc<VmEntry>,
     digest: Digest,
 ) -> Result<Transfer, ApiError> {
-    if let Some(known) = known(&state.blobs, &vm.name, digest)? {
+    if let Some(known) = known(&mut state.blobs.sending(), &vm.name, digest)? {
         return Ok(known);
     }
     let store = state.blobs.store.clone();
@@ -124,14 +131,17 @@ pub async fn send(
         size: reading.size(),
         sent: AtomicU64::new(0),
         ended: Mutex::default(),
+        removed: vm.removed.clone(),
     });
     {
         let mut sending = state.blobs.sending();
-        sending.retain(|_, s| {
-            let ended = s.ended.lock().unwrap_or_else(PoisonError::into_inner);
-            ended.is_none()
-        });
-        if sending.contains_key(&vm.name) || sending.len() >= TRANSFERS_MAX {
+        // Another request may have begun it meanwhile.
+        if let Some(known) = known(&mut sending, &vm.name, digest)? {
+            return Ok(known);
+        }
+        // Those that have ended stay until somebody has asked: one a VM.
+        let on_their_way = sending.values().filter(|s| s.ended().is_none());
+        if on_their_way.count() >= TRANSFERS_MAX {
             let text = format!("{TRANSFERS_MAX} files are on their way to VMs already");
             return Err(Refusal::busy(text).into());
         }
@@ -150,19 +160,22 @@ pub async fn send(
                 tracing::warn!(vm = %vm.name, blob = %digest, %why, "file not sent");
             }
         }
-        *sending.ended.lock().unwrap_or_else(PoisonError::into_inner) = Some(ended);
+        *sending.ended() = Some(ended);
     });
     Ok(begun.show(false))
 }
 
 /// What is known of a transfer; one that has ended is forgotten by this.
-fn known(blobs: &Blobs, vm: &VmId, digest: Digest) -> Result<Option<Transfer>, Refusal> {
-    let mut all = blobs.sending();
+fn known(
+    all: &mut HashMap<VmId, Arc<Sending>>,
+    vm: &VmId,
+    digest: Digest,
+) -> Result<Option<Transfer>, Refusal> {
+    all.retain(|_, sending| !sending.removed.is_cancelled());
     let Some(sending) = all.get(vm).cloned() else {
         return Ok(None);
     };
-    let ended = sending.ended.lock().unwrap_or_else(PoisonError::into_inner);
-    let ended = ended.clone();
+    let ended = sending.ended().clone();
     if sending.digest != digest {
         return match ended {
             // Nobody has asked how it ended.

@@ -7,5 +7,5 @@ const FULL_BYTES: u64 = 64 << 10;
 
 /// Whether the file system of this path is full. One that cannot be asked is not.
 pub fn is_full(path: &Path) -> bool {
-    rustix::fs::statvfs(path).is_ok_and(|fs| fs.f_bavail.saturating_mul(fs.f_frsize) < FULL_BYTES)
+    adit_blob::disk::free(path).is_ok_and(|free| free < FULL_BYTES)
 }

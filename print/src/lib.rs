@@ -115,6 +115,17 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
 /// There is nothing to run: the command line is wrong (status 2), or help, the version or manual pages were asked for and
 /// have been printed or written.
 pub fn parse<T: Parser>(program: &str) -> Result<T, ExitCode> {
+    parse_or(program, |_| None)
+}
+
+/// The same. Of a wrong command line `said` may say by itself what is wrong, and returns the exit status then.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_or<T: Parser>(
+    program: &str,
+    said: impl FnOnce(&clap::Error) -> Option<ExitCode>,
+) -> Result<T, ExitCode> {
     if let Some(dir) = man::asked() {
         return Err(match man::write(T::command(), &dir) {
             Ok(()) => ExitCode::SUCCESS,
@@ -122,6 +133,11 @@ pub fn parse<T: Parser>(program: &str) -> Result<T, ExitCode> {
         });
     }
     T::try_parse().map_err(|e| {
+        if e.use_stderr()
+            && let Some(done) = said(&e)
+        {
+            return done;
+        }
         let printed = e.print().and_then(|()| io::stdout().flush());
         match printed {
             Err(failed) if !e.use_stderr() => PrintError::from(failed).report(program),

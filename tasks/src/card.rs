@@ -32,8 +32,9 @@ use crate::object::{self, Object};
 pub use carried::{
     CarriedError, TEXT_MAX, as_text, from_fields, from_smbios, from_text, from_text_as, text_max,
 };
-pub(crate) use check::shown;
-pub use check::{CardError, Here, Proved, check};
+pub use check::{CardError, Proved, check};
+
+pub use crate::here::Here;
 pub use labels::{LABELS_MAX, Labels};
 
 /// Most anchors that a card brings.

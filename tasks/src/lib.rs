@@ -31,6 +31,7 @@ pub mod card;
 pub mod draft;
 pub mod dsse;
 pub mod goal;
+mod here;
 pub mod key;
 mod object;
 pub mod order;
@@ -43,6 +44,8 @@ pub mod trust;
 pub mod window;
 pub mod wire;
 
+pub use adit_names::{hex, unhex};
+
 pub use action::{Action, Kind};
 pub use admit::{Admitted, Denial, admit};
 pub use anchor::{Anchor, Role, Roles, TrustStore};
@@ -53,32 +56,3 @@ pub use package::Package;
 pub use plain::plain;
 pub use plan::{PlannedTask, plan, task_id};
 pub use principal::Principal;
-
-/// Lower-case hex.
-pub fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes
-        .iter()
-        .fold(String::with_capacity(bytes.len() * 2), |mut out, b| {
-            // Writing to a String cannot fail.
-            let _ = write!(out, "{b:02x}");
-            out
-        })
-}
-
-/// The bytes of lower-case hex of exactly this length.
-pub fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
-    let digit = |b: u8| match b {
-        b'0'..=b'9' => Some(b - b'0'),
-        b'a'..=b'f' => Some(b - b'a' + 10),
-        _ => None,
-    };
-    let mut out = [0; N];
-    if text.len() != 2 * N {
-        return None;
-    }
-    for (byte, pair) in out.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        *byte = digit(pair[0])? << 4 | digit(pair[1])?;
-    }
-    Some(out)
-}

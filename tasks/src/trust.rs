@@ -30,7 +30,8 @@ use crate::anchor::{Anchor, AnchorError};
 use crate::key::{KeyError, KeyId};
 use crate::object::{self, Object};
 
-pub use check::{Here, Proved, TrustError, check};
+pub use crate::here::Here;
+pub use check::{Proved, TrustError, check};
 pub use held::{DOCUMENTS_MAX, Held, REVOKED_MAX, Taken};
 
 /// Version of a document's payload.

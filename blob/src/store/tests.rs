@@ -248,3 +248,15 @@ fn a_blob_is_removed_unless_somebody_reads_it() {
     f.store.remove(&digest).unwrap();
     assert_eq!(f.store.present(&digest).unwrap(), Present::Nothing);
 }
+
+/// They are dropped on threads that others wait for: aditd's runtime has one.
+#[test]
+fn r110_who_is_done_with_a_blob_waits_for_nobodys_disk() {
+    let f = Fixture::new(LIMITS);
+    let read = f.store.open(f.put(1, 100)).unwrap();
+    let written = f.begin(Fixture::bytes(2, 100).1, 100);
+    let turn = f.store.turn();
+    drop((read, written));
+    drop(turn);
+    assert!(f.store.held().is_empty());
+}

@@ -61,7 +61,8 @@ pub enum ImageCommand {
 pub struct Installed {
     #[command(flatten)]
     what: What,
-    /// The agent, a static program [default: adit-guest beside adit, else /usr/lib/adit/adit-guest]
+    /// The agent, a static program [default: adit-guest beside adit, else /usr/lib/adit/adit-guest]; not needed where the image has
+    /// the package adit-guest
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
 }
@@ -87,7 +88,7 @@ pub fn run(command: &ImageCommand, format: Format) -> Result<(), Failure> {
             let agent = what.agent()?;
             let install = what
                 .what
-                .install(Path::new("/"), Some(Init::Systemd), &agent);
+                .install(Path::new("/"), Some(Init::Systemd), agent.as_deref());
             let said = install_in(&mut config, &install).map_err(refused)?;
             // What a person should know; standard output is the document.
             for line in said.iter().filter(|line| !line.starts_with("wrote ")) {
@@ -110,7 +111,7 @@ fn inject(
     what: &Installed,
 ) -> Result<Vec<String>, Failure> {
     let agent = what.agent()?;
-    let install_what = what.what.install(target, init, &agent);
+    let install_what = what.what.install(target, init, agent.as_deref());
     if target.is_dir() {
         if partition.is_some() {
             let text = format!("--partition: {} is a directory", target.display());
@@ -126,23 +127,15 @@ fn inject(
 }
 
 impl Installed {
-    fn agent(&self) -> Result<PathBuf, Failure> {
+    /// The agent that was named, or else that is found.
+    fn agent(&self) -> Result<Option<PathBuf>, Failure> {
         if let Some(agent) = &self.agent {
-            return program(agent);
+            return program(agent).map(Some);
         }
         let beside = std::env::current_exe().map(|adit| adit.with_file_name("adit-guest"));
         let installed = PathBuf::from("/usr/lib/adit/adit-guest");
-        let found = beside
-            .into_iter()
-            .chain([installed])
-            .find(|path| path.is_file());
-        found.ok_or_else(|| {
-            Failure::new(
-                "no-agent",
-                "the agent to install, adit-guest, is neither beside adit nor in /usr/lib/adit",
-            )
-            .help("name it with --agent FILE")
-        })
+        let mut places = beside.into_iter().chain([installed]);
+        Ok(places.find(|path| path.is_file()))
     }
 }
 
@@ -162,7 +155,13 @@ fn program(agent: &Path) -> Result<PathBuf, Failure> {
 }
 
 fn refused(e: InstallError) -> Failure {
-    Failure::new("image", adit_print::with_causes(&e))
+    let why = adit_print::with_causes(&e);
+    match e {
+        InstallError::NoAgent => Failure::new("no-agent", why).help(
+            "adit-guest is looked for beside adit and in /usr/lib/adit; name another with --agent FILE",
+        ),
+        _ => Failure::new("image", why),
+    }
 }
 
 fn unusable(e: DiskError) -> Failure {

@@ -98,6 +98,25 @@ fn what_is_signed_is_the_program_with_its_version_and_the_oldest_that_runs() {
 }
 
 #[test]
+fn a_vm_that_runs_it_is_sent_no_file_and_is_told_what_it_may_not_go_back_to() {
+    let Some(agent) = agent() else { return };
+    let digest = Digest::of(&std::fs::read(&agent).unwrap()).to_string();
+    let runs = json!({"sha256": digest, "floor": "0.0.9", "taken_back": null});
+    let shown = shows(runs, Value::Null);
+    let fake = Fake::start(move |asked: &Asked| match (&*asked.method, &*asked.path) {
+        ("POST", "/v1/vms/web-1/agent") => Say::Json(json!({"already": true, "waits": false})),
+        ("GET", "/v1/vms/web-1") => Say::Json(shown.clone()),
+        ("GET", _) => Say::Json(json!({"sha256": digest, "bytes": 9, "size": 9, "whole": true})),
+        _ => Say::Error(500, "sent"),
+    });
+    let out = upgrade(&fake, agent.to_str().unwrap(), &["-o", "json"]);
+    let line: Value = serde_json::from_str(&text(&out.stdout)).unwrap();
+    assert_eq!(line["state"], "already", "{}", text(&out.stderr));
+    let asked = fake.asked();
+    assert!(asked.iter().any(|a| a.path == "/v1/vms/web-1/agent"));
+}
+
+#[test]
 fn an_agent_that_is_refused_taken_back_or_late_has_its_exit_status() {
     let Some(agent) = agent() else { return };
     let digest = Digest::of(&std::fs::read(&agent).unwrap()).to_string();

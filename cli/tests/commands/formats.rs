@@ -175,3 +175,26 @@ fn every_command_prints_json_and_nothing_else_if_asked() {
         }
     }
 }
+
+#[test]
+fn a_command_line_that_is_wrong_is_an_error_in_json_too() {
+    let dir = tempfile::tempdir().unwrap();
+    for args in [
+        &["vm", "ls", "--bogus", "-o", "json"][..],
+        &["-o", "json", "vm", "show"],
+        &["--output=json", "wait", "web-1", "--timeout", "x"],
+        &["-ojson"],
+    ] {
+        let out = crate::adit(dir.path(), args);
+        let said: Value = serde_json::from_slice(&out.stderr).unwrap();
+        assert_eq!(
+            (out.status.code(), said["error"]["code"].as_str()),
+            (Some(2), Some("usage")),
+            "{said}"
+        );
+        assert!(out.stdout.is_empty());
+    }
+    // Help is no error.
+    let out = crate::adit(dir.path(), &["vm", "--help", "-o", "json"]);
+    assert!(out.status.success() && text(&out.stdout).contains("Usage"));
+}

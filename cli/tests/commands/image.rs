@@ -180,6 +180,34 @@ fn what_is_no_image_or_no_agent_is_refused_with_the_remedy() {
 }
 
 #[test]
+fn an_image_that_has_the_package_needs_no_agent() {
+    let dir = scene();
+    let unit = dir.path().join("root/usr/lib/systemd/system");
+    fs::create_dir_all(&unit).unwrap();
+    fs::write(unit.join("adit-guest.service"), "").unwrap();
+    // Beside this one there is no agent, and it is not in its place.
+    let alone = dir.path().join("adit");
+    // By another process: a child that another test starts meanwhile would have it open for writing.
+    let mut cp = Command::new("cp");
+    let copied = cp.args([Path::new(env!("CARGO_BIN_EXE_adit")), &alone]);
+    assert!(copied.status().unwrap().success());
+    let inject = |root: &str| {
+        let mut adit = Command::new(&alone);
+        adit.args([
+            "image", "inject", root, "--init", "none", "--vm-id", "web-1",
+        ]);
+        adit.current_dir(dir.path()).output().unwrap()
+    };
+    let done = inject("root");
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    assert!(text(&done.stdout).contains("(package adit-guest)"));
+    if !Path::new("/usr/lib/adit/adit-guest").exists() {
+        fs::create_dir(dir.path().join("bare")).unwrap();
+        assert!(text(&inject("bare").stderr).contains("error[no-agent]"));
+    }
+}
+
+#[test]
 fn a_card_goes_in_if_it_is_one_and_of_this_vm() {
     let dir = scene();
     let run = |args: &[&str]| adit(dir.path(), args);

@@ -60,10 +60,13 @@ impl Enrolment {
 
     pub(super) fn write(&mut self, config: &Config, kept: Kept) -> Result<(), Fault> {
         let written = kept::write(&config.state_dir, &kept);
-        self.kept = written.is_ok().then_some(kept);
+        // It counts also where it is not on disk: else the host would not be asked again whose copy this is.
+        self.kept = Some(kept);
+        let code = "enrolment-not-kept";
+        self.faults.retain(|fault| fault.code != code);
         written.map_err(|e| {
             let remedy = "make it writable: after a restart an older card would be believed";
-            of_state_dir(config, "enrolment-not-kept", &e, remedy)
+            of_state_dir(config, code, &e, remedy)
         })
     }
 }

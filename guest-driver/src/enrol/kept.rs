@@ -2,11 +2,12 @@
 //! of the disk notices that it is one. There are two of it: where one is damaged, the other has the same.
 
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
+use adit_blob::disk;
 use adit_names::VmId;
 use adit_tasks::wire::HostGiven;
 use serde::{Deserialize, Serialize};
@@ -124,27 +125,14 @@ pub fn write(state_dir: &Path, kept: &Kept) -> io::Result<()> {
     replace(&state_dir.join(FILE), &text)
 }
 
-/// Writes a file of mode 0600 beside its place, and puts it there at once. Its directory is made, with mode 0700.
+/// Puts this content into a file of mode 0600, on disk when this returns. Its directory is made, with mode 0700.
 ///
 /// # Errors
 /// It cannot be written; the old one is there then.
 pub(crate) fn replace(file: &Path, content: &[u8]) -> io::Result<()> {
-    let dir = file.parent().unwrap_or(Path::new("/"));
-    fs::DirBuilder::new()
-        .recursive(true)
+    let mut dir = fs::DirBuilder::new();
+    dir.recursive(true)
         .mode(0o700)
-        .create(dir)?;
-    let temp = file.with_extension("new");
-    // It is there if the power was cut before.
-    let _ = fs::remove_file(&temp);
-    let mut options = OpenOptions::new();
-    let mut open = options
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&temp)?;
-    open.write_all(content)?;
-    open.sync_all()?;
-    fs::rename(&temp, file)?;
-    fs::File::open(dir)?.sync_all()
+        .create(file.parent().unwrap_or(Path::new("/")))?;
+    disk::replace(file, content)
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use adit_tasks::PublicKey;
 use adit_tasks::key::{format_private, parse_private};
@@ -13,8 +13,8 @@ use zeroize::Zeroizing;
 use super::kept::replace;
 
 pub(super) const FILE: &str = "guest.key";
-/// The key of the guest whose disk this one's is a copy of. Only somebody who knows better takes it out of here.
-pub(super) const BEFORE: &str = "guest.key.before";
+/// Most keys that are set aside.
+const BEFORE_MAX: usize = 8;
 
 /// The key.
 #[derive(Clone)]
@@ -60,17 +60,19 @@ impl GuestKey {
         Ok(Self::of(&private))
     }
 
-    /// Makes a key in the place of another guest's. The first one of those is set aside, so that a host which says again and again
-    /// that this is another guest ends no key that the disk came with; of those that were made since, it ends each.
+    /// Makes a key in the place of another guest's. The first ones of those are set aside: a host which says again and again that
+    /// this is another guest ends no key that was there before it began to. Of those that were made since, it ends each.
     ///
     /// # Errors
     /// The state directory cannot be written.
     pub fn anew(state_dir: &Path) -> io::Result<Self> {
-        let (own, aside) = (state_dir.join(FILE), state_dir.join(BEFORE));
-        if !fs::exists(&aside)? {
-            match fs::rename(own, aside) {
+        for aside in set_aside(state_dir) {
+            if fs::exists(&aside)? {
+                continue;
+            }
+            match fs::rename(state_dir.join(FILE), aside) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
+                _ => break,
             }
         }
         Self::make(state_dir)
@@ -80,4 +82,14 @@ impl GuestKey {
         let public = PublicKey::of(private, "");
         Self { public }
     }
+}
+
+/// Where the keys are that the guests had whose disks this one's is a copy of. Only somebody who knows better takes one out of there.
+pub(super) fn set_aside(state_dir: &Path) -> impl Iterator<Item = PathBuf> {
+    (1..=BEFORE_MAX).map(move |n| {
+        state_dir.join(match n {
+            1 => format!("{FILE}.before"),
+            n => format!("{FILE}.before-{n}"),
+        })
+    })
 }

@@ -48,15 +48,16 @@ pub enum SealError {
 pub fn identity(config: &Config) -> Vec<PathBuf> {
     let state = &config.state_dir;
     let [journal, reserve] = journal::FILES.map(|file| state.join(file));
-    vec![
+    let mut files: Vec<_> = key::set_aside(state).collect();
+    files.extend([
         state.join(key::FILE),
-        state.join(key::BEFORE),
         state.join(kept::FILE),
         state.join(kept::COPY),
         journal,
         reserve,
         config.card.clone(),
-    ]
+    ]);
+    files
 }
 
 /// Removes them; returns those that were there. A second time it finds nothing to do.

@@ -265,3 +265,21 @@ fn r133_a_copy_of_a_disk_is_noticed_by_its_name_or_its_machine() {
     }
     assert!(kept.generations.len() <= 64 && kept.vm_id.as_str() == "vm-199");
 }
+
+#[test]
+fn r133_no_key_that_was_there_first_is_lost_however_often_a_guest_begins_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join(key::FILE);
+    GuestKey::make(dir.path()).unwrap();
+    let mut had = Vec::new();
+    for _ in 0..20 {
+        had.push(std::fs::read(&file).unwrap());
+        GuestKey::anew(dir.path()).unwrap();
+    }
+    let aside: Vec<_> = key::set_aside(dir.path())
+        .map(|file| std::fs::read(file).unwrap())
+        .collect();
+    assert_eq!((aside.len(), &aside[..]), (8, &had[..8]));
+    let files = std::fs::read_dir(dir.path()).unwrap().count();
+    assert_eq!((files, file.exists()), (9, true));
+}

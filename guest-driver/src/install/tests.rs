@@ -28,7 +28,7 @@ fn install_into(root: &Path, init: Option<Init>, trust: &[PathBuf]) -> Vec<Strin
         trust_document: None,
         policy: None,
         ports: &[80, 22],
-        binary: &binary,
+        binary: Some(&binary),
     })
     .unwrap()
 }
@@ -89,7 +89,7 @@ fn try_install(
         trust_document: None,
         policy: None,
         ports: &[],
-        binary,
+        binary: Some(binary),
     })
 }
 
@@ -175,7 +175,7 @@ fn a_card_is_checked_by_keys_that_can_be_read_only_once() {
         trust_document: None,
         policy: None,
         ports: &[],
-        binary: Path::new("/bin/true"),
+        binary: Some(Path::new("/bin/true")),
     })
     .unwrap();
     assert!(
@@ -212,7 +212,7 @@ fn what_the_agent_would_not_read_is_not_installed() {
             trust_document: None,
             policy: None,
             ports,
-            binary: Path::new("/bin/true"),
+            binary: Some(Path::new("/bin/true")),
         });
         assert!(matches!(done, Err(InstallError::Config(_))), "{done:?}");
     }
@@ -333,6 +333,23 @@ fn program_and_service_of_debians_package_are_left_alone() {
     }
     let binary = fs::read_to_string(dir.path().join(BINARY)).unwrap();
     assert_eq!(binary, "the package's");
+    // Nobody has to have a program for that.
+    let what = |root| Install {
+        root,
+        init: Some(Init::None),
+        vm_id: None,
+        trust: &[],
+        card: None,
+        trust_document: None,
+        policy: None,
+        ports: &[],
+        binary: None,
+    };
+    install(&what(dir.path())).unwrap();
+    let other = tempfile::tempdir().unwrap();
+    let refused = install(&what(other.path())).unwrap_err();
+    assert!(matches!(refused, InstallError::NoAgent), "{refused}");
+    assert_eq!(fs::read_dir(other.path()).unwrap().count(), 0);
 }
 
 /// The script as installed, with a program in the agent's place.
@@ -570,7 +587,7 @@ fn a_program_that_cannot_start_in_the_image_is_told() {
             trust_document: None,
             policy: None,
             ports: &[],
-            binary: Path::new("/bin/true"),
+            binary: Some(Path::new("/bin/true")),
         });
         said.unwrap().iter().any(|l| l.contains("will not start"))
     };
@@ -594,7 +611,7 @@ fn an_image_for_many_vms_has_no_id_and_says_what_it_needs() {
         trust_document: None,
         policy: None,
         ports: &[],
-        binary: Path::new("/bin/true"),
+        binary: Some(Path::new("/bin/true")),
     });
     assert!(said.unwrap().iter().any(|l| l.contains("adit card new")));
     let config = Config::load(&dir.path().join(CONFIG)).unwrap();
@@ -617,7 +634,7 @@ fn a_policy_goes_in_if_it_can_be_used_and_has_to_be_there_from_then_on() {
             trust_document: None,
             policy: Some(&given),
             ports: &[],
-            binary: Path::new("/bin/true"),
+            binary: Some(Path::new("/bin/true")),
         })
     };
     let bad = put("default = \"deny\"\n[[service]]\nnames = [\"*\"]\n").unwrap_err();

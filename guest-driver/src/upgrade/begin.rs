@@ -6,6 +6,7 @@
 //!
 //! What it says to the other program is the command line `run --config FILE --kept-by IMAGE [--trial]`, in every version.
 
+use std::fmt::Display;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -15,8 +16,9 @@ use std::time::Duration;
 use adit_tasks::TrustStore;
 use nix::sys::signal::{SigSet, Signal};
 
+use super::place::NotRun;
 use super::rules::{Installed, Kept};
-use super::{kept, place, program};
+use super::{kept, named, place, program};
 use crate::config::Config;
 use crate::trust::Anchors;
 use crate::{clock, enrol, log, sys};
@@ -115,7 +117,7 @@ pub fn begin(how: &How) -> Vec<String> {
     let mut faults = Vec::new();
     // At most two programs that came over the channel are kept.
     while let Some(installed) = run {
-        let why = match place::verify(state_dir, &installed, &trust) {
+        let not = match place::verify(state_dir, &installed, &trust) {
             Ok(path) => match keep(state_dir, &before, &kept) {
                 Err(why) if kept.is_on_trial() => {
                     // A start that is not counted could be repeated for ever.
@@ -126,16 +128,22 @@ pub fn begin(how: &How) -> Vec<String> {
                     let version = &installed.version;
                     log::event("agent", &[("version", version), ("path", &path.display())]);
                     let e = how.become_kept(&path, kept.is_on_trial());
-                    format!("{} cannot be begun: {e}", path.display())
+                    NotRun::exec(&path, &e)
                 }
             },
-            Err(why) => why,
+            Err(not) => not,
         };
-        log::event(
-            "agent-damaged",
-            &[("version", &installed.version), ("why", &why)],
-        );
-        kept = kept.damaged(&why);
+        let fields: [(&str, &dyn Display); 2] = [("version", &installed.version), ("why", &not)];
+        if let NotRun::Now(why) = &not
+            && !kept.is_on_trial()
+        {
+            // It was confirmed, and is the agent again once that is over. One on trial was never any: an order may repeat it.
+            log::event("agent-not-begun", &fields);
+            faults.push(not_begun(&installed, why));
+            break;
+        }
+        log::event("agent-damaged", &fields);
+        kept = kept.damaged(&not.to_string());
         run = kept.current.as_ref().map(|c| c.installed.clone());
     }
     faults.extend(keep(state_dir, &before, &kept).err());
@@ -156,6 +164,14 @@ fn keep(state_dir: &Path, before: &Kept, now: &Kept) -> Result<(), String> {
             kept::dir(state_dir).display()
         )
     })
+}
+
+fn not_begun(installed: &Installed, why: &str) -> String {
+    format!(
+        "agent-not-begun: {}: {why}; the image's program is the agent, and each start tries this one again. See to the disk, the \
+         clock, and the anchors of the role agent; then restart the agent",
+        named(installed)
+    )
 }
 
 /// What is said of a state that nobody can read.
@@ -190,7 +206,11 @@ pub fn look(config: &Config) -> (Kept, Result<Option<Installed>, String>) {
             let (_, run) = kept.start(&program::version(), &kept::now(), limit_ms());
             let verified = run.map_or(Ok(None), |installed| {
                 let verified = place::verify(&config.state_dir, &installed, &trust(config));
-                verified.map(|_| Some(installed))
+                match verified {
+                    Ok(_) => Ok(Some(installed)),
+                    Err(NotRun::Damaged(why)) => Err(why),
+                    Err(NotRun::Now(why)) => Err(not_begun(&installed, &why)),
+                }
             });
             (kept, verified)
         }

@@ -68,7 +68,7 @@ impl fmt::Display for Refused {
 /// An order that is followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
-    /// The agent is that program already.
+    /// The agent is that program already; what may run instead of it is as the order says.
     Already,
     /// It becomes it when it is told to switch.
     Next,
@@ -260,11 +260,14 @@ impl Upgrade {
         })?;
         let running = running(&before, self.begun.is_kept);
         let image = self.image_version();
-        let next = match before.accept(&package, running, &image) {
-            Ok(next) => next,
-            Err(NotTaken::Already) => return Ok(Taken::Already),
-            Err(not) => return Err(not_taken(&package, not)),
-        };
+        let next = before.accept(&package, running, &image);
+        let next = next.map_err(|not| not_taken(&package, not))?;
+        if Digest(package.digest) == running {
+            if next != before {
+                kept::write(&self.state_dir, &next).map_err(place::refused)?;
+            }
+            return Ok(Taken::Already);
+        }
         place::clean(&self.state_dir, &before);
         let blob = Digest(package.digest);
         let reading = self.blobs.open(blob).map_err(|e| no_blob(&e))?;
@@ -409,8 +412,13 @@ fn not_taken(package: &Package, why: NotTaken) -> Refused {
                 installed.version
             ),
         ),
-        NotTaken::Already => Refused::new("agent-already", "it runs already"),
     }
+}
+
+/// A program, for people.
+fn named(installed: &Installed) -> String {
+    let digest = installed.digest.to_string();
+    format!("{} ({})", installed.version, &digest[..16])
 }
 
 /// What is said of a program that failed.
@@ -420,8 +428,7 @@ pub fn fault(failed: &Failed) -> String {
         what,
         why,
     } = failed;
-    let digest = installed.digest.to_string();
-    let named = format!("{} ({})", installed.version, &digest[..16]);
+    let named = named(installed);
     match what {
         What::TakenBack => format!(
             "agent-taken-back: {named}: {why}; what ran before it runs again. Look into its log in the guest; `adit agent upgrade` \

@@ -6,14 +6,16 @@
 //! | `adit-guest` | 0700 | the program |
 //! | `package.json` | 0600 | the envelope, which is checked again at each start |
 
+use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use adit_blob::{Digest, Reading, disk};
 use adit_tasks::TrustStore;
-use adit_tasks::dsse::AGENT_MAX;
-use adit_tasks::package::{self, Package};
+use adit_tasks::dsse::{AGENT_MAX, VerifyError};
+use adit_tasks::package::{self, Package, PackageError};
+use nix::errno::Errno;
 
 use super::program::ARCHITECTURE;
 use super::rules::{Installed, Kept};
@@ -116,6 +118,52 @@ pub fn refused(e: io::Error) -> Refused {
     Refused::new(code, format!("{e}; see to the disk of state_dir"))
 }
 
+/// Why a program is not to be run.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotRun {
+    /// It is not what was signed, or nothing that runs here, and does not become it by itself.
+    #[error("{0}")]
+    Damaged(String),
+    /// As things are at this moment: the disk fails, or its key is no anchor, which it may be again. An anchor that a card brings
+    /// is none for as long as the clock is wrong.
+    #[error("{0}")]
+    Now(String),
+}
+
+impl NotRun {
+    fn disk(path: &Path, e: &io::Error) -> Self {
+        let why = format!("{}: {e}", path.display());
+        match e.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Self::Damaged(why),
+            _ => Self::Now(why),
+        }
+    }
+
+    /// It could not be begun.
+    pub fn exec(path: &Path, e: &io::Error) -> Self {
+        let why = format!("{} cannot be begun: {e}", path.display());
+        let errno = e.raw_os_error().map(Errno::from_raw);
+        match errno {
+            Some(Errno::ENOEXEC | Errno::ENOENT | Errno::ELIBBAD) => Self::Damaged(why),
+            _ => Self::Now(why),
+        }
+    }
+}
+
+impl From<PackageError> for NotRun {
+    fn from(e: PackageError) -> Self {
+        match &e {
+            PackageError::Verify(
+                VerifyError::NoAnchor
+                | VerifyError::UntrustedKey { .. }
+                | VerifyError::WrongRole { .. },
+            ) => Self::Now(e.to_string()),
+            // A key that is revoked is so for good.
+            _ => Self::Damaged(e.to_string()),
+        }
+    }
+}
+
 /// Checks that a program is still what was signed, by a key that is trusted now, and nobody else could have changed it. Returns
 /// its path.
 ///
@@ -125,16 +173,16 @@ pub fn verify(
     state_dir: &Path,
     installed: &Installed,
     trust: &TrustStore,
-) -> Result<PathBuf, String> {
+) -> Result<PathBuf, NotRun> {
     let dir = of(state_dir, installed);
     let (program, signed) = (dir.join(PROGRAM), dir.join(PACKAGE));
     for path in [state_dir, &kept::dir(state_dir), &dir, &program, &signed] {
-        let of = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
-        let meta = fs::symlink_metadata(path).map_err(|e| of(&e))?;
+        let damaged = |e: &dyn Display| NotRun::Damaged(format!("{}: {e}", path.display()));
+        let meta = fs::symlink_metadata(path).map_err(|e| NotRun::disk(path, &e))?;
         if meta.is_symlink() {
-            return Err(of(&"is a link"));
+            return Err(damaged(&"is a link"));
         }
-        owned::check(&meta).map_err(|e| of(&e))?;
+        owned::check(&meta).map_err(|e| damaged(&e))?;
     }
     let read = || {
         let mut envelope = Vec::new();
@@ -142,16 +190,18 @@ pub fn verify(
         File::open(&signed)?.take(most).read_to_end(&mut envelope)?;
         io::Result::Ok(envelope)
     };
-    let envelope = read().map_err(|e| format!("{}: {e}", signed.display()))?;
-    let (package, _) = package::check(&envelope, trust, ARCHITECTURE).map_err(|e| e.to_string())?;
+    let envelope = read().map_err(|e| NotRun::disk(&signed, &e))?;
+    let (package, _) = package::check(&envelope, trust, ARCHITECTURE)?;
     if Installed::of(&package) != *installed {
-        return Err("the package there is another one".into());
+        return Err(NotRun::Damaged("the package there is another one".into()));
     }
     let is = File::open(&program).and_then(Digest::of_reader);
-    let is = is.map_err(|e| format!("{}: {e}", program.display()))?;
-    match is == (Digest(package.digest), package.size) {
+    match is.map_err(|e| NotRun::disk(&program, &e))? == (Digest(package.digest), package.size) {
         true => Ok(program),
-        false => Err(format!("{} has been changed", program.display())),
+        false => {
+            let why = format!("{} has been changed", program.display());
+            Err(NotRun::Damaged(why))
+        }
     }
 }
 

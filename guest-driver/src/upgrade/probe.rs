@@ -3,11 +3,13 @@
 //! far as a trial.
 
 use std::io::{ErrorKind, Read};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use semver::Version;
 
 use super::Refused;
@@ -102,11 +104,29 @@ fn ask(command: &mut Command) -> Result<String, String> {
     }
 }
 
-fn read(pipe: Option<impl Read>) -> String {
+/// What a program that has ended wrote. Whoever has inherited the other end may keep it open, and is not waited for.
+fn read(pipe: Option<impl Read + AsFd>) -> String {
     let mut bytes = Vec::new();
-    if let Some(pipe) = pipe {
-        // Whoever has inherited the other end could keep it open: it has ended, so what it wrote is there.
+    if let Some(pipe) = pipe
+        && fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).is_ok()
+    {
         let _ = pipe.take(SAID_MAX).read_to_end(&mut bytes);
     }
     String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
+
+    use super::*;
+
+    #[test]
+    fn what_has_ended_is_read_while_a_process_that_it_left_has_its_pipes() {
+        let mut sh = Command::new("sh");
+        let said = ask(sh.args(["-c", "sleep 1000 & echo $!"])).unwrap();
+        let left = Pid::from_raw(said.trim_end().parse().unwrap());
+        kill(left, Signal::SIGKILL).unwrap();
+    }
 }

@@ -12,7 +12,8 @@
 //! - A start is counted on disk before the program begins, so that whatever it does counts.
 //! - The way back leads to what ran before, and never below the floor: the highest `oldest_fallback` of any package that was
 //!   taken. Where nothing else may run, the one on trial is begun again and again.
-//! - What is damaged is not run. Then whatever there is serves, the image's own program last of all, and a fault says so.
+//! - What is damaged is not run. Then whatever there is serves, the image's own program last of all, and a fault says so. What was
+//!   confirmed and cannot be begun as things are at the moment stays the agent: the image's program serves until the next start.
 //! - The image's program, once it is newer than what came beside it, is the agent again.
 
 use adit_blob::Digest;
@@ -105,8 +106,6 @@ pub enum What {
 /// Why a package is not taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NotTaken {
-    /// It is the agent already.
-    Already,
     /// The one before it is still on trial.
     OnTrial(Installed),
     /// It is older than what may run here.
@@ -128,7 +127,8 @@ impl Kept {
         self.floor.as_ref().is_none_or(|floor| version >= floor)
     }
 
-    /// Takes a package. `running`: the digest of the program that runs; `beside`: the version of the image's program.
+    /// Takes a package. Of the program that runs it raises the floor, and no more. `running`: that one's digest; `beside`: the
+    /// version of the image's program.
     ///
     /// # Errors
     /// It is not taken.
@@ -143,8 +143,17 @@ impl Kept {
             return Err(NotTaken::OnTrial(on_trial.installed.clone()));
         }
         let installed = Installed::of(package);
+        let floor = self
+            .floor
+            .clone()
+            .max(Some(package.oldest_fallback.clone()));
         if installed.digest == running {
-            return Err(NotTaken::Already);
+            let mut kept = self.clone();
+            kept.floor = floor;
+            // The image's program may be the one that runs, because the agent could not be begun.
+            let may_run = |c: &Current| kept.may_run(&c.installed.version);
+            kept.current = kept.current.clone().filter(may_run);
+            return Ok(kept);
         }
         if let Some(floor) = self
             .floor
@@ -153,10 +162,14 @@ impl Kept {
         {
             return Err(NotTaken::BelowFloor(floor));
         }
-        let floor = package.oldest_fallback.clone();
+        let previous = match current {
+            Some(current) if current.installed != installed => Some(current.installed.clone()),
+            // The agent that could not be begun comes once more.
+            _ => self.previous.clone(),
+        };
         Ok(Self {
-            floor: self.floor.clone().max(Some(floor)),
-            previous: current.map(|current| current.installed.clone()),
+            floor,
+            previous,
             current: Some(Current {
                 installed,
                 beside: beside.clone(),

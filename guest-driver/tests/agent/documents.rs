@@ -310,6 +310,10 @@ fn adit_guest_trust_add_takes_a_document_and_sighup_ends_what_runs_by_its_key() 
         "{said}"
     );
     kill(Pid::from_raw(host.pid()), Signal::SIGHUP).unwrap();
+    // The host hears of it on the next stream, which begins at once.
+    let (mut session, _) = host.accept();
+    let held = session.trust.take().unwrap();
+    assert_eq!((held.documents.len(), held.revoked), (1, 1));
     let report = loop {
         if let Said::Report(id, report) = session.next().unwrap().unwrap() {
             session.ack(id, &report);
@@ -321,6 +325,19 @@ fn adit_guest_trust_add_takes_a_document_and_sighup_ends_what_runs_by_its_key() 
         "{}",
         report.reason
     );
+    // What it knows already ends no stream.
+    assert_eq!(code(&mut session, &document(1, 2, revokes(&[7]))), "");
+    kill(Pid::from_raw(host.pid()), Signal::SIGHUP).unwrap();
+    until("the agent reloads again", || {
+        host.log().matches("adit-guest: reloaded ").count() == 2
+    });
+    refused(&session.run(&ran(&host, 2)), "revoked-key");
+    // One that waits for work, with nothing to say otherwise.
+    assert_eq!(take(&document(1, 3, revokes(&[7]))).0, Some(0));
+    kill(Pid::from_raw(host.pid()), Signal::SIGHUP).unwrap();
+    let (mut last, _) = host.accept();
+    let told = last.trust.take().unwrap();
+    assert_eq!(told.documents[0].sequence, 3);
 }
 
 #[test]

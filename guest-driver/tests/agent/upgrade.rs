@@ -197,6 +197,11 @@ fn the_next_agent_has_the_process_of_the_one_before_and_the_image_stays_as_it_is
     // The same once more is no upgrade, and no fault.
     let answer = order(&host, &signed(&package(&next, "0.2.0", "0.1.0")));
     assert!(answer.already && answer.refused.is_empty());
+    // What it says of older ones counts.
+    let older = signed(&package(b"older", "0.1.5", "0.1.0"));
+    assert_eq!(order(&host, &older).refused, "no-such-blob");
+    assert!(order(&host, &signed(&package(&next, "0.2.0", "0.2.0"))).already);
+    assert_eq!(order(&host, &older).refused, "agent-below-floor");
     // One more, and only what may run again is kept.
     let third = program("0.3.0", "ok");
     let (_session, facts) = upgrade(&mut host, &third, "0.3.0", "0.2.0");
@@ -351,11 +356,33 @@ fn what_was_changed_on_disk_or_is_not_trusted_any_more_is_not_run() {
     assert!(session.program.faults[0].contains("0777"));
     upgrade(&mut host, &next, "0.2.0", "0.1.0");
     host.kill();
-    fs::remove_file(host.path("trust/agents.pub")).unwrap();
+    let (anchor, aside) = (host.path("trust/agents.pub"), host.path("agents.pub"));
+    fs::rename(&anchor, &aside).unwrap();
     host.start(None);
     let (session, facts) = host.accept();
     assert_eq!(facts.agent_version, "0.1.0");
-    assert!(session.program.faults[0].contains("not trusted"));
+    let fault = &session.program.faults[0];
+    assert!(
+        fault.starts_with("agent-not-begun: 0.2.0") && fault.contains("not trusted"),
+        "{fault}"
+    );
+    assert!(
+        status(&host).contains("agent-not-begun"),
+        "{}",
+        status(&host)
+    );
+    drop(session);
+    // It was confirmed: what passes takes it from nobody.
+    host.kill();
+    fs::rename(&aside, &anchor).unwrap();
+    host.start(None);
+    let (session, facts) = host.accept();
+    assert_eq!(facts.agent_version, "0.2.0");
+    assert!(
+        session.program.faults.is_empty(),
+        "{:?}",
+        session.program.faults
+    );
 }
 
 #[test]

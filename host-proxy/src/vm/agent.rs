@@ -43,7 +43,10 @@ pub struct Agent {
 /// What it said, and when.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Said {
+    /// Also of a connection before: what was known of it last is shown.
     pub(super) facts: Option<Facts>,
+    /// The facts were said on this connection.
+    has_facts: bool,
     /// How far its clock is ahead, ms.
     pub(super) clock_ahead_ms: Option<i64>,
     pub(super) held: Option<Held>,
@@ -54,7 +57,7 @@ pub(super) struct Said {
     copy_of: Option<(String, Option<[u8; 16]>)>,
     /// What it has taken of trust documents; none: its agent is of the version before.
     pub(super) trust: Option<TrustOf>,
-    /// It was said on this connection.
+    /// The enrolment was said on this connection.
     is_fresh: bool,
     /// Said before the facts, as the enrolment is.
     said_program: Option<Program>,
@@ -76,6 +79,11 @@ impl Said {
     pub(super) fn is_connected(&self) -> bool {
         self.connected.as_ref().is_some_and(|t| !t.is_cancelled())
     }
+
+    /// Whether it is connected and has said who it is.
+    pub(super) fn is_known(&self) -> bool {
+        self.has_facts && self.is_connected()
+    }
 }
 
 impl Agent {
@@ -95,7 +103,7 @@ impl Agent {
     pub fn connected(&self) -> CancellationToken {
         let token = CancellationToken::new();
         let mut said = self.lock();
-        said.is_fresh = false;
+        (said.is_fresh, said.has_facts) = (false, false);
         (said.id, said.trust) = (None, None);
         said.said_program = None;
         let older = said.connected.replace(token.clone());
@@ -125,7 +133,7 @@ impl Agent {
                 Some((_, seen)) if *seen != boot => said.copy_of = None,
                 _ => {}
             }
-            said.facts = facts;
+            (said.facts, said.has_facts) = (facts, true);
             // An agent of the version before says nothing of it.
             if !said.is_fresh {
                 said.enrolment = Enrolment::default();
@@ -240,8 +248,7 @@ impl Agent {
 
     /// Whether it is connected and has said who it is.
     pub(super) fn is_known(&self) -> bool {
-        let said = self.lock();
-        said.facts.is_some() && said.is_connected()
+        self.lock().is_known()
     }
 
     /// The id that the guest's image is enrolled with, if it is another VM's.

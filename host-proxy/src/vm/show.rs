@@ -28,7 +28,7 @@ impl VmEntry {
             _ if self.channel.stuck().is_some() => VmState::PowerCycle,
             None => VmState::Down,
             Some(s) if !s.session => VmState::Waiting,
-            Some(_) if connected && agent.facts.is_some() => VmState::Ready,
+            Some(_) if agent.is_known() => VmState::Ready,
             Some(_) => VmState::Up,
         };
         let age = |seen: Instant| u64::try_from(seen.elapsed().as_millis()).unwrap_or(u64::MAX);

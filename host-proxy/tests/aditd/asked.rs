@@ -69,6 +69,24 @@ fn a_wait_that_is_over_says_what_is_known_of_the_agent() {
 }
 
 #[test]
+fn an_agent_that_is_back_is_ready_once_it_has_said_who_it_is() {
+    let (host, ports) = Host::serving(&[("a", 3)], "");
+    let control = ports[0].connected();
+    let mut before = control.agent();
+    before.heard();
+    let state = || host.get("/v1/vms/a")["state"].clone();
+    assert_eq!(state(), "ready");
+    let mut back = control.silent_agent(0);
+    back.heard();
+    assert_eq!(state(), "up");
+    // What was known of it is shown meanwhile.
+    assert_eq!(host.get("/v1/vms/a")["agent"], "1");
+    back.facts("a", 1);
+    back.heard();
+    assert_eq!(state(), "ready");
+}
+
+#[test]
 fn filters_that_name_nothing_known_are_errors() {
     let (host, _ports) = Host::serving(&[("a", 3)], "");
     let unknown = goal_id(9);

@@ -296,6 +296,32 @@ fn a_vm_is_sent_one_file_at_a_time() {
 }
 
 #[test]
+fn how_a_transfer_ended_is_said_also_after_another_vm_was_sent_something() {
+    let (host, ports) = Host::serving(&[("a", 3), ("b", 4)], "");
+    let digest = upload(&host, "one");
+    let want = Want { digest, size: 3 };
+    let [to_a, to_b] = [&ports[0], &ports[1]].map(|port| port.connected());
+    send(&host, &digest);
+    let mut guest = Guest::dialled(&to_a, want);
+    guest.have(0);
+    guest.ended(Some(Code::NoSpace), "no room");
+    let path = format!("/v1/vms/b/blobs/{digest}");
+    assert_eq!(host.api("POST", &path, "").status, 200);
+    let mut guest = Guest::dialled(&to_b, want);
+    guest.have(3);
+    guest.ended(None, "");
+    refused(&sent(&host, &digest), 507, "no-space");
+    // A VM that gets the name of one that was removed gets nothing of that one's.
+    for _ in 0..2 {
+        let added = host.api("POST", "/v1/vms", r#"{"name": "c", "cid": 9}"#);
+        assert_eq!(added.status, 200, "{}", added.body);
+        let begun = host.api("POST", &format!("/v1/vms/c/blobs/{digest}"), "");
+        assert_eq!(begun.status, 200, "{}", begun.body);
+        assert_eq!(host.api("DELETE", "/v1/vms/c", "").status, 204);
+    }
+}
+
+#[test]
 fn an_agent_is_ordered_and_what_it_says_of_its_program_is_shown_and_a_fault() {
     let (host, ports) = Host::serving(&[("a", 3)], "");
     let control = ports[0].connected();

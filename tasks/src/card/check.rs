@@ -8,16 +8,8 @@ use jiff::Timestamp;
 use super::{Card, FormError};
 use crate::anchor::{Roles, TrustStore};
 use crate::dsse::{Envelope, EnvelopeError, Type, VerifyError};
+use crate::here::{Here, shown, wider};
 use crate::key::KeyId;
-
-/// Where a card is checked.
-#[derive(Clone, Copy, Debug)]
-pub struct Here<'a> {
-    /// Who the guest is, if that is known without the card.
-    pub vm_id: Option<&'a VmId>,
-    /// Unix ms.
-    pub now_ms: i64,
-}
 
 /// A card that is believed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,13 +114,6 @@ impl CardError {
     }
 }
 
-pub(crate) fn shown(now_ms: i64) -> String {
-    match Timestamp::from_millisecond(now_ms) {
-        Ok(now) => now.to_string(),
-        Err(_) => format!("{now_ms} ms off 1970"),
-    }
-}
-
 /// Decides whether a card is believed here and now.
 ///
 /// # Errors
@@ -137,15 +122,14 @@ pub fn check(envelope: &[u8], trust: &TrustStore, here: Here<'_>) -> Result<Prov
     let verified = Envelope::parse_as(Type::Card, envelope)?.verify(trust)?;
     let card = Card::parse(verified.payload())?;
     let signer = verified.roles();
-    if let Some(wide) = card.anchors.iter().find(|a| !a.roles.within(signer)) {
-        let brings = wide.roles;
+    if let Some(brings) = wider(&card.anchors, signer) {
         return Err(CardError::Wider { brings, signer });
     }
     if let Some(me) = here.vm_id.filter(|me| **me != card.vm_id) {
         let (of, here) = (card.vm_id, me.clone());
         return Err(CardError::Foreign { of, here });
     }
-    if here.now_ms > card.not_after.as_millisecond() {
+    if here.is_after(card.not_after) {
         let (not_after, now_ms) = (card.not_after, here.now_ms);
         return Err(CardError::Expired { not_after, now_ms });
     }

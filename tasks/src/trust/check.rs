@@ -8,16 +8,8 @@ use jiff::Timestamp;
 use super::{DOCUMENTS_MAX, Document, FormError, REVOKED_MAX};
 use crate::anchor::{ANCHORS_MAX, Roles, TrustStore};
 use crate::dsse::{Envelope, EnvelopeError, Type, VerifyError};
+use crate::here::{Here, shown, wider};
 use crate::key::KeyId;
-
-/// Where a document is checked.
-#[derive(Clone, Copy, Debug)]
-pub struct Here<'a> {
-    /// Who the guest is; none: nobody.
-    pub vm_id: Option<&'a VmId>,
-    /// Unix ms.
-    pub now_ms: i64,
-}
 
 /// A document that a trusted key has signed for this guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,7 +53,7 @@ pub enum TrustError {
         here: Option<VmId>,
     },
     /// It is too late to take it.
-    #[error("the trust document was to be taken until {not_after}, and the clock here says {}", crate::card::shown(*now_ms))]
+    #[error("the trust document was to be taken until {not_after}, and the clock here says {}", shown(*now_ms))]
     Expired {
         /// Until then it could be taken.
         not_after: Timestamp,
@@ -145,8 +137,7 @@ pub fn check(envelope: &[u8], trust: &TrustStore, here: Here<'_>) -> Result<Prov
     let verified = Envelope::parse_as(Type::Trust, envelope)?.verify(trust)?;
     let document = Document::parse(verified.payload())?;
     let signer = verified.roles();
-    if let Some(wide) = document.anchors.iter().find(|a| !a.roles.within(signer)) {
-        let brings = wide.roles;
+    if let Some(brings) = wider(&document.anchors, signer) {
         return Err(TrustError::Wider { brings, signer });
     }
     if let Some(of) = &document.vm_id
@@ -155,7 +146,7 @@ pub fn check(envelope: &[u8], trust: &TrustStore, here: Here<'_>) -> Result<Prov
         let (of, here) = (of.clone(), here.vm_id.cloned());
         return Err(TrustError::Foreign { of, here });
     }
-    if here.now_ms > document.not_after.as_millisecond() {
+    if here.is_after(document.not_after) {
         let (not_after, now_ms) = (document.not_after, here.now_ms);
         return Err(TrustError::Expired { not_after, now_ms });
     }

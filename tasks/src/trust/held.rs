@@ -5,13 +5,13 @@
 //!   end with that: its document *stands* by itself then, if it names its signer among its anchors. No other does.
 //! - A sequence never goes back. The documents of a revoked signer need not be remembered: none of it is taken again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use adit_names::VmId;
 use serde::{Deserialize, Serialize};
 
 use super::{Proved, TrustError};
-use crate::anchor::{ANCHORS_MAX, Anchor, Role, TrustStore};
+use crate::anchor::{Anchor, Role, TrustStore};
 use crate::key::KeyId;
 
 /// Most signers whose documents are kept, those for all guests and those for one VM counted apart.
@@ -55,9 +55,14 @@ impl Held {
     }
 
     /// What is trusted where an image and its card trust these keys, by a guest that is this VM (none: nobody). Anchors for which
-    /// there is no room are left out.
+    /// there is no room are left out: an image may have got more keys since the documents were taken.
     pub fn applied_to(&self, keys: &TrustStore, me: Option<&VmId>) -> TrustStore {
-        let mut trust = keys.clone();
+        self.apply(keys, me).0
+    }
+
+    /// The same, and which anchors were left out.
+    fn apply(&self, keys: &TrustStore, me: Option<&VmId>) -> (TrustStore, BTreeSet<KeyId>) {
+        let (mut trust, mut left_out) = (keys.clone(), BTreeSet::new());
         for id in self.revoked.keys() {
             trust.revoke(*id);
         }
@@ -71,11 +76,14 @@ impl Held {
                 let counts =
                     |a: &&Anchor| taken.stands || signer.is_some_and(|s| a.roles.within(s));
                 for anchor in taken.anchors.iter().filter(counts) {
-                    let _ = trust.add(anchor.clone());
+                    // Nothing is removed below, so where there is no room there is none later.
+                    if trust.add(anchor.clone()).is_err() {
+                        left_out.insert(anchor.key.id());
+                    }
                 }
             }
         }
-        trust
+        (trust, left_out)
     }
 
     /// Takes a document that was [`check`](super::check)ed, by a guest whose image and card trust these keys. Returns whether
@@ -142,17 +150,18 @@ impl Held {
         if next.documents.len() > DOCUMENTS_MAX || next.revoked.len() > REVOKED_MAX {
             return Err(TrustError::Full);
         }
-        let trust = next.applied_to(keys, me);
+        let (trust, left_out) = next.apply(keys, me);
         if trust.count(Role::Card) == 0 && !document.leaves_no_card_key {
             return Err(TrustError::NoCardKey);
         }
-        let has_room = trust.len() < ANCHORS_MAX;
-        let knows = |a: &Anchor| trust.get(&a.key.id()).is_some();
         let of_it = next
             .documents
             .iter()
             .find(|t| t.signer == signer && t.digest == digest);
-        if !has_room && !of_it.is_none_or(|t| t.anchors.iter().all(knows)) {
+        let mut brought = of_it.into_iter().flat_map(|t| &t.anchors);
+        let fits = !brought.any(|a| left_out.contains(&a.key.id()));
+        // Its anchors come before those of later signers, which must not lose their place to them.
+        if !fits || !left_out.is_subset(&self.apply(keys, me).1) {
             return Err(TrustError::Full);
         }
         *self = next;

@@ -437,6 +437,28 @@ fn so_many_keys_and_revocations_are_kept_and_no_more() {
     assert_eq!(take(DOCUMENTS_MAX), Err("trust-full"));
 }
 
+/// The documents of an early signer come before those of later ones.
+#[test]
+fn r85_a_newer_document_takes_no_place_from_the_keys_of_another_signer() {
+    let mut guest = guest();
+    let lines = |from: u8, n: u8| -> Vec<_> { (from..from + n).map(|n| line("card", n)).collect() };
+    assert_eq!(guest.take(1, 1, brings(&lines(20, 1), &[])), "taken");
+    for (by, from) in [(2, 40), (40, 60), (41, 80), (42, 100)] {
+        assert_eq!(guest.take(by, 1, brings(&lines(from, 15), &[])), "taken");
+    }
+    assert_eq!(guest.trust().len(), ANCHORS_MAX);
+    assert_eq!(guest.take(1, 2, brings(&lines(20, 2), &[])), "trust-full");
+    assert_eq!(guest.roles(114), "card");
+    assert_eq!(guest.take(1, 2, brings(&lines(21, 1), &[])), "taken");
+    // An image that has more keys than before leaves some out, and that is no reason to refuse a revocation.
+    guest.image.add_text(&line("goal", 130)).unwrap();
+    assert_eq!(guest.roles(114), "");
+    assert_eq!(guest.take(1, 3, brings(&lines(21, 1), &[131])), "taken");
+    assert_eq!(guest.roles(114), "");
+    assert_eq!(guest.take(1, 4, brings(&lines(21, 1), &[43])), "taken");
+    assert_eq!(guest.roles(114), "card");
+}
+
 #[test]
 fn what_is_for_this_vm_does_not_count_when_the_guest_is_another() {
     let mut guest = guest();

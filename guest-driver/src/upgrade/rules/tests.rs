@@ -127,11 +127,32 @@ fn the_floor_never_goes_back_and_what_is_below_it_is_refused() {
         accept(&package(3, 1)),
         Err(NotTaken::BelowFloor(v("0.4.0")))
     );
-    assert_eq!(accept(&package(5, 1)), Err(NotTaken::Already));
+    // The one that runs becomes nothing else, and what its package says counts.
+    assert_eq!(accept(&package(5, 1)).as_ref(), Ok(&kept));
+    let floor = Some(v("0.5.0"));
+    assert_eq!(
+        accept(&package(5, 5)).map(|next| next
+            == Kept {
+                floor,
+                ..kept.clone()
+            }),
+        Ok(true)
+    );
     let older = accept(&package(4, 1)).unwrap();
     assert_eq!((runs(&older), &older.floor), (Some(4), &Some(v("0.4.0"))));
     let on_trial = older.accept(&package(6, 1), running, &v("0.1.0"));
     assert!(matches!(on_trial, Err(NotTaken::OnTrial(_))));
+}
+
+#[test]
+fn an_agent_that_could_not_be_begun_is_not_gone_back_to_below_the_floor_and_may_come_again() {
+    let kept = taken(&taken(&Kept::default(), 2, 1).confirmed(), 3, 1).confirmed();
+    let again = kept.accept(&package(3, 1), IMAGE, &v("0.1.0")).unwrap();
+    assert_eq!((runs(&again), &again.previous), (Some(3), &kept.previous));
+    let mut own = package(4, 4);
+    own.digest = IMAGE.0;
+    let kept = kept.accept(&own, IMAGE, &v("0.1.0")).unwrap();
+    assert_eq!((runs(&kept), kept.floor), (None, Some(v("0.4.0"))));
 }
 
 #[test]

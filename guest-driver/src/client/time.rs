@@ -1,0 +1,106 @@
+//! Clocks, and tasks whose time has not come: what the agent says of them on its stream, and when.
+//!
+//! The agent sends the time of its clock before every pull, so that the host sees a clock that is off; the host answers with
+//! its own time, which the guest takes if its configuration says so.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use adit_channel::frame::Header;
+use adit_tasks::wire::{Clock, WireKind};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::Client;
+use crate::config::ClockSource;
+use crate::conn::Conn;
+use crate::frames::decode;
+use crate::{clock, log};
+
+/// A time that the host took longer to answer with is not used.
+const CLOCK_ANSWER_MAX: Duration = Duration::from_secs(5);
+/// The guest's clock is not set while it is off by less, ms.
+const CLOCK_STEP_MIN_MS: u64 = 1000;
+
+impl Client {
+    /// Waits for the stream; meanwhile says so when the time of what was given back has come, or the clock was set.
+    pub(super) fn wait_for_frame(&mut self, conn: &Conn) -> io::Result<()> {
+        while let Some(ms) = self.given.next_held() {
+            let alarm = clock::Alarm::at(ms)?;
+            let mut fds =
+                [conn.as_fd(), alarm.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                Err(e) => return Err(e.into()),
+                Ok(_) => {}
+            }
+            if fds[0].any().unwrap_or(true) {
+                break;
+            }
+            self.send_clock(conn)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the time of a task has come, or that of one that was given back, or the clock was set, or the stream ends.
+    pub(super) fn hold(&mut self, conn: &Conn, not_before_ms: u64) -> io::Result<()> {
+        self.send_clock(conn)?;
+        // Then there is room to give this one back too: it may be due in a year, and another in an hour.
+        let not_before_ms = self
+            .given
+            .next_held()
+            .map_or(not_before_ms, |ms| ms.min(not_before_ms));
+        let alarm = clock::Alarm::at(not_before_ms)?;
+        while clock::now_ms() < not_before_ms {
+            let mut fds =
+                [alarm.as_fd(), conn.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                Err(e) => return Err(e.into()),
+                Ok(_) => {}
+            }
+            if fds[0].any().unwrap_or(true) {
+                break;
+            }
+            self.read_unsolicited(conn)?;
+        }
+        if self.given.next_held().is_some() {
+            // Both ends count what is given back, and count by the times that were told.
+            self.send_clock(conn)?;
+        }
+        Ok(())
+    }
+
+    /// Sends the guest's time. A host of this version answers with its own.
+    pub(super) fn send_clock(&mut self, conn: &Conn) -> io::Result<()> {
+        let unix_ms = clock::now_ms();
+        self.given.come(unix_ms);
+        let id = self.send_ignorable(conn, WireKind::Clock, &Clock { unix_ms })?;
+        self.clock_asked = Some((id, Instant::now()));
+        Ok(())
+    }
+
+    /// The host's time: sets the guest's clock if the configuration says so.
+    pub(super) fn on_host_clock(&mut self, header: &Header, body: &[u8]) -> io::Result<()> {
+        let host: Clock = decode(header, body)?;
+        let Some((_, asked)) = self.clock_asked.take_if(|(id, _)| *id == header.id) else {
+            return Ok(());
+        };
+        let took = asked.elapsed();
+        if self.live.config().clock == ClockSource::Own || took > CLOCK_ANSWER_MAX {
+            return Ok(());
+        }
+        // The answer took half of that to come.
+        let way = u64::try_from(took.as_millis() / 2).unwrap_or(0);
+        let (now, to) = (clock::now_ms(), host.unix_ms.saturating_add(way));
+        if now.abs_diff(to) < CLOCK_STEP_MIN_MS {
+            return Ok(());
+        }
+        match clock::set_ms(to) {
+            Ok(()) => log::event("clock-set", &[("from_ms", &now), ("to_ms", &to)]),
+            Err(e) => log::event("clock-not-set", &[("to_ms", &to), ("error", &e)]),
+        }
+        Ok(())
+    }
+}
