@@ -152,7 +152,10 @@ impl Admitted {
             extensions,
             deadline: DIAL_LIMIT,
         };
-        self.link.open(question, end).await
+        let dial = self.vm.dials.begin(&to.target);
+        let opened = self.link.open(question, end).await;
+        dial.ended(opened.as_ref().err().map(Unopened::reason));
+        opened
     }
 }
 
