@@ -116,9 +116,9 @@ const CHECKS: [Step; 10] = [
     },
     Step {
         name: "host processes",
-        budget_s: 90,
+        budget_s: 120,
         run: || {
-            ["host", "processes", "ways"]
+            ["host", "processes", "ways", "observe"]
                 .into_iter()
                 .try_for_each(with_binaries)
         },

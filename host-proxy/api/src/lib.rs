@@ -33,6 +33,7 @@
 //! | `GET /v1/config` | → `ConfigStatus`: what became of the configuration file |
 //! | `POST /v1/shutdown?ports=true` | stops aditd, with `ports=true` the port processes too; not VMMs that are their VMs' own |
 //! | `GET /metrics`, `/healthz`, `/readyz` | |
+//! | `GET /sd/prometheus?port=9100` | → `Vec<Targets>`: the VMs that may be reached at that port, for `http_sd_configs` |
 //!
 //! A filter that names an unknown VM or goal is 404, and one that names an unknown state is 400: no empty list.
 //!
@@ -404,6 +405,15 @@ pub struct NewGoal {
 pub struct NewTrust {
     /// The DSSE envelope, exactly as signed: JSON text.
     pub envelope: String,
+/// Targets for Prometheus, in the form of its HTTP service discovery.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Targets {
+    /// `VM:PORT`, as the proxy takes it.
+    pub targets: Vec<String>,
+    /// What Prometheus knows of them before it relabels.
+    pub labels: BTreeMap<String, String>,
+}
+
     /// VMs to give it to; empty: all, also those that come, or the one that it is for.
     #[serde(default)]
     pub to: Vec<String>,

@@ -1,10 +1,11 @@
 //! The JSON API on the Unix socket; `adit_api` lists the endpoints and has the types.
 //!
-//! `access` has what is asked of grants, `vms` what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`lists`: the newest of them, and
+//! `access` has what is asked of grants, `discovery` targets for Prometheus, `vms` what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`lists`: the newest of them, and
 //! filters that name nothing); here is the rest, and how a request fails.
 
 mod access;
 mod blobs;
+mod discovery;
 mod lists;
 mod tasks;
 mod trust;
@@ -118,6 +119,7 @@ pub fn observe(state: App) -> Router<App> {
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(readyz))
         .with_state(state)
+        .route("/sd/prometheus", get(discovery::targets))
 }
 
 /// A failed request.
