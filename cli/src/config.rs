@@ -1,6 +1,7 @@
 //! `adit config`: whether aditd runs by the configuration file as it is now.
 
 use adit_api::ConfigStatus;
+use adit_api::doctor::CONFIG_REFUSED;
 
 use crate::client::Client;
 use crate::error::Failure;
@@ -17,8 +18,7 @@ pub async fn show(client: &Client, format: Format) -> Result<(), Failure> {
     let status: ConfigStatus = client.get("/v1/config").await?;
     if let Some(why) = status.error {
         let message = format!("aditd has refused its configuration file: {why}");
-        return Err(Failure::new("bad-config", message)
-            .help("it goes on with what it had: mend the file, then `systemctl reload aditd`"));
+        return Err(Failure::new("bad-config", message).help(CONFIG_REFUSED));
     }
     match format {
         Format::Json => output::json(&status),

@@ -40,6 +40,7 @@
 //! Errors: status and `ErrorBody`.
 #![forbid(unsafe_code)]
 
+pub mod doctor;
 mod state;
 pub mod token;
 
@@ -145,6 +146,48 @@ pub struct Vm {
     /// Everything that is wrong with it, the gravest first: it needs a power cycle, has no port process, its guest broke the
     /// protocol, or its image is another VM's.
     pub fault: Option<String>,
+    /// The same, each by itself.
+    #[serde(default)]
+    pub faults: Vec<VmFault>,
+    /// A VMM is connected; none: an aditd of before does not say.
+    #[serde(default)]
+    pub vmm: Option<bool>,
+    /// The last dial into it that ended; none: there was none since aditd was started.
+    #[serde(default)]
+    pub last_dial: Option<LastDial>,
+}
+
+/// Something that is wrong with a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmFault {
+    /// What it is about: as the label of the metric `adit_vm_fault`.
+    pub kind: String,
+    /// What is wrong, and what to do.
+    pub text: String,
+}
+
+/// A dial into a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastDial {
+    /// Milliseconds since it ended.
+    pub ms_ago: u64,
+    /// What was dialled.
+    pub to: String,
+    /// Microseconds that it took.
+    pub took_us: u64,
+    /// Why there was no stream; none: there was.
+    pub refused: Option<Refused>,
+}
+
+/// A refused dial.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// Stable word.
+    pub code: String,
+    /// What failed and why. Part of it may be the guest's.
+    pub text: String,
+    /// What to do.
+    pub remedy: String,
 }
 
 /// Which program an agent is.
@@ -354,10 +397,22 @@ pub struct ConfigStatus {
     pub error: Option<String>,
     /// What differs from what is running, and takes a restart; also a VM that could not be added or removed, and why.
     pub restart: Vec<String>,
+    /// The version of aditd.
+    #[serde(default)]
+    pub version: Option<String>,
 }
 
 /// Most bytes of a file that one request brings.
 pub const PIECE_MAX: usize = 512 << 10;
+
+/// Targets for Prometheus, in the form of its HTTP service discovery.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Targets {
+    /// `VM:PORT`, as the proxy takes it.
+    pub targets: Vec<String>,
+    /// What Prometheus knows of them before it relabels.
+    pub labels: BTreeMap<String, String>,
+}
 
 /// A file that aditd has for VMs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -405,15 +460,6 @@ pub struct NewGoal {
 pub struct NewTrust {
     /// The DSSE envelope, exactly as signed: JSON text.
     pub envelope: String,
-/// Targets for Prometheus, in the form of its HTTP service discovery.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Targets {
-    /// `VM:PORT`, as the proxy takes it.
-    pub targets: Vec<String>,
-    /// What Prometheus knows of them before it relabels.
-    pub labels: BTreeMap<String, String>,
-}
-
     /// VMs to give it to; empty: all, also those that come, or the one that it is for.
     #[serde(default)]
     pub to: Vec<String>,

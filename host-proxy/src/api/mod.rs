@@ -30,6 +30,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use crate::desk::DeskError;
 use crate::registry::AddError;
+use crate::remedy;
 use crate::state::State;
 use crate::vm::VmEntry;
 use crate::vms::{NotAdded, port_gone};
@@ -118,8 +119,8 @@ pub fn observe(state: App) -> Router<App> {
         .route("/metrics", get(metrics))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(readyz))
-        .with_state(state)
         .route("/sd/prometheus", get(discovery::targets))
+        .with_state(state)
 }
 
 /// A failed request.
@@ -217,19 +218,18 @@ impl From<Refusal> for ApiError {
     fn from(refusal: Refusal) -> Self {
         use StatusCode as S;
         let code = refusal.code();
-        let (status, help) = match code {
-            Code::NotAllowed | Code::Denied => (S::FORBIDDEN, ""),
+        let help = remedy::of(code);
+        let status = match code {
+            Code::NotAllowed | Code::Denied => S::FORBIDDEN,
             Code::UnknownService => {
-                let help = "its agent is older than this: give it the next one by package";
                 return Self::new(S::FORBIDDEN, "old-agent", refusal.text()).help(help);
             }
-            Code::NoPortProcess | Code::NoSession | Code::NoAgent | Code::Busy => (
-                S::SERVICE_UNAVAILABLE,
-                "`adit vm show` says what is missing; then try again",
-            ),
-            Code::TooLarge => (S::PAYLOAD_TOO_LARGE, ""),
-            Code::NoSpace => (S::INSUFFICIENT_STORAGE, "make room on the guest's disk"),
-            _ => (S::BAD_GATEWAY, "try again: it goes on where it ended"),
+            Code::NoPortProcess | Code::NoSession | Code::NoAgent | Code::Busy => {
+                S::SERVICE_UNAVAILABLE
+            }
+            Code::TooLarge => S::PAYLOAD_TOO_LARGE,
+            Code::NoSpace => S::INSUFFICIENT_STORAGE,
+            _ => S::BAD_GATEWAY,
         };
         Self::new(status, &code.to_string(), refusal.text()).help(help)
     }
