@@ -3,7 +3,9 @@
 //! These tests need the binaries that `cargo xtask test` builds. Without them they print that and pass.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -143,10 +145,67 @@ scrape_configs:
     }
 
     // A port that is none is refused, so Prometheus keeps what it has.
-    for port in ["0", "65536", "%2B1", "", "x"] {
+    for port in ["0", "65536", "%2B1", "", "x", "1&port=2"] {
         let url = format!("http://{}/sd/prometheus?port={port}", metrics.trim());
         assert_eq!(get(&url).unwrap()["code"], "usage", "{port}");
     }
     let none = format!("http://{}/sd/prometheus?port=1", metrics.trim());
     assert_eq!(get(&none).unwrap(), serde_json::json!([]));
+}
+
+/// Passes the connections of a TCP port of this machine on to a Unix socket: the tester knows no other.
+fn bridge(socket: PathBuf) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let (Ok(client), Ok(server)) = (client, UnixStream::connect(&socket)) else {
+                continue;
+            };
+            std::thread::spawn(move || carry(&client, &server));
+        }
+    });
+    at
+}
+
+/// Until both sides have said all. One that breaks off is no matter of the test.
+fn carry(client: &TcpStream, server: &UnixStream) {
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let _ = io::copy(&mut &*client, &mut &*server);
+            let _ = server.shutdown(Shutdown::Write);
+        });
+        let _ = io::copy(&mut &*server, &mut &*client);
+        let _ = client.shutdown(Shutdown::Write);
+    });
+}
+
+/// Schemathesis makes requests of the document that aditd serves, such as fit it and such as do not, and compares the answers
+/// with it.
+#[test]
+fn the_api_does_what_its_document_says() {
+    let Some(bins) = binaries() else { return };
+    let Some(schemathesis) = std::env::var_os("ADIT_TEST_SCHEMATHESIS") else {
+        return println!("skipped: there is no schemathesis; `cargo xtask test` says why");
+    };
+    let host = Host::start(&bins, &["web-1"]).unwrap();
+    host.wait_port("web-1").unwrap();
+    let at = bridge(host.dir().join("run/aditd.sock"));
+    let dir = tempfile::tempdir().unwrap();
+    let config = adit_tests::root().join("tests/tests/schemathesis.toml");
+    let out = bound(schemathesis)
+        .arg("--config-file")
+        .arg(config)
+        .args(["--no-color", "run", "--url"])
+        .arg(format!("http://{at}"))
+        .arg(format!("http://{at}/v1/openapi.json"))
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&out.stdout);
+    let errors = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{said}{errors}{}", host.log());
+    // It goes on, and VMs are as before.
+    let shown = host.adit(&["vm", "show", "web-1"]).unwrap();
+    assert!(shown.status.success(), "{shown:?}");
 }

@@ -17,6 +17,7 @@ use axum::Json;
 use axum::extract::{Query, State as Shared};
 use axum::http::StatusCode;
 use serde::Deserialize;
+use utoipa::IntoParams;
 
 use super::{Answer, ApiError, App};
 use crate::reach::destination::{canonical, shown};
@@ -24,11 +25,21 @@ use crate::reach::destination::{canonical, shown};
 /// Of Prometheus' node exporter.
 const PORT: u16 = 9100;
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct DiscoveryQuery {
+    /// Which port; 9100 if it is not given.
+    #[param(value_type = Option<u16>, minimum = 1, maximum = 65535)]
     port: Option<String>,
 }
 
+/// Targets for Prometheus.
+#[utoipa::path(
+    get,
+    path = "/sd/prometheus",
+    params(DiscoveryQuery),
+    responses((status = 200, body = Vec<Targets>, description = "One group a VM"))
+)]
 pub(super) async fn targets(
     Shared(state): Shared<App>,
     Query(query): Query<DiscoveryQuery>,

@@ -1,12 +1,13 @@
 //! The JSON API on the Unix socket; `adit_api` lists the endpoints and has the types.
 //!
-//! `access` has what is asked of grants, `discovery` targets for Prometheus, `vms` what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`lists`: the newest of them, and
+//! `openapi` has the document that describes all of it, `access` has what is asked of grants, `discovery` targets for Prometheus, `vms` what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`lists`: the newest of them, and
 //! filters that name nothing); here is the rest, and how a request fails.
 
 mod access;
 mod blobs;
 mod discovery;
 mod lists;
+mod openapi;
 mod tasks;
 mod trust;
 mod vms;
@@ -23,10 +24,13 @@ use axum::extract::{DefaultBodyLimit, Query, Request, State as Shared};
 use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::get;
 use axum::{Json, Router};
 use serde::Deserialize;
 use tokio::sync::OwnedSemaphorePermit;
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use crate::desk::DeskError;
 use crate::registry::AddError;
@@ -43,29 +47,31 @@ type Answer<T> = Result<Json<T>, ApiError>;
 
 /// All endpoints.
 pub fn router(state: App) -> Router {
-    Router::new()
-        .route("/v1/vms", get(vms::list).post(vms::add))
-        .route(
-            "/v1/vms/{name}",
-            get(vms::show).patch(vms::change).delete(vms::remove),
-        )
-        .route("/v1/vms/{name}/reload", post(vms::reload))
-        .route("/v1/vms/{name}/wait", get(wait::wait_vm))
-        .route("/v1/goals", get(lists::goals).post(tasks::add_goal))
-        .route("/v1/goals/{id}", get(tasks::show_goal))
-        .route("/v1/tasks", get(tasks::list))
-        .route("/v1/tasks/{id}", get(tasks::show))
-        .route("/v1/tasks/{id}/output", get(tasks::output))
-        .route("/v1/trust", get(trust::list).post(trust::apply))
-        .route("/v1/trust/{signer}", axum::routing::delete(trust::forget))
-        .route("/v1/events", get(tasks::events))
-        .route("/v1/blobs/{digest}", get(blobs::show).put(blobs::put))
-        .route("/v1/vms/{name}/blobs/{digest}", post(blobs::send))
-        .route("/v1/vms/{name}/agent", post(blobs::order))
-        .route("/v1/access", get(access::check))
-        .route("/v1/grants", get(access::grants))
-        .route("/v1/config", get(config))
-        .route("/v1/shutdown", post(shutdown))
+    let (router, document) = OpenApiRouter::new()
+        .routes(routes!(vms::list, vms::add))
+        .routes(routes!(vms::show, vms::change, vms::remove))
+        .routes(routes!(vms::reload))
+        .routes(routes!(wait::wait_vm))
+        .routes(routes!(lists::goals, tasks::add_goal))
+        .routes(routes!(tasks::show_goal))
+        .routes(routes!(tasks::list))
+        .routes(routes!(tasks::show))
+        .routes(routes!(tasks::output))
+        .routes(routes!(trust::list, trust::apply))
+        .routes(routes!(trust::forget))
+        .routes(routes!(tasks::events))
+        .routes(routes!(blobs::show, blobs::put))
+        .routes(routes!(blobs::send))
+        .routes(routes!(blobs::order))
+        .routes(routes!(access::check))
+        .routes(routes!(access::grants))
+        .routes(routes!(config))
+        .routes(routes!(shutdown))
+        .split_for_parts();
+    let observed = observed().into_openapi();
+    let document = openapi::document(document, observed);
+    router
+        .route("/v1/openapi.json", get(async move || document))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .layer(middleware::from_fn(in_our_shape))
         .layer(middleware::from_fn(to_its_end))
@@ -115,12 +121,20 @@ async fn in_our_shape(request: Request, next: Next) -> Response {
 
 /// What may also be had over TCP.
 pub fn observe(state: App) -> Router<App> {
-    Router::new()
-        .route("/metrics", get(metrics))
-        .route("/healthz", get(|| async { "ok\n" }))
-        .route("/readyz", get(readyz))
-        .route("/sd/prometheus", get(discovery::targets))
-        .with_state(state)
+    let (router, _) = observed().split_for_parts();
+    router.with_state(state)
+}
+
+fn observed() -> OpenApiRouter<App> {
+    // The others refuse nothing by themselves.
+    let discovery = OpenApiRouter::new()
+        .routes(routes!(discovery::targets))
+        .layer(middleware::from_fn(in_our_shape));
+    OpenApiRouter::new()
+        .routes(routes!(metrics))
+        .routes(routes!(healthz))
+        .routes(routes!(readyz))
+        .merge(discovery)
 }
 
 /// A failed request.
@@ -270,12 +284,20 @@ fn patient(state: &State) -> Result<OwnedSemaphorePermit, ApiError> {
     })
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct ShutdownQuery {
     #[serde(default)]
     ports: bool,
 }
 
+/// Stops aditd.
+#[utoipa::path(
+    post,
+    path = "/v1/shutdown",
+    params(ShutdownQuery),
+    responses((status = 202, description = "It ends"))
+)]
 async fn shutdown(Shared(state): Shared<App>, Query(q): Query<ShutdownQuery>) -> StatusCode {
     if q.ports {
         let mut vms = state.registry.all();
@@ -294,15 +316,42 @@ async fn shutdown(Shared(state): Shared<App>, Query(q): Query<ShutdownQuery>) ->
 }
 
 /// What became of the configuration file.
+#[utoipa::path(
+    get,
+    path = "/v1/config",
+    responses((status = 200, body = ConfigStatus, description = "Of the last time that it was read"))
+)]
 async fn config(Shared(state): Shared<App>) -> Json<ConfigStatus> {
     Json(state.reloads.show())
 }
 
+/// Metrics, in the OpenMetrics text format.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    responses((status = 200, body = String, content_type = "application/openmetrics-text", description = "All of them"))
+)]
 async fn metrics(Shared(state): Shared<App>) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([("content-type", kind)], state.metrics.render(&state)).into_response()
 }
 
+/// Whether aditd runs.
+#[utoipa::path(
+    get,
+    path = "/healthz",
+    responses((status = 200, body = String, content_type = "text/plain", description = "It does"))
+)]
+async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+/// Whether every VM has a port process.
+#[utoipa::path(
+    get,
+    path = "/readyz",
+    responses((status = 200, body = String, content_type = "text/plain", description = "Every VM has a port process"), (status = 503, body = String, content_type = "text/plain", description = "Those that have none"))
+)]
 async fn readyz(Shared(state): Shared<App>) -> Response {
     let down: Vec<String> = state
         .registry

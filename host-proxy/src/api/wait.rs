@@ -7,19 +7,30 @@ use axum::Json;
 use axum::extract::{Path, Query, State as Shared};
 use axum::http::StatusCode;
 use serde::Deserialize;
+use utoipa::IntoParams;
 
 use super::{Answer, ApiError, App, find, patient};
 
 /// Longest wait for a VM.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct WaitQuery {
     #[serde(rename = "for")]
+    #[param(pattern = "^agent$")]
     condition: String,
+    /// How long at most.
     timeout_ms: u64,
 }
 
+/// Waits until a VM is ready.
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}/wait",
+    params(("name" = String, Path, description = "Name of the VM"), WaitQuery),
+    responses((status = 200, body = Vm, description = "It is ready"))
+)]
 pub(super) async fn wait_vm(
     Shared(state): Shared<App>,
     Path(name): Path<String>,
