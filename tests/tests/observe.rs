@@ -129,7 +129,7 @@ scrape_configs:
         r#"up{job="aditd"}==1"#,
         r#"adit_vm_ready{vm="web-2"}==0"#,
         r#"adit_vm_dials_total{vm="web-2",outcome="no-session"}>0"#,
-        r#"adit_listener_accepted_total{listener="proxy"}>0"#,
+        r#"adit_listener_accepted_total{listener=~"127.0.0.1:.*"}>0"#,
         r#"adit_listener_connections_open{listener="metrics"}>0"#,
     ] {
         wait_for(query, LIMIT, || {
