@@ -199,7 +199,8 @@ impl Gate {
         self.enter_of(&self.counted).await
     }
 
-    /// Waits for a place for a client of this listener; the oldest silent connection makes it, if there is none, or else the first that falls silent.
+    /// Waits for a place for a client of this listener; the oldest silent connection makes it, if there is none, or else the
+    /// first that falls silent.
     pub async fn enter_of(self: &Arc<Self>, counted: &Arc<Counted>) -> Place {
         let slot = match self.slots.clone().try_acquire_owned() {
             Ok(slot) => Some(slot),
