@@ -1,6 +1,7 @@
 //! `adit config`, `adit reload`: whether aditd runs by the configuration file as it is now.
 
 use adit_api::ConfigStatus;
+use adit_api::doctor::CONFIG_REFUSED;
 
 use crate::client::Client;
 use crate::error::Failure;
@@ -33,8 +34,7 @@ pub async fn show(client: &Client, format: Format) -> Result<(), Failure> {
 fn print(status: ConfigStatus, format: Format) -> Result<(), Failure> {
     if let Some(why) = status.error {
         let message = format!("aditd has refused its configuration file: {why}");
-        return Err(Failure::new("bad-config", message)
-            .help("it goes on with what it had: mend the file, then `systemctl reload aditd`"));
+        return Err(Failure::new("bad-config", message).help(CONFIG_REFUSED));
     }
     match format {
         Format::Json => output::json(&status),

@@ -3,6 +3,7 @@
 use std::io;
 use std::process::ExitCode;
 
+use adit_api::doctor::{Finding, Health};
 use adit_print::PrintError;
 use clap::error::ErrorKind;
 use serde::Serialize;
@@ -17,6 +18,8 @@ const UNREACHABLE: u8 = 3;
 const NOT_FOUND: u8 = 4;
 /// Exit status 5: a task did not succeed.
 pub const TASK_FAILED: u8 = 5;
+/// Exit status 6: `adit doctor` has found something.
+pub const UNWELL: u8 = 6;
 /// Exit status 124: time is up, as `timeout` has it.
 const TIMEOUT: u8 = 124;
 
@@ -62,6 +65,21 @@ impl Failure {
     pub fn help(mut self, help: impl Into<String>) -> Self {
         self.help = help.into();
         self
+    }
+
+    /// Nothing could be asked, because aditd does not answer.
+    pub fn is_about_aditd(&self) -> bool {
+        self.exit == UNREACHABLE
+    }
+
+    /// The same as what `adit doctor` finds of the host.
+    pub fn finding(&self) -> Finding {
+        Finding {
+            check: "host".into(),
+            health: Health::Failed,
+            says: self.message.clone(),
+            remedy: self.help.clone(),
+        }
     }
 
     pub fn timeout(message: impl Into<String>) -> Self {

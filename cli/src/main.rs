@@ -1,7 +1,7 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket; signs goals here, so that no key leaves the manager.
 //!
 //! A command is a module of its own (`vm`, `goal`, `task`, `access`, `key`, `card`, `trust`, `agent`, `image`, `connect`, `forward`, `config`,
-//! `completion`); `client` speaks HTTP, `proxy` opens tunnels, `output` prints,
+//! `doctor`, `completion`); `client` speaks HTTP, `proxy` opens tunnels, `output` prints,
 //! `error` says what failed, why and what to do next, and maps it to an exit status.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
@@ -12,6 +12,7 @@ mod client;
 mod completion;
 mod config;
 mod connect;
+mod doctor;
 mod error;
 mod forward;
 mod goal;
@@ -39,6 +40,7 @@ const EXAMPLES: &str = "\
 Examples:
   adit vm ls
   adit wait web-1 --for agent --timeout 30s
+  adit doctor web-1
   adit key new fleet.key
   adit image inject web-1.qcow2 --vm-id web-1 --trust fleet.key.pub --allow-port 22,80
   adit goal apply patch.yaml --sign fleet.key --to web-1,web-2
@@ -57,6 +59,7 @@ Exit status:
     3  aditd or its proxy cannot be reached, or does not answer
     4  not found: no such VM, goal or task, or nothing to watch
     5  a step did not succeed (`task watch`, `goal apply --watch`)
+    6  something is wrong with aditd or a VM (`doctor`)
   124  the time of --timeout is over
   141  whoever reads standard output has closed it, as with `adit vm ls | head -1`";
 
@@ -119,6 +122,8 @@ enum Command {
     Connect(connect::Connect),
     /// Listen on this host, and lead each connection to a VM's port
     Forward(forward::Forward),
+    /// Say what is wrong with aditd and its VMs, and what to do
+    Doctor(doctor::Doctor),
     /// Show whether aditd runs by its configuration file as it is now
     #[command(after_help = config::EXAMPLE)]
     Config,
@@ -195,6 +200,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Access(command) => access::run(command, &client, format).await?,
         Command::Connect(command) => connect::connect(command).await?,
         Command::Forward(command) => forward::forward(command, format).await?,
+        Command::Doctor(doctor) => return doctor::run(doctor, &client, format).await,
         Command::Config => config::show(&client, format).await?,
         Command::Reload => config::reload(&client, format).await?,
         Command::Completion(completion) => completion::print(completion, format)?,

@@ -336,6 +336,13 @@ impl VmConfig {
         if self.allow.contains(&0) {
             return Err(("allow", "it takes ports from 1 to 65535, not 0".into()));
         }
+        if self.allow_vsock.contains(&u32::MAX) {
+            let why = format!(
+                "{} is no port: it stands for any (VMADDR_PORT_ANY)",
+                u32::MAX
+            );
+            return Err(("allow_vsock", why));
+        }
         let mut labels = adit_tasks::card::Labels::default();
         for (name, value) in &self.labels {
             labels

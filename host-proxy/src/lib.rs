@@ -15,7 +15,7 @@
 //! | `keeper`, `fdstore` | what a port process's successor needs; kept over the end of the worker, and of aditd |
 //! | `access` | who asks, and who may do what with which VM |
 //! | `front` | every listener for clients of VMs |
-//! | `reach` | from a destination to a stream |
+//! | `reach`, `remedy` | from a destination to a stream; what to do where it is refused |
 //! | `proxy` | the HTTP forward proxy |
 //! | `services`, `agent` | what guests dial; the talk with an agent |
 //! | `desk`, `disk` | goals and tasks: rules, database, and who hears of a change; whether a disk is full |
@@ -50,6 +50,7 @@ pub mod proxy;
 pub mod reach;
 pub mod registry;
 pub mod reload;
+pub mod remedy;
 pub mod serve;
 pub mod services;
 pub mod spawn;

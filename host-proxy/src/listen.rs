@@ -28,6 +28,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::metrics::{Listener as Counted, Turned};
 use crate::proxy::linger;
 
 /// How long a client may take for a request's header, and again for its body.
@@ -153,21 +154,27 @@ impl<K: Eq + Hash> Drop for Share<K> {
     }
 }
 
-/// The connections of a listener.
+/// A connection that says nothing: what ends it, and what counts that.
+type Silent = (CancellationToken, Arc<Counted>);
+
+/// The connections of a listener, or of several together.
 #[derive(Debug)]
 pub struct Gate {
     slots: Arc<Semaphore>,
     /// Those that have asked for nothing yet, or are idle again, by age.
-    silent: Mutex<BTreeMap<u64, CancellationToken>>,
+    silent: Mutex<BTreeMap<u64, Silent>>,
     next: AtomicU64,
     /// One more is silent.
     falls_silent: Notify,
+    /// What is counted of its listener.
+    pub counted: Arc<Counted>,
 }
 
 /// A connection's place. Dropped = free.
 #[derive(Debug)]
 pub struct Place {
     gate: Arc<Gate>,
+    counted: Arc<Counted>,
     /// Its age among the silent ones.
     nth: AtomicU64,
     /// Another one needs the place, and nothing is under way on this one.
@@ -176,18 +183,25 @@ pub struct Place {
 }
 
 impl Gate {
-    /// So many connections at the same time.
-    pub fn new(max: usize) -> Arc<Self> {
+    /// As many connections at the same time as its listener may have.
+    pub fn new(counted: Arc<Counted>) -> Arc<Self> {
         Arc::new(Self {
-            slots: Arc::new(Semaphore::new(max)),
+            slots: Arc::new(Semaphore::new(counted.max)),
             silent: Mutex::default(),
             next: AtomicU64::new(0),
             falls_silent: Notify::new(),
+            counted,
         })
     }
 
-    /// Waits for a place; the oldest silent connection makes it, if there is none, or else the first that falls silent.
+    /// As [`enter_of`](Self::enter_of), for the gate's own listener.
     pub async fn enter(self: &Arc<Self>) -> Place {
+        self.enter_of(&self.counted).await
+    }
+
+    /// Waits for a place for a client of this listener; the oldest silent connection makes it, if there is none, or else the
+    /// first that falls silent.
+    pub async fn enter_of(self: &Arc<Self>, counted: &Arc<Counted>) -> Place {
         let slot = match self.slots.clone().try_acquire_owned() {
             Ok(slot) => Some(slot),
             Err(_) => {
@@ -211,10 +225,12 @@ impl Gate {
         };
         let place = Place {
             gate: self.clone(),
+            counted: counted.clone(),
             nth: AtomicU64::new(0),
             evicted: CancellationToken::new(),
             _slot: slot,
         };
+        counted.opened();
         place.idle();
         place
     }
@@ -222,13 +238,14 @@ impl Gate {
     /// Ends the oldest silent connection; false: there is none.
     pub fn evict(&self) -> bool {
         let oldest = self.silent().pop_first();
-        if let Some((_, oldest)) = &oldest {
+        if let Some((_, (oldest, counted))) = &oldest {
             oldest.cancel();
+            counted.turned(Turned::Silent);
         }
         oldest.is_some()
     }
 
-    fn silent(&self) -> MutexGuard<'_, BTreeMap<u64, CancellationToken>> {
+    fn silent(&self) -> MutexGuard<'_, BTreeMap<u64, Silent>> {
         self.silent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -245,7 +262,8 @@ impl Place {
         self.spoke();
         let nth = self.gate.next.fetch_add(1, Ordering::Relaxed);
         self.nth.store(nth, Ordering::Relaxed);
-        self.gate.silent().insert(nth, self.evicted.clone());
+        let silent = (self.evicted.clone(), self.counted.clone());
+        self.gate.silent().insert(nth, silent);
         self.gate.falls_silent.notify_waiters();
     }
 }
@@ -253,6 +271,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.spoke();
+        self.counted.closed();
     }
 }
 
@@ -278,6 +297,7 @@ pub async fn serve<L>(
         };
         if !spares(&client) {
             // The next one may have the descriptor of a connection that says nothing.
+            gate.counted.turned(Turned::Descriptors);
             gate.evict();
             continue;
         }
@@ -366,6 +386,10 @@ fn refusal(status: StatusCode, why: String) -> Response {
 mod tests {
     use super::*;
 
+    fn gate(max: usize) -> Arc<Gate> {
+        Gate::new(Counted::new(max))
+    }
+
     #[test]
     fn the_operators_socket_has_room_whatever_the_limit_of_descriptors() {
         for descriptors in [32, 128, 256, 1024, 20_000, 1 << 20] {
@@ -392,7 +416,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_oldest_silent_connection_makes_room_and_one_that_spoke_does_not() {
-        let gate = Gate::new(2);
+        let gate = gate(2);
         let (spoke, silent) = (gate.enter().await, gate.enter().await);
         spoke.spoke();
         let of_silent = silent.evicted.clone();
@@ -408,7 +432,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_that_becomes_idle_makes_room_for_one_that_waits_already() {
-        let gate = Gate::new(2);
+        let gate = gate(2);
         let (first, second) = (gate.enter().await, gate.enter().await);
         first.spoke();
         second.spoke();
@@ -427,7 +451,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_that_is_idle_again_makes_room_after_those_that_are_so_for_longer() {
-        let gate = Gate::new(2);
+        let gate = gate(2);
         let (first, second) = (gate.enter().await, gate.enter().await);
         first.spoke();
         first.idle();

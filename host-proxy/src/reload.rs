@@ -49,6 +49,7 @@ impl Reloads {
             restart,
         } = self.get();
         ConfigStatus {
+            version: Some(env!("CARGO_PKG_VERSION").into()),
             // And once at the start.
             reads: reads + 1,
             error,

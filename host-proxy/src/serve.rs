@@ -133,7 +133,8 @@ impl Service {
         tasks.spawn(enforce::keep(state.clone()));
         if let Some(listener) = metrics {
             let app = api::observe(state.clone()).with_state(state.clone());
-            let (gate, room) = (Gate::new(state.room.metrics), state.room);
+            let room = state.room;
+            let gate = Gate::new(state.metrics.listener("metrics", room.metrics));
             let spares = move |client: &TcpStream| room.spares(client);
             tasks.spawn(listen::serve(
                 listener,
@@ -147,7 +148,7 @@ impl Service {
         let server = tokio::spawn(listen::serve(
             api,
             api::router(state.clone()),
-            Gate::new(state.room.api),
+            Gate::new(state.metrics.listener("api", state.room.api)),
             api::BODY_MAX,
             // What the others leave is for this one.
             |_: &UnixStream| true,

@@ -81,7 +81,7 @@ impl State {
     ) -> Arc<Self> {
         let room = Room::of_process(config.limits.connections);
         let registry = Arc::new(Registry::new(&config.run_dir));
-        let metrics = Arc::new(Metrics::default());
+        let metrics = Arc::new(Metrics::new(registry.clone()));
         let per_vm = config.limits.requests_per_vm.unwrap_or(room.proxy / 4);
         Arc::new(Self {
             room,

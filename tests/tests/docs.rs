@@ -359,17 +359,43 @@ fn operate_explains_every_key_of_each_configuration() {
     }
 }
 
+/// Names of all metrics.
+fn metrics(source: &str) -> BTreeSet<&str> {
+    let lines = source.lines().map(str::trim);
+    let names = lines.filter_map(|l| l.strip_prefix("name: \"")?.strip_suffix("\","));
+    names.collect()
+}
+
 #[test]
 fn operate_explains_every_metric() {
     let page = read("docs/operate.md");
     let source = read("host-proxy/src/metrics.rs");
-    let lines = source.lines().map(str::trim);
-    let names = lines.filter_map(|l| l.strip_prefix("name: \"")?.strip_suffix("\","));
     let explained: BTreeSet<&str> = first_cells(&page, "## Metrics")
         .into_iter()
         .flat_map(quoted)
         .collect();
-    assert_eq!(explained, names.collect());
+    assert_eq!(explained, metrics(&source));
+}
+
+/// A rule about a metric that is not there never fires, and nobody finds out.
+#[test]
+fn every_metric_of_an_alert_rule_is_there() {
+    let (rules, source) = (
+        read("host-proxy/dist/alerts.yml"),
+        read("host-proxy/src/metrics.rs"),
+    );
+    let there = metrics(&source);
+    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let words = rules.split(|c| !is_word(c));
+    let mut seen = 0;
+    for name in words.filter(|word| word.starts_with("adit_")) {
+        let of_histogram = ["_bucket", "_count", "_sum"];
+        let mut family = of_histogram.iter().filter_map(|end| name.strip_suffix(end));
+        let is_there = there.contains(name) || family.any(|family| there.contains(family));
+        assert!(is_there, "{name}");
+        seen += 1;
+    }
+    assert!(seen > 0);
 }
 
 #[test]

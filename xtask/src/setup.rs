@@ -192,6 +192,40 @@ pub fn cargo_install(
     Ok(binary)
 }
 
+/// The property tester of APIs, from PyPI.
+const SCHEMATHESIS: &str = "schemathesis==4.32.5";
+
+/// Installs schemathesis under `target/`, once a version. Returns the program; none, with the reason printed: PyPI cannot be reached.
+pub fn schemathesis() -> anyhow::Result<Option<PathBuf>> {
+    let venv = adit_tests::target().join("schemathesis");
+    let (program, whole) = (venv.join("bin/schemathesis"), venv.join(SCHEMATHESIS));
+    if whole.exists() {
+        return Ok(Some(program));
+    }
+    let make = || output(Command::new("python3").args(["-m", "venv"]).arg(&venv));
+    if make().is_err() {
+        // Debian has what it takes in a package of its own.
+        packages(&["python3-venv"])?;
+        make()?;
+    }
+    let installed = progress::during(&format!("installing {SCHEMATHESIS}"), || {
+        let mut pip = Command::new(venv.join("bin/pip"));
+        output(pip.args(["install", "--disable-pip-version-check", SCHEMATHESIS]))
+    });
+    match installed {
+        Ok(_) => {
+            std::fs::write(whole, "")?;
+            Ok(Some(program))
+        }
+        // Said of each try to connect.
+        Err(e) if e.to_string().contains("Retrying (") => {
+            eprintln!("skipped: schemathesis: PyPI cannot be reached: {e}");
+            Ok(None)
+        }
+        Err(e) => Err(e),
+    }
+}
+
 /// Runs cargo, which prints only errors.
 pub fn cargo(args: &[&str]) -> anyhow::Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

@@ -36,7 +36,7 @@ struct Step {
     run: fn() -> anyhow::Result<()>,
 }
 
-const CHECKS: [Step; 10] = [
+const CHECKS: [Step; 11] = [
     Step {
         name: "format",
         budget_s: 10,
@@ -116,12 +116,17 @@ const CHECKS: [Step; 10] = [
     },
     Step {
         name: "host processes",
-        budget_s: 90,
+        budget_s: 120,
         run: || {
             ["host", "processes", "ways", "grants"]
                 .into_iter()
                 .try_for_each(with_binaries)
         },
+    },
+    Step {
+        name: "what operators watch it with",
+        budget_s: 150,
+        run: observe,
     },
     Step {
         name: "fuzz targets, 5 s each",
@@ -438,6 +443,16 @@ impl Real {
 fn with_binaries(file: &'static str) -> anyhow::Result<()> {
     let real = Real::of(file)?;
     cargo_with(&real.args(&[]), &real.env())
+}
+
+/// Prometheus, and the property tester of the API.
+fn observe() -> anyhow::Result<()> {
+    let real = Real::of("observe")?;
+    let schemathesis = setup::schemathesis()?;
+    let more = schemathesis.iter();
+    let more = more.map(|program| ("ADIT_TEST_SCHEMATHESIS", program.as_os_str()));
+    let env: Vec<_> = real.env().into_iter().chain(more).collect();
+    cargo_with(&real.args(&[]), &env)
 }
 
 /// The same for tests that boot guests. A test that fails is run once more by itself, because an emulated machine can fail when

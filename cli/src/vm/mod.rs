@@ -175,7 +175,7 @@ pub async fn run(command: &VmCommand, client: &Client, format: Format) -> Result
 }
 
 /// The path of a VM. A name that is no name never becomes part of a path.
-fn path(name: &str) -> Result<String, Failure> {
+pub fn path(name: &str) -> Result<String, Failure> {
     let id: adit_names::VmId = name.parse().map_err(|e| {
         Failure::new("unknown-vm", format!("`{name}` names no VM: {e}"))
             .help("`adit vm ls` lists the names")

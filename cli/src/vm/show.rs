@@ -1,5 +1,6 @@
 //! How VMs are printed: a table of all, or all of one.
 
+use adit_api::doctor::NO_GOAL_KEYS;
 use adit_api::{Card, Carrier, CarrierKind, Trust, TrustRefused, Vm};
 
 use crate::error::Failure;
@@ -131,7 +132,7 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
     }));
     rows.extend(vm.goal_keys.map(|n| {
         let said = match n {
-            0 => "none: it runs no task; put a key into the guest's trust_dir".into(),
+            0 => format!("none: {NO_GOAL_KEYS}"),
             n => format!("{n} in the guest"),
         };
         ["goal keys".into(), said]

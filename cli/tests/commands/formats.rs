@@ -90,6 +90,7 @@ const CALLS: &[(&str, &[&str])] = &[
     ),
     ("access-ls", &["access", "ls", "--vm", "web-1"]),
     ("access-token", &["access", "token", "ci"]),
+    ("doctor", &["doctor", "web-1"]),
     ("config", &["config"]),
     ("reload", &["reload"]),
     ("completion", &["completion", "bash"]),

@@ -6,6 +6,7 @@ mod agents;
 mod cards;
 mod completing;
 mod connecting;
+mod doctor;
 mod fake;
 mod formats;
 mod forwarding;

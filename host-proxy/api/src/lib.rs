@@ -5,7 +5,9 @@
 //!
 //! | method and path | body → answer |
 //! |---|---|
-//! | `GET /v1/vms` | → `Vec<Vm>` |
+//! | `GET /v1/openapi.json` | → this table for programs: OpenAPI 3.1, made from these types |
+//! | `GET /v1/vms` | → `Vec<Vm>`, by name |
+//! | `GET /v1/vms?limit=N&after=CURSOR` | → at most N (and at most 500) of them; the field `adit-next` has the next page's cursor, and is not there with the last page |
 //! | `POST /v1/vms` | `NewVm` → `Vm`; 409 for a taken name or CID |
 //! | `GET /v1/vms/{name}` | → `Vm` |
 //! | `PATCH /v1/vms/{name}` | `VmChange` → `Vm`; 409 for a VM of `aditd.toml`, 422 for what cannot change |
@@ -22,7 +24,7 @@
 //! | `GET /v1/tasks/{task_id}/output?stream=stdout` | raw bytes (head, a line that says what is missing, tail); the field `adit-left-out` has the head's length and the number of missing bytes |
 //! | `GET /v1/events?goal=` | `application/x-ndjson` of `TaskEvent`: first the present state, then changes; ends when every task of `goal` is terminal. A body that is cut off (no last chunk) ended for another reason: ask again |
 //! | `POST /v1/trust` | `NewTrust` → `KeptTrust` (on disk when answered): a trust document, which connected agents get at once and others when they connect; 409 for an older one |
-//! | `GET /v1/trust` | → `Vec<KeptTrust>` |
+//! | `GET /v1/trust` | → `Vec<KeptTrust>`; `limit` and `after` as of `/v1/vms` |
 //! | `DELETE /v1/trust/{signer}?vm=NAME` | passes it on no more; guests that have it keep it |
 //! | `GET /v1/blobs/{sha256}` | → `Blob`: how much of it is here |
 //! | `PUT /v1/blobs/{sha256}?size=N&from=M` | the next bytes (at most [`PIECE_MAX`]) of a file of N bytes → `Blob`; where `from` is not what is here, nothing is written, and the answer says where to go on; 413, 422 for another digest (all of it is to come again), 507 |
@@ -34,12 +36,16 @@
 //! | `POST /v1/reload` | reads the configuration again → `ConfigStatus`, once it is applied or refused |
 //! | `POST /v1/shutdown?ports=true` | stops aditd, with `ports=true` the port processes too; not VMMs that are their VMs' own |
 //! | `GET /metrics`, `/healthz`, `/readyz` | |
+//! | `GET /sd/prometheus?port=9100` | → `Vec<Targets>`: the VMs that may be reached at that port, for `http_sd_configs` |
 //!
 //! A filter that names an unknown VM or goal is 404, and one that names an unknown state is 400: no empty list.
 //!
 //! Errors: status and `ErrorBody`.
 #![forbid(unsafe_code)]
 
+pub mod doctor;
+#[cfg(feature = "openapi")]
+mod openapi;
 mod state;
 pub mod token;
 
@@ -67,6 +73,7 @@ pub fn left_out(bytes: u64) -> String {
 }
 
 /// One VM.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vm {
     /// Name and id.
@@ -145,9 +152,55 @@ pub struct Vm {
     /// Everything that is wrong with it, the gravest first: it needs a power cycle, has no port process, its guest broke the
     /// protocol, or its image is another VM's.
     pub fault: Option<String>,
+    /// The same, each by itself.
+    #[serde(default)]
+    pub faults: Vec<VmFault>,
+    /// A VMM is connected; none: an aditd of before does not say.
+    #[serde(default)]
+    pub vmm: Option<bool>,
+    /// The last dial into it that ended; none: there was none since aditd was started.
+    #[serde(default)]
+    pub last_dial: Option<LastDial>,
+}
+
+/// Something that is wrong with a VM.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmFault {
+    /// What it is about: as the label of the metric `adit_vm_fault`.
+    pub kind: String,
+    /// What is wrong, and what to do.
+    pub text: String,
+}
+
+/// A dial into a VM.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastDial {
+    /// Milliseconds since it ended.
+    pub ms_ago: u64,
+    /// What was dialled.
+    pub to: String,
+    /// Microseconds that it took.
+    pub took_us: u64,
+    /// Why there was no stream; none: there was.
+    pub refused: Option<Refused>,
+}
+
+/// A refused dial.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// Stable word.
+    pub code: String,
+    /// What failed and why. Part of it may be the guest's.
+    pub text: String,
+    /// What to do.
+    pub remedy: String,
 }
 
 /// Which program an agent is.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Program {
     /// Of a program that came over the channel, 64 hex digits; none: it is the one of the guest's image.
@@ -159,6 +212,7 @@ pub struct Program {
 }
 
 /// Has an agent become another program.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AgentOrder {
@@ -167,6 +221,7 @@ pub struct AgentOrder {
 }
 
 /// An agent's answer: it follows the order.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AgentAnswer {
     /// It is that program already.
@@ -176,6 +231,7 @@ pub struct AgentAnswer {
 }
 
 /// A card that a guest shows.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Card {
     /// Where the guest says that it found it.
@@ -191,6 +247,7 @@ pub struct Card {
 }
 
 /// A guest's own key.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestKey {
     /// The line of the public half.
@@ -200,6 +257,7 @@ pub struct GuestKey {
 }
 
 /// What a guest has taken of trust documents, as it says.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trust {
     /// The newest of each signer.
@@ -211,6 +269,7 @@ pub struct Trust {
 }
 
 /// A trust document that a guest has taken.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrustTaken {
     /// Id of the key that signed it.
@@ -222,6 +281,7 @@ pub struct TrustTaken {
 }
 
 /// A trust document that a guest has not taken.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrustRefused {
     /// Id of the key that signed it.
@@ -233,6 +293,7 @@ pub struct TrustRefused {
 }
 
 /// A task that waits in the guest.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holding {
     /// 32 hex digits.
@@ -244,6 +305,7 @@ pub struct Holding {
 }
 
 /// What carries bytes between host and guest.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CarrierKind {
@@ -255,6 +317,7 @@ pub enum CarrierKind {
 }
 
 /// Which carrier new dials of the agent's services take. What is reached as a vsock port takes vsock whatever this says.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Carrier {
     /// Which.
@@ -281,30 +344,41 @@ pub struct Carrier {
 }
 
 /// Registers a VM.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NewVm {
     /// Name and id.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    )]
     pub name: String,
     /// CID, 3 or more.
+    #[cfg_attr(feature = "openapi", schema(minimum = 3, maximum = 4_294_967_294_i64))]
     pub cid: u64,
     /// Guest TCP ports that may be reached.
     #[serde(default)]
+    #[cfg_attr(feature = "openapi", schema(schema_with = openapi::ports, required = false))]
     pub allow: Vec<u16>,
     /// Plain AF_VSOCK ports that may be reached.
     #[serde(default)]
+    #[cfg_attr(feature = "openapi", schema(schema_with = openapi::vsock_ports, required = false))]
     pub allow_vsock: Vec<u32>,
 }
 
 /// Changes settings of a VM; what is not given stays.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Serialize, Deserialize, Default, Debug, Clone)]
 #[serde(deny_unknown_fields)]
 pub struct VmChange {
     /// Guest TCP ports that may be reached from now on. Streams that are open go on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(schema_with = openapi::ports, required = false))]
     pub allow: Option<Vec<u16>>,
     /// Plain AF_VSOCK ports that may be reached from now on. Streams that are open go on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(schema_with = openapi::vsock_ports, required = false))]
     pub allow_vsock: Option<Vec<u32>>,
     /// Microseconds that its port process polls before it sleeps. The port process has it after `POST …/reload`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -312,6 +386,7 @@ pub struct VmChange {
 }
 
 /// What is decided of a request.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AccessDecision {
     /// Whether it may be done.
@@ -329,6 +404,7 @@ pub struct AccessDecision {
 }
 
 /// A grant of the configuration.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GrantShown {
     /// File and line.
@@ -346,6 +422,7 @@ pub struct GrantShown {
 }
 
 /// What became of the configuration file when it was read last: at the start, or at SIGHUP.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigStatus {
     /// How often it was read; 1 after the start.
@@ -354,12 +431,26 @@ pub struct ConfigStatus {
     pub error: Option<String>,
     /// What differs from what is running, and takes a restart; also a VM that could not be added or removed, and why.
     pub restart: Vec<String>,
+    /// The version of aditd.
+    #[serde(default)]
+    pub version: Option<String>,
 }
 
 /// Most bytes of a file that one request brings.
 pub const PIECE_MAX: usize = 512 << 10;
 
+/// Targets for Prometheus, in the form of its HTTP service discovery.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Targets {
+    /// `VM:PORT`, as the proxy takes it.
+    pub targets: Vec<String>,
+    /// What Prometheus knows of them before it relabels.
+    pub labels: BTreeMap<String, String>,
+}
+
 /// A file that aditd has for VMs.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Blob {
     /// 64 hex digits.
@@ -373,6 +464,7 @@ pub struct Blob {
 }
 
 /// A file on its way into a guest.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Transfer {
     /// 64 hex digits.
@@ -386,6 +478,7 @@ pub struct Transfer {
 }
 
 /// Hands a signed goal over.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NewGoal {
@@ -400,6 +493,7 @@ pub struct NewGoal {
 }
 
 /// Hands a trust document over.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NewTrust {
@@ -411,6 +505,7 @@ pub struct NewTrust {
 }
 
 /// A trust document that is kept for guests.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptTrust {
     /// Id of the key that has signed it, as it says.
@@ -426,6 +521,7 @@ pub struct KeptTrust {
 }
 
 /// A goal as the host knows it.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Goal {
     /// From its payload.
@@ -439,6 +535,7 @@ pub struct Goal {
 }
 
 /// A goal in a list: how far it is. Each step on each VM counts once, by its last attempt.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GoalSummary {
     /// From its payload.
@@ -468,6 +565,7 @@ pub struct GoalSummary {
 }
 
 /// One task: one attempt of one step for one VM.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
     /// 32 hex digits.
@@ -502,6 +600,7 @@ pub struct Task {
 }
 
 /// A change of a task.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskEvent {
     /// Counts changes on this host; 0 where `adit task watch -o json` has asked for the task after a stream ended.
@@ -511,6 +610,7 @@ pub struct TaskEvent {
 }
 
 /// What comes with every status of 400 and above.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
     /// Stable word, kebab-case: `unknown-vm`, `taken`, `bad-goal`, …

@@ -8,21 +8,33 @@ use axum::extract::{Query, State as Shared};
 use axum::http::StatusCode;
 use jiff::Timestamp;
 use serde::Deserialize;
+use utoipa::IntoParams;
 
 use super::{Answer, ApiError, App, find};
 use crate::access::caller::Person;
 use crate::access::{Access, Caller, Grant, Subject, Verb};
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct Check {
+    /// Who asks: `user:NAME`, `group:NAME`, `token:NAME`, `anyone` or `owner`.
     r#as: String,
+    /// `reach` with a target; `see`, `task`, `goal`, `manage` without one.
     verb: String,
+    /// Name of the VM.
     vm: String,
+    /// `tcp:80`, `vsock:5000`, or the name of a service.
     #[serde(default)]
     target: Option<String>,
 }
 
 /// Decides as for that caller.
+#[utoipa::path(
+    get,
+    path = "/v1/access",
+    params(Check),
+    responses((status = 200, body = AccessDecision, description = "What the proxy would decide"))
+)]
 pub(super) async fn check(
     Shared(state): Shared<App>,
     Query(ask): Query<Check>,
@@ -125,13 +137,20 @@ fn usage(why: &str) -> ApiError {
     ApiError::new(StatusCode::BAD_REQUEST, "usage", why)
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct Of {
     #[serde(default)]
     vm: Option<String>,
 }
 
 /// All grants, or those about a VM.
+#[utoipa::path(
+    get,
+    path = "/v1/grants",
+    params(Of),
+    responses((status = 200, body = Vec<GrantShown>, description = "In the order of the configuration"))
+)]
 pub(super) async fn grants(
     Shared(state): Shared<App>,
     Query(of): Query<Of>,

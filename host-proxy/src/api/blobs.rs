@@ -8,6 +8,7 @@ use axum::body::Bytes;
 use axum::extract::{Path, Query, State as Shared};
 use axum::http::StatusCode;
 use serde::Deserialize;
+use utoipa::IntoParams;
 
 use super::{Answer, ApiError, App, find, parse, patient};
 use crate::blobs;
@@ -15,7 +16,8 @@ use crate::blobs;
 // A piece fits into a request.
 const _: () = assert!(adit_api::PIECE_MAX <= super::BODY_MAX);
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct Piece {
     size: u64,
     from: u64,
@@ -37,6 +39,13 @@ async fn on_disk<T: Send + 'static>(
     Ok(done.map_err(failed)??)
 }
 
+/// Shows a file.
+#[utoipa::path(
+    get,
+    path = "/v1/blobs/{digest}",
+    params(("digest" = String, Path, description = "sha256 of the file, 64 hex digits")),
+    responses((status = 200, body = Blob, description = "How much of it is here"))
+)]
 pub(super) async fn show(Shared(state): Shared<App>, Path(digest): Path<String>) -> Answer<Blob> {
     let digest = digest_of(&digest)?;
     let store = state.blobs.store.clone();
@@ -54,6 +63,14 @@ pub(super) async fn show(Shared(state): Shared<App>, Path(digest): Path<String>)
     }))
 }
 
+/// Takes the next bytes of a file.
+#[utoipa::path(
+    put,
+    path = "/v1/blobs/{digest}",
+    params(("digest" = String, Path, description = "sha256 of the file, 64 hex digits"), Piece),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream"),
+    responses((status = 200, body = Blob, description = "Where to go on"))
+)]
 pub(super) async fn put(
     Shared(state): Shared<App>,
     Path(digest): Path<String>,
@@ -84,6 +101,13 @@ pub(super) async fn put(
     }))
 }
 
+/// Has a file sent to a guest.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/blobs/{digest}",
+    params(("name" = String, Path, description = "Name of the VM"), ("digest" = String, Path, description = "sha256 of the file, 64 hex digits")),
+    responses((status = 200, body = Transfer, description = "How far it is"))
+)]
 pub(super) async fn send(
     Shared(state): Shared<App>,
     Path((name, digest)): Path<(String, String)>,
@@ -93,6 +117,13 @@ pub(super) async fn send(
 }
 
 /// Has a guest's agent become a program that it was sent.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/agent",
+    params(("name" = String, Path, description = "Name of the VM")),
+    request_body = AgentOrder,
+    responses((status = 200, body = AgentAnswer, description = "The guest has taken the order"))
+)]
 pub(super) async fn order(
     Shared(state): Shared<App>,
     Path(name): Path<String>,

@@ -6,18 +6,27 @@ use axum::extract::{Query, State as Shared};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
+use utoipa::IntoParams;
 
 use super::{ApiError, App, find};
 use crate::desk::store::page::{Filter, PAGE_MAX};
 use crate::state::State;
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct GoalQuery {
     newest: Option<usize>,
     before: Option<i64>,
     id: Option<String>,
 }
 
+/// Lists goals.
+#[utoipa::path(
+    get,
+    path = "/v1/goals",
+    params(GoalQuery),
+    responses((status = 200, body = Vec<GoalSummary>, description = "The newest, in the order in which they were accepted", headers(("adit-earlier" = String, description = "Cursor of those before, if there are any"))))
+)]
 pub(super) async fn goals(
     Shared(state): Shared<App>,
     Query(q): Query<GoalQuery>,
@@ -39,6 +48,46 @@ pub(super) async fn newest_tasks(
         check_names(state, &filter).await?;
     }
     Ok(answer(&tasks, earlier))
+}
+
+/// A page of a list that is in memory.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct PageQuery {
+    /// At most so many, and at most 500; not given: all.
+    limit: Option<usize>,
+    /// Cursor of the page.
+    after: Option<String>,
+}
+
+impl PageQuery {
+    /// The page of what is in the order of its cursors, and the next page's cursor. What has gone meanwhile moves nothing.
+    pub(super) fn of<'a, T>(
+        &self,
+        all: &'a [T],
+        cursor: impl Fn(&T) -> String,
+    ) -> (&'a [T], Option<String>) {
+        let from = match &self.after {
+            Some(after) => all.partition_point(|one| cursor(one) <= *after),
+            None => 0,
+        };
+        let all = &all[from..];
+        let Some(limit) = self.limit else {
+            return (all, None);
+        };
+        let page = &all[..limit.clamp(1, PAGE_MAX).min(all.len())];
+        let next = page.last().filter(|_| page.len() < all.len()).map(cursor);
+        (page, next)
+    }
+}
+
+/// A page, and the cursor of the next one.
+pub(super) fn page<T: Serialize>(list: &[T], next: Option<String>) -> Response {
+    let mut response = Json(list).into_response();
+    if let Some(next) = next.and_then(|next| next.parse().ok()) {
+        response.headers_mut().insert(adit_api::NEXT, next);
+    }
+    response
 }
 
 /// A list, and the cursor of what is before it.
@@ -79,4 +128,35 @@ pub(super) async fn check_names(state: &State, filter: &Filter) -> Result<(), Ap
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_have_everything_once_also_where_the_last_one_of_a_page_has_gone() {
+        let all: Vec<String> = (0..7).map(|n| format!("vm-{n}")).collect();
+        let query = |limit, after: Option<String>| PageQuery { limit, after };
+        assert_eq!(query(None, None).of(&all, String::clone), (&all[..], None));
+        let (mut seen, mut after) = (Vec::new(), None);
+        loop {
+            let (page, next) = query(Some(3), after).of(&all, String::clone);
+            seen.extend_from_slice(page);
+            match next {
+                Some(next) => after = Some(next),
+                None => break,
+            }
+        }
+        assert_eq!(seen, all);
+        let gone = Some("vm-2a".to_owned());
+        assert_eq!(query(Some(2), gone).of(&all, String::clone).0, &all[3..5]);
+        // Nothing would never end.
+        assert_eq!(query(Some(0), None).of(&all, String::clone).0.len(), 1);
+        let last = Some("vm-6".to_owned());
+        assert_eq!(
+            query(Some(1), last).of(&all, String::clone),
+            (&all[7..], None)
+        );
+    }
 }

@@ -1,11 +1,13 @@
 //! The JSON API on the Unix socket; `adit_api` lists the endpoints and has the types.
 //!
-//! `access` has what is asked of grants, `vms` what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`lists`: the newest of them, and
+//! `openapi` has the document that describes all of it, `access` has what is asked of grants, `discovery` targets for Prometheus, `vms` what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`lists`: the newest of them, and
 //! filters that name nothing); here is the rest, and how a request fails.
 
 mod access;
 mod blobs;
+mod discovery;
 mod lists;
+mod openapi;
 mod tasks;
 mod trust;
 mod vms;
@@ -23,13 +25,17 @@ use axum::extract::{DefaultBodyLimit, Query, Request, State as Shared};
 use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::get;
 use axum::{Json, Router};
 use serde::Deserialize;
 use tokio::sync::OwnedSemaphorePermit;
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use crate::desk::DeskError;
 use crate::registry::AddError;
+use crate::remedy;
 use crate::state::State;
 use crate::vm::VmEntry;
 use crate::vms::{NotAdded, port_gone};
@@ -45,30 +51,32 @@ type Answer<T> = Result<Json<T>, ApiError>;
 
 /// All endpoints.
 pub fn router(state: App) -> Router {
-    Router::new()
-        .route("/v1/vms", get(vms::list).post(vms::add))
-        .route(
-            "/v1/vms/{name}",
-            get(vms::show).patch(vms::change).delete(vms::remove),
-        )
-        .route("/v1/vms/{name}/reload", post(vms::reload))
-        .route("/v1/vms/{name}/wait", get(wait::wait_vm))
-        .route("/v1/goals", get(lists::goals).post(tasks::add_goal))
-        .route("/v1/goals/{id}", get(tasks::show_goal))
-        .route("/v1/tasks", get(tasks::list))
-        .route("/v1/tasks/{id}", get(tasks::show))
-        .route("/v1/tasks/{id}/output", get(tasks::output))
-        .route("/v1/trust", get(trust::list).post(trust::apply))
-        .route("/v1/trust/{signer}", axum::routing::delete(trust::forget))
-        .route("/v1/events", get(tasks::events))
-        .route("/v1/blobs/{digest}", get(blobs::show).put(blobs::put))
-        .route("/v1/vms/{name}/blobs/{digest}", post(blobs::send))
-        .route("/v1/vms/{name}/agent", post(blobs::order))
-        .route("/v1/access", get(access::check))
-        .route("/v1/grants", get(access::grants))
-        .route("/v1/config", get(config))
-        .route("/v1/reload", post(reload))
-        .route("/v1/shutdown", post(shutdown))
+    let (router, document) = OpenApiRouter::new()
+        .routes(routes!(vms::list, vms::add))
+        .routes(routes!(vms::show, vms::change, vms::remove))
+        .routes(routes!(vms::reload))
+        .routes(routes!(wait::wait_vm))
+        .routes(routes!(lists::goals, tasks::add_goal))
+        .routes(routes!(tasks::show_goal))
+        .routes(routes!(tasks::list))
+        .routes(routes!(tasks::show))
+        .routes(routes!(tasks::output))
+        .routes(routes!(trust::list, trust::apply))
+        .routes(routes!(trust::forget))
+        .routes(routes!(tasks::events))
+        .routes(routes!(blobs::show, blobs::put))
+        .routes(routes!(blobs::send))
+        .routes(routes!(blobs::order))
+        .routes(routes!(access::check))
+        .routes(routes!(access::grants))
+        .routes(routes!(config))
+        .routes(routes!(reload))
+        .routes(routes!(shutdown))
+        .split_for_parts();
+    let observed = observed().into_openapi();
+    let document = openapi::document(document, observed);
+    router
+        .route("/v1/openapi.json", get(async move || document))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .layer(middleware::from_fn(in_our_shape))
         .layer(middleware::from_fn(to_its_end))
@@ -118,11 +126,20 @@ async fn in_our_shape(request: Request, next: Next) -> Response {
 
 /// What may also be had over TCP.
 pub fn observe(state: App) -> Router<App> {
-    Router::new()
-        .route("/metrics", get(metrics))
-        .route("/healthz", get(|| async { "ok\n" }))
-        .route("/readyz", get(readyz))
-        .with_state(state)
+    let (router, _) = observed().split_for_parts();
+    router.with_state(state)
+}
+
+fn observed() -> OpenApiRouter<App> {
+    // The others refuse nothing by themselves.
+    let discovery = OpenApiRouter::new()
+        .routes(routes!(discovery::targets))
+        .layer(middleware::from_fn(in_our_shape));
+    OpenApiRouter::new()
+        .routes(routes!(metrics))
+        .routes(routes!(healthz))
+        .routes(routes!(readyz))
+        .merge(discovery)
 }
 
 /// A failed request.
@@ -220,19 +237,18 @@ impl From<Refusal> for ApiError {
     fn from(refusal: Refusal) -> Self {
         use StatusCode as S;
         let code = refusal.code();
-        let (status, help) = match code {
-            Code::NotAllowed | Code::Denied => (S::FORBIDDEN, ""),
+        let help = remedy::of(code);
+        let status = match code {
+            Code::NotAllowed | Code::Denied => S::FORBIDDEN,
             Code::UnknownService => {
-                let help = "its agent is older than this: give it the next one by package";
                 return Self::new(S::FORBIDDEN, "old-agent", refusal.text()).help(help);
             }
-            Code::NoPortProcess | Code::NoSession | Code::NoAgent | Code::Busy => (
-                S::SERVICE_UNAVAILABLE,
-                "`adit vm show` says what is missing; then try again",
-            ),
-            Code::TooLarge => (S::PAYLOAD_TOO_LARGE, ""),
-            Code::NoSpace => (S::INSUFFICIENT_STORAGE, "make room on the guest's disk"),
-            _ => (S::BAD_GATEWAY, "try again: it goes on where it ended"),
+            Code::NoPortProcess | Code::NoSession | Code::NoAgent | Code::Busy => {
+                S::SERVICE_UNAVAILABLE
+            }
+            Code::TooLarge => S::PAYLOAD_TOO_LARGE,
+            Code::NoSpace => S::INSUFFICIENT_STORAGE,
+            _ => S::BAD_GATEWAY,
         };
         Self::new(status, &code.to_string(), refusal.text()).help(help)
     }
@@ -273,12 +289,20 @@ fn patient(state: &State) -> Result<OwnedSemaphorePermit, ApiError> {
     })
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct ShutdownQuery {
     #[serde(default)]
     ports: bool,
 }
 
+/// Stops aditd.
+#[utoipa::path(
+    post,
+    path = "/v1/shutdown",
+    params(ShutdownQuery),
+    responses((status = 202, description = "It ends"))
+)]
 async fn shutdown(Shared(state): Shared<App>, Query(q): Query<ShutdownQuery>) -> StatusCode {
     if q.ports {
         let mut vms = state.registry.all();
@@ -297,11 +321,25 @@ async fn shutdown(Shared(state): Shared<App>, Query(q): Query<ShutdownQuery>) ->
 }
 
 /// What became of the configuration file.
+#[utoipa::path(
+    get,
+    path = "/v1/config",
+    responses((status = 200, body = ConfigStatus, description = "Of the last time that it was read"))
+)]
 async fn config(Shared(state): Shared<App>) -> Json<ConfigStatus> {
     Json(state.reloads.show())
 }
 
 /// Has the configuration read again, and waits for what becomes of it.
+#[utoipa::path(
+    post,
+    path = "/v1/reload",
+    responses(
+        (status = 200, body = ConfigStatus, description = "It is applied, or refused"),
+        (status = 503, body = ErrorBody, description = "There is no monitor"),
+        (status = 504, body = ErrorBody, description = "It takes longer")
+    )
+)]
 async fn reload(Shared(state): Shared<App>) -> Answer<ConfigStatus> {
     let before = state.reloads.show();
     let told = state.monitor.reread().await;
@@ -321,11 +359,33 @@ async fn reload(Shared(state): Shared<App>) -> Answer<ConfigStatus> {
     }
 }
 
+/// Metrics, in the OpenMetrics text format.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    responses((status = 200, body = String, content_type = "application/openmetrics-text", description = "All of them"))
+)]
 async fn metrics(Shared(state): Shared<App>) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([("content-type", kind)], state.metrics.render(&state)).into_response()
 }
 
+/// Whether aditd runs.
+#[utoipa::path(
+    get,
+    path = "/healthz",
+    responses((status = 200, body = String, content_type = "text/plain", description = "It does"))
+)]
+async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+/// Whether every VM has a port process.
+#[utoipa::path(
+    get,
+    path = "/readyz",
+    responses((status = 200, body = String, content_type = "text/plain", description = "Every VM has a port process"), (status = 503, body = String, content_type = "text/plain", description = "Those that have none"))
+)]
 async fn readyz(Shared(state): Shared<App>) -> Response {
     let down: Vec<String> = state
         .registry

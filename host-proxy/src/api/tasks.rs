@@ -12,6 +12,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use tokio::sync::broadcast::error::RecvError;
+use utoipa::IntoParams;
 
 use super::{Answer, ApiError, App, find, lists, parse, patient};
 use crate::desk::store::page::{self, Filter, PAGE_MAX};
@@ -19,6 +20,13 @@ use crate::desk::{self, rfc3339};
 use crate::state::State;
 use crate::vm::VmEntry;
 
+/// Takes a signed goal.
+#[utoipa::path(
+    post,
+    path = "/v1/goals",
+    request_body = NewGoal,
+    responses((status = 200, body = Goal, description = "It is on disk"))
+)]
 pub(super) async fn add_goal(Shared(state): Shared<App>, body: Bytes) -> Answer<Goal> {
     let new: NewGoal = parse(&body)?;
     let bad = |e: &dyn std::fmt::Display| {
@@ -75,24 +83,46 @@ fn targets(
     Ok(vms)
 }
 
+/// Shows a goal.
+#[utoipa::path(
+    get,
+    path = "/v1/goals/{id}",
+    params(("id" = String, Path, description = "Id of the goal")),
+    responses((status = 200, body = Goal, description = "As it is now"))
+)]
 pub(super) async fn show_goal(Shared(state): Shared<App>, Path(id): Path<String>) -> Answer<Goal> {
     let (digest, accepted) = state.desk.goal(id.clone()).await?;
     Ok(Json(show_accepted(id, &digest, accepted)))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct TaskQuery {
     vm: Option<String>,
     goal: Option<String>,
+    #[param(inline, value_type = Option<TaskState>)]
     state: Option<String>,
+    /// First digits of the task's id.
+    #[param(pattern = "^[0-9a-f]{0,32}$")]
     id: Option<String>,
+    /// At most so many, and at most 500.
     limit: Option<usize>,
+    /// Cursor of the page.
     #[serde(default)]
     after: i64,
+    /// So many of the newest, in place of `limit`.
     newest: Option<usize>,
+    /// Cursor of the earlier ones.
     before: Option<i64>,
 }
 
+/// Lists tasks.
+#[utoipa::path(
+    get,
+    path = "/v1/tasks",
+    params(TaskQuery),
+    responses((status = 200, body = Vec<Task>, description = "In the order in which they were queued", headers(("adit-next" = String, description = "Cursor of the next page, if there is one"), ("adit-earlier" = String, description = "Cursor of those before, where the newest were asked for"))))
+)]
 pub(super) async fn list(
     Shared(state): Shared<App>,
     Query(q): Query<TaskQuery>,
@@ -179,17 +209,33 @@ fn task_id(text: &str) -> Result<TaskId, ApiError> {
     unhex(text).ok_or_else(bad_id)
 }
 
+/// Shows a task.
+#[utoipa::path(
+    get,
+    path = "/v1/tasks/{id}",
+    params(("id" = String, Path, description = "Id of the task, 32 hex digits")),
+    responses((status = 200, body = Task, description = "As it is now"))
+)]
 pub(super) async fn show(Shared(state): Shared<App>, Path(id): Path<String>) -> Answer<Task> {
     let id = task_id(&id)?;
     Ok(Json(state.desk.task(id).await?))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct OutputQuery {
-    #[serde(default)]
+    /// `stdout` or `stderr`.
+    #[param(pattern = "^(stdout|stderr)$")]
     stream: Option<String>,
 }
 
+/// What a task wrote.
+#[utoipa::path(
+    get,
+    path = "/v1/tasks/{id}/output",
+    params(("id" = String, Path, description = "Id of the task, 32 hex digits"), OutputQuery),
+    responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream", description = "Its bytes", headers(("adit-left-out" = String, description = "Where bytes are missing, and how many"))))
+)]
 pub(super) async fn output(
     Shared(state): Shared<App>,
     Path(id): Path<String>,
@@ -222,13 +268,20 @@ pub(super) async fn output(
     Ok((head, bytes).into_response())
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct EventQuery {
     goal: Option<String>,
 }
 
 /// Present state first, then changes, until nothing that was asked for can change any more. A stream that ends for another
 /// reason is cut off, so that nobody takes its end for the end of the tasks.
+#[utoipa::path(
+    get,
+    path = "/v1/events",
+    params(EventQuery),
+    responses((status = 200, body = TaskEvent, content_type = "application/x-ndjson", description = "One a line"))
+)]
 pub(super) async fn events(
     Shared(state): Shared<App>,
     Query(q): Query<EventQuery>,

@@ -11,8 +11,11 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Path, Query, State as Shared};
 use axum::http::StatusCode;
+use axum::response::Response;
 use serde::Deserialize;
+use utoipa::IntoParams;
 
+use super::lists::{self, PageQuery};
 use super::{Answer, ApiError, App, find, parse};
 use crate::desk::rfc3339;
 use crate::desk::store::trust;
@@ -24,6 +27,12 @@ fn bad(e: &dyn std::fmt::Display) -> ApiError {
 }
 
 /// Keeps a document, and gives it to the VMs whose agents are connected.
+#[utoipa::path(
+    post,
+    path = "/v1/trust",
+    request_body = NewTrust,
+    responses((status = 200, body = KeptTrust, description = "It is on disk"))
+)]
 pub(super) async fn apply(Shared(state): Shared<App>, body: Bytes) -> Answer<KeptTrust> {
     let new: NewTrust = parse(&body)?;
     let envelope = Envelope::parse_as(Type::Trust, new.envelope.as_bytes()).map_err(|e| bad(&e))?;
@@ -87,26 +96,50 @@ fn targets(
     names.iter().map(|name| find(state, name)).collect()
 }
 
-pub(super) async fn list(Shared(state): Shared<App>) -> Answer<Vec<KeptTrust>> {
+/// Lists trust documents.
+#[utoipa::path(
+    get,
+    path = "/v1/trust",
+    params(PageQuery),
+    responses((status = 200, body = Vec<KeptTrust>, description = "By VM and signer", headers(("adit-next" = String, description = "Cursor of the next page, if there is one"))))
+)]
+pub(super) async fn list(
+    Shared(state): Shared<App>,
+    Query(page): Query<PageQuery>,
+) -> Result<Response, ApiError> {
     let rows = state.desk.trusts().await?;
-    let shown = rows.into_iter().map(|row| KeptTrust {
+    // Sorts as the rows are: `!` is below whatever a name has.
+    let (page, next) = page.of(&rows, |row| {
+        let own = u8::from(row.own);
+        format!("{}!{}!{own}", row.vm, KeyId(row.signer))
+    });
+    let shown = page.iter().map(|row| KeptTrust {
         signer: KeyId(row.signer).to_string(),
         own: row.own,
         sequence: row.sequence,
-        vms: Some(row.vm)
+        vms: Some(row.vm.clone())
             .filter(|vm| !vm.is_empty())
             .into_iter()
             .collect(),
         given_at: rfc3339(row.given_ms),
     });
-    Ok(Json(shown.collect()))
+    let shown: Vec<_> = shown.collect();
+    Ok(lists::page(&shown, next))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct ForgetQuery {
     vm: Option<String>,
 }
 
+/// Forgets the trust documents of a signer.
+#[utoipa::path(
+    delete,
+    path = "/v1/trust/{signer}",
+    params(("signer" = String, Path, description = "Id of the key, 32 hex digits"), ForgetQuery),
+    responses((status = 204, description = "It is passed on no more"))
+)]
 pub(super) async fn forget(
     Shared(state): Shared<App>,
     Path(signer): Path<String>,

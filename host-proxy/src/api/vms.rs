@@ -8,8 +8,11 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Path, Query, State as Shared};
 use axum::http::StatusCode;
+use axum::response::Response;
 use serde::Deserialize;
+use utoipa::IntoParams;
 
+use super::lists::{self, PageQuery};
 use super::{Answer, ApiError, App, find, parse};
 use crate::config::VmConfig;
 use crate::vm::{Origin, Serving, VmEntry};
@@ -20,14 +23,41 @@ const RELOAD_LIMIT: Duration = Duration::from_secs(10);
 /// How long a port process may take until it has made place.
 const RELEASE_LIMIT: Duration = Duration::from_secs(3);
 
-pub(super) async fn list(Shared(state): Shared<App>) -> Json<Vec<Vm>> {
-    Json(state.registry.all().iter().map(|vm| vm.show()).collect())
+/// Lists VMs.
+#[utoipa::path(
+    get,
+    path = "/v1/vms",
+    params(PageQuery),
+    responses((status = 200, body = Vec<Vm>, description = "By name", headers(("adit-next" = String, description = "Cursor of the next page, if there is one"))))
+)]
+pub(super) async fn list(
+    Shared(state): Shared<App>,
+    Query(page): Query<PageQuery>,
+) -> Result<Response, ApiError> {
+    let vms = state.registry.all();
+    let (page, next) = page.of(&vms, |vm| vm.name.to_string());
+    let shown: Vec<Vm> = page.iter().map(|vm| vm.show()).collect();
+    Ok(lists::page(&shown, next))
 }
 
+/// Shows a VM.
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}",
+    params(("name" = String, Path, description = "Name of the VM")),
+    responses((status = 200, body = Vm, description = "As it is now"))
+)]
 pub(super) async fn show(Shared(state): Shared<App>, Path(name): Path<String>) -> Answer<Vm> {
     Ok(Json(find(&state, &name)?.show()))
 }
 
+/// Adds a VM.
+#[utoipa::path(
+    post,
+    path = "/v1/vms",
+    request_body = NewVm,
+    responses((status = 200, body = Vm, description = "It is kept, and served"))
+)]
 pub(super) async fn add(Shared(state): Shared<App>, body: Bytes) -> Answer<Vm> {
     let new: NewVm = parse(&body)?;
     let name = new.name.parse::<VmId>();
@@ -45,6 +75,13 @@ pub(super) async fn add(Shared(state): Shared<App>, body: Bytes) -> Answer<Vm> {
 }
 
 /// Changes settings of a VM that was added over the API.
+#[utoipa::path(
+    patch,
+    path = "/v1/vms/{name}",
+    params(("name" = String, Path, description = "Name of the VM")),
+    request_body = VmChange,
+    responses((status = 200, body = Vm, description = "With its settings changed"))
+)]
 pub(super) async fn change(
     Shared(state): Shared<App>,
     Path(name): Path<String>,
@@ -139,12 +176,20 @@ fn held(vm: &VmEntry, what: &str, help: &str) -> Result<(), ApiError> {
     Err(ApiError::new(StatusCode::CONFLICT, "held", message).help(help))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct RemoveQuery {
     #[serde(default)]
     force: bool,
 }
 
+/// Removes a VM.
+#[utoipa::path(
+    delete,
+    path = "/v1/vms/{name}",
+    params(("name" = String, Path, description = "Name of the VM"), RemoveQuery),
+    responses((status = 204, description = "It is gone, with its port process"))
+)]
 pub(super) async fn remove(
     Shared(state): Shared<App>,
     Path(name): Path<String>,
@@ -164,6 +209,12 @@ pub(super) async fn remove(
 }
 
 /// Replaces the port process under a running VM.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/reload",
+    params(("name" = String, Path, description = "Name of the VM")),
+    responses((status = 200, body = Vm, description = "The new one serves"))
+)]
 pub(super) async fn reload(Shared(state): Shared<App>, Path(name): Path<String>) -> Answer<Vm> {
     let vm = find(&state, &name)?;
     held(

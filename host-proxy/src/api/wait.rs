@@ -2,24 +2,35 @@
 
 use std::time::Duration;
 
-use adit_api::{Vm, VmState};
+use adit_api::{Vm, VmState, doctor};
 use axum::Json;
 use axum::extract::{Path, Query, State as Shared};
 use axum::http::StatusCode;
 use serde::Deserialize;
+use utoipa::IntoParams;
 
 use super::{Answer, ApiError, App, find, patient};
 
 /// Longest wait for a VM.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct WaitQuery {
     #[serde(rename = "for")]
+    #[param(pattern = "^agent$")]
     condition: String,
+    /// How long at most.
     timeout_ms: u64,
 }
 
+/// Waits until a VM is ready.
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}/wait",
+    params(("name" = String, Path, description = "Name of the VM"), WaitQuery),
+    responses((status = 200, body = Vm, description = "It is ready"))
+)]
 pub(super) async fn wait_vm(
     Shared(state): Shared<App>,
     Path(name): Path<String>,
@@ -55,47 +66,23 @@ pub(super) async fn wait_vm(
 
 /// Says what is known of a VM that is not ready, and what to do.
 fn late(vm: &Vm, limit: Duration) -> ApiError {
-    let (state, known, help) = match vm.state {
-        VmState::Down => (
-            "down",
-            "it has no port process".to_owned(),
-            "the log of its port process, RUN/vm/NAME/port.log, and that of aditd say why",
-        ),
-        VmState::Waiting => (
-            "waiting",
-            "no VMM is connected, or the guest's vsock driver does not run yet, or the VM is paused".into(),
-            "`adit vm show` names the socket that the VM's vsock device must connect to",
-        ),
-        VmState::Up | VmState::Ready => (
-            "up",
-            agent(vm),
-            "look in the guest: `systemctl status adit-guest`, `journalctl -u adit-guest`, or the log of its own init",
-        ),
-        VmState::PowerCycle => (
-            "power-cycle",
-            "its VMM must connect again".into(),
-            "switch the VM off and on: a reboot from within is not enough",
-        ),
+    // Its agent may have gone as the time was over.
+    let of = match vm.state {
+        VmState::Ready => VmState::Up,
+        state => state,
+    };
+    let (what, help) = doctor::missing(of).unwrap_or_default();
+    let known = match of {
+        VmState::Up => doctor::absent_agent(vm),
+        _ => what.to_owned(),
     };
     let fault = vm.fault.as_ref();
     let fault = fault.map_or_else(String::new, |fault| format!(" ({fault})"));
     let message = format!(
-        "`{}` is not ready after {limit:?}: its channel is {state}: {known}{fault}",
+        "`{}` is not ready after {limit:?}: its channel is {of}: {known}{fault}",
         vm.name
     );
     ApiError::new(StatusCode::REQUEST_TIMEOUT, "timeout", message).help(help)
-}
-
-/// What is known of an agent that is not connected.
-fn agent(vm: &Vm) -> String {
-    match (&vm.agent, vm.last_seen_ms) {
-        (Some(version), Some(ms)) => format!(
-            "its agent, adit-guest {version}, is not connected now and was last heard {}.{} s ago",
-            ms / 1000,
-            ms % 1000 / 100
-        ),
-        _ => "the guest's driver runs, and no agent has been heard since aditd was started".into(),
-    }
 }
 
 #[cfg(test)]

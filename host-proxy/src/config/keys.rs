@@ -494,7 +494,10 @@ const KEYS: &[Key] = &[
                   open go on when a port is removed.",
         default: "[]",
         example: "[5000]",
-        kind: Kind::Numbers { min: 0, max: U32 },
+        kind: Kind::Numbers {
+            min: 0,
+            max: U32 - 1,
+        },
     },
     Key {
         path: "vm.busy_poll_us",

@@ -53,6 +53,11 @@ fn mistakes_name_file_line_and_key() {
         ("[ports]\nuids = \"70000\"\n".to_owned(), 2, "uids"),
         (format!("{VM}alow = [80]\n"), 4, "alow"),
         (format!("{VM}allow = [70000]\n"), 4, "allow"),
+        (
+            format!("{VM}allow_vsock = [4294967295]\n"),
+            4,
+            "allow_vsock",
+        ),
         (format!("{VM}ivshmem_mib = 6\n"), 4, "ivshmem_mib"),
         ("[[vm]]\nname = \"A\"\ncid = 3\n".to_owned(), 2, "name"),
         ("[[vm]]\nname = \"a\"\ncid = 2\n".to_owned(), 3, "cid"),

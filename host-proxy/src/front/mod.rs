@@ -32,6 +32,7 @@ use tokio_util::task::TaskTracker;
 use crate::access::callers::Asking;
 use crate::config::{ListenConfig, Speak};
 use crate::listen::{Gate, Place, Share, Shares};
+use crate::metrics::{Listener as Counted, Turned};
 use crate::passing::Socket;
 use crate::place::Bound;
 use crate::proxy;
@@ -72,6 +73,7 @@ struct Front {
     to: Option<Destination>,
     /// Its port, where it has one: of TLS, the one in the VM as well.
     port: u16,
+    counted: Arc<Counted>,
 }
 
 enum Listener {
@@ -133,7 +135,7 @@ impl Fronts {
         let max = state.room.proxy;
         let of_each = state.config.limits.connections_per_client;
         Arc::new(Self {
-            gate: Gate::new(max),
+            gate: Gate::new(Counted::new(max)),
             clients: Shares::new(of_each.unwrap_or(max / 2).max(1)),
             refusals: Arc::new(Semaphore::new(REFUSALS_MAX)),
             state,
@@ -154,7 +156,12 @@ impl Fronts {
                 Bound::Tcp(tcp) => tcp.local_addr()?.port(),
                 Bound::Unix(_) => HTTPS,
             };
+            let counted = self
+                .state
+                .metrics
+                .listener(&bound.address(), self.state.room.proxy);
             let front = Front {
+                counted,
                 port: config.port.unwrap_or(port),
                 listener: Listener::new(bound)?,
                 speak: config.speak,
@@ -189,6 +196,7 @@ impl Fronts {
             };
             if !state.room.spares(&accepted.fd()) {
                 // Silent ones have the descriptors that the next one needs, and so have idle connections to guests.
+                front.counted.turned(Turned::Descriptors);
                 self.gate.evict();
                 state.pool.clear();
                 continue;
@@ -198,12 +206,13 @@ impl Fronts {
                 continue;
             };
             let Some(share) = self.clients.take(whose) else {
+                front.counted.turned(Turned::Share);
                 self.refuse(accepted, front.speak);
                 continue;
             };
             // What is not let in waits in the kernel's backlog, bounded.
             let place = tokio::select! {
-                place = self.gate.enter() => place,
+                place = self.gate.enter_of(&front.counted) => place,
                 () = state.stop.cancelled() => return,
             };
             self.serve(&front, accepted, asking, place, share);

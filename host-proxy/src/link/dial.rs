@@ -99,6 +99,13 @@ pub enum Unopened {
 
 impl Unopened {
     /// The reason.
+    pub fn reason(&self) -> &DialFailed {
+        match self {
+            Self::Failed(reason) | Self::Unknown(reason) => reason,
+        }
+    }
+
+    /// The reason.
     pub fn into_reason(self) -> DialFailed {
         match self {
             Self::Failed(reason) | Self::Unknown(reason) => reason,

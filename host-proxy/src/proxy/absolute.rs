@@ -5,7 +5,7 @@
 //! protocol, the client's connection goes with it ([`upgrade`]).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
@@ -42,7 +42,7 @@ pub(super) async fn handle(
 ) -> Result<(Response<Body>, Option<Upgraded>), Problem> {
     let (to, host) = target(request.uri(), request.headers().get(HOST))?;
     let admitted = reach::admit(state, caller, &to)?;
-    let moved = Moved::now();
+    let (moved, since) = (Moved::now(), Instant::now());
     let (request, asked) = outgoing(request, host, no_path, &moved, interim);
     // A connection that a server knows as one client's is not for others.
     let bound = fields::binds_connection(request.headers());
@@ -61,6 +61,7 @@ pub(super) async fn handle(
         interim.forget();
     }
     let (guest, mut response) = answer?;
+    admitted.vm.dials.first_byte(since);
     interim.written().await;
 
     let received = response.version();

@@ -208,7 +208,10 @@ impl Admitted {
             deadline: DIAL_LIMIT,
             tag,
         };
-        self.link.open(question, end).await
+        let dial = self.vm.dials.begin(&to.target);
+        let opened = self.link.open(question, end).await;
+        dial.ended(opened.as_ref().err().map(Unopened::reason));
+        opened
     }
 }
 

@@ -329,6 +329,13 @@ impl Agent {
         Some(Fault::new(FaultKind::Enrolment, &text))
     }
 
+    /// When the card ends that this host believes.
+    pub fn card_ends(&self) -> Option<jiff::Timestamp> {
+        let said = self.lock();
+        let card = said.enrolment.card.as_ref()?.as_ref().ok()?;
+        Some(card.card.not_after)
+    }
+
     pub(super) fn said(&self) -> Said {
         self.lock().clone()
     }

@@ -5,15 +5,18 @@
 //! | `spec` | the operator: `aditd.toml`, the API |
 //! | [`channel`](Channel) | the supervisor: the port process that serves it, and what that says |
 //! | [`agent`](Agent) | the agent in the guest: its streams, and what it says |
+//! | [`dials`](Dials) | whoever dials it |
 
 mod agent;
 mod changes;
 mod channel;
+mod dials;
 mod show;
 
 pub use agent::{AGENT_STREAMS_MAX, Agent, ENROLMENTS_MAX, OTHER_STREAMS_MAX, TrustOf};
 pub use changes::Changes;
 pub use channel::{Channel, Serving};
+pub use dials::{Dials, LastDial};
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -59,6 +62,8 @@ pub struct VmEntry {
     pub channel: Channel,
     /// Its agent.
     pub agent: Agent,
+    /// How dials into it went.
+    pub dials: Dials,
     /// All its settings as they are now.
     spec: RwLock<Arc<VmConfig>>,
     open_tasks: AtomicU32,
@@ -80,6 +85,7 @@ impl VmEntry {
             removed: CancellationToken::new(),
             channel: Channel::new(&spec.name, changes.clone()),
             agent: Agent::new(&spec.name, changes.clone()),
+            dials: Dials::default(),
             spec: RwLock::new(Arc::new(spec)),
             open_tasks: AtomicU32::new(0),
             changes,

@@ -1,11 +1,11 @@
 //! A VM as the API shows it.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use adit_api::{
-    Card, Carrier, CarrierKind, GuestKey, Holding, Program, Trust, TrustRefused, TrustTaken, Vm,
-    VmState,
+    Card, Carrier, CarrierKind, GuestKey, Holding, LastDial, Program, Refused, Trust, TrustRefused,
+    TrustTaken, Vm, VmFault, VmState,
 };
 use adit_port::control::{IVSHMEM_SOCKET, RING_SOCKET, Ring, VHOST_SOCKET};
 
@@ -13,15 +13,21 @@ use adit_tasks::KeyId;
 
 use super::{TrustOf, VmEntry};
 use crate::enrolment::{Believed, Enrolment};
+use crate::reach::Destination;
+use crate::reach::dial::refusal;
+use crate::remedy;
 
 /// Characters of a port process's text about its ring that are shown.
 const RING_TEXT_MAX: usize = 300;
+/// Characters of what a failed dial says that are shown.
+const DIAL_TEXT_MAX: usize = 300;
 
 impl VmEntry {
     /// The VM as the API shows it.
     pub fn show(&self) -> Vm {
         let (spec, agent) = (self.spec(), self.agent.said());
-        let faults: Vec<_> = self.faults().into_iter().map(|f| f.text).collect();
+        let faults = self.faults();
+        let texts: Vec<_> = faults.iter().map(|f| f.text.as_str()).collect();
         let status = self.channel.status();
         let connected = agent.is_connected();
         let state = match &status {
@@ -75,7 +81,47 @@ impl VmEntry {
             carrier: self.channel.ring().map(carrier).unwrap_or_default(),
             ring_socket: self.dir.join(RING_SOCKET).display().to_string(),
             ivshmem_socket: self.dir.join(IVSHMEM_SOCKET).display().to_string(),
-            fault: (!faults.is_empty()).then(|| faults.join("; ")),
+            fault: (!texts.is_empty()).then(|| texts.join("; ")),
+            faults: faults
+                .iter()
+                .map(|fault| VmFault {
+                    kind: fault.kind.label().into(),
+                    text: fault.text.clone(),
+                })
+                .collect(),
+            vmm: Some(self.has_vmm()),
+            last_dial: self.dials.last().map(|dial| self.last_dial(dial)),
+        }
+    }
+}
+
+impl VmEntry {
+    /// Whether a VMM is connected.
+    fn has_vmm(&self) -> bool {
+        let channel = &self.channel;
+        channel.session() || channel.held_by().is_some() || channel.keeper.has_frontend()
+    }
+
+    fn last_dial(&self, dial: super::LastDial) -> LastDial {
+        let millis = |since: Duration| u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+        let to = Destination {
+            vm: self.name.clone(),
+            target: dial.to,
+        };
+        LastDial {
+            ms_ago: millis(dial.at.elapsed()),
+            took_us: u64::try_from(dial.took.as_micros()).unwrap_or(u64::MAX),
+            refused: dial.failed.map(|failed| {
+                let refusal = refusal(&to, &failed);
+                Refused {
+                    code: refusal.code().to_string(),
+                    text: adit_names::escape(refusal.text())
+                        .at_most(DIAL_TEXT_MAX)
+                        .to_string(),
+                    remedy: remedy::of(refusal.code()).into(),
+                }
+            }),
+            to: to.to_string(),
         }
     }
 }

@@ -19,7 +19,7 @@ mkdir -p -m 700 ~/.ssh; rm -f ~/.ssh/*
 cp /run/given/id_ed25519 ~/.ssh/; chmod 600 ~/.ssh/id_ed25519
 printf 'StrictHostKeyChecking accept-new\nLogLevel ERROR\n' > ~/.ssh/config
 cp /run/given/web-1.crt .
-{ printf '[proxy]\nlisten = "127.0.0.1:7080"\n'; sed -n '/^```toml/,/^```$/p' docs/clients.md | grep -v '^```'; } > /etc/aditd.toml
+{ printf '[proxy]\nlisten = "127.0.0.1:7080"\n[metrics]\nlisten = "127.0.0.1:7081"\n'; sed -n '/^```toml/,/^```$/p' docs/clients.md | grep -v '^```'; } > /etc/aditd.toml
 export PATH=$PWD/target/release:$PATH
 aditd run --config /etc/aditd.toml &
 set +e"#;

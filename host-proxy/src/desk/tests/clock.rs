@@ -20,7 +20,8 @@ fn desk(dir: &Path) -> Desk {
         LOOKS.fetch_add(1, Ordering::Relaxed);
         BEFORE
     };
-    Desk::new(db, registry, Arc::default(), &Limits::default(), clock)
+    let metrics = Arc::new(Metrics::new(registry.clone()));
+    Desk::new(db, registry, metrics, &Limits::default(), clock)
 }
 
 #[tokio::test]

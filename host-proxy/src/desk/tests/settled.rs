@@ -14,7 +14,8 @@ fn desk(dir: &Path) -> (Desk, Arc<VmEntry>) {
     let vm = VmConfig::new("web-1".parse().unwrap(), 3);
     let vm = registry.add(vm, Origin::Api).unwrap();
     let db = Db::open(&dir.join("aditd.db"), &SCHEMA).unwrap();
-    let desk = Desk::new(db, registry, Arc::default(), &Limits::default(), || BEFORE);
+    let metrics = Arc::new(Metrics::new(registry.clone()));
+    let desk = Desk::new(db, registry, metrics, &Limits::default(), || BEFORE);
     (desk, vm)
 }
 

@@ -243,7 +243,11 @@ async fn served(
     let near = tokio::net::TcpStream::connect(listener.local_addr().unwrap());
     let near = near.await.unwrap();
     let (far, _) = listener.accept().await.unwrap();
-    let place = Arc::new(crate::listen::Gate::new(1).enter().await);
+    let place = Arc::new(
+        crate::listen::Gate::new(crate::metrics::Listener::new(1))
+            .enter()
+            .await,
+    );
     let far = Client::new(
         ClientIo::new(crate::front::stream::Stream::Tcp(far), Default::default()),
         place,

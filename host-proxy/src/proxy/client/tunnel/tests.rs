@@ -12,7 +12,7 @@ async fn connected() -> (Client, tokio::net::TcpStream, Notes) {
     let client = tokio::net::TcpStream::connect(listener.local_addr().unwrap());
     let (far, near) = tokio::join!(client, listener.accept());
     let notes = Notes::default();
-    let place = Arc::new(Gate::new(1).enter().await);
+    let place = Arc::new(Gate::new(crate::metrics::Listener::new(1)).enter().await);
     let io = ClientIo::new(
         crate::front::stream::Stream::Tcp(near.unwrap().0),
         UnderWay::default(),

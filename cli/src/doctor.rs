@@ -1,0 +1,145 @@
+//! `adit doctor`: what is wrong with aditd and its VMs, and what to do. What is looked at, and what is said of it, is in
+//! [`adit_api::doctor`].
+
+use std::process::ExitCode;
+
+use adit_api::doctor::{Finding, Health, of_host, of_vm};
+use adit_api::{ConfigStatus, Vm};
+use clap::Args;
+use serde::Serialize;
+
+use crate::client::Client;
+use crate::completion;
+use crate::error::{self, Failure};
+use crate::output;
+use crate::text::{Format, escape};
+use crate::vm;
+
+const EXAMPLE: &str = "\
+Examples:
+  adit doctor web-1
+  adit doctor -o json | jq '.vms[].findings[] | select(.health == \"failed\")'
+
+Checks, in the order in which a stream comes into a guest: host, configuration, port process, VMM, device, session, agent,
+version, agent program, identity, trust, policy, journal, card, clock, services, last dial. Each is ok, failed, or unknown because an
+earlier one failed. A dial that failed more than ten minutes ago is no failure any more.
+
+Exit status: 0 nothing has failed; 6 something has; 3 aditd does not answer, so nothing of a VM is known.";
+
+#[derive(Args)]
+#[command(after_help = EXAMPLE)]
+pub struct Doctor {
+    /// Name of the VM; without it, the host and all its VMs
+    #[arg(add = completion::vms())]
+    vm: Option<String>,
+}
+
+/// What was found.
+#[derive(Serialize)]
+struct Report {
+    /// Nothing has failed.
+    ok: bool,
+    host: Vec<Finding>,
+    vms: Vec<OfVm>,
+}
+
+#[derive(Serialize)]
+struct OfVm {
+    vm: String,
+    ok: bool,
+    findings: Vec<Finding>,
+}
+
+pub async fn run(doctor: &Doctor, client: &Client, format: Format) -> Result<ExitCode, Failure> {
+    let (config, vms) = match asked(doctor, client).await {
+        Ok(said) => said,
+        Err(failure) if failure.is_about_aditd() => {
+            if format == Format::Json {
+                let host = vec![failure.finding()];
+                let vms = Vec::new();
+                output::json(&Report {
+                    ok: false,
+                    host,
+                    vms,
+                })?;
+            }
+            return Err(failure);
+        }
+        Err(failure) => return Err(failure),
+    };
+    let host = of_host(&config);
+    let vms: Vec<OfVm> = vms
+        .iter()
+        .map(|vm| {
+            let findings = of_vm(vm);
+            OfVm {
+                vm: vm.name.clone(),
+                ok: is_well(&findings),
+                findings,
+            }
+        })
+        .collect();
+    let report = Report {
+        ok: is_well(&host) && vms.iter().all(|vm| vm.ok),
+        host,
+        vms,
+    };
+    match format {
+        Format::Json => output::json(&report)?,
+        Format::Table => print(&report, doctor.vm.is_some())?,
+    }
+    Ok(match report.ok {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::from(error::UNWELL),
+    })
+}
+
+async fn asked(doctor: &Doctor, client: &Client) -> Result<(ConfigStatus, Vec<Vm>), Failure> {
+    let config = client.get("/v1/config").await?;
+    let vms = match &doctor.vm {
+        Some(name) => vec![client.get(&vm::path(name)?).await?],
+        None => client.get("/v1/vms").await?,
+    };
+    Ok((config, vms))
+}
+
+fn is_well(findings: &[Finding]) -> bool {
+    findings.iter().all(|f| f.health != Health::Failed)
+}
+
+/// All of one VM; of many, what has failed.
+fn print(report: &Report, is_one: bool) -> Result<(), Failure> {
+    report.host.iter().try_for_each(|f| line("", f))?;
+    for vm in &report.vms {
+        let name = match is_one {
+            true => String::new(),
+            false => format!("{}: ", vm.vm),
+        };
+        let shown = |f: &&Finding| is_one || f.health == Health::Failed;
+        let mut findings = vm.findings.iter().filter(shown);
+        findings.try_for_each(|f| line(&name, f))?;
+    }
+    if !is_one {
+        let (all, well) = (
+            report.vms.len(),
+            report.vms.iter().filter(|vm| vm.ok).count(),
+        );
+        output::line(format_args!("{well} of {all} VMs are well"))?;
+    }
+    Ok(())
+}
+
+fn line(vm: &str, finding: &Finding) -> Result<(), Failure> {
+    let Finding {
+        check,
+        health,
+        says,
+        remedy,
+    } = finding;
+    let (vm, check, says) = (escape(vm), escape(check), escape(says));
+    output::line(format_args!("{:<8} {vm}{check}: {says}", health.name()))?;
+    match remedy.as_str() {
+        "" => Ok(()),
+        remedy => output::line(format_args!("{:<8} do: {}", "", escape(remedy))),
+    }
+}

@@ -1,0 +1,37 @@
+//! Schemas that say more than the types do.
+
+use utoipa::openapi::schema::{ArrayBuilder, ObjectBuilder, SchemaType, Type};
+use utoipa::openapi::{RefOr, Schema};
+
+/// Most ports of a list.
+const PORTS_MAX: usize = 1024;
+
+/// Ports between these.
+fn numbers(min: u64, max: u64) -> RefOr<Schema> {
+    let number = ObjectBuilder::new()
+        .schema_type(Type::Integer)
+        .minimum(Some(min))
+        .maximum(Some(max));
+    ArrayBuilder::new()
+        .items(number)
+        .max_items(Some(PORTS_MAX))
+        .into()
+}
+
+/// TCP ports.
+pub(crate) fn ports() -> RefOr<Schema> {
+    numbers(1, u16::MAX.into())
+}
+
+/// AF_VSOCK ports. The last number means any port.
+pub(crate) fn vsock_ports() -> RefOr<Schema> {
+    numbers(0, u64::from(u32::MAX) - 1)
+}
+
+/// One of these names.
+pub(crate) fn names<const N: usize>(names: [&'static str; N]) -> RefOr<Schema> {
+    ObjectBuilder::new()
+        .schema_type(SchemaType::Type(Type::String))
+        .enum_values(Some(names))
+        .into()
+}

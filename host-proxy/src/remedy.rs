@@ -1,0 +1,37 @@
+//! What to do about a refused stream, by its code. The API's answers, a VM's last dial and `adit doctor` have it from here.
+
+use adit_channel::refusal::Code;
+
+/// One line.
+pub fn of(code: Code) -> &'static str {
+    match code {
+        Code::UnknownVm => "`adit vm ls` lists the names",
+        Code::NotAllowed => {
+            "allow it: `adit vm set`, or `allow` and `allow_vsock` in aditd.toml and `systemctl reload aditd`"
+        }
+        Code::Denied => {
+            "the guest's own list or policy forbids it: `allow_ports` in adit-guest.toml, policy.toml"
+        }
+        Code::NoPortProcess | Code::NoSession | Code::NoAgent => {
+            "`adit doctor` with the VM's name says what is missing; then try again"
+        }
+        Code::Internal => "the log of aditd has more: `journalctl -u aditd`",
+        Code::NoListener => "start the program that listens on that vsock port of the guest",
+        Code::DialFailed => "start the server in the guest: nobody listens on that port there",
+        Code::NoAnswer | Code::DialTimedOut => {
+            "look into the guest: it took the connection, and its server or its agent does not answer"
+        }
+        Code::Reset => {
+            "try again; the log of its port process, RUN/vm/NAME/port.log, says why it ended"
+        }
+        Code::Foreign => "another program than adit-guest listens on the agent's port in the guest",
+        Code::Version | Code::UnknownService | Code::Other(_) => {
+            "its agent is of another version: give it the next one by package"
+        }
+        Code::WrongVm => "the guest is enrolled as another VM: `adit vm show` says as which",
+        Code::Busy => "try again; a limit is reached: `[limits]` in aditd.toml",
+        Code::TooLarge => "the guest takes no file of that size",
+        Code::NoSpace => "make room on the guest's disk",
+        Code::Mismatch => "try again: it goes on where it ended",
+    }
+}
