@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use adit_tests::debian::{Debian, Init};
 use adit_tests::image::Kernel;
@@ -59,6 +60,8 @@ const TARGETS: [&str; 3] = [
 /// For programs without libraries.
 pub const STATIC_TARGET: &str = TARGETS[0];
 
+/// Whether apt has heard of the newest packages: once is enough.
+static UPDATED: AtomicBool = AtomicBool::new(false);
 /// How often apt is asked for what is missing.
 const ROUNDS_MAX: usize = 3;
 
@@ -87,7 +90,7 @@ fn missing() -> Vec<&'static str> {
 }
 
 /// Installs until nothing is missing: one package may take away another that was there, where that came from another release
-/// (Debian's backports).
+/// (Debian's backports). What cannot be installed together, because of one that was there, may be installed one by one.
 fn until_there(
     missing: impl Fn() -> Vec<&'static str>,
     install: impl Fn(&[&'static str]) -> anyhow::Result<()>,
@@ -97,7 +100,12 @@ fn until_there(
         if missing.is_empty() {
             return Ok(());
         }
-        install(&missing)?;
+        if let Err(e) = install(&missing) {
+            let alone = missing.iter().filter(|one| install(&[one]).is_ok());
+            if alone.count() == 0 {
+                return Err(e);
+            }
+        }
     }
     let missing = missing();
     ensure!(
@@ -147,7 +155,10 @@ fn packages(missing: &[&str]) -> anyhow::Result<()> {
                     .args(args),
             )
         };
-        apt(&["update"])?;
+        if !UPDATED.load(Ordering::Relaxed) {
+            apt(&["update"])?;
+            UPDATED.store(true, Ordering::Relaxed);
+        }
         apt(&[&["install", "-y", "--no-install-recommends"], missing].concat())?;
         Ok(())
     })
@@ -371,6 +382,28 @@ mod tests {
         };
         until_there(missing, install).unwrap();
         assert_eq!(there.borrow().len(), 2);
+        // Nor is it in the way of others for ever: together they cannot be installed, because one depends on what is there.
+        let there = RefCell::new(vec!["qemu-utils of backports"]);
+        let wanted = ["qemu-system-x86", "cloud-image-utils", "qemu-utils"];
+        let missing = || {
+            let there = there.borrow();
+            let is_missing = |package: &&str| !there.iter().any(|is| is.starts_with(package));
+            wanted.into_iter().filter(is_missing).collect()
+        };
+        let install = |packages: &[&'static str]| {
+            let mut there = there.borrow_mut();
+            let kept = there.contains(&"qemu-utils of backports");
+            if kept && packages.len() > 1 {
+                bail!("held broken packages");
+            }
+            if packages.contains(&"qemu-system-x86") {
+                there.clear();
+            }
+            there.extend(packages);
+            Ok(())
+        };
+        until_there(missing, install).unwrap();
+        assert_eq!(missing(), [""; 0]);
         let said = until_there(|| vec!["lost"], |_| Ok(())).unwrap_err();
         assert!(said.to_string().contains("lost"), "{said}");
     }
