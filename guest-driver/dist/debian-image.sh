@@ -21,6 +21,8 @@ mmdebstrap --variant=minbase --format=directory \
 	--include=systemd-sysv,dbus,udev,iproute2,linux-image-cloud-amd64,grub-pc-bin,cloud-init "$@" \
 	bookworm "$root"
 echo '/dev/vda1 / ext4 errors=remount-ro 0 1' >"$root/etc/fstab"
+# cloud-init would set en_US.UTF-8, which Debian has no data for until somebody generates it, and end each first boot with an error.
+echo 'locale: C.UTF-8' >"$root/etc/cloud/cloud.cfg.d/10_locale.cfg"
 # Each copy of the image makes its own.
 : >"$root/etc/machine-id"
 

@@ -41,7 +41,7 @@ fn adit(host: &Host, args: &[&str]) -> String {
 
 /// Waits for the agent, and has it run a script, which must succeed. Returns what that printed.
 fn runs(host: &Host, guest: &Guest, script: &str) -> String {
-    // cloud-init makes keys for sshd before it runs what it was given: emulated, that takes minutes.
+    // Four starts of cloud-init, which is in Python, come before it runs what it was given: emulated, that takes minutes.
     let limit = format!("{}s", 3 * BOOT.as_secs());
     let waited = host.adit(&["wait", "web-1", "--timeout", &limit]).unwrap();
     assert!(
@@ -146,6 +146,38 @@ fn an_image_of_the_script_has_the_agent_by_its_package() {
         "dpkg -S /usr/sbin/adit-guest; systemctl is-enabled adit-guest",
     );
     assert_eq!(said, "adit-guest: /usr/sbin/adit-guest\nenabled\n");
+}
+
+#[test]
+fn a_raw_disk_that_is_not_started_gets_agent_card_and_key() {
+    let Some(host) = host() else { return };
+    let stock = debian::stock_image(&|what| println!("{what}")).unwrap();
+    let image = file(&host, "web-1.raw");
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-f", "qcow2", "-O", "raw"]);
+    output(convert.arg(&stock).arg(&image)).unwrap();
+    adit(&host, &["key", "new", "enrol.key", "--role", "card"]);
+    let card = adit(&host, &["card", "new", "web-1", "--sign", "enrol.key"]);
+    std::fs::write(file(&host, "web-1.card"), card).unwrap();
+    let agent = guest_bin("adit-guest").display().to_string();
+    let inject = ["image", "inject", "web-1.raw", "--card", "web-1.card"];
+    let trust = ["--trust", "fleet.key.pub,enrol.key.pub", "--agent", &agent];
+    let said = adit(&host, &[&inject[..], &trust].concat());
+    assert!(said.contains("wrote  /usr/sbin/adit-guest\n"), "{said}");
+    let guest = boot(&host, &image);
+    let said = runs(
+        &host,
+        &guest,
+        "systemctl is-enabled adit-guest; adit-guest status | grep -c 'web-1, generation .* from file'; \
+         stat -c %U:%G:%a /usr/sbin/adit-guest /etc/adit-guest /etc/adit-guest/trust/fleet.key.pub",
+    );
+    assert_eq!(
+        said,
+        "enabled\n1\nroot:root:755\nroot:root:700\nroot:root:600\n"
+    );
+    // A second time there is nothing to write, also on a disk that was booted meanwhile from an overlay.
+    let again = adit(&host, &[&inject[..], &trust].concat());
+    assert!(!again.contains("wrote  /usr/sbin"), "{again}");
 }
 
 fn boot(host: &Host, image: &Path) -> Guest {
