@@ -98,6 +98,13 @@ enum Cmd {
     },
     /// Print the version.
     Version,
+    /// Exit status 0 if the agent is a program on trial: services ask it before they let one be that ended with status 78.
+    #[command(hide = true)]
+    OnTrial {
+        /// Configuration file.
+        #[arg(long, default_value = DEFAULT_PATH)]
+        config: PathBuf,
+    },
     /// Read a whole journal once.
     #[command(hide = true)]
     JournalCheck {
@@ -150,6 +157,7 @@ fn main() -> ExitCode {
         Cmd::Seal { config, keep_vm_id } => seal(&config, keep_vm_id),
         Cmd::Trust(TrustCmd::Add { file, config }) => trust_add(&file, &config),
         Cmd::Policy { command } => return policy(&command),
+        Cmd::OnTrial { config } => return ExitCode::from(u8::from(!begin::is_on_trial(&config))),
         Cmd::Version => print(&format!("adit-guest {}\n", program::version())),
         Cmd::JournalCheck { dir } => journal::check(&dir).map_err(Into::into),
     };
@@ -157,7 +165,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             let status = match exit_status(&e) {
-                // No init system would start it again, nor what ran before it.
+                // A service that does not ask `on-trial` would not start it again, nor what ran before it.
                 BAD_CONFIG if is_on_trial => 1,
                 status => status,
             };

@@ -9,6 +9,8 @@ pub mod ring;
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use adit_channel::hello::PORT;
@@ -17,10 +19,13 @@ use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType};
 use vsock::{VsockAddr, VsockListener};
 
 use crate::conn::Conn;
+use crate::exec::reap;
 use crate::relay;
 
 /// The host's CID.
 const HOST_CID: u32 = vsock::VMADDR_CID_HOST;
+/// The kernel's driver of a VM's vsock device.
+const DRIVER: &str = "vmw_vsock_virtio_transport";
 /// Source ports of the agent: below 1024, and not the listener's own.
 const SOURCE_PORTS: std::ops::RangeInclusive<u32> = 742..=1023;
 
@@ -115,6 +120,7 @@ pub struct Vsock;
 
 impl Transport for Vsock {
     fn listen(&self) -> io::Result<Box<dyn Listen>> {
+        load_driver();
         let listener = VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, PORT)?;
         // The library asks for 128, which is also musl's SOMAXCONN. A burst of dials overflows that, and they are reset.
         socket::listen(&listener, Backlog::MAXALLOWABLE)?;
@@ -124,6 +130,19 @@ impl Transport for Vsock {
     fn dial_host(&self) -> io::Result<Conn> {
         self.dial_host_at(PORT)
     }
+}
+
+/// Has the kernel load the driver of the VM's vsock device where udev has not done so: without it a dial of the host ends in this
+/// guest itself, if its kernel has `vsock_loopback`. Nearly always the driver is there, and no start has to wait for `modprobe`.
+fn load_driver() {
+    if Path::new("/sys/module").join(DRIVER).exists() {
+        return;
+    }
+    let mut modprobe = Command::new("modprobe");
+    modprobe.args(["-q", DRIVER]);
+    let quiet = modprobe.stdin(Stdio::null()).stdout(Stdio::null());
+    // It may be built in, or not be there: then listening says so.
+    drop(reap::status(quiet.stderr(Stdio::null())));
 }
 
 impl Vsock {

@@ -225,7 +225,7 @@ pub fn stock_image(say: &dyn Fn(&str)) -> anyhow::Result<PathBuf> {
     Ok(dir.join("debian-12.qcow2"))
 }
 
-/// Boots an overlay of an image that boots by itself; `seed` is a disk for cloud-init.
+/// Boots an overlay of an image that boots by itself, `*.qcow2` or raw; `seed` is a disk for cloud-init.
 ///
 /// # Errors
 /// A file cannot be written, or QEMU does not start.
@@ -235,7 +235,11 @@ pub fn boot_image(
     vhost_socket: &Path,
     dir: &Path,
 ) -> anyhow::Result<Guest> {
-    let overlay = overlay(image, "qcow2", dir)?;
+    let format = match image.extension() {
+        Some(name) if name == "qcow2" => "qcow2",
+        _ => "raw",
+    };
+    let overlay = overlay(image, format, dir)?;
     let seed = seed.map_or_else(String::new, |seed| {
         let file = seed.display();
         format!("-drive if=none,id=seed,format=raw,readonly=on,file={file} -device virtio-blk-pci,drive=seed")

@@ -362,6 +362,10 @@ impl Busybox {
         let this = Self(dir);
         let script = BUSYBOX
             .replace("/usr/sbin/adit-guest run", &this.at("agent"))
+            .replace(
+                "/usr/sbin/adit-guest on-trial",
+                &format!("rm {}", this.at("trial")),
+            )
             .replace("/run/adit-guest.pid", &this.at("pid"))
             .replace("/proc/", &(this.at("proc") + "/"));
         std::os::unix::fs::symlink("/proc", this.at("proc")).unwrap();
@@ -494,16 +498,34 @@ fn no_init_starts_an_agent_again_whose_configuration_cannot_be_used() {
     assert!(!fs::exists(script.at("pid")).unwrap());
     let line = format!("RestartPreventExitStatus={BAD_CONFIG}");
     assert!(SYSTEMD.lines().any(|l| l == line));
-    assert!(OPENRC.contains("$command check-config >/dev/null || return 1"));
+    assert!(OPENRC.contains("\t$command check-config >/dev/null\n}"));
+}
+
+#[test]
+fn r132_a_program_on_trial_is_started_again_whatever_status_it_ends_with() {
+    use crate::config::BAD_CONFIG;
+    let _alone = crate::exec::alone();
+    let script = Busybox::with(&format!("echo $$ >FIFO\nexit {BAD_CONFIG}"));
+    // For as long as the file is there.
+    fs::write(script.at("trial"), "").unwrap();
+    script.run("start");
+    let supervisor = fs::read_to_string(script.at("pid")).unwrap();
+    let (first, second) = (script.line(), script.line());
+    assert_ne!(first, second);
+    until_gone(supervisor.trim().parse().unwrap());
+    // systemd's unit is tried in a Debian.
+    let asks =
+        format!("[ \"$EXIT_STATUS\" != {BAD_CONFIG} ] || ! /usr/sbin/adit-guest on-trial ||");
+    assert!(SYSTEMD.contains(&asks));
 }
 
 #[test]
 fn r114_no_init_gives_the_agent_what_its_tasks_would_inherit() {
     // Of the unit's own, or of its cgroup, in which no task is.
     let harmless = [
-        "ExecStartPre",
         "ExecStart",
         "ExecReload",
+        "ExecStopPost",
         "Restart",
         "RestartSec",
         "RestartPreventExitStatus",
@@ -519,7 +541,10 @@ fn r114_no_init_gives_the_agent_what_its_tasks_would_inherit() {
     ];
     let service = SYSTEMD.split("[Service]").nth(1).unwrap();
     let service = service.split("[Install]").next().unwrap();
-    for line in service.lines().filter(|l| !l.is_empty()) {
+    for line in service
+        .lines()
+        .filter(|l| !l.is_empty() && !l.starts_with('#'))
+    {
         let (key, value) = line.split_once('=').unwrap();
         assert!(harmless.contains(&key), "{line}");
         assert!(key != "KillMode" || value == "process", "{line}");

@@ -198,6 +198,13 @@ fn places(path: &Path) -> Option<Config> {
     Config::load(path).or_else(|_| Config::places(path)).ok()
 }
 
+/// Whether the agent is a program on trial. Then an init system is to start it again whatever status it ended with.
+pub fn is_on_trial(config: &Path) -> bool {
+    places(config)
+        .and_then(|config| kept::read(&config.state_dir).ok())
+        .is_some_and(|kept| kept.is_on_trial())
+}
+
 /// Which program would run, for people; and what is wrong with it.
 pub fn look(config: &Config) -> (Kept, Result<Option<Installed>, String>) {
     match kept::read(&config.state_dir) {

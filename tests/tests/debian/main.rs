@@ -9,10 +9,12 @@ use std::time::Duration;
 use adit_tests::debian::{Debian, Init};
 use adit_tests::image::Kernel;
 
+mod boot;
 mod clients;
 mod clones;
 mod images;
 mod unit;
+mod upgrade;
 mod walk;
 
 /// From QEMU's start until the agent is connected. Emulated, on an idle machine, it is some 20 s.

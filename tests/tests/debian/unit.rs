@@ -7,18 +7,19 @@ use adit_tests::debian::{Debian, Init};
 use adit_tests::guest::Guest;
 use adit_tests::host::Host;
 use adit_tests::process::wait_for;
+use serde_json::Value;
 
-use super::{BOOT, built, full};
+use super::{BOOT, built, full, upgrade};
 
-struct Booted {
-    guest: Guest,
-    host: Host,
+pub(super) struct Booted {
+    pub(super) guest: Guest,
+    pub(super) host: Host,
     debian: Debian,
 }
 
 impl Booted {
     /// `None`, with the reason printed, if nothing can be booted.
-    fn start(init: Init) -> Option<Self> {
+    pub(super) fn start(init: Init) -> Option<Self> {
         let (bins, debian) = built(init)?;
         let host = Host::start(&bins, &["web-1"]).unwrap();
         host.wait_port("web-1").unwrap();
@@ -54,12 +55,17 @@ impl Booted {
             .unwrap_or_else(|e| panic!("{e}:\n{}", booted.log()));
         // A key that may give it work. Keys are read for every task.
         assert_eq!(booted.adit(&["key", "new", "fleet.key"]).0, 0);
-        let key = std::fs::read_to_string(booted.host.dir().join("fleet.key.pub")).unwrap();
-        let put = format!(
-            "umask 077; mkdir -p /etc/adit-guest/trust; echo '{key}' > /etc/adit-guest/trust/fleet.key.pub"
-        );
-        booted.ssh(&put);
+        booted.trust("fleet.key.pub");
         Some(booted)
+    }
+
+    /// Puts a public key of the host's directory into the guest.
+    pub(super) fn trust(&self, name: &str) {
+        let key = fs::read_to_string(self.host.dir().join(name)).unwrap();
+        let (dir, key) = ("/etc/adit-guest/trust", key.trim());
+        self.ssh(&format!(
+            "umask 077; mkdir -p {dir}; echo '{key}' > {dir}/{name}"
+        ));
     }
 
     fn wait_agent(&self) {
@@ -68,11 +74,11 @@ impl Booted {
         assert_eq!(code, 0, "{said}\n{}", self.log());
     }
 
-    fn log(&self) -> String {
+    pub(super) fn log(&self) -> String {
         format!("{}\n{}", self.guest.serial(), self.host.log())
     }
 
-    fn adit(&self, args: &[&str]) -> (i32, String) {
+    pub(super) fn adit(&self, args: &[&str]) -> (i32, String) {
         let out = self.host.adit(args).unwrap();
         let text = String::from_utf8_lossy(&out.stdout).into_owned()
             + &String::from_utf8_lossy(&out.stderr);
@@ -89,13 +95,13 @@ impl Booted {
         Err(format!("{said}{}", String::from_utf8_lossy(&out.stderr)))
     }
 
-    fn ssh(&self, command: &str) -> String {
+    pub(super) fn ssh(&self, command: &str) -> String {
         self.try_ssh(command)
             .unwrap_or_else(|e| panic!("`{command}`: {e}\n{}", self.log()))
     }
 
     /// Runs a script as a task. Returns the task's id, its state and what it printed.
-    fn task(&self, user: &str, script: &str) -> (String, String, String) {
+    pub(super) fn task(&self, user: &str, script: &str) -> (String, String, String) {
         let script = script.replace('\n', "\n        ");
         let goal = format!(
             "steps:\n  - id: try\n    script:\n      interpreter: /bin/sh\n      run_as: {user}\n      script: |\n        {script}\n"
@@ -113,14 +119,25 @@ impl Booted {
         assert_eq!(code, 0, "{said}");
         let goal = said.split_whitespace().nth(1).unwrap_or_default();
         self.adit(&["task", "watch", "--goal", goal, "--timeout", "60s"]);
-        let (_, list) = self.adit(&["task", "ls", "-o", "json"]);
-        let all: Vec<serde_json::Value> = serde_json::from_str(&list).unwrap();
-        let last = all.last().unwrap();
+        let last = self.last_task();
         let text = |key: &str| last[key].as_str().unwrap_or_default().to_owned();
         let id = text("task_id");
         let (_, out) = self.adit(&["task", "output", &id]);
         let (_, err) = self.adit(&["task", "output", &id, "--stream", "stderr"]);
         (id, text("state"), out + &err)
+    }
+
+    /// Stops the agent, runs a command, and starts it again.
+    fn restart(&self, meanwhile: &str) {
+        let script = format!("systemctl stop adit-guest; {meanwhile}; systemctl start adit-guest");
+        // The tunnel of this command ends with the agent.
+        self.ssh(&format!("systemd-run -q --collect sh -c '{script}'"));
+    }
+
+    pub(super) fn last_task(&self) -> Value {
+        let (_, list) = self.adit(&["task", "ls", "-o", "json"]);
+        let mut all: Vec<Value> = serde_json::from_str(&list).unwrap();
+        all.pop().unwrap()
     }
 }
 
@@ -213,17 +230,26 @@ fn the_unit_does_on_systemd_what_it_should() {
     let (_, state, said) = booted.task("deploy", "echo again");
     assert_eq!((state.as_str(), said.as_str()), ("done", "again\n"));
     bad_input(&booted);
+    no_driver(&booted);
+    upgrade::works_or_goes(&booted);
+}
+
+/// Where udev has not loaded the driver of the vsock device, the agent has it loaded.
+fn no_driver(booted: &Booted) {
+    let unload = "until modprobe -r vmw_vsock_virtio_transport; do sleep 1; done; \
+        test -e /sys/module/vmw_vsock_virtio_transport || touch /root/unloaded";
+    booted.restart(unload);
+    wait_for("the driver was unloaded, and is loaded", BOOT, || {
+        booted.wait_agent();
+        Ok(booted.try_ssh("test -e /root/unloaded").ok())
+    })
+    .unwrap_or_else(|e| panic!("{e}: {}", booted.log()));
 }
 
 /// What is wrong in a guest is one line with its remedy on the console and in the journal, and `adit vm show` says it.
 fn bad_input(booted: &Booted) {
     const STATE: &str = "/var/lib/adit-guest";
     let shown = || booted.adit(&["vm", "show", "web-1"]).1;
-    // The tunnel of this command ends with the agent.
-    let restart = |meanwhile: &str| {
-        let script = format!("systemctl stop adit-guest; {meanwhile}; systemctl start adit-guest");
-        booted.ssh(&format!("systemd-run -q --collect sh -c '{script}'"));
-    };
     let wait_shown = |what: &str, is: bool| {
         let seen = wait_for(what, BOOT, || {
             Ok((shown().contains(what) == is).then_some(()))
@@ -256,7 +282,7 @@ fn bad_input(booted: &Booted) {
         ),
     ];
     for (said, breaks, mends) in &cases {
-        restart(breaks);
+        booted.restart(breaks);
         wait_shown(said, true);
         let code = if said.contains(' ') {
             "no-trust-anchor"
@@ -270,7 +296,7 @@ fn bad_input(booted: &Booted) {
             "{code}: {journal}"
         );
         assert!(booted.guest.serial().contains(code), "{}", booted.log());
-        restart(mends);
+        booted.restart(mends);
         wait_shown(said, false);
     }
     // A second one ends with one line.
@@ -278,7 +304,7 @@ fn bad_input(booted: &Booted) {
     assert!(second.contains("another agent"), "{second}");
     // A clock that was never set.
     booted.ssh("date +%s > /root/now; date -s @1000");
-    restart("true");
+    booted.restart("true");
     wait_shown("behind", true);
     booted.ssh("date -s @$(cat /root/now)");
     let (_, state, said) = booted.task("deploy", "echo mended");
@@ -298,16 +324,35 @@ fn card_by_credential(booted: &Booted) {
         said.contains("card-untrusted") && said.contains("(systemd credential)"),
         "{said}"
     );
-    let key = fs::read_to_string(booted.host.dir().join("enrol.key.pub")).unwrap();
-    booted.ssh(&format!(
-        "umask 077; echo '{}' > /etc/adit-guest/trust/enrol.key.pub; systemctl reload adit-guest",
-        key.trim()
-    ));
+    // In the guest too, and there to people as well as to the agent.
+    let status = || booted.ssh("adit-guest status");
+    let line = |text: &str, key: &str| {
+        let line = text.lines().find(|line| line.starts_with(key));
+        line.unwrap_or_else(|| panic!("{key}: {text}")).to_owned()
+    };
+    let said = status();
+    assert!(line(&said, "goes by card").ends_with(" none"), "{said}");
+    let not_used = line(&said, "not used");
+    assert!(
+        not_used.contains("card-untrusted") && not_used.contains("(systemd credential)"),
+        "{said}"
+    );
+    booted.trust("enrol.key.pub");
+    booted.ssh("systemctl reload adit-guest");
     wait_for("the card is believed", BOOT, || {
         let said = shown();
         Ok((!said.contains("card-untrusted") && said.contains("\ncard ")).then_some(()))
     })
     .unwrap_or_else(|e| panic!("{e}: {}\n{}", shown(), booted.log()));
+    let said = status();
+    let by = line(&said, "goes by card");
+    assert!(
+        by.contains(" web-1, generation ") && by.contains(" from systemd credential,"),
+        "{said}"
+    );
+    assert!(!said.contains("\nnot used"), "{said}");
+    let place = booted.ssh("journalctl -q -o cat -u adit-guest | grep '^card '");
+    assert!(place.contains("place=\"systemd credential\""), "{place}");
 }
 
 #[test]
@@ -344,4 +389,5 @@ fn the_service_does_on_openrc_what_it_should() {
     booted.ssh("rc-service adit-guest reload");
     let (_, state, said) = booted.task("deploy", "echo again");
     assert_eq!((state.as_str(), said.as_str()), ("done", "again\n"));
+    upgrade::works_or_goes(&booted);
 }
