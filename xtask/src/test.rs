@@ -24,7 +24,7 @@ pub struct Options {
     #[arg(long)]
     no_guests: bool,
     /// Also what takes long: agents killed 500 times while they are upgraded; fifty copies of a guest's disk; images that are made in
-    /// other ways; the real Debian with the newer kernel, with OpenRC, with larger files
+    /// other ways; boots that are measured; the real Debian with the newer kernel, with OpenRC, with larger files
     #[arg(long, conflicts_with = "no_guests")]
     full: bool,
 }

@@ -49,7 +49,7 @@ pub enum ImageCommand {
         #[command(flatten)]
         what: Installed,
     },
-    /// Print a cloud-config that installs the agent when the VM boots first
+    /// Print user data for cloud-init that installs the agent when the VM boots first
     #[command(after_help = CLOUD_INIT)]
     CloudInit {
         #[command(flatten)]

@@ -285,3 +285,43 @@ fn a_cloud_config_has_the_same_files() {
     let last = config["runcmd"].as_array().unwrap().last().unwrap();
     assert_eq!(last[3], "adit-guest.service");
 }
+
+/// The program of a real agent has megabytes, which cloud-init would read as YAML several times.
+#[test]
+fn a_large_program_is_a_script_beside_the_cloud_config() {
+    let dir = scene();
+    let mut agent = b"\x7fELF and more".to_vec();
+    agent.extend((0..300_000_u32).map(|n| (n % 251) as u8));
+    fs::write(dir.path().join("agent"), &agent).unwrap();
+    let args = [&["image", "cloud-init"], &WHAT[..]].concat();
+    let printed = text(&adit(dir.path(), &args).stdout);
+    let (head, parts) = printed.split_once("\n\n").unwrap();
+    let boundary = format!("--{}", head.split('"').nth(1).unwrap());
+    let parts: Vec<_> = parts.split(&boundary).map(str::trim_end).collect();
+    let [_, config, script, "--"] = parts[..] else {
+        panic!("{} parts", parts.len())
+    };
+    let body = |part: &str, of: &str| {
+        let (head, body) = part.split_once("\n\n").unwrap();
+        assert!(head.contains(&format!("Content-Type: {of}")), "{head}");
+        body.to_owned()
+    };
+    let config = body(config, "text/cloud-config");
+    let json = config.strip_prefix("#cloud-config\n").unwrap();
+    let config: serde_json::Value = serde_json::from_str(json).unwrap();
+    assert_eq!(config["write_files"].as_array().unwrap().len(), 4);
+    // As cloud-init does, but elsewhere.
+    let to = dir.path().join("it's/sbin/adit-guest");
+    let quoted = to.to_str().unwrap().replace('\'', "'\\''");
+    let script = body(script, "text/x-shellscript");
+    let script = script.replace("'/usr/sbin/adit-guest'", &format!("'{quoted}'"));
+    fs::write(dir.path().join("script"), script).unwrap();
+    let ran = Command::new("sh").arg(dir.path().join("script")).output();
+    assert!(ran.as_ref().unwrap().status.success(), "{ran:?}");
+    assert_eq!(fs::read(&to).unwrap(), agent);
+    use std::os::unix::fs::PermissionsExt;
+    assert_eq!(
+        fs::metadata(&to).unwrap().permissions().mode() & 0o777,
+        0o755
+    );
+}

@@ -41,7 +41,7 @@ fn adit(host: &Host, args: &[&str]) -> String {
 
 /// Waits for the agent, and has it run a script, which must succeed. Returns what that printed.
 fn runs(host: &Host, guest: &Guest, script: &str) -> String {
-    // Four starts of cloud-init, which is in Python, come before it runs what it was given: emulated, that takes minutes.
+    // Three starts of cloud-init, which is in Python, come before what installs the agent: emulated, that takes minutes.
     let limit = format!("{}s", 3 * BOOT.as_secs());
     let waited = host.adit(&["wait", "web-1", "--timeout", &limit]).unwrap();
     assert!(
@@ -164,7 +164,7 @@ fn a_raw_disk_that_is_not_started_gets_agent_card_and_key() {
     let trust = ["--trust", "fleet.key.pub,enrol.key.pub", "--agent", &agent];
     let said = adit(&host, &[&inject[..], &trust].concat());
     assert!(said.contains("wrote  /usr/sbin/adit-guest\n"), "{said}");
-    let guest = boot(&host, &image);
+    let mut guest = boot(&host, &image);
     let said = runs(
         &host,
         &guest,
@@ -175,8 +175,13 @@ fn a_raw_disk_that_is_not_started_gets_agent_card_and_key() {
         said,
         "enabled\n1\nroot:root:755\nroot:root:700\nroot:root:600\n"
     );
-    // A second time there is nothing to write, also on a disk that was booted meanwhile from an overlay.
-    let again = adit(&host, &[&inject[..], &trust].concat());
+    // A disk that a VM has is not written, and one that has it all does not need to be.
+    let again = [&inject[..], &trust].concat();
+    let refused = host.adit(&again).unwrap();
+    let refused = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.contains("error[image-in-use]"), "{refused}");
+    guest.kill().unwrap();
+    let again = adit(&host, &again);
     assert!(!again.contains("wrote  /usr/sbin"), "{again}");
 }
 
