@@ -42,7 +42,7 @@ fn adit(host: &Host, args: &[&str]) -> String {
 /// Waits for the agent, and has it run a script, which must succeed. Returns what that printed.
 fn runs(host: &Host, guest: &Guest, script: &str) -> String {
     // Three starts of cloud-init, which is in Python, come before what installs the agent: emulated, that takes minutes.
-    let limit = format!("{}s", 3 * BOOT.as_secs());
+    let limit = format!("{}s", 2 * BOOT.as_secs());
     let waited = host.adit(&["wait", "web-1", "--timeout", &limit]).unwrap();
     assert!(
         waited.status.success(),
