@@ -239,7 +239,7 @@ const FULL: [Step; 3] = [
     },
     Step {
         name: "a real Debian, at length",
-        budget_s: 900,
+        budget_s: 1200,
         run: || with_guests_and("debian", &[at_length()]),
     },
 ];
