@@ -51,7 +51,8 @@ fn the_units_share_of_a_boot_is_measured_against_boots_without_it() {
     let log = booted.guest.serial();
     let of = |kind: &str, nth: usize| {
         let lines = log.lines().filter_map(|line| {
-            let mut words = line.trim().strip_prefix("MEASURED ")?.split(' ');
+            // A prompt may be before it on the line.
+            let mut words = line.trim().split_once("MEASURED ")?.1.split(' ');
             (words.next()? == kind).then(|| words.nth(nth))?
         });
         let mut of: Vec<Duration> = lines
