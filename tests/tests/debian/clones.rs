@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::process::Command;
 
 use adit_tests::debian::Init;
 use adit_tests::host::Host;
-use adit_tests::process::wait_for;
+use adit_tests::process::{output, wait_for};
 use serde_json::Value;
 
 use super::{BOOT, built, full};
@@ -48,7 +49,11 @@ fn r133_debians_of_one_sealed_disk_are_who_the_cards_in_their_images_say() {
         .wait_serial("the disk is sealed", BOOT, |log| log.contains("SEALED"))
         .unwrap();
     guest.kill().unwrap();
-    let sealed = debian.overlay(&dir).unwrap();
+    // The disk is an overlay of Debian's; an image to be copied is whole.
+    let sealed = host.dir().join("sealed.qcow2");
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-f", "qcow2", "-O", "qcow2"]);
+    output(convert.arg(debian.overlay(&dir).unwrap()).arg(&sealed)).unwrap();
 
     let (mut keys, mut ids) = (BTreeSet::new(), BTreeSet::new());
     for vm in copies {
