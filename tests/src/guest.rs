@@ -245,6 +245,17 @@ impl Guest {
         Ok(self.qemu.kill()?)
     }
 
+    /// Waits until QEMU has ended: the guest has switched itself off.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn wait_end(&mut self, limit: Duration) -> anyhow::Result<()> {
+        let ended = wait_for("QEMU's end", limit, || {
+            Ok(self.qemu.0.try_wait()?.map(drop))
+        });
+        ended.with_context(|| format!("guest in {}:\n{}", self.dir.display(), self.said()))
+    }
+
     /// Kills QEMU if it still runs, and boots again with the same disk.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use super::{BOOT, built, full};
 
 /// As the last thing before the shutdown. The agent, which carries this, ends with it.
 const SEAL: &str = "systemd-run --no-block sh -c 'sleep 2; systemctl stop adit-guest; \
-    adit-guest seal --keep-vm-id > /dev/ttyS0; sync; echo SEALED > /dev/ttyS0'";
+    adit-guest seal --keep-vm-id > /dev/ttyS0; echo SEALED > /dev/ttyS0; systemctl poweroff'";
 
 #[test]
 fn r133_debians_of_one_sealed_disk_are_who_the_cards_in_their_images_say() {
@@ -48,7 +48,8 @@ fn r133_debians_of_one_sealed_disk_are_who_the_cards_in_their_images_say() {
     guest
         .wait_serial("the disk is sealed", BOOT, |log| log.contains("SEALED"))
         .unwrap();
-    guest.kill().unwrap();
+    // No image is written that was not unmounted.
+    guest.wait_end(BOOT).unwrap();
     // The disk is an overlay of Debian's; an image to be copied is whole.
     let sealed = host.dir().join("sealed.qcow2");
     let mut convert = Command::new("qemu-img");
