@@ -75,24 +75,35 @@ impl From<SocketPathError> for io::Error {
 /// # Errors
 /// There is an object that must stay, or the socket cannot be made.
 pub fn listen(path: &Path) -> Result<UnixListener, SocketPathError> {
-    check_len(path)?;
-    if is_socket(path)? {
-        match connect_now(path) {
-            // The socket is not bound, or nothing listens on it any more.
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => remove(path)?,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            // The socket has another type (`EPROTOTYPE`) or a full backlog (`EAGAIN`), so it is in use.
-            Ok(_) => return Err(SocketPathError::InUse(path.to_owned())),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                return Err(SocketPathError::InUse(path.to_owned()));
-            }
-            Err(e) if e.raw_os_error() == Some(Errno::EPROTOTYPE as i32) => {
-                return Err(SocketPathError::InUse(path.to_owned()));
-            }
-            Err(e) => return Err(failed("connect to", path)(e)),
-        }
+    if has_stale(path)? {
+        remove(path)?;
     }
     UnixListener::bind(path).map_err(failed("listen on", path))
+}
+
+/// Returns true if there is a socket that a killed process left, and false if there is nothing.
+///
+/// # Errors
+/// There is an object that must stay, or the path cannot be a socket's.
+pub fn has_stale(path: &Path) -> Result<bool, SocketPathError> {
+    check_len(path)?;
+    if !is_socket(path)? {
+        return Ok(false);
+    }
+    match connect_now(path) {
+        // The socket is not bound, or nothing listens on it any more.
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        // The socket has another type (`EPROTOTYPE`) or a full backlog (`EAGAIN`), so it is in use.
+        Ok(_) => Err(SocketPathError::InUse(path.to_owned())),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+            Err(SocketPathError::InUse(path.to_owned()))
+        }
+        Err(e) if e.raw_os_error() == Some(Errno::EPROTOTYPE as i32) => {
+            Err(SocketPathError::InUse(path.to_owned()))
+        }
+        Err(e) => Err(failed("connect to", path)(e)),
+    }
 }
 
 /// Removes a socket, if there is one. The caller must know that nothing listens on it, for example because it holds a

@@ -18,6 +18,11 @@
 //! | `trust` | the host's and a signer's: a trust document, where it is carried, and what a guest keeps of it | JSON without rules; what is taken is in its limits, and no revoked key is left |
 //! | `policy` | a guest's policy file | its limits; mistakes have places; a rule less allows nothing more |
 //! | `package` | the host's: an agent's package, and what is said to carry files and orders | JSON without rules; what is taken is in its limits, and written again is the same |
+//! | `http_head` | a client's head of a request | a second reader, as hyper has it; written anew it stays |
+//! | `authority` | a client's name of a VM and a port | one spelling, in every case |
+//! | `socks5` | a SOCKS5 client's | itself in other pieces; a second reader of what it asks for |
+//! | `client_hello_sni` | a TLS client's first message | a part of itself |
+//! | `grants` | an operator's grants, and a caller's names | one spelling; a second reader of the decision |
 //! | `succession` | a predecessor's that its guest controls: handover record, live file, unread bytes | a verdict in time, no leak, no thread lost |
 //!
 //! Seeds are in `corpus/TARGET/`: a minimal set of what libFuzzer found that still reaches every place it reached, and every input
@@ -31,9 +36,13 @@
 //! planted on purpose are found.
 
 mod attach;
+mod authority;
 mod card;
+mod client_hello_sni;
 mod descriptor_chain;
 mod engine_ops;
+mod grants;
+mod http_head;
 mod input;
 mod mem_table;
 mod package;
@@ -45,6 +54,7 @@ mod ring_function;
 mod ring_ops;
 mod ring_packet;
 mod shell;
+mod socks5;
 mod succession;
 mod trust;
 mod vhost_user_messages;
@@ -56,7 +66,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 16] = [
+pub const TARGETS: [(&str, Target); 21] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -73,6 +83,11 @@ pub const TARGETS: [(&str, Target); 16] = [
     ("trust", trust::run),
     ("package", package::run),
     ("policy", policy::run),
+    ("http_head", http_head::run),
+    ("authority", authority::run),
+    ("socks5", socks5::run),
+    ("client_hello_sni", client_hello_sni::run),
+    ("grants", grants::run),
 ];
 
 /// The directory of a target's seeds.

@@ -44,6 +44,7 @@ pub mod listen;
 pub mod log;
 pub mod metrics;
 pub mod monitor;
+pub mod no_passing;
 pub mod passing;
 pub mod place;
 pub mod proxy;

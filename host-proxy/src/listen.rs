@@ -179,8 +179,11 @@ pub struct Place {
     nth: AtomicU64,
     /// Another one needs the place, and nothing is under way on this one.
     pub evicted: CancellationToken,
-    _slot: Option<OwnedSemaphorePermit>,
+    slot: Slot,
 }
+
+/// What a place takes of its gate, for whoever needs it for longer than the place itself. The last one that is dropped frees it.
+pub type Slot = Option<Arc<OwnedSemaphorePermit>>;
 
 impl Gate {
     /// As many connections at the same time as its listener may have.
@@ -228,7 +231,7 @@ impl Gate {
             counted: counted.clone(),
             nth: AtomicU64::new(0),
             evicted: CancellationToken::new(),
-            _slot: slot,
+            slot: slot.map(Arc::new),
         };
         counted.opened();
         place.idle();
@@ -251,6 +254,11 @@ impl Gate {
 }
 
 impl Place {
+    /// Keeps the gate's slot beyond the place.
+    pub fn slot(&self) -> Slot {
+        self.slot.clone()
+    }
+
     /// A whole request has come: it is not cut off for another.
     pub fn spoke(&self) {
         let nth = self.nth.load(Ordering::Relaxed);

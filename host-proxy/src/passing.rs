@@ -10,7 +10,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use adit_passed::Closer;
-use rustix::net::RecvFlags;
+use rustix::net::{RecvFlags, Shutdown};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::time::Sleep;
@@ -42,12 +42,65 @@ impl Socket {
         })
     }
 
+    /// Has it closed by another closer, with what is passed from now on.
+    pub fn close_by(&mut self, closer: &Closer) {
+        self.closer = closer.clone();
+    }
+
     /// What it is to tokio. Not to be read from.
     pub fn stream(&self) -> &UnixStream {
         let Some(stream) = &self.stream else {
             unreachable!("it is taken only when the whole is dropped")
         };
         stream
+    }
+
+    /// Reads what is there, while somebody else may write.
+    ///
+    /// # Errors
+    /// As of a socket.
+    pub async fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        let stream = self.stream();
+        loop {
+            stream.readable().await?;
+            if self.closer.is_full() {
+                tokio::time::sleep(CLOSE_LOOK).await;
+                continue;
+            }
+            let got = stream.try_io(Interest::READABLE, || {
+                adit_passed::receive(stream, into, RecvFlags::DONTWAIT, &self.closer)
+            });
+            match got {
+                Ok(got) => return Ok(got.bytes),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Writes all of it, while somebody else may read.
+    ///
+    /// # Errors
+    /// As of a socket.
+    pub async fn send(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            self.stream().writable().await?;
+            match self.stream().try_write(bytes) {
+                Ok(n) => bytes = &bytes[n..],
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends sending.
+    ///
+    /// # Errors
+    /// As of a socket.
+    pub fn end(&self) -> io::Result<()> {
+        Ok(rustix::net::shutdown(self.stream(), Shutdown::Write)?)
     }
 
     fn writer(self: Pin<&mut Self>) -> Pin<&mut UnixStream> {

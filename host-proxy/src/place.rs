@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -12,8 +12,10 @@ use adit_channel::socket_path;
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::getsockname;
+use rustix::fs::Mode;
 
 use crate::config::{Address, Config};
+use crate::no_passing;
 
 /// Connections that may wait, also for the next worker.
 const BACKLOG: i32 = 1024;
@@ -112,8 +114,16 @@ impl Bound {
     fn bind(address: &Address, section: &str) -> anyhow::Result<Self> {
         Ok(match address {
             Address::Tcp(at) => Self::Tcp(bind(*at, section)?),
-            // Every user may connect: grants say who may do what.
-            Address::Unix(path) => Self::Unix(bind_unix(path, 0o666)?),
+            Address::Unix(path) => {
+                // It may be in anybody's directory, and another aditd's.
+                let free = socket_path::has_stale(path);
+                free.with_context(|| format!("cannot use the address of {section}"))?;
+                // Every user may connect: grants say who may do what.
+                let listener = bind_unix(path, 0o666)?;
+                // Where it cannot be forbidden, it is put up with.
+                no_passing::forbid(&listener);
+                Self::Unix(listener)
+            }
         })
     }
 
@@ -284,12 +294,13 @@ fn bind(address: SocketAddr, section: &str) -> anyhow::Result<TcpListener> {
 }
 
 fn bind_unix(path: &Path, mode: u32) -> anyhow::Result<UnixListener> {
-    // The lock of the run directory is ours: nobody listens at aditd's own paths, and what else is there is no socket.
+    // Nobody listens there: aditd's own paths are under the lock of the run directory, and others were looked at.
     socket_path::remove(path)?;
-    let listener =
-        UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
-    // Until now it was 0600, or as the umask has it.
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    // It has its mode from the beginning: whoever owns the directory could put a link in its place before a `chmod`.
+    let umask = rustix::process::umask(Mode::from_raw_mode(!mode & 0o777));
+    let bound = UnixListener::bind(path);
+    rustix::process::umask(umask);
+    let listener = bound.with_context(|| format!("cannot listen on {}", path.display()))?;
     rustix::net::listen(&listener, BACKLOG)?;
     Ok(listener)
 }
@@ -319,6 +330,39 @@ mod tests {
         let why = refused.downcast_ref();
         assert!(matches!(why, Some(SocketPathError::NotASocket { .. })));
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn the_mode_is_the_one_that_was_asked_for_whatever_the_umask() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        for mode in [0o600, 0o666] {
+            let path = dir.path().join("s");
+            bind_unix(&path, mode).unwrap();
+            let is = std::fs::symlink_metadata(&path).unwrap().permissions();
+            assert_eq!(is.mode() & 0o777, mode);
+        }
+    }
+
+    #[test]
+    fn a_listener_of_another_process_is_not_taken_away_and_a_stale_one_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("proxy.sock");
+        let address = Address::Unix(path.clone());
+        let other = UnixListener::bind(&path).unwrap();
+        let refused = Bound::bind(&address, "[[listen]]").unwrap_err();
+        assert!(matches!(
+            refused.downcast_ref(),
+            Some(SocketPathError::InUse(_))
+        ));
+        std::os::unix::net::UnixStream::connect(&path).unwrap();
+        drop(other);
+        Bound::bind(&address, "[[listen]]").unwrap();
+        // A link is nobody's socket.
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("/etc/passwd", &link).unwrap();
+        assert!(Bound::bind(&Address::Unix(link.clone()), "[[listen]]").is_err());
+        assert!(link.is_symlink());
     }
 
     #[test]

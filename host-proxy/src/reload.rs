@@ -181,7 +181,14 @@ pub fn read_again(path: &Path) -> Result<Sources, String> {
         }
         _ => {}
     }
-    Sources::read(path).map_err(|e| in_a_line(&e))
+    let sources = Sources::read(path).map_err(|e| in_a_line(&e))?;
+    if let Some((part, _)) = sources.iter().find(|(_, text)| text.is_empty()) {
+        let part = part.display();
+        return Err(format!(
+            "{part} is empty: remove it, or write a comment into it if nothing of it is to stay"
+        ));
+    }
+    Ok(sources)
 }
 
 fn in_a_line(e: &ConfigError) -> String {

@@ -5,16 +5,18 @@
 //!  "verb":"reach","vm":"web-1","target":"tcp:22","reason":"not-granted"}
 //! {"at":"…","suppressed":512,"caller":"user:deploy"}
 //! ```
-//! A caller has [`LINES_MAX`] lines a second; of more there is a count. The file is cut at [`FILE_MAX`], and [`FILES`] of them are
+//! A caller has [`LINES_MAX`] lines a second; of more there is a count, once that second is over. Callers without a name are
+//! counted by the address that they come from, so that none hides another. The file is cut at [`FILE_MAX`], and [`FILES`] of them are
 //! kept. A thread writes it; where that has too much to do, lines are counted and not written.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -40,8 +42,11 @@ const A_WHILE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Audit {
     lines: SyncSender<Line>,
-    counts: Mutex<HashMap<String, Count>>,
+    counts: Arc<Mutex<Counts>>,
 }
+
+/// By caller.
+type Counts = HashMap<String, Count>;
 
 #[derive(Debug)]
 struct Count {
@@ -94,89 +99,101 @@ impl Audit {
     pub fn start(dir: &Path) -> std::io::Result<Self> {
         let (lines, written) = sync_channel(WAITING_MAX);
         let path = dir.join(FILE);
+        let counts = Arc::<Mutex<Counts>>::default();
+        let of_thread = counts.clone();
         let thread = std::thread::Builder::new().name("audit".into());
         thread.spawn(move || {
             // Opened here, so that a disk that hangs stops this thread only.
-            write_all(Files { path, open: None }, &written);
+            write_all(Files { path, open: None }, &written, &of_thread);
         })?;
-        Ok(Self {
-            lines,
-            counts: Mutex::default(),
-        })
+        Ok(Self { lines, counts })
     }
 
     /// Writes a line, or counts it.
     pub fn note(&self, decided: Decided<'_>, now_ms: i64) {
-        let mut caller = decided.caller.to_string();
-        let at = jiff::Timestamp::from_millisecond(now_ms)
-            .unwrap_or_default()
-            .to_string();
-        let suppressed = {
+        let caller = decided.caller.to_string();
+        let mut of = match decided.caller.is_anonymous() {
+            true => format!("{caller} at {}", place(decided.caller.from())),
+            false => caller.clone(),
+        };
+        {
             let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-            if counts.len() >= CALLERS_MAX && !counts.contains_key(&caller) {
-                counts.retain(|_, count| count.since.elapsed() < A_WHILE || count.suppressed > 0);
-                if counts.len() >= CALLERS_MAX {
-                    caller = "others".into();
-                }
+            if counts.len() >= CALLERS_MAX && !counts.contains_key(&of) {
+                // Until the thread has written those that are over.
+                of = "others".into();
             }
-            let count = counts.entry(caller.clone()).or_insert(Count {
+            let count = counts.entry(of.clone()).or_insert(Count {
                 since: Instant::now(),
                 lines: 0,
                 suppressed: 0,
             });
-            if count.since.elapsed() >= A_WHILE {
-                (count.since, count.lines) = (Instant::now(), 0);
-            }
             if count.lines >= LINES_MAX {
                 count.suppressed += 1;
                 return;
             }
             count.lines += 1;
-            std::mem::take(&mut count.suppressed)
-        };
+        }
         let line = Line {
-            at: at.clone(),
+            at: at(now_ms),
             decision: Some(if decided.denied.is_some() {
                 "deny"
             } else {
                 "allow"
             }),
             suppressed: None,
-            caller: caller.clone(),
+            caller,
             from: decided.caller.from().into(),
             verb: decided.verb,
             vm: adit_names::escape(decided.vm).at_most(80).to_string(),
             target: decided.target.into(),
             reason: decided.denied.unwrap_or_default(),
         };
-        if suppressed > 0 {
-            self.send(
-                Line {
-                    at,
-                    decision: None,
-                    suppressed: Some(suppressed),
-                    caller: caller.clone(),
-                    from: String::new(),
-                    verb: "",
-                    vm: String::new(),
-                    target: String::new(),
-                    reason: "",
-                },
-                suppressed,
-            );
-        }
-        self.send(line, 1);
-    }
-
-    fn send(&self, line: Line, stands_for: u64) {
-        let caller = line.caller.clone();
         if self.lines.try_send(line).is_err() {
             let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(count) = counts.get_mut(&caller) {
-                count.suppressed += stands_for;
+            if let Some(count) = counts.get_mut(&of) {
+                count.suppressed += 1;
             }
         }
     }
+}
+
+fn at(now_ms: i64) -> String {
+    jiff::Timestamp::from_millisecond(now_ms)
+        .unwrap_or_default()
+        .to_string()
+}
+
+/// Where somebody is from, without the port.
+fn place(from: &str) -> String {
+    match from.parse::<SocketAddr>() {
+        Ok(at) => at.ip().to_canonical().to_string(),
+        Err(_) => from.to_owned(),
+    }
+}
+
+/// Takes the counts whose second is over, and says what was suppressed in it.
+fn over(counts: &Mutex<Counts>) -> Vec<Line> {
+    let now = at(jiff::Timestamp::now().as_millisecond());
+    let mut lines = Vec::new();
+    let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
+    counts.retain(|caller, count| {
+        let is_over = count.since.elapsed() >= A_WHILE;
+        if is_over && count.suppressed > 0 {
+            lines.push(Line {
+                at: now.clone(),
+                decision: None,
+                suppressed: Some(count.suppressed),
+                caller: caller.clone(),
+                from: String::new(),
+                verb: "",
+                vm: String::new(),
+                target: String::new(),
+                reason: "",
+            });
+        }
+        !is_over
+    });
+    lines
 }
 
 /// The file that is written, and those before it.
@@ -206,11 +223,14 @@ impl Files {
                 self.open.insert((file, len))
             }
         };
-        *len += text.len() as u64;
         let written = file.write_all(text);
-        if written.is_err() {
-            // The next line finds out how long it is, and whether it can be opened.
-            self.open = None;
+        match written {
+            Ok(()) => *len += text.len() as u64,
+            Err(_) => {
+                // No half a line, as where the disk is full. The next one finds out whether the file can be opened.
+                let _ = file.set_len(*len);
+                self.open = None;
+            }
         }
         written
     }
@@ -231,20 +251,33 @@ impl Files {
     }
 }
 
-fn write_all(mut files: Files, lines: &Receiver<Line>) {
-    let mut failed = false;
-    while let Ok(line) = lines.recv() {
-        let Ok(mut text) = serde_json::to_vec(&line) else {
-            continue;
+/// Writes lines as they come, and counts about once a second.
+fn write_all(mut files: Files, lines: &Receiver<Line>, counts: &Mutex<Counts>) {
+    let (mut failed, mut next) = (false, Instant::now() + A_WHILE);
+    loop {
+        let wait = next.saturating_duration_since(Instant::now());
+        let mut some = match lines.recv_timeout(wait) {
+            Ok(line) => vec![line],
+            Err(RecvTimeoutError::Timeout) => vec![],
+            Err(RecvTimeoutError::Disconnected) => return,
         };
-        text.push(b'\n');
-        let written = files.append(&text);
-        if let Err(e) = &written
-            && !failed
-        {
-            tracing::error!(error = %e, file = FILE, "the audit is not written: make room on the disk of state_dir");
+        if next <= Instant::now() {
+            some.extend(over(counts));
+            next = Instant::now() + A_WHILE;
         }
-        failed = written.is_err();
+        for line in some {
+            let Ok(mut text) = serde_json::to_vec(&line) else {
+                continue;
+            };
+            text.push(b'\n');
+            let written = files.append(&text);
+            if let Err(e) = &written
+                && !failed
+            {
+                tracing::error!(error = %e, file = FILE, "the audit is not written: make room on the disk of state_dir");
+            }
+            failed = written.is_err();
+        }
     }
 }
 
@@ -281,18 +314,34 @@ mod tests {
     fn r111_a_caller_has_some_lines_and_then_a_count_and_others_have_theirs() {
         let dir = tempfile::tempdir().unwrap();
         let audit = Audit::start(dir.path()).unwrap();
-        let (noisy, quiet) = (
-            Caller::anonymous("a").with_token("noisy"),
-            Caller::anonymous("b"),
-        );
+        let noisy = Caller::anonymous("192.0.2.1:1").with_token("noisy");
+        let quiet = [
+            Caller::anonymous("192.0.2.1:2"),
+            Caller::anonymous("192.0.2.2:2"),
+        ];
         for _ in 0..1000 {
             audit.note(decided(&noisy), 0);
+            audit.note(decided(&quiet[0]), 0);
         }
-        audit.note(decided(&quiet), 0);
-        let suppressed = audit.counts.lock().unwrap()["token:noisy"].suppressed;
-        assert!(suppressed >= 900, "{suppressed}");
-        let found = lines(dir.path(), usize::try_from(1001 - suppressed).unwrap());
-        assert!(found.iter().any(|line| line["caller"] == "nobody known"));
+        audit.note(decided(&quiet[1]), 0);
+        // The counts come by themselves: what was not written is in them.
+        let is =
+            |line: &serde_json::Value, text: &str| line["caller"].as_str().unwrap().contains(text);
+        let found = (0..)
+            .map(|n| lines(dir.path(), n))
+            .find(|found| {
+                ["noisy", "192.0.2.1"].iter().all(|caller| {
+                    let of = found.iter().filter(|line| {
+                        is(line, caller) || line["from"] == "192.0.2.1:2" && *caller != "noisy"
+                    });
+                    let stands_for =
+                        |line: &serde_json::Value| line["suppressed"].as_u64().unwrap_or(1);
+                    of.map(stands_for).sum::<u64>() >= 1000
+                })
+            })
+            .unwrap();
+        assert!(found.len() < 200, "{}", found.len());
+        assert!(found.iter().any(|line| line["from"] == "192.0.2.2:2"));
         let line = &found[0];
         assert_eq!(
             (line["decision"].as_str(), line["target"].as_str()),
@@ -300,30 +349,25 @@ mod tests {
         );
         assert_eq!(line["vm"], "web-1\\n\\u{1b}[2J");
         assert_eq!(line["at"], "1970-01-01T00:00:00Z");
-        // The next line that is written says how many were not.
-        audit
-            .counts
-            .lock()
-            .unwrap()
-            .get_mut("token:noisy")
-            .unwrap()
-            .since -= A_WHILE;
-        audit.note(decided(&noisy), 0);
-        let more = lines(dir.path(), found.len() + 2);
-        assert_eq!(more[found.len()]["suppressed"].as_u64(), Some(suppressed));
     }
 
     #[test]
-    fn callers_that_are_counted_are_bounded() {
+    fn r111_callers_that_are_counted_are_bounded_and_noise_of_many_is_forgotten_again() {
         let dir = tempfile::tempdir().unwrap();
         let audit = Audit::start(dir.path()).unwrap();
         for n in 0..CALLERS_MAX + 100 {
-            audit.note(
-                decided(&Caller::anonymous("x").with_token(&n.to_string())),
-                0,
-            );
+            let caller = Caller::anonymous("x").with_token(&n.to_string());
+            for _ in 0..=LINES_MAX {
+                audit.note(decided(&caller), 0);
+            }
         }
-        assert!(audit.counts.lock().unwrap().len() <= CALLERS_MAX + 1);
+        let counted = || audit.counts.lock().unwrap().len();
+        assert!(counted() <= CALLERS_MAX + 1);
+        let begin = Instant::now();
+        while counted() > 0 {
+            assert!(begin.elapsed() < Duration::from_secs(30));
+            std::thread::yield_now();
+        }
     }
 
     #[test]

@@ -5,11 +5,14 @@
 //! it. What the database said is believed for [`KNOWN_FOR`], and anew after a reload.
 
 use std::collections::HashMap;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use tokio::sync::SetOnce;
+use rustix::net::sockopt;
+use tokio::net::TcpStream;
+use tokio::sync::{Semaphore, SetOnce};
 
 use super::caller::{Caller, Person};
 use super::diag::{Diag, Socket};
@@ -18,17 +21,42 @@ use crate::monitor::Monitor;
 
 /// How long what the user database said of a user is believed.
 pub const KNOWN_FOR: Duration = Duration::from_secs(30);
+/// After a failure it is asked again no sooner.
+const UNKNOWN_FOR: Duration = Duration::from_secs(2);
+/// Questions to the user database at the same time, and how long each counts at least: some 1,600 in a second.
+const LOOKS_MAX: usize = 16;
+const LOOK_LEAST: Duration = Duration::from_millis(10);
 /// Users that are remembered at most.
 const KNOWN_MAX: usize = 1024;
-/// How long the user database may take.
+/// How long a client waits for the user database: then it is known by its number only.
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// Who finds it out.
 pub struct Callers {
     diag: Option<Diag>,
     monitor: Monitor,
-    known: Mutex<HashMap<u32, (Instant, Arc<Person>)>>,
+    known: Mutex<HashMap<u32, Known>>,
+    looks: Semaphore,
     tokens: RwLock<Arc<Tokens>>,
+}
+
+/// What the user database said of a user, says, or failed to say.
+#[derive(Clone)]
+struct Known {
+    since: Instant,
+    person: Arc<SetOnce<Option<Arc<Person>>>>,
+}
+
+impl Known {
+    fn is_over(&self) -> bool {
+        let known_for = match self.person.get() {
+            Some(Some(_)) => KNOWN_FOR,
+            Some(None) => UNKNOWN_FOR,
+            // It is asked already, and not again.
+            None => return false,
+        };
+        self.since.elapsed() >= known_for
+    }
 }
 
 /// Somebody who is being found out. A copy is the same one.
@@ -71,6 +99,7 @@ impl Callers {
             diag,
             monitor,
             known: Mutex::default(),
+            looks: Semaphore::new(LOOKS_MAX),
             tokens: RwLock::new(Arc::new(tokens)),
         })
     }
@@ -88,21 +117,30 @@ impl Callers {
     }
 
     /// A client of a TCP listener.
-    pub fn over_tcp(self: &Arc<Self>, client: SocketAddr, server: SocketAddr) -> Asking {
+    ///
+    /// # Errors
+    /// The connection is gone again.
+    pub fn over_tcp(
+        self: &Arc<Self>,
+        connection: &TcpStream,
+        client: SocketAddr,
+    ) -> io::Result<Asking> {
         let nobody = Caller::anonymous(client);
         if self.diag.is_none() || !client.ip().to_canonical().is_loopback() {
-            return Asking::known(nobody);
+            return Ok(Asking::known(nobody));
         }
+        let server = connection.local_addr()?;
+        let cookie = sockopt::socket_cookie(connection)?;
         let this = self.clone();
-        Asking::find(async move {
+        Ok(Asking::find(async move {
             let Some(diag) = &this.diag else {
                 return nobody;
             };
-            match diag.user(client, server).await {
+            match diag.user(client, server, cookie).await {
                 Some(uid) => nobody.with_person(this.person(uid).await.as_ref()),
                 None => nobody,
             }
-        })
+        }))
     }
 
     /// A client of a Unix socket.
@@ -118,33 +156,117 @@ impl Callers {
         asked.ok()?.ok().flatten()
     }
 
-    /// What the user database says of a user; its number, where that does not answer.
-    pub async fn person(&self, uid: u32) -> Arc<Person> {
-        if let Some((since, person)) = self.known().get(&uid)
-            && since.elapsed() < KNOWN_FOR
-        {
-            return person.clone();
-        }
-        let asked = tokio::time::timeout(LIMIT, self.monitor.person(uid)).await;
-        let person = match asked {
-            Ok(Ok(person)) => Arc::new(person),
-            Ok(Err(_)) | Err(_) => {
-                // By its number it is known all the same.
-                return Arc::new(Person {
-                    uid,
-                    ..Person::default()
-                });
-            }
+    /// What the user database says of a user; its number, where that does not answer. All who wait for the same user wait for one answer.
+    pub async fn person(self: &Arc<Self>, uid: u32) -> Arc<Person> {
+        let by_number = || {
+            // By its number it is known all the same.
+            Arc::new(Person {
+                uid,
+                ..Person::default()
+            })
         };
-        let mut known = self.known();
-        if known.len() >= KNOWN_MAX {
-            known.clear();
+        let Some(known) = self.asked(uid) else {
+            return by_number();
+        };
+        // Of one that takes longer, nobody waits for the same again.
+        let limit = tokio::time::Instant::from_std(known.since) + LIMIT;
+        match tokio::time::timeout_at(limit, known.person.wait()).await {
+            Ok(Some(person)) => person.clone(),
+            Ok(None) | Err(_) => by_number(),
         }
-        known.insert(uid, (Instant::now(), person.clone()));
-        person
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<u32, (Instant, Arc<Person>)>> {
+    /// What is known of a user, or will be; none: too many are asked for.
+    fn asked(self: &Arc<Self>, uid: u32) -> Option<Known> {
+        let mut known = self.known();
+        if let Some(known) = known.get(&uid).filter(|known| !known.is_over()) {
+            return Some(known.clone());
+        }
+        if known.len() >= KNOWN_MAX {
+            known.retain(|_, known| known.person.get().is_none());
+            if known.len() >= KNOWN_MAX {
+                return None;
+            }
+        }
+        let new = Known {
+            since: Instant::now(),
+            person: Arc::new(SetOnce::new()),
+        };
+        known.insert(uid, new.clone());
+        tokio::spawn(self.clone().look(uid, new.person.clone()));
+        Some(new)
+    }
+
+    /// Asks the user database. It is never given up before it answers, so that no more than [`LOOKS_MAX`] are under way at
+    /// the monitor, which ends a worker that asks for too much; and they are not many in a second.
+    async fn look(self: Arc<Self>, uid: u32, into: Arc<SetOnce<Option<Arc<Person>>>>) {
+        let Ok(_look) = self.looks.acquire().await else {
+            return;
+        };
+        let paced = tokio::time::sleep(LOOK_LEAST);
+        let asked = self.monitor.person(uid).await;
+        // It is set here only.
+        let _ = into.set(asked.ok().map(Arc::new));
+        paced.await;
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<u32, Known>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use adit_passed::Closer;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    use super::*;
+    use crate::monitor::client::Client;
+    use crate::monitor::packets::Packets;
+    use crate::monitor::wire::{Is, Message, WhoIs};
+
+    #[tokio::test(start_paused = true)]
+    async fn r119_a_user_database_that_hangs_is_asked_little_and_delays_a_client_once() {
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap();
+        let client = Arc::new(Client::default());
+        let packets = client.connect(Packets::new(ours, Closer::default()).unwrap());
+        let driven = client.clone();
+        tokio::spawn(async move { driven.drive(packets, |_| {}).await });
+        let monitor = Packets::new(theirs, Closer::default()).unwrap();
+        let callers = Callers::new(Monitor::There(client), None, Tokens::default());
+        // Many clients of each of many users, and no answer: each is known by its number.
+        let asking: Vec<_> = (0..4000)
+            .map(|n| callers.of_user(5000 + n % 2000))
+            .collect();
+        for (n, asking) in asking.iter().enumerate() {
+            let caller = asking.caller().await;
+            assert_eq!(caller.to_string(), format!("user:{}", 5000 + n % 2000));
+        }
+        let mut asked = Vec::new();
+        while let Some(Ok(Some((id, Message::WhoIs(WhoIs::Uid(uid)), _)))) =
+            futures_util::FutureExt::now_or_never(monitor.receive())
+        {
+            asked.push((id, uid));
+        }
+        assert_eq!(asked.len(), LOOKS_MAX);
+        // Nobody waits for the same user again, until there is an answer.
+        let (id, uid) = asked[0];
+        let begin = tokio::time::Instant::now();
+        callers.of_user(uid).caller().await;
+        assert_eq!(begin.elapsed(), Duration::ZERO);
+        let is = Is {
+            user: Some((uid, "deploy".into(), vec!["ops".into()])),
+        };
+        monitor.send(id, &Message::Is(is), &[]).await.unwrap();
+        // The next question says that the answer was taken.
+        monitor.receive().await.unwrap();
+        let caller = callers.of_user(uid).caller().await;
+        assert_eq!(caller.to_string(), "user:deploy");
     }
 }

@@ -1,7 +1,11 @@
 //! Which user of this host is behind a loopback connection: the kernel is asked (sock_diag(7)), by a thread that may wait.
 //!
-//! Only a connection that is established and belongs to a process counts: of one that is closed already the kernel says user 0.
-//! The user is the one who made the client's socket, whoever uses it by now.
+//! Only a connection that belongs to a process counts: of one that is closed already the kernel says user 0. The user is the one
+//! who made the client's socket, whoever uses it by now.
+//!
+//! A client that breaks off leaves what it has sent, and frees its port: another user's connection may have that port before the
+//! kernel is asked. So the kernel is asked last about this side of the connection. Where that is the socket that was accepted,
+//! the client's end cannot have been another's.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
@@ -10,8 +14,11 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::SockDiagMessage;
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_ESTABLISHED};
+use netlink_packet_sock_diag::constants::{
+    AF_INET, AF_INET6, IPPROTO_TCP, TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2,
+};
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recvmsg, sendmsg,
     setsockopt, socket, sockopt,
@@ -34,9 +41,18 @@ pub struct Socket(OwnedFd);
 #[derive(Debug)]
 pub struct Diag(SyncSender<Question>);
 
+/// What the kernel says of one end of a connection.
+#[derive(Clone, Copy)]
+struct End {
+    /// Who made it, if a process still has it.
+    user: Option<u32>,
+    cookie: u64,
+}
+
 struct Question {
     client: SocketAddr,
     server: SocketAddr,
+    cookie: u64,
     answer: oneshot::Sender<Option<u32>>,
 }
 
@@ -60,39 +76,54 @@ impl Socket {
         Ok(Self(socket))
     }
 
-    /// Who made the client's socket of a connection; none: nobody knows.
+    /// Who made the client's socket of a connection whose socket here has that cookie; none: nobody knows.
     ///
     /// # Errors
     /// The kernel cannot be asked.
-    fn user(&self, client: SocketAddr, server: SocketAddr, nth: u32) -> io::Result<Option<u32>> {
-        let (client, server) = (canonical(client), canonical(server));
-        let user = self.ask(client, server, nth)?;
-        match (user, client.ip(), server.ip()) {
-            // The client may have an IPv6 socket for IPv4.
-            (None, IpAddr::V4(from), IpAddr::V4(to)) => {
+    fn user(
+        &self,
+        client: SocketAddr,
+        server: SocketAddr,
+        cookie: u64,
+        nth: u32,
+    ) -> io::Result<Option<u32>> {
+        let Some(user) = self.end(client, server, nth)?.and_then(|end| end.user) else {
+            return Ok(None);
+        };
+        let here = self.end(server, client, nth)?;
+        Ok(here.filter(|here| here.cookie == cookie).map(|_| user))
+    }
+
+    /// The end of a connection that is at `near`.
+    fn end(&self, near: SocketAddr, far: SocketAddr, nth: u32) -> io::Result<Option<End>> {
+        let (near, far) = (canonical(near), canonical(far));
+        let end = self.ask(near, far, nth)?;
+        match (end, near.ip(), far.ip()) {
+            // It may be an IPv6 socket for IPv4.
+            (None, IpAddr::V4(here), IpAddr::V4(there)) => {
                 let mapped = |ip: std::net::Ipv4Addr, port| {
                     SocketAddr::from((IpAddr::V6(ip.to_ipv6_mapped()), port))
                 };
-                let (client, server) = (mapped(from, client.port()), mapped(to, server.port()));
-                self.ask(client, server, nth)
+                let (near, far) = (mapped(here, near.port()), mapped(there, far.port()));
+                self.ask(near, far, nth)
             }
-            _ => Ok(user),
+            _ => Ok(end),
         }
     }
 
-    fn ask(&self, client: SocketAddr, server: SocketAddr, nth: u32) -> io::Result<Option<u32>> {
+    fn ask(&self, near: SocketAddr, far: SocketAddr, nth: u32) -> io::Result<Option<End>> {
         let mut header = NetlinkHeader::default();
         (header.flags, header.sequence_number) = (NLM_F_REQUEST, nth);
         let request = InetRequest {
-            family: if client.is_ipv4() { AF_INET } else { AF_INET6 },
+            family: if near.is_ipv4() { AF_INET } else { AF_INET6 },
             protocol: IPPROTO_TCP,
             extensions: ExtensionFlags::empty(),
-            states: StateFlags::ESTABLISHED,
+            states: StateFlags::all(),
             socket_id: SocketId {
-                source_port: client.port(),
-                destination_port: server.port(),
-                source_address: client.ip(),
-                destination_address: server.ip(),
+                source_port: near.port(),
+                destination_port: far.port(),
+                source_address: near.ip(),
+                destination_address: far.ip(),
                 interface_id: 0,
                 // Any.
                 cookie: [0xff; 8],
@@ -107,7 +138,15 @@ impl Socket {
         let mut answer = vec![0; ANSWER_MAX];
         loop {
             let mut into = [IoSliceMut::new(&mut answer)];
-            let len = recvmsg::<NetlinkAddr>(fd, &mut into, None, none)?.bytes;
+            let (len, sender) = match recvmsg::<NetlinkAddr>(fd, &mut into, None, none) {
+                Ok(got) => (got.bytes, got.address.map(|from| from.pid())),
+                Err(Errno::EINTR) => continue,
+                Err(e) => return Err(e.into()),
+            };
+            if sender != Some(0) {
+                // Not the kernel: whoever administers the network may send here.
+                continue;
+            }
             let bytes = answer.get(..len).unwrap_or_default();
             let message =
                 NetlinkMessage::<SockDiagMessage>::deserialize(bytes).map_err(io::Error::other)?;
@@ -119,12 +158,19 @@ impl Socket {
                 NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found)) => {
                     let found = &found.header;
                     // What is asked for with a wildcard could be another's.
-                    let is_it = found.socket_id.source_port == client.port()
-                        && found.socket_id.destination_port == server.port()
-                        && found.socket_id.source_address == client.ip()
-                        && found.socket_id.destination_address == server.ip();
-                    let counts = is_it && found.state == TCP_ESTABLISHED && found.inode != 0;
-                    counts.then_some(found.uid)
+                    let is_it = found.socket_id.source_port == near.port()
+                        && found.socket_id.destination_port == far.port()
+                        && found.socket_id.source_address == near.ip()
+                        && found.socket_id.destination_address == far.ip();
+                    // A client may have ended its sending already.
+                    let is_open = matches!(
+                        found.state,
+                        TCP_ESTABLISHED | TCP_FIN_WAIT1 | TCP_FIN_WAIT2 | TCP_CLOSE_WAIT
+                    );
+                    (is_it && is_open).then(|| End {
+                        user: (found.inode != 0).then_some(found.uid),
+                        cookie: u64::from_ne_bytes(found.socket_id.cookie),
+                    })
                 }
                 _ => None,
             });
@@ -149,12 +195,13 @@ impl Diag {
         Ok(Self(ask))
     }
 
-    /// Who is behind a connection; none: nobody knows.
-    pub async fn user(&self, client: SocketAddr, server: SocketAddr) -> Option<u32> {
+    /// Who is behind a connection whose socket here has that cookie; none: nobody knows.
+    pub async fn user(&self, client: SocketAddr, server: SocketAddr, cookie: u64) -> Option<u32> {
         let (answer, answered) = oneshot::channel();
         let question = Question {
             client,
             server,
+            cookie,
             answer,
         };
         match self.0.try_send(question) {
@@ -168,7 +215,16 @@ fn answer_all(socket: &Socket, questions: &Receiver<Question>) {
     let mut nth = 0_u32;
     while let Ok(question) = questions.recv() {
         nth = nth.wrapping_add(1);
-        let user = socket.user(question.client, question.server, nth);
+        if question.answer.is_closed() {
+            continue;
+        }
+        let Question {
+            client,
+            server,
+            cookie,
+            ..
+        } = question;
+        let user = socket.user(client, server, cookie, nth);
         let user = user.unwrap_or_else(|e| {
             tracing::warn!(error = %e, "the kernel does not say who a local client is");
             None
@@ -192,7 +248,8 @@ mod tests {
 
     fn user(socket: &Socket, server: &TcpStream) -> Option<u32> {
         let (from, to) = (server.peer_addr().unwrap(), server.local_addr().unwrap());
-        socket.user(from, to, 7).unwrap()
+        let cookie = rustix::net::sockopt::socket_cookie(server).unwrap();
+        socket.user(from, to, cookie, 7).unwrap()
     }
 
     #[test]
@@ -205,9 +262,13 @@ mod tests {
                 continue;
             };
             assert_eq!(user(&socket, &server), Some(me), "{at}");
-            // The one on this side of the connection is another one.
-            let (to, from) = (client.peer_addr().unwrap(), client.local_addr().unwrap());
-            assert_eq!(socket.user(from, to, 8).unwrap(), Some(me));
+            assert_eq!(
+                user(&socket, &client),
+                Some(me),
+                "{at}: the other way round"
+            );
+            client.shutdown(std::net::Shutdown::Write).unwrap();
+            assert_eq!(user(&socket, &server), Some(me), "{at}: half closed");
             drop(client);
             assert_eq!(user(&socket, &server), None, "{at}: closed");
         }
@@ -219,8 +280,35 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let at = listener.local_addr().unwrap();
         let from = SocketAddr::from(([127, 0, 0, 1], 1));
-        assert_eq!(socket.user(at, from, 1).unwrap(), None);
-        assert_eq!(socket.user(from, at, 2).unwrap(), None);
+        assert_eq!(socket.user(at, from, 0, 1).unwrap(), None);
+        assert_eq!(socket.user(from, at, 0, 2).unwrap(), None);
+    }
+
+    #[test]
+    fn r125_whoever_has_the_port_of_a_client_that_broke_off_is_not_taken_for_it() {
+        use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = listener.local_addr().unwrap();
+        let (first, from) = {
+            let client = TcpStream::connect(to).unwrap();
+            let (server, from) = listener.accept().unwrap();
+            std::io::Write::write_all(&mut &client, b"GET / HTTP/1.1\r\n").unwrap();
+            adit_channel::socket_end::reset_on_close(&client, true);
+            (server, from)
+        };
+        let next = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        rustix::net::sockopt::set_socket_reuseaddr(&next, true).unwrap();
+        bind(&next, &from).unwrap();
+        connect(&next, &to).unwrap();
+        let (second, again) = listener.accept().unwrap();
+        assert_eq!(again, from);
+        // What the first has said is still there to be read.
+        assert!(first.peek(&mut [0]).is_ok());
+        let socket = Socket::open().unwrap();
+        let cookie = rustix::net::sockopt::socket_cookie(&first).unwrap();
+        assert_eq!(socket.user(from, to, cookie, 1).unwrap(), None);
+        let me = nix::unistd::getuid().as_raw();
+        assert_eq!(user(&socket, &second), Some(me));
     }
 
     #[test]

@@ -276,14 +276,14 @@ const KEYS: &[Key] = &[
     },
     Key {
         path: "limits.connections",
-        meaning: "Client connections of the proxy. Where the limit of open files is low, there are fewer.",
+        meaning: "Client connections of the proxy. Where the limit of open files is low, there are fewer. With a listener on a Unix socket, a third of them is for such, whose tunnels count until they end; one user has half of these.",
         default: "4096",
         example: "4096",
         kind: Kind::Number { min: 1, max: U32 },
     },
     Key {
         path: "limits.connections_per_client",
-        meaning: "Client connections from one IP address. All users of this host share its address.",
+        meaning: "Client connections from one IP address, or from one /64 of IPv6. All users of this host share its address.",
         default: "half of all connections",
         example: "2048",
         kind: Kind::Number { min: 1, max: U32 },

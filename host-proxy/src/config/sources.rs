@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use super::{ConfigError, FILE_MAX};
@@ -31,14 +32,14 @@ impl Sources {
     /// One of them cannot be read.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let mut left = FILE_MAX;
-        let mut read = |path: &Path| {
-            let text = text_of(path, left).map_err(|source| cannot(path, source))?;
+        let mut read = |path: &Path, is_part| {
+            let text = text_of(path, is_part, left).map_err(|source| cannot(path, source))?;
             left -= text.len() as u64;
             Ok((path.to_owned(), text))
         };
-        let mut all = vec![read(path)?];
+        let mut all = vec![read(path, false)?];
         for part in parts(path)? {
-            all.push(read(&part)?);
+            all.push(read(&part, true)?);
         }
         Ok(Self(all))
     }
@@ -100,14 +101,104 @@ fn parts(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     Ok(parts)
 }
 
-fn text_of(path: &Path, left: u64) -> io::Result<String> {
+/// `is_part`: it is in `conf.d`, where anybody who may write may leave a pipe, which would be waited for.
+fn text_of(path: &Path, is_part: bool, left: u64) -> io::Result<String> {
     let mut text = String::new();
-    let read = File::open(path)?.take(left + 1).read_to_string(&mut text)?;
+    let file = match is_part {
+        false => File::open(path)?,
+        true => {
+            let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+            let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+            if !file.metadata()?.is_file() {
+                return Err(io::Error::other("it is no regular file"));
+            }
+            file
+        }
+    };
+    let read = file.take(left + 1).read_to_string(&mut text)?;
     match read as u64 > left {
         true => Err(io::Error::other(format!(
             "the configuration has more than {} MiB",
             FILE_MAX >> 20
         ))),
         false => Ok(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// What `conf.d` does with this in it: the files that are read, or that it is refused with the path of the one at fault.
+    fn read(make: impl FnOnce(&Path)) -> Result<Vec<String>, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let (main, parts) = (dir.path().join("aditd.toml"), dir.path().join("conf.d"));
+        std::fs::write(&main, "# main\n").unwrap();
+        std::fs::create_dir(&parts).unwrap();
+        make(&parts);
+        let name = |path: &Path| path.file_name().unwrap().to_string_lossy().into_owned();
+        match Sources::read(&main) {
+            Ok(all) => Ok(all.iter().skip(1).map(|(path, _)| name(path)).collect()),
+            Err(ConfigError::Read { path, .. }) => Err(name(&path)),
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn parts_are_read_by_their_names_and_half_written_ones_are_not() {
+        let found = read(|parts| {
+            for file in [
+                "b.toml",
+                "a.toml",
+                ".a.toml.swp",
+                ".c.toml",
+                "a.toml~",
+                "d",
+                "e.toml.bak",
+            ] {
+                std::fs::write(parts.join(file), "").unwrap();
+            }
+            symlink(parts.join("a.toml"), parts.join("z.toml")).unwrap();
+        });
+        assert_eq!(
+            found,
+            Ok(vec!["a.toml".into(), "b.toml".into(), "z.toml".into()])
+        );
+    }
+
+    #[test]
+    fn what_is_no_readable_file_is_refused_by_name_and_never_waited_for() {
+        let pipe = |path: &Path| {
+            let (kind, mode) = (rustix::fs::FileType::Fifo, Mode::from_raw_mode(0o600));
+            rustix::fs::mknodat(rustix::fs::CWD, path, kind, mode, 0).unwrap();
+        };
+        let dir = |path: &Path| std::fs::create_dir(path).unwrap();
+        let dangling = |path: &Path| symlink("nowhere", path).unwrap();
+        let around = |path: &Path| symlink(path, path).unwrap();
+        let endless = |path: &Path| symlink("/dev/zero", path).unwrap();
+        let no_text = |path: &Path| std::fs::write(path, b"\xff").unwrap();
+        let too_big = |path: &Path| File::create(path).unwrap().set_len(FILE_MAX + 1).unwrap();
+        let kinds: [&dyn Fn(&Path); 7] = [
+            &pipe, &dir, &dangling, &around, &endless, &no_text, &too_big,
+        ];
+        for (nth, make) in kinds.into_iter().enumerate() {
+            let found = read(|parts| make(&parts.join("x.toml")));
+            assert_eq!(found, Err("x.toml".into()), "{nth}");
+        }
+    }
+
+    #[test]
+    fn parts_are_bounded_in_number() {
+        let some = |n: usize| {
+            read(move |parts| {
+                for nth in 0..n {
+                    std::fs::write(parts.join(format!("{nth}.toml")), "").unwrap();
+                }
+            })
+        };
+        assert_eq!(some(PARTS_MAX).unwrap().len(), PARTS_MAX);
+        assert_eq!(some(PARTS_MAX + 1), Err("conf.d".into()));
     }
 }

@@ -21,7 +21,9 @@ const PIECE: usize = 2048;
 
 /// Any client of a listener that leads to one place.
 pub async fn any(state: Arc<State>, client: Stream, asking: Asking, place: Place, to: Destination) {
-    let caller = asking.caller().await;
+    let Some(caller) = unless_over(&state, &place, asking.caller()).await else {
+        return;
+    };
     let words = Words {
         speaks: "any",
         greeting: vec![],
@@ -43,10 +45,9 @@ pub async fn tls(state: Arc<State>, mut client: Stream, asking: Asking, place: P
             }
         }
     };
-    let hello = tokio::select! {
-        hello = timeout(HEADER_LIMIT, hello) => hello,
-        () = place.evicted.cancelled() => return,
-        () = state.stop.cancelled() => return,
+    let asked = async { (timeout(HEADER_LIMIT, hello).await, asking.caller().await) };
+    let Some((hello, caller)) = unless_over(&state, &place, asked).await else {
+        return;
     };
     let to = match hello {
         Ok(Ok(Hello::Named(name))) => Destination::named(&name, Some(port)).ok(),
@@ -54,9 +55,8 @@ pub async fn tls(state: Arc<State>, mut client: Stream, asking: Asking, place: P
         _ => return,
     };
     let Some(to) = to else {
-        return refuse(&mut client, &sni::UNRECOGNIZED_NAME).await;
+        return refuse(&state, client, &sni::UNRECOGNIZED_NAME, &place).await;
     };
-    let caller = asking.caller().await;
     let words = Words {
         speaks: "tls",
         greeting: vec![],
@@ -70,7 +70,9 @@ pub async fn tls(state: Arc<State>, mut client: Stream, asking: Asking, place: P
 
 /// A client that speaks SOCKS5.
 pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place: Place) {
-    let mut caller = asking.caller().await;
+    let Some(mut caller) = unless_over(&state, &place, asking.caller()).await else {
+        return;
+    };
     let (mut bytes, mut socks) = (Vec::new(), Socks5::default());
     let tokens = state.callers.tokens();
     let asked = async {
@@ -99,10 +101,8 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
             };
         }
     };
-    let asked = tokio::select! {
-        asked = timeout(HEADER_LIMIT, asked) => asked,
-        () = place.evicted.cancelled() => return,
-        () = state.stop.cancelled() => return,
+    let Some(asked) = unless_over(&state, &place, timeout(HEADER_LIMIT, asked)).await else {
+        return;
     };
     let (to, ahead) = match asked {
         Ok(Ok(Step::Connect { name, port, len })) => {
@@ -110,7 +110,7 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
         }
         Ok(Ok(Step::Refuse(said, why))) => {
             tracing::info!(why, "connection refused");
-            return refuse(&mut client, &said).await;
+            return refuse(&state, client, &said, &place).await;
         }
         _ => return,
     };
@@ -118,7 +118,8 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
         Ok(to) => to,
         Err(e) => {
             tracing::info!(error = %e, "connection refused");
-            return refuse(&mut client, &socks5::answer(socks5::reply(Code::UnknownVm))).await;
+            let said = socks5::answer(socks5::reply(Code::UnknownVm));
+            return refuse(&state, client, &said, &place).await;
         }
     };
     let words = Words {
@@ -127,6 +128,19 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
         refusal: |refusal: &Refusal| socks5::answer(socks5::reply(refusal.code())),
     };
     hand(&state, &caller, &to, client, ahead, words, place).await;
+}
+
+/// What is waited for; none: somebody else needs the place, or aditd stops.
+async fn unless_over<T>(
+    state: &State,
+    place: &Place,
+    waited: impl Future<Output = T>,
+) -> Option<T> {
+    tokio::select! {
+        waited = waited => Some(waited),
+        () = place.evicted.cancelled() => None,
+        () = state.stop.cancelled() => None,
+    }
 }
 
 /// Reads what is there.

@@ -1,20 +1,20 @@
 //! A client whose own bytes are the tunnel's: it is given to the port process as soon as it is known where it goes.
 //!
 //! The port process may have, and keep, a duplicate of the socket once the dial has begun. From then on nothing here blocks on
-//! it, and it is closed on another thread ([`ends`](crate::proxy) has the same rules).
-
-use std::io;
+//! it, and it is closed on another thread ([`ends`](crate::proxy) has the rules). Nothing is read of it; a client that is gone
+//! before the dial is answered has it given up.
 
 use adit_channel::refusal::Refusal;
 use adit_channel::socket_end;
-use rustix::net::{SendFlags, Shutdown};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::time::timeout;
 
 use super::stream::Stream;
 use crate::access::Caller;
 use crate::link::Asks;
-use crate::listen::Place;
-use crate::proxy::cut_off::cut_off;
+use crate::listen::{HEADER_LIMIT, Place};
+use crate::proxy::client::half_closed;
+use crate::proxy::ends::{ClientIo, UnderWay};
 use crate::proxy::linger;
 use crate::proxy::problem::Problem;
 use crate::reach::{self, ClientSocket, Destination, NotOpened};
@@ -35,7 +35,7 @@ pub async fn hand(
     state: &State,
     caller: &Caller,
     to: &Destination,
-    mut client: Stream,
+    client: Stream,
     ahead: Vec<u8>,
     words: Words<impl FnOnce(&Refusal) -> Vec<u8>>,
     place: Place,
@@ -45,19 +45,22 @@ pub async fn hand(
         Ok(admitted) => admitted,
         Err(refusal) => {
             note(state, words.speaks, to, &refusal);
-            return refuse(&mut client, &(words.refusal)(&refusal)).await;
+            return refuse(state, client, &(words.refusal)(&refusal), &place).await;
         }
     };
+    let under_way = UnderWay::default();
+    let mut client = ClientIo::new(client, under_way.clone());
     // Whoever closes it last resets it, unless its end was said.
-    socket_end::reset_on_close(&client, true);
-    let fd = match rustix::io::fcntl_dupfd_cloexec(&client, 0) {
-        Ok(fd) if state.room.spares(&fd) => fd,
+    let (fd, shared) = match client.duplicate() {
+        Ok((fd, shared)) if state.room.spares(&fd) => (fd, shared),
         _ => {
             state.pool.clear();
             let refusal = Refusal::busy("aditd has few descriptors left");
-            return refuse(&mut client, &(words.refusal)(&refusal)).await;
+            under_way.over();
+            return say(state, &mut client, &(words.refusal)(&refusal), &place).await;
         }
     };
+    shared.with(admitted.closer());
     let passed = ClientSocket {
         fd,
         ahead,
@@ -65,43 +68,65 @@ pub async fn hand(
         // Nothing may be said to it before it is answered.
         asks: Asks::new(&[]),
     };
-    let handed = admitted.hand_over(state, to, passed).await;
-    let Ok(client) = client.into_fd() else { return };
+    let gone = async {
+        match client.stream() {
+            Some(client) => half_closed::gone(client).await,
+            None => std::future::pending().await,
+        }
+    };
+    let handed = tokio::select! {
+        handed = admitted.hand_over(state, to, passed) => handed,
+        () = gone => {
+            shared.lose();
+            tracing::debug!(vm = %to.vm, "the client has gone before its dial was answered");
+            return;
+        }
+    };
     match handed {
         Ok(()) => state.metrics.tunnel(words.speaks, 200),
         Err(NotOpened::Refused(refusal)) => {
             note(state, words.speaks, to, &refusal);
             let said = (words.refusal)(&refusal);
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            if !said.is_empty() && rustix::net::send(&client, &said, flags).is_ok() {
-                socket_end::reset_on_close(&client, false);
-                let _ = rustix::net::shutdown(&client, Shutdown::Write);
+            if said.is_empty() {
+                shared.lose();
             } else {
-                lose(&client);
+                under_way.over();
+                say(state, &mut client, &said, &place).await;
             }
         }
         Err(NotOpened::Unknown(why)) => {
-            lose(&client);
+            shared.lose();
             tracing::info!(vm = %to.vm, error = %why, "tunnel lost");
         }
     }
-    admitted.closer().close(client);
-}
-
-/// Ends a connection, whoever has a duplicate of the socket.
-fn lose(client: &impl std::os::fd::AsFd) {
-    let _ = cut_off(client)
-        .or_else(|_| Ok(rustix::net::shutdown(client, Shutdown::Both)?) as io::Result<()>);
 }
 
 /// Says why there is no tunnel to a client whose socket nobody else has.
-pub async fn refuse(client: &mut Stream, said: &[u8]) {
+pub async fn refuse(state: &State, mut client: Stream, said: &[u8], place: &Place) {
     if said.is_empty() {
-        socket_end::reset_on_close(&*client, true);
-        return;
+        socket_end::reset_on_close(&client, true);
+    } else {
+        say(state, &mut client, said, place).await;
     }
-    if client.write_all(said).await.is_ok() {
-        let _ = linger::end(client, None, true).await;
+}
+
+/// Says it, and has it heard, while nobody else needs the place.
+async fn say(
+    state: &State,
+    client: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    said: &[u8],
+    place: &Place,
+) {
+    place.idle();
+    let heard = async {
+        if let Ok(Ok(())) = timeout(HEADER_LIMIT, client.write_all(said)).await {
+            let _ = linger::end(client, None, true).await;
+        }
+    };
+    tokio::select! {
+        () = heard => {}
+        () = place.evicted.cancelled() => {}
+        () = state.stop.cancelled() => {}
     }
 }
 

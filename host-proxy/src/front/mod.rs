@@ -6,8 +6,9 @@
 //!                                                        ├─ tls     the server name says where, then bytes
 //!                                                        └─ any     one place, bytes
 //! ```
-//! All listeners have the same places and shares together ([`listen`](crate::listen)), so a second one brings nobody more than
-//! the first.
+//! All listeners have the same shares together ([`listen`](crate::listen)), so a second one brings nobody more than the first.
+//! A tunnel of a TCP client leaves aditd; a client of a Unix socket stays in it as long as its tunnel lasts. So these have a
+//! third of the places to themselves, a user of the host half of them, and leave the others theirs.
 
 mod clients;
 mod handed;
@@ -17,7 +18,7 @@ pub mod socks5;
 pub mod stream;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
@@ -30,8 +31,8 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use crate::access::callers::Asking;
-use crate::config::{ListenConfig, Speak};
-use crate::listen::{Gate, Place, Share, Shares};
+use crate::config::{Address, ListenConfig, Speak};
+use crate::listen::{Gate, Place, Share, Shares, Slot};
 use crate::metrics::{Listener as Counted, Turned};
 use crate::passing::Socket;
 use crate::place::Bound;
@@ -46,25 +47,46 @@ use stream::Stream;
 const REFUSALS_MAX: usize = 8;
 /// Descriptors that one client of a Unix socket may pass, and that wait to be closed.
 const PASSED_MAX: usize = 4;
+/// Clients of Unix sockets that are not let in, and wait to be closed: a close may take as long as what they passed lingers.
+const DROPPED_MAX: usize = 64;
+/// How often it is looked whether a client is closed.
+const CLOSE_LOOK: Duration = Duration::from_millis(10);
 /// Port of a VM's TLS server where the listener has none.
 const HTTPS: u16 = 443;
 
 /// Whose share of the connections one takes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Whose {
-    /// An address.
-    Address(std::net::IpAddr),
+    /// An address; of IPv6 its network, for a client has all of that.
+    Address(IpAddr),
     /// A user of this host.
     Uid(u32),
+}
+
+impl Whose {
+    /// Somebody at an address.
+    fn at(ip: IpAddr) -> Self {
+        Self::Address(match ip.to_canonical() {
+            IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
+            ip => ip,
+        })
+    }
 }
 
 /// What all listeners have together.
 pub struct Fronts {
     state: Arc<State>,
     gate: Arc<Gate>,
+    /// Of those whose bytes pass through here as long as they last.
+    carried: Arc<Gate>,
     clients: Arc<Shares<Whose>>,
+    of_carried: Arc<Shares<Whose>>,
     refusals: Arc<Semaphore>,
+    dropped: Closer,
 }
+
+/// What a client has as long as it has descriptors here.
+type Held = (Share<Whose>, Option<Share<Whose>>);
 
 /// A listener, and what its clients are served.
 struct Front {
@@ -84,7 +106,8 @@ enum Listener {
 /// A client that was accepted.
 enum Accepted {
     Tcp(tokio::net::TcpStream, SocketAddr),
-    Unix(UnixStream),
+    /// Its closer is another one once it is let in.
+    Unix(Socket),
 }
 
 impl Listener {
@@ -95,13 +118,19 @@ impl Listener {
         })
     }
 
-    async fn accept(&self) -> io::Result<Accepted> {
+    async fn accept(&self, dropped: &Closer) -> io::Result<Accepted> {
         Ok(match self {
             Self::Tcp(tcp) => {
                 let (client, from) = tcp.accept().await?;
                 Accepted::Tcp(client, from)
             }
-            Self::Unix(unix) => Accepted::Unix(unix.accept().await?.0),
+            Self::Unix(unix) => {
+                while dropped.is_full() {
+                    tokio::time::sleep(CLOSE_LOOK).await;
+                }
+                let unix = unix.accept().await?.0.into_std()?;
+                Accepted::Unix(Socket::new(unix, dropped)?)
+            }
         })
     }
 }
@@ -110,19 +139,23 @@ impl Accepted {
     fn fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Tcp(tcp, _) => tcp.as_fd(),
-            Self::Unix(unix) => unix.as_fd(),
+            Self::Unix(unix) => unix.stream().as_fd(),
         }
+    }
+
+    fn is_carried(&self) -> bool {
+        matches!(self, Self::Unix(_))
     }
 
     /// Whose it is, and who asks over it.
     fn asking(&self, state: &State) -> io::Result<(Whose, Asking)> {
         Ok(match self {
             Self::Tcp(tcp, from) => {
-                let asking = state.callers.over_tcp(*from, tcp.local_addr()?);
-                (Whose::Address(from.ip().to_canonical()), asking)
+                let asking = state.callers.over_tcp(tcp, *from)?;
+                (Whose::at(from.ip()), asking)
             }
             Self::Unix(unix) => {
-                let uid = unix.peer_cred()?.uid();
+                let uid = unix.stream().peer_cred()?.uid();
                 (Whose::Uid(uid), state.callers.of_user(uid))
             }
         })
@@ -134,10 +167,19 @@ impl Fronts {
     pub fn new(state: Arc<State>) -> Arc<Self> {
         let max = state.room.proxy;
         let of_each = state.config.limits.connections_per_client;
+        let is_unix = |front: &ListenConfig| matches!(front.address, Address::Unix(_));
+        let carried = match state.config.listen.iter().any(is_unix) {
+            true => (max / 3).max(1),
+            false => 0,
+        };
+        let of_each = of_each.unwrap_or(max / 2).max(1);
         Arc::new(Self {
-            gate: Gate::new(Counted::new(max)),
-            clients: Shares::new(of_each.unwrap_or(max / 2).max(1)),
+            gate: Gate::new(Counted::new((max - carried).max(1))),
+            carried: Gate::new(Counted::new(carried)),
+            clients: Shares::new(of_each),
+            of_carried: Shares::new((carried / 2).clamp(1, of_each)),
             refusals: Arc::new(Semaphore::new(REFUSALS_MAX)),
+            dropped: Closer::new(DROPPED_MAX),
             state,
         })
     }
@@ -156,10 +198,8 @@ impl Fronts {
                 Bound::Tcp(tcp) => tcp.local_addr()?.port(),
                 Bound::Unix(_) => HTTPS,
             };
-            let counted = self
-                .state
-                .metrics
-                .listener(&bound.address(), self.state.room.proxy);
+            let max = self.gate_of(matches!(bound, Bound::Unix(_))).counted.max;
+            let counted = self.state.metrics.listener(&bound.address(), max);
             let front = Front {
                 counted,
                 port: config.port.unwrap_or(port),
@@ -181,63 +221,80 @@ impl Fronts {
         let state = &self.state;
         loop {
             let accepted = tokio::select! {
-                accepted = front.listener.accept() => accepted,
+                accepted = front.listener.accept(&self.dropped) => accepted,
                 () = state.stop.cancelled() => return,
             };
             let accepted = match accepted {
                 Ok(accepted) => accepted,
                 Err(e) => {
                     tracing::warn!(error = %e, "cannot accept");
-                    self.gate.evict();
+                    self.make_room();
                     // Only what ends frees descriptors; asking again at once would spin.
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
                 }
             };
             if !state.room.spares(&accepted.fd()) {
-                // Silent ones have the descriptors that the next one needs, and so have idle connections to guests.
                 front.counted.turned(Turned::Descriptors);
-                self.gate.evict();
-                state.pool.clear();
+                self.make_room();
                 continue;
             }
             // It is gone again otherwise.
             let Ok((whose, asking)) = accepted.asking(state) else {
                 continue;
             };
-            let Some(share) = self.clients.take(whose) else {
-                front.counted.turned(Turned::Share);
-                self.refuse(accepted, front.speak);
-                continue;
-            };
-            // What is not let in waits in the kernel's backlog, bounded.
-            let place = tokio::select! {
-                place = self.gate.enter_of(&front.counted) => place,
-                () = state.stop.cancelled() => return,
-            };
-            self.serve(&front, accepted, asking, place, share);
+            self.let_in(&front, accepted, whose, asking).await;
         }
     }
 
+    fn gate_of(&self, is_carried: bool) -> &Arc<Gate> {
+        match is_carried {
+            true => &self.carried,
+            false => &self.gate,
+        }
+    }
+
+    /// Silent ones have the descriptors that the next one needs, and so have idle connections to guests.
+    fn make_room(&self) {
+        self.gate.evict();
+        self.carried.evict();
+        self.state.pool.clear();
+    }
+
+    /// Serves a client that has its share, once there is a place.
+    async fn let_in(&self, front: &Front, accepted: Accepted, whose: Whose, asking: Asking) {
+        let share = self.clients.take(whose.clone());
+        let of_carried = match accepted.is_carried() {
+            true => self.of_carried.take(whose).map(Some),
+            false => Some(None),
+        };
+        let (Some(share), Some(of_carried)) = (share, of_carried) else {
+            front.counted.turned(Turned::Share);
+            return self.refuse(accepted, front.speak);
+        };
+        let gate = self.gate_of(accepted.is_carried());
+        // What is not let in waits in the kernel's backlog, bounded.
+        let place = tokio::select! {
+            place = gate.enter_of(&front.counted) => place,
+            () = self.state.stop.cancelled() => return,
+        };
+        self.serve(front, accepted, asking, place, (share, of_carried));
+    }
+
     /// Serves a client to its end.
-    fn serve(
-        &self,
-        front: &Front,
-        accepted: Accepted,
-        asking: Asking,
-        place: Place,
-        share: Share<Whose>,
-    ) {
+    fn serve(&self, front: &Front, accepted: Accepted, asking: Asking, place: Place, held: Held) {
         let state = self.state.clone();
+        let held = Arc::new(held);
         let client = match accepted {
             Accepted::Tcp(tcp, _) => {
                 let _ = tcp.set_nodelay(true);
                 Stream::Tcp(tcp)
             }
-            Accepted::Unix(unix) => match self.apart(unix) {
+            Accepted::Unix(unix) => match self.apart(unix, (place.slot(), held.clone())) {
                 Ok(stream) => stream,
                 Err(e) => {
                     tracing::debug!(error = %e, "no pair for a client");
+                    self.make_room();
                     return;
                 }
             },
@@ -252,20 +309,32 @@ impl Fronts {
                 // The configuration was checked.
                 (Speak::Any, None) => {}
             }
-            drop(share);
+            drop(held);
         });
     }
 
-    /// Puts a pair between a client of a Unix socket and whoever serves it.
-    fn apart(&self, unix: UnixStream) -> io::Result<Stream> {
-        let (ours, theirs) = UnixStream::pair()?;
-        if !self.state.room.spares(&ours) || !self.state.room.spares(&theirs) {
+    /// Puts a pair between a client of a Unix socket and whoever serves it. `held` is dropped once the client's socket is closed,
+    /// which may take longer than its end.
+    fn apart(&self, mut unix: Socket, held: (Slot, Arc<Held>)) -> io::Result<Stream> {
+        let (ours, theirs) = StdUnixStream::pair()?;
+        theirs.set_nonblocking(true)?;
+        let theirs = UnixStream::from_std(theirs)?;
+        let socket = unix.stream().as_fd().try_clone_to_owned()?;
+        if !self.state.room.spares(&socket) || !self.state.room.spares(&theirs) {
             return Err(io::Error::other("few descriptors are left"));
         }
-        let unix: StdUnixStream = unix.into_std()?;
-        let socket = unix.try_clone()?.into();
-        let client = Socket::new(unix, &Closer::new(PASSED_MAX))?;
-        tokio::spawn(pump::pump(client, ours, Some(socket)));
+        let closer = Closer::new(PASSED_MAX);
+        unix.close_by(&closer);
+        let ours = Socket::new(ours, &closer)?;
+        tokio::spawn(async move {
+            pump::pump(unix, ours, Some(&socket)).await;
+            // It may be the last one.
+            closer.close(socket);
+            while closer.pending() > 0 {
+                tokio::time::sleep(CLOSE_LOOK).await;
+            }
+            drop(held);
+        });
         Ok(Stream::Pair(theirs))
     }
 
@@ -279,7 +348,7 @@ impl Fronts {
         let why = (speak == Speak::Http).then_some(why);
         let stop = self.state.stop.clone();
         let Accepted::Tcp(mut client, _) = accepted else {
-            // Nothing may be read of a Unix socket here.
+            // It is closed elsewhere, with what it may have passed.
             return;
         };
         self.state.clients.spawn(async move {

@@ -4,51 +4,70 @@
 //!  client ═══ pump ═══ pair ─ the other end: read as HTTP here, then handed to the port process like a TCP socket
 //! ```
 //! Whoever uses a Unix socket can pass descriptors over it, which a port process would close, and a close may take long; so
-//! aditd receives them, and closes them elsewhere. Such a client's tunnels end when aditd's worker ends.
+//! aditd receives them, and closes them elsewhere. The port process has the pair's other end, and may pass some as well. Such a
+//! client's tunnels end when aditd's worker ends.
+//!
+//! | over | the other direction goes on until |
+//! |---|---|
+//! | the client's sending | the pair ends; or the client has gone, and what it sent had [`GONE_LIMIT`] to arrive |
+//! | the pair's | the client ends its sending; or the pair is closed whole, so that nobody reads it |
 //!
 //! Each side's end of sending is passed on as such. Where the pair is closed whole without it, the port process has broken off:
-//! then so does this.
+//! then so does this. After the client's own end of sending these two look alike.
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use adit_channel::socket_end;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
+
+use crate::passing::Socket;
 
 /// Bytes of a direction that are under way here.
 const PIECE: usize = 16 << 10;
-/// How often it is looked whether a client that has ended its sending is there at all.
+/// How often it is looked whether a side is there at all.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long what a client has sent may take to arrive after it has gone.
 const GONE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a client may take nothing of what is left, once nobody is at the other end of the pair.
+const TAKE_LIMIT: Duration = Duration::from_secs(300);
 
 /// Carries both directions until both have ended, or one broke off: then what is left of `client` is dropped. `socket` is a
-/// duplicate of the client's, if that shows whether the client has gone.
-pub async fn pump(client: impl AsyncRead + AsyncWrite, pair: UnixStream, socket: Option<OwnedFd>) {
+/// duplicate of the client's, if that shows whether the client has gone; whoever calls closes it.
+pub async fn pump(client: impl AsyncRead + AsyncWrite, pair: Socket, socket: Option<&OwnedFd>) {
     let (from_client, to_client) = tokio::io::split(client);
-    let (from_pair, to_pair) = pair.into_split();
     let ended = AtomicBool::new(false);
-    let carried = async {
-        tokio::try_join!(
-            forth(from_client, to_pair, &ended, socket),
-            back(from_pair, to_client, &ended),
-        )
+    let mut forth = pin!(forth(from_client, &pair, &ended));
+    let mut back = pin!(back(&pair, to_client, &ended));
+    let carried = tokio::select! {
+        carried = &mut forth => match carried {
+            Ok(()) => tokio::select! {
+                carried = &mut back => carried,
+                () = gone(socket) => Err(io::ErrorKind::ConnectionReset.into()),
+            },
+            broken => broken,
+        },
+        carried = &mut back => match carried {
+            Ok(()) => tokio::select! {
+                carried = &mut forth => carried,
+                () = closed(&pair) => Ok(()),
+            },
+            broken => broken,
+        },
     };
-    if let Err(e) = carried.await {
+    if let Err(e) = carried {
         tracing::debug!(error = %e, "a client's connection broke off");
     }
 }
 
 async fn forth(
     mut from: impl AsyncRead + Unpin,
-    mut to: OwnedWriteHalf,
+    pair: &Socket,
     ended: &AtomicBool,
-    socket: Option<OwnedFd>,
 ) -> io::Result<()> {
     let mut piece = vec![0; PIECE];
     loop {
@@ -56,38 +75,61 @@ async fn forth(
         if n == 0 {
             break;
         }
-        if to.write_all(&piece[..n]).await.is_err() {
+        if pair.send(&piece[..n]).await.is_err() {
             // Nobody reads it. What the client is still to hear, `back` brings.
             return Ok(());
         }
     }
-    drop(piece);
     ended.store(true, Ordering::Relaxed);
-    to.shutdown().await?;
-    let Some(socket) = socket else { return Ok(()) };
-    while !socket_end::is_closed(&socket) {
-        sleep(LOOK).await;
-    }
-    sleep(GONE_LIMIT).await;
-    Err(io::ErrorKind::ConnectionReset.into())
+    pair.end()
 }
 
 async fn back(
-    mut from: OwnedReadHalf,
+    pair: &Socket,
     mut to: impl AsyncWrite + Unpin,
     ended: &AtomicBool,
 ) -> io::Result<()> {
     let mut piece = vec![0; PIECE];
     loop {
-        let n = from.read(&mut piece).await?;
+        let n = pair.receive(&mut piece).await?;
         if n > 0 {
-            to.write_all(&piece[..n]).await?;
+            let mut taken = pin!(to.write_all(&piece[..n]));
+            loop {
+                match timeout(TAKE_LIMIT, &mut taken).await {
+                    Ok(taken) => break taken?,
+                    Err(_) if socket_end::is_closed(pair.stream()) => {
+                        return Err(io::ErrorKind::TimedOut.into());
+                    }
+                    Err(_) => {}
+                }
+            }
             continue;
         }
         // After the end of our own sending it cannot be told.
-        if !ended.load(Ordering::Relaxed) && socket_end::is_closed(from.as_ref()) {
+        if !ended.load(Ordering::Relaxed) && socket_end::is_closed(pair.stream()) {
             return Err(io::ErrorKind::ConnectionReset.into());
         }
         return to.shutdown().await;
     }
 }
+
+/// Ready once a client that has ended its sending is not there any more.
+async fn gone(socket: Option<&OwnedFd>) {
+    let Some(socket) = socket else {
+        return std::future::pending().await;
+    };
+    while !socket_end::is_closed(socket) {
+        sleep(LOOK).await;
+    }
+    sleep(GONE_LIMIT).await;
+}
+
+/// Ready once nobody reads the other end of a pair that has ended its sending.
+async fn closed(pair: &Socket) {
+    while !socket_end::is_closed(pair.stream()) {
+        sleep(LOOK).await;
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -30,6 +30,8 @@ const END_MAX: Duration = Duration::from_secs(10);
 /// How long descriptors that the worker passed may take to be closed before it is given up.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 const CLOSE_LOOK: Duration = Duration::from_millis(2);
+/// Questions to the user database at the same time.
+static LOOKING: Semaphore = Semaphore::const_new(32);
 
 /// What a worker says without asking anything.
 #[derive(Debug)]
@@ -185,6 +187,8 @@ fn doing(
             Message::Leave(ask) => privileged.leave(&ask.vm).await,
             Message::RemoveDir(ask) => privileged.remove_dir(&ask.vm).await,
             Message::WhoIs(ask) => {
+                // A user database that hangs has not all threads.
+                let _looking = LOOKING.acquire().await;
                 let looked = tokio::task::spawn_blocking(move || people::look(&ask)).await;
                 return (Message::Is(looked.unwrap_or(Is { user: None })), vec![]);
             }

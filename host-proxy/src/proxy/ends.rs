@@ -39,7 +39,14 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// Whether an answer is under way on a client's connection.
 #[derive(Clone, Default)]
-pub(super) struct UnderWay(Arc<AtomicBool>);
+pub(crate) struct UnderWay(Arc<AtomicBool>);
+
+impl UnderWay {
+    /// Nothing is due any more: a close is an end.
+    pub(crate) fn over(&self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
 
 /// How many bytes have come from a guest over a stream.
 #[derive(Clone, Default)]
@@ -141,7 +148,7 @@ impl AsyncWrite for GuestIo {
 
 /// Whether a port process has a duplicate of a client's socket, or has had one.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Shared(Arc<SharedInner>);
+pub(crate) struct Shared(Arc<SharedInner>);
 
 #[derive(Debug, Default)]
 struct SharedInner {
@@ -151,12 +158,12 @@ struct SharedInner {
 
 impl Shared {
     /// It is about to get one. `closer` closes what this port process has had.
-    pub(super) fn with(&self, closer: &Closer) {
+    pub(crate) fn with(&self, closer: &Closer) {
         let _ = self.0.closer.set(closer.clone());
     }
 
     /// Nobody knows whether the client was greeted: its connection is reset, whoever else has the socket.
-    pub(super) fn lose(&self) {
+    pub(crate) fn lose(&self) {
         self.0.is_lost.store(true, Ordering::Relaxed);
     }
 
@@ -166,7 +173,7 @@ impl Shared {
 }
 
 /// A client's connection. While an answer is under way, closing it is a reset: also when this process dies.
-pub(super) struct ClientIo {
+pub(crate) struct ClientIo {
     inner: Option<Stream>,
     under_way: UnderWay,
     interim: Interim,
@@ -175,7 +182,7 @@ pub(super) struct ClientIo {
 }
 
 impl ClientIo {
-    pub(super) fn new(inner: Stream, under_way: UnderWay) -> Self {
+    pub(crate) fn new(inner: Stream, under_way: UnderWay) -> Self {
         Self {
             inner: Some(inner),
             under_way,
@@ -187,7 +194,7 @@ impl ClientIo {
 
     /// A duplicate of the socket, for a port process. From now on whoever closes the last one resets the connection, until an
     /// answer is given ([`answered`]).
-    pub(super) fn duplicate(&mut self) -> io::Result<(OwnedFd, Shared)> {
+    pub(crate) fn duplicate(&mut self) -> io::Result<(OwnedFd, Shared)> {
         self.under_way.0.store(true, Ordering::Release);
         self.follow();
         let client = self.inner.as_ref().ok_or(io::ErrorKind::NotConnected)?;
@@ -218,7 +225,7 @@ impl ClientIo {
     }
 
     /// The socket, to look at.
-    pub(super) fn stream(&self) -> Option<&Stream> {
+    pub(crate) fn stream(&self) -> Option<&Stream> {
         self.inner.as_ref()
     }
 
@@ -368,6 +375,6 @@ pub(super) fn answered(body: Body, under_way: UnderWay, head: bool) -> Watched<B
 
 impl Watch for UnderWay {
     fn ended(&mut self) {
-        self.0.store(false, Ordering::Release);
+        self.over();
     }
 }

@@ -8,10 +8,10 @@
 mod absolute;
 pub mod authority;
 mod bodies;
-mod client;
+pub(crate) mod client;
 mod connect;
 pub mod cut_off;
-mod ends;
+pub(crate) mod ends;
 mod fields;
 mod guest;
 mod interim;
@@ -43,6 +43,11 @@ use ends::{ClientIo, UnderWay};
 use interim::Interim;
 use problem::{Body, Problem};
 use upgrade::Upgraded;
+
+/// The head of a request as hyper gets it, for the fuzz target of that name; none: it is refused.
+pub fn checked_head(head: &[u8]) -> Option<Vec<u8>> {
+    client::checked_head(head)
+}
 
 /// Serves a client to its end.
 pub async fn connection(state: Arc<State>, client: Stream, asking: Asking, place: Place) {

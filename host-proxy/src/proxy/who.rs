@@ -13,13 +13,15 @@ use crate::state::State;
 /// Finds out who asks. The field that says so goes no further.
 ///
 /// # Errors
-/// A token is shown that is none: whoever shows one means to be somebody, and is not served as anybody else.
+/// A token is shown that is none, or two are: whoever shows one means to be somebody, and is not served as anybody else.
 pub(super) async fn asks<B>(
     state: &State,
     asking: &Asking,
     request: &mut Request<B>,
 ) -> Result<Caller, Problem> {
     let caller = asking.caller().await;
+    let fields = request.headers().get_all(PROXY_AUTHORIZATION);
+    let is_one = fields.iter().count() <= 1;
     let Some(field) = request.headers_mut().remove(PROXY_AUTHORIZATION) else {
         return Ok(caller);
     };
@@ -28,7 +30,8 @@ pub(super) async fn asks<B>(
         // It is another proxy's, as of a client that uses several.
         return Ok(caller);
     }
-    let name = shown(field.as_bytes()).and_then(|token| {
+    let token = shown(field.as_bytes()).filter(|_| is_one);
+    let name = token.and_then(|token| {
         let name = tokens.name(&token, state.now_ms())?;
         Some(name.to_owned())
     });
@@ -37,7 +40,7 @@ pub(super) async fn asks<B>(
         None => {
             state.denied(&caller, "log-in", "", "", "bad-token");
             Err(log_in(
-                "the token in Proxy-Authorization is none of this host's, or its time is over",
+                "what Proxy-Authorization shows is not one token of this host, or its time is over",
             ))
         }
     }

@@ -299,6 +299,13 @@ fn r69_a_token_is_shown_as_clients_show_it_and_never_reaches_the_guest() {
         .0,
         407
     );
+    let field = |token: &str| format!("Proxy-Authorization: Bearer {token}\r\n");
+    let two = format!(
+        "GET http://a/ HTTP/1.1\r\nHost: a\r\n{}{}\r\n",
+        field(&secret),
+        field(&other)
+    );
+    assert_eq!(asked(host.proxy(), &two).status, 407, "which one is meant?");
     let lines = audit(&host, 3);
     assert!(
         lines.iter().any(|line| line["reason"] == "bad-token"),

@@ -30,11 +30,16 @@ fn hand_over(control: &Control, seq: u64, fds: &[BorrowedFd<'_>]) {
 
 /// Sends bytes and descriptors on a Unix socket.
 fn pass(socket: &impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    try_pass(socket, bytes, fds).unwrap();
+}
+
+/// The same, where the socket may let nobody.
+pub fn try_pass(socket: &impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> nix::Result<usize> {
     let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     let flags = MsgFlags::MSG_NOSIGNAL;
     let socket = socket.as_fd().as_raw_fd();
-    sendmsg::<UnixAddr>(socket, &[IoSlice::new(bytes)], &rights, flags, None).unwrap();
+    sendmsg::<UnixAddr>(socket, &[IoSlice::new(bytes)], &rights, flags, None)
 }
 
 /// Checks that the API answers, and that the proxy serves another VM.

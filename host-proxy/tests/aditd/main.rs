@@ -14,6 +14,7 @@ mod cut;
 mod desk;
 mod faults;
 mod foreign;
+mod front;
 mod full_disk;
 #[path = "../../port/tests/fuse/mod.rs"]
 mod fuse;

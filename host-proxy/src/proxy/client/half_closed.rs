@@ -13,12 +13,16 @@
 //! The limits of a dial and of an answer hold besides. A client whose kernel sends a reset at once, as it does where bytes of the
 //! answer were not read, is gone without any of this.
 
+use std::future::poll_fn;
+use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use adit_channel::socket_end;
+use futures_util::FutureExt;
 use rustix::net::sockopt;
+use tokio::io::Interest;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::front::stream::Stream;
@@ -31,6 +35,41 @@ const LOOK: Duration = Duration::from_secs(1);
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Any client of HTTP/1.1 skips it.
 pub(super) const INTERIM: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+
+/// Looks at a client of which nothing is to be read: `ended` once it has ended its sending, an error if it is gone.
+pub(super) fn poll_ended(
+    client: &Stream,
+    cx: &mut Context<'_>,
+    ended: &mut bool,
+) -> io::Result<()> {
+    while !*ended && client.poll_read_ready(cx)?.is_ready() {
+        if let Some(e) = client.take_error()? {
+            return Err(e);
+        }
+        let ready = client
+            .ready(Interest::READABLE)
+            .now_or_never()
+            .transpose()?;
+        *ended = ready.is_some_and(|ready| ready.is_read_closed());
+        // The bytes stay where they are, so only the next event says anything new.
+        let nothing = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
+        let _ = client.try_io(Interest::READABLE, nothing);
+    }
+    Ok(())
+}
+
+/// Ready once a client is gone of which nothing is to be read, and to which nothing may be said meanwhile.
+pub(crate) async fn gone(client: &Stream) {
+    let (mut ended, mut half_closed) = (false, None);
+    poll_fn(|cx| match poll_ended(client, cx, &mut ended) {
+        Err(_) => Poll::Ready(()),
+        Ok(()) if ended => half_closed
+            .get_or_insert_with(|| HalfClosed::new(client))
+            .poll_gone(cx, client, None),
+        Ok(()) => Poll::Pending,
+    })
+    .await;
+}
 
 /// Since when it is so.
 #[derive(Debug)]

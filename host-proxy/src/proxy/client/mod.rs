@@ -24,7 +24,7 @@
 //! - While a request is under way, hyper flushes whenever it is woken: then the client is looked at ([`half_closed`]).
 
 mod body;
-mod half_closed;
+pub(crate) mod half_closed;
 mod head;
 mod lines;
 #[cfg(test)]
@@ -64,6 +64,14 @@ pub const IDLE_LIMIT: Duration = Duration::from_secs(75);
 const TAKE_LIMIT: Duration = Duration::from_secs(300);
 /// Bytes that are read at once while a head comes.
 const PIECE: usize = 4096;
+
+/// The first head in these bytes as hyper gets it.
+pub(super) fn checked_head(bytes: &[u8]) -> Option<Vec<u8>> {
+    let mut bytes = BytesMut::from(bytes);
+    let len = Search::new().end(&mut bytes).ok()??;
+    let head = head::check(&bytes[..len]).ok()?;
+    Some(head.bytes.to_vec())
+}
 
 /// What is known of a client's requests and hyper does not tell.
 #[derive(Clone, Debug, Default)]

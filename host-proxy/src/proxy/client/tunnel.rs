@@ -5,11 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::task::Context;
 
-use futures_util::FutureExt;
-use tokio::io::Interest;
-
 use super::super::ends::Shared;
-use super::{At, Client, Notes};
+use super::{At, Client, Notes, half_closed};
 use crate::link::Asks;
 
 #[cfg(test)]
@@ -59,19 +56,7 @@ impl Client {
     /// While a CONNECT is under way: nothing is read, and a client that is gone is an error.
     pub(super) fn poll_caller(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         if let Some(client) = self.io.stream() {
-            while !self.ended && client.poll_read_ready(cx)?.is_ready() {
-                if let Some(e) = client.take_error()? {
-                    return Err(e);
-                }
-                let ready = client
-                    .ready(Interest::READABLE)
-                    .now_or_never()
-                    .transpose()?;
-                self.ended = ready.is_some_and(|ready| ready.is_read_closed());
-                // The bytes stay where they are, so only the next event says anything new.
-                let nothing = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
-                let _ = client.try_io(Interest::READABLE, nothing);
-            }
+            half_closed::poll_ended(client, cx, &mut self.ended)?;
         }
         self.poll_half_closed(cx)
     }
