@@ -6,6 +6,8 @@
 //!                                                        ├─ tls     the server name says where, then bytes
 //!                                                        └─ any     one place, bytes
 //! ```
+//! Where a listener has a certificate, TLS is ended before that ([`tls`]).
+//!
 //! All listeners have the same places and shares together ([`listen`](crate::listen)), so a second one brings nobody more than
 //! the first.
 
@@ -15,6 +17,7 @@ pub mod pump;
 pub mod sni;
 pub mod socks5;
 pub mod stream;
+pub mod tls;
 
 use std::io;
 use std::net::SocketAddr;
@@ -41,6 +44,7 @@ use crate::proxy::problem::Problem;
 use crate::reach::Destination;
 use crate::state::State;
 use stream::Stream;
+use tls::{NotOpened, Opened};
 
 /// Connections that are being refused at the same time; more of them are closed without a word.
 const REFUSALS_MAX: usize = 8;
@@ -71,6 +75,8 @@ struct Front {
     listener: Listener,
     speak: Speak,
     to: Option<Destination>,
+    /// Which of all.
+    nth: usize,
     /// Its port, where it has one: of TLS, the one in the VM as well.
     port: u16,
     counted: Arc<Counted>,
@@ -151,7 +157,7 @@ impl Fronts {
         listeners: Vec<(ListenConfig, Bound)>,
     ) -> io::Result<impl Future<Output = ()>> {
         let accepting = TaskTracker::new();
-        for (config, bound) in listeners {
+        for (nth, (config, bound)) in listeners.into_iter().enumerate() {
             let port = match &bound {
                 Bound::Tcp(tcp) => tcp.local_addr()?.port(),
                 Bound::Unix(_) => HTTPS,
@@ -166,6 +172,7 @@ impl Fronts {
                 listener: Listener::new(bound)?,
                 speak: config.speak,
                 to: config.destination(),
+                nth,
             };
             accepting.spawn(self.clone().accept(front));
         }
@@ -207,7 +214,7 @@ impl Fronts {
             };
             let Some(share) = self.clients.take(whose) else {
                 front.counted.turned(Turned::Share);
-                self.refuse(accepted, front.speak);
+                self.refuse(accepted, &front);
                 continue;
             };
             // What is not let in waits in the kernel's backlog, bounded.
@@ -221,29 +228,44 @@ impl Fronts {
 
     /// Serves a client to its end.
     fn serve(
-        &self,
+        self: &Arc<Self>,
         front: &Front,
         accepted: Accepted,
         asking: Asking,
         place: Place,
         share: Share<Whose>,
     ) {
-        let state = self.state.clone();
-        let client = match accepted {
-            Accepted::Tcp(tcp, _) => {
-                let _ = tcp.set_nodelay(true);
-                Stream::Tcp(tcp)
-            }
-            Accepted::Unix(unix) => match self.apart(unix) {
-                Ok(stream) => stream,
-                Err(e) => {
-                    tracing::debug!(error = %e, "no pair for a client");
-                    return;
-                }
-            },
-        };
-        let (speak, to, port) = (front.speak, front.to.clone(), front.port);
+        let (this, state) = (self.clone(), self.state.clone());
+        let (speak, to, port, nth) = (front.speak, front.to.clone(), front.port, front.nth);
         self.state.clients.spawn(async move {
+            // Whoever carries bytes for it has it too.
+            let share = Arc::new(share);
+            let (client, asking) = match accepted {
+                Accepted::Tcp(tcp, from) => {
+                    let _ = tcp.set_nodelay(true);
+                    match state.tls.terms(nth) {
+                        None => (Stream::Tcp(tcp), asking),
+                        Some(terms) => {
+                            let held = share.clone();
+                            let opening = state.tls.open(nth, terms, tcp, state.room, held);
+                            match this.opened(opening, &place, from, speak).await {
+                                Some(opened) => {
+                                    let asking = asking.with_certificate(opened.certificate);
+                                    (opened.client, asking)
+                                }
+                                None => return,
+                            }
+                        }
+                    }
+                }
+                Accepted::Unix(unix) => match this.apart(unix, share.clone()) {
+                    Ok(stream) => (stream, asking),
+                    Err(e) => {
+                        tracing::debug!(error = %e, "no pair for a client");
+                        return;
+                    }
+                },
+            };
             match (speak, to) {
                 (Speak::Http, _) => proxy::connection(state, client, asking, place).await,
                 (Speak::Socks5, _) => clients::socks5(state, client, asking, place).await,
@@ -256,8 +278,44 @@ impl Fronts {
         });
     }
 
+    /// Waits for a handshake, as long as the client has its place; none: the client is not served.
+    async fn opened(
+        &self,
+        opening: impl Future<Output = Result<Opened, NotOpened>>,
+        place: &Place,
+        from: SocketAddr,
+        speak: Speak,
+    ) -> Option<Opened> {
+        let given_up = || async {
+            tokio::select! {
+                () = place.evicted.cancelled() => {}
+                () = self.state.stop.cancelled() => {}
+            }
+        };
+        let opened = tokio::select! {
+            opened = opening => opened,
+            () = given_up() => return None,
+        };
+        let why = match opened {
+            Ok(opened) => return Some(opened),
+            Err(NotOpened::Silent) => return None,
+            Err(why) => why,
+        };
+        let error = adit_names::escape(&why.to_string()).to_string();
+        tracing::info!(client = %from, error, "TLS handshake failed");
+        if let (NotOpened::Plain(mut client), Speak::Http) = (why, speak) {
+            let https = "this listener speaks TLS: the proxy's address begins with https://";
+            let why = Problem::malformed(https);
+            tokio::select! {
+                _ = linger::end(&mut client, Some(&why), true) => {}
+                () = given_up() => {}
+            }
+        }
+        None
+    }
+
     /// Puts a pair between a client of a Unix socket and whoever serves it.
-    fn apart(&self, unix: UnixStream) -> io::Result<Stream> {
+    fn apart(&self, unix: UnixStream, held: Arc<Share<Whose>>) -> io::Result<Stream> {
         let (ours, theirs) = UnixStream::pair()?;
         if !self.state.room.spares(&ours) || !self.state.room.spares(&theirs) {
             return Err(io::Error::other("few descriptors are left"));
@@ -265,18 +323,23 @@ impl Fronts {
         let unix: StdUnixStream = unix.into_std()?;
         let socket = unix.try_clone()?.into();
         let client = Socket::new(unix, &Closer::new(PASSED_MAX))?;
-        tokio::spawn(pump::pump(client, ours, Some(socket)));
+        tokio::spawn(async move {
+            pump::pump(client, ours, socket).await;
+            drop(held);
+        });
         Ok(Stream::Pair(theirs))
     }
 
     /// Says why there is no connection to be had, whatever was asked.
-    fn refuse(&self, accepted: Accepted, speak: Speak) {
+    fn refuse(&self, accepted: Accepted, front: &Front) {
         let Ok(slot) = self.refusals.clone().try_acquire_owned() else {
             return;
         };
         let why = format!("this client has {} connections open", self.clients.max());
         let why = Problem::from(Refusal::busy(why));
-        let why = (speak == Speak::Http).then_some(why);
+        // Nobody shakes hands for that.
+        let is_plain = front.speak == Speak::Http && self.state.tls.terms(front.nth).is_none();
+        let why = is_plain.then_some(why);
         let stop = self.state.stop.clone();
         let Accepted::Tcp(mut client, _) = accepted else {
             // Nothing may be read of a Unix socket here.

@@ -35,6 +35,7 @@ mod reload;
 mod server;
 mod smuggle;
 mod tasks;
+mod tls;
 mod trust;
 mod tunnel;
 mod upgrade;
