@@ -4,6 +4,7 @@
 //! error that names file, line and key: a misspelt limit must not silently be no limit.
 
 mod access;
+mod certificates;
 mod check;
 mod keys;
 mod sources;
@@ -23,6 +24,7 @@ use adit_tasks::{Anchor, Role, TrustStore};
 use serde::{Deserialize, Serialize};
 
 pub use access::{Address, GrantConfig, LISTENS_MAX, ListenConfig, Speak, TokenConfig};
+pub use certificates::{Files, Pem, Terms};
 pub use check::Problem;
 use check::{Document, Documents};
 pub use keys::{Key, example, keys};
@@ -362,19 +364,24 @@ impl Config {
         Self::of(&Sources::read(path)?)
     }
 
-    /// The settings that a running aditd does not change: without VMs, grants and tokens.
+    /// The settings that a running aditd does not change: without VMs, grants, tokens and certificates.
     pub fn settings(&self) -> Self {
-        Self {
+        let mut settings = Self {
             vm: Vec::new(),
             grant: Vec::new(),
             token: Vec::new(),
             ..self.clone()
+        };
+        for listen in &mut settings.listen {
+            listen.forget_tls();
         }
+        settings
     }
 
     /// These settings, with what a running aditd changes as `newer` has it.
     #[must_use]
-    pub fn with_changes_of(self, newer: Self) -> Self {
+    pub fn with_changes_of(mut self, newer: Self) -> Self {
+        self.take_certificates_of(&newer);
         let Self {
             vm, grant, token, ..
         } = newer;
@@ -436,6 +443,9 @@ impl Config {
         }
         if problems.is_empty() {
             problems = check::compare(&whole, &documents);
+        }
+        if problems.is_empty() {
+            problems = check::certificates(&mut whole, sources.files(), &documents);
         }
         match problems.is_empty() {
             true => Ok(whole),

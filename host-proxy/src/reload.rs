@@ -1,7 +1,8 @@
 //! SIGHUP: the configuration is read again, and applied as far as that is possible in a running process. Who reads the file is
 //! the monitor, for the worker cannot; who applies it, the worker.
 //!
-//! A file with a mistake changes nothing. Of a good one the VMs are applied: added, removed, changed. Everything else takes
+//! A file with a mistake changes nothing. Of a good one the VMs are applied: added, removed, changed; and grants, tokens and
+//! certificates. Everything else takes
 //! a restart, as does a VM's CID; the log names what was left. `GET /v1/config` and the service's status say what became of it.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -111,10 +112,10 @@ pub async fn follow(state: Arc<State>, mut changes: mpsc::Receiver<Result<Source
 }
 
 /// Applies a configuration. Returns what of it takes a restart.
-async fn apply(state: &Arc<State>, new: Config) -> Result<Vec<String>, String> {
+async fn apply(state: &Arc<State>, mut new: Config) -> Result<Vec<String>, String> {
     let mut restart = differences(&state.config, &new);
     let (grants, tokens) = (new.grants(), Tokens::new(&new.token));
-    let plan = Plan::new(&state.registry.all(), new.vm)?;
+    let plan = Plan::new(&state.registry.all(), std::mem::take(&mut new.vm))?;
     for vm in &plan.add {
         // In the directory that is in use, whatever the file says now.
         let checked = state.config.check_paths(&vm.name);
@@ -123,6 +124,7 @@ async fn apply(state: &Arc<State>, new: Config) -> Result<Vec<String>, String> {
     restart.extend(plan.restart.iter().cloned());
     state.set_grants(grants);
     state.callers.renew(tokens);
+    state.tls.renew(&state.config, &new);
     // Each has its own time to end.
     let removals = join_all(plan.remove.iter().map(|vm| async {
         let failed = vms::remove(state, vm).await.err()?;

@@ -16,6 +16,7 @@ use crate::blobs::Blobs;
 use crate::config::Config;
 use crate::desk::Desk;
 use crate::desk::store::db::Db;
+use crate::front::tls::Tls;
 use crate::listen::{Room, Shares};
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
@@ -38,6 +39,8 @@ pub struct State {
     pub access_changed: Notify,
     /// Who they are.
     pub callers: Arc<Callers>,
+    /// TLS of listeners.
+    pub tls: Tls,
     /// What was denied.
     pub audit: Audit,
     /// What needs root.
@@ -99,6 +102,7 @@ impl State {
             trust: config.trust.anchors(),
             grants: RwLock::new(Arc::new(config.grants())),
             access_changed: Notify::new(),
+            tls: Tls::new(&config),
             callers,
             audit,
             config,

@@ -1,6 +1,7 @@
 //! Who asks.
 //!
-//! A caller is known by what the kernel or a secret proves, never by what it says of itself: the user behind a socket, a token.
+//! A caller is known by what the kernel or a secret proves, never by what it says of itself: the user behind a socket, a token, the key of a
+//! certificate.
 //! It has every name that it has proved at the same time, and what any of them is granted.
 
 use std::fmt;
@@ -88,12 +89,13 @@ impl Caller {
         let mut inner = Inner::clone(&self.0);
         inner.subjects.pop();
         inner.subjects.extend(more);
-        // Tokens before users before groups, and a user's name before its number.
+        // Tokens before certificates before users before groups, and a user's name before its number.
         inner.subjects.sort_by_key(|subject| match subject {
             Subject::Token(_) => 0,
-            Subject::User(_) => 1,
-            Subject::Group(_) => 2,
-            Subject::Anyone => 3,
+            Subject::Cert(_) => 1,
+            Subject::User(_) => 2,
+            Subject::Group(_) => 3,
+            Subject::Anyone => 4,
         });
         inner.subjects.push(Subject::Anyone);
         Self(Arc::new(inner))

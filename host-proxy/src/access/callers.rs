@@ -15,6 +15,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, SetOnce};
 
 use super::caller::{Caller, Person};
+use super::certificate::Certificate;
 use super::diag::{Diag, Socket};
 use super::tokens::Tokens;
 use crate::monitor::Monitor;
@@ -61,18 +62,37 @@ impl Known {
 
 /// Somebody who is being found out. A copy is the same one.
 #[derive(Clone)]
-pub struct Asking(Arc<SetOnce<Caller>>);
+pub struct Asking {
+    found: Arc<SetOnce<Caller>>,
+    certificate: Option<Arc<Certificate>>,
+}
 
 impl Asking {
     /// Somebody who is known.
     pub fn known(caller: Caller) -> Self {
-        Self(Arc::new(SetOnce::new_with(Some(caller))))
+        Self::new(SetOnce::new_with(Some(caller)))
+    }
+
+    fn new(found: SetOnce<Caller>) -> Self {
+        Self {
+            found: Arc::new(found),
+            certificate: None,
+        }
+    }
+
+    /// The same one, who has shown a certificate.
+    #[must_use]
+    pub fn with_certificate(self, certificate: Option<Certificate>) -> Self {
+        Self {
+            certificate: certificate.map(Arc::new),
+            ..self
+        }
     }
 
     /// Finds out beside whatever else is done.
     fn find(find: impl Future<Output = Caller> + Send + 'static) -> Self {
-        let asking = Self(Arc::new(SetOnce::new()));
-        let found = asking.0.clone();
+        let asking = Self::new(SetOnce::new());
+        let found = asking.found.clone();
         tokio::spawn(async move {
             // It is set here only.
             let _ = found.set(find.await);
@@ -80,9 +100,13 @@ impl Asking {
         asking
     }
 
-    /// Who it is, once that is known.
+    /// Who it is, once that is known. What a certificate proves may be another thing the next time.
     pub async fn caller(&self) -> Caller {
-        self.0.wait().await.clone()
+        let caller = self.found.wait().await.clone();
+        match &self.certificate {
+            Some(certificate) => caller.with(certificate.names()),
+            None => caller,
+        }
     }
 }
 

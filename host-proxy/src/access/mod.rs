@@ -11,13 +11,14 @@
 //! | `subject`, `caller` | names of who may ask; who asks |
 //! | `grant`, `vms` | what the configuration grants to whom, with which VMs |
 //! | `decide` | the decision. Pure, as are those before it: front ends, `adit access` and tests ask the same function |
-//! | `callers`, `diag`, `tokens` | finds out who is at the other end of a connection |
+//! | `callers`, `diag`, `tokens`, `certificate` | finds out who is at the other end of a connection |
 //! | `audit` | what was denied |
 //! | `tag`, `enforce` | tunnels that end with their grant |
 
 pub mod audit;
 pub mod caller;
 pub mod callers;
+pub mod certificate;
 pub mod decide;
 pub mod diag;
 pub mod enforce;

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::certificates::Pem;
 use crate::access::{Grant, Grants};
 use crate::reach::Destination;
 
@@ -91,6 +92,18 @@ pub struct ListenConfig {
     /// The address may be one that other machines reach.
     #[serde(default)]
     pub open: bool,
+    /// File with its certificate, and those between that and a root: clients speak TLS.
+    #[serde(default)]
+    pub cert: Option<PathBuf>,
+    /// File with the certificate's private key.
+    #[serde(default)]
+    pub key: Option<PathBuf>,
+    /// File with the roots that vouch for clients' certificates.
+    #[serde(default)]
+    pub client_ca: Option<PathBuf>,
+    /// What is in these files.
+    #[serde(skip)]
+    pub pem: Pem,
 }
 
 impl ListenConfig {
@@ -106,8 +119,13 @@ impl ListenConfig {
     pub(super) fn check(&self) -> Result<(), (&'static str, String)> {
         match &self.address {
             Address::Tcp(at) if !self.open && !super::is_for_this_host(*at) => {
+                let sent = match self.cert {
+                    Some(_) => "over TLS: what they send, tokens too, is encrypted",
+                    None => "what they send, tokens too, is not encrypted without `cert` and `key`",
+                };
                 let why = format!(
-                    "{at} is no loopback address: use 127.0.0.1, or set `open = true` in this [[listen]]"
+                    "{at} is no loopback address: use 127.0.0.1, or set `open = true` in this [[listen]] to serve other machines \
+                     ({sent})"
                 );
                 return Err(("address", why));
             }
@@ -117,6 +135,7 @@ impl ListenConfig {
                 checked.map_err(|e| ("address", e.to_string()))?;
             }
         }
+        self.check_tls()?;
         if self.port.is_some() && self.speak != Speak::Tls {
             return Err((
                 "port",
@@ -199,6 +218,10 @@ impl super::Config {
             to: None,
             port: None,
             open: self.proxy.open,
+            cert: None,
+            key: None,
+            client_ca: None,
+            pem: Pem::default(),
         };
         [proxy]
             .into_iter()

@@ -9,7 +9,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::keys::{Key, Kind, MANY, keys};
-use super::{ALLOW_MAX, Config};
+use super::{ALLOW_MAX, Config, Files};
 
 /// One mistake.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -443,6 +443,22 @@ pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem
                 vm.cid, vm.name
             );
             problems.extend(documents.nth("vm", nth, "cid", message));
+        }
+    }
+    problems
+}
+
+/// Gives each listener what is in its files. Returns every mistake in them.
+pub(super) fn certificates(
+    config: &mut Config,
+    files: &Files,
+    documents: &Documents<'_>,
+) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for (nth, listen) in config.listen.iter_mut().enumerate() {
+        let taken = listen.take(files).and_then(|()| listen.terms().map(drop));
+        if let Err((key, why)) = taken {
+            problems.extend(documents.nth("listen", nth, key, why));
         }
     }
     problems

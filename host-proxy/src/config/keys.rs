@@ -35,7 +35,7 @@ pub(super) enum Kind {
     /// IP address and port.
     Address,
     /// An absolute path.
-    Folder,
+    Path,
     Flag,
     Number {
         min: u64,
@@ -109,7 +109,7 @@ impl Kind {
     pub(super) fn takes_text(self, text: &str) -> bool {
         match self {
             Self::Address => text.parse::<std::net::SocketAddr>().is_ok(),
-            Self::Folder => std::path::Path::new(text).is_absolute(),
+            Self::Path => std::path::Path::new(text).is_absolute(),
             Self::Uids => text.parse::<UidRange>().is_ok(),
             Self::User => is_user(text),
             Self::VmName => text.parse::<VmId>().is_ok(),
@@ -149,7 +149,7 @@ impl Key {
             Kind::Address => {
                 "an IP address and a port in quotes, such as \"127.0.0.1:7080\"".into()
             }
-            Kind::Folder => "an absolute path in quotes".into(),
+            Kind::Path => "an absolute path in quotes".into(),
             Kind::Flag => "true or false".into(),
             Kind::Number { min, max } => format!("a whole number from {min} to {max}"),
             Kind::PowerOfTwo { max } => format!("a power of two from 1 to {max}"),
@@ -164,7 +164,9 @@ impl Key {
             Kind::Texts { of, max } => {
                 let what = match of {
                     Texts::CardKeys => "lines as `adit key new --role card` prints them",
-                    Texts::Subjects => "of `user:NAME`, `group:NAME`, `token:NAME` and `anyone`",
+                    Texts::Subjects => {
+                        "of `user:NAME`, `group:NAME`, `token:NAME`, `cert:NAME` and `anyone`"
+                    }
                     Texts::Vms => "VM names, also with one `*` in them, and of `label:NAME=VALUE`",
                     Texts::May => "of `reach`, `reach:PORTS`, `see`, `task`, `goal` and `manage`",
                 };
@@ -195,6 +197,7 @@ impl Key {
             "vm.busy_poll_us" | "vm.ivshmem_mib" | "vm.allow_any_memory" => {
                 "a reload of aditd, and then `adit vm reload`"
             }
+            "listen.cert" | "listen.key" | "listen.client_ca" => "a reload of aditd",
             _ if ["vm", "grant", "token"].contains(&self.section()) => "a reload of aditd",
             _ => "a restart of aditd",
         }
@@ -237,14 +240,14 @@ const KEYS: &[Key] = &[
                   bound are written to proxy.addr and metrics.addr in it.",
         default: "\"/run/adit\"",
         example: "\"/run/adit\"",
-        kind: Kind::Folder,
+        kind: Kind::Path,
     },
     Key {
         path: "state_dir",
         meaning: "Directory of the database: tasks, and the VMs that were added with `adit vm add`.",
         default: "\"/var/lib/adit\"",
         example: "\"/var/lib/adit\"",
-        kind: Kind::Folder,
+        kind: Kind::Path,
     },
     Key {
         path: "proxy.listen",
@@ -395,15 +398,40 @@ const KEYS: &[Key] = &[
     },
     Key {
         path: "listen.open",
-        meaning: "Lets `address` be one that other machines reach. What they send there, tokens too, is not encrypted.",
+        meaning: "Lets `address` be one that other machines reach. What they send there, tokens too, is encrypted only with `cert`.",
         default: "false",
         example: "false",
         kind: Kind::Flag,
     },
     Key {
+        path: "listen.cert",
+        meaning: "PEM file with the listener's certificate, and after it those that lead to a root: clients speak TLS 1.2 or 1.3, and what \
+                  `speak` says within it. It takes `speak = \"http\"` or `\"socks5\"`, and `key`. The file is read at the start and at \
+                  every reload; open tunnels go on with what they have.",
+        default: "none: clients speak no TLS to aditd",
+        example: "\"/etc/adit/proxy.crt\"",
+        kind: Kind::Path,
+    },
+    Key {
+        path: "listen.key",
+        meaning: "PEM file with the private key of `cert`, not encrypted. It may be the same file.",
+        default: "none",
+        example: "\"/etc/adit/proxy.key\"",
+        kind: Kind::Path,
+    },
+    Key {
+        path: "listen.client_ca",
+        meaning: "PEM file with the certificates of whoever vouches for clients: a client may show a certificate that leads to one of them, \
+                  and has its names as `cert:NAME` in grants. It is refused with any other certificate, and needs none. Without this key \
+                  any certificate may be shown, and says who a client is by its key only: `cert:sha256/…`.",
+        default: "none",
+        example: "\"/etc/adit/clients.crt\"",
+        kind: Kind::Path,
+    },
+    Key {
         path: "grant.to",
         meaning: "Who is granted something: users and groups of this host, as the kernel knows them behind a Unix socket or a loopback \
-                  connection; whoever shows a token; or `anyone`. Without a grant nobody may anything but who uses aditd.sock.",
+                  connection; whoever shows a token; whoever shows a certificate over TLS, by a name in it or by its key; or `anyone`. Without a grant nobody may anything but who uses aditd.sock.",
         default: REQUIRED,
         example: "[\"user:deploy\", \"group:ops\", \"token:prometheus\"]",
         kind: Kind::Texts {
@@ -616,9 +644,12 @@ mod tests {
 
     /// The example without its `#`.
     fn whole() -> String {
-        // `to` is for listeners of one kind, and `port` for those of another.
-        let is_key =
-            |line: &str| !line.starts_with("# ") && line.starts_with('#') && line != "#port = 443";
+        // `to` is for listeners of one kind, `port` and `cert` for those of others.
+        let others = ["#port = ", "#cert = ", "#key = ", "#client_ca = "];
+        let is_key = |line: &str| {
+            let is_others = others.iter().any(|key| line.starts_with(key));
+            !line.starts_with("# ") && line.starts_with('#') && !is_others
+        };
         let example = example();
         let lines = example.lines().filter(|l| is_key(l)).map(|l| &l[1..]);
         lines.fold(String::new(), |text, line| text + line + "\n")

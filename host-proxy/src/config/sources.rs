@@ -2,8 +2,9 @@
 //!
 //! Files of `conf.d` are read in the order of their names, and only those whose names end with `.toml`; a name that begins with
 //! a dot is somebody's half-written file. They have sections of which there may be many: `[[vm]]`, `[[listen]]`, `[[grant]]`,
-//! `[[token]]`.
+//! `[[token]]`. With them goes what is in the files that a listener's `cert`, `key` and `client_ca` name.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -11,19 +12,28 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
+use super::certificates::Files;
 use super::{ConfigError, FILE_MAX};
 
 /// Most files of `conf.d`.
 pub const PARTS_MAX: usize = 256;
 
-/// Paths and texts, the main file first.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Sources(Vec<(PathBuf, String)>);
+/// Paths and texts.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Sources {
+    /// The main file first.
+    texts: Vec<(PathBuf, String)>,
+    /// What they name.
+    files: Files,
+}
 
 impl Sources {
     /// One file, whose text is known.
     pub fn one(path: &Path, text: &str) -> Self {
-        Self(vec![(path.into(), text.into())])
+        Self {
+            texts: vec![(path.into(), text.into())],
+            files: Files::default(),
+        }
     }
 
     /// Reads them all.
@@ -37,16 +47,25 @@ impl Sources {
             left -= text.len() as u64;
             Ok((path.to_owned(), text))
         };
-        let mut all = vec![read(path, false)?];
+        let mut texts = vec![read(path, false)?];
         for part in parts(path)? {
-            all.push(read(&part, true)?);
+            texts.push(read(&part, true)?);
         }
-        Ok(Self(all))
+        let mut files = Files::default();
+        for (_, text) in &texts {
+            files.read(text, &mut left);
+        }
+        Ok(Self { texts, files })
     }
 
     /// Each path with its text, the main file first.
     pub fn iter(&self) -> impl Iterator<Item = (&Path, &str)> {
-        self.0.iter().map(|(path, text)| (&**path, &**text))
+        self.texts.iter().map(|(path, text)| (&**path, &**text))
+    }
+
+    /// What is in the files that they name.
+    pub fn files(&self) -> &Files {
+        &self.files
     }
 
     /// Puts them into one text, for another process of aditd.
@@ -55,7 +74,11 @@ impl Sources {
         let lossy = self
             .iter()
             .map(|(path, text)| (path.to_string_lossy(), text));
-        serde_json::to_string(&lossy.collect::<Vec<_>>()).unwrap_or_default()
+        let packed = Packed {
+            texts: lossy.collect(),
+            files: &self.files,
+        };
+        serde_json::to_string(&packed).unwrap_or_default()
     }
 
     /// Takes them out of such a text.
@@ -65,6 +88,13 @@ impl Sources {
     pub fn unpack(text: &str) -> Result<Self, serde_json::Error> {
         serde_json::from_str(text)
     }
+}
+
+/// [`Sources`] as a text.
+#[derive(Serialize)]
+struct Packed<'a> {
+    texts: Vec<(Cow<'a, str>, &'a str)>,
+    files: &'a Files,
 }
 
 fn cannot(path: &Path, source: io::Error) -> ConfigError {

@@ -11,7 +11,7 @@ impl Config {
     pub fn summary(&self) -> String {
         let api = self.api_socket();
         let metrics = match &self.metrics {
-            Some(metrics) => format!("{}, and the API socket", shown(metrics.listen)),
+            Some(metrics) => format!("{}, and the API socket", shown(metrics.listen, false)),
             None => "the API socket only".into(),
         };
         let uids = match self.ports.uids {
@@ -21,18 +21,22 @@ impl Config {
         let mut text = String::new();
         let listens = self.listen.iter().map(|listen| {
             let address = match &listen.address {
-                Address::Tcp(at) => shown(*at),
+                Address::Tcp(at) => shown(*at, listen.cert.is_some()),
                 unix => unix.to_string(),
             };
             let to = listen.to.as_ref().map(|to| format!(" to {to}"));
             let speak = SPEAKS[listen.speak as usize];
+            let over = match listen.cert {
+                Some(_) => " over TLS",
+                None => "",
+            };
             (
                 "listener",
-                format!("{address}, {speak}{}", to.unwrap_or_default()),
+                format!("{address}, {speak}{over}{}", to.unwrap_or_default()),
             )
         });
         for (what, value) in listens.chain([
-            ("proxy", shown(self.proxy.listen)),
+            ("proxy", shown(self.proxy.listen, false)),
             ("metrics", metrics),
             ("API socket", api.display().to_string()),
             (
@@ -78,10 +82,11 @@ impl Config {
 }
 
 /// An address, and who else than this host's users is served there.
-fn shown(listen: SocketAddr) -> String {
-    match is_for_this_host(listen) {
-        true => listen.to_string(),
-        false => format!("{listen} (other machines, unencrypted)"),
+fn shown(listen: SocketAddr, tls: bool) -> String {
+    match (is_for_this_host(listen), tls) {
+        (true, _) => listen.to_string(),
+        (false, true) => format!("{listen} (other machines)"),
+        (false, false) => format!("{listen} (other machines, unencrypted)"),
     }
 }
 

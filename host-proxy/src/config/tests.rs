@@ -149,7 +149,7 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
         }
     };
     for key in keys() {
-        let (good, mut bad): (Vec<String>, Vec<String>) = match key.kind {
+        let (mut good, mut bad): (Vec<String>, Vec<String>) = match key.kind {
             keys::Kind::Number { min, max } => (
                 vec![min.to_string(), max.to_string(), format!("0x{max:x}")],
                 vec![
@@ -175,7 +175,7 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
                 vec!["0".into(), "3".into(), (max * 2).to_string()],
             ),
             keys::Kind::Flag => (vec!["true".into()], vec!["1".into()]),
-            keys::Kind::Folder => (vec!["\"/a\"".into()], vec!["\"a\"".into()]),
+            keys::Kind::Path => (vec!["\"/a\"".into()], vec!["\"a\"".into()]),
             keys::Kind::Address => (vec!["\"[::1]:0\"".into()], vec!["\"127.0.0.1\"".into()]),
             keys::Kind::Uids => (vec!["\"1-2\"".into()], vec!["\"2-1\"".into()]),
             keys::Kind::User => (
@@ -265,6 +265,10 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
             keys::Kind::Numbers { .. } | keys::Kind::Texts { .. }
         ) {
             bad.push("[]".into());
+        }
+        if ["listen.cert", "listen.key", "listen.client_ca"].contains(&key.path) {
+            // They need each other, and files.
+            good.clear();
         }
         for value in good {
             parse(&with(key, &value)).unwrap_or_else(|e| panic!("{e}"));
@@ -450,4 +454,96 @@ fn a_grant_must_say_who_what_and_with_which_vms() {
     assert!(said.contains("`exec`"), "{said}");
     let grants = parse(GRANT).unwrap().grants();
     assert_eq!(grants.all()[0].place, "a.toml:1");
+}
+
+/// A certificate and its key.
+fn certified(name: &str) -> (String, String) {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let params = rcgen::CertificateParams::new(vec![name.into()]).unwrap();
+    let certificate = params.self_signed(&key).unwrap();
+    (certificate.pem(), key.serialize_pem())
+}
+
+#[test]
+fn files_of_a_listener_are_checked_with_it_and_nothing_of_its_key_is_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        std::fs::write(dir.path().join(name), text).unwrap();
+        dir.path().join(name).display().to_string()
+    };
+    let ((cert, key), (_, other)) = (certified("a"), certified("b"));
+    let encrypted = key.replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY");
+    let (cut, two) = (&key[..key.len() / 2], format!("{key}{other}"));
+    let both = file("both", &format!("Bag Attributes\n{key}{cert}"));
+    let (cert, key) = (file("cert", &cert), file("key", &key));
+    let listen = |keys: &str| {
+        let text = format!("\n[[listen]]\naddress = \"127.0.0.1:1\"\n{keys}\n");
+        Config::load(Path::new(&file("aditd.toml", &text)))
+    };
+    let with = |cert: &str, key: &str| listen(&format!("cert = \"{cert}\"\nkey = \"{key}\""));
+    for (cert, key) in [(&cert, &key), (&both, &both)] {
+        let config = with(cert, key).unwrap();
+        assert!(config.listen[0].terms().unwrap().is_some());
+        assert!(config.summary().contains("http over TLS"));
+        let sources = Sources::read(&dir.path().join("aditd.toml")).unwrap();
+        let unpacked = Sources::unpack(&sources.packed()).unwrap();
+        assert_eq!(Config::of(&unpacked).unwrap(), config);
+        let secret = std::fs::read_to_string(key).unwrap();
+        let secret = secret.split("PRIVATE KEY-----").nth(1).unwrap();
+        let secret = secret.lines().nth(1).unwrap();
+        let shown = format!("{config:?} {sources:?} {}", config.summary());
+        assert!(
+            !shown.contains(secret) && !serde_json::to_string(&config).unwrap().contains(secret)
+        );
+        // Whoever changes them needs no restart.
+        assert_eq!(config.digest(), listen("").unwrap().digest());
+    }
+    let pipe = dir.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let (none, pipe) = (file("none", "text"), pipe.display().to_string());
+    let large = file("large", &"x".repeat(2 << 20));
+    let not_v3 = "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n";
+    let not_v3 = file("not-v3", not_v3);
+    for (cert, key, at, why) in [
+        (&*cert, "/nonexistent/x", "key", "No such file"),
+        ("/nonexistent/x", &key, "cert", "No such file"),
+        (&pipe, &key, "cert", "regular file"),
+        (&large, &key, "cert", "more than"),
+        (&none, &key, "cert", "no certificate"),
+        (&key, &key, "cert", "no certificate"),
+        (&not_v3, &key, "cert", "X.509"),
+        (&cert, &cert, "key", "no private key"),
+        (&cert, &file("other", &other), "key", "not the key of"),
+        (&cert, &file("two", &two), "key", "more than one"),
+        (&cert, &file("cut", cut), "key", "broken"),
+        (&cert, &file("encrypted", &encrypted), "key", "encrypted"),
+    ] {
+        let Err(ConfigError::Wrong { problems }) = with(cert, key) else {
+            panic!("{why}");
+        };
+        let line = if at == "cert" { 4 } else { 5 };
+        let found = (problems.len(), problems[0].line, problems[0].key.as_deref());
+        assert_eq!(found, (1, line, Some(at)), "{problems:?}");
+        let message = &problems[0].message;
+        assert!(message.contains(why), "{message}");
+        assert!(
+            message.contains(if at == "cert" { cert } else { key }),
+            "{message}"
+        );
+    }
+    let pair = format!("cert = \"{cert}\"\nkey = \"{key}\"\n");
+    for (keys, at) in [
+        (format!("cert = \"{cert}\""), "cert"),
+        (format!("key = \"{key}\""), "key"),
+        (format!("client_ca = \"{cert}\""), "client_ca"),
+        (format!("{pair}client_ca = \"{none}\""), "client_ca"),
+        (format!("{pair}client_ca = \"{not_v3}\""), "client_ca"),
+        (format!("{pair}speak = \"tls\""), "cert"),
+        (format!("{pair}speak = \"any\"\nto = \"a:1\""), "cert"),
+    ] {
+        let Err(ConfigError::Wrong { problems }) = listen(&keys) else {
+            panic!("{keys}");
+        };
+        assert_eq!(problems[0].key.as_deref(), Some(at), "{problems:?}");
+    }
 }

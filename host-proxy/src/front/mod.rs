@@ -6,6 +6,8 @@
 //!                                                        ├─ tls     the server name says where, then bytes
 //!                                                        └─ any     one place, bytes
 //! ```
+//! Where a listener has a certificate, TLS is ended before that ([`tls`]).
+//!
 //! All listeners have the same shares together ([`listen`](crate::listen)), so a second one brings nobody more than the first.
 //! A tunnel of a TCP client leaves aditd; a client of a Unix socket stays in it as long as its tunnel lasts. So these have a
 //! third of the places to themselves, a user of the host half of them, and leave the others theirs.
@@ -16,6 +18,7 @@ pub mod pump;
 pub mod sni;
 pub mod socks5;
 pub mod stream;
+pub mod tls;
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -42,6 +45,7 @@ use crate::proxy::problem::Problem;
 use crate::reach::Destination;
 use crate::state::State;
 use stream::Stream;
+use tls::{NotOpened, Opened};
 
 /// Connections that are being refused at the same time; more of them are closed without a word.
 const REFUSALS_MAX: usize = 8;
@@ -93,6 +97,8 @@ struct Front {
     listener: Listener,
     speak: Speak,
     to: Option<Destination>,
+    /// Which of all.
+    nth: usize,
     /// Its port, where it has one: of TLS, the one in the VM as well.
     port: u16,
     counted: Arc<Counted>,
@@ -193,7 +199,7 @@ impl Fronts {
         listeners: Vec<(ListenConfig, Bound)>,
     ) -> io::Result<impl Future<Output = ()>> {
         let accepting = TaskTracker::new();
-        for (config, bound) in listeners {
+        for (nth, (config, bound)) in listeners.into_iter().enumerate() {
             let port = match &bound {
                 Bound::Tcp(tcp) => tcp.local_addr()?.port(),
                 Bound::Unix(_) => HTTPS,
@@ -206,6 +212,7 @@ impl Fronts {
                 listener: Listener::new(bound)?,
                 speak: config.speak,
                 to: config.destination(),
+                nth,
             };
             accepting.spawn(self.clone().accept(front));
         }
@@ -262,7 +269,7 @@ impl Fronts {
     }
 
     /// Serves a client that has its share, once there is a place.
-    async fn let_in(&self, front: &Front, accepted: Accepted, whose: Whose, asking: Asking) {
+    async fn let_in(self: &Arc<Self>, front: &Front, accepted: Accepted, whose: Whose, asking: Asking) {
         let share = self.clients.take(whose.clone());
         let of_carried = match accepted.is_carried() {
             true => self.of_carried.take(whose).map(Some),
@@ -270,7 +277,7 @@ impl Fronts {
         };
         let (Some(share), Some(of_carried)) = (share, of_carried) else {
             front.counted.turned(Turned::Share);
-            return self.refuse(accepted, front.speak);
+            return self.refuse(accepted, front);
         };
         let gate = self.gate_of(accepted.is_carried());
         // What is not let in waits in the kernel's backlog, bounded.
@@ -282,25 +289,46 @@ impl Fronts {
     }
 
     /// Serves a client to its end.
-    fn serve(&self, front: &Front, accepted: Accepted, asking: Asking, place: Place, held: Held) {
-        let state = self.state.clone();
-        let held = Arc::new(held);
-        let client = match accepted {
-            Accepted::Tcp(tcp, _) => {
-                let _ = tcp.set_nodelay(true);
-                Stream::Tcp(tcp)
-            }
-            Accepted::Unix(unix) => match self.apart(unix, (place.slot(), held.clone())) {
-                Ok(stream) => stream,
-                Err(e) => {
-                    tracing::debug!(error = %e, "no pair for a client");
-                    self.make_room();
-                    return;
-                }
-            },
-        };
-        let (speak, to, port) = (front.speak, front.to.clone(), front.port);
+    fn serve(
+        self: &Arc<Self>,
+        front: &Front,
+        accepted: Accepted,
+        asking: Asking,
+        place: Place,
+        held: Held,
+    ) {
+        let (this, state) = (self.clone(), self.state.clone());
+        let (speak, to, port, nth) = (front.speak, front.to.clone(), front.port, front.nth);
         self.state.clients.spawn(async move {
+            // Whoever carries bytes for it has it too.
+            let held = Arc::new(held);
+            let (client, asking) = match accepted {
+                Accepted::Tcp(tcp, from) => {
+                    let _ = tcp.set_nodelay(true);
+                    match state.tls.terms(nth) {
+                        None => (Stream::Tcp(tcp), asking),
+                        Some(terms) => {
+                            let held = held.clone();
+                            let opening = state.tls.open(nth, terms, tcp, state.room, held);
+                            match this.opened(opening, &place, from, speak).await {
+                                Some(opened) => {
+                                    let asking = asking.with_certificate(opened.certificate);
+                                    (opened.client, asking)
+                                }
+                                None => return,
+                            }
+                        }
+                    }
+                }
+                Accepted::Unix(unix) => match this.apart(unix, (place.slot(), held.clone())) {
+                    Ok(stream) => (stream, asking),
+                    Err(e) => {
+                        tracing::debug!(error = %e, "no pair for a client");
+                        this.make_room();
+                        return;
+                    }
+                },
+            };
             match (speak, to) {
                 (Speak::Http, _) => proxy::connection(state, client, asking, place).await,
                 (Speak::Socks5, _) => clients::socks5(state, client, asking, place).await,
@@ -311,6 +339,42 @@ impl Fronts {
             }
             drop(held);
         });
+    }
+
+    /// Waits for a handshake, as long as the client has its place; none: the client is not served.
+    async fn opened(
+        &self,
+        opening: impl Future<Output = Result<Opened, NotOpened>>,
+        place: &Place,
+        from: SocketAddr,
+        speak: Speak,
+    ) -> Option<Opened> {
+        let given_up = || async {
+            tokio::select! {
+                () = place.evicted.cancelled() => {}
+                () = self.state.stop.cancelled() => {}
+            }
+        };
+        let opened = tokio::select! {
+            opened = opening => opened,
+            () = given_up() => return None,
+        };
+        let why = match opened {
+            Ok(opened) => return Some(opened),
+            Err(NotOpened::Silent) => return None,
+            Err(why) => why,
+        };
+        let error = adit_names::escape(&why.to_string()).to_string();
+        tracing::info!(client = %from, error, "TLS handshake failed");
+        if let (NotOpened::Plain(mut client), Speak::Http) = (why, speak) {
+            let https = "this listener speaks TLS: the proxy's address begins with https://";
+            let why = Problem::malformed(https);
+            tokio::select! {
+                _ = linger::end(&mut client, Some(&why), true) => {}
+                () = given_up() => {}
+            }
+        }
+        None
     }
 
     /// Puts a pair between a client of a Unix socket and whoever serves it. `held` is dropped once the client's socket is closed,
@@ -339,13 +403,15 @@ impl Fronts {
     }
 
     /// Says why there is no connection to be had, whatever was asked.
-    fn refuse(&self, accepted: Accepted, speak: Speak) {
+    fn refuse(&self, accepted: Accepted, front: &Front) {
         let Ok(slot) = self.refusals.clone().try_acquire_owned() else {
             return;
         };
         let why = format!("this client has {} connections open", self.clients.max());
         let why = Problem::from(Refusal::busy(why));
-        let why = (speak == Speak::Http).then_some(why);
+        // Nobody shakes hands for that.
+        let is_plain = front.speak == Speak::Http && self.state.tls.terms(front.nth).is_none();
+        let why = is_plain.then_some(why);
         let stop = self.state.stop.clone();
         let Accepted::Tcp(mut client, _) = accepted else {
             // It is closed elsewhere, with what it may have passed.

@@ -3,9 +3,9 @@
 //! ```text
 //!  client ═══ pump ═══ pair ─ the other end: read as HTTP here, then handed to the port process like a TCP socket
 //! ```
-//! Whoever uses a Unix socket can pass descriptors over it, which a port process would close, and a close may take long; so
-//! aditd receives them, and closes them elsewhere. The port process has the pair's other end, and may pass some as well. Such a
-//! client's tunnels end when aditd's worker ends.
+//! It is one who speaks TLS, or who uses a Unix socket. Whoever does the latter can pass descriptors over it, which a port process
+//! would close, and a close may take long; so aditd receives them, and closes them elsewhere. The port process has the pair's other
+//! end, and may pass some as well. Such a client's tunnels end when aditd's worker ends.
 //!
 //! | over | the other direction goes on until |
 //! |---|---|
@@ -16,12 +16,13 @@
 //! then so does this. After the client's own end of sending these two look alike.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use adit_channel::socket_end;
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 
@@ -36,13 +37,29 @@ const GONE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a client may take nothing of what is left, once nobody is at the other end of the pair.
 const TAKE_LIMIT: Duration = Duration::from_secs(300);
 
-/// Carries both directions until both have ended, or one broke off: then what is left of `client` is dropped. `socket` is a
-/// duplicate of the client's, if that shows whether the client has gone; whoever calls closes it.
-pub async fn pump(client: impl AsyncRead + AsyncWrite, pair: Socket, socket: Option<&OwnedFd>) {
+/// How long a connection is silent before TCP asks, and how often it asks then.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+
+/// Has TCP find out whether the other end, which has ended its sending, is there.
+pub fn keep_asking(client: impl AsFd) {
+    // Other sockets know of themselves. Without it, what is sent finds out.
+    let _ = sockopt::set_tcp_keepidle(&client, KEEP_ALIVE)
+        .and_then(|()| sockopt::set_tcp_keepintvl(&client, KEEP_ALIVE))
+        .and_then(|()| sockopt::set_socket_keepalive(&client, true));
+}
+
+/// Carries both directions until both have ended, or one broke off: then what is left of `client` is to be dropped. `socket` is a
+/// duplicate of the client's, if that shows whether the client has gone; whoever calls closes it. Returns whether the client was
+/// told the orderly end of what is for it.
+pub async fn pump(
+    client: impl AsyncRead + AsyncWrite,
+    pair: Socket,
+    socket: Option<&OwnedFd>,
+) -> bool {
     let (from_client, to_client) = tokio::io::split(client);
-    let ended = AtomicBool::new(false);
+    let (ended, said) = (AtomicBool::new(false), AtomicBool::new(false));
     let mut forth = pin!(forth(from_client, &pair, &ended));
-    let mut back = pin!(back(&pair, to_client, &ended));
+    let mut back = pin!(back(&pair, to_client, &ended, &said));
     let carried = tokio::select! {
         carried = &mut forth => match carried {
             Ok(()) => tokio::select! {
@@ -62,6 +79,7 @@ pub async fn pump(client: impl AsyncRead + AsyncWrite, pair: Socket, socket: Opt
     if let Err(e) = carried {
         tracing::debug!(error = %e, "a client's connection broke off");
     }
+    said.load(Ordering::Relaxed)
 }
 
 async fn forth(
@@ -88,12 +106,17 @@ async fn back(
     pair: &Socket,
     mut to: impl AsyncWrite + Unpin,
     ended: &AtomicBool,
+    said: &AtomicBool,
 ) -> io::Result<()> {
     let mut piece = vec![0; PIECE];
     loop {
         let n = pair.receive(&mut piece).await?;
         if n > 0 {
-            let mut taken = pin!(to.write_all(&piece[..n]));
+            let mut taken = pin!(async {
+                to.write_all(&piece[..n]).await?;
+                // TLS keeps what the socket had no room for, and more may never come.
+                to.flush().await
+            });
             loop {
                 match timeout(TAKE_LIMIT, &mut taken).await {
                     Ok(taken) => break taken?,
@@ -109,7 +132,9 @@ async fn back(
         if !ended.load(Ordering::Relaxed) && socket_end::is_closed(pair.stream()) {
             return Err(io::ErrorKind::ConnectionReset.into());
         }
-        return to.shutdown().await;
+        to.shutdown().await?;
+        said.store(true, Ordering::Relaxed);
+        return Ok(());
     }
 }
 
@@ -118,6 +143,7 @@ async fn gone(socket: Option<&OwnedFd>) {
     let Some(socket) = socket else {
         return std::future::pending().await;
     };
+    keep_asking(socket);
     while !socket_end::is_closed(socket) {
         sleep(LOOK).await;
     }

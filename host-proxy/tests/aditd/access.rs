@@ -13,31 +13,31 @@ use serde_json::Value;
 use crate::host::{Answer, Control, HANG, Host, NO_GRANTS, Port};
 
 /// No user of the host has it.
-const UID: u32 = 54_321;
+pub const UID: u32 = 54_321;
 
 /// A host with the VMs `a` and `b`, and these sections.
 fn started(more: &str) -> (Host, Vec<Port>) {
     Host::serving(&[("a", 3), ("b", 4)], more)
 }
 
-fn grant(to: &str, vms: &str, may: &str) -> String {
+pub fn grant(to: &str, vms: &str, may: &str) -> String {
     format!("[[grant]]\nto = [{to}]\nvms = [{vms}]\nmay = [{may}]\n")
 }
 
 /// Sections that have another listener in the run directory, or on loopback.
-fn listen(address: &str, speak: &str, more: &str) -> String {
+pub fn listen(address: &str, speak: &str, more: &str) -> String {
     format!("[[listen]]\naddress = \"{address}\"\nspeak = \"{speak}\"\n{more}\n")
 }
 
 /// Address of the other listener.
-fn other(host: &Host) -> String {
+pub fn other(host: &Host) -> String {
     let addresses =
         fs::read_to_string(host.state_dir().with_file_name("run").join("listen.addr")).unwrap();
     addresses.trim().to_owned()
 }
 
 /// The guest of a VM: answers every request with `ok`.
-fn serve(control: &Control) -> std::thread::JoinHandle<Vec<u8>> {
+pub fn serve(control: &Control) -> std::thread::JoinHandle<Vec<u8>> {
     let control = control.try_clone().unwrap();
     std::thread::spawn(move || {
         let (mut guest, mut said) = control.tunnel();
@@ -58,7 +58,7 @@ fn serve(control: &Control) -> std::thread::JoinHandle<Vec<u8>> {
 }
 
 /// curl as this user. None: there is no curl.
-fn curl(uid: u32, args: &[&str]) -> Option<(u16, String)> {
+pub fn curl(uid: u32, args: &[&str]) -> Option<(u16, String)> {
     let mut command = Command::new("curl");
     command
         .args([
@@ -95,7 +95,7 @@ fn proxy(host: &Host) -> String {
 }
 
 /// The lines of the audit, once there are so many.
-fn audit(host: &Host, lines: usize) -> Vec<Value> {
+pub fn audit(host: &Host, lines: usize) -> Vec<Value> {
     let path = host.state_dir().join("aditd.audit");
     host.until("the audit is written", |_| {
         let text = fs::read_to_string(&path).unwrap_or_default();
@@ -108,7 +108,7 @@ fn audit(host: &Host, lines: usize) -> Vec<Value> {
 }
 
 /// Asks over the proxy's listener, and hears the whole answer.
-fn asked(mut client: impl Read + Write, request: &str) -> Answer {
+pub fn asked(mut client: impl Read + Write, request: &str) -> Answer {
     client.write_all(request.as_bytes()).unwrap();
     let mut said = Vec::new();
     client.read_to_end(&mut said).unwrap();

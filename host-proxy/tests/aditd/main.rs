@@ -36,6 +36,7 @@ mod reload;
 mod server;
 mod smuggle;
 mod tasks;
+mod tls;
 mod trust;
 mod tunnel;
 mod upgrade;

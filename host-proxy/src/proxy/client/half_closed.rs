@@ -21,18 +21,16 @@ use std::time::Duration;
 
 use adit_channel::socket_end;
 use futures_util::FutureExt;
-use rustix::net::sockopt;
 use tokio::io::Interest;
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use crate::front::pump;
 use crate::front::stream::Stream;
 
 /// How long an answer may take before a client that ended its sending is asked whether it is there.
 const ASK_AFTER: Duration = Duration::from_secs(3);
 /// How often it is looked at: after an end of file, epoll says nothing of a reset that tokio would pass on.
 const LOOK: Duration = Duration::from_secs(1);
-/// How long the connection is silent before TCP asks, and how often it asks then.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Any client of HTTP/1.1 skips it.
 pub(super) const INTERIM: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
@@ -82,10 +80,7 @@ pub(super) struct HalfClosed {
 impl HalfClosed {
     /// From now on.
     pub(super) fn new(client: &Stream) -> Self {
-        // Without them, the answer's bytes still find a client that is gone.
-        let _ = sockopt::set_tcp_keepidle(client, KEEP_ALIVE)
-            .and_then(|()| sockopt::set_tcp_keepintvl(client, KEEP_ALIVE))
-            .and_then(|()| sockopt::set_socket_keepalive(client, true));
+        pump::keep_asking(client);
         let since = Instant::now();
         Self {
             since,
