@@ -269,7 +269,13 @@ impl Fronts {
     }
 
     /// Serves a client that has its share, once there is a place.
-    async fn let_in(self: &Arc<Self>, front: &Front, accepted: Accepted, whose: Whose, asking: Asking) {
+    async fn let_in(
+        self: &Arc<Self>,
+        front: &Front,
+        accepted: Accepted,
+        whose: Whose,
+        asking: Asking,
+    ) {
         let share = self.clients.take(whose.clone());
         let of_carried = match accepted.is_carried() {
             true => self.of_carried.take(whose).map(Some),

@@ -122,10 +122,10 @@ fn the_table_of_metrics_is_what_is_scraped() {
     let table = adit_host_proxy::metrics::METRICS;
     for metric in table {
         let family = metric.name.trim_end_matches("_total");
-        let kind = if family == metric.name {
-            "gauge"
-        } else {
-            "counter"
+        let kind = match metric.name {
+            "adit_vm_dial_seconds" | "adit_vm_first_byte_seconds" => "histogram",
+            name if name == family => "gauge",
+            _ => "counter",
         };
         assert!(
             text.contains(&format!("# TYPE {family} {kind}\n")),

@@ -104,7 +104,19 @@ fn r110_tunnels_of_one_user_over_a_unix_socket_leave_others_theirs_and_nothing_b
     assert_eq!(client.read(&mut [0]).unwrap(), 1);
     drop((client, guest, tunnels, refused));
     none_left(&host, before);
-    let _client = connect(&path);
+    // Its share is given back once the sockets are closed; until then it is turned away.
+    let _client = host.until("it has places again", |_| {
+        let mut client = connect(&path);
+        client.set_nonblocking(true).unwrap();
+        let begin = std::time::Instant::now();
+        while begin.elapsed() < std::time::Duration::from_millis(200) {
+            if client.read(&mut [0]).is_ok() {
+                return None;
+            }
+            std::thread::yield_now();
+        }
+        Some(client)
+    });
     control.tunnel();
 }
 
@@ -113,6 +125,15 @@ fn r108_a_client_of_a_unix_socket_that_stays_after_its_refusal_keeps_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (path, address) = in_dir(dir.path());
     let (host, _ports) = started("", &address, "");
+    // The first denial opens the audit.
+    let mut denied = host.proxy();
+    denied
+        .write_all(b"GET http://x/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    denied.read_to_end(&mut Vec::new()).unwrap();
+    drop(denied);
+    let audit = host.state_dir().join("aditd.audit");
+    host.until("the audit is open", |_| audit.exists().then_some(()));
     let before = kinds::open_in(host.worker()).len();
     let stay: Vec<_> = [true, false]
         .into_iter()

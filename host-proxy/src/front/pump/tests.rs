@@ -8,7 +8,7 @@ use super::*;
 const HANG: Duration = Duration::from_secs(30);
 
 /// A pump between a client and a pair: the client, the pair's other end, and the pump.
-fn pumping() -> (UnixStream, UnixStream, tokio::task::JoinHandle<()>) {
+fn pumping() -> (UnixStream, UnixStream, tokio::task::JoinHandle<bool>) {
     let (client, near) = StdUnixStream::pair().unwrap();
     let (far, pair) = StdUnixStream::pair().unwrap();
     let socket = OwnedFd::from(near.try_clone().unwrap());
