@@ -189,15 +189,16 @@ impl Callers {
                 ..Person::default()
             })
         };
-        let Some(known) = self.asked(uid) else {
-            return by_number();
-        };
+        self.look_up(uid).await.unwrap_or_else(by_number)
+    }
+
+    /// What the user database says of a user; none: it does not answer.
+    pub async fn look_up(self: &Arc<Self>, uid: u32) -> Option<Arc<Person>> {
+        let known = self.asked(uid)?;
         // Of one that takes longer, nobody waits for the same again.
         let limit = tokio::time::Instant::from_std(known.since) + LIMIT;
-        match tokio::time::timeout_at(limit, known.person.wait()).await {
-            Ok(Some(person)) => person.clone(),
-            Ok(None) | Err(_) => by_number(),
-        }
+        let person = tokio::time::timeout_at(limit, known.person.wait()).await;
+        person.ok()?.clone()
     }
 
     /// What is known of a user, or will be; none: too many are asked for.

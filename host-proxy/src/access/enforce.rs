@@ -11,15 +11,18 @@ use std::time::Duration;
 use adit_names::VmId;
 use adit_port::control::TUNNELS_MAX;
 
-use super::Subject;
 use super::decide::Verb;
 use super::tag::Tag;
+use super::{Caller, Subject};
 use crate::link::Link;
 use crate::state::State;
 use crate::vm::VmEntry;
 
 /// How long it takes at most until it is looked whether the time of a grant or a token is over.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// How long until tunnels of users of whom the user database says nothing are judged again.
+const AGAIN: Duration = Duration::from_secs(5);
 
 /// Judges until told to stop.
 pub async fn keep(state: Arc<State>) {
@@ -60,15 +63,16 @@ fn ended_between(state: &State, from_ms: i64, to_ms: i64) -> bool {
 
 /// Judges the tunnels of one VM.
 async fn judge(state: &State, vm: &VmEntry, link: &Link) {
-    let mut after = 0;
+    let (mut after, mut is_unknown) = (0, false);
     while let Some(page) = link.tunnels(after).await {
         let mut gone = Vec::new();
         for (number, tag) in &page.tunnels {
             after = after.max(*number);
-            if let Some(tag) = Tag::read(tag)
-                && !may_go_on(state, vm, &tag).await
-            {
-                gone.push(*number);
+            let Some(tag) = Tag::read(tag) else { continue };
+            match judged(state, vm, &tag).await {
+                Judged::GoesOn => {}
+                Judged::Ends => gone.push(*number),
+                Judged::Unknown => is_unknown = true,
             }
         }
         let is_over = page.last || page.tunnels.is_empty();
@@ -77,29 +81,47 @@ async fn judge(state: &State, vm: &VmEntry, link: &Link) {
             link.end_tunnels(gone.to_vec()).await;
         }
         if is_over {
-            return;
+            break;
         }
+    }
+    if is_unknown {
+        tokio::time::sleep(AGAIN).await;
+        state.access_changed.notify_one();
     }
 }
 
-async fn may_go_on(state: &State, vm: &VmEntry, tag: &Tag) -> bool {
+/// What becomes of a tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Judged {
+    GoesOn,
+    Ends,
+    /// Its user's groups may decide, and the user database does not answer: it goes on until that does.
+    Unknown,
+}
+
+async fn judged(state: &State, vm: &VmEntry, tag: &Tag) -> Judged {
     let (tokens, now_ms) = (state.callers.tokens(), state.now_ms());
-    let mut caller = tag.caller(|name| match name {
+    let caller = tag.caller(|name| match name {
         Subject::Token(token) => tokens.has(token, now_ms),
         _ => true,
     });
-    if let Some(uid) = tag.uid() {
-        caller = caller.with_groups(state.callers.person(uid).await.as_ref());
-    }
-    let verb = Verb::Reach(tag.target());
-    let grants = state.grants();
+    let (verb, grants) = (Verb::Reach(tag.target()), state.grants());
     // The VM's own lists are about new streams.
-    let granted = vm.viewed(|vm| grants.granted(&caller, verb, vm, now_ms).is_ok());
-    if !granted {
-        let (word, target) = verb.words();
-        // By the name that it had then.
-        let caller = tag.caller(|_| true);
-        state.denied(&caller, word, vm.name.as_str(), &target, "grant-gone");
+    let is_granted =
+        |caller: &Caller| vm.viewed(|vm| grants.granted(caller, verb, vm, now_ms).is_ok());
+    if is_granted(&caller) {
+        return Judged::GoesOn;
     }
-    granted
+    if let Some(uid) = tag.uid() {
+        match state.callers.look_up(uid).await {
+            Some(person) if is_granted(&caller.with_groups(&person)) => return Judged::GoesOn,
+            Some(_) => {}
+            None => return Judged::Unknown,
+        }
+    }
+    let (word, target) = verb.words();
+    // By the name that it had then.
+    let caller = tag.caller(|_| true);
+    state.denied(&caller, word, vm.name.as_str(), &target, "grant-gone");
+    Judged::Ends
 }
