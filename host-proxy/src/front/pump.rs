@@ -9,7 +9,7 @@
 //!
 //! | over | the other direction goes on until |
 //! |---|---|
-//! | the client's sending | the pair ends; or the client has gone, and what it sent had [`GONE_LIMIT`] to arrive |
+//! | the client's sending | the pair ends; or the client has gone, and what it sent had `GONE_LIMIT` to arrive |
 //! | the pair's | the client ends its sending; or the pair is closed whole, so that nobody reads it |
 //!
 //! Each side's end of sending is passed on as such. Where the pair is closed whole without it, the port process has broken off:
