@@ -260,8 +260,11 @@ fn unpack(package: &str, cache: &Path, tree: &Path) -> anyhow::Result<()> {
         fs::create_dir_all(part.join("lib"))?;
         fs::rename(usr_lib, lib)?;
     }
-    fs::rename(part, tree)?;
-    Ok(())
+    match fs::rename(part, tree) {
+        // Another test was quicker, with the same.
+        Err(_) if tree.exists() => Ok(()),
+        renamed => Ok(renamed?),
+    }
 }
 
 /// Extracts the ELF image from a bzImage (Linux Documentation/arch/x86/boot.rst: setup_sects, payload_offset, payload_length).

@@ -107,7 +107,10 @@ scrape_configs:
 
     // Its guest is not up, and the proxy says so: the scrape went through it, to the VM.
     let target = wait_for("a target by http_sd", LIMIT, || {
-        let all = get(&format!("http://{at}/api/v1/targets?state=active"))?;
+        // Until it is ready it says so in plain text.
+        let Ok(all) = get(&format!("http://{at}/api/v1/targets?state=active")) else {
+            return Ok(None);
+        };
         let all = all["data"]["activeTargets"].as_array().cloned();
         let mut node = all.unwrap_or_default();
         node.retain(|target| target["scrapePool"] == "node");

@@ -374,11 +374,11 @@ pub struct NewVm {
 pub struct VmChange {
     /// Guest TCP ports that may be reached from now on. Streams that are open go on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", schema(schema_with = openapi::ports, required = false))]
+    #[cfg_attr(feature = "openapi", schema(schema_with = openapi::new_ports, required = false))]
     pub allow: Option<Vec<u16>>,
     /// Plain AF_VSOCK ports that may be reached from now on. Streams that are open go on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", schema(schema_with = openapi::vsock_ports, required = false))]
+    #[cfg_attr(feature = "openapi", schema(schema_with = openapi::new_vsock_ports, required = false))]
     pub allow_vsock: Option<Vec<u32>>,
     /// Microseconds that its port process polls before it sleeps. The port process has it after `POST …/reload`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

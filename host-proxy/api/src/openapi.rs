@@ -18,6 +18,27 @@ fn numbers(min: u64, max: u64) -> RefOr<Schema> {
         .into()
 }
 
+/// The same or `null`, where nothing is changed.
+fn or_null(schema: RefOr<Schema>) -> RefOr<Schema> {
+    match schema {
+        RefOr::T(Schema::Array(mut array)) => {
+            array.schema_type = SchemaType::from_iter([Type::Array, Type::Null]);
+            array.into()
+        }
+        other => other,
+    }
+}
+
+/// [`ports`] of a change.
+pub(crate) fn new_ports() -> RefOr<Schema> {
+    or_null(ports())
+}
+
+/// [`vsock_ports`] of a change.
+pub(crate) fn new_vsock_ports() -> RefOr<Schema> {
+    or_null(vsock_ports())
+}
+
 /// TCP ports.
 pub(crate) fn ports() -> RefOr<Schema> {
     numbers(1, u16::MAX.into())
