@@ -138,11 +138,13 @@ fn r125_a_tunnel_is_broken_off_when_its_grant_is_taken_away_and_others_go_on() {
     echoes(&mut kept);
     host.launch().unwrap();
     assert_eq!(end(kept), Some(ErrorKind::ConnectionReset));
-    let audit = std::fs::read_to_string(host.dir().join("state/aditd.audit")).unwrap();
-    assert!(
-        audit.contains("\"grant-gone\"") && audit.contains("token:ci"),
-        "{audit}"
-    );
+    // A thread of its own writes it.
+    wait_for("the audit", SOON, || {
+        let audit = std::fs::read_to_string(host.dir().join("state/aditd.audit"))?;
+        let is_there = audit.contains("\"grant-gone\"") && audit.contains("token:ci");
+        Ok(is_there.then_some(()))
+    })
+    .unwrap();
 }
 
 #[test]
