@@ -40,12 +40,23 @@ impl Host {
     /// # Errors
     /// As [`Host::start`].
     pub fn start_with(bins: &Path, vms: &[&str], more: &str) -> anyhow::Result<Self> {
+        Self::start_on(bins, |run, state| config(run, state, vms, more))
+    }
+
+    /// The same with programs of a version that knows no grants; [`upgrade`](Self::upgrade) writes one.
+    ///
+    /// # Errors
+    /// As [`Host::start`].
+    pub fn start_before(bins: &Path, vms: &[&str]) -> anyhow::Result<Self> {
+        Self::start_on(bins, |run, state| {
+            config(run, state, vms, "").replace(GRANT, "")
+        })
+    }
+
+    fn start_on(bins: &Path, config: impl Fn(&Path, &Path) -> String) -> anyhow::Result<Self> {
         let dir = directory()?;
         let (run, state) = (dir.path().join("run"), dir.path().join("state"));
-        fs::write(
-            dir.path().join("aditd.toml"),
-            config(&run, &state, vms, more),
-        )?;
+        fs::write(dir.path().join("aditd.toml"), config(&run, &state))?;
         let mut host = Self {
             aditd: None,
             systemd: None,
@@ -170,9 +181,18 @@ impl Host {
         Ok(said.trim().to_owned())
     }
 
-    /// The next [`launch`](Self::launch) starts the programs of this directory, on the same files.
-    pub fn upgrade(&mut self, bins: &Path) {
+    /// The next [`launch`](Self::launch) starts the programs of this directory, on the same files, with the grant that they need.
+    ///
+    /// # Errors
+    /// The configuration cannot be written.
+    pub fn upgrade(&mut self, bins: &Path) -> anyhow::Result<()> {
         self.bins = bins.to_owned();
+        let path = self.dir.path().join("aditd.toml");
+        let text = fs::read_to_string(&path)?;
+        if !text.contains(GRANT) {
+            fs::write(path, text + GRANT)?;
+        }
+        Ok(())
     }
 
     /// Kills aditd with SIGKILL: its monitor and its worker.
@@ -363,12 +383,14 @@ fn directory() -> std::io::Result<tempfile::TempDir> {
     tempfile::Builder::new().prefix("adit-").tempdir()
 }
 
+/// Lets everybody use what VMs allow.
+const GRANT: &str = "[[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach\", \"see\"]\n";
+
 /// aditd's configuration with these VMs, and `more` for each of them.
 fn config(run: &Path, state: &Path, vms: &[&str], more: &str) -> String {
     let (run, state) = (run.display(), state.display());
     let mut config = format!(
-        "run_dir = \"{run}\"\nstate_dir = \"{state}\"\n[proxy]\nlisten = \"127.0.0.1:0\"\n\
-         [[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach\", \"see\"]\n"
+        "run_dir = \"{run}\"\nstate_dir = \"{state}\"\n[proxy]\nlisten = \"127.0.0.1:0\"\n{GRANT}"
     );
     for (cid, name) in (3..).zip(vms) {
         config.push_str(&format!(

@@ -41,7 +41,7 @@ fn a_guest_of_the_version_before_does_the_main_job_on_this_host() {
 #[test]
 fn a_host_of_the_version_before_serves_this_guest_and_is_upgraded_under_it() {
     let Some(bins) = bins() else { return };
-    let host = Host::start(&before::programs().unwrap(), &["web-1"]).unwrap();
+    let host = Host::start_before(&before::programs().unwrap(), &["web-1"]).unwrap();
     let mut setup = boot(Kernel::V6_1, host, "", false);
     main_job(&setup, "host-before");
     let mut tunnel = connect(setup.host.proxy(), "web-1:7").unwrap();
@@ -54,7 +54,7 @@ fn a_host_of_the_version_before_serves_this_guest_and_is_upgraded_under_it() {
     talk(b"to the version before");
 
     setup.host.kill();
-    setup.host.upgrade(&bins);
+    setup.host.upgrade(&bins).unwrap();
     setup.host.launch().unwrap();
     setup.wait_agent();
     talk(b"the port process of the version before has it still");
