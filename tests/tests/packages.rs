@@ -214,7 +214,8 @@ fn the_agent_is_enabled_at_once_and_started_when_it_has_a_configuration() {
     assert!(left.is_empty(), "{left:#?}");
 }
 
-const CONFIG: &str = "[proxy]\nlisten = \"127.0.0.1:0\"\n[[vm]]\nname = \"a\"\n";
+const CONFIG: &str = "[proxy]\nlisten = \"127.0.0.1:0\"\n\
+    [[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach\"]\n[[vm]]\nname = \"a\"\n";
 
 /// The proxy's address, when aditd has written it.
 fn proxy(root: &Root) -> std::net::SocketAddr {
