@@ -139,12 +139,13 @@ impl Link {
         let _ = self.outbox.send(Frame::Plain(release)).await;
     }
 
-    /// The tunnels with a tag behind a number. None: the port process is of an older build and knows none, or has gone, or another
-    /// one asks at the same time.
+    /// Whether the port process lists its tunnels: an older build does not.
+    pub fn lists_tunnels(&self) -> bool {
+        self.lists.load(Ordering::Relaxed)
+    }
+
+    /// The tunnels with a tag behind a number; one asks at a time. None: the port process has gone, or does not answer.
     pub async fn tunnels(&self, after: u64) -> Option<Tunnels> {
-        if !self.lists.load(Ordering::Relaxed) {
-            return None;
-        }
         let (tell, told) = oneshot::channel();
         *self.listing() = Some(tell);
         let ask = Message::ListTunnels(ListTunnels { after });

@@ -82,14 +82,22 @@ impl Backoff {
 }
 
 /// Follows a VM's port process until the VM is removed, and ends it then.
-pub async fn supervise(vm: Arc<VmEntry>, monitor: Monitor, on_incoming: impl Fn(Incoming, Passed)) {
+///
+/// `on_serving` is called once a port process serves it.
+pub async fn supervise(
+    vm: Arc<VmEntry>,
+    monitor: Monitor,
+    on_incoming: impl Fn(Incoming, Passed),
+    on_serving: impl Fn(),
+) {
     let mut backoff = Backoff::default();
     while !vm.removed.is_cancelled() {
         let (ended, ran) = match reach(&vm, &monitor).await {
             Ok(connected) => {
                 let begin = tokio::time::Instant::now();
                 let is_new = connected.found.is_none();
-                let ended = match follow(&vm, &monitor, connected, &on_incoming).await {
+                let ended = match follow(&vm, &monitor, connected, &on_incoming, &on_serving).await
+                {
                     Ok(true) => Ok(()),
                     // What ended it before it served stands in its log only.
                     Ok(false) if !vm.removed.is_cancelled() => {
@@ -132,6 +140,7 @@ async fn follow(
     monitor: &Monitor,
     connected: Connected,
     on_incoming: &impl Fn(Incoming, Passed),
+    on_serving: &impl Fn(),
 ) -> Result<bool, String> {
     let (link, driver) = Link::new(vm.channel.keeper.closer());
     let Connected {
@@ -150,6 +159,7 @@ async fn follow(
             is_wrong.cancel();
         } else if !known.swap(true, Ordering::Relaxed) {
             vm.channel.begin(link.clone(), process);
+            on_serving();
         }
     };
     let on = |said: Said<'_>| match said {

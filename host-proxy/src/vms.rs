@@ -73,6 +73,8 @@ pub async fn place(state: &State, vm: &VmEntry) {
 async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
     state.desk.greet(vm).await;
     let (for_agents, of_vm) = (state.clone(), vm.clone());
+    // What its port process kept of an earlier aditd's tunnels may have no grant any more.
+    let of_access = state.clone();
     let on_incoming = move |incoming: adit_port::control::Incoming, fd| {
         if incoming.port == hello::PORT {
             services::accept(&for_agents, &of_vm, incoming, fd);
@@ -82,6 +84,7 @@ async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
         vm.clone(),
         state.monitor.clone(),
         on_incoming,
+        move || of_access.access_changed.notify_one(),
     ));
 }
 

@@ -9,28 +9,13 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use adit_tests::host::Host;
 use adit_tests::process::wait_for;
-use echo::{ECHO, Echo};
+use echo::{ECHO, started};
 
 const SOON: Duration = Duration::from_secs(30);
-
-fn started() -> Option<(Host, Echo)> {
-    let Some(bins) = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from) else {
-        println!(
-            "skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it"
-        );
-        return None;
-    };
-    let host = Host::start(&bins, &["a"]).unwrap();
-    host.wait_port("a").unwrap();
-    let guest = Echo::boot(&host.vhost_socket("a"));
-    wait_for("the guest", SOON, || Ok(echo::connect(host.proxy()))).unwrap();
-    Some((host, guest))
-}
 
 /// Has aditd read a changed configuration, and waits until it has.
 fn reload(host: &Host, change: impl Fn(String) -> String) {
@@ -83,7 +68,7 @@ fn end(mut client: impl Read) -> Option<ErrorKind> {
 
 #[test]
 fn r125_a_tunnel_is_broken_off_when_its_grant_is_taken_away_and_others_go_on() {
-    let Some((host, _guest)) = started() else {
+    let Some((host, _guest, _)) = started() else {
         return;
     };
     // By another name than the one that is taken away.
@@ -149,7 +134,7 @@ fn r125_a_tunnel_is_broken_off_when_its_grant_is_taken_away_and_others_go_on() {
 
 #[test]
 fn a_tunnel_over_a_unix_socket_ends_with_its_grants_time() {
-    let Some((mut host, _guest)) = started() else {
+    let Some((mut host, _guest, _)) = started() else {
         return;
     };
     let dir = tempfile::tempdir().unwrap();

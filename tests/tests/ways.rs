@@ -7,32 +7,14 @@ mod echo;
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use adit_tests::connect::pattern;
 use adit_tests::host::Host;
-use adit_tests::process::{Reaped, wait_for};
-use echo::{ECHO, Echo};
+use adit_tests::process::Reaped;
+use echo::{ECHO, started};
 use nix::sys::signal::Signal;
-
-const SOON: Duration = Duration::from_secs(30);
-
-/// aditd with the VM `a`, whose guest echoes, and the directory of the programs.
-fn started() -> Option<(Host, Echo, PathBuf)> {
-    let Some(bins) = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from) else {
-        println!(
-            "skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it"
-        );
-        return None;
-    };
-    let host = Host::start(&bins, &["a"]).unwrap();
-    host.wait_port("a").unwrap();
-    let guest = Echo::boot(&host.vhost_socket("a"));
-    wait_for("the guest", SOON, || Ok(echo::connect(host.proxy()))).unwrap();
-    Some((host, guest, bins))
-}
 
 fn adit(bins: &Path, host: &Host, args: &[&str]) -> Child {
     Command::new(bins.join("adit"))

@@ -5,6 +5,7 @@
 //! `aditd`. A change that comes while this is done is judged after it.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -18,53 +19,100 @@ use crate::link::Link;
 use crate::state::State;
 use crate::vm::VmEntry;
 
-/// How long it takes at most until it is looked whether the time of a grant or a token is over.
-const LOOK: Duration = Duration::from_millis(500);
-
-/// How long until tunnels of users of whom the user database says nothing are judged again.
+/// How long until what could not be judged is judged again: the user database, or a port process, did not answer.
 const AGAIN: Duration = Duration::from_secs(5);
+/// Longest sleep, for a clock that is set meanwhile.
+const SLEEP_MAX: Duration = Duration::from_secs(60);
+
+/// Judgements of one VM: one at a time, and one more that waits. That one sees what every later one would.
+#[derive(Debug, Default)]
+struct Turn {
+    one: tokio::sync::Mutex<()>,
+    waits: AtomicBool,
+}
 
 /// Judges until told to stop.
 pub async fn keep(state: Arc<State>) {
     let mut judged_ms = state.now_ms();
-    let mut known = HashMap::<VmId, Weak<Link>>::new();
+    let mut known = HashMap::<VmId, (Weak<Link>, Arc<Turn>)>::new();
     loop {
         let changed = tokio::select! {
             () = state.access_changed.notified() => true,
-            () = tokio::time::sleep(LOOK) => false,
+            () = tokio::time::sleep(until_an_end(&state, judged_ms)) => false,
         };
         let now_ms = state.now_ms();
-        let changed = changed || ended_between(&state, judged_ms, now_ms);
-        known.retain(|_, link| link.strong_count() > 0);
-        for vm in state.registry.all() {
-            let Some(link) = vm.channel.link() else {
-                continue;
-            };
-            let is_known = |known: &Weak<Link>| std::ptr::eq(known.as_ptr(), Arc::as_ptr(&link));
-            if known.get(&vm.name).is_some_and(is_known) && !changed {
-                continue;
+        if changed || ends(&state).any(|end| judged_ms < end && end <= now_ms) {
+            known.retain(|_, (link, _)| link.strong_count() > 0);
+            for vm in state.registry.all() {
+                if let Some(link) = vm.channel.link() {
+                    let turn = turn_of(&mut known, &vm.name, &link);
+                    spawn_judgement(state.clone(), vm, link, turn);
+                }
             }
-            known.insert(vm.name.clone(), Arc::downgrade(&link));
-            // One port process that does not answer holds up no other VM.
-            let state = state.clone();
-            tokio::spawn(async move { judge(&state, &vm, &link).await });
         }
         judged_ms = now_ms;
     }
 }
 
-/// Whether the time of a grant or a token ended in this time. A clock that was set back ends nothing twice.
-fn ended_between(state: &State, from_ms: i64, to_ms: i64) -> bool {
-    let is_between = |until: i64| from_ms < until && until <= to_ms;
+fn turn_of(
+    known: &mut HashMap<VmId, (Weak<Link>, Arc<Turn>)>,
+    vm: &VmId,
+    link: &Arc<Link>,
+) -> Arc<Turn> {
+    match known.get(vm) {
+        Some((of, turn)) if std::ptr::eq(of.as_ptr(), Arc::as_ptr(link)) => turn.clone(),
+        _ => {
+            let turn = Arc::<Turn>::default();
+            known.insert(vm.clone(), (Arc::downgrade(link), turn.clone()));
+            turn
+        }
+    }
+}
+
+/// One port process that does not answer holds up no other VM.
+fn spawn_judgement(state: Arc<State>, vm: Arc<VmEntry>, link: Arc<Link>, turn: Arc<Turn>) {
+    if turn.waits.swap(true, Ordering::AcqRel) {
+        return;
+    }
+    tokio::spawn(async move {
+        let _one = turn.one.lock().await;
+        turn.waits.store(false, Ordering::Release);
+        judge(&state, &vm, &link).await;
+    });
+}
+
+/// When grants and tokens end, Unix time.
+fn ends(state: &State) -> impl Iterator<Item = i64> {
     let grants = state.grants();
-    let mut ends = grants.all().iter().filter_map(|grant| grant.until_ms);
-    ends.any(is_between) || state.callers.tokens().ends().any(is_between)
+    let of_grants: Vec<_> = grants
+        .all()
+        .iter()
+        .filter_map(|grant| grant.until_ms)
+        .collect();
+    let of_tokens: Vec<_> = state.callers.tokens().ends().collect();
+    of_grants.into_iter().chain(of_tokens)
+}
+
+/// How long until the first end behind that time.
+fn until_an_end(state: &State, judged_ms: i64) -> Duration {
+    let next = ends(state).filter(|end| *end > judged_ms).min();
+    let left = next.map(|end| end.saturating_sub(state.now_ms()));
+    let left = left.map(|ms| Duration::from_millis(u64::try_from(ms).unwrap_or(0)));
+    left.unwrap_or(SLEEP_MAX).min(SLEEP_MAX)
 }
 
 /// Judges the tunnels of one VM.
-async fn judge(state: &State, vm: &VmEntry, link: &Link) {
+async fn judge(state: &Arc<State>, vm: &VmEntry, link: &Link) {
+    if !link.lists_tunnels() {
+        return;
+    }
     let (mut after, mut is_unknown) = (0, false);
-    while let Some(page) = link.tunnels(after).await {
+    loop {
+        let Some(page) = link.tunnels(after).await else {
+            let is_there = |now: Arc<Link>| std::ptr::eq(Arc::as_ptr(&now), link);
+            is_unknown = vm.channel.link().is_some_and(is_there);
+            break;
+        };
         let mut gone = Vec::new();
         for (number, tag) in &page.tunnels {
             after = after.max(*number);
@@ -85,8 +133,11 @@ async fn judge(state: &State, vm: &VmEntry, link: &Link) {
         }
     }
     if is_unknown {
-        tokio::time::sleep(AGAIN).await;
-        state.access_changed.notify_one();
+        let state = state.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(AGAIN).await;
+            state.access_changed.notify_one();
+        });
     }
 }
 

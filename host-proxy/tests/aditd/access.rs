@@ -8,6 +8,10 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use adit_api::token;
+use adit_host_proxy::access::Caller;
+use adit_host_proxy::access::tag::Tag;
+use adit_port::control::{Target, Tunnels};
+use adit_port::control_io::Message;
 use serde_json::Value;
 
 use crate::host::{Answer, Control, HANG, Host, NO_GRANTS, Port};
@@ -533,4 +537,47 @@ fn a_reload_over_the_api_is_done_when_it_is_answered_and_says_what_became_of_it(
     );
     assert_eq!(reload(&text)["error"], Value::Null);
     assert_eq!(host.api("GET", "/v1/vms/c", "").status, 404);
+}
+
+/// The next frame, which asks for tunnels.
+fn asked_for_tunnels(control: &Control) -> u64 {
+    match control.hear().unwrap().0 {
+        Message::ListTunnels(ask) => ask.after,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn r125_tunnels_are_judged_again_after_a_change_that_comes_while_they_are_judged() {
+    let (host, ports) = started(NO_GRANTS);
+    let control = ports[0].connected_and_lists();
+    let tunnels = |after, tunnels, last| {
+        let page = Tunnels {
+            after,
+            tunnels,
+            last,
+        };
+        control.say(&Message::Tunnels(page), None);
+    };
+    // When it was found: grants may have changed while there was no aditd.
+    assert_eq!(asked_for_tunnels(&control), 0);
+    // Two changes before it answers are judged once, after that.
+    for _ in 0..2 {
+        assert_eq!(host.api("POST", "/v1/reload", "null").status, 200);
+    }
+    tunnels(0, vec![], true);
+    assert_eq!(asked_for_tunnels(&control), 0);
+    let caller = Caller::anonymous("x").with_token("gone");
+    let target = Target::Service(adit_names::ServiceName::tcp(80));
+    let tag = Tag::of(&caller, &target).unwrap();
+    tunnels(0, vec![(3, tag.clone()), (5, vec![0])], false);
+    let ended = |numbers: &[u64]| match control.hear().unwrap().0 {
+        Message::EndTunnels(end) => assert_eq!(end.numbers, numbers),
+        other => panic!("{other:?}"),
+    };
+    ended(&[3]);
+    // Page by page, from the last number on.
+    assert_eq!(asked_for_tunnels(&control), 5);
+    tunnels(5, vec![(9, tag)], true);
+    ended(&[9]);
 }

@@ -15,7 +15,8 @@ use std::time::Duration;
 use adit_channel::frame::{self, Header};
 use adit_channel::hello::{Common, Hello, Open};
 use adit_port::control::{
-    Ask, CONTROL_SOCKET, Connect, Dial, Dialed, FEATURE_CONNECT, Features, Incoming, Status,
+    Ask, CONTROL_SOCKET, Connect, Dial, Dialed, FEATURE_CONNECT, FEATURE_TUNNELS, Features,
+    Incoming, Status,
 };
 use adit_port::control_io::{ControlError, Message, receive, send};
 use adit_tasks::wire::{
@@ -422,6 +423,13 @@ impl Port {
     /// The same with another CID.
     pub fn connected_as(&self, cid: u64) -> Control {
         self.connected_with(cid, Some(FEATURE_CONNECT))
+    }
+
+    /// The same as one that lists its tunnels, and is heard by whoever asks it.
+    pub fn connected_and_lists(&self) -> Control {
+        let control = self.connected_with(self.cid, Some(FEATURE_CONNECT | FEATURE_TUNNELS));
+        self.wait_heard();
+        control
     }
 
     /// The same as a port process of the build before, which says nothing of features.

@@ -7,7 +7,7 @@ mod guest;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -15,6 +15,8 @@ use std::time::Duration;
 
 use adit_channel::port::Notice;
 use adit_channel::sink::Sink;
+use adit_tests::host::Host;
+use adit_tests::process::wait_for;
 use guest::Guest;
 
 const TUNNELS: usize = 100;
@@ -151,4 +153,19 @@ impl Tunnels {
         assert_eq!(bytes.len(), TUNNELS);
         assert!(bytes.iter().all(|n| *n > 3000), "{bytes:?}");
     }
+}
+
+/// aditd with the VM `a`, whose guest echoes, and the directory of the programs.
+pub fn started() -> Option<(Host, Echo, PathBuf)> {
+    let Some(bins) = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from) else {
+        println!(
+            "skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it"
+        );
+        return None;
+    };
+    let host = Host::start(&bins, &["a"]).unwrap();
+    host.wait_port("a").unwrap();
+    let guest = Echo::boot(&host.vhost_socket("a"));
+    wait_for("the guest", SOON, || Ok(connect(host.proxy()))).unwrap();
+    Some((host, guest, bins))
 }
