@@ -3,7 +3,8 @@
 //!
 //! Input: whether there is a default port; the text.
 
-use adit_host_proxy::proxy::authority::parse;
+use adit_host_proxy::proxy::authority;
+use adit_host_proxy::reach::Suffix;
 
 pub fn run(data: &[u8]) {
     let Some((default, text)) = data.split_first() else {
@@ -12,15 +13,13 @@ pub fn run(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(text) else {
         return;
     };
+    let suffix = Suffix::default();
+    let parse = |text: &str, default| authority::parse(&suffix, text, default);
     let default = (default % 2 == 1).then_some(80);
     match parse(text, default) {
         Ok(to) => {
             assert!(!text.contains('@') && text.is_ascii());
-            let what = to.what();
-            let again = match what.strip_prefix("vsock:") {
-                Some(port) => format!("vsock-{port}.{}", to.vm),
-                None => format!("{}:{}", to.vm, what.strip_prefix("tcp:").expect("a port")),
-            };
+            let again = to.authority();
             // Of a name that has its own port, a default changes nothing.
             assert_eq!(parse(&again, Some(1)), Ok(to.clone()));
             assert_eq!(parse(&text.to_ascii_uppercase(), default), Ok(to));

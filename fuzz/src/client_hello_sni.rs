@@ -4,14 +4,14 @@
 //! Input: the client's bytes.
 
 use adit_host_proxy::front::sni::{Hello, read};
-use adit_host_proxy::reach::Destination;
+use adit_host_proxy::reach::{Destination, Suffix};
 
 pub fn run(data: &[u8]) {
     let whole = read(data);
     if let Hello::Named(name) = &whole {
         assert!(name.len() <= 253 && name.is_ascii() && !name.contains(char::is_control));
         // It is refused, or one VM's.
-        if let Ok(to) = Destination::named(name, Some(443)) {
+        if let Ok(to) = Destination::named(&Suffix::default(), name, Some(443)) {
             assert!(name.to_ascii_lowercase().contains(to.vm.as_str()));
         }
     }

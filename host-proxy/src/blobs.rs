@@ -275,10 +275,7 @@ async fn dial(
     let internal = |e: String| Refusal::new(Code::Internal, e);
     let service = service.parse();
     let service = service.map_err(|e: adit_names::NameError| internal(e.to_string()))?;
-    let to = Destination {
-        vm: vm.name.clone(),
-        target: Target::Service(service),
-    };
+    let to = Destination::of(vm.name.clone(), Target::Service(service));
     let arguments = Opaque::try_from(arguments).map_err(|e| internal(e.to_string()))?;
     let extensions = Extensions {
         arguments,

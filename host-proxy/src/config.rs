@@ -7,6 +7,7 @@ mod access;
 mod certificates;
 mod check;
 mod keys;
+mod names;
 mod sources;
 mod summary;
 mod uids;
@@ -28,6 +29,7 @@ pub use certificates::{Files, Pem, Terms};
 pub use check::Problem;
 use check::{Document, Documents};
 pub use keys::{Key, example, keys};
+pub use names::Names;
 pub use sources::Sources;
 pub use uids::UidRange;
 
@@ -87,6 +89,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// The forward proxy.
     pub proxy: Proxy,
+    /// What this host and its VMs are called.
+    pub names: Names,
     /// Metrics over TCP, if wanted.
     pub metrics: Option<Listen>,
     /// Limits.
@@ -275,6 +279,7 @@ impl Default for Config {
             run_dir: "/run/adit".into(),
             state_dir: "/var/lib/adit".into(),
             proxy: Proxy::default(),
+            names: Names::default(),
             metrics: None,
             limits: Limits::default(),
             ports: Ports::default(),
@@ -421,6 +426,7 @@ impl Config {
             ConfigError::Wrong { problems }
         };
         let mut whole = Self::default();
+        let hostname = sources.hostname();
         let (mut documents, mut problems) = (Documents::default(), Vec::new());
         for (nth, (path, text)) in sources.iter().enumerate() {
             let document = match Document::parse(path, text) {
@@ -441,6 +447,7 @@ impl Config {
                 Err(e) => problems.push(check::of_toml(path, text, &e)),
             }
         }
+        whole.names.hostname = hostname.cloned();
         if problems.is_empty() {
             problems = check::compare(&whole, &documents);
         }

@@ -1,6 +1,6 @@
 //! The VMs of this host, by name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -23,6 +23,9 @@ pub enum AddError {
         /// Who has it.
         by: VmId,
     },
+    /// A host has the name.
+    #[error("`{0}` is the name of a host, and hosts and VMs share their names")]
+    HostHasIt(VmId),
     /// [`VMS_MAX`] VMs.
     #[error("there are {VMS_MAX} VMs already")]
     Full,
@@ -33,6 +36,8 @@ pub enum AddError {
 pub struct Registry {
     run_dir: PathBuf,
     vms: RwLock<BTreeMap<VmId, Arc<VmEntry>>>,
+    /// Names of hosts.
+    hosts: RwLock<BTreeSet<VmId>>,
 }
 
 impl Registry {
@@ -41,17 +46,27 @@ impl Registry {
         Self {
             run_dir: run_dir.to_owned(),
             vms: RwLock::default(),
+            hosts: RwLock::default(),
         }
+    }
+
+    /// No VM gets one of these names from now on.
+    pub fn reserve(&self, hosts: impl IntoIterator<Item = VmId>) {
+        *self.hosts.write().unwrap_or_else(PoisonError::into_inner) = hosts.into_iter().collect();
     }
 
     /// Adds a VM.
     ///
     /// # Errors
-    /// Its name or CID is taken, or there are too many.
+    /// Its name or CID is taken, or a host has the name, or there are too many.
     pub fn add(&self, config: VmConfig, origin: Origin) -> Result<Arc<VmEntry>, AddError> {
         let mut vms = self.vms.write().unwrap_or_else(PoisonError::into_inner);
         if vms.contains_key(&config.name) {
             return Err(AddError::NameTaken(config.name));
+        }
+        let hosts = self.hosts.read().unwrap_or_else(PoisonError::into_inner);
+        if hosts.contains(&config.name) {
+            return Err(AddError::HostHasIt(config.name));
         }
         if let Some(other) = vms.values().find(|v| v.cid == config.cid) {
             return Err(AddError::CidTaken {
@@ -110,5 +125,8 @@ mod tests {
         assert!(matches!(taken, Err(AddError::CidTaken { cid: 3, .. })));
         r.remove(&"a".parse().unwrap()).unwrap();
         r.add(vm("b", 3), Origin::Api).unwrap();
+        r.reserve(["c".parse().unwrap()]);
+        let taken = r.add(vm("c", 5), Origin::Api);
+        assert!(matches!(taken, Err(AddError::HostHasIt(_))));
     }
 }

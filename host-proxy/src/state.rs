@@ -1,6 +1,6 @@
 //! What the parts of aditd share.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use adit_names::VmId;
 use adit_tasks::TrustStore;
@@ -29,6 +29,8 @@ use crate::vm::VmEntry;
 pub struct State {
     /// As read at start; of its VMs, [`registry`](Self::registry) has those that are served now.
     pub config: Config,
+    /// This host's own name, once its VMs are known.
+    host: OnceLock<VmId>,
     /// What became of the configuration file since then.
     pub reloads: Reloads,
     /// Whose cards are believed.
@@ -106,6 +108,7 @@ impl State {
             callers,
             audit,
             config,
+            host: OnceLock::new(),
             reloads: Reloads::default(),
             monitor,
             metrics,
@@ -115,6 +118,21 @@ impl State {
             stop: CancellationToken::new(),
             clients: TaskTracker::new(),
         })
+    }
+
+    /// This host's own name, if it has one.
+    pub fn host(&self) -> Option<&VmId> {
+        self.host.get()
+    }
+
+    /// Takes a name for this host, unless a VM has it: then it was nobody's choice.
+    pub fn take_name(&self) {
+        let name = self.config.host_name();
+        if let Some(name) = name.filter(|name| self.registry.get(name).is_none()) {
+            // Once, when the VMs are loaded.
+            let _ = self.host.set(name.clone());
+            self.registry.reserve([name.clone()]);
+        }
     }
 
     /// What callers may do now.

@@ -130,6 +130,8 @@ pub async fn port_gone(vm: &VmEntry) {
 /// # Errors
 /// The database cannot be read.
 pub async fn load(state: &Arc<State>) -> anyhow::Result<()> {
+    // What the operator chose comes before VMs of the database; a name that the machine happens to have, after them.
+    state.registry.reserve(state.config.names.host.clone());
     for vm in state.config.vm.clone() {
         if let Err(e) = add(state, vm, Origin::File).await {
             bail!("the VMs of the configuration clash: {e}"); // it was checked when it was read
@@ -157,5 +159,6 @@ pub async fn load(state: &Arc<State>) -> anyhow::Result<()> {
             }
         }
     }
+    state.take_name();
     Ok(())
 }

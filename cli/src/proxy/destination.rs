@@ -10,6 +10,8 @@ use crate::error::Failure;
 const SUFFIX: &str = ".adit";
 /// Begins the name of a VM whose port is one of AF_VSOCK: `vsock-5000.web-1`.
 const VSOCK: &str = "vsock-";
+/// Most labels of a name, with those of a suffix.
+const LABELS_MAX: usize = 16;
 
 /// A VM and a port, as a CONNECT names them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,28 +21,30 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// Checks the VM's name: `web-1`, `web-1.adit`, or `vsock-PORT.` before one of these.
+    /// Checks a name: `web-1`, `web-1.HOST`, `SERVICE.web-1.svc`, each with `vsock-PORT.` before it or a suffix behind it. Which
+    /// suffix there is, aditd knows; the one that there usually is stays here.
     pub fn new(name: &str, port: u16) -> Result<Self, Failure> {
         let plain = name.strip_suffix(SUFFIX).unwrap_or(name);
-        let of_vsock = plain.strip_prefix(VSOCK).and_then(|n| n.split_once('.'));
-        let vm = match of_vsock {
-            Some((number, vm)) if is_vsock_port(number) => vm,
-            Some((number, _)) => {
-                let message = format!("`{number}` is no port of AF_VSOCK: digits only");
-                return Err(Failure::new("usage", message));
-            }
-            None => plain,
-        };
-        match vm.parse::<VmId>() {
-            Ok(_) => Ok(Self {
-                host: plain.to_owned(),
-                port,
-            }),
-            Err(e) => Err(
-                Failure::new("unknown-vm", format!("`{name}` names no VM: {e}"))
-                    .help("`adit vm ls` lists the names"),
-            ),
+        if let Some((number, _)) = plain.strip_prefix(VSOCK).and_then(|n| n.split_once('.'))
+            && !is_vsock_port(number)
+        {
+            let message = format!("`{number}` is no port of AF_VSOCK: digits only");
+            return Err(Failure::new("usage", message));
         }
+        let labels = plain.split('.').take(LABELS_MAX + 1);
+        let wrong = labels.clone().find_map(|label| label.parse::<VmId>().err());
+        let why = match wrong {
+            Some(e) => e.to_string(),
+            None if labels.count() > LABELS_MAX => format!("it has more than {LABELS_MAX} labels"),
+            None => {
+                return Ok(Self {
+                    host: plain.to_owned(),
+                    port,
+                });
+            }
+        };
+        let failure = Failure::new("unknown-vm", format!("`{name}` names no VM: {why}"));
+        Err(failure.help("`adit vm ls` lists the names"))
     }
 }
 
@@ -76,6 +80,9 @@ mod tests {
             ("web-1.adit", "web-1:22"),
             ("vsock-5000.web-1", "vsock-5000.web-1:22"),
             ("vsock-5000.web-1.adit", "vsock-5000.web-1:22"),
+            ("web-1.alpha.adit", "web-1.alpha:22"),
+            ("docker.web-1.svc", "docker.web-1.svc:22"),
+            ("web-1.vm.example", "web-1.vm.example:22"),
             // A VM may have such a name.
             ("vsock-5000", "vsock-5000:22"),
         ] {
@@ -91,14 +98,14 @@ mod tests {
             ".adit",
             "Web-1",
             "web-1.",
-            "web-1.adit.adit",
-            "a.b",
+            "web-1..adit",
+            "a..b",
             "a b",
             "a\r\nX: y",
             "web-1:80",
             "-a",
             "root@web-1",
-            "127.0.0.1",
+            "[::1]",
             "vsock-0.web-1",
             "vsock-x.web-1",
             "vsock-5000.",

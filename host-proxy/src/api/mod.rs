@@ -258,6 +258,9 @@ impl From<AddError> for ApiError {
     fn from(e: AddError) -> Self {
         let help = match e {
             AddError::Full => "remove one that is no longer needed: `adit vm rm`",
+            AddError::HostHasIt(_) => {
+                "give it another name, or the host: `[names] host` and `[[host]] name` in aditd.toml"
+            }
             _ => "`adit vm ls` shows which names and CIDs are taken",
         };
         Self::new(StatusCode::CONFLICT, "taken", e).help(help)

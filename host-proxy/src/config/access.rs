@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::certificates::Pem;
 use crate::access::{Grant, Grants};
-use crate::reach::Destination;
+use crate::reach::{Destination, Suffix};
 
 /// Most `[[listen]]` sections.
 pub const LISTENS_MAX: usize = 64;
@@ -108,8 +108,9 @@ pub struct ListenConfig {
 
 impl ListenConfig {
     /// Where each connection leads, if all lead to one place.
-    pub fn destination(&self) -> Option<Destination> {
-        self.to.as_deref().and_then(destination)
+    pub fn destination(&self, suffix: &Suffix) -> Option<Destination> {
+        let to = self.to.as_deref()?;
+        destination(suffix, to)
     }
 
     /// Checks what is true of several keys together.
@@ -158,8 +159,8 @@ impl ListenConfig {
 }
 
 /// `VM:PORT`, also `vsock-PORT.VM`.
-pub(super) fn destination(text: &str) -> Option<Destination> {
-    crate::proxy::authority::parse(text, None).ok()
+pub(super) fn destination(suffix: &Suffix, text: &str) -> Option<Destination> {
+    crate::proxy::authority::parse(suffix, text, None).ok()
 }
 
 /// `[[grant]]`.

@@ -422,6 +422,24 @@ pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem
             problems.extend(documents.nth("token", nth, "name", message));
         }
     }
+    if let Some(host) = &config.names.host {
+        if config.names.suffix.hides(host) {
+            let message = format!("names that end with `.{host}` mean something else already");
+            problems.extend(documents.once("names", "host", message));
+        }
+        if let Some(nth) = config.vm.iter().position(|vm| vm.name == *host) {
+            let vm = documents.place("vm", nth, "name");
+            let message = format!("a VM has the name `{host}` ({vm}), and hosts and VMs share their names");
+            problems.extend(documents.once("names", "host", message));
+        }
+    }
+    for (nth, listen) in config.listen.iter().enumerate() {
+        // A name with three labels or a suffix may be one by the default only.
+        if listen.to.is_some() && listen.destination(&config.names.suffix).is_none() {
+            let message = format!("it names no VM where names end with `{}`", config.names.suffix);
+            problems.extend(documents.nth("listen", nth, "to", message));
+        }
+    }
     let mut names = std::collections::BTreeMap::<&VmId, usize>::new();
     let mut cids = std::collections::BTreeMap::<u64, &VmId>::new();
     for (nth, vm) in config.vm.iter().enumerate() {

@@ -14,6 +14,7 @@ use super::{ALLOW_MAX, BUSY_POLL_US_MAX, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX, Trus
 use crate::access::grant::LIST_MAX;
 use crate::access::vms::Vms;
 use crate::access::{May, Subject, subject};
+use crate::reach::Suffix;
 
 /// A key of the file.
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +64,8 @@ pub(super) enum Kind {
     Word(&'static [&'static str]),
     /// `VM:PORT`.
     Destination,
+    /// What names may end with.
+    Suffix,
     /// A time as RFC 3339 has it.
     Time,
     /// A token's name.
@@ -115,7 +118,9 @@ impl Kind {
             Self::VmName => text.parse::<VmId>().is_ok(),
             Self::Listener => text.parse::<Address>().is_ok(),
             Self::Word(words) => words.contains(&text),
-            Self::Destination => access::destination(text).is_some(),
+            // With the suffix that is configured it is read once that is known.
+            Self::Destination => access::destination(&Suffix::default(), text).is_some(),
+            Self::Suffix => text.parse::<Suffix>().is_ok(),
             Self::Time => text.parse::<jiff::Timestamp>().is_ok(),
             Self::TokenName => subject::is_name(text),
             Self::Sha256 => {
@@ -180,6 +185,7 @@ impl Key {
                 format!("one of {}", words.join(", "))
             }
             Kind::Destination => "VM:PORT in quotes".into(),
+            Kind::Suffix => "a dot and labels of a-z, 0-9 and inner `-`, in quotes".into(),
             Kind::Time => "a time in quotes, such as \"2027-01-31T00:00:00Z\"".into(),
             Kind::TokenName => format!(
                 "1 to {} printable characters without space, quote, comma and colon, in quotes",
@@ -262,6 +268,22 @@ const KEYS: &[Key] = &[
         default: "false",
         example: "false",
         kind: Kind::Flag,
+    },
+    Key {
+        path: "names.host",
+        meaning: "This host's own name. Hosts and VMs share their names: `VM.HOST` is the VM of that host, and no VM may be called as \
+                  a host is.",
+        default: "the first label of the machine's host name, if it can be one and no VM or [[host]] has it",
+        example: "\"alpha\"",
+        kind: Kind::VmName,
+    },
+    Key {
+        path: "names.suffix",
+        meaning: "What names may end with, for tools that want a dot in a host name. With another than the default, `Host` in \
+                  `/etc/ssh/ssh_config.d/20-adit.conf` has to be changed too.",
+        default: "\".adit\"",
+        example: "\".adit\"",
+        kind: Kind::Suffix,
     },
     Key {
         path: "metrics.listen",

@@ -9,11 +9,12 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use adit_names::VmId;
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use super::certificates::Files;
-use super::{ConfigError, FILE_MAX};
+use super::{ConfigError, FILE_MAX, names};
 
 /// Most files of `conf.d`.
 pub const PARTS_MAX: usize = 256;
@@ -25,6 +26,9 @@ pub struct Sources {
     texts: Vec<(PathBuf, String)>,
     /// What they name.
     files: Files,
+    /// The machine's, as far as it can be a host's name here.
+    #[serde(default)]
+    hostname: Option<VmId>,
 }
 
 impl Sources {
@@ -33,6 +37,7 @@ impl Sources {
         Self {
             texts: vec![(path.into(), text.into())],
             files: Files::default(),
+            hostname: None,
         }
     }
 
@@ -55,7 +60,12 @@ impl Sources {
         for (_, text) in &texts {
             files.read(text, &mut left);
         }
-        Ok(Self { texts, files })
+        let hostname = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        Ok(Self {
+            texts,
+            files,
+            hostname: names::of_machine(&hostname),
+        })
     }
 
     /// Each path with its text, the main file first.
@@ -68,6 +78,11 @@ impl Sources {
         &self.files
     }
 
+    /// The machine's name, if a host can have it.
+    pub fn hostname(&self) -> Option<&VmId> {
+        self.hostname.as_ref()
+    }
+
     /// Puts them into one text, for another process of aditd.
     pub fn packed(&self) -> String {
         // Paths of this host's files, which are shown as they are in messages only.
@@ -77,6 +92,7 @@ impl Sources {
         let packed = Packed {
             texts: lossy.collect(),
             files: &self.files,
+            hostname: self.hostname.as_ref(),
         };
         serde_json::to_string(&packed).unwrap_or_default()
     }
@@ -95,6 +111,7 @@ impl Sources {
 struct Packed<'a> {
     texts: Vec<(Cow<'a, str>, &'a str)>,
     files: &'a Files,
+    hostname: Option<&'a VmId>,
 }
 
 fn cannot(path: &Path, source: io::Error) -> ConfigError {

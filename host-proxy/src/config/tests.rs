@@ -363,7 +363,7 @@ fn a_listener_says_where_its_connections_lead_if_and_only_if_its_clients_do_not(
         assert_eq!(found.key.as_deref(), Some(key), "{more}");
     }
     let to = parse(&listen("speak = \"any\"\nto = \"WEB-1.adit:22\"\n")).unwrap();
-    assert_eq!(to.listen[0].destination().unwrap().vm.as_str(), "web-1");
+    assert_eq!(to.listen[0].destination(&to.names.suffix).unwrap().vm.as_str(), "web-1");
     let open = "[[listen]]\naddress = \"0.0.0.0:1\"\n";
     assert_eq!(problems(open)[0].key.as_deref(), Some("address"));
     parse(&format!("{open}open = true\n")).unwrap();

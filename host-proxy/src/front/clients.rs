@@ -50,7 +50,9 @@ pub async fn tls(state: Arc<State>, mut client: Stream, asking: Asking, place: P
         return;
     };
     let to = match hello {
-        Ok(Ok(Hello::Named(name))) => Destination::named(&name, Some(port)).ok(),
+        Ok(Ok(Hello::Named(name))) => {
+            Destination::named(&state.config.names.suffix, &name, Some(port)).ok()
+        }
         Ok(Ok(Hello::Unnamed)) => None,
         _ => return,
     };
@@ -106,7 +108,10 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
     };
     let (to, ahead) = match asked {
         Ok(Ok(Step::Connect { name, port, len })) => {
-            (Destination::named(&name, Some(port)), bytes.split_off(len))
+            (
+                Destination::named(&state.config.names.suffix, &name, Some(port)),
+                bytes.split_off(len),
+            )
         }
         Ok(Ok(Step::Refuse(said, why))) => {
             tracing::info!(why, "connection refused");

@@ -211,7 +211,7 @@ impl Fronts {
                 port: config.port.unwrap_or(port),
                 listener: Listener::new(bound)?,
                 speak: config.speak,
-                to: config.destination(),
+                to: config.destination(&self.state.config.names.suffix),
                 nth,
             };
             accepting.spawn(self.clone().accept(front));

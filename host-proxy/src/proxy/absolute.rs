@@ -40,7 +40,7 @@ pub(super) async fn handle(
     request: Request<Incoming>,
     no_path: bool,
 ) -> Result<(Response<Body>, Option<Upgraded>), Problem> {
-    let (to, host) = target(request.uri(), request.headers().get(HOST))?;
+    let (to, host) = target(state, request.uri(), request.headers().get(HOST))?;
     let admitted = reach::admit(state, caller, &to)?;
     let (moved, since) = (Moved::now(), Instant::now());
     let (request, asked) = outgoing(request, host, no_path, &moved, interim);
@@ -105,7 +105,11 @@ pub(super) async fn handle(
 }
 
 /// Whom a request is for, and the `Host` that says so.
-fn target(uri: &Uri, host: Option<&HeaderValue>) -> Result<(Destination, HeaderValue), Problem> {
+fn target(
+    state: &State,
+    uri: &Uri,
+    host: Option<&HeaderValue>,
+) -> Result<(Destination, HeaderValue), Problem> {
     let bad = |detail: &str| Problem::new(StatusCode::BAD_REQUEST, "http_request_error", detail);
     // A client that wants a WebSocket may ask for `ws://`, which is an `http://` that asks for an upgrade (RFC 6455 §3).
     let is_http = |scheme: &str| {
@@ -130,7 +134,7 @@ fn target(uri: &Uri, host: Option<&HeaderValue>) -> Result<(Destination, HeaderV
             }
         },
     };
-    let to = authority::parse(named, Some(HTTP))?;
+    let to = authority::parse(&state.config.names.suffix, named, Some(HTTP))?;
     // Where the target has a host, that decides, never the Host field (R65).
     let host = HeaderValue::from_str(named).map_err(|_| bad("the authority is no header value"))?;
     Ok((to, host))

@@ -2,24 +2,28 @@
 //!
 //! A port has one spelling: no sign, no leading zero, no space. There is no user.
 
-use crate::reach::destination::{canonical, shown};
+use crate::reach::destination::{Suffix, canonical, shown};
 use crate::reach::{Destination, DestinationError};
 
 /// Parses an authority; without a port the default is taken, if there is one.
 ///
 /// # Errors
 /// It names nothing that there could be.
-pub fn parse(authority: &str, default_port: Option<u16>) -> Result<Destination, DestinationError> {
+pub fn parse(
+    suffix: &Suffix,
+    authority: &str,
+    default_port: Option<u16>,
+) -> Result<Destination, DestinationError> {
     if authority.contains('@') {
         return Err(DestinationError::User);
     }
     let Some((host, port)) = authority.rsplit_once(':') else {
-        return Destination::named(authority, default_port);
+        return Destination::named(suffix, authority, default_port);
     };
     // Clients write a port behind any host. Where it chooses nothing it is still a port, or refused.
     let bad = || DestinationError::BadPort(shown(port));
     let port = canonical(port).ok_or_else(bad)?;
-    Destination::named(host, Some(port))
+    Destination::named(suffix, host, Some(port))
 }
 
 #[cfg(test)]
@@ -27,6 +31,45 @@ mod tests {
     use adit_port::control::Target;
 
     use super::*;
+
+    fn parse(text: &str, port: Option<u16>) -> Result<Destination, DestinationError> {
+        super::parse(&Suffix::default(), text, port)
+    }
+
+    #[test]
+    fn r62_a_vm_a_host_and_a_service_have_one_canonical_form_with_every_suffix() {
+        let long: Suffix = ".vm.example.org".parse().unwrap();
+        for (name, canonical) in [
+            ("web-1", "web-1:80"),
+            ("WEB-1.Alpha", "web-1.alpha:80"),
+            ("vsock-7.web-1.alpha", "vsock-7.web-1.alpha:1"),
+            ("Docker.web-1.svc", "docker.web-1.svc:1"),
+            ("docker.web-1.alpha.SVC", "docker.web-1.alpha.svc:1"),
+            // Of the VM of that name.
+            ("svc.alpha", "svc.alpha:80"),
+            ("a.svc.svc", "a.svc.svc:1"),
+        ] {
+            for (suffix, end) in [
+                (&Suffix::default(), ""),
+                (&Suffix::default(), ".adit"),
+                (&Suffix::default(), ".ADIT."),
+                (&long, ".vm.Example.org"),
+                (&long, "."),
+            ] {
+                let name = format!("{name}{end}");
+                let to = super::parse(suffix, &name, Some(80)).unwrap();
+                assert_eq!(to.authority(), canonical, "{name}");
+                let again = super::parse(suffix, &to.authority(), Some(1)).unwrap();
+                assert_eq!(again, to, "{name}");
+            }
+        }
+        // Another suffix is a name like any other.
+        let other = super::parse(&long, "web-1.adit", Some(80)).unwrap();
+        assert_eq!(other.host.unwrap().as_str(), "adit");
+        for bad in [".", "adit", ".Adit", "..", ".a.", ".a b", "", ".-a"] {
+            assert!(bad.parse::<Suffix>().is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn a_name_has_every_case_and_a_port_one_spelling() {
@@ -96,6 +139,13 @@ mod tests {
             "127.0.0.1",
             "",
             "web_1",
+            "web-1.alpha.beta",
+            "web-1..adit",
+            "web-1.adit.adit.adit",
+            "vsock-5.a.b.c",
+            "a.b.c.d.svc",
+            "a_b.web-1.svc",
+            ".web-1.svc",
             "%77eb-1",
             &long,
         ] {

@@ -40,7 +40,7 @@ pub(super) async fn open(
 ) -> Result<Handed, Problem> {
     let named = request.uri().authority();
     let named = named.ok_or_else(|| Problem::malformed("CONNECT names VM:PORT"))?;
-    let to = authority::parse(named.as_str(), None)?;
+    let to = authority::parse(&state.config.names.suffix, named.as_str(), None)?;
     let admitted = reach::admit(state, caller, &to)?;
     let tunnel = notes.take_tunnel();
     let tunnel = tunnel.ok_or_else(|| internal("no client: its socket is another request's"))?;

@@ -1,27 +1,100 @@
 //! What a client asks for: a VM, and what in it. Parsed once, from the names that all front ends share.
 //!
-//! A host name is `VM`, `VM.adit`, or `vsock-PORT.VM[.adit]` for a plain AF_VSOCK listener. It is the same in every case, and
-//! with a dot at its end (RFC 9110 §4.2.3, RFC 1034 §3.1), as clients and DNS have it; the VM's own name is in lower case. No
-//! name is ever resolved, so there is no address to be tricked into (R62, R63, R64).
+//! | host name | means |
+//! |---|---|
+//! | `VM` | a VM, wherever it is |
+//! | `VM.HOST` | the one of that host |
+//! | `vsock-PORT.VM`, `vsock-PORT.VM.HOST` | a plain AF_VSOCK listener of it |
+//! | `SERVICE.VM.svc`, `SERVICE.VM.HOST.svc` | a service of it that its guest names |
+//!
+//! Each may have the suffix behind it (`.adit`). It is the same in every case, and
+//! with a dot at its end (RFC 9110 §4.2.3, RFC 1034 §3.1), as clients and DNS have it; names of VMs and hosts themselves are in
+//! lower case. No name is ever resolved to an address, so there is none to be tricked into (R62, R63, R64).
 
 use std::fmt;
+use std::str::FromStr;
 
 use adit_names::ServiceName;
 use adit_names::VmId;
 use adit_port::control::Target;
 
-/// Name suffix that may be there, for tools that want a dot in a host name.
-const SUFFIX: &str = ".adit";
 /// Label prefix of plain AF_VSOCK ports.
 const VSOCK: &str = "vsock-";
+/// Last label of named services.
+const SVC: &str = "svc";
 /// Most characters of a client's text that are shown.
 const SHOWN_MAX: usize = 80;
+/// Longest suffix.
+const SUFFIX_MAX: usize = 64;
+
+/// What a name may end with, for tools that want a dot in a host name: a dot, and labels as DNS has them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Suffix(String);
+
+/// Why a text is no suffix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("it takes a dot and labels of a-z, 0-9 and inner `-`, at most {SUFFIX_MAX} bytes")]
+pub struct SuffixError;
+
+impl Default for Suffix {
+    fn default() -> Self {
+        Self(".adit".into())
+    }
+}
+
+impl FromStr for Suffix {
+    type Err = SuffixError;
+
+    fn from_str(text: &str) -> Result<Self, SuffixError> {
+        let labels = text.strip_prefix('.').ok_or(SuffixError)?;
+        let is = text.len() <= SUFFIX_MAX && labels.split('.').all(is_label);
+        is.then(|| Self(text.to_owned())).ok_or(SuffixError)
+    }
+}
+
+impl fmt::Display for Suffix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+adit_names::serde_by_text!(Suffix);
+
+impl Suffix {
+    /// A name without it, in lower case.
+    fn taken_from(&self, host: &str) -> String {
+        let mut name = host.to_ascii_lowercase();
+        if name.ends_with('.') {
+            name.pop();
+        }
+        if name.ends_with(&self.0) {
+            name.truncate(name.len() - self.0.len());
+        }
+        name
+    }
+
+    /// Whether no host may have this name, because names with it would be read as others.
+    pub fn hides(&self, host: &VmId) -> bool {
+        host.as_str() == SVC || self.0.strip_prefix('.') == Some(host.as_str())
+    }
+
+    /// The host that a name is, and nothing else: itself, not a VM of it.
+    pub fn host(&self, name: &str) -> Option<VmId> {
+        self.taken_from(name).parse().ok()
+    }
+}
+
+fn is_label(text: &str) -> bool {
+    text.parse::<VmId>().is_ok()
+}
 
 /// A destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Destination {
     /// The VM.
     pub vm: VmId,
+    /// Of which host; none: whichever has it.
+    pub host: Option<VmId>,
     /// Where in it.
     pub target: Target,
 }
@@ -53,27 +126,81 @@ impl Destination {
     ///
     /// # Errors
     /// It names nothing that there could be.
-    pub fn named(host: &str, port: Option<u16>) -> Result<Self, DestinationError> {
-        let lower = host.to_ascii_lowercase();
-        let name = lower.strip_suffix('.').unwrap_or(&lower);
-        let name = name.strip_suffix(SUFFIX).unwrap_or(name);
-        let of_vsock = name.strip_prefix(VSOCK).and_then(|n| n.split_once('.'));
-        let (name, target) = match (of_vsock, port) {
-            (Some((number, name)), _) => {
+    pub fn named(
+        suffix: &Suffix,
+        host: &str,
+        port: Option<u16>,
+    ) -> Result<Self, DestinationError> {
+        let name = suffix.taken_from(host);
+        let (vm, target) = match name.split_once('.') {
+            Some((first, rest)) if first.starts_with(VSOCK) => {
+                let number = &first[VSOCK.len()..];
                 let bad = || DestinationError::BadPort(shown(number));
-                let port = canonical(number).ok_or_else(bad)?;
-                (name, Target::VsockPort(port))
+                (rest, Target::VsockPort(canonical(number).ok_or_else(bad)?))
             }
-            (None, Some(port)) => (name, Target::Service(ServiceName::tcp(port))),
-            (None, None) => return Err(DestinationError::NoPort(shown(host))),
+            Some((first, rest)) if is_of_svc(rest) => {
+                let service = format!("{SVC}:{first}").parse::<ServiceName>().ok();
+                let service = service.filter(|_| is_label(first));
+                let bad = || bad_name(first, "it is no name of a service: use a-z, 0-9 and inner '-'");
+                let vm = &rest[..rest.len() - SVC.len() - 1];
+                (vm, Target::Service(service.ok_or_else(bad)?))
+            }
+            _ => match port {
+                Some(port) => (&*name, Target::Service(ServiceName::tcp(port))),
+                None => return Err(DestinationError::NoPort(shown(host))),
+            },
         };
-        let vm = name
-            .parse::<VmId>()
-            .map_err(|e| DestinationError::BadName {
-                name: shown(name),
-                why: e.to_string(),
-            })?;
-        Ok(Self { vm, target })
+        let label = |text: &str| text.parse::<VmId>().map_err(|e| bad_name(&name, e));
+        let (vm, host) = match vm.split_once('.') {
+            Some((vm, host)) => (label(vm)?, Some(label(host)?)),
+            None => (label(vm)?, None),
+        };
+        Ok(Self { vm, host, target })
+    }
+
+    /// A VM, wherever it is.
+    pub fn of(vm: VmId, target: Target) -> Self {
+        let host = None;
+        Self { vm, host, target }
+    }
+
+    /// Name of the VM with that of its host, where there is one.
+    pub fn name(&self) -> String {
+        match &self.host {
+            Some(host) => format!("{}.{host}", self.vm),
+            None => self.vm.to_string(),
+        }
+    }
+
+    /// As another host reads it, with any suffix or none: `web-1:80`, `vsock-5000.web-1:1`.
+    pub fn authority(&self) -> String {
+        let name = self.name();
+        match &self.target {
+            Target::VsockPort(port) => format!("{VSOCK}{port}.{name}:1"),
+            Target::Service(service) => match (service.tcp_port(), service_label(service)) {
+                (Some(port), _) => format!("{name}:{port}"),
+                (None, Some(label)) => format!("{label}.{name}.{SVC}:1"),
+                // Of the agent, and nothing that a client can name.
+                (None, None) => format!("{name}:0"),
+            },
+        }
+    }
+}
+
+/// Whether what follows a first label is `VM.svc` or `VM.HOST.svc`.
+fn is_of_svc(rest: &str) -> bool {
+    rest.rsplit_once('.').is_some_and(|(_, last)| last == SVC)
+}
+
+/// A service's name as its guest has it, if it is one of those.
+pub fn service_label(service: &ServiceName) -> Option<&str> {
+    service.as_str().strip_prefix("svc:")
+}
+
+fn bad_name(name: &str, why: impl fmt::Display) -> DestinationError {
+    DestinationError::BadName {
+        name: shown(name),
+        why: why.to_string(),
     }
 }
 
@@ -90,7 +217,7 @@ impl Destination {
 /// `VM NAME port N`, to begin a sentence about it.
 impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "VM `{}` ", self.vm)?;
+        write!(f, "VM `{}` ", self.name())?;
         match &self.target {
             Target::VsockPort(port) => write!(f, "port {port}"),
             Target::Service(service) => match service.tcp_port() {

@@ -15,5 +15,5 @@ pub mod dial;
 pub mod resolve;
 
 pub use crate::link::ClientSocket;
-pub use destination::{Destination, DestinationError};
+pub use destination::{Destination, DestinationError, Suffix};
 pub use dial::{Admitted, Lasts, NotOpened, admit};

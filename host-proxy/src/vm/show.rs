@@ -104,10 +104,7 @@ impl VmEntry {
 
     fn last_dial(&self, dial: super::LastDial) -> LastDial {
         let millis = |since: Duration| u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
-        let to = Destination {
-            vm: self.name.clone(),
-            target: dial.to,
-        };
+        let to = Destination::of(self.name.clone(), dial.to);
         LastDial {
             ms_ago: millis(dial.at.elapsed()),
             took_us: u64::try_from(dial.took.as_micros()).unwrap_or(u64::MAX),

@@ -18,7 +18,7 @@ const LATER: Option<u32> = Some(1);
 
 fn to(target: Target) -> Destination {
     let vm = "a".parse().unwrap();
-    Destination { vm, target }
+    Destination::of(vm, target)
 }
 
 fn tcp() -> Destination {
