@@ -6,6 +6,7 @@
 mod access;
 mod certificates;
 mod check;
+pub mod hosts;
 mod keys;
 mod names;
 mod sources;
@@ -28,6 +29,7 @@ pub use access::{Address, GrantConfig, LISTENS_MAX, ListenConfig, Speak, TokenCo
 pub use certificates::{Files, Pem, Terms};
 pub use check::Problem;
 use check::{Document, Documents};
+pub use hosts::{HOSTS_MAX, HostConfig, Peers, Pin};
 pub use keys::{Key, example, keys};
 pub use names::Names;
 pub use sources::Sources;
@@ -107,6 +109,10 @@ pub struct Config {
     pub grant: Vec<GrantConfig>,
     /// Tokens that callers may show.
     pub token: Vec<TokenConfig>,
+    /// Other hosts.
+    pub host: Vec<HostConfig>,
+    /// What this one shows them.
+    pub peers: Peers,
     /// The VMs that are always there.
     pub vm: Vec<VmConfig>,
 }
@@ -288,6 +294,8 @@ impl Default for Config {
             listen: Vec::new(),
             grant: Vec::new(),
             token: Vec::new(),
+            host: Vec::new(),
+            peers: Peers::default(),
             vm: Vec::new(),
         }
     }
@@ -369,12 +377,14 @@ impl Config {
         Self::of(&Sources::read(path)?)
     }
 
-    /// The settings that a running aditd does not change: without VMs, grants, tokens and certificates.
+    /// The settings that a running aditd does not change: without VMs, grants, tokens, other hosts and certificates.
     pub fn settings(&self) -> Self {
         let mut settings = Self {
             vm: Vec::new(),
             grant: Vec::new(),
             token: Vec::new(),
+            host: Vec::new(),
+            peers: Peers::default(),
             ..self.clone()
         };
         for listen in &mut settings.listen {
@@ -388,12 +398,19 @@ impl Config {
     pub fn with_changes_of(mut self, newer: Self) -> Self {
         self.take_certificates_of(&newer);
         let Self {
-            vm, grant, token, ..
+            vm,
+            grant,
+            token,
+            host,
+            peers,
+            ..
         } = newer;
         Self {
             vm,
             grant,
             token,
+            host,
+            peers,
             ..self
         }
     }

@@ -130,6 +130,8 @@ async fn in_one(boot: Boot) -> anyhow::Result<()> {
         Store::new(passed),
         false,
     );
+    privileged.outward.set(&config);
+    let outward = privileged.clone();
     let listeners = Listeners::bind(&config)?;
     let addresses = Listeners::of(
         &config,
@@ -155,11 +157,11 @@ async fn in_one(boot: Boot) -> anyhow::Result<()> {
             let file = file.clone();
             // Not on the thread that serves: its file system may take its time.
             let text = tokio::task::spawn_blocking(move || reload::read_again(&file)).await;
-            if tell
-                .send(text.unwrap_or_else(|e| Err(e.to_string())))
-                .await
-                .is_err()
-            {
+            let text = text.unwrap_or_else(|e| Err(e.to_string()));
+            if let Ok(Ok(config)) = text.as_ref().map(config::Config::of) {
+                outward.outward.set(&config);
+            }
+            if tell.send(text).await.is_err() {
                 return;
             }
         }

@@ -2,7 +2,7 @@
 //! the monitor, for the worker cannot; who applies it, the worker.
 //!
 //! A file with a mistake changes nothing. Of a good one the VMs are applied: added, removed, changed; and grants, tokens and
-//! certificates. Everything else takes
+//! certificates, and other hosts. Everything else takes
 //! a restart, as does a VM's CID; the log names what was left. `GET /v1/config` and the service's status say what became of it.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -115,6 +115,7 @@ pub async fn follow(state: Arc<State>, mut changes: mpsc::Receiver<Result<Source
 async fn apply(state: &Arc<State>, mut new: Config) -> Result<Vec<String>, String> {
     let mut restart = differences(&state.config, &new);
     let (grants, tokens) = (new.grants(), Tokens::new(&new.token));
+    check_names(state, &new)?;
     let plan = Plan::new(&state.registry.all(), std::mem::take(&mut new.vm))?;
     for vm in &plan.add {
         // In the directory that is in use, whatever the file says now.
@@ -125,6 +126,7 @@ async fn apply(state: &Arc<State>, mut new: Config) -> Result<Vec<String>, Strin
     state.set_grants(grants);
     state.callers.renew(tokens);
     state.tls.renew(&state.config, &new);
+    state.reserve(&new);
     // Each has its own time to end.
     let removals = join_all(plan.remove.iter().map(|vm| async {
         let failed = vms::remove(state, vm).await.err()?;
@@ -165,6 +167,23 @@ async fn apply(state: &Arc<State>, mut new: Config) -> Result<Vec<String>, Strin
         );
     }
     Ok(restart)
+}
+
+/// Checks the names of hosts against those of what the file does not know: this host, as it is called, and VMs of the API.
+fn check_names(state: &State, new: &Config) -> Result<(), String> {
+    for host in &new.host {
+        let name = &host.name;
+        if state.host() == Some(name) {
+            return Err(format!("[[host]] `{name}` has this host's own name"));
+        }
+        let vm = state.registry.get(name);
+        if vm.is_some_and(|vm| vm.origin == Origin::Api) {
+            return Err(format!(
+                "[[host]] `{name}` has the name of a VM that was added with `adit vm add`, and hosts and VMs share their names"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Reads the file once more. What the start takes, a pipe or an empty file, is a mistake here: the one would be waited for,

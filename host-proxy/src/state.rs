@@ -125,13 +125,20 @@ impl State {
         self.host.get()
     }
 
+    /// Keeps the names of hosts from VMs.
+    pub fn reserve(&self, config: &Config) {
+        let own = self.host.get().or(self.config.names.host.as_ref());
+        let others = config.host.iter().map(|host| &host.name);
+        self.registry.reserve(others.chain(own).cloned());
+    }
+
     /// Takes a name for this host, unless a VM has it: then it was nobody's choice.
     pub fn take_name(&self) {
         let name = self.config.host_name();
         if let Some(name) = name.filter(|name| self.registry.get(name).is_none()) {
             // Once, when the VMs are loaded.
             let _ = self.host.set(name.clone());
-            self.registry.reserve([name.clone()]);
+            self.reserve(&self.config);
         }
     }
 

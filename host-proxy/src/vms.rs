@@ -131,7 +131,7 @@ pub async fn port_gone(vm: &VmEntry) {
 /// The database cannot be read.
 pub async fn load(state: &Arc<State>) -> anyhow::Result<()> {
     // What the operator chose comes before VMs of the database; a name that the machine happens to have, after them.
-    state.registry.reserve(state.config.names.host.clone());
+    state.reserve(&state.config);
     for vm in state.config.vm.clone() {
         if let Err(e) = add(state, vm, Origin::File).await {
             bail!("the VMs of the configuration clash: {e}"); // it was checked when it was read

@@ -45,16 +45,17 @@ impl Files {
     /// Reads the files that a text of a configuration names, as far as it is one; `left` is how many bytes they may have.
     pub(super) fn read(&mut self, text: &str, left: &mut u64) {
         // A large one is a list of VMs, and is parsed when it is checked.
-        if !text.contains("listen") {
+        if !text.contains("listen") && !text.contains("peers") {
             return;
         }
         let Ok(table) = text.parse::<toml::Table>() else {
             return;
         };
         let listens = table.get("listen").and_then(toml::Value::as_array);
-        for listen in listens.into_iter().flatten().take(super::LISTENS_MAX) {
+        let listens = listens.into_iter().flatten().take(super::LISTENS_MAX);
+        for section in listens.chain(table.get("peers")) {
             for key in ["cert", "key", "client_ca"] {
-                let Some(path) = listen.get(key).and_then(toml::Value::as_str) else {
+                let Some(path) = section.get(key).and_then(toml::Value::as_str) else {
                     continue;
                 };
                 let path = Path::new(path);
@@ -93,7 +94,7 @@ fn text_of(path: &Path, left: u64) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// The texts of one listener's files.
+/// The texts of one section's files.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Pem {
     cert: String,
@@ -117,8 +118,29 @@ pub struct Terms {
     pub authority: Option<Arc<dyn ClientCertVerifier>>,
 }
 
+impl Pem {
+    /// # Errors
+    /// The key at fault, and why: one cannot be read.
+    pub(super) fn of(
+        files: &Files,
+        cert: Option<&Path>,
+        key: Option<&Path>,
+        client_ca: Option<&Path>,
+    ) -> Result<Self, Wrong> {
+        let text = |key, path: Option<&Path>| match path {
+            Some(path) => files.text(path).map(Some).map_err(|why| (key, why)),
+            None => Ok(None),
+        };
+        Ok(Self {
+            cert: text("cert", cert)?.unwrap_or_default(),
+            key: text("key", key)?.unwrap_or_default(),
+            client_ca: text("client_ca", client_ca)?,
+        })
+    }
+}
+
 /// A key, and what is wrong with it.
-type Wrong = (&'static str, String);
+pub(super) type Wrong = (&'static str, String);
 
 impl ListenConfig {
     /// Takes the texts of its files.
@@ -126,15 +148,8 @@ impl ListenConfig {
     /// # Errors
     /// The key at fault, and why: one cannot be read.
     pub(super) fn take(&mut self, files: &Files) -> Result<(), Wrong> {
-        let text = |key, path: &Option<PathBuf>| match path {
-            Some(path) => files.text(path).map(Some).map_err(|why| (key, why)),
-            None => Ok(None),
-        };
-        self.pem = Pem {
-            cert: text("cert", &self.cert)?.unwrap_or_default(),
-            key: text("key", &self.key)?.unwrap_or_default(),
-            client_ca: text("client_ca", &self.client_ca)?,
-        };
+        let (cert, key) = (self.cert.as_deref(), self.key.as_deref());
+        self.pem = Pem::of(files, cert, key, self.client_ca.as_deref())?;
         Ok(())
     }
 
@@ -182,30 +197,8 @@ impl ListenConfig {
         let (Some(cert), Some(key)) = (&self.cert, &self.key) else {
             return Ok(None);
         };
-        let chain = certificates(&self.pem.cert).map_err(|why| ("cert", of(cert, why)))?;
-        let private = private_key(&self.pem.key).map_err(|why| ("key", of(key, why)))?;
+        let certified = certified(cert, key, &self.pem)?;
         let provider = Arc::new(ring::default_provider());
-        let certified = CertifiedKey::from_der(chain, private, &provider);
-        let certified = certified.map_err(|e| match e {
-            rustls::Error::InvalidCertificate(_) => (
-                "cert",
-                of(cert, "its first certificate is none of X.509 v3"),
-            ),
-            rustls::Error::InconsistentKeys(_) => (
-                "key",
-                of(
-                    key,
-                    format!(
-                        "it is not the key of the first certificate of {}",
-                        cert.display()
-                    ),
-                ),
-            ),
-            _ => (
-                "key",
-                of(key, "it is no RSA, ECDSA or Ed25519 key that TLS can use"),
-            ),
-        })?;
         let algorithms = provider.signature_verification_algorithms;
         let authority = match (&self.client_ca, &self.pem.client_ca) {
             (Some(path), Some(text)) => {
@@ -243,6 +236,36 @@ impl ListenConfig {
             authority,
         }))
     }
+}
+
+/// A certificate with its key.
+///
+/// # Errors
+/// The key at fault, and why.
+pub(super) fn certified(cert: &Path, key: &Path, pem: &Pem) -> Result<CertifiedKey, Wrong> {
+    let chain = certificates(&pem.cert).map_err(|why| ("cert", of(cert, why)))?;
+    let private = private_key(&pem.key).map_err(|why| ("key", of(key, why)))?;
+    let certified = CertifiedKey::from_der(chain, private, &ring::default_provider());
+    certified.map_err(|e| match e {
+        rustls::Error::InvalidCertificate(_) => (
+            "cert",
+            of(cert, "its first certificate is none of X.509 v3"),
+        ),
+        rustls::Error::InconsistentKeys(_) => (
+            "key",
+            of(
+                key,
+                format!(
+                    "it is not the key of the first certificate of {}",
+                    cert.display()
+                ),
+            ),
+        ),
+        _ => (
+            "key",
+            of(key, "it is no RSA, ECDSA or Ed25519 key that TLS can use"),
+        ),
+    })
 }
 
 fn of(path: &Path, why: impl fmt::Display) -> String {

@@ -252,6 +252,7 @@ impl<'a> Documents<'a> {
             whole.listen.append(&mut part.listen);
             whole.grant.append(&mut part.grant);
             whole.token.append(&mut part.token);
+            whole.host.append(&mut part.host);
         }
         self.0.push(document);
     }
@@ -372,6 +373,7 @@ pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem
             crate::access::grant::GRANTS_MAX,
         ),
         ("token", config.token.len(), super::access::TOKENS_MAX),
+        ("host", config.host.len(), super::HOSTS_MAX),
     ] {
         if len > max {
             let message = format!("there are {len}, and may be {max}");
@@ -429,14 +431,23 @@ pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem
         }
         if let Some(nth) = config.vm.iter().position(|vm| vm.name == *host) {
             let vm = documents.place("vm", nth, "name");
-            let message = format!("a VM has the name `{host}` ({vm}), and hosts and VMs share their names");
+            let message =
+                format!("a VM has the name `{host}` ({vm}), and hosts and VMs share their names");
             problems.extend(documents.once("names", "host", message));
+        }
+    }
+    for nth in 0..config.host.len() {
+        if let Some((key, why)) = config.clash_of_host(nth) {
+            problems.extend(documents.nth("host", nth, key, why));
         }
     }
     for (nth, listen) in config.listen.iter().enumerate() {
         // A name with three labels or a suffix may be one by the default only.
         if listen.to.is_some() && listen.destination(&config.names.suffix).is_none() {
-            let message = format!("it names no VM where names end with `{}`", config.names.suffix);
+            let message = format!(
+                "it names no VM where names end with `{}`",
+                config.names.suffix
+            );
             problems.extend(documents.nth("listen", nth, "to", message));
         }
     }
@@ -466,7 +477,7 @@ pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem
     problems
 }
 
-/// Gives each listener what is in its files. Returns every mistake in them.
+/// Gives each listener, and `[peers]`, what is in their files. Returns every mistake in them.
 pub(super) fn certificates(
     config: &mut Config,
     files: &Files,
@@ -478,6 +489,10 @@ pub(super) fn certificates(
         if let Err((key, why)) = taken {
             problems.extend(documents.nth("listen", nth, key, why));
         }
+    }
+    let taken = config.peers.take(files);
+    if let Err((key, why)) = taken.and_then(|()| config.peers.identity().map(drop)) {
+        problems.extend(documents.once("peers", key, why));
     }
     problems
 }

@@ -10,6 +10,7 @@ use adit_tasks::anchor::ANCHORS_MAX;
 use adit_tasks::card::LABELS_MAX;
 
 use super::access::{self, Address, SPEAKS};
+use super::hosts::{self, Pin};
 use super::{ALLOW_MAX, BUSY_POLL_US_MAX, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX, Trust, UidRange};
 use crate::access::grant::LIST_MAX;
 use crate::access::vms::Vms;
@@ -66,6 +67,8 @@ pub(super) enum Kind {
     Destination,
     /// What names may end with.
     Suffix,
+    /// Digest of a key.
+    Pin,
     /// A time as RFC 3339 has it.
     Time,
     /// A token's name.
@@ -87,6 +90,10 @@ pub(super) enum Texts {
     Vms,
     /// What.
     May,
+    /// VMs that a host may claim.
+    Claims,
+    /// Users and groups of a host.
+    Vouched,
 }
 
 impl Texts {
@@ -103,6 +110,8 @@ impl Texts {
             Self::Subjects => error::<Subject>(text),
             Self::Vms => error::<Vms>(text),
             Self::May => error::<May>(text),
+            Self::Claims => hosts::refuses_claim(text),
+            Self::Vouched => hosts::refuses_vouched(text),
         }
     }
 }
@@ -121,6 +130,7 @@ impl Kind {
             // With the suffix that is configured it is read once that is known.
             Self::Destination => access::destination(&Suffix::default(), text).is_some(),
             Self::Suffix => text.parse::<Suffix>().is_ok(),
+            Self::Pin => text.parse::<Pin>().is_ok(),
             Self::Time => text.parse::<jiff::Timestamp>().is_ok(),
             Self::TokenName => subject::is_name(text),
             Self::Sha256 => {
@@ -173,6 +183,8 @@ impl Key {
                         "of `user:NAME`, `group:NAME`, `token:NAME`, `cert:NAME` and `anyone`"
                     }
                     Texts::Vms => "VM names, also with one `*` in them, and of `label:NAME=VALUE`",
+                    Texts::Claims => "VM names, also with one `*` in them",
+                    Texts::Vouched => "of `user:NAME` and `group:NAME`",
                     Texts::May => "of `reach`, `reach:PORTS`, `see`, `task`, `goal` and `manage`",
                 };
                 format!("a list of at most {max} {what}, each in quotes")
@@ -185,6 +197,7 @@ impl Key {
                 format!("one of {}", words.join(", "))
             }
             Kind::Destination => "VM:PORT in quotes".into(),
+            Kind::Pin => "`sha256/` with the base64 of a key's SHA-256, in quotes".into(),
             Kind::Suffix => "a dot and labels of a-z, 0-9 and inner `-`, in quotes".into(),
             Kind::Time => "a time in quotes, such as \"2027-01-31T00:00:00Z\"".into(),
             Kind::TokenName => format!(
@@ -204,7 +217,9 @@ impl Key {
                 "a reload of aditd, and then `adit vm reload`"
             }
             "listen.cert" | "listen.key" | "listen.client_ca" => "a reload of aditd",
-            _ if ["vm", "grant", "token"].contains(&self.section()) => "a reload of aditd",
+            _ if ["vm", "grant", "token", "host", "peers"].contains(&self.section()) => {
+                "a reload of aditd"
+            }
             _ => "a restart of aditd",
         }
     }
@@ -273,7 +288,7 @@ const KEYS: &[Key] = &[
         path: "names.host",
         meaning: "This host's own name. Hosts and VMs share their names: `VM.HOST` is the VM of that host, and no VM may be called as \
                   a host is.",
-        default: "the first label of the machine's host name, if it can be one and no VM or [[host]] has it",
+        default: "the machine's, if nothing else has it",
         example: "\"alpha\"",
         kind: Kind::VmName,
     },
@@ -512,6 +527,63 @@ const KEYS: &[Key] = &[
         kind: Kind::Time,
     },
     Key {
+        path: "host.name",
+        meaning: "Name of another host. No VM and no other host may have it.",
+        default: REQUIRED,
+        example: "\"beta\"",
+        kind: Kind::VmName,
+    },
+    Key {
+        path: "host.address",
+        meaning: "Where that host is asked for its VMs, and where they are reached: a [[listen]] of it with `cert`, for HTTP.",
+        default: REQUIRED,
+        example: "\"192.0.2.2:7443\"",
+        kind: Kind::Address,
+    },
+    Key {
+        path: "host.pin",
+        meaning: "Digest of that host's key: its listener has it, and its own [peers] too. With another key it is not that host.",
+        default: REQUIRED,
+        example: "\"sha256/47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=\"",
+        kind: Kind::Pin,
+    },
+    Key {
+        path: "host.names",
+        meaning: "Names of VMs that this host may claim to have. What it says of others does not count.",
+        default: "[\"*\"]",
+        example: "[\"db-*\"]",
+        kind: Kind::Texts {
+            of: Texts::Claims,
+            max: LIST_MAX,
+        },
+    },
+    Key {
+        path: "host.vouches",
+        meaning: "Users and groups of that host that count here as those of the same names, where it says that they ask. All others \
+                  who come by way of it are known by its certificate only, or by a token of their own.",
+        default: "[]",
+        example: "[\"user:deploy\", \"group:ops\"]",
+        kind: Kind::Texts {
+            of: Texts::Vouched,
+            max: LIST_MAX,
+        },
+    },
+    Key {
+        path: "peers.cert",
+        meaning: "PEM file with the certificate that this host shows to those of [[host]]. Without it no other host is asked. It is read \
+                  at the start and at every reload.",
+        default: "none",
+        example: "\"/etc/adit/proxy.crt\"",
+        kind: Kind::Path,
+    },
+    Key {
+        path: "peers.key",
+        meaning: "PEM file with the private key of that certificate, not encrypted.",
+        default: "none",
+        example: "\"/etc/adit/proxy.key\"",
+        kind: Kind::Path,
+    },
+    Key {
         path: "vm.name",
         meaning: "The VM's name: the host name that clients use, and the id that goals are signed for.",
         default: REQUIRED,
@@ -588,7 +660,8 @@ const KEYS: &[Key] = &[
 ];
 
 /// Sections of which there may be many, and what each one is.
-pub(super) const MANY: [(&str, &str); 4] = [
+pub(super) const MANY: [(&str, &str); 5] = [
+    ("host", "host"),
     ("listen", "listener"),
     ("grant", "grant"),
     ("token", "token"),
@@ -728,6 +801,19 @@ mod tests {
             let with = match key.section() {
                 "" => parse(&(line + vm)),
                 "vm" => parse(&format!("{vm}{line}")),
+                "host" => {
+                    let pin = "sha256/47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
+                    let host = format!(
+                        "[[host]]\nname = \"b\"\naddress = \"192.0.2.2:1\"\npin = \"{pin}\"\n"
+                    );
+                    assert_eq!(
+                        parse(&format!("{host}{line}")),
+                        parse(&host),
+                        "{}",
+                        key.path
+                    );
+                    continue;
+                }
                 "listen" => {
                     let listen = "[[listen]]\naddress = \"127.0.0.1:1\"\n";
                     assert_eq!(

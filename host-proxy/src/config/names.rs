@@ -27,7 +27,9 @@ impl Config {
             return Some(host);
         }
         let is_free = |name: &&VmId| {
-            !self.names.suffix.hides(name) && self.vm.iter().all(|vm| vm.name != **name)
+            !self.names.suffix.hides(name)
+                && self.vm.iter().all(|vm| vm.name != **name)
+                && self.host.iter().all(|host| host.name != **name)
         };
         self.names.hostname.as_ref().filter(is_free)
     }

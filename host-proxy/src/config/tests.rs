@@ -209,15 +209,16 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
                     .next()
                     .unwrap();
                 let list = |n: usize| format!("[{}]", vec![one; n].join(", "));
+                let empty = key.is_required().then(|| "[]".into());
+                let bad = [
+                    list(max + 1),
+                    one.into(),
+                    "[7]".into(),
+                    "[\"no such\"]".into(),
+                ];
                 (
                     vec![list(1), list(max), key.example.into()],
-                    vec![
-                        list(max + 1),
-                        "[]".into(),
-                        one.into(),
-                        "[7]".into(),
-                        "[\"no such\"]".into(),
-                    ],
+                    bad.into_iter().chain(empty).collect(),
                 )
             }
             keys::Kind::Listener => (
@@ -235,6 +236,14 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
             keys::Kind::Destination => (
                 vec!["\"a:1\"".into(), "\"vsock-1.a:1\"".into()],
                 vec!["\"a\"".into(), "\"a:0\"".into(), "\"127.0.0.1:80\"".into()],
+            ),
+            keys::Kind::Suffix => (
+                vec!["\".adit\"".into(), "\".vm.example.org\"".into()],
+                vec!["\"adit\"".into(), "\".\"".into(), "\".a_b\"".into()],
+            ),
+            keys::Kind::Pin => (
+                vec![key.example.into()],
+                vec!["\"sha256/\"".into(), key.example.replace("sha256", "sha1")],
             ),
             keys::Kind::Time => (
                 vec![
@@ -266,7 +275,14 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
         ) {
             bad.push("[]".into());
         }
-        if ["listen.cert", "listen.key", "listen.client_ca"].contains(&key.path) {
+        let files = [
+            "listen.cert",
+            "listen.key",
+            "listen.client_ca",
+            "peers.cert",
+            "peers.key",
+        ];
+        if files.contains(&key.path) {
             // They need each other, and files.
             good.clear();
         }
@@ -363,7 +379,14 @@ fn a_listener_says_where_its_connections_lead_if_and_only_if_its_clients_do_not(
         assert_eq!(found.key.as_deref(), Some(key), "{more}");
     }
     let to = parse(&listen("speak = \"any\"\nto = \"WEB-1.adit:22\"\n")).unwrap();
-    assert_eq!(to.listen[0].destination(&to.names.suffix).unwrap().vm.as_str(), "web-1");
+    assert_eq!(
+        to.listen[0]
+            .destination(&to.names.suffix)
+            .unwrap()
+            .vm
+            .as_str(),
+        "web-1"
+    );
     let open = "[[listen]]\naddress = \"0.0.0.0:1\"\n";
     assert_eq!(problems(open)[0].key.as_deref(), Some("address"));
     parse(&format!("{open}open = true\n")).unwrap();
@@ -372,6 +395,110 @@ fn a_listener_says_where_its_connections_lead_if_and_only_if_its_clients_do_not(
     let twice = "[[listen]]\naddress = \"127.0.0.1:7\"\n";
     let found = &problems(&twice.repeat(2))[0];
     assert_eq!((found.line, found.key.as_deref()), (4, Some("address")));
+}
+
+const PIN: &str = "sha256/47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
+
+fn host(name: &str, pin: &str, more: &str) -> String {
+    format!("[[host]]\nname = \"{name}\"\naddress = \"192.0.2.2:1\"\npin = \"{pin}\"\n{more}")
+}
+
+#[test]
+fn hosts_and_vms_share_their_names_and_a_clash_is_refused() {
+    let other_pin = PIN.replace("47D", "48D");
+    let named = "[names]\nhost = \"b\"\n";
+    for (text, line, key) in [
+        ("[names]\nhost = \"a\"\n".to_owned() + VM, 2, "host"),
+        (VM.to_owned() + &host("a", PIN, ""), 5, "name"),
+        (named.to_owned() + &host("b", PIN, ""), 4, "name"),
+        (host("b", PIN, "") + &host("b", &other_pin, ""), 6, "name"),
+        // One key is one host.
+        (host("b", PIN, "") + &host("c", PIN, ""), 8, "pin"),
+        // What would be read as another name.
+        (host("svc", PIN, ""), 2, "name"),
+        (host("adit", PIN, ""), 2, "name"),
+        (
+            "[names]\nhost = \"vm\"\nsuffix = \".vm\"\n".into(),
+            2,
+            "host",
+        ),
+        ("[names]\nsuffix = \"vm\"\n".into(), 2, "suffix"),
+    ] {
+        let found = &problems(&text)[0];
+        assert_eq!(
+            (found.line, found.key.as_deref()),
+            (line, Some(key)),
+            "{text}"
+        );
+    }
+    let whole = named.to_owned() + VM + &host("c", PIN, "") + &host("d", &other_pin, "");
+    let config = parse(&whole).unwrap();
+    assert_eq!(config.host_name().unwrap().as_str(), "b");
+}
+
+#[test]
+fn the_machines_name_is_the_hosts_unless_something_else_has_it() {
+    let mut config = parse(&(VM.to_owned() + &host("b", PIN, ""))).unwrap();
+    for (hostname, name) in [
+        ("Alpha.example.org\n", Some("alpha")),
+        ("a", None),
+        ("b.example.org", None),
+        ("svc", None),
+        ("not_a_label", None),
+        ("", None),
+    ] {
+        config.names.hostname = super::names::of_machine(hostname);
+        let found = config.host_name().map(|name| name.as_str());
+        assert_eq!(found, name, "{hostname:?}");
+    }
+}
+
+#[test]
+fn r126_what_another_host_may_say_is_what_is_written_and_nothing_else() {
+    let more = "names = [\"db-*\", \"web-1\"]\nvouches = [\"user:deploy\", \"group:ops\"]\n";
+    let config = parse(&host("b", PIN, more)).unwrap();
+    let host_b = &config.host[0];
+    let claims = |vm: &str| host_b.may_claim(&vm.parse().unwrap());
+    assert!(claims("db-1") && claims("web-1") && !claims("web-2") && !claims("xdb-1"));
+    let vouches = |subject: &str| host_b.vouches_for(&subject.parse().unwrap());
+    assert!(vouches("user:deploy") && vouches("group:ops"));
+    for other in [
+        "user:ops",
+        "group:deploy",
+        "token:deploy",
+        "cert:deploy",
+        "anyone",
+    ] {
+        assert!(!vouches(other), "{other}");
+    }
+    assert!(!parse(&host("b", PIN, "")).unwrap().host[0].vouches_for(&"user:a".parse().unwrap()));
+    for (more, key) in [
+        ("names = [\"label:env=prod\"]\n", "names"),
+        ("names = [\"A\"]\n", "names"),
+        ("vouches = [\"user:1000\"]\n", "vouches"),
+        ("vouches = [\"token:ci\"]\n", "vouches"),
+        ("vouches = [\"anyone\"]\n", "vouches"),
+        ("vouches = [\"cert:x\"]\n", "vouches"),
+    ] {
+        assert_eq!(
+            problems(&host("b", PIN, more))[0].key.as_deref(),
+            Some(key),
+            "{more}"
+        );
+    }
+    for pin in [
+        "",
+        "x",
+        "47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=",
+        "beta.example",
+        &PIN[..40],
+    ] {
+        assert_eq!(
+            problems(&host("b", pin, ""))[0].key.as_deref(),
+            Some("pin"),
+            "{pin}"
+        );
+    }
 }
 
 /// `aditd.toml` and `conf.d` with these files.

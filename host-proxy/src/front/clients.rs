@@ -107,12 +107,10 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
         return;
     };
     let (to, ahead) = match asked {
-        Ok(Ok(Step::Connect { name, port, len })) => {
-            (
-                Destination::named(&state.config.names.suffix, &name, Some(port)),
-                bytes.split_off(len),
-            )
-        }
+        Ok(Ok(Step::Connect { name, port, len })) => (
+            Destination::named(&state.config.names.suffix, &name, Some(port)),
+            bytes.split_off(len),
+        ),
         Ok(Ok(Step::Refuse(said, why))) => {
             tracing::info!(why, "connection refused");
             return refuse(&state, client, &said, &place).await;

@@ -25,6 +25,7 @@
 
 pub mod child;
 pub mod client;
+pub mod outward;
 pub mod packets;
 pub mod people;
 pub mod port_log;
@@ -291,6 +292,25 @@ impl Monitor {
             name: Some(name),
             groups,
         }))
+    }
+
+    /// Connects to another host of the configuration.
+    ///
+    /// # Errors
+    /// There is no monitor, or no such host, or it does not accept.
+    pub async fn peer(&self, host: &VmId) -> Result<OwnedFd, AskError> {
+        let client = match self {
+            Self::Here(privileged) => return Ok(privileged.outward.connect(host).await?),
+            Self::There(client) => client,
+        };
+        let host = host.clone();
+        match client.ask(&Message::Peer(wire::Peer { host }), &[]).await? {
+            (Message::HasPeer(_), mut fds) => {
+                let socket = fds.pop().and_then(Passed::trust);
+                socket.ok_or(AskError::Other)
+            }
+            _ => Err(AskError::Other),
+        }
     }
 
     /// Has the configuration read again, as SIGHUP does.

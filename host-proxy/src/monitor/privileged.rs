@@ -21,6 +21,7 @@ use adit_port::control::{CONTROL_SOCKET, Quit};
 use adit_port::control_io::{self, send};
 use tokio::time::Instant;
 
+use super::outward::Outward;
 use super::port_log;
 use super::room;
 use super::store::{Pair, Store};
@@ -93,6 +94,8 @@ pub struct Privileged {
     /// Every VM has a pair, also where no systemd holds it.
     keeps_pairs: bool,
     vms: Mutex<HashMap<VmId, Arc<Entry>>>,
+    /// Other hosts.
+    pub outward: Outward,
 }
 
 /// One VM.
@@ -136,6 +139,7 @@ impl Privileged {
             keeps_pairs,
             store,
             vms: Mutex::default(),
+            outward: Outward::default(),
         })
     }
 

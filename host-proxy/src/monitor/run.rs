@@ -120,6 +120,7 @@ pub async fn run(boot: Boot, account: Account) -> anyhow::Result<ExitCode> {
         Store::new(passed),
         true,
     );
+    privileged.outward.set(&config);
     let text = text::file_of(&text.packed()).context("no memory for the configuration")?;
     let run = Run {
         texts: [text.try_clone()?, text],
@@ -378,6 +379,7 @@ impl Run {
     /// Reads the configuration again, and hands it to the worker, which applies it.
     fn reload(&mut self, worker: &Worker) {
         let (file, packets) = (self.file.clone(), worker.packets.clone());
+        let privileged = self.privileged.clone();
         self.reloading = Some(tokio::spawn(async move {
             let path = file.clone();
             let read = tokio::task::spawn_blocking(move || reload::read_again(&path)).await;
@@ -385,7 +387,11 @@ impl Run {
             let read = read.and_then(|text: Sources| {
                 let fd = text::file_of(&text.packed()).map_err(|e| e.to_string())?;
                 // A successor gets what this one applies.
-                Ok((Config::of(&text).is_ok(), fd))
+                let config = Config::of(&text);
+                if let Ok(config) = &config {
+                    privileged.outward.set(config);
+                }
+                Ok((config.is_ok(), fd))
             });
             let (error, text) = match read {
                 Ok(text) => (String::new(), Some(text)),

@@ -13,8 +13,8 @@ use super::packets::Packets;
 use super::people;
 use super::privileged::{NotDone, Privileged};
 use super::wire::{
-    self, Done, HasEnded, HasSlot, Is, Kind, Message, NotReached, Reached, Refused, Serving,
-    WireError,
+    self, Done, HasEnded, HasPeer, HasSlot, Is, Kind, Message, NotReached, Reached, Refused,
+    Serving, WireError,
 };
 use crate::config::VMS_MAX;
 
@@ -158,6 +158,7 @@ fn doing(
             | Message::Leave(_)
             | Message::RemoveDir(_)
             | Message::WhoIs(_)
+            | Message::Peer(_)
     );
     if !is_request {
         return Err(Fault::Kind(message.kind()));
@@ -170,6 +171,10 @@ fn doing(
                     done => (plain(done.map(drop)), vec![]),
                 };
             }
+            Message::Peer(ask) => match privileged.outward.connect(&ask.host).await {
+                Ok(socket) => return (Message::HasPeer(HasPeer {}), vec![socket.into()]),
+                Err(e) => Err(e),
+            },
             Message::Reach(ask) => return reach(privileged, ask, fds.pop()).await,
             Message::Ended(ask) => match privileged.ended(&ask.vm).await {
                 Ok(words) => return (Message::HasEnded(HasEnded { words }), vec![]),

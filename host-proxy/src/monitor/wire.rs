@@ -1,8 +1,8 @@
 //! What the worker and the monitor say to each other: packets of a `SOCK_SEQPACKET` socket, one frame each, with descriptors.
 //!
 //! ```text
-//! worker ── Slot, Reach, Ended, End, Shorten, Gone, Leave, RemoveDir, ForgetOthers, WhoIs (each with an id) ──► monitor
-//!        ◄── HasSlot, Reached, NotReached, HasEnded, Is, Done, Refused (with the id of what they answer) ──
+//! worker ── Slot, Reach, Ended, End, Shorten, Gone, Leave, RemoveDir, ForgetOthers, WhoIs, Peer (each with an id) ──► monitor
+//!        ◄── HasSlot, Reached, NotReached, HasEnded, Is, HasPeer, Done, Refused (with the id of what they answer) ──
 //!        ── Serving, Status, StopAll, Reread; to the monitor that found it: Listeners, SlotOf (id 0, no answer) ──►
 //!        ◄── Welcome or Hello first; then Config, Stop (id 0) ──
 //! ```
@@ -122,6 +122,17 @@ pub struct Is {
     /// Number, name and names of groups; none: there is no such user.
     pub user: Option<(u32, String, Vec<String>)>,
 }
+
+/// Asks for a connection to another host of the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// Its name there.
+    pub host: VmId,
+}
+
+/// Answers [`Peer`]: the connection is in the descriptor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HasPeer {}
 
 /// The worker serves, or goes on to do so.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -274,6 +285,8 @@ adit_channel::message_table! {
     WhoIs = 15, 0..=0, NONE;
     /// To the monitor.
     Reread = 16, 0..=0, NONE;
+    /// To the monitor.
+    Peer = 17, 0..=0, NONE;
     /// To the worker.
     Welcome = 32, 6..=4 + LISTENERS_MAX, NONE;
     /// To the worker.
@@ -296,6 +309,8 @@ adit_channel::message_table! {
     HasEnded = 41, 0..=0, NONE;
     /// To the worker.
     Is = 42, 0..=0, NONE;
+    /// To the worker.
+    HasPeer = 43, 1..=1, NONE;
 }
 
 /// Why a packet cannot be sent, or is none of these. The sender's fault, except `Io`.
@@ -465,8 +480,10 @@ mod tests {
             Message::Status(Status { text: text.clone() }),
             Message::StopAll(StopAll {}),
             Message::Listeners(Listeners {}),
+            Message::Peer(Peer { host: of(&vm) }),
             Message::SlotOf(SlotOf { vm }),
             Message::Reread(Reread {}),
+            Message::HasPeer(HasPeer {}),
             Message::WhoIs(WhoIs::Uid(1000)),
             Message::WhoIs(WhoIs::Name(text.clone())),
             Message::Is(Is {

@@ -126,11 +126,7 @@ impl Destination {
     ///
     /// # Errors
     /// It names nothing that there could be.
-    pub fn named(
-        suffix: &Suffix,
-        host: &str,
-        port: Option<u16>,
-    ) -> Result<Self, DestinationError> {
+    pub fn named(suffix: &Suffix, host: &str, port: Option<u16>) -> Result<Self, DestinationError> {
         let name = suffix.taken_from(host);
         let (vm, target) = match name.split_once('.') {
             Some((first, rest)) if first.starts_with(VSOCK) => {
@@ -141,7 +137,12 @@ impl Destination {
             Some((first, rest)) if is_of_svc(rest) => {
                 let service = format!("{SVC}:{first}").parse::<ServiceName>().ok();
                 let service = service.filter(|_| is_label(first));
-                let bad = || bad_name(first, "it is no name of a service: use a-z, 0-9 and inner '-'");
+                let bad = || {
+                    bad_name(
+                        first,
+                        "it is no name of a service: use a-z, 0-9 and inner '-'",
+                    )
+                };
                 let vm = &rest[..rest.len() - SVC.len() - 1];
                 (vm, Target::Service(service.ok_or_else(bad)?))
             }
