@@ -2,7 +2,7 @@
 //!
 //! | code | who says it | in a hello |
 //! |---|---|---|
-//! | `unknown-vm`, `not-allowed`, `no-port-process`, `internal` | the host, before it dials | |
+//! | `unknown-vm`, `ambiguous`, `not-allowed`, `no-port-process`, `internal` | the host, before it dials | |
 //! | `no-session`, `no-agent`, `no-listener`, `no-answer`, `reset`, `foreign` | the channel | |
 //! | `version`, `unknown-service`, `denied`, `wrong-vm` | the listener of a hello | 1, 2, 3, 6 |
 //! | `dial-failed`, `dial-timed-out` | the guest, of its own dial | 4, with its errno |
@@ -26,6 +26,8 @@ const RETRY_S: u32 = 1;
 pub enum Code {
     /// No VM has that name.
     UnknownVm,
+    /// Several hosts have a VM of that name.
+    Ambiguous,
     /// The host's rules do not allow it.
     NotAllowed,
     /// The VM's port process does not run.
@@ -70,8 +72,9 @@ pub enum Code {
 
 impl Code {
     /// One of each.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::UnknownVm,
+        Self::Ambiguous,
         Self::NotAllowed,
         Self::NoPortProcess,
         Self::Internal,
@@ -125,6 +128,7 @@ impl Code {
             Self::Mismatch => 9,
             Self::Other(number) => number,
             Self::UnknownVm
+            | Self::Ambiguous
             | Self::NotAllowed
             | Self::NoPortProcess
             | Self::Internal
@@ -161,6 +165,7 @@ impl fmt::Display for Code {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = match self {
             Self::UnknownVm => "unknown-vm",
+            Self::Ambiguous => "ambiguous",
             Self::NotAllowed => "not-allowed",
             Self::NoPortProcess => "no-port-process",
             Self::Internal => "internal",

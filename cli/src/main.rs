@@ -20,6 +20,7 @@ mod image;
 mod key;
 mod output;
 mod proxy;
+mod resolve;
 mod task;
 mod text;
 mod trust;
@@ -116,6 +117,8 @@ enum Command {
     /// Show who may do what with which VM; make tokens
     #[command(subcommand)]
     Access(access::AccessCommand),
+    /// Say which host has a VM
+    Resolve(resolve::Resolve),
     /// Wait until a VM is ready
     Wait(vm::Wait),
     /// Open a tunnel to a VM's port on standard input and output, or hand its socket to ssh
@@ -189,6 +192,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
     let client = Client::new(&socket(cli.socket), limit);
     match &cli.command {
         Command::Vm(command) => vm::run(command, &client, format).await?,
+        Command::Resolve(resolve) => resolve::resolve(resolve, &client, format).await?,
         Command::Wait(wait) => vm::wait(wait, &client, format).await?,
         Command::Goal(command) => return goal::run(command, &client, format).await,
         Command::Task(command) => return task::run(command, &client, format).await,

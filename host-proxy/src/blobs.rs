@@ -281,7 +281,7 @@ async fn dial(
         arguments,
         ..Extensions::default()
     };
-    let admitted = reach::admit(state, &Caller::owner(), &to)?;
+    let admitted = reach::dial::admit_here(state, &Caller::owner(), &to, vm.clone())?;
     admitted
         .relayed_with(&to, extensions, state.room, || state.pool.clear())
         .await

@@ -15,6 +15,7 @@
 //! | `keeper`, `fdstore` | what a port process's successor needs; kept over the end of the worker, and of aditd |
 //! | `access` | who asks, and who may do what with which VM |
 //! | `front` | every listener for clients of VMs |
+//! | `peers` | other hosts and their VMs |
 //! | `reach`, `remedy` | from a destination to a stream; what to do where it is refused |
 //! | `proxy` | the HTTP forward proxy |
 //! | `services`, `agent` | what guests dial; the talk with an agent |
@@ -46,6 +47,7 @@ pub mod metrics;
 pub mod monitor;
 pub mod no_passing;
 pub mod passing;
+pub mod peers;
 pub mod place;
 pub mod proxy;
 pub mod reach;

@@ -127,6 +127,7 @@ async fn apply(state: &Arc<State>, mut new: Config) -> Result<Vec<String>, Strin
     state.callers.renew(tokens);
     state.tls.renew(&state.config, &new);
     state.reserve(&new);
+    state.peers.renew(&new);
     // Each has its own time to end.
     let removals = join_all(plan.remove.iter().map(|vm| async {
         let failed = vms::remove(state, vm).await.err()?;

@@ -6,6 +6,9 @@ use adit_channel::refusal::Code;
 pub fn of(code: Code) -> &'static str {
     match code {
         Code::UnknownVm => "`adit vm ls` lists the names",
+        Code::Ambiguous => {
+            "name the host too: VM.HOST; `adit resolve` says what each of them claims"
+        }
         Code::NotAllowed => {
             "allow it: `adit vm set`, or `allow` and `allow_vsock` in aditd.toml and `systemctl reload aditd`"
         }

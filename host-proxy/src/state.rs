@@ -20,6 +20,7 @@ use crate::front::tls::Tls;
 use crate::listen::{Room, Shares};
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
+use crate::peers::Peers;
 use crate::proxy::pool::Pool;
 use crate::registry::Registry;
 use crate::reload::Reloads;
@@ -41,6 +42,8 @@ pub struct State {
     pub access_changed: Notify,
     /// Who they are.
     pub callers: Arc<Callers>,
+    /// Other hosts.
+    pub peers: Arc<Peers>,
     /// TLS of listeners.
     pub tls: Tls,
     /// What was denied.
@@ -104,6 +107,7 @@ impl State {
             trust: config.trust.anchors(),
             grants: RwLock::new(Arc::new(config.grants())),
             access_changed: Notify::new(),
+            peers: Peers::new(&config),
             tls: Tls::new(&config),
             callers,
             audit,

@@ -35,7 +35,11 @@ memory of its ring cannot be changed: remove the VM and add it again.";
 pub enum VmCommand {
     /// List the VMs
     #[command(alias = "list")]
-    Ls,
+    Ls {
+        /// Those of all hosts of aditd.toml, with their hosts
+        #[arg(long)]
+        all_hosts: bool,
+    },
     /// Show one VM
     Show {
         /// Name of the VM
@@ -126,7 +130,8 @@ impl<T: FromStr> FromStr for Ports<T> {
 
 pub async fn run(command: &VmCommand, client: &Client, format: Format) -> Result<(), Failure> {
     match command {
-        VmCommand::Ls => show::list(&client.get::<Vec<Vm>>("/v1/vms").await?, format),
+        VmCommand::Ls { all_hosts: true } => crate::resolve::all(client, format).await,
+        VmCommand::Ls { .. } => show::list(&client.get::<Vec<Vm>>("/v1/vms").await?, format),
         VmCommand::Show { name } => show::show(&client.get(&path(name)?).await?, format),
         VmCommand::Add {
             name,

@@ -31,6 +31,8 @@
 //! | `POST /v1/vms/{name}/blobs/{sha256}` | has it sent to the guest → `Transfer`: how far it is. To be asked again until it is `kept`; why it failed is said once, as an error |
 //! | `POST /v1/vms/{name}/agent` | `AgentOrder` → `AgentAnswer`, once the guest has the program on its disk: it was sent before. 422 with the guest's own word (`agent-below-floor`, …) where it refuses |
 //! | `GET /v1/access?as=CALLER&verb=VERB&vm=NAME&target=TARGET` | → `AccessDecision`: what the proxy would decide. CALLER is `user:NAME`, `group:NAME`, `token:NAME`, `anyone` or `owner`; of a user its groups count |
+//! | `GET /v1/resolve/{name}` | `VM` or `VM.HOST` → `Resolution`: the host that has it, and what each claims. Other hosts are asked |
+//! | `GET /v1/resolve` | → `AllVms`: those of all hosts |
 //! | `GET /v1/grants?vm=NAME` | → `Vec<GrantShown>`: all, or those about a VM |
 //! | `GET /v1/config` | → `ConfigStatus`: what became of the configuration file |
 //! | `POST /v1/reload` | reads the configuration again → `ConfigStatus`, once it is applied or refused |
@@ -161,6 +163,65 @@ pub struct Vm {
     /// The last dial into it that ended; none: there was none since aditd was started.
     #[serde(default)]
     pub last_dial: Option<LastDial>,
+}
+
+/// A VM, and the host that has it.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmAt {
+    /// Its name.
+    pub name: String,
+    /// The host's.
+    pub host: String,
+    /// The guest's driver runs.
+    pub live: bool,
+    /// Generation of its card, where that host believes one.
+    #[serde(default)]
+    pub generation: Option<u64>,
+}
+
+/// Where a name leads.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resolution {
+    /// Name of the VM.
+    pub vm: String,
+    /// The host that has it; none: none has, or several have and nothing says which is meant.
+    pub host: Option<String>,
+    /// It is this one.
+    pub here: bool,
+    /// What each host that has such a VM says of it.
+    pub claims: Vec<VmAt>,
+}
+
+/// VMs of all hosts.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AllVms {
+    /// By name, and then by host.
+    pub vms: Vec<VmAt>,
+    /// Hosts that did not say what they have, and why.
+    pub silent: Vec<Silent>,
+}
+
+/// A host that does not answer.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Silent {
+    /// Its name.
+    pub host: String,
+    /// Why.
+    pub why: String,
+}
+
+/// What a host says of the VMs that it has.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostAnswer {
+    /// Its own name; none: it has none.
+    pub host: Option<String>,
+    /// Those that were asked for and that it has.
+    pub vms: Vec<VmAt>,
 }
 
 /// Something that is wrong with a VM.

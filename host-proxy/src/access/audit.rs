@@ -64,6 +64,8 @@ pub struct Line {
     #[serde(skip_serializing_if = "Option::is_none")]
     suppressed: Option<u64>,
     caller: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    via: Option<String>,
     #[serde(skip_serializing_if = "String::is_empty")]
     from: String,
     #[serde(skip_serializing_if = "str::is_empty")]
@@ -142,6 +144,7 @@ impl Audit {
             }),
             suppressed: None,
             caller,
+            via: decided.caller.via().map(ToString::to_string),
             from: decided.caller.from().into(),
             verb: decided.verb,
             vm: adit_names::escape(decided.vm).at_most(80).to_string(),
@@ -184,6 +187,7 @@ fn over(counts: &Mutex<Counts>) -> Vec<Line> {
                 decision: None,
                 suppressed: Some(count.suppressed),
                 caller: caller.clone(),
+                via: None,
                 from: String::new(),
                 verb: "",
                 vm: String::new(),

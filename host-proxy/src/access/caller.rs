@@ -7,6 +7,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use adit_names::VmId;
+
 use super::subject::{Subject, is_name};
 
 /// Most groups of a user that count.
@@ -23,6 +25,24 @@ struct Inner {
     subjects: Vec<Subject>,
     /// Where the connection came from, for people.
     from: String,
+    /// The host that it came by way of.
+    via: Option<VmId>,
+    shown: Option<Shown>,
+}
+
+/// What a caller has shown in `Proxy-Authorization`, for the host that has the VM.
+#[derive(Clone, PartialEq, Eq)]
+struct Shown {
+    field: Vec<u8>,
+    /// It is no token of this host.
+    is_strange: bool,
+}
+
+/// Without the secret.
+impl fmt::Debug for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shown").finish_non_exhaustive()
+    }
 }
 
 /// A user of this host, as its user database has it.
@@ -43,6 +63,8 @@ impl Caller {
             is_owner: true,
             subjects: vec![Subject::Anyone],
             from: "aditd.sock".into(),
+            via: None,
+            shown: None,
         }))
     }
 
@@ -52,6 +74,8 @@ impl Caller {
             is_owner: false,
             subjects: vec![Subject::Anyone],
             from: from.to_string(),
+            via: None,
+            shown: None,
         }))
     }
 
@@ -101,6 +125,41 @@ impl Caller {
         Self(Arc::new(inner))
     }
 
+    /// Says that they came by way of another host, which vouches for these names. Whoever has made the connection is a user of
+    /// that host, also where both are one machine.
+    #[must_use]
+    pub fn by_way_of(&self, host: &VmId, vouched: Vec<Subject>) -> Self {
+        let mut inner = Inner::clone(&self.0);
+        let is_shown = |subject: &Subject| matches!(subject, Subject::Cert(_) | Subject::Anyone);
+        inner.subjects.retain(is_shown);
+        inner.via = Some(host.clone());
+        Self(Arc::new(inner)).with(vouched)
+    }
+
+    /// Keeps what they showed for the host that has the VM; `is_strange`: it is no token of this one.
+    #[must_use]
+    pub fn with_shown(&self, field: &[u8], is_strange: bool) -> Self {
+        let mut inner = Inner::clone(&self.0);
+        let field = field.to_vec();
+        inner.shown = Some(Shown { field, is_strange });
+        Self(Arc::new(inner))
+    }
+
+    /// The host that they came by way of.
+    pub fn via(&self) -> Option<&VmId> {
+        self.0.via.as_ref()
+    }
+
+    /// What they showed, for the host that has the VM.
+    pub fn shown(&self) -> Option<&[u8]> {
+        self.0.shown.as_ref().map(|shown| &*shown.field)
+    }
+
+    /// Whether they showed what is no token of this host.
+    pub fn shows_strange(&self) -> bool {
+        self.0.shown.as_ref().is_some_and(|shown| shown.is_strange)
+    }
+
     /// Whether everything is theirs.
     pub fn is_owner(&self) -> bool {
         self.0.is_owner
@@ -128,7 +187,10 @@ impl fmt::Display for Caller {
         match self.0.subjects.first() {
             _ if self.0.is_owner => f.pad("owner"),
             Some(Subject::Anyone) | None => f.pad("nobody known"),
-            Some(subject) => write!(f, "{subject}"),
+            Some(subject) => match &self.0.via {
+                Some(via) => write!(f, "{subject} via {via}"),
+                None => write!(f, "{subject}"),
+            },
         }
     }
 }

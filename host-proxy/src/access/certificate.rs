@@ -131,7 +131,8 @@ fn names(certificate: &EndEntityCert<'_>) -> Vec<Subject> {
         .collect()
 }
 
-fn pin(certificate: &EndEntityCert<'_>) -> Subject {
+/// The name of whoever has the key of a certificate.
+pub fn pin(certificate: &EndEntityCert<'_>) -> Subject {
     let key = certificate.subject_public_key_info();
     let digest = STANDARD.encode(sha256(&key));
     Subject::Cert(format!("{}{digest}", subject::PIN))

@@ -154,6 +154,10 @@ async fn judged(state: &State, vm: &VmEntry, tag: &Tag) -> Judged {
     let (tokens, now_ms) = (state.callers.tokens(), state.now_ms());
     let caller = tag.caller(|name| match name {
         Subject::Token(token) => tokens.has(token, now_ms),
+        Subject::User(_) | Subject::Group(_) => {
+            let via = tag.via();
+            via.is_none_or(|host| state.peers.still_vouches(host, name))
+        }
         _ => true,
     });
     let (verb, grants) = (Verb::Reach(tag.target()), state.grants());

@@ -2,6 +2,7 @@
 //!
 //! Groups are not noted: the host's user database has them as they are then.
 
+use adit_names::VmId;
 use adit_port::control::{TAG_MAX, Target};
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +18,9 @@ pub struct Tag {
     /// Where it came from.
     #[serde(rename = "f")]
     from: String,
+    /// The host that it came by way of.
+    #[serde(rename = "v", default, skip_serializing_if = "Option::is_none")]
+    via: Option<VmId>,
     /// What it reached.
     #[serde(rename = "t")]
     target: Target,
@@ -29,10 +33,17 @@ impl Tag {
             return None;
         }
         let names = caller.subjects().iter();
-        let names = names.filter(|name| !matches!(name, Subject::Group(_) | Subject::Anyone));
+        // The user database of another host is asked by nobody here.
+        let is_kept = |name: &&Subject| match name {
+            Subject::Group(_) => caller.via().is_some(),
+            Subject::Anyone => false,
+            _ => true,
+        };
+        let names = names.filter(is_kept);
         let mut tag = Self {
             caller: names.map(ToString::to_string).collect(),
             from: caller.from().into(),
+            via: caller.via().cloned(),
             target: target.clone(),
         };
         loop {
@@ -50,6 +61,11 @@ impl Tag {
         serde_json::from_slice(bytes).ok()
     }
 
+    /// The host that it came by way of.
+    pub fn via(&self) -> Option<&VmId> {
+        self.via.as_ref()
+    }
+
     /// What was reached.
     pub fn target(&self) -> &Target {
         &self.target
@@ -57,6 +73,9 @@ impl Tag {
 
     /// Number of the user behind it, if that was known.
     pub fn uid(&self) -> Option<u32> {
+        if self.via.is_some() {
+            return None;
+        }
         let mut numbers = self
             .caller
             .iter()
@@ -67,7 +86,11 @@ impl Tag {
     /// The caller, without groups. `holds` says whether a name that was proved then is still one: a token may be gone.
     pub fn caller(&self, holds: impl Fn(&Subject) -> bool) -> Caller {
         let names = self.caller.iter().filter_map(|name| name.parse().ok());
-        Caller::anonymous(&self.from).with(names.filter(holds))
+        let caller = Caller::anonymous(&self.from);
+        match &self.via {
+            Some(host) => caller.by_way_of(host, names.filter(holds).collect()),
+            None => caller.with(names.filter(holds)),
+        }
     }
 }
 
@@ -107,6 +130,30 @@ mod tests {
         let less = tag.caller(|name| !matches!(name, Subject::Token(_)));
         assert_eq!(names(&less), ["user:deploy", "user:1000", "anyone"]);
         assert_eq!(Tag::of(&Caller::owner(), &target), None);
+    }
+
+    #[test]
+    fn r126_a_tag_of_somebody_by_way_of_another_host_is_of_no_user_of_this_one() {
+        let ops = ["user:deploy", "group:ops"].map(|name| name.parse().unwrap());
+        let local = Person {
+            uid: 0,
+            name: Some("root".into()),
+            groups: vec!["root".into()],
+        };
+        let host = "beta".parse().unwrap();
+        let caller = Caller::anonymous("x")
+            .with_person(&local)
+            .by_way_of(&host, ops.to_vec());
+        let tag = Tag::of(&caller, &Target::VsockPort(1)).unwrap();
+        let tag = Tag::read(&tag).unwrap();
+        assert_eq!((tag.via(), tag.uid()), (Some(&host), None));
+        assert_eq!(tag.caller(|_| true), caller);
+        assert_eq!(caller.to_string(), "user:deploy via beta");
+        let none = tag.caller(|name| !ops.contains(name));
+        assert_eq!(none.subjects(), [Subject::Anyone]);
+        // As the version before wrote it.
+        let before = Tag::read(br#"{"c":["user:a"],"f":"x","t":{"VsockPort":1}}"#);
+        assert!(before.is_none_or(|tag| tag.via().is_none()));
     }
 
     #[test]

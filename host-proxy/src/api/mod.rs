@@ -8,6 +8,7 @@ mod blobs;
 mod discovery;
 mod lists;
 mod openapi;
+mod resolve;
 mod tasks;
 mod trust;
 mod vms;
@@ -52,6 +53,8 @@ type Answer<T> = Result<Json<T>, ApiError>;
 /// All endpoints.
 pub fn router(state: App) -> Router {
     let (router, document) = OpenApiRouter::new()
+        .routes(routes!(resolve::one))
+        .routes(routes!(resolve::all))
         .routes(routes!(vms::list, vms::add))
         .routes(routes!(vms::show, vms::change, vms::remove))
         .routes(routes!(vms::reload))

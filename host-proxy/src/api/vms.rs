@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use adit_api::{NewVm, Vm, VmChange};
+use adit_api::{NewVm, Vm, VmChange, VmFault};
 use adit_names::VmId;
 use axum::Json;
 use axum::body::Bytes;
@@ -13,7 +13,7 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::lists::{self, PageQuery};
-use super::{Answer, ApiError, App, find, parse};
+use super::{Answer, ApiError, App, find, parse, resolve};
 use crate::config::VmConfig;
 use crate::vm::{Origin, Serving, VmEntry};
 use crate::vms;
@@ -48,7 +48,14 @@ pub(super) async fn list(
     responses((status = 200, body = Vm, description = "As it is now"))
 )]
 pub(super) async fn show(Shared(state): Shared<App>, Path(name): Path<String>) -> Answer<Vm> {
-    Ok(Json(find(&state, &name)?.show()))
+    let vm = find(&state, &name)?;
+    let mut shown = vm.show();
+    if let Some(text) = resolve::not_ours(&state, &vm).await {
+        let kind = "name".into();
+        shown.fault.get_or_insert_with(|| text.clone());
+        shown.faults.push(VmFault { kind, text });
+    }
+    Ok(Json(shown))
 }
 
 /// Adds a VM.

@@ -63,7 +63,7 @@ pub async fn tls(state: Arc<State>, mut client: Stream, asking: Asking, place: P
         speaks: "tls",
         greeting: vec![],
         refusal: |refusal: &Refusal| match refusal.code() {
-            Code::UnknownVm | Code::NotAllowed => sni::UNRECOGNIZED_NAME.to_vec(),
+            Code::UnknownVm | Code::Ambiguous | Code::NotAllowed => sni::UNRECOGNIZED_NAME.to_vec(),
             _ => sni::INTERNAL_ERROR.to_vec(),
         },
     };

@@ -4,6 +4,8 @@
 //! it, and it is closed on another thread ([`ends`](crate::proxy) has the rules). Nothing is read of it; a client that is gone
 //! before the dial is answered has it given up.
 
+use std::sync::Arc;
+
 use adit_channel::refusal::Refusal;
 use adit_channel::socket_end;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
@@ -17,7 +19,7 @@ use crate::proxy::client::half_closed;
 use crate::proxy::ends::{ClientIo, UnderWay};
 use crate::proxy::linger;
 use crate::proxy::problem::Problem;
-use crate::reach::{self, ClientSocket, Destination, NotOpened};
+use crate::reach::{self, ClientSocket, Destination, NotOpened, Over};
 use crate::state::State;
 
 /// What a client is told.
@@ -32,7 +34,7 @@ pub struct Words<F> {
 
 /// Dials for a client, and gives it away. `ahead` was read of it already.
 pub async fn hand(
-    state: &State,
+    state: &Arc<State>,
     caller: &Caller,
     to: &Destination,
     client: Stream,
@@ -41,7 +43,7 @@ pub async fn hand(
     place: Place,
 ) {
     place.spoke();
-    let admitted = match reach::admit(state, caller, to) {
+    let admitted = match reach::admit(state, caller, to).await {
         Ok(admitted) => admitted,
         Err(refusal) => {
             note(state, words.speaks, to, &refusal);
@@ -60,7 +62,9 @@ pub async fn hand(
             return say(state, &mut client, &(words.refusal)(&refusal), &place).await;
         }
     };
-    shared.with(admitted.closer());
+    if let Some(closer) = admitted.closer() {
+        shared.with(closer);
+    }
     let passed = ClientSocket {
         fd,
         ahead,
@@ -83,7 +87,13 @@ pub async fn hand(
         }
     };
     match handed {
-        Ok(()) => state.metrics.tunnel(words.speaks, 200),
+        Ok(Over::Away) => state.metrics.tunnel(words.speaks, 200),
+        Ok(Over::Here(carried)) => {
+            state.metrics.tunnel(words.speaks, 200);
+            drop(client);
+            drop(admitted);
+            carried.carry(&state.stop).await;
+        }
         Err(NotOpened::Refused(refusal)) => {
             note(state, words.speaks, to, &refusal);
             let said = (words.refusal)(&refusal);

@@ -139,7 +139,7 @@ async fn back(
 }
 
 /// Ready once a client that has ended its sending is not there any more.
-async fn gone(socket: Option<&OwnedFd>) {
+pub(crate) async fn gone(socket: Option<&OwnedFd>) {
     let Some(socket) = socket else {
         return std::future::pending().await;
     };

@@ -184,7 +184,11 @@ pub fn answer(reply: u8) -> Vec<u8> {
 pub fn reply(code: Code) -> u8 {
     match code {
         Code::NotAllowed | Code::Denied | Code::UnknownService => 2,
-        Code::UnknownVm | Code::NoPortProcess | Code::NoSession | Code::NoAgent => 4,
+        Code::UnknownVm
+        | Code::Ambiguous
+        | Code::NoPortProcess
+        | Code::NoSession
+        | Code::NoAgent => 4,
         Code::NoListener => 5,
         Code::NoAnswer | Code::DialTimedOut => 6,
         _ => 1,

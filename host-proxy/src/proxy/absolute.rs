@@ -22,7 +22,7 @@ use super::guest::{Answering, GiveBack, Guest};
 use super::interim::Interim;
 use super::patience::Moved;
 use super::pool::Route;
-use super::problem::{Body, Problem};
+use super::problem::{self, Body, Problem};
 use super::upgrade::Upgraded;
 use crate::access::Caller;
 use crate::reach::{self, Admitted, Destination, Lasts};
@@ -34,19 +34,20 @@ const HTTP: u16 = 80;
 /// Carries one request to the VM that its target names; `no_path`: the target ends with the authority. Interim answers go to the
 /// client by way of `interim`. If the server changed to another protocol, that is what goes on after the answer.
 pub(super) async fn handle(
-    state: &State,
+    state: &Arc<State>,
     caller: &Caller,
     interim: &Interim,
     request: Request<Incoming>,
     no_path: bool,
 ) -> Result<(Response<Body>, Option<Upgraded>), Problem> {
     let (to, host) = target(state, request.uri(), request.headers().get(HOST))?;
-    let admitted = reach::admit(state, caller, &to)?;
+    let admitted = reach::admit(state, caller, &to).await?;
     let (moved, since) = (Moved::now(), Instant::now());
     let (request, asked) = outgoing(request, host, no_path, &moved, interim);
     // A connection that a server knows as one client's is not for others.
     let bound = fields::binds_connection(request.headers());
-    let route = Route::new(&admitted.vm, &to.target, &admitted.link);
+    let here = admitted.here();
+    let route = here.and_then(|(vm, link)| Route::new(vm, &to.target, link));
     let route = route.filter(|_| !bound && !asked.upgrade);
 
     // What is asked to change its protocol may stay for long, and is on a connection of its own.
@@ -56,12 +57,15 @@ pub(super) async fn handle(
     };
     let route = (route, lasts);
     let answer = ask(state, &admitted, &to, &route, request, &moved).await;
+    let answer = answer.map_err(|problem| problem.of(admitted.host(), state.host()));
     let (route, _) = route;
     if answer.is_err() {
         interim.forget();
     }
     let (guest, mut response) = answer?;
-    admitted.vm.dials.first_byte(since);
+    if let Some((vm, _)) = admitted.here() {
+        vm.dials.first_byte(since);
+    }
     interim.written().await;
 
     let received = response.version();
@@ -72,6 +76,9 @@ pub(super) async fn handle(
     })?;
     let hop = Hop::take_from(response.headers_mut());
     fields::add_via(response.headers_mut(), received);
+    if let Some(status) = problem::both(admitted.host(), state.host()) {
+        response.headers_mut().append("proxy-status", status);
+    }
     *response.version_mut() = Version::HTTP_11;
     match response.status() {
         StatusCode::SWITCHING_PROTOCOLS if asked.upgrade => {

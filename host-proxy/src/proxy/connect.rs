@@ -10,30 +10,37 @@
 //! everything in it. A client whose socket was passed is never served again by aditd, whatever the answer (a refused CONNECT
 //! ends its connection anyway): the port process may have kept its duplicate, and would read along.
 
+use std::sync::Arc;
+
 use adit_channel::refusal::{Code, Refusal};
+use adit_names::VmId;
 use adit_port::control::PREFIX_MAX;
 use hyper::Request;
 use hyper::body::Incoming;
+use hyper::header::HeaderValue;
 
 use super::authority;
 use super::client::{Notes, Tunnel};
-use super::problem::Problem;
+use super::problem::{self, Problem};
 use crate::access::Caller;
-use crate::reach::{self, ClientSocket, NotOpened};
+use crate::peers::Carried;
+use crate::reach::{self, ClientSocket, NotOpened, Over};
 use crate::state::State;
 
 /// Whose a client is that aditd is done with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Handed {
     /// The port process's.
     Over,
+    /// This process's, as bytes.
+    Carried(Carried),
     /// Nobody knows: its connection is reset.
     Lost,
 }
 
 /// Opens the tunnel that a CONNECT asks for.
 pub(super) async fn open(
-    state: &State,
+    state: &Arc<State>,
     caller: &Caller,
     notes: &Notes,
     request: &Request<Incoming>,
@@ -41,7 +48,7 @@ pub(super) async fn open(
     let named = request.uri().authority();
     let named = named.ok_or_else(|| Problem::malformed("CONNECT names VM:PORT"))?;
     let to = authority::parse(&state.config.names.suffix, named.as_str(), None)?;
-    let admitted = reach::admit(state, caller, &to)?;
+    let admitted = reach::admit(state, caller, &to).await?;
     let tunnel = notes.take_tunnel();
     let tunnel = tunnel.ok_or_else(|| internal("no client: its socket is another request's"))?;
     let Tunnel {
@@ -57,16 +64,21 @@ pub(super) async fn open(
     if ahead.len() > PREFIX_MAX {
         return Err(internal("too much was sent ahead").into());
     }
-    shared.with(admitted.closer());
+    if let Some(closer) = admitted.closer() {
+        shared.with(closer);
+    }
     let client = ClientSocket {
         fd,
         ahead,
-        greeting: greeting(),
+        greeting: greeting(admitted.host(), state.host()),
         asks,
     };
     match admitted.hand_over(state, &to, client).await {
-        Ok(()) => Ok(Handed::Over),
-        Err(NotOpened::Refused(refusal)) => Err(refusal.into()),
+        Ok(Over::Away) => Ok(Handed::Over),
+        Ok(Over::Here(carried)) => Ok(Handed::Carried(carried)),
+        Err(NotOpened::Refused(refusal)) => {
+            Err(Problem::from(refusal).of(admitted.host(), state.host()))
+        }
         Err(NotOpened::Unknown(why)) => {
             shared.lose();
             tracing::info!(vm = %to.vm, error = %why, "tunnel lost");
@@ -85,12 +97,15 @@ fn internal(what: &str) -> Refusal {
 }
 
 /// The answer to a CONNECT.
-fn greeting() -> Vec<u8> {
+fn greeting(there: Option<&VmId>, here: Option<&VmId>) -> Vec<u8> {
     let mut text = String::from("HTTP/1.1 200 OK\r\n");
     let now = jiff::Timestamp::now();
     // Only of a year that HTTP has no form for.
     if let Ok(date) = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&now) {
         text.push_str(&format!("Date: {date}\r\n"));
+    }
+    if let Some(Ok(status)) = problem::both(there, here).as_ref().map(HeaderValue::to_str) {
+        text.push_str(&format!("Proxy-Status: {status}\r\n"));
     }
     text.push_str("\r\n");
     text.into_bytes()

@@ -71,7 +71,7 @@ impl Guest {
             id,
             vm: to.vm.clone(),
             pool: state.pool.clone(),
-            removed: admitted.vm.removed.clone(),
+            removed: admitted.removed(),
             given_up: given_up.clone(),
         };
         tokio::spawn(driver.drive(connection, claimed));
@@ -214,7 +214,7 @@ impl GiveBack {
             guest,
             route,
             pool: state.pool.clone(),
-            removed: admitted.vm.removed.clone(),
+            removed: admitted.removed(),
             moved,
             limit: Duration::from_secs(state.config.limits.response_s.into()),
             _share: admitted.share,

@@ -36,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 use crate::access::callers::Asking;
 use crate::front::stream::Stream;
 use crate::listen::Place;
+use crate::peers::{Carried, asked};
 use crate::state::State;
 use client::{Client, FIELDS_MAX, HEADER_MAX, Notes};
 use connect::Handed;
@@ -57,6 +58,8 @@ pub async fn connection(state: Arc<State>, client: Stream, asking: Asking, place
     let onward = Mutex::new(None);
     // After CONNECT: nothing more is said to the client here.
     let handed = CancellationToken::new();
+    // Unless its tunnel leads to another host.
+    let carried = Mutex::new(None);
     let client = ClientIo::new(client, under_way.clone());
     let interim = client.interim();
     let client = Client::new(client, place.clone(), notes.clone());
@@ -64,7 +67,12 @@ pub async fn connection(state: Arc<State>, client: Stream, asking: Asking, place
         let under_way = under_way.clone();
         // Of an answer to HEAD there is no body to come, whatever it says.
         let head = request.method() == Method::HEAD;
-        let answered = answer(&state, &asking, &notes, &interim, &onward, &handed, request);
+        let after = After {
+            onward: &onward,
+            handed: &handed,
+            carried: &carried,
+        };
+        let answered = answer(&state, &asking, &notes, &interim, after, request);
         async move {
             let answer = answered.await;
             Ok::<_, Infallible>(answer.map(|body| ends::answered(body, under_way, head)))
@@ -81,16 +89,24 @@ pub async fn connection(state: Arc<State>, client: Stream, asking: Asking, place
         .title_case_headers(true)
         .serve_connection(TokioIo::new(client), service);
     let ended = tokio::select! {
-        ended = &mut served => ended,
+        ended = &mut served => Some(ended),
         () = place.evicted.cancelled() => return,
-        () = handed.cancelled() => return,
+        () = handed.cancelled() => None,
         () = stop.cancelled() => {
             std::pin::Pin::new(&mut served).graceful_shutdown();
             tokio::select! {
-                ended = &mut served => ended,
-                () = handed.cancelled() => return,
+                ended = &mut served => Some(ended),
+                () = handed.cancelled() => None,
             }
         }
+    };
+    let Some(ended) = ended else {
+        drop(served);
+        let carried = carried.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some(carried) = carried {
+            carried.carry(&stop).await;
+        }
+        return;
     };
     if let Err(e) = ended {
         tracing::debug!(error = %e, "client connection ended");
@@ -112,13 +128,20 @@ pub async fn connection(state: Arc<State>, client: Stream, asking: Asking, place
     }
 }
 
+/// What becomes of a client's connection that is not one of requests any more.
+#[derive(Clone, Copy)]
+struct After<'a> {
+    onward: &'a Mutex<Option<Upgraded>>,
+    handed: &'a CancellationToken,
+    carried: &'a Mutex<Option<Carried>>,
+}
+
 async fn answer(
     state: &Arc<State>,
     asking: &Asking,
     notes: &Notes,
     interim: &Interim,
-    onward: &Mutex<Option<Upgraded>>,
-    handed: &CancellationToken,
+    after: After<'_>,
     mut request: Request<Incoming>,
 ) -> Response<Body> {
     let connect = request.method() == Method::CONNECT;
@@ -128,23 +151,31 @@ async fn answer(
             Ok(whose) => {
                 let status = match whose {
                     Handed::Over => StatusCode::OK,
+                    Handed::Carried(carried) => {
+                        let mut place =
+                            after.carried.lock().unwrap_or_else(PoisonError::into_inner);
+                        *place = Some(carried);
+                        StatusCode::OK
+                    }
                     Handed::Lost => StatusCode::BAD_GATEWAY,
                 };
                 state.metrics.request(connect, status.as_u16());
-                handed.cancel();
+                after.handed.cancel();
                 return std::future::pending().await;
             }
             Err(problem) => Err(who::may_log_in(state, &caller, problem)),
         },
-        Ok(caller) => match own::answer(&mut request) {
-            Some(answer) => Ok((answer, None)),
+        Ok(caller) => match asked::answer(state, &caller, &request)
+            .or_else(|| own::answer(&mut request).map(Ok))
+        {
+            Some(answer) => answer.map(|answer| (answer, None)),
             None => absolute::handle(state, &caller, interim, request, notes.has_no_path())
                 .await
                 .map_err(|problem| who::may_log_in(state, &caller, problem)),
         },
     };
     let result = result.map(|(answer, next)| {
-        *onward.lock().unwrap_or_else(PoisonError::into_inner) = next;
+        *after.onward.lock().unwrap_or_else(PoisonError::into_inner) = next;
         answer
     });
     let response = result.unwrap_or_else(|problem| {

@@ -3,6 +3,7 @@
 //! What a [`Refusal`] becomes is one table, `of_code`. Everything else here is about HTTP itself.
 
 use adit_channel::refusal::{Code, Refusal};
+use adit_names::VmId;
 use bytes::Bytes;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
@@ -25,6 +26,8 @@ pub struct Problem {
     pub detail: String,
     /// Seconds after which it may go better.
     pub retry_after: Option<u32>,
+    /// The other host that says so, and this one.
+    pub hosts: Option<Box<[String; 2]>>,
 }
 
 impl Problem {
@@ -35,6 +38,24 @@ impl Problem {
             error,
             detail: detail.into(),
             retry_after: None,
+            hosts: None,
+        }
+    }
+
+    /// The same, said by another host, if there is one: the answer names both.
+    #[must_use]
+    pub fn of(self, there: Option<&VmId>, here: Option<&VmId>) -> Self {
+        // Of what nobody may know of, nobody learns where it is.
+        let there = there.filter(|_| self.error != "destination_not_found");
+        let hosts = there.map(|there| Box::new([item(Some(there)), item(here)]));
+        Self { hosts, ..self }
+    }
+
+    fn proxy_status(&self) -> String {
+        let status = |who: &str| proxy_status(who, self.error, &self.detail);
+        match self.hosts.as_deref() {
+            Some([there, here]) => format!("{}, {here}", status(there)),
+            None => status("adit"),
         }
     }
 
@@ -55,7 +76,7 @@ impl Problem {
             self.status,
             line.len(),
             retry.unwrap_or_default(),
-            proxy_status(self.error, &self.detail),
+            self.proxy_status(),
         )
     }
 
@@ -76,7 +97,7 @@ impl Problem {
         );
         // What follows a refused CONNECT is meant for the tunnel and must not be read as a request (R66).
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
-        if let Ok(value) = HeaderValue::from_str(&proxy_status(self.error, &self.detail)) {
+        if let Ok(value) = HeaderValue::from_str(&self.proxy_status()) {
             headers.insert("proxy-status", value);
         }
         if let Some(seconds) = self.retry_after {
@@ -100,6 +121,7 @@ fn of_code(code: Code) -> (StatusCode, &'static str) {
     use StatusCode as S;
     match code {
         Code::UnknownVm => (S::NOT_FOUND, "destination_not_found"),
+        Code::Ambiguous => (S::CONFLICT, "destination_not_found"),
         Code::NotAllowed | Code::Denied | Code::UnknownService => {
             (S::FORBIDDEN, "http_request_denied")
         }
@@ -138,8 +160,25 @@ impl From<DestinationError> for Problem {
     }
 }
 
+/// A host as RFC 9209 has it: the name of its proxy. One that begins with a digit is no token there.
+fn item(host: Option<&VmId>) -> String {
+    match host {
+        Some(host) if host.as_str().starts_with(|c: char| c.is_ascii_digit()) => {
+            format!("\"{host}\"")
+        }
+        Some(host) => host.to_string(),
+        None => "adit".into(),
+    }
+}
+
+/// The `Proxy-Status` of an answer that has come by way of another host; none: it has not.
+pub fn both(there: Option<&VmId>, here: Option<&VmId>) -> Option<HeaderValue> {
+    let there = item(Some(there?));
+    HeaderValue::from_str(&format!("{there}, {}", item(here))).ok()
+}
+
 /// `adit; error=TYPE; details="…"`: an sf-string has printable ASCII only (RFC 8941 §3.3.3).
-fn proxy_status(error: &str, details: &str) -> String {
+fn proxy_status(who: &str, error: &str, details: &str) -> String {
     let safe: String = details
         .chars()
         .take(256)
@@ -152,7 +191,7 @@ fn proxy_status(error: &str, details: &str) -> String {
         })
         .collect();
     format!(
-        "adit; error={error}; details=\"{}\"",
+        "{who}; error={error}; details=\"{}\"",
         safe.replace('\\', "\\\\").replace('"', "\\\"")
     )
 }

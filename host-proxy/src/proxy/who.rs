@@ -8,6 +8,8 @@ use super::problem::Problem;
 use crate::access::Caller;
 use crate::access::callers::Asking;
 use crate::access::tokens::shown;
+use crate::peers::hop::{self, CALLER};
+use crate::reach::dial::STRANGE;
 use crate::state::State;
 
 /// Finds out who asks. The field that says so goes no further.
@@ -20,15 +22,32 @@ pub(super) async fn asks<B>(
     request: &mut Request<B>,
 ) -> Result<Caller, Problem> {
     let caller = asking.caller().await;
+    let claims = request.headers().get_all(CALLER);
+    let is_one_claim = claims.iter().count() <= 1;
+    // It is nobody's but the next host's.
+    let claims = request.headers_mut().remove(CALLER);
+    let caller = match state.peers.of(&caller) {
+        Some(host) => {
+            let claims = claims.filter(|_| is_one_claim);
+            let vouched = claims.map(|claims| hop::vouched(claims.as_bytes(), &host.config));
+            caller.by_way_of(&host.config.name, vouched.unwrap_or_default())
+        }
+        None => caller,
+    };
     let fields = request.headers().get_all(PROXY_AUTHORIZATION);
     let is_one = fields.iter().count() <= 1;
     let Some(field) = request.headers_mut().remove(PROXY_AUTHORIZATION) else {
         return Ok(caller);
     };
     let tokens = state.callers.tokens();
+    // The host that has the VM may know it.
+    let may_pass = is_one && caller.via().is_none() && !state.peers.all().is_empty();
     if tokens.is_empty() {
         // It is another proxy's, as of a client that uses several.
-        return Ok(caller);
+        return Ok(match may_pass {
+            true => caller.with_shown(field.as_bytes(), false),
+            false => caller,
+        });
     }
     let token = shown(field.as_bytes()).filter(|_| is_one);
     let name = token.and_then(|token| {
@@ -36,12 +55,14 @@ pub(super) async fn asks<B>(
         Some(name.to_owned())
     });
     match name {
+        Some(name) if may_pass => Ok(caller.with_token(&name).with_shown(field.as_bytes(), false)),
         Some(name) => Ok(caller.with_token(&name)),
+        None if may_pass => Ok(caller.with_shown(field.as_bytes(), true)),
+        // It may be a token of the host that they came by way of.
+        None if caller.via().is_some() => Ok(caller),
         None => {
             state.denied(&caller, "log-in", "", "", "bad-token");
-            Err(log_in(
-                "what Proxy-Authorization shows is not one token of this host, or its time is over",
-            ))
+            Err(log_in(STRANGE))
         }
     }
 }
@@ -50,6 +71,9 @@ pub(super) async fn asks<B>(
 pub(super) fn may_log_in(state: &State, caller: &Caller, problem: Problem) -> Problem {
     let hidden = Problem::from(Refusal::new(Code::UnknownVm, ""));
     let is_denied = problem.status == hidden.status && problem.error == hidden.error;
+    if caller.shows_strange() && (is_denied || problem.status == StatusCode::FORBIDDEN) {
+        return log_in(STRANGE);
+    }
     if caller.is_anonymous() && is_denied && !state.callers.tokens().is_empty() {
         return log_in(
             "whoever you are may not do this: show a token (`curl --proxy-user x:TOKEN`)",

@@ -12,32 +12,57 @@ use adit_channel::refusal::{Code, Refusal};
 use adit_names::VmId;
 use adit_passed::Closer;
 use adit_port::control::{DialFailed, Target};
+use tokio_util::sync::CancellationToken;
 
 use super::destination::Destination;
-use super::resolve::{Resolved, resolve};
+use super::find::{Found, ambiguous, find};
 use crate::access::tag::Tag;
 use crate::access::{Caller, Grants, Verb};
 use crate::link::{ClientEnd, ClientSocket, Link, Question, Unopened};
 use crate::listen::{Room, Share};
 use crate::passing::Socket;
+use crate::peers::{Carried, Host};
 use crate::state::State;
 use crate::vm::VmEntry;
+
+/// What somebody hears who shows what is no token here.
+pub const STRANGE: &str =
+    "what Proxy-Authorization shows is not one token of this host, or its time is over";
 
 /// How long the guest may take to accept a stream.
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
 
 /// A request that may be carried.
 pub struct Admitted {
-    /// To which VM.
-    pub vm: Arc<VmEntry>,
-    /// By way of its port process as it is now.
-    pub link: Arc<Link>,
+    way: Way,
     /// The VM's, of what all clients have under way: for as long as the request needs aditd.
     pub share: Share<VmId>,
+}
+
+enum Way {
+    /// The VM is here.
+    Here(Here),
+    /// Another host has it, and decides for whom.
+    There(Arc<Host>, Caller),
+}
+
+struct Here {
+    vm: Arc<VmEntry>,
+    /// By way of its port process as it is now.
+    link: Arc<Link>,
     /// By which its tunnel is found when its grant is gone.
     tag: Option<Vec<u8>>,
     /// By which it was admitted.
     grants: Arc<Grants>,
+}
+
+/// What became of a client that was given away.
+#[derive(Debug)]
+pub enum Over {
+    /// It is the port process's.
+    Away,
+    /// Its tunnel is carried here.
+    Here(Carried),
 }
 
 /// How long a stream is its caller's.
@@ -62,15 +87,48 @@ pub enum NotOpened {
 ///
 /// # Errors
 /// One of these is not so. A denial comes before anything that depends on whether the VM runs.
-pub fn admit(state: &State, caller: &Caller, to: &Destination) -> Result<Admitted, Refusal> {
-    let grants = state.grants();
-    let Resolved::Local(vm) = resolve(to, |name| state.registry.get(name)) else {
-        state.denied(caller, "reach", to.vm.as_str(), &to.what(), "unknown-vm");
-        return Err(unknown(&to.vm, caller));
+pub async fn admit(
+    state: &Arc<State>,
+    caller: &Caller,
+    to: &Destination,
+) -> Result<Admitted, Refusal> {
+    let vm = match find(state, caller, to).await {
+        Found::Here(vm) => vm,
+        Found::There(host) => {
+            let share = share(state, &to.vm)?;
+            let way = Way::There(host, caller.clone());
+            return Ok(Admitted { way, share });
+        }
+        Found::Nowhere(why) => {
+            state.denied(caller, "reach", to.vm.as_str(), &to.what(), why);
+            return Err(unknown(to, caller));
+        }
+        Found::Several(hosts) => {
+            state.denied(caller, "reach", to.vm.as_str(), &to.what(), "ambiguous");
+            return Err(ambiguous(&to.vm, &hosts));
+        }
     };
+    if caller.shows_strange() {
+        state.denied(caller, "log-in", "", "", "bad-token");
+        return Err(Refusal::new(Code::NotAllowed, STRANGE));
+    }
+    admit_here(state, caller, to, vm)
+}
+
+/// The same, for a VM of this host.
+///
+/// # Errors
+/// As [`admit`].
+pub fn admit_here(
+    state: &State,
+    caller: &Caller,
+    to: &Destination,
+    vm: Arc<VmEntry>,
+) -> Result<Admitted, Refusal> {
+    let grants = state.grants();
     if let Some(denial) = state.decide(caller, Verb::Reach(&to.target), &vm) {
         if denial.is_hidden {
-            return Err(unknown(&to.vm, caller));
+            return Err(unknown(to, caller));
         }
         let text = denial.reason.text(Verb::Reach(&to.target), &to.vm, caller);
         return Err(Refusal::new(Code::NotAllowed, text));
@@ -79,24 +137,28 @@ pub fn admit(state: &State, caller: &Caller, to: &Destination) -> Result<Admitte
         let text = format!("VM `{}`: its port process does not run", to.vm);
         return Err(Refusal::new(Code::NoPortProcess, text));
     };
-    let Some(share) = state.vm_shares.take(to.vm.clone()) else {
-        let max = state.vm_shares.max();
-        let text = format!("VM `{}` has {max} requests under way already", to.vm);
-        return Err(Refusal::busy(text));
-    };
+    let share = share(state, &to.vm)?;
     let outlives = state.config.limits.tunnels_outlive_grants;
     let tag = Tag::of(caller, &to.target).filter(|_| !outlives);
-    Ok(Admitted {
+    let way = Way::Here(Here {
         vm,
         link,
-        share,
         tag,
         grants,
+    });
+    Ok(Admitted { way, share })
+}
+
+fn share(state: &State, vm: &VmId) -> Result<Share<VmId>, Refusal> {
+    state.vm_shares.take(vm.clone()).ok_or_else(|| {
+        let max = state.vm_shares.max();
+        Refusal::busy(format!("VM `{vm}` has {max} requests under way already"))
     })
 }
 
 /// There is no such VM, or none that the caller may see: nothing tells these two apart.
-pub fn unknown(vm: &VmId, caller: &Caller) -> Refusal {
+pub fn unknown(to: &Destination, caller: &Caller) -> Refusal {
+    let vm = to.name();
     let text = match caller.is_owner() {
         true => format!("no VM is named `{vm}` on this host (`adit vm ls` lists them)"),
         false => format!(
@@ -107,9 +169,34 @@ pub fn unknown(vm: &VmId, caller: &Caller) -> Refusal {
 }
 
 impl Admitted {
-    /// What closes descriptors that the port process has, or has had.
-    pub fn closer(&self) -> &Closer {
-        self.link.closer()
+    /// What closes descriptors that the port process has, or has had; none: there is none.
+    pub fn closer(&self) -> Option<&Closer> {
+        match &self.way {
+            Way::Here(here) => Some(here.link.closer()),
+            Way::There(..) => None,
+        }
+    }
+
+    /// The VM, and the way to it, if both are here.
+    pub fn here(&self) -> Option<(&Arc<VmEntry>, &Arc<Link>)> {
+        match &self.way {
+            Way::Here(here) => Some((&here.vm, &here.link)),
+            Way::There(..) => None,
+        }
+    }
+
+    /// The other host that has the VM.
+    pub fn host(&self) -> Option<&VmId> {
+        match &self.way {
+            Way::Here(_) => None,
+            Way::There(host, _) => Some(&host.config.name),
+        }
+    }
+
+    /// Cancelled when the VM is removed from this host.
+    pub fn removed(&self) -> CancellationToken {
+        let vm = self.here().map(|(vm, _)| vm.removed.clone());
+        vm.unwrap_or_default()
     }
 
     /// Dials for a client whose own socket is the other end. From then on aditd is not needed.
@@ -121,22 +208,24 @@ impl Admitted {
         state: &State,
         to: &Destination,
         client: ClientSocket,
-    ) -> Result<(), NotOpened> {
+    ) -> Result<Over, NotOpened> {
+        let here = match &self.way {
+            Way::Here(here) => here,
+            Way::There(host, caller) => {
+                let carried = host.hand_over(state, caller, to, client).await;
+                let carried = carried
+                    .map_err(|e| NotOpened::Refused(of_other(state, host, to, caller, e)))?;
+                return Ok(Over::Here(carried));
+            }
+        };
         let end = ClientEnd::Socket(client);
-        let opened = self.open(to, Extensions::default(), end, self.tag.clone());
+        let opened = here.open(to, Extensions::default(), end, here.tag.clone());
         let opened = opened.await.map_err(|e| match e {
             Unopened::Failed(failed) => NotOpened::Refused(refusal(to, &failed)),
             Unopened::Unknown(failed) => NotOpened::Unknown(failed.refusal(&to.target)),
         });
-        self.judge_again(state);
-        opened
-    }
-
-    /// Has the tunnels judged again, if this one was not there yet when grants changed.
-    fn judge_again(&self, state: &State) {
-        if !Arc::ptr_eq(&self.grants, &state.grants()) {
-            state.access_changed.notify_one();
-        }
+        here.judge_again(state);
+        opened.map(|()| Over::Away)
     }
 
     /// Dials for a client whose bytes need aditd on the way: the other end is a socket of aditd's.
@@ -149,14 +238,21 @@ impl Admitted {
         to: &Destination,
         lasts: Lasts,
     ) -> Result<Socket, Refusal> {
+        let here = match &self.way {
+            Way::Here(here) => here,
+            Way::There(host, caller) => {
+                let relayed = host.relayed(state, caller, to).await;
+                return relayed.map_err(|e| of_other(state, host, to, caller, e));
+            }
+        };
         let tag = match lasts {
             Lasts::Request => None,
-            Lasts::Tunnel => self.tag.clone(),
+            Lasts::Tunnel => here.tag.clone(),
         };
         let short = || state.pool.clear();
-        let paired = self.pair(to, Extensions::default(), tag, state.room, short);
+        let paired = here.pair(to, Extensions::default(), tag, state.room, short);
         let paired = paired.await;
-        self.judge_again(state);
+        here.judge_again(state);
         paired
     }
 
@@ -171,7 +267,35 @@ impl Admitted {
         room: Room,
         short: impl FnOnce(),
     ) -> Result<Socket, Refusal> {
-        self.pair(to, extensions, None, room, short).await
+        match &self.way {
+            Way::Here(here) => here.pair(to, extensions, None, room, short).await,
+            Way::There(..) => Err(Refusal::new(Code::Internal, "the VM is another host's")),
+        }
+    }
+}
+
+/// What another host's refusal is to whoever asked here. Whoever may not see a VM there hears what they would of one that is nowhere.
+fn of_other(
+    state: &State,
+    host: &Host,
+    to: &Destination,
+    caller: &Caller,
+    refusal: Refusal,
+) -> Refusal {
+    if refusal.code() != Code::UnknownVm {
+        return refusal;
+    }
+    // Its word counts: it is asked again before anybody is sent there.
+    state.peers.map().forget(&to.vm, &host.config.name);
+    unknown(to, caller)
+}
+
+impl Here {
+    /// Has the tunnels judged again, if this one was not there yet when grants changed.
+    fn judge_again(&self, state: &State) {
+        if !Arc::ptr_eq(&self.grants, &state.grants()) {
+            state.access_changed.notify_one();
+        }
     }
 
     async fn pair(
@@ -188,7 +312,7 @@ impl Admitted {
             short();
             return Err(Refusal::busy("aditd has few descriptors left"));
         }
-        let ours = Socket::new(ours, self.closer()).map_err(internal)?;
+        let ours = Socket::new(ours, self.link.closer()).map_err(internal)?;
         let end = ClientEnd::Relayed(theirs.into());
         let opened = self.open(to, extensions, end, tag).await;
         opened.map_err(|e| refusal(to, &e.into_reason()))?;

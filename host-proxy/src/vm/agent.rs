@@ -184,6 +184,13 @@ impl Agent {
         look(believed.and_then(Believed::labels))
     }
 
+    /// Generation of the card that is believed, while its time is not over.
+    pub fn generation(&self) -> Option<u64> {
+        let said = self.lock();
+        let believed = said.enrolment.card.as_ref()?.as_ref().ok()?;
+        believed.labels().map(|_| believed.card.generation)
+    }
+
     /// Waits until another enrolment may be judged.
     pub async fn enrolment_turn(&self) {
         let wait = {

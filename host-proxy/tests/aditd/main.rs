@@ -27,6 +27,7 @@ mod kept;
 mod kinds;
 mod limits;
 mod patience;
+mod peers;
 mod pool;
 mod processes;
 mod proxy;

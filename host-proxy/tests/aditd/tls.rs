@@ -31,10 +31,10 @@ struct Ca {
 
 /// A certificate and its key.
 #[derive(Clone)]
-struct Pair {
-    cert: String,
-    key: String,
-    pin: String,
+pub struct Pair {
+    pub cert: String,
+    pub key: String,
+    pub pin: String,
 }
 
 impl Ca {
@@ -58,7 +58,7 @@ impl Ca {
 }
 
 /// A certificate that signs itself.
-fn own(names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Pair {
+pub fn own(names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Pair {
     pair(names, change, |params, key| {
         params.self_signed(key).unwrap()
     })
@@ -83,7 +83,7 @@ fn pair(
     }
 }
 
-fn expired(params: &mut CertificateParams) {
+pub fn expired(params: &mut CertificateParams) {
     (params.not_before, params.not_after) = (date_time_ymd(2000, 1, 1), date_time_ymd(2001, 1, 1));
 }
 

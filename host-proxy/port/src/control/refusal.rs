@@ -30,6 +30,7 @@ impl DialFailed {
             | Code::Other(_)
             // Only aditd says these, and it has no use for its own answer.
             | Code::UnknownVm
+            | Code::Ambiguous
             | Code::NotAllowed
             | Code::Internal => DialError::HelloRefused,
         };

@@ -1,0 +1,118 @@
+//! What the API is asked of names: which host has a VM, and what all hosts have.
+
+use adit_api::{AllVms, Resolution, Silent, VmAt};
+use adit_names::ServiceName;
+use adit_port::control::Target;
+use axum::Json;
+use axum::extract::{Path, State as Shared};
+use axum::http::StatusCode;
+use futures_util::future::join_all;
+
+use super::{Answer, ApiError, App};
+use crate::access::Caller;
+use crate::peers::asked;
+use crate::reach::Destination;
+use crate::reach::find::{Found, find};
+use crate::reach::resolve::listed;
+use crate::vm::VmEntry;
+
+/// Says which host has a VM.
+#[utoipa::path(
+    get,
+    path = "/v1/resolve/{name}",
+    params(("name" = String, Path, description = "`VM` or `VM.HOST`, also with the suffix")),
+    responses((status = 200, body = Resolution, description = "As it is known now"))
+)]
+pub(super) async fn one(
+    Shared(state): Shared<App>,
+    Path(name): Path<String>,
+) -> Answer<Resolution> {
+    let to = Destination::named(&state.config.names.suffix, &name, Some(1));
+    let to = to.map_err(|e| ApiError::new(StatusCode::NOT_FOUND, "unknown-vm", e))?;
+    let found = find(&state, &Caller::owner(), &to).await;
+    let (host, here) = match &found {
+        Found::Here(_) => (state.host().map(ToString::to_string), true),
+        Found::There(host) => (Some(host.config.name.to_string()), false),
+        Found::Nowhere(_) | Found::Several(_) => (None, false),
+    };
+    let own = state.registry.get(&to.vm).map(|vm| asked::at(&state, &vm));
+    let peers = &state.peers;
+    let others = peers.map().claims(&to.vm, peers.now_ms());
+    let others = others.into_iter().map(|claim| VmAt {
+        name: to.vm.to_string(),
+        host: claim.host.to_string(),
+        live: claim.live,
+        generation: claim.generation,
+    });
+    let mut claims: Vec<_> = own.into_iter().chain(others).collect();
+    claims.sort_by(|a, b| a.host.cmp(&b.host));
+    if claims.is_empty() && !here {
+        return Err(ApiError::unknown_vm(&to.name()));
+    }
+    Ok(Json(Resolution {
+        vm: to.vm.to_string(),
+        host,
+        here,
+        claims,
+    }))
+}
+
+/// Why a VM of this host is not what its name leads to; none: it is.
+pub(super) async fn not_ours(state: &App, vm: &VmEntry) -> Option<String> {
+    // Its port is of no account.
+    let to = Destination::of(vm.name.clone(), Target::Service(ServiceName::tcp(1)));
+    let name = &vm.name;
+    match find(state, &Caller::owner(), &to).await {
+        Found::Here(_) | Found::Nowhere(_) => None,
+        Found::There(host) => {
+            let host = &host.config.name;
+            Some(format!(
+                "host `{host}` has a VM of this name too, which its guest or its card shows to be the one that is meant: `{name}` \
+                 leads there; take it off the map of one of the hosts"
+            ))
+        }
+        Found::Several(hosts) => Some(format!(
+            "the hosts {} have a VM of this name, and nothing says which is meant: `{name}` alone is refused; take it off \
+             the map of one of them",
+            listed(&hosts)
+        )),
+    }
+}
+
+/// Lists the VMs of all hosts.
+#[utoipa::path(
+    get,
+    path = "/v1/resolve",
+    responses((status = 200, body = AllVms, description = "Every host was asked"))
+)]
+pub(super) async fn all(Shared(state): Shared<App>) -> Json<AllVms> {
+    let own = state.registry.all();
+    let mut vms: Vec<VmAt> = own.iter().map(|vm| asked::at(&state, vm)).collect();
+    let mut silent = Vec::new();
+    let (hosts, state) = (state.peers.all(), &state);
+    let answers = hosts
+        .iter()
+        .map(|host| async move { (host, host.ask(state, None).await) });
+    for (host, answer) in join_all(answers).await {
+        match answer {
+            Ok(answer) => {
+                let may = |vm: &VmAt| {
+                    vm.name
+                        .parse()
+                        .is_ok_and(|name| host.config.may_claim(&name))
+                };
+                let claimed = answer.vms.into_iter().filter(may).map(|vm| VmAt {
+                    host: host.config.name.to_string(),
+                    ..vm
+                });
+                vms.extend(claimed);
+            }
+            Err(e) => silent.push(Silent {
+                host: host.config.name.to_string(),
+                why: adit_names::escape(&e.to_string()).to_string(),
+            }),
+        }
+    }
+    vms.sort_by(|a, b| (&a.name, &a.host).cmp(&(&b.name, &b.host)));
+    Json(AllVms { vms, silent })
+}

@@ -1,0 +1,139 @@
+//! Other hosts: asks them where VMs are, and takes clients to the one that has theirs.
+//!
+//! ```text
+//!  client ─► find: own VMs, VmMap ─┬─ here: the port process, as ever
+//!                                  └─ there: hop ══ mTLS ══ CONNECT VM.HOST:PORT, who asks ─► that host decides, dials
+//! ```
+//! There is one hop: who comes by way of another host gets VMs of this host only, so no request goes round. A host is known by the
+//! pin of its key, as server and as client; nothing else is tried where that fails. What it says of who asks counts as far as
+//! `[[host]] vouches` says, and what it claims to have, as far as `names` does.
+//!
+//! | module | what |
+//! |---|---|
+//! | `tls` | what both ends show and check |
+//! | `hop` | who asks, as it is written for the next host. Pure |
+//! | `line` | one connection to a host: a question, or a tunnel |
+//! | `carry` | bytes of a tunnel whose client is here |
+//! | `asked` | what this host answers to others |
+
+pub mod asked;
+mod carry;
+pub mod hop;
+pub mod line;
+mod tls;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Instant;
+
+use adit_names::VmId;
+use rustls::ClientConfig;
+use tokio::runtime::{Builder, Handle};
+use tokio::sync::Semaphore;
+
+use crate::access::{Caller, Subject};
+use crate::config::{Config, HostConfig};
+use crate::reach::map::VmMap;
+
+pub use carry::Carried;
+
+/// Questions to other hosts that are under way at the same time.
+const QUESTIONS_MAX: usize = 64;
+
+/// Another host.
+#[derive(Debug)]
+pub struct Host {
+    /// As it is configured.
+    pub config: HostConfig,
+    /// How it is spoken to; none: this host has nothing to show.
+    tls: Option<Arc<ClientConfig>>,
+}
+
+/// All of them.
+#[derive(Debug)]
+pub struct Peers {
+    hosts: RwLock<Arc<Vec<Arc<Host>>>>,
+    /// What they say of where VMs are.
+    map: Mutex<VmMap>,
+    /// Where TLS to them is spoken.
+    thread: Option<Handle>,
+    pub(crate) questions: Semaphore,
+    begin: Instant,
+}
+
+impl Peers {
+    /// As the configuration has them.
+    pub fn new(config: &Config) -> Arc<Self> {
+        let thread = thread();
+        if let Err(e) = &thread {
+            tracing::error!(error = %e, "no thread for other hosts: their VMs are not reached");
+        }
+        let peers = Self {
+            hosts: RwLock::default(),
+            map: Mutex::default(),
+            thread: thread.ok(),
+            questions: Semaphore::new(QUESTIONS_MAX),
+            begin: Instant::now(),
+        };
+        peers.renew(config);
+        Arc::new(peers)
+    }
+
+    /// Replaces them. Tunnels that are open go on.
+    pub fn renew(&self, config: &Config) {
+        let identity = config.peers.identity().ok().flatten();
+        let hosts = config.host.iter().map(|host| {
+            let tls = identity.clone().and_then(|own| tls::client(host, own));
+            let config = host.clone();
+            Arc::new(Host { config, tls })
+        });
+        let hosts: Vec<_> = hosts.collect();
+        let asked = hosts.iter().filter(|host| host.tls.is_some());
+        let asked = asked.map(|host| host.config.name.clone()).collect();
+        self.map().set_hosts(asked);
+        *self.hosts.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(hosts);
+    }
+
+    /// All of them.
+    pub fn all(&self) -> Arc<Vec<Arc<Host>>> {
+        let hosts = self.hosts.read().unwrap_or_else(PoisonError::into_inner);
+        hosts.clone()
+    }
+
+    /// One of them.
+    pub fn get(&self, name: &VmId) -> Option<Arc<Host>> {
+        let hosts = self.all();
+        hosts.iter().find(|host| host.config.name == *name).cloned()
+    }
+
+    /// The host that a caller is, by the key of its certificate.
+    pub fn of(&self, caller: &Caller) -> Option<Arc<Host>> {
+        let hosts = self.all();
+        let is = |host: &&Arc<Host>| caller.subjects().contains(host.config.pin.subject());
+        hosts.iter().find(is).cloned()
+    }
+
+    /// Whether a name that somebody had by way of another host still counts.
+    pub fn still_vouches(&self, host: &VmId, subject: &Subject) -> bool {
+        self.get(host)
+            .is_some_and(|host| host.config.vouches_for(subject))
+    }
+
+    pub(crate) fn map(&self) -> MutexGuard<'_, VmMap> {
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The clock of the map.
+    pub(crate) fn now_ms(&self) -> u64 {
+        u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Starts the thread. It ends with the process.
+fn thread() -> std::io::Result<Handle> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let handle = runtime.handle().clone();
+    std::thread::Builder::new()
+        .name("peers".into())
+        .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+    Ok(handle)
+}

@@ -1,0 +1,452 @@
+//! Several hosts: whose VM is meant, who asks, and what becomes of hosts that say what is not so.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+use rcgen::CertificateParams;
+use serde_json::Value;
+
+use crate::access::{UID, asked, audit, curl, grant, serve};
+use crate::host::{Answer, HANG, Host, NO_GRANTS, Port};
+use crate::tls::{Pair, expired, own};
+
+/// One of the hosts.
+struct Member {
+    host: Host,
+    ports: Vec<Port>,
+    name: &'static str,
+    key: Pair,
+    /// Its certificate.
+    dir: tempfile::TempDir,
+}
+
+impl Member {
+    /// Serves these VMs. It knows no other host yet.
+    fn new(name: &'static str, vms: &[(&str, u64)], more: &str) -> Self {
+        Self::with(name, vms, more, |_| {})
+    }
+
+    fn with(
+        name: &'static str,
+        vms: &[(&str, u64)],
+        more: &str,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> Self {
+        let (dir, key) = (tempfile::tempdir().unwrap(), own(&[name], change));
+        let file = |file: &str, text: &str| {
+            let path = dir.path().join(file);
+            fs::write(&path, text).unwrap();
+            path.display().to_string()
+        };
+        let (cert, private) = (file("crt", &key.cert), file("key", &key.key));
+        let keys = format!("cert = \"{cert}\"\nkey = \"{private}\"\n");
+        let unix = dir.path().join("proxy.sock");
+        let sections = format!(
+            "[names]\nhost = \"{name}\"\n[peers]\n{keys}[[listen]]\naddress = \"127.0.0.1:0\"\n{keys}\
+             [[listen]]\naddress = \"unix:{}\"\n{more}",
+            unix.display()
+        );
+        let (host, ports) = Host::serving(vms, &sections);
+        Self {
+            host,
+            ports,
+            name,
+            key,
+            dir,
+        }
+    }
+
+    /// Address of its TLS listener.
+    fn address(&self) -> String {
+        let path = self
+            .host
+            .state_dir()
+            .with_file_name("run")
+            .join("listen.addr");
+        let addresses = fs::read_to_string(path).unwrap();
+        addresses.lines().next().unwrap().to_owned()
+    }
+
+    fn section(&self, more: &str) -> String {
+        let pin = self.key.pin.strip_prefix("cert:").unwrap();
+        format!(
+            "[[host]]\nname = \"{}\"\naddress = \"{}\"\npin = \"{pin}\"\n{more}",
+            self.name,
+            self.address()
+        )
+    }
+
+    /// Tells it of another host.
+    fn knows(&self, other: &Self, more: &str) {
+        self.takes(&other.section(more));
+    }
+
+    fn takes(&self, section: &str) {
+        let status = self.host.reload(|text| text + section);
+        assert_eq!(status["error"], Value::Null, "{status}");
+    }
+
+    /// A client whose user is known.
+    fn user(&self) -> UnixStream {
+        let client = UnixStream::connect(self.dir.path().join("proxy.sock")).unwrap();
+        client.set_read_timeout(Some(HANG)).unwrap();
+        client
+    }
+
+    fn get(&self, name: &str) -> Answer {
+        asked(
+            self.host.proxy(),
+            &format!("GET http://{name}/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"),
+        )
+    }
+
+    fn user_get(&self, name: &str) -> Answer {
+        asked(
+            self.user(),
+            &format!("GET http://{name}/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"),
+        )
+    }
+}
+
+fn two(
+    vms_of_alpha: &[(&str, u64)],
+    vms_of_beta: &[(&str, u64)],
+    grants: &str,
+) -> (Member, Member) {
+    let alpha = Member::new("alpha", vms_of_alpha, NO_GRANTS);
+    let beta = Member::new("beta", vms_of_beta, grants);
+    alpha.knows(&beta, "");
+    beta.knows(&alpha, "");
+    (alpha, beta)
+}
+
+fn to_alpha(may: &str) -> String {
+    grant("\"anyone\"", "\"*\"", may)
+}
+
+#[test]
+fn a_vm_of_another_host_is_reached_in_every_way_and_the_answer_names_both_hosts() {
+    let (alpha, beta) = two(&[("a", 3)], &[("b", 3)], &to_alpha("\"reach\", \"see\""));
+    let b = beta.ports[0].connected();
+    for name in ["b", "b.beta", "B.beta.adit"] {
+        let served = serve(&b);
+        let answer = alpha.get(name);
+        assert_eq!(
+            (answer.status, &*answer.body),
+            (200, "ok"),
+            "{name}: {}",
+            answer.head
+        );
+        assert!(
+            answer.head.contains("proxy-status: beta, alpha"),
+            "{}",
+            answer.head
+        );
+        served.join().unwrap();
+    }
+    let resolved = alpha.host.get("/v1/resolve/b.beta.adit");
+    assert_eq!(
+        (&resolved["vm"], &resolved["host"], &resolved["here"]),
+        (&"b".into(), &"beta".into(), &false.into())
+    );
+    assert_eq!(alpha.host.api("GET", "/v1/resolve/nobody", "").status, 404);
+    assert_eq!(alpha.host.api("GET", "/v1/resolve/a%2Fb", "").status, 404);
+    let all = alpha.host.get("/v1/resolve");
+    let all: Vec<_> = all["vms"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|vm| (vm["name"].as_str(), vm["host"].as_str()))
+        .collect();
+    assert_eq!(all, [(Some("a"), Some("alpha")), (Some("b"), Some("beta"))]);
+    // A tunnel, with both ends of it.
+    let mut client = alpha.host.proxy();
+    client
+        .write_all(b"CONNECT b:80 HTTP/1.1\r\nHost: b\r\n\r\nahead")
+        .unwrap();
+    let (mut guest, prefix) = b.tunnel();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        client.read_exact(&mut byte).unwrap();
+        head.extend(byte);
+    }
+    let head = String::from_utf8(head).unwrap().to_lowercase();
+    assert!(
+        head.starts_with("http/1.1 200") && head.contains("proxy-status: beta, alpha"),
+        "{head}"
+    );
+    let mut heard = prefix;
+    while heard.len() < 5 {
+        let mut byte = [0];
+        guest.read_exact(&mut byte).unwrap();
+        heard.extend(byte);
+    }
+    assert_eq!(heard, b"ahead");
+    let many = vec![7; 4 << 20];
+    let sent = many.clone();
+    let sending = std::thread::spawn(move || {
+        guest.write_all(&sent).unwrap();
+        guest.shutdown(std::net::Shutdown::Write).unwrap();
+        guest
+    });
+    let mut heard = Vec::new();
+    client.read_to_end(&mut heard).unwrap();
+    assert!(heard == many);
+    client.write_all(b"bye").unwrap();
+    client.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut guest = sending.join().unwrap();
+    let mut heard = Vec::new();
+    guest.read_to_end(&mut heard).unwrap();
+    assert_eq!(heard, b"bye");
+    // A guest that breaks off is not one that ends.
+    let mut client = alpha.host.proxy();
+    client
+        .write_all(b"CONNECT b:80 HTTP/1.1\r\nHost: b\r\n\r\n")
+        .unwrap();
+    let (guest, _) = b.tunnel();
+    let mut head = [0; 12];
+    client.read_exact(&mut head).unwrap();
+    drop(guest);
+    assert!(client.read_to_end(&mut Vec::new()).is_err());
+    // What is refused there is refused here in the same way.
+    let refused = asked(
+        alpha.host.proxy(),
+        "CONNECT b:22 HTTP/1.1\r\nHost: b\r\n\r\n",
+    );
+    assert_eq!(refused.status, 403, "{}", refused.body);
+    assert!(
+        refused
+            .head
+            .contains("proxy-status: beta; error=http_request_denied")
+            && refused.head.contains(", alpha")
+    );
+    assert!(
+        refused.body.contains("host `beta`") && refused.body.contains("`allow`"),
+        "{}",
+        refused.body
+    );
+}
+
+#[test]
+fn r126_who_asks_counts_as_far_as_the_owner_lets_that_host_vouch_and_no_further() {
+    let grants = grant("\"user:root\"", "\"b\"", "\"reach\", \"see\"");
+    let (alpha, beta) = two(&[("a", 3)], &[("b", 3)], &grants);
+    let b = beta.ports[0].connected();
+    // Nobody vouches for alpha's users, and what alpha's own certificate is granted is nothing.
+    let denied = alpha.user_get("b");
+    assert_eq!(denied.status, 404, "{}", denied.body);
+    let nowhere = alpha.user_get("nowhere");
+    assert_eq!(nowhere.body.replace("nowhere", "b"), denied.body);
+    assert!(!denied.head.contains("beta"), "{}", denied.head);
+    let lines = audit(&beta.host, 1);
+    assert_eq!(
+        (lines[0]["via"].as_str(), lines[0]["reason"].as_str()),
+        (Some("alpha"), Some("not-granted"))
+    );
+    // Whoever is no [[host]] claims in vain.
+    let proxy = format!("http://{}", beta.host.proxy().peer_addr().unwrap());
+    let claim = ["-x", &proxy, "-H", "Adit-Caller: user:root", "http://b/"];
+    if let Some((code, said)) = curl(UID, &claim) {
+        assert_eq!(code, 404, "{said}");
+    }
+    let alpha_section = alpha.section("");
+    let vouched = alpha.section("vouches = [\"user:root\"]\n");
+    let status = beta
+        .host
+        .reload(|text| text.replace(&alpha_section, &vouched));
+    assert_eq!(status["error"], Value::Null);
+    let served = serve(&b);
+    let answer = alpha.user_get("b");
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let heard = String::from_utf8(served.join().unwrap())
+        .unwrap()
+        .to_lowercase();
+    assert!(
+        !heard.contains("adit-caller") && !heard.contains("proxy-authorization"),
+        "{heard}"
+    );
+}
+
+#[test]
+fn r126_there_is_one_hop_and_a_host_has_only_what_it_may_claim() {
+    let reach = to_alpha("\"reach\", \"see\"");
+    let (alpha, beta) = two(&[("a", 3)], &[("b", 3)], &reach);
+    let gamma = Member::new("gamma", &[("c", 3)], &reach);
+    beta.knows(&gamma, "");
+    gamma.knows(&beta, "");
+    let _b = beta.ports[0].connected();
+    let c = gamma.ports[0].connected();
+    // beta reaches it, and brings nobody there.
+    let served = serve(&c);
+    assert_eq!(beta.get("c").status, 200);
+    served.join().unwrap();
+    for name in ["c", "c.gamma", "c.beta"] {
+        assert_eq!(alpha.get(name).status, 404, "{name}");
+    }
+    // Also where alpha asks beta for it all the same.
+    let (crt, key) = (alpha.dir.path().join("crt"), alpha.dir.path().join("key"));
+    let (crt, key) = (crt.display().to_string(), key.display().to_string());
+    let by_way_of_beta = format!("https://{}", beta.address());
+    let args = [
+        "-x",
+        &by_way_of_beta,
+        "--proxy-insecure",
+        "--proxy-cert",
+        &crt,
+        "--proxy-key",
+        &key,
+    ];
+    for url in ["http://c/", "http://c.gamma/"] {
+        for form in ["-s", "-p"] {
+            let args: Vec<&str> = args.iter().copied().chain([form, url]).collect();
+            if let Some((code, said)) = curl(0, &args) {
+                assert_eq!(code, 404, "{url}: {said}");
+                let lines = audit(&beta.host, 1);
+                let is = |line: &Value| line["reason"] == "not-here" && line["via"] == "alpha";
+                assert!(lines.iter().any(is), "{lines:?}");
+            }
+        }
+    }
+    // What beta may not claim, it does not have.
+    let old = beta.section("");
+    alpha
+        .host
+        .reload(|text| text.replace(&old, &beta.section("names = [\"x-*\"]\n")));
+    let answer = alpha.get("b");
+    assert_eq!(answer.status, 404, "{}", answer.body);
+    alpha.host.until("it is logged", |host| {
+        host.log()
+            .contains("claims a VM that its `names` does not have")
+            .then_some(())
+    });
+    assert_eq!(alpha.get("b.beta").status, 404);
+}
+
+#[test]
+fn r126_the_owners_word_counts_where_the_map_is_stale() {
+    let (alpha, beta) = two(&[("a", 3)], &[("b", 3)], &to_alpha("\"reach\", \"see\""));
+    let b = beta.ports[0].connected();
+    let served = serve(&b);
+    assert_eq!(alpha.get("b").status, 200);
+    served.join().unwrap();
+    beta.host
+        .reload(|text| text.replace("name = \"b\"", "name = \"moved\""));
+    let answer = alpha.get("b");
+    assert_eq!(answer.status, 404, "{}", answer.body);
+    assert!(
+        answer.body.contains("no VM is named `b`"),
+        "{}",
+        answer.body
+    );
+    let lines = audit(&beta.host, 1);
+    assert_eq!(
+        (lines[0]["via"].as_str(), lines[0]["reason"].as_str()),
+        (Some("alpha"), Some("not-here"))
+    );
+}
+
+#[test]
+fn a_name_that_two_hosts_have_is_the_live_ones_and_of_two_live_ones_nobodys() {
+    let reach = to_alpha("\"reach\", \"see\"");
+    let alpha = Member::new("alpha", &[("a", 3)], &reach);
+    let beta = Member::new("beta", &[("a", 3)], &reach);
+    alpha.knows(&beta, "");
+    beta.knows(&alpha, "");
+    let there = beta.ports[0].connected();
+    // alpha's entry is dead.
+    let served = serve(&there);
+    let answer = alpha.get("a");
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert!(answer.head.contains("proxy-status: beta, alpha"));
+    served.join().unwrap();
+    let here = alpha.ports[0].connected();
+    let answer = alpha.host.until("both are known", |_| {
+        let answer = alpha.get("a");
+        (answer.status == 409).then_some(answer)
+    });
+    assert!(
+        answer.body.contains("`alpha` and `beta`") && answer.body.contains("a.alpha"),
+        "{}",
+        answer.body
+    );
+    for _ in 0..5 {
+        assert_eq!(alpha.get("a").status, 409);
+    }
+    let resolved = alpha.host.get("/v1/resolve/a");
+    assert_eq!(resolved["host"], Value::Null);
+    let hosts = resolved["claims"].as_array().unwrap().iter();
+    let hosts: Vec<_> = hosts.map(|claim| claim["host"].as_str().unwrap()).collect();
+    assert_eq!(hosts, ["alpha", "beta"]);
+    for member in [&alpha, &beta] {
+        let shown = member.host.until("both see it", |host| {
+            let shown = host.get("/v1/vms/a");
+            shown["faults"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .any(|fault| fault["kind"] == "name")
+                .then_some(shown)
+        });
+        assert!(
+            shown["fault"]
+                .as_str()
+                .unwrap()
+                .contains("`alpha` and `beta`"),
+            "{shown}"
+        );
+    }
+    for (name, control) in [("a.alpha", &here), ("a.beta", &there)] {
+        let served = serve(control);
+        assert_eq!(alpha.get(name).status, 200, "{name}");
+        served.join().unwrap();
+    }
+}
+
+#[test]
+fn r70_a_host_that_is_not_the_one_that_is_meant_is_not_spoken_to_and_the_log_says_why() {
+    let reach = to_alpha("\"reach\", \"see\"");
+    let alpha = Member::new("alpha", &[("a", 3)], NO_GRANTS);
+    let rogue =
+        |change: fn(&mut CertificateParams)| Member::with("beta", &[("b", 3)], &reach, change);
+    let plain = rogue(|_| {});
+    let other = own(&["beta"], |_| {});
+    let wrong_pin = plain.section("").replace(
+        plain.key.pin.strip_prefix("cert:").unwrap(),
+        other.pin.strip_prefix("cert:").unwrap(),
+    );
+    let late = rogue(expired);
+    let named = rogue(|params| {
+        params.subject_alt_names = vec![rcgen::SanType::DnsName("gamma".try_into().unwrap())];
+    });
+    let mut before = String::new();
+    for (section, why) in [
+        (wrong_pin, "its key is another than the `pin`"),
+        (late.section(""), "its certificate has expired"),
+        (named.section(""), "its certificate is for another name"),
+    ] {
+        let status = alpha
+            .host
+            .reload(|text| text.replace(&before, "") + &section);
+        assert_eq!(status["error"], Value::Null, "{status}");
+        let answer = alpha.get("b");
+        assert_eq!(answer.status, 404, "{why}: {}", answer.body);
+        // Of many lines of a kind in a second there is one.
+        alpha.host.until(why, |host| {
+            assert_eq!(alpha.get("b").status, 404, "{why}");
+            host.log().contains(why).then_some(())
+        });
+        before = section;
+    }
+    // The right one.
+    let status = alpha
+        .host
+        .reload(|text| text.replace(&before, "") + &plain.section(""));
+    assert_eq!(status["error"], Value::Null, "{status}");
+    plain.knows(&alpha, "");
+    let b = plain.ports[0].connected();
+    let served = serve(&b);
+    assert_eq!(alpha.get("b").status, 200);
+    served.join().unwrap();
+}
