@@ -24,6 +24,8 @@ enum Name {
     Carrier,
     /// A real guest's ring and its vsock
     RingGuest,
+    /// aditd's proxy to an agent on a ring; haproxy, nginx, socat and tinyproxy
+    Proxy,
     /// adit-vmm and QEMU's microvm
     Vmm,
 }
@@ -36,6 +38,9 @@ pub struct Options {
     /// One JSON object a line for each figure
     #[arg(long)]
     json: bool,
+    /// Only cells whose name contains this (proxy)
+    #[arg(long)]
+    only: Option<String>,
 }
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
@@ -49,6 +54,7 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
         Name::Ring => ring(&own),
         Name::Carrier => carrier(&own),
         Name::RingGuest => ring_guest(&own),
+        Name::Proxy => proxy(&own, options.only.as_deref()),
         Name::Vmm => bench_vmm::run(options.json).map(|()| true),
     }
 }
@@ -104,6 +110,16 @@ fn ring_peers() -> anyhow::Result<PathBuf> {
         output(&mut command)
     })?;
     Ok(target.join("release/adit-bench-peers"))
+}
+
+/// The front door, beside relays of Debian.
+fn proxy(own: &[&str], only: Option<&str>) -> anyhow::Result<bool> {
+    setup::run()?;
+    setup::relays()?;
+    let binaries = setup::host_binaries(true)?.display().to_string();
+    let only: Vec<&str> = only.into_iter().flat_map(|only| ["--only", only]).collect();
+    bench("proxy", &[own, &["--binaries", &binaries], &only].concat())?;
+    Ok(true)
 }
 
 /// Real guests on both backends.

@@ -1,9 +1,11 @@
 //! `cargo xtask fuzz` runs the targets of `fuzz/` under libFuzzer. The instrumentation is LLVM's own and needs no nightly compiler.
 //! New inputs are kept in `target/fuzz/corpus`, and inputs that break a rule in `target/fuzz/found`.
 
+use std::ffi::OsString;
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitCode, Output, Stdio};
 
 use anyhow::{Context, bail};
 
@@ -13,6 +15,8 @@ use crate::progress;
 const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares -Clink-dead-code";
+/// Set where this program stands between cargo and the compiler.
+const AS_COMPILER: &str = "ADIT_XTASK_AS_COMPILER";
 /// How many targets run at a time. Each has one thread.
 const AT_ONCE: usize = 2;
 const HOST: &str = "x86_64-unknown-linux-gnu";
@@ -39,7 +43,7 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
         names.retain(|n| n == name);
     }
     let seconds = (options.minutes * 60.0).ceil() as u64;
-    let binary = build()?;
+    let binary = build(Built::ToFind)?;
     let mut whole = true;
     for names in names.chunks(AT_ONCE) {
         whole &= fuzz(&binary, names, seconds, options.runs)?;
@@ -52,7 +56,7 @@ const SMOKE_S: u64 = 5;
 
 /// A short run of every target.
 pub fn smoke() -> anyhow::Result<()> {
-    let binary = build()?;
+    let binary = build(Built::ToSmoke)?;
     for names in targets()?.chunks(AT_ONCE) {
         if !fuzz(&binary, names, SMOKE_S, None)? {
             bail!("{} broke a rule", names.join(" or "));
@@ -71,23 +75,56 @@ fn targets() -> anyhow::Result<Vec<String>> {
     Ok(names)
 }
 
-fn build() -> anyhow::Result<PathBuf> {
-    let dir = adit_tests::target().join("fuzz");
+/// What the targets are built for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Built {
+    /// Minutes and hours: optimised, with the libraries that they use instrumented too.
+    ToFind,
+    /// Seconds: our own crates alone are instrumented, and the libraries are those of the tests.
+    ToSmoke,
+}
+
+fn build(built: Built) -> anyhow::Result<PathBuf> {
+    let target = adit_tests::target();
+    let dir = target.join("fuzz");
     progress::during("building the fuzz targets", || {
         let mut command = Command::new("cargo");
         command
-            .args(["build", "--quiet", "--profile", "fuzz", "-p", "adit-fuzz"])
-            .args(["--features", "libfuzzer", "--bin", "adit-fuzz"])
-            .args(["--target", HOST, "--target-dir"])
-            .arg(&dir)
-            .env("RUSTFLAGS", FLAGS);
+            .args(["build", "--quiet", "-p", "adit-fuzz"])
+            .args(["--features", "libfuzzer", "--bin", "adit-fuzz"]);
+        match built {
+            Built::ToFind => command
+                .args(["--profile", "fuzz", "--target", HOST, "--target-dir"])
+                .arg(&dir)
+                .env("RUSTFLAGS", FLAGS),
+            Built::ToSmoke => command
+                .args(["--config", "profile.dev.opt-level=1"])
+                .env("RUSTC_WORKSPACE_WRAPPER", std::env::current_exe()?)
+                .env(AS_COMPILER, "1"),
+        };
         let status = command.status().context("cannot start cargo")?;
         if !status.success() {
             bail!("the fuzz targets do not build");
         }
         Ok(())
     })?;
-    Ok(dir.join(HOST).join("fuzz/adit-fuzz"))
+    Ok(match built {
+        Built::ToFind => dir.join(HOST).join("fuzz/adit-fuzz"),
+        Built::ToSmoke => target.join("debug/adit-fuzz"),
+    })
+}
+
+/// Becomes the compiler that cargo asks for, with the instrumentation for a crate of ours; none: cargo asks for nothing.
+pub fn compiler() -> Option<ExitCode> {
+    std::env::var_os(AS_COMPILER)?;
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let (rustc, args) = args.split_first()?;
+    // What runs while it builds has no fuzzer in it.
+    let is_build = args.iter().any(|arg| arg == "build_script_build");
+    let flags = FLAGS.split_whitespace().filter(|_| !is_build);
+    let e = Command::new(rustc).args(args).args(flags).exec();
+    eprintln!("cannot start {}: {e}", rustc.display());
+    Some(ExitCode::FAILURE)
 }
 
 /// Runs several targets at once. Returns whether none of them found anything.

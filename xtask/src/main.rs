@@ -127,6 +127,9 @@ enum Init {
 }
 
 fn main() -> ExitCode {
+    if let Some(ended) = fuzz::compiler() {
+        return ended;
+    }
     let done = match Args::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),

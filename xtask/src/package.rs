@@ -37,6 +37,9 @@ pub struct Options {
     /// Give the Debian packages this version, with the programs of this one: to try an upgrade
     #[arg(long, value_name = "VERSION")]
     deb_version: Option<String>,
+    /// Make and check what the tests install, in target/package/tests, and nothing else
+    #[arg(long, conflicts_with_all = ["packages", "deb_version"])]
+    for_tests: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -134,6 +137,10 @@ impl fmt::Display for Package {
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
     setup::run()?;
+    if options.for_tests {
+        all_for_tests()?;
+        return Ok(true);
+    }
     let chosen = match options.packages.as_slice() {
         [] => &ALL,
         some => some,

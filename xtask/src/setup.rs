@@ -130,6 +130,25 @@ pub fn libclang() -> anyhow::Result<()> {
     }
 }
 
+/// What the proxy is compared with, besides what the tests use already: program or file, package.
+const RELAYS: [(&str, &str); 3] = [
+    ("nginx", "nginx-light"),
+    (
+        "/usr/lib/nginx/modules/ngx_stream_module.so",
+        "libnginx-mod-stream",
+    ),
+    ("tinyproxy", "tinyproxy-bin"),
+];
+
+/// Installs the relays of the proxy's bench.
+pub fn relays() -> anyhow::Result<()> {
+    let missing = || {
+        let missing = RELAYS.iter().filter(|(program, _)| !on_path(program));
+        missing.map(|(_, package)| *package).collect()
+    };
+    until_there(missing, packages)
+}
+
 /// Installs packages. Without root, prints the command to run.
 fn packages(missing: &[&str]) -> anyhow::Result<()> {
     if missing.is_empty() {

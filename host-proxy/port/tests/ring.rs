@@ -102,6 +102,8 @@ fn a_service_uses_the_ring_while_it_runs_and_vsock_before_and_after() {
 fn round_trips_are_measured_on_the_lane_of_dials() {
     let mut running = Running::start();
     let aditd = running.connect();
+    let _guest = running.boot(&[hello::PORT]);
+    aditd.wait_status(|s| s.session);
     let vmm = Vmm::attach(&running.dir).expect("taken");
     let memory = vmm.memory.clone();
     let attach = std::thread::spawn(move || adit_bare::ring::attach(memory).unwrap());
@@ -130,6 +132,25 @@ fn round_trips_are_measured_on_the_lane_of_dials() {
         assert!(begin.elapsed() < LONG, "{asked:?}");
     }
     assert_eq!(asked, [0, 2], "on lane control, on lane bulk");
+}
+
+/// There is nothing to compare it with, so the measurement would never end, and begin again with every dial.
+#[test]
+fn a_ring_alone_is_not_measured() {
+    let mut running = Running::start();
+    let aditd = running.connect();
+    let vmm = Vmm::attach(&running.dir).expect("taken");
+    let agent = vmm.boot();
+    let listener = agent.handle.listen(hello::PORT).unwrap();
+    wait_ring(&aditd, |ring| ring.running);
+    for id in 1..=3 {
+        aditd.dial(id, service());
+        let stream = listener.accept().unwrap().accept().unwrap();
+        let Ok(Hello::Open(open)) = hello::read(&mut &stream) else {
+            panic!("a hello");
+        };
+        assert_eq!(Target::Service(open.service), service());
+    }
 }
 
 #[test]

@@ -118,7 +118,9 @@ impl<C: Carrier> Process<C> {
             }
             // The agent listens now. Perhaps it did not yet when the session began.
             Notice::Incoming { .. } | Notice::Dialed { .. }
-                if port == rings.port && rings.bell.rtt_ns.1 == 0 =>
+                if port == rings.port
+                    && rings.bell.rtt_ns.1 == 0
+                    && rings.bell.ping.is_none() =>
             {
                 self.ping(port);
                 false
@@ -195,7 +197,7 @@ impl<C: Carrier> Process<C> {
         }
     }
 
-    /// Starts a measurement: the agent echoes what is sent. Does nothing if the ring has no session.
+    /// Starts a measurement: the agent echoes what is sent. Does nothing unless ring and vsock both have a session.
     fn ping(&mut self, port: PortIndex) {
         let Ok(service) = PING.parse() else { return };
         let now = self.shard.now();
@@ -208,8 +210,10 @@ impl<C: Carrier> Process<C> {
             lane: LANE,
         };
         let Some(rings) = &mut self.rings else { return };
-        // The measurement compares ring and vsock, so it needs both.
-        if self.shard.port(rings.port).epoch().is_none() {
+        // The measurement compares ring and vsock, so it needs both. With the ring alone it would never end, and begin again
+        // with every dial.
+        let has_session = |port| self.shard.port(port).epoch().is_some();
+        if !has_session(rings.port) || !has_session(self.port) {
             return;
         }
         let middle_ns = Arc::<AtomicU64>::default();
