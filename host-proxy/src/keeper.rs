@@ -31,7 +31,7 @@ impl Default for Keeper {
     fn default() -> Self {
         Self {
             state: Mutex::default(),
-            closer: Closer::new(closing_max()),
+            closer: Closer::lingering(closing_max()),
         }
     }
 }

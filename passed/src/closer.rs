@@ -10,18 +10,22 @@ use std::time::{Duration, Instant};
 pub const PENDING_MAX: usize = 256;
 /// How long [`Closer::stays_full`] waits for the queue to shrink, when the closes work and are only many.
 const PATIENCE: Duration = Duration::from_millis(200);
+/// How long the thread of one that [lingers](Closer::lingering) waits for more.
+const LINGER: Duration = Duration::from_secs(1);
 const STACK_BYTES: usize = 64 << 10;
 
 static SHARED: OnceLock<Closer> = OnceLock::new();
 
-/// One owner's queue of descriptors to close. Its thread runs only while the queue has entries, unless it was
-/// prepared.
+/// One owner's queue of descriptors to close. Its thread runs only while the queue has entries, or for a second more,
+/// unless it was prepared.
 #[derive(Clone, Debug)]
 pub struct Closer(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     max: usize,
+    /// How long the thread stays when the queue is empty.
+    linger: Duration,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -48,8 +52,19 @@ impl Closer {
     /// Makes a closer for at most `max` descriptors at a time, and never more than [`PENDING_MAX`]. A process with
     /// several owners gives each a part, so that all fit in the descriptor table.
     pub fn new(max: usize) -> Self {
+        Self::with(max, Duration::ZERO)
+    }
+
+    /// The same for an owner that closes again and again: its thread stays for a second, since to start one for each
+    /// descriptor costs more than the close.
+    pub fn lingering(max: usize) -> Self {
+        Self::with(max, LINGER)
+    }
+
+    fn with(max: usize, linger: Duration) -> Self {
         Self(Arc::new(Inner {
             max: max.clamp(1, PENDING_MAX),
+            linger,
             state: Mutex::default(),
             changed: Condvar::new(),
         }))
@@ -132,8 +147,14 @@ impl Closer {
                 let waited = self.0.changed.wait(state);
                 state = waited.unwrap_or_else(PoisonError::into_inner);
             } else {
-                state.running = false;
-                return;
+                let waited = self.0.changed.wait_timeout_while(state, self.0.linger, |state| {
+                    state.queue.is_empty() && !state.stays
+                });
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                if state.queue.is_empty() && !state.stays {
+                    state.running = false;
+                    return;
+                }
             }
         }
     }
