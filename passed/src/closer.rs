@@ -147,9 +147,12 @@ impl Closer {
                 let waited = self.0.changed.wait(state);
                 state = waited.unwrap_or_else(PoisonError::into_inner);
             } else {
-                let waited = self.0.changed.wait_timeout_while(state, self.0.linger, |state| {
-                    state.queue.is_empty() && !state.stays
-                });
+                let waited = self
+                    .0
+                    .changed
+                    .wait_timeout_while(state, self.0.linger, |state| {
+                        state.queue.is_empty() && !state.stays
+                    });
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
                 if state.queue.is_empty() && !state.stays {
                     state.running = false;

@@ -89,9 +89,12 @@ fn build(built: Built) -> anyhow::Result<PathBuf> {
     let dir = target.join("fuzz");
     progress::during("building the fuzz targets", || {
         let mut command = Command::new("cargo");
-        command
-            .args(["build", "--quiet", "-p", "adit-fuzz"])
-            .args(["--features", "libfuzzer", "--bin", "adit-fuzz"]);
+        command.args(["build", "--quiet", "-p", "adit-fuzz"]).args([
+            "--features",
+            "libfuzzer",
+            "--bin",
+            "adit-fuzz",
+        ]);
         match built {
             Built::ToFind => command
                 .args(["--profile", "fuzz", "--target", HOST, "--target-dir"])

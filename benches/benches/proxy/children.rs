@@ -118,7 +118,10 @@ async fn http(mut client: TcpStream, mut piece: Vec<u8>) -> std::io::Result<()> 
 pub fn agent(socket: &Path, ports: Vec<u16>) -> anyhow::Result<()> {
     let vm = socket.parent().and_then(Path::file_name);
     let offer = Offer {
-        vm: vm.context("a VM's directory")?.to_string_lossy().into_owned(),
+        vm: vm
+            .context("a VM's directory")?
+            .to_string_lossy()
+            .into_owned(),
         bytes: BYTES as u64,
         lanes: 2,
     };

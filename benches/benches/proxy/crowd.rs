@@ -131,7 +131,10 @@ fn beside(options: &Options, target: &Target) -> anyhow::Result<Vec<Figure>> {
         let disturbed = disturbed?;
         drop((kept, greedy));
         std::thread::sleep(Duration::from_millis(300));
-        for (figure, value) in figures.iter_mut().zip([trip, disturbed[0], open, disturbed[1]]) {
+        for (figure, value) in figures
+            .iter_mut()
+            .zip([trip, disturbed[0], open, disturbed[1]])
+        {
             figure.push(value);
         }
         bar.inc(1);

@@ -112,7 +112,9 @@ impl Host {
         (host.plain, host.tls) = (plain, tls);
         for name in names {
             let socket = run.join("vm").join(name).join("ring.sock");
-            wait_for("a ring's socket", SOON, || Ok(socket.exists().then_some(())))?;
+            wait_for("a ring's socket", SOON, || {
+                Ok(socket.exists().then_some(()))
+            })?;
             let agent = bound(std::env::current_exe()?)
                 .arg("--agent")
                 .arg(socket)
@@ -143,7 +145,11 @@ impl Host {
             for thread in threads.into_iter().flatten().flatten() {
                 let children = fs::read_to_string(thread.path().join("children"));
                 let children = children.unwrap_or_default();
-                all.extend(children.split_whitespace().filter_map(|p| p.parse::<u32>().ok()));
+                all.extend(
+                    children
+                        .split_whitespace()
+                        .filter_map(|p| p.parse::<u32>().ok()),
+                );
             }
             next += 1;
         }

@@ -48,7 +48,12 @@ pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
                 HAPROXY => (1.0, 0.7),
                 _ => (1.0, 1.0),
             };
-            let figure = Figure::alone(title("added latency,"), "us", Better::Lower, &times[1][which]);
+            let figure = Figure::alone(
+                title("added latency,"),
+                "us",
+                Better::Lower,
+                &times[1][which],
+            );
             out.push(figure.beside(one.name, &theirs[which], must, aim));
         }
     }

@@ -61,7 +61,9 @@ fn main() -> anyhow::Result<()> {
         }
     }
     let Some(binaries) = binaries else {
-        eprintln!("skipped: --binaries DIR says where aditd and adit-port are; `cargo xtask bench proxy` builds them");
+        eprintln!(
+            "skipped: --binaries DIR says where aditd and adit-port are; `cargo xtask bench proxy` builds them"
+        );
         return Ok(());
     };
     let options = Options {

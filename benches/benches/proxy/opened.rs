@@ -25,9 +25,15 @@ pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
     let relays = relays(&host, &target);
     type Cell = fn(&Contender, &Target) -> anyhow::Result<f64>;
     let cells: [(&str, &str, Cell); 4] = [
-        ("tunnels opened, one client", "/s", |one, _| together(1, || open(one, false))),
-        ("tunnels opened, 8 clients", "/s", |one, _| together(CLIENTS, || open(one, false))),
-        ("tunnels opened over TLS, 8 clients", "/s", |one, _| together(CLIENTS, || open(one, true))),
+        ("tunnels opened, one client", "/s", |one, _| {
+            together(1, || open(one, false))
+        }),
+        ("tunnels opened, 8 clients", "/s", |one, _| {
+            together(CLIENTS, || open(one, false))
+        }),
+        ("tunnels opened over TLS, 8 clients", "/s", |one, _| {
+            together(CLIENTS, || open(one, true))
+        }),
         ("keep-alive GET, 8 clients", "/s", get),
     ];
     let bar = rounds(options.rounds as u64);
@@ -38,7 +44,10 @@ pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
             title if title.contains("TLS") => one.tls.is_some(),
             _ => true,
         };
-        let there: Vec<&Contender> = std::iter::once(&ours).chain(&relays).filter(wants).collect();
+        let there: Vec<&Contender> = std::iter::once(&ours)
+            .chain(&relays)
+            .filter(wants)
+            .collect();
         let mut rates = vec![Vec::new(); there.len()];
         for _ in 0..options.rounds {
             for (one, rates) in there.iter().zip(&mut rates) {

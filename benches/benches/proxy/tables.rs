@@ -7,8 +7,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use adit_benches::report::{Better, Figure};
-use adit_host_proxy::access::{Access, Caller, Grants, Verb, VmView};
 use adit_host_proxy::access::caller::Person;
+use adit_host_proxy::access::{Access, Caller, Grants, Verb, VmView};
 use adit_host_proxy::config::Config;
 use adit_names::ServiceName;
 use adit_port::control::Target;
@@ -25,7 +25,10 @@ pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
     // A host of many people, each with grants of their own; and the worst: all are one group's.
     for (title, to) in [
         ("access decision, 1,000 grants to 1,000 users", "user"),
-        ("access decision, 1,000 grants to the caller's group", "group"),
+        (
+            "access decision, 1,000 grants to the caller's group",
+            "group",
+        ),
     ] {
         let grants = grants(to)?;
         let mut took = Vec::new();
@@ -59,7 +62,10 @@ fn decide(grants: &Grants) -> anyhow::Result<f64> {
     let caller = Caller::anonymous("127.0.0.1:1").with_person(&Person {
         uid: 1000,
         name: Some(format!("u{last}")),
-        groups: (0..16).map(|n| format!("g{n}")).chain(["ops".into()]).collect(),
+        groups: (0..16)
+            .map(|n| format!("g{n}"))
+            .chain(["ops".into()])
+            .collect(),
     });
     let labels: BTreeMap<String, String> = [("env", "prod"), ("tier", "web")]
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
