@@ -18,9 +18,19 @@ impl From<ClientError> for Failure {
         let said = e.to_string();
         match e {
             ClientError::Unreachable { socket, source } => unreachable(&socket, &source),
+            ClientError::NoServer { server, source } => {
+                let message = format!("cannot reach aditd at {server}: {source}");
+                Self::new("unreachable", message)
+                    .help("check that its host runs, and that its aditd.toml has a [[listen]] with `role = \"management\"` there")
+            }
+            ClientError::Untrusted { .. } => Self::new("untrusted-server", said)
+                .help("nothing was asked of it: check --server, --ca and --pin; if the key has changed, ask whoever runs it"),
             ClientError::Late { .. } => Self::new("unreachable", said)
                 .help("it may still do what was asked; look at `systemctl status aditd` and `journalctl -u aditd`, or give it longer with --request-timeout"),
-            ClientError::NoAnswer(why) => Self::new("cut-off", format!("{said}: {why}")),
+            ClientError::NoAnswer(why) => Self::new(
+                "cut-off",
+                format!("{said}: {}", adit_print::with_causes(&why)),
+            ),
             ClientError::CutOff(why) => Self::new("cut-off", format!("{said}: {why}")),
             ClientError::WentAway(why) => Self::new("cut-off", format!("{said}: {why}"))
                 .help("what was accepted is on its disk: run the command again"),

@@ -15,9 +15,9 @@ use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
 use clap_complete::env::{CompleteEnv, Shells};
 use serde::de::DeserializeOwned;
 
-use crate::client::Client;
 use crate::error::Failure;
 use crate::output;
+use crate::server::Which;
 use crate::task::short;
 use crate::text::{Format, escape};
 
@@ -133,25 +133,11 @@ pub fn goals() -> ArgValueCandidates {
 
 /// Asks aditd; none: it is not there, or late.
 fn ask<T: DeserializeOwned>(path: &str) -> Option<T> {
-    let client = Client::new(&crate::socket(given_socket()), PATIENCE);
+    let words: Vec<_> = std::env::args_os().collect();
+    let client = Which::of_words(&words).client(PATIENCE).ok()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .ok()?;
     runtime.block_on(client.get(path)).ok()
-}
-
-/// The `--socket` of the line that is being typed.
-fn given_socket() -> Option<PathBuf> {
-    let words: Vec<_> = std::env::args_os().collect();
-    let mut at = words.iter();
-    while let Some(word) = at.next() {
-        if word == "--socket" {
-            return at.next().map(PathBuf::from);
-        }
-        if let Some(path) = word.to_str().and_then(|w| w.strip_prefix("--socket=")) {
-            return Some(path.into());
-        }
-    }
-    None
 }

@@ -3,8 +3,8 @@
 
 use std::process::ExitCode;
 
-use adit_api::doctor::{Finding, Health, of_host, of_vm};
-use adit_api::{ConfigStatus, Vm};
+use adit_api::doctor::{Finding, Health, access, of_host, of_silent_host, of_vm};
+use adit_api::{ConfigStatus, GrantShown, Vm};
 use clap::Args;
 use serde::Serialize;
 
@@ -21,7 +21,7 @@ Examples:
   adit doctor -o json | jq '.vms[].findings[] | select(.health == \"failed\")'
 
 Checks, in the order in which a stream comes into a guest: host, configuration, port process, VMM, device, session, agent,
-version, agent program, identity, trust, policy, journal, card, clock, services, last dial. Each is ok, failed, or unknown because an
+version, agent program, identity, trust, policy, journal, card, clock, services, last dial; of one VM also who has access. Each is ok, failed, or unknown because an
 earlier one failed. A dial that failed more than ten minutes ago is no failure any more.
 
 Exit status: 0 nothing has failed; 6 something has; 3 aditd does not answer, so nothing of a VM is known.";
@@ -51,7 +51,7 @@ struct OfVm {
 }
 
 pub async fn run(doctor: &Doctor, client: &Client, format: Format) -> Result<ExitCode, Failure> {
-    let (config, vms) = match asked(doctor, client).await {
+    let (config, vms, grants) = match asked(doctor, client).await {
         Ok(said) => said,
         Err(failure) if failure.is_about_aditd() => {
             if format == Format::Json {
@@ -67,11 +67,12 @@ pub async fn run(doctor: &Doctor, client: &Client, format: Format) -> Result<Exi
         }
         Err(failure) => return Err(failure),
     };
-    let host = of_host(&config);
+    let host = config.as_ref().map_or_else(of_silent_host, of_host);
     let vms: Vec<OfVm> = vms
         .iter()
         .map(|vm| {
-            let findings = of_vm(vm);
+            let mut findings = of_vm(vm);
+            findings.extend(grants.as_deref().map(access));
             OfVm {
                 vm: vm.name.clone(),
                 ok: is_well(&findings),
@@ -94,13 +95,22 @@ pub async fn run(doctor: &Doctor, client: &Client, format: Format) -> Result<Exi
     })
 }
 
-async fn asked(doctor: &Doctor, client: &Client) -> Result<(ConfigStatus, Vec<Vm>), Failure> {
-    let config = client.get("/v1/config").await?;
-    let vms = match &doctor.vm {
-        Some(name) => vec![client.get(&vm::path(name)?).await?],
-        None => client.get("/v1/vms").await?,
+/// What aditd says of its configuration, of VMs, and of the grants about the one that is named: to some callers not all of it.
+type Said = (Option<ConfigStatus>, Vec<Vm>, Option<Vec<GrantShown>>);
+
+async fn asked(doctor: &Doctor, client: &Client) -> Result<Said, Failure> {
+    let config = match client.get("/v1/config").await.map_err(Failure::from) {
+        Ok(config) => Some(config),
+        Err(denied) if denied.code == "denied" => None,
+        Err(failure) => return Err(failure),
     };
-    Ok((config, vms))
+    let Some(name) = &doctor.vm else {
+        return Ok((config, client.get("/v1/vms").await?, None));
+    };
+    let vm: Vm = client.get(&vm::path(name)?).await?;
+    // They are the owner's to see, and one of a version before has none.
+    let grants = client.get(&format!("/v1/grants?vm={name}")).await;
+    Ok((config, vec![vm], grants.ok()))
 }
 
 fn is_well(findings: &[Finding]) -> bool {

@@ -43,7 +43,7 @@ impl Failure {
     pub fn new(code: &str, message: impl Into<String>) -> Self {
         let exit = match code {
             "usage" => USAGE,
-            "unreachable" | "cut-off" => UNREACHABLE,
+            "unreachable" | "cut-off" | "untrusted-server" => UNREACHABLE,
             "timeout" => TIMEOUT,
             "nothing-open" => NOT_FOUND,
             c if c.starts_with("unknown-") => NOT_FOUND,

@@ -1,4 +1,4 @@
-//! `adit`: what people type. Talks to `aditd` on its Unix socket; signs goals here, so that no key leaves the manager.
+//! `adit`: what people type. Talks to `aditd` on its Unix socket, or on another host (`server`); signs goals here, so that no key leaves the manager.
 //!
 //! A command is a module of its own (`vm`, `goal`, `task`, `access`, `key`, `card`, `trust`, `agent`, `image`, `connect`, `forward`, `config`,
 //! `doctor`, `completion`); `client` speaks HTTP, `proxy` opens tunnels, `output` prints,
@@ -21,20 +21,20 @@ mod key;
 mod output;
 mod proxy;
 mod resolve;
+mod server;
 mod task;
 mod text;
 mod trust;
 mod vm;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
-use client::Client;
 use error::Failure;
+use server::Which;
 use text::Format;
 
 const EXAMPLES: &str = "\
@@ -52,6 +52,7 @@ Examples:
   curl -x http://127.0.0.1:7080 http://web-1/      # the proxy needs no adit command
   ssh root@web-1.adit                              # by `adit connect`, see its --help
   adit forward web-1 8443:443
+  adit --server https://host-a:7443 --ca hosts.crt --token-file ops.token vm ls
 
 Exit status:
     0  done; of `task watch`: every step has succeeded
@@ -67,17 +68,12 @@ Exit status:
 /// Heading of the options that every command has.
 const EVERYWHERE: &str = "Options of every command";
 
-/// Where aditd listens if nobody says otherwise.
-const SOCKET: &str = "/run/adit/aditd.sock";
-
 /// Reach VMs that have no network, and give them signed work
 #[derive(Parser)]
 #[command(name = "adit", version, after_help = EXAMPLES, disable_help_subcommand = true)]
 struct Cli {
-    /// Socket of aditd [env: ADIT_SOCKET] [default: /run/adit/aditd.sock]
-    // Not by clap's `env` and `default_value`: its messages would name the option as one that was given.
-    #[arg(long, global = true, value_name = "PATH", help_heading = EVERYWHERE)]
-    socket: Option<PathBuf>,
+    #[command(flatten)]
+    which: Which,
     /// How long aditd may take to answer a request; the --timeout of a command that waits is beside it [default: 60s]
     #[arg(long, value_parser = output::duration, global = true, value_name = "DURATION", help_heading = EVERYWHERE)]
     request_timeout: Option<Duration>,
@@ -139,14 +135,6 @@ enum Command {
     Version,
 }
 
-/// The socket: as given, else as the environment has it, else the default.
-fn socket(given: Option<PathBuf>) -> PathBuf {
-    let by_environment = || std::env::var_os("ADIT_SOCKET").filter(|path| !path.is_empty());
-    given
-        .or_else(|| by_environment().map(PathBuf::from))
-        .unwrap_or_else(|| SOCKET.into())
-}
-
 /// Whether a command line asks for JSON, also one that is wrong otherwise.
 fn asks_for_json(words: impl Iterator<Item = OsString>) -> bool {
     let words: Vec<_> = words.take_while(|word| word != "--").collect();
@@ -189,24 +177,31 @@ fn main() -> ExitCode {
 
 async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
     let limit = cli.request_timeout.unwrap_or(client::REQUEST_LIMIT);
-    let client = Client::new(&socket(cli.socket), limit);
+    // What asks nobody needs none.
+    let client = || cli.which.client(limit);
     match &cli.command {
-        Command::Vm(command) => vm::run(command, &client, format).await?,
-        Command::Resolve(resolve) => resolve::resolve(resolve, &client, format).await?,
-        Command::Wait(wait) => vm::wait(wait, &client, format).await?,
-        Command::Goal(command) => return goal::run(command, &client, format).await,
-        Command::Task(command) => return task::run(command, &client, format).await,
+        Command::Vm(command) => vm::run(command, &client()?, format).await?,
+        Command::Resolve(resolve) => resolve::resolve(resolve, &client()?, format).await?,
+        Command::Wait(wait) => vm::wait(wait, &client()?, format).await?,
+        Command::Goal(command) => return goal::run(command, &client()?, format).await,
+        Command::Task(command) => return task::run(command, &client()?, format).await,
         Command::Key(command) => key::run(command, format)?,
         Command::Image(command) => image::run(command, format)?,
         Command::Card(command) => card::run(command, format)?,
-        Command::Trust(command) => trust::run(command, &client, format).await?,
-        Command::Agent(command) => agent::run(command, &client, format).await?,
-        Command::Access(command) => access::run(command, &client, format).await?,
-        Command::Connect(command) => connect::connect(command).await?,
-        Command::Forward(command) => forward::forward(command, format).await?,
-        Command::Doctor(doctor) => return doctor::run(doctor, &client, format).await,
-        Command::Config => config::show(&client, format).await?,
-        Command::Reload => config::reload(&client, format).await?,
+        Command::Trust(command) => trust::run(command, &client()?, format).await?,
+        Command::Agent(command) => agent::run(command, &client()?, format).await?,
+        Command::Access(command) => access::run(command, &client()?, format).await?,
+        Command::Connect(command) => {
+            cli.which.is_not_asked("connect")?;
+            connect::connect(command).await?;
+        }
+        Command::Forward(command) => {
+            cli.which.is_not_asked("forward")?;
+            forward::forward(command, format).await?;
+        }
+        Command::Doctor(doctor) => return doctor::run(doctor, &client()?, format).await,
+        Command::Config => config::show(&client()?, format).await?,
+        Command::Reload => config::reload(&client()?, format).await?,
         Command::Completion(completion) => completion::print(completion, format)?,
         Command::Version => version(format)?,
     }

@@ -22,10 +22,10 @@ use std::path::{Path, PathBuf};
 use adit_channel::socket_path;
 use adit_names::VmId;
 use adit_port::control::IVSHMEM_SOCKET;
-use adit_tasks::{Anchor, Role, TrustStore};
+use adit_tasks::{Anchor, TrustStore};
 use serde::{Deserialize, Serialize};
 
-pub use access::{Address, GrantConfig, LISTENS_MAX, ListenConfig, Speak, TokenConfig};
+pub use access::{Address, GrantConfig, LISTENS_MAX, ListenConfig, Role, Speak, TokenConfig};
 pub use certificates::{Files, Pem, Terms};
 pub use check::Problem;
 use check::{Document, Documents};
@@ -231,7 +231,7 @@ impl Trust {
     /// Reads a key, which must have the role.
     fn card_key(line: &str) -> Option<Anchor> {
         let anchor = Anchor::parse(line).ok()?;
-        anchor.roles.has(Role::Card).then_some(anchor)
+        anchor.roles.has(adit_tasks::Role::Card).then_some(anchor)
     }
 
     /// The keys. They have been checked.

@@ -18,7 +18,8 @@ use axum::response::{IntoResponse, Response};
 use axum::serve::Listener;
 use http_body_util::{BodyExt, Limited};
 use hyper::Request;
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
+use hyper::http::request::Parts;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -41,6 +42,8 @@ const RESERVE_MAX: usize = 256;
 const API_MAX: usize = 128;
 /// Connections of the metrics' listener at most.
 const METRICS_MAX: usize = 64;
+/// Connections of management listeners at most.
+const MANAGEMENT_MAX: usize = 64;
 /// Descriptors of a VM that may wait to be closed at least.
 const CLOSING_MIN: usize = 8;
 /// Descriptors that a request through the proxy takes: the client's, and both ends of a pair.
@@ -66,25 +69,33 @@ pub struct Room {
     pub api: usize,
     /// Connections of the metrics' listener.
     pub metrics: usize,
+    /// Connections of all management listeners together; 0: there are none.
+    pub management: usize,
     /// Connections of the proxy.
     pub proxy: usize,
 }
 
 impl Room {
-    /// Divides what the process has; `proxy` is what the configuration allows.
-    pub fn of_process(proxy: usize) -> Self {
-        Self::new(descriptors(), proxy)
+    /// Divides what the process has; `proxy` is what the configuration allows, and whether it has a management listener.
+    pub fn of_process(proxy: usize, is_managed: bool) -> Self {
+        Self::new(descriptors(), proxy, is_managed)
     }
 
-    fn new(descriptors: usize, proxy: usize) -> Self {
+    fn new(descriptors: usize, proxy: usize, is_managed: bool) -> Self {
         let reserve = (descriptors / 4).clamp(8, RESERVE_MAX);
         let metrics = (descriptors / 16).clamp(2, METRICS_MAX);
         let spare_from = descriptors.saturating_sub(reserve);
+        let management = match is_managed {
+            true => (descriptors / 32).clamp(2, MANAGEMENT_MAX),
+            false => 0,
+        };
+        let others = metrics + OF_A_REQUEST * management;
         Self {
             spare_from,
             api: (reserve / 2).min(API_MAX),
             metrics,
-            proxy: (spare_from.saturating_sub(metrics) / OF_A_REQUEST).clamp(1, proxy.max(1)),
+            management,
+            proxy: (spare_from.saturating_sub(others) / OF_A_REQUEST).clamp(1, proxy.max(1)),
         }
     }
 
@@ -283,6 +294,25 @@ impl Drop for Place {
     }
 }
 
+/// Who may have a request served at all. It is asked before the request's body is read.
+pub trait Admits {
+    /// Lets a request in, and says in it whose it is.
+    ///
+    /// # Errors
+    /// What is answered instead.
+    fn admit(&self, request: &mut Parts) -> impl Future<Output = Result<(), Response>> + Send;
+}
+
+/// Whoever may connect.
+#[derive(Clone, Copy, Debug)]
+struct Everybody;
+
+impl Admits for Everybody {
+    async fn admit(&self, _: &mut Parts) -> Result<(), Response> {
+        Ok(())
+    }
+}
+
 /// Serves the API, or a part of it, one request a connection, until told to stop; `spares` says which connections leave
 /// enough descriptors to others.
 pub async fn serve<L>(
@@ -319,6 +349,7 @@ pub async fn serve<L>(
             app.clone(),
             body_max,
             stop.clone(),
+            Everybody,
         ));
     }
     drop(listener);
@@ -326,12 +357,14 @@ pub async fn serve<L>(
     clients.wait().await;
 }
 
-async fn connection<I>(
+/// Serves one connection: a request, whose body has at most `body_max` bytes.
+pub async fn connection<I>(
     client: I,
     place: Place,
     app: TowerToHyperService<Router>,
     body_max: usize,
     stop: CancellationToken,
+    admits: impl Admits + Send + Sync,
 ) where
     I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
 {
@@ -339,9 +372,13 @@ async fn connection<I>(
     client.set_timeout(Some(READ_LIMIT));
     let client = Box::pin(client);
     let unread = AtomicBool::new(false);
-    let (place, app, is_unread) = (&place, &app, &unread);
+    let (place, app, is_unread, admits) = (&place, &app, &unread, &admits);
     let service = service_fn(|request: Request<Incoming>| async move {
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
+        if let Err(refused) = admits.admit(&mut parts).await {
+            is_unread.store(!body.is_end_stream(), Ordering::Relaxed);
+            return Ok(refused);
+        }
         let whole = Limited::new(body, body_max).collect();
         let whole = tokio::time::timeout(HEADER_LIMIT, whole).await;
         is_unread.store(!matches!(whole, Ok(Ok(_))), Ordering::Relaxed);
@@ -401,12 +438,15 @@ mod tests {
     #[test]
     fn the_operators_socket_has_room_whatever_the_limit_of_descriptors() {
         for descriptors in [32, 128, 256, 1024, 20_000, 1 << 20] {
-            let room = Room::new(descriptors, 4096);
-            let clients = room.metrics + OF_A_REQUEST * room.proxy;
-            assert!(clients + room.api < descriptors, "{descriptors}: {room:?}");
-            assert!(room.api >= 4 && room.metrics >= 2 && room.proxy >= 1);
+            for is_managed in [false, true] {
+                let room = Room::new(descriptors, 4096, is_managed);
+                let clients = room.metrics + OF_A_REQUEST * (room.proxy + room.management);
+                assert!(clients + room.api < descriptors, "{descriptors}: {room:?}");
+                assert!(room.api >= 4 && room.metrics >= 2 && room.proxy >= 1);
+                assert!(!is_managed || room.management >= 2);
+            }
         }
-        assert_eq!(Room::new(20_000, 4096).proxy, 4096);
+        assert_eq!(Room::new(20_000, 4096, false).proxy, 4096);
     }
 
     #[test]

@@ -11,8 +11,10 @@ use std::path::Path;
 use adit_channel::socket_path;
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::socket::getsockname;
+use nix::sys::socket::sockopt::BindToDevice;
+use nix::sys::socket::{getsockname, getsockopt, setsockopt};
 use rustix::fs::Mode;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
 
 use crate::config::{Address, Config};
 use crate::no_passing;
@@ -111,9 +113,9 @@ impl Bound {
         }
     }
 
-    fn bind(address: &Address, section: &str) -> anyhow::Result<Self> {
+    fn bind(address: &Address, device: Option<&str>, section: &str) -> anyhow::Result<Self> {
         Ok(match address {
-            Address::Tcp(at) => Self::Tcp(bind(*at, section)?),
+            Address::Tcp(at) => Self::Tcp(bind(*at, device, section)?),
             Address::Unix(path) => {
                 // It may be in anybody's directory, and another aditd's.
                 let free = socket_path::has_stale(path);
@@ -127,9 +129,9 @@ impl Bound {
         })
     }
 
-    fn is_at(&self, address: &Address) -> bool {
+    fn is_at(&self, address: &Address, device: Option<&str>) -> bool {
         match (self, address) {
-            (Self::Tcp(tcp), Address::Tcp(at)) => is_at(tcp, *at),
+            (Self::Tcp(tcp), Address::Tcp(at)) => is_at(tcp, *at) && is_by(tcp, device),
             (Self::Unix(unix), Address::Unix(path)) => is_at_path(unix, path),
             _ => false,
         }
@@ -164,11 +166,13 @@ impl Listeners {
         let metrics = config.metrics.as_ref();
         let fronts = config.fronts().into_iter().enumerate().map(|(nth, front)| {
             let section = if nth == 0 { "[proxy]" } else { "[[listen]]" };
-            Bound::bind(&front.address, section)
+            Bound::bind(&front.address, front.device.as_deref(), section)
         });
         let listeners = Self {
             fronts: fronts.collect::<anyhow::Result<_>>()?,
-            metrics: metrics.map(|m| bind(m.listen, "[metrics]")).transpose()?,
+            metrics: metrics
+                .map(|m| bind(m.listen, None, "[metrics]"))
+                .transpose()?,
             api: bind_unix(&config.api_socket(), 0o600)?,
         };
         listeners.nonblocking()?;
@@ -220,7 +224,7 @@ impl Listeners {
         let fronts = config.fronts();
         let mut pairs = self.fronts.iter().zip(&fronts);
         let fronts = self.fronts.len() == fronts.len()
-            && pairs.all(|(bound, front)| bound.is_at(&front.address));
+            && pairs.all(|(bound, front)| bound.is_at(&front.address, front.device.as_deref()));
         metrics && fronts && is_at_path(&self.api, &config.api_socket())
     }
 
@@ -264,6 +268,15 @@ fn is_at(listener: &TcpListener, at: SocketAddr) -> bool {
     listener.local_addr().is_ok_and(is) && listens(listener)
 }
 
+/// Whether it serves whoever comes in by this device; none: by any.
+fn is_by(listener: &TcpListener, device: Option<&str>) -> bool {
+    let by = getsockopt(listener, BindToDevice);
+    // A name has a zero at its end, and none has no name.
+    by.is_ok_and(|by| {
+        by.as_encoded_bytes().split(|b| *b == 0).next() == Some(device.unwrap_or("").as_bytes())
+    })
+}
+
 fn is_at_path(listener: &UnixListener, path: &Path) -> bool {
     let at = getsockname::<nix::sys::socket::UnixAddr>(std::os::fd::AsRawFd::as_raw_fd(listener));
     at.is_ok_and(|at| at.path() == Some(path)) && listens(listener)
@@ -282,7 +295,12 @@ pub fn clear(config: &Config) {
     }
 }
 
-fn bind(address: SocketAddr, section: &str) -> anyhow::Result<TcpListener> {
+fn bind(address: SocketAddr, device: Option<&str>, section: &str) -> anyhow::Result<TcpListener> {
+    if let Some(device) = device {
+        return bind_by(device, address).with_context(|| {
+            format!("cannot listen on {address} by the network device {device}: `ip link` lists those there are; see `device` in {section}")
+        });
+    }
     let bound = TcpListener::bind(address).and_then(|listener| {
         rustix::net::listen(&listener, BACKLOG)
             .map(|()| listener)
@@ -291,6 +309,21 @@ fn bind(address: SocketAddr, section: &str) -> anyhow::Result<TcpListener> {
     bound.with_context(|| {
         format!("cannot listen on {address}: choose another address in {section} (port 0 = any)")
     })
+}
+
+/// As [`TcpListener::bind`], by a device from the beginning: nobody comes in by another one meanwhile. A socket that is bound to no device
+/// yet may be bound by anybody since Linux 5.7.
+fn bind_by(device: &str, address: SocketAddr) -> std::io::Result<TcpListener> {
+    let family = match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    };
+    let listener = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_reuseaddr(&listener, true)?;
+    setsockopt(&listener, BindToDevice, &device.into())?;
+    rustix::net::bind(&listener, &address)?;
+    rustix::net::listen(&listener, BACKLOG)?;
+    Ok(listener.into())
 }
 
 fn bind_unix(path: &Path, mode: u32) -> anyhow::Result<UnixListener> {
@@ -350,18 +383,18 @@ mod tests {
         let path = dir.path().join("proxy.sock");
         let address = Address::Unix(path.clone());
         let other = UnixListener::bind(&path).unwrap();
-        let refused = Bound::bind(&address, "[[listen]]").unwrap_err();
+        let refused = Bound::bind(&address, None, "[[listen]]").unwrap_err();
         assert!(matches!(
             refused.downcast_ref(),
             Some(SocketPathError::InUse(_))
         ));
         std::os::unix::net::UnixStream::connect(&path).unwrap();
         drop(other);
-        Bound::bind(&address, "[[listen]]").unwrap();
+        Bound::bind(&address, None, "[[listen]]").unwrap();
         // A link is nobody's socket.
         let link = dir.path().join("link");
         std::os::unix::fs::symlink("/etc/passwd", &link).unwrap();
-        assert!(Bound::bind(&Address::Unix(link.clone()), "[[listen]]").is_err());
+        assert!(Bound::bind(&Address::Unix(link.clone()), None, "[[listen]]").is_err());
         assert!(link.is_symlink());
     }
 
@@ -387,6 +420,11 @@ mod tests {
         };
         let metrics = listeners.metrics.as_ref().unwrap();
         assert!(passed(&[api, metrics, proxy, unix]));
+        let by_lo = bind_by("lo", proxy.local_addr().unwrap());
+        let free = bind_by("lo", "127.0.0.1:0".parse().unwrap()).unwrap();
+        assert!(by_lo.is_err(), "its address is taken");
+        assert!(is_by(&free, Some("lo")) && !is_by(&free, None) && !is_by(proxy, Some("lo")));
+        assert!(!passed(&[api, metrics, &free, unix]), "another device");
         assert!(!passed(&[api, metrics, proxy]), "one is missing");
         assert!(!passed(&[metrics, api, proxy, unix]), "another order");
         let other = UnixListener::bind(dir.path().join("other.sock")).unwrap();

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Extension;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
@@ -133,6 +134,8 @@ impl Service {
         tasks.spawn(enforce::keep(state.clone()));
         if let Some(listener) = metrics {
             let app = api::observe(state.clone()).with_state(state.clone());
+            // Whoever may connect sees all.
+            let app = app.layer(Extension(api::Asks::owner()));
             let room = state.room;
             let gate = Gate::new(state.metrics.listener("metrics", room.metrics));
             let spares = move |client: &TcpStream| room.spares(client);
@@ -147,7 +150,7 @@ impl Service {
         }
         let server = tokio::spawn(listen::serve(
             api,
-            api::router(state.clone()),
+            api::router(state.clone()).layer(Extension(api::Asks::owner())),
             Gate::new(state.metrics.listener("api", state.room.api)),
             api::BODY_MAX,
             // What the others leave is for this one.

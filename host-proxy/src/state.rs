@@ -1,6 +1,6 @@
 //! What the parts of aditd share.
 
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use adit_names::VmId;
 use adit_tasks::TrustStore;
@@ -11,9 +11,11 @@ use tokio_util::task::TaskTracker;
 
 use crate::access::audit::{Audit, Decided};
 use crate::access::callers::Callers;
+use crate::access::client::Whose;
+use crate::access::guesses::Guesses;
 use crate::access::{Access, Caller, Denial, Grants, Verb};
 use crate::blobs::Blobs;
-use crate::config::Config;
+use crate::config::{Config, Role};
 use crate::desk::Desk;
 use crate::desk::store::db::Db;
 use crate::front::tls::Tls;
@@ -44,6 +46,8 @@ pub struct State {
     pub callers: Arc<Callers>,
     /// Other hosts.
     pub peers: Arc<Peers>,
+    /// Wrong tokens that they have shown.
+    guesses: Mutex<Guesses<Whose>>,
     /// TLS of listeners.
     pub tls: Tls,
     /// What was denied.
@@ -66,6 +70,8 @@ pub struct State {
     pub pool: Arc<Pool>,
     /// Requests of the API that wait for something to happen: half of its connections at most.
     pub patient: Arc<Semaphore>,
+    /// The same of management listeners: they keep no owner from waiting.
+    pub patient_others: Arc<Semaphore>,
     /// Drawn once a process.
     pub boot_nonce: [u8; 16],
     /// Drawn once a host, see [`identity`](crate::identity).
@@ -87,7 +93,8 @@ impl State {
         boot_nonce: [u8; 16],
         host_id: [u8; 16],
     ) -> Arc<Self> {
-        let room = Room::of_process(config.limits.connections);
+        let is_managed = config.listen.iter().any(|l| l.role == Role::Management);
+        let room = Room::of_process(config.limits.connections, is_managed);
         let registry = Arc::new(Registry::new(&config.run_dir));
         let metrics = Arc::new(Metrics::new(registry.clone()));
         let per_vm = config.limits.requests_per_vm.unwrap_or(room.proxy / 4);
@@ -96,6 +103,7 @@ impl State {
             vm_shares: Shares::new(per_vm.max(1)),
             pool: Pool::new(room.proxy),
             patient: Arc::new(Semaphore::new((room.api / 2).max(1))),
+            patient_others: Arc::new(Semaphore::new((room.management / 2).max(1))),
             desk: Desk::new(
                 db,
                 registry.clone(),
@@ -110,6 +118,7 @@ impl State {
             peers: Peers::new(&config),
             tls: Tls::new(&config),
             callers,
+            guesses: Mutex::default(),
             audit,
             config,
             host: OnceLock::new(),
@@ -155,6 +164,11 @@ impl State {
     /// Replaces what callers may do.
     pub fn set_grants(&self, grants: Grants) {
         *self.grants.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(grants);
+    }
+
+    /// Wrong tokens that callers have shown.
+    pub fn guesses(&self) -> MutexGuard<'_, Guesses<Whose>> {
+        self.guesses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Decides, and writes down what is denied. None: it may be done.

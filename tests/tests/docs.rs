@@ -150,6 +150,7 @@ const PURE: [&str; 23] = [
     "TaskState as S;",
     "std::collections::",
     "std::fmt",
+    "std::hash::Hash",
     "std::net::SocketAddr",
     "super::destination::Destination",
     "super::*",

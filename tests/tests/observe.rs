@@ -191,23 +191,40 @@ fn the_api_does_what_its_document_says() {
     let Some(schemathesis) = std::env::var_os("ADIT_TEST_SCHEMATHESIS") else {
         return println!("skipped: there is no schemathesis; `cargo xtask test` says why");
     };
-    let host = Host::start(&bins, &["web-1"]).unwrap();
+    let (token, digest) = adit_api::token::new().unwrap();
+    let more = format!(
+        "[[listen]]\naddress = \"127.0.0.1:0\"\nrole = \"management\"\n\
+         [[token]]\nname = \"tester\"\nsha256 = \"{digest}\"\n\
+         [[grant]]\nto = [\"token:tester\"]\nvms = [\"*\"]\nmay = [\"see\", \"task\", \"goal\", \"manage\"]\n"
+    );
+    let host = Host::start_with(&bins, &["web-1"], &more).unwrap();
     host.wait_port("web-1").unwrap();
-    let at = bridge(host.dir().join("run/aditd.sock"));
-    let dir = tempfile::tempdir().unwrap();
     let config = adit_tests::root().join("tests/tests/schemathesis.toml");
-    let out = bound(schemathesis)
-        .arg("--config-file")
-        .arg(config)
-        .args(["--no-color", "run", "--url"])
-        .arg(format!("http://{at}"))
-        .arg(format!("http://{at}/v1/openapi.json"))
-        .current_dir(dir.path())
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&out.stdout);
-    let errors = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success(), "{said}{errors}{}", host.log());
+    let config = fs::read_to_string(config).unwrap();
+    let run = |at: &str, more: &[&str], config: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("schemathesis.toml"), config).unwrap();
+        let out = bound(schemathesis.clone())
+            .args(["--config-file", "schemathesis.toml", "--no-color", "run"])
+            .args(more)
+            .arg("--url")
+            .arg(format!("http://{at}"))
+            .arg(format!("http://{at}/v1/openapi.json"))
+            .current_dir(dir.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&out.stdout);
+        let errors = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success(), "{said}{errors}{}", host.log());
+    };
+    let at = bridge(host.dir().join("run/aditd.sock"));
+    run(&at.to_string(), &[], &config);
+    // The same for others than the owner, who may not do all of it; and a wrong token would make the tester wait.
+    let at = fs::read_to_string(host.dir().join("run/listen.addr")).unwrap();
+    let of_others = config.replace("400, 404, 4", "400, 403, 404, 4")
+        + "\n[checks.ignored_auth]\nenabled = false\n";
+    let shown = format!("Authorization: Bearer {token}");
+    run(at.trim(), &["-H", &shown], &of_others);
     // It goes on, and VMs are as before.
     let shown = host.adit(&["vm", "show", "web-1"]).unwrap();
     assert!(shown.status.success(), "{shown:?}");

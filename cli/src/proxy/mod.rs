@@ -30,8 +30,9 @@ use crate::output::duration;
 pub use address::Address;
 pub use destination::{Destination, port};
 pub use error::TunnelError;
+pub use token::Token;
+
 use socket::Socket;
-use token::Token;
 
 /// Where the proxy is, and how long it may take. `connect` and `forward` have these.
 #[derive(Args)]

@@ -1,4 +1,4 @@
-//! The token that the proxy may want. It is read from a file, or is in the environment: a command line is seen by every user.
+//! The token that the proxy, or a management listener, may want. It is read from a file, or is in the environment: a command line is seen by every user.
 
 use std::fmt;
 use std::io::Read;
@@ -57,7 +57,12 @@ impl Token {
         is_one.then(|| Self(Zeroizing::new(text.to_owned())))
     }
 
-    /// The field that shows it.
+    /// The token itself.
+    pub fn text(&self) -> &str {
+        &self.0
+    }
+
+    /// The field that shows it to a proxy.
     pub fn field(&self) -> Zeroizing<String> {
         Zeroizing::new(format!("Proxy-Authorization: Bearer {}\r\n", *self.0))
     }

@@ -356,7 +356,7 @@ fn what_names_no_vm_and_no_port_is_asked_of_nobody() {
     let proxy = Proxy::saying(OK);
     for (args, exit) in [
         (["Web-1", "22"], 4),
-        (["web-1.adit.adit", "22"], 4),
+        (["web-1..adit", "22"], 4),
         (["a\r\nX: y", "22"], 4),
         (["web-1", "0"], 2),
         (["web-1", "+22"], 2),

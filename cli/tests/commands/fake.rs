@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use serde_json::{Value, json};
 
 /// A request.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Asked {
     pub method: String,
     pub path: String,
@@ -95,11 +95,26 @@ pub fn command(dir: &Path, args: &[&str]) -> Command {
 }
 
 fn serve(
-    stream: UnixStream,
+    mut stream: UnixStream,
     say: &mut impl FnMut(&Asked) -> Say,
     note: &Sender<Asked>,
 ) -> std::io::Result<()> {
-    let mut reader = BufReader::new(&stream);
+    let mut noted = |request: &Asked| {
+        let answer = say(request);
+        let _ = note.send(request.clone());
+        answer
+    };
+    serve_with(&mut stream, &mut noted, &mut |_| {})
+}
+
+/// Answers one request, and tells its head, in lower case.
+pub fn serve_with(
+    stream: &mut (impl Read + Write),
+    say: &mut impl FnMut(&Asked) -> Say,
+    heard: &mut impl FnMut(String),
+) -> std::io::Result<()> {
+    let mut reader = BufReader::new(&mut *stream);
+    let mut head = String::new();
     let mut line = String::new();
     reader.read_line(&mut line)?;
     let mut words = line.split(' ').map(str::to_owned);
@@ -114,6 +129,7 @@ fn serve(
             break;
         }
         let line = line.to_ascii_lowercase();
+        head.push_str(&line);
         if let Some(value) = line.strip_prefix("content-length:") {
             length = value.trim().parse().unwrap();
         }
@@ -122,12 +138,12 @@ fn serve(
     reader.read_exact(&mut body)?;
     let body = String::from_utf8(body).unwrap();
     let asked = Asked { method, path, body };
+    heard(head);
     let answer = say(&asked);
-    let _ = note.send(asked);
-    write(&stream, answer)
+    write(stream, answer)
 }
 
-fn write(mut out: &UnixStream, answer: Say) -> std::io::Result<()> {
+fn write(out: &mut impl Write, answer: Say) -> std::io::Result<()> {
     let whole = |status: u16, head: &str, body: &[u8]| {
         let head = format!(
             "HTTP/1.1 {status} x\r\nconnection: close\r\n{head}content-length: {}\r\n\r\n",

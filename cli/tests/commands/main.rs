@@ -7,6 +7,7 @@ mod cards;
 mod completing;
 mod connecting;
 mod doctor;
+mod elsewhere;
 mod fake;
 mod formats;
 mod forwarding;

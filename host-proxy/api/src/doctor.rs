@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ConfigStatus, Vm, VmFault, VmState};
+use crate::{ConfigStatus, GrantShown, Vm, VmFault, VmState};
 
 /// What to do about a configuration file that aditd has refused.
 pub const CONFIG_REFUSED: &str =
@@ -136,6 +136,36 @@ pub fn of_host(config: &ConfigStatus) -> Vec<Finding> {
         ),
     };
     vec![ok("host", format!("aditd {version} answers")), file]
+}
+
+/// Looks at a host that does not tell us of its configuration.
+pub fn of_silent_host() -> Vec<Finding> {
+    vec![
+        ok("host", "aditd answers"),
+        unknown(
+            "configuration",
+            "it is told to whoever may `see` all VMs of the host",
+        ),
+    ]
+}
+
+/// Looks at the grants about a VM: who reaches it over the proxy. That nobody does is no failure: it may be there for its tasks.
+pub fn access(grants: &[GrantShown]) -> Finding {
+    let reaches = |may: &&String| *may == "reach" || may.starts_with("reach:");
+    let now = grants.iter().filter(|grant| !grant.expired);
+    let who: Vec<String> = now
+        .filter_map(|grant| {
+            let may: Vec<_> = grant.may.iter().filter(reaches).cloned().collect();
+            (!may.is_empty()).then(|| format!("{} may {}", grant.to.join(", "), may.join(", ")))
+        })
+        .collect();
+    match who.is_empty() {
+        true => ok(
+            "access",
+            "nobody reaches it over the proxy: no grant has `reach` for it (`adit access ls --vm …`)",
+        ),
+        false => ok("access", who.join("; ")),
+    }
 }
 
 /// Looks at a VM.

@@ -1,7 +1,8 @@
 //! The JSON types of `aditd`'s API, shared with the command line. Unknown fields in answers are ignored by readers,
 //! so fields may be added; none changes its meaning.
 //!
-//! HTTP/1.1 on a Unix socket (`RUN/aditd.sock`, 0600):
+//! HTTP/1.1 on a Unix socket (`RUN/aditd.sock`, 0600), whose user may do everything; and on management listeners, where grants say
+//! who may do what (docs/operate.md):
 //!
 //! | method and path | body → answer |
 //! |---|---|
@@ -33,7 +34,7 @@
 //! | `GET /v1/access?as=CALLER&verb=VERB&vm=NAME&target=TARGET` | → `AccessDecision`: what the proxy would decide. CALLER is `user:NAME`, `group:NAME`, `token:NAME`, `anyone` or `owner`; of a user its groups count |
 //! | `GET /v1/resolve/{name}` | `VM` or `VM.HOST` → `Resolution`: the host that has it, and what each claims. Other hosts are asked |
 //! | `GET /v1/resolve` | → `AllVms`: those of all hosts |
-//! | `GET /v1/grants?vm=NAME` | → `Vec<GrantShown>`: all, or those about a VM |
+//! | `GET /v1/grants?vm=NAME` | → `Vec<GrantShown>`: all, or those about a VM; `limit` and `after` as of `/v1/vms` |
 //! | `GET /v1/config` | → `ConfigStatus`: what became of the configuration file |
 //! | `POST /v1/reload` | reads the configuration again → `ConfigStatus`, once it is applied or refused |
 //! | `POST /v1/shutdown?ports=true` | stops aditd, with `ports=true` the port processes too; not VMMs that are their VMs' own |
@@ -42,7 +43,8 @@
 //!
 //! A filter that names an unknown VM or goal is 404, and one that names an unknown state is 400: no empty list.
 //!
-//! Errors: status and `ErrorBody`.
+//! Errors: status and `ErrorBody`. On a management listener also 401 (`log-in`, `bad-token`), 403 (`denied`), and 429 with `retry-after`
+//! for wrong tokens; what a caller may not see is answered for as what is not there.
 #![forbid(unsafe_code)]
 
 pub mod doctor;

@@ -18,6 +18,22 @@ pub enum ClientError {
         /// What the system says.
         source: io::Error,
     },
+    /// There is no aditd at the address, as far as the network says.
+    #[error("cannot reach aditd at {server}")]
+    NoServer {
+        /// Its address.
+        server: String,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// Whoever answers at the address is not the aditd that is meant. Nothing was asked of it.
+    #[error("whatever answers at {server} is not believed: {why}")]
+    Untrusted {
+        /// Its address.
+        server: String,
+        /// Why.
+        why: String,
+    },
     /// aditd did not answer in time. It may still do what was asked.
     #[error("aditd takes connections, but has not answered for {limit:?}")]
     Late {

@@ -1,4 +1,5 @@
-//! The client of aditd's API (`adit_api` has the endpoints): HTTP/1.1 over its Unix socket, one connection a request. The
+//! The client of aditd's API (`adit_api` has the endpoints): HTTP/1.1 over its Unix socket, or with the feature `tls` to another host
+//! ([`server`]), one connection a request. The
 //! command line, a VMM that registers its VM, and the tests use it.
 //!
 //! [`Client`] is for async tasks, [`blocking::Client`] for threads.
@@ -7,6 +8,8 @@
 pub mod blocking;
 mod error;
 mod lines;
+#[cfg(feature = "tls")]
+pub mod server;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,10 +17,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::UnixStream;
 
 pub use error::ClientError;
 pub use hyper::{HeaderMap, Method};
@@ -31,8 +37,16 @@ const PAGE: usize = 500;
 /// Where aditd listens, and how long it may take to answer.
 #[derive(Clone, Debug)]
 pub struct Client {
-    socket: PathBuf,
+    to: To,
     limit: Duration,
+}
+
+/// Where.
+#[derive(Clone, Debug)]
+enum To {
+    Socket(PathBuf),
+    #[cfg(feature = "tls")]
+    Server(server::Server),
 }
 
 /// An answer, read whole.
@@ -50,7 +64,16 @@ impl Client {
     /// `limit`: how long aditd may take to answer.
     pub fn new(socket: &Path, limit: Duration) -> Self {
         Self {
-            socket: socket.to_owned(),
+            to: To::Socket(socket.to_owned()),
+            limit,
+        }
+    }
+
+    /// An aditd on another host.
+    #[cfg(feature = "tls")]
+    pub fn of_server(server: server::Server, limit: Duration) -> Self {
+        Self {
+            to: To::Server(server),
             limit,
         }
     }
@@ -58,7 +81,7 @@ impl Client {
     /// For a request that aditd answers only after this long.
     pub fn patient(&self, wait: Duration) -> Self {
         Self {
-            socket: self.socket.clone(),
+            to: self.to.clone(),
             limit: self.limit.saturating_add(wait),
         }
     }
@@ -220,29 +243,50 @@ impl Client {
         path: &str,
         body: Option<Vec<u8>>,
     ) -> Result<Response<Incoming>, ClientError> {
-        let stream = tokio::net::UnixStream::connect(&self.socket)
-            .await
-            .map_err(|source| ClientError::Unreachable {
-                socket: self.socket.clone(),
-                source,
-            })?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(ClientError::NoAnswer)?;
-        tokio::spawn(connection);
         let request = Request::builder()
             .method(method)
             .uri(path)
-            .header("host", "aditd")
-            .header("content-type", "application/json")
+            .header(HOST, "aditd")
+            .header(CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body.unwrap_or_default())))
             .map_err(|source| ClientError::Path {
                 path: path.to_owned(),
                 source,
             })?;
-        let answer = sender.send_request(request).await;
-        answer.map_err(ClientError::NoAnswer)
+        match &self.to {
+            To::Socket(socket) => {
+                let stream = UnixStream::connect(socket).await;
+                let stream = stream.map_err(|source| ClientError::Unreachable {
+                    socket: socket.clone(),
+                    source,
+                })?;
+                exchange(stream, request).await
+            }
+            #[cfg(feature = "tls")]
+            To::Server(server) => {
+                let mut request = request;
+                let head = request.headers_mut();
+                if let Ok(host) = server.authority().parse() {
+                    head.insert(HOST, host);
+                }
+                if let Some(token) = server.token() {
+                    head.insert(hyper::header::AUTHORIZATION, token.clone());
+                }
+                exchange(server.connect().await?, request).await
+            }
+        }
     }
+}
+
+async fn exchange(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    request: Request<Full<Bytes>>,
+) -> Result<Response<Incoming>, ClientError> {
+    let shaken = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+    let (mut sender, connection) = shaken.map_err(ClientError::NoAnswer)?;
+    tokio::spawn(connection);
+    let answer = sender.send_request(request).await;
+    answer.map_err(ClientError::NoAnswer)
 }
 
 impl Answer {

@@ -21,6 +21,8 @@ pub struct Caller(Arc<Inner>);
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Inner {
     is_owner: bool,
+    /// The user of this host that it is.
+    uid: Option<u32>,
     /// The most telling first; [`Subject::Anyone`] last.
     subjects: Vec<Subject>,
     /// Where the connection came from, for people.
@@ -61,6 +63,7 @@ impl Caller {
     pub fn owner() -> Self {
         Self(Arc::new(Inner {
             is_owner: true,
+            uid: None,
             subjects: vec![Subject::Anyone],
             from: "aditd.sock".into(),
             via: None,
@@ -72,6 +75,7 @@ impl Caller {
     pub fn anonymous(from: impl fmt::Display) -> Self {
         Self(Arc::new(Inner {
             is_owner: false,
+            uid: None,
             subjects: vec![Subject::Anyone],
             from: from.to_string(),
             via: None,
@@ -91,7 +95,9 @@ impl Caller {
         let users = name.cloned().chain([number]).map(Subject::User);
         let groups = person.groups.iter().filter(|name| is_name(name));
         let groups = groups.take(GROUPS_MAX).cloned().map(Subject::Group);
-        self.with(users.chain(groups))
+        let mut known = Inner::clone(&self.with(users.chain(groups)).0);
+        known.uid = Some(person.uid);
+        Self(Arc::new(known))
     }
 
     /// Adds the groups of a user of this host.
@@ -132,6 +138,7 @@ impl Caller {
         let mut inner = Inner::clone(&self.0);
         let is_shown = |subject: &Subject| matches!(subject, Subject::Cert(_) | Subject::Anyone);
         inner.subjects.retain(is_shown);
+        inner.uid = None;
         inner.via = Some(host.clone());
         Self(Arc::new(inner)).with(vouched)
     }
@@ -158,6 +165,11 @@ impl Caller {
     /// Whether they showed what is no token of this host.
     pub fn shows_strange(&self) -> bool {
         self.0.shown.as_ref().is_some_and(|shown| shown.is_strange)
+    }
+
+    /// The user of this host that it is, if the kernel knows.
+    pub fn uid(&self) -> Option<u32> {
+        self.0.uid
     }
 
     /// Whether everything is theirs.

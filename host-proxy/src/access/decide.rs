@@ -47,6 +47,20 @@ pub struct VmView<'a> {
     pub card: Option<&'a BTreeMap<String, String>>,
 }
 
+impl<'a> VmView<'a> {
+    /// A VM that is not there: nothing but its name decides.
+    pub fn of_name(name: &'a str) -> Self {
+        static NONE: BTreeMap<String, String> = BTreeMap::new();
+        Self {
+            name,
+            allow: &[],
+            allow_vsock: &[],
+            labels: &NONE,
+            card: None,
+        }
+    }
+}
+
 impl VmView<'_> {
     fn label(&self, name: &str) -> Option<&str> {
         let of_card = || self.card.and_then(|card| card.get(name));
@@ -161,6 +175,30 @@ impl Grants {
         vm: VmView<'_>,
         now_ms: i64,
     ) -> Result<Option<&Grant>, Reason> {
+        self.granted_for(caller, verb, |grant| grant.is_about(vm), now_ms)
+    }
+
+    /// The grant for every VM, `vms = ["*"]`, by which a caller does what concerns the whole host; none: it is the owner's right.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn of_host(
+        &self,
+        caller: &Caller,
+        verb: Verb<'_>,
+        now_ms: i64,
+    ) -> Result<Option<&Grant>, Reason> {
+        let is_for_all = |grant: &Grant| grant.vms.iter().any(super::vms::Vms::is_all);
+        self.granted_for(caller, verb, is_for_all, now_ms)
+    }
+
+    fn granted_for(
+        &self,
+        caller: &Caller,
+        verb: Verb<'_>,
+        is_about: impl Fn(&Grant) -> bool,
+        now_ms: i64,
+    ) -> Result<Option<&Grant>, Reason> {
         if caller.is_owner() {
             return Ok(None);
         }
@@ -170,7 +208,7 @@ impl Grants {
             .filter_map(|subject| self.by_subject.get(subject))
             .flatten();
         for grant in grants.filter_map(|nth| self.all.get(*nth)) {
-            if !grant.may.iter().any(|may| may.covers(verb)) || !grant.is_about(vm) {
+            if !grant.may.iter().any(|may| may.covers(verb)) || !is_about(grant) {
                 continue;
             }
             match grant.until_ms {

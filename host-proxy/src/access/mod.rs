@@ -12,6 +12,7 @@
 //! | `grant`, `vms` | what the configuration grants to whom, with which VMs |
 //! | `decide` | the decision. Pure, as are those before it: front ends, `adit access` and tests ask the same function |
 //! | `callers`, `diag`, `tokens`, `certificate` | finds out who is at the other end of a connection |
+//! | `log_in`, `guesses`, `client` | a token that is shown; who has shown too many wrong ones (pure), and who is one client |
 //! | `audit` | what was denied |
 //! | `tag`, `enforce` | tunnels that end with their grant |
 
@@ -19,10 +20,13 @@ pub mod audit;
 pub mod caller;
 pub mod callers;
 pub mod certificate;
+pub mod client;
 pub mod decide;
 pub mod diag;
 pub mod enforce;
 pub mod grant;
+pub mod guesses;
+pub mod log_in;
 pub mod subject;
 pub mod tag;
 pub mod tokens;

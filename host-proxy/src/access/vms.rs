@@ -29,6 +29,11 @@ pub enum Vms {
 pub struct VmsError;
 
 impl Vms {
+    /// Whether every VM is one, whatever its name.
+    pub fn is_all(&self) -> bool {
+        matches!(self, Self::Named(begin, Some(end)) if begin.is_empty() && end.is_empty())
+    }
+
     /// Whether the VM of that name is one; `label` knows its labels.
     pub fn has<'a>(&self, name: &str, label: impl FnOnce(&str) -> Option<&'a str>) -> bool {
         match self {

@@ -6,10 +6,12 @@ use adit_port::control::Target;
 use axum::Json;
 use axum::extract::{Query, State as Shared};
 use axum::http::StatusCode;
+use axum::response::Response;
 use jiff::Timestamp;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
+use super::lists::{self, PageQuery};
 use super::{Answer, ApiError, App, find};
 use crate::access::caller::Person;
 use crate::access::{Access, Caller, Grant, Subject, Verb};
@@ -142,6 +144,10 @@ fn usage(why: &str) -> ApiError {
 pub(super) struct Of {
     #[serde(default)]
     vm: Option<String>,
+    /// At most so many, and at most 500; not given: all.
+    limit: Option<usize>,
+    /// Cursor of the page.
+    after: Option<String>,
 }
 
 /// All grants, or those about a VM.
@@ -149,12 +155,12 @@ pub(super) struct Of {
     get,
     path = "/v1/grants",
     params(Of),
-    responses((status = 200, body = Vec<GrantShown>, description = "In the order of the configuration"))
+    responses((status = 200, body = Vec<GrantShown>, description = "In the order of the configuration", headers(("adit-next" = String, description = "Cursor of the next page, if there is one"))))
 )]
 pub(super) async fn grants(
     Shared(state): Shared<App>,
     Query(of): Query<Of>,
-) -> Answer<Vec<GrantShown>> {
+) -> Result<Response, ApiError> {
     let (grants, now_ms) = (state.grants(), state.now_ms());
     let shown = |grant: &Grant| GrantShown {
         place: grant.place.clone(),
@@ -167,13 +173,19 @@ pub(super) async fn grants(
             .map(|at| at.to_string()),
         expired: grant.until_ms.is_some_and(|until| now_ms >= until),
     };
-    Ok(Json(match of.vm {
+    let all: Vec<GrantShown> = match of.vm {
         None => grants.all().iter().map(shown).collect(),
         Some(name) => {
             let vm = find(&state, &name)?;
             vm.viewed(|view| grants.about(view).map(shown).collect())
         }
-    }))
+    };
+    let page = PageQuery::new(of.limit, of.after);
+    // They have no names; their order is that of the configuration, which a reload may change.
+    let numbered: Vec<_> = all.into_iter().enumerate().collect();
+    let (page, next) = page.of(&numbered, |(nth, _)| format!("{nth:08}"));
+    let page: Vec<_> = page.iter().map(|(_, grant)| grant).collect();
+    Ok(lists::page(&page, next))
 }
 
 fn texts<T: ToString>(all: &[T]) -> Vec<String> {

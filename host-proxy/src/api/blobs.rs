@@ -10,7 +10,7 @@ use axum::http::StatusCode;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::{Answer, ApiError, App, find, parse, patient};
+use super::{Answer, ApiError, App, Asks, find, parse, patient};
 use crate::blobs;
 
 // A piece fits into a request.
@@ -126,12 +126,13 @@ pub(super) async fn send(
 )]
 pub(super) async fn order(
     Shared(state): Shared<App>,
+    asks: Asks,
     Path(name): Path<String>,
     body: Bytes,
 ) -> Answer<AgentAnswer> {
     let vm = find(&state, &name)?;
     let AgentOrder { envelope } = parse(&body)?;
-    let _patient = patient(&state)?;
+    let _patient = patient(&state, &asks)?;
     let said = blobs::order(&state, &vm, envelope.into_bytes()).await?;
     if !said.refused.is_empty() {
         // Words of the guest: what it calls it must not be taken for one of aditd's.

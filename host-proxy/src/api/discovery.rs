@@ -19,7 +19,8 @@ use axum::http::StatusCode;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::{Answer, ApiError, App};
+use super::{Answer, ApiError, App, Asks};
+use crate::access::Verb;
 use crate::reach::destination::{canonical, shown};
 
 /// Of Prometheus' node exporter.
@@ -42,6 +43,7 @@ pub(super) struct DiscoveryQuery {
 )]
 pub(super) async fn targets(
     Shared(state): Shared<App>,
+    asks: Asks,
     Query(query): Query<DiscoveryQuery>,
 ) -> Answer<Vec<Targets>> {
     let port = match query.port {
@@ -51,7 +53,8 @@ pub(super) async fn targets(
             ApiError::new(StatusCode::BAD_REQUEST, "usage", message)
         })?,
     };
-    let vms = state.registry.all();
+    let mut vms = state.registry.all();
+    vms.retain(|vm| asks.sees(&state, Verb::See, vm.name.as_str()));
     let reached = vms.iter().filter(|vm| vm.spec().allow.contains(&port));
     Ok(Json(reached.map(|vm| group(&vm.show(), port)).collect()))
 }

@@ -8,7 +8,9 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 
-use super::{ApiError, App, find};
+use super::{ApiError, App, Asks, find};
+use crate::access::Verb;
+use crate::desk::DeskError;
 use crate::desk::store::page::{Filter, PAGE_MAX};
 use crate::state::State;
 
@@ -29,10 +31,12 @@ pub(super) struct GoalQuery {
 )]
 pub(super) async fn goals(
     Shared(state): Shared<App>,
+    asks: Asks,
     Query(q): Query<GoalQuery>,
 ) -> Result<Response, ApiError> {
     let (before, limit) = (q.before.unwrap_or(i64::MAX), q.newest.unwrap_or(PAGE_MAX));
-    let (goals, earlier) = state.desk.newest_goals(q.id, before, limit).await?;
+    let of = asks.of_tasks(&state).await?;
+    let (goals, earlier) = state.desk.newest_goals(q.id, of, before, limit).await?;
     Ok(answer::<GoalSummary>(&goals, earlier))
 }
 
@@ -61,6 +65,10 @@ pub(super) struct PageQuery {
 }
 
 impl PageQuery {
+    pub(super) fn new(limit: Option<usize>, after: Option<String>) -> Self {
+        Self { limit, after }
+    }
+
     /// The page of what is in the order of its cursors, and the next page's cursor. What has gone meanwhile moves nothing.
     pub(super) fn of<'a, T>(
         &self,
@@ -114,10 +122,28 @@ pub(super) fn check_state(filter: &Filter) -> Result<(), ApiError> {
     Err(ApiError::new(StatusCode::BAD_REQUEST, "usage", message))
 }
 
+/// Refuses a filter with a VM whose tasks the caller may not see, as one with a VM that is not there.
+pub(super) fn check_vm(state: &State, asks: &Asks, filter: &Filter) -> Result<(), ApiError> {
+    match &filter.vm {
+        Some(vm) => asks.may(state, Verb::Task, vm),
+        None => Ok(()),
+    }
+}
+
 /// Refuses a filter with a goal or a VM that is not known: nothing was found, but not because there is nothing to do.
 pub(super) async fn check_names(state: &State, filter: &Filter) -> Result<(), ApiError> {
     if let Some(goal) = filter.goal.clone() {
-        state.desk.knows_goal(goal).await?;
+        state.desk.knows_goal(goal.clone()).await?;
+        // One that has nothing for the caller is not there for it.
+        let of = filter.of.clone();
+        let any = Filter {
+            goal: Some(goal),
+            of,
+            ..Filter::default()
+        };
+        if any.of.is_some() && state.desk.tasks(&any, 0, 1).await?.0.is_empty() {
+            return Err(DeskError::UnknownGoal.into());
+        }
     }
     if let Some(vm) = filter.vm.clone()
         && let Err(unknown) = find(state, &vm)

@@ -1,14 +1,16 @@
-//! The JSON API on the Unix socket; `adit_api` lists the endpoints and has the types.
+//! The JSON API on the Unix socket and on management listeners; `adit_api` lists the endpoints and has the types.
 //!
 //! `openapi` has the document that describes all of it, `access` has what is asked of grants, `discovery` targets for Prometheus, `vms` what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`lists`: the newest of them, and
-//! filters that name nothing); here is the rest, and how a request fails.
+//! filters that name nothing); `asks` knows who makes a request, and `rules` what that takes; here is the rest, and how a request fails.
 
 mod access;
+mod asks;
 mod blobs;
 mod discovery;
 mod lists;
 mod openapi;
 mod resolve;
+mod rules;
 mod tasks;
 mod trust;
 mod vms;
@@ -47,12 +49,43 @@ pub const BODY_MAX: usize = 2 * dsse::ENVELOPE_MAX + 4096;
 /// How long it may take until a configuration that is read again is applied: VMs that are removed have some seconds to end.
 const RELOAD_LIMIT: Duration = Duration::from_secs(30);
 
+pub use asks::{Asks, no_browser, no_proxy, not_logged_in};
+
 type App = Arc<State>;
 type Answer<T> = Result<Json<T>, ApiError>;
 
-/// All endpoints.
+/// All endpoints, for requests that say who makes them ([`Asks`]).
 pub fn router(state: App) -> Router {
-    let (router, document) = OpenApiRouter::new()
+    let (router, document) = own().split_for_parts();
+    let document = openapi::document(document, observed().into_openapi());
+    router
+        .route("/v1/openapi.json", get(async move || document))
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .layer(middleware::from_fn(in_our_shape))
+        .layer(middleware::from_fn(to_its_end))
+        .merge(observe(state.clone()))
+        .layer(middleware::from_fn_with_state(
+            state.clone(),
+            rules::allowed,
+        ))
+        .fallback(|| async {
+            ApiError::new(
+                StatusCode::NOT_FOUND,
+                "unknown-path",
+                "there is no such path",
+            )
+        })
+        .with_state(state)
+}
+
+/// The document of all endpoints.
+#[cfg(test)]
+fn described() -> utoipa::openapi::OpenApi {
+    own().into_openapi().merge_from(observed().into_openapi())
+}
+
+fn own() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
         .routes(routes!(resolve::one))
         .routes(routes!(resolve::all))
         .routes(routes!(vms::list, vms::add))
@@ -75,23 +108,6 @@ pub fn router(state: App) -> Router {
         .routes(routes!(config))
         .routes(routes!(reload))
         .routes(routes!(shutdown))
-        .split_for_parts();
-    let observed = observed().into_openapi();
-    let document = openapi::document(document, observed);
-    router
-        .route("/v1/openapi.json", get(async move || document))
-        .layer(DefaultBodyLimit::max(BODY_MAX))
-        .layer(middleware::from_fn(in_our_shape))
-        .layer(middleware::from_fn(to_its_end))
-        .merge(observe(state.clone()))
-        .fallback(|| async {
-            ApiError::new(
-                StatusCode::NOT_FOUND,
-                "unknown-path",
-                "there is no such path",
-            )
-        })
-        .with_state(state)
 }
 
 /// Carries on with a request that changes something where whoever made it has gone: the server drops a handler together
@@ -178,7 +194,12 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        (self.0, Json(self.1)).into_response()
+        let mut response = (self.0, Json(self.1)).into_response();
+        if self.0 == StatusCode::UNAUTHORIZED {
+            let (name, value) = asks::CHALLENGE;
+            response.headers_mut().insert(name, value);
+        }
+        response
     }
 }
 
@@ -286,8 +307,12 @@ fn find(state: &State, name: &str) -> Result<Arc<VmEntry>, ApiError> {
 }
 
 /// A permit to wait for something. There are fewer than connections, so that waiters do not keep the operator out.
-fn patient(state: &State) -> Result<OwnedSemaphorePermit, ApiError> {
-    state.patient.clone().try_acquire_owned().map_err(|_| {
+fn patient(state: &State, asks: &Asks) -> Result<OwnedSemaphorePermit, ApiError> {
+    let patient = match asks.is_owner() {
+        true => &state.patient,
+        false => &state.patient_others,
+    };
+    patient.clone().try_acquire_owned().map_err(|_| {
         let message = "too many requests are waiting already";
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "busy", message).help(
             "end some of `adit wait` and `adit task watch`, or raise aditd's limit of open files",

@@ -14,9 +14,10 @@ use serde::Deserialize;
 use tokio::sync::broadcast::error::RecvError;
 use utoipa::IntoParams;
 
-use super::{Answer, ApiError, App, find, lists, parse, patient};
+use super::{Answer, ApiError, App, Asks, find, lists, parse, patient};
+use crate::access::Verb;
 use crate::desk::store::page::{self, Filter, PAGE_MAX};
-use crate::desk::{self, rfc3339};
+use crate::desk::{self, DeskError, rfc3339};
 use crate::state::State;
 use crate::vm::VmEntry;
 
@@ -27,7 +28,7 @@ use crate::vm::VmEntry;
     request_body = NewGoal,
     responses((status = 200, body = Goal, description = "It is on disk"))
 )]
-pub(super) async fn add_goal(Shared(state): Shared<App>, body: Bytes) -> Answer<Goal> {
+pub(super) async fn add_goal(Shared(state): Shared<App>, asks: Asks, body: Bytes) -> Answer<Goal> {
     let new: NewGoal = parse(&body)?;
     let bad = |e: &dyn std::fmt::Display| {
         ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "bad-goal", e.to_string())
@@ -35,6 +36,12 @@ pub(super) async fn add_goal(Shared(state): Shared<App>, body: Bytes) -> Answer<
     let envelope = dsse::Envelope::parse(new.envelope.as_bytes()).map_err(|e| bad(&e))?;
     let goal =
         adit_tasks::Goal::parse_unverified(envelope.unverified_payload()).map_err(|e| bad(&e))?;
+    for vm in &goal.audience.vms {
+        asks.may(&state, Verb::Goal, vm.as_str())?;
+    }
+    for vm in &new.to {
+        asks.may(&state, Verb::Goal, vm)?;
+    }
     let vms = targets(&state, &new, &goal)?;
     let (goal_id, digest) = (goal.goal_id.to_string(), envelope.digest());
     let new = desk::NewGoal {
@@ -44,7 +51,11 @@ pub(super) async fn add_goal(Shared(state): Shared<App>, body: Bytes) -> Answer<
         envelope: new.envelope.into_bytes(),
         vms: vms.iter().map(|vm| vm.name.clone()).collect(),
     };
-    let accepted = state.desk.add_goal(new).await?;
+    let mut accepted = state.desk.add_goal(new).await?;
+    // To apply goals is not to see tasks: it may be here already, and have run.
+    accepted
+        .tasks
+        .retain(|task| asks.sees(&state, Verb::Task, &task.vm));
     Ok(Json(show_accepted(goal_id, &digest, accepted)))
 }
 
@@ -90,8 +101,19 @@ fn targets(
     params(("id" = String, Path, description = "Id of the goal")),
     responses((status = 200, body = Goal, description = "As it is now"))
 )]
-pub(super) async fn show_goal(Shared(state): Shared<App>, Path(id): Path<String>) -> Answer<Goal> {
-    let (digest, accepted) = state.desk.goal(id.clone()).await?;
+pub(super) async fn show_goal(
+    Shared(state): Shared<App>,
+    asks: Asks,
+    Path(id): Path<String>,
+) -> Answer<Goal> {
+    let (digest, mut accepted) = state.desk.goal(id.clone()).await?;
+    if !asks.is_owner() {
+        let tasks = &mut accepted.tasks;
+        tasks.retain(|task| asks.sees(&state, Verb::Task, &task.vm));
+        if tasks.is_empty() {
+            return Err(DeskError::UnknownGoal.into());
+        }
+    }
     Ok(Json(show_accepted(id, &digest, accepted)))
 }
 
@@ -125,6 +147,7 @@ pub(super) struct TaskQuery {
 )]
 pub(super) async fn list(
     Shared(state): Shared<App>,
+    asks: Asks,
     Query(q): Query<TaskQuery>,
 ) -> Result<Response, ApiError> {
     let id = match q.id {
@@ -133,12 +156,14 @@ pub(super) async fn list(
     };
     let filter = Filter {
         vm: q.vm,
+        of: asks.of_tasks(&state).await?,
         goal: q.goal,
         state: q.state,
         id,
         open: false,
     };
     lists::check_state(&filter)?;
+    lists::check_vm(&state, &asks, &filter)?;
     if let Some(limit) = q.newest {
         return lists::newest_tasks(&state, filter, q.before, limit).await;
     }
@@ -216,9 +241,20 @@ fn task_id(text: &str) -> Result<TaskId, ApiError> {
     params(("id" = String, Path, description = "Id of the task, 32 hex digits")),
     responses((status = 200, body = Task, description = "As it is now"))
 )]
-pub(super) async fn show(Shared(state): Shared<App>, Path(id): Path<String>) -> Answer<Task> {
-    let id = task_id(&id)?;
-    Ok(Json(state.desk.task(id).await?))
+pub(super) async fn show(
+    Shared(state): Shared<App>,
+    asks: Asks,
+    Path(id): Path<String>,
+) -> Answer<Task> {
+    Ok(Json(shown(&state, &asks, task_id(&id)?).await?))
+}
+
+/// A task that the caller may see; any other one is not there.
+async fn shown(state: &State, asks: &Asks, id: TaskId) -> Result<Task, ApiError> {
+    let task = state.desk.task(id).await?;
+    let may = asks.may(state, Verb::Task, &task.vm);
+    may.map_err(|_| DeskError::Unknown)?;
+    Ok(task)
 }
 
 #[derive(Deserialize, IntoParams)]
@@ -238,6 +274,7 @@ pub(super) struct OutputQuery {
 )]
 pub(super) async fn output(
     Shared(state): Shared<App>,
+    asks: Asks,
     Path(id): Path<String>,
     Query(q): Query<OutputQuery>,
 ) -> Result<Response, ApiError> {
@@ -253,6 +290,9 @@ pub(super) async fn output(
             ));
         }
     };
+    if !asks.is_owner() {
+        shown(&state, &asks, id).await?;
+    }
     let out = state.desk.output(id, stderr).await?;
     let kept = (out.head.len() + out.tail.len()) as u64;
     let missing = out.total.saturating_sub(kept);
@@ -284,15 +324,17 @@ pub(super) struct EventQuery {
 )]
 pub(super) async fn events(
     Shared(state): Shared<App>,
+    asks: Asks,
     Query(q): Query<EventQuery>,
 ) -> Result<Response, ApiError> {
-    let patient = patient(&state)?;
+    let patient = patient(&state, &asks)?;
     // Before the query, so that no change falls in between.
     let mut changes = state.desk.subscribe();
     let goal = q.goal;
     let filter = Filter {
         open: goal.is_none(),
         goal: goal.clone(),
+        of: asks.of_tasks(&state).await?,
         ..Filter::default()
     };
     let mut present = state.desk.tasks(&filter, 0, PAGE_MAX).await?;
@@ -332,6 +374,17 @@ pub(super) async fn events(
             };
             match event {
                 Ok(event) if goal.as_ref().is_none_or(|g| *g == event.task.goal_id) => {
+                    if !asks.is_owner() {
+                        let now = asks.again(&state).await;
+                        if !now.sees(&state, Verb::Task, &event.task.vm) {
+                            // What was shown and is no more, would be waited for in vain.
+                            if open.contains_key(&event.task.task_id) {
+                                let _ = to.send(cut_off("no grant shows it any more")).await;
+                                return;
+                            }
+                            continue;
+                        }
+                    }
                     track(&mut open, &event.task);
                     if to.send(Ok(line(&event))).await.is_err() {
                         return;

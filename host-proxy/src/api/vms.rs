@@ -13,10 +13,12 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::lists::{self, PageQuery};
-use super::{Answer, ApiError, App, find, parse, resolve};
+use super::{Answer, ApiError, App, Asks, find, parse, resolve};
+use crate::access::Verb;
 use crate::config::VmConfig;
+use crate::registry::AddError;
 use crate::vm::{Origin, Serving, VmEntry};
-use crate::vms;
+use crate::vms::{self, NotAdded};
 
 /// How long it may take until a new port process serves in place of another.
 const RELOAD_LIMIT: Duration = Duration::from_secs(10);
@@ -32,9 +34,11 @@ const RELEASE_LIMIT: Duration = Duration::from_secs(3);
 )]
 pub(super) async fn list(
     Shared(state): Shared<App>,
+    asks: Asks,
     Query(page): Query<PageQuery>,
 ) -> Result<Response, ApiError> {
-    let vms = state.registry.all();
+    let mut vms = state.registry.all();
+    vms.retain(|vm| asks.sees(&state, Verb::See, vm.name.as_str()));
     let (page, next) = page.of(&vms, |vm| vm.name.to_string());
     let shown: Vec<Vm> = page.iter().map(|vm| vm.show()).collect();
     Ok(lists::page(&shown, next))
@@ -65,10 +69,11 @@ pub(super) async fn show(Shared(state): Shared<App>, Path(name): Path<String>) -
     request_body = NewVm,
     responses((status = 200, body = Vm, description = "It is kept, and served"))
 )]
-pub(super) async fn add(Shared(state): Shared<App>, body: Bytes) -> Answer<Vm> {
+pub(super) async fn add(Shared(state): Shared<App>, asks: Asks, body: Bytes) -> Answer<Vm> {
     let new: NewVm = parse(&body)?;
     let name = new.name.parse::<VmId>();
     let name = name.map_err(|e| bad_vm(("name", e.to_string())))?;
+    asks.may(&state, Verb::Manage, name.as_str())?;
     let config = VmConfig {
         allow: new.allow,
         allow_vsock: new.allow_vsock,
@@ -77,7 +82,17 @@ pub(super) async fn add(Shared(state): Shared<App>, body: Bytes) -> Answer<Vm> {
     let checked = config.check();
     let checked = checked.and_then(|()| state.config.check_paths(&config.name));
     checked.map_err(bad_vm)?;
-    let vm = vms::add(&state, config, Origin::Api).await?;
+    let added = vms::add(&state, config, Origin::Api).await;
+    let vm = added.map_err(|e| match e {
+        // Whose it is, is not for everybody to know.
+        NotAdded::Refused(AddError::CidTaken { cid, by })
+            if !asks.sees(&state, Verb::See, by.as_str()) =>
+        {
+            let message = format!("CID {cid} is taken");
+            ApiError::new(StatusCode::CONFLICT, "taken", message).help("take another one")
+        }
+        e => e.into(),
+    })?;
     Ok(Json(vm.show()))
 }
 

@@ -9,7 +9,7 @@ use axum::http::StatusCode;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::{Answer, ApiError, App, find, patient};
+use super::{Answer, ApiError, App, Asks, find, patient};
 
 /// Longest wait for a VM.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
@@ -33,6 +33,7 @@ pub(super) struct WaitQuery {
 )]
 pub(super) async fn wait_vm(
     Shared(state): Shared<App>,
+    asks: Asks,
     Path(name): Path<String>,
     Query(q): Query<WaitQuery>,
 ) -> Answer<Vm> {
@@ -44,7 +45,7 @@ pub(super) async fn wait_vm(
             "`for` is `agent`",
         ));
     }
-    let _patient = patient(&state)?;
+    let _patient = patient(&state, &asks)?;
     let mut changes = vm.watch();
     let ready = async { while !vm.ready() && changes.changed().await.is_ok() {} };
     let limit = Duration::from_millis(q.timeout_ms).min(WAIT_MAX);

@@ -74,12 +74,41 @@ pub enum Speak {
 /// Names of [`Speak`].
 pub const SPEAKS: [&str; 4] = ["http", "socks5", "tls", "any"];
 
+/// Whom a listener is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Clients of VMs.
+    #[default]
+    Proxy,
+    /// Operators: it answers the API, and nothing else.
+    Management,
+}
+
+/// Names of [`Role`].
+pub const ROLES: [&str; 2] = ["proxy", "management"];
+
+/// Longest name of a network device (`IFNAMSIZ`, linux/if.h, has room for a zero).
+const DEVICE_MAX: usize = 15;
+
+/// Whether a text can be the name of a network device.
+pub(super) fn is_device(text: &str) -> bool {
+    let is = |b: u8| b.is_ascii_graphic() && b != b'/' && b != b':';
+    (1..=DEVICE_MAX).contains(&text.len()) && text.bytes().all(is) && text != "." && text != ".."
+}
+
 /// `[[listen]]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ListenConfig {
     /// Where.
     pub address: Address,
+    /// Whom it is for.
+    #[serde(default)]
+    pub role: Role,
+    /// Only clients that come in by this network device are served.
+    #[serde(default)]
+    pub device: Option<String>,
     /// What clients speak.
     #[serde(default)]
     pub speak: Speak,
@@ -137,6 +166,7 @@ impl ListenConfig {
             }
         }
         self.check_tls()?;
+        self.check_role()?;
         if self.port.is_some() && self.speak != Speak::Tls {
             return Err((
                 "port",
@@ -154,6 +184,36 @@ impl ListenConfig {
                 "to",
                 "it takes `speak = \"any\"`: other clients say themselves where they go".into(),
             )),
+        }
+    }
+}
+
+impl ListenConfig {
+    fn check_role(&self) -> Result<(), (&'static str, String)> {
+        if self.device.is_some() && matches!(self.address, Address::Unix(_)) {
+            return Err((
+                "device",
+                "it takes an IP address: nobody comes to a Unix socket by a network device".into(),
+            ));
+        }
+        if self.role == Role::Proxy {
+            return Ok(());
+        }
+        if self.speak != Speak::Http {
+            return Err((
+                "speak",
+                "it takes `role = \"proxy\"`: the API is HTTP".into(),
+            ));
+        }
+        match &self.address {
+            Address::Tcp(at) if self.cert.is_none() && !super::is_for_this_host(*at) => Err((
+                "role",
+                format!(
+                    "{at} is no loopback address: a management listener for other machines needs `cert` and `key`, \
+                     or whoever is on the way takes its callers' tokens"
+                ),
+            )),
+            _ => Ok(()),
         }
     }
 }
@@ -211,10 +271,12 @@ pub struct TokenConfig {
 }
 
 impl super::Config {
-    /// Where clients of VMs get in: `[proxy]`, and then each `[[listen]]`.
+    /// Where clients get in: `[proxy]`, and then each `[[listen]]`.
     pub fn fronts(&self) -> Vec<ListenConfig> {
         let proxy = ListenConfig {
             address: Address::Tcp(self.proxy.listen),
+            role: Role::Proxy,
+            device: None,
             speak: Speak::Http,
             to: None,
             port: None,

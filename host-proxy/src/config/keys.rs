@@ -9,7 +9,7 @@ use adit_names::VmId;
 use adit_tasks::anchor::ANCHORS_MAX;
 use adit_tasks::card::LABELS_MAX;
 
-use super::access::{self, Address, SPEAKS};
+use super::access::{self, Address, ROLES, SPEAKS};
 use super::hosts::{self, Pin};
 use super::{ALLOW_MAX, BUSY_POLL_US_MAX, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX, Trust, UidRange};
 use crate::access::grant::LIST_MAX;
@@ -71,6 +71,8 @@ pub(super) enum Kind {
     Pin,
     /// A time as RFC 3339 has it.
     Time,
+    /// Name of a network device.
+    Device,
     /// A token's name.
     TokenName,
     /// 64 hex digits.
@@ -132,6 +134,7 @@ impl Kind {
             Self::Suffix => text.parse::<Suffix>().is_ok(),
             Self::Pin => text.parse::<Pin>().is_ok(),
             Self::Time => text.parse::<jiff::Timestamp>().is_ok(),
+            Self::Device => access::is_device(text),
             Self::TokenName => subject::is_name(text),
             Self::Sha256 => {
                 text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
@@ -200,6 +203,7 @@ impl Key {
             Kind::Pin => "`sha256/` with the base64 of a key's SHA-256, in quotes".into(),
             Kind::Suffix => "a dot and labels of a-z, 0-9 and inner `-`, in quotes".into(),
             Kind::Time => "a time in quotes, such as \"2027-01-31T00:00:00Z\"".into(),
+            Kind::Device => "the name of a network device in quotes, such as \"mgmt0\"".into(),
             Kind::TokenName => format!(
                 "1 to {} printable characters without space, quote, comma and colon, in quotes",
                 subject::NAME_MAX
@@ -406,6 +410,22 @@ const KEYS: &[Key] = &[
         default: REQUIRED,
         example: "\"unix:/run/adit/proxy.sock\"",
         kind: Kind::Listener,
+    },
+    Key {
+        path: "listen.role",
+        meaning: "Whom the listener is for. `proxy`: clients of VMs. `management`: it answers the API and nothing else, to callers that \
+                  grants let do what they ask for; other machines need `cert` and `key` there. Also the metrics, to whoever may `see` all VMs.",
+        default: "\"proxy\"",
+        example: "\"proxy\"",
+        kind: Kind::Word(&ROLES),
+    },
+    Key {
+        path: "listen.device",
+        meaning: "Network device by which clients come in: those who reach the address by another one are not served. It must be there when \
+                  aditd starts.",
+        default: "none: any",
+        example: "\"mgmt0\"",
+        kind: Kind::Device,
     },
     Key {
         path: "listen.speak",
@@ -739,8 +759,14 @@ mod tests {
 
     /// The example without its `#`.
     fn whole() -> String {
-        // `to` is for listeners of one kind, `port` and `cert` for those of others.
-        let others = ["#port = ", "#cert = ", "#key = ", "#client_ca = "];
+        // `to` is for listeners of one kind, `device`, `port` and `cert` for those of others.
+        let others = [
+            "#device = ",
+            "#port = ",
+            "#cert = ",
+            "#key = ",
+            "#client_ca = ",
+        ];
         let is_key = |line: &str| {
             let is_others = others.iter().any(|key| line.starts_with(key));
             !line.starts_with("# ") && line.starts_with('#') && !is_others

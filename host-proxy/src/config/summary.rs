@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
-use super::access::SPEAKS;
+use super::access::{Role, SPEAKS};
 use super::{Address, Config, is_for_this_host};
 
 impl Config {
@@ -25,14 +25,19 @@ impl Config {
                 unix => unix.to_string(),
             };
             let to = listen.to.as_ref().map(|to| format!(" to {to}"));
-            let speak = SPEAKS[listen.speak as usize];
+            let speak = match listen.role {
+                Role::Proxy => SPEAKS[listen.speak as usize],
+                Role::Management => "the API",
+            };
+            let device = listen.device.as_ref().map(|device| format!(" by {device}"));
+            let device = device.unwrap_or_default();
             let over = match listen.cert {
                 Some(_) => " over TLS",
                 None => "",
             };
             (
                 "listener",
-                format!("{address}, {speak}{over}{}", to.unwrap_or_default()),
+                format!("{address}{device}, {speak}{over}{}", to.unwrap_or_default()),
             )
         });
         for (what, value) in listens.chain([

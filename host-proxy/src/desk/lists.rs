@@ -5,7 +5,7 @@ use adit_tasks::wire::{Captured, TaskId};
 
 use super::store::{
     self, goals,
-    page::{self, Filter, Page},
+    page::{self, Filter, Names, Page},
     report,
 };
 use super::{Accepted, Desk, DeskError};
@@ -43,11 +43,20 @@ impl Desk {
     pub async fn newest_goals(
         &self,
         ends_with: Option<String>,
+        of: Option<Names>,
         before: i64,
         limit: usize,
     ) -> Result<(Vec<GoalSummary>, Option<i64>), DeskError> {
         self.db
-            .run(move |c| Ok(goals::newest(c, ends_with.as_deref(), before, limit)?))
+            .run(move |c| {
+                Ok(goals::newest(
+                    c,
+                    ends_with.as_deref(),
+                    of.as_ref(),
+                    before,
+                    limit,
+                )?)
+            })
             .await
     }
 
@@ -111,6 +120,14 @@ impl Desk {
     /// The database fails.
     pub async fn has_tasks(&self, vm: String) -> Result<bool, DeskError> {
         self.db.run(move |c| Ok(page::has_tasks(c, &vm)?)).await
+    }
+
+    /// Names of all VMs that have tasks here: see [`page::vms`].
+    ///
+    /// # Errors
+    /// The database fails.
+    pub async fn vms_with_tasks(&self) -> Result<Vec<String>, DeskError> {
+        self.db.run(|c| Ok(page::vms(c)?)).await
     }
 
     /// Names and settings of the VMs that were added through the API.

@@ -12,6 +12,7 @@ use super::sni::{self, Hello};
 use super::socks5::{self, Socks5, Step};
 use super::stream::Stream;
 use crate::access::callers::Asking;
+use crate::access::log_in::log_in;
 use crate::listen::{HEADER_LIMIT, Place};
 use crate::reach::Destination;
 use crate::state::State;
@@ -76,7 +77,6 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
         return;
     };
     let (mut bytes, mut socks) = (Vec::new(), Socks5::default());
-    let tokens = state.callers.tokens();
     let asked = async {
         let mut step = socks.step(&bytes);
         loop {
@@ -89,15 +89,12 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
                     client.write_all(&words).await?;
                     socks.step(&bytes)
                 }
-                Step::Token(token) => match tokens.name(&token, state.now_ms()) {
-                    Some(name) => {
-                        caller = caller.with_token(name);
+                Step::Token(token) => match log_in(&state, &caller, Some(&token)) {
+                    Ok(name) => {
+                        caller = caller.with_token(&name);
                         socks.logged_in(true)
                     }
-                    None => {
-                        state.denied(&caller, "log-in", "", "", "bad-token");
-                        socks.logged_in(false)
-                    }
+                    Err(_) => socks.logged_in(false),
                 },
                 step => return io::Result::Ok(step),
             };

@@ -1,19 +1,22 @@
-//! Where clients get in: every listener of the configuration but those of the API and of metrics.
+//! Where clients get in: every listener of the configuration but the operator's socket and that of metrics.
 //!
 //! ```text
 //!  listener ─► accept: cap, share, reserve ─► who is it? ─┬─ http    proxy
 //!                                                        ├─ socks5  a name and a port, then bytes
 //!                                                        ├─ tls     the server name says where, then bytes
-//!                                                        └─ any     one place, bytes
+//!                                                        ├─ any     one place, bytes
+//!                                                        └─ (management)  the API
 //! ```
 //! Where a listener has a certificate, TLS is ended before that ([`tls`]).
 //!
 //! All listeners have the same shares together ([`listen`](crate::listen)), so a second one brings nobody more than the first.
 //! A tunnel of a TCP client leaves aditd; a client of a Unix socket stays in it as long as its tunnel lasts. So these have a
-//! third of the places to themselves, a user of the host half of them, and leave the others theirs.
+//! third of the places to themselves, a user of the host half of them, and leave the others theirs. Management listeners have places
+//! and shares of their own, so that operators get in whatever the clients of VMs do.
 
 mod clients;
 mod handed;
+mod management;
 pub mod pump;
 pub mod sni;
 pub mod socks5;
@@ -21,7 +24,7 @@ pub mod stream;
 pub mod tls;
 
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
@@ -34,7 +37,8 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use crate::access::callers::Asking;
-use crate::config::{Address, ListenConfig, Speak};
+use crate::access::client::Whose;
+use crate::config::{Address, ListenConfig, Role, Speak};
 use crate::listen::{Gate, Place, Share, Shares, Slot};
 use crate::metrics::{Listener as Counted, Turned};
 use crate::passing::Socket;
@@ -53,29 +57,12 @@ const REFUSALS_MAX: usize = 8;
 const PASSED_MAX: usize = 4;
 /// Clients of Unix sockets that are not let in, and wait to be closed: a close may take as long as what they passed lingers.
 const DROPPED_MAX: usize = 64;
+/// One client has this part of the management listeners' connections.
+const OF_MANAGEMENT: usize = 4;
 /// How often it is looked whether a client is closed.
 const CLOSE_LOOK: Duration = Duration::from_millis(10);
 /// Port of a VM's TLS server where the listener has none.
 const HTTPS: u16 = 443;
-
-/// Whose share of the connections one takes.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Whose {
-    /// An address; of IPv6 its network, for a client has all of that.
-    Address(IpAddr),
-    /// A user of this host.
-    Uid(u32),
-}
-
-impl Whose {
-    /// Somebody at an address.
-    fn at(ip: IpAddr) -> Self {
-        Self::Address(match ip.to_canonical() {
-            IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
-            ip => ip,
-        })
-    }
-}
 
 /// What all listeners have together.
 pub struct Fronts {
@@ -85,6 +72,11 @@ pub struct Fronts {
     carried: Arc<Gate>,
     clients: Arc<Shares<Whose>>,
     of_carried: Arc<Shares<Whose>>,
+    /// Of management listeners.
+    managers: Arc<Gate>,
+    of_managers: Arc<Shares<Whose>>,
+    /// What they are served.
+    api: management::Api,
     refusals: Arc<Semaphore>,
     dropped: Closer,
 }
@@ -95,6 +87,7 @@ type Held = (Share<Whose>, Option<Share<Whose>>);
 /// A listener, and what its clients are served.
 struct Front {
     listener: Listener,
+    role: Role,
     speak: Speak,
     to: Option<Destination>,
     /// Which of all.
@@ -173,7 +166,9 @@ impl Fronts {
     pub fn new(state: Arc<State>) -> Arc<Self> {
         let max = state.room.proxy;
         let of_each = state.config.limits.connections_per_client;
-        let is_unix = |front: &ListenConfig| matches!(front.address, Address::Unix(_));
+        let is_unix = |front: &ListenConfig| {
+            front.role == Role::Proxy && matches!(front.address, Address::Unix(_))
+        };
         let carried = match state.config.listen.iter().any(is_unix) {
             true => (max / 3).max(1),
             false => 0,
@@ -184,6 +179,9 @@ impl Fronts {
             carried: Gate::new(Counted::new(carried)),
             clients: Shares::new(of_each),
             of_carried: Shares::new((carried / 2).clamp(1, of_each)),
+            managers: Gate::new(Counted::new(state.room.management)),
+            of_managers: Shares::new((state.room.management / OF_MANAGEMENT).max(1)),
+            api: management::Api::new(&state),
             refusals: Arc::new(Semaphore::new(REFUSALS_MAX)),
             dropped: Closer::new(DROPPED_MAX),
             state,
@@ -204,12 +202,14 @@ impl Fronts {
                 Bound::Tcp(tcp) => tcp.local_addr()?.port(),
                 Bound::Unix(_) => HTTPS,
             };
-            let max = self.gate_of(matches!(bound, Bound::Unix(_))).counted.max;
+            let max = self.gate_of(config.role, matches!(bound, Bound::Unix(_)));
+            let max = max.counted.max;
             let counted = self.state.metrics.listener(&bound.address(), max);
             let front = Front {
                 counted,
                 port: config.port.unwrap_or(port),
                 listener: Listener::new(bound)?,
+                role: config.role,
                 speak: config.speak,
                 to: config.destination(&self.state.config.names.suffix),
                 nth,
@@ -254,10 +254,18 @@ impl Fronts {
         }
     }
 
-    fn gate_of(&self, is_carried: bool) -> &Arc<Gate> {
-        match is_carried {
-            true => &self.carried,
-            false => &self.gate,
+    fn gate_of(&self, role: Role, is_carried: bool) -> &Arc<Gate> {
+        match (role, is_carried) {
+            (Role::Management, _) => &self.managers,
+            (Role::Proxy, true) => &self.carried,
+            (Role::Proxy, false) => &self.gate,
+        }
+    }
+
+    fn shares_of(&self, role: Role) -> &Arc<Shares<Whose>> {
+        match role {
+            Role::Proxy => &self.clients,
+            Role::Management => &self.of_managers,
         }
     }
 
@@ -265,6 +273,7 @@ impl Fronts {
     fn make_room(&self) {
         self.gate.evict();
         self.carried.evict();
+        self.managers.evict();
         self.state.pool.clear();
     }
 
@@ -276,8 +285,8 @@ impl Fronts {
         whose: Whose,
         asking: Asking,
     ) {
-        let share = self.clients.take(whose.clone());
-        let of_carried = match accepted.is_carried() {
+        let share = self.shares_of(front.role).take(whose.clone());
+        let of_carried = match accepted.is_carried() && front.role == Role::Proxy {
             true => self.of_carried.take(whose).map(Some),
             false => Some(None),
         };
@@ -285,7 +294,7 @@ impl Fronts {
             front.counted.turned(Turned::Share);
             return self.refuse(accepted, front);
         };
-        let gate = self.gate_of(accepted.is_carried());
+        let gate = self.gate_of(front.role, accepted.is_carried());
         // What is not let in waits in the kernel's backlog, bounded.
         let place = tokio::select! {
             place = gate.enter_of(&front.counted) => place,
@@ -304,10 +313,12 @@ impl Fronts {
         held: Held,
     ) {
         let (this, state) = (self.clone(), self.state.clone());
-        let (speak, to, port, nth) = (front.speak, front.to.clone(), front.port, front.nth);
+        let (role, speak, to) = (front.role, front.speak, front.to.clone());
+        let (port, nth) = (front.port, front.nth);
         self.state.clients.spawn(async move {
             // Whoever carries bytes for it has it too.
             let held = Arc::new(held);
+            let by = management::By::of(&accepted, state.tls.terms(nth).is_some());
             let (client, asking) = match accepted {
                 Accepted::Tcp(tcp, from) => {
                     let _ = tcp.set_nodelay(true);
@@ -336,6 +347,9 @@ impl Fronts {
                 },
             };
             match (speak, to) {
+                _ if role == Role::Management => {
+                    this.api.serve(state, client, (asking, by), place).await;
+                }
                 (Speak::Http, _) => proxy::connection(state, client, asking, place).await,
                 (Speak::Socks5, _) => clients::socks5(state, client, asking, place).await,
                 (Speak::Tls, _) => clients::tls(state, client, asking, place, port).await,
@@ -373,7 +387,7 @@ impl Fronts {
         let error = adit_names::escape(&why.to_string()).to_string();
         tracing::info!(client = %from, error, "TLS handshake failed");
         if let (NotOpened::Plain(mut client), Speak::Http) = (why, speak) {
-            let https = "this listener speaks TLS: the proxy's address begins with https://";
+            let https = "this listener speaks TLS: its address begins with https://";
             let why = Problem::malformed(https);
             tokio::select! {
                 _ = linger::end(&mut client, Some(&why), true) => {}
@@ -413,7 +427,8 @@ impl Fronts {
         let Ok(slot) = self.refusals.clone().try_acquire_owned() else {
             return;
         };
-        let why = format!("this client has {} connections open", self.clients.max());
+        let max = self.shares_of(front.role).max();
+        let why = format!("this client has {max} connections open");
         let why = Problem::from(Refusal::busy(why));
         // Nobody shakes hands for that.
         let is_plain = front.speak == Speak::Http && self.state.tls.terms(front.nth).is_none();

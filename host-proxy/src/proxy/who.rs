@@ -7,6 +7,7 @@ use hyper::{Request, StatusCode};
 use super::problem::Problem;
 use crate::access::Caller;
 use crate::access::callers::Asking;
+use crate::access::log_in::{must_wait, was_wrong};
 use crate::access::tokens::shown;
 use crate::peers::hop::{self, CALLER};
 use crate::reach::dial::STRANGE;
@@ -50,6 +51,16 @@ pub(super) async fn asks<B>(
         });
     }
     let token = shown(field.as_bytes()).filter(|_| is_one);
+    if let Some(seconds) = must_wait(state, &caller) {
+        return Err(Problem {
+            retry_after: Some(seconds),
+            ..Problem::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "http_request_denied",
+                "too many wrong tokens came from there: none is looked at for a while",
+            )
+        });
+    }
     let name = token.and_then(|token| {
         let name = tokens.name(&token, state.now_ms())?;
         Some(name.to_owned())
@@ -61,8 +72,8 @@ pub(super) async fn asks<B>(
         // It may be a token of the host that they came by way of.
         None if caller.via().is_some() => Ok(caller),
         None => {
-            state.denied(&caller, "log-in", "", "", "bad-token");
-            Err(log_in(STRANGE))
+            was_wrong(state, &caller);
+            Err(must_log_in(STRANGE))
         }
     }
 }
@@ -72,17 +83,18 @@ pub(super) fn may_log_in(state: &State, caller: &Caller, problem: Problem) -> Pr
     let hidden = Problem::from(Refusal::new(Code::UnknownVm, ""));
     let is_denied = problem.status == hidden.status && problem.error == hidden.error;
     if caller.shows_strange() && (is_denied || problem.status == StatusCode::FORBIDDEN) {
-        return log_in(STRANGE);
+        was_wrong(state, caller);
+        return must_log_in(STRANGE);
     }
     if caller.is_anonymous() && is_denied && !state.callers.tokens().is_empty() {
-        return log_in(
+        return must_log_in(
             "whoever you are may not do this: show a token (`curl --proxy-user x:TOKEN`)",
         );
     }
     problem
 }
 
-fn log_in(detail: &str) -> Problem {
+fn must_log_in(detail: &str) -> Problem {
     let status = StatusCode::PROXY_AUTHENTICATION_REQUIRED;
     Problem::new(status, "http_request_denied", detail)
 }

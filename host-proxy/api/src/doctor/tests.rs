@@ -149,3 +149,24 @@ fn a_held_task_is_said_with_the_clock() {
     let clock = found.iter().find(|f| f.check == "clock").unwrap();
     assert!(clock.says.contains("ab"), "{clock:?}");
 }
+
+#[test]
+fn who_reaches_a_vm_is_said_and_that_nobody_does() {
+    let grant = |to: &str, may: &[&str], expired| GrantShown {
+        place: "a.toml:1".into(),
+        to: vec![to.into()],
+        vms: vec!["*".into()],
+        may: may.iter().map(|may| (*may).to_owned()).collect(),
+        until: None,
+        expired,
+    };
+    let grants = [
+        grant("group:ops", &["see", "reach:22,80"], false),
+        grant("user:old", &["reach"], true),
+        grant("token:x", &["see", "task"], false),
+    ];
+    assert_eq!(access(&grants).says, "group:ops may reach:22,80");
+    let nobody = access(&grants[1..]);
+    assert_eq!(nobody.health, Health::Ok);
+    assert!(nobody.says.starts_with("nobody"), "{}", nobody.says);
+}

@@ -5,7 +5,7 @@ use adit_api::GoalSummary;
 use adit_tasks::{Goal, hex};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::page::PAGE_MAX;
+use super::page::{Names, PAGE_MAX};
 use super::rfc3339;
 
 /// Writes a goal: its envelope exactly as signed, and who claims to have signed it.
@@ -54,22 +54,27 @@ pub fn is_for(c: &Connection, digest: &[u8; 32], vm: &str) -> rusqlite::Result<b
 }
 
 /// Lists the newest goals before a cursor, at most `limit` (and at most [`PAGE_MAX`]), in the order in which they were
-/// accepted; and the cursor of those before them, if there are any. `ends_with`: the last characters of their ids.
+/// accepted; and the cursor of those before them, if there are any. `ends_with`: the last characters of their ids; `of`: only goals
+/// with tasks for these VMs, and only these tasks are counted.
 ///
 /// # Errors
 /// The database says no.
 pub fn newest(
     c: &Connection,
     ends_with: Option<&str>,
+    of: Option<&Names>,
     before: i64,
     limit: usize,
 ) -> rusqlite::Result<(Vec<GoalSummary>, Option<i64>)> {
     let limit = limit.clamp(1, PAGE_MAX);
     let more = i64::try_from(limit + 1).unwrap_or(i64::MAX);
     let sql = "SELECT rowid, digest, goal_id, signer, key_seq, accepted_ms, not_before_ms, not_after_ms FROM goals \
-               WHERE rowid < ?1 AND (?2 IS NULL OR substr(goal_id, -length(?2)) = ?2) ORDER BY rowid DESC LIMIT ?3";
+               WHERE rowid < ?1 AND (?2 IS NULL OR substr(goal_id, -length(?2)) = ?2) \
+               AND (?4 IS NULL OR EXISTS (SELECT 1 FROM tasks t WHERE t.digest = goals.digest \
+               AND t.vm IN (SELECT value FROM json_each(?4)))) ORDER BY rowid DESC LIMIT ?3";
+    let of = of.map(Names::json);
     let mut statement = c.prepare_cached(sql)?;
-    let rows = statement.query_map(params![before, ends_with, more], |r| {
+    let rows = statement.query_map(params![before, ends_with, more, of], |r| {
         Ok((r.get(0)?, r.get(1)?, summary(r)?))
     })?;
     let mut rows: Vec<(i64, [u8; 32], GoalSummary)> = rows.collect::<Result<_, _>>()?;
@@ -78,7 +83,7 @@ pub fn newest(
     rows.truncate(limit);
     let earlier = rows.last().map(|(at, ..)| *at).filter(|_| more);
     let counted = rows.into_iter().rev();
-    let counted = counted.map(|(_, digest, goal)| count(c, &digest, goal));
+    let counted = counted.map(|(_, digest, goal)| count(c, &digest, of, goal));
     Ok((counted.collect::<Result<_, _>>()?, earlier))
 }
 
@@ -100,12 +105,18 @@ fn summary(r: &Row<'_>) -> rusqlite::Result<GoalSummary> {
     })
 }
 
-fn count(c: &Connection, digest: &[u8; 32], goal: GoalSummary) -> rusqlite::Result<GoalSummary> {
+fn count(
+    c: &Connection,
+    digest: &[u8; 32],
+    of: Option<&str>,
+    goal: GoalSummary,
+) -> rusqlite::Result<GoalSummary> {
     // With max(), SQLite takes the other columns from the row that has the maximum.
     let sql = "SELECT count(DISTINCT vm), count(DISTINCT step_no), coalesce(sum(closed_ms IS NULL), 0), \
                coalesce(sum(state = 'done'), 0), count(*) FROM \
-               (SELECT vm, step_no, state, closed_ms, max(attempt) FROM tasks WHERE digest = ?1 GROUP BY vm, step_no)";
-    c.prepare_cached(sql)?.query_row([digest], |r| {
+               (SELECT vm, step_no, state, closed_ms, max(attempt) FROM tasks WHERE digest = ?1 \
+               AND (?2 IS NULL OR vm IN (SELECT value FROM json_each(?2))) GROUP BY vm, step_no)";
+    c.prepare_cached(sql)?.query_row(params![digest, of], |r| {
         let (open, done, all): (u32, u32, u32) = (r.get(2)?, r.get(3)?, r.get(4)?);
         Ok(GoalSummary {
             vms: r.get(0)?,

@@ -3,10 +3,12 @@
 //! The order is that in which they were queued. A page's cursor is the place of its last row, so a list goes on where it
 //! was although rows came and went meanwhile.
 
+use std::sync::Arc;
+
 use adit_api::Task;
 use adit_tasks::unhex;
 use adit_tasks::wire::TaskId;
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, ToSql};
 
 use super::{STATE, TASKS, row_to_task, task_columns};
 
@@ -18,6 +20,8 @@ pub const PAGE_MAX: usize = 500;
 pub struct Filter {
     /// Of this VM.
     pub vm: Option<String>,
+    /// Of these VMs only.
+    pub of: Option<Names>,
     /// Of this goal.
     pub goal: Option<String>,
     /// In this state.
@@ -26,6 +30,23 @@ pub struct Filter {
     pub id: Option<(TaskId, TaskId)>,
     /// Not terminal.
     pub open: bool,
+}
+
+/// Names of VMs, as the database takes them: an array of JSON. A copy is cheap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Names(Arc<str>);
+
+impl Names {
+    /// Of these.
+    pub fn new(names: &[String]) -> Self {
+        // Texts always serialise.
+        Self(serde_json::to_string(names).unwrap_or_default().into())
+    }
+
+    /// The array.
+    pub fn json(&self) -> &str {
+        &self.0
+    }
 }
 
 /// Some tasks, and where the next ones are if there are more.
@@ -78,9 +99,13 @@ fn select(
         Some(_) => " AND t.task_id BETWEEN ?5 AND ?6",
         None => "",
     };
+    let of = match filter.of {
+        Some(_) => " AND t.vm IN (SELECT value FROM json_each(?8))",
+        None => "",
+    };
     let (low, high) = filter.id.unzip();
     let filters = format!(
-        "AND (?2 IS NULL OR t.vm = ?2) AND (?3 IS NULL OR g.goal_id = ?3) AND (?4 IS NULL OR {STATE} = ?4){id}{open}"
+        "AND (?2 IS NULL OR t.vm = ?2) AND (?3 IS NULL OR g.goal_id = ?3) AND (?4 IS NULL OR {STATE} = ?4){id}{open}{of}"
     );
     let sql = format!(
         "SELECT {}, t.rowid FROM {TASKS} WHERE {} LIMIT ?7",
@@ -89,8 +114,13 @@ fn select(
     );
     let mut statement = c.prepare_cached(&sql)?;
     let more = i64::try_from(limit + 1).unwrap_or(i64::MAX);
-    let of = params![from, filter.vm, filter.goal, filter.state, low, high, more];
-    let rows = statement.query_map(of, |r| Ok((row_to_task(r)?, r.get::<_, i64>("rowid")?)))?;
+    let names = filter.of.as_ref().map(Names::json);
+    let (vm, goal, state) = (&filter.vm, &filter.goal, &filter.state);
+    let mut given: Vec<&dyn ToSql> = vec![&from, vm, goal, state, &low, &high, &more];
+    given.extend(names.as_ref().map(|names| names as &dyn ToSql));
+    let rows = statement.query_map(&given[..], |r| {
+        Ok((row_to_task(r)?, r.get::<_, i64>("rowid")?))
+    })?;
     let mut rows: Vec<(Task, i64)> = rows.collect::<Result<_, _>>()?;
     // One more was asked for, to know whether it is there.
     let more = rows.len() > limit;
@@ -106,6 +136,19 @@ fn select(
 pub fn has_tasks(c: &Connection, vm: &str) -> rusqlite::Result<bool> {
     let sql = "SELECT EXISTS (SELECT 1 FROM tasks WHERE vm = ?1)";
     c.prepare_cached(sql)?.query_row([vm], |r| r.get(0))
+}
+
+/// Names of all VMs that have tasks here, also of those that were removed: a look into the index for each.
+///
+/// # Errors
+/// The database says no.
+pub fn vms(c: &Connection) -> rusqlite::Result<Vec<String>> {
+    let sql = "WITH RECURSIVE of (vm) AS (SELECT min(vm) FROM tasks UNION ALL \
+               SELECT (SELECT min(vm) FROM tasks WHERE vm > of.vm) FROM of WHERE of.vm IS NOT NULL) \
+               SELECT vm FROM of WHERE vm IS NOT NULL";
+    let mut statement = c.prepare_cached(sql)?;
+    let rows = statement.query_map([], |r| r.get(0))?;
+    rows.collect()
 }
 
 /// The ids that begin with some hex digits; none: they are no such digits.

@@ -28,7 +28,7 @@ fn a_goal_in_a_list_counts_each_step_once_by_its_last_attempt() {
         finish(&c, "web-1", &report(id, outcome), BEFORE).unwrap();
     };
     let counts = || {
-        let (goals, earlier) = goals::newest(&c, None, i64::MAX, 10).unwrap();
+        let (goals, earlier) = goals::newest(&c, None, None, i64::MAX, 10).unwrap();
         assert_eq!((goals.len(), earlier), (1, None));
         assert_eq!((goals[0].vms, goals[0].steps), (1, 2));
         (goals[0].open, goals[0].done, goals[0].failed)
@@ -54,12 +54,12 @@ fn goals_are_found_by_their_last_digits_and_come_in_pages() {
             .filter_map(|g| g.goal_id.chars().last())
             .collect()
     };
-    let (some, earlier) = goals::newest(&c, None, i64::MAX, 2).unwrap();
+    let (some, earlier) = goals::newest(&c, None, None, i64::MAX, 2).unwrap();
     assert_eq!(ids(&some), ['4', '5']);
-    let (some, earlier) = goals::newest(&c, None, earlier.unwrap(), 3).unwrap();
+    let (some, earlier) = goals::newest(&c, None, None, earlier.unwrap(), 3).unwrap();
     assert_eq!((ids(&some), earlier), (vec!['1', '2', '3'], None));
     for (digits, found) in [("3", 1), ("0003", 1), ("00000", 0), ("%", 0), ("_3", 0)] {
-        let (some, _) = goals::newest(&c, Some(digits), i64::MAX, 9).unwrap();
+        let (some, _) = goals::newest(&c, Some(digits), None, i64::MAX, 9).unwrap();
         assert_eq!(some.len(), found, "{digits}");
     }
 }

@@ -1,0 +1,270 @@
+//! Who makes a request, and whether they may: on the operator's socket the owner; on a management listener whoever has proved it, as
+//! far as grants go.
+//!
+//! A VM that a caller may not `see` is answered for as one that is not there, byte for byte. What is denied is written down once;
+//! what a list leaves out is not.
+
+use axum::extract::{FromRequestParts, Request};
+use axum::http::request::Parts;
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+
+use super::ApiError;
+use crate::access::callers::Asking;
+use crate::access::log_in::NotLoggedIn;
+use crate::access::{Access, Caller, Subject, Verb, VmView};
+use crate::desk::DeskError;
+use crate::desk::store::page::Names;
+use crate::state::State;
+
+/// Who makes a request. Without one in it a request is not served.
+#[derive(Clone)]
+pub struct Asks {
+    caller: Caller,
+    /// To know later whether it still is the same one; none: the owner.
+    by: Option<(Asking, Option<String>)>,
+}
+
+impl Asks {
+    /// Whoever may use the operator's socket.
+    pub fn owner() -> Self {
+        Self {
+            caller: Caller::owner(),
+            by: None,
+        }
+    }
+
+    /// Somebody on a management listener, maybe with a token of that name.
+    pub async fn of(state: &State, asking: Asking, token: Option<String>) -> Self {
+        let caller = caller_of(state, &asking, token.as_deref()).await;
+        Self {
+            caller,
+            by: Some((asking, token)),
+        }
+    }
+
+    /// The same one as of now: a token or certificate may have ended meanwhile.
+    pub(super) async fn again(&self, state: &State) -> Self {
+        let caller = match &self.by {
+            Some((asking, token)) => caller_of(state, asking, token.as_deref()).await,
+            None => self.caller.clone(),
+        };
+        Self {
+            caller,
+            by: self.by.clone(),
+        }
+    }
+
+    /// Whether everything is theirs.
+    pub(super) fn is_owner(&self) -> bool {
+        self.caller.is_owner()
+    }
+
+    /// Whether the VM of that name, which need not be there, is shown in a list.
+    pub(super) fn sees(&self, state: &State, verb: Verb<'_>, name: &str) -> bool {
+        self.is_owner() || matches!(self.decided(state, verb, name), Decided::Allowed)
+    }
+
+    /// Names of all VMs with tasks that a list may show; none: it is not limited.
+    pub(super) async fn of_tasks(&self, state: &State) -> Result<Option<Names>, DeskError> {
+        if self.is_owner() {
+            return Ok(None);
+        }
+        let mut names = state.desk.vms_with_tasks().await?;
+        names.retain(|name| self.sees(state, Verb::Task, name));
+        Ok(Some(Names::new(&names)))
+    }
+
+    /// Whether they may do something with the VM of that name. One that is not there is not refused to whoever might: that is for
+    /// whoever looks it up.
+    ///
+    /// # Errors
+    /// They may not.
+    pub(super) fn may(&self, state: &State, verb: Verb<'_>, name: &str) -> Result<(), ApiError> {
+        if self.is_owner() {
+            return Ok(());
+        }
+        let denied = match self.decided(state, verb, name) {
+            Decided::Allowed => return Ok(()),
+            Decided::Denied(denied) => denied,
+        };
+        let (word, target) = verb.words();
+        state.denied(&self.caller, word, name, &target, denied.reason);
+        Err(match denied.text {
+            _ if self.caller.is_anonymous() => log_in(),
+            Some(text) => forbidden(text),
+            None => ApiError::unknown_vm(name),
+        })
+    }
+
+    /// Whether they may do what concerns the whole host.
+    ///
+    /// # Errors
+    /// They may not: no grant for `*` has it.
+    pub(super) fn may_of_host(&self, state: &State, verb: Verb<'_>) -> Result<(), ApiError> {
+        let grants = state.grants();
+        let Err(reason) = grants.of_host(&self.caller, verb, state.now_ms()) else {
+            return Ok(());
+        };
+        let (word, _) = verb.words();
+        state.denied(&self.caller, word, "*", "", reason.word());
+        let caller = &self.caller;
+        let text = format!(
+            "no grant lets {caller} {word} this host: it takes one with `vms = [\"*\"]` and `may = [\"{word}\"]`"
+        );
+        Err(self.forbidden(text))
+    }
+
+    /// Whether they may do what only the owner may.
+    ///
+    /// # Errors
+    /// They are not.
+    pub(super) fn must_be_owner(&self, state: &State, path: &str) -> Result<(), ApiError> {
+        if self.is_owner() {
+            return Ok(());
+        }
+        state.denied(&self.caller, "own", "*", path, "not-owner");
+        Err(self.forbidden("only who uses aditd's own socket may do this".into()))
+    }
+
+    /// Whether there may be anything for them at all.
+    ///
+    /// # Errors
+    /// Nothing is known of them, and nothing is granted to everybody.
+    pub(super) fn must_be_somebody(&self, state: &State) -> Result<(), ApiError> {
+        let is_nobody = self.caller.is_anonymous()
+            && !state.grants().any_to(|to| matches!(to, Subject::Anyone));
+        if !is_nobody {
+            return Ok(());
+        }
+        state.denied(&self.caller, "log-in", "", "", "anonymous");
+        Err(log_in())
+    }
+
+    fn forbidden(&self, text: String) -> ApiError {
+        match self.caller.is_anonymous() {
+            true => log_in(),
+            false => forbidden(text),
+        }
+    }
+
+    fn decided(&self, state: &State, verb: Verb<'_>, name: &str) -> Decided {
+        let (grants, now_ms) = (state.grants(), state.now_ms());
+        let decide = |view: VmView<'_>, is_there: bool| {
+            let denial = match grants.decide(&self.caller, verb, view, now_ms) {
+                Access::Allow(_) => return Decided::Allowed,
+                Access::Deny(denial) => denial,
+            };
+            let shown = is_there && !denial.is_hidden;
+            Decided::Denied(Denied {
+                reason: match is_there {
+                    true => denial.reason.word(),
+                    false => "unknown-vm",
+                },
+                text: shown.then(|| denial.reason.text(verb, view.name, &self.caller)),
+            })
+        };
+        let vm = name.parse().ok().and_then(|id| state.registry.get(&id));
+        match vm {
+            Some(vm) => vm.viewed(|view| decide(view, true)),
+            None => decide(VmView::of_name(name), false),
+        }
+    }
+}
+
+enum Decided {
+    Allowed,
+    Denied(Denied),
+}
+
+struct Denied {
+    reason: &'static str,
+    /// For whoever may see the VM.
+    text: Option<String>,
+}
+
+async fn caller_of(state: &State, asking: &Asking, token: Option<&str>) -> Caller {
+    let caller = asking.caller().await;
+    let tokens = state.callers.tokens();
+    match token.filter(|name| tokens.has(name, state.now_ms())) {
+        Some(name) => caller.with_token(name),
+        None => caller,
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Asks {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let asks = parts.extensions.get::<Self>().cloned();
+        asks.ok_or_else(|| {
+            ApiError::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "internal",
+                "nobody has said who asks",
+            )
+        })
+    }
+}
+
+/// Who makes this request.
+///
+/// # Errors
+/// Nobody has said so.
+pub(super) fn of_request(request: &Request) -> Result<Asks, ApiError> {
+    let asks = request.extensions().get::<Asks>().cloned();
+    asks.ok_or_else(|| {
+        ApiError::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal",
+            "nobody has said who asks",
+        )
+    })
+}
+
+fn forbidden(text: String) -> ApiError {
+    ApiError::new(StatusCode::FORBIDDEN, "denied", text)
+        .help("`adit access ls` on the host shows the grants; its aditd.audit has what was denied")
+}
+
+fn log_in() -> ApiError {
+    let text = "whoever you are may not do this";
+    ApiError::new(StatusCode::UNAUTHORIZED, "log-in", text)
+        .help("show a token (`Authorization: Bearer`), or a certificate that grants name")
+}
+
+/// Answers whoever shows what is no token.
+pub fn not_logged_in(why: &NotLoggedIn) -> Response {
+    match why {
+        NotLoggedIn::Wrong => {
+            let text =
+                "what Authorization shows is not one token of this host, or its time is over";
+            ApiError::new(StatusCode::UNAUTHORIZED, "bad-token", text).into_response()
+        }
+        NotLoggedIn::Later(seconds) => {
+            let text =
+                format!("too many wrong tokens came from there: none is looked at for {seconds} s");
+            let refused = ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too-many-tokens", text);
+            ([(header::RETRY_AFTER, seconds.to_string())], refused).into_response()
+        }
+    }
+}
+
+/// Answers a browser.
+pub fn no_browser() -> Response {
+    let text = "this is no server for web pages: a request that a page made, or that names the host otherwise than by its address, \
+                is refused";
+    ApiError::new(StatusCode::FORBIDDEN, "no-browser", text).into_response()
+}
+
+/// Answers whoever takes it for a proxy.
+pub fn no_proxy() -> Response {
+    let text = "this listener is for management: it answers the API, and leads to no VM";
+    ApiError::new(StatusCode::BAD_REQUEST, "no-proxy", text).into_response()
+}
+
+/// How one logs in, for who has not.
+pub(super) const CHALLENGE: (HeaderName, HeaderValue) = (
+    header::WWW_AUTHENTICATE,
+    HeaderValue::from_static("Bearer realm=\"adit\""),
+);
