@@ -247,11 +247,10 @@ impl Host {
             tls::server_name(&self.config).ok_or_else(|| failed(&"its name is no name in TLS"))?;
         let own = HeaderValue::from_str(self.config.name.as_str()).map_err(|e| failed(&e))?;
         request.headers_mut().insert(HOST, own);
-        let socket = state
-            .monitor
-            .peer(&self.config.name)
-            .await
-            .map_err(|e| failed(&e))?;
+        let turn = state.peers.turn().await;
+        let socket = state.monitor.peer(&self.config.name).await;
+        drop(turn);
+        let socket = socket.map_err(|e| failed(&e))?;
         if !state.room.spares(&socket) {
             state.pool.clear();
             return Err(failed(&"aditd has few descriptors left"));

@@ -23,12 +23,12 @@ pub mod line;
 mod tls;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use adit_names::VmId;
 use rustls::ClientConfig;
 use tokio::runtime::{Builder, Handle};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::access::{Caller, Subject};
 use crate::config::{Config, HostConfig};
@@ -38,6 +38,11 @@ pub use carry::Carried;
 
 /// Questions to other hosts that are under way at the same time.
 const QUESTIONS_MAX: usize = 64;
+
+/// Connections that are being made at the same time, and how long each counts at least: some 3,200 in a second. The monitor
+/// gives a worker up that asks it for more than it should need, and clients choose how many are wanted.
+const CONNECTS_MAX: usize = 64;
+const CONNECT_LEAST: Duration = Duration::from_millis(20);
 
 /// Another host.
 #[derive(Debug)]
@@ -57,6 +62,7 @@ pub struct Peers {
     /// Where TLS to them is spoken.
     thread: Option<Handle>,
     pub(crate) questions: Semaphore,
+    connects: Arc<Semaphore>,
     begin: Instant,
 }
 
@@ -72,6 +78,7 @@ impl Peers {
             map: Mutex::default(),
             thread: thread.ok(),
             questions: Semaphore::new(QUESTIONS_MAX),
+            connects: Arc::new(Semaphore::new(CONNECTS_MAX)),
             begin: Instant::now(),
         };
         peers.renew(config);
@@ -112,6 +119,13 @@ impl Peers {
         hosts.iter().find(is).cloned()
     }
 
+    /// Waits for its turn to have a connection made. Its place is free again once it is dropped and [`CONNECT_LEAST`] are over.
+    async fn turn(&self) -> impl Drop + use<> {
+        // It is never closed.
+        let place = self.connects.clone().acquire_owned().await.ok();
+        Turn(place)
+    }
+
     /// Whether a name that somebody had by way of another host still counts.
     pub fn still_vouches(&self, host: &VmId, subject: &Subject) -> bool {
         self.get(host)
@@ -125,6 +139,21 @@ impl Peers {
     /// The clock of the map.
     pub(crate) fn now_ms(&self) -> u64 {
         u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// A connection that is being made.
+struct Turn(Option<OwnedSemaphorePermit>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // Without a runtime aditd stops.
+        if let (Some(place), Ok(runtime)) = (self.0.take(), Handle::try_current()) {
+            runtime.spawn(async move {
+                tokio::time::sleep(CONNECT_LEAST).await;
+                drop(place);
+            });
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use rcgen::CertificateParams;
 use serde_json::Value;
 
-use crate::access::{UID, asked, audit, curl, grant, serve};
+use crate::access::{UID, asked, audit, curl, grant, listen, serve};
 use crate::host::{Answer, HANG, Host, NO_GRANTS, Port};
 use crate::tls::{Pair, expired, own};
 
@@ -227,6 +227,57 @@ fn a_vm_of_another_host_is_reached_in_every_way_and_the_answer_names_both_hosts(
         "{}",
         refused.body
     );
+}
+
+#[test]
+fn clients_of_other_protocols_reach_a_vm_of_another_host_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let sections = listen(&format!("unix:{}", at("socks")), "socks5", "")
+        + &listen(&format!("unix:{}", at("any")), "any", "to = \"b:80\"")
+        + NO_GRANTS;
+    let alpha = Member::new("alpha", &[("a", 3)], &sections);
+    let beta = Member::new("beta", &[("b", 3)], &to_alpha("\"reach\", \"see\""));
+    alpha.knows(&beta, "");
+    beta.knows(&alpha, "");
+    let b = beta.ports[0].connected();
+    let connect = |name: &str| {
+        let client = UnixStream::connect(at(name)).unwrap();
+        client.set_read_timeout(Some(HANG)).unwrap();
+        client
+    };
+    let mut socks = connect("socks");
+    socks
+        .write_all(b"\x05\x01\x00\x05\x01\x00\x03\x01b\x00\x50ahead")
+        .unwrap();
+    let (mut guest, _) = b.tunnel();
+    let mut said = [0; 12];
+    socks.read_exact(&mut said).unwrap();
+    assert_eq!((said[1], said[3]), (0, 0));
+    let mut any = connect("any");
+    any.write_all(b"plain").unwrap();
+    let (mut other, _) = b.tunnel();
+    for (client, guest, ahead) in [
+        (&mut socks, &mut guest, b"ahead"),
+        (&mut any, &mut other, b"plain"),
+    ] {
+        let mut heard = [0; 5];
+        guest.read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, ahead);
+        guest.write_all(b"bye").unwrap();
+        guest.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut heard = Vec::new();
+        client.read_to_end(&mut heard).unwrap();
+        assert_eq!(heard, b"bye");
+    }
+    // What is refused there: a port that is not in the list.
+    let mut socks = connect("socks");
+    socks
+        .write_all(b"\x05\x01\x00\x05\x01\x00\x03\x01b\x00\x16")
+        .unwrap();
+    let mut said = [0; 4];
+    socks.read_exact(&mut said).unwrap();
+    assert_eq!(said[3], 2);
 }
 
 #[test]
