@@ -249,6 +249,16 @@ impl Gate {
         place
     }
 
+    /// What a stream takes beside its connection's place, without waiting; none: as many as there may be are there, of which the
+    /// oldest silent one makes room for the next.
+    pub fn one_more(&self) -> Slot {
+        let slot = self.slots.clone().try_acquire_owned();
+        if slot.is_err() {
+            self.evict();
+        }
+        slot.ok().map(Arc::new)
+    }
+
     /// Ends the oldest silent connection; false: there is none.
     pub fn evict(&self) -> bool {
         let oldest = self.silent().pop_first();

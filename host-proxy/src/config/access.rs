@@ -60,7 +60,7 @@ adit_names::serde_by_text!(Address);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Speak {
-    /// HTTP/1.1: CONNECT, absolute-form, and origin-form by its `Host`.
+    /// HTTP/1.1 and HTTP/2: CONNECT, absolute-form, and origin-form by its `Host`.
     #[default]
     Http,
     /// SOCKS5, with names that aditd resolves.

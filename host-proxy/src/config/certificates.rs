@@ -28,7 +28,7 @@ pub const FILE_MAX: u64 = 1 << 20;
 /// Certificates of a file at most.
 const CERTIFICATES_MAX: usize = 1024;
 /// What clients of `speak = "http"` and this proxy speak in TLS.
-const HTTP: [&[u8]; 2] = [b"http/1.1", b"http/1.0"];
+const HTTP: [&[u8]; 3] = [b"h2", b"http/1.1", b"http/1.0"];
 
 /// Texts of the files that a configuration names, by path, or why one cannot be read.
 #[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -320,14 +320,14 @@ const KEYS: &[Key] = &[
     },
     Key {
         path: "limits.connections",
-        meaning: "Client connections of the proxy. Where the limit of open files is low, there are fewer. With a listener on a Unix socket, a third of them is for such, whose tunnels count until they end; one user has half of these.",
+        meaning: "Client connections of the proxy, and streams of HTTP/2 in them. Where the limit of open files is low, there are fewer. With a listener on a Unix socket, a third of them is for such, whose tunnels count until they end; one user has half of these.",
         default: "4096",
         example: "4096",
         kind: Kind::Number { min: 1, max: U32 },
     },
     Key {
         path: "limits.connections_per_client",
-        meaning: "Client connections from one IP address, or from one /64 of IPv6. All users of this host share its address.",
+        meaning: "Client connections, and streams of HTTP/2 in them, from one IP address, or from one /64 of IPv6. All users of this host share its address.",
         default: "half of all connections",
         example: "2048",
         kind: Kind::Number { min: 1, max: U32 },
@@ -429,7 +429,7 @@ const KEYS: &[Key] = &[
     },
     Key {
         path: "listen.speak",
-        meaning: "What clients speak there. `http`: HTTP/1.1 as on [proxy], and requests for a path alone, which go to the VM of \
+        meaning: "What clients speak there. `http`: HTTP as on [proxy], and requests for a path alone, which go to the VM of \
                   their `Host`. `socks5`: SOCKS5, with the VM's name. `tls`: TLS for the VM of the server name (SNI), passed on as \
                   it is. `any`: anything, to one place.",
         default: "\"http\"",

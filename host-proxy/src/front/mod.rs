@@ -17,6 +17,7 @@
 mod clients;
 mod handed;
 mod management;
+pub mod party;
 pub mod pump;
 pub mod sni;
 pub mod socks5;
@@ -48,6 +49,7 @@ use crate::proxy::linger;
 use crate::proxy::problem::Problem;
 use crate::reach::Destination;
 use crate::state::State;
+use party::Party;
 use stream::Stream;
 use tls::{NotOpened, Opened};
 
@@ -287,7 +289,7 @@ impl Fronts {
     ) {
         let share = self.shares_of(front.role).take(whose.clone());
         let of_carried = match accepted.is_carried() && front.role == Role::Proxy {
-            true => self.of_carried.take(whose).map(Some),
+            true => self.of_carried.take(whose.clone()).map(Some),
             false => Some(None),
         };
         let (Some(share), Some(of_carried)) = (share, of_carried) else {
@@ -300,7 +302,10 @@ impl Fronts {
             place = gate.enter_of(&front.counted) => place,
             () = self.state.stop.cancelled() => return,
         };
-        self.serve(front, accepted, asking, place, (share, of_carried));
+        let mut of = vec![self.clients.clone()];
+        of.extend(accepted.is_carried().then(|| self.of_carried.clone()));
+        let party = Party::new(whose, of, gate.clone());
+        self.serve(front, accepted, (asking, party), place, (share, of_carried));
     }
 
     /// Serves a client to its end.
@@ -308,7 +313,7 @@ impl Fronts {
         self: &Arc<Self>,
         front: &Front,
         accepted: Accepted,
-        asking: Asking,
+        (asking, mut party): (Asking, Party),
         place: Place,
         held: Held,
     ) {
@@ -329,6 +334,7 @@ impl Fronts {
                             let opening = state.tls.open(nth, terms, tcp, state.room, held);
                             match this.opened(opening, &place, from, speak).await {
                                 Some(opened) => {
+                                    party.over_tls = true;
                                     let asking = asking.with_certificate(opened.certificate);
                                     (opened.client, asking)
                                 }
@@ -350,7 +356,9 @@ impl Fronts {
                 _ if role == Role::Management => {
                     this.api.serve(state, client, (asking, by), place).await;
                 }
-                (Speak::Http, _) => proxy::connection(state, client, asking, place).await,
+                (Speak::Http, _) => {
+                    proxy::connection(state, client, (asking, party), place).await;
+                }
                 (Speak::Socks5, _) => clients::socks5(state, client, asking, place).await,
                 (Speak::Tls, _) => clients::tls(state, client, asking, place, port).await,
                 (Speak::Any, Some(to)) => clients::any(state, client, asking, place, to).await,

@@ -151,7 +151,7 @@ pub(crate) async fn gone(socket: Option<&OwnedFd>) {
 }
 
 /// Ready once nobody reads the other end of a pair that has ended its sending.
-async fn closed(pair: &Socket) {
+pub async fn closed(pair: &Socket) {
     while !socket_end::is_closed(pair.stream()) {
         sleep(LOOK).await;
     }

@@ -1,6 +1,6 @@
 //! Absolute-form: `GET http://VM/path`, carried to the VM and answered. Bodies are streamed, never gathered.
 //!
-//! aditd is an HTTP/1.1 intermediary here (RFC 9110 §3.7): each message is made anew in our own version, with the framing
+//! aditd is an HTTP intermediary here (RFC 9110 §3.7): each message is made anew in our own version, with the framing
 //! that its receiver understands; fields of one connection stay behind ([`fields`]), and where a server changes to another
 //! protocol, the client's connection goes with it ([`upgrade`]).
 
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
-use hyper::body::{Body as _, Incoming};
+use hyper::body::{Body as HttpBody, Incoming};
 use hyper::header::{EXPECT, HOST, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::uri::PathAndQuery;
 use hyper::{Method, Request, Response, StatusCode, Uri, Version};
@@ -19,10 +19,10 @@ use super::authority;
 use super::bodies::{Expected, Watched};
 use super::fields::{self, Hop};
 use super::guest::{Answering, GiveBack, Guest};
-use super::interim::Interim;
+use super::interim::Interims;
 use super::patience::Moved;
 use super::pool::Route;
-use super::problem::{self, Body, Problem};
+use super::problem::{self, Body, BodyError, Problem};
 use super::upgrade::Upgraded;
 use crate::access::Caller;
 use crate::reach::{self, Admitted, Destination, Lasts};
@@ -33,11 +33,11 @@ const HTTP: u16 = 80;
 
 /// Carries one request to the VM that its target names; `no_path`: the target ends with the authority. Interim answers go to the
 /// client by way of `interim`. If the server changed to another protocol, that is what goes on after the answer.
-pub(super) async fn handle(
+pub(super) async fn handle<B: Relayed>(
     state: &Arc<State>,
     caller: &Caller,
-    interim: &Interim,
-    request: Request<Incoming>,
+    interim: &Interims,
+    request: Request<B>,
     no_path: bool,
 ) -> Result<(Response<Body>, Option<Upgraded>), Problem> {
     let (to, host) = target(state, request.uri(), request.headers().get(HOST))?;
@@ -107,7 +107,7 @@ pub(super) async fn handle(
         back.now();
     }
     let answering = Answering(back);
-    let response = response.map(|body| Watched::new(body, answering).boxed());
+    let response = response.map(|body| relayed(Watched::new(body, answering)));
     Ok((response, None))
 }
 
@@ -167,20 +167,21 @@ struct Asked {
 }
 
 /// The request as the guest's server gets it.
-fn outgoing(
-    request: Request<Incoming>,
+fn outgoing<B: Relayed>(
+    request: Request<B>,
     host: HeaderValue,
     no_path: bool,
     moved: &Arc<Moved>,
-    interim: &Interim,
+    interim: &Interims,
 ) -> (Request<Body>, Asked) {
     let received = request.version();
-    let http_11 = received == Version::HTTP_11;
+    let has_interim = received >= Version::HTTP_11;
     let (mut parts, body) = request.into_parts();
     let mut hop = Hop::take_from(&mut parts.headers);
-    hop.upgrade = hop.upgrade.filter(|_| http_11);
+    hop.upgrade = hop.upgrade.filter(|_| received == Version::HTTP_11);
     let asked = Asked {
-        trailers: hop.trailers,
+        // In HTTP/2 they are frames, which whoever does not want them skips.
+        trailers: hop.trailers || received == Version::HTTP_2,
         upgrade: hop.upgrade.is_some(),
     };
     parts.headers.insert(HOST, host);
@@ -193,14 +194,17 @@ fn outgoing(
         let chunked = HeaderValue::from_static("chunked");
         parts.headers.insert(TRANSFER_ENCODING, chunked);
     }
-    let expect = parts.headers.get(EXPECT).filter(|_| http_11);
+    let expect = parts.headers.get(EXPECT).filter(|_| has_interim);
     let expects = expect.is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
 
     let wanted = CancellationToken::new();
     let body = match (body.is_end_stream(), expects) {
         (true, _) => nothing(),
-        (false, true) => Watched::new(Expected::new(body, wanted.clone()), moved.clone()).boxed(),
-        (false, false) => Watched::new(body, moved.clone()).boxed(),
+        (false, true) => relayed(Watched::new(
+            Expected::new(body, wanted.clone()),
+            moved.clone(),
+        )),
+        (false, false) => relayed(Watched::new(body, moved.clone())),
     };
     let mut request = Request::from_parts(parts, body);
     let (moved, interim) = (moved.clone(), interim.clone());
@@ -209,7 +213,7 @@ fn outgoing(
         moved.note();
         if said.status() == StatusCode::CONTINUE {
             wanted.cancel();
-        } else if http_11 {
+        } else if has_interim {
             interim.push(said.status(), said.headers().clone());
         }
     });
@@ -251,6 +255,21 @@ async fn ask(
         Ok(response) => Ok((guest, response)),
         Err(failed) => Err(failed.problem),
     }
+}
+
+/// A body that can be carried.
+pub(super) trait Relayed:
+    HttpBody<Data = Bytes, Error: Into<BodyError>> + Send + Sync + Unpin + 'static
+{
+}
+
+impl<B> Relayed for B where
+    B: HttpBody<Data = Bytes, Error: Into<BodyError>> + Send + Sync + Unpin + 'static
+{
+}
+
+fn relayed(body: impl Relayed) -> Body {
+    body.map_err(Into::into).boxed()
 }
 
 /// No body.

@@ -21,6 +21,7 @@ use hyper::header::HeaderValue;
 
 use super::authority;
 use super::client::{Notes, Tunnel};
+use super::own;
 use super::problem::{self, Problem};
 use crate::access::Caller;
 use crate::peers::Carried;
@@ -99,9 +100,7 @@ fn internal(what: &str) -> Refusal {
 /// The answer to a CONNECT.
 fn greeting(there: Option<&VmId>, here: Option<&VmId>) -> Vec<u8> {
     let mut text = String::from("HTTP/1.1 200 OK\r\n");
-    let now = jiff::Timestamp::now();
-    // Only of a year that HTTP has no form for.
-    if let Ok(date) = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&now) {
+    if let Some(date) = own::date() {
         text.push_str(&format!("Date: {date}\r\n"));
     }
     if let Some(Ok(status)) = problem::both(there, here).as_ref().map(HeaderValue::to_str) {

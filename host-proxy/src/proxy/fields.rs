@@ -162,6 +162,7 @@ pub(super) fn without_trailers(headers: &mut HeaderMap) {
 pub(super) fn add_via(headers: &mut HeaderMap, received: Version) {
     let via = match received {
         Version::HTTP_10 => "1.0 adit",
+        Version::HTTP_2 => "2.0 adit",
         _ => "1.1 adit",
     };
     headers.append(VIA, HeaderValue::from_static(via));

@@ -1,7 +1,7 @@
 //! Interim answers of a guest's server (`103 Early Hints`, RFC 9110 §15.2) on their way to the client.
 //!
-//! hyper's server cannot send any, so they pass it by: they are written when hyper has nothing to write itself, and the final
-//! answer is given to hyper only after them. `100 Continue` is hyper's own ([`Expected`](super::bodies::Expected)).
+//! hyper's server of HTTP/1.1 cannot send any, so they pass it by: they are written when hyper has nothing to write itself, and
+//! the final answer is given to hyper only after them. `100 Continue` is hyper's own ([`Expected`](super::bodies::Expected)).
 
 use std::future::poll_fn;
 use std::io::{self, Write as _};
@@ -15,10 +15,47 @@ use hyper::header::HeaderMap;
 use tokio::io::AsyncWrite;
 
 use super::fields::Hop;
+use super::http2::answer::Respond;
 use crate::front::stream::Stream;
 
 /// Bytes of them that wait for a client at most; what is more is left out.
 const BYTES_MAX: usize = 32 << 10;
+
+/// Where they go.
+#[derive(Clone)]
+pub(super) enum Interims {
+    /// To a client of HTTP/1.1.
+    Http1(Interim),
+    /// Into a stream of HTTP/2.
+    Http2(Respond),
+}
+
+impl Interims {
+    /// Adds an answer.
+    pub(super) fn push(&self, status: StatusCode, mut headers: HeaderMap) {
+        Hop::take_from(&mut headers);
+        match self {
+            Self::Http1(interim) => interim.push(status, &headers),
+            Self::Http2(respond) => respond.interim(status, headers),
+        }
+    }
+
+    /// Waits until the final answer may follow.
+    pub(super) async fn written(&self) {
+        match self {
+            Self::Http1(interim) => interim.written().await,
+            Self::Http2(_) => {}
+        }
+    }
+
+    /// There will be another final answer than the one that they announced.
+    pub(super) fn forget(&self) {
+        match self {
+            Self::Http1(interim) => interim.forget(),
+            Self::Http2(_) => {}
+        }
+    }
+}
 
 /// Those of one client's connection.
 #[derive(Clone, Default)]
@@ -36,14 +73,12 @@ struct Queue {
 }
 
 impl Interim {
-    /// Adds an answer.
-    pub(super) fn push(&self, status: StatusCode, mut headers: HeaderMap) {
-        Hop::take_from(&mut headers);
+    fn push(&self, status: StatusCode, headers: &HeaderMap) {
         let reason = status.canonical_reason().unwrap_or_default();
         let mut text = Vec::new();
         // Writing to a vector cannot fail.
         let _ = write!(text, "HTTP/1.1 {} {reason}\r\n", status.as_str());
-        for (name, value) in &headers {
+        for (name, value) in headers {
             text.extend(name.as_str().bytes());
             text.extend(b": ");
             text.extend(value.as_bytes());
@@ -61,7 +96,7 @@ impl Interim {
     }
 
     /// Waits until all of them are written.
-    pub(super) async fn written(&self) {
+    async fn written(&self) {
         poll_fn(|cx| {
             let mut queue = self.queue();
             if queue.bytes.is_empty() {
@@ -73,8 +108,7 @@ impl Interim {
         .await;
     }
 
-    /// There will be another final answer than the one that they announced.
-    pub(super) fn forget(&self) {
+    fn forget(&self) {
         let mut queue = self.queue();
         if !queue.begun {
             queue.bytes.clear();

@@ -1,9 +1,9 @@
-//! The HTTP/1.1 forward proxy: absolute-form and CONNECT, to VMs by name.
+//! The HTTP forward proxy: absolute-form and CONNECT, to VMs by name, over HTTP/1.1 and HTTP/2.
 //!
 //! `client` checks each request before hyper reads it; what is refused there, or later, has a [`Problem`] for its answer, and
 //! ends its connection. A request is then an authority, which names a destination; [`reach`](crate::reach) finds, decides and
 //! dials. aditd is in the way of an absolute-form body, and out of the way of a CONNECT tunnel, which has its client from the
-//! port process on (`connect`).
+//! port process on (`connect`). Whoever begins to speak HTTP/2 is served by `http2`.
 
 mod absolute;
 pub mod authority;
@@ -14,6 +14,7 @@ pub mod cut_off;
 pub(crate) mod ends;
 mod fields;
 mod guest;
+mod http2;
 mod interim;
 pub(crate) mod linger;
 mod own;
@@ -34,6 +35,7 @@ use hyper_util::rt::TokioIo;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::callers::Asking;
+use crate::front::party::Party;
 use crate::front::stream::Stream;
 use crate::listen::Place;
 use crate::peers::{Carried, asked};
@@ -41,7 +43,7 @@ use crate::state::State;
 use client::{Client, FIELDS_MAX, HEADER_MAX, Notes};
 use connect::Handed;
 use ends::{ClientIo, UnderWay};
-use interim::Interim;
+use interim::Interims;
 use problem::{Body, Problem};
 use upgrade::Upgraded;
 
@@ -51,7 +53,12 @@ pub fn checked_head(head: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Serves a client to its end.
-pub async fn connection(state: Arc<State>, client: Stream, asking: Asking, place: Place) {
+pub async fn connection(
+    state: Arc<State>,
+    client: Stream,
+    (asking, party): (Asking, Party),
+    place: Place,
+) {
     let (place, stop) = (Arc::new(place), state.stop.clone());
     let (under_way, notes) = (UnderWay::default(), Notes::default());
     // After `101 Switching Protocols`.
@@ -61,7 +68,7 @@ pub async fn connection(state: Arc<State>, client: Stream, asking: Asking, place
     // Unless its tunnel leads to another host.
     let carried = Mutex::new(None);
     let client = ClientIo::new(client, under_way.clone());
-    let interim = client.interim();
+    let interim = Interims::Http1(client.interim());
     let client = Client::new(client, place.clone(), notes.clone());
     let service = service_fn(|request: Request<Incoming>| {
         let under_way = under_way.clone();
@@ -112,7 +119,12 @@ pub async fn connection(state: Arc<State>, client: Stream, asking: Asking, place
         tracing::debug!(error = %e, "client connection ended");
         return;
     }
-    let client = served.into_parts().io.into_inner();
+    let client = match served.into_parts().io.into_inner().into_http2() {
+        Ok((client, ahead)) => {
+            return http2::connection(state, client, ahead, (asking, party), place).await;
+        }
+        Err(client) => *client,
+    };
     let onward = onward.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some(upgraded) = onward {
         return upgraded.carry(client, &stop).await;
@@ -140,7 +152,7 @@ async fn answer(
     state: &Arc<State>,
     asking: &Asking,
     notes: &Notes,
-    interim: &Interim,
+    interim: &Interims,
     after: After<'_>,
     mut request: Request<Incoming>,
 ) -> Response<Body> {

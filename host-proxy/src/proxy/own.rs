@@ -36,6 +36,13 @@ pub(super) fn answer<B>(request: &mut Request<B>) -> Option<Response<Body>> {
     None
 }
 
+/// What an answer's `Date` says; none: HTTP has no form for the year.
+pub(super) fn date() -> Option<String> {
+    let now = jiff::Timestamp::now();
+    let printer = jiff::fmt::rfc2822::DateTimePrinter::new();
+    printer.timestamp_to_rfc9110_string(&now).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,8 +12,10 @@ use hyper::{Response, StatusCode};
 
 use crate::reach::DestinationError;
 
-/// Body of every answer.
-pub type Body = BoxBody<Bytes, hyper::Error>;
+/// What breaks a body off.
+pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+/// Body of every answer, and of every request on its way to a VM.
+pub type Body = BoxBody<Bytes, BodyError>;
 
 /// A failed request.
 #[derive(Clone, Debug, PartialEq, Eq)]

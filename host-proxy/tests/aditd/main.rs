@@ -18,9 +18,11 @@ mod front;
 mod full_disk;
 #[path = "../../port/tests/fuse/mod.rs"]
 mod fuse;
+mod h2client;
 mod handover;
 mod host;
 mod http;
+mod http2;
 mod identities;
 mod kept;
 #[path = "../../port/tests/kinds/mod.rs"]

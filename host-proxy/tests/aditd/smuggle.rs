@@ -50,7 +50,8 @@ fn corpus() -> Vec<(String, u16)> {
     refuse(400, "G(T http://a/ HTTP/1.1\r\nHost: a\r\n\r\n");
     refuse(400, "GET http://a/ http/1.1\r\nHost: a\r\n\r\n");
     refuse(505, "GET http://a/ HTTP/1.2\r\nHost: a\r\n\r\n");
-    refuse(505, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
+    refuse(505, "PRI * HTTP/2.0\r\nX: y\r\n\r\n");
+    refuse(505, "PRI * HTTP/2.1\r\n\r\nSM\r\n\r\n");
     // Lengths.
     let chunks = "3\r\nabc\r\n0\r\n\r\n";
     let chunked = "Transfer-Encoding: chunked\r\n";

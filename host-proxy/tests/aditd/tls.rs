@@ -24,7 +24,7 @@ use crate::access::{UID, audit, curl, grant, listen, other, serve};
 use crate::host::{Answer, HANG, Host, Port};
 
 /// Whoever signs certificates.
-struct Ca {
+pub struct Ca {
     pem: String,
     issuer: Issuer<'static, KeyPair>,
 }
@@ -50,7 +50,7 @@ impl Ca {
         Self { pem, issuer }
     }
 
-    fn signs(&self, names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Pair {
+    pub fn signs(&self, names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Pair {
         pair(names, change, |params, key| {
             params.signed_by(key, &self.issuer).unwrap()
         })
@@ -90,7 +90,7 @@ pub fn expired(params: &mut CertificateParams) {
 /// Files that aditd and curl read.
 pub struct Files {
     dir: tempfile::TempDir,
-    ca: Ca,
+    pub ca: Ca,
 }
 
 impl Files {
@@ -104,16 +104,16 @@ impl Files {
         files
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    fn write(&self, name: &str, text: &str) -> String {
+    pub fn write(&self, name: &str, text: &str) -> String {
         fs::write(self.path(name), text).unwrap();
         self.path(name).display().to_string()
     }
 
-    fn serves(&self, pair: &Pair) {
+    pub fn serves(&self, pair: &Pair) {
         self.write("proxy.crt", &pair.cert);
         self.write("proxy.key", &pair.key);
     }
@@ -178,6 +178,18 @@ impl Files {
         host: &Host,
         with: Option<&Pair>,
     ) -> StreamOwned<ClientConnection, TcpStream> {
+        let config = self.config(version, with);
+        let name = "127.0.0.1".try_into().unwrap();
+        let client = ClientConnection::new(Arc::new(config), name).unwrap();
+        StreamOwned::new(client, tcp(host))
+    }
+
+    /// What a client of our own does with TLS.
+    pub fn config(
+        &self,
+        version: &'static SupportedProtocolVersion,
+        with: Option<&Pair>,
+    ) -> ClientConfig {
         let mut roots = RootCertStore::empty();
         roots
             .add(CertificateDer::from_pem_slice(self.ca.pem.as_bytes()).unwrap())
@@ -187,7 +199,7 @@ impl Files {
             .with_protocol_versions(&[version])
             .unwrap()
             .with_root_certificates(roots);
-        let config = match with {
+        match with {
             Some(pair) => {
                 let cert = CertificateDer::from_pem_slice(pair.cert.as_bytes()).unwrap();
                 let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).unwrap();
@@ -197,14 +209,11 @@ impl Files {
                 config.with_client_cert_resolver(Arc::new(shown))
             }
             None => config.with_no_client_auth(),
-        };
-        let name = "127.0.0.1".try_into().unwrap();
-        let client = ClientConnection::new(Arc::new(config), name).unwrap();
-        StreamOwned::new(client, tcp(host))
+        }
     }
 }
 
-fn tcp(host: &Host) -> TcpStream {
+pub fn tcp(host: &Host) -> TcpStream {
     let tcp = TcpStream::connect(other(host)).unwrap();
     tcp.set_read_timeout(Some(HANG)).unwrap();
     tcp

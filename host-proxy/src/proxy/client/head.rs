@@ -4,7 +4,7 @@
 //! |---|---|
 //! | a line that CRLF does not end, a folded line, a control character | 400 |
 //! | more than [`HEADER_MAX`] bytes, more than [`FIELDS_MAX`] fields | 431; 414 if it is the target |
-//! | a version other than HTTP/1.0 and HTTP/1.1 | 505 |
+//! | a version other than HTTP/1.0 and HTTP/1.1, but for a connection that begins with [`PREFACE`] | 505 |
 //! | HTTP/1.1 without `Host`; two of them; one that is no host | 400 (RFC 9112 §3.2) |
 //! | `Content-Length` twice, or not digits; with `Transfer-Encoding`; with CONNECT | 400 (RFC 9112 §6.3) |
 //! | `Transfer-Encoding` in HTTP/1.0, twice, or without `chunked` at its end, once | 400 (RFC 9112 §6.1) |
@@ -22,6 +22,9 @@ use super::super::problem::Problem;
 use super::body::Body;
 use super::lines::Lines;
 use super::{FIELDS_MAX, HEADER_MAX};
+
+/// What a client of HTTP/2 begins with, as far as it looks like a head (RFC 9113 §3.4).
+pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\n";
 
 /// A request that may go on.
 #[derive(Debug)]
@@ -225,12 +228,12 @@ fn carried(method: &Method, target: &[u8]) -> Result<Target, Problem> {
 }
 
 /// What may be in a scheme, a user, a host, a port, and `*`.
-fn may_name(byte: u8) -> bool {
+pub(in crate::proxy) fn may_name(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@[]%/".contains(&byte)
 }
 
 /// A byte as people know it.
-fn shown(byte: u8) -> String {
+pub(in crate::proxy) fn shown(byte: u8) -> String {
     if byte.is_ascii_graphic() {
         format!("`{}`", char::from(byte))
     } else {

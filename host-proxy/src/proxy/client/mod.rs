@@ -51,7 +51,8 @@ use crate::link::Asks;
 use crate::listen::{HEADER_LIMIT, Place};
 use body::Body;
 use half_closed::HalfClosed;
-use head::Search;
+use head::{PREFACE, Search};
+pub(super) use head::{may_name, shown};
 pub(super) use tunnel::Tunnel;
 
 /// Most bytes of a header. No more is read ahead, so what came with the head of a CONNECT fits into the port process's frame.
@@ -61,7 +62,7 @@ pub(super) const FIELDS_MAX: usize = 100;
 /// How long a connection may be idle between two requests.
 pub const IDLE_LIMIT: Duration = Duration::from_secs(75);
 /// How long a client may take nothing of its answer.
-const TAKE_LIMIT: Duration = Duration::from_secs(300);
+pub(super) const TAKE_LIMIT: Duration = Duration::from_secs(300);
 /// Bytes that are read at once while a head comes.
 const PIECE: usize = 4096;
 
@@ -115,6 +116,8 @@ enum At {
     },
     /// Nothing: no request comes any more.
     Over,
+    /// The same: the client speaks HTTP/2.
+    Http2,
 }
 
 /// A client's connection.
@@ -125,6 +128,8 @@ pub(super) struct Client {
     checked: BytesMut,
     /// What was read of the next request, or of a tunnel.
     ahead: BytesMut,
+    /// A request has come.
+    begun: bool,
     /// The client has ended its sending.
     ended: bool,
     half_closed: Option<HalfClosed>,
@@ -152,6 +157,7 @@ impl Client {
             at: At::Head(Search::new()),
             checked: BytesMut::new(),
             ahead: BytesMut::new(),
+            begun: false,
             ended: false,
             half_closed: None,
             asks: Asks::new(half_closed::INTERIM),
@@ -171,6 +177,14 @@ impl Client {
         (self.io, self.ahead)
     }
 
+    /// The socket, and what was read of it, if the client speaks HTTP/2; else itself.
+    pub(super) fn into_http2(self) -> Result<(ClientIo, BytesMut), Box<Self>> {
+        match self.at {
+            At::Http2 => Ok((self.io, self.ahead)),
+            _ => Err(Box::new(self)),
+        }
+    }
+
     /// What was refused of a request that hyper has not seen. A refused body has its answer by way of hyper.
     pub(super) fn unanswered(&self) -> Option<&Problem> {
         self.notes.refused().filter(|_| matches!(self.at, At::Over))
@@ -184,7 +198,7 @@ impl Client {
         }
         let why = self.unanswered().cloned();
         let rest = match &self.at {
-            At::Over => why.is_some(),
+            At::Over | At::Http2 => why.is_some(),
             At::Head(_) => !self.ahead.is_empty(),
             At::Request(body) => !body.is_over() || !self.ahead.is_empty(),
             At::Tunnel { ahead } => *ahead || self.io.has_unread(),
@@ -215,6 +229,10 @@ impl Client {
                 return Poll::Ready(Ok(()));
             };
             let checked = match search.end(&mut self.ahead) {
+                Ok(Some(_)) if !self.begun && self.ahead.starts_with(PREFACE) => {
+                    self.at = At::Http2;
+                    continue;
+                }
                 Ok(Some(len)) => Some(head::check(&self.ahead.split_to(len))),
                 Ok(None) => None,
                 Err(why) => Some(Err(why)),
@@ -222,6 +240,7 @@ impl Client {
             match checked {
                 Some(Ok(head)) => {
                     self.place.spoke();
+                    self.begun = true;
                     self.checked = head.bytes;
                     self.at = At::Request(head.body);
                     (self.http_11, self.answered) = (head.http_11, false);
@@ -378,7 +397,7 @@ impl AsyncRead for Client {
                     this.due.as_mut().reset(Instant::now() + IDLE_LIMIT);
                     this.place.idle();
                 }
-                At::Head(_) | At::Tunnel { .. } | At::Over => {}
+                At::Head(_) | At::Tunnel { .. } | At::Over | At::Http2 => {}
             }
             ready!(this.poll_head(cx))?;
         }

@@ -58,7 +58,7 @@ fn read<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Read {
                             }
                         })
                 }
-                At::Tunnel { .. } | At::Over => break Ok(()),
+                At::Tunnel { .. } | At::Over | At::Http2 => break Ok(()),
             };
             if step.is_err() || (ahead.is_empty() && !matches!(&at, At::Request(b) if b.is_over()))
             {
