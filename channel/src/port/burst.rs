@@ -195,6 +195,7 @@ impl<C: Carrier> Port<C> {
                         self.engine.reset(now, stream, ResetReason::Local);
                         continue;
                     };
+                    entry.totals.add_from_guest(now, len.into());
                     if run.as_ref().is_none_or(|r| r.stream == stream) && entry.gathers() {
                         let kept = packet.set_aside(len);
                         if kept != SetAside::No {
@@ -366,6 +367,7 @@ impl<C: Carrier> Port<C> {
             let filled = entry.fill(&mut slot, len, &mut self.counters.bytes_copied)?;
             match filled {
                 Fill::Bytes(n) => {
+                    entry.totals.to_guest += u64::from(n);
                     let header = self.engine.commit_body(now, stream, n);
                     slot.commit(&header);
                     self.settle(now, stream.slot());

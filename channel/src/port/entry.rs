@@ -15,6 +15,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use adit_engine::StreamId;
 use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, send, shutdown, sockopt};
 
+use super::Totals;
 use crate::carrier::{CarrierFault, RxPacket, TxSlot};
 use crate::dial::Dial;
 use crate::sink::{DirectWrite, ServiceEvent, Sink, StreamIo};
@@ -42,6 +43,8 @@ pub(super) enum Phase {
 pub(super) struct Entry {
     pub(super) id: StreamId,
     pub(super) phase: Phase,
+    /// What it has carried.
+    pub(super) totals: Totals,
     pub(super) sink: Option<Sink>,
     /// Bytes that the sink has not accepted yet: the rest of the greeting, then bytes from the guest.
     pub(super) held: VecDeque<u8>,
@@ -107,6 +110,7 @@ impl Entry {
         Self {
             id,
             phase,
+            totals: Totals::default(),
             sink: None,
             held: VecDeque::new(),
             greeting: 0,

@@ -10,7 +10,7 @@ use nix::sys::epoll::EpollFlags;
 
 use super::entry::{self, Entry, Phase};
 use super::watch::Token;
-use super::{KEPT_MAX, LINGER_BYTES_MAX, LINGER_MAX, Linger, Notice, Port};
+use super::{KEPT_MAX, LINGER_BYTES_MAX, LINGER_MAX, Linger, Notice, Port, Totals};
 use crate::carrier::Carrier;
 use crate::dial::{Dial, DialError};
 use crate::hello::Accept;
@@ -127,6 +127,9 @@ impl<C: Carrier> Port<C> {
         let Some(entry) = self.entry(stream) else {
             return;
         };
+        // What is held behind the hello is the first of its bytes.
+        entry.totals = Totals::default();
+        entry.totals.add_from_guest(now, entry.held.len() as u64);
         match entry.sink.take() {
             Some(sink) => {
                 if let Sink::Local(end) = &sink {
@@ -244,7 +247,12 @@ impl<C: Carrier> Port<C> {
             }
             Some(Sink::Inline(_)) | None => {}
         }
-        self.notices.push_back(Notice::Closed { stream, reason });
+        let totals = entry.totals;
+        self.notices.push_back(Notice::Closed {
+            stream,
+            reason,
+            totals,
+        });
     }
 
     /// Keeps a socket until it has accepted its held bytes. If that fails it is reset, so that the data does not look

@@ -119,12 +119,34 @@ pub enum Notice {
         stream: StreamId,
         /// The reason, if it did not end in order.
         reason: Option<ResetReason>,
+        /// What it came to.
+        totals: Totals,
     },
     /// The session began or ended.
     Session {
         /// The epoch of the session that began; `None` if the session ended.
         epoch: Option<u64>,
     },
+}
+
+/// What a stream carried since it was opened: payload, without the hello.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Bytes to the guest.
+    pub to_guest: u64,
+    /// Bytes from the guest.
+    pub from_guest: u64,
+    /// When the first byte came from the guest.
+    pub first: Option<Tick>,
+}
+
+impl Totals {
+    fn add_from_guest(&mut self, now: Tick, bytes: u64) {
+        if bytes > 0 {
+            self.from_guest += bytes;
+            self.first.get_or_insert(now);
+        }
+    }
 }
 
 /// What a `Port` did since it was created.

@@ -26,6 +26,10 @@
 //!   ◀────────────────────────────── Tunnels   a page of those with a tag
 //!   EndTunnels{numbers} ───────────────────▶  they are broken off
 //!
+//!   ConnectNoted{connect, tag, note} + 1 fd ▶  as ConnectAs; when the tunnel ends, its note comes back
+//!   ◀──────────────────────────── Ends{seq}   those that have ended since; also those of an aditd before
+//!   EndsTaken{seq} ────────────────────────▶  and then the next ones
+//!
 //!   ◀──────────────────────── Incoming{port} + 1 fd     (the guest dialled a port that aditd serves)
 //!   ◀─────────────────────────── Ring (after connecting, and on every change)
 //!
@@ -59,6 +63,14 @@ pub const GREETING_MAX: usize = 1024;
 pub const FEATURE_CONNECT: u64 = 1;
 /// Bit of [`Features`]: the port process knows `ConnectAs`, `ListTunnels` and `EndTunnels`.
 pub const FEATURE_TUNNELS: u64 = 2;
+/// Bit of [`Features`]: the port process knows `ConnectNoted` and `EndsTaken`, and says `Ends`.
+pub const FEATURE_ENDS: u64 = 4;
+/// Most bytes of a tunnel's note.
+pub const NOTE_MAX: usize = 1024;
+/// Most tunnels of an [`Ends`].
+pub const ENDS_MAX: usize = 256;
+/// Most bytes of the notes of an [`Ends`].
+pub const NOTES_MAX: usize = 32 << 10;
 /// Most bytes of a tunnel's tag.
 pub const TAG_MAX: usize = 1024;
 /// Most tunnels of an `EndTunnels`, and of a page.
@@ -161,6 +173,55 @@ pub struct Tunnels {
 pub struct EndTunnels {
     /// Their numbers; at most [`TUNNELS_MAX`].
     pub numbers: Vec<u64>,
+}
+
+/// As [`Connect`], for a tunnel whose end is to be told, by whichever `aditd` is there then.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectNoted {
+    /// The question.
+    pub connect: Connect,
+    /// As that of [`ConnectAs`], if it has one.
+    pub tag: Option<Vec<u8>>,
+    /// At most [`NOTE_MAX`] bytes, which are `aditd`'s own matter.
+    pub note: Vec<u8>,
+}
+
+/// Tunnels with a note that have ended: at most [`ENDS_MAX`], and [`NOTES_MAX`] bytes of notes. The next ones come when these are
+/// taken. The connection may end before that is heard, and then the next one has them again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ends {
+    /// Of this frame; a port process never uses one twice for other tunnels.
+    pub seq: u64,
+    /// In the order in which they ended.
+    pub ends: Vec<TunnelEnd>,
+    /// So many more have ended for which there was no room.
+    pub lost: u64,
+}
+
+/// A tunnel that has ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelEnd {
+    /// As it came.
+    pub note: Vec<u8>,
+    /// Bytes to the guest.
+    pub to_guest: u64,
+    /// Bytes from the guest.
+    pub from_guest: u64,
+    /// From the question to its end.
+    pub lasted_us: u64,
+    /// From the question until the stream was open.
+    pub dial_us: Option<u64>,
+    /// From the question until the guest's first byte; none: there was none.
+    pub first_byte_us: Option<u64>,
+    /// It did not end in order.
+    pub broken_off: bool,
+}
+
+/// What this [`Ends`] said is noted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndsTaken {
+    /// Its number.
+    pub seq: u64,
 }
 
 /// Has these bytes written to the client of a `Connect` that is not answered. A client that is there skips them; the kernel of

@@ -237,6 +237,17 @@ mod tests {
                 connect: connect(PREFIX_MAX, GREETING_MAX),
                 tag: vec![9; TAG_MAX],
             }),
+            Message::ConnectNoted(ConnectNoted {
+                connect: connect(PREFIX_MAX, GREETING_MAX),
+                tag: Some(vec![9; TAG_MAX]),
+                note: vec![9; NOTE_MAX],
+            }),
+            Message::EndsTaken(EndsTaken { seq: u64::MAX }),
+            Message::Ends(Ends {
+                seq: 1,
+                ends: vec![],
+                lost: u64::MAX,
+            }),
             Message::ListTunnels(ListTunnels { after: u64::MAX }),
             Message::Tunnels(Tunnels {
                 after: 1,

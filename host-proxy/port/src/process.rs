@@ -45,6 +45,7 @@ const FRAMES_A_TURN: usize = 64;
 mod bell;
 mod dial_table;
 mod dials;
+mod ends;
 mod ring;
 mod say;
 mod tunnels;
@@ -83,6 +84,7 @@ pub struct Process<C: Carrier> {
     port: PortIndex,
     rings: Option<Rings>,
     tunnels: tunnels::Table<At>,
+    ends: ends::Ends<At>,
     listener: OwnedFd,
     /// A reserve descriptor. It is closed to accept `aditd`'s next connection when tunnels use all others.
     spare: Option<OwnedFd>,
@@ -153,6 +155,7 @@ impl<C: Carrier> Process<C> {
             port,
             rings: None,
             tunnels: tunnels::Table::default(),
+            ends: ends::Ends::default(),
             listener: control,
             spare: Some(stop.try_clone()?),
             stop,
@@ -206,6 +209,7 @@ impl<C: Carrier> Process<C> {
         self.say_status();
         self.say_ring();
         self.say_kept();
+        self.say_ends();
         Ok(())
     }
 
@@ -238,6 +242,7 @@ impl<C: Carrier> Process<C> {
         self.said_ring = None;
         self.said_seq = 0;
         self.said_stuck = None;
+        self.ends.renew();
         self.keeping.set_connected(true);
         self.aditd = Some(Aditd {
             sock,
@@ -284,6 +289,9 @@ impl<C: Carrier> Process<C> {
                         Message::Connect(connect) => self.say_failed(connect.id, &DialError::Busy),
                         Message::ConnectAs(as_whom) => {
                             self.say_failed(as_whom.connect.id, &DialError::Busy);
+                        }
+                        Message::ConnectNoted(noted) => {
+                            self.say_failed(noted.connect.id, &DialError::Busy);
                         }
                         _ => {}
                     }
@@ -352,8 +360,13 @@ impl<C: Carrier> Process<C> {
 
     fn message(&mut self, message: Message, fd: Option<OwnedFd>) -> Result<(), &'static str> {
         match message {
-            Message::Connect(connect) => self.connect(connect, None, fd),
+            Message::Connect(connect) => self.connect(connect, None, None, fd),
             Message::ConnectAs(connect) => self.connect_as(connect, fd),
+            Message::ConnectNoted(connect) => self.connect_noted(connect, fd),
+            Message::EndsTaken(taken) => {
+                self.ends.taken(taken.seq);
+                Ok(())
+            }
             Message::ListTunnels(ask) => {
                 self.list_tunnels(&ask);
                 Ok(())
@@ -389,6 +402,7 @@ impl<C: Carrier> Process<C> {
             | Message::Held(_)
             | Message::Features(_)
             | Message::Tunnels(_)
+            | Message::Ends(_)
             | Message::Incoming(_) => Err("it sent a frame that only a port process sends"),
         }
     }
@@ -407,8 +421,15 @@ impl<C: Carrier> Process<C> {
             } => self.incoming((port, stream), local_port, peer_port),
             Notice::Dialed { stream, accept } => self.dialed((port, stream), accept),
             Notice::DialFailed { stream, error } => self.dial_failed((port, stream), &error),
-            Notice::Closed { stream, reason } => {
+            Notice::Closed {
+                stream,
+                reason,
+                totals,
+            } => {
                 self.ring_stream_closed(port, reason);
+                let now = self.shard.now();
+                self.ends
+                    .ended((port, stream), now, totals, reason.is_some());
                 self.stream_closed((port, stream));
             }
             Notice::Session { epoch } if port != self.port => self.ring_session(epoch),

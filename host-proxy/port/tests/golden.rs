@@ -110,6 +110,48 @@ fn messages() -> Vec<(Message, u8, u8, Vec<u8>)> {
             vec![7, 1, 22, 1, 0, 0, 0, 1, 1, 1, 2, 2, 3, 4],
         ),
         (
+            Message::ConnectNoted(ConnectNoted {
+                connect: Connect {
+                    id: 7,
+                    to: Target::VsockPort(22),
+                    deadline_ms: 1,
+                    extensions: Extensions::default(),
+                    prefix: vec![1],
+                    greeting: vec![2],
+                },
+                tag: Some(vec![3]),
+                note: vec![4, 5],
+            }),
+            12,
+            needed,
+            // As `ConnectAs`; there is a tag; the note.
+            vec![7, 1, 22, 1, 0, 0, 0, 1, 1, 1, 2, 1, 1, 3, 2, 4, 5],
+        ),
+        (
+            Message::EndsTaken(EndsTaken { seq: 300 }),
+            13,
+            needed,
+            vec![0xac, 2],
+        ),
+        (
+            Message::Ends(Ends {
+                seq: 1,
+                ends: vec![TunnelEnd {
+                    note: vec![9],
+                    to_guest: 300,
+                    from_guest: 2,
+                    lasted_us: 3,
+                    dial_us: Some(4),
+                    first_byte_us: None,
+                    broken_off: true,
+                }],
+                lost: 5,
+            }),
+            26,
+            ignorable,
+            vec![1, 1, 1, 9, 0xac, 2, 2, 3, 1, 4, 0, 1, 5],
+        ),
+        (
             Message::ListTunnels(ListTunnels { after: 300 }),
             10,
             needed,

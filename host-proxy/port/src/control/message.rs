@@ -9,9 +9,9 @@ use std::io;
 use adit_channel::frame::{self, FrameError, HEADER_LEN, Header, IGNORABLE};
 
 use super::{
-    Ask, Attach, Cancel, Connect, ConnectAs, Dial, DialFailed, Dialed, EndTunnels, Features,
-    HANDOVER_FDS_MAX, Handover, HandoverV1, Held, Incoming, Kept, ListTunnels, PACKET_MAX, Quit,
-    Release, Ring, Status, Stuck, Tunnels,
+    Ask, Attach, Cancel, Connect, ConnectAs, ConnectNoted, Dial, DialFailed, Dialed, EndTunnels,
+    Ends, EndsTaken, Features, HANDOVER_FDS_MAX, Handover, HandoverV1, Held, Incoming, Kept,
+    ListTunnels, PACKET_MAX, Quit, Release, Ring, Status, Stuck, Tunnels,
 };
 
 /// Version of every control kind.
@@ -49,6 +49,10 @@ adit_channel::message_table! {
     ListTunnels = 10, 0..=0, NEEDED;
     /// To the port process, if it has [`FEATURE_TUNNELS`](super::FEATURE_TUNNELS).
     EndTunnels = 11, 0..=0, NEEDED;
+    /// To the port process, with one descriptor, if it has [`FEATURE_ENDS`](super::FEATURE_ENDS).
+    ConnectNoted = 12, 1..=1, NEEDED;
+    /// To the port process, if it has [`FEATURE_ENDS`](super::FEATURE_ENDS).
+    EndsTaken = 13, 0..=0, NEEDED;
     /// To `aditd`.
     Status = 16, 0..=0, NEEDED;
     /// To `aditd`.
@@ -69,6 +73,8 @@ adit_channel::message_table! {
     Features = 24, 0..=0, IGNORABLE;
     /// To `aditd`, if it asked.
     Tunnels = 25, 0..=0, NEEDED;
+    /// To `aditd`.
+    Ends = 26, 0..=0, IGNORABLE;
 }
 
 /// Why a packet is not a control frame. The sender's fault, except `Io` and `NoDescriptors`.

@@ -22,10 +22,11 @@ use adit_print::with_causes;
 use nix::sys::socket::{MsgFlags, send};
 
 use super::dial_table::{self, NoRoom, State};
+use super::ends::Noted;
 use super::{At, Process};
 use crate::control::{
-    Ask, Attach, Connect, ConnectAs, Dial, DialFailed, Dialed, EndTunnels, GREETING_MAX,
-    ListTunnels, PREFIX_MAX, TAG_MAX, TUNNELS_MAX, Target,
+    Ask, Attach, Connect, ConnectAs, ConnectNoted, Dial, DialFailed, Dialed, EndTunnels,
+    GREETING_MAX, ListTunnels, NOTE_MAX, PREFIX_MAX, TAG_MAX, TUNNELS_MAX, Target,
 };
 use crate::control_io::Message;
 
@@ -56,6 +57,8 @@ pub(super) struct Client {
     greeting: Vec<u8>,
     /// By which the tunnel is found again.
     tag: Option<Vec<u8>>,
+    /// What comes back when it ends, and when it was asked for.
+    note: Option<(Vec<u8>, Tick)>,
 }
 
 impl<C: Carrier> Process<C> {
@@ -70,6 +73,7 @@ impl<C: Carrier> Process<C> {
         &mut self,
         connect: Connect,
         tag: Option<Vec<u8>>,
+        note: Option<Vec<u8>>,
         fd: Option<OwnedFd>,
     ) -> Result<(), &'static str> {
         let Connect {
@@ -84,11 +88,13 @@ impl<C: Carrier> Process<C> {
             return Err("it dialled with a prefix or a greeting that is too long");
         }
         // A packet without its descriptor is refused before it comes here.
+        let asked = self.shard.now();
         let client = fd.map(|fd| Client {
             fd,
             prefix,
             greeting,
             tag,
+            note: note.map(|note| (note, asked)),
         });
         let question = self.question(to, extensions, deadline_ms);
         self.start(id, question, client)
@@ -103,7 +109,20 @@ impl<C: Carrier> Process<C> {
         if connect.tag.len() > TAG_MAX {
             return Err("it dialled with a tag that is too long");
         }
-        self.connect(connect.connect, Some(connect.tag), fd)
+        self.connect(connect.connect, Some(connect.tag), None, fd)
+    }
+
+    /// The same, with a note that comes back when the tunnel ends.
+    pub(super) fn connect_noted(
+        &mut self,
+        connect: ConnectNoted,
+        fd: Option<OwnedFd>,
+    ) -> Result<(), &'static str> {
+        let ConnectNoted { connect, tag, note } = connect;
+        if tag.as_ref().is_some_and(|tag| tag.len() > TAG_MAX) || note.len() > NOTE_MAX {
+            return Err("it dialled with a tag or a note that is too long");
+        }
+        self.connect(connect, tag, Some(note), fd)
     }
 
     fn question(&self, to: Target, extensions: Extensions, deadline_ms: u32) -> Question {
@@ -228,6 +247,7 @@ impl<C: Carrier> Process<C> {
             prefix,
             greeting,
             tag,
+            note,
         } = client;
         let sink = Sink::Fd(fd);
         let port_mut = self.shard.port_mut(port);
@@ -236,6 +256,15 @@ impl<C: Carrier> Process<C> {
         }
         if let Some(tag) = tag {
             self.tunnels.add((port, stream), tag);
+        }
+        if let Some((note, asked)) = note {
+            let opened = now;
+            let noted = Noted {
+                note,
+                asked,
+                opened,
+            };
+            self.ends.add((port, stream), noted);
         }
     }
 
@@ -354,6 +383,7 @@ impl<C: Carrier> Process<C> {
             prefix: attach.prefix,
             greeting: Vec::new(),
             tag: None,
+            note: None,
         });
         self.dialed_is_said(attach.id);
         Ok(())

@@ -3,7 +3,9 @@
 use adit_channel::carrier::Carrier;
 
 use super::Process;
-use crate::control::{FEATURE_CONNECT, FEATURE_TUNNELS, Features, Held, Status, Stuck};
+use crate::control::{
+    FEATURE_CONNECT, FEATURE_ENDS, FEATURE_TUNNELS, Features, Held, Status, Stuck,
+};
 use crate::control_io::Message;
 
 /// Longest text of a fault, in characters.
@@ -47,13 +49,25 @@ impl<C: Carrier> Process<C> {
             let first = self.said.replace(status.clone()).is_none();
             if first {
                 // Ahead of the status, after which aditd dials.
-                let bits = FEATURE_CONNECT | FEATURE_TUNNELS;
+                let bits = FEATURE_CONNECT | FEATURE_TUNNELS | FEATURE_ENDS;
                 self.say(Message::Features(Features { bits }), vec![]);
             }
             self.say(Message::Status(status), vec![]);
             if first && self.options.vmm {
                 self.say(Message::Held(Held {}), vec![]);
             }
+        }
+    }
+
+    /// Tells `aditd` which tunnels have ended, when nothing else waits to be sent.
+    pub(super) fn say_ends(&mut self) {
+        let is_free = self.aditd.as_ref().is_some_and(|a| a.outbox.is_empty());
+        // After the features, which say what this is.
+        if is_free
+            && self.said.is_some()
+            && let Some(page) = self.ends.page()
+        {
+            self.say(Message::Ends(page), vec![]);
         }
     }
 
