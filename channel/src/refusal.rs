@@ -2,7 +2,7 @@
 //!
 //! | code | who says it | in a hello |
 //! |---|---|---|
-//! | `unknown-vm`, `ambiguous`, `not-allowed`, `no-port-process`, `internal` | the host, before it dials | |
+//! | `unknown-vm`, `ambiguous`, `not-allowed`, `too-often`, `no-port-process`, `internal` | the host, before it dials | |
 //! | `no-session`, `no-agent`, `no-listener`, `no-answer`, `reset`, `foreign` | the channel | |
 //! | `version`, `unknown-service`, `denied`, `wrong-vm` | the listener of a hello | 1, 2, 3, 6 |
 //! | `dial-failed`, `dial-timed-out` | the guest, of its own dial | 4, with its errno |
@@ -30,6 +30,8 @@ pub enum Code {
     Ambiguous,
     /// The host's rules do not allow it.
     NotAllowed,
+    /// The host's rules allow so many a second, and there were as many.
+    TooOften,
     /// The VM's port process does not run.
     NoPortProcess,
     /// The host itself failed.
@@ -72,10 +74,11 @@ pub enum Code {
 
 impl Code {
     /// One of each.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::UnknownVm,
         Self::Ambiguous,
         Self::NotAllowed,
+        Self::TooOften,
         Self::NoPortProcess,
         Self::Internal,
         Self::NoSession,
@@ -130,6 +133,7 @@ impl Code {
             Self::UnknownVm
             | Self::Ambiguous
             | Self::NotAllowed
+            | Self::TooOften
             | Self::NoPortProcess
             | Self::Internal
             | Self::NoSession
@@ -154,7 +158,7 @@ impl Code {
     pub fn retry_after(self) -> Option<u32> {
         let passes = matches!(
             self,
-            Self::NoPortProcess | Self::NoSession | Self::NoAgent | Self::Busy
+            Self::NoPortProcess | Self::NoSession | Self::NoAgent | Self::Busy | Self::TooOften
         );
         passes.then_some(RETRY_S)
     }
@@ -167,6 +171,7 @@ impl fmt::Display for Code {
             Self::UnknownVm => "unknown-vm",
             Self::Ambiguous => "ambiguous",
             Self::NotAllowed => "not-allowed",
+            Self::TooOften => "too-often",
             Self::NoPortProcess => "no-port-process",
             Self::Internal => "internal",
             Self::NoSession => "no-session",

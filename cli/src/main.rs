@@ -1,7 +1,7 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket, or on another host (`server`); signs goals here, so that no key leaves the manager.
 //!
 //! A command is a module of its own (`vm`, `goal`, `task`, `access`, `key`, `card`, `trust`, `agent`, `image`, `connect`, `forward`, `config`,
-//! `doctor`, `completion`); `client` speaks HTTP, `proxy` opens tunnels, `output` prints,
+//! `events`, `doctor`, `completion`); `client` speaks HTTP, `proxy` opens tunnels, `output` prints,
 //! `error` says what failed, why and what to do next, and maps it to an exit status.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
@@ -14,6 +14,7 @@ mod config;
 mod connect;
 mod doctor;
 mod error;
+mod events;
 mod forward;
 mod goal;
 mod image;
@@ -46,6 +47,7 @@ Examples:
   adit image inject web-1.qcow2 --vm-id web-1 --trust fleet.key.pub --allow-port 22,80
   adit goal apply patch.yaml --sign fleet.key --to web-1,web-2
   adit agent upgrade --to web-1 --package adit-guest --sign agents.key
+  adit events --follow
   adit task watch                                  # or `adit goal apply … --watch`
   adit task ls --state failed
   adit task output 3f2a --stream stderr
@@ -123,6 +125,7 @@ enum Command {
     Forward(forward::Forward),
     /// Say what is wrong with aditd and its VMs, and what to do
     Doctor(doctor::Doctor),
+    Events(events::Events),
     /// Show whether aditd runs by its configuration file as it is now
     #[command(after_help = config::EXAMPLE)]
     Config,
@@ -184,6 +187,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Resolve(resolve) => resolve::resolve(resolve, &client()?, format).await?,
         Command::Wait(wait) => vm::wait(wait, &client()?, format).await?,
         Command::Goal(command) => return goal::run(command, &client()?, format).await,
+        Command::Events(events) => return events::run(events, &client()?, format).await,
         Command::Task(command) => return task::run(command, &client()?, format).await,
         Command::Key(command) => key::run(command, format)?,
         Command::Image(command) => image::run(command, format)?,

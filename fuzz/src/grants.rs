@@ -19,6 +19,7 @@ fn empty(place: usize) -> Grant {
         vms: vec![],
         may: vec![],
         until_ms: None,
+        connections_per_s: None,
         place: place.to_string(),
     }
 }

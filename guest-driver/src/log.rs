@@ -27,7 +27,8 @@ const ERROR: u8 = 3;
 const INFO: u8 = 6;
 
 /// Events that a client, or a process of this guest, causes by opening a stream, or the host by what it says.
-const BY_PEERS: [&str; 10] = [
+const BY_PEERS: [&str; 11] = [
+    "stream",
     "stream-refused",
     "hello-refused",
     "relay-failed",

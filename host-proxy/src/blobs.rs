@@ -281,7 +281,9 @@ async fn dial(
         arguments,
         ..Extensions::default()
     };
-    let admitted = reach::dial::admit_here(state, &Caller::owner(), &to, vm.clone())?;
+    let visit = state.visits.begin("", "blob", None, state.now_ms());
+    let visit = visit.unwritten();
+    let admitted = reach::dial::admit_here(state, &Caller::owner(), &to, vm.clone(), &visit)?;
     admitted
         .relayed_with(&to, extensions, state.room, || state.pool.clear())
         .await

@@ -8,6 +8,7 @@ mod certificates;
 mod check;
 pub mod hosts;
 mod keys;
+mod log;
 mod names;
 mod sources;
 mod summary;
@@ -31,6 +32,7 @@ pub use check::Problem;
 use check::{Document, Documents};
 pub use hosts::{HOSTS_MAX, HostConfig, Peers, Pin};
 pub use keys::{Key, example, keys};
+pub use log::{ACCESS_LOGS, AccessLog, AuditConfig, LogConfig};
 pub use names::Names;
 pub use sources::Sources;
 pub use uids::UidRange;
@@ -45,6 +47,10 @@ pub const VMS_MAX: usize = 4096;
 pub const ALLOW_MAX: usize = 1024;
 /// Longest poll before a sleep, microseconds.
 pub const BUSY_POLL_US_MAX: u32 = 1000;
+/// Most connections a second of a rate: more is none.
+pub const RATE_MAX: u32 = 1_000_000;
+/// Highest weight of a VM.
+pub const WEIGHT_MAX: u32 = 100;
 /// MiB of an ivshmem region at most; PCI wants a power of two.
 pub const IVSHMEM_MIB_MAX: u32 = 1024;
 /// Lowest CID that a guest may have (virtio 1.3 §5.10.4).
@@ -101,6 +107,10 @@ pub struct Config {
     pub ports: Ports,
     /// The part of aditd that is not root.
     pub worker: Worker,
+    /// What is written of requests and tunnels.
+    pub log: LogConfig,
+    /// What is written of decisions.
+    pub audit: AuditConfig,
     /// Whose word is believed.
     pub trust: Trust,
     /// Where clients get in, besides [`proxy`](Self::proxy).
@@ -272,6 +282,23 @@ pub struct VmConfig {
     /// What it is used for. A label of a card with the same name does not count.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+    /// How many times [`Limits::requests_per_vm`] it may have.
+    // A build before does not know it, and reads what is in the database.
+    #[serde(default = "default_weight", skip_serializing_if = "is_default_weight")]
+    pub weight: u32,
+    /// Connections that may be opened to it in a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connections_per_s: Option<u32>,
+}
+
+const fn default_weight() -> u32 {
+    1
+}
+
+/// Serde passes a reference.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+const fn is_default_weight(weight: &u32) -> bool {
+    *weight == default_weight()
 }
 
 /// Default of [`VmConfig::ivshmem_mib`].
@@ -290,6 +317,8 @@ impl Default for Config {
             limits: Limits::default(),
             ports: Ports::default(),
             worker: Worker::default(),
+            log: LogConfig::default(),
+            audit: AuditConfig::default(),
             trust: Trust::default(),
             listen: Vec::new(),
             grant: Vec::new(),
@@ -313,6 +342,8 @@ impl VmConfig {
             ivshmem_mib: default_ivshmem_mib(),
             allow_any_memory: false,
             labels: BTreeMap::new(),
+            weight: default_weight(),
+            connections_per_s: None,
         }
     }
 

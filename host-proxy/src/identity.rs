@@ -27,14 +27,34 @@ use crate::vm::VmEntry;
 /// The file with the host's own id, beside the database.
 pub const FILE: &str = "aditd.id";
 
+/// The file with a number that only this host's aditd knows, by which it knows its own words again.
+pub const KEY_FILE: &str = "aditd.key";
+
 /// Reads the host's own id; draws it at the first start.
 ///
 /// # Errors
 /// The directory of the database cannot be written.
 pub fn of_host(dir: &Path) -> io::Result<[u8; 16]> {
-    let path = dir.join(FILE);
+    kept(
+        &dir.join(FILE),
+        "guests that this database does not know enrol anew",
+    )
+}
+
+/// Reads the host's own key; draws it at the first start.
+///
+/// # Errors
+/// The directory of the database cannot be written.
+pub fn key(dir: &Path) -> io::Result<[u8; 16]> {
+    kept(
+        &dir.join(KEY_FILE),
+        "tunnels that are open have no line at their end",
+    )
+}
+
+fn kept(path: &Path, if_lost: &str) -> io::Result<[u8; 16]> {
     let mut text = String::new();
-    match File::open(&path) {
+    match File::open(path) {
         Ok(file) => drop(file.take(64).read_to_string(&mut text)?),
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => return Err(e),
@@ -43,12 +63,12 @@ pub fn of_host(dir: &Path) -> io::Result<[u8; 16]> {
         return Ok(id);
     }
     if !text.is_empty() {
-        tracing::warn!(path = %path.display(), "damaged: guests that this database does not know enrol anew");
+        tracing::warn!(path = %path.display(), "damaged: {if_lost}");
     }
     let id = draw()?;
     let mut options = OpenOptions::new();
     let options = options.write(true).create(true).truncate(true).mode(0o600);
-    let mut file = options.open(&path)?;
+    let mut file = options.open(path)?;
     file.write_all(format!("{}\n", hex(&id)).as_bytes())?;
     file.sync_all()?;
     Ok(id)

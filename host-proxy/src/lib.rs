@@ -16,11 +16,12 @@
 //! | `access` | who asks, and who may do what with which VM |
 //! | `front` | every listener for clients of VMs |
 //! | `peers` | other hosts and their VMs |
+//! | `visit`, `trace`, `lines` | a request or tunnel to its end, and what is written of it; its trace; files of lines |
 //! | `reach`, `remedy` | from a destination to a stream; what to do where it is refused |
 //! | `proxy` | the HTTP forward proxy |
 //! | `services`, `agent` | what guests dial; the talk with an agent |
 //! | `desk`, `disk` | goals and tasks: rules, database, and who hears of a change; whether a disk is full |
-//! | `api`, `metrics` | JSON on a Unix socket; counters |
+//! | `api`, `metrics`, `events` | JSON on a Unix socket; counters; what happens here, numbered |
 //! | `log` | lines to stderr, one of each kind a second |
 //! | `serve`, `state` | the service put together; what its parts share |
 #![deny(unsafe_code)] // but for `spawn` and `proxy::cut_off`
@@ -35,11 +36,13 @@ pub mod config;
 pub mod desk;
 pub mod disk;
 pub mod enrolment;
+pub mod events;
 pub mod fault;
 pub mod fdstore;
 pub mod front;
 pub mod identity;
 pub mod keeper;
+pub mod lines;
 pub mod link;
 pub mod listen;
 pub mod log;
@@ -60,7 +63,9 @@ pub mod spawn;
 pub mod state;
 pub mod supervisor;
 pub mod text;
+pub mod trace;
 pub mod uids;
+pub mod visit;
 pub mod vm;
 pub mod vm_dir;
 pub mod vms;

@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 
 use adit_passed::{Closer, Passed};
 use adit_port::control::{
-    DIALS_MAX, DialError, DialFailed, Dialed, EndTunnels, FEATURE_CONNECT, FEATURE_TUNNELS,
-    Handover, Incoming, Kept, ListTunnels, Quit, Release, Ring, Status, Tunnels,
+    DIALS_MAX, DialError, DialFailed, Dialed, EndTunnels, Ends, EndsTaken, FEATURE_CONNECT,
+    FEATURE_ENDS, FEATURE_TUNNELS, Handover, Incoming, Kept, ListTunnels, Quit, Release, Ring,
+    Status, Tunnels,
 };
 use adit_port::control_io::{ControlError, Message, receive_passed, send};
 use tokio::io::Interest;
@@ -74,6 +75,8 @@ pub struct Link {
     connects: AtomicBool,
     /// The port process has [`FEATURE_TUNNELS`].
     lists: AtomicBool,
+    /// The port process has [`FEATURE_ENDS`].
+    tells_ends: AtomicBool,
     /// Who waits for a page of tunnels.
     listing: Mutex<Option<oneshot::Sender<Tunnels>>>,
     status: watch::Sender<Option<Status>>,
@@ -92,6 +95,8 @@ pub enum Said<'a> {
     Ring(Ring),
     /// The VMM has no channel until it connects anew, and why; empty: it has.
     Stuck(String),
+    /// Tunnels have ended; [`Link::ends_taken`] has the next ones told.
+    Ends(Ends),
     /// It is the VM's VMM itself.
     Held,
 }
@@ -107,6 +112,7 @@ impl Link {
             next_id: AtomicU64::new(1),
             connects: AtomicBool::new(false),
             lists: AtomicBool::new(false),
+            tells_ends: AtomicBool::new(false),
             listing: Mutex::default(),
             status: watch::Sender::new(None),
         });
@@ -158,6 +164,18 @@ impl Link {
     pub async fn end_tunnels(&self, numbers: Vec<u64>) {
         let end = Message::EndTunnels(EndTunnels { numbers });
         let _ = self.outbox.send(Frame::Plain(end)).await;
+    }
+
+    /// Whether the port process tells how tunnels end: an older build does not.
+    pub fn tells_ends(&self) -> bool {
+        self.tells_ends.load(Ordering::Relaxed)
+    }
+
+    /// Tells the port process that the ends of tunnels with this number are noted.
+    pub fn ends_taken(&self, seq: u64) {
+        // If there is no room it does not read, and tells them to the next aditd.
+        let taken = Message::EndsTaken(EndsTaken { seq });
+        let _ = self.outbox.try_send(Frame::Plain(taken));
     }
 
     fn listing(&self) -> MutexGuard<'_, Option<oneshot::Sender<Tunnels>>> {
@@ -254,6 +272,7 @@ impl Driver {
                     }
                     (Message::Handover(handover), _) => on(Said::Handover(handover, fds)),
                     (Message::Ring(ring), _) => on(Said::Ring(ring)),
+                    (Message::Ends(ends), _) => on(Said::Ends(ends)),
                     (Message::Stuck(stuck), _) => on(Said::Stuck(stuck.reason)),
                     (Message::Held(_), _) => on(Said::Held),
                     (Message::Features(features), _) => {
@@ -261,6 +280,8 @@ impl Driver {
                         link.connects.store(connects, Ordering::Relaxed);
                         let lists = features.bits & FEATURE_TUNNELS != 0;
                         link.lists.store(lists, Ordering::Relaxed);
+                        let tells = features.bits & FEATURE_ENDS != 0;
+                        link.tells_ends.store(tells && lists, Ordering::Relaxed);
                     }
                     (Message::Tunnels(page), _) => {
                         if let Some(tell) = link.listing().take() {

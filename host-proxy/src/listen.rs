@@ -130,9 +130,14 @@ impl<K: Eq + Hash + Clone> Shares<K> {
 
     /// Takes one; none: `key` has all that it may.
     pub fn take(self: &Arc<Self>, key: K) -> Option<Share<K>> {
+        self.take_of(key, self.max)
+    }
+
+    /// The same for one that may have so many.
+    pub fn take_of(self: &Arc<Self>, key: K, max: usize) -> Option<Share<K>> {
         let mut held = self.held();
         let of_key = held.entry(key.clone()).or_insert(0);
-        if *of_key >= self.max {
+        if *of_key >= max {
             return None;
         }
         *of_key += 1;
@@ -278,6 +283,11 @@ impl Place {
     /// Keeps the gate's slot beyond the place.
     pub fn slot(&self) -> Slot {
         self.slot.clone()
+    }
+
+    /// Name of the listener.
+    pub fn listener(&self) -> &str {
+        &self.counted.name
     }
 
     /// A whole request has come: it is not cut off for another.

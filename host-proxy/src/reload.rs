@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use adit_api::ConfigStatus;
+use adit_api::{ConfigStatus, HostEventKind};
 use adit_names::VmId;
 use futures_util::future::join_all;
 use tokio::sync::{Notify, mpsc};
@@ -102,6 +102,8 @@ pub async fn follow(state: Arc<State>, mut changes: mpsc::Receiver<Result<Source
                     error,
                     "the configuration is refused: nothing of it is applied"
                 );
+                let events = &state.events;
+                events.note(HostEventKind::ConfigRefused, None, &error);
                 // What waited for a restart before still does.
                 outcome.error = Some(error);
             }
@@ -123,7 +125,9 @@ async fn apply(state: &Arc<State>, mut new: Config) -> Result<Vec<String>, Strin
         checked.map_err(|(_, why)| format!("`{}`: {why}", vm.name))?;
     }
     restart.extend(plan.restart.iter().cloned());
-    state.set_grants(grants);
+    if state.set_grants(grants) {
+        state.events.note(HostEventKind::GrantsChanged, None, "");
+    }
     state.callers.renew(tokens);
     state.tls.renew(&state.config, &new);
     state.reserve(&new);
@@ -160,6 +164,9 @@ async fn apply(state: &Arc<State>, mut new: Config) -> Result<Vec<String>, Strin
     }
     state.access_changed.notify_one();
     tracing::info!(added, removed, changed, "the configuration is applied");
+    let counts = format!("VMs: {added} added, {removed} removed, {changed} changed");
+    let events = &state.events;
+    events.note(HostEventKind::ConfigReloaded, None, &counts);
     if !restart.is_empty() {
         let what = restart.join(", ");
         tracing::warn!(

@@ -12,6 +12,9 @@ pub fn of(code: Code) -> &'static str {
         Code::NotAllowed => {
             "allow it: `adit vm set`, or `allow` and `allow_vsock` in aditd.toml and `systemctl reload aditd`"
         }
+        Code::TooOften => {
+            "ask less often, or raise `connections_per_s` of the grant or of the VM in aditd.toml"
+        }
         Code::Denied => {
             "the guest's own list or policy forbids it: `allow_ports` in adit-guest.toml, policy.toml"
         }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use adit_api::HostEventKind;
 use axum::Extension;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::mpsc;
@@ -19,7 +20,8 @@ use crate::listen::{self, Gate};
 use crate::monitor::Monitor;
 use crate::place::{Bound, Listeners};
 use crate::state::State;
-use crate::{api, blobs, desk, identity, reload, vms};
+use crate::visit::Visits;
+use crate::{api, blobs, desk, events, identity, reload, vms};
 
 /// How long requests that are under way may go on after the stop.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
@@ -81,8 +83,14 @@ impl Service {
             anyhow::anyhow!("cannot use {}: {e}", file.display())
         })?;
         let blobs = blobs::Blobs::new(dir);
-        let audit =
-            Audit::start(dir).map_err(|e| anyhow::anyhow!("no thread for the audit: {e}"))?;
+        let key = identity::key(dir).map_err(|e| {
+            let file = shown.with_file_name(identity::KEY_FILE);
+            anyhow::anyhow!("cannot use {}: {e}", file.display())
+        })?;
+        let audit = Audit::start(dir, config.audit.allows)
+            .map_err(|e| anyhow::anyhow!("no thread for the audit: {e}"))?;
+        let visits = Visits::start(dir, config.log.access, Arc::new(audit), key)
+            .map_err(|e| anyhow::anyhow!("no thread for the access log: {e}"))?;
         let tokens = Tokens::new(&config.token);
         let callers = Callers::new(monitor.clone(), diag, tokens);
         let state = State::new(
@@ -90,7 +98,7 @@ impl Service {
             monitor,
             db,
             blobs,
-            (callers, audit),
+            (callers, Arc::new(visits)),
             boot_nonce,
             host_id,
         );
@@ -109,8 +117,12 @@ impl Service {
         ready: impl AsyncFnOnce() -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         let Self { state, listeners } = self;
+        let mut tasks = tokio::task::JoinSet::new();
+        // Ahead of everything that changes a task.
+        tasks.spawn(events::follow_tasks(state.clone(), state.desk.subscribe()));
         let metrics = listeners.metrics.map(TcpListener::from_std).transpose()?;
         let api = UnixListener::from_std(listeners.api)?;
+        state.events.note(HostEventKind::Started, None, "");
         vms::load(&state).await?;
         state.monitor.forget_others().await;
         let fronts = state.config.fronts();
@@ -125,13 +137,13 @@ impl Service {
         ready().await?;
         crate::tell_status(&state).await;
 
-        let mut tasks = tokio::task::JoinSet::new();
         let fronts = fronts.into_iter().zip(listeners.fronts).collect();
         let clients = tokio::spawn(Fronts::new(state.clone()).start(fronts)?);
         let timed = state.clone();
         tasks.spawn(async move { timed.desk.keep_time(&timed.stop).await });
         tasks.spawn(reload::follow(state.clone(), changes));
         tasks.spawn(enforce::keep(state.clone()));
+        tasks.spawn(state.events.clone().count_denials());
         if let Some(listener) = metrics {
             let app = api::observe(state.clone()).with_state(state.clone());
             // Whoever may connect sees all.

@@ -1,23 +1,28 @@
 //! What the parts of aditd share.
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::time::Instant;
 
+use adit_channel::refusal::{Code, Refusal};
 use adit_names::VmId;
+use adit_port::control::Target;
 use adit_tasks::TrustStore;
 use jiff::Timestamp;
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::access::audit::{Audit, Decided};
+use crate::access::audit::{Allowed, Decided, counted_as};
 use crate::access::callers::Callers;
 use crate::access::client::Whose;
 use crate::access::guesses::Guesses;
-use crate::access::{Access, Caller, Denial, Grants, Verb};
+use crate::access::rate::Buckets;
+use crate::access::{Access, Caller, Denial, Grant, Grants, Verb};
 use crate::blobs::Blobs;
 use crate::config::{Config, Role};
 use crate::desk::Desk;
 use crate::desk::store::db::Db;
+use crate::events::Events;
 use crate::front::tls::Tls;
 use crate::listen::{Room, Shares};
 use crate::metrics::Metrics;
@@ -26,6 +31,7 @@ use crate::peers::Peers;
 use crate::proxy::pool::Pool;
 use crate::registry::Registry;
 use crate::reload::Reloads;
+use crate::visit::Visits;
 use crate::vm::VmEntry;
 
 /// Shared by all tasks of the process.
@@ -50,8 +56,10 @@ pub struct State {
     guesses: Mutex<Guesses<Whose>>,
     /// TLS of listeners.
     pub tls: Tls,
-    /// What was denied.
-    pub audit: Audit,
+    /// What is written of requests and tunnels, and of what is decided.
+    pub visits: Arc<Visits>,
+    /// What happens here.
+    pub events: Arc<Events>,
     /// What needs root.
     pub monitor: Monitor,
     /// The VMs.
@@ -62,6 +70,10 @@ pub struct State {
     pub blobs: Blobs,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// How many connections there were in this second.
+    rates: Mutex<Buckets>,
+    /// Since when time is counted there.
+    began: Instant,
     /// How many connections there may be.
     pub room: Room,
     /// Each VM's share of the requests that are under way through the proxy.
@@ -89,7 +101,7 @@ impl State {
         monitor: Monitor,
         db: Db,
         blobs: Blobs,
-        (callers, audit): (Arc<Callers>, Audit),
+        (callers, visits): (Arc<Callers>, Arc<Visits>),
         boot_nonce: [u8; 16],
         host_id: [u8; 16],
     ) -> Arc<Self> {
@@ -99,6 +111,8 @@ impl State {
         let metrics = Arc::new(Metrics::new(registry.clone()));
         let per_vm = config.limits.requests_per_vm.unwrap_or(room.proxy / 4);
         Arc::new(Self {
+            rates: Mutex::default(),
+            began: Instant::now(),
             room,
             vm_shares: Shares::new(per_vm.max(1)),
             pool: Pool::new(room.proxy),
@@ -119,7 +133,8 @@ impl State {
             tls: Tls::new(&config),
             callers,
             guesses: Mutex::default(),
-            audit,
+            visits,
+            events: Events::new(boot_nonce),
             config,
             host: OnceLock::new(),
             reloads: Reloads::default(),
@@ -161,9 +176,14 @@ impl State {
         grants.clone()
     }
 
-    /// Replaces what callers may do.
-    pub fn set_grants(&self, grants: Grants) {
-        *self.grants.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(grants);
+    /// Replaces what callers may do. Returns whether that is something else.
+    pub fn set_grants(&self, grants: Grants) -> bool {
+        let mut now = self.grants.write().unwrap_or_else(PoisonError::into_inner);
+        let (old, new) = (now.all(), grants.all());
+        let is_same = |(old, new): (&Grant, &Grant)| old.says_as(new);
+        let changes = old.len() != new.len() || !old.iter().zip(new).all(is_same);
+        *now = Arc::new(grants);
+        changes
     }
 
     /// Wrong tokens that callers have shown.
@@ -173,14 +193,42 @@ impl State {
 
     /// Decides, and writes down what is denied. None: it may be done.
     pub fn decide(&self, caller: &Caller, verb: Verb<'_>, vm: &VmEntry) -> Option<Denial> {
+        self.allow(caller, verb, vm).err()
+    }
+
+    /// Decides, and writes down what is denied. Returns where the grant is written that allows it; none: it is the owner's right.
+    ///
+    /// # Errors
+    /// It is denied.
+    pub fn allow(
+        &self,
+        caller: &Caller,
+        verb: Verb<'_>,
+        vm: &VmEntry,
+    ) -> Result<Option<String>, Denial> {
         let grants = self.grants();
         let access = vm.viewed(|vm| match grants.decide(caller, verb, vm, self.now_ms()) {
-            Access::Allow(_) => None,
-            Access::Deny(denial) => Some(denial),
+            Access::Allow(by) => Ok(by.map(|grant| grant.place.clone())),
+            Access::Deny(denial) => Err(denial),
         });
         let (word, target) = verb.words();
         tracing::debug!(vm = %vm.name, %caller, verb = word, target, ?access, "access decided");
-        if let Some(denial) = &access {
+        // A stream is written at its end, and to be shown a VM is not worth a line.
+        if let Ok(by) = &access
+            && matches!(verb, Verb::Task | Verb::Goal | Verb::Manage)
+        {
+            let allowed = Allowed {
+                caller: (&caller.to_string(), caller.from()),
+                verb: word,
+                vm: vm.name.as_str(),
+                target: "",
+                reason: by.as_deref().unwrap_or("owner"),
+                moved: None,
+                trace_id: "",
+            };
+            self.visits.audit().allowed(allowed, self.now_ms());
+        }
+        if let Err(denial) = &access {
             self.denied(
                 caller,
                 word,
@@ -190,6 +238,58 @@ impl State {
             );
         }
         access
+    }
+
+    /// Whether connections to a VM are counted by the second.
+    pub fn has_rate(&self, vm: &VmEntry) -> bool {
+        self.grants().has_rates() || vm.spec().connections_per_s.is_some()
+    }
+
+    /// Counts a connection that is allowed: for the caller by one of its grants, and for the VM. Returns where that grant is written;
+    /// none: it is the owner, who is not counted.
+    ///
+    /// # Errors
+    /// Each grant that allows it has as many in this second already, or the VM has.
+    pub fn rated(
+        &self,
+        caller: &Caller,
+        target: &Target,
+        vm: &VmEntry,
+    ) -> Result<Option<String>, Refusal> {
+        if caller.is_owner() {
+            return Ok(None);
+        }
+        let (grants, verb, now_ms) = (self.grants(), Verb::Reach(target), self.now_ms());
+        let of = counted_as(&caller.to_string(), caller.from());
+        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        let passed_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let mut most = None;
+        let by = vm.viewed(|view| {
+            let mut all = grants.all_granted(caller, verb, view, now_ms);
+            let granted = all.find(|grant| match grant.connections_per_s {
+                None => true,
+                Some(per_s) => {
+                    most = most.max(Some(per_s));
+                    rates.take(&format!("{} {of}", grant.place), per_s, passed_ms)
+                }
+            });
+            granted.map(|grant| grant.place.clone())
+        });
+        let of_vm = vm.spec().connections_per_s;
+        let (per_s, whose) = match (by, of_vm) {
+            (None, _) => (most, format!("{caller} has")),
+            (Some(by), None) => return Ok(Some(by)),
+            (Some(by), Some(per_s)) => match rates.take(vm.name.as_str(), per_s, passed_ms) {
+                true => return Ok(Some(by)),
+                false => (Some(per_s), "it has".into()),
+            },
+        };
+        drop(rates);
+        let (word, what) = verb.words();
+        self.denied(caller, word, vm.name.as_str(), &what, "too-often");
+        let per_s = per_s.unwrap_or_default();
+        let text = format!("VM `{}`: {whose} {per_s} connections a second", vm.name);
+        Err(Refusal::new(Code::TooOften, text))
     }
 
     /// Writes down what is denied.
@@ -206,9 +306,10 @@ impl State {
             verb,
             vm,
             target,
-            denied: Some(reason),
+            denied: reason,
         };
-        self.audit.note(decided, self.now_ms());
+        self.events.denied();
+        self.visits.audit().note(decided, self.now_ms());
     }
 
     /// Unix time.

@@ -17,7 +17,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use adit_passed::Passed;
-use adit_port::control::{CONTROL_SOCKET, Incoming, Status};
+use adit_port::control::{CONTROL_SOCKET, Ends, Incoming, Status};
 use tokio_util::sync::CancellationToken;
 
 use crate::arguments;
@@ -83,12 +83,13 @@ impl Backoff {
 
 /// Follows a VM's port process until the VM is removed, and ends it then.
 ///
-/// `on_serving` is called once a port process serves it.
+/// `on_serving` is called once a port process serves it, and `on_ends` with what became of tunnels.
 pub async fn supervise(
     vm: Arc<VmEntry>,
     monitor: Monitor,
     on_incoming: impl Fn(Incoming, Passed),
     on_serving: impl Fn(),
+    on_ends: impl Fn(&Ends),
 ) {
     let mut backoff = Backoff::default();
     while !vm.removed.is_cancelled() {
@@ -96,8 +97,8 @@ pub async fn supervise(
             Ok(connected) => {
                 let begin = tokio::time::Instant::now();
                 let is_new = connected.found.is_none();
-                let ended = match follow(&vm, &monitor, connected, &on_incoming, &on_serving).await
-                {
+                let on = (&on_incoming, &on_serving, &on_ends);
+                let ended = match follow(&vm, &monitor, connected, on).await {
                     Ok(true) => Ok(()),
                     // What ended it before it served stands in its log only.
                     Ok(false) if !vm.removed.is_cancelled() => {
@@ -139,8 +140,7 @@ async fn follow(
     vm: &Arc<VmEntry>,
     monitor: &Monitor,
     connected: Connected,
-    on_incoming: &impl Fn(Incoming, Passed),
-    on_serving: &impl Fn(),
+    (on_incoming, on_serving, on_ends): (&impl Fn(Incoming, Passed), &impl Fn(), &impl Fn(&Ends)),
 ) -> Result<bool, String> {
     let (link, driver) = Link::new(vm.channel.keeper.closer());
     let Connected {
@@ -176,6 +176,10 @@ async fn follow(
             let seq = handover.seq;
             vm.channel.keeper.keep(handover, fds);
             link.kept(seq);
+        }
+        Said::Ends(ends) => {
+            on_ends(&ends);
+            link.ends_taken(ends.seq);
         }
         Said::Stuck(reason) => {
             // Its words are the port process's, which may be in its guest's hands.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adit_channel::hello;
+use adit_port::control::Ends;
 use anyhow::bail;
 
 use crate::config::VmConfig;
@@ -16,7 +17,7 @@ use crate::desk::DeskError;
 use crate::registry::AddError;
 use crate::state::State;
 use crate::vm::{Origin, VmEntry};
-use crate::{services, supervisor};
+use crate::{events, services, supervisor};
 
 /// How long a port process that was told to end may take.
 const PORT_END_LIMIT: Duration = Duration::from_secs(5);
@@ -75,16 +76,19 @@ async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
     let (for_agents, of_vm) = (state.clone(), vm.clone());
     // What its port process kept of an earlier aditd's tunnels may have no grant any more.
     let of_access = state.clone();
+    let (of_ends, ended_in) = (state.clone(), vm.name.clone());
     let on_incoming = move |incoming: adit_port::control::Incoming, fd| {
         if incoming.port == hello::PORT {
             services::accept(&for_agents, &of_vm, incoming, fd);
         }
     };
+    tokio::spawn(events::follow_vm(state.events.clone(), vm.clone()));
     tokio::spawn(supervisor::supervise(
         vm.clone(),
         state.monitor.clone(),
         on_incoming,
         move || of_access.access_changed.notify_one(),
+        move |ends: &Ends| of_ends.visits.ended_all(&ended_in, ends),
     ));
 }
 

@@ -159,3 +159,51 @@ fn a_tunnel_over_a_unix_socket_ends_with_its_grants_time() {
     assert_eq!(end(lost), None);
     assert!(jiff::Timestamp::now() >= over);
 }
+
+/// The lines of a file of the audit's kind, once one is there that `is`.
+fn line(host: &Host, file: &str, is: impl Fn(&serde_json::Value) -> bool) -> serde_json::Value {
+    let path = host.dir().join("state").join(file);
+    wait_for("a line", SOON, || {
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
+        Ok(lines.into_iter().find(|line| is(line)))
+    })
+    .unwrap()
+}
+
+#[test]
+fn a_tunnel_has_its_line_with_its_bytes_at_its_end_also_if_another_aditd_runs_by_then() {
+    let Some((mut host, _guest, _)) = started() else {
+        return;
+    };
+    host.kill();
+    let path = host.dir().join("aditd.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(
+        &path,
+        text + "[log]\naccess = \"file\"\n[audit]\nallows = true\n",
+    )
+    .unwrap();
+    host.launch().unwrap();
+    host.wait_port("a").unwrap();
+    // Both have sent one byte and had it back.
+    let first = tunnel(tcp(&host));
+    let mut second = tunnel(tcp(&host));
+    for _ in 0..9 {
+        echoes(&mut second);
+    }
+    drop(first);
+    let of = |bytes: u64| move |line: &serde_json::Value| line["bytes_to_vm"] == bytes;
+    let ended = line(&host, "aditd.access", of(1));
+    assert_eq!(ended["bytes_from_vm"], 1, "{ended}");
+    assert_eq!(ended["method"], "CONNECT");
+    assert!(ended["first_byte_ms"].as_f64() >= ended["dial_ms"].as_f64());
+    host.kill();
+    drop(second);
+    host.launch().unwrap();
+    let ended = line(&host, "aditd.access", of(10));
+    assert_eq!(ended["bytes_from_vm"], 10, "{ended}");
+    let allow = line(&host, "aditd.audit", of(10));
+    assert_eq!(allow["decision"], "allow");
+    assert_eq!(allow["trace_id"], ended["trace_id"]);
+}

@@ -8,6 +8,7 @@ mod completing;
 mod connecting;
 mod doctor;
 mod elsewhere;
+mod events;
 mod fake;
 mod formats;
 mod forwarding;

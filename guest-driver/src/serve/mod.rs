@@ -21,7 +21,7 @@ use std::thread;
 use std::time::Duration;
 
 use adit_blob::Store;
-use adit_channel::hello::{self, Accept, Common, Hello, Refuse};
+use adit_channel::hello::{self, Accept, Common, Hello, Open, Refuse};
 use adit_channel::refusal::{Refusal, is_shortage};
 
 use self::agent::Agent;
@@ -38,8 +38,23 @@ pub use self::tcp::forbidden;
 const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
 /// How long the host may take to send its hello, and to read our answer.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
+/// Characters of a `traceparent`.
+const TRACE_LEN: usize = 55;
 /// Stack of a stream's thread: its buffers are on the heap.
 const STACK_BYTES: usize = 128 * 1024;
+
+/// How a `traceparent` ends of which somebody records the trace: its stream is an event.
+const RECORDED: &str = "-01";
+
+/// The `traceparent` of a stream, as a W3C trace has it; `-`: the host gave none that is one.
+fn trace(open: &Open) -> &str {
+    let text = std::str::from_utf8(open.extensions.trace.as_bytes()).unwrap_or_default();
+    let is_one = |b: u8| b.is_ascii_digit() || matches!(b, b'a'..=b'f' | b'-');
+    match text.len() == TRACE_LEN && text.bytes().all(is_one) {
+        true => text,
+        false => "-",
+    }
+}
 
 /// What the agent sends of itself in every hello.
 #[derive(Debug)]
@@ -185,13 +200,15 @@ impl Server {
             Err(e) => return log::event("hello-refused", &[("error", &e)]),
         };
         self.identity.saw(&open.common);
+        let trace = trace(&open);
         let (version, run) = match self.services.open(&open) {
             Ok(opened) => opened,
             Err(refusal) => {
-                let fields: [(&str, &dyn Display); 3] = [
+                let fields: [(&str, &dyn Display); 4] = [
                     ("service", &open.service),
                     ("status", &refusal.code()),
                     ("why", &refusal.text()),
+                    ("trace", &trace),
                 ];
                 log::event("stream-refused", &fields);
                 return self.refuse(&conn, refusal);
@@ -202,8 +219,13 @@ impl Server {
         if conn.io().write_all(&accept.encode()).is_err() {
             return;
         }
+        if trace.ends_with(RECORDED) {
+            log::event("stream", &[("service", &open.service), ("trace", &trace)]);
+        }
         if let Err(e) = run(Box::new(conn)) {
-            log::event("relay-failed", &[("service", &open.service), ("error", &e)]);
+            let fields: [(&str, &dyn Display); 3] =
+                [("service", &open.service), ("error", &e), ("trace", &trace)];
+            log::event("relay-failed", &fields);
         }
     }
 

@@ -208,3 +208,19 @@ fn streams_over_the_limit_are_refused_as_busy_until_one_ends() {
     }
     assert!(matches!(open(dir.path(), &service).0, Hello::Accept(_)));
 }
+
+#[test]
+fn r72_a_trace_is_shown_only_if_it_is_one() {
+    let with = |trace: &[u8]| {
+        let mut open = Open::new("ping".parse().unwrap(), Common::default());
+        open.extensions.trace = trace.to_vec().try_into().unwrap();
+        super::trace(&open).to_owned()
+    };
+    let good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    assert_eq!(with(good.as_bytes()), good);
+    let mut hostile = good.as_bytes().to_vec();
+    hostile[9] = 0x1b;
+    for none in [&b""[..], &hostile, &good.as_bytes()[1..], &[0xff; 55]] {
+        assert_eq!(with(none), "-");
+    }
+}

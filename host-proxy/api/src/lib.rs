@@ -24,6 +24,7 @@
 //! | `GET /v1/tasks/{task_id}` | → `Task` |
 //! | `GET /v1/tasks/{task_id}/output?stream=stdout` | raw bytes (head, a line that says what is missing, tail); the field `adit-left-out` has the head's length and the number of missing bytes |
 //! | `GET /v1/events?goal=` | `application/x-ndjson` of `TaskEvent`: first the present state, then changes; ends when every task of `goal` is terminal. A body that is cut off (no last chunk) ended for another reason: ask again |
+//! | `GET /v1/host-events?since=CURSOR&follow=true` | `application/x-ndjson` of `HostEvent`: what is kept of what came behind that event (a `gap` first, if that is not all), and with `follow` what happens from then on, without an end |
 //! | `POST /v1/trust` | `NewTrust` → `KeptTrust` (on disk when answered): a trust document, which connected agents get at once and others when they connect; 409 for an older one |
 //! | `GET /v1/trust` | → `Vec<KeptTrust>`; `limit` and `after` as of `/v1/vms` |
 //! | `DELETE /v1/trust/{signer}?vm=NAME` | passes it on no more; guests that have it keep it |
@@ -48,6 +49,7 @@
 #![forbid(unsafe_code)]
 
 pub mod doctor;
+mod event;
 #[cfg(feature = "openapi")]
 mod openapi;
 mod state;
@@ -57,6 +59,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use event::{HostEvent, HostEventKind};
 pub use state::{TaskState, VmState};
 
 /// Version of these types, in every top-level answer.

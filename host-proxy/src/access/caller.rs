@@ -59,6 +59,9 @@ pub struct Person {
 }
 
 impl Caller {
+    /// What somebody is called of whom nothing is known.
+    pub const NOBODY: &str = "nobody known";
+
     /// Whoever may use aditd's own socket: everything is theirs.
     pub fn owner() -> Self {
         Self(Arc::new(Inner {
@@ -198,7 +201,7 @@ impl fmt::Display for Caller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.subjects.first() {
             _ if self.0.is_owner => f.pad("owner"),
-            Some(Subject::Anyone) | None => f.pad("nobody known"),
+            Some(Subject::Anyone) | None => f.pad(Self::NOBODY),
             Some(subject) => match &self.0.via {
                 Some(via) => write!(f, "{subject} via {via}"),
                 None => write!(f, "{subject}"),

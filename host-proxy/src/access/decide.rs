@@ -13,6 +13,7 @@ use adit_port::control::Target;
 use super::caller::Caller;
 use super::grant::Grant;
 use super::subject::Subject;
+use super::vms::Vms;
 
 /// Services of a guest that only the owner reaches: they are given files, and say themselves what they do with them.
 const OWNERS: [&str; 2] = ["blob", "agent"];
@@ -114,22 +115,26 @@ pub enum Reason {
 #[derive(Clone, Debug, Default)]
 pub struct Grants {
     all: Vec<Grant>,
-    by_subject: HashMap<Subject, Vec<usize>>,
+    by_subject: HashMap<Subject, OfSubject>,
+    has_rates: bool,
 }
 
 impl Grants {
     /// Puts them in order.
     pub fn new(all: Vec<Grant>) -> Self {
-        let mut by_subject = HashMap::<Subject, Vec<usize>>::new();
+        let mut by_subject = HashMap::<Subject, OfSubject>::new();
         for (nth, grant) in all.iter().enumerate() {
             for subject in &grant.to {
                 let of_subject = by_subject.entry(subject.clone()).or_default();
-                if of_subject.last() != Some(&nth) {
-                    of_subject.push(nth);
-                }
+                of_subject.add(nth, &grant.vms);
             }
         }
-        Self { all, by_subject }
+        let has_rates = all.iter().any(|grant| grant.connections_per_s.is_some());
+        Self {
+            all,
+            by_subject,
+            has_rates,
+        }
     }
 
     /// All of them, as they are written.
@@ -175,7 +180,7 @@ impl Grants {
         vm: VmView<'_>,
         now_ms: i64,
     ) -> Result<Option<&Grant>, Reason> {
-        self.granted_for(caller, verb, |grant| grant.is_about(vm), now_ms)
+        self.granted_for(caller, verb, About::Vm(vm), now_ms)
     }
 
     /// The grant for every VM, `vms = ["*"]`, by which a caller does what concerns the whole host; none: it is the owner's right.
@@ -188,29 +193,21 @@ impl Grants {
         verb: Verb<'_>,
         now_ms: i64,
     ) -> Result<Option<&Grant>, Reason> {
-        let is_for_all = |grant: &Grant| grant.vms.iter().any(super::vms::Vms::is_all);
-        self.granted_for(caller, verb, is_for_all, now_ms)
+        self.granted_for(caller, verb, About::All, now_ms)
     }
 
     fn granted_for(
         &self,
         caller: &Caller,
         verb: Verb<'_>,
-        is_about: impl Fn(&Grant) -> bool,
+        about: About<'_>,
         now_ms: i64,
     ) -> Result<Option<&Grant>, Reason> {
         if caller.is_owner() {
             return Ok(None);
         }
         let mut reason = Reason::NotGranted;
-        let subjects = caller.subjects().iter();
-        let grants = subjects
-            .filter_map(|subject| self.by_subject.get(subject))
-            .flatten();
-        for grant in grants.filter_map(|nth| self.all.get(*nth)) {
-            if !grant.may.iter().any(|may| may.covers(verb)) || !is_about(grant) {
-                continue;
-            }
+        for grant in self.covering(caller, verb, about) {
             match grant.until_ms {
                 Some(until) if now_ms >= until => {
                     reason = Reason::Expired {
@@ -223,15 +220,132 @@ impl Grants {
         Err(reason)
     }
 
+    /// Whether any of them has a rate.
+    pub fn has_rates(&self) -> bool {
+        self.has_rates
+    }
+
+    /// All grants that let a caller do it now.
+    pub fn all_granted(
+        &self,
+        caller: &Caller,
+        verb: Verb<'_>,
+        vm: VmView<'_>,
+        now_ms: i64,
+    ) -> impl Iterator<Item = &Grant> {
+        let is_over = move |grant: &&Grant| grant.until_ms.is_some_and(|until| now_ms >= until);
+        self.covering(caller, verb, About::Vm(vm))
+            .filter(move |grant| !is_over(grant))
+    }
+
+    /// Those that say so, also if their time is over.
+    fn covering(
+        &self,
+        caller: &Caller,
+        verb: Verb<'_>,
+        about: About<'_>,
+    ) -> impl Iterator<Item = &Grant> {
+        let subjects = caller.subjects().iter();
+        let grants = subjects
+            .filter_map(|subject| self.by_subject.get(subject))
+            .flat_map(move |of_subject| of_subject.about(about));
+        let covers = move |grant: &&Grant| {
+            grant.may.iter().any(|may| may.covers(verb)) && about.is_of(grant)
+        };
+        grants.filter_map(|nth| self.all.get(nth)).filter(covers)
+    }
+
     /// The grants that say anything of a VM, with whoever they are to.
     pub fn about<'a>(&'a self, vm: VmView<'a>) -> impl Iterator<Item = &'a Grant> {
         self.all.iter().filter(move |grant| grant.is_about(vm))
     }
 }
 
+/// Which grants are looked for.
+#[derive(Clone, Copy)]
+enum About<'a> {
+    /// Those about this VM.
+    Vm(VmView<'a>),
+    /// Those about every VM.
+    All,
+}
+
+impl About<'_> {
+    fn is_of(self, grant: &Grant) -> bool {
+        match self {
+            Self::Vm(vm) => grant.is_about(vm),
+            Self::All => grant.vms.iter().any(Vms::is_all),
+        }
+    }
+}
+
+/// A subject's grants, by their numbers. A few are looked at one by one; of many, those that can be about a VM are found by
+/// its name and its labels, and only patterns are looked at each.
+#[derive(Clone, Debug, Default)]
+struct OfSubject {
+    all: Vec<usize>,
+    by_name: HashMap<String, Vec<usize>>,
+    /// By a label's name, and by its value.
+    by_label: HashMap<String, HashMap<String, Vec<usize>>>,
+    patterns: Vec<usize>,
+}
+
+impl OfSubject {
+    /// With fewer, finding takes longer than looking.
+    const MANY: usize = 8;
+
+    fn add(&mut self, nth: usize, vms: &[Vms]) {
+        if self.all.last() == Some(&nth) {
+            return;
+        }
+        self.all.push(nth);
+        for vms in vms {
+            let of_kind = match vms {
+                Vms::Named(name, None) => self.by_name.entry(name.clone()).or_default(),
+                Vms::Named(_, Some(_)) => &mut self.patterns,
+                Vms::Labelled(name, value) => {
+                    let of_label = self.by_label.entry(name.clone()).or_default();
+                    of_label.entry(value.clone()).or_default()
+                }
+            };
+            of_kind.push(nth);
+        }
+    }
+
+    /// All that may be meant, in their order.
+    fn about(&self, about: About<'_>) -> impl Iterator<Item = usize> {
+        let found = match about {
+            About::Vm(vm) if self.all.len() > Self::MANY => Some(self.found(vm)),
+            _ => None,
+        };
+        let all = match found {
+            Some(_) => &[][..],
+            None => &self.all,
+        };
+        all.iter().copied().chain(found.into_iter().flatten())
+    }
+
+    fn found(&self, vm: VmView<'_>) -> Vec<usize> {
+        let mut found = self.patterns.clone();
+        found.extend(self.by_name.get(vm.name).into_iter().flatten());
+        let labels = vm
+            .labels
+            .keys()
+            .chain(vm.card.into_iter().flat_map(|card| card.keys()));
+        for name in labels {
+            let value = vm.label(name).unwrap_or_default();
+            let of_label = self.by_label.get(name).and_then(|of| of.get(value));
+            found.extend(of_label.into_iter().flatten());
+        }
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+}
+
 impl Grant {
     fn is_about(&self, vm: VmView<'_>) -> bool {
-        let is = |vms: &super::vms::Vms| vms.has(vm.name, |label| vm.label(label));
+        let is = |vms: &Vms| vms.has(vm.name, |label| vm.label(label));
         self.vms.iter().any(is)
     }
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use adit_api::HostEventKind;
 use adit_names::VmId;
 use adit_port::control::TUNNELS_MAX;
 
@@ -122,6 +123,11 @@ async fn judge(state: &Arc<State>, vm: &VmEntry, link: &Link) {
                 Judged::Ends => gone.push(*number),
                 Judged::Unknown => is_unknown = true,
             }
+        }
+        if !gone.is_empty() {
+            let name = Some(vm.name.as_str());
+            let cut = gone.len() as u64;
+            state.events.count(HostEventKind::TunnelsCut, name, cut);
         }
         let is_over = page.last || page.tunnels.is_empty();
         for gone in gone.chunks(TUNNELS_MAX) {

@@ -40,8 +40,21 @@ pub struct Grant {
     pub may: Vec<May>,
     /// Until when, Unix time; none: for ever.
     pub until_ms: Option<i64>,
+    /// Connections that each of them may open in a second; none: any number.
+    pub connections_per_s: Option<u32>,
     /// Where it is written: file and line.
     pub place: String,
+}
+
+impl Grant {
+    /// Whether it says the same, wherever it is written.
+    pub fn says_as(&self, other: &Self) -> bool {
+        let place = other.place.clone();
+        Self {
+            place,
+            ..self.clone()
+        } == *other
+    }
 }
 
 /// Something that may be done.

@@ -27,6 +27,7 @@ pub mod enforce;
 pub mod grant;
 pub mod guesses;
 pub mod log_in;
+pub mod rate;
 pub mod subject;
 pub mod tag;
 pub mod tokens;

@@ -1,12 +1,13 @@
 //! The JSON API on the Unix socket and on management listeners; `adit_api` lists the endpoints and has the types.
 //!
-//! `openapi` has the document that describes all of it, `access` has what is asked of grants, `discovery` targets for Prometheus, `vms` what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`lists`: the newest of them, and
+//! `openapi` has the document that describes all of it, `access` has what is asked of grants, `discovery` targets for Prometheus, `host_events` what happens here, `vms` what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`lists`: the newest of them, and
 //! filters that name nothing); `asks` knows who makes a request, and `rules` what that takes; here is the rest, and how a request fails.
 
 mod access;
 mod asks;
 mod blobs;
 mod discovery;
+mod host_events;
 mod lists;
 mod openapi;
 mod resolve;
@@ -100,6 +101,7 @@ fn own() -> OpenApiRouter<App> {
         .routes(routes!(trust::list, trust::apply))
         .routes(routes!(trust::forget))
         .routes(routes!(tasks::events))
+        .routes(routes!(host_events::follow))
         .routes(routes!(blobs::show, blobs::put))
         .routes(routes!(blobs::send))
         .routes(routes!(blobs::order))

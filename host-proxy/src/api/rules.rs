@@ -32,7 +32,7 @@ use Takes::{Handler, Host, Name, Nothing, Vm};
 use Verb::{Manage, See};
 
 /// The table.
-pub(super) const RULES: [(&str, &str, Takes); 30] = [
+pub(super) const RULES: [(&str, &str, Takes); 31] = [
     ("GET", "/healthz", Nothing),
     ("GET", "/v1/openapi.json", Name),
     // `see`
@@ -43,6 +43,7 @@ pub(super) const RULES: [(&str, &str, Takes); 30] = [
     ("GET", "/metrics", Host(See)),
     ("GET", "/readyz", Host(See)),
     ("GET", "/v1/config", Host(See)),
+    ("GET", "/v1/host-events", Host(See)),
     ("GET", "/v1/resolve", Host(See)),
     ("GET", "/v1/resolve/{name}", Host(See)),
     // `task`

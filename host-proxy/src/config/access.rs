@@ -236,6 +236,9 @@ pub struct GrantConfig {
     /// Until when; RFC 3339.
     #[serde(default)]
     pub until: Option<Timestamp>,
+    /// Connections that each of them may open in a second.
+    #[serde(default)]
+    pub connections_per_s: Option<u32>,
     /// File and line.
     #[serde(skip)]
     pub place: String,
@@ -252,6 +255,7 @@ impl GrantConfig {
             vms: all(&self.vms),
             may: all(&self.may),
             until_ms: self.until.map(Timestamp::as_millisecond),
+            connections_per_s: self.connections_per_s,
             place: self.place.clone(),
         }
     }

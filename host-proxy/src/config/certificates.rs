@@ -20,7 +20,7 @@ use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{RootCertStore, ServerConfig, version};
 use serde::{Deserialize, Serialize};
 
-use super::access::{Address, ListenConfig, Speak};
+use super::access::{Address, ListenConfig, Role, Speak};
 use crate::access::certificate::AnyCertificate;
 
 /// Most bytes of such a file.
@@ -229,7 +229,12 @@ impl ListenConfig {
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
         if self.speak == Speak::Http {
-            server.alpn_protocols = HTTP.map(<[u8]>::to_vec).to_vec();
+            let spoken = match self.role {
+                Role::Proxy => &HTTP[..],
+                // The API speaks HTTP/1.1 alone.
+                Role::Management => &HTTP[1..],
+            };
+            server.alpn_protocols = spoken.iter().map(|name| name.to_vec()).collect();
         }
         Ok(Some(Terms {
             server: Arc::new(server),

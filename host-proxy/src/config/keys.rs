@@ -11,7 +11,10 @@ use adit_tasks::card::LABELS_MAX;
 
 use super::access::{self, Address, ROLES, SPEAKS};
 use super::hosts::{self, Pin};
-use super::{ALLOW_MAX, BUSY_POLL_US_MAX, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX, Trust, UidRange};
+use super::{
+    ACCESS_LOGS, ALLOW_MAX, BUSY_POLL_US_MAX, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX, RATE_MAX, Trust,
+    UidRange, WEIGHT_MAX,
+};
 use crate::access::grant::LIST_MAX;
 use crate::access::vms::Vms;
 use crate::access::{May, Subject, subject};
@@ -393,6 +396,22 @@ const KEYS: &[Key] = &[
         kind: Kind::User,
     },
     Key {
+        path: "log.access",
+        meaning: "The access log: a line of JSON for each request and tunnel of the proxy, when it is over. `file`: into \
+                  aditd.access in state_dir, which is cut and rotated. `journal`: to standard error, with the log.",
+        default: "\"off\"",
+        example: "\"file\"",
+        kind: Kind::Word(&ACCESS_LOGS),
+    },
+    Key {
+        path: "audit.allows",
+        meaning: "Writes also what is allowed into aditd.audit in state_dir: who reached what of which VM, by which grant, how many bytes \
+                  both ways and for how long. What is denied is always written.",
+        default: "false",
+        example: "true",
+        kind: Kind::Flag,
+    },
+    Key {
         path: "trust.card",
         meaning: "Public keys whose cards are believed: a VM has the labels of the card that its guest shows only if one of these \
                   keys has signed it for that VM. Without a key every card is shown as unproved.",
@@ -524,6 +543,17 @@ const KEYS: &[Key] = &[
         default: "never",
         example: "\"2027-01-31T00:00:00Z\"",
         kind: Kind::Time,
+    },
+    Key {
+        path: "grant.connections_per_s",
+        meaning: "Connections, and requests that are relayed, which each of those in `to` may open by this grant in a second. What is \
+                  more is refused with status 429. Whoever has a second grant has that, too.",
+        default: "none: any number",
+        example: "20",
+        kind: Kind::Number {
+            min: 1,
+            max: RATE_MAX as u64,
+        },
     },
     Key {
         path: "token.name",
@@ -676,6 +706,27 @@ const KEYS: &[Key] = &[
         default: "{}",
         example: "{ env = \"prod\" }",
         kind: Kind::Labels,
+    },
+    Key {
+        path: "vm.weight",
+        meaning: "How many times `limits.requests_per_vm` this VM may have.",
+        default: "1",
+        example: "4",
+        kind: Kind::Number {
+            min: 1,
+            max: WEIGHT_MAX as u64,
+        },
+    },
+    Key {
+        path: "vm.connections_per_s",
+        meaning: "Connections, and requests that are relayed, which all clients together may open to this VM in a second. What is more \
+                  is refused with status 429.",
+        default: "none: any number",
+        example: "500",
+        kind: Kind::Number {
+            min: 1,
+            max: RATE_MAX as u64,
+        },
     },
 ];
 

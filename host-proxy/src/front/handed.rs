@@ -21,6 +21,7 @@ use crate::proxy::linger;
 use crate::proxy::problem::Problem;
 use crate::reach::{self, ClientSocket, Destination, NotOpened, Over};
 use crate::state::State;
+use crate::visit::Visit;
 
 /// What a client is told.
 pub struct Words<F> {
@@ -43,10 +44,14 @@ pub async fn hand(
     place: Place,
 ) {
     place.spoke();
-    let admitted = match reach::admit(state, caller, to).await {
+    let now_ms = state.now_ms();
+    let visit = state
+        .visits
+        .begin(place.listener(), words.speaks, None, now_ms);
+    let admitted = match reach::admit(state, caller, to, &visit).await {
         Ok(admitted) => admitted,
         Err(refusal) => {
-            note(state, words.speaks, to, &refusal);
+            note(state, words.speaks, &refusal, &visit);
             return refuse(state, client, &(words.refusal)(&refusal), &place).await;
         }
     };
@@ -58,6 +63,7 @@ pub async fn hand(
         _ => {
             state.pool.clear();
             let refusal = Refusal::busy("aditd has few descriptors left");
+            note(state, words.speaks, &refusal, &visit);
             under_way.over();
             return say(state, &mut client, &(words.refusal)(&refusal), &place).await;
         }
@@ -95,7 +101,7 @@ pub async fn hand(
             carried.carry(&state.stop).await;
         }
         Err(NotOpened::Refused(refusal)) => {
-            note(state, words.speaks, to, &refusal);
+            note(state, words.speaks, &refusal, &visit);
             let said = (words.refusal)(&refusal);
             if said.is_empty() {
                 shared.lose();
@@ -140,9 +146,11 @@ async fn say(
     }
 }
 
-fn note(state: &State, speaks: &'static str, to: &Destination, refusal: &Refusal) {
-    let status = Problem::from(refusal.clone()).status;
-    state.metrics.tunnel(speaks, status.as_u16());
-    let detail = adit_names::escape(refusal.text());
-    tracing::info!(vm = %to.vm, code = %refusal.code(), %detail, "connection refused");
+fn note(state: &State, speaks: &'static str, refusal: &Refusal, visit: &Visit) {
+    let problem = Problem::from(refusal.clone());
+    let status = problem.status.as_u16();
+    state.metrics.tunnel(speaks, status);
+    visit.answered(status, problem.error);
+    let (detail, trace_id) = (adit_names::escape(refusal.text()), visit.trace().id());
+    tracing::info!(vm = visit.vm(), code = %refusal.code(), %detail, trace_id, "connection refused");
 }

@@ -183,7 +183,7 @@ pub fn answer(reply: u8) -> Vec<u8> {
 /// The reply that says what a refusal is.
 pub fn reply(code: Code) -> u8 {
     match code {
-        Code::NotAllowed | Code::Denied | Code::UnknownService => 2,
+        Code::NotAllowed | Code::TooOften | Code::Denied | Code::UnknownService => 2,
         Code::UnknownVm
         | Code::Ambiguous
         | Code::NoPortProcess

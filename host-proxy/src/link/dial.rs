@@ -16,7 +16,8 @@ use std::time::Duration;
 
 use adit_channel::hello::Extensions;
 use adit_port::control::{
-    Ask, Attach, Cancel, Connect, ConnectAs, DIALS_MAX, Dial, DialError, DialFailed, Dialed, Target,
+    Ask, Attach, Cancel, Connect, ConnectAs, ConnectNoted, DIALS_MAX, Dial, DialError, DialFailed,
+    Dialed, Target,
 };
 use adit_port::control_io::Message;
 use rustix::net::SendFlags;
@@ -42,6 +43,8 @@ pub struct Question {
     pub deadline: Duration,
     /// By which the tunnel is found again, if it is to be.
     pub tag: Option<Vec<u8>>,
+    /// What the port process says when the tunnel ends, if it is to. Only where it [tells](Link::tells_ends).
+    pub note: Option<Vec<u8>>,
 }
 
 /// The host's end of a stream.
@@ -173,8 +176,9 @@ impl Waits<'_> {
             prefix: ahead,
             greeting,
         };
-        let message = match question.tag {
-            Some(tag) if self.link.lists.load(Ordering::Relaxed) => {
+        let message = match (question.tag, question.note) {
+            (tag, Some(note)) => Message::ConnectNoted(ConnectNoted { connect, tag, note }),
+            (Some(tag), None) if self.link.lists.load(Ordering::Relaxed) => {
                 Message::ConnectAs(ConnectAs { connect, tag })
             }
             _ => Message::Connect(connect),
@@ -309,7 +313,10 @@ impl Drop for Waits<'_> {
         let passing = dial.and_then(|dial| dial.passing);
         let is_unheard = matches!(
             passing,
-            Some((Message::Connect(_) | Message::ConnectAs(_), _))
+            Some((
+                Message::Connect(_) | Message::ConnectAs(_) | Message::ConnectNoted(_),
+                _
+            ))
         );
         if self.answered || is_unheard {
             return;

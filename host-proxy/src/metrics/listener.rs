@@ -32,6 +32,8 @@ impl Turned {
 /// What is counted of a listener.
 #[derive(Debug, Default)]
 pub struct Listener {
+    /// Its name.
+    pub name: String,
     /// Connections that it may have at a time.
     pub max: usize,
     accepted: AtomicU64,
@@ -84,7 +86,11 @@ pub(super) struct Listeners(Arc<Mutex<BTreeMap<String, Weak<Listener>>>>);
 
 impl Listeners {
     pub(super) fn add(&self, name: &str, max: usize) -> Arc<Listener> {
-        let listener = Listener::new(max);
+        let listener = Arc::new(Listener {
+            name: name.to_owned(),
+            max,
+            ..Listener::default()
+        });
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|_, listener| listener.strong_count() > 0);
         all.insert(name.to_owned(), Arc::downgrade(&listener));

@@ -25,14 +25,17 @@ use crate::{arguments, uids};
 const NAME: &str = "adit";
 /// What the directory of the database may have, so that it is aditd's own and can be handed over.
 const OWN: [&str; 2] = ["aditd.", "lost+found"];
-/// The database, what SQLite puts beside it, the host's own id, and the audit that is written: older ones are only removed.
-const FILES: [&str; 6] = [
+/// The database, what SQLite puts beside it, the host's own id and key, and the audit and the access log that are written: older
+/// ones are only removed.
+const FILES: [&str; 8] = [
+    "aditd.access",
     "aditd.audit",
     "aditd.db",
     "aditd.db-wal",
     "aditd.db-shm",
     "aditd.db-journal",
     "aditd.id",
+    "aditd.key",
 ];
 
 /// A user and its group.

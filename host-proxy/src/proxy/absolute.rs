@@ -16,7 +16,7 @@ use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use tokio_util::sync::CancellationToken;
 
 use super::authority;
-use super::bodies::{Expected, Watched};
+use super::bodies::{Expected, Watch, Watched};
 use super::fields::{self, Hop};
 use super::guest::{Answering, GiveBack, Guest};
 use super::interim::Interims;
@@ -27,6 +27,7 @@ use super::upgrade::Upgraded;
 use crate::access::Caller;
 use crate::reach::{self, Admitted, Destination, Lasts};
 use crate::state::State;
+use crate::visit::Visit;
 
 /// Port of `http://`.
 const HTTP: u16 = 80;
@@ -39,11 +40,18 @@ pub(super) async fn handle<B: Relayed>(
     interim: &Interims,
     request: Request<B>,
     no_path: bool,
+    visit: &Visit,
 ) -> Result<(Response<Body>, Option<Upgraded>), Problem> {
     let (to, host) = target(state, request.uri(), request.headers().get(HOST))?;
-    let admitted = reach::admit(state, caller, &to).await?;
+    let admitted = reach::admit(state, caller, &to, visit).await?;
     let (moved, since) = (Moved::now(), Instant::now());
-    let (request, asked) = outgoing(request, host, no_path, &moved, interim);
+    let by = By {
+        caller,
+        moved: &moved,
+        interim,
+        visit,
+    };
+    let (request, asked) = outgoing(request, host, no_path, &by);
     // A connection that a server knows as one client's is not for others.
     let bound = fields::binds_connection(request.headers());
     let here = admitted.here();
@@ -66,6 +74,7 @@ pub(super) async fn handle<B: Relayed>(
     if let Some((vm, _)) = admitted.here() {
         vm.dials.first_byte(since);
     }
+    visit.first_byte(since.elapsed());
     interim.written().await;
 
     let received = response.version();
@@ -83,7 +92,7 @@ pub(super) async fn handle<B: Relayed>(
     match response.status() {
         StatusCode::SWITCHING_PROTOCOLS if asked.upgrade => {
             hop.upgrade_only().put_into(response.headers_mut());
-            let upgraded = Upgraded::new(guest, admitted.share);
+            let upgraded = Upgraded::new(guest, admitted.share, visit.clone());
             return Ok((response.map(|_| nothing()), Some(upgraded)));
         }
         StatusCode::SWITCHING_PROTOCOLS => {
@@ -106,7 +115,7 @@ pub(super) async fn handle<B: Relayed>(
     {
         back.now();
     }
-    let answering = Answering(back);
+    let answering = Answering::new(back, visit.clone());
     let response = response.map(|body| relayed(Watched::new(body, answering)));
     Ok((response, None))
 }
@@ -166,13 +175,43 @@ struct Asked {
     upgrade: bool,
 }
 
+/// Whose request it is, and who is told what becomes of it.
+struct By<'a> {
+    caller: &'a Caller,
+    moved: &'a Arc<Moved>,
+    interim: &'a Interims,
+    visit: &'a Visit,
+}
+
+impl By<'_> {
+    /// Watches the request's body.
+    fn moving(&self) -> Moving {
+        Moving {
+            moved: self.moved.clone(),
+            visit: self.visit.clone(),
+        }
+    }
+}
+
+/// Notes when the body of a request moves, and how much of it has.
+struct Moving {
+    moved: Arc<Moved>,
+    visit: Visit,
+}
+
+impl Watch for Moving {
+    fn moved(&mut self, bytes: usize) {
+        self.moved.note();
+        self.visit.add_to_vm(bytes);
+    }
+}
+
 /// The request as the guest's server gets it.
 fn outgoing<B: Relayed>(
     request: Request<B>,
     host: HeaderValue,
     no_path: bool,
-    moved: &Arc<Moved>,
-    interim: &Interims,
+    by: &By<'_>,
 ) -> (Request<Body>, Asked) {
     let received = request.version();
     let has_interim = received >= Version::HTTP_11;
@@ -184,8 +223,10 @@ fn outgoing<B: Relayed>(
         trailers: hop.trailers || received == Version::HTTP_2,
         upgrade: hop.upgrade.is_some(),
     };
-    parts.headers.insert(HOST, host);
     fields::add_via(&mut parts.headers, received);
+    fields::add_forwarded(&mut parts.headers, by.caller.from(), &host);
+    parts.headers.insert(HOST, host);
+    fields::set_trace(&mut parts.headers, by.visit.trace());
     hop.put_into(&mut parts.headers);
     parts.uri = origin(&parts.method, &parts.uri, no_path);
     parts.version = Version::HTTP_11;
@@ -202,12 +243,12 @@ fn outgoing<B: Relayed>(
         (true, _) => nothing(),
         (false, true) => relayed(Watched::new(
             Expected::new(body, wanted.clone()),
-            moved.clone(),
+            by.moving(),
         )),
-        (false, false) => relayed(Watched::new(body, moved.clone())),
+        (false, false) => relayed(Watched::new(body, by.moving())),
     };
     let mut request = Request::from_parts(parts, body);
-    let (moved, interim) = (moved.clone(), interim.clone());
+    let (moved, interim) = (by.moved.clone(), by.interim.clone());
     hyper::ext::on_informational(&mut request, move |said| {
         // The server is there, and at work.
         moved.note();

@@ -13,8 +13,8 @@ const EXPECT_LIMIT: Duration = Duration::from_secs(1);
 
 /// Who watches a body; dropped with it.
 pub(super) trait Watch {
-    /// It moved, or failed.
-    fn moved(&mut self) {}
+    /// It moved by so many bytes, or failed.
+    fn moved(&mut self, _bytes: usize) {}
     /// It has ended in order.
     fn ended(&mut self) {}
 }
@@ -44,8 +44,11 @@ where
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let polled = Pin::new(&mut self.inner).poll_frame(cx);
-        if polled.is_ready() {
-            self.watch.moved();
+        if let Poll::Ready(frame) = &polled {
+            let data = frame
+                .as_ref()
+                .and_then(|frame| frame.as_ref().ok()?.data_ref());
+            self.watch.moved(data.map_or(0, Bytes::len));
         }
         let ended = match &polled {
             Poll::Ready(None) => true,

@@ -27,6 +27,7 @@ use crate::access::Caller;
 use crate::peers::Carried;
 use crate::reach::{self, ClientSocket, NotOpened, Over};
 use crate::state::State;
+use crate::visit::Visit;
 
 /// Whose a client is that aditd is done with.
 #[derive(Debug)]
@@ -45,11 +46,12 @@ pub(super) async fn open(
     caller: &Caller,
     notes: &Notes,
     request: &Request<Incoming>,
+    visit: &Visit,
 ) -> Result<Handed, Problem> {
     let named = request.uri().authority();
     let named = named.ok_or_else(|| Problem::malformed("CONNECT names VM:PORT"))?;
     let to = authority::parse(&state.config.names.suffix, named.as_str(), None)?;
-    let admitted = reach::admit(state, caller, &to).await?;
+    let admitted = reach::admit(state, caller, &to, visit).await?;
     let tunnel = notes.take_tunnel();
     let tunnel = tunnel.ok_or_else(|| internal("no client: its socket is another request's"))?;
     let Tunnel {

@@ -6,15 +6,24 @@
 //! | `TE` | taken out; `TE: trailers` is said again |
 //! | `Upgrade` | taken out; said again where an upgrade is possible ([`Hop::upgrade`]) |
 //! | `Trailer` | carried where the trailers are |
+//! | `Via`, `Forwarded` | carried, with ours behind what is there |
+//! | `traceparent` | ours, of the same trace; `tracestate` goes with it |
 //! | everything else | carried, in its order and spelling |
+
+use std::net::SocketAddr;
 
 use hyper::Version;
 use hyper::header::{
-    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue,
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, FORWARDED, HeaderMap, HeaderName, HeaderValue,
     PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
     WWW_AUTHENTICATE,
 };
 use hyper::http::header::GetAll;
+
+use crate::trace::Trace;
+
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// Authentication schemes that let a connection in, and not a request: such a connection is one client's.
 const OF_A_CONNECTION: [&str; 2] = ["ntlm", "negotiate"];
@@ -168,6 +177,43 @@ pub(super) fn add_via(headers: &mut HeaderMap, received: Version) {
     headers.append(VIA, HeaderValue::from_static(via));
 }
 
+/// Says for whom a request is forwarded (RFC 7239): after what a proxy before us has said, which it may have made up. A client
+/// whose address says nothing, as of a Unix socket, is `unknown`; no name of a caller goes to a guest.
+pub(super) fn add_forwarded(headers: &mut HeaderMap, from: &str, host: &HeaderValue) {
+    let node = match from.parse::<SocketAddr>() {
+        // The node is quoted for its colons, an IPv6 address for its brackets, too (§4, §6).
+        Ok(at) => format!("\"{}\"", SocketAddr::new(at.ip().to_canonical(), at.port())),
+        Err(_) => "unknown".into(),
+    };
+    // It has passed as an authority: no quote and no backslash is in it.
+    let host = host.to_str().unwrap_or_default();
+    let element = format!("for={node};host=\"{host}\";proto=http;by=_adit");
+    if let Ok(element) = HeaderValue::from_str(&element) {
+        headers.append(FORWARDED, element);
+    }
+}
+
+/// Puts a request under its span. What the client said of a trace counts only where it was understood: without a `traceparent`
+/// that is one, its `tracestate` says nothing (W3C Trace Context §3.3.1).
+pub(super) fn set_trace(headers: &mut HeaderMap, trace: Trace) {
+    if given_trace(headers).is_none() {
+        retain(headers, |name| *name != TRACESTATE);
+    }
+    if let Ok(value) = HeaderValue::from_str(&trace.to_string()) {
+        headers.insert(TRACEPARENT, value);
+    }
+}
+
+/// The trace that a client gives; none: there is none, or more than one, or it is not understood.
+pub(super) fn given_trace(headers: &HeaderMap) -> Option<Trace> {
+    let mut all = headers.get_all(TRACEPARENT).iter();
+    let (one, other) = (all.next()?, all.next());
+    match other {
+        None => Trace::parse(one.as_bytes()),
+        Some(_) => None,
+    }
+}
+
 /// Whether a message is part of an authentication that is a whole connection's.
 pub(super) fn binds_connection(headers: &HeaderMap) -> bool {
     [AUTHORIZATION, WWW_AUTHENTICATE].iter().any(|name| {
@@ -257,6 +303,45 @@ mod tests {
             assert_eq!(Hop::take_from(&mut h).upgrade, None, "{fields:?}");
             Hop::default().put_into(&mut h);
             assert!(h.is_empty(), "{fields:?}");
+        }
+    }
+
+    #[test]
+    fn a_request_says_for_whom_it_is_forwarded_behind_what_others_have_said() {
+        let host = HeaderValue::from_static("web-1:8080");
+        for (from, node) in [
+            ("127.0.0.1:40312", "\"127.0.0.1:40312\""),
+            ("[2001:db8::1]:9", "\"[2001:db8::1]:9\""),
+            ("[::ffff:192.0.2.1]:9", "\"192.0.2.1:9\""),
+            ("a Unix socket (uid 7)", "unknown"),
+        ] {
+            let mut h = headers(&[("forwarded", "for=198.51.100.1")]);
+            add_forwarded(&mut h, from, &host);
+            let all: Vec<_> = h.get_all(FORWARDED).iter().collect();
+            let own = format!("for={node};host=\"web-1:8080\";proto=http;by=_adit");
+            assert_eq!(all, ["for=198.51.100.1", &own], "{from}");
+        }
+    }
+
+    #[test]
+    fn r72_a_trace_that_is_not_understood_is_not_passed_on_and_nor_is_its_state() {
+        let good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let on = Trace::new([7; crate::trace::RANDOM]);
+        for (given, is_kept) in [
+            (&[good][..], true),
+            (&[good, good], false),
+            (&["00-0-0-0"], false),
+            (&[], false),
+        ] {
+            let mut h = headers(&[("tracestate", "a=b")]);
+            for value in given {
+                h.append("traceparent", value.parse().unwrap());
+            }
+            assert_eq!(given_trace(&h).is_some(), is_kept, "{given:?}");
+            set_trace(&mut h, on);
+            assert_eq!(h.contains_key("tracestate"), is_kept, "{given:?}");
+            let all: Vec<_> = h.get_all("traceparent").iter().collect();
+            assert_eq!(all, [&*on.to_string()]);
         }
     }
 

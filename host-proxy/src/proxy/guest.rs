@@ -19,6 +19,7 @@ use crate::listen::Share;
 use crate::reach::dial::ends_in_order;
 use crate::reach::{Admitted, Destination, Lasts};
 use crate::state::State;
+use crate::visit::Visit;
 use adit_names::VmId;
 
 /// Most header fields of an answer. Programs set a cookie for each thing that they keep; curl takes as many, too.
@@ -176,8 +177,21 @@ impl Driver {
     }
 }
 
-/// Watches the body of an answer: its end gives the connection back.
-pub(super) struct Answering(pub(super) Option<GiveBack>);
+/// Watches the body of an answer: its end gives the connection back, and is the visit's.
+pub(super) struct Answering {
+    back: Option<GiveBack>,
+    visit: Visit,
+}
+
+impl Answering {
+    pub(super) fn new(back: Option<GiveBack>, visit: Visit) -> Self {
+        if back.is_none() {
+            // There is no body.
+            visit.ended();
+        }
+        Self { back, visit }
+    }
+}
 
 /// A connection that is asked, and what it may be used for again.
 pub(super) struct GiveBack {
@@ -194,8 +208,13 @@ pub(super) struct GiveBack {
 }
 
 impl Watch for Answering {
+    fn moved(&mut self, bytes: usize) {
+        self.visit.add_from_vm(bytes);
+    }
+
     fn ended(&mut self) {
-        if let Some(back) = self.0.take() {
+        self.visit.ended();
+        if let Some(back) = self.back.take() {
             back.now();
         }
     }

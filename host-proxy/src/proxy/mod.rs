@@ -40,6 +40,7 @@ use crate::front::stream::Stream;
 use crate::listen::Place;
 use crate::peers::{Carried, asked};
 use crate::state::State;
+use crate::visit::Visit;
 use client::{Client, FIELDS_MAX, HEADER_MAX, Notes};
 use connect::Handed;
 use ends::{ClientIo, UnderWay};
@@ -79,7 +80,12 @@ pub async fn connection(
             handed: &handed,
             carried: &carried,
         };
-        let answered = answer(&state, &asking, &notes, &interim, after, request);
+        let parent = fields::given_trace(request.headers());
+        let now_ms = state.now_ms();
+        let visit = state.visits.begin(place.listener(), "http", parent, now_ms);
+        visit.method(request.method().as_str());
+        let by = (&asking, visit);
+        let answered = answer(&state, by, &notes, &interim, after, request);
         async move {
             let answer = answered.await;
             Ok::<_, Infallible>(answer.map(|body| ends::answered(body, under_way, head)))
@@ -130,7 +136,10 @@ pub async fn connection(
         return upgraded.carry(client, &stop).await;
     }
     if let Some(problem) = client.unanswered() {
-        log_refusal(problem);
+        let now_ms = state.now_ms();
+        let visit = state.visits.begin(place.listener(), "http", None, now_ms);
+        visit.answered(problem.status.as_u16(), problem.error);
+        log_refusal(problem, &visit.trace().id());
         state.metrics.request(false, problem.status.as_u16());
     }
     tokio::select! {
@@ -150,7 +159,7 @@ struct After<'a> {
 
 async fn answer(
     state: &Arc<State>,
-    asking: &Asking,
+    (asking, visit): (&Asking, Visit),
     notes: &Notes,
     interim: &Interims,
     after: After<'_>,
@@ -159,7 +168,8 @@ async fn answer(
     let connect = request.method() == Method::CONNECT;
     let result = match who::asks(state, asking, &mut request).await {
         Err(problem) => Err(problem),
-        Ok(caller) if connect => match connect::open(state, &caller, notes, &request).await {
+        Ok(caller) if connect => match connect::open(state, &caller, notes, &request, &visit).await
+        {
             Ok(whose) => {
                 let status = match whose {
                     Handed::Over => StatusCode::OK,
@@ -172,6 +182,7 @@ async fn answer(
                     Handed::Lost => StatusCode::BAD_GATEWAY,
                 };
                 state.metrics.request(connect, status.as_u16());
+                drop(visit);
                 after.handed.cancel();
                 return std::future::pending().await;
             }
@@ -180,12 +191,22 @@ async fn answer(
         Ok(caller) => match asked::answer(state, &caller, &request)
             .or_else(|| own::answer(&mut request).map(Ok))
         {
-            Some(answer) => answer.map(|answer| (answer, None)),
-            None => absolute::handle(state, &caller, interim, request, notes.has_no_path())
-                .await
-                .map_err(|problem| who::may_log_in(state, &caller, problem)),
+            Some(answer) => {
+                visit.caller(&caller);
+                visit.ended();
+                answer.map(|answer| (answer, None))
+            }
+            None => {
+                let no_path = notes.has_no_path();
+                absolute::handle(state, &caller, interim, request, no_path, &visit)
+                    .await
+                    .map_err(|problem| who::may_log_in(state, &caller, problem))
+            }
         },
     };
+    if let Ok((answer, _)) = &result {
+        visit.answered(answer.status().as_u16(), "");
+    }
     let result = result.map(|(answer, next)| {
         *after.onward.lock().unwrap_or_else(PoisonError::into_inner) = next;
         answer
@@ -193,13 +214,14 @@ async fn answer(
     let response = result.unwrap_or_else(|problem| {
         // Where a body was refused on its way, that is why the VM had no whole request.
         let problem = notes.refused().unwrap_or(&problem);
-        log_refusal(problem);
+        visit.answered(problem.status.as_u16(), problem.error);
+        log_refusal(problem, &visit.trace().id());
         problem.response()
     });
     state.metrics.request(connect, response.status().as_u16());
     response
 }
 
-fn log_refusal(problem: &Problem) {
-    tracing::info!(status = problem.status.as_u16(), detail = %adit_names::escape(&problem.detail), "request refused");
+fn log_refusal(problem: &Problem, trace_id: &str) {
+    tracing::info!(status = problem.status.as_u16(), detail = %adit_names::escape(&problem.detail), trace_id, "request refused");
 }

@@ -5,8 +5,6 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::bodies::Watch;
-
 /// When a request's body moved last: a VM that still takes it in is not silent.
 #[derive(Debug)]
 pub(super) struct Moved(Mutex<Instant>);
@@ -22,12 +20,6 @@ impl Moved {
 
     fn last(&self) -> Instant {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Watch for Arc<Moved> {
-    fn moved(&mut self) {
-        self.note();
     }
 }
 

@@ -130,6 +130,7 @@ fn of_code(code: Code) -> (StatusCode, &'static str) {
         Code::NoPortProcess | Code::NoSession | Code::NoAgent => {
             (S::SERVICE_UNAVAILABLE, "destination_unavailable")
         }
+        Code::TooOften => (S::TOO_MANY_REQUESTS, "connection_limit_reached"),
         Code::Busy => (S::SERVICE_UNAVAILABLE, "connection_limit_reached"),
         Code::NoAnswer | Code::DialTimedOut => (S::GATEWAY_TIMEOUT, "connection_timeout"),
         Code::Reset => (S::BAD_GATEWAY, "connection_terminated"),

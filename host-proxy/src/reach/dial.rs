@@ -5,7 +5,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use adit_channel::hello::Extensions;
 use adit_channel::refusal::{Code, Refusal};
@@ -23,6 +23,7 @@ use crate::listen::{Room, Share};
 use crate::passing::Socket;
 use crate::peers::{Carried, Host};
 use crate::state::State;
+use crate::visit::Visit;
 use crate::vm::VmEntry;
 
 /// What somebody hears who shows what is no token here.
@@ -37,6 +38,7 @@ pub struct Admitted {
     way: Way,
     /// The VM's, of what all clients have under way: for as long as the request needs aditd.
     pub share: Share<VmId>,
+    visit: Visit,
 }
 
 enum Way {
@@ -54,6 +56,7 @@ struct Here {
     tag: Option<Vec<u8>>,
     /// By which it was admitted.
     grants: Arc<Grants>,
+    visit: Visit,
 }
 
 /// What became of a client that was given away.
@@ -91,13 +94,17 @@ pub async fn admit(
     state: &Arc<State>,
     caller: &Caller,
     to: &Destination,
+    visit: &Visit,
 ) -> Result<Admitted, Refusal> {
+    visit.caller(caller);
+    visit.to(to);
     let vm = match find(state, caller, to).await {
         Found::Here(vm) => vm,
         Found::There(host) => {
-            let share = share(state, &to.vm)?;
+            let share = share(state, &to.vm, 1)?;
             let way = Way::There(host, caller.clone());
-            return Ok(Admitted { way, share });
+            let visit = visit.clone();
+            return Ok(Admitted { way, share, visit });
         }
         Found::Nowhere(why) => {
             state.denied(caller, "reach", to.vm.as_str(), &to.what(), why);
@@ -112,7 +119,7 @@ pub async fn admit(
         // It is written down, and counted, with the answer.
         return Err(Refusal::new(Code::NotAllowed, STRANGE));
     }
-    admit_here(state, caller, to, vm)
+    admit_here(state, caller, to, vm, visit)
 }
 
 /// The same, for a VM of this host.
@@ -124,20 +131,28 @@ pub fn admit_here(
     caller: &Caller,
     to: &Destination,
     vm: Arc<VmEntry>,
+    visit: &Visit,
 ) -> Result<Admitted, Refusal> {
     let grants = state.grants();
-    if let Some(denial) = state.decide(caller, Verb::Reach(&to.target), &vm) {
-        if denial.is_hidden {
-            return Err(unknown(to, caller));
+    match state.allow(caller, Verb::Reach(&to.target), &vm) {
+        Ok(by) => {
+            let by = match state.has_rate(&vm) {
+                true => state.rated(caller, &to.target, &vm)?,
+                false => by,
+            };
+            visit.allowed(by.as_deref());
         }
-        let text = denial.reason.text(Verb::Reach(&to.target), &to.vm, caller);
-        return Err(Refusal::new(Code::NotAllowed, text));
+        Err(denial) if denial.is_hidden => return Err(unknown(to, caller)),
+        Err(denial) => {
+            let text = denial.reason.text(Verb::Reach(&to.target), &to.vm, caller);
+            return Err(Refusal::new(Code::NotAllowed, text));
+        }
     }
     let Some(link) = vm.channel.link() else {
         let text = format!("VM `{}`: its port process does not run", to.vm);
         return Err(Refusal::new(Code::NoPortProcess, text));
     };
-    let share = share(state, &to.vm)?;
+    let share = share(state, &to.vm, vm.weight())?;
     let outlives = state.config.limits.tunnels_outlive_grants;
     let tag = Tag::of(caller, &to.target).filter(|_| !outlives);
     let way = Way::Here(Here {
@@ -145,15 +160,19 @@ pub fn admit_here(
         link,
         tag,
         grants,
+        visit: visit.clone(),
     });
-    Ok(Admitted { way, share })
+    let visit = visit.clone();
+    Ok(Admitted { way, share, visit })
 }
 
-fn share(state: &State, vm: &VmId) -> Result<Share<VmId>, Refusal> {
-    state.vm_shares.take(vm.clone()).ok_or_else(|| {
-        let max = state.vm_shares.max();
-        Refusal::busy(format!("VM `{vm}` has {max} requests under way already"))
-    })
+/// `weight`: how many of the shares that each VM has.
+fn share(state: &State, vm: &VmId, weight: usize) -> Result<Share<VmId>, Refusal> {
+    let max = state.vm_shares.max().saturating_mul(weight);
+    state
+        .vm_shares
+        .take_of(vm.clone(), max)
+        .ok_or_else(|| Refusal::busy(format!("VM `{vm}` has {max} requests under way already")))
 }
 
 /// There is no such VM, or none that the caller may see: nothing tells these two apart.
@@ -215,15 +234,22 @@ impl Admitted {
                 let carried = host.hand_over(state, caller, to, client).await;
                 let carried = carried
                     .map_err(|e| NotOpened::Refused(of_other(state, host, to, caller, e)))?;
+                // Its bytes are its own host's to count.
+                self.visit.handed(false);
                 return Ok(Over::Here(carried));
             }
         };
         let end = ClientEnd::Socket(client);
-        let opened = here.open(to, Extensions::default(), end, here.tag.clone());
+        let note = self.visit.note().filter(|_| here.link.tells_ends());
+        let is_noted = note.is_some();
+        let opened = here.open(to, self.visit.extensions(), end, here.tag.clone(), note);
         let opened = opened.await.map_err(|e| match e {
             Unopened::Failed(failed) => NotOpened::Refused(refusal(to, &failed)),
             Unopened::Unknown(failed) => NotOpened::Unknown(failed.refusal(&to.target)),
         });
+        if opened.is_ok() {
+            self.visit.handed(is_noted);
+        }
         here.judge_again(state);
         opened.map(|()| Over::Away)
     }
@@ -250,7 +276,7 @@ impl Admitted {
             Lasts::Tunnel => here.tag.clone(),
         };
         let short = || state.pool.clear();
-        let paired = here.pair(to, Extensions::default(), tag, state.room, short);
+        let paired = here.pair(to, self.visit.extensions(), tag, state.room, short);
         let paired = paired.await;
         here.judge_again(state);
         paired
@@ -314,7 +340,7 @@ impl Here {
         }
         let ours = Socket::new(ours, self.link.closer()).map_err(internal)?;
         let end = ClientEnd::Relayed(theirs.into());
-        let opened = self.open(to, extensions, end, tag).await;
+        let opened = self.open(to, extensions, end, tag, None).await;
         opened.map_err(|e| refusal(to, &e.into_reason()))?;
         Ok(ours)
     }
@@ -325,15 +351,18 @@ impl Here {
         extensions: Extensions,
         end: ClientEnd,
         tag: Option<Vec<u8>>,
+        note: Option<Vec<u8>>,
     ) -> Result<(), Unopened> {
         let question = Question {
             to: to.target.clone(),
             extensions,
             deadline: DIAL_LIMIT,
             tag,
+            note,
         };
-        let dial = self.vm.dials.begin(&to.target);
+        let (dial, since) = (self.vm.dials.begin(&to.target), Instant::now());
         let opened = self.link.open(question, end).await;
+        self.visit.dialed(since.elapsed());
         dial.ended(opened.as_ref().err().map(Unopened::reason));
         opened
     }

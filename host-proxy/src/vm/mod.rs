@@ -104,6 +104,11 @@ impl VmEntry {
         self.changes.note();
     }
 
+    /// How many shares it has.
+    pub fn weight(&self) -> usize {
+        usize::try_from(self.spec().weight.max(1)).unwrap_or(1)
+    }
+
     /// Calls `look` with what of the VM decides who may do what with it.
     pub fn viewed<T>(&self, look: impl FnOnce(VmView<'_>) -> T) -> T {
         let spec = self.spec();

@@ -7,7 +7,7 @@ use adit_api::{
     Card, Carrier, CarrierKind, GuestKey, Holding, LastDial, Program, Refused, Trust, TrustRefused,
     TrustTaken, Vm, VmFault, VmState,
 };
-use adit_port::control::{IVSHMEM_SOCKET, RING_SOCKET, Ring, VHOST_SOCKET};
+use adit_port::control::{IVSHMEM_SOCKET, RING_SOCKET, Ring, Status, VHOST_SOCKET};
 
 use adit_tasks::KeyId;
 
@@ -23,6 +23,21 @@ const RING_TEXT_MAX: usize = 300;
 const DIAL_TEXT_MAX: usize = 300;
 
 impl VmEntry {
+    /// How far its channel is.
+    pub fn state(&self) -> VmState {
+        self.state_of(self.channel.status().as_ref())
+    }
+
+    fn state_of(&self, status: Option<&Status>) -> VmState {
+        match status {
+            _ if self.channel.stuck().is_some() => VmState::PowerCycle,
+            None => VmState::Down,
+            Some(s) if !s.session => VmState::Waiting,
+            Some(_) if self.agent.is_known() => VmState::Ready,
+            Some(_) => VmState::Up,
+        }
+    }
+
     /// The VM as the API shows it.
     pub fn show(&self) -> Vm {
         let (spec, agent) = (self.spec(), self.agent.said());
@@ -30,13 +45,7 @@ impl VmEntry {
         let texts: Vec<_> = faults.iter().map(|f| f.text.as_str()).collect();
         let status = self.channel.status();
         let connected = agent.is_connected();
-        let state = match &status {
-            _ if self.channel.stuck().is_some() => VmState::PowerCycle,
-            None => VmState::Down,
-            Some(s) if !s.session => VmState::Waiting,
-            Some(_) if agent.is_known() => VmState::Ready,
-            Some(_) => VmState::Up,
-        };
+        let state = self.state_of(status.as_ref());
         let age = |seen: Instant| u64::try_from(seen.elapsed().as_millis()).unwrap_or(u64::MAX);
         let facts = agent.facts.as_ref();
         Vm {

@@ -60,7 +60,9 @@ fn names_of_fields_keep_their_spelling_and_their_order_both_ways() {
             "SOAPAction",
             "Accept",
             "User-agent",
-            "Via"
+            "Via",
+            "Forwarded",
+            "Traceparent"
         ],
         "{head}"
     );

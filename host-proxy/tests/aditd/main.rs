@@ -38,6 +38,7 @@ mod proxy;
 mod reach;
 mod refused;
 mod reload;
+mod seen;
 mod server;
 mod smuggle;
 mod tasks;

@@ -32,6 +32,7 @@ impl DialFailed {
             | Code::UnknownVm
             | Code::Ambiguous
             | Code::NotAllowed
+            | Code::TooOften
             | Code::Internal => DialError::HelloRefused,
         };
         let (status, errno) = match error {
@@ -105,7 +106,11 @@ mod tests {
             let refusal = Refusal::new(code, "why").with_errno(errno);
             let arrived = DialFailed::new(1, &refusal).refusal(&to);
             match code {
-                Code::UnknownVm | Code::NotAllowed | Code::Internal => {
+                Code::UnknownVm
+                | Code::Ambiguous
+                | Code::NotAllowed
+                | Code::TooOften
+                | Code::Internal => {
                     assert_eq!(arrived.code(), Code::Other(0));
                 }
                 Code::NoPortProcess => assert_eq!(arrived.code(), Code::NoSession),

@@ -13,6 +13,7 @@ fn grant(to: &[&str], vms: &[&str], may: &[&str], until_ms: Option<i64>) -> Gran
         vms: vms.iter().map(|s| s.parse().unwrap()).collect(),
         may: may.iter().map(|s| s.parse().unwrap()).collect(),
         until_ms,
+        connections_per_s: None,
         place: "a.toml:1".into(),
     }
 }

@@ -45,7 +45,7 @@ use super::client::{HEADER_MAX, IDLE_LIMIT};
 use super::ends::ClientIo;
 use super::interim::Interims;
 use super::problem::{self, Body, Problem};
-use super::{absolute, authority, linger, log_refusal, own, who};
+use super::{absolute, authority, fields, linger, log_refusal, own, who};
 use crate::access::Caller;
 use crate::access::callers::Asking;
 use crate::front::party::Party;
@@ -54,6 +54,7 @@ use crate::passing::Socket;
 use crate::peers::asked;
 use crate::reach::{self, Lasts};
 use crate::state::State;
+use crate::visit::Visit;
 use answer::Respond;
 use body::Received;
 use calm::Calm;
@@ -243,8 +244,9 @@ fn begin(served: &Arc<Served>, (request, respond): Asked, place: &Place) {
     meter.wanted(answer::size(request.headers()));
     let respond = Respond::new(respond, meter.clone());
     let clients = &served.state.clients;
+    let listener = place.listener().to_owned();
     clients.spawn(async move {
-        stream(&active.0, request, respond).await;
+        stream(&active.0, &listener, request, respond).await;
     });
 }
 
@@ -263,14 +265,19 @@ struct Tunnel {
     share: Share<VmId>,
 }
 
-async fn stream(served: &Served, request: Request<RecvStream>, respond: Respond) {
+async fn stream(served: &Served, listener: &str, request: Request<RecvStream>, respond: Respond) {
     let Served { state, meter, .. } = served;
+    let parent = fields::given_trace(request.headers());
+    let visit = state
+        .visits
+        .begin(listener, "http2", parent, state.now_ms());
+    visit.method(request.method().as_str());
     let is_head = request.method() == Method::HEAD;
     let connect = request.method() == Method::CONNECT;
     let turn = served.party.one_more();
     let answer = async {
         match &turn {
-            Ok(_) => answer(served, request, &respond).await,
+            Ok(_) => answer(served, request, &respond, &visit).await,
             Err(refusal) => Err(refusal.clone().into()),
         }
     };
@@ -279,7 +286,8 @@ async fn stream(served: &Served, request: Request<RecvStream>, respond: Respond)
         () = respond.given_up() => return meter.given_up(),
     };
     let answer = answer.unwrap_or_else(|problem| {
-        log_refusal(&problem);
+        visit.answered(problem.status.as_u16(), problem.error);
+        log_refusal(&problem, &visit.trace().id());
         Answer::Response(problem.response())
     });
     let status = match &answer {
@@ -292,7 +300,10 @@ async fn stream(served: &Served, request: Request<RecvStream>, respond: Respond)
         Answer::Tunnel(client, Tunnel { pair, by, share }) => {
             let carried = async {
                 match respond.tunnel(by) {
-                    Ok(stream) => tunnel::carry(client, stream, pair, meter.clone()).await,
+                    Ok(stream) => {
+                        visit.answered(StatusCode::OK.as_u16(), "");
+                        tunnel::carry(client, stream, pair, meter.clone(), &visit).await;
+                    }
                     Err(e) => tracing::debug!(error = %e, "a stream ended before its tunnel"),
                 }
             };
@@ -309,6 +320,7 @@ async fn answer(
     served: &Served,
     request: Request<RecvStream>,
     respond: &Respond,
+    visit: &Visit,
 ) -> Result<Answer, Problem> {
     let Served {
         state,
@@ -322,21 +334,26 @@ async fn answer(
     let caller = who::asks(state, asking, &mut request).await?;
     let denied = |problem| who::may_log_in(state, &caller, problem);
     if request.method() == Method::CONNECT {
-        let opened = open(state, &caller, &request).await;
+        let opened = open(state, &caller, &request, visit).await;
         return Ok(Answer::Tunnel(body, opened.map_err(denied)?));
     }
     let asked = asked::answer(state, &caller, &request);
     if let Some(answer) = asked.or_else(|| own::answer(&mut request).map(Ok)) {
-        return answer.map(Answer::Response);
+        visit.caller(&caller);
+        visit.ended();
+        let answer = answer?;
+        visit.answered(answer.status().as_u16(), "");
+        return Ok(Answer::Response(answer));
     }
     let (length, expects) = announced(request.headers());
     let expected = expects.then(|| respond.clone());
     let body = Received::new(body, length, expected, served.meter.clone());
     let interims = Interims::Http2(respond.clone());
     let request = request.map(|()| body);
-    let answered = absolute::handle(state, &caller, &interims, request, no_path).await;
+    let answered = absolute::handle(state, &caller, &interims, request, no_path, visit).await;
     // Nobody changes to another protocol here: the request asked for none.
     let (response, _) = answered.map_err(denied)?;
+    visit.answered(response.status().as_u16(), "");
     Ok(Answer::Response(response))
 }
 
@@ -345,11 +362,12 @@ async fn open(
     state: &Arc<State>,
     caller: &Caller,
     request: &Request<()>,
+    visit: &Visit,
 ) -> Result<Tunnel, Problem> {
     let named = request.uri().authority();
     let named = named.ok_or_else(|| Problem::malformed("CONNECT names VM:PORT"))?;
     let to = authority::parse(&state.config.names.suffix, named.as_str(), None)?;
-    let admitted = reach::admit(state, caller, &to).await?;
+    let admitted = reach::admit(state, caller, &to, visit).await?;
     let pair = admitted.relayed(state, &to, Lasts::Tunnel).await;
     let (there, here) = (admitted.host(), state.host());
     let pair = pair.map_err(|refusal| Problem::from(refusal).of(there, here))?;

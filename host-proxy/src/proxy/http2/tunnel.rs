@@ -22,6 +22,7 @@ use super::answer::give;
 use super::meter::Meter;
 use crate::front::pump;
 use crate::passing::Socket;
+use crate::visit::Visit;
 
 /// Bytes that are read of a VM at once.
 const PIECE: usize = 16 << 10;
@@ -32,11 +33,12 @@ pub(super) async fn carry(
     mut to: SendStream<Bytes>,
     pair: Socket,
     meter: Arc<Meter>,
+    visit: &Visit,
 ) {
     let ended = AtomicBool::new(false);
     let carried = {
-        let mut forth = pin!(forth(from, &pair, &ended, &meter));
-        let mut back = pin!(back(&pair, &mut to, &ended, &meter));
+        let mut forth = pin!(forth(from, &pair, &ended, (&meter, visit)));
+        let mut back = pin!(back(&pair, &mut to, &ended, (&meter, visit)));
         tokio::select! {
             carried = &mut forth => match carried {
                 Ok(_stream) => back.await,
@@ -51,9 +53,12 @@ pub(super) async fn carry(
             },
         }
     };
-    if let Err(e) = carried {
-        tracing::debug!(error = %e, "a tunnel in a stream broke off");
-        to.send_reset(Reason::CONNECT_ERROR);
+    match carried {
+        Ok(()) => visit.ended(),
+        Err(e) => {
+            tracing::debug!(error = %e, "a tunnel in a stream broke off");
+            to.send_reset(Reason::CONNECT_ERROR);
+        }
     }
 }
 
@@ -62,7 +67,7 @@ async fn forth(
     mut from: RecvStream,
     pair: &Socket,
     ended: &AtomicBool,
-    meter: &Meter,
+    (meter, visit): (&Meter, &Visit),
 ) -> io::Result<RecvStream> {
     while let Some(data) = poll_fn(|cx| from.poll_data(cx)).await {
         let data = data.map_err(io::Error::other)?;
@@ -71,6 +76,7 @@ async fn forth(
             // Nobody reads it. What the client is still to hear, `back` brings.
             return Ok(from);
         }
+        visit.add_to_vm(data.len());
         // A stream that is over has no window.
         let _ = from.flow_control().release_capacity(data.len());
     }
@@ -83,7 +89,7 @@ async fn back(
     pair: &Socket,
     to: &mut SendStream<Bytes>,
     ended: &AtomicBool,
-    meter: &Meter,
+    (meter, visit): (&Meter, &Visit),
 ) -> io::Result<()> {
     loop {
         tokio::select! {
@@ -103,6 +109,7 @@ async fn back(
             return to.send_data(Bytes::new(), true).map_err(io::Error::other);
         }
         meter.wanted(n);
+        visit.add_from_vm(n);
         piece.truncate(n);
         if n < PIECE / 4 {
             piece.shrink_to_fit();

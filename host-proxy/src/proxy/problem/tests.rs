@@ -86,6 +86,7 @@ fn walk(code: Code) -> (Problem, Heard) {
         Code::UnknownVm => (of_host("x"), (404, "destination_not_found", None, "x")),
         Code::Ambiguous => (of_host("x"), (409, "destination_not_found", None, "x")),
         Code::NotAllowed => (of_host("x"), (403, "http_request_denied", None, "x")),
+        Code::TooOften => (of_host("x"), (429, "connection_limit_reached", LATER, "x")),
         Code::NoPortProcess => (of_host("x"), (503, "destination_unavailable", LATER, "x")),
         Code::Internal => (of_host("x"), (500, "proxy_internal_error", None, "x")),
         Code::NoSession => (
