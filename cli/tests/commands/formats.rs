@@ -92,6 +92,8 @@ const CALLS: &[(&str, &[&str])] = &[
     ("access-token", &["access", "token", "ci"]),
     ("doctor", &["doctor", "web-1"]),
     ("config", &["config"]),
+    ("events", &["events"]),
+    ("resolve", &["resolve", "web-1"]),
     ("reload", &["reload"]),
     ("completion", &["completion", "bash"]),
     ("version", &["version"]),
@@ -115,6 +117,12 @@ fn fake() -> Fake {
             })),
             ("GET", "/v1/vms") => Say::Json(json!([vm("web-1")])),
             (_, path) if path.starts_with("/v1/vms") => Say::Json(vm("web-1")),
+            (_, path) if path.starts_with("/v1/host-events") => Say::Lines(vec![json!({
+                "cursor": "0123456789abcdef.1", "at": "2026-11-20T22:00:00Z", "kind": "started",
+            })]),
+            (_, path) if path.starts_with("/v1/resolve") => Say::Json(json!({
+                "vm": "web-1", "host": "alpha", "here": true, "claims": [],
+            })),
             (_, path) if path.starts_with("/v1/events") => {
                 let states = ["queued", "done"];
                 Say::Lines(states.map(|s| event(task('3', "a", 1, s))).to_vec())
