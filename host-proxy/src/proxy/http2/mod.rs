@@ -153,7 +153,7 @@ pub(super) async fn connection(
     if let Some(Ok(mut client)) = Arc::into_inner(io).map(Mutex::into_inner) {
         place.idle();
         tokio::select! {
-            _ = linger::end(&mut client, None, !is_read) => {}
+            _ = timeout(BYE_LIMIT, linger::end(&mut client, None, !is_read)) => {}
             () = place.evicted.cancelled() => {}
             () = stop.cancelled() => {}
         }
@@ -214,7 +214,8 @@ async fn serve(served: &Arc<Served>, mut conn: Conn, place: &Place) -> bool {
             }
             next = next => match next {
                 Next::Stream(asked) => begin(served, *asked, place),
-                Next::Over(Ok(())) => return true,
+                // Whoever is ended may be sending still, and a reset would take away what says why.
+                Next::Over(Ok(())) => return !ending,
                 Next::Over(Err(e)) if e.is_io() => {
                     tracing::debug!(error = %e, "a client's connection ended");
                     return true;
