@@ -200,7 +200,7 @@ proptest! {
     /// The index finds what a reading of every grant finds.
     #[test]
     fn a_grant_is_found_if_and_only_if_one_fits(
-        grants in proptest::collection::vec(some_grant(), 0..6),
+        grants in proptest::collection::vec(some_grant(), 0..24),
         name in select(&["web-1", "web-2", "db-1"][..]),
         port in select(&[22_u16, 80, 85][..]),
         (is_user, is_token, in_group, prod) in any::<(bool, bool, bool, bool)>(),
