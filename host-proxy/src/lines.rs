@@ -223,8 +223,17 @@ fn write_all(mut files: Option<Files>, lines: &Receiver<Vec<u8>>, counts: &Mutex
     };
     let (mut lost, mut next) = (0_u64, Instant::now() + A_WHILE);
     loop {
+        // Nobody is counted before a line has come: until then there is nothing to wake for.
+        let is_idle = counts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_empty();
         let wait = next.saturating_duration_since(Instant::now());
-        let mut some = match lines.recv_timeout(wait) {
+        let received = match is_idle {
+            true => lines.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            false => lines.recv_timeout(wait),
+        };
+        let mut some = match received {
             Ok(line) => vec![line],
             Err(RecvTimeoutError::Timeout) => vec![],
             Err(RecvTimeoutError::Disconnected) => return,
@@ -255,6 +264,40 @@ fn write_all(mut files: Option<Files>, lines: &Receiver<Vec<u8>>, counts: &Mutex
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_with_nothing_to_write_and_to_count_sleeps() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lines");
+        let lines = Lines::start("idle-lines", Output::File(path.clone())).unwrap();
+        lines.note("", "a", 1, &1);
+        let begin = Instant::now();
+        while lines.counted() > 0 {
+            assert!(begin.elapsed() < Duration::from_secs(30));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let slept = || {
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+            let mut tasks = tasks.map(|task| task.unwrap().path());
+            let task = tasks.find(|task| {
+                let name = std::fs::read_to_string(task.join("comm"));
+                name.is_ok_and(|name| name.trim() == "idle-lines")
+            });
+            let status = std::fs::read_to_string(task.unwrap().join("status")).unwrap();
+            let line = status.lines().find(|l| l.starts_with("voluntary"));
+            line.unwrap().to_owned()
+        };
+        // It may still be on its way to sleep.
+        std::thread::sleep(Duration::from_millis(200));
+        let before = slept();
+        std::thread::sleep(2 * A_WHILE);
+        assert_eq!(slept(), before);
+        lines.note("", "a", 1, &2);
+        while std::fs::read_to_string(&path).unwrap() != "1\n2\n" {
+            assert!(begin.elapsed() < Duration::from_secs(30));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
 
     #[test]
     fn files_are_cut_and_the_oldest_goes() {
