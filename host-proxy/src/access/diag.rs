@@ -289,17 +289,22 @@ mod tests {
         use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = listener.local_addr().unwrap();
+        let connected = |from: SocketAddr| {
+            let client = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+            rustix::net::sockopt::set_socket_reuseaddr(&client, true).unwrap();
+            bind(&client, &from).unwrap();
+            connect(&client, &to).unwrap();
+            TcpStream::from(client)
+        };
         let (first, from) = {
-            let client = TcpStream::connect(to).unwrap();
+            // No other test has a port of this address.
+            let client = connected(SocketAddr::from(([127, 125, 30, 1], 0)));
             let (server, from) = listener.accept().unwrap();
             std::io::Write::write_all(&mut &client, b"GET / HTTP/1.1\r\n").unwrap();
             adit_channel::socket_end::reset_on_close(&client, true);
             (server, from)
         };
-        let next = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
-        rustix::net::sockopt::set_socket_reuseaddr(&next, true).unwrap();
-        bind(&next, &from).unwrap();
-        connect(&next, &to).unwrap();
+        let _next = connected(from);
         let (second, again) = listener.accept().unwrap();
         assert_eq!(again, from);
         // What the first has said is still there to be read.
