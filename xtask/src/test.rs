@@ -10,6 +10,7 @@ use adit_tests::debian::{Debian, Init, stock_image};
 use adit_tests::guest::CPU;
 use adit_tests::image::{Image, Kernel};
 use adit_tests::root;
+use anyhow::Context;
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
@@ -27,6 +28,9 @@ pub struct Options {
     /// other ways; boots that are measured; the real Debian with the newer kernel, with OpenRC, with larger files
     #[arg(long, conflicts_with = "no_guests")]
     full: bool,
+    /// Begin with the step whose name begins so, as after one that failed and was mended
+    #[arg(long, value_name = "STEP")]
+    from: Option<String>,
 }
 
 /// A step, the seconds that it should take at most on two cores, and its function.
@@ -261,6 +265,15 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
     }
     if options.full {
         steps.extend(&FULL);
+    }
+    if let Some(from) = &options.from {
+        let first = steps.iter().position(|step| step.name.starts_with(from));
+        let first = first.with_context(|| {
+            let names: Vec<&str> = steps.iter().map(|step| step.name).collect();
+            format!("no step `{from}`; there are: {}", names.join("; "))
+        })?;
+        eprintln!("not run: the {first} steps before `{}`", steps[first].name);
+        steps.drain(..first);
     }
     let mut table = Vec::new();
     let mut failed = None;
