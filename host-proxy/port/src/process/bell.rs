@@ -118,7 +118,7 @@ impl<C: Carrier> Process<C> {
             }
             // The agent listens now. Perhaps it did not yet when the session began.
             Notice::Incoming { .. } | Notice::Dialed { .. }
-                if port == rings.port && rings.bell.rtt_ns.1 == 0 && rings.bell.ping.is_none() =>
+                if port == rings.port && rings.bell.rtt_ns.1 == 0 =>
             {
                 self.ping(port);
                 false
