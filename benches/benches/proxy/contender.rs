@@ -80,10 +80,8 @@ pub fn ours(host: &Host, target: &Target, n: usize) -> anyhow::Result<Contender>
 
 /// The relays that are installed.
 pub fn relays(host: &Host, target: &Target) -> Vec<Contender> {
-    let all: [(
-        &'static str,
-        fn(&Host, &Target) -> anyhow::Result<Contender>,
-    ); 4] = [
+    type Start = fn(&Host, &Target) -> anyhow::Result<Contender>;
+    let all: [(&'static str, Start); 4] = [
         (HAPROXY, haproxy),
         ("socat", socat),
         ("nginx stream", nginx),

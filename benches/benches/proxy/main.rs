@@ -71,7 +71,8 @@ fn main() -> anyhow::Result<()> {
         rounds,
         only,
     };
-    let cells: [(&str, fn(&Options) -> anyhow::Result<Vec<_>>); 5] = [
+    type Cell = fn(&Options) -> anyhow::Result<Vec<adit_benches::report::Figure>>;
+    let cells: [(&str, Cell); 5] = [
         ("tables", tables::figures),
         ("bulk", bulk::figures),
         ("opened", opened::figures),
