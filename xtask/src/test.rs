@@ -115,7 +115,8 @@ const CHECKS: [Step; 11] = [
             // Many tests wait for a limit to pass.
             let threads = 2 * std::thread::available_parallelism()?.get();
             let threads = format!("env.RUST_TEST_THREADS='{threads}'");
-            setup::cargo(&["test", "--workspace", "--config", &threads])
+            let all = ["test", "--workspace", "--no-fail-fast"];
+            twice(&[&all[..], &["--config", &threads, "--"]].concat(), &[])
         },
     },
     Step {
@@ -174,17 +175,17 @@ const GUESTS: [Step; 8] = [
     Step {
         name: "real guests",
         budget_s: 330,
-        run: || with_guests("guest"),
+        run: || with_binaries("guest"),
     },
     Step {
         name: "a VMM's guests, in a guest",
         budget_s: 100,
-        run: || with_guests("nested"),
+        run: || with_binaries("nested"),
     },
     Step {
         name: "a real Debian",
         budget_s: 240,
-        run: || with_guests("debian"),
+        run: || with_binaries("debian"),
     },
 ];
 
@@ -244,7 +245,7 @@ const FULL: [Step; 3] = [
     Step {
         name: "a real Debian, at length",
         budget_s: 1200,
-        run: || with_guests_and("debian", &[at_length()]),
+        run: || with_binaries_and("debian", &[at_length()]),
     },
 ];
 
@@ -402,7 +403,7 @@ fn packages() -> anyhow::Result<()> {
         "--",
         "--nocapture",
     ];
-    cargo_with(&args, &[("ADIT_TEST_PACKAGES", dir.as_os_str())])
+    twice(&args, &[("ADIT_TEST_PACKAGES", dir.as_os_str())])
 }
 
 /// Uses the machine's KVM. Without KVM the tests print that and pass.
@@ -454,39 +455,44 @@ impl Real {
 
 /// Runs a file of tests that start the real binaries.
 fn with_binaries(file: &'static str) -> anyhow::Result<()> {
+    with_binaries_and(file, &[])
+}
+
+/// The same with more in the environment.
+fn with_binaries_and(file: &'static str, more: &[(&str, &OsStr)]) -> anyhow::Result<()> {
     let real = Real::of(file)?;
-    cargo_with(&real.args(&[]), &real.env())
+    twice(&real.args(&[]), &[&real.env()[..], more].concat())
 }
 
 /// Prometheus, and the property tester of the API.
 fn observe() -> anyhow::Result<()> {
-    let real = Real::of("observe")?;
     let schemathesis = setup::schemathesis()?;
     let more = schemathesis.iter();
     let more = more.map(|program| ("ADIT_TEST_SCHEMATHESIS", program.as_os_str()));
-    let env: Vec<_> = real.env().into_iter().chain(more).collect();
-    cargo_with(&real.args(&[]), &env)
+    with_binaries_and("observe", &more.collect::<Vec<_>>())
 }
 
-/// The same for tests that boot guests. A test that fails is run once more by itself, because an emulated machine can fail when
-/// the real one is busy. Both results are printed, and the test is named at the end.
-fn with_guests(file: &'static str) -> anyhow::Result<()> {
-    with_guests_and(file, &[])
-}
+/// More that fail are no accident.
+const SECOND_RUNS_MAX: usize = 3;
 
-/// The same with more in the environment.
-fn with_guests_and(file: &'static str, more: &[(&str, &OsStr)]) -> anyhow::Result<()> {
-    let real = Real::of(file)?;
-    let env = [&real.env()[..], more].concat();
-    let failed = failures(&real.args(&[]), &env)?;
+/// Runs tests. One that fails is run once more by itself, because an emulated machine, or a process of another test, can be late
+/// when the real machine is busy. Both results are printed, and the test is named at the end.
+fn twice(args: &[&str], env: &[(&str, &OsStr)]) -> anyhow::Result<()> {
+    let failed = failures(args, env)?;
+    anyhow::ensure!(
+        failed.len() <= SECOND_RUNS_MAX,
+        "{} tests failed, too many to run them once more: {}",
+        failed.len(),
+        failed.join(", ")
+    );
     for test in failed {
-        eprintln!("== {file}: {test} failed; running it once more by itself");
-        cargo_with(&real.args(&["--exact", &test]), &env)?;
-        eprintln!("== {file}: {test} failed once, and passed once");
+        eprintln!("== {test} failed; running it once more by itself");
+        cargo_with(&[args, &["--exact", &test]].concat(), env)?;
+        eprintln!("== {test} failed once, and passed once");
         let mut second = PASSED_ON_SECOND_RUN
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        second.push(format!("{file}: {test}"));
+        second.push(test);
     }
     Ok(())
 }
@@ -494,25 +500,43 @@ fn with_guests_and(file: &'static str, more: &[(&str, &OsStr)]) -> anyhow::Resul
 /// Runs tests and prints their output. Returns the names of those that failed.
 fn failures(args: &[&str], env: &[(&str, &OsStr)]) -> anyhow::Result<Vec<String>> {
     let mut cargo = cargo_command(args, env).stdout(Stdio::piped()).spawn()?;
-    let (mut failed, mut listed) = (Vec::new(), false);
+    let (mut failed, mut last, mut listed) = (Vec::new(), Vec::new(), false);
+    let (mut begun, mut ended, mut counted) = (0, 0, 0);
     for line in BufReader::new(cargo.stdout.take().expect("piped")).lines() {
         let line = line?;
         println!("{line}");
         match (line.as_str(), line.strip_prefix("    ")) {
             // The list comes twice: first with each test's output, and at the end with the names alone.
-            ("failures:", _) => (listed, failed) = (true, Vec::new()),
-            (_, Some(name)) if listed && !name.contains(' ') => failed.push(name.to_owned()),
+            ("failures:", _) => (listed, last) = (true, Vec::new()),
+            (_, Some(name)) if listed && !name.contains(' ') => last.push(name.to_owned()),
             ("", _) => {}
+            (start, _) if is_beginning(start) => begun += 1,
+            // One binary's tests have ended.
+            (result, _) if result.starts_with("test result:") => {
+                let count = result.split("; ").find_map(|n| n.strip_suffix(" failed"));
+                counted += count.and_then(|n| n.parse().ok()).unwrap_or(0);
+                ended += 1;
+                failed.append(&mut last);
+                listed = false;
+            }
             _ => listed = false,
         }
     }
     let status = cargo.wait()?;
+    // A binary that died, or a test in a comment, has no name to be run again by.
     anyhow::ensure!(
-        status.success() || !failed.is_empty(),
-        "cargo {}: {status}, but no failed test is named",
+        status.success() || (!failed.is_empty() && failed.len() == counted && begun == ended),
+        "cargo {}: {status}; {counted} tests failed, by name {failed:?}; {begun} files of tests began, {ended} ended",
         args.join(" ")
     );
     Ok(failed)
+}
+
+/// Whether a line is the first of one binary's tests.
+fn is_beginning(line: &str) -> bool {
+    let count = line.strip_prefix("running ");
+    let count = count.and_then(|l| l.strip_suffix(" tests").or(l.strip_suffix(" test")));
+    count.is_some_and(|n| n.parse::<usize>().is_ok())
 }
 
 fn cargo_command(args: &[&str], env: &[(&str, &OsStr)]) -> Command {

@@ -15,8 +15,10 @@ const WARM: usize = 8 << 20;
 const CELL: Duration = Duration::from_millis(150);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
+pub enum Way {
+    /// The VM sends.
     ToClient,
+    /// The client does.
     FromClient,
 }
 
@@ -62,7 +64,7 @@ pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
 }
 
 /// MiB per second.
-fn rate(contender: &Contender, way: Way, tls: bool) -> anyhow::Result<f64> {
+pub fn rate(contender: &Contender, way: Way, tls: bool) -> anyhow::Result<f64> {
     let first = match way {
         Way::ToClient => SOURCE,
         Way::FromClient => SINK,

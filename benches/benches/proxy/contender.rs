@@ -78,6 +78,34 @@ pub fn ours(host: &Host, target: &Target, n: usize) -> anyhow::Result<Contender>
     Ok(ours)
 }
 
+/// haproxy in front of another, which asks for a certificate as hosts do among themselves.
+pub fn two_haproxies(host: &Host, target: &Target) -> anyhow::Result<(Contender, Reaped)> {
+    let (near, far) = (free()?, free()?);
+    let (pem, to) = (host.pem.display(), target.port);
+    let rest = "global\n nbthread 1\n tune.bufsize 65536\n maxconn 4000\n\
+                defaults\n timeout connect 5s\n timeout client 1h\n timeout server 1h\n mode tcp\n";
+    let second = format!(
+        "{rest}listen far\n bind 127.0.0.1:{far} ssl crt {pem} verify required ca-file {pem}\n server s 127.0.0.1:{to}\n"
+    );
+    let first = format!(
+        "{rest}listen near\n bind 127.0.0.1:{near}\n \
+         server s 127.0.0.1:{far} ssl crt {pem} verify required ca-file {pem}\n"
+    );
+    let second = file(host, "second.cfg", &second)?;
+    let second = start(HAPROXY, &["-db", "-f", &second], far)?;
+    let first = file(host, "first.cfg", &first)?;
+    let first = start(HAPROXY, &["-db", "-f", &first], near)?;
+    let contender = Contender {
+        name: HAPROXY,
+        plain: at(near),
+        tls: None,
+        http: None,
+        tunnel: None,
+        _process: Some(first),
+    };
+    Ok((contender, second))
+}
+
 /// The relays that are installed.
 pub fn relays(host: &Host, target: &Target) -> Vec<Contender> {
     type Start = fn(&Host, &Target) -> anyhow::Result<Contender>;

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use adit_host_proxy::access::certificate::pin;
 use adit_tests::process::{Reaped, bound, wait_for};
 use anyhow::Context;
 
@@ -55,12 +56,49 @@ pub struct Host {
     dir: tempfile::TempDir,
 }
 
+/// What a host shows, for `localhost` and for its own name.
+pub struct Identity {
+    /// Its name.
+    pub name: &'static str,
+    signed: rcgen::CertifiedKey<rcgen::KeyPair>,
+    /// `pin` of a `[[host]]`.
+    pub pin: String,
+}
+
+impl Identity {
+    /// Signs its own.
+    pub fn new(name: &'static str) -> anyhow::Result<Self> {
+        let names = ["localhost".to_owned(), name.to_owned()];
+        let signed = rcgen::generate_simple_self_signed(names)?;
+        let pin = pin(&webpki::EndEntityCert::try_from(signed.cert.der())?).to_string();
+        let pin = pin.strip_prefix("cert:").unwrap_or(&pin).to_owned();
+        Ok(Self { name, signed, pin })
+    }
+
+    /// Section of the configuration of another host.
+    pub fn section(&self, address: SocketAddr) -> String {
+        let (name, pin) = (self.name, &self.pin);
+        format!("[[host]]\nname = \"{name}\"\naddress = \"{address}\"\npin = \"{pin}\"\n")
+    }
+}
+
 impl Host {
     /// Starts it, with agents that serve this port.
     pub fn start(binaries: &Path, vms: usize, port: u16) -> anyhow::Result<Self> {
+        Self::named(binaries, vms, port, &Identity::new("host")?, "")
+    }
+
+    /// Starts one of several.
+    pub fn named(
+        binaries: &Path,
+        vms: usize,
+        port: u16,
+        identity: &Identity,
+        others: &str,
+    ) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("adit-").tempdir()?;
         let at = dir.path().display();
-        let signed = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
+        let signed = &identity.signed;
         let pem = dir.path().join("host.pem");
         let text = signed.cert.pem() + &signed.signing_key.serialize_pem();
         fs::write(&pem, text)?;
@@ -68,9 +106,11 @@ impl Host {
             "run_dir = \"{at}/run\"\nstate_dir = \"{at}/state\"\n\
              [proxy]\nlisten = \"127.0.0.1:0\"\n\
              [limits]\nconnections = 50000\nconnections_per_client = 40000\nrequests_per_vm = 40000\n\
+             [names]\nhost = \"{1}\"\n[peers]\ncert = \"{0}\"\nkey = \"{0}\"\n{others}\
              [[listen]]\naddress = \"127.0.0.1:0\"\ncert = \"{0}\"\nkey = \"{0}\"\n\
              [[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach\"]\n",
-            pem.display()
+            pem.display(),
+            identity.name
         );
         let names: Vec<String> = (0..vms).map(name).collect();
         for (cid, name) in (3..).zip(&names) {

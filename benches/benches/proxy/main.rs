@@ -4,6 +4,8 @@
 //! ```text
 //! ours:    client ── TCP ── adit-port ══ ring ══ agent ── TCP ── server        (aditd makes tunnels, and carries only TLS and HTTP)
 //! haproxy: client ── TCP ── haproxy ── TCP ── server
+//! second:  client ── TCP ── aditd ══ mTLS ══ aditd ── adit-port ══ ring ══ agent ── TCP ── server
+//!          client ── TCP ── haproxy ══ mTLS ══ haproxy ── TCP ── server
 //! ```
 //! - The server is one process for all. Ours has one process more in the way than a relay: the agent, which stands for the
 //!   guest, without a VM around it, so that no VM is measured.
@@ -18,6 +20,7 @@ mod crowd;
 mod host;
 mod latency;
 mod opened;
+mod second;
 mod tables;
 
 use std::path::PathBuf;
@@ -72,12 +75,13 @@ fn main() -> anyhow::Result<()> {
         only,
     };
     type Cell = fn(&Options) -> anyhow::Result<Vec<adit_benches::report::Figure>>;
-    let cells: [(&str, Cell); 5] = [
+    let cells: [(&str, Cell); 6] = [
         ("tables", tables::figures),
         ("bulk", bulk::figures),
         ("opened", opened::figures),
         ("latency", latency::figures),
         ("crowd", crowd::figures),
+        ("second", second::figures),
     ];
     for (name, figures) in cells {
         if options.wants(name) {

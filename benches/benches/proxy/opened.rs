@@ -15,7 +15,7 @@ use crate::host::{Host, SOON, Target};
 
 const CELL: Duration = Duration::from_millis(300);
 /// Clients at a time, each a thread that waits.
-const CLIENTS: usize = 8;
+pub const CLIENTS: usize = 8;
 
 /// Each contender's rate, in turn.
 pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
@@ -68,7 +68,8 @@ pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
     Ok(out)
 }
 
-fn open(contender: &Contender, tls: bool) -> anyhow::Result<()> {
+/// One tunnel, with a byte there and back.
+pub fn open(contender: &Contender, tls: bool) -> anyhow::Result<()> {
     let mut client = contender.open(tls, &[ECHO, 7])?;
     let mut byte = [0];
     client.read_exact(&mut byte)?;
@@ -77,7 +78,10 @@ fn open(contender: &Contender, tls: bool) -> anyhow::Result<()> {
 }
 
 /// Many clients at the same time; how often one was done, in a second.
-fn together(clients: usize, one: impl Fn() -> anyhow::Result<()> + Sync) -> anyhow::Result<f64> {
+pub fn together(
+    clients: usize,
+    one: impl Fn() -> anyhow::Result<()> + Sync,
+) -> anyhow::Result<f64> {
     let begin = Instant::now();
     let count = || {
         let mut count = 0;

@@ -99,10 +99,18 @@ fn the_oldest_of_too_many_silent_clients_is_disconnected() {
         clients.push(UnixStream::connect(&uds).unwrap());
         host.turn(Some(Duration::ZERO)).unwrap();
     }
-    for (n, client) in clients.iter().enumerate() {
+    let (gone, mut clients) = {
+        let rest = clients.split_off(3);
+        (clients, rest)
+    };
+    // The end comes late where another test's child has the descriptors for a moment, between its fork and its exec.
+    for mut client in gone {
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    }
+    for client in &mut clients {
         client.set_nonblocking(true).unwrap();
-        let gone = { client }.read(&mut [0]).is_ok();
-        assert_eq!(gone, n < 3, "{n}");
+        assert!(client.read(&mut [0]).is_err());
+        client.set_nonblocking(false).unwrap();
     }
     // The remaining clients have a deadline.
     let deadline = host.deadline().unwrap();

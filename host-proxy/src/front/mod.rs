@@ -19,6 +19,7 @@ mod handed;
 mod management;
 pub mod party;
 pub mod pump;
+pub mod read_ahead;
 pub mod sni;
 pub mod socks5;
 pub mod stream;

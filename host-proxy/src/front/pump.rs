@@ -15,21 +15,24 @@
 //! Each side's end of sending is passed on as such. Where the pair is closed whole without it, the port process has broken off:
 //! then so does this. After the client's own end of sending these two look alike.
 
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use adit_channel::socket_end;
 use rustix::net::sockopt;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
+use tokio_util::io::poll_read_buf;
 
 use crate::passing::Socket;
 
 /// Bytes of a direction that are under way here.
-const PIECE: usize = 16 << 10;
+const PIECE: usize = 64 << 10;
 /// How often it is looked whether a side is there at all.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long what a client has sent may take to arrive after it has gone.
@@ -64,7 +67,7 @@ pub async fn pump(
         carried = &mut forth => match carried {
             Ok(()) => tokio::select! {
                 carried = &mut back => carried,
-                () = gone(socket) => Err(io::ErrorKind::ConnectionReset.into()),
+                () = gone_if_shown(socket) => Err(io::ErrorKind::ConnectionReset.into()),
             },
             broken => broken,
         },
@@ -87,19 +90,41 @@ async fn forth(
     pair: &Socket,
     ended: &AtomicBool,
 ) -> io::Result<()> {
-    let mut piece = vec![0; PIECE];
     loop {
-        let n = from.read(&mut piece).await?;
-        if n == 0 {
+        let (piece, broken) = some(&mut from).await?;
+        if piece.is_empty() {
             break;
         }
-        if pair.send(&piece[..n]).await.is_err() {
+        if pair.send(&piece).await.is_err() {
             // Nobody reads it. What the client is still to hear, `back` brings.
             return Ok(());
+        }
+        if let Some(e) = broken {
+            return Err(e);
         }
     }
     ended.store(true, Ordering::Relaxed);
     pair.end()
+}
+
+/// Reads what is there, and with it the error behind it, which would not be told again. Nothing at all: the end. TLS has one
+/// record at a time, and the pair is to have as much as possible at once. Nothing is kept while there is nothing.
+async fn some(from: &mut (impl AsyncRead + Unpin)) -> io::Result<(Vec<u8>, Option<io::Error>)> {
+    poll_fn(|cx| {
+        let mut piece = Vec::with_capacity(PIECE);
+        while piece.len() < PIECE {
+            let read = poll_read_buf(Pin::new(&mut *from), cx, &mut piece);
+            match read {
+                Poll::Pending if piece.is_empty() => return Poll::Pending,
+                Poll::Ready(Err(e)) if piece.is_empty() => return Poll::Ready(Err(e)),
+                Poll::Ready(Err(e)) => return Poll::Ready(Ok((piece, Some(e)))),
+                Poll::Ready(Ok(0)) | Poll::Pending => break,
+                Poll::Ready(Ok(_)) => {}
+            }
+        }
+        Poll::Ready(Ok((piece, None)))
+    })
+    .await
 }
 
 async fn back(
@@ -108,8 +133,9 @@ async fn back(
     ended: &AtomicBool,
     said: &AtomicBool,
 ) -> io::Result<()> {
-    let mut piece = vec![0; PIECE];
     loop {
+        pair.stream().readable().await?;
+        let mut piece = vec![0; PIECE];
         let n = pair.receive(&mut piece).await?;
         if n > 0 {
             let mut taken = pin!(async {
@@ -138,13 +164,17 @@ async fn back(
     }
 }
 
+async fn gone_if_shown(socket: Option<&OwnedFd>) {
+    match socket {
+        Some(socket) => gone(socket).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Ready once a client that has ended its sending is not there any more.
-pub(crate) async fn gone(socket: Option<&OwnedFd>) {
-    let Some(socket) = socket else {
-        return std::future::pending().await;
-    };
-    keep_asking(socket);
-    while !socket_end::is_closed(socket) {
+pub(crate) async fn gone(socket: impl AsFd) {
+    keep_asking(&socket);
+    while !socket_end::is_closed(&socket) {
         sleep(LOOK).await;
     }
     sleep(GONE_LIMIT).await;

@@ -21,6 +21,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
+use super::read_ahead::ReadAhead;
 use super::stream::Stream;
 use super::{PASSED_MAX, pump};
 use crate::access::certificate::{Authority, Certificate};
@@ -211,6 +212,7 @@ async fn serve(
         }
     };
     let (socket, session) = client.get_ref();
+    let socket = socket.tcp();
     let chain = session.peer_certificates().unwrap_or_default();
     let chain = chain.iter().map(|one| one.clone().into_owned()).collect();
     // Whatever breaks off breaks off there too: an end without `close_notify` may pass for one.
@@ -222,12 +224,12 @@ async fn serve(
         return;
     }
     if pump::pump(&mut client, ours, Some(&duplicate)).await {
-        socket_end::reset_on_close(client.get_ref().0, false);
+        socket_end::reset_on_close(client.get_ref().0.tcp(), false);
     }
 }
 
 type Shaken = (
-    tokio_rustls::server::TlsStream<TcpStream>,
+    tokio_rustls::server::TlsStream<ReadAhead>,
     Socket,
     std::os::unix::net::UnixStream,
 );
@@ -248,9 +250,9 @@ async fn shake(
         let client = client.into_std().map_err(failed)?;
         return Err((Ended::Plain(client), None));
     }
-    let accepted = TlsAcceptor::from(terms.server).accept(client);
+    let accepted = TlsAcceptor::from(terms.server).accept(ReadAhead::new(client));
     let accepted = accepted.into_fallible().await;
-    let client = accepted.map_err(|(e, client)| (Ended::Failed(e), Some(client)))?;
+    let client = accepted.map_err(|(e, client)| (Ended::Failed(e), Some(client.into_tcp())))?;
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
     if !room.spares(&ours) || !room.spares(&theirs) {
         return Err(failed(io::Error::other("few descriptors are left")));

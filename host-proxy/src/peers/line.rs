@@ -1,8 +1,8 @@
-//! One connection to another host: TLS, and a question or a tunnel on it.
+//! One stream to another host: a question, or a tunnel.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,28 +12,24 @@ use adit_channel::refusal::{Code, Refusal};
 use adit_names::VmId;
 use adit_passed::Closer;
 use bytes::Bytes;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::body::Incoming;
-use hyper::client::conn::http1;
-use hyper::header::{HOST, HeaderValue, PROXY_AUTHORIZATION};
-use hyper::upgrade::Upgraded;
+use h2::{RecvStream, SendStream};
+use hyper::header::{HeaderValue, PROXY_AUTHORIZATION};
 use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 
 use super::carry::Carried;
 use super::hop::{self, CALLER};
-use super::{Host, Peers, tls};
+use super::lines::{Asked, LINES_MAX, Slot};
+use super::{Host, Peers};
 use crate::access::Caller;
-use crate::front::pump;
 use crate::link::ClientSocket;
 use crate::passing::Socket;
+use crate::proxy::fields::TRACEPARENT;
+use crate::proxy::http2::tunnel::{self, End, Went};
 use crate::reach::Destination;
 use crate::reach::resolve::Claim;
 use crate::state::State;
+use crate::visit::Visit;
 
 /// How long a host may take to answer a question.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
@@ -47,11 +43,21 @@ const TEXT_MAX: usize = 1024;
 const PASSED_MAX: usize = 4;
 
 /// A tunnel's end here.
-pub struct Open(TokioIo<Upgraded>);
+pub struct Open {
+    stream: (RecvStream, SendStream<Bytes>),
+    /// Its place, until it ends.
+    _slot: Slot,
+}
 
 impl Open {
-    pub(super) fn into_io(self) -> impl AsyncRead + AsyncWrite + Unpin + Send {
-        self.0
+    /// Carries it to its end, which a socket is the other end of; `ahead` goes into it first.
+    pub(super) async fn carry(
+        self,
+        ahead: Bytes,
+        socket: &impl End,
+        count: &(impl Fn(Went, usize) + Sync),
+    ) -> io::Result<()> {
+        tunnel::carry(self.stream, ahead, socket, count).await
     }
 }
 
@@ -69,10 +75,13 @@ pub enum NoLine {
     Connection(String),
     /// It did not speak as it should.
     #[error("it does not answer as adit does: {0}")]
-    Http(#[from] hyper::Error),
+    Http(#[from] h2::Error),
     /// It took too long.
     #[error("it did not answer in time")]
     Slow,
+    /// This host has as many connections to it as it may.
+    #[error("{LINES_MAX} connections to it have as many streams as they may")]
+    Full,
     /// It said something else.
     #[error("{0}")]
     Answer(String),
@@ -88,17 +97,17 @@ impl Host {
         state: &State,
         vm: Option<&VmId>,
     ) -> Result<HostAnswer, NoLine> {
-        let path = match vm {
-            Some(vm) => format!("/v1/resolve/{vm}"),
-            None => "/v1/resolve".into(),
+        let own = &self.config.name;
+        let uri = match vm {
+            Some(vm) => format!("https://{own}/v1/resolve/{vm}"),
+            None => format!("https://{own}/v1/resolve"),
         };
-        let request = Request::get(path).body(Empty::new());
+        let request = Request::get(uri).body(());
         let request = request.map_err(|e| NoLine::Answer(e.to_string()))?;
         let asked = async {
-            let answer = self.send(state, request).await?;
+            let ((answer, _), _slot) = self.send(state, request, true).await?;
             let status = answer.status();
-            let body = Limited::new(answer.into_body(), ANSWER_MAX).collect().await;
-            let body = body.map_err(|e| NoLine::Answer(e.to_string()))?.to_bytes();
+            let body = collected(answer.into_body(), ANSWER_MAX).await?;
             let parsed = serde_json::from_slice::<HostAnswer>(&body);
             parsed.map_err(|_| NoLine::Answer(format!("status {status} instead of what it has")))
         };
@@ -150,6 +159,7 @@ impl Host {
         state: &State,
         caller: &Caller,
         to: &Destination,
+        visit: &Visit,
     ) -> Result<Open, Refusal> {
         let name = &self.config.name;
         let to = Destination {
@@ -160,7 +170,8 @@ impl Host {
             |e: &dyn fmt::Display| Refusal::new(Code::Internal, format!("host `{name}`: {e}"));
         let mut request = Request::builder()
             .method(Method::CONNECT)
-            .uri(to.authority());
+            .uri(to.authority())
+            .header(TRACEPARENT, visit.trace().to_string());
         if let Some(claims) = hop::claims(caller) {
             request = request.header(CALLER, claims);
         }
@@ -169,23 +180,26 @@ impl Host {
             shown.set_sensitive(true);
             request = request.header(PROXY_AUTHORIZATION, shown);
         }
-        let request = request.body(Empty::new()).map_err(|e| internal(&e))?;
+        let request = request.body(()).map_err(|e| internal(&e))?;
         let asked = async {
-            let mut answer = self.send(state, request).await?;
+            let ((answer, to), slot) = self.send(state, request, false).await?;
             if answer.status().is_success() {
-                return Ok(Ok(hyper::upgrade::on(&mut answer).await?));
+                return Ok(Ok(Open {
+                    stream: (answer.into_body(), to),
+                    _slot: slot,
+                }));
             }
             let (status, error) = (answer.status(), error_of(&answer));
-            let body = Limited::new(answer.into_body(), TEXT_MAX).collect().await;
-            let text = body.map(|body| String::from_utf8_lossy(&body.to_bytes()).trim().to_owned());
-            let text = adit_names::escape(&text.unwrap_or_default()).to_string();
+            let body = collected(answer.into_body(), TEXT_MAX).await;
+            let text = String::from_utf8_lossy(&body.unwrap_or_default()).into_owned();
+            let text = adit_names::escape(text.trim()).to_string();
             Ok(Err(Refusal::new(
                 code(status, &error),
                 format!("host `{name}`: {text}"),
             )))
         };
         match timeout(OPEN_LIMIT, asked).await {
-            Ok(Ok(Ok(upgraded))) => Ok(Open(TokioIo::new(upgraded))),
+            Ok(Ok(Ok(open))) => Ok(open),
             Ok(Ok(Err(refusal))) => Err(refusal),
             Ok(Err(no_line)) => Err(unreachable(self, &no_line)),
             Err(_) => Err(unreachable(self, &NoLine::Slow)),
@@ -200,12 +214,12 @@ impl Host {
         self: &Arc<Self>,
         state: &State,
         caller: &Caller,
-        to: &Destination,
+        (to, visit): (&Destination, &Visit),
         client: ClientSocket,
     ) -> Result<Carried, Refusal> {
-        let open = self.open(state, caller, to).await?;
-        let thread = thread(&state.peers)?;
-        Ok(Carried::new(open, client, thread.clone()))
+        let open = self.open(state, caller, to, visit).await?;
+        let thread = thread(&state.peers)?.clone();
+        Ok(Carried::new(open, client, visit.clone(), thread))
     }
 
     /// Opens one whose other end is a socket of aditd's.
@@ -216,7 +230,7 @@ impl Host {
         self: &Arc<Self>,
         state: &State,
         caller: &Caller,
-        to: &Destination,
+        (to, visit): (&Destination, &Visit),
     ) -> Result<Socket, Refusal> {
         let internal = |e: io::Error| Refusal::new(Code::Internal, format!("no socket: {e}"));
         let (ours, theirs) = StdUnixStream::pair().map_err(internal)?;
@@ -224,68 +238,72 @@ impl Host {
             state.pool.clear();
             return Err(Refusal::busy("aditd has few descriptors left"));
         }
-        let open = self.open(state, caller, to).await?;
+        let open = self.open(state, caller, to, visit).await?;
         thread(&state.peers)?.spawn(async move {
             let Ok(theirs) = Socket::new(theirs, &Closer::new(PASSED_MAX)) else {
                 return;
             };
-            pump::pump(open.into_io(), theirs, None).await;
+            // Whoever has the other end counts its bytes.
+            if let Err(e) = open.carry(Bytes::new(), &theirs, &|_, _| ()).await {
+                tracing::debug!(error = %e, "a tunnel to another host broke off");
+            }
         });
         Socket::new(ours, &Closer::new(PASSED_MAX)).map_err(internal)
     }
 
-    /// Sends a request over a connection of its own.
+    /// Sends a request. One that no host has seen, because the connection was over already, is sent again over another.
     async fn send(
         self: &Arc<Self>,
         state: &State,
-        mut request: Request<Empty<Bytes>>,
-    ) -> Result<Response<Incoming>, NoLine> {
-        let failed = |e: &dyn fmt::Display| NoLine::Connection(e.to_string());
-        let tls = self.tls.clone();
-        let tls = tls.ok_or_else(|| failed(&"there is no `cert` in [peers] to show to it"))?;
-        let name =
-            tls::server_name(&self.config).ok_or_else(|| failed(&"its name is no name in TLS"))?;
-        let own = HeaderValue::from_str(self.config.name.as_str()).map_err(|e| failed(&e))?;
-        request.headers_mut().insert(HOST, own);
-        let turn = state.peers.turn().await;
-        let socket = state.monitor.peer(&self.config.name).await;
-        drop(turn);
-        let socket = socket.map_err(|e| failed(&e))?;
-        if !state.room.spares(&socket) {
-            state.pool.clear();
-            return Err(failed(&"aditd has few descriptors left"));
+        request: Request<()>,
+        is_whole: bool,
+    ) -> Result<(Asked, Slot), NoLine> {
+        for _ in 0..LINES_MAX {
+            let slot = self.lines.take(self, state).await?;
+            match slot.ask(request.clone(), is_whole).await {
+                Ok(asked) => return Ok((asked, slot)),
+                Err(e) => {
+                    let is_over = e.is_of_connection();
+                    if is_over {
+                        slot.give_up();
+                    }
+                    if !is_over || slot.is_new {
+                        return Err(e);
+                    }
+                }
+            }
         }
-        let thread = thread(&state.peers).map_err(|e| failed(&e.text()))?;
-        let shaken = thread.spawn(handshake(socket, TlsConnector::from(tls), name));
-        let mut sender = shaken.await.map_err(|e| failed(&e))??;
-        Ok(sender.send_request(request).await?)
+        Err(NoLine::Full)
     }
 }
 
-type Sender = http1::SendRequest<Empty<Bytes>>;
-
-/// Shakes hands, on the thread, and drives the connection there.
-async fn handshake(
-    socket: OwnedFd,
-    tls: TlsConnector,
-    name: rustls::pki_types::ServerName<'static>,
-) -> Result<Sender, NoLine> {
-    let failed = |e: io::Error| NoLine::Connection(tls::explained(&e));
-    // The monitor has made it such that nobody blocks on it.
-    let socket = TcpStream::from_std(socket.into()).map_err(failed)?;
-    let _ = socket.set_nodelay(true);
-    let shaken = timeout(ANSWER_LIMIT, tls.connect(name, socket)).await;
-    let shaken = shaken.map_err(|_| NoLine::Slow)?.map_err(failed)?;
-    let (sender, connection) = http1::handshake(TokioIo::new(shaken)).await?;
-    tokio::spawn(async move {
-        if let Err(e) = connection.with_upgrades().await {
-            tracing::debug!(error = %e, "a connection to another host ended");
+impl NoLine {
+    /// Nothing comes over the connection any more.
+    fn is_of_connection(&self) -> bool {
+        match self {
+            Self::Http(e) => e.is_io() || e.is_go_away(),
+            Self::Connection(_) | Self::Slow => true,
+            Self::Full | Self::Answer(_) => false,
         }
-    });
-    Ok(sender)
+    }
 }
 
-fn thread(peers: &Peers) -> Result<&tokio::runtime::Handle, Refusal> {
+/// All of a body, unless that is more.
+async fn collected(mut body: RecvStream, max: usize) -> Result<Vec<u8>, NoLine> {
+    let mut all = Vec::new();
+    while let Some(data) = poll_fn(|cx| body.poll_data(cx)).await {
+        let data = data?;
+        if all.len() + data.len() > max {
+            return Err(NoLine::Answer("its answer is too long".into()));
+        }
+        all.extend_from_slice(&data);
+        // A stream that is over has no window.
+        let _ = body.flow_control().release_capacity(data.len());
+    }
+    Ok(all)
+}
+
+pub(super) fn thread(peers: &Peers) -> Result<&tokio::runtime::Handle, Refusal> {
     let thread = peers.thread.as_ref();
     thread.ok_or_else(|| Refusal::new(Code::Internal, "there is no thread for other hosts"))
 }
@@ -304,7 +322,7 @@ fn unreachable(host: &Host, why: &NoLine) -> Refusal {
 }
 
 /// The error type of RFC 9209 that the last proxy says.
-fn error_of(answer: &Response<Incoming>) -> String {
+fn error_of(answer: &Response<RecvStream>) -> String {
     let status = answer.headers().get("proxy-status");
     let status = status
         .and_then(|value| value.to_str().ok())

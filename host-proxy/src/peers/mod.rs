@@ -12,7 +12,8 @@
 //! |---|---|
 //! | `tls` | what both ends show and check |
 //! | `hop` | who asks, as it is written for the next host. Pure |
-//! | `line` | one connection to a host: a question, or a tunnel |
+//! | `lines` | the connections to a host: HTTP/2, each with many streams |
+//! | `line` | one stream to a host: a question, or a tunnel |
 //! | `carry` | bytes of a tunnel whose client is here |
 //! | `asked` | what this host answers to others |
 
@@ -20,6 +21,7 @@ pub mod asked;
 mod carry;
 pub mod hop;
 pub mod line;
+mod lines;
 mod tls;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -35,6 +37,7 @@ use crate::config::{Config, HostConfig};
 use crate::reach::map::VmMap;
 
 pub use carry::Carried;
+use lines::Lines;
 
 /// Questions to other hosts that are under way at the same time.
 const QUESTIONS_MAX: usize = 64;
@@ -51,6 +54,7 @@ pub struct Host {
     pub config: HostConfig,
     /// How it is spoken to; none: this host has nothing to show.
     tls: Option<Arc<ClientConfig>>,
+    lines: Lines,
 }
 
 /// All of them.
@@ -91,7 +95,8 @@ impl Peers {
         let hosts = config.host.iter().map(|host| {
             let tls = identity.clone().and_then(|own| tls::client(host, own));
             let config = host.clone();
-            Arc::new(Host { config, tls })
+            let lines = Lines::default();
+            Arc::new(Host { config, tls, lines })
         });
         let hosts: Vec<_> = hosts.collect();
         let asked = hosts.iter().filter(|host| host.tls.is_some());

@@ -26,7 +26,7 @@ use crate::access::certificate;
 use crate::config::HostConfig;
 
 /// What is spoken within it.
-const HTTP: &[u8] = b"http/1.1";
+pub(super) const HTTP: &[u8] = b"h2";
 
 /// What a host is spoken to with. None: nothing can be spoken with these keys.
 pub(super) fn client(host: &HostConfig, own: Arc<CertifiedKey>) -> Option<Arc<ClientConfig>> {

@@ -22,7 +22,7 @@ use hyper::http::header::GetAll;
 
 use crate::trace::Trace;
 
-const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// Authentication schemes that let a connection in, and not a request: such a connection is one client's.

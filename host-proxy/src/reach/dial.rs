@@ -231,11 +231,11 @@ impl Admitted {
         let here = match &self.way {
             Way::Here(here) => here,
             Way::There(host, caller) => {
-                let carried = host.hand_over(state, caller, to, client).await;
+                let there = (to, &self.visit);
+                let carried = host.hand_over(state, caller, there, client).await;
                 let carried = carried
                     .map_err(|e| NotOpened::Refused(of_other(state, host, to, caller, e)))?;
-                // Its bytes are its own host's to count.
-                self.visit.handed(false);
+                self.visit.answered(200, "");
                 return Ok(Over::Here(carried));
             }
         };
@@ -267,7 +267,7 @@ impl Admitted {
         let here = match &self.way {
             Way::Here(here) => here,
             Way::There(host, caller) => {
-                let relayed = host.relayed(state, caller, to).await;
+                let relayed = host.relayed(state, caller, (to, &self.visit)).await;
                 return relayed.map_err(|e| of_other(state, host, to, caller, e));
             }
         };

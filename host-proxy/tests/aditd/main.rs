@@ -32,6 +32,7 @@ mod management;
 mod management_hostile;
 mod patience;
 mod peers;
+mod peers_lines;
 mod pool;
 mod processes;
 mod proxy;

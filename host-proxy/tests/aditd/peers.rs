@@ -12,9 +12,9 @@ use crate::host::{Answer, HANG, Host, NO_GRANTS, Port};
 use crate::tls::{Pair, expired, own};
 
 /// One of the hosts.
-struct Member {
-    host: Host,
-    ports: Vec<Port>,
+pub struct Member {
+    pub host: Host,
+    pub ports: Vec<Port>,
     name: &'static str,
     key: Pair,
     /// Its certificate.
@@ -23,7 +23,7 @@ struct Member {
 
 impl Member {
     /// Serves these VMs. It knows no other host yet.
-    fn new(name: &'static str, vms: &[(&str, u64)], more: &str) -> Self {
+    pub fn new(name: &'static str, vms: &[(&str, u64)], more: &str) -> Self {
         Self::with(name, vms, more, |_| {})
     }
 
@@ -58,7 +58,7 @@ impl Member {
     }
 
     /// Address of its TLS listener.
-    fn address(&self) -> String {
+    pub fn address(&self) -> String {
         let path = self
             .host
             .state_dir()
@@ -68,7 +68,7 @@ impl Member {
         addresses.lines().next().unwrap().to_owned()
     }
 
-    fn section(&self, more: &str) -> String {
+    pub fn section(&self, more: &str) -> String {
         let pin = self.key.pin.strip_prefix("cert:").unwrap();
         format!(
             "[[host]]\nname = \"{}\"\naddress = \"{}\"\npin = \"{pin}\"\n{more}",
@@ -78,11 +78,11 @@ impl Member {
     }
 
     /// Tells it of another host.
-    fn knows(&self, other: &Self, more: &str) {
+    pub fn knows(&self, other: &Self, more: &str) {
         self.takes(&other.section(more));
     }
 
-    fn takes(&self, section: &str) {
+    pub fn takes(&self, section: &str) {
         let status = self.host.reload(|text| text + section);
         assert_eq!(status["error"], Value::Null, "{status}");
     }
@@ -94,7 +94,7 @@ impl Member {
         client
     }
 
-    fn get(&self, name: &str) -> Answer {
+    pub fn get(&self, name: &str) -> Answer {
         asked(
             self.host.proxy(),
             &format!("GET http://{name}/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"),
@@ -121,7 +121,7 @@ fn two(
     (alpha, beta)
 }
 
-fn to_alpha(may: &str) -> String {
+pub fn to_alpha(may: &str) -> String {
     grant("\"anyone\"", "\"*\"", may)
 }
 

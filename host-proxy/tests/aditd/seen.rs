@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::access::{asked, audit, grant, other};
 use crate::host::{Control, Host, Port};
 
-const SEEN: &str = "[log]\naccess = \"file\"\n[audit]\nallows = true\n";
+pub const SEEN: &str = "[log]\naccess = \"file\"\n[audit]\nallows = true\n";
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const GIVEN: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
@@ -23,7 +23,7 @@ fn started(more: &str) -> (Host, Vec<Port>) {
 }
 
 /// The lines of the access log, once there are so many.
-fn access_log(host: &Host, lines: usize) -> Vec<Value> {
+pub fn access_log(host: &Host, lines: usize) -> Vec<Value> {
     let path = host.state_dir().join("aditd.access");
     host.until("the access log is written", |_| {
         let text = fs::read_to_string(&path).unwrap_or_default();

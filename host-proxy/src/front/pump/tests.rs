@@ -1,6 +1,7 @@
 use std::os::unix::net::UnixStream as StdUnixStream;
 
 use adit_passed::Closer;
+use tokio::io::AsyncReadExt as _;
 use tokio::net::UnixStream;
 
 use super::*;

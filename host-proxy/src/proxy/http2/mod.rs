@@ -23,7 +23,7 @@ mod body;
 mod calm;
 mod head;
 mod meter;
-mod tunnel;
+pub(crate) mod tunnel;
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -59,6 +59,7 @@ use answer::Respond;
 use body::Received;
 use calm::Calm;
 use meter::{Meter, Metered};
+use tunnel::Went;
 
 /// Streams of a connection at the same time.
 pub const STREAMS_MAX: usize = 250;
@@ -303,7 +304,18 @@ async fn stream(served: &Served, listener: &str, request: Request<RecvStream>, r
                 match respond.tunnel(by) {
                     Ok(stream) => {
                         visit.answered(StatusCode::OK.as_u16(), "");
-                        tunnel::carry(client, stream, pair, meter.clone(), &visit).await;
+                        let count = |went, bytes| {
+                            meter.wanted(bytes);
+                            match went {
+                                Went::FromStream => visit.add_to_vm(bytes),
+                                Went::IntoStream => visit.add_from_vm(bytes),
+                            }
+                        };
+                        let both = (client, stream);
+                        match tunnel::carry(both, Bytes::new(), &pair, &count).await {
+                            Ok(()) => visit.ended(),
+                            Err(e) => tracing::debug!(error = %e, "a tunnel in a stream broke off"),
+                        }
                     }
                     Err(e) => tracing::debug!(error = %e, "a stream ended before its tunnel"),
                 }

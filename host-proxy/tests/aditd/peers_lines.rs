@@ -1,0 +1,198 @@
+//! The connections between two hosts: how many there are, and what becomes of those that end, or say nothing any more.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::access::serve;
+use crate::host::{Control, HANG, NO_GRANTS};
+use crate::peers::{Member, to_alpha};
+use crate::seen::{SEEN, access_log};
+
+/// A wire between two hosts: counts connections, and may swallow all that comes over those which there are.
+struct Wire {
+    address: SocketAddr,
+    made: Arc<AtomicUsize>,
+    swallowed: Arc<AtomicUsize>,
+}
+
+impl Wire {
+    fn to(address: String) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let wire = Self {
+            address: listener.local_addr().unwrap(),
+            made: Arc::default(),
+            swallowed: Arc::default(),
+        };
+        let (made, swallowed) = (wire.made.clone(), wire.swallowed.clone());
+        std::thread::spawn(move || {
+            for near in listener.incoming().flatten() {
+                let Ok(far) = TcpStream::connect(&address) else {
+                    continue;
+                };
+                let number = made.fetch_add(1, Ordering::SeqCst);
+                for (mut from, mut to) in [
+                    (near.try_clone().unwrap(), far.try_clone().unwrap()),
+                    (far, near),
+                ] {
+                    let swallowed = swallowed.clone();
+                    std::thread::spawn(move || {
+                        let mut piece = vec![0; 1 << 16];
+                        while let Ok(n @ 1..) = from.read(&mut piece) {
+                            if number >= swallowed.load(Ordering::SeqCst)
+                                && to.write_all(&piece[..n]).is_err()
+                            {
+                                break;
+                            }
+                        }
+                        let _ = to.shutdown(Shutdown::Both);
+                    });
+                }
+            }
+        });
+        wire
+    }
+
+    fn made(&self) -> usize {
+        self.made.load(Ordering::SeqCst)
+    }
+
+    fn swallow(&self) {
+        self.swallowed.store(self.made(), Ordering::SeqCst);
+    }
+}
+
+/// Two hosts, of which `alpha` reaches `beta` over a wire.
+fn wired(more: &str) -> (Member, Member, Wire) {
+    let alpha = Member::new("alpha", &[("a", 3)], &format!("{SEEN}{NO_GRANTS}"));
+    let beta = Member::new(
+        "beta",
+        &[("b", 3)],
+        &(more.to_owned() + &to_alpha("\"reach\", \"see\"")),
+    );
+    let wire = Wire::to(beta.address());
+    let section = beta.section("");
+    alpha.takes(&section.replace(&beta.address(), &wire.address.to_string()));
+    beta.knows(&alpha, "");
+    (alpha, beta, wire)
+}
+
+/// A tunnel from a client of `alpha` to the guest of `b`.
+fn tunnel(alpha: &Member, b: &Control) -> (TcpStream, UnixStream) {
+    let mut client = alpha.host.proxy();
+    client.set_read_timeout(Some(HANG)).unwrap();
+    client
+        .write_all(b"CONNECT b:80 HTTP/1.1\r\nHost: b\r\n\r\n")
+        .unwrap();
+    let (guest, _) = b.tunnel();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        client.read_exact(&mut byte).unwrap();
+        head.extend(byte);
+    }
+    assert!(head.starts_with(b"HTTP/1.1 200"));
+    (client, guest)
+}
+
+fn carries(client: &mut TcpStream, guest: &mut UnixStream) {
+    let mut heard = [0; 5];
+    client.write_all(b"hello").unwrap();
+    guest.read_exact(&mut heard).unwrap();
+    assert_eq!(&heard, b"hello");
+    guest.write_all(b"there").unwrap();
+    client.read_exact(&mut heard).unwrap();
+    assert_eq!(&heard, b"there");
+}
+
+#[test]
+fn tunnels_to_another_host_share_a_connection_and_one_that_stalls_holds_up_no_other() {
+    let (alpha, beta, wire) = wired("");
+    let b = beta.ports[0].connected();
+    let served = serve(&b);
+    assert_eq!(alpha.get("b").status, 200);
+    served.join().unwrap();
+    let mut tunnels: Vec<_> = (0..30).map(|_| tunnel(&alpha, &b)).collect();
+    // Nobody reads, on either side.
+    let (mut client, mut guest) = tunnels.pop().unwrap();
+    let stalled = [
+        std::thread::spawn(move || while client.write_all(&[7; 1 << 16]).is_ok() {}),
+        std::thread::spawn(move || while guest.write_all(&[7; 1 << 16]).is_ok() {}),
+    ];
+    for _ in 0..3 {
+        for (client, guest) in &mut tunnels {
+            carries(client, guest);
+        }
+    }
+    assert_eq!(wire.made(), 1);
+    assert!(stalled.iter().all(|thread| !thread.is_finished()));
+}
+
+#[test]
+fn a_connection_to_another_host_that_says_nothing_any_more_is_replaced_and_no_request_fails() {
+    let (alpha, beta, wire) = wired("");
+    let b = beta.ports[0].connected();
+    let (mut client, mut guest) = tunnel(&alpha, &b);
+    carries(&mut client, &mut guest);
+    assert_eq!(wire.made(), 1);
+    wire.swallow();
+    // The map still knows where it is, so this is the first that nobody answers.
+    let (mut other, mut others_guest) = tunnel(&alpha, &b);
+    carries(&mut other, &mut others_guest);
+    assert_eq!(wire.made(), 2);
+    let served = serve(&b);
+    assert_eq!(alpha.get("b").status, 200);
+    served.join().unwrap();
+    assert_eq!(wire.made(), 2);
+}
+
+#[test]
+fn a_host_that_begins_anew_breaks_tunnels_off_and_is_reached_again() {
+    let (alpha, beta, wire) = wired("");
+    let b = beta.ports[0].connected();
+    let (mut client, mut guest) = tunnel(&alpha, &b);
+    carries(&mut client, &mut guest);
+    beta.host.kill_worker();
+    assert!(client.read(&mut [0]).is_err(), "broken off, not ended");
+    let b = beta.ports[0].connected();
+    let (mut client, mut guest) = tunnel(&alpha, &b);
+    carries(&mut client, &mut guest);
+    assert_eq!(wire.made(), 2);
+}
+
+#[test]
+fn a_tunnel_to_another_host_is_in_the_access_logs_of_both_with_its_bytes_and_one_trace() {
+    let (alpha, beta, _wire) = wired(SEEN);
+    let b = beta.ports[0].connected();
+    let (mut client, mut guest) = tunnel(&alpha, &b);
+    carries(&mut client, &mut guest);
+    client.write_all(b"bye").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut heard = Vec::new();
+    guest.read_to_end(&mut heard).unwrap();
+    assert_eq!(heard, b"bye");
+    drop(guest);
+    client.read_to_end(&mut heard).unwrap();
+    let tunnel_of = |member: &Member| {
+        member.host.until("its line is written", |host| {
+            let mut lines = access_log(host, 1).into_iter();
+            lines.find(|line| line["method"] == "CONNECT")
+        })
+    };
+    let (near, far) = (tunnel_of(&alpha), tunnel_of(&beta));
+    for line in [&near, &far] {
+        assert_eq!(
+            (
+                &line["bytes_to_vm"],
+                &line["bytes_from_vm"],
+                &line["status"]
+            ),
+            (&8.into(), &5.into(), &200.into()),
+            "{line}"
+        );
+        assert_eq!(line["broken_off"], serde_json::Value::Null, "{line}");
+    }
+    assert_eq!(near["trace_id"], far["trace_id"]);
+}
